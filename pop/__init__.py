@@ -1,0 +1,55 @@
+"""Prefill-only pruning for large language models, in plain PyTorch.
+
+    import pop
+    model = pop.load("smollm2-135m")
+    print(model.generate("The capital of France is").text)
+
+The method: pop/reference.py. What makes it fast: pop/engine.py. The models: pop/models.
+"""
+
+from pop.cache import KVCache
+from pop.errors import (
+    CacheMemoryError,
+    CheckpointError,
+    ConfigError,
+    ContextOverflow,
+    DownloadError,
+    InputError,
+    MissingExtra,
+    PlanError,
+    PopError,
+    TokenizerError,
+    UnknownModel,
+    UnsupportedError,
+    WeightsNotFound,
+)
+from pop.generate import Generation
+from pop.model import Model, load
+from pop.plan import PrunePlan
+from pop.registry import list_models
+from pop.tokenizers import load_tokenizer
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "CacheMemoryError",
+    "CheckpointError",
+    "ConfigError",
+    "ContextOverflow",
+    "DownloadError",
+    "Generation",
+    "InputError",
+    "KVCache",
+    "MissingExtra",
+    "Model",
+    "PlanError",
+    "PopError",
+    "PrunePlan",
+    "TokenizerError",
+    "UnknownModel",
+    "UnsupportedError",
+    "WeightsNotFound",
+    "list_models",
+    "load",
+    "load_tokenizer",
+]

@@ -1,0 +1,83 @@
+"""The static KV cache: preallocated, written at given positions, read up to the filled part.
+
+There is no "current position" inside a layer and nothing is ever appended by concatenation: whoever writes says
+where. That is what lets a pruned layer write K and V without running, and a full-depth token overwrite what the
+pruned pass had left at its position.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from pop.errors import CacheMemoryError, check_count
+
+
+class KVCache:
+    """Keys and values of all layers for `batch_size` rows of up to `max_seq_len` tokens each.
+
+    keys[l], values[l]: [B, S + 1, K, E] of `dtype` on `device`, with S = max_seq_len. Slot p holds the token at
+        position p of its row. The spare slot S takes what belongs nowhere and is never read.
+    lengths: [B] int64 on the CPU, the tokens held by each row.
+
+    Raises CacheMemoryError, with the size in bytes, when the device has no room for it.
+    """
+
+    def __init__(self, config, batch_size: int, max_seq_len: int, *, dtype: torch.dtype, device: torch.device):
+        check_count("batch_size", batch_size)
+        self.max_seq_len = check_count("max_seq_len", max_seq_len)
+        self.lengths = torch.zeros(batch_size, dtype=torch.int64)
+        self.nbytes = self.size_in_bytes(config, batch_size, max_seq_len, dtype)
+
+        wanted = f"a KV cache of {batch_size} x {max_seq_len} tokens takes {self.nbytes:,} bytes"
+        advice = "ask for fewer rows or a smaller max_seq_len"
+        free = _free_bytes(device)
+        if free is not None and self.nbytes > free:
+            raise CacheMemoryError(f"{wanted}, but {device} has {free:,} bytes free; {advice}")
+        shape = (batch_size, max_seq_len + 1, config.num_kv_heads, config.head_dim)
+        try:
+            # Zeros, not garbage: a masked slot has attention weight 0, and 0 * NaN would still be NaN.
+            self.keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.num_layers)]
+            self.values = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.num_layers)]
+        except RuntimeError as error:  # torch's out-of-memory errors are RuntimeErrors
+            raise CacheMemoryError(f"{wanted}, more than {device} could allocate; {advice}") from error
+
+    @staticmethod
+    def size_in_bytes(config, batch_size: int, max_seq_len: int, dtype: torch.dtype) -> int:
+        """Size of all keys and values: 2 L B (S + 1) K E numbers."""
+        numbers = 2 * config.num_layers * batch_size * (max_seq_len + 1) * config.num_kv_heads * config.head_dim
+        return numbers * dtype.itemsize
+
+    @property
+    def batch_size(self) -> int:
+        return self.lengths.shape[0]
+
+    def reset(self) -> None:
+        """Empty all rows. Slots keep their content; it is unreachable until overwritten."""
+        self.lengths = torch.zeros_like(self.lengths)
+
+    def write(self, layer: int, slots: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
+        """Write k, v [B, T, K, E] at slots [B, T] of `layer`."""
+        rows = torch.arange(self.batch_size, device=slots.device)[:, None]  # [B, 1]
+        self.keys[layer][rows, slots] = k.to(self.keys[layer].dtype)
+        self.values[layer][rows, slots] = v.to(self.values[layer].dtype)
+
+    def read(self, layer: int, filled: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Views of the first `filled` slots of `layer`: k, v [B, filled, K, E]."""
+        return self.keys[layer][:, :filled], self.values[layer][:, :filled]
+
+
+def _free_bytes(device: torch.device) -> int | None:
+    """Bytes that can be allocated on `device` right now, or None where that cannot be told."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        reusable = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return free + reusable
+    if device.type == "cpu":
+        try:
+            with open("/proc/meminfo", encoding="ascii") as lines:
+                for line in lines:
+                    if line.startswith("MemAvailable:"):
+                        return int(line.split()[1]) * 1024
+        except OSError:
+            pass
+    return None

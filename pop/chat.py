@@ -1,0 +1,154 @@
+"""Conversations to token ids, in the format that each family of instruct models was trained on.
+
+A format is hand-written: its `pieces` yields the control tokens and the texts between them. Control tokens become
+ids directly and text is encoded as text, so that nothing a user writes can become a control token. A further
+family is one more subclass, recognised by one of its control tokens, and an entry in FORMATS.
+"""
+
+from collections.abc import Iterator
+from itertools import groupby
+from typing import Any
+
+from pop.errors import InputError, UnsupportedError
+from pop.tokenizers import Tokenizer
+
+Message = dict[str, Any]
+
+
+class Control(str):
+    """The name of a control token, in contrast to text that may look like it."""
+
+
+class ChatFormat:
+    """One family's format. end_ids: the tokens with which a turn of the model may end."""
+
+    family: str
+    mark: str  # the control token that tells the family
+    ends: tuple[str, ...]
+
+    def __init__(self, tokenizer: Tokenizer):
+        self.tokenizer = tokenizer
+        special = tokenizer.special_tokens
+        self.end_ids = tuple(special[name] for name in self.ends if name in special)
+
+    def pieces(self, turns: list[tuple[str, str]], add_generation_prompt: bool) -> Iterator[str]:
+        """Control tokens and texts in order. turns: (role, text) of each message."""
+        raise NotImplementedError
+
+    def encode(self, messages: list[Message], add_generation_prompt: bool = True) -> list[int]:
+        """The token ids of a conversation, BOS included where the family has one.
+
+        messages: [{"role": "system" | "user" | "assistant", "content": text or [{"type": "text", "text": ...}]}];
+        a system message comes first. add_generation_prompt: open the model's turn at the end.
+        """
+        pieces = self.pieces(self._turns(messages), add_generation_prompt)
+        ids = []
+        for is_control, group in groupby(pieces, lambda piece: isinstance(piece, Control)):
+            if is_control:
+                ids += [self._control_id(name) for name in group]
+            else:  # all text between two control tokens is encoded as one
+                ids += self.tokenizer.encode("".join(group), bos=False)
+        return ids
+
+    def render(self, messages: list[Message], add_generation_prompt: bool = True) -> str:
+        """The same as a string, to read. Do not encode it: users' text and control tokens look alike in it."""
+        return "".join(self.pieces(self._turns(messages), add_generation_prompt))
+
+    def _control_id(self, name: str) -> int:
+        if name not in self.tokenizer.special_tokens:
+            raise UnsupportedError(f"the tokenizer lacks the token {name} of the {self.family} chat format.")
+        return self.tokenizer.special_tokens[name]
+
+    def _turns(self, messages: list[Message]) -> list[tuple[str, str]]:
+        """(role, text) of each message, after checking all of them."""
+        if not isinstance(messages, list) or not messages:
+            raise InputError("messages must be a list with at least one {'role': ..., 'content': ...}.")
+        turns = []
+        for n, message in enumerate(messages):
+            if not isinstance(message, dict) or message.keys() != {"role", "content"}:
+                raise InputError(f"message {n} must be a dict with just 'role' and 'content', got {message!r:.80}.")
+            role, text = message["role"], self._text(message["content"], f"message {n}")
+            if role not in ("system", "user", "assistant"):
+                raise InputError(f"message {n} has the role {role!r}; use system, user or assistant.")
+            if role == "system" and n:
+                raise InputError(f"message {n} is a system message, and only the first message may be one.")
+            if role == "user" and not text.strip():
+                raise InputError(f"message {n}, of the user, is empty.")
+            turns.append((role, text))
+        return turns
+
+    def _text(self, content: str | list[dict[str, Any]], where: str) -> str:
+        if isinstance(content, str):
+            return content
+        if not isinstance(content, list) or not content:
+            raise InputError(f"{where}: the content must be text or a list of parts, got {content!r:.80}.")
+        for part in content:
+            kind = part.get("type") if isinstance(part, dict) else None
+            if kind in ("image", "video"):
+                raise UnsupportedError(f"{where} has an {kind}, and {self.family} models read text only.")
+            if kind != "text" or part.keys() != {"type", "text"} or not isinstance(part["text"], str):
+                raise InputError(f"{where}: a part must be {{'type': 'text', 'text': ...}}, got {part!r:.80}.")
+        return "".join(part["text"] for part in content)
+
+
+class Llama3(ChatFormat):
+    """Llama-3 and 3.1. In 3.1 there always is a system message, and it opens with two dates."""
+
+    family = "Llama-3"
+    mark = "<|start_header_id|>"
+    ends = ("<|eot_id|>", "<|end_of_text|>", "<|eom_id|>")
+    dates = "Cutting Knowledge Date: December 2023\nToday Date: 26 Jul 2024\n\n"
+
+    def pieces(self, turns, add_generation_prompt):
+        turns = [(role, text.strip()) for role, text in turns]
+        template = self.tokenizer.chat_template  # Meta's own files have none
+        if template is None or "Cutting Knowledge Date" in template:
+            if turns[0][0] != "system":
+                turns.insert(0, ("system", ""))
+            turns[0] = ("system", self.dates + turns[0][1])
+        yield Control("<|begin_of_text|>")
+        for role, text in turns:
+            yield from self._header(role)
+            yield text
+            yield Control("<|eot_id|>")
+        if add_generation_prompt:
+            yield from self._header("assistant")
+
+    def _header(self, role: str) -> Iterator[str]:
+        yield Control("<|start_header_id|>")
+        yield role
+        yield Control("<|end_header_id|>")
+        yield "\n\n"
+
+
+class ChatML(ChatFormat):
+    """SmolLM2 and others. SmolLM2 has a system message of its own, for conversations without one."""
+
+    family = "ChatML"
+    mark = "<|im_start|>"
+    ends = ("<|im_end|>", "<|endoftext|>")
+    smollm2_system = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
+
+    def pieces(self, turns, add_generation_prompt):
+        if turns[0][0] != "system" and self.smollm2_system in (self.tokenizer.chat_template or ""):
+            turns = [("system", self.smollm2_system), *turns]
+        for role, text in turns:
+            yield Control("<|im_start|>")
+            yield f"{role}\n{text}"
+            yield Control("<|im_end|>")
+            yield "\n"
+        if add_generation_prompt:
+            yield Control("<|im_start|>")
+            yield "assistant\n"
+
+
+FORMATS = (Llama3, ChatML)
+
+
+def chat_format(tokenizer: Tokenizer) -> ChatFormat:
+    """The chat format that a tokenizer's control tokens belong to. UnsupportedError if they belong to none."""
+    for form in FORMATS:
+        if form.mark in tokenizer.special_tokens:
+            return form(tokenizer)
+    known = ", ".join(form.mark for form in FORMATS)
+    raise UnsupportedError(f"no chat format is known for this tokenizer: it has none of the tokens {known}.")

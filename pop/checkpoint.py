@@ -1,0 +1,249 @@
+"""Weight files to parameters: built on the meta device, memory-mapped, strict.
+
+`load_weights` reads the Hugging Face layout (model.safetensors, or shards with an index) or Meta's own
+(consolidated.NN.pth, a file for each tensor-parallel rank), in two passes. The *survey* maps all files, reads
+no weight, compares names, shapes and dtypes with the module's, and names all differences in one error. The
+*copy* fills new parameters that own their memory, so that files may be replaced under a running model.
+
+A page of a mapped file counts as resident memory from its first touch until the file is unmapped. The copy
+therefore goes in steps and maps the file anew after each: loading needs the weights' size and a few percent.
+
+A safetensors file has no checksum: a flipped bit inside a weight is noticed only where it makes a norm or a
+bias infinite or NaN. Meta's files are zip archives, and all their checksums are verified.
+"""
+
+import os
+import re
+import zipfile
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path, PureWindowsPath
+
+import torch
+from safetensors import safe_open
+from torch import nn
+
+from pop.errors import CheckpointError
+from pop.fields import read_json
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+HARMLESS = ("rotary_emb.inv_freq", "rope.freqs")  # RoPE tables in old files; ours follow from the config
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+BAR_FROM = 2**30  # bytes: below, a progress bar would only flicker
+
+
+def load_weights(
+    folder: str | Path, module: nn.Module, *, dtype: torch.dtype, device: torch.device | str, progress: bool
+) -> None:
+    """Fill `module`, built on the meta device from the config in `folder`, with the weights in `folder`.
+
+    Afterwards every parameter is contiguous, has `dtype`, lies on `device` and needs no gradient. `progress`
+    shows a bar on stderr for large weights, if tqdm is installed. Raises CheckpointError, `module` untouched.
+    """
+    folder = Path(folder)
+    pieces = _survey(folder, module)
+    weights = {n: torch.empty(p.shape, dtype=dtype, device=device) for n, p in module.named_parameters()}
+    size = sum(weight.nbytes for weight in weights.values())
+    advance = _progress(size, progress)
+    for piece, row, source in _steps(pieces, step=max(size // 50, 2**20)):
+        target = piece.target(weights[piece.parameter])[row : row + len(source)]
+        if not piece.repeats:
+            target.copy_(source)
+            advance(target.nbytes)
+        elif not torch.equal(target, source.to(target)):
+            raise CheckpointError(f"{piece.file}: {piece.name} should repeat {piece.parameter}, but differs")
+    for name, weight in weights.items():
+        if weight.dim() == 1 and not weight.isfinite().all():
+            raise CheckpointError(f"{folder}: {name} has NaN or infinite values in {dtype}; fetch it again")
+    module.load_state_dict(weights, assign=True)
+    module.requires_grad_(False)
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """A stored tensor and the parameter it fills, wholly or as slice `rank` of `ranks` along `axis`."""
+
+    file: Path
+    name: str
+    parameter: str
+    axis: int = 0
+    rank: int = 0
+    ranks: int = 1
+    repeats: bool = False  # the parameter is filled already, and this must be equal to it
+    interleaved: int = 0  # the head width E of Meta's Q and K
+
+    def target(self, parameter: torch.Tensor) -> torch.Tensor:
+        """The part of the parameter to fill, as a view shaped like `source`."""
+        part = parameter.chunk(self.ranks, self.axis)[self.rank]
+        return part.unflatten(0, (-1, 2, self.interleaved // 2)).transpose(1, 2) if self.interleaved else part
+
+    def source(self, tensor: torch.Tensor) -> torch.Tensor:
+        """RoPE rotates rows (2i, 2i + 1) of a head in Meta's files, (i, E/2 + i) in ours."""
+        return tensor.unflatten(0, (-1, self.interleaved // 2, 2)) if self.interleaved else tensor
+
+
+def _steps(pieces: list[_Piece], step: int) -> Iterator[tuple[_Piece, int, torch.Tensor]]:
+    """Each piece in slices (piece, first row, rows), with about `step` bytes of the files resident."""
+    file, touched = None, 0
+    for piece in pieces:
+        row, rows = 0, 1
+        while row < rows:
+            if piece.file != file or touched >= step:
+                source = tensors = None  # unmap before mapping anew
+                file, tensors, touched = piece.file, _map(piece.file), 0
+            source = piece.source(tensors[piece.name])
+            rows = len(source)
+            part = source[row : row + max(1, (step - touched) // source[0].nbytes)]
+            yield piece, row, part
+            row, touched = row + len(part), touched + part.nbytes
+
+
+def _map(file: Path, checksums: bool = False) -> dict[str, torch.Tensor]:
+    """The tensors of a weight file, memory-mapped: a page is read when it is first touched."""
+    try:
+        if file.suffix == ".pth":
+            if checksums:
+                with zipfile.ZipFile(file) as archive:
+                    if archive.testzip() or any(entry.compress_type for entry in archive.infolist()):
+                        raise ValueError("wrong checksum or compressed")
+            tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        else:
+            with safe_open(file, framework="pt") as handle:
+                tensors = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
+        dense = [t.is_cpu and t.layout == torch.strided and not t.is_nested for t in tensors.values()]
+        if not all(dense) or not all(isinstance(name, str) for name in tensors):
+            raise ValueError("not a dictionary of dense tensors")
+    except Exception as error:  # corrupt bytes can raise nearly anything
+        reason = f"{type(error).__name__}: {error}".split("\n")[0]
+        raise CheckpointError(f"{file} is truncated or corrupt, fetch it again ({reason:.200})") from None
+    return tensors
+
+
+# The config's fields that make the shape of a weight; that of a norm is hidden_size.
+HEADS, KV_HEADS = "num_attention_heads * head_dim", "num_key_value_heads * head_dim"
+DIMENSIONS = {
+    "embed_tokens": ("vocab_size", "hidden_size"), "lm_head": ("vocab_size", "hidden_size"),
+    "q_proj": (HEADS, "hidden_size"), "o_proj": ("hidden_size", HEADS),
+    "k_proj": (KV_HEADS, "hidden_size"), "v_proj": (KV_HEADS, "hidden_size"),
+    "gate_proj": ("intermediate_size", "hidden_size"), "up_proj": ("intermediate_size", "hidden_size"),
+    "down_proj": ("hidden_size", "intermediate_size"),
+}  # fmt: skip
+META_NAMES = {
+    "tok_embeddings": "model.embed_tokens", "norm": "model.norm", "output": "lm_head",
+    "attention_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm",
+    "attention.wq": "self_attn.q_proj", "attention.wk": "self_attn.k_proj",
+    "attention.wv": "self_attn.v_proj", "attention.wo": "self_attn.o_proj",
+    "feed_forward.w1": "mlp.gate_proj", "feed_forward.w2": "mlp.down_proj", "feed_forward.w3": "mlp.up_proj",
+}  # fmt: skip
+
+
+def _survey(folder: Path, module: nn.Module) -> list[_Piece]:
+    """Match what is stored with the module's parameters; one error names all that does not fit."""
+    config, stored = module.config, _stored(folder, module.config.head_dim)
+    wanted = {name: tuple(parameter.shape) for name, parameter in module.named_parameters()}
+    missing = [name for name in wanted if name not in stored]
+    surplus, dtypes, shapes, pieces = [], [], [], []
+    for name, parts in stored.items():
+        # A head beside a tied embedding is superfluous, and no contradiction if it repeats the embedding.
+        tied = name == HEAD and config.tie_embeddings
+        if (whole := wanted.get(EMBEDDING if tied else name)) is None:
+            surplus.append(name)
+            continue
+        dtypes += [f"{name} ({tensor.dtype})" for _, tensor in parts if tensor.dtype not in FLOATS]
+        if not (fitting := _fit(parts, whole)):
+            found = " + ".join(str(list(tensor.shape)) for _, tensor in parts)
+            fields = " x ".join(DIMENSIONS.get(name.split(".")[-2], ("hidden_size",))[: len(whole)])
+            shapes.append(f"{name} is {found}, not {list(whole)} = {fields}")
+        pieces += [replace(p, parameter=EMBEDDING, repeats=True) for p in fitting] if tied else fitting
+
+    faults = {"missing": missing, "surplus": surplus, "of a wrong dtype": dtypes, "of a wrong shape": shapes}
+    if any(faults.values()):
+        layers = len({match[0] for name in stored if (match := re.match(r"model\.layers\.\d+\.", name))})
+        depth = f"num_hidden_layers is {config.num_layers} but {layers} layers are stored"
+        reasons = [depth] if layers != config.num_layers else []
+        reasons += ["tie_word_embeddings is false"] if HEAD in missing else []
+        reasons += [f"{kind}: {_some(names)}" for kind, names in faults.items() if names]
+        raise CheckpointError(f"the weights in {folder} are not those of its config: {'; '.join(reasons)}")
+    return sorted(pieces, key=lambda piece: (piece.repeats, piece.file))
+
+
+def _stored(folder: Path, head_dim: int) -> dict[str, list[tuple[_Piece, torch.Tensor]]]:
+    """What is stored for each parameter: one tensor, or in Meta's layout one from each file."""
+    files, index = _weight_files(folder)
+    stored = {}
+    for file in files:
+        tensors = _map(file, checksums=True)
+        if index is not None and (astray := tensors.keys() ^ {n for n in index if index[n] == file.name}):
+            raise CheckpointError(f"{file} and the index beside it disagree about {_some(sorted(astray))}")
+        for name, tensor in tensors.items():
+            parameter = _hf_name(name) if file.suffix == ".pth" else name
+            rotated = parameter != name and parameter.endswith((".q_proj.weight", ".k_proj.weight"))
+            piece = _Piece(file, name, parameter, interleaved=head_dim if rotated else 0)
+            if not name.endswith(HARMLESS):
+                stored.setdefault(parameter, []).append((piece, tensor))
+    return stored
+
+
+def _weight_files(folder: Path) -> tuple[list[Path], dict[str, str] | None]:
+    """The weight files, and the index (tensor -> shard) where there is one.
+
+    As in the reference implementation an unsharded file goes first. A shard may be a symlink (download caches
+    make them), but its name comes from outside and must be a plain one: no path, no way out of the folder.
+    """
+    index_file = folder / "model.safetensors.index.json"
+    if os.path.isfile(folder / "model.safetensors"):
+        return [folder / "model.safetensors"], None
+    if os.path.isfile(index_file):
+        index = read_json(index_file, CheckpointError).get("weight_map")
+        if not isinstance(index, dict) or not all(isinstance(shard, str) for shard in index.values()):
+            raise CheckpointError(f"{index_file} holds no weight_map of tensors to files; fetch it again")
+        shards = sorted(set(index.values()))
+        for shard in shards:
+            if PureWindowsPath(shard).name != shard or not shard.endswith(".safetensors"):
+                raise CheckpointError(f"{index_file} names {shard!r:.200}, not a plain *.safetensors name")
+            if not os.path.isfile(folder / shard):
+                raise CheckpointError(f"{folder} lacks the shard {shard!r:.200}; fetch it")
+        return [folder / shard for shard in shards], index
+    files = sorted(folder.glob("consolidated.*.pth"))
+    for rank, file in enumerate(files):
+        if file.name != f"consolidated.{rank:02d}.pth":
+            raise CheckpointError(f"{folder} holds {file.name}, but no consolidated.{rank:02d}.pth; fetch it")
+    if not files:
+        raise CheckpointError(f"{folder} holds no weights, such as model.safetensors or consolidated.00.pth")
+    return files, None
+
+
+def _hf_name(name: str) -> str:
+    """Meta's name of a tensor in our terms. A name that is not Meta's is kept, and will be surplus."""
+    match = re.fullmatch(r"(layers\.\d+\.|)(.+)\.weight", name)
+    if not match or match[2] not in META_NAMES:
+        return name
+    return ("model." if match[1] else "") + match[1] + META_NAMES[match[2]] + ".weight"
+
+
+def _fit(parts: list[tuple[_Piece, torch.Tensor]], whole: tuple[int, ...]) -> list[_Piece]:
+    """Lay parts side by side (Meta cuts matrices by rows or columns) or over each other (norms); else []."""
+    shapes = {tuple(tensor.shape) for _, tensor in parts}
+    part, ranks = shapes.pop(), len(parts)
+    if shapes or not part or (parts[0][0].interleaved and part[0] % parts[0][0].interleaved):
+        return []
+    if part == whole:
+        return [replace(piece, repeats=rank > 0) for rank, (piece, _) in enumerate(parts)]
+    axes = [a for a, n in enumerate(part) if (*part[:a], n * ranks, *part[a + 1 :]) == whole]
+    return [replace(piece, axis=axes[0], rank=r, ranks=ranks) for r, (piece, _) in enumerate(parts) if axes]
+
+
+def _some(items: list[str]) -> str:
+    named = ", ".join(ascii(item)[1:-1][:200] for item in items[:5])  # names in a file may hold anything
+    return named + (f" and {len(items) - 5} more" if len(items) > 5 else "")
+
+
+def _progress(size: int, wanted: bool) -> Callable[[int], object]:
+    """The function to tell of bytes done."""
+    if wanted and size >= BAR_FROM:
+        with suppress(ImportError):
+            from tqdm import tqdm
+
+            return tqdm(total=size, desc="loading weights", unit="B", unit_scale=True).update
+    return lambda count: None

@@ -1,0 +1,226 @@
+"""The `pop` command: demo, generate, chat, models, import-gguf.
+
+Answers go to stdout, what is said about them to stderr. Exit status: 0, 2 for a mistake (told in one sentence),
+130 after Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+import pop
+from pop import registry
+from pop.errors import ContextOverflow, InputError, PlanError, PopError, WeightsNotFound
+
+PRUNE_HELP = "layers that prefill skips: default (the deepest third), none, a fraction, or a saved plan's path"
+BROKEN_PIPE = 141  # as the shell reports a program that ended because nobody read on
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command and return the exit status. argv: without the program's name; None takes sys.argv."""
+    args = _parser().parse_args(argv)
+    for stream in (sys.stdin, sys.stdout):
+        if hasattr(stream, "reconfigure"):  # a terminal that lacks a character shows "?" for it
+            stream.reconfigure(errors="replace")
+    try:
+        with warnings.catch_warnings():
+            if not sys.warnoptions:
+                warnings.simplefilter("ignore")
+            args.run(args)
+            sys.stdout.flush()
+        return 0
+    except PopError as error:
+        print(f"pop: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\npop: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
+        return BROKEN_PIPE
+
+
+# ---- Commands ----
+
+
+def demo(args) -> None:
+    from pop.demo import run
+
+    question = None if args.prompt_file is None else _read_file(args.prompt_file)
+    prune = parse_prune(args.prune)
+    run(args.model, question, prune, max_new_tokens=args.max_new_tokens, runs=args.runs, as_json=args.json)
+
+
+def generate(args) -> None:
+    if (args.prompt is None) == (args.prompt_file is None):
+        raise InputError("give either a prompt or --prompt-file, and just one of them")
+    if args.prompt_file is not None:
+        prompt = _read_file(args.prompt_file)
+    else:
+        prompt = _readable(sys.stdin.read, "the standard input") if args.prompt == "-" else args.prompt
+    model = _load(args)
+    _print_answer(model.stream(prompt, **_generation_options(args)), [])
+
+
+def chat(args) -> None:
+    with contextlib.suppress(ImportError):
+        import readline  # noqa: F401  (gives input() line editing)
+    model = _load(args)
+    system = [{"role": "system", "content": args.system}] if args.system is not None else []
+    model.chat_tokens([*system, {"role": "user", "content": "Hello"}])  # no chat format? Say so now
+    print("/new starts a new conversation, /quit ends, Ctrl-C stops an answer.", file=sys.stderr)
+    history = list(system)
+    while True:
+        try:
+            line = _readable(lambda: input("> " if sys.stdin.isatty() else ""), "the standard input").strip()
+        except EOFError:
+            return
+        if line == "/quit":
+            return
+        if line == "/new":
+            history = list(system)
+        elif line:
+            history += _turn(model, history, line, _generation_options(args))
+
+
+def _turn(model, history: list[dict], line: str, options: dict) -> list[dict]:
+    """Answer one message; return what it adds to the history: it and the answer, or nothing without one."""
+    message = {"role": "user", "content": line}
+    pieces: list[str] = []
+    try:
+        _print_answer(model.stream(model.chat_tokens([*history, message]), **options), pieces)
+    except KeyboardInterrupt:
+        print(flush=True)
+        print("(stopped)", file=sys.stderr)
+    except ContextOverflow as error:
+        print(f"pop: {error}; or start a new conversation with /new", file=sys.stderr)
+    answer = "".join(pieces)
+    return [message, {"role": "assistant", "content": answer}] if answer else []
+
+
+def models(args) -> None:
+    rows = [("name", "family", "parameters", "weights")]
+    for name in pop.list_models():
+        entry = registry.lookup(name)
+        try:
+            where = str(registry.find_weights(name))
+        except WeightsNotFound:
+            where = "not here (pop demo fetches them)" if entry.embedded else "not here"
+        rows.append((name, entry.family, f"{entry.parameters:,}", where))
+    widths = [max(len(row[column]) for row in rows) for column in range(3)]
+    for name, family, parameters, where in rows:
+        print(f"{name:{widths[0]}}  {family:{widths[1]}}  {parameters:>{widths[2]}}  {where}")
+    print(f"\nNew weights go into {registry.weights_folder()}/NAME; `pop generate NAME` says which files.")
+
+
+def import_gguf(args) -> None:
+    from pop.gguf_import import import_gguf
+
+    folder = import_gguf(args.file, args.folder)
+    print(f'Imported into {folder}. Try: pop generate {folder} "Once upon a time"')
+
+
+# ---- Their arguments ----
+
+
+def parse_prune(text: str):
+    """--prune's value as `pop.load` takes it: "default", None, a fraction, or the PrunePlan in a file."""
+    if text in ("default", "none"):
+        return None if text == "none" else text
+    with contextlib.suppress(ValueError):
+        if 0 <= float(text) <= 1:
+            return float(text)
+    if not os.path.isfile(text):
+        raise PlanError(
+            f"--prune is {text!r}; it must be default, none, a fraction of the layers from 0 to 1 such as 0.33, "
+            "or the path of a saved plan"
+        )
+    return pop.PrunePlan.load(text)
+
+
+def _load(args):
+    dtype = None if args.dtype is None else getattr(torch, args.dtype)
+    return pop.load(args.model, device=args.device, dtype=dtype, prune=parse_prune(args.prune))
+
+
+def _generation_options(args) -> dict:
+    names = ("max_new_tokens", "temperature", "top_k", "top_p", "seed", "stop")
+    return {name: getattr(args, name) for name in names}
+
+
+def _print_answer(stream, pieces: list[str]) -> None:
+    """Print the pieces as they come, and collect them in `pieces`, also when the answer is cut off."""
+    for piece in stream:
+        pieces.append(piece)
+        print(piece, end="", flush=True)
+    print(flush=True)
+
+
+def _read_file(path: str) -> str:
+    return _readable(lambda: Path(path).read_text(encoding="utf-8"), path)
+
+
+def _readable(read: Callable[[], str], source: str) -> str:
+    try:
+        return read()
+    except UnicodeDecodeError:
+        raise InputError(f"{source} is not text in UTF-8; convert it, or give another file") from None
+    except OSError as error:
+        raise InputError(f"{source} cannot be read ({error.strerror}); check the path") from None
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="pop", description="Language models with prefill-only pruning.")
+    parser.add_argument("--version", action="version", version=f"pop {pop.__version__}")
+    parser.set_defaults(run=lambda args: parser.print_help())
+    commands = parser.add_subparsers(metavar="COMMAND")
+
+    def command(run, text: str) -> Callable:
+        """Add a command; return what adds an argument to it: option("--name", "help text", ...)."""
+        added = commands.add_parser(run.__name__.replace("_", "-"), help=text, description=text)
+        added.set_defaults(run=run)
+        return lambda *names, **settings: added.add_argument(*names[:-1], help=names[-1], **settings)
+
+    def model_options(option) -> None:
+        option("model", "a name that `pop models` lists, or a directory", metavar="NAME_OR_DIR")
+        option("--max-new-tokens", "length of the answer (256)", type=int, default=256, metavar="N")
+        option("--temperature", "of sampling; 0, the default, is greedy", type=float, default=0.0, metavar="T")
+        option("--top-k", "sample among the K likeliest tokens", type=int, metavar="K")
+        option("--top-p", "sample among the likeliest tokens of this probability", type=float, metavar="P")
+        option("--seed", "the same seed samples the same text", type=int, metavar="N")
+        option("--stop", "end before this text; may be repeated", action="append", metavar="TEXT")
+        option("--prune", PRUNE_HELP, default="default", metavar="P")
+        option("--dtype", "default: the checkpoint's", choices=("float32", "bfloat16", "float16"))
+        option("--device", "cpu, cuda, cuda:1 ...; default: a GPU if there is one")
+
+    option = command(demo, "Compare full and pruned prefill on a real model, fetched the first time.")
+    option("--model", "default: smollm2-135m", default="smollm2-135m", metavar="NAME_OR_DIR")
+    option("--prompt-file", "ask this text instead of the built-in story and question", metavar="F")
+    option("--prune", PRUNE_HELP, default="default", metavar="P")
+    option("--max-new-tokens", "length of the answers (48)", type=int, default=48, metavar="N")
+    option("--runs", "timed prefills of each kind (3)", type=int, default=3, metavar="N")
+    option("--json", "print one JSON object instead of the table", action="store_true")
+
+    option = command(generate, "Continue a text; the continuation is printed as it comes.")
+    model_options(option)
+    option("prompt", "the text, or - for the standard input", nargs="?", metavar="PROMPT")
+    option("--prompt-file", "read the text from this file", metavar="F")
+
+    option = command(chat, "Talk to an instruct model.")
+    model_options(option)
+    option("--system", "the system message", metavar="TEXT")
+
+    command(models, "List the known models and where their weights are.")
+
+    option = command(import_gguf, "Convert a GGUF file into a checkpoint directory.")
+    option("file", "the GGUF file", metavar="FILE", type=Path)
+    option("folder", "the directory to make", metavar="DIR", type=Path)
+    return parser

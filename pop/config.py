@@ -1,0 +1,247 @@
+"""What a checkpoint says about its model: frozen dataclasses, read strictly from config.json or params.json.
+
+`read_config(folder)` reads the Hugging Face layout (config.json as transformers 4 or 5 write it, and the
+end tokens of generation_config.json) or Meta's own (params.json). A config steers arithmetic, so whatever is
+missing, of a wrong type, contradictory, or not built in this library is refused by name; only fields known to
+leave the forward pass alone are ignored. JSON null means "not given".
+
+A new family is a dataclass, a reader (Fields -> dataclass) and an entry in `READERS`.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+
+from pop.errors import ConfigError
+from pop.fields import Fields, read_json
+
+
+@dataclass(frozen=True)
+class RopeConfig:
+    """Rotary position embedding: inverse frequencies base ** (-2i / head_dim), scaled as `kind` says.
+
+    "linear" divides them all by `factor`. "llama3" divides those whose wavelength in tokens is above
+    original_max_positions / low_freq_factor, keeps those below original_max_positions / high_freq_factor, and
+    blends in between.
+    """
+
+    base: float = 10_000.0
+    kind: str = "default"  # a key of ROPE_KINDS
+    factor: float = 1.0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_max_positions: int = 8192
+
+    def __post_init__(self):
+        if self.factor < 1:
+            raise ConfigError(f"the RoPE factor must be at least 1, not {self.factor}")
+        if self.high_freq_factor <= self.low_freq_factor:
+            raise ConfigError(f"high_freq_factor ({self.high_freq_factor}) must exceed low_freq_factor "
+                              f"({self.low_freq_factor})")  # fmt: skip
+
+
+@dataclass(frozen=True)
+class LlamaConfig:
+    """A decoder of the Llama architecture; `max_positions` is its trained context in tokens."""
+
+    family: ClassVar[str] = "llama"
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    max_positions: int = 2048
+    norm_eps: float = 1e-6
+    rope: RopeConfig = RopeConfig()
+    tie_embeddings: bool = False
+    attention_bias: bool = False
+    mlp_bias: bool = False
+    dtype: torch.dtype = torch.float32  # of the checkpoint's files; the model may be loaded in another
+    bos_id: int | None = None
+    eos_ids: tuple[int, ...] = ()
+
+    def __post_init__(self):
+        if self.num_heads % self.num_kv_heads:
+            raise ConfigError(f"num_attention_heads ({self.num_heads}) is not a multiple of "
+                              f"num_key_value_heads ({self.num_kv_heads})")  # fmt: skip
+        if self.head_dim % 2:
+            raise ConfigError(f"head_dim ({self.head_dim}) is odd, but RoPE rotates pairs of values")
+        ids = self.eos_ids if self.bos_id is None else (self.bos_id, *self.eos_ids)
+        if outside := [i for i in ids if not 0 <= i < self.vocab_size]:
+            raise ConfigError(f"bos_ or eos_token_id {outside} is outside of vocab_size {self.vocab_size}")
+
+
+def read_config(folder: str | Path) -> LlamaConfig:
+    """Read the config of the checkpoint in `folder`, from config.json or else params.json.
+
+    End tokens of generation_config.json replace config.json's: chat models list the end of a turn only there.
+    Where no dtype is stated, it is float32. Raises ConfigError, naming the file and the field.
+    """
+    folder = Path(folder)
+    if (folder / "config.json").exists():
+        config = _read(folder / "config.json", _read_hf)
+    elif (folder / "params.json").exists():
+        config = _read(folder / "params.json", _read_meta)
+    else:
+        raise ConfigError(f"{folder} is no checkpoint folder: it holds neither config.json nor params.json")
+    if (ends := folder / "generation_config.json").exists():
+        config = _read(ends, lambda fields: replace(config, eos_ids=_read_ends(fields) or config.eos_ids))
+    return config
+
+
+def _read(path: Path, reader: Callable[[Fields], LlamaConfig]) -> LlamaConfig:
+    fields = Fields(read_json(path))
+    try:
+        return reader(fields)
+    except (ConfigError, RecursionError) as error:  # the latter from printing a hostile value
+        raise ConfigError(f"{path}: {error}") from None
+
+
+# ---- Hugging Face's config.json ----
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+# Each kind of RoPE and the fields it needs besides the base.
+LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+ROPE_KINDS = {"default": (), "linear": ("factor",), "llama3": LLAMA3}
+# Fields with one supported value; any other asks for arithmetic that is not built here.
+FIXED = {"architectures": ["LlamaForCausalLM"], "hidden_act": "silu", "pretraining_tp": 1, "is_causal": True,
+         "rope_interleaved": False, "is_encoder_decoder": False, "add_cross_attention": False}  # fmt: skip
+# Fields that leave the forward pass alone: training, bookkeeping, generation defaults of old configs.
+HARMLESS = """
+    _name_or_path transformers_version transformers.js_config is_llama_config tokenizer_class is_decoder
+    initializer_range attention_dropout use_cache pad_token_id sep_token_id decoder_start_token_id torchscript
+    output_attentions output_hidden_states output_scores return_dict return_dict_in_generate pruned_heads
+    use_bfloat16 chunk_size_feed_forward id2label label2id problem_type finetuning_task task_specific_params
+    tie_encoder_decoder cross_attention_hidden_size tf_legacy_loss max_sequence_length unsloth_version
+    max_length min_length do_sample early_stopping num_beams num_beam_groups diversity_penalty bad_words_ids
+    temperature top_k top_p typical_p repetition_penalty length_penalty no_repeat_ngram_size suppress_tokens
+    encoder_no_repeat_ngram_size forced_bos_token_id forced_eos_token_id exponential_decay_length_penalty
+    num_return_sequences begin_suppress_tokens remove_invalid_values unsloth_fixed prefix
+"""
+
+
+def _read_hf(fields: Fields) -> LlamaConfig:
+    config = READERS[fields.choice("model_type", READERS)](fields)
+    fields.finish()
+    return config
+
+
+def _read_llama(fields: Fields) -> LlamaConfig:
+    for name, only in FIXED.items():
+        fields.fixed(name, only)
+    for name in HARMLESS.split():
+        fields.left.pop(name, None)
+    hidden_size, num_heads = fields.integer("hidden_size"), fields.integer("num_attention_heads", most=2**12)
+    head_dim = fields.integer("head_dim", None, most=2**12)
+    if head_dim is None and hidden_size % num_heads:
+        raise ConfigError(f"hidden_size {hidden_size} is not a multiple of num_attention_heads {num_heads}")
+    return LlamaConfig(
+        vocab_size=fields.integer("vocab_size"),
+        hidden_size=hidden_size,
+        intermediate_size=fields.integer("intermediate_size"),
+        num_layers=fields.integer("num_hidden_layers", most=2**12),
+        num_heads=num_heads,
+        num_kv_heads=fields.integer("num_key_value_heads", num_heads),
+        head_dim=head_dim or hidden_size // num_heads,
+        max_positions=fields.integer("max_position_embeddings", LlamaConfig.max_positions),
+        norm_eps=fields.number("rms_norm_eps", LlamaConfig.norm_eps),
+        rope=_read_rope(fields),
+        tie_embeddings=fields.boolean("tie_word_embeddings"),
+        attention_bias=fields.boolean("attention_bias"),
+        mlp_bias=fields.boolean("mlp_bias"),
+        dtype=_read_dtype(fields),
+        bos_id=fields.integer("bos_token_id", None, least=0),
+        eos_ids=_read_ends(fields),
+    )
+
+
+def _read_rope(fields: Fields) -> RopeConfig:
+    """From rope_parameters (transformers 5) or rope_theta and rope_scaling (4), which must agree."""
+    stated: dict[str, Any] = {"rope_theta": fields.left.pop("rope_theta", None)}
+    for source in ("rope_parameters", "rope_scaling"):
+        for name, value in fields.take(source, "an object", lambda v: type(v) is dict, {}).items():
+            name = "rope_type" if name == "type" else name
+            if value is not None and stated.get(name) not in (None, value):
+                raise ConfigError(f"{name} is given twice, as {stated[name]!r:.80} and as {value!r:.80}")
+            stated[name] = value if stated.get(name) is None else stated[name]
+    rope = Fields(stated)
+    kind = rope.choice("rope_type", ROPE_KINDS, "default")
+    base = rope.number("rope_theta", RopeConfig.base)
+    scaling = {name: rope.number(name) for name in ROPE_KINDS[kind] if not name.startswith("original")}
+    if "original_max_position_embeddings" in ROPE_KINDS[kind]:
+        scaling["original_max_positions"] = rope.integer("original_max_position_embeddings")
+    for part in (fields, rope):
+        part.fixed("partial_rotary_factor", 1.0)
+    rope.finish()
+    return RopeConfig(base, kind, **scaling)
+
+
+def _read_dtype(fields: Fields) -> torch.dtype:
+    known = [*DTYPES, *(f"torch.{name}" for name in DTYPES)]
+    new, old = (fields.choice(name, known, "").removeprefix("torch.") for name in ("dtype", "torch_dtype"))
+    if new and old and new != old:
+        raise ConfigError(f"dtype ({new}) and torch_dtype ({old}) disagree")
+    return DTYPES[new or old or "float32"]
+
+
+def _read_ends(fields: Fields) -> tuple[int, ...]:
+    def is_ids(value: Any) -> bool:
+        return all(type(i) is int for i in (value if isinstance(value, list) else [value]))
+
+    ends = fields.take("eos_token_id", "a token id or a list of token ids", is_ids, [])
+    return tuple(ends) if isinstance(ends, list) else (ends,)
+
+
+READERS: dict[str, Callable[[Fields], LlamaConfig]] = {"llama": _read_llama}  # by config.json's model_type
+
+
+# ---- Meta's params.json ----
+
+# What params.json leaves open, by (dim, n_layers): the factor of the scaled RoPE (8 in Llama 3.1 and 3.3, 32
+# in Llama 3.2 1B and 3B), and whether the head is tied to the embedding (in Llama 3.2 1B and 3B it is).
+META_SIZES = {(4096, 32): (8.0, False), (8192, 80): (8.0, False), (16384, 126): (8.0, False),
+              (2048, 16): (32.0, True), (3072, 28): (32.0, True)}  # fmt: skip
+LLAMA3_VOCABULARY = 128_256
+
+
+def _read_meta(fields: Fields) -> LlamaConfig:
+    """Llama 3 and later (older files state neither vocab_size nor rope_theta, and are refused for that)."""
+    dim, num_layers = fields.integer("dim"), fields.integer("n_layers", most=2**12)
+    num_heads, vocab_size = fields.integer("n_heads", most=2**12), fields.integer("vocab_size")
+    if dim % num_heads:
+        raise ConfigError(f"dim ({dim}) is not a multiple of n_heads ({num_heads})")
+    # SwiGLU's three matrices get 2/3 of the width 4 * dim that a plain MLP's two have, times the multiplier.
+    multiple = fields.integer("multiple_of", 256)
+    width = int(fields.number("ffn_dim_multiplier", 1.0) * int(2 * (4 * dim) / 3))
+    rope, max_positions = RopeConfig(fields.number("rope_theta")), 8192
+    factor, tied = META_SIZES.get((dim, num_layers), (None, False))
+    if fields.boolean("use_scaled_rope"):
+        factor = fields.number("rope_scaling_factor", factor)
+        if factor is None:
+            raise ConfigError(f"use_scaled_rope needs a rope_scaling_factor, as dim {dim} with n_layers "
+                              f"{num_layers} is no published size")  # fmt: skip
+        rope, max_positions = replace(rope, kind="llama3", factor=factor), 131_072
+    config = LlamaConfig(
+        vocab_size=vocab_size,
+        hidden_size=dim,
+        intermediate_size=-(-width // multiple) * multiple,
+        num_layers=num_layers,
+        num_heads=num_heads,
+        num_kv_heads=fields.integer("n_kv_heads", num_heads),
+        head_dim=dim // num_heads,
+        max_positions=max_positions,
+        norm_eps=fields.number("norm_eps", 1e-5),
+        rope=rope,
+        tie_embeddings=tied,
+        dtype=torch.bfloat16,
+        bos_id=128_000 if vocab_size == LLAMA3_VOCABULARY else None,
+        eos_ids=(128_001, 128_008, 128_009) if vocab_size == LLAMA3_VOCABULARY else (),
+    )
+    fields.finish()
+    return config

@@ -1,0 +1,53 @@
+"""What a prefill costs, counted from shapes alone, and the speedup that pruning can reach at best.
+
+A product of matrices [n, i] and [i, o] is n·i·o multiply-adds, and a multiply-add is two floating point
+operations (FLOPs). Norms, rotations, activations and softmax are left out: their cost grows with D, not with D².
+Shape letters are those of models/layers.py, I is the width inside the MLP, and N tokens are prefilled into an
+empty cache.
+
+    one token through a whole layer         q and o     2 · D·H·E
+    (multiply-adds)                         k and v     2 · D·K·E
+                                            MLP         3 · D·I         gate, up, down
+    a token at position p attends           QK' and PV  2 · H·E · (p + 1)
+    the output head, on one row             D·V
+
+In a kept layer all N tokens do all of this, and what they attend sums to N(N+1)/2 positions, the lower triangle.
+In a pruned layer only the W full-depth tokens do; the other N - W do k and v and nothing else:
+
+    F(plan) = 2 · [ kept layers · (N·(qo + kv + mlp) + attention of all N)
+                  + pruned layers · (N·kv + W·(qo + mlp) + attention of the W)
+                  + D·V ]
+
+F(none) / F(plan) is the speedup of a prefill whose time is all arithmetic, and all of it equally fast.
+"""
+
+from __future__ import annotations
+
+from pop.plan import PrunePlan
+
+
+def prefill_flops(config, num_tokens: int, plan: PrunePlan) -> int:
+    """FLOPs of prefilling one prompt of `num_tokens` tokens, up to its boundary token's logits."""
+    everyone = range(num_tokens)
+    full_depth = [p for p in everyone if p < plan.full_depth_first or p >= num_tokens - plan.full_depth_last]
+    pruned = len(plan.layers)
+    return (
+        (config.num_layers - pruned) * _layer_flops(config, everyone, num_tokens)
+        + pruned * _layer_flops(config, full_depth, num_tokens)
+        + 2 * config.hidden_size * config.vocab_size
+    )
+
+
+def speedup_limit(config, num_tokens: int, plan: PrunePlan) -> float:
+    """The speedup over a full prefill that the shapes allow: FLOPs at full depth over FLOPs of `plan`."""
+    return prefill_flops(config, num_tokens, PrunePlan.none()) / prefill_flops(config, num_tokens, plan)
+
+
+def _layer_flops(config, positions, num_tokens: int) -> int:
+    """FLOPs of one layer in which the tokens at `positions` run whole, and all `num_tokens` leave K and V."""
+    D, E = config.hidden_size, config.head_dim
+    H, K = config.num_heads, config.num_kv_heads
+    projections = len(positions) * 2 * D * H * E + num_tokens * 2 * D * K * E
+    mlp = len(positions) * 3 * D * config.intermediate_size
+    attention = sum(p + 1 for p in positions) * 2 * H * E
+    return 2 * (projections + mlp + attention)

@@ -1,0 +1,70 @@
+"""Every error that `pop` raises on purpose.
+
+Each is a `PopError` and also the built-in it refines, so both `except pop.PopError` and `except ValueError`
+do what a caller expects. A message is one sentence: what was wrong, where, and what to do about it.
+"""
+
+from operator import index
+
+
+class PopError(Exception):
+    """Base class of all errors of this library."""
+
+
+class InputError(PopError, ValueError):
+    """A prompt, message, token id, length or option that the call cannot take."""
+
+
+class ContextOverflow(InputError):
+    """More tokens than the cache or the model's context holds."""
+
+
+class PlanError(PopError, ValueError):
+    """A pruning plan that contradicts itself or the model."""
+
+
+class ConfigError(PopError, ValueError):
+    """A config.json that is broken, contradicts itself, or asks for something this library does not build."""
+
+
+class CheckpointError(PopError, ValueError):
+    """Weight files that are missing, truncated, corrupt, or not the model that config.json describes."""
+
+
+class TokenizerError(PopError, ValueError):
+    """Tokenizer files that are broken or use a feature this library does not build."""
+
+
+class UnknownModel(PopError, LookupError):
+    """A name that is neither in the registry nor a directory."""
+
+
+class WeightsNotFound(PopError, FileNotFoundError):
+    """A known model whose files are in none of the places they are looked for."""
+
+
+class DownloadError(PopError, OSError):
+    """Files that could not be fetched, or that are not the ones expected."""
+
+
+class MissingExtra(PopError, ImportError):
+    """An optional package that this call needs and that is not installed."""
+
+
+class UnsupportedError(PopError, NotImplementedError):
+    """Something this library knows of and does not do (yet)."""
+
+
+class CacheMemoryError(PopError, MemoryError):
+    """A KV cache that does not fit into the device's memory."""
+
+
+def check_count(name: str, value) -> int:
+    """Return `value` if it is an integer of at least 1, else raise InputError."""
+    try:
+        number = 0 if isinstance(value, bool) else index(value)
+    except TypeError:
+        number = 0
+    if number < 1:
+        raise InputError(f"{name} is {value!r}; it must be an integer of at least 1")
+    return number

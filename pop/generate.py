@@ -1,0 +1,210 @@
+"""From logits to text: sampling, and turning token ids into text while they come."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import secrets
+
+from collections.abc import Iterator
+
+import torch
+
+from pop import engine
+from pop.chat import chat_format
+from pop.errors import InputError, UnsupportedError, check_count
+from pop.tokenizers import StreamDecoder
+
+
+@dataclasses.dataclass(frozen=True)
+class Generation:
+    """What the model answered to one prompt.
+
+    text: the answer, cut before a stop string and without end tokens; None if the model has no tokenizer.
+    tokens: the generated ids without the end token.
+    prompt_tokens: how many tokens the prompt had.
+    ttft_s: seconds from the call to the first generated token (of the whole batch), tokenization included.
+    decode_s: seconds from the first token to the last.
+    finish_reason: "stop" (an end token or a stop string) or "length" (max_new_tokens).
+    """
+
+    text: str | None
+    tokens: list[int]
+    prompt_tokens: int
+    ttft_s: float
+    decode_s: float
+    finish_reason: str
+
+    @property
+    def tokens_per_s(self) -> float:
+        """Decode speed behind the first token; nan for an answer too short to tell."""
+        return (len(self.tokens) - 1) / self.decode_s if len(self.tokens) > 1 else math.nan
+
+
+class Sampler:
+    """Picks one token a row: greedy at temperature 0, else from softmax(logits / temperature).
+
+    top_k keeps the k likeliest tokens, top_p the smallest set of likeliest ones whose probabilities sum to p or
+    more. Each row has a random generator of its own, so that a prompt and a seed give the same text alone and on
+    any place in a batch. Raises InputError for settings out of range.
+    """
+
+    def __init__(self, batch_size, *, temperature=0.0, top_k=None, top_p=None, seed=None):
+        _check("temperature", temperature, (int, float), lambda x: 0 <= x < math.inf, "a number from 0 (greedy) up")
+        _check("top_k", top_k, int, lambda x: x >= 1, "an integer of at least 1, or None")
+        _check("top_p", top_p, (int, float), lambda x: 0 < x <= 1, "a number above 0 and up to 1, or None")
+        _check("seed", seed, int, lambda x: 0 <= x < 2**63, "an integer of at least 0 (and below 2**63), or None")
+        self.temperature, self.top_k, self.top_p = temperature, top_k, top_p
+        self.generators = [
+            torch.Generator().manual_seed(secrets.randbits(63) if seed is None else seed) for _ in range(batch_size)
+        ]
+
+    def __call__(self, logits: torch.Tensor) -> torch.Tensor:
+        """logits [B, V] float32 -> tokens [B]."""
+        if self.temperature == 0:
+            return logits.argmax(-1)
+        logits = logits / self.temperature
+        if self.top_k is not None and self.top_k < logits.shape[-1]:
+            kth = logits.topk(self.top_k).values[:, -1:]
+            logits = logits.masked_fill(logits < kth, -math.inf)
+        probs = logits.softmax(-1)
+        if self.top_p is not None and self.top_p < 1:
+            ranked, order = probs.sort(descending=True)
+            before = ranked.cumsum(-1) - ranked  # probability of all likelier tokens; 0 for the likeliest
+            ranked = ranked.masked_fill(before >= self.top_p, 0)
+            probs = torch.zeros_like(probs).scatter(-1, order, ranked)
+        picks = [
+            torch.multinomial(row, 1, generator=generator)
+            for row, generator in zip(probs.cpu(), self.generators, strict=True)
+        ]
+        return torch.cat(picks).to(logits.device)
+
+
+class Answer:
+    """One row's answer as it grows: tokens in, text out in whole characters, end tokens and stop strings obeyed."""
+
+    def __init__(self, tokenizer, end_ids: frozenset[int], stop: list[str], max_new_tokens: int):
+        self.end_ids, self.stop, self.max_new_tokens = end_ids, stop, max_new_tokens
+        self.decoder = None if tokenizer is None else StreamDecoder(tokenizer)
+        self.tokens: list[int] = []
+        self.text = ""  # settled: no later token changes it
+        self.pending = ""  # could still turn out to be the beginning of a stop string
+        self.finish_reason: str | None = None
+
+    def push(self, token: int) -> str:
+        """Take the next token; return the text that it settles. A finished answer takes nothing more."""
+        if self.finish_reason:
+            return ""
+        if token in self.end_ids:
+            return self._finish("stop")
+        self.tokens.append(token)
+        piece = "" if self.decoder is None else self._settle(self.decoder.push(token))
+        if len(self.tokens) == self.max_new_tokens and not self.finish_reason:
+            piece += self._finish("length")
+        return piece
+
+    def _finish(self, reason: str) -> str:
+        piece = "" if self.decoder is None else self._settle(self.decoder.flush())
+        if not self.finish_reason:  # the flushed text may have completed a stop string
+            piece += self.pending
+            self.text += self.pending
+            self.finish_reason = reason
+        return piece
+
+    def _settle(self, text: str) -> str:
+        self.pending += text
+        found = [index for index in (self.pending.find(stop) for stop in self.stop) if index >= 0]
+        if found:
+            piece, self.finish_reason = self.pending[: min(found)], "stop"
+            self.pending = ""
+        else:
+            held = max((_overlap(self.pending, stop) for stop in self.stop), default=0)
+            piece = self.pending[: len(self.pending) - held]
+            self.pending = self.pending[len(piece) :]
+        self.text += piece
+        return piece
+
+
+class Run:
+    """One generation: prompts of different lengths prefilled together, then decoded until the last row has ended.
+
+    model: a pop.Model. prompts: lists of token ids. The options are those of `Model.generate`.
+    """
+
+    def __init__(
+        self,
+        model,
+        prompts: list[list[int]],
+        *,
+        max_new_tokens=256,
+        temperature=0.0,
+        top_k=None,
+        top_p=None,
+        seed=None,
+        stop=None,
+        plan=None,
+    ):
+        self.model, self.prompts, self.plan = model, prompts, plan
+        check_count("max_new_tokens", max_new_tokens)
+        self.sampler = Sampler(len(prompts), temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
+        stop = [stop] if isinstance(stop, str) else list(stop or [])
+        if not all(isinstance(text, str) and text for text in stop):
+            raise InputError(f"stop is {stop!r}; it must be a string or a list of strings, none of them empty")
+        if stop:
+            model.need_tokenizer("stop")
+        self.longest = max(len(prompt) for prompt in prompts)
+        model.check_fits(self.longest)
+        # A full context ends an answer. The last token is only sampled, never decoded: it needs no slot.
+        rooms = [min(max_new_tokens, model.max_seq_len - len(prompt) + 1) for prompt in prompts]
+        self.max_seq_len = max(len(prompt) + room for prompt, room in zip(prompts, rooms, strict=True)) - 1
+        self.answers = [Answer(model.tokenizer, _end_ids(model), stop, room) for room in rooms]
+
+    def steps(self) -> Iterator[list[str]]:
+        """Generate; after each token of the batch yield the text that each row has settled."""
+        model, answers = self.model, self.answers
+        cache = model.new_cache(len(self.prompts), self.max_seq_len)
+        padded = [prompt + [0] * (self.longest - len(prompt)) for prompt in self.prompts]
+        logits = model.prefill(padded, cache, lengths=[len(prompt) for prompt in self.prompts], plan=self.plan)
+        while True:
+            tokens = self.sampler(logits)
+            yield [answer.push(token) for answer, token in zip(answers, tokens.tolist(), strict=True)]
+            if all(answer.finish_reason for answer in answers):
+                return
+            logits = engine.decode(model.module, tokens, cache)
+
+    def generations(self, seconds: list[float]) -> list[Generation]:
+        """The answers behind `steps`; seconds[n]: from the call to the batch's n-th token."""
+        return [
+            Generation(
+                text=None if self.model.tokenizer is None else answer.text,
+                tokens=answer.tokens,
+                prompt_tokens=len(prompt),
+                ttft_s=seconds[0],
+                decode_s=seconds[max(len(answer.tokens) - 1, 0)] - seconds[0],
+                finish_reason=answer.finish_reason,
+            )
+            for prompt, answer in zip(self.prompts, self.answers, strict=True)
+        ]
+
+
+def _end_ids(model) -> frozenset[int]:
+    """The tokens that end an answer: the checkpoint's, and those that end a turn in its chat format."""
+    ids = set(model.config.eos_ids)
+    if model.tokenizer is not None:
+        try:
+            ids.update(chat_format(model.tokenizer).end_ids)
+        except UnsupportedError:
+            pass  # a model without a chat format
+    return frozenset(ids)
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Length of the longest end of `text` that begins `stop`."""
+    return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)
+
+
+def _check(name, value, types, accepts, wanted):
+    if value is None and name != "temperature":
+        return
+    if isinstance(value, bool) or not isinstance(value, types) or not accepts(value):
+        raise InputError(f"{name} is {value!r}; it must be {wanted}")

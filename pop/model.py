@@ -1,0 +1,331 @@
+"""`pop.Model`: a loaded model with its tokenizer and plan, and everything a user calls.
+
+This file checks what comes in and turns text into tensors; the numbers are made in pop/engine.py.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from operator import index as as_index
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+from pop import engine, models, registry
+from pop.cache import KVCache
+from pop.chat import chat_format
+from pop.checkpoint import load_weights
+from pop.config import read_config
+from pop.errors import ContextOverflow, InputError, PlanError, TokenizerError, UnsupportedError, check_count
+from pop.generate import Generation, Run
+from pop.plan import PrunePlan
+from pop.tokenizers import load_tokenizer
+
+
+def load(
+    name_or_path,
+    *,
+    device=None,
+    dtype: torch.dtype | None = None,
+    prune="default",
+    max_seq_len: int | None = None,
+    compile="auto",
+    progress: bool = True,
+) -> Model:
+    """Load a model by its registry name, or from a directory in the Hugging Face or in Meta's layout.
+
+    device: None takes the GPU if there is one, else the CPU.
+    dtype: None keeps the checkpoint's own.
+    prune: "default" (the deepest floor(L/3) layers), None (full depth), a fraction of the layers, or a PrunePlan.
+    max_seq_len: the longest sequence, prompt and answer together; None takes the model's full context.
+    compile: "auto" or False. The compiled stages are not there yet: both run eagerly, and True is refused.
+    progress: show a bar on stderr while large weights load.
+
+    Raises UnknownModel, WeightsNotFound, ConfigError, CheckpointError, TokenizerError, PlanError or InputError.
+    """
+    if compile not in ("auto", False):
+        raise UnsupportedError(f"compile={compile!r} is not supported yet; use compile='auto'")
+    device = _device(device)
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise InputError(f"dtype is {dtype!r}; give a floating point torch.dtype such as torch.bfloat16, or None")
+    folder = Path(name_or_path) if Path(name_or_path).is_dir() else registry.find_weights(str(name_or_path))
+    config = read_config(folder)
+    plan = _plan(prune, config.num_layers)
+    max_seq_len = _max_seq_len(max_seq_len, config)
+    tokenizer = _tokenizer(folder)
+    with torch.device("meta"):
+        module = models.build(config)
+    load_weights(folder, module, dtype=dtype or config.dtype, device=device, progress=progress)
+    return Model(module.eval(), config, tokenizer, plan=plan, max_seq_len=max_seq_len)
+
+
+class Model:
+    """A language model with prefill-only pruning.
+
+    module: the torch module (pop/models), whose weights decide `device` and `dtype`.
+    config: the frozen dataclass of its sizes. tokenizer: None if the checkpoint had none.
+    plan: the PrunePlan of every prefill that is not given another.
+    max_seq_len: the most tokens a sequence may hold. chunk_size: tokens of a prompt that prefill runs at once.
+    """
+
+    def __init__(self, module, config, tokenizer=None, *, plan=None, max_seq_len=None, chunk_size: int = 2048):
+        self.module, self.config, self.tokenizer = module, config, tokenizer
+        self.plan = _plan(plan, config.num_layers)
+        self.max_seq_len = _max_seq_len(max_seq_len, config)
+        self.chunk_size = check_count("chunk_size", chunk_size)
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.module.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self.module.parameters()).dtype
+
+    # Tensors in, tensors out
+
+    def new_cache(self, batch_size: int = 1, max_seq_len: int | None = None) -> KVCache:
+        """An empty KV cache. Its size is KVCache.size_in_bytes(config, batch_size, max_seq_len, dtype).
+
+        max_seq_len: tokens a row; None takes the model's. Raises CacheMemoryError where it does not fit.
+        """
+        max_seq_len = self.max_seq_len if max_seq_len is None else check_count("max_seq_len", max_seq_len)
+        if max_seq_len > self.max_seq_len:
+            raise ContextOverflow(
+                f"a cache of {max_seq_len} tokens a row is longer than the model's limit of {self.max_seq_len}"
+            )
+        return KVCache(self.config, batch_size, max_seq_len, dtype=self.dtype, device=self.device)
+
+    def prefill(
+        self, tokens, cache: KVCache, *, lengths=None, images=None, videos=None, plan=None, chunk_size=None
+    ) -> torch.Tensor:
+        """Append prompts to what the cache holds. Returns logits [B, V] float32 of each row's boundary token.
+
+        tokens: [B, T] ids, right-padded. lengths: [B], tokens of each row that are not padding; None: all T.
+        plan: a PrunePlan for this call; None takes the model's. chunk_size: None takes the model's.
+        """
+        self._refuse_images(images, videos)
+        tokens = self._tokens(tokens, dims=2)
+        lengths = self._lengths(lengths, tokens)
+        self._check_room(cache, tokens.shape[0], lengths)
+        plan = self.plan if plan is None else _plan(plan, self.config.num_layers)
+        chunk_size = self.chunk_size if chunk_size is None else check_count("chunk_size", chunk_size)
+        return engine.prefill(self.module, tokens, cache, lengths, plan, chunk_size)
+
+    def decode(self, tokens, cache: KVCache) -> torch.Tensor:
+        """Append one token a row, at full depth: tokens [B] -> logits [B, V] float32."""
+        tokens = self._tokens(tokens, dims=1)
+        self._check_room(cache, tokens.shape[0], torch.ones_like(cache.lengths))
+        return engine.decode(self.module, tokens, cache)
+
+    @torch.no_grad()
+    def logits(self, tokens, images=None, videos=None) -> torch.Tensor:
+        """The plain unpruned forward pass, without a cache: tokens [B, T] -> logits [B, T, V] float32."""
+        self._refuse_images(images, videos)
+        tokens = self._tokens(tokens, dims=2)
+        self.check_fits(tokens.shape[1])
+        return self.module(tokens)
+
+    # Text in, text out
+
+    def generate(
+        self,
+        prompt,
+        *,
+        images=None,
+        videos=None,
+        max_new_tokens: int = 256,
+        temperature: float = 0.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        seed: int | None = None,
+        stop: str | Sequence[str] | None = None,
+        plan: PrunePlan | None = None,
+    ) -> Generation | list[Generation]:
+        """Continue a prompt (text or token ids), or a list of prompts as one batch; then a list comes back.
+
+        An answer ends at an end token, at a stop string (which is not part of it), after max_new_tokens, or when
+        prompt and answer fill max_seq_len. temperature 0 is greedy; seed makes sampling repeatable. plan: None
+        takes the model's. Raises InputError for an empty prompt or a setting out of range, ContextOverflow for a
+        prompt longer than max_seq_len.
+        """
+        began = time.perf_counter()
+        self._refuse_images(images, videos)
+        batch = not isinstance(prompt, str) and _is_batch(prompt)
+        prompts = [self._encode(one) for one in (prompt if batch else [prompt])]
+        run = Run(
+            self,
+            prompts,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            seed=seed,
+            stop=stop,
+            plan=plan,
+        )
+        seconds = [time.perf_counter() - began for _ in run.steps()]  # when the batch had its n-th token
+        generations = run.generations(seconds)
+        return generations if batch else generations[0]
+
+    def stream(self, prompt, *, images=None, videos=None, **options) -> Iterator[str]:
+        """The answer to one prompt in pieces of whole characters, as they come. Options as in `generate`."""
+        self._refuse_images(images, videos)
+        self.need_tokenizer("stream")
+        if not isinstance(prompt, str) and _is_batch(prompt):
+            raise InputError("stream takes one prompt; for a batch use generate, or one stream a prompt")
+        run = Run(self, [self._encode(prompt)], **options)
+        return (piece for (piece,) in run.steps() if piece)
+
+    def chat(self, messages, **options) -> Generation:
+        """Answer a conversation: [{"role": "system" | "user" | "assistant", "content": text}, ...].
+
+        The conversation is laid out in the family's own chat format; nothing that a message contains can become
+        a control token. Options as in `generate`.
+        """
+        return self.generate(self.chat_tokens(messages), **options)
+
+    def chat_tokens(self, messages) -> list[int]:
+        """The token ids of a conversation in the family's chat format, up to where the answer begins."""
+        self.need_tokenizer("chat")
+        return chat_format(self.tokenizer).encode(messages)
+
+    def score(self, context, continuation, *, plan: PrunePlan | None = None) -> float:
+        """log p(continuation | context), natural logarithm, summed over the continuation's tokens.
+
+        The context is prefilled with `plan` (None: the model's), its last token and the continuation run at full
+        depth: what decode would have assigned to the continuation. Text is tokenized apart: context with the
+        beginning-of-text token where the family has one, continuation without.
+        """
+        prompt, answer = self._encode(context), self._encode(continuation, bos=False)
+        self.check_fits(len(prompt) + len(answer) - 1)
+        cache = self.new_cache(1, len(prompt) + len(answer) - 1)
+        logits = self.prefill([prompt], cache, plan=plan)[:, None]  # [1, 1, V]
+        if len(answer) > 1:
+            tokens = self._tokens([answer[:-1]], dims=2)
+            lengths = torch.tensor([tokens.shape[1]])
+            rest = engine.extend(self.module, tokens, cache, lengths, self.chunk_size)
+            logits = torch.cat((logits, rest), dim=1)  # [1, T, V]
+        targets = torch.tensor(answer, device=logits.device)
+        return -F.cross_entropy(logits[0].double(), targets, reduction="sum").item()
+
+    # Checks
+
+    def _encode(self, prompt, bos: bool = True) -> list[int]:
+        if isinstance(prompt, str):
+            self.need_tokenizer("a text prompt")
+            if not prompt:
+                raise InputError("the prompt is empty; give it at least one character")
+            return self.tokenizer.encode(prompt, bos=bos)
+        if isinstance(prompt, torch.Tensor):
+            prompt = prompt.tolist()
+        return self._tokens([prompt], dims=2)[0].tolist()
+
+    def need_tokenizer(self, use: str) -> None:
+        if self.tokenizer is None:
+            raise TokenizerError(f"{use} needs a tokenizer, and the checkpoint has none; pass token ids to generate")
+
+    def _refuse_images(self, images, videos) -> None:
+        if images or videos:
+            raise InputError(f"the {self.config.family} family reads text only; leave out images and videos")
+
+    def _tokens(self, tokens, dims: int) -> torch.Tensor:
+        """Token ids as an int64 tensor of `dims` dimensions on the model's device, every id in the vocabulary."""
+        shape = "[batch, tokens]" if dims == 2 else "[batch]"
+        try:
+            tokens = torch.as_tensor(tokens)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise InputError(f"tokens must be integers of shape {shape}: {error}") from None
+        if 0 in tokens.shape:
+            raise InputError("the prompt is empty; give it at least one token")
+        if tokens.dim() != dims or tokens.is_floating_point() or tokens.is_complex() or tokens.dtype == torch.bool:
+            raise InputError(
+                f"tokens must be integers of shape {shape}, not {tokens.dtype} of shape {list(tokens.shape)}"
+            )
+        low, high = tokens.min().item(), tokens.max().item()
+        if low < 0 or high >= self.config.vocab_size:
+            raise InputError(
+                f"token id {low if low < 0 else high} is not in the vocabulary of {self.config.vocab_size} tokens"
+            )
+        return tokens.to(self.device, torch.int64)
+
+    def _lengths(self, lengths, tokens: torch.Tensor) -> torch.Tensor:
+        B, T = tokens.shape
+        if lengths is None:
+            return torch.full((B,), T)
+        values = lengths.tolist() if isinstance(lengths, torch.Tensor) else list(lengths)
+        try:
+            values = [as_index(value) for value in values]
+        except TypeError:
+            raise InputError(f"lengths must be integers, not {values!r}") from None
+        if len(values) != B or not all(1 <= value <= T for value in values):
+            raise InputError(f"lengths is {values}; it needs {B} numbers from 1 to {T}, one for each row of tokens")
+        return torch.tensor(values)
+
+    def _check_room(self, cache: KVCache, rows: int, added: torch.Tensor) -> None:
+        if cache.batch_size != rows:
+            raise InputError(f"tokens has {rows} rows, but the cache has {cache.batch_size}")
+        total = cache.lengths + added
+        row = int(total.argmax())
+        if total[row] > cache.max_seq_len:
+            raise ContextOverflow(
+                f"row {row} would hold {total[row]} tokens ({cache.lengths[row]} in the cache and {added[row]} new), "
+                f"but the cache ends at {cache.max_seq_len}; make it larger or the prompt shorter"
+            )
+
+    def check_fits(self, num_tokens: int) -> None:
+        """Raise ContextOverflow if a sequence of `num_tokens` exceeds max_seq_len."""
+        if num_tokens > self.max_seq_len:
+            raise ContextOverflow(
+                f"the prompt has {num_tokens} tokens, but the model takes {self.max_seq_len}; shorten it"
+                + (" or load with a larger max_seq_len" if self.max_seq_len < self.config.max_positions else "")
+            )
+
+
+def _device(device) -> torch.device:
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.device(device)
+    except (RuntimeError, TypeError, ValueError) as error:
+        raise InputError(f"device is {device!r}, which torch does not know: {error}") from None
+
+
+def _plan(prune, num_layers: int) -> PrunePlan:
+    if prune is None:
+        return PrunePlan.none()
+    if isinstance(prune, str) and prune == "default":
+        return PrunePlan.deepest(num_layers, 1 / 3)
+    if isinstance(prune, PrunePlan):
+        return prune.check(num_layers)
+    if isinstance(prune, (int, float)):
+        return PrunePlan.deepest(num_layers, prune)
+    raise PlanError(f"the plan is {prune!r}; it must be 'default', None, a fraction of the layers, or a PrunePlan")
+
+
+def _max_seq_len(max_seq_len, config) -> int:
+    if max_seq_len is None:
+        return config.max_positions
+    if check_count("max_seq_len", max_seq_len) > config.max_positions:
+        raise ContextOverflow(
+            f"max_seq_len is {max_seq_len}, but the model's context is {config.max_positions} tokens"
+        )
+    return int(max_seq_len)
+
+
+def _tokenizer(folder: Path):
+    names = ("tokenizer.json", "tokenizer.model")
+    return load_tokenizer(folder) if any((folder / name).exists() for name in names) else None
+
+
+def _is_batch(prompt) -> bool:
+    """Whether a prompt that is no string is a list of prompts, rather than one list of token ids."""
+    if isinstance(prompt, torch.Tensor):
+        return prompt.dim() != 1
+    if not isinstance(prompt, Sequence):
+        raise InputError(f"the prompt is a {type(prompt).__name__}; give text, token ids, or a list of either")
+    if not prompt:
+        raise InputError("the prompt is empty; give it at least one token")
+    return isinstance(prompt[0], (str, Sequence)) or (isinstance(prompt[0], torch.Tensor) and prompt[0].dim() > 0)

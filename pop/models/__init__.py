@@ -1,0 +1,12 @@
+"""The model families, one file each."""
+
+from torch import nn
+
+from pop.models.llama import Llama
+
+FAMILIES = {"llama": Llama}
+
+
+def build(config) -> nn.Module:
+    """The module that `config` describes, on torch's current default device (under `torch.device("meta")`: unallocated)."""
+    return FAMILIES[config.family](config)

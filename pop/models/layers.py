@@ -1,0 +1,93 @@
+"""What the model families truly share: normalisation, rotary positions, attention.
+
+Shape letters, here and in the rest of `pop`:
+
+    B batch rows      T tokens of a call   S cache slots       L layers
+    D model width     H query heads        K key-value heads   G = H / K query heads that share a key-value head
+    E head width      V vocabulary         W full-depth rows of a pruned layer
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from pop.config import RopeConfig
+
+Rope = tuple[torch.Tensor, torch.Tensor]  # cos, sin: each [B, T, 1, E] float32
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight, over the last dimension. The statistics are float32 whatever the weights are."""
+
+    def __init__(self, dim: int, eps: float):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x [..., dim] -> the same shape and dtype."""
+        x32 = x.float()
+        x32 = x32 * torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + self.eps)
+        return self.weight * x32.to(x.dtype)  # cast first, scale after: so does the reference
+
+
+def rope_frequencies(rope: RopeConfig, head_dim: int, device: torch.device) -> torch.Tensor:
+    """Angle per position of each rotated pair: [E / 2] float32 (Su et al. 2021, with Llama-3.1's scaling).
+
+    "linear" divides all frequencies by `factor`. "llama3" divides only those whose wavelength is longer than the
+    original context (over `low_freq_factor`), keeps those shorter than it over `high_freq_factor`, and blends in
+    between.
+    """
+    exponents = torch.arange(0, head_dim, 2, dtype=torch.int64, device=device).float() / head_dim
+    frequencies = 1.0 / rope.base**exponents
+    if rope.kind == "linear":
+        return frequencies / rope.factor
+    if rope.kind == "llama3":
+        wavelengths = 2 * math.pi / frequencies
+        blend = (rope.original_max_positions / wavelengths - rope.low_freq_factor) / (
+            rope.high_freq_factor - rope.low_freq_factor
+        )
+        blend = blend.clamp(0, 1)
+        return (1 - blend) * frequencies / rope.factor + blend * frequencies
+    return frequencies
+
+
+def rope_tables(positions: torch.Tensor, frequencies: torch.Tensor) -> Rope:
+    """positions [B, T] -> cos, sin, each [B, T, 1, E]. Float32: bfloat16 cannot tell position 1000 from 1001."""
+    angles = positions[..., None].float() * frequencies  # [B, T, E/2]
+    angles = torch.cat((angles, angles), dim=-1)[:, :, None]  # [B, T, 1, E]
+    return angles.cos(), angles.sin()
+
+
+def rotate(x: torch.Tensor, rope: Rope) -> torch.Tensor:
+    """Turn each pair (x[i], x[i + E/2]) of x [B, T, heads, E] by its token's angle."""
+    cos, sin = (table.to(x.dtype) for table in rope)
+    first, second = x.chunk(2, dim=-1)
+    return x * cos + torch.cat((-second, first), dim=-1) * sin
+
+
+def causal_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
+    """Each token attends itself and what is before it: q [B, T, H, E], k and v [B, T, K, E] -> [B, T, H * E]."""
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # heads before tokens
+    out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
+    return out.transpose(1, 2).flatten(2)
+
+
+def masked_attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor, scale: float
+) -> torch.Tensor:
+    """q [B, T, H, E] attends the slots of k and v [B, S, K, E] where mask [B, T, S] is true -> [B, T, H * E]."""
+    B, T, H, E = q.shape
+    k, v, mask = k.transpose(1, 2), v.transpose(1, 2), mask[:, None]  # [B, K, S, E] and [B, 1, T, S]
+    if T == 1:
+        # The G query heads of a group take the place of the tokens: no copy of K and V a query head.
+        q = q.view(B, k.shape[1], -1, E)  # [B, K, G, E]
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale).reshape(B, 1, H * E)
+    out = F.scaled_dot_product_attention(
+        q.transpose(1, 2), k, v, attn_mask=mask, scale=scale, enable_gqa=H != k.shape[1]
+    )
+    return out.transpose(1, 2).flatten(2)

@@ -1,0 +1,125 @@
+"""The Llama family: Llama-3.1, Llama-3.2 and what shares their architecture, such as SmolLM2.
+
+A decoder layer is written in three moves, so that whoever drives the model can stop after the first or put a
+cache between them:
+
+    q, k, v = layer.queries_keys_values(h, rope)     # norm, projections, rotary positions
+    attended = attention(q, k, v)                    # over the prompt itself, or over a cache
+    h = layer.update(h, attended)                    # the residual updates: attention's output, then the MLP
+
+A *pruned* layer does a part of the first move and nothing else: `layer.keys_values(h, rope)`.
+
+Attribute names are the checkpoint's names. Shape letters: see layers.py.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from pop.config import LlamaConfig
+from pop.models.layers import RMSNorm, Rope, causal_attention, rope_frequencies, rope_tables, rotate
+
+
+class Attention(nn.Module):
+    def __init__(self, config: LlamaConfig):
+        super().__init__()
+        self.head_dim = config.head_dim
+        D, bias = config.hidden_size, config.attention_bias
+        self.q_proj = nn.Linear(D, config.num_heads * config.head_dim, bias=bias)
+        self.k_proj = nn.Linear(D, config.num_kv_heads * config.head_dim, bias=bias)
+        self.v_proj = nn.Linear(D, config.num_kv_heads * config.head_dim, bias=bias)
+        self.o_proj = nn.Linear(config.num_heads * config.head_dim, D, bias=bias)
+
+    def queries(self, x: torch.Tensor, rope: Rope) -> torch.Tensor:
+        q = self.q_proj(x).unflatten(-1, (-1, self.head_dim))  # [B, T, H, E]
+        return rotate(q, rope)
+
+    def keys_values(self, x: torch.Tensor, rope: Rope) -> tuple[torch.Tensor, torch.Tensor]:
+        k = self.k_proj(x).unflatten(-1, (-1, self.head_dim))  # [B, T, K, E]
+        v = self.v_proj(x).unflatten(-1, (-1, self.head_dim))  # [B, T, K, E]
+        return rotate(k, rope), v
+
+
+class MLP(nn.Module):
+    """SwiGLU (Shazeer 2020): down(silu(gate(x)) * up(x))."""
+
+    def __init__(self, config: LlamaConfig):
+        super().__init__()
+        D, inner, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
+        self.gate_proj = nn.Linear(D, inner, bias=bias)
+        self.up_proj = nn.Linear(D, inner, bias=bias)
+        self.down_proj = nn.Linear(inner, D, bias=bias)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class DecoderLayer(nn.Module):
+    def __init__(self, config: LlamaConfig):
+        super().__init__()
+        self.scale = config.head_dim**-0.5
+        self.input_layernorm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.self_attn = Attention(config)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.mlp = MLP(config)
+
+    def keys_values(self, h: torch.Tensor, rope: Rope) -> tuple[torch.Tensor, torch.Tensor]:
+        """h [B, T, D] -> k, v [B, T, K, E]: all that a pruned layer computes."""
+        return self.self_attn.keys_values(self.input_layernorm(h), rope)
+
+    def queries_keys_values(self, h: torch.Tensor, rope: Rope) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """h [B, T, D] -> q [B, T, H, E], k and v [B, T, K, E]."""
+        x = self.input_layernorm(h)
+        return self.self_attn.queries(x, rope), *self.self_attn.keys_values(x, rope)
+
+    def update(self, h: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
+        """h [B, T, D] and what its tokens attended [B, T, H * E] -> the next h [B, T, D]."""
+        h = h + self.self_attn.o_proj(attended)
+        return h + self.mlp(self.post_attention_layernorm(h))
+
+
+class Decoder(nn.Module):
+    def __init__(self, config: LlamaConfig):
+        super().__init__()
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_layers))
+        self.norm = RMSNorm(config.hidden_size, config.norm_eps)
+
+
+class Llama(nn.Module):
+    """The whole language model. `forward` is the plain, unpruned pass; prefill and decode are in pop/engine.py."""
+
+    def __init__(self, config: LlamaConfig):
+        super().__init__()
+        self.config = config
+        self.model = Decoder(config)
+        if not config.tie_embeddings:
+            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+
+    @property
+    def layers(self) -> nn.ModuleList:
+        return self.model.layers
+
+    def embed(self, tokens: torch.Tensor) -> torch.Tensor:
+        """tokens [B, T] int -> h [B, T, D]."""
+        return self.model.embed_tokens(tokens)
+
+    def rope(self, positions: torch.Tensor) -> Rope:
+        """positions [B, T] int -> the cos and sin tables of its tokens."""
+        return rope_tables(positions, rope_frequencies(self.config.rope, self.config.head_dim, positions.device))
+
+    def head(self, h: torch.Tensor) -> torch.Tensor:
+        """h [..., D] -> logits [..., V] float32."""
+        head = self.model.embed_tokens if self.config.tie_embeddings else self.lm_head
+        return F.linear(self.model.norm(h), head.weight).float()
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        """tokens [B, T] int -> logits [B, T, V] float32 at every position."""
+        h = self.embed(tokens)
+        rope = self.rope(torch.arange(tokens.shape[1], device=tokens.device)[None])
+        for layer in self.layers:
+            q, k, v = layer.queries_keys_values(h, rope)
+            h = layer.update(h, causal_attention(q, k, v, layer.scale))
+        return self.head(h)

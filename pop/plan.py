@@ -1,0 +1,106 @@
+"""The pruning plan: which layers the prompt skips, and which prompt tokens skip nothing."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+from itertools import groupby
+from operator import index
+from pathlib import Path
+
+from pop.errors import PlanError
+
+
+@dataclasses.dataclass(frozen=True)
+class PrunePlan:
+    """Which layers prefill skips (only their K and V are computed), and which tokens run at full depth.
+
+    layers: indices of the pruned layers, 0 <= index < L, stored sorted. Empty: nothing is pruned.
+    full_depth_last: the last w tokens of every prompt run the whole model; w >= 1, and 1 is the paper: the
+        boundary token, whose logits predict the first new token.
+    full_depth_first: so do the first s tokens of the sequence, the attention sinks; 0 is the paper.
+
+    Raises PlanError for anything else.
+    """
+
+    layers: tuple[int, ...] = ()
+    full_depth_last: int = 1
+    full_depth_first: int = 0
+
+    def __post_init__(self):
+        if isinstance(self.layers, (str, bytes)) or not hasattr(self.layers, "__iter__"):
+            raise PlanError(f"layers is {self.layers!r}; give the indices of the pruned layers, as in layers=(20, 21)")
+        layers = tuple(self.layers)
+        for layer in layers:
+            if not _is_count(layer):
+                raise PlanError(f"layers holds {layer!r}; layer indices are integers from 0 up")
+        if len(set(layers)) < len(layers):
+            raise PlanError(f"layers names a layer twice: {sorted(layers)}")
+        if not _is_count(self.full_depth_last) or self.full_depth_last < 1:
+            raise PlanError(
+                f"full_depth_last is {self.full_depth_last!r}; it is a number of tokens, and at least 1, since the "
+                "first new token is predicted from the last prompt token at full depth"
+            )
+        if not _is_count(self.full_depth_first):
+            raise PlanError(f"full_depth_first is {self.full_depth_first!r}; it is a number of tokens, 0 or more")
+        for name in ("full_depth_last", "full_depth_first"):
+            object.__setattr__(self, name, index(getattr(self, name)))
+        object.__setattr__(self, "layers", tuple(sorted(map(index, layers))))
+
+    @classmethod
+    def none(cls) -> PrunePlan:
+        """The plan that prunes nothing: prefill is the plain forward pass."""
+        return cls()
+
+    @classmethod
+    def deepest(cls, num_layers: int, fraction: float) -> PrunePlan:
+        """Prune the deepest floor(num_layers * fraction) layers; 0 <= fraction <= 1."""
+        if isinstance(fraction, bool) or not isinstance(fraction, (int, float)) or not 0 <= fraction <= 1:
+            raise PlanError(f"fraction is {fraction!r}; it is the share of the layers to prune, from 0 to 1")
+        # The small term keeps 100 * 0.29 = 28.999999999999996 from losing a layer.
+        count = math.floor(num_layers * fraction + 1e-9)
+        return cls(layers=tuple(range(num_layers - count, num_layers)))
+
+    def check(self, num_layers: int) -> PrunePlan:
+        """Return the plan itself if it fits a model of `num_layers` layers, else raise PlanError."""
+        if self.layers and self.layers[-1] >= num_layers:
+            raise PlanError(f"the plan prunes layer {self.layers[-1]}, but the model's layers are 0 to {num_layers - 1}")
+        return self
+
+    def runs(self, num_layers: int) -> list[tuple[bool, list[int]]]:
+        """Split layers 0 .. num_layers - 1 into runs of consecutive (pruned?, indices), in order."""
+        pruned = set(self.layers)
+        return [(skip, list(run)) for skip, run in groupby(range(num_layers), key=pruned.__contains__)]
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Write the plan as a small JSON file, whole or not at all."""
+        path = Path(path)
+        draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        try:
+            draft.write_text(json.dumps(dataclasses.asdict(self), indent=2) + "\n", encoding="utf-8")
+            os.replace(draft, path)
+        finally:
+            draft.unlink(missing_ok=True)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike) -> PrunePlan:
+        """Read a plan written by `save`. Raises PlanError if the file does not hold one."""
+        try:
+            fields = json.loads(Path(path).read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise PlanError(f"there is no plan file {path}; write one with plan.save(path)") from None
+        except (OSError, ValueError) as error:
+            raise PlanError(f"{path} cannot be read as a pruning plan: {error}") from None
+        known = {field.name for field in dataclasses.fields(cls)}
+        if not isinstance(fields, dict) or "layers" not in fields or not set(fields) <= known:
+            raise PlanError(f"{path} is not a pruning plan: it must be a JSON object with {sorted(known)}")
+        return cls(**fields)
+
+
+def _is_count(value) -> bool:
+    try:
+        return not isinstance(value, bool) and index(value) >= 0
+    except TypeError:
+        return False

@@ -1,0 +1,64 @@
+"""Prefill-only pruning in one page: the method itself, naive and without a cache. Start reading here.
+
+A transformer layer does two things for a token: it updates the token's residual stream h, and it offers K and V
+for later tokens to attend. Prefill-only pruning (He et al., Findings of ACL 2026) drops the first for most of the
+prompt and keeps the second:
+
+- a *pruned* token skips the layers of the plan: its h passes through unchanged, but each skipped layer's K and V
+  are still computed from that h ("independent KV projections");
+- a *full-depth* token runs every layer. These are the last prompt token, whose logits predict the first new token
+  ("boundary handling"), and every generated token.
+
+So each token has one residual stream, and the method is one `torch.where`. The engine (pop/engine.py) computes the
+same numbers without the wasted work, with a cache, in chunks and in ragged batches; the property tests hold it to
+this page.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from pop.models.layers import causal_attention
+from pop.plan import PrunePlan
+
+
+def full_depth_tokens(prompt_length: int, num_tokens: int, plan: PrunePlan) -> torch.Tensor:
+    """Which of `num_tokens` tokens, the first `prompt_length` of them a prompt, run at full depth: [T] bool."""
+    position = torch.arange(num_tokens)
+    return (position < plan.full_depth_first) | (position >= prompt_length - plan.full_depth_last)
+
+
+@torch.no_grad()
+def forward(
+    module, tokens: torch.Tensor, full_depth: torch.Tensor, layers: tuple[int, ...]
+) -> tuple[torch.Tensor, list[tuple[torch.Tensor, torch.Tensor]]]:
+    """Run tokens [T] through `module`, those not in full_depth [T] bool without the layers in `layers`.
+
+    Returns logits [T, V] at every position (at a pruned one they mean nothing) and each layer's k, v [T, K, E].
+    """
+    h = module.embed(tokens[None])  # [1, T, D]
+    rope = module.rope(torch.arange(len(tokens), device=tokens.device)[None])
+    cache = []
+    for index, layer in enumerate(module.layers):
+        q, k, v = layer.queries_keys_values(h, rope)
+        updated = layer.update(h, causal_attention(q, k, v, layer.scale))
+        skips = (index in layers) & ~full_depth.to(h.device)  # [T]
+        h = torch.where(skips[:, None], h, updated)
+        cache.append((k[0], v[0]))
+    return module.head(h[0]), cache
+
+
+def prefill(module, prompt: torch.Tensor, plan: PrunePlan) -> torch.Tensor:
+    """prompt [T] -> logits [V] of its boundary token."""
+    logits, _ = forward(module, prompt, full_depth_tokens(len(prompt), len(prompt), plan), plan.layers)
+    return logits[-1]
+
+
+def generate(module, prompt: torch.Tensor, plan: PrunePlan, count: int) -> list[int]:
+    """The greedy continuation of prompt [T] by `count` tokens; every step runs everything again."""
+    tokens = prompt
+    for _ in range(count):
+        full_depth = full_depth_tokens(len(prompt), len(tokens), plan)
+        logits, _ = forward(module, tokens, full_depth, plan.layers)
+        tokens = torch.cat((tokens, logits[-1].argmax()[None]))
+    return tokens[len(prompt) :].tolist()

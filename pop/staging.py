@@ -1,0 +1,87 @@
+"""Folders that appear whole or not at all.
+
+Three things happen half-way through a download or an import; none may leave what looks like a checkpoint:
+an error or Ctrl-C (cleaned up at once), a killed process (cleaned up by the next), a second process (waits).
+"""
+
+import contextlib
+import fcntl
+import json
+import os
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+
+from pop.errors import CheckpointError, PopError
+
+
+@contextlib.contextmanager
+def staged(folder: str | Path) -> Iterator[Path]:
+    """Yield a hidden, empty sibling of `folder`: renamed to `folder` when the block succeeds, else removed.
+
+    A file lock inside makes a second process wait. The system drops the lock of a killed process, so whoever
+    holds it may clear away what lies there. Raises CheckpointError where `folder` holds something already,
+    and for every OSError, that of a full disk among them.
+    """
+    folder = Path(folder).absolute()
+    partial = folder.with_name(f".{folder.name}.partial")
+    try:
+        lock = _lock(partial)
+        try:
+            if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+                raise CheckpointError(f"{folder} exists already: remove it, or choose another folder.")
+            for left in partial.iterdir():
+                if left.name != ".lock":
+                    shutil.rmtree(left) if left.is_dir() else left.unlink()
+            yield partial
+            for path in [*partial.iterdir(), partial]:
+                _sync(path)
+            os.replace(partial, folder)  # over an empty directory at most: anything else is an OSError
+        except BaseException:  # KeyboardInterrupt too
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+        finally:
+            os.close(lock)
+        (folder / ".lock").unlink(missing_ok=True)  # not before: a second process would step in
+        _sync(folder.parent)
+    except PopError:
+        raise
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(
+            f"{folder} could not be written, and nothing is left behind: {error}."
+        ) from error
+
+
+def write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _lock(partial: Path) -> int:
+    """Make `partial` and hold the lock in it; returns it. Waits for another process that holds it."""
+    path = partial / ".lock"
+    while True:
+        partial.mkdir(parents=True, exist_ok=True)
+        with contextlib.suppress(
+            FileNotFoundError
+        ):  # the other process has just renamed or removed `partial`
+            lock = os.open(path, os.O_RDWR | os.O_CREAT)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                print(f"Waiting for another process that writes {partial} ...", file=sys.stderr)
+                fcntl.flock(lock, fcntl.LOCK_EX)
+            if path.exists() and os.path.samestat(os.fstat(lock), path.stat()):
+                return lock
+            os.close(lock)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,468 @@
+"""Text to token ids and back, with the ids of the original tokenizers.
+
+Two kinds behind one face: byte-level BPE (Llama-3, Qwen, SmolLM2, GPT-2), whose merging and splitting is
+tiktoken's, and sentencepiece BPE (Gemma). `load_tokenizer` tells them apart by the files:
+
+    tokenizer.model   a sentencepiece model, or Meta's list of base64 tokens in rank order
+    tokenizer.json    vocabulary, merges, normalizer, pre-tokenizer and added tokens of a byte-level BPE
+
+What a tokenizer.json asks for and this file does not do exactly is refused by name.
+"""
+
+import base64
+import codecs
+import json
+import re
+import unicodedata
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from pop.errors import InputError, TokenizerError
+
+# --- How byte-level BPE splits text into pre-tokens, inside which it merges --------------------------------
+
+_LLAMA3_PATTERN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_QWEN_PATTERN = _LLAMA3_PATTERN.replace(r"\p{N}{1,3}", r"\p{N}")
+_GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+
+# With `Digits` first: each digit alone (\p{N} and those of Unicode 17), and GPT-2's pattern between them. It
+# takes a digit for the end of the text, so whitespace before one stays whole.
+_DIGIT = r"\p{N}\x{11DE0}-\x{11DE9}\x{16FF4}-\x{16FF6}"
+_DIGITS_GPT2_PATTERN = (
+    rf"[{_DIGIT}]|'s|'t|'re|'ve|'m|'ll|'d| ?\p{{L}}+| ?[^\s\p{{L}}{_DIGIT}]+"
+    rf"|\s+(?=[{_DIGIT}])|\s+(?!\S)|\s+"
+)
+
+_MAX_WHITESPACE = 900_000  # in a row: tiktoken's regular expressions run out of stack at a million
+
+# Bytes that no UTF-8 text has, or only such of its characters as are neither letters, digits nor whitespace.
+_MAY_LACK = {*range(9), *range(14, 32), 127, 0xC0, 0xC1, 0xF1, 0xF2, 0xF3, *range(0xF5, 0x100)}
+_WHITESPACE = "\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"  # \s of the patterns above
+
+# The original tokenizers normalise as of Unicode 9: no younger character composes or changes places there.
+_YOUNGER = """
+    5C8-5C9 7FD 897-89F 8CA-8D3 9FE C3C D3B-D3C EBA 1715 1ABF-1AF0 1DF6-1DFA A82C 105C9 105D2 105DA 105E4
+    10D24-10D27 10D69-10D6D 10EAB-10EAC 10ECB-10ECF 10EF0-10EFB 10EFD-10EFF 10F46-10F50 10F82-10F85 11070
+    1133B 11383 11385 1138E 11391 113B8 113BB 113C2 113C5 113C7-113C9 113CE-113D0 1145E 11839-1183A 11930
+    11938 1193D-1193E 11943 119E0 11A34 11A47 11A99 11D42 11D44-11D45 11D97 11F41-11F42 1611E-16129 1612F
+    16D67-16D6A 16FF0-16FF1 1D127-1D128 1D250-1D252 1D25B-1D25C 1D25F 1D280-1D281 1E08F 1E130-1E136 1E2AE
+    1E2EC-1E2EF 1E4EC-1E4EF 1E5EE-1E5EF 1E6E3 1E6E6 1E6EE-1E6EF 1E6F5"""
+_YOUNGER = re.compile("([" + re.sub(r"\s*([0-9A-F]+)", lambda hex: chr(int(hex[1], 16)), _YOUNGER) + "])")
+
+
+def _nfc(text: str) -> str:
+    return "".join(unicodedata.normalize("NFC", part) for part in _YOUNGER.split(text))
+
+
+# --- The two kinds of tokenizer ----------------------------------------------------------------------------
+
+
+class Tokenizer:
+    """What both kinds share: added tokens, BOS, decoding.
+
+    special_tokens: name -> id of the control tokens, which text cannot spell unless the caller allows it.
+    vocab_size: one more than the largest id. bos_id: the token put before a text, None where there is none.
+    chat_template: the raw template of tokenizer_config.json, None if it has none.
+    """
+
+    def __init__(self, special_tokens: dict[str, int], added: dict[str, int], vocab_size: int, bos_id=None):
+        self.special_tokens = special_tokens
+        self.vocab_size = vocab_size
+        self.bos_id = bos_id
+        self.chat_template: str | None = None
+        self._special_names = {id: name for name, id in special_tokens.items()}
+        self._added = added  # matched in any text: ordinary vocabulary that BPE would not find
+        self._split_added = _splitter(added)
+        self._split_all = _splitter(added | special_tokens)
+
+    def encode(self, text: str, bos: bool = True, allow_special: bool = False) -> list[int]:
+        """The token ids of `text`, behind BOS if the family has one and `bos` is set.
+
+        Text that looks like a special token is text, unless allow_special. InputError for lone surrogates.
+        """
+        if not isinstance(text, str):
+            raise InputError(f"the text to encode is a {type(text).__name__}; pass a str.")
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise InputError(
+                f"the text has a lone surrogate, {text[error.start]!r}, at character {error.start}; "
+                "decode its source with errors='replace'."
+            ) from None
+        ids = [self.bos_id] if bos and self.bos_id is not None else []
+        split = self._split_all if allow_special else self._split_added
+        for n, part in enumerate(split.split(text) if split else [text]):
+            if n % 2:
+                ids.append(self._added[part] if part in self._added else self.special_tokens[part])
+            elif part:
+                ids += self._encode_text(part)
+        return ids
+
+    def decode(self, ids: Iterable[int], special: bool = False) -> str:
+        """The text of `ids`. Special tokens are left out, unless `special`; invalid UTF-8 becomes U+FFFD."""
+        return b"".join(self._bytes_shown(id, special) for id in ids).decode("utf-8", "replace")
+
+    def token_bytes(self, id: int) -> bytes:
+        """The bytes that an id stands for, perhaps a part of a character; b"" for a special token."""
+        raise NotImplementedError
+
+    def _encode_text(self, text: str) -> list[int]:
+        """Ids of non-empty text in which no added token is looked for."""
+        raise NotImplementedError
+
+    def _bytes_shown(self, id: int, special: bool) -> bytes:
+        data = self.token_bytes(id)
+        return self._special_names[id].encode() if special and id in self._special_names else data
+
+    def _unknown_id(self, id) -> InputError:
+        return InputError(f"token id {id!r} is not one of the tokenizer's ids, 0 to {self.vocab_size - 1}.")
+
+
+def _splitter(names: Iterable[str]) -> re.Pattern | None:
+    """Splits a text at any of the names, keeping them; at the longest, where several begin at one place."""
+    longest_first = sorted(names, key=len, reverse=True)
+    return re.compile("(" + "|".join(map(re.escape, longest_first)) + ")") if longest_first else None
+
+
+class BytePairTokenizer(Tokenizer):
+    """Byte-level BPE.
+
+    ranks: bytes of a token -> its rank 0, 1, ...; two neighbours merge, in rank order, into any such token.
+    ids: the id of each rank, None for a byte that the vocabulary lacks and that is left out of every text.
+    bytes_of: id -> bytes of every token, also of those that no merging reaches. pattern: of the pre-tokens.
+    """
+
+    def __init__(self, ranks, ids, bytes_of, pattern, *, special_tokens, added, bos_id, nfc=False):
+        from tiktoken import _tiktoken  # here, so that importing pop does not cost its loading
+
+        super().__init__(special_tokens, added, max([*bytes_of, *special_tokens.values()]) + 1, bos_id)
+        self._core = _tiktoken.CoreBPE(ranks, {}, pattern)
+        self._ids, self._nfc = ids, nfc
+        self._bytes_of = bytes_of | dict.fromkeys(special_tokens.values(), b"")
+        self._lacking = bytes(token[0] for token, rank in ranks.items() if ids[rank] is None)
+        if self._lacking:
+            digit = _DIGIT if pattern == _DIGITS_GPT2_PATTERN else r"\p{N}"
+            every_byte = {bytes([byte]): byte for byte in range(256)}
+            self._symbols = _tiktoken.CoreBPE(every_byte, {}, rf"[^\s\p{{L}}{digit}]")
+
+    def token_bytes(self, id: int) -> bytes:
+        try:
+            return self._bytes_of[id]
+        except (KeyError, TypeError):
+            raise self._unknown_id(id) from None
+
+    def _encode_text(self, text: str) -> list[int]:
+        if self._nfc:
+            text = _nfc(text)
+        if len(text) > _MAX_WHITESPACE:
+            longest = max((len(run[0]) for run in re.finditer(r"\s+", text)), default=0)
+            if longest > _MAX_WHITESPACE:
+                raise InputError(f"the text has {longest} whitespace characters in a row; cut them down.")
+        ids = [self._ids[rank] for rank in self._core.encode_ordinary(text)]
+        return self._encode_without_lacking(text) if self._lacking and None in ids else ids
+
+    def _encode_without_lacking(self, text: str) -> list[int]:
+        """Ids where bytes that the vocabulary lacks are left out: after the split, and before merging.
+
+        Such bytes are in symbols, neither letters, digits nor whitespace, and GPT-2's pattern makes a run of
+        symbols one pre-token, with the space before it. So these are cut out and merged by themselves.
+        """
+        symbols = bytes(self._symbols.encode_ordinary("".join(set(text)))).decode()
+        ranks, start = [], 0
+        for run in re.finditer(f"([{_WHITESPACE}]?)([{re.escape(symbols)}]+)", text):
+            piece = run[0] if run[1] == " " else run[2]
+            kept = piece.encode().translate(None, self._lacking)
+            if len(kept) < len(piece.encode()):
+                ranks += self._core.encode_ordinary(text[start : run.start()])
+                if run[1] != " ":  # the pattern leaves the last of several whitespace characters by itself
+                    ranks += self._core.encode_ordinary(run[1])
+                ranks += self._core.encode_single_piece(kept) if kept else []
+                start = run.end()
+        ranks += self._core.encode_ordinary(text[start:])
+        return [self._ids[rank] for rank in ranks]
+
+
+# Gemma's control symbols, which its model would match in any text; its other user-defined symbols (runs of
+# newlines, HTML tags, <unused0> ...) are ordinary vocabulary.
+_GEMMA_CONTROL = ("<start_of_turn>", "<end_of_turn>", "<start_of_image>", "<end_of_image>")
+
+
+class SentencePieceTokenizer(Tokenizer):
+    """Sentencepiece BPE with byte fallback and no normalisation. model: the bytes of a tokenizer.model."""
+
+    def __init__(self, model: bytes):
+        from sentencepiece import SentencePieceProcessor
+
+        # A control symbol is never matched in text, so each of _GEMMA_CONTROL is made one. In a model file a
+        # piece is its text (field 1), its score (2) and its type (3), where 4 is user-defined, 3 is control.
+        for name in map(str.encode, _GEMMA_CONTROL):
+            text = b"\x0a" + bytes([len(name)]) + name
+            model = re.sub(b"(" + re.escape(text) + rb"\x15.{4}\x18)\x04", rb"\1\x03", model, flags=re.DOTALL)
+        self._model = SentencePieceProcessor(model_proto=model)
+        size = self._model.get_piece_size()
+        every = range(size)
+        special = [id for id in every if self._model.is_control(id) or self._model.is_unknown(id)]
+        names = {self._model.id_to_piece(id): id for id in special}
+        missed = [name for name in _GEMMA_CONTROL if self._model.piece_to_id(name) not in {*special}]
+        if missed:
+            raise TokenizerError(f"the sentencepiece symbol {missed[0]} is no control symbol.")
+        sample = " a  b \t\n\u2460\ufb01\uff21e\u0301 "
+        if self._model.normalize(sample) != sample.replace(" ", "\u2581"):
+            raise TokenizerError("the sentencepiece model changes text (NFKC, dummy prefix, extra spaces).")
+        if len({self._model.id_to_piece(id) for id in every if self._model.is_byte(id)}) != 256:
+            raise TokenizerError("the sentencepiece model has no byte fallback.")
+        bos_id = self._model.bos_id()
+        super().__init__(names, {}, size, bos_id if bos_id >= 0 else None)
+
+    def token_bytes(self, id: int) -> bytes:
+        if type(id) is not int or not 0 <= id < self.vocab_size:
+            raise self._unknown_id(id)
+        if id in self._special_names:
+            return b""
+        piece = self._model.id_to_piece(id)
+        if self._model.is_byte(id):  # written <0x0A>
+            return bytes([int(piece[3:-1], 16)])
+        return piece.replace("\u2581", " ").encode()
+
+    def _encode_text(self, text: str) -> list[int]:
+        return self._model.encode(text)
+
+
+class StreamDecoder:
+    """Ids to text, one at a time: whole characters only, and all together what `tokenizer.decode` gives."""
+
+    def __init__(self, tokenizer: Tokenizer, special: bool = False):
+        self._tokenizer, self._special = tokenizer, special
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def push(self, id: int) -> str:
+        """The text that `id` completes, perhaps none."""
+        return self._decoder.decode(self._tokenizer._bytes_shown(id, self._special))
+
+    def flush(self) -> str:
+        """What is left at the end: U+FFFD for a character whose last bytes never came."""
+        return self._decoder.decode(b"", final=True)
+
+
+# --- Reading the files -------------------------------------------------------------------------------------
+
+
+def load_tokenizer(path: str | Path) -> Tokenizer:
+    """The tokenizer in a directory, or in a tokenizer.json or tokenizer.model.
+
+    TokenizerError if there is none, it is broken, or it asks for what is not reproduced exactly.
+    """
+    path = Path(path)
+    folder = path if path.is_dir() else path.parent
+    files = [folder / "tokenizer.json", folder / "tokenizer.model"] if path.is_dir() else [path]
+    files = [file for file in files if file.is_file()]
+    if not files:
+        raise TokenizerError(f"{path}: there is no tokenizer.json and no tokenizer.model here.")
+    try:
+        # A sentencepiece model comes first: the tokenizer.json beside it is not of byte-level BPE.
+        data = {file: file.read_bytes() for file in files}
+        proto = next((content for content in data.values() if content[:1] == b"\n"), None)
+        if proto is not None:
+            tokenizer = SentencePieceTokenizer(proto)
+        elif files[0].name.endswith(".json"):
+            tokenizer = _from_tokenizer_json(json.loads(data[files[0]]))
+        else:
+            tokenizer = _from_tiktoken_file(data[files[0]])
+        tokenizer.chat_template = _chat_template(folder)
+    except TokenizerError as error:
+        raise TokenizerError(f"{path}: {error}") from None
+    except (ValueError, LookupError, TypeError, AttributeError, RuntimeError, OSError) as error:
+        raise TokenizerError(f"{path}: not a tokenizer ({type(error).__name__}: {error}).") from error
+    return tokenizer
+
+
+def _chat_template(folder: Path) -> str | None:
+    if (folder / "chat_template.jinja").is_file():
+        return (folder / "chat_template.jinja").read_text(encoding="utf-8")
+    config = folder / "tokenizer_config.json"
+    template = json.loads(config.read_bytes()).get("chat_template") if config.is_file() else None
+    if isinstance(template, list):  # several, by name
+        template = {entry["name"]: entry["template"] for entry in template}.get("default")
+    if not isinstance(template, str | None):
+        raise TokenizerError("the chat_template in its tokenizer_config.json is not text.")
+    return template
+
+
+def _from_tiktoken_file(data: bytes) -> BytePairTokenizer:
+    """Llama-3.1 from Meta's tokenizer.model: lines of a token in base64 and its rank, which is its id."""
+    ranks = {}
+    for line in data.splitlines():
+        token, rank = line.split()
+        ranks[base64.b64decode(token, validate=True)] = int(rank)
+    if sorted(ranks.values()) != list(range(len(data.splitlines()))):
+        raise TokenizerError("a token or a rank comes twice, or a rank is missing.")
+    if any(bytes([byte]) not in ranks for byte in range(256)):
+        raise TokenizerError("not every single byte is a token.")
+    names = ["begin_of_text", "end_of_text", "reserved_special_token_0", "reserved_special_token_1"]
+    names += ["finetune_right_pad_id", "reserved_special_token_2", "start_header_id", "end_header_id"]
+    names += ["eom_id", "eot_id", "python_tag", *(f"reserved_special_token_{n}" for n in range(3, 248))]
+    special = {f"<|{name}|>": len(ranks) + n for n, name in enumerate(names)}
+    bytes_of = {rank: token for token, rank in ranks.items()}
+    settings = {"special_tokens": special, "added": {}, "bos_id": len(ranks)}
+    return BytePairTokenizer(ranks, range(len(ranks)), bytes_of, _LLAMA3_PATTERN, **settings)
+
+
+def _from_tokenizer_json(spec: dict[str, Any]) -> BytePairTokenizer:
+    model = spec["model"]
+    _refuse_others(spec, "version added_tokens normalizer pre_tokenizer post_processor decoder model")
+    _refuse_others(model, "type unk_token ignore_merges vocab merges")
+    if model["type"] != "BPE":
+        raise TokenizerError(f"the model type {model['type']!r} is not supported, only BPE is.")
+    if spec["decoder"]["type"] != "ByteLevel":
+        raise TokenizerError(f"the decoder {spec['decoder']['type']!r} is not supported, only ByteLevel is.")
+    if spec["normalizer"] not in (None, {"type": "NFC"}):
+        raise TokenizerError(f"the normalizer {spec['normalizer']} is not supported, only NFC is.")
+
+    vocab, special, added = model["vocab"], {}, {}
+    for token in spec["added_tokens"]:
+        name, id = token["content"], token["id"]
+        for flag in ("single_word", "lstrip", "rstrip", "normalized"):
+            # Normalised text is searched later than raw text; the same, if there is no normalizer.
+            if token[flag] and (flag != "normalized" or spec["normalizer"]):
+                raise TokenizerError(f"the added token {name!r} is {flag}, which is not supported.")
+        if not name.encode() or vocab.get(name, id) != id:
+            raise TokenizerError(f"the added token {name!r} has two ids, or no text.")
+        (special if token["special"] else added)[name] = id
+    ids = list({**vocab, **special, **added}.values())
+    if not all(type(id) is int and id >= 0 for id in ids) or len({*ids}) < len(ids):
+        raise TokenizerError("an id comes twice, or is not a non-negative integer.")
+    bytes_of = {id: _to_bytes(token) for token, id in vocab.items() if token not in special | added}
+    bytes_of |= {id: name.encode() for name, id in added.items()}
+
+    merges = [tuple(merge.split(" ") if isinstance(merge, str) else merge) for merge in model["merges"]]
+    ranked = [*map(_BYTE_CHARS.get, range(256)), *_reachable(merges, vocab)]
+    if spelt := special.keys() & {*ranked}:
+        raise TokenizerError(f"ordinary text merges into the special token {min(spelt)!r}.")
+    ranks = {_to_bytes(token): rank for rank, token in enumerate(ranked)}
+    ids = [vocab.get(token, vocab.get(model["unk_token"])) for token in ranked]
+    pattern = _pattern(spec["pre_tokenizer"])
+    lacking = {byte for byte in range(256) if ids[byte] is None}
+    if lacking - (_MAY_LACK if pattern in (_GPT2_PATTERN, _DIGITS_GPT2_PATTERN) else set()):
+        raise TokenizerError(f"its vocabulary lacks the single byte {min(lacking)}.")
+    if model["ignore_merges"]:
+        _add_whole_pre_tokens(ranks, ids, bytes_of, pattern)
+    settings = {"special_tokens": special, "added": added, "nfc": spec["normalizer"] is not None}
+    settings["bos_id"] = _bos_id(spec["post_processor"], special)
+    return BytePairTokenizer(ranks, ids, bytes_of, pattern, **settings)
+
+
+def _refuse_others(part: dict[str, Any], known: str) -> None:
+    """Refuse settings that are not `known` and not off."""
+    for key, value in part.items():
+        if key not in known.split() and value:
+            raise TokenizerError(f"the setting {key} = {value!r} is not supported.")
+
+
+# In tokenizer.json a byte is written as a character: itself if it is visible in Latin-1, else from U+0100 on.
+_VISIBLE = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+_HIDDEN = [byte for byte in range(256) if byte not in _VISIBLE]
+_BYTE_CHARS = {byte: chr(byte) for byte in _VISIBLE} | {byte: chr(256 + n) for n, byte in enumerate(_HIDDEN)}
+_CHAR_BYTES = {ord(char): chr(byte) for byte, char in _BYTE_CHARS.items()} | dict.fromkeys(_HIDDEN, "\uffff")
+
+
+def _to_bytes(token: str) -> bytes:
+    return token.translate(_CHAR_BYTES).encode("latin-1")
+
+
+def _reachable(merges: list[tuple[str, str]], vocab: dict[str, int]) -> list[str]:
+    """The tokens that the merges make, in merge order.
+
+    tiktoken merges any neighbours whose concatenation has a rank, the original only the listed pairs. Both
+    yield the same if the tokens with a rank are just those whose own text merges into that one token, and the
+    rank is the place of its last merge. For between two boundaries that no merge crosses there happens what
+    happens to that text alone. So when the text of a ranked token is down to two tokens, these are the pair
+    that its own merging ends with, a listed one; and no other token's text is ever down to one.
+
+    The merging of left + right ends with (left, right) if no earlier merge crosses the boundary between the
+    two. That is found out by undoing their own merges, the last one first.
+    """
+    place: dict[str, int] = {}  # of the merge that makes the token
+    halves: dict[str, tuple[str, str]] = {}
+    pairs = {pair: n for n, pair in enumerate(merges)}
+
+    def is_last(left: str, right: str, n: int) -> bool:
+        while pairs.get((left, right), n) >= n:
+            left_place, right_place = place.get(left, -1), place.get(right, -1)
+            if left_place > right_place:
+                n, left = left_place, halves[left][1]
+            elif right_place >= 0:  # of the same merge at two places, the left one comes first
+                n, right = right_place + 1, halves[right][0]
+            else:
+                return True
+        return False
+
+    too_early = []
+    for n, (left, right) in enumerate(merges):
+        token = left + right
+        if not (left in vocab and right in vocab and token in vocab and pairs[left, right] == n):
+            raise TokenizerError(f"the merge of {left!r} and {right!r} comes twice, or is not of tokens.")
+        if token not in place:
+            if not all(len(half) == 1 or half in place for half in (left, right)):
+                too_early.append((left, right))
+            elif is_last(left, right, n):
+                place[token], halves[token] = n, (left, right)
+    for left, right in too_early:
+        if left + right not in place and all(len(half) == 1 or half in place for half in (left, right)):
+            raise TokenizerError(f"the merge of {left!r} and {right!r} comes before those that make the two.")
+    return list(place)
+
+
+def _add_whole_pre_tokens(ranks: dict[bytes, int], ids: list[int], bytes_of: dict[int, bytes], pattern: str):
+    """With ignore_merges, a pre-token that is in the vocabulary is that token, though no merging reaches it.
+
+    tiktoken looks up whole pre-tokens as well, so all these get a rank too. That changes nothing else, if the
+    merging of such a token's text does not stop at two tokens, which tiktoken would merge.
+    """
+    from tiktoken import _tiktoken
+
+    core = _tiktoken.CoreBPE(ranks, {}, pattern)
+    for id, text in bytes_of.items():
+        if text not in ranks:
+            if len(core.encode_single_piece(text)) == 2:
+                raise TokenizerError(f"ignore_merges is set, and there is no merge into the token {text!r}.")
+            ranks[text] = len(ids)
+            ids.append(id)
+
+
+def _pattern(pre_tokenizer: dict[str, Any]) -> str:
+    """The regular expression of the pre-tokens."""
+    steps = pre_tokenizer["pretokenizers"] if pre_tokenizer["type"] == "Sequence" else [pre_tokenizer]
+    steps = [{key: value for key, value in step.items() if key != "trim_offsets"} for step in steps]
+    to_bytes = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}
+    gpt2 = to_bytes | {"use_regex": True}
+    if steps == [gpt2]:
+        return _GPT2_PATTERN
+    if steps == [{"type": "Digits", "individual_digits": True}, gpt2]:
+        return _DIGITS_GPT2_PATTERN
+    for pattern in (_LLAMA3_PATTERN, _QWEN_PATTERN):
+        split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
+        if steps == [split, to_bytes]:
+            return pattern
+    raise TokenizerError(f"the pre_tokenizer {steps} is not one of Llama-3's, Qwen's, SmolLM2's and GPT-2's.")
+
+
+def _bos_id(post_processor: dict[str, Any] | None, special: dict[str, int]) -> int | None:
+    """The token that the post-processor puts before a text."""
+    if post_processor is None or post_processor["type"] == "ByteLevel":  # only moves offsets
+        return None
+    if post_processor["type"] == "Sequence":
+        before, last = post_processor["processors"]
+        if _bos_id(before, special) is None:
+            return _bos_id(last, special)
+    elif post_processor["type"] == "TemplateProcessing":
+        match [next(iter(item.items())) for item in post_processor["single"]]:
+            case [("Sequence", {"id": "A"})]:
+                return None
+            case [("SpecialToken", {"id": name}), ("Sequence", {"id": "A"})]:
+                if post_processor["special_tokens"][name]["ids"] == [special[name]]:
+                    return special[name]
+    raise TokenizerError(f"the post_processor does more than putting one token first: {post_processor}.")

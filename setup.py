@@ -1,0 +1,40 @@
+"""Packaging of `pop`. The PyPI name `pop` belongs to another project, so the distribution is `pop-prefill`."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+here = Path(__file__).parent
+version = re.search(r'^__version__ = "(.+)"$', (here / "pop/__init__.py").read_text(encoding="utf-8"), re.M)[1]
+
+gguf = ["gguf>=0.10"]
+demo = [*gguf, "tqdm"]
+
+setup(
+    name="pop-prefill",
+    version=version,
+    description="Prefill-only pruning for large language models, in plain PyTorch",
+    long_description=(here / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    packages=find_packages(include=["pop", "pop.*"]),
+    package_data={"pop": ["data/*.txt"]},
+    python_requires=">=3.10",
+    install_requires=["torch>=2.6", "numpy", "safetensors>=0.4.3", "sentencepiece>=0.2", "tiktoken>=0.7"],
+    extras_require={
+        "demo": demo,
+        "gguf": gguf,
+        "test": [*demo, "pytest>=8", "hypothesis>=6.100"],
+    },
+    entry_points={"console_scripts": ["pop = pop.cli:main"]},
+    classifiers=[
+        "Development Status :: 3 - Alpha",
+        "Intended Audience :: Science/Research",
+        "Operating System :: OS Independent",
+        "Programming Language :: Python :: 3",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
+    keywords="llm inference prefill pruning pytorch llama",
+)

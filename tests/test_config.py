@@ -1,0 +1,385 @@
+"""Reading configs: both dialects, Meta's layout, and the refusal of everything that is not understood."""
+
+import json
+from contextlib import suppress
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pop.config import LlamaConfig, RopeConfig, read_config
+from pop.errors import ConfigError
+from pop.models import build
+from pop.registry import lookup
+
+# Llama-3.1-8B-Instruct as published (transformers 4).
+LLAMA31_8B = {
+    "architectures": ["LlamaForCausalLM"],
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "bos_token_id": 128000,
+    "eos_token_id": [128001, 128008, 128009],
+    "hidden_act": "silu",
+    "hidden_size": 4096,
+    "initializer_range": 0.02,
+    "intermediate_size": 14336,
+    "max_position_embeddings": 131072,
+    "mlp_bias": False,
+    "model_type": "llama",
+    "num_attention_heads": 32,
+    "num_hidden_layers": 32,
+    "num_key_value_heads": 8,
+    "pretraining_tp": 1,
+    "rms_norm_eps": 1e-05,
+    "rope_scaling": {
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+        "rope_type": "llama3",
+    },
+    "rope_theta": 500000.0,
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+    "transformers_version": "4.42.3",
+    "use_cache": True,
+    "vocab_size": 128256,
+}
+# What LlamaConfig() of transformers 5.24 writes with every field spelt out, in a smaller size.
+TRANSFORMERS5 = {
+    "transformers_version": "5.24.0",
+    "architectures": None,
+    "output_hidden_states": False,
+    "return_dict": True,
+    "dtype": None,
+    "chunk_size_feed_forward": 0,
+    "is_encoder_decoder": False,
+    "id2label": {"0": "LABEL_0", "1": "LABEL_1"},
+    "label2id": {"LABEL_0": 0, "LABEL_1": 1},
+    "problem_type": None,
+    "vocab_size": 320,
+    "hidden_size": 64,
+    "intermediate_size": 110,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "hidden_act": "silu",
+    "max_position_embeddings": 2048,
+    "initializer_range": 0.02,
+    "rms_norm_eps": 1e-06,
+    "use_cache": True,
+    "pad_token_id": None,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pretraining_tp": 1,
+    "tie_word_embeddings": False,
+    "rope_parameters": {"rope_theta": 10000.0, "rope_type": "default"},
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "mlp_bias": False,
+    "head_dim": 16,
+    "_name_or_path": "",
+    "model_type": "llama",
+    "output_attentions": False,
+}
+# The fields without which there is no model; the reference has defaults for all others.
+MINIMAL = {
+    "model_type": "llama",
+    "vocab_size": 100,
+    "hidden_size": 48,
+    "intermediate_size": 80,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 6,
+}
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+
+
+@pytest.fixture
+def read(tmp_path):
+    """read(config, name="config.json") writes the object or text into a folder and reads it."""
+
+    def write_and_read(config, name="config.json"):
+        text = config if isinstance(config, str) else json.dumps(config)
+        (tmp_path / name).write_text(text, encoding="utf-8")
+        return read_config(tmp_path)
+
+    return write_and_read
+
+
+def test_llama31_as_published(read):
+    assert read(LLAMA31_8B) == LlamaConfig(
+        vocab_size=128256,
+        hidden_size=4096,
+        intermediate_size=14336,
+        num_layers=32,
+        num_heads=32,
+        num_kv_heads=8,
+        head_dim=128,
+        max_positions=131072,
+        norm_eps=1e-5,
+        rope=RopeConfig(500000.0, "llama3", 8.0, 1.0, 4.0, 8192),
+        tie_embeddings=False,
+        attention_bias=False,
+        mlp_bias=False,
+        dtype=torch.bfloat16,
+        bos_id=128000,
+        eos_ids=(128001, 128008, 128009),
+    )
+
+
+def test_transformers5_dialect(read):
+    config = read(TRANSFORMERS5)
+    assert config == LlamaConfig(320, 64, 110, 3, 4, 4, 16, bos_id=1, eos_ids=(2,))
+    rope = {**LLAMA31_8B["rope_scaling"], "rope_theta": 500000.0}
+    new = {k: v for k, v in LLAMA31_8B.items() if k not in ("rope_scaling", "rope_theta", "torch_dtype")}
+    assert read({**new, "rope_parameters": rope, "dtype": "bfloat16"}) == read(LLAMA31_8B)
+
+
+def test_defaults_are_the_references(read):
+    config = read(MINIMAL)
+    assert (config.num_kv_heads, config.head_dim, config.max_positions) == (6, 8, 2048)
+    assert (config.norm_eps, config.tie_embeddings) == (1e-6, False)
+    assert (config.attention_bias, config.mlp_bias) == (False, False)
+    assert config.rope == RopeConfig(base=10000.0, kind="default")
+    assert (config.dtype, config.bos_id, config.eos_ids) == (torch.float32, None, ())
+    nulls = dict.fromkeys(["head_dim", "num_key_value_heads", "rope_scaling", "sliding_window"])
+    assert read({**MINIMAL, **nulls}) == config
+
+
+def test_fields_of_old_configs_that_change_nothing(read):
+    smollm2 = {"is_llama_config": True, "rope_interleaved": False, "transformers.js_config": {"dtype": "q4"}}
+    others = {"pretraining_tp": 1, "attention_dropout": 0.1, "pad_token_id": -1, "max_length": 20, "is_decoder": False}
+    assert read({**MINIMAL, **smollm2, **others}) == read(MINIMAL)
+
+
+def test_every_field_reaches_the_config(read):
+    changed = {
+        "num_key_value_heads": 2,
+        "head_dim": 10,
+        "max_position_embeddings": 77,
+        "rms_norm_eps": 1,
+        "rope_theta": 300,
+        "rope_scaling": {"type": "linear", "factor": 2},
+        "tie_word_embeddings": True,
+        "attention_bias": True,
+        "mlp_bias": True,
+        "torch_dtype": "float16",
+        "bos_token_id": 5,
+        "eos_token_id": 7,
+    }
+    rope = RopeConfig(300.0, "linear", 2.0)
+    expected = LlamaConfig(100, 48, 80, 3, 6, 2, 10, 77, 1.0, rope, True, True, True, torch.float16, 5, (7,))
+    assert read({**MINIMAL, **changed}) == expected
+    assert type(expected.rope.base) is type(read({**MINIMAL, **changed}).rope.base) is float
+
+
+def test_end_tokens_of_generation_config_go_first(read, tmp_path):
+    read({**MINIMAL, "eos_token_id": 2})
+    assert read({"eos_token_id": [3, 4], "temperature": 0.6}, "generation_config.json").eos_ids == (3, 4)
+    assert read({"eos_token_id": 5}, "generation_config.json").eos_ids == (5,)
+    assert read({"eos_token_id": None}, "generation_config.json").eos_ids == (2,)
+    for wrong in ({"eos_token_id": "3"}, {"eos_token_id": [100]}, {"eos_token_id": [True]}, "[]", "{"):
+        with pytest.raises(ConfigError, match=r"generation_config\.json"):
+            read(wrong, "generation_config.json")
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"model_type": "mistral"}, "model_type must be one of llama, not 'mistral'"),
+        ({"architectures": ["LlamaModel"]}, r"architectures .* \['LlamaModel'\]"),
+        ({"hidden_act": "gelu"}, "hidden_act .* 'gelu'"),
+        ({"pretraining_tp": 2}, "pretraining_tp .* 2"),
+        ({"pretraining_tp": True}, "pretraining_tp .* True"),
+        ({"sliding_window": 4096}, "sliding_window = 4096"),
+        ({"quantization_config": {"bits": 4}}, "quantization_config = {'bits': 4}"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor .* 0.5"),
+        ({"rope_interleaved": True}, "rope_interleaved .* True"),
+        ({"rope_interleaved": 0}, "rope_interleaved .* 0"),
+        ({"num_local_experts": 8}, "num_local_experts = 8"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope_type .* 'yarn'"),
+        ({"rope_scaling": {"type": "dynamic", "factor": 4.0}}, "rope_type .* 'dynamic'"),
+        ({"rope_scaling": {"rope_type": "linear"}}, "factor is missing"),
+        ({"rope_scaling": {"rope_type": "linear", "factor": 0.5}}, "factor .* 0.5"),
+        ({"rope_scaling": {"type": "linear", "factor": 2.0, "beta_fast": 32}}, "beta_fast = 32"),
+        ({"rope_scaling": {"rope_type": "default", "factor": 2.0}}, "factor = 2.0"),
+        ({"rope_scaling": {"rope_type": "linear", "type": "default"}}, "rope_type is given twice"),
+        ({"rope_scaling": [1.0]}, "rope_scaling must be an object"),
+        ({"rope_scaling": {**LLAMA3_ROPE, "high_freq_factor": 1.0}}, "high_freq_factor"),
+        ({"rope_parameters": {"full_attention": {"rope_theta": 1e4}}}, "full_attention"),
+        ({"rope_theta": 1e4, "rope_parameters": {"rope_theta": 5e5}}, "rope_theta .* 10000.0 .* 500000.0"),
+        ({"rope_scaling": LLAMA3_ROPE, "rope_parameters": {"factor": 9}}, "factor is given twice"),
+        ({"dtype": "float16", "torch_dtype": "bfloat16"}, "float16.*bfloat16"),
+        ({"dtype": "float8_e4m3fn"}, "dtype .* 'float8_e4m3fn'"),
+        ({"num_key_value_heads": 4}, r"num_attention_heads \(6\) .* num_key_value_heads \(4\)"),
+        ({"num_attention_heads": 5}, "hidden_size 48 .* num_attention_heads 5"),
+        ({"head_dim": 9}, r"head_dim \(9\) is odd"),
+        ({"hidden_size": 0}, "hidden_size .* 0"),
+        ({"hidden_size": -48}, "hidden_size .* -48"),
+        ({"hidden_size": 10**12}, "hidden_size .* 1000000000000"),
+        ({"num_hidden_layers": "3"}, "num_hidden_layers .* '3'"),
+        ({"num_hidden_layers": True}, "num_hidden_layers .* True"),
+        ({"vocab_size": 100.0}, "vocab_size .* 100.0"),
+        ({"rms_norm_eps": "1e-5"}, "rms_norm_eps .* '1e-5'"),
+        ({"rms_norm_eps": 0}, "rms_norm_eps .* 0"),
+        ({"rms_norm_eps": float("nan")}, "NaN"),
+        ({"rope_theta": float("inf")}, "Infinity"),
+        ({"tie_word_embeddings": 1}, "tie_word_embeddings .* 1"),
+        ({"eos_token_id": 100}, "eos_token_id .*100"),
+        ({"bos_token_id": [1]}, "bos_token_id"),
+        ({"a field of tomorrow": 1}, "a field of tomorrow = 1"),
+    ],
+)
+def test_refusals_name_file_field_and_value(read, change, named):
+    with pytest.raises(ConfigError, match=rf"config\.json.*{named}"):
+        read({**MINIMAL, **change})
+
+
+@pytest.mark.parametrize("field", list(MINIMAL))
+def test_missing_fields_are_named(read, field):
+    with pytest.raises(ConfigError, match=f"required field {field} is missing"):
+        read({name: value for name, value in MINIMAL.items() if name != field})
+
+
+@pytest.mark.parametrize("field", [field for field in LLAMA3_ROPE if field != "rope_type"])
+def test_llama3_scaling_needs_all_its_fields(read, field):
+    assert read({**MINIMAL, "rope_scaling": LLAMA3_ROPE}).rope == RopeConfig(1e4, "llama3", 8.0, 1.0, 4.0, 64)
+    with pytest.raises(ConfigError, match=f"{field} is missing"):
+        read({**MINIMAL, "rope_scaling": {k: v for k, v in LLAMA3_ROPE.items() if k != field}})
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "null", "3", '"a"', "\ufeff{}", "{'a': 1}", "[" * 10**5])
+def test_files_that_are_no_json_object(read, text):
+    with pytest.raises(ConfigError, match=r"config\.json"):
+        read(text)
+
+
+def test_deep_nesting_is_refused_whether_parsing_or_printing_it_fails(read):
+    for depth in range(700, 1000):
+        with pytest.raises(ConfigError):
+            read(json.dumps(MINIMAL)[:-1] + ', "a": ' + "[" * depth + "]" * depth + "}")
+
+
+def test_a_folder_without_a_config(tmp_path):
+    with pytest.raises(ConfigError, match="neither config"):
+        read_config(tmp_path)
+    (tmp_path / "config.json").mkdir()
+    with pytest.raises(ConfigError, match="not readable"):
+        read_config(tmp_path)
+    (tmp_path / "config.json").rmdir()
+    (tmp_path / "config.json").write_bytes(b'{"model_type": "\xff"}')
+    with pytest.raises(ConfigError, match="not readable"):
+        read_config(tmp_path)
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=5,
+)
+
+
+@given(st.data())
+def test_any_value_of_any_field_is_read_or_refused(tmp_path_factory, data):
+    whole = {**LLAMA31_8B, "head_dim": 128, "rope_scaling": dict(LLAMA31_8B["rope_scaling"])}
+    target = whole["rope_scaling"] if data.draw(st.booleans()) else whole
+    for _ in range(data.draw(st.integers(1, 3))):
+        target[data.draw(st.sampled_from(sorted(target)))] = data.draw(json_values)
+    folder = tmp_path_factory.mktemp("config")
+    (folder / "config.json").write_text(json.dumps(whole))
+    try:
+        config = read_config(folder)
+    except ConfigError:
+        return
+    assert isinstance(config, LlamaConfig) and config.num_heads % config.num_kv_heads == 0
+
+
+def test_damaged_text_is_refused_or_reads_as_a_config(tmp_path):
+    text = json.dumps(LLAMA31_8B).encode()
+    for cut in range(0, len(text), 7):
+        (tmp_path / "config.json").write_bytes(text[:cut])
+        with pytest.raises(ConfigError):
+            read_config(tmp_path)
+    for bit in range(0, 8 * len(text), 29):
+        flipped = bytearray(text)
+        flipped[bit // 8] ^= 1 << bit % 8
+        (tmp_path / "config.json").write_bytes(flipped)
+        with suppress(ConfigError):  # a flipped digit makes another config: the weights will contradict it
+            read_config(tmp_path)
+
+
+# ---- Meta's params.json ----
+
+# As published: the arguments of `params` below; the MLP width and RoPE factor of the HF layout's config.json.
+META = [
+    ("llama3.1-8b", (4096, 32, 32, 1024, 1.3), 14336, 8.0),
+    ("llama3.1-70b", (8192, 80, 64, 4096, 1.3), 28672, 8.0),
+    ("llama3.1-405b", (16384, 126, 128, 4096, 1.2), 53248, 8.0),
+    ("llama3.2-1b", (2048, 16, 32, 256, 1.5), 8192, 32.0),
+    ("llama3.2-3b", (3072, 28, 24, 256, 1.0), 8192, 32.0),
+]
+
+
+def params(dim, n_layers, n_heads, multiple_of, ffn_dim_multiplier, **change):
+    return {
+        "dim": dim,
+        "n_layers": n_layers,
+        "n_heads": n_heads,
+        "n_kv_heads": 8,
+        "vocab_size": 128256,
+        "ffn_dim_multiplier": ffn_dim_multiplier,
+        "multiple_of": multiple_of,
+        "norm_eps": 1e-05,
+        "rope_theta": 500000.0,
+        "use_scaled_rope": True,
+        **change,
+    }
+
+
+@pytest.mark.parametrize(("name", "size", "width", "factor"), META)
+def test_meta_params_as_published(read, name, size, width, factor):
+    config = read(params(*size), "params.json")
+    assert (config.intermediate_size, config.rope.factor) == (width, factor)
+    assert (config.max_positions, config.bos_id, config.dtype) == (131072, 128000, torch.bfloat16)
+    with torch.device("meta"):
+        module = build(config)
+    assert sum(parameter.numel() for parameter in module.parameters()) == lookup(name).parameters
+
+
+def test_meta_and_hf_layouts_say_the_same_of_llama31_8b(read, tmp_path):
+    meta = read(params(4096, 32, 32, 1024, 1.3), "params.json")
+    assert meta == read(LLAMA31_8B)
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"vocab_size": -1}, "vocab_size .* -1"),
+        ({"vocab_size": None}, "vocab_size is missing"),
+        ({"rope_theta": None}, "rope_theta is missing"),
+        ({"n_heads": 3}, "dim .* n_heads"),
+        ({"n_layers": 5}, "rope_scaling_factor"),
+        ({"vision_chunk_size": 448}, "vision_chunk_size = 448"),
+        ({"quantization_args": {"group_size": 32}}, "quantization_args"),
+        ({"use_scaled_rope": "yes"}, "use_scaled_rope .* 'yes'"),
+    ],
+)
+def test_meta_refusals(read, change, named):
+    with pytest.raises(ConfigError, match=rf"params\.json.*{named}"):
+        read({**params(4096, 32, 32, 1024, 1.3), **change}, "params.json")
+
+
+def test_meta_without_scaling_and_with_a_factor_of_its_own(read):
+    plain = params(64, 2, 8, 32, None, vocab_size=99, n_kv_heads=None, use_scaled_rope=None)
+    # 2/3 of 4 * 64 is 170, rounded up to a multiple of 32: 192
+    expected = LlamaConfig(99, 64, 192, 2, 8, 8, 8, 8192, 1e-5, RopeConfig(5e5), dtype=torch.bfloat16)
+    assert read(plain, "params.json") == expected
+    scaled = read(params(64, 2, 8, 32, None, vocab_size=99, rope_scaling_factor=4), "params.json")
+    assert scaled.rope == RopeConfig(5e5, "llama3", 4.0, 1.0, 4.0, 8192)

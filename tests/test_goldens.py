@@ -1,0 +1,102 @@
+"""Parity with the reference implementation on tiny random models (made by tools/make_goldens.py).
+
+Each case is a checkpoint folder with awkward sizes; see the tool for what is in it. Everything goes through
+the public API, so config reading, weight loading, the forward pass, the cache and generation are all held to
+the reference's numbers.
+"""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tiny import write_weights
+
+import pop
+from pop.config import read_config
+
+GOLDENS = Path(__file__).parent / "goldens" / "llama"
+CASES = (
+    "wide-heads",
+    "mqa-tied",
+    "llama3-rope",
+    "linear-rope",
+    "biases",
+    "sharded",
+    "bfloat16",
+    "old-llama3",
+    "old-linear",
+)
+TOLERANCE = 1e-4  # of the standard deviation of the reference's logits
+
+
+class Golden:
+    """A case: its checkpoint folder, and per prompt the tokens, the greedy ones, and logits [T + 15, V]."""
+
+    def __init__(self, name: str, scratch: Path):
+        self.folder = GOLDENS / name
+        golden = json.loads((self.folder / "golden.json").read_text(encoding="utf-8"))
+        self.arrays = np.load(self.folder / "logits.npz")
+        self.prompts = [
+            (prompt["tokens"], prompt["greedy"], self.arrays[f"logits_{i}"])
+            for i, prompt in enumerate(golden["prompts"])
+        ]
+        if not list(self.folder.glob("*.safetensors")):
+            shutil.copy(self.folder / "config.json", scratch)
+            write_weights(scratch, read_config(scratch), golden["seed"])
+            self.folder = scratch
+
+
+@pytest.fixture(scope="module", params=CASES)
+def golden(request, tmp_path_factory):
+    return Golden(request.param, tmp_path_factory.mktemp(request.param))
+
+
+@pytest.fixture(scope="module")
+def model(golden):
+    return pop.load(golden.folder, dtype=torch.float32, prune=None)
+
+
+def error(logits: torch.Tensor, expected: np.ndarray) -> float:
+    """Largest deviation from `expected`, in standard deviations of it."""
+    assert logits.shape == expected.shape
+    return float(np.abs(logits.float().numpy() - expected).max() / expected.std())
+
+
+def test_logits_at_every_position(golden, model):
+    for tokens, greedy, expected in golden.prompts:
+        logits = model.logits(torch.tensor([tokens + greedy[:-1]]))
+        assert error(logits[0], expected) < TOLERANCE
+
+
+def test_greedy_tokens(golden, model):
+    for tokens, greedy, _ in golden.prompts:
+        assert list(model.generate(tokens, max_new_tokens=len(greedy)).tokens) == greedy
+
+
+def test_prefill_then_decode(golden, model):
+    for tokens, greedy, expected in golden.prompts:
+        cache = model.new_cache()
+        steps = [model.prefill(torch.tensor([tokens]), cache)]
+        steps += [model.decode(torch.tensor([token]), cache) for token in greedy[:-1]]
+        assert error(torch.cat(steps), expected[len(tokens) - 1 :]) < TOLERANCE
+
+
+def test_bfloat16_run(tmp_path):
+    """Two bfloat16 runs round in different places, so each is judged by its distance from the float32 logits:
+    ours, as a root mean square over all positions, may exceed the reference's own by a quarter."""
+    golden = Golden("bfloat16", tmp_path)
+    model = pop.load(golden.folder, prune=None)
+    assert model.dtype == torch.bfloat16  # the checkpoint's own
+    ours, reference = [], []
+    for i, (tokens, greedy, expected) in enumerate(golden.prompts):
+        logits = model.logits(torch.tensor([tokens + greedy[:-1]]))[0]
+        ours.append(logits.numpy() - expected)
+        reference.append(golden.arrays[f"stored_dtype_logits_{i}"] - expected)
+    assert rms(ours) < 1.25 * rms(reference)
+
+
+def rms(errors: list[np.ndarray]) -> float:
+    return float(np.sqrt(np.square(np.concatenate(errors)).mean()))

@@ -1,0 +1,89 @@
+"""`pop.load`: from a name or a folder to a model, and what stands in the way."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from tiny import random_llama, tiny_config, write_checkpoint
+
+import pop
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return write_checkpoint(tmp_path / "tiny", seed=4)
+
+
+def test_a_folder_without_tokenizer_files_loads(folder):
+    model = pop.load(folder)
+    assert model.tokenizer is None
+    assert model.config == tiny_config()
+    assert (model.device, model.dtype) == (torch.device("cpu"), torch.float32)
+    assert model.plan == pop.PrunePlan.deepest(5, 1 / 3) == pop.PrunePlan((4,))
+    expected = random_llama(tiny_config(), seed=4)(torch.tensor([[1, 2, 3]]))
+    torch.testing.assert_close(model.logits([[1, 2, 3]]), expected)
+
+
+def test_a_name_is_looked_up_in_the_weights_folders(tmp_path, monkeypatch):
+    write_checkpoint(tmp_path / "smollm2-135m")
+    monkeypatch.setenv("POP_WEIGHTS", str(tmp_path))
+    assert pop.load("smollm2-135m").config.num_layers == 5
+
+
+@pytest.mark.parametrize(
+    ("prune", "layers"),
+    [("default", (4,)), (None, ()), (0, ()), (0.5, (3, 4)), (1, (0, 1, 2, 3, 4)), (pop.PrunePlan((1,)), (1,))],
+)
+def test_prune_takes_every_form(folder, prune, layers):
+    assert pop.load(folder, prune=prune).plan.layers == layers
+
+
+def test_dtype_none_keeps_the_checkpoints(tmp_path):
+    folder = write_checkpoint(tmp_path / "half", dtype=torch.bfloat16)
+    assert pop.load(folder).dtype == torch.bfloat16
+    assert pop.load(folder, dtype=torch.float32).dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"prune": "much"}, pop.PlanError, "the plan is 'much'"),
+        ({"prune": 1.5}, pop.PlanError, "fraction is 1.5"),
+        ({"prune": pop.PrunePlan((5,))}, pop.PlanError, "prunes layer 5, but the model's layers are 0 to 4"),
+        ({"dtype": "bfloat16"}, pop.InputError, "dtype is 'bfloat16'"),
+        ({"dtype": torch.int8}, pop.InputError, "dtype is torch.int8"),
+        ({"device": "abacus"}, pop.InputError, "device is 'abacus'"),
+        ({"max_seq_len": 0}, pop.InputError, "max_seq_len is 0"),
+        ({"max_seq_len": 513}, pop.ContextOverflow, "max_seq_len is 513, but the model's context is 512"),
+        ({"compile": True}, pop.UnsupportedError, "compile=True is not supported yet"),
+    ],
+)
+def test_a_bad_option_is_refused_before_weights_are_read(folder, options, error, message, monkeypatch):
+    monkeypatch.setattr("pop.model.load_weights", lambda *args, **kwargs: pytest.fail("weights were read"))
+    with pytest.raises(error, match=message):
+        pop.load(folder, **options)
+
+
+def test_an_unknown_name_lists_the_known_ones():
+    with pytest.raises(pop.UnknownModel, match="llama3.1-8b"):
+        pop.load("lama3.1-8b")
+
+
+def test_a_folder_that_is_no_checkpoint_is_refused(tmp_path):
+    with pytest.raises(pop.ConfigError):
+        pop.load(tmp_path)
+
+
+def test_importing_pop_loads_little_and_leaves_torch_as_it_was():
+    code = """
+import torch, sys
+state = lambda: (torch.get_num_threads(), torch.get_default_dtype(), torch.initial_seed(), torch.is_grad_enabled())
+before = state()
+import pop
+assert state() == before
+heavy = {"transformers", "tokenizers", "huggingface_hub", "gguf", "matplotlib", "PIL", "tqdm", "tiktoken",
+         "sentencepiece", "torch._dynamo", "torch._inductor"}
+assert not heavy & set(sys.modules), heavy & set(sys.modules)
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)

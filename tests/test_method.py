@@ -1,0 +1,356 @@
+"""What must hold for prefill-only pruning, whatever the model, the plan, the batch and the chunks.
+
+The engine is compared with pop/reference.py, with the plain forward pass, and with itself where the method says
+that two ways to compute a thing are the same. All in float32 on tiny random models with awkward sizes.
+"""
+
+import dataclasses
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from tiny import random_llama, tiny_config
+
+from pop import engine, reference
+from pop.cache import KVCache
+from pop.config import RopeConfig
+from pop.models.layers import masked_attention
+from pop.plan import PrunePlan
+
+NONE = PrunePlan.none()
+
+
+def assert_close(actual, expected):
+    """To 1e-4 of the scale of the expected values, the bound of the whole suite for float32."""
+    assert actual.shape == expected.shape
+    assert (actual - expected).abs().max() <= 1e-4 * expected.std(correction=0) + 1e-7
+
+
+@st.composite
+def models(draw):
+    """A random model: any head grouping, head width, depth, RoPE, bias and tying."""
+    kv_heads = draw(st.integers(1, 3))
+    config = tiny_config(
+        hidden_size=draw(st.sampled_from([6, 17, 30])),
+        num_layers=draw(st.integers(1, 6)),
+        num_heads=kv_heads * draw(st.integers(1, 3)),
+        num_kv_heads=kv_heads,
+        head_dim=draw(st.sampled_from([2, 6, 10])),
+        rope=draw(
+            st.sampled_from(
+                [
+                    RopeConfig(base=10_000.0),
+                    RopeConfig(base=500.0, kind="linear", factor=3.0),
+                    RopeConfig(base=100.0, kind="llama3", factor=8.0, original_max_positions=16),
+                ]
+            )
+        ),
+        tie_embeddings=draw(st.booleans()),
+        attention_bias=draw(st.booleans()),
+        mlp_bias=draw(st.booleans()),
+    )
+    return random_llama(config, seed=draw(st.integers(0, 9)))
+
+
+@st.composite
+def plans(draw, num_layers):
+    return PrunePlan(
+        layers=tuple(draw(st.sets(st.integers(0, num_layers - 1)))),
+        full_depth_last=draw(st.sampled_from([1, 1, 2, 3, 7, 40])),
+        full_depth_first=draw(st.sampled_from([0, 0, 1, 4])),
+    )
+
+
+@st.composite
+def batches(draw, vocab_size, max_rows=3, max_tokens=24):
+    """A right-padded batch: tokens [B, T] with random padding, lengths [B]."""
+    lengths = draw(st.lists(st.integers(1, max_tokens), min_size=1, max_size=max_rows))
+    width = max(lengths) + draw(st.integers(0, 3))
+    random = torch.Generator().manual_seed(draw(st.integers(0, 10**6)))
+    return torch.randint(vocab_size, (len(lengths), width), generator=random), torch.tensor(lengths)
+
+
+@st.composite
+def cases(draw):
+    """(module, plan, tokens, lengths, chunk size)"""
+    module = draw(models())
+    plan = draw(plans(module.config.num_layers))
+    tokens, lengths = draw(batches(module.config.vocab_size))
+    return module, plan, tokens, lengths, draw(st.sampled_from([1, 2, 5, 11, 1000]))
+
+
+def new_cache(module, rows, slots=64):
+    return KVCache(module.config, rows, slots, dtype=torch.float32, device=torch.device("cpu"))
+
+
+def prefill(module, tokens, lengths, plan, chunk=1000, cache=None):
+    cache = new_cache(module, len(tokens)) if cache is None else cache
+    return engine.prefill(module, tokens, cache, lengths, plan, chunk), cache
+
+
+def held(cache, row):
+    """What the cache holds of one row: [2, L, N, K, E]."""
+    n = int(cache.lengths[row])
+    return torch.stack([torch.stack([x[row, :n] for x in kv]) for kv in (cache.keys, cache.values)])
+
+
+def by_reference(module, row_tokens, plan):
+    """Logits [V] and K, V [2, L, N, K, E] by the naive page."""
+    n = len(row_tokens)
+    logits, kv = reference.forward(module, row_tokens, reference.full_depth_tokens(n, n, plan), plan.layers)
+    return logits[-1], torch.stack([torch.stack([pair[i] for pair in kv]) for i in (0, 1)])
+
+
+# The reference itself
+
+
+@given(models(), st.data())
+def test_the_reference_is_the_paper_read_literally(module, data):
+    """Pass one encodes all but the last w tokens, pruned; pass two decodes these w one by one at full depth."""
+    plan = dataclasses.replace(data.draw(plans(module.config.num_layers)), full_depth_first=0)
+    tokens, _ = data.draw(batches(module.config.vocab_size, max_rows=1))
+    tokens = tokens[0]
+    kv = [[] for _ in module.layers]  # a list of (k, v), one a token, for each layer
+
+    def run(position, pruned):
+        h = module.embed(tokens[None, position : position + 1])
+        rope = module.rope(torch.tensor([[position]]))
+        for index, layer in enumerate(module.layers):
+            q, k, v = layer.queries_keys_values(h, rope)
+            kv[index].append((k, v))
+            if not (pruned and index in plan.layers):
+                keys, values = (torch.cat(x, dim=1) for x in zip(*kv[index], strict=True))
+                everything = torch.ones(1, 1, position + 1, dtype=torch.bool)
+                h = layer.update(h, masked_attention(q, keys, values, everything, layer.scale))
+        return module.head(h[0, 0])
+
+    with torch.no_grad():
+        for position in range(len(tokens)):
+            logits = run(position, pruned=position < len(tokens) - plan.full_depth_last)
+    assert_close(reference.prefill(module, tokens, plan), logits)
+
+
+# Where pruning changes nothing
+
+
+@given(cases())
+def test_the_empty_plan_is_the_plain_forward_pass(case):
+    module, plan, tokens, lengths, chunk = case
+    logits, _ = prefill(module, tokens, lengths, dataclasses.replace(plan, layers=()), chunk)
+    assert_close(logits, module(tokens)[torch.arange(len(tokens)), lengths - 1].detach())
+
+
+@given(cases())
+def test_a_prompt_of_one_token_is_never_pruned(case):
+    module, plan, tokens, lengths, chunk = case
+    logits, _ = prefill(module, tokens, torch.ones_like(lengths), plan, chunk)
+    assert_close(logits, module(tokens)[:, 0].detach())
+
+
+@given(cases())
+def test_full_depth_for_all_tokens_prunes_nothing(case):
+    module, plan, tokens, lengths, chunk = case
+    plan = dataclasses.replace(plan, full_depth_last=tokens.shape[1])
+    logits, _ = prefill(module, tokens, lengths, plan, chunk)
+    assert_close(logits, module(tokens)[torch.arange(len(tokens)), lengths - 1].detach())
+
+
+@given(cases())
+def test_pruning_only_the_last_layer_changes_nothing(case):
+    """Its K and V are projected from the very state that the full model has there."""
+    module, plan, tokens, lengths, chunk = case
+    plan = dataclasses.replace(plan, layers=(module.config.num_layers - 1,))
+    logits, cache = prefill(module, tokens, lengths, plan, chunk)
+    full_logits, full_cache = prefill(module, tokens, lengths, NONE, chunk)
+    assert_close(logits, full_logits)
+    for row in range(len(tokens)):
+        assert_close(held(cache, row), held(full_cache, row))
+
+
+@given(cases())
+def test_pruning_layers_that_write_nothing_changes_nothing(case):
+    module, plan, tokens, lengths, chunk = case
+    for index in plan.layers:
+        for linear in (module.layers[index].self_attn.o_proj, module.layers[index].mlp.down_proj):
+            for parameter in linear.parameters():
+                parameter.data.zero_()
+    logits, _ = prefill(module, tokens, lengths, plan, chunk)
+    assert_close(logits, module(tokens)[torch.arange(len(tokens)), lengths - 1].detach())
+
+
+# Where pruning changes things, exactly as defined
+
+
+@given(cases())
+def test_prefill_is_the_reference(case):
+    """Logits and cache, for any plan, window, batch, padding and chunking."""
+    module, plan, tokens, lengths, chunk = case
+    logits, cache = prefill(module, tokens, lengths, plan, chunk)
+    assert cache.lengths.tolist() == lengths.tolist()
+    for row, n in enumerate(lengths):
+        expected_logits, expected_kv = by_reference(module, tokens[row, :n], plan)
+        assert_close(logits[row], expected_logits)
+        assert_close(held(cache, row), expected_kv)
+
+
+@given(cases(), st.data())
+def test_the_boundary_token_enters_the_first_pruned_layer_as_in_the_full_model(case, data):
+    """Bit for bit: below that layer nothing has been skipped."""
+    module, plan, tokens, lengths, chunk = case
+    if not plan.layers:
+        plan = dataclasses.replace(plan, layers=(module.config.num_layers // 2,))
+    entering = []
+    hook = module.layers[plan.layers[0]].input_layernorm.register_forward_pre_hook(
+        lambda _, args: entering.append(args[0])
+    )
+    states = []
+    for which in (plan, NONE):
+        entering.clear()
+        prefill(module, tokens, lengths, which, chunk)
+        states.append([h for h in entering if h.shape[1] == min(chunk, int(lengths.max()))][0:1] + entering[0:1])
+    hook.remove()
+    pruned, full = states
+    if chunk >= int(lengths.max()):
+        rows = torch.arange(len(tokens))
+        assert torch.equal(pruned[0][rows, lengths - 1], full[0][rows, lengths - 1])
+    else:
+        assert torch.equal(pruned[1], full[1])
+
+
+@given(cases())
+def test_the_boundary_token_differs_from_a_pruned_one(case):
+    """Guards the tests above: pruning a layer that matters must show in the cache."""
+    module, plan, tokens, lengths, chunk = case
+    if not plan.layers or plan.layers[0] == module.config.num_layers - 1:
+        return
+    if int(lengths[0]) <= plan.full_depth_first + plan.full_depth_last:
+        return
+    _, cache = prefill(module, tokens, lengths, plan, chunk)
+    _, full = prefill(module, tokens, lengths, NONE, chunk)
+    above = plan.layers[0] + 1
+    assert not torch.allclose(held(cache, 0)[:, above:], held(full, 0)[:, above:], atol=1e-4)
+
+
+@given(cases(), st.integers(1, 5))
+def test_decode_is_teacher_forcing_by_the_reference(case, steps):
+    module, plan, tokens, lengths, chunk = case
+    _, cache = prefill(module, tokens, lengths, plan, chunk)
+    answer = torch.randint(module.config.vocab_size, (len(tokens), steps), generator=torch.Generator().manual_seed(1))
+    stepwise = torch.stack([engine.decode(module, answer[:, step], cache) for step in range(steps)], dim=1)
+    for row, n in enumerate(lengths.tolist()):
+        whole = torch.cat((tokens[row, :n], answer[row]))
+        full_depth = reference.full_depth_tokens(n, len(whole), plan)
+        logits, kv = reference.forward(module, whole, full_depth, plan.layers)
+        assert_close(stepwise[row], logits[n:])
+        assert_close(held(cache, row)[0], torch.stack([k for k, _ in kv]))
+        assert_close(held(cache, row)[1], torch.stack([v for _, v in kv]))
+
+
+@given(cases(), st.data())
+def test_a_second_turn_appends_to_the_first(case, data):
+    """Prompt, answer, prompt: what is new is pruned, but for its own boundary; what was there stays as it was."""
+    module, plan, tokens, lengths, chunk = case
+    _, cache = prefill(module, tokens, lengths, plan, chunk)
+    answer = torch.zeros(len(tokens), dtype=torch.int64)
+    engine.decode(module, answer, cache)
+    turn, _ = data.draw(batches(module.config.vocab_size, max_rows=1))
+    turn = turn.expand(len(tokens), -1)
+    added = torch.tensor(data.draw(st.lists(st.integers(1, turn.shape[1]), min_size=len(tokens), max_size=len(tokens))))
+    logits, _ = prefill(module, turn, added, plan, chunk, cache)
+    for row, (n, m) in enumerate(zip(lengths.tolist(), added.tolist(), strict=True)):
+        whole = torch.cat((tokens[row, :n], answer[:1], turn[row, :m]))
+        position = torch.arange(len(whole))
+        full_depth = reference.full_depth_tokens(n, n + 1, plan)
+        later = (position[n + 1 :] >= len(whole) - plan.full_depth_last) | (position[n + 1 :] < plan.full_depth_first)
+        expected, kv = reference.forward(module, whole, torch.cat((full_depth, later)), plan.layers)
+        assert_close(logits[row], expected[-1])
+        assert_close(held(cache, row)[1], torch.stack([v for _, v in kv]))
+
+
+@given(cases())
+def test_extend_is_decode_in_one_go(case):
+    module, plan, tokens, lengths, chunk = case
+    answer = torch.randint(module.config.vocab_size, (len(tokens), 4), generator=torch.Generator().manual_seed(2))
+    _, cache = prefill(module, tokens, lengths, plan)
+    stepwise = torch.stack([engine.decode(module, answer[:, step], cache) for step in range(4)], dim=1)
+    _, other = prefill(module, tokens, lengths, plan)
+    at_once = engine.extend(module, answer, other, torch.full_like(lengths, 4), chunk)
+    assert_close(at_once, stepwise)
+    for row in range(len(tokens)):
+        assert_close(held(other, row), held(cache, row))
+
+
+# What must not matter
+
+
+@given(cases())
+def test_a_ragged_batch_is_its_rows_alone(case):
+    module, plan, tokens, lengths, chunk = case
+    logits, cache = prefill(module, tokens, lengths, plan, chunk)
+    for row, n in enumerate(lengths.tolist()):
+        alone, alone_cache = prefill(module, tokens[row : row + 1, :n], lengths[row : row + 1], plan)
+        assert_close(logits[row], alone[0])
+        assert_close(held(cache, row), held(alone_cache, 0))
+
+
+@given(cases(), st.sampled_from([1e4, -1e4, 1e-30]))
+def test_padding_and_stale_slots_do_not_matter(case, garbage):
+    module, plan, tokens, lengths, chunk = case
+    expected, clean = prefill(module, tokens, lengths, plan, chunk)
+    padding = torch.arange(tokens.shape[1]) >= lengths[:, None]
+    dirty = new_cache(module, len(tokens))
+    for x in (*dirty.keys, *dirty.values):
+        x.fill_(garbage)
+    logits, _ = prefill(module, torch.where(padding, (tokens + 1) % 7, tokens), lengths, plan, chunk, dirty)
+    assert_close(logits, expected)
+    next_token = tokens[:, 0]
+    for row, n in enumerate(lengths.tolist()):
+        for x in (*dirty.keys, *dirty.values):
+            x[row, n:] = garbage
+    assert_close(engine.decode(module, next_token, dirty), engine.decode(module, next_token, clean))
+
+
+@given(cases())
+def test_a_reset_cache_is_a_new_cache(case):
+    module, plan, tokens, lengths, chunk = case
+    expected, _ = prefill(module, tokens, lengths, plan, chunk)
+    cache = new_cache(module, len(tokens))
+    prefill(module, tokens.flip(1), torch.full_like(lengths, tokens.shape[1]), plan, chunk, cache)
+    cache.reset()
+    logits, _ = prefill(module, tokens, lengths, plan, chunk, cache)
+    assert torch.equal(logits, expected)
+
+
+@given(cases(), st.data())
+def test_nothing_changes_before_a_changed_token(case, data):
+    module, plan, tokens, lengths, chunk = case
+    row = data.draw(st.integers(0, len(tokens) - 1))
+    changed = data.draw(st.integers(0, int(lengths[row]) - 1))
+    _, before = prefill(module, tokens, lengths, plan, chunk)
+    other = tokens.clone()
+    other[row, changed] = (other[row, changed] + 1) % module.config.vocab_size
+    _, after = prefill(module, other, lengths, plan, chunk)
+    assert torch.equal(held(before, row)[:, :, :changed], held(after, row)[:, :, :changed])
+
+
+@pytest.mark.parametrize("slots", [8, 9])
+def test_a_row_may_fill_its_cache_to_the_last_slot(slots):
+    """Longer rows' padding must not spill over a shorter row's tokens, nor over a full row's last slot."""
+    module = random_llama(tiny_config(), seed=3)
+    plan = PrunePlan(layers=(2, 4))
+    first, turn = torch.arange(10)[None].repeat(2, 1), torch.arange(20, 26)[None].repeat(2, 1)
+    cache = new_cache(module, 2, slots)
+    prefill(module, first, torch.tensor([slots - 1, 2]), plan, cache=cache)
+    logits, _ = prefill(module, turn, torch.tensor([1, slots - 2]), plan, cache=cache) if slots == 8 else (None, None)
+    if logits is None:
+        engine.decode(module, torch.tensor([20, 20]), cache)
+        assert cache.lengths.tolist() == [slots, 3]
+        return
+    assert cache.lengths.tolist() == [slots, slots]
+    for row, (n, m) in enumerate([(slots - 1, 1), (2, slots - 2)]):
+        alone = new_cache(module, 1, slots)
+        prefill(module, first[row : row + 1], torch.tensor([n]), plan, cache=alone)
+        expected, _ = prefill(module, turn[row : row + 1], torch.tensor([m]), plan, cache=alone)
+        assert_close(logits[row], expected[0])
+        assert_close(held(cache, row), held(alone, 0))

@@ -1,0 +1,55 @@
+"""The README is true: its links exist, its Python runs as printed, its commands do what it says."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+import pop
+from pop import registry
+from pop.cli import main
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def blocks(language):
+    return re.findall(rf"^```{language}\n(.*?)^```$", README, re.M | re.S)
+
+
+@pytest.fixture
+def weights():
+    try:
+        registry.find_weights("smollm2-135m")
+    except pop.WeightsNotFound as error:
+        pytest.skip(str(error))
+
+
+def test_every_link_leads_to_a_file():
+    links = re.findall(r"\]\(([^)#]+)\)", README)
+    assert links
+    for link in links:
+        assert (ROOT / link).exists(), link
+
+
+def test_ci_runs_the_two_commands_as_printed():
+    first, second = (line for block in blocks("bash") for line in block.splitlines() if line.startswith("pip "))
+    assert (first, second) == ("pip install -e '.[demo]' && pop demo", "pip install -e '.[test]' && pytest")
+    script = (ROOT / ".ci/run").read_text(encoding="utf-8")
+    assert second in script
+    assert "pip install --quiet -e '.[demo]' && pop demo" in script
+
+
+@pytest.mark.parametrize("index", range(len(blocks("python"))))
+def test_the_python_runs_as_printed(index, weights, capsys):
+    exec(compile(blocks("python")[index], f"README.md, block {index + 1}", "exec"), {})
+    assert capsys.readouterr().out.strip()
+
+
+def test_the_commands_run_as_printed(weights, capsys):
+    lines = [line for block in blocks("bash") for line in block.splitlines() if line.startswith("pop ")]
+    assert len(lines) >= 3
+    for line in lines:
+        assert main(shlex.split(line)[1:]) == 0
+        assert capsys.readouterr().out.strip(), line

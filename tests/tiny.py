@@ -1,0 +1,123 @@
+"""Tiny random Llama models with awkward sizes, in memory or as checkpoint folders.
+
+Used by the whole test suite and by tools/make_goldens.py. Weights depend on a seed and on the parameters'
+names and shapes alone: a golden file keeps the seed, and the reference gets the very same weights.
+"""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+
+from pop.config import LlamaConfig, RopeConfig
+from pop.models import build
+
+# Awkward on purpose: the head width is not width / heads, the layer count is odd, 6 query heads share 2.
+SIZES = {
+    "vocab_size": 67,
+    "hidden_size": 30,
+    "intermediate_size": 44,
+    "num_layers": 5,
+    "num_heads": 6,
+    "num_kv_heads": 2,
+    "head_dim": 10,
+    "max_positions": 512,
+    "norm_eps": 1e-5,
+    "rope": RopeConfig(base=10_000.0, kind="default"),
+    "tie_embeddings": False,
+    "attention_bias": False,
+    "mlp_bias": False,
+    "dtype": torch.float32,
+    "bos_id": None,
+    "eos_ids": (),
+}
+
+
+def tiny_config(**overrides) -> LlamaConfig:
+    """The tiny model's config, with any of its fields replaced."""
+    return LlamaConfig(**{**SIZES, **overrides})
+
+
+def random_weights(shapes: dict[str, tuple[int, ...]], seed: int) -> dict[str, torch.Tensor]:
+    """Float32 weights for the named shapes, filled in the order of the names.
+
+    Matrices have variance 1 / columns, so that every layer changes the residual stream and logits are lively;
+    norms scatter around one and biases around zero, so that leaving one out shows.
+    """
+    # RandomState, not Generator: numpy promises to keep its stream of numbers the same in every release.
+    random = np.random.RandomState(np.random.PCG64(seed))
+    weights = {}
+    for name, shape in sorted(shapes.items()):
+        values = random.standard_normal(shape)
+        if len(shape) == 2:
+            values /= np.sqrt(shape[1])
+        elif name.endswith("norm.weight"):
+            values = 1 + 0.1 * values
+        else:
+            values *= 0.1
+        weights[name] = torch.from_numpy(values.astype(np.float32))
+    return weights
+
+
+def random_llama(config: LlamaConfig, seed: int = 0) -> torch.nn.Module:
+    """A float32 model on the CPU, in evaluation mode, with random weights."""
+    module = build(config)
+    shapes = {name: tuple(parameter.shape) for name, parameter in module.named_parameters()}
+    module.load_state_dict(random_weights(shapes, seed))
+    return module.requires_grad_(False).eval()
+
+
+def write_checkpoint(folder: Path | str, seed: int = 0, **overrides) -> Path:
+    """Write config.json and model.safetensors of a tiny model into `folder` (made if missing); return it.
+
+    The weights are those of `random_llama(tiny_config(**overrides), seed)`, rounded to the config's dtype.
+    """
+    config = tiny_config(**overrides)
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(hf_config(config), indent=2) + "\n"
+    (folder / "config.json").write_text(text, encoding="utf-8")
+    write_weights(folder, config, seed)
+    return folder
+
+
+def write_weights(folder: Path, config: LlamaConfig, seed: int) -> None:
+    """Write model.safetensors with the random weights of `config`'s model, in the config's dtype."""
+    with torch.device("meta"):
+        shapes = {name: tuple(parameter.shape) for name, parameter in build(config).named_parameters()}
+    weights = {name: weight.to(config.dtype) for name, weight in random_weights(shapes, seed).items()}
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def hf_config(config: LlamaConfig) -> dict:
+    """The config.json of `config`, as transformers 5 writes it."""
+    rope = {"rope_type": config.rope.kind, "rope_theta": config.rope.base}
+    if config.rope.kind != "default":
+        rope["factor"] = config.rope.factor
+    if config.rope.kind == "llama3":
+        rope["low_freq_factor"] = config.rope.low_freq_factor
+        rope["high_freq_factor"] = config.rope.high_freq_factor
+        rope["original_max_position_embeddings"] = config.rope.original_max_positions
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.hidden_size,
+        "intermediate_size": config.intermediate_size,
+        "num_hidden_layers": config.num_layers,
+        "num_attention_heads": config.num_heads,
+        "num_key_value_heads": config.num_kv_heads,
+        "head_dim": config.head_dim,
+        "max_position_embeddings": config.max_positions,
+        "rms_norm_eps": config.norm_eps,
+        "rope_parameters": rope,
+        "tie_word_embeddings": config.tie_embeddings,
+        "attention_bias": config.attention_bias,
+        "mlp_bias": config.mlp_bias,
+        "hidden_act": "silu",
+        "dtype": str(config.dtype).removeprefix("torch."),
+        "bos_token_id": config.bos_id,
+        "eos_token_id": list(config.eos_ids) or None,
+    }

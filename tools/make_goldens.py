@@ -1,0 +1,346 @@
+"""Make the golden files of the test suite with the reference implementation, transformers.
+
+    python tools/make_goldens.py                  tiny random models -> tests/goldens/llama/
+    python tools/make_goldens.py --real FOLDER    SmolLM2-135M-Instruct in FOLDER (HF checkpoint layout)
+                                                  -> tests/goldens/smollm2-135m.json and .npz
+
+Run it in an environment that holds transformers beside what `pop` needs: nothing in pop/ or tests/ imports
+transformers. Everything runs on the CPU with eager attention, in float32 where nothing else is said, and
+each golden says what made it.
+
+A tiny case is a folder: config.json as the reference saved it (older dialects: as written here), golden.json
+with the prompts and their greedy tokens, and logits.npz with the logits at every position of a prompt and its
+greedy continuation. Most cases keep a seed instead of weights: tests/tiny.py makes the same weights for both
+sides. Two hold the very files that `save_pretrained` wrote.
+"""
+
+import argparse
+import json
+import re
+import shutil
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+try:
+    import transformers
+except ImportError:
+    sys.exit(
+        "make_goldens.py needs the package transformers: install it (pip install transformers), best in a "
+        "virtual environment of its own, and run the script there"
+    )
+
+ROOT = Path(__file__).resolve().parent.parent
+GOLDENS = ROOT / "tests" / "goldens"
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+from tiny import random_weights  # noqa: E402
+
+MADE_WITH = f"transformers {transformers.__version__} on torch {torch.__version__}, CPU, eager attention"
+GREEDY_TOKENS = 16
+MIN_MARGIN = 1e-3  # of a greedy token over the runner-up, in standard deviations of the logits
+
+
+# ---------------------------------------------------------------------------------------- the tiny cases
+
+
+@dataclass
+class Case:
+    config: dict  # config.json; the weights are random in float32, then rounded to its dtype
+    prompt_lengths: tuple[int, ...]
+    verbatim: bool = False  # config.json is kept as it stands here, not as the reference saves it again
+    shard_size: str | None = None  # keep the weights too, in files of at most this size
+
+
+def config(vocab, width, mlp, layers, heads, kv_heads, head_width, rope=None, **fields) -> dict:
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "vocab_size": vocab,
+        "hidden_size": width,
+        "intermediate_size": mlp,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "head_dim": head_width,
+        "max_position_embeddings": 512,
+        "rms_norm_eps": 1e-5,
+        "rope_parameters": rope or {"rope_type": "default", "rope_theta": 10_000.0},
+        "bos_token_id": None,
+        "eos_token_id": None,
+        **fields,
+    }
+
+
+CASES = {
+    "wide-heads": Case(config(67, 30, 44, 5, 6, 2, 10), (21, 1)),
+    "mqa-tied": Case(
+        config(
+            *(61, 32, 52, 2, 4, 1, 8),
+            rope={"rope_type": "default", "rope_theta": 500_000.0},
+            tie_word_embeddings=True,
+            rms_norm_eps=1e-3,  # large enough for its place in the formula to show
+        ),
+        (19, 6),
+    ),
+    # The eight frequencies have wavelengths of 6, 20, 63 ... tokens, the bounds are 32 / 4 and 32 / 1: each
+    # of the three branches (kept, blended, divided) is taken. The prompt is nine times the original length.
+    "llama3-rope": Case(
+        config(
+            *(37, 24, 36, 3, 4, 2, 16),
+            rope={
+                "rope_type": "llama3",
+                "rope_theta": 10_000.0,
+                "factor": 8.0,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 32,
+            },
+        ),
+        (300,),
+    ),
+    "linear-rope": Case(
+        config(
+            *(61, 24, 40, 3, 3, 1, 12),
+            rope={"rope_type": "linear", "rope_theta": 10_000.0, "factor": 4.0},
+        ),
+        (70,),
+    ),
+    "biases": Case(config(61, 28, 36, 3, 4, 2, 6, attention_bias=True, mlp_bias=True), (23, 5)),
+    "sharded": Case(config(61, 16, 24, 3, 4, 2, 6), (17, 9), shard_size="9KB"),
+    # Long enough for positions that bfloat16 cannot tell apart (beyond 256).
+    "bfloat16": Case(config(37, 16, 24, 3, 4, 2, 8, dtype="bfloat16"), (280, 7), shard_size="1GB"),
+    # The dialect of transformers 4, in the form that Llama-3.1 was published in ...
+    "old-llama3": Case(
+        {
+            "architectures": ["LlamaForCausalLM"],
+            "attention_bias": False,
+            "attention_dropout": 0.0,
+            "bos_token_id": None,
+            "eos_token_id": None,
+            "hidden_act": "silu",
+            "hidden_size": 30,
+            "initializer_range": 0.02,
+            "intermediate_size": 38,
+            "max_position_embeddings": 1024,
+            "mlp_bias": False,
+            "model_type": "llama",
+            "num_attention_heads": 5,
+            "num_hidden_layers": 3,
+            "num_key_value_heads": 5,
+            "pretraining_tp": 1,
+            "rms_norm_eps": 1e-05,
+            "rope_scaling": {
+                "factor": 4.0,
+                "high_freq_factor": 4.0,
+                "low_freq_factor": 1.0,
+                "original_max_position_embeddings": 24,
+                "rope_type": "llama3",
+            },
+            "rope_theta": 500.0,
+            "tie_word_embeddings": False,
+            "torch_dtype": "float32",
+            "transformers_version": "4.43.0.dev0",
+            "use_cache": True,
+            "vocab_size": 61,
+        },
+        (90,),
+        verbatim=True,
+    ),
+    # ... and in its oldest: no num_key_value_heads, head_dim, eps or rope_theta, "type" for "rope_type".
+    "old-linear": Case(
+        {
+            "architectures": ["LlamaForCausalLM"],
+            "bos_token_id": None,
+            "eos_token_id": None,
+            "hidden_act": "silu",
+            "hidden_size": 24,
+            "intermediate_size": 44,
+            "max_position_embeddings": 256,
+            "model_type": "llama",
+            "num_attention_heads": 3,
+            "num_hidden_layers": 2,
+            "rope_scaling": {"factor": 2.5, "type": "linear"},
+            "torch_dtype": "float32",
+            "vocab_size": 97,
+        },
+        (33,),
+        verbatim=True,
+    ),
+}
+
+
+def make_tiny(name: str, case: Case) -> None:
+    for seed in range(100):
+        model = random_reference(case, seed)
+        golden, arrays = run_prompts(model, case, seed)
+        if golden["smallest_margin"] >= MIN_MARGIN and golden["fewest_distinct"] >= GREEDY_TOKENS // 2:
+            break
+    else:
+        sys.exit(f"{name}: no seed below 100 gives varied greedy tokens clear of ties; change its sizes")
+
+    folder = GOLDENS / "llama" / name
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    if case.shard_size:
+        model.to(stored_dtype(case)).save_pretrained(folder, max_shard_size=case.shard_size)
+        (folder / "generation_config.json").unlink(missing_ok=True)
+    elif case.verbatim:
+        write_json(folder / "config.json", case.config)
+    else:
+        model.config.save_pretrained(folder)
+    if stored_dtype(case) != torch.float32:  # a second run, in the stored dtype, as a user would load it
+        model = load_reference(folder, stored_dtype(case))
+        for i, prompt in enumerate(golden["prompts"]):
+            arrays[f"stored_dtype_logits_{i}"] = all_logits(model, prompt["tokens"] + prompt["greedy"][:-1])
+    write_json(folder / "golden.json", golden)
+    np.savez_compressed(folder / "logits.npz", **arrays)
+    size = sum(file.stat().st_size for file in folder.iterdir())
+    print(f"{name}: seed {seed}, smallest margin {golden['smallest_margin']} std, {size / 1000:.0f} kB")
+
+
+def stored_dtype(case: Case) -> torch.dtype:
+    return getattr(torch, case.config.get("dtype", "float32"))
+
+
+def random_reference(case: Case, seed: int) -> torch.nn.Module:
+    """The reference's model for the case, in float32, with weights that the case's dtype holds exactly."""
+    with tempfile.TemporaryDirectory() as folder:
+        write_json(Path(folder) / "config.json", case.config)
+        parsed = transformers.AutoConfig.from_pretrained(folder)
+    model = transformers.AutoModelForCausalLM.from_config(
+        parsed, dtype=torch.float32, attn_implementation="eager"
+    ).eval()
+    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    weights = random_weights(shapes, seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(weights[name].to(stored_dtype(case)))
+    return model
+
+
+def load_reference(folder: Path, dtype: torch.dtype) -> torch.nn.Module:
+    load = transformers.AutoModelForCausalLM.from_pretrained
+    return load(folder, dtype=dtype, attn_implementation="eager").eval()
+
+
+def run_prompts(model: torch.nn.Module, case: Case, seed: int) -> tuple[dict, dict]:
+    random = np.random.RandomState(seed)
+    prompts, arrays, margins = [], {}, []
+    for i, length in enumerate(case.prompt_lengths):
+        tokens = random.randint(0, model.config.vocab_size, length).tolist()
+        greedy, arrays[f"logits_{i}"], lead = greedy_run(model, tokens, GREEDY_TOKENS)
+        prompts.append({"tokens": tokens, "greedy": greedy})
+        margins.append(lead.min())
+    golden = {
+        "made_with": MADE_WITH,
+        "seed": seed,
+        "smallest_margin": rounded(min(margins)),
+        "fewest_distinct": min(len(set(prompt["greedy"])) for prompt in prompts),
+        "prompts": prompts,
+    }
+    return golden, arrays
+
+
+@torch.no_grad()
+def greedy_run(model, tokens: list[int], count: int) -> tuple[list[int], np.ndarray, np.ndarray]:
+    """`count` greedy tokens by the reference's own generate, the logits [T + count - 1, V] of the prompt and
+    of all but the last of them, and each one's lead over the runner-up, in standard deviations."""
+    output = model.generate(
+        torch.tensor([tokens]),
+        attention_mask=torch.ones(1, len(tokens), dtype=torch.long),
+        do_sample=False,
+        max_new_tokens=count,
+        eos_token_id=None,
+        pad_token_id=0,
+    )
+    greedy = output[0, len(tokens) :].tolist()
+    logits = all_logits(model, tokens + greedy[:-1])
+    chosen = logits[len(tokens) - 1 :]
+    top = np.sort(chosen, axis=-1)
+    lead = (top[:, -1] - top[:, -2]) / logits.std()
+    if chosen.argmax(-1).tolist() != greedy:  # cached and uncached run disagree: a tie
+        lead[:] = 0
+    return greedy, logits, lead
+
+
+@torch.no_grad()
+def all_logits(model, tokens: list[int]) -> np.ndarray:
+    return model(torch.tensor([tokens]), use_cache=False).logits[0].float().numpy()
+
+
+# ---------------------------------------------------------------------------------------- the real model
+
+SYSTEM = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
+QUESTION = "What is photosynthesis?"
+PLAIN = "The old lighthouse stood at the end of the pier, and every evening"
+LONG_TEXT = ROOT / "pop" / "data" / "alice.txt"
+LONG_TOKENS = 1100
+REAL_GREEDY_TOKENS = 40
+SAMPLED_IDS = 512  # of the vocabulary, whose logits are kept
+
+
+def make_real(folder: Path) -> None:
+    """Greedy tokens and sampled boundary logits for a question, a plain continuation and a long text."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    model = load_reference(folder, torch.float32)
+    chat = (
+        f"<|im_start|>system\n{SYSTEM}<|im_end|>\n"
+        f"<|im_start|>user\n{QUESTION}<|im_end|>\n<|im_start|>assistant\n"
+    )
+    texts = {"chat": chat, "plain": PLAIN, "long": LONG_TEXT.read_text(encoding="utf-8")}
+    ids = np.sort(np.random.RandomState(0).choice(model.config.vocab_size, SAMPLED_IDS, replace=False))
+    prompts, arrays = {}, {"ids": ids.astype(np.int32)}
+    for name, text in texts.items():
+        tokens = tokenizer(text, add_special_tokens=False)["input_ids"][:LONG_TOKENS]
+        greedy, logits, lead = greedy_run(model, tokens, REAL_GREEDY_TOKENS)
+        if lead.min() < MIN_MARGIN:
+            sys.exit(f"{name}: {tokenizer.decode(greedy)!r} holds a near tie; change the text")
+        prompts[name] = {
+            "tokens": tokens,
+            "greedy": greedy,
+            "greedy_text": tokenizer.decode(greedy),
+            "smallest_margin": rounded(lead.min()),
+            "logits_std": rounded(logits[len(tokens) - 1].std()),
+        }
+        arrays[name] = logits[len(tokens) - 1, ids]
+        print(f"{name}: {len(tokens)} tokens, smallest margin {rounded(lead.min())} std")
+        print(f"    {prompts[name]['greedy_text']!r}")
+    golden = {"made_with": MADE_WITH, "question": QUESTION, "plain": PLAIN, "prompts": prompts}
+    write_json(GOLDENS / "smollm2-135m.json", golden)
+    np.savez_compressed(GOLDENS / "smollm2-135m.npz", **arrays)
+
+
+# ---------------------------------------------------------------------------------------- the command
+
+
+def rounded(value) -> float:
+    return float(f"{value:.3g}")
+
+
+def write_json(file: Path, content: dict) -> None:
+    text = json.dumps(content, indent=2, ensure_ascii=False)
+    text = re.sub(r"\[[\d\s,]+\]", lambda ids: " ".join(ids[0].split()), text)  # a list of ids is one line
+    file.write_text(text + "\n", encoding="utf-8")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Make the golden files of the test suite with transformers.")
+    parser.add_argument("--real", type=Path, metavar="FOLDER", help="SmolLM2-135M-Instruct, HF layout")
+    parser.add_argument("--only", choices=CASES, help="make this tiny case alone")
+    options = parser.parse_args()
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    if options.real:
+        make_real(options.real)
+    else:
+        for name in [options.only] if options.only else CASES:
+            make_tiny(name, CASES[name])
+
+
+if __name__ == "__main__":
+    main()
