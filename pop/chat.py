@@ -1,8 +1,8 @@
 """Conversations to token ids, in the format that each family of instruct models was trained on.
 
-A format is hand-written: its `pieces` yields the control tokens and the texts between them. Control tokens become
-ids directly and text is encoded as text, so that nothing a user writes can become a control token. A further
-family is one more subclass, recognised by one of its control tokens, and an entry in FORMATS.
+A format is hand-written: its `pieces` yields the control tokens and the texts between them. Control tokens
+become ids directly and text is encoded as text, so that nothing a user writes can become a control token. A
+further family is one more subclass, recognised by one of its control tokens, and an entry in FORMATS.
 """
 
 from collections.abc import Iterator
@@ -38,8 +38,9 @@ class ChatFormat:
     def encode(self, messages: list[Message], add_generation_prompt: bool = True) -> list[int]:
         """The token ids of a conversation, BOS included where the family has one.
 
-        messages: [{"role": "system" | "user" | "assistant", "content": text or [{"type": "text", "text": ...}]}];
-        a system message comes first. add_generation_prompt: open the model's turn at the end.
+        messages: a list of {"role": "system", "user" or "assistant", "content": ...}; the content is text or
+        a list of {"type": "text", "text": ...}, and a system message comes first. InputError for all else.
+        add_generation_prompt: open the model's turn at the end.
         """
         pieces = self.pieces(self._turns(messages), add_generation_prompt)
         ids = []
@@ -51,7 +52,7 @@ class ChatFormat:
         return ids
 
     def render(self, messages: list[Message], add_generation_prompt: bool = True) -> str:
-        """The same as a string, to read. Do not encode it: users' text and control tokens look alike in it."""
+        """The same as a string, to read: in it text and control tokens look alike, so do not encode it."""
         return "".join(self.pieces(self._turns(messages), add_generation_prompt))
 
     def _control_id(self, name: str) -> int:
@@ -66,7 +67,7 @@ class ChatFormat:
         turns = []
         for n, message in enumerate(messages):
             if not isinstance(message, dict) or message.keys() != {"role", "content"}:
-                raise InputError(f"message {n} must be a dict with just 'role' and 'content', got {message!r:.80}.")
+                raise InputError(f"message {n} must be a dict of 'role' and 'content', got {message!r:.80}.")
             role, text = message["role"], self._text(message["content"], f"message {n}")
             if role not in ("system", "user", "assistant"):
                 raise InputError(f"message {n} has the role {role!r}; use system, user or assistant.")
@@ -85,9 +86,9 @@ class ChatFormat:
         for part in content:
             kind = part.get("type") if isinstance(part, dict) else None
             if kind in ("image", "video"):
-                raise UnsupportedError(f"{where} has an {kind}, and {self.family} models read text only.")
+                raise UnsupportedError(f"{where} has an image or video, and {self.family} takes text only.")
             if kind != "text" or part.keys() != {"type", "text"} or not isinstance(part["text"], str):
-                raise InputError(f"{where}: a part must be {{'type': 'text', 'text': ...}}, got {part!r:.80}.")
+                raise InputError(f"{where}: a part is {{'type': 'text', 'text': ...}}, got {part!r:.80}.")
         return "".join(part["text"] for part in content)
 
 
@@ -146,7 +147,7 @@ FORMATS = (Llama3, ChatML)
 
 
 def chat_format(tokenizer: Tokenizer) -> ChatFormat:
-    """The chat format that a tokenizer's control tokens belong to. UnsupportedError if they belong to none."""
+    """The chat format that a tokenizer's control tokens belong to; UnsupportedError if there is none."""
     for form in FORMATS:
         if form.mark in tokenizer.special_tokens:
             return form(tokenizer)

@@ -90,7 +90,6 @@ def _steps(pieces: list[_Piece], step: int) -> Iterator[tuple[_Piece, int, torch
         row, rows = 0, 1
         while row < rows:
             if piece.file != file or touched >= step:
-                source = tensors = None  # unmap before mapping anew
                 file, tensors, touched = piece.file, _map(piece.file), 0
             source = piece.source(tensors[piece.name])
             rows = len(source)

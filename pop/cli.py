@@ -1,7 +1,7 @@
 """The `pop` command: demo, generate, chat, models, import-gguf.
 
-Answers go to stdout, what is said about them to stderr. Exit status: 0, 2 for a mistake (told in one sentence),
-130 after Ctrl-C.
+Answers go to stdout, what is said about them to stderr. Exit status: 0, 2 for a mistake (told in one
+sentence), 130 after Ctrl-C.
 """
 
 from __future__ import annotations
@@ -20,16 +20,14 @@ import pop
 from pop import registry
 from pop.errors import ContextOverflow, InputError, PlanError, PopError, WeightsNotFound
 
-PRUNE_HELP = "layers that prefill skips: default (the deepest third), none, a fraction, or a saved plan's path"
-BROKEN_PIPE = 141  # as the shell reports a program that ended because nobody read on
+PRUNE_HELP = "layers to prune: default (the deepest third), none, a fraction, or the path of a saved plan"
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command and return the exit status. argv: without the program's name; None takes sys.argv."""
     args = _parser().parse_args(argv)
-    for stream in (sys.stdin, sys.stdout):
-        if hasattr(stream, "reconfigure"):  # a terminal that lacks a character shows "?" for it
-            stream.reconfigure(errors="replace")
+    if hasattr(sys.stdout, "reconfigure"):  # a terminal that lacks a character shows "?" for it
+        sys.stdout.reconfigure(errors="replace")
     try:
         with warnings.catch_warnings():
             if not sys.warnoptions:
@@ -45,7 +43,7 @@ def main(argv: list[str] | None = None) -> int:
         return 130
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
-        return BROKEN_PIPE
+        return 141  # as the shell reports a program whose output nobody read on
 
 
 # ---- Commands ----
@@ -54,9 +52,9 @@ def main(argv: list[str] | None = None) -> int:
 def demo(args) -> None:
     from pop.demo import run
 
-    question = None if args.prompt_file is None else _read_file(args.prompt_file)
+    text = None if args.prompt_file is None else _read_file(args.prompt_file)
     prune = parse_prune(args.prune)
-    run(args.model, question, prune, max_new_tokens=args.max_new_tokens, runs=args.runs, as_json=args.json)
+    run(args.model, text, prune, max_new_tokens=args.max_new_tokens, runs=args.runs, as_json=args.json)
 
 
 def generate(args) -> None:
@@ -78,17 +76,16 @@ def chat(args) -> None:
     model.chat_tokens([*system, {"role": "user", "content": "Hello"}])  # no chat format? Say so now
     print("/new starts a new conversation, /quit ends, Ctrl-C stops an answer.", file=sys.stderr)
     history = list(system)
-    while True:
-        try:
-            line = _readable(lambda: input("> " if sys.stdin.isatty() else ""), "the standard input").strip()
-        except EOFError:
-            return
-        if line == "/quit":
-            return
-        if line == "/new":
-            history = list(system)
-        elif line:
-            history += _turn(model, history, line, _generation_options(args))
+
+    def ask() -> str:
+        return _readable(lambda: input("> " if sys.stdin.isatty() else ""), "the standard input").strip()
+
+    with contextlib.suppress(EOFError):
+        while (line := ask()) != "/quit":
+            if line == "/new":
+                history = list(system)
+            elif line:
+                history += _turn(model, history, line, _generation_options(args))
 
 
 def _turn(model, history: list[dict], line: str, options: dict) -> list[dict]:
@@ -98,8 +95,7 @@ def _turn(model, history: list[dict], line: str, options: dict) -> list[dict]:
     try:
         _print_answer(model.stream(model.chat_tokens([*history, message]), **options), pieces)
     except KeyboardInterrupt:
-        print(flush=True)
-        print("(stopped)", file=sys.stderr)
+        print("\n(stopped)", flush=True)
     except ContextOverflow as error:
         print(f"pop: {error}; or start a new conversation with /new", file=sys.stderr)
     answer = "".join(pieces)
@@ -118,7 +114,7 @@ def models(args) -> None:
     widths = [max(len(row[column]) for row in rows) for column in range(3)]
     for name, family, parameters, where in rows:
         print(f"{name:{widths[0]}}  {family:{widths[1]}}  {parameters:>{widths[2]}}  {where}")
-    print(f"\nNew weights go into {registry.weights_folder()}/NAME; `pop generate NAME` says which files.")
+    print(f"\nNew weights go into {registry.weights_folder()}/NAME; `pop chat NAME` says which files.")
 
 
 def import_gguf(args) -> None:
@@ -140,7 +136,7 @@ def parse_prune(text: str):
             return float(text)
     if not os.path.isfile(text):
         raise PlanError(
-            f"--prune is {text!r}; it must be default, none, a fraction of the layers from 0 to 1 such as 0.33, "
+            f"--prune is {text!r}; give default, none, a fraction of the layers from 0 to 1 such as 0.33, "
             "or the path of a saved plan"
         )
     return pop.PrunePlan.load(text)
@@ -192,7 +188,7 @@ def _parser() -> argparse.ArgumentParser:
     def model_options(option) -> None:
         option("model", "a name that `pop models` lists, or a directory", metavar="NAME_OR_DIR")
         option("--max-new-tokens", "length of the answer (256)", type=int, default=256, metavar="N")
-        option("--temperature", "of sampling; 0, the default, is greedy", type=float, default=0.0, metavar="T")
+        option("--temperature", "0, the default, is greedy", type=float, default=0.0, metavar="T")
         option("--top-k", "sample among the K likeliest tokens", type=int, metavar="K")
         option("--top-p", "sample among the likeliest tokens of this probability", type=float, metavar="P")
         option("--seed", "the same seed samples the same text", type=int, metavar="N")
@@ -201,7 +197,7 @@ def _parser() -> argparse.ArgumentParser:
         option("--dtype", "default: the checkpoint's", choices=("float32", "bfloat16", "float16"))
         option("--device", "cpu, cuda, cuda:1 ...; default: a GPU if there is one")
 
-    option = command(demo, "Compare full and pruned prefill on a real model, fetched the first time.")
+    option = command(demo, "Compare full and pruned prefill on a real model (fetched the first time).")
     option("--model", "default: smollm2-135m", default="smollm2-135m", metavar="NAME_OR_DIR")
     option("--prompt-file", "ask this text instead of the built-in story and question", metavar="F")
     option("--prune", PRUNE_HELP, default="default", metavar="P")

@@ -99,7 +99,7 @@ def _read(path: Path, reader: Callable[[Fields], LlamaConfig]) -> LlamaConfig:
     fields = Fields(read_json(path))
     try:
         return reader(fields)
-    except (ConfigError, RecursionError) as error:  # the latter from printing a hostile value
+    except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
 
 

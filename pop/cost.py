@@ -1,9 +1,8 @@
 """What a prefill costs, counted from shapes alone, and the speedup that pruning can reach at best.
 
 A product of matrices [n, i] and [i, o] is n·i·o multiply-adds, and a multiply-add is two floating point
-operations (FLOPs). Norms, rotations, activations and softmax are left out: their cost grows with D, not with D².
-Shape letters are those of models/layers.py, I is the width inside the MLP, and N tokens are prefilled into an
-empty cache.
+operations (FLOPs). Norms, rotations, activations and softmax are left out: they grow with D, not with D².
+Shape letters are those of models/layers.py, I is the width inside the MLP; N tokens fill an empty cache.
 
     one token through a whole layer         q and o     2 · D·H·E
     (multiply-adds)                         k and v     2 · D·K·E
@@ -11,8 +10,8 @@ empty cache.
     a token at position p attends           QK' and PV  2 · H·E · (p + 1)
     the output head, on one row             D·V
 
-In a kept layer all N tokens do all of this, and what they attend sums to N(N+1)/2 positions, the lower triangle.
-In a pruned layer only the W full-depth tokens do; the other N - W do k and v and nothing else:
+In a kept layer all N tokens do all of this, and they attend N(N+1)/2 positions, the lower triangle. In a
+pruned layer only the W full-depth tokens do; the other N - W do k and v and nothing else:
 
     F(plan) = 2 · [ kept layers · (N·(qo + kv + mlp) + attention of all N)
                   + pruned layers · (N·kv + W·(qo + mlp) + attention of the W)

@@ -2,9 +2,9 @@
 
 What is measured, and how:
 
-    TTFT        time to first token: from the prompt's token ids to the id of the first new token. Tokenization
-                and the allocation of the cache are outside. Full and pruned runs take turns, after an untimed
-                one of each; the median is reported, with the fastest and the slowest.
+    TTFT        time to first token: from the prompt's token ids to the id of the first new token, without
+                tokenization and the allocation of the cache. Full and pruned runs take turns, after an
+                untimed one of each; the median is reported, with the fastest and the slowest.
     limit       the speedup that the shapes allow (pop/cost.py); efficiency is the measured speedup over it.
     decode      tokens a second behind the first one. Decode runs the whole model either way.
     KL          KL(full || pruned) = Σ p_full · ln(p_full / p_pruned) over the vocabulary at the first new
@@ -46,11 +46,10 @@ def run(name: str, text: str | None, prune, *, max_new_tokens: int, runs: int, a
     """
     check_count("max_new_tokens", max_new_tokens)
     check_count("runs", runs)
+    about = "the given text"
     if text is None:
         text = f"{STORY.read_text(encoding='utf-8').strip()}\n\nQuestion: {QUESTION}"
-        about = f'the opening of "Alice\'s Adventures in Wonderland" and a question: {QUESTION}'
-    else:
-        about = "the given text"
+        about = f"the opening of Alice's Adventures in Wonderland, and a question: {QUESTION}"
     folder = name if os.path.isdir(name) else embedded.fetch(name)
     model = pop.load(folder, dtype=torch.float32, prune=prune)
     prompt = model.chat_tokens([{"role": "user", "content": text}])
@@ -62,10 +61,12 @@ def run(name: str, text: str | None, prune, *, max_new_tokens: int, runs: int, a
 
 
 def compare(model, prompt: list[int], *, max_new_tokens: int, runs: int) -> dict:
-    """Measure `prompt`, token ids, with a full prefill and with the model's plan; what --json prints of it."""
+    """Measure `prompt`, token ids, with a full prefill and with the model's plan: all that --json prints."""
     plans = {"full": pop.PrunePlan.none(), "pruned": model.plan}
     _progress("answering")  # which is also the warm-up
-    answers = {side: model.generate(prompt, max_new_tokens=max_new_tokens, plan=plans[side]) for side in plans}
+    answers = {
+        side: model.generate(prompt, max_new_tokens=max_new_tokens, plan=plan) for side, plan in plans.items()
+    }
     steps = min(DECODE_STEPS, max_new_tokens - 1, model.max_seq_len - len(prompt))
     cache = model.new_cache(1, len(prompt) + steps)
     ttfts = {side: [] for side in plans}
@@ -170,14 +171,14 @@ def _describe(plan) -> str:
 def _report(result: dict) -> str:
     sides = full, pruned = result["full"], result["pruned"]
     longest = max(side["answer_tokens"] for side in sides)
-    fastest_to_slowest = [f"{s['ttft_fastest_s'] * 1e3:,.0f} to {s['ttft_slowest_s'] * 1e3:,.0f}" for s in sides]
+    spreads = [f"{s['ttft_fastest_s'] * 1e3:,.0f} to {s['ttft_slowest_s'] * 1e3:,.0f}" for s in sides]
     decode_speeds = [s["decode_tokens_per_s"] for s in sides]
     rows = [
         ("", "full prefill", "pruned prefill"),
         ("prompt tokens", *[f"{result['prompt_tokens']:,}"] * 2),
         ("arithmetic, GFLOP", *[f"{s['prefill_flops'] / 1e9:,.1f}" for s in sides]),
         ("time to first token (TTFT)*, ms", *[f"{s['ttft_s'] * 1e3:,.0f}" for s in sides]),
-        ("  fastest to slowest, ms", *fastest_to_slowest),
+        ("  fastest to slowest, ms", *spreads),
         ("speedup", "", f"{result['speedup']:.2f}x"),
         ("speedup that the shapes allow", "", f"{result['speedup_limit']:.2f}x"),
         ("efficiency: measured / allowed", "", f"{result['efficiency']:.2f}"),

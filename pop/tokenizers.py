@@ -15,6 +15,7 @@ import json
 import re
 import unicodedata
 from collections.abc import Iterable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -128,6 +129,12 @@ def _splitter(names: Iterable[str]) -> re.Pattern | None:
     return re.compile("(" + "|".join(map(re.escape, longest_first)) + ")") if longest_first else None
 
 
+def _tiktoken(ranks: dict[bytes, int], pattern: str):
+    import tiktoken  # here, so that importing pop does not cost its loading
+
+    return tiktoken.Encoding("pop", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
+
+
 class BytePairTokenizer(Tokenizer):
     """Byte-level BPE.
 
@@ -137,17 +144,15 @@ class BytePairTokenizer(Tokenizer):
     """
 
     def __init__(self, ranks, ids, bytes_of, pattern, *, special_tokens, added, bos_id, nfc=False):
-        from tiktoken import _tiktoken  # here, so that importing pop does not cost its loading
-
         super().__init__(special_tokens, added, max([*bytes_of, *special_tokens.values()]) + 1, bos_id)
-        self._core = _tiktoken.CoreBPE(ranks, {}, pattern)
+        self._bpe = _tiktoken(ranks, pattern)
         self._ids, self._nfc = ids, nfc
         self._bytes_of = bytes_of | dict.fromkeys(special_tokens.values(), b"")
         self._lacking = bytes(token[0] for token, rank in ranks.items() if ids[rank] is None)
         if self._lacking:
             digit = _DIGIT if pattern == _DIGITS_GPT2_PATTERN else r"\p{N}"
             every_byte = {bytes([byte]): byte for byte in range(256)}
-            self._symbols = _tiktoken.CoreBPE(every_byte, {}, rf"[^\s\p{{L}}{digit}]")
+            self._symbols = _tiktoken(every_byte, rf"[^\s\p{{L}}{digit}]")
 
     def token_bytes(self, id: int) -> bytes:
         try:
@@ -162,7 +167,7 @@ class BytePairTokenizer(Tokenizer):
             longest = max((len(run[0]) for run in re.finditer(r"\s+", text)), default=0)
             if longest > _MAX_WHITESPACE:
                 raise InputError(f"the text has {longest} whitespace characters in a row; cut them down.")
-        ids = [self._ids[rank] for rank in self._core.encode_ordinary(text)]
+        ids = [self._ids[rank] for rank in self._bpe.encode_ordinary(text)]
         return self._encode_without_lacking(text) if self._lacking and None in ids else ids
 
     def _encode_without_lacking(self, text: str) -> list[int]:
@@ -177,12 +182,12 @@ class BytePairTokenizer(Tokenizer):
             piece = run[0] if run[1] == " " else run[2]
             kept = piece.encode().translate(None, self._lacking)
             if len(kept) < len(piece.encode()):
-                ranks += self._core.encode_ordinary(text[start : run.start()])
+                ranks += self._bpe.encode_ordinary(text[start : run.start()])
                 if run[1] != " ":  # the pattern leaves the last of several whitespace characters by itself
-                    ranks += self._core.encode_ordinary(run[1])
-                ranks += self._core.encode_single_piece(kept) if kept else []
+                    ranks += self._bpe.encode_ordinary(run[1])
+                ranks += self._bpe._encode_single_piece(kept) if kept else []
                 start = run.end()
-        ranks += self._core.encode_ordinary(text[start:])
+        ranks += self._bpe.encode_ordinary(text[start:])
         return [self._ids[rank] for rank in ranks]
 
 
@@ -219,7 +224,7 @@ class SentencePieceTokenizer(Tokenizer):
         super().__init__(names, {}, size, bos_id if bos_id >= 0 else None)
 
     def token_bytes(self, id: int) -> bytes:
-        if type(id) is not int or not 0 <= id < self.vocab_size:
+        if not isinstance(id, int) or not 0 <= id < self.vocab_size:
             raise self._unknown_id(id)
         if id in self._special_names:
             return b""
@@ -263,15 +268,13 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     if not files:
         raise TokenizerError(f"{path}: there is no tokenizer.json and no tokenizer.model here.")
     try:
-        # A sentencepiece model comes first: the tokenizer.json beside it is not of byte-level BPE.
-        data = {file: file.read_bytes() for file in files}
-        proto = next((content for content in data.values() if content[:1] == b"\n"), None)
-        if proto is not None:
-            tokenizer = SentencePieceTokenizer(proto)
-        elif files[0].name.endswith(".json"):
-            tokenizer = _from_tokenizer_json(json.loads(data[files[0]]))
+        data = files[-1].read_bytes()
+        if files[-1].suffix != ".json" and data[:1] == b"\n":  # the first tag of a sentencepiece model
+            tokenizer = SentencePieceTokenizer(data)
+        elif files[0].suffix == ".json":
+            tokenizer = _from_tokenizer_json(json.loads(files[0].read_bytes()))
         else:
-            tokenizer = _from_tiktoken_file(data[files[0]])
+            tokenizer = _from_tiktoken_file(data)
         tokenizer.chat_template = _chat_template(folder)
     except TokenizerError as error:
         raise TokenizerError(f"{path}: {error}") from None
@@ -298,8 +301,8 @@ def _from_tiktoken_file(data: bytes) -> BytePairTokenizer:
     for line in data.splitlines():
         token, rank = line.split()
         ranks[base64.b64decode(token, validate=True)] = int(rank)
-    if sorted(ranks.values()) != list(range(len(data.splitlines()))):
-        raise TokenizerError("a token or a rank comes twice, or a rank is missing.")
+    if sorted(ranks.values()) != list(range(len(data.splitlines()))) or b"" in ranks:
+        raise TokenizerError("a token or a rank comes twice or is missing.")
     if any(bytes([byte]) not in ranks for byte in range(256)):
         raise TokenizerError("not every single byte is a token.")
     names = ["begin_of_text", "end_of_text", "reserved_special_token_0", "reserved_special_token_1"]
@@ -333,23 +336,24 @@ def _from_tokenizer_json(spec: dict[str, Any]) -> BytePairTokenizer:
             raise TokenizerError(f"the added token {name!r} has two ids, or no text.")
         (special if token["special"] else added)[name] = id
     ids = list({**vocab, **special, **added}.values())
-    if not all(type(id) is int and id >= 0 for id in ids) or len({*ids}) < len(ids):
-        raise TokenizerError("an id comes twice, or is not a non-negative integer.")
+    if not all(type(id) is int and id >= 0 for id in ids) or len({*ids}) < len(ids) or "" in vocab:
+        raise TokenizerError("an id comes twice or is not a non-negative integer, or a token has no text.")
     bytes_of = {id: _to_bytes(token) for token, id in vocab.items() if token not in special | added}
-    bytes_of |= {id: name.encode() for name, id in added.items()}
 
     merges = [tuple(merge.split(" ") if isinstance(merge, str) else merge) for merge in model["merges"]]
     ranked = [*map(_BYTE_CHARS.get, range(256)), *_reachable(merges, vocab)]
     if spelt := special.keys() & {*ranked}:
         raise TokenizerError(f"ordinary text merges into the special token {min(spelt)!r}.")
     ranks = {_to_bytes(token): rank for rank, token in enumerate(ranked)}
-    ids = [vocab.get(token, vocab.get(model["unk_token"])) for token in ranked]
+    ids = [vocab.get(token, vocab.get(model.get("unk_token"))) for token in ranked]
     pattern = _pattern(spec["pre_tokenizer"])
     lacking = {byte for byte in range(256) if ids[byte] is None}
-    if lacking - (_MAY_LACK if pattern in (_GPT2_PATTERN, _DIGITS_GPT2_PATTERN) else set()):
+    whole = model.get("ignore_merges", False)
+    if lacking - (set() if whole or pattern in (_LLAMA3_PATTERN, _QWEN_PATTERN) else _MAY_LACK):
         raise TokenizerError(f"its vocabulary lacks the single byte {min(lacking)}.")
-    if model["ignore_merges"]:
+    if whole:
         _add_whole_pre_tokens(ranks, ids, bytes_of, pattern)
+    bytes_of |= {id: name.encode() for name, id in added.items()}
     settings = {"special_tokens": special, "added": added, "nfc": spec["normalizer"] is not None}
     settings["bos_id"] = _bos_id(spec["post_processor"], special)
     return BytePairTokenizer(ranks, ids, bytes_of, pattern, **settings)
@@ -374,46 +378,36 @@ def _to_bytes(token: str) -> bytes:
 
 
 def _reachable(merges: list[tuple[str, str]], vocab: dict[str, int]) -> list[str]:
-    """The tokens that the merges make, in merge order.
+    """The tokens into which their own text merges, in the order of their last merges.
 
-    tiktoken merges any neighbours whose concatenation has a rank, the original only the listed pairs. Both
-    yield the same if the tokens with a rank are just those whose own text merges into that one token, and the
-    rank is the place of its last merge. For between two boundaries that no merge crosses there happens what
-    happens to that text alone. So when the text of a ranked token is down to two tokens, these are the pair
-    that its own merging ends with, a listed one; and no other token's text is ever down to one.
-
-    The merging of left + right ends with (left, right) if no earlier merge crosses the boundary between the
-    two. That is found out by undoing their own merges, the last one first.
+    tiktoken merges any two neighbours whose concatenation has a rank, the original only the listed pairs.
+    Both do the same if these tokens, and only they, have a rank, in this order. For between two boundaries
+    that no merge crosses there happens what happens to the text between them alone. So when a token's text is
+    down to two neighbours, they are the pair that this text alone comes down to, and its place in the list is
+    the token's rank; and a token without a rank is never made.
     """
-    place: dict[str, int] = {}  # of the merge that makes the token
-    halves: dict[str, tuple[str, str]] = {}
-    pairs = {pair: n for n, pair in enumerate(merges)}
+    places = {pair: n for n, pair in enumerate(merges)}
+    never = len(merges)
 
-    def is_last(left: str, right: str, n: int) -> bool:
-        while pairs.get((left, right), n) >= n:
-            left_place, right_place = place.get(left, -1), place.get(right, -1)
-            if left_place > right_place:
-                n, left = left_place, halves[left][1]
-            elif right_place >= 0:  # of the same merge at two places, the left one comes first
-                n, right = right_place + 1, halves[right][0]
-            else:
-                return True
-        return False
+    def last_merge(token: str) -> int:
+        parts = list(token)
+        while len(parts) > 2:
+            candidates = [places.get(pair, never) for pair in pairwise(parts)]
+            first = min(candidates)
+            if first == never:
+                return never
+            n = candidates.index(first)
+            parts[n : n + 2] = [parts[n] + parts[n + 1]]
+        return places.get(tuple(parts), never)
 
-    too_early = []
+    ranked: dict[str, int] = {}
     for n, (left, right) in enumerate(merges):
         token = left + right
-        if not (left in vocab and right in vocab and token in vocab and pairs[left, right] == n):
+        if not (left in vocab and right in vocab and token in vocab and places[left, right] == n):
             raise TokenizerError(f"the merge of {left!r} and {right!r} comes twice, or is not of tokens.")
-        if token not in place:
-            if not all(len(half) == 1 or half in place for half in (left, right)):
-                too_early.append((left, right))
-            elif is_last(left, right, n):
-                place[token], halves[token] = n, (left, right)
-    for left, right in too_early:
-        if left + right not in place and all(len(half) == 1 or half in place for half in (left, right)):
-            raise TokenizerError(f"the merge of {left!r} and {right!r} comes before those that make the two.")
-    return list(place)
+        if token not in ranked:
+            ranked[token] = last_merge(token)
+    return sorted((token for token, place in ranked.items() if place < never), key=ranked.get)
 
 
 def _add_whole_pre_tokens(ranks: dict[bytes, int], ids: list[int], bytes_of: dict[int, bytes], pattern: str):
@@ -422,12 +416,10 @@ def _add_whole_pre_tokens(ranks: dict[bytes, int], ids: list[int], bytes_of: dic
     tiktoken looks up whole pre-tokens as well, so all these get a rank too. That changes nothing else, if the
     merging of such a token's text does not stop at two tokens, which tiktoken would merge.
     """
-    from tiktoken import _tiktoken
-
-    core = _tiktoken.CoreBPE(ranks, {}, pattern)
+    bpe = _tiktoken(ranks, pattern)
     for id, text in bytes_of.items():
         if text not in ranks:
-            if len(core.encode_single_piece(text)) == 2:
+            if len(bpe._encode_single_piece(text)) == 2:
                 raise TokenizerError(f"ignore_merges is set, and there is no merge into the token {text!r}.")
             ranks[text] = len(ids)
             ids.append(id)
@@ -439,6 +431,8 @@ def _pattern(pre_tokenizer: dict[str, Any]) -> str:
     steps = [{key: value for key, value in step.items() if key != "trim_offsets"} for step in steps]
     to_bytes = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}
     gpt2 = to_bytes | {"use_regex": True}
+    if steps[-1:] == [{"type": "ByteLevel", "add_prefix_space": False}]:  # as in older files
+        steps[-1] = gpt2
     if steps == [gpt2]:
         return _GPT2_PATTERN
     if steps == [{"type": "Digits", "individual_digits": True}, gpt2]:

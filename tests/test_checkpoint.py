@@ -200,6 +200,12 @@ def test_many_differences_are_counted(tmp_path):
     assert message.count("model.") + message.count("lm_head") == 5
 
 
+def test_hostile_names_are_shown_harmlessly(tmp_path):
+    write_checkpoint(tmp_path)
+    store(tmp_path, {**stored(tmp_path), "\x1b[2J\n": torch.ones(1), "x" * 9999: torch.ones(1)})
+    assert r"surplus: \x1b[2J\n, xxx" in refused(tmp_path, "surplus")
+
+
 @pytest.mark.parametrize(
     ("change", "pattern"),
     [
@@ -529,7 +535,7 @@ def test_a_compressed_archive_is_not_mapped_as_weights(tmp_path):
     with zipfile.ZipFile(tmp_path / "consolidated.00.pth", "w", zipfile.ZIP_DEFLATED) as archive:
         for name, content in entries.items():
             archive.writestr(name, content)
-    refused(tmp_path, "compressed", config=config)
+    refused(tmp_path, "wrong checksum or compressed", config=config)
 
 
 def test_truncated_pickles(tmp_path):

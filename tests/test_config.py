@@ -155,7 +155,7 @@ def test_defaults_are_the_references(read):
 
 def test_fields_of_old_configs_that_change_nothing(read):
     smollm2 = {"is_llama_config": True, "rope_interleaved": False, "transformers.js_config": {"dtype": "q4"}}
-    others = {"pretraining_tp": 1, "attention_dropout": 0.1, "pad_token_id": -1, "max_length": 20, "is_decoder": False}
+    others = {"pretraining_tp": 1, "attention_dropout": 0.1, "pad_token_id": -1, "max_length": 20}
     assert read({**MINIMAL, **smollm2, **others}) == read(MINIMAL)
 
 
@@ -261,8 +261,8 @@ def test_files_that_are_no_json_object(read, text):
         read(text)
 
 
-def test_deep_nesting_is_refused_whether_parsing_or_printing_it_fails(read):
-    for depth in range(700, 1000):
+def test_deep_nesting_is_refused_whether_or_not_it_can_be_parsed(read):
+    for depth in range(900, 1000, 3):
         with pytest.raises(ConfigError):
             read(json.dumps(MINIMAL)[:-1] + ', "a": ' + "[" * depth + "]" * depth + "}")
 

@@ -11,22 +11,20 @@ from tiny import random_llama, tiny_config
 import pop
 from pop import engine, reference
 from pop.generate import Answer, Sampler
+from pop.tokenizers import Tokenizer
 
 
-class Letters:
-    """A stand-in tokenizer of single bytes: id = byte, and one special token, 255."""
+class Letters(Tokenizer):
+    """A tokenizer of single bytes: id = byte, and one special token, 255, a byte that no UTF-8 text has."""
 
-    special_tokens = {"<end>": 255}
-    chat_template = None
-
-    def encode(self, text, bos=True, allow_special=False):
-        return list(text.encode())
+    def __init__(self):
+        super().__init__({"<end>": 255}, {}, 256)
 
     def token_bytes(self, token):
         return b"" if token == 255 else bytes([token])
 
-    def decode(self, ids, special=False):
-        return b"".join(map(self.token_bytes, ids)).decode("utf-8", "replace")
+    def _encode_text(self, text):
+        return list(text.encode())
 
 
 @pytest.fixture(scope="module")

@@ -43,6 +43,7 @@ def test_names():
     [
         ("llama-3.1-8b", "llama3.1-8b"),
         ("Llama3.1-8B-Instruct", "llama3.1-8b-instruct"),
+        ("LLAMA3.1-70B", "llama3.1-70b"),
         ("llama3.2-3", "llama3.2-3b"),
         ("smollm-135m", "smollm2-135m"),
     ],

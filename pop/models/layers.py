@@ -17,7 +17,7 @@ from torch import nn
 
 from pop.config import RopeConfig
 
-Rope = tuple[torch.Tensor, torch.Tensor]  # cos, sin: each [B, T, 1, E] float32
+Rope = tuple[torch.Tensor, torch.Tensor]  # cos, sin of the pairs: each [B, T, 1, E/2] float32
 
 
 class RMSNorm(nn.Module):
@@ -57,9 +57,8 @@ def rope_frequencies(rope: RopeConfig, head_dim: int, device: torch.device) -> t
 
 
 def rope_tables(positions: torch.Tensor, frequencies: torch.Tensor) -> Rope:
-    """positions [B, T] -> cos, sin, each [B, T, 1, E]. Float32: bfloat16 cannot tell position 1000 from 1001."""
-    angles = positions[..., None].float() * frequencies  # [B, T, E/2]
-    angles = torch.cat((angles, angles), dim=-1)[:, :, None]  # [B, T, 1, E]
+    """positions [B, T] -> cos, sin, each [B, T, 1, E/2]. Float32: bfloat16 cannot tell position 1000 from 1001."""
+    angles = positions[:, :, None, None].float() * frequencies  # [B, T, 1, E/2]
     return angles.cos(), angles.sin()
 
 
@@ -67,7 +66,7 @@ def rotate(x: torch.Tensor, rope: Rope) -> torch.Tensor:
     """Turn each pair (x[i], x[i + E/2]) of x [B, T, heads, E] by its token's angle."""
     cos, sin = (table.to(x.dtype) for table in rope)
     first, second = x.chunk(2, dim=-1)
-    return x * cos + torch.cat((-second, first), dim=-1) * sin
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
 
 
 def causal_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:

@@ -1,0 +1,324 @@
+"""The `pop` command: what it prints where, what it refuses, and how it ends."""
+
+import io
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from tiny import write_checkpoint
+from tiny_chat import write_chat_checkpoint
+
+import pop
+from pop import registry
+from pop.cli import main, parse_prune
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return str(write_chat_checkpoint(tmp_path_factory.mktemp("models") / "chat"))
+
+
+@pytest.fixture(scope="module")
+def model(folder):
+    return pop.load(folder)
+
+
+def no_network(name, progress=True):
+    raise pop.DownloadError(f"{name} could not be fetched; connect")
+
+
+# ---- What it prints ----
+
+
+def test_no_arguments_print_the_help(capsys):
+    assert main([]) == 0
+    help = capsys.readouterr().out
+    assert all(name in help for name in ("demo", "generate", "chat", "models", "import-gguf"))
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit) as exit:
+        main(["--version"])
+    assert (exit.value.code, capsys.readouterr().out) == (0, f"pop {pop.__version__}\n")
+
+
+def test_models_are_listed_with_where_they_are(capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(registry, "_places", lambda: [tmp_path])
+    here = write_checkpoint(tmp_path / "llama3.2-1b")
+    assert main(["models"]) == 0
+    out = capsys.readouterr().out
+    lines = {line.split()[0]: line for line in out.splitlines() if line}
+    assert set(pop.list_models()) < lines.keys()
+    assert lines["llama3.2-1b"].split() == ["llama3.2-1b", "llama", "1,235,814,400", str(here)]
+    assert lines["llama3.1-8b"].split() == ["llama3.1-8b", "llama", "8,030,261,248", "not", "here"]
+    assert "pop demo" in lines["smollm2-135m"]
+    assert len({line.index("llama ") for name, line in lines.items() if name in pop.list_models()}) == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options"),
+    [
+        ([], {}),
+        (["--prune", "none"], {"plan": pop.PrunePlan.none()}),
+        (["--prune", "0.8"], {"plan": pop.PrunePlan(layers=(1, 2, 3, 4))}),
+        (["--temperature", "2", "--seed", "3"], {"temperature": 2.0, "seed": 3}),
+        (["--temperature", "2", "--seed", "3", "--top-k", "5"], {"temperature": 2.0, "seed": 3, "top_k": 5}),
+        (
+            ["--temperature", "2", "--seed", "3", "--top-p", ".2"],
+            {"temperature": 2.0, "seed": 3, "top_p": 0.2},
+        ),
+    ],
+)
+def test_generate_prints_what_the_model_generates(arguments, options, folder, model, capsys):
+    assert main(["generate", folder, "Hello", "--max-new-tokens", "12", *arguments]) == 0
+    expected = model.generate("Hello", max_new_tokens=12, **options).text
+    assert capsys.readouterr().out == expected + "\n"
+    assert (
+        not options or expected != model.generate("Hello", max_new_tokens=12).text
+    )  # the options matter here
+
+
+def test_generate_stops_before_the_stop_strings(folder, model, capsys):
+    whole = model.generate("Hello", max_new_tokens=30).text
+    assert (
+        main(
+            [
+                "generate",
+                folder,
+                "Hello",
+                "--max-new-tokens",
+                "30",
+                "--stop",
+                "nowhere",
+                "--stop",
+                whole[8:10],
+            ]
+        )
+        == 0
+    )
+    assert capsys.readouterr().out == whole[: whole.index(whole[8:10])] + "\n"
+
+
+def test_the_prompt_comes_from_a_file_or_from_stdin(folder, tmp_path, monkeypatch, capsys):
+    (tmp_path / "prompt.txt").write_text("Grüße\n", encoding="utf-8")
+    outputs = []
+    monkeypatch.setattr(sys, "stdin", io.StringIO("Grüße\n"))
+    for source in (["Grüße\n"], ["-"], ["--prompt-file", str(tmp_path / "prompt.txt")]):
+        assert main(["generate", folder, *source, "--max-new-tokens", "8"]) == 0
+        outputs.append(capsys.readouterr().out)
+    assert outputs[0] == outputs[1] == outputs[2]
+
+
+def test_dtype_and_device_reach_the_model(folder, monkeypatch, capsys):
+    def load(name, **options):
+        assert (name, options["dtype"], options["device"]) == (folder, torch.bfloat16, "cpu")
+        raise pop.CheckpointError("enough")
+
+    monkeypatch.setattr(pop, "load", load)
+    assert main(["generate", folder, "x", "--dtype", "bfloat16", "--device", "cpu"]) == 2
+    assert capsys.readouterr().err == "pop: enough\n"
+
+
+def test_import_gguf_gets_its_paths(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("pop.gguf_import.import_gguf", lambda file, target: target / file.name)
+    assert main(["import-gguf", str(tmp_path / "a.gguf"), str(tmp_path / "out")]) == 0
+    assert str(tmp_path / "out" / "a.gguf") in capsys.readouterr().out
+
+
+# ---- --prune ----
+
+
+def test_prune_values(tmp_path):
+    plan = pop.PrunePlan(layers=(1, 3), full_depth_last=4)
+    plan.save(tmp_path / "plan.json")
+    assert parse_prune("default") == "default"
+    assert parse_prune("none") is None
+    assert [parse_prune(text) for text in ("0", "0.33", ".5", "1")] == [0, 0.33, 0.5, 1]
+    assert parse_prune(str(tmp_path / "plan.json")) == plan
+
+
+@pytest.mark.parametrize(
+    "text", ["", "33", "-0.1", "1.01", "nan", "inf", "third", "missing.json", ".", "x" * 5000]
+)
+def test_bad_prune_values_are_refused(text):
+    with pytest.raises(pop.PlanError, match="--prune is .* default, none, a fraction"):
+        parse_prune(text)
+
+
+# ---- Errors: one sentence on stderr, status 2 ----
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ("generate smollm3 Hello", "smollm2-135m"),
+        ("generate llama3.1-405b Hello", "meta-llama/Llama-3.1-405B"),
+        ("generate CHAT", "either a prompt or --prompt-file"),
+        ("generate CHAT Hello --prompt-file TEXT", "just one"),
+        ("generate CHAT --prompt-file TMP/missing.txt", "missing.txt cannot be read (No such file"),
+        ("generate CHAT --prompt-file TMP", "cannot be read (Is a directory"),
+        ("generate CHAT --prompt-file IMAGE", "picture.png is not text"),
+        ("generate CHAT --prompt-file EMPTY", "prompt is empty"),
+        ("generate CHAT --prompt-file LONG", "2000 tokens, but the model takes 1024"),
+        ("generate CHAT Hello --max-new-tokens 0", "max_new_tokens"),
+        ("generate CHAT Hello --temperature -1", "temperature"),
+        ("generate CHAT Hello --top-p 2", "top_p"),
+        ("generate CHAT Hello --prune 3", "--prune is '3'"),
+        ("generate CHAT Hello --prune TEXT", "pruning plan"),
+        ("generate CHAT Hello --prune PLAN", "the model's layers are 0 to 4"),
+        ("generate CHAT Hello --device teapot", "teapot"),
+        ("generate IDS Hello", "the checkpoint has none"),
+        ("generate TMP Hello", "config.json"),
+        ("chat IDS", "the checkpoint has none"),
+        ("chat CHAT --prune 3", "--prune is '3'"),
+        ("import-gguf TMP/missing.gguf TMP/new", "missing.gguf"),
+        ("import-gguf IMAGE TMP/new", "picture.png"),
+        ("demo", "could not be fetched; connect"),
+        ("demo --model llama3.1-405b", "meta-llama/Llama-3.1-405B"),
+        ("demo --model smollm3", "smollm2-135m"),
+        ("demo --model CHAT --runs 0", "runs is 0"),
+        ("demo --model CHAT --max-new-tokens 0", "max_new_tokens is 0"),
+        ("demo --model CHAT --prune half", "--prune is 'half'"),
+        ("demo --model CHAT --prompt-file LONG --json", "tokens, but the model takes 1024"),
+        ("demo --model CHAT --prompt-file EMPTY --json", "empty"),
+        ("demo --model IDS --json", "the checkpoint has none"),
+    ],
+)
+def test_an_error_is_one_sentence(arguments, said, folder, tmp_path, monkeypatch, capsys):
+    (tmp_path / "picture.png").write_bytes(b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR\xff\xfe")
+    (tmp_path / "long.txt").write_text("a" * 2000)
+    (tmp_path / "text.txt").write_text("some text")
+    (tmp_path / "empty.txt").write_text("")
+    pop.PrunePlan(layers=(7,)).save(tmp_path / "plan.json")
+    ids = write_checkpoint(tmp_path / "ids")
+    paths = {
+        "IMAGE": "picture.png",
+        "LONG": "long.txt",
+        "TEXT": "text.txt",
+        "EMPTY": "empty.txt",
+        "PLAN": "plan.json",
+    }
+    words = {"CHAT": folder, "IDS": str(ids), "TMP": str(tmp_path)}
+    words |= {word: str(tmp_path / name) for word, name in paths.items()}
+    argv = [words.get(word, word.replace("TMP/", f"{tmp_path}/")) for word in arguments.split()]
+    monkeypatch.setattr(registry, "_places", lambda: [tmp_path / "weights"])
+    real = pop.embedded.fetch if hasattr(pop, "embedded") else None  # noqa: F841
+    monkeypatch.setattr("pop.embedded._download", lambda name, *_: no_network(name))
+    assert main(argv) == 2
+    out, err = capsys.readouterr()
+    assert (out, err.count("\n")) == ("", 1), err
+    assert err.startswith("pop: ")
+    assert said in err
+    assert not (tmp_path / "new").exists()
+
+
+# ---- Ctrl-C and closed pipes ----
+
+
+def interrupt(*_, **__):
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("arguments", [["generate", "x", "Hello"], ["chat", "x"], ["demo", "--model", "."]])
+def test_ctrl_c_ends_with_130_and_a_line(arguments, monkeypatch, capsys):
+    monkeypatch.setattr(pop, "load", interrupt)
+    assert main(arguments) == 130
+    out, err = capsys.readouterr()
+    assert (out, err.strip()) == ("", "pop: interrupted")
+
+
+def test_a_closed_pipe_ends_the_program_quietly():
+    command = [sys.executable, "-m", "pop", "models"]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    program = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment)
+    program.stdout.close()
+    assert program.stderr.read() == b""
+    assert program.wait() == 141
+
+
+# ---- Chat ----
+
+
+@pytest.fixture
+def talk(folder, monkeypatch, capsys):
+    """talk(lines, *arguments) -> (status, stdout, stderr, the conversations that the model was asked)."""
+
+    def run(lines, *arguments):
+        asked = []
+        encode = pop.Model.chat_tokens
+
+        def chat_tokens(self, messages):
+            asked.append(messages)
+            return encode(self, messages)
+
+        monkeypatch.setattr(pop.Model, "chat_tokens", chat_tokens)
+        monkeypatch.setattr(sys, "stdin", io.StringIO("".join(f"{line}\n" for line in lines)))
+        status = main(["chat", folder, "--max-new-tokens", "6", *arguments])
+        return status, *capsys.readouterr(), asked[1:]  # the first is chat's own check
+
+    return run
+
+
+def turn(user, assistant):
+    return [{"role": "user", "content": user}, {"role": "assistant", "content": assistant}]
+
+
+def user(text):
+    return [{"role": "user", "content": text}]
+
+
+def test_a_conversation_remembers(talk, model):
+    first = model.chat(user("Hi"), max_new_tokens=6).text
+    second = model.chat([*turn("Hi", first), *user("And?")], max_new_tokens=6).text
+    fresh = model.chat(user("And?"), max_new_tokens=6).text
+    assert len({first, second, fresh}) == 3
+    status, out, _, asked = talk(["Hi", "", " And? ", "/new", "And?", "/quit", "Hi"])
+    assert (status, out) == (0, f"{first}\n{second}\n{fresh}\n")
+    assert asked == [user("Hi"), [*turn("Hi", first), *user("And?")], user("And?")]
+
+
+def test_the_system_message_stays(talk):
+    system = {"role": "system", "content": "Be short."}
+    status, _, _, asked = talk(
+        ["Hi", "/new", "Hi"], "--system", "Be short."
+    )  # and ends at the end of the input
+    assert (status, asked) == (0, [[system, *user("Hi")]] * 2)
+
+
+def test_a_message_that_is_too_long_does_not_end_the_session(talk, model):
+    answer = model.chat(user("Hi"), max_new_tokens=6).text
+    status, out, err, asked = talk(["a" * 2000, "Hi"])
+    assert (status, out) == (0, f"{answer}\n")
+    assert "model takes 1024" in err
+    assert "/new" in err
+    assert asked[1] == user("Hi")  # the refused message is forgotten
+
+
+def test_ctrl_c_stops_an_answer_and_not_the_session(talk, model, monkeypatch):
+    stream = pop.Model.stream
+    interrupted = []
+
+    def stream_until_ctrl_c(self, prompt, **options):
+        pieces = stream(self, prompt, **options)
+        if interrupted:
+            return pieces
+
+        def begin():
+            yield interrupted.append(next(pieces)) or interrupted[0]
+            raise KeyboardInterrupt
+
+        return begin()
+
+    monkeypatch.setattr(pop.Model, "stream", stream_until_ctrl_c)
+    status, out, _, asked = talk(["Hi", "And?"])
+    assert status == 0
+    assert out.startswith(f"{interrupted[0]}\n(stopped)\n")
+    assert asked[1] == [*turn("Hi", interrupted[0]), *user("And?")]  # what it had said counts
+
+
+def test_ctrl_c_at_the_prompt_ends_the_session(talk, monkeypatch):
+    monkeypatch.setattr("builtins.input", interrupt)
+    status, _, err, _ = talk([])
+    assert (status, err.splitlines()[-1]) == (130, "pop: interrupted")

@@ -1,0 +1,91 @@
+"""The FLOP counts, against the published limits and against what torch counts while the engine runs."""
+
+import pytest
+import torch
+from tiny import random_llama, tiny_config
+from torch.utils.flop_counter import FlopCounterMode
+
+from pop import engine
+from pop.cache import KVCache
+from pop.config import LlamaConfig
+from pop.cost import prefill_flops, speedup_limit
+from pop.plan import PrunePlan
+
+LLAMA_8B = LlamaConfig(
+    vocab_size=128256,
+    hidden_size=4096,
+    intermediate_size=14336,
+    num_layers=32,
+    num_heads=32,
+    num_kv_heads=8,
+    head_dim=128,
+)
+SMOLLM2 = LlamaConfig(
+    vocab_size=49152,
+    hidden_size=576,
+    intermediate_size=1536,
+    num_layers=30,
+    num_heads=9,
+    num_kv_heads=3,
+    head_dim=64,
+)
+
+
+@pytest.mark.parametrize(
+    ("config", "pruned", "limit", "digits"),
+    [
+        (LLAMA_8B, 10, 1.430, 3),
+        (LLAMA_8B, 16, 1.93, 2),
+        (LLAMA_8B, 21, 2.71, 2),
+        (SMOLLM2, 10, 1.47, 2),
+        (SMOLLM2, 15, 1.91, 2),
+        (SMOLLM2, 20, 2.74, 2),
+    ],
+)
+def test_limits_are_those_of_the_method_at_2048_tokens(config, pruned, limit, digits):
+    plan = PrunePlan.deepest(config.num_layers, pruned / config.num_layers)
+    assert len(plan.layers) == pruned
+    assert round(speedup_limit(config, 2048, plan), digits) == limit
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 7, 40])
+@pytest.mark.parametrize(
+    "plan",
+    [
+        PrunePlan(),
+        PrunePlan(layers=(3, 4)),
+        PrunePlan(layers=(0, 2), full_depth_last=5),
+        PrunePlan(layers=(1, 2, 3), full_depth_last=4, full_depth_first=6),
+        PrunePlan(layers=range(5), full_depth_last=60, full_depth_first=2),
+    ],
+)
+def test_count_equals_what_torch_counts_in_the_engine(tokens, plan):
+    """Matrix products exactly; but attention, which torch counts as full squares, and twice-done work, in closed form."""
+    config = tiny_config()
+    module = random_llama(config)
+    cache = KVCache(config, 1, tokens, dtype=torch.float32, device=torch.device("cpu"))
+    with FlopCounterMode(display=False) as counter:
+        engine.prefill(
+            module, torch.ones(1, tokens, dtype=torch.int64), cache, torch.tensor([tokens]), plan, 2048
+        )
+    counts = counter.get_flop_counts()["Global"]
+    linear = sum(flops for op, flops in counts.items() if str(op) in ("aten.mm", "aten.addmm"))
+
+    rows = min(tokens, plan.full_depth_first + plan.full_depth_last)
+    positions = [*range(tokens)][: plan.full_depth_first] + [*range(tokens)][plan.full_depth_first :][
+        -plan.full_depth_last :
+    ]
+    assert len(positions) == rows
+    kept = config.num_layers - len(plan.layers)
+    triangle = kept * tokens * (tokens + 1) // 2 + len(plan.layers) * sum(p + 1 for p in positions)
+    attention = triangle * 2 * 2 * config.num_heads * config.head_dim
+    # The engine projects K and V of the full-depth rows twice, with the pruned tokens and again at full depth.
+    again = len(plan.layers) * rows * 2 * 2 * config.hidden_size * config.num_kv_heads * config.head_dim
+    assert prefill_flops(config, tokens, plan) == linear - again + attention
+
+
+def test_nothing_to_gain():
+    config = tiny_config()
+    assert speedup_limit(config, 100, PrunePlan()) == 1
+    assert speedup_limit(config, 1, PrunePlan(layers=(2, 3))) == 1  # the boundary token is the whole prompt
+    assert speedup_limit(config, 9, PrunePlan(layers=(2, 3), full_depth_last=9)) == 1
