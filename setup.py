@@ -8,7 +8,7 @@ from setuptools import find_packages, setup
 here = Path(__file__).parent
 version = re.search(r'^__version__ = "(.+)"$', (here / "pop/__init__.py").read_text(encoding="utf-8"), re.M)[1]
 
-gguf = ["gguf>=0.10"]
+gguf = ["gguf>=0.10,<0.20"]  # pop overrides a method of its reader
 demo = [*gguf, "tqdm"]
 
 setup(
@@ -32,7 +32,7 @@ setup(
     classifiers=[
         "Development Status :: 3 - Alpha",
         "Intended Audience :: Science/Research",
-        "Operating System :: OS Independent",
+        "Operating System :: POSIX",
         "Programming Language :: Python :: 3",
         "Topic :: Scientific/Engineering :: Artificial Intelligence",
     ],

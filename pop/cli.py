@@ -46,9 +46,6 @@ def main(argv: list[str] | None = None) -> int:
         return 141  # as the shell reports a program whose output nobody read on
 
 
-# ---- Commands ----
-
-
 def demo(args) -> None:
     from pop.demo import run
 
@@ -89,7 +86,7 @@ def chat(args) -> None:
 
 
 def _turn(model, history: list[dict], line: str, options: dict) -> list[dict]:
-    """Answer one message; return what it adds to the history: it and the answer, or nothing without one."""
+    """Answer one message; return both for the history, or nothing if there was no answer."""
     message = {"role": "user", "content": line}
     pieces: list[str] = []
     try:
@@ -124,9 +121,6 @@ def import_gguf(args) -> None:
     print(f'Imported into {folder}. Try: pop generate {folder} "Once upon a time"')
 
 
-# ---- Their arguments ----
-
-
 def parse_prune(text: str):
     """--prune's value as `pop.load` takes it: "default", None, a fraction, or the PrunePlan in a file."""
     if text in ("default", "none"):
@@ -143,7 +137,7 @@ def parse_prune(text: str):
 
 
 def _load(args):
-    dtype = None if args.dtype is None else getattr(torch, args.dtype)
+    dtype = args.dtype and getattr(torch, args.dtype)
     return pop.load(args.model, device=args.device, dtype=dtype, prune=parse_prune(args.prune))
 
 
@@ -202,7 +196,7 @@ def _parser() -> argparse.ArgumentParser:
     option("--prompt-file", "ask this text instead of the built-in story and question", metavar="F")
     option("--prune", PRUNE_HELP, default="default", metavar="P")
     option("--max-new-tokens", "length of the answers (48)", type=int, default=48, metavar="N")
-    option("--runs", "timed prefills of each kind (3)", type=int, default=3, metavar="N")
+    option("--runs", "timed prefills of each kind (5)", type=int, default=5, metavar="N")
     option("--json", "print one JSON object instead of the table", action="store_true")
 
     option = command(generate, "Continue a text; the continuation is printed as it comes.")

@@ -53,6 +53,7 @@ def run(name: str, text: str | None, prune, *, max_new_tokens: int, runs: int, a
     folder = name if os.path.isdir(name) else embedded.fetch(name)
     model = pop.load(folder, dtype=torch.float32, prune=prune)
     prompt = model.chat_tokens([{"role": "user", "content": text}])
+    model.check_fits(len(prompt))
     result = {"model": name, "machine": machine(model.device), "num_layers": model.config.num_layers}
     if not as_json:
         print(_introduction(result, model, prompt, about), flush=True)

@@ -61,13 +61,13 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def _lock(partial: Path) -> int:
-    """Make `partial` and hold the lock in it; returns it. Waits for another process that holds it."""
+    """Make `partial` and hold the lock in it: an open file. Waits for another process that holds it."""
     path = partial / ".lock"
+    partial.parent.mkdir(parents=True, exist_ok=True)
     while True:
-        partial.mkdir(parents=True, exist_ok=True)
-        with contextlib.suppress(
-            FileNotFoundError
-        ):  # the other process has just renamed or removed `partial`
+        with contextlib.suppress(FileExistsError):
+            partial.mkdir()
+        with contextlib.suppress(FileNotFoundError):  # the other process may just remove or rename `partial`
             lock = os.open(path, os.O_RDWR | os.O_CREAT)
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -206,7 +206,8 @@ class SentencePieceTokenizer(Tokenizer):
         # piece is its text (field 1), its score (2) and its type (3), where 4 is user-defined, 3 is control.
         for name in map(str.encode, _GEMMA_CONTROL):
             text = b"\x0a" + bytes([len(name)]) + name
-            model = re.sub(b"(" + re.escape(text) + rb"\x15.{4}\x18)\x04", rb"\1\x03", model, flags=re.DOTALL)
+            piece = re.compile(b"(" + re.escape(text) + rb"\x15.{4}\x18)\x04", re.DOTALL)
+            model = piece.sub(lambda match: match[1] + b"\x03", model)
         self._model = SentencePieceProcessor(model_proto=model)
         size = self._model.get_piece_size()
         every = range(size)
@@ -347,9 +348,9 @@ def _from_tokenizer_json(spec: dict[str, Any]) -> BytePairTokenizer:
     ranks = {_to_bytes(token): rank for rank, token in enumerate(ranked)}
     ids = [vocab.get(token, vocab.get(model.get("unk_token"))) for token in ranked]
     pattern = _pattern(spec["pre_tokenizer"])
-    lacking = {byte for byte in range(256) if ids[byte] is None}
     whole = model.get("ignore_merges", False)
-    if lacking - (set() if whole or pattern in (_LLAMA3_PATTERN, _QWEN_PATTERN) else _MAY_LACK):
+    lackable = set() if whole or pattern in (_LLAMA3_PATTERN, _QWEN_PATTERN) else _MAY_LACK
+    if lacking := {byte for byte in range(256) if ids[byte] is None} - lackable:
         raise TokenizerError(f"its vocabulary lacks the single byte {min(lacking)}.")
     if whole:
         _add_whole_pre_tokens(ranks, ids, bytes_of, pattern)

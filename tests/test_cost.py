@@ -60,7 +60,7 @@ def test_limits_are_those_of_the_method_at_2048_tokens(config, pruned, limit, di
     ],
 )
 def test_count_equals_what_torch_counts_in_the_engine(tokens, plan):
-    """Matrix products exactly; but attention, which torch counts as full squares, and twice-done work, in closed form."""
+    """Matrix products as torch counts them; attention (torch counts the whole square) in closed form."""
     config = tiny_config()
     module = random_llama(config)
     cache = KVCache(config, 1, tokens, dtype=torch.float32, device=torch.device("cpu"))
@@ -71,16 +71,14 @@ def test_count_equals_what_torch_counts_in_the_engine(tokens, plan):
     counts = counter.get_flop_counts()["Global"]
     linear = sum(flops for op, flops in counts.items() if str(op) in ("aten.mm", "aten.addmm"))
 
-    rows = min(tokens, plan.full_depth_first + plan.full_depth_last)
-    positions = [*range(tokens)][: plan.full_depth_first] + [*range(tokens)][plan.full_depth_first :][
-        -plan.full_depth_last :
-    ]
-    assert len(positions) == rows
+    positions = {*range(tokens)[: plan.full_depth_first], *range(tokens)[-plan.full_depth_last :]}
     kept = config.num_layers - len(plan.layers)
     triangle = kept * tokens * (tokens + 1) // 2 + len(plan.layers) * sum(p + 1 for p in positions)
     attention = triangle * 2 * 2 * config.num_heads * config.head_dim
-    # The engine projects K and V of the full-depth rows twice, with the pruned tokens and again at full depth.
-    again = len(plan.layers) * rows * 2 * 2 * config.hidden_size * config.num_kv_heads * config.head_dim
+    # The engine projects K and V of the full-depth rows twice: with the pruned tokens, and at full depth.
+    again = (
+        len(plan.layers) * len(positions) * 2 * 2 * config.hidden_size * config.num_kv_heads * config.head_dim
+    )
     assert prefill_flops(config, tokens, plan) == linear - again + attention
 
 

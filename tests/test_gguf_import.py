@@ -398,10 +398,10 @@ def test_the_library_reads_what_it_writes(tmp_path):
 
 def sentencepiece_keys():
     tokens = ["<pad>", "<eos>", "<bos>", "<unk>", *[f"<0x{b:02X}>" for b in range(256)]]
-    pieces = ["\n\n", "<turn>", "▁", "a", "b", "c", "ab", "▁a", "é"]
+    pieces = ["\n\n", "<turn>", "▁", "a", "b", "c", "ab", "▁a", "bc"]
     types = [3, 3, 3, 2, *[6] * 256, 4, 3, *[1] * 7]
-    scores = [0.0] * 262 + [-10.0, -11.0, -12.0, -13.0, -1.0, -2.5, -14.0]
-    ids = {"bos": 2, "eos": 1, "unknown": 3, "padding": 0}
+    scores = [0.0] * 262 + [-10.0, -11.0, -12.0, -30.0, -1.0, -2.5, -5.0]
+    ids = {"bos": 2, "eos": 1, "unknown": 3}
     return {
         "tokenizer.ggml.model": "llama",
         "tokenizer.ggml.tokens": tokens + pieces,
@@ -409,6 +409,27 @@ def sentencepiece_keys():
         "tokenizer.ggml.scores": scores,
         "tokenizer.ggml.add_space_prefix": False,
     } | {f"tokenizer.ggml.{name}_token_id": i for name, i in ids.items()}
+
+
+def wire_fields(data):
+    """(number, value) of each field of a protobuf message."""
+
+    def varint():
+        nonlocal at
+        value, shift = 0, 0
+        while True:
+            byte, at = data[at], at + 1
+            value, shift = value | (byte & 127) << shift, shift + 7
+            if byte < 128:
+                return value
+
+    at = 0
+    while at < len(data):
+        tag = varint()
+        value = varint()  # of this file's messages: numbers (wire type 0) or bytes (2)
+        if tag & 7 == 2:
+            value, at = data[at : at + value], at + value
+        yield tag >> 3, value
 
 
 @pytest.mark.parametrize("dummy_prefix", [False, True])
@@ -423,11 +444,15 @@ def test_sentencepiece(tmp_path, dummy_prefix):
     assert [processor.get_score(i) for i in ids] == keys["tokenizer.ggml.scores"]
     assert [i for i in ids if processor.is_control(i)] == [i for i in ids if types[i] == 3]
     assert [i for i in ids if processor.is_byte(i)] == [i for i in ids if types[i] == 6]
-    special = processor.pad_id(), processor.eos_id(), processor.bos_id(), processor.unk_id()
-    assert special == (0, 1, 2, 3)
-    # BPE takes the best-scored merge: "ab" (-1) before "▁a" (-2.5); what is no piece falls back to bytes.
+    assert (processor.eos_id(), processor.bos_id(), processor.unk_id()) == (1, 2, 3)
+    # BPE takes the best-scored merge first, "ab" (-1), where a unigram model would take "a" and "bc", the
+    # best sum. What is no piece falls back to bytes.
     prefix = ["▁"] if dummy_prefix else []
-    assert processor.encode("ab  a\n\nx", out_type=str) == [*prefix, "ab", "▁", "▁a", "\n\n", "<0x78>"]
+    assert processor.encode("abc  a\n\nx", out_type=str) == [*prefix, "ab", "c", "▁", "▁a", "\n\n", "<0x78>"]
+    # What others read, but sentencepiece itself does not: type, size, byte fallback, ids (no padding), names.
+    trainer = dict(wire_fields(dict(wire_fields((tmp_path / "model/tokenizer.model").read_bytes()))[2]))
+    ids = {40: 3, 41: 2, 42: 1, 43: 2**64 - 1, 45: b"<unk>", 46: b"<bos>", 47: b"<eos>"}
+    assert trainer == {3: 2, 4: len(tokens), 35: 1} | ids
     settings = json.loads((tmp_path / "model/tokenizer_config.json").read_text())
     assert (settings["bos_token"], settings["add_bos_token"]) == ("<bos>", True)
 
@@ -485,7 +510,14 @@ REFUSED = {
     "tokenizer": ({"tokenizer.ggml.model": "bert"}, make_tensors, UnsupportedError, "bert"),
     "pre-tokenizer": (bpe_keys("viking"), many_tokens, UnsupportedError, "viking"),
     "too many tokens": (bpe_keys(), make_tensors, CheckpointError, "more than embeddings"),
-    "merge": (bpe_keys() | {"tokenizer.ggml.merges": ["Ġ q"]}, many_tokens, CheckpointError, "Ġ q"),
+    "merge, left": (bpe_keys() | {"tokenizer.ggml.merges": ["Ġth e"]}, many_tokens, CheckpointError, "Ġth e"),
+    "merge, right": (
+        bpe_keys() | {"tokenizer.ggml.merges": ["Ġ the"]},
+        many_tokens,
+        CheckpointError,
+        "Ġ the",
+    ),
+    "merge, both": (bpe_keys() | {"tokenizer.ggml.merges": ["Ġ q"]}, many_tokens, CheckpointError, "Ġ q"),
     "eos": (bpe_keys() | {"tokenizer.ggml.eos_token_id": 999}, many_tokens, CheckpointError, "999"),
     "types": (bpe_keys() | {"tokenizer.ggml.token_type": [1]}, many_tokens, CheckpointError, "token_type"),
     "no unknown piece": (
@@ -586,7 +618,9 @@ def test_absurd_sizes(tmp_path, sound_file, size):
         # behind a tensor's name: u32 number of dimensions, then each as u64
         at = end + (8 if key.startswith(b"tokenizer") else 4)
         assert not import_bytes(sound_file[:at] + size.to_bytes(8, "little") + sound_file[at + 8 :], tmp_path)
-    scalars = LLAMA_KEYS | {"general.last": [1, 2, 3]}  # an array of numbers as the last thing in the file
+    scalars = LLAMA_KEYS | {
+        "general.last": [True, False]
+    }  # an array of single bytes as the file's last thing
     last = bytearray(write_gguf(tmp_path / "m.gguf", {}, scalars).read_bytes())
     at = last.index(b"general.last") + len(b"general.last") + 8
     last[at : at + 8] = size.to_bytes(8, "little")
@@ -598,17 +632,17 @@ def test_absurd_sizes(tmp_path, sound_file, size):
 
 @contextlib.contextmanager
 def interrupted(monkeypatch, error):
-    """The conversion of the fifth tensor raises `error`."""
-    calls, convert = [], gguf_import._hf_weight
+    """Dequantising the fifth tensor raises `error`."""
+    calls, dequantize = [], gguf.quants.dequantize
 
     def fifth(*args):
         calls.append(args)
         if len(calls) == 5:
             raise error
-        return convert(*args)
+        return dequantize(*args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(gguf_import, "_hf_weight", fifth)
+        patch.setattr(gguf.quants, "dequantize", fifth)
         yield
 
 
@@ -666,14 +700,18 @@ def test_existing_folder(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["m.gguf", "model"]
 
 
-def test_two_at_the_same_time(tmp_path, monkeypatch):
-    """The second waits for the first, then finds the folder in use; nothing is mixed or left over."""
+@pytest.mark.parametrize("first_fails", [False, True])
+def test_two_at_the_same_time(tmp_path, monkeypatch, first_fails):
+    """The second waits for the first. Then it finds the folder in use, or does what the first did not."""
     file = write_gguf(tmp_path / "m.gguf", make_tensors(), LLAMA_KEYS)
-    waiting, convert = threading.Event(), gguf_import._hf_weight
+    waiting, calls, convert = threading.Event(), [], gguf_import._hf_weight
     monkeypatch.setattr(staging, "print", lambda *args, **kwargs: waiting.set(), raising=False)
 
     def after_the_other_waits(*args):
         assert waiting.wait(20)
+        calls.append(args)
+        if first_fails and len(calls) == 1:
+            raise CheckpointError("the first fails")
         return convert(*args)
 
     monkeypatch.setattr(gguf_import, "_hf_weight", after_the_other_waits)
@@ -690,7 +728,7 @@ def test_two_at_the_same_time(tmp_path, monkeypatch):
         thread.start()
     for thread in threads:
         thread.join()
-    assert tmp_path / "model" in outcomes
-    assert ["exists already" in str(outcome) for outcome in outcomes].count(True) == 1
+    (error,) = set(outcomes) - {tmp_path / "model"}
+    assert len(outcomes) == 2 and ("the first fails" if first_fails else "exists already") in error
     assert sorted(path.name for path in tmp_path.iterdir()) == ["m.gguf", "model"]
     assert len(load_file(tmp_path / "model/model.safetensors")) == 2 + 9 * LAYERS

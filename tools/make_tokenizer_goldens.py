@@ -2,14 +2,14 @@
 
     python tools/make_tokenizer_goldens.py llama-3.1=FOLDER qwen3=FOLDER smollm2=FOLDER
 
-writes tests/goldens/tokenizers/. Each FOLDER holds the tokenizer.json and tokenizer_config.json of that family, as
-published. Run it in an environment that holds transformers (and with it tokenizers and jinja2): nothing in pop/
-or tests/ imports them.
+writes tests/goldens/tokenizers/. Each FOLDER holds the tokenizer.json and tokenizer_config.json of that
+family, as published. Run it in an environment that holds transformers (and with it tokenizers and jinja2):
+nothing in pop/ or tests/ imports them.
 
-A real vocabulary is too large to commit, so each family gets a reduced tokenizer.json: the first tokens and
-merges of the real one and everything else of it, ids renumbered without gaps. The reference tokenizer reads it
-and says what the ids of many strings are. For SmolLM2, whose real tokenizer the tests find in the weights
-folder, the ids by the real one are kept too.
+A real vocabulary is too large to commit, so each family gets a reduced tokenizer.json: the first tokens of
+the real one, the merges among them and all else of it, ids renumbered without gaps. The reference reads it
+and says what the ids of many strings are, and of conversations in that family's chat template. For SmolLM2,
+whose real tokenizer the tests find in the weights folder, the ids by the real one are kept too.
 """
 
 import argparse
@@ -76,30 +76,10 @@ def texts() -> list[str]:
     """TEXTS and random strings of the same stuff."""
     draw = random.Random(0)
     words = " ".join(TEXTS).split(" ")
-    spaces = [
-        " ",
-        "  ",
-        "   ",
-        "\n",
-        "\n\n",
-        " \n",
-        "\t",
-        "\r\n",
-        "\u3000",
-        "\xa0",
-        "",
-        "",
-        "'",
-        "\x1c",
-        "\x04",
-    ]
-    every = []
-    for _ in range(150):
-        parts = [
-            draw.choice(draw.choice([words, spaces, "".join(TEXTS)])) for _ in range(draw.randint(2, 12))
-        ]
-        every.append("".join(parts))
-    return TEXTS + every
+    spaces = [" ", "  ", "   ", "\n", "\n\n", " \n", "\t", "\r\n", "\u3000", "\xa0", "", "'", "\x1c", "\x04"]
+    kinds = [words, spaces, "".join(TEXTS)]
+    lengths = [draw.randint(2, 12) for _ in range(250)]
+    return TEXTS + ["".join(draw.choice(draw.choice(kinds)) for _ in range(length)) for length in lengths]
 
 
 def reduced(spec: dict) -> dict:
@@ -134,22 +114,29 @@ def write(path: Path, content: dict) -> None:
     print(f"{path.relative_to(GOLDENS.parent)}: {path.stat().st_size} bytes")
 
 
-def golden(tokenizer_file: Path, template: str, bos: str | None) -> dict:
-    """What the reference makes of texts() and CONVERSATIONS."""
+def golden_ids(tokenizer_file: Path) -> dict:
+    """The reference's ids of texts(), with special tokens read as text, and as tokens."""
     tokenizer = tokenizers.Tokenizer.from_file(str(tokenizer_file))
     with_special = [tokenizer.encode(text).ids for text in texts()]
     tokenizer.encode_special_tokens = True
-    as_text = [tokenizer.encode(text).ids for text in texts()]
-    chat = []
-    bridge = transformers.PreTrainedTokenizerFast(tokenizer_file=str(tokenizer_file), bos_token=bos)
+    return {"as_text": [tokenizer.encode(text).ids for text in texts()], "with_special": with_special}
+
+
+def golden_chat(tokenizer_file: Path, config: dict) -> list[dict]:
+    """The reference's strings and ids of CONVERSATIONS, with and without the opening of an answer."""
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_file=str(tokenizer_file),
+        bos_token=config["bos_token"],
+        chat_template=config["chat_template"],
+    )
+    cases = []
     for turns in CONVERSATIONS:
         messages = [{"role": role, "content": content} for role, content in turns]
         for prompt in (True, False):
-            options = {"chat_template": template, "add_generation_prompt": prompt, "tokenize": False}
-            rendered = bridge.apply_chat_template(messages, **options)
-            ids = bridge(rendered, add_special_tokens=False)["input_ids"]
-            chat.append({"messages": messages, "prompt": prompt, "rendered": rendered, "ids": ids})
-    return {"as_text": as_text, "with_special": with_special, "chat": chat}
+            rendered = tokenizer.apply_chat_template(messages, add_generation_prompt=prompt, tokenize=False)
+            ids = tokenizer(rendered, add_special_tokens=False)["input_ids"]
+            cases.append({"messages": messages, "prompt": prompt, "rendered": rendered, "ids": ids})
+    return cases
 
 
 def main() -> None:
@@ -157,21 +144,24 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("folders", nargs="+", metavar="FAMILY=FOLDER", help=f"one of {', '.join(FAMILIES)}")
+    folders = parser.parse_args().folders
     write(GOLDENS / "texts.json", {"made_with": MADE_WITH, "texts": texts()})
-    for argument in parser.parse_args().folders:
+    for argument in folders:
         family, _, folder = argument.partition("=")
-        if family not in FAMILIES or not (Path(folder) / "tokenizer.json").is_file():
-            parser.error(f"{argument}: not one of {', '.join(FAMILIES)} = a folder with a tokenizer.json")
         real = Path(folder) / "tokenizer.json"
-        spec = json.loads(real.read_bytes())
+        if family not in FAMILIES or not real.is_file():
+            parser.error(f"{argument}: not one of {', '.join(FAMILIES)} = a folder with a tokenizer.json")
+        small = GOLDENS / family / "tokenizer.json"
+        write(small, reduced(json.loads(real.read_bytes())))
+        golden = {"made_with": MADE_WITH} | golden_ids(small)
         config = json.loads((Path(folder) / "tokenizer_config.json").read_bytes())
-        template, bos = config["chat_template"], config["bos_token"]
-        file = GOLDENS / family / "tokenizer.json"
-        write(file, reduced(spec))
-        write(GOLDENS / family / "golden.json", {"made_with": MADE_WITH} | golden(file, template, bos))
+        if family != "qwen3":  # whose template is one for thinking models
+            golden["chat"] = golden_chat(small, config)
+        write(GOLDENS / family / "golden.json", golden)
         if family == "smollm2":
-            write(GOLDENS / family / "tokenizer_config.json", {"chat_template": template})
-            write(GOLDENS / "smollm2-135m.json", {"made_with": MADE_WITH} | golden(real, template, bos))
+            write(GOLDENS / family / "tokenizer_config.json", {"chat_template": config["chat_template"]})
+            golden = golden_ids(real) | {"chat": golden_chat(real, config)}
+            write(GOLDENS / "smollm2-135m.json", {"made_with": MADE_WITH} | golden)
 
 
 if __name__ == "__main__":
