@@ -22,7 +22,7 @@ setup(
     packages=find_packages(include=["pop", "pop.*"]),
     package_data={"pop": ["data/*.txt"]},
     python_requires=">=3.10",
-    install_requires=["torch>=2.6", "numpy", "safetensors>=0.4.3", "sentencepiece>=0.2", "tiktoken>=0.7"],
+    install_requires=["torch>=2.6", "numpy", "safetensors>=0.4.3", "sentencepiece>=0.2", "tiktoken>=0.13"],
     extras_require={
         "demo": demo,
         "gguf": gguf,

@@ -23,9 +23,9 @@ class KVCache:
     """
 
     def __init__(self, config, batch_size: int, max_seq_len: int, *, dtype: torch.dtype, device: torch.device):
-        check_count("batch_size", batch_size)
-        self.max_seq_len = check_count("max_seq_len", max_seq_len)
-        self.lengths = torch.zeros(batch_size, dtype=torch.int64)
+        batch_size = check_count("batch_size", batch_size)
+        max_seq_len = check_count("max_seq_len", max_seq_len)
+        self.max_seq_len = max_seq_len
         self.nbytes = self.size_in_bytes(config, batch_size, max_seq_len, dtype)
 
         wanted = f"a KV cache of {batch_size} x {max_seq_len} tokens takes {self.nbytes:,} bytes"
@@ -33,9 +33,10 @@ class KVCache:
         free = _free_bytes(device)
         if free is not None and self.nbytes > free:
             raise CacheMemoryError(f"{wanted}, but {device} has {free:,} bytes free; {advice}")
+        self.lengths = torch.zeros(batch_size, dtype=torch.int64)
         shape = (batch_size, max_seq_len + 1, config.num_kv_heads, config.head_dim)
         try:
-            # Zeros, not garbage: a masked slot has attention weight 0, and 0 * NaN would still be NaN.
+            # Zeros, and zeros again in `reset`: a masked slot has attention weight 0, but 0 * NaN is NaN.
             self.keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.num_layers)]
             self.values = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.num_layers)]
         except RuntimeError as error:  # torch's out-of-memory errors are RuntimeErrors
@@ -52,7 +53,9 @@ class KVCache:
         return self.lengths.shape[0]
 
     def reset(self) -> None:
-        """Empty all rows. Slots keep their content; it is unreachable until overwritten."""
+        """Empty all rows."""
+        for slots in (*self.keys, *self.values):
+            slots.zero_()
         self.lengths = torch.zeros_like(self.lengths)
 
     def write(self, layer: int, slots: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:

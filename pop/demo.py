@@ -65,9 +65,7 @@ def compare(model, prompt: list[int], *, max_new_tokens: int, runs: int) -> dict
     """Measure `prompt`, token ids, with a full prefill and with the model's plan: all that --json prints."""
     plans = {"full": pop.PrunePlan.none(), "pruned": model.plan}
     _progress("answering")  # which is also the warm-up
-    answers = {
-        side: model.generate(prompt, max_new_tokens=max_new_tokens, plan=plan) for side, plan in plans.items()
-    }
+    answers = {side: model.generate(prompt, max_new_tokens=max_new_tokens, plan=plan) for side, plan in plans.items()}
     steps = min(DECODE_STEPS, max_new_tokens - 1, model.max_seq_len - len(prompt))
     cache = model.new_cache(1, len(prompt) + steps)
     ttfts = {side: [] for side in plans}

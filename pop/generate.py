@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 import math
 import secrets
-
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from numbers import Integral, Real
 
 import torch
 
@@ -23,9 +24,9 @@ class Generation:
     text: the answer, cut before a stop string and without end tokens; None if the model has no tokenizer.
     tokens: the generated ids without the end token.
     prompt_tokens: how many tokens the prompt had.
-    ttft_s: seconds from the call to the first generated token (of the whole batch), tokenization included.
+    ttft_s: seconds from the call of generate to the first token of the batch, tokenization of text included.
     decode_s: seconds from the first token to the last.
-    finish_reason: "stop" (an end token or a stop string) or "length" (max_new_tokens).
+    finish_reason: "stop" (an end token or a stop string) or "length" (max_new_tokens, or a full context).
     """
 
     text: str | None
@@ -46,27 +47,31 @@ class Sampler:
 
     top_k keeps the k likeliest tokens, top_p the smallest set of likeliest ones whose probabilities sum to p or
     more. Each row has a random generator of its own, so that a prompt and a seed give the same text alone and on
-    any place in a batch. Raises InputError for settings out of range.
+    any place in a batch, as far as rounding lets the logits be the same. Raises InputError for settings out of range.
     """
 
     def __init__(self, batch_size, *, temperature=0.0, top_k=None, top_p=None, seed=None):
-        _check("temperature", temperature, (int, float), lambda x: 0 <= x < math.inf, "a number from 0 (greedy) up")
-        _check("top_k", top_k, int, lambda x: x >= 1, "an integer of at least 1, or None")
-        _check("top_p", top_p, (int, float), lambda x: 0 < x <= 1, "a number above 0 and up to 1, or None")
-        _check("seed", seed, int, lambda x: 0 <= x < 2**63, "an integer of at least 0 (and below 2**63), or None")
+        _check("temperature", temperature, Real, lambda x: 0 <= x < math.inf, "a number from 0 (greedy) up")
+        if top_k is not None:
+            _check("top_k", top_k, Integral, lambda x: x >= 1, "an integer of at least 1, or None")
+        if top_p is not None:
+            _check("top_p", top_p, Real, lambda x: 0 < x <= 1, "a number above 0 and up to 1, or None")
+        if seed is not None:
+            _check("seed", seed, Integral, lambda x: 0 <= x < 2**63, "an integer from 0 to 2**63 - 1, or None")
         self.temperature, self.top_k, self.top_p = temperature, top_k, top_p
         self.generators = [
-            torch.Generator().manual_seed(secrets.randbits(63) if seed is None else seed) for _ in range(batch_size)
+            torch.Generator().manual_seed(secrets.randbits(63) if seed is None else int(seed))
+            for _ in range(batch_size)
         ]
 
     def __call__(self, logits: torch.Tensor) -> torch.Tensor:
         """logits [B, V] float32 -> tokens [B]."""
         if self.temperature == 0:
             return logits.argmax(-1)
-        logits = logits / self.temperature
+        logits = (logits - logits.amax(-1, keepdim=True)) / self.temperature  # at most 0: no overflow to inf
         if self.top_k is not None and self.top_k < logits.shape[-1]:
-            kth = logits.topk(self.top_k).values[:, -1:]
-            logits = logits.masked_fill(logits < kth, -math.inf)
+            best = logits.topk(self.top_k)
+            logits = torch.full_like(logits, -math.inf).scatter(-1, best.indices, best.values)
         probs = logits.softmax(-1)
         if self.top_p is not None and self.top_p < 1:
             ranked, order = probs.sort(descending=True)
@@ -81,7 +86,7 @@ class Sampler:
 
 
 class Answer:
-    """One row's answer as it grows: tokens in, text out in whole characters, end tokens and stop strings obeyed."""
+    """One row's answer as it grows: tokens in, text out in whole characters, up to an end token or stop string."""
 
     def __init__(self, tokenizer, end_ids: frozenset[int], stop: list[str], max_new_tokens: int):
         self.end_ids, self.stop, self.max_new_tokens = end_ids, stop, max_new_tokens
@@ -113,9 +118,10 @@ class Answer:
 
     def _settle(self, text: str) -> str:
         self.pending += text
-        found = [index for index in (self.pending.find(stop) for stop in self.stop) if index >= 0]
-        if found:
-            piece, self.finish_reason = self.pending[: min(found)], "stop"
+        ends = [(self.pending.find(stop) + len(stop), -len(stop)) for stop in self.stop if stop in self.pending]
+        if ends:  # the one that is complete first, as if the text came character by character; then the longest
+            end, length = min(ends)
+            piece, self.finish_reason = self.pending[: end + length], "stop"
             self.pending = ""
         else:
             held = max((_overlap(self.pending, stop) for stop in self.stop), default=0)
@@ -144,11 +150,11 @@ class Run:
         stop=None,
         plan=None,
     ):
-        self.model, self.prompts, self.plan = model, prompts, plan
+        self.model, self.prompts, self.plan = model, prompts, model.resolve(plan)
         check_count("max_new_tokens", max_new_tokens)
         self.sampler = Sampler(len(prompts), temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
-        stop = [stop] if isinstance(stop, str) else list(stop or [])
-        if not all(isinstance(text, str) and text for text in stop):
+        stop = [stop] if isinstance(stop, str) else stop or []
+        if not isinstance(stop, Sequence) or not all(isinstance(text, str) and text for text in stop):
             raise InputError(f"stop is {stop!r}; it must be a string or a list of strings, none of them empty")
         if stop:
             model.need_tokenizer("stop")
@@ -165,8 +171,10 @@ class Run:
         cache = model.new_cache(len(self.prompts), self.max_seq_len)
         padded = [prompt + [0] * (self.longest - len(prompt)) for prompt in self.prompts]
         logits = model.prefill(padded, cache, lengths=[len(prompt) for prompt in self.prompts], plan=self.plan)
+        # An embedding may be padded beyond the tokenizer's vocabulary: such ids have no text and are never picked.
+        known = model.config.vocab_size if model.tokenizer is None else model.tokenizer.vocab_size
         while True:
-            tokens = self.sampler(logits)
+            tokens = self.sampler(logits[:, :known])
             yield [answer.push(token) for answer, token in zip(answers, tokens.tolist(), strict=True)]
             if all(answer.finish_reason for answer in answers):
                 return
@@ -191,10 +199,8 @@ def _end_ids(model) -> frozenset[int]:
     """The tokens that end an answer: the checkpoint's, and those that end a turn in its chat format."""
     ids = set(model.config.eos_ids)
     if model.tokenizer is not None:
-        try:
+        with suppress(UnsupportedError):  # a model without a chat format
             ids.update(chat_format(model.tokenizer).end_ids)
-        except UnsupportedError:
-            pass  # a model without a chat format
     return frozenset(ids)
 
 
@@ -203,8 +209,6 @@ def _overlap(text: str, stop: str) -> int:
     return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)
 
 
-def _check(name, value, types, accepts, wanted):
-    if value is None and name != "temperature":
-        return
-    if isinstance(value, bool) or not isinstance(value, types) or not accepts(value):
+def _check(name, value, kind, accepts, wanted):
+    if isinstance(value, bool) or not isinstance(value, kind) or not accepts(value):
         raise InputError(f"{name} is {value!r}; it must be {wanted}")

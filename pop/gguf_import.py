@@ -159,9 +159,7 @@ class GGUFFile:
             raise
         except Exception as error:
             what = f"{type(error).__name__}: {error}"
-            raise CheckpointError(
-                f"{self.path} is not a sound GGUF file ({what}); fetch it again."
-            ) from error
+            raise CheckpointError(f"{self.path} is not a sound GGUF file ({what}); fetch it again.") from error
 
     def get(self, key: str, kind: type, default: Any = _REQUIRED) -> Any:
         """The metadata value `key`: of type `kind`, not negative; without a default it must be there."""
@@ -323,15 +321,11 @@ def _plan(source: GGUFFile, arch: str, config: dict[str, Any]) -> dict[str, str]
     if missing := [name for name in wanted if name not in source.shapes]:
         raise CheckpointError(f"{source} lacks the tensors {_some(missing)}.")
     if surplus := [name for name in source.shapes if name not in known]:
-        raise CheckpointError(
-            f"{source} has tensors that the architecture {arch} does not: {_some(surplus)}."
-        )
+        raise CheckpointError(f"{source} has tensors that the architecture {arch} does not: {_some(surplus)}.")
     for name, (_, letters) in wanted.items():
         shape, found = tuple(sizes[letter] for letter in letters), source.shapes[name]
         if found != shape:
-            raise CheckpointError(
-                f"{source}: {name} has the shape {found}, but by the metadata it is {shape}."
-            )
+            raise CheckpointError(f"{source}: {name} has the shape {found}, but by the metadata it is {shape}.")
     return {hf_name: name for name, (hf_name, _) in wanted.items()}
 
 
@@ -371,9 +365,7 @@ def _hf_weight(source: GGUFFile, config: dict[str, Any], name: str, hf_name: str
         if config["model_type"] == "llama" and projection in hf_name:
             # RoPE turns pairs of rows of a head: (0, 1), (2, 3) ... in GGUF, (0, E/2), (1, E/2 + 1) ... in HF
             pairs = weight.view(heads[projection], -1, 2, math.prod(weight.shape[1:]))  # [H, E/2, 2, D or 1]
-            weight = pairs.transpose(1, 2).reshape(
-                weight.shape
-            )  # [H, 2, E/2, D or 1] -> [H * E, D] or [H * E]
+            weight = pairs.transpose(1, 2).reshape(weight.shape)  # [H, 2, E/2, D or 1] -> [H * E, D] or [H * E]
     return weight
 
 

@@ -62,9 +62,7 @@ def write_tokenizer(source, folder: Path, config: dict[str, Any]) -> None:
     special = {name: source.get(f"tokenizer.ggml.{name}_token_id", int, None) for name in SPECIAL}
     for name, token_id in special.items():
         if token_id is not None and token_id >= len(tokens):
-            raise CheckpointError(
-                f"{source}: the {name} token {token_id} is not one of {len(tokens)} tokens."
-            )
+            raise CheckpointError(f"{source}: the {name} token {token_id} is not one of {len(tokens)} tokens.")
 
     pre = source.get("tokenizer.ggml.pre", str, None)
     add_bos = source.get("tokenizer.ggml.add_bos_token", bool, model == "llama" or pre == "llama-bpe")

@@ -5,6 +5,7 @@ This file checks what comes in and turns text into tensors; the numbers are made
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterator, Sequence
 from operator import index as as_index
@@ -17,7 +18,7 @@ from pop import engine, models, registry
 from pop.cache import KVCache
 from pop.chat import chat_format
 from pop.checkpoint import load_weights
-from pop.config import read_config
+from pop.config import DTYPES, read_config
 from pop.errors import ContextOverflow, InputError, PlanError, TokenizerError, UnsupportedError, check_count
 from pop.generate import Generation, Run
 from pop.plan import PrunePlan
@@ -36,10 +37,12 @@ def load(
 ) -> Model:
     """Load a model by its registry name, or from a directory in the Hugging Face or in Meta's layout.
 
+    name_or_path: a known name wins over a directory of that name; write ./NAME for the directory.
     device: None takes the GPU if there is one, else the CPU.
     dtype: None keeps the checkpoint's own.
     prune: "default" (the deepest floor(L/3) layers), None (full depth), a fraction of the layers, or a PrunePlan.
-    max_seq_len: the longest sequence, prompt and answer together; None takes the model's full context.
+    max_seq_len: the most tokens that a cache may hold a row (the last token of an answer needs no slot); None takes
+        the model's full context.
     compile: "auto" or False. The compiled stages are not there yet: both run eagerly, and True is refused.
     progress: show a bar on stderr while large weights load.
 
@@ -48,9 +51,12 @@ def load(
     if compile not in ("auto", False):
         raise UnsupportedError(f"compile={compile!r} is not supported yet; use compile='auto'")
     device = _device(device)
-    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-        raise InputError(f"dtype is {dtype!r}; give a floating point torch.dtype such as torch.bfloat16, or None")
-    folder = Path(name_or_path) if Path(name_or_path).is_dir() else registry.find_weights(str(name_or_path))
+    if dtype not in (None, *DTYPES.values()):
+        raise InputError(f"dtype is {dtype!r}; give torch.float32, torch.bfloat16, torch.float16, or None")
+    if not isinstance(name_or_path, (str, os.PathLike)):
+        raise InputError(f"name_or_path is {name_or_path!r}; give a name that pop.list_models() lists, or a directory")
+    is_name = name_or_path in registry.list_models() or not os.path.isdir(name_or_path)
+    folder = registry.find_weights(str(name_or_path)) if is_name else Path(name_or_path)
     config = read_config(folder)
     plan = _plan(prune, config.num_layers)
     max_seq_len = _max_seq_len(max_seq_len, config)
@@ -61,13 +67,16 @@ def load(
     return Model(module.eval(), config, tokenizer, plan=plan, max_seq_len=max_seq_len)
 
 
+SCORED_AT_ONCE = 256  # tokens of a continuation, whose logits [T, V] are in memory together
+
+
 class Model:
     """A language model with prefill-only pruning.
 
     module: the torch module (pop/models), whose weights decide `device` and `dtype`.
     config: the frozen dataclass of its sizes. tokenizer: None if the checkpoint had none.
     plan: the PrunePlan of every prefill that is not given another.
-    max_seq_len: the most tokens a sequence may hold. chunk_size: tokens of a prompt that prefill runs at once.
+    max_seq_len: the most tokens that a cache may hold a row. chunk_size: tokens of a prompt that prefill runs at once.
     """
 
     def __init__(self, module, config, tokenizer=None, *, plan=None, max_seq_len=None, chunk_size: int = 2048):
@@ -109,15 +118,15 @@ class Model:
         self._refuse_images(images, videos)
         tokens = self._tokens(tokens, dims=2)
         lengths = self._lengths(lengths, tokens)
-        self._check_room(cache, tokens.shape[0], lengths)
-        plan = self.plan if plan is None else _plan(plan, self.config.num_layers)
+        self._check_cache(cache, lengths)
+        plan = self.resolve(plan)
         chunk_size = self.chunk_size if chunk_size is None else check_count("chunk_size", chunk_size)
         return engine.prefill(self.module, tokens, cache, lengths, plan, chunk_size)
 
     def decode(self, tokens, cache: KVCache) -> torch.Tensor:
         """Append one token a row, at full depth: tokens [B] -> logits [B, V] float32."""
         tokens = self._tokens(tokens, dims=1)
-        self._check_room(cache, tokens.shape[0], torch.ones_like(cache.lengths))
+        self._check_cache(cache, torch.ones(tokens.shape[0], dtype=torch.int64))
         return engine.decode(self.module, tokens, cache)
 
     @torch.no_grad()
@@ -147,13 +156,13 @@ class Model:
         """Continue a prompt (text or token ids), or a list of prompts as one batch; then a list comes back.
 
         An answer ends at an end token, at a stop string (which is not part of it), after max_new_tokens, or when
-        prompt and answer fill max_seq_len. temperature 0 is greedy; seed makes sampling repeatable. plan: None
-        takes the model's. Raises InputError for an empty prompt or a setting out of range, ContextOverflow for a
-        prompt longer than max_seq_len.
+        prompt and answer fill max_seq_len. temperature 0 is greedy; a seed makes sampling repeatable, row by row:
+        equal prompts of a batch get equal answers. plan: None takes the model's. Raises InputError for an empty
+        prompt or a setting out of range, ContextOverflow for a prompt longer than max_seq_len.
         """
         began = time.perf_counter()
         self._refuse_images(images, videos)
-        batch = not isinstance(prompt, str) and _is_batch(prompt)
+        batch = _is_batch(prompt)
         prompts = [self._encode(one) for one in (prompt if batch else [prompt])]
         run = Run(
             self,
@@ -174,7 +183,7 @@ class Model:
         """The answer to one prompt in pieces of whole characters, as they come. Options as in `generate`."""
         self._refuse_images(images, videos)
         self.need_tokenizer("stream")
-        if not isinstance(prompt, str) and _is_batch(prompt):
+        if _is_batch(prompt):
             raise InputError("stream takes one prompt; for a batch use generate, or one stream a prompt")
         run = Run(self, [self._encode(prompt)], **options)
         return (piece for (piece,) in run.steps() if piece)
@@ -199,36 +208,42 @@ class Model:
         depth: what decode would have assigned to the continuation. Text is tokenized apart: context with the
         beginning-of-text token where the family has one, continuation without.
         """
-        prompt, answer = self._encode(context), self._encode(continuation, bos=False)
-        self.check_fits(len(prompt) + len(answer) - 1)
+        prompt = self._encode(context, "context")
+        answer = self._encode(continuation, "continuation", bos=False)
+        self.check_fits(len(prompt) + len(answer) - 1, "context and continuation")
         cache = self.new_cache(1, len(prompt) + len(answer) - 1)
-        logits = self.prefill([prompt], cache, plan=plan)[:, None]  # [1, 1, V]
-        if len(answer) > 1:
-            tokens = self._tokens([answer[:-1]], dims=2)
-            lengths = torch.tensor([tokens.shape[1]])
-            rest = engine.extend(self.module, tokens, cache, lengths, self.chunk_size)
-            logits = torch.cat((logits, rest), dim=1)  # [1, T, V]
-        targets = torch.tensor(answer, device=logits.device)
-        return -F.cross_entropy(logits[0].double(), targets, reduction="sum").item()
+        logits = self.prefill([prompt], cache, plan=plan)  # [1, V]
+        targets = torch.tensor(answer, device=self.device)
+        total = _log_prob(logits, targets[:1])
+        for begin in range(0, len(answer) - 1, SCORED_AT_ONCE):
+            fed = targets[:-1][begin : begin + SCORED_AT_ONCE]
+            logits = engine.extend(self.module, fed[None], cache)[0]  # [T, V]
+            total += _log_prob(logits, targets[1:][begin : begin + SCORED_AT_ONCE])
+        return total
 
     # Checks
 
-    def _encode(self, prompt, bos: bool = True) -> list[int]:
+    def resolve(self, plan) -> PrunePlan:
+        """The plan that a call asks for: None is the model's. Raises PlanError if it does not fit."""
+        return self.plan if plan is None else _plan(plan, self.config.num_layers)
+
+    def _encode(self, prompt, what: str = "prompt", bos: bool = True) -> list[int]:
         if isinstance(prompt, str):
-            self.need_tokenizer("a text prompt")
-            if not prompt:
-                raise InputError("the prompt is empty; give it at least one character")
-            return self.tokenizer.encode(prompt, bos=bos)
-        if isinstance(prompt, torch.Tensor):
-            prompt = prompt.tolist()
-        return self._tokens([prompt], dims=2)[0].tolist()
+            self.need_tokenizer("text")
+            tokens = self.tokenizer.encode(prompt, bos=bos) if prompt else []
+        else:
+            prompt = prompt.tolist() if hasattr(prompt, "tolist") else prompt
+            tokens = [] if prompt == [] else self._tokens([prompt], dims=2)[0].tolist()
+        if not tokens:
+            raise InputError(f"the {what} is empty; give it at least one token")
+        return tokens
 
     def need_tokenizer(self, use: str) -> None:
         if self.tokenizer is None:
             raise TokenizerError(f"{use} needs a tokenizer, and the checkpoint has none; pass token ids to generate")
 
     def _refuse_images(self, images, videos) -> None:
-        if images or videos:
+        if not (_is_nothing(images) and _is_nothing(videos)):
             raise InputError(f"the {self.config.family} family reads text only; leave out images and videos")
 
     def _tokens(self, tokens, dims: int) -> torch.Tensor:
@@ -239,34 +254,41 @@ class Model:
         except (TypeError, ValueError, RuntimeError) as error:
             raise InputError(f"tokens must be integers of shape {shape}: {error}") from None
         if 0 in tokens.shape:
-            raise InputError("the prompt is empty; give it at least one token")
+            raise InputError("tokens is empty; give at least one")
         if tokens.dim() != dims or tokens.is_floating_point() or tokens.is_complex() or tokens.dtype == torch.bool:
             raise InputError(
                 f"tokens must be integers of shape {shape}, not {tokens.dtype} of shape {list(tokens.shape)}"
             )
-        low, high = tokens.min().item(), tokens.max().item()
+        tokens = tokens.to(self.device, torch.int64)
+        low, high = torch.stack(tokens.aminmax()).tolist()
         if low < 0 or high >= self.config.vocab_size:
             raise InputError(
                 f"token id {low if low < 0 else high} is not in the vocabulary of {self.config.vocab_size} tokens"
             )
-        return tokens.to(self.device, torch.int64)
+        return tokens
 
     def _lengths(self, lengths, tokens: torch.Tensor) -> torch.Tensor:
         B, T = tokens.shape
         if lengths is None:
             return torch.full((B,), T)
-        values = lengths.tolist() if isinstance(lengths, torch.Tensor) else list(lengths)
         try:
-            values = [as_index(value) for value in values]
+            values = [as_index(length) for length in (lengths.tolist() if hasattr(lengths, "tolist") else lengths)]
         except TypeError:
-            raise InputError(f"lengths must be integers, not {values!r}") from None
+            raise InputError(f"lengths must be integers, one for each row of tokens, not {lengths!r}") from None
         if len(values) != B or not all(1 <= value <= T for value in values):
             raise InputError(f"lengths is {values}; it needs {B} numbers from 1 to {T}, one for each row of tokens")
         return torch.tensor(values)
 
-    def _check_room(self, cache: KVCache, rows: int, added: torch.Tensor) -> None:
-        if cache.batch_size != rows:
-            raise InputError(f"tokens has {rows} rows, but the cache has {cache.batch_size}")
+    def _check_cache(self, cache: KVCache, added: torch.Tensor) -> None:
+        """Raise InputError unless `cache` is one of this model's and has room for `added` [B] tokens more."""
+        if not isinstance(cache, KVCache):
+            raise InputError(f"the cache is a {type(cache).__name__}; make one with model.new_cache()")
+        shape = (cache.batch_size, cache.max_seq_len + 1, self.config.num_kv_heads, self.config.head_dim)
+        like = (len(cache.keys), cache.keys[0].shape, cache.keys[0].dtype, cache.keys[0].device)
+        if like != (self.config.num_layers, shape, self.dtype, self.device):
+            raise InputError("the cache was made for another model, dtype or device; make one with model.new_cache()")
+        if cache.batch_size != len(added):
+            raise InputError(f"tokens has {len(added)} rows, but the cache has {cache.batch_size}")
         total = cache.lengths + added
         row = int(total.argmax())
         if total[row] > cache.max_seq_len:
@@ -275,22 +297,31 @@ class Model:
                 f"but the cache ends at {cache.max_seq_len}; make it larger or the prompt shorter"
             )
 
-    def check_fits(self, num_tokens: int) -> None:
+    def check_fits(self, num_tokens: int, what: str = "the prompt") -> None:
         """Raise ContextOverflow if a sequence of `num_tokens` exceeds max_seq_len."""
         if num_tokens > self.max_seq_len:
             raise ContextOverflow(
-                f"the prompt has {num_tokens} tokens, but the model takes {self.max_seq_len}; shorten it"
+                f"{what} has {num_tokens} tokens, but the model takes {self.max_seq_len}; shorten it"
                 + (" or load with a larger max_seq_len" if self.max_seq_len < self.config.max_positions else "")
             )
+
+
+def _log_prob(logits: torch.Tensor, targets: torch.Tensor) -> float:
+    """Summed log-probability of targets [T] by logits [T, V]."""
+    return -F.cross_entropy(logits, targets, reduction="none").double().sum().item()
 
 
 def _device(device) -> torch.device:
     if device is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        return torch.device(device)
-    except (RuntimeError, TypeError, ValueError) as error:
-        raise InputError(f"device is {device!r}, which torch does not know: {error}") from None
+        # Used once, not only named: torch knows devices that this build or machine lacks.
+        probe = torch.zeros(1, device=device)
+        probe.item()
+        return probe.device
+    except (RuntimeError, TypeError, ValueError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(f"device is {device!r}, which cannot be used here ({reason}); try 'cpu'") from None
 
 
 def _plan(prune, num_layers: int) -> PrunePlan:
@@ -309,9 +340,7 @@ def _max_seq_len(max_seq_len, config) -> int:
     if max_seq_len is None:
         return config.max_positions
     if check_count("max_seq_len", max_seq_len) > config.max_positions:
-        raise ContextOverflow(
-            f"max_seq_len is {max_seq_len}, but the model's context is {config.max_positions} tokens"
-        )
+        raise ContextOverflow(f"max_seq_len is {max_seq_len}, but the model's context is {config.max_positions} tokens")
     return int(max_seq_len)
 
 
@@ -321,11 +350,16 @@ def _tokenizer(folder: Path):
 
 
 def _is_batch(prompt) -> bool:
-    """Whether a prompt that is no string is a list of prompts, rather than one list of token ids."""
-    if isinstance(prompt, torch.Tensor):
-        return prompt.dim() != 1
+    """Whether a prompt is a list of prompts, rather than text or one list of token ids."""
+    if isinstance(prompt, str):
+        return False
+    prompt = prompt.tolist() if hasattr(prompt, "tolist") else prompt
     if not isinstance(prompt, Sequence):
         raise InputError(f"the prompt is a {type(prompt).__name__}; give text, token ids, or a list of either")
     if not prompt:
         raise InputError("the prompt is empty; give it at least one token")
-    return isinstance(prompt[0], (str, Sequence)) or (isinstance(prompt[0], torch.Tensor) and prompt[0].dim() > 0)
+    return isinstance(prompt[0], (str, Sequence)) or getattr(prompt[0], "ndim", 0) > 0
+
+
+def _is_nothing(images) -> bool:
+    return images is None or (isinstance(images, Sequence) and not images)

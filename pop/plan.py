@@ -6,11 +6,13 @@ import dataclasses
 import json
 import math
 import os
+from contextlib import suppress
 from itertools import groupby
 from operator import index
 from pathlib import Path
 
 from pop.errors import PlanError
+from pop.fields import read_json
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,14 +32,17 @@ class PrunePlan:
     full_depth_first: int = 0
 
     def __post_init__(self):
-        if isinstance(self.layers, (str, bytes)) or not hasattr(self.layers, "__iter__"):
-            raise PlanError(f"layers is {self.layers!r}; give the indices of the pruned layers, as in layers=(20, 21)")
-        layers = tuple(self.layers)
+        try:
+            layers = tuple(self.layers)
+        except TypeError:
+            raise PlanError(f"layers is {self.layers!r}; give indices, as in layers=(20, 21)") from None
         for layer in layers:
             if not _is_count(layer):
                 raise PlanError(f"layers holds {layer!r}; layer indices are integers from 0 up")
+        layers = tuple(sorted(map(index, layers)))
         if len(set(layers)) < len(layers):
-            raise PlanError(f"layers names a layer twice: {sorted(layers)}")
+            raise PlanError(f"layers names a layer twice: {layers}")
+        object.__setattr__(self, "layers", layers)
         if not _is_count(self.full_depth_last) or self.full_depth_last < 1:
             raise PlanError(
                 f"full_depth_last is {self.full_depth_last!r}; it is a number of tokens, and at least 1, since the "
@@ -47,7 +52,6 @@ class PrunePlan:
             raise PlanError(f"full_depth_first is {self.full_depth_first!r}; it is a number of tokens, 0 or more")
         for name in ("full_depth_last", "full_depth_first"):
             object.__setattr__(self, name, index(getattr(self, name)))
-        object.__setattr__(self, "layers", tuple(sorted(map(index, layers))))
 
     @classmethod
     def none(cls) -> PrunePlan:
@@ -57,6 +61,8 @@ class PrunePlan:
     @classmethod
     def deepest(cls, num_layers: int, fraction: float) -> PrunePlan:
         """Prune the deepest floor(num_layers * fraction) layers; 0 <= fraction <= 1."""
+        if not _is_count(num_layers):
+            raise PlanError(f"num_layers is {num_layers!r}; it is the model's number of layers")
         if isinstance(fraction, bool) or not isinstance(fraction, (int, float)) or not 0 <= fraction <= 1:
             raise PlanError(f"fraction is {fraction!r}; it is the share of the layers to prune, from 0 to 1")
         # The small term keeps 100 * 0.29 = 28.999999999999996 from losing a layer.
@@ -66,7 +72,9 @@ class PrunePlan:
     def check(self, num_layers: int) -> PrunePlan:
         """Return the plan itself if it fits a model of `num_layers` layers, else raise PlanError."""
         if self.layers and self.layers[-1] >= num_layers:
-            raise PlanError(f"the plan prunes layer {self.layers[-1]}, but the model's layers are 0 to {num_layers - 1}")
+            raise PlanError(
+                f"the plan prunes layer {self.layers[-1]}, but the model's layers are 0 to {num_layers - 1}"
+            )
         return self
 
     def runs(self, num_layers: int) -> list[tuple[bool, list[int]]]:
@@ -81,22 +89,26 @@ class PrunePlan:
         try:
             draft.write_text(json.dumps(dataclasses.asdict(self), indent=2) + "\n", encoding="utf-8")
             os.replace(draft, path)
+        except OSError as error:
+            raise PlanError(f"the plan cannot be written to {path} ({error.strerror}); choose another path") from None
         finally:
-            draft.unlink(missing_ok=True)
+            with suppress(OSError):
+                draft.unlink()
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> PrunePlan:
         """Read a plan written by `save`. Raises PlanError if the file does not hold one."""
-        try:
-            fields = json.loads(Path(path).read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            raise PlanError(f"there is no plan file {path}; write one with plan.save(path)") from None
-        except (OSError, ValueError) as error:
-            raise PlanError(f"{path} cannot be read as a pruning plan: {error}") from None
+        path = Path(path)
+        if not path.is_file():
+            raise PlanError(f"there is no plan file {path}; write one with plan.save(path)")
+        fields = read_json(path, PlanError)
         known = {field.name for field in dataclasses.fields(cls)}
-        if not isinstance(fields, dict) or "layers" not in fields or not set(fields) <= known:
+        if "layers" not in fields or not set(fields) <= known:
             raise PlanError(f"{path} is not a pruning plan: it must be a JSON object with {sorted(known)}")
-        return cls(**fields)
+        try:
+            return cls(**fields)
+        except PlanError as error:
+            raise PlanError(f"{path} is not a pruning plan: {error}") from None
 
 
 def _is_count(value) -> bool:

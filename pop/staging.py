@@ -51,9 +51,7 @@ def staged(folder: str | Path) -> Iterator[Path]:
     except PopError:
         raise
     except (OSError, SafetensorError) as error:
-        raise CheckpointError(
-            f"{folder} could not be written, and nothing is left behind: {error}."
-        ) from error
+        raise CheckpointError(f"{folder} could not be written, and nothing is left behind: {error}.") from error
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -73,7 +73,8 @@ def test_no_text_becomes_a_control_token(family, data):
     """Whatever the texts are, the control tokens are those of the same conversation about nothing."""
     tokenizer = FORMATS[family].tokenizer
     names = sorted(tokenizer.special_tokens)
-    text = st.lists(st.sampled_from([*names, "a", " ", "\n", "<|"]) | st.text(max_size=3), max_size=6)
+    characters = st.characters(codec="utf-8", min_codepoint=32, max_codepoint=0x3FFFF)  # SmolLM2 has bytes for these
+    text = st.lists(st.sampled_from([*names, "a", " ", "\n", "<|"]) | st.text(characters), max_size=6)
     roles = data.draw(st.lists(st.sampled_from(["user", "assistant"]), min_size=1, max_size=4))
     roles = ["system"] * data.draw(st.booleans()) + roles
     messages = [{"role": role, "content": "x" + "".join(data.draw(text))} for role in roles]
@@ -86,7 +87,7 @@ def test_no_text_becomes_a_control_token(family, data):
     if tokenizer.bos_id is not None:
         assert ids.count(tokenizer.bos_id) == 1 and ids[0] == tokenizer.bos_id
     decoded = tokenizer.decode(FORMATS[family].encode(messages), special=True)
-    assert decoded.replace("\x04", "") == FORMATS[family].render(messages).replace("\x04", "")
+    assert decoded == FORMATS[family].render(messages)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -99,7 +100,7 @@ def test_text_in_parts(family):
 @pytest.mark.parametrize("kind", ["image", "video"])
 def test_images_and_videos_are_not_for_text_models(kind):
     content = [{"type": "text", "text": "What is this?"}, {"type": kind, kind: "a.png"}]
-    with pytest.raises(UnsupportedError, match="message 0 .* Llama-3 takes text only"):
+    with pytest.raises(UnsupportedError, match=r"message 0 .* Llama-3 takes text only"):
         FORMATS["llama-3.1"].encode([{"role": "user", "content": content}])
 
 
@@ -138,8 +139,8 @@ def test_messages_that_are_none(messages, message):
 def test_tokenizers_without_a_chat_format():
     tokenizer = load_tokenizer(GOLDENS / "smollm2")
     del tokenizer.special_tokens["<|im_end|>"]
-    with pytest.raises(UnsupportedError, match="lacks the token <|im_end|>"):
+    with pytest.raises(UnsupportedError, match=r"lacks the token <\|im_end\|>"):
         chat_format(tokenizer).encode([USER])
     del tokenizer.special_tokens["<|im_start|>"]
-    with pytest.raises(UnsupportedError, match="none of the tokens <|start_header_id|>, <|im_start|>"):
+    with pytest.raises(UnsupportedError, match=r"none of the tokens <\|start_header_id\|>, <\|im_start\|>"):
         chat_format(tokenizer)

@@ -138,9 +138,7 @@ def test_prune_values(tmp_path):
     assert parse_prune(str(tmp_path / "plan.json")) == plan
 
 
-@pytest.mark.parametrize(
-    "text", ["", "33", "-0.1", "1.01", "nan", "inf", "third", "missing.json", ".", "x" * 5000]
-)
+@pytest.mark.parametrize("text", ["", "33", "-0.1", "1.01", "nan", "inf", "third", "missing.json", ".", "x" * 5000])
 def test_bad_prune_values_are_refused(text):
     with pytest.raises(pop.PlanError, match=r"--prune is .* default, none, a fraction"):
         parse_prune(text)
@@ -279,9 +277,7 @@ def test_a_conversation_remembers(talk, model):
 
 def test_the_system_message_stays(talk):
     system = {"role": "system", "content": "Be short."}
-    status, _, _, asked = talk(
-        ["Hi", "/new", "Hi"], "--system", "Be short."
-    )  # and ends at the end of the input
+    status, _, _, asked = talk(["Hi", "/new", "Hi"], "--system", "Be short.")  # and ends at the end of the input
     assert (status, asked) == (0, [[system, *user("Hi")]] * 2)
 
 

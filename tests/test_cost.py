@@ -65,9 +65,7 @@ def test_count_equals_what_torch_counts_in_the_engine(tokens, plan):
     module = random_llama(config)
     cache = KVCache(config, 1, tokens, dtype=torch.float32, device=torch.device("cpu"))
     with FlopCounterMode(display=False) as counter:
-        engine.prefill(
-            module, torch.ones(1, tokens, dtype=torch.int64), cache, torch.tensor([tokens]), plan, 2048
-        )
+        engine.prefill(module, torch.ones(1, tokens, dtype=torch.int64), cache, torch.tensor([tokens]), plan, 2048)
     counts = counter.get_flop_counts()["Global"]
     linear = sum(flops for op, flops in counts.items() if str(op) in ("aten.mm", "aten.addmm"))
 
@@ -76,9 +74,7 @@ def test_count_equals_what_torch_counts_in_the_engine(tokens, plan):
     triangle = kept * tokens * (tokens + 1) // 2 + len(plan.layers) * sum(p + 1 for p in positions)
     attention = triangle * 2 * 2 * config.num_heads * config.head_dim
     # The engine projects K and V of the full-depth rows twice: with the pruned tokens, and at full depth.
-    again = (
-        len(plan.layers) * len(positions) * 2 * 2 * config.hidden_size * config.num_kv_heads * config.head_dim
-    )
+    again = len(plan.layers) * len(positions) * 2 * 2 * config.hidden_size * config.num_kv_heads * config.head_dim
     assert prefill_flops(config, tokens, plan) == linear - again + attention
 
 

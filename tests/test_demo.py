@@ -36,8 +36,7 @@ def test_json_is_one_object_with_true_numbers(folder, arguments, capsys):
     model = pop.load(folder, dtype=torch.float32)
     prompt = torch.tensor(model.chat_tokens([{"role": "user", "content": "Why is the sky blue?\n"}]))
     log_p, log_q = (
-        reference.prefill(model.module, prompt, plan).double().log_softmax(-1)
-        for plan in (pop.PrunePlan(), PLAN)
+        reference.prefill(model.module, prompt, plan).double().log_softmax(-1) for plan in (pop.PrunePlan(), PLAN)
     )
     kl = float((log_p.exp() * (log_p - log_q)).sum())
     answers = [model.generate(prompt, max_new_tokens=12, plan=plan) for plan in (pop.PrunePlan(), PLAN)]
@@ -89,15 +88,23 @@ def test_the_clock_runs_from_the_token_ids_to_the_first_token(folder, monkeypatc
     assert timed == [False, True] * 3  # a warm-up of each, then two runs of each, in turn
 
 
+def test_agreement_ends_at_the_first_difference(folder, monkeypatch):
+    def generate(self, prompt, *, max_new_tokens, plan):
+        tokens = [7, 8, 9, 4] if plan.layers else [7, 8, 3, 4]
+        return pop.Generation("", tokens, len(prompt), 0.0, 0.0, "length")
+
+    monkeypatch.setattr(pop.Model, "generate", generate)
+    result = demo.compare(pop.load(folder, prune=0.6), [5, 6], max_new_tokens=4, runs=1)
+    assert result["agreeing_tokens"] == 2
+
+
 def test_the_report_is_readable(arguments, capsys):
     assert main([*arguments, "--runs", "1"]) == 0
     out = capsys.readouterr().out
     first, *_, last = out.strip().splitlines()
     assert "3 of its 5 layers skipped" in first
     assert "README" in last
-    assert (
-        "layers 2 to 4, counted from 0, for all of the prompt's tokens but the last 3 and the first 1" in out
-    )
+    assert "layers 2 to 4, counted from 0, for all of the prompt's tokens but the last 3 and the first 1" in out
     assert "float32" in out
     rows = [line for line in out.splitlines() if re.search(r"  \d[\d,.]*x?$", line)]
     assert len({len(row) for row in rows}) == 1  # aligned

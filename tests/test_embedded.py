@@ -93,11 +93,7 @@ def test_no_network(index, tmp_path):
     with pytest.raises(DownloadError) as info:
         fetch(NAME, progress=False)
     message = str(info.value)
-    assert (
-        "ERROR: No matching distribution found" in message
-        and "Retrying" not in message
-        and "\n" not in message
-    )
+    assert "ERROR: No matching distribution found" in message and "Retrying" not in message and "\n" not in message
     assert all(word in message for word in (NAME, "network", "PIP_FIND_LINKS", "first==1.0", "POP_WEIGHTS"))
     assert weights(tmp_path) == set()
     index.failure = None

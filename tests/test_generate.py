@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -10,18 +11,18 @@ from tiny import random_llama, tiny_config
 
 import pop
 from pop import engine, reference
-from pop.generate import Answer, Sampler
+from pop.generate import Answer, Run, Sampler
 from pop.tokenizers import Tokenizer
 
 
 class Letters(Tokenizer):
-    """A tokenizer of single bytes: id = byte, and one special token, 255, a byte that no UTF-8 text has."""
+    """A tokenizer of single bytes: id = byte, and special tokens among them, such as 255, which no UTF-8 text has."""
 
-    def __init__(self):
-        super().__init__({"<end>": 255}, {}, 256)
+    def __init__(self, special_tokens=None, bos_id=None):
+        super().__init__(special_tokens or {"<end>": 255}, {}, 256, bos_id)
 
     def token_bytes(self, token):
-        return b"" if token == 255 else bytes([token])
+        return b"" if token in self.special_tokens.values() else bytes([token])
 
     def _encode_text(self, text):
         return list(text.encode())
@@ -38,6 +39,7 @@ def text_model(model):
     return pop.Model(model.module, model.config, Letters(), plan=model.plan)
 
 
+CPU = torch.device("cpu")
 PROMPTS = [[5, 9, 200], [17], list(range(40, 70))]
 
 
@@ -66,7 +68,8 @@ def test_the_plan_of_the_call_replaces_the_models(model):
 
 def test_prompts_come_as_lists_tensors_and_batches_of_either(model):
     expected = model.generate([5, 9, 200], max_new_tokens=4).tokens
-    for prompt in (torch.tensor([5, 9, 200]), (5, 9, 200), torch.tensor([5, 9, 200], dtype=torch.int32)):
+    arrays = [np.array([5, 9, 200], dtype) for dtype in (np.uint8, np.uint16, np.int64)]
+    for prompt in (torch.tensor([5, 9, 200]), (5, 9, 200), torch.tensor([5, 9, 200], dtype=torch.int32), *arrays):
         assert model.generate(prompt, max_new_tokens=4).tokens == expected
     for batch in ([[5, 9, 200]], torch.tensor([[5, 9, 200]]), [torch.tensor([5, 9, 200])]):
         assert [answer.tokens for answer in model.generate(batch, max_new_tokens=4)] == [expected]
@@ -115,8 +118,13 @@ def test_sampling_frequencies_are_the_probabilities():
 
 def test_top_k_one_and_a_tiny_top_p_are_greedy():
     logits = torch.randn(3, 50, generator=torch.Generator().manual_seed(0))
-    for settings in ({"top_k": 1}, {"top_p": 1e-9}):
-        assert Sampler(3, temperature=5.0, seed=0, **settings)(logits).tolist() == logits.argmax(-1).tolist()
+    for settings in ({"top_k": 1}, {"top_p": 1e-9}, {"top_k": np.int64(1), "temperature": 1e-39}):
+        assert Sampler(3, **{"temperature": 5.0, "seed": 0, **settings})(logits).tolist() == logits.argmax(-1).tolist()
+
+
+def test_top_k_keeps_k_tokens_of_those_that_tie():
+    logits = torch.tensor([[1.0, 1.0, 1.0, 0.0]])
+    assert len({Sampler(1, temperature=1.0, top_k=1, seed=seed)(logits).item() for seed in range(20)}) == 1
 
 
 # Where an answer ends
@@ -131,6 +139,34 @@ def test_an_end_token_ends_the_answer_and_is_not_part_of_it(model):
     assert (batch[2].tokens, batch[2].finish_reason) == (free[: free.index(end)], "stop")
     for answer, prompt in zip(batch, PROMPTS, strict=True):
         assert answer.tokens == ending.generate(prompt, max_new_tokens=9).tokens
+
+
+def test_a_turn_ends_where_the_chat_format_says(model):
+    """Also where the checkpoint does not list the token that ends a turn."""
+    free = model.generate(PROMPTS[2], max_new_tokens=9).tokens
+    tokenizer = Letters({"<|im_start|>": 255, "<|im_end|>": free[4]})
+    answer = pop.Model(model.module, model.config, tokenizer, plan=model.plan).generate(PROMPTS[2], max_new_tokens=9)
+    assert (answer.tokens, answer.finish_reason) == (free[: free.index(free[4])], "stop")
+
+
+def test_ids_beyond_the_tokenizer_are_never_picked(model):
+    """Embeddings are padded: such ids have a logit, but no text."""
+    tokenizer = Letters()
+    tokenizer.vocab_size = 100
+    padded = pop.Model(model.module, model.config, tokenizer, plan=model.plan)
+    for options in ({}, {"temperature": 2.0, "seed": 0}):
+        assert max(model.generate(PROMPTS[0], max_new_tokens=20, **options).tokens) >= 100
+        assert max(padded.generate(PROMPTS[0], max_new_tokens=20, **options).tokens) < 100
+
+
+def test_times_belong_to_the_tokens_of_the_row(model):
+    config = tiny_config(vocab_size=256, eos_ids=(model.generate(PROMPTS[0], max_new_tokens=3).tokens[2],))
+    run = Run(pop.Model(model.module, config, plan=model.plan), PROMPTS[:2], max_new_tokens=4)
+    list(run.steps())
+    first, second = run.generations([1.0, 2.0, 4.0, 8.0])
+    assert (len(first.tokens), first.ttft_s, first.decode_s) == (2, 1.0, 1.0)
+    assert (len(second.tokens), second.ttft_s, second.decode_s) == (4, 1.0, 7.0)
+    assert second.tokens_per_s == 3 / 7
 
 
 def test_text_ends_before_a_stop_string(text_model):
@@ -196,8 +232,13 @@ def test_prefill_and_decode_by_hand(model):
 def test_chunks_do_not_change_the_result(model):
     tokens = torch.arange(100, 131)[None]
     expected = model.prefill(tokens, model.new_cache(1, 40))
-    for size in (1, 7, 31):
+    widths = []
+    hook = model.module.model.embed_tokens.register_forward_hook(lambda _, args, out: widths.append(out.shape[1]))
+    for size, chunks in ((1, [1] * 31), (7, [7, 7, 7, 7, 3]), (31, [31])):
+        widths.clear()
         torch.testing.assert_close(model.prefill(tokens, model.new_cache(1, 40), chunk_size=size), expected)
+        assert widths == chunks
+    hook.remove()
 
 
 def test_the_size_of_a_cache_is_known_before_it_is_made(model):
@@ -233,6 +274,18 @@ def test_score_prunes_the_context_only(model, length):
     assert model.score(context, continuation) != pytest.approx(
         model.score(context, continuation, plan=pop.PrunePlan.none()), abs=1e-4
     )
+
+
+def test_long_continuations_are_scored_in_parts(model, monkeypatch):
+    expected = model.score([5, 9, 200], list(range(40)))
+    monkeypatch.setattr("pop.model.SCORED_AT_ONCE", 7)
+    assert model.score([5, 9, 200], list(range(40))) == pytest.approx(expected, abs=1e-4)
+
+
+def test_scored_text_begins_once(model):
+    """Context with the token that begins a text, continuation without."""
+    beginning = pop.Model(model.module, model.config, Letters(bos_id=254), plan=model.plan)
+    assert beginning.score("abc", "de") == model.score([254, *b"abc"], [*b"de"])
 
 
 def test_bfloat16_stays_close_to_float32(model):
@@ -276,7 +329,10 @@ def test_bfloat16_stays_close_to_float32(model):
         (lambda m: m.generate([1], seed=0.5), "seed is 0.5"),
         (lambda m: m.generate([1], stop=""), "stop is"),
         (lambda m: m.generate([1], stop=[3]), "stop is"),
+        (lambda m: m.generate([1], stop=5), "stop is"),
         (lambda m: m.generate([1], images=[object()]), "the llama family reads text only"),
+        (lambda m: m.generate([1], images=np.zeros((4, 4, 3), np.uint8)), "the llama family reads text only"),
+        (lambda m: m.logits([[1]], images=torch.zeros(4, 4, 3)), "the llama family reads text only"),
         (lambda m: m.generate([1], videos=[object()]), "the llama family reads text only"),
         (lambda m: m.generate([1], plan="most"), "the plan is 'most'"),
         (lambda m: m.generate([1], plan=pop.PrunePlan((9,))), "prunes layer 9"),
@@ -287,7 +343,22 @@ def test_bfloat16_stays_close_to_float32(model):
         (lambda m: m.chat([{"role": "user", "content": "hi"}]), "needs a tokenizer"),
         (lambda m: m.logits([[1] * 129]), "129 tokens, but the model takes 128"),
         (lambda m: m.logits([1]), "shape"),
-        (lambda m: m.score([1], []), "empty"),
+        (lambda m: m.score([1], []), "the continuation is empty"),
+        (lambda m: m.score([], [1]), "the context is empty"),
+        (lambda m: m.generate(torch.tensor(5)), "the prompt is a int"),
+        (lambda m: m.generate(torch.zeros(0, 3, dtype=torch.int64)), "the prompt is empty"),
+        (lambda m: m.new_cache(10**12, 100), "bytes"),
+        (lambda m: m.prefill([[1]], None), "the cache is a NoneType"),
+        (
+            lambda m: m.decode([1], pop.KVCache(tiny_config(num_layers=6), 1, 9, dtype=torch.float32, device=CPU)),
+            "another",
+        ),
+        (
+            lambda m: m.decode([1], pop.KVCache(m.config, 1, 9, dtype=torch.bfloat16, device=CPU)),
+            "another model, dtype",
+        ),
+        (lambda m: m.prefill([[1]], m.new_cache(1), lengths=3), "lengths must be integers"),
+        (lambda m: m.prefill([[]], m.new_cache(1)), "tokens is empty"),
         (lambda m: m.score([1] * 128, [1, 2]), "129 tokens, but the model takes 128"),
         (lambda m: m.new_cache(0), "batch_size is 0"),
         (lambda m: m.new_cache(1, 0), "max_seq_len is 0"),
@@ -321,6 +392,8 @@ def test_stream_refuses_before_it_starts(text_model):
         text_model.stream("")
     with pytest.raises(pop.InputError, match="one prompt"):
         text_model.stream(["a", "b"])
+    with pytest.raises(pop.PlanError):
+        text_model.stream("a", plan="most")
     with pytest.raises(TypeError):
         text_model.stream("a", temprature=1)
 

@@ -77,9 +77,7 @@ def quantise(values, kind):
         return gguf.quants.quantize(values, kind)
     except NotImplementedError:  # random codes instead, with scales that are finite: 0 to 0.03 as float16
         block, nbytes = gguf.GGML_QUANT_SIZES[kind]
-        codes = np.random.default_rng(1).integers(
-            0, 256, (len(values), values.shape[1] // block, nbytes), np.uint8
-        )
+        codes = np.random.default_rng(1).integers(0, 256, (len(values), values.shape[1] // block, nbytes), np.uint8)
         for high_byte in {Q.Q4_K: (1, 3), Q.Q6_K: (209,)}[kind]:
             codes[..., high_byte] = 0x27 & codes[..., high_byte]
         return codes.reshape(len(values), -1)
@@ -177,9 +175,7 @@ def test_rotary_pairs(tmp_path):
             states = (x @ weight.double().T + bias.double()).view(7, count, HEAD_DIM).transpose(0, 1)
             pairs = torch.complex(states[..., first], states[..., second]) * turn
             heads.append(pairs.repeat_interleave(HEADS // count, dim=0))
-        return (
-            heads[0] @ heads[1].mH
-        ).real  # [H, T, T]: sums over pairs of the dot products of rotated pairs
+        return (heads[0] @ heads[1].mH).real  # [H, T, T]: sums over pairs of the dot products of rotated pairs
 
     def from_gguf(name):
         weight = torch.from_numpy(gguf.quants.dequantize(*tensors[f"blk.1.attn_{name}.weight"]).copy())
@@ -263,9 +259,7 @@ def test_config(tmp_path):
 
 
 def test_end_tokens(tmp_path):
-    ids = {
-        f"tokenizer.ggml.{name}_token_id": i for name, i in {"bos": 0, "eos": 4, "eot": 2, "eom": 4}.items()
-    }
+    ids = {f"tokenizer.ggml.{name}_token_id": i for name, i in {"bos": 0, "eos": 4, "eot": 2, "eom": 4}.items()}
     imported(tmp_path, keys=ids)
     generation = json.loads((tmp_path / "model/generation_config.json").read_text())
     assert (generation["bos_token_id"], generation["eos_token_id"]) == (0, [4, 2])
@@ -600,12 +594,8 @@ def test_flipped_bits(tmp_path_factory, sound_file, data):
 @pytest.mark.parametrize("size", [2**60, 2**64 - 1, 2**40, 10**6])
 def test_absurd_sizes(tmp_path, sound_file, size):
     """Every length and count in the header, one after the other, claims far more than the file holds."""
-    assert not import_bytes(
-        sound_file[:8] + size.to_bytes(8, "little") + sound_file[16:], tmp_path
-    )  # tensors
-    assert not import_bytes(
-        sound_file[:16] + size.to_bytes(8, "little") + sound_file[24:], tmp_path
-    )  # metadata
+    assert not import_bytes(sound_file[:8] + size.to_bytes(8, "little") + sound_file[16:], tmp_path)  # tensors
+    assert not import_bytes(sound_file[:16] + size.to_bytes(8, "little") + sound_file[24:], tmp_path)  # metadata
     keys = [
         b"general.architecture",
         b"tokenizer.ggml.tokens",
@@ -618,9 +608,7 @@ def test_absurd_sizes(tmp_path, sound_file, size):
         # behind a tensor's name: u32 number of dimensions, then each as u64
         at = end + (8 if key.startswith(b"tokenizer") else 4)
         assert not import_bytes(sound_file[:at] + size.to_bytes(8, "little") + sound_file[at + 8 :], tmp_path)
-    scalars = LLAMA_KEYS | {
-        "general.last": [True, False]
-    }  # an array of single bytes as the file's last thing
+    scalars = LLAMA_KEYS | {"general.last": [True, False]}  # an array of single bytes as the file's last thing
     last = bytearray(write_gguf(tmp_path / "m.gguf", {}, scalars).read_bytes())
     at = last.index(b"general.last") + len(b"general.last") + 8
     last[at : at + 8] = size.to_bytes(8, "little")
@@ -646,9 +634,7 @@ def interrupted(monkeypatch, error):
         yield
 
 
-@pytest.mark.parametrize(
-    "error", [KeyboardInterrupt(), MemoryError(), OSError(28, "No space left on device")]
-)
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), MemoryError(), OSError(28, "No space left on device")])
 def test_interrupted(tmp_path, monkeypatch, error):
     file = write_gguf(tmp_path / "m.gguf", make_tensors(), LLAMA_KEYS)
     expected = CheckpointError if isinstance(error, OSError) else type(error)
@@ -658,9 +644,7 @@ def test_interrupted(tmp_path, monkeypatch, error):
     import_gguf(file, tmp_path / "model", progress=False)
     names = {"config.json", "generation_config.json", "model.safetensors"}
     assert {path.name for path in (tmp_path / "model").iterdir()} == names
-    assert (tmp_path / "model/model.safetensors").stat().st_mode == (
-        tmp_path / "model/config.json"
-    ).stat().st_mode
+    assert (tmp_path / "model/model.safetensors").stat().st_mode == (tmp_path / "model/config.json").stat().st_mode
 
 
 def test_full_disk(tmp_path):

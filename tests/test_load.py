@@ -53,7 +53,10 @@ def test_dtype_none_keeps_the_checkpoints(tmp_path):
         ({"prune": pop.PrunePlan((5,))}, pop.PlanError, "prunes layer 5, but the model's layers are 0 to 4"),
         ({"dtype": "bfloat16"}, pop.InputError, "dtype is 'bfloat16'"),
         ({"dtype": torch.int8}, pop.InputError, "dtype is torch.int8"),
+        ({"dtype": torch.float8_e4m3fn}, pop.InputError, "dtype is torch.float8_e4m3fn"),
         ({"device": "abacus"}, pop.InputError, "device is 'abacus'"),
+        ({"device": "meta"}, pop.InputError, "device is 'meta', which cannot be used here"),
+        ({"device": "cuda:99"}, pop.InputError, "device is 'cuda:99', which cannot be used here"),
         ({"max_seq_len": 0}, pop.InputError, "max_seq_len is 0"),
         ({"max_seq_len": 513}, pop.ContextOverflow, "max_seq_len is 513, but the model's context is 512"),
         ({"compile": True}, pop.UnsupportedError, "compile=True is not supported yet"),
@@ -63,6 +66,21 @@ def test_a_bad_option_is_refused_before_weights_are_read(folder, options, error,
     monkeypatch.setattr("pop.model.load_weights", lambda *args, **kwargs: pytest.fail("weights were read"))
     with pytest.raises(error, match=message):
         pop.load(folder, **options)
+
+
+def test_a_known_name_wins_over_a_directory_of_that_name(tmp_path, monkeypatch):
+    write_checkpoint(tmp_path / "weights/smollm2-135m", num_layers=3)
+    write_checkpoint(tmp_path / "smollm2-135m", num_layers=4)
+    monkeypatch.setenv("POP_WEIGHTS", str(tmp_path / "weights"))
+    monkeypatch.chdir(tmp_path)
+    assert pop.load("smollm2-135m").config.num_layers == 3
+    assert pop.load("./smollm2-135m").config.num_layers == 4
+
+
+@pytest.mark.parametrize("name", [None, 5, b"bytes"])
+def test_what_is_neither_name_nor_path_is_refused(name):
+    with pytest.raises(pop.PopError):
+        pop.load(name)
 
 
 def test_an_unknown_name_lists_the_known_ones():

@@ -2,6 +2,7 @@ import json
 
 import numpy as np
 import pytest
+import torch
 
 import pop
 from pop import PlanError, PrunePlan
@@ -37,6 +38,9 @@ def test_runs_split_the_layers_where_the_plan_changes():
     "fields",
     [
         {"layers": (1, 1)},
+        {"layers": torch.tensor([1, 1])},
+        {"layers": torch.tensor([1.0])},
+        {"layers": np.array(3)},
         {"layers": (-1,)},
         {"layers": (1.0,)},
         {"layers": (True,)},
@@ -59,6 +63,12 @@ def test_a_fraction_that_makes_no_sense_is_refused(fraction):
         PrunePlan.deepest(30, fraction)
 
 
+@pytest.mark.parametrize("num_layers", [30.0, "a", -5, None])
+def test_a_layer_count_that_makes_no_sense_is_refused(num_layers):
+    with pytest.raises(PlanError, match="num_layers is"):
+        PrunePlan.deepest(num_layers, 0.5)
+
+
 def test_a_plan_for_a_deeper_model_is_refused():
     with pytest.raises(PlanError, match="layer 7, but the model's layers are 0 to 4"):
         PrunePlan((7,)).check(5)
@@ -71,7 +81,9 @@ def test_a_saved_plan_comes_back(tmp_path):
     assert [file.name for file in tmp_path.iterdir()] == ["plan.json"]
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"layers": [1], "gates": 2}', '{"layers": [0.5]}', b"\xff\xfe"])
+@pytest.mark.parametrize(
+    "content", ["", "{", "[]", "{}", '{"layers": [1], "gates": 2}', '{"layers": [0.5]}', b"\xff\xfe", "[" * 10**5]
+)
 def test_a_file_that_is_no_plan_is_refused(tmp_path, content):
     path = tmp_path / "plan.json"
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
@@ -79,6 +91,13 @@ def test_a_file_that_is_no_plan_is_refused(tmp_path, content):
         PrunePlan.load(path)
     with pytest.raises(PlanError, match="there is no plan file"):
         PrunePlan.load(tmp_path / "missing.json")
+
+
+def test_a_plan_that_cannot_be_written_is_said(tmp_path):
+    (tmp_path / "file").touch()
+    for folder in ("missing", "file"):
+        with pytest.raises(PlanError, match="cannot be written"):
+            PrunePlan().save(tmp_path / folder / "plan.json")
 
 
 def test_a_failed_save_leaves_the_old_plan(tmp_path, monkeypatch):
@@ -92,8 +111,14 @@ def test_a_failed_save_leaves_the_old_plan(tmp_path, monkeypatch):
 
 
 def test_every_error_is_a_pop_error_and_the_fitting_builtin():
-    for error, builtin in [(PlanError, ValueError), (pop.InputError, ValueError), (pop.WeightsNotFound, FileNotFoundError),
-                           (pop.UnknownModel, LookupError), (pop.MissingExtra, ImportError),
-                           (pop.CacheMemoryError, MemoryError)]:  # fmt: skip
+    pairs = {
+        pop.InputError: ValueError,
+        pop.PlanError: ValueError,
+        pop.WeightsNotFound: FileNotFoundError,
+        pop.UnknownModel: LookupError,
+        pop.MissingExtra: ImportError,
+        pop.CacheMemoryError: MemoryError,
+    }
+    for error, builtin in pairs.items():
         assert issubclass(error, pop.PopError)
         assert issubclass(error, builtin)

@@ -48,9 +48,7 @@ PIECES = st.sampled_from(
         "ing",
     ]
 )
-CONTROL = st.sampled_from(
-    ["<|eot_id|>", "<|im_start|>", "<|im_end|>", "<think>", "<repo_name>", "<|", "|>", "\x1c"]
-)
+CONTROL = st.sampled_from(["<|eot_id|>", "<|im_start|>", "<|im_end|>", "<think>", "<repo_name>", "<|", "|>", "\x1c"])
 TRICKY_TEXT = st.lists(PIECES | CONTROL | ANY_TEXT, max_size=12).map("".join)
 
 
@@ -63,9 +61,7 @@ def spec_of(family: str) -> dict:
 
 
 def load(spec: dict | str, folder: Path):
-    (folder / "tokenizer.json").write_text(
-        spec if isinstance(spec, str) else json.dumps(spec), encoding="utf-8"
-    )
+    (folder / "tokenizer.json").write_text(spec if isinstance(spec, str) else json.dumps(spec), encoding="utf-8")
     return load_tokenizer(folder)
 
 
@@ -99,9 +95,7 @@ def test_metas_own_file_gives_the_same_ids(tmp_path):
     (tmp_path / "tokenizer.model").write_bytes(b"\n".join(lines) + b"\n")
     tokenizer = load_tokenizer(tmp_path)
     assert len(tokenizer.special_tokens) == 256 and tokenizer.vocab_size == size + 256
-    assert (
-        tokenizer.bos_id == size and tokenizer.special_tokens["<|reserved_special_token_247|>"] == size + 255
-    )
+    assert tokenizer.bos_id == size and tokenizer.special_tokens["<|reserved_special_token_247|>"] == size + 255
     assert llama.special_tokens.items() <= tokenizer.special_tokens.items()
     assert_golden(tokenizer, golden("llama-3.1"))
 
@@ -187,9 +181,7 @@ def test_gpt2s_older_file(tmp_path):
     spec["model"]["vocab"]["12"] = 5000
     spec["model"]["merges"].append("1 2")
     assert load(spec, tmp_path).encode("12") == [5000]
-    assert TOKENIZERS["smollm2"].encode("12") == TOKENIZERS["smollm2"].encode("1") + TOKENIZERS[
-        "smollm2"
-    ].encode("2")
+    assert TOKENIZERS["smollm2"].encode("12") == TOKENIZERS["smollm2"].encode("1") + TOKENIZERS["smollm2"].encode("2")
 
 
 # --- Round trips, streams, special tokens ------------------------------------------------------------------
@@ -251,6 +243,17 @@ def test_special_and_added_tokens():
     assert qwen.bos_id is None and qwen.encode("") == [] == qwen.encode("", bos=True)
 
 
+def test_of_two_added_tokens_at_one_place_the_longest_is_meant(tmp_path):
+    spec = spec_of("qwen3")
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized", "special"), False)
+    spec["added_tokens"] += [
+        {"id": 7000, "content": "<thi"} | flags,
+        {"id": 7001, "content": "<think>>"} | flags,
+    ]
+    think = TOKENIZERS["qwen3"].encode("<think>")
+    assert load(spec, tmp_path).encode("<thi<think><think>>") == [7000, *think, 7001]
+
+
 @pytest.mark.parametrize("unit", [" ", "\n", "ab", "🙂", " \n", "é", "1", "='"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_long_runs(family, unit):
@@ -298,9 +301,7 @@ REFUSED = {
     "Metaspace": changed("qwen3", "decoder", to={"type": "Metaspace"}),
     "Whitespace": changed("qwen3", "pre_tokenizer", to={"type": "Whitespace"}),
     "add_prefix_space": changed("smollm2", "pre_tokenizer", to=BYTE_LEVEL),
-    "individual_digits': False": changed(
-        "smollm2", "pre_tokenizer", "pretokenizers", 0, "individual_digits", to=False
-    ),
+    "individual_digits': False": changed("smollm2", "pre_tokenizer", "pretokenizers", 0, "individual_digits", to=False),
     "Removed": changed("qwen3", "pre_tokenizer", "pretokenizers", 0, "behavior", to="Removed"),
     r"\\w\+": changed("qwen3", "pre_tokenizer", "pretokenizers", 0, "pattern", to={"Regex": r"\w+"}),
     "lstrip": changed("qwen3", "added_tokens", 0, "lstrip", to=True),
@@ -366,10 +367,7 @@ def test_broken_tokenizer_model(tmp_path, content):
 
 
 JSON = st.recursive(
-    st.none()
-    | st.booleans()
-    | st.integers(-2, 300)
-    | st.sampled_from(["", "a", "Ġ", "he", "\ud800", "<|im_end|>"]),
+    st.none() | st.booleans() | st.integers(-2, 300) | st.sampled_from(["", "a", "Ġ", "he", "\ud800", "<|im_end|>"]),
     lambda inner: (
         st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["id", "type", "a"]), inner, max_size=3)
     ),
@@ -400,9 +398,7 @@ def test_a_damaged_tokenizer_json_never_ends_in_another_error(tmp_path_factory, 
     (folder / "tokenizer.json").write_bytes(content)
     try:
         tokenizer = load_tokenizer(folder)
-        tokenizer.decode(
-            tokenizer.encode("The end, the 2nd\x04 <|im_end|>", allow_special=True), special=True
-        )
+        tokenizer.decode(tokenizer.encode("The end, the 2nd\x04 <|im_end|>", allow_special=True), special=True)
     except PopError:
         pass
 
@@ -411,14 +407,8 @@ def test_the_chat_template_comes_with_the_tokenizer(tmp_path):
     config = tmp_path / "tokenizer_config.json"
     assert load(spec_of("qwen3"), tmp_path).chat_template is None
     config.write_text('{"chat_template": "one"}')
-    assert (
-        load_tokenizer(tmp_path).chat_template
-        == load_tokenizer(tmp_path / "tokenizer.json").chat_template
-        == "one"
-    )
-    config.write_text(
-        '{"chat_template": [{"name": "tools", "template": "t"}, {"name": "default", "template": "two"}]}'
-    )
+    assert load_tokenizer(tmp_path).chat_template == load_tokenizer(tmp_path / "tokenizer.json").chat_template == "one"
+    config.write_text('{"chat_template": [{"name": "tools", "template": "t"}, {"name": "default", "template": "two"}]}')
     assert load_tokenizer(tmp_path).chat_template == "two"
     (tmp_path / "chat_template.jinja").write_text("three")
     assert load_tokenizer(tmp_path).chat_template == "three"
@@ -477,10 +467,7 @@ def gemma(tmp_path_factory):
     return load_tokenizer(folder), original
 
 
-@given(
-    text=TRICKY_TEXT
-    | st.lists(st.sampled_from([*USER_DEFINED, " ", "\n", "a", "<bos>", "<unk>"])).map("".join)
-)
+@given(text=TRICKY_TEXT | st.lists(st.sampled_from([*USER_DEFINED, " ", "\n", "a", "<bos>", "<unk>"])).map("".join))
 @example("a  b\n\n\n\n c<table>\x00")
 def test_sentencepiece_ids_are_the_originals(gemma, text):
     tokenizer, original = gemma
@@ -497,17 +484,12 @@ def test_sentencepiece_control_symbols_in_text_stay_text(gemma):
     assert turn in original.encode("<start_of_turn>user")  # what must not happen with users' text
     text = "<bos><start_of_turn>user\n\n<end_of_turn><table>"
     ids = tokenizer.encode(text, bos=False)
-    assert {
-        tokenizer.special_tokens[name] for name in ("<bos>", "<start_of_turn>", "<end_of_turn>")
-    }.isdisjoint(ids)
+    assert {tokenizer.special_tokens[name] for name in ("<bos>", "<start_of_turn>", "<end_of_turn>")}.isdisjoint(ids)
     assert tokenizer.decode(ids) == text and ids[-1] == original.piece_to_id("<table>")
     assert original.piece_to_id("\n\n") in ids
     allowed = tokenizer.encode(text, bos=False, allow_special=True)
     assert allowed[:2] == [2, turn] and tokenizer.decode(allowed, special=True) == text
-    assert (
-        tokenizer.token_bytes(turn) == b""
-        and tokenizer.token_bytes(original.piece_to_id("<0xC3>")) == b"\xc3"
-    )
+    assert tokenizer.token_bytes(turn) == b"" and tokenizer.token_bytes(original.piece_to_id("<0xC3>")) == b"\xc3"
     assert tokenizer.bos_id == 2 and tokenizer.vocab_size == 500
     for id in (-1, 500, None, 1.5):
         with pytest.raises(InputError, match="token id"):

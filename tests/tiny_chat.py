@@ -17,9 +17,7 @@ def write_chat_checkpoint(folder: Path, **overrides) -> Path:
     write_checkpoint(folder, **{"vocab_size": 259, "max_positions": 1024, **overrides})
     flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
     tokenizer = {
-        "added_tokens": [
-            {"id": n, "content": name, "special": True, **flags} for n, name in enumerate(CONTROL)
-        ],
+        "added_tokens": [{"id": n, "content": name, "special": True, **flags} for n, name in enumerate(CONTROL)],
         "normalizer": None,
         "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True},
         "post_processor": None,

@@ -288,10 +288,7 @@ def make_real(folder: Path) -> None:
     """Greedy tokens and sampled boundary logits for a question, a plain continuation and a long text."""
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     model = load_reference(folder, torch.float32)
-    chat = (
-        f"<|im_start|>system\n{SYSTEM}<|im_end|>\n"
-        f"<|im_start|>user\n{QUESTION}<|im_end|>\n<|im_start|>assistant\n"
-    )
+    chat = f"<|im_start|>system\n{SYSTEM}<|im_end|>\n<|im_start|>user\n{QUESTION}<|im_end|>\n<|im_start|>assistant\n"
     texts = {"chat": chat, "plain": PLAIN, "long": LONG_TEXT.read_text(encoding="utf-8")}
     ids = np.sort(np.random.RandomState(0).choice(model.config.vocab_size, SAMPLED_IDS, replace=False))
     prompts, arrays = {}, {"ids": ids.astype(np.int32)}

@@ -140,9 +140,7 @@ def golden_chat(tokenizer_file: Path, config: dict) -> list[dict]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folders", nargs="+", metavar="FAMILY=FOLDER", help=f"one of {', '.join(FAMILIES)}")
     folders = parser.parse_args().folders
     write(GOLDENS / "texts.json", {"made_with": MADE_WITH, "texts": texts()})

@@ -8,5 +8,5 @@ FAMILIES = {"llama": Llama}
 
 
 def build(config) -> nn.Module:
-    """The module that `config` describes, on torch's current default device (under `torch.device("meta")`: unallocated)."""
+    """The module that `config` describes, on torch's current default device; under "meta" nothing is allocated."""
     return FAMILIES[config.family](config)

@@ -87,6 +87,6 @@ def masked_attention(
         q = q.view(B, k.shape[1], -1, E)  # [B, K, G, E]
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale).reshape(B, 1, H * E)
     out = F.scaled_dot_product_attention(
-        q.transpose(1, 2), k, v, attn_mask=mask, scale=scale, enable_gqa=H != k.shape[1]
+        q.transpose(1, 2), k, v, attn_mask=mask, scale=scale, enable_gqa=k.shape[1] != H
     )
     return out.transpose(1, 2).flatten(2)
