@@ -73,8 +73,10 @@ def test_count_equals_what_torch_counts_in_the_engine(tokens, plan):
     kept = config.num_layers - len(plan.layers)
     triangle = kept * tokens * (tokens + 1) // 2 + len(plan.layers) * sum(p + 1 for p in positions)
     attention = triangle * 2 * 2 * config.num_heads * config.head_dim
-    # The engine projects K and V of the full-depth rows twice: with the pruned tokens, and at full depth.
-    again = len(plan.layers) * len(positions) * 2 * 2 * config.hidden_size * config.num_kv_heads * config.head_dim
+    # The engine projects K and V of the full-depth rows twice, with the pruned tokens and at full depth; but with
+    # no token left to prune it runs the layers as if they were kept.
+    twice = len(positions) if len(positions) < tokens else 0
+    again = len(plan.layers) * twice * 2 * 2 * config.hidden_size * config.num_kv_heads * config.head_dim
     assert prefill_flops(config, tokens, plan) == linear - again + attention
 
 
