@@ -196,7 +196,7 @@ def _parser() -> argparse.ArgumentParser:
     option("--prompt-file", "ask this text instead of the built-in story and question", metavar="F")
     option("--prune", PRUNE_HELP, default="default", metavar="P")
     option("--max-new-tokens", "length of the answers (48)", type=int, default=48, metavar="N")
-    option("--runs", "timed prefills of each kind (5)", type=int, default=5, metavar="N")
+    option("--runs", "timed prefills of each kind (3)", type=int, default=3, metavar="N")
     option("--json", "print one JSON object instead of the table", action="store_true")
 
     option = command(generate, "Continue a text; the continuation is printed as it comes.")

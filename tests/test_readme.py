@@ -1,5 +1,6 @@
 """The README is true: its links exist, its Python runs as printed, its commands do what it says."""
 
+import json
 import re
 import shlex
 from pathlib import Path
@@ -53,3 +54,22 @@ def test_the_commands_run_as_printed(weights, capsys):
     for line in lines:
         assert main(shlex.split(line)[1:]) == 0
         assert capsys.readouterr().out.strip(), line
+
+
+def test_the_demo_prints_what_the_readme_shows(weights, capsys):
+    """All but the times: these are of a machine that the README names."""
+    assert main(["demo", "--runs", "1", "--max-new-tokens", "48", "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    (shown,) = blocks("text")
+    for label, values in {
+        "prompt tokens": [f"{result['prompt_tokens']:,}"] * 2,
+        "arithmetic, GFLOP": [f"{result[side]['prefill_flops'] / 1e9:,.1f}" for side in ("full", "pruned")],
+        "speedup that the shapes allow": [f"{result['speedup_limit']:.2f}x"],
+        "leading tokens that agree": [str(result["agreeing_tokens"]), "of", str(result["full"]["answer_tokens"])],
+        "full answer:": result["full"]["answer"].split(),
+        "pruned answer:": result["pruned"]["answer"].split(),
+    }.items():
+        (line,) = (line for line in shown.splitlines() if line.startswith(label))
+        assert line.removeprefix(label).split() == values
+    kl = float(re.search(r"first token +([0-9.]+) nats", shown)[1])
+    assert result["kl_nats"] == pytest.approx(kl, abs=0.001)
