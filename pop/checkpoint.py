@@ -13,6 +13,7 @@ bias infinite or NaN. Meta's files are zip archives, and all their checksums are
 """
 
 import os
+import pickle
 import re
 import zipfile
 from collections.abc import Callable, Iterator
@@ -104,7 +105,7 @@ def _map(file: Path, checksums: bool = False) -> dict[str, torch.Tensor]:
         if file.suffix == ".pth":
             if checksums:
                 with zipfile.ZipFile(file) as archive:
-                    if archive.testzip() or any(entry.compress_type for entry in archive.infolist()):
+                    if any(entry.compress_type for entry in archive.infolist()) or archive.testzip():
                         raise ValueError("wrong checksum or compressed")
             tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
         else:
@@ -113,6 +114,8 @@ def _map(file: Path, checksums: bool = False) -> dict[str, torch.Tensor]:
         dense = [t.is_cpu and t.layout == torch.strided and not t.is_nested for t in tensors.values()]
         if not all(dense) or not all(isinstance(name, str) for name in tensors):
             raise ValueError("not a dictionary of dense tensors")
+    except pickle.UnpicklingError:  # torch's own words advise to load it all the same
+        raise CheckpointError(f"{file} holds more than tensors, or is corrupt; it is not loaded") from None
     except Exception as error:  # corrupt bytes can raise nearly anything
         reason = f"{type(error).__name__}: {error}".split("\n")[0]
         raise CheckpointError(f"{file} is truncated or corrupt, fetch it again ({reason:.200})") from None
@@ -162,6 +165,9 @@ def _survey(folder: Path, module: nn.Module) -> list[_Piece]:
         depth = f"num_hidden_layers is {config.num_layers} but {layers} layers are stored"
         reasons = [depth] if layers != config.num_layers else []
         reasons += ["tie_word_embeddings is false"] if HEAD in missing else []
+        meta_files = {piece.file for parts in stored.values() for piece, _ in parts if piece.file.suffix == ".pth"}
+        if shapes and meta_files:  # each matrix is cut between the files
+            reasons.append(f"there are {len(meta_files)} files consolidated.*.pth, perhaps not all")
         reasons += [f"{kind}: {_some(names)}" for kind, names in faults.items() if names]
         raise CheckpointError(f"the weights in {folder} are not those of its config: {'; '.join(reasons)}")
     return sorted(pieces, key=lambda piece: (piece.repeats, piece.file))

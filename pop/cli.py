@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
+import shlex
 import sys
 import warnings
 from collections.abc import Callable
@@ -18,14 +19,23 @@ import torch
 
 import pop
 from pop import registry
-from pop.errors import ContextOverflow, InputError, PlanError, PopError, WeightsNotFound
+from pop.config import read_config
+from pop.errors import ConfigError, ContextOverflow, InputError, PlanError, PopError, WeightsNotFound
 
 PRUNE_HELP = "layers to prune: default (the deepest third), none, a fraction, or the path of a saved plan"
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command and return the exit status. argv: without the program's name; None takes sys.argv."""
-    args = _parser().parse_args(argv)
+    parser = _parser()
+    args, rest = parser.parse_known_args(argv)
+    # A positional argument behind an option: before Python 3.12, argparse has given up on it by then.
+    behind_dashes = rest[:1] == ["--"]
+    rest = rest[behind_dashes:]
+    if len(rest) == 1 and getattr(args, "prompt", "") is None and (behind_dashes or not rest[0].startswith("-")):
+        args.prompt = rest.pop()
+    if rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if hasattr(sys.stdout, "reconfigure"):  # a terminal that lacks a character shows "?" for it
         sys.stdout.reconfigure(errors="replace")
     try:
@@ -41,9 +51,14 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("\npop: interrupted", file=sys.stderr)
         return 130
-    except BrokenPipeError:
+    except OSError as error:
+        if error.filename is not None:  # not of the output
+            raise
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
-        return 141  # as the shell reports a program whose output nobody read on
+        if isinstance(error, BrokenPipeError):
+            return 141  # as the shell reports a program whose output nobody read on
+        print(f"pop: the output cannot be written ({error.strerror}); free space, or write elsewhere", file=sys.stderr)
+        return 2
 
 
 def demo(args) -> None:
@@ -95,6 +110,8 @@ def _turn(model, history: list[dict], line: str, options: dict) -> list[dict]:
         print("\n(stopped)", flush=True)
     except ContextOverflow as error:
         print(f"pop: {error}; or start a new conversation with /new", file=sys.stderr)
+    except InputError as error:
+        print(f"pop: {error}", file=sys.stderr)
     answer = "".join(pieces)
     return [message, {"role": "assistant", "content": answer}] if answer else []
 
@@ -118,7 +135,10 @@ def import_gguf(args) -> None:
     from pop.gguf_import import import_gguf
 
     folder = import_gguf(args.file, args.folder)
-    print(f'Imported into {folder}. Try: pop generate {folder} "Once upon a time"')
+    print(f"Imported into {folder}.")
+    with contextlib.suppress(ConfigError):  # of a family that is converted, but not run yet
+        read_config(folder)
+        print(f'Try: pop generate {shlex.quote(str(folder.resolve()))} "Once upon a time"')
 
 
 def parse_prune(text: str):
@@ -130,7 +150,7 @@ def parse_prune(text: str):
             return float(text)
     if not os.path.isfile(text):
         raise PlanError(
-            f"--prune is {text!r}; give default, none, a fraction of the layers from 0 to 1 such as 0.33, "
+            f"--prune is {text!r}; give default, none, a fraction of the layers from 0 to 1 such as 0.5, "
             "or the path of a saved plan"
         )
     return pop.PrunePlan.load(text)

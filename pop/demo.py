@@ -50,7 +50,8 @@ def run(name: str, text: str | None, prune, *, max_new_tokens: int, runs: int, a
     if text is None:
         text = f"{STORY.read_text(encoding='utf-8').strip()}\n\nQuestion: {QUESTION}"
         about = f"the opening of Alice's Adventures in Wonderland, and a question: {QUESTION}"
-    folder = name if os.path.isdir(name) else embedded.fetch(name)
+    is_name = name in pop.list_models() or not os.path.isdir(name)
+    folder = embedded.fetch(name) if is_name else name
     model = pop.load(folder, dtype=torch.float32, prune=prune)
     prompt = model.chat_tokens([{"role": "user", "content": text}])
     model.check_fits(len(prompt))

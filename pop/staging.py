@@ -27,7 +27,9 @@ def staged(folder: str | Path) -> Iterator[Path]:
     holds it may clear away what lies there. Raises CheckpointError where `folder` holds something already,
     and for every OSError, that of a full disk among them.
     """
-    folder = Path(folder).absolute()
+    folder = Path(folder).resolve()
+    if not folder.name or folder == Path.cwd():  # neither can be replaced
+        raise CheckpointError(f"{folder} cannot be the folder to make: choose another one, that need not exist.")
     partial = folder.with_name(f".{folder.name}.partial")
     try:
         lock = _lock(partial)

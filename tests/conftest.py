@@ -2,8 +2,11 @@
 
 import os
 
+import pytest
 import torch
 from hypothesis import HealthCheck, settings
+
+from pop import WeightsNotFound, registry
 
 # Tiny tensors run faster without a thread pool to wake.
 torch.set_num_threads(1)
@@ -12,3 +15,14 @@ _common = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow, Hea
 settings.register_profile("ci", max_examples=40, derandomize=True, **_common)
 settings.register_profile("nightly", max_examples=400, **_common)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
+
+
+@pytest.fixture(scope="session")
+def smollm2():
+    """The folder of the real model. Without it a test is skipped, or fails where $POP_REQUIRE_WEIGHTS is set."""
+    try:
+        return registry.find_weights("smollm2-135m")
+    except WeightsNotFound as error:
+        if os.environ.get("POP_REQUIRE_WEIGHTS"):
+            raise
+        pytest.skip(str(error))

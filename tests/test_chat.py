@@ -11,8 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pop.chat import chat_format
-from pop.errors import InputError, UnsupportedError, WeightsNotFound
-from pop.registry import find_weights
+from pop.errors import InputError, UnsupportedError
 from pop.tokenizers import load_tokenizer
 
 GOLDENS = Path(__file__).parent / "goldens" / "tokenizers"
@@ -31,12 +30,8 @@ def test_conversations_are_as_the_template_writes_them(family):
     assert_golden(FORMATS[family], GOLDENS / family / "golden.json")
 
 
-def test_conversations_of_the_real_smollm2():
-    try:
-        folder = find_weights("smollm2-135m")
-    except WeightsNotFound:
-        pytest.skip("the weights of smollm2-135m are not here")
-    assert_golden(chat_format(load_tokenizer(folder)), GOLDENS / "smollm2-135m.json")
+def test_conversations_of_the_real_smollm2(smollm2):
+    assert_golden(chat_format(load_tokenizer(smollm2)), GOLDENS / "smollm2-135m.json")
 
 
 def test_llama_3_without_the_dates():

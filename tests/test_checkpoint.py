@@ -477,7 +477,8 @@ def test_metas_ranks_must_belong_together(tmp_path):
     (tmp_path / "consolidated.01.pth").rename(tmp_path / "consolidated.02.pth")
     refused(tmp_path, r"no consolidated\.01\.pth", config=config)
     (tmp_path / "consolidated.02.pth").unlink()
-    refused(tmp_path, r"embed_tokens\.weight is \[34, 60\], not \[68, 60\]", config=config)
+    message = refused(tmp_path, r"embed_tokens\.weight is \[34, 60\], not \[68, 60\]", config=config)
+    assert "there are 1 files consolidated.*.pth, perhaps not all" in message
     write_meta(tmp_path, weights, 4)  # two KV heads over four ranks: half a head for each
     refused(tmp_path, r"k_proj\.weight is \[5, 60\] \+ \[5, 60\]", config=config)
 
@@ -503,7 +504,7 @@ def test_pickles_are_data_only(tmp_path):
 
     for bomb in (Bomb(), {**weights, "norm.weight": Bomb()}):
         torch.save(bomb, tmp_path / "consolidated.00.pth")
-        refused(tmp_path, "truncated or corrupt", config=config)
+        refused(tmp_path, "holds more than tensors, or is corrupt; it is not loaded", config=config)
         (tmp_path / "consolidated.00.pth").write_bytes(pickle.dumps(bomb))
         refused(tmp_path, "truncated or corrupt", config=config)
     assert not witness.exists()

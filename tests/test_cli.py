@@ -79,6 +79,36 @@ def test_generate_prints_what_the_model_generates(arguments, options, folder, mo
         assert expected != model.generate("Hello", max_new_tokens=12).text
 
 
+@pytest.mark.parametrize(
+    ("arguments", "prompt"),
+    [
+        (["generate", "MODEL", "--max-new-tokens", "3", "Hello"], "Hello"),
+        (["generate", "--max-new-tokens", "3", "MODEL", "Hello"], "Hello"),
+        (["generate", "MODEL", "--max-new-tokens", "3", "--", "-5 plus"], "-5 plus"),
+    ],
+)
+def test_the_prompt_may_stand_behind_the_options(arguments, prompt, folder, model, capsys):
+    assert main([folder if argument == "MODEL" else argument for argument in arguments]) == 0
+    assert capsys.readouterr().out == model.generate(prompt, max_new_tokens=3).text + "\n"
+
+
+@pytest.mark.parametrize("rest", [["--max-tokens", "3"], ["Hello", "--nonsense"], ["--seed", "1", "two", "prompts"]])
+def test_unknown_arguments_are_refused(rest, folder, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(["generate", folder, *rest])
+    assert stopped.value.code == 2
+    assert "unrecognized arguments" in capsys.readouterr().err
+
+
+def test_an_output_that_is_full_is_said(folder):
+    command = [sys.executable, "-m", "pop", "generate", folder, "Hello", "--max-new-tokens", "3"]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 2
+    assert done.stderr.startswith("pop: the output cannot be written")
+    assert len(done.stderr.splitlines()) == 1
+
+
 def test_generate_stops_before_the_stop_strings(folder, model, capsys):
     whole = model.generate("Hello", max_new_tokens=30).text
     assert (
@@ -288,6 +318,13 @@ def test_a_message_that_is_too_long_does_not_end_the_session(talk, model):
     assert "model takes 1024" in err
     assert "/new" in err
     assert asked[1] == user("Hi")  # the refused message is forgotten
+
+
+def test_a_line_that_is_no_text_does_not_end_the_session(talk, model):
+    answer = model.chat(user("Hi"), max_new_tokens=6).text
+    status, out, err, _ = talk(["\udcff", "Hi"])
+    assert (status, out) == (0, f"{answer}\n")
+    assert "lone surrogate" in err
 
 
 def test_ctrl_c_stops_an_answer_and_not_the_session(talk, model, monkeypatch):

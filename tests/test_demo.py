@@ -8,7 +8,7 @@ import torch
 from tiny_chat import write_chat_checkpoint
 
 import pop
-from pop import cost, demo, reference, registry
+from pop import cost, demo, reference
 from pop.cli import main
 
 PLAN = pop.PrunePlan(layers=(2, 3, 4), full_depth_last=3, full_depth_first=1)
@@ -133,12 +133,7 @@ def test_the_story_fills_the_prompt(folder, tmp_path, capsys, monkeypatch):
     assert demo.QUESTION in capsys.readouterr().out
 
 
-def test_the_real_model_answers_the_question_right(capsys, monkeypatch):
-    try:
-        registry.find_weights("smollm2-135m")
-    except pop.WeightsNotFound as error:
-        pytest.skip(str(error))
-
+def test_the_real_model_answers_the_question_right(capsys, monkeypatch, smollm2):
     def answer(model, prompt, **_):
         full = model.generate(prompt, max_new_tokens=16, plan=pop.PrunePlan.none())
         return {"answer": full.text, "prompt_tokens": len(prompt), "end": full.finish_reason}

@@ -671,6 +671,26 @@ def test_leftovers_of_a_killed_process(tmp_path):
     assert {path.name for path in (tmp_path / "model").iterdir()} == names and not left.exists()
 
 
+def test_folders_that_cannot_be_replaced(tmp_path, monkeypatch):
+    """The current one, since that would leave the shell in a deleted folder; the root, since it has no name."""
+    file = write_gguf(tmp_path / "m.gguf", make_tensors(), LLAMA_KEYS)
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    for folder in (".", "/"):
+        with pytest.raises(CheckpointError, match="choose another one"):
+            import_gguf(file, folder, progress=False)
+    assert list((tmp_path / "here").iterdir()) == []
+
+
+def test_a_link_to_an_empty_folder(tmp_path):
+    file = write_gguf(tmp_path / "m.gguf", make_tensors(), LLAMA_KEYS)
+    (tmp_path / "target").mkdir()
+    (tmp_path / "link").symlink_to("target")
+    import_gguf(file, tmp_path / "link", progress=False)
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "target" / "model.safetensors").is_file()
+
+
 def test_existing_folder(tmp_path):
     file = write_gguf(tmp_path / "m.gguf", make_tensors(), LLAMA_KEYS)
     used = tmp_path / "model"

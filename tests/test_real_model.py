@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 
 import pop
-from pop import reference, registry
+from pop import reference
 
 NAME = "smollm2-135m"
 GOLDEN = json.loads((Path(__file__).parent / "goldens" / f"{NAME}.json").read_text(encoding="utf-8"))
@@ -25,11 +25,7 @@ PROMPT, CONTINUATION = 256, 128  # tokens of a passage
 
 
 @pytest.fixture(scope="module")
-def model():
-    try:
-        registry.find_weights(NAME)
-    except pop.WeightsNotFound as error:
-        pytest.skip(str(error))
+def model(smollm2):
     return pop.load(NAME, dtype=torch.float32, progress=False)
 
 
