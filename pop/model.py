@@ -210,7 +210,7 @@ class Model:
         """
         prompt = self._encode(context, "context")
         answer = self._encode(continuation, "continuation", bos=False)
-        self.check_fits(len(prompt) + len(answer) - 1, "context and continuation")
+        self.check_fits(len(prompt) + len(answer) - 1, "context plus continuation")
         cache = self.new_cache(1, len(prompt) + len(answer) - 1)
         logits = self.prefill([prompt], cache, plan=plan)  # [1, V]
         targets = torch.tensor(answer, device=self.device)
@@ -319,7 +319,7 @@ def _device(device) -> torch.device:
         probe = torch.zeros(1, device=device)
         probe.item()
         return probe.device
-    except (RuntimeError, TypeError, ValueError, AssertionError, NotImplementedError) as error:
+    except (RuntimeError, TypeError, ValueError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise InputError(f"device is {device!r}, which cannot be used here ({reason}); try 'cpu'") from None
 
