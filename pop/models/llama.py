@@ -74,10 +74,18 @@ class DecoderLayer(nn.Module):
         x = self.input_layernorm(h)
         return self.self_attn.queries(x, rope), *self.self_attn.keys_values(x, rope)
 
+    def attention_update(self, attended: torch.Tensor) -> torch.Tensor:
+        """What the tokens attended [B, T, H * E] -> what it adds to h [B, T, D]."""
+        return self.self_attn.o_proj(attended)
+
+    def mlp_update(self, h: torch.Tensor) -> torch.Tensor:
+        """h [B, T, D], attention's update included -> what the MLP adds to it [B, T, D]."""
+        return self.mlp(self.post_attention_layernorm(h))
+
     def update(self, h: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
         """h [B, T, D] and what its tokens attended [B, T, H * E] -> the next h [B, T, D]."""
-        h = h + self.self_attn.o_proj(attended)
-        return h + self.mlp(self.post_attention_layernorm(h))
+        h = h + self.attention_update(attended)
+        return h + self.mlp_update(h)
 
 
 class Decoder(nn.Module):
