@@ -20,13 +20,14 @@ setup(
     license="Apache-2.0",
     license_files=["LICENSE"],
     packages=find_packages(include=["pop", "pop.*"]),
-    package_data={"pop": ["data/*.txt"]},
+    package_data={"pop": ["data/*.txt", "data/calibration/*.txt"]},
     python_requires=">=3.10",
     install_requires=["torch>=2.6", "numpy", "safetensors>=0.4.3", "sentencepiece>=0.2", "tiktoken>=0.13"],
     extras_require={
         "demo": demo,
         "gguf": gguf,
-        "test": [*demo, "pytest>=8", "hypothesis>=6.100"],
+        "plot": ["matplotlib"],
+        "test": [*demo, "matplotlib", "pytest>=8", "hypothesis>=6.100"],
     },
     entry_points={"console_scripts": ["pop = pop.cli:main"]},
     classifiers=[

@@ -8,6 +8,7 @@ The method: pop/reference.py. What makes it fast: pop/engine.py. The models: pop
 """
 
 from pop.cache import KVCache
+from pop.calibrate import calibrate
 from pop.errors import (
     CacheMemoryError,
     CheckpointError,
@@ -24,6 +25,7 @@ from pop.errors import (
     WeightsNotFound,
 )
 from pop.generate import Generation
+from pop.importance import Importance, importance
 from pop.model import Model, load
 from pop.plan import PrunePlan
 from pop.registry import list_models
@@ -38,6 +40,7 @@ __all__ = [
     "ContextOverflow",
     "DownloadError",
     "Generation",
+    "Importance",
     "InputError",
     "KVCache",
     "MissingExtra",
@@ -49,6 +52,8 @@ __all__ = [
     "UnknownModel",
     "UnsupportedError",
     "WeightsNotFound",
+    "calibrate",
+    "importance",
     "list_models",
     "load",
     "load_tokenizer",

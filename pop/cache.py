@@ -18,6 +18,8 @@ class KVCache:
     keys[l], values[l]: [B, S + 1, K, E] of `dtype` on `device`, with S = max_seq_len. Slot p holds the token at
         position p of its row. The spare slot S takes what belongs nowhere and is never read.
     lengths: [B] int64 on the CPU, the tokens held by each row.
+    states: [L, B, D], the residual stream of each row's latest token as it entered each layer, zero in an empty row.
+        A refit projection with two taps (pop/projections.py) looks back at it from the next token.
 
     Raises CacheMemoryError, with the size in bytes, when the device has no room for it.
     """
@@ -39,14 +41,15 @@ class KVCache:
             # Zeros, and zeros again in `reset`: a masked slot has attention weight 0, but 0 * NaN is NaN.
             self.keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.num_layers)]
             self.values = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.num_layers)]
+            self.states = torch.zeros(config.num_layers, batch_size, config.hidden_size, dtype=dtype, device=device)
         except RuntimeError as error:  # torch's out-of-memory errors are RuntimeErrors
             raise CacheMemoryError(f"{wanted}, more than {device} could allocate; {advice}") from error
 
     @staticmethod
     def size_in_bytes(config, batch_size: int, max_seq_len: int, dtype: torch.dtype) -> int:
-        """Size of all keys and values: 2 L B (S + 1) K E numbers."""
-        numbers = 2 * config.num_layers * batch_size * (max_seq_len + 1) * config.num_kv_heads * config.head_dim
-        return numbers * dtype.itemsize
+        """Size of all keys and values, 2 L B (S + 1) K E numbers, and of the states, L B D numbers."""
+        numbers = 2 * (max_seq_len + 1) * config.num_kv_heads * config.head_dim + config.hidden_size
+        return config.num_layers * batch_size * numbers * dtype.itemsize
 
     @property
     def batch_size(self) -> int:
@@ -56,6 +59,7 @@ class KVCache:
         """Empty all rows."""
         for slots in (*self.keys, *self.values):
             slots.zero_()
+        self.states = torch.zeros_like(self.states)
         self.lengths = torch.zeros_like(self.lengths)
 
     def write(self, layer: int, slots: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:

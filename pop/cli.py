@@ -1,4 +1,4 @@
-"""The `pop` command: demo, generate, chat, models, import-gguf.
+"""The `pop` command: demo, generate, chat, importance, models, import-gguf.
 
 Answers go to stdout, what is said about them to stderr. Exit status: 0, 2 for a mistake (told in one
 sentence), 130 after Ctrl-C.
@@ -14,13 +14,14 @@ import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from random import Random
 
 import torch
 
 import pop
 from pop import registry
 from pop.config import read_config
-from pop.errors import ConfigError, ContextOverflow, InputError, PlanError, PopError, WeightsNotFound
+from pop.errors import ConfigError, ContextOverflow, InputError, PlanError, PopError, WeightsNotFound, check_count
 
 PRUNE_HELP = "layers to prune: default (the deepest third), none, a fraction, or the path of a saved plan"
 
@@ -34,6 +35,8 @@ def main(argv: list[str] | None = None) -> int:
     rest = rest[behind_dashes:]
     if len(rest) == 1 and getattr(args, "prompt", "") is None and (behind_dashes or not rest[0].startswith("-")):
         args.prompt = rest.pop()
+    if hasattr(args, "files") and not any(word.startswith("-") for word in rest):
+        args.files, rest = args.files + rest, []
     if rest:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if hasattr(sys.stdout, "reconfigure"):  # a terminal that lacks a character shows "?" for it
@@ -114,6 +117,48 @@ def _turn(model, history: list[dict], line: str, options: dict) -> list[dict]:
         print(f"pop: {error}", file=sys.stderr)
     answer = "".join(pieces)
     return [message, {"role": "assistant", "content": answer}] if answer else []
+
+
+def importance(args) -> None:
+    from pop.demo import STORY
+    from pop.importance import check_plot
+
+    texts = {path: _read_file(path) for path in args.files or [str(STORY)]}
+    if args.plot is not None:
+        check_plot(args.plot)
+    for path in (args.out, args.plot):  # better known now than after the work
+        if path is not None and not Path(path).resolve().parent.is_dir():
+            raise InputError(f"{path} cannot be written, since its folder does not exist; make it, or choose another")
+    args.prune = "none"  # the scores are of the full model
+    model = _load(args)
+    model.need_tokenizer("importance")
+    prompts = excerpts(model.tokenizer, texts, args.samples, args.prompt_tokens, args.seed)
+    names = ("response_tokens", "batch_size", "seed", "branches", "resume")
+    result = pop.importance(model, prompts, **{name: getattr(args, name) for name in names})
+    print(f"layer  {'prefill':>22}  {'decode':>22}")
+    columns = (result.prefill, result.prefill_error, result.decode, result.decode_error)
+    for layer, row in enumerate(torch.stack(columns, 1).tolist()):
+        print("{:5}  {:10.4g} ± {:9.2g}  {:10.4g} ± {:9.2g}".format(layer, *row))
+    least = result.plan(len(result.prefill) // 3).layers
+    print(f"\nThe third that prefill needs least: layers {', '.join(map(str, least))}.")
+    if args.out is not None:
+        result.save(args.out)
+    if args.plot is not None:
+        result.plot(args.plot)
+
+
+def excerpts(tokenizer, texts: dict[str, str], count: int, length: int, seed: int) -> list[list[int]]:
+    """`count` excerpts of `length` tokens, or a whole text if it is shorter, from each text in turn, at random."""
+    check_count("--samples", count)
+    check_count("--prompt-tokens", length)
+    random = Random(seed)
+    tokens = [tokenizer.encode(text, bos=False) for text in texts.values()]
+    if [] in tokens:
+        raise InputError(f"{list(texts)[tokens.index([])]} holds no text; give another file")
+    bos = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
+    chosen = [tokens[number % len(tokens)] for number in range(count)]
+    begins = [random.randrange(max(1, len(text) - length + 1)) for text in chosen]
+    return [bos + text[begin : begin + length] for text, begin in zip(chosen, begins, strict=True)]
 
 
 def models(args) -> None:
@@ -201,6 +246,10 @@ def _parser() -> argparse.ArgumentParser:
 
     def model_options(option) -> None:
         option("model", "a name that `pop models` lists, or a directory", metavar="NAME_OR_DIR")
+        option("--dtype", "default: the checkpoint's", choices=("float32", "bfloat16", "float16"))
+        option("--device", "cpu, cuda, cuda:1 ...; default: a GPU if there is one")
+
+    def generation_options(option) -> None:
         option("--max-new-tokens", "length of the answer (256)", type=int, default=256, metavar="N")
         option("--temperature", "0, the default, is greedy", type=float, default=0.0, metavar="T")
         option("--top-k", "sample among the K likeliest tokens", type=int, metavar="K")
@@ -208,8 +257,6 @@ def _parser() -> argparse.ArgumentParser:
         option("--seed", "the same seed samples the same text", type=int, metavar="N")
         option("--stop", "end before this text; may be repeated", action="append", metavar="TEXT")
         option("--prune", PRUNE_HELP, default="default", metavar="P")
-        option("--dtype", "default: the checkpoint's", choices=("float32", "bfloat16", "float16"))
-        option("--device", "cpu, cuda, cuda:1 ...; default: a GPU if there is one")
 
     option = command(demo, "Compare full and pruned prefill on a real model (fetched the first time).")
     option("--model", "default: smollm2-135m", default="smollm2-135m", metavar="NAME_OR_DIR")
@@ -221,12 +268,27 @@ def _parser() -> argparse.ArgumentParser:
 
     option = command(generate, "Continue a text; the continuation is printed as it comes.")
     model_options(option)
+    generation_options(option)
     option("prompt", "the text, or - for the standard input", nargs="?", metavar="PROMPT")
     option("--prompt-file", "read the text from this file", metavar="F")
 
     option = command(chat, "Talk to an instruct model.")
     model_options(option)
+    generation_options(option)
     option("--system", "the system message", metavar="TEXT")
+
+    option = command(importance, "Measure how much prefill and decode need each layer, by virtual gates.")
+    model_options(option)
+    option("files", "texts to cut prompts from; default: a short built-in one", nargs="*", metavar="FILE")
+    option("--samples", "prompts (200)", type=int, default=200, metavar="N")
+    option("--prompt-tokens", "length of the prompts (256)", type=int, default=256, metavar="N")
+    option("--response-tokens", "length of the responses that it samples (64)", type=int, default=64, metavar="N")
+    option("--batch-size", "samples in memory together (8)", type=int, default=8, metavar="N")
+    option("--seed", "the same seed gives the same scores (0)", type=int, default=0, metavar="N")
+    option("--branches", "score attention and MLP apart as well, for --out", action="store_true")
+    option("--resume", "keep unfinished work in this file, and go on from there", metavar="FILE")
+    option("--out", "write the scores to this JSON file", metavar="FILE")
+    option("--plot", "draw them as this .svg or .png file (needs matplotlib)", metavar="FILE")
 
     command(models, "List the known models and where their weights are.")
 

@@ -11,10 +11,11 @@ Shape letters are those of models/layers.py, I is the width inside the MLP; N to
     the output head, on one row             D·V
 
 In a kept layer all N tokens do all of this, and they attend N(N+1)/2 positions, the lower triangle. In a
-pruned layer only the W full-depth tokens do; the other N - W do k and v and nothing else:
+pruned layer only the W full-depth tokens do; the other N - W do k and v and nothing else, from one input (taps = 1)
+or, by refit projections with two taps, from two:
 
     F(plan) = 2 · [ kept layers · (N·(qo + kv + mlp) + attention of all N)
-                  + pruned layers · (N·kv + W·(qo + mlp) + attention of the W)
+                  + pruned layers · ((N - W)·taps·kv + W·(qo + kv + mlp) + attention of the W)
                   + D·V ]
 
 F(none) / F(plan) is the speedup of a prefill whose time is all arithmetic, and all of it equally fast.
@@ -30,9 +31,10 @@ def prefill_flops(config, num_tokens: int, plan: PrunePlan) -> int:
     everyone = range(num_tokens)
     full_depth = [p for p in everyone if p < plan.full_depth_first or p >= num_tokens - plan.full_depth_last]
     pruned = len(plan.layers)
+    taps = 1 if plan.projections is None else plan.projections.taps
     return (
-        (config.num_layers - pruned) * _layer_flops(config, everyone, num_tokens)
-        + pruned * _layer_flops(config, full_depth, num_tokens)
+        (config.num_layers - pruned) * _layer_flops(config, everyone, 0)
+        + pruned * _layer_flops(config, full_depth, taps * (num_tokens - len(full_depth)))
         + 2 * config.hidden_size * config.vocab_size
     )
 
@@ -42,11 +44,11 @@ def speedup_limit(config, num_tokens: int, plan: PrunePlan) -> float:
     return prefill_flops(config, num_tokens, PrunePlan.none()) / prefill_flops(config, num_tokens, plan)
 
 
-def _layer_flops(config, positions, num_tokens: int) -> int:
-    """FLOPs of one layer in which the tokens at `positions` run whole, and all `num_tokens` leave K and V."""
+def _layer_flops(config, positions, projected: int) -> int:
+    """FLOPs of one layer in which the tokens at `positions` run whole, and K and V are `projected` times more."""
     D, E = config.hidden_size, config.head_dim
     H, K = config.num_heads, config.num_kv_heads
-    projections = len(positions) * 2 * D * H * E + num_tokens * 2 * D * K * E
+    projections = len(positions) * 2 * D * H * E + (len(positions) + projected) * 2 * D * K * E
     mlp = len(positions) * 3 * D * config.intermediate_size
     attention = sum(p + 1 for p in positions) * 2 * H * E
     return 2 * (projections + mlp + attention)

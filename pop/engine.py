@@ -10,11 +10,16 @@ the boundary token does what every token does. In a run of pruned layers, all to
 from the h that entered the run; then only the full-depth rows f go through the run's layers, overwriting their own
 K and V in the cache and attending what is there.
 
+A calibrated plan (pop/projections.py) puts refit projections in place of the layers' own where K and V of a run are
+written; the full-depth rows keep to the layers' own.
+
 The only state is the cache, and it counts tokens as held only once their logits are there. Nothing is checked here:
 `pop.Model` does that. Shape letters: see models/layers.py.
 """
 
 from __future__ import annotations
+
+import dataclasses
 
 import torch
 
@@ -30,18 +35,17 @@ def prefill(
     """Append prompts to the cache and predict what follows each.
 
     tokens: [B, T] right-padded, lengths: [B] on the CPU, 1 <= lengths <= T. Chunks of `chunk_size` tokens run one
-    after the other, which bounds the memory for activations. Returns logits [B, V] of each row's boundary token.
+    after the other, which bounds the memory for activations. A plan's projections are on the module's device in its
+    dtype. Returns logits [B, V] of each row's boundary token.
     """
-    out = None  # [B, D], the boundary rows of h behind the last layer
+    out = None  # [B, D], each row's h behind the last layer, at its last token so far
+    states = cache.states
     for begin in range(0, int(lengths.max()), chunk_size):
-        h = _chunk(module, tokens[:, begin : begin + chunk_size], cache, lengths, plan, begin)
-        index = lengths - 1 - begin  # [B] of each row's last token in this chunk
-        reached = (index >= 0).to(h.device)  # by the chunk that holds it; what earlier chunks left is overwritten
-        index = index.clamp(0, h.shape[1] - 1).to(h.device)
-        rows = h[torch.arange(len(index), device=h.device), index]  # [B, D]
-        out = rows if out is None else torch.where(reached[:, None], rows, out)
+        at = Layout.of_chunk(cache, lengths, plan, begin, min(begin + chunk_size, int(lengths.max())), tokens.device)
+        h, states = _chunk(module, tokens[:, begin : begin + at.positions.shape[1]], cache, states, at)
+        out = at.latest(h, out)
     logits = module.head(out)
-    cache.lengths = cache.lengths + lengths
+    cache.lengths, cache.states = cache.lengths + lengths, states
     return logits
 
 
@@ -49,8 +53,10 @@ def prefill(
 def extend(module, tokens: torch.Tensor, cache: KVCache) -> torch.Tensor:
     """Append tokens [B, T] at full depth, as decode would one by one. Returns logits [B, T, V] at every position."""
     lengths = torch.full((tokens.shape[0],), tokens.shape[1])
-    logits = module.head(_chunk(module, tokens, cache, lengths, PrunePlan.none(), 0))
-    cache.lengths = cache.lengths + lengths
+    at = Layout.of_chunk(cache, lengths, PrunePlan.none(), 0, tokens.shape[1], tokens.device)
+    h, states = _chunk(module, tokens, cache, cache.states, at)
+    logits = module.head(h)
+    cache.lengths, cache.states = cache.lengths + lengths, states
     return logits
 
 
@@ -67,63 +73,135 @@ def decode(module, tokens: torch.Tensor, cache: KVCache) -> torch.Tensor:
     mask = _visible(positions, filled)  # [B, 1, filled]
     h = module.embed(tokens[:, None])  # [B, 1, D]
     rope = module.rope(positions)
+    states = []
     for index in range(len(module.layers)):
+        states.append(h[:, 0])
         h = _full_layer(module, index, h, rope, slots, cache, filled, mask)
     logits = module.head(h[:, 0])
-    cache.lengths = cache.lengths + 1
+    cache.lengths, cache.states = cache.lengths + 1, torch.stack(states)
     return logits
 
 
-def _chunk(module, tokens, cache, lengths, plan, begin):
-    """Tokens `begin` to `begin + C` of prompts of `lengths`, through all layers: [B, C] -> h [B, C, D].
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """Which token of a chunk is where. Laid out on the CPU, without waiting for the device, then moved there.
 
-    Only full-depth tokens carry a final state in h.
+    positions, slots: [B, C], of each token in its sequence, and of its K and V in the cache.
+    filled: slots of the cache that are filled behind the chunk, in the longest row.
+    fresh: the cache was empty: the chunk attends itself alone and causally, without a mask.
+    rows: [B, W], which tokens are the full-depth rows f: W distinct ones, others as filling where a row has fewer.
+    rows_valid: [B, W], false for the filling. rows_positions, rows_slots: [B, W], as above.
+    last: [B], each row's last token in the chunk. last_row: [B], that token among the rows f, -1 if it is not.
+    holds_last: [B], false for a row that ended in an earlier chunk.
     """
-    # Which token is where: all of this on the CPU, without waiting for the device.
-    start, lengths = cache.lengths[:, None], lengths[:, None]  # [B, 1]
-    index = torch.arange(begin, min(begin + tokens.shape[1], int(lengths.max())))  # [C] within the prompt
-    tokens = tokens[:, : len(index)]
-    positions = start + index  # [B, C] within the sequence
-    padding = index >= lengths
-    slots = positions.where(~padding, cache.max_seq_len)  # padding goes to the spare slot
-    full_depth = (positions < plan.full_depth_first) | (index >= lengths - plan.full_depth_last)
-    if (full_depth | padding).all():
-        plan = PrunePlan.none()  # nothing is left to prune
-    full_depth &= ~padding
-    filled = int((start + lengths.clamp(max=begin + len(index))).max())
-    fresh = begin == 0 and not start.any()  # the chunk attends itself alone and causally, without a mask
 
-    # The full-depth rows of the chunk: W distinct tokens a row, the full-depth ones first, others as filling.
-    W = int(full_depth.sum(1).max()) if plan.layers else 0
-    row_index = (~full_depth).to(torch.uint8).argsort(dim=1, stable=True)[:, :W]  # [B, W]
-    row_valid = full_depth.gather(1, row_index)  # [B, W]
-    row_positions = positions.gather(1, row_index)
-    row_slots = slots.gather(1, row_index).where(row_valid, cache.max_seq_len)
+    plan: PrunePlan
+    positions: torch.Tensor
+    slots: torch.Tensor
+    filled: int
+    fresh: bool
+    rows: torch.Tensor
+    rows_valid: torch.Tensor
+    rows_positions: torch.Tensor
+    rows_slots: torch.Tensor
+    last: torch.Tensor
+    last_row: torch.Tensor
+    holds_last: torch.Tensor
 
-    device = tokens.device
-    positions, slots = positions.to(device), slots.to(device)
-    row_index, row_valid = row_index.to(device)[..., None], row_valid.to(device)[..., None]  # [B, W, 1]
-    row_positions, row_slots = row_positions.to(device), row_slots.to(device)
+    @classmethod
+    def of_chunk(cls, cache: KVCache, lengths: torch.Tensor, plan: PrunePlan, begin: int, end: int, device) -> Layout:
+        """The layout of tokens `begin` to `end` of prompts of `lengths` [B], to be appended to what the cache holds."""
+        start, lengths = cache.lengths[:, None], lengths[:, None]  # [B, 1]
+        index = torch.arange(begin, end)  # [C] within the prompt
+        positions = start + index  # [B, C] within the sequence
+        padding = index >= lengths
+        slots = positions.where(~padding, cache.max_seq_len)  # padding goes to the spare slot
+        full_depth = (positions < plan.full_depth_first) | (index >= lengths - plan.full_depth_last)
+        if (full_depth | padding).all():
+            plan = PrunePlan.none()  # nothing is left to prune
+        full_depth &= ~padding
 
+        count = full_depth.sum(1)  # [B]
+        W = int(count.max()) if plan.layers else 0
+        rows = (~full_depth).to(torch.uint8).argsort(dim=1, stable=True)[:, :W]  # the full-depth tokens first
+        rows_valid = full_depth.gather(1, rows)
+        last = (lengths[:, 0] - 1 - begin).clamp(max=end - begin - 1)  # negative: the row ended before
+        holds_last = last >= 0
+        last = last.clamp(min=0)
+        last_full = full_depth.gather(1, last[:, None])[:, 0] & bool(W)
+        tensors = {
+            "positions": positions,
+            "slots": slots,
+            "rows": rows,
+            "rows_valid": rows_valid,
+            "rows_positions": positions.gather(1, rows),
+            "rows_slots": slots.gather(1, rows).where(rows_valid, cache.max_seq_len),
+            "last": last,
+            "last_row": (count - 1).where(last_full, -1),
+            "holds_last": holds_last,
+        }
+        return cls(
+            plan=plan,
+            filled=int((start + lengths.clamp(max=end)).max()),
+            fresh=begin == 0 and not start.any(),
+            **{name: tensor.to(device) for name, tensor in tensors.items()},
+        )
+
+    def latest(self, h: torch.Tensor, before: torch.Tensor | None, f: torch.Tensor | None = None) -> torch.Tensor:
+        """Each row's h [B, C, D] at its last token; `before` [B, D] of a row that has none in this chunk.
+
+        f: [B, W, D], if given: what the full-depth rows have in place of their h.
+        """
+        batch = torch.arange(len(self.last), device=h.device)
+        out = h[batch, self.last]  # [B, D]
+        if f is not None:
+            out = torch.where((self.last_row >= 0)[:, None], f[batch, self.last_row], out)
+        return out if before is None else torch.where(self.holds_last[:, None], out, before)
+
+
+def _chunk(module, tokens, cache, states, at: Layout):
+    """One chunk through all layers: tokens [B, C] -> h [B, C, D], final where at full depth, and the new states.
+
+    states: [L, B, D], see KVCache.
+    """
     h = module.embed(tokens)  # [B, C, D]
-    rope = module.rope(positions)
-    row_rope = module.rope(row_positions)
-    mask = None if fresh else _visible(positions, filled)
-    row_mask = _visible(row_positions, filled)  # [B, W, filled]
-    for pruned, run in plan.runs(len(module.layers)):
+    rope = module.rope(at.positions)
+    rows_rope = module.rope(at.rows_positions)
+    mask = None if at.fresh else _visible(at.positions, at.filled)
+    rows_mask = _visible(at.rows_positions, at.filled)  # [B, W, filled]
+    W = at.rows.shape[1]
+    new_states = []
+    for pruned, run in at.plan.runs(len(module.layers)):
         if not pruned:
             for index in run:
-                h = _full_layer(module, index, h, rope, slots, cache, filled, mask)
+                new_states.append(at.latest(h, states[index]))
+                h = _full_layer(module, index, h, rope, at.slots, cache, at.filled, mask)
             continue
+        for index, k, v in _pruned_keys_values(module, run, h, rope, states[run[0]], at.plan):
+            cache.write(index, at.slots, k, v)
+        rows = at.rows[..., None].expand(-1, -1, h.shape[2])  # [B, W, D]
+        f = before = h.gather(1, rows)
         for index in run:
-            cache.write(index, slots, *module.layers[index].keys_values(h, rope))
-        if W:
-            before = h.gather(1, row_index.expand(-1, -1, h.shape[2]))  # [B, W, D]
-            f = before
-            for index in run:
-                f = _full_layer(module, index, f, row_rope, row_slots, cache, filled, row_mask)
-            h = h.scatter(1, row_index.expand_as(f), f.where(row_valid, before))
-    return h
+            new_states.append(at.latest(h, states[index], f if W else None))
+            if W:
+                f = _full_layer(module, index, f, rows_rope, at.rows_slots, cache, at.filled, rows_mask)
+        h = h.scatter(1, rows, f.where(at.rows_valid[..., None], before))
+    return h, torch.stack(new_states)
+
+
+def _pruned_keys_values(module, run, h, rope, state, plan):
+    """Yield (index, k, v [B, C, K, E]) of each layer of a run of pruned layers, all from the h that enters it.
+
+    state: [B, D], the h that entered the run at the token before the chunk.
+    """
+    if plan.projections is None:
+        for index in run:
+            yield index, *module.layers[index].keys_values(h, rope)
+        return
+    normalise = module.layers[run[0]].input_layernorm.normalise
+    inputs = plan.projections.inputs(normalise(h), normalise(state))
+    for number, index in enumerate(run, start=plan.layers.index(run[0])):
+        yield index, *module.layers[index].placed(*plan.projections.project(number, inputs), rope)
 
 
 def _full_layer(module, index, h, rope, slots, cache, filled, mask):

@@ -163,7 +163,7 @@ class Run:
         # A full context ends an answer. The last token is only sampled, never decoded: it needs no slot.
         rooms = [min(max_new_tokens, model.max_seq_len - len(prompt) + 1) for prompt in prompts]
         self.max_seq_len = max(len(prompt) + room for prompt, room in zip(prompts, rooms, strict=True)) - 1
-        self.answers = [Answer(model.tokenizer, _end_ids(model), stop, room) for room in rooms]
+        self.answers = [Answer(model.tokenizer, end_ids(model), stop, room) for room in rooms]
 
     def steps(self) -> Iterator[list[str]]:
         """Generate; after each token of the batch yield the text that each row has settled."""
@@ -195,7 +195,7 @@ class Run:
         ]
 
 
-def _end_ids(model) -> frozenset[int]:
+def end_ids(model) -> frozenset[int]:
     """The tokens that end an answer: the checkpoint's, and those that end a turn in its chat format."""
     ids = set(model.config.eos_ids)
     if model.tokenizer is not None:

@@ -5,6 +5,8 @@ This file checks what comes in and turns text into tensors; the numbers are made
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import os
 import time
 from collections.abc import Iterator, Sequence
@@ -22,6 +24,7 @@ from pop.config import DTYPES, read_config
 from pop.errors import ContextOverflow, InputError, PlanError, TokenizerError, UnsupportedError, check_count
 from pop.generate import Generation, Run
 from pop.plan import PrunePlan
+from pop.projections import fingerprint
 from pop.tokenizers import load_tokenizer
 
 
@@ -81,7 +84,8 @@ class Model:
 
     def __init__(self, module, config, tokenizer=None, *, plan=None, max_seq_len=None, chunk_size: int = 2048):
         self.module, self.config, self.tokenizer = module, config, tokenizer
-        self.plan = _plan(plan, config.num_layers)
+        self.plan = PrunePlan.none() if plan is None else plan
+        self.plan = self.resolve(self.plan)
         self.max_seq_len = _max_seq_len(max_seq_len, config)
         self.chunk_size = check_count("chunk_size", chunk_size)
 
@@ -163,7 +167,7 @@ class Model:
         began = time.perf_counter()
         self._refuse_images(images, videos)
         batch = _is_batch(prompt)
-        prompts = [self._encode(one) for one in (prompt if batch else [prompt])]
+        prompts = [self.encode(one) for one in (prompt if batch else [prompt])]
         run = Run(
             self,
             prompts,
@@ -185,7 +189,7 @@ class Model:
         self.need_tokenizer("stream")
         if _is_batch(prompt):
             raise InputError("stream takes one prompt; for a batch use generate, or one stream a prompt")
-        run = Run(self, [self._encode(prompt)], **options)
+        run = Run(self, [self.encode(prompt)], **options)
         return (piece for (piece,) in run.steps() if piece)
 
     def chat(self, messages, **options) -> Generation:
@@ -208,8 +212,8 @@ class Model:
         depth: what decode would have assigned to the continuation. Text is tokenized apart: context with the
         beginning-of-text token where the family has one, continuation without.
         """
-        prompt = self._encode(context, "context")
-        answer = self._encode(continuation, "continuation", bos=False)
+        prompt = self.encode(context, "context")
+        answer = self.encode(continuation, "continuation", bos=False)
         self.check_fits(len(prompt) + len(answer) - 1, "context plus continuation")
         cache = self.new_cache(1, len(prompt) + len(answer) - 1)
         logits = self.prefill([prompt], cache, plan=plan)  # [1, V]
@@ -224,10 +228,34 @@ class Model:
     # Checks
 
     def resolve(self, plan) -> PrunePlan:
-        """The plan that a call asks for: None is the model's. Raises PlanError if it does not fit."""
-        return self.plan if plan is None else _plan(plan, self.config.num_layers)
+        """The plan that a call asks for, None being the model's, its projections on the model's device in its dtype.
 
-    def _encode(self, prompt, what: str = "prompt", bos: bool = True) -> list[int]:
+        Raises PlanError if it does not fit the model.
+        """
+        plan = _plan(self.plan if plan is None else plan, self.config.num_layers)
+        refit = plan.projections
+        if refit is None or not plan.layers:
+            return plan
+        if refit.fingerprint != self.fingerprint:
+            raise PlanError(
+                "the plan's projections were fitted to another model's weights; calibrate it with this one: "
+                "pop.calibrate(model, texts, plan)"
+            )
+        D, KE = self.config.hidden_size, self.config.num_kv_heads * self.config.head_dim
+        if refit.weight.shape[1:] != (2, KE, refit.taps * D):
+            raise PlanError(
+                f"the plan's projections have the shape {list(refit.weight.shape)}, but this model needs "
+                f"[layers, 2, {KE}, {refit.taps * D}]; calibrate it again"
+            )
+        return dataclasses.replace(plan, projections=refit.to(self.device, self.dtype))
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """What tells this model's weights from others', whatever their dtype (pop/projections.py)."""
+        return fingerprint(self.module)
+
+    def encode(self, prompt, what: str = "prompt", bos: bool = True) -> list[int]:
+        """Text, or token ids of any kind, as a list of token ids; `what` names it in the error for an empty one."""
         if isinstance(prompt, str):
             self.need_tokenizer("text")
             tokens = self.tokenizer.encode(prompt, bos=bos) if prompt else []

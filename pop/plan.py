@@ -1,4 +1,4 @@
-"""The pruning plan: which layers the prompt skips, and which prompt tokens skip nothing."""
+"""The pruning plan: which layers the prompt skips, which prompt tokens skip nothing, and what K and V come from."""
 
 from __future__ import annotations
 
@@ -6,12 +6,17 @@ import dataclasses
 import json
 import math
 import os
-from contextlib import suppress
 from itertools import groupby
 from operator import index
 from pathlib import Path
 
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
 from pop.errors import PlanError
+from pop.projections import KVProjections
+from pop.staging import replaced
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,6 +27,8 @@ class PrunePlan:
     full_depth_last: the last w tokens of every prompt run the whole model; w >= 1, and 1 is the paper: the
         boundary token, whose logits predict the first new token.
     full_depth_first: so do the first s tokens of the sequence, the attention sinks; 0 is the paper.
+    projections: refit K and V projections for the pruned layers (pop.calibrate makes them), or None: the layers'
+        own, the paper. Refit ones need full_depth_first >= 1, since they are not fitted to the first token.
 
     Raises PlanError for anything else.
     """
@@ -29,6 +36,7 @@ class PrunePlan:
     layers: tuple[int, ...] = ()
     full_depth_last: int = 1
     full_depth_first: int = 0
+    projections: KVProjections | None = None
 
     def __post_init__(self):
         try:
@@ -51,6 +59,24 @@ class PrunePlan:
             raise PlanError(f"full_depth_first is {self.full_depth_first!r}; it is a number of tokens, 0 or more")
         for name in ("full_depth_last", "full_depth_first"):
             object.__setattr__(self, name, index(getattr(self, name)))
+        if self.projections is not None:
+            self._check_projections()
+
+    def _check_projections(self) -> None:
+        if not isinstance(self.projections, KVProjections):
+            raise PlanError(
+                f"projections is a {type(self.projections).__name__}; pop.calibrate makes what belongs there"
+            )
+        count = self.projections.weight.shape[0]
+        if count != len(self.layers):
+            raise PlanError(
+                f"the plan prunes {len(self.layers)} layers, but its projections are for {count}; calibrate again"
+            )
+        if self.full_depth_first < 1:
+            raise PlanError(
+                "full_depth_first is 0, but refit projections need at least 1: the first token, the attention sink, is "
+                "unlike all others and not what they are fitted to"
+            )
 
     @classmethod
     def none(cls) -> PrunePlan:
@@ -82,30 +108,52 @@ class PrunePlan:
         return [(skip, list(run)) for skip, run in groupby(range(num_layers), key=pruned.__contains__)]
 
     def save(self, path: str | os.PathLike) -> None:
-        """Write the plan as a small JSON file, whole or not at all."""
-        path = Path(path)
-        draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        """Write the plan to a file, whole or not at all: JSON, or safetensors if it carries projections."""
         try:
-            draft.write_text(json.dumps(dataclasses.asdict(self), indent=2) + "\n", encoding="utf-8")
-            os.replace(draft, path)
-        except OSError as error:
-            raise PlanError(f"the plan cannot be written to {path} ({error.strerror}); choose another path") from None
-        finally:
-            with suppress(OSError):
-                draft.unlink()
+            with replaced(path) as draft:
+                if self.projections is None:
+                    draft.write_text(json.dumps(self._fields(), indent=2) + "\n", encoding="utf-8")
+                else:
+                    refit = self.projections
+                    tensors = {"weight": refit.weight.cpu().contiguous(), "bias": refit.bias.cpu().contiguous()}
+                    fields = self._fields() | {"taps": refit.taps, "fingerprint": refit.fingerprint}
+                    save_file(tensors, draft, metadata={"pop_plan": json.dumps(fields)})
+        except (OSError, SafetensorError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise PlanError(f"the plan cannot be written to {path} ({reason}); choose another path") from None
+
+    def _fields(self) -> dict:
+        """All but the projections."""
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)[:-1]}
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> PrunePlan:
-        """Read a plan written by `save`. Raises PlanError if the file does not hold one."""
+        """Read a plan written by `save`; projections come in on the CPU. Raises PlanError if the file holds no plan."""
         if not os.path.isfile(path):
             raise PlanError(f"there is no plan file {path}; write one with plan.save(path)")
         try:
-            fields = json.loads(Path(path).read_text(encoding="utf-8"))
+            with open(path, "rb") as file:
+                is_json = b"\0" not in file.read(8)  # where a safetensors file has the length of its header
+            if is_json:
+                fields = json.loads(Path(path).read_text(encoding="utf-8"))
+            else:
+                fields = _read_projections(path)
             if "layers" not in fields:
                 raise PlanError("it names no layers")
             return cls(**fields)
-        except (PlanError, OSError, ValueError, TypeError, RecursionError) as error:
+        except (PlanError, OSError, ValueError, TypeError, KeyError, RecursionError, SafetensorError) as error:
             raise PlanError(f"{path} is not a pruning plan ({error}); write one with plan.save(path)") from None
+
+
+def _read_projections(path) -> dict:
+    """The fields of a plan with projections, from its safetensors file."""
+    with safe_open(path, framework="pt") as file:
+        fields = json.loads((file.metadata() or {})["pop_plan"])
+        weight, bias = file.get_tensor("weight"), file.get_tensor("bias")
+    if not (torch.is_floating_point(weight) and torch.is_floating_point(bias)):
+        raise PlanError(f"its weights are {weight.dtype}, not floating point numbers")
+    refit = KVProjections(weight, bias, str(fields.pop("fingerprint")), fields.pop("taps"))
+    return fields | {"projections": refit}
 
 
 def _is_count(value) -> bool:

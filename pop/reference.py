@@ -30,9 +30,9 @@ def full_depth_tokens(prompt_length: int, num_tokens: int, plan: PrunePlan) -> t
 
 @torch.no_grad()
 def forward(
-    module, tokens: torch.Tensor, full_depth: torch.Tensor, layers: tuple[int, ...]
+    module, tokens: torch.Tensor, full_depth: torch.Tensor, plan: PrunePlan
 ) -> tuple[torch.Tensor, list[tuple[torch.Tensor, torch.Tensor]]]:
-    """Run tokens [T] through `module`, those not in full_depth [T] bool without the layers in `layers`.
+    """Run tokens [T] through `module`, those not in full_depth [T] bool without the layers of the plan.
 
     Returns logits [T, V] at every position (at a pruned one they mean nothing) and each layer's k, v [T, K, E].
     """
@@ -40,17 +40,37 @@ def forward(
     rope = module.rope(torch.arange(len(tokens), device=tokens.device)[None])
     cache = []
     for index, layer in enumerate(module.layers):
+        skips = (index in plan.layers) & ~full_depth.to(h.device)  # [T]
+        if index - 1 not in plan.layers:
+            entering = h  # the run of pruned layers that begins here, if one does
         q, k, v = layer.queries_keys_values(h, rope)
+        if plan.projections is not None and index in plan.layers:
+            refit_k, refit_v = refit(layer, plan, index, entering, rope)
+            k = torch.where(skips[:, None, None], refit_k, k)
+            v = torch.where(skips[:, None, None], refit_v, v)
         updated = layer.update(h, causal_attention(q, k, v, layer.scale))
-        skips = (index in layers) & ~full_depth.to(h.device)  # [T]
         h = torch.where(skips[:, None], h, updated)
         cache.append((k[0], v[0]))
     return module.head(h[0]), cache
 
 
+def refit(layer, plan: PrunePlan, index: int, h: torch.Tensor, rope) -> tuple[torch.Tensor, torch.Tensor]:
+    """K and V of a pruned layer by a calibrated plan's projections: h [1, T, D] -> k, v [1, T, K, E].
+
+    h is what entered the run of pruned layers that the layer belongs to; see pop/projections.py.
+    """
+    number = plan.layers.index(index)
+    x = layer.input_layernorm.normalise(h)
+    if plan.projections.taps == 2:
+        previous = torch.cat((torch.zeros_like(x[:, :1]), x[:, :-1]), dim=1)
+        x = torch.cat((x, previous), dim=-1)
+    weight, bias = plan.projections.weight[number], plan.projections.bias[number]  # K's and V's
+    return layer.placed(x @ weight[0].T + bias[0], x @ weight[1].T + bias[1], rope)
+
+
 def prefill(module, prompt: torch.Tensor, plan: PrunePlan) -> torch.Tensor:
     """prompt [T] -> logits [V] of its boundary token."""
-    logits, _ = forward(module, prompt, full_depth_tokens(len(prompt), len(prompt), plan), plan.layers)
+    logits, _ = forward(module, prompt, full_depth_tokens(len(prompt), len(prompt), plan), plan)
     return logits[-1]
 
 
@@ -59,6 +79,6 @@ def generate(module, prompt: torch.Tensor, plan: PrunePlan, count: int) -> list[
     tokens = prompt
     for _ in range(count):
         full_depth = full_depth_tokens(len(prompt), len(tokens), plan)
-        logits, _ = forward(module, tokens, full_depth, plan.layers)
+        logits, _ = forward(module, tokens, full_depth, plan)
         tokens = torch.cat((tokens, logits[-1].argmax()[None]))
     return tokens[len(prompt) :].tolist()

@@ -1,11 +1,10 @@
-"""Folders that appear whole or not at all.
+"""Folders and files that appear whole or not at all.
 
 Three things happen half-way through a download or an import; none may leave what looks like a checkpoint:
 an error or Ctrl-C (cleaned up at once), a killed process (cleaned up by the next), a second process (waits).
 """
 
 import contextlib
-import fcntl
 import json
 import os
 import shutil
@@ -56,12 +55,27 @@ def staged(folder: str | Path) -> Iterator[Path]:
         raise CheckpointError(f"{folder} could not be written, and nothing is left behind: {error}.") from error
 
 
+@contextlib.contextmanager
+def replaced(path: str | os.PathLike) -> Iterator[Path]:
+    """Yield a hidden sibling of `path` to write to: it replaces `path` when the block succeeds, else it is removed."""
+    path = Path(path)
+    draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield draft
+        os.replace(draft, path)
+    finally:
+        with contextlib.suppress(OSError):
+            draft.unlink()
+
+
 def write_json(path: Path, value: Any) -> None:
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _lock(partial: Path) -> int:
     """Make `partial` and hold the lock in it: an open file. Waits for another process that holds it."""
+    import fcntl  # here, since it is POSIX only: files need no lock
+
     path = partial / ".lock"
     partial.parent.mkdir(parents=True, exist_ok=True)
     while True:

@@ -12,7 +12,7 @@ from tiny_chat import write_chat_checkpoint
 
 import pop
 from pop import registry
-from pop.cli import main, parse_prune
+from pop.cli import excerpts, main, parse_prune
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +35,7 @@ def no_network(name, folder, progress):
 def test_no_arguments_print_the_help(capsys):
     assert main([]) == 0
     help = capsys.readouterr().out
-    assert all(name in help for name in ("demo", "generate", "chat", "models", "import-gguf"))
+    assert all(name in help for name in ("demo", "generate", "chat", "importance", "models", "import-gguf"))
 
 
 def test_version(capsys):
@@ -107,6 +107,69 @@ def test_an_output_that_is_full_is_said(folder):
     assert done.returncode == 2
     assert done.stderr.startswith("pop: the output cannot be written")
     assert len(done.stderr.splitlines()) == 1
+
+
+IMPORTANCE = ("--samples", "5", "--prompt-tokens", "20", "--response-tokens", "3", "--batch-size", "2", "--seed", "7")
+
+
+def test_importance_prints_saves_and_draws_the_scores(folder, model, capsys, tmp_path):
+    pytest.importorskip("matplotlib")
+    files = [tmp_path / name for name in ("long.txt", "short.txt")]
+    files[0].write_text("".join(map(chr, range(33, 33 + 60))))
+    files[1].write_text("Hello")
+    out, plot = tmp_path / "scores.json", tmp_path / "plot.svg"
+    options = [*IMPORTANCE, "--branches", "--out", str(out), "--plot", str(plot)]
+    assert main(["importance", folder, str(files[0]), *options, str(files[1])]) == 0
+    texts = {str(file): file.read_text() for file in files}
+    prompts = excerpts(model.tokenizer, texts, 5, 20, 7)
+    cut = [model.tokenizer.decode(prompt) for prompt in prompts]
+    assert [len(text) for text in cut] == [20, 5, 20, 5, 20]
+    assert all(text in texts[str(files[number % 2])] for number, text in enumerate(cut))
+    assert len(set(cut)) == 4
+    expected = pop.importance(model, prompts, response_tokens=3, batch_size=2, seed=7, branches=True, progress=False)
+    saved = pop.Importance.load(out)
+    assert torch.equal(saved.prefill, expected.prefill)
+    assert torch.equal(saved.mlp.decode_error, expected.mlp.decode_error)
+    assert plot.read_bytes().startswith(b"<?xml")
+    printed = capsys.readouterr().out.splitlines()
+    for layer, line in enumerate(printed[1:7]):
+        words = line.split()
+        assert words[0] == str(layer)
+        assert float(words[1]) == pytest.approx(expected.prefill[layer].item(), rel=1e-3)
+        assert float(words[6]) == pytest.approx(expected.decode_error[layer].item(), rel=1e-1)
+    assert printed[-1].endswith(f"layers {', '.join(map(str, expected.plan(2).layers))}.")
+
+
+def test_importance_takes_the_built_in_text_and_goes_on(folder, capsys, tmp_path):
+    record = str(tmp_path / "run.json")
+    assert main(["importance", folder, *IMPORTANCE, "--resume", record]) == 0
+    first = capsys.readouterr().out
+    assert main(["importance", folder, *IMPORTANCE, "--resume", record]) == 0
+    assert capsys.readouterr().out == first
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--samples", "0"], "--samples is 0"),
+        (["--prompt-tokens", "0"], "--prompt-tokens is 0"),
+        (["--response-tokens", "0"], "response_tokens is 0"),
+        (["--prompt-tokens", "1020"], "prompt plus response has 1083 tokens"),
+        (["--out", "missing/scores.json"], "missing/scores.json cannot be written"),
+        (["--plot", "missing/plot.svg"], "missing/plot.svg cannot be written"),
+        (["--plot", "plot.txt"], "ends in .svg or .png"),
+        (["missing.txt"], "missing.txt cannot be read"),
+        (["EMPTY"], "holds no text"),
+    ],
+)
+def test_importance_refuses_at_once(arguments, said, folder, capsys, tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "EMPTY").touch()
+    assert main(["importance", folder, *arguments]) == 2
+    out, err = capsys.readouterr()
+    assert (out, len(err.splitlines())) == ("", 1)
+    assert said in err
 
 
 def test_generate_stops_before_the_stop_strings(folder, model, capsys):

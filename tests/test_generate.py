@@ -244,8 +244,8 @@ def test_chunks_do_not_change_the_result(model):
 def test_the_size_of_a_cache_is_known_before_it_is_made(model):
     expected = pop.KVCache.size_in_bytes(model.config, 3, 50, torch.float32)
     cache = model.new_cache(3, 50)
-    assert cache.nbytes == expected == sum(x.nbytes for x in (*cache.keys, *cache.values))
-    assert expected == 2 * 5 * 3 * 51 * 2 * 10 * 4
+    assert cache.nbytes == expected == sum(x.nbytes for x in (*cache.keys, *cache.values, cache.states))
+    assert expected == (2 * 5 * 3 * 51 * 2 * 10 + 5 * 3 * 30) * 4
 
 
 def test_a_cache_that_does_not_fit_is_refused_with_its_size(model):
@@ -267,7 +267,7 @@ def test_score_prunes_the_context_only(model, length):
     context, continuation = [5, 9, 200, 31, 8], [77, 3, 150, 9, 4, 5][:length]
     tokens = torch.tensor(context + continuation)
     full_depth = reference.full_depth_tokens(len(context), len(tokens), model.plan)
-    logits, _ = reference.forward(model.module, tokens, full_depth, model.plan.layers)
+    logits, _ = reference.forward(model.module, tokens, full_depth, model.plan)
     logprobs = logits.double().log_softmax(-1)
     expected = sum(logprobs[len(context) - 1 + i, token].item() for i, token in enumerate(continuation))
     assert model.score(context, continuation) == pytest.approx(expected, abs=1e-4)

@@ -5,10 +5,10 @@ that two ways to compute a thing are the same. All in float32 on tiny random mod
 """
 
 import dataclasses
-import itertools
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from tiny import random_llama, tiny_config
@@ -18,6 +18,7 @@ from pop.cache import KVCache
 from pop.config import RopeConfig
 from pop.models.layers import masked_attention
 from pop.plan import PrunePlan
+from pop.projections import KVProjections
 
 NONE = PrunePlan.none()
 
@@ -55,12 +56,23 @@ def models(draw):
 
 
 @st.composite
-def plans(draw, num_layers):
-    return PrunePlan(
-        layers=tuple(draw(st.sets(st.integers(0, num_layers - 1)))),
-        full_depth_last=draw(st.sampled_from([1, 1, 2, 3, 7, 40])),
-        full_depth_first=draw(st.sampled_from([0, 0, 1, 4])),
-    )
+def plans(draw, config):
+    """Any layers and full-depth tokens, half of them with (random) refit projections of one or two taps."""
+    layers = tuple(draw(st.sets(st.integers(0, config.num_layers - 1))))
+    last = draw(st.sampled_from([1, 1, 2, 3, 7, 40]))
+    if not draw(st.booleans()):
+        return PrunePlan(layers, last, draw(st.sampled_from([0, 0, 1, 4])))
+    taps = draw(st.sampled_from([1, 2]))
+    shape = (len(layers), 2, config.num_kv_heads * config.head_dim, taps * config.hidden_size)
+    random = torch.Generator().manual_seed(draw(st.integers(0, 10**6)))
+    weight = torch.randn(shape, generator=random) / shape[-1] ** 0.5
+    bias = 0.1 * torch.randn(shape[:3], generator=random)
+    return PrunePlan(layers, last, draw(st.sampled_from([1, 1, 4])), KVProjections(weight, bias, "", taps))
+
+
+def plain(plan, **fields):
+    """The plan without projections, with any other field replaced."""
+    return dataclasses.replace(plan, projections=None, **fields)
 
 
 @st.composite
@@ -76,7 +88,7 @@ def batches(draw, vocab_size, max_rows=3, max_tokens=24):
 def cases(draw):
     """(module, plan, tokens, lengths, chunk size)"""
     module = draw(models())
-    plan = draw(plans(module.config.num_layers))
+    plan = draw(plans(module.config))
     tokens, lengths = draw(batches(module.config.vocab_size))
     return module, plan, tokens, lengths, draw(st.sampled_from([1, 2, 5, 11, 1000]))
 
@@ -99,7 +111,7 @@ def held(cache, row):
 def by_reference(module, row_tokens, plan):
     """Logits [V] and K, V [2, L, N, K, E] by the naive page."""
     n = len(row_tokens)
-    logits, kv = reference.forward(module, row_tokens, reference.full_depth_tokens(n, n, plan), plan.layers)
+    logits, kv = reference.forward(module, row_tokens, reference.full_depth_tokens(n, n, plan), plan)
     return logits[-1], torch.stack([torch.stack([pair[i] for pair in kv]) for i in (0, 1)])
 
 
@@ -108,17 +120,32 @@ def by_reference(module, row_tokens, plan):
 
 @given(models(), st.data())
 def test_the_reference_is_the_paper_read_literally(module, data):
-    """Pass one encodes all but the last w tokens, pruned; pass two decodes these w one by one at full depth."""
-    plan = dataclasses.replace(data.draw(plans(module.config.num_layers)), full_depth_first=0)
+    """Pass one encodes all but the last w tokens, pruned; pass two decodes these w one by one at full depth.
+
+    Refit projections need the first tokens at full depth; they see what entered the run of pruned layers.
+    """
+    plan = data.draw(plans(module.config))
     tokens, _ = data.draw(batches(module.config.vocab_size, max_rows=1))
     tokens = tokens[0]
     kv = [[] for _ in module.layers]  # a list of (k, v), one a token, for each layer
+    entered = [[] for _ in module.layers]  # a list of h, one a token, for each layer
 
     def run(position, pruned):
         h = module.embed(tokens[None, position : position + 1])
         rope = module.rope(torch.tensor([[position]]))
         for index, layer in enumerate(module.layers):
+            entered[index].append(h)
             q, k, v = layer.queries_keys_values(h, rope)
+            if pruned and index in plan.layers and plan.projections is not None:
+                start = index
+                while start - 1 in plan.layers:
+                    start -= 1
+                eps = module.config.norm_eps
+                taps = [x / (x.square().mean(-1, keepdim=True) + eps).sqrt() for x in reversed(entered[start])]
+                x = torch.cat(taps[: plan.projections.taps], dim=-1)  # position 0 is not pruned: there is one before
+                number = plan.layers.index(index)
+                weight, bias = plan.projections.weight[number], plan.projections.bias[number]
+                k, v = layer.placed(*(F.linear(x, weight[i], bias[i]) for i in (0, 1)), rope)
             kv[index].append((k, v))
             if not (pruned and index in plan.layers):
                 keys, values = (torch.cat(x, dim=1) for x in zip(*kv[index], strict=True))
@@ -128,7 +155,7 @@ def test_the_reference_is_the_paper_read_literally(module, data):
 
     with torch.no_grad():
         for position in range(len(tokens)):
-            logits = run(position, pruned=position < len(tokens) - plan.full_depth_last)
+            logits = run(position, plan.full_depth_first <= position < len(tokens) - plan.full_depth_last)
     assert_close(reference.prefill(module, tokens, plan), logits)
 
 
@@ -138,7 +165,7 @@ def test_the_reference_is_the_paper_read_literally(module, data):
 @given(cases())
 def test_the_empty_plan_is_the_plain_forward_pass(case):
     module, plan, tokens, lengths, chunk = case
-    logits, _ = prefill(module, tokens, lengths, dataclasses.replace(plan, layers=()), chunk)
+    logits, _ = prefill(module, tokens, lengths, plain(plan, layers=()), chunk)
     assert_close(logits, module(tokens)[torch.arange(len(tokens)), lengths - 1].detach())
 
 
@@ -161,7 +188,7 @@ def test_full_depth_for_all_tokens_prunes_nothing(case):
 def test_pruning_only_the_last_layer_changes_nothing(case):
     """Its K and V are projected from the very state that the full model has there."""
     module, plan, tokens, lengths, chunk = case
-    plan = dataclasses.replace(plan, layers=(module.config.num_layers - 1,))
+    plan = plain(plan, layers=(module.config.num_layers - 1,))
     logits, cache = prefill(module, tokens, lengths, plan, chunk)
     full_logits, full_cache = prefill(module, tokens, lengths, NONE, chunk)
     assert_close(logits, full_logits)
@@ -176,7 +203,7 @@ def test_pruning_layers_that_write_nothing_changes_nothing(case):
         for linear in (module.layers[index].self_attn.o_proj, module.layers[index].mlp.down_proj):
             for parameter in linear.parameters():
                 parameter.data.zero_()
-    logits, _ = prefill(module, tokens, lengths, plan, chunk)
+    logits, _ = prefill(module, tokens, lengths, plain(plan), chunk)
     assert_close(logits, module(tokens)[torch.arange(len(tokens)), lengths - 1].detach())
 
 
@@ -200,23 +227,11 @@ def test_the_boundary_token_enters_the_first_pruned_layer_as_in_the_full_model(c
     """Bit for bit: below that layer nothing has been skipped."""
     module, plan, tokens, lengths, chunk = case
     if not plan.layers:
-        plan = dataclasses.replace(plan, layers=(module.config.num_layers // 2,))
-    norm = module.layers[plan.layers[0]].input_layernorm
-
-    def states_entering(plan):
-        """The h [B, T, D] that enters the layer: the norm's first input in each chunk, the chunks put together."""
-        seen = []
-        hooks = [
-            module.model.embed_tokens.register_forward_hook(lambda *_: seen.append(None)),
-            norm.register_forward_pre_hook(lambda _, args: seen.append(args[0])),
-        ]
-        prefill(module, tokens, lengths, plan, chunk)
-        for hook in hooks:
-            hook.remove()
-        return torch.cat([h for before, h in itertools.pairwise(seen) if before is None], dim=1)
-
-    rows = torch.arange(len(tokens))
-    assert torch.equal(states_entering(plan)[rows, lengths - 1], states_entering(NONE)[rows, lengths - 1])
+        plan = plain(plan, layers=(module.config.num_layers // 2,))
+    _, pruned = prefill(module, tokens, lengths, plan, chunk)
+    _, full = prefill(module, tokens, lengths, NONE, chunk)
+    first = plan.layers[0]
+    assert torch.equal(pruned.states[first], full.states[first])  # [B, D]
 
 
 @given(cases())
@@ -242,7 +257,7 @@ def test_decode_is_teacher_forcing_by_the_reference(case, steps):
     for row, n in enumerate(lengths.tolist()):
         whole = torch.cat((tokens[row, :n], answer[row]))
         full_depth = reference.full_depth_tokens(n, len(whole), plan)
-        logits, kv = reference.forward(module, whole, full_depth, plan.layers)
+        logits, kv = reference.forward(module, whole, full_depth, plan)
         assert_close(stepwise[row], logits[n:])
         assert_close(held(cache, row)[0], torch.stack([k for k, _ in kv]))
         assert_close(held(cache, row)[1], torch.stack([v for _, v in kv]))
@@ -264,7 +279,7 @@ def test_a_second_turn_appends_to_the_first(case, data):
         position = torch.arange(len(whole))
         full_depth = reference.full_depth_tokens(n, n + 1, plan)
         later = (position[n + 1 :] >= len(whole) - plan.full_depth_last) | (position[n + 1 :] < plan.full_depth_first)
-        expected, kv = reference.forward(module, whole, torch.cat((full_depth, later)), plan.layers)
+        expected, kv = reference.forward(module, whole, torch.cat((full_depth, later)), plan)
         assert_close(logits[row], expected[-1])
         assert_close(held(cache, row)[1], torch.stack([v for _, v in kv]))
 

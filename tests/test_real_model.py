@@ -69,7 +69,7 @@ def test_cost_of_pruning_a_third(model):
 
         # With no token at full depth the layers are gone for good, from the prompt's last token on.
         nowhere = torch.zeros(len(passage), dtype=torch.bool)
-        dropped, _ = reference.forward(model.module, passage, nowhere, plan.layers)
+        dropped, _ = reference.forward(model.module, passage, nowhere, plan)
         kl["boundary pruned too"] += divergence(first, dropped[PROMPT - 1])
         loss["dropped in both stages"] += F.cross_entropy(
             dropped[PROMPT - 1 : -1], continuation, reduction="sum"

@@ -28,11 +28,14 @@ class RMSNorm(nn.Module):
         self.eps = eps
         self.weight = nn.Parameter(torch.ones(dim))
 
+    def normalise(self, x: torch.Tensor) -> torch.Tensor:
+        """x [..., dim] / rms(x), without the weight: the same shape and dtype."""
+        x32 = x.float()
+        return (x32 * torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + self.eps)).to(x.dtype)
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [..., dim] -> the same shape and dtype."""
-        x32 = x.float()
-        x32 = x32 * torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + self.eps)
-        return self.weight * x32.to(x.dtype)  # cast first, scale after: so does the reference
+        return self.weight * self.normalise(x)  # cast first, scale after: so does the reference
 
 
 def rope_frequencies(rope: RopeConfig, head_dim: int, device: torch.device) -> torch.Tensor:

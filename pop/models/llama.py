@@ -37,8 +37,11 @@ class Attention(nn.Module):
         return rotate(q, rope)
 
     def keys_values(self, x: torch.Tensor, rope: Rope) -> tuple[torch.Tensor, torch.Tensor]:
-        k = self.k_proj(x).unflatten(-1, (-1, self.head_dim))  # [B, T, K, E]
-        v = self.v_proj(x).unflatten(-1, (-1, self.head_dim))  # [B, T, K, E]
+        return self.place(self.k_proj(x), self.v_proj(x), rope)
+
+    def place(self, k: torch.Tensor, v: torch.Tensor, rope: Rope) -> tuple[torch.Tensor, torch.Tensor]:
+        k = k.unflatten(-1, (-1, self.head_dim))  # [B, T, K, E]
+        v = v.unflatten(-1, (-1, self.head_dim))  # [B, T, K, E]
         return rotate(k, rope), v
 
 
@@ -68,6 +71,25 @@ class DecoderLayer(nn.Module):
     def keys_values(self, h: torch.Tensor, rope: Rope) -> tuple[torch.Tensor, torch.Tensor]:
         """h [B, T, D] -> k, v [B, T, K, E]: all that a pruned layer computes."""
         return self.self_attn.keys_values(self.input_layernorm(h), rope)
+
+    def projected(self, h: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """h [B, T, D] -> k, v [B, T, K * E] as projected: no heads, no positions yet."""
+        x = self.input_layernorm(h)
+        return self.self_attn.k_proj(x), self.self_attn.v_proj(x)
+
+    def placed(self, k: torch.Tensor, v: torch.Tensor, rope: Rope) -> tuple[torch.Tensor, torch.Tensor]:
+        """Projected k, v [B, T, K * E] -> k, v [B, T, K, E] as the cache holds them, keys rotated."""
+        return self.self_attn.place(k, v, rope)
+
+    def folded_projections(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """K's and V's projection with the norm's weight folded in: weight [2, K * E, D], bias [2, K * E].
+
+        projected(h) is then normalise(h) times these, for a norm without a weight: input_layernorm.normalise.
+        """
+        projections = (self.self_attn.k_proj, self.self_attn.v_proj)
+        weight = torch.stack([linear.weight for linear in projections]) * self.input_layernorm.weight
+        zero = weight.new_zeros(weight.shape[1])
+        return weight, torch.stack([zero if linear.bias is None else linear.bias for linear in projections])
 
     def queries_keys_values(self, h: torch.Tensor, rope: Rope) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """h [B, T, D] -> q [B, T, H, E], k and v [B, T, K, E]."""

@@ -1,0 +1,295 @@
+"""Calibration: refit the K and V projections of pruned layers in closed form.
+
+A pruned layer l projects K and V from h_r, the state that enters its run of pruned layers, though its weights were
+trained on h_l, the state one to many layers later. That is the method's error, and much of it is linear: let x_t be
+h_r of token t, normalised without a weight, y_t what the full model has as l's K (or V) of that token before K's norm
+and the rotary position, and W0, b0 the layer's own projection with its norm's weight folded in. Ridge regression
+toward W0 over the n tokens of a calibration text,
+
+    min_W  sum_t |y_t - b0 - W x_t|^2 + lambda n |W - W0|^2
+
+has the solution
+
+    W = W0 + d D,    D = R' X (X' X + lambda n I)^-1,    R = Y - b0 - X W0',    d = 1,
+
+and is plain prefill-only pruning for lambda to infinity, or for a damping d of 0. With two taps the input is
+[x_t ; x_{t-1}], and W0 is zero for the previous token's half: deep layers' K and V depend on what attention brought
+from the token before, which a map of x_t alone cannot know. The first token is left out: it is the attention sink,
+unlike all others, and runs at full depth in a calibrated plan.
+
+One pass over the text gives X' X and X' Y, summed in float64; no token's states are kept. The states entering a later
+run depend on the layers kept in between, but not on any refit: all that pruned tokens attend there are pruned tokens,
+and the first ones at full depth. So one pass serves all runs. lambda and the dampings of K and V are then those with
+the least KL(full || pruned) on held-out windows of the text.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import random
+from collections.abc import Sequence
+from importlib.resources import files
+from itertools import islice
+
+import torch
+import torch.nn.functional as F
+
+from pop import engine
+from pop.errors import InputError, PlanError, check_count
+from pop.models.layers import causal_attention
+from pop.plan import PrunePlan
+from pop.projections import KVProjections
+
+RIDGES = (1e-3, 1e-2, 1e-1, 1.0)  # candidates for lambda
+DAMPINGS = (1.0, 0.75)  # candidates for d, of V and of K
+TRIALS = len(RIDGES) + 2 * (len(DAMPINGS) - 1) + 1  # of each plan: one setting after the other, and none
+SHORTEST = 16  # tokens of a window; less, left over at the end of a text, is of little use
+JUDGED = 384  # tokens of a held-out window that are used, at most
+TOKENS_AT_ONCE = 4096  # of the calibration text in one forward pass, at most
+
+
+def calibrate(
+    model,
+    texts: Sequence[str | Sequence[int]] | None,
+    plan: PrunePlan | Sequence[PrunePlan],
+    *,
+    taps: int = 2,
+    window: int = 1024,
+    held_out: int = 8,
+    seed: int = 0,
+    progress: bool = True,
+) -> PrunePlan | list[PrunePlan]:
+    """Refit the pruned layers' K and V projections to a text. Returns the plan with its projections.
+
+    model: a pop.Model. texts: strings or lists of token ids, like what will be prompted with: some 50,000 tokens, more
+        for a wide model; None takes a small built-in set of English and Python.
+    plan: a PrunePlan, or several, which share the pass over the text; then a list comes back. A plan's
+        full_depth_first becomes 1 where it is 0; everything else stays.
+    taps: 2 gives the projections the token before as a second input, at the price of a second product; 1 does not.
+    window: texts are cut into windows of so many tokens; best as long as the prompts will be.
+    held_out: windows that are not fitted to but choose lambda and the dampings. seed: which ones these are.
+    progress: show a bar on stderr, if tqdm is installed.
+
+    Raises InputError for texts too short to be fitted to and for options out of range, PlanError for a plan that does
+    not fit the model or prunes nothing.
+    """
+    several = isinstance(plan, (list, tuple))
+    plans = [_checked(model, one) for one in (plan if several else [plan])]
+    if taps not in (1, 2):
+        raise InputError(f"taps is {taps!r}; it is 1 or 2")
+    held_out = check_count("held_out", held_out)
+    windows = _windows(model, texts, min(check_count("window", window), model.max_seq_len))
+    if len(windows) < 2:
+        raise InputError("texts hold less than two windows; give more text or a smaller window")
+    random.Random(seed).shuffle(windows)
+    held_out = min(held_out, max(1, len(windows) // 5))
+    judge, windows = windows[:held_out], windows[held_out:]
+    fits = [_Fit(model, one, taps) for one in plans]
+    with _bar(progress, "calibrating", "tokens", sum(map(len, windows))) as step:
+        for batch in _batches(windows):
+            _accumulate(model, batch, fits)
+            step(sum(map(len, batch)))
+    if not all(fit.count for fit in fits):
+        raise InputError("no token of the texts is left to fit to; give longer texts, or a smaller full_depth_first")
+    tune = _Judge(model, judge)
+    with _bar(progress, "choosing lambda", "trials", len(fits) * TRIALS) as step:
+        results = [_choose(fit, tune, step) for fit in fits]
+    return results if several else results[0]
+
+
+def builtin_texts() -> list[str]:
+    """What stands in for texts=None: public-domain English of five kinds, and Python, some files of this package."""
+    here = files("pop")
+    english = sorted(here.joinpath("data", "calibration").iterdir(), key=lambda file: file.name)
+    python = [here / f"{name}.py" for name in PYTHON]
+    return [file.read_text(encoding="utf-8") for file in english + python]
+
+
+PYTHON = ("byte_pair", "checkpoint", "config", "engine", "generate", "model", "reference", "tokenizers")
+
+
+# What goes in
+
+
+def _checked(model, plan) -> PrunePlan:
+    if not isinstance(plan, PrunePlan):
+        raise PlanError(f"plan is {plan!r}; give a pop.PrunePlan, such as pop.PrunePlan.deepest(num_layers, 1 / 2)")
+    if not plan.check(model.config.num_layers).layers:
+        raise PlanError("the plan prunes nothing, so there is nothing to calibrate")
+    return dataclasses.replace(plan, full_depth_first=max(1, plan.full_depth_first), projections=None)
+
+
+def _windows(model, texts, size: int) -> list[list[int]]:
+    """The texts as token ids, in windows of at most `size`, each behind BOS where the text is."""
+    if isinstance(texts, str):
+        raise InputError("texts is one string; give a list of strings or of lists of token ids")
+    windows = []
+    for text in builtin_texts() if texts is None else texts:
+        ids = model.encode(text, "text")
+        bos = ids[:1] if ids[0] == model.config.bos_id else []
+        body = ids[len(bos) :]
+        step = max(1, size - len(bos))
+        windows += [bos + body[begin : begin + step] for begin in range(0, len(body), step)]
+    return [window for window in windows if len(window) >= SHORTEST]
+
+
+def _batches(windows: list[list[int]]):
+    """Windows of about equal lengths together, as many as TOKENS_AT_ONCE allows."""
+    queue = iter(sorted(windows, key=len, reverse=True))
+    while first := next(queue, None):
+        yield [first, *islice(queue, max(0, TOKENS_AT_ONCE // len(first) - 1))]
+
+
+# The normal equations
+
+
+class _Fit:
+    """The sums of one plan: for each run of pruned layers X' X, and X' Y for each layer of it."""
+
+    def __init__(self, model, plan: PrunePlan, taps: int):
+        self.model, self.plan, self.taps = model, plan, taps
+        self.runs = [run for pruned, run in plan.runs(model.config.num_layers) if pruned]
+        device, F_in = model.device, taps * model.config.hidden_size
+        KE = model.config.num_kv_heads * model.config.head_dim
+        zeros = lambda *shape: torch.zeros(shape, dtype=torch.float64, device=device)  # noqa: E731
+        self.xx = {run[0]: zeros(F_in, F_in) for run in self.runs}
+        self.x = {run[0]: zeros(F_in) for run in self.runs}
+        self.xy = {index: zeros(F_in, 2 * KE) for index in plan.layers}
+        self.count = 0
+
+    def solve(self, ridge: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """W0 [n, 2, K * E, taps * D], the correction D of the same shape, and b0 [n, 2, K * E], in float64."""
+        own, corrections, biases = [], [], []
+        for run in self.runs:
+            xx = self.xx[run[0]]
+            if not all(sums.isfinite().all() for sums in (xx, *(self.xy[index] for index in run))):
+                raise InputError("the hidden states of the texts are not finite; check the weights, or the dtype")
+            factor = torch.linalg.cholesky(
+                xx + ridge * self.count * torch.eye(len(xx), dtype=xx.dtype, device=xx.device)
+            )
+            for index in run:
+                weight, bias = (x.double() for x in self.model.module.layers[index].folded_projections())
+                weight = F.pad(weight, (0, len(xx) - weight.shape[2]))  # the previous token's half is zero
+                flat = weight.flatten(0, 1).T  # [taps * D, 2 * K * E]
+                residual = self.xy[index] - xx @ flat - self.x[run[0]][:, None] * bias.flatten()
+                correction = torch.cholesky_solve(residual, factor)
+                own.append(weight)
+                corrections.append(correction.T.unflatten(0, weight.shape[:2]))
+                biases.append(bias)
+        return torch.stack(own), torch.stack(corrections), torch.stack(biases)
+
+
+@torch.no_grad()
+def _accumulate(model, batch: list[list[int]], fits: list[_Fit]) -> None:
+    """Add the tokens of a batch of windows to the sums of each fit.
+
+    One full forward pass gives the targets, and what enters a plan's first run. Behind it each plan has a stream of
+    its own, in which pruned tokens skip the plan's layers, up to the last run.
+    """
+    module, device = model.module, model.device
+    lengths = torch.tensor([len(window) for window in batch], device=device)
+    tokens = torch.nn.utils.rnn.pad_sequence([torch.tensor(w, device=device) for w in batch], batch_first=True)
+    position = torch.arange(tokens.shape[1], device=device)
+    rope = module.rope(position[None])
+
+    def full_layer(layer, h):
+        q, k, v = layer.queries_keys_values(h, rope)
+        return layer.update(h, causal_attention(q, k, v, layer.scale))
+
+    h = module.embed(tokens)  # [B, T, D]
+    streams = [h for _ in fits]
+    inputs = [None for _ in fits]  # [N, taps * D] float64, of the run that the layer is in
+    for index, layer in enumerate(module.layers):
+        targets = None
+        updated = full_layer(layer, h)
+        for number, fit in enumerate(fits):
+            plan = fit.plan
+            counted = (position >= plan.full_depth_first) & (position < lengths[:, None])  # [B, T]
+            if index in plan.layers:
+                if index - 1 not in plan.layers:
+                    x = layer.input_layernorm.normalise(streams[number])
+                    refit = torch.cat((x, F.pad(x, (0, 0, 1, -1))), dim=-1) if fit.taps == 2 else x
+                    inputs[number] = refit[counted].double()
+                    fit.xx[index] += inputs[number].T @ inputs[number]
+                    fit.x[index] += inputs[number].sum(0)
+                if targets is None:
+                    targets = torch.cat(layer.projected(h), dim=-1)  # [B, T, 2 * K * E]
+                fit.xy[index] += inputs[number].T @ targets[counted].double()
+            elif index < plan.layers[-1]:
+                p = streams[number]
+                streams[number] = updated if p is h else full_layer(layer, p)
+            first = (position < plan.full_depth_first)[:, None]  # [T, 1]
+            streams[number] = torch.where(first, updated, streams[number])
+        h = updated
+    for fit in fits:
+        fit.count += int(((position >= fit.plan.full_depth_first) & (position < lengths[:, None])).sum())
+
+
+# What fits best
+
+
+class _Judge:
+    """KL(full || pruned), nats a token, over the last third of each window; what is before it is the prompt."""
+
+    def __init__(self, model, windows: list[list[int]]):
+        self.model, self.cases = model, []
+        for window in windows:
+            cut = min(len(window), JUDGED) * 2 // 3
+            prompt, continuation = window[:cut], window[cut:JUDGED]
+            self.cases.append((prompt, continuation, self._log_probs(prompt, continuation, PrunePlan.none())))
+
+    def _log_probs(self, prompt, continuation, plan) -> torch.Tensor:
+        """Log-probabilities [N + 1, V] at the N tokens of the continuation and at the one after."""
+        cache = self.model.new_cache(1, len(prompt) + len(continuation))
+        first = self.model.prefill([prompt], cache, plan=plan)  # [1, V]
+        rest = engine.extend(self.model.module, torch.tensor([continuation], device=self.model.device), cache)[0]
+        return torch.cat((first, rest)).log_softmax(-1)
+
+    def __call__(self, plan: PrunePlan) -> float:
+        total = count = 0
+        for prompt, continuation, full in self.cases:
+            pruned = self._log_probs(prompt, continuation, plan)
+            total += F.kl_div(pruned, full, log_target=True, reduction="sum").item()
+            count += len(full)
+        return total / count
+
+
+def _choose(fit: _Fit, judge: _Judge, step) -> PrunePlan:
+    """The best lambda, then the best damping of V's correction, then of K's; none at all if that is better still."""
+    solutions, losses = {}, {}
+
+    def plan(ridge: float, damp_k: float, damp_v: float) -> PrunePlan:
+        if ridge not in solutions:
+            solutions.clear()  # one at a time: they are large
+            solutions[ridge] = fit.solve(ridge)
+        own, correction, bias = solutions[ridge]
+        damping = torch.tensor([damp_k, damp_v], dtype=own.dtype, device=own.device)[:, None, None]
+        dtype, fingerprint = fit.model.dtype, fit.model.fingerprint
+        refit = KVProjections((own + damping * correction).to(dtype), bias.to(dtype), fingerprint, fit.taps)
+        return dataclasses.replace(fit.plan, projections=refit)
+
+    def loss(*settings: float) -> float:
+        if settings not in losses:
+            losses[settings] = judge(plan(*settings))
+            step(1)
+        return losses[settings]
+
+    ridge = min(RIDGES, key=lambda ridge: loss(ridge, 1.0, 1.0))
+    damp_v = min(DAMPINGS, key=lambda damp: loss(ridge, 1.0, damp))
+    damp_k = min(DAMPINGS, key=lambda damp: loss(ridge, damp, damp_v))
+    return plan(*min([(ridge, damp_k, damp_v), (ridge, 0.0, 0.0)], key=lambda settings: loss(*settings)))
+
+
+@contextlib.contextmanager
+def _bar(wanted: bool, label: str, unit: str, total: int | None):
+    """A progress bar on stderr, if wanted and tqdm is installed: yields what to call after so many units."""
+    try:
+        from tqdm import tqdm
+    except ImportError:
+        wanted = False
+    if not wanted:
+        yield lambda count: None
+        return
+    with tqdm(total=total, desc=label, unit=f" {unit}") as bar:
+        yield bar.update
