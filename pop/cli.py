@@ -1,4 +1,4 @@
-"""The `pop` command: demo, generate, chat, importance, models, import-gguf.
+"""The `pop` command: demo, generate, chat, importance, calibrate, models, import-gguf.
 
 Answers go to stdout, what is said about them to stderr. Exit status: 0, 2 for a mistake (told in one
 sentence), 130 after Ctrl-C.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import os
 import shlex
 import sys
@@ -20,6 +21,7 @@ import torch
 
 import pop
 from pop import registry
+from pop.calibrate import builtin_texts
 from pop.config import read_config
 from pop.errors import ConfigError, ContextOverflow, InputError, PlanError, PopError, WeightsNotFound, check_count
 
@@ -120,15 +122,12 @@ def _turn(model, history: list[dict], line: str, options: dict) -> list[dict]:
 
 
 def importance(args) -> None:
-    from pop.demo import STORY
     from pop.importance import check_plot
 
-    texts = {path: _read_file(path) for path in args.files or [str(STORY)]}
+    texts = {path: _read_file(path) for path in args.files} or dict(enumerate(builtin_texts()))
     if args.plot is not None:
         check_plot(args.plot)
-    for path in (args.out, args.plot):  # better known now than after the work
-        if path is not None and not Path(path).resolve().parent.is_dir():
-            raise InputError(f"{path} cannot be written, since its folder does not exist; make it, or choose another")
+    _check_folders(args.out, args.plot)
     args.prune = "none"  # the scores are of the full model
     model = _load(args)
     model.need_tokenizer("importance")
@@ -159,6 +158,27 @@ def excerpts(tokenizer, texts: dict[str, str], count: int, length: int, seed: in
     chosen = [tokens[number % len(tokens)] for number in range(count)]
     begins = [random.randrange(max(1, len(text) - length + 1)) for text in chosen]
     return [bos + text[begin : begin + length] for text, begin in zip(chosen, begins, strict=True)]
+
+
+def calibrate(args) -> None:
+    texts = [_read_file(path) for path in args.files] or None
+    _check_folders(args.out)
+    model = _load(args)
+    if not model.plan.layers:
+        raise PlanError("--prune none prunes nothing, so there is nothing to calibrate; give a fraction or a plan")
+    plan = model.plan
+    if args.full_depth_last is not None:
+        plan = dataclasses.replace(plan, full_depth_last=args.full_depth_last)
+    plan = pop.calibrate(model, texts, plan, taps=args.taps, window=args.window, seed=args.seed)
+    plan.save(args.out)
+    print(f"Saved to {args.out}. Try: pop generate {shlex.quote(args.model)} --prune {shlex.quote(args.out)} PROMPT")
+
+
+def _check_folders(*paths: str | None) -> None:
+    """Raise InputError for a file that cannot be written: better known now than after the work."""
+    for path in paths:
+        if path is not None and not Path(path).resolve().parent.is_dir():
+            raise InputError(f"{path} cannot be written, since its folder does not exist; make it, or choose another")
 
 
 def models(args) -> None:
@@ -279,7 +299,7 @@ def _parser() -> argparse.ArgumentParser:
 
     option = command(importance, "Measure how much prefill and decode need each layer, by virtual gates.")
     model_options(option)
-    option("files", "texts to cut prompts from; default: a short built-in one", nargs="*", metavar="FILE")
+    option("files", "texts to cut prompts from; default: a built-in set", nargs="*", metavar="FILE")
     option("--samples", "prompts (200)", type=int, default=200, metavar="N")
     option("--prompt-tokens", "length of the prompts (256)", type=int, default=256, metavar="N")
     option("--response-tokens", "length of the responses that it samples (64)", type=int, default=64, metavar="N")
@@ -289,6 +309,16 @@ def _parser() -> argparse.ArgumentParser:
     option("--resume", "keep unfinished work in this file, and go on from there", metavar="FILE")
     option("--out", "write the scores to this JSON file", metavar="FILE")
     option("--plot", "draw them as this .svg or .png file (needs matplotlib)", metavar="FILE")
+
+    option = command(calibrate, "Refit the pruned layers' K and V projections to texts, and save the plan.")
+    model_options(option)
+    option("files", "texts like what will be prompted with; default: a built-in set", nargs="*", metavar="FILE")
+    option("--out", "write the plan to this file", required=True, metavar="FILE")
+    option("--prune", PRUNE_HELP, default="default", metavar="P")
+    option("--full-depth-last", "last tokens of a prompt that run all layers (the plan's, 1)", type=int, metavar="N")
+    option("--taps", "2, the default, or 1: without the second input", type=int, default=2, metavar="N")
+    option("--window", "tokens of text that are read together (1024)", type=int, default=1024, metavar="N")
+    option("--seed", "which windows are held out (0)", type=int, default=0, metavar="N")
 
     command(models, "List the known models and where their weights are.")
 

@@ -1,7 +1,8 @@
 """`pop demo`: one real prompt, prefilled by the whole model and by pruned ones, side by side: speed against loss.
 
 The rows are the full model, a plain plan (the paper's third), and calibrated plans (pop/calibrate.py) of a third, half
-and two thirds of the layers. Calibration happens once; its plans are kept beside the weights.
+and two thirds of the layers, with the prompt's last 32 tokens at full depth. Calibration happens once; its plans are
+kept beside the weights.
 
 What is measured, and how:
 
@@ -39,6 +40,7 @@ STORY = Path(__file__).parent / "data" / "alice.txt"
 QUESTION = "What is the title of Chapter I?"
 DECODE_STEPS = 8  # decode's speed is measured over that many tokens a run
 FRACTIONS = (1 / 3, 1 / 2, 2 / 3)  # of the layers, in calibrated plans
+WINDOW = 32  # the last tokens of the prompt, the question among them, that run at full depth in these
 
 
 def run(name: str, text: str | None, prune, *, max_new_tokens: int, runs: int, as_json: bool) -> None:
@@ -66,8 +68,8 @@ def run(name: str, text: str | None, prune, *, max_new_tokens: int, runs: int, a
         print(_introduction(result, model, about), flush=True)
     plans = list(dict.fromkeys([pop.PrunePlan.none(), model.plan]))
     if model.plan.layers and model.plan.projections is None:
-        layers = model.config.num_layers
-        wanted = [pop.PrunePlan.deepest(layers, f) for f in FRACTIONS] if prune == "default" else [model.plan]
+        deepest = [pop.PrunePlan.deepest(model.config.num_layers, fraction).layers for fraction in FRACTIONS]
+        wanted = [pop.PrunePlan(layers, WINDOW) for layers in deepest] if prune == "default" else [model.plan]
         plans += calibrated([plan for plan in wanted if plan.layers], model, Path(folder))
     result["rows"] = compare(model, prompt, plans, story, max_new_tokens=max_new_tokens, runs=runs)
     print(json.dumps(result, ensure_ascii=False) if as_json else _report(result))
@@ -201,8 +203,14 @@ def describe(row: dict) -> str:
     first, last = layers[0], layers[-1]
     run = last - first + 1 == len(layers)
     text = f"without layers {first} to {last}" if run else f"without {len(layers)} layers"
-    text += f", last {row['full_depth_last']} whole" if row["full_depth_last"] > 1 else ""
+    text += f", last {row['full_depth_last']} tokens whole" if row["full_depth_last"] > 1 else ""
     return text + (", calibrated" if row["taps"] else "")
+
+
+def _shorten(answer: str, width: int = 68) -> str:
+    """The answer in one line."""
+    line = " ".join(answer.split())
+    return line if len(line) <= width else line[: width - 4] + " ..."
 
 
 def _report(result: dict) -> str:
@@ -210,8 +218,8 @@ def _report(result: dict) -> str:
     for row in result["rows"]:
         numbers = [f"{row['ttft_s'] * 1e3:,.0f}", f"{row['speedup']:.2f}x", f"{row['speedup_limit']:.2f}x"]
         lines.append((describe(row), *numbers, f"{row['kl_nats']:.3f}"))
-    table = "\n".join(f"{label:48}" + "".join(f"{number:>11}" for number in numbers) for label, *numbers in lines)
-    answers = "\n".join(f"{describe(row):48}  {row['answer'].strip()}" for row in result["rows"])
+    table = "\n".join(f"{label:52}" + "".join(f"{number:>11}" for number in numbers) for label, *numbers in lines)
+    answers = "\n".join(f"{describe(row):52}  {_shorten(row['answer'])}" for row in result["rows"])
     speeds = [row["decode_tokens_per_s"] for row in result["rows"] if row["decode_tokens_per_s"]]
     decode = f"Decode runs all layers whatever the plan: {median(speeds):.1f} tokens/s here.\n\n" if speeds else ""
     return f"""

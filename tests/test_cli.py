@@ -1,5 +1,6 @@
 """The `pop` command: what it prints where, what it refuses, and how it ends."""
 
+import dataclasses
 import io
 import os
 import subprocess
@@ -170,6 +171,42 @@ def test_importance_refuses_at_once(arguments, said, folder, capsys, tmp_path, m
     out, err = capsys.readouterr()
     assert (out, len(err.splitlines())) == ("", 1)
     assert said in err
+
+
+def test_calibrate_saves_a_plan_that_generate_takes(folder, model, capsys, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("".join(map(chr, range(33, 123))) * 4)
+    out = str(tmp_path / "plan.safetensors")
+    options = ["--prune", "0.5", "--full-depth-last", "4", "--taps", "1", "--window", "60", "--seed", "3"]
+    assert main(["calibrate", folder, str(text), *options, "--dtype", "float32", "--out", out]) == 0
+    assert out in capsys.readouterr().out
+    half = pop.load(folder, dtype=torch.float32, prune=0.5)
+    plan = dataclasses.replace(half.plan, full_depth_last=4)
+    expected = pop.calibrate(half, [text.read_text()], plan, taps=1, window=60, seed=3, progress=False)
+    assert pop.PrunePlan.load(out) == expected
+    assert main(["generate", folder, "Hello", "--prune", out, "--max-new-tokens", "3"]) == 0
+    assert main(["calibrate", folder, str(text), *options, "--prune", out, "--out", out]) == 0  # again
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--prune", "none"], "nothing to calibrate"),
+        (["--full-depth-last", "0"], "full_depth_last is 0"),
+        (["--taps", "3"], "taps is 3"),
+        (["--window", "0"], "window is 0"),
+        (["--out", "missing/plan"], "missing/plan cannot be written"),
+        (["EMPTY"], "the text is empty"),
+    ],
+)
+def test_calibrate_refuses_in_a_sentence(arguments, said, folder, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "EMPTY").touch()
+    assert main(["calibrate", folder, "--out", "plan", *arguments]) == 2
+    out, err = capsys.readouterr()
+    assert (out, len(err.splitlines())) == ("", 1)
+    assert said in err
+    assert not (tmp_path / "plan").exists()
 
 
 def test_generate_stops_before_the_stop_strings(folder, model, capsys):

@@ -132,6 +132,7 @@ def test_the_default_rows_are_the_frontier(folder, monkeypatch, capsys):
     layers = [plan.layers for plan in seen["rows"]]
     assert layers == [(), (4,), (4,), (3, 4), (2, 3, 4)]
     assert seen["plans"] == seen["rows"][2:]
+    assert [plan.full_depth_last for plan in seen["rows"]] == [1, 1, 32, 32, 32]
 
 
 def test_the_clock_runs_from_the_token_ids_to_the_first_token(folder, monkeypatch):
@@ -181,10 +182,10 @@ def test_the_report_is_readable(arguments, capsys):
     assert "README" in last
     assert "float32" in out
     rows = [line for line in out.splitlines() if re.search(r"  \d\.\d{3}$", line)]
-    assert [row[:48].strip() for row in rows] == [
+    assert [row[:52].strip() for row in rows] == [
         "the whole model",
-        "without layers 2 to 4, last 3 whole",
-        "without layers 2 to 4, last 3 whole, calibrated",
+        "without layers 2 to 4, last 3 tokens whole",
+        "without layers 2 to 4, last 3 tokens whole, calibrated",
     ]
     assert len({len(row) for row in rows}) == 1  # aligned
 

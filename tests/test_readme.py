@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from pop import demo
 from pop.cli import main
 
 ROOT = Path(__file__).parent.parent
@@ -47,19 +48,21 @@ def test_the_commands_run_as_printed(smollm2, capsys):
 
 
 def test_the_demo_prints_what_the_readme_shows(smollm2, capsys):
-    """All but the times: these are of a machine that the README names."""
+    """All but the times: these are of a machine that the README names.
+
+    What is calibrated depends on the built-in texts, this package's code among them, and drifts a little with them.
+    """
     assert main(["demo", "--runs", "1", "--max-new-tokens", "48", "--json"]) == 0
-    result = json.loads(capsys.readouterr().out)
+    rows = json.loads(capsys.readouterr().out)["rows"]
     (shown,) = blocks("text")
-    for label, values in {
-        "prompt tokens": [f"{result['prompt_tokens']:,}"] * 2,
-        "arithmetic, GFLOP": [f"{result[side]['prefill_flops'] / 1e9:,.1f}" for side in ("full", "pruned")],
-        "speedup that the shapes allow": [f"{result['speedup_limit']:.2f}x"],
-        "leading tokens that agree": [str(result["agreeing_tokens"]), "of", str(result["full"]["answer_tokens"])],
-        "full answer:": result["full"]["answer"].split(),
-        "pruned answer:": result["pruned"]["answer"].split(),
-    }.items():
-        (line,) = (line for line in shown.splitlines() if line.startswith(label))
-        assert line.removeprefix(label).split() == values
-    kl = float(re.search(r"first token +([0-9.]+) nats", shown)[1])
-    assert result["kl_nats"] == pytest.approx(kl, abs=0.001)
+    numbers, answers = shown.split("answers\n")
+    assert len(rows) == 5
+    for row in rows:
+        label = demo.describe(row) + "  "
+        (line,) = (line for line in numbers.splitlines() if line.startswith(label))
+        *_, speedup, limit, kl = line.split()
+        assert speedup.endswith("x")
+        assert limit == f"{row['speedup_limit']:.2f}x"
+        assert float(kl) == pytest.approx(row["kl_nats"], rel=0.15 if row["taps"] else 0, abs=0.001)
+        (line,) = (line for line in answers.splitlines() if line.startswith(label))
+        assert row["taps"] or line.removeprefix(label).strip() == row["answer"]
