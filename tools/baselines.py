@@ -104,7 +104,9 @@ def block_influence(model: pop.Model, windows: list[torch.Tensor]) -> torch.Tens
 
 
 def without_layers(model: pop.Model, layers: Iterable[int]) -> pop.Model:
-    """The same model, sharing its weights, without `layers`."""
+    """The same model, sharing its weights, without `layers`. Raises InputError if none would be left."""
+    if len(set(layers)) == model.config.num_layers:
+        raise InputError("a baseline would remove every layer; give it a smaller fraction")
     module = _shared_copy(model.module)
     for index in sorted(layers, reverse=True):
         del module.layers[index]

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
+import io
 from collections.abc import Callable
-from pathlib import Path
 
 from evaluate_tasks import DISTRACTORS
 
-from pop.errors import InputError, MissingExtra
+from pop.errors import InputError
+from pop.staging import replaced
 
 
 def report(result: dict) -> str:
@@ -105,44 +105,32 @@ def _table(rows: list[list[str]]) -> str:
     return "\n".join(lines)
 
 
-def import_pyplot():
-    """matplotlib's pyplot, drawing to files. Raises MissingExtra where it is not installed."""
-    try:
-        import matplotlib
+def plot(result: dict, kind: str) -> bytes:
+    """KL over measured speedup, a point a contender: the accuracy-speed frontier as a file of `kind`, svg or png."""
+    from matplotlib.figure import Figure
 
-        matplotlib.use("Agg")
-        from matplotlib import pyplot
-    except ImportError:
-        raise MissingExtra("--plot needs the package matplotlib; install it: pip install matplotlib") from None
-    return pyplot
-
-
-def plot(result: dict, path: Path) -> None:
-    """Draw KL over measured speedup, a point a contender: the accuracy-speed frontier. path: .svg or .png."""
-    pyplot = import_pyplot()
-    figure, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.add_subplot()
     domain, text = next(iter(result["text"].items()))
     for name, row in list(text["rows"].items())[1:]:
         speedup, kl = result["ttft"][name]["speedup"], row["kl"]
         axes.plot(speedup, kl["value"], "o", color="black", markersize=4)
-        if kl["low"]:
+        if kl["low"] is not None:
             axes.vlines(speedup, kl["low"], kl["high"], color="gray")
         axes.annotate(name, (speedup, kl["value"]), xytext=(5, 3), textcoords="offset points", fontsize=8)
     axes.axvline(1, color="gray", linewidth=0.8, linestyle="--")
     axes.set(yscale="log", xlabel="speedup of the time to first token, over the full model")
     axes.set_ylabel("KL(full || contender), nats a token")
     axes.set_title(f"{result['model']}, {result['dtype']}, {domain}: {text['windows']} windows", fontsize=10)
-    figure.savefig(path)
-    pyplot.close(figure)
+    drawn = io.BytesIO()
+    figure.savefig(drawn, format=kind)
+    return drawn.getvalue()
 
 
-def write_whole(path: Path, write: Callable[[Path], None]) -> None:
-    """Call `write` with the path of a draft beside `path`, which takes its place once it is complete."""
-    draft = path.with_name(f".{os.getpid()}.{path.name}")
+def write_whole(path: str, data: bytes) -> None:
+    """Write a file whole or not at all."""
     try:
-        write(draft)
-        os.replace(draft, path)
-    except (OSError, ValueError) as error:  # ValueError: matplotlib does not know the suffix
-        raise InputError(f"{path} cannot be written ({error}); choose another path") from None
-    finally:
-        draft.unlink(missing_ok=True)
+        with replaced(path) as draft:
+            draft.write_bytes(data)
+    except OSError as error:
+        raise InputError(f"{path} cannot be written ({error.strerror}); choose another path") from None

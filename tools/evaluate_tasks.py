@@ -52,15 +52,15 @@ def needle_questions(tokenizer, haystack: list[int], lengths: list[int], per_cel
 
 
 def document_questions(tokenizer, filler: list[int], lengths: list[int], per_cell: int, seed: int) -> list[Question]:
-    """Questions about one of 1 + DISTRACTORS documents, in turn. The documents share the prompt's length evenly."""
+    """Questions about one of 1 + DISTRACTORS documents, from the first to the last, which share the length evenly."""
     rng, questions = random.Random(seed), []
-    count = 1 + DISTRACTORS
+    count, total = 1 + DISTRACTORS, per_cell * len(DEPTHS)
     for length in lengths:
-        for number in range(per_cell * len(DEPTHS)):
+        for number in range(total):
             words = _invented_words(3 * count, rng)
             names = [f"{first} {last}" for first, last in zip(words[:count], words[count:], strict=False)]
             towns = words[2 * count :]
-            asked = number % count
+            asked = number * count // total
             question = (
                 f"\nQuestion: In which town does {names[asked]} live?\nAnswer: {names[asked]} lives in the town of"
             )

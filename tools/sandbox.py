@@ -5,12 +5,14 @@
 The program gets a fresh interpreter (`python -I -S`: no environment, no site-packages, nothing from the current
 folder), an empty temporary folder, and limits on CPU time, memory, file sizes and processes that the kernel enforces.
 Where the system allows it, it also gets a network namespace without a network and, if the caller is root, the rights
-of `nobody`. Inside, an audit hook refuses what a solution never needs: to write outside of the folder, to delete or
-rename, to start a process, to open a socket, to load a C library. After `seconds` of wall-clock time the whole process
-group is killed.
+of `nobody`; a root whose interpreter nobody else can read stays root, whom the limit on processes does not bind.
+Inside, an audit hook refuses what a solution never needs: to write outside of the folder, to delete or rename, to
+start a process, to open a socket, to load a C library. After `seconds` of wall-clock time the whole process group is
+killed.
 
-This stops mistakes, and a program that does the obvious wrong thing. A determined attacker could get around the audit
-hook: give code from a model that you distrust a container or a machine of its own.
+This stops mistakes, and a program that does the obvious wrong thing. It does not hide what the caller may read, and a
+determined attacker could get around the audit hook: give code from a model that you distrust a container or a machine
+of its own.
 
 This file is both sides: imported, it offers `run`; started as a script, it is the inside.
 """
@@ -33,7 +35,7 @@ NEW_USER, NEW_NETWORK = 0x10000000, 0x40000000  # flags of unshare(2)
 
 REFUSED = (
     *("os.fork", "os.exec", "os.posix_spawn", "os.spawn", "os.system", "os.startfile", "pty.", "subprocess."),
-    *("os.kill", "signal.pthread_kill", "resource.", "ctypes.", "socket.", "syslog.", "mmap."),
+    *("os.kill", "signal.pthread_kill", "resource.", "ctypes.", "socket.", "syslog.", "mmap.", "sqlite3."),
     *("os.remove", "os.rename", "os.rmdir", "os.mkdir", "os.link", "os.symlink", "os.truncate", "shutil."),
     *("os.chmod", "os.chown", "os.chflags", "os.utime", "os.setxattr", "os.removexattr", "os.chdir"),
 )
@@ -113,8 +115,11 @@ def _refuse(event: str, arguments: tuple, _folder: str = os.getcwd()) -> None:
         raise PermissionError(f"{event} is not allowed here")
     if event == "open":
         path, _, flags = arguments
-        writes = flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND)
-        if writes and not isinstance(path, int):
+        if isinstance(path, int):
+            return
+        if os.path.isdir(path):  # the hook does not see it where a path is relative to an open folder
+            raise PermissionError(f"the folder {path} cannot be opened here")
+        if flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND):
             where = os.path.realpath(os.fsdecode(path))
             if os.path.commonpath((where, _folder)) != _folder:
                 raise PermissionError(f"{where} cannot be written here")
@@ -122,6 +127,7 @@ def _refuse(event: str, arguments: tuple, _folder: str = os.getcwd()) -> None:
 
 def main() -> None:
     seconds, report = float(sys.argv[1]), int(sys.argv[2])
+    del sys.argv[1:]  # a program shall not read there which file says that it is done
     program = compile(sys.stdin.buffer.read(), "program.py", "exec")
     confine(seconds)
     exec(program, {"__name__": "__main__"})
