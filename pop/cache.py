@@ -19,7 +19,8 @@ class KVCache:
         position p of its row. The spare slot S takes what belongs nowhere and is never read.
     lengths: [B] int64 on the CPU, the tokens held by each row.
     states: [L, B, D], the residual stream of each row's latest token as it entered each layer, zero in an empty row.
-        A refit projection with two taps (pop/projections.py) looks back at it from the next token.
+        A refit projection with two taps (pop/projections.py) looks back at it from the next token. Who sets `lengths`
+        back to an earlier point, to prefill from there again, sets `states` back to what they were then, too.
 
     Raises CacheMemoryError, with the size in bytes, when the device has no room for it.
     """

@@ -27,8 +27,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 import random
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from importlib.resources import files
 from itertools import islice
 
@@ -37,6 +38,7 @@ import torch.nn.functional as F
 
 from pop import engine
 from pop.errors import InputError, PlanError, check_count
+from pop.model import Model
 from pop.models.layers import causal_attention
 from pop.plan import PrunePlan
 from pop.projections import KVProjections
@@ -49,8 +51,9 @@ JUDGED = 384  # tokens of a held-out window that are used, at most
 TOKENS_AT_ONCE = 4096  # of the calibration text in one forward pass, at most
 
 
+@torch.no_grad()
 def calibrate(
-    model,
+    model: Model,
     texts: Sequence[str | Sequence[int]] | None,
     plan: PrunePlan | Sequence[PrunePlan],
     *,
@@ -68,20 +71,29 @@ def calibrate(
         full_depth_first becomes 1 where it is 0; everything else stays.
     taps: 2 gives the projections the token before as a second input, at the price of a second product; 1 does not.
     window: texts are cut into windows of so many tokens; best as long as the prompts will be.
-    held_out: windows that are not fitted to but choose lambda and the dampings. seed: which ones these are.
+    held_out: windows, at most a fifth of all, that are not fitted to but choose lambda and the dampings, by what
+        follows their first 256 tokens. seed: which windows these are.
     progress: show a bar on stderr, if tqdm is installed.
 
     Raises InputError for texts too short to be fitted to and for options out of range, PlanError for a plan that does
     not fit the model or prunes nothing.
     """
+    if not isinstance(model, Model):
+        raise InputError(f"the model is a {type(model).__name__}; load one with pop.load")
     several = isinstance(plan, (list, tuple))
     plans = [_checked(model, one) for one in (plan if several else [plan])]
-    if taps not in (1, 2):
+    if type(taps) is not int or taps not in (1, 2):
         raise InputError(f"taps is {taps!r}; it is 1 or 2")
+    if type(seed) is not int:
+        raise InputError(f"seed is {seed!r}; it is an integer")
+    if check_count("window", window) < SHORTEST:
+        raise InputError(f"window is {window}; windows of less than {SHORTEST} tokens are not fitted to")
     held_out = check_count("held_out", held_out)
-    windows = _windows(model, texts, min(check_count("window", window), model.max_seq_len))
+    windows = _windows(model, texts, min(window, model.max_seq_len))
     if len(windows) < 2:
-        raise InputError("texts hold less than two windows; give more text or a smaller window")
+        raise InputError(
+            f"texts hold less than two windows of {SHORTEST} tokens or more; give more text or a smaller window"
+        )
     random.Random(seed).shuffle(windows)
     held_out = min(held_out, max(1, len(windows) // 5))
     judge, windows = windows[:held_out], windows[held_out:]
@@ -99,14 +111,9 @@ def calibrate(
 
 
 def builtin_texts() -> list[str]:
-    """What stands in for texts=None: public-domain English of five kinds, and Python, some files of this package."""
-    here = files("pop")
-    english = sorted(here.joinpath("data", "calibration").iterdir(), key=lambda file: file.name)
-    python = [here / f"{name}.py" for name in PYTHON]
-    return [file.read_text(encoding="utf-8") for file in english + python]
-
-
-PYTHON = ("byte_pair", "checkpoint", "config", "engine", "generate", "model", "reference", "tokenizers")
+    """What stands in for texts=None: public-domain English of five kinds, and some of this package's own Python."""
+    folder = files("pop").joinpath("data", "calibration")
+    return [file.read_text(encoding="utf-8") for file in sorted(folder.iterdir(), key=lambda file: file.name)]
 
 
 # What goes in
@@ -122,10 +129,12 @@ def _checked(model, plan) -> PrunePlan:
 
 def _windows(model, texts, size: int) -> list[list[int]]:
     """The texts as token ids, in windows of at most `size`, each behind BOS where the text is."""
-    if isinstance(texts, str):
-        raise InputError("texts is one string; give a list of strings or of lists of token ids")
+    if isinstance(texts, str) or not (texts is None or isinstance(texts, Iterable)):
+        raise InputError(f"texts is a {type(texts).__name__}; give a list of strings or of lists of token ids")
     windows = []
     for text in builtin_texts() if texts is None else texts:
+        if isinstance(text, int):
+            raise InputError(f"texts holds {text}; give strings or lists of token ids")
         ids = model.encode(text, "text")
         bos = ids[:1] if ids[0] == model.config.bos_id else []
         body = ids[len(bos) :]
@@ -169,7 +178,7 @@ class _Fit:
                 xx + ridge * self.count * torch.eye(len(xx), dtype=xx.dtype, device=xx.device)
             )
             for index in run:
-                weight, bias = (x.double() for x in self.model.module.layers[index].folded_projections())
+                weight, bias = self.model.module.layers[index].folded_projections()
                 weight = F.pad(weight, (0, len(xx) - weight.shape[2]))  # the previous token's half is zero
                 flat = weight.flatten(0, 1).T  # [taps * D, 2 * K * E]
                 residual = self.xy[index] - xx @ flat - self.x[run[0]][:, None] * bias.flatten()
@@ -180,7 +189,6 @@ class _Fit:
         return torch.stack(own), torch.stack(corrections), torch.stack(biases)
 
 
-@torch.no_grad()
 def _accumulate(model, batch: list[list[int]], fits: list[_Fit]) -> None:
     """Add the tokens of a batch of windows to the sums of each fit.
 
@@ -197,12 +205,13 @@ def _accumulate(model, batch: list[list[int]], fits: list[_Fit]) -> None:
         q, k, v = layer.queries_keys_values(h, rope)
         return layer.update(h, causal_attention(q, k, v, layer.scale))
 
+    deepest = max(fit.plan.layers[-1] for fit in fits)  # behind it nothing is asked for
     h = module.embed(tokens)  # [B, T, D]
     streams = [h for _ in fits]
     inputs = [None for _ in fits]  # [N, taps * D] float64, of the run that the layer is in
-    for index, layer in enumerate(module.layers):
+    for index, layer in enumerate(module.layers[: deepest + 1]):
         targets = None
-        updated = full_layer(layer, h)
+        updated = full_layer(layer, h) if index < deepest else h
         for number, fit in enumerate(fits):
             plan = fit.plan
             counted = (position >= plan.full_depth_first) & (position < lengths[:, None])  # [B, T]
@@ -216,11 +225,11 @@ def _accumulate(model, batch: list[list[int]], fits: list[_Fit]) -> None:
                 if targets is None:
                     targets = torch.cat(layer.projected(h), dim=-1)  # [B, T, 2 * K * E]
                 fit.xy[index] += inputs[number].T @ targets[counted].double()
+                first = (position < plan.full_depth_first)[:, None]  # [T, 1]
+                streams[number] = torch.where(first, updated, streams[number])
             elif index < plan.layers[-1]:
                 p = streams[number]
                 streams[number] = updated if p is h else full_layer(layer, p)
-            first = (position < plan.full_depth_first)[:, None]  # [T, 1]
-            streams[number] = torch.where(first, updated, streams[number])
         h = updated
     for fit in fits:
         fit.count += int(((position >= fit.plan.full_depth_first) & (position < lengths[:, None])).sum())
@@ -264,14 +273,24 @@ def _choose(fit: _Fit, judge: Judge, step) -> PrunePlan:
             solutions.clear()  # one at a time: they are large
             solutions[ridge] = fit.solve(ridge)
         own, correction, bias = solutions[ridge]
+        taps = fit.taps
+        if damp_k == damp_v == 0:  # plain pruning has no use for the previous token
+            taps, D = 1, fit.model.config.hidden_size
+            own, correction = own[..., :D], correction[..., :D]
         damping = torch.tensor([damp_k, damp_v], dtype=own.dtype, device=own.device)[:, None, None]
         dtype, fingerprint = fit.model.dtype, fit.model.fingerprint
-        refit = KVProjections((own + damping * correction).to(dtype), bias.to(dtype), fingerprint, fit.taps)
+        weight = (own + damping * correction).to(dtype)
+        refit = KVProjections(fit.plan.layers, weight, bias.to(dtype), fingerprint, taps)
         return dataclasses.replace(fit.plan, projections=refit)
 
     def loss(*settings: float) -> float:
         if settings not in losses:
             losses[settings] = judge(plan(*settings))
+            if not math.isfinite(losses[settings]):
+                raise InputError(
+                    "the model's predictions on the texts are not finite; check the weights, or load with "
+                    "dtype=torch.bfloat16 or torch.float32"
+                )
             step(1)
         return losses[settings]
 

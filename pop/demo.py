@@ -19,6 +19,7 @@ Answers are greedy, so all but the times is the same on every run.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import platform
@@ -70,20 +71,24 @@ def run(name: str, text: str | None, prune, *, max_new_tokens: int, runs: int, a
     if model.plan.layers and model.plan.projections is None:
         deepest = [pop.PrunePlan.deepest(model.config.num_layers, fraction).layers for fraction in FRACTIONS]
         wanted = [pop.PrunePlan(layers, WINDOW) for layers in deepest] if prune == "default" else [model.plan]
-        plans += calibrated([plan for plan in wanted if plan.layers], model, Path(folder))
+        plans += calibrated([plan for plan in dict.fromkeys(wanted) if plan.layers], model, Path(folder))
     result["rows"] = compare(model, prompt, plans, story, max_new_tokens=max_new_tokens, runs=runs)
     print(json.dumps(result, ensure_ascii=False) if as_json else _report(result))
 
 
 def calibrated(plans: list, model, folder: Path) -> list:
     """The plans, calibrated on the built-in texts: read from `folder` if they are there, else made and kept there."""
-    paths = [folder / f"calibrated-{_digest(plan)}.safetensors" for plan in plans]
+    paths = [folder / f"calibrated-{_digest(plan)}.plan" for plan in plans]
     kept = {}
     for plan, path in zip(plans, paths, strict=True):
         try:
-            kept[plan] = model.resolve(pop.PrunePlan.load(path))
+            loaded = pop.PrunePlan.load(path)
+            model.resolve(loaded)
         except PlanError:
             continue  # missing, broken, or of other weights
+        asked = dataclasses.replace(plan, full_depth_first=max(1, plan.full_depth_first))
+        if loaded.projections is not None and dataclasses.replace(loaded, projections=None) == asked:
+            kept[plan] = loaded
     missing = [plan for plan in dict.fromkeys(plans) if plan not in kept]
     if missing:
         _progress("calibrating, some minutes, once")
@@ -218,8 +223,8 @@ def _report(result: dict) -> str:
     for row in result["rows"]:
         numbers = [f"{row['ttft_s'] * 1e3:,.0f}", f"{row['speedup']:.2f}x", f"{row['speedup_limit']:.2f}x"]
         lines.append((describe(row), *numbers, f"{row['kl_nats']:.3f}"))
-    table = "\n".join(f"{label:52}" + "".join(f"{number:>11}" for number in numbers) for label, *numbers in lines)
-    answers = "\n".join(f"{describe(row):52}  {_shorten(row['answer'])}" for row in result["rows"])
+    table = "\n".join(f"{label:58}" + "".join(f"{number:>11}" for number in numbers) for label, *numbers in lines)
+    answers = "\n".join(f"{describe(row):58}  {_shorten(row['answer'])}" for row in result["rows"])
     speeds = [row["decode_tokens_per_s"] for row in result["rows"] if row["decode_tokens_per_s"]]
     decode = f"Decode runs all layers whatever the plan: {median(speeds):.1f} tokens/s here.\n\n" if speeds else ""
     return f"""

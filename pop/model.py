@@ -84,8 +84,8 @@ class Model:
 
     def __init__(self, module, config, tokenizer=None, *, plan=None, max_seq_len=None, chunk_size: int = 2048):
         self.module, self.config, self.tokenizer = module, config, tokenizer
-        self.plan = PrunePlan.none() if plan is None else plan
-        self.plan = self.resolve(self.plan)
+        self.plan = _plan(plan, config.num_layers)
+        self.resolve(self.plan)  # does it fit the weights?
         self.max_seq_len = _max_seq_len(max_seq_len, config)
         self.chunk_size = check_count("chunk_size", chunk_size)
 
@@ -251,7 +251,8 @@ class Model:
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """What tells this model's weights from others', whatever their dtype (pop/projections.py)."""
+        """What tells this model from others (pop/projections.py). Taken once: weights changed in place after that make
+        a new pop.Model of the module necessary."""
         return fingerprint(self.module)
 
     def encode(self, prompt, what: str = "prompt", bos: bool = True) -> list[int]:

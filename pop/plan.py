@@ -10,9 +10,8 @@ from itertools import groupby
 from operator import index
 from pathlib import Path
 
-import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 
 from pop.errors import PlanError
 from pop.projections import KVProjections
@@ -67,10 +66,10 @@ class PrunePlan:
             raise PlanError(
                 f"projections is a {type(self.projections).__name__}; pop.calibrate makes what belongs there"
             )
-        count = self.projections.weight.shape[0]
-        if count != len(self.layers):
+        if self.projections.layers != self.layers:
             raise PlanError(
-                f"the plan prunes {len(self.layers)} layers, but its projections are for {count}; calibrate again"
+                f"the plan prunes the layers {self.layers}, but its projections are those of "
+                f"{self.projections.layers}; calibrate again"
             )
         if self.full_depth_first < 1:
             raise PlanError(
@@ -115,10 +114,10 @@ class PrunePlan:
                     draft.write_text(json.dumps(self._fields(), indent=2) + "\n", encoding="utf-8")
                 else:
                     refit = self.projections
-                    tensors = {"weight": refit.weight.cpu().contiguous(), "bias": refit.bias.cpu().contiguous()}
+                    tensors = {"weight": refit.weight.cpu(), "bias": refit.bias.cpu()}
                     fields = self._fields() | {"taps": refit.taps, "fingerprint": refit.fingerprint}
-                    save_file(tensors, draft, metadata={"pop_plan": json.dumps(fields)})
-        except (OSError, SafetensorError) as error:
+                    draft.write_bytes(save(tensors, metadata={"pop_plan": json.dumps(fields)}))
+        except (OSError, ValueError, TypeError) as error:
             reason = getattr(error, "strerror", None) or error
             raise PlanError(f"the plan cannot be written to {path} ({reason}); choose another path") from None
 
@@ -129,7 +128,7 @@ class PrunePlan:
     @classmethod
     def load(cls, path: str | os.PathLike) -> PrunePlan:
         """Read a plan written by `save`; projections come in on the CPU. Raises PlanError if the file holds no plan."""
-        if not os.path.isfile(path):
+        if not isinstance(path, (str, os.PathLike)) or not os.path.isfile(path):
             raise PlanError(f"there is no plan file {path}; write one with plan.save(path)")
         try:
             with open(path, "rb") as file:
@@ -150,9 +149,7 @@ def _read_projections(path) -> dict:
     with safe_open(path, framework="pt") as file:
         fields = json.loads((file.metadata() or {})["pop_plan"])
         weight, bias = file.get_tensor("weight"), file.get_tensor("bias")
-    if not (torch.is_floating_point(weight) and torch.is_floating_point(bias)):
-        raise PlanError(f"its weights are {weight.dtype}, not floating point numbers")
-    refit = KVProjections(weight, bias, str(fields.pop("fingerprint")), fields.pop("taps"))
+    refit = KVProjections(fields["layers"], weight, bias, str(fields.pop("fingerprint")), fields.pop("taps"))
     return fields | {"projections": refit}
 
 

@@ -12,54 +12,70 @@ and likewise v_t. K's norm, where the family has one, and the rotary position fo
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 
 import torch
 import torch.nn.functional as F
 
+from pop.config import DTYPES
 from pop.errors import PlanError
 
 
 class KVProjections:
-    """The refit projections of the n layers of a plan, in the plan's order.
+    """The refit projections of the n pruned layers of a plan.
 
+    layers: their indices, in order.
     weight: [n, 2, K * E, taps * D]: K's, then V's; this token's input first, then the previous token's.
     bias: [n, 2, K * E]. fingerprint: of the model they were fitted to, as `fingerprint(module)` gives it.
+
+    Raises PlanError where these do not fit each other.
     """
 
-    def __init__(self, weight: torch.Tensor, bias: torch.Tensor, fingerprint: str, taps: int):
-        if taps not in (1, 2) or weight.dim() != 4 or weight.shape[1] != 2 or weight.shape[3] % taps:
+    def __init__(self, layers, weight: torch.Tensor, bias: torch.Tensor, fingerprint: str, taps: int):
+        for tensor in (weight, bias):
+            if not isinstance(tensor, torch.Tensor) or tensor.dtype not in DTYPES.values():
+                raise PlanError("projections are tensors of float32, bfloat16 or float16; calibrate again")
+        if (weight.dtype, weight.device) != (bias.dtype, bias.device):
+            raise PlanError("the projections' weight and bias are of different dtypes or devices; calibrate again")
+        if type(taps) is not int or taps not in (1, 2) or weight.dim() != 4 or weight.shape[3] % taps:
+            raise PlanError(f"{taps!r} taps and a weight of shape {list(weight.shape)} are no projections")
+        if weight.shape[:2] != (len(layers), 2) or bias.shape != weight.shape[:3]:
             raise PlanError(
-                f"projections of shape {list(weight.shape)} with {taps} taps; the shape is [layers, 2, K * E, taps * D]"
+                f"projections of {len(layers)} layers have a weight of shape [{len(layers)}, 2, K * E, taps * D] and a "
+                f"bias of shape [{len(layers)}, 2, K * E], not {list(weight.shape)} and {list(bias.shape)}"
             )
-        if bias.shape != weight.shape[:3]:
-            raise PlanError(f"a bias of shape {list(bias.shape)} does not fit a weight of shape {list(weight.shape)}")
         if not (weight.isfinite().all() and bias.isfinite().all()):
-            raise PlanError("the projections hold values that are not finite numbers; calibrate again")
+            raise PlanError(f"the projections are not finite in {weight.dtype}; calibrate again, or take another dtype")
+        self.layers = tuple(layers)
         self.weight, self.bias, self.fingerprint, self.taps = weight, bias, fingerprint, taps
-        self._copies: dict = {}
+        self._copy: KVProjections | None = None  # the last one that `to` has made
 
     def __repr__(self) -> str:
-        return f"KVProjections(layers={self.weight.shape[0]}, taps={self.taps})"
+        return f"KVProjections(layers={len(self.layers)}, taps={self.taps})"
 
     def __eq__(self, other) -> bool:
         if not isinstance(other, KVProjections):
             return NotImplemented
-        same = (self.fingerprint, self.taps) == (other.fingerprint, other.taps)
+        same = (self.layers, self.fingerprint, self.taps) == (other.layers, other.fingerprint, other.taps)
         pairs = ((self.weight, other.weight), (self.bias, other.bias))
         return same and all(a.dtype == b.dtype and torch.equal(a.cpu(), b.cpu()) for a, b in pairs)
 
     def __hash__(self) -> int:
-        return hash((self.fingerprint, self.taps, self.weight.shape))
+        return hash((self.layers, self.fingerprint, self.taps))
+
+    def __getstate__(self) -> dict:
+        return self.__dict__ | {"_copy": None}
 
     def to(self, device: torch.device, dtype: torch.dtype) -> KVProjections:
-        """The same projections on `device` in `dtype`, kept for the next call that asks for them."""
+        """The same projections on `device` in `dtype`; the last copy is kept for the next call that asks for it."""
         if (self.weight.device, self.weight.dtype) == (device, dtype):
             return self
-        if (device, dtype) not in self._copies:
+        copy = self._copy
+        if copy is None or (copy.weight.device, copy.weight.dtype) != (device, dtype):
             weight, bias = (x.to(device, dtype) for x in (self.weight, self.bias))
-            self._copies[device, dtype] = KVProjections(weight, bias, self.fingerprint, self.taps)
-        return self._copies[device, dtype]
+            self._copy = copy = KVProjections(self.layers, weight, bias, self.fingerprint, self.taps)
+        return copy
 
     def inputs(self, x: torch.Tensor, previous: torch.Tensor) -> torch.Tensor:
         """All projections of a run read this: x [B, T, D], the x before it [B, D] -> [B, T, taps * D]."""
@@ -75,20 +91,26 @@ class KVProjections:
 
 
 SAMPLES = 2**20  # of the values of each parameter, at most, that the fingerprint looks at
+UNREAD = {"dtype", "max_positions", "bos_id", "eos_ids"}  # of the config: they change no hidden state
 
 
 @torch.no_grad()
 def fingerprint(module) -> str:
-    """What tells a model's weights from others', whatever dtype and device they were loaded to.
+    """What tells a model from others: the same in float32 and bfloat16, and, of a 16-bit checkpoint, in float16.
 
-    Each parameter is rounded to bfloat16, values too small for float16 to zero, and its bit patterns are added up:
-    a sum of integers is the same on every device and in every order.
+    Each parameter is rounded to bfloat16, values too small for float16 to zero, and its bit patterns are added up,
+    weighted by their place: a sum of integers is the same on every device and in any order. A float32 checkpoint cut
+    to float16 is rounded twice and counts as another model.
     """
     digest = hashlib.sha256()
+    for field in dataclasses.fields(module.config):
+        if field.name not in UNREAD:
+            digest.update(f"{field.name} {getattr(module.config, field.name)}\n".encode())
     for name, parameter in sorted(module.named_parameters()):
         values = parameter.flatten()
         values = values[:: -(-len(values) // SAMPLES)].to(torch.bfloat16)
         values = values.where(values.abs() >= torch.finfo(torch.float16).tiny, 0)
-        bits = values.view(torch.int16)
-        digest.update(f"{name} {list(parameter.shape)} {int(bits.sum(dtype=torch.int64))}\n".encode())
+        bits = values.view(torch.int16).to(torch.int64)
+        place = torch.arange(len(bits), device=bits.device) % 65521 + 1  # the sum stays below 2**52
+        digest.update(f"{name} {list(parameter.shape)} {int((bits * place).sum())}\n".encode())
     return digest.hexdigest()

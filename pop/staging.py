@@ -9,6 +9,7 @@ import json
 import os
 import shutil
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -58,10 +59,11 @@ def staged(folder: str | Path) -> Iterator[Path]:
 @contextlib.contextmanager
 def replaced(path: str | os.PathLike) -> Iterator[Path]:
     """Yield a hidden sibling of `path` to write to: it replaces `path` when the block succeeds, else it is removed."""
-    path = Path(path)
-    draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    path = Path(os.path.realpath(path))  # a link is followed, not replaced
+    draft = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}.tmp")
     try:
         yield draft
+        _sync(draft)
         os.replace(draft, path)
     finally:
         with contextlib.suppress(OSError):

@@ -105,13 +105,18 @@ def test_calibrated_plans_are_kept_beside_the_weights(folder, monkeypatch, capsy
     assert [plan.layers for plan in first] == [plan.layers for plan in plans]
     assert all(plan.projections is not None for plan in first)
     assert {path.name for path in tmp_path.iterdir()} == {
-        "calibrated-3-4.safetensors",
-        "calibrated-1-2+4-4-last8.safetensors",
+        "calibrated-3-4.plan",
+        "calibrated-1-2+4-4-last8.plan",
     }
     assert demo.calibrated(plans, model, tmp_path) == first
     assert len(made) == 1  # read, not made again
 
-    (tmp_path / "calibrated-3-4.safetensors").write_bytes(b"broken")
+    for broken in (b"broken", b'{"layers": [3, 4]}', (tmp_path / "calibrated-1-2+4-4-last8.plan").read_bytes()):
+        (tmp_path / "calibrated-3-4.plan").write_bytes(broken)
+        assert demo.calibrated(plans[:1], model, tmp_path) == first[:1]
+    assert made[1:] == [plans[:1]] * 3
+    del made[1:]
+    (tmp_path / "calibrated-3-4.plan").write_bytes(b"broken")
     other = pop.load(folder, dtype=torch.float32, prune=None)
     other.module.layers[0].mlp.up_proj.weight.data += 1  # of other weights
     assert demo.calibrated(plans[:2], model, tmp_path) == first[:2]
@@ -182,7 +187,7 @@ def test_the_report_is_readable(arguments, capsys):
     assert "README" in last
     assert "float32" in out
     rows = [line for line in out.splitlines() if re.search(r"  \d\.\d{3}$", line)]
-    assert [row[:52].strip() for row in rows] == [
+    assert [row[:58].strip() for row in rows] == [
         "the whole model",
         "without layers 2 to 4, last 3 tokens whole",
         "without layers 2 to 4, last 3 tokens whole, calibrated",

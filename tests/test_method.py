@@ -58,7 +58,7 @@ def models(draw):
 @st.composite
 def plans(draw, config):
     """Any layers and full-depth tokens, half of them with (random) refit projections of one or two taps."""
-    layers = tuple(draw(st.sets(st.integers(0, config.num_layers - 1))))
+    layers = tuple(sorted(draw(st.sets(st.integers(0, config.num_layers - 1)))))
     last = draw(st.sampled_from([1, 1, 2, 3, 7, 40]))
     if not draw(st.booleans()):
         return PrunePlan(layers, last, draw(st.sampled_from([0, 0, 1, 4])))
@@ -67,7 +67,7 @@ def plans(draw, config):
     random = torch.Generator().manual_seed(draw(st.integers(0, 10**6)))
     weight = torch.randn(shape, generator=random) / shape[-1] ** 0.5
     bias = 0.1 * torch.randn(shape[:3], generator=random)
-    return PrunePlan(layers, last, draw(st.sampled_from([1, 1, 4])), KVProjections(weight, bias, "", taps))
+    return PrunePlan(layers, last, draw(st.sampled_from([1, 1, 4])), KVProjections(layers, weight, bias, "", taps))
 
 
 def plain(plan, **fields):
@@ -294,6 +294,7 @@ def test_extend_is_decode_in_one_go(case):
     cut = min(chunk, 4)
     at_once = [engine.extend(module, part, other) for part in answer.split(cut, dim=1)]
     assert_close(torch.cat(at_once, dim=1), stepwise)
+    assert_close(other.states, cache.states)
     for row in range(len(tokens)):
         assert_close(held(other, row), held(cache, row))
 
@@ -371,6 +372,7 @@ def test_a_reset_cache_is_a_new_cache(case):
     prefill(module, tokens.flip(1), torch.full_like(lengths, tokens.shape[1]), plan, chunk, cache)
     cache.reset()
     assert cache.lengths.tolist() == empty.tolist() == [0] * len(tokens)
+    assert not cache.states.any()
     logits, _ = prefill(module, tokens, lengths, plan, chunk, cache)
     assert torch.equal(logits, expected)
 

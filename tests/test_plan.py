@@ -1,4 +1,5 @@
 import json
+import os
 
 import numpy as np
 import pytest
@@ -6,6 +7,7 @@ import torch
 
 import pop
 from pop import PlanError, PrunePlan
+from pop.projections import KVProjections
 
 
 @pytest.mark.parametrize(
@@ -98,6 +100,25 @@ def test_a_plan_that_cannot_be_written_is_said(tmp_path):
     for folder in ("missing", "file"):
         with pytest.raises(PlanError, match="cannot be written"):
             PrunePlan().save(tmp_path / folder / "plan.json")
+
+
+@pytest.mark.parametrize("path", ["", ".", "/", None, 5])
+def test_a_path_that_is_none_is_said(path):
+    with pytest.raises(PlanError, match="cannot be written"):
+        PrunePlan().save(path)
+    with pytest.raises(PlanError, match="there is no plan file"):
+        PrunePlan.load(path)
+
+
+def test_a_saved_plan_may_be_read_by_others_and_a_link_is_followed(tmp_path):
+    refit = KVProjections((1,), torch.zeros(1, 2, 3, 4), torch.zeros(1, 2, 3), "", 2)
+    (tmp_path / "link").symlink_to(tmp_path / "plan")
+    os.umask(umask := os.umask(0))
+    for plan in (PrunePlan((1,)), PrunePlan((1,), 1, 1, refit)):
+        plan.save(tmp_path / "link")
+        assert (tmp_path / "link").is_symlink()
+        assert PrunePlan.load(tmp_path / "plan") == plan
+        assert (tmp_path / "plan").stat().st_mode & 0o777 == 0o666 & ~umask
 
 
 def test_a_failed_save_leaves_the_old_plan(tmp_path, monkeypatch):

@@ -49,14 +49,14 @@ from baselines import BASELINES, Contender, calibration_windows  # noqa: E402
 from evaluate_report import plot, report, write_whole  # noqa: E402
 
 import pop  # noqa: E402
-from pop.calibrate import PYTHON, builtin_texts  # noqa: E402
+from pop.calibrate import builtin_texts  # noqa: E402
 from pop.cli import parse_prune  # noqa: E402
 from pop.demo import machine  # noqa: E402
 from pop.errors import InputError, PopError, check_count  # noqa: E402
 from pop.importance import check_plot  # noqa: E402
 
 # What pop.calibrate takes where it is given no text: it can't be test text as well.
-BUILTIN = [*(ROOT / "pop/data/calibration").iterdir(), *(ROOT / f"pop/{name}.py" for name in PYTHON)]
+BUILTIN = list((ROOT / "pop/data/calibration").iterdir())
 CODE = ("argparse", "difflib", "heapq", "statistics")  # the default texts of the domain code
 TASKS = ("text", "ttft", "generation", "needle", "documents", "human-eval")
 Progress = Callable[[str], None]

@@ -82,14 +82,14 @@ class DecoderLayer(nn.Module):
         return self.self_attn.place(k, v, rope)
 
     def folded_projections(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """K's and V's projection with the norm's weight folded in: weight [2, K * E, D], bias [2, K * E].
+        """K's and V's projection with the norm's weight folded in: weight [2, K * E, D], bias [2, K * E], in float64.
 
         projected(h) is then normalise(h) times these, for a norm without a weight: input_layernorm.normalise.
         """
         projections = (self.self_attn.k_proj, self.self_attn.v_proj)
-        weight = torch.stack([linear.weight for linear in projections]) * self.input_layernorm.weight
+        weight = torch.stack([linear.weight.double() for linear in projections]) * self.input_layernorm.weight.double()
         zero = weight.new_zeros(weight.shape[1])
-        return weight, torch.stack([zero if linear.bias is None else linear.bias for linear in projections])
+        return weight, torch.stack([zero if linear.bias is None else linear.bias.double() for linear in projections])
 
     def queries_keys_values(self, h: torch.Tensor, rope: Rope) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """h [B, T, D] -> q [B, T, H, E], k and v [B, T, K, E]."""
