@@ -50,7 +50,7 @@ def test_the_commands_run_as_printed(smollm2, capsys):
 def test_the_demo_prints_what_the_readme_shows(smollm2, capsys):
     """All but the times: these are of a machine that the README names.
 
-    What is calibrated depends on the built-in texts, this package's code among them, and drifts a little with them.
+    The answers of calibrated plans are left out too: they turn on the last digits of a fit, which differ by machine.
     """
     assert main(["demo", "--runs", "1", "--max-new-tokens", "48", "--json"]) == 0
     rows = json.loads(capsys.readouterr().out)["rows"]
@@ -63,6 +63,6 @@ def test_the_demo_prints_what_the_readme_shows(smollm2, capsys):
         *_, speedup, limit, kl = line.split()
         assert speedup.endswith("x")
         assert limit == f"{row['speedup_limit']:.2f}x"
-        assert float(kl) == pytest.approx(row["kl_nats"], rel=0.15 if row["taps"] else 0, abs=0.001)
+        assert float(kl) == pytest.approx(row["kl_nats"], rel=0.05 if row["taps"] else 0, abs=0.001)
         (line,) = (line for line in answers.splitlines() if line.startswith(label))
         assert row["taps"] or line.removeprefix(label).strip() == row["answer"]
