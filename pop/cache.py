@@ -29,12 +29,12 @@ class KVCache:
         batch_size = check_count("batch_size", batch_size)
         max_seq_len = check_count("max_seq_len", max_seq_len)
         self.max_seq_len = max_seq_len
-        self.nbytes = self.size_in_bytes(config, batch_size, max_seq_len, dtype)
+        size = self.size_in_bytes(config, batch_size, max_seq_len, dtype)
 
-        wanted = f"a KV cache of {batch_size} x {max_seq_len} tokens takes {self.nbytes:,} bytes"
+        wanted = f"a KV cache of {batch_size} x {max_seq_len} tokens takes {size:,} bytes"
         advice = "ask for fewer rows or a smaller max_seq_len"
         free = _free_bytes(device)
-        if free is not None and self.nbytes > free:
+        if free is not None and size > free:
             raise CacheMemoryError(f"{wanted}, but {device} has {free:,} bytes free; {advice}")
         self.lengths = torch.zeros(batch_size, dtype=torch.int64)
         shape = (batch_size, max_seq_len + 1, config.num_kv_heads, config.head_dim)
@@ -56,6 +56,11 @@ class KVCache:
     def batch_size(self) -> int:
         return self.lengths.shape[0]
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its tensors on the device: `size_in_bytes`."""
+        return sum(tensor.nbytes for tensor in (*self.keys, *self.values, self.states))
+
     def reset(self) -> None:
         """Empty all rows."""
         for slots in (*self.keys, *self.values):
@@ -63,15 +68,24 @@ class KVCache:
         self.states = torch.zeros_like(self.states)
         self.lengths = torch.zeros_like(self.lengths)
 
-    def write(self, layer: int, slots: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
-        """Write k, v [B, T, K, E] at slots [B, T] of `layer`."""
-        rows = torch.arange(self.batch_size, device=slots.device)[:, None]  # [B, 1]
-        self.keys[layer][rows, slots] = k.to(self.keys[layer].dtype)
-        self.values[layer][rows, slots] = v.to(self.values[layer].dtype)
+    def layer(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values of one layer, each [B, S + 1, K, E]: what `write` writes to."""
+        return self.keys[index], self.values[index]
 
-    def read(self, layer: int, filled: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Views of the first `filled` slots of `layer`: k, v [B, filled, K, E]."""
-        return self.keys[layer][:, :filled], self.values[layer][:, :filled]
+    def keep(self, rows: torch.Tensor) -> None:
+        """Keep `rows` [R] of the batch, in that order, and drop the others; memory falls with them."""
+        device_rows = rows.to(self.states.device)
+        for slots in (self.keys, self.values):
+            for index, tensor in enumerate(slots):  # one layer at a time: the copy is small beside the cache
+                slots[index] = tensor[device_rows]
+        self.lengths, self.states = self.lengths[rows], self.states[:, device_rows]
+
+
+def write(keys: torch.Tensor, values: torch.Tensor, slots: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
+    """Write k, v [B, T, K, E] at slots [B, T] of keys and values [B, S + 1, K, E], in place."""
+    rows = torch.arange(slots.shape[0], device=slots.device)[:, None]  # [B, 1]
+    keys[rows, slots] = k.to(keys.dtype)
+    values[rows, slots] = v.to(values.dtype)
 
 
 def _free_bytes(device: torch.device) -> int | None:

@@ -13,6 +13,11 @@ K and V in the cache and attending what is there.
 A calibrated plan (pop/projections.py) puts refit projections in place of the layers' own where K and V of a run are
 written; the full-depth rows keep to the layers' own.
 
+All tensor work on more than one token's h is done by four functions, the `Stages`. They see one layer at a time, its
+weights and its slots of the cache as arguments, so that each is compiled once for all layers (pop/compiling.py), and
+every length of a prompt, of the cache and of a batch is a dimension, never a Python number. What is around them is
+bookkeeping: laid out on the CPU, without waiting for the device.
+
 The only state is the cache, and it counts tokens as held only once their logits are there. Nothing is checked here:
 `pop.Model` does that. Shape letters: see models/layers.py.
 """
@@ -20,17 +25,75 @@ The only state is the cache, and it counts tokens as held only once their logits
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 
-from pop.cache import KVCache
-from pop.models.layers import causal_attention, masked_attention
+from pop.cache import KVCache, write
+from pop.models.layers import causal_attention, linear, masked_attention
 from pop.plan import PrunePlan
+
+# The stages
+
+
+def full_layer(layer, h, rope, slots, keys, values, mask):
+    """A layer at full depth: h [B, T, D] -> [B, T, D]; its K and V go to `slots` before anything is attended.
+
+    keys, values: [B, S + 1, K, E], the layer's part of the cache. mask: [B, T, filled], the slots that each token
+    attends; None: the tokens attend themselves, causally, and nothing else is in the cache.
+    """
+    q, k, v = layer.queries_keys_values(h, rope)
+    write(keys, values, slots, k, v)
+    # Read back even what is fresh: where the batch has padding, the cache has not, and nothing can come out of it.
+    filled = h.shape[1] if mask is None else mask.shape[-1]
+    k, v = keys[:, :filled], values[:, :filled]
+    attended = causal_attention(q, k, v, layer.scale) if mask is None else masked_attention(q, k, v, mask, layer.scale)
+    return layer.update(h, attended)
+
+
+def pruned_layer(layer, h, rope, slots, keys, values):
+    """A pruned layer: its K and V, from the h [B, T, D] that entered the run of pruned layers, and nothing else."""
+    write(keys, values, slots, *layer.keys_values(h, rope))
+
+
+def refit_layer(layer, inputs, weight, bias, rope, slots, keys, values):
+    """A pruned layer of a calibrated plan: K and V of inputs [B, T, taps * D] by weight [2, K * E, taps * D].
+
+    bias: [2, K * E]. One product for both; the inputs are the same for all layers of a run.
+    """
+    k, v = linear(inputs, weight.flatten(0, 1), bias.flatten()).chunk(2, dim=-1)  # [B, T, K * E] each
+    write(keys, values, slots, *layer.placed(k, v, rope))
+
+
+def head(module, h):
+    """h [..., D] behind the last layer -> logits [..., V]."""
+    return module.head(h)
+
+
+class Stages(NamedTuple):
+    """The four functions as the engine calls them: these, or compiled ones."""
+
+    full_layer: Callable = full_layer
+    pruned_layer: Callable = pruned_layer
+    refit_layer: Callable = refit_layer
+    head: Callable = head
+
+
+EAGER = Stages()
+
+# Prefill and decode
 
 
 @torch.no_grad()
 def prefill(
-    module, tokens: torch.Tensor, cache: KVCache, lengths: torch.Tensor, plan: PrunePlan, chunk_size: int
+    module,
+    tokens: torch.Tensor,
+    cache: KVCache,
+    lengths: torch.Tensor,
+    plan: PrunePlan,
+    chunk_size: int,
+    stages: Stages = EAGER,
 ) -> torch.Tensor:
     """Append prompts to the cache and predict what follows each.
 
@@ -42,42 +105,42 @@ def prefill(
     states = cache.states
     for begin in range(0, int(lengths.max()), chunk_size):
         at = Layout.of_chunk(cache, lengths, plan, begin, min(begin + chunk_size, int(lengths.max())), tokens.device)
-        h, states = _chunk(module, tokens[:, begin : begin + at.positions.shape[1]], cache, states, at)
+        h, states = _chunk(module, tokens[:, begin : begin + at.positions.shape[1]], cache, states, at, stages)
         out = at.latest(h, out)
-    logits = module.head(out)
+    logits = stages.head(module, out)
     cache.lengths, cache.states = cache.lengths + lengths, states
     return logits
 
 
 @torch.no_grad()
-def extend(module, tokens: torch.Tensor, cache: KVCache) -> torch.Tensor:
+def extend(module, tokens: torch.Tensor, cache: KVCache, stages: Stages = EAGER) -> torch.Tensor:
     """Append tokens [B, T] at full depth, as decode would one by one. Returns logits [B, T, V] at every position."""
     lengths = torch.full((tokens.shape[0],), tokens.shape[1])
     at = Layout.of_chunk(cache, lengths, PrunePlan.none(), 0, tokens.shape[1], tokens.device)
-    h, states = _chunk(module, tokens, cache, cache.states, at)
-    logits = module.head(h)
+    h, states = _chunk(module, tokens, cache, cache.states, at, stages)
+    logits = stages.head(module, h)
     cache.lengths, cache.states = cache.lengths + lengths, states
     return logits
 
 
 @torch.no_grad()
-def decode(module, tokens: torch.Tensor, cache: KVCache) -> torch.Tensor:
+def decode(module, tokens: torch.Tensor, cache: KVCache, stages: Stages = EAGER) -> torch.Tensor:
     """Append one token a row at full depth: tokens [B] -> logits [B, V] of what follows.
 
     A row that is full already may be stepped with the others: its token goes to the spare slot and its logits mean
     nothing.
     """
-    filled = min(int(cache.lengths.max()) + 1, cache.max_seq_len)
+    filled = max(2, min(int(cache.lengths.max()) + 1, cache.max_seq_len))
     positions = cache.lengths[:, None].to(tokens.device)  # [B, 1]
     slots = positions.clamp(max=cache.max_seq_len)
-    mask = _visible(positions, filled)  # [B, 1, filled]
+    mask = visible(positions, filled)  # [B, 1, filled]
     h = module.embed(tokens[:, None])  # [B, 1, D]
     rope = module.rope(positions)
     states = []
-    for index in range(len(module.layers)):
+    for index, layer in enumerate(module.layers):
         states.append(h[:, 0])
-        h = _full_layer(module, index, h, rope, slots, cache, filled, mask)
-    logits = module.head(h[:, 0])
+        h = stages.full_layer(layer, h, rope, slots, *cache.layer(index), mask)
+    logits = stages.head(module, h)[:, 0]  # [B, V]
     cache.lengths, cache.states = cache.lengths + 1, torch.stack(states)
     return logits
 
@@ -87,8 +150,10 @@ class Layout:
     """Which token of a chunk is where. Laid out on the CPU, without waiting for the device, then moved there.
 
     positions, slots: [B, C], of each token in its sequence, and of its K and V in the cache.
-    filled: slots of the cache that are filled behind the chunk, in the longest row.
-    fresh: the cache was empty: the chunk attends itself alone and causally, without a mask.
+    filled: slots of the cache that are filled behind the chunk, in the longest row, and at least 2: torch compiles a
+        size of 1 by itself.
+    fresh: the cache was empty, so the chunk attends itself alone and causally, without a mask; false for one token,
+        which is laid out as decode does.
     rows: [B, W], which tokens are the full-depth rows f: W distinct ones, others as filling where a row has fewer.
     rows_valid: [B, W], false for the filling. rows_positions, rows_slots: [B, W], as above.
     last: [B], each row's last token in the chunk. last_row: [B], that token among the rows f, -1 if it is not.
@@ -142,8 +207,8 @@ class Layout:
         }
         return cls(
             plan=plan,
-            filled=int((start + lengths.clamp(max=end)).max()),
-            fresh=begin == 0 and not start.any(),
+            filled=max(2, int((start + lengths.clamp(max=end)).max())),
+            fresh=begin == 0 and end > 1 and not start.any(),
             **{name: tensor.to(device) for name, tensor in tensors.items()},
         )
 
@@ -159,7 +224,7 @@ class Layout:
         return out if before is None else torch.where(self.holds_last[:, None], out, before)
 
 
-def _chunk(module, tokens, cache, states, at: Layout):
+def _chunk(module, tokens, cache, states, at: Layout, stages: Stages):
     """One chunk through all layers: tokens [B, C] -> h [B, C, D], final where at full depth, and the new states.
 
     states: [L, B, D], see KVCache.
@@ -167,53 +232,45 @@ def _chunk(module, tokens, cache, states, at: Layout):
     h = module.embed(tokens)  # [B, C, D]
     rope = module.rope(at.positions)
     rows_rope = module.rope(at.rows_positions)
-    mask = None if at.fresh else _visible(at.positions, at.filled)
-    rows_mask = _visible(at.rows_positions, at.filled)  # [B, W, filled]
+    mask = None if at.fresh else visible(at.positions, at.filled)
+    rows_mask = visible(at.rows_positions, at.filled)  # [B, W, filled]
     W = at.rows.shape[1]
     new_states = []
     for pruned, run in at.plan.runs(len(module.layers)):
         if not pruned:
             for index in run:
                 new_states.append(at.latest(h, states[index]))
-                h = _full_layer(module, index, h, rope, at.slots, cache, at.filled, mask)
+                h = stages.full_layer(module.layers[index], h, rope, at.slots, *cache.layer(index), mask)
             continue
-        for index, k, v in _pruned_keys_values(module, run, h, rope, states[run[0]], at.plan):
-            cache.write(index, at.slots, k, v)
+        _pruned_run(module, run, h, rope, states[run[0]], cache, at, stages)
         rows = at.rows[..., None].expand(-1, -1, h.shape[2])  # [B, W, D]
         f = before = h.gather(1, rows)
         for index in run:
             new_states.append(at.latest(h, states[index], f if W else None))
             if W:
-                f = _full_layer(module, index, f, rows_rope, at.rows_slots, cache, at.filled, rows_mask)
+                layer, slots = module.layers[index], at.rows_slots
+                f = stages.full_layer(layer, f, rows_rope, slots, *cache.layer(index), rows_mask)
         h = h.scatter(1, rows, f.where(at.rows_valid[..., None], before))
     return h, torch.stack(new_states)
 
 
-def _pruned_keys_values(module, run, h, rope, state, plan):
-    """Yield (index, k, v [B, C, K, E]) of each layer of a run of pruned layers, all from the h that enters it.
+def _pruned_run(module, run, h, rope, state, cache, at: Layout, stages: Stages):
+    """Write K and V of a run of pruned layers, all from the h [B, C, D] that enters it.
 
     state: [B, D], the h that entered the run at the token before the chunk.
     """
-    if plan.projections is None:
+    refit = at.plan.projections
+    if refit is None:
         for index in run:
-            yield index, *module.layers[index].keys_values(h, rope)
+            stages.pruned_layer(module.layers[index], h, rope, at.slots, *cache.layer(index))
         return
     normalise = module.layers[run[0]].input_layernorm.normalise
-    inputs = plan.projections.inputs(normalise(h), normalise(state))
-    for number, index in enumerate(run, start=plan.layers.index(run[0])):
-        yield index, *module.layers[index].placed(*plan.projections.project(number, inputs), rope)
+    inputs = refit.inputs(normalise(h), normalise(state))  # [B, C, taps * D]
+    for number, index in enumerate(run, start=at.plan.layers.index(run[0])):
+        projection = refit.per_layer[number]
+        stages.refit_layer(module.layers[index], inputs, *projection, rope, at.slots, *cache.layer(index))
 
 
-def _full_layer(module, index, h, rope, slots, cache, filled, mask):
-    """One layer at full depth: h [B, T, D] -> [B, T, D]; its K and V go to `slots` before anything is attended."""
-    layer = module.layers[index]
-    q, k, v = layer.queries_keys_values(h, rope)
-    cache.write(index, slots, k, v)
-    k, v = cache.read(index, filled)
-    attended = causal_attention(q, k, v, layer.scale) if mask is None else masked_attention(q, k, v, mask, layer.scale)
-    return layer.update(h, attended)
-
-
-def _visible(positions: torch.Tensor, filled: int) -> torch.Tensor:
+def visible(positions: torch.Tensor, filled: int) -> torch.Tensor:
     """Which of the first `filled` slots each token may attend, up to its own: [B, T] -> [B, T, filled] bool."""
     return torch.arange(filled, device=positions.device) <= positions[..., None]

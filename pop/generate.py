@@ -11,7 +11,6 @@ from numbers import Integral, Real
 
 import torch
 
-from pop import engine
 from pop.chat import chat_format
 from pop.errors import InputError, UnsupportedError, check_count
 from pop.tokenizers import StreamDecoder
@@ -63,6 +62,10 @@ class Sampler:
             torch.Generator().manual_seed(secrets.randbits(63) if seed is None else int(seed))
             for _ in range(batch_size)
         ]
+
+    def keep(self, rows: list[int]) -> None:
+        """Go on with these rows of the batch, in this order."""
+        self.generators = [self.generators[row] for row in rows]
 
     def __call__(self, logits: torch.Tensor) -> torch.Tensor:
         """logits [B, V] float32 -> tokens [B]."""
@@ -173,12 +176,21 @@ class Run:
         logits = model.prefill(padded, cache, lengths=[len(prompt) for prompt in self.prompts], plan=self.plan)
         # An embedding may be padded beyond the tokenizer's vocabulary: such ids have no text and are never picked.
         known = model.config.vocab_size if model.tokenizer is None else model.tokenizer.vocab_size
+        rows = list(range(len(answers)))  # the answer that each row of the cache belongs to
         while True:
             tokens = self.sampler(logits[:, :known])
-            yield [answer.push(token) for answer, token in zip(answers, tokens.tolist(), strict=True)]
-            if all(answer.finish_reason for answer in answers):
+            pieces = [""] * len(answers)
+            for row, token in zip(rows, tokens.tolist(), strict=True):
+                pieces[row] = answers[row].push(token)
+            yield pieces
+            unfinished = [place for place, row in enumerate(rows) if not answers[row].finish_reason]
+            if not unfinished:
                 return
-            logits = engine.decode(model.module, tokens, cache)
+            if len(unfinished) < len(rows):  # the others leave the batch
+                rows, tokens = [rows[place] for place in unfinished], tokens[unfinished]
+                cache.keep(torch.tensor(unfinished))
+                self.sampler.keep(unfinished)
+            logits = model.decode(tokens, cache)
 
     def generations(self, seconds: list[float]) -> list[Generation]:
         """The answers behind `steps`; seconds[n]: from the call to the batch's n-th token."""

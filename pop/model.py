@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import logging
 import os
 import time
 from collections.abc import Iterator, Sequence
@@ -20,12 +21,15 @@ from pop import engine, models, registry
 from pop.cache import KVCache
 from pop.chat import chat_format
 from pop.checkpoint import load_weights
+from pop.compiling import SMALLEST, Compiled, obstacle
 from pop.config import DTYPES, read_config
 from pop.errors import ContextOverflow, InputError, PlanError, TokenizerError, UnsupportedError, check_count
 from pop.generate import Generation, Run
 from pop.plan import PrunePlan
 from pop.projections import fingerprint
 from pop.tokenizers import load_tokenizer
+
+logger = logging.getLogger(__name__)
 
 
 def load(
@@ -46,13 +50,13 @@ def load(
     prune: "default" (the deepest floor(L/3) layers), None (full depth), a fraction of the layers, or a PrunePlan.
     max_seq_len: the most tokens that a cache may hold a row (the last token of an answer needs no slot); None takes
         the model's full context.
-    compile: "auto" or False. The compiled stages are not there yet: both run eagerly, and True is refused.
-    progress: show a bar on stderr while large weights load.
+    compile: True compiles prefill and decode by torch.compile, when they are first used or by `model.warmup`; False
+        does not; "auto" does where it works, unless the model is tiny.
+    progress: show a bar on stderr while large weights load, and a note while prefill and decode compile.
 
     Raises UnknownModel, WeightsNotFound, ConfigError, CheckpointError, TokenizerError, PlanError or InputError.
     """
-    if compile not in ("auto", False):
-        raise UnsupportedError(f"compile={compile!r} is not supported yet; use compile='auto'")
+    _check_compile(compile)
     device = _device(device)
     if dtype not in (None, *DTYPES.values()):
         raise InputError(f"dtype is {dtype!r}; give torch.float32, torch.bfloat16, torch.float16, or None")
@@ -67,7 +71,8 @@ def load(
     with torch.device("meta"):
         module = models.build(config)
     load_weights(folder, module, dtype=dtype or config.dtype, device=device, progress=progress)
-    return Model(module.eval(), config, tokenizer, plan=plan, max_seq_len=max_seq_len)
+    options = {"plan": plan, "max_seq_len": max_seq_len, "compile": compile, "progress": progress}
+    return Model(module.eval(), config, tokenizer, **options)
 
 
 SCORED_AT_ONCE = 256  # tokens of a continuation, whose logits [T, V] are in memory together
@@ -80,14 +85,28 @@ class Model:
     config: the frozen dataclass of its sizes. tokenizer: None if the checkpoint had none.
     plan: the PrunePlan of every prefill that is not given another.
     max_seq_len: the most tokens that a cache may hold a row. chunk_size: tokens of a prompt that prefill runs at once.
+    compile, progress: as in `load`.
     """
 
-    def __init__(self, module, config, tokenizer=None, *, plan=None, max_seq_len=None, chunk_size: int = 2048):
+    def __init__(
+        self,
+        module,
+        config,
+        tokenizer=None,
+        *,
+        plan=None,
+        max_seq_len=None,
+        chunk_size: int = 2048,
+        compile="auto",
+        progress: bool = False,
+    ):
+        _check_compile(compile)
         self.module, self.config, self.tokenizer = module, config, tokenizer
         self.plan = _plan(plan, config.num_layers)
         self.resolve(self.plan)  # does it fit the weights?
         self.max_seq_len = _max_seq_len(max_seq_len, config)
         self.chunk_size = check_count("chunk_size", chunk_size)
+        self._compile, self._progress = compile, progress
 
     @property
     def device(self) -> torch.device:
@@ -125,13 +144,42 @@ class Model:
         self._check_cache(cache, lengths)
         plan = self.resolve(plan)
         chunk_size = self.chunk_size if chunk_size is None else check_count("chunk_size", chunk_size)
-        return engine.prefill(self.module, tokens, cache, lengths, plan, chunk_size)
+        stages = self._stages(len(tokens), plan)
+        return engine.prefill(self.module, tokens, cache, lengths, plan, chunk_size, stages)
 
     def decode(self, tokens, cache: KVCache) -> torch.Tensor:
         """Append one token a row, at full depth: tokens [B] -> logits [B, V] float32."""
         tokens = self._tokens(tokens, dims=1)
         self._check_cache(cache, torch.ones(tokens.shape[0], dtype=torch.int64))
-        return engine.decode(self.module, tokens, cache)
+        return engine.decode(self.module, tokens, cache, self._stages(len(tokens)))
+
+    def warmup(self, batch_size: int = 1, plans: Sequence[PrunePlan] = ()) -> None:
+        """Compile what prefill and decode need, so that nothing compiles later; a model that runs eagerly stays so.
+
+        batch_size: 1 for one prompt at a time; any larger number for one prompt and every size of a batch.
+        plans: those in use beside the model's. Plans differ here in whether they are calibrated, and with how many
+        taps: which layers they prune makes no difference.
+        """
+        for rows in (1, 2)[: check_count("batch_size", batch_size)]:
+            for plan in (None, *plans):
+                self._stages(rows, self.resolve(plan))
+
+    def _stages(self, rows: int, plan: PrunePlan = PrunePlan.none()) -> engine.Stages:  # noqa: B008 (it is frozen)
+        return self._compiled.stages(rows, plan) if self._compiled else engine.EAGER
+
+    @functools.cached_property
+    def _compiled(self) -> Compiled | None:
+        """The compiled stages, or None if the model runs eagerly: decided when they are first asked for."""
+        if not self._compile:
+            return None
+        if self._compile == "auto" and sum(weight.numel() for weight in self.module.parameters()) < SMALLEST:
+            return None
+        if reason := obstacle(self.device.type):
+            if self._compile is True:
+                raise UnsupportedError(f"nothing can be compiled here ({reason}); use compile='auto' or False")
+            logger.warning("pop runs without torch.compile, which fails here: %s", reason)
+            return None
+        return Compiled(self.module, device=self.device, dtype=self.dtype, progress=self._progress)
 
     @torch.no_grad()
     def logits(self, tokens, images=None, videos=None) -> torch.Tensor:
@@ -221,7 +269,7 @@ class Model:
         total = _log_prob(logits, targets[:1])
         for begin in range(0, len(answer) - 1, SCORED_AT_ONCE):
             fed = targets[:-1][begin : begin + SCORED_AT_ONCE]
-            logits = engine.extend(self.module, fed[None], cache)[0]  # [T, V]
+            logits = engine.extend(self.module, fed[None], cache, self._stages(1))[0]  # [T, V]
             total += _log_prob(logits, targets[1:][begin : begin + SCORED_AT_ONCE])
         return total
 
@@ -363,6 +411,11 @@ def _plan(prune, num_layers: int) -> PrunePlan:
     if isinstance(prune, (int, float)):
         return PrunePlan.deepest(num_layers, prune)
     raise PlanError(f"the plan is {prune!r}; it must be 'default', None, a fraction of the layers, or a PrunePlan")
+
+
+def _check_compile(compile) -> None:
+    if compile not in ("auto", True, False):
+        raise InputError(f"compile is {compile!r}; it is 'auto', True or False")
 
 
 def _max_seq_len(max_seq_len, config) -> int:

@@ -13,10 +13,10 @@ and likewise v_t. K's norm, where the family has one, and the rotary position fo
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 
 import torch
-import torch.nn.functional as F
 
 from pop.config import DTYPES
 from pop.errors import PlanError
@@ -65,7 +65,7 @@ class KVProjections:
         return hash((self.layers, self.fingerprint, self.taps))
 
     def __getstate__(self) -> dict:
-        return self.__dict__ | {"_copy": None}
+        return {name: value for name, value in self.__dict__.items() if name != "per_layer"} | {"_copy": None}
 
     def to(self, device: torch.device, dtype: torch.dtype) -> KVProjections:
         """The same projections on `device` in `dtype`; the last copy is kept for the next call that asks for it."""
@@ -77,17 +77,21 @@ class KVProjections:
             self._copy = copy = KVProjections(self.layers, weight, bias, self.fingerprint, self.taps)
         return copy
 
+    @functools.cached_property
+    def per_layer(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """The weight [2, K * E, taps * D] and bias [2, K * E] of each layer: the same memory, but no views to torch.
+
+        Compiled code is held to the size of what a view is a view of.
+        """
+        alias = lambda view: view.new_empty(0).set_(view)  # noqa: E731
+        return [(alias(weight), alias(bias)) for weight, bias in zip(self.weight, self.bias, strict=True)]
+
     def inputs(self, x: torch.Tensor, previous: torch.Tensor) -> torch.Tensor:
         """All projections of a run read this: x [B, T, D], the x before it [B, D] -> [B, T, taps * D]."""
         if self.taps == 1:
             return x
         before = torch.cat((previous[:, None], x[:, :-1]), dim=1)  # [B, T, D]
         return torch.cat((x, before), dim=-1)
-
-    def project(self, layer: int, inputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """k, v [B, T, K * E] of the plan's layer number `layer`, from inputs [B, T, taps * D]."""
-        out = F.linear(inputs, self.weight[layer].flatten(0, 1), self.bias[layer].flatten())
-        return out.chunk(2, dim=-1)
 
 
 SAMPLES = 2**20  # of the values of each parameter, at most, that the fingerprint looks at

@@ -59,7 +59,7 @@ def test_dtype_none_keeps_the_checkpoints(tmp_path):
         ({"device": "cuda:99"}, pop.InputError, "device is 'cuda:99', which cannot be used here"),
         ({"max_seq_len": 0}, pop.InputError, "max_seq_len is 0"),
         ({"max_seq_len": 513}, pop.ContextOverflow, "max_seq_len is 513, but the model's context is 512"),
-        ({"compile": True}, pop.UnsupportedError, "compile=True is not supported yet"),
+        ({"compile": "always"}, pop.InputError, "compile is 'always'"),
     ],
 )
 def test_a_bad_option_is_refused_before_weights_are_read(folder, options, error, message, monkeypatch):

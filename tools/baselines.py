@@ -24,6 +24,7 @@ from torch import nn
 
 import pop
 from pop import engine
+from pop.cache import write
 from pop.cost import prefill_flops
 from pop.errors import InputError, UnsupportedError
 from pop.models.layers import causal_attention, masked_attention
@@ -262,10 +263,10 @@ class NoBoundary(Contender):
         slots = torch.arange(len(tokens), device=h.device)[None]  # [1, T]
         for index, layer in enumerate(module.layers):
             if index in self.plan.layers:
-                cache.write(index, slots, *layer.keys_values(h, rope))
+                write(*cache.layer(index), slots, *layer.keys_values(h, rope))
             else:
                 q, k, v = layer.queries_keys_values(h, rope)
-                cache.write(index, slots, k, v)
+                write(*cache.layer(index), slots, k, v)
                 h = layer.update(h, causal_attention(q, k, v, layer.scale))
         cache.lengths += len(tokens)
         return module.head(h[0, -1])
@@ -287,7 +288,7 @@ class NoKV(Contender):
         for index, layer in enumerate(module.layers):
             rows = boundary if index in self.plan.layers else everyone
             q, k, v = layer.queries_keys_values(h[:, rows], [table[:, rows] for table in rope])
-            cache.write(index, slots[:, rows], k, v)
+            write(*cache.layer(index), slots[:, rows], k, v)
             h[:, rows] = layer.update(h[:, rows], causal_attention(q, k, v, layer.scale))
         cache.lengths += len(tokens)
         cache.boundary = len(tokens) - 1  # for `extend`: in pruned layers, the slots before it hold nothing
@@ -305,8 +306,9 @@ class NoKV(Contender):
         for index, layer in enumerate(module.layers):
             mask = visible & (slots >= cache.boundary) if index in self.plan.layers else visible
             q, k, v = layer.queries_keys_values(h, rope)
-            cache.write(index, positions, k, v)
-            h = layer.update(h, masked_attention(q, *cache.read(index, end), mask, layer.scale))
+            write(*cache.layer(index), positions, k, v)
+            keys, values = (part[:, :end] for part in cache.layer(index))
+            h = layer.update(h, masked_attention(q, keys, values, mask, layer.scale))
         cache.lengths += len(tokens)
         return module.head(h[0])
 

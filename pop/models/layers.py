@@ -19,6 +19,42 @@ from pop.config import RopeConfig
 
 Rope = tuple[torch.Tensor, torch.Tensor]  # cos, sin of the pairs: each [B, T, 1, E/2] float32
 
+# Processors with AVX2 alone have no fast products of 16-bit numbers; those with AVX-512 and GPUs do.
+WIDENED = torch.backends.cpu.get_cpu_capability() == "AVX2"
+
+
+class Linear(nn.Linear):
+    """nn.Linear, by whichever product is fastest."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return linear(x, self.weight, self.bias)
+
+
+def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """x [B, T, in], or [B, in] and [in] for one token a row; weight [out, in], bias [out] -> likewise with `out`.
+
+    On a CPU the general product is far from the machine's limit in two cases. With one token a row, as in decode,
+    time is what it takes to read the weights, and in float32 a plain multiply-and-sum (compiled) or the transposed
+    product reads them up to three times faster. And where there are no products of 16-bit numbers, many tokens are
+    worth a copy of the weights in float32.
+    """
+    if x.device.type != "cpu":
+        return F.linear(x, weight, bias)
+    one_token = x.dim() < 3 or x.shape[-2] == 1
+    if not one_token and WIDENED and x.dtype != torch.float32:
+        return F.linear(x.float(), weight.float(), None if bias is None else bias.float()).to(x.dtype)
+    if not one_token or x.dtype != torch.float32:
+        return F.linear(x, weight, bias)
+    rows = x.reshape(-1, x.shape[-1])  # [B, in]
+    if rows.shape[0] > 1:
+        out = (weight @ rows.T).T.contiguous()  # [B, out]
+    elif torch.compiler.is_compiling() and rows.shape[1] <= 4096:  # a longer sum is compiled to slower code
+        out = (weight * rows).sum(-1)[None]  # [1, out]
+    else:
+        out = F.linear(rows, weight)
+    out = out if bias is None else out + bias
+    return out.reshape(*x.shape[:-1], -1)
+
 
 class RMSNorm(nn.Module):
     """x / rms(x) * weight, over the last dimension. The statistics are float32 whatever the weights are."""
@@ -75,7 +111,7 @@ def rotate(x: torch.Tensor, rope: Rope) -> torch.Tensor:
 def causal_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
     """Each token attends itself and what is before it: q [B, T, H, E], k and v [B, T, K, E] -> [B, T, H * E]."""
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # heads before tokens
-    out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
+    out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True)
     return out.transpose(1, 2).flatten(2)
 
 
@@ -84,12 +120,23 @@ def masked_attention(
 ) -> torch.Tensor:
     """q [B, T, H, E] attends the slots of k and v [B, S, K, E] where mask [B, T, S] is true -> [B, T, H * E]."""
     B, T, H, E = q.shape
+    if T == 1 and q.device.type == "cpu" and torch.compiler.is_compiling():
+        return _one_token_attention(q, k, v, mask, scale)
     k, v, mask = k.transpose(1, 2), v.transpose(1, 2), mask[:, None]  # [B, K, S, E] and [B, 1, T, S]
     if T == 1:
         # The G query heads of a group take the place of the tokens: no copy of K and V a query head.
         q = q.view(B, k.shape[1], -1, E)  # [B, K, G, E]
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale).reshape(B, 1, H * E)
-    out = F.scaled_dot_product_attention(
-        q.transpose(1, 2), k, v, attn_mask=mask, scale=scale, enable_gqa=k.shape[1] != H
-    )
+    q = q.transpose(1, 2)  # [B, H, T, E]
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=True)
     return out.transpose(1, 2).flatten(2)
+
+
+def _one_token_attention(q, k, v, mask, scale):
+    """masked_attention for T = 1, written out: compiled, it reads K and V once, in their place and in their dtype."""
+    B, S, K, E = k.shape
+    q = q.view(B, 1, K, -1, E).float() * scale  # [B, 1, K, G, E]
+    scores = (q * k[:, :, :, None].float()).sum(-1)  # [B, S, K, G]
+    weights = scores.masked_fill(~mask.view(B, S, 1, 1), -math.inf).softmax(1)
+    out = (weights[..., None] * v[:, :, :, None].float()).sum(1)  # [B, K, G, E]
+    return out.reshape(B, 1, -1).to(v.dtype)

@@ -19,7 +19,16 @@ import torch.nn.functional as F
 from torch import nn
 
 from pop.config import LlamaConfig
-from pop.models.layers import RMSNorm, Rope, causal_attention, rope_frequencies, rope_tables, rotate
+from pop.models.layers import (
+    Linear,
+    RMSNorm,
+    Rope,
+    causal_attention,
+    linear,
+    rope_frequencies,
+    rope_tables,
+    rotate,
+)
 
 
 class Attention(nn.Module):
@@ -27,10 +36,10 @@ class Attention(nn.Module):
         super().__init__()
         self.head_dim = config.head_dim
         D, bias = config.hidden_size, config.attention_bias
-        self.q_proj = nn.Linear(D, config.num_heads * config.head_dim, bias=bias)
-        self.k_proj = nn.Linear(D, config.num_kv_heads * config.head_dim, bias=bias)
-        self.v_proj = nn.Linear(D, config.num_kv_heads * config.head_dim, bias=bias)
-        self.o_proj = nn.Linear(config.num_heads * config.head_dim, D, bias=bias)
+        self.q_proj = Linear(D, config.num_heads * config.head_dim, bias=bias)
+        self.k_proj = Linear(D, config.num_kv_heads * config.head_dim, bias=bias)
+        self.v_proj = Linear(D, config.num_kv_heads * config.head_dim, bias=bias)
+        self.o_proj = Linear(config.num_heads * config.head_dim, D, bias=bias)
 
     def queries(self, x: torch.Tensor, rope: Rope) -> torch.Tensor:
         q = self.q_proj(x).unflatten(-1, (-1, self.head_dim))  # [B, T, H, E]
@@ -51,9 +60,9 @@ class MLP(nn.Module):
     def __init__(self, config: LlamaConfig):
         super().__init__()
         D, inner, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
-        self.gate_proj = nn.Linear(D, inner, bias=bias)
-        self.up_proj = nn.Linear(D, inner, bias=bias)
-        self.down_proj = nn.Linear(inner, D, bias=bias)
+        self.gate_proj = Linear(D, inner, bias=bias)
+        self.up_proj = Linear(D, inner, bias=bias)
+        self.down_proj = Linear(inner, D, bias=bias)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
@@ -126,7 +135,7 @@ class Llama(nn.Module):
         self.config = config
         self.model = Decoder(config)
         if not config.tie_embeddings:
-            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+            self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
 
     @property
     def layers(self) -> nn.ModuleList:
@@ -143,7 +152,7 @@ class Llama(nn.Module):
     def head(self, h: torch.Tensor) -> torch.Tensor:
         """h [..., D] -> logits [..., V] float32."""
         head = self.model.embed_tokens if self.config.tie_embeddings else self.lm_head
-        return F.linear(self.model.norm(h), head.weight).float()
+        return linear(self.model.norm(h), head.weight).float()
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         """tokens [B, T] int -> logits [B, T, V] float32 at every position."""

@@ -1,0 +1,196 @@
+"""Compiled prefill and decode: equal to eager, never compiled again once warm, and off where nothing can compile."""
+
+import dataclasses
+import logging
+import random
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from test_method import batches, plans
+from tiny import random_llama, tiny_config
+
+import pop
+from pop import compiling
+from pop.models import layers
+
+PROMPT = 40  # tokens, at most
+requires_compiler = pytest.mark.skipif(
+    compiling.obstacle("cpu") is not None, reason=f"nothing can be compiled: {compiling.obstacle('cpu')}"
+)
+
+
+@pytest.fixture(scope="module")
+def pair():
+    """One model twice, compiled and eager; the compiled one is warm for everything."""
+    module = random_llama(tiny_config(max_positions=6000), seed=5)
+    compiled, eager = (pop.Model(module, module.config, compile=choice, chunk_size=16) for choice in (True, False))
+    calibrated = refit(module, compiled.fingerprint, taps=2)
+    compiled.warmup(3, [pop.PrunePlan((0,)), calibrated, refit(module, compiled.fingerprint, taps=1)])
+    return compiled, eager
+
+
+def refit(module, fingerprint, taps):
+    config, drawn = module.config, torch.Generator().manual_seed(taps)
+    shape = (2, 2, config.num_kv_heads * config.head_dim, taps * config.hidden_size)
+    weight = torch.randn(shape, generator=drawn) / shape[-1] ** 0.5
+    projections = pop.projections.KVProjections((1, 3), weight, weight[..., 0].clone(), fingerprint, taps)
+    return pop.PrunePlan((1, 3), full_depth_first=1, projections=projections)
+
+
+@pytest.fixture
+def nothing_compiles():
+    torch.compiler.set_stance("fail_on_recompile")
+    yield
+    torch.compiler.set_stance("default")
+
+
+@requires_compiler
+@given(st.data())
+def test_compiled_equals_eager_and_never_compiles_again(pair, data):
+    """Any plan, batch, padding, chunk and cache: logits within 1e-4 of their scale, from graphs that are there."""
+    compiled, eager = pair
+    plan = data.draw(plans(compiled.config))
+    if plan.projections is not None:
+        plan.projections.fingerprint = compiled.fingerprint
+    tokens, lengths = data.draw(batches(compiled.config.vocab_size, max_rows=4, max_tokens=PROMPT))
+    slots = PROMPT + 8 + data.draw(st.integers(0, 9))
+    chunk = data.draw(st.sampled_from([2, 7, 16, 100]))
+    torch.compiler.set_stance("fail_on_recompile")
+    try:
+        results = []
+        for model in (compiled, eager):
+            cache = model.new_cache(len(tokens), slots)
+            logits = [model.prefill(tokens, cache, lengths=lengths, plan=plan, chunk_size=chunk)]
+            logits += [model.decode(tokens[:, 0], cache) for _ in range(2)]
+            logits.append(model.prefill(tokens[:, :3], cache, plan=plan))  # the next turn of a conversation
+            results.append(torch.stack(logits))
+    finally:
+        torch.compiler.set_stance("default")
+    error = (results[0] - results[1]).abs().max() / results[1].std()
+    assert error < 1e-4
+
+
+@requires_compiler
+def test_a_long_cache_needs_no_new_graph(pair, nothing_compiles):
+    """Beyond 4096 filled slots another graph decodes: it is warm, and right."""
+    compiled, eager = pair
+    drawn = torch.Generator().manual_seed(0)
+    for rows in (1, 2):
+        logits = []
+        for model in (compiled, eager):
+            cache = model.new_cache(rows, 5000)
+            cache.lengths[:] = 4500
+            for part in (*cache.keys, *cache.values):
+                part[:, :4500] = torch.randn(part[:1, :4500].shape, generator=drawn.manual_seed(len(logits) * 0))
+            logits.append(model.decode([5] * rows, cache))
+        assert (logits[0] - logits[1]).abs().max() < 1e-4 * logits[1].std()
+
+
+@requires_compiler
+def test_generate_compiles_nothing_for_any_prompt_or_setting(pair, nothing_compiles):
+    """Rows of different lengths, whose answers end at different times, sampled and greedy, equal the eager model's."""
+    compiled, eager = pair
+    drawn = random.Random(0)
+    for rows, settings in ((1, {}), (3, {"temperature": 0.8, "top_k": 9, "seed": 3}), (4, {"top_p": 0.5, "seed": 1})):
+        prompts = [[drawn.randrange(60) for _ in range(drawn.choice([1, 2, 17, 33]))] for _ in range(rows)]
+        answers = [model.generate(prompts, max_new_tokens=9, **settings) for model in (compiled, eager)]
+        assert [answer.tokens for answer in answers[0]] == [answer.tokens for answer in answers[1]]
+
+
+@requires_compiler
+def test_no_graph_break_and_few_graphs():
+    """Each stage is one graph (fullgraph) in a handful of versions, however many layers the model has."""
+    counts = []
+    for num_layers in (2, 5):
+        torch._dynamo.utils.counters.clear()
+        module = random_llama(tiny_config(num_layers=num_layers), seed=1)
+        model = pop.Model(module, module.config, compile=True, plan=0.5)
+        model.warmup(1)
+        counts.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+        assert not torch._dynamo.utils.counters["graph_break"]
+    assert counts[0] == counts[1] <= 8
+
+
+def test_tiny_models_run_eagerly_by_default():
+    module = random_llama(tiny_config(), seed=1)
+    assert pop.Model(module, module.config)._compiled is None
+
+
+def test_where_nothing_compiles_auto_says_so_once_and_true_is_refused(monkeypatch, caplog):
+    monkeypatch.setattr("pop.model.obstacle", lambda device: "InvalidCxxCompiler: none found")
+    monkeypatch.setattr("pop.model.SMALLEST", 0)
+    module = random_llama(tiny_config(), seed=1)
+    model = pop.Model(module, module.config)
+    with caplog.at_level(logging.WARNING):
+        model.warmup()
+        assert model.generate([1, 2, 3], max_new_tokens=2).tokens
+    assert [record.getMessage() for record in caplog.records] == [
+        "pop runs without torch.compile, which fails here: InvalidCxxCompiler: none found"
+    ]
+    with pytest.raises(pop.UnsupportedError, match="nothing can be compiled here .InvalidCxxCompiler"):
+        pop.Model(module, module.config, compile=True).warmup()
+
+
+def test_an_obstacle_is_found_and_named(monkeypatch):
+    def broken(*args, **options):
+        raise RuntimeError("no compiler\nand a long story")
+
+    monkeypatch.setattr(torch, "compile", broken)
+    assert compiling.obstacle.__wrapped__("cpu") == "RuntimeError: no compiler"
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (3, 1), (1, 5), (2, 5), (4,), ()])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("biased", [True, False])
+def test_every_product_is_the_same_product(monkeypatch, shape, dtype, biased):
+    """`linear` picks between products by shape, dtype and processor; float64 says what they all are."""
+    drawn = torch.Generator().manual_seed(1)
+    x = torch.randn(*shape, 24, generator=drawn).to(dtype)
+    weight, bias = torch.randn(10, 24, generator=drawn).to(dtype), torch.randn(10, generator=drawn).to(dtype)
+    wanted = x.double() @ weight.double().T + (bias.double() if biased else 0)
+    tolerance = {torch.float32: 1e-5, torch.bfloat16: 0.05, torch.float16: 0.01}[dtype]
+    for widened in (True, False):
+        monkeypatch.setattr(layers, "WIDENED", widened)
+        out = layers.linear(x, weight, bias if biased else None)
+        assert out.dtype == dtype and out.shape == wanted.shape
+        assert (out.double() - wanted).abs().max() < tolerance
+
+
+@requires_compiler
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rows", [1, 3])
+def test_one_token_attention_is_attention(dtype, rows):
+    """Written out for the compiler, attention of one token is scaled_dot_product_attention's."""
+    drawn = torch.Generator().manual_seed(1)
+    q = torch.randn(rows, 1, 6, 10, generator=drawn).to(dtype)
+    k, v = (torch.randn(rows, 7, 2, 10, generator=drawn).to(dtype) for _ in range(2))
+    mask = torch.arange(7) <= torch.tensor([3, 0, 6])[:rows, None, None]
+    written_out = torch.compile(layers.masked_attention)(q, k, v, mask, 0.3)
+    tolerance = 1e-5 if dtype == torch.float32 else 0.03
+    wanted = layers.masked_attention(q.double(), k.double(), v.double(), mask, 0.3)
+    assert written_out.dtype == dtype
+    assert (written_out.double() - wanted).abs().max() < tolerance
+
+
+@requires_compiler
+def test_two_models_share_no_compiled_code():
+    """A second model must not use up the few versions that torch keeps of the first one's code."""
+    first, second = compiling._compile(compiling._probe), compiling._compile(compiling._probe)
+    assert first._torchdynamo_orig_callable.__code__ is not second._torchdynamo_orig_callable.__code__
+
+
+def test_rows_that_leave_the_cache_take_nothing_with_them():
+    module = random_llama(tiny_config(), seed=2)
+    model = pop.Model(module, module.config)
+    prompts = torch.tensor([[1, 2, 3], [4, 5, 6], [7, 8, 9]])
+    plan = dataclasses.replace(pop.PrunePlan.deepest(module.config.num_layers, 0.5), full_depth_last=2)
+    cache, alone = model.new_cache(3, 8), model.new_cache(1, 8)
+    model.prefill(prompts, cache, lengths=[3, 1, 2], plan=plan)
+    size = cache.nbytes
+    cache.keep(torch.tensor([2, 0]))
+    assert cache.nbytes * 3 == size * 2 and cache.lengths.tolist() == [2, 3]
+    model.prefill(prompts[2:, :2], alone, plan=plan)
+    torch.testing.assert_close(cache.states[:, :1], alone.states)
+    torch.testing.assert_close(model.decode([11, 12], cache)[:1], model.decode([11], alone))
