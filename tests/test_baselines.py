@@ -149,6 +149,7 @@ def test_slicegpt_is_the_model_with_every_block_input_projected(overrides):
     naive = predicted(model.module.head(h[0]))
     torch.testing.assert_close(contender.logits(PROMPT, CONTINUATION), naive, rtol=1e-4, atol=1e-4)
     assert (naive - predicted(model.logits(TOKENS[None])[0])).abs().max() > 0.1
+    assert contender.flops(64) is None  # cost.py counts layers, not widths
     first = contender.model.module.layers[0].layer
     assert first.mlp.gate_proj.weight.shape == (44, 23) and first.self_attn.o_proj.weight.shape == (23, 60)
 
@@ -163,6 +164,28 @@ def test_the_bases_are_orthonormal_and_the_first_keeps_the_most_that_any_can():
     x /= np.linalg.norm(x, axis=1, keepdims=True)
     kept = np.square(x @ bases[0].double().numpy()).sum()
     assert kept == pytest.approx(np.square(np.linalg.svd(x, compute_uv=False)[:23]).sum(), rel=1e-6)
+
+
+def test_each_basis_is_fitted_to_what_the_cuts_before_it_have_left():
+    """A basis keeps the most that any can of the states that enter its block, from the blocks below it, cut."""
+    model = tiny_model()
+    bases = baselines.principal_bases(model, 23, WINDOWS)
+    entered = [[] for _ in bases[:-1]]
+    for window in WINDOWS:
+        h, rope = model.module.embed(window[None]), model.module.rope(torch.arange(len(window))[None])
+        for index, layer in enumerate(model.module.layers):
+            entered[2 * index].append(h[0])
+            h = h @ bases[2 * index] @ bases[2 * index].T
+            q, k, v = layer.queries_keys_values(h, rope)
+            h = h + layer.attention_update(baselines.causal_attention(q, k, v, layer.scale))
+            entered[2 * index + 1].append(h[0])
+            h = h @ bases[2 * index + 1] @ bases[2 * index + 1].T
+            h = h + layer.mlp_update(h)
+    for basis, states in zip(bases, entered, strict=False):
+        x = torch.cat(states).double().numpy()
+        x /= np.linalg.norm(x, axis=1, keepdims=True)
+        kept = np.square(x @ basis.double().numpy()).sum()
+        assert kept == pytest.approx(np.square(np.linalg.svd(x, compute_uv=False)[:23]).sum(), rel=1e-5)
 
 
 def test_slicegpt_refuses_what_it_cannot_cut(monkeypatch):
@@ -223,5 +246,9 @@ def test_calibration_windows_hold_the_texts_in_order_or_an_even_share_of_them():
     ]
     few = baselines.calibration_windows(model, [list(range(60))], length=10, most=3)
     assert [int(window[0]) for window in few] == [0, 20, 40]
+    few = baselines.calibration_windows(model, [list(range(60))], length=12, most=3)
+    assert [int(window[0]) for window in few] == [0, 24, 48]  # of 5 every second
+    short = pop.Model(model.module, model.config, max_seq_len=16)
+    assert [len(window) for window in baselines.calibration_windows(short, [list(range(40))])] == [16, 16, 8]
     with pytest.raises(pop.InputError, match="calibration texts are empty"):
         baselines.calibration_windows(model, [[]])

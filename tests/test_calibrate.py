@@ -419,6 +419,7 @@ def test_a_copy_in_another_dtype_is_kept_once_and_not_pickled():
     half = one.to(torch.device("cpu"), torch.bfloat16)
     assert one.to(torch.device("cpu"), torch.bfloat16) is half
     assert one.to(torch.device("cpu"), torch.float32) is one
+    assert one.to(torch.device("cpu"), torch.float16).weight.dtype == torch.float16
     assert len(pickle.dumps(one)) == before
     assert pickle.loads(pickle.dumps(one)) == one
 
@@ -457,6 +458,25 @@ def test_the_sums_are_float64():
     own, correction, _ = fit.solve(1e-9)
     expected = naive_fit(model, windows, plan, 2, 1e-9)
     assert_close((own + correction).float(), expected.float())
+
+
+def test_the_fingerprint_of_large_parameters_looks_at_all_parts_of_them(monkeypatch):
+    monkeypatch.setattr(sys.modules["pop.projections"], "SAMPLES", 100)
+    module = random_llama(tiny_config())
+    before = fingerprint(module)
+    for row in (0, 20, 40, 64):
+        module.model.embed_tokens.weight.data[row : row + 3] *= -1  # 90 of 2,010 values, of which one in 21 is read
+        after = fingerprint(module)
+        assert after != before
+        before = after
+
+
+@pytest.mark.parametrize(("held_out", "expected"), [(1, 1), (3, 3), (8, 4)])
+def test_as_many_windows_are_held_out_as_asked_but_a_fifth_at_most(model, held_out, expected, monkeypatch):
+    judged = []
+    monkeypatch.setattr(Judge, "__init__", record(judged, Judge.__init__))
+    calibrate(model, random_texts(4, *[30] * 20), PrunePlan((3,)), held_out=held_out, progress=False)
+    assert [len(windows) for _, _, windows in judged] == [expected]
 
 
 # What is refused
@@ -547,6 +567,22 @@ def zeros_projections(weight=(2, 2, 20, 60), bias=(2, 2, 20), taps=2):
 def test_projections_of_wrong_shapes_are_refused(shapes):
     with pytest.raises(PlanError):
         zeros_projections(**shapes)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("bias", torch.zeros(2, 2, 20, dtype=torch.bfloat16)),  # the weight is float32
+        ("bias", torch.full((2, 2, 20), math.inf)),
+        ("weight", torch.full((2, 2, 20, 60), math.nan)),
+        ("weight", torch.zeros(2, 2, 20, 60, dtype=torch.int64)),
+        ("bias", [0.0]),
+    ],
+)
+def test_projections_of_wrong_numbers_are_refused(name, value):
+    good = zeros_projections()
+    with pytest.raises(PlanError, match="again"):
+        KVProjections((2, 3), **{"weight": good.weight, "bias": good.bias, name: value}, fingerprint="", taps=2)
 
 
 @pytest.mark.parametrize("broken", range(9))

@@ -5,6 +5,7 @@ import os
 import sys
 import time
 from pathlib import Path
+from statistics import NormalDist
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ import pop
 from pop import cost, reference
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tools"))
+import baselines
 import evaluate
 import evaluate_report
 import evaluate_tasks as tasks
@@ -83,7 +85,9 @@ def test_text_figures_equal_a_naive_computation(model, contenders):
 
 def test_the_full_model_is_no_distance_from_itself(contenders, model):
     twin = Contender("twin", model, pop.PrunePlan.none())
-    rows = evaluate.evaluate_text([contenders[0], twin], {"a": windows_of(5)}, 18)["a"]["rows"]
+    result = evaluate.evaluate_text([contenders[0], twin], {"a": windows_of(5)}, 18)
+    assert list(result) == ["a"]  # a single domain is not pooled
+    rows = result["a"]["rows"]
     for row in rows.values():
         for key, value in {"perplexity_change": 0, "kl": 0, "kl_first": 0, "same": 1, "same_first": 1}.items():
             assert row[key] == {"value": value, "low": value, "high": value}
@@ -127,6 +131,13 @@ def test_the_bootstrap_interval_covers_the_mean_as_often_as_it_says():
     assert (
         evaluate.bootstrap(values, seed=1) == evaluate.bootstrap(values, seed=1) != evaluate.bootstrap(values, seed=2)
     )
+
+
+def test_the_interval_of_few_windows_is_students():
+    """Of 12 values spread as a normal distribution: its half is t s / sqrt(12), t = 2.201 from the table."""
+    values = np.array([NormalDist().inv_cdf((n + 0.5) / 12) for n in range(12)])
+    low, high = evaluate.bootstrap(values, samples=200_000)
+    assert (high - low) / 2 == pytest.approx(2.201 * values.std(ddof=1) / 12**0.5, rel=0.01)
 
 
 def test_the_change_is_paired_window_by_window():
@@ -385,7 +396,12 @@ def test_contenders_are_named_and_planned_as_the_command_line_says(model, tmp_pa
         calls.append((texts, plans, taps, seed))
         return [pop.PrunePlan(plan.layers, plan.full_depth_last, full_depth_first=1) for plan in plans]
 
+    def windows(model, texts):
+        calls.append(texts)
+        return baselines.calibration_windows(model, texts)
+
     monkeypatch.setattr(pop, "calibrate", calibrate)
+    monkeypatch.setattr(evaluate, "calibration_windows", windows)
     PLAN.save(tmp_path / "plan.json")
     prunes = ["none", "default", "0.4:2", str(tmp_path / "plan.json"), "calibrated:0.4:3", "calibrated:default"]
     made = evaluate.make_contenders(
@@ -399,7 +415,8 @@ def test_contenders_are_named_and_planned_as_the_command_line_says(model, tmp_pa
         "calibrated 0.4 w=3": pop.PrunePlan((3, 4), full_depth_last=3, full_depth_first=1),
         "calibrated default": pop.PrunePlan((4,), full_depth_first=1),
     }
-    assert calls == [(["text " * 9], [pop.PrunePlan((3, 4), full_depth_last=3), pop.PrunePlan((4,))], 1, 7)]
+    plans = [pop.PrunePlan((3, 4), full_depth_last=3), pop.PrunePlan((4,))]
+    assert calls == [(["text " * 9], plans, 1, 7), ["text " * 9]]
     assert [contender.name for contender in made[6:]] == ["shortgpt 0.2", "no-kv 0.4"]
     assert len(made[6].model.module.layers) == 4 and made[7].plan.layers == (3, 4)
 
@@ -523,6 +540,128 @@ def test_the_plot_is_drawn_and_a_missing_matplotlib_is_said(folder, text_file, t
     assert evaluate.main([*options, str(tmp_path / "plot.svg")]) == 0
     assert "<svg" in (tmp_path / "plot.svg").read_text()[:1000]
     assert evaluate.main([*options, str(tmp_path / "plot.nonsense")]) == 2
+
+
+def figure(value, low=None, high=None):
+    return {"value": value, "low": low, "high": high}
+
+
+def row_of(perplexity, change, kl, kl_first, same, same_first):
+    figures = {"perplexity_change": change, "kl": kl, "kl_first": kl_first, "same": same, "same_first": same_first}
+    return {"perplexity": perplexity, **figures}
+
+
+RESULT = {
+    "model": "m",
+    "num_layers": 5,
+    "dtype": "float32",
+    "seed": 3,
+    "machine": {"device": "cpu", "threads": 2, "torch": "9"},
+    "tokens": {"prompt": 256, "continuation": 128, "new": 32},
+    "text": {
+        domain: {
+            "windows": windows,
+            "continuation_tokens": 128 * windows,
+            "rows": {
+                "full": row_of(20, *map(figure, (0, 0, 0, 1, 1))),
+                "half": row_of(
+                    22, figure(0.1, *ends), figure(0.05), figure(0.031, 0, 1), figure(0.875), figure(0.75, 0, 1)
+                ),
+            },
+        }
+        for domain, windows, ends in (("all", 10, (0.05, 0.15)), ("prose", 4, (None, None)))
+    },
+    "ttft": {
+        "full": {"median_s": 0.2, "speedup": 1.0, "limit": 1.0},
+        "half": {"median_s": 0.1254, "speedup": 1.59, "limit": None},
+    },
+    "generation": {
+        "full": {"prompts": 10, "leading": 1.0, "exact": 1.0},
+        "half": {"prompts": 10, "leading": 0.625, "exact": 0.25},
+    },
+    "needle": {
+        "full": {"all": {"questions": 6, "exact": 0.5, "top": 0.75, "rank": 1.25}},
+        "half": {"all": {"questions": 6, "exact": 0.25, "top": 0.375, "rank": 2.5}},
+    },
+    "human-eval": {"full": {"problems": 3, "passed": 2}, "half": {"problems": 3, "passed": 1}},
+}
+REPORT = """\
+model     m, 5 layers, float32, seed 3
+machine   cpu, 2 threads, torch 9
+windows   256 prompt + 128 continuation tokens; intervals: 95 %, bootstrap over windows
+
+all: 10 windows, 1,280 continuation tokens
+      perplexity                  change     KL  KL first  same top  first  TTFT ms  speedup  limit
+full       20.00                                                                200    1.00x  1.00x
+half       22.00  +10.0% [+5.0%, +15.0%]  0.050     0.031     87.5%    75%      125    1.59x      -
+
+prose: 4 windows, 512 continuation tokens
+      perplexity  change     KL  KL first  same top  first
+full       20.00
+half       22.00  +10.0%  0.050     0.031     87.5%    75%
+
+generation: greedy, 10 prompts, 32 tokens each
+      leading tokens equal  answers equal
+full                100.0%         100.0%
+half                 62.5%          25.0%
+
+needle: questions by prompt length (all: 6); chance: top 12%, rank 4.5
+      all exact  all top  all rank
+full        50%      75%       1.2
+half        25%      38%       2.5
+
+human-eval: greedy, problems passed
+full  2 of 3
+half  1 of 3"""
+
+
+def test_the_report_has_each_figure_in_its_place():
+    assert evaluate_report.report(RESULT) == REPORT
+    without_text = {key: RESULT[key] for key in ("model", "num_layers", "dtype", "seed", "machine", "tokens", "ttft")}
+    assert evaluate_report.report(without_text).split("\n\n")[1:] == [
+        "      TTFT ms  speedup  limit\nfull      200    1.00x  1.00x\nhalf      125    1.59x      -"
+    ]
+
+
+def test_the_plot_has_a_point_and_an_interval_for_each_contender_but_the_full_model(monkeypatch):
+    axes = pytest.importorskip("matplotlib.axes").Axes
+    drawn = []
+    monkeypatch.setattr(axes, "plot", lambda self, *args, **_: drawn.append(args[:2]))
+    monkeypatch.setattr(axes, "vlines", lambda self, *args, **_: drawn.append(args))
+    monkeypatch.setattr(axes, "annotate", lambda self, *args, **_: drawn.append(args))
+    rows = {"full": RESULT["text"]["all"]["rows"]["full"], "half": {"kl": figure(0.05, 0.04, 0.07)}}
+    evaluate_report.plot({**RESULT, "text": {"all": {"windows": 10, "rows": rows}}}, "svg")
+    assert drawn == [(1.59, 0.05), (1.59, 0.04, 0.07), ("half", (1.59, 0.05))]
+
+
+def test_a_file_that_cannot_be_written_is_said_and_leaves_nothing(tmp_path):
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(pop.InputError, match="folder cannot be written"):
+        evaluate_report.write_whole(str(tmp_path / "folder"), b"x")
+    assert [path.name for path in tmp_path.iterdir()] == ["folder"]
+
+
+def test_the_contenders_are_made_as_the_command_line_asks(folder, text_file, tmp_path, monkeypatch):
+    class Made(Exception):
+        pass
+
+    def make(model, prunes, baselines, **options):
+        raise Made(prunes, baselines, options)
+
+    monkeypatch.setattr(evaluate, "make_contenders", make)
+    files = [tmp_path / "one.txt", tmp_path / "two.txt"]
+    for file in files:
+        file.write_text(file.stem)
+    options = ["--model", folder, "--text", f"a={text_file}", "--prompt-tokens", "32", "--continuation-tokens", "8"]
+    with pytest.raises(Made) as made:
+        evaluate.main(options)
+    assert made.value.args == (["default"], [], {"fraction": 0.25, "calibration": None, "taps": 2, "seed": 0})
+    options += ["--prune", "0.4", "--baselines", "no-kv,shortgpt", "--baseline-fraction", "0.5", "--seed", "3"]
+    with pytest.raises(Made) as made:
+        evaluate.main([*options, "--taps", "1", "--calibration", *map(str, files)])
+    expected = {"fraction": 0.5, "calibration": ["one", "two"], "taps": 1, "seed": 3}
+    assert made.value.args == (["0.4"], ["no-kv", "shortgpt"], expected)
+    assert evaluate.read_text(files) == "one\n\ntwo"
 
 
 def test_changes_are_shares_and_where_a_model_collapsed_factors():

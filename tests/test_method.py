@@ -118,25 +118,23 @@ def by_reference(module, row_tokens, plan):
 # The reference itself
 
 
-@given(models(), st.data())
-def test_the_reference_is_the_paper_read_literally(module, data):
-    """Pass one encodes all but the last w tokens, pruned; pass two decodes these w one by one at full depth.
+@torch.no_grad()
+def token_by_token(module, tokens, plans):
+    """Run tokens [T] one after the other, each through all layers but those of its own plan; NONE: through all.
 
-    Refit projections need the first tokens at full depth; they see what entered the run of pruned layers.
+    Returns logits [T, V] and K, V [2, L, T, K, E]. Refit projections see what entered the run of pruned layers at this
+    token and, with two taps, at the one before, however that one was run.
     """
-    plan = data.draw(plans(module.config))
-    tokens, _ = data.draw(batches(module.config.vocab_size, max_rows=1))
-    tokens = tokens[0]
     kv = [[] for _ in module.layers]  # a list of (k, v), one a token, for each layer
     entered = [[] for _ in module.layers]  # a list of h, one a token, for each layer
-
-    def run(position, pruned):
+    logits = []
+    for position, plan in enumerate(plans):
         h = module.embed(tokens[None, position : position + 1])
         rope = module.rope(torch.tensor([[position]]))
         for index, layer in enumerate(module.layers):
             entered[index].append(h)
             q, k, v = layer.queries_keys_values(h, rope)
-            if pruned and index in plan.layers and plan.projections is not None:
+            if index in plan.layers and plan.projections is not None:
                 start = index
                 while start - 1 in plan.layers:
                     start -= 1
@@ -147,16 +145,27 @@ def test_the_reference_is_the_paper_read_literally(module, data):
                 weight, bias = plan.projections.weight[number], plan.projections.bias[number]
                 k, v = layer.placed(*(F.linear(x, weight[i], bias[i]) for i in (0, 1)), rope)
             kv[index].append((k, v))
-            if not (pruned and index in plan.layers):
+            if index not in plan.layers:
                 keys, values = (torch.cat(x, dim=1) for x in zip(*kv[index], strict=True))
                 everything = torch.ones(1, 1, position + 1, dtype=torch.bool)
                 h = layer.update(h, masked_attention(q, keys, values, everything, layer.scale))
-        return module.head(h[0, 0])
+        logits.append(module.head(h[0, 0]))
+    kept = [[torch.cat(x, dim=1)[0] for x in zip(*pairs, strict=True)] for pairs in kv]  # [L][2] of [T, K, E]
+    return torch.stack(logits), torch.stack([torch.stack(pair) for pair in kept], dim=1)
 
-    with torch.no_grad():
-        for position in range(len(tokens)):
-            logits = run(position, plan.full_depth_first <= position < len(tokens) - plan.full_depth_last)
-    assert_close(reference.prefill(module, tokens, plan), logits)
+
+@given(models(), st.data())
+def test_the_reference_is_the_paper_read_literally(module, data):
+    """Pass one encodes all but the last w tokens, pruned; pass two decodes these w one by one at full depth.
+
+    Refit projections need the first tokens at full depth.
+    """
+    plan = data.draw(plans(module.config))
+    tokens, _ = data.draw(batches(module.config.vocab_size, max_rows=1))
+    n = tokens.shape[1]
+    pruned = range(plan.full_depth_first, n - plan.full_depth_last)
+    logits, _ = token_by_token(module, tokens[0], [plan if position in pruned else NONE for position in range(n)])
+    assert_close(reference.prefill(module, tokens[0], plan), logits[-1])
 
 
 # Where pruning changes nothing
@@ -282,6 +291,48 @@ def test_a_second_turn_appends_to_the_first(case, data):
         expected, kv = reference.forward(module, whole, torch.cat((full_depth, later)), plan)
         assert_close(logits[row], expected[-1])
         assert_close(held(cache, row)[1], torch.stack([v for _, v in kv]))
+
+
+@given(models(), st.data())
+def test_a_conversation_may_change_its_plan_with_every_turn(module, data):
+    """Prompt, answer, prompt, answer ...: each prompt by a plan of its own, behind what the others left in the cache.
+
+    Plain plans, calibrated ones of one or two taps, and none: each token's logits, K and V are those of running the
+    tokens one by one, where a token knows only the plan of its own turn.
+    """
+    rows = data.draw(st.integers(1, 2))
+    cache = new_cache(module, rows)
+    said = [torch.zeros(0, dtype=torch.int64) for _ in range(rows)]  # each row's tokens, [N]
+    applied = [[] for _ in range(rows)]  # each token's plan: its turn's, or NONE at full depth
+    predicted = [{} for _ in range(rows)]  # logits [V] by position
+
+    def append(row, tokens, plans, logits):
+        """Note a row's new tokens [M] and their plans; logits [R, V] are those at the last R of them."""
+        said[row] = torch.cat((said[row], tokens))
+        applied[row] += plans
+        predicted[row] |= zip(range(len(said[row]) - len(logits), len(said[row])), logits, strict=True)
+
+    for _ in range(data.draw(st.integers(2, 4))):
+        plan = data.draw(st.one_of(st.just(NONE), plans(module.config)))
+        width, random = data.draw(st.integers(1, 8)), torch.Generator().manual_seed(data.draw(st.integers(0, 10**6)))
+        lengths = torch.tensor(data.draw(st.lists(st.integers(1, width), min_size=rows, max_size=rows)))
+        turn = torch.randint(module.config.vocab_size, (rows, width), generator=random)
+        logits, _ = prefill(module, turn, lengths, plan, data.draw(st.sampled_from([1, 3, 1000])), cache)
+        for row, m in enumerate(lengths.tolist()):
+            held_before = len(said[row])
+            full_depth = [held_before + i < plan.full_depth_first or i >= m - plan.full_depth_last for i in range(m)]
+            append(row, turn[row, :m], [NONE if full else plan for full in full_depth], logits[row : row + 1])
+        answer = torch.randint(module.config.vocab_size, (rows, data.draw(st.integers(0, 3))), generator=random)
+        for step in answer.T:
+            logits = engine.decode(module, step, cache)
+            for row in range(rows):
+                append(row, step[row : row + 1], [NONE], logits[row : row + 1])
+
+    for row in range(rows):
+        assert cache.lengths[row] == len(said[row])
+        logits, kv = token_by_token(module, said[row], applied[row])
+        assert_close(torch.stack(list(predicted[row].values())), logits[list(predicted[row])])
+        assert_close(held(cache, row), kv)
 
 
 @given(cases())
