@@ -24,7 +24,7 @@ import dataclasses
 import torch
 
 from pop.cache import KVCache
-from pop.models.layers import causal_attention, masked_attention
+from pop.models.layers import causal_attention, masked_attention, visible
 from pop.plan import PrunePlan
 
 
@@ -70,13 +70,13 @@ def decode(module, tokens: torch.Tensor, cache: KVCache) -> torch.Tensor:
     filled = min(int(cache.lengths.max()) + 1, cache.max_seq_len)
     positions = cache.lengths[:, None].to(tokens.device)  # [B, 1]
     slots = positions.clamp(max=cache.max_seq_len)
-    mask = _visible(positions, filled)  # [B, 1, filled]
+    masks = _masks(module, slots, filled)  # a full row attends something, too: no NaN
     h = module.embed(tokens[:, None])  # [B, 1, D]
     rope = module.rope(positions)
     states = []
     for index in range(len(module.layers)):
         states.append(h[:, 0])
-        h = _full_layer(module, index, h, rope, slots, cache, filled, mask)
+        h = _full_layer(module, index, h, rope, slots, cache, filled, masks)
     logits = module.head(h[:, 0])
     cache.lengths, cache.states = cache.lengths + 1, torch.stack(states)
     return logits
@@ -167,15 +167,15 @@ def _chunk(module, tokens, cache, states, at: Layout):
     h = module.embed(tokens)  # [B, C, D]
     rope = module.rope(at.positions)
     rows_rope = module.rope(at.rows_positions)
-    mask = None if at.fresh else _visible(at.positions, at.filled)
-    rows_mask = _visible(at.rows_positions, at.filled)  # [B, W, filled]
+    masks = None if at.fresh else _masks(module, at.positions, at.filled)
+    rows_masks = _masks(module, at.rows_positions, at.filled)
     W = at.rows.shape[1]
     new_states = []
     for pruned, run in at.plan.runs(len(module.layers)):
         if not pruned:
             for index in run:
                 new_states.append(at.latest(h, states[index]))
-                h = _full_layer(module, index, h, rope, at.slots, cache, at.filled, mask)
+                h = _full_layer(module, index, h, rope, at.slots, cache, at.filled, masks)
             continue
         for index, k, v in _pruned_keys_values(module, run, h, rope, states[run[0]], at.plan):
             cache.write(index, at.slots, k, v)
@@ -184,7 +184,7 @@ def _chunk(module, tokens, cache, states, at: Layout):
         for index in run:
             new_states.append(at.latest(h, states[index], f if W else None))
             if W:
-                f = _full_layer(module, index, f, rows_rope, at.rows_slots, cache, at.filled, rows_mask)
+                f = _full_layer(module, index, f, rows_rope, at.rows_slots, cache, at.filled, rows_masks)
         h = h.scatter(1, rows, f.where(at.rows_valid[..., None], before))
     return h, torch.stack(new_states)
 
@@ -204,16 +204,23 @@ def _pruned_keys_values(module, run, h, rope, state, plan):
         yield index, *module.layers[index].placed(*plan.projections.project(number, inputs), rope)
 
 
-def _full_layer(module, index, h, rope, slots, cache, filled, mask):
-    """One layer at full depth: h [B, T, D] -> [B, T, D]; its K and V go to `slots` before anything is attended."""
+def _full_layer(module, index, h, rope, slots, cache, filled, masks):
+    """One layer at full depth: h [B, T, D] -> [B, T, D]; its K and V go to `slots` before anything is attended.
+
+    masks: what its tokens attend, see _masks; None: themselves alone, causally.
+    """
     layer = module.layers[index]
     q, k, v = layer.queries_keys_values(h, rope)
     cache.write(index, slots, k, v)
     k, v = cache.read(index, filled)
-    attended = causal_attention(q, k, v, layer.scale) if mask is None else masked_attention(q, k, v, mask, layer.scale)
+    if masks is None:
+        attended = causal_attention(q, k, v, layer.scale, layer.window)
+    else:
+        attended = masked_attention(q, k, v, masks[layer.window], layer.scale)
     return layer.update(h, attended)
 
 
-def _visible(positions: torch.Tensor, filled: int) -> torch.Tensor:
-    """Which of the first `filled` slots each token may attend, up to its own: [B, T] -> [B, T, filled] bool."""
-    return torch.arange(filled, device=positions.device) <= positions[..., None]
+def _masks(module, positions: torch.Tensor, filled: int) -> dict[int | None, torch.Tensor]:
+    """Which of the first `filled` slots tokens at positions [B, T] attend: [B, T, filled], by the layer's window."""
+    windows = {layer.window for layer in module.layers}
+    return {window: visible(positions, filled, window) for window in windows}

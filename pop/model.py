@@ -61,12 +61,14 @@ def load(
     is_name = name_or_path in registry.list_models() or not os.path.isdir(name_or_path)
     folder = registry.find_weights(str(name_or_path)) if is_name else Path(name_or_path)
     config = read_config(folder)
+    dtype = dtype or config.dtype
+    _check_dtype(dtype, config)
     plan = _plan(prune, config.num_layers)
     max_seq_len = _max_seq_len(max_seq_len, config)
     tokenizer = _tokenizer(folder)
     with torch.device("meta"):
         module = models.build(config)
-    load_weights(folder, module, dtype=dtype or config.dtype, device=device, progress=progress)
+    load_weights(folder, module, dtype=dtype, device=device, progress=progress)
     return Model(module.eval(), config, tokenizer, plan=plan, max_seq_len=max_seq_len)
 
 
@@ -84,6 +86,7 @@ class Model:
 
     def __init__(self, module, config, tokenizer=None, *, plan=None, max_seq_len=None, chunk_size: int = 2048):
         self.module, self.config, self.tokenizer = module, config, tokenizer
+        _check_dtype(self.dtype, config)
         self.plan = _plan(plan, config.num_layers)
         self.resolve(self.plan)  # does it fit the weights?
         self.max_seq_len = _max_seq_len(max_seq_len, config)
@@ -351,6 +354,14 @@ def _device(device) -> torch.device:
     except (RuntimeError, TypeError, ValueError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise InputError(f"device is {device!r}, which cannot be used here ({reason}); try 'cpu'") from None
+
+
+def _check_dtype(dtype: torch.dtype, config) -> None:
+    if dtype == torch.float16 and config.overflows_float16:
+        raise InputError(
+            f"the activations of the {config.family} family overflow float16; "
+            "load it with dtype=torch.bfloat16 or dtype=torch.float32"
+        )
 
 
 def _plan(prune, num_layers: int) -> PrunePlan:

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tiny import random_llama, tiny_config
+from tiny import random_model, tiny_config
 from tiny_chat import write_chat_checkpoint
 
 import pop
@@ -541,7 +541,7 @@ def test_the_default_domains_are_the_texts_of_the_repository():
 
 def test_an_embedding_padded_beyond_the_tokenizer_never_answers():
     config = tiny_config(vocab_size=80)
-    module = random_llama(config)
+    module = random_model(config)
 
     class Tokenizer:
         vocab_size = 20

@@ -60,6 +60,8 @@ class MLP(nn.Module):
 
 
 class DecoderLayer(nn.Module):
+    window = None  # a token attends all that is before it
+
     def __init__(self, config: LlamaConfig):
         super().__init__()
         self.scale = config.head_dim**-0.5
@@ -151,5 +153,5 @@ class Llama(nn.Module):
         rope = self.rope(torch.arange(tokens.shape[1], device=tokens.device)[None])
         for layer in self.layers:
             q, k, v = layer.queries_keys_values(h, rope)
-            h = layer.update(h, causal_attention(q, k, v, layer.scale))
+            h = layer.update(h, causal_attention(q, k, v, layer.scale, layer.window))
         return self.head(h)
