@@ -77,8 +77,9 @@ def visible(positions: torch.Tensor, filled: int, window: int | None) -> torch.T
 
     A token attends itself and all before it, or, with a window, the window - 1 tokens before it.
     """
-    distance = positions[..., None] - torch.arange(filled, device=positions.device)  # [B, T, filled]
-    return distance >= 0 if window is None else (distance >= 0) & (distance < window)
+    attended, positions = torch.arange(filled, device=positions.device), positions[..., None]
+    mask = attended <= positions  # [B, T, filled]
+    return mask if window is None else mask & (attended > positions - window)
 
 
 def causal_attention(
