@@ -70,7 +70,7 @@ def decode(module, tokens: torch.Tensor, cache: KVCache) -> torch.Tensor:
     filled = min(int(cache.lengths.max()) + 1, cache.max_seq_len)
     positions = cache.lengths[:, None].to(tokens.device)  # [B, 1]
     slots = positions.clamp(max=cache.max_seq_len)
-    masks = _masks(module, slots, filled)  # a full row attends something, too: no NaN
+    masks = _masks(module, slots, filled)  # of a row beyond its end, too, no softmax is empty
     h = module.embed(tokens[:, None])  # [B, 1, D]
     rope = module.rope(positions)
     states = []

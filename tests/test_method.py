@@ -432,8 +432,15 @@ def test_stepping_a_full_row_leaves_its_tokens_alone(config):
     assert_close(stepped, engine.decode(module, torch.tensor([1]), alone)[0])
 
 
-def test_a_row_stepped_far_beyond_its_cache_stays_finite():
-    """Its logits mean nothing, but they are sampled from: a window must not slide past all that the row holds."""
+def test_a_row_stepped_far_beyond_its_cache_attends_something(monkeypatch):
+    """Its logits mean nothing, but they are sampled from: they are not to be those of an empty softmax."""
+    attend = engine.masked_attention
+
+    def checked(q, k, v, mask, scale):
+        assert mask.any(-1).all()
+        return attend(q, k, v, mask, scale)
+
+    monkeypatch.setattr(engine, "masked_attention", checked)
     module = random_model(tiny_gemma3_config(windows=(2, None, 2)), seed=3)
     cache = new_cache(module, 2, slots=8)
     prefill(module, torch.arange(8)[None].repeat(2, 1), torch.tensor([8, 1]), NONE, cache=cache)

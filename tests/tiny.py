@@ -78,6 +78,8 @@ def random_weights(shapes: dict[str, tuple[int, ...]], seed: int, family: str = 
         values = random.standard_normal(shape)
         if len(shape) == 2:
             values /= np.sqrt(shape[1])
+        elif name == "model.norm.weight" and family == "gemma3":
+            values -= 1  # 1 + weight has either sign: else, as the head is the embedding, each token predicts itself
         elif name.endswith("norm.weight"):
             values = (family != "gemma3") + 0.1 * values
         else:
