@@ -458,6 +458,18 @@ def test_sentencepiece(tmp_path, dummy_prefix):
     assert (settings["bos_token"], settings["add_bos_token"]) == ("<bos>", True)
 
 
+def test_runs_of_blanks_are_pieces_again(tmp_path):
+    """llama.cpp's converter writes a user-defined piece with blanks, where sentencepiece has a mark for each."""
+    keys = {key: value for key, value in sentencepiece_keys().items() if key.startswith("tokenizer")}
+    keys["tokenizer.ggml.tokens"] = [*keys["tokenizer.ggml.tokens"], "   ", "x y"]
+    keys["tokenizer.ggml.token_type"] = [*keys["tokenizer.ggml.token_type"], 4, 1]
+    keys["tokenizer.ggml.scores"] = [*keys["tokenizer.ggml.scores"], 0.0, 0.0]
+    imported(tmp_path, many_tokens("gemma3"), keys, "gemma3")
+    processor = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "model/tokenizer.model"))
+    assert processor.encode("a   b", out_type=str) == ["a", "▁▁▁", "b"]
+    assert processor.id_to_piece(processor.get_piece_size() - 1) == "x y"  # a normal piece is left as it is
+
+
 # ---- files that are refused
 
 
