@@ -203,7 +203,7 @@ def _accumulate(model, batch: list[list[int]], fits: list[_Fit]) -> None:
 
     def full_layer(layer, h):
         q, k, v = layer.queries_keys_values(h, rope)
-        return layer.update(h, causal_attention(q, k, v, layer.scale))
+        return layer.update(h, causal_attention(q, k, v, layer.scale, layer.window))
 
     deepest = max(fit.plan.layers[-1] for fit in fits)  # behind it nothing is asked for
     h = module.embed(tokens)  # [B, T, D]

@@ -143,7 +143,36 @@ class ChatML(ChatFormat):
             yield "assistant\n"
 
 
-FORMATS = (Llama3, ChatML)
+class Gemma(ChatFormat):
+    """Gemma-3, which knows no system role: such a text goes before the first message of the user."""
+
+    family = "Gemma"
+    mark = "<start_of_turn>"
+    ends = ("<end_of_turn>", "<eos>")
+
+    def pieces(self, turns, add_generation_prompt):
+        opening = ""
+        if turns[0][0] == "system":
+            opening, turns = f"{turns[0][1]}\n\n", turns[1:]
+        roles = [role for role, _ in turns]
+        if not roles or roles != [("user", "assistant")[n % 2] for n in range(len(roles))]:
+            raise InputError(
+                f"{self.family} takes messages of user and assistant in turn, a user's first; these are of "
+                f"{', '.join(roles) or 'the system alone'}."
+            )
+        yield Control("<bos>")
+        for role, text in turns:
+            yield Control("<start_of_turn>")
+            yield f"{'model' if role == 'assistant' else role}\n{opening}{text.strip()}"
+            yield Control("<end_of_turn>")
+            yield "\n"
+            opening = ""
+        if add_generation_prompt:
+            yield Control("<start_of_turn>")
+            yield "model\n"
+
+
+FORMATS = (Llama3, ChatML, Gemma)
 
 
 def chat_format(tokenizer: Tokenizer) -> ChatFormat:

@@ -130,6 +130,7 @@ DIMENSIONS = {
     "k_proj": (KV_HEADS, "hidden_size"), "v_proj": (KV_HEADS, "hidden_size"),
     "gate_proj": ("intermediate_size", "hidden_size"), "up_proj": ("intermediate_size", "hidden_size"),
     "down_proj": ("hidden_size", "intermediate_size"),
+    "q_norm": ("head_dim",), "k_norm": ("head_dim",),
 }  # fmt: skip
 META_NAMES = {
     "tok_embeddings": "model.embed_tokens", "norm": "model.norm", "output": "lm_head",

@@ -188,7 +188,7 @@ def models(args) -> None:
         try:
             where = str(registry.find_weights(name))
         except WeightsNotFound:
-            where = "not here (pop demo fetches them)" if entry.embedded else "not here"
+            where = f"not here (pop demo --model {name} fetches them)" if entry.embedded else "not here"
         rows.append((name, entry.family, f"{entry.parameters:,}", where))
     widths = [max(len(row[column]) for row in rows) for column in range(3)]
     for name, family, parameters, where in rows:

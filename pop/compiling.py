@@ -26,6 +26,7 @@ import torch
 
 from pop import engine
 from pop.cache import KVCache
+from pop.models.layers import visible
 from pop.plan import PrunePlan
 
 LONG = 4096  # filled slots, see above
@@ -95,8 +96,8 @@ class Compiled:
         positions = torch.full((rows, 1), filled - 1, device=self.device)
         shape = (rows, filled + 2, self.module.config.num_kv_heads, self.module.config.head_dim)
         keys, values = (torch.zeros(shape, dtype=h.dtype, device=h.device) for _ in range(2))
-        mask, rope = engine.visible(positions, filled), self.module.rope(positions)
-        for layer in {getattr(layer, "window", None): layer for layer in self.module.layers}.values():
+        mask, rope = visible(positions, filled, None), self.module.rope(positions)
+        for layer in {layer.window: layer for layer in self.module.layers}.values():
             self._stages.full_layer(layer, h, rope, positions, keys, values, mask)
 
 

@@ -48,6 +48,7 @@ class LlamaConfig:
     """A decoder of the Llama architecture; `max_positions` is its trained context in tokens."""
 
     family: ClassVar[str] = "llama"
+    overflows_float16: ClassVar[bool] = False
 
     vocab_size: int
     hidden_size: int
@@ -67,17 +68,66 @@ class LlamaConfig:
     eos_ids: tuple[int, ...] = ()
 
     def __post_init__(self):
-        if self.num_heads % self.num_kv_heads:
-            raise ConfigError(f"num_attention_heads ({self.num_heads}) is not a multiple of "
-                              f"num_key_value_heads ({self.num_kv_heads})")  # fmt: skip
-        if self.head_dim % 2:
-            raise ConfigError(f"head_dim ({self.head_dim}) is odd, but RoPE rotates pairs of values")
-        ids = self.eos_ids if self.bos_id is None else (self.bos_id, *self.eos_ids)
-        if outside := [i for i in ids if not 0 <= i < self.vocab_size]:
-            raise ConfigError(f"bos_ or eos_token_id {outside} is outside of vocab_size {self.vocab_size}")
+        _check(self)
+
+    @property
+    def windows(self) -> tuple[None, ...]:
+        """What a token of each layer attends, as in Gemma3Config: here everything before it."""
+        return (None,) * self.num_layers
 
 
-def read_config(folder: str | Path) -> LlamaConfig:
+@dataclass(frozen=True)
+class Gemma3Config:
+    """Gemma-3's language model, a layer for each of `windows`.
+
+    windows: how many tokens a token of the layer attends, itself included; None: all before it. Layers with a window
+    are the local ones, and have a RoPE of their own. `max_positions` is the trained context in tokens.
+    """
+
+    family: ClassVar[str] = "gemma3"
+    overflows_float16: ClassVar[bool] = True  # by its activations
+    tie_embeddings: ClassVar[bool] = True
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    windows: tuple[int | None, ...]
+    num_heads: int = 8
+    num_kv_heads: int = 4
+    head_dim: int = 256
+    query_pre_attn_scalar: float = 256.0
+    max_positions: int = 131_072
+    norm_eps: float = 1e-6
+    rope: RopeConfig = RopeConfig(1_000_000.0)  # of the global layers
+    local_rope: RopeConfig = RopeConfig(10_000.0)
+    dtype: torch.dtype = torch.float32  # of the checkpoint's files; the model may be loaded in another
+    bos_id: int | None = 2
+    eos_ids: tuple[int, ...] = (1,)
+
+    def __post_init__(self):
+        _check(self)
+
+    @property
+    def num_layers(self) -> int:
+        return len(self.windows)
+
+
+Config = LlamaConfig | Gemma3Config
+
+
+def _check(config: Config) -> None:
+    """Raise ConfigError where the sizes of a decoder contradict each other."""
+    if config.num_heads % config.num_kv_heads:
+        raise ConfigError(f"num_attention_heads ({config.num_heads}) is not a multiple of "
+                          f"num_key_value_heads ({config.num_kv_heads})")  # fmt: skip
+    if config.head_dim % 2:
+        raise ConfigError(f"head_dim ({config.head_dim}) is odd, but RoPE rotates pairs of values")
+    ids = config.eos_ids if config.bos_id is None else (config.bos_id, *config.eos_ids)
+    if outside := [i for i in ids if not 0 <= i < config.vocab_size]:
+        raise ConfigError(f"bos_ or eos_token_id {outside} is outside of vocab_size {config.vocab_size}")
+
+
+def read_config(folder: str | Path) -> Config:
     """Read the config of the checkpoint in `folder`, from config.json or else params.json.
 
     End tokens of generation_config.json replace config.json's: chat models list the end of a turn only there.
@@ -95,7 +145,7 @@ def read_config(folder: str | Path) -> LlamaConfig:
     return config
 
 
-def _read(path: Path, reader: Callable[[Fields], LlamaConfig]) -> LlamaConfig:
+def _read(path: Path, reader: Callable[[Fields], Config]) -> Config:
     fields = Fields(read_json(path))
     try:
         return reader(fields)
@@ -110,8 +160,11 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 ROPE_KINDS = {"default": (), "linear": ("factor",), "llama3": LLAMA3}
 # Fields with one supported value; any other asks for arithmetic that is not built here.
-FIXED = {"architectures": ["LlamaForCausalLM"], "hidden_act": "silu", "pretraining_tp": 1, "is_causal": True,
-         "rope_interleaved": False, "is_encoder_decoder": False, "add_cross_attention": False}  # fmt: skip
+DECODER = {"is_encoder_decoder": False, "add_cross_attention": False, "is_causal": True}
+LLAMA = {"architectures": ["LlamaForCausalLM"], "hidden_act": "silu", "pretraining_tp": 1, "rope_interleaved": False}
+GEMMA3 = {"architectures": ["Gemma3ForCausalLM"], "hidden_activation": "gelu_pytorch_tanh", "attention_bias": False,
+          "tie_word_embeddings": True, "use_bidirectional_attention": False}  # fmt: skip
+LOCAL, GLOBAL = "sliding_attention", "full_attention"  # Gemma's layer types
 # Fields that leave the forward pass alone: training, bookkeeping, generation defaults of old configs.
 HARMLESS = """
     _name_or_path transformers_version transformers.js_config is_llama_config tokenizer_class is_decoder
@@ -122,21 +175,21 @@ HARMLESS = """
     max_length min_length do_sample early_stopping num_beams num_beam_groups diversity_penalty bad_words_ids
     temperature top_k top_p typical_p repetition_penalty length_penalty no_repeat_ngram_size suppress_tokens
     encoder_no_repeat_ngram_size forced_bos_token_id forced_eos_token_id exponential_decay_length_penalty
-    num_return_sequences begin_suppress_tokens remove_invalid_values unsloth_fixed prefix
+    num_return_sequences begin_suppress_tokens remove_invalid_values unsloth_fixed prefix cache_implementation
 """
 
 
-def _read_hf(fields: Fields) -> LlamaConfig:
+def _read_hf(fields: Fields) -> Config:
+    for name in HARMLESS.split():
+        fields.left.pop(name, None)
     config = READERS[fields.choice("model_type", READERS)](fields)
     fields.finish()
     return config
 
 
 def _read_llama(fields: Fields) -> LlamaConfig:
-    for name, only in FIXED.items():
+    for name, only in (DECODER | LLAMA).items():
         fields.fixed(name, only)
-    for name in HARMLESS.split():
-        fields.left.pop(name, None)
     hidden_size, num_heads = fields.integer("hidden_size"), fields.integer("num_attention_heads", most=2**12)
     head_dim = fields.integer("head_dim", None, most=2**12)
     if head_dim is None and hidden_size % num_heads:
@@ -151,7 +204,7 @@ def _read_llama(fields: Fields) -> LlamaConfig:
         head_dim=head_dim or hidden_size // num_heads,
         max_positions=fields.integer("max_position_embeddings", LlamaConfig.max_positions),
         norm_eps=fields.number("rms_norm_eps", LlamaConfig.norm_eps),
-        rope=_read_rope(fields),
+        rope=_read_llama_rope(fields),
         tie_embeddings=fields.boolean("tie_word_embeddings"),
         attention_bias=fields.boolean("attention_bias"),
         mlp_bias=fields.boolean("mlp_bias"),
@@ -161,23 +214,93 @@ def _read_llama(fields: Fields) -> LlamaConfig:
     )
 
 
-def _read_rope(fields: Fields) -> RopeConfig:
+def _read_gemma3_text(fields: Fields) -> Gemma3Config:
+    """What it leaves out has the reference's default, and in published files it leaves out much."""
+    for name, only in (DECODER | GEMMA3).items():
+        fields.fixed(name, only)
+    default = Gemma3Config
+    rope, local_rope = _read_gemma3_ropes(fields)
+    return Gemma3Config(
+        vocab_size=fields.integer("vocab_size", 262_208),
+        hidden_size=fields.integer("hidden_size"),
+        intermediate_size=fields.integer("intermediate_size"),
+        windows=_read_windows(fields),
+        num_heads=fields.integer("num_attention_heads", default.num_heads, most=2**12),
+        num_kv_heads=fields.integer("num_key_value_heads", default.num_kv_heads),
+        head_dim=fields.integer("head_dim", default.head_dim, most=2**12),
+        query_pre_attn_scalar=fields.number("query_pre_attn_scalar", default.query_pre_attn_scalar),
+        max_positions=fields.integer("max_position_embeddings", default.max_positions),
+        norm_eps=fields.number("rms_norm_eps", default.norm_eps),
+        rope=rope,
+        local_rope=local_rope,
+        dtype=_read_dtype(fields),
+        bos_id=fields.integer("bos_token_id", default.bos_id, least=0),
+        eos_ids=_read_ends(fields) or default.eos_ids,
+    )
+
+
+def _refuse_gemma3(fields: Fields) -> Gemma3Config:
+    raise ConfigError("Gemma-3 with a vision tower (model_type gemma3) is not supported yet; take a text-only "
+                      "checkpoint (gemma3_text), such as gemma3-1b")  # fmt: skip
+
+
+def _read_windows(fields: Fields) -> tuple[int | None, ...]:
+    """From layer_types (transformers 5), or sliding_window_pattern (4): of so many layers the last one is global."""
+    layers, window = fields.integer("num_hidden_layers", most=2**12), fields.integer("sliding_window")
+    types = fields.take("layer_types", "a list", lambda v: type(v) is list, None)
+    if types is not None:
+        fields.left.pop("_sliding_window_pattern", None)  # transformers 5 writes it, but does not read it
+    pattern = fields.integer("sliding_window_pattern", 6 if types is None else None)
+    if pattern is not None:
+        periodic = [LOCAL if n % pattern else GLOBAL for n in range(1, layers + 1)]
+        if types not in (None, periodic):
+            raise ConfigError(f"layer_types and sliding_window_pattern ({pattern}) disagree")
+        types = periodic
+    if len(types) != layers or any(kind not in (LOCAL, GLOBAL) for kind in types):
+        raise ConfigError(f"layer_types must be {LOCAL} or {GLOBAL} for each of {layers} layers, not {types!r:.80}")
+    return tuple(window if kind == LOCAL else None for kind in types)
+
+
+def _read_gemma3_ropes(fields: Fields) -> tuple[RopeConfig, RopeConfig]:
+    """The global and the local one: from rope_parameters by layer type (transformers 5), or by older fields (4)."""
+    both = Fields(_take_object(fields, "rope_parameters"))
+    of_global, of_local = (_take_object(both, kind) for kind in (GLOBAL, LOCAL))
+    both.finish()
+    base, local_base = (fields.left.pop(name, None) for name in ("rope_theta", "rope_local_base_freq"))
+    scaling = _take_object(fields, "rope_scaling")
+    return (
+        _read_rope([{"rope_theta": base}, of_global, scaling], Gemma3Config.rope.base),
+        _read_rope([{"rope_theta": local_base}, of_local], Gemma3Config.local_rope.base),
+    )
+
+
+def _read_llama_rope(fields: Fields) -> RopeConfig:
     """From rope_parameters (transformers 5) or rope_theta and rope_scaling (4), which must agree."""
-    stated: dict[str, Any] = {"rope_theta": fields.left.pop("rope_theta", None)}
-    for source in ("rope_parameters", "rope_scaling"):
-        for name, value in fields.take(source, "an object", lambda v: type(v) is dict, {}).items():
+    fields.fixed("partial_rotary_factor", 1.0)
+    sources = [_take_object(fields, name) for name in ("rope_parameters", "rope_scaling")]
+    return _read_rope([{"rope_theta": fields.left.pop("rope_theta", None)}, *sources], RopeConfig.base)
+
+
+def _take_object(fields: Fields, name: str) -> dict[str, Any]:
+    return fields.take(name, "an object", lambda v: type(v) is dict, {})
+
+
+def _read_rope(sources: list[dict[str, Any]], default_base: float) -> RopeConfig:
+    """Sources that state something twice must agree."""
+    stated: dict[str, Any] = {}
+    for source in sources:
+        for name, value in source.items():
             name = "rope_type" if name == "type" else name
             if value is not None and stated.get(name) not in (None, value):
                 raise ConfigError(f"{name} is given twice, as {stated[name]!r:.80} and as {value!r:.80}")
             stated[name] = value if stated.get(name) is None else stated[name]
     rope = Fields(stated)
     kind = rope.choice("rope_type", ROPE_KINDS, "default")
-    base = rope.number("rope_theta", RopeConfig.base)
+    base = rope.number("rope_theta", default_base)
     scaling = {name: rope.number(name) for name in ROPE_KINDS[kind] if not name.startswith("original")}
     if "original_max_position_embeddings" in ROPE_KINDS[kind]:
         scaling["original_max_positions"] = rope.integer("original_max_position_embeddings")
-    for part in (fields, rope):
-        part.fixed("partial_rotary_factor", 1.0)
+    rope.fixed("partial_rotary_factor", 1.0)
     rope.finish()
     return RopeConfig(base, kind, **scaling)
 
@@ -198,7 +321,11 @@ def _read_ends(fields: Fields) -> tuple[int, ...]:
     return tuple(ends) if isinstance(ends, list) else (ends,)
 
 
-READERS: dict[str, Callable[[Fields], LlamaConfig]] = {"llama": _read_llama}  # by config.json's model_type
+READERS: dict[str, Callable[[Fields], Config]] = {  # by config.json's model_type
+    "llama": _read_llama,
+    "gemma3_text": _read_gemma3_text,
+    "gemma3": _refuse_gemma3,
+}
 
 
 # ---- Meta's params.json ----

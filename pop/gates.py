@@ -104,7 +104,7 @@ def _gated_layer(layer, h: torch.Tensor, rope: Rope, gates: torch.Tensor, decode
     derivative is a sum in float32.
     """
     gates = torch.where(decode[:, None], gates[:, :, 1:], gates[:, :, :1])[..., None]  # [B, 2, T, 1]
-    attended = causal_attention(*layer.queries_keys_values(h, rope), layer.scale)
+    attended = causal_attention(*layer.queries_keys_values(h, rope), layer.scale, layer.window)
     h = h + (gates[:, 0] * layer.attention_update(attended)).to(h.dtype)
     return h + (gates[:, 1] * layer.mlp_update(h)).to(h.dtype)
 

@@ -148,6 +148,11 @@ def _byte_level_bpe(source, tokens: list, types: list, pre: str | None, bos_id: 
 def _sentencepiece_model(source, tokens: list, types: list, special: dict[str, int | None]) -> bytes:
     """The contents of tokenizer.model: sentencepiece's ModelProto in protobuf's wire format."""
     scores = source.get("tokenizer.ggml.scores", list)
+    # In user-defined pieces, such as runs of blanks, llama.cpp's converter has put blanks for sentencepiece's mark.
+    tokens = [
+        token.replace(" ", "\u2581") if kind == USER_DEFINED else token
+        for token, kind in zip(tokens, types, strict=True)
+    ]
     pieces = [
         _field(1, _field(1, token) + _field(2, float(score)) + _field(3, kind))
         for token, score, kind in zip(tokens, scores, types, strict=True)

@@ -65,12 +65,14 @@ def load(
     is_name = name_or_path in registry.list_models() or not os.path.isdir(name_or_path)
     folder = registry.find_weights(str(name_or_path)) if is_name else Path(name_or_path)
     config = read_config(folder)
+    dtype = dtype or config.dtype
+    _check_dtype(dtype, config)
     plan = _plan(prune, config.num_layers)
     max_seq_len = _max_seq_len(max_seq_len, config)
     tokenizer = _tokenizer(folder)
     with torch.device("meta"):
         module = models.build(config)
-    load_weights(folder, module, dtype=dtype or config.dtype, device=device, progress=progress)
+    load_weights(folder, module, dtype=dtype, device=device, progress=progress)
     options = {"plan": plan, "max_seq_len": max_seq_len, "compile": compile, "progress": progress}
     return Model(module.eval(), config, tokenizer, **options)
 
@@ -102,6 +104,7 @@ class Model:
     ):
         _check_compile(compile)
         self.module, self.config, self.tokenizer = module, config, tokenizer
+        _check_dtype(self.dtype, config)
         self.plan = _plan(plan, config.num_layers)
         self.resolve(self.plan)  # does it fit the weights?
         self.max_seq_len = _max_seq_len(max_seq_len, config)
@@ -399,6 +402,14 @@ def _device(device) -> torch.device:
     except (RuntimeError, TypeError, ValueError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise InputError(f"device is {device!r}, which cannot be used here ({reason}); try 'cpu'") from None
+
+
+def _check_dtype(dtype: torch.dtype, config) -> None:
+    if dtype == torch.float16 and config.overflows_float16:
+        raise InputError(
+            f"the activations of the {config.family} family overflow float16; "
+            "load it with dtype=torch.bfloat16 or dtype=torch.float32"
+        )
 
 
 def _plan(prune, num_layers: int) -> PrunePlan:

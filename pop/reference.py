@@ -48,7 +48,7 @@ def forward(
             refit_k, refit_v = refit(layer, plan, index, entering, rope)
             k = torch.where(skips[:, None, None], refit_k, k)
             v = torch.where(skips[:, None, None], refit_v, v)
-        updated = layer.update(h, causal_attention(q, k, v, layer.scale))
+        updated = layer.update(h, causal_attention(q, k, v, layer.scale, layer.window))
         h = torch.where(skips[:, None], h, updated)
         cache.append((k[0], v[0]))
     return module.head(h[0]), cache

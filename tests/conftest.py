@@ -18,8 +18,17 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
 
 @pytest.fixture(scope="session")
+def gemma3():
+    """The folder of the real Gemma-3-270M. Without it a test is skipped: the README's demo does not fetch it."""
+    try:
+        return registry.find_weights("gemma3-270m")
+    except WeightsNotFound as error:
+        pytest.skip(str(error))
+
+
+@pytest.fixture(scope="session")
 def smollm2():
-    """The folder of the real model. Without it a test is skipped, or fails where $POP_REQUIRE_WEIGHTS is set."""
+    """The folder of the real SmolLM2. Without it a test is skipped, or fails where $POP_REQUIRE_WEIGHTS is set."""
     try:
         return registry.find_weights("smollm2-135m")
     except WeightsNotFound as error:

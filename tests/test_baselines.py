@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tiny import random_llama, tiny_config
+from tiny import random_model, tiny_config
 
 import pop
 from pop import reference
@@ -23,7 +23,7 @@ WINDOWS = [torch.from_numpy(np.random.default_rng(n).integers(67, size=40)) for 
 
 def tiny_model(**overrides) -> pop.Model:
     config = tiny_config(**overrides)
-    return pop.Model(random_llama(config, seed=3), config)
+    return pop.Model(random_model(config, seed=3), config)
 
 
 def predicted(logits: torch.Tensor) -> torch.Tensor:
@@ -79,7 +79,7 @@ def test_block_influence_is_one_less_the_mean_cosine():
         for index, layer in enumerate(model.module.layers):
             inputs[index].append(h[0].numpy())
             q, k, v = layer.queries_keys_values(h, rope)
-            h = layer.update(h, baselines.causal_attention(q, k, v, layer.scale))
+            h = layer.update(h, baselines.causal_attention(q, k, v, layer.scale, layer.window))
             outputs[index].append(h[0].numpy())
     for index, value in enumerate(baselines.block_influence(model, WINDOWS).tolist()):
         x, y = np.concatenate(inputs[index]), np.concatenate(outputs[index])
@@ -143,7 +143,7 @@ def test_slicegpt_is_the_model_with_every_block_input_projected(overrides):
     for index, layer in enumerate(model.module.layers):
         h = h @ bases[2 * index] @ bases[2 * index].T
         q, k, v = layer.queries_keys_values(h, rope)
-        h = h + layer.attention_update(baselines.causal_attention(q, k, v, layer.scale))
+        h = h + layer.attention_update(baselines.causal_attention(q, k, v, layer.scale, layer.window))
         h = h @ bases[2 * index + 1] @ bases[2 * index + 1].T
         h = h + layer.mlp_update(h)
     naive = predicted(model.module.head(h[0]))

@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from test_method import assert_close, cases, held, models, plain, prefill
-from tiny import random_llama, tiny_config
+from tiny import random_model, tiny_config, tiny_gemma3_config
 
 import pop
 from pop import PlanError, PrunePlan, calibrate, reference
@@ -30,12 +30,18 @@ def random_texts(seed: int, *lengths: int, vocab_size: int = 67) -> list[list[in
 
 def make_model(seed: int = 0, **overrides) -> pop.Model:
     config = tiny_config(**overrides)
-    return pop.Model(random_llama(config, seed), config)
+    return pop.Model(random_model(config, seed), config)
 
 
 @pytest.fixture(scope="module")
 def model():
     return make_model()
+
+
+@pytest.fixture(scope="module", params=[tiny_config(), tiny_gemma3_config()], ids=["llama", "gemma3"])
+def either(request):
+    """A model of each family, of the same sizes."""
+    return pop.Model(random_model(request.param), request.param)
 
 
 TEXTS = random_texts(0, 300, 40, 17, 500, 90)
@@ -86,7 +92,7 @@ def naive_fit(model, windows, plan, taps, ridge):
     out = []
     for index in plan.layers:
         layer, x = module.layers[index], np.concatenate(xs[index])
-        gain = layer.input_layernorm.weight.detach().double().numpy()
+        gain = layer.input_layernorm.weight.detach().double().numpy() + (module.config.family == "gemma3")
         for i, linear in enumerate((layer.self_attn.k_proj, layer.self_attn.v_proj)):
             own = linear.weight.detach().double().numpy() * gain
             own = np.concatenate([own, np.zeros((len(own), (taps - 1) * own.shape[1]))], axis=1)
@@ -138,8 +144,9 @@ def test_the_layers_own_projections_are_plain_pruning(case):
             assert_close(held(cache, row), held(expected_cache, row))
 
 
-def test_the_last_layer_needs_no_correction(model):
+def test_the_last_layer_needs_no_correction(either):
     """Its K and V come from the very state that the full model has there: the residual is zero."""
+    model = either
     fit = _Fit(model, PrunePlan((4,), full_depth_first=1), 2)
     for batch in _batches(TEXTS):
         _accumulate(model, batch, [fit])
@@ -176,7 +183,8 @@ def naive_kl(model, plan, window):
     return float((p.exp() * (p - q)).sum()), len(p)
 
 
-def test_the_judge_is_the_kl_over_the_last_third(model):
+def test_the_judge_is_the_kl_over_the_last_third(either):
+    model = either
     windows = random_texts(2, 60, 31)
     plan = PrunePlan((2, 3), full_depth_first=1)
     sums, counts = zip(*[naive_kl(model, plan, window) for window in windows], strict=True)
@@ -219,10 +227,11 @@ def record_init(fits, init):
     return wrapped
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("config", [tiny_config(), tiny_gemma3_config()], ids=["llama", "gemma3"])
+@pytest.mark.parametrize("seed", range(2))
 @pytest.mark.parametrize("taps", [1, 2])
-def test_never_worse_than_plain_on_the_held_out_text(seed, taps):
-    model = make_model(seed)
+def test_never_worse_than_plain_on_the_held_out_text(config, seed, taps):
+    model = pop.Model(random_model(config, seed), config)
     texts = random_texts(seed, *[48] * 10)
     plan = PrunePlan((1, 2, 4))
     judged = []
@@ -278,7 +287,8 @@ def test_a_calibrated_plan_can_be_calibrated_again_and_the_seed_decides(model):
     assert calibrate(model, TEXTS, plan, window=20, seed=2, progress=False) != plan
 
 
-def test_a_saved_plan_comes_back_and_generates_the_same(model, tmp_path):
+def test_a_saved_plan_comes_back_and_generates_the_same(either, tmp_path):
+    model = either
     plan = calibrate(model, TEXTS, PrunePlan((2, 3)), progress=False)
     plan.save(tmp_path / "plan")
     loaded = PrunePlan.load(tmp_path / "plan")
@@ -294,20 +304,20 @@ def test_a_saved_plan_comes_back_and_generates_the_same(model, tmp_path):
 
 
 def test_another_dtype_is_the_same_model(tmp_path):
-    module = random_llama(tiny_config()).to(torch.bfloat16)
+    module = random_model(tiny_config()).to(torch.bfloat16)
     prints = {dtype: fingerprint(module.to(dtype)) for dtype in (torch.bfloat16, torch.float32, torch.float16)}
     assert len(set(prints.values())) == 1
-    fresh = random_llama(tiny_config())
+    fresh = random_model(tiny_config())
     assert (
         fingerprint(fresh)
-        == fingerprint(random_llama(tiny_config()).to(torch.bfloat16))
-        != fingerprint(random_llama(tiny_config(), seed=1))
+        == fingerprint(random_model(tiny_config()).to(torch.bfloat16))
+        != fingerprint(random_model(tiny_config(), seed=1))
     )
 
 
 @pytest.mark.parametrize("name", ["model.layers.4.mlp.down_proj.weight", "model.norm.weight", "lm_head.weight"])
 def test_a_single_changed_weight_is_another_model(name):
-    module = random_llama(tiny_config())
+    module = random_model(tiny_config())
     before = fingerprint(module)
     module.get_parameter(name).view(-1)[-1] += 0.1
     assert fingerprint(module) != before
@@ -332,7 +342,7 @@ def test_a_plan_of_another_model_is_refused(model):
 def test_bfloat16_is_close_to_float32(model, tmp_path):
     """The same plan in a bfloat16 model: what it does to the logits is what bfloat16 does to them anyway."""
     plan = calibrate(model, TEXTS, PrunePlan((2, 3)), progress=False)
-    half = pop.Model(random_llama(tiny_config()).to(torch.bfloat16), tiny_config(dtype=torch.bfloat16))
+    half = pop.Model(random_model(tiny_config()).to(torch.bfloat16), tiny_config(dtype=torch.bfloat16))
     prompt = TEXTS[0][:50]
     exact, rounded = (m.prefill([prompt], m.new_cache(1, 50), plan=plan) for m in (model, half))
     full, rounded_full = (m.prefill([prompt], m.new_cache(1, 50), plan=PrunePlan.none()) for m in (model, half))
@@ -427,23 +437,23 @@ def test_a_copy_in_another_dtype_is_kept_once_and_not_pickled():
 def test_the_model_keeps_its_plan_as_given(tmp_path):
     model = make_model()
     plan = calibrate(model, TEXTS, PrunePlan((2, 3)), progress=False)
-    half = pop.Model(random_llama(tiny_config()).to(torch.bfloat16), tiny_config(dtype=torch.bfloat16), plan=plan)
+    half = pop.Model(random_model(tiny_config()).to(torch.bfloat16), tiny_config(dtype=torch.bfloat16), plan=plan)
     assert half.plan == plan
     assert half.resolve(None).projections.weight.dtype == torch.bfloat16
 
 
 def test_the_fingerprint_sees_order_names_and_config():
-    first = random_llama(tiny_config())
+    first = random_model(tiny_config())
     before = fingerprint(first)
     down = first.layers[1].mlp.down_proj.weight
     down.data = down.data.flip(0)
     assert fingerprint(first) != before
-    second = random_llama(tiny_config())
+    second = random_model(tiny_config())
     a, b = second.layers[0].mlp.up_proj, second.layers[0].mlp.gate_proj
     a.weight.data, b.weight.data = b.weight.data, a.weight.data
     assert fingerprint(second) != before
-    assert fingerprint(random_llama(tiny_config(norm_eps=1e-6))) != before
-    assert fingerprint(random_llama(tiny_config(max_positions=99, dtype=torch.bfloat16))) == before
+    assert fingerprint(random_model(tiny_config(norm_eps=1e-6))) != before
+    assert fingerprint(random_model(tiny_config(max_positions=99, dtype=torch.bfloat16))) == before
 
 
 def test_the_sums_are_float64():
@@ -462,7 +472,7 @@ def test_the_sums_are_float64():
 
 def test_the_fingerprint_of_large_parameters_looks_at_all_parts_of_them(monkeypatch):
     monkeypatch.setattr(sys.modules["pop.projections"], "SAMPLES", 100)
-    module = random_llama(tiny_config())
+    module = random_model(tiny_config())
     before = fingerprint(module)
     for row in (0, 20, 40, 64):
         module.model.embed_tokens.weight.data[row : row + 3] *= -1  # 90 of 2,010 values, of which one in 21 is read

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from test_method import batches, plans
-from tiny import random_llama, tiny_config
+from tiny import random_model, tiny_config, tiny_gemma3_config
 
 import pop
 from pop import compiling
@@ -21,10 +21,10 @@ requires_compiler = pytest.mark.skipif(
 )
 
 
-@pytest.fixture(scope="module")
-def pair():
+@pytest.fixture(scope="module", params=[tiny_config, tiny_gemma3_config], ids=["llama", "gemma3"])
+def pair(request):
     """One model twice, compiled and eager; the compiled one is warm for everything."""
-    module = random_llama(tiny_config(max_positions=6000), seed=5)
+    module = random_model(request.param(max_positions=6000), seed=5)
     compiled, eager = (pop.Model(module, module.config, compile=choice, chunk_size=16) for choice in (True, False))
     calibrated = refit(module, compiled.fingerprint, taps=2)
     compiled.warmup(3, [pop.PrunePlan((0,)), calibrated, refit(module, compiled.fingerprint, taps=1)])
@@ -105,7 +105,7 @@ def test_no_graph_break_and_few_graphs():
     counts = []
     for num_layers in (2, 5):
         torch._dynamo.utils.counters.clear()
-        module = random_llama(tiny_config(num_layers=num_layers), seed=1)
+        module = random_model(tiny_config(num_layers=num_layers), seed=1)
         model = pop.Model(module, module.config, compile=True, plan=0.5)
         model.warmup(1)
         counts.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
@@ -114,14 +114,14 @@ def test_no_graph_break_and_few_graphs():
 
 
 def test_tiny_models_run_eagerly_by_default():
-    module = random_llama(tiny_config(), seed=1)
+    module = random_model(tiny_config(), seed=1)
     assert pop.Model(module, module.config)._compiled is None
 
 
 def test_where_nothing_compiles_auto_says_so_once_and_true_is_refused(monkeypatch, caplog):
     monkeypatch.setattr("pop.model.obstacle", lambda device: "InvalidCxxCompiler: none found")
     monkeypatch.setattr("pop.model.SMALLEST", 0)
-    module = random_llama(tiny_config(), seed=1)
+    module = random_model(tiny_config(), seed=1)
     model = pop.Model(module, module.config)
     with caplog.at_level(logging.WARNING):
         model.warmup()
@@ -182,7 +182,7 @@ def test_two_models_share_no_compiled_code():
 
 
 def test_rows_that_leave_the_cache_take_nothing_with_them():
-    module = random_llama(tiny_config(), seed=2)
+    module = random_model(tiny_config(), seed=2)
     model = pop.Model(module, module.config)
     prompts = torch.tensor([[1, 2, 3], [4, 5, 6], [7, 8, 9]])
     plan = dataclasses.replace(pop.PrunePlan.deepest(module.config.num_layers, 0.5), full_depth_last=2)

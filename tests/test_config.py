@@ -1,6 +1,7 @@
 """Reading configs: both dialects, Meta's layout, and the refusal of everything that is not understood."""
 
 import json
+import math
 from contextlib import suppress
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pop.config import LlamaConfig, RopeConfig, read_config
+from pop.config import Gemma3Config, LlamaConfig, RopeConfig, read_config
 from pop.errors import ConfigError
 from pop.models import build
 from pop.registry import lookup
@@ -193,7 +194,7 @@ def test_end_tokens_of_generation_config_go_first(read, tmp_path):
 @pytest.mark.parametrize(
     ("change", "named"),
     [
-        ({"model_type": "mistral"}, "model_type must be one of llama, not 'mistral'"),
+        ({"model_type": "mistral"}, "model_type must be one of llama, gemma3_text, gemma3, not 'mistral'"),
         ({"architectures": ["LlamaModel"]}, r"architectures .* \['LlamaModel'\]"),
         ({"hidden_act": "gelu"}, "hidden_act .* 'gelu'"),
         ({"pretraining_tp": 2}, "pretraining_tp .* 2"),
@@ -383,3 +384,247 @@ def test_meta_without_scaling_and_with_a_factor_of_its_own(read):
     assert read(plain, "params.json") == expected
     scaled = read(params(64, 2, 8, 32, None, vocab_size=99, rope_scaling_factor=4), "params.json")
     assert scaled.rope == RopeConfig(5e5, "llama3", 4.0, 1.0, 4.0, 8192)
+
+
+# ---- Gemma-3 ----
+
+LOCAL, GLOBAL = "sliding_attention", "full_attention"
+# Gemma-3-1B-it as published (transformers 4).
+GEMMA3_1B = {
+    "architectures": ["Gemma3ForCausalLM"],
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "attn_logit_softcapping": None,
+    "bos_token_id": 2,
+    "cache_implementation": "hybrid",
+    "eos_token_id": [1, 106],
+    "final_logit_softcapping": None,
+    "head_dim": 256,
+    "hidden_activation": "gelu_pytorch_tanh",
+    "hidden_size": 1152,
+    "initializer_range": 0.02,
+    "intermediate_size": 6912,
+    "max_position_embeddings": 32768,
+    "model_type": "gemma3_text",
+    "num_attention_heads": 4,
+    "num_hidden_layers": 26,
+    "num_key_value_heads": 1,
+    "pad_token_id": 0,
+    "query_pre_attn_scalar": 256,
+    "rms_norm_eps": 1e-06,
+    "rope_local_base_freq": 10000,
+    "rope_scaling": None,
+    "rope_theta": 1000000,
+    "sliding_window": 512,
+    "sliding_window_pattern": 6,
+    "torch_dtype": "bfloat16",
+    "transformers_version": "4.50.0.dev0",
+    "use_cache": True,
+    "vocab_size": 262144,
+}
+# The text_config of the multimodal sizes, as published: most is left to the defaults of transformers.
+EIGHTFOLD = {"factor": 8.0, "rope_type": "linear"}
+GEMMA3_TEXTS = {
+    "4b": {
+        "hidden_size": 2560,
+        "intermediate_size": 10240,
+        "model_type": "gemma3_text",
+        "num_hidden_layers": 34,
+        "rope_scaling": EIGHTFOLD,
+        "sliding_window": 1024,
+    },
+    "12b": {
+        "hidden_size": 3840,
+        "intermediate_size": 15360,
+        "model_type": "gemma3_text",
+        "num_attention_heads": 16,
+        "num_hidden_layers": 48,
+        "num_key_value_heads": 8,
+        "rope_scaling": EIGHTFOLD,
+        "sliding_window": 1024,
+    },
+    "27b": {
+        "head_dim": 128,
+        "hidden_size": 5376,
+        "intermediate_size": 21504,
+        "model_type": "gemma3_text",
+        "num_attention_heads": 32,
+        "num_hidden_layers": 62,
+        "num_key_value_heads": 16,
+        "query_pre_attn_scalar": 168,
+        "rope_scaling": EIGHTFOLD,
+        "sliding_window": 1024,
+    },
+}
+GEMMA3_270M = {
+    **GEMMA3_1B,
+    "hidden_size": 640,
+    "intermediate_size": 2048,
+    "num_hidden_layers": 18,
+}
+TINY_GEMMA3 = {
+    "model_type": "gemma3_text",
+    "vocab_size": 50,
+    "hidden_size": 48,
+    "intermediate_size": 80,
+    "num_hidden_layers": 4,
+    "sliding_window": 9,
+    "layer_types": [LOCAL, GLOBAL, GLOBAL, LOCAL],
+}
+
+
+def parameters(config) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the model's parameters, which take no memory."""
+    with torch.device("meta"):
+        return {name: tuple(parameter.shape) for name, parameter in build(config).named_parameters()}
+
+
+def count(shapes) -> int:
+    return sum(math.prod(shape) for shape in shapes.values())
+
+
+def test_gemma3_1b_as_published(read):
+    config = read(GEMMA3_1B)
+    assert config == Gemma3Config(
+        vocab_size=262144,
+        hidden_size=1152,
+        intermediate_size=6912,
+        windows=((512,) * 5 + (None,)) * 4 + (512, 512),
+        num_heads=4,
+        num_kv_heads=1,
+        head_dim=256,
+        query_pre_attn_scalar=256.0,
+        max_positions=32768,
+        norm_eps=1e-6,
+        rope=RopeConfig(1e6),
+        local_rope=RopeConfig(1e4),
+        dtype=torch.bfloat16,
+        bos_id=2,
+        eos_ids=(1, 106),
+    )
+    assert (config.num_layers, config.tie_embeddings) == (26, True)
+
+
+def test_gemma3_of_transformers_5_says_the_same(read):
+    """As it writes the config above, layer_types and all."""
+    old = ("rope_local_base_freq", "rope_scaling", "rope_theta", "sliding_window_pattern", "torch_dtype")
+    new = {name: value for name, value in GEMMA3_1B.items() if name not in old}
+    new["_sliding_window_pattern"] = 6
+    new["layer_types"] = [GLOBAL if n % 6 == 0 else LOCAL for n in range(1, 27)]
+    new["rope_parameters"] = {
+        GLOBAL: {"rope_theta": 1000000, "rope_type": "default"},
+        LOCAL: {"rope_theta": 10000, "rope_type": "default"},
+    }
+    new |= {"dtype": "bfloat16", "tie_word_embeddings": True, "use_bidirectional_attention": False}
+    assert read(new) == read(GEMMA3_1B)
+    assert read({**new, "sliding_window_pattern": 6}) == read(GEMMA3_1B)
+
+
+@pytest.mark.parametrize(
+    ("size", "heads", "scalar", "layers"),
+    [("4b", (8, 4, 256), 256.0, 34), ("12b", (16, 8, 256), 256.0, 48), ("27b", (32, 16, 128), 168.0, 62)],
+)
+def test_gemma3_text_configs_of_the_multimodal_sizes(read, size, heads, scalar, layers):
+    """What they leave out; and the whole model has the registry's parameters, counted here but for the language."""
+    config = read(GEMMA3_TEXTS[size])
+    assert (config.num_heads, config.num_kv_heads, config.head_dim) == heads
+    assert (config.query_pre_attn_scalar, config.num_layers, config.vocab_size) == (scalar, layers, 262208)
+    assert config.windows == tuple(None if n % 6 == 0 else 1024 for n in range(1, layers + 1))
+    assert (config.rope, config.local_rope) == (RopeConfig(1e6, "linear", 8.0), RopeConfig(1e4))
+    assert (config.max_positions, config.norm_eps, config.bos_id, config.eos_ids) == (131072, 1e-6, 2, (1,))
+    D, inner, patches = 1152, 4304, 64 * 64
+    layer = 2 * 2 * D + 4 * (D * D + D) + (D * inner + inner) + (inner * D + D)  # two norms, attention, MLP
+    vision = (3 * 14 * 14 * D + D) + patches * D + 27 * layer + 2 * D
+    projector = D * config.hidden_size + D
+    assert count(parameters(config)) + vision + projector == lookup(f"gemma3-{size}").parameters
+
+
+@pytest.mark.parametrize(("size", "published"), [("270m", GEMMA3_270M), ("1b", GEMMA3_1B)])
+def test_gemma3_text_models_have_the_published_parameters(read, size, published):
+    assert count(parameters(read(published))) == lookup(f"gemma3-{size}").parameters
+
+
+def test_gemma3_tensors_are_the_checkpoints(read):
+    """Names and shapes of Gemma-3-1B's file."""
+    D, inner, Q, K, E = 1152, 6912, 4 * 256, 256, 256
+    layer = {
+        "input_layernorm": (D,),
+        "mlp.down_proj": (D, inner),
+        "mlp.gate_proj": (inner, D),
+        "mlp.up_proj": (inner, D),
+        "post_attention_layernorm": (D,),
+        "post_feedforward_layernorm": (D,),
+        "pre_feedforward_layernorm": (D,),
+        "self_attn.k_norm": (E,),
+        "self_attn.k_proj": (K, D),
+        "self_attn.o_proj": (D, Q),
+        "self_attn.q_norm": (E,),
+        "self_attn.q_proj": (Q, D),
+        "self_attn.v_proj": (K, D),
+    }
+    expected = {"model.embed_tokens.weight": (262144, D), "model.norm.weight": (D,)}
+    expected |= {f"model.layers.{n}.{name}.weight": shape for n in range(26) for name, shape in layer.items()}
+    assert parameters(read(GEMMA3_1B)) == expected
+
+
+def test_every_field_reaches_the_gemma3_config(read):
+    changed = {
+        "num_attention_heads": 6,
+        "num_key_value_heads": 2,
+        "head_dim": 10,
+        "max_position_embeddings": 77,
+        "rms_norm_eps": 1,
+        "query_pre_attn_scalar": 7,
+        "rope_theta": 300,
+        "rope_scaling": {"type": "linear", "factor": 2},
+        "rope_local_base_freq": 30,
+        "torch_dtype": "float16",
+        "bos_token_id": 5,
+        "eos_token_id": 7,
+    }
+    rope, local = RopeConfig(300.0, "linear", 2.0), RopeConfig(30.0)
+    expected = (50, 48, 80, (9, None, None, 9), 6, 2, 10, 7.0, 77, 1.0, rope, local, torch.float16, 5, (7,))
+    assert read({**TINY_GEMMA3, **changed}) == Gemma3Config(*expected)
+    parameters = {GLOBAL: {"rope_theta": 300, "rope_type": "linear", "factor": 2}, LOCAL: {"rope_theta": 30}}
+    old = ("rope_theta", "rope_scaling", "rope_local_base_freq")
+    new = {name: value for name, value in changed.items() if name not in old}
+    assert read({**TINY_GEMMA3, **new, "rope_parameters": parameters}) == Gemma3Config(*expected)
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"model_type": "gemma3"}, "vision tower .* not supported yet; take a text-only"),
+        ({"architectures": ["Gemma3ForConditionalGeneration"]}, r"architectures .* \['Gemma3ForCond"),
+        ({"hidden_activation": "gelu"}, "hidden_activation .* 'gelu'"),
+        ({"hidden_act": "silu"}, "hidden_act = 'silu'"),
+        ({"attention_bias": True}, "attention_bias .* True"),
+        ({"tie_word_embeddings": False}, "tie_word_embeddings .* False"),
+        ({"use_bidirectional_attention": True}, "use_bidirectional_attention .* True"),
+        ({"final_logit_softcapping": 30.0}, "final_logit_softcapping = 30.0"),
+        ({"attn_logit_softcapping": 50.0}, "attn_logit_softcapping = 50.0"),
+        ({"sliding_window": None}, "sliding_window is missing"),
+        ({"sliding_window": 0}, "sliding_window .* 0"),
+        ({"sliding_window_pattern": 2}, r"layer_types and sliding_window_pattern \(2\) disagree"),
+        ({"layer_types": None, "sliding_window_pattern": 0}, "sliding_window_pattern .* 0"),
+        ({"layer_types": None, "_sliding_window_pattern": 2}, "_sliding_window_pattern = 2"),
+        ({"layer_types": [LOCAL] * 3}, "layer_types must be"),
+        ({"layer_types": [LOCAL, GLOBAL, LOCAL, "chunked_attention"]}, "layer_types must be"),
+        ({"layer_types": [LOCAL, GLOBAL, LOCAL, [1]]}, "layer_types must be"),
+        ({"layer_types": LOCAL}, "layer_types must be a list"),
+        ({"rope_theta": 1e4, "rope_parameters": {GLOBAL: {"rope_theta": 1e6}}}, "rope_theta .* 10000.0 .* 1000000.0"),
+        ({"rope_local_base_freq": 1e4, "rope_parameters": {LOCAL: {"rope_theta": 1e6}}}, "rope_theta .* 10000.0"),
+        ({"rope_scaling": EIGHTFOLD, "rope_parameters": {GLOBAL: {"factor": 2.0}}}, "factor is given twice"),
+        ({"rope_parameters": {"rope_theta": 1e6}}, "rope_theta = 1000000.0"),
+        ({"rope_parameters": {GLOBAL: 1e6}}, "full_attention must be an object"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope_type .* 'yarn'"),
+        ({"mlp_bias": False}, "mlp_bias = False"),
+        ({"head_dim": 9}, r"head_dim \(9\) is odd"),
+        ({"num_key_value_heads": 3}, r"num_attention_heads \(8\) .* num_key_value_heads \(3\)"),
+        ({"vocab_size": 2}, r"\[2\] is outside of vocab_size 2"),
+    ],
+)
+def test_gemma3_refusals(read, change, named):
+    assert read(TINY_GEMMA3).windows == (9, None, None, 9)
+    with pytest.raises(ConfigError, match=rf"config\.json.*{named}"):
+        read({**TINY_GEMMA3, **change})

@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from tiny import random_llama, tiny_config
+from tiny import random_model, tiny_config
 from torch.utils.flop_counter import FlopCounterMode
 
 from pop import engine
 from pop.cache import KVCache
-from pop.config import LlamaConfig
+from pop.config import Gemma3Config, LlamaConfig
 from pop.cost import prefill_flops, speedup_limit
 from pop.plan import PrunePlan
 
@@ -31,6 +31,11 @@ SMOLLM2 = LlamaConfig(
 )
 
 
+def gemma3_12b(window: int) -> Gemma3Config:
+    windows = tuple(None if n % 6 == 0 else window for n in range(1, 49))
+    return Gemma3Config(262_208, 3840, 15_360, windows, num_heads=16, num_kv_heads=8)
+
+
 @pytest.mark.parametrize(
     ("config", "pruned", "limit", "digits"),
     [
@@ -40,6 +45,8 @@ SMOLLM2 = LlamaConfig(
         (SMOLLM2, 10, 1.47, 2),
         (SMOLLM2, 15, 1.91, 2),
         (SMOLLM2, 20, 2.74, 2),
+        (gemma3_12b(window=2048), 16, 1.451, 3),  # all positions before a token counted
+        (gemma3_12b(window=1024), 16, 1.450, 3),  # those that it attends
     ],
 )
 def test_limits_are_those_of_the_method_at_2048_tokens(config, pruned, limit, digits):
@@ -62,7 +69,7 @@ def test_limits_are_those_of_the_method_at_2048_tokens(config, pruned, limit, di
 def test_count_equals_what_torch_counts_in_the_engine(tokens, plan):
     """Matrix products as torch counts them; attention (torch counts the whole square) in closed form."""
     config = tiny_config()
-    module = random_llama(config)
+    module = random_model(config)
     cache = KVCache(config, 1, tokens, dtype=torch.float32, device=torch.device("cpu"))
     with FlopCounterMode(display=False) as counter:
         engine.prefill(module, torch.ones(1, tokens, dtype=torch.int64), cache, torch.tensor([tokens]), plan, 2048)

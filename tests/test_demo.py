@@ -228,3 +228,15 @@ def test_the_real_model_answers_the_question_right(capsys, monkeypatch, smollm2)
     result = json.loads(capsys.readouterr().out)
     assert result["rows"] == ['Chapter I is "Down the Rabbit-Hole"', "stop"]
     assert result["prompt_tokens"] == 1433
+
+
+def test_a_base_model_continues_the_text(tmp_path, arguments, capsys, monkeypatch):
+    """Its tokenizer has no chat template."""
+    folder = write_chat_checkpoint(tmp_path / "base")
+    (folder / "tokenizer_config.json").unlink()
+    asked, generate = [], pop.Model.generate
+    monkeypatch.setattr(
+        pop.Model, "generate", lambda self, prompt, **options: asked.append(prompt) or generate(self, prompt, **options)
+    )
+    assert main(["demo", "--model", str(folder), *arguments[3:], "--runs", "1"]) == 0
+    assert asked[0] == pop.load_tokenizer(folder).encode("Why is the sky blue?\n\nAnswer:")

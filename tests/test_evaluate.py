@@ -10,7 +10,7 @@ from statistics import NormalDist
 import numpy as np
 import pytest
 import torch
-from tiny import random_llama, tiny_config
+from tiny import random_model, tiny_config
 from tiny_chat import write_chat_checkpoint
 
 import pop
@@ -680,7 +680,7 @@ def test_the_default_domains_are_the_texts_of_the_repository():
 
 def test_an_embedding_padded_beyond_the_tokenizer_never_answers():
     config = tiny_config(vocab_size=80)
-    module = random_llama(config)
+    module = random_model(config)
 
     class Tokenizer:
         vocab_size = 20

@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny import random_llama, tiny_config
+from tiny import random_model, tiny_config
 
 import pop
 from pop import engine, reference
@@ -31,7 +31,7 @@ class Letters(Tokenizer):
 @pytest.fixture(scope="module")
 def model():
     config = tiny_config(vocab_size=256, max_positions=128)
-    return pop.Model(random_llama(config, seed=5), config, plan=pop.PrunePlan((1, 3, 4)))
+    return pop.Model(random_model(config, seed=5), config, plan=pop.PrunePlan((1, 3, 4)))
 
 
 @pytest.fixture(scope="module")
@@ -290,7 +290,7 @@ def test_scored_text_begins_once(model):
 
 def test_bfloat16_stays_close_to_float32(model):
     """bfloat16 keeps 8 bits: logits of a 5-layer model within 5 % of their scale (observed: about 2 %)."""
-    half = random_llama(model.config, seed=5).to(torch.bfloat16)
+    half = random_model(model.config, seed=5).to(torch.bfloat16)
     half = pop.Model(half, model.config, plan=model.plan)
     tokens = [PROMPTS[2]]
     exact = model.prefill(tokens, model.new_cache(1, 64))

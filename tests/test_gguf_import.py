@@ -17,8 +17,9 @@ from safetensors.torch import load_file
 
 gguf = pytest.importorskip("gguf")
 
+import pop  # noqa: E402
 from pop import gguf_import, staging  # noqa: E402
-from pop.config import read_config  # noqa: E402
+from pop.config import RopeConfig, read_config  # noqa: E402
 from pop.errors import CheckpointError, MissingExtra, PopError, UnsupportedError  # noqa: E402
 from pop.gguf_import import import_gguf  # noqa: E402
 
@@ -224,6 +225,12 @@ def test_gemma3(tmp_path):
     assert config["rope_scaling"] == {"rope_type": "linear", "factor": 8.0}
     assert (config["sliding_window"], config["sliding_window_pattern"]) == (16, 6)
     assert config["query_pre_attn_scalar"] == HEAD_DIM
+    model = pop.load(tmp_path / "model", dtype=torch.float32)
+    assert model.config.windows == (16, 16)
+    assert (model.config.rope, model.config.local_rope) == (RopeConfig(1e6, "linear", 8.0), RopeConfig(1e4))
+    loaded = model.module.model.norm.weight
+    assert torch.equal(loaded, (torch.from_numpy(tensors["output_norm.weight"][0]) - 1).bfloat16().float())
+    assert model.logits([[1, 2, 3]]).isfinite().all()
 
 
 def test_shards(tmp_path, monkeypatch):
@@ -449,6 +456,18 @@ def test_sentencepiece(tmp_path, dummy_prefix):
     assert trainer == {3: 2, 4: len(tokens), 35: 1} | ids
     settings = json.loads((tmp_path / "model/tokenizer_config.json").read_text())
     assert (settings["bos_token"], settings["add_bos_token"]) == ("<bos>", True)
+
+
+def test_runs_of_blanks_are_pieces_again(tmp_path):
+    """llama.cpp's converter writes a user-defined piece with blanks, where sentencepiece has a mark for each."""
+    keys = {key: value for key, value in sentencepiece_keys().items() if key.startswith("tokenizer")}
+    keys["tokenizer.ggml.tokens"] = [*keys["tokenizer.ggml.tokens"], "   ", "x y"]
+    keys["tokenizer.ggml.token_type"] = [*keys["tokenizer.ggml.token_type"], 4, 1]
+    keys["tokenizer.ggml.scores"] = [*keys["tokenizer.ggml.scores"], 0.0, 0.0]
+    imported(tmp_path, many_tokens("gemma3"), keys, "gemma3")
+    processor = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "model/tokenizer.model"))
+    assert processor.encode("a   b", out_type=str) == ["a", "▁▁▁", "b"]
+    assert processor.id_to_piece(processor.get_piece_size() - 1) == "x y"  # a normal piece is left as it is
 
 
 # ---- files that are refused

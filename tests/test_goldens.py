@@ -17,17 +17,24 @@ from tiny import write_weights
 import pop
 from pop.config import read_config
 
-GOLDENS = Path(__file__).parent / "goldens" / "llama"
+GOLDENS = Path(__file__).parent / "goldens"
 CASES = (
-    "wide-heads",
-    "mqa-tied",
-    "llama3-rope",
-    "linear-rope",
-    "biases",
-    "sharded",
-    "bfloat16",
-    "old-llama3",
-    "old-linear",
+    "llama/wide-heads",
+    "llama/mqa-tied",
+    "llama/llama3-rope",
+    "llama/linear-rope",
+    "llama/biases",
+    "llama/sharded",
+    "llama/bfloat16",
+    "llama/old-llama3",
+    "llama/old-linear",
+    "gemma3/window",
+    "gemma3/odd-pattern",
+    "gemma3/mqa",
+    "gemma3/long",
+    "gemma3/bfloat16",
+    "gemma3/old",
+    "gemma3/old-omissions",
 )
 TOLERANCE = 1e-4  # of the standard deviation of the reference's logits
 
@@ -51,7 +58,7 @@ class Golden:
 
 @pytest.fixture(scope="module", params=CASES)
 def golden(request, tmp_path_factory):
-    return Golden(request.param, tmp_path_factory.mktemp(request.param))
+    return Golden(request.param, tmp_path_factory.mktemp("golden"))
 
 
 @pytest.fixture(scope="module")
@@ -84,10 +91,11 @@ def test_prefill_then_decode(golden, model):
         assert error(torch.cat(steps), expected[len(tokens) - 1 :]) < TOLERANCE
 
 
-def test_bfloat16_run(tmp_path):
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_bfloat16_run(family, tmp_path):
     """Two bfloat16 runs round in different places, so each is judged by its distance from the float32 logits:
     ours, as a root mean square over all positions, may exceed the reference's own by a quarter."""
-    golden = Golden("bfloat16", tmp_path)
+    golden = Golden(f"{family}/bfloat16", tmp_path)
     model = pop.load(golden.folder, prune=None)
     assert model.dtype == torch.bfloat16  # the checkpoint's own
     ours, reference = [], []

@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import random_llama, tiny_config
+from tiny import random_model, tiny_config, tiny_gemma3_config
 from tiny_chat import write_chat_checkpoint
 
 import pop
@@ -25,7 +25,7 @@ SCORES = ("prefill", "decode", "prefill_error", "decode_error")
 
 @pytest.fixture(scope="module")
 def model():
-    return pop.Model(random_llama(tiny_config()), tiny_config(), plan=0.6)
+    return pop.Model(random_model(tiny_config()), tiny_config(), plan=0.6)
 
 
 @pytest.fixture(scope="module")
@@ -68,44 +68,55 @@ def assert_same(actual, expected):
 def gated_loss(config, weights, prompt, response, gate):
     """Negative log-likelihood of the response, with gate [2 (attention, MLP), 2 (prefill, decode), L] float64."""
     E, G = config.head_dim, config.num_heads // config.num_kv_heads
+    gemma = config.family == "gemma3"
+    scale = config.query_pre_attn_scalar**-0.5 if gemma else E**-0.5
 
     def norm(x, name):
-        return x / np.sqrt((x**2).mean(-1, keepdims=True) + config.norm_eps) * weights[name]
+        return x / np.sqrt((x**2).mean(-1, keepdims=True) + config.norm_eps) * (gemma + weights[f"{name}.weight"])
 
     def linear(x, name):
         return x @ weights[f"{name}.weight"].T + weights.get(f"{name}.bias", 0)
 
-    def rotated(x, position):  # [heads, E]
-        angle = position / config.rope.base ** (np.arange(0, E, 2) / E)
+    def rotated(x, position, rope):  # [heads, E]
+        angle = position / rope.factor / rope.base ** (np.arange(0, E, 2) / E)
         a, b = x[:, : E // 2], x[:, E // 2 :]
         return np.concatenate([a * np.cos(angle) - b * np.sin(angle), b * np.cos(angle) + a * np.sin(angle)], 1)
 
     tokens = [*prompt, *response]
-    memory = [([], []) for _ in range(config.num_layers)]
+    memory = [([], []) for _ in config.windows]
     loss = 0.0
     for position, token in enumerate(tokens[:-1]):
         stage = int(position >= len(prompt) - 1)
-        h = weights["model.embed_tokens.weight"][token]
-        for index in range(config.num_layers):
+        h = weights["model.embed_tokens.weight"][token] * (config.hidden_size**0.5 if gemma else 1)
+        for index, window in enumerate(config.windows):
             name = f"model.layers.{index}"
-            x = norm(h, f"{name}.input_layernorm.weight")
+            rope = config.rope if window is None else config.local_rope
+            x = norm(h, f"{name}.input_layernorm")
             q, k, v = (linear(x, f"{name}.self_attn.{kind}_proj").reshape(-1, E) for kind in "qkv")
+            if gemma:
+                q, k = norm(q, f"{name}.self_attn.q_norm"), norm(k, f"{name}.self_attn.k_norm")
             keys, values = memory[index]
-            keys.append(rotated(k, position))
+            keys.append(rotated(k, position, rope))
             values.append(v)
+            seen = slice(max(0, position + 1 - window) if window else 0, None)
             heads = []
-            for head, query in enumerate(rotated(q, position)):
-                scores = np.array([key[head // G] for key in keys]) @ query / np.sqrt(E)
+            for head, query in enumerate(rotated(q, position, rope)):
+                scores = np.array([key[head // G] for key in keys[seen]]) @ query * scale
                 weight = np.exp(scores - scores.max())
-                heads.append(weight / weight.sum() @ np.array([value[head // G] for value in values]))
-            h = h + gate[0, stage, index] * linear(np.concatenate(heads), f"{name}.self_attn.o_proj")
-            x = norm(h, f"{name}.post_attention_layernorm.weight")
-            inner = linear(x, f"{name}.mlp.gate_proj")
-            inner = inner / (1 + np.exp(-inner)) * linear(x, f"{name}.mlp.up_proj")
-            h = h + gate[1, stage, index] * linear(inner, f"{name}.mlp.down_proj")
+                heads.append(weight / weight.sum() @ np.array([value[head // G] for value in values[seen]]))
+            update = linear(np.concatenate(heads), f"{name}.self_attn.o_proj")
+            h = h + gate[0, stage, index] * (norm(update, f"{name}.post_attention_layernorm") if gemma else update)
+            x = norm(h, f"{name}.{'pre_feedforward' if gemma else 'post_attention'}_layernorm")
+            inner, up = linear(x, f"{name}.mlp.gate_proj"), linear(x, f"{name}.mlp.up_proj")
+            if gemma:
+                inner = inner / 2 * (1 + np.tanh(np.sqrt(2 / np.pi) * (inner + 0.044715 * inner**3)))
+            else:
+                inner = inner / (1 + np.exp(-inner))
+            update = linear(inner * up, f"{name}.mlp.down_proj")
+            h = h + gate[1, stage, index] * (norm(update, f"{name}.post_feedforward_layernorm") if gemma else update)
         if stage:
             head = "model.embed_tokens.weight" if config.tie_embeddings else "lm_head.weight"
-            logits = norm(h, "model.norm.weight") @ weights[head].T
+            logits = norm(h, "model.norm") @ weights[head].T
             loss += np.log(np.exp(logits - logits.max()).sum()) + logits.max() - logits[tokens[position + 1]]
     return loss
 
@@ -127,20 +138,27 @@ def slopes(module, prompt, response, together=False, step=1e-4):
 def cases(draw):
     """(module, [(prompt, response), ...]) of random sizes."""
     kv_heads = draw(st.integers(1, 2))
-    config = tiny_config(
-        vocab_size=23,
-        hidden_size=draw(st.sampled_from([6, 13])),
-        num_layers=draw(st.integers(1, 3)),
-        num_heads=kv_heads * draw(st.integers(1, 2)),
-        num_kv_heads=kv_heads,
-        head_dim=draw(st.sampled_from([2, 6])),
-        tie_embeddings=draw(st.booleans()),
-        attention_bias=draw(st.booleans()),
-        mlp_bias=draw(st.booleans()),
-    )
+    sizes = {
+        "vocab_size": 23,
+        "hidden_size": draw(st.sampled_from([6, 13])),
+        "num_heads": kv_heads * draw(st.integers(1, 2)),
+        "num_kv_heads": kv_heads,
+        "head_dim": draw(st.sampled_from([2, 6])),
+    }
+    if draw(st.sampled_from(["llama", "gemma3"])) == "gemma3":
+        windows = st.lists(st.sampled_from([2, None]), min_size=1, max_size=3)
+        config = tiny_gemma3_config(**sizes, windows=tuple(draw(windows)))
+    else:
+        config = tiny_config(
+            **sizes,
+            num_layers=draw(st.integers(1, 3)),
+            tie_embeddings=draw(st.booleans()),
+            attention_bias=draw(st.booleans()),
+            mlp_bias=draw(st.booleans()),
+        )
     tokens = st.lists(st.integers(0, 22), min_size=1, max_size=6)
     pairs = draw(st.lists(st.tuples(tokens, tokens), min_size=1, max_size=3))
-    return random_llama(config, seed=draw(st.integers(0, 9))), pairs
+    return random_model(config, seed=draw(st.integers(0, 9))), pairs
 
 
 @settings(max_examples=settings().max_examples // 2)
@@ -175,7 +193,7 @@ def test_branches_are_scored_on_request_alone(model, samples):
 
 
 def test_a_layer_that_adds_nothing_scores_zero(samples):
-    module = random_llama(tiny_config())
+    module = random_model(tiny_config())
     for projection in (module.layers[2].self_attn.o_proj, module.layers[2].mlp.down_proj):
         projection.weight.zero_()
     result = importance(pop.Model(module, tiny_config()), samples, branches=True, progress=False)
@@ -237,7 +255,7 @@ def test_activations_inside_a_layer_are_not_kept(model, samples, monkeypatch):
 
 @pytest.mark.parametrize("at_once", [1, 3, 256])
 def test_logits_are_made_for_the_response_alone_and_in_pieces(samples, monkeypatch, at_once):
-    module = random_llama(tiny_config())
+    module = random_model(tiny_config())
     rows, head = [], module.head
     monkeypatch.setattr(module, "head", lambda h: rows.append(h.shape[0]) or head(h))
     monkeypatch.setattr(gates, "LOGITS_AT_ONCE", at_once)
@@ -248,20 +266,21 @@ def test_logits_are_made_for_the_response_alone_and_in_pieces(samples, monkeypat
     assert_close(gradients, gate_gradients(module, *split(samples)), 1e-5)
 
 
+@pytest.mark.parametrize("config", [tiny_config(), tiny_gemma3_config()], ids=["llama", "gemma3"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_gates_of_one_change_no_bit(dtype):
-    module = random_llama(tiny_config()).to(dtype)
+def test_gates_of_one_change_no_bit(config, dtype):
+    module = random_model(config).to(dtype)
     h = torch.randn(2, 9, 30, generator=torch.Generator().manual_seed(0)).to(dtype)
     rope = module.rope(torch.arange(9)[None])
     stage = torch.arange(9).expand(2, 9) > 4
     for layer in module.layers:
-        attended = layers.causal_attention(*layer.queries_keys_values(h, rope), layer.scale)
+        attended = layers.causal_attention(*layer.queries_keys_values(h, rope), layer.scale, layer.window)
         assert torch.equal(gates._gated_layer(layer, h, rope, torch.ones(2, 2, 2), stage), layer.update(h, attended))
 
 
 def test_bfloat16_gives_the_scores_of_its_weights(samples):
     config = tiny_config(dtype=torch.bfloat16)
-    module = random_llama(config).bfloat16()
+    module = random_model(config).bfloat16()
     low = importance(pop.Model(module, config), samples, progress=False)
     high = importance(pop.Model(module.float(), config), samples, progress=False)
     assert_close(low.prefill, high.prefill, 0.1)
@@ -272,7 +291,7 @@ def test_bfloat16_gives_the_scores_of_its_weights(samples):
 
 
 def test_parameters_and_grad_mode_are_left_alone(samples):
-    module = random_llama(tiny_config())
+    module = random_model(tiny_config())
     module.layers[1].requires_grad_(True)
     before = [parameter.requires_grad for parameter in module.parameters()]
     model = pop.Model(module, tiny_config())
@@ -290,7 +309,7 @@ def test_parameters_and_grad_mode_are_left_alone(samples):
 
 
 def test_parameters_want_no_gradient_meanwhile(samples, monkeypatch):
-    module = random_llama(tiny_config()).requires_grad_(True)
+    module = random_model(tiny_config()).requires_grad_(True)
     seen, head = [], module.head
 
     def watched(h):
@@ -354,7 +373,7 @@ def test_sampled_responses_score_as_given_ones(model, prompts):
 
 def test_an_end_token_ends_a_response_and_is_part_of_it():
     config = tiny_config(eos_ids=tuple(range(0, 67, 4)))
-    model = pop.Model(random_llama(config), config)
+    model = pop.Model(random_model(config), config)
     responses = sample_responses(model, [[5, 6]] * 40, [(0, n) for n in range(40)], 12)
     assert len({len(response) for response in responses}) > 3
     for response in responses:
@@ -436,7 +455,7 @@ def test_a_failed_write_leaves_the_record_of_before(model, prompts, tmp_path, mo
 def exact(seed=0, dtype=torch.float32, **sizes):
     """A model whose weights are the same in float32 and bfloat16."""
     config = tiny_config(**sizes)
-    return pop.Model(random_llama(config, seed).bfloat16().to(dtype), config)
+    return pop.Model(random_model(config, seed).bfloat16().to(dtype), config)
 
 
 @pytest.mark.parametrize(
@@ -577,13 +596,13 @@ def test_what_is_no_model_for_gradients_is_refused(model):
         with pytest.raises(InputError, match=f"the model is a {type(other).__name__}; load one"):
             importance(other, [[1]])
     with torch.inference_mode():
-        module = random_llama(tiny_config())
+        module = random_model(tiny_config())
     with pytest.raises(InputError, match="loaded under torch.inference_mode"):
         importance(pop.Model(module, tiny_config()), [[1]])
 
 
 def test_numbers_that_overflow_are_said(samples, prompts):
-    module = random_llama(tiny_config())
+    module = random_model(tiny_config())
     module.layers[3].mlp.down_proj.weight[0, 0] = math.inf
     model = pop.Model(module, tiny_config())
     with pytest.raises(InputError, match="gradients of the gates are not finite"):

@@ -94,4 +94,7 @@ def test_attention_by_its_definition(heads, tokens):
     torch.testing.assert_close(masked_attention(q, k, v, mask, scale), naive(q, k, v, mask))
     causal = torch.ones(tokens, tokens).tril().bool().expand(2, -1, -1)
     k, v = k[:, :tokens], v[:, :tokens]
-    torch.testing.assert_close(causal_attention(q, k, v, scale), naive(q, k, v, causal))
+    torch.testing.assert_close(causal_attention(q, k, v, scale, None), naive(q, k, v, causal))
+    for window in range(1, tokens + 2):  # that many tokens, itself included
+        seen = causal & torch.tensor([[t - s < window for s in range(tokens)] for t in range(tokens)])
+        torch.testing.assert_close(causal_attention(q, k, v, scale, window), naive(q, k, v, seen))

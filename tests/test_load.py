@@ -1,11 +1,13 @@
 """`pop.load`: from a name or a folder to a model, and what stands in the way."""
 
+import dataclasses
+import json
 import subprocess
 import sys
 
 import pytest
 import torch
-from tiny import random_llama, tiny_config, write_checkpoint
+from tiny import random_model, tiny_config, tiny_gemma3_config, write_checkpoint, write_weights
 
 import pop
 
@@ -21,7 +23,7 @@ def test_a_folder_without_tokenizer_files_loads(folder):
     assert model.config == tiny_config()
     assert (model.device, model.dtype) == (torch.device("cpu"), torch.float32)
     assert model.plan == pop.PrunePlan.deepest(5, 1 / 3) == pop.PrunePlan((4,))
-    expected = random_llama(tiny_config(), seed=4)(torch.tensor([[1, 2, 3]]))
+    expected = random_model(tiny_config(), seed=4)(torch.tensor([[1, 2, 3]]))
     torch.testing.assert_close(model.logits([[1, 2, 3]]), expected)
 
 
@@ -105,3 +107,40 @@ heavy = {"transformers", "tokenizers", "huggingface_hub", "gguf", "matplotlib", 
 assert not heavy & (set(sys.modules) - modules), heavy & (set(sys.modules) - modules)
 """
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_gemma_does_not_run_in_float16(tmp_path):
+    """Whether the caller asks for it, the checkpoint is of it, or the module was cast by hand."""
+    config = tiny_gemma3_config()
+    write_gemma_checkpoint(tmp_path / "single", config)
+    half = write_gemma_checkpoint(tmp_path / "half", dataclasses.replace(config, dtype=torch.float16))
+    message = "the gemma3 family overflow float16; load it with dtype=torch.bfloat16 or dtype=torch.float32"
+    for call in (
+        lambda: pop.load(tmp_path / "single", dtype=torch.float16),
+        lambda: pop.load(half),
+        lambda: pop.Model(random_model(config).half(), config),
+    ):
+        with pytest.raises(pop.InputError, match=message):
+            call()
+    for dtype in (torch.float32, torch.bfloat16):
+        assert pop.load(half, dtype=dtype).logits([[1, 2, 3]]).isfinite().all()
+
+
+def write_gemma_checkpoint(folder, config):
+    folder.mkdir()
+    fields = {
+        "model_type": "gemma3_text",
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.hidden_size,
+        "intermediate_size": config.intermediate_size,
+        "num_hidden_layers": config.num_layers,
+        "layer_types": ["full_attention" if window is None else "sliding_attention" for window in config.windows],
+        "sliding_window": 5,
+        "num_attention_heads": config.num_heads,
+        "num_key_value_heads": config.num_kv_heads,
+        "head_dim": config.head_dim,
+        "torch_dtype": str(config.dtype),
+    }
+    (folder / "config.json").write_text(json.dumps(fields), encoding="utf-8")
+    write_weights(folder, config, seed=0)
+    return folder

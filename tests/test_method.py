@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny import random_llama, tiny_config
+from tiny import random_model, tiny_config, tiny_gemma3_config
 
 from pop import engine, reference
 from pop.cache import KVCache
@@ -31,28 +31,38 @@ def assert_close(actual, expected):
 
 @st.composite
 def models(draw):
-    """A random model: any head grouping, head width, depth, RoPE, bias and tying."""
-    kv_heads = draw(st.integers(1, 3))
-    config = tiny_config(
-        hidden_size=draw(st.sampled_from([6, 17, 30])),
-        num_layers=draw(st.integers(1, 6)),
-        num_heads=kv_heads * draw(st.integers(1, 3)),
-        num_kv_heads=kv_heads,
-        head_dim=draw(st.sampled_from([2, 6, 10])),
-        rope=draw(
-            st.sampled_from(
-                [
-                    RopeConfig(base=10_000.0),
-                    RopeConfig(base=500.0, kind="linear", factor=3.0),
-                    RopeConfig(base=100.0, kind="llama3", factor=8.0, original_max_positions=16),
-                ]
-            )
-        ),
-        tie_embeddings=draw(st.booleans()),
-        attention_bias=draw(st.booleans()),
-        mlp_bias=draw(st.booleans()),
+    """A random model of either family: any head grouping, head width, depth, RoPE; bias and tying; windows."""
+    kv_heads, num_layers = draw(st.integers(1, 3)), draw(st.integers(1, 6))
+    ropes = st.sampled_from(
+        [
+            RopeConfig(base=10_000.0),
+            RopeConfig(base=500.0, kind="linear", factor=3.0),
+            RopeConfig(base=100.0, kind="llama3", factor=8.0, original_max_positions=16),
+        ]
     )
-    return random_llama(config, seed=draw(st.integers(0, 9)))
+    sizes = {
+        "hidden_size": draw(st.sampled_from([6, 17, 30])),
+        "num_heads": kv_heads * draw(st.integers(1, 3)),
+        "num_kv_heads": kv_heads,
+        "head_dim": draw(st.sampled_from([2, 6, 10])),
+        "rope": draw(ropes),
+    }
+    if draw(st.sampled_from(["llama", "gemma3"])) == "gemma3":
+        windows = st.sampled_from([draw(st.sampled_from([1, 2, 5, 9, 100])), None])
+        config = tiny_gemma3_config(
+            **sizes,
+            local_rope=draw(ropes),
+            windows=tuple(draw(st.lists(windows, min_size=num_layers, max_size=num_layers))),
+        )
+    else:
+        config = tiny_config(
+            **sizes,
+            num_layers=num_layers,
+            tie_embeddings=draw(st.booleans()),
+            attention_bias=draw(st.booleans()),
+            mlp_bias=draw(st.booleans()),
+        )
+    return random_model(config, seed=draw(st.integers(0, 9)))
 
 
 @st.composite
@@ -147,7 +157,9 @@ def token_by_token(module, tokens, plans):
             kv[index].append((k, v))
             if index not in plan.layers:
                 keys, values = (torch.cat(x, dim=1) for x in zip(*kv[index], strict=True))
-                everything = torch.ones(1, 1, position + 1, dtype=torch.bool)
+                window = module.config.windows[index] or position + 1
+                keys, values = keys[:, -window:], values[:, -window:]
+                everything = torch.ones(1, 1, keys.shape[1], dtype=torch.bool)
                 h = layer.update(h, masked_attention(q, keys, values, everything, layer.scale))
         logits.append(module.head(h[0, 0]))
     kept = [[torch.cat(x, dim=1)[0] for x in zip(*pairs, strict=True)] for pairs in kv]  # [L][2] of [T, K, E]
@@ -382,7 +394,7 @@ def test_padding_and_stale_slots_do_not_matter(case, garbage):
 
 def test_a_token_that_overflows_harms_no_other_row_and_no_later_use_of_the_cache():
     """Masked slots have attention weight 0, but 0 * NaN is NaN: NaN must not reach a slot that others read."""
-    module = random_llama(tiny_config(), seed=3)
+    module = random_model(tiny_config(), seed=3)
     module.model.embed_tokens.weight.data[7] = torch.nan
     tokens, lengths = torch.tensor([[1, 2, 3, 4, 5], [7, 7, 7, 7, 7], [6, 7, 7, 7, 7]]), torch.tensor([5, 5, 1])
     plan = PrunePlan(layers=(1, 3))
@@ -398,7 +410,7 @@ def test_a_token_that_overflows_harms_no_other_row_and_no_later_use_of_the_cache
 
 
 def test_a_failed_call_adds_no_tokens():
-    module = random_llama(tiny_config(), seed=3)
+    module = random_model(tiny_config(), seed=3)
     _, cache = prefill(module, torch.tensor([[1, 2, 3]]), torch.tensor([3]), NONE)
     head, module.head = module.head, lambda h: 1 / 0
     for call in (
@@ -442,7 +454,7 @@ def test_nothing_changes_before_a_changed_token(case, data):
 
 def test_a_row_may_fill_its_cache_to_the_last_slot():
     """Padding of a shorter turn must not spill over a full row's last slot; it goes to the spare one."""
-    module = random_llama(tiny_config(), seed=3)
+    module = random_model(tiny_config(), seed=3)
     plan = PrunePlan(layers=(2, 4))
     first, turn = torch.arange(10)[None].repeat(2, 1), torch.arange(20, 26)[None].repeat(2, 1)
     cache = new_cache(module, 2, slots=8)
@@ -457,8 +469,9 @@ def test_a_row_may_fill_its_cache_to_the_last_slot():
         assert_close(held(cache, row), held(alone, 0))
 
 
-def test_stepping_a_full_row_leaves_its_tokens_alone():
-    module = random_llama(tiny_config(), seed=3)
+@pytest.mark.parametrize("config", [tiny_config(), tiny_gemma3_config()])
+def test_stepping_a_full_row_leaves_its_tokens_alone(config):
+    module = random_model(config, seed=3)
     cache = new_cache(module, 2, slots=8)
     prefill(module, torch.arange(8)[None].repeat(2, 1), torch.tensor([8, 3]), NONE, cache=cache)
     kept, cache.lengths = cache.lengths, cache.lengths.clone()
@@ -468,3 +481,19 @@ def test_stepping_a_full_row_leaves_its_tokens_alone():
     alone = new_cache(module, 1, slots=8)
     prefill(module, torch.arange(3)[None], kept[1:], NONE, cache=alone)
     assert_close(stepped, engine.decode(module, torch.tensor([1]), alone)[0])
+
+
+def test_a_row_stepped_far_beyond_its_cache_attends_something(monkeypatch):
+    """Its logits mean nothing, but they are sampled from: they are not to be those of an empty softmax."""
+    attend = engine.masked_attention
+
+    def checked(q, k, v, mask, scale):
+        assert mask.any(-1).all()
+        return attend(q, k, v, mask, scale)
+
+    monkeypatch.setattr(engine, "masked_attention", checked)
+    module = random_model(tiny_gemma3_config(windows=(2, None, 2)), seed=3)
+    cache = new_cache(module, 2, slots=8)
+    prefill(module, torch.arange(8)[None].repeat(2, 1), torch.tensor([8, 1]), NONE, cache=cache)
+    for _ in range(7):
+        assert engine.decode(module, torch.tensor([1, 1]), cache).isfinite().all()

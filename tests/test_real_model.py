@@ -1,4 +1,4 @@
-"""The method on a real model: SmolLM2-135M-Instruct in float32, where its weights are present.
+"""The method on real models: SmolLM2-135M-Instruct and Gemma-3-270M in float32, where their weights are present.
 
 Greedy text is held to the reference implementation's (goldens: `tools/make_goldens.py --real`). Then what
 pruning costs on real English: a third of the layers left out of prefill alone is cheap, out of both stages
@@ -24,9 +24,12 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "tools"))
 import evaluate
 from baselines import Contender
 
-NAME = "smollm2-135m"
-GOLDEN = json.loads((Path(__file__).parent / "goldens" / f"{NAME}.json").read_text(encoding="utf-8"))
-LOGITS = np.load(Path(__file__).parent / "goldens" / f"{NAME}.npz")
+GOLDENS = Path(__file__).parent / "goldens"
+GOLDEN = {
+    name: json.loads((GOLDENS / f"{name}.json").read_text(encoding="utf-8")) for name in ("smollm2-135m", "gemma3-270m")
+}
+LOGITS = {name: np.load(GOLDENS / f"{name}.npz") for name in GOLDEN}
+PROMPTS = ("chat", "plain", "long")
 TEXT = Path(pop.__file__).parent / "data" / "alice.txt"
 PROMPT, CONTINUATION = 256, 128  # tokens of a passage
 
@@ -34,16 +37,31 @@ PROMPT, CONTINUATION = 256, 128  # tokens of a passage
 @pytest.fixture(scope="module")
 def model(smollm2):
     torch.set_num_threads(2)  # these tensors are not tiny
-    yield pop.load(NAME, dtype=torch.float32, progress=False)
+    yield pop.load("smollm2-135m", dtype=torch.float32, progress=False)
     torch.set_num_threads(1)
 
 
-@pytest.mark.parametrize("name", GOLDEN["prompts"])
+@pytest.fixture(scope="module")
+def gemma(gemma3):
+    return pop.load("gemma3-270m", dtype=torch.float32, progress=False)
+
+
+@pytest.mark.parametrize("name", PROMPTS)
 def test_matches_the_reference(model, name):
-    golden = GOLDEN["prompts"][name]
+    matches_the_reference(model, GOLDEN["smollm2-135m"]["prompts"][name], LOGITS["smollm2-135m"], name)
+
+
+@pytest.mark.parametrize("name", PROMPTS)
+def test_gemma_matches_the_reference(gemma, name):
+    golden = GOLDEN["gemma3-270m"]["prompts"][name]
+    assert name != "long" or len(golden["tokens"]) > 3 * 512  # its window
+    matches_the_reference(gemma, golden, LOGITS["gemma3-270m"], name)
+
+
+def matches_the_reference(model, golden, logits, name):
     cache = model.new_cache(1, len(golden["tokens"]))
     boundary = model.prefill([golden["tokens"]], cache, plan=pop.PrunePlan.none())[0].numpy()
-    error = np.abs(boundary[LOGITS["ids"]] - LOGITS[name]).max() / golden["logits_std"]
+    error = np.abs(boundary[logits["ids"]] - logits[name]).max() / golden["logits_std"]
     print(f"{name}: logits within {error:.1e} standard deviations")
     assert error < 1e-4
 
@@ -53,9 +71,20 @@ def test_matches_the_reference(model, name):
 
 
 def test_prompts_are_tokenized_as_by_the_reference(model):
-    assert model.tokenizer.encode(GOLDEN["plain"]) == GOLDEN["prompts"]["plain"]["tokens"]
-    messages = [{"role": "user", "content": GOLDEN["question"]}]
-    assert model.chat_tokens(messages) == GOLDEN["prompts"]["chat"]["tokens"]
+    tokenized_as_by_the_reference(model, GOLDEN["smollm2-135m"])
+
+
+def test_gemmas_prompts_are_tokenized_as_by_the_reference(gemma):
+    tokenized_as_by_the_reference(gemma, GOLDEN["gemma3-270m"])
+    long = (Path(__file__).parent.parent / "tools" / "texts" / "prose.txt").read_text(encoding="utf-8")
+    tokens = GOLDEN["gemma3-270m"]["prompts"]["long"]["tokens"]
+    assert gemma.tokenizer.encode(long)[: len(tokens)] == tokens
+
+
+def tokenized_as_by_the_reference(model, golden):
+    assert model.tokenizer.encode(golden["plain"]) == golden["prompts"]["plain"]["tokens"]
+    messages = [{"role": "user", "content": golden["question"]}]
+    assert model.chat_tokens(messages) == golden["prompts"]["chat"]["tokens"]
 
 
 def test_cost_of_pruning_a_third(model):

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from pop import registry
+from pop.embedded import EMBEDDED
 from pop.errors import PopError, UnknownModel, WeightsNotFound
 from pop.registry import find_weights, list_models, lookup, weights_folder
 
@@ -30,12 +31,19 @@ def put(folder: Path, file: str = "config.json") -> Path:
 
 def test_names():
     llamas = ["llama3.1-8b", "llama3.1-70b", "llama3.1-405b", "llama3.2-1b", "llama3.2-3b"]
-    assert set(list_models()) == {*llamas, *(f"{name}-instruct" for name in llamas), "smollm2-135m"}
+    gemmas = ["gemma3-270m", "gemma3-1b", "gemma3-4b", "gemma3-12b", "gemma3-27b"]
+    instruct = {*(f"{name}-instruct" for name in llamas), *(f"{name}-it" for name in gemmas)}
+    assert set(list_models()) == {*llamas, *gemmas, *instruct, "smollm2-135m"}
     for name in list_models():
         assert lookup(name).name == name
     entry = lookup("llama3.1-8b-instruct")
     assert (entry.family, entry.source) == ("llama", "meta-llama/Llama-3.1-8B-Instruct")
-    assert [name for name in list_models() if lookup(name).embedded] == ["smollm2-135m"]
+    sources = {name: lookup(name).source for name in list_models() if lookup(name).family == "gemma3"}
+    assert sources["gemma3-270m"] == "google/gemma-3-270m"
+    assert sources["gemma3-270m-it"] == "google/gemma-3-270m-it"
+    assert (sources["gemma3-12b"], sources["gemma3-12b-it"]) == ("google/gemma-3-12b-pt", "google/gemma-3-12b-it")
+    assert len(sources) == 10
+    assert {name for name in list_models() if lookup(name).embedded} == set(EMBEDDED) == {"smollm2-135m", "gemma3-270m"}
 
 
 @pytest.mark.parametrize(
@@ -46,6 +54,7 @@ def test_names():
         ("LLAMA3.1-70B", "llama3.1-70b"),
         ("llama3.2-3", "llama3.2-3b"),
         ("smollm-135m", "smollm2-135m"),
+        ("gemma-3-12b-it", "gemma3-12b-it"),
     ],
 )
 def test_an_unknown_name_lists_the_known_ones_closest_first(typed, meant):
@@ -82,8 +91,9 @@ def test_weights_that_are_nowhere(places):
     for place in places:
         assert str(place / "llama3.1-70b") in message
     assert f"meta-llama/Llama-3.1-70B into {places[0] / 'llama3.1-70b'}" in message
-    with pytest.raises(WeightsNotFound, match="pop demo"):
-        find_weights("smollm2-135m")
+    for name in ("smollm2-135m", "gemma3-270m"):
+        with pytest.raises(WeightsNotFound, match=f"pop demo --model {name}"):
+            find_weights(name)
     with pytest.raises(UnknownModel):
         find_weights("llama9")
     assert issubclass(WeightsNotFound, PopError) and issubclass(WeightsNotFound, FileNotFoundError)

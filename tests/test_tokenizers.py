@@ -82,6 +82,11 @@ def test_ids_of_the_real_smollm2_are_the_originals(smollm2):
     assert_golden(load_tokenizer(smollm2), json.loads((GOLDENS / "smollm2-135m.json").read_bytes()))
 
 
+def test_ids_of_the_real_gemma3_are_the_originals(gemma3):
+    """Its tokenizer.model is rebuilt from a GGUF file; the goldens are by the published tokenizer.json."""
+    assert_golden(load_tokenizer(gemma3), json.loads((GOLDENS / "gemma3-270m.json").read_bytes()))
+
+
 def test_metas_own_file_gives_the_same_ids(tmp_path):
     """tokenizer.model lists the same tokens in the same order; its special tokens follow by rule."""
     llama, spec = TOKENIZERS["llama-3.1"], spec_of("llama-3.1")

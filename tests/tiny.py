@@ -1,4 +1,4 @@
-"""Tiny random Llama models with awkward sizes, in memory or as checkpoint folders.
+"""Tiny random models with awkward sizes, in memory or as checkpoint folders.
 
 Used by the whole test suite and by tools/make_goldens.py. Weights depend on a seed and on the parameters'
 names and shapes alone: a golden file keeps the seed, and the reference gets the very same weights.
@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
-from pop.config import LlamaConfig, RopeConfig
+from pop.config import Config, Gemma3Config, LlamaConfig, RopeConfig
 from pop.models import build
 
 # Awkward on purpose: the head width is not width / heads, the layer count is odd, 6 query heads share 2.
@@ -40,11 +40,36 @@ def tiny_config(**overrides) -> LlamaConfig:
     return LlamaConfig(**{**SIZES, **overrides})
 
 
-def random_weights(shapes: dict[str, tuple[int, ...]], seed: int) -> dict[str, torch.Tensor]:
+# The same awkwardness; two local layers, with a window that tests easily exceed, to a global one, then one more.
+GEMMA3_SIZES = {
+    "vocab_size": 67,
+    "hidden_size": 30,
+    "intermediate_size": 44,
+    "windows": (5, 5, None, 5, None),
+    "num_heads": 6,
+    "num_kv_heads": 2,
+    "head_dim": 10,
+    "query_pre_attn_scalar": 14.0,
+    "max_positions": 512,
+    "norm_eps": 1e-5,
+    "rope": RopeConfig(base=1_000_000.0, kind="linear", factor=8.0),
+    "local_rope": RopeConfig(base=10_000.0),
+    "dtype": torch.float32,
+    "bos_id": 2,
+    "eos_ids": (1,),
+}
+
+
+def tiny_gemma3_config(**overrides) -> Gemma3Config:
+    return Gemma3Config(**{**GEMMA3_SIZES, **overrides})
+
+
+def random_weights(shapes: dict[str, tuple[int, ...]], seed: int, family: str = "llama") -> dict[str, torch.Tensor]:
     """Float32 weights for the named shapes, filled in the order of the names.
 
     Matrices have variance 1 / columns, so that every layer changes the residual stream and logits are lively;
-    norms scatter around one and biases around zero, so that leaving one out shows.
+    norms scatter around doing nothing (weight one, or for Gemma, which adds one, zero) and biases around zero, so that
+    leaving one out shows.
     """
     # RandomState, not Generator: numpy promises to keep its stream of numbers the same in every release.
     random = np.random.RandomState(np.random.PCG64(seed))
@@ -53,26 +78,28 @@ def random_weights(shapes: dict[str, tuple[int, ...]], seed: int) -> dict[str, t
         values = random.standard_normal(shape)
         if len(shape) == 2:
             values /= np.sqrt(shape[1])
+        elif name == "model.norm.weight" and family == "gemma3":
+            values -= 1  # 1 + weight has either sign: else, as the head is the embedding, each token predicts itself
         elif name.endswith("norm.weight"):
-            values = 1 + 0.1 * values
+            values = (family != "gemma3") + 0.1 * values
         else:
             values *= 0.1
         weights[name] = torch.from_numpy(values.astype(np.float32))
     return weights
 
 
-def random_llama(config: LlamaConfig, seed: int = 0) -> torch.nn.Module:
-    """A float32 model on the CPU, in evaluation mode, with random weights."""
+def random_model(config: Config, seed: int = 0) -> torch.nn.Module:
+    """A float32 model of either family on the CPU, in evaluation mode, with random weights."""
     module = build(config)
     shapes = {name: tuple(parameter.shape) for name, parameter in module.named_parameters()}
-    module.load_state_dict(random_weights(shapes, seed))
+    module.load_state_dict(random_weights(shapes, seed, config.family))
     return module.requires_grad_(False).eval()
 
 
 def write_checkpoint(folder: Path | str, seed: int = 0, **overrides) -> Path:
     """Write config.json and model.safetensors of a tiny model into `folder` (made if missing); return it.
 
-    The weights are those of `random_llama(tiny_config(**overrides), seed)`, rounded to the config's dtype.
+    The weights are those of `random_model(tiny_config(**overrides), seed)`, rounded to the config's dtype.
     """
     config = tiny_config(**overrides)
     folder = Path(folder)
@@ -83,11 +110,11 @@ def write_checkpoint(folder: Path | str, seed: int = 0, **overrides) -> Path:
     return folder
 
 
-def write_weights(folder: Path, config: LlamaConfig, seed: int) -> None:
+def write_weights(folder: Path, config: Config, seed: int) -> None:
     """Write model.safetensors with the random weights of `config`'s model, in the config's dtype."""
     with torch.device("meta"):
         shapes = {name: tuple(parameter.shape) for name, parameter in build(config).named_parameters()}
-    weights = {name: weight.to(config.dtype) for name, weight in random_weights(shapes, seed).items()}
+    weights = {name: weight.to(config.dtype) for name, weight in random_weights(shapes, seed, config.family).items()}
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
 
 

@@ -158,7 +158,7 @@ def principal_bases(model: pop.Model, width: int, windows: list[torch.Tensor]) -
         states = _cut(states, width, bases)
         for index, (h, rope) in enumerate(zip(states, ropes, strict=True)):
             q, k, v = layer.queries_keys_values(h, rope)
-            states[index] = h + layer.attention_update(causal_attention(q, k, v, layer.scale))
+            states[index] = h + layer.attention_update(causal_attention(q, k, v, layer.scale, layer.window))
         states = _cut(states, width, bases)
         states = [h + layer.mlp_update(h) for h in states]
     return [*bases, torch.eye(model.config.hidden_size, device=model.device)]
@@ -195,7 +195,7 @@ class SlicedLayer(nn.Module):
 
     def __init__(self, layer: nn.Module, enter: torch.Tensor, middle: torch.Tensor, leave: torch.Tensor):
         super().__init__()
-        self.layer, self.scale = _shared_copy(layer), layer.scale
+        self.layer, self.scale, self.window = _shared_copy(layer), layer.scale, layer.window
         attention, mlp, dtype = self.layer.self_attn, self.layer.mlp, layer.self_attn.q_proj.weight.dtype
         for name in ("q_proj", "k_proj", "v_proj"):
             setattr(attention, name, _reading(getattr(attention, name), layer.input_layernorm.weight, enter))
@@ -267,7 +267,7 @@ class NoBoundary(Contender):
             else:
                 q, k, v = layer.queries_keys_values(h, rope)
                 write(*cache.layer(index), slots, k, v)
-                h = layer.update(h, causal_attention(q, k, v, layer.scale))
+                h = layer.update(h, causal_attention(q, k, v, layer.scale, layer.window))
         cache.lengths += len(tokens)
         return module.head(h[0, -1])
 
@@ -289,7 +289,7 @@ class NoKV(Contender):
             rows = boundary if index in self.plan.layers else everyone
             q, k, v = layer.queries_keys_values(h[:, rows], [table[:, rows] for table in rope])
             write(*cache.layer(index), slots[:, rows], k, v)
-            h[:, rows] = layer.update(h[:, rows], causal_attention(q, k, v, layer.scale))
+            h[:, rows] = layer.update(h[:, rows], causal_attention(q, k, v, layer.scale, layer.window))
         cache.lengths += len(tokens)
         cache.boundary = len(tokens) - 1  # for `extend`: in pruned layers, the slots before it hold nothing
         return module.head(h[0, -1])
@@ -358,7 +358,7 @@ def _embed(module: nn.Module, tokens: torch.Tensor):
 
 def _run_layer(layer: nn.Module, h: torch.Tensor, rope) -> torch.Tensor:
     q, k, v = layer.queries_keys_values(h, rope)
-    return layer.update(h, causal_attention(q, k, v, layer.scale))
+    return layer.update(h, causal_attention(q, k, v, layer.scale, layer.window))
 
 
 def _shared_copy(module: nn.Module) -> nn.Module:

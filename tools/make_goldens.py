@@ -1,8 +1,9 @@
 """Make the golden files of the test suite with the reference implementation, transformers.
 
-    python tools/make_goldens.py                  tiny random models -> tests/goldens/llama/
-    python tools/make_goldens.py --real FOLDER    SmolLM2-135M-Instruct in FOLDER (HF checkpoint layout)
-                                                  -> tests/goldens/smollm2-135m.json and .npz
+    python tools/make_goldens.py                  tiny random models -> tests/goldens/FAMILY/
+    python tools/make_goldens.py --real FOLDER    SmolLM2-135M-Instruct or Gemma-3-270M in FOLDER/smollm2-135m or
+                                                  FOLDER/gemma3-270m (HF checkpoint layout)
+                                                  -> tests/goldens/smollm2-135m.json and .npz, or gemma3-270m
 
 Run it in an environment that holds transformers beside what `pop` needs: nothing in pop/ or tests/ imports
 transformers. Everything runs on the CPU with eager attention, in float32 where nothing else is said, and
@@ -76,9 +77,36 @@ def config(vocab, width, mlp, layers, heads, kv_heads, head_width, rope=None, **
     }
 
 
+LOCAL, GLOBAL = "sliding_attention", "full_attention"
+
+
+def gemma3_config(vocab, width, mlp, layers, heads, kv_heads, head_width, **fields) -> dict:
+    return {
+        "architectures": ["Gemma3ForCausalLM"],
+        "model_type": "gemma3_text",
+        "vocab_size": vocab,
+        "hidden_size": width,
+        "intermediate_size": mlp,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "head_dim": head_width,
+        "max_position_embeddings": 512,
+        "query_pre_attn_scalar": 14,
+        **fields,
+    }
+
+
+def gemma3_ropes(factor, base=1_000_000.0, local_base=10_000.0) -> dict:
+    return {
+        GLOBAL: {"rope_type": "linear", "factor": factor, "rope_theta": base},
+        LOCAL: {"rope_type": "default", "rope_theta": local_base},
+    }
+
+
 CASES = {
-    "wide-heads": Case(config(67, 30, 44, 5, 6, 2, 10), (21, 1)),
-    "mqa-tied": Case(
+    "llama/wide-heads": Case(config(67, 30, 44, 5, 6, 2, 10), (21, 1)),
+    "llama/mqa-tied": Case(
         config(
             *(61, 32, 52, 2, 4, 1, 8),
             rope={"rope_type": "default", "rope_theta": 500_000.0},
@@ -89,7 +117,7 @@ CASES = {
     ),
     # The eight frequencies have wavelengths of 6, 20, 63 ... tokens, the bounds are 32 / 4 and 32 / 1: each
     # of the three branches (kept, blended, divided) is taken. The prompt is nine times the original length.
-    "llama3-rope": Case(
+    "llama/llama3-rope": Case(
         config(
             *(37, 24, 36, 3, 4, 2, 16),
             rope={
@@ -103,19 +131,19 @@ CASES = {
         ),
         (300,),
     ),
-    "linear-rope": Case(
+    "llama/linear-rope": Case(
         config(
             *(61, 24, 40, 3, 3, 1, 12),
             rope={"rope_type": "linear", "rope_theta": 10_000.0, "factor": 4.0},
         ),
         (70,),
     ),
-    "biases": Case(config(61, 28, 36, 3, 4, 2, 6, attention_bias=True, mlp_bias=True), (23, 5)),
-    "sharded": Case(config(61, 16, 24, 3, 4, 2, 6), (17, 9), shard_size="9KB"),
+    "llama/biases": Case(config(61, 28, 36, 3, 4, 2, 6, attention_bias=True, mlp_bias=True), (23, 5)),
+    "llama/sharded": Case(config(61, 16, 24, 3, 4, 2, 6), (17, 9), shard_size="9KB"),
     # Long enough for positions that bfloat16 cannot tell apart (beyond 256).
-    "bfloat16": Case(config(37, 16, 24, 3, 4, 2, 8, dtype="bfloat16"), (280, 7), shard_size="1GB"),
+    "llama/bfloat16": Case(config(37, 16, 24, 3, 4, 2, 8, dtype="bfloat16"), (280, 7), shard_size="1GB"),
     # The dialect of transformers 4, in the form that Llama-3.1 was published in ...
-    "old-llama3": Case(
+    "llama/old-llama3": Case(
         {
             "architectures": ["LlamaForCausalLM"],
             "attention_bias": False,
@@ -152,7 +180,7 @@ CASES = {
         verbatim=True,
     ),
     # ... and in its oldest: no num_key_value_heads, head_dim, eps or rope_theta, "type" for "rope_type".
-    "old-linear": Case(
+    "llama/old-linear": Case(
         {
             "architectures": ["LlamaForCausalLM"],
             "bos_token_id": None,
@@ -171,6 +199,92 @@ CASES = {
         (33,),
         verbatim=True,
     ),
+    # Gemma-3. The window is a ninth of the prompt; the sixth layer is global, the seventh local again.
+    "gemma3/window": Case(
+        gemma3_config(61, 24, 40, 7, 4, 2, 10, sliding_window=8, rope_parameters=gemma3_ropes(factor=8.0)), (75, 5)
+    ),
+    "gemma3/odd-pattern": Case(
+        gemma3_config(
+            *(61, 32, 36, 5, 4, 4, 6),
+            sliding_window=5,
+            layer_types=[GLOBAL, LOCAL, LOCAL, GLOBAL, LOCAL],
+            query_pre_attn_scalar=10,
+            rms_norm_eps=1e-3,
+        ),
+        (37, 1),
+    ),
+    "gemma3/mqa": Case(
+        gemma3_config(67, 30, 52, 4, 3, 1, 8, sliding_window=16, layer_types=[LOCAL, GLOBAL, LOCAL, GLOBAL]), (41, 18)
+    ),
+    # Trained on 40 tokens, said to reach 320: the prompt is far beyond the original range. Bases so small that the
+    # factor shows.
+    "gemma3/long": Case(
+        gemma3_config(
+            *(37, 24, 36, 3, 4, 2, 16),
+            sliding_window=32,
+            layer_types=[LOCAL, GLOBAL, LOCAL],
+            max_position_embeddings=320,
+            rope_parameters=gemma3_ropes(factor=8.0, base=1000.0, local_base=100.0),
+        ),
+        (300,),
+    ),
+    "gemma3/bfloat16": Case(
+        gemma3_config(37, 20, 24, 4, 4, 2, 8, sliding_window=30, layer_types=[LOCAL, LOCAL, GLOBAL, LOCAL])
+        | {"dtype": "bfloat16"},
+        (280, 7),
+        shard_size="1GB",
+    ),
+    # The dialect of transformers 4, in the form that Gemma-3-1B was published in ...
+    "gemma3/old": Case(
+        {
+            "architectures": ["Gemma3ForCausalLM"],
+            "attention_bias": False,
+            "attention_dropout": 0.0,
+            "attn_logit_softcapping": None,
+            "bos_token_id": 2,
+            "cache_implementation": "hybrid",
+            "eos_token_id": 1,
+            "final_logit_softcapping": None,
+            "head_dim": 10,
+            "hidden_activation": "gelu_pytorch_tanh",
+            "hidden_size": 28,
+            "initializer_range": 0.02,
+            "intermediate_size": 40,
+            "max_position_embeddings": 512,
+            "model_type": "gemma3_text",
+            "num_attention_heads": 4,
+            "num_hidden_layers": 5,
+            "num_key_value_heads": 1,
+            "pad_token_id": 0,
+            "query_pre_attn_scalar": 12,
+            "rms_norm_eps": 1e-06,
+            "rope_local_base_freq": 100,
+            "rope_scaling": None,
+            "rope_theta": 5000,
+            "sliding_window": 12,
+            "sliding_window_pattern": 3,
+            "torch_dtype": "float32",
+            "transformers_version": "4.50.0.dev0",
+            "use_cache": True,
+            "vocab_size": 61,
+        },
+        (50,),
+        verbatim=True,
+    ),
+    # ... and as the text part of Gemma-3-4B was, which leaves out most of it.
+    "gemma3/old-omissions": Case(
+        {
+            "hidden_size": 24,
+            "intermediate_size": 36,
+            "model_type": "gemma3_text",
+            "num_hidden_layers": 7,
+            "rope_scaling": {"factor": 8.0, "rope_type": "linear"},
+            "sliding_window": 10,
+            "vocab_size": 61,
+        },
+        (45,),
+        verbatim=True,
+    ),
 }
 
 
@@ -178,12 +292,14 @@ def make_tiny(name: str, case: Case) -> None:
     for seed in range(100):
         model = random_reference(case, seed)
         golden, arrays = run_prompts(model, case, seed)
-        if golden["smallest_margin"] >= MIN_MARGIN and golden["fewest_distinct"] >= GREEDY_TOKENS // 2:
+        ended = any(model.config.eos_token_id in prompt["greedy"] for prompt in golden["prompts"])
+        varied = golden["fewest_distinct"] >= GREEDY_TOKENS // 2
+        if golden["smallest_margin"] >= MIN_MARGIN and varied and not ended:
             break
     else:
         sys.exit(f"{name}: no seed below 100 gives varied greedy tokens clear of ties; change its sizes")
 
-    folder = GOLDENS / "llama" / name
+    folder = GOLDENS / name
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     if case.shard_size:
@@ -216,7 +332,7 @@ def random_reference(case: Case, seed: int) -> torch.nn.Module:
         parsed, dtype=torch.float32, attn_implementation="eager"
     ).eval()
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-    weights = random_weights(shapes, seed)
+    weights = random_weights(shapes, seed, case.config["model_type"].removesuffix("_text"))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.copy_(weights[name].to(stored_dtype(case)))
@@ -247,9 +363,14 @@ def run_prompts(model: torch.nn.Module, case: Case, seed: int) -> tuple[dict, di
 
 
 @torch.no_grad()
-def greedy_run(model, tokens: list[int], count: int) -> tuple[list[int], np.ndarray, np.ndarray]:
+def greedy_run(
+    model, tokens: list[int], count: int, *, answer_alone: bool = False
+) -> tuple[list[int], np.ndarray, np.ndarray]:
     """`count` greedy tokens by the reference's own generate, the logits [T + count - 1, V] of the prompt and
-    of all but the last of them, and each one's lead over the runner-up, in standard deviations."""
+    of all but the last of them, and each one's lead over the runner-up, in standard deviations.
+
+    answer_alone: only the logits [count, V] that the greedy tokens were chosen by.
+    """
     output = model.generate(
         torch.tensor([tokens]),
         attention_mask=torch.ones(1, len(tokens), dtype=torch.long),
@@ -259,8 +380,8 @@ def greedy_run(model, tokens: list[int], count: int) -> tuple[list[int], np.ndar
         pad_token_id=0,
     )
     greedy = output[0, len(tokens) :].tolist()
-    logits = all_logits(model, tokens + greedy[:-1])
-    chosen = logits[len(tokens) - 1 :]
+    logits = all_logits(model, tokens + greedy[:-1], count if answer_alone else 0)
+    chosen = logits[-count:]
     top = np.sort(chosen, axis=-1)
     lead = (top[:, -1] - top[:, -2]) / logits.std()
     if chosen.argmax(-1).tolist() != greedy:  # cached and uncached run disagree: a tie
@@ -269,32 +390,47 @@ def greedy_run(model, tokens: list[int], count: int) -> tuple[list[int], np.ndar
 
 
 @torch.no_grad()
-def all_logits(model, tokens: list[int]) -> np.ndarray:
-    return model(torch.tensor([tokens]), use_cache=False).logits[0].float().numpy()
+def all_logits(model, tokens: list[int], last: int = 0) -> np.ndarray:
+    """Logits at the last so many tokens, or at all of them."""
+    return model(torch.tensor([tokens]), use_cache=False, logits_to_keep=last).logits[0].float().numpy()
 
 
 # ---------------------------------------------------------------------------------------- the real model
 
-SYSTEM = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
 QUESTION = "What is photosynthesis?"
 PLAIN = "The old lighthouse stood at the end of the pier, and every evening"
-LONG_TEXT = ROOT / "pop" / "data" / "alice.txt"
-LONG_TOKENS = 1100
+SMOLLM2_SYSTEM = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
+# What goes before the texts, the question laid out as a chat, the long text and its length in tokens.
+REAL = {
+    "smollm2-135m": (
+        "",
+        f"<|im_start|>system\n{SMOLLM2_SYSTEM}<|im_end|>\n<|im_start|>user\n{QUESTION}<|im_end|>\n"
+        "<|im_start|>assistant\n",
+        ROOT / "pop" / "data" / "alice.txt",
+        1100,
+    ),
+    "gemma3-270m": (
+        "<bos>",
+        f"<start_of_turn>user\n{QUESTION}<end_of_turn>\n<start_of_turn>model\n",
+        ROOT / "tools" / "texts" / "prose.txt",
+        1700,  # more than three windows
+    ),
+}
 REAL_GREEDY_TOKENS = 40
 SAMPLED_IDS = 512  # of the vocabulary, whose logits are kept
 
 
 def make_real(folder: Path) -> None:
     """Greedy tokens and sampled boundary logits for a question, a plain continuation and a long text."""
+    bos, chat, long_text, long_tokens = REAL[folder.name]
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     model = load_reference(folder, torch.float32)
-    chat = f"<|im_start|>system\n{SYSTEM}<|im_end|>\n<|im_start|>user\n{QUESTION}<|im_end|>\n<|im_start|>assistant\n"
-    texts = {"chat": chat, "plain": PLAIN, "long": LONG_TEXT.read_text(encoding="utf-8")}
+    texts = {"chat": chat, "plain": PLAIN, "long": long_text.read_text(encoding="utf-8")}
     ids = np.sort(np.random.RandomState(0).choice(model.config.vocab_size, SAMPLED_IDS, replace=False))
     prompts, arrays = {}, {"ids": ids.astype(np.int32)}
     for name, text in texts.items():
-        tokens = tokenizer(text, add_special_tokens=False)["input_ids"][:LONG_TOKENS]
-        greedy, logits, lead = greedy_run(model, tokens, REAL_GREEDY_TOKENS)
+        tokens = tokenizer(bos + text, add_special_tokens=False)["input_ids"][:long_tokens]
+        greedy, logits, lead = greedy_run(model, tokens, REAL_GREEDY_TOKENS, answer_alone=True)
         if lead.min() < MIN_MARGIN:
             sys.exit(f"{name}: {tokenizer.decode(greedy)!r} holds a near tie; change the text")
         prompts[name] = {
@@ -302,14 +438,14 @@ def make_real(folder: Path) -> None:
             "greedy": greedy,
             "greedy_text": tokenizer.decode(greedy),
             "smallest_margin": rounded(lead.min()),
-            "logits_std": rounded(logits[len(tokens) - 1].std()),
+            "logits_std": rounded(logits[0].std()),
         }
-        arrays[name] = logits[len(tokens) - 1, ids]
+        arrays[name] = logits[0, ids]
         print(f"{name}: {len(tokens)} tokens, smallest margin {rounded(lead.min())} std")
         print(f"    {prompts[name]['greedy_text']!r}")
     golden = {"made_with": MADE_WITH, "question": QUESTION, "plain": PLAIN, "prompts": prompts}
-    write_json(GOLDENS / "smollm2-135m.json", golden)
-    np.savez_compressed(GOLDENS / "smollm2-135m.npz", **arrays)
+    write_json(GOLDENS / f"{folder.name}.json", golden)
+    np.savez_compressed(GOLDENS / f"{folder.name}.npz", **arrays)
 
 
 # ---------------------------------------------------------------------------------------- the command
@@ -327,11 +463,13 @@ def write_json(file: Path, content: dict) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Make the golden files of the test suite with transformers.")
-    parser.add_argument("--real", type=Path, metavar="FOLDER", help="SmolLM2-135M-Instruct, HF layout")
+    parser.add_argument("--real", type=Path, metavar="FOLDER", help=f"HF layout; named {' or '.join(REAL)}")
     parser.add_argument("--only", choices=CASES, help="make this tiny case alone")
     options = parser.parse_args()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
+    if options.real and options.real.name not in REAL:
+        parser.error(f"{options.real} is not named {' or '.join(REAL)}")
     if options.real:
         make_real(options.real)
     else:

@@ -1,6 +1,6 @@
 """Make the golden files of the tokenizer and chat tests with the reference implementations.
 
-    python tools/make_tokenizer_goldens.py llama-3.1=FOLDER qwen3=FOLDER smollm2=FOLDER
+    python tools/make_tokenizer_goldens.py llama-3.1=FOLDER qwen3=FOLDER smollm2=FOLDER gemma3=FOLDER
 
 writes tests/goldens/tokenizers/. Each FOLDER holds the tokenizer.json and tokenizer_config.json of that
 family, as published. Run it in an environment that holds transformers (and with it tokenizers and jinja2):
@@ -8,8 +8,9 @@ nothing in pop/ or tests/ imports them.
 
 A real vocabulary is too large to commit, so each family gets a reduced tokenizer.json: the first tokens of
 the real one, the merges among them and all else of it, ids renumbered without gaps. The reference reads it
-and says what the ids of many strings are, and of conversations in that family's chat template. For SmolLM2,
-whose real tokenizer the tests find in the weights folder, the ids by the real one are kept too.
+and says what the ids of many strings are, and of conversations in that family's chat template. For SmolLM2 and
+Gemma-3, whose real tokenizers the tests find in the weights folder, the ids by the real ones are kept too, for
+Gemma-3 these alone: its tokenizer is sentencepiece's, which tests/test_tokenizers.py trains a small one of.
 """
 
 import argparse
@@ -29,7 +30,8 @@ except ImportError:
 
 GOLDENS = Path(__file__).resolve().parent.parent / "tests" / "goldens" / "tokenizers"
 MADE_WITH = f"tokenizers {tokenizers.__version__}, transformers {transformers.__version__}"
-FAMILIES = ("llama-3.1", "qwen3", "smollm2")
+FAMILIES = ("llama-3.1", "qwen3", "smollm2", "gemma3")
+REAL = {"smollm2": "smollm2-135m", "gemma3": "gemma3-270m"}  # by name of the weights
 TOKENS = 900  # kept of a vocabulary, beside those that are special
 SPECIAL = 30  # kept of the special tokens
 
@@ -149,17 +151,20 @@ def main() -> None:
         real = Path(folder) / "tokenizer.json"
         if family not in FAMILIES or not real.is_file():
             parser.error(f"{argument}: not one of {', '.join(FAMILIES)} = a folder with a tokenizer.json")
+        config = json.loads((Path(folder) / "tokenizer_config.json").read_bytes())
+        if family in REAL:
+            golden = golden_ids(real) | {"chat": golden_chat(real, config)}
+            write(GOLDENS / f"{REAL[family]}.json", {"made_with": MADE_WITH} | golden)
+        if family == "gemma3":
+            continue
         small = GOLDENS / family / "tokenizer.json"
         write(small, reduced(json.loads(real.read_bytes())))
         golden = {"made_with": MADE_WITH} | golden_ids(small)
-        config = json.loads((Path(folder) / "tokenizer_config.json").read_bytes())
         if family != "qwen3":  # whose template is one for thinking models
             golden["chat"] = golden_chat(small, config)
         write(GOLDENS / family / "golden.json", golden)
         if family == "smollm2":
             write(GOLDENS / family / "tokenizer_config.json", {"chat_template": config["chat_template"]})
-            golden = golden_ids(real) | {"chat": golden_chat(real, config)}
-            write(GOLDENS / "smollm2-135m.json", {"made_with": MADE_WITH} | golden)
 
 
 if __name__ == "__main__":

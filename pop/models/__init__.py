@@ -2,9 +2,10 @@
 
 from torch import nn
 
+from pop.models.gemma3 import Gemma3
 from pop.models.llama import Llama
 
-FAMILIES = {"llama": Llama}
+FAMILIES = {"llama": Llama, "gemma3": Gemma3}
 
 
 def build(config) -> nn.Module:

@@ -108,8 +108,27 @@ def rotate(x: torch.Tensor, rope: Rope) -> torch.Tensor:
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
 
 
-def causal_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
-    """Each token attends itself and what is before it: q [B, T, H, E], k and v [B, T, K, E] -> [B, T, H * E]."""
+def visible(positions: torch.Tensor, filled: int, window: int | None) -> torch.Tensor:
+    """Which of the positions 0 to filled - 1 tokens at `positions` [B, T] attend: [B, T, filled] bool.
+
+    A token attends itself and all before it, or, with a window, the window - 1 tokens before it.
+    """
+    attended, positions = torch.arange(filled, device=positions.device), positions[..., None]
+    mask = attended <= positions  # [B, T, filled]
+    return mask if window is None else mask & (attended > positions - window)
+
+
+def causal_attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, window: int | None
+) -> torch.Tensor:
+    """Each token attends itself and what its layer's window shows of what is before it.
+
+    q [B, T, H, E], k and v [B, T, K, E] -> [B, T, H * E].
+    """
+    T = q.shape[1]
+    if window is not None and window < T:
+        mask = visible(torch.arange(T, device=q.device)[None], T, window)  # [1, T, T]
+        return masked_attention(q, k, v, mask, scale)
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # heads before tokens
     out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True)
     return out.transpose(1, 2).flatten(2)

@@ -69,6 +69,8 @@ class MLP(nn.Module):
 
 
 class DecoderLayer(nn.Module):
+    window = None  # a token attends all that is before it
+
     def __init__(self, config: LlamaConfig):
         super().__init__()
         self.scale = config.head_dim**-0.5
@@ -96,9 +98,10 @@ class DecoderLayer(nn.Module):
         projected(h) is then normalise(h) times these, for a norm without a weight: input_layernorm.normalise.
         """
         projections = (self.self_attn.k_proj, self.self_attn.v_proj)
-        weight = torch.stack([linear.weight.double() for linear in projections]) * self.input_layernorm.weight.double()
+        weight = torch.stack([projection.weight.double() for projection in projections])
         zero = weight.new_zeros(weight.shape[1])
-        return weight, torch.stack([zero if linear.bias is None else linear.bias.double() for linear in projections])
+        biases = [zero if projection.bias is None else projection.bias.double() for projection in projections]
+        return weight * self.input_layernorm.weight.double(), torch.stack(biases)
 
     def queries_keys_values(self, h: torch.Tensor, rope: Rope) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """h [B, T, D] -> q [B, T, H, E], k and v [B, T, K, E]."""
@@ -160,5 +163,5 @@ class Llama(nn.Module):
         rope = self.rope(torch.arange(tokens.shape[1], device=tokens.device)[None])
         for layer in self.layers:
             q, k, v = layer.queries_keys_values(h, rope)
-            h = layer.update(h, causal_attention(q, k, v, layer.scale))
+            h = layer.update(h, causal_attention(q, k, v, layer.scale, layer.window))
         return self.head(h)
