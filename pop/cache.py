@@ -11,25 +11,39 @@ import torch
 
 from pop.errors import CacheMemoryError, check_count
 
+CHUNK_SIZE = 2048  # tokens of a prompt that prefill runs at once, unless told otherwise
+
 
 class KVCache:
     """Keys and values of all layers for `batch_size` rows of up to `max_seq_len` tokens each.
 
-    keys[l], values[l]: [B, S + 1, K, E] of `dtype` on `device`, with S = max_seq_len. Slot p holds the token at
-        position p of its row. The spare slot S takes what belongs nowhere and is never read.
+    keys[l], values[l]: [B, S + 1, K, E] of `dtype` on `device`. The token at position p of its row is in slot p % S;
+        the spare slot S takes what belongs nowhere and is never read. S = max_seq_len: all tokens are held. But a
+        layer with a window holds only what a chunk of tokens can see: S = window - 1 + chunk_size, if that is less.
+    chunk_size: tokens of a row that may be written at once, at most.
     lengths: [B] int64 on the CPU, the tokens held by each row.
     states: [L, B, D], the residual stream of each row's latest token as it entered each layer, zero in an empty row.
         A refit projection with two taps (pop/projections.py) looks back at it from the next token. Who sets `lengths`
-        back to an earlier point, to prefill from there again, sets `states` back to what they were then, too.
+        back to an earlier point, to prefill from there again, sets `states` back to what they were then, too; and if
+        layers have windows, not by more than chunk_size tokens.
 
     Raises CacheMemoryError, with the size in bytes, when the device has no room for it.
     """
 
-    def __init__(self, config, batch_size: int, max_seq_len: int, *, dtype: torch.dtype, device: torch.device):
+    def __init__(
+        self,
+        config,
+        batch_size: int,
+        max_seq_len: int,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+        chunk_size: int = CHUNK_SIZE,
+    ):
         batch_size = check_count("batch_size", batch_size)
         max_seq_len = check_count("max_seq_len", max_seq_len)
-        self.max_seq_len = max_seq_len
-        size = self.size_in_bytes(config, batch_size, max_seq_len, dtype)
+        self.max_seq_len, self.chunk_size = max_seq_len, check_count("chunk_size", chunk_size)
+        size = self.size_in_bytes(config, batch_size, max_seq_len, dtype, chunk_size)
 
         wanted = f"a KV cache of {batch_size} x {max_seq_len} tokens takes {size:,} bytes"
         advice = "ask for fewer rows or a smaller max_seq_len"
@@ -37,20 +51,28 @@ class KVCache:
         if free is not None and size > free:
             raise CacheMemoryError(f"{wanted}, but {device} has {free:,} bytes free; {advice}")
         self.lengths = torch.zeros(batch_size, dtype=torch.int64)
-        shape = (batch_size, max_seq_len + 1, config.num_kv_heads, config.head_dim)
+
+        def zeros(window):
+            slots = _slots(window, max_seq_len, chunk_size)
+            shape = (batch_size, slots + 1, config.num_kv_heads, config.head_dim)
+            return torch.zeros(shape, dtype=dtype, device=device)
+
         try:
             # Zeros, and zeros again in `reset`: a masked slot has attention weight 0, but 0 * NaN is NaN.
-            self.keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.num_layers)]
-            self.values = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.num_layers)]
+            self.keys = [zeros(window) for window in config.windows]
+            self.values = [zeros(window) for window in config.windows]
             self.states = torch.zeros(config.num_layers, batch_size, config.hidden_size, dtype=dtype, device=device)
         except RuntimeError as error:  # torch's out-of-memory errors are RuntimeErrors
             raise CacheMemoryError(f"{wanted}, more than {device} could allocate; {advice}") from error
 
     @staticmethod
-    def size_in_bytes(config, batch_size: int, max_seq_len: int, dtype: torch.dtype) -> int:
-        """Size of all keys and values, 2 L B (S + 1) K E numbers, and of the states, L B D numbers."""
-        numbers = 2 * (max_seq_len + 1) * config.num_kv_heads * config.head_dim + config.hidden_size
-        return config.num_layers * batch_size * numbers * dtype.itemsize
+    def size_in_bytes(
+        config, batch_size: int, max_seq_len: int, dtype: torch.dtype, chunk_size: int = CHUNK_SIZE
+    ) -> int:
+        """Size of keys and values, 2 B (S + 1) K E numbers a layer, and of the states, L B D numbers."""
+        slots = sum(_slots(window, max_seq_len, chunk_size) + 1 for window in config.windows)
+        numbers = 2 * slots * config.num_kv_heads * config.head_dim + config.num_layers * config.hidden_size
+        return batch_size * numbers * dtype.itemsize
 
     @property
     def batch_size(self) -> int:
@@ -68,6 +90,10 @@ class KVCache:
         self.states = torch.zeros_like(self.states)
         self.lengths = torch.zeros_like(self.lengths)
 
+    def slots(self, window: int | None) -> int:
+        """S of a layer with this window."""
+        return _slots(window, self.max_seq_len, self.chunk_size)
+
     def layer(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values of one layer, each [B, S + 1, K, E]: what `write` writes to."""
         return self.keys[index], self.values[index]
@@ -79,6 +105,10 @@ class KVCache:
             for index, tensor in enumerate(slots):  # one layer at a time: the copy is small beside the cache
                 slots[index] = tensor[device_rows]
         self.lengths, self.states = self.lengths[rows], self.states[:, device_rows]
+
+
+def _slots(window: int | None, max_seq_len: int, chunk_size: int) -> int:
+    return max_seq_len if window is None else min(max_seq_len, window - 1 + chunk_size)
 
 
 def write(keys: torch.Tensor, values: torch.Tensor, slots: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:

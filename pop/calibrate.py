@@ -199,10 +199,10 @@ def _accumulate(model, batch: list[list[int]], fits: list[_Fit]) -> None:
     lengths = torch.tensor([len(window) for window in batch], device=device)
     tokens = torch.nn.utils.rnn.pad_sequence([torch.tensor(w, device=device) for w in batch], batch_first=True)
     position = torch.arange(tokens.shape[1], device=device)
-    rope = module.rope(position[None])
+    ropes = module.rope(position[None])
 
     def full_layer(layer, h):
-        q, k, v = layer.queries_keys_values(h, rope)
+        q, k, v = layer.queries_keys_values(h, ropes[layer.window])
         return layer.update(h, causal_attention(q, k, v, layer.scale, layer.window))
 
     deepest = max(fit.plan.layers[-1] for fit in fits)  # behind it nothing is asked for

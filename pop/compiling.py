@@ -26,7 +26,6 @@ import torch
 
 from pop import engine
 from pop.cache import KVCache
-from pop.models.layers import visible
 from pop.plan import PrunePlan
 
 LONG = 4096  # filled slots, see above
@@ -48,7 +47,7 @@ class Compiled:
 
     def __init__(self, module, *, device, dtype, progress: bool):
         self.module, self.device, self.dtype, self.progress = module, device, dtype, progress
-        self._stages = engine.Stages(*(_PerKind(stage) for stage in engine.EAGER))
+        self._stages = engine.Stages(*(_CompiledStage(stage) for stage in engine.EAGER))
         self._warm: set[tuple] = set()
         self._lock = threading.Lock()
 
@@ -91,14 +90,14 @@ class Compiled:
             self._run_long(rows, _unlike(taken, LONG + 1))
 
     def _run_long(self, rows: int, filled: int) -> None:
-        """A step of decode on a long cache, in one layer of each kind."""
+        """A step of decode on a long cache, in one layer."""
         h = self.module.embed(torch.zeros(rows, 1, dtype=torch.int64, device=self.device))  # [B, 1, D]
         positions = torch.full((rows, 1), filled - 1, device=self.device)
         shape = (rows, filled + 2, self.module.config.num_kv_heads, self.module.config.head_dim)
         keys, values = (torch.zeros(shape, dtype=h.dtype, device=h.device) for _ in range(2))
-        mask, rope = visible(positions, filled, None), self.module.rope(positions)
-        for layer in {layer.window: layer for layer in self.module.layers}.values():
-            self._stages.full_layer(layer, h, rope, positions, keys, values, mask)
+        mask = torch.ones(rows, 1, filled, dtype=torch.bool, device=h.device)
+        layer = self.module.layers[0]
+        self._stages.full_layer(layer, h, self.module.rope(positions)[layer.window], positions, keys, values, mask)
 
 
 def _unlike(taken: set[int], least: int = 2) -> int:
@@ -108,22 +107,22 @@ def _unlike(taken: set[int], least: int = 2) -> int:
     return size
 
 
-class _PerKind:
-    """A stage, compiled by itself for each kind of layer, and for one token apart from several.
+class _CompiledStage:
+    """A stage, compiled for one token apart from several.
 
-    Layers of one kind differ in their weights alone. torch keeps a few compiled versions of a function, told apart by
-    its code, and then gives up; and on each call it tries one after the other until one fits.
+    torch keeps a few compiled versions of a function, told apart by its code, and then gives up; and on each call it
+    tries one after the other until one fits.
     """
 
     def __init__(self, stage: Callable):
         self.stage = stage
-        self.compiled: dict = {}
+        self.compiled: dict[bool, Callable] = {}
 
     def __call__(self, layer, h, *args):
-        kind = (getattr(layer, "window", None), h.shape[-2] == 1)
-        if kind not in self.compiled:
-            self.compiled[kind] = _compile(self.stage, fullgraph=True, dynamic=True)
-        return self.compiled[kind](layer, h, *args)
+        one_token = h.shape[-2] == 1
+        if one_token not in self.compiled:
+            self.compiled[one_token] = _compile(self.stage, fullgraph=True, dynamic=True)
+        return self.compiled[one_token](layer, h, *args)
 
 
 def _compile(function: Callable, **options) -> Callable:

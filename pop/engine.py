@@ -18,6 +18,10 @@ weights and its slots of the cache as arguments, so that each is compiled once f
 every length of a prompt, of the cache and of a batch is a dimension, never a Python number. What is around them is
 bookkeeping: laid out on the CPU, without waiting for the device.
 
+A layer with a window (Gemma's local ones) holds K and V of the tokens that can still be seen, in slots used in turn
+(pop/cache.py). Which slots tokens write to and attend, and their rotary tables, depend on the window alone; `Seen` has
+them. A pruned layer with a window does nothing for tokens that nobody will attend.
+
 The only state is the cache, and it counts tokens as held only once their logits are there. Nothing is checked here:
 `pop.Model` does that. Shape letters: see models/layers.py.
 """
@@ -31,7 +35,7 @@ from typing import NamedTuple
 import torch
 
 from pop.cache import KVCache, write
-from pop.models.layers import causal_attention, linear, masked_attention, visible
+from pop.models.layers import Rope, causal_attention, linear, masked_attention
 from pop.plan import PrunePlan
 
 # The stages
@@ -100,15 +104,17 @@ def prefill(
 ) -> torch.Tensor:
     """Append prompts to the cache and predict what follows each.
 
-    tokens: [B, T] right-padded, lengths: [B] on the CPU, 1 <= lengths <= T. Chunks of `chunk_size` tokens run one
-    after the other, which bounds the memory for activations. A plan's projections are on the module's device in its
-    dtype. Returns logits [B, V] of each row's boundary token.
+    tokens: [B, T] right-padded, lengths: [B] on the CPU, 1 <= lengths <= T. Chunks of `chunk_size` tokens, or as many
+    as the cache takes at once, run one after the other, which bounds the memory for activations. A plan's projections
+    are on the module's device in its dtype. Returns logits [B, V] of each row's boundary token.
     """
     out = None  # [B, D], each row's h behind the last layer, at its last token so far
-    states = cache.states
-    for begin in range(0, int(lengths.max()), chunk_size):
-        at = Layout.of_chunk(cache, lengths, plan, begin, min(begin + chunk_size, int(lengths.max())), tokens.device)
-        h, states = _chunk(module, tokens[:, begin : begin + at.positions.shape[1]], cache, states, at, stages)
+    states, longest = cache.states, int(lengths.max())
+    chunk_size = min(chunk_size, cache.chunk_size)
+    for begin in range(0, longest, chunk_size):
+        end = min(begin + chunk_size, longest)
+        at = Layout.of_chunk(cache, lengths, plan, begin, end, tokens.device)
+        h, states = _chunk(module, tokens[:, begin:end], cache, states, at, stages)
         out = at.latest(h, out)
     logits = stages.head(module, out)
     cache.lengths, cache.states = cache.lengths + lengths, states
@@ -118,12 +124,15 @@ def prefill(
 @torch.no_grad()
 def extend(module, tokens: torch.Tensor, cache: KVCache, stages: Stages = EAGER) -> torch.Tensor:
     """Append tokens [B, T] at full depth, as decode would one by one. Returns logits [B, T, V] at every position."""
-    lengths = torch.full((tokens.shape[0],), tokens.shape[1])
-    at = Layout.of_chunk(cache, lengths, PrunePlan.none(), 0, tokens.shape[1], tokens.device)
-    h, states = _chunk(module, tokens, cache, cache.states, at, stages)
-    logits = stages.head(module, h)
+    B, T = tokens.shape
+    lengths, states, logits = torch.full((B,), T), cache.states, []
+    for begin in range(0, T, cache.chunk_size):
+        end = min(begin + cache.chunk_size, T)
+        at = Layout.of_chunk(cache, lengths, PrunePlan.none(), begin, end, tokens.device)
+        h, states = _chunk(module, tokens[:, begin:end], cache, states, at, stages)
+        logits.append(stages.head(module, h))
     cache.lengths, cache.states = cache.lengths + lengths, states
-    return logits
+    return torch.cat(logits, dim=1)
 
 
 @torch.no_grad()
@@ -133,45 +142,84 @@ def decode(module, tokens: torch.Tensor, cache: KVCache, stages: Stages = EAGER)
     A row that is full already may be stepped with the others: its token goes to the spare slot and its logits mean
     nothing.
     """
-    filled = max(2, min(int(cache.lengths.max()) + 1, cache.max_seq_len))
+    ends = (cache.lengths + 1).clamp(max=cache.max_seq_len)  # [B]
     positions = cache.lengths[:, None].to(tokens.device)  # [B, 1]
-    slots = positions.clamp(max=cache.max_seq_len)
-    masks = _masks(module, slots, filled)  # of a row beyond its end, too, no softmax is empty
+    seen = Seen.by_window(module, cache, positions, positions < cache.max_seq_len, ends)
     h = module.embed(tokens[:, None])  # [B, 1, D]
-    rope = module.rope(positions)
     states = []
     for index, layer in enumerate(module.layers):
         states.append(h[:, 0])
-        h = stages.full_layer(layer, h, rope, slots, *cache.layer(index), masks[layer.window])
+        h = stages.full_layer(layer, h, *seen[layer.window].arguments(cache, index))
     logits = stages.head(module, h)[:, 0]  # [B, V]
     cache.lengths, cache.states = cache.lengths + 1, torch.stack(states)
     return logits
 
 
 @dataclasses.dataclass(frozen=True)
+class Seen:
+    """Tokens [B, T] as all layers with one window see them.
+
+    rope: their rotary tables. slots: [B, T], where their K and V go. mask: [B, T, filled], which slots they attend, or
+    None for a fresh chunk that the window does not cut: it attends itself, causally.
+    """
+
+    rope: Rope
+    slots: torch.Tensor
+    mask: torch.Tensor | None
+
+    @classmethod
+    def by_window(cls, module, cache: KVCache, positions, valid, ends, fresh: bool = False) -> dict[int | None, Seen]:
+        """One for each window that layers have.
+
+        positions: [B, T] in the sequence. valid: [B, T], false for tokens that are kept nowhere. ends: [B] on the CPU,
+        the tokens that each row has when these are written. fresh: they are all that there is.
+        """
+        ropes, filled = module.rope(positions), max(2, int(ends.max()))  # torch compiles a size of 1 by itself: 2
+        ends = ends.to(positions.device)[:, None]  # [B, 1]
+        last = torch.minimum(positions, ends - 1)  # of tokens beyond the end, too, no softmax is empty
+        seen = {}
+        for window, rope in ropes.items():
+            ring = cache.slots(window)
+            slots = (positions % ring).where(valid, ring)
+            mask = None
+            if not fresh or (window is not None and filled > window):
+                slot = torch.arange(min(filled, ring), device=positions.device)
+                held = ends - 1 - (ends - 1 - slot) % ring  # [B, filled], the latest position written to each slot
+                mask = (held >= 0)[:, None] & (held[:, None] <= last[..., None])
+                if window is not None:
+                    mask &= held[:, None] > last[..., None] - window
+            seen[window] = cls(rope, slots, mask)
+        return seen
+
+    def arguments(self, cache: KVCache, index: int) -> tuple:
+        """What full_layer takes behind h."""
+        return self.rope, self.slots, *cache.layer(index), self.mask
+
+
+@dataclasses.dataclass(frozen=True)
 class Layout:
     """Which token of a chunk is where. Laid out on the CPU, without waiting for the device, then moved there.
 
-    positions, slots: [B, C], of each token in its sequence, and of its K and V in the cache.
-    filled: slots of the cache that are filled behind the chunk, in the longest row, and at least 2: torch compiles a
-        size of 1 by itself.
-    fresh: the cache was empty, so the chunk attends itself alone and causally, without a mask; false for one token,
-        which is laid out as decode does.
+    positions: [B, C], of each token in its sequence. valid: [B, C], false for padding.
+    ends: [B] on the CPU, the tokens of each row behind the chunk.
+    fresh: the cache was empty, so the chunk attends itself alone; false for one token, laid out as in decode.
+    seen_from: the first token of the chunk, in any row, that the prompt's last full-depth tokens could see if the
+        window were 1; what is this side of a window before it can be seen, too.
     rows: [B, W], which tokens are the full-depth rows f: W distinct ones, others as filling where a row has fewer.
-    rows_valid: [B, W], false for the filling. rows_positions, rows_slots: [B, W], as above.
+    rows_valid: [B, W], false for the filling. rows_positions: [B, W], as above.
     last: [B], each row's last token in the chunk. last_row: [B], that token among the rows f, -1 if it is not.
     holds_last: [B], false for a row that ended in an earlier chunk.
     """
 
     plan: PrunePlan
     positions: torch.Tensor
-    slots: torch.Tensor
-    filled: int
+    valid: torch.Tensor
+    ends: torch.Tensor
     fresh: bool
+    seen_from: int
     rows: torch.Tensor
     rows_valid: torch.Tensor
     rows_positions: torch.Tensor
-    rows_slots: torch.Tensor
     last: torch.Tensor
     last_row: torch.Tensor
     holds_last: torch.Tensor
@@ -182,36 +230,34 @@ class Layout:
         start, lengths = cache.lengths[:, None], lengths[:, None]  # [B, 1]
         index = torch.arange(begin, end)  # [C] within the prompt
         positions = start + index  # [B, C] within the sequence
-        padding = index >= lengths
-        slots = positions.where(~padding, cache.max_seq_len)  # padding goes to the spare slot
+        valid = index < lengths
         full_depth = (positions < plan.full_depth_first) | (index >= lengths - plan.full_depth_last)
-        if (full_depth | padding).all():
+        if (full_depth | ~valid).all():
             plan = PrunePlan.none()  # nothing is left to prune
-        full_depth &= ~padding
+        full_depth &= valid
 
         count = full_depth.sum(1)  # [B]
         W = int(count.max()) if plan.layers else 0
         rows = (~full_depth).to(torch.uint8).argsort(dim=1, stable=True)[:, :W]  # the full-depth tokens first
-        rows_valid = full_depth.gather(1, rows)
         last = (lengths[:, 0] - 1 - begin).clamp(max=end - begin - 1)  # negative: the row ended before
         holds_last = last >= 0
         last = last.clamp(min=0)
         last_full = full_depth.gather(1, last[:, None])[:, 0] & bool(W)
         tensors = {
             "positions": positions,
-            "slots": slots,
+            "valid": valid,
             "rows": rows,
-            "rows_valid": rows_valid,
+            "rows_valid": full_depth.gather(1, rows),
             "rows_positions": positions.gather(1, rows),
-            "rows_slots": slots.gather(1, rows).where(rows_valid, cache.max_seq_len),
             "last": last,
             "last_row": (count - 1).where(last_full, -1),
             "holds_last": holds_last,
         }
         return cls(
             plan=plan,
-            filled=max(2, int((start + lengths.clamp(max=end)).max())),
+            ends=(start + lengths.clamp(max=end))[:, 0],
             fresh=begin == 0 and end > 1 and not start.any(),
+            seen_from=int(lengths.min()) - plan.full_depth_last - begin,
             **{name: tensor.to(device) for name, tensor in tensors.items()},
         )
 
@@ -233,53 +279,60 @@ def _chunk(module, tokens, cache, states, at: Layout, stages: Stages):
     states: [L, B, D], see KVCache.
     """
     h = module.embed(tokens)  # [B, C, D]
-    rope = module.rope(at.positions)
-    rows_rope = module.rope(at.rows_positions)
-    masks = _masks(module, at.positions, at.filled, at.fresh)
-    rows_masks = _masks(module, at.rows_positions, at.filled)
+    seen = Seen.by_window(module, cache, at.positions, at.valid, at.ends, at.fresh)
     W = at.rows.shape[1]
+    rows_seen = Seen.by_window(module, cache, at.rows_positions, at.rows_valid, at.ends) if W else None
     new_states = []
     for pruned, run in at.plan.runs(len(module.layers)):
         if not pruned:
             for index in run:
                 new_states.append(at.latest(h, states[index]))
                 layer = module.layers[index]
-                h = stages.full_layer(layer, h, rope, at.slots, *cache.layer(index), masks[layer.window])
+                h = stages.full_layer(layer, h, *seen[layer.window].arguments(cache, index))
             continue
-        _pruned_run(module, run, h, rope, states[run[0]], cache, at, stages)
+        _pruned_run(module, run, h, states[run[0]], cache, at, seen, stages)
         rows = at.rows[..., None].expand(-1, -1, h.shape[2])  # [B, W, D]
         f = before = h.gather(1, rows)
         for index in run:
             new_states.append(at.latest(h, states[index], f if W else None))
             if W:
-                layer, slots = module.layers[index], at.rows_slots
-                f = stages.full_layer(layer, f, rows_rope, slots, *cache.layer(index), rows_masks[layer.window])
+                layer = module.layers[index]
+                f = stages.full_layer(layer, f, *rows_seen[layer.window].arguments(cache, index))
         h = h.scatter(1, rows, f.where(at.rows_valid[..., None], before))
     return h, torch.stack(new_states)
 
 
-def _pruned_run(module, run, h, rope, state, cache, at: Layout, stages: Stages):
+def _pruned_run(module, run, h, state, cache, at: Layout, seen, stages: Stages):
     """Write K and V of a run of pruned layers, all from the h [B, C, D] that enters it.
 
     state: [B, D], the h that entered the run at the token before the chunk.
     """
     refit = at.plan.projections
-    if refit is None:
-        for index in run:
-            stages.pruned_layer(module.layers[index], h, rope, at.slots, *cache.layer(index))
-        return
-    normalise = module.layers[run[0]].input_layernorm.normalise
-    inputs = refit.inputs(normalise(h), normalise(state))  # [B, C, taps * D]
+    if refit is not None:
+        normalise = module.layers[run[0]].input_layernorm.normalise
+        h = refit.inputs(normalise(h), normalise(state))  # [B, C, taps * D]
+    tails = {}  # what there is to do, by window
     for number, index in enumerate(run, start=at.plan.layers.index(run[0])):
-        projection = refit.per_layer[number]
-        stages.refit_layer(module.layers[index], inputs, *projection, rope, at.slots, *cache.layer(index))
+        layer = module.layers[index]
+        if layer.window not in tails:
+            first = 0 if layer.window is None else at.seen_from - layer.window + 1
+            tails[layer.window] = _tail(h, seen[layer.window], first)
+        if tails[layer.window] is None:
+            continue
+        x, rope, slots = tails[layer.window]
+        if refit is None:
+            stages.pruned_layer(layer, x, rope, slots, *cache.layer(index))
+        else:
+            stages.refit_layer(layer, x, *refit.per_layer[number], rope, slots, *cache.layer(index))
 
 
-def _masks(module, positions, filled: int, fresh: bool = False) -> dict[int | None, torch.Tensor | None]:
-    """Which of the first `filled` slots tokens at positions [B, T] attend: [B, T, filled], by the layer's window.
-
-    None in a fresh chunk that no window cuts: it attends itself causally.
-    """
-    windows = {layer.window for layer in module.layers}
-    causal = {window for window in windows if fresh and (window is None or filled <= window)}
-    return {window: None if window in causal else visible(positions, filled, window) for window in windows}
+def _tail(h, seen: Seen, first: int):
+    """h [B, C, D], rope and slots of the tokens from number `first` on, or None if there are none."""
+    C = h.shape[1]
+    if first >= C:
+        return None
+    first = max(0, min(first, C - 2))  # torch compiles a size of 1 by itself: 2 tokens at least
+    if first == 0:
+        return h, seen.rope, seen.slots
+    # Copies, since compiled code is held to the size of what a view is a view of.
+    return h[:, first:].clone(), tuple(table[:, first:].clone() for table in seen.rope), seen.slots[:, first:].clone()

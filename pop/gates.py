@@ -86,9 +86,9 @@ def gate_gradients(module, prompts: list[list[int]], responses: list[list[int]])
     with _frozen(module):
         gates = torch.ones(len(module.layers), len(rows), 2, 2, device=device, requires_grad=True)
         h = module.embed(tokens)  # [B, T, D]
-        rope = module.rope(index[None])
+        ropes = module.rope(index[None])
         for layer, gate in zip(module.layers, gates, strict=True):
-            h = _checkpoint(_gated_layer, layer, h, rope, gate, decode)
+            h = _checkpoint(_gated_layer, layer, h, ropes[layer.window], gate, decode)
         h = h[predicts]  # [N, D]: row by row, as the targets are
         pieces = zip(h.split(LOGITS_AT_ONCE), targets.split(LOGITS_AT_ONCE), strict=True)
         loss = sum(_checkpoint(_negative_log_likelihood, module, *piece) for piece in pieces)

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 
 from pop import engine, models, registry
-from pop.cache import KVCache
+from pop.cache import CHUNK_SIZE, KVCache
 from pop.chat import chat_format
 from pop.checkpoint import load_weights
 from pop.compiling import SMALLEST, Compiled, obstacle
@@ -98,7 +98,7 @@ class Model:
         *,
         plan=None,
         max_seq_len=None,
-        chunk_size: int = 2048,
+        chunk_size: int = CHUNK_SIZE,
         compile="auto",
         progress: bool = False,
     ):
@@ -122,7 +122,7 @@ class Model:
     # Tensors in, tensors out
 
     def new_cache(self, batch_size: int = 1, max_seq_len: int | None = None) -> KVCache:
-        """An empty KV cache. Its size is KVCache.size_in_bytes(config, batch_size, max_seq_len, dtype).
+        """An empty KV cache. Its size is KVCache.size_in_bytes(config, batch_size, max_seq_len, dtype, chunk_size).
 
         max_seq_len: tokens a row; None takes the model's. Raises CacheMemoryError where it does not fit.
         """
@@ -131,7 +131,8 @@ class Model:
             raise ContextOverflow(
                 f"a cache of {max_seq_len} tokens a row is longer than the model's limit of {self.max_seq_len}"
             )
-        return KVCache(self.config, batch_size, max_seq_len, dtype=self.dtype, device=self.device)
+        options = {"dtype": self.dtype, "device": self.device, "chunk_size": self.chunk_size}
+        return KVCache(self.config, batch_size, max_seq_len, **options)
 
     def prefill(
         self, tokens, cache: KVCache, *, lengths=None, images=None, videos=None, plan=None, chunk_size=None
@@ -139,7 +140,8 @@ class Model:
         """Append prompts to what the cache holds. Returns logits [B, V] float32 of each row's boundary token.
 
         tokens: [B, T] ids, right-padded. lengths: [B], tokens of each row that are not padding; None: all T.
-        plan: a PrunePlan for this call; None takes the model's. chunk_size: None takes the model's.
+        plan: a PrunePlan for this call; None takes the model's. chunk_size: tokens that run at once; None takes the
+            model's, and what the cache was made for is the most.
         """
         self._refuse_images(images, videos)
         tokens = self._tokens(tokens, dims=2)
@@ -363,9 +365,10 @@ class Model:
         """Raise InputError unless `cache` is one of this model's and has room for `added` [B] tokens more."""
         if not isinstance(cache, KVCache):
             raise InputError(f"the cache is a {type(cache).__name__}; make one with model.new_cache()")
-        shape = (cache.batch_size, cache.max_seq_len + 1, self.config.num_kv_heads, self.config.head_dim)
-        like = (len(cache.keys), cache.keys[0].shape, cache.keys[0].dtype, cache.keys[0].device)
-        if like != (self.config.num_layers, shape, self.dtype, self.device):
+        K, E = self.config.num_kv_heads, self.config.head_dim
+        shapes = [(cache.batch_size, cache.slots(window) + 1, K, E) for window in self.config.windows]
+        like = ([keys.shape for keys in cache.keys], cache.keys[0].dtype, cache.keys[0].device)
+        if like != (shapes, self.dtype, self.device):
             raise InputError("the cache was made for another model, dtype or device; make one with model.new_cache()")
         if cache.batch_size != len(added):
             raise InputError(f"tokens has {len(added)} rows, but the cache has {cache.batch_size}")

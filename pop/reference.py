@@ -37,12 +37,13 @@ def forward(
     Returns logits [T, V] at every position (at a pruned one they mean nothing) and each layer's k, v [T, K, E].
     """
     h = module.embed(tokens[None])  # [1, T, D]
-    rope = module.rope(torch.arange(len(tokens), device=tokens.device)[None])
+    ropes = module.rope(torch.arange(len(tokens), device=tokens.device)[None])
     cache = []
     for index, layer in enumerate(module.layers):
         skips = (index in plan.layers) & ~full_depth.to(h.device)  # [T]
         if index - 1 not in plan.layers:
             entering = h  # the run of pruned layers that begins here, if one does
+        rope = ropes[layer.window]
         q, k, v = layer.queries_keys_values(h, rope)
         if plan.projections is not None and index in plan.layers:
             refit_k, refit_v = refit(layer, plan, index, entering, rope)

@@ -36,7 +36,7 @@ def naive_forward(module, tokens, skips, visible) -> torch.Tensor:
     h = module.embed(tokens[None])[0]
     rope = module.rope(torch.arange(len(tokens))[None])
     for index, layer in enumerate(module.layers):
-        q, k, v = (x[0] for x in layer.queries_keys_values(h[None], rope))
+        q, k, v = (x[0] for x in layer.queries_keys_values(h[None], rope[layer.window]))
         k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
         scores = torch.einsum("the,she->hts", q, k) * layer.scale
         weights = scores.masked_fill(~visible(index), -torch.inf).softmax(-1)
@@ -78,7 +78,7 @@ def test_block_influence_is_one_less_the_mean_cosine():
         rope = model.module.rope(torch.arange(len(window))[None])
         for index, layer in enumerate(model.module.layers):
             inputs[index].append(h[0].numpy())
-            q, k, v = layer.queries_keys_values(h, rope)
+            q, k, v = layer.queries_keys_values(h, rope[layer.window])
             h = layer.update(h, baselines.causal_attention(q, k, v, layer.scale, layer.window))
             outputs[index].append(h[0].numpy())
     for index, value in enumerate(baselines.block_influence(model, WINDOWS).tolist()):
@@ -142,7 +142,7 @@ def test_slicegpt_is_the_model_with_every_block_input_projected(overrides):
     rope = model.module.rope(torch.arange(len(TOKENS))[None])
     for index, layer in enumerate(model.module.layers):
         h = h @ bases[2 * index] @ bases[2 * index].T
-        q, k, v = layer.queries_keys_values(h, rope)
+        q, k, v = layer.queries_keys_values(h, rope[layer.window])
         h = h + layer.attention_update(baselines.causal_attention(q, k, v, layer.scale, layer.window))
         h = h @ bases[2 * index + 1] @ bases[2 * index + 1].T
         h = h + layer.mlp_update(h)
@@ -176,8 +176,8 @@ def test_each_basis_is_fitted_to_what_the_cuts_before_it_have_left():
         for index, layer in enumerate(model.module.layers):
             entered[2 * index].append(h[0])
             h = h @ bases[2 * index] @ bases[2 * index].T
-            q, k, v = layer.queries_keys_values(h, rope)
-            h = h + layer.attention_update(baselines.causal_attention(q, k, v, layer.scale))
+            q, k, v = layer.queries_keys_values(h, rope[layer.window])
+            h = h + layer.attention_update(baselines.causal_attention(q, k, v, layer.scale, layer.window))
             entered[2 * index + 1].append(h[0])
             h = h @ bases[2 * index + 1] @ bases[2 * index + 1].T
             h = h + layer.mlp_update(h)

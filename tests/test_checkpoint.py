@@ -441,7 +441,7 @@ def test_metas_attention_scores_are_the_same(tmp_path, ranks):
         return torch.view_as_real(pairs * turns).flatten(2)
 
     attention = module.model.layers[1].self_attn
-    rope = module.rope(torch.arange(T)[None])
+    rope = module.rope(torch.arange(T)[None])[None]
     q, k = attention.queries(x, rope)[0], attention.keys_values(x, rope)[0][0]
     expected_q, expected_k = (rotated(weights[f"layers.1.attention.{w}.weight"]) for w in ("wq", "wk"))
     for head in range(config.num_heads):

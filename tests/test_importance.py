@@ -271,9 +271,10 @@ def test_logits_are_made_for_the_response_alone_and_in_pieces(samples, monkeypat
 def test_gates_of_one_change_no_bit(config, dtype):
     module = random_model(config).to(dtype)
     h = torch.randn(2, 9, 30, generator=torch.Generator().manual_seed(0)).to(dtype)
-    rope = module.rope(torch.arange(9)[None])
+    ropes = module.rope(torch.arange(9)[None])
     stage = torch.arange(9).expand(2, 9) > 4
     for layer in module.layers:
+        rope = ropes[layer.window]
         attended = layers.causal_attention(*layer.queries_keys_values(h, rope), layer.scale, layer.window)
         assert torch.equal(gates._gated_layer(layer, h, rope, torch.ones(2, 2, 2), stage), layer.update(h, attended))
 

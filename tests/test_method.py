@@ -103,26 +103,42 @@ def cases(draw):
     return module, plan, tokens, lengths, draw(st.sampled_from([1, 2, 5, 11, 1000]))
 
 
-def new_cache(module, rows, slots=64):
-    return KVCache(module.config, rows, slots, dtype=torch.float32, device=torch.device("cpu"))
+def new_cache(module, rows, slots=64, chunk=1000):
+    """Layers with a window use their slots in turn, the sooner the smaller the chunk."""
+    options = {"dtype": torch.float32, "device": torch.device("cpu"), "chunk_size": chunk}
+    return KVCache(module.config, rows, slots, **options)
 
 
 def prefill(module, tokens, lengths, plan, chunk=1000, cache=None):
-    cache = new_cache(module, len(tokens)) if cache is None else cache
+    cache = new_cache(module, len(tokens), chunk=chunk) if cache is None else cache
     return engine.prefill(module, tokens, cache, lengths, plan, chunk), cache
 
 
-def held(cache, row):
-    """What the cache holds of one row: [2, L, N, K, E]."""
-    n = int(cache.lengths[row])
-    return torch.stack([torch.stack([x[row, :n] for x in kv]) for kv in (cache.keys, cache.values)])
+def seen(module, kv):
+    """Of K, V [2, L, N, K, E]: what the next token can attend; zero in layers whose window does not reach so far."""
+    n = kv.shape[2]
+    reaches = [range(n) if layer.window is None else range(max(0, n - layer.window + 1), n) for layer in module.layers]
+    return kv * torch.tensor([[position in reach for position in range(n)] for reach in reaches])[..., None, None]
+
+
+def held(module, cache, row):
+    """What the cache holds of one row for the next token: [2, L, N, K, E]."""
+    positions = torch.arange(int(cache.lengths[row]))
+    slots = [positions % cache.slots(layer.window) for layer in module.layers]
+    kv = [[x[row, at] for x, at in zip(part, slots, strict=True)] for part in (cache.keys, cache.values)]
+    return seen(module, torch.stack([torch.stack(part) for part in kv]))
 
 
 def by_reference(module, row_tokens, plan):
-    """Logits [V] and K, V [2, L, N, K, E] by the naive page."""
+    """Logits [V] and what the next token can attend, K, V [2, L, N, K, E], by the naive page."""
     n = len(row_tokens)
     logits, kv = reference.forward(module, row_tokens, reference.full_depth_tokens(n, n, plan), plan)
-    return logits[-1], torch.stack([torch.stack([pair[i] for pair in kv]) for i in (0, 1)])
+    return logits[-1], seen(module, stacked(kv))
+
+
+def stacked(kv):
+    """A list of each layer's k, v [N, K, E] -> [2, L, N, K, E]."""
+    return torch.stack([torch.stack([pair[i] for pair in kv]) for i in (0, 1)])
 
 
 # The reference itself
@@ -143,7 +159,7 @@ def token_by_token(module, tokens, plans):
         rope = module.rope(torch.tensor([[position]]))
         for index, layer in enumerate(module.layers):
             entered[index].append(h)
-            q, k, v = layer.queries_keys_values(h, rope)
+            q, k, v = layer.queries_keys_values(h, rope[layer.window])
             if index in plan.layers and plan.projections is not None:
                 start = index
                 while start - 1 in plan.layers:
@@ -153,7 +169,7 @@ def token_by_token(module, tokens, plans):
                 x = torch.cat(taps[: plan.projections.taps], dim=-1)  # position 0 is not pruned: there is one before
                 number = plan.layers.index(index)
                 weight, bias = plan.projections.weight[number], plan.projections.bias[number]
-                k, v = layer.placed(*(F.linear(x, weight[i], bias[i]) for i in (0, 1)), rope)
+                k, v = layer.placed(*(F.linear(x, weight[i], bias[i]) for i in (0, 1)), rope[layer.window])
             kv[index].append((k, v))
             if index not in plan.layers:
                 keys, values = (torch.cat(x, dim=1) for x in zip(*kv[index], strict=True))
@@ -214,7 +230,7 @@ def test_pruning_only_the_last_layer_changes_nothing(case):
     full_logits, full_cache = prefill(module, tokens, lengths, NONE, chunk)
     assert_close(logits, full_logits)
     for row in range(len(tokens)):
-        assert_close(held(cache, row), held(full_cache, row))
+        assert_close(held(module, cache, row), held(module, full_cache, row))
 
 
 @given(cases())
@@ -240,7 +256,7 @@ def test_prefill_is_the_reference(case):
     for row, n in enumerate(lengths):
         expected_logits, expected_kv = by_reference(module, tokens[row, :n], plan)
         assert_close(logits[row], expected_logits)
-        assert_close(held(cache, row), expected_kv)
+        assert_close(held(module, cache, row), expected_kv)
 
 
 @given(cases())
@@ -261,12 +277,12 @@ def test_pruning_shows_in_the_cache(case):
     module, plan, tokens, lengths, chunk = case
     if not plan.layers or plan.layers[0] == module.config.num_layers - 1:
         return
-    if int(lengths[0]) <= plan.full_depth_first + plan.full_depth_last:
-        return
+    if int(lengths[0]) <= plan.full_depth_first + plan.full_depth_last or any(module.config.windows):
+        return  # a window may see full-depth tokens alone
     _, cache = prefill(module, tokens, lengths, plan, chunk)
     _, full = prefill(module, tokens, lengths, NONE, chunk)
     above = plan.layers[0] + 1
-    assert not torch.allclose(held(cache, 0)[:, above:], held(full, 0)[:, above:], atol=1e-4)
+    assert not torch.allclose(held(module, cache, 0)[:, above:], held(module, full, 0)[:, above:], atol=1e-4)
 
 
 @given(cases(), st.integers(1, 5))
@@ -280,8 +296,7 @@ def test_decode_is_teacher_forcing_by_the_reference(case, steps):
         full_depth = reference.full_depth_tokens(n, len(whole), plan)
         logits, kv = reference.forward(module, whole, full_depth, plan)
         assert_close(stepwise[row], logits[n:])
-        assert_close(held(cache, row)[0], torch.stack([k for k, _ in kv]))
-        assert_close(held(cache, row)[1], torch.stack([v for _, v in kv]))
+        assert_close(held(module, cache, row), seen(module, stacked(kv)))
 
 
 @given(cases(), st.data())
@@ -302,7 +317,7 @@ def test_a_second_turn_appends_to_the_first(case, data):
         later = (position[n + 1 :] >= len(whole) - plan.full_depth_last) | (position[n + 1 :] < plan.full_depth_first)
         expected, kv = reference.forward(module, whole, torch.cat((full_depth, later)), plan)
         assert_close(logits[row], expected[-1])
-        assert_close(held(cache, row)[1], torch.stack([v for _, v in kv]))
+        assert_close(held(module, cache, row), seen(module, stacked(kv)))
 
 
 @given(models(), st.data())
@@ -344,7 +359,7 @@ def test_a_conversation_may_change_its_plan_with_every_turn(module, data):
         assert cache.lengths[row] == len(said[row])
         logits, kv = token_by_token(module, said[row], applied[row])
         assert_close(torch.stack(list(predicted[row].values())), logits[list(predicted[row])])
-        assert_close(held(cache, row), kv)
+        assert_close(held(module, cache, row), seen(module, kv))
 
 
 @given(cases())
@@ -359,7 +374,7 @@ def test_extend_is_decode_in_one_go(case):
     assert_close(torch.cat(at_once, dim=1), stepwise)
     assert_close(other.states, cache.states)
     for row in range(len(tokens)):
-        assert_close(held(other, row), held(cache, row))
+        assert_close(held(module, other, row), held(module, cache, row))
 
 
 # What must not matter
@@ -372,7 +387,7 @@ def test_a_ragged_batch_is_its_rows_alone(case):
     for row, n in enumerate(lengths.tolist()):
         alone, alone_cache = prefill(module, tokens[row : row + 1, :n], lengths[row : row + 1], plan)
         assert_close(logits[row], alone[0])
-        assert_close(held(cache, row), held(alone_cache, 0))
+        assert_close(held(module, cache, row), held(module, alone_cache, 0))
 
 
 @given(cases(), st.sampled_from([1e4, -1e4, 1e-30]))
@@ -430,7 +445,7 @@ def test_a_failed_call_adds_no_tokens():
 def test_a_reset_cache_is_a_new_cache(case):
     module, plan, tokens, lengths, chunk = case
     expected, _ = prefill(module, tokens, lengths, plan, chunk)
-    cache = new_cache(module, len(tokens))
+    cache = new_cache(module, len(tokens), chunk=chunk)
     empty = cache.lengths
     prefill(module, tokens.flip(1), torch.full_like(lengths, tokens.shape[1]), plan, chunk, cache)
     cache.reset()
@@ -449,7 +464,7 @@ def test_nothing_changes_before_a_changed_token(case, data):
     other = tokens.clone()
     other[row, changed] = (other[row, changed] + 1) % module.config.vocab_size
     _, after = prefill(module, other, lengths, plan, chunk)
-    assert torch.equal(held(before, row)[:, :, :changed], held(after, row)[:, :, :changed])
+    assert torch.equal(held(module, before, row)[:, :, :changed], held(module, after, row)[:, :, :changed])
 
 
 def test_a_row_may_fill_its_cache_to_the_last_slot():
@@ -466,7 +481,7 @@ def test_a_row_may_fill_its_cache_to_the_last_slot():
         prefill(module, first[row : row + 1], torch.tensor([n]), plan, cache=alone)
         expected, _ = prefill(module, turn[row : row + 1], torch.tensor([m]), plan, cache=alone)
         assert_close(logits[row], expected[0])
-        assert_close(held(cache, row), held(alone, 0))
+        assert_close(held(module, cache, row), held(module, alone, 0))
 
 
 @pytest.mark.parametrize("config", [tiny_config(), tiny_gemma3_config()])

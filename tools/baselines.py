@@ -157,7 +157,7 @@ def principal_bases(model: pop.Model, width: int, windows: list[torch.Tensor]) -
     for layer in module.layers:
         states = _cut(states, width, bases)
         for index, (h, rope) in enumerate(zip(states, ropes, strict=True)):
-            q, k, v = layer.queries_keys_values(h, rope)
+            q, k, v = layer.queries_keys_values(h, rope[layer.window])
             states[index] = h + layer.attention_update(causal_attention(q, k, v, layer.scale, layer.window))
         states = _cut(states, width, bases)
         states = [h + layer.mlp_update(h) for h in states]
@@ -263,9 +263,9 @@ class NoBoundary(Contender):
         slots = torch.arange(len(tokens), device=h.device)[None]  # [1, T]
         for index, layer in enumerate(module.layers):
             if index in self.plan.layers:
-                write(*cache.layer(index), slots, *layer.keys_values(h, rope))
+                write(*cache.layer(index), slots, *layer.keys_values(h, rope[layer.window]))
             else:
-                q, k, v = layer.queries_keys_values(h, rope)
+                q, k, v = layer.queries_keys_values(h, rope[layer.window])
                 write(*cache.layer(index), slots, k, v)
                 h = layer.update(h, causal_attention(q, k, v, layer.scale, layer.window))
         cache.lengths += len(tokens)
@@ -287,7 +287,7 @@ class NoKV(Contender):
         slots = torch.arange(len(tokens), device=h.device)[None]  # [1, T]
         for index, layer in enumerate(module.layers):
             rows = boundary if index in self.plan.layers else everyone
-            q, k, v = layer.queries_keys_values(h[:, rows], [table[:, rows] for table in rope])
+            q, k, v = layer.queries_keys_values(h[:, rows], [table[:, rows] for table in rope[layer.window]])
             write(*cache.layer(index), slots[:, rows], k, v)
             h[:, rows] = layer.update(h[:, rows], causal_attention(q, k, v, layer.scale, layer.window))
         cache.lengths += len(tokens)
@@ -305,7 +305,7 @@ class NoKV(Contender):
         rope = module.rope(positions)
         for index, layer in enumerate(module.layers):
             mask = visible & (slots >= cache.boundary) if index in self.plan.layers else visible
-            q, k, v = layer.queries_keys_values(h, rope)
+            q, k, v = layer.queries_keys_values(h, rope[layer.window])
             write(*cache.layer(index), positions, k, v)
             keys, values = (part[:, :end] for part in cache.layer(index))
             h = layer.update(h, masked_attention(q, keys, values, mask, layer.scale))
@@ -357,7 +357,7 @@ def _embed(module: nn.Module, tokens: torch.Tensor):
 
 
 def _run_layer(layer: nn.Module, h: torch.Tensor, rope) -> torch.Tensor:
-    q, k, v = layer.queries_keys_values(h, rope)
+    q, k, v = layer.queries_keys_values(h, rope[layer.window])
     return layer.update(h, causal_attention(q, k, v, layer.scale, layer.window))
 
 

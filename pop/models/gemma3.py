@@ -19,9 +19,7 @@ from torch import nn
 
 from pop.config import Gemma3Config
 from pop.models import layers
-from pop.models.layers import Linear, Rope, causal_attention, linear, rope_frequencies, rope_tables, rotate
-
-Ropes = dict[int | None, Rope]  # the tables of the local layers by their window, those of the global ones under None
+from pop.models.layers import Linear, Rope, Ropes, causal_attention, linear, rope_frequencies, rope_tables, rotate
 
 
 class RMSNorm(layers.RMSNorm):
@@ -83,18 +81,18 @@ class DecoderLayer(nn.Module):
         self.mlp = MLP(config)
         self.post_feedforward_layernorm = RMSNorm(config.hidden_size, config.norm_eps)
 
-    def keys_values(self, h: torch.Tensor, ropes: Ropes) -> tuple[torch.Tensor, torch.Tensor]:
+    def keys_values(self, h: torch.Tensor, rope: Rope) -> tuple[torch.Tensor, torch.Tensor]:
         """h [B, T, D] -> k, v [B, T, K, E]: all that a pruned layer computes."""
-        return self.self_attn.keys_values(self.input_layernorm(h), ropes[self.window])
+        return self.self_attn.keys_values(self.input_layernorm(h), rope)
 
     def projected(self, h: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """h [B, T, D] -> k, v [B, T, K * E] as projected: no heads, no norm, no positions yet."""
         x = self.input_layernorm(h)
         return self.self_attn.k_proj(x), self.self_attn.v_proj(x)
 
-    def placed(self, k: torch.Tensor, v: torch.Tensor, ropes: Ropes) -> tuple[torch.Tensor, torch.Tensor]:
+    def placed(self, k: torch.Tensor, v: torch.Tensor, rope: Rope) -> tuple[torch.Tensor, torch.Tensor]:
         """Projected k, v [B, T, K * E] -> k, v [B, T, K, E] as the cache holds them, keys normalised and rotated."""
-        return self.self_attn.place(k, v, ropes[self.window])
+        return self.self_attn.place(k, v, rope)
 
     def folded_projections(self) -> tuple[torch.Tensor, torch.Tensor]:
         """K's and V's projection with the norm's 1 + weight folded in: weight [2, K * E, D], bias [2, K * E] of zeros,
@@ -106,9 +104,9 @@ class DecoderLayer(nn.Module):
         weight = torch.stack([projection.weight.double() for projection in projections])
         return weight * (1 + self.input_layernorm.weight.double()), weight.new_zeros(weight.shape[:2])
 
-    def queries_keys_values(self, h: torch.Tensor, ropes: Ropes) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def queries_keys_values(self, h: torch.Tensor, rope: Rope) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """h [B, T, D] -> q [B, T, H, E], k and v [B, T, K, E]."""
-        x, rope = self.input_layernorm(h), ropes[self.window]
+        x = self.input_layernorm(h)
         return self.self_attn.queries(x, rope), *self.self_attn.keys_values(x, rope)
 
     def attention_update(self, attended: torch.Tensor) -> torch.Tensor:
@@ -151,7 +149,7 @@ class Gemma3(nn.Module):
         return h * h.new_full((), self.config.hidden_size**0.5)  # the factor is rounded to the weights' dtype
 
     def rope(self, positions: torch.Tensor) -> Ropes:
-        """positions [B, T] int -> the cos and sin tables of its tokens, of either kind of layer."""
+        """positions [B, T] int -> the cos and sin tables of its tokens, for each kind of layer."""
         config = self.config
 
         def tables(rope):
@@ -168,6 +166,6 @@ class Gemma3(nn.Module):
         h = self.embed(tokens)
         ropes = self.rope(torch.arange(tokens.shape[1], device=tokens.device)[None])
         for layer in self.layers:
-            q, k, v = layer.queries_keys_values(h, ropes)
+            q, k, v = layer.queries_keys_values(h, ropes[layer.window])
             h = layer.update(h, causal_attention(q, k, v, layer.scale, layer.window))
         return self.head(h)

@@ -18,6 +18,7 @@ from torch import nn
 from pop.config import RopeConfig
 
 Rope = tuple[torch.Tensor, torch.Tensor]  # cos, sin of the pairs: each [B, T, 1, E/2] float32
+Ropes = dict[int | None, Rope]  # by the window of the layers that they are for; None: of those without one
 
 # Processors with AVX2 alone have no fast products of 16-bit numbers; those with AVX-512 and GPUs do.
 WIDENED = torch.backends.cpu.get_cpu_capability() == "AVX2"

@@ -23,6 +23,7 @@ from pop.models.layers import (
     Linear,
     RMSNorm,
     Rope,
+    Ropes,
     causal_attention,
     linear,
     rope_frequencies,
@@ -148,9 +149,10 @@ class Llama(nn.Module):
         """tokens [B, T] int -> h [B, T, D]."""
         return self.model.embed_tokens(tokens)
 
-    def rope(self, positions: torch.Tensor) -> Rope:
-        """positions [B, T] int -> the cos and sin tables of its tokens."""
-        return rope_tables(positions, rope_frequencies(self.config.rope, self.config.head_dim, positions.device))
+    def rope(self, positions: torch.Tensor) -> Ropes:
+        """positions [B, T] int -> the cos and sin tables of its tokens, for the one kind of layer that there is."""
+        frequencies = rope_frequencies(self.config.rope, self.config.head_dim, positions.device)
+        return {None: rope_tables(positions, frequencies)}
 
     def head(self, h: torch.Tensor) -> torch.Tensor:
         """h [..., D] -> logits [..., V] float32."""
@@ -160,8 +162,8 @@ class Llama(nn.Module):
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         """tokens [B, T] int -> logits [B, T, V] float32 at every position."""
         h = self.embed(tokens)
-        rope = self.rope(torch.arange(tokens.shape[1], device=tokens.device)[None])
+        ropes = self.rope(torch.arange(tokens.shape[1], device=tokens.device)[None])
         for layer in self.layers:
-            q, k, v = layer.queries_keys_values(h, rope)
+            q, k, v = layer.queries_keys_values(h, ropes[layer.window])
             h = layer.update(h, causal_attention(q, k, v, layer.scale, layer.window))
         return self.head(h)
