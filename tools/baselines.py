@@ -194,7 +194,7 @@ class SlicedLayer(nn.Module):
 
     def __init__(self, layer: nn.Module, enter: torch.Tensor, middle: torch.Tensor, leave: torch.Tensor):
         super().__init__()
-        self.layer, self.scale = _shared_copy(layer), layer.scale
+        self.layer, self.scale, self.window = _shared_copy(layer), layer.scale, layer.window
         attention, mlp, dtype = self.layer.self_attn, self.layer.mlp, layer.self_attn.q_proj.weight.dtype
         for name in ("q_proj", "k_proj", "v_proj"):
             setattr(attention, name, _reading(getattr(attention, name), layer.input_layernorm.weight, enter))
