@@ -54,8 +54,10 @@ def test_models_are_listed_with_where_they_are(capsys, tmp_path, monkeypatch):
     assert set(pop.list_models()) < lines.keys()
     assert lines["llama3.2-1b"].split() == ["llama3.2-1b", "llama", "1,235,814,400", str(here)]
     assert lines["llama3.1-8b"].split() == ["llama3.1-8b", "llama", "8,030,261,248", "not", "here"]
-    assert "pop demo" in lines["smollm2-135m"]
-    assert len({line.index("llama ") for name, line in lines.items() if name in pop.list_models()}) == 1
+    for name in ("smollm2-135m", "gemma3-270m"):
+        assert f"pop demo --model {name}" in lines[name]
+    families = {name: registry.lookup(name).family for name in pop.list_models()}
+    assert len({lines[name].index(f" {family} ") for name, family in families.items()}) == 1
 
 
 @pytest.mark.parametrize(
