@@ -37,7 +37,7 @@ CONFIGS = ("config.json", "generation_config.json")
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "chat_template.jinja")
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 SHARD = r"[A-Za-z0-9_][A-Za-z0-9._-]{0,200}\.safetensors"  # a plain name: no path, nothing hidden
-MOST_JSON = 2**26  # bytes of a listing or an index
+MOST_JSON = 2**24  # bytes of a listing or an index
 
 
 @dataclass(frozen=True)

@@ -322,4 +322,5 @@ def _retry_after(text: str) -> float | None:
 def _reason(error: Exception) -> str:
     if isinstance(error, TimeoutError):
         return "it fell silent"
-    return (getattr(error, "strerror", None) or str(error) or type(error).__name__).split("\n")[0][:200]
+    text = getattr(error, "strerror", None) or str(error) or type(error).__name__
+    return "".join(letter if letter.isprintable() else "?" for letter in text[:200])  # it may be the server's
