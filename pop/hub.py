@@ -148,8 +148,8 @@ class Hub:
                     self._check(answer, url, path, bool(token), bool(start))
                     yield answer
                     return
-                there = urljoin(url.geturl(), quote(answer.header("Location"), safe=string.punctuation))
-            there = _split(there, f"{url.hostname} redirects to what is no address")
+                there = quote(answer.header("Location"), safe=string.punctuation)
+            there = _split(there, f"{url.hostname} redirects to what is no address", url.geturl())
             if there.scheme == "http" and url.scheme == "https":
                 raise DownloadError(f"{url.hostname} redirects from https to plain http, which is not followed")
             token = token if _origin(there) == _origin(url) else ""
@@ -269,10 +269,10 @@ class _Exchange:
             socket.socket.shutdown(self._socket, socket.SHUT_RDWR)
 
 
-def _split(url: str, fault: str) -> SplitResult:
+def _split(url: str, fault: str, base: str = "") -> SplitResult:
     """The parts of an address; what has none raises DownloadError, which does not repeat it: it may hold a secret."""
     try:
-        parts = urlsplit(url)
+        parts = urlsplit(urljoin(base, url))
         if parts.scheme in ("http", "https") and parts.hostname and parts.port != 0:
             return parts
     except ValueError:

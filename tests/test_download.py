@@ -15,6 +15,7 @@ import subprocess
 import sys
 import threading
 import time
+import tracemalloc
 from pathlib import Path
 
 import hub_server
@@ -329,6 +330,7 @@ def test_pieces_of_two_files_are_found_out_by_the_hash(server, folder):
 def test_a_damaged_remainder_is_not_believed(server, folder, tmp_path, damage):
     server.faults[ONE], server.faults[TWO] = [cut(0.5), status(404)], [cut(0.5), status(404)]
     refused("404")
+    server.faults.clear()
     left = partial(folder)
     part = left / f"{ONE}.part"
     part.write_bytes(server.files[ONE][:100])
@@ -357,6 +359,7 @@ def test_a_new_commit_in_between_renews_what_has_changed(server, folder):
     server.faults[ONE] = [cut(0.5), stall(0)]
     refused("404")
     (partial(folder) / TWO).write_bytes(server.files[TWO])  # as if it had come before
+    (partial(folder) / f"{TWO}.part").unlink()
     server.commit = "f" * 40
     server.files["config.json"] += b"\n"
     server.files[ONE] = server.files[ONE][:-4] + b"\0\0\0\0"
@@ -436,11 +439,14 @@ def test_a_compressed_transfer_that_breaks_off_is_fetched_anew(server, folder):
 
 
 def test_a_gzip_bomb_is_not_unpacked(server, folder):
-    bomb = gzip.compress(bytes(2**28))
+    bomb = gzip.compress(bytes(2**26), 1)
     server.faults[ONE] = [lambda handler: handler.answer(bomb, {"Content-Encoding": "gzip"})]
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    refused("sends more than the")
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2**17  # KiB
+    tracemalloc.start()
+    try:
+        refused("sends more than the")
+        assert tracemalloc.get_traced_memory()[1] < 2**23
+    finally:
+        tracemalloc.stop()
 
 
 def test_a_listing_without_end_is_not_read(server, folder, monkeypatch):
@@ -500,7 +506,7 @@ def test_names_that_lead_elsewhere_are_refused(server, folder, name, tmp_path):
     server.files[INDEX] = json.dumps(index).encode()
     if isinstance(name, str):
         server.files[name] = b"x"
-    refused(INDEX, "differ in case" if name and name[0] == "M" else "no plain *.safetensors name")
+    refused(INDEX, "differ in case" if str(name).startswith("MODEL") else "no plain *.safetensors name")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -630,7 +636,7 @@ def test_a_redirect_to_another_host_does_not_get_the_token(server, folder, start
     server.faults[TWO].append(lambda handler: back.append(dict(handler.headers)) or handler.file())
     fetch()
     assert_right(folder, server)
-    assert len(elsewhere.requests) == 6 and authorizations(elsewhere) == {None}
+    assert len(elsewhere.requests) == 5 and authorizations(elsewhere) == {None}
     assert len(back) == 1 and "Authorization" not in back[0]
 
 
