@@ -586,8 +586,12 @@ def test_no_server_at_all(server, folder, monkeypatch):
         taken.bind(("127.0.0.1", 0))
         monkeypatch.setenv("POP_ENDPOINT", f"http://127.0.0.1:{taken.getsockname()[1]}")
         refused("Connection refused", "run this again later")
-    monkeypatch.setenv("POP_ENDPOINT", "http://no-such-host.invalid")
-    refused("no-such-host.invalid")
+
+    def nameless(*_, **__):
+        raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+
+    monkeypatch.setattr(socket, "getaddrinfo", nameless)
+    refused("the connection to 127.0.0.1 failed (Name or service not known)")
 
 
 @pytest.mark.parametrize(
