@@ -354,6 +354,17 @@ def test_a_damaged_remainder_is_not_believed(server, folder, tmp_path, damage):
     assert victim.read_text() == "precious"
 
 
+def test_a_whole_remainder_is_only_checked(server, folder):
+    """As a process leaves it that is killed before it gives the file its name."""
+    server.files["generation_config.json"] = b""
+    server.faults[ONE] = [status(404)]
+    refused("404")
+    (partial(folder) / f"{ONE}.part").write_bytes(server.files[ONE])
+    fetch()
+    assert_right(folder, server)
+    assert len(server.asked(ONE)) == 1 and not server.asked("generation_config.json")
+
+
 def test_a_new_commit_in_between_renews_what_has_changed(server, folder):
     server.faults[TWO] = [status(404)]
     server.faults[ONE] = [cut(0.5), stall(0)]
