@@ -277,7 +277,7 @@ class _File:
         self.path, self.part, self.etag = folder / name, folder / f"{name}.part", folder / f"{name}.etag"
         self.size = next((path.stat().st_size for path in (self.path, self.part) if path.exists()), 0)  # bytes here
         self.most = 0  # bytes there have ever been: only what goes beyond is progress
-        self.stretches = 0  # how many answers, and remains of earlier runs, it is made of
+        self.pieced = False  # whether any of it is not from the last answer
 
     @property
     def missing(self) -> int:
@@ -292,10 +292,8 @@ class _File:
         with self._file:
             self._take_up()
             self.hub.persist(self.name, self._attempt)
-            if self._hasher.hexdigest() != self.expected.digest and self.stretches > 1:
-                self.hub.notices.append(
-                    f"{self.name}: the pieces do not make the file that is listed; fetching it anew"
-                )
+            if self._hasher.hexdigest() != self.expected.digest and self.pieced:
+                self.hub.notices.append(f"{self.name}: its pieces do not make the listed file; fetching it anew")
                 self._start_anew()
                 self.hub.persist(self.name, self._attempt)
             found = self._hasher.hexdigest()
@@ -317,14 +315,14 @@ class _File:
             while block := self._file.read(2**20):
                 self.hub.check_stop()
                 self._hasher.update(block)
-        self.stretches = int(self.size > 0)
+        self.pieced = self.size > 0
 
     def _start_anew(self) -> None:
         with _disk(self.part):
             self._file.seek(0)
             self._file.truncate()
             self.etag.unlink(missing_ok=True)
-        self._hasher, self.size, self.stretches = self.expected.hasher(), 0, 0
+        self._hasher, self.size, self.pieced = self.expected.hasher(), 0, False
 
     def _attempt(self) -> None:
         """Fetch from where the part ends; raises Broken if the end is not reached."""
@@ -352,7 +350,7 @@ class _File:
             self._start_anew()
             with _disk(self.etag):
                 self.etag.write_text(etag, encoding="utf-8")
-        self.stretches += 1
+        self.pieced = self.size > 0
         for block in answer.blocks():
             self.hub.check_stop()
             if self.size + len(block) > size:
@@ -388,12 +386,9 @@ def _disk(path: Path) -> Iterator[None]:
 @contextlib.contextmanager
 def _progress(hub: Hub, files: list[_File], wanted: bool) -> Iterator[Callable[[], None]]:
     """Yield what to call now and then: it shows the bytes and the rate, and what the threads have noticed."""
-    total, begin, started = (
-        sum(file.expected.size for file in files),
-        sum(file.size for file in files),
-        time.monotonic(),
-    )
-    bar, told = None, started
+    total, begin = sum(file.expected.size for file in files), sum(file.size for file in files)
+    started = told = time.monotonic()
+    bar = None
     if wanted:
         with contextlib.suppress(ImportError):
             from tqdm import tqdm

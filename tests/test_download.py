@@ -326,7 +326,7 @@ def test_pieces_of_two_files_are_found_out_by_the_hash(server, folder):
     assert server.asked(ONE) == [None, "bytes=50-", None]
 
 
-@pytest.mark.parametrize("damage", ["flipped", "longer", "link", "folder", "manifest"])
+@pytest.mark.parametrize("damage", ["flipped", "whole", "longer", "link", "folder", "manifest"])
 def test_a_damaged_remainder_is_not_believed(server, folder, tmp_path, damage):
     server.faults[ONE], server.faults[TWO] = [cut(0.5), status(404)], [cut(0.5), status(404)]
     refused("404")
@@ -338,6 +338,8 @@ def test_a_damaged_remainder_is_not_believed(server, folder, tmp_path, damage):
     victim.write_text("precious")
     if damage == "flipped":
         part.write_bytes(b"\0" * 100)
+    elif damage == "whole":
+        part.write_bytes(bytes(len(server.files[ONE])))
     elif damage == "longer":
         part.write_bytes(server.files[ONE] + b"more")
     elif damage == "link":
