@@ -89,11 +89,11 @@ class Handler(BaseHTTPRequestHandler):
             return json.dumps(self.server.listing()).encode()
         return self.server.files[self.path.rsplit("/", 1)[-1]]
 
-    def file(self, etag: str = '"one"', shift: int = 0):
+    def file(self, etag: str = '"one"', shift: int = 0, **more: str):
         data = self.body()
         wanted = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", ""))
         start = int(wanted[1]) if wanted else 0
-        headers = {"ETag": etag, "Accept-Ranges": "bytes"}
+        headers = {"ETag": etag, "Accept-Ranges": "bytes"} | _named(more)
         if wanted:
             headers["Content-Range"] = f"bytes {start + shift}-{len(data) - 1}/{len(data)}"
         self.answer(data[start + shift :], headers, 206 if wanted else 200)
@@ -113,8 +113,11 @@ class Handler(BaseHTTPRequestHandler):
 
 
 def status(code: int, **headers: str):
-    named = {name.replace("_", "-"): value for name, value in headers.items()}
-    return lambda handler: handler.answer(b"<html>no</html>", named, code)
+    return lambda handler: handler.answer(b"<html>no</html>", _named(headers), code)
+
+
+def _named(headers: dict[str, str]) -> dict[str, str]:
+    return {name.replace("_", "-"): value for name, value in headers.items()}
 
 
 def redirect(to: str):
