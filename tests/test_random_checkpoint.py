@@ -70,7 +70,7 @@ def test_what_is_written_loads_and_runs(config, tmp_path, monkeypatch, capsys):
     assert {weight.dtype for weight in weights.values()} == {torch.bfloat16}
     assert all((weight == 1).all() for weight in weights.values() if weight.dim() == 1)
     matrices = {name: weight.float() for name, weight in weights.items() if weight.dim() == 2}
-    assert all(0.8 < weight.var() * weight.shape[1] < 1.25 for weight in matrices.values())
+    assert all(0.7 < weight.var() * weight.shape[1] < 1.4 for weight in matrices.values())
     assert len({weight[0, 0].item() for weight in matrices.values()}) == len(matrices)
     model = pop.load(folder, dtype=torch.float32)
     assert model.config.num_layers == 3
