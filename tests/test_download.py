@@ -896,6 +896,10 @@ def flip(path: Path) -> None:
     path.write_bytes(data)
 
 
+def manifest_of(name: str) -> str:
+    return json.dumps({"repository": "x", "commit": "y", "files": {name: {"size": 1, "sha256": "0" * 64}}})
+
+
 @pytest.mark.parametrize(
     ("damage", "said"),
     [
@@ -909,7 +913,7 @@ def flip(path: Path) -> None:
         (lambda folder: (folder / MANIFEST).unlink(), "there is nothing to compare with"),
         (lambda folder: (folder / MANIFEST).write_text("{"), "not readable JSON"),
         (lambda folder: (folder / MANIFEST).write_text("{}"), "is broken"),
-        (lambda folder: (folder / MANIFEST).write_text('{"files": {"../../x": {}}}'), "is broken"),
+        (lambda folder: (folder / MANIFEST).write_text(manifest_of("../x.safetensors")), "is broken"),
         (lambda folder: (folder / MANIFEST).write_text('{"files": {"config.json": 3}}'), "is broken"),
         (lambda folder: os.mkfifo(folder / "x.safetensors"), "x.safetensors is not from the download"),
         (lambda folder: (folder / ONE).unlink() or os.mkfifo(folder / ONE), f"{ONE} is missing"),
