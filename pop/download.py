@@ -352,7 +352,6 @@ class _File:
                 self.etag.write_text(etag, encoding="utf-8")
         self.pieced = self.size > 0
         for block in answer.blocks():
-            self.hub.check_stop()
             if self.size + len(block) > size:
                 self._start_anew()
                 raise DownloadError(f"{self.name}: {self.hub.name} sends more than the {size:,} bytes that it lists")
