@@ -1,4 +1,4 @@
-"""The `pop` command: demo, generate, chat, importance, calibrate, models, import-gguf.
+"""The `pop` command: demo, generate, chat, importance, calibrate, models, download, verify, import-gguf.
 
 Answers go to stdout, what is said about them to stderr. Exit status: 0, 2 for a mistake (told in one
 sentence), 130 after Ctrl-C.
@@ -193,7 +193,23 @@ def models(args) -> None:
     widths = [max(len(row[column]) for row in rows) for column in range(3)]
     for name, family, parameters, where in rows:
         print(f"{name:{widths[0]}}  {family:{widths[1]}}  {parameters:>{widths[2]}}  {where}")
-    print(f"\nNew weights go into {registry.weights_folder()}/NAME; `pop chat NAME` says which files.")
+    print(f"\nNew weights go into {registry.weights_folder()}/NAME; `pop download NAME` fetches them.")
+
+
+def download(args) -> None:
+    from pop.download import download
+
+    folder = download(args.model)
+    print(f'{args.model} is in {folder}. Try: pop generate {args.model} "Once upon a time"')
+
+
+def verify(args) -> None:
+    from pop.download import verify
+
+    folder = args.model if os.path.isdir(args.model) else registry.find_weights(args.model)
+    manifest = verify(folder)
+    size = f"{len(manifest.files)} files, {sum(file.size for file in manifest.files.values()):,} bytes"
+    print(f"{folder}: {size}, unchanged since their download: {manifest.repository}, commit {manifest.commit}.")
 
 
 def import_gguf(args) -> None:
@@ -321,6 +337,12 @@ def _parser() -> argparse.ArgumentParser:
     option("--seed", "which windows are held out (0)", type=int, default=0, metavar="N")
 
     command(models, "List the known models and where their weights are.")
+
+    option = command(download, "Fetch the files of a model from the Hugging Face Hub; HF_TOKEN opens gated ones.")
+    option("model", "a name that `pop models` lists", metavar="NAME")
+
+    option = command(verify, "Compare the files of a model with the hashes kept when they were downloaded.")
+    option("model", "a name that `pop models` lists, or a directory", metavar="NAME_OR_DIR")
 
     option = command(import_gguf, "Convert a GGUF file into a checkpoint directory.")
     option("file", "the GGUF file", metavar="FILE", type=Path)

@@ -86,7 +86,8 @@ def find_weights(name: str) -> Path:
         step = f"run `pop demo --model {name}`, which fetches them"
     else:
         files = "config.json, the safetensors files and tokenizer.json"
-        step = f"put {files} of the Hugging Face repository {entry.source} into {weights_folder() / name}"
+        step = f"run `pop download {name}`, or put {files} of the Hugging Face repository {entry.source} into "
+        step += str(weights_folder() / name)
     raise WeightsNotFound(f"{name} is in none of {', '.join(map(str, folders))}; {step}")
 
 

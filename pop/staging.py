@@ -20,8 +20,10 @@ from pop.errors import CheckpointError, PopError
 
 
 @contextlib.contextmanager
-def staged(folder: str | Path) -> Iterator[Path]:
+def staged(folder: str | Path, *, keep: bool = False) -> Iterator[Path]:
     """Yield a hidden, empty sibling of `folder`: renamed to `folder` when the block succeeds, else removed.
+
+    keep: what the block has written stays when it fails, and the next one finds it, to go on from there.
 
     A file lock inside makes a second process wait. The system drops the lock of a killed process, so whoever
     holds it may clear away what lies there. Raises CheckpointError where `folder` holds something already,
@@ -36,15 +38,15 @@ def staged(folder: str | Path) -> Iterator[Path]:
         try:
             if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
                 raise CheckpointError(f"{folder} exists already: remove it, or choose another folder.")
-            for left in partial.iterdir():
-                if left.name != ".lock":
-                    shutil.rmtree(left) if left.is_dir() else left.unlink()
+            for left in _left(partial) if not keep else []:
+                shutil.rmtree(left) if left.is_dir() else left.unlink()
             yield partial
             for path in [*partial.iterdir(), partial]:
                 _sync(path)
             os.replace(partial, folder)  # over an empty directory at most: anything else is an OSError
         except BaseException:  # KeyboardInterrupt too
-            shutil.rmtree(partial, ignore_errors=True)
+            if not (keep and _left(partial)):
+                shutil.rmtree(partial, ignore_errors=True)
             raise
         finally:
             os.close(lock)
@@ -53,7 +55,8 @@ def staged(folder: str | Path) -> Iterator[Path]:
     except PopError:
         raise
     except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{folder} could not be written, and nothing is left behind: {error}.") from error
+        left = f"{partial} is kept" if keep else "nothing is left behind"
+        raise CheckpointError(f"{folder} could not be written, and {left}: {error}.") from error
 
 
 @contextlib.contextmanager
@@ -93,6 +96,10 @@ def _lock(partial: Path) -> int:
             if path.exists() and os.path.samestat(os.fstat(lock), path.stat()):
                 return lock
             os.close(lock)
+
+
+def _left(partial: Path) -> list[Path]:
+    return [path for path in partial.iterdir() if path.name != ".lock"]
 
 
 def _sync(path: Path) -> None:

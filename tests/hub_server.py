@@ -1,0 +1,200 @@
+"""A hub on this machine, which answers like the real one until it is told to misbehave."""
+
+import gzip
+import hashlib
+import json
+import re
+import socket
+import ssl
+import struct
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+REPOSITORY = "owner/tiny"
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+LISTING = f"/api/models/{REPOSITORY}/revision/main?blobs=true"
+
+
+class HubServer(ThreadingHTTPServer):
+    """Serves `files` (name -> bytes). faults: name, or LISTING -> what answers the next requests, one each."""
+
+    daemon_threads = True
+
+    def __init__(self, files: dict[str, bytes], certificate: Path | None = None):
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.files, self.commit, self.faults = files, COMMIT, {}
+        self.requests: list[tuple[str, dict[str, str]]] = []  # path and headers, in order
+        self.url = f"http{'s' if certificate else ''}://127.0.0.1:{self.server_address[1]}"
+        self.certificate = certificate
+        self.released = threading.Event()  # set at the end: whoever stalls may go
+        self.thread = threading.Thread(target=self.serve_forever, args=(0.01,), daemon=True)
+        self.thread.start()
+
+    def process_request_thread(self, request, address):
+        if self.certificate:
+            context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+            context.load_cert_chain(self.certificate)
+            try:
+                request = context.wrap_socket(request, server_side=True)
+            except OSError:  # the client does not trust the certificate
+                return
+        super().process_request_thread(request, address)
+
+    def handle_error(self, request, address):
+        pass
+
+    def stop(self):
+        self.released.set()
+        self.shutdown()
+        self.server_close()
+
+    def asked(self, name: str) -> list[str | None]:
+        """The Range of each request for a file."""
+        return [headers.get("Range") for path, headers in self.requests if path.endswith(f"/{name}")]
+
+    def listing(self) -> dict:
+        return {"sha": self.commit, "siblings": [entry(name, data) for name, data in self.files.items()]}
+
+
+def entry(name: str, data: bytes) -> dict:
+    """As the hub lists a file: safetensors are large files there, which have a sha256."""
+    blob = hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
+    listed = {"rfilename": name, "size": len(data), "blobId": blob}
+    if name.endswith(".safetensors"):
+        listed["lfs"] = {"sha256": hashlib.sha256(data).hexdigest(), "size": len(data), "pointerSize": 130}
+    return listed
+
+
+class Handler(BaseHTTPRequestHandler):
+    def log_message(self, *_):
+        pass
+
+    def do_GET(self):
+        self.server.requests.append((self.path, dict(self.headers)))
+        self.path = re.sub("^http://[^/]*", "", self.path)  # as a proxy is asked
+        name = LISTING if self.path == LISTING else self.path.rsplit("/", 1)[-1]
+        if self.server.faults.get(name):
+            self.server.faults[name].pop(0)(self)
+        elif name == LISTING:
+            self.answer(json.dumps(self.server.listing()).encode(), {"Content-Type": "application/json"})
+        elif name in self.server.files and self.path == f"/{REPOSITORY}/resolve/{self.server.commit}/{name}":
+            self.file()
+        else:
+            self.answer(b"Entry not found", status=404)
+
+    def body(self) -> bytes:
+        """What was asked for."""
+        if self.path == LISTING:
+            return json.dumps(self.server.listing()).encode()
+        return self.server.files[self.path.rsplit("/", 1)[-1]]
+
+    def file(self, etag: str = '"one"', shift: int = 0, **more: str):
+        data = self.body()
+        wanted = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", ""))
+        start = int(wanted[1]) if wanted else 0
+        headers = {"ETag": etag, "Accept-Ranges": "bytes"} | _named(more)
+        if wanted:
+            headers["Content-Range"] = f"bytes {start + shift}-{len(data) - 1}/{len(data)}"
+        self.answer(data[start + shift :], headers, 206 if wanted else 200)
+
+    def answer(self, data: bytes, headers: dict[str, str] | None = None, status: int = 200, length: int | None = None):
+        """length: what Content-Length says, if it is not the truth; negative: nothing."""
+        self.send_response(status)
+        for name, value in (headers or {}).items():
+            self.send_header(name, value)
+        if length is None or length >= 0:
+            self.send_header("Content-Length", str(len(data) if length is None else length))
+        self.end_headers()
+        self.wfile.write(data)
+
+
+# ---- Ways to misbehave: each answers one request ----
+
+
+def status(code: int, **headers: str):
+    return lambda handler: handler.answer(b"<html>no</html>", _named(headers), code)
+
+
+def _named(headers: dict[str, str]) -> dict[str, str]:
+    return {name.replace("_", "-"): value for name, value in headers.items()}
+
+
+def redirect(to: str):
+    return lambda handler: handler.answer(b"", {"Location": to}, 302)
+
+
+def redirect_home(server: HubServer):
+    """To the same path on another server."""
+    return lambda handler: handler.answer(b"", {"Location": f"{server.url}{handler.path}"}, 307)
+
+
+def well(handler):
+    handler.file()
+
+
+def page(content_type: str = "text/html; charset=utf-8"):
+    return lambda handler: handler.answer(b"<html>Please log in</html>", {"Content-Type": content_type})
+
+
+def cut(part: float = 0.5, reset: bool = False, etag: str = '"one"'):
+    """Break off behind a part of what was asked for."""
+
+    def fault(handler):
+        data = handler.body()
+        wanted = re.fullmatch(r"bytes=(\d+)-", handler.headers.get("Range", ""))
+        start = int(wanted[1]) if wanted else 0
+        headers = {"ETag": etag} | ({"Content-Range": f"bytes {start}-{len(data) - 1}/{len(data)}"} if wanted else {})
+        rest = data[start:]
+        handler.answer(rest[: int(part * len(rest))], headers, 206 if wanted else 200, length=len(rest))
+        handler.wfile.flush()
+        if reset:
+            handler.server.released.wait(0.2)  # or what was sent would be thrown away as well
+            handler.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            handler.connection.close()
+
+    return fault
+
+
+def stall(part: float = 0.5):
+    """Send a part, and nothing more."""
+
+    def fault(handler):
+        cut(part)(handler)
+        handler.wfile.flush()
+        handler.server.released.wait(60)
+
+    return fault
+
+
+def drip(handler):
+    """One byte of the body now and then."""
+    handler.answer(b"", {"ETag": '"one"'}, length=len(handler.body()))
+    _drip(handler, handler.body())
+
+
+def drip_headers(handler):
+    handler.send_response(200)
+    handler.flush_headers()
+    _drip(handler, b"X-Slow: " + b"y" * 10_000)
+
+
+def _drip(handler, data: bytes):
+    for byte in data:
+        if handler.server.released.wait(0.05):
+            break
+        handler.wfile.write(bytes([byte]))
+        handler.wfile.flush()
+
+
+def whole(handler):
+    """Ignore Range."""
+    handler.answer(handler.body(), {"ETag": '"one"'})
+
+
+def compressed(handler):
+    handler.answer(gzip.compress(handler.body()), {"Content-Encoding": "gzip"})
+
+
+def other(data: bytes, length: int | None = None, **headers: str):
+    return lambda handler: handler.answer(data, headers, length=length)
