@@ -53,7 +53,7 @@ def random_weights(shapes: dict[str, tuple[int, ...]], seed: int) -> dict[str, t
         values = random.standard_normal(shape)
         if len(shape) == 2:
             values /= np.sqrt(shape[1])
-        elif name.endswith("norm.weight"):
+        elif name.endswith(("norm.weight", "norm1.weight", "norm2.weight")):
             values = 1 + 0.1 * values
         else:
             values *= 0.1
