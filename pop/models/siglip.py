@@ -105,7 +105,7 @@ class VisionTower(nn.Module):
         self.vision_model = VisionModel(config)
 
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
-        """pixels [N, 3, S, S], as pop/images.py prepares them, in the weights' dtype -> one vector a patch [N, P, C]."""
+        """pixels [N, 3, S, S] from -1 to 1, in the weights' dtype -> a vector for each patch [N, P, C]."""
         return self.vision_model(pixels)
 
 
@@ -130,14 +130,15 @@ class Projector(nn.Module):
     def __init__(self, config: SiglipConfig, hidden_size: int):
         super().__init__()
         self.tokens_per_side = config.tokens_per_side
-        self.patches_per_token_side = config.patches_per_side // config.tokens_per_side
+        self.block_side = config.patches_per_side // config.tokens_per_side
         self.mm_soft_emb_norm = SoftEmbeddingNorm(config.hidden_size, config.norm_eps)
-        self.mm_input_projection_weight = nn.Parameter(torch.zeros(config.hidden_size, hidden_size))  # [C, D], as stored
+        # Multiplied from the right, and stored that way round.
+        self.mm_input_projection_weight = nn.Parameter(torch.zeros(config.hidden_size, hidden_size))  # [C, D]
 
     def pool(self, patches: torch.Tensor) -> torch.Tensor:
         """patches [N, P, C] -> the means of square blocks of patches [N, M, C], row by row."""
-        tokens, block = self.tokens_per_side, self.patches_per_token_side
-        grid = patches.unflatten(1, (tokens, block, tokens, block))  # [N, row, row in block, column, column in block, C]
+        tokens, block = self.tokens_per_side, self.block_side
+        grid = patches.unflatten(1, (tokens, block, tokens, block))  # [N, row, row in it, column, column in it, C]
         return grid.mean((2, 4)).flatten(1, 2)  # [N, M, C]
 
     def forward(self, patches: torch.Tensor) -> torch.Tensor:
