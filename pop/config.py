@@ -199,7 +199,7 @@ def _read_llama(fields: Fields) -> LlamaConfig:
 
 # As FIXED: the images' channels and the activation. The tower's own pooling head is not part of Gemma-3.
 SIGLIP_FIXED = {"model_type": "siglip_vision_model", "hidden_act": "gelu_pytorch_tanh", "num_channels": 3,
-                "vision_use_head": False}  # fmt: skip
+                "vision_use_head": False, "is_encoder_decoder": False, "add_cross_attention": False}  # fmt: skip
 
 
 def read_siglip(fields: Fields, tokens_per_image: int) -> SiglipConfig:

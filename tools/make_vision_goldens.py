@@ -51,7 +51,7 @@ PAN_AND_SCAN = {
     "half-rounds-up": (250, 100, {"min_crop_size": 50}),
     "at-most-three": (700, 60, {"min_crop_size": 40, "max_num_crops": 3}),
     "crops-large-enough": (611, 100, {"min_crop_size": 100, "max_num_crops": 9}),
-    "uneven": (41, 152, {"min_crop_size": 8, "max_num_crops": 20, "min_ratio_to_activate": 3.0}),
+    "uneven": (41, 150, {"min_crop_size": 8, "max_num_crops": 20, "min_ratio_to_activate": 3.0}),
 }
 
 
@@ -112,9 +112,8 @@ def make_towers() -> None:
             "layer_norm_eps": eps,
             "vision_use_head": False,
         }
-        config = transformers.Gemma3Config(
-            vision_config=vision, text_config={"hidden_size": text_width}, mm_tokens_per_image=tokens
-        )
+        text = {"hidden_size": text_width, "num_attention_heads": 1}
+        config = transformers.Gemma3Config(vision_config=vision, text_config=text, mm_tokens_per_image=tokens)
         config.vision_config._attn_implementation = "eager"
         tower = SiglipVisionModel(config.vision_config).eval()
         projector = Gemma3MultiModalProjector(config).eval()
