@@ -73,6 +73,20 @@ def test_pan_and_scan_defaults_are_the_published_ones():
     assert PanAndScan() == PanAndScan(*(int(v) for v in GOLDENS["pan-square-options"][2:4]), 1.2)
 
 
+@pytest.mark.parametrize(
+    ("width", "height", "count"),
+    [
+        (480, 300, 0),  # two crops would be 240 wide
+        (600, 250, 0),  # ... and here 250 high
+        (620, 500, 2),  # the ratio rounds to 1, and 2 is the least
+        (500, 620, 2),
+        (5000, 500, 4),
+    ],
+)
+def test_crops_by_hand(width, height, count):
+    assert len(images._crops(torch.empty(3, height, width, dtype=torch.uint8), PanAndScan())) == count
+
+
 @given(st.integers(1, 60), st.integers(1, 60), st.integers(1, 12), st.integers(1, 6), st.floats(1, 3))
 def test_crops_tile_the_image(width, height, min_crop_size, max_crops, min_ratio):
     picture = channels_first(random_bytes(height, width, 3, seed=0))
