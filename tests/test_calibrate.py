@@ -258,7 +258,12 @@ def test_a_model_whose_layers_are_linear_in_the_token_is_mended():
     errors = []
     for p in (plan, refit):
         _, cache = prefill(model.module, torch.tensor(test), torch.tensor([60] * 8), p)
-        errors.append(sum(float((held(model.module, cache, row) - held(model.module, full, row)).square().sum()) for row in range(8)))
+        errors.append(
+            sum(
+                float((held(model.module, cache, row) - held(model.module, full, row)).square().sum())
+                for row in range(8)
+            )
+        )
     assert errors[1] < 0.5 * errors[0]
 
 

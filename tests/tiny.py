@@ -80,7 +80,7 @@ def random_weights(shapes: dict[str, tuple[int, ...]], seed: int, family: str = 
             values /= np.sqrt(shape[1])
         elif name == "model.norm.weight" and family == "gemma3":
             values -= 1  # 1 + weight has either sign: else, as the head is the embedding, each token predicts itself
-        elif name.endswith("norm.weight"):
+        elif name.endswith(("norm.weight", "norm1.weight", "norm2.weight")):
             values = (family != "gemma3") + 0.1 * values
         else:
             values *= 0.1

@@ -1,0 +1,166 @@
+"""Images in, pixel tensors out: what any family needs to read an image, then Gemma-3's own preparation.
+
+`load_image` turns a path, a PIL image or an array into RGB bytes, upright and without transparency. It looks at an
+image's size before it decodes anything: a file of a few kilobytes may claim billions of pixels. Pillow, an optional
+extra, reads the files; arrays need torch alone.
+
+`gemma_pixels` then does what the reference implementation's image processor does, to its rounding: antialiased bilinear
+resizing on bytes (in floats it would err visibly), and -1 to 1 for 0 to 255.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from pop.errors import InputError, MissingExtra, PopError, check_count
+
+MAX_PIXELS = 2**26  # 67 megapixels, a fifth of a gigabyte in RGB
+MAX_SIDE = 2**16  # resizing a line of pixels to a square holds its whole length at the square's width
+MAX_BYTES = 2**29  # of a file
+# Not all that Pillow knows: some of its readers run other programs (EPS), and most are seldom used and tested.
+FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
+
+
+def load_image(image) -> torch.Tensor:
+    """Read an image as RGB: [3, H, W] uint8, on the CPU.
+
+    image: a path (BMP, GIF, JPEG, PNG, PPM, TIFF or WebP; the first frame counts), a PIL image, or an HxWx3 uint8
+        array, which is taken as it is. EXIF orientation is applied. What is transparent shows a white background, as
+        the reference's `convert_to_rgb` has it, be it from alpha or from a palette; of 16 bits the upper 8 are kept.
+        Colour profiles are ignored.
+
+    Raises InputError for anything else, and for a missing, broken, truncated or too large image (MAX_PIXELS, MAX_SIDE,
+    MAX_BYTES); MissingExtra for a path where Pillow is not installed.
+    """
+    if isinstance(image, np.ndarray):
+        return _from_array(image)
+    pillow = _pillow()
+    is_path = isinstance(image, (str, os.PathLike))
+    if not is_path and not isinstance(image, pillow.Image):
+        raise InputError(
+            f"an image is of type {type(image).__name__}; give a path, a PIL image or an HxWx3 uint8 array"
+        )
+    name = f"the image {str(image)!r:.200}" if is_path else "a PIL image"
+    try:
+        if is_path:
+            _check_file(image, name)
+            with pillow.open(image, formats=FORMATS) as opened:
+                return _from_pillow(opened, name)
+        return _from_pillow(image, name)
+    except PopError:
+        raise
+    except (pillow.DecompressionBombError, pillow.DecompressionBombWarning) as error:
+        raise InputError(f"{name} is too large ({error}); make it smaller first") from None
+    except pillow.UnidentifiedImageError:
+        raise InputError(f"{name} is broken, or none of {', '.join(FORMATS)}; give another file") from None
+    except Exception as error:  # corrupt bytes can raise nearly anything
+        reason = f"{type(error).__name__}: {error}".split("\n")[0]
+        raise InputError(f"{name} is truncated or broken ({reason:.200}); give another file") from None
+
+
+def _from_array(array: np.ndarray) -> torch.Tensor:
+    if array.ndim != 3 or array.shape[2] != 3 or array.dtype != np.uint8:
+        raise InputError(
+            f"an image array has shape {array.shape} and dtype {array.dtype}; give height x width x 3, uint8"
+        )
+    _check_size(array.shape[1], array.shape[0], "an image array")
+    return torch.from_numpy(np.array(array, order="C")).permute(2, 0, 1)  # [3, H, W], of its own memory
+
+
+def _from_pillow(image, name: str) -> torch.Tensor:
+    from PIL import Image, ImageOps
+
+    _check_size(*image.size, name)  # known from the header: nothing is decoded yet
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I;16"):
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))  # Pillow would clip at 255
+    if image.mode in ("I", "F"):
+        raise InputError(f"{name} has pixels of 32 bits, of which no value is known to be white; give it in 8 bits")
+    if "A" in image.getbands() or image.info.get("transparency") is not None:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)  # [3, H, W]
+
+
+def _check_file(path: str | os.PathLike, name: str) -> None:
+    if not os.path.isfile(path):
+        raise InputError(f"{name} is no file; give the path of an image file")
+    if (size := os.path.getsize(path)) > MAX_BYTES:
+        raise InputError(f"{name} has {size:,} bytes, and at most {MAX_BYTES:,} are read; make it smaller first")
+
+
+def _check_size(width: int, height: int, name: str) -> None:
+    if width < 1 or height < 1:
+        raise InputError(f"{name} is {width} pixels wide and {height} high; give one that is not empty")
+    if width * height > MAX_PIXELS or max(width, height) > MAX_SIDE:
+        raise InputError(
+            f"{name} is {width:,} pixels wide and {height:,} high, and at most {MAX_PIXELS:,} pixels, {MAX_SIDE:,} a "
+            "side, are read; make it smaller first"
+        )
+
+
+def _pillow():
+    """The module PIL.Image."""
+    try:
+        from PIL import Image
+    except ImportError:
+        raise MissingExtra(
+            "any image but an HxWx3 uint8 array needs the package pillow; run `pip install 'pop-prefill[images]'`"
+        ) from None
+    return Image
+
+
+# ---- Gemma-3 ----
+
+
+@dataclass(frozen=True)
+class PanAndScan:
+    """Also look at an elongated image in crops, side by side along its longer side.
+
+    Their count is the ratio of the sides, rounded; at least 2, at most `max_crops`, and no more than leave each crop
+    `min_crop_size` pixels. Images with a ratio below `min_ratio`, or a side below `min_crop_size`, are not cropped.
+    """
+
+    min_crop_size: int = 256
+    max_crops: int = 4
+    min_ratio: float = 1.2
+
+    def __post_init__(self):
+        check_count("min_crop_size", self.min_crop_size)
+        check_count("max_crops", self.max_crops)
+        if not isinstance(self.min_ratio, (int, float)) or not self.min_ratio >= 1:
+            raise InputError(f"min_ratio is {self.min_ratio!r}; it must be a number of at least 1")
+
+
+def gemma_pixels(image, size: int, pan_and_scan: PanAndScan | None = None) -> torch.Tensor:
+    """Prepare an image (see `load_image`) for the vision tower: [1 + crops, 3, size, size] float32 from -1 to 1.
+
+    size: the config's image_size; the image is squeezed into that square, whatever its shape.
+    pan_and_scan: None for the whole image alone, else it is followed by its crops, from left to right or downwards.
+    """
+    if pan_and_scan is not None and not isinstance(pan_and_scan, PanAndScan):
+        raise InputError(f"pan_and_scan is {pan_and_scan!r:.80}; give a PanAndScan or None")
+    whole = load_image(image)
+    views = [whole] if pan_and_scan is None else [whole, *_crops(whole, pan_and_scan)]
+    return (torch.stack([_resize(view, size) for view in views]).float() - 127.5) / 127.5  # [1 + crops, 3, size, size]
+
+
+def _resize(image: torch.Tensor, size: int) -> torch.Tensor:
+    """image [3, H, W] uint8 -> [3, size, size] uint8."""
+    return F.interpolate(image[None], (size, size), mode="bilinear", antialias=True, align_corners=False)[0]
+
+
+def _crops(image: torch.Tensor, options: PanAndScan) -> tuple[torch.Tensor, ...]:
+    """image [3, H, W] -> its crops; views, the last one up to a few pixels smaller than the others."""
+    height, width = image.shape[1:]
+    axis, long, short = (2, width, height) if width >= height else (1, height, width)
+    count = min(int(long / short + 0.5), long // options.min_crop_size)
+    length = -(-long // min(max(count, 2), options.max_crops))  # rounded up
+    if long / short < options.min_ratio or min(length, short) < options.min_crop_size:
+        return ()
+    return image.split(length, axis)
