@@ -515,7 +515,7 @@ def test_a_row_stepped_far_beyond_its_cache_attends_something(monkeypatch):
 
 
 def test_a_windowed_cache_takes_no_more_at_once_than_it_was_made_for():
-    """A larger chunk, and a long continuation at full depth, run in pieces: nothing that is still seen is overwritten."""
+    """A larger chunk, or a long continuation, runs in pieces: nothing that is still seen is overwritten."""
     module = random_model(tiny_gemma3_config(), seed=4)
     tokens = torch.arange(30)[None] % 61
     cache = new_cache(module, 1, chunk=3)
