@@ -166,7 +166,7 @@ class Model:
         taps: which layers they prune makes no difference.
         """
         for rows in (1, 2)[: check_count("batch_size", batch_size)]:
-            for plan in (None, *plans):
+            for plan in (PrunePlan.none(), self.plan, *plans):  # decode is at full depth
                 self._stages(rows, self.resolve(plan))
 
     def _stages(self, rows: int, plan: PrunePlan = PrunePlan.none()) -> engine.Stages:  # noqa: B008 (it is frozen)

@@ -25,9 +25,9 @@ requires_compiler = pytest.mark.skipif(
 def pair(request):
     """One model twice, compiled and eager; the compiled one is warm for everything."""
     module = random_model(request.param(max_positions=6000), seed=5)
-    compiled, eager = (pop.Model(module, module.config, compile=choice, chunk_size=16) for choice in (True, False))
-    calibrated = refit(module, compiled.fingerprint, taps=2)
-    compiled.warmup(3, [pop.PrunePlan((0,)), calibrated, refit(module, compiled.fingerprint, taps=1)])
+    plain = pop.PrunePlan((0,))
+    compiled, eager = (pop.Model(module, module.config, plan=plain, compile=it, chunk_size=16) for it in (True, False))
+    compiled.warmup(3, [refit(module, compiled.fingerprint, taps) for taps in (1, 2)])
     return compiled, eager
 
 
