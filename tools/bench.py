@@ -34,7 +34,6 @@ from __future__ import annotations
 
 import argparse
 import ctypes
-import dataclasses
 import json
 import os
 import platform
@@ -59,23 +58,20 @@ from bench_shapes import (  # noqa: E402
     CHUNK,
     SHAPES,
     decode_bytes,
-    fitting_layers,
+    load_subject,
     parse_plan,
     prefill_memory,
-    random_module,
 )
 from evaluate_report import write_whole  # noqa: E402
 
 import pop  # noqa: E402
-from pop import registry  # noqa: E402
-from pop.cache import KVCache, _free_bytes  # noqa: E402
-from pop.config import DTYPES, read_config  # noqa: E402
+from pop.cache import KVCache  # noqa: E402
+from pop.config import DTYPES  # noqa: E402
 from pop.cost import prefill_flops, speedup_limit  # noqa: E402
 from pop.demo import _time as time_run  # noqa: E402
 from pop.demo import machine  # noqa: E402
 from pop.engine import visible  # noqa: E402
 from pop.errors import CacheMemoryError, InputError, PopError, check_count  # noqa: E402
-from pop.model import _device as usable_device  # noqa: E402
 from pop.models.layers import WIDENED, causal_attention, masked_attention  # noqa: E402
 
 TASKS = ("compile", "memory", "prefill", "slots")
@@ -84,43 +80,6 @@ SLOTS = (2048, 32768)
 
 def progress(text: str) -> None:
     print(f"... {text}", file=sys.stderr, flush=True)
-
-
-# ---- The model ----
-
-
-@dataclasses.dataclass(frozen=True)
-class Subject:
-    """What is measured: the model, config.json's fields for rivals (None: it has no such file), and all its layers."""
-
-    model: pop.Model
-    fields: dict | None
-    all_layers: int
-
-
-def load_subject(args) -> Subject:
-    compile = {"auto": "auto", "true": True, "false": False}[args.compile]
-    dtype = DTYPES.get(args.dtype)
-    if args.model:
-        model = pop.load(args.model, device=args.device, dtype=dtype, prune=None, compile=compile, progress=False)
-        named = args.model in registry.list_models() or not os.path.isdir(args.model)
-        path = (registry.find_weights(args.model) if named else Path(args.model)) / "config.json"
-        return Subject(model, json.loads(path.read_text()) if path.exists() else None, model.config.num_layers)
-    if args.shape not in SHAPES and not os.path.isfile(Path(args.shape) / "config.json"):
-        raise InputError(f"--shape is {args.shape!r}; give one of {', '.join(SHAPES)}, or a folder with a config.json")
-    with tempfile.TemporaryDirectory() as folder:
-        if args.shape in SHAPES:
-            (Path(folder) / "config.json").write_text(json.dumps(SHAPES[args.shape]))
-        source = Path(folder if args.shape in SHAPES else args.shape)
-        config, fields = read_config(source), json.loads((source / "config.json").read_text())
-    device, dtype = usable_device(args.device), dtype or config.dtype
-    free = _free_bytes(device)
-    layers = args.layers or (fitting_layers(config, max(args.lengths), dtype, free) if free else config.num_layers)
-    if layers > config.num_layers:
-        raise InputError(f"--layers is {layers}, but {args.shape} has {config.num_layers}")
-    shorter = dataclasses.replace(config, num_layers=layers)
-    model = pop.Model(random_module(shorter, dtype, device), shorter, compile=compile)
-    return Subject(model, fields | {"num_hidden_layers": layers}, config.num_layers)
 
 
 # ---- Rounds ----
@@ -301,35 +260,37 @@ def measure_slots(model: pop.Model, num_tokens: int, steps: int, runs: int) -> d
 
 
 def measure_memory(args) -> dict:
-    """The peak of a full prefill of the first length, in this process, and what it should be."""
-    base = _resident()["VmRSS"] if sys.platform == "linux" else 0
-    subject = load_subject(args)
-    model, N = subject.model, args.lengths[0]
-    prompt = random_prompt(model.config, N)
+    """The peak of a full prefill of the first length, in this process, and what it should be.
+
+    On a CPU: the weights' bytes and what the high-water mark rises above what was in memory before the cache was there.
+    Python, libraries, tokenizer and compiled code are no part of it; `process_bytes` has them.
+    """
+    model, N = load_subject(args).model, args.lengths[0]
     on_gpu = model.device.type == "cuda"
     if not on_gpu and sys.platform != "linux":
         raise InputError("memory is measured on GPUs and under Linux only; leave it out of --tasks")
-    loaded = 0 if on_gpu else _resident()["VmRSS"] - base
+    weights = sum(weight.nbytes for weight in model.module.parameters())
     model.warmup()
-    # What compiling has left in memory is not prefill's.
+    short = min(16, N)
+    model.prefill([random_prompt(model.config, short)], model.new_cache(1, short))  # libraries are read when first used
     if on_gpu:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(model.device)
     else:
         ctypes.CDLL(None).malloc_trim(0)
-        warm = _resident()["VmRSS"]
         Path("/proc/self/clear_refs").write_text("5")  # sets the high-water mark back
-    model.prefill([prompt], model.new_cache(1, N))
-    peak = torch.cuda.max_memory_allocated(model.device) if on_gpu else loaded + _resident()["VmHWM"] - warm
-    widened = WIDENED and not on_gpu and model.dtype != torch.float32
-    formula = prefill_memory(model.config, N, model.dtype, widened)
-    return {"peak_bytes": peak, "formula_bytes": formula, "ratio": peak / formula}
+        before = _resident("VmRSS")
+    model.prefill([random_prompt(model.config, N)], model.new_cache(1, N))
+    process = torch.cuda.max_memory_allocated(model.device) if on_gpu else _resident("VmHWM")
+    peak = process if on_gpu else weights + process - before
+    formula = prefill_memory(model.config, N, model.dtype, WIDENED and not on_gpu and model.dtype != torch.float32)
+    return {"peak_bytes": peak, "formula_bytes": formula, "ratio": peak / formula, "process_bytes": process}
 
 
-def _resident() -> dict[str, int]:
-    """Bytes in memory now, VmRSS, and at most so far, VmHWM."""
-    lines = (line.split() for line in Path("/proc/self/status").read_text().splitlines())
-    return {name.rstrip(":"): int(rest[0]) * 1024 for name, *rest in lines if name in ("VmRSS:", "VmHWM:")}
+def _resident(name: str) -> int:
+    """Bytes of this process in memory: now, VmRSS, or at most so far, VmHWM."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name))
 
 
 def measure_compile(args) -> dict:

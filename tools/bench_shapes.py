@@ -6,15 +6,21 @@ Shape letters are those of pop/models/layers.py, I is the width inside the MLP.
 from __future__ import annotations
 
 import dataclasses
+import json
+import os
 import re
+import tempfile
+from pathlib import Path
 
 import torch
 
 import pop
-from pop import models
-from pop.cache import KVCache
+from pop import models, registry
+from pop.cache import KVCache, _free_bytes
 from pop.cli import parse_prune
+from pop.config import DTYPES, read_config
 from pop.errors import InputError
+from pop.model import _device as usable_device
 from pop.projections import KVProjections
 
 CHUNK = 2048  # tokens that prefill runs at once
@@ -89,7 +95,41 @@ def fitting_layers(config, num_tokens: int, dtype: torch.dtype, free: int) -> in
     )
 
 
-# ---- Random weights and plans ----
+# ---- The model and its plans ----
+
+
+@dataclasses.dataclass(frozen=True)
+class Subject:
+    """What is measured: the model, config.json's fields for rivals (None: it has no such file), and all its layers."""
+
+    model: pop.Model
+    fields: dict | None
+    all_layers: int
+
+
+def load_subject(args) -> Subject:
+    compile = {"auto": "auto", "true": True, "false": False}[args.compile]
+    dtype = DTYPES.get(args.dtype)
+    if args.model:
+        model = pop.load(args.model, device=args.device, dtype=dtype, prune=None, compile=compile, progress=False)
+        named = args.model in registry.list_models() or not os.path.isdir(args.model)
+        path = (registry.find_weights(args.model) if named else Path(args.model)) / "config.json"
+        return Subject(model, json.loads(path.read_text()) if path.exists() else None, model.config.num_layers)
+    if args.shape not in SHAPES and not os.path.isfile(Path(args.shape) / "config.json"):
+        raise InputError(f"--shape is {args.shape!r}; give one of {', '.join(SHAPES)}, or a folder with a config.json")
+    with tempfile.TemporaryDirectory() as folder:
+        if args.shape in SHAPES:
+            (Path(folder) / "config.json").write_text(json.dumps(SHAPES[args.shape]))
+        source = Path(folder if args.shape in SHAPES else args.shape)
+        config, fields = read_config(source), json.loads((source / "config.json").read_text())
+    device, dtype = usable_device(args.device), dtype or config.dtype
+    free = _free_bytes(device)
+    layers = args.layers or (fitting_layers(config, max(args.lengths), dtype, free) if free else config.num_layers)
+    if layers > config.num_layers:
+        raise InputError(f"--layers is {layers}, but {args.shape} has {config.num_layers}")
+    shorter = dataclasses.replace(config, num_layers=layers)
+    model = pop.Model(random_module(shorter, dtype, device), shorter, compile=compile)
+    return Subject(model, fields | {"num_hidden_layers": layers}, config.num_layers)
 
 
 def random_module(config, dtype: torch.dtype, device: torch.device):
