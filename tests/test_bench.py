@@ -65,18 +65,19 @@ def test_prefill_memory_by_hand(monkeypatch):
     config = tiny_config()
     weights = bench_shapes.weight_bytes(config, torch.bfloat16)
     cache = lambda tokens: 2 * 5 * (2 * (tokens + 1) * 20 + 30)  # noqa: E731
-    mlp = 7 * (3 * 30 + 3 * 44) * 2
-    assert bench_shapes.prefill_memory(config, 7, torch.bfloat16) == weights + cache(7) + mlp
-    copies = 4 * (30 * 44 + 7 * (30 + 44))
-    assert bench_shapes.prefill_memory(config, 7, torch.bfloat16, True) == weights + cache(7) + mlp + copies
+    everywhere = 7 * (3 * 30 + 2 * 60) * 2  # h, h + update, norm; q, attended
+    mlp = 7 * 3 * 44 * 2
+    assert bench_shapes.prefill_memory(config, 7, torch.bfloat16) == weights + cache(7) + everywhere + mlp
+    mlp += 4 * (30 * 44 + 7 * (30 + 44))
+    assert bench_shapes.prefill_memory(config, 7, torch.bfloat16, True) == weights + cache(7) + everywhere + mlp
     monkeypatch.setattr(bench_shapes, "CHUNK", 7)
-    attention = 7 * (2 * 30 + 2 * 60 + 2 * 20) * 2 + 7 * 90 * 3  # h, q, k ...; the mask, in one and in two bytes
-    assert bench_shapes.prefill_memory(config, 90, torch.bfloat16) == weights + cache(90) + attention
+    attention = 7 * 2 * 20 * 2 + 7 * 200 * (1 + 2)  # k, v; the mask, in one and in two bytes
+    assert bench_shapes.prefill_memory(config, 200, torch.bfloat16) == weights + cache(200) + everywhere + attention
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="memory is measured under Linux")
 def test_memory_is_what_the_formula_says(tmp_path):
-    """A prefill of 1,500 tokens, most of its memory activations, in a process of its own."""
+    """A prefill of 1,500 tokens, half of its memory activations, in a process of its own."""
     config = tiny_config(
         hidden_size=512, intermediate_size=2048, num_layers=2, num_heads=8, num_kv_heads=4, head_dim=64,
         max_positions=4096, dtype=torch.float32,
@@ -324,7 +325,7 @@ def test_the_children_measure_in_their_process(folder, capsys):
         (["--shape", "FOLDER", "--layers", "9"], "--layers is 9, but .* has 5"),
         (["--model", "nothing"], "no known model"),
         (["--lengths", "12,x"], "--lengths is '12,x'"),
-        (["--lengths", "0"], "one of --lengths is 0"),
+        (["--lengths", "0"], "the shortest of --lengths is 0"),
         (["--runs", "0"], "--runs is 0"),
         (["--decode-steps", "0"], "--decode-steps is 0"),
         (["--tasks", "all"], "--tasks holds 'all'; it knows compile, memory"),
@@ -339,7 +340,7 @@ def test_the_children_measure_in_their_process(folder, capsys):
 def test_bad_input_is_one_sentence(folder, argv, message, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "llama_cpp", None)
     argv = [folder if word == "FOLDER" else word for word in argv]
-    argv += [] if "--tasks" in argv else ["--tasks", "prefill"]
+    argv = ["--lengths", "8", "--tasks", "prefill", *argv]
     assert bench.main(argv) == 2
     out, err = capsys.readouterr()
     line = err.splitlines()[-1]

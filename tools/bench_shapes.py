@@ -61,22 +61,20 @@ def decode_bytes(config, filled: int, dtype: torch.dtype) -> int:
 def prefill_memory(config, num_tokens: int, dtype: torch.dtype, widened: bool = False) -> int:
     """Bytes at the peak of a full prefill of one prompt into a cache of its size: weights, cache, activations.
 
-    Activations are those of one chunk of C tokens in one layer, whichever is more: in the MLP h with and without
-    attention's update, the normalised h, gate, up and their product; in attention h, the normalised h, q, k, v, what
-    was attended, and for a later chunk the mask over all slots, as bool and in the model's dtype. Where products are
-    widened to float32, the largest has its weights, input and output in it, too.
+    Activations are those of one chunk of C tokens in one layer: h with and without attention's update, the normalised
+    h, q, what was attended, and for a later chunk its mask over all slots; beside them, whichever is more, gate, up and
+    their product in the MLP, or in attention k, v, and the mask in the model's dtype. Where products are widened to
+    float32, the largest has its weights, input and output in it, too.
     """
     D, I = config.hidden_size, config.intermediate_size  # noqa: E741 (the papers' name)
     H, K, E = config.num_heads, config.num_kv_heads, config.head_dim
-    C = min(num_tokens, CHUNK)
-    mlp = C * (3 * D + 3 * I) * dtype.itemsize
-    attention = C * (2 * D + 2 * H * E + 2 * K * E) * dtype.itemsize
-    if num_tokens > C:
-        attention += C * num_tokens * (1 + dtype.itemsize)
-    copies = 4 * (D * I + C * (D + I)) if widened else 0
-    return (
-        weight_bytes(config, dtype) + KVCache.size_in_bytes(config, 1, num_tokens, dtype) + max(mlp + copies, attention)
-    )
+    C, size = min(num_tokens, CHUNK), dtype.itemsize
+    mask = C * num_tokens if num_tokens > C else 0
+    mlp = C * 3 * I * size + (4 * (D * I + C * (D + I)) if widened else 0)
+    attention = C * 2 * K * E * size + mask * size
+    activations = C * (3 * D + 2 * H * E) * size + mask + max(mlp, attention)
+    cache = KVCache.size_in_bytes(config, 1, num_tokens, dtype)
+    return weight_bytes(config, dtype) + cache + activations
 
 
 def fitting_layers(config, num_tokens: int, dtype: torch.dtype, free: int) -> int:
