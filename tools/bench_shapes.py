@@ -85,12 +85,10 @@ def fitting_layers(config, num_tokens: int, dtype: torch.dtype, free: int) -> in
         projections = layers * 4 * config.num_kv_heads * config.head_dim * config.hidden_size * dtype.itemsize
         return prefill_memory(shorter, num_tokens, dtype, True) + projections + BIG
 
-    for layers in range(config.num_layers, 0, -1):
-        if needed(layers) <= 0.9 * free:
-            return layers
-    raise InputError(
-        f"one layer of this shape needs {needed(1):,} bytes, but {free:,} are free; take a smaller --shape"
-    )
+    first, each = needed(1), needed(2) - needed(1)  # layers are alike
+    if first > 0.9 * free:
+        raise InputError(f"one layer of the shape needs {first:,} bytes, but {free:,} are free; take a smaller --shape")
+    return min(config.num_layers, 1 + int((0.9 * free - first) // each))
 
 
 # ---- The model and its plans ----
