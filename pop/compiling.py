@@ -48,13 +48,18 @@ class Compiled:
         self._warm: set[tuple] = set()
         self._lock = threading.Lock()
 
+    @property
+    def works(self) -> bool:
+        """False once compiling has failed."""
+        return self._stages is not engine.EAGER
+
     def stages(self, rows: int, plan: PrunePlan = PrunePlan.none()) -> engine.Stages:  # noqa: B008 (it is frozen)
         """Stages that have every graph for this many rows and this kind of plan; the first call compiles."""
         taps = None if plan.projections is None else plan.projections.taps
         with self._lock:
             for wanted in ((rows > 1, None), (rows > 1, taps)):
                 wanted = (*wanted, *_circumstances())
-                if wanted in self._warm or self._stages is engine.EAGER:
+                if wanted in self._warm or not self.works:
                     continue
                 if self.progress and not self._warm:
                     note = "... compiling prefill and decode, up to a minute the first time"

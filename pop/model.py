@@ -118,6 +118,12 @@ class Model:
     def dtype(self) -> torch.dtype:
         return next(self.module.parameters()).dtype
 
+    @property
+    def compiled(self) -> bool:
+        """Whether prefill and decode run compiled, as far as is known: before `warmup` or the first use, whether that
+        will be tried."""
+        return self._compiled is not None and self._compiled.works
+
     # Tensors in, tensors out
 
     def new_cache(self, batch_size: int = 1, max_seq_len: int | None = None) -> KVCache:

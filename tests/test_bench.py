@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import hf_config, random_llama, tiny_config, write_checkpoint
+from tiny import hf_config, random_model, tiny_config, write_checkpoint
 
 import pop
 from pop import cost, registry
@@ -30,7 +30,7 @@ def folder(tmp_path_factory):
 @pytest.fixture
 def model():
     config = tiny_config()
-    return pop.Model(random_llama(config), config, compile=False)
+    return pop.Model(random_model(config), config, compile=False)
 
 
 def arguments(*argv):

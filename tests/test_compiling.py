@@ -138,7 +138,7 @@ def test_a_compiled_model_can_be_copied(pair):
 
 def test_tiny_models_run_eagerly_by_default():
     module = random_model(tiny_config(), seed=1)
-    assert pop.Model(module, module.config)._compiled is None
+    assert not pop.Model(module, module.config).compiled
 
 
 def test_where_nothing_compiles_auto_says_so_once_and_true_is_refused(monkeypatch, caplog):
@@ -152,6 +152,7 @@ def test_where_nothing_compiles_auto_says_so_once_and_true_is_refused(monkeypatc
     with caplog.at_level(logging.WARNING):
         model.warmup()
         answer = model.generate([1, 2, 3], max_new_tokens=2)
+    assert not model.compiled
     assert answer.tokens == eager.generate([1, 2, 3], max_new_tokens=2).tokens
     assert [record.getMessage() for record in caplog.records] == [
         "pop runs without torch.compile, which fails here: RuntimeError: no compiler and a long story"

@@ -70,9 +70,13 @@ from pop.config import DTYPES  # noqa: E402
 from pop.cost import prefill_flops, speedup_limit  # noqa: E402
 from pop.demo import _time as time_run  # noqa: E402
 from pop.demo import machine  # noqa: E402
-from pop.engine import visible  # noqa: E402
 from pop.errors import CacheMemoryError, InputError, PopError, check_count  # noqa: E402
-from pop.models.layers import WIDENED, causal_attention, masked_attention  # noqa: E402
+from pop.models.layers import (  # noqa: E402
+    WIDENED,
+    causal_attention,
+    masked_attention,
+    visible,
+)
 
 TASKS = ("compile", "memory", "prefill", "slots")
 SLOTS = (2048, 32768)
@@ -144,13 +148,13 @@ def attention_turn(model: pop.Model, num_tokens: int) -> Turn:
         for begin in range(0, num_tokens, CHUNK):
             end = min(begin + CHUNK, num_tokens)
             queries, filled = q[:, begin:end], (k[:, :end], v[:, :end])
-            if begin:
-                mask = visible(torch.arange(begin, end, device=model.device)[None], end)
-            for _ in range(model.config.num_layers):
+            positions = torch.arange(begin, end, device=model.device)[None]
+            masks = {window: visible(positions, end, window) for window in set(model.config.windows)} if begin else {}
+            for window in model.config.windows:
                 if begin:
-                    masked_attention(queries, *filled, mask, E**-0.5)
+                    masked_attention(queries, *filled, masks[window], E**-0.5)
                 else:
-                    causal_attention(queries, *filled, E**-0.5)
+                    causal_attention(queries, *filled, E**-0.5, window)
 
     return lambda: {"attention_s": seconds(attend, model.device)}
 
@@ -299,7 +303,7 @@ def measure_compile(args) -> dict:
     plans = [parse_plan(text, model) for text in args.prune]
     began = time.perf_counter()
     model.warmup(plans=plans)
-    return {"seconds": time.perf_counter() - began, "compiled": model._compiled is not None}
+    return {"seconds": time.perf_counter() - began, "compiled": model.compiled}
 
 
 CHILDREN = {"memory": measure_memory, "compile": measure_compile}
@@ -348,7 +352,7 @@ def run(args, argv: list[str]) -> dict:
         "layers": model.config.num_layers,
         "all_layers": subject.all_layers,
         "dtype": str(model.dtype).removeprefix("torch."),
-        "compiled": model._compiled is not None,
+        "compiled": model.compiled,
         "machine": machine(model.device),
         "versions": {"pop": pop.__version__, "python": platform.python_version(), **bench_rivals.versions(rivals)},
         "runs": args.runs,
