@@ -294,7 +294,12 @@ def _choose(fit: _Fit, judge: Judge, step) -> PrunePlan:
             step(1)
         return losses[settings]
 
-    ridge = min(RIDGES, key=lambda ridge: loss(ridge, 1.0, 1.0))
+    ridge = RIDGES[0]
+    for larger in RIDGES[1:]:  # the loss has one valley: up to where it rises
+        if loss(larger, 1.0, 1.0) >= loss(ridge, 1.0, 1.0):
+            step(len(RIDGES) - 1 - RIDGES.index(larger))
+            break
+        ridge = larger
     damp_v = min(DAMPINGS, key=lambda damp: loss(ridge, 1.0, damp))
     damp_k = min(DAMPINGS, key=lambda damp: loss(ridge, damp, damp_v))
     return plan(*min([(ridge, damp_k, damp_v), (ridge, 0.0, 0.0)], key=lambda settings: loss(*settings)))

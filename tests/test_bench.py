@@ -209,7 +209,9 @@ def test_attention_is_the_full_prefills(model, monkeypatch):
     """Five layers: the first chunk causal and without a mask, each later one over all that is filled."""
     calls = []
     monkeypatch.setattr(bench, "CHUNK", 4)
-    monkeypatch.setattr(bench, "causal_attention", lambda q, k, v, scale: calls.append((q.shape[1], k.shape[1], scale)))
+    monkeypatch.setattr(
+        bench, "causal_attention", lambda q, k, v, scale, _: calls.append((q.shape[1], k.shape[1], scale))
+    )
     monkeypatch.setattr(bench, "masked_attention", lambda q, k, v, m, scale: calls.append((q.shape[1], k.shape[1], m)))
     assert bench.attention_turn(model, 10)()["attention_s"] > 0
     assert [call[:2] for call in calls] == [(4, 4)] * 5 + [(4, 8)] * 5 + [(2, 10)] * 5
