@@ -331,7 +331,7 @@ def test_the_children_measure_in_their_process(folder, capsys):
         (["--runs", "0"], "--runs is 0"),
         (["--decode-steps", "0"], "--decode-steps is 0"),
         (["--tasks", "all"], "--tasks holds 'all'; it knows compile, memory"),
-        (["--against", "vllm"], "--against holds 'vllm'; it knows transformers, llama.cpp"),
+        (["--against", "vllm"], "--against holds 'vllm'; it knows transformers, transformers-compiled, llama.cpp"),
         (["--json", "/nowhere/r.json"], "cannot be written"),
         (["--model", "FOLDER", "--lengths", "511", "--decode-steps", "2"], "has 513 tokens, but the model takes 512"),
         (["--model", "FOLDER", "--prune", "x"], "--prune is 'x'"),

@@ -426,7 +426,7 @@ def _parser() -> argparse.ArgumentParser:
     option("--prune", "a plan, see above; repeatable (default, taps1:0.5, taps2:0.5)", action="append", metavar="P")
     option("--runs", "timed rounds (5)", type=int, default=5, metavar="N")
     option("--decode-steps", "steps of decode a turn (16)", type=int, default=16, metavar="N")
-    option("--against", "rivals: transformers, llama.cpp", default="", metavar="NAME,...")
+    option("--against", "rivals: " + ", ".join(bench_rivals.RIVALS), default="", metavar="NAME,...")
     option("--gguf", "the file that llama.cpp reads, with the same weights", metavar="FILE")
     option("--json", "also write all figures here", metavar="FILE")
     parser.add_argument("--child", choices=tuple(CHILDREN), help=argparse.SUPPRESS)
