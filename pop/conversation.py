@@ -109,8 +109,7 @@ class Conversation:
         return run.generations(seconds)[0]
 
     def stream(self, text: str, **options) -> Iterator[str]:
-        """The answer in pieces of whole characters, as they come; with the last one the turn is part of the
-        conversation."""
+        """The answer in pieces of whole characters, as they come. The turn counts when they are read to the end."""
         steps, _ = self._turn(text, options)
         return (piece for (piece,) in steps if piece)
 

@@ -390,8 +390,9 @@ def test_prefixes_of_text_and_what_they_refuse():
 # Threads
 
 
-def test_threads_share_a_model(model):
+def test_threads_share_a_model():
     """Two threads, each with its own caches, and one prefix between them."""
+    model = make("gemma3", "two taps")
     prefix = model.prefix("A long story that both of them were told")
     barrier = threading.Barrier(2)
 
