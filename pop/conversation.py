@@ -212,7 +212,7 @@ class Prefix:
 
     The answers are those of `model.generate(prefix.tokens + rest, plan=prefix.plan)`. A prefix has no boundary token:
     the last `full_depth_last` tokens are counted from the prompt's end. So that they may reach into the prefix, its
-    last full_depth_last - 1 tokens (none, in the paper; or one more) are not encoded ahead, but with each prompt.
+    last full_depth_last - 1 tokens (none, in the paper) are not encoded ahead, but with each prompt.
 
     Nothing changes it: threads may share it.
     """
@@ -222,7 +222,6 @@ class Prefix:
         self.tokens = model.encode(prompt, "prefix")
         model.check_fits(len(self.tokens), "the prefix")
         ahead = max(0, len(self.tokens) - self.plan.full_depth_last + 1)
-        ahead -= ahead % model.chunk_size == 1  # compiled code takes no last chunk of one pruned token
         self._behind = self.tokens[ahead:]
         self._cache = None
         if ahead:

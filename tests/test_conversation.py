@@ -340,7 +340,6 @@ def test_a_prefix_and_a_rest_are_one_prompt(model, length, monkeypatch):
     tokens = [(7 * n + 3) % 250 for n in range(length)]
     prefix = model.prefix(tokens)
     ahead = max(0, length - model.plan.full_depth_last + 1)
-    ahead -= ahead % 7 == 1  # the chunks' size
     rests = [[9], list(range(40, 61)), [5, 6, 7]]
     expected = [model.generate(tokens + rest, max_new_tokens=8).tokens for rest in rests]
     logits, pick = [], Sampler.__call__
