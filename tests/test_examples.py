@@ -55,7 +55,7 @@ def test_answers_are_those_of_the_decoder_itself(gpt, plan):
 @pytest.mark.parametrize("plan", PLANS, ids=str)
 def test_logits_are_those_of_the_decoder_itself(gpt, plan):
     model, ids = nano["PrunableGPT"](gpt), torch.tensor(PROMPTS[2])
-    tokens = torch.stack((ids, torch.arange(len(ids))), dim=-1)  # [T, 2]
+    tokens = model.tokens(ids, torch.arange(len(ids)))  # [T]
     expected = naive(gpt, ids, len(ids) - 1, plan)
     if not plan.layers:
         assert_close(expected, gpt(ids[None])[0])

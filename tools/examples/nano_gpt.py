@@ -3,7 +3,7 @@
 The first half is the other code base: a GPT-2 like decoder with its own attention, learned positions, LayerNorm and
 GELU. It stays as it is. The second half puts it behind what pop's engine asks of a model, in two small classes:
 
-    model.embed(tokens)        -> h [B, T, D]         `tokens` is whatever embed takes: the engine only cuts it along T
+    model.embed(tokens)        -> h [B, T, D]         tokens [B, T]: whatever integers it takes; the engine passes them
     model.rope(positions)      -> {None: tables}      what layers need of the positions [B, T]; None: no sliding window
     model.layers, model.head(h [..., D]) -> logits [..., V]
     layer.window, layer.scale  None, and the factor on q k^T
@@ -12,8 +12,8 @@ GELU. It stays as it is. The second half puts it behind what pop's engine asks o
     layer.update(h, attended [B, T, H * E]) -> the layer's output [B, T, D]
 
 Then `engine.prefill` and `engine.decode` run it on a `pop.KVCache`, with any `pop.PrunePlan` that has no projections.
-Attention over the cache, masks, ragged batches and chunks are the engine's. Here positions are learned, so they are
-added to the embedding: `tokens` are pairs (id, position). A model with rotary positions leaves `tokens` plain, puts
+Attention over the cache, masks, ragged batches and chunks are the engine's. Here positions are learned and added to
+the embedding, so `tokens` carry them: id + vocab_size * position. A model with rotary positions takes plain ids, puts
 cos and sin into `rope`, and rotates in `queries_keys_values`; pop/models/llama.py is written like that.
 """
 
@@ -123,8 +123,12 @@ class PrunableGPT:
         self.head_dim = self.hidden_size // self.num_kv_heads
 
     def embed(self, tokens):
-        ids, positions = tokens.unbind(-1)  # [B, T] each
-        return self.gpt.wte(ids) + self.gpt.wpe(positions)
+        V = self.gpt.config.vocab_size
+        return self.gpt.wte(tokens % V) + self.gpt.wpe(tokens // V)
+
+    def tokens(self, ids, positions):
+        """What `embed` takes for ids at positions of the same shape."""
+        return (ids + self.gpt.config.vocab_size * positions.to(ids.device)).to(self.gpt.wte.weight.device)
 
     def rope(self, positions):
         return {None: ()}
@@ -141,12 +145,12 @@ def generate(gpt: GPT, prompts: list[list[int]], plan: PrunePlan, count: int, ch
     longest = int(lengths.max())
     cache = KVCache(model, len(prompts), longest + count, dtype=weight.dtype, device=weight.device)
     ids = torch.tensor([prompt + [0] * (longest - len(prompt)) for prompt in prompts])  # [B, T]
-    tokens = torch.stack((ids, torch.arange(longest).expand_as(ids)), dim=-1).to(weight.device)  # [B, T, 2]
+    tokens = model.tokens(ids, torch.arange(longest))
     logits = engine.prefill(model, tokens, cache, lengths, plan.check(model.num_layers), chunk_size)
     answer = [logits.argmax(-1)]
     while len(answer) < count:
-        step = torch.stack((answer[-1], cache.lengths.to(weight.device)), dim=-1)  # [B, 2]
-        answer.append(engine.decode(model, step, cache).argmax(-1))
+        logits = engine.decode(model, model.tokens(answer[-1], cache.lengths), cache)
+        answer.append(logits.argmax(-1))
     return torch.stack(answer, dim=1)
 
 
