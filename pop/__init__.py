@@ -9,6 +9,7 @@ The method: pop/reference.py. What makes it fast: pop/engine.py. The models: pop
 
 from pop.cache import KVCache
 from pop.calibrate import calibrate
+from pop.conversation import Conversation, Prefix
 from pop.errors import (
     CacheMemoryError,
     CheckpointError,
@@ -38,6 +39,7 @@ __all__ = [
     "CheckpointError",
     "ConfigError",
     "ContextOverflow",
+    "Conversation",
     "DownloadError",
     "Generation",
     "Importance",
@@ -47,6 +49,7 @@ __all__ = [
     "Model",
     "PlanError",
     "PopError",
+    "Prefix",
     "PrunePlan",
     "TokenizerError",
     "UnknownModel",

@@ -90,6 +90,17 @@ class KVCache:
         self.states = torch.zeros_like(self.states)
         self.lengths = torch.zeros_like(self.lengths)
 
+    def copy(self, other: KVCache) -> None:
+        """Make every row hold what `other`, a cache of the same model with one row, holds; this one has room for it."""
+        held = int(other.lengths[0])
+        for mine, theirs in ((self.keys, other.keys), (self.values, other.values)):
+            for to, source in zip(mine, theirs, strict=True):  # [B, S + 1, K, E] and [1, S' + 1, K, E]
+                slots, other_slots = to.shape[1] - 1, source.shape[1] - 1
+                latest = torch.arange(max(0, held - min(slots, other_slots)), held, device=to.device)
+                to[:, latest % slots] = source[:, latest % other_slots]
+        self.states = other.states.repeat(1, self.batch_size, 1)
+        self.lengths = other.lengths.repeat(self.batch_size)
+
     def slots(self, window: int | None) -> int:
         """S of a layer with this window."""
         return _slots(window, self.max_seq_len, self.chunk_size)

@@ -51,6 +51,22 @@ class ChatFormat:
                 ids += self.tokenizer.encode("".join(group), bos=False)
         return ids
 
+    def encode_next(self, text: str) -> list[int]:
+        """What follows an answer: the ids that end the model's turn, the user's next message, the model's turn opened.
+
+        Behind the ids of a conversation and those of its answer, they are the ids of the longer conversation: a
+        control token parts them from the answer, so that no text is encoded across the seam.
+        """
+        messages = [{"role": "user", "content": "x"}]
+        asked = self.encode(messages)
+        answered = [*messages, {"role": "assistant", "content": ""}, {"role": "user", "content": text}]
+        ids = self.encode(answered)
+        if ids[: len(asked)] != asked or ids[len(asked)] not in self.end_ids:
+            raise UnsupportedError(
+                f"the {self.family} chat format changes what came before when a conversation goes on."
+            )
+        return ids[len(asked) :]
+
     def render(self, messages: list[Message], add_generation_prompt: bool = True) -> str:
         """The same as a string, to read: in it text and control tokens look alike, so do not encode it."""
         return "".join(self.pieces(self._turns(messages), add_generation_prompt))

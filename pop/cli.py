@@ -82,17 +82,15 @@ def generate(args) -> None:
     else:
         prompt = _readable(sys.stdin.read, "the standard input") if args.prompt == "-" else args.prompt
     model = _load(args)
-    _print_answer(model.stream(prompt, **_generation_options(args)), [])
+    _print_answer(model.stream(prompt, **_generation_options(args)))
 
 
 def chat(args) -> None:
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401  (gives input() line editing)
     model = _load(args)
-    system = [{"role": "system", "content": args.system}] if args.system is not None else []
-    model.chat_tokens([*system, {"role": "user", "content": "Hello"}])  # no chat format? Say so now
+    conversation = model.start_chat(args.system)
     print("/new starts a new conversation, /quit ends, Ctrl-C stops an answer.", file=sys.stderr)
-    history = list(system)
 
     def ask() -> str:
         return _readable(lambda: input("> " if sys.stdin.isatty() else ""), "the standard input").strip()
@@ -100,25 +98,21 @@ def chat(args) -> None:
     with contextlib.suppress(EOFError):
         while (line := ask()) != "/quit":
             if line == "/new":
-                history = list(system)
+                conversation = model.start_chat(args.system)
             elif line:
-                history += _turn(model, history, line, _generation_options(args))
+                _turn(conversation, line, _generation_options(args))
 
 
-def _turn(model, history: list[dict], line: str, options: dict) -> list[dict]:
-    """Answer one message; return both for the history, or nothing if there was no answer."""
-    message = {"role": "user", "content": line}
-    pieces: list[str] = []
+def _turn(conversation, line: str, options: dict) -> None:
+    """Answer one message. If there is no whole answer, the conversation goes on as if there had been no message."""
     try:
-        _print_answer(model.stream(model.chat_tokens([*history, message]), **options), pieces)
+        _print_answer(conversation.stream(line, **options))
     except KeyboardInterrupt:
-        print("\n(stopped)", flush=True)
+        print("\n(stopped, and forgotten)", flush=True)
     except ContextOverflow as error:
         print(f"pop: {error}; or start a new conversation with /new", file=sys.stderr)
     except InputError as error:
         print(f"pop: {error}", file=sys.stderr)
-    answer = "".join(pieces)
-    return [message, {"role": "assistant", "content": answer}] if answer else []
 
 
 def importance(args) -> None:
@@ -247,10 +241,9 @@ def _generation_options(args) -> dict:
     return {name: getattr(args, name) for name in names}
 
 
-def _print_answer(stream, pieces: list[str]) -> None:
-    """Print the pieces as they come, and collect them in `pieces`, also when the answer is cut off."""
+def _print_answer(stream) -> None:
+    """Print the pieces as they come."""
     for piece in stream:
-        pieces.append(piece)
         print(piece, end="", flush=True)
     print(flush=True)
 

@@ -101,19 +101,21 @@ def prefill(
     plan: PrunePlan,
     chunk_size: int,
     stages: Stages = EAGER,
+    boundary: bool = True,
 ) -> torch.Tensor:
     """Append prompts to the cache and predict what follows each.
 
     tokens: [B, T] right-padded, lengths: [B] on the CPU, 1 <= lengths <= T. Chunks of `chunk_size` tokens, or as many
     as the cache takes at once, run one after the other, which bounds the memory for activations. A plan's projections
-    are on the module's device in its dtype. Returns logits [B, V] of each row's boundary token.
+    are on the module's device in its dtype. Returns logits [B, V] of each row's boundary token. Without a boundary, no
+    token is among a prompt's last ones, since more of it will follow; then the logits mean nothing.
     """
     out = None  # [B, D], each row's h behind the last layer, at its last token so far
     states, longest = cache.states, int(lengths.max())
     chunk_size = min(chunk_size, cache.chunk_size)
     for begin in range(0, longest, chunk_size):
         end = min(begin + chunk_size, longest)
-        at = Layout.of_chunk(cache, lengths, plan, begin, end, tokens.device)
+        at = Layout.of_chunk(cache, lengths, plan, begin, end, tokens.device, boundary)
         h, states = _chunk(module, tokens[:, begin:end], cache, states, at, stages)
         out = at.latest(h, out)
     logits = stages.head(module, out)
@@ -225,13 +227,16 @@ class Layout:
     holds_last: torch.Tensor
 
     @classmethod
-    def of_chunk(cls, cache: KVCache, lengths: torch.Tensor, plan: PrunePlan, begin: int, end: int, device) -> Layout:
+    def of_chunk(
+        cls, cache: KVCache, lengths: torch.Tensor, plan: PrunePlan, begin: int, end: int, device, boundary: bool = True
+    ) -> Layout:
         """The layout of tokens `begin` to `end` of prompts of `lengths` [B], to be appended to what the cache holds."""
+        full_depth_last = plan.full_depth_last if boundary else 0
         start, lengths = cache.lengths[:, None], lengths[:, None]  # [B, 1]
         index = torch.arange(begin, end)  # [C] within the prompt
         positions = start + index  # [B, C] within the sequence
         valid = index < lengths
-        full_depth = (positions < plan.full_depth_first) | (index >= lengths - plan.full_depth_last)
+        full_depth = (positions < plan.full_depth_first) | (index >= lengths - full_depth_last)
         if (full_depth | ~valid).all():
             plan = PrunePlan.none()  # nothing is left to prune
         full_depth &= valid
@@ -257,7 +262,7 @@ class Layout:
             plan=plan,
             ends=(start + lengths.clamp(max=end))[:, 0],
             fresh=begin == 0 and end > 1 and not start.any(),
-            seen_from=int(lengths.min()) - plan.full_depth_last - begin,
+            seen_from=int(lengths.min()) - full_depth_last - begin,
             **{name: tensor.to(device) for name, tensor in tensors.items()},
         )
 

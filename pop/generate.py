@@ -11,8 +11,10 @@ from numbers import Integral, Real
 
 import torch
 
+from pop.cache import KVCache
 from pop.chat import chat_format
 from pop.errors import InputError, UnsupportedError, check_count
+from pop.plan import PrunePlan
 from pop.tokenizers import StreamDecoder
 
 
@@ -22,7 +24,7 @@ class Generation:
 
     text: the answer, cut before a stop string and without end tokens; None if the model has no tokenizer.
     tokens: the generated ids without the end token.
-    prompt_tokens: how many tokens the prompt had.
+    prompt_tokens: how many tokens the prompt had, those of a prefix or of earlier turns included.
     ttft_s: seconds from the call of generate to the first token of the batch, tokenization of text included.
     decode_s: seconds from the first token to the last.
     finish_reason: "stop" (an end token or a stop string) or "length" (max_new_tokens, or a full context).
@@ -138,12 +140,17 @@ class Run:
     """One generation: prompts of different lengths prefilled together, then decoded until the last row has ended.
 
     model: a pop.Model. prompts: lists of token ids. The options are those of `Model.generate`.
+    before: a cache of one row that all prompts go on from, or None. It is copied, not changed.
+    lead: token ids between that and the prompts, run at full depth: a part of an earlier answer.
+    cache: when the answers are there, what they were made with; the last token of a cut answer is not in it.
     """
 
     def __init__(
         self,
         model,
         prompts: list[list[int]],
+        before: KVCache | None = None,
+        lead: Sequence[int] = (),
         *,
         max_new_tokens=256,
         temperature=0.0,
@@ -161,17 +168,27 @@ class Run:
             raise InputError(f"stop is {stop!r}; it must be a string or a list of strings, none of them empty")
         if stop:
             model.need_tokenizer("stop")
+        self.before, self.lead, self.cache = before, list(lead), None
         self.longest = max(len(prompt) for prompt in prompts)
-        model.check_fits(self.longest)
+        self.earlier = len(self.lead) + (0 if before is None else int(before.lengths[0]))
+        what = (
+            f"the prompt ({self.longest} tokens behind {self.earlier} earlier ones)" if self.earlier else "the prompt"
+        )
+        model.check_fits(self.earlier + self.longest, what)
         # A full context ends an answer. The last token is only sampled, never decoded: it needs no slot.
-        rooms = [min(max_new_tokens, model.max_seq_len - len(prompt) + 1) for prompt in prompts]
-        self.max_seq_len = max(len(prompt) + room for prompt, room in zip(prompts, rooms, strict=True)) - 1
+        rooms = [min(max_new_tokens, model.max_seq_len - self.earlier - len(prompt) + 1) for prompt in prompts]
+        longest = max(len(prompt) + room for prompt, room in zip(prompts, rooms, strict=True))
+        self.max_seq_len = self.earlier + longest - 1
         self.answers = [Answer(model.tokenizer, end_ids(model), stop, room) for room in rooms]
 
     def steps(self) -> Iterator[list[str]]:
         """Generate; after each token of the batch yield the text that each row has settled."""
         model, answers = self.model, self.answers
-        cache = model.new_cache(len(self.prompts), self.max_seq_len)
+        cache = self.cache = model.new_cache(len(self.prompts), self.max_seq_len)
+        if self.before is not None:
+            cache.copy(self.before)
+        if self.lead:
+            model.prefill([self.lead] * len(self.prompts), cache, plan=PrunePlan.none())
         padded = [prompt + [0] * (self.longest - len(prompt)) for prompt in self.prompts]
         logits = model.prefill(padded, cache, lengths=[len(prompt) for prompt in self.prompts], plan=self.plan)
         # An embedding may be padded beyond the tokenizer's vocabulary: such ids have no text and are never picked.
@@ -198,7 +215,7 @@ class Run:
             Generation(
                 text=None if self.model.tokenizer is None else answer.text,
                 tokens=answer.tokens,
-                prompt_tokens=len(prompt),
+                prompt_tokens=self.earlier + len(prompt),
                 ttft_s=seconds[0],
                 decode_s=seconds[max(len(answer.tokens) - 1, 0)] - seconds[0],
                 finish_reason=answer.finish_reason,
@@ -214,6 +231,18 @@ def end_ids(model) -> frozenset[int]:
         with suppress(UnsupportedError):  # a model without a chat format
             ids.update(chat_format(model.tokenizer).end_ids)
     return frozenset(ids)
+
+
+def is_batch(prompt) -> bool:
+    """Whether a prompt is a list of prompts, rather than text or one list of token ids."""
+    if isinstance(prompt, str):
+        return False
+    prompt = prompt.tolist() if hasattr(prompt, "tolist") else prompt
+    if not isinstance(prompt, Sequence):
+        raise InputError(f"the prompt is a {type(prompt).__name__}; give text, token ids, or a list of either")
+    if not prompt:
+        raise InputError("the prompt is empty; give it at least one token")
+    return isinstance(prompt[0], (str, Sequence)) or getattr(prompt[0], "ndim", 0) > 0
 
 
 def _overlap(text: str, stop: str) -> int:

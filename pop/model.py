@@ -22,8 +22,9 @@ from pop.chat import chat_format
 from pop.checkpoint import load_weights
 from pop.compiling import SMALLEST, Compiled
 from pop.config import DTYPES, read_config
+from pop.conversation import Conversation, Prefix
 from pop.errors import ContextOverflow, InputError, PlanError, TokenizerError, check_count
-from pop.generate import Generation, Run
+from pop.generate import Generation, Run, is_batch
 from pop.plan import PrunePlan
 from pop.projections import fingerprint
 from pop.tokenizers import load_tokenizer
@@ -85,6 +86,9 @@ class Model:
     plan: the PrunePlan of every prefill that is not given another.
     max_seq_len: the most tokens that a cache may hold a row. chunk_size: tokens of a prompt that prefill runs at once.
     compile, progress: as in `load`.
+
+    Calls change nothing in a model, and the package keeps no state of its own: any number of threads may call one
+    model, each with a cache or a conversation of its own.
     """
 
     def __init__(
@@ -140,13 +144,24 @@ class Model:
         return KVCache(self.config, batch_size, max_seq_len, **options)
 
     def prefill(
-        self, tokens, cache: KVCache, *, lengths=None, images=None, videos=None, plan=None, chunk_size=None
+        self,
+        tokens,
+        cache: KVCache,
+        *,
+        lengths=None,
+        images=None,
+        videos=None,
+        plan=None,
+        chunk_size=None,
+        boundary: bool = True,
     ) -> torch.Tensor:
         """Append prompts to what the cache holds. Returns logits [B, V] float32 of each row's boundary token.
 
         tokens: [B, T] ids, right-padded. lengths: [B], tokens of each row that are not padding; None: all T.
         plan: a PrunePlan for this call; None takes the model's. chunk_size: tokens that run at once; None takes the
             model's, and what the cache was made for is the most.
+        boundary: False if more of the same prompt follows: its last tokens are then yet to come, and the logits mean
+            nothing.
         """
         self._refuse_images(images, videos)
         tokens = self._tokens(tokens, dims=2)
@@ -155,7 +170,7 @@ class Model:
         plan = self.resolve(plan)
         chunk_size = self.chunk_size if chunk_size is None else check_count("chunk_size", chunk_size)
         stages = self._stages(len(tokens), plan)
-        return engine.prefill(self.module, tokens, cache, lengths, plan, chunk_size, stages)
+        return engine.prefill(self.module, tokens, cache, lengths, plan, chunk_size, stages, boundary)
 
     def decode(self, tokens, cache: KVCache) -> torch.Tensor:
         """Append one token a row, at full depth: tokens [B] -> logits [B, V] float32."""
@@ -214,7 +229,7 @@ class Model:
         """
         began = time.perf_counter()
         self._refuse_images(images, videos)
-        batch = _is_batch(prompt)
+        batch = is_batch(prompt)
         prompts = [self.encode(one) for one in (prompt if batch else [prompt])]
         run = Run(
             self,
@@ -235,7 +250,7 @@ class Model:
         """The answer to one prompt in pieces of whole characters, as they come. Options as in `generate`."""
         self._refuse_images(images, videos)
         self.need_tokenizer("stream")
-        if _is_batch(prompt):
+        if is_batch(prompt):
             raise InputError("stream takes one prompt; for a batch use generate, or one stream a prompt")
         run = Run(self, [self.encode(prompt)], **options)
         return (piece for (piece,) in run.steps() if piece)
@@ -252,6 +267,18 @@ class Model:
         """The token ids of a conversation in the family's chat format, up to where the answer begins."""
         self.need_tokenizer("chat")
         return chat_format(self.tokenizer).encode(messages)
+
+    def start_chat(self, system: str | None = None, *, plan: PrunePlan | None = None) -> Conversation:
+        """A conversation whose turns prefill only what is new: pop/conversation.py. plan: None takes the model's."""
+        return Conversation(self, system, plan=plan)
+
+    def load_chat(self, path, *, plan: PrunePlan | None = None) -> Conversation:
+        """A conversation that `Conversation.save` has kept; it was held with this model and this plan."""
+        return Conversation.load(self, path, plan=plan)
+
+    def prefix(self, prompt, *, plan: PrunePlan | None = None) -> Prefix:
+        """Encode once what many prompts begin with, text or token ids: then `prefix.generate(rest)`."""
+        return Prefix(self, prompt, plan=plan)
 
     def score(self, context, continuation, *, plan: PrunePlan | None = None) -> float:
         """log p(continuation | context), natural logarithm, summed over the continuation's tokens.
@@ -438,18 +465,6 @@ def _max_seq_len(max_seq_len, config) -> int:
 def _tokenizer(folder: Path):
     names = ("tokenizer.json", "tokenizer.model")
     return load_tokenizer(folder) if any((folder / name).exists() for name in names) else None
-
-
-def _is_batch(prompt) -> bool:
-    """Whether a prompt is a list of prompts, rather than text or one list of token ids."""
-    if isinstance(prompt, str):
-        return False
-    prompt = prompt.tolist() if hasattr(prompt, "tolist") else prompt
-    if not isinstance(prompt, Sequence):
-        raise InputError(f"the prompt is a {type(prompt).__name__}; give text, token ids, or a list of either")
-    if not prompt:
-        raise InputError("the prompt is empty; give it at least one token")
-    return isinstance(prompt[0], (str, Sequence)) or getattr(prompt[0], "ndim", 0) > 0
 
 
 def _is_nothing(images) -> bool:

@@ -371,20 +371,20 @@ def test_a_closed_pipe_ends_the_program_quietly():
 
 @pytest.fixture
 def talk(folder, monkeypatch, capsys):
-    """talk(lines, *arguments) -> (status, stdout, stderr, the conversations that the model was asked)."""
+    """talk(lines, *arguments) -> (status, stdout, stderr, the messages of the conversations that were held)."""
 
     def run(lines, *arguments):
-        asked = []
-        encode = pop.Model.chat_tokens
+        chats = []
+        start_chat = pop.Model.start_chat
 
-        def chat_tokens(self, messages):
-            asked.append(messages)
-            return encode(self, messages)
+        def kept(self, *args):
+            chats.append(start_chat(self, *args))
+            return chats[-1]
 
-        monkeypatch.setattr(pop.Model, "chat_tokens", chat_tokens)
+        monkeypatch.setattr(pop.Model, "start_chat", kept)
         monkeypatch.setattr(sys, "stdin", io.StringIO("".join(f"{line}\n" for line in lines)))
         status = main(["chat", folder, "--max-new-tokens", "6", *arguments])
-        return status, *capsys.readouterr(), asked[1:]  # the first is chat's own check
+        return status, *capsys.readouterr(), [chat.messages for chat in chats]
 
     return run
 
@@ -393,48 +393,50 @@ def turn(user, assistant):
     return [{"role": "user", "content": user}, {"role": "assistant", "content": assistant}]
 
 
-def user(text):
-    return [{"role": "user", "content": text}]
+def answers(model, *texts, system=None):
+    chat = model.start_chat(system)
+    return [chat.send(text, max_new_tokens=6).text for text in texts]
 
 
 def test_a_conversation_remembers(talk, model):
-    first = model.chat(user("Hi"), max_new_tokens=6).text
-    second = model.chat([*turn("Hi", first), *user("And?")], max_new_tokens=6).text
-    fresh = model.chat(user("And?"), max_new_tokens=6).text
+    first, second = answers(model, "Hi", "And?")
+    (fresh,) = answers(model, "And?")
     assert len({first, second, fresh}) == 3
-    status, out, _, asked = talk(["Hi", "", " And? ", "/new", "And?", "/quit", "Hi"])
+    status, out, _, held = talk(["Hi", "", " And? ", "/new", "And?", "/quit", "Hi"])
     assert (status, out) == (0, f"{first}\n{second}\n{fresh}\n")
-    assert asked == [user("Hi"), [*turn("Hi", first), *user("And?")], user("And?")]
+    assert held == [[*turn("Hi", first), *turn("And?", second)], turn("And?", fresh)]
 
 
-def test_the_system_message_stays(talk):
-    system = {"role": "system", "content": "Be short."}
-    status, _, _, asked = talk(["Hi", "/new", "Hi"], "--system", "Be short.")  # and ends at the end of the input
-    assert (status, asked) == (0, [[system, *user("Hi")]] * 2)
+def test_the_system_message_stays(talk, model):
+    (answer,) = answers(model, "Hi", system="Be short.")
+    status, out, _, held = talk(["Hi", "/new", "Hi"], "--system", "Be short.")  # and ends at the end of the input
+    assert (status, out) == (0, f"{answer}\n" * 2)
+    assert held == [[{"role": "system", "content": "Be short."}, *turn("Hi", answer)]] * 2
 
 
 def test_a_message_that_is_too_long_does_not_end_the_session(talk, model):
-    answer = model.chat(user("Hi"), max_new_tokens=6).text
-    status, out, err, asked = talk(["a" * 2000, "Hi"])
+    (answer,) = answers(model, "Hi")
+    status, out, err, held = talk(["a" * 2000, "Hi"])
     assert (status, out) == (0, f"{answer}\n")
     assert "model takes 1024" in err
     assert "/new" in err
-    assert asked[1] == user("Hi")  # the refused message is forgotten
+    assert held == [turn("Hi", answer)]  # the refused message is forgotten
 
 
 def test_a_line_that_is_no_text_does_not_end_the_session(talk, model):
-    answer = model.chat(user("Hi"), max_new_tokens=6).text
+    (answer,) = answers(model, "Hi")
     status, out, err, _ = talk(["\udcff", "Hi"])
     assert (status, out) == (0, f"{answer}\n")
     assert "lone surrogate" in err
 
 
 def test_ctrl_c_stops_an_answer_and_not_the_session(talk, model, monkeypatch):
-    stream = pop.Model.stream
+    (answer,) = answers(model, "And?")
+    stream = pop.Conversation.stream
     interrupted = []
 
-    def stream_until_ctrl_c(self, prompt, **options):
-        pieces = stream(self, prompt, **options)
+    def stream_until_ctrl_c(self, text, **options):
+        pieces = stream(self, text, **options)
         if interrupted:
             return pieces
 
@@ -444,11 +446,10 @@ def test_ctrl_c_stops_an_answer_and_not_the_session(talk, model, monkeypatch):
 
         return begin()
 
-    monkeypatch.setattr(pop.Model, "stream", stream_until_ctrl_c)
-    status, out, _, asked = talk(["Hi", "And?"])
-    assert status == 0
-    assert out.startswith(f"{interrupted[0]}\n(stopped)\n")
-    assert asked[1] == [*turn("Hi", interrupted[0]), *user("And?")]  # what it had said counts
+    monkeypatch.setattr(pop.Conversation, "stream", stream_until_ctrl_c)
+    status, out, _, held = talk(["Hi", "And?"])
+    assert (status, out) == (0, f"{interrupted[0]}\n(stopped, and forgotten)\n{answer}\n")
+    assert held == [turn("And?", answer)]
 
 
 def test_ctrl_c_at_the_prompt_ends_the_session(talk, monkeypatch):

@@ -1,0 +1,161 @@
+"""Pruned prefill for a decoder that knows nothing of it: what it takes to use `pop` from another code base.
+
+The first half is the other code base: a GPT-2 like decoder with its own attention, learned positions, LayerNorm and
+GELU. It stays as it is. The second half puts it behind what pop's engine asks of a model, in two small classes:
+
+    model.embed(tokens)        -> h [B, T, D]         tokens [B, T]: whatever integers it takes; the engine passes them
+    model.rope(positions)      -> {None: tables}      what layers need of the positions [B, T]; None: no sliding window
+    model.layers, model.head(h [..., D]) -> logits [..., V]
+    layer.window, layer.scale  None, and the factor on q k^T
+    layer.queries_keys_values(h, tables)  -> q [B, T, H, E], k and v [B, T, K, E], as they go into the cache
+    layer.keys_values(h, tables)          -> the same k and v alone: all that a pruned layer computes
+    layer.update(h, attended [B, T, H * E]) -> the layer's output [B, T, D]
+
+Then `engine.prefill` and `engine.decode` run it on a `pop.KVCache`, with any `pop.PrunePlan` that has no projections.
+Attention over the cache, masks, ragged batches and chunks are the engine's. Here positions are learned and added to
+the embedding, so `tokens` carry them: id + vocab_size * position. A model with rotary positions takes plain ids, puts
+cos and sin into `rope`, and rotates in `queries_keys_values`; pop/models/llama.py is written like that.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from pop import KVCache, PrunePlan, engine
+
+# The other code base
+
+
+@dataclass
+class GPTConfig:
+    vocab_size: int = 65
+    block_size: int = 128  # tokens, at most
+    n_layer: int = 6
+    n_head: int = 4
+    n_embd: int = 48
+
+
+class CausalSelfAttention(nn.Module):
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.n_head = config.n_head
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd)
+
+    def forward(self, x):
+        T, E = x.shape[1], x.shape[2] // self.n_head
+        q, k, v = (part.unflatten(-1, (-1, E)).transpose(1, 2) for part in self.c_attn(x).chunk(3, dim=-1))
+        scores = (q @ k.transpose(-2, -1)) / E**0.5  # [B, H, T, T]
+        future = torch.ones(T, T, dtype=torch.bool, device=x.device).triu(1)
+        weights = scores.masked_fill(future, float("-inf")).softmax(-1)
+        return self.c_proj((weights @ v).transpose(1, 2).flatten(2))
+
+
+class Block(nn.Module):
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.ln_1, self.ln_2 = nn.LayerNorm(config.n_embd), nn.LayerNorm(config.n_embd)
+        self.attn = CausalSelfAttention(config)
+        self.mlp = nn.Sequential(
+            nn.Linear(config.n_embd, 4 * config.n_embd), nn.GELU(), nn.Linear(4 * config.n_embd, config.n_embd)
+        )
+
+    def forward(self, x):
+        x = x + self.attn(self.ln_1(x))
+        return x + self.mlp(self.ln_2(x))
+
+
+class GPT(nn.Module):
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.config = config
+        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
+        self.wpe = nn.Embedding(config.block_size, config.n_embd)
+        self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.ln_f = nn.LayerNorm(config.n_embd)
+        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+
+    def forward(self, ids):
+        """ids [B, T] -> logits [B, T, V]."""
+        x = self.wte(ids) + self.wpe(torch.arange(ids.shape[1], device=ids.device))
+        for block in self.h:
+            x = block(x)
+        return self.lm_head(self.ln_f(x))
+
+
+# What makes it a model for pop's engine
+
+
+class PrunableBlock:
+    """A Block as the engine sees a layer."""
+
+    window = None
+
+    def __init__(self, block: Block):
+        self.block, self.heads = block, block.attn.n_head
+        self.scale = (block.attn.c_attn.in_features // self.heads) ** -0.5
+
+    def queries_keys_values(self, h, tables):
+        projected = self.block.attn.c_attn(self.block.ln_1(h)).chunk(3, dim=-1)
+        return tuple(part.unflatten(-1, (self.heads, -1)) for part in projected)  # [B, T, H, E] each
+
+    def keys_values(self, h, tables):
+        c_attn, D = self.block.attn.c_attn, h.shape[-1]
+        projected = F.linear(self.block.ln_1(h), c_attn.weight[D:], c_attn.bias[D:]).chunk(2, dim=-1)
+        return tuple(part.unflatten(-1, (self.heads, -1)) for part in projected)  # [B, T, H, E] each
+
+    def update(self, h, attended):
+        h = h + self.block.attn.c_proj(attended)
+        return h + self.block.mlp(self.block.ln_2(h))
+
+
+class PrunableGPT:
+    """A GPT as the engine sees a model, and the sizes that a KVCache is made by."""
+
+    def __init__(self, gpt: GPT):
+        self.gpt, self.layers = gpt, [PrunableBlock(block) for block in gpt.h]
+        self.num_layers, self.windows = len(self.layers), (None,) * len(self.layers)
+        self.hidden_size, self.num_kv_heads = gpt.config.n_embd, gpt.config.n_head
+        self.head_dim = self.hidden_size // self.num_kv_heads
+
+    def embed(self, tokens):
+        V = self.gpt.config.vocab_size
+        return self.gpt.wte(tokens % V) + self.gpt.wpe(tokens // V)
+
+    def tokens(self, ids, positions):
+        """What `embed` takes for ids at positions of the same shape."""
+        return (ids + self.gpt.config.vocab_size * positions.to(ids.device)).to(self.gpt.wte.weight.device)
+
+    def rope(self, positions):
+        return {None: ()}
+
+    def head(self, h):
+        return self.gpt.lm_head(self.gpt.ln_f(h))
+
+
+@torch.no_grad()
+def generate(gpt: GPT, prompts: list[list[int]], plan: PrunePlan, count: int, chunk_size: int = 2048) -> torch.Tensor:
+    """The greedy continuations of the prompts by `count` tokens each: [B, count]."""
+    model, weight = PrunableGPT(gpt), gpt.wte.weight
+    lengths = torch.tensor([len(prompt) for prompt in prompts])
+    longest = int(lengths.max())
+    cache = KVCache(model, len(prompts), longest + count, dtype=weight.dtype, device=weight.device)
+    ids = torch.tensor([prompt + [0] * (longest - len(prompt)) for prompt in prompts])  # [B, T]
+    tokens = model.tokens(ids, torch.arange(longest))
+    logits = engine.prefill(model, tokens, cache, lengths, plan.check(model.num_layers), chunk_size)
+    answer = [logits.argmax(-1)]
+    while len(answer) < count:
+        logits = engine.decode(model, model.tokens(answer[-1], cache.lengths), cache)
+        answer.append(logits.argmax(-1))
+    return torch.stack(answer, dim=1)
+
+
+if __name__ == "__main__":
+    torch.manual_seed(0)
+    gpt = GPT(GPTConfig()).eval()
+    for plan in (PrunePlan.none(), PrunePlan.deepest(gpt.config.n_layer, 1 / 3)):
+        print(f"prefill without layers {plan.layers}: {generate(gpt, [[1, 2, 3, 4, 5]], plan, 8).tolist()[0]}")
