@@ -197,7 +197,7 @@ def _stored(folder: Path, head_dim: int, wanted: Set[str]) -> dict[str, list[tup
             raise CheckpointError(f"{file} and the index beside it disagree about {_some(sorted(astray))}")
         for name, tensor in tensors.items():
             meta = file.suffix == ".pth"
-            parameter = _hf_name(name) if meta else name if name in wanted else _published_name(name)
+            parameter = _hf_name(name) if meta else name if name in wanted else published_name(name)
             rotated = meta and parameter != name and parameter.endswith((".q_proj.weight", ".k_proj.weight"))
             piece = _Piece(file, name, parameter, interleaved=head_dim if rotated else 0)
             if not name.endswith(HARMLESS):
@@ -242,7 +242,7 @@ def _hf_name(name: str) -> str:
     return ("model." if match[1] else "") + match[1] + META_NAMES[match[2]] + ".weight"
 
 
-def _published_name(name: str) -> str:
+def published_name(name: str) -> str:
     """The published name of a tensor in the Hugging Face layout, whichever release has saved it."""
     for pattern, replacement in RENAMED.items():
         name = re.sub(rf"^{pattern}", replacement, name)

@@ -240,7 +240,7 @@ class Layout:
     def of_chunk(
         cls, cache: KVCache, lengths, plan: PrunePlan, begin, end, device, images: Images | None = None
     ) -> Layout:
-        """The layout of tokens `begin` to `end` [B] of prompts of `lengths` [B], to be appended to what the cache holds.
+        """The layout of tokens `begin` to `end` [B] of prompts of `lengths` [B], to be appended to what the cache has.
 
         A row without any is all padding.
         """

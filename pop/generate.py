@@ -137,7 +137,8 @@ class Answer:
 class Run:
     """One generation: prompts of different lengths prefilled together, then decoded until the last row has ended.
 
-    model: a pop.Model. prompts: lists of token ids. The options are those of `Model.generate`.
+    model: a pop.Model. prompts: lists of token ids. images: a list for each prompt, or None. The options are those of
+    `Model.generate`.
     """
 
     def __init__(
@@ -145,6 +146,7 @@ class Run:
         model,
         prompts: list[list[int]],
         *,
+        images=None,
         max_new_tokens=256,
         temperature=0.0,
         top_k=None,
@@ -153,7 +155,7 @@ class Run:
         stop=None,
         plan=None,
     ):
-        self.model, self.prompts, self.plan = model, prompts, model.resolve(plan)
+        self.model, self.prompts, self.images, self.plan = model, prompts, images, model.resolve(plan)
         check_count("max_new_tokens", max_new_tokens)
         self.sampler = Sampler(len(prompts), temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
         stop = [stop] if isinstance(stop, str) else stop or []
@@ -173,7 +175,8 @@ class Run:
         model, answers = self.model, self.answers
         cache = model.new_cache(len(self.prompts), self.max_seq_len)
         padded = [prompt + [0] * (self.longest - len(prompt)) for prompt in self.prompts]
-        logits = model.prefill(padded, cache, lengths=[len(prompt) for prompt in self.prompts], plan=self.plan)
+        lengths = [len(prompt) for prompt in self.prompts]
+        logits = model.prefill(padded, cache, lengths=lengths, images=self.images, plan=self.plan)
         # An embedding may be padded beyond the tokenizer's vocabulary: such ids have no text and are never picked.
         known = model.config.vocab_size if model.tokenizer is None else model.tokenizer.vocab_size
         rows = list(range(len(answers)))  # the answer that each row of the cache belongs to

@@ -132,7 +132,7 @@ class Images:
         return positions + (M - 1 - numbers % M).where(numbers >= 0, 0)
 
     def offset(self, index: torch.Tensor) -> torch.Tensor:
-        """index [B], of a token in each row -> how many tokens of its image are before it: 0 for text, or at the end."""
+        """index [B], of a token in each row -> how many tokens of its image are before it; 0: it is text, or none."""
         numbers = F.pad(self.numbers, (0, 1), value=-1).gather(1, index[:, None])[:, 0]  # [B]
         return (numbers % self.features.shape[1]).where(numbers >= 0, 0)
 
