@@ -40,7 +40,7 @@ GOLDENS = ROOT / "tests" / "goldens"
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 from tiny import random_weights  # noqa: E402
-from tiny_images import pixels_of, picture  # noqa: E402
+from tiny_images import picture, pixels_of  # noqa: E402
 
 from pop.checkpoint import published_name  # noqa: E402
 
