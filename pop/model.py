@@ -365,7 +365,7 @@ class Model:
         """The images of each row of a batch; the images of a single row may come without the list around them."""
         if not (_is_nothing(videos) and (_is_nothing(images) or self.config.vision)):
             takes = "text and images" if self.config.vision else "text"
-            raise InputError(f"this model, of the {self.config.family} family, reads {takes} only; leave out the rest")
+            raise InputError(f"this model of the {self.config.family} family reads {takes} only; leave out the rest")
         if _is_nothing(images):
             return [[]] * num_rows
         if not isinstance(images, (list, tuple)):
