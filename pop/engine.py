@@ -162,7 +162,7 @@ class Seen:
     """Tokens [B, T] as all layers with one window see them.
 
     rope: their rotary tables. slots: [B, T], where their K and V go. mask: [B, T, filled], which slots they attend, or
-    None for a fresh chunk that the window does not cut: it attends itself, causally.
+    None for a fresh chunk of text that the window does not cut: it attends itself, causally.
     """
 
     rope: Rope
