@@ -378,5 +378,8 @@ def _tail(h, seen: Seen, first: int):
     first = max(0, min(first, C - 2))  # torch compiles a size of 1 by itself: 2 tokens at least
     if first == 0:
         return h, seen.rope, seen.slots
-    # Copies, since compiled code is held to the size of what a view is a view of.
-    return h[:, first:].clone(), tuple(table[:, first:].clone() for table in seen.rope), seen.slots[:, first:].clone()
+
+    def cut(x):  # a copy: compiled code is held to the strides, and to the size of what a view is a view of
+        return x[:, first:].clone(memory_format=torch.contiguous_format)
+
+    return cut(h), tuple(cut(table) for table in seen.rope), cut(seen.slots)

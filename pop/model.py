@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import logging
 import os
 import time
 from collections.abc import Iterator, Sequence
@@ -21,17 +20,15 @@ from pop import engine, models, registry
 from pop.cache import CHUNK_SIZE, KVCache
 from pop.chat import chat_format, images_of
 from pop.checkpoint import load_weights
-from pop.compiling import SMALLEST, Compiled, obstacle
+from pop.compiling import SMALLEST, Compiled
 from pop.config import DTYPES, read_config
-from pop.errors import ContextOverflow, InputError, PlanError, TokenizerError, UnsupportedError, check_count
+from pop.errors import ContextOverflow, InputError, PlanError, TokenizerError, check_count
 from pop.generate import Generation, Run
 from pop.images import gemma_pixels
 from pop.models.layers import Images
 from pop.plan import PrunePlan
 from pop.projections import fingerprint
 from pop.tokenizers import load_tokenizer
-
-logger = logging.getLogger(__name__)
 
 
 def load(
@@ -114,7 +111,9 @@ class Model:
         self.resolve(self.plan)  # does it fit the weights?
         self.max_seq_len = _max_seq_len(max_seq_len, config)
         self.chunk_size = self._chunk_size(chunk_size)
-        self._compile, self._progress = compile, progress
+        size = sum(weight.numel() for weight in module.parameters())
+        compiles = compile is True or (compile == "auto" and size >= SMALLEST)
+        self._compiled = Compiled(module, required=compile is True, progress=progress) if compiles else None
 
     @property
     def device(self) -> torch.device:
@@ -123,6 +122,12 @@ class Model:
     @property
     def dtype(self) -> torch.dtype:
         return next(self.module.parameters()).dtype
+
+    @property
+    def compiled(self) -> bool:
+        """Whether prefill and decode run compiled, as far as is known: before `warmup` or the first use, whether that
+        will be tried."""
+        return self._compiled is not None and self._compiled.works
 
     # Tensors in, tensors out
 
@@ -168,29 +173,19 @@ class Model:
         """Compile what prefill and decode need, so that nothing compiles later; a model that runs eagerly stays so.
 
         batch_size: 1 for one prompt at a time; any larger number for one prompt and every size of a batch.
-        plans: those in use beside the model's. Plans differ here in whether they are calibrated, and with how many
-        taps: which layers they prune makes no difference.
+        plans: calibrated plans that will be used beside the model's, one for each number of taps. Which layers a plan
+        prunes makes no difference. torch compiles anew when its number of threads changes (torch.set_num_threads), and
+        under torch.inference_mode.
         """
         for rows in (1, 2)[: check_count("batch_size", batch_size)]:
-            for plan in (None, *plans):
+            for plan in (self.plan, *plans):
                 self._stages(rows, self.resolve(plan))
 
     def _stages(self, rows: int, plan: PrunePlan = PrunePlan.none()) -> engine.Stages:  # noqa: B008 (it is frozen)
         return self._compiled.stages(rows, plan) if self._compiled else engine.EAGER
 
-    @functools.cached_property
-    def _compiled(self) -> Compiled | None:
-        """The compiled stages, or None if the model runs eagerly: decided when they are first asked for."""
-        if not self._compile:
-            return None
-        if self._compile == "auto" and sum(weight.numel() for weight in self.module.parameters()) < SMALLEST:
-            return None
-        if reason := obstacle(self.device.type):
-            if self._compile is True:
-                raise UnsupportedError(f"nothing can be compiled here ({reason}); use compile='auto' or False")
-            logger.warning("pop runs without torch.compile, which fails here: %s", reason)
-            return None
-        return Compiled(self.module, device=self.device, dtype=self.dtype, progress=self._progress)
+    def __getstate__(self) -> dict:
+        return self.__dict__ | {"_compiled": None}  # a copy runs eagerly
 
     @torch.no_grad()
     def logits(self, tokens, images=None, videos=None) -> torch.Tensor:
@@ -514,7 +509,7 @@ def _plan(prune, num_layers: int) -> PrunePlan:
 
 
 def _check_compile(compile) -> None:
-    if compile not in ("auto", True, False):
+    if not isinstance(compile, bool) and compile != "auto":
         raise InputError(f"compile is {compile!r}; it is 'auto', True or False")
 
 

@@ -1,5 +1,6 @@
 """Compiled prefill and decode: equal to eager, never compiled again once warm, and off where nothing can compile."""
 
+import copy
 import dataclasses
 import logging
 import random
@@ -12,22 +13,30 @@ from test_method import batches, plans
 from tiny import random_model, tiny_config, tiny_gemma3_config
 
 import pop
-from pop import compiling, engine
+from pop import engine
 from pop.models import layers
 
 PROMPT = 40  # tokens, at most
-requires_compiler = pytest.mark.skipif(
-    compiling.obstacle("cpu") is not None, reason=f"nothing can be compiled: {compiling.obstacle('cpu')}"
-)
+
+
+def _compiler_works() -> bool:
+    try:
+        torch.compile(lambda x: x.sin() + 1)(torch.zeros(8))
+    except Exception:
+        return False
+    return True
+
+
+requires_compiler = pytest.mark.skipif(not _compiler_works(), reason="torch can compile nothing here")
 
 
 @pytest.fixture(scope="module", params=[tiny_config, tiny_gemma3_config], ids=["llama", "gemma3"])
 def pair(request):
     """One model twice, compiled and eager; the compiled one is warm for everything."""
     module = random_model(request.param(max_positions=6000), seed=5)
-    compiled, eager = (pop.Model(module, module.config, compile=choice, chunk_size=16) for choice in (True, False))
-    calibrated = refit(module, compiled.fingerprint, taps=2)
-    compiled.warmup(3, [pop.PrunePlan((0,)), calibrated, refit(module, compiled.fingerprint, taps=1)])
+    plain = pop.PrunePlan((0,))
+    compiled, eager = (pop.Model(module, module.config, plan=plain, compile=it, chunk_size=16) for it in (True, False))
+    compiled.warmup(3, [refit(module, compiled.fingerprint, taps) for taps in (1, 2)])
     return compiled, eager
 
 
@@ -56,7 +65,7 @@ def test_compiled_equals_eager_and_never_compiles_again(pair, data):
         plan.projections.fingerprint = compiled.fingerprint
     tokens, lengths = data.draw(batches(compiled.config.vocab_size, max_rows=4, max_tokens=PROMPT))
     slots = PROMPT + 8 + data.draw(st.integers(0, 9))
-    chunk = data.draw(st.sampled_from([2, 7, 16, 100]))
+    chunk = data.draw(st.sampled_from([1, 2, 7, 16, 100]))
     torch.compiler.set_stance("fail_on_recompile")
     try:
         results = []
@@ -118,6 +127,14 @@ def test_images_need_no_new_graph(pair, nothing_compiles):
 
 
 @requires_compiler
+def test_score_compiles_nothing(pair, nothing_compiles):
+    compiled, eager = pair
+    for length in (1, 2, 30):
+        scores = [model.score([5, 6, 7], [8, 9, 10] * length) for model in (compiled, eager)]
+        assert scores[0] == pytest.approx(scores[1], abs=1e-3)
+
+
+@requires_compiler
 def test_no_graph_break_and_few_graphs():
     """Each stage is one graph (fullgraph) in a handful of versions, however many layers the model has."""
     counts = []
@@ -128,35 +145,39 @@ def test_no_graph_break_and_few_graphs():
         model.warmup(1)
         counts.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
         assert not torch._dynamo.utils.counters["graph_break"]
-    assert counts[0] == counts[1] <= 8
+    assert counts[0] == counts[1] <= 10
+
+
+@requires_compiler
+def test_a_compiled_model_can_be_copied(pair):
+    compiled, eager = pair
+    twin = copy.deepcopy(compiled)
+    assert twin.generate([3, 4, 5], max_new_tokens=4).tokens == eager.generate([3, 4, 5], max_new_tokens=4).tokens
 
 
 def test_tiny_models_run_eagerly_by_default():
     module = random_model(tiny_config(), seed=1)
-    assert pop.Model(module, module.config)._compiled is None
+    assert not pop.Model(module, module.config).compiled
 
 
 def test_where_nothing_compiles_auto_says_so_once_and_true_is_refused(monkeypatch, caplog):
-    monkeypatch.setattr("pop.model.obstacle", lambda device: "InvalidCxxCompiler: none found")
-    monkeypatch.setattr("pop.model.SMALLEST", 0)
-    module = random_model(tiny_config(), seed=1)
-    model = pop.Model(module, module.config)
-    with caplog.at_level(logging.WARNING):
-        model.warmup()
-        assert model.generate([1, 2, 3], max_new_tokens=2).tokens
-    assert [record.getMessage() for record in caplog.records] == [
-        "pop runs without torch.compile, which fails here: InvalidCxxCompiler: none found"
-    ]
-    with pytest.raises(pop.UnsupportedError, match="nothing can be compiled here .InvalidCxxCompiler"):
-        pop.Model(module, module.config, compile=True).warmup()
-
-
-def test_an_obstacle_is_found_and_named(monkeypatch):
     def broken(*args, **options):
-        raise RuntimeError("no compiler\nand a long story")
+        raise RuntimeError("no compiler\n  and a long story")
 
     monkeypatch.setattr(torch, "compile", broken)
-    assert compiling.obstacle.__wrapped__("cpu") == "RuntimeError: no compiler"
+    monkeypatch.setattr("pop.model.SMALLEST", 0)
+    module = random_model(tiny_config(), seed=1)
+    model, eager = pop.Model(module, module.config), pop.Model(module, module.config, compile=False)
+    with caplog.at_level(logging.WARNING):
+        model.warmup()
+        answer = model.generate([1, 2, 3], max_new_tokens=2)
+    assert not model.compiled
+    assert answer.tokens == eager.generate([1, 2, 3], max_new_tokens=2).tokens
+    assert [record.getMessage() for record in caplog.records] == [
+        "pop runs without torch.compile, which fails here: RuntimeError: no compiler and a long story"
+    ]
+    with pytest.raises(pop.UnsupportedError, match="cannot be compiled here .RuntimeError: no compiler and a"):
+        pop.Model(module, module.config, compile=True).warmup()
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (3, 1), (1, 5), (2, 5), (4,), ()])
@@ -193,10 +214,19 @@ def test_one_token_attention_is_attention(dtype, rows):
 
 
 @requires_compiler
-def test_two_models_share_no_compiled_code():
+def test_two_models_share_no_compiled_code(pair):
     """A second model must not use up the few versions that torch keeps of the first one's code."""
-    first, second = compiling._compile(compiling._probe), compiling._compile(compiling._probe)
-    assert first._torchdynamo_orig_callable.__code__ is not second._torchdynamo_orig_callable.__code__
+    module = random_model(tiny_config(), seed=1)
+    second = pop.Model(module, module.config, compile=True)
+    second.warmup()
+    codes = [
+        {
+            function._torchdynamo_orig_callable.__code__
+            for function in model._compiled._stages.full_layer.compiled.values()
+        }
+        for model in (pair[0], second)
+    ]
+    assert codes[0] and codes[1] and not any(one is other for one in codes[0] for other in codes[1])
 
 
 def test_rows_that_leave_the_cache_take_nothing_with_them():

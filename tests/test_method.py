@@ -621,3 +621,28 @@ def test_a_row_stepped_far_beyond_its_cache_attends_something(monkeypatch):
     prefill(module, torch.arange(8)[None].repeat(2, 1), torch.tensor([8, 1]), NONE, cache=cache)
     for _ in range(7):
         assert engine.decode(module, torch.tensor([1, 1]), cache).isfinite().all()
+
+
+def test_a_windowed_cache_takes_no_more_at_once_than_it_was_made_for():
+    """A larger chunk, or a long continuation, runs in pieces: nothing that is still seen is overwritten."""
+    module = random_model(tiny_gemma3_config(), seed=4)
+    tokens = torch.arange(30)[None] % 61
+    cache = new_cache(module, 1, chunk=3)
+    assert cache.slots(None) == 64 and cache.slots(5) == 7
+    plan = PrunePlan(layers=(1, 3))
+    logits, _ = prefill(module, tokens[:, :18], torch.tensor([18]), plan, 1000, cache)
+    rest = engine.extend(module, tokens[:, 18:], cache)
+    expected, kv = reference.forward(module, tokens[0], reference.full_depth_tokens(18, 30, plan), plan)
+    assert_close(logits[0], expected[17])
+    assert_close(rest[0], expected[18:])
+    assert_close(held(module, cache, 0), seen(module, stacked(kv)))
+
+
+def test_what_windows_save():
+    """gemma3-12b at 32k: eight of 48 layers hold everything, the others 1,023 + 2,048 tokens."""
+    windows = tuple(1024 if layer % 6 else None for layer in range(1, 49))
+    config = tiny_gemma3_config(windows=windows, hidden_size=3840, num_heads=16, num_kv_heads=8, head_dim=256)
+    size = KVCache.size_in_bytes(config, 1, 32_768, torch.bfloat16)
+    everything = 2 * 48 * 32_769 * 8 * 256 * 2 + 48 * 3840 * 2
+    assert size == 2 * (8 * 32_769 + 40 * 3_072) * 8 * 256 * 2 + 48 * 3840 * 2
+    assert size < 0.3 * everything

@@ -23,6 +23,7 @@ Ropes = dict[int | None, Rope]  # by the window of the layers that they are for;
 
 # Processors with AVX2 alone have no fast products of 16-bit numbers; those with AVX-512 and GPUs do.
 WIDENED = torch.backends.cpu.get_cpu_capability() == "AVX2"
+WIDENED_AT_ONCE = 2**26  # numbers
 
 
 class Linear(nn.Linear):
@@ -44,7 +45,9 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
         return F.linear(x, weight, bias)
     one_token = x.dim() < 3 or x.shape[-2] == 1
     if not one_token and WIDENED and x.dtype != torch.float32:
-        return F.linear(x.float(), weight.float(), None if bias is None else bias.float()).to(x.dtype)
+        parts = weight.split(max(1, WIDENED_AT_ONCE // weight.shape[1]))  # an output head is too large to copy whole
+        out = torch.cat([F.linear(x.float(), part.float()) for part in parts], dim=-1)
+        return (out if bias is None else out + bias.float()).to(x.dtype)
     if not one_token or x.dtype != torch.float32:
         return F.linear(x, weight, bias)
     rows = x.reshape(-1, x.shape[-1])  # [B, in]
