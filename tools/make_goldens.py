@@ -490,6 +490,7 @@ def greedy_run(
         max_new_tokens=count,
         eos_token_id=None,
         pad_token_id=0,
+        suppress_tokens=image_ids(model.config)[-1:] or None,  # it would want an image: a seed to leave
         **image_inputs(model.config, tokens, images),
     )
     greedy = output[0, len(tokens) :].tolist()
