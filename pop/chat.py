@@ -19,34 +19,43 @@ class Control(str):
     """The name of a control token, in contrast to text that may look like it."""
 
 
+IMAGE = Control("<image>")  # stands for the tokens of an image
+
+
 class ChatFormat:
-    """One family's format. end_ids: the tokens with which a turn of the model may end."""
+    """One family's format.
+
+    image_tokens: what an image is in a prompt; None: the model takes text only.
+    end_ids: the tokens with which a turn of the model may end.
+    """
 
     family: str
     mark: str  # the control token that tells the family
     ends: tuple[str, ...]
 
-    def __init__(self, tokenizer: Tokenizer):
-        self.tokenizer = tokenizer
+    def __init__(self, tokenizer: Tokenizer, image_tokens: list[int] | None = None):
+        self.tokenizer, self.image_tokens = tokenizer, image_tokens
         special = tokenizer.special_tokens
         self.end_ids = tuple(special[name] for name in self.ends if name in special)
 
-    def pieces(self, turns: list[tuple[str, str]], add_generation_prompt: bool) -> Iterator[str]:
-        """Control tokens and texts in order. turns: (role, text) of each message."""
+    def pieces(self, turns: list[tuple[str, list[str]]], add_generation_prompt: bool) -> Iterator[str]:
+        """Control tokens and texts in order. turns: each message's role and parts, which are texts and IMAGEs."""
         raise NotImplementedError
 
     def encode(self, messages: list[Message], add_generation_prompt: bool = True) -> list[int]:
         """The token ids of a conversation, BOS included where the family has one.
 
         messages: a list of {"role": "system", "user" or "assistant", "content": ...}; the content is text or
-        a list of {"type": "text", "text": ...}, and a system message comes first. InputError for all else.
+        a list of {"type": "text", "text": ...} and, if the model takes them and in a user's message,
+            {"type": "image", "image": ...}; a system message comes first. InputError for all else.
         add_generation_prompt: open the model's turn at the end.
         """
         pieces = self.pieces(self._turns(messages), add_generation_prompt)
         ids = []
         for is_control, group in groupby(pieces, lambda piece: isinstance(piece, Control)):
             if is_control:
-                ids += [self._control_id(name) for name in group]
+                for name in group:
+                    ids += self.image_tokens if name is IMAGE else [self._control_id(name)]
             else:  # all text between two control tokens is encoded as one
                 ids += self.tokenizer.encode("".join(group), bos=False)
         return ids
@@ -76,36 +85,49 @@ class ChatFormat:
             raise UnsupportedError(f"the tokenizer lacks the token {name} of the {self.family} chat format.")
         return self.tokenizer.special_tokens[name]
 
-    def _turns(self, messages: list[Message]) -> list[tuple[str, str]]:
-        """(role, text) of each message, after checking all of them."""
+    def _turns(self, messages: list[Message]) -> list[tuple[str, list[str]]]:
+        """Each message's role and parts, after checking all of them."""
         if not isinstance(messages, list) or not messages:
             raise InputError("messages must be a list with at least one {'role': ..., 'content': ...}.")
         turns = []
         for n, message in enumerate(messages):
             if not isinstance(message, dict) or message.keys() != {"role", "content"}:
                 raise InputError(f"message {n} must be a dict of 'role' and 'content', got {message!r:.80}.")
-            role, text = message["role"], self._text(message["content"], f"message {n}")
+            role, parts = message["role"], self._parts(message["content"], f"message {n}")
             if role not in ("system", "user", "assistant"):
                 raise InputError(f"message {n} has the role {role!r}; use system, user or assistant.")
             if role == "system" and n:
                 raise InputError(f"message {n} is a system message, and only the first message may be one.")
-            if role == "user" and not text.strip():
+            if role != "user" and IMAGE in parts:
+                raise InputError(f"message {n} has an image, and only a user's message may have one.")
+            if role == "user" and not "".join(parts).strip():
                 raise InputError(f"message {n}, of the user, is empty.")
-            turns.append((role, text))
+            turns.append((role, parts))
         return turns
 
-    def _text(self, content: str | list[dict[str, Any]], where: str) -> str:
+    def _parts(self, content: str | list[dict[str, Any]], where: str) -> list[str]:
         if isinstance(content, str):
-            return content
+            return [content]
         if not isinstance(content, list) or not content:
             raise InputError(f"{where}: the content must be text or a list of parts, got {content!r:.80}.")
+        parts = []
         for part in content:
             kind = part.get("type") if isinstance(part, dict) else None
+            if kind == "image" and self.image_tokens is not None:
+                if part.keys() != {"type", "image"}:
+                    raise InputError(f"{where}: an image is {{'type': 'image', 'image': ...}}, got {part!r:.80}.")
+                parts.append(IMAGE)
+                continue
             if kind in ("image", "video"):
-                raise UnsupportedError(f"{where} has an image or video, and {self.family} takes text only.")
+                takes = "text only" if self.image_tokens is None else "text and images only"
+                raise UnsupportedError(f"{where} has an image or video, and {self.family} takes {takes}.")
             if kind != "text" or part.keys() != {"type", "text"} or not isinstance(part["text"], str):
                 raise InputError(f"{where}: a part is {{'type': 'text', 'text': ...}}, got {part!r:.80}.")
-        return "".join(part["text"] for part in content)
+            if parts and parts[-1] is not IMAGE:
+                parts[-1] += part["text"]
+            else:
+                parts.append(part["text"])
+        return parts
 
 
 class Llama3(ChatFormat):
@@ -117,7 +139,7 @@ class Llama3(ChatFormat):
     dates = "Cutting Knowledge Date: December 2023\nToday Date: 26 Jul 2024\n\n"
 
     def pieces(self, turns, add_generation_prompt):
-        turns = [(role, text.strip()) for role, text in turns]
+        turns = [(role, "".join(parts).strip()) for role, parts in turns]
         template = self.tokenizer.chat_template  # Meta's own files have none
         if template is None or "Cutting Knowledge Date" in template:
             if turns[0][0] != "system":
@@ -148,10 +170,10 @@ class ChatML(ChatFormat):
 
     def pieces(self, turns, add_generation_prompt):
         if turns[0][0] != "system" and self.smollm2_system in (self.tokenizer.chat_template or ""):
-            turns = [("system", self.smollm2_system), *turns]
-        for role, text in turns:
+            turns = [("system", [self.smollm2_system]), *turns]
+        for role, parts in turns:
             yield Control("<|im_start|>")
-            yield f"{role}\n{text}"
+            yield f"{role}\n{''.join(parts)}"
             yield Control("<|im_end|>")
             yield "\n"
         if add_generation_prompt:
@@ -165,11 +187,12 @@ class Gemma(ChatFormat):
     family = "Gemma"
     mark = "<start_of_turn>"
     ends = ("<end_of_turn>", "<eos>")
+    image = ("\n\n", IMAGE, "\n\n")
 
     def pieces(self, turns, add_generation_prompt):
         opening = ""
         if turns[0][0] == "system":
-            opening, turns = f"{turns[0][1]}\n\n", turns[1:]
+            opening, turns = f"{''.join(turns[0][1])}\n\n", turns[1:]
         roles = [role for role, _ in turns]
         if not roles or roles != [("user", "assistant")[n % 2] for n in range(len(roles))]:
             raise InputError(
@@ -177,9 +200,11 @@ class Gemma(ChatFormat):
                 f"{', '.join(roles) or 'the system alone'}."
             )
         yield Control("<bos>")
-        for role, text in turns:
+        for role, parts in turns:
             yield Control("<start_of_turn>")
-            yield f"{'model' if role == 'assistant' else role}\n{opening}{text.strip()}"
+            yield f"{'model' if role == 'assistant' else role}\n{opening}"
+            for part in parts:
+                yield from self.image if part is IMAGE else [part.strip()]
             yield Control("<end_of_turn>")
             yield "\n"
             opening = ""
@@ -191,10 +216,19 @@ class Gemma(ChatFormat):
 FORMATS = (Llama3, ChatML, Gemma)
 
 
-def chat_format(tokenizer: Tokenizer) -> ChatFormat:
-    """The chat format that a tokenizer's control tokens belong to; UnsupportedError if there is none."""
+def images_of(messages: list[Message]) -> list:
+    """The images of a conversation that `encode` has taken, in their order."""
+    contents = [message["content"] for message in messages if isinstance(message["content"], list)]
+    return [part["image"] for content in contents for part in content if part["type"] == "image"]
+
+
+def chat_format(tokenizer: Tokenizer, image_tokens: list[int] | None = None) -> ChatFormat:
+    """The chat format that a tokenizer's control tokens belong to; UnsupportedError if there is none.
+
+    image_tokens: see ChatFormat.
+    """
     for form in FORMATS:
         if form.mark in tokenizer.special_tokens:
-            return form(tokenizer)
+            return form(tokenizer, image_tokens)
     known = ", ".join(form.mark for form in FORMATS)
     raise UnsupportedError(f"no chat format is known for this tokenizer: it has none of the tokens {known}.")

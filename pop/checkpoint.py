@@ -16,7 +16,7 @@ import os
 import pickle
 import re
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Set
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path, PureWindowsPath
@@ -29,13 +29,16 @@ from pop.errors import CheckpointError
 from pop.fields import read_json
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-# The names of Gemma-3's vision part in later saves of the reference implementation, as patterns, and as published.
+# The names of a Gemma-3 with a vision tower in later saves of the reference implementation, as patterns, and as
+# published.
 RENAMED = {
-    r"model\.(vision_tower|multi_modal_projector)\.": r"\1.",
+    r"model\.(language_model|vision_tower|multi_modal_projector)\.": r"\1.",
     r"vision_tower\.(?!vision_model\.)": "vision_tower.vision_model.",
+    r"language_model\.lm_head\.": "lm_head.",
+    r"language_model\.(?!model\.)": "language_model.model.",
 }
 HARMLESS = ("rotary_emb.inv_freq", "rope.freqs")  # RoPE tables in old files; ours follow from the config
-EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"  # the embedding may have a prefix
 BAR_FROM = 2**30  # bytes: below, a progress bar would only flicker
 
 
@@ -149,14 +152,15 @@ META_NAMES = {
 
 def _survey(folder: Path, module: nn.Module) -> list[_Piece]:
     """Match what is stored with the module's parameters; one error names all that does not fit."""
-    config, stored = module.config, _stored(folder, module.config.head_dim)
-    wanted = {name: tuple(parameter.shape) for name, parameter in module.named_parameters()}
+    config, wanted = module.config, {name: tuple(parameter.shape) for name, parameter in module.named_parameters()}
+    stored = _stored(folder, config.head_dim, wanted.keys())
     missing = [name for name in wanted if name not in stored]
+    embedding = next((name for name in wanted if name.endswith(EMBEDDING)), EMBEDDING)
     surplus, dtypes, shapes, pieces = [], [], [], []
     for name, parts in stored.items():
         # A head beside a tied embedding is superfluous, and no contradiction if it repeats the embedding.
         tied = name == HEAD and config.tie_embeddings
-        if (whole := wanted.get(EMBEDDING if tied else name)) is None:
+        if (whole := wanted.get(embedding if tied else name)) is None:
             surplus.append(name)
             continue
         dtypes += [f"{name} ({tensor.dtype})" for _, tensor in parts if tensor.dtype not in FLOATS]
@@ -166,11 +170,12 @@ def _survey(folder: Path, module: nn.Module) -> list[_Piece]:
             if name.startswith(VISION):
                 fields = "the sizes of vision_config"
             shapes.append(f"{name} is {found}, not {list(whole)} = {fields}")
-        pieces += [replace(p, parameter=EMBEDDING, repeats=True) for p in fitting] if tied else fitting
+        pieces += [replace(p, parameter=embedding, repeats=True) for p in fitting] if tied else fitting
 
     faults = {"missing": missing, "surplus": surplus, "of a wrong dtype": dtypes, "of a wrong shape": shapes}
     if any(faults.values()):
-        layers = len({match[0] for name in stored if (match := re.match(r"model\.layers\.\d+\.", name))})
+        layer = r"(language_model\.)?model\.layers\.\d+\."
+        layers = len({match[0] for name in stored if (match := re.match(layer, name))})
         depth = f"num_hidden_layers is {config.num_layers} but {layers} layers are stored"
         reasons = [depth] if layers != config.num_layers else []
         reasons += ["tie_word_embeddings is false"] if HEAD in missing else []
@@ -182,7 +187,7 @@ def _survey(folder: Path, module: nn.Module) -> list[_Piece]:
     return sorted(pieces, key=lambda piece: (piece.repeats, piece.file))
 
 
-def _stored(folder: Path, head_dim: int) -> dict[str, list[tuple[_Piece, torch.Tensor]]]:
+def _stored(folder: Path, head_dim: int, wanted: Set[str]) -> dict[str, list[tuple[_Piece, torch.Tensor]]]:
     """What is stored for each parameter: one tensor, or in Meta's layout one from each file."""
     files, index = _weight_files(folder)
     stored = {}
@@ -192,7 +197,7 @@ def _stored(folder: Path, head_dim: int) -> dict[str, list[tuple[_Piece, torch.T
             raise CheckpointError(f"{file} and the index beside it disagree about {_some(sorted(astray))}")
         for name, tensor in tensors.items():
             meta = file.suffix == ".pth"
-            parameter = _hf_name(name) if meta else _published_name(name)
+            parameter = _hf_name(name) if meta else name if name in wanted else published_name(name)
             rotated = meta and parameter != name and parameter.endswith((".q_proj.weight", ".k_proj.weight"))
             piece = _Piece(file, name, parameter, interleaved=head_dim if rotated else 0)
             if not name.endswith(HARMLESS):
@@ -237,7 +242,7 @@ def _hf_name(name: str) -> str:
     return ("model." if match[1] else "") + match[1] + META_NAMES[match[2]] + ".weight"
 
 
-def _published_name(name: str) -> str:
+def published_name(name: str) -> str:
     """The published name of a tensor in the Hugging Face layout, whichever release has saved it."""
     for pattern, replacement in RENAMED.items():
         name = re.sub(rf"^{pattern}", replacement, name)

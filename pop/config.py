@@ -50,6 +50,7 @@ class LlamaConfig:
 
     family: ClassVar[str] = "llama"
     overflows_float16: ClassVar[bool] = False
+    vision: ClassVar[None] = None  # it reads text only
 
     vocab_size: int
     hidden_size: int
@@ -75,42 +76,6 @@ class LlamaConfig:
     def windows(self) -> tuple[None, ...]:
         """What a token of each layer attends, as in Gemma3Config: here everything before it."""
         return (None,) * self.num_layers
-
-
-@dataclass(frozen=True)
-class Gemma3Config:
-    """Gemma-3's language model, a layer for each of `windows`.
-
-    windows: how many tokens a token of the layer attends, itself included; None: all before it. Layers with a window
-    are the local ones, and have a RoPE of their own. `max_positions` is the trained context in tokens.
-    """
-
-    family: ClassVar[str] = "gemma3"
-    overflows_float16: ClassVar[bool] = True  # by its activations
-    tie_embeddings: ClassVar[bool] = True
-
-    vocab_size: int
-    hidden_size: int
-    intermediate_size: int
-    windows: tuple[int | None, ...]
-    num_heads: int = 8
-    num_kv_heads: int = 4
-    head_dim: int = 256
-    query_pre_attn_scalar: float = 256.0
-    max_positions: int = 131_072
-    norm_eps: float = 1e-6
-    rope: RopeConfig = RopeConfig(1_000_000.0)  # of the global layers
-    local_rope: RopeConfig = RopeConfig(10_000.0)
-    dtype: torch.dtype = torch.float32  # of the checkpoint's files; the model may be loaded in another
-    bos_id: int | None = 2
-    eos_ids: tuple[int, ...] = (1,)
-
-    def __post_init__(self):
-        _check(self)
-
-    @property
-    def num_layers(self) -> int:
-        return len(self.windows)
 
 
 @dataclass(frozen=True)
@@ -146,6 +111,56 @@ class SiglipConfig:
     @property
     def tokens_per_side(self) -> int:
         return math.isqrt(self.tokens_per_image)
+
+
+@dataclass(frozen=True)
+class Gemma3Config:
+    """Gemma-3: its language model, a layer for each of `windows`, and its vision tower where it has one.
+
+    windows: how many tokens a token of the layer attends, itself included; None: all before it. Layers with a window
+    are the local ones, and have a RoPE of their own. `max_positions` is the trained context in tokens.
+    vision: None for a model that reads text only. image_id: the token that an image's tokens have in a prompt; boi_id,
+    eoi_id: those around them.
+    """
+
+    family: ClassVar[str] = "gemma3"
+    overflows_float16: ClassVar[bool] = True  # by its activations
+    tie_embeddings: ClassVar[bool] = True
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    windows: tuple[int | None, ...]
+    num_heads: int = 8
+    num_kv_heads: int = 4
+    head_dim: int = 256
+    query_pre_attn_scalar: float = 256.0
+    max_positions: int = 131_072
+    norm_eps: float = 1e-6
+    rope: RopeConfig = RopeConfig(1_000_000.0)  # of the global layers
+    local_rope: RopeConfig = RopeConfig(10_000.0)
+    dtype: torch.dtype = torch.float32  # of the checkpoint's files; the model may be loaded in another
+    bos_id: int | None = 2
+    eos_ids: tuple[int, ...] = (1,)
+    vision: SiglipConfig | None = None
+    image_id: int = 262_144
+    boi_id: int = 255_999
+    eoi_id: int = 256_000
+
+    def __post_init__(self):
+        _check(self)
+        for name in ("image_id", "boi_id", "eoi_id") if self.vision else ():
+            if getattr(self, name) >= self.vocab_size:
+                raise ConfigError(f"{name} ({getattr(self, name)}) is outside of vocab_size {self.vocab_size}")
+
+    @property
+    def num_layers(self) -> int:
+        return len(self.windows)
+
+    @property
+    def image_tokens(self) -> list[int]:
+        """The tokens of an image in a prompt, the first and the last one being text."""
+        return [self.boi_id, *[self.image_id] * self.vision.tokens_per_image, self.eoi_id]
 
 
 Config = LlamaConfig | Gemma3Config
@@ -275,9 +290,37 @@ def _read_gemma3_text(fields: Fields) -> Gemma3Config:
     )
 
 
-def _refuse_gemma3(fields: Fields) -> Gemma3Config:
-    raise ConfigError("Gemma-3 with a vision tower (model_type gemma3) is not supported yet; take a text-only "
-                      "checkpoint (gemma3_text), such as gemma3-1b")  # fmt: skip
+def _read_gemma3(fields: Fields) -> Gemma3Config:
+    """With a vision tower. Of what both the whole and its text_config may state, the whole counts."""
+    fields.fixed("architectures", ["Gemma3ForConditionalGeneration"])
+    for name in ("is_encoder_decoder", "tie_word_embeddings"):
+        fields.fixed(name, (DECODER | GEMMA3)[name])
+    text, vision = (Fields(_take_object(fields, name)) for name in ("text_config", "vision_config"))
+    for name in HARMLESS.split():
+        text.left.pop(name, None)
+    text.fixed("model_type", "gemma3_text")
+    for names in (("dtype", "torch_dtype"), ("bos_token_id",), ("eos_token_id",)):
+        stated = {name: fields.left.pop(name) for name in names if name in fields.left}
+        if stated:
+            text.left = {name: value for name, value in text.left.items() if name not in names} | stated
+    tokens_per_image = fields.integer("mm_tokens_per_image", SiglipConfig.tokens_per_image)
+    config = replace(
+        _read_gemma3_text(text),
+        vision=read_siglip(vision, tokens_per_image),
+        image_id=_read_token(fields, "image", Gemma3Config.image_id),
+        boi_id=_read_token(fields, "boi", Gemma3Config.boi_id),
+        eoi_id=_read_token(fields, "eoi", Gemma3Config.eoi_id),
+    )
+    text.finish()
+    return config
+
+
+def _read_token(fields: Fields, name: str, default: int) -> int:
+    """From NAME_token_index, as published, or NAME_token_id."""
+    old, new = (fields.integer(f"{name}_token_{kind}", None, least=0) for kind in ("index", "id"))
+    if None not in (old, new) and old != new:
+        raise ConfigError(f"{name}_token_index ({old}) and {name}_token_id ({new}) disagree")
+    return next((value for value in (old, new) if value is not None), default)
 
 
 def _read_windows(fields: Fields) -> tuple[int | None, ...]:
@@ -385,7 +428,7 @@ def _read_ends(fields: Fields) -> tuple[int, ...]:
 READERS: dict[str, Callable[[Fields], Config]] = {  # by config.json's model_type
     "llama": _read_llama,
     "gemma3_text": _read_gemma3_text,
-    "gemma3": _refuse_gemma3,
+    "gemma3": _read_gemma3,
 }
 
 

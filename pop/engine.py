@@ -22,6 +22,9 @@ A layer with a window (Gemma's local ones) holds K and V of the tokens that can 
 (pop/cache.py). Which slots tokens write to and attend, and their rotary tables, depend on the window alone; `Seen` has
 them. A pruned layer with a window does nothing for tokens that nobody will attend.
 
+The tokens of an image attend each other in both directions (Images, in models/layers.py), so they are never apart: a
+chunk ends before an image that it cannot hold, in each row of a batch for itself. All later tokens are causal again.
+
 The only state is the cache, and it counts tokens as held only once their logits are there. Nothing is checked here:
 `pop.Model` does that. Shape letters: see models/layers.py.
 """
@@ -35,7 +38,7 @@ from typing import NamedTuple
 import torch
 
 from pop.cache import KVCache, write
-from pop.models.layers import Rope, causal_attention, linear, masked_attention
+from pop.models.layers import Images, Rope, causal_attention, linear, masked_attention
 from pop.plan import PrunePlan
 
 # The stages
@@ -101,22 +104,22 @@ def prefill(
     plan: PrunePlan,
     chunk_size: int,
     stages: Stages = EAGER,
+    images: Images | None = None,
     boundary: bool = True,
 ) -> torch.Tensor:
     """Append prompts to the cache and predict what follows each.
 
     tokens: [B, T] right-padded, lengths: [B] on the CPU, 1 <= lengths <= T. Chunks of `chunk_size` tokens, or as many
     as the cache takes at once, run one after the other, which bounds the memory for activations. A plan's projections
-    are on the module's device in its dtype. Returns logits [B, V] of each row's boundary token. Without a boundary, no
-    token is among a prompt's last ones, since more of it will follow; then the logits mean nothing.
+    are on the module's device in its dtype. images: features on that device, numbers on the CPU; a chunk must be able
+    to hold an image. Returns logits [B, V] of each row's boundary token. Without a boundary, no token is among a
+    prompt's last ones, since more of it will follow; then the logits mean nothing.
     """
     out = None  # [B, D], each row's h behind the last layer, at its last token so far
-    states, longest = cache.states, int(lengths.max())
-    chunk_size = min(chunk_size, cache.chunk_size)
-    for begin in range(0, longest, chunk_size):
-        end = min(begin + chunk_size, longest)
-        at = Layout.of_chunk(cache, lengths, plan, begin, end, tokens.device, boundary)
-        h, states = _chunk(module, tokens[:, begin:end], cache, states, at, stages)
+    states = cache.states
+    for begin, end in _chunks(lengths, min(chunk_size, cache.chunk_size), images):
+        at = Layout.of_chunk(cache, lengths, plan, begin, end, tokens.device, images, boundary)
+        h, states = _chunk(module, tokens, cache, states, at, stages)
         out = at.latest(h, out)
     logits = stages.head(module, out)
     cache.lengths, cache.states = cache.lengths + lengths, states
@@ -128,10 +131,9 @@ def extend(module, tokens: torch.Tensor, cache: KVCache, stages: Stages = EAGER)
     """Append tokens [B, T] at full depth, as decode would one by one. Returns logits [B, T, V] at every position."""
     B, T = tokens.shape
     lengths, states, logits = torch.full((B,), T), cache.states, []
-    for begin in range(0, T, cache.chunk_size):
-        end = min(begin + cache.chunk_size, T)
+    for begin, end in _chunks(lengths, cache.chunk_size):
         at = Layout.of_chunk(cache, lengths, PrunePlan.none(), begin, end, tokens.device)
-        h, states = _chunk(module, tokens[:, begin:end], cache, states, at, stages)
+        h, states = _chunk(module, tokens, cache, states, at, stages)
         logits.append(stages.head(module, h))
     cache.lengths, cache.states = cache.lengths + lengths, states
     return torch.cat(logits, dim=1)
@@ -162,7 +164,7 @@ class Seen:
     """Tokens [B, T] as all layers with one window see them.
 
     rope: their rotary tables. slots: [B, T], where their K and V go. mask: [B, T, filled], which slots they attend, or
-    None for a fresh chunk that the window does not cut: it attends itself, causally.
+    None for a fresh chunk of text that the window does not cut: it attends itself, causally.
     """
 
     rope: Rope
@@ -170,15 +172,19 @@ class Seen:
     mask: torch.Tensor | None
 
     @classmethod
-    def by_window(cls, module, cache: KVCache, positions, valid, ends, fresh: bool = False) -> dict[int | None, Seen]:
+    def by_window(
+        cls, module, cache: KVCache, positions, valid, ends, fresh: bool = False, reach=None
+    ) -> dict[int | None, Seen]:
         """One for each window that layers have.
 
         positions: [B, T] in the sequence. valid: [B, T], false for tokens that are kept nowhere. ends: [B] on the CPU,
-        the tokens that each row has when these are written. fresh: they are all that there is.
+        the tokens that each row has when these are written. fresh: they are all that there is. reach: [B, T], the last
+        position that each may attend; None: its own.
         """
         ropes, filled = module.rope(positions), max(2, int(ends.max()))  # torch compiles a size of 1 by itself: 2
         ends = ends.to(positions.device)[:, None]  # [B, 1]
         last = torch.minimum(positions, ends - 1)  # of tokens beyond the end, too, no softmax is empty
+        reach = last if reach is None else torch.minimum(reach, ends - 1)
         seen = {}
         for window, rope in ropes.items():
             ring = cache.slots(window)
@@ -187,7 +193,7 @@ class Seen:
             if not fresh or (window is not None and filled > window):
                 slot = torch.arange(min(filled, ring), device=positions.device)
                 held = ends - 1 - (ends - 1 - slot) % ring  # [B, filled], the latest position written to each slot
-                mask = (held >= 0)[:, None] & (held[:, None] <= last[..., None])
+                mask = (held >= 0)[:, None] & (held[:, None] <= reach[..., None])
                 if window is not None:
                     mask &= held[:, None] > last[..., None] - window
             seen[window] = cls(rope, slots, mask)
@@ -202,19 +208,24 @@ class Seen:
 class Layout:
     """Which token of a chunk is where. Laid out on the CPU, without waiting for the device, then moved there.
 
-    positions: [B, C], of each token in its sequence. valid: [B, C], false for padding.
+    index: [B, C], of each token in its prompt. positions: [B, C], in its sequence. valid: [B, C], false for padding.
+    images: what of the images is in the chunk, or None if it is all text. reach: [B, C], see Images, or None.
     ends: [B] on the CPU, the tokens of each row behind the chunk.
     fresh: the cache was empty, so the chunk attends itself alone; false for one token, laid out as in decode.
     seen_from: the first token of the chunk, in any row, that the prompt's last full-depth tokens could see if the
-        window were 1; what is this side of a window before it can be seen, too.
+        window were 1; what is this side of a window before it can be seen, too. 0 if full-depth tokens are in an image
+        that goes on behind them, which they see.
     rows: [B, W], which tokens are the full-depth rows f: W distinct ones, others as filling where a row has fewer.
-    rows_valid: [B, W], false for the filling. rows_positions: [B, W], as above.
+    rows_valid: [B, W], false for the filling. rows_positions, rows_reach: [B, W], as above.
     last: [B], each row's last token in the chunk. last_row: [B], that token among the rows f, -1 if it is not.
     holds_last: [B], false for a row that ended in an earlier chunk.
     """
 
     plan: PrunePlan
+    images: Images | None
+    index: torch.Tensor
     positions: torch.Tensor
+    reach: torch.Tensor | None
     valid: torch.Tensor
     ends: torch.Tensor
     fresh: bool
@@ -222,20 +233,27 @@ class Layout:
     rows: torch.Tensor
     rows_valid: torch.Tensor
     rows_positions: torch.Tensor
+    rows_reach: torch.Tensor | None
     last: torch.Tensor
     last_row: torch.Tensor
     holds_last: torch.Tensor
 
     @classmethod
     def of_chunk(
-        cls, cache: KVCache, lengths: torch.Tensor, plan: PrunePlan, begin: int, end: int, device, boundary: bool = True
+        cls, cache: KVCache, lengths, plan: PrunePlan, begin, end, device, images: Images | None = None, boundary=True
     ) -> Layout:
-        """The layout of tokens `begin` to `end` of prompts of `lengths` [B], to be appended to what the cache holds."""
+        """The layout of tokens `begin` to `end` [B] of prompts of `lengths` [B], to be appended to what the cache has.
+
+        A row without any is all padding.
+        """
         full_depth_last = plan.full_depth_last if boundary else 0
-        start, lengths = cache.lengths[:, None], lengths[:, None]  # [B, 1]
-        index = torch.arange(begin, end)  # [C] within the prompt
+        C = int((end - begin).max())
+        start, lengths, begin, end = (x[:, None] for x in (cache.lengths, lengths, begin, end))  # [B, 1]
+        index = begin + torch.arange(C)  # [B, C] within the prompt
         positions = start + index  # [B, C] within the sequence
-        valid = index < lengths
+        valid = index < end
+        images = None if images is None else images.of(index, valid)
+        reach = None if images is None else images.reach(positions)
         full_depth = (positions < plan.full_depth_first) | (index >= lengths - full_depth_last)
         if (full_depth | ~valid).all():
             plan = PrunePlan.none()  # nothing is left to prune
@@ -244,26 +262,33 @@ class Layout:
         count = full_depth.sum(1)  # [B]
         W = int(count.max()) if plan.layers else 0
         rows = (~full_depth).to(torch.uint8).argsort(dim=1, stable=True)[:, :W]  # the full-depth tokens first
-        last = (lengths[:, 0] - 1 - begin).clamp(max=end - begin - 1)  # negative: the row ended before
+        last = (end - begin)[:, 0] - 1  # negative: the row ended before
         holds_last = last >= 0
         last = last.clamp(min=0)
         last_full = full_depth.gather(1, last[:, None])[:, 0] & bool(W)
+        seen_from = int((lengths - begin)[end > begin].min()) - full_depth_last
+        if reach is not None and (valid & (positions < plan.full_depth_first) & (reach >= plan.full_depth_first)).any():
+            seen_from = 0
         tensors = {
+            "index": index.minimum(lengths - 1),
             "positions": positions,
+            "reach": reach,
             "valid": valid,
             "rows": rows,
             "rows_valid": full_depth.gather(1, rows),
             "rows_positions": positions.gather(1, rows),
+            "rows_reach": None if reach is None else reach.gather(1, rows),
             "last": last,
             "last_row": (count - 1).where(last_full, -1),
             "holds_last": holds_last,
         }
         return cls(
             plan=plan,
-            ends=(start + lengths.clamp(max=end))[:, 0],
-            fresh=begin == 0 and end > 1 and not start.any(),
-            seen_from=int(lengths.min()) - full_depth_last - begin,
-            **{name: tensor.to(device) for name, tensor in tensors.items()},
+            images=images,
+            ends=(start + end)[:, 0],
+            fresh=C > 1 and images is None and not positions[:, 0].any(),
+            seen_from=seen_from,
+            **{name: None if tensor is None else tensor.to(device) for name, tensor in tensors.items()},
         )
 
     def latest(self, h: torch.Tensor, before: torch.Tensor | None, f: torch.Tensor | None = None) -> torch.Tensor:
@@ -278,15 +303,32 @@ class Layout:
         return out if before is None else torch.where(self.holds_last[:, None], out, before)
 
 
+def _chunks(lengths: torch.Tensor, chunk_size: int, images: Images | None = None):
+    """Where chunks of prompts of `lengths` [B] begin and end, each [B], so that no image is cut.
+
+    As long as chunk_size and the images let them be; equal for a row that has ended.
+    """
+    begin = torch.zeros_like(lengths)
+    while (begin < lengths).any():
+        end = lengths.minimum(begin + chunk_size)
+        if images is not None:
+            end = end - images.offset(end)
+        yield begin, end
+        begin = end
+
+
 def _chunk(module, tokens, cache, states, at: Layout, stages: Stages):
-    """One chunk through all layers: tokens [B, C] -> h [B, C, D], final where at full depth, and the new states.
+    """One chunk of tokens [B, T] through all layers -> h [B, C, D], final where at full depth, and the new states.
 
     states: [L, B, D], see KVCache.
     """
-    h = module.embed(tokens)  # [B, C, D]
-    seen = Seen.by_window(module, cache, at.positions, at.valid, at.ends, at.fresh)
+    h = module.embed(tokens.gather(1, at.index))  # [B, C, D]
+    if at.images is not None:
+        h = at.images.place(h)
+    seen = Seen.by_window(module, cache, at.positions, at.valid, at.ends, at.fresh, at.reach)
     W = at.rows.shape[1]
-    rows_seen = Seen.by_window(module, cache, at.rows_positions, at.rows_valid, at.ends) if W else None
+    if W:
+        rows_seen = Seen.by_window(module, cache, at.rows_positions, at.rows_valid, at.ends, reach=at.rows_reach)
     new_states = []
     for pruned, run in at.plan.runs(len(module.layers)):
         if not pruned:

@@ -139,7 +139,8 @@ class Answer:
 class Run:
     """One generation: prompts of different lengths prefilled together, then decoded until the last row has ended.
 
-    model: a pop.Model. prompts: lists of token ids. The options are those of `Model.generate`.
+    model: a pop.Model. prompts: lists of token ids. images: a list for each prompt, or None. The options are those of
+    `Model.generate`.
     before: a cache of one row that all prompts go on from, or None. It is copied, not changed.
     lead: token ids between that and the prompts, run at full depth: a part of an earlier answer.
     cache: when the answers are there, what they were made with; the last token of a cut answer is not in it.
@@ -152,6 +153,7 @@ class Run:
         before: KVCache | None = None,
         lead: Sequence[int] = (),
         *,
+        images=None,
         max_new_tokens=256,
         temperature=0.0,
         top_k=None,
@@ -160,7 +162,7 @@ class Run:
         stop=None,
         plan=None,
     ):
-        self.model, self.prompts, self.plan = model, prompts, model.resolve(plan)
+        self.model, self.prompts, self.images, self.plan = model, prompts, images, model.resolve(plan)
         check_count("max_new_tokens", max_new_tokens)
         self.sampler = Sampler(len(prompts), temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
         stop = [stop] if isinstance(stop, str) else stop or []
@@ -190,7 +192,8 @@ class Run:
         if self.lead:
             model.prefill([self.lead] * len(self.prompts), cache, plan=PrunePlan.none())
         padded = [prompt + [0] * (self.longest - len(prompt)) for prompt in self.prompts]
-        logits = model.prefill(padded, cache, lengths=[len(prompt) for prompt in self.prompts], plan=self.plan)
+        lengths = [len(prompt) for prompt in self.prompts]
+        logits = model.prefill(padded, cache, lengths=lengths, images=self.images, plan=self.plan)
         # An embedding may be padded beyond the tokenizer's vocabulary: such ids have no text and are never picked.
         known = model.config.vocab_size if model.tokenizer is None else model.tokenizer.vocab_size
         rows = list(range(len(answers)))  # the answer that each row of the cache belongs to

@@ -95,7 +95,8 @@ class KVProjections:
 
 
 SAMPLES = 2**20  # of the values of each parameter, at most, that the fingerprint looks at
-UNREAD = {"dtype", "max_positions", "bos_id", "eos_ids"}  # of the config: they change no hidden state
+# Of the config: what changes no hidden state, or, of a vision tower, what its parameters tell.
+UNREAD = {"dtype", "max_positions", "bos_id", "eos_ids", "vision", "image_id", "boi_id", "eoi_id"}
 
 
 @torch.no_grad()

@@ -17,8 +17,9 @@ this page.
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 
-from pop.models.layers import causal_attention
+from pop.models.layers import Images, causal_attention
 from pop.plan import PrunePlan
 
 
@@ -30,14 +31,19 @@ def full_depth_tokens(prompt_length: int, num_tokens: int, plan: PrunePlan) -> t
 
 @torch.no_grad()
 def forward(
-    module, tokens: torch.Tensor, full_depth: torch.Tensor, plan: PrunePlan
+    module, tokens: torch.Tensor, full_depth: torch.Tensor, plan: PrunePlan, images: Images | None = None
 ) -> tuple[torch.Tensor, list[tuple[torch.Tensor, torch.Tensor]]]:
     """Run tokens [T] through `module`, those not in full_depth [T] bool without the layers of the plan.
 
+    images: of this one prompt; tokens behind it are text. An image's tokens attend each other, pruned or not.
     Returns logits [T, V] at every position (at a pruned one they mean nothing) and each layer's k, v [T, K, E].
     """
     h = module.embed(tokens[None])  # [1, T, D]
-    ropes = module.rope(torch.arange(len(tokens), device=tokens.device)[None])
+    positions, reach = torch.arange(len(tokens), device=tokens.device)[None], None  # [1, T]
+    if images is not None:
+        images = Images(images.features, F.pad(images.numbers, (0, len(tokens) - images.numbers.shape[1]), value=-1))
+        h, reach = images.place(h), images.reach(positions)
+    ropes = module.rope(positions)
     cache = []
     for index, layer in enumerate(module.layers):
         skips = (index in plan.layers) & ~full_depth.to(h.device)  # [T]
@@ -49,7 +55,7 @@ def forward(
             refit_k, refit_v = refit(layer, plan, index, entering, rope)
             k = torch.where(skips[:, None, None], refit_k, k)
             v = torch.where(skips[:, None, None], refit_v, v)
-        updated = layer.update(h, causal_attention(q, k, v, layer.scale, layer.window))
+        updated = layer.update(h, causal_attention(q, k, v, layer.scale, layer.window, reach))
         h = torch.where(skips[:, None], h, updated)
         cache.append((k[0], v[0]))
     return module.head(h[0]), cache
@@ -69,17 +75,17 @@ def refit(layer, plan: PrunePlan, index: int, h: torch.Tensor, rope) -> tuple[to
     return layer.placed(x @ weight[0].T + bias[0], x @ weight[1].T + bias[1], rope)
 
 
-def prefill(module, prompt: torch.Tensor, plan: PrunePlan) -> torch.Tensor:
+def prefill(module, prompt: torch.Tensor, plan: PrunePlan, images: Images | None = None) -> torch.Tensor:
     """prompt [T] -> logits [V] of its boundary token."""
-    logits, _ = forward(module, prompt, full_depth_tokens(len(prompt), len(prompt), plan), plan)
+    logits, _ = forward(module, prompt, full_depth_tokens(len(prompt), len(prompt), plan), plan, images)
     return logits[-1]
 
 
-def generate(module, prompt: torch.Tensor, plan: PrunePlan, count: int) -> list[int]:
+def generate(module, prompt: torch.Tensor, plan: PrunePlan, count: int, images: Images | None = None) -> list[int]:
     """The greedy continuation of prompt [T] by `count` tokens; every step runs everything again."""
     tokens = prompt
     for _ in range(count):
         full_depth = full_depth_tokens(len(prompt), len(tokens), plan)
-        logits, _ = forward(module, tokens, full_depth, plan)
+        logits, _ = forward(module, tokens, full_depth, plan, images)
         tokens = torch.cat((tokens, logits[-1].argmax()[None]))
     return tokens[len(prompt) :].tolist()

@@ -13,6 +13,7 @@ from test_method import batches, plans
 from tiny import random_model, tiny_config, tiny_gemma3_config
 
 import pop
+from pop import engine
 from pop.models import layers
 
 PROMPT = 40  # tokens, at most
@@ -105,6 +106,24 @@ def test_generate_compiles_nothing_for_any_prompt_or_setting(pair, nothing_compi
         prompts = [[drawn.randrange(60) for _ in range(drawn.choice([1, 2, 17, 33]))] for _ in range(rows)]
         answers = [model.generate(prompts, max_new_tokens=9, **settings) for model in (compiled, eager)]
         assert [answer.tokens for answer in answers[0]] == [answer.tokens for answer in answers[1]]
+
+
+@requires_compiler
+def test_images_need_no_new_graph(pair, nothing_compiles):
+    """A chunk with an image takes the graph of a filled cache, be it the first one."""
+    compiled, eager = pair
+    for rows, plan in ((1, pop.PrunePlan.none()), (2, pop.PrunePlan((1, 3))), (1, pop.PrunePlan((1, 3), 4))):
+        tokens, lengths = torch.arange(rows * 20).view(rows, 20), torch.full((rows,), 20)
+        numbers = torch.full((rows, 20), -1)
+        numbers[:, 3:9], numbers[-1, 12:18] = torch.arange(6), torch.arange(6, 12)
+        images = layers.Images(torch.randn(2, 6, 30, generator=torch.Generator().manual_seed(1)), numbers)
+        logits = []
+        for model in (compiled, eager):
+            cache, stages = model.new_cache(rows, 64), model._stages(rows, plan)
+            logits.append(engine.prefill(model.module, tokens, cache, lengths, plan, 16, stages, images))
+            logits.append(model.decode([5] * rows, cache))
+        for ours, expected in zip(logits[:2], logits[2:], strict=True):
+            assert (ours - expected).abs().max() < 1e-4 * expected.std()
 
 
 @requires_compiler

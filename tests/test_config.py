@@ -3,13 +3,14 @@
 import json
 import math
 from contextlib import suppress
+from dataclasses import replace
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pop.config import Gemma3Config, LlamaConfig, RopeConfig, read_config
+from pop.config import Gemma3Config, LlamaConfig, RopeConfig, SiglipConfig, read_config
 from pop.errors import ConfigError
 from pop.models import build
 from pop.registry import lookup
@@ -539,6 +540,90 @@ def test_gemma3_text_configs_of_the_multimodal_sizes(read, size, heads, scalar, 
     assert count(parameters(config)) + vision + projector == lookup(f"gemma3-{size}").parameters
 
 
+VISION = {
+    "hidden_size": 1152,
+    "image_size": 896,
+    "intermediate_size": 4304,
+    "model_type": "siglip_vision_model",
+    "num_attention_heads": 16,
+    "num_hidden_layers": 27,
+    "patch_size": 14,
+    "vision_use_head": False,
+}
+
+
+def gemma3_with_images(text: dict, **fields) -> dict:
+    """config.json of a multimodal size, as published."""
+    return {
+        "architectures": ["Gemma3ForConditionalGeneration"],
+        "boi_token_index": 255999,
+        "eoi_token_index": 256000,
+        "eos_token_id": [1, 106],
+        "image_token_index": 262144,
+        "initializer_range": 0.02,
+        "mm_tokens_per_image": 256,
+        "model_type": "gemma3",
+        "text_config": text,
+        "torch_dtype": "bfloat16",
+        "transformers_version": "4.50.0.dev0",
+        "vision_config": VISION,
+        **fields,
+    }
+
+
+@pytest.mark.parametrize("size", GEMMA3_TEXTS)
+def test_gemma3_with_images_as_published(read, size):
+    text = read(GEMMA3_TEXTS[size])
+    config = read(gemma3_with_images(GEMMA3_TEXTS[size]))
+    vision = SiglipConfig(1152, 4304, 27, 16, 896, 14, 1e-6, 256)
+    ids = {"image_id": 262144, "boi_id": 255999, "eoi_id": 256000, "eos_ids": (1, 106)}
+    assert config == replace(text, dtype=torch.bfloat16, vision=vision, **ids)
+    assert config.image_tokens == [255999] + [262144] * 256 + [256000]
+    shapes = parameters(config)
+    assert count(shapes) == lookup(f"gemma3-{size}").parameters
+    language = {f"language_model.{name}": shape for name, shape in parameters(text).items()}
+    assert language.items() <= shapes.items()
+    others = shapes.keys() - language.keys()  # tests/test_siglip.py has their names
+    assert {name.split(".")[0] for name in others} == {"vision_tower", "multi_modal_projector"}
+
+
+def test_gemma3_with_images_of_transformers_5_says_the_same(read):
+    """What it states twice, in the whole and in its parts; and with the ids by their newer names."""
+    old = gemma3_with_images(GEMMA3_TEXTS["4b"])
+    new = {name: value for name, value in old.items() if name != "torch_dtype"} | {"dtype": "bfloat16"}
+    text = {name: value for name, value in GEMMA3_TEXTS["4b"].items() if name != "rope_scaling"}
+    text |= {"dtype": "bfloat16", "eos_token_id": 1, "bos_token_id": 2, "_sliding_window_pattern": 6}
+    text["layer_types"] = [GLOBAL if n % 6 == 0 else LOCAL for n in range(1, 35)]
+    text["rope_parameters"] = {GLOBAL: {"rope_theta": 1e6, **EIGHTFOLD}, LOCAL: {"rope_theta": 1e4}}
+    new |= {"text_config": text, "tie_word_embeddings": True}
+    new["vision_config"] = VISION | {"dtype": "bfloat16", "layer_norm_eps": 1e-6, "num_channels": 3}
+    assert read(new) == read(old)
+    for name in ("image", "boi", "eoi"):
+        new[f"{name}_token_id"] = new.pop(f"{name}_token_index")
+    assert read(new) == read(old)
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"text_config": None}, "model_type is missing|hidden_size is missing"),
+        ({"vision_config": None}, "hidden_size is missing"),
+        ({"vision_config": 3}, "vision_config must be an object"),
+        ({"text_config": {**GEMMA3_TEXTS["4b"], "model_type": "gemma2"}}, "model_type must be 'gemma3_text'"),
+        ({"text_config": {**GEMMA3_TEXTS["4b"], "attention_chunk": 3}}, "attention_chunk = 3"),
+        ({"architectures": ["Gemma3ForCausalLM"]}, "architectures must be"),
+        ({"tie_word_embeddings": False}, "tie_word_embeddings .* False"),
+        ({"mm_tokens_per_image": 200}, r"mm_tokens_per_image \(200\)"),
+        ({"image_token_index": 262208}, r"image_id \(262208\) is outside of vocab_size 262208"),
+        ({"image_token_id": 7}, r"image_token_index \(262144\) and image_token_id \(7\) disagree"),
+        ({"audio_config": {}}, "audio_config"),
+    ],
+)
+def test_gemma3_with_images_refusals(read, change, named):
+    with pytest.raises(ConfigError, match=rf"config\.json.*({named})"):
+        read(gemma3_with_images(GEMMA3_TEXTS["4b"], **change))
+
+
 @pytest.mark.parametrize(("size", "published"), [("270m", GEMMA3_270M), ("1b", GEMMA3_1B)])
 def test_gemma3_text_models_have_the_published_parameters(read, size, published):
     assert count(parameters(read(published))) == lookup(f"gemma3-{size}").parameters
@@ -594,7 +679,6 @@ def test_every_field_reaches_the_gemma3_config(read):
 @pytest.mark.parametrize(
     ("change", "named"),
     [
-        ({"model_type": "gemma3"}, "vision tower .* not supported yet; take a text-only"),
         ({"architectures": ["Gemma3ForConditionalGeneration"]}, r"architectures .* \['Gemma3ForCond"),
         ({"hidden_activation": "gelu"}, "hidden_activation .* 'gelu'"),
         ({"hidden_act": "silu"}, "hidden_act = 'silu'"),

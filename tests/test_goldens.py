@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from tiny import write_weights
+from tiny_images import picture
 
 import pop
 from pop.config import read_config
@@ -35,19 +36,29 @@ CASES = (
     "gemma3/bfloat16",
     "gemma3/old",
     "gemma3/old-omissions",
+    "gemma3/images",
+    "gemma3/images-beyond-the-window",
+    "gemma3/old-images",
+    "gemma3/images-saved",
 )
 TOLERANCE = 1e-4  # of the standard deviation of the reference's logits
 
 
 class Golden:
-    """A case: its checkpoint folder, and per prompt the tokens, the greedy ones, and logits [T + 15, V]."""
+    """A case: its checkpoint folder, and per prompt the tokens, the greedy ones, logits [T + 15, V], the images."""
 
     def __init__(self, name: str, scratch: Path):
         self.folder = GOLDENS / name
         golden = json.loads((self.folder / "golden.json").read_text(encoding="utf-8"))
         self.arrays = np.load(self.folder / "logits.npz")
+        vision = read_config(self.folder).vision
         self.prompts = [
-            (prompt["tokens"], prompt["greedy"], self.arrays[f"logits_{i}"])
+            (
+                prompt["tokens"],
+                prompt["greedy"],
+                self.arrays[f"logits_{i}"],
+                [picture(vision.image_size, number) for number in range(prompt.get("images", 0))],
+            )
             for i, prompt in enumerate(golden["prompts"])
         ]
         if not list(self.folder.glob("*.safetensors")):
@@ -73,20 +84,27 @@ def error(logits: torch.Tensor, expected: np.ndarray) -> float:
 
 
 def test_logits_at_every_position(golden, model):
-    for tokens, greedy, expected in golden.prompts:
-        logits = model.logits(torch.tensor([tokens + greedy[:-1]]))
+    for tokens, greedy, expected, images in golden.prompts:
+        logits = model.logits(torch.tensor([tokens + greedy[:-1]]), images=images)
         assert error(logits[0], expected) < TOLERANCE
 
 
 def test_greedy_tokens(golden, model):
-    for tokens, greedy, _ in golden.prompts:
-        assert list(model.generate(tokens, max_new_tokens=len(greedy)).tokens) == greedy
+    for tokens, greedy, _, images in golden.prompts:
+        assert list(model.generate(tokens, images=images, max_new_tokens=len(greedy)).tokens) == greedy
+
+
+def test_greedy_tokens_of_a_batch(golden, model):
+    """Prompts of different lengths, with and without images."""
+    prompts, greedy, _, images = zip(*golden.prompts, strict=True)
+    batch = model.generate(list(prompts), images=list(images), max_new_tokens=len(greedy[0]))
+    assert [generation.tokens for generation in batch] == list(greedy)
 
 
 def test_prefill_then_decode(golden, model):
-    for tokens, greedy, expected in golden.prompts:
+    for tokens, greedy, expected, images in golden.prompts:
         cache = model.new_cache()
-        steps = [model.prefill(torch.tensor([tokens]), cache)]
+        steps = [model.prefill(torch.tensor([tokens]), cache, images=images)]
         steps += [model.decode(torch.tensor([token]), cache) for token in greedy[:-1]]
         assert error(torch.cat(steps), expected[len(tokens) - 1 :]) < TOLERANCE
 
@@ -99,7 +117,7 @@ def test_bfloat16_run(family, tmp_path):
     model = pop.load(golden.folder, prune=None)
     assert model.dtype == torch.bfloat16  # the checkpoint's own
     ours, reference = [], []
-    for i, (tokens, greedy, expected) in enumerate(golden.prompts):
+    for i, (tokens, greedy, expected, _) in enumerate(golden.prompts):
         logits = model.logits(torch.tensor([tokens + greedy[:-1]]))[0]
         ours.append(logits.numpy() - expected)
         reference.append(golden.arrays[f"stored_dtype_logits_{i}"] - expected)

@@ -16,7 +16,7 @@ from tiny import random_model, tiny_config, tiny_gemma3_config
 from pop import engine, reference
 from pop.cache import KVCache
 from pop.config import RopeConfig
-from pop.models.layers import masked_attention
+from pop.models.layers import Images, masked_attention
 from pop.plan import PrunePlan
 from pop.projections import KVProjections
 
@@ -439,6 +439,115 @@ def test_a_failed_call_adds_no_tokens():
     assert cache.lengths.tolist() == [3]
     expected, _ = prefill(module, torch.tensor([[1, 2, 3, 4]]), torch.tensor([4]), NONE)
     assert_close(engine.decode(module, torch.tensor([4]), cache), expected)
+
+
+# Images
+
+
+@st.composite
+def prompts_with_images(draw, vocab_size, width, side, max_rows=3):
+    """A ragged batch with images of side * side tokens anywhere: tokens [B, T], lengths [B], images."""
+    M, numbers = side * side, []
+    for _ in range(draw(st.integers(1, max_rows))):
+        row = [-1] * draw(st.integers(0, 6))
+        for _ in range(draw(st.integers(0, 3))):
+            row += [0] * M + [-1] * draw(st.integers(1, 6))
+        last = [0] * M if draw(st.booleans()) else [-1]
+        numbers.append(row + last)
+    lengths = torch.tensor([len(row) for row in numbers])
+    padded = [row + [-1] * (int(lengths.max()) + 1 - len(row)) for row in numbers]
+    is_image = torch.tensor(padded) == 0
+    numbers = (is_image.flatten().cumsum(0) - 1).view_as(is_image).where(is_image, -1)
+    random = torch.Generator().manual_seed(draw(st.integers(0, 10**6)))
+    features = torch.randn((int(is_image.sum()) // M, M, width), generator=random)
+    return torch.randint(vocab_size, is_image.shape, generator=random), lengths, Images(features, numbers)
+
+
+@st.composite
+def image_cases(draw):
+    """(module, plan, tokens, lengths, chunk size, images): a Gemma-3, chunks that hold an image, just or easily."""
+    side = draw(st.sampled_from([1, 2, 3]))
+    windows = st.sampled_from([draw(st.sampled_from([1, 2, 5, 9, 100])), None])
+    config = tiny_gemma3_config(windows=tuple(draw(st.lists(windows, min_size=1, max_size=5))))
+    module = random_model(config, seed=draw(st.integers(0, 9)))
+    tokens, lengths, images = draw(prompts_with_images(config.vocab_size, config.hidden_size, side))
+    chunk = side * side + draw(st.sampled_from([0, 1, 4, 1000]))
+    return module, draw(plans(config)), tokens, lengths, chunk, images
+
+
+def of_row(images, row, length):
+    return Images(images.features, images.numbers[row : row + 1, :length])
+
+
+@given(image_cases(), st.integers(0, 3))
+def test_images_are_the_references(case, steps):
+    """Prefill, cache and decode, for any plan, window, batch and chunking."""
+    module, plan, tokens, lengths, chunk, images = case
+    cache = new_cache(module, len(tokens), slots=128, chunk=chunk)
+    logits = [engine.prefill(module, tokens, cache, lengths, plan, chunk, images=images)]
+    answer = torch.randint(module.config.vocab_size, (len(tokens), steps), generator=torch.Generator().manual_seed(1))
+    logits = torch.stack(logits + [engine.decode(module, token, cache) for token in answer.T], dim=1)
+    for row, n in enumerate(lengths.tolist()):
+        whole = torch.cat((tokens[row, :n], answer[row]))
+        full_depth = reference.full_depth_tokens(n, len(whole), plan)
+        expected, kv = reference.forward(module, whole, full_depth, plan, of_row(images, row, n))
+        assert_close(logits[row], expected[n - 1 :])
+        assert_close(held(module, cache, row), seen(module, stacked(kv)))
+
+
+@given(image_cases())
+def test_images_by_the_empty_plan_are_the_plain_forward_pass(case):
+    module, _, tokens, lengths, chunk, images = case
+    cache = new_cache(module, len(tokens), slots=128, chunk=chunk)
+    logits = engine.prefill(module, tokens, cache, lengths, NONE, chunk, images=images)
+    assert_close(logits, module(tokens, images)[torch.arange(len(tokens)), lengths - 1].detach())
+
+
+@given(image_cases(), st.data())
+def test_a_second_turn_may_have_images(case, data):
+    """A text, and then the prompt: behind what is held, images see each other as they do in one prompt."""
+    module, plan, tokens, lengths, chunk, images = case
+    plan = dataclasses.replace(plan, full_depth_first=1)
+    first = torch.randint(module.config.vocab_size, (len(tokens), 9), generator=torch.Generator().manual_seed(3))
+    held_before = torch.tensor(data.draw(st.lists(st.integers(1, 9), min_size=len(tokens), max_size=len(tokens))))
+    cache = new_cache(module, len(tokens), slots=128, chunk=chunk)
+    engine.prefill(module, first, cache, held_before, NONE, chunk)
+    logits = engine.prefill(module, tokens, cache, lengths, plan, chunk, images=images)
+    for row, (n, m) in enumerate(zip(held_before.tolist(), lengths.tolist(), strict=True)):
+        whole = torch.cat((first[row, :n], tokens[row, :m]))
+        position = torch.arange(n + m)
+        full_depth = (position < n) | (position >= n + m - plan.full_depth_last)
+        numbers = F.pad(images.numbers[row : row + 1, :m], (n, 0), value=-1)
+        expected, kv = reference.forward(module, whole, full_depth, plan, Images(images.features, numbers))
+        assert_close(logits[row], expected[-1])
+        assert_close(held(module, cache, row), seen(module, stacked(kv)))
+
+
+def test_an_image_is_never_cut():
+    """In each row for itself: no common border would do here."""
+    numbers = torch.tensor([[-1, 0, 1, 2, 3, -1, -1, -1, -1], [-1, -1, -1, 4, 5, 6, 7, -1, -1]])
+    lengths, images = torch.tensor([9, 8]), Images(torch.zeros(2, 4, 5), numbers)
+    chunks = [(begin.tolist(), end.tolist()) for begin, end in engine._chunks(lengths, 4, images)]
+    assert chunks == [([0, 0], [1, 3]), ([1, 3], [5, 7]), ([5, 7], [9, 8])]
+    text = [(begin.tolist(), end.tolist()) for begin, end in engine._chunks(lengths, 4)]
+    assert text == [([0, 0], [4, 4]), ([4, 4], [8, 8]), ([8, 8], [9, 8])]
+
+
+def test_text_prompts_keep_to_causal_attention_without_a_mask(monkeypatch):
+    """And so do the chunks before an image: the fast path is only left where it must be."""
+    module, masked = random_model(tiny_gemma3_config(windows=(None,)), seed=3), []
+
+    def watched(layer, h, rope, slots, keys, values, mask):
+        masked.append(mask is not None)
+        return engine.full_layer(layer, h, rope, slots, keys, values, mask)
+
+    stages = engine.Stages(full_layer=watched)
+    tokens, lengths = torch.arange(8)[None], torch.tensor([8])
+    for numbers, expected in (([-1] * 8, [False]), ([-1, -1, 0, 1, 2, 3, -1, -1], [True])):
+        images = Images(torch.zeros(1, 4, 30), torch.tensor([numbers]))
+        engine.prefill(module, tokens, new_cache(module, 1), lengths, NONE, 1000, stages, images)
+        assert masked == expected
+        masked.clear()
 
 
 @given(cases())

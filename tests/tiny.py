@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
-from pop.config import Config, Gemma3Config, LlamaConfig, RopeConfig
+from pop.config import Config, Gemma3Config, LlamaConfig, RopeConfig, SiglipConfig
 from pop.models import build
 
 # Awkward on purpose: the head width is not width / heads, the layer count is odd, 6 query heads share 2.
@@ -64,8 +64,21 @@ def tiny_gemma3_config(**overrides) -> Gemma3Config:
     return Gemma3Config(**{**GEMMA3_SIZES, **overrides})
 
 
+# With images of four tokens: 4 x 4 patches, averaged by fours.
+EYES = {
+    "vision": SiglipConfig(24, 36, 2, 3, image_size=28, patch_size=7, norm_eps=1e-6, tokens_per_image=4),
+    "image_id": 66,
+    "boi_id": 64,
+    "eoi_id": 65,
+}
+
+
+def tiny_gemma3_vl_config(**overrides) -> Gemma3Config:
+    return tiny_gemma3_config(**{**EYES, **overrides})
+
+
 def random_weights(shapes: dict[str, tuple[int, ...]], seed: int, family: str = "llama") -> dict[str, torch.Tensor]:
-    """Float32 weights for the named shapes, filled in the order of the names.
+    """Float32 weights for the named shapes, filled in the order of the names, which are the published ones.
 
     Matrices have variance 1 / columns, so that every layer changes the residual stream and logits are lively;
     norms scatter around doing nothing (weight one, or for Gemma, which adds one, zero) and biases around zero, so that
@@ -78,10 +91,11 @@ def random_weights(shapes: dict[str, tuple[int, ...]], seed: int, family: str = 
         values = random.standard_normal(shape)
         if len(shape) == 2:
             values /= np.sqrt(shape[1])
-        elif name == "model.norm.weight" and family == "gemma3":
+        elif name.endswith("model.norm.weight") and family == "gemma3":
             values -= 1  # 1 + weight has either sign: else, as the head is the embedding, each token predicts itself
         elif name.endswith(("norm.weight", "norm1.weight", "norm2.weight")):
-            values = (family != "gemma3") + 0.1 * values
+            adds_one = family == "gemma3" and not name.startswith("vision_tower.")
+            values = (not adds_one) + 0.1 * values
         else:
             values *= 0.1
         weights[name] = torch.from_numpy(values.astype(np.float32))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import torch
 from PIL import Image
 
 # Of the golden images: mode, width, height. Taller, wider, smaller and larger than what they are resized to.
@@ -47,3 +48,13 @@ def image(name: str) -> Image.Image:
     if name == "palette-transparent":  # an alpha for each of its colours
         picture.info["transparency"] = bytes(np.random.RandomState(6).randint(0, 256, 256).tolist())
     return picture
+
+
+def picture(size: int, seed: int) -> np.ndarray:
+    """[size, size, 3] uint8: an image that needs no resizing."""
+    return random_bytes(size, size, 3, seed)
+
+
+def pixels_of(image: np.ndarray) -> torch.Tensor:
+    """[H, W, 3] uint8 -> what the vision tower reads, [3, H, W] float32."""
+    return (torch.from_numpy(image).permute(2, 0, 1).float() - 127.5) / 127.5

@@ -40,6 +40,9 @@ GOLDENS = ROOT / "tests" / "goldens"
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 from tiny import random_weights  # noqa: E402
+from tiny_images import picture, pixels_of  # noqa: E402
+
+from pop.checkpoint import published_name  # noqa: E402
 
 MADE_WITH = f"transformers {transformers.__version__} on torch {torch.__version__}, CPU, eager attention"
 GREEDY_TOKENS = 16
@@ -52,9 +55,10 @@ MIN_MARGIN = 1e-3  # of a greedy token over the runner-up, in standard deviation
 @dataclass
 class Case:
     config: dict  # config.json; the weights are random in float32, then rounded to its dtype
-    prompt_lengths: tuple[int, ...]
+    prompt_lengths: tuple  # of texts; or, of texts with IMAGEs among them, a tuple
     verbatim: bool = False  # config.json is kept as it stands here, not as the reference saves it again
     shard_size: str | None = None  # keep the weights too, in files of at most this size
+    distinct: int = GREEDY_TOKENS // 2  # so many different greedy tokens has each prompt, at least
 
 
 def config(vocab, width, mlp, layers, heads, kv_heads, head_width, rope=None, **fields) -> dict:
@@ -78,6 +82,34 @@ def config(vocab, width, mlp, layers, heads, kv_heads, head_width, rope=None, **
 
 
 LOCAL, GLOBAL = "sliding_attention", "full_attention"
+IMAGE = "image"
+# Images at each place that they can have in a prompt, alone and two of them.
+LAYOUTS = (13, (7, IMAGE, 6), (4, IMAGE, 5, IMAGE, 3), (IMAGE, 9), (8, IMAGE), (IMAGE, 1, IMAGE))
+
+
+def with_images(text: dict, image_size: int, patch: int, tokens: int, **fields) -> dict:
+    """The config of a whole Gemma-3. Its last three tokens are those of images."""
+    vocab = text["vocab_size"]
+    return {
+        "architectures": ["Gemma3ForConditionalGeneration"],
+        "model_type": "gemma3",
+        "text_config": {name: value for name, value in text.items() if name != "architectures"},
+        "vision_config": {
+            "hidden_size": 24,
+            "image_size": image_size,
+            "intermediate_size": 36,
+            "model_type": "siglip_vision_model",
+            "num_attention_heads": 3,
+            "num_hidden_layers": 2,
+            "patch_size": patch,
+            "vision_use_head": False,
+        },
+        "mm_tokens_per_image": tokens,
+        "boi_token_index": vocab - 3,
+        "eoi_token_index": vocab - 2,
+        "image_token_index": vocab - 1,
+        **fields,
+    }
 
 
 def gemma3_config(vocab, width, mlp, layers, heads, kv_heads, head_width, **fields) -> dict:
@@ -285,6 +317,55 @@ CASES = {
         (45,),
         verbatim=True,
     ),
+    # With a vision tower. The window holds an image and more ...
+    "gemma3/images": Case(
+        with_images(
+            gemma3_config(
+                *(67, 30, 44, 4, 6, 2, 10),
+                sliding_window=11,
+                layer_types=[LOCAL, LOCAL, GLOBAL, LOCAL],
+                rope_parameters=gemma3_ropes(factor=8.0),
+            ),
+            *(28, 7, 4),
+        ),
+        LAYOUTS,
+        distinct=4,
+    ),
+    # ... or is shorter than one ...
+    "gemma3/images-beyond-the-window": Case(
+        with_images(
+            gemma3_config(67, 24, 40, 3, 4, 1, 8, sliding_window=3, layer_types=[LOCAL, GLOBAL, LOCAL]), *(24, 4, 9)
+        ),
+        LAYOUTS,
+        distinct=4,
+    ),
+    # ... in the form that Gemma-3-4B was published in ...
+    "gemma3/old-images": Case(
+        with_images(
+            {
+                "hidden_size": 24,
+                "intermediate_size": 36,
+                "model_type": "gemma3_text",
+                "num_hidden_layers": 7,
+                "rope_scaling": {"factor": 8.0, "rope_type": "linear"},
+                "sliding_window": 6,
+                "vocab_size": 61,
+            },
+            *(28, 7, 4),
+            eos_token_id=[1, 50],
+            initializer_range=0.02,
+            torch_dtype="float32",
+            transformers_version="4.50.0.dev0",
+        ),
+        ((5, IMAGE, 4, IMAGE, 6),),
+        verbatim=True,
+    ),
+    # ... and as the reference saves it.
+    "gemma3/images-saved": Case(
+        with_images(gemma3_config(41, 16, 24, 2, 2, 1, 6, sliding_window=5, layer_types=[LOCAL, GLOBAL]), *(12, 4, 1)),
+        ((3, IMAGE, 2), (2, IMAGE)),
+        shard_size="1GB",
+    ),
 }
 
 
@@ -292,8 +373,10 @@ def make_tiny(name: str, case: Case) -> None:
     for seed in range(100):
         model = random_reference(case, seed)
         golden, arrays = run_prompts(model, case, seed)
-        ended = any(model.config.eos_token_id in prompt["greedy"] for prompt in golden["prompts"])
-        varied = golden["fewest_distinct"] >= GREEDY_TOKENS // 2
+        ends = getattr(model.config, "eos_token_id", None) or model.config.get_text_config().eos_token_id
+        ends = {*(ends if isinstance(ends, list) else [ends]), *image_ids(model.config)[-1:]}
+        ended = any(ends.intersection(prompt["greedy"]) for prompt in golden["prompts"])
+        varied = golden["fewest_distinct"] >= case.distinct
         if golden["smallest_margin"] >= MIN_MARGIN and varied and not ended:
             break
     else:
@@ -328,14 +411,13 @@ def random_reference(case: Case, seed: int) -> torch.nn.Module:
     with tempfile.TemporaryDirectory() as folder:
         write_json(Path(folder) / "config.json", case.config)
         parsed = transformers.AutoConfig.from_pretrained(folder)
-    model = transformers.AutoModelForCausalLM.from_config(
-        parsed, dtype=torch.float32, attn_implementation="eager"
-    ).eval()
-    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    auto = transformers.AutoModelForImageTextToText if image_ids(parsed) else transformers.AutoModelForCausalLM
+    model = auto.from_config(parsed, dtype=torch.float32, attn_implementation="eager").eval()
+    shapes = {published_name(name): tuple(parameter.shape) for name, parameter in model.named_parameters()}
     weights = random_weights(shapes, seed, case.config["model_type"].removesuffix("_text"))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            parameter.copy_(weights[name].to(stored_dtype(case)))
+            parameter.copy_(weights[published_name(name)].to(stored_dtype(case)))
     return model
 
 
@@ -344,13 +426,43 @@ def load_reference(folder: Path, dtype: torch.dtype) -> torch.nn.Module:
     return load(folder, dtype=dtype, attn_implementation="eager").eval()
 
 
+def image_ids(config) -> list[int]:
+    """The tokens of an image, in front of it and behind it, if the model takes images; the last is its own."""
+    if not hasattr(config, "vision_config"):
+        return []
+    return [config.boi_token_index, config.eoi_token_index, config.image_token_index]
+
+
+def random_prompt(config, layout, random) -> tuple[list[int], int]:
+    """Its tokens, and how many images it has."""
+    vocab = config.get_text_config().vocab_size - len(image_ids(config))
+    tokens, images = [], 0
+    for part in layout if isinstance(layout, tuple) else (layout,):
+        if part == IMAGE:
+            boi, eoi, image = image_ids(config)
+            tokens += [boi, *[image] * config.mm_tokens_per_image, eoi]
+            images += 1
+        else:
+            tokens += random.randint(0, vocab, part).tolist()
+    return tokens, images
+
+
+def image_inputs(config, tokens: list[int], images: int) -> dict:
+    """What the reference takes beside the tokens of a prompt with images."""
+    if not images:
+        return {}
+    size = config.vision_config.image_size
+    pixels = torch.stack([pixels_of(picture(size, number)) for number in range(images)])
+    return {"pixel_values": pixels, "token_type_ids": (torch.tensor([tokens]) == config.image_token_index).long()}
+
+
 def run_prompts(model: torch.nn.Module, case: Case, seed: int) -> tuple[dict, dict]:
     random = np.random.RandomState(seed)
     prompts, arrays, margins = [], {}, []
-    for i, length in enumerate(case.prompt_lengths):
-        tokens = random.randint(0, model.config.vocab_size, length).tolist()
-        greedy, arrays[f"logits_{i}"], lead = greedy_run(model, tokens, GREEDY_TOKENS)
-        prompts.append({"tokens": tokens, "greedy": greedy})
+    for i, layout in enumerate(case.prompt_lengths):
+        tokens, images = random_prompt(model.config, layout, random)
+        greedy, arrays[f"logits_{i}"], lead = greedy_run(model, tokens, GREEDY_TOKENS, images=images)
+        prompts.append({"tokens": tokens, "greedy": greedy} | ({"images": images} if images else {}))
         margins.append(lead.min())
     golden = {
         "made_with": MADE_WITH,
@@ -364,7 +476,7 @@ def run_prompts(model: torch.nn.Module, case: Case, seed: int) -> tuple[dict, di
 
 @torch.no_grad()
 def greedy_run(
-    model, tokens: list[int], count: int, *, answer_alone: bool = False
+    model, tokens: list[int], count: int, *, answer_alone: bool = False, images: int = 0
 ) -> tuple[list[int], np.ndarray, np.ndarray]:
     """`count` greedy tokens by the reference's own generate, the logits [T + count - 1, V] of the prompt and
     of all but the last of them, and each one's lead over the runner-up, in standard deviations.
@@ -378,9 +490,11 @@ def greedy_run(
         max_new_tokens=count,
         eos_token_id=None,
         pad_token_id=0,
+        suppress_tokens=image_ids(model.config)[-1:] or None,  # it would want an image: a seed to leave
+        **image_inputs(model.config, tokens, images),
     )
     greedy = output[0, len(tokens) :].tolist()
-    logits = all_logits(model, tokens + greedy[:-1], count if answer_alone else 0)
+    logits = all_logits(model, tokens + greedy[:-1], count if answer_alone else 0, images)
     chosen = logits[-count:]
     top = np.sort(chosen, axis=-1)
     lead = (top[:, -1] - top[:, -2]) / logits.std()
@@ -390,9 +504,10 @@ def greedy_run(
 
 
 @torch.no_grad()
-def all_logits(model, tokens: list[int], last: int = 0) -> np.ndarray:
+def all_logits(model, tokens: list[int], last: int = 0, images: int = 0) -> np.ndarray:
     """Logits at the last so many tokens, or at all of them."""
-    return model(torch.tensor([tokens]), use_cache=False, logits_to_keep=last).logits[0].float().numpy()
+    options = image_inputs(model.config, tokens, images)
+    return model(torch.tensor([tokens]), use_cache=False, logits_to_keep=last, **options).logits[0].float().numpy()
 
 
 # ---------------------------------------------------------------------------------------- the real model

@@ -2,10 +2,10 @@
 
 from torch import nn
 
-from pop.models.gemma3 import Gemma3
+from pop.models import gemma3
 from pop.models.llama import Llama
 
-FAMILIES = {"llama": Llama, "gemma3": Gemma3}
+FAMILIES = {"llama": Llama, "gemma3": gemma3.build}
 
 
 def build(config) -> nn.Module:

@@ -1,4 +1,4 @@
-"""The Gemma-3 family: the language model, from 270M to 27B.
+"""The Gemma-3 family, from 270M to 27B: the language model, and with it, from 4B on, a vision tower (siglip.py).
 
 What differs from Llama (pop/models/llama.py, whose three moves of a layer are the same here):
 
@@ -7,6 +7,7 @@ What differs from Llama (pop/models/llama.py, whose three moves of a layer are t
 - a branch's output is normalised, too, before it is added: a layer has four norms. Norms multiply by 1 + weight.
 - queries and keys are normalised, head by head, before they are rotated.
 - embeddings are multiplied by sqrt(D), and serve as the output head as well.
+- an image is M tokens, whose embeddings are the vision tower's. They attend each other in both directions.
 
 Attribute names are the checkpoint's names. Shape letters: see layers.py.
 """
@@ -19,7 +20,18 @@ from torch import nn
 
 from pop.config import Gemma3Config
 from pop.models import layers
-from pop.models.layers import Linear, Rope, Ropes, causal_attention, linear, rope_frequencies, rope_tables, rotate
+from pop.models.layers import (
+    Images,
+    Linear,
+    Rope,
+    Ropes,
+    causal_attention,
+    linear,
+    rope_frequencies,
+    rope_tables,
+    rotate,
+)
+from pop.models.siglip import Projector, VisionTower
 
 
 class RMSNorm(layers.RMSNorm):
@@ -161,11 +173,49 @@ class Gemma3(nn.Module):
         """h [..., D] -> logits [..., V] float32."""
         return linear(self.model.norm(h), self.model.embed_tokens.weight).float()
 
-    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+    def forward(self, tokens: torch.Tensor, images: Images | None = None) -> torch.Tensor:
         """tokens [B, T] int -> logits [B, T, V] float32 at every position."""
-        h = self.embed(tokens)
-        ropes = self.rope(torch.arange(tokens.shape[1], device=tokens.device)[None])
+        h, positions, reach = self.embed(tokens), torch.arange(tokens.shape[1], device=tokens.device)[None], None
+        if images is not None:
+            h, reach = images.place(h), images.reach(positions)  # [B, T, D] and [B, T]
+        ropes = self.rope(positions)
         for layer in self.layers:
             q, k, v = layer.queries_keys_values(h, ropes[layer.window])
-            h = layer.update(h, causal_attention(q, k, v, layer.scale, layer.window))
+            h = layer.update(h, causal_attention(q, k, v, layer.scale, layer.window, reach))
         return self.head(h)
+
+
+class Gemma3WithImages(nn.Module):
+    """The language model, the vision tower, and what brings them together."""
+
+    def __init__(self, config: Gemma3Config):
+        super().__init__()
+        self.config = config
+        self.vision_tower = VisionTower(config.vision)
+        self.multi_modal_projector = Projector(config.vision, config.hidden_size)
+        self.language_model = Gemma3(config)
+
+    @property
+    def layers(self) -> nn.ModuleList:
+        return self.language_model.layers
+
+    def embed(self, tokens: torch.Tensor) -> torch.Tensor:
+        return self.language_model.embed(tokens)
+
+    def rope(self, positions: torch.Tensor) -> Ropes:
+        return self.language_model.rope(positions)
+
+    def head(self, h: torch.Tensor) -> torch.Tensor:
+        return self.language_model.head(h)
+
+    def image_features(self, pixels: torch.Tensor) -> torch.Tensor:
+        """pixels [N, 3, S, S] from -1 to 1, in the weights' dtype -> what the language model reads, [N, M, D]."""
+        return self.multi_modal_projector(self.vision_tower(pixels))
+
+    def forward(self, tokens: torch.Tensor, images: Images | None = None) -> torch.Tensor:
+        """tokens [B, T] int -> logits [B, T, V] float32 at every position."""
+        return self.language_model(tokens, images)
+
+
+def build(config: Gemma3Config) -> nn.Module:
+    return Gemma3(config) if config.vision is None else Gemma3WithImages(config)

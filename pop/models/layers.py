@@ -10,6 +10,7 @@ Shape letters, here and in the rest of `pop`:
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -112,26 +113,66 @@ def rotate(x: torch.Tensor, rope: Rope) -> torch.Tensor:
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
 
 
-def visible(positions: torch.Tensor, filled: int, window: int | None) -> torch.Tensor:
+@dataclass(frozen=True)
+class Images:
+    """Images of a batch of prompts: N of them, each M tokens side by side, that attend each other in both directions.
+
+    features: [N, M, D], what these tokens have for embeddings.
+    numbers: [B, T] int64 on the CPU, which of the N * M features each token of the prompts has; -1: it is text.
+    """
+
+    features: torch.Tensor
+    numbers: torch.Tensor
+
+    def place(self, h: torch.Tensor) -> torch.Tensor:
+        """Embeddings h [B, T, D] -> with the features in their places."""
+        numbers = self.numbers.to(h.device)
+        return torch.where((numbers >= 0)[..., None], self.features.flatten(0, 1)[numbers.clamp(min=0)], h)
+
+    def reach(self, positions: torch.Tensor) -> torch.Tensor:
+        """The tokens' positions [B, T] -> the last position that each may attend: its own, or its image's last."""
+        numbers, M = self.numbers.to(positions.device), self.features.shape[1]
+        return positions + (M - 1 - numbers % M).where(numbers >= 0, 0)
+
+    def offset(self, index: torch.Tensor) -> torch.Tensor:
+        """index [B], of a token in each row -> how many tokens of its image are before it; 0: it is text, or none."""
+        numbers = F.pad(self.numbers, (0, 1), value=-1).gather(1, index[:, None])[:, 0]  # [B]
+        return (numbers % self.features.shape[1]).where(numbers >= 0, 0)
+
+    def of(self, index: torch.Tensor, valid: torch.Tensor) -> Images | None:
+        """What is of images among some tokens, index [B, C] in their rows, valid [B, C]; None: they are all text."""
+        numbers = self.numbers.gather(1, index.clamp(max=self.numbers.shape[1] - 1)).where(valid, -1)
+        return Images(self.features, numbers) if (numbers >= 0).any() else None
+
+
+def visible(
+    positions: torch.Tensor, filled: int, window: int | None, reach: torch.Tensor | None = None
+) -> torch.Tensor:
     """Which of the positions 0 to filled - 1 tokens at `positions` [B, T] attend: [B, T, filled] bool.
 
-    A token attends itself and all before it, or, with a window, the window - 1 tokens before it.
+    A token attends itself and all before it, or, with a window, the window - 1 tokens before it. reach: [B, T], up to
+    which position instead of its own, see Images.
     """
     attended, positions = torch.arange(filled, device=positions.device), positions[..., None]
-    mask = attended <= positions  # [B, T, filled]
+    mask = attended <= (positions if reach is None else reach[..., None])  # [B, T, filled]
     return mask if window is None else mask & (attended > positions - window)
 
 
 def causal_attention(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, window: int | None
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    scale: float,
+    window: int | None,
+    reach: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Each token attends itself and what its layer's window shows of what is before it.
+    """Each token attends itself and what its layer's window shows of what is before it, and what `reach` adds.
 
-    q [B, T, H, E], k and v [B, T, K, E] -> [B, T, H * E].
+    q [B, T, H, E], k and v [B, T, K, E] -> [B, T, H * E]. reach: as in `visible`.
     """
     T = q.shape[1]
-    if window is not None and window < T:
-        mask = visible(torch.arange(T, device=q.device)[None], T, window)  # [1, T, T]
+    if reach is not None or (window is not None and window < T):
+        mask = visible(torch.arange(T, device=q.device)[None], T, window, reach)  # [1, T, T], or [B, T, T]
         return masked_attention(q, k, v, mask, scale)
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # heads before tokens
     out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True)
