@@ -148,7 +148,38 @@ class SiglipConfig:
         return math.isqrt(self.tokens_per_image)
 
 
-Config = LlamaConfig | Gemma3Config
+@dataclass(frozen=True)
+class Qwen3Config:
+    """A dense decoder of the Qwen3 architecture; `max_positions` is its trained context in tokens."""
+
+    family: ClassVar[str] = "qwen3"
+    overflows_float16: ClassVar[bool] = False
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int = 128
+    max_positions: int = 32_768
+    norm_eps: float = 1e-6
+    rope: RopeConfig = RopeConfig()
+    tie_embeddings: bool = False
+    dtype: torch.dtype = torch.float32  # of the checkpoint's files; the model may be loaded in another
+    bos_id: int | None = None
+    eos_ids: tuple[int, ...] = ()
+
+    def __post_init__(self):
+        _check(self)
+
+    @property
+    def windows(self) -> tuple[None, ...]:
+        """What a token of each layer attends, as in Gemma3Config: here everything before it."""
+        return (None,) * self.num_layers
+
+
+Config = LlamaConfig | Gemma3Config | Qwen3Config
 
 
 def _check(config: Config) -> None:
@@ -200,6 +231,8 @@ DECODER = {"is_encoder_decoder": False, "add_cross_attention": False, "is_causal
 LLAMA = {"architectures": ["LlamaForCausalLM"], "hidden_act": "silu", "pretraining_tp": 1, "rope_interleaved": False}
 GEMMA3 = {"architectures": ["Gemma3ForCausalLM"], "hidden_activation": "gelu_pytorch_tanh", "attention_bias": False,
           "tie_word_embeddings": True, "use_bidirectional_attention": False}  # fmt: skip
+QWEN3 = {"architectures": ["Qwen3ForCausalLM"], "hidden_act": "silu", "attention_bias": False,
+         "use_sliding_window": False}  # fmt: skip
 LOCAL, GLOBAL = "sliding_attention", "full_attention"  # Gemma's layer types
 # Fields that leave the forward pass alone: training, bookkeeping, generation defaults of old configs.
 HARMLESS = """
@@ -240,7 +273,7 @@ def _read_llama(fields: Fields) -> LlamaConfig:
         head_dim=head_dim or hidden_size // num_heads,
         max_positions=fields.integer("max_position_embeddings", LlamaConfig.max_positions),
         norm_eps=fields.number("rms_norm_eps", LlamaConfig.norm_eps),
-        rope=_read_llama_rope(fields),
+        rope=_read_single_rope(fields),
         tie_embeddings=fields.boolean("tie_word_embeddings"),
         attention_bias=fields.boolean("attention_bias"),
         mlp_bias=fields.boolean("mlp_bias"),
@@ -310,6 +343,31 @@ def _read_gemma3_ropes(fields: Fields) -> tuple[RopeConfig, RopeConfig]:
     )
 
 
+def _read_qwen3(fields: Fields) -> Qwen3Config:
+    for name, only in (DECODER | QWEN3).items():
+        fields.fixed(name, only)
+    for name in ("sliding_window", "max_window_layers"):  # of windows that use_sliding_window has switched off
+        fields.integer(name, None, least=0)
+    num_layers = fields.integer("num_hidden_layers", most=2**12)
+    fields.fixed("layer_types", [GLOBAL] * num_layers)
+    return Qwen3Config(
+        vocab_size=fields.integer("vocab_size"),
+        hidden_size=fields.integer("hidden_size"),
+        intermediate_size=fields.integer("intermediate_size"),
+        num_layers=num_layers,
+        num_heads=fields.integer("num_attention_heads", most=2**12),
+        num_kv_heads=fields.integer("num_key_value_heads"),
+        head_dim=fields.integer("head_dim", Qwen3Config.head_dim, most=2**12),
+        max_positions=fields.integer("max_position_embeddings", Qwen3Config.max_positions),
+        norm_eps=fields.number("rms_norm_eps", Qwen3Config.norm_eps),
+        rope=_read_single_rope(fields),
+        tie_embeddings=fields.boolean("tie_word_embeddings"),
+        dtype=_read_dtype(fields),
+        bos_id=fields.integer("bos_token_id", None, least=0),
+        eos_ids=_read_ends(fields),
+    )
+
+
 # As FIXED: the images' channels and the activation. The tower's own pooling head is not part of Gemma-3.
 SIGLIP_FIXED = {"model_type": "siglip_vision_model", "hidden_act": "gelu_pytorch_tanh", "num_channels": 3,
                 "vision_use_head": False, "is_encoder_decoder": False, "add_cross_attention": False}  # fmt: skip
@@ -335,7 +393,7 @@ def read_siglip(fields: Fields, tokens_per_image: int) -> SiglipConfig:
     return config
 
 
-def _read_llama_rope(fields: Fields) -> RopeConfig:
+def _read_single_rope(fields: Fields) -> RopeConfig:
     """From rope_parameters (transformers 5) or rope_theta and rope_scaling (4), which must agree."""
     fields.fixed("partial_rotary_factor", 1.0)
     sources = [_take_object(fields, name) for name in ("rope_parameters", "rope_scaling")]
@@ -386,6 +444,7 @@ READERS: dict[str, Callable[[Fields], Config]] = {  # by config.json's model_typ
     "llama": _read_llama,
     "gemma3_text": _read_gemma3_text,
     "gemma3": _refuse_gemma3,
+    "qwen3": _read_qwen3,
 }
 
 

@@ -53,6 +53,12 @@ MODELS = {
         *_gemma3("4b", 4_300_079_472),
         *_gemma3("12b", 12_187_325_040),
         *_gemma3("27b", 27_432_406_640),
+        Entry("qwen3-0.6b", "qwen3", 596_049_920, "Qwen/Qwen3-0.6B"),
+        Entry("qwen3-1.7b", "qwen3", 1_720_574_976, "Qwen/Qwen3-1.7B"),
+        Entry("qwen3-4b", "qwen3", 4_022_468_096, "Qwen/Qwen3-4B"),
+        Entry("qwen3-8b", "qwen3", 8_190_735_360, "Qwen/Qwen3-8B"),
+        Entry("qwen3-14b", "qwen3", 14_768_307_200, "Qwen/Qwen3-14B"),
+        Entry("qwen3-32b", "qwen3", 32_762_123_264, "Qwen/Qwen3-32B"),
     ]
 }
 

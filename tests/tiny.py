@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
-from pop.config import Config, Gemma3Config, LlamaConfig, RopeConfig
+from pop.config import Config, Gemma3Config, LlamaConfig, Qwen3Config, RopeConfig
 from pop.models import build
 
 # Awkward on purpose: the head width is not width / heads, the layer count is odd, 6 query heads share 2.
@@ -64,6 +64,14 @@ def tiny_gemma3_config(**overrides) -> Gemma3Config:
     return Gemma3Config(**{**GEMMA3_SIZES, **overrides})
 
 
+# The Llama's sizes: the families differ by the norms of queries and keys alone.
+QWEN3_SIZES = {name: value for name, value in SIZES.items() if not name.endswith("_bias")}
+
+
+def tiny_qwen3_config(**overrides) -> Qwen3Config:
+    return Qwen3Config(**{**QWEN3_SIZES, **overrides})
+
+
 def random_weights(shapes: dict[str, tuple[int, ...]], seed: int, family: str = "llama") -> dict[str, torch.Tensor]:
     """Float32 weights for the named shapes, filled in the order of the names.
 
@@ -89,7 +97,7 @@ def random_weights(shapes: dict[str, tuple[int, ...]], seed: int, family: str = 
 
 
 def random_model(config: Config, seed: int = 0) -> torch.nn.Module:
-    """A float32 model of either family on the CPU, in evaluation mode, with random weights."""
+    """A float32 model of any family on the CPU, in evaluation mode, with random weights."""
     module = build(config)
     shapes = {name: tuple(parameter.shape) for name, parameter in module.named_parameters()}
     module.load_state_dict(random_weights(shapes, seed, config.family))
