@@ -35,7 +35,7 @@ RENAMED = {
     r"vision_tower\.(?!vision_model\.)": "vision_tower.vision_model.",
 }
 HARMLESS = ("rotary_emb.inv_freq", "rope.freqs")  # RoPE tables in old files; ours follow from the config
-EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+EMBEDDING, HEAD = "embed_tokens.weight", "lm_head.weight"  # the former's name ends so
 BAR_FROM = 2**30  # bytes: below, a progress bar would only flicker
 
 
@@ -137,7 +137,7 @@ DIMENSIONS = {
     "down_proj": ("hidden_size", "intermediate_size"),
     "q_norm": ("head_dim",), "k_norm": ("head_dim",),
 }  # fmt: skip
-VISION = ("vision_tower.", "multi_modal_projector.")  # shaped by vision_config
+VISION = ("vision_tower.", "multi_modal_projector.", "model.visual.")  # shaped by vision_config
 META_NAMES = {
     "tok_embeddings": "model.embed_tokens", "norm": "model.norm", "output": "lm_head",
     "attention_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm",
@@ -152,11 +152,12 @@ def _survey(folder: Path, module: nn.Module) -> list[_Piece]:
     config, stored = module.config, _stored(folder, module.config.head_dim)
     wanted = {name: tuple(parameter.shape) for name, parameter in module.named_parameters()}
     missing = [name for name in wanted if name not in stored]
+    embedding = next((name for name in wanted if name.endswith(EMBEDDING)), None)
     surplus, dtypes, shapes, pieces = [], [], [], []
     for name, parts in stored.items():
         # A head beside a tied embedding is superfluous, and no contradiction if it repeats the embedding.
         tied = name == HEAD and config.tie_embeddings
-        if (whole := wanted.get(EMBEDDING if tied else name)) is None:
+        if (whole := wanted.get(embedding if tied else name)) is None:
             surplus.append(name)
             continue
         dtypes += [f"{name} ({tensor.dtype})" for _, tensor in parts if tensor.dtype not in FLOATS]
@@ -166,11 +167,12 @@ def _survey(folder: Path, module: nn.Module) -> list[_Piece]:
             if name.startswith(VISION):
                 fields = "the sizes of vision_config"
             shapes.append(f"{name} is {found}, not {list(whole)} = {fields}")
-        pieces += [replace(p, parameter=EMBEDDING, repeats=True) for p in fitting] if tied else fitting
+        pieces += [replace(p, parameter=embedding, repeats=True) for p in fitting] if tied else fitting
 
     faults = {"missing": missing, "surplus": surplus, "of a wrong dtype": dtypes, "of a wrong shape": shapes}
     if any(faults.values()):
-        layers = len({match[0] for name in stored if (match := re.match(r"model\.layers\.\d+\.", name))})
+        layer = r"model\.(language_model\.)?layers\.\d+\."
+        layers = len({match[0] for name in stored if (match := re.match(layer, name))})
         depth = f"num_hidden_layers is {config.num_layers} but {layers} layers are stored"
         reasons = [depth] if layers != config.num_layers else []
         reasons += ["tie_word_embeddings is false"] if HEAD in missing else []

@@ -194,7 +194,10 @@ def test_end_tokens_of_generation_config_go_first(read, tmp_path):
 @pytest.mark.parametrize(
     ("change", "named"),
     [
-        ({"model_type": "mistral"}, "model_type must be one of llama, gemma3_text, gemma3, qwen3, not 'mistral'"),
+        (
+            {"model_type": "mistral"},
+            "model_type must be one of llama, gemma3_text, gemma3, qwen3, qwen3_vl, not 'mistral'",
+        ),
         ({"architectures": ["LlamaModel"]}, r"architectures .* \['LlamaModel'\]"),
         ({"hidden_act": "gelu"}, "hidden_act .* 'gelu'"),
         ({"pretraining_tp": 2}, "pretraining_tp .* 2"),

@@ -96,6 +96,12 @@ def random_weights(shapes: dict[str, tuple[int, ...]], seed: int, family: str = 
     return weights
 
 
+def random_patches(count: int, values: int, seed: int) -> torch.Tensor:
+    """[count, values] float32 from -1 to 1: the pixels of so many patches."""
+    random = np.random.RandomState(np.random.PCG64(seed))
+    return torch.from_numpy(random.uniform(-1, 1, (count, values)).astype(np.float32))
+
+
 def random_model(config: Config, seed: int = 0) -> torch.nn.Module:
     """A float32 model of any family on the CPU, in evaluation mode, with random weights."""
     module = build(config)

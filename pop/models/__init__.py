@@ -4,9 +4,9 @@ from torch import nn
 
 from pop.models.gemma3 import Gemma3
 from pop.models.llama import Llama
-from pop.models.qwen3_vl import Qwen3
+from pop.models.qwen3_vl import Qwen3, Qwen3VL
 
-FAMILIES = {"llama": Llama, "gemma3": Gemma3, "qwen3": Qwen3}
+FAMILIES = {"llama": Llama, "gemma3": Gemma3, "qwen3": Qwen3, "qwen3_vl": Qwen3VL}
 
 
 def build(config) -> nn.Module:
