@@ -22,6 +22,7 @@ import torch.nn.functional as F
 
 from pop.config import Qwen3VisionConfig
 from pop.errors import InputError, MissingExtra, PopError, check_count
+from pop.models.qwen3_vl_vision import Grid
 
 MAX_PIXELS = 2**26  # 67 megapixels, a fifth of a gigabyte in RGB
 MAX_SIDE = 2**16  # resizing a line of pixels to a square holds its whole length at the square's width
@@ -184,12 +185,12 @@ class Patches:
     """An image or a video as the vision tower takes it.
 
     pixels: [P, 3 * frames * patch * patch] float32 from -1 to 1, frame pair by frame pair and, within one, square by
-        square of merge_size patches a side. grid: frame pairs (1 of an image), rows and columns of patches.
+        square of merge_size patches a side.
     times: in seconds, of a video's frame pairs; empty for an image.
     """
 
     pixels: torch.Tensor
-    grid: tuple[int, int, int]
+    grid: Grid
     times: tuple[float, ...] = ()
 
 
@@ -282,5 +283,5 @@ def _patches(frames: torch.Tensor, config: Qwen3VisionConfig) -> Patches:
     parts = frames.unflatten(3, (-1, merge, size)).unflatten(2, (-1, merge, size)).unflatten(0, (-1, config.frames))
     # [pair, frame, 3, row, row in square, y, column, column in square, x] -> patches, each by channel, then by frame
     parts = parts.permute(0, 3, 6, 4, 7, 2, 1, 5, 8)
-    grid = parts.shape[0], parts.shape[1] * merge, parts.shape[2] * merge
+    grid = Grid(parts.shape[0], parts.shape[1] * merge, parts.shape[2] * merge)
     return Patches((parts.flatten(5).flatten(0, 4).float() - 127.5) / 127.5, grid)  # [P, 3 * frames * size * size]

@@ -141,10 +141,12 @@ class Decoder(nn.Module):
 class Qwen3(nn.Module):
     """The whole language model. `forward` is the plain, unpruned pass; prefill and decode are in pop/engine.py."""
 
+    body = Decoder
+
     def __init__(self, config: Qwen3Config):
         super().__init__()
         self.config = config
-        self.model = Decoder(config)
+        self.model = self.body(config)
         if not config.tie_embeddings:
             self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
 
@@ -192,12 +194,7 @@ class Parts(nn.Module):
 class Qwen3VL(Qwen3):
     """The language model and its eyes, `model.visual`. Without images it is a Qwen3."""
 
-    def __init__(self, config: Qwen3VLConfig):
-        nn.Module.__init__(self)
-        self.config = config
-        self.model = Parts(config)
-        if not config.tie_embeddings:
-            self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
+    body = Parts
 
     @property
     def decoder(self) -> Decoder:
