@@ -26,7 +26,7 @@ PUBLISHED = Qwen3VisionConfig(1152, 4304, 27, 16, 4096, (8, 16, 24))
 VIDEOS = {
     "odd": (5, 20, 31, None),
     "even": (4, 40, 22, None),
-    "narrow": (2, 5, 30, None),
+    "narrow": (4, 6, 40, None),
     "long": (13, 25, 25, None),
     "sampled": (40, 16, 24, 8.0),
     "few": (7, 16, 24, 30.0),

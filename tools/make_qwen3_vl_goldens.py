@@ -227,7 +227,7 @@ PUBLISHED_PIXELS, SAMPLES = (65536, 16777216), 2000
 VIDEOS = {
     "odd": (5, 20, 31, None),
     "even": (4, 40, 22, None),
-    "narrow": (2, 5, 30, None),  # less high than a merged square
+    "narrow": (4, 6, 40, None),  # less high than a merged square, which shows in the width
     "long": (13, 25, 25, None),
     "sampled": (40, 16, 24, 8.0),
     "few": (7, 16, 24, 30.0),  # a quarter of a second: at least four
