@@ -38,7 +38,7 @@ RENAMED = {
     r"language_model\.(?!model\.)": "language_model.model.",
 }
 HARMLESS = ("rotary_emb.inv_freq", "rope.freqs")  # RoPE tables in old files; ours follow from the config
-EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"  # the embedding may have a prefix
+EMBEDDING, HEAD = "embed_tokens.weight", "lm_head.weight"  # the former's name ends so
 BAR_FROM = 2**30  # bytes: below, a progress bar would only flicker
 
 
@@ -140,7 +140,7 @@ DIMENSIONS = {
     "down_proj": ("hidden_size", "intermediate_size"),
     "q_norm": ("head_dim",), "k_norm": ("head_dim",),
 }  # fmt: skip
-VISION = ("vision_tower.", "multi_modal_projector.")  # shaped by vision_config
+VISION = ("vision_tower.", "multi_modal_projector.", "model.visual.")  # shaped by vision_config
 META_NAMES = {
     "tok_embeddings": "model.embed_tokens", "norm": "model.norm", "output": "lm_head",
     "attention_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm",
@@ -174,7 +174,7 @@ def _survey(folder: Path, module: nn.Module) -> list[_Piece]:
 
     faults = {"missing": missing, "surplus": surplus, "of a wrong dtype": dtypes, "of a wrong shape": shapes}
     if any(faults.values()):
-        layer = r"(language_model\.)?model\.layers\.\d+\."
+        layer = r"(language_model\.)?model\.(language_model\.)?layers\.\d+\."
         layers = len({match[0] for name in stored if (match := re.match(layer, name))})
         depth = f"num_hidden_layers is {config.num_layers} but {layers} layers are stored"
         reasons = [depth] if layers != config.num_layers else []

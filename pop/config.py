@@ -10,7 +10,7 @@ A new family is a dataclass, a reader (Fields -> dataclass) and an entry in `REA
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -163,7 +163,108 @@ class Gemma3Config:
         return [self.boi_id, *[self.image_id] * self.vision.tokens_per_image, self.eoi_id]
 
 
-Config = LlamaConfig | Gemma3Config
+@dataclass(frozen=True)
+class Qwen3Config:
+    """A dense decoder of the Qwen3 architecture; `max_positions` is its trained context in tokens."""
+
+    family: ClassVar[str] = "qwen3"
+    overflows_float16: ClassVar[bool] = False
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int = 128
+    max_positions: int = 32_768
+    norm_eps: float = 1e-6
+    rope: RopeConfig = RopeConfig()
+    tie_embeddings: bool = False
+    dtype: torch.dtype = torch.float32  # of the checkpoint's files; the model may be loaded in another
+    bos_id: int | None = None
+    eos_ids: tuple[int, ...] = ()
+
+    def __post_init__(self):
+        _check(self)
+
+    @property
+    def windows(self) -> tuple[None, ...]:
+        """What a token of each layer attends, as in Gemma3Config: here everything before it."""
+        return (None,) * self.num_layers
+
+
+@dataclass(frozen=True)
+class Qwen3VisionConfig:
+    """Qwen3-VL's vision tower: images of any size, cut into square patches, each of two frames.
+
+    deepstack: after which layers the features are taken that the language model adds behind its first layers, in that
+    order. position_side: of the square grid of learned position embeddings. merge_size: a square of so many patches a
+    side makes one token of the language model, whose width is `out_size`.
+    """
+
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    out_size: int
+    deepstack: tuple[int, ...]
+    position_side: int = 48
+    patch_size: int = 16
+    merge_size: int = 2
+    frames: int = 2
+    rope_base: float = 10_000.0
+
+    def __post_init__(self):
+        if self.hidden_size % self.num_heads or self.head_dim % 4:
+            raise ConfigError(f"hidden_size ({self.hidden_size}) over num_heads ({self.num_heads}) is no multiple of "
+                              "4, but RoPE rotates pairs of values by rows and by columns")  # fmt: skip
+        if list(self.deepstack) != sorted({*self.deepstack} & {*range(self.num_layers)}):
+            raise ConfigError(f"deepstack_visual_indexes must be layers from 0 to {self.num_layers - 1}, each later "
+                              f"than the one before, not {list(self.deepstack)}")  # fmt: skip
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.num_heads
+
+    @property
+    def patch_values(self) -> int:
+        """Of one patch: its pixels' three channels, in all its frames."""
+        return 3 * self.frames * self.patch_size**2
+
+
+@dataclass(frozen=True)
+class Qwen3VLConfig(Qwen3Config):
+    """Qwen3-VL: the language model, with positions on three axes, and the vision tower.
+
+    mrope_sections: how many of the E / 2 rotated pairs turn by each axis of a position: time, row, column.
+    image_id, video_id: the tokens that stand for images' and for video frames' features.
+    """
+
+    family: ClassVar[str] = "qwen3_vl"
+
+    mrope_sections: tuple[int, int, int] = field(kw_only=True)
+    vision: Qwen3VisionConfig = field(kw_only=True)
+    image_id: int = field(kw_only=True, default=151_655)
+    video_id: int = field(kw_only=True, default=151_656)
+
+    def __post_init__(self):
+        super().__post_init__()
+        if sum(self.mrope_sections) != self.head_dim // 2:
+            raise ConfigError(f"mrope_section {list(self.mrope_sections)} does not add up to half of head_dim "
+                              f"({self.head_dim})")  # fmt: skip
+        if self.vision.out_size != self.hidden_size:
+            raise ConfigError(f"out_hidden_size ({self.vision.out_size}) of vision_config is not the hidden_size "
+                              f"({self.hidden_size}) of text_config")  # fmt: skip
+        if len(self.vision.deepstack) > self.num_layers:
+            raise ConfigError(f"deepstack_visual_indexes names {len(self.vision.deepstack)} layers, but the language "
+                              f"model has {self.num_layers}")  # fmt: skip
+        if max(self.image_id, self.video_id) >= self.vocab_size or self.image_id == self.video_id:
+            raise ConfigError(f"image_token_id ({self.image_id}) and video_token_id ({self.video_id}) must be two "
+                              f"tokens below vocab_size {self.vocab_size}")  # fmt: skip
+
+
+Config = LlamaConfig | Gemma3Config | Qwen3Config | Qwen3VLConfig
 
 
 def _check(config: Config) -> None:
@@ -215,6 +316,9 @@ DECODER = {"is_encoder_decoder": False, "add_cross_attention": False, "is_causal
 LLAMA = {"architectures": ["LlamaForCausalLM"], "hidden_act": "silu", "pretraining_tp": 1, "rope_interleaved": False}
 GEMMA3 = {"architectures": ["Gemma3ForCausalLM"], "hidden_activation": "gelu_pytorch_tanh", "attention_bias": False,
           "tie_word_embeddings": True, "use_bidirectional_attention": False}  # fmt: skip
+QWEN3 = {"architectures": ["Qwen3ForCausalLM"], "hidden_act": "silu", "attention_bias": False,
+         "use_sliding_window": False}  # fmt: skip
+QWEN3_VL = {"model_type": "qwen3_vl_text", "hidden_act": "silu", "attention_bias": False}
 LOCAL, GLOBAL = "sliding_attention", "full_attention"  # Gemma's layer types
 # Fields that leave the forward pass alone: training, bookkeeping, generation defaults of old configs.
 HARMLESS = """
@@ -255,7 +359,7 @@ def _read_llama(fields: Fields) -> LlamaConfig:
         head_dim=head_dim or hidden_size // num_heads,
         max_positions=fields.integer("max_position_embeddings", LlamaConfig.max_positions),
         norm_eps=fields.number("rms_norm_eps", LlamaConfig.norm_eps),
-        rope=_read_llama_rope(fields),
+        rope=_read_single_rope(fields),
         tie_embeddings=fields.boolean("tie_word_embeddings"),
         attention_bias=fields.boolean("attention_bias"),
         mlp_bias=fields.boolean("mlp_bias"),
@@ -348,9 +452,111 @@ def _read_gemma3_ropes(fields: Fields) -> tuple[RopeConfig, RopeConfig]:
     base, local_base = (fields.left.pop(name, None) for name in ("rope_theta", "rope_local_base_freq"))
     scaling = _take_object(fields, "rope_scaling")
     return (
-        _read_rope([{"rope_theta": base}, of_global, scaling], Gemma3Config.rope.base),
-        _read_rope([{"rope_theta": local_base}, of_local], Gemma3Config.local_rope.base),
+        _read_rope(_merged([{"rope_theta": base}, of_global, scaling]), Gemma3Config.rope.base),
+        _read_rope(_merged([{"rope_theta": local_base}, of_local]), Gemma3Config.local_rope.base),
     )
+
+
+def _read_qwen3(fields: Fields) -> Qwen3Config:
+    for name, only in (DECODER | QWEN3).items():
+        fields.fixed(name, only)
+    for name in ("sliding_window", "max_window_layers"):  # of windows that use_sliding_window has switched off
+        fields.integer(name, None, least=0)
+    sizes = _read_qwen3_sizes(fields)
+    fields.fixed("layer_types", [GLOBAL] * sizes["num_layers"])
+    tied = fields.boolean("tie_word_embeddings")
+    return Qwen3Config(**sizes, rope=_read_single_rope(fields), tie_embeddings=tied, dtype=_read_dtype(fields))
+
+
+def _read_qwen3_sizes(fields: Fields) -> dict[str, Any]:
+    return {
+        "vocab_size": fields.integer("vocab_size"),
+        "hidden_size": fields.integer("hidden_size"),
+        "intermediate_size": fields.integer("intermediate_size"),
+        "num_layers": fields.integer("num_hidden_layers", most=2**12),
+        "num_heads": fields.integer("num_attention_heads", most=2**12),
+        "num_kv_heads": fields.integer("num_key_value_heads"),
+        "head_dim": fields.integer("head_dim", Qwen3Config.head_dim, most=2**12),
+        "max_positions": fields.integer("max_position_embeddings", Qwen3Config.max_positions),
+        "norm_eps": fields.number("rms_norm_eps", Qwen3Config.norm_eps),
+        "bos_id": fields.integer("bos_token_id", None, least=0),
+        "eos_ids": _read_ends(fields),
+    }
+
+
+def _read_qwen3_vl(fields: Fields) -> Qwen3VLConfig:
+    fields.fixed("architectures", ["Qwen3VLForConditionalGeneration"])
+    fields.fixed("is_encoder_decoder", False)
+    for name in ("vision_start_token_id", "vision_end_token_id"):  # no arithmetic depends on them
+        fields.integer(name, None, least=0)
+    text, vision = (Fields(_take_object(fields, name)) for name in ("text_config", "vision_config"))
+    for part in (text, vision):
+        for name in HARMLESS.split():
+            part.left.pop(name, None)
+    tied, dtype, ends = fields.boolean("tie_word_embeddings"), _read_dtype(fields, text), _read_ends(fields)
+    for name, only in (DECODER | QWEN3_VL).items():
+        text.fixed(name, only)
+    if text.take("tie_word_embeddings", "true or false", lambda v: type(v) is bool, tied) != tied:
+        raise ConfigError(f"tie_word_embeddings is {tied}, but the opposite in text_config")
+    sections, rope = _read_mrope(text)
+    sizes = _read_qwen3_sizes(text)
+    text.finish()
+    return Qwen3VLConfig(
+        **sizes | ({"eos_ids": ends} if ends else {}),
+        rope=rope,
+        tie_embeddings=tied,
+        dtype=dtype,
+        mrope_sections=sections,
+        vision=read_qwen3_vision(vision),
+        image_id=fields.integer("image_token_id", Qwen3VLConfig.image_id),
+        video_id=fields.integer("video_token_id", Qwen3VLConfig.video_id),
+    )
+
+
+def _read_mrope(fields: Fields) -> tuple[tuple[int, int, int], RopeConfig]:
+    """The sections, and the rest as in text models."""
+    rope = _rope_fields(fields)
+    rope.fixed("mrope_interleaved", True)
+    three = "three numbers of at least 0"
+    sections = rope.take("mrope_section", three, lambda v: type(v) is list and len(v) == 3 and _are_counts(v))
+    return tuple(sections), _read_rope(rope, 500_000.0)
+
+
+def _are_counts(values: list) -> bool:
+    return all(type(value) is int and 0 <= value < 2**12 for value in values)
+
+
+def read_qwen3_vision(fields: Fields) -> Qwen3VisionConfig:
+    """From Qwen3-VL's vision_config."""
+    kinds = ("qwen3_vl_vision", "qwen3_vl")  # the second in published files
+    fields.choice("model_type", kinds, kinds[0])
+    fields.fixed("hidden_act", "gelu_pytorch_tanh")
+    fields.fixed("in_channels", 3)
+    for name in ("dtype", "torch_dtype"):  # the whole model has one
+        fields.left.pop(name, None)
+    rope = Fields(_take_object(fields, "rope_parameters"))
+    rope.fixed("rope_type", "axial")
+    positions = fields.integer("num_position_embeddings", 48**2)
+    config = Qwen3VisionConfig(
+        hidden_size=fields.integer("hidden_size"),
+        intermediate_size=fields.integer("intermediate_size"),
+        num_layers=fields.integer("depth", most=2**12),
+        num_heads=fields.integer("num_heads", most=2**12),
+        out_size=fields.integer("out_hidden_size"),
+        deepstack=tuple(
+            fields.take("deepstack_visual_indexes", "a list of layers", lambda v: type(v) is list and _are_counts(v))
+        ),
+        position_side=math.isqrt(positions),
+        patch_size=fields.integer("patch_size", 16, most=2**10),
+        merge_size=fields.integer("spatial_merge_size", 2, most=2**6),
+        frames=fields.integer("temporal_patch_size", 2, most=2**6),
+        rope_base=rope.number("rope_theta", Qwen3VisionConfig.rope_base),
+    )
+    if config.position_side**2 != positions:
+        raise ConfigError(f"num_position_embeddings ({positions}) is not a square")
+    rope.finish()
+    fields.finish()
+    return config
 
 
 # As FIXED: the images' channels and the activation. The tower's own pooling head is not part of Gemma-3.
@@ -378,18 +584,22 @@ def read_siglip(fields: Fields, tokens_per_image: int) -> SiglipConfig:
     return config
 
 
-def _read_llama_rope(fields: Fields) -> RopeConfig:
-    """From rope_parameters (transformers 5) or rope_theta and rope_scaling (4), which must agree."""
+def _read_single_rope(fields: Fields) -> RopeConfig:
     fields.fixed("partial_rotary_factor", 1.0)
+    return _read_rope(_rope_fields(fields), RopeConfig.base)
+
+
+def _rope_fields(fields: Fields) -> Fields:
+    """From rope_parameters (transformers 5) or rope_theta and rope_scaling (4), which must agree."""
     sources = [_take_object(fields, name) for name in ("rope_parameters", "rope_scaling")]
-    return _read_rope([{"rope_theta": fields.left.pop("rope_theta", None)}, *sources], RopeConfig.base)
+    return _merged([{"rope_theta": fields.left.pop("rope_theta", None)}, *sources])
 
 
 def _take_object(fields: Fields, name: str) -> dict[str, Any]:
     return fields.take(name, "an object", lambda v: type(v) is dict, {})
 
 
-def _read_rope(sources: list[dict[str, Any]], default_base: float) -> RopeConfig:
+def _merged(sources: list[dict[str, Any]]) -> Fields:
     """Sources that state something twice must agree."""
     stated: dict[str, Any] = {}
     for source in sources:
@@ -398,7 +608,10 @@ def _read_rope(sources: list[dict[str, Any]], default_base: float) -> RopeConfig
             if value is not None and stated.get(name) not in (None, value):
                 raise ConfigError(f"{name} is given twice, as {stated[name]!r:.80} and as {value!r:.80}")
             stated[name] = value if stated.get(name) is None else stated[name]
-    rope = Fields(stated)
+    return Fields(stated)
+
+
+def _read_rope(rope: Fields, default_base: float) -> RopeConfig:
     kind = rope.choice("rope_type", ROPE_KINDS, "default")
     base = rope.number("rope_theta", default_base)
     scaling = {name: rope.number(name) for name in ROPE_KINDS[kind] if not name.startswith("original")}
@@ -409,12 +622,15 @@ def _read_rope(sources: list[dict[str, Any]], default_base: float) -> RopeConfig
     return RopeConfig(base, kind, **scaling)
 
 
-def _read_dtype(fields: Fields) -> torch.dtype:
+def _read_dtype(*parts: Fields) -> torch.dtype:
+    """The one dtype that a config and its parts state, by dtype (transformers 5) or torch_dtype (4)."""
     known = [*DTYPES, *(f"torch.{name}" for name in DTYPES)]
-    new, old = (fields.choice(name, known, "").removeprefix("torch.") for name in ("dtype", "torch_dtype"))
-    if new and old and new != old:
-        raise ConfigError(f"dtype ({new}) and torch_dtype ({old}) disagree")
-    return DTYPES[new or old or "float32"]
+    names = ("dtype", "torch_dtype")
+    stated = {part.choice(name, known, "").removeprefix("torch."): name for part in parts for name in names}
+    stated.pop("", None)
+    if len(stated) > 1:
+        raise ConfigError(" and ".join(f"{name} ({value})" for value, name in stated.items()) + " disagree")
+    return DTYPES[next(iter(stated), "float32")]
 
 
 def _read_ends(fields: Fields) -> tuple[int, ...]:
@@ -429,6 +645,8 @@ READERS: dict[str, Callable[[Fields], Config]] = {  # by config.json's model_typ
     "llama": _read_llama,
     "gemma3_text": _read_gemma3_text,
     "gemma3": _read_gemma3,
+    "qwen3": _read_qwen3,
+    "qwen3_vl": _read_qwen3_vl,
 }
 
 

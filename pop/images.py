@@ -1,23 +1,28 @@
-"""Images in, pixel tensors out: what any family needs to read an image, then Gemma-3's own preparation.
+"""Images in, pixel tensors out: what any family needs to read an image, then Gemma-3's and Qwen3-VL's preparation.
 
 `load_image` turns a path, a PIL image or an array into RGB bytes, upright and without transparency. It looks at an
 image's size before it decodes anything: a file of a few kilobytes may claim billions of pixels. Pillow, an optional
 extra, reads the files; arrays need torch alone.
 
 `gemma_pixels` then does what the reference implementation's image processor does, to its rounding: antialiased bilinear
-resizing on bytes (in floats it would err visibly), and -1 to 1 for 0 to 255.
+resizing on bytes (in floats it would err visibly), and -1 to 1 for 0 to 255. `qwen_image` and `qwen_video` do the
+same for Qwen3-VL, whose images keep their shape and are bicubic.
 """
 
 from __future__ import annotations
 
+import math
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
+from pop.config import Qwen3VisionConfig
 from pop.errors import InputError, MissingExtra, PopError, check_count
+from pop.models.qwen3_vl_vision import Grid
 
 MAX_PIXELS = 2**26  # 67 megapixels, a fifth of a gigabyte in RGB
 MAX_SIDE = 2**16  # resizing a line of pixels to a square holds its whole length at the square's width
@@ -164,3 +169,119 @@ def _crops(image: torch.Tensor, options: PanAndScan) -> tuple[torch.Tensor, ...]
     if long / short < options.min_ratio or min(length, short) < options.min_crop_size:
         return ()
     return image.split(length, axis)
+
+
+# ---- Qwen3-VL ----
+
+MAX_RATIO = 200  # of an image's longer side to its shorter one
+IMAGE_PIXELS = (256**2, 4096**2)  # the least and the most of an image, as the published preprocessor_config.json has it
+VIDEO_PIXELS = (4096, 24 * 2**20)  # of all frames of a video, as in video_preprocessor_config.json
+FRAMES_PER_SECOND = 2.0
+VIDEO_FRAMES = (4, 768)
+
+
+@dataclass(frozen=True)
+class Patches:
+    """An image or a video as the vision tower takes it.
+
+    pixels: [P, 3 * frames * patch * patch] float32 from -1 to 1, frame pair by frame pair and, within one, square by
+        square of merge_size patches a side.
+    times: in seconds, of a video's frame pairs; empty for an image.
+    """
+
+    pixels: torch.Tensor
+    grid: Grid
+    times: tuple[float, ...] = ()
+
+
+def qwen_image(image, config: Qwen3VisionConfig, pixels: tuple[int, int] = IMAGE_PIXELS) -> Patches:
+    """Prepare an image (see `load_image`) for the vision tower.
+
+    pixels: the least and the most that the image may have; one outside is resized, about keeping its shape. Raises
+    InputError where a side is more than MAX_RATIO times the other.
+    """
+    frame = load_image(image)
+    size = _qwen_size(*frame.shape[1:], config, 1, 1, pixels, "the image")
+    frame = _resize_bicubic(frame[None], size)
+    return _patches(frame.expand(config.frames, -1, -1, -1), config)  # an image is a video that stands still
+
+
+def qwen_video(
+    video, config: Qwen3VisionConfig, fps: float | None = None, pixels: tuple[int, int] = VIDEO_PIXELS
+) -> Patches:
+    """Prepare a video for the vision tower.
+
+    video: a TxHxWx3 uint8 array, or a list of images (see `load_image`) of one size; at least two frames.
+    fps: its frames per second, of which FRAMES_PER_SECOND are kept, evenly spread, within VIDEO_FRAMES. None: they are
+        kept all, and are the frames of a video of 24 a second: the reference's assumption.
+    pixels: the least and the most that all kept frames may have together.
+    Raises InputError for anything else.
+    """
+    if fps is not None and (not isinstance(fps, (int, float)) or not 0 < fps < math.inf):
+        raise InputError(f"fps is {fps!r}; give the video's frames per second, or None")
+    if isinstance(video, np.ndarray) and video.ndim != 4:
+        raise InputError(f"a video array has shape {video.shape}; give frames x height x width x 3, uint8")
+    if not isinstance(video, (np.ndarray, Sequence)) or isinstance(video, (str, bytes)):
+        raise InputError(f"a video is of type {type(video).__name__}; give a TxHxWx3 uint8 array or a list of images")
+    if len(video) < 2:
+        raise InputError(f"the video has {len(video)} frames; give at least two, or pass the one as an image")
+    kept = range(len(video)) if fps is None else _sampled(len(video), fps)
+    frames = [load_image(video[index]) for index in kept]
+    if len({frame.shape for frame in frames}) > 1:
+        raise InputError("the video's frames differ in size; give all of them the same height and width")
+    size = _qwen_size(*frames[0].shape[1:], config, len(frames), config.frames, pixels, "the video")
+    short = -len(frames) % config.frames  # the last frame fills up the last pair
+    resized = _resize_bicubic(torch.stack(frames), size)
+    resized = torch.cat([resized, resized[-1:].expand(short, -1, -1, -1)])
+    seconds = [index / (fps or 24) for index in (*kept, *[kept[-1]] * short)]
+    firsts, lasts = seconds[:: config.frames], seconds[config.frames - 1 :: config.frames]
+    times = tuple((first + last) / 2 for first, last in zip(firsts, lasts, strict=True))
+    patches = _patches(resized, config)
+    return Patches(patches.pixels, patches.grid, times)
+
+
+def _sampled(count: int, fps: float) -> list[int]:
+    """Which of a video's frames are kept."""
+    least, most = VIDEO_FRAMES
+    kept = min(max(int(count / fps * FRAMES_PER_SECOND), least), most, count)
+    return np.linspace(0, count - 1, kept).round().astype(int).tolist()
+
+
+def _qwen_size(height, width, config, frames: int, depth: int, pixels: tuple[int, int], name: str) -> tuple[int, int]:
+    """Height and width to resize to: multiples of a merged square, so that all frames have about `pixels`.
+
+    frames: how many there are, in groups of `depth`.
+    """
+    least, most = pixels
+    unit = config.patch_size * config.merge_size
+    if depth > 1 and min(height, width) < unit:  # a video's frames only
+        scale = max(unit / height, unit / width)
+        height, width = int(height * scale), int(width * scale)
+    if max(height, width) > MAX_RATIO * min(height, width):
+        raise InputError(
+            f"{name} is {width} pixels wide and {height} high; a side may be at most {MAX_RATIO} times the other"
+        )
+    counted = round(frames / depth) * depth
+    size = round(height / unit) * unit, round(width / unit) * unit
+    if counted * size[0] * size[1] > most:
+        scale = math.sqrt(frames * height * width / most)
+        size = tuple(max(unit, math.floor(side / scale / unit) * unit) for side in (height, width))
+    elif counted * size[0] * size[1] < least:
+        scale = math.sqrt(least / (frames * height * width))
+        size = tuple(math.ceil(side * scale / unit) * unit for side in (height, width))
+    return size
+
+
+def _resize_bicubic(frames: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    """frames [T, 3, H, W] uint8 -> [T, 3, *size] uint8."""
+    return F.interpolate(frames, size, mode="bicubic", antialias=True, align_corners=False)
+
+
+def _patches(frames: torch.Tensor, config: Qwen3VisionConfig) -> Patches:
+    """frames [T, 3, H, W] uint8, T a multiple of config.frames, sides of merged squares."""
+    size, merge = config.patch_size, config.merge_size
+    parts = frames.unflatten(3, (-1, merge, size)).unflatten(2, (-1, merge, size)).unflatten(0, (-1, config.frames))
+    # [pair, frame, 3, row, row in square, y, column, column in square, x] -> patches, each by channel, then by frame
+    parts = parts.permute(0, 3, 6, 4, 7, 2, 1, 5, 8)
+    grid = Grid(parts.shape[0], parts.shape[1] * merge, parts.shape[2] * merge)
+    return Patches((parts.flatten(5).flatten(0, 4).float() - 127.5) / 127.5, grid)  # [P, 3 * frames * size * size]

@@ -39,6 +39,15 @@ def _gemma3(size: str, parameters: int, base: str = "-pt", **options) -> list[En
     ]
 
 
+def _qwen3_vl(size: str, parameters: int) -> list[Entry]:
+    """The instruct and the thinking model of one size."""
+    repository = f"Qwen/Qwen3-VL-{size.upper()}"
+    return [
+        Entry(f"qwen3-vl-{size}", "qwen3_vl", parameters, f"{repository}-Instruct"),
+        Entry(f"qwen3-vl-{size}-thinking", "qwen3_vl", parameters, f"{repository}-Thinking"),
+    ]
+
+
 MODELS = {
     entry.name: entry
     for entry in [
@@ -53,6 +62,16 @@ MODELS = {
         *_gemma3("4b", 4_300_079_472),
         *_gemma3("12b", 12_187_325_040),
         *_gemma3("27b", 27_432_406_640),
+        Entry("qwen3-0.6b", "qwen3", 596_049_920, "Qwen/Qwen3-0.6B"),
+        Entry("qwen3-1.7b", "qwen3", 1_720_574_976, "Qwen/Qwen3-1.7B"),
+        Entry("qwen3-4b", "qwen3", 4_022_468_096, "Qwen/Qwen3-4B"),
+        Entry("qwen3-8b", "qwen3", 8_190_735_360, "Qwen/Qwen3-8B"),
+        Entry("qwen3-14b", "qwen3", 14_768_307_200, "Qwen/Qwen3-14B"),
+        Entry("qwen3-32b", "qwen3", 32_762_123_264, "Qwen/Qwen3-32B"),
+        *_qwen3_vl("2b", 2_127_532_032),
+        *_qwen3_vl("4b", 4_437_815_808),
+        *_qwen3_vl("8b", 8_767_123_696),
+        *_qwen3_vl("32b", 33_357_390_064),
     ]
 }
 

@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from test_method import assert_close, cases, held, models, plain, prefill
-from tiny import random_model, tiny_config, tiny_gemma3_config
+from tiny import random_model, tiny_config, tiny_gemma3_config, tiny_qwen3_config
 
 import pop
 from pop import PlanError, PrunePlan, calibrate, reference
@@ -33,12 +33,15 @@ def make_model(seed: int = 0, **overrides) -> pop.Model:
     return pop.Model(random_model(config, seed), config)
 
 
+CONFIGS = [tiny_config(), tiny_gemma3_config(), tiny_qwen3_config()]
+
+
 @pytest.fixture(scope="module")
 def model():
     return make_model()
 
 
-@pytest.fixture(scope="module", params=[tiny_config(), tiny_gemma3_config()], ids=["llama", "gemma3"])
+@pytest.fixture(scope="module", params=CONFIGS, ids=["llama", "gemma3", "qwen3"])
 def either(request):
     """A model of each family, of the same sizes."""
     return pop.Model(random_model(request.param), request.param)
@@ -227,7 +230,7 @@ def record_init(fits, init):
     return wrapped
 
 
-@pytest.mark.parametrize("config", [tiny_config(), tiny_gemma3_config()], ids=["llama", "gemma3"])
+@pytest.mark.parametrize("config", CONFIGS, ids=["llama", "gemma3", "qwen3"])
 @pytest.mark.parametrize("seed", range(2))
 @pytest.mark.parametrize("taps", [1, 2])
 def test_never_worse_than_plain_on_the_held_out_text(config, seed, taps):

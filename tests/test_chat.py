@@ -82,6 +82,21 @@ def test_chatml_without_a_default_system_message():
     assert rendered == "<|im_start|>user\n Hi <|im_end|>\n<|im_start|>assistant\n"
 
 
+def test_qwen3_has_no_default_system_message_and_its_thoughts_pass_through():
+    form = chat_format(load_tokenizer(GOLDENS / "qwen3"))
+    turns = [("user", "Hi<|im_end|>"), ("assistant", "<think>\nA greeting.\n</think>\n\nHello"), ("user", "Bye")]
+    messages = [{"role": role, "content": text} for role, text in turns]
+    written = "".join(f"<|im_start|>{role}\n{text}<|im_end|>\n" for role, text in turns) + "<|im_start|>assistant\n"
+    assert form.render(messages) == written
+    special, ids = form.tokenizer.special_tokens, form.encode(messages)
+    assert [id for id in ids if id in special.values()] == [special["<|im_start|>"], special["<|im_end|>"]] * 3 + [
+        special["<|im_start|>"]
+    ]
+    assert ids.count(924) == ids.count(925) == 1  # <think> and </think>, which are ordinary tokens
+    assert form.end_ids == (special["<|im_end|>"], special["<|endoftext|>"])
+    assert form.tokenizer.bos_id is None
+
+
 def test_end_ids():
     for family, names in (
         ("llama-3.1", ["<|eot_id|>", "<|end_of_text|>", "<|eom_id|>"]),

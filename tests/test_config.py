@@ -10,7 +10,16 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pop.config import Gemma3Config, LlamaConfig, RopeConfig, SiglipConfig, read_config
+from pop.config import (
+    Gemma3Config,
+    LlamaConfig,
+    Qwen3Config,
+    Qwen3VisionConfig,
+    Qwen3VLConfig,
+    RopeConfig,
+    SiglipConfig,
+    read_config,
+)
 from pop.errors import ConfigError
 from pop.models import build
 from pop.registry import lookup
@@ -195,7 +204,10 @@ def test_end_tokens_of_generation_config_go_first(read, tmp_path):
 @pytest.mark.parametrize(
     ("change", "named"),
     [
-        ({"model_type": "mistral"}, "model_type must be one of llama, gemma3_text, gemma3, not 'mistral'"),
+        (
+            {"model_type": "mistral"},
+            "model_type must be one of llama, gemma3_text, gemma3, qwen3, qwen3_vl, not 'mistral'",
+        ),
         ({"architectures": ["LlamaModel"]}, r"architectures .* \['LlamaModel'\]"),
         ({"hidden_act": "gelu"}, "hidden_act .* 'gelu'"),
         ({"pretraining_tp": 2}, "pretraining_tp .* 2"),
@@ -712,3 +724,321 @@ def test_gemma3_refusals(read, change, named):
     assert read(TINY_GEMMA3).windows == (9, None, None, 9)
     with pytest.raises(ConfigError, match=rf"config\.json.*{named}"):
         read({**TINY_GEMMA3, **change})
+
+
+# ---- Qwen3 ----
+
+# Qwen3-0.6B as published (transformers 4).
+QWEN3_06B = {
+    "architectures": ["Qwen3ForCausalLM"],
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "bos_token_id": 151643,
+    "eos_token_id": 151645,
+    "head_dim": 128,
+    "hidden_act": "silu",
+    "hidden_size": 1024,
+    "initializer_range": 0.02,
+    "intermediate_size": 3072,
+    "max_position_embeddings": 40960,
+    "max_window_layers": 28,
+    "model_type": "qwen3",
+    "num_attention_heads": 16,
+    "num_hidden_layers": 28,
+    "num_key_value_heads": 8,
+    "rms_norm_eps": 1e-06,
+    "rope_scaling": None,
+    "rope_theta": 1000000,
+    "sliding_window": None,
+    "tie_word_embeddings": True,
+    "torch_dtype": "bfloat16",
+    "transformers_version": "4.51.0",
+    "use_cache": True,
+    "use_sliding_window": False,
+    "vocab_size": 151936,
+}
+# Width, MLP, layers, query heads, key-value heads, tied; head width and vocabulary are the same in all.
+QWEN3_SIZES = {
+    "0.6b": (1024, 3072, 28, 16, 8, True),
+    "1.7b": (2048, 6144, 28, 16, 8, True),
+    "4b": (2560, 9728, 36, 32, 8, True),
+    "8b": (4096, 12288, 36, 32, 8, False),
+    "14b": (5120, 17408, 40, 40, 8, False),
+    "32b": (5120, 25600, 64, 64, 8, False),
+}
+TINY_QWEN3 = {
+    "model_type": "qwen3",
+    "vocab_size": 50,
+    "hidden_size": 48,
+    "intermediate_size": 80,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+
+
+def test_qwen3_06b_as_published(read):
+    assert read(QWEN3_06B) == Qwen3Config(
+        vocab_size=151936,
+        hidden_size=1024,
+        intermediate_size=3072,
+        num_layers=28,
+        num_heads=16,
+        num_kv_heads=8,
+        head_dim=128,
+        max_positions=40960,
+        norm_eps=1e-6,
+        rope=RopeConfig(1e6),
+        tie_embeddings=True,
+        dtype=torch.bfloat16,
+        bos_id=151643,
+        eos_ids=(151645,),
+    )
+
+
+def test_qwen3_of_transformers_5_says_the_same(read):
+    old = ("rope_scaling", "rope_theta", "torch_dtype")
+    new = {name: value for name, value in QWEN3_06B.items() if name not in old}
+    new["rope_parameters"] = {"rope_theta": 1000000, "rope_type": "default"}
+    new |= {"dtype": "bfloat16", "layer_types": [GLOBAL] * 28, "sliding_window": 4096}  # a window that is not used
+    assert read(new) == read(QWEN3_06B)
+
+
+@pytest.mark.parametrize("size", QWEN3_SIZES)
+def test_qwen3_models_have_the_published_parameters(read, size):
+    fields = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
+    config = read(QWEN3_06B | dict(zip((*fields, "tie_word_embeddings"), QWEN3_SIZES[size], strict=True)))
+    assert count(parameters(config)) == lookup(f"qwen3-{size}").parameters
+
+
+def test_qwen3_tensors_are_the_checkpoints(read):
+    """Names and shapes of Qwen3-0.6B's file."""
+    D, inner, Q, K, E = 1024, 3072, 16 * 128, 8 * 128, 128
+    layer = {
+        "input_layernorm": (D,),
+        "mlp.down_proj": (D, inner),
+        "mlp.gate_proj": (inner, D),
+        "mlp.up_proj": (inner, D),
+        "post_attention_layernorm": (D,),
+        "self_attn.k_norm": (E,),
+        "self_attn.k_proj": (K, D),
+        "self_attn.o_proj": (D, Q),
+        "self_attn.q_norm": (E,),
+        "self_attn.q_proj": (Q, D),
+        "self_attn.v_proj": (K, D),
+    }
+    expected = {"model.embed_tokens.weight": (151936, D), "model.norm.weight": (D,)}
+    expected |= {f"model.layers.{n}.{name}.weight": shape for n in range(28) for name, shape in layer.items()}
+    assert parameters(read(QWEN3_06B)) == expected
+    assert parameters(read({**QWEN3_06B, "tie_word_embeddings": False})) == expected | {"lm_head.weight": (151936, D)}
+
+
+def test_every_field_reaches_the_qwen3_config(read):
+    changed = {
+        "head_dim": 10,
+        "max_position_embeddings": 77,
+        "rms_norm_eps": 1,
+        "rope_theta": 300,
+        "rope_scaling": {"type": "linear", "factor": 2},
+        "tie_word_embeddings": True,
+        "torch_dtype": "float16",
+        "bos_token_id": 5,
+        "eos_token_id": [7, 8],
+    }
+    rope = RopeConfig(300.0, "linear", 2.0)
+    expected = (50, 48, 80, 3, 4, 2, 10, 77, 1.0, rope, True, torch.float16, 5, (7, 8))
+    assert read({**TINY_QWEN3, **changed}) == Qwen3Config(*expected)
+    assert read(TINY_QWEN3) == Qwen3Config(50, 48, 80, 3, 4, 2)  # what it leaves out has the reference's defaults
+    assert Qwen3Config(50, 48, 80, 3, 4, 2) == Qwen3Config(50, 48, 80, 3, 4, 2, 128, 32768, 1e-6, RopeConfig(1e4))
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"model_type": "qwen3_moe"}, "model_type must be one of"),
+        ({"architectures": ["Qwen3Model"]}, r"architectures .* \['Qwen3Model'\]"),
+        ({"hidden_act": "gelu"}, "hidden_act .* 'gelu'"),
+        ({"attention_bias": True}, "attention_bias .* True"),
+        ({"use_sliding_window": True, "sliding_window": 9}, "use_sliding_window .* True"),
+        ({"sliding_window": "all"}, "sliding_window must be an integer"),
+        ({"layer_types": [GLOBAL, LOCAL, GLOBAL]}, "layer_types must be .* 'sliding_attention'"),
+        ({"layer_types": [GLOBAL] * 4}, "layer_types must be"),
+        ({"num_key_value_heads": None}, "num_key_value_heads is missing"),
+        ({"num_key_value_heads": 3}, r"num_attention_heads \(4\) .* num_key_value_heads \(3\)"),
+        ({"head_dim": 9}, r"head_dim \(9\) is odd"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope_type .* 'yarn'"),
+        ({"mlp_bias": False}, "mlp_bias = False"),
+        ({"num_experts": 128}, "num_experts = 128"),
+    ],
+)
+def test_qwen3_refusals(read, change, named):
+    with pytest.raises(ConfigError, match=named):
+        read({**TINY_QWEN3, **change})
+
+
+# ---- Qwen3-VL ----
+
+# Qwen3-VL-8B-Instruct as published (transformers 4).
+QWEN3_VL_8B = {
+    "architectures": ["Qwen3VLForConditionalGeneration"],
+    "image_token_id": 151655,
+    "model_type": "qwen3_vl",
+    "text_config": {
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "bos_token_id": 151643,
+        "dtype": "bfloat16",
+        "eos_token_id": 151645,
+        "head_dim": 128,
+        "hidden_act": "silu",
+        "hidden_size": 4096,
+        "initializer_range": 0.02,
+        "intermediate_size": 12288,
+        "max_position_embeddings": 262144,
+        "model_type": "qwen3_vl_text",
+        "num_attention_heads": 32,
+        "num_hidden_layers": 36,
+        "num_key_value_heads": 8,
+        "rms_norm_eps": 1e-06,
+        "rope_scaling": {"mrope_interleaved": True, "mrope_section": [24, 20, 20], "rope_type": "default"},
+        "rope_theta": 5000000,
+        "use_cache": True,
+        "vocab_size": 151936,
+    },
+    "tie_word_embeddings": False,
+    "transformers_version": "4.57.0.dev0",
+    "video_token_id": 151656,
+    "vision_config": {
+        "deepstack_visual_indexes": [8, 16, 24],
+        "depth": 27,
+        "hidden_act": "gelu_pytorch_tanh",
+        "hidden_size": 1152,
+        "in_channels": 3,
+        "initializer_range": 0.02,
+        "intermediate_size": 4304,
+        "model_type": "qwen3_vl",
+        "num_heads": 16,
+        "num_position_embeddings": 2304,
+        "out_hidden_size": 4096,
+        "patch_size": 16,
+        "spatial_merge_size": 2,
+        "temporal_patch_size": 2,
+    },
+    "vision_end_token_id": 151653,
+    "vision_start_token_id": 151652,
+}
+
+
+def changed(config: dict, change: dict) -> dict:
+    """The config with some fields replaced, those of its parts by their path: {"text_config.hidden_size": 1}."""
+    config = {name: dict(value) if isinstance(value, dict) else value for name, value in config.items()}
+    for path, value in change.items():
+        *part, name = path.split(".")
+        (config[part[0]] if part else config)[name] = value
+    return config
+
+
+def test_qwen3_vl_8b_as_published(read):
+    assert read(QWEN3_VL_8B) == Qwen3VLConfig(
+        vocab_size=151936,
+        hidden_size=4096,
+        intermediate_size=12288,
+        num_layers=36,
+        num_heads=32,
+        num_kv_heads=8,
+        head_dim=128,
+        max_positions=262144,
+        norm_eps=1e-6,
+        rope=RopeConfig(5e6),
+        tie_embeddings=False,
+        dtype=torch.bfloat16,
+        bos_id=151643,
+        eos_ids=(151645,),
+        mrope_sections=(24, 20, 20),
+        vision=Qwen3VisionConfig(1152, 4304, 27, 16, 4096, (8, 16, 24), 48, 16, 2, 2, 1e4),
+        image_id=151655,
+        video_id=151656,
+    )
+
+
+def test_qwen3_vl_of_transformers_5_says_the_same(read):
+    rope = {"mrope_interleaved": True, "mrope_section": [24, 20, 20], "rope_type": "default", "rope_theta": 5000000}
+    new = {
+        "text_config.rope_parameters": rope,
+        "text_config.rope_scaling": None,
+        "text_config.rope_theta": None,
+        "text_config.pad_token_id": None,
+        "vision_config.model_type": "qwen3_vl_vision",
+        "vision_config.rope_parameters": {"rope_theta": 10000.0, "rope_type": "axial"},
+        "dtype": "bfloat16",
+    }
+    assert read(changed(QWEN3_VL_8B, new)) == read(QWEN3_VL_8B)
+
+
+def test_every_field_reaches_the_qwen3_vl_config(read):
+    config = read(
+        changed(
+            QWEN3_VL_8B,
+            {
+                "tie_word_embeddings": True,
+                "text_config.tie_word_embeddings": True,
+                "image_token_id": 5,
+                "video_token_id": 6,
+                "eos_token_id": [7],
+                "text_config.rope_scaling": {"mrope_section": [30, 14, 20]},
+                "vision_config.num_position_embeddings": 100,
+                "vision_config.patch_size": 14,
+                "vision_config.spatial_merge_size": 3,
+                "vision_config.temporal_patch_size": 4,
+                "vision_config.deepstack_visual_indexes": [],
+                "vision_config.rope_parameters": {"rope_theta": 50.0},
+            },
+        )
+    )
+    assert (config.tie_embeddings, config.image_id, config.video_id, config.eos_ids) == (True, 5, 6, (7,))
+    assert config.mrope_sections == (30, 14, 20)
+    assert config.vision == Qwen3VisionConfig(1152, 4304, 27, 16, 4096, (), 10, 14, 3, 4, 50.0)
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"architectures": ["Qwen3ForCausalLM"]}, "architectures must be"),
+        ({"text_config": None}, "is missing"),
+        ({"text_config": 3}, "text_config must be an object"),
+        ({"vision_config": None}, "num_heads|is missing"),
+        ({"text_config.dtype": "float16", "dtype": "bfloat16"}, r"dtype \(bfloat16\) and dtype \(float16\) disagree"),
+        ({"text_config.model_type": "qwen3"}, "model_type must be 'qwen3_vl_text'"),
+        ({"text_config.tie_word_embeddings": True}, "tie_word_embeddings is False, but the opposite in text_config"),
+        ({"text_config.attention_bias": True}, "attention_bias must be"),
+        ({"text_config.num_experts": 8}, "num_experts = 8"),
+        ({"text_config.rope_scaling": None}, "mrope_section is missing"),
+        ({"text_config.rope_scaling": {"mrope_section": [24, 20]}}, "mrope_section must be three numbers"),
+        ({"text_config.rope_scaling": {"mrope_section": [24, 20, 21]}}, "does not add up to half of head_dim"),
+        ({"text_config.rope_scaling": {"mrope_section": [84, -20, 0]}}, "mrope_section must be three numbers"),
+        (
+            {"text_config.rope_scaling": {"mrope_section": [24, 20, 20], "mrope_interleaved": False}},
+            "mrope_interleaved must be True",
+        ),
+        ({"text_config.rope_parameters": {"mrope_section": [20, 24, 20]}}, "mrope_section is given twice"),
+        ({"image_token_id": 151936}, r"image_token_id \(151936\) .* below vocab_size"),
+        ({"image_token_id": 151656}, "must be two tokens"),
+        ({"vision_config.out_hidden_size": 4095}, r"out_hidden_size \(4095\) .* hidden_size \(4096\)"),
+        ({"vision_config.num_heads": 17}, r"hidden_size \(1152\) over num_heads \(17\)"),
+        ({"vision_config.num_heads": 64}, r"over num_heads \(64\) is no multiple of 4"),
+        ({"vision_config.deepstack_visual_indexes": [8, 27]}, "layers from 0 to 26"),
+        ({"vision_config.deepstack_visual_indexes": [16, 8]}, "each later than the one before"),
+        ({"vision_config.deepstack_visual_indexes": "8"}, "deepstack_visual_indexes must be a list"),
+        ({"text_config.num_hidden_layers": 2}, "names 3 layers, but the language model has 2"),
+        ({"vision_config.num_position_embeddings": 2305}, r"num_position_embeddings \(2305\) is not a square"),
+        ({"vision_config.hidden_act": "silu"}, "hidden_act must be"),
+        ({"vision_config.in_channels": 1}, "in_channels must be 3"),
+        ({"vision_config.model_type": "qwen2_5_vl"}, "model_type must be one of qwen3_vl_vision"),
+        ({"vision_config.window_size": 112}, "window_size = 112"),
+        ({"vision_config.rope_parameters": {"rope_type": "default"}}, "rope_type must be 'axial'"),
+        ({"rope_theta": 1e6}, "rope_theta = 1000000.0"),
+    ],
+)
+def test_qwen3_vl_refusals(read, change, named):
+    with pytest.raises(ConfigError, match=named):
+        read(changed(QWEN3_VL_8B, change))

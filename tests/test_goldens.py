@@ -37,6 +37,10 @@ CASES = (
     "gemma3/old",
     "gemma3/old-omissions",
     "gemma3/images-saved",
+    "qwen3/wide-heads",
+    "qwen3/mqa-tied",
+    "qwen3/bfloat16",
+    "qwen3/old",
 )
 TOLERANCE = 1e-4  # of the standard deviation of the reference's logits
 
@@ -106,7 +110,7 @@ def test_prefill_then_decode(golden, model):
         assert error(torch.cat(steps), expected[len(tokens) - 1 :]) < TOLERANCE
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma3"])
+@pytest.mark.parametrize("family", ["llama", "gemma3", "qwen3"])
 def test_bfloat16_run(family, tmp_path):
     """Two bfloat16 runs round in different places, so each is judged by its distance from the float32 logits:
     ours, as a root mean square over all positions, may exceed the reference's own by a quarter."""

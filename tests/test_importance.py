@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import random_model, tiny_config, tiny_gemma3_config
+from tiny import random_model, tiny_config, tiny_gemma3_config, tiny_qwen3_config
 from tiny_chat import write_chat_checkpoint
 
 import pop
@@ -93,7 +93,7 @@ def gated_loss(config, weights, prompt, response, gate):
             rope = config.rope if window is None else config.local_rope
             x = norm(h, f"{name}.input_layernorm")
             q, k, v = (linear(x, f"{name}.self_attn.{kind}_proj").reshape(-1, E) for kind in "qkv")
-            if gemma:
+            if f"{name}.self_attn.q_norm.weight" in weights:
                 q, k = norm(q, f"{name}.self_attn.q_norm"), norm(k, f"{name}.self_attn.k_norm")
             keys, values = memory[index]
             keys.append(rotated(k, position, rope))
@@ -145,9 +145,12 @@ def cases(draw):
         "num_kv_heads": kv_heads,
         "head_dim": draw(st.sampled_from([2, 6])),
     }
-    if draw(st.sampled_from(["llama", "gemma3"])) == "gemma3":
+    family = draw(st.sampled_from(["llama", "gemma3", "qwen3"]))
+    if family == "gemma3":
         windows = st.lists(st.sampled_from([2, None]), min_size=1, max_size=3)
         config = tiny_gemma3_config(**sizes, windows=tuple(draw(windows)))
+    elif family == "qwen3":
+        config = tiny_qwen3_config(**sizes, num_layers=draw(st.integers(1, 3)), tie_embeddings=draw(st.booleans()))
     else:
         config = tiny_config(
             **sizes,
@@ -266,7 +269,9 @@ def test_logits_are_made_for_the_response_alone_and_in_pieces(samples, monkeypat
     assert_close(gradients, gate_gradients(module, *split(samples)), 1e-5)
 
 
-@pytest.mark.parametrize("config", [tiny_config(), tiny_gemma3_config()], ids=["llama", "gemma3"])
+@pytest.mark.parametrize(
+    "config", [tiny_config(), tiny_gemma3_config(), tiny_qwen3_config()], ids=["llama", "gemma3", "qwen3"]
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_gates_of_one_change_no_bit(config, dtype):
     module = random_model(config).to(dtype)

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny import random_model, tiny_config, tiny_gemma3_config
+from tiny import random_model, tiny_config, tiny_gemma3_config, tiny_qwen3_config
 
 from pop import engine, reference
 from pop.cache import KVCache
@@ -31,7 +31,7 @@ def assert_close(actual, expected):
 
 @st.composite
 def models(draw):
-    """A random model of either family: any head grouping, head width, depth, RoPE; bias and tying; windows."""
+    """A random model of any family: any head grouping, head width, depth, RoPE; bias and tying; windows."""
     kv_heads, num_layers = draw(st.integers(1, 3)), draw(st.integers(1, 6))
     ropes = st.sampled_from(
         [
@@ -47,13 +47,16 @@ def models(draw):
         "head_dim": draw(st.sampled_from([2, 6, 10])),
         "rope": draw(ropes),
     }
-    if draw(st.sampled_from(["llama", "gemma3"])) == "gemma3":
+    family = draw(st.sampled_from(["llama", "gemma3", "qwen3"]))
+    if family == "gemma3":
         windows = st.sampled_from([draw(st.sampled_from([1, 2, 5, 9, 100])), None])
         config = tiny_gemma3_config(
             **sizes,
             local_rope=draw(ropes),
             windows=tuple(draw(st.lists(windows, min_size=num_layers, max_size=num_layers))),
         )
+    elif family == "qwen3":
+        config = tiny_qwen3_config(**sizes, num_layers=num_layers, tie_embeddings=draw(st.booleans()))
     else:
         config = tiny_config(
             **sizes,
@@ -593,7 +596,7 @@ def test_a_row_may_fill_its_cache_to_the_last_slot():
         assert_close(held(module, cache, row), held(module, alone, 0))
 
 
-@pytest.mark.parametrize("config", [tiny_config(), tiny_gemma3_config()])
+@pytest.mark.parametrize("config", [tiny_config(), tiny_gemma3_config(), tiny_qwen3_config()])
 def test_stepping_a_full_row_leaves_its_tokens_alone(config):
     module = random_model(config, seed=3)
     cache = new_cache(module, 2, slots=8)

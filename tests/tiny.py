@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
-from pop.config import Config, Gemma3Config, LlamaConfig, RopeConfig, SiglipConfig
+from pop.config import Config, Gemma3Config, LlamaConfig, Qwen3Config, RopeConfig, SiglipConfig
 from pop.models import build
 
 # Awkward on purpose: the head width is not width / heads, the layer count is odd, 6 query heads share 2.
@@ -77,6 +77,14 @@ def tiny_gemma3_vl_config(**overrides) -> Gemma3Config:
     return tiny_gemma3_config(**{**EYES, **overrides})
 
 
+# The Llama's sizes: the families differ by the norms of queries and keys alone.
+QWEN3_SIZES = {name: value for name, value in SIZES.items() if not name.endswith("_bias")}
+
+
+def tiny_qwen3_config(**overrides) -> Qwen3Config:
+    return Qwen3Config(**{**QWEN3_SIZES, **overrides})
+
+
 def random_weights(shapes: dict[str, tuple[int, ...]], seed: int, family: str = "llama") -> dict[str, torch.Tensor]:
     """Float32 weights for the named shapes, filled in the order of the names, which are the published ones.
 
@@ -102,8 +110,14 @@ def random_weights(shapes: dict[str, tuple[int, ...]], seed: int, family: str = 
     return weights
 
 
+def random_patches(count: int, values: int, seed: int) -> torch.Tensor:
+    """[count, values] float32 from -1 to 1: the pixels of so many patches."""
+    random = np.random.RandomState(np.random.PCG64(seed))
+    return torch.from_numpy(random.uniform(-1, 1, (count, values)).astype(np.float32))
+
+
 def random_model(config: Config, seed: int = 0) -> torch.nn.Module:
-    """A float32 model of either family on the CPU, in evaluation mode, with random weights."""
+    """A float32 model of any family on the CPU, in evaluation mode, with random weights."""
     module = build(config)
     shapes = {name: tuple(parameter.shape) for name, parameter in module.named_parameters()}
     module.load_state_dict(random_weights(shapes, seed, config.family))

@@ -129,6 +129,10 @@ def gemma3_config(vocab, width, mlp, layers, heads, kv_heads, head_width, **fiel
     }
 
 
+def qwen3_config(*sizes, **fields) -> dict:
+    return config(*sizes, architectures=["Qwen3ForCausalLM"], model_type="qwen3", **fields)
+
+
 def gemma3_ropes(factor, base=1_000_000.0, local_base=10_000.0) -> dict:
     return {
         GLOBAL: {"rope_type": "linear", "factor": factor, "rope_theta": base},
@@ -365,6 +369,43 @@ CASES = {
         with_images(gemma3_config(41, 16, 24, 2, 2, 1, 6, sliding_window=5, layer_types=[LOCAL, GLOBAL]), *(12, 4, 1)),
         ((3, IMAGE, 2), (2, IMAGE)),
         shard_size="1GB",
+    ),
+    # Qwen3, text only. eps so large that the places of the norms show.
+    "qwen3/wide-heads": Case(qwen3_config(67, 30, 44, 5, 6, 2, 10, rms_norm_eps=1e-2), (21, 1)),
+    "qwen3/mqa-tied": Case(qwen3_config(61, 32, 52, 3, 4, 1, 8, tie_word_embeddings=True), (35, 6)),
+    "qwen3/bfloat16": Case(qwen3_config(37, 16, 24, 3, 4, 2, 8, dtype="bfloat16"), (280, 7), shard_size="1GB"),
+    # The dialect of transformers 4, in the form that Qwen3-8B was published in.
+    "qwen3/old": Case(
+        {
+            "architectures": ["Qwen3ForCausalLM"],
+            "attention_bias": False,
+            "attention_dropout": 0.0,
+            "bos_token_id": None,
+            "eos_token_id": None,
+            "head_dim": 12,
+            "hidden_act": "silu",
+            "hidden_size": 26,
+            "initializer_range": 0.02,
+            "intermediate_size": 40,
+            "max_position_embeddings": 512,
+            "max_window_layers": 3,
+            "model_type": "qwen3",
+            "num_attention_heads": 4,
+            "num_hidden_layers": 3,
+            "num_key_value_heads": 2,
+            "rms_norm_eps": 1e-06,
+            "rope_scaling": None,
+            "rope_theta": 3000,
+            "sliding_window": None,
+            "tie_word_embeddings": False,
+            "torch_dtype": "float32",
+            "transformers_version": "4.51.0",
+            "use_cache": True,
+            "use_sliding_window": False,
+            "vocab_size": 61,
+        },
+        (50,),
+        verbatim=True,
     ),
 }
 

@@ -4,8 +4,9 @@ from torch import nn
 
 from pop.models import gemma3
 from pop.models.llama import Llama
+from pop.models.qwen3_vl import Qwen3, Qwen3VL
 
-FAMILIES = {"llama": Llama, "gemma3": gemma3.build}
+FAMILIES = {"llama": Llama, "gemma3": gemma3.build, "qwen3": Qwen3, "qwen3_vl": Qwen3VL}
 
 
 def build(config) -> nn.Module:

@@ -1,0 +1,178 @@
+"""Qwen3-VL's eyes: a vision transformer for images of any size, and the mergers behind it.
+
+Images and videos become vectors as wide as the language model's own embeddings, in four moves:
+
+    h = patch_embed(patches) + positions     # each patch, two frames deep, is a token
+    h = block(h), ...                        # attention within one frame pair, rotary positions by row and column
+    features = merger(h)                     # each square of 2 x 2 patches becomes one token of the language model
+    deepstack = [merger(h of a block), ...]  # and so for a few blocks on the way
+
+Frame pairs of all images and videos of a call go through the tower as one sequence of patches. Attention is what
+keeps them apart: pairs in a row with as many patches are a batch of their own, so that no mask is needed, and several
+images cost the sum of their squares.
+
+Attribute names are the checkpoint's names. Shape letters of this file:
+
+    P patches, of all images    M tokens, of all images    N frame pairs of as many patches
+    C width of the tower        H heads, E head width      D width of the language model
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import groupby
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from pop.config import Qwen3VisionConfig
+from pop.models.layers import Rope, rotate
+
+NORM_EPS = 1e-6  # no config states it
+
+
+class Grid(NamedTuple):
+    """An image's or a video's patches: frame pairs (an image has one), rows and columns."""
+
+    frames: int
+    rows: int
+    columns: int
+
+
+class PatchEmbed(nn.Module):
+    """A patch's pixels times one matrix: a convolution without overlap."""
+
+    def __init__(self, config: Qwen3VisionConfig):
+        super().__init__()
+        size = (config.frames, config.patch_size, config.patch_size)
+        self.proj = nn.Conv3d(3, config.hidden_size, kernel_size=size, stride=size)
+
+    def forward(self, patches: torch.Tensor) -> torch.Tensor:
+        return F.linear(patches, self.proj.weight.flatten(1), self.proj.bias)  # [P, C]
+
+
+class Attention(nn.Module):
+    """Every patch attends every patch of its frame pair."""
+
+    def __init__(self, config: Qwen3VisionConfig):
+        super().__init__()
+        self.num_heads = config.num_heads
+        self.qkv = nn.Linear(config.hidden_size, 3 * config.hidden_size)
+        self.proj = nn.Linear(config.hidden_size, config.hidden_size)
+
+    def forward(self, x: torch.Tensor, rope: Rope, runs: list[tuple[int, int]]) -> torch.Tensor:
+        """x [P, C] -> [P, C]. runs: N and patches of each run of frame pairs of as many patches."""
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).unbind(1)  # [P, H, E] each
+        q, k = (rotate(heads.float(), rope).to(x.dtype) for heads in (q, k))  # in float32: so does the reference
+        parts, sizes = [], [pairs * patches for pairs, patches in runs]
+        for (pairs, _), *heads in zip(runs, q.split(sizes), k.split(sizes), v.split(sizes), strict=True):
+            of_run = (part.unflatten(0, (pairs, -1)).transpose(1, 2) for part in heads)  # [N, H, patches, E]
+            attended = F.scaled_dot_product_attention(*of_run)  # scores times E ** -0.5
+            parts.append(attended.transpose(1, 2).flatten(0, 1).flatten(1))  # [N * patches, C]
+        return self.proj(torch.cat(parts))
+
+
+class MLP(nn.Module):
+    def __init__(self, config: Qwen3VisionConfig):
+        super().__init__()
+        self.linear_fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.linear_fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.linear_fc2(F.gelu(self.linear_fc1(x), approximate="tanh"))
+
+
+class Block(nn.Module):
+    def __init__(self, config: Qwen3VisionConfig):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(config.hidden_size, NORM_EPS)
+        self.norm2 = nn.LayerNorm(config.hidden_size, NORM_EPS)
+        self.attn = Attention(config)
+        self.mlp = MLP(config)
+
+    def forward(self, h: torch.Tensor, rope: Rope, runs: list[tuple[int, int]]) -> torch.Tensor:
+        h = h + self.attn(self.norm1(h), rope, runs)
+        return h + self.mlp(self.norm2(h))
+
+
+class Merger(nn.Module):
+    """Squares of patches side by side, through a small network into the language model's width.
+
+    norm_merged: whether the norm is over the whole square, or patch by patch.
+    """
+
+    def __init__(self, config: Qwen3VisionConfig, norm_merged: bool):
+        super().__init__()
+        self.norm_merged = norm_merged
+        self.merged = config.merge_size**2
+        size = self.merged * config.hidden_size
+        self.norm = nn.LayerNorm(size if norm_merged else config.hidden_size, NORM_EPS)
+        self.linear_fc1 = nn.Linear(size, size)
+        self.linear_fc2 = nn.Linear(size, config.out_size)
+
+    def forward(self, h: torch.Tensor) -> torch.Tensor:
+        """h [P, C] -> [M, D]. Patches come square by square, so those to merge are neighbours."""
+        h = h if self.norm_merged else self.norm(h)
+        h = h.unflatten(0, (-1, self.merged)).flatten(1)  # [M, merged * C]
+        h = self.norm(h) if self.norm_merged else h
+        return self.linear_fc2(F.gelu(self.linear_fc1(h)))
+
+
+class VisionTower(nn.Module):
+    def __init__(self, config: Qwen3VisionConfig):
+        super().__init__()
+        self.config = config
+        self.patch_embed = PatchEmbed(config)
+        self.pos_embed = nn.Embedding(config.position_side**2, config.hidden_size)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
+        self.merger = Merger(config, norm_merged=False)
+        self.deepstack_merger_list = nn.ModuleList(Merger(config, norm_merged=True) for _ in config.deepstack)
+
+    def forward(self, patches: torch.Tensor, grids: Sequence[Grid]) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """patches [P, 3 * 2 * patch * patch], in the weights' dtype -> features [M, D], and those of DeepStack.
+
+        Patches of each image lie frame pair by frame pair, square by square (of merge_size patches a side), as
+        pop/images.py prepares them. grids: one for each image or video, in that order; sides are multiples of
+        merge_size. DeepStack's features are [M, D] for each of the language model's first layers.
+        """
+        h = self.patch_embed(patches)
+        h = h + self.per_patch(grids, self.positions).to(h.dtype)
+        angles = self.per_patch(grids, self.angles)[:, None]  # [P, 1, E/2]
+        rope = angles.cos(), angles.sin()
+        pairs = [grid.rows * grid.columns for grid in grids for _ in range(grid.frames)]
+        runs = [(len(list(run)), patches) for patches, run in groupby(pairs)]
+        deepstack = []
+        for index, block in enumerate(self.blocks):
+            h = block(h, rope, runs)
+            if index in self.config.deepstack:
+                deepstack.append(self.deepstack_merger_list[len(deepstack)](h))
+        return self.merger(h), deepstack
+
+    def per_patch(self, grids: Sequence[Grid], table_of) -> torch.Tensor:
+        """table_of(rows, columns) [rows, columns, ...] of each grid, in the patches' order: [P, ...]."""
+        merge = self.config.merge_size
+        tables = {}
+        for size in {grid[1:] for grid in grids}:
+            squares = table_of(*size).unflatten(1, (-1, merge)).unflatten(0, (-1, merge))  # row, in it, column, in it
+            tables[size] = squares.transpose(1, 2).flatten(0, 3)  # [rows * columns, ...]
+        return torch.cat([tables[grid[1:]] for grid in grids for _ in range(grid.frames)])
+
+    def positions(self, rows: int, columns: int) -> torch.Tensor:
+        """The learned positions, stretched to a grid of patches: [rows, columns, C] float32."""
+        side = self.config.position_side
+        table = self.pos_embed.weight.float().unflatten(0, (side, side)).permute(2, 0, 1)  # [C, side, side]
+        stretched = F.interpolate(table[None], (rows, columns), mode="bilinear", align_corners=True)[0]
+        return stretched.permute(1, 2, 0)
+
+    def angles(self, rows: int, columns: int) -> torch.Tensor:
+        """By which each rotated pair of a head turns: half of them by the row, half by the column.
+
+        [rows, columns, E / 2] float32.
+        """
+        half, device = self.config.head_dim // 2, self.pos_embed.weight.device
+        frequencies = 1 / self.config.rope_base ** (torch.arange(0, half, 2, device=device).float() / half)  # [E / 4]
+        by_row = torch.arange(rows, device=device).float()[:, None, None] * frequencies
+        by_column = torch.arange(columns, device=device).float()[:, None] * frequencies
+        return torch.cat(torch.broadcast_tensors(by_row, by_column[None]), dim=-1)
