@@ -50,7 +50,7 @@ class LlamaConfig:
 
     family: ClassVar[str] = "llama"
     overflows_float16: ClassVar[bool] = False
-    vision: ClassVar[None] = None  # it reads text only
+    reads_images: ClassVar[bool] = False
 
     vocab_size: int
     hidden_size: int
@@ -158,6 +158,10 @@ class Gemma3Config:
         return len(self.windows)
 
     @property
+    def reads_images(self) -> bool:
+        return self.vision is not None
+
+    @property
     def image_tokens(self) -> list[int]:
         """The tokens of an image in a prompt, the first and the last one being text."""
         return [self.boi_id, *[self.image_id] * self.vision.tokens_per_image, self.eoi_id]
@@ -169,6 +173,7 @@ class Qwen3Config:
 
     family: ClassVar[str] = "qwen3"
     overflows_float16: ClassVar[bool] = False
+    reads_images: ClassVar[bool] = False  # of Qwen3-VL, too: its vision tower is not wired yet
 
     vocab_size: int
     hidden_size: int

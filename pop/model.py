@@ -287,7 +287,7 @@ class Model:
     def chat_tokens(self, messages) -> list[int]:
         """The token ids of a conversation in the family's chat format, up to where the answer begins."""
         self.need_tokenizer("chat")
-        image_tokens = self.config.image_tokens if self.config.vision else None
+        image_tokens = self.config.image_tokens if self.config.reads_images else None
         return chat_format(self.tokenizer, image_tokens).encode(messages)
 
     def start_chat(self, system: str | None = None, *, plan: PrunePlan | None = None) -> Conversation:
@@ -375,7 +375,7 @@ class Model:
             tokens = [] if prompt == [] else self._tokens([prompt], dims=2)[0].tolist()
         if not tokens:
             raise InputError(f"the {what} is empty; give it at least one token")
-        if self.config.vision and not images and self.config.image_id in tokens:
+        if self.config.reads_images and not images and self.config.image_id in tokens:
             raise InputError(f"the {what} has tokens {self.config.image_id} for an image, but no image comes with it")
         return tokens
 
@@ -385,8 +385,8 @@ class Model:
 
     def _image_rows(self, images, videos, num_rows: int) -> list[list]:
         """The images of each row of a batch; the images of a single row may come without the list around them."""
-        if not (_is_nothing(videos) and (_is_nothing(images) or self.config.vision)):
-            takes = "text and images" if self.config.vision else "text"
+        if not (_is_nothing(videos) and (_is_nothing(images) or self.config.reads_images)):
+            takes = "text and images" if self.config.reads_images else "text"
             raise InputError(f"this model of the {self.config.family} family reads {takes} only; leave out the rest")
         if _is_nothing(images):
             return [[]] * num_rows
@@ -403,7 +403,7 @@ class Model:
     @torch.no_grad()
     def _images(self, rows: list[list], tokens: torch.Tensor, lengths: torch.Tensor) -> Images | None:
         """The images of each row, through the vision tower, for the places that tokens [B, T] have for them."""
-        if self.config.vision is None:
+        if not self.config.reads_images:
             return None
         M = self.config.vision.tokens_per_image
         is_image = (tokens == self.config.image_id).cpu() & (torch.arange(tokens.shape[1]) < lengths[:, None])  # [B, T]
@@ -428,7 +428,7 @@ class Model:
         return Images(features, numbers.where(is_image, -1))
 
     def _chunk_size(self, chunk_size) -> int:
-        least = self.config.vision.tokens_per_image if self.config.vision else 1  # an image is never cut
+        least = self.config.vision.tokens_per_image if self.config.reads_images else 1  # an image is never cut
         return max(check_count("chunk_size", chunk_size), least)
 
     def _tokens(self, tokens, dims: int) -> torch.Tensor:

@@ -36,6 +36,9 @@ CASES = (
     "gemma3/bfloat16",
     "gemma3/old",
     "gemma3/old-omissions",
+    "gemma3/images",
+    "gemma3/images-beyond-the-window",
+    "gemma3/old-images",
     "gemma3/images-saved",
     "qwen3/wide-heads",
     "qwen3/mqa-tied",
@@ -52,7 +55,7 @@ class Golden:
         self.folder = GOLDENS / name
         golden = json.loads((self.folder / "golden.json").read_text(encoding="utf-8"))
         self.arrays = np.load(self.folder / "logits.npz")
-        vision = read_config(self.folder).vision
+        vision = getattr(read_config(self.folder), "vision", None)
         self.prompts = [
             (
                 prompt["tokens"],

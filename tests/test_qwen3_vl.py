@@ -135,7 +135,7 @@ def test_a_checkpoint_answers_text(name, tmp_path):
     (tmp_path / "config.json").write_bytes((GOLDENS / name / "config.json").read_bytes())
     write_weights(tmp_path, read_config(tmp_path), GOLDEN[name]["weights"])
     model = pop.load(tmp_path, prune=None, progress=False)
-    with pytest.raises(InputError, match="leave out images"):
+    with pytest.raises(InputError, match="reads text only"):
         model.generate([1, 2], images=[np.zeros((8, 8, 3), np.uint8)], max_new_tokens=1)
     if name == "untied":
         case = Case("untied", "text")
