@@ -145,7 +145,7 @@ def test_no_pip(index, monkeypatch):
 
 
 def test_pip_is_not_looked_up_as_a_module(index, monkeypatch):
-    """After that setuptools, which torch.compile imports, refuses to be imported in the same process (Python < 3.12)."""
+    """Behind that setuptools, which torch.compile imports, cannot be imported in the same process (Python < 3.12)."""
     find_spec = importlib.util.find_spec
 
     def watched(name, *rest):
