@@ -61,7 +61,7 @@ def run(program: str, *, seconds: float = 5.0) -> tuple[bool, str]:
         try:
             with suppress(subprocess.TimeoutExpired):
                 process.communicate(program.encode("utf-8", "replace"), timeout=seconds)
-            timed_out = process.poll() is None
+            timed_out = process.poll() in (None, -signal.SIGKILL, -signal.SIGXCPU)  # these from the limit on CPU time
         finally:
             with suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
