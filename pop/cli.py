@@ -22,7 +22,7 @@ import torch
 import pop
 from pop import registry
 from pop.calibrate import builtin_texts
-from pop.config import read_config
+from pop.config_files import read_config
 from pop.errors import ConfigError, ContextOverflow, InputError, PlanError, PopError, WeightsNotFound, check_count
 
 PRUNE_HELP = "layers to prune: default (the deepest third), none, a fraction, or the path of a saved plan"

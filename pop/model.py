@@ -21,7 +21,8 @@ from pop.cache import CHUNK_SIZE, KVCache
 from pop.chat import chat_format, images_of
 from pop.checkpoint import load_weights
 from pop.compiling import SMALLEST, Compiled
-from pop.config import DTYPES, read_config
+from pop.config import DTYPES
+from pop.config_files import read_config
 from pop.conversation import Conversation, Prefix
 from pop.errors import ContextOverflow, InputError, PlanError, TokenizerError, check_count
 from pop.generate import Generation, Run, is_batch

@@ -14,7 +14,7 @@ from tiny import hf_config, random_model, tiny_config, write_checkpoint
 
 import pop
 from pop import cost, registry
-from pop.config import read_config
+from pop.config_files import read_config
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tools"))
 import bench

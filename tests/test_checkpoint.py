@@ -18,7 +18,8 @@ from tiny import random_weights, tiny_config, write_checkpoint
 
 from pop import checkpoint
 from pop.checkpoint import load_weights
-from pop.config import LlamaConfig, read_config
+from pop.config import LlamaConfig
+from pop.config_files import read_config
 from pop.errors import CheckpointError, PopError
 from pop.models import build
 

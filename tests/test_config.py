@@ -18,8 +18,8 @@ from pop.config import (
     Qwen3VLConfig,
     RopeConfig,
     SiglipConfig,
-    read_config,
 )
+from pop.config_files import read_config
 from pop.errors import ConfigError
 from pop.models import build
 from pop.registry import lookup

@@ -181,7 +181,7 @@ def folder(tmp_path):
         **{"boi_token_index": 64, "eoi_token_index": 65, "image_token_index": 66},
     }
     (tmp_path / "config.json").write_text(json.dumps(config))
-    write_weights(tmp_path, pop.config.read_config(tmp_path), seed=3)
+    write_weights(tmp_path, pop.config_files.read_config(tmp_path), seed=3)
     return tmp_path
 
 

@@ -19,7 +19,8 @@ gguf = pytest.importorskip("gguf")
 
 import pop  # noqa: E402
 from pop import gguf_import, staging  # noqa: E402
-from pop.config import RopeConfig, read_config  # noqa: E402
+from pop.config import RopeConfig  # noqa: E402
+from pop.config_files import read_config  # noqa: E402
 from pop.errors import CheckpointError, MissingExtra, PopError, UnsupportedError  # noqa: E402
 from pop.gguf_import import import_gguf  # noqa: E402
 

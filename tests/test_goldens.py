@@ -16,7 +16,7 @@ from tiny import write_weights
 from tiny_images import picture
 
 import pop
-from pop.config import read_config
+from pop.config_files import read_config
 
 GOLDENS = Path(__file__).parent / "goldens"
 CASES = (

@@ -9,7 +9,7 @@ import dataclasses
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from tiny import random_model, tiny_config, tiny_gemma3_config, tiny_qwen3_config
 
@@ -460,6 +460,7 @@ def prompts_with_images(draw, vocab_size, width, side, max_rows=3):
     lengths = torch.tensor([len(row) for row in numbers])
     padded = [row + [-1] * (int(lengths.max()) + 1 - len(row)) for row in numbers]
     is_image = torch.tensor(padded) == 0
+    assume(is_image.any())
     numbers = (is_image.flatten().cumsum(0) - 1).view_as(is_image).where(is_image, -1)
     random = torch.Generator().manual_seed(draw(st.integers(0, 10**6)))
     features = torch.randn((int(is_image.sum()) // M, M, width), generator=random)

@@ -15,7 +15,8 @@ from tiny import random_patches, random_weights, write_weights
 from torch import nn
 
 import pop
-from pop.config import Qwen3VisionConfig, Qwen3VLConfig, read_config
+from pop.config import Qwen3VisionConfig, Qwen3VLConfig
+from pop.config_files import read_config
 from pop.errors import CheckpointError, InputError
 from pop.models import build
 from pop.models.layers import rotate

@@ -13,7 +13,8 @@ from tiny_images import random_bytes
 from torch import nn
 
 from pop.checkpoint import load_weights
-from pop.config import SiglipConfig, read_siglip
+from pop.config import SiglipConfig
+from pop.config_files import read_siglip
 from pop.errors import CheckpointError, ConfigError
 from pop.fields import Fields
 from pop.models.siglip import Projector, VisionTower

@@ -18,7 +18,8 @@ import pop
 from pop import models, registry
 from pop.cache import KVCache, _free_bytes
 from pop.cli import parse_prune
-from pop.config import DTYPES, read_config
+from pop.config import DTYPES
+from pop.config_files import read_config
 from pop.errors import InputError
 from pop.model import _device as usable_device
 from pop.projections import KVProjections

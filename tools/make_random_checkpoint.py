@@ -22,7 +22,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from pop.config import read_config
+from pop.config_files import read_config
 from pop.errors import CheckpointError, InputError, PopError, check_count
 from pop.models import build
 from pop.staging import staged, write_json

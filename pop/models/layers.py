@@ -127,8 +127,6 @@ class Images:
     def place(self, h: torch.Tensor) -> torch.Tensor:
         """Embeddings h [B, T, D] -> with the features in their places."""
         numbers = self.numbers.to(h.device)
-        if not len(self.features):
-            return h
         return torch.where((numbers >= 0)[..., None], self.features.flatten(0, 1)[numbers.clamp(min=0)], h)
 
     def reach(self, positions: torch.Tensor) -> torch.Tensor:
