@@ -140,11 +140,20 @@ def test_no_graph_break_and_few_graphs():
     counts = []
     for num_layers in (2, 5):
         torch._dynamo.utils.counters.clear()
-        module = random_model(tiny_config(num_layers=num_layers), seed=1)
+        sizes = {
+            "num_heads": 9,
+            "num_kv_heads": 9,
+        }  # as many as the smallest prompts have slots
+        module = random_model(tiny_config(num_layers=num_layers, **sizes), seed=1)
         model = pop.Model(module, module.config, compile=True, plan=0.5)
         model.warmup(1)
         counts.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
         assert not torch._dynamo.utils.counters["graph_break"]
+        torch.compiler.set_stance("fail_on_recompile")
+        try:
+            assert len(model.generate([1] * (20 + num_layers), max_new_tokens=4).tokens) == 4
+        finally:
+            torch.compiler.set_stance("default")
     assert counts[0] == counts[1] <= 10
 
 

@@ -527,6 +527,18 @@ def test_a_second_turn_may_have_images(case, data):
         assert_close(held(module, cache, row), seen(module, stacked(kv)))
 
 
+def test_a_first_full_depth_token_sees_the_rest_of_its_image():
+    """The window is long past it at the prompt's end, so without it nobody would need the image's pruned K and V."""
+    module = random_model(tiny_gemma3_config(), seed=6)
+    tokens, lengths = torch.arange(30)[None], torch.tensor([30])
+    images = Images(torch.randn(1, 4, 30, generator=torch.Generator().manual_seed(1)), torch.full((1, 30), -1))
+    images.numbers[0, 1:5] = torch.arange(4)
+    plan = PrunePlan(layers=(1,), full_depth_first=2)
+    logits = engine.prefill(module, tokens, new_cache(module, 1), lengths, plan, 1000, images=images)
+    expected, _ = reference.forward(module, tokens[0], reference.full_depth_tokens(30, 30, plan), plan, images)
+    assert_close(logits[0], expected[-1])
+
+
 def test_an_image_is_never_cut():
     """In each row for itself: no common border would do here."""
     numbers = torch.tensor([[-1, 0, 1, 2, 3, -1, -1, -1, -1], [-1, -1, -1, 4, 5, 6, 7, -1, -1]])
