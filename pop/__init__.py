@@ -27,7 +27,8 @@ from pop.errors import (
 )
 from pop.generate import Generation
 from pop.importance import Importance, importance
-from pop.model import Model, load
+from pop.loading import load
+from pop.model import Model
 from pop.plan import PrunePlan
 from pop.registry import list_models
 from pop.tokenizers import load_tokenizer

@@ -7,22 +7,17 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import os
 import time
 from collections.abc import Iterator, Sequence
 from operator import index as as_index
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
-from pop import engine, models, registry
+from pop import engine
 from pop.cache import CHUNK_SIZE, KVCache
 from pop.chat import chat_format, images_of
-from pop.checkpoint import load_weights
 from pop.compiling import SMALLEST, Compiled
-from pop.config import DTYPES
-from pop.config_files import read_config
 from pop.conversation import Conversation, Prefix
 from pop.errors import ContextOverflow, InputError, PlanError, TokenizerError, check_count
 from pop.generate import Generation, Run, is_batch
@@ -30,53 +25,6 @@ from pop.images import gemma_pixels
 from pop.models.layers import Images
 from pop.plan import PrunePlan
 from pop.projections import fingerprint
-from pop.tokenizers import load_tokenizer
-
-
-def load(
-    name_or_path,
-    *,
-    device=None,
-    dtype: torch.dtype | None = None,
-    prune="default",
-    max_seq_len: int | None = None,
-    compile="auto",
-    progress: bool = True,
-) -> Model:
-    """Load a model by its registry name, or from a directory in the Hugging Face or in Meta's layout.
-
-    name_or_path: a known name wins over a directory of that name; write ./NAME for the directory.
-    device: None takes the GPU if there is one, else the CPU.
-    dtype: None keeps the checkpoint's own.
-    prune: "default" (the deepest floor(L/3) layers), None (full depth), a fraction of the layers, or a PrunePlan.
-    max_seq_len: the most tokens that a cache may hold a row (the last token of an answer needs no slot); None takes
-        the model's full context.
-    compile: True compiles prefill and decode by torch.compile, when they are first used or by `model.warmup`; False
-        does not; "auto" does where it works, unless the model is tiny.
-    progress: show a bar on stderr while large weights load, and a note while prefill and decode compile.
-
-    Raises UnknownModel, WeightsNotFound, ConfigError, CheckpointError, TokenizerError, PlanError or InputError.
-    """
-    _check_compile(compile)
-    device = _device(device)
-    if dtype not in (None, *DTYPES.values()):
-        raise InputError(f"dtype is {dtype!r}; give torch.float32, torch.bfloat16, torch.float16, or None")
-    if not isinstance(name_or_path, (str, os.PathLike)):
-        raise InputError(f"name_or_path is {name_or_path!r}; give a name that pop.list_models() lists, or a directory")
-    is_name = name_or_path in registry.list_models() or not os.path.isdir(name_or_path)
-    folder = registry.find_weights(str(name_or_path)) if is_name else Path(name_or_path)
-    config = read_config(folder)
-    dtype = dtype or config.dtype
-    _check_dtype(dtype, config)
-    plan = _plan(prune, config.num_layers)
-    max_seq_len = _max_seq_len(max_seq_len, config)
-    tokenizer = _tokenizer(folder)
-    with torch.device("meta"):
-        module = models.build(config)
-    load_weights(folder, module, dtype=dtype, device=device, progress=progress)
-    options = {"plan": plan, "max_seq_len": max_seq_len, "compile": compile, "progress": progress}
-    return Model(module.eval(), config, tokenizer, **options)
-
 
 SCORED_AT_ONCE = 256  # tokens of a continuation, whose logits [T, V] are in memory together
 IMAGES_AT_ONCE = 8  # in the vision tower
@@ -109,12 +57,12 @@ class Model:
         compile="auto",
         progress: bool = False,
     ):
-        _check_compile(compile)
+        check_compile(compile)
         self.module, self.config, self.tokenizer = module, config, tokenizer
-        _check_dtype(self.dtype, config)
-        self.plan = _plan(plan, config.num_layers)
+        check_dtype(self.dtype, config)
+        self.plan = checked_plan(plan, config.num_layers)
         self.resolve(self.plan)  # does it fit the weights?
-        self.max_seq_len = _max_seq_len(max_seq_len, config)
+        self.max_seq_len = checked_max_seq_len(max_seq_len, config)
         self.chunk_size = self._chunk_size(chunk_size)
         size = sum(weight.numel() for weight in module.parameters())
         compiles = compile is True or (compile == "auto" and size >= SMALLEST)
@@ -330,7 +278,7 @@ class Model:
 
         Raises PlanError if it does not fit the model.
         """
-        plan = _plan(self.plan if plan is None else plan, self.config.num_layers)
+        plan = checked_plan(self.plan if plan is None else plan, self.config.num_layers)
         refit = plan.projections
         if refit is None or not plan.layers:
             return plan
@@ -503,20 +451,7 @@ def _log_prob(logits: torch.Tensor, targets: torch.Tensor) -> float:
     return -F.cross_entropy(logits, targets, reduction="none").double().sum().item()
 
 
-def _device(device) -> torch.device:
-    if device is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        # Used once, not only named: torch knows devices that this build or machine lacks.
-        probe = torch.zeros(1, device=device)
-        probe.item()
-        return probe.device
-    except (RuntimeError, TypeError, ValueError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise InputError(f"device is {device!r}, which cannot be used here ({reason}); try 'cpu'") from None
-
-
-def _check_dtype(dtype: torch.dtype, config) -> None:
+def check_dtype(dtype: torch.dtype, config) -> None:
     if dtype == torch.float16 and config.overflows_float16:
         raise InputError(
             f"the activations of the {config.family} family overflow float16; "
@@ -524,7 +459,7 @@ def _check_dtype(dtype: torch.dtype, config) -> None:
         )
 
 
-def _plan(prune, num_layers: int) -> PrunePlan:
+def checked_plan(prune, num_layers: int) -> PrunePlan:
     if prune is None:
         return PrunePlan.none()
     if isinstance(prune, str) and prune == "default":
@@ -536,22 +471,17 @@ def _plan(prune, num_layers: int) -> PrunePlan:
     raise PlanError(f"the plan is {prune!r}; it must be 'default', None, a fraction of the layers, or a PrunePlan")
 
 
-def _check_compile(compile) -> None:
+def check_compile(compile) -> None:
     if not isinstance(compile, bool) and compile != "auto":
         raise InputError(f"compile is {compile!r}; it is 'auto', True or False")
 
 
-def _max_seq_len(max_seq_len, config) -> int:
+def checked_max_seq_len(max_seq_len, config) -> int:
     if max_seq_len is None:
         return config.max_positions
     if check_count("max_seq_len", max_seq_len) > config.max_positions:
         raise ContextOverflow(f"max_seq_len is {max_seq_len}, but the model's context is {config.max_positions} tokens")
     return int(max_seq_len)
-
-
-def _tokenizer(folder: Path):
-    names = ("tokenizer.json", "tokenizer.model")
-    return load_tokenizer(folder) if any((folder / name).exists() for name in names) else None
 
 
 def _is_nothing(images) -> bool:

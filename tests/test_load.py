@@ -65,7 +65,7 @@ def test_dtype_none_keeps_the_checkpoints(tmp_path):
     ],
 )
 def test_a_bad_option_is_refused_before_weights_are_read(folder, options, error, message, monkeypatch):
-    monkeypatch.setattr("pop.model.load_weights", lambda *args, **kwargs: pytest.fail("weights were read"))
+    monkeypatch.setattr("pop.loading.load_weights", lambda *args, **kwargs: pytest.fail("weights were read"))
     with pytest.raises(error, match=message):
         pop.load(folder, **options)
 

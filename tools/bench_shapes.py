@@ -21,7 +21,7 @@ from pop.cli import parse_prune
 from pop.config import DTYPES
 from pop.config_files import read_config
 from pop.errors import InputError
-from pop.model import _device as usable_device
+from pop.loading import usable_device
 from pop.projections import KVProjections
 
 CHUNK = 2048  # tokens that prefill runs at once

@@ -1,0 +1,80 @@
+"""`pop.load`: from a name or a directory to a `pop.Model`."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+
+from pop import models, registry
+from pop.checkpoint import load_weights
+from pop.config import DTYPES
+from pop.config_files import read_config
+from pop.errors import InputError
+from pop.model import Model, check_compile, check_dtype, checked_max_seq_len, checked_plan
+from pop.tokenizers import load_tokenizer
+
+
+def load(
+    name_or_path,
+    *,
+    device=None,
+    dtype: torch.dtype | None = None,
+    prune="default",
+    max_seq_len: int | None = None,
+    compile="auto",
+    progress: bool = True,
+) -> Model:
+    """Load a model by its registry name, or from a directory in the Hugging Face or in Meta's layout.
+
+    name_or_path: a known name wins over a directory of that name; write ./NAME for the directory.
+    device: None takes the GPU if there is one, else the CPU.
+    dtype: None keeps the checkpoint's own.
+    prune: "default" (the deepest floor(L/3) layers), None (full depth), a fraction of the layers, or a PrunePlan.
+    max_seq_len: the most tokens that a cache may hold a row (the last token of an answer needs no slot); None takes
+        the model's full context.
+    compile: True compiles prefill and decode by torch.compile, when they are first used or by `model.warmup`; False
+        does not; "auto" does where it works, unless the model is tiny.
+    progress: show a bar on stderr while large weights load, and a note while prefill and decode compile.
+
+    Raises UnknownModel, WeightsNotFound, ConfigError, CheckpointError, TokenizerError, PlanError or InputError.
+    """
+    check_compile(compile)
+    device = usable_device(device)
+    if dtype not in (None, *DTYPES.values()):
+        raise InputError(f"dtype is {dtype!r}; give torch.float32, torch.bfloat16, torch.float16, or None")
+    if not isinstance(name_or_path, (str, os.PathLike)):
+        raise InputError(f"name_or_path is {name_or_path!r}; give a name that pop.list_models() lists, or a directory")
+    is_name = name_or_path in registry.list_models() or not os.path.isdir(name_or_path)
+    folder = registry.find_weights(str(name_or_path)) if is_name else Path(name_or_path)
+    config = read_config(folder)
+    dtype = dtype or config.dtype
+    check_dtype(dtype, config)
+    plan = checked_plan(prune, config.num_layers)
+    max_seq_len = checked_max_seq_len(max_seq_len, config)
+    tokenizer = _tokenizer(folder)
+    with torch.device("meta"):
+        module = models.build(config)
+    load_weights(folder, module, dtype=dtype, device=device, progress=progress)
+    options = {"plan": plan, "max_seq_len": max_seq_len, "compile": compile, "progress": progress}
+    return Model(module.eval(), config, tokenizer, **options)
+
+
+def usable_device(device) -> torch.device:
+    """The device that a caller names, tried out; None: the GPU if there is one, else the CPU."""
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        # Used once, not only named: torch knows devices that this build or machine lacks.
+        probe = torch.zeros(1, device=device)
+        probe.item()
+        return probe.device
+    except (RuntimeError, TypeError, ValueError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(f"device is {device!r}, which cannot be used here ({reason}); try 'cpu'") from None
+
+
+def _tokenizer(folder: Path):
+    names = ("tokenizer.json", "tokenizer.model")
+    return load_tokenizer(folder) if any((folder / name).exists() for name in names) else None
