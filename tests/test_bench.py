@@ -8,6 +8,7 @@ import sys
 import types
 from pathlib import Path
 
+import matplotlib
 import pytest
 import torch
 from tiny import hf_config, random_model, tiny_config, write_checkpoint
@@ -296,8 +297,10 @@ def test_the_command_line_end_to_end(folder, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(bench, "in_child", in_child)
     monkeypatch.setattr(bench, "peak_turn", lambda *_: lambda: {"flops_per_s": 1e9})
     monkeypatch.setattr(bench, "bandwidth_turn", lambda *_: lambda: {"bytes_per_s": 1e9})
-    path = tmp_path / "r.json"
+    path, drawn = tmp_path / "r.json", tmp_path / "r.svg"
+    monkeypatch.setitem(matplotlib.rcParams, "svg.fonttype", "none")  # words as words
     argv = ["--shape", folder, "--layers", "4", "--lengths", "16,8", "--runs", "1", "--decode-steps", "2"]
+    argv += ["--plot", str(drawn)]
     assert bench.main([*argv, "--prune", "0.5", "--dtype", "bfloat16", "--device", "cpu", "--json", str(path)]) == 0
     out = capsys.readouterr().out
     result = json.loads(out.splitlines()[-1])
@@ -309,6 +312,8 @@ def test_the_command_line_end_to_end(folder, tmp_path, capsys, monkeypatch):
     assert result["prefill"]["8"]["plans"]["0.5"]["layers"] == 2
     for text in ("4 layers of 5", "0.5, without 2 layers", "1.0 s cold", "1.500", "with 32,768 slots against 2,048"):
         assert text in out
+    for text in ("all layers", "0.5", "time to first token, seconds"):
+        assert f">{text}<" in drawn.read_text()
 
 
 def test_the_children_measure_in_their_process(folder, capsys):
@@ -333,6 +338,9 @@ def test_the_children_measure_in_their_process(folder, capsys):
         (["--tasks", "all"], "--tasks holds 'all'; it knows compile, memory"),
         (["--against", "vllm"], "--against holds 'vllm'; it knows transformers, transformers-compiled, llama.cpp"),
         (["--json", "/nowhere/r.json"], "cannot be written"),
+        (["--plot", "/nowhere/r.svg"], "cannot be written"),
+        (["--plot", "r.pdf"], "ends in .svg or .png"),
+        (["--plot", "r.svg", "--tasks", "slots"], "have it in --tasks"),
         (["--model", "FOLDER", "--lengths", "511", "--decode-steps", "2"], "has 513 tokens, but the model takes 512"),
         (["--model", "FOLDER", "--prune", "x"], "--prune is 'x'"),
         (["--model", "FOLDER", "--prune", "none"], "prunes none"),

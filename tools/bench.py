@@ -52,7 +52,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 
 import bench_rivals  # noqa: E402
-from bench_report import report  # noqa: E402
+from bench_report import plot, report  # noqa: E402
 from bench_shapes import (  # noqa: E402
     BIG,
     CHUNK,
@@ -71,6 +71,7 @@ from pop.cost import prefill_flops, speedup_limit  # noqa: E402
 from pop.demo import _time as time_run  # noqa: E402
 from pop.demo import machine  # noqa: E402
 from pop.errors import CacheMemoryError, InputError, PopError, check_count  # noqa: E402
+from pop.importance import check_plot  # noqa: E402
 from pop.models.layers import (  # noqa: E402
     WIDENED,
     causal_attention,
@@ -376,6 +377,8 @@ def main(argv: list[str] | None = None) -> int:
             print(report(result))
         if args.json and not args.child:
             write_whole(args.json, (json.dumps(result, indent=2) + "\n").encode())
+        if args.plot and not args.child:
+            write_whole(args.plot, plot(result, check_plot(args.plot)))
         print(json.dumps(result))
         return 0
     except PopError as error:
@@ -405,8 +408,13 @@ def check(args) -> None:
                 raise InputError(f"--{name} holds {value!r}; it knows {', '.join(known)}")
         setattr(args, name, values)
     args.prune = args.prune or ["default", "taps1:0.5", "taps2:0.5"]
-    if args.json and (os.path.isdir(args.json) or not os.access(Path(args.json).resolve().parent, os.W_OK)):
-        raise InputError(f"{args.json} cannot be written; name a file in a folder that there is")
+    for path in filter(None, (args.json, args.plot)):
+        if os.path.isdir(path) or not os.access(Path(path).resolve().parent, os.W_OK):
+            raise InputError(f"{path} cannot be written; name a file in a folder that there is")
+    if args.plot:
+        check_plot(args.plot)  # what is wrong is better known now than after the work
+        if "prefill" not in args.tasks:
+            raise InputError("--plot draws what the task prefill measures; have it in --tasks")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -429,6 +437,7 @@ def _parser() -> argparse.ArgumentParser:
     option("--against", "rivals: " + ", ".join(bench_rivals.RIVALS), default="", metavar="NAME,...")
     option("--gguf", "the file that llama.cpp reads, with the same weights", metavar="FILE")
     option("--json", "also write all figures here", metavar="FILE")
+    option("--plot", "also draw TTFT over prompt length: FILE.svg or FILE.png", metavar="FILE")
     parser.add_argument("--child", choices=tuple(CHILDREN), help=argparse.SUPPRESS)
     return parser
 

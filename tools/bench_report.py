@@ -1,7 +1,8 @@
-"""The figures of tools/bench.py as tables to read."""
+"""The figures of tools/bench.py as tables to read and as a plot of TTFT over prompt length."""
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterator
 
 GB = 1e9
@@ -41,6 +42,32 @@ runs      {result["runs"]} rounds in turn; medians, and from the lowest to the h
             else "compile   nothing was compiled"
         )
     return "\n\n".join(parts)
+
+
+def plot(result: dict, kind: str) -> bytes:
+    """TTFT over prompt length, a line for each plan and rival, as a file of `kind`, svg or png."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.add_subplot()
+    lengths = result["prefill"]
+    first = next(iter(lengths.values()))
+    lines = {"all layers": [row["ttft_s"] for row in lengths.values()]}
+    for group in ("plans", "rivals"):
+        for name in first[group]:
+            lines[name] = [row[group][name]["ttft_s"] for row in lengths.values()]
+    for name, times in lines.items():
+        middles = [time["median"] for time in times]
+        errors = [[time["median"] - time["low"] for time in times], [time["high"] - time["median"] for time in times]]
+        style = "--" if name in first["rivals"] else "-"
+        axes.errorbar(list(lengths), middles, errors, fmt="o" + style, markersize=3, capsize=2, label=name)
+    axes.set(xscale="log", yscale="log", xlabel="prompt tokens", ylabel="time to first token, seconds")
+    axes.set_xticks(list(lengths), [f"{tokens:,}" for tokens in lengths], minor=False)
+    axes.set_title(f"{result['model']}, {result['layers']} layers, {result['dtype']}, {result['machine']['device']}")
+    axes.legend()
+    drawn = io.BytesIO()
+    figure.savefig(drawn, format=kind)
+    return drawn.getvalue()
 
 
 def _prefill_rows(lengths: dict) -> Iterator[list[str]]:
