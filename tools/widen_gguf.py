@@ -17,8 +17,8 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from pop.errors import InputError, MissingExtra, PopError  # noqa: E402
-from pop.staging import replaced  # noqa: E402
+from pop.errors import InputError, MissingExtra, PopError
+from pop.staging import replaced
 
 
 def widen(source: Path, target: Path, dtype: str) -> None:
