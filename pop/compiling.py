@@ -145,10 +145,39 @@ class _CompiledStage:
     def __init__(self, stage: Callable):
         self.stage = stage
         self.compiled: dict[tuple, Callable] = {}
+        self.kinds: dict[torch.nn.Module, int] = {}  # layers that differ in nothing but weights have the same number
+        self.known: dict[tuple, int] = {}
 
     def __call__(self, layer, h, *args):
-        key = (h.shape[-2] == 1, *_circumstances())
+        if layer not in self.kinds:
+            self.kinds[layer] = self.known.setdefault(_kind(layer), len(self.known))
+        key = (self.kinds[layer], h.shape[-2] == 1, *_circumstances())
         if key not in self.compiled:
             copy = types.FunctionType(self.stage.__code__.replace(), self.stage.__globals__, self.stage.__name__)
-            self.compiled[key] = torch.compile(copy, fullgraph=True, dynamic=True)
+            self.compiled[key] = torch.compile(copy, fullgraph=True, dynamic=True, options=_options())
         return self.compiled[key](layer, h, *args)
+
+
+def _kind(layer: torch.nn.Module) -> tuple:
+    """What compiled code depends on in a layer: all but its weights' values, and its window, which no stage reads."""
+    parts = []
+    for name, module in layer.named_modules():
+        settings = {k: v for k, v in vars(module).items() if isinstance(v, (bool, int, float, str)) and k != "window"}
+        weights = {k: (v.shape, v.dtype, v.device) for k, v in module.named_parameters(recurse=False)}
+        parts.append((name, type(module), tuple(sorted(settings.items())), tuple(sorted(weights.items()))))
+    return tuple(parts)
+
+
+def _on_tensors(guards) -> list[bool]:
+    """Which of torch's guards to check on each call: those on h and the other tensors.
+
+    Of a layer, its kind has been looked at; modules and global names do not change. To check these again on each call
+    takes as long as a tenth of a small layer's decode.
+    """
+    return [not guard.is_global and not guard.name.startswith("layer") for guard in guards]
+
+
+def _options() -> dict | None:
+    """For torch.compile, which empties the dictionary; versions that cannot leave out guards check them all."""
+    can_filter = hasattr(torch.compiler, "skip_guard_on_inbuilt_nn_modules_unsafe")
+    return {"guard_filter_fn": _on_tensors} if can_filter else None

@@ -53,8 +53,9 @@ def full_layer(layer, h, rope, slots, keys, values, mask):
     q, k, v = layer.queries_keys_values(h, rope)
     write(keys, values, slots, k, v)
     # Read back even what is fresh: where the batch has padding, the cache has not, and nothing can come out of it.
-    filled = h.shape[1] if mask is None else mask.shape[-1]
-    k, v = keys[:, :filled], values[:, :filled]
+    # In k's shape: compiled code knows its heads from the weights, as numbers, and the cache's only as symbols.
+    filled, heads = h.shape[1] if mask is None else mask.shape[-1], k.shape[2:]
+    k, v = (x[:, :filled].view(-1, filled, *heads) for x in (keys, values))
     if mask is None:
         attended = causal_attention(q, k, v, layer.scale, None)
     else:

@@ -174,7 +174,7 @@ def pop_turn(model: pop.Model, prompt: list[int], cache: KVCache, plan: pop.Prun
 def measure_prefill(model: pop.Model, plans: dict[str, pop.PrunePlan], rivals: list, args) -> dict[int, dict]:
     """All that is measured in rounds, by prompt length."""
     config, full = model.config, pop.PrunePlan.none()
-    peak_dtype = torch.float32 if WIDENED and model.device.type == "cpu" else model.dtype
+    peak_dtype = torch.float32 if model.dtype in WIDENED and model.device.type == "cpu" else model.dtype
     peak, bandwidth = peak_turn(model.device, peak_dtype), bandwidth_turn(model.device)
     turns = {}
     for N in args.lengths:
@@ -288,7 +288,7 @@ def measure_memory(args) -> dict:
     model.prefill([random_prompt(model.config, N)], model.new_cache(1, N))
     process = torch.cuda.max_memory_allocated(model.device) if on_gpu else _resident("VmHWM")
     peak = process if on_gpu else weights + process - before
-    formula = prefill_memory(model.config, N, model.dtype, WIDENED and not on_gpu and model.dtype != torch.float32)
+    formula = prefill_memory(model.config, N, model.dtype, model.dtype in WIDENED and not on_gpu)
     return {"peak_bytes": peak, "formula_bytes": formula, "ratio": peak / formula, "process_bytes": process}
 
 

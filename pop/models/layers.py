@@ -21,8 +21,8 @@ from pop.config import RopeConfig
 Rope = tuple[torch.Tensor, torch.Tensor]  # cos, sin of the pairs: each [B, T, 1, E/2] float32
 Ropes = dict[int | None, Rope]  # by the window of the layers that they are for; None: of those without one
 
-# Processors with AVX2 alone have no fast products of 16-bit numbers; those with AVX-512 and GPUs do.
-WIDENED = torch.backends.cpu.get_cpu_capability() == "AVX2"
+# What CPUs have no fast products of: float16, and, those with AVX2 alone, bfloat16. GPUs have both.
+WIDENED = {torch.float16} | ({torch.bfloat16} if torch.backends.cpu.get_cpu_capability() == "AVX2" else set())
 WIDENED_AT_ONCE = 2**26  # numbers
 
 
@@ -37,18 +37,18 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
     """x [B, T, in], or [B, in] and [in] for one token a row; weight [out, in], bias [out] -> likewise with `out`.
 
     On a CPU the general product is far from the machine's limit in two cases. With one token a row, as in decode,
-    time is what it takes to read the weights, and in float32 a plain multiply-and-sum (compiled) or the transposed
-    product reads them up to three times faster. And where there are no products of 16-bit numbers, many tokens are
-    worth a copy of the weights in float32.
+    time is what it takes to read the weights, and a plain multiply-and-sum (compiled) or the transposed product reads
+    them up to three times faster, but for float16. And where there are no fast products of 16-bit numbers, many tokens
+    are worth a copy of the weights in float32.
     """
     if x.device.type != "cpu":
         return F.linear(x, weight, bias)
     one_token = x.dim() < 3 or x.shape[-2] == 1
-    if not one_token and WIDENED and x.dtype != torch.float32:
+    if not one_token and x.dtype in WIDENED:
         parts = weight.split(max(1, WIDENED_AT_ONCE // weight.shape[1]))  # an output head is too large to copy whole
         out = torch.cat([F.linear(x.float(), part.float()) for part in parts], dim=-1)
         return (out if bias is None else out + bias.float()).to(x.dtype)
-    if not one_token or x.dtype != torch.float32:
+    if not one_token or x.dtype == torch.float16:
         return F.linear(x, weight, bias)
     rows = x.reshape(-1, x.shape[-1])  # [B, in]
     if rows.shape[0] > 1:
