@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_method import batches, plans
 from tiny import random_model, tiny_config, tiny_gemma3_config
+from tiny_images import both_ways
 
 import pop
 from pop import engine
@@ -116,7 +117,7 @@ def test_images_need_no_new_graph(pair, nothing_compiles):
         tokens, lengths = torch.arange(rows * 20).view(rows, 20), torch.full((rows,), 20)
         numbers = torch.full((rows, 20), -1)
         numbers[:, 3:9], numbers[-1, 12:18] = torch.arange(6), torch.arange(6, 12)
-        images = layers.Images(torch.randn(2, 6, 30, generator=torch.Generator().manual_seed(1)), numbers)
+        images = both_ways(torch.randn(2, 6, 30, generator=torch.Generator().manual_seed(1)), numbers)
         logits = []
         for model in (compiled, eager):
             cache, stages = model.new_cache(rows, 64), model._stages(rows, plan)

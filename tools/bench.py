@@ -245,10 +245,10 @@ def measure_slots(model: pop.Model, num_tokens: int, steps: int, runs: int) -> d
 
     def turn_of(cache: KVCache) -> Turn:
         model.prefill([prompt], cache)
-        lengths, states = cache.lengths, cache.states
+        end_of_prompt = cache.point
 
         def turn():
-            cache.lengths, cache.states = lengths, states  # back to the prompt's end
+            cache.point = end_of_prompt
             return {"step_s": median(seconds(lambda: int(model.decode([0], cache).argmax()), model.device)
                                      for _ in range(steps))}  # fmt: skip
 
