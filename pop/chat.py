@@ -5,6 +5,7 @@ become ids directly and text is encoded as text, so that nothing a user writes c
 further family is one more subclass, recognised by one of its control tokens, and an entry in FORMATS.
 """
 
+import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -31,6 +32,7 @@ class ChatFormat:
     family: str
     mark: str  # the control token that tells the family
     ends: tuple[str, ...]
+    opening = ""  # text with which the model's turn is opened for it
 
     def __init__(self, tokenizer: Tokenizer, takes: Sequence[str] = ()):
         self.tokenizer, self.takes = tokenizer, takes
@@ -67,16 +69,16 @@ class ChatFormat:
         contents = [message["content"] for message in messages if isinstance(message["content"], list)]
         return [(part["type"], part[part["type"]]) for content in contents for part in content if part["type"] in SEEN]
 
-    def encode_next(self, text: str) -> list[int]:
+    def encode_next(self, content, seen: Sequence[Sequence[Piece]] = ()) -> list[int]:
         """What follows an answer: the ids that end the model's turn, the user's next message, the model's turn opened.
 
         Behind the ids of a conversation and those of its answer, they are the ids of the longer conversation: a
-        control token parts them from the answer, so that no text is encoded across the seam.
+        control token parts them from the answer, so that no text is encoded across the seam. seen: as in `encode`.
         """
         messages = [{"role": "user", "content": "x"}]
         asked = self.encode(messages)
-        answered = [*messages, {"role": "assistant", "content": ""}, {"role": "user", "content": text}]
-        ids = self.encode(answered)
+        answered = [*messages, {"role": "assistant", "content": self.opening}, {"role": "user", "content": content}]
+        ids = self.encode(answered, seen=seen)
         if ids[: len(asked)] != asked or ids[len(asked)] not in self.end_ids:
             raise UnsupportedError(
                 f"the {self.family} chat format changes what came before when a conversation goes on."
@@ -168,12 +170,22 @@ class Llama3(ChatFormat):
 
 
 class ChatML(ChatFormat):
-    """SmolLM2 and others. SmolLM2 has a system message of its own, for conversations without one."""
+    """SmolLM2, Qwen3 and others.
+
+    SmolLM2 has a system message of its own, for conversations without one. The turn of a model that always thinks is
+    opened with <think>, which its template tells; what it thinks, up to </think>, is a part of its answer and stays one
+    in later turns. To Qwen's tokenizer these tags are words, no control tokens.
+    """
 
     family = "ChatML"
     mark = "<|im_start|>"
     ends = ("<|im_end|>", "<|endoftext|>")
     smollm2_system = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
+    thinks = re.compile(r"""assistant(\\n|\n)<think>(\\n|\n)['"]""")  # a template's string, which ends there
+
+    @property
+    def opening(self) -> str:
+        return "<think>\n" if self.thinks.search(self.tokenizer.chat_template or "") else ""
 
     def pieces(self, turns, add_generation_prompt):
         if turns[0][0] != "system" and self.smollm2_system in (self.tokenizer.chat_template or ""):
@@ -186,7 +198,7 @@ class ChatML(ChatFormat):
             yield "\n"
         if add_generation_prompt:
             yield Control("<|im_start|>")
-            yield "assistant\n"
+            yield f"assistant\n{self.opening}"
 
 
 class Gemma(ChatFormat):

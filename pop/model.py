@@ -216,8 +216,8 @@ class Model:
         self.need_tokenizer("stream")
         if is_batch(prompt):
             raise InputError("stream takes one prompt; for a batch use generate, or one stream a prompt")
-        seen = self.vision.prepared(images, videos, 1)
-        run = Run(self, [self.encode(prompt, seen=seen[0])], images=seen, **options)
+        (seen,) = self.vision.prepared(images, videos, 1)
+        run = Run(self, [self.encode(prompt, seen=seen)], images=[seen], **options)
         return (piece for (piece,) in run.steps() if piece)
 
     def chat(self, messages, **options) -> Generation:
@@ -230,20 +230,20 @@ class Model:
         """
         if options.keys() & {"images", "videos"}:
             raise InputError("chat takes images and videos in its messages, as {'type': 'image', 'image': ...}")
-        seen = self._seen_in(messages)
+        seen = self.seen_in(messages)
         tokens = self.chat_format().encode(messages, seen=[one.pieces for one in seen])
         return self.generate(tokens, images=seen, **options)
 
     def chat_tokens(self, messages) -> list[int]:
         """The token ids of a conversation in the family's chat format, up to where the answer begins."""
-        return self.chat_format().encode(messages, seen=[one.pieces for one in self._seen_in(messages)])
+        return self.chat_format().encode(messages, seen=[one.pieces for one in self.seen_in(messages)])
 
     def chat_format(self) -> ChatFormat:
         """The family's chat format, with the images and videos that this model takes."""
         self.need_tokenizer("chat")
         return chat_format(self.tokenizer, tuple(self.vision.marks))
 
-    def _seen_in(self, messages) -> list[Prepared]:
+    def seen_in(self, messages) -> list[Prepared]:
         """The images and videos of a conversation, in their order."""
         return [self.vision.prepare(kind, given) for kind, given in self.chat_format().seen(messages)]
 
@@ -259,18 +259,19 @@ class Model:
         """Encode once what many prompts begin with, text or token ids: then `prefix.generate(rest)`."""
         return Prefix(self, prompt, plan=plan)
 
-    def score(self, context, continuation, *, plan: PrunePlan | None = None) -> float:
+    def score(self, context, continuation, *, images=None, videos=None, plan: PrunePlan | None = None) -> float:
         """log p(continuation | context), natural logarithm, summed over the continuation's tokens.
 
         The context is prefilled with `plan` (None: the model's), its last token and the continuation run at full
         depth: what decode would have assigned to the continuation. Text is tokenized apart: context with the
-        beginning-of-text token where the family has one, continuation without.
+        beginning-of-text token where the family has one, continuation without. images, videos: the context's.
         """
-        prompt = self.encode(context, "context")
+        (seen,) = self.vision.prepared(images, videos, 1)
+        prompt = self.encode(context, "context", seen=seen)
         answer = self.encode(continuation, "continuation", bos=False)
         self.check_fits(len(prompt) + len(answer) - 1, "context plus continuation")
         cache = self.new_cache(1, len(prompt) + len(answer) - 1)
-        logits = self.prefill([prompt], cache, plan=plan)  # [1, V]
+        logits = self.prefill([prompt], cache, images=[seen], plan=plan)  # [1, V]
         targets = torch.tensor(answer, device=self.device)
         total = _log_prob(logits, targets[:1])
         for begin in range(0, len(answer) - 1, SCORED_AT_ONCE):

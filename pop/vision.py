@@ -9,6 +9,8 @@ A family says which kinds it takes, how a text marks them, and what its tower ma
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -40,6 +42,11 @@ class Prepared:
     pixels: torch.Tensor
     pieces: tuple[Piece, ...]
     grid: Grid | None = None
+
+    @functools.cached_property
+    def sha256(self) -> str:
+        """Of its pixels."""
+        return hashlib.sha256(self.pixels.numpy().tobytes()).hexdigest()
 
 
 class Vision:
@@ -98,7 +105,7 @@ class Vision:
         """Raise InputError where tokens that come without images or videos have placeholders for some."""
         for kind, token in self.placeholders.items():
             if token in tokens:
-                raise InputError(f"the {what} has tokens {token} for an {kind}, but no {kind} comes with it")
+                raise InputError(f"the {what} has tokens {token}, which stand for {kind}s, but no {kind} comes with it")
 
 
 class GemmaVision(Vision):

@@ -120,10 +120,13 @@ def test_a_chunk_and_a_cache_hold_an_image(model):
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda m: m.generate([2, *ONE]), "the prompt has tokens 500 for an image, but no image comes with it"),
-        (lambda m: m.score([2, *ONE], [3]), "the context has tokens 500 for an image"),
-        (lambda m: pop.calibrate(m, [[2, *ONE] * 20], m.plan), "tokens 500 for an image"),
-        (lambda m: pop.importance(m, [[2, *ONE]]), "the prompt has tokens 500 for an image"),
+        (
+            lambda m: m.generate([2, *ONE]),
+            "the prompt has tokens 500, which stand for images, but no image",
+        ),
+        (lambda m: m.score([2, *ONE], [3]), "the context has tokens 500, which"),
+        (lambda m: pop.calibrate(m, [[2, *ONE] * 20], m.plan), "tokens 500, which stand for images"),
+        (lambda m: pop.importance(m, [[2, *ONE]]), "the prompt has tokens 500, which"),
         (lambda m: m.generate([2, *ONE], images=[A, B]), "row 0 has 2 images, but 4 tokens 500"),
         (lambda m: m.logits([[2, *ONE, *ONE]], images=[A]), "row 0 has 1 images, but 8 tokens 500"),
         (lambda m: m.logits([[2, 3], [2, IMAGE]]), "row 1 has 0 images, but 1 tokens 500"),
