@@ -26,6 +26,7 @@ from pop.errors import (
     WeightsNotFound,
 )
 from pop.generate import Generation
+from pop.images import Video
 from pop.importance import Importance, importance
 from pop.loading import load
 from pop.model import Model
@@ -55,6 +56,7 @@ __all__ = [
     "TokenizerError",
     "UnknownModel",
     "UnsupportedError",
+    "Video",
     "WeightsNotFound",
     "calibrate",
     "importance",

@@ -23,9 +23,12 @@ class KVCache:
     chunk_size: tokens of a row that may be written at once, at most.
     lengths: [B] int64 on the CPU, the tokens held by each row.
     states: [L, B, D], the residual stream of each row's latest token as it entered each layer, zero in an empty row.
-        A refit projection with two taps (pop/projections.py) looks back at it from the next token. Who sets `lengths`
-        back to an earlier point, to prefill from there again, sets `states` back to what they were then, too; and if
-        layers have windows, not by more than chunk_size tokens.
+        A refit projection with two taps (pop/projections.py) looks back at it from the next token.
+    shifts: [B] int64 on the CPU, by how much each row's next rotary position differs from its next position, which is
+        its length. Only images make it differ from 0: see Images.positions in pop/models/layers.py.
+
+    `point` is where all rows are now; who sets it back to an earlier one, to go on from there again, may do so by no
+    more than chunk_size tokens if layers have windows.
 
     Raises CacheMemoryError, with the size in bytes, when the device has no room for it.
     """
@@ -51,6 +54,7 @@ class KVCache:
         if free is not None and size > free:
             raise CacheMemoryError(f"{wanted}, but {device} has {free:,} bytes free; {advice}")
         self.lengths = torch.zeros(batch_size, dtype=torch.int64)
+        self.shifts = torch.zeros(batch_size, dtype=torch.int64)
 
         def zeros(window):
             slots = _slots(window, max_seq_len, chunk_size)
@@ -79,6 +83,15 @@ class KVCache:
         return self.lengths.shape[0]
 
     @property
+    def point(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Where the rows are: lengths, states and shifts, none of which is ever changed in place."""
+        return self.lengths, self.states, self.shifts
+
+    @point.setter
+    def point(self, point: tuple[torch.Tensor, torch.Tensor, torch.Tensor]) -> None:
+        self.lengths, self.states, self.shifts = point
+
+    @property
     def nbytes(self) -> int:
         """Bytes of its tensors on the device: `size_in_bytes`."""
         return sum(tensor.nbytes for tensor in (*self.keys, *self.values, self.states))
@@ -87,8 +100,7 @@ class KVCache:
         """Empty all rows."""
         for slots in (*self.keys, *self.values):
             slots.zero_()
-        self.states = torch.zeros_like(self.states)
-        self.lengths = torch.zeros_like(self.lengths)
+        self.point = tuple(map(torch.zeros_like, self.point))
 
     def copy(self, other: KVCache) -> None:
         """Make every row hold what `other`, a cache of the same model with one row, holds; this one has room for it."""
@@ -98,8 +110,8 @@ class KVCache:
                 slots, other_slots = to.shape[1] - 1, source.shape[1] - 1
                 latest = torch.arange(max(0, held - min(slots, other_slots)), held, device=to.device)
                 to[:, latest % slots] = source[:, latest % other_slots]
-        self.states = other.states.repeat(1, self.batch_size, 1)
-        self.lengths = other.lengths.repeat(self.batch_size)
+        B = self.batch_size
+        self.point = other.lengths.repeat(B), other.states.repeat(1, B, 1), other.shifts.repeat(B)
 
     def slots(self, window: int | None) -> int:
         """S of a layer with this window."""
@@ -115,7 +127,7 @@ class KVCache:
         for slots in (self.keys, self.values):
             for index, tensor in enumerate(slots):  # one layer at a time: the copy is small beside the cache
                 slots[index] = tensor[device_rows]
-        self.lengths, self.states = self.lengths[rows], self.states[:, device_rows]
+        self.point = self.lengths[rows], self.states[:, device_rows], self.shifts[rows]
 
 
 def _slots(window: int | None, max_seq_len: int, chunk_size: int) -> int:

@@ -5,12 +5,12 @@ become ids directly and text is encoded as text, so that nothing a user writes c
 further family is one more subclass, recognised by one of its control tokens, and an entry in FORMATS.
 """
 
-from collections.abc import Iterator
-from itertools import groupby
+import re
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from pop.errors import InputError, UnsupportedError
-from pop.tokenizers import Tokenizer
+from pop.tokenizers import Piece, Tokenizer
 
 Message = dict[str, Any]
 
@@ -19,57 +19,66 @@ class Control(str):
     """The name of a control token, in contrast to text that may look like it."""
 
 
-IMAGE = Control("<image>")  # stands for the tokens of an image
+SEEN = {kind: Control(f"<{kind}>") for kind in ("image", "video")}  # what stands in the place of one
 
 
 class ChatFormat:
     """One family's format.
 
-    image_tokens: what an image is in a prompt; None: the model takes text only.
+    takes: what a user's message may have beside text: "image", "video".
     end_ids: the tokens with which a turn of the model may end.
     """
 
     family: str
     mark: str  # the control token that tells the family
     ends: tuple[str, ...]
+    opening = ""  # text with which the model's turn is opened for it
 
-    def __init__(self, tokenizer: Tokenizer, image_tokens: list[int] | None = None):
-        self.tokenizer, self.image_tokens = tokenizer, image_tokens
+    def __init__(self, tokenizer: Tokenizer, takes: Sequence[str] = ()):
+        self.tokenizer, self.takes = tokenizer, takes
         special = tokenizer.special_tokens
         self.end_ids = tuple(special[name] for name in self.ends if name in special)
 
     def pieces(self, turns: list[tuple[str, list[str]]], add_generation_prompt: bool) -> Iterator[str]:
-        """Control tokens and texts in order. turns: each message's role and parts, which are texts and IMAGEs."""
+        """Control tokens and texts in order. turns: each message's role and parts: texts and SEEN."""
         raise NotImplementedError
 
-    def encode(self, messages: list[Message], add_generation_prompt: bool = True) -> list[int]:
+    def encode(
+        self, messages: list[Message], add_generation_prompt: bool = True, seen: Sequence[Sequence[Piece]] = ()
+    ) -> list[int]:
         """The token ids of a conversation, BOS included where the family has one.
 
         messages: a list of {"role": "system", "user" or "assistant", "content": ...}; the content is text or
         a list of {"type": "text", "text": ...} and, if the model takes them and in a user's message,
-            {"type": "image", "image": ...}; a system message comes first. InputError for all else.
+            {"type": "image", "image": ...} and {"type": "video", "video": ...}; a system message comes first.
+            InputError for all else.
         add_generation_prompt: open the model's turn at the end.
+        seen: what stands for each image and video, in the order of `seen(messages)`.
         """
-        pieces = self.pieces(self._turns(messages), add_generation_prompt)
-        ids = []
-        for is_control, group in groupby(pieces, lambda piece: isinstance(piece, Control)):
-            if is_control:
-                for name in group:
-                    ids += self.image_tokens if name is IMAGE else [self._control_id(name)]
-            else:  # all text between two control tokens is encoded as one
-                ids += self.tokenizer.encode("".join(group), bos=False)
-        return ids
+        left, pieces = iter(seen), []
+        for piece in self.pieces(self._turns(messages), add_generation_prompt):
+            if piece in SEEN.values() and isinstance(piece, Control):
+                pieces += next(left)
+            else:
+                pieces.append([self._control_id(piece)] if isinstance(piece, Control) else piece)
+        return self.tokenizer.encode_pieces(pieces, bos=False)
 
-    def encode_next(self, text: str) -> list[int]:
+    def seen(self, messages: list[Message]) -> list[tuple[str, Any]]:
+        """The images and videos of a conversation, in their order: each one's kind, and what was given for it."""
+        self._turns(messages)  # checks
+        contents = [message["content"] for message in messages if isinstance(message["content"], list)]
+        return [(part["type"], part[part["type"]]) for content in contents for part in content if part["type"] in SEEN]
+
+    def encode_next(self, content, seen: Sequence[Sequence[Piece]] = ()) -> list[int]:
         """What follows an answer: the ids that end the model's turn, the user's next message, the model's turn opened.
 
         Behind the ids of a conversation and those of its answer, they are the ids of the longer conversation: a
-        control token parts them from the answer, so that no text is encoded across the seam.
+        control token parts them from the answer, so that no text is encoded across the seam. seen: as in `encode`.
         """
         messages = [{"role": "user", "content": "x"}]
         asked = self.encode(messages)
-        answered = [*messages, {"role": "assistant", "content": ""}, {"role": "user", "content": text}]
-        ids = self.encode(answered)
+        answered = [*messages, {"role": "assistant", "content": self.opening}, {"role": "user", "content": content}]
+        ids = self.encode(answered, seen=seen)
         if ids[: len(asked)] != asked or ids[len(asked)] not in self.end_ids:
             raise UnsupportedError(
                 f"the {self.family} chat format changes what came before when a conversation goes on."
@@ -98,8 +107,8 @@ class ChatFormat:
                 raise InputError(f"message {n} has the role {role!r}; use system, user or assistant.")
             if role == "system" and n:
                 raise InputError(f"message {n} is a system message, and only the first message may be one.")
-            if role != "user" and IMAGE in parts:
-                raise InputError(f"message {n} has an image, and only a user's message may have one.")
+            if role != "user" and any(isinstance(part, Control) for part in parts):
+                raise InputError(f"message {n} has an image or video, and only a user's message may have one.")
             if role == "user" and not "".join(parts).strip():
                 raise InputError(f"message {n}, of the user, is empty.")
             turns.append((role, parts))
@@ -113,17 +122,17 @@ class ChatFormat:
         parts = []
         for part in content:
             kind = part.get("type") if isinstance(part, dict) else None
-            if kind == "image" and self.image_tokens is not None:
-                if part.keys() != {"type", "image"}:
-                    raise InputError(f"{where}: an image is {{'type': 'image', 'image': ...}}, got {part!r:.80}.")
-                parts.append(IMAGE)
+            if kind in self.takes:
+                if part.keys() != {"type", kind}:
+                    raise InputError(f"{where}: {kind}s are {{'type': '{kind}', '{kind}': ...}}, got {part!r:.80}.")
+                parts.append(SEEN[kind])
                 continue
-            if kind in ("image", "video"):
-                takes = "text only" if self.image_tokens is None else "text and images only"
-                raise UnsupportedError(f"{where} has an image or video, and {self.family} takes {takes}.")
+            if kind in SEEN:
+                takes = " and ".join(["text", *(f"{kind}s" for kind in self.takes)])
+                raise UnsupportedError(f"{where} has an image or video, and this model takes {takes} only.")
             if kind != "text" or part.keys() != {"type", "text"} or not isinstance(part["text"], str):
                 raise InputError(f"{where}: a part is {{'type': 'text', 'text': ...}}, got {part!r:.80}.")
-            if parts and parts[-1] is not IMAGE:
+            if parts and not isinstance(parts[-1], Control):
                 parts[-1] += part["text"]
             else:
                 parts.append(part["text"])
@@ -161,24 +170,35 @@ class Llama3(ChatFormat):
 
 
 class ChatML(ChatFormat):
-    """SmolLM2 and others. SmolLM2 has a system message of its own, for conversations without one."""
+    """SmolLM2, Qwen3 and others.
+
+    SmolLM2 has a system message of its own, for conversations without one. The turn of a model that always thinks is
+    opened with <think>, which its template tells; what it thinks, up to </think>, is a part of its answer and stays one
+    in later turns. To Qwen's tokenizer these tags are words, no control tokens.
+    """
 
     family = "ChatML"
     mark = "<|im_start|>"
     ends = ("<|im_end|>", "<|endoftext|>")
     smollm2_system = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
+    thinks = re.compile(r"""assistant(\\n|\n)<think>(\\n|\n)['"]""")  # a template's string, which ends there
+
+    @property
+    def opening(self) -> str:
+        return "<think>\n" if self.thinks.search(self.tokenizer.chat_template or "") else ""
 
     def pieces(self, turns, add_generation_prompt):
         if turns[0][0] != "system" and self.smollm2_system in (self.tokenizer.chat_template or ""):
             turns = [("system", [self.smollm2_system]), *turns]
         for role, parts in turns:
             yield Control("<|im_start|>")
-            yield f"{role}\n{''.join(parts)}"
+            yield f"{role}\n"
+            yield from parts
             yield Control("<|im_end|>")
             yield "\n"
         if add_generation_prompt:
             yield Control("<|im_start|>")
-            yield "assistant\n"
+            yield f"assistant\n{self.opening}"
 
 
 class Gemma(ChatFormat):
@@ -187,7 +207,6 @@ class Gemma(ChatFormat):
     family = "Gemma"
     mark = "<start_of_turn>"
     ends = ("<end_of_turn>", "<eos>")
-    image = ("\n\n", IMAGE, "\n\n")
 
     def pieces(self, turns, add_generation_prompt):
         opening = ""
@@ -204,7 +223,7 @@ class Gemma(ChatFormat):
             yield Control("<start_of_turn>")
             yield f"{'model' if role == 'assistant' else role}\n{opening}"
             for part in parts:
-                yield from self.image if part is IMAGE else [part.strip()]
+                yield part if isinstance(part, Control) else part.strip()
             yield Control("<end_of_turn>")
             yield "\n"
             opening = ""
@@ -216,19 +235,13 @@ class Gemma(ChatFormat):
 FORMATS = (Llama3, ChatML, Gemma)
 
 
-def images_of(messages: list[Message]) -> list:
-    """The images of a conversation that `encode` has taken, in their order."""
-    contents = [message["content"] for message in messages if isinstance(message["content"], list)]
-    return [part["image"] for content in contents for part in content if part["type"] == "image"]
-
-
-def chat_format(tokenizer: Tokenizer, image_tokens: list[int] | None = None) -> ChatFormat:
+def chat_format(tokenizer: Tokenizer, takes: Sequence[str] = ()) -> ChatFormat:
     """The chat format that a tokenizer's control tokens belong to; UnsupportedError if there is none.
 
-    image_tokens: see ChatFormat.
+    takes: see ChatFormat.
     """
     for form in FORMATS:
         if form.mark in tokenizer.special_tokens:
-            return form(tokenizer, image_tokens)
+            return form(tokenizer, takes)
     known = ", ".join(form.mark for form in FORMATS)
     raise UnsupportedError(f"no chat format is known for this tokenizer: it has none of the tokens {known}.")

@@ -44,7 +44,6 @@ class LlamaConfig:
 
     family: ClassVar[str] = "llama"
     overflows_float16: ClassVar[bool] = False
-    reads_images: ClassVar[bool] = False
 
     vocab_size: int
     hidden_size: int
@@ -151,15 +150,6 @@ class Gemma3Config:
     def num_layers(self) -> int:
         return len(self.windows)
 
-    @property
-    def reads_images(self) -> bool:
-        return self.vision is not None
-
-    @property
-    def image_tokens(self) -> list[int]:
-        """The tokens of an image in a prompt, the first and the last one being text."""
-        return [self.boi_id, *[self.image_id] * self.vision.tokens_per_image, self.eoi_id]
-
 
 @dataclass(frozen=True)
 class Qwen3Config:
@@ -167,7 +157,6 @@ class Qwen3Config:
 
     family: ClassVar[str] = "qwen3"
     overflows_float16: ClassVar[bool] = False
-    reads_images: ClassVar[bool] = False  # of Qwen3-VL, too: its vision tower is not wired yet
 
     vocab_size: int
     hidden_size: int
@@ -237,7 +226,8 @@ class Qwen3VLConfig(Qwen3Config):
     """Qwen3-VL: the language model, with positions on three axes, and the vision tower.
 
     mrope_sections: how many of the E / 2 rotated pairs turn by each axis of a position: time, row, column.
-    image_id, video_id: the tokens that stand for images' and for video frames' features.
+    image_id, video_id: the tokens that stand for images' and for video frames' features; start_id, end_id: those around
+        an image or a frame pair.
     """
 
     family: ClassVar[str] = "qwen3_vl"
@@ -246,6 +236,8 @@ class Qwen3VLConfig(Qwen3Config):
     vision: Qwen3VisionConfig = field(kw_only=True)
     image_id: int = field(kw_only=True, default=151_655)
     video_id: int = field(kw_only=True, default=151_656)
+    start_id: int = field(kw_only=True, default=151_652)
+    end_id: int = field(kw_only=True, default=151_653)
 
     def __post_init__(self):
         super().__post_init__()
@@ -258,9 +250,10 @@ class Qwen3VLConfig(Qwen3Config):
         if len(self.vision.deepstack) > self.num_layers:
             raise ConfigError(f"deepstack_visual_indexes names {len(self.vision.deepstack)} layers, but the language "
                               f"model has {self.num_layers}")  # fmt: skip
-        if max(self.image_id, self.video_id) >= self.vocab_size or self.image_id == self.video_id:
-            raise ConfigError(f"image_token_id ({self.image_id}) and video_token_id ({self.video_id}) must be two "
-                              f"tokens below vocab_size {self.vocab_size}")  # fmt: skip
+        ids = (self.image_id, self.video_id, self.start_id, self.end_id)
+        if max(ids) >= self.vocab_size or len({*ids}) < 4:
+            raise ConfigError(f"image_, video_, vision_start_ and vision_end_token_id {list(ids)} must be four tokens "
+                              f"below vocab_size {self.vocab_size}")  # fmt: skip
 
 
 Config = LlamaConfig | Gemma3Config | Qwen3Config | Qwen3VLConfig

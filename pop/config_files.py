@@ -238,8 +238,6 @@ def _read_qwen3_sizes(fields: Fields) -> dict[str, Any]:
 def _read_qwen3_vl(fields: Fields) -> Qwen3VLConfig:
     fields.fixed("architectures", ["Qwen3VLForConditionalGeneration"])
     fields.fixed("is_encoder_decoder", False)
-    for name in ("vision_start_token_id", "vision_end_token_id"):  # no arithmetic depends on them
-        fields.integer(name, None, least=0)
     text, vision = (Fields(_take_object(fields, name)) for name in ("text_config", "vision_config"))
     for part in (text, vision):
         for name in HARMLESS.split():
@@ -261,6 +259,8 @@ def _read_qwen3_vl(fields: Fields) -> Qwen3VLConfig:
         vision=read_qwen3_vision(vision),
         image_id=fields.integer("image_token_id", Qwen3VLConfig.image_id),
         video_id=fields.integer("video_token_id", Qwen3VLConfig.video_id),
+        start_id=fields.integer("vision_start_token_id", Qwen3VLConfig.start_id),
+        end_id=fields.integer("vision_end_token_id", Qwen3VLConfig.end_id),
     )
 
 

@@ -36,21 +36,27 @@ from pathlib import Path
 import torch
 
 from pop.cache import KVCache
-from pop.chat import chat_format
 from pop.errors import InputError, PlanError
 from pop.generate import Generation, Run, is_batch
 from pop.plan import PrunePlan
 from pop.staging import replaced
+from pop.vision import Prepared
+
+SAVED = ("user", "assistant", "answer", "seen")  # of a turn
 
 
 @dataclasses.dataclass(frozen=True)
 class Turn:
-    """One message and its answer: the texts, and the token ids, of which the prompt has the chat format's, too."""
+    """One message and its answer: what they say, and the token ids, of which the prompt has the chat format's, too.
 
-    user: str
+    user: the content of a message as `model.chat` takes it. seen: its images and videos, as hashes.
+    """
+
+    user: str | list[dict]
     assistant: str
     prompt: list[int]
     answer: list[int]
+    seen: list[str]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,8 +82,8 @@ class Conversation:
         if not isinstance(system, str | None):
             raise InputError(f"the system message is {system!r:.80}; it must be text, or None")
         self.model, self.system, self.plan = model, system, model.resolve(plan)
-        self._format = chat_format(model.tokenizer)
-        self._prompt((), "Hello")  # an error in the system message is told now
+        self._format = model.chat_format()
+        self._prompt((), "Hello", [])  # an error in the system message is told now
         self._state = _State()
 
     @property
@@ -86,10 +92,11 @@ class Conversation:
 
     @property
     def messages(self) -> list[dict]:
-        """The conversation as texts, as `model.chat` takes it."""
+        """The conversation as `model.chat` takes it."""
         messages = _message("system", self.system) if self.system is not None else []
         for turn in self.turns:
-            messages += _message("user", turn.user) + _message("assistant", turn.assistant)
+            messages += _message("user", turn.user)
+            messages += _message("assistant", self._format.opening + turn.assistant)
         return messages
 
     @property
@@ -97,34 +104,39 @@ class Conversation:
         """The conversation as the model has it: prompts and answers of all turns."""
         return [token for turn in self.turns for token in turn.prompt + turn.answer]
 
-    def send(self, text: str, **options) -> Generation:
-        """Answer one more message. Options as in `Model.generate`, but for the plan.
+    def send(self, message, *, images=(), videos=(), **options) -> Generation:
+        """Answer one more message: text, or a list of parts as in `model.chat`. Options as in `Model.generate`, but for
+        the plan; images and videos, lists, are put before the message.
 
-        Raises InputError for a message that is empty or no text and for an option out of range, ContextOverflow for
-        one that does not fit behind what the conversation holds.
+        Raises InputError for a message that is empty or cannot be read and for an option out of range, ContextOverflow
+        for one that does not fit behind what the conversation holds.
         """
         began = time.perf_counter()
-        steps, run = self._turn(text, options)
+        steps, run = self._turn(_content(message, images, videos), options)
         seconds = [time.perf_counter() - began for _ in steps]
         return run.generations(seconds)[0]
 
-    def stream(self, text: str, **options) -> Iterator[str]:
+    def stream(self, message, *, images=(), videos=(), **options) -> Iterator[str]:
         """The answer in pieces of whole characters, as they come. The turn counts when they are read to the end."""
-        steps, _ = self._turn(text, options)
+        steps, _ = self._turn(_content(message, images, videos), options)
         return (piece for (piece,) in steps if piece)
 
     def save(self, path: str | os.PathLike) -> None:
-        """Write the conversation to a JSON file, whole or not at all: texts and the answers' tokens, not the cache."""
+        """Write the conversation to a JSON file, whole or not at all: texts and the answers' tokens, not the cache.
+
+        Images are written as the paths that they were given as; InputError for those that were not.
+        """
         content = {
-            "pop_conversation": 1,
+            "pop_conversation": 2,
             "model": self.model.fingerprint,
             "plan": _described(self.plan),
             "system": self.system,
-            "turns": [{name: getattr(turn, name) for name in ("user", "assistant", "answer")} for turn in self.turns],
+            "turns": [{name: getattr(turn, name) for name in SAVED} for turn in self.turns],
         }
         try:
             with replaced(path) as draft:
-                draft.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+                text = json.dumps(content, indent=1, ensure_ascii=False, default=_path)
+                draft.write_text(text + "\n", encoding="utf-8")
         except (OSError, ValueError, TypeError) as error:
             reason = getattr(error, "strerror", None) or error
             raise InputError(f"the conversation cannot be saved to {path} ({reason}); choose another path") from None
@@ -138,10 +150,10 @@ class Conversation:
         try:
             content = json.loads(Path(path).read_text(encoding="utf-8"))
             fingerprint, described, system = (content[name] for name in ("model", "plan", "system"))
-            turns = [(turn["user"], turn["assistant"], turn["answer"]) for turn in content["turns"]]
-            if content["pop_conversation"] != 1:
+            turns = [tuple(turn[name] for name in SAVED) for turn in content["turns"]]
+            if content["pop_conversation"] != 2:
                 raise ValueError("it is of another version")
-            if not all(isinstance(text, str) and isinstance(answer, list) for _, text, answer in turns):
+            if not all(isinstance(text, str) and isinstance(answer, list) for _, text, answer, _ in turns):
                 raise ValueError("an answer is not text and a list of token ids")
         except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
             reason = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
@@ -154,40 +166,44 @@ class Conversation:
         chat._replay(turns)
         return chat
 
-    def _prompt(self, turns: tuple[Turn, ...], text: str) -> list[int]:
+    def _prompt(self, turns: tuple[Turn, ...], content, seen: list[Prepared]) -> list[int]:
         """The ids of the prompt of the turn that follows `turns`."""
-        if not isinstance(text, str) or not text.strip():
-            raise InputError(f"the message is {text!r:.80}; it must be text, and not empty")
+        pieces = [one.pieces for one in seen]
         if turns:
-            return self._format.encode_next(text)
+            return self._format.encode_next(content, pieces)
         system = _message("system", self.system) if self.system is not None else []
-        return self._format.encode(system + _message("user", text))
+        return self._format.encode(system + _message("user", content), seen=pieces)
 
-    def _turn(self, text: str, options: dict) -> tuple[Iterator[list[str]], Run]:
+    def _turn(self, content, options: dict) -> tuple[Iterator[list[str]], Run]:
         """Check everything, and return the steps of the next turn, none of them taken yet."""
         if "plan" in options:
             raise InputError("a conversation keeps the plan it began with; start another one for another plan")
-        state = self._state
-        prompt = self._prompt(state.turns, text)
-        run = Run(self.model, [prompt], state.cache, _unrun(state), plan=self.plan, **options)
-        return self._steps(state, text, run), run
+        state, seen = self._state, self.model.seen_in(_message("user", content))
+        prompt = self._prompt(state.turns, content, seen)
+        run = Run(self.model, [prompt], state.cache, _unrun(state), images=[seen], plan=self.plan, **options)
+        return self._steps(state, content, run), run
 
-    def _steps(self, state: _State, text: str, run: Run) -> Iterator[list[str]]:
-        (prompt,), (answer,) = run.prompts, run.answers
+    def _steps(self, state: _State, content, run: Run) -> Iterator[list[str]]:
+        (prompt,), (answer,), (seen,) = run.prompts, run.answers, run.images
         for pieces in run.steps():
             if self._state is not state:
                 raise InputError("the conversation went on while this answer was streamed, which is no part of it now")
             if answer.finish_reason:
-                turn = Turn(text, answer.text, prompt, answer.tokens)
+                turn = Turn(content, answer.text, prompt, answer.tokens, [one.sha256 for one in seen])
                 self._state = _State((*state.turns, turn), run.cache)
             yield pieces
 
-    def _replay(self, turns: list[tuple[str, str, list[int]]]) -> None:
-        """Take up the turns (user, assistant, answer's token ids) of an earlier conversation."""
+    def _replay(self, turns: list[tuple]) -> None:
+        """Take up the turns of an earlier conversation, each as `save` has written it."""
         told: list[Turn] = []
-        for user, assistant, answer in turns:
+        seen_by_turn: list[list[Prepared]] = []
+        for user, assistant, answer, hashes in turns:
             answer = self.model.encode(answer, "answer") if answer else []
-            told.append(Turn(user, assistant, self._prompt(tuple(told), user), answer))
+            seen = self.model.seen_in(_message("user", user))
+            if [one.sha256 for one in seen] != hashes:
+                raise InputError("the saved conversation has images or videos that are no longer what they were")
+            seen_by_turn.append(seen)
+            told.append(Turn(user, assistant, self._prompt(tuple(told), user, seen), answer, hashes))
         if not told:
             return
         length = sum(len(turn.prompt) + len(turn.answer) for turn in told)
@@ -195,10 +211,10 @@ class Conversation:
         self.model.check_fits(held, "the saved conversation")
         cache = self.model.new_cache(1, held)
         full, answer = PrunePlan.none(), []
-        for turn in told:
+        for turn, seen in zip(told, seen_by_turn, strict=True):
             if answer:
                 self.model.prefill([answer], cache, plan=full)
-            self.model.prefill([turn.prompt], cache, plan=self.plan)
+            self.model.prefill([turn.prompt], cache, images=[seen], plan=self.plan)
             answer = turn.answer
         if answer[:-1]:  # its last token waits for the next turn, as if the answer had been cut
             self.model.prefill([answer[:-1]], cache, plan=full)
@@ -253,8 +269,19 @@ class Prefix:
         return Run(self.model, prompts, self._cache, plan=self.plan, **options)
 
 
-def _message(role: str, text: str) -> list[dict]:
-    return [{"role": role, "content": text}]
+def _message(role: str, content) -> list[dict]:
+    return [{"role": role, "content": content}]
+
+
+def _content(message, images, videos) -> str | list[dict]:
+    """A message with images and videos before it, as the content of a user's message."""
+    given = [*(("image", one) for one in images or ()), *(("video", one) for one in videos or ())]
+    before = [{"type": kind, kind: one} for kind, one in given]
+    if not isinstance(message, str | list) or (isinstance(message, str) and not message.strip() and not before):
+        raise InputError(f"the message is {message!r:.80}; it must be text, or a list of parts, and not empty")
+    if isinstance(message, str):
+        return [*before, {"type": "text", "text": message}] if before else message
+    return [*before, *message]
 
 
 def _unrun(state: _State) -> list[int]:
@@ -263,6 +290,13 @@ def _unrun(state: _State) -> list[int]:
         return []
     missing = sum(len(turn.prompt) + len(turn.answer) for turn in state.turns) - int(state.cache.lengths[0])
     return state.turns[-1].answer[-missing:] if missing else []
+
+
+def _path(image) -> str:
+    """What JSON says of an image that is no text."""
+    if isinstance(image, os.PathLike):
+        return os.fspath(image)
+    raise TypeError("it has an image or a video that was not given as a path")
 
 
 def _described(plan: PrunePlan) -> dict:

@@ -19,18 +19,29 @@ or, by refit projections with two taps, from two:
                   + sum over pruned layers  ((N - W)·taps·kv + W·(qo + kv + mlp) + attention of the W)
                   + D·V ]
 
+Images come before all that, and no plan makes them cheaper. A vision tower of width C and L' layers takes the P patches
+of each image, or of each frame pair of a video, to M tokens; all patches attend all:
+
+    blocks                                  L' · (P · (4·C² + 2·C·I') + 2 · P²·C)
+    patches to vectors, vectors to tokens   P · C · their numbers, and M tokens through a matrix or a small network
+
 F(none) / F(plan) is the speedup of a prefill whose time is all arithmetic, and all of it equally fast.
 """
 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 
+from pop.config import Qwen3VisionConfig
 from pop.plan import PrunePlan
 
 
-def prefill_flops(config, num_tokens: int, plan: PrunePlan) -> int:
-    """FLOPs of prefilling one prompt of `num_tokens` tokens, up to its boundary token's logits."""
+def prefill_flops(config, num_tokens: int, plan: PrunePlan, patches: Sequence[int] = ()) -> int:
+    """FLOPs of prefilling one prompt of `num_tokens` tokens, up to its boundary token's logits.
+
+    patches: of each image, or frame pair of a video, that these tokens have.
+    """
     everyone = range(num_tokens)
     full_depth = [p for p in everyone if p < plan.full_depth_first or p >= num_tokens - plan.full_depth_last]
     taps = 1 if plan.projections is None else plan.projections.taps
@@ -40,12 +51,29 @@ def prefill_flops(config, num_tokens: int, plan: PrunePlan) -> int:
         count * _layer_flops(config, window, *((full_depth, projected) if pruned else (everyone, 0)))
         for (pruned, window), count in kinds.items()
     )
-    return layers + 2 * config.hidden_size * config.vocab_size
+    return layers + 2 * config.hidden_size * config.vocab_size + vision_flops(config, patches)
 
 
-def speedup_limit(config, num_tokens: int, plan: PrunePlan) -> float:
+def speedup_limit(config, num_tokens: int, plan: PrunePlan, patches: Sequence[int] = ()) -> float:
     """The speedup over a full prefill that the shapes allow: FLOPs at full depth over FLOPs of `plan`."""
-    return prefill_flops(config, num_tokens, PrunePlan.none()) / prefill_flops(config, num_tokens, plan)
+    full, pruned = (prefill_flops(config, num_tokens, one, patches) for one in (PrunePlan.none(), plan))
+    return full / pruned
+
+
+def vision_flops(config, patches: Sequence[int]) -> int:
+    """FLOPs of the vision tower and what is behind it, for images or frame pairs of so many patches each."""
+    if not patches:
+        return 0
+    vision, P = config.vision, sum(patches)
+    C, inner = vision.hidden_size, vision.intermediate_size
+    blocks = vision.num_layers * (P * (4 * C**2 + 2 * C * inner) + sum(2 * C * count**2 for count in patches))
+    if isinstance(vision, Qwen3VisionConfig):  # squares of patches through two matrices, once more a DeepStack layer
+        square, values = vision.merge_size**2, vision.patch_values
+        merging = (1 + len(vision.deepstack)) * P // square * square * C * (square * C + vision.out_size)
+    else:
+        values = 3 * vision.patch_size**2
+        merging = len(patches) * vision.tokens_per_image * C * config.hidden_size
+    return 2 * (P * values * C + blocks + merging)
 
 
 def _layer_flops(config, window: int | None, positions, projected: int) -> int:

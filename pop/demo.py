@@ -160,12 +160,12 @@ def compare(model, prompt: list[int], plans: list, story: str, *, max_new_tokens
     return rows
 
 
-def _time(model, prompt: list[int], cache, plan, steps: int) -> tuple[float, list[float]]:
+def _time(model, prompt: list[int], cache, plan, steps: int, images=()) -> tuple[float, list[float]]:
     """One run: TTFT in seconds, and the seconds of each decode step."""
     cache.reset()
     times = [time.perf_counter()]
     token = int(
-        model.prefill([prompt], cache, plan=plan).argmax()
+        model.prefill([prompt], cache, images=[images], plan=plan).argmax()
     )  # waits for the device: on a GPU, too, the work is done here
     times.append(time.perf_counter())
     for _ in range(steps):

@@ -22,8 +22,11 @@ A layer with a window (Gemma's local ones) holds K and V of the tokens that can 
 (pop/cache.py). Which slots tokens write to and attend, and their rotary tables, depend on the window alone; `Seen` has
 them. A pruned layer with a window does nothing for tokens that nobody will attend.
 
-The tokens of an image attend each other in both directions (Images, in models/layers.py), so they are never apart: a
-chunk ends before an image that it cannot hold, in each row of a batch for itself. All later tokens are causal again.
+What images and videos bring along is data (Images, in models/layers.py), and text has none of it: features in place of
+embeddings; features added to h behind the first layers, also where these are pruned, so that each of them is a run of
+its own; rotary positions other than the tokens' places in the sequence, which the tokens behind go on from; and tokens
+that attend the rest of their image, ahead of them. Such an image is never cut: a chunk ends before one that it cannot
+hold, in each row of a batch for itself. All else is causal.
 
 The only state is the cache, and it counts tokens as held only once their logits are there. Nothing is checked here:
 `pop.Model` does that. Shape letters: see models/layers.py.
@@ -112,9 +115,9 @@ def prefill(
 
     tokens: [B, T] right-padded, lengths: [B] on the CPU, 1 <= lengths <= T. Chunks of `chunk_size` tokens, or as many
     as the cache takes at once, run one after the other, which bounds the memory for activations. A plan's projections
-    are on the module's device in its dtype. images: features on that device, numbers on the CPU; a chunk must be able
-    to hold an image. Returns logits [B, V] of each row's boundary token. Without a boundary, no token is among a
-    prompt's last ones, since more of it will follow; then the logits mean nothing.
+    are on the module's device in its dtype, and so are the features of images; a chunk must be able to hold an image
+    whose tokens attend ahead. Returns logits [B, V] of each row's boundary token. Without a boundary, no token is among
+    a prompt's last ones, since more of it will follow; then the logits mean nothing.
     """
     out = None  # [B, D], each row's h behind the last layer, at its last token so far
     states = cache.states
@@ -123,7 +126,8 @@ def prefill(
         h, states = _chunk(module, tokens, cache, states, at, stages)
         out = at.latest(h, out)
     logits = stages.head(module, out)
-    cache.lengths, cache.states = cache.lengths + lengths, states
+    shifts = cache.shifts if images is None else cache.shifts + images.shift(lengths)
+    cache.point = cache.lengths + lengths, states, shifts
     return logits
 
 
@@ -136,7 +140,7 @@ def extend(module, tokens: torch.Tensor, cache: KVCache, stages: Stages = EAGER)
         at = Layout.of_chunk(cache, lengths, PrunePlan.none(), begin, end, tokens.device)
         h, states = _chunk(module, tokens, cache, states, at, stages)
         logits.append(stages.head(module, h))
-    cache.lengths, cache.states = cache.lengths + lengths, states
+    cache.point = cache.lengths + lengths, states, cache.shifts
     return torch.cat(logits, dim=1)
 
 
@@ -148,15 +152,15 @@ def decode(module, tokens: torch.Tensor, cache: KVCache, stages: Stages = EAGER)
     nothing.
     """
     ends = (cache.lengths + 1).clamp(max=cache.max_seq_len)  # [B]
-    positions = cache.lengths[:, None].to(tokens.device)  # [B, 1]
-    seen = Seen.by_window(module, cache, positions, positions < cache.max_seq_len, ends)
+    positions, rotary = (x[:, None].to(tokens.device) for x in (cache.lengths, cache.lengths + cache.shifts))  # [B, 1]
+    seen = Seen.by_window(module, cache, positions, rotary, positions < cache.max_seq_len, ends)
     h = module.embed(tokens[:, None])  # [B, 1, D]
     states = []
     for index, layer in enumerate(module.layers):
         states.append(h[:, 0])
         h = stages.full_layer(layer, h, *seen[layer.window].arguments(cache, index))
     logits = stages.head(module, h)[:, 0]  # [B, V]
-    cache.lengths, cache.states = cache.lengths + 1, torch.stack(states)
+    cache.point = cache.lengths + 1, torch.stack(states), cache.shifts
     return logits
 
 
@@ -174,15 +178,16 @@ class Seen:
 
     @classmethod
     def by_window(
-        cls, module, cache: KVCache, positions, valid, ends, fresh: bool = False, reach=None
+        cls, module, cache: KVCache, positions, rotary, valid, ends, fresh: bool = False, reach=None
     ) -> dict[int | None, Seen]:
         """One for each window that layers have.
 
-        positions: [B, T] in the sequence. valid: [B, T], false for tokens that are kept nowhere. ends: [B] on the CPU,
-        the tokens that each row has when these are written. fresh: they are all that there is. reach: [B, T], the last
-        position that each may attend; None: its own.
+        positions: [B, T] in the sequence. rotary: [B, T], or [3, B, T] by axis, what module.rope makes tables of.
+        valid: [B, T], false for tokens that are kept nowhere. ends: [B] on the CPU, the tokens that each row has when
+        these are written. fresh: they are all that there is. reach: [B, T], the last position that each may attend;
+        None: its own.
         """
-        ropes, filled = module.rope(positions), max(2, int(ends.max()))  # torch compiles a size of 1 by itself: 2
+        ropes, filled = module.rope(rotary), max(2, int(ends.max()))  # torch compiles a size of 1 by itself: 2
         ends = ends.to(positions.device)[:, None]  # [B, 1]
         last = torch.minimum(positions, ends - 1)  # of tokens beyond the end, too, no softmax is empty
         reach = last if reach is None else torch.minimum(reach, ends - 1)
@@ -209,15 +214,17 @@ class Seen:
 class Layout:
     """Which token of a chunk is where. Laid out on the CPU, without waiting for the device, then moved there.
 
-    index: [B, C], of each token in its prompt. positions: [B, C], in its sequence. valid: [B, C], false for padding.
+    index: [B, C], of each token in its prompt. positions: [B, C], in its sequence. rotary: [B, C] or [3, B, C], what it
+        is rotated by. valid: [B, C], false for padding.
     images: what of the images is in the chunk, or None if it is all text. reach: [B, C], see Images, or None.
     ends: [B] on the CPU, the tokens of each row behind the chunk.
-    fresh: the cache was empty, so the chunk attends itself alone; false for one token, laid out as in decode.
+    fresh: the cache was empty, so the chunk attends itself alone, and causally; false for one token, laid out as in
+        decode.
     seen_from: the first token of the chunk, in any row, that the prompt's last full-depth tokens could see if the
         window were 1; what is this side of a window before it can be seen, too. 0 if full-depth tokens are in an image
         that goes on behind them, which they see.
     rows: [B, W], which tokens are the full-depth rows f: W distinct ones, others as filling where a row has fewer.
-    rows_valid: [B, W], false for the filling. rows_positions, rows_reach: [B, W], as above.
+    rows_valid: [B, W], false for the filling. rows_positions, rows_rotary, rows_reach: as above.
     last: [B], each row's last token in the chunk. last_row: [B], that token among the rows f, -1 if it is not.
     holds_last: [B], false for a row that ended in an earlier chunk.
     """
@@ -226,6 +233,7 @@ class Layout:
     images: Images | None
     index: torch.Tensor
     positions: torch.Tensor
+    rotary: torch.Tensor
     reach: torch.Tensor | None
     valid: torch.Tensor
     ends: torch.Tensor
@@ -234,6 +242,7 @@ class Layout:
     rows: torch.Tensor
     rows_valid: torch.Tensor
     rows_positions: torch.Tensor
+    rows_rotary: torch.Tensor
     rows_reach: torch.Tensor | None
     last: torch.Tensor
     last_row: torch.Tensor
@@ -253,6 +262,7 @@ class Layout:
         index = begin + torch.arange(C)  # [B, C] within the prompt
         positions = start + index  # [B, C] within the sequence
         valid = index < end
+        rotary = (start + cache.shifts[:, None]) + (index if images is None else images.rotary(index))
         images = None if images is None else images.of(index, valid)
         reach = None if images is None else images.reach(positions)
         full_depth = (positions < plan.full_depth_first) | (index >= lengths - full_depth_last)
@@ -273,11 +283,13 @@ class Layout:
         tensors = {
             "index": index.minimum(lengths - 1),
             "positions": positions,
+            "rotary": rotary,
             "reach": reach,
             "valid": valid,
             "rows": rows,
             "rows_valid": full_depth.gather(1, rows),
             "rows_positions": positions.gather(1, rows),
+            "rows_rotary": rotary.gather(-1, rows.expand(*rotary.shape[:-1], -1)),
             "rows_reach": None if reach is None else reach.gather(1, rows),
             "last": last,
             "last_row": (count - 1).where(last_full, -1),
@@ -287,7 +299,7 @@ class Layout:
             plan=plan,
             images=images,
             ends=(start + end)[:, 0],
-            fresh=C > 1 and images is None and not positions[:, 0].any(),
+            fresh=C > 1 and reach is None and not positions[:, 0].any(),
             seen_from=seen_from,
             **{name: None if tensor is None else tensor.to(device) for name, tensor in tensors.items()},
         )
@@ -305,7 +317,7 @@ class Layout:
 
 
 def _chunks(lengths: torch.Tensor, chunk_size: int, images: Images | None = None):
-    """Where chunks of prompts of `lengths` [B] begin and end, each [B], so that no image is cut.
+    """Where chunks of prompts of `lengths` [B] begin and end, each [B], so that no token attends ahead of its chunk.
 
     As long as chunk_size and the images let them be; equal for a row that has ended.
     """
@@ -313,7 +325,7 @@ def _chunks(lengths: torch.Tensor, chunk_size: int, images: Images | None = None
     while (begin < lengths).any():
         end = lengths.minimum(begin + chunk_size)
         if images is not None:
-            end = end - images.offset(end)
+            end = images.whole(begin, end)
         yield begin, end
         begin = end
 
@@ -326,27 +338,30 @@ def _chunk(module, tokens, cache, states, at: Layout, stages: Stages):
     h = module.embed(tokens.gather(1, at.index))  # [B, C, D]
     if at.images is not None:
         h = at.images.place(h)
-    seen = Seen.by_window(module, cache, at.positions, at.valid, at.ends, at.fresh, at.reach)
+    seen = Seen.by_window(module, cache, at.positions, at.rotary, at.valid, at.ends, at.fresh, at.reach)
     W = at.rows.shape[1]
     if W:
-        rows_seen = Seen.by_window(module, cache, at.rows_positions, at.rows_valid, at.ends, reach=at.rows_reach)
+        places = at.rows_positions, at.rows_rotary, at.rows_valid
+        rows_seen = Seen.by_window(module, cache, *places, at.ends, reach=at.rows_reach)
     new_states = []
-    for pruned, run in at.plan.runs(len(module.layers)):
-        if not pruned:
+    for pruned, run in at.plan.runs(len(module.layers), module.deepstack_layers):
+        if pruned:
+            _pruned_run(module, run, h, states[run[0]], cache, at, seen, stages)
+            rows = at.rows[..., None].expand(-1, -1, h.shape[2])  # [B, W, D]
+            f = before = h.gather(1, rows)
+            for index in run:
+                new_states.append(at.latest(h, states[index], f if W else None))
+                if W:
+                    layer = module.layers[index]
+                    f = stages.full_layer(layer, f, *rows_seen[layer.window].arguments(cache, index))
+            h = h.scatter(1, rows, f.where(at.rows_valid[..., None], before))
+        else:
             for index in run:
                 new_states.append(at.latest(h, states[index]))
                 layer = module.layers[index]
                 h = stages.full_layer(layer, h, *seen[layer.window].arguments(cache, index))
-            continue
-        _pruned_run(module, run, h, states[run[0]], cache, at, seen, stages)
-        rows = at.rows[..., None].expand(-1, -1, h.shape[2])  # [B, W, D]
-        f = before = h.gather(1, rows)
-        for index in run:
-            new_states.append(at.latest(h, states[index], f if W else None))
-            if W:
-                layer = module.layers[index]
-                f = stages.full_layer(layer, f, *rows_seen[layer.window].arguments(cache, index))
-        h = h.scatter(1, rows, f.where(at.rows_valid[..., None], before))
+        if at.images is not None:
+            h = at.images.deepen(h, run[-1])
     return h, torch.stack(new_states)
 
 

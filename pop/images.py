@@ -206,17 +206,26 @@ def qwen_image(image, config: Qwen3VisionConfig, pixels: tuple[int, int] = IMAGE
     return _patches(frame.expand(config.frames, -1, -1, -1), config)  # an image is a video that stands still
 
 
-def qwen_video(
-    video, config: Qwen3VisionConfig, fps: float | None = None, pixels: tuple[int, int] = VIDEO_PIXELS
-) -> Patches:
+@dataclass(frozen=True)
+class Video:
+    """A video and its rate.
+
+    frames: a TxHxWx3 uint8 array, or a list of images (see `load_image`) of one size; at least two.
+    fps: frames per second, of which FRAMES_PER_SECOND are kept, evenly spread, within VIDEO_FRAMES. None: they are
+        kept all, and are the frames of a video of 24 a second: the reference's assumption.
+    """
+
+    frames: np.ndarray | Sequence
+    fps: float | None = None
+
+
+def qwen_video(video, config: Qwen3VisionConfig, pixels: tuple[int, int] = VIDEO_PIXELS) -> Patches:
     """Prepare a video for the vision tower.
 
-    video: a TxHxWx3 uint8 array, or a list of images (see `load_image`) of one size; at least two frames.
-    fps: its frames per second, of which FRAMES_PER_SECOND are kept, evenly spread, within VIDEO_FRAMES. None: they are
-        kept all, and are the frames of a video of 24 a second: the reference's assumption.
-    pixels: the least and the most that all kept frames may have together.
+    video: a Video, or its frames alone. pixels: the least and the most that all kept frames may have together.
     Raises InputError for anything else.
     """
+    video, fps = (video.frames, video.fps) if isinstance(video, Video) else (video, None)
     if fps is not None and (not isinstance(fps, (int, float)) or not 0 < fps < math.inf):
         raise InputError(f"fps is {fps!r}; give the video's frames per second, or None")
     if isinstance(video, np.ndarray) and video.ndim != 4:

@@ -16,19 +16,17 @@ import torch.nn.functional as F
 
 from pop import engine
 from pop.cache import CHUNK_SIZE, KVCache
-from pop.chat import chat_format, images_of
+from pop.chat import ChatFormat, chat_format
 from pop.compiling import SMALLEST, Compiled
 from pop.conversation import Conversation, Prefix
 from pop.errors import ContextOverflow, InputError, PlanError, TokenizerError, check_count
 from pop.generate import Generation, Run, is_batch
-from pop.images import gemma_pixels
 from pop.models.layers import Images
 from pop.plan import PrunePlan
 from pop.projections import fingerprint
+from pop.vision import Prepared, vision_of
 
 SCORED_AT_ONCE = 256  # tokens of a continuation, whose logits [T, V] are in memory together
-IMAGES_AT_ONCE = 8  # in the vision tower
-IMAGE_MARK = "<start_of_image>"  # in a text prompt that comes with images: here is one
 
 
 class Model:
@@ -36,7 +34,7 @@ class Model:
 
     module: the torch module (pop/models), whose weights decide `device` and `dtype`.
     config: the frozen dataclass of its sizes. tokenizer: None if the checkpoint had none.
-    plan: the PrunePlan of every prefill that is not given another.
+    plan: the PrunePlan of every prefill that is not given another. vision: what images and videos are to it.
     max_seq_len: the most tokens that a cache may hold a row. chunk_size: tokens of a prompt that prefill runs at once;
     of a model that takes images, no fewer than an image has.
     compile, progress: as in `load`.
@@ -59,6 +57,7 @@ class Model:
     ):
         check_compile(compile)
         self.module, self.config, self.tokenizer = module, config, tokenizer
+        self.vision = vision_of(config)
         check_dtype(self.dtype, config)
         self.plan = checked_plan(plan, config.num_layers)
         self.resolve(self.plan)  # does it fit the weights?
@@ -114,7 +113,7 @@ class Model:
         tokens: [B, T] ids, right-padded. lengths: [B], tokens of each row that are not padding; None: all T.
         plan: a PrunePlan for this call; None takes the model's. chunk_size: tokens that run at once; None takes the
             model's, and what the cache was made for is the most.
-        images: a list for each row; the prompts have their tokens, as the family's processor lays them out.
+        images, videos: a list for each row; the prompts have their tokens, as the family's processor lays them out.
         boundary: False if more of the same prompt follows: its last tokens are then yet to come, and the logits mean
             nothing.
         """
@@ -123,7 +122,7 @@ class Model:
         self._check_cache(cache, lengths)
         plan = self.resolve(plan)
         chunk_size = self.chunk_size if chunk_size is None else self._chunk_size(chunk_size)
-        images = self._images(self._image_rows(images, videos, len(tokens)), tokens, lengths)
+        images = self._seen(images, videos, tokens, lengths)
         stages = self._stages(len(tokens), plan)
         return engine.prefill(self.module, tokens, cache, lengths, plan, chunk_size, stages, images, boundary)
 
@@ -155,12 +154,11 @@ class Model:
     def logits(self, tokens, images=None, videos=None) -> torch.Tensor:
         """The plain unpruned forward pass, without a cache: tokens [B, T] -> logits [B, T, V] float32.
 
-        images: as in `prefill`.
+        images, videos: as in `prefill`.
         """
         tokens = self._tokens(tokens, dims=2)
         self.check_fits(tokens.shape[1])
-        rows = self._image_rows(images, videos, len(tokens))
-        images = self._images(rows, tokens, self._lengths(None, tokens))
+        images = self._seen(images, videos, tokens, self._lengths(None, tokens))
         return self.module(tokens) if images is None else self.module(tokens, images)
 
     # Text in, text out
@@ -185,8 +183,9 @@ class Model:
         prompt and answer fill max_seq_len. temperature 0 is greedy; a seed makes sampling repeatable, row by row:
         equal prompts of a batch get equal answers. plan: None takes the model's.
 
-        images: a list for one prompt, a list of lists for a batch; an image is a path, a PIL image or an HxWx3 uint8
-        array. A text says "<start_of_image>" where each of its images is; token ids have all of an image's tokens.
+        images, videos: a list for one prompt, a list of lists for a batch. An image is a path, a PIL image or an HxWx3
+        uint8 array; a video is a TxHxWx3 uint8 array, a list of images, or a pop.Video of either, with its rate. A text
+        says where each is by the family's mark (model.vision.marks); token ids have all of its tokens.
 
         Raises InputError for an empty prompt, for images that do not match the prompt or cannot be read, or for a
         setting out of range, ContextOverflow for a prompt longer than max_seq_len.
@@ -194,12 +193,12 @@ class Model:
         began = time.perf_counter()
         batch = is_batch(prompt)
         prompts = prompt if batch else [prompt]
-        images = self._image_rows(images, videos, len(prompts))
-        prompts = [self.encode(one, images=len(row)) for one, row in zip(prompts, images, strict=True)]
+        seen = self.vision.prepared(images, videos, len(prompts))
+        prompts = [self.encode(one, seen=row) for one, row in zip(prompts, seen, strict=True)]
         run = Run(
             self,
             prompts,
-            images=images,
+            images=seen,
             max_new_tokens=max_new_tokens,
             temperature=temperature,
             top_k=top_k,
@@ -217,27 +216,36 @@ class Model:
         self.need_tokenizer("stream")
         if is_batch(prompt):
             raise InputError("stream takes one prompt; for a batch use generate, or one stream a prompt")
-        images = self._image_rows(images, videos, 1)
-        run = Run(self, [self.encode(prompt, images=len(images[0]))], images=images, **options)
+        (seen,) = self.vision.prepared(images, videos, 1)
+        run = Run(self, [self.encode(prompt, seen=seen)], images=[seen], **options)
         return (piece for (piece,) in run.steps() if piece)
 
     def chat(self, messages, **options) -> Generation:
         """Answer a conversation: [{"role": "system" | "user" | "assistant", "content": text}, ...].
 
-        Where a model takes images, a user's content may be a list of {"type": "text", "text": ...} and
-        {"type": "image", "image": a path, a PIL image or an array}. The conversation is laid out in the family's own
-        chat format; nothing that a message contains can become a control token. Options as in `generate`.
+        Where a model takes images or videos, a user's content may be a list of {"type": "text", "text": ...},
+        {"type": "image", "image": ...} and {"type": "video", "video": ...}, as `generate` takes them. The conversation
+        is laid out in the family's own chat format; nothing that a message contains can become a control token. Options
+        as in `generate`.
         """
-        if not _is_nothing(options.pop("images", None)):
-            raise InputError("chat takes images in its messages, as {'type': 'image', 'image': ...}, not by images=")
-        tokens = self.chat_tokens(messages)  # checks the messages
-        return self.generate(tokens, images=images_of(messages), **options)
+        if options.keys() & {"images", "videos"}:
+            raise InputError("chat takes images and videos in its messages, as {'type': 'image', 'image': ...}")
+        seen = self.seen_in(messages)
+        tokens = self.chat_format().encode(messages, seen=[one.pieces for one in seen])
+        return self.generate(tokens, images=seen, **options)
 
     def chat_tokens(self, messages) -> list[int]:
         """The token ids of a conversation in the family's chat format, up to where the answer begins."""
+        return self.chat_format().encode(messages, seen=[one.pieces for one in self.seen_in(messages)])
+
+    def chat_format(self) -> ChatFormat:
+        """The family's chat format, with the images and videos that this model takes."""
         self.need_tokenizer("chat")
-        image_tokens = self.config.image_tokens if self.config.reads_images else None
-        return chat_format(self.tokenizer, image_tokens).encode(messages)
+        return chat_format(self.tokenizer, tuple(self.vision.marks))
+
+    def seen_in(self, messages) -> list[Prepared]:
+        """The images and videos of a conversation, in their order."""
+        return [self.vision.prepare(kind, given) for kind, given in self.chat_format().seen(messages)]
 
     def start_chat(self, system: str | None = None, *, plan: PrunePlan | None = None) -> Conversation:
         """A conversation whose turns prefill only what is new: pop/conversation.py. plan: None takes the model's."""
@@ -251,18 +259,19 @@ class Model:
         """Encode once what many prompts begin with, text or token ids: then `prefix.generate(rest)`."""
         return Prefix(self, prompt, plan=plan)
 
-    def score(self, context, continuation, *, plan: PrunePlan | None = None) -> float:
+    def score(self, context, continuation, *, images=None, videos=None, plan: PrunePlan | None = None) -> float:
         """log p(continuation | context), natural logarithm, summed over the continuation's tokens.
 
         The context is prefilled with `plan` (None: the model's), its last token and the continuation run at full
         depth: what decode would have assigned to the continuation. Text is tokenized apart: context with the
-        beginning-of-text token where the family has one, continuation without.
+        beginning-of-text token where the family has one, continuation without. images, videos: the context's.
         """
-        prompt = self.encode(context, "context")
+        (seen,) = self.vision.prepared(images, videos, 1)
+        prompt = self.encode(context, "context", seen=seen)
         answer = self.encode(continuation, "continuation", bos=False)
         self.check_fits(len(prompt) + len(answer) - 1, "context plus continuation")
         cache = self.new_cache(1, len(prompt) + len(answer) - 1)
-        logits = self.prefill([prompt], cache, plan=plan)  # [1, V]
+        logits = self.prefill([prompt], cache, images=[seen], plan=plan)  # [1, V]
         targets = torch.tensor(answer, device=self.device)
         total = _log_prob(logits, targets[:1])
         for begin in range(0, len(answer) - 1, SCORED_AT_ONCE):
@@ -301,84 +310,34 @@ class Model:
         a new pop.Model of the module necessary."""
         return fingerprint(self.module)
 
-    def encode(self, prompt, what: str = "prompt", bos: bool = True, images: int = 0) -> list[int]:
+    def encode(self, prompt, what: str = "prompt", bos: bool = True, seen: Sequence[Prepared] = ()) -> list[int]:
         """Text, or token ids of any kind, as a list of token ids; `what` names it in the error for an empty one.
 
-        images: how many there are, each with its place in the prompt.
+        seen: images and videos, each with its place in the prompt.
         """
         if isinstance(prompt, str):
             self.need_tokenizer("text")
-            first, *others = prompt.split(IMAGE_MARK) if images else [prompt]
-            if len(others) != images:
-                raise InputError(
-                    f"{images} images are given, but the {what} says {IMAGE_MARK} {len(others)} times; it must say so "
-                    "where each image is"
-                )
-            text = first + "\n\n" * bool(others)  # two line breaks around each image, as Gemma's processor has it
-            tokens = self.tokenizer.encode(text, bos=bos) if text else []
-            for number, text in enumerate(others, start=1):
-                text = "\n\n" + text + "\n\n" * (number < len(others))
-                tokens += self.config.image_tokens + self.tokenizer.encode(text, bos=False)
+            pieces = self.vision.pieces(prompt, seen, what) if seen else [prompt]
+            tokens = self.tokenizer.encode_pieces(pieces, bos) if prompt else []
         else:
             prompt = prompt.tolist() if hasattr(prompt, "tolist") else prompt
             tokens = [] if prompt == [] else self._tokens([prompt], dims=2)[0].tolist()
         if not tokens:
             raise InputError(f"the {what} is empty; give it at least one token")
-        if self.config.reads_images and not images and self.config.image_id in tokens:
-            raise InputError(f"the {what} has tokens {self.config.image_id} for an image, but no image comes with it")
+        if not seen:
+            self.vision.check_text(tokens, what)
         return tokens
 
     def need_tokenizer(self, use: str) -> None:
         if self.tokenizer is None:
             raise TokenizerError(f"{use} needs a tokenizer, and the checkpoint has none; pass token ids to generate")
 
-    def _image_rows(self, images, videos, num_rows: int) -> list[list]:
-        """The images of each row of a batch; the images of a single row may come without the list around them."""
-        if not (_is_nothing(videos) and (_is_nothing(images) or self.config.reads_images)):
-            takes = "text and images" if self.config.reads_images else "text"
-            raise InputError(f"this model of the {self.config.family} family reads {takes} only; leave out the rest")
-        if _is_nothing(images):
-            return [[]] * num_rows
-        if not isinstance(images, (list, tuple)):
-            raise InputError(
-                f"images is a {type(images).__name__}; give a list of images, or for a batch a list of lists"
-            )
-        if num_rows == 1 and not any(isinstance(row, (list, tuple)) for row in images):
-            return [list(images)]
-        if len(images) != num_rows or not all(isinstance(row, (list, tuple, type(None))) for row in images):
-            raise InputError(f"images must be a list of {num_rows} lists, one for each prompt of the batch")
-        return [list(row or ()) for row in images]
-
     @torch.no_grad()
-    def _images(self, rows: list[list], tokens: torch.Tensor, lengths: torch.Tensor) -> Images | None:
-        """The images of each row, through the vision tower, for the places that tokens [B, T] have for them."""
-        if not self.config.reads_images:
-            return None
-        M = self.config.vision.tokens_per_image
-        is_image = (tokens == self.config.image_id).cpu() & (torch.arange(tokens.shape[1]) < lengths[:, None])  # [B, T]
-        numbers = is_image.flatten().cumsum(0).view_as(is_image) - 1
-        for row, (images, count) in enumerate(zip(rows, is_image.sum(1).tolist(), strict=True)):
-            if count != M * len(images):
-                raise InputError(
-                    f"row {row} has {len(images)} images, but {count} tokens {self.config.image_id} for images, which "
-                    f"have {M} each; give each image its tokens in the prompt, and the other way round"
-                )
-        begins = is_image & ~F.pad(is_image, (1, -1))  # where a run of them does
-        if not torch.equal(begins, is_image & (numbers % M == 0)):
-            raise InputError(
-                f"the tokens {self.config.image_id} of each image must be {M} side by side, with others around them"
-            )
-        if not is_image.any():
-            return None
-        size = self.config.vision.image_size
-        pixels = torch.cat([gemma_pixels(image, size) for images in rows for image in images])  # [N, 3, S, S]
-        pieces = [piece.to(self.device, self.dtype) for piece in pixels.split(IMAGES_AT_ONCE)]
-        features = torch.cat([self.module.image_features(piece) for piece in pieces])  # [N, M, D]
-        return Images(features, numbers.where(is_image, -1))
+    def _seen(self, images, videos, tokens: torch.Tensor, lengths: torch.Tensor) -> Images | None:
+        return self.vision.images(self.module, self.vision.prepared(images, videos, len(tokens)), tokens, lengths)
 
     def _chunk_size(self, chunk_size) -> int:
-        least = self.config.vision.tokens_per_image if self.config.reads_images else 1  # an image is never cut
-        return max(check_count("chunk_size", chunk_size), least)
+        return max(check_count("chunk_size", chunk_size), self.vision.least_chunk)
 
     def _tokens(self, tokens, dims: int) -> torch.Tensor:
         """Token ids as an int64 tensor of `dims` dimensions on the model's device, every id in the vocabulary."""
@@ -482,7 +441,3 @@ def checked_max_seq_len(max_seq_len, config) -> int:
     if check_count("max_seq_len", max_seq_len) > config.max_positions:
         raise ContextOverflow(f"max_seq_len is {max_seq_len}, but the model's context is {config.max_positions} tokens")
     return int(max_seq_len)
-
-
-def _is_nothing(images) -> bool:
-    return images is None or (isinstance(images, (list, tuple)) and all(_is_nothing(row) for row in images))

@@ -101,10 +101,14 @@ class PrunePlan:
             )
         return self
 
-    def runs(self, num_layers: int) -> list[tuple[bool, list[int]]]:
-        """Split layers 0 .. num_layers - 1 into runs of consecutive (pruned?, indices), in order."""
+    def runs(self, num_layers: int, alone: int = 0) -> list[tuple[bool, list[int]]]:
+        """Split layers 0 .. num_layers - 1 into runs of consecutive (pruned?, indices), in order.
+
+        alone: so many of the first layers are runs of their own, since something is added to h behind each of them.
+        """
         pruned = set(self.layers)
-        return [(skip, list(run)) for skip, run in groupby(range(num_layers), key=pruned.__contains__)]
+        runs = groupby(range(num_layers), key=lambda layer: (layer in pruned, min(layer, alone)))
+        return [(skip, list(run)) for (skip, _), run in runs]
 
     def save(self, path: str | os.PathLike) -> None:
         """Write the plan to a file, whole or not at all: JSON, or safetensors if it carries projections."""

@@ -17,7 +17,6 @@ this page.
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 
 from pop.models.layers import Images, causal_attention
 from pop.plan import PrunePlan
@@ -35,19 +34,21 @@ def forward(
 ) -> tuple[torch.Tensor, list[tuple[torch.Tensor, torch.Tensor]]]:
     """Run tokens [T] through `module`, those not in full_depth [T] bool without the layers of the plan.
 
-    images: of this one prompt; tokens behind it are text. An image's tokens attend each other, pruned or not.
+    images: of this one prompt; tokens behind it are text. What they add to h behind a layer is added to pruned tokens,
+    too, and tokens of an image that attend each other do so pruned or not.
     Returns logits [T, V] at every position (at a pruned one they mean nothing) and each layer's k, v [T, K, E].
     """
     h = module.embed(tokens[None])  # [1, T, D]
-    positions, reach = torch.arange(len(tokens), device=tokens.device)[None], None  # [1, T]
+    rotary, reach = torch.arange(len(tokens), device=tokens.device)[None], None  # [1, T]
     if images is not None:
-        images = Images(images.features, F.pad(images.numbers, (0, len(tokens) - images.numbers.shape[1]), value=-1))
-        h, reach = images.place(h), images.reach(positions)
-    ropes = module.rope(positions)
+        images = images.extended(len(tokens))
+        h, rotary, reach = images.place(h), images.rotary(rotary), images.reach(rotary)
+    ropes = module.rope(rotary)
+    starts = [run[0] for _, run in plan.runs(len(module.layers), module.deepstack_layers)]
     cache = []
     for index, layer in enumerate(module.layers):
         skips = (index in plan.layers) & ~full_depth.to(h.device)  # [T]
-        if index - 1 not in plan.layers:
+        if index in starts:
             entering = h  # the run of pruned layers that begins here, if one does
         rope = ropes[layer.window]
         q, k, v = layer.queries_keys_values(h, rope)
@@ -57,6 +58,8 @@ def forward(
             v = torch.where(skips[:, None, None], refit_v, v)
         updated = layer.update(h, causal_attention(q, k, v, layer.scale, layer.window, reach))
         h = torch.where(skips[:, None], h, updated)
+        if images is not None:
+            h = images.deepen(h, index)
         cache.append((k[0], v[0]))
     return module.head(h[0]), cache
 

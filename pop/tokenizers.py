@@ -11,9 +11,12 @@ import codecs
 import json
 import re
 from collections.abc import Iterable
+from itertools import chain, groupby
 from pathlib import Path
 
 from pop.errors import InputError, TokenizerError
+
+Piece = str | list[int]  # of a prompt: text, or token ids that no text can spell
 
 
 class Tokenizer:
@@ -55,6 +58,14 @@ class Tokenizer:
                 ids.append(self._added[part] if part in self._added else self.special_tokens[part])
             elif part:
                 ids += self._encode_text(part)
+        return ids
+
+    def encode_pieces(self, pieces: Iterable[Piece], bos: bool = True) -> list[int]:
+        """The token ids of texts and token ids in turn; all text between two lists of ids is encoded as one."""
+        ids = self.encode("", bos=bos)
+        for is_text, group in groupby(pieces, lambda piece: isinstance(piece, str)):
+            group = list(group)
+            ids += self.encode("".join(group), bos=False) if is_text else chain.from_iterable(group)
         return ids
 
     def decode(self, ids: Iterable[int], special: bool = False) -> str:

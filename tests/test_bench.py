@@ -133,7 +133,7 @@ def test_figures_follow_from_the_times(model, monkeypatch):
     factors = [1.0, 4.0, 1.0, 2.0]  # how much slower each of the four rounds is, the first untimed
     now = {"factor": None}
 
-    def time_run(model, prompt, cache, plan, steps):
+    def time_run(model, prompt, cache, plan, steps, images):
         base = 3.0 if plan.layers else 4.0
         return base * len(prompt) * now["factor"], [0.1 * now["factor"]] * steps
 
@@ -246,6 +246,59 @@ def test_random_weights_are_all_there():
             assert (parameter == 1).all()
 
 
+# ---- Images ----
+
+
+@pytest.fixture(scope="module")
+def seeing(tmp_path_factory):
+    """A folder with the shape of a tiny Qwen3-VL: an image of 256 x 256 pixels has 64 tokens."""
+    folder, shape = tmp_path_factory.mktemp("seeing"), json.loads(json.dumps(bench_shapes.SHAPES["qwen3-vl-8b"]))
+    text = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "num_attention_heads": 2}
+    shape["text_config"] |= text | {"num_key_value_heads": 1, "vocab_size": 151_700, "dtype": "float32"}
+    vision = {"hidden_size": 24, "intermediate_size": 40, "depth": 3, "num_heads": 3, "out_hidden_size": 32}
+    shape["vision_config"] |= vision | {"num_position_embeddings": 25, "deepstack_visual_indexes": [1]}
+    (folder / "config.json").write_text(json.dumps(shape))
+    return str(folder)
+
+
+def test_prompts_may_begin_with_an_image(seeing, capsys):
+    """Its tower is in TTFT, in the FLOPs and in the limit."""
+    options = ["--lengths", "80", "--prune", "0.5", "--runs", "2", "--decode-steps", "1", "--tasks", "prefill"]
+    argv = ["--shape", seeing, "--image", "256x256", "--layers", "4", *options, "--compile", "false", "--device", "cpu"]
+    assert bench.main(argv) == 0
+    printed = capsys.readouterr().out
+    assert "vision tower, an image of 256 x 256 pixels" in printed
+    figures = json.loads(printed.splitlines()[-1])["prefill"]["80"]
+    config, none = read_config(Path(seeing)), pop.PrunePlan.none()
+    full, tower = cost.prefill_flops(config, 80, none, [256]), cost.vision_flops(config, [256])
+    assert figures["tower"]["flops_share"] == tower / full
+    limit = full / (cost.prefill_flops(config, 80, pop.PrunePlan((2, 3))) + tower)
+    assert figures["plans"]["0.5"]["limit"] == pytest.approx(limit)
+    assert 0 < figures["tower"]["share"]["median"] < 1
+    assert figures["tower"]["ratio"]["median"] == pytest.approx(figures["tower"]["share"]["median"] * full / tower)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--image", "256"], "--image is '256'; write width and height"),
+        (["--image", "0x9"], "--image is '0x9'"),
+        (["--image", "256x256", "--against", "transformers"], "--against compares text prompts"),
+        (["--image", "256x256", "--lengths", "66"], "the image has 66 tokens; make --lengths longer"),
+    ],
+)
+def test_images_that_cannot_be_measured(seeing, capsys, options, message):
+    argv = ["--shape", seeing, "--layers", "1", "--prune", "1.0", "--compile", "false", "--tasks", "prefill", *options]
+    assert bench.main(argv) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_an_image_needs_a_model_that_sees(folder, capsys):
+    argv = ["--shape", folder, "--image", "256x256", "--lengths", "99", "--tasks", "prefill", "--compile", "false"]
+    assert bench.main(argv) == 2
+    assert "the llama family does not" in capsys.readouterr().err
+
+
 # ---- Rivals ----
 
 
@@ -328,7 +381,7 @@ def test_the_children_measure_in_their_process(folder, capsys):
     [
         (["--model", "a", "--shape", "b"], "both given"),
         (["--model", "a", "--layers", "2"], "--layers shortens a --shape"),
-        (["--shape", "nothing"], "give one of llama3.1-8b, smollm2-135m, or a folder"),
+        (["--shape", "nothing"], "give one of llama3.1-8b, smollm2-135m, qwen3-vl-8b, or a folder"),
         (["--shape", "FOLDER", "--layers", "9"], "--layers is 9, but .* has 5"),
         (["--model", "nothing"], "no known model"),
         (["--lengths", "12,x"], "--lengths is '12,x'"),

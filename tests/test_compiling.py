@@ -10,7 +10,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from test_method import batches, plans
-from tiny import random_model, tiny_config, tiny_gemma3_config
+from tiny import random_model, tiny_config, tiny_gemma3_config, tiny_qwen3_vl_config
+from tiny_images import both_ways
 
 import pop
 from pop import engine
@@ -30,7 +31,7 @@ def _compiler_works() -> bool:
 requires_compiler = pytest.mark.skipif(not _compiler_works(), reason="torch can compile nothing here")
 
 
-@pytest.fixture(scope="module", params=[tiny_config, tiny_gemma3_config], ids=["llama", "gemma3"])
+@pytest.fixture(scope="module", params=[tiny_qwen3_vl_config, tiny_gemma3_config], ids=["qwen3-vl", "gemma3"])
 def pair(request):
     """One model twice, compiled and eager; the compiled one is warm for everything."""
     module = random_model(request.param(max_positions=6000), seed=5)
@@ -110,13 +111,19 @@ def test_generate_compiles_nothing_for_any_prompt_or_setting(pair, nothing_compi
 
 @requires_compiler
 def test_images_need_no_new_graph(pair, nothing_compiles):
-    """A chunk with an image takes the graph of a filled cache, be it the first one."""
+    """Warmed up by text. A chunk with an image that attends ahead takes the graph of a filled cache, be it the first
+    one; one with DeepStack and places on three axes takes the graphs of text."""
     compiled, eager = pair
-    for rows, plan in ((1, pop.PrunePlan.none()), (2, pop.PrunePlan((1, 3))), (1, pop.PrunePlan((1, 3), 4))):
+    for rows, plan in ((1, pop.PrunePlan.none()), (2, pop.PrunePlan((0, 1, 3))), (1, pop.PrunePlan((1, 3), 4))):
         tokens, lengths = torch.arange(rows * 20).view(rows, 20), torch.full((rows,), 20)
         numbers = torch.full((rows, 20), -1)
         numbers[:, 3:9], numbers[-1, 12:18] = torch.arange(6), torch.arange(6, 12)
-        images = layers.Images(torch.randn(2, 6, 30, generator=torch.Generator().manual_seed(1)), numbers)
+        features, *deepstack = torch.randn(3, 12, 30, generator=torch.Generator().manual_seed(1))
+        if compiled.config.family == "gemma3":
+            images = both_ways(features.view(2, 6, 30), numbers)
+        else:
+            positions = torch.randint(30, (3, rows, 20), generator=torch.Generator().manual_seed(2))
+            images = layers.Images(features, numbers, positions=positions, deepstack=tuple(deepstack))
         logits = []
         for model in (compiled, eager):
             cache, stages = model.new_cache(rows, 64), model._stages(rows, plan)

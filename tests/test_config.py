@@ -590,7 +590,6 @@ def test_gemma3_with_images_as_published(read, size):
     vision = SiglipConfig(1152, 4304, 27, 16, 896, 14, 1e-6, 256)
     ids = {"image_id": 262144, "boi_id": 255999, "eoi_id": 256000, "eos_ids": (1, 106)}
     assert config == replace(text, dtype=torch.bfloat16, vision=vision, **ids)
-    assert config.image_tokens == [255999] + [262144] * 256 + [256000]
     shapes = parameters(config)
     assert count(shapes) == lookup(f"gemma3-{size}").parameters
     language = {f"language_model.{name}": shape for name, shape in parameters(text).items()}
@@ -984,6 +983,8 @@ def test_every_field_reaches_the_qwen3_vl_config(read):
                 "text_config.tie_word_embeddings": True,
                 "image_token_id": 5,
                 "video_token_id": 6,
+                "vision_start_token_id": 8,
+                "vision_end_token_id": 9,
                 "eos_token_id": [7],
                 "text_config.rope_scaling": {"mrope_section": [30, 14, 20]},
                 "vision_config.num_position_embeddings": 100,
@@ -996,6 +997,7 @@ def test_every_field_reaches_the_qwen3_vl_config(read):
         )
     )
     assert (config.tie_embeddings, config.image_id, config.video_id, config.eos_ids) == (True, 5, 6, (7,))
+    assert (config.start_id, config.end_id) == (8, 9)
     assert config.mrope_sections == (30, 14, 20)
     assert config.vision == Qwen3VisionConfig(1152, 4304, 27, 16, 4096, (), 10, 14, 3, 4, 50.0)
 
@@ -1021,8 +1023,9 @@ def test_every_field_reaches_the_qwen3_vl_config(read):
             "mrope_interleaved must be True",
         ),
         ({"text_config.rope_parameters": {"mrope_section": [20, 24, 20]}}, "mrope_section is given twice"),
-        ({"image_token_id": 151936}, r"image_token_id \(151936\) .* below vocab_size"),
-        ({"image_token_id": 151656}, "must be two tokens"),
+        ({"image_token_id": 151936}, r"\[151936, 151656, 151652, 151653\] must be four tokens below vocab_size 151936"),
+        ({"image_token_id": 151656}, "must be four tokens"),
+        ({"vision_end_token_id": 151652}, "must be four tokens"),
         ({"vision_config.out_hidden_size": 4095}, r"out_hidden_size \(4095\) .* hidden_size \(4096\)"),
         ({"vision_config.num_heads": 17}, r"hidden_size \(1152\) over num_heads \(17\)"),
         ({"vision_config.num_heads": 64}, r"over num_heads \(64\) is no multiple of 4"),

@@ -308,7 +308,7 @@ def test_what_is_no_saved_conversation_of_this_model_and_plan(tmp_path):
     for content in (
         [],
         {},
-        {**good, "pop_conversation": 2},
+        {**good, "pop_conversation": 1},
         {**good, "turns": None},
         {**good, "turns": [{"user": "Hi"}]},
         {**good, "turns": [{**turn, "assistant": 3}]},

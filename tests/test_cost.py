@@ -2,13 +2,16 @@
 
 import pytest
 import torch
-from tiny import random_model, tiny_config
+from test_qwen3_vl import published
+from tiny import random_model, tiny_config, tiny_gemma3_vl_config, tiny_qwen3_vl_config
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from pop import engine
 from pop.cache import KVCache
 from pop.config import Gemma3Config, LlamaConfig
-from pop.cost import prefill_flops, speedup_limit
+from pop.cost import prefill_flops, speedup_limit, vision_flops
+from pop.models.qwen3_vl_vision import Grid
 from pop.plan import PrunePlan
 
 LLAMA_8B = LlamaConfig(
@@ -92,3 +95,36 @@ def test_nothing_to_gain():
     assert speedup_limit(config, 100, PrunePlan()) == 1
     assert speedup_limit(config, 1, PrunePlan(layers=(2, 3))) == 1  # the boundary token is the whole prompt
     assert speedup_limit(config, 9, PrunePlan(layers=(2, 3), full_depth_last=9)) == 1
+
+
+# ---- Images ----
+
+
+def test_the_tower_is_counted_as_torch_counts_it():
+    """Images of two sizes and a video of three frame pairs, of which none attends another."""
+    config = tiny_qwen3_vl_config()
+    tower = random_model(config).model.visual
+    grids = [Grid(1, 4, 6), Grid(1, 2, 8), Grid(3, 4, 6)]
+    patches = [24, 16, 24, 24, 24]
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        tower(torch.zeros(sum(patches), config.vision.patch_values), grids)
+    assert counter.get_total_flops() == vision_flops(config, patches)
+
+
+def test_gemmas_tower_is_counted_as_torch_counts_it():
+    config = tiny_gemma3_vl_config()
+    module = random_model(config)
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        module.image_features(torch.zeros(2, 3, 28, 28))
+    assert counter.get_total_flops() == vision_flops(config, [16, 16])
+
+
+def test_the_tower_caps_what_pruning_gains():
+    """A third of Qwen3-VL-8B pruned, 64 tokens of text behind an image of 640 x 480 pixels: 1.47x would be text's."""
+    config, plan = published("8b"), PrunePlan.deepest(36, 1 / 3)
+    text, patches = speedup_limit(config, 366, plan), [1200]
+    assert round(text, 2) == 1.47
+    share = vision_flops(config, patches) / prefill_flops(config, 366, PrunePlan.none(), patches)
+    assert round(share, 2) == 0.20
+    limit = speedup_limit(config, 366, plan, patches)
+    assert limit == pytest.approx(1 / (share + (1 - share) / text)) and round(limit, 2) == 1.34

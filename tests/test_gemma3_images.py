@@ -10,12 +10,11 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from test_tokenizers import train
 from tiny import random_model, tiny_gemma3_config, tiny_gemma3_vl_config, write_weights
-from tiny_images import random_bytes
+from tiny_images import both_ways, random_bytes
 
 import pop
 from pop.errors import CheckpointError, InputError, UnsupportedError
 from pop.images import gemma_pixels
-from pop.models.layers import Images
 from pop.tokenizers import SentencePieceTokenizer
 
 IMAGE, BOI, EOI = 500, 501, 502
@@ -35,7 +34,7 @@ def test_an_image_takes_the_place_of_its_tokens(model):
     tokens = [2, 7, *ONE, 8, 9, *ONE, 3]
     pixels = torch.cat([gemma_pixels(image, 28) for image in (A, B)])
     numbers = torch.tensor([[-1, -1, -1, 0, 1, 2, 3, -1, -1, -1, -1, 4, 5, 6, 7, -1, -1]])
-    expected = model.module(torch.tensor([tokens]), Images(model.module.image_features(pixels), numbers))
+    expected = model.module(torch.tensor([tokens]), both_ways(model.module.image_features(pixels), numbers))
     assert torch.equal(model.logits([tokens], images=[[A, B]]), expected)
     assert torch.equal(model.logits([tokens], images=[A, B]), expected)  # one row needs no list of lists
     assert not torch.allclose(model.logits([tokens], images=[B, A]), expected, atol=0.1)
@@ -46,13 +45,14 @@ def test_a_text_says_where_its_images_are(model):
     encode = model.tokenizer.encode
     text = "Look: <start_of_image> and <start_of_image>"
     expected = encode("Look: \n\n") + ONE + encode("\n\n and \n\n", bos=False) + ONE + encode("\n\n", bos=False)
-    assert model.encode(text, images=2) == expected
+    assert model.encode(text, seen=model.vision.prepared([A, B], None, 1)[0]) == expected
     options = {"images": [A, B], "max_new_tokens": 6}
     answer = model.generate(text, **options)
     assert answer.tokens == model.generate(expected, **options).tokens
     assert answer.prompt_tokens == len(expected)
     assert "".join(model.stream(text, **options)) == answer.text
-    assert model.encode("<start_of_image>a", images=1) == encode("\n\n") + ONE + encode("\n\na", bos=False)
+    seen = model.vision.prepared([A], None, 1)[0]
+    assert model.encode("<start_of_image>a", seen=seen) == encode("\n\n") + ONE + encode("\n\na", bos=False)
     assert model.encode("<start_of_image>") == encode("<start_of_image>")  # text, where there is no image
 
 
@@ -94,7 +94,7 @@ def test_a_batch_has_a_list_for_each_prompt(model):
 def test_many_images_go_through_the_tower_in_pieces(model, monkeypatch):
     tokens = [[2, *ONE * 5, 4]]
     expected = model.logits(tokens, images=[A, B, A, B, A])
-    monkeypatch.setattr("pop.model.IMAGES_AT_ONCE", 2)
+    monkeypatch.setattr("pop.vision.IMAGES_AT_ONCE", 2)
     torch.testing.assert_close(model.logits(tokens, images=[A, B, A, B, A]), expected, rtol=0, atol=1e-5)
 
 
@@ -120,10 +120,13 @@ def test_a_chunk_and_a_cache_hold_an_image(model):
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda m: m.generate([2, *ONE]), "the prompt has tokens 500 for an image, but no image comes with it"),
-        (lambda m: m.score([2, *ONE], [3]), "the context has tokens 500 for an image"),
-        (lambda m: pop.calibrate(m, [[2, *ONE] * 20], m.plan), "tokens 500 for an image"),
-        (lambda m: pop.importance(m, [[2, *ONE]]), "the prompt has tokens 500 for an image"),
+        (
+            lambda m: m.generate([2, *ONE]),
+            "the prompt has tokens 500, which stand for images, but no image",
+        ),
+        (lambda m: m.score([2, *ONE], [3]), "the context has tokens 500, which"),
+        (lambda m: pop.calibrate(m, [[2, *ONE] * 20], m.plan), "tokens 500, which stand for images"),
+        (lambda m: pop.importance(m, [[2, *ONE]]), "the prompt has tokens 500, which"),
         (lambda m: m.generate([2, *ONE], images=[A, B]), "row 0 has 2 images, but 4 tokens 500"),
         (lambda m: m.logits([[2, *ONE, *ONE]], images=[A]), "row 0 has 1 images, but 8 tokens 500"),
         (lambda m: m.logits([[2, 3], [2, IMAGE]]), "row 1 has 0 images, but 1 tokens 500"),
@@ -137,8 +140,11 @@ def test_a_chunk_and_a_cache_hold_an_image(model):
         (lambda m: m.generate([2, *ONE], images=[3]), "an image is of type int"),
         (lambda m: m.generate([2, *ONE], images=["no.png"]), "the image 'no.png' is no file"),
         (lambda m: m.generate([2], videos=[A]), "the gemma3 family reads text and images only"),
-        (lambda m: m.chat([{"role": "user", "content": "x"}], images=[A]), "chat takes images in its messages"),
-        (lambda m: m.chat([{"role": "user", "content": [{"type": "image"}]}]), "an image is {'type': 'image', 'image'"),
+        (
+            lambda m: m.chat([{"role": "user", "content": "x"}], images=[A]),
+            "chat takes images and videos in its",
+        ),
+        (lambda m: m.chat([{"role": "user", "content": [{"type": "image"}]}]), "images are {'type': 'image', 'image'"),
         (lambda m: m.chat([{"role": "system", "content": [{"type": "image", "image": A}]}]), "only a user's message"),
     ],
 )
@@ -148,11 +154,11 @@ def test_what_does_not_fit_is_refused(model, call, message):
 
 
 def test_videos_and_text_models_in_chat(model):
-    with pytest.raises(UnsupportedError, match="Gemma takes text and images only"):
+    with pytest.raises(UnsupportedError, match="this model takes text and images only"):
         model.chat([{"role": "user", "content": [{"type": "video", "video": A}]}])
     config = tiny_gemma3_config(vocab_size=503)
     text_model = pop.Model(random_model(config), config, model.tokenizer, compile=False)
-    with pytest.raises(UnsupportedError, match="Gemma takes text only"):
+    with pytest.raises(UnsupportedError, match="this model takes text only"):
         text_model.chat([{"role": "user", "content": [{"type": "image", "image": A}]}])
     with pytest.raises(InputError, match="the gemma3 family reads text only"):
         text_model.generate([2], images=[A])

@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from hypothesis import assume, given
 from hypothesis import strategies as st
-from tiny import random_model, tiny_config, tiny_gemma3_config, tiny_qwen3_config
+from tiny import random_model, tiny_config, tiny_gemma3_config, tiny_qwen3_config, tiny_qwen3_vl_config
+from tiny_images import both_ways
 
 from pop import engine, reference
 from pop.cache import KVCache
@@ -47,7 +48,7 @@ def models(draw):
         "head_dim": draw(st.sampled_from([2, 6, 10])),
         "rope": draw(ropes),
     }
-    family = draw(st.sampled_from(["llama", "gemma3", "qwen3"]))
+    family = draw(st.sampled_from(["llama", "gemma3", "qwen3", "qwen3_vl"]))
     if family == "gemma3":
         windows = st.sampled_from([draw(st.sampled_from([1, 2, 5, 9, 100])), None])
         config = tiny_gemma3_config(
@@ -57,6 +58,8 @@ def models(draw):
         )
     elif family == "qwen3":
         config = tiny_qwen3_config(**sizes, num_layers=num_layers, tie_embeddings=draw(st.booleans()))
+    elif family == "qwen3_vl":
+        config = qwen3_vl_config(draw, **sizes, num_layers=num_layers)
     else:
         config = tiny_config(
             **sizes,
@@ -66,6 +69,20 @@ def models(draw):
             mlp_bias=draw(st.booleans()),
         )
     return random_model(config, seed=draw(st.integers(0, 9)))
+
+
+def qwen3_vl_config(draw, **sizes):
+    """Any number of DeepStack layers, and any shares of the rotated pairs for time, row and column."""
+    config = tiny_qwen3_vl_config()
+    pairs = sizes.get("head_dim", config.head_dim) // 2
+    rows, columns = (draw(st.integers(0, (pairs + 2 - axis) // 3)) for axis in (1, 2))
+    most = min(sizes["num_layers"], 3)
+    vision = dataclasses.replace(
+        config.vision,
+        out_size=sizes.get("hidden_size", config.hidden_size),
+        deepstack=tuple(range(draw(st.integers(0, most)))),
+    )
+    return tiny_qwen3_vl_config(**sizes, mrope_sections=(pairs - rows - columns, rows, columns), vision=vision)
 
 
 @st.composite
@@ -165,7 +182,7 @@ def token_by_token(module, tokens, plans):
             q, k, v = layer.queries_keys_values(h, rope[layer.window])
             if index in plan.layers and plan.projections is not None:
                 start = index
-                while start - 1 in plan.layers:
+                while start - 1 in plan.layers and start > module.deepstack_layers:
                     start -= 1
                 eps = module.config.norm_eps
                 taps = [x / (x.square().mean(-1, keepdim=True) + eps).sqrt() for x in reversed(entered[start])]
@@ -448,39 +465,60 @@ def test_a_failed_call_adds_no_tokens():
 
 
 @st.composite
-def prompts_with_images(draw, vocab_size, width, side, max_rows=3):
-    """A ragged batch with images of side * side tokens anywhere: tokens [B, T], lengths [B], images."""
-    M, numbers = side * side, []
+def prompts_with_images(draw, vocab_size, sizes, max_rows=3):
+    """A ragged batch with images of so many tokens anywhere: tokens [B, T], lengths [B], numbers [B, T]."""
+    rows = []
     for _ in range(draw(st.integers(1, max_rows))):
         row = [-1] * draw(st.integers(0, 6))
         for _ in range(draw(st.integers(0, 3))):
-            row += [0] * M + [-1] * draw(st.integers(1, 6))
-        last = [0] * M if draw(st.booleans()) else [-1]
-        numbers.append(row + last)
-    lengths = torch.tensor([len(row) for row in numbers])
-    padded = [row + [-1] * (int(lengths.max()) + 1 - len(row)) for row in numbers]
-    is_image = torch.tensor(padded) == 0
+            row += [0] * draw(sizes) + [-1] * draw(st.integers(1, 6))
+        rows.append(row + ([0] * draw(sizes) if draw(st.booleans()) else [-1]))
+    lengths = torch.tensor([len(row) for row in rows])
+    is_image = torch.tensor([row + [-1] * (int(lengths.max()) + 1 - len(row)) for row in rows]) == 0
     assume(is_image.any())
     numbers = (is_image.flatten().cumsum(0) - 1).view_as(is_image).where(is_image, -1)
     random = torch.Generator().manual_seed(draw(st.integers(0, 10**6)))
-    features = torch.randn((int(is_image.sum()) // M, M, width), generator=random)
-    return torch.randint(vocab_size, is_image.shape, generator=random), lengths, Images(features, numbers)
+    return torch.randint(vocab_size, is_image.shape, generator=random), lengths, numbers
 
 
 @st.composite
 def image_cases(draw):
-    """(module, plan, tokens, lengths, chunk size, images): a Gemma-3, chunks that hold an image, just or easily."""
-    side = draw(st.sampled_from([1, 2, 3]))
-    windows = st.sampled_from([draw(st.sampled_from([1, 2, 5, 9, 100])), None])
-    config = tiny_gemma3_config(windows=tuple(draw(st.lists(windows, min_size=1, max_size=5))))
-    module = random_model(config, seed=draw(st.integers(0, 9)))
-    tokens, lengths, images = draw(prompts_with_images(config.vocab_size, config.hidden_size, side))
-    chunk = side * side + draw(st.sampled_from([0, 1, 4, 1000]))
-    return module, draw(plans(config)), tokens, lengths, chunk, images
+    """(module, plan, tokens, lengths, chunk size, images): any family that sees.
+
+    Gemma-3, whose chunks hold an image, just or easily. Qwen3-VL, whose images may be cut, in any places: more than
+    its own rule has, so that the engine is held to the positions that it is given.
+    """
+    if draw(st.booleans()):
+        side = draw(st.sampled_from([1, 2, 3]))
+        windows = st.sampled_from([draw(st.sampled_from([1, 2, 5, 9, 100])), None])
+        config = tiny_gemma3_config(windows=tuple(draw(st.lists(windows, min_size=1, max_size=5))))
+        tokens, lengths, numbers = draw(prompts_with_images(config.vocab_size, st.just(side * side)))
+        chunk = side * side + draw(st.sampled_from([0, 1, 4, 1000]))
+    else:
+        config = qwen3_vl_config(draw, num_layers=draw(st.integers(1, 5)))
+        tokens, lengths, numbers = draw(prompts_with_images(config.vocab_size, st.integers(1, 7)))
+        chunk = draw(st.sampled_from([1, 2, 5, 11, 1000]))
+    random = torch.Generator().manual_seed(draw(st.integers(0, 10**6)))
+    features = torch.randn(
+        1 + len(getattr(config.vision, "deepstack", ())), int(numbers.max()) + 1, 30, generator=random
+    )
+    if config.family == "gemma3":
+        images = both_ways(features[0].view(-1, side * side, 30), numbers)
+    else:
+        positions = torch.randint(40, (3, *tokens.shape), generator=random)
+        images = Images(features[0], numbers, positions=positions, deepstack=tuple(features[1:]))
+    return random_model(config, seed=draw(st.integers(0, 9))), draw(plans(config)), tokens, lengths, chunk, images
 
 
-def of_row(images, row, length):
-    return Images(images.features, images.numbers[row : row + 1, :length])
+def of_row(images, row, length, before=0):
+    """The images of one row's prompt, behind so many tokens of text."""
+    numbers, ahead, positions = images.numbers[row : row + 1, :length], None, None
+    if images.ahead is not None:
+        ahead = F.pad(images.ahead[row : row + 1, :length], (before, 0))
+    if images.positions is not None:
+        text = torch.arange(before).expand(3, 1, -1)
+        positions = torch.cat((text, before + images.positions[:, row : row + 1, :length]), dim=2)
+    return dataclasses.replace(images, numbers=F.pad(numbers, (before, 0), value=-1), ahead=ahead, positions=positions)
 
 
 @given(image_cases(), st.integers(0, 3))
@@ -521,8 +559,7 @@ def test_a_second_turn_may_have_images(case, data):
         whole = torch.cat((first[row, :n], tokens[row, :m]))
         position = torch.arange(n + m)
         full_depth = (position < n) | (position >= n + m - plan.full_depth_last)
-        numbers = F.pad(images.numbers[row : row + 1, :m], (n, 0), value=-1)
-        expected, kv = reference.forward(module, whole, full_depth, plan, Images(images.features, numbers))
+        expected, kv = reference.forward(module, whole, full_depth, plan, of_row(images, row, m, before=n))
         assert_close(logits[row], expected[-1])
         assert_close(held(module, cache, row), seen(module, stacked(kv)))
 
@@ -531,8 +568,9 @@ def test_a_first_full_depth_token_sees_the_rest_of_its_image():
     """The window is long past it at the prompt's end, so without it nobody would need the image's pruned K and V."""
     module = random_model(tiny_gemma3_config(), seed=6)
     tokens, lengths = torch.arange(30)[None], torch.tensor([30])
-    images = Images(torch.randn(1, 4, 30, generator=torch.Generator().manual_seed(1)), torch.full((1, 30), -1))
-    images.numbers[0, 1:5] = torch.arange(4)
+    numbers = torch.full((1, 30), -1)
+    numbers[0, 1:5] = torch.arange(4)
+    images = both_ways(torch.randn(1, 4, 30, generator=torch.Generator().manual_seed(1)), numbers)
     plan = PrunePlan(layers=(1,), full_depth_first=2)
     logits = engine.prefill(module, tokens, new_cache(module, 1), lengths, plan, 1000, images=images)
     expected, _ = reference.forward(module, tokens[0], reference.full_depth_tokens(30, 30, plan), plan, images)
@@ -542,7 +580,7 @@ def test_a_first_full_depth_token_sees_the_rest_of_its_image():
 def test_an_image_is_never_cut():
     """In each row for itself: no common border would do here."""
     numbers = torch.tensor([[-1, 0, 1, 2, 3, -1, -1, -1, -1], [-1, -1, -1, 4, 5, 6, 7, -1, -1]])
-    lengths, images = torch.tensor([9, 8]), Images(torch.zeros(2, 4, 5), numbers)
+    lengths, images = torch.tensor([9, 8]), both_ways(torch.zeros(2, 4, 5), numbers)
     chunks = [(begin.tolist(), end.tolist()) for begin, end in engine._chunks(lengths, 4, images)]
     assert chunks == [([0, 0], [1, 3]), ([1, 3], [5, 7]), ([5, 7], [9, 8])]
     text = [(begin.tolist(), end.tolist()) for begin, end in engine._chunks(lengths, 4)]
@@ -560,7 +598,7 @@ def test_text_prompts_keep_to_causal_attention_without_a_mask(monkeypatch):
     stages = engine.Stages(full_layer=watched)
     tokens, lengths = torch.arange(8)[None], torch.tensor([8])
     for numbers, expected in (([-1] * 8, [False]), ([-1, -1, 0, 1, 2, 3, -1, -1], [True])):
-        images = Images(torch.zeros(1, 4, 30), torch.tensor([numbers]))
+        images = both_ways(torch.zeros(1, 4, 30), torch.tensor([numbers]))
         engine.prefill(module, tokens, new_cache(module, 1), lengths, NONE, 1000, stages, images)
         assert masked == expected
         masked.clear()

@@ -1,6 +1,7 @@
 """Qwen3-VL against the reference: positions, the vision tower, and the language model on images and videos.
 
-The goldens are made by tools/make_qwen3_vl_goldens.py. What the engine does with images is not tested here.
+The goldens are made by tools/make_qwen3_vl_goldens.py. They go through the public API, that is through pop/vision.py,
+prefill and decode; that the engine does the same whatever the plan, chunks and batch: tests/test_method.py.
 """
 
 import json
@@ -23,6 +24,7 @@ from pop.models.layers import rotate
 from pop.models.qwen3_vl import image_positions
 from pop.models.qwen3_vl_vision import Grid, VisionTower
 from pop.registry import lookup
+from pop.vision import Prepared
 
 GOLDENS = Path(__file__).parent / "goldens" / "qwen3_vl"
 GOLDEN = {name: json.loads((GOLDENS / name / "golden.json").read_bytes()) for name in ("untied", "tied")}
@@ -31,9 +33,20 @@ TOLERANCE = 1e-4  # of the standard deviation of the reference's values
 
 
 @pytest.fixture(scope="module")
-def modules():
-    """The tiny models by name."""
-    return {name: with_weights(build(read_config(GOLDENS / name)), GOLDEN[name]["weights"]) for name in GOLDEN}
+def models(tmp_path_factory):
+    """The tiny models by name, loaded from checkpoints of the published names."""
+    loaded = {}
+    for name in GOLDEN:
+        folder = tmp_path_factory.mktemp(name)
+        (folder / "config.json").write_bytes((GOLDENS / name / "config.json").read_bytes())
+        write_weights(folder, read_config(folder), GOLDEN[name]["weights"])
+        loaded[name] = pop.load(folder, prune=None, progress=False)
+    return loaded
+
+
+@pytest.fixture(scope="module")
+def modules(models):
+    return {name: model.module for name, model in models.items()}
 
 
 def with_weights(module, seed=0):
@@ -53,10 +66,14 @@ class Case:
         self.positions, self.next = torch.tensor(golden["positions"]), golden["next"]
         self.grids = {kind: [Grid(*grid) for grid in golden[f"{kind}s"]] for kind in ("image", "video")}
         self.patches, self.features, self.deepstack = {}, {}, {}
+        self.seen = {"images": [], "videos": []}  # as the API takes them, prepared already
         for kind, grids in self.grids.items():
             if grids:
                 count, seed = sum(map(np.prod, grids)), golden["seed"] + len(kind) + (kind == "video")
                 self.patches[kind] = random_patches(int(count), config.vision.patch_values, seed)
+                each = self.patches[kind].split([int(np.prod(grid)) for grid in grids])
+                prepared = zip(each, grids, strict=True)
+                self.seen[f"{kind}s"] = [Prepared(kind, pixels, (), grid) for pixels, grid in prepared]
                 self.features[kind] = arrays[f"{case}_{kind}_features"]
                 self.deepstack[kind] = arrays[f"{case}_{kind}_deepstack"]
         self.logits = arrays[f"{case}_logits"]
@@ -90,33 +107,35 @@ def test_features_are_the_references(modules, name, case):
 
 
 @pytest.mark.parametrize(("name", "case"), CASES)
-def test_logits_at_every_position(modules, name, case):
+def test_logits_at_every_position(models, name, case):
     """The plain forward pass, over a prompt and its greedy answer, which the logits choose in turn."""
-    case, module = Case(name, case), modules[name]
-    tokens = torch.tensor([case.tokens])
-    by_kind = {kind: module.model.visual(patches, case.grids[kind]) for kind, patches in case.patches.items()}
-    features = deepstack = None
-    if by_kind:  # those of images and of videos, in the order of the prompt
-        seen = [token for token in case.tokens if token in (module.config.image_id, module.config.video_id)]
-        order = [token == module.config.video_id for token in seen]
-        features, *deepstack = (
-            interleave(order, *parts)
-            for parts in (
-                [outputs[0] for outputs in by_kind.values()],
-                *([outputs[1][n] for outputs in by_kind.values()] for n in range(len(module.config.vision.deepstack))),
-            )
-        )
-    logits = module(tokens, case.positions[:, None], features, deepstack or ())[0]
+    case, model = Case(name, case), models[name]
+    logits = model.logits([case.tokens], **case.seen)[0]
     assert error(logits, case.logits) < TOLERANCE
     assert logits[len(case.prompt) - 1 :].argmax(-1).tolist() == case.greedy
 
 
-def interleave(is_second: list[bool], *parts: torch.Tensor) -> torch.Tensor:
-    """Rows of one or two tensors, taken in turn as `is_second` says."""
-    if len(parts) == 1:
-        return parts[0]
-    first, second = (iter(part) for part in parts)
-    return torch.stack([next(second if other else first) for other in is_second])
+@pytest.mark.parametrize(("name", "case"), CASES)
+@pytest.mark.parametrize("chunk_size", [3, 2048])
+def test_prefill_then_decode(models, name, case, chunk_size):
+    """Chunks that cut an image, too; behind it positions go on where it ends, not where its tokens do."""
+    case, model = Case(name, case), models[name]
+    cache = model.new_cache(1, len(case.tokens))
+    logits = [model.prefill([case.prompt], cache, chunk_size=chunk_size, **case.seen)]
+    logits += [model.decode([token], cache) for token in case.greedy[:-1]]
+    assert error(torch.cat(logits), case.logits[len(case.prompt) - 1 :]) < TOLERANCE
+    assert cache.lengths + cache.shifts == case.next
+
+
+@pytest.mark.parametrize("name", GOLDEN)
+def test_greedy_tokens_of_a_batch(models, name):
+    """All of a model's prompts together, with and without images and videos, and each alone."""
+    model, cases = models[name], [Case(name, case) for case in GOLDEN[name]["cases"]]
+    seen = {kind: [case.seen[kind] for case in cases] for kind in ("images", "videos")}
+    answers = model.generate([case.prompt for case in cases], max_new_tokens=8, **seen)
+    assert [answer.tokens for answer in answers] == [case.greedy for case in cases]
+    for case in cases:
+        assert model.generate(case.prompt, max_new_tokens=8, **case.seen).tokens == case.greedy
 
 
 # ---- text alone ----
@@ -128,19 +147,6 @@ def test_on_text_it_is_a_qwen3(modules):
     for plain, by_axis in zip(module.rope(positions)[None], module.rope(positions.expand(3, 1, -1))[None], strict=True):
         assert torch.equal(plain, by_axis)
     assert image_positions(range(9), module.config)[0].tolist() == [list(range(9))] * 3
-
-
-@pytest.mark.parametrize("name", GOLDEN)
-def test_a_checkpoint_answers_text(name, tmp_path):
-    """Loaded, it prefills and decodes text as the reference does, and refuses images."""
-    (tmp_path / "config.json").write_bytes((GOLDENS / name / "config.json").read_bytes())
-    write_weights(tmp_path, read_config(tmp_path), GOLDEN[name]["weights"])
-    model = pop.load(tmp_path, prune=None, progress=False)
-    with pytest.raises(InputError, match="reads text only"):
-        model.generate([1, 2], images=[np.zeros((8, 8, 3), np.uint8)], max_new_tokens=1)
-    if name == "untied":
-        case = Case("untied", "text")
-        assert list(model.generate(case.prompt, max_new_tokens=8).tokens) == case.greedy
 
 
 # ---- what holds for any sizes ----
@@ -200,7 +206,7 @@ def test_images_do_not_see_each_other(modules):
 
 
 def test_attention_costs_the_sum_of_the_squares(modules):
-    """No mask, and no scores between images: a call for each run of frame pairs of as many patches."""
+    """No mask, and no scores between images: frame pairs of one size are a batch."""
     tower = modules["untied"].model.visual
     shapes = []
 
@@ -214,7 +220,7 @@ def test_attention_costs_the_sum_of_the_squares(modules):
     grids = [Grid(3, 4, 6), Grid(1, 6, 4), Grid(1, 2, 2)]
     with Watch():
         tower(random_patches(3 * 24 + 24 + 4, tower.config.patch_values, seed=1), grids)
-    assert shapes == [(4, 3, 24, 8), (1, 3, 4, 8)] * len(tower.blocks)
+    assert shapes == [shape for shape in [(3, 3, 24, 8), (1, 3, 24, 8), (1, 3, 4, 8)] for _ in range(len(tower.blocks))]
 
 
 def test_patches_are_turned_by_row_and_column(modules):
@@ -342,4 +348,4 @@ def test_a_tower_of_any_sides():
                                                 (table[0, 1] + table[0, 2]) / 2, table[0, 2]]), atol=1e-6)  # fmt: skip
     assert torch.allclose(wide[1, 4], table[2, 2])
     features, deepstack = tower(random_patches(4, config.patch_values, 0), [Grid(1, 2, 2)])
-    assert features.shape == (1, 6) and deepstack == []
+    assert features.shape == (1, 6) and deepstack == ()

@@ -15,7 +15,7 @@ from tiny_images import image, random_bytes
 from pop import images
 from pop.config import Qwen3VisionConfig
 from pop.errors import InputError
-from pop.images import qwen_image, qwen_video
+from pop.images import Video, qwen_image, qwen_video
 
 GOLDENS = dict(np.load(Path(__file__).parent / "goldens" / "qwen3_vl" / "images.npz"))
 IMAGES = ("tall", "wide", "tiny", "dot", "line", "large", "alpha", "grey")
@@ -63,11 +63,11 @@ def test_an_image_in_the_published_size():
 
 @pytest.mark.parametrize("name", VIDEOS)
 def test_videos_are_the_references(name):
-    patches = qwen_video(video(name), SMALL, VIDEOS[name][3], VIDEO_PIXELS)
+    patches = qwen_video(Video(video(name), VIDEOS[name][3]), SMALL, VIDEO_PIXELS)
     assert patches.grid == tuple(GOLDENS[f"video-{name}-grid"])
     assert np.array_equal(levels(patches.pixels), GOLDENS[f"video-{name}"])
     assert patches.times == pytest.approx(GOLDENS[f"video-{name}-times"])
-    frames = qwen_video(list(video(name)), SMALL, VIDEOS[name][3], VIDEO_PIXELS)
+    frames = qwen_video(Video(list(video(name)), VIDEOS[name][3]), SMALL, VIDEO_PIXELS)
     assert torch.equal(frames.pixels, patches.pixels)
 
 
@@ -119,7 +119,7 @@ def test_an_image_of_an_allowed_size_is_cut_into_patches_in_squares():
 )
 def test_what_is_no_video_is_refused(frames, fps, message):
     with pytest.raises(InputError, match=message):
-        qwen_video(frames, SMALL, fps)
+        qwen_video(frames if fps is None else Video(frames, fps), SMALL)
 
 
 def test_a_video_of_many_frames_is_thinned_before_it_is_read(monkeypatch):
@@ -127,7 +127,7 @@ def test_a_video_of_many_frames_is_thinned_before_it_is_read(monkeypatch):
     read, load = [], images.load_image
     monkeypatch.setattr(images, "load_image", lambda frame: read.append(frame) or load(frame))
     video = list(np.zeros((90, 8, 8, 3), np.uint8))
-    patches = qwen_video(video, SMALL, fps=30)
+    patches = qwen_video(Video(video, 30), SMALL)
     assert len(read) == 6 and patches.grid[0] == 3
     monkeypatch.setattr(images, "VIDEO_FRAMES", (4, 5))
-    assert len(qwen_video(video, SMALL, fps=30).times) == 3
+    assert len(qwen_video(Video(video, 30), SMALL).times) == 3

@@ -11,7 +11,16 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
-from pop.config import Config, Gemma3Config, LlamaConfig, Qwen3Config, RopeConfig, SiglipConfig
+from pop.config import (
+    Config,
+    Gemma3Config,
+    LlamaConfig,
+    Qwen3Config,
+    Qwen3VisionConfig,
+    Qwen3VLConfig,
+    RopeConfig,
+    SiglipConfig,
+)
 from pop.models import build
 
 # Awkward on purpose: the head width is not width / heads, the layer count is odd, 6 query heads share 2.
@@ -83,6 +92,21 @@ QWEN3_SIZES = {name: value for name, value in SIZES.items() if not name.endswith
 
 def tiny_qwen3_config(**overrides) -> Qwen3Config:
     return Qwen3Config(**{**QWEN3_SIZES, **overrides})
+
+
+# With images in patches of 4 x 4 pixels, four of which are a token, and two layers of DeepStack.
+QWEN3_VL_SIZES = QWEN3_SIZES | {
+    "mrope_sections": (2, 2, 1),
+    "vision": Qwen3VisionConfig(24, 40, 4, 3, 30, (1, 3), position_side=5, patch_size=4),
+    "image_id": 60,
+    "video_id": 61,
+    "start_id": 62,
+    "end_id": 63,
+}
+
+
+def tiny_qwen3_vl_config(**overrides) -> Qwen3VLConfig:
+    return Qwen3VLConfig(**{**QWEN3_VL_SIZES, **overrides})
 
 
 def random_weights(shapes: dict[str, tuple[int, ...]], seed: int, family: str = "llama") -> dict[str, torch.Tensor]:

@@ -6,6 +6,8 @@ import numpy as np
 import torch
 from PIL import Image
 
+from pop.models.layers import Images
+
 # Of the golden images: mode, width, height. Taller, wider, smaller and larger than what they are resized to.
 IMAGES = {
     "tall": ("RGB", 17, 83),
@@ -53,6 +55,12 @@ def image(name: str) -> Image.Image:
 def picture(size: int, seed: int) -> np.ndarray:
     """[size, size, 3] uint8: an image that needs no resizing."""
     return random_bytes(size, size, 3, seed)
+
+
+def both_ways(features: torch.Tensor, numbers: torch.Tensor) -> Images:
+    """Images as Gemma-3 has them, features [N, M, D]: the tokens of one attend each other in both directions."""
+    M = features.shape[1]
+    return Images(features.flatten(0, 1), numbers, ahead=(M - 1 - numbers % M).where(numbers >= 0, 0))
 
 
 def pixels_of(image: np.ndarray) -> torch.Tensor:

@@ -19,6 +19,8 @@ config.json; as many layers as there is memory for, or --layers. The last line o
     slots       decode on a mostly empty cache of 32,768 slots against one of 2,048, at the same position.
     memory      the high-water mark of a full prefill in a process of its own, against `prefill_memory`.
     compile     model.warmup in a fresh process: cold, without any compiled code, and warm, with that of the first.
+    tower       with --image, prompts begin with an image: from its pixels to its features, as a share of TTFT, and that
+                over its share of the FLOPs. It is a part of TTFT and of the limit.
 
 Whatever is compared takes turns, round by round: full and pruned prefills, decode, the machine's peak and bandwidth,
 and the rivals (tools/bench_rivals.py). Every second round runs backwards, so that a drift of the machine's speed
@@ -37,6 +39,7 @@ import ctypes
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 import tempfile
@@ -61,13 +64,14 @@ from bench_shapes import (  # noqa: E402
     load_subject,
     parse_plan,
     prefill_memory,
+    random_image,
 )
 from evaluate_report import write_whole  # noqa: E402
 
 import pop  # noqa: E402
 from pop.cache import KVCache  # noqa: E402
 from pop.config import DTYPES  # noqa: E402
-from pop.cost import prefill_flops, speedup_limit  # noqa: E402
+from pop.cost import prefill_flops, speedup_limit, vision_flops  # noqa: E402
 from pop.demo import _time as time_run  # noqa: E402
 from pop.demo import machine  # noqa: E402
 from pop.errors import CacheMemoryError, InputError, PopError, check_count  # noqa: E402
@@ -160,9 +164,19 @@ def attention_turn(model: pop.Model, num_tokens: int) -> Turn:
     return lambda: {"attention_s": seconds(attend, model.device)}
 
 
-def pop_turn(model: pop.Model, prompt: list[int], cache: KVCache, plan: pop.PrunePlan, steps: int) -> Turn:
+def tower_turn(model: pop.Model, prompt: list[int], images: list) -> Turn:
+    """Seconds from prepared images to what the language model is given."""
+    tokens, lengths = torch.tensor([prompt], device=model.device), torch.tensor([len(prompt)])
+    return lambda: {
+        "tower_s": seconds(lambda: model.vision.images(model.module, [images], tokens, lengths), model.device)
+    }
+
+
+def pop_turn(
+    model: pop.Model, prompt: list[int], cache: KVCache, plan: pop.PrunePlan, steps: int, images: list
+) -> Turn:
     def turn():
-        ttft, steps_s = time_run(model, prompt, cache, plan, steps)
+        ttft, steps_s = time_run(model, prompt, cache, plan, steps, images)
         return {"ttft_s": ttft, "step_s": median(steps_s)} if steps else {"ttft_s": ttft}
 
     return turn
@@ -176,12 +190,14 @@ def measure_prefill(model: pop.Model, plans: dict[str, pop.PrunePlan], rivals: l
     config, full = model.config, pop.PrunePlan.none()
     peak_dtype = torch.float32 if model.dtype in WIDENED and model.device.type == "cpu" else model.dtype
     peak, bandwidth = peak_turn(model.device, peak_dtype), bandwidth_turn(model.device)
-    turns = {}
+    image, patches = random_image(model, args.image) if args.image else (None, [])
+    images, turns = [image] if image else [], {}
     for N in args.lengths:
-        prompt, cache = random_prompt(config, N), model.new_cache(1, N + args.decode_steps)
+        prompt, cache = random_prompt(config, N, image), model.new_cache(1, N + args.decode_steps)
         turns |= {(N, "peak"): peak, (N, "bandwidth"): bandwidth, (N, "attention"): attention_turn(model, N)}
-        turns[N, "full"] = pop_turn(model, prompt, cache, full, args.decode_steps)
-        turns |= {(N, name): pop_turn(model, prompt, cache, plan, 0) for name, plan in plans.items()}
+        turns |= {(N, "tower"): tower_turn(model, prompt, images)} if image else {}
+        turns[N, "full"] = pop_turn(model, prompt, cache, full, args.decode_steps, images)
+        turns |= {(N, name): pop_turn(model, prompt, cache, plan, 0, images) for name, plan in plans.items()}
         turns |= {(N, rival.name): rival.turn(prompt, args.decode_steps) for rival in rivals}
     with torch.no_grad():
         record = run_rounds(turns, args.runs, "prefill and decode")
@@ -189,7 +205,7 @@ def measure_prefill(model: pop.Model, plans: dict[str, pop.PrunePlan], rivals: l
     for N in args.lengths:
         ttft, step = record[N, "full", "ttft_s"], record[N, "full", "step_s"]
         filled = N + (args.decode_steps + 1) / 2  # slots that a step reads, on average
-        work, read = prefill_flops(config, N, full), decode_bytes(config, round(filled), model.dtype)
+        work, read = prefill_flops(config, N, full, patches), decode_bytes(config, round(filled), model.dtype)
         figures = {
             "peak_flops_per_s": spread(record[N, "peak", "flops_per_s"]),
             "bandwidth_bytes_per_s": spread(record[N, "bandwidth", "bytes_per_s"]),
@@ -204,8 +220,13 @@ def measure_prefill(model: pop.Model, plans: dict[str, pop.PrunePlan], rivals: l
             "plans": {},
             "rivals": {},
         }
+        if image:
+            share = vision_flops(config, patches) / work
+            tower = record[N, "tower", "tower_s"]
+            figures["tower"] = {"seconds": spread(tower), "share": ratio(tower, ttft), "flops_share": share}
+            figures["tower"]["ratio"] = ratio(tower, ttft, 1 / share)
         for name, plan in plans.items():
-            times, limit = record[N, name, "ttft_s"], speedup_limit(config, N, plan)
+            times, limit = record[N, name, "ttft_s"], speedup_limit(config, N, plan, patches)
             figures["plans"][name] = {
                 "layers": len(plan.layers),
                 "taps": plan.projections.taps if plan.projections else None,
@@ -234,8 +255,15 @@ def rest_per_token(record: dict, num_tokens: int) -> list[float]:
     return [(ttft - attention) / num_tokens for ttft, attention in pairs]
 
 
-def random_prompt(config, num_tokens: int) -> list[int]:
-    return torch.randint(config.vocab_size, (num_tokens,), generator=torch.Generator().manual_seed(0)).tolist()
+def random_prompt(config, num_tokens: int, image=None) -> list[int]:
+    """So many tokens, those of an image before the text."""
+    tokens = torch.randint(config.vocab_size, (num_tokens,), generator=torch.Generator().manual_seed(0)).tolist()
+    placeholders = {getattr(config, name, None) for name in ("image_id", "video_id")}
+    tokens = [0 if token in placeholders else token for token in tokens]
+    before = [token for piece in image.pieces if not isinstance(piece, str) for token in piece] if image else []
+    if len(before) >= num_tokens:
+        raise InputError(f"the image has {len(before)} tokens; make --lengths longer than that")
+    return before + tokens[len(before) :]
 
 
 def measure_slots(model: pop.Model, num_tokens: int, steps: int, runs: int) -> dict:
@@ -245,10 +273,10 @@ def measure_slots(model: pop.Model, num_tokens: int, steps: int, runs: int) -> d
 
     def turn_of(cache: KVCache) -> Turn:
         model.prefill([prompt], cache)
-        lengths, states = cache.lengths, cache.states
+        end_of_prompt = cache.point
 
         def turn():
-            cache.lengths, cache.states = lengths, states  # back to the prompt's end
+            cache.point = end_of_prompt
             return {"step_s": median(seconds(lambda: int(model.decode([0], cache).argmax()), model.device)
                                      for _ in range(steps))}  # fmt: skip
 
@@ -358,6 +386,7 @@ def run(args, argv: list[str]) -> dict:
         "versions": {"pop": pop.__version__, "python": platform.python_version(), **bench_rivals.versions(rivals)},
         "runs": args.runs,
         "decode_steps": args.decode_steps,
+        "image": args.image,
         **result,
     }
     if "prefill" in args.tasks:
@@ -401,6 +430,13 @@ def check(args) -> None:
     except ValueError:
         raise InputError(f"--lengths is {args.lengths!r}; write numbers of tokens, as in 512,1024") from None
     check_count("the shortest of --lengths", args.lengths[0])
+    if args.image is not None:
+        sides = re.fullmatch(r"([1-9]\d{0,4})x([1-9]\d{0,4})", args.image)
+        if not sides:
+            raise InputError(f"--image is {args.image!r}; write width and height in pixels, as in 640x480")
+        args.image = tuple(map(int, sides.groups()))
+        if args.against:
+            raise InputError("--against compares text prompts; leave it or --image out")
     for name, known in (("tasks", TASKS), ("against", tuple(bench_rivals.RIVALS))):
         values = [value for value in getattr(args, name).split(",") if value]
         for value in values:
@@ -431,6 +467,7 @@ def _parser() -> argparse.ArgumentParser:
     option("--compile", "(auto)", choices=("auto", "true", "false"), default="auto")
     option("--tasks", f"any of {','.join(TASKS)} (all)", default=",".join(TASKS), metavar="TASK,...")
     option("--lengths", "prompt lengths in tokens (512,1024,2048)", default="512,1024,2048", metavar="N,...")
+    option("--image", "begin the prompts with an image of so many pixels, as in 640x480", metavar="WxH")
     option("--prune", "a plan, see above; repeatable (default, taps1:0.5, taps2:0.5)", action="append", metavar="P")
     option("--runs", "timed rounds (5)", type=int, default=5, metavar="N")
     option("--decode-steps", "steps of decode a turn (16)", type=int, default=16, metavar="N")

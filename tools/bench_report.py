@@ -24,6 +24,8 @@ runs      {result["runs"]} rounds in turn; medians, and from the lowest to the h
     if "prefill" in result:
         parts.append("prefill\n" + _table(_prefill_rows(result["prefill"])))
         parts.append("one token at a time, and tokens without attention\n" + _table(_decode_rows(result["prefill"])))
+        if result["image"]:
+            parts.append(_tower(result))
         if any(figures["rivals"] for figures in result["prefill"].values()):
             parts.append("pop's speed over the rivals'\n" + _table(_rival_rows(result["prefill"])))
     if "slots" in result:
@@ -107,6 +109,15 @@ def _rival_rows(lengths: dict) -> Iterator[list[str]]:
             ratios = [row["full_speedup"], *row["pruned_speedup"].values(), row["decode_speedup"]]
             speeds = [f"{speed['median']:.2f}x" for speed in ratios]
             yield [f"{tokens:,}", name, *speeds, f"{1 / row['step_s']['median']:.1f}"]
+
+
+def _tower(result: dict) -> str:
+    rows = [["tokens", "tower, ms", "from .. to", "of TTFT", "of FLOPs", "share / share"]]
+    for tokens, figures in result["prefill"].items():
+        row = figures["tower"]
+        shares = [_percent(row["share"]), f"{row['flops_share']:.1%}", f"{row['ratio']['median']:.2f}"]
+        rows.append([f"{tokens:,}", *_ms(row["seconds"]), *shares])
+    return "vision tower, an image of {} x {} pixels\n".format(*result["image"]) + _table(rows)
 
 
 def _slots(row: dict) -> str:

@@ -40,6 +40,20 @@ SHAPES = {
         "num_hidden_layers": 30, "num_attention_heads": 9, "num_key_value_heads": 3, "rms_norm_eps": 1e-5,
         "max_position_embeddings": 8192, "rope_theta": 100_000.0, "tie_word_embeddings": True, "dtype": "bfloat16",
     },
+    "qwen3-vl-8b": {
+        "model_type": "qwen3_vl", "tie_word_embeddings": False,
+        "text_config": {
+            "model_type": "qwen3_vl_text", "vocab_size": 151_936, "hidden_size": 4096, "intermediate_size": 12_288,
+            "num_hidden_layers": 36, "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128,
+            "rms_norm_eps": 1e-6, "max_position_embeddings": 262_144, "rope_theta": 5_000_000.0, "dtype": "bfloat16",
+            "rope_scaling": {"rope_type": "default", "mrope_interleaved": True, "mrope_section": [24, 20, 20]},
+        },
+        "vision_config": {
+            "model_type": "qwen3_vl", "hidden_size": 1152, "intermediate_size": 4304, "depth": 27, "num_heads": 16,
+            "out_hidden_size": 4096, "num_position_embeddings": 2304, "patch_size": 16,
+            "deepstack_visual_indexes": [8, 16, 24],
+        },
+    },
 }  # fmt: skip
 
 
@@ -142,6 +156,17 @@ def random_module(config, dtype: torch.dtype, device: torch.device):
                 part.copy_(block[: len(part)])
     module.load_state_dict(weights, assign=True)
     return module.requires_grad_(False).eval()
+
+
+def random_image(model: pop.Model, size: tuple[int, int]):
+    """An image of width x height random pixels, prepared for the model, and the patches that it has."""
+    if "image" not in model.vision.marks:
+        raise InputError(f"--image needs a model that takes images, and the {model.config.family} family does not")
+    width, height = size
+    pixels = torch.randint(256, (height, width, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    image = model.vision.prepare("image", pixels.numpy())
+    per_image = model.config.vision.patches_per_side**2 if image.grid is None else image.grid.rows * image.grid.columns
+    return image, [per_image]
 
 
 def parse_plan(text: str, model: pop.Model) -> pop.PrunePlan:

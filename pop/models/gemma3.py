@@ -146,6 +146,8 @@ class Decoder(nn.Module):
 class Gemma3(nn.Module):
     """The whole language model. `forward` is the plain, unpruned pass; prefill and decode are in pop/engine.py."""
 
+    deepstack_layers = 0  # see Qwen3VL
+
     def __init__(self, config: Gemma3Config):
         super().__init__()
         self.config = config
@@ -187,6 +189,8 @@ class Gemma3(nn.Module):
 
 class Gemma3WithImages(nn.Module):
     """The language model, the vision tower, and what brings them together."""
+
+    deepstack_layers = 0
 
     def __init__(self, config: Gemma3Config):
         super().__init__()

@@ -9,8 +9,8 @@ Shape letters, here and in the rest of `pop`:
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -113,36 +113,86 @@ def rotate(x: torch.Tensor, rope: Rope) -> torch.Tensor:
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Images:
-    """Images of a batch of prompts: N of them, each M tokens side by side, that attend each other in both directions.
+    """What images and videos bring to a batch of prompts, tokens [B, T]: M tokens that stand for what is seen.
 
-    features: [N, M, D], what these tokens have for embeddings.
-    numbers: [B, T] int64 on the CPU, which of the N * M features each token of the prompts has; -1: it is text.
+    features: [M, D], what these tokens have for embeddings.
+    numbers: [B, T] int64, which of the M each token is; -1: it is text.
+    ahead: [B, T] int64, how many tokens behind it each one attends as well, up to the last of its image; None: none.
+    positions: [3, B, T] int64, the tokens' rotary positions by time, row and column, counted from the prompt's first;
+        None: one after the other, as text. What follows the prompt goes on behind the largest of them.
+    deepstack: for each of the first layers, [M, D] that is added to h behind it.
+
+    numbers, ahead and positions are on the CPU.
     """
 
     features: torch.Tensor
     numbers: torch.Tensor
+    ahead: torch.Tensor | None = None
+    positions: torch.Tensor | None = None
+    deepstack: tuple[torch.Tensor, ...] = ()
 
     def place(self, h: torch.Tensor) -> torch.Tensor:
         """Embeddings h [B, T, D] -> with the features in their places."""
         numbers = self.numbers.to(h.device)
-        return torch.where((numbers >= 0)[..., None], self.features.flatten(0, 1)[numbers.clamp(min=0)], h)
+        return torch.where((numbers >= 0)[..., None], self.features[numbers.clamp(min=0)], h)
 
-    def reach(self, positions: torch.Tensor) -> torch.Tensor:
-        """The tokens' positions [B, T] -> the last position that each may attend: its own, or its image's last."""
-        numbers, M = self.numbers.to(positions.device), self.features.shape[1]
-        return positions + (M - 1 - numbers % M).where(numbers >= 0, 0)
+    def deepen(self, h: torch.Tensor, index: int) -> torch.Tensor:
+        """h [B, T, D] behind layer `index` -> with what is added there."""
+        if index >= len(self.deepstack):
+            return h
+        numbers = self.numbers.to(h.device)
+        return torch.where((numbers >= 0)[..., None], h + self.deepstack[index][numbers.clamp(min=0)], h)
 
-    def offset(self, index: torch.Tensor) -> torch.Tensor:
-        """index [B], of a token in each row -> how many tokens of its image are before it; 0: it is text, or none."""
-        numbers = F.pad(self.numbers, (0, 1), value=-1).gather(1, index[:, None])[:, 0]  # [B]
-        return (numbers % self.features.shape[1]).where(numbers >= 0, 0)
+    def reach(self, positions: torch.Tensor) -> torch.Tensor | None:
+        """The tokens' positions [B, T] -> the last that each may attend: its own, or its image's last. None: its own"""
+        return None if self.ahead is None else positions + self.ahead.to(positions.device)
+
+    def rotary(self, index: torch.Tensor) -> torch.Tensor:
+        """index [B, C], of tokens in their rows -> their rotary positions, [B, C], or [3, B, C] by axis."""
+        if self.positions is None:
+            return index
+        positions = self.positions.to(index.device)
+        return positions.gather(2, index.clamp(max=positions.shape[2] - 1).expand(3, -1, -1))
+
+    def shift(self, lengths: torch.Tensor) -> torch.Tensor:
+        """By how much the rotary position behind each prompt of `lengths` [B] differs from its length: [B]."""
+        if self.positions is None:
+            return torch.zeros_like(lengths)
+        inside = torch.arange(self.positions.shape[2]) < lengths[:, None]  # [B, T]
+        return self.positions.where(inside, -1).amax((0, 2)) + 1 - lengths
+
+    def extended(self, num_tokens: int) -> Images:
+        """The same with text behind the prompts, which have T tokens each: `num_tokens` a row."""
+        B, T = self.numbers.shape
+        more = num_tokens - T
+        lengths = torch.full((B,), T)
+        behind = (lengths + self.shift(lengths))[:, None] + torch.arange(more)  # [B, more]
+        return dataclasses.replace(
+            self,
+            numbers=F.pad(self.numbers, (0, more), value=-1),
+            ahead=None if self.ahead is None else F.pad(self.ahead, (0, more)),
+            positions=None if self.positions is None else torch.cat((self.positions, behind.expand(3, -1, -1)), dim=2),
+        )
+
+    def whole(self, begin: torch.Tensor, end: torch.Tensor) -> torch.Tensor:
+        """begin, end [B], of chunks of the rows -> ends [B] at or before `end` behind which no token is attended."""
+        if self.ahead is None:
+            return end
+        index = torch.arange(self.ahead.shape[1])
+        ends = (self.ahead == 0) & (index < end[:, None])  # [B, T], whether a chunk may end behind this token
+        return torch.where(ends, index + 1, begin[:, None]).amax(1)
 
     def of(self, index: torch.Tensor, valid: torch.Tensor) -> Images | None:
         """What is of images among some tokens, index [B, C] in their rows, valid [B, C]; None: they are all text."""
-        numbers = self.numbers.gather(1, index.clamp(max=self.numbers.shape[1] - 1)).where(valid, -1)
-        return Images(self.features, numbers) if (numbers >= 0).any() else None
+        index = index.clamp(max=self.numbers.shape[1] - 1)
+        numbers = self.numbers.gather(1, index).where(valid, -1)
+        if not (numbers >= 0).any():
+            return None
+        ahead = None if self.ahead is None else self.ahead.gather(1, index).where(valid, 0)
+        positions = None if self.positions is None else self.rotary(index)
+        return dataclasses.replace(self, numbers=numbers, ahead=ahead, positions=positions)
 
 
 def visible(

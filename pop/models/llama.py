@@ -134,6 +134,8 @@ class Decoder(nn.Module):
 class Llama(nn.Module):
     """The whole language model. `forward` is the plain, unpruned pass; prefill and decode are in pop/engine.py."""
 
+    deepstack_layers = 0  # see Qwen3VL
+
     def __init__(self, config: LlamaConfig):
         super().__init__()
         self.config = config

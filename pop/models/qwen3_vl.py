@@ -25,6 +25,7 @@ from torch import nn
 from pop.config import Qwen3Config, Qwen3VLConfig
 from pop.errors import InputError
 from pop.models.layers import (
+    Images,
     Linear,
     RMSNorm,
     Rope,
@@ -142,6 +143,7 @@ class Qwen3(nn.Module):
     """The whole language model. `forward` is the plain, unpruned pass; prefill and decode are in pop/engine.py."""
 
     body = Decoder
+    deepstack_layers = 0
 
     def __init__(self, config: Qwen3Config):
         super().__init__()
@@ -172,13 +174,17 @@ class Qwen3(nn.Module):
         head = self.decoder.embed_tokens if self.config.tie_embeddings else self.lm_head
         return linear(self.decoder.norm(h), head.weight).float()
 
-    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        """tokens [B, T] int -> logits [B, T, V] float32 at every position."""
-        h = self.embed(tokens)
-        ropes = self.rope(torch.arange(tokens.shape[1], device=tokens.device)[None])
-        for layer in self.layers:
+    def forward(self, tokens: torch.Tensor, images: Images | None = None) -> torch.Tensor:
+        """tokens [B, T] int -> logits [B, T, V] float32 at every position. images: of a Qwen3VL."""
+        h, rotary = self.embed(tokens), torch.arange(tokens.shape[1], device=tokens.device)[None]  # [1, T]
+        if images is not None:
+            h, rotary = images.place(h), images.rotary(rotary.expand(len(tokens), -1))  # [3, B, T]
+        ropes = self.rope(rotary)
+        for index, layer in enumerate(self.layers):
             q, k, v = layer.queries_keys_values(h, ropes[layer.window])
             h = layer.update(h, causal_attention(q, k, v, layer.scale, layer.window))
+            if images is not None:
+                h = images.deepen(h, index)
         return self.head(h)
 
 
@@ -197,6 +203,11 @@ class Qwen3VL(Qwen3):
     body = Parts
 
     @property
+    def deepstack_layers(self) -> int:
+        """Behind how many of the first layers features of images are added to h."""
+        return len(self.config.vision.deepstack)
+
+    @property
     def decoder(self) -> Decoder:
         return self.model.language_model
 
@@ -208,35 +219,9 @@ class Qwen3VL(Qwen3):
         axes = torch.zeros_like(frequencies, dtype=torch.int64)  # [E / 2], by which axis each pair turns
         for axis in (1, 2):  # interleaved: t h w t h w ..., and time for the rest
             axes[axis : 3 * self.config.mrope_sections[axis] : 3] = axis
-        angles = positions[axes].movedim(0, -1)[:, :, None].float() * frequencies  # [B, T, 1, E/2]
+        turns = positions[axes].movedim(0, -1).contiguous()  # [B, T, E/2]; compiled code is held to the strides
+        angles = turns[:, :, None].float() * frequencies  # [B, T, 1, E/2]
         return {None: (angles.cos(), angles.sin())}
-
-    def forward(
-        self,
-        tokens: torch.Tensor,
-        positions: torch.Tensor | None = None,
-        features: torch.Tensor | None = None,
-        deepstack: Sequence[torch.Tensor] = (),
-    ) -> torch.Tensor:
-        """tokens [B, T] int -> logits [B, T, V] float32 at every position.
-
-        positions: [3, B, T], as `image_positions` gives them; None: those of text.
-        features, deepstack: [M, D] each, as `model.visual` gives them, for the M tokens of the batch that stand for
-            images or video frames, row by row.
-        """
-        h = self.embed(tokens)
-        seen = (tokens == self.config.image_id) | (tokens == self.config.video_id)  # [B, T]
-        if features is not None:
-            h = h.masked_scatter(seen[..., None], features.to(h.dtype))
-        if positions is None:
-            positions = torch.arange(tokens.shape[1], device=tokens.device)[None]
-        ropes = self.rope(positions)
-        for index, layer in enumerate(self.layers):
-            q, k, v = layer.queries_keys_values(h, ropes[layer.window])
-            h = layer.update(h, causal_attention(q, k, v, layer.scale, layer.window))
-            if index < len(deepstack):
-                h = h + torch.zeros_like(h).masked_scatter(seen[..., None], deepstack[index].to(h.dtype))
-        return self.head(h)
 
 
 def image_positions(

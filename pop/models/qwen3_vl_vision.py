@@ -7,20 +7,18 @@ Images and videos become vectors as wide as the language model's own embeddings,
     features = merger(h)                     # each square of 2 x 2 patches becomes one token of the language model
     deepstack = [merger(h of a block), ...]  # and so for a few blocks on the way
 
-Frame pairs of all images and videos of a call go through the tower as one sequence of patches. Attention is what
-keeps them apart: pairs in a row with as many patches are a batch of their own, so that no mask is needed, and several
-images cost the sum of their squares.
+Patches attend those of their own frame pair. So frame pairs of one size, whichever images and videos they are from, go
+through the tower as a batch: no mask is needed, and several images cost the sum of their squares.
 
 Attribute names are the checkpoint's names. Shape letters of this file:
 
-    P patches, of all images    M tokens, of all images    N frame pairs of as many patches
-    C width of the tower        H heads, E head width      D width of the language model
+    N frame pairs of one size   P patches each     M = P / merge_size ** 2 tokens each
+    C width of the tower        H heads            E head width          D width of the language model
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import groupby
 from typing import NamedTuple
 
 import torch
@@ -28,9 +26,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from pop.config import Qwen3VisionConfig
-from pop.models.layers import Rope, rotate
+from pop.models.layers import Linear, Rope, linear, rotate
 
 NORM_EPS = 1e-6  # no config states it
+PATCHES_AT_ONCE = 2**14  # which bounds the memory for activations
 
 
 class Grid(NamedTuple):
@@ -50,7 +49,7 @@ class PatchEmbed(nn.Module):
         self.proj = nn.Conv3d(3, config.hidden_size, kernel_size=size, stride=size)
 
     def forward(self, patches: torch.Tensor) -> torch.Tensor:
-        return F.linear(patches, self.proj.weight.flatten(1), self.proj.bias)  # [P, C]
+        return linear(patches, self.proj.weight.flatten(1), self.proj.bias)  # [N, P, C]
 
 
 class Attention(nn.Module):
@@ -59,26 +58,23 @@ class Attention(nn.Module):
     def __init__(self, config: Qwen3VisionConfig):
         super().__init__()
         self.num_heads = config.num_heads
-        self.qkv = nn.Linear(config.hidden_size, 3 * config.hidden_size)
-        self.proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.qkv = Linear(config.hidden_size, 3 * config.hidden_size)
+        self.proj = Linear(config.hidden_size, config.hidden_size)
 
-    def forward(self, x: torch.Tensor, rope: Rope, runs: list[tuple[int, int]]) -> torch.Tensor:
-        """x [P, C] -> [P, C]. runs: N and patches of each run of frame pairs of as many patches."""
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).unbind(1)  # [P, H, E] each
+    def forward(self, x: torch.Tensor, rope: Rope) -> torch.Tensor:
+        """x [N, P, C] -> [N, P, C]."""
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).unbind(2)  # [N, P, H, E] each
         q, k = (rotate(heads.float(), rope).to(x.dtype) for heads in (q, k))  # in float32: so does the reference
-        parts, sizes = [], [pairs * patches for pairs, patches in runs]
-        for (pairs, _), *heads in zip(runs, q.split(sizes), k.split(sizes), v.split(sizes), strict=True):
-            of_run = (part.unflatten(0, (pairs, -1)).transpose(1, 2) for part in heads)  # [N, H, patches, E]
-            attended = F.scaled_dot_product_attention(*of_run)  # scores times E ** -0.5
-            parts.append(attended.transpose(1, 2).flatten(0, 1).flatten(1))  # [N * patches, C]
-        return self.proj(torch.cat(parts))
+        q, k, v = (heads.transpose(1, 2) for heads in (q, k, v))  # [N, H, P, E]
+        attended = F.scaled_dot_product_attention(q, k, v)  # scores times E ** -0.5
+        return self.proj(attended.transpose(1, 2).flatten(2))
 
 
 class MLP(nn.Module):
     def __init__(self, config: Qwen3VisionConfig):
         super().__init__()
-        self.linear_fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
-        self.linear_fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
+        self.linear_fc1 = Linear(config.hidden_size, config.intermediate_size)
+        self.linear_fc2 = Linear(config.intermediate_size, config.hidden_size)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.linear_fc2(F.gelu(self.linear_fc1(x), approximate="tanh"))
@@ -92,8 +88,8 @@ class Block(nn.Module):
         self.attn = Attention(config)
         self.mlp = MLP(config)
 
-    def forward(self, h: torch.Tensor, rope: Rope, runs: list[tuple[int, int]]) -> torch.Tensor:
-        h = h + self.attn(self.norm1(h), rope, runs)
+    def forward(self, h: torch.Tensor, rope: Rope) -> torch.Tensor:
+        h = h + self.attn(self.norm1(h), rope)
         return h + self.mlp(self.norm2(h))
 
 
@@ -109,13 +105,13 @@ class Merger(nn.Module):
         self.merged = config.merge_size**2
         size = self.merged * config.hidden_size
         self.norm = nn.LayerNorm(size if norm_merged else config.hidden_size, NORM_EPS)
-        self.linear_fc1 = nn.Linear(size, size)
-        self.linear_fc2 = nn.Linear(size, config.out_size)
+        self.linear_fc1 = Linear(size, size)
+        self.linear_fc2 = Linear(size, config.out_size)
 
     def forward(self, h: torch.Tensor) -> torch.Tensor:
-        """h [P, C] -> [M, D]. Patches come square by square, so those to merge are neighbours."""
+        """h [N, P, C] -> [N, M, D]. Patches come square by square, so those to merge are neighbours."""
         h = h if self.norm_merged else self.norm(h)
-        h = h.unflatten(0, (-1, self.merged)).flatten(1)  # [M, merged * C]
+        h = h.unflatten(1, (-1, self.merged)).flatten(2)  # [N, M, merged * C]
         h = self.norm(h) if self.norm_merged else h
         return self.linear_fc2(F.gelu(self.linear_fc1(h)))
 
@@ -130,34 +126,43 @@ class VisionTower(nn.Module):
         self.merger = Merger(config, norm_merged=False)
         self.deepstack_merger_list = nn.ModuleList(Merger(config, norm_merged=True) for _ in config.deepstack)
 
-    def forward(self, patches: torch.Tensor, grids: Sequence[Grid]) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        """patches [P, 3 * 2 * patch * patch], in the weights' dtype -> features [M, D], and those of DeepStack.
+    def forward(self, patches: torch.Tensor, grids: Sequence[Grid]) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
+        """patches [-1, 3 * 2 * patch * patch] of all images -> their tokens' features [-1, D], and DeepStack's.
 
         Patches of each image lie frame pair by frame pair, square by square (of merge_size patches a side), as
         pop/images.py prepares them. grids: one for each image or video, in that order; sides are multiples of
-        merge_size. DeepStack's features are [M, D] for each of the language model's first layers.
+        merge_size. DeepStack's features are [-1, D] for each of the language model's first layers.
         """
+        sizes = [grid[1:] for grid in grids for _ in range(grid.frames)]  # of each frame pair
+        pairs = patches.split([rows * columns for rows, columns in sizes])
+        features = [None] * len(pairs)
+        for size in dict.fromkeys(sizes):
+            of_size = [place for place, other in enumerate(sizes) if other == size]
+            count = max(1, PATCHES_AT_ONCE // (size[0] * size[1]))
+            for places in (of_size[begin : begin + count] for begin in range(0, len(of_size), count)):
+                batch = torch.stack([pairs[place] for place in places]).to(self.pos_embed.weight)
+                for place, of_pair in zip(places, self.frame_pairs(batch, *size).unbind(1), strict=True):
+                    features[place] = of_pair  # [1 + DeepStack's layers, M, D]
+        features, *deepstack = torch.cat(features, dim=1)
+        return features, tuple(deepstack)
+
+    def frame_pairs(self, patches: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
+        """patches [N, P, ...] of N frame pairs of rows x columns patches -> [1 + DeepStack's layers, N, M, D]."""
         h = self.patch_embed(patches)
-        h = h + self.per_patch(grids, self.positions).to(h.dtype)
-        angles = self.per_patch(grids, self.angles)[:, None]  # [P, 1, E/2]
-        rope = angles.cos(), angles.sin()
-        pairs = [grid.rows * grid.columns for grid in grids for _ in range(grid.frames)]
-        runs = [(len(list(run)), patches) for patches, run in groupby(pairs)]
-        deepstack = []
+        h = h + self.by_square(self.positions(rows, columns)).to(h.dtype)
+        angles = self.by_square(self.angles(rows, columns))[:, None]  # [P, 1, E/2]
+        rope, deepstack = (angles.cos(), angles.sin()), []
         for index, block in enumerate(self.blocks):
-            h = block(h, rope, runs)
+            h = block(h, rope)
             if index in self.config.deepstack:
                 deepstack.append(self.deepstack_merger_list[len(deepstack)](h))
-        return self.merger(h), deepstack
+        return torch.stack([self.merger(h), *deepstack])
 
-    def per_patch(self, grids: Sequence[Grid], table_of) -> torch.Tensor:
-        """table_of(rows, columns) [rows, columns, ...] of each grid, in the patches' order: [P, ...]."""
+    def by_square(self, table: torch.Tensor) -> torch.Tensor:
+        """table [rows, columns, ...] -> in the patches' order: [P, ...]."""
         merge = self.config.merge_size
-        tables = {}
-        for size in {grid[1:] for grid in grids}:
-            squares = table_of(*size).unflatten(1, (-1, merge)).unflatten(0, (-1, merge))  # row, in it, column, in it
-            tables[size] = squares.transpose(1, 2).flatten(0, 3)  # [rows * columns, ...]
-        return torch.cat([tables[grid[1:]] for grid in grids for _ in range(grid.frames)])
+        squares = table.unflatten(1, (-1, merge)).unflatten(0, (-1, merge))  # row, row in it, column, column in it, ...
+        return squares.transpose(1, 2).flatten(0, 3)
 
     def positions(self, rows: int, columns: int) -> torch.Tensor:
         """The learned positions, stretched to a grid of patches: [rows, columns, C] float32."""

@@ -116,6 +116,8 @@ class PrunableBlock:
 class PrunableGPT:
     """A GPT as the engine sees a model, and the sizes that a KVCache is made by."""
 
+    deepstack_layers = 0  # behind which something is added to h: only vision models have any
+
     def __init__(self, gpt: GPT):
         self.gpt, self.layers = gpt, [PrunableBlock(block) for block in gpt.h]
         self.num_layers, self.windows = len(self.layers), (None,) * len(self.layers)
