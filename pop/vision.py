@@ -205,7 +205,7 @@ class QwenVision(Vision):
 
     def layer_call(self, module, N, P):
         vision, weight = self.config.vision, next(module.parameters())
-        tables = weight.new_zeros(2, P, 1, vision.head_dim // 2, dtype=torch.float32)
+        tables = (weight.new_zeros(P, 1, vision.head_dim // 2, dtype=torch.float32) for _ in range(2))
         return module.model.visual.blocks[0], weight.new_zeros(N, P, vision.hidden_size), *tables
 
 

@@ -35,7 +35,8 @@ class Embeddings(nn.Module):
 
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
         patches = self.patch_embedding(pixels)  # [N, C, S / patch, S / patch]
-        return patches.flatten(2).transpose(1, 2) + self.position_embedding.weight  # [N, P, C], row by row
+        patches = patches.flatten(2).transpose(1, 2).contiguous()  # [N, P, C], row by row; compiled code minds strides
+        return patches + self.position_embedding.weight
 
 
 class Attention(nn.Module):
