@@ -8,9 +8,10 @@ That leaves a handful of graphs for each stage,
     one token, or several                 of a chunk or of the full-depth rows
     fresh, or on a filled cache           if there are several tokens
     up to 4096 slots filled, or more      if there is one: on CPUs torch sums more numbers than that another way
+    one image, or several of one size     of a vision tower
 
-whatever the lengths of prompts, batches and caches, and whichever layers a plan prunes. Each is run once, with tiny
-prompts, before the first call that needs it: then nothing compiles again.
+whatever the lengths of prompts, batches and caches, the sizes of images, and whichever layers a plan prunes. Each is
+run once, with tiny prompts, before the first call that needs it: then nothing compiles again.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from pop import engine
 from pop.cache import KVCache
 from pop.errors import UnsupportedError
 from pop.plan import PrunePlan
+from pop.vision import vision_of
 
 LONG = 4096  # filled slots, see above
 SMALLEST = 50_000_000  # parameters; a smaller model answers before it is compiled
@@ -83,7 +85,9 @@ class Compiled:
         torch takes two sizes for the same if they are equal when it compiles. Here none is equal to another.
         """
         config, weight = self.module.config, next(self.module.parameters())
-        taken = {value for value in vars(config).values() if isinstance(value, int)} | {config.head_dim // 2}
+        parts = (config, vision) if (vision := getattr(config, "vision", None)) else (config,)
+        taken = {value for part in parts for value in vars(part).values() if isinstance(value, int)}
+        taken |= {config.head_dim // 2, *((vision.hidden_size // vision.num_heads,) if vision else ())}
         rows = _unlike(taken) if several else 1
         first, second = _unlike(taken, 4), _unlike(taken, 3)  # tokens of two prompts
         filled = first + second
@@ -107,6 +111,9 @@ class Compiled:
             prefill(first, refit, first)
             prefill(3, refit, 1)  # token by token
             return
+        for N in (1, _unlike(taken)):  # of a vision tower, one image and several
+            if call := vision_of(config).layer_call(self.module, N, _unlike(taken, 4)):
+                self._stages.vision_layer(*call)
         everything = PrunePlan(tuple(range(config.num_layers)))
         prefill(first, everything, first)
         prefill(2, everything, 1)

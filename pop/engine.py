@@ -85,13 +85,19 @@ def head(module, h):
     return module.head(h)
 
 
+def vision_layer(layer, h, *rope):
+    """A layer of a vision tower: h [N, P, C] -> [N, P, C]; rope: the tables of its patches, if it turns by any."""
+    return layer(h, *rope)
+
+
 class Stages(NamedTuple):
-    """The four functions as the engine calls them: these, or compiled ones."""
+    """The functions as they are called: these, or compiled ones. The last one is pop/vision.py's, not the engine's."""
 
     full_layer: Callable = full_layer
     pruned_layer: Callable = pruned_layer
     refit_layer: Callable = refit_layer
     head: Callable = head
+    vision_layer: Callable = vision_layer
 
 
 EAGER = Stages()

@@ -122,8 +122,8 @@ class Model:
         self._check_cache(cache, lengths)
         plan = self.resolve(plan)
         chunk_size = self.chunk_size if chunk_size is None else self._chunk_size(chunk_size)
-        images = self._seen(images, videos, tokens, lengths)
         stages = self._stages(len(tokens), plan)
+        images = self._seen(images, videos, tokens, lengths, stages)
         return engine.prefill(self.module, tokens, cache, lengths, plan, chunk_size, stages, images, boundary)
 
     def decode(self, tokens, cache: KVCache) -> torch.Tensor:
@@ -158,7 +158,7 @@ class Model:
         """
         tokens = self._tokens(tokens, dims=2)
         self.check_fits(tokens.shape[1])
-        images = self._seen(images, videos, tokens, self._lengths(None, tokens))
+        images = self._seen(images, videos, tokens, self._lengths(None, tokens), engine.EAGER)
         return self.module(tokens) if images is None else self.module(tokens, images)
 
     # Text in, text out
@@ -333,8 +333,9 @@ class Model:
             raise TokenizerError(f"{use} needs a tokenizer, and the checkpoint has none; pass token ids to generate")
 
     @torch.no_grad()
-    def _seen(self, images, videos, tokens: torch.Tensor, lengths: torch.Tensor) -> Images | None:
-        return self.vision.images(self.module, self.vision.prepared(images, videos, len(tokens)), tokens, lengths)
+    def _seen(self, images, videos, tokens: torch.Tensor, lengths: torch.Tensor, stages) -> Images | None:
+        rows = self.vision.prepared(images, videos, len(tokens))
+        return self.vision.images(self.module, rows, tokens, lengths, stages.vision_layer)
 
     def _chunk_size(self, chunk_size) -> int:
         return max(check_count("chunk_size", chunk_size), self.vision.least_chunk)

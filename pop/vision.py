@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 
 from pop.config import Gemma3Config, Qwen3VLConfig
+from pop.engine import vision_layer
 from pop.errors import InputError
 from pop.images import Video, gemma_pixels, qwen_image, qwen_video
 from pop.models.layers import Images
@@ -66,11 +67,18 @@ class Vision:
     def prepare(self, kind: str, given) -> Prepared:
         raise NotImplementedError
 
-    def images(self, module, rows: list[list[Prepared]], tokens: torch.Tensor, lengths: torch.Tensor) -> Images | None:
+    def images(
+        self, module, rows: list[list[Prepared]], tokens: torch.Tensor, lengths: torch.Tensor, run=vision_layer
+    ) -> Images | None:
         """What the rows' images and videos bring to tokens [B, T] of `lengths` [B]; None where there are none.
 
-        Raises InputError unless the tokens have the placeholders that they need, and no others.
+        run: how a layer of the tower is called, vision_layer or the same compiled. Raises InputError unless the tokens
+        have the placeholders that they need, and no others.
         """
+        return None
+
+    def layer_call(self, module, N: int, P: int) -> tuple | None:
+        """What `run` would be called with for N images of P patches each, with zeros for numbers; None: never."""
         return None
 
     def prepared(self, images, videos, num_rows: int) -> list[list[Prepared]]:
@@ -123,7 +131,7 @@ class GemmaVision(Vision):
         ids = [config.boi_id, *[config.image_id] * config.vision.tokens_per_image, config.eoi_id]
         return Prepared(kind, gemma_pixels(given, config.vision.image_size), ("\n\n", ids, "\n\n"))
 
-    def images(self, module, rows, tokens, lengths):
+    def images(self, module, rows, tokens, lengths, run=vision_layer):
         M, image_id = self.config.vision.tokens_per_image, self.config.image_id
         is_image = (tokens == image_id).cpu() & (torch.arange(tokens.shape[1]) < lengths[:, None])  # [B, T]
         numbers = is_image.flatten().cumsum(0).view_as(is_image) - 1
@@ -140,9 +148,13 @@ class GemmaVision(Vision):
             return None
         weight = next(module.parameters())
         pixels = torch.cat([one.pixels for seen in rows for one in seen])  # [N, 3, S, S]
-        features = torch.cat([module.image_features(piece.to(weight)) for piece in pixels.split(IMAGES_AT_ONCE)])
+        features = torch.cat([module.image_features(piece.to(weight), run) for piece in pixels.split(IMAGES_AT_ONCE)])
         ahead = (M - 1 - numbers % M).where(is_image, 0)
         return Images(features.flatten(0, 1), numbers.where(is_image, -1), ahead)  # features [N, M, D] -> [N * M, D]
+
+    def layer_call(self, module, N, P):
+        h = next(module.parameters()).new_zeros(N, P, self.config.vision.hidden_size)
+        return module.vision_tower.vision_model.encoder.layers[0], h
 
 
 class QwenVision(Vision):
@@ -162,11 +174,15 @@ class QwenVision(Vision):
         patches = (qwen_video if is_video else qwen_image)(given, config.vision)
         count = patches.grid.rows * patches.grid.columns // config.vision.merge_size**2
         ids = [config.start_id, *[self.placeholders[kind]] * count, config.end_id]
-        # Each frame pair of a video is an image behind the time when it is seen, as text.
-        pieces = [piece for time in patches.times for piece in (f"<{time:.1f} seconds>", ids)] if is_video else [ids]
+        pieces = [ids]
+        if (
+            is_video
+        ):  # each frame pair is an image behind the time when it is seen, as text, and all are in one more pair
+            pairs = [piece for time in patches.times for piece in (f"<{time:.1f} seconds>", ids)]
+            pieces = [[config.start_id], *pairs, [config.end_id]]
         return Prepared(kind, patches.pixels, tuple(pieces), patches.grid)
 
-    def images(self, module, rows, tokens, lengths):
+    def images(self, module, rows, tokens, lengths, run=vision_layer):
         tokens = tokens.cpu()
         positions = torch.zeros(3, *tokens.shape, dtype=torch.int64)
         for row, (seen, length) in enumerate(zip(rows, lengths.tolist(), strict=True)):
@@ -184,8 +200,13 @@ class QwenVision(Vision):
             places = (tokens == token) & (torch.arange(tokens.shape[1]) < lengths[:, None])  # [B, T]
             numbers[places] = torch.arange(count, count := count + int(places.sum()))
         pixels = torch.cat([one.pixels for one in seen])
-        features, deepstack = module.model.visual(pixels, [one.grid for one in seen])
+        features, deepstack = module.model.visual(pixels, [one.grid for one in seen], run)
         return Images(features, numbers, positions=positions, deepstack=deepstack)
+
+    def layer_call(self, module, N, P):
+        vision, weight = self.config.vision, next(module.parameters())
+        tables = (weight.new_zeros(P, 1, vision.head_dim // 2, dtype=torch.float32) for _ in range(2))
+        return module.model.visual.blocks[0], weight.new_zeros(N, P, vision.hidden_size), *tables
 
 
 def vision_of(config) -> Vision:

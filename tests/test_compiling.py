@@ -10,8 +10,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from test_method import batches, plans
-from tiny import random_model, tiny_config, tiny_gemma3_config, tiny_qwen3_vl_config
-from tiny_images import both_ways
+from tiny import random_model, tiny_config, tiny_gemma3_config, tiny_gemma3_vl_config, tiny_qwen3_vl_config
+from tiny_images import both_ways, random_bytes
 
 import pop
 from pop import engine
@@ -131,6 +131,32 @@ def test_images_need_no_new_graph(pair, nothing_compiles):
             logits.append(model.decode([5] * rows, cache))
         for ours, expected in zip(logits[:2], logits[2:], strict=True):
             assert (ours - expected).abs().max() < 1e-4 * expected.std()
+
+
+@requires_compiler
+@pytest.mark.parametrize("config", [tiny_qwen3_vl_config(max_positions=2048), tiny_gemma3_vl_config()])
+def test_a_towers_layers_are_compiled_for_images_of_any_size(config):
+    """Warmed up without images, and equal to eager: one image, several of one size, and of several sizes."""
+    module = random_model(config, seed=3)
+    compiled, eager = (pop.Model(module, config, plan=0.5, compile=it) for it in (True, False))
+    compiled.warmup(1)
+    sizes = [(256, 264), (256, 264), (64, 1024)] if config.family == "qwen3_vl" else [(20, 30)] * 3
+    for count in (1, 2, 3):
+        images = [random_bytes(*size, 3, seed) for seed, size in enumerate(sizes[:count])]
+        images = compiled.vision.prepared(images, None, 1)
+        tokens = [5]
+        for one in images[0]:
+            tokens += [token for piece in one.pieces if not isinstance(piece, str) for token in piece] + [6, 7]
+        if len(tokens) > config.max_positions:
+            break
+        torch.compiler.set_stance("fail_on_recompile")
+        try:
+            ours = compiled.prefill([tokens], compiled.new_cache(), images=images)
+        finally:
+            torch.compiler.set_stance("default")
+        expected = eager.prefill([tokens], eager.new_cache(), images=images)
+        assert (ours - expected).abs().max() < 1e-4 * expected.std()
+    assert count > 1
 
 
 @requires_compiler

@@ -138,6 +138,20 @@ def test_greedy_tokens_of_a_batch(models, name):
         assert model.generate(case.prompt, max_new_tokens=8, **case.seen).tokens == case.greedy
 
 
+def test_rows_that_stay_keep_their_positions(models):
+    """Others leave the batch behind the prompt."""
+    model, cases = models["untied"], [Case("untied", case) for case in ("text", "image", "image-last")]
+    longest = max(len(case.prompt) for case in cases)
+    padded = [case.prompt + [0] * (longest - len(case.prompt)) for case in cases]
+    cache = model.new_cache(3, longest + 1)
+    lengths = [len(case.prompt) for case in cases]
+    model.prefill(padded, cache, lengths=lengths, images=[case.seen["images"] for case in cases])
+    cache.keep(torch.tensor([2, 1]))
+    logits = model.decode([case.greedy[0] for case in (cases[2], cases[1])], cache)
+    for ours, case in zip(logits, (cases[2], cases[1]), strict=True):
+        assert error(ours, case.logits[len(case.prompt)]) < TOLERANCE
+
+
 # ---- text alone ----
 
 

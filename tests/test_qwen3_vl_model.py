@@ -1,6 +1,7 @@
 """Qwen3-VL's images and videos through pop.Model: where they go in a prompt, in a conversation, and what is refused."""
 
 import dataclasses
+import json
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ import pop
 from pop.errors import InputError, UnsupportedError
 from pop.tokenizers import load_tokenizer
 
+LAYOUTS = json.loads((GOLDENS.parent / "qwen3_vl" / "layouts.json").read_bytes())["cases"]
 START, END, IMAGE, VIDEO = 909, 910, 912, 913  # the tokenizer's
 IMAGE_MARK, VIDEO_MARK = (f"<|vision_start|><|{kind}_pad|><|vision_end|>" for kind in ("image", "video"))
 A, B = random_bytes(256, 264, 3, seed=1), random_bytes(400, 200, 3, seed=2)  # of 256 * 264 pixels: not resized
@@ -40,11 +42,29 @@ def film(encode, before=""):
 
     A video has at least 4096 pixels in all its frames: 24 x 16 pixels become 64 x 32.
     """
-    ids = []
+    ids = [*encode(before), START]
     for time in ("<0.0 seconds>", "<0.1 seconds>", "<0.2 seconds>"):
-        ids += [*encode(before + time), START, VIDEO, VIDEO, END]
-        before = ""
-    return ids
+        ids += [*encode(time), START, VIDEO, VIDEO, END]
+    return [*ids, END]
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_conversations_are_laid_out_as_by_the_references_processor(model, name):
+    messages = []
+    for role, *parts in LAYOUTS[name]["messages"]:
+        content = []
+        for part in parts:
+            if isinstance(part, str):
+                content.append({"type": "text", "text": part})
+            elif "image" in part:
+                height, width, seed = part["image"]
+                content.append({"type": "image", "image": random_bytes(height, width, 3, seed)})
+            else:
+                frames, height, width, seed, fps = part["video"]
+                video = random_bytes(frames * height, width, 3, seed).reshape(frames, height, width, 3)
+                content.append({"type": "video", "video": video if fps is None else pop.Video(video, fps)})
+        messages.append({"role": role, "content": content})
+    assert model.chat_tokens(messages) == LAYOUTS[name]["tokens"]
 
 
 def test_a_text_says_where_its_images_and_videos_are(model):
@@ -84,7 +104,8 @@ def test_a_video_has_a_rate(model):
     """Sixteen frames at 8 a second: two a second are kept, but four at least."""
     video = pop.Video(np.repeat(FILM[:1], 16, axis=0), fps=8)
     (seen,) = model.vision.prepared(None, [video], 1)
-    assert seen[0].pieces == ("<0.3 seconds>", [START, VIDEO, VIDEO, END], "<1.6 seconds>", [START, VIDEO, VIDEO, END])
+    pair = [START, VIDEO, VIDEO, END]
+    assert seen[0].pieces == ([START], "<0.3 seconds>", pair, "<1.6 seconds>", pair, [END])
 
 
 def test_a_conversation_has_them_anywhere_in_a_turn(model):

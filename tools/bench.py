@@ -167,9 +167,8 @@ def attention_turn(model: pop.Model, num_tokens: int) -> Turn:
 def tower_turn(model: pop.Model, prompt: list[int], images: list) -> Turn:
     """Seconds from prepared images to what the language model is given."""
     tokens, lengths = torch.tensor([prompt], device=model.device), torch.tensor([len(prompt)])
-    return lambda: {
-        "tower_s": seconds(lambda: model.vision.images(model.module, [images], tokens, lengths), model.device)
-    }
+    arguments = model.module, [images], tokens, lengths, model._stages(1).vision_layer
+    return lambda: {"tower_s": seconds(lambda: model.vision.images(*arguments), model.device)}
 
 
 def pop_turn(

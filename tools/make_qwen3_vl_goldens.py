@@ -4,9 +4,9 @@
 
 writes tests/goldens/qwen3_vl/: for each tiny random model a folder with config.json as the reference saved it,
 golden.json with prompts, grids, position ids and greedy tokens, and arrays.npz with logits at every position of a
-prompt and its greedy continuation, and the vision tower's features; and images.npz with prepared images and videos, as
-bytes. It needs transformers and torchvision, which
-nothing else here does. Weights and pixels come from seeds: tests/tiny.py.
+prompt and its greedy continuation, and the vision tower's features; images.npz with prepared images and videos, as
+bytes; and layouts.json with conversations that have images and videos, as token ids. It needs transformers and
+torchvision, which nothing else here does. Weights and pixels come from seeds: tests/tiny.py.
 """
 
 import json
@@ -222,7 +222,7 @@ def make(name: str, fields: dict) -> None:
 IMAGES = ("tall", "wide", "tiny", "dot", "line", "large", "alpha", "grey")
 SMALL = {"patch_size": 4, "merge_size": 2, "temporal_patch_size": 2, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
 IMAGE_PIXELS, VIDEO_PIXELS = (300, 1500), (800, 4000)
-PUBLISHED_PIXELS, SAMPLES = (65536, 16777216), 2000
+PUBLISHED_PIXELS, PUBLISHED_VIDEO_PIXELS, SAMPLES = (65536, 16777216), (4096, 25165824), 2000
 # Frames, height, width, and frames per second, of which two are kept (none given: all of them).
 VIDEOS = {
     "odd": (5, 20, 31, None),
@@ -275,10 +275,73 @@ def make_images() -> None:
     print(f"images: {(GOLDENS / 'images.npz').stat().st_size / 1000:.0f} kB")
 
 
+# -------------------------------------------------------------------------------------------------- layouts
+
+# Messages; an image is its height, width and seed, a video its frames, height, width, seed, and frames per second.
+CONVERSATIONS = {
+    "image": [["user", "What is ", {"image": [256, 264, 1]}, " this?"]],
+    "images-and-turns": [
+        ["system", "Be brief."],
+        ["user", {"image": [400, 200, 2]}, "Look:\n", {"image": [300, 310, 3]}],
+        ["assistant", "A cat."],
+        ["user", "And ", {"image": [256, 264, 4]}],
+    ],
+    "video": [["user", {"video": [5, 24, 16, 5, None]}, "What happens?"]],
+    "video-with-a-rate": [["user", "Look: ", {"video": [16, 64, 96, 6, 8.0]}, "\n\n", {"image": [256, 264, 1]}, "?"]],
+    "two-videos": [["user", {"video": [4, 32, 32, 7, None]}, {"video": [3, 64, 32, 8, None]}, " Which?"]],
+}
+
+
+def make_layouts() -> None:
+    def size(pixels):
+        return {"shortest_edge": pixels[0], "longest_edge": pixels[1]}
+
+    real = SMALL | {"patch_size": 16}
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_file=str(ROOT / "tests" / "goldens" / "tokenizers" / "qwen3" / "tokenizer.json")
+    )
+    layouts = {}
+    for name, messages in CONVERSATIONS.items():
+        text, images, videos = "", [], []
+        for role, *parts in messages:  # as the published chat template writes them
+            text += f"<|im_start|>{role}\n"
+            for part in parts:
+                (kind, given), *_ = part.items() if isinstance(part, dict) else [(None, part)]
+                text += f"<|vision_start|><|{kind}_pad|><|vision_end|>" if kind else part
+                if kind == "image":
+                    images.append(random_bytes(*given[:2], 3, given[2]))
+                if kind == "video":
+                    frames, height, width, seed, fps = given
+                    video = random_bytes(frames * height, width, 3, seed).reshape(frames, height, width, 3)
+                    videos.append((video, fps))
+            text += "<|im_end|>\n"
+        processor = Qwen3VLProcessor(
+            Qwen2VLImageProcessor(**real, size=size(PUBLISHED_PIXELS)),
+            tokenizer,
+            Qwen3VLVideoProcessor(**real, size=size(PUBLISHED_VIDEO_PIXELS)),
+        )
+        seen = {"images": images} if images else {}
+        if videos:
+            metadata = [
+                VideoMetadata(total_num_frames=len(video), fps=fps, frames_indices=list(range(len(video))))
+                for video, fps in videos
+            ]
+            sampled = any(fps for _, fps in videos)
+            seen |= {"videos": [video for video, _ in videos], "video_metadata": metadata}
+            seen |= {"do_sample_frames": sampled, "cap_pixels_per_frame": False}
+        ids = processor(text=[text + "<|im_start|>assistant\n"], **seen)["input_ids"][0]
+        layouts[name] = {"messages": messages, "tokens": list(map(int, ids))}
+        print(f"layout {name}: {len(ids)} tokens")
+    text = json.dumps({"made_with": MADE_WITH, "cases": layouts}, indent=1)
+    text = re.sub(r"\[[\d\s,]+\]", lambda ids: " ".join(ids[0].split()), text)
+    (GOLDENS / "layouts.json").write_text(text + "\n", encoding="utf-8")
+
+
 def main() -> None:
     transformers.logging.set_verbosity_error()
     GOLDENS.mkdir(parents=True, exist_ok=True)
     make_images()
+    make_layouts()
     for name, fields in MODELS.items():
         make(name, fields)
 

@@ -14,6 +14,8 @@ Attribute names are the checkpoint's names. Shape letters: see layers.py.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -31,7 +33,7 @@ from pop.models.layers import (
     rope_tables,
     rotate,
 )
-from pop.models.siglip import Projector, VisionTower
+from pop.models.siglip import EncoderLayer, Projector, VisionTower
 
 
 class RMSNorm(layers.RMSNorm):
@@ -212,9 +214,12 @@ class Gemma3WithImages(nn.Module):
     def head(self, h: torch.Tensor) -> torch.Tensor:
         return self.language_model.head(h)
 
-    def image_features(self, pixels: torch.Tensor) -> torch.Tensor:
-        """pixels [N, 3, S, S] from -1 to 1, in the weights' dtype -> what the language model reads, [N, M, D]."""
-        return self.multi_modal_projector(self.vision_tower(pixels))
+    def image_features(self, pixels: torch.Tensor, run: Callable = EncoderLayer.__call__) -> torch.Tensor:
+        """pixels [N, 3, S, S] from -1 to 1, in the weights' dtype -> what the language model reads, [N, M, D].
+
+        run: how a layer of the tower is called.
+        """
+        return self.multi_modal_projector(self.vision_tower(pixels, run))
 
     def forward(self, tokens: torch.Tensor, images: Images | None = None) -> torch.Tensor:
         """tokens [B, T] int -> logits [B, T, V] float32 at every position."""

@@ -18,7 +18,7 @@ Attribute names are the checkpoint's names. Shape letters of this file:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -88,7 +88,7 @@ class Block(nn.Module):
         self.attn = Attention(config)
         self.mlp = MLP(config)
 
-    def forward(self, h: torch.Tensor, rope: Rope) -> torch.Tensor:
+    def forward(self, h: torch.Tensor, *rope: torch.Tensor) -> torch.Tensor:
         h = h + self.attn(self.norm1(h), rope)
         return h + self.mlp(self.norm2(h))
 
@@ -126,12 +126,15 @@ class VisionTower(nn.Module):
         self.merger = Merger(config, norm_merged=False)
         self.deepstack_merger_list = nn.ModuleList(Merger(config, norm_merged=True) for _ in config.deepstack)
 
-    def forward(self, patches: torch.Tensor, grids: Sequence[Grid]) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
+    def forward(
+        self, patches: torch.Tensor, grids: Sequence[Grid], run: Callable = Block.__call__
+    ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
         """patches [-1, 3 * 2 * patch * patch] of all images -> their tokens' features [-1, D], and DeepStack's.
 
         Patches of each image lie frame pair by frame pair, square by square (of merge_size patches a side), as
         pop/images.py prepares them. grids: one for each image or video, in that order; sides are multiples of
-        merge_size. DeepStack's features are [-1, D] for each of the language model's first layers.
+        merge_size. run: how a block is called. DeepStack's features are [-1, D] for each of the language model's first
+        layers.
         """
         sizes = [grid[1:] for grid in grids for _ in range(grid.frames)]  # of each frame pair
         pairs = patches.split([rows * columns for rows, columns in sizes])
@@ -141,19 +144,19 @@ class VisionTower(nn.Module):
             count = max(1, PATCHES_AT_ONCE // (size[0] * size[1]))
             for places in (of_size[begin : begin + count] for begin in range(0, len(of_size), count)):
                 batch = torch.stack([pairs[place] for place in places]).to(self.pos_embed.weight)
-                for place, of_pair in zip(places, self.frame_pairs(batch, *size).unbind(1), strict=True):
+                for place, of_pair in zip(places, self.frame_pairs(batch, *size, run).unbind(1), strict=True):
                     features[place] = of_pair  # [1 + DeepStack's layers, M, D]
         features, *deepstack = torch.cat(features, dim=1)
         return features, tuple(deepstack)
 
-    def frame_pairs(self, patches: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
+    def frame_pairs(self, patches: torch.Tensor, rows: int, columns: int, run: Callable) -> torch.Tensor:
         """patches [N, P, ...] of N frame pairs of rows x columns patches -> [1 + DeepStack's layers, N, M, D]."""
         h = self.patch_embed(patches)
         h = h + self.by_square(self.positions(rows, columns)).to(h.dtype)
         angles = self.by_square(self.angles(rows, columns))[:, None]  # [P, 1, E/2]
         rope, deepstack = (angles.cos(), angles.sin()), []
         for index, block in enumerate(self.blocks):
-            h = block(h, rope)
+            h = run(block, h, *rope)
             if index in self.config.deepstack:
                 deepstack.append(self.deepstack_merger_list[len(deepstack)](h))
         return torch.stack([self.merger(h), *deepstack])
