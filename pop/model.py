@@ -126,7 +126,11 @@ class Model:
         chunk_size = self.chunk_size if chunk_size is None else self._chunk_size(chunk_size)
         stages = self._stages(len(tokens), plan)
         images = self._seen(images, videos, tokens, lengths, stages)
-        return engine.prefill(self.module, tokens, cache, lengths, plan, chunk_size, stages, images, boundary)
+        chunks = lengths.max() > min(chunk_size, cache.chunk_size)
+        cache.intact = not (chunks and cache.lengths.any() and any(self.config.windows))
+        logits = engine.prefill(self.module, tokens, cache, lengths, plan, chunk_size, stages, images, boundary)
+        cache.intact = True
+        return logits
 
     def decode(self, tokens, cache: KVCache) -> torch.Tensor:
         """Append one token a row, at full depth: tokens [B] -> logits [B, V] float32."""
@@ -385,6 +389,10 @@ class Model:
         like = ([keys.shape for keys in cache.keys], cache.keys[0].dtype, cache.keys[0].device)
         if like != (shapes, self.dtype, self.device):
             raise InputError("the cache was made for another model, dtype or device; make one with model.new_cache()")
+        if not cache.intact:
+            raise InputError(
+                "a prefill that failed on the way has overwritten tokens of the cache; empty it with cache.reset()"
+            )
         if cache.batch_size != len(added):
             raise InputError(f"tokens has {len(added)} rows, but the cache has {cache.batch_size}")
         if cache.chunk_size < (least := self._chunk_size(1)):

@@ -22,6 +22,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import dataclasses
+import gc
 import math
 import os
 from datetime import timedelta
@@ -80,6 +81,7 @@ def join(device) -> tuple[int, int, torch.device | str | None]:
 def _leave() -> None:
     with contextlib.suppress(Exception):  # the others may be gone already
         dist.destroy_process_group()
+    gc.collect()  # a group that is still there when the interpreter ends aborts it
 
 
 class Part:
