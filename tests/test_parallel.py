@@ -2,6 +2,9 @@
 
 import json
 import os
+import re
+import shlex
+import socket
 import subprocess
 import sys
 import time
@@ -61,12 +64,23 @@ TEXTS = torch.randint(67, (6, 40), generator=torch.Generator().manual_seed(0)).t
 LAYERS = pop.PrunePlan((1, 3, 4))
 
 
-def launch(count: int, *command, **options) -> subprocess.CompletedProcess:
-    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
+README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8").replace("\\\n", "")
+TORCHRUN = re.findall("^torchrun .*$", README, re.M)
+TABLE = re.findall(r"^\| (llama3\.1-\S+) \| (\d+) \| (.*?) \| (.*?) \| (.*?) \|$", README, re.M)
+
+
+def start(command: list) -> subprocess.Popen:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    return subprocess.run(
-        [*start, *map(str, command)], env=environment, capture_output=True, text=True, timeout=300, **options
-    )
+    command = [str(word) for word in command]
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def launch(count: int, *command) -> tuple[int, str]:
+    """Run a program in `count` processes: the exit status, and what they say to stderr."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", count]
+    process = start([*torchrun, *command])
+    said = process.communicate(timeout=200)[1]
+    return process.returncode, said
 
 
 @pytest.fixture(scope="module")
@@ -84,8 +98,8 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module", params=[2, 4])
 def ranks(request, folder):
     """What each of several processes got."""
-    done = launch(request.param, WORKER, folder)
-    assert done.returncode == 0, done.stderr[-4000:]
+    status, said = launch(request.param, WORKER, folder)
+    assert status == 0, said[-4000:]
     return [load_file(folder / f"rank-{rank}.safetensors") for rank in range(request.param)]
 
 
@@ -152,13 +166,26 @@ def test_a_number_of_processes_that_does_not_divide_the_heads_is_refused(folder)
         pop.load(folder / "llama", parallel=2)
 
 
-def test_the_first_rank_prints_and_the_answer_is_that_of_one_process(tmp_path, capsys):
-    folder = write_chat_checkpoint(tmp_path / "chat")
-    words = ["generate", str(folder), "Hello", "--max-new-tokens", "5"]
+@pytest.mark.parametrize("line", TORCHRUN, ids=["one machine", "two"])
+def test_the_readmes_lines_print_once_what_one_process_prints(line, tmp_path, monkeypatch, capsys):
+    """With a tiny model under the name that they give, two processes, and this machine in the place of two."""
+    monkeypatch.setenv("POP_WEIGHTS", str(tmp_path))
+    options, _, words = line.partition("-m pop ")
+    words = shlex.split(words)
+    write_chat_checkpoint(tmp_path / words[1])
+    words += ["--max-new-tokens", "5"]
     assert main(words) == 0
     expected = capsys.readouterr().out
-    done = launch(2, "-m", "pop", *words)
-    assert (done.returncode, done.stdout) == (0, expected), done.stderr
+    two = "--nnodes 2" in options
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    options = options.replace("FIRST_MACHINE:29500", f"localhost:{port}").replace("node 8", f"node {1 if two else 2}")
+    command = [sys.executable, "-m", "torch.distributed.run", *shlex.split(options), "-m", "pop", *words]
+    started = [start(command) for _ in range(1 + two)]
+    outputs = [process.communicate(timeout=200) for process in started]
+    assert [process.returncode for process in started] == [0] * len(started), outputs
+    assert sorted(out for out, _ in outputs) == sorted(["", expected][-len(started) :])
 
 
 @pytest.mark.parametrize(
@@ -190,28 +217,25 @@ def test_a_rank_that_dies_ends_the_others(folder, tmp_path):
     script = tmp_path / "dying.py"
     script.write_text(DYING)
     began = time.monotonic()
-    done = launch(2, script, folder / "llama")
-    assert done.returncode != 0
-    assert "Signal 9" in done.stderr
+    status, said = launch(2, script, folder / "llama")
+    assert status != 0
+    assert "Signal 9" in said
     assert time.monotonic() - began < 60
 
 
-@pytest.mark.parametrize(
-    ("name", "devices", "weights"),
-    [("llama3.1-8b", 1, 16.06e9), ("llama3.1-70b", 8, 17.64e9), ("llama3.1-405b", 16, 51.26e9)],
-)
-def test_bytes_per_device(name, devices, weights, tmp_path):
+@pytest.mark.parametrize("row", TABLE, ids=[" ".join(row[:2]) for row in TABLE])
+def test_the_readmes_bytes_per_device(row, tmp_path):
     """All matrices are cut; K and V of more devices than K/V heads are copies; norms are whole."""
+    name, devices, *shown = row[0], int(row[1]), *row[2:]
     (tmp_path / "config.json").write_text(json.dumps(config_of(name)), encoding="utf-8")
     config = read_config(tmp_path)
-    found, cache = bytes_per_device(config, devices, dtype=torch.bfloat16, max_seq_len=8192)
-    D, E, K = config.hidden_size, config.head_dim, config.num_kv_heads
-    norms = (2 * config.num_layers + 1) * D
-    kv = config.num_layers * 2 * D * K * E
-    copies = kv * max(1, devices / K) / devices
-    assert found == 2 * ((lookup(name).parameters - norms - kv) / devices + copies + norms)
-    assert found == pytest.approx(weights, rel=1e-3)
-    assert cache == 2 * config.num_layers * (2 * 8193 * max(1, K // devices) * E + D)
+    found, short = bytes_per_device(config, devices, dtype=torch.bfloat16, max_seq_len=8192)
+    _, long = bytes_per_device(config, devices, dtype=torch.bfloat16)
+    assert [f"{size / 1e9:.2f} GB" for size in (found, short, long)] == shown
+    D, E, K, L = config.hidden_size, config.head_dim, config.num_kv_heads, config.num_layers
+    norms, kv = (2 * L + 1) * D, L * 2 * D * K * E
+    assert found == 2 * ((lookup(name).parameters - norms - kv) / devices + kv / min(devices, K) + norms)
+    assert short == 4 * L * E * max(1, K // devices) * 8193 + 2 * L * D
 
 
 def _plan(folder, case):
