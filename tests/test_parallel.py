@@ -14,10 +14,13 @@ import pytest
 import torch
 from parallel_worker import PROMPT, run
 from safetensors.torch import load_file
+from test_checkpoint import from_meta
+from test_checkpoint import load as load_whole
 from tiny import hf_config, tiny_config, write_weights
 from tiny_chat import write_chat_checkpoint
 
 import pop
+from pop.checkpoint import load_weights
 from pop.cli import main
 from pop.config_files import read_config
 from pop.parallel import Part, bytes_per_device
@@ -142,6 +145,25 @@ def test_a_rank_holds_and_reads_its_part(name, ranks, folder):
         assert found["read"].item() == pytest.approx(expected, rel=0.03)  # 67 tokens, 46 wide: no even shares
 
 
+@pytest.mark.parametrize("files", [1, 2])
+@pytest.mark.parametrize("size", [2, 3, 6])
+def test_a_rank_takes_its_part_of_metas_files(size, files, tmp_path):
+    """They are cut for ranks of their own, and have the rows of Q and K in another order."""
+    config, _ = from_meta(tmp_path, files)
+    whole = load_whole(tmp_path, config=config)
+    for rank in range(size):
+        part = Part(config, rank, size)
+        module = part.build()
+        load_weights(tmp_path, module, dtype=torch.float32, device="cpu", progress=False, shards=part.shards)
+        for name, weight in module.named_parameters():
+            expected = whole[name]
+            if name in part.shards:
+                shard = part.shards[name]
+                kept = [expected.narrow(shard.axis, begin, end - begin) for begin, end in shard.spans]
+                expected = torch.cat(kept, shard.axis)
+            assert torch.equal(weight, expected), name
+
+
 def test_a_compiled_step_is_the_eager_one(ranks, folder):
     if len(ranks) > 2:
         pytest.skip("compiled by two processes only, for the time it takes")
@@ -181,7 +203,7 @@ def test_the_readmes_lines_print_once_what_one_process_prints(line, tmp_path, mo
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
     options = options.replace("FIRST_MACHINE:29500", f"localhost:{port}").replace("node 8", f"node {1 if two else 2}")
-    command = [sys.executable, "-m", "torch.distributed.run", *shlex.split(options), "-m", "pop", *words]
+    command = [sys.executable, "-m", "torch.distributed.run", *shlex.split(options)[1:], "-m", "pop", *words]
     started = [start(command) for _ in range(1 + two)]
     outputs = [process.communicate(timeout=200) for process in started]
     assert [process.returncode for process in started] == [0] * len(started), outputs
