@@ -5,7 +5,8 @@
 
 Disk: the first gigabytes of the weight files are read once, behind the system's back as far as it can be asked to
 forget them. Load: `pop.load` of what has been forgotten again. Memory: the high-water mark of the process, from
-/proc. Prompts are random token ids; each length is prefilled whole and pruned, once, without compiling.
+/proc. Prompts are random token ids; each length is prefilled whole and pruned in turn, behind a short one that is not
+timed, without compiling; of several runs the medians count.
 """
 
 import argparse
@@ -13,6 +14,7 @@ import os
 import sys
 import time
 from pathlib import Path
+from statistics import median
 
 import torch
 
@@ -30,18 +32,19 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("folder", type=Path, help="a checkpoint")
     parser.add_argument("--lengths", default="1024,2048", help="tokens of the prompts (1024,2048)", metavar="N,N")
     parser.add_argument("--prune", type=float, default=1 / 3, help="share of the layers (a third)", metavar="P")
+    parser.add_argument("--runs", type=int, default=1, help="timed prefills of each kind (1)", metavar="N")
     parser.add_argument("--decode-steps", type=int, default=4, help="timed steps of decode (4)", metavar="N")
     args = parser.parse_args(argv)
     try:
         lengths = [check_count("--lengths", int(length)) for length in args.lengths.split(",")]
-        measure(args.folder, lengths, args.prune, args.decode_steps)
+        measure(args.folder, lengths, args.prune, args.runs, args.decode_steps)
     except (PopError, ValueError) as error:
         print(f"measure_checkpoint.py: {error}", file=sys.stderr)
         return 2
     return 0
 
 
-def measure(folder: Path, lengths: list[int], prune: float, steps: int) -> None:
+def measure(folder: Path, lengths: list[int], prune: float, runs: int, steps: int) -> None:
     files = sorted([*folder.glob("*.safetensors"), *folder.glob("*.pth")])
     if not files:
         raise InputError(f"{folder} holds no weights; make some with tools/make_random_checkpoint.py")
@@ -64,21 +67,22 @@ def measure(folder: Path, lengths: list[int], prune: float, steps: int) -> None:
     )
 
     random = torch.Generator().manual_seed(0)
+    model.prefill(
+        torch.randint(model.config.vocab_size, (1, min(64, *lengths)), generator=random), model.new_cache(1, 64)
+    )
     for length in lengths:
         tokens = torch.randint(model.config.vocab_size, (1, length), generator=random)
-        times = {}
-        for plan in (pop.PrunePlan.none(), model.plan):
+        plans = (pop.PrunePlan.none(), model.plan)
+        times = {plan: [] for plan in plans}
+        for plan in plans * runs:
             cache = model.new_cache(1, length + steps)
             began = time.perf_counter()
             token = model.prefill(tokens, cache, plan=plan).argmax(-1)
-            times[plan] = time.perf_counter() - began
-            layers = f"{len(plan.layers)} of {model.config.num_layers} layers pruned"
-            print(f"prefill  {length} tokens, {layers}: {times[plan]:.2f} s", flush=True)
-        speedup, limit = (
-            times[pop.PrunePlan.none()] / times[model.plan],
-            speedup_limit(model.config, length, model.plan),
-        )
-        print(f"         {speedup:.2f}x, of {limit:.2f}x that the shapes allow", flush=True)
+            times[plan].append(time.perf_counter() - began)
+        full, pruned = (median(times[plan]) for plan in plans)
+        limit = speedup_limit(model.config, length, model.plan)
+        print(f"prefill  {length} tokens: {full:.2f} s, {pruned:.2f} s without {len(model.plan.layers)} of the layers")
+        print(f"         {full / pruned:.2f}x, of {limit:.2f}x that the shapes allow", flush=True)
     began = time.perf_counter()
     for _ in range(steps):
         token = model.decode(token, cache).argmax(-1)
