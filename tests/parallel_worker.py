@@ -17,6 +17,8 @@ from pop.compiling import _CompiledStage
 
 PROMPT = [[5, 12, 44, 3, 60, 8, 33, 2, 19], [7, 1, 50, 21, 4, 0, 0, 0, 0]]
 LENGTHS = [9, 5]
+# What the tiny models that see are shown: pixels a side, and a prompt.
+SEEN = {"gemma3": (28, [5, 64, 66, 66, 66, 66, 65, 7]), "qwen3_vl": (256, [5, 62, *[60] * 64, 63, 7])}
 STEPS = [[11, 31], [9, 2], [40, 66]]
 
 
@@ -29,10 +31,10 @@ def run(model: pop.Model) -> dict[str, torch.Tensor]:
     answers = model.generate([PROMPT[0], PROMPT[1][:5]], max_new_tokens=6)
     sampled = model.generate(PROMPT[0], max_new_tokens=6, temperature=2.0)  # unseeded: each rank would draw its own
     found["tokens"] = torch.tensor([(answer.tokens + [-1] * 6)[:6] for answer in (*answers, sampled)])
-    if model.config.reads_images:
-        image = np.random.RandomState(0).randint(0, 256, (28, 28, 3), dtype=np.uint8)
-        tokens = [5, *model.config.image_tokens, 7]
-        found["seen"] = model.prefill([tokens], model.new_cache(1, 16), images=[image])
+    if hasattr(model.config, "vision") and model.config.vision is not None:
+        side, tokens = SEEN[model.config.family]
+        image = np.random.RandomState(0).randint(0, 256, (side, side, 3), dtype=np.uint8)
+        found["seen"] = model.prefill([tokens], model.new_cache(1, 80), images=[image])
     found["cache"] = torch.tensor([cache.nbytes])
     found["fingerprint"] = torch.tensor(list(bytes.fromhex(model.fingerprint)))
     return found

@@ -20,7 +20,7 @@ from tiny import hf_config, tiny_config, write_weights
 from tiny_chat import write_chat_checkpoint
 
 import pop
-from pop.checkpoint import load_weights
+from pop.checkpoint import VISION, load_weights
 from pop.cli import main
 from pop.config_files import read_config
 from pop.parallel import Part, bytes_per_device
@@ -56,9 +56,29 @@ CONFIGS = {
         "mm_tokens_per_image": 4, "image_token_index": 66, "boi_token_index": 64, "eoi_token_index": 65,
     },
     "qwen3": {**TEXT_SIZES, "model_type": "qwen3", "num_attention_heads": 8, "num_key_value_heads": 2},
+    "qwen3-vl": {
+        "model_type": "qwen3_vl",
+        "text_config": {
+            **TEXT_SIZES, "model_type": "qwen3_vl_text", "num_attention_heads": 4, "num_key_value_heads": 2,
+            "rope_scaling": {"mrope_interleaved": True, "mrope_section": [2, 2, 1], "rope_type": "default"},
+        },
+        "vision_config": {
+            "hidden_size": 24, "intermediate_size": 40, "depth": 4, "num_heads": 3, "out_hidden_size": 30,
+            "deepstack_visual_indexes": [1, 3], "num_position_embeddings": 25, "patch_size": 16,
+        },
+        "tie_word_embeddings": True,
+        "image_token_id": 60, "video_token_id": 61, "vision_start_token_id": 62, "vision_end_token_id": 63,
+    },
 }  # fmt: skip
 # The K/V heads of a rank of two, and of four.
-HELD = {"llama": (2, 1), "odd groups": (3, 3), "gemma3": (1, 1), "gemma3 with images": (1, 1), "qwen3": (1, 1)}
+HELD = {
+    "llama": (2, 1),
+    "odd groups": (3, 3),
+    "gemma3": (1, 1),
+    "gemma3 with images": (1, 1),
+    "qwen3": (1, 1),
+    "qwen3-vl": (1, 1),
+}
 CASES = {
     **{name: {"checkpoint": name} for name in CONFIGS},
     "calibrated": {"checkpoint": "llama", "plan": "plan", "calibrate": True, "compile": True},
@@ -119,10 +139,11 @@ def test_several_processes_are_one(name, ranks, folder):
         assert torch.equal(found["tokens"], _of(name, ranks[0])["tokens"])  # the last row is sampled
 
 
-def test_images_are_seen_by_all(ranks, folder):
-    expected = run(pop.load(folder / "gemma3 with images"))["seen"]
+@pytest.mark.parametrize("name", ["gemma3 with images", "qwen3-vl"])
+def test_images_are_seen_by_all(name, ranks, folder):
+    expected = run(pop.load(folder / name))["seen"]
     for rank in ranks:
-        torch.testing.assert_close(_of("gemma3 with images", rank)["seen"], expected, rtol=0, atol=2e-5)
+        torch.testing.assert_close(_of(name, rank)["seen"], expected, rtol=0, atol=2e-5)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -134,7 +155,7 @@ def test_a_rank_holds_and_reads_its_part(name, ranks, folder):
     cache = 2 * 4 * (2 * slots * held * config.head_dim + config.num_layers * config.hidden_size)
     expected = 0
     for key, weight in load_file(folder / name / "model.safetensors").items():
-        eyes = key.startswith(("vision_tower", "multi_modal"))
+        eyes = key.startswith(VISION)
         summed = key.endswith(("o_proj.bias", "down_proj.bias"))
         if ".k_proj" in key or ".v_proj" in key:
             expected += weight.nbytes * (1 if eyes else held / config.num_kv_heads)
