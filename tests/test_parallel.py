@@ -67,7 +67,7 @@ CONFIGS = {
             "deepstack_visual_indexes": [1, 3], "num_position_embeddings": 25, "patch_size": 16,
         },
         "tie_word_embeddings": True,
-        "image_token_id": 60, "video_token_id": 61, "vision_start_token_id": 62, "vision_end_token_id": 63,
+        "image_token_id": 65, "video_token_id": 66, "vision_start_token_id": 63, "vision_end_token_id": 64,
     },
 }  # fmt: skip
 # The K/V heads of a rank of two, and of four.
