@@ -66,7 +66,7 @@ def join(device) -> tuple[int, int, torch.device | str | None]:
             )
         device = torch.device("cuda", number)
     if not dist.is_initialized():
-        backend = "gloo" if device is None or torch.device(device).type == "cpu" else "nccl"
+        backend = "nccl" if str(device).startswith("cuda") else "gloo"  # what is no device is refused later
         if backend == "nccl":
             torch.cuda.set_device(device)
         try:
