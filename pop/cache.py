@@ -26,6 +26,8 @@ class KVCache:
         A refit projection with two taps (pop/projections.py) looks back at it from the next token.
     shifts: [B] int64 on the CPU, by how much each row's next rotary position differs from its next position, which is
         its length. Only images make it differ from 0: see Images.positions in pop/models/layers.py.
+    intact: False if a prefill in several chunks has failed on the way, and layers with windows have lost tokens that
+        `lengths` counts.
 
     `point` is where all rows are now; who sets it back to an earlier one, to go on from there again, may do so by no
     more than chunk_size tokens if layers have windows.
@@ -55,6 +57,7 @@ class KVCache:
             raise CacheMemoryError(f"{wanted}, but {device} has {free:,} bytes free; {advice}")
         self.lengths = torch.zeros(batch_size, dtype=torch.int64)
         self.shifts = torch.zeros(batch_size, dtype=torch.int64)
+        self.intact = True
 
         def zeros(window):
             slots = _slots(window, max_seq_len, chunk_size)
@@ -101,6 +104,7 @@ class KVCache:
         for slots in (*self.keys, *self.values):
             slots.zero_()
         self.point = tuple(map(torch.zeros_like, self.point))
+        self.intact = True
 
     def copy(self, other: KVCache) -> None:
         """Make every row hold what `other`, a cache of the same model with one row, holds; this one has room for it."""

@@ -160,7 +160,7 @@ class _Fit:
         self.model, self.plan, self.taps = model, plan, taps
         self.runs = [run for pruned, run in plan.runs(model.config.num_layers) if pruned]
         device, F_in = model.device, taps * model.config.hidden_size
-        KE = model.config.num_kv_heads * model.config.head_dim
+        KE = model.module.config.num_kv_heads * model.config.head_dim
         zeros = lambda *shape: torch.zeros(shape, dtype=torch.float64, device=device)  # noqa: E731
         self.xx = {run[0]: zeros(F_in, F_in) for run in self.runs}
         self.x = {run[0]: zeros(F_in) for run in self.runs}
@@ -279,8 +279,10 @@ def _choose(fit: _Fit, judge: Judge, step) -> PrunePlan:
             own, correction = own[..., :D], correction[..., :D]
         damping = torch.tensor([damp_k, damp_v], dtype=own.dtype, device=own.device)[:, None, None]
         dtype, fingerprint = fit.model.dtype, fit.model.fingerprint
-        weight = (own + damping * correction).to(dtype)
-        refit = KVProjections(fit.plan.layers, weight, bias.to(dtype), fingerprint, taps)
+        weight, bias = (own + damping * correction).to(dtype), bias.to(dtype)
+        if fit.model.part is not None:  # each rank has fitted those of its heads
+            weight, bias = (fit.model.part.gather_heads(x) for x in (weight, bias))
+        refit = KVProjections(fit.plan.layers, weight, bias, fingerprint, taps)
         return dataclasses.replace(fit.plan, projections=refit)
 
     def loss(*settings: float) -> float:

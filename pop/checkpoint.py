@@ -16,15 +16,17 @@ import os
 import pickle
 import re
 import zipfile
-from collections.abc import Callable, Iterator, Set
+from collections.abc import Callable, Iterator, Mapping, Set
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path, PureWindowsPath
+from types import MappingProxyType
 
 import torch
 from safetensors import safe_open
 from torch import nn
 
+from pop.config import Config
 from pop.errors import CheckpointError
 from pop.fields import read_json
 
@@ -39,20 +41,56 @@ RENAMED = {
 }
 HARMLESS = ("rotary_emb.inv_freq", "rope.freqs")  # RoPE tables in old files; ours follow from the config
 EMBEDDING, HEAD = "embed_tokens.weight", "lm_head.weight"  # the former's name ends so
+NO_SHARDS = MappingProxyType({})
 BAR_FROM = 2**30  # bytes: below, a progress bar would only flicker
 
 
+@dataclass(frozen=True)
+class Shard:
+    """The part of a parameter that one of several processes holds (pop/parallel.py): ranges along an axis.
+
+    whole: the parameter's whole length along `axis`. spans: (begin, end) in the whole, one behind the other in the
+    part. owned: whether this process answers for a span that others have, too; (): for all of them.
+    """
+
+    axis: int
+    whole: int
+    spans: tuple[tuple[int, int], ...]
+    owned: tuple[bool, ...] = ()
+
+    def whole_shape(self, part: tuple[int, ...]) -> tuple[int, ...]:
+        return (*part[: self.axis], self.whole, *part[self.axis + 1 :])
+
+    def places(self) -> torch.Tensor:
+        """[whole], where in the part each index along the axis is; -1: nowhere, or another process answers for it."""
+        places, at = torch.full((self.whole,), -1), 0
+        for number, (begin, end) in enumerate(self.spans):
+            if not self.owned or self.owned[number]:
+                places[begin:end] = torch.arange(at, at + end - begin)
+            at += end - begin
+        return places
+
+
 def load_weights(
-    folder: str | Path, module: nn.Module, *, dtype: torch.dtype, device: torch.device | str, progress: bool
+    folder: str | Path,
+    module: nn.Module,
+    *,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    progress: bool,
+    shards: Mapping[str, Shard] = NO_SHARDS,
 ) -> None:
     """Fill `module`, built on the meta device from the config in `folder`, with the weights in `folder`.
 
     Afterwards every parameter is contiguous, has `dtype`, lies on `device` and needs no gradient. `progress`
-    shows a bar on stderr for large weights, if tqdm is installed. Raises CheckpointError, `module` untouched.
+    shows a bar on stderr for large weights, if tqdm is installed. shards: which part of a parameter the module has, by
+    name, if not the whole; nothing else is read. Raises CheckpointError, `module` untouched.
     """
     folder = Path(folder)
-    pieces = _survey(folder, module)
-    weights = {n: torch.empty(p.shape, dtype=dtype, device=device) for n, p in module.named_parameters()}
+    shapes = {name: tuple(parameter.shape) for name, parameter in module.named_parameters()}
+    whole = {name: shards[name].whole_shape(s) if name in shards else s for name, s in shapes.items()}
+    pieces = [cut for piece in _survey(folder, module.config, whole) for cut in _cut(piece, shards)]
+    weights = {name: torch.empty(shape, dtype=dtype, device=device) for name, shape in shapes.items()}
     size = sum(weight.nbytes for weight in weights.values())
     advance = _progress(size, progress)
     for piece, row, source in _steps(pieces, step=max(size // 50, 2**20)):
@@ -71,25 +109,49 @@ def load_weights(
 
 @dataclass(frozen=True)
 class _Piece:
-    """A stored tensor and the parameter it fills, wholly or as slice `rank` of `ranks` along `axis`."""
+    """A stored tensor, or the slices `source_at` of it, and the parameter it fills, or the slices `target_at` of it."""
 
     file: Path
     name: str
     parameter: str
-    axis: int = 0
-    rank: int = 0
-    ranks: int = 1
+    source_at: tuple[slice, ...] = ()
+    target_at: tuple[slice, ...] = ()
     repeats: bool = False  # the parameter is filled already, and this must be equal to it
     interleaved: int = 0  # the head width E of Meta's Q and K
 
     def target(self, parameter: torch.Tensor) -> torch.Tensor:
         """The part of the parameter to fill, as a view shaped like `source`."""
-        part = parameter.chunk(self.ranks, self.axis)[self.rank]
+        part = parameter[self.target_at]
         return part.unflatten(0, (-1, 2, self.interleaved // 2)).transpose(1, 2) if self.interleaved else part
 
     def source(self, tensor: torch.Tensor) -> torch.Tensor:
         """RoPE rotates rows (2i, 2i + 1) of a head in Meta's files, (i, E/2 + i) in ours."""
+        tensor = tensor[self.source_at]
         return tensor.unflatten(0, (-1, self.interleaved // 2, 2)) if self.interleaved else tensor
+
+
+def _cut(piece: _Piece, shards: Mapping[str, Shard]) -> Iterator[_Piece]:
+    """What of a piece falls into the part of its parameter that the module has."""
+    if (shard := shards.get(piece.parameter)) is None:
+        yield piece
+        return
+    place = (*piece.target_at, slice(None), slice(None))[shard.axis]
+    begin, end, _ = place.indices(shard.whole)
+    at = 0
+    for first, last in shard.spans:
+        low, high = max(begin, first), min(end, last)
+        if low < high:
+            source_at = _narrow(piece.source_at, shard.axis, low - begin, high - begin)
+            target_at = _narrow(piece.target_at, shard.axis, at + low - first, at + high - first)
+            yield replace(piece, source_at=source_at, target_at=target_at)
+        at += last - first
+
+
+def _narrow(at: tuple[slice, ...], axis: int, begin: int, end: int) -> tuple[slice, ...]:
+    """`at`, with begin:end along an axis."""
+    at = [*at, *[slice(None)] * (axis + 1 - len(at))]
+    at[axis] = slice(begin, end)
+    return tuple(at)
 
 
 def _steps(pieces: list[_Piece], step: int) -> Iterator[tuple[_Piece, int, torch.Tensor]]:
@@ -150,9 +212,8 @@ META_NAMES = {
 }  # fmt: skip
 
 
-def _survey(folder: Path, module: nn.Module) -> list[_Piece]:
-    """Match what is stored with the module's parameters; one error names all that does not fit."""
-    config, wanted = module.config, {name: tuple(parameter.shape) for name, parameter in module.named_parameters()}
+def _survey(folder: Path, config: Config, wanted: dict[str, tuple[int, ...]]) -> list[_Piece]:
+    """Match what is stored with the names and shapes of the parameters; one error names all that does not fit."""
     stored = _stored(folder, config.head_dim, wanted.keys())
     missing = [name for name in wanted if name not in stored]
     embedding = next((name for name in wanted if name.endswith(EMBEDDING)), EMBEDDING)
@@ -258,7 +319,10 @@ def _fit(parts: list[tuple[_Piece, torch.Tensor]], whole: tuple[int, ...]) -> li
     if part == whole:
         return [replace(piece, repeats=rank > 0) for rank, (piece, _) in enumerate(parts)]
     axes = [a for a, n in enumerate(part) if (*part[:a], n * ranks, *part[a + 1 :]) == whole]
-    return [replace(piece, axis=axes[0], rank=r, ranks=ranks) for r, (piece, _) in enumerate(parts) if axes]
+    if not axes:
+        return []
+    axis, size = axes[0], part[axes[0]]
+    return [replace(p, target_at=_narrow((), axis, r * size, (r + 1) * size)) for r, (p, _) in enumerate(parts)]
 
 
 def _some(items: list[str]) -> str:

@@ -24,6 +24,7 @@ from pop import registry
 from pop.calibrate import builtin_texts
 from pop.config_files import read_config
 from pop.errors import ConfigError, ContextOverflow, InputError, PlanError, PopError, WeightsNotFound, check_count
+from pop.parallel import launched
 
 PRUNE_HELP = "layers to prune: default (the deepest third), none, a fraction, or the path of a saved plan"
 
@@ -43,10 +44,16 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if hasattr(sys.stdout, "reconfigure"):  # a terminal that lacks a character shows "?" for it
         sys.stdout.reconfigure(errors="replace")
+    rank, ranks = launched()
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), contextlib.ExitStack() as stack:
             if not sys.warnoptions:
                 warnings.simplefilter("ignore")
+            if ranks > 1 and args.run not in (generate, calibrate):
+                raise InputError("of pop's commands, torchrun can start generate and calibrate; run this one without")
+            if rank > 0:  # one voice is enough
+                silence = stack.enter_context(open(os.devnull, "w", encoding="utf-8"))
+                stack.enter_context(contextlib.redirect_stdout(silence))
             args.run(args)
             sys.stdout.flush()
         return 0
@@ -80,6 +87,8 @@ def generate(args) -> None:
     if args.prompt_file is not None:
         prompt = _read_file(args.prompt_file)
     else:
+        if args.prompt == "-" and launched()[1] > 1:
+            raise InputError("the standard input reaches one process only; give the text by --prompt-file")
         prompt = _readable(sys.stdin.read, "the standard input") if args.prompt == "-" else args.prompt
     model = _load(args)
     _print_answer(model.stream(prompt, **_generation_options(args)))
@@ -164,7 +173,8 @@ def calibrate(args) -> None:
     if args.full_depth_last is not None:
         plan = dataclasses.replace(plan, full_depth_last=args.full_depth_last)
     plan = pop.calibrate(model, texts, plan, taps=args.taps, window=args.window, seed=args.seed)
-    plan.save(args.out)
+    if launched()[0] == 0:
+        plan.save(args.out)
     print(f"Saved to {args.out}. Try: pop generate {shlex.quote(args.model)} --prune {shlex.quote(args.out)} PROMPT")
 
 
@@ -233,7 +243,7 @@ def parse_prune(text: str):
 
 def _load(args):
     dtype = args.dtype and getattr(torch, args.dtype)
-    return pop.load(args.model, device=args.device, dtype=dtype, prune=parse_prune(args.prune))
+    return pop.load(args.model, device=args.device, dtype=dtype, prune=parse_prune(args.prune), parallel="auto")
 
 
 def _generation_options(args) -> dict:

@@ -129,7 +129,7 @@ class Conversation:
         content = {
             "pop_conversation": 2,
             "model": self.model.fingerprint,
-            "plan": _described(self.plan),
+            "plan": _described(self.plan, self.model.part),
             "system": self.system,
             "turns": [{name: getattr(turn, name) for name in SAVED} for turn in self.turns],
         }
@@ -161,7 +161,7 @@ class Conversation:
         if fingerprint != model.fingerprint:
             raise InputError(f"{path} is a conversation with another model; load that model, or start a new one")
         chat = cls(model, system, plan=plan)
-        if described != _described(chat.plan):
+        if described != _described(chat.plan, model.part):
             raise PlanError(f"{path} was held with another plan, {described}; pass that one as plan=")
         chat._replay(turns)
         return chat
@@ -299,11 +299,12 @@ def _path(image) -> str:
     raise TypeError("it has an image or a video that was not given as a path")
 
 
-def _described(plan: PrunePlan) -> dict:
+def _described(plan: PrunePlan, part) -> dict:
     """What tells a plan from others, for JSON; of its projections a hash, the same in whichever dtype they run."""
     described = {"layers": list(plan.layers), "full_depth_last": plan.full_depth_last}
     described |= {"full_depth_first": plan.full_depth_first, "projections": None}
     if plan.projections is not None:
-        bits = plan.projections.weight.to(torch.bfloat16).cpu().view(torch.int16).numpy().tobytes()
+        weight = plan.projections.weight if part is None else part.gather_heads(plan.projections.weight)
+        bits = weight.to(torch.bfloat16).cpu().view(torch.int16).numpy().tobytes()
         described["projections"] = hashlib.sha256(bits).hexdigest()
     return described

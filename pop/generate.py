@@ -199,6 +199,8 @@ class Run:
         rows = list(range(len(answers)))  # the answer that each row of the cache belongs to
         while True:
             tokens = self.sampler(logits[:, :known])
+            if model.part is not None:
+                model.part.agree(tokens)
             pieces = [""] * len(answers)
             for row, token in zip(rows, tokens.tolist(), strict=True):
                 pieces[row] = answers[row].push(token)

@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from pop.errors import InputError, MissingExtra, PlanError, PopError, check_count
+from pop.errors import InputError, MissingExtra, PlanError, PopError, UnsupportedError, check_count
 from pop.gates import gate_gradients, sample_responses
 from pop.model import Model
 from pop.plan import PrunePlan
@@ -162,6 +162,8 @@ def importance(
     """
     if not isinstance(model, Model):
         raise InputError(f"the model is a {type(model).__name__}; load one with pop.load")
+    if model.part is not None:
+        raise UnsupportedError("virtual gates are not differentiated across processes; load the model in one process")
     if any(parameter.is_inference() for parameter in model.module.parameters()):
         raise InputError("the model was loaded under torch.inference_mode, which rules out gradients; load it outside")
     response_tokens = check_count("response_tokens", response_tokens)

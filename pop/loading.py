@@ -13,6 +13,7 @@ from pop.config import DTYPES
 from pop.config_files import read_config
 from pop.errors import InputError
 from pop.model import Model, check_compile, check_dtype, checked_max_seq_len, checked_plan
+from pop.parallel import Part, join
 from pop.tokenizers import load_tokenizer
 
 
@@ -25,6 +26,7 @@ def load(
     max_seq_len: int | None = None,
     compile="auto",
     progress: bool = True,
+    parallel: str | None = None,
 ) -> Model:
     """Load a model by its registry name, or from a directory in the Hugging Face or in Meta's layout.
 
@@ -37,10 +39,15 @@ def load(
     compile: True compiles prefill and decode by torch.compile, when they are first used or by `model.warmup`; False
         does not; "auto" does where it works, unless the model is tiny.
     progress: show a bar on stderr while large weights load, and a note while prefill and decode compile.
+    parallel: None loads the whole model in this process. "auto" cuts it among the ranks of the process group, or of
+        those that torchrun has started, if there are several (pop/parallel.py): all of them make the same calls.
 
     Raises UnknownModel, WeightsNotFound, ConfigError, CheckpointError, TokenizerError, PlanError or InputError.
     """
     check_compile(compile)
+    if parallel not in (None, "auto"):
+        raise InputError(f"parallel is {parallel!r}; it is 'auto' or None")
+    rank, ranks, device = (0, 1, device) if parallel is None else join(device)
     device = usable_device(device)
     if dtype not in (None, *DTYPES.values()):
         raise InputError(f"dtype is {dtype!r}; give torch.float32, torch.bfloat16, torch.float16, or None")
@@ -54,10 +61,13 @@ def load(
     plan = checked_plan(prune, config.num_layers)
     max_seq_len = checked_max_seq_len(max_seq_len, config)
     tokenizer = _tokenizer(folder)
+    part = Part(config, rank, ranks) if ranks > 1 else None
     with torch.device("meta"):
-        module = models.build(config)
-    load_weights(folder, module, dtype=dtype, device=device, progress=progress)
-    options = {"plan": plan, "max_seq_len": max_seq_len, "compile": compile, "progress": progress}
+        module = models.build(config) if part is None else part.build()
+    progress = progress and rank == 0
+    shards = {} if part is None else part.shards
+    load_weights(folder, module, dtype=dtype, device=device, progress=progress, shards=shards)
+    options = {"plan": plan, "max_seq_len": max_seq_len, "compile": compile, "progress": progress, "part": part}
     return Model(module.eval(), config, tokenizer, **options)
 
 

@@ -38,6 +38,7 @@ class Model:
     max_seq_len: the most tokens that a cache may hold a row. chunk_size: tokens of a prompt that prefill runs at once;
     of a model that takes images, no fewer than an image has.
     compile, progress: as in `load`.
+    part: a pop.parallel.Part if the module is one rank's part of the model of `config`; None: it is whole.
 
     Calls change nothing in a model, and the package keeps no state of its own: any number of threads may call one
     model, each with a cache or a conversation of its own.
@@ -54,16 +55,17 @@ class Model:
         chunk_size: int = CHUNK_SIZE,
         compile="auto",
         progress: bool = False,
+        part=None,
     ):
         check_compile(compile)
-        self.module, self.config, self.tokenizer = module, config, tokenizer
+        self.module, self.config, self.tokenizer, self.part = module, config, tokenizer, part
         self.vision = vision_of(config)
         check_dtype(self.dtype, config)
         self.plan = checked_plan(plan, config.num_layers)
         self.resolve(self.plan)  # does it fit the weights?
         self.max_seq_len = checked_max_seq_len(max_seq_len, config)
         self.chunk_size = self._chunk_size(chunk_size)
-        size = sum(weight.numel() for weight in module.parameters())
+        size = sum(weight.numel() for weight in module.parameters()) if part is None else part.num_parameters
         compiles = compile is True or (compile == "auto" and size >= SMALLEST)
         self._compiled = Compiled(module, required=compile is True, progress=progress) if compiles else None
 
@@ -84,7 +86,7 @@ class Model:
     # Tensors in, tensors out
 
     def new_cache(self, batch_size: int = 1, max_seq_len: int | None = None) -> KVCache:
-        """An empty KV cache. Its size is KVCache.size_in_bytes(config, batch_size, max_seq_len, dtype, chunk_size).
+        """An empty KV cache, of KVCache.size_in_bytes(module.config, batch_size, max_seq_len, dtype, chunk_size).
 
         max_seq_len: tokens a row; None takes the model's. Raises CacheMemoryError where it does not fit.
         """
@@ -94,7 +96,7 @@ class Model:
                 f"a cache of {max_seq_len} tokens a row is longer than the model's limit of {self.max_seq_len}"
             )
         options = {"dtype": self.dtype, "device": self.device, "chunk_size": self.chunk_size}
-        return KVCache(self.config, batch_size, max_seq_len, **options)
+        return KVCache(self.module.config, batch_size, max_seq_len, **options)
 
     def prefill(
         self,
@@ -124,7 +126,11 @@ class Model:
         chunk_size = self.chunk_size if chunk_size is None else self._chunk_size(chunk_size)
         stages = self._stages(len(tokens), plan)
         images = self._seen(images, videos, tokens, lengths, stages)
-        return engine.prefill(self.module, tokens, cache, lengths, plan, chunk_size, stages, images, boundary)
+        chunks = lengths.max() > min(chunk_size, cache.chunk_size)
+        cache.intact = not (chunks and cache.lengths.any() and any(self.config.windows))
+        logits = engine.prefill(self.module, tokens, cache, lengths, plan, chunk_size, stages, images, boundary)
+        cache.intact = True
+        return logits
 
     def decode(self, tokens, cache: KVCache) -> torch.Tensor:
         """Append one token a row, at full depth: tokens [B] -> logits [B, V] float32."""
@@ -297,18 +303,19 @@ class Model:
                 "pop.calibrate(model, texts, plan)"
             )
         D, KE = self.config.hidden_size, self.config.num_kv_heads * self.config.head_dim
-        if refit.weight.shape[1:] != (2, KE, refit.taps * D):
+        if refit.rows is None and refit.weight.shape[1:] != (2, KE, refit.taps * D):
             raise PlanError(
                 f"the plan's projections have the shape {list(refit.weight.shape)}, but this model needs "
                 f"[layers, 2, {KE}, {refit.taps * D}]; calibrate it again"
             )
-        return dataclasses.replace(plan, projections=refit.to(self.device, self.dtype))
+        rows = None if self.part is None else self.part.kv_rows
+        return dataclasses.replace(plan, projections=refit.to(self.device, self.dtype, rows))
 
     @functools.cached_property
     def fingerprint(self) -> str:
         """What tells this model from others (pop/projections.py). Taken once: weights changed in place after that make
         a new pop.Model of the module necessary."""
-        return fingerprint(self.module)
+        return fingerprint(self.module, self.part)
 
     def encode(self, prompt, what: str = "prompt", bos: bool = True, seen: Sequence[Prepared] = ()) -> list[int]:
         """Text, or token ids of any kind, as a list of token ids; `what` names it in the error for an empty one.
@@ -377,11 +384,15 @@ class Model:
         """Raise InputError unless `cache` is one of this model's and has room for `added` [B] tokens more."""
         if not isinstance(cache, KVCache):
             raise InputError(f"the cache is a {type(cache).__name__}; make one with model.new_cache()")
-        K, E = self.config.num_kv_heads, self.config.head_dim
+        K, E = self.module.config.num_kv_heads, self.config.head_dim
         shapes = [(cache.batch_size, cache.slots(window) + 1, K, E) for window in self.config.windows]
         like = ([keys.shape for keys in cache.keys], cache.keys[0].dtype, cache.keys[0].device)
         if like != (shapes, self.dtype, self.device):
             raise InputError("the cache was made for another model, dtype or device; make one with model.new_cache()")
+        if not cache.intact:
+            raise InputError(
+                "a prefill that failed on the way has overwritten tokens of the cache; empty it with cache.reset()"
+            )
         if cache.batch_size != len(added):
             raise InputError(f"tokens has {len(added)} rows, but the cache has {cache.batch_size}")
         if cache.chunk_size < (least := self._chunk_size(1)):

@@ -15,6 +15,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
+import math
 
 import torch
 
@@ -49,6 +50,7 @@ class KVProjections:
             raise PlanError(f"the projections are not finite in {weight.dtype}; calibrate again, or take another dtype")
         self.layers = tuple(layers)
         self.weight, self.bias, self.fingerprint, self.taps = weight, bias, fingerprint, taps
+        self.rows: list[int] | None = None  # of the K * E, those that are here; None: all
         self._copy: KVProjections | None = None  # the last one that `to` has made
 
     def __repr__(self) -> str:
@@ -67,14 +69,18 @@ class KVProjections:
     def __getstate__(self) -> dict:
         return {name: value for name, value in self.__dict__.items() if name != "per_layer"} | {"_copy": None}
 
-    def to(self, device: torch.device, dtype: torch.dtype) -> KVProjections:
-        """The same projections on `device` in `dtype`; the last copy is kept for the next call that asks for it."""
-        if (self.weight.device, self.weight.dtype) == (device, dtype):
-            return self
-        copy = self._copy
-        if copy is None or (copy.weight.device, copy.weight.dtype) != (device, dtype):
-            weight, bias = (x.to(device, dtype) for x in (self.weight, self.bias))
-            self._copy = copy = KVProjections(self.layers, weight, bias, self.fingerprint, self.taps)
+    def to(self, device: torch.device, dtype: torch.dtype, rows: list[int] | None = None) -> KVProjections:
+        """The same projections on `device` in `dtype`; the last copy is kept for the next call that asks for it.
+
+        rows: which of the K * E rows to take, those of some K/V heads; None: all.
+        """
+        wanted = (device, dtype, rows)
+        for ready in (self, self._copy):
+            if ready is not None and (ready.weight.device, ready.weight.dtype, ready.rows) == wanted:
+                return ready
+        weight, bias = ((x if rows is None else x[:, :, rows]).to(device, dtype) for x in (self.weight, self.bias))
+        self._copy = copy = KVProjections(self.layers, weight, bias, self.fingerprint, self.taps)
+        copy.rows = rows
         return copy
 
     @functools.cached_property
@@ -100,22 +106,37 @@ UNREAD = {"dtype", "max_positions", "bos_id", "eos_ids", "vision", "image_id", "
 
 
 @torch.no_grad()
-def fingerprint(module) -> str:
+def fingerprint(module, part=None) -> str:
     """What tells a model from others: the same in float32 and bfloat16, and, of a 16-bit checkpoint, in float16.
 
     Each parameter is rounded to bfloat16, values too small for float16 to zero, and its bit patterns are added up,
     weighted by their place: a sum of integers is the same on every device and in any order. A float32 checkpoint cut
     to float16 is rounded twice and counts as another model.
+
+    part: a pop.parallel.Part, if the module is one; all ranks call this together, and it is the whole model's.
     """
+    config = module.config if part is None else part.whole
     digest = hashlib.sha256()
-    for field in dataclasses.fields(module.config):
+    for field in dataclasses.fields(config):
         if field.name not in UNREAD:
-            digest.update(f"{field.name} {getattr(module.config, field.name)}\n".encode())
+            digest.update(f"{field.name} {getattr(config, field.name)}\n".encode())
+    shapes, sums = [], []
     for name, parameter in sorted(module.named_parameters()):
-        values = parameter.flatten()
-        values = values[:: -(-len(values) // SAMPLES)].to(torch.bfloat16)
+        shape = parameter.shape if part is None else part.whole_shape(name, parameter)
+        step = -(-math.prod(shape) // SAMPLES)
+        if part is None:
+            values = parameter.flatten()[::step]
+            numbers = torch.arange(len(values), device=values.device)
+        else:
+            values, numbers = part.samples(name, parameter, step)
+        values = values.to(torch.bfloat16)
         values = values.where(values.abs() >= torch.finfo(torch.float16).tiny, 0)
         bits = values.view(torch.int16).to(torch.int64)
-        place = torch.arange(len(bits), device=bits.device) % 65521 + 1  # the sum stays below 2**52
-        digest.update(f"{name} {list(parameter.shape)} {int((bits * place).sum())}\n".encode())
+        sums.append((bits * (numbers % 65521 + 1)).sum())  # stays below 2**52
+        shapes.append(f"{name} {list(shape)}")
+    total = torch.stack(sums)
+    if part is not None:
+        part.add_up(total)
+    for shape, value in zip(shapes, total.tolist(), strict=True):
+        digest.update(f"{shape} {value}\n".encode())
     return digest.hexdigest()

@@ -12,7 +12,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from safetensors import SafetensorError
 
@@ -49,7 +49,7 @@ def staged(folder: str | Path, *, keep: bool = False) -> Iterator[Path]:
                 shutil.rmtree(partial, ignore_errors=True)
             raise
         finally:
-            os.close(lock)
+            lock.close()
         (folder / ".lock").unlink(missing_ok=True)  # not before: a second process would step in
         _sync(folder.parent)
     except PopError:
@@ -77,8 +77,11 @@ def write_json(path: Path, value: Any) -> None:
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def _lock(partial: Path) -> int:
-    """Make `partial` and hold the lock in it: an open file. Waits for another process that holds it."""
+def _lock(partial: Path) -> IO:
+    """Make `partial` and hold the lock in it: an open file, so that no failure anywhere leaves it held in this process.
+
+    Waits for another process that holds it.
+    """
     import fcntl  # here, since it is POSIX only: files need no lock
 
     path = partial / ".lock"
@@ -87,15 +90,15 @@ def _lock(partial: Path) -> int:
         with contextlib.suppress(FileExistsError):
             partial.mkdir()
         with contextlib.suppress(FileNotFoundError):  # the other process may just remove or rename `partial`
-            lock = os.open(path, os.O_RDWR | os.O_CREAT)
+            lock = open(path, "ab")  # noqa: SIM115 (it stays open)
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 print(f"Waiting for another process that writes {partial} ...", file=sys.stderr)
                 fcntl.flock(lock, fcntl.LOCK_EX)
-            if path.exists() and os.path.samestat(os.fstat(lock), path.stat()):
+            if path.exists() and os.path.samestat(os.fstat(lock.fileno()), path.stat()):
                 return lock
-            os.close(lock)
+            lock.close()
 
 
 def _left(partial: Path) -> list[Path]:

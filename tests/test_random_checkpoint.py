@@ -16,6 +16,7 @@ from pop import registry
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tools"))
 import make_random_checkpoint as tool
+import measure_checkpoint
 
 
 def layout(name: str, tmp_path: Path) -> dict[str, dict[str, tuple[int, ...]]]:
@@ -110,3 +111,15 @@ def test_a_disk_that_is_too_small_is_said_before(config, tmp_path, monkeypatch):
     with pytest.raises(pop.CheckpointError, match="but its disk has 1,000"):
         tool.write_checkpoint(tool.config_of(config), tmp_path / "new")
     assert not (tmp_path / "new").exists()
+
+
+def test_what_is_written_is_measured(config, tmp_path, capsys):
+    folder = tmp_path / "model"
+    assert tool.main([config, str(folder)]) == 0
+    capsys.readouterr()
+    assert measure_checkpoint.main([str(folder), "--lengths", "5,9", "--decode-steps", "2"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    whats = [line.split()[0] for line in lines if line[0] != " "]
+    assert whats == ["disk", "load", "memory", "prefill", "prefill", "decode", "memory"]
+    assert measure_checkpoint.main([str(tmp_path)]) == 2
+    assert "holds no weights" in capsys.readouterr().err

@@ -23,12 +23,12 @@ from torch import nn
 from pop.config import Gemma3Config
 from pop.models import layers
 from pop.models.layers import (
+    Embedding,
     Images,
     Linear,
     Rope,
     Ropes,
     causal_attention,
-    linear,
     rope_frequencies,
     rope_tables,
     rotate,
@@ -140,7 +140,7 @@ class DecoderLayer(nn.Module):
 class Decoder(nn.Module):
     def __init__(self, config: Gemma3Config):
         super().__init__()
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(DecoderLayer(config, window) for window in config.windows)
         self.norm = RMSNorm(config.hidden_size, config.norm_eps)
 
@@ -175,7 +175,7 @@ class Gemma3(nn.Module):
 
     def head(self, h: torch.Tensor) -> torch.Tensor:
         """h [..., D] -> logits [..., V] float32."""
-        return linear(self.model.norm(h), self.model.embed_tokens.weight).float()
+        return self.model.embed_tokens.unembed(self.model.norm(h)).float()
 
     def forward(self, tokens: torch.Tensor, images: Images | None = None) -> torch.Tensor:
         """tokens [B, T] int -> logits [B, T, V] float32 at every position."""

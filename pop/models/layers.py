@@ -33,6 +33,14 @@ class Linear(nn.Linear):
         return linear(x, self.weight, self.bias)
 
 
+class Embedding(nn.Embedding):
+    """nn.Embedding, which may serve as the output head as well (tied)."""
+
+    def unembed(self, x: torch.Tensor) -> torch.Tensor:
+        """x [..., D] -> logits [..., V]."""
+        return linear(x, self.weight)
+
+
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """x [B, T, in], or [B, in] and [in] for one token a row; weight [out, in], bias [out] -> likewise with `out`.
 

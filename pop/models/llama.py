@@ -20,12 +20,12 @@ from torch import nn
 
 from pop.config import LlamaConfig
 from pop.models.layers import (
+    Embedding,
     Linear,
     RMSNorm,
     Rope,
     Ropes,
     causal_attention,
-    linear,
     rope_frequencies,
     rope_tables,
     rotate,
@@ -126,7 +126,7 @@ class DecoderLayer(nn.Module):
 class Decoder(nn.Module):
     def __init__(self, config: LlamaConfig):
         super().__init__()
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_layers))
         self.norm = RMSNorm(config.hidden_size, config.norm_eps)
 
@@ -158,8 +158,8 @@ class Llama(nn.Module):
 
     def head(self, h: torch.Tensor) -> torch.Tensor:
         """h [..., D] -> logits [..., V] float32."""
-        head = self.model.embed_tokens if self.config.tie_embeddings else self.lm_head
-        return linear(self.model.norm(h), head.weight).float()
+        head = self.model.embed_tokens.unembed if self.config.tie_embeddings else self.lm_head
+        return head(self.model.norm(h)).float()
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         """tokens [B, T] int -> logits [B, T, V] float32 at every position."""

@@ -25,13 +25,13 @@ from torch import nn
 from pop.config import Qwen3Config, Qwen3VLConfig
 from pop.errors import InputError
 from pop.models.layers import (
+    Embedding,
     Images,
     Linear,
     RMSNorm,
     Rope,
     Ropes,
     causal_attention,
-    linear,
     rope_frequencies,
     rope_tables,
     rotate,
@@ -134,7 +134,7 @@ class DecoderLayer(nn.Module):
 class Decoder(nn.Module):
     def __init__(self, config: Qwen3Config):
         super().__init__()
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_layers))
         self.norm = RMSNorm(config.hidden_size, config.norm_eps)
 
@@ -171,8 +171,8 @@ class Qwen3(nn.Module):
 
     def head(self, h: torch.Tensor) -> torch.Tensor:
         """h [..., D] -> logits [..., V] float32."""
-        head = self.decoder.embed_tokens if self.config.tie_embeddings else self.lm_head
-        return linear(self.decoder.norm(h), head.weight).float()
+        head = self.decoder.embed_tokens.unembed if self.config.tie_embeddings else self.lm_head
+        return head(self.decoder.norm(h)).float()
 
     def forward(self, tokens: torch.Tensor, images: Images | None = None) -> torch.Tensor:
         """tokens [B, T] int -> logits [B, T, V] float32 at every position. images: of a Qwen3VL."""

@@ -1,0 +1,275 @@
+"""A failure at any line of what writes files, loads and generates: nothing half-written, and no wrong answer after it.
+
+Each test runs something whole and counts the lines of `pop` that it runs. Then it runs it again and again, each time
+with an exception at another of these lines, looks at what is left, and runs it once more.
+"""
+
+import contextlib
+import errno
+import os
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import test_gguf_import
+import torch
+from hub_server import REPOSITORY, HubServer
+from tiny import hf_config, random_model, tiny_config, tiny_gemma3_config, write_checkpoint
+from tiny_chat import write_chat_checkpoint
+
+import pop
+import pop.gguf_import
+from pop import PrunePlan
+from pop.download import download
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "tools"))
+import make_random_checkpoint
+
+PACKAGE = str(Path(pop.__file__).parent)
+POINTS = int(os.environ.get("POP_FAILURES", 24))  # lines that fail in each test, spread over the run
+
+
+class Injected(Exception):
+    """What fails. No code can expect it, as none expects a lack of memory, say."""
+
+
+EXPECTED = (Injected, KeyboardInterrupt, OSError, pop.PopError)
+
+
+@contextlib.contextmanager
+def failing_at(line: int | None, error=Injected):
+    """Raise `error()` at line number `line` of those of the package that run here; yields the list of their places."""
+    places: list[tuple[str, int]] = []
+
+    def trace(frame, event, _):
+        if not frame.f_code.co_filename.startswith(PACKAGE):
+            return None
+        if event == "line":
+            places.append((frame.f_code.co_filename, frame.f_lineno))
+            if len(places) - 1 == line:
+                raise error()
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        yield places
+    finally:
+        sys.settrace(before)
+
+
+def full_disk() -> OSError:
+    return OSError(errno.ENOSPC, "No space left on device")
+
+
+def failures(call, errors=(Injected, KeyboardInterrupt, full_disk)):
+    """Run `call` to its end; then, for one line of it after the other, let it fail there, and yield that line."""
+    with failing_at(None) as places:
+        call()
+    lines = range(0, len(places), max(1, len(places) // POINTS))
+    for number, line in enumerate(lines):
+        with failing_at(line, errors[number % len(errors)]), contextlib.suppress(*EXPECTED):
+            call()
+        yield places[line]
+
+
+# Files
+
+
+def saved_plan(tmp_path):
+    config = tiny_config()
+    model = pop.Model(random_model(config), config)
+    texts = torch.randint(67, (4, 40), generator=torch.Generator().manual_seed(0)).tolist()
+    plan = pop.calibrate(model, texts, PrunePlan((3, 4)), progress=False)
+    return plan.save, PrunePlan((1,)).save
+
+
+def saved_conversation(tmp_path):
+    model = pop.load(write_chat_checkpoint(tmp_path / "chat"))
+    one, two = model.start_chat(), model.start_chat("Be brief.")
+    one.send("Hello", max_new_tokens=3)
+    return one.save, two.save
+
+
+def saved_scores(tmp_path):
+    config = tiny_config()
+    model = pop.Model(random_model(config), config)
+    one, two = (pop.importance(model, [[1, 2, 3]], response_tokens=n, progress=False) for n in (2, 3))
+    return one.save, two.save
+
+
+@pytest.mark.parametrize("make", [saved_plan, saved_conversation, saved_scores])
+def test_a_file_is_the_old_or_the_new_one(make, tmp_path):
+    save_new, save_old = make(tmp_path)
+    folder = tmp_path / "out"
+    folder.mkdir()
+    save_old(folder / "file")
+    old = (folder / "file").read_bytes()
+    save_new(folder / "file")
+    new = (folder / "file").read_bytes()
+    assert old != new
+
+    def save():
+        (folder / "file").write_bytes(old)
+        save_new(folder / "file")
+
+    for place in failures(save):
+        assert (folder / "file").read_bytes() in (old, new), place
+        assert_nothing_else(folder, {"file"}, place)
+
+
+def assert_nothing_else(folder, names, place):
+    """No other file is left there; a hidden one is, if removing it is what has failed."""
+    for path in folder.iterdir():
+        if path.name not in names:
+            assert path.name.startswith(".") and place[0].endswith("staging.py"), (path, place)
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+# Folders
+
+
+def imported(tmp_path):
+    file = test_gguf_import.write_gguf(
+        tmp_path / "m.gguf", test_gguf_import.make_tensors(), test_gguf_import.LLAMA_KEYS
+    )
+    return lambda folder: pop.gguf_import.import_gguf(file, folder, progress=False)
+
+
+def written_at_random(tmp_path):
+    fields = hf_config(tiny_config())
+    return lambda folder: make_random_checkpoint.write_checkpoint(fields, folder)
+
+
+@pytest.mark.parametrize("make", [imported, written_at_random])
+def test_a_folder_is_whole_or_not_there(make, tmp_path):
+    write, out = make(tmp_path), tmp_path / "out"
+    out.mkdir()
+    write(out / "once")
+    whole = contents(out / "once")
+
+    def call():
+        shutil.rmtree(out / "model", ignore_errors=True)
+        write(out / "model")
+
+    for place in failures(call):
+        if (out / "model").exists():
+            if place[0].endswith("staging.py"):  # taking the lock away may be what has failed
+                (out / "model" / ".lock").unlink(missing_ok=True)
+            assert contents(out / "model") == whole, place
+        assert_nothing_else(out, {"once", "model"}, place)
+
+
+def test_a_download_is_whole_or_not_there_and_the_next_one_goes_on(tmp_path, monkeypatch):
+    files = {path.name: path.read_bytes() for path in write_chat_checkpoint(tmp_path / "published").iterdir()}
+    server = HubServer(files)
+    for name in [name for name in os.environ if name.lower().endswith("_proxy") or name == "HF_TOKEN"]:
+        monkeypatch.delenv(name)
+    monkeypatch.setitem(pop.registry.MODELS, "tiny", pop.registry.Entry("tiny", "llama", 1, REPOSITORY))
+    monkeypatch.setenv("POP_WEIGHTS", str(tmp_path / "weights"))
+    monkeypatch.setenv("POP_ENDPOINT", server.url)
+    folder = tmp_path / "weights" / "tiny"
+
+    def call():
+        shutil.rmtree(folder, ignore_errors=True)
+        download("tiny", progress=False)
+
+    try:
+        for place in failures(call):
+            if folder.exists():
+                assert {name: contents(folder)[name] for name in files} == files, place
+            download("tiny", progress=False)  # whatever is left of the one that failed
+            assert {name: contents(folder)[name] for name in files} == files, place
+            assert [path.name for path in folder.parent.iterdir()] == ["tiny"], place
+    finally:
+        server.stop()
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+# Loading and generating
+
+
+def test_loading_leaves_the_files_alone_and_works_the_next_time(tmp_path):
+    folder = write_checkpoint(tmp_path / "tiny")
+    expected, files = pop.load(folder).logits([[1, 2, 3]]), contents(folder)
+    for place in failures(lambda: pop.load(folder)):
+        assert contents(folder) == files, place
+        assert torch.equal(pop.load(folder).logits([[1, 2, 3]]), expected), place
+
+
+# Prompts of which the cache has some, and decode steps. Layers with a window use their slots in turn.
+CALLS = [([5, 12, 44, 3, 60, 8], 4), ([33, 2, 19, 7, 1, 50, 21, 4, 9, 30, 11], 4), (9,), ([40, 2], 4), (17,)]
+
+
+@pytest.mark.parametrize("config", [tiny_config(), tiny_gemma3_config()], ids=["llama", "gemma3"])
+def test_a_cache_behind_a_failure_serves_on_or_says_that_it_cannot(config):
+    model = pop.Model(random_model(config), config, chunk_size=4, plan=PrunePlan((1, 3, 4)))
+    done, refused = {}, 0
+
+    def step(cache, tokens, chunk_size=None):
+        if chunk_size is None:
+            return model.decode([tokens], cache)
+        return model.prefill([tokens], cache, chunk_size=chunk_size)
+
+    def call():
+        done.update(cache=model.new_cache(1, 40), number=0)
+        for number, arguments in enumerate(CALLS):
+            step(done["cache"], *arguments)
+            done["number"] = number + 1
+
+    cache, expected, lengths = model.new_cache(1, 40), [], [0]
+    for arguments in CALLS:
+        expected.append(step(cache, *arguments))
+        lengths.append(int(cache.lengths[0]))
+    for place in failures(call):
+        if "cache" not in done:
+            continue
+        cache, held = done["cache"], int(done["cache"].lengths[0])
+        assert held in lengths[done["number"] :][:2], place  # before the call, or behind it
+        rest = lengths.index(held)
+        try:
+            for number in range(rest, len(CALLS)):
+                torch.testing.assert_close(step(cache, *CALLS[number]), expected[number], msg=str(place))
+        except pop.InputError as error:
+            assert "reset" in str(error)
+            refused += 1
+            cache.reset()
+            for number in range(len(CALLS)):
+                torch.testing.assert_close(step(cache, *CALLS[number]), expected[number], msg=str(place))
+        done.clear()
+    assert refused < POINTS // 2 if config.windows.count(None) < len(config.windows) else not refused
+
+
+def test_a_conversation_is_before_the_turn_or_behind_it(tmp_path):
+    model = pop.load(write_chat_checkpoint(tmp_path / "chat"))
+    options = {"max_new_tokens": 4}
+
+    def begin():
+        chat = model.start_chat("Be brief.")
+        chat.send("Hello", **options)
+        return chat
+
+    chat = begin()
+    told = [chat.messages]
+    for text in ("And then?", "Thanks."):
+        chat.send(text, **options)
+        told.append(chat.messages)
+    chats = []
+
+    def call():
+        chats.append(begin())
+        chats[-1].send("And then?", **options)
+
+    for place in failures(call):
+        if not chats:
+            continue
+        chat = chats.pop()
+        chats.clear()
+        assert chat.messages in told[:2], place
+        for text in ("And then?", "Thanks.")[told.index(chat.messages) :]:
+            chat.send(text, **options)
+        assert chat.messages == told[2], place
