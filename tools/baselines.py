@@ -111,8 +111,8 @@ def without_layers(model: pop.Model, layers: Iterable[int]) -> pop.Model:
     module = _shared_copy(model.module)
     for index in sorted(layers, reverse=True):
         del module.layers[index]
-    config = dataclasses.replace(model.config, num_layers=len(module.layers))
-    return pop.Model(module, config, model.tokenizer, plan=None, max_seq_len=model.max_seq_len)
+    module.config = dataclasses.replace(model.config, num_layers=len(module.layers))
+    return pop.Model(module, module.config, model.tokenizer, plan=None, max_seq_len=model.max_seq_len)
 
 
 # ---- SliceGPT ----
@@ -140,8 +140,8 @@ def slicegpt(model: pop.Model, fraction: float, windows: list[torch.Tensor]) -> 
     D = model.config.hidden_size
     width = D - math.floor(D * fraction + 1e-9)
     module = SlicedModule(model.module, principal_bases(model, width, windows))
-    config = dataclasses.replace(model.config, hidden_size=width)
-    sliced = pop.Model(module, config, model.tokenizer, plan=None, max_seq_len=model.max_seq_len)
+    module.config = dataclasses.replace(model.config, hidden_size=width)
+    sliced = pop.Model(module, module.config, model.tokenizer, plan=None, max_seq_len=model.max_seq_len)
     return Sliced("slicegpt", sliced, pop.PrunePlan.none())
 
 
@@ -175,6 +175,8 @@ def _cut(states: list[torch.Tensor], width: int, bases: list[torch.Tensor]) -> l
 
 class SlicedModule(nn.Module):
     """A Llama whose layers hold h [B, T, width] in bases of their own; the interface is that of pop/models."""
+
+    deepstack_layers = 0
 
     def __init__(self, dense: nn.Module, bases: list[torch.Tensor]):
         super().__init__()
