@@ -31,6 +31,14 @@ def _compiler_works() -> bool:
 requires_compiler = pytest.mark.skipif(not _compiler_works(), reason="torch can compile nothing here")
 
 
+@pytest.fixture(autouse=True, scope="module")
+def blocks_of_a_few_tokens():
+    """So that tiny prompts have several."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(layers, "QUERY_BLOCK", 5)
+        yield
+
+
 @pytest.fixture(scope="module", params=[tiny_qwen3_vl_config, tiny_gemma3_config], ids=["qwen3-vl", "gemma3"])
 def pair(request):
     """One model twice, compiled and eager; the compiled one is warm for everything."""

@@ -17,11 +17,20 @@ from tiny_images import both_ways
 from pop import engine, reference
 from pop.cache import KVCache
 from pop.config import RopeConfig
+from pop.models import layers
 from pop.models.layers import Images, masked_attention
 from pop.plan import PrunePlan
 from pop.projections import KVProjections
 
 NONE = PrunePlan.none()
+
+
+@pytest.fixture(autouse=True, scope="module")
+def blocks_of_a_few_tokens():
+    """So that tiny prompts have several."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(layers, "QUERY_BLOCK", 3)
+        yield
 
 
 def assert_close(actual, expected):
@@ -591,9 +600,9 @@ def test_text_prompts_keep_to_causal_attention_without_a_mask(monkeypatch):
     """And so do the chunks before an image: the fast path is only left where it must be."""
     module, masked = random_model(tiny_gemma3_config(windows=(None,)), seed=3), []
 
-    def watched(layer, h, rope, slots, keys, values, mask):
+    def watched(layer, h, rope, slots, keys, values, mask, *keys_seen):
         masked.append(mask is not None)
-        return engine.full_layer(layer, h, rope, slots, keys, values, mask)
+        return engine.full_layer(layer, h, rope, slots, keys, values, mask, *keys_seen)
 
     stages = engine.Stages(full_layer=watched)
     tokens, lengths = torch.arange(8)[None], torch.tensor([8])
@@ -690,6 +699,26 @@ def test_a_windowed_cache_takes_no_more_at_once_than_it_was_made_for():
     assert_close(logits[0], expected[17])
     assert_close(rest[0], expected[18:])
     assert_close(held(module, cache, 0), seen(module, stacked(kv)))
+
+
+@pytest.mark.parametrize("held", [0, 30])
+def test_a_windows_prefill_attends_a_band(monkeypatch, held):
+    """Blocks of three tokens each attend what their windows show, in a fresh chunk and behind 30 tokens in a ring."""
+    module = random_model(tiny_gemma3_config(windows=(5, None)), seed=4)
+    cache = new_cache(module, 1, chunk=24)
+    if held:
+        prefill(module, torch.arange(held)[None], torch.tensor([held]), NONE, 24, cache)
+    attend, seen = layers.masked_attention, []
+
+    def watched(q, k, v, mask, scale):
+        seen.append((q.shape[1], k.shape[1]))
+        return attend(q, k, v, mask, scale)
+
+    monkeypatch.setattr(layers, "masked_attention", watched)
+    prefill(module, torch.arange(24)[None], torch.tensor([24]), NONE, 24, cache)
+    local = [(3, 3), (3, 6)] if not held else [(3, 7), (3, 7)]
+    local += [(3, 7)] * 6
+    assert seen == local + ([(3, held + n) for n in range(3, 27, 3)] if held else [])
 
 
 def test_what_windows_save():
