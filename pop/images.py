@@ -123,14 +123,16 @@ def _pillow():
 # ---- Gemma-3 ----
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class PanAndScan:
-    """Also look at an elongated image in crops, side by side along its longer side.
+    """An image that Gemma-3 also looks at in crops, side by side along its longer side, if it is elongated.
 
-    Their count is the ratio of the sides, rounded; at least 2, at most `max_crops`, and no more than leave each crop
-    `min_crop_size` pixels. Images with a ratio below `min_ratio`, or a side below `min_crop_size`, are not cropped.
+    image: see `load_image`. The crops' count is the ratio of the sides, rounded; at least 2, at most `max_crops`, and
+    no more than leave each crop `min_crop_size` pixels. Images with a ratio below `min_ratio`, or crops with a side
+    below `min_crop_size`, are not looked at in crops.
     """
 
+    image: object
     min_crop_size: int = 256
     max_crops: int = 4
     min_ratio: float = 1.2
@@ -142,16 +144,17 @@ class PanAndScan:
             raise InputError(f"min_ratio is {self.min_ratio!r}; it must be a number of at least 1")
 
 
-def gemma_pixels(image, size: int, pan_and_scan: PanAndScan | None = None) -> torch.Tensor:
+def gemma_pixels(image, size: int) -> torch.Tensor:
     """Prepare an image (see `load_image`) for the vision tower: [1 + crops, 3, size, size] float32 from -1 to 1.
 
-    size: the config's image_size; the image is squeezed into that square, whatever its shape.
-    pan_and_scan: None for the whole image alone, else it is followed by its crops, from left to right or downwards.
+    image: behind a PanAndScan come its crops, from left to right or downwards; there are none of other images.
+    size: the config's image_size; an image is squeezed into that square, whatever its shape.
     """
-    if pan_and_scan is not None and not isinstance(pan_and_scan, PanAndScan):
-        raise InputError(f"pan_and_scan is {pan_and_scan!r:.80}; give a PanAndScan or None")
-    whole = load_image(image)
-    views = [whole] if pan_and_scan is None else [whole, *_crops(whole, pan_and_scan)]
+    if isinstance(image, PanAndScan):
+        whole = load_image(image.image)
+        views = [whole, *_crops(whole, image)]
+    else:
+        views = [load_image(image)]
     return (torch.stack([_resize(view, size) for view in views]).float() - 127.5) / 127.5  # [1 + crops, 3, size, size]
 
 

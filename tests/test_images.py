@@ -64,13 +64,15 @@ def test_prepared_in_real_size(name):
 @pytest.mark.parametrize("name", PAN_AND_SCAN)
 def test_pan_and_scan_as_the_reference_does(name):
     width, height, min_crop_size, max_crops, min_ratio = GOLDENS[f"{name}-options"].tolist()
-    options = PanAndScan(int(min_crop_size), int(max_crops), min_ratio)
     picture = random_bytes(int(height), int(width), 3, seed=int(height))
-    assert np.array_equal(levels(gemma_pixels(picture, 28, options)), GOLDENS[name])
+    picture = PanAndScan(picture, int(min_crop_size), int(max_crops), min_ratio)
+    assert np.array_equal(levels(gemma_pixels(picture, 28)), GOLDENS[name])
 
 
 def test_pan_and_scan_defaults_are_the_published_ones():
-    assert PanAndScan() == PanAndScan(*(int(v) for v in GOLDENS["pan-square-options"][2:4]), 1.2)
+    options = PanAndScan(None)
+    published = GOLDENS["pan-square-options"][2:].tolist()
+    assert [options.min_crop_size, options.max_crops, options.min_ratio] == published
 
 
 @pytest.mark.parametrize(
@@ -84,13 +86,13 @@ def test_pan_and_scan_defaults_are_the_published_ones():
     ],
 )
 def test_crops_by_hand(width, height, count):
-    assert len(images._crops(torch.empty(3, height, width, dtype=torch.uint8), PanAndScan())) == count
+    assert len(images._crops(torch.empty(3, height, width, dtype=torch.uint8), PanAndScan(None))) == count
 
 
 @given(st.integers(1, 60), st.integers(1, 60), st.integers(1, 12), st.integers(1, 6), st.floats(1, 3))
 def test_crops_tile_the_image(width, height, min_crop_size, max_crops, min_ratio):
     picture = channels_first(random_bytes(height, width, 3, seed=0))
-    crops = images._crops(picture, PanAndScan(min_crop_size, max_crops, min_ratio))
+    crops = images._crops(picture, PanAndScan(None, min_crop_size, max_crops, min_ratio))
     assert len(crops) <= max_crops
     if crops:
         assert torch.equal(torch.cat(crops, 2 if width >= height else 1), picture)
@@ -325,12 +327,14 @@ def test_pixels_of_32_bits_are_refused(mode):
 )
 def test_bad_pan_and_scan_options(options, pattern):
     with pytest.raises(InputError, match=pattern):
-        PanAndScan(**options)
+        PanAndScan(None, **options)
 
 
-def test_pan_and_scan_must_be_one():
-    with pytest.raises(InputError, match="give a PanAndScan or None"):
-        gemma_pixels(random_bytes(4, 4, 3, 0), 28, pan_and_scan=True)
+def test_pan_and_scan_is_of_an_image_and_of_gemma():
+    for picture in (None, PanAndScan(random_bytes(9, 4, 3, 0))):
+        with pytest.raises(InputError, match="give a path, a PIL image or an HxWx3 uint8 array"):
+            gemma_pixels(PanAndScan(picture), 28)
+    refused(PanAndScan(random_bytes(9, 4, 3, 0)), "an image is of type PanAndScan")
 
 
 # ---- without Pillow ----
