@@ -261,9 +261,9 @@ class Model:
         """A conversation that `Conversation.save` has kept; it was held with this model and this plan."""
         return Conversation.load(self, path, plan=plan)
 
-    def prefix(self, prompt, *, plan: PrunePlan | None = None) -> Prefix:
+    def prefix(self, prompt, *, images=None, videos=None, plan: PrunePlan | None = None) -> Prefix:
         """Encode once what many prompts begin with, text or token ids: then `prefix.generate(rest)`."""
-        return Prefix(self, prompt, plan=plan)
+        return Prefix(self, prompt, images=images, videos=videos, plan=plan)
 
     def score(self, context, continuation, *, images=None, videos=None, plan: PrunePlan | None = None) -> float:
         """log p(continuation | context), natural logarithm, summed over the continuation's tokens.

@@ -14,6 +14,7 @@ import hashlib
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import ClassVar
 
 import torch
@@ -108,6 +109,22 @@ class Vision:
         left, kinds = {kind: iter(ones) for kind, ones in by_kind.items()}, {m: kind for kind, m in self.marks.items()}
         parts = re.split(f"({'|'.join(map(re.escape, kinds))})", text)
         return [piece for part in parts for piece in (next(left[kinds[part]]).pieces if part in kinds else (part,))]
+
+    def places(self, tokens: Sequence[int], seen: Sequence[Prepared]) -> list[range]:
+        """Where in a prompt's tokens each of its images and videos is: from its first to its last placeholder."""
+        left = {
+            kind: iter([place for place, token in enumerate(tokens) if token == placeholder])
+            for kind, placeholder in self.placeholders.items()
+        }
+        places = []
+        for one in seen:
+            placeholder = self.placeholders[one.kind]
+            count = sum(ids.count(placeholder) for ids in one.pieces if not isinstance(ids, str))
+            taken = list(islice(left[one.kind], count))
+            if len(taken) < count:
+                raise InputError(f"{one.kind}s are given that the prompt lacks tokens {placeholder} for; add them")
+            places.append(range(taken[0], taken[-1] + 1))
+        return places
 
     def check_text(self, tokens: Sequence[int], what: str) -> None:
         """Raise InputError where tokens that come without images or videos have placeholders for some."""
