@@ -83,10 +83,11 @@ def _from_pillow(image, name: str) -> torch.Tensor:
     _check_size(*image.size, name)  # known from the header: nothing is decoded yet
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I;16"):
-        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))  # Pillow would clip at 255
+        values, transparent = np.asarray(image), image.info.get("transparency", -1)
+        image = Image.fromarray(np.where(values == transparent, 255, values >> 8).astype(np.uint8))  # Pillow would clip
     if image.mode in ("I", "F"):
         raise InputError(f"{name} has pixels of 32 bits, of which no value is known to be white; give it in 8 bits")
-    if "A" in image.getbands() or image.info.get("transparency") is not None:
+    if {"A", "a"} & {*image.getbands()} or image.info.get("transparency") is not None:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)  # [3, H, W]

@@ -86,7 +86,12 @@ class Model:
     # Tensors in, tensors out
 
     def new_cache(self, batch_size: int = 1, max_seq_len: int | None = None) -> KVCache:
-        """An empty KV cache, of KVCache.size_in_bytes(module.config, batch_size, max_seq_len, dtype, chunk_size).
+        """An empty KV cache, of KVCache.size_in_bytes(module.config, batch_size, max_seq_len, dtype, chunk_size):
+
+            batch_size * (2 * (sum over layers of S + 1) * K * E + L * D) * bytes of a number,
+
+        with S = max_seq_len slots in a layer that attends everything, and min(max_seq_len, window - 1 + chunk_size) in
+        one with a window. So windows save 76 % of gemma3-12b's cache at 32,768 tokens: 3.2 GB instead of 12.9.
 
         max_seq_len: tokens a row; None takes the model's. Raises CacheMemoryError where it does not fit.
         """

@@ -43,6 +43,18 @@ def test_an_image_takes_the_place_of_its_tokens(model):
     assert not torch.allclose(model.logits([tokens], images=[B, A]), expected, atol=0.1)
 
 
+def test_images_do_not_see_each_other(model):
+    """Another second image changes nothing before it, be the first one next to it; another pixel of the first does."""
+    tokens = [[2, 7, *ONE, *ONE, 3]]
+    begin = 2 + len(ONE) + 1  # of the second one's image tokens
+    one, other = model.logits(tokens, images=[A, B]), model.logits(tokens, images=[A, A])
+    assert torch.equal(one[:, :begin], other[:, :begin])
+    assert not torch.allclose(one[:, begin:], other[:, begin:], atol=1e-3)
+    turned = model.logits(tokens, images=[np.rot90(A, 2), B])
+    assert torch.equal(one[:, :3], turned[:, :3])
+    assert not torch.allclose(one[:, 3], turned[:, 3], atol=1e-3)  # its first token sees its last one
+
+
 def test_a_text_says_where_its_images_are(model):
     """As Gemma's processor: two line breaks around each, one run of text with what is there."""
     encode = model.tokenizer.encode
@@ -116,6 +128,23 @@ def test_a_conversation_has_images_among_its_text(model):
     assert model.chat_tokens(messages) == expected
     answer = model.chat(messages, max_new_tokens=5)
     assert answer.tokens == model.generate(expected, images=[A, B], max_new_tokens=5).tokens
+
+
+def test_a_conversation_goes_on_behind_images(model, tmp_path):
+    """Turn by turn what one prompt of them all would be; kept by the images' paths."""
+    Image.fromarray(A).save(tmp_path / "a.png")
+    chat = model.start_chat("Be brief.", plan=pop.PrunePlan.none())
+    chat.send("What?", images=[tmp_path / "a.png"], max_new_tokens=3)
+    wide = pop.PanAndScan(B, min_crop_size=8)
+    answer = chat.send([{"type": "text", "text": "And"}, {"type": "image", "image": wide}], max_new_tokens=4)
+    prompt = chat.tokens[: -len(answer.tokens)]
+    again = model.generate(prompt, images=[A, wide], max_new_tokens=4, plan=pop.PrunePlan.none())
+    assert again.tokens == answer.tokens and sum(token == IMAGE for token in prompt) == 4 * (1 + 1 + 3)
+    other = model.start_chat(plan=pop.PrunePlan((1, 3)))
+    other.send("What?", images=[tmp_path / "a.png"], max_new_tokens=3)
+    other.save(tmp_path / "chat.json")
+    restored = model.load_chat(tmp_path / "chat.json", plan=other.plan)
+    assert restored.send("And?", max_new_tokens=4).tokens == other.send("And?", max_new_tokens=4).tokens
 
 
 def test_images_of_any_kind(model, tmp_path):

@@ -189,6 +189,39 @@ def test_sixteen_bits_keep_their_upper_eight(tmp_path, format):
     assert load_image(path)[1, 0].tolist() == [0, 0, 1, 0x80, 0xFF]
 
 
+def test_sixteen_bits_with_a_transparent_shade(tmp_path):
+    values = Image.fromarray(np.array([[0, 256, 0x8000]], np.uint16))
+    path = write(tmp_path / "grey.png", saved(values, "PNG", transparency=256).getvalue())
+    assert load_image(path)[1, 0].tolist() == [0, 255, 0x80]
+
+
+def test_premultiplied_alpha():
+    picture = Image.new("RGBA", (2, 1), (200, 100, 0, 0))
+    picture.putpixel((1, 0), (200, 100, 0, 255))
+    assert load_image(picture.convert("RGBa")).squeeze(1).T.tolist() == [[255, 255, 255], [200, 100, 0]]
+
+
+def test_photos_of_several_pictures_and_with_broken_tags(tmp_path):
+    """Phones write MPO files and call them JPEG; the first picture counts. Orientations that there are not are none."""
+    first, second = (Image.new("RGB", (8, 6), colour) for colour in ((255, 0, 0), (0, 0, 255)))
+    path = write(tmp_path / "photo.jpg", saved(first, "MPO", save_all=True, append_images=[second]).getvalue())
+    loaded = load_image(path)
+    assert loaded.shape == (3, 6, 8) and loaded[0].min() > 240 and loaded[2].max() < 15
+    for orientation in (0, 9, 65535):
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        assert load_image(write(path, saved(first, "JPEG", exif=exif).getvalue())).shape == (3, 6, 8)
+    assert load_image(write(path, saved(first, "JPEG", exif=b"Exif\0\0" + b"\xff" * 50).getvalue())).shape == (3, 6, 8)
+
+
+@pytest.mark.parametrize("kind", [b"zTXt", b"iCCP"])
+def test_compressed_texts_and_profiles_that_burst_are_refused(tmp_path, kind):
+    bomb = kind + b"k\0\0" + zlib.compress(bytes(2**27), 9)
+    chunk = struct.pack(">I", len(bomb) - 4) + bomb + struct.pack(">I", zlib.crc32(bomb))
+    whole = png(1, 1, b"\0\0")
+    refused(write(tmp_path / "bomb.png", whole[:33] + chunk + whole[33:]), "truncated or broken")
+
+
 def test_sixteen_bits_in_colour(tmp_path):
     rows = b"\0" + struct.pack(">6H", 0x1234, 0x5678, 0x9ABC, 0xFFFF, 0x00FF, 0x0100)
     path = write(tmp_path / "colour.png", png(2, 1, rows, depth=16, colour=2))

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from tiny import random_model, tiny_config, tiny_gemma3_config, tiny_qwen3_config, tiny_qwen3_vl_config
 from tiny_images import both_ways
 
+import pop
 from pop import engine, reference
 from pop.cache import KVCache
 from pop.config import RopeConfig
@@ -729,3 +730,12 @@ def test_what_windows_save():
     everything = 2 * 48 * 32_769 * 8 * 256 * 2 + 48 * 3840 * 2
     assert size == 2 * (8 * 32_769 + 40 * 3_072) * 8 * 256 * 2 + 48 * 3840 * 2
     assert size < 0.3 * everything
+    assert [round(size / 1e9, 1), round(everything / 1e9, 1), round(1 - size / everything, 2)] == [3.2, 12.9, 0.75]
+
+
+@pytest.mark.parametrize(("max_seq_len", "local"), [(6, 6), (40, 5 - 1 + 8)])
+def test_a_new_cache_has_the_size_that_it_says(max_seq_len, local):
+    config = tiny_gemma3_config(windows=(5, None, 5))
+    model = pop.Model(random_model(config), config, chunk_size=8)
+    slots = 2 * (local + 1) + max_seq_len + 1
+    assert model.new_cache(3, max_seq_len).nbytes == 3 * (2 * slots * 2 * 10 + 3 * 30) * 4
