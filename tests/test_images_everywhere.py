@@ -95,7 +95,9 @@ def gated_loss(model, prompt, response, ones, gates):
             for index, layer in enumerate(layers):
                 scale, update = gates[branch, :, index][stage][None, :, None], getattr(layer, name)
                 patch.setattr(layer, name, lambda x, scale=scale, update=update: scale * update(x))
-        logits = model.module(torch.tensor([tokens]), images_of(model, tokens, ones))[0, len(prompt) - 1 :]
+        images = images_of(model, prompt, ones)
+        images = None if images is None else images.extended(len(tokens))
+        logits = model.module(torch.tensor([tokens]), images)[0, len(prompt) - 1 :]
     return torch.nn.functional.cross_entropy(logits.double(), torch.tensor(response), reduction="sum")
 
 
@@ -103,7 +105,7 @@ def test_gradients_with_images_are_the_slopes_of_the_gated_loss(model):
     """Every gate of a batch of two prompts, one with two images and one with none: by differences, in float32."""
     a, b = seen(model, 0), seen(model, 1)
     prompts, rows = [tokens_of(2, a, 5, b, 9), [2, 7, 8]], [[a, b], []]
-    responses = [[11, 12, 13], [14, 15]]
+    responses = [[11, tokens_of(a)[1], 13], [14, 15]]  # what the model says is no image, whatever it says
 
     def of_batch(tokens, lengths):
         return model.vision.images(model.module, rows, tokens, lengths)
