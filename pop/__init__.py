@@ -26,7 +26,7 @@ from pop.errors import (
     WeightsNotFound,
 )
 from pop.generate import Generation
-from pop.images import Video
+from pop.images import PanAndScan, Video
 from pop.importance import Importance, importance
 from pop.loading import load
 from pop.model import Model
@@ -49,6 +49,7 @@ __all__ = [
     "KVCache",
     "MissingExtra",
     "Model",
+    "PanAndScan",
     "PlanError",
     "PopError",
     "Prefix",

@@ -145,6 +145,14 @@ def write(keys: torch.Tensor, values: torch.Tensor, slots: torch.Tensor, k: torc
     values[rows, slots] = v.to(values.dtype)
 
 
+def read(keys: torch.Tensor, values: torch.Tensor, slots: int | torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """k, v [B, N, K, E] of the first so many slots of keys and values [B, S + 1, K, E], or of slots [B, N]."""
+    if not isinstance(slots, torch.Tensor):
+        return keys[:, :slots], values[:, :slots]
+    rows = torch.arange(slots.shape[0], device=slots.device)[:, None]  # [B, 1]
+    return keys[rows, slots], values[rows, slots]
+
+
 def _free_bytes(device: torch.device) -> int | None:
     """Bytes that can be allocated on `device` right now, or None where that cannot be told."""
     if device.type == "cuda":

@@ -42,6 +42,7 @@ from pop.model import Model
 from pop.models.layers import causal_attention
 from pop.plan import PrunePlan
 from pop.projections import KVProjections
+from pop.vision import Prepared
 
 RIDGES = (1e-2, 1e-1, 1.0)  # candidates for lambda
 DAMPINGS = (1.0, 0.85)  # candidates for d, of V and of K
@@ -50,6 +51,8 @@ SHORTEST = 16  # tokens of a window; less, left over at the end of a text, is of
 JUDGED = 384  # tokens of a held-out window that are used, at most
 TOKENS_AT_ONCE = 4096  # of the calibration text in one forward pass, at most
 
+Window = tuple[list[int], list[Prepared]]  # token ids, and the images and videos that they have places for
+
 
 @torch.no_grad()
 def calibrate(
@@ -57,6 +60,8 @@ def calibrate(
     texts: Sequence[str | Sequence[int]] | None,
     plan: PrunePlan | Sequence[PrunePlan],
     *,
+    images=None,
+    videos=None,
     taps: int = 2,
     window: int = 1024,
     held_out: int = 8,
@@ -69,10 +74,12 @@ def calibrate(
         for a wide model; None takes a small built-in set of English and Python.
     plan: a PrunePlan, or several, which share the pass over the text; then a list comes back. A plan's
         full_depth_first becomes 1 where it is 0; everything else stays.
+    images, videos: a list for each text, as in `Model.generate`. All are prepared at once, and so in memory together.
     taps: 2 gives the projections the token before as a second input, at the price of a second product; 1 does not.
-    window: texts are cut into windows of so many tokens; best as long as the prompts will be.
+    window: texts are cut into windows of so many tokens; best as long as the prompts will be. One that has images or
+        videos stays whole.
     held_out: windows, at most a fifth of all, that are not fitted to but choose lambda and the dampings, by what
-        follows their first 256 tokens. seed: which windows these are.
+        follows their first 256 tokens, or their last image. seed: which windows these are.
     progress: show a bar on stderr, if tqdm is installed.
 
     Raises InputError for texts too short to be fitted to and for options out of range, PlanError for a plan that does
@@ -89,7 +96,7 @@ def calibrate(
     if check_count("window", window) < SHORTEST:
         raise InputError(f"window is {window}; windows of less than {SHORTEST} tokens are not fitted to")
     held_out = check_count("held_out", held_out)
-    windows = _windows(model, texts, min(window, model.max_seq_len))
+    windows = _windows(model, texts, images, videos, min(window, model.max_seq_len))
     if len(windows) < 2:
         raise InputError(
             f"texts hold less than two windows of {SHORTEST} tokens or more; give more text or a smaller window"
@@ -98,10 +105,10 @@ def calibrate(
     held_out = min(held_out, max(1, len(windows) // 5))
     judge, windows = windows[:held_out], windows[held_out:]
     fits = [_Fit(model, one, taps) for one in plans]
-    with _bar(progress, "calibrating", "tokens", sum(map(len, windows))) as step:
+    with _bar(progress, "calibrating", "tokens", sum(len(window) for window, _ in windows)) as step:
         for batch in _batches(windows):
             _accumulate(model, batch, fits)
-            step(sum(map(len, batch)))
+            step(sum(len(window) for window, _ in batch))
     if not all(fit.count for fit in fits):
         raise InputError("no token of the texts is left to fit to; give longer texts, or a smaller full_depth_first")
     tune = Judge(model, judge)
@@ -127,27 +134,32 @@ def _checked(model, plan) -> PrunePlan:
     return dataclasses.replace(plan, full_depth_first=max(1, plan.full_depth_first), projections=None)
 
 
-def _windows(model, texts, size: int) -> list[list[int]]:
+def _windows(model, texts, images, videos, size: int) -> list[Window]:
     """The texts as token ids, in windows of at most `size`, each behind BOS where the text is."""
     if isinstance(texts, str) or not (texts is None or isinstance(texts, Iterable)):
         raise InputError(f"texts is a {type(texts).__name__}; give a list of strings or of lists of token ids")
+    texts = builtin_texts() if texts is None else list(texts)
     windows = []
-    for text in builtin_texts() if texts is None else texts:
+    for text, seen in zip(texts, model.vision.prepared(images, videos, len(texts)), strict=True):
         if isinstance(text, int):
             raise InputError(f"texts holds {text}; give strings or lists of token ids")
-        ids = model.encode(text, "text")
+        ids = model.encode(text, "text", seen=seen)
+        if seen:
+            model.check_fits(len(ids), "a text with images")
+            windows.append((ids, seen))
+            continue
         bos = ids[:1] if ids[0] == model.config.bos_id else []
         body = ids[len(bos) :]
         step = max(1, size - len(bos))
-        windows += [bos + body[begin : begin + step] for begin in range(0, len(body), step)]
-    return [window for window in windows if len(window) >= SHORTEST]
+        windows += [(bos + body[begin : begin + step], []) for begin in range(0, len(body), step)]
+    return [(ids, seen) for ids, seen in windows if len(ids) >= SHORTEST]
 
 
-def _batches(windows: list[list[int]]):
+def _batches(windows: list[Window]):
     """Windows of about equal lengths together, as many as TOKENS_AT_ONCE allows."""
-    queue = iter(sorted(windows, key=len, reverse=True))
+    queue = iter(sorted(windows, key=lambda window: len(window[0]), reverse=True))
     while first := next(queue, None):
-        yield [first, *islice(queue, max(0, TOKENS_AT_ONCE // len(first) - 1))]
+        yield [first, *islice(queue, max(0, TOKENS_AT_ONCE // len(first[0]) - 1))]
 
 
 # The normal equations
@@ -158,7 +170,8 @@ class _Fit:
 
     def __init__(self, model, plan: PrunePlan, taps: int):
         self.model, self.plan, self.taps = model, plan, taps
-        self.runs = [run for pruned, run in plan.runs(model.config.num_layers) if pruned]
+        runs = plan.runs(model.config.num_layers, model.module.deepstack_layers)
+        self.runs = [run for pruned, run in runs if pruned]
         device, F_in = model.device, taps * model.config.hidden_size
         KE = model.module.config.num_kv_heads * model.config.head_dim
         zeros = lambda *shape: torch.zeros(shape, dtype=torch.float64, device=device)  # noqa: E731
@@ -189,24 +202,28 @@ class _Fit:
         return torch.stack(own), torch.stack(corrections), torch.stack(biases)
 
 
-def _accumulate(model, batch: list[list[int]], fits: list[_Fit]) -> None:
+def _accumulate(model, batch: list[Window], fits: list[_Fit]) -> None:
     """Add the tokens of a batch of windows to the sums of each fit.
 
     One full forward pass gives the targets, and what enters a plan's first run. Behind it each plan has a stream of
     its own, in which pruned tokens skip the plan's layers, up to the last run.
     """
     module, device = model.module, model.device
-    lengths = torch.tensor([len(window) for window in batch], device=device)
-    tokens = torch.nn.utils.rnn.pad_sequence([torch.tensor(w, device=device) for w in batch], batch_first=True)
+    lengths = torch.tensor([len(window) for window, _ in batch])
+    tokens = torch.nn.utils.rnn.pad_sequence([torch.tensor(window) for window, _ in batch], batch_first=True)
+    images = model.vision.images(module, [seen for _, seen in batch], tokens, lengths)
+    lengths, tokens = lengths.to(device), tokens.to(device)
     position = torch.arange(tokens.shape[1], device=device)
-    ropes = module.rope(position[None])
+    h, rotary, reach = module.embed(tokens), position[None], None  # [B, T, D] and [1, T]
+    if images is not None:
+        h, rotary, reach = images.place(h), images.rotary(rotary.expand(len(batch), -1)), images.reach(rotary)
+    ropes = module.rope(rotary)
 
     def full_layer(layer, h):
         q, k, v = layer.queries_keys_values(h, ropes[layer.window])
-        return layer.update(h, causal_attention(q, k, v, layer.scale, layer.window))
+        return layer.update(h, causal_attention(q, k, v, layer.scale, layer.window, reach))
 
     deepest = max(fit.plan.layers[-1] for fit in fits)  # behind it nothing is asked for
-    h = module.embed(tokens)  # [B, T, D]
     streams = [h for _ in fits]
     inputs = [None for _ in fits]  # [N, taps * D] float64, of the run that the layer is in
     for index, layer in enumerate(module.layers[: deepest + 1]):
@@ -216,7 +233,7 @@ def _accumulate(model, batch: list[list[int]], fits: list[_Fit]) -> None:
             plan = fit.plan
             counted = (position >= plan.full_depth_first) & (position < lengths[:, None])  # [B, T]
             if index in plan.layers:
-                if index - 1 not in plan.layers:
+                if index in fit.xx:
                     x = layer.input_layernorm.normalise(streams[number])
                     refit = torch.cat((x, F.pad(x, (0, 0, 1, -1))), dim=-1) if fit.taps == 2 else x
                     inputs[number] = refit[counted].double()
@@ -230,6 +247,10 @@ def _accumulate(model, batch: list[list[int]], fits: list[_Fit]) -> None:
             elif index < plan.layers[-1]:
                 p = streams[number]
                 streams[number] = updated if p is h else full_layer(layer, p)
+        if images is not None:
+            deepened = images.deepen(updated, index)
+            streams = [deepened if stream is updated else images.deepen(stream, index) for stream in streams]
+            updated = deepened
         h = updated
     for fit in fits:
         fit.count += int(((position >= fit.plan.full_depth_first) & (position < lengths[:, None])).sum())
@@ -239,26 +260,32 @@ def _accumulate(model, batch: list[list[int]], fits: list[_Fit]) -> None:
 
 
 class Judge:
-    """KL(full || pruned), nats a token, over the last third of each window; what is before it is the prompt."""
+    """KL(full || pruned), nats a token, over the last third of each window; what is before it is the prompt, which has
+    all images."""
 
-    def __init__(self, model, windows: list[list[int]]):
+    def __init__(self, model, windows: list[Window]):
         self.model, self.cases = model, []
-        for window in windows:
+        for window, seen in windows:
             cut = min(len(window), JUDGED) * 2 // 3
-            prompt, continuation = window[:cut], window[cut:JUDGED]
-            self.cases.append((prompt, continuation, self._log_probs(prompt, continuation, PrunePlan.none())))
+            if seen:
+                cut = max(cut, model.vision.places(window, seen)[-1][-1] + 1)
+            prompt, continuation = window[:cut], window[cut : max(JUDGED, cut + JUDGED // 3)]
+            full = self._log_probs(prompt, continuation, seen, PrunePlan.none())
+            self.cases.append((prompt, continuation, seen, full))
 
-    def _log_probs(self, prompt, continuation, plan) -> torch.Tensor:
+    def _log_probs(self, prompt, continuation, seen, plan) -> torch.Tensor:
         """Log-probabilities [N + 1, V] at the N tokens of the continuation and at the one after."""
         cache = self.model.new_cache(1, len(prompt) + len(continuation))
-        first = self.model.prefill([prompt], cache, plan=plan)  # [1, V]
+        first = self.model.prefill([prompt], cache, images=[seen], plan=plan)  # [1, V]
+        if not continuation:
+            return first.log_softmax(-1)
         rest = engine.extend(self.model.module, torch.tensor([continuation], device=self.model.device), cache)[0]
         return torch.cat((first, rest)).log_softmax(-1)
 
     def __call__(self, plan: PrunePlan) -> float:
         total = count = 0
-        for prompt, continuation, full in self.cases:
-            pruned = self._log_probs(prompt, continuation, plan)
+        for prompt, continuation, seen, full in self.cases:
+            pruned = self._log_probs(prompt, continuation, seen, plan)
             total += F.kl_div(pruned, full, log_target=True, reduction="sum").item()
             count += len(full)
         return total / count

@@ -88,6 +88,7 @@ class Compiled:
         parts = (config, vision) if (vision := getattr(config, "vision", None)) else (config,)
         taken = {value for part in parts for value in vars(part).values() if isinstance(value, int)}
         taken |= {config.head_dim // 2, *((vision.hidden_size // vision.num_heads,) if vision else ())}
+        taken.add(3)  # numbers that Seen.span has
         rows = _unlike(taken) if several else 1
         first, second = _unlike(taken, 4), _unlike(taken, 3)  # tokens of two prompts
         filled = first + second
@@ -127,7 +128,8 @@ class Compiled:
         shape = (rows, long + 2, config.num_kv_heads, config.head_dim)
         keys, values = (torch.zeros(shape, dtype=h.dtype, device=h.device) for _ in range(2))
         mask = torch.ones(rows, 1, long, dtype=torch.bool, device=h.device)
-        self._stages.full_layer(layer, h, self.module.rope(positions)[layer.window], positions, keys, values, mask)
+        seen = engine.Seen(self.module.rope(positions)[layer.window], positions, mask)
+        self._stages.full_layer(layer, h, *seen.arguments(keys, values))
 
 
 def _unlike(taken: set[int], least: int = 2) -> int:

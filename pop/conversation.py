@@ -226,47 +226,57 @@ class Prefix:
 
     tokens: its ids. plan: the PrunePlan, also of all prompts that go on from it.
 
-    The answers are those of `model.generate(prefix.tokens + rest, plan=prefix.plan)`. A prefix has no boundary token:
-    the last `full_depth_last` tokens are counted from the prompt's end. So that they may reach into the prefix, its
-    last full_depth_last - 1 tokens (none, in the paper) are not encoded ahead, but with each prompt.
+    The answers are those of `model.generate(prefix.tokens + rest, plan=prefix.plan)`, with the images and videos of
+    both. A prefix has no boundary token: the last `full_depth_last` tokens are counted from the prompt's end. So that
+    they may reach into the prefix, its last full_depth_last - 1 tokens (none, in the paper) are not encoded ahead, but
+    with each prompt, and with them all of an image that they begin in.
 
     Nothing changes it: threads may share it.
     """
 
-    def __init__(self, model, prompt, *, plan: PrunePlan | None = None):
+    def __init__(self, model, prompt, *, images=None, videos=None, plan: PrunePlan | None = None):
         self.model, self.plan = model, model.resolve(plan)
-        self.tokens = model.encode(prompt, "prefix")
+        (seen,) = model.vision.prepared(images, videos, 1)
+        self.tokens = model.encode(prompt, "prefix", seen=seen)
         model.check_fits(len(self.tokens), "the prefix")
         ahead = max(0, len(self.tokens) - self.plan.full_depth_last + 1)
+        places = model.vision.places(self.tokens, seen)
+        ahead = min([ahead, *(place[0] for place in places if ahead in place)])
         self._behind = self.tokens[ahead:]
+        self._seen_behind = [one for one, place in zip(seen, places, strict=True) if place[0] >= ahead]
         self._cache = None
         if ahead:
             self._cache = model.new_cache(1, ahead)
-            model.prefill([self.tokens[:ahead]], self._cache, plan=self.plan, boundary=False)
+            seen_ahead = [one for one, place in zip(seen, places, strict=True) if place[0] < ahead]
+            model.prefill([self.tokens[:ahead]], self._cache, images=[seen_ahead], plan=self.plan, boundary=False)
 
-    def generate(self, rest, **options) -> Generation | list[Generation]:
+    def generate(self, rest, *, images=None, videos=None, **options) -> Generation | list[Generation]:
         """Continue prefix and rest: text (encoded apart from the prefix, without BOS), token ids, or a list of either
-        as one batch. Options and errors as in `Model.generate`, but for the plan."""
+        as one batch. Options and errors as in `Model.generate`, but for the plan; images and videos are the rest's."""
         began = time.perf_counter()
         batch = is_batch(rest)
-        run = self._run(rest if batch else [rest], options)
+        run = self._run(rest if batch else [rest], images, videos, options)
         seconds = [time.perf_counter() - began for _ in run.steps()]  # when the batch had its n-th token
         answers = run.generations(seconds)
         return answers if batch else answers[0]
 
-    def stream(self, rest, **options) -> Iterator[str]:
+    def stream(self, rest, *, images=None, videos=None, **options) -> Iterator[str]:
         """The answer to prefix and one rest in pieces of whole characters, as they come."""
         self.model.need_tokenizer("stream")
         if is_batch(rest):
             raise InputError("stream takes one prompt; for a batch use generate, or one stream a prompt")
-        run = self._run([rest], options)
+        run = self._run([rest], images, videos, options)
         return (piece for (piece,) in run.steps() if piece)
 
-    def _run(self, rests, options: dict) -> Run:
+    def _run(self, rests, images, videos, options: dict) -> Run:
         if "plan" in options:
             raise InputError("a prefix is encoded by one plan, and so are its prompts; make another for another plan")
-        prompts = [self._behind + self.model.encode(rest, bos=False) for rest in rests]
-        return Run(self.model, prompts, self._cache, plan=self.plan, **options)
+        rows = self.model.vision.prepared(images, videos, len(rests))
+        prompts = [
+            self._behind + self.model.encode(rest, bos=False, seen=row) for rest, row in zip(rests, rows, strict=True)
+        ]
+        images = [self._seen_behind + row for row in rows]
+        return Run(self.model, prompts, self._cache, images=images, plan=self.plan, **options)
 
 
 def _message(role: str, content) -> list[dict]:

@@ -11,12 +11,13 @@ Shape letters are those of models/layers.py, I is the width inside the MLP; N to
     the output head, on one row             D·V
 
 In a kept layer all N tokens do all of this, and they attend N(N+1)/2 positions, the lower triangle, or in a layer with
-a window a band of it, even if the engine computes products outside of it as well. In a
-pruned layer only the W full-depth tokens do; the other N - W do k and v and nothing else, from one input (taps = 1)
-or, by refit projections with two taps, from two:
+a window a band of it, even if the engine computes products outside of it as well. In a pruned layer only the W
+full-depth tokens do. Of the other N - W, P do k and v and nothing else, from one input (taps = 1) or, by refit
+projections with two taps, from two; P is all of them, or in a layer with a window the window - 1 before the prompt's
+last full-depth tokens, since nobody sees the rest:
 
     F(plan) = 2 · [ sum over kept layers    (N·(qo + kv + mlp) + attention of all N)
-                  + sum over pruned layers  ((N - W)·taps·kv + W·(qo + kv + mlp) + attention of the W)
+                  + sum over pruned layers  (P·taps·kv + W·(qo + kv + mlp) + attention of the W)
                   + D·V ]
 
 Images come before all that, and no plan makes them cheaper. A vision tower of width C and L' layers takes the P patches
@@ -45,13 +46,13 @@ def prefill_flops(config, num_tokens: int, plan: PrunePlan, patches: Sequence[in
     everyone = range(num_tokens)
     full_depth = [p for p in everyone if p < plan.full_depth_first or p >= num_tokens - plan.full_depth_last]
     taps = 1 if plan.projections is None else plan.projections.taps
-    projected = taps * (num_tokens - len(full_depth))
+    skipping = num_tokens - len(full_depth)
     kinds = Counter((layer in plan.layers, window) for layer, window in enumerate(config.windows))
-    layers = sum(
-        count * _layer_flops(config, window, *((full_depth, projected) if pruned else (everyone, 0)))
-        for (pruned, window), count in kinds.items()
-    )
-    return layers + 2 * config.hidden_size * config.vocab_size + vision_flops(config, patches)
+    flops = 2 * config.hidden_size * config.vocab_size + vision_flops(config, patches)
+    for (pruned, window), count in kinds.items():
+        seen = skipping if window is None else min(skipping, window - 1)
+        flops += count * _layer_flops(config, window, *((full_depth, taps * seen) if pruned else (everyone, 0)))
+    return flops
 
 
 def speedup_limit(config, num_tokens: int, plan: PrunePlan, patches: Sequence[int] = ()) -> float:

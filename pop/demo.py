@@ -132,7 +132,7 @@ def compare(model, prompt: list[int], plans: list, story: str, *, max_new_tokens
     _progress("measuring the loss")
     tokens = model.encode(story)
     size = min(JUDGED, model.max_seq_len)
-    judge = Judge(model, [tokens[begin : begin + size] for begin in range(0, len(tokens) - size + 1, size)])
+    judge = Judge(model, [(tokens[begin : begin + size], []) for begin in range(0, len(tokens) - size + 1, size)])
     rows = []
     for plan, answer, ttft, times in zip(plans, answers, ttfts, step_times, strict=True):
         pairs = zip(answers[0].tokens, answer.tokens, strict=False)

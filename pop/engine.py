@@ -40,30 +40,31 @@ from typing import NamedTuple
 
 import torch
 
-from pop.cache import KVCache, write
-from pop.models.layers import Images, Rope, causal_attention, linear, masked_attention
+from pop.cache import KVCache, read, write
+from pop.models.layers import Images, Rope, attention_by_blocks, causal_attention, linear, masked_attention
 from pop.plan import PrunePlan
 
 # The stages
 
 
-def full_layer(layer, h, rope, slots, keys, values, mask):
+def full_layer(layer, h, rope, slots, keys, values, mask, attended, span):
     """A layer at full depth: h [B, T, D] -> [B, T, D]; its K and V go to `slots` before anything is attended.
 
-    keys, values: [B, S + 1, K, E], the layer's part of the cache. mask: [B, T, filled], the slots that each token
-    attends; None: the tokens attend themselves, causally, and nothing else is in the cache.
+    keys, values: [B, S + 1, K, E], the layer's part of the cache. mask, attended, span: see Seen.
     """
     q, k, v = layer.queries_keys_values(h, rope)
     write(keys, values, slots, k, v)
     # Read back even what is fresh: where the batch has padding, the cache has not, and nothing can come out of it.
     # In k's shape: compiled code knows its heads from the weights, as numbers, and the cache's only as symbols.
-    filled, heads = h.shape[1] if mask is None else mask.shape[-1], k.shape[2:]
-    k, v = (x[:, :filled].view(-1, filled, *heads) for x in (keys, values))
+    found = read(keys, values, (h.shape[1] if mask is None else mask.shape[-1]) if attended is None else attended)
+    k, v = (x.view(-1, x.shape[1], *k.shape[2:]) for x in found)
     if mask is None:
-        attended = causal_attention(q, k, v, layer.scale, None)
+        out = causal_attention(q, k, v, layer.scale, None)
+    elif h.shape[1] == 1:
+        out = masked_attention(q, k, v, mask, layer.scale)
     else:
-        attended = masked_attention(q, k, v, mask, layer.scale)
-    return layer.update(h, attended)
+        out = attention_by_blocks(q, k, v, mask, span, layer.scale)
+    return layer.update(h, out)
 
 
 def pruned_layer(layer, h, rope, slots, keys, values):
@@ -101,6 +102,7 @@ class Stages(NamedTuple):
 
 
 EAGER = Stages()
+FAR = 2**31  # tokens: more than any sequence has
 
 # Prefill and decode
 
@@ -164,7 +166,7 @@ def decode(module, tokens: torch.Tensor, cache: KVCache, stages: Stages = EAGER)
     states = []
     for index, layer in enumerate(module.layers):
         states.append(h[:, 0])
-        h = stages.full_layer(layer, h, *seen[layer.window].arguments(cache, index))
+        h = stages.full_layer(layer, h, *seen[layer.window].arguments(*cache.layer(index)))
     logits = stages.head(module, h)[:, 0]  # [B, V]
     cache.point = cache.lengths + 1, torch.stack(states), cache.shifts
     return logits
@@ -174,24 +176,30 @@ def decode(module, tokens: torch.Tensor, cache: KVCache, stages: Stages = EAGER)
 class Seen:
     """Tokens [B, T] as all layers with one window see them.
 
-    rope: their rotary tables. slots: [B, T], where their K and V go. mask: [B, T, filled], which slots they attend, or
-    None for a fresh chunk of text that the window does not cut: it attends itself, causally.
+    rope: their rotary tables. slots: [B, T], where their K and V go.
+    mask: [B, T, keys], which keys they attend, or None for a fresh chunk of text that the window does not cut: it
+        attends itself, causally.
+    attended: [B, keys], the slots of these keys; None: the first ones.
+    span: which of the keys a token can attend at all, by its place in the chunk: see attention_by_blocks.
     """
 
     rope: Rope
     slots: torch.Tensor
     mask: torch.Tensor | None
+    attended: torch.Tensor | None = None
+    span: torch.Tensor | None = None
 
     @classmethod
     def by_window(
-        cls, module, cache: KVCache, positions, rotary, valid, ends, fresh: bool = False, reach=None
+        cls, module, cache: KVCache, positions, rotary, valid, ends, fresh: bool = False, reach=None, chunk=None
     ) -> dict[int | None, Seen]:
         """One for each window that layers have.
 
         positions: [B, T] in the sequence. rotary: [B, T], or [3, B, T] by axis, what module.rope makes tables of.
         valid: [B, T], false for tokens that are kept nowhere. ends: [B] on the CPU, the tokens that each row has when
         these are written. fresh: they are all that there is. reach: [B, T], the last position that each may attend;
-        None: its own.
+        None: its own. chunk: of several tokens side by side, the largest position that a row begins with and the most
+        that a token reaches beyond its own; None: they are anywhere.
         """
         ropes, filled = module.rope(rotary), max(2, int(ends.max()))  # torch compiles a size of 1 by itself: 2
         ends = ends.to(positions.device)[:, None]  # [B, 1]
@@ -201,19 +209,28 @@ class Seen:
         for window, rope in ropes.items():
             ring = cache.slots(window)
             slots = (positions % ring).where(valid, ring)
-            mask = None
+            mask = attended = span = None
             if not fresh or (window is not None and filled > window):
-                slot = torch.arange(min(filled, ring), device=positions.device)
-                held = ends - 1 - (ends - 1 - slot) % ring  # [B, filled], the latest position written to each slot
+                own, before, behind = 0, FAR, FAR
+                if chunk is not None:
+                    own, before, behind = chunk[0], FAR if window is None else window - 1, chunk[1]
+                if chunk is None or fresh or window is None:
+                    slot = torch.arange(min(filled, ring), device=positions.device)
+                    held = ends - 1 - (ends - 1 - slot) % ring  # [B, keys], the latest position written to each slot
+                else:  # in the sequence's order, which that of the slots is not
+                    own = min(own, before)
+                    held = positions[:, :1] - own + torch.arange(own + positions.shape[1], device=positions.device)
+                    attended = held % ring  # [B, keys]
                 mask = (held >= 0)[:, None] & (held[:, None] <= reach[..., None])
                 if window is not None:
                     mask &= held[:, None] > last[..., None] - window
-            seen[window] = cls(rope, slots, mask)
+                span = torch.tensor([own, before, behind])
+            seen[window] = cls(rope, slots, mask, attended, span)
         return seen
 
-    def arguments(self, cache: KVCache, index: int) -> tuple:
+    def arguments(self, keys: torch.Tensor, values: torch.Tensor) -> tuple:
         """What full_layer takes behind h."""
-        return self.rope, self.slots, *cache.layer(index), self.mask
+        return self.rope, self.slots, keys, values, self.mask, self.attended, self.span
 
 
 @dataclasses.dataclass(frozen=True)
@@ -223,9 +240,9 @@ class Layout:
     index: [B, C], of each token in its prompt. positions: [B, C], in its sequence. rotary: [B, C] or [3, B, C], what it
         is rotated by. valid: [B, C], false for padding.
     images: what of the images is in the chunk, or None if it is all text. reach: [B, C], see Images, or None.
-    ends: [B] on the CPU, the tokens of each row behind the chunk.
-    fresh: the cache was empty, so the chunk attends itself alone, and causally; false for one token, laid out as in
-        decode.
+    ends: [B] on the CPU, the tokens of each row behind the chunk. span: the largest position that a row's part of it
+        begins with, and the most that a token reaches beyond its own; None for one token, laid out as in decode.
+    fresh: the cache was empty, so the chunk attends itself alone, and causally; false for one token.
     seen_from: the first token of the chunk, in any row, that the prompt's last full-depth tokens could see if the
         window were 1; what is this side of a window before it can be seen, too. 0 if full-depth tokens are in an image
         that goes on behind them, which they see.
@@ -243,6 +260,7 @@ class Layout:
     reach: torch.Tensor | None
     valid: torch.Tensor
     ends: torch.Tensor
+    span: tuple[int, int] | None
     fresh: bool
     seen_from: int
     rows: torch.Tensor
@@ -283,6 +301,8 @@ class Layout:
         holds_last = last >= 0
         last = last.clamp(min=0)
         last_full = full_depth.gather(1, last[:, None])[:, 0] & bool(W)
+        ahead = 0 if reach is None else int((reach - positions).max())
+        span = (int(positions[:, 0].max()), ahead) if C > 1 else None
         seen_from = int((lengths - begin)[end > begin].min()) - full_depth_last
         if reach is not None and (valid & (positions < plan.full_depth_first) & (reach >= plan.full_depth_first)).any():
             seen_from = 0
@@ -305,6 +325,7 @@ class Layout:
             plan=plan,
             images=images,
             ends=(start + end)[:, 0],
+            span=span,
             fresh=C > 1 and reach is None and not positions[:, 0].any(),
             seen_from=seen_from,
             **{name: None if tensor is None else tensor.to(device) for name, tensor in tensors.items()},
@@ -344,7 +365,7 @@ def _chunk(module, tokens, cache, states, at: Layout, stages: Stages):
     h = module.embed(tokens.gather(1, at.index))  # [B, C, D]
     if at.images is not None:
         h = at.images.place(h)
-    seen = Seen.by_window(module, cache, at.positions, at.rotary, at.valid, at.ends, at.fresh, at.reach)
+    seen = Seen.by_window(module, cache, at.positions, at.rotary, at.valid, at.ends, at.fresh, at.reach, at.span)
     W = at.rows.shape[1]
     if W:
         places = at.rows_positions, at.rows_rotary, at.rows_valid
@@ -359,13 +380,13 @@ def _chunk(module, tokens, cache, states, at: Layout, stages: Stages):
                 new_states.append(at.latest(h, states[index], f if W else None))
                 if W:
                     layer = module.layers[index]
-                    f = stages.full_layer(layer, f, *rows_seen[layer.window].arguments(cache, index))
+                    f = stages.full_layer(layer, f, *rows_seen[layer.window].arguments(*cache.layer(index)))
             h = h.scatter(1, rows, f.where(at.rows_valid[..., None], before))
         else:
             for index in run:
                 new_states.append(at.latest(h, states[index]))
                 layer = module.layers[index]
-                h = stages.full_layer(layer, h, *seen[layer.window].arguments(cache, index))
+                h = stages.full_layer(layer, h, *seen[layer.window].arguments(*cache.layer(index)))
         if at.images is not None:
             h = at.images.deepen(h, run[-1])
     return h, torch.stack(new_states)

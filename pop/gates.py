@@ -19,7 +19,7 @@ All gates of all layers come from one forward and one backward pass a sample. Sh
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -30,15 +30,19 @@ from pop.errors import InputError
 from pop.generate import Sampler, end_ids
 from pop.models.layers import Rope, causal_attention
 from pop.plan import PrunePlan
+from pop.vision import Prepared
 
 LOGITS_AT_ONCE = 256  # tokens of the responses, whose logits [N, V] are in memory together
 
 
-def sample_responses(model, prompts: list[list[int]], seeds: list[Sequence[int]], count: int) -> list[list[int]]:
+def sample_responses(
+    model, prompts: list[list[int]], seeds: list[Sequence[int]], count: int, seen: list[list[Prepared]] | None = None
+) -> list[list[int]]:
     """Responses of up to `count` tokens to prompts, at full depth and temperature 1, with their end tokens.
 
     seeds: for each prompt what its random numbers are made of. Its place in the batch plays no part, so that, as far
-    as rounding lets the logits be the same, neither do the other prompts.
+    as rounding lets the logits be the same, neither do the other prompts. seen: each prompt's images and videos; None:
+    there are none.
     """
     if not prompts:
         return []
@@ -49,7 +53,7 @@ def sample_responses(model, prompts: list[list[int]], seeds: list[Sequence[int]]
     lengths = [len(prompt) for prompt in prompts]
     padded = [prompt + [0] * (max(lengths) - len(prompt)) for prompt in prompts]
     cache = model.new_cache(len(prompts), max(lengths) + count - 1)
-    logits = model.prefill(padded, cache, lengths=lengths, plan=PrunePlan.none())
+    logits = model.prefill(padded, cache, lengths=lengths, images=seen, plan=PrunePlan.none())
     responses = [[] for _ in prompts]
     while True:
         _check_finite(logits, "logits")
@@ -64,13 +68,18 @@ def sample_responses(model, prompts: list[list[int]], seeds: list[Sequence[int]]
 
 @torch.inference_mode(False)  # whatever the caller is in
 @torch.enable_grad()
-def gate_gradients(module, prompts: list[list[int]], responses: list[list[int]]) -> torch.Tensor:
+def gate_gradients(
+    module, prompts: list[list[int]], responses: list[list[int]], images_of: Callable | None = None
+) -> torch.Tensor:
     """dL/dg of every gate, sample by sample: [B, 2 (attention, MLP), 2 (prefill, decode), L] float64 on the CPU.
 
-    prompts, responses: token ids, none of them empty; L is the response's negative log-likelihood. The rows of the
-    batch are padded on the right, where causal attention cannot see, and each row has gates of its own, so that one
-    backward pass keeps the samples apart. Only the states between the layers are kept for it; what is inside a layer
-    is computed again. Raises InputError where numbers overflow.
+    prompts, responses: token ids, none of them empty; L is the response's negative log-likelihood. images_of: from
+    tokens [B, T] and lengths [B] on the CPU to the Images of these rows; responses have -1 for tokens there, since
+    what a model says is no image.
+
+    The rows of the batch are padded on the right, where causal attention cannot see, and each row has gates of its own,
+    so that one backward pass keeps the samples apart. Only the states between the layers are kept for it; what is
+    inside a layer is computed again. Raises InputError where numbers overflow.
     """
     device = next(module.parameters()).device
     rows = [prompt + response[:-1] for prompt, response in zip(prompts, responses, strict=True)]
@@ -83,12 +92,21 @@ def gate_gradients(module, prompts: list[list[int]], responses: list[list[int]])
     predicts = decode & (index < lengths)  # the tokens whose logits are scored
     targets = torch.tensor([token for response in responses for token in response], device=device)  # [N]
 
+    images = None
+    if images_of is not None:
+        with torch.no_grad():
+            images = images_of(tokens.where(index <= boundary, -1).cpu(), lengths[:, 0].cpu())
+
     with _frozen(module):
         gates = torch.ones(len(module.layers), len(rows), 2, 2, device=device, requires_grad=True)
-        h = module.embed(tokens)  # [B, T, D]
-        ropes = module.rope(index[None])
-        for layer, gate in zip(module.layers, gates, strict=True):
-            h = _checkpoint(_gated_layer, layer, h, ropes[layer.window], gate, decode)
+        h, rotary, reach = module.embed(tokens), index[None], None  # [B, T, D] and [1, T]
+        if images is not None:
+            h, rotary, reach = images.place(h), images.rotary(rotary.expand(len(rows), -1)), images.reach(rotary)
+        ropes = module.rope(rotary)
+        for number, (layer, gate) in enumerate(zip(module.layers, gates, strict=True)):
+            h = _checkpoint(_gated_layer, layer, h, ropes[layer.window], gate, decode, reach)
+            if images is not None:
+                h = images.deepen(h, number)
         h = h[predicts]  # [N, D]: row by row, as the targets are
         pieces = zip(h.split(LOGITS_AT_ONCE), targets.split(LOGITS_AT_ONCE), strict=True)
         loss = sum(_checkpoint(_negative_log_likelihood, module, *piece) for piece in pieces)
@@ -97,14 +115,14 @@ def gate_gradients(module, prompts: list[list[int]], responses: list[list[int]])
     return gradients.permute(1, 2, 3, 0).double().cpu()
 
 
-def _gated_layer(layer, h: torch.Tensor, rope: Rope, gates: torch.Tensor, decode: torch.Tensor) -> torch.Tensor:
+def _gated_layer(layer, h: torch.Tensor, rope: Rope, gates: torch.Tensor, decode: torch.Tensor, reach=None):
     """One layer at full depth: h [B, T, D] -> [B, T, D]; gates [B, 2 (attention, MLP), 2 (prefill, decode)] float32.
 
-    decode: [B, T] bool, the stage of each token. A gate of one changes no bit of h, bfloat16 included, and its
-    derivative is a sum in float32.
+    decode: [B, T] bool, the stage of each token. reach: [B, T] or None, as in causal_attention. A gate of one changes
+    no bit of h, bfloat16 included, and its derivative is a sum in float32.
     """
     gates = torch.where(decode[:, None], gates[:, :, 1:], gates[:, :, :1])[..., None]  # [B, 2, T, 1]
-    attended = causal_attention(*layer.queries_keys_values(h, rope), layer.scale, layer.window)
+    attended = causal_attention(*layer.queries_keys_values(h, rope), layer.scale, layer.window, reach)
     h = h + (gates[:, 0] * layer.attention_update(attended)).to(h.dtype)
     return h + (gates[:, 1] * layer.mlp_update(h)).to(h.dtype)
 

@@ -83,10 +83,11 @@ def _from_pillow(image, name: str) -> torch.Tensor:
     _check_size(*image.size, name)  # known from the header: nothing is decoded yet
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I;16"):
-        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))  # Pillow would clip at 255
+        values, transparent = np.asarray(image), image.info.get("transparency", -1)
+        image = Image.fromarray(np.where(values == transparent, 255, values >> 8).astype(np.uint8))  # Pillow would clip
     if image.mode in ("I", "F"):
         raise InputError(f"{name} has pixels of 32 bits, of which no value is known to be white; give it in 8 bits")
-    if "A" in image.getbands() or image.info.get("transparency") is not None:
+    if {"A", "a"} & {*image.getbands()} or image.info.get("transparency") is not None:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)  # [3, H, W]
@@ -123,14 +124,16 @@ def _pillow():
 # ---- Gemma-3 ----
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class PanAndScan:
-    """Also look at an elongated image in crops, side by side along its longer side.
+    """An image that Gemma-3 also looks at in crops, side by side along its longer side, if it is elongated.
 
-    Their count is the ratio of the sides, rounded; at least 2, at most `max_crops`, and no more than leave each crop
-    `min_crop_size` pixels. Images with a ratio below `min_ratio`, or a side below `min_crop_size`, are not cropped.
+    image: see `load_image`. The crops' count is the ratio of the sides, rounded; at least 2, at most `max_crops`, and
+    no more than leave each crop `min_crop_size` pixels. Images with a ratio below `min_ratio`, or crops with a side
+    below `min_crop_size`, are not looked at in crops.
     """
 
+    image: object
     min_crop_size: int = 256
     max_crops: int = 4
     min_ratio: float = 1.2
@@ -142,16 +145,17 @@ class PanAndScan:
             raise InputError(f"min_ratio is {self.min_ratio!r}; it must be a number of at least 1")
 
 
-def gemma_pixels(image, size: int, pan_and_scan: PanAndScan | None = None) -> torch.Tensor:
+def gemma_pixels(image, size: int) -> torch.Tensor:
     """Prepare an image (see `load_image`) for the vision tower: [1 + crops, 3, size, size] float32 from -1 to 1.
 
-    size: the config's image_size; the image is squeezed into that square, whatever its shape.
-    pan_and_scan: None for the whole image alone, else it is followed by its crops, from left to right or downwards.
+    image: behind a PanAndScan come its crops, from left to right or downwards; there are none of other images.
+    size: the config's image_size; an image is squeezed into that square, whatever its shape.
     """
-    if pan_and_scan is not None and not isinstance(pan_and_scan, PanAndScan):
-        raise InputError(f"pan_and_scan is {pan_and_scan!r:.80}; give a PanAndScan or None")
-    whole = load_image(image)
-    views = [whole] if pan_and_scan is None else [whole, *_crops(whole, pan_and_scan)]
+    if isinstance(image, PanAndScan):
+        whole = load_image(image.image)
+        views = [whole, *_crops(whole, image)]
+    else:
+        views = [load_image(image)]
     return (torch.stack([_resize(view, size) for view in views]).float() - 127.5) / 127.5  # [1 + crops, 3, size, size]
 
 

@@ -14,6 +14,7 @@ import json
 import math
 import os
 from collections.abc import Iterable, Sequence
+from functools import partial
 from numbers import Integral
 from pathlib import Path
 
@@ -25,6 +26,7 @@ from pop.gates import gate_gradients, sample_responses
 from pop.model import Model
 from pop.plan import PrunePlan
 from pop.staging import replaced
+from pop.vision import Prepared
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -138,6 +140,8 @@ def importance(
     model,
     samples: Iterable,
     *,
+    images=None,
+    videos=None,
     response_tokens: int = 64,
     batch_size: int = 8,
     seed: int = 0,
@@ -150,6 +154,8 @@ def importance(
     model: a pop.Model; its plan plays no part, and its parameters are left as they are.
     samples: prompts, each a text or token ids (model.chat_tokens(...), say), to which the model samples a response at
         full depth and temperature 1; or pairs (prompt, response) with a response to take instead.
+    images, videos: a list for each sample, what its prompt has of them, as in `Model.generate`. All are prepared at
+        once, and so in memory together.
     response_tokens: the longest response that is sampled; an end token ends it before, and counts in the loss.
     batch_size: samples in memory together. It changes speed and memory, and the scores only as rounding does.
     seed: sample number i has a random generator of its own, made of (seed, i).
@@ -172,26 +178,28 @@ def importance(
         raise InputError(f"seed is {seed!r}; it must be an integer from 0 to 2**63 - 1")
     if not isinstance(branches, bool):
         raise InputError(f"branches is {branches!r}; it must be True or False")
-    samples = _parse(model, samples, response_tokens)
+    samples = _parse(model, samples, images, videos, response_tokens)
     gates = ("layer", "attention", "mlp") if branches else ("layer",)
     record = _Record(torch.zeros(len(gates), 2, len(model.module.layers), dtype=torch.float64))
     if resume is not None:
         settings = {"response_tokens": response_tokens, "seed": int(seed), "branches": branches}
         run = {
             "model": f"{model.config} {model.dtype} {model.fingerprint}",
-            "samples": _sha256(_json(samples)),
+            "samples": _sha256(_json([(*texts, [one.sha256 for one in seen]) for *texts, seen in samples])),
             **settings,
         }
         record.load(resume, run, len(samples))
         record.save(resume, run)  # now: a path that cannot be written is better known at once
     for begin in _progress(range(record.count, len(samples), batch_size), progress):
         batch = samples[begin : begin + batch_size]
-        numbers = [begin + row for row, (_, response) in enumerate(batch) if response is None]
-        asking, seeds = [samples[number][0] for number in numbers], [(seed, number) for number in numbers]
-        sampled = iter(sample_responses(model, asking, seeds, response_tokens))
-        prompts = [prompt for prompt, _ in batch]
-        responses = [next(sampled) if response is None else response for _, response in batch]
-        gradients = gate_gradients(model.module, prompts, responses)  # [B, 2, 2, L]
+        numbers = [begin + row for row, (_, response, _) in enumerate(batch) if response is None]
+        asking, seeds = [samples[number] for number in numbers], [(seed, number) for number in numbers]
+        told = [prompt for prompt, _, _ in asking], seeds, response_tokens, [seen for *_, seen in asking]
+        sampled = iter(sample_responses(model, *told))
+        prompts, given, seen = map(list, zip(*batch, strict=True))
+        responses = [next(sampled) if response is None else response for response in given]
+        images_of = partial(model.vision.images, model.module, seen) if any(seen) else None
+        gradients = gate_gradients(model.module, prompts, responses, images_of)  # [B, 2, 2, L]
         # A gate on the whole layer multiplies both branches: its derivative is the sum of theirs.
         whole = gradients.sum(1, keepdim=True)
         for score in torch.cat((whole, gradients), 1)[:, : len(gates)].square():
@@ -206,21 +214,27 @@ def importance(
     return dataclasses.replace(layer, **dict(zip(gates[1:], branch, strict=True)))
 
 
-def _parse(model, samples, response_tokens: int) -> list[tuple[list[int], list[int] | None]]:
-    """Every sample as token ids (prompt, response); the response is None where it is to be sampled."""
+def _parse(
+    model, samples, images, videos, response_tokens: int
+) -> list[tuple[list[int], list[int] | None, list[Prepared]]]:
+    """Every sample as token ids (prompt, response) and what its prompt has of images and videos.
+
+    The response is None where it is to be sampled.
+    """
     if isinstance(samples, (str, bytes, dict)) or not isinstance(samples, Iterable):
         raise InputError(f"samples is a {type(samples).__name__}; give a list of prompts, or of (prompt, response)")
-    parsed = []
-    for number, sample in enumerate(samples):
+    samples, parsed = list(samples), []
+    rows = model.vision.prepared(images, videos, len(samples))
+    for number, (sample, seen) in enumerate(zip(samples, rows, strict=True)):
         try:
             prompt, response = sample if _is_pair(sample) else (sample, None)
-            prompt = model.encode(prompt)
+            prompt = model.encode(prompt, seen=seen)
             response = None if response is None else model.encode(response, "response", bos=False)
             count = response_tokens if response is None else len(response)
             model.check_fits(len(prompt) + count - 1, "prompt plus response")
         except PopError as error:
             raise type(error)(f"sample {number} cannot be used: {error}") from None
-        parsed.append((prompt, response))
+        parsed.append((prompt, response, seen))
     if not parsed:
         raise InputError("samples is empty; give at least one prompt")
     return parsed

@@ -86,7 +86,12 @@ class Model:
     # Tensors in, tensors out
 
     def new_cache(self, batch_size: int = 1, max_seq_len: int | None = None) -> KVCache:
-        """An empty KV cache, of KVCache.size_in_bytes(module.config, batch_size, max_seq_len, dtype, chunk_size).
+        """An empty KV cache, of KVCache.size_in_bytes(module.config, batch_size, max_seq_len, dtype, chunk_size):
+
+            batch_size * (2 * (sum over layers of S + 1) * K * E + L * D) * bytes of a number,
+
+        with S = max_seq_len slots in a layer that attends everything, and min(max_seq_len, window - 1 + chunk_size) in
+        one with a window. So windows save 76 % of gemma3-12b's cache at 32,768 tokens: 3.2 GB instead of 12.9.
 
         max_seq_len: tokens a row; None takes the model's. Raises CacheMemoryError where it does not fit.
         """
@@ -261,9 +266,9 @@ class Model:
         """A conversation that `Conversation.save` has kept; it was held with this model and this plan."""
         return Conversation.load(self, path, plan=plan)
 
-    def prefix(self, prompt, *, plan: PrunePlan | None = None) -> Prefix:
+    def prefix(self, prompt, *, images=None, videos=None, plan: PrunePlan | None = None) -> Prefix:
         """Encode once what many prompts begin with, text or token ids: then `prefix.generate(rest)`."""
-        return Prefix(self, prompt, plan=plan)
+        return Prefix(self, prompt, images=images, videos=videos, plan=plan)
 
     def score(self, context, continuation, *, images=None, videos=None, plan: PrunePlan | None = None) -> float:
         """log p(continuation | context), natural logarithm, summed over the continuation's tokens.

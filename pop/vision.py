@@ -14,6 +14,7 @@ import hashlib
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import ClassVar
 
 import torch
@@ -109,6 +110,22 @@ class Vision:
         parts = re.split(f"({'|'.join(map(re.escape, kinds))})", text)
         return [piece for part in parts for piece in (next(left[kinds[part]]).pieces if part in kinds else (part,))]
 
+    def places(self, tokens: Sequence[int], seen: Sequence[Prepared]) -> list[range]:
+        """Where in a prompt's tokens each of its images and videos is: from its first to its last placeholder."""
+        left = {
+            kind: iter([place for place, token in enumerate(tokens) if token == placeholder])
+            for kind, placeholder in self.placeholders.items()
+        }
+        places = []
+        for one in seen:
+            placeholder = self.placeholders[one.kind]
+            count = sum(ids.count(placeholder) for ids in one.pieces if not isinstance(ids, str))
+            taken = list(islice(left[one.kind], count))
+            if len(taken) < count:
+                raise InputError(f"{one.kind}s are given that the prompt lacks tokens {placeholder} for; add them")
+            places.append(range(taken[0], taken[-1] + 1))
+        return places
+
     def check_text(self, tokens: Sequence[int], what: str) -> None:
         """Raise InputError where tokens that come without images or videos have placeholders for some."""
         for kind, token in self.placeholders.items():
@@ -117,7 +134,10 @@ class Vision:
 
 
 class GemmaVision(Vision):
-    """An image is a square of fixed size, and M tokens that attend each other in both directions."""
+    """An image is a square of fixed size, and M tokens that attend each other in both directions.
+
+    A PanAndScan is several of these: the whole, and its crops.
+    """
 
     marks: ClassVar = {"image": "<start_of_image>"}
 
@@ -128,18 +148,25 @@ class GemmaVision(Vision):
 
     def prepare(self, kind, given):
         config = self.config
+        pixels = gemma_pixels(given, config.vision.image_size)  # [1 + crops, 3, S, S]
         ids = [config.boi_id, *[config.image_id] * config.vision.tokens_per_image, config.eoi_id]
-        return Prepared(kind, gemma_pixels(given, config.vision.image_size), ("\n\n", ids, "\n\n"))
+        one = ("\n\n", ids, "\n\n")
+        if len(pixels) == 1:
+            return Prepared(kind, pixels, one)
+        crops = [piece for _ in pixels[1:] for piece in (" ", *one)]
+        about = "Here is the original image ", " and here are some crops to help you see better"
+        return Prepared(kind, pixels, (about[0], *one, about[1], *crops))
 
     def images(self, module, rows, tokens, lengths, run=vision_layer):
         M, image_id = self.config.vision.tokens_per_image, self.config.image_id
         is_image = (tokens == image_id).cpu() & (torch.arange(tokens.shape[1]) < lengths[:, None])  # [B, T]
         numbers = is_image.flatten().cumsum(0).view_as(is_image) - 1
         for row, (seen, count) in enumerate(zip(rows, is_image.sum(1).tolist(), strict=True)):
-            if count != M * len(seen):
+            views = sum(len(one.pixels) for one in seen)
+            if count != M * views:
                 raise InputError(
-                    f"row {row} has {len(seen)} images, but {count} tokens {image_id} for images, which have {M} each; "
-                    "give each image its tokens in the prompt, and the other way round"
+                    f"row {row} has {views} images, crops counted, but {count} tokens {image_id} for images, of {M} "
+                    "each; give each image its tokens in the prompt, and the other way round"
                 )
         begins = is_image & ~F.pad(is_image, (1, -1))  # where a run of them does
         if not torch.equal(begins, is_image & (numbers % M == 0)):

@@ -11,10 +11,11 @@ from pathlib import Path
 import matplotlib
 import pytest
 import torch
-from tiny import hf_config, random_model, tiny_config, write_checkpoint
+from tiny import hf_config, random_model, tiny_config, tiny_gemma3_config, write_checkpoint
 
 import pop
 from pop import cost, registry
+from pop.config import SiglipConfig
 from pop.config_files import read_config
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tools"))
@@ -47,8 +48,10 @@ def arguments(*argv):
 def test_known_shapes_have_the_registrys_parameters(name, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(bench_shapes.SHAPES[name]))
     config = read_config(tmp_path)
-    assert bench_shapes.weight_bytes(config, torch.bfloat16) == 2 * registry.MODELS[name].parameters
     assert config.dtype == torch.bfloat16
+    if name == "gemma3-12b":  # the language model alone: it has the registry's with its vision tower
+        config = dataclasses.replace(config, vision=SiglipConfig(1152, 4304, 27, 16, image_size=896, patch_size=14))
+    assert bench_shapes.weight_bytes(config, torch.bfloat16) == 2 * registry.MODELS[name].parameters
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -90,11 +93,30 @@ def test_memory_is_what_the_formula_says(tmp_path):
     assert found["ratio"] == pytest.approx(1, abs=0.1)
 
 
-def test_as_many_layers_as_fit():
-    config = tiny_config(num_layers=9)
+def test_windows_in_bytes_by_hand(monkeypatch):
+    config = tiny_gemma3_config(windows=(5, 5, None))
+    of_layer = 2 * 2 * 10 * 2  # a slot's bytes
+    read = bench_shapes.weight_bytes(config, torch.bfloat16)
+    assert bench_shapes.decode_bytes(config, 9, torch.bfloat16) == read + (5 + 5 + 9) * of_layer
+    assert bench_shapes.decode_bytes(config, 4, torch.bfloat16) == read + 3 * 4 * of_layer
+    monkeypatch.setattr(bench_shapes, "CHUNK", 70)
+    for tokens, chunk, masks, in_order, block in (
+        (4, 4, 0, 0, 0),
+        (30, 30, 30 * 30, 0, 30 * 30),  # the window's alone
+        (200, 70, 70 * (74 + 200), 74, 70 * 200),
+    ):
+        cache = bench_shapes.KVCache.size_in_bytes(config, 1, tokens, torch.bfloat16)
+        attention = ((chunk + in_order) * 2 * 20 + block) * 2
+        more = masks + max(attention, chunk * 3 * 44 * 2)
+        expected = read + cache + chunk * (3 * 30 + 2 * 60) * 2 + more
+        assert bench_shapes.prefill_memory(config, tokens, torch.bfloat16) == expected
 
+
+@pytest.mark.parametrize("config", [tiny_config(num_layers=9), tiny_gemma3_config(windows=(5, None) * 4 + (5,))])
+def test_as_many_layers_as_fit(config):
     def needed(layers):
-        shorter = dataclasses.replace(config, num_layers=layers)
+        shorter = bench_shapes.shortened(config, layers)
+        assert shorter.windows == config.windows[:layers]
         prefill = bench_shapes.prefill_memory(shorter, 20, torch.float32, True)
         return prefill + layers * 2 * 20 * 60 * 4 + bench_shapes.BIG  # projections of two taps
 
@@ -206,18 +228,27 @@ def test_slots_start_from_the_same_position_in_both_caches(model, monkeypatch):
     assert bench.measure_slots(model, 5, 2, 1)["left_out"] == "too large"
 
 
-def test_attention_is_the_full_prefills(model, monkeypatch):
-    """Five layers: the first chunk causal and without a mask, each later one over all that is filled."""
-    calls = []
+def test_attention_is_the_full_prefills(monkeypatch):
+    """Local, global: the first chunk causal if the window does not cut it, later ones over what can be seen."""
+    config, calls = tiny_gemma3_config(windows=(3, 5, None)), []
+    model = pop.Model(random_model(config), config, compile=False)
     monkeypatch.setattr(bench, "CHUNK", 4)
-    monkeypatch.setattr(
-        bench, "causal_attention", lambda q, k, v, scale, _: calls.append((q.shape[1], k.shape[1], scale))
-    )
-    monkeypatch.setattr(bench, "masked_attention", lambda q, k, v, m, scale: calls.append((q.shape[1], k.shape[1], m)))
+
+    def causal(q, k, v, scale, window):
+        calls.append((q.shape[1], k.shape[1], scale, window))
+
+    def by_blocks(q, k, v, mask, span, scale):
+        calls.append((q.shape[1], k.shape[1], mask, span.tolist(), scale))
+
+    monkeypatch.setattr(bench, "causal_attention", causal)
+    monkeypatch.setattr(bench, "attention_by_blocks", by_blocks)
     assert bench.attention_turn(model, 10)()["attention_s"] > 0
-    assert [call[:2] for call in calls] == [(4, 4)] * 5 + [(4, 8)] * 5 + [(2, 10)] * 5
-    assert calls[0][2] == pytest.approx(10**-0.5)
-    assert calls[-1][2][0].tolist() == [[True] * 9 + [False], [True] * 10]
+    assert [call[:2] for call in calls] == [(4, 4)] * 3 + [(4, 6), (4, 8), (4, 8), (2, 4), (2, 6), (2, 10)]
+    assert calls[1][2:] == calls[2][2:] == (pytest.approx(10**-0.5), None)
+    spans = [calls[n][3] for n in (0, 3, 4, 5, 6, 7, 8)]
+    assert spans == [[0, 2, 0], [2, 2, 0], [4, 4, 0], [4, 8, 0], [2, 2, 0], [4, 4, 0], [8, 10, 0]]
+    assert calls[6][2][0].tolist() == [[True] * 3 + [False], [False] + [True] * 3]
+    assert calls[8][2][0].tolist() == [[True] * 9 + [False], [True] * 10]
 
 
 # ---- Models and plans ----
@@ -381,7 +412,7 @@ def test_the_children_measure_in_their_process(folder, capsys):
     [
         (["--model", "a", "--shape", "b"], "both given"),
         (["--model", "a", "--layers", "2"], "--layers shortens a --shape"),
-        (["--shape", "nothing"], "give one of llama3.1-8b, smollm2-135m, qwen3-vl-8b, or a folder"),
+        (["--shape", "nothing"], "give one of llama3.1-8b, smollm2-135m, qwen3-vl-8b, gemma3-12b, or a folder"),
         (["--shape", "FOLDER", "--layers", "9"], "--layers is 9, but .* has 5"),
         (["--model", "nothing"], "no known model"),
         (["--lengths", "12,x"], "--lengths is '12,x'"),

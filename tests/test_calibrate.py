@@ -47,17 +47,25 @@ def either(request):
     return pop.Model(random_model(request.param), request.param)
 
 
+def unseen(texts):
+    """Windows without images."""
+    return [(text, []) for text in texts]
+
+
 TEXTS = random_texts(0, 300, 40, 17, 500, 90)
 
 
 # The fit
 
 
-def naive_fit(model, windows, plan, taps, ridge):
-    """W [n, 2, K * E, taps * D]: ridge regression toward the layer's own by lstsq, from hooks in naive passes."""
+def naive_fit(model, windows, plan, taps, ridge, images=None):
+    """W [n, 2, K * E, taps * D]: ridge regression toward the layer's own by lstsq, from hooks in naive passes.
+
+    images: the Images of each window.
+    """
     module = model.module
     xs, ys = {index: [] for index in plan.layers}, {(index, i): [] for index in plan.layers for i in (0, 1)}
-    for window in windows:
+    for window, seen in zip(windows, images or [None] * len(windows), strict=True):
         tokens = torch.tensor(window)
         entered, projected = {}, {}
 
@@ -69,8 +77,8 @@ def naive_fit(model, windows, plan, taps, ridge):
 
         first = torch.arange(len(window)) < plan.full_depth_first
         for store, run in (
-            (entered, lambda: reference.forward(module, tokens, first, plan)),  # noqa: B023
-            (projected, lambda: module(tokens[None])),  # noqa: B023
+            (entered, lambda: reference.forward(module, tokens, first, plan, seen)),  # noqa: B023
+            (projected, lambda: module(tokens[None], *([] if seen is None else [seen]))),  # noqa: B023
         ):
             hooks = []
             for index in plan.layers:
@@ -83,7 +91,7 @@ def naive_fit(model, windows, plan, taps, ridge):
                 hook.remove()
         for index in plan.layers:
             start = index
-            while start - 1 in plan.layers:
+            while start - 1 in plan.layers and start > module.deepstack_layers:
                 start -= 1
             h = entered[start, "input_layernorm"][0].double().numpy()
             x = h / np.sqrt((h**2).mean(-1, keepdims=True) + module.config.norm_eps)
@@ -114,10 +122,11 @@ def test_the_normal_equations_give_the_naive_fit(module, data):
     plan = PrunePlan(tuple(layers), full_depth_first=data.draw(st.integers(1, 3)))
     taps, ridge = data.draw(st.sampled_from([1, 2])), data.draw(st.sampled_from([1e-3, 1e-1, 1.0]))
     windows = random_texts(data.draw(st.integers(0, 99)), *data.draw(st.lists(st.integers(1, 40), min_size=1)))
+    windows = [[token % 60 for token in window] for window in windows]  # none that stands for an image
     if max(map(len, windows)) <= plan.full_depth_first:
         return
     fit = _Fit(model, plan, taps)
-    for batch in _batches(windows):
+    for batch in _batches(unseen(windows)):
         _accumulate(model, batch, [fit])
     own, correction, bias = fit.solve(ridge)
     expected = naive_fit(model, windows, plan, taps, ridge)
@@ -151,7 +160,7 @@ def test_the_last_layer_needs_no_correction(either):
     """Its K and V come from the very state that the full model has there: the residual is zero."""
     model = either
     fit = _Fit(model, PrunePlan((4,), full_depth_first=1), 2)
-    for batch in _batches(TEXTS):
+    for batch in _batches(unseen(TEXTS)):
         _accumulate(model, batch, [fit])
     own, correction, _ = fit.solve(1e-3)
     assert correction.abs().max() < 1e-5 * own.abs().max()
@@ -160,14 +169,16 @@ def test_the_last_layer_needs_no_correction(either):
 def test_windows_cover_the_texts_and_each_begins_like_its_text():
     model = make_model(bos_id=3)
     text, bare = [3, *range(4, 44)], list(range(4, 44))
-    assert _windows(model, [text], 17) == [[3, *range(4, 20)], [3, *range(20, 36)]]  # 9 tokens are left out
-    assert _windows(model, [bare], 20) == [list(range(4, 24)), list(range(24, 44))]
-    assert _windows(model, [text, bare], 100) == [text, bare]
+    assert _windows(model, [text], None, None, 17) == unseen(
+        [[3, *range(4, 20)], [3, *range(20, 36)]]
+    )  # 9 tokens are left out
+    assert _windows(model, [bare], None, None, 20) == unseen([list(range(4, 24)), list(range(24, 44))])
+    assert _windows(model, [text, bare], None, None, 100) == unseen([text, bare])
 
 
 def test_batches_hold_every_window_once_and_no_more_tokens_than_allowed():
     windows = random_texts(1, *[3, 1500, 2000, 9000, 4096, 700, 20, 1500])
-    batches = list(_batches(windows))
+    batches = [[window for window, _ in batch] for batch in _batches(unseen(windows))]
     assert sorted(window for batch in batches for window in batch) == sorted(windows)
     assert all(len(batch) == 1 or len(batch) * len(batch[0]) <= 4096 for batch in batches)
     assert all(len(batch[0]) == max(map(len, batch)) for batch in batches)
@@ -176,12 +187,12 @@ def test_batches_hold_every_window_once_and_no_more_tokens_than_allowed():
 # The choice
 
 
-def naive_kl(model, plan, window):
-    """KL(full || pruned) summed over the last third of the window, and the number of tokens."""
-    tokens, cut = torch.tensor(window), len(window) * 2 // 3
+def naive_kl(model, plan, window, cut=None, images=None):
+    """KL(full || pruned) summed over the last third of the window, or from a cut on, and the number of tokens."""
+    tokens, cut = torch.tensor(window), cut or len(window) * 2 // 3
     full_depth = reference.full_depth_tokens(cut, len(window), plan)
-    full, _ = reference.forward(model.module, tokens, full_depth, PrunePlan.none())
-    pruned, _ = reference.forward(model.module, tokens, full_depth, plan)
+    full, _ = reference.forward(model.module, tokens, full_depth, PrunePlan.none(), images)
+    pruned, _ = reference.forward(model.module, tokens, full_depth, plan, images)
     p, q = (logits[cut - 1 :].double().log_softmax(-1) for logits in (full, pruned))
     return float((p.exp() * (p - q)).sum()), len(p)
 
@@ -191,8 +202,8 @@ def test_the_judge_is_the_kl_over_the_last_third(either):
     windows = random_texts(2, 60, 31)
     plan = PrunePlan((2, 3), full_depth_first=1)
     sums, counts = zip(*[naive_kl(model, plan, window) for window in windows], strict=True)
-    assert Judge(model, windows)(plan) == pytest.approx(sum(sums) / sum(counts), rel=1e-4)
-    assert Judge(model, windows)(PrunePlan.none()) == 0
+    assert Judge(model, unseen(windows))(plan) == pytest.approx(sum(sums) / sum(counts), rel=1e-4)
+    assert Judge(model, unseen(windows))(PrunePlan.none()) == 0
 
 
 @pytest.mark.parametrize("winner", [(1e-2, 0.85, 1.0), (1.0, 1.0, 0.85), (1e-2, 1.0, 1.0), (1e-1, 0.0, 0.0)])
@@ -390,7 +401,7 @@ def test_the_pass_runs_no_layer_twice_or_for_nothing(model, monkeypatch):
     )
     for layers, expected in (((4,), [0, 1, 2, 3]), ((1,), [0]), ((3, 4), [0, 1, 2, 3]), ((1, 4), [0, 1, 2, 2, 3, 3])):
         runs.clear()
-        _accumulate(model, TEXTS[:1], [_Fit(model, PrunePlan(layers, full_depth_first=1), 2)])
+        _accumulate(model, unseen(TEXTS[:1]), [_Fit(model, PrunePlan(layers, full_depth_first=1), 2)])
         assert runs == expected
 
 
@@ -401,12 +412,12 @@ def test_held_out_windows_are_not_fitted_to_and_judged_by_their_beginning(monkey
     monkeypatch.setattr(Judge, "__init__", record(judged, Judge.__init__))
     texts = random_texts(3, *[500] * 5, 2000)
     calibrate(model, texts, PrunePlan((2, 3)), window=4096, progress=False)
-    seen = [tuple(window) for _, batch, _ in fitted for window in batch]
-    held = [tuple(window) for _, _, windows in judged for window in windows]
+    seen = [tuple(window) for _, batch, _ in fitted for window, _ in batch]
+    held = [tuple(window) for _, _, windows in judged for window, _ in windows]
     assert len(held) == 1
     assert not set(held) & set(seen)
     assert max(map(len, seen)) == 512  # the model's limit
-    judge = Judge(model, [list(held[0])])
+    judge = Judge(model, unseen([list(held[0])]))
     plan = PrunePlan((2, 3), full_depth_first=1)
     total, count = naive_kl(model, plan, list(held[0])[:384])
     assert judge(plan) == pytest.approx(total / count, rel=1e-4)
@@ -471,7 +482,7 @@ def test_the_sums_are_float64():
     plan = PrunePlan((1,), full_depth_first=1)
     windows = random_texts(8, *[200] * 40)
     fit = _Fit(model, plan, 2)
-    for batch in _batches(windows):
+    for batch in _batches(unseen(windows)):
         _accumulate(model, batch, [fit])
     own, correction, _ = fit.solve(1e-9)
     expected = naive_fit(model, windows, plan, 2, 1e-9)

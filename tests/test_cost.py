@@ -3,7 +3,7 @@
 import pytest
 import torch
 from test_qwen3_vl import published
-from tiny import random_model, tiny_config, tiny_gemma3_vl_config, tiny_qwen3_vl_config
+from tiny import random_model, tiny_config, tiny_gemma3_config, tiny_gemma3_vl_config, tiny_qwen3_vl_config
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -48,8 +48,8 @@ def gemma3_12b(window: int) -> Gemma3Config:
         (SMOLLM2, 10, 1.47, 2),
         (SMOLLM2, 15, 1.91, 2),
         (SMOLLM2, 20, 2.74, 2),
-        (gemma3_12b(window=2048), 16, 1.451, 3),  # all positions before a token counted
-        (gemma3_12b(window=1024), 16, 1.450, 3),  # those that it attends
+        (gemma3_12b(window=2048), 16, 1.451, 3),  # of a prompt within the window
+        (gemma3_12b(window=1024), 16, 1.470, 3),  # of whose pruned local layers half the tokens are seen by nobody
     ],
 )
 def test_limits_are_those_of_the_method_at_2048_tokens(config, pruned, limit, digits):
@@ -58,6 +58,7 @@ def test_limits_are_those_of_the_method_at_2048_tokens(config, pruned, limit, di
     assert round(speedup_limit(config, 2048, plan), digits) == limit
 
 
+@pytest.mark.parametrize("config", [tiny_config(), tiny_gemma3_config()], ids=["llama", "gemma3"])
 @pytest.mark.parametrize("tokens", [1, 2, 7, 40])
 @pytest.mark.parametrize(
     "plan",
@@ -69,9 +70,8 @@ def test_limits_are_those_of_the_method_at_2048_tokens(config, pruned, limit, di
         PrunePlan(layers=range(5), full_depth_last=60, full_depth_first=2),
     ],
 )
-def test_count_equals_what_torch_counts_in_the_engine(tokens, plan):
+def test_count_equals_what_torch_counts_in_the_engine(config, tokens, plan):
     """Matrix products as torch counts them; attention (torch counts the whole square) in closed form."""
-    config = tiny_config()
     module = random_model(config)
     cache = KVCache(config, 1, tokens, dtype=torch.float32, device=torch.device("cpu"))
     with FlopCounterMode(display=False) as counter:
@@ -80,13 +80,17 @@ def test_count_equals_what_torch_counts_in_the_engine(tokens, plan):
     linear = sum(flops for op, flops in counts.items() if str(op) in ("aten.mm", "aten.addmm"))
 
     positions = {*range(tokens)[: plan.full_depth_first], *range(tokens)[-plan.full_depth_last :]}
-    kept = config.num_layers - len(plan.layers)
-    triangle = kept * tokens * (tokens + 1) // 2 + len(plan.layers) * sum(p + 1 for p in positions)
-    attention = triangle * 2 * 2 * config.num_heads * config.head_dim
-    # The engine projects K and V of the full-depth rows twice, with the pruned tokens and at full depth; but with
-    # no token left to prune it runs the layers as if they were kept.
-    twice = len(positions) if len(positions) < tokens else 0
-    again = len(plan.layers) * twice * 2 * 2 * config.hidden_size * config.num_kv_heads * config.head_dim
+    attended = again = 0
+    for layer, window in enumerate(config.windows):
+        attending = positions if layer in plan.layers else range(tokens)
+        attended += sum(min(p + 1, window or tokens) for p in attending)
+        # The engine projects K and V of full-depth rows twice, with the pruned tokens and at full depth; but with no
+        # token left to prune it runs the layers as if they were kept.
+        if layer in plan.layers and len(positions) < tokens:
+            begin = 0 if window is None else tokens - plan.full_depth_last - window + 1
+            again += sum(p >= begin for p in positions)
+    attention = attended * 2 * 2 * config.num_heads * config.head_dim
+    again *= 2 * 2 * config.hidden_size * config.num_kv_heads * config.head_dim
     assert prefill_flops(config, tokens, plan) == linear - again + attention
 
 

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,9 +14,11 @@ from tiny import random_model, tiny_gemma3_config, tiny_gemma3_vl_config, write_
 from tiny_images import both_ways, random_bytes
 
 import pop
+from pop.config import SiglipConfig
 from pop.errors import CheckpointError, InputError, UnsupportedError
 from pop.images import gemma_pixels
 from pop.tokenizers import SentencePieceTokenizer
+from pop.vision import vision_of
 
 IMAGE, BOI, EOI = 500, 501, 502
 ONE = [BOI, *[IMAGE] * 4, EOI]  # an image in a prompt
@@ -40,6 +43,18 @@ def test_an_image_takes_the_place_of_its_tokens(model):
     assert not torch.allclose(model.logits([tokens], images=[B, A]), expected, atol=0.1)
 
 
+def test_images_do_not_see_each_other(model):
+    """Another second image changes nothing before it, be the first one next to it; another pixel of the first does."""
+    tokens = [[2, 7, *ONE, *ONE, 3]]
+    begin = 2 + len(ONE) + 1  # of the second one's image tokens
+    one, other = model.logits(tokens, images=[A, B]), model.logits(tokens, images=[A, A])
+    assert torch.equal(one[:, :begin], other[:, :begin])
+    assert not torch.allclose(one[:, begin:], other[:, begin:], atol=1e-3)
+    turned = model.logits(tokens, images=[np.rot90(A, 2), B])
+    assert torch.equal(one[:, :3], turned[:, :3])
+    assert not torch.allclose(one[:, 3], turned[:, 3], atol=1e-3)  # its first token sees its last one
+
+
 def test_a_text_says_where_its_images_are(model):
     """As Gemma's processor: two line breaks around each, one run of text with what is there."""
     encode = model.tokenizer.encode
@@ -54,6 +69,46 @@ def test_a_text_says_where_its_images_are(model):
     seen = model.vision.prepared([A], None, 1)[0]
     assert model.encode("<start_of_image>a", seen=seen) == encode("\n\n") + ONE + encode("\n\na", bos=False)
     assert model.encode("<start_of_image>") == encode("<start_of_image>")  # text, where there is no image
+
+
+@pytest.mark.parametrize("way", ["whole", "pan_and_scan"])
+def test_a_text_with_images_is_laid_out_as_by_the_reference(way):
+    golden = json.loads((Path(__file__).parent / "goldens" / "vision" / "layouts.json").read_text())
+    options = {name: golden["options"][name] for name in ("min_crop_size", "max_num_crops", "min_ratio_to_activate")}
+    pictures = [random_bytes(height, width, 3, seed=0) for width, height in golden["sizes"]]
+    if way == "pan_and_scan":
+        pictures = [pop.PanAndScan(picture, *options.values()) for picture in pictures]
+    config = tiny_gemma3_vl_config(vision=SiglipConfig(24, 36, 2, 3, 28, 7, tokens_per_image=4))
+    vision = vision_of(config)
+    names = {config.boi_id: "<start_of_image>", config.image_id: "<image_soft_token>", config.eoi_id: "<end_of_image>"}
+    pieces = vision.pieces(golden["text"], vision.prepared(pictures, None, 1)[0], "prompt")
+    text = "".join(piece if isinstance(piece, str) else "".join(names[token] for token in piece) for piece in pieces)
+    assert text.replace("<image_soft_token>" * 4, "<image_soft_token>" * 2) == golden[way]
+
+
+def test_pan_and_scan_goes_wherever_an_image_does(model):
+    """The whole and its crops are images like others: in texts, token ids, batches and conversations."""
+    wide = pop.PanAndScan(random_bytes(20, 60, 3, seed=3), min_crop_size=8)  # three crops
+    text, encode = "Look: <start_of_image>!", lambda text: model.tokenizer.encode(text, bos=False)
+    expected = [2, *encode("Look: Here is the original image \n\n"), *ONE]
+    expected += encode("\n\n and here are some crops to help you see better \n\n")
+    expected += [*ONE, *encode("\n\n \n\n"), *ONE, *encode("\n\n \n\n"), *ONE, *encode("\n\n!")]
+    crops = [np.ascontiguousarray(wide.image[:, begin : begin + 20]) for begin in (0, 20, 40)]
+    answer = model.generate(expected, images=[wide.image, *crops], max_new_tokens=5)
+    assert model.generate(text, images=[wide], max_new_tokens=5).tokens == answer.tokens
+    assert answer.prompt_tokens == len(expected)
+    found = model.prefill([expected], model.new_cache(), images=[[wide]])
+    assert torch.equal(found, model.prefill([expected], model.new_cache(), images=[[wide.image, *crops]]))
+    batch = model.generate([[2, 9], text, "<start_of_image>"], images=[None, [wide], [A]], max_new_tokens=5)
+    assert batch[1].tokens == answer.tokens
+    content = [{"type": "image", "image": wide}, {"type": "text", "text": "What?"}]
+    tokens = model.chat_tokens([{"role": "user", "content": content}])
+    assert sum(token == IMAGE for token in tokens) == 4 * 4
+    assert model.chat([{"role": "user", "content": content}], max_new_tokens=3).prompt_tokens == len(tokens)
+    with pytest.raises(InputError, match="row 0 has 4 images, crops counted, but 4 tokens 500 for images"):
+        model.generate([2, *ONE], images=[wide])
+    square = pop.PanAndScan(A, min_ratio=2)
+    assert torch.equal(model.logits([[2, *ONE]], images=[square]), model.logits([[2, *ONE]], images=[A]))
 
 
 def test_a_conversation_has_images_among_its_text(model):
@@ -73,6 +128,23 @@ def test_a_conversation_has_images_among_its_text(model):
     assert model.chat_tokens(messages) == expected
     answer = model.chat(messages, max_new_tokens=5)
     assert answer.tokens == model.generate(expected, images=[A, B], max_new_tokens=5).tokens
+
+
+def test_a_conversation_goes_on_behind_images(model, tmp_path):
+    """Turn by turn what one prompt of them all would be; kept by the images' paths."""
+    Image.fromarray(A).save(tmp_path / "a.png")
+    chat = model.start_chat("Be brief.", plan=pop.PrunePlan.none())
+    chat.send("What?", images=[tmp_path / "a.png"], max_new_tokens=3)
+    wide = pop.PanAndScan(B, min_crop_size=8)
+    answer = chat.send([{"type": "text", "text": "And"}, {"type": "image", "image": wide}], max_new_tokens=4)
+    prompt = chat.tokens[: -len(answer.tokens)]
+    again = model.generate(prompt, images=[A, wide], max_new_tokens=4, plan=pop.PrunePlan.none())
+    assert again.tokens == answer.tokens and sum(token == IMAGE for token in prompt) == 4 * (1 + 1 + 3)
+    other = model.start_chat(plan=pop.PrunePlan((1, 3)))
+    other.send("What?", images=[tmp_path / "a.png"], max_new_tokens=3)
+    other.save(tmp_path / "chat.json")
+    restored = model.load_chat(tmp_path / "chat.json", plan=other.plan)
+    assert restored.send("And?", max_new_tokens=4).tokens == other.send("And?", max_new_tokens=4).tokens
 
 
 def test_images_of_any_kind(model, tmp_path):
@@ -127,9 +199,9 @@ def test_a_chunk_and_a_cache_hold_an_image(model):
         (lambda m: m.score([2, *ONE], [3]), "the context has tokens 500, which"),
         (lambda m: pop.calibrate(m, [[2, *ONE] * 20], m.plan), "tokens 500, which stand for images"),
         (lambda m: pop.importance(m, [[2, *ONE]]), "the prompt has tokens 500, which"),
-        (lambda m: m.generate([2, *ONE], images=[A, B]), "row 0 has 2 images, but 4 tokens 500"),
-        (lambda m: m.logits([[2, *ONE, *ONE]], images=[A]), "row 0 has 1 images, but 8 tokens 500"),
-        (lambda m: m.logits([[2, 3], [2, IMAGE]]), "row 1 has 0 images, but 1 tokens 500"),
+        (lambda m: m.generate([2, *ONE], images=[A, B]), "row 0 has 2 images, crops counted, but 4 tokens 500"),
+        (lambda m: m.logits([[2, *ONE, *ONE]], images=[A]), "row 0 has 1 images, crops counted, but 8 tokens 500"),
+        (lambda m: m.logits([[2, 3], [2, IMAGE]]), "row 1 has 0 images, crops counted, but 1 tokens 500"),
         (lambda m: m.logits([[2, *[IMAGE] * 8]], images=[A, B]), "must be 4 side by side, with others around"),
         (lambda m: m.logits([[2, *[IMAGE] * 3, 9, IMAGE]], images=[A]), "must be 4 side by side, with others around"),
         (lambda m: m.generate("a cat", images=[A]), "1 images are given, but the prompt says <start_of_image> 0 times"),

@@ -64,13 +64,15 @@ def test_prepared_in_real_size(name):
 @pytest.mark.parametrize("name", PAN_AND_SCAN)
 def test_pan_and_scan_as_the_reference_does(name):
     width, height, min_crop_size, max_crops, min_ratio = GOLDENS[f"{name}-options"].tolist()
-    options = PanAndScan(int(min_crop_size), int(max_crops), min_ratio)
     picture = random_bytes(int(height), int(width), 3, seed=int(height))
-    assert np.array_equal(levels(gemma_pixels(picture, 28, options)), GOLDENS[name])
+    picture = PanAndScan(picture, int(min_crop_size), int(max_crops), min_ratio)
+    assert np.array_equal(levels(gemma_pixels(picture, 28)), GOLDENS[name])
 
 
 def test_pan_and_scan_defaults_are_the_published_ones():
-    assert PanAndScan() == PanAndScan(*(int(v) for v in GOLDENS["pan-square-options"][2:4]), 1.2)
+    options = PanAndScan(None)
+    published = GOLDENS["pan-square-options"][2:].tolist()
+    assert [options.min_crop_size, options.max_crops, options.min_ratio] == published
 
 
 @pytest.mark.parametrize(
@@ -84,13 +86,13 @@ def test_pan_and_scan_defaults_are_the_published_ones():
     ],
 )
 def test_crops_by_hand(width, height, count):
-    assert len(images._crops(torch.empty(3, height, width, dtype=torch.uint8), PanAndScan())) == count
+    assert len(images._crops(torch.empty(3, height, width, dtype=torch.uint8), PanAndScan(None))) == count
 
 
 @given(st.integers(1, 60), st.integers(1, 60), st.integers(1, 12), st.integers(1, 6), st.floats(1, 3))
 def test_crops_tile_the_image(width, height, min_crop_size, max_crops, min_ratio):
     picture = channels_first(random_bytes(height, width, 3, seed=0))
-    crops = images._crops(picture, PanAndScan(min_crop_size, max_crops, min_ratio))
+    crops = images._crops(picture, PanAndScan(None, min_crop_size, max_crops, min_ratio))
     assert len(crops) <= max_crops
     if crops:
         assert torch.equal(torch.cat(crops, 2 if width >= height else 1), picture)
@@ -185,6 +187,39 @@ def test_sixteen_bits_keep_their_upper_eight(tmp_path, format):
     values = np.array([[0, 255, 256, 0x8000, 0xFFFF]], np.uint16)
     path = write(tmp_path / "grey", saved(Image.fromarray(values), format).getvalue())
     assert load_image(path)[1, 0].tolist() == [0, 0, 1, 0x80, 0xFF]
+
+
+def test_sixteen_bits_with_a_transparent_shade(tmp_path):
+    values = Image.fromarray(np.array([[0, 256, 0x8000]], np.uint16))
+    path = write(tmp_path / "grey.png", saved(values, "PNG", transparency=256).getvalue())
+    assert load_image(path)[1, 0].tolist() == [0, 255, 0x80]
+
+
+def test_premultiplied_alpha():
+    picture = Image.new("RGBA", (2, 1), (200, 100, 0, 0))
+    picture.putpixel((1, 0), (200, 100, 0, 255))
+    assert load_image(picture.convert("RGBa")).squeeze(1).T.tolist() == [[255, 255, 255], [200, 100, 0]]
+
+
+def test_photos_of_several_pictures_and_with_broken_tags(tmp_path):
+    """Phones write MPO files and call them JPEG; the first picture counts. Orientations that there are not are none."""
+    first, second = (Image.new("RGB", (8, 6), colour) for colour in ((255, 0, 0), (0, 0, 255)))
+    path = write(tmp_path / "photo.jpg", saved(first, "MPO", save_all=True, append_images=[second]).getvalue())
+    loaded = load_image(path)
+    assert loaded.shape == (3, 6, 8) and loaded[0].min() > 240 and loaded[2].max() < 15
+    for orientation in (0, 9, 65535):
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        assert load_image(write(path, saved(first, "JPEG", exif=exif).getvalue())).shape == (3, 6, 8)
+    assert load_image(write(path, saved(first, "JPEG", exif=b"Exif\0\0" + b"\xff" * 50).getvalue())).shape == (3, 6, 8)
+
+
+@pytest.mark.parametrize("kind", [b"zTXt", b"iCCP"])
+def test_compressed_texts_and_profiles_that_burst_are_refused(tmp_path, kind):
+    bomb = kind + b"k\0\0" + zlib.compress(bytes(2**27), 9)
+    chunk = struct.pack(">I", len(bomb) - 4) + bomb + struct.pack(">I", zlib.crc32(bomb))
+    whole = png(1, 1, b"\0\0")
+    refused(write(tmp_path / "bomb.png", whole[:33] + chunk + whole[33:]), "truncated or broken")
 
 
 def test_sixteen_bits_in_colour(tmp_path):
@@ -325,12 +360,14 @@ def test_pixels_of_32_bits_are_refused(mode):
 )
 def test_bad_pan_and_scan_options(options, pattern):
     with pytest.raises(InputError, match=pattern):
-        PanAndScan(**options)
+        PanAndScan(None, **options)
 
 
-def test_pan_and_scan_must_be_one():
-    with pytest.raises(InputError, match="give a PanAndScan or None"):
-        gemma_pixels(random_bytes(4, 4, 3, 0), 28, pan_and_scan=True)
+def test_pan_and_scan_is_of_an_image_and_of_gemma():
+    for picture in (None, PanAndScan(random_bytes(9, 4, 3, 0))):
+        with pytest.raises(InputError, match="give a path, a PIL image or an HxWx3 uint8 array"):
+            gemma_pixels(PanAndScan(picture), 28)
+    refused(PanAndScan(random_bytes(9, 4, 3, 0)), "an image is of type PanAndScan")
 
 
 # ---- without Pillow ----

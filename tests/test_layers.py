@@ -6,8 +6,10 @@ import pytest
 import torch
 
 from pop.config import RopeConfig
+from pop.models import layers
 from pop.models.layers import (
     RMSNorm,
+    attention_by_blocks,
     causal_attention,
     masked_attention,
     rope_frequencies,
@@ -98,3 +100,18 @@ def test_attention_by_its_definition(heads, tokens):
     for window in range(1, tokens + 2):  # that many tokens, itself included
         seen = causal & torch.tensor([[t - s < window for s in range(tokens)] for t in range(tokens)])
         torch.testing.assert_close(causal_attention(q, k, v, scale, window), naive(q, k, v, seen))
+
+
+@pytest.mark.parametrize("block", [1, 2, 3, 11, 50])
+@pytest.mark.parametrize("own", [0, 4])
+@pytest.mark.parametrize(("before", "behind"), [(0, 0), (2, 0), (2, 3), (99, 0), (99, 99)])
+def test_attention_by_blocks_leaves_nothing_out(monkeypatch, block, own, before, behind):
+    """Tokens see at random what the span allows, their own always; some keys lie behind all of them."""
+    monkeypatch.setattr(layers, "QUERY_BLOCK", block)
+    T, S = 11, own + 13
+    q, k, v = randn(2, T, 6, 4), randn(2, S, 3, 4, seed=1), randn(2, S, 3, 4, seed=2)
+    distance = torch.arange(S) - own - torch.arange(T)[:, None]  # [T, S]
+    drawn = randn(2, T, S, seed=3) > 0
+    mask = ((-before <= distance) & (distance <= behind) & drawn) | (distance == 0)
+    found = attention_by_blocks(q, k, v, mask, torch.tensor([own, before, behind]), 0.3)
+    torch.testing.assert_close(found, masked_attention(q, k, v, mask, 0.3))

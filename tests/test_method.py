@@ -14,14 +14,24 @@ from hypothesis import strategies as st
 from tiny import random_model, tiny_config, tiny_gemma3_config, tiny_qwen3_config, tiny_qwen3_vl_config
 from tiny_images import both_ways
 
+import pop
 from pop import engine, reference
 from pop.cache import KVCache
 from pop.config import RopeConfig
+from pop.models import layers
 from pop.models.layers import Images, masked_attention
 from pop.plan import PrunePlan
 from pop.projections import KVProjections
 
 NONE = PrunePlan.none()
+
+
+@pytest.fixture(autouse=True, scope="module")
+def blocks_of_a_few_tokens():
+    """So that tiny prompts have several."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(layers, "QUERY_BLOCK", 3)
+        yield
 
 
 def assert_close(actual, expected):
@@ -591,9 +601,9 @@ def test_text_prompts_keep_to_causal_attention_without_a_mask(monkeypatch):
     """And so do the chunks before an image: the fast path is only left where it must be."""
     module, masked = random_model(tiny_gemma3_config(windows=(None,)), seed=3), []
 
-    def watched(layer, h, rope, slots, keys, values, mask):
+    def watched(layer, h, rope, slots, keys, values, mask, *keys_seen):
         masked.append(mask is not None)
-        return engine.full_layer(layer, h, rope, slots, keys, values, mask)
+        return engine.full_layer(layer, h, rope, slots, keys, values, mask, *keys_seen)
 
     stages = engine.Stages(full_layer=watched)
     tokens, lengths = torch.arange(8)[None], torch.tensor([8])
@@ -692,6 +702,26 @@ def test_a_windowed_cache_takes_no_more_at_once_than_it_was_made_for():
     assert_close(held(module, cache, 0), seen(module, stacked(kv)))
 
 
+@pytest.mark.parametrize("held", [0, 30])
+def test_a_windows_prefill_attends_a_band(monkeypatch, held):
+    """Blocks of three tokens each attend what their windows show, in a fresh chunk and behind 30 tokens in a ring."""
+    module = random_model(tiny_gemma3_config(windows=(5, None)), seed=4)
+    cache = new_cache(module, 1, chunk=24)
+    if held:
+        prefill(module, torch.arange(held)[None], torch.tensor([held]), NONE, 24, cache)
+    attend, seen = layers.masked_attention, []
+
+    def watched(q, k, v, mask, scale):
+        seen.append((q.shape[1], k.shape[1]))
+        return attend(q, k, v, mask, scale)
+
+    monkeypatch.setattr(layers, "masked_attention", watched)
+    prefill(module, torch.arange(24)[None], torch.tensor([24]), NONE, 24, cache)
+    local = [(3, 3), (3, 6)] if not held else [(3, 7), (3, 7)]
+    local += [(3, 7)] * 6
+    assert seen == local + ([(3, held + n) for n in range(3, 27, 3)] if held else [])
+
+
 def test_what_windows_save():
     """gemma3-12b at 32k: eight of 48 layers hold everything, the others 1,023 + 2,048 tokens."""
     windows = tuple(1024 if layer % 6 else None for layer in range(1, 49))
@@ -700,3 +730,12 @@ def test_what_windows_save():
     everything = 2 * 48 * 32_769 * 8 * 256 * 2 + 48 * 3840 * 2
     assert size == 2 * (8 * 32_769 + 40 * 3_072) * 8 * 256 * 2 + 48 * 3840 * 2
     assert size < 0.3 * everything
+    assert [round(size / 1e9, 1), round(everything / 1e9, 1), round(1 - size / everything, 2)] == [3.2, 12.9, 0.76]
+
+
+@pytest.mark.parametrize(("max_seq_len", "local"), [(6, 6), (40, 5 - 1 + 8)])
+def test_a_new_cache_has_the_size_that_it_says(max_seq_len, local):
+    config = tiny_gemma3_config(windows=(5, None, 5))
+    model = pop.Model(random_model(config), config, chunk_size=8)
+    slots = 2 * (local + 1) + max_seq_len + 1
+    assert model.new_cache(3, max_seq_len).nbytes == 3 * (2 * slots * 2 * 10 + 3 * 30) * 4

@@ -78,8 +78,8 @@ from pop.errors import CacheMemoryError, InputError, PopError, check_count  # no
 from pop.importance import check_plot  # noqa: E402
 from pop.models.layers import (  # noqa: E402
     WIDENED,
+    attention_by_blocks,
     causal_attention,
-    masked_attention,
     visible,
 )
 
@@ -152,14 +152,16 @@ def attention_turn(model: pop.Model, num_tokens: int) -> Turn:
     def attend():
         for begin in range(0, num_tokens, CHUNK):
             end = min(begin + CHUNK, num_tokens)
-            queries, filled = q[:, begin:end], (k[:, :end], v[:, :end])
             positions = torch.arange(begin, end, device=model.device)[None]
-            masks = {window: visible(positions, end, window) for window in set(model.config.windows)} if begin else {}
+            masks = {window: visible(positions, end, window) for window in set(model.config.windows)}
             for window in model.config.windows:
-                if begin:
-                    masked_attention(queries, *filled, masks[window], E**-0.5)
-                else:
-                    causal_attention(queries, *filled, E**-0.5, window)
+                first = 0 if window is None else max(0, begin - window + 1)
+                queries, keys, values = q[:, begin:end], k[:, first:end], v[:, first:end]
+                if begin == 0 and (window is None or end <= window):
+                    causal_attention(queries, keys, values, E**-0.5, None)
+                    continue
+                span = torch.tensor([begin - first, end if window is None else window - 1, 0])
+                attention_by_blocks(queries, keys, values, masks[window][..., first:], span, E**-0.5)
 
     return lambda: {"attention_s": seconds(attend, model.device)}
 

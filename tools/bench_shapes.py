@@ -10,6 +10,7 @@ import json
 import os
 import re
 import tempfile
+from bisect import bisect_right
 from pathlib import Path
 
 import torch
@@ -22,6 +23,7 @@ from pop.config import DTYPES
 from pop.config_files import read_config
 from pop.errors import InputError
 from pop.loading import usable_device
+from pop.models.layers import QUERY_BLOCK
 from pop.projections import KVProjections
 
 CHUNK = 2048  # tokens that prefill runs at once
@@ -54,6 +56,13 @@ SHAPES = {
             "deepstack_visual_indexes": [8, 16, 24],
         },
     },
+    "gemma3-12b": {
+        "model_type": "gemma3_text", "vocab_size": 262_208, "hidden_size": 3840, "intermediate_size": 15_360,
+        "num_hidden_layers": 48, "num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 256,
+        "query_pre_attn_scalar": 256, "rms_norm_eps": 1e-6, "max_position_embeddings": 131_072,
+        "rope_theta": 1_000_000.0, "rope_local_base_freq": 10_000.0, "sliding_window": 1024,
+        "sliding_window_pattern": 6, "rope_scaling": {"rope_type": "linear", "factor": 8.0}, "dtype": "bfloat16",
+    },
 }  # fmt: skip
 
 
@@ -69,7 +78,8 @@ def weight_bytes(config, dtype: torch.dtype) -> int:
 def decode_bytes(config, filled: int, dtype: torch.dtype) -> int:
     """Bytes that a step of decode of one row must read, `filled` slots of the cache being filled behind it."""
     unread = 0 if config.tie_embeddings else (config.vocab_size - 1) * config.hidden_size * dtype.itemsize
-    cache = config.num_layers * 2 * filled * config.num_kv_heads * config.head_dim * dtype.itemsize
+    slots = sum(min(filled, window or filled) for window in config.windows)
+    cache = slots * 2 * config.num_kv_heads * config.head_dim * dtype.itemsize
     return weight_bytes(config, dtype) - unread + cache
 
 
@@ -77,17 +87,22 @@ def prefill_memory(config, num_tokens: int, dtype: torch.dtype, widened: bool = 
     """Bytes at the peak of a full prefill of one prompt into a cache of its size: weights, cache, activations.
 
     Activations are those of one chunk of C tokens in one layer: h with and without attention's update, the normalised
-    h, q, what was attended, and for a later chunk its mask over all slots; beside them, whichever is more, gate, up and
-    their product in the MLP, or in attention k, v, and the mask in the model's dtype. Where products are widened to
-    float32, the largest has its weights, input and output in it, too.
+    h, q, what was attended, and for a later chunk, or one that a window cuts, its masks, one for each window that there
+    is, over the keys that can be seen; beside them, whichever is more, gate, up and their product in the MLP, or in
+    attention k, v, those of a window put in order, and some queries' mask in the model's dtype. Where products are
+    widened to float32, the largest has its weights, input and output in it, too.
     """
     D, I = config.hidden_size, config.intermediate_size  # noqa: E741 (the papers' name)
     H, K, E = config.num_heads, config.num_kv_heads, config.head_dim
     C, size = min(num_tokens, CHUNK), dtype.itemsize
-    mask = C * num_tokens if num_tokens > C else 0
+    later = num_tokens > C
+    keys = {w: min(num_tokens, (w or num_tokens) - 1 + C) for w in set(config.windows)}  # that a chunk may attend
+    masks = C * sum(keys[w] for w in keys if later or (w or C) < C)
     mlp = C * 3 * I * size + (4 * (D * I + C * (D + I)) if widened else 0)
-    attention = C * 2 * K * E * size + mask * size
-    activations = C * (3 * D + 2 * H * E) * size + mask + max(mlp, attention)
+    in_order = max(keys[w] for w in keys if w) if later and any(keys) else 0
+    block = min(C, QUERY_BLOCK) * max(keys.values()) if masks else 0
+    attention = ((C + in_order) * 2 * K * E + block) * size
+    activations = C * (3 * D + 2 * H * E) * size + masks + max(mlp, attention)
     cache = KVCache.size_in_bytes(config, 1, num_tokens, dtype)
     return weight_bytes(config, dtype) + cache + activations
 
@@ -96,14 +111,22 @@ def fitting_layers(config, num_tokens: int, dtype: torch.dtype, free: int) -> in
     """The most layers, up to all, whose weights, cache, projections and activations leave a tenth of `free` bytes."""
 
     def needed(layers: int) -> int:
-        shorter = dataclasses.replace(config, num_layers=layers)
+        shorter = shortened(config, layers)
         projections = layers * 4 * config.num_kv_heads * config.head_dim * config.hidden_size * dtype.itemsize
         return prefill_memory(shorter, num_tokens, dtype, True) + projections + BIG
 
-    first, each = needed(1), needed(2) - needed(1)  # layers are alike
-    if first > 0.9 * free:
-        raise InputError(f"one layer of the shape needs {first:,} bytes, but {free:,} are free; take a smaller --shape")
-    return min(config.num_layers, 1 + int((0.9 * free - first) // each))
+    fitting = bisect_right(range(1, config.num_layers + 1), 0.9 * free, key=needed)
+    if not fitting:
+        raise InputError(
+            f"one layer of the shape needs {needed(1):,} bytes, but {free:,} are free; take a smaller --shape"
+        )
+    return fitting
+
+
+def shortened(config, layers: int):
+    """The config with the first `layers` layers alone."""
+    changed = {"windows": config.windows[:layers]} if any(config.windows) else {"num_layers": layers}
+    return dataclasses.replace(config, **changed)
 
 
 # ---- The model and its plans ----
@@ -138,7 +161,7 @@ def load_subject(args) -> Subject:
     layers = args.layers or (fitting_layers(config, max(args.lengths), dtype, free) if free else config.num_layers)
     if layers > config.num_layers:
         raise InputError(f"--layers is {layers}, but {args.shape} has {config.num_layers}")
-    shorter = dataclasses.replace(config, num_layers=layers)
+    shorter = shortened(config, layers)
     model = pop.Model(random_module(shorter, dtype, device), shorter, compile=compile)
     return Subject(model, fields | {"num_hidden_layers": layers}, config.num_layers)
 

@@ -2,8 +2,9 @@
 
     python tools/make_vision_goldens.py
 
-writes tests/goldens/vision/: prepared images (by the reference's Gemma3ImageProcessor, the one on torchvision) and the
-features that its vision tower and projector make of random pixels, for tiny random models. It needs transformers,
+writes tests/goldens/vision/: prepared images (by the reference's Gemma3ImageProcessor, the one on torchvision), what
+Gemma3Processor makes of a text with images, and the features that the vision tower and projector make of random pixels,
+for tiny random models. It needs transformers,
 torchvision and pillow, which nothing else here does. Images and weights come from seeds: tests/tiny_images.py and
 tests/tiny.py.
 """
@@ -16,10 +17,12 @@ import numpy as np
 import torch
 
 try:
+    import tokenizers
     import torchvision
     import transformers
     from transformers.models.gemma3.image_processing_gemma3 import Gemma3ImageProcessor
     from transformers.models.gemma3.modeling_gemma3 import Gemma3MultiModalProjector
+    from transformers.models.gemma3.processing_gemma3 import Gemma3Processor
     from transformers.models.siglip.modeling_siglip import SiglipVisionModel
 except ImportError:
     sys.exit(
@@ -86,6 +89,36 @@ def make_images() -> None:
     np.savez_compressed(GOLDENS / "images.npz", **arrays)
 
 
+# ---------------------------------------------------------------------------------------- texts with images
+
+LAYOUT = "Compare <start_of_image> to<start_of_image>and <start_of_image>. "
+LAYOUT_SIZES = ((100, 20), (20, 20), (9, 30))  # width and height of its images
+LAYOUT_OPTIONS = {"min_crop_size": 8, "max_num_crops": 3, "min_ratio_to_activate": 1.2}
+
+
+def make_layouts() -> None:
+    """The text that stands for LAYOUT, an image of two tokens: with and without pan-and-scan."""
+    names = {"boi_token": "<start_of_image>", "image_token": "<image_soft_token>", "eoi_token": "<end_of_image>"}
+    vocabulary = {name: index for index, name in enumerate([*names.values(), "<pad>", "?"])}
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="?")),
+        pad_token="<pad>",
+        extra_special_tokens=names,
+    )
+    processor = Gemma3Processor(
+        Gemma3ImageProcessor(size={"height": TINY_SIZE, "width": TINY_SIZE}), tokenizer, image_seq_length=2
+    )
+    pictures = [Image.fromarray(random_bytes(height, width, 3, seed=0)) for width, height in LAYOUT_SIZES]
+    options = {f"pan_and_scan_{key}": value for key, value in LAYOUT_OPTIONS.items()}
+    result = {"made_with": MADE_WITH, "text": LAYOUT, "sizes": LAYOUT_SIZES, "options": LAYOUT_OPTIONS}
+    for do_pan_and_scan in (False, True):
+        inputs = processor.image_processor(pictures, do_pan_and_scan=do_pan_and_scan, **options)
+        first, *others = LAYOUT.split(processor.boi_token)
+        layout = [text for n, other in enumerate(others) for text in (processor.replace_image_token(inputs, n), other)]
+        result["pan_and_scan" if do_pan_and_scan else "whole"] = "".join([first, *layout])
+    (GOLDENS / "layouts.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+
+
 # ---------------------------------------------------------------------------------------- tower and projector
 
 # image_size, patch_size, tokens, layers, width, heads, MLP, norm eps, the language model's width
@@ -145,6 +178,7 @@ def main() -> None:
     GOLDENS.mkdir(parents=True, exist_ok=True)
     transformers.logging.set_verbosity_error()
     make_images()
+    make_layouts()
     make_towers()
     for file in sorted(GOLDENS.iterdir()):
         print(f"{file.name}: {file.stat().st_size / 1000:.0f} kB")

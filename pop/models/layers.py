@@ -24,6 +24,7 @@ Ropes = dict[int | None, Rope]  # by the window of the layers that they are for;
 # What CPUs have no fast products of: float16, and, those with AVX2 alone, bfloat16. GPUs have both.
 WIDENED = {torch.float16} | ({torch.bfloat16} if torch.backends.cpu.get_cpu_capability() == "AVX2" else set())
 WIDENED_AT_ONCE = 2**26  # numbers
+QUERY_BLOCK = 256  # tokens; fewer waste less on keys that few of them attend, more are faster for each
 
 
 class Linear(nn.Linear):
@@ -252,6 +253,32 @@ def masked_attention(
     q = q.transpose(1, 2)  # [B, H, T, E]
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=True)
     return out.transpose(1, 2).flatten(2)
+
+
+@torch.library.custom_op("pop::attention_by_blocks", mutates_args=())
+def attention_by_blocks(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor, span: torch.Tensor, scale: float
+) -> torch.Tensor:
+    """masked_attention of T consecutive tokens, QUERY_BLOCK at a time and each time over what these may attend alone.
+
+    span: [3] int64 on the CPU: which of the S keys the first token's own is, and how many keys before and behind its
+    own any token attends at most. So tokens with a window cost T * (window + QUERY_BLOCK), whatever S is. To the
+    compiler this is one operation, with as many steps as it takes: no length is ever compiled in.
+    """
+    B, T, H, E = q.shape
+    own, before, behind = span.tolist()
+    out = q.new_empty(B, T, H * E)
+    for begin in range(0, T, QUERY_BLOCK):
+        end = min(begin + QUERY_BLOCK, T)
+        keys = slice(max(0, own + begin - before), own + end + behind)
+        out[:, begin:end] = masked_attention(q[:, begin:end], k[:, keys], v[:, keys], mask[:, begin:end, keys], scale)
+    return out
+
+
+@attention_by_blocks.register_fake
+def _(q, k, v, mask, span, scale):
+    B, T, H, E = q.shape
+    return q.new_empty(B, T, H * E)
 
 
 def _one_token_attention(q, k, v, mask, scale):
