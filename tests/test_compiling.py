@@ -249,6 +249,18 @@ def test_every_product_is_the_same_product(monkeypatch, shape, dtype, biased):
 
 @requires_compiler
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("width", [24, 12_290, 4099])  # summed at once, in five parts, and in none: it is a prime
+def test_a_compiled_product_with_one_token_is_the_product(dtype, width):
+    drawn = torch.Generator().manual_seed(1)
+    x, weight = (torch.randn(*shape, width, generator=drawn).to(dtype) for shape in ((1, 1), (6,)))
+    out = torch.compile(layers.linear, fullgraph=True)(x, weight)
+    wanted = x.double() @ weight.double().T
+    assert out.dtype == dtype and out.shape == wanted.shape
+    assert (out.double() - wanted).abs().max() < {torch.float32: 1e-5, torch.bfloat16: 0.005}[dtype] * width**0.5
+
+
+@requires_compiler
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("rows", [1, 3])
 def test_one_token_attention_is_attention(dtype, rows):
     """Written out for the compiler, attention of one token is scaled_dot_product_attention's."""

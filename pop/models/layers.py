@@ -62,12 +62,18 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
     rows = x.reshape(-1, x.shape[-1])  # [B, in]
     if rows.shape[0] > 1:
         out = (weight @ rows.T).T.contiguous()  # [B, out]
-    elif torch.compiler.is_compiling() and rows.shape[1] <= 4096:  # a longer sum is compiled to slower code
-        out = (weight * rows).sum(-1)[None]  # [1, out]
+    elif torch.compiler.is_compiling() and (parts := _parts(rows.shape[1])):
+        products = weight.view(-1, parts, rows.shape[1] // parts) * rows.view(parts, -1)  # [out, parts, in / parts]
+        out = products.sum(-1, dtype=torch.float32).sum(-1).to(x.dtype)[None]  # [1, out]
     else:
         out = F.linear(rows, weight)
     out = out if bias is None else out + bias
     return out.reshape(*x.shape[:-1], -1)
+
+
+def _parts(length: int) -> int | None:
+    """In how few equal parts to sum so many numbers: a sum of over 4096 is compiled to slower code. None: in none."""
+    return next((parts for parts in range(1, 33) if length % parts == 0 and length // parts <= 4096), None)
 
 
 class RMSNorm(nn.Module):
