@@ -202,9 +202,8 @@ class QwenVision(Vision):
         count = patches.grid.rows * patches.grid.columns // config.vision.merge_size**2
         ids = [config.start_id, *[self.placeholders[kind]] * count, config.end_id]
         pieces = [ids]
-        if (
-            is_video
-        ):  # each frame pair is an image behind the time when it is seen, as text, and all are in one more pair
+        if is_video:
+            # Each frame pair is an image behind the time when it is seen, as text, and all are in one more pair.
             pairs = [piece for time in patches.times for piece in (f"<{time:.1f} seconds>", ids)]
             pieces = [[config.start_id], *pairs, [config.end_id]]
         return Prepared(kind, patches.pixels, tuple(pieces), patches.grid)
