@@ -3,6 +3,10 @@
 import sys
 
 from pop.cli import main
+from pop.parallel import end, launched
 
 if __name__ == "__main__":
-    sys.exit(main())
+    status = main()
+    if launched()[1] > 1:
+        end(status)
+    sys.exit(status)

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 import pop
-from pop import checkpoint, engine
+from pop import checkpoint, engine, parallel
 from pop.compiling import _CompiledStage
 
 PROMPT = [[5, 12, 44, 3, 60, 8, 33, 2, 19], [7, 1, 50, 21, 4, 0, 0, 0, 0]]
@@ -78,3 +78,4 @@ def main(folder: Path) -> None:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     main(Path(sys.argv[1]))
+    parallel.end()
