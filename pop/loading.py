@@ -8,11 +8,12 @@ from pathlib import Path
 import torch
 
 from pop import models, registry
+from pop.arguments import check_compile, check_dtype, checked_max_seq_len, checked_plan
 from pop.checkpoint import load_weights
 from pop.config import DTYPES
 from pop.config_files import read_config
 from pop.errors import InputError
-from pop.model import Model, check_compile, check_dtype, checked_max_seq_len, checked_plan
+from pop.model import Model
 from pop.parallel import Part, join
 from pop.tokenizers import load_tokenizer
 
