@@ -19,7 +19,7 @@ import pop
 from pop.config import Qwen3VisionConfig, Qwen3VLConfig
 from pop.config_files import read_config
 from pop.errors import CheckpointError, InputError
-from pop.models import build
+from pop.models import build, qwen3_vl_vision
 from pop.models.layers import rotate
 from pop.models.qwen3_vl import image_positions
 from pop.models.qwen3_vl_vision import Grid, VisionTower
@@ -356,10 +356,40 @@ def test_a_tower_of_any_sides():
     config = Qwen3VisionConfig(8, 12, 1, 2, 6, (), position_side=3, patch_size=2)
     tower = with_weights(VisionTower(config))
     table = tower.pos_embed.weight.unflatten(0, (3, 3))
-    assert torch.allclose(tower.positions(3, 3), table)
-    wide = tower.positions(2, 5)
+
+    def positions(rows, columns):
+        corners, shares = tower.corners(rows, columns)
+        return (tower.pos_embed.weight[corners] * shares[..., None]).sum(2)
+
+    assert torch.allclose(positions(3, 3), table)
+    wide = positions(2, 5)
     assert torch.allclose(wide[0], torch.stack([table[0, 0], (table[0, 0] + table[0, 1]) / 2, table[0, 1],
                                                 (table[0, 1] + table[0, 2]) / 2, table[0, 2]]), atol=1e-6)  # fmt: skip
     assert torch.allclose(wide[1, 4], table[2, 2])
     features, deepstack = tower(random_patches(4, config.patch_values, 0), [Grid(1, 2, 2)])
     assert features.shape == (1, 6) and deepstack == ()
+
+
+def test_tables_of_a_size_are_kept_and_the_weights_may_change(monkeypatch):
+    config = Qwen3VisionConfig(8, 12, 1, 2, 6, (), position_side=3, patch_size=2)
+    tower = with_weights(VisionTower(config))
+    patches, grid = random_patches(8, config.patch_values, 0), [Grid(1, 2, 4)]
+    before, _ = tower(patches, grid)
+    kept = tower.tables(2, 4)
+    monkeypatch.setattr(VisionTower, "corners", None)  # what is kept is not made again
+    assert torch.equal(tower(patches, grid)[0], before) and tower.tables(2, 4) is kept
+    tower.pos_embed.weight.data.mul_(-1)
+    after, _ = tower(patches, grid)
+    assert not torch.allclose(after, before, atol=0.1)
+    monkeypatch.undo()
+    assert torch.equal(with_weights_of(tower, VisionTower(config))(patches, grid)[0], after)
+    assert tower.to(torch.bfloat16)(patches, grid)[0].dtype == torch.bfloat16
+    monkeypatch.setattr(qwen3_vl_vision, "PATCHES_KEPT", 20)
+    for size in ((2, 2), (4, 2), (2, 6)):  # 8, 12, 20 and, with the last, 32 patches
+        tower.tables(*size)
+    assert [key[:2] for key in tower._tables] == [(2, 6)]
+
+
+def with_weights_of(module, other):
+    other.load_state_dict(module.state_dict())
+    return other.requires_grad_(False).eval()

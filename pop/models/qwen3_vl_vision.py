@@ -30,6 +30,7 @@ from pop.models.layers import Linear, Rope, linear, rotate
 
 NORM_EPS = 1e-6  # no config states it
 PATCHES_AT_ONCE = 2**14  # which bounds the memory for activations
+PATCHES_KEPT = 2**17  # of all sizes whose tables are kept: some 40 MB
 
 
 class Grid(NamedTuple):
@@ -125,6 +126,7 @@ class VisionTower(nn.Module):
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
         self.merger = Merger(config, norm_merged=False)
         self.deepstack_merger_list = nn.ModuleList(Merger(config, norm_merged=True) for _ in config.deepstack)
+        self._tables: dict[tuple, tuple[torch.Tensor, ...]] = {}
 
     def forward(
         self, patches: torch.Tensor, grids: Sequence[Grid], run: Callable = Block.__call__
@@ -151,10 +153,11 @@ class VisionTower(nn.Module):
 
     def frame_pairs(self, patches: torch.Tensor, rows: int, columns: int, run: Callable) -> torch.Tensor:
         """patches [N, P, ...] of N frame pairs of rows x columns patches -> [1 + DeepStack's layers, N, M, D]."""
+        corners, shares, *rope = self.tables(rows, columns)
+        table = self.pos_embed.weight.float()
+        positions = F.embedding_bag(corners, table, per_sample_weights=shares, mode="sum")  # [P, C]
         h = self.patch_embed(patches)
-        h = h + self.by_square(self.positions(rows, columns)).to(h.dtype)
-        angles = self.by_square(self.angles(rows, columns))[:, None]  # [P, 1, E/2]
-        rope, deepstack = (angles.cos(), angles.sin()), []
+        h, deepstack = h + positions.to(h.dtype), []
         for index, block in enumerate(self.blocks):
             h = run(block, h, *rope)
             if index in self.config.deepstack:
@@ -167,12 +170,39 @@ class VisionTower(nn.Module):
         squares = table.unflatten(1, (-1, merge)).unflatten(0, (-1, merge))  # row, row in it, column, column in it, ...
         return squares.transpose(1, 2).flatten(0, 3)
 
-    def positions(self, rows: int, columns: int) -> torch.Tensor:
-        """The learned positions, stretched to a grid of patches: [rows, columns, C] float32."""
-        side = self.config.position_side
-        table = self.pos_embed.weight.float().unflatten(0, (side, side)).permute(2, 0, 1)  # [C, side, side]
-        stretched = F.interpolate(table[None], (rows, columns), mode="bilinear", align_corners=True)[0]
-        return stretched.permute(1, 2, 0)
+    def tables(self, rows: int, columns: int) -> tuple[torch.Tensor, ...]:
+        """What depends on the size of a frame pair alone, in the patches' order, kept from one call to the next.
+
+        corners [P, 4] int64 and shares [P, 4] float32, see `corners`; cos and sin [P, 1, E / 2] float32.
+        """
+        device = self.pos_embed.weight.device
+        key = rows, columns, device, torch.is_inference_mode_enabled()  # compiled code minds where a tensor is from
+        if (found := self._tables.get(key)) is None:
+            angles = self.by_square(self.angles(rows, columns))[:, None]  # [P, 1, E / 2]
+            found = *map(self.by_square, self.corners(rows, columns)), angles.cos(), angles.sin()
+            # Each step is one of the interpreter's, so that threads at worst make tables twice.
+            if sum(r * c for r, c, *_ in list(self._tables)) + rows * columns > PATCHES_KEPT:
+                self._tables.clear()
+            self._tables[key] = found
+        return found
+
+    def corners(self, rows: int, columns: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The learned positions, stretched to a grid of patches: each patch has a share of the four around its place.
+
+        Which of them, [rows, columns, 4] int64, and the shares, [rows, columns, 4] float32.
+        """
+        side, device = self.config.position_side, self.pos_embed.weight.device
+        axes = []
+        for count in (rows, columns):
+            place = torch.linspace(0, side - 1, count, device=device)  # the grids' corners lie on each other
+            low = place.long()
+            high = (low + 1).clamp(max=side - 1)
+            share = place - low
+            axes.append((torch.stack([low, high], -1), torch.stack([1 - share, share], -1)))  # [count, 2] each
+        (row, row_share), (column, column_share) = axes
+        corners = row[:, None, :, None] * side + column[None, :, None]  # [rows, columns, 2, 2]
+        shares = row_share[:, None, :, None] * column_share[None, :, None]
+        return corners.flatten(2), shares.flatten(2)
 
     def angles(self, rows: int, columns: int) -> torch.Tensor:
         """By which each rotated pair of a head turns: half of them by the row, half by the column.
