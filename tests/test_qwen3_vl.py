@@ -384,8 +384,12 @@ def test_tables_of_a_size_are_kept_and_the_weights_may_change(monkeypatch):
     monkeypatch.undo()
     assert torch.equal(with_weights_of(tower, VisionTower(config))(patches, grid)[0], after)
     assert tower.to(torch.bfloat16)(patches, grid)[0].dtype == torch.bfloat16
+    with torch.inference_mode():
+        assert tower.tables(4, 4)[0].is_inference()
+    assert not tower.tables(4, 4)[0].is_inference()  # which cannot be trained through, or run by code for the others
+    tower._tables.clear()
     monkeypatch.setattr(qwen3_vl_vision, "PATCHES_KEPT", 20)
-    for size in ((2, 2), (4, 2), (2, 6)):  # 8, 12, 20 and, with the last, 32 patches
+    for size in ((2, 2), (4, 2), (2, 2), (2, 6)):  # 4, 12, 12 and, with the last, 24 patches
         tower.tables(*size)
     assert [key[:2] for key in tower._tables] == [(2, 6)]
 
