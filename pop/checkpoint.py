@@ -118,6 +118,8 @@ class _Piece:
     target_at: tuple[slice, ...] = ()
     repeats: bool = False  # the parameter is filled already, and this must be equal to it
     interleaved: int = 0  # the head width E of Meta's Q and K
+    one_expert: bool = False  # a matrix of one expert, of which the parameter has all
+    transposed: bool = False  # all experts' matrices, the other way round
 
     def target(self, parameter: torch.Tensor) -> torch.Tensor:
         """The part of the parameter to fill, as a view shaped like `source`."""
@@ -126,6 +128,7 @@ class _Piece:
 
     def source(self, tensor: torch.Tensor) -> torch.Tensor:
         """RoPE rotates rows (2i, 2i + 1) of a head in Meta's files, (i, E/2 + i) in ours."""
+        tensor = tensor[None] if self.one_expert else tensor.transpose(1, 2) if self.transposed else tensor
         tensor = tensor[self.source_at]
         return tensor.unflatten(0, (-1, self.interleaved // 2, 2)) if self.interleaved else tensor
 
@@ -135,7 +138,7 @@ def _cut(piece: _Piece, shards: Mapping[str, Shard]) -> Iterator[_Piece]:
     if (shard := shards.get(piece.parameter)) is None:
         yield piece
         return
-    place = (*piece.target_at, slice(None), slice(None))[shard.axis]
+    place = (*piece.target_at, *[slice(None)] * 3)[shard.axis]
     begin, end, _ = place.indices(shard.whole)
     at = 0
     for first, last in shard.spans:
@@ -201,6 +204,9 @@ DIMENSIONS = {
     "gate_proj": ("intermediate_size", "hidden_size"), "up_proj": ("intermediate_size", "hidden_size"),
     "down_proj": ("hidden_size", "intermediate_size"),
     "q_norm": ("head_dim",), "k_norm": ("head_dim",),
+    "gate": ("num_experts", "hidden_size"),
+    "experts.gate_up_proj": ("num_experts", "2 * moe_intermediate_size", "hidden_size"),
+    "experts.down_proj": ("num_experts", "hidden_size", "moe_intermediate_size"),
 }  # fmt: skip
 VISION = ("vision_tower.", "multi_modal_projector.", "model.visual.")  # shaped by vision_config
 META_NAMES = {
@@ -215,6 +221,7 @@ META_NAMES = {
 def _survey(folder: Path, config: Config, wanted: dict[str, tuple[int, ...]]) -> list[_Piece]:
     """Match what is stored with the names and shapes of the parameters; one error names all that does not fit."""
     stored = _stored(folder, config.head_dim, wanted.keys())
+    wanted, places = _one_by_one(wanted, stored.keys())
     missing = [name for name in wanted if name not in stored]
     embedding = next((name for name in wanted if name.endswith(EMBEDDING)), EMBEDDING)
     surplus, dtypes, shapes, pieces = [], [], [], []
@@ -227,11 +234,20 @@ def _survey(folder: Path, config: Config, wanted: dict[str, tuple[int, ...]]) ->
         dtypes += [f"{name} ({tensor.dtype})" for _, tensor in parts if tensor.dtype not in FLOATS]
         if not (fitting := _fit(parts, whole)):
             found = " + ".join(str(list(tensor.shape)) for _, tensor in parts)
-            fields = " x ".join(DIMENSIONS.get(name.split(".")[-2], ("hidden_size",))[: len(whole)])
+            *_, kind, last = name.split(".")
+            fields = DIMENSIONS.get(kind) or DIMENSIONS.get(f"{kind}.{last}", ("hidden_size",))
+            fields = " x ".join(fields[: len(whole)])
+            if name in places:
+                fields = fields.replace("intermediate", "moe_intermediate")
             if name.startswith(VISION):
                 fields = "the sizes of vision_config"
             shapes.append(f"{name} is {found}, not {list(whole)} = {fields}")
-        pieces += [replace(p, parameter=embedding, repeats=True) for p in fitting] if tied else fitting
+        if tied:
+            fitting = [replace(piece, parameter=embedding, repeats=True) for piece in fitting]
+        elif name in places:
+            parameter, target_at = places[name]
+            fitting = [replace(p, parameter=parameter, target_at=target_at, one_expert=True) for p in fitting]
+        pieces += fitting
 
     faults = {"missing": missing, "surplus": surplus, "of a wrong dtype": dtypes, "of a wrong shape": shapes}
     if any(faults.values()):
@@ -246,6 +262,27 @@ def _survey(folder: Path, config: Config, wanted: dict[str, tuple[int, ...]]) ->
         reasons += [f"{kind}: {_some(names)}" for kind, names in faults.items() if names]
         raise CheckpointError(f"the weights in {folder} are not those of its config: {'; '.join(reasons)}")
     return sorted(pieces, key=lambda piece: (piece.repeats, piece.file))
+
+
+def _one_by_one(wanted: dict[str, tuple[int, ...]], stored: Set[str]) -> tuple[dict[str, tuple[int, ...]], dict]:
+    """The names and shapes that are wanted, where experts are stored one by one those of each.
+
+    And for these, by name, the parameter that has all experts, and which slices of it are this one's.
+    """
+    names, places = {}, {}
+    for name, shape in wanted.items():
+        experts, _, kind = name.rpartition(".")
+        matrices = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}.get(kind, ("",))
+        if f"{experts}.0.{matrices[0]}.weight" not in stored:
+            names[name] = shape
+            continue
+        rows = shape[1] // len(matrices)
+        for expert in range(shape[0]):
+            for number, matrix in enumerate(matrices):
+                one = f"{experts}.{expert}.{matrix}.weight"
+                names[one] = (rows, shape[2])
+                places[one] = name, (slice(expert, expert + 1), slice(number * rows, (number + 1) * rows))
+    return names, places
 
 
 def _stored(folder: Path, head_dim: int, wanted: Set[str]) -> dict[str, list[tuple[_Piece, torch.Tensor]]]:
@@ -318,6 +355,8 @@ def _fit(parts: list[tuple[_Piece, torch.Tensor]], whole: tuple[int, ...]) -> li
         return []
     if part == whole:
         return [replace(piece, repeats=rank > 0) for rank, (piece, _) in enumerate(parts)]
+    if len(part) == 3 and (part[0], part[2], part[1]) == whole:
+        return [replace(parts[0][0], transposed=True)]  # experts of Qwen3-VL, as published
     axes = [a for a, n in enumerate(part) if (*part[:a], n * ranks, *part[a + 1 :]) == whole]
     if not axes:
         return []

@@ -85,7 +85,8 @@ class Compiled:
         torch takes two sizes for the same if they are equal when it compiles. Here none is equal to another.
         """
         config, weight = self.module.config, next(self.module.parameters())
-        parts = (config, vision) if (vision := getattr(config, "vision", None)) else (config,)
+        vision, experts = (getattr(config, name, None) for name in ("vision", "experts"))
+        parts = [part for part in (config, vision, experts) if part is not None]
         taken = {value for part in parts for value in vars(part).values() if isinstance(value, int)}
         taken |= {config.head_dim // 2, *((vision.hidden_size // vision.num_heads,) if vision else ())}
         taken.add(3)  # numbers that Seen.span has

@@ -152,8 +152,29 @@ class Gemma3Config:
 
 
 @dataclass(frozen=True)
+class ExpertsConfig:
+    """Mixtures of `count` experts, in place of the MLPs of `layers`. Each token takes `per_token` of them.
+
+    width: inside of an expert. normalised: whether the shares of a token's experts are made to add up to one.
+    """
+
+    count: int
+    per_token: int
+    width: int
+    layers: tuple[int, ...]
+    normalised: bool = True
+
+    def __post_init__(self):
+        if self.per_token > self.count:
+            raise ConfigError(f"num_experts_per_tok ({self.per_token}) exceeds num_experts ({self.count})")
+
+
+@dataclass(frozen=True)
 class Qwen3Config:
-    """A dense decoder of the Qwen3 architecture; `max_positions` is its trained context in tokens."""
+    """A decoder of the Qwen3 architecture; `max_positions` is its trained context in tokens.
+
+    experts: None for a dense model.
+    """
 
     family: ClassVar[str] = "qwen3"
     overflows_float16: ClassVar[bool] = False
@@ -172,6 +193,7 @@ class Qwen3Config:
     dtype: torch.dtype = torch.float32  # of the checkpoint's files; the model may be loaded in another
     bos_id: int | None = None
     eos_ids: tuple[int, ...] = ()
+    experts: ExpertsConfig | None = None
 
     def __post_init__(self):
         _check(self)

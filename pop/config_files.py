@@ -11,6 +11,7 @@ A new family is a dataclass, a reader (Fields -> dataclass) and an entry in `REA
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ import torch
 from pop.config import (
     DTYPES,
     Config,
+    ExpertsConfig,
     Gemma3Config,
     LlamaConfig,
     Qwen3Config,
@@ -27,6 +29,7 @@ from pop.config import (
     RopeConfig,
     SiglipConfig,
 )
+from pop.config_meta import read_meta
 from pop.errors import ConfigError
 from pop.fields import Fields, read_json
 
@@ -41,7 +44,7 @@ def read_config(folder: str | Path) -> Config:
     if (folder / "config.json").exists():
         config = _read(folder / "config.json", _read_hf)
     elif (folder / "params.json").exists():
-        config = _read(folder / "params.json", _read_meta)
+        config = _read(folder / "params.json", read_meta)
     else:
         raise ConfigError(f"{folder} is no checkpoint folder: it holds neither config.json nor params.json")
     if (ends := folder / "generation_config.json").exists():
@@ -69,7 +72,9 @@ GEMMA3 = {"architectures": ["Gemma3ForCausalLM"], "hidden_activation": "gelu_pyt
           "tie_word_embeddings": True, "use_bidirectional_attention": False}  # fmt: skip
 QWEN3 = {"architectures": ["Qwen3ForCausalLM"], "hidden_act": "silu", "attention_bias": False,
          "use_sliding_window": False}  # fmt: skip
+QWEN3_MOE = {"architectures": ["Qwen3MoeForCausalLM"]}
 QWEN3_VL = {"model_type": "qwen3_vl_text", "hidden_act": "silu", "attention_bias": False}
+QWEN3_VL_MOE = {"model_type": "qwen3_vl_moe_text", "norm_topk_prob": True}
 LOCAL, GLOBAL = "sliding_attention", "full_attention"  # Gemma's layer types
 # Fields that leave the forward pass alone: training, bookkeeping, generation defaults of old configs.
 HARMLESS = """
@@ -82,6 +87,7 @@ HARMLESS = """
     temperature top_k top_p typical_p repetition_penalty length_penalty no_repeat_ngram_size suppress_tokens
     encoder_no_repeat_ngram_size forced_bos_token_id forced_eos_token_id exponential_decay_length_penalty
     num_return_sequences begin_suppress_tokens remove_invalid_values unsloth_fixed prefix cache_implementation
+    output_router_logits router_aux_loss_coef
 """
 
 
@@ -208,12 +214,15 @@ def _read_gemma3_ropes(fields: Fields) -> tuple[RopeConfig, RopeConfig]:
     )
 
 
-def _read_qwen3(fields: Fields) -> Qwen3Config:
-    for name, only in (DECODER | QWEN3).items():
+def _read_qwen3(fields: Fields, mixture: bool = False) -> Qwen3Config:
+    """mixture: of experts."""
+    for name, only in (DECODER | QWEN3 | (QWEN3_MOE if mixture else {})).items():
         fields.fixed(name, only)
     for name in ("sliding_window", "max_window_layers"):  # of windows that use_sliding_window has switched off
         fields.integer(name, None, least=0)
     sizes = _read_qwen3_sizes(fields)
+    if mixture:
+        sizes["experts"] = _read_experts(fields, sizes["num_layers"], fields.boolean("norm_topk_prob"))
     fields.fixed("layer_types", [GLOBAL] * sizes["num_layers"])
     tied = fields.boolean("tie_word_embeddings")
     return Qwen3Config(**sizes, rope=_read_single_rope(fields), tie_embeddings=tied, dtype=_read_dtype(fields))
@@ -235,20 +244,41 @@ def _read_qwen3_sizes(fields: Fields) -> dict[str, Any]:
     }
 
 
-def _read_qwen3_vl(fields: Fields) -> Qwen3VLConfig:
-    fields.fixed("architectures", ["Qwen3VLForConditionalGeneration"])
+def _read_experts(fields: Fields, num_layers: int, normalised: bool) -> ExpertsConfig:
+    counts = {name: fields.integer(name, None, most=2**12) for name in ("num_experts", "num_local_experts")}
+    counts = {count: name for name, count in counts.items() if count is not None}  # as published, as saved
+    if len(counts) != 1:
+        raise ConfigError("num_experts and num_local_experts " + ("disagree" if counts else "are both missing"))
+    step = fields.integer("decoder_sparse_step", 1)
+    dense = fields.take("mlp_only_layers", "a list of layers", lambda v: type(v) is list and _are_counts(v), [])
+    return ExpertsConfig(
+        count=next(iter(counts)),
+        per_token=fields.integer("num_experts_per_tok"),
+        width=fields.integer("moe_intermediate_size"),
+        layers=tuple(layer for layer in range(num_layers) if (layer + 1) % step == 0 and layer not in dense),
+        normalised=normalised,
+    )
+
+
+def _read_qwen3_vl(fields: Fields, mixture: bool = False) -> Qwen3VLConfig:
+    """mixture: of experts."""
+    fields.fixed("architectures", [f"Qwen3VL{'Moe' if mixture else ''}ForConditionalGeneration"])
     fields.fixed("is_encoder_decoder", False)
     text, vision = (Fields(_take_object(fields, name)) for name in ("text_config", "vision_config"))
     for part in (text, vision):
         for name in HARMLESS.split():
             part.left.pop(name, None)
     tied, dtype, ends = fields.boolean("tie_word_embeddings"), _read_dtype(fields, text), _read_ends(fields)
-    for name, only in (DECODER | QWEN3_VL).items():
+    for name, only in (DECODER | QWEN3_VL | (QWEN3_VL_MOE if mixture else {})).items():
         text.fixed(name, only)
-    if text.take("tie_word_embeddings", "true or false", lambda v: type(v) is bool, tied) != tied:
+    stated = text.take("tie_word_embeddings", "true or false", lambda v: type(v) is bool, tied)
+    if stated != tied and not mixture:  # of mixtures the reference saves a default there, and reads the whole's
         raise ConfigError(f"tie_word_embeddings is {tied}, but the opposite in text_config")
     sections, rope = _read_mrope(text)
     sizes = _read_qwen3_sizes(text)
+    if mixture:
+        text.integer("sliding_window", None, least=0)  # which the reference does not read
+        sizes["experts"] = _read_experts(text, sizes["num_layers"], normalised=True)
     text.finish()
     return Qwen3VLConfig(
         **sizes | ({"eos_ids": ends} if ends else {}),
@@ -279,7 +309,7 @@ def _are_counts(values: list) -> bool:
 
 def read_qwen3_vision(fields: Fields) -> Qwen3VisionConfig:
     """From Qwen3-VL's vision_config."""
-    kinds = ("qwen3_vl_vision", "qwen3_vl")  # the second in published files
+    kinds = ("qwen3_vl_vision", "qwen3_vl", "qwen3_vl_moe_vision", "qwen3_vl_moe")  # those without _vision as published
     fields.choice("model_type", kinds, kinds[0])
     fields.fixed("hidden_act", "gelu_pytorch_tanh")
     fields.fixed("in_channels", 3)
@@ -397,51 +427,7 @@ READERS: dict[str, Callable[[Fields], Config]] = {  # by config.json's model_typ
     "gemma3_text": _read_gemma3_text,
     "gemma3": _read_gemma3,
     "qwen3": _read_qwen3,
+    "qwen3_moe": partial(_read_qwen3, mixture=True),
     "qwen3_vl": _read_qwen3_vl,
+    "qwen3_vl_moe": partial(_read_qwen3_vl, mixture=True),
 }
-
-
-# ---- Meta's params.json ----
-
-# What params.json leaves open, by (dim, n_layers): the factor of the scaled RoPE (8 in Llama 3.1 and 3.3, 32
-# in Llama 3.2 1B and 3B), and whether the head is tied to the embedding (in Llama 3.2 1B and 3B it is).
-META_SIZES = {(4096, 32): (8.0, False), (8192, 80): (8.0, False), (16384, 126): (8.0, False),
-              (2048, 16): (32.0, True), (3072, 28): (32.0, True)}  # fmt: skip
-LLAMA3_VOCABULARY = 128_256
-
-
-def _read_meta(fields: Fields) -> LlamaConfig:
-    """Llama 3 and later (older files state neither vocab_size nor rope_theta, and are refused for that)."""
-    dim, num_layers = fields.integer("dim"), fields.integer("n_layers", most=2**12)
-    num_heads, vocab_size = fields.integer("n_heads", most=2**12), fields.integer("vocab_size")
-    if dim % num_heads:
-        raise ConfigError(f"dim ({dim}) is not a multiple of n_heads ({num_heads})")
-    # SwiGLU's three matrices get 2/3 of the width 4 * dim that a plain MLP's two have, times the multiplier.
-    multiple = fields.integer("multiple_of", 256)
-    width = int(fields.number("ffn_dim_multiplier", 1.0) * int(2 * (4 * dim) / 3))
-    rope, max_positions = RopeConfig(fields.number("rope_theta")), 8192
-    factor, tied = META_SIZES.get((dim, num_layers), (None, False))
-    if fields.boolean("use_scaled_rope"):
-        factor = fields.number("rope_scaling_factor", factor)
-        if factor is None:
-            raise ConfigError(f"use_scaled_rope needs a rope_scaling_factor, as dim {dim} with n_layers "
-                              f"{num_layers} is no published size")  # fmt: skip
-        rope, max_positions = replace(rope, kind="llama3", factor=factor), 131_072
-    config = LlamaConfig(
-        vocab_size=vocab_size,
-        hidden_size=dim,
-        intermediate_size=-(-width // multiple) * multiple,
-        num_layers=num_layers,
-        num_heads=num_heads,
-        num_kv_heads=fields.integer("n_kv_heads", num_heads),
-        head_dim=dim // num_heads,
-        max_positions=max_positions,
-        norm_eps=fields.number("norm_eps", 1e-5),
-        rope=rope,
-        tie_embeddings=tied,
-        dtype=torch.bfloat16,
-        bos_id=128_000 if vocab_size == LLAMA3_VOCABULARY else None,
-        eos_ids=(128_001, 128_008, 128_009) if vocab_size == LLAMA3_VOCABULARY else (),
-    )
-    fields.finish()
-    return config

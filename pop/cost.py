@@ -8,6 +8,7 @@ Shape letters are those of models/layers.py, I is the width inside the MLP; N to
     (multiply-adds)                         k and v     2 · D·K·E
                                             MLP         3 · D·I         gate, up, down
     a token at position p attends           QK' and PV  2 · H·E · (p + 1), or 2 · H·E · window, if that is less
+                                            or experts  D·X + 3 · D·k·I of the k of X experts that a token takes
     the output head, on one row             D·V
 
 In a kept layer all N tokens do all of this, and they attend N(N+1)/2 positions, the lower triangle, or in a layer with
@@ -47,11 +48,14 @@ def prefill_flops(config, num_tokens: int, plan: PrunePlan, patches: Sequence[in
     full_depth = [p for p in everyone if p < plan.full_depth_first or p >= num_tokens - plan.full_depth_last]
     taps = 1 if plan.projections is None else plan.projections.taps
     skipping = num_tokens - len(full_depth)
-    kinds = Counter((layer in plan.layers, window) for layer, window in enumerate(config.windows))
+    experts = getattr(config, "experts", None)
+    sparse = () if experts is None else experts.layers
+    kinds = Counter((n in plan.layers, window, n in sparse) for n, window in enumerate(config.windows))
     flops = 2 * config.hidden_size * config.vocab_size + vision_flops(config, patches)
-    for (pruned, window), count in kinds.items():
+    for (pruned, window, is_sparse), count in kinds.items():
         seen = skipping if window is None else min(skipping, window - 1)
-        flops += count * _layer_flops(config, window, *((full_depth, taps * seen) if pruned else (everyone, 0)))
+        tokens = (full_depth, taps * seen) if pruned else (everyone, 0)
+        flops += count * _layer_flops(config, window, is_sparse, *tokens)
     return flops
 
 
@@ -77,11 +81,15 @@ def vision_flops(config, patches: Sequence[int]) -> int:
     return 2 * (P * values * C + blocks + merging)
 
 
-def _layer_flops(config, window: int | None, positions, projected: int) -> int:
-    """FLOPs of one layer with this window: the tokens at `positions` run whole, K and V are `projected` times more."""
+def _layer_flops(config, window: int | None, is_sparse: bool, positions, projected: int) -> int:
+    """FLOPs of one layer with this window: the tokens at `positions` run whole, K and V are `projected` times more.
+
+    is_sparse: it has a mixture of experts for an MLP.
+    """
     D, E = config.hidden_size, config.head_dim
     H, K = config.num_heads, config.num_kv_heads
+    inner = config.experts.per_token * config.experts.width if is_sparse else config.intermediate_size
     projections = len(positions) * 2 * D * H * E + (len(positions) + projected) * 2 * D * K * E
-    mlp = len(positions) * 3 * D * config.intermediate_size
+    mlp = len(positions) * (3 * D * inner + (D * config.experts.count if is_sparse else 0))
     attention = sum(p + 1 if window is None else min(p + 1, window) for p in positions) * 2 * H * E
     return 2 * (projections + mlp + attention)

@@ -12,9 +12,10 @@ The residual stream h is whole on every rank, and so are norms and a vision towe
 cut by vocabulary: a rank looks up the tokens that it holds, and a sum over the ranks has them all; each computes its
 tokens' logits, and all are gathered, so that they are the same on all ranks to the last bit.
 
-A rank's model is an ordinary one (pop/models) of fewer heads and a narrower MLP, in which four kinds of parts are
-swapped: `Part` says what it holds and swaps them. Its KV cache holds its heads. Prefill, decode, pruning and compiling
-know nothing of it. All ranks run the same program on the same inputs, and call the model in the same order.
+A rank's model is an ordinary one (pop/models) of fewer heads and a narrower MLP, in which five kinds of parts are
+swapped: `Part` says what it holds and swaps them. Of a mixture of experts it has the router and all experts, each as
+much narrower. Its KV cache holds its heads. Prefill, decode, pruning and compiling know nothing of it. All ranks run
+the same program on the same inputs, and call the model in the same order.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ from pop import models
 from pop.cache import KVCache
 from pop.checkpoint import VISION, Shard
 from pop.errors import InputError
+from pop.models.experts import Experts
 from pop.models.layers import Embedding, Linear, linear
 
 TIMEOUT = timedelta(minutes=10)  # that a rank waits for the others, whose disks or compilers may be slower
@@ -126,9 +128,11 @@ class Part:
         heads = [first // G for first in blocks]
         self.kv_rows = [head * E + row for head in heads for row in range(E)]
         inner = _share(whole.intermediate_size, rank, size)
-        self.config = dataclasses.replace(
-            whole, num_heads=count, num_kv_heads=len(heads), intermediate_size=inner[1] - inner[0]
-        )
+        sizes = {"num_heads": count, "num_kv_heads": len(heads), "intermediate_size": inner[1] - inner[0]}
+        if (experts := getattr(whole, "experts", None)) is not None:
+            of_expert = _share(experts.width, rank, size)
+            sizes["experts"] = dataclasses.replace(experts, width=of_expert[1] - of_expert[0])
+        self.config = dataclasses.replace(whole, **sizes)
         queries = Shard(0, H * E, ((rank * count * E, (rank + 1) * count * E),))
         keys = Shard(
             0, K * E, tuple((head * E, (head + 1) * E) for head in heads), tuple(first % G == 0 for first in blocks)
@@ -140,6 +144,10 @@ class Part:
             "gate_proj": width, "up_proj": width, "down_proj": dataclasses.replace(width, axis=1),
             "embed_tokens": words, "lm_head": words,
         }  # fmt: skip
+        if experts is not None:  # gate and up lie behind each other
+            both = of_expert, tuple(experts.width + row for row in of_expert)
+            self._kinds["experts.gate_up_proj"] = Shard(1, 2 * experts.width, both)
+            self._kinds["experts.down_proj"] = Shard(2, experts.width, (of_expert,))
         self.shards: dict[str, Shard] = {}
         self.num_parameters = 0  # of the whole model
 
@@ -148,11 +156,13 @@ class Part:
         with torch.device("meta"):
             module = models.build(self.config)
             for name, old in list(module.named_modules()):
-                if name.startswith(VISION) or name.rpartition(".")[2] not in self._kinds:
-                    continue
                 parent, _, kind = name.rpartition(".")
+                if name.startswith(VISION):
+                    continue
                 if kind in ("o_proj", "down_proj"):
                     new = RowParallelLinear(old.in_features, old.out_features, bias=old.bias is not None)
+                elif kind == "experts":
+                    new = ParallelExperts(self.config)
                 elif kind in ("embed_tokens", "lm_head"):
                     new = (VocabularyParallelEmbedding if kind == "embed_tokens" else VocabularyParallelHead)(
                         self.whole.vocab_size, self.whole.hidden_size, self.rank, self.size
@@ -161,7 +171,8 @@ class Part:
                     continue
                 setattr(module.get_submodule(parent), kind, new)
         for name, parameter in module.named_parameters():
-            shard = None if name.startswith(VISION) else self._kinds.get(name.split(".")[-2])
+            *_, kind, last = name.split(".")
+            shard = None if name.startswith(VISION) else self._kinds.get(kind) or self._kinds.get(f"{kind}.{last}")
             if shard is not None and shard.axis < parameter.dim():  # the sum's bias is whole
                 self.shards[name] = shard
             self.num_parameters += math.prod(self.whole_shape(name, parameter))
@@ -181,14 +192,13 @@ class Part:
         if shard is None:
             values = parameter.flatten()[::step][: None if self.rank == 0 else 0]
             return values, torch.arange(len(values), device=values.device)
-        rows, columns = (*shard.whole_shape(tuple(parameter.shape)), 1)[:2]
-        numbers = torch.arange(0, rows * columns, step, device=parameter.device)
-        place = [numbers // columns, numbers % columns]
+        whole = shard.whole_shape(tuple(parameter.shape))
+        numbers = torch.arange(0, math.prod(whole), step, device=parameter.device)
+        place = list(torch.unravel_index(numbers, whole))
         here = shard.places().to(parameter.device)[place[shard.axis]]
         mine = here >= 0
         place[shard.axis] = here
-        row, column = (index[mine] for index in place)
-        return parameter.reshape(len(parameter), -1)[row, column], numbers[mine] // step
+        return parameter[tuple(index[mine] for index in place)], numbers[mine] // step
 
     def add_up(self, numbers: torch.Tensor) -> None:
         """Replace numbers by their sums over the ranks."""
@@ -215,6 +225,15 @@ class RowParallelLinear(Linear):
         out = linear(x, self.weight)
         dist.all_reduce(out)
         return out if self.bias is None else out + self.bias
+
+
+class ParallelExperts(Experts):
+    """Experts of whose widths each rank has a part: what they add up to is a summand."""
+
+    def forward(self, x: torch.Tensor, chosen: torch.Tensor, shares: torch.Tensor) -> torch.Tensor:
+        out = super().forward(x, chosen, shares)
+        dist.all_reduce(out)
+        return out
 
 
 class VocabularyParallelHead(Linear):

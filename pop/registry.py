@@ -68,10 +68,14 @@ MODELS = {
         Entry("qwen3-8b", "qwen3", 8_190_735_360, "Qwen/Qwen3-8B"),
         Entry("qwen3-14b", "qwen3", 14_768_307_200, "Qwen/Qwen3-14B"),
         Entry("qwen3-32b", "qwen3", 32_762_123_264, "Qwen/Qwen3-32B"),
+        Entry("qwen3-30b-a3b", "qwen3", 30_532_122_624, "Qwen/Qwen3-30B-A3B"),
+        Entry("qwen3-235b-a22b", "qwen3", 235_093_634_560, "Qwen/Qwen3-235B-A22B"),
         *_qwen3_vl("2b", 2_127_532_032),
         *_qwen3_vl("4b", 4_437_815_808),
         *_qwen3_vl("8b", 8_767_123_696),
         *_qwen3_vl("32b", 33_357_390_064),
+        *_qwen3_vl("30b-a3b", 31_070_754_032),
+        *_qwen3_vl("235b-a22b", 235_670_022_896),
     ]
 }
 

@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from test_method import assert_close, cases, held, models, plain, prefill
-from tiny import random_model, tiny_config, tiny_gemma3_config, tiny_qwen3_config
+from tiny import random_model, tiny_config, tiny_gemma3_config, tiny_qwen3_moe_config
 
 import pop
 from pop import PlanError, PrunePlan, calibrate, reference
@@ -33,7 +33,7 @@ def make_model(seed: int = 0, **overrides) -> pop.Model:
     return pop.Model(random_model(config, seed), config)
 
 
-CONFIGS = [tiny_config(), tiny_gemma3_config(), tiny_qwen3_config()]
+CONFIGS = [tiny_config(), tiny_gemma3_config(), tiny_qwen3_moe_config()]
 
 
 @pytest.fixture(scope="module")

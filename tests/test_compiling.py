@@ -4,13 +4,14 @@ import copy
 import dataclasses
 import logging
 import random
+from functools import partial
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from test_method import batches, plans
-from tiny import random_model, tiny_config, tiny_gemma3_config, tiny_gemma3_vl_config, tiny_qwen3_vl_config
+from tiny import EXPERTS, random_model, tiny_config, tiny_gemma3_config, tiny_gemma3_vl_config, tiny_qwen3_vl_config
 from tiny_images import both_ways, random_bytes
 
 import pop
@@ -39,7 +40,11 @@ def blocks_of_a_few_tokens():
         yield
 
 
-@pytest.fixture(scope="module", params=[tiny_qwen3_vl_config, tiny_gemma3_config], ids=["qwen3-vl", "gemma3"])
+@pytest.fixture(
+    scope="module",
+    params=[partial(tiny_qwen3_vl_config, experts=EXPERTS), tiny_gemma3_config],
+    ids=["qwen3-vl", "gemma3"],
+)
 def pair(request):
     """One model twice, compiled and eager; the compiled one is warm for everything."""
     module = random_model(request.param(max_positions=6000), seed=5)

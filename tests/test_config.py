@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pop.config import (
+    ExpertsConfig,
     Gemma3Config,
     LlamaConfig,
     Qwen3Config,
@@ -206,7 +207,7 @@ def test_end_tokens_of_generation_config_go_first(read, tmp_path):
     [
         (
             {"model_type": "mistral"},
-            "model_type must be one of llama, gemma3_text, gemma3, qwen3, qwen3_vl, not 'mistral'",
+            "must be one of llama, gemma3_text, gemma3, qwen3, qwen3_moe, qwen3_vl, qwen3_vl_moe, not 'mistral'",
         ),
         ({"architectures": ["LlamaModel"]}, r"architectures .* \['LlamaModel'\]"),
         ({"hidden_act": "gelu"}, "hidden_act .* 'gelu'"),
@@ -851,10 +852,86 @@ def test_every_field_reaches_the_qwen3_config(read):
     assert Qwen3Config(50, 48, 80, 3, 4, 2) == Qwen3Config(50, 48, 80, 3, 4, 2, 128, 32768, 1e-6, RopeConfig(1e4))
 
 
+# Qwen3-30B-A3B as published (transformers 4), as far as it differs from the above.
+QWEN3_30B_A3B = QWEN3_06B | {
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "decoder_sparse_step": 1,
+    "hidden_size": 2048,
+    "intermediate_size": 6144,
+    "max_window_layers": 48,
+    "mlp_only_layers": [],
+    "model_type": "qwen3_moe",
+    "moe_intermediate_size": 768,
+    "norm_topk_prob": True,
+    "num_attention_heads": 32,
+    "num_experts": 128,
+    "num_experts_per_tok": 8,
+    "num_hidden_layers": 48,
+    "num_key_value_heads": 4,
+    "output_router_logits": False,
+    "router_aux_loss_coef": 0.001,
+    "tie_word_embeddings": False,
+}
+QWEN3_235B_A22B = QWEN3_30B_A3B | {
+    "hidden_size": 4096,
+    "intermediate_size": 12288,
+    "max_window_layers": 94,
+    "moe_intermediate_size": 1536,
+    "num_attention_heads": 64,
+    "num_hidden_layers": 94,
+}
+
+
+@pytest.mark.parametrize(("size", "fields"), [("30b-a3b", QWEN3_30B_A3B), ("235b-a22b", QWEN3_235B_A22B)])
+def test_qwen3_mixtures_as_published(read, size, fields):
+    config = read(fields)
+    layers, width = fields["num_hidden_layers"], fields["moe_intermediate_size"]
+    assert config.experts == ExpertsConfig(128, 8, width, tuple(range(layers)), normalised=True)
+    found = parameters(config)
+    assert count(found) == lookup(f"qwen3-{size}").parameters
+    D = fields["hidden_size"]
+    shapes = {
+        "gate.weight": (128, D),
+        "experts.gate_up_proj": (128, 2 * width, D),
+        "experts.down_proj": (128, D, width),
+    }
+    expected = {f"model.layers.{n}.mlp.{name}": shape for n in range(layers) for name, shape in shapes.items()}
+    assert {name: shape for name, shape in found.items() if ".mlp." in name} == expected
+
+
+def test_which_layers_have_experts(read):
+    def layers(**fields):
+        return read(QWEN3_30B_A3B | {"num_hidden_layers": 6} | fields).experts.layers
+
+    assert layers(mlp_only_layers=[0, 4]) == (1, 2, 3, 5)
+    assert layers(decoder_sparse_step=2) == (1, 3, 5)
+    assert layers(decoder_sparse_step=2, mlp_only_layers=[3]) == (1, 5)
+    saved = read(QWEN3_30B_A3B | {"num_experts": None, "num_local_experts": 9, "norm_topk_prob": None})
+    assert (saved.experts.count, saved.experts.normalised) == (9, False)  # the reference's default
+
+
 @pytest.mark.parametrize(
     ("change", "named"),
     [
-        ({"model_type": "qwen3_moe"}, "model_type must be one of"),
+        ({"num_experts": None}, "num_experts and num_local_experts are both missing"),
+        ({"num_local_experts": 64}, "num_experts and num_local_experts disagree"),
+        ({"num_experts_per_tok": 129}, r"num_experts_per_tok \(129\) exceeds num_experts \(128\)"),
+        ({"num_experts_per_tok": 0}, "num_experts_per_tok must be an integer"),
+        ({"moe_intermediate_size": None}, "moe_intermediate_size is missing"),
+        ({"mlp_only_layers": [1.5]}, "mlp_only_layers must be a list of layers"),
+        ({"decoder_sparse_step": 0}, "decoder_sparse_step must be an integer"),
+        ({"shared_expert_intermediate_size": 5}, "shared_expert_intermediate_size = 5"),
+        ({"architectures": ["Qwen3ForCausalLM"]}, r"architectures .* \['Qwen3ForCausalLM'\]"),
+    ],
+)
+def test_refusals_of_mixtures(read, change, named):
+    with pytest.raises(ConfigError, match=named):
+        read(QWEN3_30B_A3B | change)
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
         ({"architectures": ["Qwen3Model"]}, r"architectures .* \['Qwen3Model'\]"),
         ({"hidden_act": "gelu"}, "hidden_act .* 'gelu'"),
         ({"attention_bias": True}, "attention_bias .* True"),
@@ -958,6 +1035,24 @@ def test_qwen3_vl_8b_as_published(read):
         image_id=151655,
         video_id=151656,
     )
+
+
+def test_qwen3_vl_30b_a3b_as_published(read):
+    experts = {"decoder_sparse_step": 1, "mlp_only_layers": [], "moe_intermediate_size": 768, "norm_topk_prob": True,
+               "num_experts": 128, "num_experts_per_tok": 8}  # fmt: skip
+    sizes = {"hidden_size": 2048, "intermediate_size": 6144, "num_hidden_layers": 48, "num_key_value_heads": 4}
+    text = {"model_type": "qwen3_vl_moe_text"} | sizes | experts
+    change = {"architectures": ["Qwen3VLMoeForConditionalGeneration"], "model_type": "qwen3_vl_moe"}
+    change |= {"vision_config.model_type": "qwen3_vl_moe", "vision_config.out_hidden_size": 2048}
+    change |= {f"text_config.{name}": value for name, value in text.items()}
+    config = read(changed(QWEN3_VL_8B, change))
+    assert config.experts == ExpertsConfig(128, 8, 768, tuple(range(48)), normalised=True)
+    assert count(parameters(config)) == lookup("qwen3-vl-30b-a3b").parameters
+    assert read(changed(QWEN3_VL_8B, change | {"text_config.tie_word_embeddings": True})) == config
+    with pytest.raises(ConfigError, match="norm_topk_prob must be True"):
+        read(changed(QWEN3_VL_8B, change | {"text_config.norm_topk_prob": False}))
+    with pytest.raises(ConfigError, match="num_experts = 128"):
+        read(changed(QWEN3_VL_8B, {"text_config.num_experts": 128}))
 
 
 def test_qwen3_vl_of_transformers_5_says_the_same(read):

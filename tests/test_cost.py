@@ -3,7 +3,14 @@
 import pytest
 import torch
 from test_qwen3_vl import published
-from tiny import random_model, tiny_config, tiny_gemma3_config, tiny_gemma3_vl_config, tiny_qwen3_vl_config
+from tiny import (
+    random_model,
+    tiny_config,
+    tiny_gemma3_config,
+    tiny_gemma3_vl_config,
+    tiny_qwen3_moe_config,
+    tiny_qwen3_vl_config,
+)
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -58,7 +65,9 @@ def test_limits_are_those_of_the_method_at_2048_tokens(config, pruned, limit, di
     assert round(speedup_limit(config, 2048, plan), digits) == limit
 
 
-@pytest.mark.parametrize("config", [tiny_config(), tiny_gemma3_config()], ids=["llama", "gemma3"])
+@pytest.mark.parametrize(
+    "config", [tiny_config(), tiny_gemma3_config(), tiny_qwen3_moe_config()], ids=["llama", "gemma3", "experts"]
+)
 @pytest.mark.parametrize("tokens", [1, 2, 7, 40])
 @pytest.mark.parametrize(
     "plan",

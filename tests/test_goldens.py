@@ -44,6 +44,8 @@ CASES = (
     "qwen3/mqa-tied",
     "qwen3/bfloat16",
     "qwen3/old",
+    "qwen3/experts",
+    "qwen3/experts-saved",
 )
 TOLERANCE = 1e-4  # of the standard deviation of the reference's logits
 

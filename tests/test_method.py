@@ -17,7 +17,7 @@ from tiny_images import both_ways
 import pop
 from pop import engine, reference
 from pop.cache import KVCache
-from pop.config import RopeConfig
+from pop.config import ExpertsConfig, RopeConfig
 from pop.models import layers
 from pop.models.layers import Images, masked_attention
 from pop.plan import PrunePlan
@@ -67,9 +67,10 @@ def models(draw):
             windows=tuple(draw(st.lists(windows, min_size=num_layers, max_size=num_layers))),
         )
     elif family == "qwen3":
-        config = tiny_qwen3_config(**sizes, num_layers=num_layers, tie_embeddings=draw(st.booleans()))
+        tied, mixture = draw(st.booleans()), draw(experts(num_layers))
+        config = tiny_qwen3_config(**sizes, num_layers=num_layers, tie_embeddings=tied, experts=mixture)
     elif family == "qwen3_vl":
-        config = qwen3_vl_config(draw, **sizes, num_layers=num_layers)
+        config = qwen3_vl_config(draw, **sizes, num_layers=num_layers, experts=draw(experts(num_layers)))
     else:
         config = tiny_config(
             **sizes,
@@ -79,6 +80,15 @@ def models(draw):
             mlp_bias=draw(st.booleans()),
         )
     return random_model(config, seed=draw(st.integers(0, 9)))
+
+
+@st.composite
+def experts(draw, num_layers):
+    """A mixture in any layers, of few experts or many, or None."""
+    if draw(st.booleans()):
+        return None
+    sparse, count = draw(st.sets(st.integers(0, num_layers - 1))), draw(st.sampled_from([1, 4, 40]))
+    return ExpertsConfig(count, draw(st.integers(1, min(count, 3))), 9, tuple(sorted(sparse)), draw(st.booleans()))
 
 
 def qwen3_vl_config(draw, **sizes):

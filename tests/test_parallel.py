@@ -55,7 +55,10 @@ CONFIGS = {
         },
         "mm_tokens_per_image": 4, "image_token_index": 66, "boi_token_index": 64, "eoi_token_index": 65,
     },
-    "qwen3": {**TEXT_SIZES, "model_type": "qwen3", "num_attention_heads": 8, "num_key_value_heads": 2},
+    "experts": {
+        **TEXT_SIZES, "model_type": "qwen3_moe", "num_attention_heads": 8, "num_key_value_heads": 2,
+        "num_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 14, "mlp_only_layers": [1],
+    },
     "qwen3-vl": {
         "model_type": "qwen3_vl",
         "text_config": {
@@ -76,7 +79,7 @@ HELD = {
     "odd groups": (3, 3),
     "gemma3": (1, 1),
     "gemma3 with images": (1, 1),
-    "qwen3": (1, 1),
+    "experts": (1, 1),
     "qwen3-vl": (1, 1),
 }
 CASES = {
@@ -156,11 +159,11 @@ def test_a_rank_holds_and_reads_its_part(name, ranks, folder):
     expected = 0
     for key, weight in load_file(folder / name / "model.safetensors").items():
         eyes = key.startswith(VISION)
-        summed = key.endswith(("o_proj.bias", "down_proj.bias"))
+        whole = key.endswith(("o_proj.bias", "down_proj.bias", "mlp.gate.weight"))
         if ".k_proj" in key or ".v_proj" in key:
             expected += weight.nbytes * (1 if eyes else held / config.num_kv_heads)
         else:
-            expected += weight.nbytes / (1 if eyes or summed or "norm" in key else N)
+            expected += weight.nbytes / (1 if eyes or whole or "norm" in key else N)
     for found in (_of(name, rank) for rank in ranks):
         assert found["cache"].item() == cache
         assert found["read"].item() == pytest.approx(expected, rel=0.03)  # 67 tokens, 46 wide: no even shares

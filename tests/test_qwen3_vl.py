@@ -16,7 +16,7 @@ from tiny import random_patches, random_weights, write_weights
 from torch import nn
 
 import pop
-from pop.config import Qwen3VisionConfig, Qwen3VLConfig
+from pop.config import ExpertsConfig, Qwen3VisionConfig, Qwen3VLConfig
 from pop.config_files import read_config
 from pop.errors import CheckpointError, InputError
 from pop.models import build, qwen3_vl_vision
@@ -27,7 +27,7 @@ from pop.registry import lookup
 from pop.vision import Prepared
 
 GOLDENS = Path(__file__).parent / "goldens" / "qwen3_vl"
-GOLDEN = {name: json.loads((GOLDENS / name / "golden.json").read_bytes()) for name in ("untied", "tied")}
+GOLDEN = {name: json.loads((GOLDENS / name / "golden.json").read_bytes()) for name in ("untied", "tied", "experts")}
 CASES = [(name, case) for name, golden in GOLDEN.items() for case in golden["cases"]]
 TOLERANCE = 1e-4  # of the standard deviation of the reference's values
 
@@ -268,14 +268,19 @@ SIZES = {
     "4b": (2560, 9728, 36, 32, True, 1024, 4096, 24, (5, 11, 17)),
     "8b": (4096, 12288, 36, 32, False, 1152, 4304, 27, (8, 16, 24)),
     "32b": (5120, 25600, 64, 64, False, 1152, 4304, 27, (8, 16, 24)),
+    "30b-a3b": (2048, 6144, 48, 32, False, 1152, 4304, 27, (8, 16, 24)),
+    "235b-a22b": (4096, 12288, 94, 64, False, 1152, 4304, 27, (8, 16, 24)),
 }
+EXPERT_WIDTHS = {"30b-a3b": 768, "235b-a22b": 1536}
 
 
 def published(size: str) -> Qwen3VLConfig:
     D, inner, layers, heads, tied, C, vision_inner, blocks, deepstack = SIZES[size]
-    vision = Qwen3VisionConfig(C, vision_inner, blocks, 16, D, deepstack)
-    options = {"tie_embeddings": tied, "mrope_sections": (24, 20, 20), "vision": vision}
-    return Qwen3VLConfig(151_936, D, inner, layers, heads, 8, **options)
+    vision, experts, kv_heads = Qwen3VisionConfig(C, vision_inner, blocks, 16, D, deepstack), None, 8
+    if width := EXPERT_WIDTHS.get(size):
+        experts, kv_heads = ExpertsConfig(128, 8, width, tuple(range(layers))), 4
+    options = {"tie_embeddings": tied, "mrope_sections": (24, 20, 20), "vision": vision, "experts": experts}
+    return Qwen3VLConfig(151_936, D, inner, layers, heads, kv_heads, **options)
 
 
 def parameters(config) -> dict[str, tuple[int, ...]]:

@@ -32,8 +32,9 @@ def put(folder: Path, file: str = "config.json") -> Path:
 def test_names():
     llamas = ["llama3.1-8b", "llama3.1-70b", "llama3.1-405b", "llama3.2-1b", "llama3.2-3b"]
     gemmas = ["gemma3-270m", "gemma3-1b", "gemma3-4b", "gemma3-12b", "gemma3-27b"]
-    qwens = [f"qwen3-{size}" for size in ("0.6b", "1.7b", "4b", "8b", "14b", "32b")]
-    qwens += [f"qwen3-vl-{size}{kind}" for size in ("2b", "4b", "8b", "32b") for kind in ("", "-thinking")]
+    qwens = [f"qwen3-{size}" for size in ("0.6b", "1.7b", "4b", "8b", "14b", "32b", "30b-a3b", "235b-a22b")]
+    seeing = ("2b", "4b", "8b", "32b", "30b-a3b", "235b-a22b")
+    qwens += [f"qwen3-vl-{size}{kind}" for size in seeing for kind in ("", "-thinking")]
     instruct = {*(f"{name}-instruct" for name in llamas), *(f"{name}-it" for name in gemmas)}
     assert set(list_models()) == {*llamas, *gemmas, *qwens, *instruct, "smollm2-135m"}
     for name in list_models():
@@ -46,8 +47,11 @@ def test_names():
     assert (sources["gemma3-12b"], sources["gemma3-12b-it"]) == ("google/gemma-3-12b-pt", "google/gemma-3-12b-it")
     assert len(sources) == 10
     sources = [lookup(name).source for name in list_models() if lookup(name).family == "qwen3"]
-    assert sources == [f"Qwen/Qwen3-{size}" for size in ("0.6B", "1.7B", "4B", "8B", "14B", "32B")]
+    assert sources == [
+        f"Qwen/Qwen3-{size}" for size in ("0.6B", "1.7B", "4B", "8B", "14B", "32B", "30B-A3B", "235B-A22B")
+    ]
     assert lookup("qwen3-vl-8b").source == "Qwen/Qwen3-VL-8B-Instruct"
+    assert lookup("qwen3-vl-235b-a22b-thinking").source == "Qwen/Qwen3-VL-235B-A22B-Thinking"
     assert lookup("qwen3-vl-8b-thinking").source == "Qwen/Qwen3-VL-8B-Thinking"
     assert {name for name in list_models() if lookup(name).embedded} == set(EMBEDDED) == {"smollm2-135m", "gemma3-270m"}
 

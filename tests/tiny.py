@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 
 from pop.config import (
     Config,
+    ExpertsConfig,
     Gemma3Config,
     LlamaConfig,
     Qwen3Config,
@@ -109,6 +110,14 @@ def tiny_qwen3_vl_config(**overrides) -> Qwen3VLConfig:
     return Qwen3VLConfig(**{**QWEN3_VL_SIZES, **overrides})
 
 
+# Layers 1 and 4 are dense.
+EXPERTS = ExpertsConfig(count=7, per_token=3, width=14, layers=(0, 2, 3))
+
+
+def tiny_qwen3_moe_config(**overrides) -> Qwen3Config:
+    return tiny_qwen3_config(**{"experts": EXPERTS, **overrides})
+
+
 def random_weights(shapes: dict[str, tuple[int, ...]], seed: int, family: str = "llama") -> dict[str, torch.Tensor]:
     """Float32 weights for the named shapes, filled in the order of the names, which are the published ones.
 
@@ -121,8 +130,8 @@ def random_weights(shapes: dict[str, tuple[int, ...]], seed: int, family: str = 
     weights = {}
     for name, shape in sorted(shapes.items()):
         values = random.standard_normal(shape)
-        if len(shape) == 2:
-            values /= np.sqrt(shape[1])
+        if len(shape) in (2, 3):
+            values /= np.sqrt(shape[-1])
         elif name.endswith("model.norm.weight") and family == "gemma3":
             values -= 1  # 1 + weight has either sign: else, as the head is the embedding, each token predicts itself
         elif name.endswith(("norm.weight", "norm1.weight", "norm2.weight")):

@@ -133,6 +133,16 @@ def qwen3_config(*sizes, **fields) -> dict:
     return config(*sizes, architectures=["Qwen3ForCausalLM"], model_type="qwen3", **fields)
 
 
+def qwen3_moe_config(*sizes, **options):
+    """Sizes: those of qwen3_config, then how many experts, of a token and of all, and their width."""
+    *sizes, per_token, count, width = sizes
+    experts = {"num_experts_per_tok": per_token, "num_experts": count, "moe_intermediate_size": width}
+    return qwen3_config(*sizes, **experts, **options) | {
+        "architectures": ["Qwen3MoeForCausalLM"],
+        "model_type": "qwen3_moe",
+    }
+
+
 def gemma3_ropes(factor, base=1_000_000.0, local_base=10_000.0) -> dict:
     return {
         GLOBAL: {"rope_type": "linear", "factor": factor, "rope_theta": base},
@@ -374,6 +384,13 @@ CASES = {
     "qwen3/wide-heads": Case(qwen3_config(67, 30, 44, 5, 6, 2, 10, rms_norm_eps=1e-2), (21, 1)),
     "qwen3/mqa-tied": Case(qwen3_config(61, 32, 52, 3, 4, 1, 8, tie_word_embeddings=True), (35, 6)),
     "qwen3/bfloat16": Case(qwen3_config(37, 16, 24, 3, 4, 2, 8, dtype="bfloat16"), (280, 7), shard_size="1GB"),
+    # Mixtures of experts; with dense layers between, and saved, which is expert by expert.
+    "qwen3/experts": Case(qwen3_moe_config(67, 30, 44, 3, 6, 2, 10, 3, 8, 14, norm_topk_prob=True), (21, 1)),
+    "qwen3/experts-saved": Case(
+        qwen3_moe_config(37, 16, 24, 4, 4, 2, 8, 2, 5, 6, mlp_only_layers=[0], decoder_sparse_step=2),
+        (19, 7),
+        shard_size="20KB",
+    ),
     # The dialect of transformers 4, in the form that Qwen3-8B was published in.
     "qwen3/old": Case(
         {
@@ -454,6 +471,8 @@ def random_reference(case: Case, seed: int) -> torch.nn.Module:
         parsed = transformers.AutoConfig.from_pretrained(folder)
     auto = transformers.AutoModelForImageTextToText if image_ids(parsed) else transformers.AutoModelForCausalLM
     model = auto.from_config(parsed, dtype=torch.float32, attn_implementation="eager").eval()
+    if hasattr(parsed, "num_experts"):
+        model.set_experts_implementation("eager")
     shapes = {published_name(name): tuple(parameter.shape) for name, parameter in model.named_parameters()}
     weights = random_weights(shapes, seed, case.config["model_type"].removesuffix("_text"))
     with torch.no_grad():

@@ -20,7 +20,12 @@ import torch
 
 try:
     import transformers
-    from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
+    from transformers import (
+        Qwen3VLConfig,
+        Qwen3VLForConditionalGeneration,
+        Qwen3VLMoeConfig,
+        Qwen3VLMoeForConditionalGeneration,
+    )
     from transformers.models.qwen2_vl.image_processing_qwen2_vl import Qwen2VLImageProcessor
     from transformers.models.qwen3_vl.processing_qwen3_vl import Qwen3VLProcessor
     from transformers.models.qwen3_vl.video_processing_qwen3_vl import Qwen3VLVideoProcessor
@@ -95,6 +100,35 @@ MODELS = {
         },
         "tie_word_embeddings": True,
     },
+    # Mixtures of experts, in all layers but one.
+    "experts": {
+        "text_config": {
+            "vocab_size": 67,
+            "hidden_size": 30,
+            "intermediate_size": 44,
+            "num_hidden_layers": 4,
+            "num_attention_heads": 6,
+            "num_key_value_heads": 2,
+            "head_dim": 20,
+            "num_experts": 7,
+            "num_experts_per_tok": 3,
+            "moe_intermediate_size": 14,
+            "mlp_only_layers": [1],
+            "max_position_embeddings": 512,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1000.0, "mrope_section": [4, 3, 3]},
+        },
+        "vision_config": {
+            "depth": 2,
+            "hidden_size": 24,
+            "intermediate_size": 40,
+            "num_heads": 3,
+            "out_hidden_size": 30,
+            "num_position_embeddings": 25,
+            "patch_size": 4,
+            "deepstack_visual_indexes": [0, 1],
+        },
+        "tie_word_embeddings": False,
+    },
 }
 # Prompts: a number is so many tokens of text, a pair an image of so many rows and columns of patches, a triple a video.
 PROMPTS = {
@@ -107,7 +141,11 @@ PROMPTS = {
     "image-and-video": [2, (2, 4, 2), 3, (6, 4), 2],
     "same-sizes": [2, (4, 6), 1, (4, 6), 1, (4, 6), 3],
 }
-OF_TIED = ("image", "video", "image-and-video")
+CASES = {
+    "untied": tuple(PROMPTS),
+    "tied": ("image", "video", "image-and-video"),
+    "experts": ("text", "image", "image-and-video"),
+}
 
 
 def lay_out(prompt, merge: int, random) -> tuple[list[int], list, list]:
@@ -185,10 +223,18 @@ def run(model, prompt, seed: int) -> tuple[dict, dict, float]:
 @torch.no_grad()
 def make(name: str, fields: dict) -> None:
     ids = {"image_token_id": IMAGE, "video_token_id": VIDEO, "vision_start_token_id": START, "vision_end_token_id": END}
-    config = Qwen3VLConfig(**fields, **ids)
+    mixture = "num_experts" in fields["text_config"]
+    config_class, model_class = (
+        (Qwen3VLMoeConfig, Qwen3VLMoeForConditionalGeneration)
+        if mixture
+        else (Qwen3VLConfig, Qwen3VLForConditionalGeneration)
+    )
+    config = config_class(**fields, **ids)
     config._attn_implementation = "eager"
-    model = Qwen3VLForConditionalGeneration(config).float().eval()
+    model = model_class(config).float().eval()
     model.set_attn_implementation("eager")
+    if mixture:
+        model.set_experts_implementation("eager")
     shapes = {parameter: tuple(values.shape) for parameter, values in model.named_parameters()}
     weights = random_weights(shapes, seed=7, family="qwen3_vl")
     for parameter, values in model.named_parameters():
@@ -196,10 +242,10 @@ def make(name: str, fields: dict) -> None:
     folder = GOLDENS / name
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    model.config.architectures = ["Qwen3VLForConditionalGeneration"]
+    model.config.architectures = [model_class.__name__]
     model.config.save_pretrained(folder)
     goldens, arrays = {}, {}
-    for case in PROMPTS if name == "untied" else OF_TIED:
+    for case in CASES[name]:
         for seed in range(100):
             golden, of_case, margin = run(model, PROMPTS[case], seed)
             if margin >= MIN_MARGIN:

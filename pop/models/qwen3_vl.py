@@ -1,7 +1,8 @@
-"""The Qwen3 family: the dense language models, from 0.6B to 32B, and Qwen3-VL, which sees, from 2B to 32B.
+"""The Qwen3 family: the language models, from 0.6B to 235B, and Qwen3-VL, which sees, from 2B to 235B.
 
 What differs from Llama (pop/models/llama.py, whose three moves of a layer are the same here): queries and keys are
-normalised, head by head, before they are rotated. Projections have no biases.
+normalised, head by head, before they are rotated. Projections have no biases. The largest sizes of both, 30B-A3B and
+235B-A22B, have mixtures of experts for MLPs (pop/models/experts.py).
 
 Qwen3-VL is the same language model with eyes (pop/models/qwen3_vl_vision.py), and differs in two things:
 
@@ -24,6 +25,7 @@ from torch import nn
 
 from pop.config import Qwen3Config, Qwen3VLConfig
 from pop.errors import InputError
+from pop.models.experts import MixtureOfExperts
 from pop.models.layers import (
     Embedding,
     Images,
@@ -81,13 +83,14 @@ class MLP(nn.Module):
 class DecoderLayer(nn.Module):
     window = None  # a token attends all that is before it
 
-    def __init__(self, config: Qwen3Config):
+    def __init__(self, config: Qwen3Config, index: int):
         super().__init__()
+        is_sparse = config.experts is not None and index in config.experts.layers
         self.scale = config.head_dim**-0.5
         self.input_layernorm = RMSNorm(config.hidden_size, config.norm_eps)
         self.self_attn = Attention(config)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.norm_eps)
-        self.mlp = MLP(config)
+        self.mlp = (MixtureOfExperts if is_sparse else MLP)(config)
 
     def keys_values(self, h: torch.Tensor, rope: Rope) -> tuple[torch.Tensor, torch.Tensor]:
         """h [B, T, D] -> k, v [B, T, K, E]: all that a pruned layer computes."""
@@ -135,7 +138,7 @@ class Decoder(nn.Module):
     def __init__(self, config: Qwen3Config):
         super().__init__()
         self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_layers))
+        self.layers = nn.ModuleList(DecoderLayer(config, index) for index in range(config.num_layers))
         self.norm = RMSNorm(config.hidden_size, config.norm_eps)
 
 
