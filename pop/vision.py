@@ -250,7 +250,8 @@ def _by_row(kind: str, given, num_rows: int) -> list[list]:
     if num_rows == 1 and not any(is_row):
         return [list(given)]
     if len(given) != num_rows or not all(is_row):
-        raise InputError(f"{kind}s must be a list of {num_rows} lists, one for each prompt of the batch")
+        files = ", with video files as pop.Video(path)" if kind == "video" else ""  # paths in a list are frames
+        raise InputError(f"{kind}s must be a list of {num_rows} lists, one for each prompt of the batch{files}")
     return [list(row or ()) for row in given]
 
 

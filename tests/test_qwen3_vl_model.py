@@ -221,7 +221,7 @@ ONE = image(8, 8)
         (lambda m: m.generate([[2], [2, *ONE]], videos=[FILM]), "videos must be a list of 2 lists"),
         (lambda m: m.generate([2], videos=FILM), "videos is a ndarray; give a list of videos"),
         (lambda m: m.generate([2], videos=list(FILM)), "a video array has shape"),
-        (lambda m: m.generate([2], videos=["a.mp4"]), "a video is of type str"),
+        (lambda m: m.generate([[2], [2]], videos=[["a.mp4"], []]), "with video files as pop.Video"),
         (lambda m: m.generate([2, *ONE], images=[3]), "an image is of type int"),
         (lambda m: m.chat([{"role": "user", "content": "x"}], videos=[FILM]), "chat takes images and videos in its"),
         (lambda m: m.chat([{"role": "user", "content": [{"type": "video"}]}]), "videos are {'type': 'video', 'video'"),
