@@ -91,13 +91,18 @@ def generate(args) -> None:
             raise InputError("the standard input reaches one process only; give the text by --prompt-file")
         prompt = _readable(sys.stdin.read, "the standard input") if args.prompt == "-" else args.prompt
     model = _load(args)
-    _print_answer(model.stream(prompt, **_generation_options(args)))
+    seen = _seen(args, model)
+    for kind, mark in reversed(model.vision.marks.items()):
+        if mark not in prompt:
+            prompt = mark * len(seen[f"{kind}s"]) + prompt
+    _print_answer(model.stream(prompt, **seen, **_generation_options(args)))
 
 
 def chat(args) -> None:
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401  (gives input() line editing)
     model = _load(args)
+    seen = first = _seen(args, model)
     conversation = model.start_chat(args.system)
     print("/new starts a new conversation, /quit ends, Ctrl-C stops an answer.", file=sys.stderr)
 
@@ -107,21 +112,23 @@ def chat(args) -> None:
     with contextlib.suppress(EOFError):
         while (line := ask()) != "/quit":
             if line == "/new":
-                conversation = model.start_chat(args.system)
-            elif line:
-                _turn(conversation, line, _generation_options(args))
+                conversation, seen = model.start_chat(args.system), first
+            elif line and _turn(conversation, line, seen | _generation_options(args)):
+                seen = {}
 
 
-def _turn(conversation, line: str, options: dict) -> None:
+def _turn(conversation, line: str, options: dict) -> bool:
     """Answer one message. If there is no whole answer, the conversation goes on as if there had been no message."""
     try:
         _print_answer(conversation.stream(line, **options))
+        return True
     except KeyboardInterrupt:
         print("\n(stopped, and forgotten)", flush=True)
     except ContextOverflow as error:
         print(f"pop: {error}; or start a new conversation with /new", file=sys.stderr)
     except InputError as error:
         print(f"pop: {error}", file=sys.stderr)
+    return False
 
 
 def importance(args) -> None:
@@ -246,6 +253,12 @@ def _load(args):
     return pop.load(args.model, device=args.device, dtype=dtype, prune=parse_prune(args.prune), parallel="auto")
 
 
+def _seen(args, model) -> dict:
+    """The images and videos that the command line names, read. Raises InputError where the model does not see."""
+    (seen,) = model.vision.prepared(args.image, args.video, 1)
+    return {f"{kind}s": [one for one in seen if one.kind == kind] for kind in ("image", "video")}
+
+
 def _generation_options(args) -> dict:
     names = ("max_new_tokens", "temperature", "top_k", "top_p", "seed", "stop")
     return {name: getattr(args, name) for name in names}
@@ -297,6 +310,10 @@ def _parser() -> argparse.ArgumentParser:
         option("--stop", "end before this text; may be repeated", action="append", metavar="TEXT")
         option("--prune", PRUNE_HELP, default="default", metavar="P")
 
+    def seen_options(option, where: str) -> None:
+        for kind in ("image", "video"):
+            option(f"--{kind}", f"show this {kind}, {where}; may be repeated", action="append", metavar="FILE")
+
     option = command(demo, "Compare full and pruned prefill on a real model (fetched the first time).")
     option("--model", "default: smollm2-135m", default="smollm2-135m", metavar="NAME_OR_DIR")
     option("--prompt-file", "ask this text instead of the built-in story and question", metavar="F")
@@ -308,12 +325,14 @@ def _parser() -> argparse.ArgumentParser:
     option = command(generate, "Continue a text; the continuation is printed as it comes.")
     model_options(option)
     generation_options(option)
+    seen_options(option, "where the text has the family's mark, or before it")
     option("prompt", "the text, or - for the standard input", nargs="?", metavar="PROMPT")
     option("--prompt-file", "read the text from this file", metavar="F")
 
     option = command(chat, "Talk to an instruct model.")
     model_options(option)
     generation_options(option)
+    seen_options(option, "before the first message")
     option("--system", "the system message", metavar="TEXT")
 
     option = command(importance, "Measure how much prefill and decode need each layer, by virtual gates.")

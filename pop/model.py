@@ -257,7 +257,7 @@ class Model:
 
     def seen_in(self, messages) -> list[Prepared]:
         """The images and videos of a conversation, in their order."""
-        return [self.vision.prepare(kind, given) for kind, given in self.chat_format().seen(messages)]
+        return [self.vision.read(kind, given) for kind, given in self.chat_format().seen(messages)]
 
     def start_chat(self, system: str | None = None, *, plan: PrunePlan | None = None) -> Conversation:
         """A conversation whose turns prefill only what is new: pop/conversation.py. plan: None takes the model's."""

@@ -68,6 +68,10 @@ class Vision:
     def prepare(self, kind: str, given) -> Prepared:
         raise NotImplementedError
 
+    def read(self, kind: str, given) -> Prepared:
+        """An image or a video, unless it has been prepared already."""
+        return given if isinstance(given, Prepared) else self.prepare(kind, given)
+
     def images(
         self, module, rows: list[list[Prepared]], tokens: torch.Tensor, lengths: torch.Tensor, run=vision_layer
     ) -> Images | None:
@@ -94,7 +98,7 @@ class Vision:
                     f"this model of the {self.config.family} family reads {takes} only; leave out the {kind}s"
                 )
             for row, ones in zip(rows, _by_row(kind, given, num_rows), strict=True):
-                row += [one if isinstance(one, Prepared) else self.prepare(kind, one) for one in ones]
+                row += [self.read(kind, one) for one in ones]
         return rows
 
     def pieces(self, text: str, seen: Sequence[Prepared], what: str) -> list[Piece]:

@@ -101,6 +101,7 @@ def broken(av, folder):
     for name, options in {"cut.mp4": {"movflags": "faststart"}, "end-cut.mp4": {}}.items():
         halved(write(av, folder / name, 30, **options))
         yield folder / name, "truncated"
+    yield write(av, folder / "film.nut", 4), "is truncated or broken, or no avi"  # that FFmpeg would read
     yield folder / "none.mp4", "is no file"
     yield folder, "is no file"
     if os.path.exists("/dev/zero"):
