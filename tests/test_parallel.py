@@ -57,7 +57,7 @@ CONFIGS = {
     },
     "experts": {
         **TEXT_SIZES, "model_type": "qwen3_moe", "num_attention_heads": 8, "num_key_value_heads": 2,
-        "num_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 14, "mlp_only_layers": [1],
+        "num_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 62, "mlp_only_layers": [1],
     },
     "qwen3-vl": {
         "model_type": "qwen3_vl",
