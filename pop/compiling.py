@@ -160,7 +160,7 @@ class _CompiledStage:
 
     def __call__(self, layer, h, *args):
         if layer not in self.kinds:
-            self.kinds[layer] = self.known.setdefault(_kind(layer), len(self.known))
+            self.kinds[layer] = self.known.setdefault(_kind(layer, self.stage), len(self.known))
         key = (self.kinds[layer], h.shape[-2] == 1, *_circumstances())
         if key not in self.compiled:
             copy = types.FunctionType(self.stage.__code__.replace(), self.stage.__globals__, self.stage.__name__)
@@ -168,10 +168,14 @@ class _CompiledStage:
         return self.compiled[key](layer, h, *args)
 
 
-def _kind(layer: torch.nn.Module) -> tuple:
-    """What compiled code depends on in a layer: all but its weights' values, and its window, which no stage reads."""
+def _kind(layer: torch.nn.Module, stage: Callable) -> tuple:
+    """What compiled code depends on in a layer: all but its weights' values, its window, which no stage reads, and the
+    MLP where the stage is a pruned layer's. So in a model of dense and sparse layers that code is the same for both."""
+    is_pruned = stage in (engine.pruned_layer, engine.refit_layer)
     parts = []
     for name, module in layer.named_modules():
+        if is_pruned and name.split(".")[0] == "mlp":
+            continue
         settings = {k: v for k, v in vars(module).items() if isinstance(v, (bool, int, float, str)) and k != "window"}
         weights = {k: (v.shape, v.dtype, v.device) for k, v in module.named_parameters(recurse=False)}
         parts.append((name, type(module), tuple(sorted(settings.items())), tuple(sorted(weights.items()))))

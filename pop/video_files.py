@@ -70,7 +70,8 @@ def _opened(path: str | os.PathLike, max_pixels: int) -> Iterator[tuple]:
         raise InputError(f"{name} is no file; give the path of a video file")
     if (size := os.path.getsize(path)) > MAX_BYTES:
         raise InputError(f"{name} has {size:,} bytes, and at most {MAX_BYTES:,} are read; make it smaller first")
-    options = {"format_whitelist": ",".join(FORMATS), "protocol_whitelist": ""}
+    # FFmpeg itself refuses larger frames: it decodes some to find out what the file is.
+    options = {"format_whitelist": ",".join(FORMATS), "protocol_whitelist": "", "max_pixels": str(max_pixels)}
     try:
         # An open file, not its name: FFmpeg has no way to open another one.
         with open(path, "rb") as file, av.open(file, options=options) as container:
@@ -79,10 +80,9 @@ def _opened(path: str | os.PathLike, max_pixels: int) -> Iterator[tuple]:
             stream = container.streams.video[0]
             if not 0 < stream.width * stream.height <= max_pixels:
                 raise InputError(
-                    f"{name} is {stream.width:,} pixels wide and {stream.height:,} high, and at most {max_pixels:,} "
-                    "pixels are read; make it smaller first"
+                    f"{name} has frames of more than {max_pixels:,} pixels, or of none; make them smaller first"
                 )
-            stream.codec_context.options = {"max_pixels": str(max_pixels)}  # where it grows on the way
+            stream.codec_context.options = {"max_pixels": str(max_pixels)}  # here, too: it may grow on the way
             stream.thread_type = "AUTO"
             yield container, stream, name
     except PopError:
