@@ -123,14 +123,16 @@ class Compiled:
         engine.extend(self.module, prompt(second), cache, self._stages)
         engine.decode(self.module, prompt(1)[:, 0], cache, self._stages)
 
-        # A step of decode on a long cache, in one layer.
-        layer, h = self.module.layers[0], self.module.embed(prompt(1))  # [B, 1, D]
+        # A step of decode on a long cache, in one layer of each kind.
+        h = self.module.embed(prompt(1))  # [B, 1, D]
         positions = torch.full((rows, 1), long - 1, device=h.device)
         shape = (rows, long + 2, config.num_kv_heads, config.head_dim)
         keys, values = (torch.zeros(shape, dtype=h.dtype, device=h.device) for _ in range(2))
         mask = torch.ones(rows, 1, long, dtype=torch.bool, device=h.device)
-        seen = engine.Seen(self.module.rope(positions)[layer.window], positions, mask)
-        self._stages.full_layer(layer, h, *seen.arguments(keys, values))
+        ropes = self.module.rope(positions)
+        for layer in {_kind(layer, engine.full_layer): layer for layer in self.module.layers}.values():
+            seen = engine.Seen(ropes[layer.window], positions, mask)
+            self._stages.full_layer(layer, h, *seen.arguments(keys, values))
 
 
 def _unlike(taken: set[int], least: int = 2) -> int:
