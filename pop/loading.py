@@ -15,6 +15,7 @@ from pop.config_files import read_config
 from pop.errors import InputError
 from pop.model import Model
 from pop.parallel import Part, join
+from pop.quantize import check_quantize, quantize_module
 from pop.tokenizers import load_tokenizer
 
 
@@ -28,6 +29,7 @@ def load(
     compile="auto",
     progress: bool = True,
     parallel: str | None = None,
+    quantize: str | None = None,
 ) -> Model:
     """Load a model by its registry name, or from a directory in the Hugging Face or in Meta's layout.
 
@@ -42,8 +44,11 @@ def load(
     progress: show a bar on stderr while large weights load, and a note while prefill and decode compile.
     parallel: None loads the whole model in this process. "auto" cuts it among the ranks of the process group, or of
         those that torchrun has started, if there are several (pop/parallel.py): all of them make the same calls.
+    quantize: "int8" rounds the decoder's matrices to 8 bits by torchao (pop/quantize.py), on CPUs and in one process:
+        half the memory of bfloat16 once the model is loaded. None leaves them as they are.
 
-    Raises UnknownModel, WeightsNotFound, ConfigError, CheckpointError, TokenizerError, PlanError or InputError.
+    Raises UnknownModel, WeightsNotFound, ConfigError, CheckpointError, TokenizerError, PlanError, InputError,
+    UnsupportedError or MissingExtra.
     """
     check_compile(compile)
     if parallel not in (None, "auto"):
@@ -65,9 +70,12 @@ def load(
     part = Part(config, rank, ranks) if ranks > 1 else None
     with torch.device("meta"):
         module = models.build(config) if part is None else part.build()
+    check_quantize(quantize, module, device, parallel)
     progress = progress and rank == 0
     shards = {} if part is None else part.shards
     load_weights(folder, module, dtype=dtype, device=device, progress=progress, shards=shards)
+    if quantize is not None:
+        quantize_module(module)
     options = {"plan": plan, "max_seq_len": max_seq_len, "compile": compile, "progress": progress, "part": part}
     return Model(module.eval(), config, tokenizer, **options)
 
