@@ -249,8 +249,8 @@ def parse_prune(text: str):
 
 
 def _load(args):
-    dtype = args.dtype and getattr(torch, args.dtype)
-    return pop.load(args.model, device=args.device, dtype=dtype, prune=parse_prune(args.prune), parallel="auto")
+    options = {"device": args.device, "dtype": args.dtype and getattr(torch, args.dtype), "quantize": args.quantize}
+    return pop.load(args.model, prune=parse_prune(args.prune), parallel="auto", **options)
 
 
 def _seen(args, model) -> dict:
@@ -300,6 +300,7 @@ def _parser() -> argparse.ArgumentParser:
         option("model", "a name that `pop models` lists, or a directory", metavar="NAME_OR_DIR")
         option("--dtype", "default: the checkpoint's", choices=("float32", "bfloat16", "float16"))
         option("--device", "cpu, cuda, cuda:1 ...; default: a GPU if there is one")
+        option("--quantize", "int8: round the weights to 8 bits, which needs torchao", metavar="KIND")
 
     def generation_options(option) -> None:
         option("--max-new-tokens", "length of the answer (256)", type=int, default=256, metavar="N")

@@ -70,7 +70,7 @@ def load(
     part = Part(config, rank, ranks) if ranks > 1 else None
     with torch.device("meta"):
         module = models.build(config) if part is None else part.build()
-    check_quantize(quantize, module, device, parallel)
+    check_quantize(quantize, module, device, ranks)
     progress = progress and rank == 0
     shards = {} if part is None else part.shards
     load_weights(folder, module, dtype=dtype, device=device, progress=progress, shards=shards)

@@ -68,7 +68,7 @@ def _(x, integers, scale):
     return x.new_empty(*x.shape[:-1], len(integers))
 
 
-def check_quantize(quantize, module, device: torch.device, parallel) -> None:
+def check_quantize(quantize, module, device: torch.device, ranks: int = 1) -> None:
     """Raise, before any weight is read, where `quantize_module` would not serve the module (on the meta device)."""
     if quantize is None:
         return
@@ -79,8 +79,8 @@ def check_quantize(quantize, module, device: torch.device, parallel) -> None:
         )
     if quantize != "int8":
         raise InputError(f"quantize is {quantize!r}; it is 'int8' or None")
-    if parallel is not None:
-        raise UnsupportedError("a model is quantised in one process only; leave out parallel, or quantize")
+    if ranks > 1:
+        raise UnsupportedError(f"a model is quantised in one process, not in {ranks}; leave out quantize or parallel")
     if device.type != "cpu":
         raise UnsupportedError(f"int8 is written for CPUs and untested on {device.type}; give device='cpu'")
     if unfit := {child.in_features for _, _, child in _linears(module) if child.in_features % LANES}:

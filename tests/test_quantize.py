@@ -156,7 +156,6 @@ def test_compiled_equals_eager_and_compiles_nothing_again():
     [
         ({"quantize": "int4"}, pop.UnsupportedError, "'int4' is not offered"),
         ({"quantize": "int3"}, pop.InputError, "quantize is 'int3'"),
-        ({"quantize": "int8", "parallel": "auto"}, pop.UnsupportedError, "in one process only"),
         ({"quantize": "int8"}, pop.UnsupportedError, "multiples of 32, and the model has one of 30"),
     ],
 )
@@ -166,11 +165,13 @@ def test_what_is_not_served_is_refused_before_weights_are_read(options, error, m
         pop.load(write_checkpoint(tmp_path / "tiny"), **options)
 
 
-def test_without_torchao_or_on_a_gpu_it_is_refused(monkeypatch):
+def test_without_torchao_on_a_gpu_or_in_several_processes_it_is_refused(monkeypatch):
     module = random_model(CONFIGS["llama"])
+    with pytest.raises(pop.UnsupportedError, match="in one process, not in 2"):
+        check_quantize("int8", module, torch.device("cpu"), 2)
     with pytest.raises(pop.UnsupportedError, match="untested on cuda"):
-        check_quantize("int8", module, torch.device("cuda"), None)
+        check_quantize("int8", module, torch.device("cuda"))
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(pop.MissingExtra, match=r"pip install 'pop-prefill\[quantize\]'"):
-        check_quantize("int8", module, torch.device("cpu"), None)
-    check_quantize(None, module, torch.device("cuda"), "auto")
+        check_quantize("int8", module, torch.device("cpu"))
+    check_quantize(None, module, torch.device("cuda"), 2)

@@ -65,6 +65,7 @@ from bench_shapes import (  # noqa: E402
     parse_plan,
     prefill_memory,
     random_image,
+    saved_bytes,
 )
 from evaluate_report import write_whole  # noqa: E402
 
@@ -206,7 +207,8 @@ def measure_prefill(model: pop.Model, plans: dict[str, pop.PrunePlan], rivals: l
     for N in args.lengths:
         ttft, step = record[N, "full", "ttft_s"], record[N, "full", "step_s"]
         filled = N + (args.decode_steps + 1) / 2  # slots that a step reads, on average
-        work, read = prefill_flops(config, N, full, patches), decode_bytes(config, round(filled), model.dtype)
+        work = prefill_flops(config, N, full, patches)
+        read = decode_bytes(config, round(filled), model.dtype) - saved_bytes(model)
         figures = {
             "peak_flops_per_s": spread(record[N, "peak", "flops_per_s"]),
             "bandwidth_bytes_per_s": spread(record[N, "bandwidth", "bytes_per_s"]),
@@ -317,7 +319,7 @@ def measure_memory(args) -> dict:
     model.prefill([random_prompt(model.config, N)], model.new_cache(1, N))
     process = torch.cuda.max_memory_allocated(model.device) if on_gpu else _resident("VmHWM")
     peak = process if on_gpu else weights + process - before
-    formula = prefill_memory(model.config, N, model.dtype, model.dtype in WIDENED and not on_gpu)
+    formula = prefill_memory(model.config, N, model.dtype, model.dtype in WIDENED and not on_gpu) - saved_bytes(model)
     return {"peak_bytes": peak, "formula_bytes": formula, "ratio": peak / formula, "process_bytes": process}
 
 
@@ -381,7 +383,7 @@ def run(args, argv: list[str]) -> dict:
         "weights": "real" if args.model else "random",
         "layers": model.config.num_layers,
         "all_layers": subject.all_layers,
-        "dtype": str(model.dtype).removeprefix("torch."),
+        "dtype": str(model.dtype).removeprefix("torch.") + (f", {args.quantize}" if args.quantize else ""),
         "compiled": model.compiled,
         "machine": machine(model.device),
         "versions": {"pop": pop.__version__, "python": platform.python_version(), **bench_rivals.versions(rivals)},
@@ -438,6 +440,8 @@ def check(args) -> None:
         args.image = tuple(map(int, sides.groups()))
         if args.against:
             raise InputError("--against compares text prompts; leave it or --image out")
+    if args.quantize and args.against:
+        raise InputError("--against compares the same weights; leave it or --quantize out")
     for name, known in (("tasks", TASKS), ("against", tuple(bench_rivals.RIVALS))):
         values = [value for value in getattr(args, name).split(",") if value]
         for value in values:
@@ -466,6 +470,7 @@ def _parser() -> argparse.ArgumentParser:
     option("--dtype", "default: the checkpoint's", choices=tuple(DTYPES))
     option("--device", "cpu, cuda ...; default: a GPU if there is one")
     option("--compile", "(auto)", choices=("auto", "true", "false"), default="auto")
+    option("--quantize", "int8: round the weights, as pop.load does", metavar="KIND")
     option("--tasks", f"any of {','.join(TASKS)} (all)", default=",".join(TASKS), metavar="TASK,...")
     option("--lengths", "prompt lengths in tokens (512,1024,2048)", default="512,1024,2048", metavar="N,...")
     option("--image", "begin the prompts with an image of so many pixels, as in 640x480", metavar="WxH")

@@ -25,6 +25,7 @@ from pop.errors import InputError
 from pop.loading import usable_device
 from pop.models.layers import QUERY_BLOCK
 from pop.projections import KVProjections
+from pop.quantize import check_quantize, quantize_module
 
 CHUNK = 2048  # tokens that prefill runs at once
 BIG = 2**28  # bytes of the tensor whose sum measures the bandwidth: more than any CPU's cache holds
@@ -73,6 +74,11 @@ def weight_bytes(config, dtype: torch.dtype) -> int:
     """Bytes of all weights."""
     with torch.device("meta"):
         return sum(weight.numel() for weight in models.build(config).parameters()) * dtype.itemsize
+
+
+def saved_bytes(model: pop.Model) -> int:
+    """Bytes that its weights are smaller by than in its dtype: quantised ones are."""
+    return weight_bytes(model.config, model.dtype) - sum(weight.nbytes for weight in model.module.parameters())
 
 
 def decode_bytes(config, filled: int, dtype: torch.dtype) -> int:
@@ -145,7 +151,8 @@ def load_subject(args) -> Subject:
     compile = {"auto": "auto", "true": True, "false": False}[args.compile]
     dtype = DTYPES.get(args.dtype)
     if args.model:
-        model = pop.load(args.model, device=args.device, dtype=dtype, prune=None, compile=compile, progress=False)
+        options = {"dtype": dtype, "prune": None, "compile": compile, "progress": False, "quantize": args.quantize}
+        model = pop.load(args.model, device=args.device, **options)
         named = args.model in registry.list_models() or not os.path.isdir(args.model)
         path = (registry.find_weights(args.model) if named else Path(args.model)) / "config.json"
         return Subject(model, json.loads(path.read_text()) if path.exists() else None, model.config.num_layers)
@@ -162,7 +169,11 @@ def load_subject(args) -> Subject:
     if layers > config.num_layers:
         raise InputError(f"--layers is {layers}, but {args.shape} has {config.num_layers}")
     shorter = shortened(config, layers)
-    model = pop.Model(random_module(shorter, dtype, device), shorter, compile=compile)
+    module = random_module(shorter, dtype, device)
+    check_quantize(args.quantize, module, device)
+    if args.quantize:
+        quantize_module(module)
+    model = pop.Model(module, shorter, compile=compile)
     return Subject(model, fields | {"num_hidden_layers": layers}, config.num_layers)
 
 

