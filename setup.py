@@ -33,7 +33,7 @@ setup(
         "images": images,
         "videos": videos,
         "plot": ["matplotlib"],
-"quantize": quantize,
+        "quantize": quantize,
         "evaluate": evaluate,
         "test": [
             *demo,

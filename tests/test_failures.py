@@ -7,8 +7,12 @@ with an exception at another of these lines, looks at what is left, and runs it 
 import contextlib
 import errno
 import os
+import resource
 import shutil
+import signal
 import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -127,6 +131,62 @@ def assert_nothing_else(folder, names, place):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
+@pytest.mark.parametrize("make", [saved_plan, saved_conversation, saved_scores])
+def test_a_full_disk_is_said_and_the_old_file_stays(make, tmp_path):
+    """A limit to what this process may write stands for it: it fails in whatever library writes, too."""
+    save_new, save_old = make(tmp_path)
+    save_old(tmp_path / "file")
+    old = (tmp_path / "file").read_bytes()
+    for most in (0, 50):
+        with limited_files(most), pytest.raises(pop.PopError, match=r"cannot be (saved|written)"):
+            save_new(tmp_path / "file")
+        assert (tmp_path / "file").read_bytes() == old
+        assert not list(tmp_path.glob(".*"))
+
+
+@contextlib.contextmanager
+def limited_files(most: int):
+    """No file that is written meanwhile gets longer than that."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (most, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def kills(call):
+    """Run `call` to its end; then, in one process after the other, up to a line of it where that is killed."""
+    with failing_at(None) as places:
+        call()
+    for line in range(0, len(places), max(1, len(places) // POINTS)):
+        child = os.fork()
+        if child == 0:
+            with failing_at(line, lambda: os.kill(os.getpid(), signal.SIGKILL)):
+                call()
+            os._exit(0)
+        os.waitpid(child, 0)
+        yield places[line]
+
+
+def test_a_file_is_the_old_or_the_new_one_after_a_kill(tmp_path):
+    save_new, save_old = saved_conversation(tmp_path)
+    save_old(tmp_path / "file")
+    old = (tmp_path / "file").read_bytes()
+    save_new(tmp_path / "file")
+    new = (tmp_path / "file").read_bytes()
+
+    def save():
+        (tmp_path / "file").write_bytes(old)
+        save_new(tmp_path / "file")
+
+    found = set()
+    for place in kills(save):
+        found.add((tmp_path / "file").read_bytes())
+        assert found <= {old, new}, place
+    assert found == {old, new}
+
+
 # Folders
 
 
@@ -159,6 +219,38 @@ def test_a_folder_is_whole_or_not_there(make, tmp_path):
                 (out / "model" / ".lock").unlink(missing_ok=True)
             assert contents(out / "model") == whole, place
         assert_nothing_else(out, {"once", "model"}, place)
+
+
+@pytest.mark.parametrize("make", [imported, written_at_random])
+def test_a_full_disk_leaves_no_folder(make, tmp_path):
+    write, out = make(tmp_path), tmp_path / "out"
+    out.mkdir()
+    for most in (0, 1000):
+        with limited_files(most), pytest.raises(pop.PopError, match="could not be written, and nothing is left behind"):
+            write(out / "model")
+        assert not list(out.iterdir())
+
+
+def test_a_folder_is_whole_or_not_there_after_a_kill_and_the_next_run_clears_up(tmp_path):
+    write, out = written_at_random(tmp_path), tmp_path / "out"
+    out.mkdir()
+    write(out / "once")
+    whole = contents(out / "once")
+
+    def call():
+        shutil.rmtree(out / "model", ignore_errors=True)
+        write(out / "model")
+
+    left = 0
+    for place in kills(call):
+        if (out / "model").exists():
+            (out / "model" / ".lock").unlink(missing_ok=True)  # the last thing to go
+            assert contents(out / "model") == whole, place
+        left += (out / ".model.partial").exists()
+        call()
+        assert contents(out / "model") == whole, place
+        assert {path.name for path in out.iterdir()} == {"once", "model"}, place
+    assert left
 
 
 def test_a_download_is_whole_or_not_there_and_the_next_one_goes_on(tmp_path, monkeypatch):
@@ -273,3 +365,60 @@ def test_a_conversation_is_before_the_turn_or_behind_it(tmp_path):
         for text in ("And then?", "Thanks.")[told.index(chat.messages) :]:
             chat.send(text, **options)
         assert chat.messages == told[2], place
+
+
+@pytest.mark.parametrize("compile", ["auto", True])
+def test_what_fails_while_compiling_leaves_a_model_that_answers(compile, monkeypatch):
+    """Also from another thread: no lock stays held. Compiling is a stand-in here, which changes no function."""
+    monkeypatch.setattr(torch, "compile", lambda stage, **_: stage)
+    monkeypatch.setattr("pop.model.SMALLEST", 0)
+    config, made = tiny_config(), []
+    module = random_model(config)
+    expected = pop.Model(module, config, compile=False).generate([5, 12, 44], max_new_tokens=3).tokens
+
+    def call():
+        made.append(pop.Model(module, config, compile=compile))
+        made[-1].generate([5, 12, 44], max_new_tokens=3)
+
+    for place in failures(call):
+        if not made:
+            continue
+        model, answers = made.pop(), []
+        made.clear()
+        other = threading.Thread(
+            target=lambda model=model, answers=answers: answers.append(model.generate([5, 12, 44], max_new_tokens=3)),
+            daemon=True,
+        )
+        other.start()
+        other.join(timeout=60)
+        assert [answer.tokens for answer in answers] == [expected], place
+
+
+def test_ctrl_c_at_any_moment_of_a_stream_and_the_next_call_is_clean(tmp_path):
+    """A signal, which comes in the middle of whatever library is at work: the same model, conversation and prefix."""
+    model = pop.load(write_chat_checkpoint(tmp_path / "chat"))
+    chat, options = model.start_chat(), {"max_new_tokens": 12}
+    began = time.perf_counter()
+    expected = chat.send("Hello", **options).text
+    seconds, messages = time.perf_counter() - began, chat.messages
+    chat, prefix = model.start_chat(), model.prefix("Once upon a time")
+    continued = prefix.generate(" there", **options).text
+    before = signal.signal(signal.SIGALRM, signal.default_int_handler)
+    interrupted = 0
+    try:
+        for number in range(20):
+            stream = (prefix.stream(" there", **options), chat.stream("Hello", **options))[number % 2]
+            try:
+                signal.setitimer(signal.ITIMER_REAL, seconds * (number + 1) / 20)
+                list(stream)
+                signal.setitimer(signal.ITIMER_REAL, 0)
+            except KeyboardInterrupt:
+                interrupted += 1
+            assert prefix.generate(" there", **options).text == continued
+            if chat.messages:
+                assert chat.messages == messages
+                chat = model.start_chat()
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    assert interrupted
+    assert chat.send("Hello", **options).text == expected
