@@ -6,6 +6,7 @@ with an exception at another of these lines, looks at what is left, and runs it 
 
 import contextlib
 import errno
+import itertools
 import os
 import resource
 import shutil
@@ -43,24 +44,28 @@ EXPECTED = (Injected, KeyboardInterrupt, OSError, pop.PopError)
 
 @contextlib.contextmanager
 def failing_at(line: int | None, error=Injected):
-    """Raise `error()` at line number `line` of those of the package that run here; yields the list of their places."""
+    """Raise `error()` at line number `line` of those of the package that run, in this thread or in one that it starts;
+    yields the list of their places."""
     places: list[tuple[str, int]] = []
+    numbers = itertools.count()
 
     def trace(frame, event, _):
         if not frame.f_code.co_filename.startswith(PACKAGE):
             return None
         if event == "line":
             places.append((frame.f_code.co_filename, frame.f_lineno))
-            if len(places) - 1 == line:
+            if next(numbers) == line:
                 raise error()
         return trace
 
     before = sys.gettrace()
     sys.settrace(trace)
+    threading.settrace(trace)
     try:
         yield places
     finally:
         sys.settrace(before)
+        threading.settrace(None)
 
 
 def full_disk() -> OSError:
@@ -73,9 +78,9 @@ def failures(call, errors=(Injected, KeyboardInterrupt, full_disk)):
         call()
     lines = range(0, len(places), max(1, len(places) // POINTS))
     for number, line in enumerate(lines):
-        with failing_at(line, errors[number % len(errors)]), contextlib.suppress(*EXPECTED):
+        with failing_at(line, errors[number % len(errors)]) as run, contextlib.suppress(*EXPECTED):
             call()
-        yield places[line]
+        yield run[line] if line < len(run) else places[line]  # threads take turns as they like
 
 
 # Files
@@ -261,6 +266,7 @@ def test_a_download_is_whole_or_not_there_and_the_next_one_goes_on(tmp_path, mon
     monkeypatch.setitem(pop.registry.MODELS, "tiny", pop.registry.Entry("tiny", "llama", 1, REPOSITORY))
     monkeypatch.setenv("POP_WEIGHTS", str(tmp_path / "weights"))
     monkeypatch.setenv("POP_ENDPOINT", server.url)
+    monkeypatch.setattr(pop.hub, "PAUSE", 0.01)
     folder = tmp_path / "weights" / "tiny"
 
     def call():
