@@ -17,7 +17,8 @@ from tiny import (
 )
 
 import pop
-from pop import quantize
+from pop import engine, quantize
+from pop.compiling import _CompiledStage
 from pop.models.layers import Linear
 from pop.quantize import Int8Linear, check_quantize, quantize_module
 
@@ -137,16 +138,19 @@ def test_load_rounds_alike_in_every_dtype(tmp_path):
 def test_compiled_equals_eager_and_compiles_nothing_again():
     module = random_model(CONFIGS["llama"], seed=2)
     quantize_module(module)
-    eager, compiled = (pop.Model(module, module.config, compile=it, plan=pop.PrunePlan((3,))) for it in (False, True))
-    compiled.warmup()
+    model, plan = pop.Model(module, module.config, compile=False), pop.PrunePlan((2, 3))
+    stages = engine.Stages(*(_CompiledStage(stage) for stage in engine.EAGER))
+
+    def run(stages, tokens):
+        cache = model.new_cache(1, 40)
+        logits = engine.prefill(module, torch.tensor([tokens]), cache, torch.tensor([len(tokens)]), plan, 64, stages)
+        return torch.stack([logits, *(engine.decode(module, torch.tensor([token]), cache, stages) for token in (7, 9))])
+
+    run(stages, TOKENS[0][:7])
     torch.compiler.set_stance("fail_on_recompile")
     try:
-        for tokens in (TOKENS[0], TOKENS[0] * 3, [4]):
-            caches = [model.new_cache(1, 40) for model in (eager, compiled)]
-            for step in ("prefill", "decode"):
-                given = [tokens] if step == "prefill" else [7]
-                found, expected = (getattr(m, step)(given, c) for m, c in zip((compiled, eager), caches, strict=True))
-                torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
+        for tokens in (TOKENS[0], TOKENS[0] * 3):
+            torch.testing.assert_close(run(stages, tokens), run(engine.EAGER, tokens), rtol=0, atol=1e-4)
     finally:
         torch.compiler.set_stance("default")
 
