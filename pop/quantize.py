@@ -48,7 +48,7 @@ class Int8Linear(nn.Module):
         if torch.is_grad_enabled():  # the products below have no gradient
             return linear(x, self.weight, self.bias)
         if x.dim() < 3 or x.shape[-2] == 1:
-            rows = x.reshape(-1, x.shape[-1])  # [B, in]
+            rows = x.reshape(-1, x.shape[-1]).contiguous()  # [B, in]
             out = torch._weight_int8pack_mm(rows, self.integers, self.scale).view(*x.shape[:-1], -1)
         else:
             out = product_by_copies(x, self.integers, self.scale)
