@@ -4,6 +4,7 @@ FOLDER has checkpoints and cases.json; each rank writes what it got to rank-N.sa
 """
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -15,6 +16,7 @@ import pop
 from pop import checkpoint, engine, parallel
 from pop.compiling import _CompiledStage
 
+THOROUGH = os.environ.get("HYPOTHESIS_PROFILE") == "nightly"  # to compile takes most of a run's time
 PROMPT = [[5, 12, 44, 3, 60, 8, 33, 2, 19], [7, 1, 50, 21, 4, 0, 0, 0, 0]]
 LENGTHS = [9, 5]
 # What the tiny models that see are shown: pixels a side, and a prompt.
@@ -41,10 +43,10 @@ def run(model: pop.Model) -> dict[str, torch.Tensor]:
 
 
 def compiled(model: pop.Model) -> torch.Tensor:
-    """A step of a batch through torch.compile; in two processes its pruned prefill, too."""
+    """A step of a batch through torch.compile, and in a thorough run its calibrated prefill, too."""
     stages = engine.Stages(*(_CompiledStage(stage) for stage in engine.EAGER))
     cache, tokens, lengths = model.new_cache(2, 16), torch.tensor(PROMPT), torch.tensor(LENGTHS)
-    of_prefill = stages if model.part.size == 2 else engine.EAGER  # for the time that four take to compile it
+    of_prefill = stages if THOROUGH else engine.EAGER
     engine.prefill(model.module, tokens, cache, lengths, model.resolve(None), 16, of_prefill)
     return engine.decode(model.module, torch.tensor([3, 8]), cache, stages)
 
@@ -67,7 +69,7 @@ def main(folder: Path) -> None:
         model = pop.load(folder / case["checkpoint"], prune=prune, parallel="auto", compile=False)
         found |= {f"{name}/{what}": tensor.contiguous() for what, tensor in run(model).items()}
         found[f"{name}/read"] = torch.tensor([sum(read)])
-        if case.get("compile"):
+        if case.get("compile") and (model.part.size == 2 or THOROUGH):
             found[f"{name}/compiled"] = compiled(model)
         if case.get("calibrate"):
             texts = torch.randint(67, (6, 40), generator=torch.Generator().manual_seed(0)).tolist()
