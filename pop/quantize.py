@@ -83,6 +83,8 @@ def check_quantize(quantize, module, device: torch.device, ranks: int = 1) -> No
         raise UnsupportedError(f"a model is quantised in one process, not in {ranks}; leave out quantize or parallel")
     if device.type != "cpu":
         raise UnsupportedError(f"int8 is written for CPUs and untested on {device.type}; give device='cpu'")
+    if any(weight.dim() > 2 for weight in module.layers.parameters()):
+        raise UnsupportedError("int8 does not serve mixtures of experts; leave out quantize")
     if unfit := {child.in_features for _, _, child in _linears(module) if child.in_features % LANES}:
         raise UnsupportedError(
             f"int8 takes widths that are multiples of {LANES}, and the model has one of {min(unfit)}"

@@ -12,6 +12,7 @@ from tiny import (
     random_model,
     tiny_config,
     tiny_gemma3_vl_config,
+    tiny_qwen3_moe_config,
     tiny_qwen3_vl_config,
     write_checkpoint,
 )
@@ -175,6 +176,8 @@ def test_without_torchao_on_a_gpu_or_in_several_processes_it_is_refused(monkeypa
         check_quantize("int8", module, torch.device("cpu"), 2)
     with pytest.raises(pop.UnsupportedError, match="untested on cuda"):
         check_quantize("int8", module, torch.device("cuda"))
+    with pytest.raises(pop.UnsupportedError, match="does not serve mixtures of experts"):
+        check_quantize("int8", random_model(tiny_qwen3_moe_config(**WIDE)), torch.device("cpu"))
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(pop.MissingExtra, match=r"pip install 'pop-prefill\[quantize\]'"):
         check_quantize("int8", module, torch.device("cpu"))
