@@ -59,15 +59,11 @@ class KVCache:
         self.shifts = torch.zeros(batch_size, dtype=torch.int64)
         self.intact = True
 
-        def zeros(window):
-            slots = _slots(window, max_seq_len, chunk_size)
-            shape = (batch_size, slots + 1, config.num_kv_heads, config.head_dim)
-            return torch.zeros(shape, dtype=dtype, device=device)
-
+        slots = [_slots(window, max_seq_len, chunk_size) for window in config.windows]
         try:
             # Zeros, and zeros again in `reset`: a masked slot has attention weight 0, but 0 * NaN is NaN.
-            self.keys = [zeros(window) for window in config.windows]
-            self.values = [zeros(window) for window in config.windows]
+            self.keys = [empty_slots(config, batch_size, S, dtype, device) for S in slots]
+            self.values = [empty_slots(config, batch_size, S, dtype, device) for S in slots]
             self.states = torch.zeros(config.num_layers, batch_size, config.hidden_size, dtype=dtype, device=device)
         except RuntimeError as error:  # torch's out-of-memory errors are RuntimeErrors
             raise CacheMemoryError(f"{wanted}, more than {device} could allocate; {advice}") from error
@@ -130,8 +126,17 @@ class KVCache:
         device_rows = rows.to(self.states.device)
         for slots in (self.keys, self.values):
             for index, tensor in enumerate(slots):  # one layer at a time: the copy is small beside the cache
-                slots[index] = tensor[device_rows]
+                slots[index] = tensor.transpose(1, 2)[device_rows].transpose(1, 2)  # laid out as before
         self.point = self.lengths[rows], self.states[:, device_rows], self.shifts[rows]
+
+
+def empty_slots(config, batch_size: int, slots: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Keys or values of a layer with so many slots and the spare one: zeros [B, S + 1, K, E].
+
+    In memory a head's slots lie side by side, so that attention, which goes through them head by head, reads on and on.
+    """
+    shape = (batch_size, config.num_kv_heads, slots + 1, config.head_dim)
+    return torch.zeros(shape, dtype=dtype, device=device).transpose(1, 2)
 
 
 def _slots(window: int | None, max_seq_len: int, chunk_size: int) -> int:

@@ -27,7 +27,7 @@ from itertools import count
 import torch
 
 from pop import engine
-from pop.cache import KVCache
+from pop.cache import KVCache, empty_slots
 from pop.errors import UnsupportedError
 from pop.plan import PrunePlan
 from pop.vision import vision_of
@@ -96,8 +96,7 @@ class Compiled:
         while {filled, filled + 1} & taken:
             filled, second = filled + 1, second + 1
         taken |= {second, filled, filled + 1}
-        slots = _unlike(taken, filled + 2) - 1
-        long = _unlike(taken, LONG + 1)
+        usual, slots, long = _unlike(taken, 1000), _unlike(taken, 1100) - 1, _unlike(taken, LONG + 1)
 
         def prompt(tokens: int) -> torch.Tensor:
             return torch.zeros(rows, tokens, dtype=torch.int64, device=weight.device)
@@ -116,18 +115,20 @@ class Compiled:
         for N in (1, _unlike(taken)):  # of a vision tower, one image and several
             if call := vision_of(config).layer_call(self.module, N, _unlike(taken, 4)):
                 self._stages.vision_layer(*call)
+        # The first step of decode has many slots to attend: it is for these that the compiler lays out its loops.
+        cache = KVCache(config, rows, slots, dtype=weight.dtype, device=weight.device)
+        cache.lengths = torch.full((rows,), usual - 1)
+        engine.decode(self.module, prompt(1)[:, 0], cache, self._stages)
         everything = PrunePlan(tuple(range(config.num_layers)))
         prefill(first, everything, first)
         prefill(2, everything, 1)
         cache = prefill(first, PrunePlan.none(), first)
         engine.extend(self.module, prompt(second), cache, self._stages)
-        engine.decode(self.module, prompt(1)[:, 0], cache, self._stages)
 
         # A step of decode on a long cache, in one layer of each kind.
         h = self.module.embed(prompt(1))  # [B, 1, D]
         positions = torch.full((rows, 1), long - 1, device=h.device)
-        shape = (rows, long + 2, config.num_kv_heads, config.head_dim)
-        keys, values = (torch.zeros(shape, dtype=h.dtype, device=h.device) for _ in range(2))
+        keys, values = (empty_slots(config, rows, long + 1, h.dtype, h.device) for _ in range(2))
         mask = torch.ones(rows, 1, long, dtype=torch.bool, device=h.device)
         ropes = self.module.rope(positions)
         for layer in {_kind(layer, engine.full_layer): layer for layer in self.module.layers}.values():

@@ -24,6 +24,7 @@ Ropes = dict[int | None, Rope]  # by the window of the layers that they are for;
 # What CPUs have no fast products of: float16, and, those with AVX2 alone, bfloat16. GPUs have both.
 WIDENED = {torch.float16} | ({torch.bfloat16} if torch.backends.cpu.get_cpu_capability() == "AVX2" else set())
 WIDENED_AT_ONCE = 2**26  # numbers
+LARGE = 2**14  # outputs of a product; two large ones are compiled into one loop, as an MLP's are, but not a head
 QUERY_BLOCK = 256  # tokens; fewer waste less on keys that few of them attend, more are faster for each
 
 
@@ -63,8 +64,11 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
     if rows.shape[0] > 1:
         out = (weight @ rows.T).T.contiguous()  # [B, out]
     elif torch.compiler.is_compiling() and (parts := _parts(rows.shape[1])):
-        products = weight.view(-1, parts, rows.shape[1] // parts) * rows.view(parts, -1)  # [out, parts, in / parts]
-        out = products.sum(-1, dtype=torch.float32).sum(-1).to(x.dtype)[None]  # [1, out]
+        streams = _streams(weight.shape[0])
+        sums = []
+        for piece in weight.view(streams, -1, parts, rows.shape[1] // parts):  # [out / streams, parts, in / parts]
+            sums.append((piece * rows.view(parts, -1)).sum(-1, dtype=torch.float32).sum(-1))  # [out / streams]
+        out = torch.cat(sums).to(x.dtype)[None]  # [1, out]
     else:
         out = F.linear(rows, weight)
     out = out if bias is None else out + bias
@@ -74,6 +78,12 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
 def _parts(length: int) -> int | None:
     """In how few equal parts to sum so many numbers: a sum of over 4096 is compiled to slower code. None: in none."""
     return next((parts for parts in range(1, 33) if length % parts == 0 and length // parts <= 4096), None)
+
+
+def _streams(out: int) -> int:
+    """In how many places at once a core reads a weight [out, in]: one alone leaves the memory waiting."""
+    streams = 4 if out > LARGE else 2
+    return streams if out % streams == 0 else 1
 
 
 class RMSNorm(nn.Module):
@@ -289,9 +299,13 @@ def _(q, k, v, mask, span, scale):
 
 def _one_token_attention(q, k, v, mask, scale):
     """masked_attention for T = 1, written out: compiled, it reads K and V once, in their place and in their dtype."""
-    B, S, K, E = k.shape
-    q = q.view(B, 1, K, -1, E).float() * scale  # [B, 1, K, G, E]
-    scores = (q * k[:, :, :, None].float()).sum(-1)  # [B, S, K, G]
-    weights = scores.masked_fill(~mask.view(B, S, 1, 1), -math.inf).softmax(1)
-    out = (weights[..., None] * v[:, :, :, None].float()).sum(1)  # [B, K, G, E]
-    return out.reshape(B, 1, -1).to(v.dtype)
+    (B, S, K, E), dtype = k.shape, v.dtype
+    k, v = (x.transpose(1, 2).float() for x in (k, v))  # [B, K, S, E]
+    q = q.view(B, K, -1, 1, E).float() * scale  # [B, K, G, 1, E]
+    groups = range(q.shape[2])
+    scores = torch.stack([(q[:, :, g] * k).sum(-1) for g in groups])  # [G, B, K, S]
+    scores = scores.masked_fill(~mask.view(B, 1, S), -math.inf)
+    weights = (scores - scores.amax(-1, keepdim=True)).exp()
+    total = weights.sum(-1)[..., None]  # [G, B, K, 1]
+    out = torch.stack([(weights[g, ..., None] * v).sum(-2) / total[g] for g in groups], dim=2)  # [B, K, G, E]
+    return out.reshape(B, 1, -1).to(dtype)
