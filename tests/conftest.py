@@ -17,6 +17,12 @@ settings.register_profile("nightly", max_examples=400, **_common)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
 
+def pytest_collection_modifyitems(items):
+    """The files that take minutes first, so that no process is left alone with one at the end."""
+    longest = ("test_real_model", "test_compiling", "test_parallel")
+    items.sort(key=lambda item: item.module.__name__.rpartition(".")[2] not in longest)
+
+
 @pytest.fixture(scope="session")
 def gemma3():
     """The folder of the real Gemma-3-270M. Without it a test is skipped: the README's demo does not fetch it."""

@@ -329,6 +329,7 @@ def test_rows_that_leave_the_cache_take_nothing_with_them():
     size = cache.nbytes
     cache.keep(torch.tensor([2, 0]))
     assert cache.nbytes * 3 == size * 2 and cache.lengths.tolist() == [2, 3]
+    assert cache.keys[0].stride() == model.new_cache(2, 8).keys[0].stride()  # each head's slots side by side, still
     model.prefill(prompts[2:, :2], alone, plan=plan)
     torch.testing.assert_close(cache.states[:, :1], alone.states)
     torch.testing.assert_close(model.decode([11, 12], cache)[:1], model.decode([11], alone))
