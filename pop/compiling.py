@@ -67,7 +67,8 @@ class Compiled:
                     note = "... compiling prefill and decode, up to a minute the first time"
                     print(note, file=sys.stderr, flush=True)
                 try:
-                    self._run(rows > 1, plan if wanted[1] else None)
+                    with torch._dynamo.config.patch(specialize_float=True):  # else each call makes tensors of them
+                        self._run(rows > 1, plan if wanted[1] else None)
                 except Exception as error:  # no compiler, no headers, no Triton ...: each has an exception of its own
                     reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
                     if self.required:

@@ -82,8 +82,7 @@ def _parts(length: int) -> int | None:
 
 def _streams(out: int) -> int:
     """In how many places at once a core reads a weight [out, in]: one alone leaves the memory waiting."""
-    streams = 4 if out > LARGE else 2
-    return streams if out % streams == 0 else 1
+    return 4 if out > LARGE and out % 4 == 0 else 1  # of a layer's weights, that is not worth the more buffers
 
 
 class RMSNorm(nn.Module):
