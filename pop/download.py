@@ -303,8 +303,8 @@ class _File:
                 raise DownloadError(f"{self.name}: {reason}; something on the way changes it: try another network")
             with _disk(self.part):
                 os.fsync(self._file.fileno())  # a name must not outlive the bytes, even if the power fails
+                self.etag.unlink(missing_ok=True)  # not behind the name: nobody would look for it there again
                 os.replace(self.part, self.path)
-                self.etag.unlink(missing_ok=True)
 
     def _take_up(self) -> None:
         """Hash what an earlier run has left."""

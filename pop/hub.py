@@ -34,6 +34,7 @@ MUCH = 2**20  # bytes
 PAUSE = 1  # seconds behind the first failure; twice as many behind each further one
 MOST_PATIENT = 300  # seconds that a server may ask to wait
 REDIRECTS = 5
+HERE = ("localhost", "127.0.0.1", "::1")  # this machine, which plain HTTP does not leave
 
 
 class Broken(Exception):
@@ -135,7 +136,7 @@ class Hub:
         Raises DownloadError for what will not pass by itself, else Broken, also for errors of reading the answer.
         """
         url, token = _split(f"{self._endpoint.geturl()}{path}", self.name), self._token
-        if url.scheme == "http" and url.hostname not in ("localhost", "127.0.0.1", "::1"):
+        if url.scheme == "http" and url.hostname not in HERE:
             token = ""
         for _ in range(REDIRECTS + 1):
             headers = {"User-Agent": "pop", "Accept-Encoding": "identity", "Connection": "close"}
@@ -160,13 +161,20 @@ class Hub:
     def _exchange(self, url: SplitResult, headers: dict[str, str]) -> Iterator["_Exchange"]:
         """Connect, ask and yield the answer. What breaks, inside the block as well, is raised as Broken."""
         connection = exchange = None
+
+        def dial(*args) -> socket.socket:
+            """A socket that is watched from now on: through a proxy's answer and TLS's handshake, too."""
+            nonlocal exchange
+            sock = socket.create_connection(*args)
+            exchange = _Exchange(sock.dup())
+            self._exchanges.add(exchange)
+            self.check_stop()  # only now can `together` close it
+            return sock
+
         try:
             self.check_stop()
             connection, target, more = _connection(url)
-            connection.connect()
-            exchange = _Exchange(connection.sock)
-            self._exchanges.add(exchange)
-            self.check_stop()  # only now can `together` close it
+            connection._create_connection = dial
             connection.request("GET", target, headers=headers | more)
             exchange.response = connection.getresponse()
             yield exchange
@@ -181,8 +189,8 @@ class Hub:
             raise Broken(f"the connection to {url.hostname} failed ({late})") from None
         finally:
             self._exchanges.discard(exchange)
-            if exchange is not None and exchange.response is not None:
-                exchange.response.close()
+            if exchange is not None:
+                exchange.end()
             if connection is not None:
                 connection.close()
 
@@ -217,7 +225,7 @@ class Hub:
 
 
 class _Exchange:
-    """A request and its answer, whose socket another thread may close."""
+    """A request and its answer. sock: a duplicate of its socket, by which another thread may close it."""
 
     def __init__(self, sock: socket.socket):
         self.response: HTTPResponse | None = None
@@ -245,7 +253,7 @@ class _Exchange:
         if encoding not in ("", "identity", "gzip"):
             raise DownloadError(f"the server compresses files by {encoding!r:.40}, unasked; check POP_ENDPOINT")
         gzip = zlib.decompressobj(31) if encoding == "gzip" else None  # 31: with the header of gzip
-        while block := self.response.read1(2**20):
+        while (gzip is None or not gzip.eof) and (block := self.response.read1(2**20)):
             self._count += len(block)
             if self._count >= PACE[0]:
                 self._due, self._count = time.monotonic() + PACE[1], 0
@@ -265,8 +273,14 @@ class _Exchange:
 
     def close(self) -> None:
         """Wake the thread that reads: it finds the stream ended."""
-        with contextlib.suppress(OSError):  # not SSLSocket's own method, after which bytes are read undeciphered
-            socket.socket.shutdown(self._socket, socket.SHUT_RDWR)
+        with contextlib.suppress(OSError):
+            self._socket.shutdown(socket.SHUT_RDWR)
+
+    def end(self) -> None:
+        """Let go of the answer and the duplicate."""
+        if self.response is not None:
+            self.response.close()
+        self._socket.close()
 
 
 def _split(url: str, fault: str, base: str = "") -> SplitResult:
@@ -294,7 +308,8 @@ def _connection(url: SplitResult) -> tuple[HTTPConnection, str, dict[str, str]]:
         return HTTPConnection(host, port, timeout=TIMEOUT)
 
     target = quote(f"{url.path or '/'}{'?' if url.query else ''}{url.query}", safe=string.punctuation)
-    proxy = None if proxy_bypass(url.hostname) else getproxies().get(url.scheme)
+    direct = proxy_bypass(url.hostname) or (not secure and url.hostname in HERE)  # a proxy would read the token
+    proxy = None if direct else getproxies().get(url.scheme)
     if not proxy:
         return to(url.hostname, url.port), target, {}
     via = _split(proxy if "//" in proxy else f"http://{proxy}", "the proxy in the environment has no address")

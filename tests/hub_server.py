@@ -1,5 +1,6 @@
 """A hub on this machine, which answers like the real one until it is told to misbehave."""
 
+import contextlib
 import gzip
 import hashlib
 import json
@@ -185,6 +186,21 @@ def _drip(handler, data: bytes):
             break
         handler.wfile.write(bytes([byte]))
         handler.wfile.flush()
+
+
+class Dripping(HubServer):
+    """Sends these bytes slowly to whoever connects, whatever is asked."""
+
+    def __init__(self, data: bytes):
+        super().__init__({})
+        self.data = data
+
+    def process_request_thread(self, request, address):
+        with request, contextlib.suppress(OSError):
+            for byte in self.data:
+                if self.released.wait(0.05):
+                    break
+                request.sendall(bytes([byte]))
 
 
 def whole(handler):

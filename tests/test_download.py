@@ -226,6 +226,21 @@ def test_a_killed_process_is_taken_up_where_it_was(server, folder):
     ]
 
 
+def test_a_process_that_dies_when_a_file_has_its_name_leaves_nothing_beside_it(server, folder, monkeypatch):
+    replace = os.replace
+
+    def last(source, target):
+        replace(source, target)
+        if target.name == ONE:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(os, "replace", last)
+        fetch()
+    fetch()
+    assert_right(folder, server)
+
+
 def test_ctrl_c_ends_at_once_and_keeps_what_is_there(server, folder, request):
     def interrupt(handler):
         cut(0.5)(handler)
@@ -269,6 +284,29 @@ def test_a_server_that_drips_is_given_up_on(server, folder, monkeypatch, slow, w
     shutil.rmtree(folder)
     server.faults[where] = [slow] * 2
     refused("too slow", "run this again later")
+
+
+@pytest.mark.parametrize(
+    ("name", "data"),
+    [
+        ("POP_ENDPOINT", b"\x16\x03\x03\x40\x00\x02" + bytes(10_000)),
+        ("https_proxy", b"HTTP/1.0 200 OK\r\nX-Slow: y" * 999),
+    ],
+)
+def test_a_connection_that_is_long_in_coming_is_given_up_on(server, monkeypatch, name, data):
+    """TLS's handshake, or a proxy's answer, byte by byte."""
+    monkeypatch.setattr(hub, "PACE", (2**16, 0.1))
+    monkeypatch.setattr(hub, "TRIES", 1)
+    slow = hub_server.Dripping(data)
+    monkeypatch.setenv("POP_ENDPOINT", "https://hub.invalid")
+    monkeypatch.setenv(name, slow.url.replace("http:", "https:" if name == "POP_ENDPOINT" else "http:"))
+    end = threading.Timer(5, slow.released.set)
+    end.start()
+    try:
+        refused("too slow")
+    finally:
+        end.cancel()
+        slow.stop()
 
 
 def test_what_keeps_breaking_off_ends(server, folder):
@@ -463,6 +501,22 @@ def test_a_gzip_bomb_is_not_unpacked(server, folder):
         assert tracemalloc.get_traced_memory()[1] < 2**23
     finally:
         tracemalloc.stop()
+
+
+def test_what_comes_behind_a_compressed_file_is_not_read(server, folder):
+    sent = []
+
+    def endless(handler):
+        handler.answer(gzip.compress(handler.body()), {"Content-Encoding": "gzip"}, length=-1)
+        with contextlib.suppress(OSError):
+            for _ in range(2**5):
+                handler.wfile.write(bytes(2**20))
+                sent.append(2**20)
+
+    server.faults[ONE] = [endless]
+    fetch()
+    assert_right(folder, server)
+    assert sum(sent) < 2**24
 
 
 def test_a_listing_without_end_is_not_read(server, folder, monkeypatch):
@@ -697,6 +751,16 @@ def test_no_token_over_plain_http_and_a_proxy_is_used(server, folder, monkeypatc
     shutil.rmtree(folder)
     server.faults[LISTING] = [status(401)]
     refused("HF_TOKEN, which is not sent over plain http")
+
+
+def test_what_is_on_this_machine_is_not_asked_for_through_a_proxy(server, folder, start, monkeypatch):
+    """Over plain HTTP it would read the token."""
+    proxy = start()
+    monkeypatch.setenv("http_proxy", proxy.url)
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    fetch()
+    assert_right(folder, server)
+    assert proxy.requests == [] and authorizations(server) == {f"Bearer {TOKEN}"}
 
 
 # ---- TLS: a certificate of 127.0.0.1 and localhost, for these tests alone ----
