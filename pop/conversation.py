@@ -25,6 +25,7 @@ never run: the next turn runs it first.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import hashlib
 import json
@@ -285,13 +286,16 @@ def _message(role: str, content) -> list[dict]:
 
 def _content(message, images, videos) -> str | list[dict]:
     """A message with images and videos before it, as the content of a user's message."""
-    given = [*(("image", one) for one in images or ()), *(("video", one) for one in videos or ())]
-    before = [{"type": kind, kind: one} for kind, one in given]
+    before = []
+    for kind, given in (("image", images), ("video", videos)):
+        if not isinstance(given, list | tuple | None):
+            raise InputError(f"{kind}s is a {type(given).__name__}; give a list of {kind}s")
+        before += [{"type": kind, kind: one} for one in given or ()]
     if not isinstance(message, str | list) or (isinstance(message, str) and not message.strip() and not before):
         raise InputError(f"the message is {message!r:.80}; it must be text, or a list of parts, and not empty")
     if isinstance(message, str):
         return [*before, {"type": "text", "text": message}] if before else message
-    return [*before, *message]
+    return [*before, *map(copy.copy, message)]  # copies: the caller may change his own
 
 
 def _unrun(state: _State) -> list[int]:

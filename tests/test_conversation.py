@@ -195,7 +195,7 @@ def test_a_turn_that_fails_leaves_the_conversation_as_it_was(model, script, monk
         next(stream)
     stream.close()
     unread = chat.stream("Something else")  # not even begun
-    for options in ({"temperature": -1}, {"stop": ""}, {"plan": model.plan}):
+    for options in ({"temperature": -1}, {"stop": ""}, {"plan": model.plan}, {"images": "a.png"}, {"videos": 5}):
         with pytest.raises(pop.InputError):
             chat.send("Something else", **options)
     for text in ("", " \n", None, ["x"], "\ud800"):
@@ -225,6 +225,18 @@ def test_the_turn_counts_from_its_last_piece_on(script):
     assert [next(pieces), next(pieces), len(chat.turns)] == ["a", "b", 0]
     assert [next(pieces), len(chat.turns)] == ["c", 1]
     assert chat.turns[0].assistant == "abc"
+
+
+def test_a_message_is_kept_as_it_was_sent(script, tmp_path):
+    """Its parts may serve for the next one."""
+    model = make("llama", pop.PrunePlan((3, 4)))
+    chat, part = model.start_chat(), {"type": "text", "text": "Hi"}
+    script.says[:] = [*b"abc"]
+    chat.send([part], max_new_tokens=3)
+    part["text"] = "Bye"
+    assert chat.messages[0]["content"] == [{"type": "text", "text": "Hi"}]
+    chat.save(tmp_path / "chat.json")
+    assert model.load_chat(tmp_path / "chat.json").tokens == chat.tokens
 
 
 def test_a_full_context_is_an_error_with_numbers(script):
