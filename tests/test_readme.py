@@ -1,17 +1,29 @@
 """The README is true: its links exist, its Python runs as printed, its commands do what it says."""
 
+import ast
+import inspect
 import json
+import os
 import re
+import runpy
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
+from tiny_chat import write_chat_checkpoint
 
+import pop
 from pop import demo
 from pop.cli import main
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+TEXT = re.sub("^```.*?^```$", "", README, flags=re.M | re.S)  # what is not in blocks
 
 
 def blocks(language):
@@ -66,3 +78,41 @@ def test_the_demo_prints_what_the_readme_shows(smollm2, capsys):
         assert float(kl) == pytest.approx(row["kl_nats"], rel=0.05 if row["taps"] else 0, abs=0.001)
         (line,) = (line for line in answers.splitlines() if line.startswith(label))
         assert row["taps"] or line.removeprefix(label).strip() == row["answer"]
+
+
+def test_the_python_in_the_text_fits_what_it_names(tmp_path):
+    """Names and arguments, that is: what they do is tested by other files."""
+    model = pop.load(write_chat_checkpoint(tmp_path / "chat"))
+    known = {"pop": pop, "model": model, "chat": model.start_chat()}
+    snippets = re.findall(rf"`((?:{'|'.join(known)})\.[^`]+)`", TEXT)
+    assert len(snippets) > 20
+    for snippet in snippets:
+        code = ast.parse(snippet, mode="eval").body
+        called = isinstance(code, ast.Call)
+        found = eval(ast.unparse(code.func if called else code), known)
+        if called:
+            given = [arg for arg in code.args if ast.unparse(arg) != "..."]
+            inspect.signature(found).bind_partial(*given, **{word.arg: None for word in code.keywords})
+
+
+def test_the_extras_in_the_text_are_ones():
+    setup = (ROOT / "setup.py").read_text(encoding="utf-8")
+    extras = re.findall(r"`pip install .*?\[(\w+)\]'`", TEXT)
+    assert extras and all(f'"{extra}": ' in setup for extra in extras)
+
+
+def test_the_lines_that_run_tests_run_many_examples_and_one_process(tmp_path, monkeypatch):
+    many, one = re.findall(r"`((?:\w+=\w+ )?pytest\b[^`]*)`", TEXT)
+    usual = os.environ.get("HYPOTHESIS_PROFILE", "ci")
+    monkeypatch.setenv(*many.removesuffix(" pytest").split("="))
+    try:
+        runpy.run_path(str(ROOT / "tests" / "conftest.py"))
+        assert settings.default.max_examples == 400
+    finally:
+        settings.load_profile(usual)
+    file = tmp_path / "test_one.py"
+    file.write_text("import os\n\ndef test_one():\n    assert 'PYTEST_XDIST_WORKER' not in os.environ\n")
+    monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)
+    command = [sys.executable, "-m", *one.replace("FILE", str(file)).split(), "-c", str(ROOT / ".pytest.ini")]
+    ran = subprocess.run([*command, "-p", "no:cacheprovider"], capture_output=True, text=True)
+    assert "1 passed" in ran.stdout, ran
