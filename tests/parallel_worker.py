@@ -33,6 +33,13 @@ def run(model: pop.Model) -> dict[str, torch.Tensor]:
     answers = model.generate([PROMPT[0], PROMPT[1][:5]], max_new_tokens=6)
     sampled = model.generate(PROMPT[0], max_new_tokens=6, temperature=2.0)  # unseeded: each rank would draw its own
     found["tokens"] = torch.tensor([(answer.tokens + [-1] * 6)[:6] for answer in (*answers, sampled)])
+    if model.tokenizer is not None:
+        chat = model.start_chat("Be brief.")
+        chat.send("Hello", max_new_tokens=4)
+        next(chat.stream("No", max_new_tokens=4))  # not read to the end: no part of it
+        "".join(chat.stream("And?", max_new_tokens=4))
+        answers = model.prefix("Once").generate([" upon", " more"], max_new_tokens=4)
+        found["chat"] = torch.tensor(sum((answer.tokens for answer in answers), chat.tokens))
     if hasattr(model.config, "vision") and model.config.vision is not None:
         side, tokens = SEEN[model.config.family]
         image = np.random.RandomState(0).randint(0, 256, (side, side, 3), dtype=np.uint8)

@@ -85,6 +85,7 @@ HELD = {
 CASES = {
     **{name: {"checkpoint": name} for name in CONFIGS},
     "calibrated": {"checkpoint": "llama", "plan": "plan", "calibrate": True, "compile": True},
+    "conversation": {"checkpoint": "chat"},
 }
 TEXTS = torch.randint(67, (6, 40), generator=torch.Generator().manual_seed(0)).tolist()
 LAYERS = pop.PrunePlan((1, 3, 4))
@@ -116,6 +117,7 @@ def folder(tmp_path_factory):
         (folder / name).mkdir()
         (folder / name / "config.json").write_text(json.dumps(fields), encoding="utf-8")
         write_weights(folder / name, read_config(folder / name), seed=1)
+    write_chat_checkpoint(folder / "chat", num_heads=8, num_kv_heads=4)
     pop.calibrate(pop.load(folder / "llama"), TEXTS, LAYERS, progress=False).save(folder / "plan")
     (folder / "cases.json").write_text(json.dumps(CASES), encoding="utf-8")
     return folder
@@ -139,6 +141,8 @@ def test_several_processes_are_one(name, ranks, folder):
             assert torch.equal(found[what], _of(name, ranks[0])[what])  # bit for bit among themselves
         assert torch.equal(found["fingerprint"], expected["fingerprint"])
         assert torch.equal(found["tokens"][:2], expected["tokens"][:2])
+        if name == "conversation":
+            assert torch.equal(found["chat"], expected["chat"])
         assert torch.equal(found["tokens"], _of(name, ranks[0])["tokens"])  # the last row is sampled
 
 
