@@ -20,6 +20,7 @@ class KVCache:
     keys[l], values[l]: [B, S + 1, K, E] of `dtype` on `device`. The token at position p of its row is in slot p % S;
         the spare slot S takes what belongs nowhere and is never read. S = max_seq_len: all tokens are held. But a
         layer with a window holds only what a chunk of tokens can see: S = window - 1 + chunk_size, if that is less.
+        At least 2.
     chunk_size: tokens of a row that may be written at once, at most.
     lengths: [B] int64 on the CPU, the tokens held by each row.
     states: [L, B, D], the residual stream of each row's latest token as it entered each layer, zero in an empty row.
@@ -140,7 +141,8 @@ def empty_slots(config, batch_size: int, slots: int, dtype: torch.dtype, device:
 
 
 def _slots(window: int | None, max_seq_len: int, chunk_size: int) -> int:
-    return max_seq_len if window is None else min(max_seq_len, window - 1 + chunk_size)
+    slots = max_seq_len if window is None else min(max_seq_len, window - 1 + chunk_size)
+    return max(2, slots)  # torch compiles a size of 1 by itself
 
 
 def write(keys: torch.Tensor, values: torch.Tensor, slots: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:

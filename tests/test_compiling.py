@@ -128,6 +128,9 @@ def test_generate_compiles_nothing_for_any_prompt_or_setting(pair, nothing_compi
         ]
         answers = [model.generate(prompts, max_new_tokens=9, **settings) for model in (compiled, eager)]
         assert [answer.tokens for answer in answers[0]] == [answer.tokens for answer in answers[1]]
+    for prompts in ([[5]], [[5], [6]]):  # by a cache for one token a row
+        answers = [model.generate(prompts, max_new_tokens=1) for model in (compiled, eager)]
+        assert [answer.tokens for answer in answers[0]] == [answer.tokens for answer in answers[1]]
 
 
 @requires_compiler
