@@ -26,8 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from pop.errors import InputError
-from pop.generate import Sampler, end_ids
+from pop.generate import Sampler, check_finite, end_ids
 from pop.models.layers import Rope, causal_attention
 from pop.plan import PrunePlan
 from pop.vision import Prepared
@@ -56,7 +55,6 @@ def sample_responses(
     logits = model.prefill(padded, cache, lengths=lengths, images=seen, plan=PrunePlan.none())
     responses = [[] for _ in prompts]
     while True:
-        _check_finite(logits, "logits")
         tokens = sampler(logits)
         for response, token in zip(responses, tokens.tolist(), strict=True):
             if not response or response[-1] not in ends:
@@ -111,7 +109,7 @@ def gate_gradients(
         pieces = zip(h.split(LOGITS_AT_ONCE), targets.split(LOGITS_AT_ONCE), strict=True)
         loss = sum(_checkpoint(_negative_log_likelihood, module, *piece) for piece in pieces)
         (gradients,) = torch.autograd.grad(loss, gates)  # [L, B, 2, 2]
-    _check_finite(gradients, "gradients of the gates")
+    check_finite(gradients, "gradients of the gates")
     return gradients.permute(1, 2, 3, 0).double().cpu()
 
 
@@ -147,11 +145,3 @@ def _frozen(module) -> Iterator[None]:
     finally:
         for parameter in trainable:
             parameter.requires_grad_(True)
-
-
-def _check_finite(numbers: torch.Tensor, what: str) -> None:
-    if not numbers.isfinite().all():
-        raise InputError(
-            f"the {what} are not finite; load with dtype=torch.bfloat16 or torch.float32, and if that is so already, "
-            "check the weights"
-        )

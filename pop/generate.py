@@ -59,7 +59,9 @@ class Sampler:
             _check("top_p", top_p, Real, lambda x: 0 < x <= 1, "a number above 0 and up to 1, or None")
         if seed is not None:
             _check("seed", seed, Integral, lambda x: 0 <= x < 2**63, "an integer from 0 to 2**63 - 1, or None")
-        self.temperature, self.top_k, self.top_p = temperature, top_k, top_p
+        least = torch.finfo(torch.float32).tiny  # a smaller one would be 0 beside logits
+        self.temperature = max(float(temperature), least) if temperature else 0.0
+        self.top_k, self.top_p = top_k, None if top_p is None else max(float(top_p), least)
         self.generators = [
             torch.Generator().manual_seed(secrets.randbits(63) if seed is None else int(seed))
             for _ in range(batch_size)
@@ -70,10 +72,12 @@ class Sampler:
         self.generators = [self.generators[row] for row in rows]
 
     def __call__(self, logits: torch.Tensor) -> torch.Tensor:
-        """logits [B, V] float32 -> tokens [B]."""
+        """logits [B, V] float32 -> tokens [B]. Raises InputError for logits that are not finite."""
+        largest = logits.amax(-1, keepdim=True)
+        check_finite(largest, "logits")
         if self.temperature == 0:
             return logits.argmax(-1)
-        logits = (logits - logits.amax(-1, keepdim=True)) / self.temperature  # at most 0: no overflow to inf
+        logits = (logits - largest) / self.temperature  # at most 0: no overflow to inf
         if self.top_k is not None and self.top_k < logits.shape[-1]:
             best = logits.topk(self.top_k)
             logits = torch.full_like(logits, -math.inf).scatter(-1, best.indices, best.values)
@@ -248,6 +252,15 @@ def is_batch(prompt) -> bool:
     if not prompt:
         raise InputError("the prompt is empty; give it at least one token")
     return isinstance(prompt[0], (str, Sequence)) or getattr(prompt[0], "ndim", 0) > 0
+
+
+def check_finite(numbers: torch.Tensor, what: str) -> None:
+    """Raise InputError where numbers that a model has computed are infinite or NaN."""
+    if not numbers.isfinite().all():
+        raise InputError(
+            f"the {what} are not finite; load with dtype=torch.bfloat16 or torch.float32, and if that is so already, "
+            "check the weights"
+        )
 
 
 def _overlap(text: str, stop: str) -> int:

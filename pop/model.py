@@ -199,8 +199,8 @@ class Model:
         uint8 array; a video is a path, a TxHxWx3 uint8 array, a list of images, or a pop.Video of any. A text
         says where each is by the family's mark (model.vision.marks); token ids have all of its tokens.
 
-        Raises InputError for an empty prompt, for images that do not match the prompt or cannot be read, or for a
-        setting out of range, ContextOverflow for a prompt longer than max_seq_len.
+        Raises InputError for an empty prompt, for images that do not match the prompt or cannot be read, for a setting
+        out of range, and where numbers overflow; ContextOverflow for a prompt longer than max_seq_len.
         """
         began = time.perf_counter()
         batch = is_batch(prompt)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -130,13 +131,24 @@ def test_sampling_frequencies_are_the_probabilities():
 
 def test_top_k_one_and_a_tiny_top_p_are_greedy():
     logits = torch.randn(3, 50, generator=torch.Generator().manual_seed(0))
-    for settings in ({"top_k": 1}, {"top_p": 1e-9}, {"top_k": np.int64(1), "temperature": 1e-39}):
+    tiny = ({"top_p": 1e-9}, {"top_p": 5e-324}, {"temperature": 5e-324}, {"temperature": Fraction(1, 10**40)})
+    for settings in (*tiny, {"top_k": 1}, {"top_k": np.int64(1), "temperature": 1e-39}):
         assert Sampler(3, **{"temperature": 5.0, "seed": 0, **settings})(logits).tolist() == logits.argmax(-1).tolist()
 
 
 def test_top_k_keeps_k_tokens_of_those_that_tie():
     logits = torch.tensor([[1.0, 1.0, 1.0, 0.0]])
     assert len({Sampler(1, temperature=1.0, top_k=1, seed=seed)(logits).item() for seed in range(20)}) == 1
+
+
+@pytest.mark.parametrize("broken", [math.nan, math.inf])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_nothing_is_picked_from_logits_that_are_not_finite(broken, temperature):
+    logits = torch.tensor([[0.0, 1.0, -math.inf], [0.0, broken, 1.0]])
+    sampler = Sampler(2, temperature=temperature, seed=0)
+    assert sampler(logits[[0, 0]]).max() < 2  # a token may be impossible
+    with pytest.raises(pop.InputError, match="the logits are not finite"):
+        sampler(logits)
 
 
 # Where an answer ends
