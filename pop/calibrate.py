@@ -89,6 +89,8 @@ def calibrate(
         raise InputError(f"the model is a {type(model).__name__}; load one with pop.load")
     several = isinstance(plan, (list, tuple))
     plans = [_checked(model, one) for one in (plan if several else [plan])]
+    if not plans:
+        raise PlanError("the list of plans is empty, so there is nothing to calibrate")
     if type(taps) is not int or taps not in (1, 2):
         raise InputError(f"taps is {taps!r}; it is 1 or 2")
     if type(seed) is not int:
