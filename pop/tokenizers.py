@@ -70,6 +70,7 @@ class Tokenizer:
 
     def decode(self, ids: Iterable[int], special: bool = False) -> str:
         """The text of `ids`. Special tokens are left out, unless `special`; invalid UTF-8 becomes U+FFFD."""
+        ids = ids.tolist() if hasattr(ids, "tolist") else ids  # a tensor's or an array's
         return b"".join(self._bytes_shown(id, special) for id in ids).decode("utf-8", "replace")
 
     def token_bytes(self, id: int) -> bytes:

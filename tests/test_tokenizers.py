@@ -11,8 +11,10 @@ import unicodedata
 from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
 import pytest
 import sentencepiece
+import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 
@@ -260,6 +262,12 @@ def test_long_runs(family, unit):
     text = unit * 100_000
     ids = TOKENIZERS[family].encode(text + "x", bos=False)
     assert TOKENIZERS[family].decode(ids) == text + "x"
+
+
+def test_ids_of_a_tensor_or_an_array_are_decoded():
+    tokenizer = TOKENIZERS["smollm2"]
+    ids = tokenizer.encode("a tensor's")
+    assert tokenizer.decode(torch.tensor(ids)) == tokenizer.decode(np.array(ids)) == "a tensor's"
 
 
 def test_what_cannot_be_encoded_or_decoded():
