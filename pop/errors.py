@@ -60,7 +60,7 @@ class CacheMemoryError(PopError, MemoryError):
 
 
 def check_count(name: str, value) -> int:
-    """Return `value` if it is an integer of at least 1, else raise InputError."""
+    """Return `value` as an int if it is an integer of any kind and at least 1, else raise InputError."""
     try:
         number = 0 if isinstance(value, bool) else index(value)
     except TypeError:

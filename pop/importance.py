@@ -50,7 +50,7 @@ class Importance:
     mlp: Importance | None = None
 
     def __post_init__(self):
-        check_count("num_samples", self.num_samples)
+        object.__setattr__(self, "num_samples", check_count("num_samples", self.num_samples))
         for name in ("prefill", "decode", "prefill_error", "decode_error"):
             unknown = name.endswith("error") and self.num_samples == 1
             object.__setattr__(self, name, _scores(name, getattr(self, name), unknown))

@@ -653,6 +653,8 @@ def test_saved_scores_come_back(model, samples, tmp_path):
         result.save(path)
         assert_same(Importance.load(path), result)
     assert result.prefill_error.isnan().all()  # of one sample
+    scores([3.0, 1.0], n=np.int64(4)).save(path)
+    assert Importance.load(path).num_samples == 4
     assert list(tmp_path.iterdir()) == [path]
 
 
