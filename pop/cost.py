@@ -7,8 +7,8 @@ Shape letters are those of models/layers.py, I is the width inside the MLP; N to
     one token through a whole layer         q and o     2 · D·H·E
     (multiply-adds)                         k and v     2 · D·K·E
                                             MLP         3 · D·I         gate, up, down
-    a token at position p attends           QK' and PV  2 · H·E · (p + 1), or 2 · H·E · window, if that is less
                                             or experts  D·X + 3 · D·k·I of the k of X experts that a token takes
+    a token at position p attends           QK' and PV  2 · H·E · (p + 1), or 2 · H·E · window, if that is less
     the output head, on one row             D·V
 
 In a kept layer all N tokens do all of this, and they attend N(N+1)/2 positions, the lower triangle, or in a layer with

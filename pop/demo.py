@@ -164,9 +164,8 @@ def _time(model, prompt: list[int], cache, plan, steps: int, images=()) -> tuple
     """One run: TTFT in seconds, and the seconds of each decode step."""
     cache.reset()
     times = [time.perf_counter()]
-    token = int(
-        model.prefill([prompt], cache, images=[images], plan=plan).argmax()
-    )  # waits for the device: on a GPU, too, the work is done here
+    logits = model.prefill([prompt], cache, images=[images], plan=plan)
+    token = int(logits.argmax())  # waits for the device: on a GPU, too, the work is done here
     times.append(time.perf_counter())
     for _ in range(steps):
         token = int(model.decode([token], cache).argmax())

@@ -13,7 +13,7 @@ K and V in the cache and attending what is there.
 A calibrated plan (pop/projections.py) puts refit projections in place of the layers' own where K and V of a run are
 written; the full-depth rows keep to the layers' own.
 
-All tensor work on more than one token's h is done by four functions, the `Stages`. They see one layer at a time, its
+All products of matrices and all attention are in four functions, the `Stages`. They see one layer at a time, its
 weights and its slots of the cache as arguments, so that each is compiled once for all layers (pop/compiling.py), and
 every length of a prompt, of the cache and of a batch is a dimension, never a Python number. What is around them is
 bookkeeping: laid out on the CPU, without waiting for the device.

@@ -79,8 +79,9 @@ class KVProjections:
             if ready is not None and (ready.weight.device, ready.weight.dtype, ready.rows) == wanted:
                 return ready
         weight, bias = ((x if rows is None else x[:, :, rows]).to(device, dtype) for x in (self.weight, self.bias))
-        self._copy = copy = KVProjections(self.layers, weight, bias, self.fingerprint, self.taps)
+        copy = KVProjections(self.layers, weight, bias, self.fingerprint, self.taps)
         copy.rows = rows
+        self._copy = copy  # now that it is whole: another thread may take it
         return copy
 
     @functools.cached_property

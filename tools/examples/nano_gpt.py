@@ -6,6 +6,7 @@ GELU. It stays as it is. The second half puts it behind what pop's engine asks o
     model.embed(tokens)        -> h [B, T, D]         tokens [B, T]: whatever integers it takes; the engine passes them
     model.rope(positions)      -> {None: tables}      what layers need of the positions [B, T]; None: no sliding window
     model.layers, model.head(h [..., D]) -> logits [..., V]
+    model.deepstack_layers     0                      behind how many layers something is added to h: images only
     layer.window, layer.scale  None, and the factor on q k^T
     layer.queries_keys_values(h, tables)  -> q [B, T, H, E], k and v [B, T, K, E], as they go into the cache
     layer.keys_values(h, tables)          -> the same k and v alone: all that a pruned layer computes
@@ -116,7 +117,7 @@ class PrunableBlock:
 class PrunableGPT:
     """A GPT as the engine sees a model, and the sizes that a KVCache is made by."""
 
-    deepstack_layers = 0  # behind which something is added to h: only vision models have any
+    deepstack_layers = 0
 
     def __init__(self, gpt: GPT):
         self.gpt, self.layers = gpt, [PrunableBlock(block) for block in gpt.h]
