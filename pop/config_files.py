@@ -340,14 +340,14 @@ def read_qwen3_vision(fields: Fields) -> Qwen3VisionConfig:
     return config
 
 
-# As FIXED: the images' channels and the activation. The tower's own pooling head is not part of Gemma-3.
-SIGLIP_FIXED = {"model_type": "siglip_vision_model", "hidden_act": "gelu_pytorch_tanh", "num_channels": 3,
-                "vision_use_head": False, "is_encoder_decoder": False, "add_cross_attention": False}  # fmt: skip
+# Fields with one supported value, as above. The tower's own pooling head is not part of Gemma-3.
+SIGLIP = {"model_type": "siglip_vision_model", "hidden_act": "gelu_pytorch_tanh", "num_channels": 3,
+          "vision_use_head": False, "is_encoder_decoder": False, "add_cross_attention": False}  # fmt: skip
 
 
 def read_siglip(fields: Fields, tokens_per_image: int) -> SiglipConfig:
     """From Gemma-3's vision_config; mm_tokens_per_image lies beside it."""
-    for name, only in SIGLIP_FIXED.items():
+    for name, only in SIGLIP.items():
         fields.fixed(name, only)
     for name in (*HARMLESS.split(), "architectures", "dtype", "torch_dtype"):  # the whole model has one dtype
         fields.left.pop(name, None)

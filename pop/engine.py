@@ -243,9 +243,9 @@ class Layout:
     ends: [B] on the CPU, the tokens of each row behind the chunk. span: the largest position that a row's part of it
         begins with, and the most that a token reaches beyond its own; None for one token, laid out as in decode.
     fresh: the cache was empty, so the chunk attends itself alone, and causally; false for one token.
-    seen_from: the first token of the chunk, in any row, that the prompt's last full-depth tokens could see if the
-        window were 1; what is this side of a window before it can be seen, too. 0 if full-depth tokens are in an image
-        that goes on behind them, which they see.
+    seen_from: where in the chunk the prompt's last full-depth tokens begin, in the row where that is earliest; beyond
+        C or negative if it is in another chunk. With a window they see the window - 1 tokens before that, and nobody
+        sees earlier ones. 0 if the first full-depth tokens are in an image that goes on behind them, which they see.
     rows: [B, W], which tokens are the full-depth rows f: W distinct ones, others as filling where a row has fewer.
     rows_valid: [B, W], false for the filling. rows_positions, rows_rotary, rows_reach: as above.
     last: [B], each row's last token in the chunk. last_row: [B], that token among the rows f, -1 if it is not.

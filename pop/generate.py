@@ -127,10 +127,10 @@ class Answer:
 
     def _settle(self, text: str) -> str:
         self.pending += text
-        ends = [(self.pending.find(stop) + len(stop), -len(stop)) for stop in self.stop if stop in self.pending]
-        if ends:  # the one that is complete first, as if the text came character by character; then the longest
-            end, length = min(ends)
-            piece, self.finish_reason = self.pending[: end + length], "stop"
+        begins = [(self.pending.find(stop), stop) for stop in self.stop if stop in self.pending]
+        if begins:  # the one that is complete first, as if the text came character by character; then the longest
+            _, begin = min((begin + len(stop), begin) for begin, stop in begins)
+            piece, self.finish_reason = self.pending[:begin], "stop"
             self.pending = ""
         else:
             held = max((_overlap(self.pending, stop) for stop in self.stop), default=0)

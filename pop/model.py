@@ -343,7 +343,9 @@ class Model:
 
     def need_tokenizer(self, use: str) -> None:
         if self.tokenizer is None:
-            raise TokenizerError(f"{use} needs a tokenizer, and the checkpoint has none; pass token ids to generate")
+            raise TokenizerError(
+                f"{use} needs a tokenizer, and the checkpoint has none; add its files, or give generate token ids alone"
+            )
 
     @torch.no_grad()
     def _seen(self, images, videos, tokens: torch.Tensor, lengths: torch.Tensor, stages) -> Images | None:
