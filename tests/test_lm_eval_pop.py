@@ -20,6 +20,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from tiny import random_model, tiny_gemma3_config
 from tiny_chat import write_chat_checkpoint
 
 import pop
@@ -144,6 +145,18 @@ def test_the_greedy_flag_and_long_continuations(make, monkeypatch, at_once):
     for scores, context, group, expected in zip(scored, contexts, continuations, flags, strict=True):
         assert close(scores, [naive(adapter, context, continuation) for continuation in group])
         assert [greedy for _, greedy in scores] == expected
+
+
+def test_a_long_continuation_leaves_the_context_to_the_next_one():
+    """Layers with windows hold no more than a window and a chunk: behind that, the context is prefilled again."""
+    config = tiny_gemma3_config()
+    model = pop.Model(random_model(config), config, plan=0.5, chunk_size=8)
+    contexts = [[9, 8, 7, 6, 5, 4], list(range(20, 32))]
+    continuations = [[[11, 12], [13], [14, 15]], [list(range(40, 60)), [12, 13, 14]]]
+    scored = tool.score(model, contexts, continuations)
+    for scores, context, group in zip(scored, contexts, continuations, strict=True):
+        expected = [model.score(context, continuation) for continuation in group]
+        assert [total for total, _ in scores] == pytest.approx(expected, abs=1e-3)
 
 
 def test_a_context_is_prefilled_once_for_all_its_choices(make, monkeypatch):

@@ -320,10 +320,15 @@ def score(
     longest = max(len(continuation) for group in continuations for continuation in group)
     cache = model.new_cache(len(contexts), max(lengths) + longest - 1)
     padded = [context + [0] * (max(lengths) - len(context)) for context in contexts]
-    boundary = model.prefill(padded, cache, lengths=lengths)  # [B, V]
-    prefilled = cache.lengths
+    boundary = None  # logits [B, V] behind the contexts
+    # Behind a continuation longer than a chunk, layers with windows no longer hold what it began from.
+    forgets = longest - 1 > cache.chunk_size and any(model.config.windows)
     results: list[list[tuple[float, bool]]] = [[] for _ in contexts]
     for turn in zip_longest(*continuations, fillvalue=[]):  # one continuation a context
+        if boundary is None or forgets:
+            cache.reset()
+            boundary = model.prefill(padded, cache, lengths=lengths)
+            prefilled = cache.lengths
         scores = _score_turn(model, boundary, cache, turn)
         for row, continuation in enumerate(turn):
             if continuation:
