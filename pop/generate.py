@@ -198,10 +198,13 @@ class Run:
         padded = [prompt + [0] * (self.longest - len(prompt)) for prompt in self.prompts]
         lengths = [len(prompt) for prompt in self.prompts]
         logits = model.prefill(padded, cache, lengths=lengths, images=self.images, plan=self.plan)
-        # An embedding may be padded beyond the tokenizer's vocabulary: such ids have no text and are never picked.
+        # Never picked are ids beyond the tokenizer's vocabulary, which have no text (an embedding may be padded), and
+        # tokens that stand for images: an answer shows none.
         known = model.config.vocab_size if model.tokenizer is None else model.tokenizer.vocab_size
         rows = list(range(len(answers)))  # the answer that each row of the cache belongs to
         while True:
+            for token in model.vision.placeholders.values():
+                logits[:, token] = -math.inf
             tokens = self.sampler(logits[:, :known])
             if model.part is not None:
                 model.part.agree(tokens)

@@ -46,6 +46,20 @@ def images_of(model, tokens, ones):
     return model.vision.images(model.module, [ones], torch.tensor([tokens]), torch.tensor([len(tokens)]))
 
 
+# ---- Answers ----
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_an_answer_shows_no_image(model, monkeypatch, temperature):
+    """Else nothing could go on from it: behind a prompt, tokens that stand for images need images."""
+    shown = torch.tensor([*model.vision.placeholders.values()])
+    head = model.module.head
+    monkeypatch.setattr(model.module, "head", lambda h: head(h).index_fill(-1, shown, 1e4))
+    answers = model.generate([[2, 5], [7, 8, 9]], max_new_tokens=4, temperature=temperature, seed=0)
+    assert all(token not in answer.tokens for answer in answers for token in shown)
+    assert model.generate([2, 5, *answers[0].tokens], max_new_tokens=1)
+
+
 # ---- Prefixes ----
 
 
