@@ -268,9 +268,8 @@ class Judge:
     def __init__(self, model, windows: list[Window]):
         self.model, self.cases = model, []
         for window, seen in windows:
-            cut = min(len(window), JUDGED) * 2 // 3
-            if seen:
-                cut = max(cut, model.vision.places(window, seen)[-1][-1] + 1)
+            places = model.vision.places(window, seen)
+            cut = max([min(len(window), JUDGED) * 2 // 3, *(place[-1] + 1 for place in places)])
             prompt, continuation = window[:cut], window[cut : max(JUDGED, cut + JUDGED // 3)]
             full = self._log_probs(prompt, continuation, seen, PrunePlan.none())
             self.cases.append((prompt, continuation, seen, full))

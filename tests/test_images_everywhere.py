@@ -204,6 +204,19 @@ def test_the_judge_continues_behind_the_last_image(model):
     assert Judge(model, windows)(plan) == pytest.approx(sum(sums) / sum(counts), rel=1e-4)
 
 
+def test_the_judge_continues_behind_an_image_that_a_video_precedes():
+    """What is seen is in the order of kinds, not of places."""
+    config = tiny_qwen3_vl_config()
+    model = pop.Model(random_model(config, seed=2), config, compile=False)
+    image = seen(model, 0)
+    film = Prepared(
+        "video", image.pixels, tuple([61 if p == 60 else p for p in ids] for ids in image.pieces), image.grid
+    )
+    window = tokens_of(2, film, *range(3, 21), image, 5)
+    ((prompt, continuation, *_),) = Judge(model, [(window, [image, film])]).cases
+    assert (prompt[-1], continuation) == (60, [63, 5])
+
+
 def test_calibrated_with_images(model, monkeypatch):
     """What comes out runs, and is no worse than plain pruning on what was held out, which has images, too."""
     windows, rows = texts(model)
