@@ -15,6 +15,7 @@ import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Real
 
 import numpy as np
 import torch
@@ -233,8 +234,8 @@ def qwen_video(video, config: Qwen3VisionConfig, pixels: tuple[int, int] = VIDEO
     resized one at a time.
     """
     video, fps = (video.frames, video.fps) if isinstance(video, Video) else (video, None)
-    if fps is not None and (not isinstance(fps, (int, float)) or not 0 < fps < math.inf):
-        raise InputError(f"fps is {fps!r}; give the video's frames per second, or None")
+    if fps is not None and (isinstance(fps, bool) or not isinstance(fps, Real) or not 1e-6 <= fps <= 1e6):
+        raise InputError(f"fps is {fps!r}; give the video's frames per second, from 1e-6 to 1e6, or None")
     is_path = isinstance(video, (str, os.PathLike))
     if is_path and fps is not None:
         raise InputError(f"fps is {fps}, but a video file has a rate of its own; leave fps out")
@@ -244,7 +245,7 @@ def qwen_video(video, config: Qwen3VisionConfig, pixels: tuple[int, int] = VIDEO
         raise InputError(
             f"a video is of type {type(video).__name__}; give a path, a TxHxWx3 uint8 array or a list of images"
         )
-    count, fps = video_files.measure(video, MAX_PIXELS) if is_path else (len(video), fps)
+    count, fps = video_files.measure(video, MAX_PIXELS) if is_path else (len(video), fps and float(fps))
     if count < 2:
         raise InputError(f"the video has {count} frames; give at least two, or pass the one as an image")
     kept = range(count) if fps is None else _sampled(count, fps)

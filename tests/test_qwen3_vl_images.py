@@ -3,6 +3,7 @@
 The goldens are made by tools/make_qwen3_vl_goldens.py, the images by tests/tiny_images.py.
 """
 
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -115,12 +116,21 @@ def test_an_image_of_an_allowed_size_is_cut_into_patches_in_squares():
         (np.zeros((2, 8, 8, 3), np.uint8), 0, "fps is 0"),
         (np.zeros((2, 8, 8, 3), np.uint8), float("nan"), "fps is nan"),
         (np.zeros((2, 8, 8, 3), np.uint8), "2", "fps is '2'"),
+        (np.zeros((2, 8, 8, 3), np.uint8), 5e-324, "fps is 5e-324; .* from 1e-6"),
+        (np.zeros((2, 8, 8, 3), np.uint8), True, "fps is True"),
         (np.zeros((2, 8, 1700, 3), np.uint8), None, "the video is 1700 pixels wide and 8 high"),
     ],
 )
 def test_what_is_no_video_is_refused(frames, fps, message):
     with pytest.raises(InputError, match=message):
         qwen_video(frames if fps is None else Video(frames, fps), SMALL)
+
+
+@pytest.mark.parametrize("fps", [Fraction(24000, 1001), np.float32(24), np.int64(24)])
+def test_a_rate_is_any_real_number(fps):
+    """As what reads videos gives it."""
+    frames = np.zeros((9, 8, 8, 3), np.uint8)
+    assert qwen_video(Video(frames, fps), SMALL).times == qwen_video(Video(frames, float(fps)), SMALL).times
 
 
 def test_a_video_of_many_frames_is_thinned_before_it_is_read(monkeypatch):
