@@ -41,7 +41,7 @@ from pop.errors import InputError, PlanError
 from pop.generate import Generation, Run, is_batch
 from pop.plan import PrunePlan
 from pop.staging import replaced
-from pop.vision import Prepared
+from pop.vision import Prepared, as_list
 
 SAVED = ("user", "assistant", "answer", "seen")  # of a turn
 
@@ -286,11 +286,8 @@ def _message(role: str, content) -> list[dict]:
 
 def _content(message, images, videos) -> str | list[dict]:
     """A message with images and videos before it, as the content of a user's message."""
-    before = []
-    for kind, given in (("image", images), ("video", videos)):
-        if not isinstance(given, list | tuple | None):
-            raise InputError(f"{kind}s is a {type(given).__name__}; give a list of {kind}s")
-        before += [{"type": kind, kind: one} for one in given or ()]
+    given = [("image", one) for one in as_list("image", images)] + [("video", one) for one in as_list("video", videos)]
+    before = [{"type": kind, kind: one} for kind, one in given]
     if not isinstance(message, str | list) or (isinstance(message, str) and not message.strip() and not before):
         raise InputError(f"the message is {message!r:.80}; it must be text, or a list of parts, and not empty")
     if isinstance(message, str):

@@ -246,13 +246,19 @@ def vision_of(config) -> Vision:
     return {"gemma3": GemmaVision, "qwen3_vl": QwenVision}[config.family](config)
 
 
+def as_list(kind: str, given) -> list:
+    """Images, or videos, as a caller gives them; None: there are none."""
+    if not isinstance(given, list | tuple | None):
+        raise InputError(f"{kind}s is a {type(given).__name__}; give a list of {kind}s, or for a batch a list of lists")
+    return list(given or ())
+
+
 def _by_row(kind: str, given, num_rows: int) -> list[list]:
     """A list for each row; those of a single row may come without the list around them."""
-    if not isinstance(given, list | tuple):
-        raise InputError(f"{kind}s is a {type(given).__name__}; give a list of {kind}s, or for a batch a list of lists")
+    given = as_list(kind, given)
     is_row = [isinstance(one, list | tuple | None) and not (kind == "video" and _is_frames(one)) for one in given]
     if num_rows == 1 and not any(is_row):
-        return [list(given)]
+        return [given]
     if len(given) != num_rows or not all(is_row):
         files = ", with video files as pop.Video(path)" if kind == "video" else ""  # paths in a list are frames
         raise InputError(f"{kind}s must be a list of {num_rows} lists, one for each prompt of the batch{files}")

@@ -228,6 +228,8 @@ ONE = image(8, 8)
         (lambda m: m.generate([2, *ONE], images=[3]), "an image is of type int"),
         (lambda m: m.chat([{"role": "user", "content": "x"}], videos=[FILM]), "chat takes images and videos in its"),
         (lambda m: m.chat([{"role": "user", "content": [{"type": "video"}]}]), "videos are {'type': 'video', 'video'"),
+        (lambda m: m.start_chat().send("x", images=A), "images is a ndarray; give a list of images"),
+        (lambda m: m.start_chat().send("x", videos="a.mp4"), "videos is a str; give a list of videos"),
         (lambda m: m.start_chat().send(3), "the message is 3; it must be text, or a list of parts"),
         (lambda m: m.start_chat().send([]), "must be text or a list of parts"),
     ],
