@@ -12,7 +12,7 @@ from pop import WeightsNotFound, registry
 torch.set_num_threads(1)
 
 _common = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow, HealthCheck.data_too_large]}
-settings.register_profile("ci", max_examples=40, derandomize=True, **_common)
+settings.register_profile("ci", max_examples=25, derandomize=True, **_common)
 settings.register_profile("nightly", max_examples=400, **_common)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 

@@ -122,13 +122,13 @@ def test_generate_compiles_nothing_for_any_prompt_or_setting(pair, nothing_compi
     """Rows of different lengths, whose answers end at different times, sampled and greedy, equal the eager model's."""
     compiled, eager, max_rows = pair
     drawn = random.Random(0)
-    for rows, settings in ((1, {}), (3, {"temperature": 0.8, "top_k": 9, "seed": 3}), (4, {"top_p": 0.5, "seed": 1})):
-        prompts = [
-            [drawn.randrange(60) for _ in range(drawn.choice([1, 2, 17, 33]))] for _ in range(min(rows, max_rows))
-        ]
+    for count, settings in ((1, {}), (3, {"temperature": 0.8, "top_k": 9, "seed": 3}), (4, {"top_p": 0.5, "seed": 1})):
+        rows = range(min(count, max_rows))
+        prompts = [[drawn.randrange(60) for _ in range(drawn.choice([1, 2, 17, 33]))] for _ in rows]
         answers = [model.generate(prompts, max_new_tokens=9, **settings) for model in (compiled, eager)]
         assert [answer.tokens for answer in answers[0]] == [answer.tokens for answer in answers[1]]
-    for prompts in ([[5]], [[5], [6]]):  # by a cache for one token a row
+    for rows in {1, max_rows}:
+        prompts = [[5]] * rows  # by a cache for one token a row
         answers = [model.generate(prompts, max_new_tokens=1) for model in (compiled, eager)]
         assert [answer.tokens for answer in answers[0]] == [answer.tokens for answer in answers[1]]
 

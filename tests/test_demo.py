@@ -217,19 +217,6 @@ def test_the_story_fills_the_prompt(folder, tmp_path, capsys, monkeypatch):
     assert demo.QUESTION in capsys.readouterr().out
 
 
-def test_the_real_model_answers_the_question_right(capsys, monkeypatch, smollm2):
-    def answer(model, prompt, *_, **__):
-        full = model.generate(prompt, max_new_tokens=16, plan=pop.PrunePlan.none())
-        return [full.text, full.finish_reason]
-
-    monkeypatch.setattr(demo, "compare", answer)
-    monkeypatch.setattr(demo, "calibrated", lambda *_: [])
-    assert main(["demo", "--json"]) == 0
-    result = json.loads(capsys.readouterr().out)
-    assert result["rows"] == ['Chapter I is "Down the Rabbit-Hole"', "stop"]
-    assert result["prompt_tokens"] == 1433
-
-
 def test_a_base_model_continues_the_text(tmp_path, arguments, capsys, monkeypatch):
     """Its tokenizer has no chat template."""
     folder = write_chat_checkpoint(tmp_path / "base")

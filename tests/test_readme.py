@@ -3,6 +3,7 @@
 import ast
 import inspect
 import json
+import math
 import os
 import re
 import runpy
@@ -30,6 +31,12 @@ def blocks(language):
     return re.findall(rf"^```{language}\n(.*?)^```$", README, re.M | re.S)
 
 
+@pytest.fixture
+def uncompiled(monkeypatch):
+    """Each would compile a model of its own, which takes most of the time; CI's demo runs compiled."""
+    monkeypatch.setattr("pop.model.SMALLEST", math.inf)
+
+
 def test_every_link_leads_to_a_file():
     links = re.findall(r"\]\(([^)#]+)\)", README)
     assert links
@@ -46,12 +53,12 @@ def test_ci_runs_the_two_commands_as_printed():
 
 
 @pytest.mark.parametrize("index", range(len(blocks("python"))))
-def test_the_python_runs_as_printed(index, smollm2, capsys):
+def test_the_python_runs_as_printed(index, smollm2, uncompiled, capsys):
     exec(compile(blocks("python")[index], f"README.md, block {index + 1}", "exec"), {})
     assert capsys.readouterr().out.strip()
 
 
-def test_the_commands_run_as_printed(smollm2, capsys):
+def test_the_commands_run_as_printed(smollm2, uncompiled, capsys):
     lines = [line for block in blocks("bash") for line in block.splitlines() if line.startswith("pop ")]
     assert len(lines) >= 3
     for line in lines:
@@ -59,16 +66,18 @@ def test_the_commands_run_as_printed(smollm2, capsys):
         assert capsys.readouterr().out.strip(), line
 
 
-def test_the_demo_prints_what_the_readme_shows(smollm2, capsys):
+def test_the_demo_prints_what_the_readme_shows(smollm2, uncompiled, capsys):
     """All but the times: these are of a machine that the README names.
 
     The answers of calibrated plans are left out too: they turn on the last digits of a fit, which differ by machine.
     """
     assert main(["demo", "--runs", "1", "--max-new-tokens", "48", "--json"]) == 0
-    rows = json.loads(capsys.readouterr().out)["rows"]
+    result = json.loads(capsys.readouterr().out)
+    rows = result["rows"]
     (shown,) = blocks("text")
     numbers, answers = shown.split("answers\n")
-    assert len(rows) == 5
+    assert f"prompt   {result['prompt_tokens']:,} tokens: " in numbers
+    assert len(rows) == 5 and rows[0]["answer"] == 'Chapter I is "Down the Rabbit-Hole"'
     for row in rows:
         label = demo.describe(row) + "  "
         (line,) = (line for line in numbers.splitlines() if line.startswith(label))

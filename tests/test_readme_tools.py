@@ -92,7 +92,6 @@ def harness():
 def test_the_lines_run_as_printed(block, tiny_world, monkeypatch, capsys):
     if "--quantize" in block:
         pytest.importorskip("torchao")
-    monkeypatch.setattr(sys, "path", [*sys.path])  # which lm_eval_pop changes
     variables = {}
     for line in block.replace("\\\n", " ").splitlines():
         if assigned := re.fullmatch(r'(\w+)="?(.*?)"?', line):

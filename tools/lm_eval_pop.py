@@ -457,8 +457,6 @@ def _progress(total: int, what: str, disable: bool):
 
 def main() -> int:
     """Run the harness's command line on sys.argv. Returns the exit status: 2 for a mistake, told in one sentence."""
-    # Python has put this folder first on its path: a task's `import evaluate` is not to find what is beside this file.
-    sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != Path(__file__).resolve().parent]
     try:
         register()
         from lm_eval.__main__ import cli_evaluate
@@ -473,4 +471,6 @@ def main() -> int:
 if __name__ == "__main__":
     from lm_eval_pop import main  # not from __main__: the harness pickles prompts under the name of their module
 
+    # Python has put this folder first on its path: a task's `import evaluate` is not to find what is beside this file.
+    sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != Path(__file__).resolve().parent]
     sys.exit(main())
