@@ -36,9 +36,7 @@ PROMPT, CONTINUATION = 256, 128  # tokens of a passage
 
 @pytest.fixture(scope="module")
 def model(smollm2):
-    torch.set_num_threads(2)  # these tensors are not tiny
-    yield pop.load("smollm2-135m", dtype=torch.float32, progress=False)
-    torch.set_num_threads(1)
+    return pop.load("smollm2-135m", dtype=torch.float32, progress=False)
 
 
 @pytest.fixture(scope="module")

@@ -21,8 +21,9 @@ from pop.config import RopeConfig
 Rope = tuple[torch.Tensor, torch.Tensor]  # cos, sin of the pairs: each [B, T, 1, E/2] float32
 Ropes = dict[int | None, Rope]  # by the window of the layers that they are for; None: of those without one
 
+AVX2 = torch.backends.cpu.get_cpu_capability() == "AVX2"  # an x86 processor without AVX-512
 # What CPUs have no fast products of: float16, and, those with AVX2 alone, bfloat16. GPUs have both.
-WIDENED = {torch.float16} | ({torch.bfloat16} if torch.backends.cpu.get_cpu_capability() == "AVX2" else set())
+WIDENED = {torch.float16} | ({torch.bfloat16} if AVX2 else set())
 WIDENED_AT_ONCE = 2**26  # numbers
 LARGE = 2**14  # outputs of a product; two large ones are compiled into one loop, as an MLP's are, but not a head
 QUERY_BLOCK = 256  # tokens; fewer waste less on keys that few of them attend, more are faster for each
@@ -81,8 +82,12 @@ def _parts(length: int) -> int | None:
 
 
 def _streams(out: int) -> int:
-    """In how many places at once a core reads a weight [out, in]: one alone leaves the memory waiting."""
-    return 4 if out > LARGE and out % 4 == 0 else 1  # of a layer's weights, that is not worth the more buffers
+    """In how many places at once a core reads a weight [out, in]: one alone leaves the memory waiting.
+
+    Each has a buffer of its own. For a layer's weights these cost as much as is gained, but with AVX2's slower loads.
+    """
+    streams = 4 if out > LARGE else 2 if AVX2 else 1
+    return streams if out % streams == 0 else 1
 
 
 class RMSNorm(nn.Module):
