@@ -207,17 +207,21 @@ def written_at_random(tmp_path):
     return lambda folder: make_random_checkpoint.write_checkpoint(fields, folder)
 
 
-@pytest.mark.parametrize("make", [imported, written_at_random])
-def test_a_folder_is_whole_or_not_there(make, tmp_path):
-    write, out = make(tmp_path), tmp_path / "out"
+def written_once(write, out):
+    """`out`, the contents of a folder that was written into it, and a function that writes another one anew."""
     out.mkdir()
     write(out / "once")
-    whole = contents(out / "once")
 
     def call():
         shutil.rmtree(out / "model", ignore_errors=True)
         write(out / "model")
 
+    return out, contents(out / "once"), call
+
+
+@pytest.mark.parametrize("make", [imported, written_at_random])
+def test_a_folder_is_whole_or_not_there(make, tmp_path):
+    out, whole, call = written_once(make(tmp_path), tmp_path / "out")
     for place in failures(call):
         if (out / "model").exists():
             if place[0].endswith("staging.py"):  # taking the lock away may be what has failed
@@ -237,15 +241,7 @@ def test_a_full_disk_leaves_no_folder(make, tmp_path):
 
 
 def test_a_folder_is_whole_or_not_there_after_a_kill_and_the_next_run_clears_up(tmp_path):
-    write, out = written_at_random(tmp_path), tmp_path / "out"
-    out.mkdir()
-    write(out / "once")
-    whole = contents(out / "once")
-
-    def call():
-        shutil.rmtree(out / "model", ignore_errors=True)
-        write(out / "model")
-
+    out, whole, call = written_once(written_at_random(tmp_path), tmp_path / "out")
     left = 0
     for place in kills(call):
         if (out / "model").exists():
