@@ -308,7 +308,7 @@ def test_layers_that_differ_share_no_compiled_code(monkeypatch):
     module = random_model(tiny_config(num_layers=3), seed=1)
     module.layers[1].mlp = Cubes(module.layers[1].mlp)
     module.layers[2].self_attn.o_proj.bias = torch.nn.Parameter(torch.ones(module.config.hidden_size))
-    compiled, eager = (pop.Model(module, module.config, compile=it, plan=0) for it in (True, False))
+    compiled, eager = (pop.Model(module, module.config, compile=it, plan=0.5) for it in (True, False))
     logits = []
     for model in (compiled, eager):
         cache = model.new_cache(1, 8)

@@ -78,7 +78,8 @@ def test_the_demo_prints_what_the_readme_shows(smollm2, uncompiled, monkeypatch,
     (shown,) = blocks("text")
     numbers, answers = shown.split("answers\n")
     assert f"prompt   {result['prompt_tokens']:,} tokens: " in numbers
-    assert len(rows) == 5 and rows[0]["answer"] == 'Chapter I is "Down the Rabbit-Hole"'
+    assert len(rows) == 5
+    assert (rows[0]["answer"], rows[0]["finish_reason"]) == ('Chapter I is "Down the Rabbit-Hole"', "stop")
     for row in rows:
         label = demo.describe(row) + "  "
         (line,) = (line for line in numbers.splitlines() if line.startswith(label))

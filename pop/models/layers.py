@@ -84,7 +84,8 @@ def _parts(length: int) -> int | None:
 def _streams(out: int) -> int:
     """In how many places at once a core reads a weight [out, in]: one alone leaves the memory waiting.
 
-    Each has a buffer of its own. For a layer's weights these cost as much as is gained, but with AVX2's slower loads.
+    Each place has a buffer of its own. For a layer's weights these cost as much as is gained, except where loads are
+    slow, as with AVX2.
     """
     streams = 4 if out > LARGE else 2 if AVX2 else 1
     return streams if out % streams == 0 else 1
