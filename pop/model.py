@@ -28,6 +28,7 @@ from pop.projections import fingerprint
 from pop.vision import Prepared, vision_of
 
 SCORED_AT_ONCE = 256  # tokens of a continuation, whose logits [T, V] are in memory together
+TEMPORARY = 31 * 2**20  # bytes: the largest block that glibc learns from, less what torch puts around it
 
 
 class Model:
@@ -69,6 +70,7 @@ class Model:
         size = sum(weight.numel() for weight in module.parameters()) if part is None else part.num_parameters
         compiles = compile is True or (compile == "auto" and size >= SMALLEST)
         self._compiled = Compiled(module, required=compile is True, progress=progress) if compiles else None
+        _keep_temporaries()
 
     @property
     def device(self) -> torch.device:
@@ -428,3 +430,13 @@ class Model:
 def _log_prob(logits: torch.Tensor, targets: torch.Tensor) -> float:
     """Summed log-probability of targets [T] by logits [T, V]."""
     return -F.cross_entropy(logits, targets, reduction="none").double().sum().item()
+
+
+def _keep_temporaries() -> None:
+    """Have malloc keep the memory of activations from one layer to the next.
+
+    glibc gives freed memory back to the system, which zeroes it before the next layer has it again, a page at a time:
+    up to a third of a small model's prefill. How much it keeps it learns from the largest block that it has seen freed
+    (mallopt(3), M_MMAP_THRESHOLD). So here is one, never touched. Elsewhere this is nothing.
+    """
+    torch.empty(TEMPORARY, dtype=torch.uint8)

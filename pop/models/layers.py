@@ -25,7 +25,7 @@ AVX2 = torch.backends.cpu.get_cpu_capability() == "AVX2"  # an x86 processor wit
 # What CPUs have no fast products of: float16, and, those with AVX2 alone, bfloat16. GPUs have both.
 WIDENED = {torch.float16} | ({torch.bfloat16} if AVX2 else set())
 WIDENED_AT_ONCE = 2**26  # numbers
-LARGE = 2**14  # outputs of a product; two large ones are compiled into one loop, as an MLP's are, but not a head
+STREAMS = 4  # in how many places at once a core reads a matrix with one token: one alone leaves the memory waiting
 QUERY_BLOCK = 256  # tokens; fewer waste less on keys that few of them attend, more are faster for each
 
 
@@ -65,11 +65,9 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
     if rows.shape[0] > 1:
         out = (weight @ rows.T).T.contiguous()  # [B, out]
     elif torch.compiler.is_compiling() and (parts := _parts(rows.shape[1])):
-        streams = _streams(weight.shape[0])
-        sums = []
-        for piece in weight.view(streams, -1, parts, rows.shape[1] // parts):  # [out / streams, parts, in / parts]
-            sums.append((piece * rows.view(parts, -1)).sum(-1, dtype=torch.float32).sum(-1))  # [out / streams]
-        out = torch.cat(sums).to(x.dtype)[None]  # [1, out]
+        streams = STREAMS if weight.shape[0] % STREAMS == 0 else 1
+        out = torch.cat([_fused_product(part, rows[0], parts) for part in weight.chunk(streams)])  # [out]
+        out = out.to(x.dtype)[None]  # [1, out]
     else:
         out = F.linear(rows, weight)
     out = out if bias is None else out + bias
@@ -81,14 +79,11 @@ def _parts(length: int) -> int | None:
     return next((parts for parts in range(1, 33) if length % parts == 0 and length // parts <= 4096), None)
 
 
-def _streams(out: int) -> int:
-    """In how many places at once a core reads a weight [out, in]: one alone leaves the memory waiting.
-
-    Each place has a buffer of its own. For a layer's weights these cost as much as is gained, except where loads are
-    slow, as with AVX2.
-    """
-    streams = 4 if out > LARGE else 2 if AVX2 else 1
-    return streams if out % streams == 0 else 1
+def _fused_product(weight: torch.Tensor, x: torch.Tensor, parts: int) -> torch.Tensor:
+    """weight [out, in], x [in] -> [out] float32, each number summed in so many parts: for the compiler to fuse."""
+    if parts == 1:
+        return (weight * x).sum(-1, dtype=torch.float32)
+    return (weight * x).unflatten(-1, (parts, -1)).sum(-1, dtype=torch.float32).sum(-1)
 
 
 class RMSNorm(nn.Module):
