@@ -264,9 +264,9 @@ def test_every_product_is_the_same_product(monkeypatch, shape, dtype, biased):
 
 @requires_compiler
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("width", [24, 12_290, 4099])  # summed at once, in five parts, and in none: it is a prime
-@pytest.mark.parametrize("height", [8, 7])  # read in four places at once, or in one
-def test_a_compiled_product_with_one_token_is_the_product(dtype, width, height):
+# A row is summed at once, in five parts, and in none: 4099 is prime. Rows are read in four places, or in one.
+@pytest.mark.parametrize(("height", "width"), [(8, 24), (7, 24), (8, 12_290), (8, 4099)])
+def test_a_compiled_product_with_one_token_is_the_product(dtype, height, width):
     drawn = torch.Generator().manual_seed(1)
     x, weight = (torch.randn(*shape, width, generator=drawn).to(dtype) for shape in ((1, 1), (height,)))
     out = torch.compile(layers.linear, fullgraph=True)(x, weight)
