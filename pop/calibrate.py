@@ -25,7 +25,6 @@ the least KL(full || pruned) on held-out windows of the text.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import math
 import random
@@ -41,6 +40,7 @@ from pop.errors import InputError, PlanError, check_count
 from pop.model import Model
 from pop.models.layers import causal_attention
 from pop.plan import PrunePlan
+from pop.progress import progress_bar
 from pop.projections import KVProjections
 from pop.vision import Prepared
 
@@ -107,14 +107,14 @@ def calibrate(
     held_out = min(held_out, max(1, len(windows) // 5))
     judge, windows = windows[:held_out], windows[held_out:]
     fits = [_Fit(model, one, taps) for one in plans]
-    with _bar(progress, "calibrating", "tokens", sum(len(window) for window, _ in windows)) as step:
+    with progress_bar("calibrating", sum(len(window) for window, _ in windows), "tokens", progress) as step:
         for batch in _batches(windows):
             _accumulate(model, batch, fits)
             step(sum(len(window) for window, _ in batch))
     if not all(fit.count for fit in fits):
         raise InputError("no token of the texts is left to fit to; give longer texts, or a smaller full_depth_first")
     tune = Judge(model, judge)
-    with _bar(progress, "choosing lambda", "trials", len(fits) * TRIALS) as step:
+    with progress_bar("choosing lambda", len(fits) * TRIALS, "trials", progress) as step:
         results = [_choose(fit, tune, step) for fit in fits]
     return results if several else results[0]
 
@@ -333,17 +333,3 @@ def _choose(fit: _Fit, judge: Judge, step) -> PrunePlan:
     damp_v = min(DAMPINGS, key=lambda damp: loss(ridge, 1.0, damp))
     damp_k = min(DAMPINGS, key=lambda damp: loss(ridge, damp, damp_v))
     return plan(*min([(ridge, damp_k, damp_v), (ridge, 0.0, 0.0)], key=lambda settings: loss(*settings)))
-
-
-@contextlib.contextmanager
-def _bar(wanted: bool, label: str, unit: str, total: int | None):
-    """A progress bar on stderr, if wanted and tqdm is installed: yields what to call after so many units."""
-    try:
-        from tqdm import tqdm
-    except ImportError:
-        wanted = False
-    if not wanted:
-        yield lambda count: None
-        return
-    with tqdm(total=total, desc=label, unit=f" {unit}") as bar:
-        yield bar.update

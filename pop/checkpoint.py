@@ -16,8 +16,7 @@ import os
 import pickle
 import re
 import zipfile
-from collections.abc import Callable, Iterator, Mapping, Set
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Set
 from dataclasses import dataclass, replace
 from pathlib import Path, PureWindowsPath
 from types import MappingProxyType
@@ -29,6 +28,7 @@ from torch import nn
 from pop.config import Config
 from pop.errors import CheckpointError
 from pop.fields import read_json
+from pop.progress import progress_bar
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 # The names of a Gemma-3 with a vision tower in later saves of the reference implementation, as patterns, and as
@@ -92,14 +92,14 @@ def load_weights(
     pieces = [cut for piece in _survey(folder, module.config, whole) for cut in _cut(piece, shards)]
     weights = {name: torch.empty(shape, dtype=dtype, device=device) for name, shape in shapes.items()}
     size = sum(weight.nbytes for weight in weights.values())
-    advance = _progress(size, progress)
-    for piece, row, source in _steps(pieces, step=max(size // 50, 2**20)):
-        target = piece.target(weights[piece.parameter])[row : row + len(source)]
-        if not piece.repeats:
-            target.copy_(source)
-            advance(target.nbytes)
-        elif not torch.equal(target, source.to(target)):
-            raise CheckpointError(f"{piece.file}: {piece.name} should repeat {piece.parameter}, but differs")
+    with progress_bar("loading weights", size, "B", progress and size >= BAR_FROM) as advance:
+        for piece, row, source in _steps(pieces, step=max(size // 50, 2**20)):
+            target = piece.target(weights[piece.parameter])[row : row + len(source)]
+            if not piece.repeats:
+                target.copy_(source)
+                advance(target.nbytes)
+            elif not torch.equal(target, source.to(target)):
+                raise CheckpointError(f"{piece.file}: {piece.name} should repeat {piece.parameter}, but differs")
     for name, weight in weights.items():
         if weight.dim() == 1 and not weight.isfinite().all():
             raise CheckpointError(f"{folder}: {name} has NaN or infinite values in {dtype}; fetch it again")
@@ -367,13 +367,3 @@ def _fit(parts: list[tuple[_Piece, torch.Tensor]], whole: tuple[int, ...]) -> li
 def _some(items: list[str]) -> str:
     named = ", ".join(ascii(item)[1:-1][:200] for item in items[:5])  # names in a file may hold anything
     return named + (f" and {len(items) - 5} more" if len(items) > 5 else "")
-
-
-def _progress(size: int, wanted: bool) -> Callable[[int], object]:
-    """The function to tell of bytes done."""
-    if wanted and size >= BAR_FROM:
-        with suppress(ImportError):
-            from tqdm import tqdm
-
-            return tqdm(total=size, desc="loading weights", unit="B", unit_scale=True).update
-    return lambda count: None

@@ -14,8 +14,7 @@ Not built: other architectures, mixtures of experts, adapters, files in several 
 import contextlib
 import math
 import shutil
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +24,7 @@ from safetensors.torch import save_file
 
 from pop.errors import CheckpointError, MissingExtra, PopError, UnsupportedError
 from pop.gguf_tokenizer import write_tokenizer
+from pop.progress import progress_bar
 from pop.staging import staged, write_json
 
 # Name within a layer: GGUF -> (HF, shape). V vocabulary, D model width, F MLP width, E head width,
@@ -339,17 +339,17 @@ def _write_weights(
         if shards[-1] and sum(nbytes[other] for other in shards[-1]) + nbytes[hf_name] > _SHARD_BYTES:
             shards.append([])
         shards[-1].append(hf_name)
-    step = _progress_bar(f"Converting {source.path.name}", len(plan), progress)
     weight_map = {}
-    for n, hf_names in enumerate(shards, start=1):
-        file = "model.safetensors" if len(shards) == 1 else f"model-{n:05}-of-{len(shards):05}.safetensors"
-        weights = {}
-        for hf_name in hf_names:
-            weights[hf_name] = _hf_weight(source, config, plan[hf_name], hf_name)
-            weight_map[hf_name] = file
-            step()
-        save_file(weights, folder / file, metadata={"format": "pt"})
-        shutil.copymode(folder / "config.json", folder / file)  # safetensors lets only the owner read it
+    with progress_bar(f"converting {source.path.name}", len(plan), "tensors", progress) as step:
+        for n, hf_names in enumerate(shards, start=1):
+            file = "model.safetensors" if len(shards) == 1 else f"model-{n:05}-of-{len(shards):05}.safetensors"
+            weights = {}
+            for hf_name in hf_names:
+                weights[hf_name] = _hf_weight(source, config, plan[hf_name], hf_name)
+                weight_map[hf_name] = file
+                step(1)
+            save_file(weights, folder / file, metadata={"format": "pt"})
+            shutil.copymode(folder / "config.json", folder / file)  # safetensors lets only the owner read it
     if len(shards) > 1:
         index = {"metadata": {"total_size": sum(nbytes.values())}, "weight_map": weight_map}
         write_json(folder / "model.safetensors.index.json", index)
@@ -367,18 +367,6 @@ def _hf_weight(source: GGUFFile, config: dict[str, Any], name: str, hf_name: str
             pairs = weight.view(heads[projection], -1, 2, math.prod(weight.shape[1:]))  # [H, E/2, 2, D or 1]
             weight = pairs.transpose(1, 2).reshape(weight.shape)  # [H, 2, E/2, D or 1] -> [H * E, D] or [H * E]
     return weight
-
-
-def _progress_bar(label: str, total: int, progress: bool) -> Callable[[], Any]:
-    """What to call after each of `total` steps. Goes to stderr; without tqdm it is a line at the start."""
-    if not progress:
-        return lambda: None
-    try:
-        from tqdm import tqdm
-    except ModuleNotFoundError:
-        print(f"{label} ...", file=sys.stderr)
-        return lambda: None
-    return tqdm(total=total, desc=label, unit="tensor").update
 
 
 def _some(names: list[str]) -> str:

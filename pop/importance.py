@@ -6,7 +6,6 @@ the model samples itself, and sums that survive an interruption.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import hashlib
 import io
@@ -25,6 +24,7 @@ from pop.errors import InputError, MissingExtra, PlanError, PopError, Unsupporte
 from pop.gates import gate_gradients, sample_responses
 from pop.model import Model
 from pop.plan import PrunePlan
+from pop.progress import progress_bar
 from pop.staging import replaced
 from pop.vision import Prepared
 
@@ -190,22 +190,25 @@ def importance(
         }
         record.load(resume, run, len(samples))
         record.save(resume, run)  # now: a path that cannot be written is better known at once
-    for begin in _progress(range(record.count, len(samples), batch_size), progress):
-        batch = samples[begin : begin + batch_size]
-        numbers = [begin + row for row, (_, response, _) in enumerate(batch) if response is None]
-        asking, seeds = [samples[number] for number in numbers], [(seed, number) for number in numbers]
-        told = [prompt for prompt, _, _ in asking], seeds, response_tokens, [seen for *_, seen in asking]
-        sampled = iter(sample_responses(model, *told))
-        prompts, given, seen = map(list, zip(*batch, strict=True))
-        responses = [next(sampled) if response is None else response for response in given]
-        images_of = partial(model.vision.images, model.module, seen) if any(seen) else None
-        gradients = gate_gradients(model.module, prompts, responses, images_of)  # [B, 2, 2, L]
-        # A gate on the whole layer multiplies both branches: its derivative is the sum of theirs.
-        whole = gradients.sum(1, keepdim=True)
-        for score in torch.cat((whole, gradients), 1)[:, : len(gates)].square():
-            record.add(score)
-        if resume is not None:
-            record.save(resume, run)
+    with progress_bar("importance", len(samples), "samples", progress) as step:
+        step(record.count)
+        for begin in range(record.count, len(samples), batch_size):
+            batch = samples[begin : begin + batch_size]
+            numbers = [begin + row for row, (_, response, _) in enumerate(batch) if response is None]
+            asking, seeds = [samples[number] for number in numbers], [(seed, number) for number in numbers]
+            told = [prompt for prompt, _, _ in asking], seeds, response_tokens, [seen for *_, seen in asking]
+            sampled = iter(sample_responses(model, *told))
+            prompts, given, seen = map(list, zip(*batch, strict=True))
+            responses = [next(sampled) if response is None else response for response in given]
+            images_of = partial(model.vision.images, model.module, seen) if any(seen) else None
+            gradients = gate_gradients(model.module, prompts, responses, images_of)  # [B, 2, 2, L]
+            # A gate on the whole layer multiplies both branches: its derivative is the sum of theirs.
+            whole = gradients.sum(1, keepdim=True)
+            for score in torch.cat((whole, gradients), 1)[:, : len(gates)].square():
+                record.add(score)
+            if resume is not None:
+                record.save(resume, run)
+            step(len(batch))
     means, errors = record.mean, record.standard_error()
     layer, *branch = (
         Importance(mean[0], mean[1], error[0], error[1], record.count)
@@ -313,15 +316,6 @@ def _scores(name: str, values, unknown: bool) -> torch.Tensor:
         if unknown != is_unknown or not (unknown or (type(value) in (int, float) and 0 <= value < math.inf)):
             raise InputError(f"{name} holds {value!r:.80}, which is no mean of squares, nor the standard error of one")
     return torch.tensor([math.nan if unknown else value for value in values], dtype=torch.float64)
-
-
-def _progress(batches: range, wanted: bool) -> Iterable[int]:
-    if wanted:
-        with contextlib.suppress(ImportError):
-            from tqdm import tqdm
-
-            return tqdm(batches, desc="importance", unit="batch")
-    return batches
 
 
 def _sha256(data: bytes) -> str:

@@ -745,7 +745,7 @@ def test_a_figure_that_cannot_be_drawn_is_said(tmp_path, monkeypatch):
 def test_progress_is_shown_where_tqdm_is(model, capsys, monkeypatch):
     pytest.importorskip("tqdm")
     importance(model, [[1], [2], [3]], batch_size=2, response_tokens=1)
-    assert "2/2" in capsys.readouterr().err
+    assert "3/3" in capsys.readouterr().err
     importance(model, [[1]], response_tokens=1, progress=False)
     monkeypatch.setitem(sys.modules, "tqdm", None)
     importance(model, [[1]], response_tokens=1)
