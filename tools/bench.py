@@ -13,8 +13,8 @@ config.json; as many layers as there is memory for, or --layers. The last line o
     MFU         FLOPs of the prefill / (TTFT · peak). peak: FLOPs per second of one large matrix product, in the dtype
                 that this machine's products run in (on CPUs without products of 16-bit numbers: float32).
     MBU         bytes that a step of decode must read / (its time · bandwidth). bytes: all weights, of an untied
-                embedding one row, and K and V of the filled slots. bandwidth: the faster of a sum over a large tensor
-                and a copy of one half of it to the other.
+                embedding one row, and K and V of the filled slots. bandwidth: the fastest of a sum over a large matrix,
+                its product with a vector, and a copy of one half of it to the other.
     flatness    TTFT per token without attention, against the shortest prompt's; attention is timed alone.
     slots       decode on a mostly empty cache of 32,768 slots against one of 2,048, at the same position.
     memory      the high-water mark of a full prefill in a process of its own, against `prefill_memory`.
@@ -139,9 +139,9 @@ def peak_turn(device: torch.device, dtype: torch.dtype) -> Turn:
 
 
 def bandwidth_turn(device: torch.device) -> Turn:
-    """Bytes per second of memory: reading alone, or reading half and writing half, whichever is faster."""
-    big = torch.ones(2, BIG // 8, device=device)
-    moves = (lambda: big.sum(), lambda: big[0].copy_(big[1]))
+    """Bytes per second of memory: reading alone, by a sum or a product, or reading half and writing half."""
+    big, vector = torch.ones(2, BIG // 8 // 4096, 4096, device=device), torch.ones(4096, device=device)
+    moves = (lambda: big.sum(), lambda: big.view(-1, 4096) @ vector, lambda: big[0].copy_(big[1]))
     return lambda: {"bytes_per_s": BIG / min(seconds(move, device, 3) for move in moves)}
 
 

@@ -28,7 +28,7 @@ from pop.projections import KVProjections
 from pop.quantize import check_quantize, quantize_module
 
 CHUNK = 2048  # tokens that prefill runs at once
-BIG = 2**28  # bytes of the tensor whose sum measures the bandwidth: more than any CPU's cache holds
+BIG = 2**28  # bytes of the matrix that measures the bandwidth: far more than these cores' share of a cache
 # config.json of known shapes, as the Hugging Face layout has it: what --shape needs no file for.
 _LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 SHAPES = {
