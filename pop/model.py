@@ -439,4 +439,4 @@ def _keep_temporaries() -> None:
     up to a third of a small model's prefill. How much it keeps it learns from the largest block that it has seen freed
     (mallopt(3), M_MMAP_THRESHOLD). So here is one, never touched. Elsewhere this is nothing.
     """
-    torch.empty(TEMPORARY, dtype=torch.uint8)
+    torch.empty(TEMPORARY, dtype=torch.uint8, device="cpu")  # whatever the default device is
