@@ -21,9 +21,8 @@ from pop.config import RopeConfig
 Rope = tuple[torch.Tensor, torch.Tensor]  # cos, sin of the pairs: each [B, T, 1, E/2] float32
 Ropes = dict[int | None, Rope]  # by the window of the layers that they are for; None: of those without one
 
-AVX2 = torch.backends.cpu.get_cpu_capability() == "AVX2"  # an x86 processor without AVX-512
 # What CPUs have no fast products of: float16, and, those with AVX2 alone, bfloat16. GPUs have both.
-WIDENED = {torch.float16} | ({torch.bfloat16} if AVX2 else set())
+WIDENED = {torch.float16} | ({torch.bfloat16} if torch.backends.cpu.get_cpu_capability() == "AVX2" else set())
 WIDENED_AT_ONCE = 2**26  # numbers
 STREAMS = 4  # in how many places at once a core reads a matrix with one token: one alone leaves the memory waiting
 QUERY_BLOCK = 256  # tokens; fewer waste less on keys that few of them attend, more are faster for each
@@ -81,7 +80,7 @@ def _parts(length: int) -> int | None:
 
 def _fused_product(weight: torch.Tensor, x: torch.Tensor, parts: int) -> torch.Tensor:
     """weight [out, in], x [in] -> [out] float32, each number summed in so many parts: for the compiler to fuse."""
-    if parts == 1:
+    if parts == 1:  # a second sum, though of one number, would cost a buffer, and cat a copy of it
         return (weight * x).sum(-1, dtype=torch.float32)
     return (weight * x).unflatten(-1, (parts, -1)).sum(-1, dtype=torch.float32).sum(-1)
 
