@@ -4,12 +4,17 @@
     model = pop.load("smollm2-135m")
     print(model.generate("The capital of France is").text)
 
-The method: pop/reference.py. What makes it fast: pop/engine.py. The models: pop/models.
+The method: pop/pruning/reference.py. What makes it fast: pop/engine/forward.py. The models: pop/models.
 """
 
-from pop.cache import KVCache
-from pop.calibrate import calibrate
-from pop.conversation import Conversation, Prefix
+import sys
+
+from pop import engine
+from pop.backends import tensor_parallel as parallel
+from pop.calibration.refit import calibrate
+from pop.calibration.scores import Importance, importance
+from pop.checkpoints.registry import list_models
+from pop.engine.cache import KVCache
 from pop.errors import (
     CacheMemoryError,
     CheckpointError,
@@ -25,16 +30,20 @@ from pop.errors import (
     UnsupportedError,
     WeightsNotFound,
 )
-from pop.generate import Generation
-from pop.images import PanAndScan, Video
-from pop.importance import Importance, importance
+from pop.generation.conversation import Conversation, Prefix
+from pop.generation.generate import Generation
+from pop.inputs.images import PanAndScan, Video
+from pop.inputs.tokenizers import load_tokenizer
 from pop.loading import load
 from pop.model import Model
-from pop.plan import PrunePlan
-from pop.registry import list_models
-from pop.tokenizers import load_tokenizer
+from pop.pruning import cost, reference
+from pop.pruning.plan import PrunePlan
 
 __version__ = "0.1.0"
+
+# Shorter names of modules that other code bases use.
+for _name, _module in (("cost", cost), ("parallel", parallel), ("reference", reference)):
+    sys.modules[f"pop.{_name}"] = _module
 
 __all__ = [
     "CacheMemoryError",
@@ -60,8 +69,12 @@ __all__ = [
     "Video",
     "WeightsNotFound",
     "calibrate",
+    "cost",
+    "engine",
     "importance",
     "list_models",
     "load",
     "load_tokenizer",
+    "parallel",
+    "reference",
 ]

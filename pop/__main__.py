@@ -2,8 +2,8 @@
 
 import sys
 
-from pop.cli import main
-from pop.parallel import end, launched
+from pop.backends.tensor_parallel import end, launched
+from pop.cli.commands import main
 
 if __name__ == "__main__":
     status = main()

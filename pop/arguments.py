@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from pop.errors import ContextOverflow, InputError, PlanError, check_count
-from pop.plan import PrunePlan
+from pop.pruning.plan import PrunePlan
 
 
 def check_dtype(dtype: torch.dtype, config) -> None:

@@ -7,16 +7,17 @@ from pathlib import Path
 
 import torch
 
-from pop import models, registry
+from pop import models
 from pop.arguments import check_compile, check_dtype, checked_max_seq_len, checked_plan
-from pop.checkpoint import load_weights
-from pop.config import DTYPES
-from pop.config_files import read_config
+from pop.backends.int8 import check_quantize, quantize_module
+from pop.backends.tensor_parallel import Part, join
+from pop.checkpoints import registry
+from pop.checkpoints.config_json import read_config
+from pop.checkpoints.weights import load_weights
 from pop.errors import InputError
+from pop.inputs.tokenizers import load_tokenizer
 from pop.model import Model
-from pop.parallel import Part, join
-from pop.quantize import check_quantize, quantize_module
-from pop.tokenizers import load_tokenizer
+from pop.models.config import DTYPES
 
 
 def load(
@@ -43,8 +44,8 @@ def load(
         does not; "auto" does where it works, unless the model is tiny.
     progress: show a bar on stderr while large weights load, and a note while prefill and decode compile.
     parallel: None loads the whole model in this process. "auto" cuts it among the ranks of the process group, or of
-        those that torchrun has started, if there are several (pop/parallel.py): all of them make the same calls.
-    quantize: "int8" rounds the decoder's matrices to 8 bits by torchao (pop/quantize.py), on CPUs and in one process:
+        those that torchrun has started, if there are several (pop/backends/tensor_parallel.py): all of them make the same calls.
+    quantize: "int8" rounds the decoder's matrices to 8 bits by torchao (pop/backends/int8.py), on CPUs and in one process:
         half the memory of bfloat16 once the model is loaded. None leaves them as they are.
 
     Raises UnknownModel, WeightsNotFound, ConfigError, CheckpointError, TokenizerError, PlanError, InputError,

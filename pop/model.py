@@ -1,6 +1,6 @@
 """`pop.Model`: a loaded model with its tokenizer and plan, and everything a user calls.
 
-This file checks what comes in and turns text into tensors; the numbers are made in pop/engine.py.
+This file checks what comes in and turns text into tensors; the numbers are made in pop/engine/forward.py.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ import torch.nn.functional as F
 
 from pop import engine
 from pop.arguments import check_compile, check_dtype, checked_max_seq_len, checked_plan
-from pop.cache import CHUNK_SIZE, KVCache
-from pop.chat import ChatFormat, chat_format
-from pop.compiling import SMALLEST, Compiled
-from pop.conversation import Conversation, Prefix
+from pop.engine.cache import CHUNK_SIZE, KVCache
+from pop.engine.compile import SMALLEST, Compiled
 from pop.errors import ContextOverflow, InputError, PlanError, TokenizerError, check_count
-from pop.generate import Generation, Run, is_batch
+from pop.generation.conversation import Conversation, Prefix
+from pop.generation.generate import Generation, Run, is_batch
+from pop.inputs.chat import ChatFormat, chat_format
+from pop.inputs.processors import Prepared, vision_of
 from pop.models.layers import Images
-from pop.plan import PrunePlan
-from pop.projections import fingerprint
-from pop.vision import Prepared, vision_of
+from pop.pruning.plan import PrunePlan
+from pop.pruning.projections import fingerprint
 
 SCORED_AT_ONCE = 256  # tokens of a continuation, whose logits [T, V] are in memory together
 TEMPORARY = 31 * 2**20  # bytes: the largest block that glibc learns from, less what torch puts around it
@@ -40,7 +40,7 @@ class Model:
     max_seq_len: the most tokens that a cache may hold a row. chunk_size: tokens of a prompt that prefill runs at once;
     of a model that takes images, no fewer than an image has.
     compile, progress: as in `load`.
-    part: a pop.parallel.Part if the module is one rank's part of the model of `config`; None: it is whole.
+    part: a pop.backends.tensor_parallel.Part if the module is one rank's part of the model of `config`; None: it is whole.
 
     Calls change nothing in a model, and the package keeps no state of its own: any number of threads may call one
     model, each with a cache or a conversation of its own.
@@ -262,7 +262,7 @@ class Model:
         return [self.vision.read(kind, given) for kind, given in self.chat_format().seen(messages)]
 
     def start_chat(self, system: str | None = None, *, plan: PrunePlan | None = None) -> Conversation:
-        """A conversation whose turns prefill only what is new: pop/conversation.py. plan: None takes the model's."""
+        """A conversation whose turns prefill only what is new: pop/generation/conversation.py. plan: None takes the model's."""
         return Conversation(self, system, plan=plan)
 
     def load_chat(self, path, *, plan: PrunePlan | None = None) -> Conversation:
@@ -321,7 +321,7 @@ class Model:
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """What tells this model from others (pop/projections.py). Taken once: weights changed in place after that make
+        """What tells this model from others (pop/pruning/projections.py). Taken once: weights changed in place after that make
         a new pop.Model of the module necessary."""
         return fingerprint(self.module, self.part)
 

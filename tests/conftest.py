@@ -6,7 +6,8 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
-from pop import WeightsNotFound, registry
+from pop import WeightsNotFound
+from pop.checkpoints import registry
 
 # Tiny tensors run faster without a thread pool to wake.
 torch.set_num_threads(1)

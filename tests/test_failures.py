@@ -17,19 +17,17 @@ import time
 from pathlib import Path
 
 import pytest
-import test_gguf_import
 import torch
-from hub_server import REPOSITORY, HubServer
-from tiny import hf_config, random_model, tiny_config, tiny_gemma3_config, write_checkpoint
-from tiny_chat import write_chat_checkpoint
+from support import gguf_files
+from support.hub_server import REPOSITORY, HubServer
+from support.tiny import hf_config, random_model, tiny_config, tiny_gemma3_config, write_checkpoint
+from support.tiny_chat import write_chat_checkpoint
 
 import pop
-import pop.gguf_import
+import pop.checkpoints.gguf
 from pop import PrunePlan
-from pop.download import download
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "tools"))
-import make_random_checkpoint
+from pop.checkpoints.download import download
+from tools.checkpoints import make_random as make_random_checkpoint
 
 PACKAGE = str(Path(pop.__file__).parent)
 POINTS = int(os.environ.get("POP_FAILURES", 24))  # lines that fail in each test, spread over the run
@@ -196,10 +194,8 @@ def test_a_file_is_the_old_or_the_new_one_after_a_kill(tmp_path):
 
 
 def imported(tmp_path):
-    file = test_gguf_import.write_gguf(
-        tmp_path / "m.gguf", test_gguf_import.make_tensors(), test_gguf_import.LLAMA_KEYS
-    )
-    return lambda folder: pop.gguf_import.import_gguf(file, folder, progress=False)
+    file = gguf_files.write_gguf(tmp_path / "m.gguf", gguf_files.make_tensors(), gguf_files.LLAMA_KEYS)
+    return lambda folder: pop.checkpoints.gguf.import_gguf(file, folder, progress=False)
 
 
 def written_at_random(tmp_path):
@@ -259,10 +255,12 @@ def test_a_download_is_whole_or_not_there_and_the_next_one_goes_on(tmp_path, mon
     server = HubServer(files)
     for name in [name for name in os.environ if name.lower().endswith("_proxy") or name == "HF_TOKEN"]:
         monkeypatch.delenv(name)
-    monkeypatch.setitem(pop.registry.MODELS, "tiny", pop.registry.Entry("tiny", "llama", 1, REPOSITORY))
+    monkeypatch.setitem(
+        pop.checkpoints.registry.MODELS, "tiny", pop.checkpoints.registry.Entry("tiny", "llama", 1, REPOSITORY)
+    )
     monkeypatch.setenv("POP_WEIGHTS", str(tmp_path / "weights"))
     monkeypatch.setenv("POP_ENDPOINT", server.url)
-    monkeypatch.setattr(pop.hub, "PAUSE", 0.01)
+    monkeypatch.setattr(pop.checkpoints.hub, "PAUSE", 0.01)
     folder = tmp_path / "weights" / "tiny"
 
     def call():

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 import torch
-from tiny import random_model, tiny_config, tiny_gemma3_config, write_checkpoint, write_weights
+from support.tiny import random_model, tiny_config, tiny_gemma3_config, write_checkpoint, write_weights
 
 import pop
 

@@ -10,25 +10,15 @@ import runpy
 import shlex
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 from hypothesis import settings
-from tiny_chat import write_chat_checkpoint
+from support.readme import README, ROOT, TEXT, blocks
+from support.tiny_chat import write_chat_checkpoint
 
 import pop
-from pop import demo
-from pop.cli import main
-
-ROOT = Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text(encoding="utf-8")
-
-
-TEXT = re.sub("^```.*?^```$", "", README, flags=re.M | re.S)  # what is not in blocks
-
-
-def blocks(language):
-    return re.findall(rf"^```{language}\n(.*?)^```$", README, re.M | re.S)
+from pop.cli import demo
+from pop.cli.commands import main
 
 
 @pytest.fixture

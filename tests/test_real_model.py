@@ -1,6 +1,6 @@
 """The method on real models: SmolLM2-135M-Instruct and Gemma-3-270M in float32, where their weights are present.
 
-Greedy text is held to the reference implementation's (goldens: `tools/make_goldens.py --real`). Then what
+Greedy text is held to the reference implementation's (goldens: `tools/goldens/text_models.py --real`). Then what
 pruning costs on real English: a third of the layers left out of prefill alone is cheap, out of both stages
 ruinous, and the boundary token needs its full depth. Calibrated plans cost far less.
 """
@@ -9,7 +9,6 @@ import dataclasses
 import json
 import math
 import os
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -18,11 +17,9 @@ import torch
 import torch.nn.functional as F
 
 import pop
-from pop import reference
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "tools"))
-import evaluate
-from baselines import Contender
+from pop.pruning import reference
+from tools.evaluate import __main__ as evaluate
+from tools.evaluate.baselines import Contender
 
 GOLDENS = Path(__file__).parent / "goldens"
 GOLDEN = {

@@ -20,8 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from pop.config import Gemma3Config
 from pop.models import layers
+from pop.models.config import Gemma3Config
 from pop.models.layers import (
     Embedding,
     Images,
@@ -33,7 +33,7 @@ from pop.models.layers import (
     rope_tables,
     rotate,
 )
-from pop.models.siglip import EncoderLayer, Projector, VisionTower
+from pop.models.vision.siglip import EncoderLayer, Projector, VisionTower
 
 
 class RMSNorm(layers.RMSNorm):
@@ -146,7 +146,7 @@ class Decoder(nn.Module):
 
 
 class Gemma3(nn.Module):
-    """The whole language model. `forward` is the plain, unpruned pass; prefill and decode are in pop/engine.py."""
+    """The whole language model. `forward` is the plain, unpruned pass; prefill and decode are in pop/engine/forward.py."""
 
     deepstack_layers = 0  # see Qwen3VL
 

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from pop.config import RopeConfig
+from pop.models.config import RopeConfig
 
 Rope = tuple[torch.Tensor, torch.Tensor]  # cos, sin of the pairs: each [B, T, 1, E/2] float32
 Ropes = dict[int | None, Rope]  # by the window of the layers that they are for; None: of those without one

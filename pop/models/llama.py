@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from pop.config import LlamaConfig
+from pop.models.config import LlamaConfig
 from pop.models.layers import (
     Embedding,
     Linear,
@@ -132,7 +132,7 @@ class Decoder(nn.Module):
 
 
 class Llama(nn.Module):
-    """The whole language model. `forward` is the plain, unpruned pass; prefill and decode are in pop/engine.py."""
+    """The whole language model. `forward` is the plain, unpruned pass; prefill and decode are in pop/engine/forward.py."""
 
     deepstack_layers = 0  # see Qwen3VL
 

@@ -4,7 +4,7 @@ What differs from Llama (pop/models/llama.py, whose three moves of a layer are t
 normalised, head by head, before they are rotated. Projections have no biases. The largest sizes of both, 30B-A3B and
 235B-A22B, have mixtures of experts for MLPs (pop/models/experts.py).
 
-Qwen3-VL is the same language model with eyes (pop/models/qwen3_vl_vision.py), and differs in two things:
+Qwen3-VL is the same language model with eyes (pop/models/vision/qwen3_vl.py), and differs in two things:
 
 - positions have three axes: time, row and column (M-RoPE). Each rotated pair turns by one of them. On text they are
   equal, which is plain RoPE; `image_positions` says what they are on images and videos.
@@ -23,8 +23,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from pop.config import Qwen3Config, Qwen3VLConfig
 from pop.errors import InputError
+from pop.models.config import Qwen3Config, Qwen3VLConfig
 from pop.models.experts import MixtureOfExperts
 from pop.models.layers import (
     Embedding,
@@ -38,7 +38,7 @@ from pop.models.layers import (
     rope_tables,
     rotate,
 )
-from pop.models.qwen3_vl_vision import Grid, VisionTower
+from pop.models.vision.qwen3_vl import Grid, VisionTower
 
 
 class Attention(nn.Module):
@@ -143,7 +143,7 @@ class Decoder(nn.Module):
 
 
 class Qwen3(nn.Module):
-    """The whole language model. `forward` is the plain, unpruned pass; prefill and decode are in pop/engine.py."""
+    """The whole language model. `forward` is the plain, unpruned pass; prefill and decode are in pop/engine/forward.py."""
 
     body = Decoder
     deepstack_layers = 0

@@ -1,0 +1,1 @@
+"""Refit projections, virtual gates and importance scores. May import everything but pop.cli."""

@@ -1,0 +1,1 @@
+"""Files to models: configs, weights, downloads. May import: pop.models."""

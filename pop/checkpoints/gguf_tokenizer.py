@@ -1,0 +1,187 @@
+"""The tokenizer in a GGUF file's metadata, back into the files that it was made from.
+
+`gpt2` is byte-level BPE and becomes tokenizer.json; `llama` is sentencepiece BPE and becomes tokenizer.model.
+A tokenizer_config.json goes with either. How text is split before BPE is only named in the file, in
+`tokenizer.ggml.pre`: a name that is not in PRE_TOKENIZERS is refused.
+"""
+
+import struct
+from pathlib import Path
+from typing import Any
+
+from sentencepiece import SentencePieceProcessor
+
+from pop.errors import CheckpointError, UnsupportedError
+from pop.files import write_json
+
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # token types, as in sentencepiece
+
+_BYTES = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+_GPT2 = _BYTES | {"use_regex": True}  # with GPT-2's own pattern before it
+
+
+def _llama3_pattern(digits: str) -> dict[str, Any]:
+    pattern = (
+        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
+        + digits
+        + r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    )
+    split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
+    return {"type": "Sequence", "pretokenizers": [split, _BYTES]}
+
+
+# tokenizer.ggml.pre -> the parts of tokenizer.json that differ: normalizer, pre_tokenizer, ignore_merges
+PRE_TOKENIZERS = {
+    "gpt-2": (None, _GPT2, False),
+    "smollm": (
+        None,
+        {"type": "Sequence", "pretokenizers": [{"type": "Digits", "individual_digits": True}, _GPT2]},
+        False,
+    ),
+    "llama-bpe": (None, _llama3_pattern(r"\p{N}{1,3}"), True),
+    "qwen2": ({"type": "NFC"}, _llama3_pattern(r"\p{N}"), False),
+}
+
+
+def write_tokenizer(source, folder: Path, config: dict[str, Any]) -> None:
+    """Write the tokenizer files of the open GGUF file `source` into `folder`; none if it holds no tokenizer.
+
+    config: the model's config.json, for its vocabulary size and context length.
+    """
+    model = source.get("tokenizer.ggml.model", str, "none")
+    if model in ("none", "no_vocab"):
+        return
+    if model not in ("gpt2", "llama"):
+        raise UnsupportedError(f"{source}: the tokenizer {model!r} is not supported, only gpt2 and llama.")
+    tokens = source.get("tokenizer.ggml.tokens", list)
+    types = source.get("tokenizer.ggml.token_type", list, [NORMAL] * len(tokens))
+    if len(types) != len(tokens) or not all(isinstance(token, str) for token in tokens):
+        raise CheckpointError(f"{source}: tokenizer.ggml.tokens are not texts with one token_type each.")
+    if len(set(tokens)) < len(tokens) or len(tokens) > config["vocab_size"]:
+        raise CheckpointError(f"{source}: tokenizer.ggml.tokens has a token twice, or more than embeddings.")
+    special = {name: source.get(f"tokenizer.ggml.{name}_token_id", int, None) for name in SPECIAL}
+    for name, token_id in special.items():
+        if token_id is not None and token_id >= len(tokens):
+            raise CheckpointError(f"{source}: the {name} token {token_id} is not one of {len(tokens)} tokens.")
+
+    pre = source.get("tokenizer.ggml.pre", str, None)
+    add_bos = source.get("tokenizer.ggml.add_bos_token", bool, model == "llama" or pre == "llama-bpe")
+    add_eos = source.get("tokenizer.ggml.add_eos_token", bool, False)
+    settings = {"add_bos_token": add_bos, "add_eos_token": add_eos}
+    settings |= {key: tokens[special[name]] for name, key in SPECIAL.items() if special[name] is not None}
+    settings |= {"clean_up_tokenization_spaces": False, "model_max_length": config["max_position_embeddings"]}
+    if template := source.get("tokenizer.chat_template", str, None):
+        settings["chat_template"] = template
+
+    if model == "gpt2":
+        settings["tokenizer_class"] = "PreTrainedTokenizerFast"
+        bos_id = special["bos"] if add_bos else None
+        write_json(folder / "tokenizer.json", _byte_level_bpe(source, tokens, types, pre, bos_id))
+    else:
+        is_llama = config["model_type"] == "llama"
+        settings["tokenizer_class"] = "LlamaTokenizer" if is_llama else "GemmaTokenizer"
+        with source.sound():
+            proto = _sentencepiece_model(source, tokens, types, special)
+            SentencePieceProcessor(model_proto=proto)  # a RuntimeError, unless it is a model
+        (folder / "tokenizer.model").write_bytes(proto)
+    write_json(folder / "tokenizer_config.json", settings)
+
+
+# GGUF's name -> tokenizer_config.json's, in the order of sentencepiece's fields
+SPECIAL = {"unknown": "unk_token", "bos": "bos_token", "eos": "eos_token", "padding": "pad_token"}
+
+
+def _byte_level_bpe(source, tokens: list, types: list, pre: str | None, bos_id: int | None) -> dict[str, Any]:
+    """The contents of tokenizer.json; with a `bos_id`, encoding puts that token in front."""
+    if pre not in PRE_TOKENIZERS:
+        known = ", ".join(PRE_TOKENIZERS)
+        raise UnsupportedError(f"{source}: the pre-tokenizer {pre!r} is not supported, only {known} are.")
+    normalizer, pre_tokenizer, ignore_merges = PRE_TOKENIZERS[pre]
+    # As in published files: the vocabulary ends with the last token of BPE itself, tokens added behind it are
+    # listed only as such, and padding behind those (UNUSED) not at all.
+    is_bpe = [kind not in (CONTROL, USER_DEFINED, UNUSED) for kind in types]
+    end = max((i + 1 for i, yes in enumerate(is_bpe) if yes), default=0)
+    vocab = {token: i for i, token in enumerate(tokens[:end])}
+    merges = source.get("tokenizer.ggml.merges", list)
+    for merge in merges:
+        left, _, right = merge.partition(" ") if isinstance(merge, str) else ("", "", "")
+        if left not in vocab or right not in vocab or left + right not in vocab:
+            raise CheckpointError(f"{source}: the merge {merge!r} is of something that is not a token.")
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    added = [
+        {"id": i, "content": token} | flags | {"special": types[i] == CONTROL}
+        for i, token in enumerate(tokens)
+        if types[i] in (CONTROL, USER_DEFINED)
+    ]
+    template = None
+    if bos_id is not None:
+        bos = tokens[bos_id]
+        single = [{"SpecialToken": {"id": bos, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
+        second = [{"SpecialToken": {"id": bos, "type_id": 1}}, {"Sequence": {"id": "B", "type_id": 1}}]
+        names = {bos: {"id": bos, "ids": [bos_id], "tokens": [bos]}}
+        template = {"type": "TemplateProcessing", "single": single, "pair": single + second}
+        template["special_tokens"] = names
+    return {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": added,
+        "normalizer": normalizer,
+        "pre_tokenizer": pre_tokenizer,
+        "post_processor": template,
+        "decoder": _GPT2,
+        "model": {
+            "type": "BPE",
+            "dropout": None,
+            "unk_token": None,
+            "continuing_subword_prefix": None,
+            "end_of_word_suffix": None,
+            "fuse_unk": False,
+            "byte_fallback": False,
+            "ignore_merges": ignore_merges,
+            "vocab": vocab,
+            "merges": merges,
+        },
+    }
+
+
+def _sentencepiece_model(source, tokens: list, types: list, special: dict[str, int | None]) -> bytes:
+    """The contents of tokenizer.model: sentencepiece's ModelProto in protobuf's wire format."""
+    scores = source.get("tokenizer.ggml.scores", list)
+    # In user-defined pieces, such as runs of blanks, llama.cpp's converter has put blanks for sentencepiece's mark.
+    tokens = [
+        token.replace(" ", "\u2581") if kind == USER_DEFINED else token
+        for token, kind in zip(tokens, types, strict=True)
+    ]
+    pieces = [
+        _field(1, _field(1, token) + _field(2, float(score)) + _field(3, kind))
+        for token, score, kind in zip(tokens, scores, types, strict=True)
+    ]
+    trainer = _field(3, 2) + _field(4, len(tokens))  # model_type = BPE, vocab_size
+    trainer += _field(35, BYTE in types)  # byte_fallback
+    for n, token_id in enumerate(special.values()):
+        trainer += _field(40 + n, -1 if token_id is None else token_id)  # unk_id, bos_id, eos_id, pad_id
+        if token_id is not None:
+            trainer += _field(45 + n, tokens[token_id])  # unk_piece ... pad_piece
+    normalizer = _field(1, "identity")
+    normalizer += _field(3, source.get("tokenizer.ggml.add_space_prefix", bool, True))  # add_dummy_prefix
+    normalizer += _field(4, source.get("tokenizer.ggml.remove_extra_whitespaces", bool, False))
+    return b"".join(pieces) + _field(2, trainer) + _field(3, normalizer)
+
+
+def _field(number: int, value: int | float | str | bytes) -> bytes:
+    """One protobuf field: a number as varint, a float as four bytes, text behind its length."""
+    if isinstance(value, float):
+        return _varint(number << 3 | 5) + struct.pack("<f", value)
+    if isinstance(value, int):
+        return _varint(number << 3) + _varint(value % (1 << 64))  # negative ones as two's complement
+    data = value.encode() if isinstance(value, str) else value
+    return _varint(number << 3 | 2) + _varint(len(data)) + data
+
+
+def _varint(value: int) -> bytes:
+    digits = bytearray()
+    while value > 127:
+        digits.append(value & 127 | 128)
+        value >>= 7
+    return bytes([*digits, value])

@@ -1,0 +1,5 @@
+"""The `pop` command."""
+
+from pop.cli.commands import main
+
+__all__ = ["main"]

@@ -1,0 +1,286 @@
+"""Byte-level BPE tokenizers (Llama-3, Qwen, SmolLM2, GPT-2), with the ids of the originals for every text.
+
+Splitting and merging are tiktoken's. What a tokenizer.json asks for and this file does not do exactly is refused by
+name.
+"""
+
+import base64
+import re
+import unicodedata
+from itertools import pairwise
+from typing import Any
+
+from pop.errors import InputError, TokenizerError
+from pop.inputs.tokenizers import Tokenizer
+
+# --- How byte-level BPE splits text into pre-tokens, inside which it merges --------------------------------
+
+_LLAMA3_PATTERN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_QWEN_PATTERN = _LLAMA3_PATTERN.replace(r"\p{N}{1,3}", r"\p{N}")
+_GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+
+# With `Digits` first: each digit alone (\p{N} and those of Unicode 17), and GPT-2's pattern between them. It
+# takes a digit for the end of the text, so whitespace before one stays whole.
+_DIGIT = r"\p{N}\x{11DE0}-\x{11DE9}\x{16FF4}-\x{16FF6}"
+_DIGITS_GPT2_PATTERN = (
+    rf"[{_DIGIT}]|'s|'t|'re|'ve|'m|'ll|'d| ?\p{{L}}+| ?[^\s\p{{L}}{_DIGIT}]+"
+    rf"|\s+(?=[{_DIGIT}])|\s+(?!\S)|\s+"
+)
+
+_MAX_WHITESPACE = 900_000  # in a row: tiktoken's regular expressions run out of stack at a million
+
+# Bytes that no UTF-8 text has, or only such of its characters as are neither letters, digits nor whitespace.
+_MAY_LACK = {*range(9), *range(14, 32), 127, 0xC0, 0xC1, 0xF1, 0xF2, 0xF3, *range(0xF5, 0x100)}
+_WHITESPACE = "\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"  # \s of the patterns above
+
+# The original tokenizers normalise as of Unicode 9: no younger character composes or changes places there.
+_YOUNGER = """
+    5C8-5C9 7FD 897-89F 8CA-8D3 9FE C3C D3B-D3C EBA 1715 1ABF-1AF0 1DF6-1DFA A82C 105C9 105D2 105DA 105E4
+    10D24-10D27 10D69-10D6D 10EAB-10EAC 10ECB-10ECF 10EF0-10EFB 10EFD-10EFF 10F46-10F50 10F82-10F85 11070
+    1133B 11383 11385 1138E 11391 113B8 113BB 113C2 113C5 113C7-113C9 113CE-113D0 1145E 11839-1183A 11930
+    11938 1193D-1193E 11943 119E0 11A34 11A47 11A99 11D42 11D44-11D45 11D97 11F41-11F42 1611E-16129 1612F
+    16D67-16D6A 16FF0-16FF1 1D127-1D128 1D250-1D252 1D25B-1D25C 1D25F 1D280-1D281 1E08F 1E130-1E136 1E2AE
+    1E2EC-1E2EF 1E4EC-1E4EF 1E5EE-1E5EF 1E6E3 1E6E6 1E6EE-1E6EF 1E6F5"""
+_YOUNGER = re.compile("([" + re.sub(r"\s*([0-9A-F]+)", lambda hex: chr(int(hex[1], 16)), _YOUNGER) + "])")
+
+
+def _nfc(text: str) -> str:
+    return "".join(unicodedata.normalize("NFC", part) for part in _YOUNGER.split(text))
+
+
+# --- The tokenizer ---
+
+
+def _tiktoken(ranks: dict[bytes, int], pattern: str):
+    import tiktoken  # here, so that importing pop does not cost its loading
+
+    return tiktoken.Encoding("pop", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
+
+
+class BytePairTokenizer(Tokenizer):
+    """Byte-level BPE.
+
+    ranks: bytes of a token -> its rank 0, 1, ...; two neighbours merge, in rank order, into any such token.
+    ids: the id of each rank, None for a byte that the vocabulary lacks and that is left out of every text.
+    bytes_of: id -> bytes of every token, also of those that no merging reaches. pattern: of the pre-tokens.
+    """
+
+    def __init__(self, ranks, ids, bytes_of, pattern, *, special_tokens, added, bos_id, nfc=False):
+        super().__init__(special_tokens, added, max([*bytes_of, *special_tokens.values()]) + 1, bos_id)
+        self._bpe = _tiktoken(ranks, pattern)
+        self._ids, self._nfc = ids, nfc
+        self._bytes_of = bytes_of | dict.fromkeys(special_tokens.values(), b"")
+        self._lacking = bytes(token[0] for token, rank in ranks.items() if ids[rank] is None)
+        if self._lacking:
+            digit = _DIGIT if pattern == _DIGITS_GPT2_PATTERN else r"\p{N}"
+            every_byte = {bytes([byte]): byte for byte in range(256)}
+            self._symbols = _tiktoken(every_byte, rf"[^\s\p{{L}}{digit}]")
+
+    def token_bytes(self, id: int) -> bytes:
+        try:
+            return self._bytes_of[id]
+        except (KeyError, TypeError):
+            raise self._unknown_id(id) from None
+
+    def _encode_text(self, text: str) -> list[int]:
+        if self._nfc:
+            text = _nfc(text)
+        if len(text) > _MAX_WHITESPACE:
+            longest = max((len(run[0]) for run in re.finditer(r"\s+", text)), default=0)
+            if longest > _MAX_WHITESPACE:
+                raise InputError(f"the text has {longest} whitespace characters in a row; cut them down.")
+        ids = [self._ids[rank] for rank in self._bpe.encode_ordinary(text)]
+        return self._encode_without_lacking(text) if self._lacking and None in ids else ids
+
+    def _encode_without_lacking(self, text: str) -> list[int]:
+        """Ids where bytes that the vocabulary lacks are left out: after the split, and before merging.
+
+        Such bytes are in symbols, neither letters, digits nor whitespace, and GPT-2's pattern makes a run of
+        symbols one pre-token, with the space before it. So these are cut out and merged by themselves.
+        """
+        symbols = bytes(self._symbols.encode_ordinary("".join(set(text)))).decode()
+        ranks, start = [], 0
+        for run in re.finditer(f"([{_WHITESPACE}]?)([{re.escape(symbols)}]+)", text):
+            piece = run[0] if run[1] == " " else run[2]
+            kept = piece.encode().translate(None, self._lacking)
+            if len(kept) < len(piece.encode()):
+                ranks += self._bpe.encode_ordinary(text[start : run.start()])
+                if run[1] != " ":  # the pattern leaves the last of several whitespace characters by itself
+                    ranks += self._bpe.encode_ordinary(run[1])
+                ranks += self._bpe._encode_single_piece(kept) if kept else []
+                start = run.end()
+        ranks += self._bpe.encode_ordinary(text[start:])
+        return [self._ids[rank] for rank in ranks]
+
+
+# --- Reading the files ---
+
+
+def from_tiktoken_file(data: bytes) -> BytePairTokenizer:
+    """Llama-3.1 from Meta's tokenizer.model: lines of a token in base64 and its rank, which is its id."""
+    ranks = {}
+    for line in data.splitlines():
+        token, rank = line.split()
+        ranks[base64.b64decode(token, validate=True)] = int(rank)
+    if sorted(ranks.values()) != list(range(len(data.splitlines()))) or b"" in ranks:
+        raise TokenizerError("a token or a rank comes twice or is missing.")
+    if any(bytes([byte]) not in ranks for byte in range(256)):
+        raise TokenizerError("not every single byte is a token.")
+    names = ["begin_of_text", "end_of_text", "reserved_special_token_0", "reserved_special_token_1"]
+    names += ["finetune_right_pad_id", "reserved_special_token_2", "start_header_id", "end_header_id"]
+    names += ["eom_id", "eot_id", "python_tag", *(f"reserved_special_token_{n}" for n in range(3, 248))]
+    special = {f"<|{name}|>": len(ranks) + n for n, name in enumerate(names)}
+    bytes_of = {rank: token for token, rank in ranks.items()}
+    settings = {"special_tokens": special, "added": {}, "bos_id": len(ranks)}
+    return BytePairTokenizer(ranks, range(len(ranks)), bytes_of, _LLAMA3_PATTERN, **settings)
+
+
+def from_tokenizer_json(spec: dict[str, Any]) -> BytePairTokenizer:
+    model = spec["model"]
+    _refuse_others(spec, "version added_tokens normalizer pre_tokenizer post_processor decoder model")
+    _refuse_others(model, "type unk_token ignore_merges vocab merges")
+    if model["type"] != "BPE":
+        raise TokenizerError(f"the model type {model['type']!r} is not supported, only BPE is.")
+    if spec["decoder"]["type"] != "ByteLevel":
+        raise TokenizerError(f"the decoder {spec['decoder']['type']!r} is not supported, only ByteLevel is.")
+    if spec["normalizer"] not in (None, {"type": "NFC"}):
+        raise TokenizerError(f"the normalizer {spec['normalizer']} is not supported, only NFC is.")
+
+    vocab, special, added = model["vocab"], {}, {}
+    for token in spec["added_tokens"]:
+        name, id = token["content"], token["id"]
+        for flag in ("single_word", "lstrip", "rstrip", "normalized"):
+            # Normalised text is searched later than raw text; the same, if there is no normalizer.
+            if token[flag] and (flag != "normalized" or spec["normalizer"]):
+                raise TokenizerError(f"the added token {name!r} is {flag}, which is not supported.")
+        if not name.encode() or vocab.get(name, id) != id:
+            raise TokenizerError(f"the added token {name!r} has two ids, or no text.")
+        (special if token["special"] else added)[name] = id
+    ids = list({**vocab, **special, **added}.values())
+    if not all(type(id) is int and id >= 0 for id in ids) or len({*ids}) < len(ids) or "" in vocab:
+        raise TokenizerError("an id comes twice or is not a non-negative integer, or a token has no text.")
+    bytes_of = {id: _to_bytes(token) for token, id in vocab.items() if token not in special | added}
+
+    merges = [tuple(merge.split(" ") if isinstance(merge, str) else merge) for merge in model["merges"]]
+    ranked = [*map(_BYTE_CHARS.get, range(256)), *_reachable(merges, vocab)]
+    if spelt := special.keys() & {*ranked}:
+        raise TokenizerError(f"ordinary text merges into the special token {min(spelt)!r}.")
+    ranks = {_to_bytes(token): rank for rank, token in enumerate(ranked)}
+    ids = [vocab.get(token, vocab.get(model.get("unk_token"))) for token in ranked]
+    pattern = _pattern(spec["pre_tokenizer"])
+    whole = model.get("ignore_merges", False)
+    lackable = set() if whole or pattern in (_LLAMA3_PATTERN, _QWEN_PATTERN) else _MAY_LACK
+    if lacking := {byte for byte in range(256) if ids[byte] is None} - lackable:
+        raise TokenizerError(f"its vocabulary lacks the single byte {min(lacking)}.")
+    if whole:
+        _add_whole_pre_tokens(ranks, ids, bytes_of, pattern)
+    bytes_of |= {id: name.encode() for name, id in added.items()}
+    settings = {"special_tokens": special, "added": added, "nfc": spec["normalizer"] is not None}
+    settings["bos_id"] = _bos_id(spec["post_processor"], special)
+    return BytePairTokenizer(ranks, ids, bytes_of, pattern, **settings)
+
+
+def _refuse_others(part: dict[str, Any], known: str) -> None:
+    """Refuse settings that are not `known` and not off."""
+    for key, value in part.items():
+        if key not in known.split() and value:
+            raise TokenizerError(f"the setting {key} = {value!r} is not supported.")
+
+
+# In tokenizer.json a byte is written as a character: itself if it is visible in Latin-1, else from U+0100 on.
+_VISIBLE = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+_HIDDEN = [byte for byte in range(256) if byte not in _VISIBLE]
+_BYTE_CHARS = {byte: chr(byte) for byte in _VISIBLE} | {byte: chr(256 + n) for n, byte in enumerate(_HIDDEN)}
+_CHAR_BYTES = {ord(char): chr(byte) for byte, char in _BYTE_CHARS.items()} | dict.fromkeys(_HIDDEN, "\uffff")
+
+
+def _to_bytes(token: str) -> bytes:
+    return token.translate(_CHAR_BYTES).encode("latin-1")
+
+
+def _reachable(merges: list[tuple[str, str]], vocab: dict[str, int]) -> list[str]:
+    """The tokens into which their own text merges, in the order of their last merges.
+
+    tiktoken merges any two neighbours whose concatenation has a rank, the original only the listed pairs.
+    Both do the same if these tokens, and only they, have a rank, in this order. For between two boundaries
+    that no merge crosses there happens what happens to the text between them alone. So when a token's text is
+    down to two neighbours, they are the pair that this text alone comes down to, and its place in the list is
+    the token's rank; and a token without a rank is never made.
+    """
+    places = {pair: n for n, pair in enumerate(merges)}
+    never = len(merges)
+
+    def last_merge(token: str) -> int:
+        parts = list(token)
+        while len(parts) > 2:
+            candidates = [places.get(pair, never) for pair in pairwise(parts)]
+            first = min(candidates)
+            if first == never:
+                return never
+            n = candidates.index(first)
+            parts[n : n + 2] = [parts[n] + parts[n + 1]]
+        return places.get(tuple(parts), never)
+
+    ranked: dict[str, int] = {}
+    for n, (left, right) in enumerate(merges):
+        token = left + right
+        if not (left in vocab and right in vocab and token in vocab and places[left, right] == n):
+            raise TokenizerError(f"the merge of {left!r} and {right!r} comes twice, or is not of tokens.")
+        if token not in ranked:
+            ranked[token] = last_merge(token)
+    return sorted((token for token, place in ranked.items() if place < never), key=ranked.get)
+
+
+def _add_whole_pre_tokens(ranks: dict[bytes, int], ids: list[int], bytes_of: dict[int, bytes], pattern: str):
+    """With ignore_merges, a pre-token that is in the vocabulary is that token, though no merging reaches it.
+
+    tiktoken looks up whole pre-tokens as well, so all these get a rank too. That changes nothing else, if the
+    merging of such a token's text does not stop at two tokens, which tiktoken would merge.
+    """
+    bpe = _tiktoken(ranks, pattern)
+    for id, text in bytes_of.items():
+        if text not in ranks:
+            if len(bpe._encode_single_piece(text)) == 2:
+                raise TokenizerError(f"ignore_merges is set, and there is no merge into the token {text!r}.")
+            ranks[text] = len(ids)
+            ids.append(id)
+
+
+def _pattern(pre_tokenizer: dict[str, Any]) -> str:
+    """The regular expression of the pre-tokens."""
+    steps = pre_tokenizer["pretokenizers"] if pre_tokenizer["type"] == "Sequence" else [pre_tokenizer]
+    steps = [{key: value for key, value in step.items() if key != "trim_offsets"} for step in steps]
+    to_bytes = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}
+    gpt2 = to_bytes | {"use_regex": True}
+    if steps[-1:] == [{"type": "ByteLevel", "add_prefix_space": False}]:  # as in older files
+        steps[-1] = gpt2
+    if steps == [gpt2]:
+        return _GPT2_PATTERN
+    if steps == [{"type": "Digits", "individual_digits": True}, gpt2]:
+        return _DIGITS_GPT2_PATTERN
+    for pattern in (_LLAMA3_PATTERN, _QWEN_PATTERN):
+        split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
+        if steps == [split, to_bytes]:
+            return pattern
+    raise TokenizerError(f"the pre_tokenizer {steps} is not one of Llama-3's, Qwen's, SmolLM2's and GPT-2's.")
+
+
+def _bos_id(post_processor: dict[str, Any] | None, special: dict[str, int]) -> int | None:
+    """The token that the post-processor puts before a text."""
+    if post_processor is None or post_processor["type"] == "ByteLevel":  # only moves offsets
+        return None
+    if post_processor["type"] == "Sequence":
+        before, last = post_processor["processors"]
+        if _bos_id(before, special) is None:
+            return _bos_id(last, special)
+    elif post_processor["type"] == "TemplateProcessing":
+        match [next(iter(item.items())) for item in post_processor["single"]]:
+            case [("Sequence", {"id": "A"})]:
+                return None
+            case [("SpecialToken", {"id": name}), ("Sequence", {"id": "A"})]:
+                if post_processor["special_tokens"][name]["ids"] == [special[name]]:
+                    return special[name]
+    raise TokenizerError(f"the post_processor does more than putting one token first: {post_processor}.")

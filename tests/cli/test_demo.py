@@ -1,0 +1,230 @@
+"""`pop demo`: every number but the times, against the naive reference and the model itself."""
+
+import json
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from support.tiny_chat import write_chat_checkpoint
+
+import pop
+from pop.cli import demo
+from pop.cli.commands import main
+from pop.pruning import cost, reference
+
+PLAN = pop.PrunePlan(layers=(2, 3, 4), full_depth_last=3, full_depth_first=1)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return str(write_chat_checkpoint(tmp_path_factory.mktemp("models") / "chat", dtype=torch.bfloat16))
+
+
+@pytest.fixture(autouse=True)
+def short_texts(monkeypatch):
+    """In place of the built-in calibration texts."""
+    texts = [demo.STORY.read_text(encoding="utf-8")[begin : begin + 500] for begin in (0, 500, 1000, 1500)]
+    monkeypatch.setattr(sys.modules["pop.calibration.refit"], "builtin_texts", lambda: texts)
+
+
+@pytest.fixture
+def arguments(folder, tmp_path):
+    PLAN.save(tmp_path / "plan.json")
+    (tmp_path / "prompt.txt").write_text("Why is the sky blue?\n", encoding="utf-8")
+    prompt, plan = str(tmp_path / "prompt.txt"), str(tmp_path / "plan.json")
+    return ["demo", "--model", folder, "--prompt-file", prompt, "--prune", plan, "--max-new-tokens", "12"]
+
+
+def test_json_is_one_object_with_true_numbers(folder, arguments, capsys):
+    assert main([*arguments, "--runs", "3", "--json"]) == 0
+    out, err = capsys.readouterr()
+    result = json.loads(out)
+    assert "run 3 of 3" in err
+
+    model = pop.load(folder, dtype=torch.float32)
+    prompt = torch.tensor(model.chat_tokens([{"role": "user", "content": "Why is the sky blue?\n"}]))
+    story = torch.tensor(model.encode(demo.STORY.read_text(encoding="utf-8").strip()))
+    plans = [pop.PrunePlan(), PLAN, calibrated_plan(folder)]
+    full_answer = model.generate(prompt, max_new_tokens=12, plan=plans[0])
+    assert result["prompt_tokens"] == len(prompt)
+    assert (result["model"], result["dtype"], result["num_layers"]) == (folder, "float32", 5)
+    assert result["machine"].keys() == {"device", "threads", "torch"}
+    assert [row["taps"] for row in result["rows"]] == [None, None, 2]
+    for row, plan in zip(result["rows"], plans, strict=True):
+        assert row["layers"] == list(plan.layers)
+        assert (row["full_depth_last"], row["full_depth_first"]) == (plan.full_depth_last, plan.full_depth_first)
+        answer = model.generate(prompt, max_new_tokens=12, plan=plan)
+        assert (row["answer"], row["answer_tokens"]) == (answer.text, len(answer.tokens))
+        assert row["finish_reason"] == answer.finish_reason
+        agreeing = 0
+        while agreeing < 12 and answer.tokens[: agreeing + 1] == full_answer.tokens[: agreeing + 1]:
+            agreeing += 1
+        assert row["agreeing_tokens"] == agreeing
+        assert row["kl_nats"] == pytest.approx(kl_on(model, story, plan), rel=1e-3, abs=1e-6)
+        assert row["prefill_flops"] == cost.prefill_flops(model.config, len(prompt), plan)
+        assert 0 < row["ttft_fastest_s"] <= row["ttft_s"] <= row["ttft_slowest_s"]
+        assert row["decode_tokens_per_s"] > 0
+        assert row["speedup"] == pytest.approx(result["rows"][0]["ttft_s"] / row["ttft_s"])
+        assert row["speedup_limit"] == cost.speedup_limit(model.config, len(prompt), plan)
+
+
+def calibrated_plan(folder):
+    (path,) = Path(folder).glob("calibrated-*")
+    return pop.PrunePlan.load(path)
+
+
+def kl_on(model, tokens, plan):
+    """KL(full || pruned) over the last 128 tokens of windows of 384, by the naive page."""
+    total = count = 0
+    for window in tokens.split(384):
+        if len(window) == 384:
+            full_depth = reference.full_depth_tokens(256, 384, plan)
+            p, q = (
+                reference.forward(model.module, window, full_depth, one)[0][255:].double().log_softmax(-1)
+                for one in (pop.PrunePlan(), plan)
+            )
+            total, count = total + float((p.exp() * (p - q)).sum()), count + len(p)
+    return total / count
+
+
+def test_calibrated_plans_are_kept_beside_the_weights(folder, monkeypatch, capsys, tmp_path):
+    model = pop.load(folder, dtype=torch.float32, prune=None)
+    plans = [pop.PrunePlan((3, 4)), pop.PrunePlan((1, 2, 4), full_depth_last=8), pop.PrunePlan((3, 4))]
+    made = []
+
+    def calibrate(model, texts, plans):
+        assert texts is None
+        made.append(plans)
+        return original(model, [list(range(5, 60))] * 4, plans, progress=False)
+
+    original = pop.calibrate
+    monkeypatch.setattr(pop, "calibrate", calibrate)
+    first = demo.calibrated(plans, model, tmp_path)
+    assert made == [plans[:2]]
+    assert [plan.layers for plan in first] == [plan.layers for plan in plans]
+    assert all(plan.projections is not None for plan in first)
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "calibrated-3-4.plan",
+        "calibrated-1-2+4-4-last8.plan",
+    }
+    assert demo.calibrated(plans, model, tmp_path) == first
+    assert len(made) == 1  # read, not made again
+
+    for broken in (b"broken", b'{"layers": [3, 4]}', (tmp_path / "calibrated-1-2+4-4-last8.plan").read_bytes()):
+        (tmp_path / "calibrated-3-4.plan").write_bytes(broken)
+        assert demo.calibrated(plans[:1], model, tmp_path) == first[:1]
+    assert made[1:] == [plans[:1]] * 3
+    del made[1:]
+    (tmp_path / "calibrated-3-4.plan").write_bytes(b"broken")
+    other = pop.load(folder, dtype=torch.float32, prune=None)
+    other.module.layers[0].mlp.up_proj.weight.data += 1  # of other weights
+    assert demo.calibrated(plans[:2], model, tmp_path) == first[:2]
+    demo.calibrated(plans[1:2], other, tmp_path)
+    assert made[1:] == [plans[:1], plans[1:2]]
+
+    capsys.readouterr()
+    assert demo.calibrated(plans[:1], model, tmp_path / "missing") == first[:1]
+    assert "calibrated, and not kept" in capsys.readouterr().err
+
+
+def test_the_default_rows_are_the_frontier(folder, monkeypatch, capsys):
+    seen = {}
+    monkeypatch.setattr(demo, "calibrated", lambda plans, model, folder: seen.update(plans=plans) or plans)
+    monkeypatch.setattr(demo, "compare", lambda model, prompt, plans, *_, **__: seen.update(rows=plans) or [])
+    monkeypatch.setattr(pop.Model, "chat_tokens", lambda self, messages: [1, 2, 3])
+    assert main(["demo", "--model", folder, "--json", "--runs", "1"]) == 0
+    layers = [plan.layers for plan in seen["rows"]]
+    assert layers == [(), (4,), (4,), (3, 4), (2, 3, 4)]
+    assert seen["plans"] == seen["rows"][2:]
+    assert [plan.full_depth_last for plan in seen["rows"]] == [1, 1, 32, 32, 32]
+
+
+def test_the_clock_runs_from_the_token_ids_to_the_first_token(folder, monkeypatch):
+    """A model whose prefill takes 5 and whose decode takes 2 seconds, and a clock that knows."""
+    now, calls = [0.0], []
+    prefill, decode, reset = pop.Model.prefill, pop.Model.decode, pop.KVCache.reset
+
+    def slow(method, seconds):
+        def wrapped(self, *args, **options):
+            now[0] += seconds(options.get("plan"))
+            calls.append(options.get("plan"))
+            return method(self, *args, **options)
+
+        return wrapped
+
+    monkeypatch.setattr(demo.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(pop.Model, "prefill", slow(prefill, lambda plan: 5.0 if plan.layers else 8.0))
+    monkeypatch.setattr(pop.Model, "decode", slow(decode, lambda plan: 2.0))
+    monkeypatch.setattr(pop.KVCache, "reset", slow(reset, lambda plan: 100.0))  # outside of what is timed
+    monkeypatch.setattr(demo, "Judge", lambda model, windows: lambda plan: 0.0)
+    model = pop.load(folder, prune=0.6)
+    plans = [pop.PrunePlan(), model.plan]
+    full, pruned = demo.compare(model, [5, 6, 7], plans, "text", max_new_tokens=4, runs=2)
+    assert (full["ttft_s"], pruned["ttft_s"], full["speedup"], pruned["speedup"]) == (8, 5, 1, 1.6)
+    assert full["decode_tokens_per_s"] == pruned["decode_tokens_per_s"] == 0.5
+    timed = [bool(plan.layers) for plan in calls if plan is not None]
+    assert timed == [False, True] * 3  # a warm-up of each, then two runs of each, in turn
+
+
+def test_agreement_ends_at_the_first_difference(folder, monkeypatch):
+    def generate(self, prompt, *, max_new_tokens, plan):
+        tokens = [7, 8, 9, 4] if plan.layers else [7, 8, 3, 4]
+        return pop.Generation("", tokens, len(prompt), 0.0, 0.0, "length")
+
+    monkeypatch.setattr(pop.Model, "generate", generate)
+    monkeypatch.setattr(demo, "Judge", lambda model, windows: lambda plan: 0.0)
+    model = pop.load(folder, prune=0.6)
+    rows = demo.compare(model, [5, 6], [pop.PrunePlan(), model.plan], "text", max_new_tokens=4, runs=1)
+    assert [row["agreeing_tokens"] for row in rows] == [4, 2]
+
+
+def test_the_report_is_readable(arguments, capsys):
+    assert main([*arguments, "--runs", "1"]) == 0
+    out = capsys.readouterr().out
+    first, *_, last = out.strip().splitlines()
+    assert "some of its 5 layers skipped" in first
+    assert "README" in last
+    assert "float32" in out
+    rows = [line for line in out.splitlines() if re.search(r"  \d\.\d{3}$", line)]
+    assert [row[:58].strip() for row in rows] == [
+        "the whole model",
+        "without layers 2 to 4, last 3 tokens whole",
+        "without layers 2 to 4, last 3 tokens whole, calibrated",
+    ]
+    assert len({len(row) for row in rows}) == 1  # aligned
+
+
+@pytest.mark.parametrize("plan", ["none", "1"])
+def test_pruning_nothing_or_everything_and_a_single_token(plan, arguments, capsys):
+    assert main([*arguments, "--prune", plan, "--max-new-tokens", "1", "--runs", "1", "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)["rows"]
+    assert rows[0]["decode_tokens_per_s"] is None
+    if plan == "none":
+        assert [(row["kl_nats"], row["agreeing_tokens"], row["speedup_limit"]) for row in rows] == [(0, 1, 1)]
+    assert main([*arguments, "--prune", plan, "--max-new-tokens", "1", "--runs", "1"]) == 0
+
+
+def test_the_story_fills_the_prompt(folder, tmp_path, capsys, monkeypatch):
+    """The built-in text ends in its question, and reaches the model whole."""
+    asked = []
+    monkeypatch.setattr(pop.Model, "chat_tokens", lambda self, messages: asked.extend(messages) or [1, 2, 3])
+    assert main(["demo", "--model", folder, "--runs", "1", "--max-new-tokens", "2"]) == 0
+    (message,) = asked
+    assert message["role"] == "user"
+    assert message["content"].startswith("ALICE'S ADVENTURES IN WONDERLAND")
+    assert message["content"].endswith(f"a row of lamps hanging from the roof.\n\nQuestion: {demo.QUESTION}")
+    assert demo.QUESTION in capsys.readouterr().out
+
+
+def test_a_base_model_continues_the_text(tmp_path, arguments, capsys, monkeypatch):
+    """Its tokenizer has no chat template."""
+    folder = write_chat_checkpoint(tmp_path / "base")
+    (folder / "tokenizer_config.json").unlink()
+    asked, generate = [], pop.Model.generate
+    monkeypatch.setattr(
+        pop.Model, "generate", lambda self, prompt, **options: asked.append(prompt) or generate(self, prompt, **options)
+    )
+    assert main(["demo", "--model", str(folder), *arguments[3:], "--runs", "1"]) == 0
+    assert asked[0] == pop.load_tokenizer(folder).encode("Why is the sky blue?\n\nAnswer:")

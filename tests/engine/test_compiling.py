@@ -1,0 +1,339 @@
+"""Compiled prefill and decode: equal to eager, never compiled again once warm, and off where nothing can compile."""
+
+import copy
+import dataclasses
+import logging
+import os
+import random
+from functools import partial
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from support.cases import batches, plans
+from support.compiler import requires_compiler
+from support.tiny import (
+    EXPERTS,
+    random_model,
+    tiny_config,
+    tiny_gemma3_config,
+    tiny_gemma3_vl_config,
+    tiny_qwen3_vl_config,
+)
+from support.tiny_images import both_ways, random_bytes
+
+import pop
+from pop import engine
+from pop.engine.compile import Compiled
+from pop.models import layers
+
+PROMPT = 40  # tokens, at most
+# To compile takes most of these tests' time, so all that they can is compiled in nightly runs only.
+THOROUGH = os.environ.get("HYPOTHESIS_PROFILE") == "nightly"
+MIXED = EXPERTS if THOROUGH else dataclasses.replace(EXPERTS, layers=(0, 1, 2, 3, 4))
+
+
+@pytest.fixture(autouse=True, scope="module")
+def blocks_of_a_few_tokens():
+    """So that tiny prompts have several."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(layers, "QUERY_BLOCK", 5)
+        yield
+
+
+@pytest.fixture(
+    scope="module",
+    params=[partial(tiny_qwen3_vl_config, experts=MIXED), tiny_gemma3_config],
+    ids=["qwen3-vl", "gemma3"],
+)
+def pair(request):
+    """One model twice, compiled and eager, and how many rows the compiled one is warm for."""
+    module = random_model(request.param(max_positions=6000), seed=5)
+    plain = pop.PrunePlan((0,))
+    compiled, eager = (pop.Model(module, module.config, plan=plain, compile=it, chunk_size=16) for it in (True, False))
+    rows = 4 if THOROUGH or module.config.family == "qwen3_vl" else 1
+    compiled.warmup(rows, [refit(module, compiled.fingerprint, taps) for taps in (1, 2)])
+    return compiled, eager, rows
+
+
+def refit(module, fingerprint, taps):
+    config, drawn = module.config, torch.Generator().manual_seed(taps)
+    shape = (2, 2, config.num_kv_heads * config.head_dim, taps * config.hidden_size)
+    weight = torch.randn(shape, generator=drawn) / shape[-1] ** 0.5
+    projections = pop.pruning.projections.KVProjections((1, 3), weight, weight[..., 0].clone(), fingerprint, taps)
+    return pop.PrunePlan((1, 3), full_depth_first=1, projections=projections)
+
+
+@pytest.fixture
+def nothing_compiles():
+    torch.compiler.set_stance("fail_on_recompile")
+    yield
+    torch.compiler.set_stance("default")
+
+
+@requires_compiler
+@given(st.data())
+def test_compiled_equals_eager_and_never_compiles_again(pair, data):
+    """Any plan, batch, padding, chunk and cache: logits within 1e-4 of their scale, from graphs that are there."""
+    compiled, eager, max_rows = pair
+    plan = data.draw(plans(compiled.config))
+    if plan.projections is not None:
+        plan.projections.fingerprint = compiled.fingerprint
+    tokens, lengths = data.draw(batches(60, max_rows=max_rows, max_tokens=PROMPT))  # none of them stands for an image
+    slots = PROMPT + 8 + data.draw(st.integers(0, 9))
+    chunk = data.draw(st.sampled_from([1, 2, 7, 16, 100]))
+    torch.compiler.set_stance("fail_on_recompile")
+    try:
+        results = []
+        for model in (compiled, eager):
+            cache = model.new_cache(len(tokens), slots)
+            logits = [model.prefill(tokens, cache, lengths=lengths, plan=plan, chunk_size=chunk)]
+            logits += [model.decode(tokens[:, 0], cache) for _ in range(2)]
+            logits.append(model.prefill(tokens[:, :3], cache, plan=plan))  # the next turn of a conversation
+            results.append(torch.stack(logits))
+    finally:
+        torch.compiler.set_stance("default")
+    error = (results[0] - results[1]).abs().max() / results[1].std()
+    assert error < 1e-4
+
+
+@requires_compiler
+def test_a_long_cache_needs_no_new_graph(pair, nothing_compiles):
+    """Beyond 4096 filled slots another graph decodes: it is warm, and right."""
+    compiled, eager, max_rows = pair
+    drawn = torch.Generator().manual_seed(0)
+    for rows in {1, max_rows}:
+        logits = []
+        for model in (compiled, eager):
+            cache = model.new_cache(rows, 5000)
+            cache.lengths[:] = 4500
+            for part in (*cache.keys, *cache.values):
+                part[:, :4500] = torch.randn(part[:1, :4500].shape, generator=drawn.manual_seed(len(logits) * 0))
+            logits.append(model.decode([5] * rows, cache))
+        assert (logits[0] - logits[1]).abs().max() < 1e-4 * logits[1].std()
+
+
+@requires_compiler
+def test_generate_compiles_nothing_for_any_prompt_or_setting(pair, nothing_compiles):
+    """Rows of different lengths, whose answers end at different times, sampled and greedy, equal the eager model's."""
+    compiled, eager, max_rows = pair
+    drawn = random.Random(0)
+    for count, settings in ((1, {}), (3, {"temperature": 0.8, "top_k": 9, "seed": 3}), (4, {"top_p": 0.5, "seed": 1})):
+        rows = range(min(count, max_rows))
+        prompts = [[drawn.randrange(60) for _ in range(drawn.choice([1, 2, 17, 33]))] for _ in rows]
+        answers = [model.generate(prompts, max_new_tokens=9, **settings) for model in (compiled, eager)]
+        assert [answer.tokens for answer in answers[0]] == [answer.tokens for answer in answers[1]]
+    for rows in {1, max_rows}:
+        prompts = [[5]] * rows  # by a cache for one token a row
+        answers = [model.generate(prompts, max_new_tokens=1) for model in (compiled, eager)]
+        assert [answer.tokens for answer in answers[0]] == [answer.tokens for answer in answers[1]]
+
+
+@requires_compiler
+def test_images_need_no_new_graph(pair, nothing_compiles):
+    """Warmed up by text. A chunk with an image that attends ahead takes the graph of a filled cache, be it the first
+    one; one with DeepStack and places on three axes takes the graphs of text."""
+    compiled, eager, max_rows = pair
+    for rows, plan in ((1, pop.PrunePlan.none()), (2, pop.PrunePlan((0, 1, 3))), (1, pop.PrunePlan((1, 3), 4))):
+        rows = min(rows, max_rows)
+        tokens, lengths = torch.arange(rows * 20).view(rows, 20), torch.full((rows,), 20)
+        numbers = torch.full((rows, 20), -1)
+        numbers[:, 3:9], numbers[-1, 12:18] = torch.arange(6), torch.arange(6, 12)
+        features, *deepstack = torch.randn(3, 12, 30, generator=torch.Generator().manual_seed(1))
+        if compiled.config.family == "gemma3":
+            images = both_ways(features.view(2, 6, 30), numbers)
+        else:
+            positions = torch.randint(30, (3, rows, 20), generator=torch.Generator().manual_seed(2))
+            images = layers.Images(features, numbers, positions=positions, deepstack=tuple(deepstack))
+        logits = []
+        for model in (compiled, eager):
+            cache, stages = model.new_cache(rows, 64), model._stages(rows, plan)
+            logits.append(engine.prefill(model.module, tokens, cache, lengths, plan, 16, stages, images))
+            logits.append(model.decode([5] * rows, cache))
+        for ours, expected in zip(logits[:2], logits[2:], strict=True):
+            assert (ours - expected).abs().max() < 1e-4 * expected.std()
+
+
+@requires_compiler
+@pytest.mark.parametrize("config", [tiny_qwen3_vl_config(max_positions=2048), tiny_gemma3_vl_config()])
+def test_a_towers_layers_are_compiled_for_images_of_any_size(config, monkeypatch):
+    """Warmed up without images, and equal to eager: one image, several of one size, and of several sizes."""
+    compile = torch.compile  # and the language model eager, for time
+    monkeypatch.setattr(torch, "compile", lambda f, **kw: compile(f, **kw) if f.__name__ == "vision_layer" else f)
+    module = random_model(config, seed=3)
+    compiled, eager = (pop.Model(module, config, plan=0.5, compile=it) for it in (True, False))
+    compiled.warmup(1)
+    sizes = [(256, 264), (256, 264), (64, 1024)] if config.family == "qwen3_vl" else [(20, 30)] * 3
+    for count in (1, 2, 3):
+        images = [random_bytes(*size, 3, seed) for seed, size in enumerate(sizes[:count])]
+        images = compiled.vision.prepared(images, None, 1)
+        tokens = [5]
+        for one in images[0]:
+            tokens += [token for piece in one.pieces if not isinstance(piece, str) for token in piece] + [6, 7]
+        if len(tokens) > config.max_positions:
+            break
+        torch.compiler.set_stance("fail_on_recompile")
+        try:
+            ours = compiled.prefill([tokens], compiled.new_cache(), images=images)
+        finally:
+            torch.compiler.set_stance("default")
+        expected = eager.prefill([tokens], eager.new_cache(), images=images)
+        assert (ours - expected).abs().max() < 1e-4 * expected.std()
+    assert count > 1
+
+
+@requires_compiler
+def test_score_compiles_nothing(pair, nothing_compiles):
+    compiled, eager, _ = pair
+    for length in (1, 2, 30):
+        scores = [model.score([5, 6, 7], [8, 9, 10] * length) for model in (compiled, eager)]
+        assert scores[0] == pytest.approx(scores[1], abs=1e-3)
+
+
+@requires_compiler
+def test_no_graph_break_and_few_graphs(monkeypatch):
+    """Each stage is one graph (fullgraph) in a handful of versions, however many layers the model has."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))  # graphs, but no code from them
+    torch._dynamo.utils.counters.clear()
+    heads = 9  # as many as the smallest prompts have slots
+    module = random_model(tiny_config(num_layers=11, num_heads=heads, num_kv_heads=heads), seed=1)
+    model = pop.Model(module, module.config, compile=True, plan=0.5)
+    model.warmup(1)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 10
+    assert not torch._dynamo.utils.counters["graph_break"]
+    torch.compiler.set_stance("fail_on_recompile")
+    try:
+        for length in (20, 21):
+            assert len(model.generate([1] * length, max_new_tokens=4).tokens) == 4
+    finally:
+        torch.compiler.set_stance("default")
+
+
+@requires_compiler
+def test_a_compiled_model_can_be_copied(pair):
+    compiled, eager, _ = pair
+    twin = copy.deepcopy(compiled)
+    assert twin.generate([3, 4, 5], max_new_tokens=4).tokens == eager.generate([3, 4, 5], max_new_tokens=4).tokens
+
+
+def test_tiny_models_run_eagerly_by_default():
+    module = random_model(tiny_config(), seed=1)
+    assert not pop.Model(module, module.config).compiled
+
+
+def test_where_nothing_compiles_auto_says_so_once_and_true_is_refused(monkeypatch, caplog):
+    def broken(*args, **options):
+        raise RuntimeError("no compiler\n  and a long story")
+
+    monkeypatch.setattr(torch, "compile", broken)
+    monkeypatch.setattr("pop.model.SMALLEST", 0)
+    module = random_model(tiny_config(), seed=1)
+    model, eager = pop.Model(module, module.config), pop.Model(module, module.config, compile=False)
+    with caplog.at_level(logging.WARNING):
+        model.warmup()
+        answer = model.generate([1, 2, 3], max_new_tokens=2)
+    assert not model.compiled
+    assert answer.tokens == eager.generate([1, 2, 3], max_new_tokens=2).tokens
+    assert [record.getMessage() for record in caplog.records] == [
+        "pop runs without torch.compile, which fails here: RuntimeError: no compiler and a long story"
+    ]
+    with pytest.raises(pop.UnsupportedError, match="cannot be compiled here .RuntimeError: no compiler and a"):
+        pop.Model(module, module.config, compile=True).warmup()
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (3, 1), (1, 5), (2, 5), (4,), ()])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("biased", [True, False])
+def test_every_product_is_the_same_product(monkeypatch, shape, dtype, biased):
+    """`linear` picks between products by shape, dtype and processor; float64 says what they all are."""
+    drawn = torch.Generator().manual_seed(1)
+    x = torch.randn(*shape, 24, generator=drawn).to(dtype)
+    weight, bias = torch.randn(10, 24, generator=drawn).to(dtype), torch.randn(10, generator=drawn).to(dtype)
+    wanted = x.double() @ weight.double().T + (bias.double() if biased else 0)
+    tolerance = {torch.float32: 1e-5, torch.bfloat16: 0.05, torch.float16: 0.01}[dtype]
+    for widened in ({dtype}, set()):
+        monkeypatch.setattr(layers, "WIDENED", widened)
+        out = layers.linear(x, weight, bias if biased else None)
+        assert out.dtype == dtype and out.shape == wanted.shape
+        assert (out.double() - wanted).abs().max() < tolerance
+
+
+@requires_compiler
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+# A row is summed at once, in five parts, and in none: 4099 is prime. Rows are read in four places, or in one.
+@pytest.mark.parametrize(("height", "width"), [(8, 24), (7, 24), (8, 12_290), (8, 4099)])
+def test_a_compiled_product_with_one_token_is_the_product(dtype, height, width):
+    drawn = torch.Generator().manual_seed(1)
+    x, weight = (torch.randn(*shape, width, generator=drawn).to(dtype) for shape in ((1, 1), (height,)))
+    out = torch.compile(layers.linear, fullgraph=True)(x, weight)
+    wanted = x.double() @ weight.double().T
+    assert out.dtype == dtype and out.shape == wanted.shape
+    assert (out.double() - wanted).abs().max() < {torch.float32: 1e-5, torch.bfloat16: 0.005}[dtype] * width**0.5
+
+
+@requires_compiler
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rows", [1, 3])
+def test_one_token_attention_is_attention(dtype, rows):
+    """Written out for the compiler, attention of one token is scaled_dot_product_attention's."""
+    drawn = torch.Generator().manual_seed(1)
+    q = torch.randn(rows, 1, 6, 10, generator=drawn).to(dtype)
+    k, v = (torch.randn(rows, 7, 2, 10, generator=drawn).to(dtype) for _ in range(2))
+    mask = torch.arange(7) <= torch.tensor([3, 0, 6])[:rows, None, None]
+    written_out = torch.compile(layers.masked_attention)(q, k, v, mask, 0.3)
+    tolerance = 1e-5 if dtype == torch.float32 else 0.03
+    wanted = layers.masked_attention(q.double(), k.double(), v.double(), mask, 0.3)
+    assert written_out.dtype == dtype
+    assert (written_out.double() - wanted).abs().max() < tolerance
+
+
+@requires_compiler
+def test_layers_that_differ_share_no_compiled_code(monkeypatch):
+    """Compiled code does not look at layers again: one with another MLP, or another bias, has code of its own."""
+
+    class Cubes(torch.nn.Module):
+        def __init__(self, mlp):
+            super().__init__()
+            self.up_proj, self.down_proj = mlp.up_proj, mlp.down_proj
+
+        def forward(self, x):
+            return self.down_proj(self.up_proj(x) ** 3)
+
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))  # graphs, but no code from them
+    monkeypatch.setattr(Compiled, "_run", lambda *_: None)  # no warm-up: those that are needed, on the way
+    module = random_model(tiny_config(num_layers=3), seed=1)
+    module.layers[1].mlp = Cubes(module.layers[1].mlp)
+    module.layers[2].self_attn.o_proj.bias = torch.nn.Parameter(torch.ones(module.config.hidden_size))
+    compiled, eager = (pop.Model(module, module.config, compile=it, plan=0.5) for it in (True, False))
+    logits = []
+    for model in (compiled, eager):
+        cache = model.new_cache(1, 8)
+        logits.append(torch.stack([model.prefill([[1, 2, 3, 4]], cache), model.decode([5], cache)]))
+    assert (logits[0] - logits[1]).abs().max() < 1e-4 * logits[1].std()
+
+
+def test_two_models_share_no_compiled_code(monkeypatch):
+    """A second model must not use up the few versions that torch keeps of the first one's code."""
+    codes = []
+    monkeypatch.setattr(torch, "compile", lambda function, **_: codes.append(function.__code__) or function)
+    for seed in (1, 2):
+        module = random_model(tiny_config(), seed)
+        pop.Model(module, module.config, compile=True).warmup()
+    assert len({id(code) for code in codes}) == len(codes) > 2
+
+
+def test_rows_that_leave_the_cache_take_nothing_with_them():
+    module = random_model(tiny_config(), seed=2)
+    model = pop.Model(module, module.config)
+    prompts = torch.tensor([[1, 2, 3], [4, 5, 6], [7, 8, 9]])
+    plan = dataclasses.replace(pop.PrunePlan.deepest(module.config.num_layers, 0.5), full_depth_last=2)
+    cache, alone = model.new_cache(3, 8), model.new_cache(1, 8)
+    model.prefill(prompts, cache, lengths=[3, 1, 2], plan=plan)
+    size = cache.nbytes
+    cache.keep(torch.tensor([2, 0]))
+    assert cache.nbytes * 3 == size * 2 and cache.lengths.tolist() == [2, 3]
+    assert cache.keys[0].stride() == model.new_cache(2, 8).keys[0].stride()  # each head's slots side by side, still
+    model.prefill(prompts[2:, :2], alone, plan=plan)
+    torch.testing.assert_close(cache.states[:, :1], alone.states)
+    torch.testing.assert_close(model.decode([11, 12], cache)[:1], model.decode([11], alone))

@@ -1,0 +1,450 @@
+"""Conversations and prefixes: what is in the cache, token by token, and that it is what the reference computes.
+
+Answers are scripted, so that they end in every way there is; the logits that they would have been sampled from are
+compared with pop/pruning/reference.py, given which tokens of the whole sequence are at full depth.
+"""
+
+import json
+import threading
+import types
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from support.cases import assert_close, held, seen, stacked
+from support.chat_formats import FAMILIES, FORMATS
+from support.letters import Letters
+from support.tiny import random_model, tiny_config, tiny_gemma3_config
+
+import pop
+from pop.generation.generate import Sampler
+from pop.pruning import reference
+from pop.pruning.projections import KVProjections
+
+START, END, OTHER_END = 253, 254, 255  # no byte of UTF-8
+CONTROL = {"<|im_start|>": START, "<|im_end|>": END, "<|endoftext|>": OTHER_END}
+CONFIGS = {"llama": tiny_config(vocab_size=256), "gemma3": tiny_gemma3_config(vocab_size=256, eos_ids=())}
+PLANS = {
+    "the paper's": pop.PrunePlan((1, 3, 4)),
+    "none": pop.PrunePlan.none(),
+    "first 2, last 3": pop.PrunePlan((0, 3), full_depth_last=3, full_depth_first=2),
+    "two taps": "two taps",
+}
+
+
+def make(family, plan, **options):
+    """A model with a window of 5 if it is Gemma's, whose prompts run in chunks of 7 tokens."""
+    config = CONFIGS[family]
+    model = pop.Model(random_model(config, seed=3), config, Letters(CONTROL), chunk_size=7, **options)
+    if plan == "two taps":
+        layers, KE, D = (2, 3, 4), config.num_kv_heads * config.head_dim, config.hidden_size
+        random = torch.Generator().manual_seed(0)
+        weight = torch.randn(3, 2, KE, 2 * D, generator=random) / (2 * D) ** 0.5
+        bias = 0.1 * torch.randn(3, 2, KE, generator=random)
+        plan = pop.PrunePlan(layers, 2, 1, KVProjections(layers, weight, bias, model.fingerprint, 2))
+    model.plan = plan
+    return model
+
+
+@pytest.fixture(params=[(family, name) for family in CONFIGS for name in PLANS], ids=lambda case: ", ".join(case))
+def model(request):
+    return make(request.param[0], PLANS[request.param[1]])
+
+
+@pytest.fixture
+def script(monkeypatch):
+    """script.says: the tokens to be sampled next. script.logits: what they were to be sampled from, [1, V] each."""
+
+    script = types.SimpleNamespace(says=[], logits=[])
+
+    def pick(self, logits):
+        script.logits.append(logits)
+        return torch.tensor([script.says.pop(0)])
+
+    monkeypatch.setattr(Sampler, "__call__", pick)
+    return script
+
+
+def reference_of(model, turns):
+    """Logits [T, V] and K, V of each layer for a conversation of (prompt, answer) token ids, by the naive page."""
+    tokens, full_depth = [], []
+    for prompt, answer in turns:
+        begin, boundary = len(tokens), len(tokens) + len(prompt) - model.plan.full_depth_last
+        tokens += prompt + answer
+        full_depth += [at < model.plan.full_depth_first or at >= boundary for at in range(begin, len(tokens))]
+    logits, kv = reference.forward(model.module, torch.tensor(tokens), torch.tensor(full_depth), model.plan)
+    return logits, stacked(kv)
+
+
+def chatml(*messages, opened=True):
+    """ChatML by hand: (role, text) of each message."""
+    ids = []
+    for role, text in messages:
+        ids += [START, *f"{role}\n{text}".encode(), END, *b"\n"]
+    return [*ids, START, *b"assistant\n"] if opened else ids
+
+
+def assert_is_reference(model, chat, script, sampled):
+    """sampled: how many tokens each turn sampled, the end token included."""
+    turns = [(turn.prompt, turn.answer) for turn in chat.turns]
+    expected, kv = reference_of(model, turns)
+    begin, logits = 0, iter(script.logits)
+    for (prompt, answer), count in zip(turns, sampled, strict=True):
+        for step in range(count):
+            assert_close(next(logits)[0], expected[begin + len(prompt) - 1 + step])
+        begin += len(prompt) + len(answer)
+    assert next(logits, None) is None
+    cache = chat._state.cache
+    assert_close(held(model.module, cache, 0), seen(model.module, kv[:, :, : int(cache.lengths[0])]))
+
+
+def test_every_turn_is_the_reference_however_the_answers_end(model, script):
+    chat = model.start_chat("Be brief.")
+    turns = [  # message, what is sampled, options, the answer's text, its tokens, why it ended
+        ("Hi", [*b"Hello", END], {}, "Hello", [*b"Hello"], "stop"),
+        ("How are you?", [*b"Fin"], {"max_new_tokens": 3}, "Fin", [*b"Fin"], "length"),
+        ("And?", [*b"I stop"], {"stop": "st"}, "I ", [*b"I st"], "stop"),
+        ("Really", [OTHER_END], {}, "", [], "stop"),
+        ("x", [0xC3, 0xA9, 0xC3, END], {}, "é�", [0xC3, 0xA9, 0xC3], "stop"),  # half a character at the end
+        ("Last.", [*b"o"], {"max_new_tokens": 1}, "o", [*b"o"], "length"),
+        ("The very last.", [*b"ok", END], {}, "ok", [*b"ok"], "stop"),
+    ]
+    expected = chatml(("system", "Be brief."), opened=False)
+    for message, sampled, options, text, tokens, reason in turns:
+        expected += [*chatml(("user", message)), *tokens]
+        script.says[:] = sampled
+        answer = chat.send(message, **options)
+        assert (answer.text, answer.tokens, answer.finish_reason) == (text, tokens, reason)
+        assert answer.prompt_tokens == len(expected) - len(tokens)
+        assert chat.tokens == expected
+        expected += [END, *b"\n"]
+    assert chat.messages[0] == {"role": "system", "content": "Be brief."}
+    assert [m["content"] for m in chat.messages[1:]] == [part for turn in turns for part in (turn[0], turn[3])]
+    assert_is_reference(model, chat, script, [6, 3, 4, 1, 4, 1, 3])
+
+
+def test_the_tokens_are_those_of_the_chat_format(script):
+    """Where each answer's text encodes to its own tokens, the whole conversation encoded again is what is held."""
+    model = make("llama", pop.PrunePlan((3, 4)))
+    chat = model.start_chat()
+    for message, says, count in (("Hi", [*b"Hello", END], 9), ("You?", [*"né".encode()], 3), ("Me", [END], 9)):
+        script.says[:] = says
+        chat.send(message, max_new_tokens=count)
+    assert [*chat.tokens, END, *b"\n"] == model.chat_tokens(chat.messages)[: -len(chatml())]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@given(st.text("aé <|\n", max_size=9), st.text("b?\n", min_size=1, max_size=5).filter(str.strip))
+def test_what_follows_an_answer_is_the_rest_of_the_longer_conversation(family, answer, text):
+    form = FORMATS[family]
+    messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": answer}]
+    whole = form.encode([*messages, {"role": "user", "content": text}])
+    rest = form.encode_next(text)
+    assert whole[-len(rest) :] == rest
+    assert rest[0] == form.end_ids[0]
+    before = form.encode(messages, add_generation_prompt=False)
+    assert whole[: len(before)] == before  # so what an answer turns into does not depend on what follows
+
+
+def test_a_turn_runs_what_is_new_and_nothing_else(model, script, monkeypatch):
+    ran = []
+    embed = type(model.module).embed
+    monkeypatch.setattr(
+        type(model.module), "embed", lambda self, tokens: ran.append(tokens.numel()) or embed(self, tokens)
+    )
+    chat = model.start_chat()
+    script.says[:] = [*b"Hello", END]
+    chat.send("A question that is long enough to tell")
+    assert sum(ran) == len(chat.tokens)
+    ran.clear()
+    script.says[:] = [*b"Fine"]
+    chat.send("And?", max_new_tokens=4)
+    prompt = [END, *b"\n", *chatml(("user", "And?"))]
+    assert sum(ran) == len(prompt) + 3
+    ran.clear()
+    script.says[:] = [END]
+    chat.send("And?")
+    assert sum(ran) == 1 + len(prompt)  # the last token of the cut answer
+
+
+class Broken(Exception):
+    pass
+
+
+def test_a_turn_that_fails_leaves_the_conversation_as_it_was(model, script, monkeypatch):
+    """The broken turns are longer than the window and the chunk, so they would have overwritten what is kept."""
+    chat, twin = (model.start_chat() for _ in range(2))
+    for each in (chat, twin):
+        script.says[:] = [*b"Hello"]
+        each.send("Hi", max_new_tokens=5)
+    before, decode = chat.tokens, type(model).decode
+
+    def broken(self, tokens, cache):
+        if cache.lengths[0] > len(before) + 60:
+            raise Broken
+        return decode(self, tokens, cache)
+
+    script.says[:] = [*b"and" * 60]
+    with monkeypatch.context() as patch:
+        patch.setattr(type(model), "decode", broken)
+        with pytest.raises(Broken):
+            chat.send("Something else", max_new_tokens=60)
+    stream = chat.stream("Something else", max_new_tokens=60)
+    for _ in range(20):
+        next(stream)
+    stream.close()
+    unread = chat.stream("Something else")  # not even begun
+    for options in ({"temperature": -1}, {"stop": ""}, {"plan": model.plan}, {"images": "a.png"}, {"videos": 5}):
+        with pytest.raises(pop.InputError):
+            chat.send("Something else", **options)
+    for text in ("", " \n", None, ["x"], "\ud800"):
+        with pytest.raises(pop.InputError):
+            chat.send(text)
+    assert (chat.tokens, len(chat.turns)) == (before, 1)
+    logits = []
+    for each in (chat, twin):
+        script.says[:], script.logits[:] = [*b"Yes", END], []
+        each.send("And?")
+        logits.append(torch.cat(script.logits))
+    assert torch.equal(*logits)
+    cache, expected = chat._state.cache, twin._state.cache
+    assert torch.equal(held(model.module, cache, 0), held(model.module, expected, 0))
+    assert torch.equal(cache.states, expected.states)
+    script.says[:] = [*b"No", END]
+    with pytest.raises(pop.InputError, match="the conversation went on while"):
+        list(unread)
+    assert chat.tokens == twin.tokens
+
+
+def test_the_turn_counts_from_its_last_piece_on(script):
+    model = make("llama", pop.PrunePlan((3, 4)))
+    chat = model.start_chat()
+    script.says[:] = [*b"abc"]
+    pieces = chat.stream("Hi", max_new_tokens=3)
+    assert [next(pieces), next(pieces), len(chat.turns)] == ["a", "b", 0]
+    assert [next(pieces), len(chat.turns)] == ["c", 1]
+    assert chat.turns[0].assistant == "abc"
+
+
+def test_a_message_is_kept_as_it_was_sent(script, tmp_path):
+    """Its parts may serve for the next one."""
+    model = make("llama", pop.PrunePlan((3, 4)))
+    chat, part = model.start_chat(), {"type": "text", "text": "Hi"}
+    script.says[:] = [*b"abc"]
+    chat.send([part], max_new_tokens=3)
+    part["text"] = "Bye"
+    assert chat.messages[0]["content"] == [{"type": "text", "text": "Hi"}]
+    chat.save(tmp_path / "chat.json")
+    assert model.load_chat(tmp_path / "chat.json").tokens == chat.tokens
+
+
+def test_a_full_context_is_an_error_with_numbers(script):
+    model = make("gemma3", pop.PrunePlan((3, 4)), max_seq_len=70)
+    chat = model.start_chat()
+    script.says[:] = [*b"abc"]
+    chat.send("Hi", max_new_tokens=3)
+    prompt = [END, *b"\n", *chatml(("user", "x" * 60))]
+    message = rf"the prompt \({len(prompt)} tokens behind {len(chat.tokens)} earlier ones\) has .* takes 70"
+    with pytest.raises(pop.ContextOverflow, match=message):
+        chat.send("x" * 60)
+    assert len(chat.turns) == 1
+    room = 70 - len(chat.tokens) - len(prompt) + 60 - 2 + 1
+    script.says[:] = [7] * 70
+    answer = chat.send("ab")
+    assert (len(answer.tokens), answer.finish_reason) == (room, "length")
+    with pytest.raises(pop.ContextOverflow, match="takes 70"):
+        chat.send("c")
+
+
+def test_conversations_need_a_chat_format():
+    model = make("llama", pop.PrunePlan())
+    with pytest.raises(pop.InputError, match="the system message is 3"):
+        model.start_chat(3)
+    with pytest.raises(pop.InputError, match="lone surrogate"):
+        model.start_chat("\ud800")
+    with pytest.raises(pop.UnsupportedError, match="no chat format"):
+        pop.Model(model.module, model.config, Letters()).start_chat()
+    with pytest.raises(pop.TokenizerError, match="a conversation needs a tokenizer"):
+        pop.Model(model.module, model.config).start_chat()
+
+
+# Saved and restored
+
+
+def test_a_restored_conversation_goes_on_as_the_kept_one(model, script, tmp_path):
+    chat = model.start_chat("Be brief.")
+    for message, says, options in (
+        ("Hi, and some more, so that windows are left behind", [*b"Hello", END], {}),
+        ("How?", [*b"Fin"], {"max_new_tokens": 3}),
+        ("Who?", [END], {}),
+        ("What?", [*b"It", END], {}),
+    ):
+        script.says[:] = says
+        chat.send(message, **options)
+        chat.save(tmp_path / "chat.json")
+        restored = model.load_chat(tmp_path / "chat.json")
+        assert (restored.turns, restored.messages, restored.tokens) == (chat.turns, chat.messages, chat.tokens)
+        script.says[:], script.logits[:] = [*b"ok", END], []
+        restored.send("And?")
+        last = restored.turns[-1]
+        expected, kv = reference_of(model, [(turn.prompt, turn.answer) for turn in restored.turns])
+        for n, logits in enumerate(script.logits):
+            assert_close(logits[0], expected[len(expected) - len(last.answer) - 1 + n])
+        assert_close(held(model.module, restored._state.cache, 0), seen(model.module, kv))
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_an_empty_conversation_is_saved_too(tmp_path):
+    model = make("llama", pop.PrunePlan((4,)))
+    model.start_chat("é").save(tmp_path / "chat.json")
+    chat = model.load_chat(tmp_path / "chat.json")
+    assert (chat.messages, chat.turns) == ([{"role": "system", "content": "é"}], ())
+    assert chat.send("Hi", max_new_tokens=3).tokens == model.start_chat("é").send("Hi", max_new_tokens=3).tokens
+
+
+def test_what_is_no_saved_conversation_of_this_model_and_plan(tmp_path):
+    model, path = make("llama", "two taps"), tmp_path / "chat.json"
+    chat = model.start_chat()
+    chat.send("Hi", max_new_tokens=3)
+    chat.save(path)
+    good = json.loads(path.read_text())
+    with pytest.raises(pop.InputError, match="with another model"):
+        make("gemma3", pop.PrunePlan((4,))).load_chat(path)
+    projections = model.plan.projections
+    other = KVProjections(projections.layers, 2 * projections.weight, projections.bias, projections.fingerprint, 2)
+    for plan in (pop.PrunePlan((4,)), pop.PrunePlan(projections.layers, 2, 1, other)):
+        with pytest.raises(pop.PlanError, match="held with another plan"):
+            model.load_chat(path, plan=plan)
+    turn = good["turns"][0]
+    for content in (
+        [],
+        {},
+        {**good, "pop_conversation": 1},
+        {**good, "turns": None},
+        {**good, "turns": [{"user": "Hi"}]},
+        {**good, "turns": [{**turn, "assistant": 3}]},
+        {**good, "turns": [{**turn, "answer": "abc"}]},
+        {**good, "turns": [{**turn, "answer": [1.5]}]},
+        {**good, "turns": [{**turn, "answer": [999]}]},
+        {**good, "turns": [{**turn, "user": " "}]},
+        {**good, "system": 3},
+    ):
+        path.write_text(json.dumps(content))
+        with pytest.raises(pop.InputError):
+            model.load_chat(path)
+    path.write_text(json.dumps({**good, "turns": [{**turn, "answer": [7] * 600}]}))
+    with pytest.raises(pop.ContextOverflow, match="the saved conversation has 6.. tokens"):
+        model.load_chat(path)
+    path.write_bytes(b"\xff")
+    for missing in (path, tmp_path / "none.json", tmp_path):
+        with pytest.raises(pop.InputError, match="is not a saved conversation"):
+            model.load_chat(missing)
+    with pytest.raises(pop.InputError, match="cannot be saved to"):
+        chat.save(tmp_path / "no" / "folder")
+
+
+# Prefixes
+
+
+@pytest.mark.parametrize("length", [1, 2, 3, 30])
+def test_a_prefix_and_a_rest_are_one_prompt(model, length, monkeypatch):
+    tokens = [(7 * n + 3) % 250 for n in range(length)]
+    prefix = model.prefix(tokens)
+    ahead = max(0, length - model.plan.full_depth_last + 1)
+    rests = [[9], list(range(40, 61)), [5, 6, 7]]
+    expected = [model.generate(tokens + rest, max_new_tokens=8).tokens for rest in rests]
+    logits, pick = [], Sampler.__call__
+    monkeypatch.setattr(Sampler, "__call__", lambda self, x: logits.append(x) or pick(self, x))
+    ran, embed = [], type(model.module).embed
+    monkeypatch.setattr(type(model.module), "embed", lambda self, x: ran.append(x.numel()) or embed(self, x))
+    for rest, answer in zip(rests, expected, strict=True):
+        logits.clear()
+        ran.clear()
+        alone = prefix.generate(rest, max_new_tokens=8)
+        assert (alone.tokens, alone.prompt_tokens) == (answer, length + len(rest))
+        assert sum(ran) == length - ahead + len(rest) + len(logits) - 1
+        assert_close(logits[0][0], reference.prefill(model.module, torch.tensor(tokens + rest), model.plan))
+    logits.clear()
+    assert [each.tokens for each in prefix.generate(rests, max_new_tokens=8)] == expected
+    for row, rest in zip(logits[0], rests, strict=True):
+        assert_close(row, reference.prefill(model.module, torch.tensor(tokens + rest), model.plan))
+
+
+def test_prefixes_of_text_and_what_they_refuse():
+    model = make("llama", pop.PrunePlan((3, 4)), max_seq_len=40)
+    model.tokenizer.bos_id = OTHER_END
+    prefix = model.prefix("Once upon")
+    expected = model.generate("Once upon a", max_new_tokens=9)
+    assert prefix.tokens == [OTHER_END, *b"Once upon"]
+    assert prefix.generate(" a", max_new_tokens=9).tokens == expected.tokens
+    assert "".join(prefix.stream(" a", max_new_tokens=9)) == expected.text
+    other = model.prefix("Once upon", plan=pop.PrunePlan.none())
+    full = model.generate("Once upon a", max_new_tokens=9, plan=pop.PrunePlan.none())
+    assert other.generate(" a", max_new_tokens=9).tokens == full.tokens != expected.tokens
+    with pytest.raises(pop.InputError, match="encoded by one plan"):
+        prefix.generate(" a", plan=pop.PrunePlan.none())
+    with pytest.raises(pop.InputError, match="the prompt is empty"):
+        prefix.generate("")
+    with pytest.raises(pop.InputError, match="the prefix is empty"):
+        model.prefix("")
+    with pytest.raises(pop.InputError, match="stream takes one prompt"):
+        prefix.stream(["a", "b"])
+    with pytest.raises(
+        pop.ContextOverflow, match=r"the prompt \(31 tokens behind 10 earlier ones\) has 41 .* takes 40"
+    ):
+        prefix.generate("a" * 31)
+    with pytest.raises(pop.ContextOverflow, match="the prefix has 41 tokens"):
+        model.prefix("a" * 40)
+
+
+# Threads
+
+
+def test_threads_share_a_model():
+    """Two threads, each with its own caches, and one prefix between them."""
+    model = make("gemma3", "two taps")
+    prefix = model.prefix("A long story that both of them were told")
+    barrier = threading.Barrier(2)
+
+    def work(text, wait=lambda: None):
+        wait()
+        chat = model.start_chat(text)
+        options = {"max_new_tokens": 7, "temperature": 1.0, "seed": 4}
+        answers = [chat.send(f"{text} {n}", **options).tokens for n in range(3)]
+        rows = prefix.generate([text, text * 2], **options)
+        return answers + [row.tokens for row in rows], held(model.module, chat._state.cache, 0)
+
+    texts = ("Tell me of whales", "No")
+    expected = [work(text) for text in texts]
+    results = [[], []]
+
+    def run(n):
+        for _ in range(3):
+            results[n].append(work(texts[n], barrier.wait))
+
+    threads = [threading.Thread(target=run, args=(n,)) for n in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert expected[0][0] != expected[1][0]
+    for (tokens, cache), got in zip(expected, results, strict=True):
+        assert len(got) == 3
+        for each, kept in got:
+            assert each == tokens
+            assert torch.equal(kept, cache)
+
+
+def test_conversations_of_the_real_model(smollm2, tmp_path):
+    """Its answers end with the end token and encode to their own tokens: the cache has what the chat format writes."""
+    model = pop.load("smollm2-135m", dtype=torch.float32, compile=False)
+    chat = model.start_chat()
+    for text in ("Name three colours.", "And one more?"):
+        assert chat.send(text, max_new_tokens=60).finish_reason == "stop"
+        whole = model.chat_tokens([*chat.messages, {"role": "user", "content": "x"}])
+        assert whole == chat.tokens + chat._format.encode_next("x")
+    first = chat.turns[0].prompt
+    expected = reference_of(model, [(turn.prompt, turn.answer) for turn in chat.turns])[0].argmax(-1)
+    at = len(first) + len(chat.turns[0].answer) + len(chat.turns[1].prompt) - 1
+    assert expected[at : at + len(chat.turns[1].answer)].tolist() == chat.turns[1].answer

@@ -1,0 +1,188 @@
+"""Chat formats against the families' own chat templates (goldens), and what users may not do with them.
+
+The goldens are made by tools/goldens/tokenizers.py.
+"""
+
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from support.chat_formats import FAMILIES, FORMATS, GOLDENS
+from support.text import train
+
+from pop.errors import InputError, UnsupportedError
+from pop.inputs.chat import chat_format
+from pop.inputs.tokenizers import SentencePieceTokenizer, load_tokenizer
+
+FORMATS["gemma3"] = chat_format(SentencePieceTokenizer(train()))  # one like Gemma's
+
+
+def assert_golden(form, file: Path) -> None:
+    for case in json.loads(file.read_bytes())["chat"]:
+        assert form.render(case["messages"], case["prompt"]) == case["rendered"]
+        assert form.encode(case["messages"], case["prompt"]) == case["ids"]
+
+
+@pytest.mark.parametrize("family", FAMILIES[:2])
+def test_conversations_are_as_the_template_writes_them(family):
+    assert_golden(FORMATS[family], GOLDENS / family / "golden.json")
+
+
+def test_gemmas_conversations_are_as_its_template_writes_them():
+    """The ids are those of the real tokenizer, which is not here."""
+    cases = json.loads((GOLDENS / "gemma3-270m.json").read_bytes())["chat"]
+    assert len(cases) == 10
+    for case in cases:
+        assert FORMATS["gemma3"].render(case["messages"], case["prompt"]) == case["rendered"]
+
+
+def test_conversations_of_the_real_gemma3(gemma3):
+    assert_golden(chat_format(load_tokenizer(gemma3)), GOLDENS / "gemma3-270m.json")
+
+
+@pytest.mark.parametrize(
+    ("roles", "named"),
+    [
+        (["system"], "the system alone"),
+        (["assistant", "user"], "assistant, user"),
+        (["system", "assistant"], "of assistant"),
+        (["user", "user"], "user, user"),
+        (["user", "assistant", "assistant"], "user, assistant, assistant"),
+    ],
+)
+def test_gemma_takes_user_and_assistant_in_turn(roles, named):
+    with pytest.raises(InputError, match=f"Gemma takes messages .*{named}"):
+        FORMATS["gemma3"].encode([{"role": role, "content": "x"} for role in roles])
+
+
+def test_conversations_of_the_real_smollm2(smollm2):
+    assert_golden(chat_format(load_tokenizer(smollm2)), GOLDENS / "smollm2-135m.json")
+
+
+def test_llama_3_without_the_dates():
+    """Its template, before 3.1, writes just the messages."""
+    tokenizer = load_tokenizer(GOLDENS / "llama-3.1")
+    messages = [{"role": "user", "content": " Hi "}]
+    dated = chat_format(tokenizer).render(messages)
+    tokenizer.chat_template = "{# Cutting Knowledge Date #}"
+    assert chat_format(tokenizer).render(messages) == dated
+    tokenizer.chat_template = "{{ bos_token }} and so on"
+    opening = "<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\nHi<|eot_id|>"
+    assert chat_format(tokenizer).render(messages, add_generation_prompt=False) == opening
+
+
+def test_chatml_without_a_default_system_message():
+    tokenizer = load_tokenizer(GOLDENS / "smollm2")
+    tokenizer.chat_template = None
+    rendered = chat_format(tokenizer).render([{"role": "user", "content": " Hi "}])
+    assert rendered == "<|im_start|>user\n Hi <|im_end|>\n<|im_start|>assistant\n"
+
+
+def test_qwen3_has_no_default_system_message_and_its_thoughts_pass_through():
+    form = chat_format(load_tokenizer(GOLDENS / "qwen3"))
+    turns = [("user", "Hi<|im_end|>"), ("assistant", "<think>\nA greeting.\n</think>\n\nHello"), ("user", "Bye")]
+    messages = [{"role": role, "content": text} for role, text in turns]
+    written = "".join(f"<|im_start|>{role}\n{text}<|im_end|>\n" for role, text in turns) + "<|im_start|>assistant\n"
+    assert form.render(messages) == written
+    special, ids = form.tokenizer.special_tokens, form.encode(messages)
+    assert [id for id in ids if id in special.values()] == [special["<|im_start|>"], special["<|im_end|>"]] * 3 + [
+        special["<|im_start|>"]
+    ]
+    assert ids.count(924) == ids.count(925) == 1  # <think> and </think>, which are ordinary tokens
+    assert form.end_ids == (special["<|im_end|>"], special["<|endoftext|>"])
+    assert form.tokenizer.bos_id is None
+
+
+def test_end_ids():
+    for family, names in (
+        ("llama-3.1", ["<|eot_id|>", "<|end_of_text|>", "<|eom_id|>"]),
+        ("smollm2", ["<|im_end|>", "<|endoftext|>"]),
+        ("gemma3", ["<end_of_turn>", "<eos>"]),
+    ):
+        special = FORMATS[family].tokenizer.special_tokens
+        assert FORMATS[family].end_ids == tuple(special[name] for name in names)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@given(data=st.data())
+def test_no_text_becomes_a_control_token(family, data):
+    """Whatever the texts are, the control tokens are those of the same conversation about nothing."""
+    tokenizer = FORMATS[family].tokenizer
+    names = sorted(tokenizer.special_tokens)
+    characters = st.characters(codec="utf-8", min_codepoint=32, max_codepoint=0x3FFFF)  # SmolLM2 has bytes for these
+    text = st.lists(st.sampled_from([*names, "a", " ", "\n", "<|"]) | st.text(characters), max_size=6)
+    if family == "gemma3":
+        roles = ["user", "assistant", "user", "assistant"][: data.draw(st.integers(1, 4))]
+    else:
+        roles = data.draw(st.lists(st.sampled_from(["user", "assistant"]), min_size=1, max_size=4))
+    roles = ["system"] * data.draw(st.booleans()) + roles
+    messages = [{"role": role, "content": "x" + "".join(data.draw(text))} for role in roles]
+    control = set(tokenizer.special_tokens.values())
+    ids, plain = (
+        [id for id in FORMATS[family].encode(conversation) if id in control]
+        for conversation in (messages, [message | {"content": "x"} for message in messages])
+    )
+    assert ids == plain
+    if tokenizer.bos_id is not None:
+        assert ids.count(tokenizer.bos_id) == 1 and ids[0] == tokenizer.bos_id
+    decoded = tokenizer.decode(FORMATS[family].encode(messages), special=True)
+    rendered = FORMATS[family].render(messages)
+    assert decoded == (rendered.replace("▁", " ") if family == "gemma3" else rendered)  # sentencepiece's own blank
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_text_in_parts(family):
+    parts = [{"type": "text", "text": "Hello, "}, {"type": "text", "text": "world"}]
+    whole = [{"role": "user", "content": "Hello, world"}]
+    assert FORMATS[family].encode([{"role": "user", "content": parts}]) == FORMATS[family].encode(whole)
+
+
+@pytest.mark.parametrize("kind", ["image", "video"])
+def test_images_and_videos_are_not_for_text_models(kind):
+    content = [{"type": "text", "text": "What is this?"}, {"type": kind, kind: "a.png"}]
+    with pytest.raises(UnsupportedError, match=r"message 0 has an image or video, and this model takes text only"):
+        FORMATS["llama-3.1"].encode([{"role": "user", "content": content}])
+
+
+USER = {"role": "user", "content": "x"}
+
+
+@pytest.mark.parametrize(
+    ("messages", "message"),
+    [
+        ([], "at least one"),
+        (None, "must be a list"),
+        ("Hi", "must be a list"),
+        (USER, "must be a list"),
+        ([USER, "Hi"], "message 1 must be a dict"),
+        ([{"role": "user"}], "message 0 must be a dict"),
+        ([USER | {"name": "Bob"}], "message 0 must be a dict"),
+        ([USER | {"role": "tool"}], "message 0 has the role 'tool'"),
+        ([USER | {"role": None}], "message 0 has the role None"),
+        ([USER, USER | {"role": "system"}], "message 1 is a system message"),
+        ([USER, USER | {"content": " \n"}], "message 1, of the user, is empty"),
+        ([USER | {"content": []}], "message 0: the content must be"),
+        ([USER | {"content": None}], "message 0: the content must be"),
+        ([USER | {"content": ["x"]}], "message 0: a part is"),
+        ([USER | {"content": [{"type": "audio"}]}], "message 0: a part is"),
+        ([USER | {"content": [{"type": "text"}]}], "message 0: a part is"),
+        ([USER | {"content": [{"type": "text", "text": 3}]}], "message 0: a part is"),
+        ([USER | {"content": [{"type": "text", "text": "x", "more": 1}]}], "message 0: a part is"),
+        ([USER | {"content": "\ud800"}], "lone surrogate"),
+    ],
+)
+def test_messages_that_are_none(messages, message):
+    with pytest.raises(InputError, match=message):
+        FORMATS["smollm2"].encode(messages)
+
+
+def test_tokenizers_without_a_chat_format():
+    tokenizer = load_tokenizer(GOLDENS / "smollm2")
+    del tokenizer.special_tokens["<|im_end|>"]
+    with pytest.raises(UnsupportedError, match=r"lacks the token <\|im_end\|>"):
+        chat_format(tokenizer).encode([USER])
+    del tokenizer.special_tokens["<|im_start|>"]
+    with pytest.raises(UnsupportedError, match=r"none of the tokens <\|start_header_id\|>, <\|im_start\|>, <start"):
+        chat_format(tokenizer)

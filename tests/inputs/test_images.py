@@ -1,0 +1,383 @@
+"""Images: every kind read as it is seen, the unreadable refused before it costs memory, pixels as the reference's."""
+
+import io
+import os
+import struct
+import sys
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image, ImageFile
+from support.tiny_images import IMAGES, image, random_bytes
+
+from pop.errors import InputError, MissingExtra
+from pop.inputs import images
+from pop.inputs.images import PanAndScan, gemma_pixels, load_image
+
+GOLDENS = np.load(Path(__file__).parents[1] / "goldens" / "vision" / "images.npz")
+PAN_AND_SCAN = [name for name in GOLDENS if name.startswith("pan-") and not name.endswith("-options")]
+
+
+def channels_first(array: np.ndarray) -> torch.Tensor:
+    return torch.from_numpy(array.copy()).permute(2, 0, 1)
+
+
+def levels(pixels: torch.Tensor) -> torch.Tensor:
+    """Prepared pixels as the bytes they come from, in a signed type."""
+    return (pixels * 127.5 + 127.5).round().to(torch.int16)
+
+
+def saved(picture: Image.Image, format: str, **options) -> io.BytesIO:
+    file = io.BytesIO()
+    picture.save(file, format, **options)
+    return file
+
+
+def write(path: Path, content: bytes) -> Path:
+    path.write_bytes(content)
+    return path
+
+
+# ---- against the reference ----
+
+
+@pytest.mark.parametrize("name", IMAGES)
+def test_prepared_as_the_reference_does(name):
+    expected = torch.from_numpy(GOLDENS[name].astype(np.float32))
+    assert torch.equal(gemma_pixels(image(name), 28), (expected - 127.5) / 127.5)
+
+
+@pytest.mark.parametrize("name", ["wide", "tiny"])
+def test_prepared_in_real_size(name):
+    pixels = levels(gemma_pixels(image(name), 896))
+    assert pixels.shape == (1, 3, 896, 896)
+    where = np.random.RandomState(0).choice(pixels.numel(), len(GOLDENS[f"{name}-real-samples"]), replace=False)
+    assert np.array_equal(pixels.flatten()[where], GOLDENS[f"{name}-real-samples"])
+    assert np.array_equal(pixels.sum((0, 2, 3)), GOLDENS[f"{name}-real-sums"])
+
+
+@pytest.mark.parametrize("name", PAN_AND_SCAN)
+def test_pan_and_scan_as_the_reference_does(name):
+    width, height, min_crop_size, max_crops, min_ratio = GOLDENS[f"{name}-options"].tolist()
+    picture = random_bytes(int(height), int(width), 3, seed=int(height))
+    picture = PanAndScan(picture, int(min_crop_size), int(max_crops), min_ratio)
+    assert np.array_equal(levels(gemma_pixels(picture, 28)), GOLDENS[name])
+
+
+def test_pan_and_scan_defaults_are_the_published_ones():
+    options = PanAndScan(None)
+    published = GOLDENS["pan-square-options"][2:].tolist()
+    assert [options.min_crop_size, options.max_crops, options.min_ratio] == published
+
+
+@pytest.mark.parametrize(
+    ("width", "height", "count"),
+    [
+        (480, 300, 0),  # two crops would be 240 wide
+        (600, 250, 0),  # ... and here 250 high
+        (620, 500, 2),  # the ratio rounds to 1, and 2 is the least
+        (500, 620, 2),
+        (5000, 500, 4),
+    ],
+)
+def test_crops_by_hand(width, height, count):
+    assert len(images._crops(torch.empty(3, height, width, dtype=torch.uint8), PanAndScan(None))) == count
+
+
+@given(st.integers(1, 60), st.integers(1, 60), st.integers(1, 12), st.integers(1, 6), st.floats(1, 3))
+def test_crops_tile_the_image(width, height, min_crop_size, max_crops, min_ratio):
+    picture = channels_first(random_bytes(height, width, 3, seed=0))
+    crops = images._crops(picture, PanAndScan(None, min_crop_size, max_crops, min_ratio))
+    assert len(crops) <= max_crops
+    if crops:
+        assert torch.equal(torch.cat(crops, 2 if width >= height else 1), picture)
+        assert max(width, height) / min(width, height) >= min_ratio
+
+
+def test_a_square_of_the_right_size_is_only_rescaled():
+    picture = random_bytes(28, 28, 3, seed=1)
+    expected = channels_first(picture).float() / 255 * 2 - 1
+    assert (gemma_pixels(picture, 28)[0] - expected).abs().max() < 1e-6
+
+
+# ---- every kind of image ----
+
+
+def test_arrays_are_taken_as_they_are():
+    picture = random_bytes(7, 9, 3, seed=1)
+    for array in (picture, picture[::-1][::-1], np.asfortranarray(picture), np.asarray(Image.fromarray(picture))):
+        loaded = load_image(array)
+        assert loaded.dtype == torch.uint8 and torch.equal(loaded, channels_first(picture))
+    loaded = load_image(picture)
+    picture[:] = 0
+    assert loaded.any(), "it shares the caller's memory"
+
+
+@pytest.mark.parametrize("format", ["PNG", "BMP", "TIFF", "PPM", "WEBP"])
+def test_lossless_files(tmp_path, format):
+    picture = random_bytes(11, 6, 3, seed=2)
+    options = {"lossless": True} if format == "WEBP" else {}
+    path = write(tmp_path / "image", saved(Image.fromarray(picture), format, **options).getvalue())
+    assert torch.equal(load_image(path), channels_first(picture))
+    assert torch.equal(load_image(str(path)), channels_first(picture))
+
+
+def test_jpeg_and_gif(tmp_path):
+    picture = np.repeat(np.repeat(random_bytes(2, 3, 3, seed=3), 16, 0), 16, 1)
+    path = write(tmp_path / "image.jpg", saved(Image.fromarray(picture), "JPEG", quality=100, subsampling=0).getvalue())
+    assert (load_image(path).int() - channels_first(picture).int()).abs().max() <= 2  # flat blocks, rounded twice
+    first, second = image("palette"), Image.new("P", (45, 52))
+    path = write(tmp_path / "image.gif", saved(first, "GIF", save_all=True, append_images=[second]).getvalue())
+    assert torch.equal(load_image(path), channels_first(np.array(first.convert("RGB")))), "the first frame counts"
+
+
+# What each EXIF orientation has done to an upright image [H, W, 3].
+ORIENTATIONS = {
+    1: lambda x: x,
+    2: lambda x: x[:, ::-1],
+    3: lambda x: x[::-1, ::-1],
+    4: lambda x: x[::-1],
+    5: lambda x: x.transpose(1, 0, 2),
+    6: lambda x: np.rot90(x),
+    7: lambda x: x[::-1, ::-1].transpose(1, 0, 2),
+    8: lambda x: np.rot90(x, -1),
+}
+
+
+@pytest.mark.parametrize("orientation", ORIENTATIONS)
+@pytest.mark.parametrize("format", ["PNG", "TIFF"])
+def test_exif_orientation(tmp_path, orientation, format):
+    upright = random_bytes(5, 8, 3, seed=4)
+    turned = Image.fromarray(np.ascontiguousarray(ORIENTATIONS[orientation](upright)))
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    file = saved(turned, format, exif=exif)
+    assert torch.equal(load_image(write(tmp_path / "image", file.getvalue())), channels_first(upright))
+    assert torch.equal(load_image(Image.open(file)), channels_first(upright))
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "PA"])
+def test_what_is_transparent_shows_white(mode):
+    picture = Image.new("RGBA", (3, 1))
+    picture.putdata([(10, 10, 10, 0), (10, 10, 10, 255), (10, 10, 10, 51)])
+    if mode == "PA":
+        picture = Image.merge("PA", (Image.new("P", (3, 1), 10), picture.getchannel("A")))
+        picture.putpalette([value for value in range(256) for _ in "RGB"])
+    loaded = load_image(picture if mode == "PA" else picture.convert(mode))
+    assert loaded[0, 0].tolist() == [255, 10, 206]  # 206 = 0.2 * 10 + 0.8 * 255
+    assert torch.equal(loaded[0], loaded[1]) and torch.equal(loaded[0], loaded[2])
+
+
+def test_transparency_is_the_same_from_a_file(tmp_path):
+    for name in ("alpha", "grey-alpha", "palette-transparent"):
+        path = write(tmp_path / name, saved(image(name), "PNG").getvalue())
+        assert torch.equal(load_image(path), load_image(image(name))), name
+    picture = Image.fromarray(np.array([[[1, 2, 3], [4, 5, 6]]], np.uint8))  # one colour declared transparent
+    path = write(tmp_path / "colour-key", saved(picture, "PNG", transparency=(4, 5, 6)).getvalue())
+    assert load_image(path).squeeze(1).T.tolist() == [[1, 2, 3], [255, 255, 255]]
+
+
+@pytest.mark.parametrize("format", ["PNG", "TIFF"])
+def test_sixteen_bits_keep_their_upper_eight(tmp_path, format):
+    values = np.array([[0, 255, 256, 0x8000, 0xFFFF]], np.uint16)
+    path = write(tmp_path / "grey", saved(Image.fromarray(values), format).getvalue())
+    assert load_image(path)[1, 0].tolist() == [0, 0, 1, 0x80, 0xFF]
+
+
+def test_sixteen_bits_with_a_transparent_shade(tmp_path):
+    values = Image.fromarray(np.array([[0, 256, 0x8000]], np.uint16))
+    path = write(tmp_path / "grey.png", saved(values, "PNG", transparency=256).getvalue())
+    assert load_image(path)[1, 0].tolist() == [0, 255, 0x80]
+
+
+def test_premultiplied_alpha():
+    picture = Image.new("RGBA", (2, 1), (200, 100, 0, 0))
+    picture.putpixel((1, 0), (200, 100, 0, 255))
+    assert load_image(picture.convert("RGBa")).squeeze(1).T.tolist() == [[255, 255, 255], [200, 100, 0]]
+
+
+def test_photos_of_several_pictures_and_with_broken_tags(tmp_path):
+    """Phones write MPO files and call them JPEG; the first picture counts. Orientations that there are not are none."""
+    first, second = (Image.new("RGB", (8, 6), colour) for colour in ((255, 0, 0), (0, 0, 255)))
+    path = write(tmp_path / "photo.jpg", saved(first, "MPO", save_all=True, append_images=[second]).getvalue())
+    loaded = load_image(path)
+    assert loaded.shape == (3, 6, 8) and loaded[0].min() > 240 and loaded[2].max() < 15
+    for orientation in (0, 9, 65535):
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        assert load_image(write(path, saved(first, "JPEG", exif=exif).getvalue())).shape == (3, 6, 8)
+    assert load_image(write(path, saved(first, "JPEG", exif=b"Exif\0\0" + b"\xff" * 50).getvalue())).shape == (3, 6, 8)
+
+
+@pytest.mark.parametrize("kind", [b"zTXt", b"iCCP"])
+def test_compressed_texts_and_profiles_that_burst_are_refused(tmp_path, kind):
+    bomb = kind + b"k\0\0" + zlib.compress(bytes(2**27), 9)
+    chunk = struct.pack(">I", len(bomb) - 4) + bomb + struct.pack(">I", zlib.crc32(bomb))
+    whole = png(1, 1, b"\0\0")
+    refused(write(tmp_path / "bomb.png", whole[:33] + chunk + whole[33:]), "truncated or broken")
+
+
+def test_sixteen_bits_in_colour(tmp_path):
+    rows = b"\0" + struct.pack(">6H", 0x1234, 0x5678, 0x9ABC, 0xFFFF, 0x00FF, 0x0100)
+    path = write(tmp_path / "colour.png", png(2, 1, rows, depth=16, colour=2))
+    assert load_image(path).squeeze(1).T.tolist() == [[0x12, 0x56, 0x9A], [0xFF, 0x00, 0x01]]
+
+
+def test_big_endian_sixteen_bits():
+    picture = Image.frombytes("I;16B", (2, 1), bytes([0x12, 0x34, 0xFF, 0x00]))
+    assert load_image(picture)[0, 0].tolist() == [0x12, 0xFF]
+
+
+# ---- what is refused ----
+
+
+def png(width: int, height: int, rows: bytes, depth: int = 8, colour: int = 0) -> bytes:
+    """A PNG file with this header and these rows, be they enough or not."""
+
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    header = struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0)
+    body = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + body
+
+
+def refused(given, pattern: str) -> None:
+    with pytest.raises(InputError, match=pattern) as caught:
+        load_image(given)
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 700
+
+
+@pytest.mark.parametrize(
+    ("width", "height"),
+    [(8193, 8192), (60_000, 60_000), (2**31 - 1, 2**31 - 1), (2**16 + 1, 1), (1, 10**6)],
+)
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+def test_bombs_are_refused_by_their_header(tmp_path, monkeypatch, width, height):
+    def never(self, *args):
+        raise AssertionError("decoded before its size was checked")
+
+    monkeypatch.setattr(ImageFile.ImageFile, "load", never)
+    path = write(tmp_path / "bomb.png", png(width, height, b"\0" * 100_000))
+    refused(path, "make it smaller first")
+    if width * height < 2**27:  # Pillow itself refuses to open the others
+        refused(Image.open(path), "pixels wide")
+
+
+def test_bombs_are_refused_where_warnings_are_errors(tmp_path):
+    path = write(tmp_path / "bomb.png", png(10_000, 10_000, b""))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("warnings.filters", [("error", None, Warning, None, 0)])
+        refused(path, "make it smaller first")
+
+
+def test_the_largest_that_is_read(monkeypatch):
+    monkeypatch.setattr(images, "MAX_PIXELS", 60)
+    monkeypatch.setattr(images, "MAX_SIDE", 20)
+    for height, width in ((6, 10), (3, 20), (20, 1)):
+        assert load_image(random_bytes(height, width, 3, 0)).shape == (3, height, width)
+        assert load_image(Image.new("L", (width, height))).shape == (3, height, width)
+    for height, width in ((61, 1), (7, 9), (1, 21)):
+        refused(random_bytes(height, width, 3, 0), "at most 60 pixels, 20 a side")
+        refused(Image.new("L", (width, height)), "at most 60 pixels, 20 a side")
+
+
+def test_files_of_many_bytes_are_refused_unread(tmp_path, monkeypatch):
+    path = write(tmp_path / "long.webp", saved(Image.new("RGB", (4, 4)), "WEBP").getvalue())
+    size = path.stat().st_size
+    monkeypatch.setattr(images, "MAX_BYTES", size)
+    assert load_image(path).shape == (3, 4, 4)
+    os.truncate(path, size + 1)
+    monkeypatch.setattr(Image, "open", None)
+    refused(path, f"has {size + 1} bytes, and at most {size} are read")
+
+
+@pytest.mark.parametrize("format", ["PNG", "JPEG", "GIF", "BMP", "TIFF", "WEBP", "PPM"])
+def test_truncated_files(tmp_path, format):
+    whole = saved(Image.fromarray(random_bytes(64, 64, 3, seed=7)), format).getvalue()
+    for size in (0, 1, 10, len(whole) // 2, len(whole) * 3 // 4):
+        refused(write(tmp_path / "image", whole[:size]), "broken")
+
+
+@given(st.binary(max_size=200), st.sampled_from(["PNG", "JPEG", "GIF", "BMP", "TIFF", "WEBP", "PPM"]), st.data())
+def test_corrupt_files_raise_nothing_but_input_errors(tmp_path_factory, noise, format, data):
+    whole = saved(Image.fromarray(random_bytes(16, 16, 3, seed=7)), format).getvalue()
+    at = data.draw(st.integers(0, len(whole)))
+    path = write(tmp_path_factory.getbasetemp() / "corrupt", whole[:at] + noise + whole[at + len(noise) :])
+    try:
+        loaded = load_image(path)
+    except InputError as error:
+        assert "\n" not in str(error) and len(str(error)) < 700
+    else:
+        assert loaded.dtype == torch.uint8 and loaded.shape[0] == 3
+
+
+def test_other_files_are_refused(tmp_path):
+    refused(write(tmp_path / "a.txt", b"not an image"), "none of BMP, GIF")
+    refused(write(tmp_path / "a.eps", saved(Image.new("RGB", (4, 4)), "EPS").getvalue()), "none of BMP, GIF")
+    refused(tmp_path / "missing.png", "missing.png' is no file")
+    refused(tmp_path, "is no file")
+    refused("https://example.org/image.png", "is no file")
+    refused("a\0b", "is no file|truncated or broken")
+
+
+@pytest.mark.parametrize("given", [None, 3, b"bytes", [[1, 2], [3, 4]], torch.zeros(4, 4, 3, dtype=torch.uint8)])
+def test_other_types_are_refused(given):
+    refused(given, "give a path, a PIL image or an HxWx3 uint8 array")
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype"), [((4, 4), "uint8"), ((3, 8, 8), "uint8"), ((4, 4, 4), "uint8"), ((4, 4, 3), "float32")]
+)
+def test_other_arrays_are_refused(shape, dtype):
+    refused(np.zeros(shape, dtype), "give height x width x 3, uint8")
+
+
+def test_empty_images_are_refused():
+    refused(np.zeros((0, 4, 3), np.uint8), "4 pixels wide and 0 high")
+    refused(Image.new("RGB", (0, 4)), "0 pixels wide and 4 high")
+
+
+@pytest.mark.parametrize("mode", ["I", "F"])
+def test_pixels_of_32_bits_are_refused(mode):
+    refused(Image.new(mode, (4, 4)), "32 bits")
+
+
+@pytest.mark.parametrize(
+    ("options", "pattern"),
+    [
+        ({"min_crop_size": 0}, "min_crop_size is 0"),
+        ({"max_crops": 1.5}, "max_crops is 1.5"),
+        ({"min_ratio": 0.9}, "min_ratio is 0.9"),
+        ({"min_ratio": float("nan")}, "min_ratio is nan"),
+        ({"min_ratio": "2"}, "min_ratio is '2'"),
+    ],
+)
+def test_bad_pan_and_scan_options(options, pattern):
+    with pytest.raises(InputError, match=pattern):
+        PanAndScan(None, **options)
+
+
+def test_pan_and_scan_is_of_an_image_and_of_gemma():
+    for picture in (None, PanAndScan(random_bytes(9, 4, 3, 0))):
+        with pytest.raises(InputError, match="give a path, a PIL image or an HxWx3 uint8 array"):
+            gemma_pixels(PanAndScan(picture), 28)
+    refused(PanAndScan(random_bytes(9, 4, 3, 0)), "an image is of type PanAndScan")
+
+
+# ---- without Pillow ----
+
+
+def test_without_pillow_arrays_work_and_files_say_what_is_missing(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "PIL", None)
+    expected = torch.from_numpy(GOLDENS["wide"].astype(np.int16))
+    _, width, height = IMAGES["wide"]
+    picture = random_bytes(height, width, 3, seed=sorted(IMAGES).index("wide"))
+    assert torch.equal(levels(gemma_pixels(picture, 28)), expected)
+    with pytest.raises(MissingExtra, match=r"pip install 'pop-prefill\[images\]'"):
+        load_image(write(tmp_path / "image.png", b""))

@@ -1,0 +1,236 @@
+"""Images where prompts are not only generated from: prefixes, importance and calibration, in both families."""
+
+import dataclasses
+
+import pytest
+import torch
+from support.cases import assert_close
+from support.naive_fit import naive_fit, naive_kl
+from support.tiny import random_model, random_patches, tiny_gemma3_vl_config, tiny_qwen3_vl_config
+from support.tiny_images import picture
+
+import pop
+from pop.calibration.gates import gate_gradients
+from pop.calibration.refit import Judge, _accumulate, _batches, _Fit, _windows
+from pop.errors import ContextOverflow, InputError
+from pop.inputs.processors import Prepared
+from pop.models.vision.qwen3_vl import Grid
+
+FAMILIES = {"gemma3": tiny_gemma3_vl_config, "qwen3_vl": tiny_qwen3_vl_config}
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def model(request):
+    config = FAMILIES[request.param]()
+    return pop.Model(random_model(config, seed=2), config, plan=pop.PrunePlan((0, 1, 3)), compile=False)
+
+
+def seen(model, number):
+    """The image of that number; Qwen3-VL's are of different sizes."""
+    if model.config.family == "gemma3":
+        (one,) = model.vision.prepared([picture(28, number)], None, 1)[0]
+        return one
+    vision, rows, columns = model.config.vision, 2 + 2 * (number % 2), 4
+    ids = [62, *[60] * (rows * columns // 4), 63]
+    pixels = random_patches(rows * columns, vision.patch_values, number)
+    return Prepared("image", pixels, (ids,), Grid(1, rows, columns))
+
+
+def tokens_of(*parts):
+    """Token ids, and in the places of images their own."""
+    lists = [[part] if isinstance(part, int) else [p for p in part.pieces if not isinstance(p, str)] for part in parts]
+    return [token for part in lists for one in part for token in ([one] if isinstance(one, int) else one)]
+
+
+def images_of(model, tokens, ones):
+    return model.vision.images(model.module, [ones], torch.tensor([tokens]), torch.tensor([len(tokens)]))
+
+
+# ---- Answers ----
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_an_answer_shows_no_image(model, monkeypatch, temperature):
+    """Else nothing could go on from it: behind a prompt, tokens that stand for images need images."""
+    shown = torch.tensor([*model.vision.placeholders.values()])
+    head = model.module.head
+    monkeypatch.setattr(model.module, "head", lambda h: head(h).index_fill(-1, shown, 1e4))
+    answers = model.generate([[2, 5], [7, 8, 9]], max_new_tokens=4, temperature=temperature, seed=0)
+    assert all(token not in answer.tokens for answer in answers for token in shown)
+    assert model.generate([2, 5, *answers[0].tokens], max_new_tokens=1)
+
+
+# ---- Prefixes ----
+
+
+@pytest.mark.parametrize("last", [1, 2, 4, 7, 11, 40])
+def test_a_prefix_with_images_and_a_rest_with_images_are_one_prompt(model, last):
+    """Wherever the prefix's last full-depth tokens begin: in text, in an image, which then waits with them, at 0."""
+    a, b, c = (seen(model, number) for number in range(3))
+    tokens = tokens_of(2, 5, a, 7, 8, b, 9)
+    plan = dataclasses.replace(model.plan, full_depth_last=last)
+    prefix = model.prefix(tokens, images=[a, b], plan=plan)
+    ahead = 0 if prefix._cache is None else int(prefix._cache.lengths[0])
+    placeholder = tokens_of(a)[1]
+    assert ahead <= max(0, len(tokens) - last + 1)
+    assert tokens[max(0, ahead - 1) : ahead + 1] != [placeholder] * 2, "an image is cut"
+    rests, rows = [[4], tokens_of(6, c, 3, a)], [None, [c, a]]
+    expected = [
+        model.generate(tokens + rest, images=[a, b, *(row or [])], max_new_tokens=6, plan=plan)
+        for rest, row in zip(rests, rows, strict=True)
+    ]
+    for rest, row, answer in zip(rests, rows, expected, strict=True):
+        found = prefix.generate(rest, images=row, max_new_tokens=6)
+        assert (found.tokens, found.prompt_tokens) == (answer.tokens, answer.prompt_tokens)
+    together = prefix.generate(rests, images=rows, max_new_tokens=6)
+    assert [one.tokens for one in together] == [one.tokens for one in expected]
+
+
+def test_what_a_prefix_refuses(model):
+    a = seen(model, 0)
+    placeholder = tokens_of(a)[1]
+    with pytest.raises(InputError, match=f"the prefix has tokens {placeholder}, which stand for images, but no image"):
+        model.prefix(tokens_of(2, a))
+    with pytest.raises(InputError, match=f"images are given that the prompt lacks tokens {placeholder} for"):
+        model.prefix(tokens_of(2, a), images=[a, a])
+    with pytest.raises(InputError, match="row 0"):
+        model.prefix(tokens_of(2, a, a, 3), images=[a])
+
+
+# ---- Importance ----
+
+
+def gated_loss(model, prompt, response, ones, gates):
+    """The response's negative log-likelihood; gates [2, 2, L] on what attention and MLP add, by stage of the token."""
+    tokens, layers = prompt + response[:-1], model.module.layers
+    stage = (torch.arange(len(tokens)) >= len(prompt) - 1).long()
+    with pytest.MonkeyPatch.context() as patch:
+        for branch, name in enumerate(("attention_update", "mlp_update")):
+            for index, layer in enumerate(layers):
+                scale, update = gates[branch, :, index][stage][None, :, None], getattr(layer, name)
+                patch.setattr(layer, name, lambda x, scale=scale, update=update: scale * update(x))
+        images = images_of(model, prompt, ones)
+        images = None if images is None else images.extended(len(tokens))
+        logits = model.module(torch.tensor([tokens]), images)[0, len(prompt) - 1 :]
+    return torch.nn.functional.cross_entropy(logits.double(), torch.tensor(response), reduction="sum")
+
+
+def test_gradients_with_images_are_the_slopes_of_the_gated_loss(model):
+    """Every gate of a batch of two prompts, one with two images and one with none: by differences, in float32."""
+    a, b = seen(model, 0), seen(model, 1)
+    prompts, rows = [tokens_of(2, a, 5, b, 9), [2, 7, 8]], [[a, b], []]
+    responses = [[11, tokens_of(a)[1], 13], [14, 15]]  # what the model says is no image, whatever it says
+
+    def of_batch(tokens, lengths):
+        return model.vision.images(model.module, rows, tokens, lengths)
+
+    found = gate_gradients(model.module, prompts, responses, of_batch)
+    for row, slopes in enumerate(found):
+        expected = torch.zeros_like(slopes)
+        for gate in torch.cartesian_prod(*map(torch.arange, slopes.shape)).tolist():
+            change = torch.zeros(slopes.shape)
+            change[tuple(gate)] = 0.01
+            high, low = (
+                gated_loss(model, prompts[row], responses[row], rows[row], 1 + sign * change) for sign in (1, -1)
+            )
+            expected[tuple(gate)] = (high - low) / 0.02
+        assert (slopes - expected).abs().max() < 5e-3 * expected.abs().max()
+
+
+def test_importance_of_samples_with_images(model, tmp_path):
+    """Scores are mean squares, sampled responses see the images, and a record knows which images they were."""
+    a, b = seen(model, 0), seen(model, 2)
+    samples, rows = [tokens_of(2, a, 9), ([2, 7], [8]), (tokens_of(2, 5, b, 9), [11, 12])], [[a], None, [b]]
+    options = {"response_tokens": 3, "progress": False, "resume": tmp_path / "sums"}
+    scores = pop.importance(model, samples, images=rows, **options)
+    assert (scores.prefill[:-1] > 0).all() and scores.num_samples == 3
+    given = pop.importance(model, samples[1:], images=rows[1:], response_tokens=3, progress=False)
+    by_hand = [
+        gate_gradients(model.module, [prompt], [response], lambda *tokens, row=row: model.vision.images(
+            model.module, [row or []], *tokens))[0].sum(0)
+        for (prompt, response), row in zip(samples[1:], rows[1:], strict=True)
+    ]  # fmt: skip
+    assert_close(torch.stack([given.prefill, given.decode]), torch.stack(by_hand).square().mean(0))
+    with pytest.raises(InputError, match="belongs to a run with another samples"):
+        pop.importance(model, samples, images=[[b if one is a else a for one in row or []] for row in rows], **options)
+    with pytest.raises(InputError, match="sample 0 cannot be used: the prompt has tokens"):
+        pop.importance(model, samples[:1])
+    with pytest.raises(InputError, match="images must be a list of 3 lists"):
+        pop.importance(model, samples, images=[a, b, a])
+
+
+# ---- Calibration ----
+
+
+def texts(model):
+    """Windows of 20 to 34 tokens, two of three with images, and the images of each."""
+    drawn, windows, rows = torch.Generator().manual_seed(4), [], []
+    for number in range(12):
+        ones = [seen(model, number * 3 + n) for n in range(number % 3)]
+        text = torch.randint(3, 50, (18,), generator=drawn).tolist()
+        windows.append(tokens_of(2, *text[:5], *ones, *text[5:]))
+        rows.append(ones)
+    return windows, rows
+
+
+@pytest.mark.parametrize("layers", [(0, 1, 2, 4), (1, 3), (4,)])
+@pytest.mark.parametrize("taps", [1, 2])
+def test_the_normal_equations_with_images_give_the_naive_fit(model, layers, taps):
+    """Where something is added to h behind a layer, a run of pruned layers ends."""
+    windows, rows = texts(model)
+    plan = pop.PrunePlan(layers, full_depth_first=1)
+    fit = _Fit(model, plan, taps)
+    for batch in _batches(_windows(model, windows, rows, None, 1024)):
+        _accumulate(model, batch, [fit])
+    own, correction, _ = fit.solve(0.1)
+    images = [images_of(model, *pair) for pair in zip(windows, rows, strict=True)]
+    assert_close((own + correction).float(), naive_fit(model, windows, plan, taps, 0.1, images).float())
+
+
+def test_the_judge_continues_behind_the_last_image(model):
+    a, b = seen(model, 0), seen(model, 1)
+    plan, sums, counts = pop.PrunePlan((1, 3), full_depth_first=1), [], []
+    windows = [
+        (tokens_of(2, a, *range(3, 21)), [a]),
+        (tokens_of(2, *range(3, 21), b, 5, 6), [b]),
+        (tokens_of(2, b), [b]),
+    ]
+    for number, (window, ones) in enumerate(windows):
+        cut = [len(window) * 2 // 3, 19 + len(tokens_of(b)) - 1, len(window) - 1][number]
+        images = images_of(model, window, ones)
+        total, count = naive_kl(model, plan, window, cut, images)
+        sums.append(total)
+        counts.append(count)
+    assert Judge(model, windows)(plan) == pytest.approx(sum(sums) / sum(counts), rel=1e-4)
+
+
+def test_the_judge_continues_behind_an_image_that_a_video_precedes():
+    """What is seen is in the order of kinds, not of places."""
+    config = tiny_qwen3_vl_config()
+    model = pop.Model(random_model(config, seed=2), config, compile=False)
+    image = seen(model, 0)
+    film = Prepared(
+        "video", image.pixels, tuple([61 if p == 60 else p for p in ids] for ids in image.pieces), image.grid
+    )
+    window = tokens_of(2, film, *range(3, 21), image, 5)
+    ((prompt, continuation, *_),) = Judge(model, [(window, [image, film])]).cases
+    assert (prompt[-1], continuation) == (60, [63, 5])
+
+
+def test_calibrated_with_images(model, monkeypatch):
+    """What comes out runs, and is no worse than plain pruning on what was held out, which has images, too."""
+    windows, rows = texts(model)
+    judged, original = [], Judge.__init__
+    monkeypatch.setattr(Judge, "__init__", lambda self, m, w: judged.extend(w) or original(self, m, w))
+    plan = pop.PrunePlan((2, 3))
+    result = pop.calibrate(model, windows, plan, images=rows, progress=False, seed=1)
+    assert any(ones for _, ones in judged)
+    judge = Judge(model, list(judged))
+    assert judge(result) <= judge(dataclasses.replace(plan, full_depth_first=1)) * (1 + 1e-4)
+    answer = model.generate(windows[2], images=rows[2], plan=result, max_new_tokens=3)
+    assert len(answer.tokens) == 3
+    with pytest.raises(InputError, match="the text has tokens .*, which stand for images, but no image"):
+        pop.calibrate(model, windows, plan, progress=False)
+    short = pop.Model(model.module, model.config, max_seq_len=20, compile=False)
+    with pytest.raises(ContextOverflow, match="a text with images has 2. tokens, but the model takes 20"):
+        pop.calibrate(short, windows, plan, images=rows, progress=False)

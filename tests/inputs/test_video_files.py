@@ -1,0 +1,162 @@
+"""Video files: the frames that are kept, and files that are none. What is done with frames: test_qwen3_vl_images.py."""
+
+import builtins
+import itertools
+import os
+
+import numpy as np
+import pytest
+import torch
+from support.tiny_images import random_bytes
+
+from pop.errors import InputError, MissingExtra
+from pop.inputs import images, video_files
+from pop.inputs.images import Video, qwen_video
+from pop.models.config import Qwen3VisionConfig
+
+SMALL = Qwen3VisionConfig(8, 8, 1, 1, 8, (), patch_size=4)
+
+
+@pytest.fixture(scope="module")
+def av():
+    return pytest.importorskip("av", reason="the extra 'videos' is not installed")
+
+
+def write(av, path, count, rate=8, size=(32, 48), **options):
+    """A film of so many noisy frames."""
+    with av.open(str(path), "w", options=options) as container:
+        stream = container.add_stream("mpeg4", rate=rate)
+        stream.height, stream.width, stream.pix_fmt = *size, "yuv420p"
+        for seed in range(count):
+            for packet in stream.encode(av.VideoFrame.from_ndarray(random_bytes(*size, 3, seed), format="rgb24")):
+                container.mux(packet)
+        for packet in stream.encode():
+            container.mux(packet)
+    return path
+
+
+def decoded(av, path):
+    with av.open(str(path)) as container:
+        return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
+
+
+@pytest.mark.parametrize("kind", ["mp4", "mkv", "avi"])
+@pytest.mark.parametrize(("count", "rate"), [(40, 8), (7, 25), (2, 1)])
+def test_a_file_is_its_frames_and_its_rate(av, tmp_path, kind, count, rate):
+    """Frames and times are those of all its frames with that rate, which are the reference's."""
+    path = write(av, tmp_path / f"film.{kind}", count, rate)
+    film = decoded(av, path)
+    assert len(film) == count
+    expected = qwen_video(Video(film, fps=rate), SMALL)
+    for given in (path, str(path), Video(path)):
+        found = qwen_video(given, SMALL)
+        assert found.grid == expected.grid and found.times == pytest.approx(expected.times)
+        assert torch.equal(found.pixels, expected.pixels)
+
+
+# Frames, their rate, and which of them the reference keeps: Qwen3VLVideoProcessor.sample_frames of transformers 5.24.
+KEPT = {
+    (300, 30): [0, 16, 31, 47, 63, 79, 94, 110, 126, 142, 157, 173, 189, 205, 220, 236, 252, 268, 283, 299],
+    (90, 29.97): [0, 18, 36, 53, 71, 89],
+    (100, 23.976): [0, 14, 28, 42, 57, 71, 85, 99],
+    (31, 60): [0, 10, 20, 30],
+    (3, 30): [0, 1, 2],
+    (11, 1): list(range(11)),
+}
+
+
+@pytest.mark.parametrize(("count", "rate"), KEPT)
+def test_two_frames_a_second_are_kept(count, rate):
+    assert images._sampled(count, rate) == KEPT[count, rate]
+    assert len(images._sampled(10**6, rate)) == 768
+
+
+def test_frames_are_held_one_at_a_time(av, tmp_path, monkeypatch):
+    """Those that are not wanted are not even made into arrays."""
+    path = write(av, tmp_path / "film.mp4", 40)
+    read, load = [], images.load_image
+    monkeypatch.setattr(images, "load_image", lambda frame: read.append(frame.shape) or load(frame))
+    assert qwen_video(path, SMALL).grid[0] == 5 and len(read) == 10
+    film = video_files.frames(path, [3, 4, 39], images.MAX_PIXELS)
+    first = next(film)
+    assert np.array_equal(first, decoded(av, path)[3]) and len(list(film)) == 2
+
+
+def halved(path, share=0.5):
+    path.write_bytes(path.read_bytes()[: int(path.stat().st_size * share)])
+
+
+def broken(av, folder):
+    """By name: files that are no whole video, and what is said of them."""
+    film = write(av, folder / "film.mp4", 30, movflags="faststart")
+    for name, content in {
+        "empty.mp4": b"",
+        "text.mp4": b"Once upon a time, there was a film. " * 40,
+        "noise.mkv": random_bytes(60, 60, 3, 0).tobytes(),
+        "playlist.m3u8": b"#EXTM3U\n#EXT-X-TARGETDURATION:9\n#EXTINF:9,\nfilm.mp4\n#EXT-X-ENDLIST\n",
+        "list.mp4": f"ffconcat version 1.0\nfile {film}\n".encode(),
+    }.items():
+        (folder / name).write_bytes(content)
+        yield folder / name, "is truncated or broken, or no avi"
+    for name, options in {"cut.mp4": {"movflags": "faststart"}, "end-cut.mp4": {}}.items():
+        halved(write(av, folder / name, 30, **options))
+        yield folder / name, "truncated"
+    yield write(av, folder / "film.nut", 4), "is truncated or broken, or no avi"  # that FFmpeg would read
+    yield folder / "none.mp4", "is no file"
+    yield folder, "is no file"
+    if os.path.exists("/dev/zero"):
+        yield "/dev/zero", "is no file"  # without an end
+    damaged = write(av, folder / "damaged.avi", 30)
+    content = bytearray(damaged.read_bytes())
+    content[6000:-2000] = bytes(len(content) - 8000)
+    damaged.write_bytes(content)
+    yield damaged, "is truncated"
+    with av.open(str(folder / "sound.mkv"), "w") as container:
+        stream = container.add_stream("pcm_s16le", rate=8000)
+        sound = av.AudioFrame.from_ndarray(np.zeros((1, 800), np.int16), format="s16", layout="mono")
+        sound.sample_rate = 8000
+        container.mux(stream.encode(sound))
+    yield folder / "sound.mkv", "has no pictures"
+    yield write(av, folder / "one.mp4", 1), "has 1 frames; give at least two"
+
+
+def test_what_is_no_video_is_refused(av, tmp_path):
+    for path, message in broken(av, tmp_path):
+        with pytest.raises(InputError, match=message) as caught:
+            qwen_video(path, SMALL)
+        assert "\n" not in str(caught.value) and len(str(caught.value)) < 700
+
+
+def test_what_is_too_large_is_refused(av, tmp_path, monkeypatch):
+    path = write(av, tmp_path / "film.mp4", 12)
+    monkeypatch.setattr(video_files, "MAX_FRAMES", 11)
+    with pytest.raises(InputError, match="has more than 11 frames"):
+        qwen_video(path, SMALL)
+    monkeypatch.setattr(video_files, "MAX_BYTES", 100)
+    with pytest.raises(InputError, match="bytes, and at most 100 are read"):
+        qwen_video(path, SMALL)
+    monkeypatch.undo()
+    monkeypatch.setattr(images, "MAX_PIXELS", 1500)
+    with pytest.raises(InputError, match="has frames of more than 1,500 pixels, or of none"):
+        qwen_video(path, SMALL)
+
+
+def test_without_pyav_a_path_says_what_to_install(monkeypatch, tmp_path):
+    real = builtins.__import__
+
+    def without(name, *args, **options):
+        if name == "av":
+            raise ImportError(name)
+        return real(name, *args, **options)
+
+    monkeypatch.setattr(builtins, "__import__", without)
+    (tmp_path / "film.mp4").write_bytes(b"x")
+    with pytest.raises(MissingExtra, match=r"needs the package av; run `pip install 'pop-prefill\[videos\]'`"):
+        qwen_video(tmp_path / "film.mp4", SMALL)
+    film = random_bytes(8 * 3, 8, 3, 0).reshape(3, 8, 8, 3)
+    assert qwen_video(Video(film, fps=24), SMALL).grid[0] == 2  # arrays need none of it
+
+
+def test_every_format_is_one_that_ffmpeg_knows(av):
+    known = set(itertools.chain(*(name.split(",") for name in av.formats_available)))
+    assert set(video_files.FORMATS) <= known

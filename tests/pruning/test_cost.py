@@ -1,0 +1,143 @@
+"""The FLOP counts, against the published limits and against what torch counts while the engine runs."""
+
+import pytest
+import torch
+from support.published_vl import published
+from support.tiny import (
+    random_model,
+    tiny_config,
+    tiny_gemma3_config,
+    tiny_gemma3_vl_config,
+    tiny_qwen3_moe_config,
+    tiny_qwen3_vl_config,
+)
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from pop import engine
+from pop.engine.cache import KVCache
+from pop.models.config import Gemma3Config, LlamaConfig
+from pop.models.vision.qwen3_vl import Grid
+from pop.pruning.cost import prefill_flops, speedup_limit, vision_flops
+from pop.pruning.plan import PrunePlan
+
+LLAMA_8B = LlamaConfig(
+    vocab_size=128256,
+    hidden_size=4096,
+    intermediate_size=14336,
+    num_layers=32,
+    num_heads=32,
+    num_kv_heads=8,
+    head_dim=128,
+)
+SMOLLM2 = LlamaConfig(
+    vocab_size=49152,
+    hidden_size=576,
+    intermediate_size=1536,
+    num_layers=30,
+    num_heads=9,
+    num_kv_heads=3,
+    head_dim=64,
+)
+
+
+def gemma3_12b(window: int) -> Gemma3Config:
+    windows = tuple(None if n % 6 == 0 else window for n in range(1, 49))
+    return Gemma3Config(262_208, 3840, 15_360, windows, num_heads=16, num_kv_heads=8)
+
+
+@pytest.mark.parametrize(
+    ("config", "pruned", "limit", "digits"),
+    [
+        (LLAMA_8B, 10, 1.430, 3),
+        (LLAMA_8B, 16, 1.93, 2),
+        (LLAMA_8B, 21, 2.71, 2),
+        (SMOLLM2, 10, 1.47, 2),
+        (SMOLLM2, 15, 1.91, 2),
+        (SMOLLM2, 20, 2.74, 2),
+        (gemma3_12b(window=2048), 16, 1.451, 3),  # of a prompt within the window
+        (gemma3_12b(window=1024), 16, 1.470, 3),  # of whose pruned local layers half the tokens are seen by nobody
+    ],
+)
+def test_limits_are_those_of_the_method_at_2048_tokens(config, pruned, limit, digits):
+    plan = PrunePlan.deepest(config.num_layers, pruned / config.num_layers)
+    assert len(plan.layers) == pruned
+    assert round(speedup_limit(config, 2048, plan), digits) == limit
+
+
+@pytest.mark.parametrize(
+    "config", [tiny_config(), tiny_gemma3_config(), tiny_qwen3_moe_config()], ids=["llama", "gemma3", "experts"]
+)
+@pytest.mark.parametrize("tokens", [1, 2, 7, 40])
+@pytest.mark.parametrize(
+    "plan",
+    [
+        PrunePlan(),
+        PrunePlan(layers=(3, 4)),
+        PrunePlan(layers=(0, 2), full_depth_last=5),
+        PrunePlan(layers=(1, 2, 3), full_depth_last=4, full_depth_first=6),
+        PrunePlan(layers=range(5), full_depth_last=60, full_depth_first=2),
+    ],
+)
+def test_count_equals_what_torch_counts_in_the_engine(config, tokens, plan):
+    """Matrix products as torch counts them; attention (torch counts the whole square) in closed form."""
+    module = random_model(config)
+    cache = KVCache(config, 1, tokens, dtype=torch.float32, device=torch.device("cpu"))
+    with FlopCounterMode(display=False) as counter:
+        engine.prefill(module, torch.ones(1, tokens, dtype=torch.int64), cache, torch.tensor([tokens]), plan, 2048)
+    counts = counter.get_flop_counts()["Global"]
+    linear = sum(flops for op, flops in counts.items() if str(op) in ("aten.mm", "aten.addmm"))
+
+    positions = {*range(tokens)[: plan.full_depth_first], *range(tokens)[-plan.full_depth_last :]}
+    attended = again = 0
+    for layer, window in enumerate(config.windows):
+        attending = positions if layer in plan.layers else range(tokens)
+        attended += sum(min(p + 1, window or tokens) for p in attending)
+        # The engine projects K and V of full-depth rows twice, with the pruned tokens and at full depth; but with no
+        # token left to prune it runs the layers as if they were kept.
+        if layer in plan.layers and len(positions) < tokens:
+            begin = 0 if window is None else tokens - plan.full_depth_last - window + 1
+            again += sum(p >= begin for p in positions)
+    attention = attended * 2 * 2 * config.num_heads * config.head_dim
+    again *= 2 * 2 * config.hidden_size * config.num_kv_heads * config.head_dim
+    assert prefill_flops(config, tokens, plan) == linear - again + attention
+
+
+def test_nothing_to_gain():
+    config = tiny_config()
+    assert speedup_limit(config, 100, PrunePlan()) == 1
+    assert speedup_limit(config, 1, PrunePlan(layers=(2, 3))) == 1  # the boundary token is the whole prompt
+    assert speedup_limit(config, 9, PrunePlan(layers=(2, 3), full_depth_last=9)) == 1
+
+
+# ---- Images ----
+
+
+def test_the_tower_is_counted_as_torch_counts_it():
+    """Images of two sizes and a video of three frame pairs, of which none attends another."""
+    config = tiny_qwen3_vl_config()
+    tower = random_model(config).model.visual
+    grids = [Grid(1, 4, 6), Grid(1, 2, 8), Grid(3, 4, 6)]
+    patches = [24, 16, 24, 24, 24]
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        tower(torch.zeros(sum(patches), config.vision.patch_values), grids)
+    assert counter.get_total_flops() == vision_flops(config, patches)
+
+
+def test_gemmas_tower_is_counted_as_torch_counts_it():
+    config = tiny_gemma3_vl_config()
+    module = random_model(config)
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        module.image_features(torch.zeros(2, 3, 28, 28))
+    assert counter.get_total_flops() == vision_flops(config, [16, 16])
+
+
+def test_the_tower_caps_what_pruning_gains():
+    """A third of Qwen3-VL-8B pruned, 64 tokens of text behind an image of 640 x 480 pixels: 1.47x would be text's."""
+    config, plan = published("8b"), PrunePlan.deepest(36, 1 / 3)
+    text, patches = speedup_limit(config, 366, plan), [1200]
+    assert round(text, 2) == 1.47
+    share = vision_flops(config, patches) / prefill_flops(config, 366, PrunePlan.none(), patches)
+    assert round(share, 2) == 0.20
+    limit = speedup_limit(config, 366, plan, patches)
+    assert limit == pytest.approx(1 / (share + (1 - share) / text)) and round(limit, 2) == 1.34

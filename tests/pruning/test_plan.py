@@ -1,0 +1,145 @@
+import json
+import os
+
+import numpy as np
+import pytest
+import torch
+
+import pop
+from pop import PlanError, PrunePlan
+from pop.pruning.projections import KVProjections
+
+
+@pytest.mark.parametrize(
+    ("num_layers", "fraction", "count"),
+    [(32, 1 / 3, 10), (36, 1 / 3, 12), (48, 1 / 3, 16), (30, 0.5, 15), (100, 0.29, 29), (126, 1 / 3, 42), (5, 0, 0),
+     (5, 1, 5), (5, 0.99, 4)],
+)  # fmt: skip
+def test_deepest_prunes_the_floor_of_the_share(num_layers, fraction, count):
+    assert PrunePlan.deepest(num_layers, fraction).layers == tuple(range(num_layers - count, num_layers))
+
+
+def test_none_prunes_nothing():
+    assert PrunePlan.none() == PrunePlan() == PrunePlan(layers=(), full_depth_last=1, full_depth_first=0)
+
+
+def test_layers_are_stored_sorted_as_python_integers():
+    plan = PrunePlan(layers=np.array([4, 2]), full_depth_last=np.int64(3))
+    assert plan.layers == (2, 4)
+    assert plan == PrunePlan(layers=[2, 4], full_depth_last=3)
+    assert all(type(layer) is int for layer in plan.layers)
+    assert hash(plan) == hash(PrunePlan((2, 4), 3))
+
+
+def test_runs_split_the_layers_where_the_plan_changes():
+    assert PrunePlan((0, 3, 4)).runs(6) == [(True, [0]), (False, [1, 2]), (True, [3, 4]), (False, [5])]
+    assert PrunePlan.none().runs(2) == [(False, [0, 1])]
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"layers": (1, 1)},
+        {"layers": torch.tensor([1, 1])},
+        {"layers": torch.tensor([1.0])},
+        {"layers": np.array(3)},
+        {"layers": (-1,)},
+        {"layers": (1.0,)},
+        {"layers": (True,)},
+        {"layers": "12"},
+        {"layers": 3},
+        {"full_depth_last": 0},
+        {"full_depth_last": 1.5},
+        {"full_depth_first": -1},
+        {"full_depth_first": None},
+    ],
+)
+def test_a_plan_that_makes_no_sense_is_refused(fields):
+    with pytest.raises(PlanError):
+        PrunePlan(**fields)
+
+
+@pytest.mark.parametrize("fraction", [-0.1, 1.1, float("nan"), "half", True, None])
+def test_a_fraction_that_makes_no_sense_is_refused(fraction):
+    with pytest.raises(PlanError):
+        PrunePlan.deepest(30, fraction)
+
+
+@pytest.mark.parametrize("num_layers", [30.0, "a", -5, None])
+def test_a_layer_count_that_makes_no_sense_is_refused(num_layers):
+    with pytest.raises(PlanError, match="num_layers is"):
+        PrunePlan.deepest(num_layers, 0.5)
+
+
+def test_a_plan_for_a_deeper_model_is_refused():
+    with pytest.raises(PlanError, match="layer 7, but the model's layers are 0 to 4"):
+        PrunePlan((7,)).check(5)
+
+
+def test_a_saved_plan_comes_back(tmp_path):
+    plan = PrunePlan((3, 1), full_depth_last=8, full_depth_first=1)
+    plan.save(tmp_path / "plan.json")
+    assert PrunePlan.load(tmp_path / "plan.json") == plan
+    assert [file.name for file in tmp_path.iterdir()] == ["plan.json"]
+
+
+@pytest.mark.parametrize(
+    "content", ["", "{", "[]", "{}", '{"layers": [1], "gates": 2}', '{"layers": [0.5]}', b"\xff\xfe", "[" * 10**5]
+)
+def test_a_file_that_is_no_plan_is_refused(tmp_path, content):
+    path = tmp_path / "plan.json"
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(PlanError):
+        PrunePlan.load(path)
+    with pytest.raises(PlanError, match="there is no plan file"):
+        PrunePlan.load(tmp_path / "missing.json")
+
+
+def test_a_plan_that_cannot_be_written_is_said(tmp_path):
+    (tmp_path / "file").touch()
+    for folder in ("missing", "file"):
+        with pytest.raises(PlanError, match="cannot be written"):
+            PrunePlan().save(tmp_path / folder / "plan.json")
+
+
+@pytest.mark.parametrize("path", ["", ".", "/", None, 5])
+def test_a_path_that_is_none_is_said(path):
+    with pytest.raises(PlanError, match="cannot be written"):
+        PrunePlan().save(path)
+    with pytest.raises(PlanError, match="there is no plan file"):
+        PrunePlan.load(path)
+
+
+def test_a_saved_plan_may_be_read_by_others_and_a_link_is_followed(tmp_path):
+    refit = KVProjections((1,), torch.zeros(1, 2, 3, 4), torch.zeros(1, 2, 3), "", 2)
+    (tmp_path / "link").symlink_to(tmp_path / "plan")
+    os.umask(umask := os.umask(0))
+    for plan in (PrunePlan((1,)), PrunePlan((1,), 1, 1, refit)):
+        plan.save(tmp_path / "link")
+        assert (tmp_path / "link").is_symlink()
+        assert PrunePlan.load(tmp_path / "plan") == plan
+        assert (tmp_path / "plan").stat().st_mode & 0o777 == 0o666 & ~umask
+
+
+def test_a_failed_save_leaves_the_old_plan(tmp_path, monkeypatch):
+    path = tmp_path / "plan.json"
+    PrunePlan((1,)).save(path)
+    monkeypatch.setattr(json, "dumps", lambda *args, **kwargs: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        PrunePlan((2,)).save(path)
+    assert PrunePlan.load(path) == PrunePlan((1,))
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_every_error_is_a_pop_error_and_the_fitting_builtin():
+    pairs = {
+        pop.InputError: ValueError,
+        pop.PlanError: ValueError,
+        pop.WeightsNotFound: FileNotFoundError,
+        pop.UnknownModel: LookupError,
+        pop.MissingExtra: ImportError,
+        pop.CacheMemoryError: MemoryError,
+    }
+    for error, builtin in pairs.items():
+        assert issubclass(error, pop.PopError)
+        assert issubclass(error, builtin)

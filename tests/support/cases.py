@@ -1,0 +1,155 @@
+"""Random models, plans and batches for property-based tests, and what tests compare of a run."""
+
+import dataclasses
+
+import torch
+from hypothesis import strategies as st
+from support.tiny import random_model, tiny_config, tiny_gemma3_config, tiny_qwen3_config, tiny_qwen3_vl_config
+
+from pop import engine
+from pop.engine.cache import KVCache
+from pop.models.config import ExpertsConfig, RopeConfig
+from pop.pruning.plan import PrunePlan
+from pop.pruning.projections import KVProjections
+
+NONE = PrunePlan.none()
+
+
+def assert_close(actual, expected):
+    """To 1e-4 of the scale of the expected values, the bound of the whole suite for float32."""
+    assert actual.shape == expected.shape
+    assert (actual - expected).abs().max() <= 1e-4 * expected.std(correction=0) + 1e-7
+
+
+@st.composite
+def models(draw):
+    """A random model of any family: any head grouping, head width, depth, RoPE; bias and tying; windows."""
+    kv_heads, num_layers = draw(st.integers(1, 3)), draw(st.integers(1, 6))
+    ropes = st.sampled_from(
+        [
+            RopeConfig(base=10_000.0),
+            RopeConfig(base=500.0, kind="linear", factor=3.0),
+            RopeConfig(base=100.0, kind="llama3", factor=8.0, original_max_positions=16),
+        ]
+    )
+    sizes = {
+        "hidden_size": draw(st.sampled_from([6, 17, 30])),
+        "num_heads": kv_heads * draw(st.integers(1, 3)),
+        "num_kv_heads": kv_heads,
+        "head_dim": draw(st.sampled_from([2, 6, 10])),
+        "rope": draw(ropes),
+    }
+    family = draw(st.sampled_from(["llama", "gemma3", "qwen3", "qwen3_vl"]))
+    if family == "gemma3":
+        windows = st.sampled_from([draw(st.sampled_from([1, 2, 5, 9, 100])), None])
+        config = tiny_gemma3_config(
+            **sizes,
+            local_rope=draw(ropes),
+            windows=tuple(draw(st.lists(windows, min_size=num_layers, max_size=num_layers))),
+        )
+    elif family == "qwen3":
+        tied, mixture = draw(st.booleans()), draw(experts(num_layers))
+        config = tiny_qwen3_config(**sizes, num_layers=num_layers, tie_embeddings=tied, experts=mixture)
+    elif family == "qwen3_vl":
+        config = qwen3_vl_config(draw, **sizes, num_layers=num_layers, experts=draw(experts(num_layers)))
+    else:
+        config = tiny_config(
+            **sizes,
+            num_layers=num_layers,
+            tie_embeddings=draw(st.booleans()),
+            attention_bias=draw(st.booleans()),
+            mlp_bias=draw(st.booleans()),
+        )
+    return random_model(config, seed=draw(st.integers(0, 9)))
+
+
+@st.composite
+def experts(draw, num_layers):
+    """A mixture in any layers, of few experts or many, or None."""
+    if draw(st.booleans()):
+        return None
+    sparse, count = draw(st.sets(st.integers(0, num_layers - 1))), draw(st.sampled_from([1, 4, 40]))
+    return ExpertsConfig(count, draw(st.integers(1, min(count, 3))), 9, tuple(sorted(sparse)), draw(st.booleans()))
+
+
+def qwen3_vl_config(draw, **sizes):
+    """Any number of DeepStack layers, and any shares of the rotated pairs for time, row and column."""
+    config = tiny_qwen3_vl_config()
+    pairs = sizes.get("head_dim", config.head_dim) // 2
+    rows, columns = (draw(st.integers(0, (pairs + 2 - axis) // 3)) for axis in (1, 2))
+    most = min(sizes["num_layers"], 3)
+    vision = dataclasses.replace(
+        config.vision,
+        out_size=sizes.get("hidden_size", config.hidden_size),
+        deepstack=tuple(range(draw(st.integers(0, most)))),
+    )
+    return tiny_qwen3_vl_config(**sizes, mrope_sections=(pairs - rows - columns, rows, columns), vision=vision)
+
+
+@st.composite
+def plans(draw, config):
+    """Any layers and full-depth tokens, half of them with (random) refit projections of one or two taps."""
+    layers = tuple(sorted(draw(st.sets(st.integers(0, config.num_layers - 1)))))
+    last = draw(st.sampled_from([1, 1, 2, 3, 7, 40]))
+    if not draw(st.booleans()):
+        return PrunePlan(layers, last, draw(st.sampled_from([0, 0, 1, 4])))
+    taps = draw(st.sampled_from([1, 2]))
+    shape = (len(layers), 2, config.num_kv_heads * config.head_dim, taps * config.hidden_size)
+    random = torch.Generator().manual_seed(draw(st.integers(0, 10**6)))
+    weight = torch.randn(shape, generator=random) / shape[-1] ** 0.5
+    bias = 0.1 * torch.randn(shape[:3], generator=random)
+    return PrunePlan(layers, last, draw(st.sampled_from([1, 1, 4])), KVProjections(layers, weight, bias, "", taps))
+
+
+def plain(plan, **fields):
+    """The plan without projections, with any other field replaced."""
+    return dataclasses.replace(plan, projections=None, **fields)
+
+
+@st.composite
+def batches(draw, vocab_size, max_rows=3, max_tokens=24):
+    """A right-padded batch: tokens [B, T] with random padding, lengths [B]."""
+    lengths = draw(st.lists(st.integers(1, max_tokens), min_size=1, max_size=max_rows))
+    width = max(lengths) + draw(st.integers(0, 3))
+    random = torch.Generator().manual_seed(draw(st.integers(0, 10**6)))
+    return torch.randint(vocab_size, (len(lengths), width), generator=random), torch.tensor(lengths)
+
+
+@st.composite
+def cases(draw):
+    """(module, plan, tokens, lengths, chunk size)"""
+    module = draw(models())
+    plan = draw(plans(module.config))
+    tokens, lengths = draw(batches(module.config.vocab_size))
+    return module, plan, tokens, lengths, draw(st.sampled_from([1, 2, 5, 11, 1000]))
+
+
+def new_cache(module, rows, slots=64, chunk=1000):
+    """Layers with a window use their slots in turn, the sooner the smaller the chunk."""
+    options = {"dtype": torch.float32, "device": torch.device("cpu"), "chunk_size": chunk}
+    return KVCache(module.config, rows, slots, **options)
+
+
+def prefill(module, tokens, lengths, plan, chunk=1000, cache=None):
+    cache = new_cache(module, len(tokens), chunk=chunk) if cache is None else cache
+    return engine.prefill(module, tokens, cache, lengths, plan, chunk), cache
+
+
+def seen(module, kv):
+    """Of K, V [2, L, N, K, E]: what the next token can attend; zero in layers whose window does not reach so far."""
+    n = kv.shape[2]
+    reaches = [range(n) if layer.window is None else range(max(0, n - layer.window + 1), n) for layer in module.layers]
+    return kv * torch.tensor([[position in reach for position in range(n)] for reach in reaches])[..., None, None]
+
+
+def held(module, cache, row):
+    """What the cache holds of one row for the next token: [2, L, N, K, E]."""
+    positions = torch.arange(int(cache.lengths[row]))
+    slots = [positions % cache.slots(layer.window) for layer in module.layers]
+    kv = [[x[row, at] for x, at in zip(part, slots, strict=True)] for part in (cache.keys, cache.values)]
+    return seen(module, torch.stack([torch.stack(part) for part in kv]))
+
+
+def stacked(kv):
+    """A list of each layer's k, v [N, K, E] -> [2, L, N, K, E]."""
+    return torch.stack([torch.stack([pair[i] for pair in kv]) for i in (0, 1)])

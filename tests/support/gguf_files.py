@@ -1,0 +1,105 @@
+"""Small GGUF files."""
+
+import contextlib
+
+import numpy as np
+import pytest
+
+gguf = pytest.importorskip("gguf")
+
+Q = gguf.GGMLQuantizationType
+
+
+# Awkward on purpose: the head width is not width / heads. V, D, F, H, K, E as in pop/checkpoints/gguf.py.
+VOCAB, WIDTH, MLP, HEADS, KV_HEADS, HEAD_DIM, LAYERS = 50, 64, 96, 4, 2, 24, 2
+
+
+LLAMA_KEYS = {
+    "llama.block_count": LAYERS,
+    "llama.context_length": 512,
+    "llama.embedding_length": WIDTH,
+    "llama.feed_forward_length": MLP,
+    "llama.attention.head_count": HEADS,
+    "llama.attention.head_count_kv": KV_HEADS,
+    "llama.attention.key_length": HEAD_DIM,
+    "llama.attention.value_length": HEAD_DIM,
+    "llama.attention.layer_norm_rms_epsilon": 1e-5,
+    "llama.rope.freq_base": 500000.0,
+    "llama.rope.dimension_count": HEAD_DIM,
+    "llama.vocab_size": VOCAB,
+}
+
+
+def make_tensors(arch="llama", *, width=WIDTH, tied=True, biases=False, quantised=Q.F32):
+    """A model's tensors under GGUF names, random; matrices whose rows allow it in the type `quantised`."""
+    rng = np.random.default_rng(0)
+    q, k = HEADS * HEAD_DIM, KV_HEADS * HEAD_DIM
+    shapes = {"token_embd.weight": (VOCAB, width), "output_norm.weight": (width,)}
+    if not tied:
+        shapes["output.weight"] = (VOCAB, width)
+    matrices = {"attn_q": (q, width), "attn_k": (k, width), "attn_v": (k, width), "attn_output": (width, q)}
+    matrices |= {"ffn_gate": (MLP, width), "ffn_up": (MLP, width), "ffn_down": (width, MLP)}
+    norms = {"attn_norm": width, "ffn_norm": width}
+    if arch == "gemma3":
+        norms |= {"post_attention_norm": width, "post_ffw_norm": width}
+        norms |= {"attn_q_norm": HEAD_DIM, "attn_k_norm": HEAD_DIM}
+    for n in range(LAYERS):
+        for name, shape in matrices.items():
+            shapes[f"blk.{n}.{name}.weight"] = shape
+            if biases:
+                shapes[f"blk.{n}.{name}.bias"] = shape[:1]
+        for name, size in norms.items():
+            shapes[f"blk.{n}.{name}.weight"] = (size,)
+    block = gguf.GGML_QUANT_SIZES[quantised][0]
+    tensors = {}
+    for name, shape in shapes.items():
+        values = rng.standard_normal(shape, dtype=np.float32)
+        fits = len(shape) == 2 and shape[-1] % block == 0
+        tensors[name] = (quantise(values, quantised), quantised) if fits else (values, Q.F32)
+    return tensors
+
+
+def quantise(values, kind):
+    try:
+        return gguf.quants.quantize(values, kind)
+    except NotImplementedError:  # random codes instead, with scales that are finite: 0 to 0.03 as float16
+        block, nbytes = gguf.GGML_QUANT_SIZES[kind]
+        codes = np.random.default_rng(1).integers(0, 256, (len(values), values.shape[1] // block, nbytes), np.uint8)
+        for high_byte in {Q.Q4_K: (1, 3), Q.Q6_K: (209,)}[kind]:
+            codes[..., high_byte] = 0x27 & codes[..., high_byte]
+        return codes.reshape(len(values), -1)
+
+
+def write_gguf(path, tensors, keys, arch="llama", endianess=gguf.GGUFEndian.LITTLE):
+    writer = gguf.GGUFWriter(path, arch, endianess=endianess)
+    for key, value in keys.items():
+        add = {
+            bool: writer.add_bool,
+            int: writer.add_uint32,
+            float: writer.add_float32,
+            str: writer.add_string,
+        }
+        add.get(type(value), writer.add_array)(key, value)
+    for name, (data, kind) in tensors.items():
+        writer.add_tensor(name, data, raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+@contextlib.contextmanager
+def interrupted(monkeypatch, error):
+    """Dequantising the fifth tensor raises `error`."""
+    calls, dequantize = [], gguf.quants.dequantize
+
+    def fifth(*args):
+        calls.append(args)
+        if len(calls) == 5:
+            raise error
+        return dequantize(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(gguf.quants, "dequantize", fifth)
+        yield

@@ -1,0 +1,81 @@
+"""Checkpoints in Meta's layout."""
+
+from pathlib import Path
+
+import torch
+from support.tiny import random_weights, tiny_config
+
+from pop.checkpoints.config_json import read_config
+from pop.checkpoints.weights import load_weights
+from pop.errors import PopError
+from pop.models import build
+from pop.models.config import LlamaConfig
+
+# Without a bias, with whole heads in each half, all sizes even: what two tensor-parallel ranks can share.
+META = {"vocab_size": 68, "hidden_size": 60, "num_heads": 6, "num_kv_heads": 2, "head_dim": 10}
+
+
+def shell(config: LlamaConfig) -> torch.nn.Module:
+    with torch.device("meta"):
+        return build(config)
+
+
+def load(folder: Path, dtype=torch.float32, config=None, **options) -> dict[str, torch.Tensor]:
+    """Read the config, build the module, load, and return its parameters by name."""
+    module = shell(config or read_config(folder))
+    try:
+        load_weights(folder, module, dtype=dtype, device="cpu", progress=False, **options)
+    except PopError:
+        assert all(p.is_meta for p in module.parameters()), "a failed load must leave the module as it was"
+        raise
+    return dict(module.named_parameters())
+
+
+META_NAMES = {
+    "model.embed_tokens": "tok_embeddings",
+    "model.norm": "norm",
+    "lm_head": "output",
+    "self_attn.q_proj": "attention.wq",
+    "self_attn.k_proj": "attention.wk",
+    "self_attn.v_proj": "attention.wv",
+    "self_attn.o_proj": "attention.wo",
+    "mlp.gate_proj": "feed_forward.w1",
+    "mlp.down_proj": "feed_forward.w2",
+    "mlp.up_proj": "feed_forward.w3",
+    "input_layernorm": "attention_norm",
+    "post_attention_layernorm": "ffn_norm",
+}
+
+
+BY_ROWS = ("wq", "wk", "wv", "w1", "w3", "output", "tok_embeddings")
+
+
+BY_COLUMNS = ("wo", "w2")
+
+
+def meta_name(name: str) -> str:
+    ours = next(ours for ours in META_NAMES if name.endswith(f"{ours}.weight"))
+    return name.replace(ours, META_NAMES[ours]).removeprefix("model.")
+
+
+def meta_weights(config: LlamaConfig) -> dict[str, torch.Tensor]:
+    """Random weights under Meta's names."""
+    shapes = {name: tuple(parameter.shape) for name, parameter in shell(config).named_parameters()}
+    return {meta_name(name): weight for name, weight in random_weights(shapes, seed=0).items()}
+
+
+def write_meta(folder: Path, weights: dict[str, torch.Tensor], ranks: int = 1) -> None:
+    for rank in range(ranks):
+        part = {}
+        for name, weight in weights.items():
+            kind = name.split(".")[-2]
+            axis = 0 if kind in BY_ROWS else 1 if kind in BY_COLUMNS else None
+            part[name] = weight.clone() if axis is None else weight.chunk(ranks, axis)[rank].clone()
+        torch.save(part, folder / f"consolidated.{rank:02d}.pth")
+
+
+def from_meta(folder: Path, ranks: int = 1, **overrides):
+    config = tiny_config(**{**META, **overrides})
+    weights = meta_weights(config)
+    write_meta(folder, weights, ranks)
+    return config, weights

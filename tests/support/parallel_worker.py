@@ -1,0 +1,93 @@
+"""What each process of tests/backends/test_parallel.py does: torchrun ... parallel_worker.py FOLDER.
+
+FOLDER has checkpoints and cases.json; each rank writes what it got to rank-N.safetensors, tensors by "case/what".
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+
+import pop
+from pop import engine
+from pop.backends import tensor_parallel as parallel
+from pop.checkpoints import weights as checkpoint
+from pop.engine.compile import _CompiledStage
+
+THOROUGH = os.environ.get("HYPOTHESIS_PROFILE") == "nightly"  # to compile takes most of a run's time
+PROMPT = [[5, 12, 44, 3, 60, 8, 33, 2, 19], [7, 1, 50, 21, 4, 0, 0, 0, 0]]
+LENGTHS = [9, 5]
+# What the tiny models that see are shown: pixels a side, and a prompt.
+SEEN = {"gemma3": (28, [5, 64, 66, 66, 66, 66, 65, 7]), "qwen3_vl": (256, [5, 63, *[65] * 64, 64, 7])}
+STEPS = [[11, 31], [9, 2], [40, 66]]
+
+
+def run(model: pop.Model) -> dict[str, torch.Tensor]:
+    """Everything that a model computes, on fixed tokens."""
+    found = {"logits": model.logits([PROMPT[0]])}
+    cache = model.new_cache(2, 40)
+    prefilled = model.prefill(PROMPT, cache, lengths=LENGTHS, chunk_size=4)
+    found["steps"] = torch.stack([prefilled, *(model.decode(step, cache) for step in STEPS)])
+    answers = model.generate([PROMPT[0], PROMPT[1][:5]], max_new_tokens=6)
+    sampled = model.generate(PROMPT[0], max_new_tokens=6, temperature=2.0)  # unseeded: each rank would draw its own
+    found["tokens"] = torch.tensor([(answer.tokens + [-1] * 6)[:6] for answer in (*answers, sampled)])
+    if model.tokenizer is not None:
+        chat = model.start_chat("Be brief.")
+        chat.send("Hello", max_new_tokens=4)
+        next(chat.stream("No", max_new_tokens=4))  # not read to the end: no part of it
+        "".join(chat.stream("And?", max_new_tokens=4))
+        answers = model.prefix("Once").generate([" upon", " more"], max_new_tokens=4)
+        found["chat"] = torch.tensor(sum((answer.tokens for answer in answers), chat.tokens))
+    if hasattr(model.config, "vision") and model.config.vision is not None:
+        side, tokens = SEEN[model.config.family]
+        image = np.random.RandomState(0).randint(0, 256, (side, side, 3), dtype=np.uint8)
+        found["seen"] = model.prefill([tokens], model.new_cache(1, 80), images=[image])
+    found["cache"] = torch.tensor([cache.nbytes])
+    found["fingerprint"] = torch.tensor(list(bytes.fromhex(model.fingerprint)))
+    return found
+
+
+def compiled(model: pop.Model) -> torch.Tensor:
+    """A step of a batch through torch.compile, and in a thorough run its calibrated prefill, too."""
+    stages = engine.Stages(*(_CompiledStage(stage) for stage in engine.EAGER))
+    cache, tokens, lengths = model.new_cache(2, 16), torch.tensor(PROMPT), torch.tensor(LENGTHS)
+    of_prefill = stages if THOROUGH else engine.EAGER
+    engine.prefill(model.module, tokens, cache, lengths, model.resolve(None), 16, of_prefill)
+    return engine.decode(model.module, torch.tensor([3, 8]), cache, stages)
+
+
+def main(folder: Path) -> None:
+    read = []
+    steps = checkpoint._steps
+
+    def counted(*args, **options):
+        for piece, row, source in steps(*args, **options):
+            read.append(source.nbytes)
+            yield piece, row, source
+
+    checkpoint._steps = counted
+    found = {}
+    cases = json.loads((folder / "cases.json").read_text())
+    for name, case in cases.items():
+        prune = pop.PrunePlan.load(folder / case["plan"]) if "plan" in case else "default"
+        read.clear()
+        model = pop.load(folder / case["checkpoint"], prune=prune, parallel="auto", compile=False)
+        found |= {f"{name}/{what}": tensor.contiguous() for what, tensor in run(model).items()}
+        found[f"{name}/read"] = torch.tensor([sum(read)])
+        if case.get("compile") and (model.part.size == 2 or THOROUGH):
+            found[f"{name}/compiled"] = compiled(model)
+        if case.get("calibrate"):
+            texts = torch.randint(67, (6, 40), generator=torch.Generator().manual_seed(0)).tolist()
+            plan = pop.calibrate(model, texts, pop.PrunePlan((1, 3, 4)), progress=False)
+            found[f"{name}/refit"] = plan.projections.weight
+    save_file(found, folder / f"rank-{model.part.rank}.safetensors")
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    main(Path(sys.argv[1]))
+    parallel.end()

@@ -1,0 +1,211 @@
+"""Tiny random models with awkward sizes, in memory or as checkpoint folders.
+
+Used by the whole test suite and by tools/goldens/text_models.py. Weights depend on a seed and on the parameters'
+names and shapes alone: a golden file keeps the seed, and the reference gets the very same weights.
+"""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+
+from pop.models import build
+from pop.models.config import (
+    Config,
+    ExpertsConfig,
+    Gemma3Config,
+    LlamaConfig,
+    Qwen3Config,
+    Qwen3VisionConfig,
+    Qwen3VLConfig,
+    RopeConfig,
+    SiglipConfig,
+)
+
+# Awkward on purpose: the head width is not width / heads, the layer count is odd, 6 query heads share 2.
+SIZES = {
+    "vocab_size": 67,
+    "hidden_size": 30,
+    "intermediate_size": 44,
+    "num_layers": 5,
+    "num_heads": 6,
+    "num_kv_heads": 2,
+    "head_dim": 10,
+    "max_positions": 512,
+    "norm_eps": 1e-5,
+    "rope": RopeConfig(base=10_000.0, kind="default"),
+    "tie_embeddings": False,
+    "attention_bias": False,
+    "mlp_bias": False,
+    "dtype": torch.float32,
+    "bos_id": None,
+    "eos_ids": (),
+}
+
+
+def tiny_config(**overrides) -> LlamaConfig:
+    """The tiny model's config, with any of its fields replaced."""
+    return LlamaConfig(**{**SIZES, **overrides})
+
+
+# The same awkwardness; two local layers, with a window that tests easily exceed, to a global one, then one more.
+GEMMA3_SIZES = {
+    "vocab_size": 67,
+    "hidden_size": 30,
+    "intermediate_size": 44,
+    "windows": (5, 5, None, 5, None),
+    "num_heads": 6,
+    "num_kv_heads": 2,
+    "head_dim": 10,
+    "query_pre_attn_scalar": 14.0,
+    "max_positions": 512,
+    "norm_eps": 1e-5,
+    "rope": RopeConfig(base=1_000_000.0, kind="linear", factor=8.0),
+    "local_rope": RopeConfig(base=10_000.0),
+    "dtype": torch.float32,
+    "bos_id": 2,
+    "eos_ids": (1,),
+}
+
+
+def tiny_gemma3_config(**overrides) -> Gemma3Config:
+    return Gemma3Config(**{**GEMMA3_SIZES, **overrides})
+
+
+# With images of four tokens: 4 x 4 patches, averaged by fours.
+EYES = {
+    "vision": SiglipConfig(24, 36, 2, 3, image_size=28, patch_size=7, norm_eps=1e-6, tokens_per_image=4),
+    "image_id": 66,
+    "boi_id": 64,
+    "eoi_id": 65,
+}
+
+
+def tiny_gemma3_vl_config(**overrides) -> Gemma3Config:
+    return tiny_gemma3_config(**{**EYES, **overrides})
+
+
+# The Llama's sizes: the families differ by the norms of queries and keys alone.
+QWEN3_SIZES = {name: value for name, value in SIZES.items() if not name.endswith("_bias")}
+
+
+def tiny_qwen3_config(**overrides) -> Qwen3Config:
+    return Qwen3Config(**{**QWEN3_SIZES, **overrides})
+
+
+# With images in patches of 4 x 4 pixels, four of which are a token, and two layers of DeepStack.
+QWEN3_VL_SIZES = QWEN3_SIZES | {
+    "mrope_sections": (2, 2, 1),
+    "vision": Qwen3VisionConfig(24, 40, 4, 3, 30, (1, 3), position_side=5, patch_size=4),
+    "image_id": 60,
+    "video_id": 61,
+    "start_id": 62,
+    "end_id": 63,
+}
+
+
+def tiny_qwen3_vl_config(**overrides) -> Qwen3VLConfig:
+    return Qwen3VLConfig(**{**QWEN3_VL_SIZES, **overrides})
+
+
+# Layers 1 and 4 are dense.
+EXPERTS = ExpertsConfig(count=7, per_token=3, width=14, layers=(0, 2, 3))
+
+
+def tiny_qwen3_moe_config(**overrides) -> Qwen3Config:
+    return tiny_qwen3_config(**{"experts": EXPERTS, **overrides})
+
+
+def random_weights(shapes: dict[str, tuple[int, ...]], seed: int, family: str = "llama") -> dict[str, torch.Tensor]:
+    """Float32 weights for the named shapes, filled in the order of the names, which are the published ones.
+
+    Matrices have variance 1 / columns, so that every layer changes the residual stream and logits are lively;
+    norms scatter around doing nothing (weight one, or for Gemma, which adds one, zero) and biases around zero, so that
+    leaving one out shows.
+    """
+    # RandomState, not Generator: numpy promises to keep its stream of numbers the same in every release.
+    random = np.random.RandomState(np.random.PCG64(seed))
+    weights = {}
+    for name, shape in sorted(shapes.items()):
+        values = random.standard_normal(shape)
+        if len(shape) in (2, 3):
+            values /= np.sqrt(shape[-1])
+        elif name.endswith("model.norm.weight") and family == "gemma3":
+            values -= 1  # 1 + weight has either sign: else, as the head is the embedding, each token predicts itself
+        elif name.endswith(("norm.weight", "norm1.weight", "norm2.weight")):
+            adds_one = family == "gemma3" and not name.startswith("vision_tower.")
+            values = (not adds_one) + 0.1 * values
+        else:
+            values *= 0.1
+        weights[name] = torch.from_numpy(values.astype(np.float32))
+    return weights
+
+
+def random_patches(count: int, values: int, seed: int) -> torch.Tensor:
+    """[count, values] float32 from -1 to 1: the pixels of so many patches."""
+    random = np.random.RandomState(np.random.PCG64(seed))
+    return torch.from_numpy(random.uniform(-1, 1, (count, values)).astype(np.float32))
+
+
+def random_model(config: Config, seed: int = 0) -> torch.nn.Module:
+    """A float32 model of any family on the CPU, in evaluation mode, with random weights."""
+    module = build(config)
+    shapes = {name: tuple(parameter.shape) for name, parameter in module.named_parameters()}
+    module.load_state_dict(random_weights(shapes, seed, config.family))
+    return module.requires_grad_(False).eval()
+
+
+def write_checkpoint(folder: Path | str, seed: int = 0, **overrides) -> Path:
+    """Write config.json and model.safetensors of a tiny model into `folder` (made if missing); return it.
+
+    The weights are those of `random_model(tiny_config(**overrides), seed)`, rounded to the config's dtype.
+    """
+    config = tiny_config(**overrides)
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(hf_config(config), indent=2) + "\n"
+    (folder / "config.json").write_text(text, encoding="utf-8")
+    write_weights(folder, config, seed)
+    return folder
+
+
+def write_weights(folder: Path, config: Config, seed: int) -> None:
+    """Write model.safetensors with the random weights of `config`'s model, in the config's dtype."""
+    with torch.device("meta"):
+        shapes = {name: tuple(parameter.shape) for name, parameter in build(config).named_parameters()}
+    weights = {name: weight.to(config.dtype) for name, weight in random_weights(shapes, seed, config.family).items()}
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def hf_config(config: LlamaConfig) -> dict:
+    """The config.json of `config`, as transformers 5 writes it."""
+    rope = {"rope_type": config.rope.kind, "rope_theta": config.rope.base}
+    if config.rope.kind != "default":
+        rope["factor"] = config.rope.factor
+    if config.rope.kind == "llama3":
+        rope["low_freq_factor"] = config.rope.low_freq_factor
+        rope["high_freq_factor"] = config.rope.high_freq_factor
+        rope["original_max_position_embeddings"] = config.rope.original_max_positions
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.hidden_size,
+        "intermediate_size": config.intermediate_size,
+        "num_hidden_layers": config.num_layers,
+        "num_attention_heads": config.num_heads,
+        "num_key_value_heads": config.num_kv_heads,
+        "head_dim": config.head_dim,
+        "max_position_embeddings": config.max_positions,
+        "rms_norm_eps": config.norm_eps,
+        "rope_parameters": rope,
+        "tie_word_embeddings": config.tie_embeddings,
+        "attention_bias": config.attention_bias,
+        "mlp_bias": config.mlp_bias,
+        "hidden_act": "silu",
+        "dtype": str(config.dtype).removeprefix("torch."),
+        "bos_token_id": config.bos_id,
+        "eos_token_id": list(config.eos_ids) or None,
+    }

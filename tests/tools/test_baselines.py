@@ -1,0 +1,249 @@
+"""tools/evaluate/baselines.py: the rivals compute what their papers say, by naive computations with masks and projections."""
+
+import numpy as np
+import pytest
+import torch
+from support.tiny import random_model, tiny_config
+
+import pop
+from pop.pruning import reference
+from tools.evaluate import baselines
+
+PROMPT = np.random.default_rng(1).integers(67, size=19).tolist()
+CONTINUATION = np.random.default_rng(2).integers(67, size=6).tolist()
+N = len(PROMPT)
+TOKENS = torch.tensor(PROMPT + CONTINUATION)
+WINDOWS = [torch.from_numpy(np.random.default_rng(n).integers(67, size=40)) for n in range(3)]
+
+
+def tiny_model(**overrides) -> pop.Model:
+    config = tiny_config(**overrides)
+    return pop.Model(random_model(config, seed=3), config)
+
+
+def predicted(logits: torch.Tensor) -> torch.Tensor:
+    """Of logits [T, V] at every position those that predict the continuation."""
+    return logits[N - 1 : -1]
+
+
+def naive_forward(module, tokens, skips, visible) -> torch.Tensor:
+    """Logits [T, V]. skips(layer) [T]: who passes it by. visible(layer) [T, T]: which token attends which."""
+    h = module.embed(tokens[None])[0]
+    rope = module.rope(torch.arange(len(tokens))[None])
+    for index, layer in enumerate(module.layers):
+        q, k, v = (x[0] for x in layer.queries_keys_values(h[None], rope[layer.window]))
+        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+        scores = torch.einsum("the,she->hts", q, k) * layer.scale
+        weights = scores.masked_fill(~visible(index), -torch.inf).softmax(-1)
+        attended = torch.einsum("hts,she->the", weights, v).flatten(1)
+        updated = layer.update(h[None], attended[None])[0]
+        h = torch.where(skips(index)[:, None], h, updated)
+    return module.head(h)
+
+
+def test_a_plan_reads_the_prompt_as_the_reference_does():
+    model = tiny_model()
+    plan = pop.PrunePlan((1, 3, 4), full_depth_last=2, full_depth_first=1)
+    contender = baselines.Contender("plan", model, plan)
+    full_depth = reference.full_depth_tokens(N, len(TOKENS), plan)
+    logits, _ = reference.forward(model.module, TOKENS, full_depth, plan)
+    torch.testing.assert_close(contender.logits(PROMPT, CONTINUATION), predicted(logits), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(contender.logits(PROMPT, CONTINUATION[:1]), predicted(logits)[:1], rtol=1e-4, atol=1e-4)
+    assert contender.generate(PROMPT, 7) == reference.generate(model.module, torch.tensor(PROMPT), plan, 7)
+
+
+def test_generation_ends_with_an_end_token_and_where_it_is_told_to():
+    free = baselines.Contender("full", tiny_model(), pop.PrunePlan.none()).generate(PROMPT, 8)
+    end = free[3]
+    first = free.index(end) + 1
+    ending = baselines.Contender("full", tiny_model(eos_ids=(end,)), pop.PrunePlan.none())
+    assert ending.generate(PROMPT, 8) == free[:first]
+    free_running = baselines.Contender("full", tiny_model(), pop.PrunePlan.none())
+    assert free_running.generate(PROMPT, 8, until=lambda tokens: len(tokens) == 2) == free[:2]
+
+
+# ---- Layers removed ----
+
+
+def test_block_influence_is_one_less_the_mean_cosine():
+    model = tiny_model()
+    inputs, outputs = [[] for _ in range(5)], [[] for _ in range(5)]
+    for window in WINDOWS:
+        h = model.module.embed(window[None])
+        rope = model.module.rope(torch.arange(len(window))[None])
+        for index, layer in enumerate(model.module.layers):
+            inputs[index].append(h[0].numpy())
+            q, k, v = layer.queries_keys_values(h, rope[layer.window])
+            h = layer.update(h, baselines.causal_attention(q, k, v, layer.scale, layer.window))
+            outputs[index].append(h[0].numpy())
+    for index, value in enumerate(baselines.block_influence(model, WINDOWS).tolist()):
+        x, y = np.concatenate(inputs[index]), np.concatenate(outputs[index])
+        cosines = (x * y).sum(1) / np.linalg.norm(x, axis=1) / np.linalg.norm(y, axis=1)
+        assert value == pytest.approx(1 - cosines.mean(), abs=1e-5)
+
+
+def test_shortgpt_removes_the_layers_that_do_nothing_first():
+    model = tiny_model()
+    for index in (1, 3):
+        layer = model.module.layers[index]
+        layer.self_attn.o_proj.weight.zero_()
+        layer.mlp.down_proj.weight.zero_()
+    contender = baselines.shortgpt(model, 0.4, WINDOWS)
+    assert len(contender.model.module.layers) == contender.model.config.num_layers == 3
+    torch.testing.assert_close(
+        contender.logits(PROMPT, CONTINUATION), predicted(model.logits(TOKENS[None])[0]), rtol=1e-4, atol=1e-4
+    )
+
+
+def test_the_deepest_layers_dropped_are_dropped_for_every_token():
+    model = tiny_model()
+    contender = baselines.deepest_dropped(model, 0.4)
+    no_one = torch.zeros(len(TOKENS), dtype=torch.bool)
+    logits, _ = reference.forward(model.module, TOKENS, no_one, pop.PrunePlan((3, 4)))
+    torch.testing.assert_close(contender.logits(PROMPT, CONTINUATION), predicted(logits), rtol=1e-4, atol=1e-4)
+    assert contender.flops(64) < baselines.Contender("full", model, pop.PrunePlan.none()).flops(64)
+
+
+def test_removing_layers_shares_the_weights_and_leaves_the_model_as_it_was():
+    model = tiny_model()
+    before = model.logits(TOKENS[None])
+    smaller = baselines.without_layers(model, (0, 2))
+    assert len(model.module.layers) == 5 and torch.equal(model.logits(TOKENS[None]), before)
+    kept = [model.module.layers[index] for index in (1, 3, 4)]
+    for mine, theirs in zip(smaller.module.layers, kept, strict=True):
+        assert mine.mlp.up_proj.weight is theirs.mlp.up_proj.weight
+
+
+# ---- SliceGPT ----
+
+VARIANTS = [{}, {"tie_embeddings": True, "attention_bias": True, "mlp_bias": True}]
+
+
+@pytest.mark.parametrize("overrides", VARIANTS)
+def test_slicegpt_that_cuts_nothing_is_the_model(overrides):
+    model = tiny_model(**overrides)
+    contender = baselines.slicegpt(model, 0.0, WINDOWS)
+    full = model.logits(TOKENS[None])[0]
+    torch.testing.assert_close(contender.logits(PROMPT, CONTINUATION), predicted(full), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("overrides", VARIANTS)
+def test_slicegpt_is_the_model_with_every_block_input_projected(overrides):
+    """The wide way: h, normed and read by the model's own weights, projected onto the basis before each block."""
+    model = tiny_model(**overrides)
+    contender = baselines.slicegpt(model, 0.25, WINDOWS)
+    bases = baselines.principal_bases(model, 23, WINDOWS)
+    h = model.module.embed(TOKENS[None])
+    rope = model.module.rope(torch.arange(len(TOKENS))[None])
+    for index, layer in enumerate(model.module.layers):
+        h = h @ bases[2 * index] @ bases[2 * index].T
+        q, k, v = layer.queries_keys_values(h, rope[layer.window])
+        h = h + layer.attention_update(baselines.causal_attention(q, k, v, layer.scale, layer.window))
+        h = h @ bases[2 * index + 1] @ bases[2 * index + 1].T
+        h = h + layer.mlp_update(h)
+    naive = predicted(model.module.head(h[0]))
+    torch.testing.assert_close(contender.logits(PROMPT, CONTINUATION), naive, rtol=1e-4, atol=1e-4)
+    assert (naive - predicted(model.logits(TOKENS[None])[0])).abs().max() > 0.1
+    assert contender.flops(64) is None  # cost.py counts layers, not widths
+    first = contender.model.module.layers[0].layer
+    assert first.mlp.gate_proj.weight.shape == (44, 23) and first.self_attn.o_proj.weight.shape == (23, 60)
+
+
+def test_the_bases_are_orthonormal_and_the_first_keeps_the_most_that_any_can():
+    model = tiny_model()
+    bases = baselines.principal_bases(model, 23, WINDOWS)
+    assert len(bases) == 11
+    for basis in bases[:-1]:
+        torch.testing.assert_close(basis.T @ basis, torch.eye(23), rtol=0, atol=1e-5)
+    x = torch.cat([model.module.embed(window) for window in WINDOWS]).double().numpy()
+    x /= np.linalg.norm(x, axis=1, keepdims=True)
+    kept = np.square(x @ bases[0].double().numpy()).sum()
+    assert kept == pytest.approx(np.square(np.linalg.svd(x, compute_uv=False)[:23]).sum(), rel=1e-6)
+
+
+def test_each_basis_is_fitted_to_what_the_cuts_before_it_have_left():
+    """A basis keeps the most that any can of the states that enter its block, from the blocks below it, cut."""
+    model = tiny_model()
+    bases = baselines.principal_bases(model, 23, WINDOWS)
+    entered = [[] for _ in bases[:-1]]
+    for window in WINDOWS:
+        h, rope = model.module.embed(window[None]), model.module.rope(torch.arange(len(window))[None])
+        for index, layer in enumerate(model.module.layers):
+            entered[2 * index].append(h[0])
+            h = h @ bases[2 * index] @ bases[2 * index].T
+            q, k, v = layer.queries_keys_values(h, rope[layer.window])
+            h = h + layer.attention_update(baselines.causal_attention(q, k, v, layer.scale, layer.window))
+            entered[2 * index + 1].append(h[0])
+            h = h @ bases[2 * index + 1] @ bases[2 * index + 1].T
+            h = h + layer.mlp_update(h)
+    for basis, states in zip(bases, entered, strict=False):
+        x = torch.cat(states).double().numpy()
+        x /= np.linalg.norm(x, axis=1, keepdims=True)
+        kept = np.square(x @ basis.double().numpy()).sum()
+        assert kept == pytest.approx(np.square(np.linalg.svd(x, compute_uv=False)[:23]).sum(), rel=1e-5)
+
+
+def test_slicegpt_refuses_what_it_cannot_cut(monkeypatch):
+    model = tiny_model()
+    with pytest.raises(pop.InputError, match="1.0; it is the share"):
+        baselines.slicegpt(model, 1.0, WINDOWS)
+    monkeypatch.setattr(type(model.config), "family", "gemma3")
+    with pytest.raises(pop.UnsupportedError, match="not gemma3"):
+        baselines.slicegpt(model, 0.25, WINDOWS)
+
+
+# ---- POP with a part taken out ----
+
+
+@pytest.mark.parametrize("layers", [(3, 4), (1, 2, 4), (0, 1, 2, 3, 4), ()])
+def test_without_kv_pruned_layers_attend_nothing_before_the_boundary(layers):
+    model = tiny_model()
+    contender = baselines.NoKV("no-kv", model, pop.PrunePlan(layers))
+    position = torch.arange(len(TOKENS))
+    causal = position[:, None] >= position
+
+    def visible(layer):  # a token always sees itself: the row of one that skips the layer is not used
+        hidden = (position < N - 1) if layer in layers else torch.zeros(len(TOKENS), dtype=torch.bool)
+        return causal & ~hidden | torch.eye(len(TOKENS), dtype=torch.bool)
+
+    naive = naive_forward(model.module, TOKENS, lambda layer: (position < N - 1) & (layer in layers), visible)
+    torch.testing.assert_close(contender.logits(PROMPT, CONTINUATION), predicted(naive), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("layers", [(3, 4), (1, 2, 4), ()])
+def test_without_boundary_handling_the_whole_prompt_is_pruned(layers):
+    model = tiny_model()
+    contender = baselines.NoBoundary("no-boundary", model, pop.PrunePlan(layers))
+    naive, _ = reference.forward(model.module, TOKENS, torch.arange(len(TOKENS)) >= N, pop.PrunePlan(layers))
+    torch.testing.assert_close(contender.logits(PROMPT, CONTINUATION), predicted(naive), rtol=1e-4, atol=1e-4)
+
+
+def test_every_baseline_can_be_made_by_its_name_and_generates():
+    model = tiny_model()
+    for name, make in baselines.BASELINES.items():
+        contender = make(model, 0.25, WINDOWS)
+        assert contender.name == name
+        token = contender.logits(PROMPT, [0])[0].argmax()
+        assert contender.generate(PROMPT, 3)[0] == token
+
+
+# ---- Calibration text ----
+
+
+def test_calibration_windows_hold_the_texts_in_order_or_an_even_share_of_them():
+    model = tiny_model()
+    windows = baselines.calibration_windows(model, [list(range(50)), list(range(7))], length=20)
+    assert [window.tolist() for window in windows] == [
+        list(range(20)),
+        list(range(20, 40)),
+        list(range(40, 50)),
+        list(range(7)),
+    ]
+    few = baselines.calibration_windows(model, [list(range(60))], length=10, most=3)
+    assert [int(window[0]) for window in few] == [0, 20, 40]
+    few = baselines.calibration_windows(model, [list(range(60))], length=12, most=3)
+    assert [int(window[0]) for window in few] == [0, 24, 48]  # of 5 every second
+    short = pop.Model(model.module, model.config, max_seq_len=16)
+    assert [len(window) for window in baselines.calibration_windows(short, [list(range(40))])] == [16, 16, 8]
+    with pytest.raises(pop.InputError, match="calibration texts are empty"):
+        baselines.calibration_windows(model, [[]])

@@ -1,0 +1,122 @@
+"""tools/checkpoints/make_random.py: the published files' layout, in a bounded memory."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save
+from support.tiny import hf_config, tiny_config
+
+import pop
+from pop.checkpoints import registry
+from tools.checkpoints import make_random as tool
+from tools.checkpoints import measure as measure_checkpoint
+
+
+def layout(name: str, tmp_path: Path) -> dict[str, dict[str, tuple[int, ...]]]:
+    (tmp_path / "config.json").write_text(json.dumps(tool.config_of(name)))
+    return tool.plan(tool.tensors_of(tmp_path), 2)
+
+
+def test_llama31_8b_has_the_published_files_to_the_byte(tmp_path):
+    """The sizes are those that the hub lists, so the cuts and the headers are the same."""
+    sizes = {}
+    for file, tensors in layout("llama3.1-8b", tmp_path).items():
+        sizes[file] = len(tool.header(tensors, torch.bfloat16)) + 2 * sum(map(math.prod, tensors.values()))
+    assert sizes == {
+        "model-00001-of-00004.safetensors": 4_976_698_672,
+        "model-00002-of-00004.safetensors": 4_999_802_720,
+        "model-00003-of-00004.safetensors": 4_915_916_176,
+        "model-00004-of-00004.safetensors": 1_168_138_808,
+    }
+
+
+@pytest.mark.parametrize("name", tool.LLAMAS)
+def test_every_model_has_the_parameters_of_the_registry(name, tmp_path):
+    shapes = [shape for tensors in layout(name, tmp_path).values() for shape in tensors.values()]
+    assert sum(map(math.prod, shapes)) == registry.lookup(name).parameters
+
+
+@pytest.fixture
+def config(tmp_path):
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(hf_config(tiny_config(dtype=torch.bfloat16, max_positions=64))))
+    return str(path)
+
+
+def test_what_is_written_loads_and_runs(config, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(tool, "SHARD_BYTES", 20_000)
+    monkeypatch.setattr(tool, "PIECE", 100)
+    folder = tmp_path / "tiny"
+    assert tool.main([config, str(folder), "--layers", "3", "--seed", "4"]) == 0
+    shards = sorted(folder.glob("*.safetensors"))
+    assert len(shards) > 2
+    assert f"{sum(shard.stat().st_size for shard in shards):,} bytes" in capsys.readouterr().out
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    weights = {}
+    for shard in shards:
+        with safe_open(shard, "pt") as opened:
+            assert opened.metadata() == {"format": "pt"}
+            assert {name for name, file in index["weight_map"].items() if file == shard.name} == set(opened.keys())
+        found = load_file(shard)
+        assert shard.read_bytes() == save(found, {"format": "pt"})  # as safetensors itself writes it
+        weights |= found
+    assert index["metadata"]["total_size"] == sum(weight.nbytes for weight in weights.values())
+    assert {weight.dtype for weight in weights.values()} == {torch.bfloat16}
+    assert all((weight == 1).all() for weight in weights.values() if weight.dim() == 1)
+    matrices = {name: weight.float() for name, weight in weights.items() if weight.dim() == 2}
+    assert all(0.7 < weight.var() * weight.shape[1] < 1.4 for weight in matrices.values())
+    assert len({weight[0, 0].item() for weight in matrices.values()}) == len(matrices)
+    model = pop.load(folder, dtype=torch.float32)
+    assert model.config.num_layers == 3
+    assert torch.isfinite(model.logits(torch.tensor([[1, 2, 3]]))).all()
+    assert 0.3 < model.logits(torch.tensor([[1, 2, 3]])).std() < 3
+
+
+def test_the_seed_decides(config, tmp_path):
+    folders = [tmp_path / name for name in ("a", "b", "c")]
+    for folder, seed in zip(folders, (1, 1, 2), strict=True):
+        tool.write_checkpoint(tool.config_of(config), folder, seed)
+    a, b, c = ((folder / "model.safetensors").read_bytes() for folder in folders)
+    assert a == b != c
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["llama9", "NEW"], "'llama9' is neither a config.json"),
+        (["CONFIG", "NEW", "--layers", "0"], "--layers is 0"),
+        (["CONFIG", "."], "cannot be the folder to make"),
+        (["BROKEN", "NEW"], "is neither a config.json"),
+    ],
+)
+def test_a_mistake_is_one_sentence_and_leaves_nothing(arguments, said, config, tmp_path, capsys):
+    (tmp_path / "broken.json").write_text("[]")
+    paths = {"CONFIG": config, "NEW": str(tmp_path / "new"), "BROKEN": str(tmp_path / "broken.json")}
+    assert tool.main([paths.get(word, word) for word in arguments]) == 2
+    err = capsys.readouterr().err
+    assert said in err and err.count("\n") == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["broken.json", "config.json"]
+
+
+def test_a_disk_that_is_too_small_is_said_before(config, tmp_path, monkeypatch):
+    usage = tool.shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(tool.shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    with pytest.raises(pop.CheckpointError, match="but its disk has 1,000"):
+        tool.write_checkpoint(tool.config_of(config), tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
+def test_what_is_written_is_measured(config, tmp_path, capsys):
+    folder = tmp_path / "model"
+    assert tool.main([config, str(folder)]) == 0
+    capsys.readouterr()
+    assert measure_checkpoint.main([str(folder), "--lengths", "5,9", "--decode-steps", "2"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    whats = [line.split()[0] for line in lines if line[0] != " "]
+    assert whats == ["disk", "load", "memory", "prefill", "prefill", "decode", "memory"]
+    assert measure_checkpoint.main([str(tmp_path)]) == 2
+    assert "holds no weights" in capsys.readouterr().err

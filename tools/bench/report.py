@@ -1,0 +1,146 @@
+"""The figures of tools/bench/__main__.py as tables to read and as a plot of TTFT over prompt length."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator
+
+GB = 1e9
+
+
+def report(result: dict) -> str:
+    computer = result["machine"]
+    layers = f"{result['layers']} layers"
+    if result["layers"] < result["all_layers"]:
+        layers += f" of {result['all_layers']}, as asked for or as fit into memory"
+    versions = ", ".join(f"{name} {number}" for name, number in result["versions"].items())
+    parts = [
+        f"""\
+model     {result["model"]}, {result["weights"]} weights, {layers}, {result["dtype"]}, \
+{"compiled" if result["compiled"] else "eager"}
+machine   {computer["device"]}, {computer["threads"]} threads, torch {computer["torch"]}, {versions}
+runs      {result["runs"]} rounds in turn; medians, and from the lowest to the highest; ratios round by round"""
+    ]
+    if "prefill" in result:
+        parts.append("prefill\n" + _table(_prefill_rows(result["prefill"])))
+        parts.append("one token at a time, and tokens without attention\n" + _table(_decode_rows(result["prefill"])))
+        if result["image"]:
+            parts.append(_tower(result))
+        if any(figures["rivals"] for figures in result["prefill"].values()):
+            parts.append("pop's speed over the rivals'\n" + _table(_rival_rows(result["prefill"])))
+    if "slots" in result:
+        parts.append(_slots(result["slots"]))
+    if "memory" in result:
+        rows = [["tokens", "peak, GB", "formula, GB", "peak / formula"]]
+        for tokens, row in result["memory"].items():
+            sizes = [f"{row[name] / GB:.3f}" for name in ("peak_bytes", "formula_bytes")]
+            rows.append([f"{tokens:,}", *sizes, f"{row['ratio']:.3f}"])
+        parts.append("memory of a full prefill\n" + _table(rows))
+    if "compile" in result:
+        cold, warm = (result["compile"][name] for name in ("cold", "warm"))
+        parts.append(
+            f"compile   {cold['seconds']:.1f} s cold, {warm['seconds']:.1f} s in a second process"
+            if cold["compiled"]
+            else "compile   nothing was compiled"
+        )
+    return "\n\n".join(parts)
+
+
+def plot(result: dict, kind: str) -> bytes:
+    """TTFT over prompt length, a line for each plan and rival, as a file of `kind`, svg or png."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.add_subplot()
+    lengths = result["prefill"]
+    first = next(iter(lengths.values()))
+    lines = {"all layers": [row["ttft_s"] for row in lengths.values()]}
+    for group in ("plans", "rivals"):
+        for name in first[group]:
+            lines[name] = [row[group][name]["ttft_s"] for row in lengths.values()]
+    for name, times in lines.items():
+        middles = [time["median"] for time in times]
+        errors = [[time["median"] - time["low"] for time in times], [time["high"] - time["median"] for time in times]]
+        style = "--" if name in first["rivals"] else "-"
+        axes.errorbar(list(lengths), middles, errors, fmt="o" + style, markersize=3, capsize=2, label=name)
+    axes.set(xscale="log", yscale="log", xlabel="prompt tokens", ylabel="time to first token, seconds")
+    axes.set_xticks(list(lengths), [f"{tokens:,}" for tokens in lengths], minor=False)
+    axes.set_title(f"{result['model']}, {result['layers']} layers, {result['dtype']}, {result['machine']['device']}")
+    axes.legend()
+    drawn = io.BytesIO()
+    figure.savefig(drawn, format=kind)
+    return drawn.getvalue()
+
+
+def _prefill_rows(lengths: dict) -> Iterator[list[str]]:
+    yield ["tokens", "prompt encoded by", "TTFT, ms", "from .. to", "speedup", "limit", "efficiency", "MFU"]
+    for tokens, full in lengths.items():
+        yield [f"{tokens:,}", "all layers", *_ms(full["ttft_s"]), "", "", "", _percent(full["mfu"])]
+        for name, row in full["plans"].items():
+            label = f"{name}, without {row['layers']} layers" + (f", {row['taps']} taps" if row["taps"] else "")
+            speeds = [f"{row['speedup']['median']:.2f}x", f"{row['limit']:.2f}x", f"{row['efficiency']['median']:.3f}"]
+            yield ["", label, *_ms(row["ttft_s"]), *speeds, ""]
+        for name, row in full["rivals"].items():
+            yield ["", name, *_ms(row["ttft_s"]), "", "", "", ""]
+
+
+def _decode_rows(lengths: dict) -> Iterator[list[str]]:
+    heads = ["tokens", "tokens/s", "from .. to", "MBU", "read, GB/s", "peak, TFLOP/s", "prefill, us/token", "flatness"]
+    yield heads
+    for tokens, row in lengths.items():
+        speed = row["decode_tokens_per_s"]
+        yield [
+            f"{tokens:,}",
+            f"{speed['median']:.1f}",
+            f"{speed['low']:.1f} .. {speed['high']:.1f}",
+            _percent(row["mbu"]),
+            f"{row['bandwidth_bytes_per_s']['median'] / GB:.1f}",
+            f"{row['peak_flops_per_s']['median'] / 1e12:.3f}",
+            f"{row['rest_per_token_s']['median'] * 1e6:.1f}",
+            f"{row['flatness']['median']:.2f}",
+        ]
+
+
+def _rival_rows(lengths: dict) -> Iterator[list[str]]:
+    plans = next(iter(lengths.values()))["plans"]
+    yield ["tokens", "rival", "full", *plans, "decode", "its tokens/s"]
+    for tokens, figures in lengths.items():
+        for name, row in figures["rivals"].items():
+            ratios = [row["full_speedup"], *row["pruned_speedup"].values(), row["decode_speedup"]]
+            speeds = [f"{speed['median']:.2f}x" for speed in ratios]
+            yield [f"{tokens:,}", name, *speeds, f"{1 / row['step_s']['median']:.1f}"]
+
+
+def _tower(result: dict) -> str:
+    rows = [["tokens", "tower, ms", "from .. to", "of TTFT", "of FLOPs", "share / share"]]
+    for tokens, figures in result["prefill"].items():
+        row = figures["tower"]
+        shares = [_percent(row["share"]), f"{row['flops_share']:.1%}", f"{row['ratio']['median']:.2f}"]
+        rows.append([f"{tokens:,}", *_ms(row["seconds"]), *shares])
+    return "vision tower, an image of {} x {} pixels\n".format(*result["image"]) + _table(rows)
+
+
+def _slots(row: dict) -> str:
+    short, long = row["slots"]
+    text = f"slots     decode at position {row['position']:,} with {long:,} slots against {short:,}: "
+    return text + (row["left_out"] if "left_out" in row else f"{row['ratio']['median']:.3f} of the time")
+
+
+def _ms(times: dict) -> list[str]:
+    return [f"{times['median'] * 1e3:,.1f}", f"{times['low'] * 1e3:,.1f} .. {times['high'] * 1e3:,.1f}"]
+
+
+def _percent(values: dict) -> str:
+    return f"{values['median']:.1%}"
+
+
+def _table(rows) -> str:
+    """Columns as wide as they need, words to the left and numbers to the right."""
+    rows = list(rows)
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    words = [column for column, head in enumerate(rows[0]) if head in ("prompt encoded by", "rival")]
+    lines = []
+    for row in rows:
+        cells = [c.ljust(w) if i in words else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))]
+        lines.append("  ".join(cells).rstrip())
+    return "\n".join(lines)

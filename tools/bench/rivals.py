@@ -1,0 +1,171 @@
+"""What tools/bench/__main__.py compares `pop` with: what a user would run instead, with the same weights.
+
+RIVALS maps a name of --against to a function (model, fields of config.json, GGUF file) -> its configurations. Each has
+a `name` and `turn(prompt, steps)`, a function that runs once what `pop` runs: prefill up to the first new token's id,
+then `steps` steps of greedy decode. It returns {"ttft_s": seconds, "step_s": median seconds of a step}.
+
+transformers            attention "eager" and "sdpa"; the weights are the very tensors of pop's model; the cache is a
+                        DynamicCache.
+transformers-compiled   both through torch.compile: minutes for a model of many layers. Prefill has a DynamicCache and
+                        decode, as transformers' documentation has it, a StaticCache. What does not compile is left
+                        out, with a note.
+llama.cpp      by llama-cpp-python, from a GGUF file, with as many threads as torch has.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import os
+import sys
+import time
+from collections.abc import Callable
+from importlib.metadata import version
+from itertools import chain
+from statistics import median
+
+import torch
+
+from pop.errors import InputError, MissingExtra
+
+Turn = Callable[[], dict[str, float]]
+
+
+def timed(first: Callable[[], int], step: Callable[[int], int], steps: int) -> dict[str, float]:
+    """Time first() -> token id, and `steps` times step(token id) -> token id."""
+    began = time.perf_counter()
+    token = first()
+    ttft = time.perf_counter() - began
+    times = []
+    for _ in range(steps):
+        began = time.perf_counter()
+        token = step(token)
+        times.append(time.perf_counter() - began)
+    return {"ttft_s": ttft, "step_s": median(times)}
+
+
+def _import(module: str, package: str):
+    try:
+        return importlib.import_module(module)
+    except ImportError:
+        raise MissingExtra(f"--against needs the package {package}; install it beside pop, or leave it out") from None
+
+
+class Transformers:
+    """A model of transformers with the weights of `model`, a pop.Model of the architecture that `fields` describe."""
+
+    def __init__(self, library, model, fields: dict, attention: str, compiled: bool):
+        self.name = f"transformers {attention}" + (" compiled" if compiled else "")
+        self.library, self.device, self.compiled = library, model.device, compiled
+        kept = {name: value for name, value in fields.items() if name not in ("dtype", "torch_dtype")}
+        config = library.AutoConfig.for_model(**kept)
+        with torch.device("meta"):
+            module = library.AutoModelForCausalLM.from_config(config, attn_implementation=attention, dtype=model.dtype)
+        module.load_state_dict(model.module.state_dict(), strict=False, assign=True)
+        module.tie_weights()
+        # Its tables are no weights: made anew where the weights are.
+        module.model.rotary_emb = type(module.model.rotary_emb)(config=config).to(model.device)
+        if any(tensor.is_meta for tensor in chain(module.parameters(), module.buffers())):
+            raise InputError(f"transformers' {type(module).__name__} has weights that pop's model lacks")
+        self.module = module.requires_grad_(False).eval()
+        self.cache_argument = "cache" if "cache" in inspect.signature(module.forward).parameters else "past_key_values"
+        self.prefill = self.decode = self.module.forward
+        if compiled:  # apart, so that a length of 1 is no special case of the other
+            self.prefill, self.decode = (torch.compile(_copy(self.module.forward)) for _ in range(2))
+
+    def turn(self, prompt: list[int], steps: int) -> Turn:
+        tokens = torch.tensor([prompt], device=self.device)
+        static = self._filled(tokens, len(prompt) + steps) if self.compiled else None
+
+        @torch.no_grad()
+        def turn():
+            cache = self.library.DynamicCache(config=self.module.config)
+            if static is not None:
+                for layer in static.layers:
+                    layer.cumulative_length.fill_(len(prompt))  # back to the prompt's end
+            first = lambda: self._call(self.prefill, tokens, cache)  # noqa: E731
+            step = lambda token: self._call(self.decode, tokens.new_tensor([[token]]), static or cache)  # noqa: E731
+            return timed(first, step, steps)
+
+        return turn
+
+    @torch.no_grad()
+    def _filled(self, tokens: torch.Tensor, size: int):
+        """A StaticCache of `size` slots that holds the prompt."""
+        cache = self.library.StaticCache(config=self.module.config, max_cache_len=size)
+        self._call(self.module.forward, tokens, cache)
+        return cache
+
+    def _call(self, forward: Callable, tokens: torch.Tensor, cache) -> int:
+        out = forward(input_ids=tokens, use_cache=True, logits_to_keep=1, **{self.cache_argument: cache})
+        return int(out.logits[0, -1].argmax())
+
+
+def _copy(forward: Callable) -> Callable:
+    """A function of its own, which shares no compiled version with another."""
+    return lambda **arguments: forward(**arguments)
+
+
+def transformers(model, fields: dict | None, gguf: str | None, compiled: bool = False) -> list[Transformers]:
+    library = _import("transformers", "transformers")
+    if int(library.__version__.split(".")[0]) < 5:
+        raise InputError(f"transformers is {library.__version__}; --against transformers needs version 5 or newer")
+    if fields is None:
+        raise InputError("--against transformers needs a config.json, and this model's directory has none")
+    rivals = []
+    for attention in ("sdpa", "eager"):
+        rival = Transformers(library, model, fields, attention, compiled)
+        try:
+            if compiled:
+                rival.turn([1, 2, 3], 2)()
+        except Exception as error:  # whatever torch.compile meets
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            print(f"... {rival.name} does not run here and is left out: {reason}", file=sys.stderr, flush=True)
+            continue
+        rivals.append(rival)
+    return rivals
+
+
+def transformers_compiled(model, fields: dict | None, gguf: str | None) -> list[Transformers]:
+    return transformers(model, fields, gguf, compiled=True)
+
+
+class LlamaCpp:
+    name = "llama.cpp"
+
+    def __init__(self, library, gguf: str):
+        threads = torch.get_num_threads()
+        self.open = lambda size: library.Llama(
+            gguf, n_ctx=size, n_batch=2048, n_threads=threads, n_threads_batch=threads, verbose=False
+        )
+
+    def turn(self, prompt: list[int], steps: int) -> Turn:
+        context = self.open(len(prompt) + steps + 1)
+
+        def feed(tokens: list[int]) -> int:
+            context.eval(tokens)
+            return int(context.sample(temp=0.0))
+
+        def turn():
+            context.reset()
+            return timed(lambda: feed(prompt), lambda token: feed([token]), steps)
+
+        return turn
+
+
+def llama_cpp(model, fields: dict | None, gguf: str | None) -> list[LlamaCpp]:
+    library = _import("llama_cpp", "llama-cpp-python")
+    if gguf is None or not os.path.isfile(gguf):
+        raise InputError(f"--against llama.cpp needs --gguf with a GGUF file of the same weights, not {gguf}")
+    if model.device.type != "cpu":
+        raise InputError("--against llama.cpp compares on the CPU; add --device cpu")
+    return [LlamaCpp(library, gguf)]
+
+
+RIVALS = {"transformers": transformers, "transformers-compiled": transformers_compiled, "llama.cpp": llama_cpp}
+
+
+def versions(rivals: list) -> dict[str, str]:
+    """The versions of the packages behind `rivals`."""
+    packages = {Transformers: "transformers", LlamaCpp: "llama-cpp-python"}
+    return {packages[type(rival)]: version(packages[type(rival)]) for rival in rivals}

