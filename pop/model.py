@@ -22,7 +22,7 @@ from pop.errors import ContextOverflow, InputError, PlanError, TokenizerError, c
 from pop.generation.conversation import Conversation, Prefix
 from pop.generation.generate import Generation, Run, is_batch
 from pop.inputs.chat import ChatFormat, chat_format
-from pop.inputs.processors import Prepared, vision_of
+from pop.inputs.processors import Prepared, processor_of
 from pop.models.layers import Images
 from pop.pruning.plan import PrunePlan
 from pop.pruning.projections import fingerprint
@@ -61,7 +61,7 @@ class Model:
     ):
         check_compile(compile)
         self.module, self.config, self.tokenizer, self.part = module, config, tokenizer, part
-        self.vision = vision_of(config)
+        self.vision = processor_of(config)
         check_dtype(self.dtype, config)
         self.plan = checked_plan(plan, config.num_layers)
         self.resolve(self.plan)  # does it fit the weights?
@@ -207,7 +207,7 @@ class Model:
         began = time.perf_counter()
         batch = is_batch(prompt)
         prompts = prompt if batch else [prompt]
-        seen = self.vision.prepared(images, videos, len(prompts))
+        seen = self.vision.prepare_batch(images, videos, len(prompts))
         prompts = [self.encode(one, seen=row) for one, row in zip(prompts, seen, strict=True)]
         run = Run(
             self,
@@ -230,7 +230,7 @@ class Model:
         self.need_tokenizer("stream")
         if is_batch(prompt):
             raise InputError("stream takes one prompt; for a batch use generate, or one stream a prompt")
-        (seen,) = self.vision.prepared(images, videos, 1)
+        (seen,) = self.vision.prepare_batch(images, videos, 1)
         run = Run(self, [self.encode(prompt, seen=seen)], images=[seen], **options)
         return (piece for (piece,) in run.steps() if piece)
 
@@ -245,12 +245,12 @@ class Model:
         if options.keys() & {"images", "videos"}:
             raise InputError("chat takes images and videos in its messages, as {'type': 'image', 'image': ...}")
         seen = self.seen_in(messages)
-        tokens = self.chat_format().encode(messages, seen=[one.pieces for one in seen])
+        tokens = self.chat_format().encode(messages, media=[one.pieces for one in seen])
         return self.generate(tokens, images=seen, **options)
 
     def chat_tokens(self, messages) -> list[int]:
         """The token ids of a conversation in the family's chat format, up to where the answer begins."""
-        return self.chat_format().encode(messages, seen=[one.pieces for one in self.seen_in(messages)])
+        return self.chat_format().encode(messages, media=[one.pieces for one in self.seen_in(messages)])
 
     def chat_format(self) -> ChatFormat:
         """The family's chat format, with the images and videos that this model takes."""
@@ -259,7 +259,7 @@ class Model:
 
     def seen_in(self, messages) -> list[Prepared]:
         """The images and videos of a conversation, in their order."""
-        return [self.vision.read(kind, given) for kind, given in self.chat_format().seen(messages)]
+        return [self.vision.prepare(kind, given) for kind, given in self.chat_format().media(messages)]
 
     def start_chat(self, system: str | None = None, *, plan: PrunePlan | None = None) -> Conversation:
         """A conversation whose turns prefill only what is new: pop/generation/conversation.py. plan: None takes the model's."""
@@ -280,7 +280,7 @@ class Model:
         depth: what decode would have assigned to the continuation. Text is tokenized apart: context with the
         beginning-of-text token where the family has one, continuation without. images, videos: the context's.
         """
-        (seen,) = self.vision.prepared(images, videos, 1)
+        (seen,) = self.vision.prepare_batch(images, videos, 1)
         prompt = self.encode(context, "context", seen=seen)
         answer = self.encode(continuation, "continuation", bos=False)
         self.check_fits(len(prompt) + len(answer) - 1, "context plus continuation")
@@ -332,7 +332,7 @@ class Model:
         """
         if isinstance(prompt, str):
             self.need_tokenizer("text")
-            pieces = self.vision.pieces(prompt, seen, what) if seen else [prompt]
+            pieces = self.vision.replace_marks(prompt, seen, what) if seen else [prompt]
             tokens = self.tokenizer.encode_pieces(pieces, bos) if prompt else []
         else:
             prompt = prompt.tolist() if hasattr(prompt, "tolist") else prompt
@@ -351,11 +351,11 @@ class Model:
 
     @torch.no_grad()
     def _seen(self, images, videos, tokens: torch.Tensor, lengths: torch.Tensor, stages) -> Images | None:
-        rows = self.vision.prepared(images, videos, len(tokens))
+        rows = self.vision.prepare_batch(images, videos, len(tokens))
         return self.vision.images(self.module, rows, tokens, lengths, stages.vision_layer)
 
     def _chunk_size(self, chunk_size) -> int:
-        return max(check_count("chunk_size", chunk_size), self.vision.least_chunk)
+        return max(check_count("chunk_size", chunk_size), self.vision.min_chunk_size)
 
     def _tokens(self, tokens, dims: int) -> torch.Tensor:
         """Token ids as an int64 tensor of `dims` dimensions on the model's device, every id in the vocabulary."""

@@ -142,7 +142,7 @@ def _windows(model, texts, images, videos, size: int) -> list[Window]:
         raise InputError(f"texts is a {type(texts).__name__}; give a list of strings or of lists of token ids")
     texts = builtin_texts() if texts is None else list(texts)
     windows = []
-    for text, seen in zip(texts, model.vision.prepared(images, videos, len(texts)), strict=True):
+    for text, seen in zip(texts, model.vision.prepare_batch(images, videos, len(texts)), strict=True):
         if isinstance(text, int):
             raise InputError(f"texts holds {text}; give strings or lists of token ids")
         ids = model.encode(text, "text", seen=seen)
@@ -268,7 +268,7 @@ class Judge:
     def __init__(self, model, windows: list[Window]):
         self.model, self.cases = model, []
         for window, seen in windows:
-            places = model.vision.places(window, seen)
+            places = model.vision.locate(window, seen)
             cut = max([min(len(window), JUDGED) * 2 // 3, *(place[-1] + 1 for place in places)])
             prompt, continuation = window[:cut], window[cut : max(JUDGED, cut + JUDGED // 3)]
             full = self._log_probs(prompt, continuation, seen, PrunePlan.none())

@@ -227,7 +227,7 @@ def _parse(
     if isinstance(samples, (str, bytes, dict)) or not isinstance(samples, Iterable):
         raise InputError(f"samples is a {type(samples).__name__}; give a list of prompts, or of (prompt, response)")
     samples, parsed = list(samples), []
-    rows = model.vision.prepared(images, videos, len(samples))
+    rows = model.vision.prepare_batch(images, videos, len(samples))
     for number, (sample, seen) in enumerate(zip(samples, rows, strict=True)):
         try:
             prompt, response = sample if _is_pair(sample) else (sample, None)

@@ -255,7 +255,7 @@ def _load(args):
 
 def _seen(args, model) -> dict:
     """The images and videos that the command line names, read. Raises InputError where the model does not see."""
-    (seen,) = model.vision.prepared(args.image, args.video, 1)
+    (seen,) = model.vision.prepare_batch(args.image, args.video, 1)
     return {f"{kind}s": [one for one in seen if one.kind == kind] for kind in ("image", "video")}
 
 

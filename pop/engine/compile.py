@@ -29,7 +29,7 @@ import torch
 from pop import engine
 from pop.engine.cache import KVCache, empty_slots
 from pop.errors import UnsupportedError
-from pop.inputs.processors import vision_of
+from pop.inputs.processors import processor_of
 from pop.pruning.plan import PrunePlan
 
 LONG = 4096  # filled slots, see above
@@ -114,7 +114,7 @@ class Compiled:
             prefill(3, refit, 1)  # token by token
             return
         for N in (1, _unlike(taken)):  # of a vision tower, one image and several
-            if call := vision_of(config).layer_call(self.module, N, _unlike(taken, 4)):
+            if call := processor_of(config).layer_call(self.module, N, _unlike(taken, 4)):
                 self._stages.vision_layer(*call)
         # The first step of decode has many slots to attend: it is for these that the compiler lays out its loops.
         cache = KVCache(config, rows, slots, dtype=weight.dtype, device=weight.device)

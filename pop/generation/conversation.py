@@ -173,7 +173,7 @@ class Conversation:
         if turns:
             return self._format.encode_next(content, pieces)
         system = _message("system", self.system) if self.system is not None else []
-        return self._format.encode(system + _message("user", content), seen=pieces)
+        return self._format.encode(system + _message("user", content), media=pieces)
 
     def _turn(self, content, options: dict) -> tuple[Iterator[list[str]], Run]:
         """Check everything, and return the steps of the next turn, none of them taken yet."""
@@ -237,11 +237,11 @@ class Prefix:
 
     def __init__(self, model, prompt, *, images=None, videos=None, plan: PrunePlan | None = None):
         self.model, self.plan = model, model.resolve(plan)
-        (seen,) = model.vision.prepared(images, videos, 1)
+        (seen,) = model.vision.prepare_batch(images, videos, 1)
         self.tokens = model.encode(prompt, "prefix", seen=seen)
         model.check_fits(len(self.tokens), "the prefix")
         ahead = max(0, len(self.tokens) - self.plan.full_depth_last + 1)
-        places = model.vision.places(self.tokens, seen)
+        places = model.vision.locate(self.tokens, seen)
         ahead = min([ahead, *(place[0] for place in places if ahead in place)])
         self._behind = self.tokens[ahead:]
         self._seen_behind = [one for one, place in zip(seen, places, strict=True) if place[0] >= ahead]
@@ -272,7 +272,7 @@ class Prefix:
     def _run(self, rests, images, videos, options: dict) -> Run:
         if "plan" in options:
             raise InputError("a prefix is encoded by one plan, and so are its prompts; make another for another plan")
-        rows = self.model.vision.prepared(images, videos, len(rests))
+        rows = self.model.vision.prepare_batch(images, videos, len(rests))
         prompts = [
             self._behind + self.model.encode(rest, bos=False, seen=row) for rest, row in zip(rests, rows, strict=True)
         ]

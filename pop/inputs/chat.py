@@ -44,7 +44,7 @@ class ChatFormat:
         raise NotImplementedError
 
     def encode(
-        self, messages: list[Message], add_generation_prompt: bool = True, seen: Sequence[Sequence[Piece]] = ()
+        self, messages: list[Message], add_generation_prompt: bool = True, media: Sequence[Sequence[Piece]] = ()
     ) -> list[int]:
         """The token ids of a conversation, BOS included where the family has one.
 
@@ -55,7 +55,7 @@ class ChatFormat:
         add_generation_prompt: open the model's turn at the end.
         seen: what stands for each image and video, in the order of `seen(messages)`.
         """
-        left, pieces = iter(seen), []
+        left, pieces = iter(media), []
         for piece in self.pieces(self._turns(messages), add_generation_prompt):
             if piece in SEEN.values() and isinstance(piece, Control):
                 pieces += next(left)
@@ -63,13 +63,13 @@ class ChatFormat:
                 pieces.append([self._control_id(piece)] if isinstance(piece, Control) else piece)
         return self.tokenizer.encode_pieces(pieces, bos=False)
 
-    def seen(self, messages: list[Message]) -> list[tuple[str, Any]]:
+    def media(self, messages: list[Message]) -> list[tuple[str, Any]]:
         """The images and videos of a conversation, in their order: each one's kind, and what was given for it."""
         self._turns(messages)  # checks
         contents = [message["content"] for message in messages if isinstance(message["content"], list)]
         return [(part["type"], part[part["type"]]) for content in contents for part in content if part["type"] in SEEN]
 
-    def encode_next(self, content, seen: Sequence[Sequence[Piece]] = ()) -> list[int]:
+    def encode_next(self, content, media: Sequence[Sequence[Piece]] = ()) -> list[int]:
         """What follows an answer: the ids that end the model's turn, the user's next message, the model's turn opened.
 
         Behind the ids of a conversation and those of its answer, they are the ids of the longer conversation: a
@@ -78,7 +78,7 @@ class ChatFormat:
         messages = [{"role": "user", "content": "x"}]
         asked = self.encode(messages)
         answered = [*messages, {"role": "assistant", "content": self.opening}, {"role": "user", "content": content}]
-        ids = self.encode(answered, seen=seen)
+        ids = self.encode(answered, media=media)
         if ids[: len(asked)] != asked or ids[len(asked)] not in self.end_ids:
             raise UnsupportedError(
                 f"the {self.family} chat format changes what came before when a conversation goes on."

@@ -51,26 +51,26 @@ class Prepared:
         return hashlib.sha256(self.pixels.numpy().tobytes()).hexdigest()
 
 
-class Vision:
+class Processor:
     """A family that takes text alone, and what the others share.
 
     marks: by kind, what a text says where one is. placeholders: by kind, the token that stands for what is seen.
-    least_chunk: tokens that a chunk must be able to hold.
+    min_chunk_size: tokens that a chunk must be able to hold.
     """
 
     marks: ClassVar[dict[str, str]] = {}
     placeholders: dict[str, int] = {}  # noqa: RUF012 (each class has its own)
-    least_chunk = 1
+    min_chunk_size = 1
 
     def __init__(self, config):
         self.config = config
 
-    def prepare(self, kind: str, given) -> Prepared:
+    def _prepare(self, kind: str, given) -> Prepared:
         raise NotImplementedError
 
-    def read(self, kind: str, given) -> Prepared:
+    def prepare(self, kind: str, given) -> Prepared:
         """An image or a video, unless it has been prepared already."""
-        return given if isinstance(given, Prepared) else self.prepare(kind, given)
+        return given if isinstance(given, Prepared) else self._prepare(kind, given)
 
     def images(
         self, module, rows: list[list[Prepared]], tokens: torch.Tensor, lengths: torch.Tensor, run=vision_layer
@@ -86,7 +86,7 @@ class Vision:
         """What `run` would be called with for N images of P patches each, with zeros for numbers; None: never."""
         return None
 
-    def prepared(self, images, videos, num_rows: int) -> list[list[Prepared]]:
+    def prepare_batch(self, images, videos, num_rows: int) -> list[list[Prepared]]:
         """The images, and then the videos, of each row of a batch, as a caller gives them (pop.Model.generate)."""
         rows = [[] for _ in range(num_rows)]
         for kind, given in (("image", images), ("video", videos)):
@@ -98,10 +98,10 @@ class Vision:
                     f"this model of the {self.config.family} family reads {takes} only; leave out the {kind}s"
                 )
             for row, ones in zip(rows, _by_row(kind, given, num_rows), strict=True):
-                row += [self.read(kind, one) for one in ones]
+                row += [self.prepare(kind, one) for one in ones]
         return rows
 
-    def pieces(self, text: str, seen: Sequence[Prepared], what: str) -> list[Piece]:
+    def replace_marks(self, text: str, seen: Sequence[Prepared], what: str) -> list[Piece]:
         """A text with what stands for its images and videos in the places of their marks; `what` names it in errors."""
         by_kind = {kind: [one for one in seen if one.kind == kind] for kind in self.marks}
         for kind, ones in by_kind.items():
@@ -114,7 +114,7 @@ class Vision:
         parts = re.split(f"({'|'.join(map(re.escape, kinds))})", text)
         return [piece for part in parts for piece in (next(left[kinds[part]]).pieces if part in kinds else (part,))]
 
-    def places(self, tokens: Sequence[int], seen: Sequence[Prepared]) -> list[range]:
+    def locate(self, tokens: Sequence[int], seen: Sequence[Prepared]) -> list[range]:
         """Where in a prompt's tokens each of its images and videos is: from its first to its last placeholder."""
         left = {
             kind: iter([place for place, token in enumerate(tokens) if token == placeholder])
@@ -137,7 +137,7 @@ class Vision:
                 raise InputError(f"the {what} has tokens {token}, which stand for {kind}s, but no {kind} comes with it")
 
 
-class GemmaVision(Vision):
+class GemmaProcessor(Processor):
     """An image is a square of fixed size, and M tokens that attend each other in both directions.
 
     A PanAndScan is several of these: the whole, and its crops.
@@ -147,10 +147,10 @@ class GemmaVision(Vision):
 
     def __init__(self, config: Gemma3Config):
         super().__init__(config)
-        self.least_chunk = config.vision.tokens_per_image
+        self.min_chunk_size = config.vision.tokens_per_image
         self.placeholders = {"image": config.image_id}
 
-    def prepare(self, kind, given):
+    def _prepare(self, kind, given):
         config = self.config
         pixels = gemma_pixels(given, config.vision.image_size)  # [1 + crops, 3, S, S]
         ids = [config.boi_id, *[config.image_id] * config.vision.tokens_per_image, config.eoi_id]
@@ -188,7 +188,7 @@ class GemmaVision(Vision):
         return module.vision_tower.vision_model.encoder.layers[0], h
 
 
-class QwenVision(Vision):
+class QwenProcessor(Processor):
     """Images and videos keep their shape; all tokens are causal, and placed by time, row and column."""
 
     marks: ClassVar = {
@@ -200,7 +200,7 @@ class QwenVision(Vision):
         super().__init__(config)
         self.placeholders = {"image": config.image_id, "video": config.video_id}
 
-    def prepare(self, kind, given):
+    def _prepare(self, kind, given):
         config, is_video = self.config, kind == "video"
         patches = (qwen_video if is_video else qwen_image)(given, config.vision)
         count = patches.grid.rows * patches.grid.columns // config.vision.merge_size**2
@@ -239,11 +239,11 @@ class QwenVision(Vision):
         return module.model.visual.blocks[0], weight.new_zeros(N, P, vision.hidden_size), *tables
 
 
-def vision_of(config) -> Vision:
+def processor_of(config) -> Processor:
     """How the model of this config sees."""
     if getattr(config, "vision", None) is None:
-        return Vision(config)
-    return {"gemma3": GemmaVision, "qwen3_vl": QwenVision}[config.family](config)
+        return Processor(config)
+    return {"gemma3": GemmaProcessor, "qwen3_vl": QwenProcessor}[config.family](config)
 
 
 def as_list(kind: str, given) -> list:

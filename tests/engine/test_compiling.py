@@ -167,7 +167,7 @@ def test_a_towers_layers_are_compiled_for_images_of_any_size(config, monkeypatch
     sizes = [(256, 264), (256, 264), (64, 1024)] if config.family == "qwen3_vl" else [(20, 30)] * 3
     for count in (1, 2, 3):
         images = [random_bytes(*size, 3, seed) for seed, size in enumerate(sizes[:count])]
-        images = compiled.vision.prepared(images, None, 1)
+        images = compiled.vision.prepare_batch(images, None, 1)
         tokens = [5]
         for one in images[0]:
             tokens += [token for piece in one.pieces if not isinstance(piece, str) for token in piece] + [6, 7]

@@ -28,7 +28,7 @@ def model(request):
 def seen(model, number):
     """The image of that number; Qwen3-VL's are of different sizes."""
     if model.config.family == "gemma3":
-        (one,) = model.vision.prepared([picture(28, number)], None, 1)[0]
+        (one,) = model.vision.prepare_batch([picture(28, number)], None, 1)[0]
         return one
     vision, rows, columns = model.config.vision, 2 + 2 * (number % 2), 4
     ids = [62, *[60] * (rows * columns // 4), 63]

@@ -75,7 +75,7 @@ def test_a_text_says_where_its_images_and_videos_are(model):
     text = f"Look: {IMAGE_MARK} and{VIDEO_MARK}{IMAGE_MARK}?"
     expected = encode("Look: ") + image(8, 8) + film(encode, " and") + image(12, 6) + encode("?")
     options = {"images": [A, B], "videos": [FILM]}
-    (seen,) = model.vision.prepared([A, B], [FILM], 1)
+    (seen,) = model.vision.prepare_batch([A, B], [FILM], 1)
     assert model.encode(text, seen=seen) == expected
     answer = model.generate(text, max_new_tokens=6, **options)
     assert answer.tokens == model.generate(expected, max_new_tokens=6, **options).tokens
@@ -106,7 +106,7 @@ def test_a_batch_has_lists_for_each_prompt(model):
 def test_a_video_has_a_rate(model):
     """Sixteen frames at 8 a second: two a second are kept, but four at least."""
     video = pop.Video(np.repeat(FILM[:1], 16, axis=0), fps=8)
-    (seen,) = model.vision.prepared(None, [video], 1)
+    (seen,) = model.vision.prepare_batch(None, [video], 1)
     pair = [START, VIDEO, VIDEO, END]
     assert seen[0].pieces == ([START], "<0.3 seconds>", pair, "<1.6 seconds>", pair, [END])
 
