@@ -1,7 +1,7 @@
-"""Folders and files that appear whole or not at all.
+"""Files and folders that appear whole or not at all, and reading and writing JSON.
 
-Three things happen half-way through a download or an import; none may leave what looks like a checkpoint:
-an error or Ctrl-C (cleaned up at once), a killed process (cleaned up by the next), a second process (waits).
+A reader never finds half a file or half a checkpoint. An error or Ctrl-C removes the unfinished copy at once;
+after a kill, the next writer removes it. A second process that writes the same folder waits.
 """
 
 import contextlib
@@ -14,55 +14,59 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 
-from pop.errors import CheckpointError, PopError
+from pop.errors import CheckpointError, ConfigError, PopError
 
 
 @contextlib.contextmanager
 def staged(folder: str | Path, *, keep: bool = False) -> Iterator[Path]:
-    """Yield a hidden, empty sibling of `folder`: renamed to `folder` when the block succeeds, else removed.
+    """Yield a hidden, empty sibling of `folder`, which gets the name of `folder` when the block succeeds.
 
-    keep: what the block has written stays when it fails, and the next one finds it, to go on from there.
+    A file lock in the sibling makes a second process wait. The system releases the lock of a killed process.
+    So whoever holds the lock may remove what lies in the sibling.
 
-    A file lock inside makes a second process wait. The system drops the lock of a killed process, so whoever
-    holds it may clear away what lies there. Raises CheckpointError where `folder` holds something already,
-    and for every OSError, that of a full disk among them.
+    Args:
+        folder: it must not exist, or be an empty directory.
+        keep: leave the unfinished files of a failed block in place. The next block with `keep` finds them.
+
+    Raises:
+        CheckpointError: `folder` is in use, or something could not be written (every OSError).
     """
     folder = Path(folder).resolve()
     if not folder.name or folder == Path.cwd():  # neither can be replaced
-        raise CheckpointError(f"{folder} cannot be the folder to make: choose another one, that need not exist.")
+        raise CheckpointError(f"{folder} cannot be replaced by a new folder; choose another one")
     partial = folder.with_name(f".{folder.name}.partial")
     try:
         lock = _lock(partial)
         try:
             if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-                raise CheckpointError(f"{folder} exists already: remove it, or choose another folder.")
-            for left in _left(partial) if not keep else []:
-                shutil.rmtree(left) if left.is_dir() else left.unlink()
+                raise CheckpointError(f"{folder} exists already; remove it, or choose another folder")
+            for path in _unfinished(partial) if not keep else []:
+                remove(path)
             yield partial
             for path in [*partial.iterdir(), partial]:
                 _sync(path)
-            os.replace(partial, folder)  # over an empty directory at most: anything else is an OSError
-        except BaseException:  # KeyboardInterrupt too
-            if not (keep and _left(partial)):
+            os.replace(partial, folder)  # fails unless `folder` is missing or an empty directory
+        except BaseException:  # includes KeyboardInterrupt
+            if not (keep and _unfinished(partial)):
                 shutil.rmtree(partial, ignore_errors=True)
             raise
         finally:
             lock.close()
-        (folder / ".lock").unlink(missing_ok=True)  # not before: a second process would step in
+        (folder / ".lock").unlink(missing_ok=True)  # before the rename, this would let a second process in
         _sync(folder.parent)
     except PopError:
         raise
     except (OSError, SafetensorError) as error:
-        left = f"{partial} is kept" if keep else "nothing is left behind"
-        raise CheckpointError(f"{folder} could not be written, and {left}: {error}.") from error
+        rest = f"{partial} is kept" if keep else "nothing is left behind"
+        raise CheckpointError(f"{folder} could not be written, and {rest}: {error}") from error
 
 
 @contextlib.contextmanager
 def replaced(path: str | os.PathLike) -> Iterator[Path]:
-    """Yield a hidden sibling of `path` to write to: it replaces `path` when the block succeeds, else it is removed."""
-    path = Path(os.path.realpath(path))  # a link is followed, not replaced
+    """Yield a hidden sibling of the file `path` to write to. It replaces `path` only when the block succeeds."""
+    path = Path(os.path.realpath(path))  # replaces the target of a link, not the link
     draft = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}.tmp")
     try:
         yield draft
@@ -73,24 +77,59 @@ def replaced(path: str | os.PathLike) -> Iterator[Path]:
             draft.unlink()
 
 
+def remove(path: Path) -> None:
+    """Delete a file, a link or a whole directory."""
+    shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+
+
+def add_to_hash(file: IO[bytes], hasher) -> str:
+    """Feed the rest of an open file to a hashlib object; return the hex digest."""
+    while block := file.read(2**20):
+        hasher.update(block)
+    return hasher.hexdigest()
+
+
 def write_json(path: Path, value: Any) -> None:
+    """Write a JSON file. Unlike `replaced`, this overwrites `path` in place."""
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def _lock(partial: Path) -> IO:
-    """Make `partial` and hold the lock in it: an open file, so that no failure anywhere leaves it held in this process.
+def read_json(path: Path, error: type[PopError] = ConfigError) -> dict[str, Any]:
+    """Return the JSON object in a file; raise `error` for anything else, including the non-standard NaN and Infinity."""
 
-    Waits for another process that holds it.
+    def refuse(constant: str):
+        raise ValueError(f"{constant} is not a JSON number")
+
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"), parse_constant=refuse)
+    except (OSError, ValueError, RecursionError) as problem:
+        raise error(f"{path} is not readable JSON ({problem}); fetch it again") from None
+    if not isinstance(value, dict):
+        raise error(f"{path} holds a JSON {type(value).__name__} instead of an object; fetch it again")
+    return value
+
+
+def read_tensors(path: str | os.PathLike) -> tuple[dict[str, Any], dict[str, str]]:
+    """Return the tensors (on the CPU) and the metadata of a safetensors file.
+
+    Raises:
+        OSError, SafetensorError: the file is missing or broken.
     """
-    import fcntl  # here, since it is POSIX only: files need no lock
+    with safe_open(path, framework="pt") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+
+
+def _lock(partial: Path) -> IO:
+    """Create `partial`, wait for its file lock, and return the open lock file. Closing that file releases the lock."""
+    import fcntl  # exists on POSIX only, and only folders need it
 
     path = partial / ".lock"
     partial.parent.mkdir(parents=True, exist_ok=True)
     while True:
         with contextlib.suppress(FileExistsError):
             partial.mkdir()
-        with contextlib.suppress(FileNotFoundError):  # the other process may just remove or rename `partial`
-            lock = open(path, "ab")  # noqa: SIM115 (it stays open)
+        with contextlib.suppress(FileNotFoundError):  # another process may remove or rename `partial` at any moment
+            lock = open(path, "ab")  # noqa: SIM115 (the caller closes it)
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
@@ -101,7 +140,7 @@ def _lock(partial: Path) -> IO:
             lock.close()
 
 
-def _left(partial: Path) -> list[Path]:
+def _unfinished(partial: Path) -> list[Path]:
     return [path for path in partial.iterdir() if path.name != ".lock"]
 
 

@@ -17,9 +17,10 @@ from typing import Any
 
 import torch
 
-from pop.checkpoints.fields import Fields, read_json
+from pop.checkpoints.fields import Fields
 from pop.checkpoints.params_json import read_meta
 from pop.errors import ConfigError
+from pop.files import read_json
 from pop.models.config import (
     DTYPES,
     Config,

@@ -26,11 +26,10 @@ from typing import Any
 from urllib.parse import quote
 
 from pop.checkpoints import embedded
-from pop.checkpoints.fields import read_json
 from pop.checkpoints.hub import Broken, Hub
 from pop.checkpoints.registry import find_weights, lookup, weights_folder
 from pop.errors import CheckpointError, DownloadError, WeightsNotFound
-from pop.files import replaced, staged, write_json
+from pop.files import read_json, replaced, staged, write_json
 
 MANIFEST = "pop-download.json"
 CONFIGS = ("config.json", "generation_config.json")

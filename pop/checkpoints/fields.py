@@ -1,26 +1,9 @@
 """Strict reading of JSON objects: every field is taken by name, checked, and nothing is left over unread."""
 
-import json
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
-from pop.errors import ConfigError, PopError
-
-
-def read_json(path: Path, error: type[PopError] = ConfigError) -> dict[str, Any]:
-    """The JSON object in a file; anything else (NaN and Infinity are no JSON) raises `error`."""
-
-    def refuse(constant: str):
-        raise ValueError(f"{constant} is not a JSON number")
-
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"), parse_constant=refuse)
-    except (OSError, ValueError, RecursionError) as problem:
-        raise error(f"{path} is not readable JSON ({problem}); fetch it again") from None
-    if not isinstance(value, dict):
-        raise error(f"{path} holds a JSON {type(value).__name__} instead of an object; fetch it again")
-    return value
+from pop.errors import ConfigError
 
 
 class Fields:

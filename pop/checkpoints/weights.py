@@ -25,8 +25,8 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
-from pop.checkpoints.fields import read_json
 from pop.errors import CheckpointError
+from pop.files import read_json
 from pop.models.config import Config
 from pop.progress import progress_bar
 
