@@ -286,7 +286,7 @@ def test_generate_shows_images(command, model):
 
 def test_generate_shows_videos(command, model, monkeypatch):
     monkeypatch.setattr(
-        model.vision, "prepare", lambda kind, given, real=model.vision.prepare: real(kind, FILMS[given])
+        model.vision, "_prepare", lambda kind, given, real=model.vision._prepare: real(kind, FILMS[given])
     )
     status, out, _ = command("generate", "m", "What?", "--video", "film.mp4", "--image", "picture")
     prompt = f"{IMAGE_MARK}{VIDEO_MARK}What?"
