@@ -1,0 +1,83 @@
+"""Files that an earlier version has saved still load, with the same content: plans, conversations, importance scores.
+
+tools/goldens/saved.py says what is in them; tests/goldens/saved/facts.json says which version has made them.
+"""
+
+import json
+
+import pytest
+import torch
+
+import pop
+from pop.generation.generate import Sampler
+from tools.goldens import saved
+
+FACTS = json.loads((saved.FOLDER / "facts.json").read_text(encoding="utf-8"))
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return saved.chat_model(tmp_path_factory.mktemp("models") / "chat")
+
+
+@pytest.fixture
+def calibrated(model):
+    return pop.PrunePlan.load(saved.FOLDER / "calibrated.plan")
+
+
+@pytest.mark.parametrize("family", saved.CONFIGS)
+def test_fingerprints_stay(family):
+    """The fingerprint in a saved plan or conversation is compared with the model's."""
+    assert saved.fingerprint(family) == FACTS["fingerprints"][family]
+
+
+def test_a_plan_loads(tmp_path):
+    plan = pop.PrunePlan.load(saved.FOLDER / "plan.json")
+    assert plan == pop.PrunePlan((1, 3, 4), full_depth_last=8, full_depth_first=2)
+    assert_saved_again(plan, "plan.json", tmp_path)
+
+
+def test_a_calibrated_plan_loads(model, calibrated, tmp_path):
+    refit = calibrated.projections
+    assert (calibrated.layers, calibrated.full_depth_last, calibrated.full_depth_first) == ((1,), 4, 1)
+    assert (refit.taps, refit.weight.dtype, list(refit.weight.shape)) == (2, torch.float32, [1, 2, 20, 60])
+    assert saved.sums(refit) == FACTS["calibrated_sums"]
+    assert refit.fingerprint == model.fingerprint
+    assert model.resolve(calibrated).layers == (1,)
+    assert_saved_again(calibrated, "calibrated.plan", tmp_path)
+
+
+def test_importance_scores_load(tmp_path):
+    scores = pop.Importance.load(saved.FOLDER / "importance.json")
+    fields = json.loads((saved.FOLDER / "importance.json").read_text())
+    assert scores.num_samples == fields["num_samples"] == 4
+    for part, expected in ((scores, fields), (scores.attention, fields["attention"]), (scores.mlp, fields["mlp"])):
+        for name in ("prefill", "decode", "prefill_error", "decode_error"):
+            assert getattr(part, name).tolist() == expected[name]
+    assert_saved_again(scores, "importance.json", tmp_path)
+
+
+@pytest.mark.parametrize("name", ["chat.json", "chat-calibrated.json"])
+def test_a_conversation_loads_and_continues(name, model, calibrated, tmp_path):
+    plan = calibrated if "calibrated" in name else saved.PLAN
+    chat = model.load_chat(saved.FOLDER / name, plan=plan)
+    turns = json.loads((saved.FOLDER / name).read_text(encoding="utf-8"))["turns"]
+    assert [(turn.user, turn.assistant, turn.answer) for turn in chat.turns] == [
+        (turn["user"], turn["assistant"], turn["answer"]) for turn in turns
+    ]
+    assert_saved_again(chat, name, tmp_path)
+    held_today = saved.talk(model, plan)  # the same messages and seeds give the same answers
+    assert_saved_again(held_today, name, tmp_path)
+    assert chat.tokens == held_today.tokens
+    assert chat.send("Go on", max_new_tokens=5).tokens == held_today.send("Go on", max_new_tokens=5).tokens
+
+
+@pytest.mark.parametrize("number", range(len(saved.SETTINGS)))
+def test_a_seed_samples_the_same_tokens(number):
+    assert saved.picks(Sampler, saved.SETTINGS[number]) == FACTS["picks"][number]
+
+
+def assert_saved_again(value, name, tmp_path):
+    """Saved today, the file has the same bytes."""
+    value.save(tmp_path / name)
+    assert (tmp_path / name).read_bytes() == (saved.FOLDER / name).read_bytes()

@@ -1,0 +1,100 @@
+"""Save one file of each kind that `pop` writes, so that later versions can be tested against them.
+
+    python -m tools.goldens.saved "NAME OF THIS VERSION"      -> tests/goldens/saved/
+
+The files in the repository come from the commit that facts.json names, which is older than the present layout of the
+package. They stand for files that users have: do not make them anew because a test fails. Run this script only after a
+format has changed on purpose, and keep the older files under test beside the new ones.
+"""
+
+import json
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import torch
+from support import tiny
+from support.tiny_chat import write_chat_checkpoint
+
+import pop
+
+FOLDER = Path(__file__).resolve().parents[2] / "tests" / "goldens" / "saved"
+PLAN = pop.PrunePlan((1, 3, 4), full_depth_last=8, full_depth_first=2)
+MESSAGES = [("Hi", 12, {}), ("What next?", 7, {"temperature": 0.9, "seed": 3}), ("And then?", 1, {})]
+SETTINGS = [
+    {"temperature": 0.0},
+    {"temperature": 1.0},
+    {"temperature": 0.4, "top_k": 5},
+    {"temperature": 1.7, "top_p": 0.6},
+    {"temperature": 1.2, "top_k": 9, "top_p": 0.8},
+]
+CONFIGS = {
+    "llama": tiny.tiny_config,
+    "gemma3": tiny.tiny_gemma3_config,
+    "gemma3 with images": tiny.tiny_gemma3_vl_config,
+    "qwen3": tiny.tiny_qwen3_config,
+    "qwen3 with experts": tiny.tiny_qwen3_moe_config,
+    "qwen3_vl": tiny.tiny_qwen3_vl_config,
+}
+
+
+def make(made_with: str, sampler_class) -> None:
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    PLAN.save(FOLDER / "plan.json")
+    with tempfile.TemporaryDirectory() as folder:
+        model = chat_model(Path(folder))
+    texts = torch.randint(0, model.config.vocab_size, (60, 60), generator=torch.Generator().manual_seed(0)).tolist()
+    plan = pop.PrunePlan((1,), full_depth_last=4)
+    plan = pop.calibrate(model, texts, plan, window=60, progress=False)
+    assert plan.projections.taps == 2
+    plan.save(FOLDER / "calibrated.plan")
+    talk(model, PLAN).save(FOLDER / "chat.json")
+    talk(model, plan).save(FOLDER / "chat-calibrated.json")
+    scores = pop.importance(model, [text[:20] for text in texts[:4]], response_tokens=4, branches=True, progress=False)
+    scores.save(FOLDER / "importance.json")
+    facts = {
+        "made_with": made_with,
+        "fingerprints": {name: fingerprint(name) for name in CONFIGS},
+        "calibrated_sums": sums(plan.projections),
+        "picks": [picks(sampler_class, settings) for settings in SETTINGS],
+    }
+    lines = ",\n".join(f"{json.dumps(name)}: {json.dumps(fact)}" for name, fact in facts.items())
+    (FOLDER / "facts.json").write_text(f"{{\n{lines}\n}}\n", encoding="utf-8")
+
+
+def chat_model(folder: Path) -> pop.Model:
+    """The model of all files here, in float32, from a checkpoint that is made in `folder`."""
+    write_chat_checkpoint(folder, seed=4, attention_bias=True)
+    return pop.load(folder, prune=None)
+
+
+def talk(model, plan) -> pop.Conversation:
+    chat = model.start_chat("Be brief.", plan=plan)
+    for message, max_new_tokens, options in MESSAGES:
+        chat.send(message, max_new_tokens=max_new_tokens, **options)
+    return chat
+
+
+def fingerprint(name: str) -> str:
+    config = CONFIGS[name]()
+    return pop.Model(tiny.random_model(config, seed=7), config).fingerprint
+
+
+def sums(projections) -> list[float]:
+    """A sum of all weights and one of all biases, each weighted by its place."""
+    values = (projections.weight.flatten().double(), projections.bias.flatten().double())
+    return [(x * torch.arange(len(x))).sum().item() for x in values]
+
+
+def picks(sampler_class, settings: dict) -> list[list[int]]:
+    """Ten steps of three batch rows, from logits that numpy's fixed random stream decides."""
+    random = np.random.RandomState(np.random.PCG64(11))
+    sampler = sampler_class(3, seed=5, **settings)
+    return [sampler(torch.from_numpy(random.standard_normal((3, 40)).astype(np.float32))).tolist() for _ in range(10)]
+
+
+if __name__ == "__main__":
+    from pop.generation.generate import Sampler
+
+    make(sys.argv[1], Sampler)
