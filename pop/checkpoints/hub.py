@@ -1,16 +1,15 @@
-"""HTTP for `pop download`: requests that end, in an answer or in one sentence, and a token that stays at home.
+"""HTTP for `pop download`: every request ends in an answer or in a DownloadError, and only the endpoint sees the token.
 
-One thread, the caller of `Hub.together`, waits; the others fetch. It closes the connections that let it wait for too
-long, and all of them when one fails or Ctrl-C comes. Whatever a server says is untrusted: sizes, addresses and names.
+`Hub.together` runs requests in threads. When one of them fails or Ctrl-C comes, the others stop within a moment.
+Whatever a server sends is untrusted.
 """
 
-import base64
 import contextlib
+import io
 import os
 import re
 import socket
 import ssl
-import string
 import threading
 import time
 import zlib
@@ -19,26 +18,27 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from datetime import datetime, timezone
 from email.utils import parsedate_to_datetime
-from http.client import HTTPConnection, HTTPException, HTTPResponse, HTTPSConnection
+from http.client import HTTPConnection, HTTPException, HTTPResponse, InvalidURL
 from typing import Any
-from urllib.parse import SplitResult, quote, unquote, urljoin, urlsplit
-from urllib.request import getproxies, proxy_bypass
+from urllib.error import HTTPError, URLError
+from urllib.parse import urlsplit
+from urllib.request import HTTPHandler, HTTPRedirectHandler, HTTPSHandler, ProxyHandler, Request, build_opener
 
 from pop.errors import DownloadError, PopError
 
 THREADS = 8
-TIMEOUT = 30  # seconds, to connect and for a silent connection
-PACE = (2**16, 60)  # a connection that brings fewer bytes than this in so many seconds is closed
-TRIES = 6  # one after the other, none of them bringing MUCH
+TIMEOUT = 30  # seconds to connect, and to bring the next PACE bytes
+PACE = 2**16  # bytes
+TRIES = 6  # failures in a row, with less than MUCH received between them
 MUCH = 2**20  # bytes
-PAUSE = 1  # seconds behind the first failure; twice as many behind each further one
-MOST_PATIENT = 300  # seconds that a server may ask to wait
+PAUSE = 1  # seconds after the first failure; doubled after each further one
+MOST_PATIENT = 300  # seconds: the longest pause that a server may ask for
 REDIRECTS = 5
-HERE = ("localhost", "127.0.0.1", "::1")  # this machine, which plain HTTP does not leave
+HERE = ("localhost", "127.0.0.1", "::1")  # this machine: plain HTTP to it crosses no network
 
 
 class Broken(Exception):
-    """A failure that may pass by itself. pause: seconds that the server asks to wait."""
+    """A failure that may pass. pause: seconds to wait, if the server says so; received: new bytes before it."""
 
     def __init__(self, reason: str, pause: float | None = None):
         super().__init__(reason)
@@ -46,57 +46,63 @@ class Broken(Exception):
 
 
 class Stopped(Exception):
-    """Another thread has failed, or Ctrl-C has come: this one is to end."""
+    """This thread must end, because another one has failed or Ctrl-C has come."""
 
 
 class Hub:
-    """One model on the Hugging Face Hub, or on a server like it in $POP_ENDPOINT; $HF_TOKEN opens gated models.
+    """One model on the Hugging Face Hub, or on a server like it at $POP_ENDPOINT. $HF_TOKEN opens gated models.
 
-    The token is sent to the endpoint alone: not to another host, port or protocol that it redirects to, nor over
-    plain HTTP except to this machine. Raises DownloadError for an endpoint or a token that cannot be one.
+    The token goes to the endpoint's origin (protocol, host and port) only, and over plain HTTP to this machine only.
+
+    Raises:
+        DownloadError: the endpoint or the token is malformed. The message does not repeat it.
     """
 
     def __init__(self, repository: str):
-        given = os.environ.get("POP_ENDPOINT", "").rstrip("/") or "https://huggingface.co"
-        self._endpoint = _split(given, "POP_ENDPOINT is no address")
-        if self._endpoint.username is not None or self._endpoint.query or self._endpoint.fragment:  # not repeated
-            raise DownloadError("POP_ENDPOINT must be a protocol, a host, a port and a path; leave out the rest")
-        self.name, self.repository = self._endpoint.netloc, repository
-        self._token = os.environ.get("HF_TOKEN", "").strip()
-        if not re.fullmatch(r"[!-~]*", self._token):  # http.client would print it in its own error
-            raise DownloadError("HF_TOKEN holds a character that no token has; set it anew")
+        self.repository = repository
+        self.url = os.environ.get("POP_ENDPOINT", "").rstrip("/") or "https://huggingface.co"
+        try:
+            scheme, host, port = self._origin = _origin(self.url)
+        except ValueError:
+            port = 0
+        if not port or set("@?#") & set(self.url):
+            raise DownloadError("POP_ENDPOINT must be http:// or https:// with a host, a port and a path only")
+        self.name = urlsplit(self.url).netloc
+        token = os.environ.get("HF_TOKEN", "").strip()
+        if not re.fullmatch(r"[!-~]*", token):  # http.client would print the token in its own error
+            raise DownloadError("HF_TOKEN contains a character that no token has; set it again")
+        self._token = token if scheme == "https" or host in HERE else ""
+        self._withheld = token != self._token
         self.notices: deque[str] = deque()
-        self._exchanges: set[_Exchange] = set()
         self._stop = threading.Event()
+        self._opener = build_opener(_Proxies, _Redirects, _Connections(self.check_stop))
 
     def together(self, tasks: list[Callable[[], Any]], tick: Callable[[], object] = lambda: None) -> list:
-        """Run tasks in threads and return their results. This thread watches them, and calls `tick` now and then."""
+        """Run `tasks` in threads and return their results; call `tick` several times a second meanwhile."""
         with ThreadPoolExecutor(THREADS) as pool:
             futures = [pool.submit(task) for task in tasks]
             try:
-                pending = set(futures)
-                while pending:
-                    done, pending = wait(pending, 0.2, FIRST_EXCEPTION)
+                while (state := wait(futures, 0.2, FIRST_EXCEPTION)).not_done:
                     tick()
-                    for exchange in list(self._exchanges):
-                        exchange.close_if_late()
-                    for future in done:
+                    for future in state.done:
                         future.result()
-            except BaseException:  # KeyboardInterrupt too
+                return [future.result() for future in futures]
+            except BaseException:  # includes KeyboardInterrupt
                 self._stop.set()
-                for exchange in list(self._exchanges):
-                    exchange.close()
-                for future in futures:
-                    future.cancel()
+                pool.shutdown(wait=False, cancel_futures=True)
                 raise
-        return [future.result() for future in futures]
 
     def check_stop(self) -> None:
+        """Raise Stopped if this thread must end."""
         if self._stop.is_set():
             raise Stopped
 
     def persist(self, what: str, attempt: Callable[[], Any]) -> Any:
-        """The result of `attempt`, which is called again where it raises Broken, after a pause."""
+        """Return the result of `attempt`; call it again, after a pause, whenever it raises Broken.
+
+        Raises:
+            DownloadError: TRIES failures in a row, or the server asks for too long a pause.
+        """
         failures = 0
         while True:
             try:
@@ -114,218 +120,186 @@ class Hub:
                     raise Stopped from None
 
     def read(self, path: str, most: int) -> bytes:
-        """The whole answer to a request, of `most` bytes at most."""
+        """Return the whole answer to a request for `path`, which must have `most` bytes at most."""
 
         def attempt() -> bytes:
             with self.get(path) as answer:
                 data = bytearray()
-                for block in answer.blocks():
+                for block in blocks(answer):
                     data += block
                     if len(data) > most:
-                        raise DownloadError(f"{self.name}{path} has more than {most} bytes; is POP_ENDPOINT a hub?")
-                if answer.length is not None and len(data) < answer.length:
-                    raise Broken("the connection broke off")
+                        raise DownloadError(f"{self.name}{path} has more than {most} bytes; check POP_ENDPOINT")
                 return bytes(data)
 
         return self.persist(f"{self.name}{path}", attempt)
 
     @contextlib.contextmanager
-    def get(self, path: str, start: int = 0) -> Iterator["_Exchange"]:
-        """Ask for a file from byte `start` on; yield the answer, whose status is 200, or if `start`, 206 or 416.
+    def get(self, path: str, start: int = 0) -> Iterator[HTTPResponse]:
+        """Ask for a file from byte `start` on and yield the answer. Its status is 200 or, if `start` > 0, 206 or 416.
 
-        Raises DownloadError for what will not pass by itself, else Broken, also for errors of reading the answer.
+        Raises:
+            DownloadError: trying again would not help.
+            Broken: trying again may help.
         """
-        url, token = _split(f"{self._endpoint.geturl()}{path}", self.name), self._token
-        if url.scheme == "http" and url.hostname not in HERE:
-            token = ""
-        for _ in range(REDIRECTS + 1):
-            headers = {"User-Agent": "pop", "Accept-Encoding": "identity", "Connection": "close"}
-            if token:
-                headers["Authorization"] = f"Bearer {token}"
-            if start:
-                headers["Range"] = f"bytes={start}-"
-            with self._exchange(url, headers) as answer:
-                if answer.status not in (301, 302, 303, 307, 308):
-                    self._check(answer, url, path, bool(token), bool(start))
-                    yield answer
-                    return
-                there = quote(answer.header("Location"), safe=string.punctuation)
-            there = _split(there, f"{url.hostname} redirects to what is no address", url.geturl())
-            if there.scheme == "http" and url.scheme == "https":
-                raise DownloadError(f"{url.hostname} redirects from https to plain http, which is not followed")
-            token = token if _origin(there) == _origin(url) else ""
-            url = there
-        raise DownloadError(f"{self.name} redirects more than {REDIRECTS} times; check POP_ENDPOINT, or try later")
-
-    @contextlib.contextmanager
-    def _exchange(self, url: SplitResult, headers: dict[str, str]) -> Iterator["_Exchange"]:
-        """Connect, ask and yield the answer. What breaks, inside the block as well, is raised as Broken."""
-        connection = exchange = None
-
-        def dial(*args) -> socket.socket:
-            """A socket that is watched from now on: through a proxy's answer and TLS's handshake, too."""
-            nonlocal exchange
-            sock = socket.create_connection(*args)
-            exchange = _Exchange(sock.dup())
-            self._exchanges.add(exchange)
-            self.check_stop()  # only now can `together` close it
-            return sock
-
+        request = Request(self.url + path, headers={"User-Agent": "pop"})
+        if start:
+            request.add_header("Range", f"bytes={start}-")
+        if self._token:
+            request.add_unredirected_header("Authorization", f"Bearer {self._token}")
+        self.check_stop()
         try:
-            self.check_stop()
-            connection, target, more = _connection(url)
-            connection._create_connection = dial
-            connection.request("GET", target, headers=headers | more)
-            exchange.response = connection.getresponse()
-            yield exchange
-        except (PopError, Broken, Stopped):
-            raise
-        except ssl.SSLCertVerificationError as error:
-            reason = f"the certificate of {url.hostname} cannot be verified ({error.verify_message})"
-            raise DownloadError(f"{reason}; if a proxy replaces it, name its authority in SSL_CERT_FILE") from None
-        except (OSError, EOFError, HTTPException, ValueError, zlib.error) as error:
-            self.check_stop()
-            late = "it was too slow" if exchange is not None and exchange.late else _reason(error)
-            raise Broken(f"the connection to {url.hostname} failed ({late})") from None
-        finally:
-            self._exchanges.discard(exchange)
-            if exchange is not None:
-                exchange.end()
-            if connection is not None:
-                connection.close()
+            answer = self._opener.open(request, timeout=TIMEOUT)
+        except HTTPError as error:  # a status other than 2xx
+            answer = error
+        except (ValueError, InvalidURL):
+            what = "a redirect, or the proxy in the environment, is not an address of http:// or https://"
+            raise DownloadError(f"{self.name}: {what}; check POP_ENDPOINT and the proxy") from None
+        with contextlib.closing(answer):
+            self._check(answer, path, bool(start))
+            yield answer
 
-    def _check(self, answer: "_Exchange", url: SplitResult, path: str, authorized: bool, ranged: bool) -> None:
-        """Put into words whatever is no answer to go on with."""
-        status, where, pause = answer.status, url.hostname, _retry_after(answer.header("Retry-After"))
-        page = f"{self._endpoint.geturl()}/{self.repository}"
-        if status == 200 and answer.header("Content-Type").lower().startswith("text/html"):
-            raise DownloadError(f"{where} sent a web page instead of a file; does a proxy ask for a log-in?")
+    def _check(self, answer: HTTPResponse | HTTPError, path: str, ranged: bool) -> None:
+        """Raise DownloadError or Broken for an answer that cannot be used."""
+        status, where, page = answer.status, urlsplit(answer.url).hostname, f"{self.url}/{self.repository}"
+        if status == 200 and (answer.headers["Content-Type"] or "").lower().startswith("text/html"):
+            raise DownloadError(f"{where} sent a web page instead of a file; check whether a proxy asks for a log-in")
         if status == 200 or (ranged and status in (206, 416)):
             return
-        if status == 429:
-            raise Broken(f"{where} has had too many requests (429)", pause)
-        if status == 408 or status >= 500:
-            raise Broken(f"{where} has a fault ({status})", pause)
-        if _origin(url) != _origin(self._endpoint):  # a signed address that has lapsed: the endpoint gives a new one
+        if 300 <= status < 400:
+            raise DownloadError(f"{where} redirects more than {REDIRECTS} times, or nowhere; check POP_ENDPOINT")
+        if status in (408, 429) or status >= 500:
+            raise Broken(f"{where} cannot answer now ({status})", _retry_after(answer.headers["Retry-After"] or ""))
+        if _origin(answer.url) != self._origin:  # a signed address has expired; the endpoint will give a new one
             raise Broken(f"{where}, where {self.name} redirects to, refuses the request ({status})")
-        if status == 404 or answer.header("X-Error-Code") == "RepoNotFound":
+        if status == 404 or answer.headers["X-Error-Code"] == "RepoNotFound":
             what = self.repository if path.startswith("/api/") else path
-            raise DownloadError(f"{self.name} has no {what} ({status}), or not without a token that may see it")
-        if status in (401, 403) and not authorized and self._token:
-            raise DownloadError(f"{page} needs HF_TOKEN, which is not sent over plain http: use an https POP_ENDPOINT")
-        if status in (401, 403) and not authorized:
-            step = f"accept its licence on {page}, and set HF_TOKEN to a token of that account"
-            raise DownloadError(f"{self.repository} is gated ({status}): {step}, from its settings")
-        if status == 401:
-            raise DownloadError(f"{self.name} does not accept HF_TOKEN (401): set it to a token that is still valid")
-        if status == 403:
-            step = f"accept its licence on {page} and wait for access; a fine-grained token must allow gated models"
-            raise DownloadError(f"HF_TOKEN may not read {self.repository} (403): {step}")
-        raise DownloadError(f"{where} refuses the request ({status}); check POP_ENDPOINT, or try later")
+            raise DownloadError(f"{self.name} has no {what} ({status}), or only for a token that may see it")
+        if status not in (401, 403):
+            raise DownloadError(f"{where} refuses the request ({status}); check POP_ENDPOINT, or try later")
+        if self._withheld:
+            raise DownloadError(f"{page} needs HF_TOKEN, which is not sent over plain http; use an https POP_ENDPOINT")
+        fault = "HF_TOKEN is not valid, or does not open it" if self._token else "HF_TOKEN is not set"
+        step = f"accept the licence on {page}, and set HF_TOKEN to a token of that account that may read gated models"
+        raise DownloadError(f"{self.repository} is gated ({status}), and {fault}; {step}")
 
 
-class _Exchange:
-    """A request and its answer. sock: a duplicate of its socket, by which another thread may close it."""
+def encoding(answer: HTTPResponse) -> str:
+    """Return how the body is compressed, or "". No request allows compression, but some proxies do it."""
+    stated = (answer.headers["Content-Encoding"] or "").lower()
+    return "" if stated == "identity" else stated
 
-    def __init__(self, sock: socket.socket):
-        self.response: HTTPResponse | None = None
-        self.late = False
-        self._socket = sock
-        self._due, self._count = time.monotonic() + PACE[1], 0
 
-    @property
-    def status(self) -> int:
-        return self.response.status
-
-    @property
-    def length(self) -> int | None:
-        """Bytes that `blocks` will bring, if the server says so."""
-        encoded = self.response.chunked or self.header("Content-Encoding").lower() not in ("", "identity")
-        stated = self.header("Content-Length")
-        return int(stated) if re.fullmatch(r"[0-9]{1,18}", stated) and not encoded else None
-
-    def header(self, name: str) -> str:
-        return self.response.headers.get(name) or ""
-
-    def blocks(self) -> Iterator[bytes]:
-        """The body as it comes. Its end may be early: the caller knows the size."""
-        encoding = self.header("Content-Encoding").lower()
-        if encoding not in ("", "identity", "gzip"):
-            raise DownloadError(f"the server compresses files by {encoding!r:.40}, unasked; check POP_ENDPOINT")
-        gzip = zlib.decompressobj(31) if encoding == "gzip" else None  # 31: with the header of gzip
-        while (gzip is None or not gzip.eof) and (block := self.response.read1(2**20)):
-            self._count += len(block)
-            if self._count >= PACE[0]:
-                self._due, self._count = time.monotonic() + PACE[1], 0
-            while gzip is not None and block:  # in steps, since little may become much
-                if piece := gzip.decompress(block, 2**20):
-                    yield piece
-                block = gzip.unconsumed_tail
-            if block:
-                yield block
-        if self.late or (gzip is not None and not gzip.eof):
+def blocks(answer: HTTPResponse) -> Iterator[bytes]:
+    """Yield the body as it comes, decompressed; raise Broken if it ends early or cannot be read."""
+    if encoding(answer) not in ("", "gzip"):
+        raise DownloadError(f"the server compresses files by {encoding(answer)!r:.40}; check POP_ENDPOINT")
+    unzip = zlib.decompressobj(31) if encoding(answer) else None  # 31: with the header of gzip
+    left = answer.length  # bytes to come, or None if the server does not state it
+    with _network(answer.url):
+        while not (unzip and unzip.eof) and (block := answer.read1(2**20)):
+            left = left and left - len(block)
+            while unzip and block:  # in steps, because a small block can become a huge one
+                yield unzip.decompress(block, 2**20)
+                block = unzip.unconsumed_tail
+            yield block
+        if not unzip.eof if unzip else left:
             raise EOFError("it broke off")
 
-    def close_if_late(self) -> None:
-        if time.monotonic() > self._due:
-            self.late = True
-            self.close()
+
+class _Stream(io.RawIOBase):
+    """What a socket receives, until the server is silent or too slow for too long, or the download stops."""
+
+    def __init__(self, sock: socket.socket, check_stop: Callable[[], None]):
+        self._sock, self._check_stop = sock, check_stop
+        self._file = sock.makefile("rb", buffering=0)  # keeps the socket open until this stream is closed
+        self._due, self._count = time.monotonic() + TIMEOUT, 0
+
+    def makefile(self, mode: str) -> io.BufferedReader:
+        """Be what HTTPResponse expects of a socket."""
+        return io.BufferedReader(self)
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer) -> int:
+        self._sock.settimeout(0.1)
+        try:
+            while True:
+                self._check_stop()
+                if time.monotonic() > self._due:
+                    raise TimeoutError("it was silent or too slow")
+                with contextlib.suppress(TimeoutError):
+                    count = self._sock.recv_into(buffer)
+                    break
+        finally:
+            self._sock.settimeout(TIMEOUT)
+        self._count += count
+        if self._count >= PACE:
+            self._due, self._count = time.monotonic() + TIMEOUT, 0
+        return count
 
     def close(self) -> None:
-        """Wake the thread that reads: it finds the stream ended."""
-        with contextlib.suppress(OSError):
-            self._socket.shutdown(socket.SHUT_RDWR)
-
-    def end(self) -> None:
-        """Let go of the answer and the duplicate."""
-        if self.response is not None:
-            self.response.close()
-        self._socket.close()
+        self._file.close()
+        super().close()
 
 
-def _split(url: str, fault: str, base: str = "") -> SplitResult:
-    """The parts of an address; what has none raises DownloadError, which does not repeat it: it may hold a secret."""
-    try:
-        parts = urlsplit(urljoin(base, url))
-        if parts.scheme in ("http", "https") and parts.hostname and parts.port != 0:
-            return parts
-    except ValueError:
-        pass
-    raise DownloadError(f"{fault} of http:// or https://")
+class _Connections(HTTPSHandler, HTTPHandler):
+    """Connections that read through a _Stream."""
+
+    def __init__(self, check_stop: Callable[[], None]):
+        super().__init__(context=ssl.create_default_context())
+        self._check_stop = check_stop
+
+    def do_open(self, kind: type[HTTPConnection], request: Request, **options) -> HTTPResponse:
+        def connect(host: str, **more) -> HTTPConnection:
+            connection = kind(host, **more)
+            connection.response_class = lambda sock, **rest: HTTPResponse(_Stream(sock, self._check_stop), **rest)
+            return connection
+
+        with _network(request.full_url):
+            return super().do_open(connect, request, **options)
 
 
-def _origin(url: SplitResult) -> tuple[str, str, int]:
-    return url.scheme, url.hostname, url.port or {"http": 80, "https": 443}[url.scheme]
+class _Redirects(HTTPRedirectHandler):
+    """Redirects that leave the token at its origin and never step down from https to http."""
+
+    max_repeats = max_redirections = REDIRECTS
+
+    def redirect_request(self, request, answer, code, message, headers, url: str) -> Request:
+        answer.close()  # urllib would read the body, of any length
+        before, after = _origin(request.full_url), _origin(url)
+        if after[0] == "http" and before[0] == "https":
+            raise DownloadError(f"{before[1]} redirects from https to plain http, which is not followed")
+        new = super().redirect_request(request, answer, 302, message, headers, url)
+        new.remove_header("Proxy-authorization")  # ProxyHandler adds it again where a proxy is used
+        if before == after and request.has_header("Authorization"):
+            new.add_unredirected_header("Authorization", request.get_header("Authorization"))
+        return new
+
+    http_error_308 = HTTPRedirectHandler.http_error_302  # Python 3.10 lacks it
 
 
-def _connection(url: SplitResult) -> tuple[HTTPConnection, str, dict[str, str]]:
-    """A connection for an address, directly or by the environment's proxy; what to ask it for; headers to add."""
-    secure = url.scheme == "https"
+class _Proxies(ProxyHandler):
+    """The proxies in the environment, except for plain HTTP to this machine: a proxy would read the token."""
 
-    def to(host: str, port: int | None) -> HTTPConnection:
-        if secure:
-            return HTTPSConnection(host, port, timeout=TIMEOUT, context=ssl.create_default_context())
-        return HTTPConnection(host, port, timeout=TIMEOUT)
+    def proxy_open(self, request: Request, proxy: str, scheme: str):
+        if scheme == "http" and _origin(request.full_url)[1] in HERE:
+            return None
+        if "://" in proxy and not proxy.lower().startswith("http://"):
+            raise DownloadError("the proxy in the environment is not an http:// one; no other kind is supported")
+        return super().proxy_open(request, proxy, scheme)
 
-    target = quote(f"{url.path or '/'}{'?' if url.query else ''}{url.query}", safe=string.punctuation)
-    direct = proxy_bypass(url.hostname) or (not secure and url.hostname in HERE)  # a proxy would read the token
-    proxy = None if direct else getproxies().get(url.scheme)
-    if not proxy:
-        return to(url.hostname, url.port), target, {}
-    via = _split(proxy if "//" in proxy else f"http://{proxy}", "the proxy in the environment has no address")
-    if via.scheme != "http":
-        raise DownloadError("the proxy in the environment is an https one; only http:// ones are supported")
-    login = f"{unquote(via.username or '')}:{unquote(via.password or '')}"
-    more = {"Proxy-Authorization": f"Basic {base64.b64encode(login.encode()).decode()}"} if via.username else {}
-    connection = to(via.hostname, via.port or 80)
-    if not secure:
-        return connection, f"http://{url.netloc.rpartition('@')[2]}{target}", more
-    connection.set_tunnel(url.hostname, url.port or 443, more)
-    return connection, target, {}
+
+def _origin(url: str) -> tuple[str, str, int]:
+    """Return (protocol, host, port) of an address of http or https; raise ValueError for any other."""
+    parts = urlsplit(url)
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise ValueError("not an http address")
+    return parts.scheme, parts.hostname, {"http": 80, "https": 443}[parts.scheme] if parts.port is None else parts.port
 
 
 def _retry_after(text: str) -> float | None:
-    """Seconds, from a number of them or a date."""
+    """Return the seconds that a Retry-After header asks for, as a number or as a date."""
     if re.fullmatch(r"[0-9]{1,9}", text):
         return float(text)
     try:
@@ -334,8 +308,18 @@ def _retry_after(text: str) -> float | None:
         return None
 
 
-def _reason(error: Exception) -> str:
-    if isinstance(error, TimeoutError):
-        return "it fell silent"
-    text = getattr(error, "strerror", None) or str(error) or type(error).__name__
-    return "".join(letter if letter.isprintable() else "?" for letter in text[:200])  # it may be the server's
+@contextlib.contextmanager
+def _network(url: str) -> Iterator[None]:
+    """Turn errors of the network into Broken, and a certificate that cannot be verified into DownloadError."""
+    try:
+        yield
+    except PopError:
+        raise
+    except (OSError, EOFError, HTTPException, zlib.error) as error:
+        cause, host = error.reason if isinstance(error, URLError) else error, urlsplit(url).hostname
+        if isinstance(cause, ssl.SSLCertVerificationError):
+            reason = f"the certificate of {host} cannot be verified ({cause.verify_message})"
+            raise DownloadError(f"{reason}; if a proxy replaces it, name its authority in SSL_CERT_FILE") from None
+        text = getattr(cause, "strerror", None) or str(cause) or type(cause).__name__
+        text = "".join(letter if letter.isprintable() else "?" for letter in text[:200])  # it may be the server's
+        raise Broken(f"the connection to {host} failed ({text})") from None
