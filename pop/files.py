@@ -77,6 +77,16 @@ def replaced(path: str | os.PathLike) -> Iterator[Path]:
             draft.unlink()
 
 
+def write_whole(path: str | os.PathLike, data: str | bytes, what: str, error: type[PopError]) -> None:
+    """Write a file whole or not at all. Raises `error`, which names `what` was to be written and why it was not."""
+    try:
+        with replaced(path) as draft:
+            draft.write_bytes(data.encode() if isinstance(data, str) else data)
+    except (OSError, ValueError, TypeError) as problem:
+        reason = getattr(problem, "strerror", None) or problem
+        raise error(f"{what} cannot be written to {path} ({reason}); choose another path") from None
+
+
 def remove(path: Path) -> None:
     """Delete a file, a link or a whole directory."""
     shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()

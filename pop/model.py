@@ -16,6 +16,9 @@ import torch.nn.functional as F
 
 from pop import engine
 from pop.arguments import check_compile, check_dtype, checked_max_seq_len, checked_plan
+from pop.backends import STAGES, accelerate
+from pop.backends.cpu import keep_freed_memory
+from pop.checkpoints.fingerprint import fingerprint
 from pop.engine.cache import CHUNK_SIZE, KVCache
 from pop.engine.compile import SMALLEST, Compiled
 from pop.errors import ContextOverflow, InputError, PlanError, TokenizerError, check_count
@@ -23,12 +26,10 @@ from pop.generation.conversation import Conversation, Prefix
 from pop.generation.generate import Generation, Run, is_batch
 from pop.inputs.chat import ChatFormat, chat_format
 from pop.inputs.processors import Prepared, processor_of
-from pop.models.layers import Images
+from pop.models.images import TextOnly
 from pop.pruning.plan import PrunePlan
-from pop.pruning.projections import fingerprint
 
 SCORED_AT_ONCE = 256  # tokens of a continuation, whose logits [T, V] are in memory together
-TEMPORARY = 31 * 2**20  # bytes: the largest block that glibc learns from, less what torch puts around it
 
 
 class Model:
@@ -69,8 +70,10 @@ class Model:
         self.chunk_size = self._chunk_size(chunk_size)
         size = sum(weight.numel() for weight in module.parameters()) if part is None else part.num_parameters
         compiles = compile is True or (compile == "auto" and size >= SMALLEST)
-        self._compiled = Compiled(module, required=compile is True, progress=progress) if compiles else None
-        _keep_temporaries()
+        accelerate(module)
+        required = compile is True
+        self._compiled = Compiled(module, STAGES, required=required, progress=progress) if compiles else None
+        keep_freed_memory()
 
     @property
     def device(self) -> torch.device:
@@ -133,12 +136,8 @@ class Model:
         plan = self.resolve(plan)
         chunk_size = self.chunk_size if chunk_size is None else self._chunk_size(chunk_size)
         stages = self._stages(len(tokens), plan)
-        images = self._seen(images, videos, tokens, lengths, stages)
-        chunks = lengths.max() > min(chunk_size, cache.chunk_size)
-        cache.intact = not (chunks and cache.lengths.any() and any(self.config.windows))
-        logits = engine.prefill(self.module, tokens, cache, lengths, plan, chunk_size, stages, images, boundary)
-        cache.intact = True
-        return logits
+        images = self._images(images, videos, tokens, lengths)
+        return engine.prefill(self.module, tokens, cache, lengths, plan, chunk_size, stages, images, boundary)
 
     def decode(self, tokens, cache: KVCache) -> torch.Tensor:
         """Append one token a row, at full depth: tokens [B] -> logits [B, V] float32."""
@@ -159,7 +158,7 @@ class Model:
                 self._stages(rows, self.resolve(plan))
 
     def _stages(self, rows: int, plan: PrunePlan = PrunePlan.none()) -> engine.Stages:  # noqa: B008 (it is frozen)
-        return self._compiled.stages(rows, plan) if self._compiled else engine.EAGER
+        return self._compiled.stages(rows, plan) if self._compiled else STAGES
 
     def __getstate__(self) -> dict:
         return self.__dict__ | {"_compiled": None}  # a copy runs eagerly
@@ -172,8 +171,8 @@ class Model:
         """
         tokens = self._tokens(tokens, dims=2)
         self.check_fits(tokens.shape[1])
-        images = self._seen(images, videos, tokens, self._lengths(None, tokens), engine.EAGER)
-        return self.module(tokens) if images is None else self.module(tokens, images)
+        images = self._images(images, videos, tokens, self._lengths(None, tokens))
+        return self.module(tokens, images)
 
     # Text in, text out
 
@@ -350,9 +349,11 @@ class Model:
             )
 
     @torch.no_grad()
-    def _seen(self, images, videos, tokens: torch.Tensor, lengths: torch.Tensor, stages) -> Images | None:
+    def _images(self, images, videos, tokens: torch.Tensor, lengths: torch.Tensor) -> TextOnly:
+        """What images and videos bring to tokens [B, T]."""
         rows = self.vision.prepare_batch(images, videos, len(tokens))
-        return self.vision.images(self.module, rows, tokens, lengths, stages.vision_layer)
+        module = self.module if self._compiled is None else self._compiled.vision_module
+        return self.vision.images(module, rows, tokens, lengths)
 
     def _chunk_size(self, chunk_size) -> int:
         return max(check_count("chunk_size", chunk_size), self.vision.min_chunk_size)
@@ -430,13 +431,3 @@ class Model:
 def _log_prob(logits: torch.Tensor, targets: torch.Tensor) -> float:
     """Summed log-probability of targets [T] by logits [T, V]."""
     return -F.cross_entropy(logits, targets, reduction="none").double().sum().item()
-
-
-def _keep_temporaries() -> None:
-    """Have malloc keep the memory of activations from one layer to the next.
-
-    glibc gives freed memory back to the system, which zeroes it before the next layer has it again, a page at a time:
-    of SmolLM2's prefill on two fast cores, that was a quarter. How much it keeps it learns from the largest block that
-    it has seen freed (mallopt(3), M_MMAP_THRESHOLD). So here is one, never touched. Elsewhere this is nothing.
-    """
-    torch.empty(TEMPORARY, dtype=torch.uint8, device="cpu")  # whatever the default device is

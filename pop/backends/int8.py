@@ -22,8 +22,8 @@ import importlib.util
 import torch
 from torch import nn
 
+from pop.backends.cpu import linear
 from pop.errors import InputError, MissingExtra, UnsupportedError
-from pop.models.layers import Linear, linear
 
 COPIED_AT_ONCE = 2**23  # numbers; larger blocks are new memory from the system each time, which takes longer to get
 LANES = 32  # numbers; of a width that is no multiple, torch's product with integers reads what is behind the matrix
@@ -109,8 +109,8 @@ def quantize_module(module) -> None:
         setattr(owner, name, Int8Linear(integers, scale.to(child.weight.dtype), child.bias))
 
 
-def _linears(module) -> list[tuple[nn.Module, str, Linear]]:
+def _linears(module) -> list[tuple[nn.Module, str, nn.Linear]]:
     """The linear layers to quantise, each with what it is an attribute of and its name there."""
     owners = [module, *(part for layer in module.layers for part in layer.modules())]
     children = [(owner, name, child) for owner in owners for name, child in owner.named_children()]
-    return [(owner, name, child) for owner, name, child in children if isinstance(child, Linear)]
+    return [(owner, name, child) for owner, name, child in children if isinstance(child, nn.Linear)]

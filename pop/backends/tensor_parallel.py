@@ -36,11 +36,11 @@ import torch.nn.functional as F
 from torch import nn
 
 from pop import models
+from pop.backends.cpu import Embedding, Linear, linear
+from pop.backends.experts import Experts
 from pop.checkpoints.weights import VISION, Shard
 from pop.engine.cache import KVCache
 from pop.errors import InputError
-from pop.models.experts import Experts
-from pop.models.layers import Embedding, Linear, linear
 
 TIMEOUT = timedelta(minutes=10)  # that a rank waits for the others, whose disks or compilers may be slower
 

@@ -28,7 +28,9 @@ from torch.utils.checkpoint import checkpoint
 
 from pop.generation.generate import Sampler, check_finite, end_ids
 from pop.inputs.processors import Prepared
-from pop.models.layers import Rope, causal_attention
+from pop.models.base import Attend
+from pop.models.images import TEXT
+from pop.models.layers import Rope
 from pop.pruning.plan import PrunePlan
 
 LOGITS_AT_ONCE = 256  # tokens of the responses, whose logits [N, V] are in memory together
@@ -90,22 +92,18 @@ def gate_gradients(
     predicts = decode & (index < lengths)  # the tokens whose logits are scored
     targets = torch.tensor([token for response in responses for token in response], device=device)  # [N]
 
-    images = None
+    images = TEXT
     if images_of is not None:
         with torch.no_grad():
             images = images_of(tokens.where(index <= boundary, -1).cpu(), lengths[:, 0].cpu())
 
     with _frozen(module):
         gates = torch.ones(len(module.layers), len(rows), 2, 2, device=device, requires_grad=True)
-        h, rotary, reach = module.embed(tokens), index[None], None  # [B, T, D] and [1, T]
-        if images is not None:
-            h, rotary, reach = images.place(h), images.rotary(rotary.expand(len(rows), -1)), images.reach(rotary)
-        ropes = module.rope(rotary)
-        for number, (layer, gate) in enumerate(zip(module.layers, gates, strict=True)):
-            h = _checkpoint(_gated_layer, layer, h, ropes[layer.window], gate, decode, reach)
-            if images is not None:
-                h = images.deepen(h, number)
-        h = h[predicts]  # [N, D]: row by row, as the targets are
+
+        def gated(index, layer, h, rope, attend):
+            return _checkpoint(_gated_layer, layer, h, rope, attend, gates[index], decode)
+
+        h = module.through_layers(tokens, images, gated)[predicts]  # [N, D]: row by row, as the targets are
         pieces = zip(h.split(LOGITS_AT_ONCE), targets.split(LOGITS_AT_ONCE), strict=True)
         loss = sum(_checkpoint(_negative_log_likelihood, module, *piece) for piece in pieces)
         (gradients,) = torch.autograd.grad(loss, gates)  # [L, B, 2, 2]
@@ -113,14 +111,14 @@ def gate_gradients(
     return gradients.permute(1, 2, 3, 0).double().cpu()
 
 
-def _gated_layer(layer, h: torch.Tensor, rope: Rope, gates: torch.Tensor, decode: torch.Tensor, reach=None):
+def _gated_layer(layer, h: torch.Tensor, rope: Rope, attend: Attend, gates: torch.Tensor, decode: torch.Tensor):
     """One layer at full depth: h [B, T, D] -> [B, T, D]; gates [B, 2 (attention, MLP), 2 (prefill, decode)] float32.
 
-    decode: [B, T] bool, the stage of each token. reach: [B, T] or None, as in causal_attention. A gate of one changes
-    no bit of h, bfloat16 included, and its derivative is a sum in float32.
+    decode: [B, T] bool, the stage of each token. A gate of one changes no bit of h, in bfloat16 either, and its
+    derivative is a sum in float32.
     """
     gates = torch.where(decode[:, None], gates[:, :, 1:], gates[:, :, :1])[..., None]  # [B, 2, T, 1]
-    attended = causal_attention(*layer.queries_keys_values(h, rope), layer.scale, layer.window, reach)
+    attended = attend(layer, *layer.queries_keys_values(h, rope))
     h = h + (gates[:, 0] * layer.attention_update(attended)).to(h.dtype)
     return h + (gates[:, 1] * layer.mlp_update(h)).to(h.dtype)
 

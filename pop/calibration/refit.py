@@ -39,7 +39,6 @@ from pop import engine
 from pop.errors import InputError, PlanError, check_count
 from pop.inputs.processors import Prepared
 from pop.model import Model
-from pop.models.layers import causal_attention
 from pop.progress import progress_bar
 from pop.pruning.plan import PrunePlan
 from pop.pruning.projections import KVProjections
@@ -172,7 +171,7 @@ class _Fit:
 
     def __init__(self, model, plan: PrunePlan, taps: int):
         self.model, self.plan, self.taps = model, plan, taps
-        runs = plan.runs(model.config.num_layers, model.module.deepstack_layers)
+        runs = plan.groups(model.config.num_layers, model.module.deepstack_layers)
         self.runs = [run for pruned, run in runs if pruned]
         device, F_in = model.device, taps * model.config.hidden_size
         KE = model.module.config.num_kv_heads * model.config.head_dim
@@ -216,27 +215,24 @@ def _accumulate(model, batch: list[Window], fits: list[_Fit]) -> None:
     images = model.vision.images(module, [seen for _, seen in batch], tokens, lengths)
     lengths, tokens = lengths.to(device), tokens.to(device)
     position = torch.arange(tokens.shape[1], device=device)
-    h, rotary, reach = module.embed(tokens), position[None], None  # [B, T, D] and [1, T]
-    if images is not None:
-        h, rotary, reach = images.place(h), images.rotary(rotary.expand(len(batch), -1)), images.reach(rotary)
-    ropes = module.rope(rotary)
+    deepest = max(fit.plan.layers[-1] for fit in fits)  # no later layer is needed
+    streams = [None for _ in fits]  # each plan's h, from its first pruned layer on; before that it is the full pass's
+    inputs = [None for _ in fits]  # [N, taps * D] float64, of the group that the layer is in
 
-    def full_layer(layer, h):
-        q, k, v = layer.queries_keys_values(h, ropes[layer.window])
-        return layer.update(h, causal_attention(q, k, v, layer.scale, layer.window, reach))
-
-    deepest = max(fit.plan.layers[-1] for fit in fits)  # behind it nothing is asked for
-    streams = [h for _ in fits]
-    inputs = [None for _ in fits]  # [N, taps * D] float64, of the run that the layer is in
-    for index, layer in enumerate(module.layers[: deepest + 1]):
+    def step(index, layer, h, rope, attend):
+        updated = layer(h, rope, attend) if index < deepest else h
+        if index > deepest:
+            return h
         targets = None
-        updated = full_layer(layer, h) if index < deepest else h
         for number, fit in enumerate(fits):
             plan = fit.plan
-            counted = (position >= plan.full_depth_first) & (position < lengths[:, None])  # [B, T]
+            if not plan.layers[0] <= index <= plan.layers[-1]:
+                continue
+            stream = h if index == plan.layers[0] else streams[number]
             if index in plan.layers:
+                counted = (position >= plan.full_depth_first) & (position < lengths[:, None])  # [B, T]
                 if index in fit.xx:
-                    x = layer.input_layernorm.normalise(streams[number])
+                    x = layer.normalised(stream)
                     refit = torch.cat((x, F.pad(x, (0, 0, 1, -1))), dim=-1) if fit.taps == 2 else x
                     inputs[number] = refit[counted].double()
                     fit.xx[index] += inputs[number].T @ inputs[number]
@@ -245,15 +241,13 @@ def _accumulate(model, batch: list[Window], fits: list[_Fit]) -> None:
                     targets = torch.cat(layer.projected(h), dim=-1)  # [B, T, 2 * K * E]
                 fit.xy[index] += inputs[number].T @ targets[counted].double()
                 first = (position < plan.full_depth_first)[:, None]  # [T, 1]
-                streams[number] = torch.where(first, updated, streams[number])
-            elif index < plan.layers[-1]:
-                p = streams[number]
-                streams[number] = updated if p is h else full_layer(layer, p)
-        if images is not None:
-            deepened = images.deepen(updated, index)
-            streams = [deepened if stream is updated else images.deepen(stream, index) for stream in streams]
-            updated = deepened
-        h = updated
+                stream = torch.where(first, updated, stream)
+            else:
+                stream = layer(stream, rope, attend)
+            streams[number] = images.add_deepstack(stream, index)
+        return updated
+
+    module.through_layers(tokens, images, step)
     for fit in fits:
         fit.count += int(((position >= fit.plan.full_depth_first) & (position < lengths[:, None])).sum())
 

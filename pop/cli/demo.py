@@ -110,7 +110,7 @@ def calibrated(plans: list, model, folder: Path) -> list:
 
 def _digest(plan) -> str:
     """A plan in a file's name: 20-29, 0-3+20-29-last32 ..."""
-    runs = [run for pruned, run in plan.runs(max(plan.layers) + 1) if pruned]
+    runs = [run for pruned, run in plan.groups(max(plan.layers) + 1) if pruned]
     name = "+".join(f"{run[0]}-{run[-1]}" for run in runs)
     name += f"-last{plan.full_depth_last}" if plan.full_depth_last > 1 else ""
     return name + (f"-first{plan.full_depth_first}" if plan.full_depth_first > 1 else "")

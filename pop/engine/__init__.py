@@ -1,31 +1,10 @@
-"""How pruned prefill and full-depth decode run on a static KV cache. May import: pop.models, pop.pruning."""
+"""How the method runs: pruned prefill and full-depth decode on a static KV cache, eager or compiled.
 
-from pop.engine.forward import (
-    EAGER,
-    Layout,
-    Seen,
-    Stages,
-    decode,
-    extend,
-    full_layer,
-    head,
-    prefill,
-    pruned_layer,
-    refit_layer,
-    vision_layer,
-)
+Reading order: cache.py, stages.py, forward.py; layout.py and attention.py are index bookkeeping, and compile.py runs
+the stages through torch.compile. May import pop.models and pop.pruning.
+"""
 
-__all__ = [
-    "EAGER",
-    "Layout",
-    "Seen",
-    "Stages",
-    "decode",
-    "extend",
-    "full_layer",
-    "head",
-    "prefill",
-    "pruned_layer",
-    "refit_layer",
-    "vision_layer",
-]
+from pop.engine.forward import decode, extend, prefill
+from pop.engine.stages import EAGER, Stages
+
+__all__ = ["EAGER", "Stages", "decode", "extend", "prefill"]

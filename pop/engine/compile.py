@@ -1,35 +1,38 @@
-"""The engine's stages through torch.compile: each is compiled once, for all layers of a model.
+"""The stages through torch.compile: each is compiled once, for all layers of a model.
 
-A decoder has many layers of one kind, so the layer is what is compiled, not the model: its weights and its part of the
-cache are arguments. Sizes are symbols in the compiled code, except that torch treats a size of 1 apart from all others.
-That leaves a handful of graphs for each stage,
+A decoder has many layers of one kind, so the layer is compiled, not the model. Its weights and its slice of the cache
+are arguments, and sizes are symbols. torch treats a size of 1 apart from all others, so each stage has a few graphs:
 
-    one row, or several                   of the batch
-    one token, or several                 of a chunk or of the full-depth rows
-    fresh, or on a filled cache           if there are several tokens
-    up to 4096 slots filled, or more      if there is one: on CPUs torch sums more numbers than that another way
-    one image, or several of one size     of a vision tower
+    one batch row, or several
+    one token, or several                 of a chunk, or of its full-depth rows
+    an empty cache, or a filled one       with several tokens
+    up to 4096 filled slots, or more      with one token: Inductor splits longer sums
+    one image, or several of one size     in a vision tower
 
-whatever the lengths of prompts, batches and caches, the sizes of images, and whichever layers a plan prunes. Each is
-run once, with tiny prompts, before the first call that needs it: then nothing compiles again.
+They serve every length of prompts, batches and caches, every size of images, and every set of pruned layers. A warm-up
+runs each of them with tiny prompts, before the first call that needs it. Nothing compiles after that.
+
+This file is the one place that deals with how torch.compile behaves.
 """
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import functools
 import logging
 import sys
 import threading
 import types
-from collections.abc import Callable
-from itertools import count
 
 import torch
+from torch.fx.experimental import _config as symbolic_config
 
-from pop import engine
+from pop.engine import forward, stages
+from pop.engine.attention import AttentionMetadata
 from pop.engine.cache import KVCache, empty_slots
+from pop.engine.stages import Stages
 from pop.errors import UnsupportedError
-from pop.inputs.processors import processor_of
 from pop.pruning.plan import PrunePlan
 
 LONG = 4096  # filled slots, see above
@@ -39,143 +42,189 @@ logger = logging.getLogger(__name__)
 
 
 class Compiled:
-    """The compiled stages of one model, which `stages` hands out once they are warm for the call at hand.
+    """The compiled stages of one model. `stages` returns them once they are warm for the call at hand.
 
-    required: raise UnsupportedError where nothing can be compiled, instead of a line in the log and eager stages.
+    Args:
+        module: a PrunableModel.
+        stages: the functions to compile.
+        required: raise UnsupportedError if compiling fails. Otherwise a line in the log says so, and all runs eagerly.
+        progress: say on stderr that compiling takes a while.
     """
 
-    def __init__(self, module, *, required: bool, progress: bool):
+    def __init__(self, module, stages: Stages, *, required: bool, progress: bool):
         self.module, self.required, self.progress = module, required, progress
-        self._stages = engine.Stages(*(_CompiledStage(stage) for stage in engine.EAGER))
+        self._eager = stages
+        self._compiled: Stages | None = Stages(*map(_CompiledStage, stages))
+        self._vision_block = _CompiledStage(vision_block)
         self._warm: set[tuple] = set()
         self._lock = threading.Lock()
 
     @property
     def works(self) -> bool:
         """False once compiling has failed."""
-        return self._stages is not engine.EAGER
+        return self._compiled is not None
 
-    def stages(self, rows: int, plan: PrunePlan = PrunePlan.none()) -> engine.Stages:  # noqa: B008 (it is frozen)
-        """Stages that have every graph for this many rows and this kind of plan; the first call compiles."""
+    @property
+    def vision_module(self):
+        """The module, in whose vision tower the layers run compiled."""
+        if self.module.vision_blocks is None or not self.works:
+            return self.module
+        blocks = self.module.get_submodule(self.module.vision_blocks)
+        compiled = [functools.partial(self._vision_block, block) for block in blocks]
+        return _with_replaced(self.module, self.module.vision_blocks, compiled)
+
+    def stages(self, rows: int, plan: PrunePlan = PrunePlan.none()) -> Stages:  # noqa: B008 (it is frozen)
+        """Stages that have every graph for `rows` batch rows and this kind of plan. The first call compiles."""
         taps = None if plan.projections is None else plan.projections.taps
         with self._lock:
             for wanted in ((rows > 1, None), (rows > 1, taps)):
                 wanted = (*wanted, *_circumstances())
-                if wanted in self._warm or not self.works:
-                    continue
-                if self.progress and not self._warm:
-                    note = "... compiling prefill and decode, up to a minute the first time"
-                    print(note, file=sys.stderr, flush=True)
-                try:
-                    with torch._dynamo.config.patch(specialize_float=True):  # else each call makes tensors of them
-                        self._run(rows > 1, plan if wanted[1] else None)
-                except Exception as error:  # no compiler, no headers, no Triton ...: each has an exception of its own
-                    reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-                    if self.required:
-                        message = f"the model cannot be compiled here ({reason}); use compile='auto' or False"
-                        raise UnsupportedError(message) from error
-                    logger.warning("pop runs without torch.compile, which fails here: %s", reason)
-                    self._stages = engine.EAGER
-                self._warm.add(wanted)
-        return self._stages
+                if wanted not in self._warm and self.works:
+                    self._warm_up(rows > 1, plan if wanted[1] else None)
+                    self._warm.add(wanted)
+        return self._compiled or self._eager
+
+    def _warm_up(self, several: bool, refit: PrunePlan | None) -> None:
+        if self.progress and not self._warm:
+            print("... compiling prefill and decode, up to a minute the first time", file=sys.stderr, flush=True)
+        try:
+            # By default, floats become tensors on each call, and two sizes that are equal now are taken to be equal
+            # always.
+            with torch._dynamo.config.patch(specialize_float=True), symbolic_config.patch(use_duck_shape=False):
+                self._run(several, refit)
+        except Exception as error:  # no compiler, no headers, no Triton ...: each has its own exception
+            reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+            if self.required:
+                message = f"the model cannot be compiled here ({reason}); use compile='auto' or False"
+                raise UnsupportedError(message) from error
+            logger.warning("pop runs without torch.compile, which fails here: %s", reason)
+            self._compiled = None
 
     @torch.no_grad()
     def _run(self, several: bool, refit: PrunePlan | None) -> None:
-        """Run all stages on all kinds of input; `refit`: those that a calibrated plan adds.
-
-        torch takes two sizes for the same if they are equal when it compiles. Here none is equal to another.
-        """
+        """Run all stages on all kinds of input. With `refit`, only those that a calibrated plan adds."""
         config, weight = self.module.config, next(self.module.parameters())
-        vision, experts = (getattr(config, name, None) for name in ("vision", "experts"))
-        parts = [part for part in (config, vision, experts) if part is not None]
-        taken = {value for part in parts for value in vars(part).values() if isinstance(value, int)}
-        taken |= {config.head_dim // 2, *((vision.hidden_size // vision.num_heads,) if vision else ())}
-        taken.add(3)  # numbers that Seen.span has
-        rows = _unlike(taken) if several else 1
-        first, second = _unlike(taken, 4), _unlike(taken, 3)  # tokens of two prompts
-        filled = first + second
-        while {filled, filled + 1} & taken:
-            filled, second = filled + 1, second + 1
-        taken |= {second, filled, filled + 1}
-        usual, slots, long = _unlike(taken, 1000), _unlike(taken, 1100) - 1, _unlike(taken, LONG + 1)
+        rows, slots = 3 if several else 1, 1100
 
         def prompt(tokens: int) -> torch.Tensor:
             return torch.zeros(rows, tokens, dtype=torch.int64, device=weight.device)
 
+        def new_cache() -> KVCache:
+            return KVCache(config, rows, slots, dtype=weight.dtype, device=weight.device)
+
         def prefill(tokens: int, plan: PrunePlan, chunk_size: int) -> KVCache:
-            cache = KVCache(config, rows, slots, dtype=weight.dtype, device=weight.device)
-            lengths = torch.full((rows,), tokens)
-            engine.prefill(self.module, prompt(tokens), cache, lengths, plan, chunk_size, self._stages)
+            cache, lengths = new_cache(), torch.full((rows,), tokens)
+            forward.prefill(self.module, prompt(tokens), cache, lengths, plan, chunk_size, self._compiled)
             return cache
 
         if refit is not None:
             refit = dataclasses.replace(refit, full_depth_first=1, full_depth_last=1)
-            prefill(first, refit, first)
+            prefill(5, refit, 5)
             prefill(3, refit, 1)  # token by token
             return
-        for N in (1, _unlike(taken)):  # of a vision tower, one image and several
-            if call := processor_of(config).layer_call(self.module, N, _unlike(taken, 4)):
-                self._stages.vision_layer(*call)
-        # The first step of decode has many slots to attend: it is for these that the compiler lays out its loops.
-        cache = KVCache(config, rows, slots, dtype=weight.dtype, device=weight.device)
-        cache.lengths = torch.full((rows,), usual - 1)
-        engine.decode(self.module, prompt(1)[:, 0], cache, self._stages)
+        if self.module.vision_blocks is not None:
+            block = self.module.get_submodule(self.module.vision_blocks)[0]
+            for N in (1, 2):  # one image, and several
+                self._vision_block(block, *self.module.vision_block_inputs(N, 4))
+        # The first decode step has many slots to attend, since the compiler tunes its loops to the first sizes.
+        cache = new_cache()
+        cache.lengths = torch.full((rows,), 1000)
+        forward.decode(self.module, prompt(1)[:, 0], cache, self._compiled)
         everything = PrunePlan(tuple(range(config.num_layers)))
-        prefill(first, everything, first)
+        prefill(5, everything, 5)
         prefill(2, everything, 1)
-        cache = prefill(first, PrunePlan.none(), first)
-        engine.extend(self.module, prompt(second), cache, self._stages)
+        cache = prefill(5, PrunePlan.none(), 5)
+        forward.extend(self.module, prompt(4), cache, self._compiled)
 
-        # A step of decode on a long cache, in one layer of each kind.
+        # A decode step on a long cache, in one layer of each kind.
         h = self.module.embed(prompt(1))  # [B, 1, D]
-        positions = torch.full((rows, 1), long - 1, device=h.device)
-        keys, values = (empty_slots(config, rows, long + 1, h.dtype, h.device) for _ in range(2))
-        mask = torch.ones(rows, 1, long, dtype=torch.bool, device=h.device)
-        ropes = self.module.rope(positions)
-        for layer in {_kind(layer, engine.full_layer): layer for layer in self.module.layers}.values():
-            seen = engine.Seen(ropes[layer.window], positions, mask)
-            self._stages.full_layer(layer, h, *seen.arguments(keys, values))
+        positions = torch.full((rows, 1), LONG, device=h.device)
+        keys, values = (empty_slots(config, rows, LONG + 2, h.dtype, h.device) for _ in range(2))
+        mask = torch.ones(rows, 1, LONG + 1, dtype=torch.bool, device=h.device)
+        ropes, band = self.module.rope(positions), torch.zeros(3, dtype=torch.int64)
+        for layer in {_kind(layer, stages.full_layer): layer for layer in self.module.layers}.values():
+            at = AttentionMetadata(ropes[layer.window], positions, mask, None, band)
+            self._compiled.full_layer(layer, h, keys, values, at)
 
 
-def _unlike(taken: set[int], least: int = 2) -> int:
-    """The next size from `least` up that is not taken; then it is."""
-    size = next(size for size in count(least) if size not in taken)
-    taken.add(size)
-    return size
+def vision_block(layer, h, *rope):
+    """A layer of a vision tower: h [N, P, C] -> [N, P, C]."""
+    return layer(h, *rope)
+
+
+def _with_replaced(module: torch.nn.Module, path: str, new) -> torch.nn.Module:
+    """A shallow copy of `module` with `new` as its submodule at `path`. Everything else is shared."""
+    shallow = copy.copy(module)
+    shallow._modules = dict(module._modules)
+    name, _, rest = path.partition(".")
+    shallow._modules[name] = _with_replaced(module._modules[name], rest, new) if rest else new
+    return shallow
 
 
 def _circumstances() -> tuple:
-    """What torch compiles code anew for, without being asked."""
+    """Settings for which torch compiles code anew."""
     return torch.get_num_threads(), torch.is_inference_mode_enabled()
 
 
 class _CompiledStage:
-    """A stage, compiled for one token apart from several.
+    """A stage, compiled apart for one token and for several.
 
-    torch keeps a few compiled versions of a function, told apart by its code, and then gives up; and on each call it
-    tries one after the other until one fits. So there are copies of the code, each with few versions.
+    torch keeps a few compiled versions of each code object, and tries them one after the other on each call. So there
+    are copies of the code, with few versions each.
     """
 
-    def __init__(self, stage: Callable):
-        self.stage = stage
-        self.compiled: dict[tuple, Callable] = {}
-        self.kinds: dict[torch.nn.Module, int] = {}  # layers that differ in nothing but weights have the same number
+    def __init__(self, stage):
+        self.eager = stage
+        self.function = stage.func if isinstance(stage, functools.partial) else stage
+        self.defaults = tuple(stage.keywords.values()) if isinstance(stage, functools.partial) else None
+        self.compiled: dict[tuple, object] = {}
+        self.kinds: dict[torch.nn.Module, int] = {}  # layers that differ in weights only have the same number
         self.known: dict[tuple, int] = {}
 
     def __call__(self, layer, h, *args):
+        if self.function is stages.full_layer:
+            mask = args[2].mask
+            if mask is not None and mask.shape[-1] == 1:  # the first token of a cache
+                return self.eager(layer, h, *args)
+        elif self.function in (stages.pruned_layer, stages.refit_layer):
+            *inputs, keys, values = args
+            h, *inputs = (_as_owner(x) for x in (h, *inputs))
+            args = (*inputs, keys, values)
+        else:
+            h, *args = (_as_owner(x) for x in (h, *args))
         if layer not in self.kinds:
-            self.kinds[layer] = self.known.setdefault(_kind(layer, self.stage), len(self.known))
+            self.kinds[layer] = self.known.setdefault(_kind(layer, self.function), len(self.known))
         key = (self.kinds[layer], h.shape[-2] == 1, *_circumstances())
         if key not in self.compiled:
-            copy = types.FunctionType(self.stage.__code__.replace(), self.stage.__globals__, self.stage.__name__)
-            self.compiled[key] = torch.compile(copy, fullgraph=True, dynamic=True, options=_options())
+            function = self.function
+            defaults = self.defaults or function.__defaults__
+            copied = types.FunctionType(function.__code__.replace(), function.__globals__, function.__name__, defaults)
+            self.compiled[key] = torch.compile(copied, fullgraph=True, dynamic=True, options=_options())
         return self.compiled[key](layer, h, *args)
 
 
-def _kind(layer: torch.nn.Module, stage: Callable) -> tuple:
-    """What compiled code depends on in a layer: all but its weights' values, its window, which no stage reads, and the
-    MLP where the stage is a pruned layer's. So in a model of dense and sparse layers that code is the same for both."""
-    is_pruned = stage in (engine.pruned_layer, engine.refit_layer)
+def _as_owner(x):
+    """The same values as a contiguous tensor that is not a view, or tensors. A view's memory is shared, not copied.
+
+    Compiled code is held to the strides of its inputs, and to the size of what a view is a view of.
+    """
+    if isinstance(x, tuple):
+        return tuple(map(_as_owner, x))
+    if not x.is_contiguous():
+        return x.contiguous()
+    if not x._is_view():
+        return x
+    strides = [x.shape[axis + 1 :].numel() for axis in range(x.dim())]
+    return x.new_empty(0).set_(x.untyped_storage(), x.storage_offset(), x.shape, strides)
+
+
+def _kind(layer: torch.nn.Module, function) -> tuple:
+    """What compiled code depends on in a layer: everything but the values of weights.
+
+    No stage reads a layer's window, and a pruned layer does not use the MLP. So a model of dense and sparse layers has
+    one graph for its pruned layers.
+    """
+    is_pruned = function in (stages.pruned_layer, stages.refit_layer)
     parts = []
     for name, module in layer.named_modules():
         if is_pruned and name.split(".")[0] == "mlp":
@@ -189,13 +238,13 @@ def _kind(layer: torch.nn.Module, stage: Callable) -> tuple:
 def _on_tensors(guards) -> list[bool]:
     """Which of torch's guards to check on each call: those on h and the other tensors.
 
-    Of a layer, its kind has been looked at; modules and global names do not change. To check these again on each call
-    takes as long as a tenth of a small layer's decode.
+    The kind of the layer is part of the key above, and modules and globals do not change. Checking these guards would
+    take a tenth of a small layer's decode step.
     """
     return [not guard.is_global and not guard.name.startswith("layer") for guard in guards]
 
 
 def _options() -> dict | None:
-    """For torch.compile, which empties the dictionary; versions that cannot leave out guards check them all."""
+    """For torch.compile, which empties the dictionary. Older versions cannot leave out guards, and check them all."""
     can_filter = hasattr(torch.compiler, "skip_guard_on_inbuilt_nn_modules_unsafe")
     return {"guard_filter_fn": _on_tensors} if can_filter else None

@@ -192,7 +192,7 @@ class Run:
         model, answers = self.model, self.answers
         cache = self.cache = model.new_cache(len(self.prompts), self.max_seq_len)
         if self.before is not None:
-            cache.copy(self.before)
+            cache.copy_from(self.before)
         if self.lead:
             model.prefill([self.lead] * len(self.prompts), cache, plan=PrunePlan.none())
         padded = [prompt + [0] * (self.longest - len(prompt)) for prompt in self.prompts]
@@ -217,7 +217,7 @@ class Run:
                 return
             if len(unfinished) < len(rows):  # the others leave the batch
                 rows, tokens = [rows[place] for place in unfinished], tokens[unfinished]
-                cache.keep(torch.tensor(unfinished))
+                cache.keep_rows(torch.tensor(unfinished))
                 self.sampler.keep(unfinished)
             logits = model.decode(tokens, cache)
 

@@ -1,14 +1,17 @@
-"""The model families, one file each."""
+"""The architectures, in plain PyTorch: one file a family, and what they share.
 
-from torch import nn
+base.py states what a layer and a model must offer so that prefill can prune them. This package may import pop.errors.
+"""
 
 from pop.models import gemma3
+from pop.models.base import PrunableModel
 from pop.models.llama import Llama
-from pop.models.qwen3_vl import Qwen3, Qwen3VL
+from pop.models.qwen3 import Qwen3
+from pop.models.qwen3_vl import Qwen3VL
 
 FAMILIES = {"llama": Llama, "gemma3": gemma3.build, "qwen3": Qwen3, "qwen3_vl": Qwen3VL}
 
 
-def build(config) -> nn.Module:
+def build(config) -> PrunableModel:
     """The module that `config` describes, on torch's current default device; under "meta" nothing is allocated."""
     return FAMILIES[config.family](config)

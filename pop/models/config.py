@@ -119,6 +119,8 @@ class Gemma3Config:
     family: ClassVar[str] = "gemma3"
     overflows_float16: ClassVar[bool] = True  # by its activations
     tie_embeddings: ClassVar[bool] = True
+    attention_bias: ClassVar[bool] = False
+    mlp_bias: ClassVar[bool] = False
 
     vocab_size: int
     hidden_size: int
@@ -178,6 +180,8 @@ class Qwen3Config:
 
     family: ClassVar[str] = "qwen3"
     overflows_float16: ClassVar[bool] = False
+    attention_bias: ClassVar[bool] = False
+    mlp_bias: ClassVar[bool] = False
 
     vocab_size: int
     hidden_size: int

@@ -278,10 +278,13 @@ def test_gates_of_one_change_no_bit(config, dtype):
     h = torch.randn(2, 9, 30, generator=torch.Generator().manual_seed(0)).to(dtype)
     ropes = module.rope(torch.arange(9)[None])
     stage = torch.arange(9).expand(2, 9) > 4
+
+    def attend(layer, q, k, v):
+        return layers.causal_attention(q, k, v, layer.scale, layer.window)
+
     for layer in module.layers:
         rope = ropes[layer.window]
-        attended = layers.causal_attention(*layer.queries_keys_values(h, rope), layer.scale, layer.window)
-        assert torch.equal(gates._gated_layer(layer, h, rope, torch.ones(2, 2, 2), stage), layer.update(h, attended))
+        assert torch.equal(gates._gated_layer(layer, h, rope, attend, torch.ones(2, 2, 2), stage), layer(h, rope, attend))
 
 
 def test_bfloat16_gives_the_scores_of_its_weights(samples):

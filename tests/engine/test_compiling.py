@@ -25,8 +25,10 @@ from support.tiny_images import both_ways, random_bytes
 
 import pop
 from pop import engine
+from pop.engine import attention
 from pop.engine.compile import Compiled
 from pop.models import layers
+from pop.models.images import Images
 
 PROMPT = 40  # tokens, at most
 # To compile takes most of these tests' time, so all that they can is compiled in nightly runs only.
@@ -38,7 +40,7 @@ MIXED = EXPERTS if THOROUGH else dataclasses.replace(EXPERTS, layers=(0, 1, 2, 3
 def blocks_of_a_few_tokens():
     """So that tiny prompts have several."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(layers, "QUERY_BLOCK", 5)
+        patch.setattr(attention, "QUERY_BLOCK", 5)
         yield
 
 
@@ -145,7 +147,7 @@ def test_images_need_no_new_graph(pair, nothing_compiles):
             images = both_ways(features.view(2, 6, 30), numbers)
         else:
             positions = torch.randint(30, (3, rows, 20), generator=torch.Generator().manual_seed(2))
-            images = layers.Images(features, numbers, positions=positions, deepstack=tuple(deepstack))
+            images = Images(features, numbers, rope_positions=positions, deepstack=tuple(deepstack))
         logits = []
         for model in (compiled, eager):
             cache, stages = model.new_cache(rows, 64), model._stages(rows, plan)
@@ -331,9 +333,9 @@ def test_rows_that_leave_the_cache_take_nothing_with_them():
     cache, alone = model.new_cache(3, 8), model.new_cache(1, 8)
     model.prefill(prompts, cache, lengths=[3, 1, 2], plan=plan)
     size = cache.nbytes
-    cache.keep(torch.tensor([2, 0]))
+    cache.keep_rows(torch.tensor([2, 0]))
     assert cache.nbytes * 3 == size * 2 and cache.lengths.tolist() == [2, 3]
     assert cache.keys[0].stride() == model.new_cache(2, 8).keys[0].stride()  # each head's slots side by side, still
     model.prefill(prompts[2:, :2], alone, plan=plan)
-    torch.testing.assert_close(cache.states[:, :1], alone.states)
+    torch.testing.assert_close(cache.previous_hidden[:, :1], alone.previous_hidden)
     torch.testing.assert_close(model.decode([11, 12], cache)[:1], model.decode([11], alone))

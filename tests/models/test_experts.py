@@ -14,6 +14,7 @@ from support.tiny import random_model, tiny_qwen3_moe_config, tiny_qwen3_vl_conf
 from torch.overrides import TorchFunctionMode
 
 import pop
+from pop.backends.experts import one_token
 from pop.backends.tensor_parallel import Part
 from pop.checkpoints.config_json import READERS
 from pop.checkpoints.fields import Fields
@@ -21,7 +22,7 @@ from pop.checkpoints.weights import load_weights
 from pop.errors import CheckpointError, ConfigError
 from pop.models import build
 from pop.models.config import ExpertsConfig
-from pop.models.experts import MixtureOfExperts, by_expert, one_token
+from pop.models.experts import MixtureOfExperts, by_expert
 from pop.pruning.cost import prefill_flops, speedup_limit
 from pop.pruning.plan import PrunePlan
 

@@ -5,11 +5,11 @@ import math
 import pytest
 import torch
 
-from pop.models import layers
+from pop.engine import attention
+from pop.engine.attention import attention_by_blocks
 from pop.models.config import RopeConfig
 from pop.models.layers import (
     RMSNorm,
-    attention_by_blocks,
     causal_attention,
     masked_attention,
     rope_frequencies,
@@ -107,7 +107,7 @@ def test_attention_by_its_definition(heads, tokens):
 @pytest.mark.parametrize(("before", "behind"), [(0, 0), (2, 0), (2, 3), (99, 0), (99, 99)])
 def test_attention_by_blocks_leaves_nothing_out(monkeypatch, block, own, before, behind):
     """Tokens see at random what the span allows, their own always; some keys lie behind all of them."""
-    monkeypatch.setattr(layers, "QUERY_BLOCK", block)
+    monkeypatch.setattr(attention, "QUERY_BLOCK", block)
     T, S = 11, own + 13
     q, k, v = randn(2, T, 6, 4), randn(2, S, 3, 4, seed=1), randn(2, S, 3, 4, seed=2)
     distance = torch.arange(S) - own - torch.arange(T)[:, None]  # [T, S]

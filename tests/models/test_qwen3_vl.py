@@ -126,7 +126,7 @@ def test_prefill_then_decode(models, name, case, chunk_size):
     logits = [model.prefill([case.prompt], cache, chunk_size=chunk_size, **case.seen)]
     logits += [model.decode([token], cache) for token in case.greedy[:-1]]
     assert error(torch.cat(logits), case.logits[len(case.prompt) - 1 :]) < TOLERANCE
-    assert cache.lengths + cache.shifts == case.next
+    assert cache.lengths + cache.rope_offsets == case.next
 
 
 @pytest.mark.parametrize("name", GOLDEN)
@@ -148,7 +148,7 @@ def test_rows_that_stay_keep_their_positions(models):
     cache = model.new_cache(3, longest + 1)
     lengths = [len(case.prompt) for case in cases]
     model.prefill(padded, cache, lengths=lengths, images=[case.seen["images"] for case in cases])
-    cache.keep(torch.tensor([2, 1]))
+    cache.keep_rows(torch.tensor([2, 1]))
     logits = model.decode([case.greedy[0] for case in (cases[2], cases[1])], cache)
     for ours, case in zip(logits, (cases[2], cases[1]), strict=True):
         assert error(ours, case.logits[len(case.prompt)]) < TOLERANCE

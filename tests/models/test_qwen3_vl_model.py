@@ -177,7 +177,7 @@ def test_turns_go_on_where_images_end(model, plan):
         prompt = chat.tokens[: -len(answers[-1].tokens)]
         again = model.generate(prompt, images=[A, B], videos=[FILM], max_new_tokens=4, plan=plan)
         assert again.tokens == answers[-1].tokens
-        assert cache.shifts.item() < 0  # an image of 8 x 8 tokens is eight positions
+        assert cache.rope_offsets.item() < 0  # an image of 8 x 8 tokens is eight positions
 
 
 def test_a_conversation_with_images_is_saved_by_their_paths(model, tmp_path):
@@ -315,6 +315,6 @@ def test_the_command_line_refuses_what_cannot_be_seen(command, model, words):
     status, out, said = command(*words, "--image", "a", typed="Hi\n", loaded=blind)
     assert (status, out) == (2, "") and "the llama family reads text only; leave out the images" in said
     status, out, said = command(*words, "--image", "c.png", typed="Hi\n")
-    assert (status, out) == (2, "") and "the image 'c.png' is no file" in said
+    assert (status, out) == (2, "") and "the image 'c.png' is not a file" in said
     status, out, said = command(*words, "--video", "a", typed="Hi\n")
     assert (status, out) == (2, "") and said.count("\n") == 1

@@ -32,10 +32,12 @@ from support.tiny_images import both_ways
 
 import pop
 from pop import engine
-from pop.engine import forward
+from pop.engine import attention
 from pop.engine.cache import KVCache
-from pop.models import layers
-from pop.models.layers import Images, masked_attention
+from pop.engine.layout import chunk_bounds
+from pop.engine.stages import full_layer
+from pop.models.images import TEXT, Images
+from pop.models.layers import masked_attention
 from pop.pruning import reference
 from pop.pruning.plan import PrunePlan
 
@@ -44,7 +46,7 @@ from pop.pruning.plan import PrunePlan
 def blocks_of_a_few_tokens():
     """So that tiny prompts have several."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(layers, "QUERY_BLOCK", 3)
+        patch.setattr(attention, "QUERY_BLOCK", 3)
         yield
 
 
@@ -90,7 +92,8 @@ def token_by_token(module, tokens, plans):
                 window = module.config.windows[index] or position + 1
                 keys, values = keys[:, -window:], values[:, -window:]
                 everything = torch.ones(1, 1, keys.shape[1], dtype=torch.bool)
-                h = layer.update(h, masked_attention(q, keys, values, everything, layer.scale))
+                h = h + layer.attention_update(masked_attention(q, keys, values, everything, layer.scale))
+                h = h + layer.mlp_update(h)
         logits.append(module.head(h[0, 0]))
     kept = [[torch.cat(x, dim=1)[0] for x in zip(*pairs, strict=True)] for pairs in kv]  # [L][2] of [T, K, E]
     return torch.stack(logits), torch.stack([torch.stack(pair) for pair in kept], dim=1)
@@ -182,7 +185,7 @@ def test_the_boundary_token_enters_the_first_pruned_layer_as_in_the_full_model(c
     _, pruned = prefill(module, tokens, lengths, plan, chunk)
     _, full = prefill(module, tokens, lengths, NONE, chunk)
     first = plan.layers[0]
-    assert torch.equal(pruned.states[first], full.states[first])  # [B, D]
+    assert torch.equal(pruned.previous_hidden[first], full.previous_hidden[first])  # [B, D]
 
 
 @given(cases())
@@ -286,7 +289,7 @@ def test_extend_is_decode_in_one_go(case):
     cut = min(chunk, 4)
     at_once = [engine.extend(module, part, other) for part in answer.split(cut, dim=1)]
     assert_close(torch.cat(at_once, dim=1), stepwise)
-    assert_close(other.states, cache.states)
+    assert_close(other.previous_hidden, cache.previous_hidden)
     for row in range(len(tokens)):
         assert_close(held(module, other, row), held(module, cache, row))
 
@@ -401,19 +404,21 @@ def image_cases(draw):
         images = both_ways(features[0].view(-1, side * side, 30), numbers)
     else:
         positions = torch.randint(40, (3, *tokens.shape), generator=random)
-        images = Images(features[0], numbers, positions=positions, deepstack=tuple(features[1:]))
+        images = Images(features[0], numbers, rope_positions=positions, deepstack=tuple(features[1:]))
     return random_model(config, seed=draw(st.integers(0, 9))), draw(plans(config)), tokens, lengths, chunk, images
 
 
 def of_row(images, row, length, before=0):
     """The images of one row's prompt, behind so many tokens of text."""
-    numbers, ahead, positions = images.numbers[row : row + 1, :length], None, None
-    if images.ahead is not None:
-        ahead = F.pad(images.ahead[row : row + 1, :length], (before, 0))
-    if images.positions is not None:
+    numbers, ahead, positions = images.feature_index[row : row + 1, :length], None, None
+    if images.look_ahead is not None:
+        ahead = F.pad(images.look_ahead[row : row + 1, :length], (before, 0))
+    if images.rope_positions is not None:
         text = torch.arange(before).expand(3, 1, -1)
-        positions = torch.cat((text, before + images.positions[:, row : row + 1, :length]), dim=2)
-    return dataclasses.replace(images, numbers=F.pad(numbers, (before, 0), value=-1), ahead=ahead, positions=positions)
+        positions = torch.cat((text, before + images.rope_positions[:, row : row + 1, :length]), dim=2)
+    return dataclasses.replace(
+        images, feature_index=F.pad(numbers, (before, 0), value=-1), look_ahead=ahead, rope_positions=positions
+    )
 
 
 @given(image_cases(), st.integers(0, 3))
@@ -476,9 +481,9 @@ def test_an_image_is_never_cut():
     """In each row for itself: no common border would do here."""
     numbers = torch.tensor([[-1, 0, 1, 2, 3, -1, -1, -1, -1], [-1, -1, -1, 4, 5, 6, 7, -1, -1]])
     lengths, images = torch.tensor([9, 8]), both_ways(torch.zeros(2, 4, 5), numbers)
-    chunks = [(begin.tolist(), end.tolist()) for begin, end in forward._chunks(lengths, 4, images)]
+    chunks = [(begin.tolist(), end.tolist()) for begin, end in chunk_bounds(lengths, 4, images)]
     assert chunks == [([0, 0], [1, 3]), ([1, 3], [5, 7]), ([5, 7], [9, 8])]
-    text = [(begin.tolist(), end.tolist()) for begin, end in forward._chunks(lengths, 4)]
+    text = [(begin.tolist(), end.tolist()) for begin, end in chunk_bounds(lengths, 4, TEXT)]
     assert text == [([0, 0], [4, 4]), ([4, 4], [8, 8]), ([8, 8], [9, 8])]
 
 
@@ -486,9 +491,9 @@ def test_text_prompts_keep_to_causal_attention_without_a_mask(monkeypatch):
     """And so do the chunks before an image: the fast path is only left where it must be."""
     module, masked = random_model(tiny_gemma3_config(windows=(None,)), seed=3), []
 
-    def watched(layer, h, rope, slots, keys, values, mask, *keys_seen):
-        masked.append(mask is not None)
-        return engine.full_layer(layer, h, rope, slots, keys, values, mask, *keys_seen)
+    def watched(layer, h, keys, values, at):
+        masked.append(at.mask is not None)
+        return full_layer(layer, h, keys, values, at)
 
     stages = engine.Stages(full_layer=watched)
     tokens, lengths = torch.arange(8)[None], torch.tensor([8])
@@ -508,7 +513,7 @@ def test_a_reset_cache_is_a_new_cache(case):
     prefill(module, tokens.flip(1), torch.full_like(lengths, tokens.shape[1]), plan, chunk, cache)
     cache.reset()
     assert cache.lengths.tolist() == empty.tolist() == [0] * len(tokens)
-    assert not cache.states.any()
+    assert not cache.previous_hidden.any()
     logits, _ = prefill(module, tokens, lengths, plan, chunk, cache)
     assert torch.equal(logits, expected)
 
@@ -558,13 +563,13 @@ def test_stepping_a_full_row_leaves_its_tokens_alone(config):
 
 def test_a_row_stepped_far_beyond_its_cache_attends_something(monkeypatch):
     """Its logits mean nothing, but they are sampled from: they are not to be those of an empty softmax."""
-    attend = forward.masked_attention
+    attend = attention.masked_attention
 
     def checked(q, k, v, mask, scale):
-        assert mask.any(-1).all()
+        assert q.shape[1] > 1 or mask.any(-1).all()
         return attend(q, k, v, mask, scale)
 
-    monkeypatch.setattr(forward, "masked_attention", checked)
+    monkeypatch.setattr(attention, "masked_attention", checked)
     module = random_model(tiny_gemma3_config(windows=(2, None, 2)), seed=3)
     cache = new_cache(module, 2, slots=8)
     prefill(module, torch.arange(8)[None].repeat(2, 1), torch.tensor([8, 1]), NONE, cache=cache)
@@ -594,13 +599,13 @@ def test_a_windows_prefill_attends_a_band(monkeypatch, held):
     cache = new_cache(module, 1, chunk=24)
     if held:
         prefill(module, torch.arange(held)[None], torch.tensor([held]), NONE, 24, cache)
-    attend, seen = layers.masked_attention, []
+    attend, seen = attention.masked_attention, []
 
     def watched(q, k, v, mask, scale):
         seen.append((q.shape[1], k.shape[1]))
         return attend(q, k, v, mask, scale)
 
-    monkeypatch.setattr(layers, "masked_attention", watched)
+    monkeypatch.setattr(attention, "masked_attention", watched)
     prefill(module, torch.arange(24)[None], torch.tensor([24]), NONE, 24, cache)
     local = [(3, 3), (3, 6)] if not held else [(3, 7), (3, 7)]
     local += [(3, 7)] * 6

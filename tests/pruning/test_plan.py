@@ -32,8 +32,8 @@ def test_layers_are_stored_sorted_as_python_integers():
 
 
 def test_runs_split_the_layers_where_the_plan_changes():
-    assert PrunePlan((0, 3, 4)).runs(6) == [(True, [0]), (False, [1, 2]), (True, [3, 4]), (False, [5])]
-    assert PrunePlan.none().runs(2) == [(False, [0, 1])]
+    assert PrunePlan((0, 3, 4)).groups(6) == [(True, [0]), (False, [1, 2]), (True, [3, 4]), (False, [5])]
+    assert PrunePlan.none().groups(2) == [(False, [0, 1])]
 
 
 @pytest.mark.parametrize(

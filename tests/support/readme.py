@@ -1,16 +1,24 @@
-"""The README and its blocks."""
+"""The README.md files of the repository: their text and their blocks of code."""
 
 import re
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
+FILES = [ROOT / "README.md", *sorted(path for name in ("pop", "tools") for path in (ROOT / name).rglob("README.md"))]
+READMES = {path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8") for path in FILES}
+README = READMES["README.md"]
 
 
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+def blocks(language: str, path: str | None = None) -> list[str]:
+    """The fenced blocks in `language` of one README, or of all, in order."""
+    texts = READMES.values() if path is None else [READMES[path]]
+    return [block for text in texts for block in re.findall(rf"^```{language}\n(.*?)^```$", text, re.M | re.S)]
 
 
-TEXT = re.sub("^```.*?^```$", "", README, flags=re.M | re.S)  # what is not in blocks
+def prose(path: str | None = None) -> str:
+    """One README, or all of them, without the fenced blocks."""
+    text = "\n".join(READMES.values()) if path is None else READMES[path]
+    return re.sub("^```.*?^```$", "", text, flags=re.M | re.S)
 
 
-def blocks(language):
-    return re.findall(rf"^```{language}\n(.*?)^```$", README, re.M | re.S)
+TEXT = prose()

@@ -1,4 +1,4 @@
-"""Small images from seeds, for the tests and for tools/goldens/gemma3_vision.py: the reference sees the very same."""
+"""Small images from seeds, for the tests and for the tools that make goldens with the same images."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import numpy as np
 import torch
 from PIL import Image
 
-from pop.models.layers import Images
+from pop.models.images import Images
 
-# Of the golden images: mode, width, height. Taller, wider, smaller and larger than what they are resized to.
+# The golden images: mode, width and height. They are taller, wider, smaller and larger than their resized versions.
 IMAGES = {
     "tall": ("RGB", 17, 83),
     "wide": ("RGB", 97, 31),
@@ -28,7 +28,7 @@ BANDS = {"RGB": 3, "RGBA": 4, "LA": 2, "P": 1, "L": 1, "1": 1, "CMYK": 4}
 
 
 def random_bytes(height: int, width: int, bands: int, seed: int) -> np.ndarray:
-    """[height, width, bands] uint8: slow waves, so that crops differ, under noise, so that every pixel counts."""
+    """[height, width, bands] uint8: slow waves, so that crops differ, and noise, so that every pixel matters."""
     random = np.random.RandomState(seed)
     rows, columns = np.mgrid[:height, :width]
     planes = []
@@ -57,12 +57,17 @@ def picture(size: int, seed: int) -> np.ndarray:
     return random_bytes(size, size, 3, seed)
 
 
+def levels(pixels: torch.Tensor) -> np.ndarray:
+    """Prepared pixels from -1 to 1 -> the bytes that they come from."""
+    return (pixels.double() * 127.5 + 127.5).round().to(torch.uint8).numpy()
+
+
 def both_ways(features: torch.Tensor, numbers: torch.Tensor) -> Images:
     """Images as Gemma-3 has them, features [N, M, D]: the tokens of one attend each other in both directions."""
     M = features.shape[1]
-    return Images(features.flatten(0, 1), numbers, ahead=(M - 1 - numbers % M).where(numbers >= 0, 0))
+    return Images(features.flatten(0, 1), numbers, look_ahead=(M - 1 - numbers % M).where(numbers >= 0, 0))
 
 
 def pixels_of(image: np.ndarray) -> torch.Tensor:
-    """[H, W, 3] uint8 -> what the vision tower reads, [3, H, W] float32."""
+    """[H, W, 3] uint8 -> the vision tower's input, [3, H, W] float32."""
     return (torch.from_numpy(image).permute(2, 0, 1).float() - 127.5) / 127.5

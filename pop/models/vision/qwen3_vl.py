@@ -1,14 +1,14 @@
-"""Qwen3-VL's eyes: a vision transformer for images of any size, and the mergers behind it.
+"""Qwen3-VL's vision tower: a transformer for images of any size, and the mergers after it.
 
-Images and videos become vectors as wide as the language model's own embeddings, in four moves:
+Images and videos become vectors as wide as the language model's embeddings, in four steps:
 
     h = patch_embed(patches) + positions     # each patch, two frames deep, is a token
     h = block(h), ...                        # attention within one frame pair, rotary positions by row and column
     features = merger(h)                     # each square of 2 x 2 patches becomes one token of the language model
-    deepstack = [merger(h of a block), ...]  # and so for a few blocks on the way
+    deepstack = [merger(h of a block), ...]  # the same after a few of the blocks
 
-Patches attend those of their own frame pair. So frame pairs of one size, whichever images and videos they are from, go
-through the tower as a batch: no mask is needed, and several images cost the sum of their squares.
+Patches attend the patches of their own frame pair. Frame pairs of one size therefore form a batch, whichever images and
+videos they come from. No mask is needed, and several images cost the sum of their squares.
 
 Attribute names are the checkpoint's names. Shape letters of this file:
 
@@ -18,7 +18,7 @@ Attribute names are the checkpoint's names. Shape letters of this file:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -26,11 +26,11 @@ import torch.nn.functional as F
 from torch import nn
 
 from pop.models.config import Qwen3VisionConfig
-from pop.models.layers import Linear, Rope, linear, rotate
+from pop.models.layers import Rope, rotate
 
 NORM_EPS = 1e-6  # no config states it
-PATCHES_AT_ONCE = 2**14  # which bounds the memory for activations
-PATCHES_KEPT = 2**17  # of all sizes whose tables are kept: some 40 MB
+PATCHES_AT_ONCE = 2**14  # bounds the memory for activations
+PATCHES_KEPT = 2**17  # over all sizes whose tables are kept: about 40 MB
 
 
 class Grid(NamedTuple):
@@ -50,7 +50,7 @@ class PatchEmbed(nn.Module):
         self.proj = nn.Conv3d(3, config.hidden_size, kernel_size=size, stride=size)
 
     def forward(self, patches: torch.Tensor) -> torch.Tensor:
-        return linear(patches, self.proj.weight.flatten(1), self.proj.bias)  # [N, P, C]
+        return F.linear(patches, self.proj.weight.flatten(1), self.proj.bias)  # [N, P, C]
 
 
 class Attention(nn.Module):
@@ -59,8 +59,8 @@ class Attention(nn.Module):
     def __init__(self, config: Qwen3VisionConfig):
         super().__init__()
         self.num_heads = config.num_heads
-        self.qkv = Linear(config.hidden_size, 3 * config.hidden_size)
-        self.proj = Linear(config.hidden_size, config.hidden_size)
+        self.qkv = nn.Linear(config.hidden_size, 3 * config.hidden_size)
+        self.proj = nn.Linear(config.hidden_size, config.hidden_size)
 
     def forward(self, x: torch.Tensor, rope: Rope) -> torch.Tensor:
         """x [N, P, C] -> [N, P, C]."""
@@ -74,8 +74,8 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     def __init__(self, config: Qwen3VisionConfig):
         super().__init__()
-        self.linear_fc1 = Linear(config.hidden_size, config.intermediate_size)
-        self.linear_fc2 = Linear(config.intermediate_size, config.hidden_size)
+        self.linear_fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.linear_fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.linear_fc2(F.gelu(self.linear_fc1(x), approximate="tanh"))
@@ -106,8 +106,8 @@ class Merger(nn.Module):
         self.merged = config.merge_size**2
         size = self.merged * config.hidden_size
         self.norm = nn.LayerNorm(size if norm_merged else config.hidden_size, NORM_EPS)
-        self.linear_fc1 = Linear(size, size)
-        self.linear_fc2 = Linear(size, config.out_size)
+        self.linear_fc1 = nn.Linear(size, size)
+        self.linear_fc2 = nn.Linear(size, config.out_size)
 
     def forward(self, h: torch.Tensor) -> torch.Tensor:
         """h [N, P, C] -> [N, M, D]. Patches come square by square, so those to merge are neighbours."""
@@ -128,15 +128,16 @@ class VisionTower(nn.Module):
         self.deepstack_merger_list = nn.ModuleList(Merger(config, norm_merged=True) for _ in config.deepstack)
         self._tables: dict[tuple, tuple[torch.Tensor, ...]] = {}
 
-    def forward(
-        self, patches: torch.Tensor, grids: Sequence[Grid], run: Callable = Block.__call__
-    ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
-        """patches [-1, 3 * 2 * patch * patch] of all images -> their tokens' features [-1, D], and DeepStack's.
+    def forward(self, patches: torch.Tensor, grids: Sequence[Grid]) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
+        """The features of all tokens, and DeepStack's.
 
-        Patches of each image lie frame pair by frame pair, square by square (of merge_size patches a side), as
-        pop/inputs/images.py prepares them. grids: one for each image or video, in that order; sides are multiples of
-        merge_size. run: how a block is called. DeepStack's features are [-1, D] for each of the language model's first
-        layers.
+        Args:
+            patches: [-1, 3 * 2 * patch * patch], of all images. The patches of an image are ordered by frame pair and
+                then by square of merge_size x merge_size patches, as pop/inputs/qwen3_vl.py prepares them.
+            grids: one for each image or video, in the same order. Their sides are multiples of merge_size.
+
+        Returns:
+            The tokens' features [-1, D], and for each of the language model's first layers DeepStack's [-1, D].
         """
         sizes = [grid[1:] for grid in grids for _ in range(grid.frames)]  # of each frame pair
         pairs = patches.split([rows * columns for rows, columns in sizes])
@@ -146,12 +147,12 @@ class VisionTower(nn.Module):
             count = max(1, PATCHES_AT_ONCE // (size[0] * size[1]))
             for places in (of_size[begin : begin + count] for begin in range(0, len(of_size), count)):
                 batch = torch.stack([pairs[place] for place in places]).to(self.pos_embed.weight)
-                for place, of_pair in zip(places, self.frame_pairs(batch, *size, run).unbind(1), strict=True):
+                for place, of_pair in zip(places, self.frame_pairs(batch, *size).unbind(1), strict=True):
                     features[place] = of_pair  # [1 + DeepStack's layers, M, D]
         features, *deepstack = torch.cat(features, dim=1)
         return features, tuple(deepstack)
 
-    def frame_pairs(self, patches: torch.Tensor, rows: int, columns: int, run: Callable) -> torch.Tensor:
+    def frame_pairs(self, patches: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
         """patches [N, P, ...] of N frame pairs of rows x columns patches -> [1 + DeepStack's layers, N, M, D]."""
         corners, shares, *rope = self.tables(rows, columns)
         table = self.pos_embed.weight.float()
@@ -159,7 +160,7 @@ class VisionTower(nn.Module):
         h = self.patch_embed(patches)
         h, deepstack = h + positions.to(h.dtype), []
         for index, block in enumerate(self.blocks):
-            h = run(block, h, *rope)
+            h = block(h, *rope)
             if index in self.config.deepstack:
                 deepstack.append(self.deepstack_merger_list[len(deepstack)](h))
         return torch.stack([self.merger(h), *deepstack])
@@ -171,30 +172,32 @@ class VisionTower(nn.Module):
         return squares.transpose(1, 2).flatten(0, 3)
 
     def tables(self, rows: int, columns: int) -> tuple[torch.Tensor, ...]:
-        """What depends on the size of a frame pair alone, in the patches' order, kept from one call to the next.
+        """What only depends on the size of a frame pair, in the patches' order. Kept from one call to the next.
 
-        corners [P, 4] int64 and shares [P, 4] float32, see `corners`; cos and sin [P, 1, E / 2] float32.
+        Returns:
+            corners [P, 4] int64 and shares [P, 4] float32 (see `corners`), cos and sin [P, 1, E / 2] float32.
         """
         device = self.pos_embed.weight.device
-        key = rows, columns, device, torch.is_inference_mode_enabled()  # compiled code minds where a tensor is from
+        key = rows, columns, device, torch.is_inference_mode_enabled()  # autograd cannot use inference tensors
         if (found := self._tables.get(key)) is None:
             angles = self.by_square(self.angles(rows, columns))[:, None]  # [P, 1, E / 2]
             found = *map(self.by_square, self.corners(rows, columns)), angles.cos(), angles.sin()
-            # Each step is one of the interpreter's, so that threads at worst make tables twice.
+            # Without a lock: two threads may compute the same tables, which does no harm.
             if sum(r * c for r, c, *_ in list(self._tables)) + rows * columns > PATCHES_KEPT:
                 self._tables.clear()
             self._tables[key] = found
         return found
 
     def corners(self, rows: int, columns: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """The learned positions, stretched to a grid of patches: each patch has a share of the four around its place.
+        """Bilinear interpolation of the learned position table to a grid of patches, corners aligned.
 
-        Which of them, [rows, columns, 4] int64, and the shares, [rows, columns, 4] float32.
+        Returns:
+            The four table entries around each patch and their weights, both [rows, columns, 4], int64 and float32.
         """
         side, device = self.config.position_side, self.pos_embed.weight.device
         axes = []
         for count in (rows, columns):
-            place = torch.linspace(0, side - 1, count, device=device)  # the grids' corners lie on each other
+            place = torch.linspace(0, side - 1, count, device=device)
             low = place.long()
             high = (low + 1).clamp(max=side - 1)
             share = place - low
@@ -205,10 +208,7 @@ class VisionTower(nn.Module):
         return corners.flatten(2), shares.flatten(2)
 
     def angles(self, rows: int, columns: int) -> torch.Tensor:
-        """By which each rotated pair of a head turns: half of them by the row, half by the column.
-
-        [rows, columns, E / 2] float32.
-        """
+        """The angles of a head's rotated pairs, half by the row, half by the column: [rows, columns, E / 2] float32."""
         half, device = self.config.head_dim // 2, self.pos_embed.weight.device
         frequencies = 1 / self.config.rope_base ** (torch.arange(0, half, 2, device=device).float() / half)  # [E / 4]
         by_row = torch.arange(rows, device=device).float()[:, None, None] * frequencies

@@ -1,6 +1,6 @@
-"""Gemma-3's eyes: the SigLIP vision tower (Zhai et al. 2023) and the projector behind it.
+"""Gemma-3's vision tower, SigLIP (Zhai et al. 2023), and the projector after it.
 
-An image becomes a sequence of vectors as wide as the language model's own embeddings, in three moves:
+An image becomes a sequence of vectors as wide as the language model's embeddings, in three steps:
 
     h = tower(pixels)              # patches as tokens, through a transformer that attends in all directions
     h = pool(h)                    # each square of patches averaged: 4096 patches are 256 tokens
@@ -14,14 +14,11 @@ Attribute names are the checkpoint's names. Shape letters of this file:
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from pop.models.config import SiglipConfig
-from pop.models.layers import Linear
 
 
 class Embeddings(nn.Module):
@@ -35,7 +32,7 @@ class Embeddings(nn.Module):
 
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
         patches = self.patch_embedding(pixels)  # [N, C, S / patch, S / patch]
-        patches = patches.flatten(2).transpose(1, 2).contiguous()  # [N, P, C], row by row; compiled code minds strides
+        patches = patches.flatten(2).transpose(1, 2)  # [N, P, C], row by row
         return patches + self.position_embedding.weight
 
 
@@ -46,10 +43,10 @@ class Attention(nn.Module):
         super().__init__()
         C = config.hidden_size
         self.num_heads = config.num_heads
-        self.q_proj = Linear(C, C)
-        self.k_proj = Linear(C, C)
-        self.v_proj = Linear(C, C)
-        self.out_proj = Linear(C, C)
+        self.q_proj = nn.Linear(C, C)
+        self.k_proj = nn.Linear(C, C)
+        self.v_proj = nn.Linear(C, C)
+        self.out_proj = nn.Linear(C, C)
 
     def heads(self, x: torch.Tensor) -> torch.Tensor:
         return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # [N, P, C] -> [N, H, P, E]
@@ -63,8 +60,8 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     def __init__(self, config: SiglipConfig):
         super().__init__()
-        self.fc1 = Linear(config.hidden_size, config.intermediate_size)
-        self.fc2 = Linear(config.intermediate_size, config.hidden_size)
+        self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
@@ -96,10 +93,10 @@ class VisionModel(nn.Module):
         self.encoder = Encoder(config)
         self.post_layernorm = nn.LayerNorm(config.hidden_size, config.norm_eps)
 
-    def forward(self, pixels: torch.Tensor, run: Callable) -> torch.Tensor:
+    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
         h = self.embeddings(pixels)
         for layer in self.encoder.layers:
-            h = run(layer, h)
+            h = layer(h)
         return self.post_layernorm(h)
 
 
@@ -108,12 +105,9 @@ class VisionTower(nn.Module):
         super().__init__()
         self.vision_model = VisionModel(config)
 
-    def forward(self, pixels: torch.Tensor, run: Callable = EncoderLayer.__call__) -> torch.Tensor:
-        """pixels [N, 3, S, S] from -1 to 1, in the weights' dtype -> a vector for each patch [N, P, C].
-
-        run: how a layer is called.
-        """
-        return self.vision_model(pixels, run)
+    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+        """pixels [N, 3, S, S] from -1 to 1, in the weights' dtype -> a vector for each patch [N, P, C]."""
+        return self.vision_model(pixels)
 
 
 class SoftEmbeddingNorm(nn.Module):

@@ -1,0 +1,125 @@
+"""CPUs: faster matrix products, attention for one token, and memory that is reused.
+
+`accelerate` gives the linear layers of a finished module a faster `forward`. `attend_cache` replaces the function of
+the same name in pop/engine/attention.py. The results are those of PyTorch's own operators, up to rounding.
+
+In two cases the general product is far from the limit of a CPU. With one token a row, as in decode, time is what it
+takes to read the weights: a multiply-and-sum (compiled) or the transposed product reads them up to three times faster.
+And where a CPU has no fast products of 16-bit numbers, many tokens pay for a float32 copy of the weights.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from pop.engine import attention
+from pop.engine.attention import AttentionMetadata
+from pop.models import layers
+
+# Dtypes without fast products: float16 on all CPUs, and bfloat16 on those that have no more than AVX2.
+WIDENED = {torch.float16} | ({torch.bfloat16} if torch.backends.cpu.get_cpu_capability() == "AVX2" else set())
+WIDENED_AT_ONCE = 2**26  # numbers
+STREAMS = 4  # places at which a core reads a matrix at once; with one alone, the memory waits
+TEMPORARY = 31 * 2**20  # bytes: the largest block that glibc learns from, less torch's header
+
+
+class Linear(nn.Linear):
+    """nn.Linear, by the fastest product."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return linear(x, self.weight, self.bias)
+
+
+class Embedding(layers.Embedding):
+    """An embedding whose tied head uses the fastest product."""
+
+    def unembed(self, x: torch.Tensor) -> torch.Tensor:
+        return linear(x, self.weight)
+
+
+def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """x weight^T + bias, as F.linear.
+
+    Args:
+        x: [B, T, in], or [B, in] and [in] for one token a row.
+        weight: [out, in].
+        bias: [out], or None.
+
+    Returns:
+        The shape of x, with `out` in place of `in`.
+    """
+    if x.device.type != "cpu":
+        return F.linear(x, weight, bias)
+    one_token = x.dim() < 3 or x.shape[-2] == 1
+    if not one_token and x.dtype in WIDENED:
+        blocks = weight.split(max(1, WIDENED_AT_ONCE // weight.shape[1]))  # an output head is too large to copy whole
+        out = torch.cat([F.linear(x.float(), block.float()) for block in blocks], dim=-1)
+        return (out if bias is None else out + bias.float()).to(x.dtype)
+    if not one_token or x.dtype == torch.float16:
+        return F.linear(x, weight, bias)
+    rows = x.reshape(-1, x.shape[-1])  # [B, in]
+    if rows.shape[0] > 1:
+        out = (weight @ rows.T).T.contiguous()  # [B, out]
+    elif torch.compiler.is_compiling() and (parts := _parts(rows.shape[1])):
+        streams = STREAMS if weight.shape[0] % STREAMS == 0 else 1
+        out = torch.cat([_fused_product(block, rows[0], parts) for block in weight.chunk(streams)])  # [out]
+        out = out.to(x.dtype)[None]  # [1, out]
+    else:
+        out = F.linear(rows, weight)
+    out = out if bias is None else out + bias
+    return out.reshape(*x.shape[:-1], -1)
+
+
+def _parts(length: int) -> int | None:
+    """The least number of equal parts, of at most 4096 numbers each, in which to sum `length` numbers.
+
+    Inductor compiles longer sums to slower code. None: there is no such number up to 32.
+    """
+    return next((parts for parts in range(1, 33) if length % parts == 0 and length // parts <= 4096), None)
+
+
+def _fused_product(weight: torch.Tensor, x: torch.Tensor, parts: int) -> torch.Tensor:
+    """weight [out, in] times x [in] -> [out] float32, each sum taken in `parts` parts: for the compiler to fuse."""
+    if parts == 1:  # a second sum, even of one number, would need a buffer
+        return (weight * x).sum(-1, dtype=torch.float32)
+    return (weight * x).unflatten(-1, (parts, -1)).sum(-1, dtype=torch.float32).sum(-1)
+
+
+def attend_cache(
+    q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, at: AttentionMetadata, scale: float
+) -> torch.Tensor:
+    """As pop.engine.attention.attend_cache. Compiled, one token a row reads K and V once, in place."""
+    if q.shape[1] == 1 and q.device.type == "cpu" and torch.compiler.is_compiling():
+        k, v = attention.read(keys, values, at.mask.shape[-1])
+        return one_token_attention(q, k, v, at.mask, scale)
+    return attention.attend_cache(q, keys, values, at, scale)
+
+
+def one_token_attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor, scale: float
+) -> torch.Tensor:
+    """masked_attention for T = 1 as multiply-and-sum: q [B, 1, H, E], k and v [B, N, K, E] -> [B, 1, H * E]."""
+    (B, N, K, E), dtype = k.shape, v.dtype
+    k, v = (x.transpose(1, 2).float() for x in (k, v))  # [B, K, N, E]
+    q = q.view(B, K, -1, 1, E).float() * scale  # [B, K, G, 1, E]
+    groups = range(q.shape[2])
+    scores = torch.stack([(q[:, :, g] * k).sum(-1) for g in groups])  # [G, B, K, N]
+    scores = scores.masked_fill(~mask.view(B, 1, N), -math.inf)
+    weights = (scores - scores.amax(-1, keepdim=True)).exp()
+    total = weights.sum(-1)[..., None]  # [G, B, K, 1]
+    out = torch.stack([(weights[g, ..., None] * v).sum(-2) / total[g] for g in groups], dim=2)  # [B, K, G, E]
+    return out.reshape(B, 1, -1).to(dtype)
+
+
+def keep_freed_memory() -> None:
+    """Raise glibc's mmap threshold, so that activation buffers are reused.
+
+    By default they are unmapped after every layer, and zeroed by the system for the next one. That took a quarter of
+    SmolLM2's prefill. glibc raises the threshold to the largest block that it has seen freed (mallopt(3),
+    M_MMAP_THRESHOLD), so one block is allocated here, never touched, and freed. Other allocators are not affected.
+    """
+    torch.empty(TEMPORARY, dtype=torch.uint8, device="cpu")  # whatever the default device is

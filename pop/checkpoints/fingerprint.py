@@ -1,0 +1,52 @@
+"""What tells one model's weights from another's: calibrated plans and saved conversations belong to one model."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import math
+
+import torch
+
+SAMPLES = 2**20  # at most so many values of each parameter are read
+# Fields of the config that change no hidden state, or, of a vision tower, that its parameters tell.
+UNREAD = {"dtype", "max_positions", "bos_id", "eos_ids", "vision", "image_id", "boi_id", "eoi_id"}
+
+
+@torch.no_grad()
+def fingerprint(module, part=None) -> str:
+    """A hash of a model: the same in float32 and bfloat16, and for a 16-bit checkpoint also in float16.
+
+    Each parameter is rounded to bfloat16, and values too small for float16 to zero. Its bit patterns are added up,
+    weighted by their place. A sum of integers is the same on every device and in any order. A float32 checkpoint that
+    is cut to float16 is rounded twice, and counts as another model.
+
+    Args:
+        module: a model.
+        part: the pop.parallel.Part if the module is one. All ranks call this together, and get the whole model's.
+    """
+    config = module.config if part is None else part.whole
+    digest = hashlib.sha256()
+    for field in dataclasses.fields(config):
+        if field.name not in UNREAD:
+            digest.update(f"{field.name} {getattr(config, field.name)}\n".encode())
+    shapes, sums = [], []
+    for name, parameter in sorted(module.named_parameters()):
+        shape = parameter.shape if part is None else part.whole_shape(name, parameter)
+        step = -(-math.prod(shape) // SAMPLES)
+        if part is None:
+            values = parameter.flatten()[::step]
+            numbers = torch.arange(len(values), device=values.device)
+        else:
+            values, numbers = part.samples(name, parameter, step)
+        values = values.to(torch.bfloat16)
+        values = values.where(values.abs() >= torch.finfo(torch.float16).tiny, 0)
+        bits = values.view(torch.int16).to(torch.int64)
+        sums.append((bits * (numbers % 65521 + 1)).sum())  # stays below 2**52
+        shapes.append(f"{name} {list(shape)}")
+    total = torch.stack(sums)
+    if part is not None:
+        part.add_up(total)
+    for shape, value in zip(shapes, total.tolist(), strict=True):
+        digest.update(f"{shape} {value}\n".encode())
+    return digest.hexdigest()

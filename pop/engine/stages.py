@@ -1,0 +1,59 @@
+"""The stages: all matrix products and all attention of prefill and decode, one layer at a time.
+
+Each stage takes one layer and its slice of the cache as arguments, so one compiled graph serves all layers
+(compile.py). Lengths enter as tensor shapes, never as Python ints, so they do not trigger recompilation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+from pop.engine.attention import AttentionMetadata, attend_cache, write
+
+
+def full_layer(layer, h, keys, values, at: AttentionMetadata, attention: Callable = attend_cache):
+    """A layer at full depth: h [B, T, D] -> [B, T, D]. Its K and V are written before anything is attended.
+
+    keys, values: [B, S + 1, K, E], the layer's slice of the cache.
+    """
+
+    def attend(layer, q, k, v):
+        write(keys, values, at.slots, k, v)
+        return attention(q, keys, values, at, layer.scale)
+
+    return layer(h, at.rope, attend)
+
+
+def pruned_layer(layer, h, rope, slots, keys, values):
+    """A pruned layer: only its K and V, from the h [B, T, D] that enters the group of pruned layers."""
+    write(keys, values, slots, *layer.keys_values(h, rope))
+
+
+def refit_layer(layer, inputs, weight, bias, rope, slots, keys, values, linear: Callable = F.linear):
+    """A pruned layer of a calibrated plan: K and V in one product.
+
+    inputs: [B, T, taps * D], the same for all layers of a group. weight: [2, K * E, taps * D]. bias: [2, K * E].
+    """
+    k, v = linear(inputs, weight.flatten(0, 1), bias.flatten()).chunk(2, dim=-1)  # [B, T, K * E] each
+    write(keys, values, slots, *layer.placed(k, v, rope))
+
+
+def head(module, h):
+    """h [..., D] after the last layer -> logits [..., V]."""
+    return module.head(h)
+
+
+class Stages(NamedTuple):
+    """The functions that a call uses: those of this file, or replacements such as compiled ones."""
+
+    full_layer: Callable[..., torch.Tensor] = full_layer
+    pruned_layer: Callable[..., None] = pruned_layer
+    refit_layer: Callable[..., None] = refit_layer
+    head: Callable[..., torch.Tensor] = head
+
+
+EAGER = Stages()

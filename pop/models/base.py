@@ -1,0 +1,218 @@
+"""The contract between models and everything else: a layer that can be pruned, and a model made of such layers.
+
+    h ──► queries_keys_values ──► attend ──► attention_update ──► h + ... ──► mlp_update ──► h + ...
+                  │
+                  └── keys_values: all that a pruned layer computes
+
+`PrunableLayer` and `PrunableModel` are what the reference, the gates, the calibration and the engine call. A model of
+another code base subclasses them (tools/examples/nano_gpt.py). `DecoderLayer` and `DecoderModel` are the parts that
+Llama, Gemma-3 and Qwen3 have in common: their attributes have the checkpoint's names. Shape letters: layers.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import nn
+
+from pop.models.images import TEXT, TextOnly
+from pop.models.layers import Embedding, RMSNorm, Rope, Ropes, causal_attention, rope_frequencies, rope_tables
+
+# attend(layer, q [B, T, H, E], k [B, T, K, E], v [B, T, K, E]) -> [B, T, H * E]
+Attend = Callable[["PrunableLayer", torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+# step(index, layer, h [B, T, D], rope, attend) -> the next h
+Step = Callable[[int, "PrunableLayer", torch.Tensor, Rope, Attend], torch.Tensor]
+
+
+class PrunableLayer(nn.Module):
+    """A decoder layer in parts, so that a caller can stop after the first, or put a cache between them.
+
+    Attributes:
+        window: how many tokens a token attends, itself included. None: all tokens before it.
+        scale: the factor on q k^T.
+    """
+
+    window: int | None = None
+    scale: float
+
+    def queries_keys_values(self, h: torch.Tensor, rope: Rope) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """h [B, T, D] -> q [B, T, H, E], k and v [B, T, K, E], with rotary positions applied."""
+        raise NotImplementedError
+
+    def keys_values(self, h: torch.Tensor, rope: Rope) -> tuple[torch.Tensor, torch.Tensor]:
+        """h [B, T, D] -> k and v [B, T, K, E]: all that a pruned layer computes."""
+        return self.queries_keys_values(h, rope)[1:]
+
+    def attention_update(self, attended: torch.Tensor) -> torch.Tensor:
+        """The output of attention [B, T, H * E] -> what it adds to h [B, T, D]."""
+        raise NotImplementedError
+
+    def mlp_update(self, h: torch.Tensor) -> torch.Tensor:
+        """h [B, T, D], attention's update included -> what the MLP adds to it [B, T, D]."""
+        raise NotImplementedError
+
+    def forward(self, h: torch.Tensor, rope: Rope, attend: Attend) -> torch.Tensor:
+        """The whole layer: h [B, T, D] -> h [B, T, D]. `attend` attends the prompt itself, or a cache."""
+        h = h + self.attention_update(attend(self, *self.queries_keys_values(h, rope)))
+        return h + self.mlp_update(h)
+
+
+class PrunableModel(nn.Module):
+    """A decoder that prefill can prune.
+
+    Attributes:
+        config: sizes, as in pop/models/config.py. A KV cache reads num_layers, windows, hidden_size, num_kv_heads and
+            head_dim.
+        layers: the PrunableLayers, in order.
+        deepstack_layers: after how many of the first layers features of images are added to h.
+        vision_blocks: the name of the vision tower's list of layers, or None without a tower.
+    """
+
+    config: object
+    deepstack_layers: int = 0
+    vision_blocks: str | None = None
+
+    @property
+    def layers(self) -> Sequence[PrunableLayer]:
+        raise NotImplementedError
+
+    def embed(self, tokens: torch.Tensor) -> torch.Tensor:
+        """tokens [B, T] int -> h [B, T, D]."""
+        raise NotImplementedError
+
+    def rope(self, positions: torch.Tensor) -> Ropes:
+        """positions [B, T] int, or [3, B, T] by axis -> the `rope` argument of the layers, by their window."""
+        return {layer.window: () for layer in self.layers}
+
+    def head(self, h: torch.Tensor) -> torch.Tensor:
+        """h [..., D] after the last layer -> logits [..., V] float32."""
+        raise NotImplementedError
+
+    def vision_block_inputs(self, N: int, P: int) -> tuple[torch.Tensor, ...]:
+        """Zeros in the shape of what a layer of the vision tower takes for N images of P patches each."""
+        raise NotImplementedError
+
+    def through_layers(self, tokens: torch.Tensor, images: TextOnly = TEXT, step: Step | None = None) -> torch.Tensor:
+        """The pass over all layers, without a cache.
+
+        Args:
+            tokens: [B, T] int.
+            images: what images bring to these tokens.
+            step: how a layer is run. None runs it as it is: `layer(h, rope, attend)`.
+
+        Returns:
+            h [B, T, D] after the last layer.
+        """
+        positions = torch.arange(tokens.shape[1], device=tokens.device).expand(len(tokens), -1)  # [B, T]
+        last_attended = images.last_attended(positions)
+        ropes = self.rope(images.rotary(positions))
+
+        def attend(layer, q, k, v):
+            return causal_attention(q, k, v, layer.scale, layer.window, last_attended)
+
+        h = images.place(self.embed(tokens))
+        for index, layer in enumerate(self.layers):
+            rope = ropes[layer.window]
+            h = layer(h, rope, attend) if step is None else step(index, layer, h, rope, attend)
+            h = images.add_deepstack(h, index)
+        return h
+
+    def forward(self, tokens: torch.Tensor, images: TextOnly = TEXT) -> torch.Tensor:
+        """The plain, unpruned pass: tokens [B, T] int -> logits [B, T, V] float32 at every position."""
+        return self.head(self.through_layers(tokens, images))
+
+
+class DecoderLayer(PrunableLayer):
+    """A pre-norm layer with the attributes `input_layernorm`, `self_attn`, `post_attention_layernorm` and `mlp`.
+
+    The last four methods serve calibrated plans (pop/pruning/projections.py).
+    """
+
+    def queries_keys_values(self, h, rope):
+        x = self.input_layernorm(h)
+        return self.self_attn.queries(x, rope), *self.self_attn.keys_values(x, rope)
+
+    def keys_values(self, h, rope):
+        return self.self_attn.keys_values(self.input_layernorm(h), rope)
+
+    def attention_update(self, attended):
+        return self.self_attn.o_proj(attended)
+
+    def mlp_update(self, h):
+        return self.mlp(self.post_attention_layernorm(h))
+
+    def normalised(self, h: torch.Tensor) -> torch.Tensor:
+        """h [B, T, D] / rms(h), without the norm's weight: the input of refit projections."""
+        return self.input_layernorm.normalise(h)
+
+    def projected(self, h: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """h [B, T, D] -> k and v [B, T, K * E] before k's norm and rotary positions: the targets of a refit."""
+        x = self.input_layernorm(h)
+        return self.self_attn.k_proj(x), self.self_attn.v_proj(x)
+
+    def placed(self, k: torch.Tensor, v: torch.Tensor, rope: Rope) -> tuple[torch.Tensor, torch.Tensor]:
+        """Projected k and v [B, T, K * E] -> k and v [B, T, K, E] as the cache holds them."""
+        return self.self_attn.placed(k, v, rope)
+
+    def folded_projections(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """K's and V's projections with the norm's weight folded in: weight [2, K * E, D] and bias [2, K * E], float64.
+
+        Applied to `normalised(h)`, they give `projected(h)`.
+        """
+        projections = (self.self_attn.k_proj, self.self_attn.v_proj)
+        weight = torch.stack([projection.weight.double() for projection in projections])
+        zero = weight.new_zeros(weight.shape[1])
+        biases = [zero if projection.bias is None else projection.bias.double() for projection in projections]
+        return weight * self.input_layernorm.gain(), torch.stack(biases)
+
+
+class Decoder(nn.Module):
+    """The embedding, the layers and the last norm.
+
+    Args:
+        config: of any family.
+        layer: the class of the layers, called with the config and the layer's index.
+        norm: the class of the last norm.
+    """
+
+    def __init__(self, config, layer: type[DecoderLayer], norm: type[RMSNorm] = RMSNorm):
+        super().__init__()
+        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(layer(config, index) for index in range(config.num_layers))
+        self.norm = norm(config.hidden_size, config.norm_eps)
+
+
+class DecoderModel(PrunableModel):
+    """A language model of DecoderLayers with one kind of rotary positions, and a head that may be tied.
+
+    Args:
+        config: of its family.
+        model: what checkpoints name `model`: a Decoder, or a module that holds one (then `decoder` says where).
+    """
+
+    def __init__(self, config, model: nn.Module):
+        super().__init__()
+        self.config = config
+        self.model = model
+        if not config.tie_embeddings:
+            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+
+    @property
+    def decoder(self) -> Decoder:
+        return self.model
+
+    @property
+    def layers(self) -> nn.ModuleList:
+        return self.decoder.layers
+
+    def embed(self, tokens):
+        return self.decoder.embed_tokens(tokens)
+
+    def rope(self, positions):
+        frequencies = rope_frequencies(self.config.rope, self.config.head_dim, positions.device)
+        return {None: rope_tables(positions, frequencies)}
+
+    def head(self, h):
+        head = self.decoder.embed_tokens.unembed if self.config.tie_embeddings else self.lm_head
+        return head(self.decoder.norm(h)).float()

@@ -1,0 +1,136 @@
+"""What images and videos bring to a batch of prompts, as data. `TEXT` stands for a batch without any.
+
+A token that stands for a part of an image has its features in place of an embedding. Beyond that, families differ:
+
+- look-ahead: in Gemma-3, the tokens of an image attend each other in both directions;
+- rotary positions by time, row and column, and DeepStack features added after the first layers: in Qwen3-VL.
+
+`TextOnly` lists all that the models and the engine ask for, and answers for plain text. Shape letters: layers.py.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+import torch.nn.functional as F
+
+
+class TextOnly:
+    """A batch of plain text: nothing is replaced or added, tokens are causal, and positions count tokens."""
+
+    def place(self, h: torch.Tensor) -> torch.Tensor:
+        """Embeddings h [B, T, D] -> the same, with the images' features at their tokens."""
+        return h
+
+    def add_deepstack(self, h: torch.Tensor, index: int) -> torch.Tensor:
+        """h [B, T, D] after layer `index` -> the same, plus the features that are added there."""
+        return h
+
+    def last_attended(self, positions: torch.Tensor) -> torch.Tensor | None:
+        """Positions [B, T] -> the last position that each token attends. None: its own, as in causal attention."""
+        return None
+
+    def rotary(self, index: torch.Tensor) -> torch.Tensor:
+        """Indices [B, C] of tokens in their prompts -> rotary positions, [B, C], or [3, B, C] by axis."""
+        return index
+
+    def rope_offset(self, lengths: torch.Tensor) -> torch.Tensor:
+        """Prompt lengths [B] -> by how much the next rotary position after each prompt differs from its length."""
+        return torch.zeros_like(lengths)
+
+    def extended(self, num_tokens: int) -> TextOnly:
+        """The same, with text after the prompts, up to `num_tokens` tokens a row."""
+        return self
+
+    def chunk_ends(self, begin: torch.Tensor, end: torch.Tensor) -> torch.Tensor:
+        """begin, end [B] of each row's chunk -> ends [B], moved back so that no image is cut."""
+        return end
+
+    def select(self, index: torch.Tensor, valid: torch.Tensor) -> TextOnly:
+        """The part of the images at tokens `index` [B, C] of the prompts. Tokens that are not valid [B, C] are text."""
+        return self
+
+
+TEXT = TextOnly()
+
+
+@dataclasses.dataclass(frozen=True)
+class Images(TextOnly):
+    """Images and videos in a batch of prompts, tokens [B, T]. M of the tokens stand for parts of them.
+
+    Args:
+        features: [M, D], the embeddings of these tokens.
+        feature_index: [B, T] int64, which of the M each token is, or -1 for text.
+        look_ahead: [B, T] int64, how many tokens after itself each token attends, or None for none.
+        rope_positions: [3, B, T] int64, rotary positions by time, row and column from the prompt's first token, or
+            None for those of text. Whatever follows the prompt continues from the largest of them.
+        deepstack: for each of the first layers, features [M, D] that are added to h after it.
+
+    feature_index, look_ahead and rope_positions are on the CPU.
+    """
+
+    features: torch.Tensor
+    feature_index: torch.Tensor
+    look_ahead: torch.Tensor | None = None
+    rope_positions: torch.Tensor | None = None
+    deepstack: tuple[torch.Tensor, ...] = ()
+
+    def place(self, h):
+        return self._at_image_tokens(h, self.features)
+
+    def add_deepstack(self, h, index):
+        if index >= len(self.deepstack):
+            return h
+        return h + self._at_image_tokens(torch.zeros_like(h), self.deepstack[index])
+
+    def _at_image_tokens(self, h: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
+        """h [B, T, D], with features [M, D] in place of the tokens that stand for images."""
+        index = self.feature_index.to(h.device)
+        return torch.where((index >= 0)[..., None], features[index.clamp(min=0)], h)
+
+    def last_attended(self, positions):
+        return None if self.look_ahead is None else positions + self.look_ahead.to(positions.device)
+
+    def rotary(self, index):
+        if self.rope_positions is None:
+            return index
+        positions = self.rope_positions.to(index.device)
+        return positions.gather(2, index.clamp(max=positions.shape[2] - 1).expand(3, -1, -1))
+
+    def rope_offset(self, lengths):
+        if self.rope_positions is None:
+            return super().rope_offset(lengths)
+        inside = torch.arange(self.rope_positions.shape[2]) < lengths[:, None]  # [B, T]
+        return self.rope_positions.where(inside, -1).amax((0, 2)) + 1 - lengths
+
+    def extended(self, num_tokens):
+        B, T = self.feature_index.shape
+        more, lengths = num_tokens - T, torch.full((B,), T)
+        following = (lengths + self.rope_offset(lengths))[:, None] + torch.arange(more)  # [B, more]
+        positions = self.rope_positions
+        return dataclasses.replace(
+            self,
+            feature_index=F.pad(self.feature_index, (0, more), value=-1),
+            look_ahead=None if self.look_ahead is None else F.pad(self.look_ahead, (0, more)),
+            rope_positions=None if positions is None else torch.cat((positions, following.expand(3, -1, -1)), dim=2),
+        )
+
+    def chunk_ends(self, begin, end):
+        if self.look_ahead is None:
+            return end
+        index = torch.arange(self.look_ahead.shape[1])
+        may_end = (self.look_ahead == 0) & (index < end[:, None])  # [B, T], whether a chunk may end after this token
+        return torch.where(may_end, index + 1, begin[:, None]).amax(1)
+
+    def select(self, index, valid):
+        index = index.clamp(max=self.feature_index.shape[1] - 1)
+        chosen = self.feature_index.gather(1, index).where(valid, -1)
+        if not (chosen >= 0).any():
+            return TEXT
+        return dataclasses.replace(
+            self,
+            feature_index=chosen,
+            look_ahead=None if self.look_ahead is None else self.look_ahead.gather(1, index).where(valid, 0),
+            rope_positions=None if self.rope_positions is None else self.rotary(index),
+        )

@@ -1,0 +1,30 @@
+"""The Qwen3 family of language models, from 0.6B to 235B.
+
+It differs from Llama (llama.py) in two points. Queries and keys are normalised head by head before they are rotated.
+In the sizes 30B-A3B and 235B-A22B, some layers have a mixture of experts (experts.py) in place of the MLP.
+
+Attribute names are the checkpoint's names. Shape letters: layers.py.
+"""
+
+from __future__ import annotations
+
+from pop.models import base
+from pop.models.config import Qwen3Config
+from pop.models.experts import MixtureOfExperts
+from pop.models.layers import MLP, Attention, RMSNorm
+
+
+class DecoderLayer(base.DecoderLayer):
+    def __init__(self, config: Qwen3Config, index: int):
+        super().__init__()
+        is_sparse = config.experts is not None and index in config.experts.layers
+        self.scale = config.head_dim**-0.5
+        self.input_layernorm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.self_attn = Attention(config, norm=RMSNorm)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.mlp = MixtureOfExperts(config) if is_sparse else MLP(config)
+
+
+class Qwen3(base.DecoderModel):
+    def __init__(self, config: Qwen3Config):
+        super().__init__(config, base.Decoder(config, DecoderLayer))

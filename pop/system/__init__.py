@@ -1,0 +1,1 @@
+"""What the operating system offers. Imported by everything, and imports pop.errors only."""
