@@ -32,7 +32,8 @@ from pop.errors import (
 )
 from pop.generation.conversation import Conversation, Prefix
 from pop.generation.generate import Generation
-from pop.inputs.images import PanAndScan, Video
+from pop.inputs.gemma3 import PanAndScan
+from pop.inputs.qwen3_vl import Video
 from pop.inputs.tokenizers import load_tokenizer
 from pop.loading import load
 from pop.model import Model

@@ -1,7 +1,8 @@
 """Byte-level BPE tokenizers (Llama-3, Qwen, SmolLM2, GPT-2), with the ids of the originals for every text.
 
-Splitting and merging are tiktoken's. What a tokenizer.json asks for and this file does not do exactly is refused by
-name.
+A pattern splits the text into pre-tokens. Within each of them, byte-pair encoding merges neighbouring tokens. tiktoken
+does both. This file translates Meta's tokenizer.model and tokenizer.json for it.
+A tokenizer.json may ask for a feature that this file does not reproduce exactly. The error then names the feature.
 """
 
 import base64
@@ -13,7 +14,7 @@ from typing import Any
 from pop.errors import InputError, TokenizerError
 from pop.inputs.tokenizers import Tokenizer
 
-# --- How byte-level BPE splits text into pre-tokens, inside which it merges --------------------------------
+# --- The patterns that split text into pre-tokens ---
 
 _LLAMA3_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
@@ -22,40 +23,40 @@ _LLAMA3_PATTERN = (
 _QWEN_PATTERN = _LLAMA3_PATTERN.replace(r"\p{N}{1,3}", r"\p{N}")
 _GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 
-# With `Digits` first: each digit alone (\p{N} and those of Unicode 17), and GPT-2's pattern between them. It
-# takes a digit for the end of the text, so whitespace before one stays whole.
+# SmolLM2's files put a `Digits` step first. It makes each digit one pre-token (\p{N} and the digits of Unicode 17),
+# then GPT-2's pattern splits the text between digits. To it, a digit is the end: whitespace before one stays whole.
 _DIGIT = r"\p{N}\x{11DE0}-\x{11DE9}\x{16FF4}-\x{16FF6}"
 _DIGITS_GPT2_PATTERN = (
     rf"[{_DIGIT}]|'s|'t|'re|'ve|'m|'ll|'d| ?\p{{L}}+| ?[^\s\p{{L}}{_DIGIT}]+"
     rf"|\s+(?=[{_DIGIT}])|\s+(?!\S)|\s+"
 )
 
-_MAX_WHITESPACE = 900_000  # in a row: tiktoken's regular expressions run out of stack at a million
+_MAX_WHITESPACE = 900_000  # characters in a row: at a million, tiktoken's regular expressions run out of stack
 
-# Bytes that no UTF-8 text has, or only such of its characters as are neither letters, digits nor whitespace.
+# A vocabulary may lack these bytes. In UTF-8 they never occur in a letter, a digit or a whitespace character.
 _MAY_LACK = {*range(9), *range(14, 32), 127, 0xC0, 0xC1, 0xF1, 0xF2, 0xF3, *range(0xF5, 0x100)}
 _WHITESPACE = "\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"  # \s of the patterns above
 
-# The original tokenizers normalise as of Unicode 9: no younger character composes or changes places there.
-_YOUNGER = """
+# The original tokenizers normalise by Unicode 9. These characters are newer and would compose or change places.
+_NEWER = """
     5C8-5C9 7FD 897-89F 8CA-8D3 9FE C3C D3B-D3C EBA 1715 1ABF-1AF0 1DF6-1DFA A82C 105C9 105D2 105DA 105E4
     10D24-10D27 10D69-10D6D 10EAB-10EAC 10ECB-10ECF 10EF0-10EFB 10EFD-10EFF 10F46-10F50 10F82-10F85 11070
     1133B 11383 11385 1138E 11391 113B8 113BB 113C2 113C5 113C7-113C9 113CE-113D0 1145E 11839-1183A 11930
     11938 1193D-1193E 11943 119E0 11A34 11A47 11A99 11D42 11D44-11D45 11D97 11F41-11F42 1611E-16129 1612F
     16D67-16D6A 16FF0-16FF1 1D127-1D128 1D250-1D252 1D25B-1D25C 1D25F 1D280-1D281 1E08F 1E130-1E136 1E2AE
     1E2EC-1E2EF 1E4EC-1E4EF 1E5EE-1E5EF 1E6E3 1E6E6 1E6EE-1E6EF 1E6F5"""
-_YOUNGER = re.compile("([" + re.sub(r"\s*([0-9A-F]+)", lambda hex: chr(int(hex[1], 16)), _YOUNGER) + "])")
+_NEWER = re.compile("([" + re.sub(r"\s*([0-9A-F]+)", lambda hex: chr(int(hex[1], 16)), _NEWER) + "])")
 
 
 def _nfc(text: str) -> str:
-    return "".join(unicodedata.normalize("NFC", part) for part in _YOUNGER.split(text))
+    return "".join(unicodedata.normalize("NFC", part) for part in _NEWER.split(text))
 
 
 # --- The tokenizer ---
 
 
 def _tiktoken(ranks: dict[bytes, int], pattern: str):
-    import tiktoken  # here, so that importing pop does not cost its loading
+    import tiktoken  # here, so that `import pop` stays fast
 
     return tiktoken.Encoding("pop", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
 
@@ -63,9 +64,13 @@ def _tiktoken(ranks: dict[bytes, int], pattern: str):
 class BytePairTokenizer(Tokenizer):
     """Byte-level BPE.
 
-    ranks: bytes of a token -> its rank 0, 1, ...; two neighbours merge, in rank order, into any such token.
-    ids: the id of each rank, None for a byte that the vocabulary lacks and that is left out of every text.
-    bytes_of: id -> bytes of every token, also of those that no merging reaches. pattern: of the pre-tokens.
+    Args:
+        ranks: the bytes of a token -> its rank 0, 1, ... Two neighbours merge into any such token, lowest rank first.
+        ids: the id of each rank, or None for a byte that the vocabulary lacks. Texts lose such bytes.
+        bytes_of: id -> bytes of every ordinary token, including those that merging never reaches.
+        pattern: the regular expression of pre-tokens.
+        special_tokens, added, bos_id: as in Tokenizer.
+        nfc: whether text is normalised to NFC first.
     """
 
     def __init__(self, ranks, ids, bytes_of, pattern, *, special_tokens, added, bos_id, nfc=False):
@@ -91,27 +96,30 @@ class BytePairTokenizer(Tokenizer):
         if len(text) > _MAX_WHITESPACE:
             longest = max((len(run[0]) for run in re.finditer(r"\s+", text)), default=0)
             if longest > _MAX_WHITESPACE:
-                raise InputError(f"the text has {longest} whitespace characters in a row; cut them down.")
+                raise InputError(
+                    f"the text has {longest} whitespace characters in a row; at most {_MAX_WHITESPACE} are possible."
+                )
         ids = [self._ids[rank] for rank in self._bpe.encode_ordinary(text)]
         return self._encode_without_lacking(text) if self._lacking and None in ids else ids
 
     def _encode_without_lacking(self, text: str) -> list[int]:
-        """Ids where bytes that the vocabulary lacks are left out: after the split, and before merging.
+        """Return the ids of a text that has bytes which the vocabulary lacks.
 
-        Such bytes are in symbols, neither letters, digits nor whitespace, and GPT-2's pattern makes a run of
-        symbols one pre-token, with the space before it. So these are cut out and merged by themselves.
+        The original leaves them out after splitting and before merging. They occur in symbols only, that is, not in
+        letters, digits or whitespace. GPT-2's pattern makes consecutive symbols one pre-token, with the space before
+        them. So we cut these pre-tokens out of the text and merge each by itself.
         """
         symbols = bytes(self._symbols.encode_ordinary("".join(set(text)))).decode()
         ranks, start = [], 0
-        for run in re.finditer(f"([{_WHITESPACE}]?)([{re.escape(symbols)}]+)", text):
-            piece = run[0] if run[1] == " " else run[2]
+        for match in re.finditer(f"([{_WHITESPACE}]?)([{re.escape(symbols)}]+)", text):
+            piece = match[0] if match[1] == " " else match[2]
             kept = piece.encode().translate(None, self._lacking)
             if len(kept) < len(piece.encode()):
-                ranks += self._bpe.encode_ordinary(text[start : run.start()])
-                if run[1] != " ":  # the pattern leaves the last of several whitespace characters by itself
-                    ranks += self._bpe.encode_ordinary(run[1])
+                ranks += self._bpe.encode_ordinary(text[start : match.start()])
+                if match[1] != " ":  # the pattern leaves the last of several whitespace characters by itself
+                    ranks += self._bpe.encode_ordinary(match[1])
                 ranks += self._bpe._encode_single_piece(kept) if kept else []
-                start = run.end()
+                start = match.end()
         ranks += self._bpe.encode_ordinary(text[start:])
         return [self._ids[rank] for rank in ranks]
 
@@ -120,15 +128,15 @@ class BytePairTokenizer(Tokenizer):
 
 
 def from_tiktoken_file(data: bytes) -> BytePairTokenizer:
-    """Llama-3.1 from Meta's tokenizer.model: lines of a token in base64 and its rank, which is its id."""
+    """Build Llama-3.1's tokenizer from Meta's tokenizer.model. A line has a token in base64 and its rank, the id."""
     ranks = {}
     for line in data.splitlines():
         token, rank = line.split()
         ranks[base64.b64decode(token, validate=True)] = int(rank)
     if sorted(ranks.values()) != list(range(len(data.splitlines()))) or b"" in ranks:
-        raise TokenizerError("a token or a rank comes twice or is missing.")
+        raise TokenizerError("a token or a rank is missing or appears twice.")
     if any(bytes([byte]) not in ranks for byte in range(256)):
-        raise TokenizerError("not every single byte is a token.")
+        raise TokenizerError("at least one single byte is not a token.")
     names = ["begin_of_text", "end_of_text", "reserved_special_token_0", "reserved_special_token_1"]
     names += ["finetune_right_pad_id", "reserved_special_token_2", "start_header_id", "end_header_id"]
     names += ["eom_id", "eot_id", "python_tag", *(f"reserved_special_token_{n}" for n in range(3, 248))]
@@ -139,9 +147,10 @@ def from_tiktoken_file(data: bytes) -> BytePairTokenizer:
 
 
 def from_tokenizer_json(spec: dict[str, Any]) -> BytePairTokenizer:
+    """Build a tokenizer from the contents of a tokenizer.json."""
     model = spec["model"]
-    _refuse_others(spec, "version added_tokens normalizer pre_tokenizer post_processor decoder model")
-    _refuse_others(model, "type unk_token ignore_merges vocab merges")
+    _check_known(spec, "version added_tokens normalizer pre_tokenizer post_processor decoder model")
+    _check_known(model, "type unk_token ignore_merges vocab merges")
     if model["type"] != "BPE":
         raise TokenizerError(f"the model type {model['type']!r} is not supported, only BPE is.")
     if spec["decoder"]["type"] != "ByteLevel":
@@ -153,15 +162,15 @@ def from_tokenizer_json(spec: dict[str, Any]) -> BytePairTokenizer:
     for token in spec["added_tokens"]:
         name, id = token["content"], token["id"]
         for flag in ("single_word", "lstrip", "rstrip", "normalized"):
-            # Normalised text is searched later than raw text; the same, if there is no normalizer.
+            # A normalized token is searched in the normalised text. Without a normalizer this makes no difference.
             if token[flag] and (flag != "normalized" or spec["normalizer"]):
                 raise TokenizerError(f"the added token {name!r} is {flag}, which is not supported.")
         if not name.encode() or vocab.get(name, id) != id:
-            raise TokenizerError(f"the added token {name!r} has two ids, or no text.")
+            raise TokenizerError(f"the added token {name!r} has two ids or no text.")
         (special if token["special"] else added)[name] = id
     ids = list({**vocab, **special, **added}.values())
     if not all(type(id) is int and id >= 0 for id in ids) or len({*ids}) < len(ids) or "" in vocab:
-        raise TokenizerError("an id comes twice or is not a non-negative integer, or a token has no text.")
+        raise TokenizerError("an id appears twice or is not a non-negative integer, or a token has no text.")
     bytes_of = {id: _to_bytes(token) for token, id in vocab.items() if token not in special | added}
 
     merges = [tuple(merge.split(" ") if isinstance(merge, str) else merge) for merge in model["merges"]]
@@ -183,14 +192,14 @@ def from_tokenizer_json(spec: dict[str, Any]) -> BytePairTokenizer:
     return BytePairTokenizer(ranks, ids, bytes_of, pattern, **settings)
 
 
-def _refuse_others(part: dict[str, Any], known: str) -> None:
-    """Refuse settings that are not `known` and not off."""
+def _check_known(part: dict[str, Any], known: str) -> None:
+    """Raise TokenizerError for a setting that is switched on and not `known`."""
     for key, value in part.items():
         if key not in known.split() and value:
             raise TokenizerError(f"the setting {key} = {value!r} is not supported.")
 
 
-# In tokenizer.json a byte is written as a character: itself if it is visible in Latin-1, else from U+0100 on.
+# In tokenizer.json a character stands for each byte: itself if visible in Latin-1, otherwise one from U+0100 on.
 _VISIBLE = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
 _HIDDEN = [byte for byte in range(256) if byte not in _VISIBLE]
 _BYTE_CHARS = {byte: chr(byte) for byte in _VISIBLE} | {byte: chr(256 + n) for n, byte in enumerate(_HIDDEN)}
@@ -202,13 +211,13 @@ def _to_bytes(token: str) -> bytes:
 
 
 def _reachable(merges: list[tuple[str, str]], vocab: dict[str, int]) -> list[str]:
-    """The tokens into which their own text merges, in the order of their last merges.
+    """Return the tokens whose own text merges into them, in the order of their last merges.
 
-    tiktoken merges any two neighbours whose concatenation has a rank, the original only the listed pairs.
-    Both do the same if these tokens, and only they, have a rank, in this order. For between two boundaries
-    that no merge crosses there happens what happens to the text between them alone. So when a token's text is
-    down to two neighbours, they are the pair that this text alone comes down to, and its place in the list is
-    the token's rank; and a token without a rank is never made.
+    tiktoken merges any two neighbours whose concatenation has a rank. The original merges listed pairs only. Both give
+    the same tokens if exactly these tokens have ranks, in this order. To see why, take a stretch of text between two
+    boundaries that no merge crosses. Its merges do not depend on the text around it. So if a token's text is down to
+    two parts, they are the pair of the token's last merge, and the place of this pair in the list is the token's rank.
+    A token without a rank never results from a merge.
     """
     places = {pair: n for n, pair in enumerate(merges)}
     never = len(merges)
@@ -228,29 +237,29 @@ def _reachable(merges: list[tuple[str, str]], vocab: dict[str, int]) -> list[str
     for n, (left, right) in enumerate(merges):
         token = left + right
         if not (left in vocab and right in vocab and token in vocab and places[left, right] == n):
-            raise TokenizerError(f"the merge of {left!r} and {right!r} comes twice, or is not of tokens.")
+            raise TokenizerError(f"the merge of {left!r} and {right!r} appears twice or is not of tokens.")
         if token not in ranked:
             ranked[token] = last_merge(token)
     return sorted((token for token, place in ranked.items() if place < never), key=ranked.get)
 
 
 def _add_whole_pre_tokens(ranks: dict[bytes, int], ids: list[int], bytes_of: dict[int, bytes], pattern: str):
-    """With ignore_merges, a pre-token that is in the vocabulary is that token, though no merging reaches it.
+    """Give ranks to the other tokens, for ignore_merges: a pre-token in the vocabulary is always that one token.
 
-    tiktoken looks up whole pre-tokens as well, so all these get a rank too. That changes nothing else, if the
-    merging of such a token's text does not stop at two tokens, which tiktoken would merge.
+    tiktoken looks up whole pre-tokens, too, so a rank is enough. It changes no other text unless merging reduces such a
+    token's text to two tokens, which tiktoken would then merge.
     """
     bpe = _tiktoken(ranks, pattern)
     for id, text in bytes_of.items():
         if text not in ranks:
             if len(bpe._encode_single_piece(text)) == 2:
-                raise TokenizerError(f"ignore_merges is set, and there is no merge into the token {text!r}.")
+                raise TokenizerError(f"ignore_merges is set, but no merge makes the token {text!r}.")
             ranks[text] = len(ids)
             ids.append(id)
 
 
 def _pattern(pre_tokenizer: dict[str, Any]) -> str:
-    """The regular expression of the pre-tokens."""
+    """Return the regular expression of pre-tokens."""
     steps = pre_tokenizer["pretokenizers"] if pre_tokenizer["type"] == "Sequence" else [pre_tokenizer]
     steps = [{key: value for key, value in step.items() if key != "trim_offsets"} for step in steps]
     to_bytes = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}
@@ -265,12 +274,12 @@ def _pattern(pre_tokenizer: dict[str, Any]) -> str:
         split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
         if steps == [split, to_bytes]:
             return pattern
-    raise TokenizerError(f"the pre_tokenizer {steps} is not one of Llama-3's, Qwen's, SmolLM2's and GPT-2's.")
+    raise TokenizerError(f"the pre_tokenizer {steps} is not supported, only Llama-3's, Qwen's, SmolLM2's and GPT-2's.")
 
 
 def _bos_id(post_processor: dict[str, Any] | None, special: dict[str, int]) -> int | None:
-    """The token that the post-processor puts before a text."""
-    if post_processor is None or post_processor["type"] == "ByteLevel":  # only moves offsets
+    """Return the token that the post-processor puts before a text."""
+    if post_processor is None or post_processor["type"] == "ByteLevel":  # which changes offsets only
         return None
     if post_processor["type"] == "Sequence":
         before, last = post_processor["processors"]
@@ -283,4 +292,4 @@ def _bos_id(post_processor: dict[str, Any] | None, special: dict[str, int]) -> i
             case [("SpecialToken", {"id": name}), ("Sequence", {"id": "A"})]:
                 if post_processor["special_tokens"][name]["ids"] == [special[name]]:
                     return special[name]
-    raise TokenizerError(f"the post_processor does more than putting one token first: {post_processor}.")
+    raise TokenizerError(f"the post_processor does more than put one token first: {post_processor}.")

@@ -1,13 +1,13 @@
-"""Conversations to token ids, in the format that each family of instruct models was trained on.
+"""Chat formats: conversations to token ids, as each family of instruct models was trained on them.
 
-A format is hand-written: its `pieces` yields the control tokens and the texts between them. Control tokens
-become ids directly and text is encoded as text, so that nothing a user writes can become a control token. A
-further family is one more subclass, recognised by one of its control tokens, and an entry in FORMATS.
+Each format is written by hand. It yields control tokens as ids, and texts, images and videos between them. Text is
+encoded as text, so nothing that a user writes can become a control token.
+To add a family, write a subclass of ChatFormat and list it in FORMATS.
 """
 
 import re
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from pop.errors import InputError, UnsupportedError
 from pop.inputs.tokenizers import Piece, Tokenizer
@@ -15,65 +15,72 @@ from pop.inputs.tokenizers import Piece, Tokenizer
 Message = dict[str, Any]
 
 
-class Control(str):
-    """The name of a control token, in contrast to text that may look like it."""
+class Attachment(NamedTuple):
+    """An image or a video in a message: its kind, "image" or "video", and what the caller gave for it."""
+
+    kind: str
+    given: Any
 
 
-SEEN = {kind: Control(f"<{kind}>") for kind in ("image", "video")}  # what stands in the place of one
+Turn = tuple[str, list[str | Attachment]]  # a message's role, and its texts and attachments
 
 
 class ChatFormat:
     """One family's format.
 
-    takes: what a user's message may have beside text: "image", "video".
-    end_ids: the tokens with which a turn of the model may end.
+    Args:
+        tokenizer: the family's tokenizer.
+        takes: the kinds of attachments that a user's message may have: "image", "video".
     """
 
     family: str
-    mark: str  # the control token that tells the family
-    ends: tuple[str, ...]
-    opening = ""  # text with which the model's turn is opened for it
+    mark: str  # the control token that identifies the family
+    ends: tuple[str, ...]  # the tokens that may end the model's turn
+    opening = ""  # the text that the prompt opens the model's turn with
 
     def __init__(self, tokenizer: Tokenizer, takes: Sequence[str] = ()):
         self.tokenizer, self.takes = tokenizer, takes
         special = tokenizer.special_tokens
         self.end_ids = tuple(special[name] for name in self.ends if name in special)
 
-    def pieces(self, turns: list[tuple[str, list[str]]], add_generation_prompt: bool) -> Iterator[str]:
-        """Control tokens and texts in order. turns: each message's role and parts: texts and SEEN."""
+    def pieces(self, turns: list[Turn], add_generation_prompt: bool) -> Iterator[Piece | Attachment]:
+        """Yield control tokens (as `control`), texts and attachments in order."""
         raise NotImplementedError
 
     def encode(
         self, messages: list[Message], add_generation_prompt: bool = True, media: Sequence[Sequence[Piece]] = ()
     ) -> list[int]:
-        """The token ids of a conversation, BOS included where the family has one.
+        """Return the token ids of a conversation, with BOS if the family has one.
 
-        messages: a list of {"role": "system", "user" or "assistant", "content": ...}; the content is text or
-        a list of {"type": "text", "text": ...} and, if the model takes them and in a user's message,
-            {"type": "image", "image": ...} and {"type": "video", "video": ...}; a system message comes first.
-            InputError for all else.
-        add_generation_prompt: open the model's turn at the end.
-        seen: what stands for each image and video, in the order of `seen(messages)`.
+        Args:
+            messages: dicts of "role" ("system", "user" or "assistant") and "content". Only the first may have the role
+                system. The content is text or a list of {"type": "text", "text": ...}. If the model takes images, a
+                user's list may have {"type": "image", "image": ...}. The same holds for videos.
+            add_generation_prompt: open the model's turn at the end.
+            media: the texts and ids that replace each image and video, in the order of `media(messages)`.
+
+        Raises:
+            InputError: the messages have another form.
+            UnsupportedError: the model does not take an attachment, or the tokenizer lacks a control token.
         """
-        left, pieces = iter(media), []
+        replacements, pieces = iter(media), []
         for piece in self.pieces(self._turns(messages), add_generation_prompt):
-            if piece in SEEN.values() and isinstance(piece, Control):
-                pieces += next(left)
-            else:
-                pieces.append([self._control_id(piece)] if isinstance(piece, Control) else piece)
+            pieces += next(replacements) if isinstance(piece, Attachment) else [piece]
         return self.tokenizer.encode_pieces(pieces, bos=False)
 
-    def media(self, messages: list[Message]) -> list[tuple[str, Any]]:
-        """The images and videos of a conversation, in their order: each one's kind, and what was given for it."""
-        self._turns(messages)  # checks
-        contents = [message["content"] for message in messages if isinstance(message["content"], list)]
-        return [(part["type"], part[part["type"]]) for content in contents for part in content if part["type"] in SEEN]
+    def media(self, messages: list[Message]) -> list[Attachment]:
+        """Return the images and videos of a conversation in order. Raises as `encode`."""
+        return [part for _, parts in self._turns(messages) for part in parts if isinstance(part, Attachment)]
 
     def encode_next(self, content, media: Sequence[Sequence[Piece]] = ()) -> list[int]:
-        """What follows an answer: the ids that end the model's turn, the user's next message, the model's turn opened.
+        """Return the ids between two answers: the end of the model's turn, the user's message, the next opening.
 
-        Behind the ids of a conversation and those of its answer, they are the ids of the longer conversation: a
-        control token parts them from the answer, so that no text is encoded across the seam. seen: as in `encode`.
+        The conversation so far, its answer and these ids together are the ids of the longer conversation. A control
+        token separates them from the answer, so no text is encoded across the boundary.
+
+        Args:
+            content: the content of the user's message.
+            media: as in `encode`.
         """
         messages = [{"role": "user", "content": "x"}]
         asked = self.encode(messages)
@@ -81,21 +88,18 @@ class ChatFormat:
         ids = self.encode(answered, media=media)
         if ids[: len(asked)] != asked or ids[len(asked)] not in self.end_ids:
             raise UnsupportedError(
-                f"the {self.family} chat format changes what came before when a conversation goes on."
+                f"the {self.family} chat format rewrites earlier turns when a conversation continues."
             )
         return ids[len(asked) :]
 
-    def render(self, messages: list[Message], add_generation_prompt: bool = True) -> str:
-        """The same as a string, to read: in it text and control tokens look alike, so do not encode it."""
-        return "".join(self.pieces(self._turns(messages), add_generation_prompt))
-
-    def _control_id(self, name: str) -> int:
+    def control(self, name: str) -> list[int]:
+        """Return the id of a control token, in a list."""
         if name not in self.tokenizer.special_tokens:
             raise UnsupportedError(f"the tokenizer lacks the token {name} of the {self.family} chat format.")
-        return self.tokenizer.special_tokens[name]
+        return [self.tokenizer.special_tokens[name]]
 
-    def _turns(self, messages: list[Message]) -> list[tuple[str, list[str]]]:
-        """Each message's role and parts, after checking all of them."""
+    def _turns(self, messages: list[Message]) -> list[Turn]:
+        """Check all messages and return their roles and parts."""
         if not isinstance(messages, list) or not messages:
             raise InputError("messages must be a list with at least one {'role': ..., 'content': ...}.")
         turns = []
@@ -106,15 +110,16 @@ class ChatFormat:
             if role not in ("system", "user", "assistant"):
                 raise InputError(f"message {n} has the role {role!r}; use system, user or assistant.")
             if role == "system" and n:
-                raise InputError(f"message {n} is a system message, and only the first message may be one.")
-            if role != "user" and any(isinstance(part, Control) for part in parts):
-                raise InputError(f"message {n} has an image or video, and only a user's message may have one.")
-            if role == "user" and not "".join(parts).strip():
-                raise InputError(f"message {n}, of the user, is empty.")
+                raise InputError(f"message {n} is a system message; only the first message may be one.")
+            if role != "user" and any(isinstance(part, Attachment) for part in parts):
+                raise InputError(f"message {n} has an image or video; only messages with the role user may have one.")
+            if role == "user" and all(isinstance(part, str) and not part.strip() for part in parts):
+                raise InputError(f"message {n} has the role user, but it is empty.")
             turns.append((role, parts))
         return turns
 
-    def _parts(self, content: str | list[dict[str, Any]], where: str) -> list[str]:
+    def _parts(self, content: str | list[dict[str, Any]], where: str) -> list[str | Attachment]:
+        """Return a message's attachments and the texts between them."""
         if isinstance(content, str):
             return [content]
         if not isinstance(content, list) or not content:
@@ -122,17 +127,15 @@ class ChatFormat:
         parts = []
         for part in content:
             kind = part.get("type") if isinstance(part, dict) else None
-            if kind in self.takes:
-                if part.keys() != {"type", kind}:
-                    raise InputError(f"{where}: {kind}s are {{'type': '{kind}', '{kind}': ...}}, got {part!r:.80}.")
-                parts.append(SEEN[kind])
-                continue
-            if kind in SEEN:
-                takes = " and ".join(["text", *(f"{kind}s" for kind in self.takes)])
-                raise UnsupportedError(f"{where} has an image or video, and this model takes {takes} only.")
-            if kind != "text" or part.keys() != {"type", "text"} or not isinstance(part["text"], str):
-                raise InputError(f"{where}: a part is {{'type': 'text', 'text': ...}}, got {part!r:.80}.")
-            if parts and not isinstance(parts[-1], Control):
+            if kind in ("image", "video") and kind not in self.takes:
+                takes = " and ".join(["text", *(f"{taken}s" for taken in self.takes)])
+                raise UnsupportedError(f"{where} has a part of the type {kind!r}, but this model takes {takes} only.")
+            known = kind in ("text", "image", "video") and part.keys() == {"type", kind}
+            if not known or (kind == "text" and not isinstance(part["text"], str)):
+                raise InputError(f"{where}: a part must be like {{'type': 'text', 'text': 'Hi'}}, got {part!r:.80}.")
+            if kind != "text":
+                parts.append(Attachment(kind, part[kind]))
+            elif parts and isinstance(parts[-1], str):
                 parts[-1] += part["text"]
             else:
                 parts.append(part["text"])
@@ -140,7 +143,7 @@ class ChatFormat:
 
 
 class Llama3(ChatFormat):
-    """Llama-3 and 3.1. In 3.1 there always is a system message, and it opens with two dates."""
+    """Llama-3 and 3.1. In 3.1 there is always a system message, which begins with two dates."""
 
     family = "Llama-3"
     mark = "<|start_header_id|>"
@@ -149,39 +152,39 @@ class Llama3(ChatFormat):
 
     def pieces(self, turns, add_generation_prompt):
         turns = [(role, "".join(parts).strip()) for role, parts in turns]
-        template = self.tokenizer.chat_template  # Meta's own files have none
+        template = self.tokenizer.chat_template  # None with Meta's own files, which are those of 3.1
         if template is None or "Cutting Knowledge Date" in template:
             if turns[0][0] != "system":
                 turns.insert(0, ("system", ""))
             turns[0] = ("system", self.dates + turns[0][1])
-        yield Control("<|begin_of_text|>")
+        yield self.control("<|begin_of_text|>")
         for role, text in turns:
             yield from self._header(role)
             yield text
-            yield Control("<|eot_id|>")
+            yield self.control("<|eot_id|>")
         if add_generation_prompt:
             yield from self._header("assistant")
 
-    def _header(self, role: str) -> Iterator[str]:
-        yield Control("<|start_header_id|>")
+    def _header(self, role: str) -> Iterator[Piece]:
+        yield self.control("<|start_header_id|>")
         yield role
-        yield Control("<|end_header_id|>")
+        yield self.control("<|end_header_id|>")
         yield "\n\n"
 
 
 class ChatML(ChatFormat):
     """SmolLM2, Qwen3 and others.
 
-    SmolLM2 has a system message of its own, for conversations without one. The turn of a model that always thinks is
-    opened with <think>, which its template tells; what it thinks, up to </think>, is a part of its answer and stays one
-    in later turns. To Qwen's tokenizer these tags are words, no control tokens.
+    SmolLM2 adds a default system message to a conversation without one.
+    Some models always think first. Their template opens the model's turn with <think>. The thoughts, up to </think>,
+    are part of the answer and stay in the conversation. To Qwen's tokenizer, these tags are ordinary tokens.
     """
 
     family = "ChatML"
     mark = "<|im_start|>"
     ends = ("<|im_end|>", "<|endoftext|>")
     smollm2_system = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
-    thinks = re.compile(r"""assistant(\\n|\n)<think>(\\n|\n)['"]""")  # a template's string, which ends there
+    thinks = re.compile(r"""assistant(\\n|\n)<think>(\\n|\n)['"]""")  # the end of a string literal in the template
 
     @property
     def opening(self) -> str:
@@ -191,18 +194,18 @@ class ChatML(ChatFormat):
         if turns[0][0] != "system" and self.smollm2_system in (self.tokenizer.chat_template or ""):
             turns = [("system", [self.smollm2_system]), *turns]
         for role, parts in turns:
-            yield Control("<|im_start|>")
+            yield self.control("<|im_start|>")
             yield f"{role}\n"
             yield from parts
-            yield Control("<|im_end|>")
+            yield self.control("<|im_end|>")
             yield "\n"
         if add_generation_prompt:
-            yield Control("<|im_start|>")
+            yield self.control("<|im_start|>")
             yield f"assistant\n{self.opening}"
 
 
 class Gemma(ChatFormat):
-    """Gemma-3, which knows no system role: such a text goes before the first message of the user."""
+    """Gemma-3. It does not know the role system, so the system's text goes before the user's first message."""
 
     family = "Gemma"
     mark = "<start_of_turn>"
@@ -215,20 +218,20 @@ class Gemma(ChatFormat):
         roles = [role for role, _ in turns]
         if not roles or roles != [("user", "assistant")[n % 2] for n in range(len(roles))]:
             raise InputError(
-                f"{self.family} takes messages of user and assistant in turn, a user's first; these are of "
-                f"{', '.join(roles) or 'the system alone'}."
+                f"the {self.family} format takes messages of user and assistant in turn, a user's first; "
+                f"these are of {', '.join(roles) or 'system'}."
             )
-        yield Control("<bos>")
+        yield self.control("<bos>")
         for role, parts in turns:
-            yield Control("<start_of_turn>")
+            yield self.control("<start_of_turn>")
             yield f"{'model' if role == 'assistant' else role}\n{opening}"
             for part in parts:
-                yield part if isinstance(part, Control) else part.strip()
-            yield Control("<end_of_turn>")
+                yield part.strip() if isinstance(part, str) else part
+            yield self.control("<end_of_turn>")
             yield "\n"
             opening = ""
         if add_generation_prompt:
-            yield Control("<start_of_turn>")
+            yield self.control("<start_of_turn>")
             yield "model\n"
 
 
@@ -236,9 +239,14 @@ FORMATS = (Llama3, ChatML, Gemma)
 
 
 def chat_format(tokenizer: Tokenizer, takes: Sequence[str] = ()) -> ChatFormat:
-    """The chat format that a tokenizer's control tokens belong to; UnsupportedError if there is none.
+    """Choose the chat format by the tokenizer's control tokens.
 
-    takes: see ChatFormat.
+    Args:
+        tokenizer: any tokenizer.
+        takes: the kinds of attachments that the model takes: "image", "video".
+
+    Raises:
+        UnsupportedError: the tokenizer lacks the control tokens of all known formats.
     """
     for form in FORMATS:
         if form.mark in tokenizer.special_tokens:

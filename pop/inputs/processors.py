@@ -99,7 +99,9 @@ class Processor:
                 continue
             if kind not in self.marks:
                 takes = " and ".join(["text", *(f"{kind}s" for kind in self.marks)])
-                raise InputError(f"this model of the {self.config.family} family reads {takes} only; leave out the {kind}s")
+                raise InputError(
+                    f"the model of the {self.config.family} family reads {takes} only; leave out the {kind}s"
+                )
             for row, media in zip(rows, _by_row(kind, given, num_rows), strict=True):
                 row += [self.prepare(kind, one) for one in media]
         return rows

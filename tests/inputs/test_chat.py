@@ -1,9 +1,10 @@
-"""Chat formats against the families' own chat templates (goldens), and what users may not do with them.
+"""Chat formats against the families' own chat templates (goldens), and messages that are refused.
 
-The goldens are made by tools/goldens/tokenizers.py.
+tools/goldens/tokenizers.py makes the goldens.
 """
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -16,12 +17,17 @@ from pop.errors import InputError, UnsupportedError
 from pop.inputs.chat import chat_format
 from pop.inputs.tokenizers import SentencePieceTokenizer, load_tokenizer
 
-FORMATS["gemma3"] = chat_format(SentencePieceTokenizer(train()))  # one like Gemma's
+FORMATS["gemma3"] = chat_format(SentencePieceTokenizer(train()))  # a small one like Gemma's
+
+
+def written(form, messages, add_generation_prompt=True) -> str:
+    """A conversation as text, with the names of control tokens."""
+    return form.tokenizer.decode(form.encode(messages, add_generation_prompt), special=True)
 
 
 def assert_golden(form, file: Path) -> None:
     for case in json.loads(file.read_bytes())["chat"]:
-        assert form.render(case["messages"], case["prompt"]) == case["rendered"]
+        assert written(form, case["messages"], case["prompt"]) == case["rendered"]
         assert form.encode(case["messages"], case["prompt"]) == case["ids"]
 
 
@@ -31,11 +37,11 @@ def test_conversations_are_as_the_template_writes_them(family):
 
 
 def test_gemmas_conversations_are_as_its_template_writes_them():
-    """The ids are those of the real tokenizer, which is not here."""
+    """The golden's ids are those of the real tokenizer, which this test does not need."""
     cases = json.loads((GOLDENS / "gemma3-270m.json").read_bytes())["chat"]
     assert len(cases) == 10
     for case in cases:
-        assert FORMATS["gemma3"].render(case["messages"], case["prompt"]) == case["rendered"]
+        assert written(FORMATS["gemma3"], case["messages"], case["prompt"]) == case["rendered"]
 
 
 def test_conversations_of_the_real_gemma3(gemma3):
@@ -45,7 +51,7 @@ def test_conversations_of_the_real_gemma3(gemma3):
 @pytest.mark.parametrize(
     ("roles", "named"),
     [
-        (["system"], "the system alone"),
+        (["system"], "of system"),
         (["assistant", "user"], "assistant, user"),
         (["system", "assistant"], "of assistant"),
         (["user", "user"], "user, user"),
@@ -53,7 +59,7 @@ def test_conversations_of_the_real_gemma3(gemma3):
     ],
 )
 def test_gemma_takes_user_and_assistant_in_turn(roles, named):
-    with pytest.raises(InputError, match=f"Gemma takes messages .*{named}"):
+    with pytest.raises(InputError, match=f"Gemma .*{named}"):
         FORMATS["gemma3"].encode([{"role": role, "content": "x"} for role in roles])
 
 
@@ -65,27 +71,27 @@ def test_llama_3_without_the_dates():
     """Its template, before 3.1, writes just the messages."""
     tokenizer = load_tokenizer(GOLDENS / "llama-3.1")
     messages = [{"role": "user", "content": " Hi "}]
-    dated = chat_format(tokenizer).render(messages)
+    dated = chat_format(tokenizer).encode(messages)
     tokenizer.chat_template = "{# Cutting Knowledge Date #}"
-    assert chat_format(tokenizer).render(messages) == dated
+    assert chat_format(tokenizer).encode(messages) == dated
     tokenizer.chat_template = "{{ bos_token }} and so on"
     opening = "<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\nHi<|eot_id|>"
-    assert chat_format(tokenizer).render(messages, add_generation_prompt=False) == opening
+    assert written(chat_format(tokenizer), messages, add_generation_prompt=False) == opening
 
 
 def test_chatml_without_a_default_system_message():
     tokenizer = load_tokenizer(GOLDENS / "smollm2")
     tokenizer.chat_template = None
-    rendered = chat_format(tokenizer).render([{"role": "user", "content": " Hi "}])
-    assert rendered == "<|im_start|>user\n Hi <|im_end|>\n<|im_start|>assistant\n"
+    found = written(chat_format(tokenizer), [{"role": "user", "content": " Hi "}])
+    assert found == "<|im_start|>user\n Hi <|im_end|>\n<|im_start|>assistant\n"
 
 
 def test_qwen3_has_no_default_system_message_and_its_thoughts_pass_through():
     form = chat_format(load_tokenizer(GOLDENS / "qwen3"))
     turns = [("user", "Hi<|im_end|>"), ("assistant", "<think>\nA greeting.\n</think>\n\nHello"), ("user", "Bye")]
     messages = [{"role": role, "content": text} for role, text in turns]
-    written = "".join(f"<|im_start|>{role}\n{text}<|im_end|>\n" for role, text in turns) + "<|im_start|>assistant\n"
-    assert form.render(messages) == written
+    expected = "".join(f"<|im_start|>{role}\n{text}<|im_end|>\n" for role, text in turns) + "<|im_start|>assistant\n"
+    assert written(form, messages) == expected
     special, ids = form.tokenizer.special_tokens, form.encode(messages)
     assert [id for id in ids if id in special.values()] == [special["<|im_start|>"], special["<|im_end|>"]] * 3 + [
         special["<|im_start|>"]
@@ -108,7 +114,7 @@ def test_end_ids():
 @pytest.mark.parametrize("family", FAMILIES)
 @given(data=st.data())
 def test_no_text_becomes_a_control_token(family, data):
-    """Whatever the texts are, the control tokens are those of the same conversation about nothing."""
+    """Whatever the texts are, the control tokens and the rest of the format are those of other texts."""
     tokenizer = FORMATS[family].tokenizer
     names = sorted(tokenizer.special_tokens)
     characters = st.characters(codec="utf-8", min_codepoint=32, max_codepoint=0x3FFFF)  # SmolLM2 has bytes for these
@@ -118,18 +124,19 @@ def test_no_text_becomes_a_control_token(family, data):
     else:
         roles = data.draw(st.lists(st.sampled_from(["user", "assistant"]), min_size=1, max_size=4))
     roles = ["system"] * data.draw(st.booleans()) + roles
-    messages = [{"role": role, "content": "x" + "".join(data.draw(text))} for role in roles]
+    texts = ["x" + "".join(data.draw(text)) + "x" for _ in roles]  # formats remove whitespace at the ends
+    messages = [{"role": role, "content": text} for role, text in zip(roles, texts, strict=True)]
+    plain = [{"role": role, "content": f"[{n}]"} for n, role in enumerate(roles)]
     control = set(tokenizer.special_tokens.values())
-    ids, plain = (
-        [id for id in FORMATS[family].encode(conversation) if id in control]
-        for conversation in (messages, [message | {"content": "x"} for message in messages])
+    ids, of_plain = (
+        [id for id in FORMATS[family].encode(conversation) if id in control] for conversation in (messages, plain)
     )
-    assert ids == plain
+    assert ids == of_plain
     if tokenizer.bos_id is not None:
         assert ids.count(tokenizer.bos_id) == 1 and ids[0] == tokenizer.bos_id
-    decoded = tokenizer.decode(FORMATS[family].encode(messages), special=True)
-    rendered = FORMATS[family].render(messages)
-    assert decoded == (rendered.replace("▁", " ") if family == "gemma3" else rendered)  # sentencepiece's own blank
+    texts = [text.replace("▁", " ") if family == "gemma3" else text for text in texts]  # sentencepiece's own space
+    expected = re.sub(r"\[(\d)\]", lambda match: texts[int(match[1])], written(FORMATS[family], plain))
+    assert written(FORMATS[family], messages) == expected
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -142,7 +149,7 @@ def test_text_in_parts(family):
 @pytest.mark.parametrize("kind", ["image", "video"])
 def test_images_and_videos_are_not_for_text_models(kind):
     content = [{"type": "text", "text": "What is this?"}, {"type": kind, kind: "a.png"}]
-    with pytest.raises(UnsupportedError, match=r"message 0 has an image or video, and this model takes text only"):
+    with pytest.raises(UnsupportedError, match=f"message 0 .*{kind}.* takes text only"):
         FORMATS["llama-3.1"].encode([{"role": "user", "content": content}])
 
 
@@ -162,18 +169,19 @@ USER = {"role": "user", "content": "x"}
         ([USER | {"role": "tool"}], "message 0 has the role 'tool'"),
         ([USER | {"role": None}], "message 0 has the role None"),
         ([USER, USER | {"role": "system"}], "message 1 is a system message"),
-        ([USER, USER | {"content": " \n"}], "message 1, of the user, is empty"),
+        ([USER, USER | {"content": " \n"}], "message 1 has the role user"),
         ([USER | {"content": []}], "message 0: the content must be"),
         ([USER | {"content": None}], "message 0: the content must be"),
-        ([USER | {"content": ["x"]}], "message 0: a part is"),
-        ([USER | {"content": [{"type": "audio"}]}], "message 0: a part is"),
-        ([USER | {"content": [{"type": "text"}]}], "message 0: a part is"),
-        ([USER | {"content": [{"type": "text", "text": 3}]}], "message 0: a part is"),
-        ([USER | {"content": [{"type": "text", "text": "x", "more": 1}]}], "message 0: a part is"),
+        ([USER | {"content": ["x"]}], "message 0: a part"),
+        ([USER | {"content": [{"type": "audio"}]}], "message 0: a part"),
+        ([USER | {"content": [{"type": ["text"], "text": "x"}]}], "message 0: a part"),
+        ([USER | {"content": [{"type": "text"}]}], "message 0: a part"),
+        ([USER | {"content": [{"type": "text", "text": 3}]}], "message 0: a part"),
+        ([USER | {"content": [{"type": "text", "text": "x", "more": 1}]}], "message 0: a part"),
         ([USER | {"content": "\ud800"}], "lone surrogate"),
     ],
 )
-def test_messages_that_are_none(messages, message):
+def test_invalid_messages(messages, message):
     with pytest.raises(InputError, match=message):
         FORMATS["smollm2"].encode(messages)
 

@@ -1,4 +1,4 @@
-"""Video files: the frames that are kept, and files that are none. What is done with frames: test_qwen3_vl_images.py."""
+"""Video files: their frames and rates, and files that are broken, too large or not videos."""
 
 import builtins
 import itertools
@@ -10,8 +10,8 @@ import torch
 from support.tiny_images import random_bytes
 
 from pop.errors import InputError, MissingExtra
-from pop.inputs import images, video_files
-from pop.inputs.images import Video, qwen_video
+from pop.inputs import images, qwen3_vl, video_files
+from pop.inputs.qwen3_vl import Video, qwen_video
 from pop.models.config import Qwen3VisionConfig
 
 SMALL = Qwen3VisionConfig(8, 8, 1, 1, 8, (), patch_size=4)
@@ -23,7 +23,7 @@ def av():
 
 
 def write(av, path, count, rate=8, size=(32, 48), **options):
-    """A film of so many noisy frames."""
+    """Write a film of `count` noisy frames."""
     with av.open(str(path), "w", options=options) as container:
         stream = container.add_stream("mpeg4", rate=rate)
         stream.height, stream.width, stream.pix_fmt = *size, "yuv420p"
@@ -43,18 +43,18 @@ def decoded(av, path):
 @pytest.mark.parametrize("kind", ["mp4", "mkv", "avi"])
 @pytest.mark.parametrize(("count", "rate"), [(40, 8), (7, 25), (2, 1)])
 def test_a_file_is_its_frames_and_its_rate(av, tmp_path, kind, count, rate):
-    """Frames and times are those of all its frames with that rate, which are the reference's."""
+    """It gives the same pixels and times as a pop.Video of its decoded frames with its rate."""
     path = write(av, tmp_path / f"film.{kind}", count, rate)
     film = decoded(av, path)
     assert len(film) == count
     expected = qwen_video(Video(film, fps=rate), SMALL)
     for given in (path, str(path), Video(path)):
         found = qwen_video(given, SMALL)
-        assert found.grid == expected.grid and found.times == pytest.approx(expected.times)
-        assert torch.equal(found.pixels, expected.pixels)
+        assert found[1] == expected[1] and found[2] == pytest.approx(expected[2])
+        assert torch.equal(found[0], expected[0])
 
 
-# Frames, their rate, and which of them the reference keeps: Qwen3VLVideoProcessor.sample_frames of transformers 5.24.
+# The number of frames, their rate, and the frames that Qwen3VLVideoProcessor.sample_frames of transformers 5.24 keeps.
 KEPT = {
     (300, 30): [0, 16, 31, 47, 63, 79, 94, 110, 126, 142, 157, 173, 189, 205, 220, 236, 252, 268, 283, 299],
     (90, 29.97): [0, 18, 36, 53, 71, 89],
@@ -67,16 +67,16 @@ KEPT = {
 
 @pytest.mark.parametrize(("count", "rate"), KEPT)
 def test_two_frames_a_second_are_kept(count, rate):
-    assert images._sampled(count, rate) == KEPT[count, rate]
-    assert len(images._sampled(10**6, rate)) == 768
+    assert qwen3_vl._sampled(count, rate) == KEPT[count, rate]
+    assert len(qwen3_vl._sampled(10**6, rate)) == 768
 
 
 def test_frames_are_held_one_at_a_time(av, tmp_path, monkeypatch):
-    """Those that are not wanted are not even made into arrays."""
+    """Only the sampled frames become arrays."""
     path = write(av, tmp_path / "film.mp4", 40)
     read, load = [], images.load_image
     monkeypatch.setattr(images, "load_image", lambda frame: read.append(frame.shape) or load(frame))
-    assert qwen_video(path, SMALL).grid[0] == 5 and len(read) == 10
+    assert qwen_video(path, SMALL)[1].frames == 5 and len(read) == 10
     film = video_files.frames(path, [3, 4, 39], images.MAX_PIXELS)
     first = next(film)
     assert np.array_equal(first, decoded(av, path)[3]) and len(list(film)) == 2
@@ -87,7 +87,7 @@ def halved(path, share=0.5):
 
 
 def broken(av, folder):
-    """By name: files that are no whole video, and what is said of them."""
+    """Yield files that are not complete videos, and a part of the error message for each."""
     film = write(av, folder / "film.mp4", 30, movflags="faststart")
     for name, content in {
         "empty.mp4": b"",
@@ -97,15 +97,15 @@ def broken(av, folder):
         "list.mp4": f"ffconcat version 1.0\nfile {film}\n".encode(),
     }.items():
         (folder / name).write_bytes(content)
-        yield folder / name, "is truncated or broken, or no avi"
+        yield folder / name, "truncated or broken, or not one of avi"
     for name, options in {"cut.mp4": {"movflags": "faststart"}, "end-cut.mp4": {}}.items():
         halved(write(av, folder / name, 30, **options))
         yield folder / name, "truncated"
-    yield write(av, folder / "film.nut", 4), "is truncated or broken, or no avi"  # that FFmpeg would read
-    yield folder / "none.mp4", "is no file"
-    yield folder, "is no file"
+    yield write(av, folder / "film.nut", 4), "truncated or broken, or not one of avi"  # FFmpeg itself would read it
+    yield folder / "none.mp4", "is not a file"
+    yield folder, "is not a file"
     if os.path.exists("/dev/zero"):
-        yield "/dev/zero", "is no file"  # without an end
+        yield "/dev/zero", "is not a file"  # endless
     damaged = write(av, folder / "damaged.avi", 30)
     content = bytearray(damaged.read_bytes())
     content[6000:-2000] = bytes(len(content) - 8000)
@@ -116,28 +116,28 @@ def broken(av, folder):
         sound = av.AudioFrame.from_ndarray(np.zeros((1, 800), np.int16), format="s16", layout="mono")
         sound.sample_rate = 8000
         container.mux(stream.encode(sound))
-    yield folder / "sound.mkv", "has no pictures"
-    yield write(av, folder / "one.mp4", 1), "has 1 frames; give at least two"
+    yield folder / "sound.mkv", "has no video stream"
+    yield write(av, folder / "one.mp4", 1), "has 1 frames"
 
 
-def test_what_is_no_video_is_refused(av, tmp_path):
+def test_broken_files(av, tmp_path):
     for path, message in broken(av, tmp_path):
         with pytest.raises(InputError, match=message) as caught:
             qwen_video(path, SMALL)
         assert "\n" not in str(caught.value) and len(str(caught.value)) < 700
 
 
-def test_what_is_too_large_is_refused(av, tmp_path, monkeypatch):
+def test_files_that_are_too_large(av, tmp_path, monkeypatch):
     path = write(av, tmp_path / "film.mp4", 12)
     monkeypatch.setattr(video_files, "MAX_FRAMES", 11)
     with pytest.raises(InputError, match="has more than 11 frames"):
         qwen_video(path, SMALL)
     monkeypatch.setattr(video_files, "MAX_BYTES", 100)
-    with pytest.raises(InputError, match="bytes, and at most 100 are read"):
+    with pytest.raises(InputError, match="bytes; at most 100 are read"):
         qwen_video(path, SMALL)
     monkeypatch.undo()
     monkeypatch.setattr(images, "MAX_PIXELS", 1500)
-    with pytest.raises(InputError, match="has frames of more than 1,500 pixels, or of none"):
+    with pytest.raises(InputError, match="more than 1,500 pixels"):
         qwen_video(path, SMALL)
 
 
@@ -151,10 +151,10 @@ def test_without_pyav_a_path_says_what_to_install(monkeypatch, tmp_path):
 
     monkeypatch.setattr(builtins, "__import__", without)
     (tmp_path / "film.mp4").write_bytes(b"x")
-    with pytest.raises(MissingExtra, match=r"needs the package av; run `pip install 'pop-prefill\[videos\]'`"):
+    with pytest.raises(MissingExtra, match=r"pip install 'pop-prefill\[videos\]'"):
         qwen_video(tmp_path / "film.mp4", SMALL)
     film = random_bytes(8 * 3, 8, 3, 0).reshape(3, 8, 8, 3)
-    assert qwen_video(Video(film, fps=24), SMALL).grid[0] == 2  # arrays need none of it
+    assert qwen_video(Video(film, fps=24), SMALL)[1].frames == 2  # arrays do not need PyAV
 
 
 def test_every_format_is_one_that_ffmpeg_knows(av):

@@ -1,22 +1,64 @@
-"""Tokenizers of tests."""
+"""Tokenizers for tests, and texts on which tokenizers differ."""
 
 import io
 import json
 from pathlib import Path
 
 import sentencepiece
+from hypothesis import strategies as st
+
+from pop.inputs.tokenizers import Tokenizer, load_tokenizer
 
 GOLDENS = Path(__file__).parents[1] / "goldens" / "tokenizers"
-
-
+BYTE_PAIR_FAMILIES = ("llama-3.1", "qwen3", "smollm2")
 TEXTS = json.loads((GOLDENS / "texts.json").read_bytes())["texts"]
 
-
+# Runs of whitespace, digits, marks, contractions, control tokens and code.
+PIECES = st.sampled_from(
+    [
+        "  ",
+        "\n",
+        " \n",
+        "\t",
+        "\u3000",
+        "'s",
+        "'LL",
+        "1",
+        "٣",
+        "½",
+        "é",
+        "e\u0301",
+        "中",
+        "👍🏽",
+        "!",
+        "the",
+        "ing",
+    ]
+)
+CONTROL = st.sampled_from(["<|eot_id|>", "<|im_start|>", "<|im_end|>", "<think>", "<repo_name>", "<|", "|>", "\x1c"])
+TRICKY_TEXT = st.lists(PIECES | CONTROL | st.text(st.characters(codec="utf-8")), max_size=12).map("".join)
 USER_DEFINED = ["<start_of_turn>", "<end_of_turn>", "<table>", "\n\n", "\n\n\n", "▁▁", "▁▁▁"]
 
 
+def spec_of(family: str) -> dict:
+    """The contents of the family's tokenizer.json, cut down to its first tokens."""
+    return json.loads((GOLDENS / family / "tokenizer.json").read_bytes())
+
+
+def load(spec: dict | str, folder: Path) -> Tokenizer:
+    """Write a tokenizer.json and load it."""
+    (folder / "tokenizer.json").write_text(spec if isinstance(spec, str) else json.dumps(spec), encoding="utf-8")
+    return load_tokenizer(folder)
+
+
+def assert_golden(tokenizer: Tokenizer, ids: dict) -> None:
+    for text, as_text, with_special in zip(TEXTS, ids["as_text"], ids["with_special"], strict=True):
+        assert tokenizer.encode(text) == as_text, ascii(text)
+        assert tokenizer.encode(text, allow_special=True) == with_special, ascii(text)
+
+
 def train(**settings) -> bytes:
-    """A sentencepiece model like Gemma's, trained on our own test texts."""
+    """Train a sentencepiece model like Gemma's on our test texts."""
     settings = {
         "vocab_size": 500,
         "model_type": "bpe",
@@ -34,9 +76,6 @@ def train(**settings) -> bytes:
         "bos_piece": "<bos>",
         "minloglevel": 2,
     } | settings
-    model, lines = (
-        io.BytesIO(),
-        [text for text in TEXTS if text.isprintable()] + ["start of turn <b> user"] * 9,
-    )
+    model, lines = io.BytesIO(), [text for text in TEXTS if text.isprintable()] + ["start of turn <b> user"] * 9
     sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(lines), model_writer=model, **settings)
     return model.getvalue()

@@ -1,0 +1,117 @@
+"""Gemma-3's images: each is a square of fixed size, and M tokens that attend each other in both directions.
+
+Pixels equal those of the reference's image processor, which resizes bytes and rounds. Resizing floats would differ.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+
+from pop.errors import InputError, check_count
+from pop.inputs.images import load_image
+from pop.inputs.processors import Prepared, Processor
+from pop.models.config import Gemma3Config
+from pop.models.images import TEXT, Images
+
+IMAGES_AT_ONCE = 8  # in the vision tower
+
+
+@dataclass(frozen=True, eq=False)
+class PanAndScan:
+    """An image that Gemma-3 gets as a whole and, if it is elongated, also in crops along its longer side.
+
+    The number of crops is the ratio of the sides, rounded, within the limits below and at least 2.
+
+    Args:
+        image: see `load_image`.
+        min_crop_size: the fewest pixels that a side of a crop may have. Where two crops are too many, there are none.
+        max_crops: the most crops.
+        min_ratio: of the longer side to the shorter one. Below it there are no crops.
+    """
+
+    image: object
+    min_crop_size: int = 256
+    max_crops: int = 4
+    min_ratio: float = 1.2
+
+    def __post_init__(self):
+        check_count("min_crop_size", self.min_crop_size)
+        check_count("max_crops", self.max_crops)
+        if not isinstance(self.min_ratio, (int, float)) or not self.min_ratio >= 1:
+            raise InputError(f"min_ratio is {self.min_ratio!r}; it must be a number of at least 1")
+
+
+def gemma_pixels(image, size: int) -> torch.Tensor:
+    """Prepare an image for the vision tower.
+
+    Args:
+        image: a PanAndScan, or an image without crops (see `load_image`).
+        size: the side of the square that each image and crop is resized to, whatever its shape.
+
+    Returns:
+        [1 + crops, 3, size, size] float32 from -1 to 1: the whole image, then its crops rightwards or downwards.
+    """
+    views = [load_image(image.image if isinstance(image, PanAndScan) else image)]
+    if isinstance(image, PanAndScan):
+        views += _crops(views[0], image)
+    resized = [F.interpolate(view[None], (size, size), mode="bilinear", antialias=True) for view in views]
+    return (torch.cat(resized).float() - 127.5) / 127.5
+
+
+def _crops(image: torch.Tensor, options: PanAndScan) -> tuple[torch.Tensor, ...]:
+    """Split image [3, H, W] into its crops. The last one may be a few pixels smaller than the others."""
+    height, width = image.shape[1:]
+    axis, long, short = (2, width, height) if width >= height else (1, height, width)
+    count = min(int(long / short + 0.5), long // options.min_crop_size)
+    length = -(-long // min(max(count, 2), options.max_crops))  # rounded up
+    if long / short < options.min_ratio or min(length, short) < options.min_crop_size:
+        return ()
+    return image.split(length, axis)
+
+
+class GemmaProcessor(Processor):
+    """Lays out an image as two line breaks, its tokens, and two line breaks. A PanAndScan has several such images."""
+
+    marks: ClassVar = {"image": "<start_of_image>"}
+
+    def __init__(self, config: Gemma3Config):
+        super().__init__(config)
+        self.min_chunk_size = config.vision.tokens_per_image
+        self.placeholders = {"image": config.image_id}
+
+    def _prepare(self, kind, given):
+        config = self.config
+        pixels = gemma_pixels(given, config.vision.image_size)  # [1 + crops, 3, S, S]
+        ids = [config.boi_id, *[config.image_id] * config.vision.tokens_per_image, config.eoi_id]
+        one = ("\n\n", ids, "\n\n")
+        if len(pixels) == 1:
+            return Prepared(kind, pixels, one)
+        crops = [piece for _ in pixels[1:] for piece in (" ", *one)]
+        before, between = "Here is the original image ", " and here are some crops to help you see better"
+        return Prepared(kind, pixels, (before, *one, between, *crops))
+
+    def images(self, module, rows, tokens, lengths):
+        M, image_id = self.config.vision.tokens_per_image, self.config.image_id
+        is_image = (tokens == image_id).cpu() & (torch.arange(tokens.shape[1]) < lengths[:, None])  # [B, T]
+        for row, (media, count) in enumerate(zip(rows, is_image.sum(1).tolist(), strict=True)):
+            num_images = sum(len(one.pixels) for one in media)
+            if count != M * num_images:
+                raise InputError(
+                    f"row {row} has {count} tokens {image_id} for images, but its {num_images} images, including "
+                    f"crops, need {M} each"
+                )
+        feature_index = is_image.flatten().cumsum(0).view_as(is_image) - 1
+        first = is_image & ~F.pad(is_image, (1, -1))  # image tokens after another token
+        if not torch.equal(first, is_image & (feature_index % M == 0)):
+            raise InputError(f"the {M} tokens {image_id} of each image must be adjacent, between other tokens")
+        if not is_image.any():
+            return TEXT
+        weight = next(module.parameters())
+        pixels = torch.cat([one.pixels for media in rows for one in media])  # [N, 3, S, S]
+        features = torch.cat([module.image_features(part.to(weight)) for part in pixels.split(IMAGES_AT_ONCE)])
+        look_ahead = (M - 1 - feature_index % M).where(is_image, 0)
+        return Images(features.flatten(0, 1), feature_index.where(is_image, -1), look_ahead)  # features [N * M, D]

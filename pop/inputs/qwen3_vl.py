@@ -1,0 +1,195 @@
+"""Qwen3-VL's images and videos: patches that keep the image's shape, and a frame rate that is reduced to two a second.
+
+Pixels equal those of the reference's processors, which resize bytes and round. Resizing floats would differ.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from numbers import Real
+from typing import ClassVar
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from pop.errors import InputError
+from pop.inputs import images, video_files
+from pop.inputs.processors import Prepared, Processor
+from pop.models.config import Qwen3VisionConfig, Qwen3VLConfig
+from pop.models.images import TEXT, Images
+from pop.models.qwen3_vl import image_positions
+from pop.models.vision.qwen3_vl import Grid
+
+MAX_RATIO = 200  # of an image's longer side to its shorter one
+# The fewest and the most pixels of an image, and of all frames of a video, from the published preprocessor configs.
+IMAGE_PIXELS = (256**2, 4096**2)
+VIDEO_PIXELS = (4096, 24 * 2**20)
+FRAMES_PER_SECOND = 2.0
+VIDEO_FRAMES = (4, 768)  # the fewest and the most
+
+
+@dataclass(frozen=True)
+class Video:
+    """A video and its frame rate.
+
+    Args:
+        frames: a TxHxWx3 uint8 array, a list of at least two images of one size (see `load_image`), or the path of a
+            video file (video_files.py).
+        fps: frames per second. The model gets FRAMES_PER_SECOND of them, evenly spread, within VIDEO_FRAMES. With None,
+            it gets all frames, as if there were 24 a second, which is the reference's assumption. A file has its own
+            rate.
+    """
+
+    frames: np.ndarray | Sequence | str | os.PathLike
+    fps: float | None = None
+
+
+def qwen_image(image, config: Qwen3VisionConfig, pixels: tuple[int, int] = IMAGE_PIXELS) -> tuple:
+    """Prepare an image for the vision tower.
+
+    Args:
+        image: see `load_image`.
+        config: of the vision tower.
+        pixels: the fewest and the most pixels. The image is resized to that, and about keeps its shape.
+
+    Returns:
+        Patches [P, 3 * frames * patch * patch] float32 from -1 to 1, by squares of merge_size x merge_size; and their
+        grid.
+    """
+    frame = images.load_image(image)
+    frame = _resize(frame, config, 1, 1, pixels, "the image")
+    return _patches(frame.expand(config.frames, -1, -1, -1), config)  # one frame pair: the image twice
+
+
+def qwen_video(video, config: Qwen3VisionConfig, pixels: tuple[int, int] = VIDEO_PIXELS) -> tuple:
+    """Prepare a video for the vision tower. Frames are read and resized one at a time.
+
+    Args:
+        video: a Video, or only its frames or path.
+        config: of the vision tower.
+        pixels: the fewest and the most pixels of all frames together.
+
+    Returns:
+        Patches as for an image, frame pair by frame pair; their grid; and the time of each frame pair in seconds.
+    """
+    video, fps = (video.frames, video.fps) if isinstance(video, Video) else (video, None)
+    is_path = isinstance(video, (str, os.PathLike))
+    if fps is not None and (isinstance(fps, bool) or not isinstance(fps, Real) or not 1e-6 <= fps <= 1e6):
+        raise InputError(f"fps is {fps!r}; give the video's frames per second, from 1e-6 to 1e6, or None")
+    if is_path and fps is not None:
+        raise InputError(f"fps is {fps}, but a video file states its own rate; leave fps out")
+    if not (is_path or isinstance(video, (np.ndarray, Sequence))) or isinstance(video, bytes):
+        raise InputError(f"a video is of type {type(video).__name__}; give a path, an array or a list of images")
+    if isinstance(video, np.ndarray) and video.ndim != 4:
+        raise InputError(f"a video array has shape {video.shape}; it must be TxHxWx3, uint8")
+    count, fps = video_files.measure(video, images.MAX_PIXELS) if is_path else (len(video), fps and float(fps))
+    if count < 2:
+        raise InputError(f"the video has {count} frames; give at least two, or pass the one as an image")
+    kept = range(count) if fps is None else _sampled(count, fps)
+    frames = video_files.frames(video, kept, images.MAX_PIXELS) if is_path else (video[index] for index in kept)
+    shape, resized = None, []
+    for frame in map(images.load_image, frames):
+        if shape not in (None, frame.shape):
+            raise InputError(f"the video's frames differ in size: {tuple(shape)} and {tuple(frame.shape)}")
+        shape = frame.shape
+        resized.append(_resize(frame, config, len(kept), config.frames, pixels, "the video"))
+    missing = -len(kept) % config.frames  # the last pair is filled with the last frame
+    patches, grid = _patches(torch.cat(resized + resized[-1:] * missing), config)
+    seconds = [index / (fps or 24) for index in (*kept, *[kept[-1]] * missing)]
+    pairs = zip(seconds[:: config.frames], seconds[config.frames - 1 :: config.frames], strict=True)
+    return patches, grid, [(first + last) / 2 for first, last in pairs]
+
+
+def _sampled(count: int, fps: float) -> list[int]:
+    """Return the numbers of the frames that are kept of `count`."""
+    least, most = VIDEO_FRAMES
+    kept = min(max(int(count / fps * FRAMES_PER_SECOND), least), most, count)
+    return np.linspace(0, count - 1, kept).round().astype(int).tolist()
+
+
+def _resize(frame, config, num_frames: int, depth: int, pixels: tuple[int, int], name: str) -> torch.Tensor:
+    """Resize a frame [3, H, W] uint8 to whole squares of merged patches, [1, 3, height, width] uint8.
+
+    Args:
+        frame: one of `num_frames` frames in groups of `depth`. All of them together have about `pixels`.
+        config: of the vision tower.
+        name: of the image or video, for error messages.
+    """
+    (height, width), (least, most) = frame.shape[1:], pixels
+    unit = config.patch_size * config.merge_size
+    if depth > 1 and min(height, width) < unit:  # the reference enlarges small frames of videos only
+        scale = max(unit / height, unit / width)
+        height, width = int(height * scale), int(width * scale)
+    if max(height, width) > MAX_RATIO * min(height, width):
+        raise InputError(f"{name} is {width} x {height} pixels; a side may be at most {MAX_RATIO} times the other")
+    counted = round(num_frames / depth) * depth
+    size = [round(side / unit) * unit for side in (height, width)]
+    if counted * size[0] * size[1] > most:
+        scale = math.sqrt(num_frames * height * width / most)
+        size = [max(unit, math.floor(side / scale / unit) * unit) for side in (height, width)]
+    elif counted * size[0] * size[1] < least:
+        scale = math.sqrt(least / (num_frames * height * width))
+        size = [math.ceil(side * scale / unit) * unit for side in (height, width)]
+    return F.interpolate(frame[None], size, mode="bicubic", antialias=True)
+
+
+def _patches(frames: torch.Tensor, config: Qwen3VisionConfig) -> tuple[torch.Tensor, Grid]:
+    """Cut frames [T, 3, H, W] uint8 into patches. T is a multiple of config.frames, and H and W of merged squares."""
+    size, merge = config.patch_size, config.merge_size
+    parts = frames.unflatten(3, (-1, merge, size)).unflatten(2, (-1, merge, size)).unflatten(0, (-1, config.frames))
+    # [pair, frame, 3, row, row in square, y, column, column in square, x]: each patch by channel, then by frame
+    parts = parts.permute(0, 3, 6, 4, 7, 2, 1, 5, 8)
+    grid = Grid(parts.shape[0], parts.shape[1] * merge, parts.shape[2] * merge)
+    return (parts.flatten(5).flatten(0, 4).float() - 127.5) / 127.5, grid  # [P, 3 * frames * size * size]
+
+
+class QwenProcessor(Processor):
+    """Lays out an image as its tokens, and a video as frame pairs with their times, between two more tokens.
+
+    All tokens are causal. Their rotary positions are by time, row and column.
+    """
+
+    marks: ClassVar = {
+        "image": "<|vision_start|><|image_pad|><|vision_end|>",
+        "video": "<|vision_start|><|video_pad|><|vision_end|>",
+    }
+
+    def __init__(self, config: Qwen3VLConfig):
+        super().__init__(config)
+        self.placeholders = {"image": config.image_id, "video": config.video_id}
+
+    def _prepare(self, kind, given):
+        config, prepare = self.config, qwen_video if kind == "video" else qwen_image
+        pixels, grid, *times = prepare(given, config.vision)
+        count = grid.rows * grid.columns // config.vision.merge_size**2
+        ids = [config.start_id, *[self.placeholders[kind]] * count, config.end_id]
+        pieces = [ids]
+        if kind == "video":
+            pairs = [piece for time in times[0] for piece in (f"<{time:.1f} seconds>", ids)]
+            pieces = [[config.start_id], *pairs, [config.end_id]]
+        return Prepared(kind, pixels, tuple(pieces), grid)
+
+    def images(self, module, rows, tokens, lengths):
+        tokens = tokens.cpu()
+        rope_positions = torch.zeros(3, *tokens.shape, dtype=torch.int64)
+        for row, (media, length) in enumerate(zip(rows, lengths.tolist(), strict=True)):
+            grids = [[one.grid for one in media if one.kind == kind] for kind in ("image", "video")]
+            try:
+                positions, _ = image_positions(tokens[row, :length].tolist(), self.config, *grids)
+            except InputError as error:
+                raise InputError(f"row {row}: {error}") from None
+            rope_positions[:, row, :length] = positions
+        if not any(rows):
+            return TEXT
+        feature_index, media = torch.full_like(tokens, -1), []
+        for kind, token in self.placeholders.items():  # the features are those of all images, then of all videos
+            media += [one for row in rows for one in row if one.kind == kind]
+            found = (tokens == token) & (torch.arange(tokens.shape[1]) < lengths[:, None])  # [B, T]
+            feature_index[found] = feature_index.max() + 1 + torch.arange(int(found.sum()))
+        pixels = torch.cat([one.pixels for one in media])  # [P, ...]
+        features, deepstack = module.image_features(pixels, [one.grid for one in media])
+        return Images(features, feature_index, rope_positions=rope_positions, deepstack=deepstack)

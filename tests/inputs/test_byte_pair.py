@@ -1,0 +1,260 @@
+"""Byte-level BPE: the ids of the originals, merges against a naive BPE, and files that are broken or not supported.
+
+tools/goldens/tokenizers.py makes the goldens: real tokenizers cut down to their first tokens.
+"""
+
+import base64
+import json
+import re
+from itertools import pairwise
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from support.text import BYTE_PAIR_FAMILIES, GOLDENS, TEXTS, assert_golden, load, spec_of
+
+from pop.errors import PopError, TokenizerError
+from pop.inputs.tokenizers import load_tokenizer
+
+TOKENIZERS = {family: load_tokenizer(GOLDENS / family) for family in BYTE_PAIR_FAMILIES}
+
+
+def golden(family: str) -> dict:
+    return json.loads((GOLDENS / family / "golden.json").read_bytes())
+
+
+# ---- ids ----
+
+
+@pytest.mark.parametrize("family", BYTE_PAIR_FAMILIES)
+def test_ids_are_the_originals(family):
+    assert_golden(TOKENIZERS[family], golden(family))
+
+
+def test_ids_of_the_real_smollm2_are_the_originals(smollm2):
+    assert_golden(load_tokenizer(smollm2), json.loads((GOLDENS / "smollm2-135m.json").read_bytes()))
+
+
+def test_metas_own_file_gives_the_same_ids(tmp_path):
+    """tokenizer.model lists the same tokens in the same order. A rule gives the ids of special tokens."""
+    llama, spec = TOKENIZERS["llama-3.1"], spec_of("llama-3.1")
+    size = len(spec["model"]["vocab"])
+    lines = [b"%s %d" % (base64.b64encode(llama.token_bytes(id)), id) for id in range(size)]
+    (tmp_path / "tokenizer.model").write_bytes(b"\n".join(lines) + b"\n")
+    tokenizer = load_tokenizer(tmp_path)
+    assert len(tokenizer.special_tokens) == 256 and tokenizer.vocab_size == size + 256
+    assert tokenizer.bos_id == size and tokenizer.special_tokens["<|reserved_special_token_247|>"] == size + 255
+    assert llama.special_tokens.items() <= tokenizer.special_tokens.items()
+    assert_golden(tokenizer, golden("llama-3.1"))
+
+
+@st.composite
+def vocabularies(draw):
+    """Merges of letters as no training would give them: some never apply, and some come too early."""
+    tokens, merges = list("abc"), []
+    for _ in range(draw(st.integers(1, 12))):
+        merge = draw(st.sampled_from(tokens)), draw(st.sampled_from(tokens))
+        if merge not in merges:
+            merges.append(merge)
+            tokens += ["".join(merge)] if "".join(merge) not in tokens else []
+    return draw(st.permutations(tokens)), draw(st.permutations(merges))
+
+
+@given(vocabularies(), st.lists(st.text("abc", min_size=1, max_size=30), min_size=1), st.booleans())
+def test_merging_is_that_of_a_naive_bpe(tmp_path_factory, vocabulary, words, ignore_merges):
+    tokens, merges = vocabulary
+    spec = spec_of("qwen3")
+    single = [token for token in spec["model"]["vocab"] if len(token) == 1 and token not in "abc"]
+    vocab = {token: n for n, token in enumerate(single + tokens)}
+    model = {"vocab": vocab, "merges": list(map(list, merges)), "ignore_merges": ignore_merges}
+    spec |= {"model": {"type": "BPE"} | model, "added_tokens": []}
+
+    def naive(word: str) -> list[int]:
+        parts = list(word)
+        while not (ignore_merges and word in vocab):
+            pairs = [(merges.index(pair), n) for n, pair in enumerate(pairwise(parts)) if pair in merges]
+            if not pairs:
+                return [vocab[part] for part in parts]
+            n = min(pairs)[1]
+            parts[n : n + 2] = [parts[n] + parts[n + 1]]
+        return [vocab[word]]
+
+    try:
+        tokenizer = load(spec, tmp_path_factory.mktemp("bpe"))
+    except TokenizerError as error:
+        assert ignore_merges and "ignore_merges" in str(error)
+        return
+    for word in words:
+        assert tokenizer.encode(word) == naive(word)
+
+
+def test_a_vocabulary_without_some_bytes(tmp_path):
+    """The original leaves such bytes out and merges across them, or puts unk_token in their place."""
+    spec = spec_of("smollm2")
+    assert "Ą" not in spec["model"]["vocab"]  # the byte 4
+    spec["model"]["vocab"] |= {"!!": 5000, "Ġ!!": 5001}
+    spec["model"]["merges"] += ["! !", "Ġ !!"]
+    tokenizer = load(spec, tmp_path)
+    assert tokenizer.encode("th\x04e") == tokenizer.encode("th") + tokenizer.encode("e")
+    assert tokenizer.encode("!\x04!a \x04! !") == [5000, *tokenizer.encode("a"), *tokenizer.encode(" !") * 2]
+    assert tokenizer.encode("  !\x04\x04!\x04") == [*tokenizer.encode(" "), 5001]
+    assert tokenizer.encode("a \n \x04") == tokenizer.encode("a \n") + tokenizer.encode(" ")
+    assert tokenizer.encode("a \n\x04") == [id for text in "a \n" for id in tokenizer.encode(text)]
+    assert tokenizer.encode("'\x04s") == tokenizer.encode("'") + tokenizer.encode("s")
+    spec["model"]["unk_token"] = "<|endoftext|>"
+    assert load(spec, tmp_path).encode("a\x04")[1:] == [tokenizer.special_tokens["<|endoftext|>"]]
+    spec["model"]["unk_token"] = None
+    del spec["model"]["vocab"]["Ã"]
+    spec["model"]["merges"] = [merge for merge in spec["model"]["merges"] if "Ã" not in merge]
+    with pytest.raises(TokenizerError, match="single byte 195"):
+        load(spec, tmp_path)
+
+
+def test_ids_in_another_order_than_the_merges(tmp_path):
+    spec = spec_of("smollm2")
+    ids = spec["model"]["vocab"]
+    spec["model"]["vocab"] = {token: len(ids) - 1 - id for token, id in ids.items()}
+    for token in spec["added_tokens"]:
+        token["id"] = len(ids) - 1 - token["id"]
+    tokenizer = load(spec, tmp_path)
+    for text in TEXTS:
+        assert tokenizer.encode(text) == [len(ids) - 1 - id for id in TOKENIZERS["smollm2"].encode(text)]
+
+
+def test_gpt2s_older_file(tmp_path):
+    """It is older than use_regex and ignore_merges. A number is one pre-token."""
+    spec = spec_of("smollm2")
+    spec["pre_tokenizer"] = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
+    spec["model"] = {"type": "BPE"} | {key: spec["model"][key] for key in ("vocab", "merges")}
+    spec["model"]["vocab"]["12"] = 5000
+    spec["model"]["merges"].append("1 2")
+    assert load(spec, tmp_path).encode("12") == [5000]
+    assert TOKENIZERS["smollm2"].encode("12") == TOKENIZERS["smollm2"].encode("1") + TOKENIZERS["smollm2"].encode("2")
+
+
+# ---- files ----
+
+
+def changed(family: str, *path, to) -> dict:
+    """The family's tokenizer.json with the value at `path` replaced."""
+    spec = spec_of(family)
+    part = spec
+    for key in path[:-1]:
+        part = part[key]
+    part[path[-1]] = to
+    return spec
+
+
+HE = spec_of("smollm2")["model"]["vocab"]["he"]
+BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True}
+REFUSED = {
+    "byte_fallback": changed("qwen3", "model", "byte_fallback", to=True),
+    "dropout": changed("qwen3", "model", "dropout", to=0.1),
+    "continuing_subword_prefix": changed("qwen3", "model", "continuing_subword_prefix", to="##"),
+    "some_new_thing": changed("qwen3", "some_new_thing", to={"a": 1}),
+    "truncation": changed("qwen3", "truncation", to={"max_length": 5}),
+    "WordPiece": changed("qwen3", "model", "type", to="WordPiece"),
+    "NFKC": changed("qwen3", "normalizer", to={"type": "NFKC"}),
+    "Metaspace": changed("qwen3", "decoder", to={"type": "Metaspace"}),
+    "Whitespace": changed("qwen3", "pre_tokenizer", to={"type": "Whitespace"}),
+    "add_prefix_space": changed("smollm2", "pre_tokenizer", to=BYTE_LEVEL),
+    "individual_digits': False": changed("smollm2", "pre_tokenizer", "pretokenizers", 0, "individual_digits", to=False),
+    "Removed": changed("qwen3", "pre_tokenizer", "pretokenizers", 0, "behavior", to="Removed"),
+    r"\\w\+": changed("qwen3", "pre_tokenizer", "pretokenizers", 0, "pattern", to={"Regex": r"\w+"}),
+    "lstrip": changed("qwen3", "added_tokens", 0, "lstrip", to=True),
+    "single_word": changed("qwen3", "added_tokens", 0, "single_word", to=True),
+    "normalized": changed("qwen3", "added_tokens", 0, "normalized", to=True),
+    "BertProcessing": changed("qwen3", "post_processor", to={"type": "BertProcessing"}),
+    "post_processor": changed(
+        "llama-3.1", "post_processor", "processors", 1, "single", to=[{"Sequence": {"id": "A"}}] * 2
+    ),
+    "two ids": changed("smollm2", "added_tokens", 0, "id", to=7777),
+    "no text": changed("qwen3", "added_tokens", 0, "content", to=""),
+    "an id appears twice": changed("qwen3", "model", "vocab", "!", to=1),
+    "not a non-negative integer": changed("qwen3", "model", "vocab", "!", to=-1),
+    "'ab' and 'c'": changed("qwen3", "model", "merges", 0, to="ab c"),
+    "special token 'he'": changed(
+        "smollm2", "added_tokens", 0, to=spec_of("smollm2")["added_tokens"][0] | {"content": "he", "id": HE}
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_unsupported_features_are_refused_by_name(tmp_path, name):
+    with pytest.raises(TokenizerError, match=name):
+        load(REFUSED[name], tmp_path)
+
+
+BROKEN_JSON = [
+    "",
+    "{",
+    "null",
+    "[]",
+    "7",
+    "{}",
+    '{"model": 1}',
+    '"model"',
+    "[" * 100_000,
+    '{"model": {"type": []}}',
+]
+BROKEN_MODEL = [
+    b"",
+    b"\n",
+    b"\n\x05abc",
+    b"AAAA 0",
+    b"IQ== 0\nIQ== 1\n",
+    b"IQ== x",
+    b"!!!! 0",
+    b"IQ==",
+    b"\xff\xfe 1",
+]
+
+
+@pytest.mark.parametrize("content", BROKEN_JSON)
+def test_broken_tokenizer_json(tmp_path, content):
+    with pytest.raises(TokenizerError, match=re.escape(str(tmp_path))):
+        load(content, tmp_path)
+
+
+@pytest.mark.parametrize("content", BROKEN_MODEL)
+def test_broken_tokenizer_model(tmp_path, content):
+    (tmp_path / "tokenizer.model").write_bytes(content)
+    with pytest.raises(TokenizerError, match=re.escape(str(tmp_path))):
+        load_tokenizer(tmp_path)
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers(-2, 300) | st.sampled_from(["", "a", "Ġ", "he", "\ud800", "<|im_end|>"]),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["id", "type", "a"]), inner, max_size=3)
+    ),
+    max_leaves=4,
+)
+
+
+@given(data=st.data(), family=st.sampled_from(BYTE_PAIR_FAMILIES))
+def test_a_damaged_tokenizer_json_never_ends_in_another_error(tmp_path_factory, data, family):
+    """A value anywhere is replaced or removed, or the text is cut or has a wrong byte."""
+    spec = spec_of(family)
+    if data.draw(st.booleans()):
+        part, key = {"": spec}, ""
+        while isinstance(part[key], dict | list) and len(part[key]) and data.draw(st.integers(0, 4)):
+            part = part[key]
+            key = data.draw(st.sampled_from(sorted(part) if isinstance(part, dict) else range(len(part))))
+        if key != "" and data.draw(st.booleans()):
+            del part[key]
+        else:
+            part[key] = data.draw(JSON)
+        spec = part[""] if key == "" and "" in part else spec
+        content = json.dumps(spec).encode()
+    else:
+        content = bytearray(json.dumps(spec, separators=(",", ":")).encode())
+        place = data.draw(st.integers(0, len(content) - 1))
+        content[place : data.draw(st.sampled_from([place + 1, None]))] = data.draw(st.binary(max_size=2))
+    folder = tmp_path_factory.mktemp("damaged")
+    (folder / "tokenizer.json").write_bytes(content)
+    try:
+        tokenizer = load_tokenizer(folder)
+        tokenizer.decode(tokenizer.encode("The end, the 2nd\x04 <|im_end|>", allow_special=True), special=True)
+    except PopError:
+        pass

@@ -1,0 +1,330 @@
+"""Gemma-3's images: pixels against the reference's image processor, crops, and how a prompt contains them.
+
+tools/goldens/gemma3_vision.py makes the goldens.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+from support.text import train
+from support.tiny import random_model, tiny_gemma3_config, tiny_gemma3_vl_config
+from support.tiny_images import IMAGES, both_ways, image, levels, random_bytes
+
+import pop
+from pop.errors import InputError, UnsupportedError
+from pop.inputs import gemma3
+from pop.inputs.gemma3 import PanAndScan, _crops, gemma_pixels
+from pop.inputs.images import load_image
+from pop.inputs.processors import processor_of
+from pop.inputs.tokenizers import SentencePieceTokenizer
+from pop.models.config import SiglipConfig
+
+GOLDENS = Path(__file__).parents[1] / "goldens" / "vision"
+PIXELS = dict(np.load(GOLDENS / "images.npz"))
+PAN_AND_SCAN = [name for name in PIXELS if name.startswith("pan-") and not name.endswith("-options")]
+IMAGE, BOI, EOI = 500, 501, 502
+ONE = [BOI, *[IMAGE] * 4, EOI]  # an image in a prompt
+A, B = random_bytes(30, 50, 3, seed=1), random_bytes(61, 20, 3, seed=2)
+
+
+# ---- pixels ----
+
+
+@pytest.mark.parametrize("name", IMAGES)
+def test_prepared_as_the_reference_does(name):
+    expected = torch.from_numpy(PIXELS[name].astype(np.float32))
+    assert torch.equal(gemma_pixels(image(name), 28), (expected - 127.5) / 127.5)
+
+
+@pytest.mark.parametrize("name", ["wide", "tiny"])
+def test_prepared_in_real_size(name):
+    pixels = levels(gemma_pixels(image(name), 896))
+    assert pixels.shape == (1, 3, 896, 896)
+    where = np.random.RandomState(0).choice(pixels.size, len(PIXELS[f"{name}-real-samples"]), replace=False)
+    assert np.array_equal(pixels.ravel()[where], PIXELS[f"{name}-real-samples"])
+    assert np.array_equal(pixels.sum((0, 2, 3), dtype=np.int64), PIXELS[f"{name}-real-sums"])
+
+
+@pytest.mark.parametrize("name", PAN_AND_SCAN)
+def test_pan_and_scan_as_the_reference_does(name):
+    width, height, min_crop_size, max_crops, min_ratio = PIXELS[f"{name}-options"].tolist()
+    picture = random_bytes(int(height), int(width), 3, seed=int(height))
+    picture = PanAndScan(picture, int(min_crop_size), int(max_crops), min_ratio)
+    assert np.array_equal(levels(gemma_pixels(picture, 28)), PIXELS[name])
+
+
+def test_pan_and_scan_defaults_are_the_published_ones():
+    options = PanAndScan(None)
+    published = PIXELS["pan-square-options"][2:].tolist()
+    assert [options.min_crop_size, options.max_crops, options.min_ratio] == published
+
+
+@pytest.mark.parametrize(
+    ("width", "height", "count"),
+    [
+        (480, 300, 0),  # two crops would be 240 wide
+        (600, 250, 0),  # two crops would be 250 high
+        (620, 500, 2),  # the ratio rounds to 1, and 2 is the least
+        (500, 620, 2),
+        (5000, 500, 4),
+    ],
+)
+def test_crops_by_hand(width, height, count):
+    assert len(_crops(torch.empty(3, height, width, dtype=torch.uint8), PanAndScan(None))) == count
+
+
+@given(st.integers(1, 60), st.integers(1, 60), st.integers(1, 12), st.integers(1, 6), st.floats(1, 3))
+def test_crops_tile_the_image(width, height, min_crop_size, max_crops, min_ratio):
+    picture = load_image(random_bytes(height, width, 3, seed=0))
+    crops = _crops(picture, PanAndScan(None, min_crop_size, max_crops, min_ratio))
+    assert len(crops) <= max_crops
+    if crops:
+        assert torch.equal(torch.cat(crops, 2 if width >= height else 1), picture)
+        assert max(width, height) / min(width, height) >= min_ratio
+
+
+def test_pixels_of_a_square_of_the_right_size():
+    picture = random_bytes(28, 28, 3, seed=1)
+    expected = load_image(picture).float() / 255 * 2 - 1
+    assert (gemma_pixels(picture, 28)[0] - expected).abs().max() < 1e-6
+
+
+@pytest.mark.parametrize(
+    ("options", "pattern"),
+    [
+        ({"min_crop_size": 0}, "min_crop_size is 0"),
+        ({"max_crops": 1.5}, "max_crops is 1.5"),
+        ({"min_ratio": 0.9}, "min_ratio is 0.9"),
+        ({"min_ratio": float("nan")}, "min_ratio is nan"),
+        ({"min_ratio": "2"}, "min_ratio is '2'"),
+    ],
+)
+def test_bad_pan_and_scan_options(options, pattern):
+    with pytest.raises(InputError, match=pattern):
+        PanAndScan(None, **options)
+
+
+@pytest.mark.parametrize("picture", [None, PanAndScan(A)])
+def test_pan_and_scan_is_of_an_image(picture):
+    with pytest.raises(InputError, match=f"type {type(picture).__name__}"):
+        gemma_pixels(PanAndScan(picture), 28)
+
+
+# ---- in prompts ----
+
+
+@pytest.fixture(scope="module")
+def model():
+    config = tiny_gemma3_vl_config(vocab_size=503, image_id=IMAGE, boi_id=BOI, eoi_id=EOI)
+    tokenizer = SentencePieceTokenizer(train())
+    return pop.Model(random_model(config), config, tokenizer, plan=0.5, compile=False, chunk_size=5)
+
+
+def test_an_image_takes_the_place_of_its_tokens(model):
+    """The logits are those of the preparation, the tower and the language model by hand."""
+    tokens = [2, 7, *ONE, 8, 9, *ONE, 3]
+    pixels = torch.cat([gemma_pixels(image, 28) for image in (A, B)])
+    numbers = torch.tensor([[-1, -1, -1, 0, 1, 2, 3, -1, -1, -1, -1, 4, 5, 6, 7, -1, -1]])
+    expected = model.module(torch.tensor([tokens]), both_ways(model.module.image_features(pixels), numbers))
+    assert torch.equal(model.logits([tokens], images=[[A, B]]), expected)
+    assert torch.equal(model.logits([tokens], images=[A, B]), expected)  # one row needs no list of lists
+    assert not torch.allclose(model.logits([tokens], images=[B, A]), expected, atol=0.1)
+
+
+def test_attention_within_images_and_between_them(model):
+    """An image attends itself in both directions, and earlier tokens causally, even an adjacent image."""
+    tokens = [[2, 7, *ONE, *ONE, 3]]
+    begin = 2 + len(ONE) + 1  # of the second one's image tokens
+    one, other = model.logits(tokens, images=[A, B]), model.logits(tokens, images=[A, A])
+    assert torch.equal(one[:, :begin], other[:, :begin])
+    assert not torch.allclose(one[:, begin:], other[:, begin:], atol=1e-3)
+    turned = model.logits(tokens, images=[np.rot90(A, 2), B])
+    assert torch.equal(one[:, :3], turned[:, :3])
+    assert not torch.allclose(one[:, 3], turned[:, 3], atol=1e-3)  # its first token attends its last one
+
+
+def test_a_text_says_where_its_images_are(model):
+    """As in the reference: two line breaks around each image, encoded as one text with the words next to them."""
+    encode = model.tokenizer.encode
+    text = "Look: <start_of_image> and <start_of_image>"
+    expected = encode("Look: \n\n") + ONE + encode("\n\n and \n\n", bos=False) + ONE + encode("\n\n", bos=False)
+    assert model.encode(text, seen=model.vision.prepare_batch([A, B], None, 1)[0]) == expected
+    options = {"images": [A, B], "max_new_tokens": 6}
+    answer = model.generate(text, **options)
+    assert answer.tokens == model.generate(expected, **options).tokens
+    assert answer.prompt_tokens == len(expected)
+    assert "".join(model.stream(text, **options)) == answer.text
+    seen = model.vision.prepare_batch([A], None, 1)[0]
+    assert model.encode("<start_of_image>a", seen=seen) == encode("\n\n") + ONE + encode("\n\na", bos=False)
+    assert model.encode("<start_of_image>") == encode("<start_of_image>")  # ordinary text without an image
+
+
+@pytest.mark.parametrize("way", ["whole", "pan_and_scan"])
+def test_a_text_with_images_is_laid_out_as_by_the_reference(way):
+    golden = json.loads((GOLDENS / "layouts.json").read_text())
+    options = {name: golden["options"][name] for name in ("min_crop_size", "max_num_crops", "min_ratio_to_activate")}
+    pictures = [random_bytes(height, width, 3, seed=0) for width, height in golden["sizes"]]
+    if way == "pan_and_scan":
+        pictures = [pop.PanAndScan(picture, *options.values()) for picture in pictures]
+    config = tiny_gemma3_vl_config(vision=SiglipConfig(24, 36, 2, 3, 28, 7, tokens_per_image=4))
+    vision = processor_of(config)
+    names = {config.boi_id: "<start_of_image>", config.image_id: "<image_soft_token>", config.eoi_id: "<end_of_image>"}
+    pieces = vision.replace_marks(golden["text"], vision.prepare_batch(pictures, None, 1)[0], "prompt")
+    text = "".join(piece if isinstance(piece, str) else "".join(names[token] for token in piece) for piece in pieces)
+    assert text.replace("<image_soft_token>" * 4, "<image_soft_token>" * 2) == golden[way]
+
+
+def test_pan_and_scan_goes_wherever_an_image_does(model):
+    """The whole image and its crops are ordinary images in texts, token ids, batches and conversations."""
+    wide = pop.PanAndScan(random_bytes(20, 60, 3, seed=3), min_crop_size=8)  # three crops
+    text, encode = "Look: <start_of_image>!", lambda text: model.tokenizer.encode(text, bos=False)
+    expected = [2, *encode("Look: Here is the original image \n\n"), *ONE]
+    expected += encode("\n\n and here are some crops to help you see better \n\n")
+    expected += [*ONE, *encode("\n\n \n\n"), *ONE, *encode("\n\n \n\n"), *ONE, *encode("\n\n!")]
+    crops = [np.ascontiguousarray(wide.image[:, begin : begin + 20]) for begin in (0, 20, 40)]
+    answer = model.generate(expected, images=[wide.image, *crops], max_new_tokens=5)
+    assert model.generate(text, images=[wide], max_new_tokens=5).tokens == answer.tokens
+    assert answer.prompt_tokens == len(expected)
+    found = model.prefill([expected], model.new_cache(), images=[[wide]])
+    assert torch.equal(found, model.prefill([expected], model.new_cache(), images=[[wide.image, *crops]]))
+    batch = model.generate([[2, 9], text, "<start_of_image>"], images=[None, [wide], [A]], max_new_tokens=5)
+    assert batch[1].tokens == answer.tokens
+    content = [{"type": "image", "image": wide}, {"type": "text", "text": "What?"}]
+    tokens = model.chat_tokens([{"role": "user", "content": content}])
+    assert sum(token == IMAGE for token in tokens) == 4 * 4
+    assert model.chat([{"role": "user", "content": content}], max_new_tokens=3).prompt_tokens == len(tokens)
+    with pytest.raises(InputError, match="row 0 has 4 tokens 500 .* 4 images"):
+        model.generate([2, *ONE], images=[wide])
+    square = pop.PanAndScan(A, min_ratio=2)
+    assert torch.equal(model.logits([[2, *ONE]], images=[square]), model.logits([[2, *ONE]], images=[A]))
+
+
+def test_a_conversation_has_images_among_its_text(model):
+    text = {"type": "text", "text": " What is "}
+    content = [text, {"type": "image", "image": A}, {"type": "text", "text": "th"}, {"type": "text", "text": "is? "}]
+    messages = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": content},
+        {"role": "assistant", "content": "A cat."},
+        {"role": "user", "content": [{"type": "image", "image": B}]},
+    ]
+    special, encode = model.tokenizer.special_tokens, lambda text: model.tokenizer.encode(text, bos=False)
+    start, end = special["<start_of_turn>"], special["<end_of_turn>"]
+    expected = [2, start, *encode("user\nBe brief.\n\nWhat is\n\n"), *ONE, *encode("\n\nthis?"), end, *encode("\n")]
+    expected += [start, *encode("model\nA cat."), end, *encode("\n")]
+    expected += [start, *encode("user\n\n\n"), *ONE, *encode("\n\n"), end, *encode("\n"), start, *encode("model\n")]
+    assert model.chat_tokens(messages) == expected
+    answer = model.chat(messages, max_new_tokens=5)
+    assert answer.tokens == model.generate(expected, images=[A, B], max_new_tokens=5).tokens
+
+
+def test_a_conversation_continues_after_images(model, tmp_path):
+    """Its turns give the answers of one long prompt. A saved conversation has the images' paths."""
+    Image.fromarray(A).save(tmp_path / "a.png")
+    chat = model.start_chat("Be brief.", plan=pop.PrunePlan.none())
+    chat.send("What?", images=[tmp_path / "a.png"], max_new_tokens=3)
+    wide = pop.PanAndScan(B, min_crop_size=8)
+    answer = chat.send([{"type": "text", "text": "And"}, {"type": "image", "image": wide}], max_new_tokens=4)
+    prompt = chat.tokens[: -len(answer.tokens)]
+    again = model.generate(prompt, images=[A, wide], max_new_tokens=4, plan=pop.PrunePlan.none())
+    assert again.tokens == answer.tokens and sum(token == IMAGE for token in prompt) == 4 * (1 + 1 + 3)
+    other = model.start_chat(plan=pop.PrunePlan((1, 3)))
+    other.send("What?", images=[tmp_path / "a.png"], max_new_tokens=3)
+    other.save(tmp_path / "chat.json")
+    restored = model.load_chat(tmp_path / "chat.json", plan=other.plan)
+    assert restored.send("And?", max_new_tokens=4).tokens == other.send("And?", max_new_tokens=4).tokens
+
+
+def test_images_of_any_kind(model, tmp_path):
+    Image.fromarray(A).save(tmp_path / "a.png")
+    tokens = [[2, *ONE, 4]]
+    expected = model.logits(tokens, images=[A])
+    for picture in (Image.fromarray(A), tmp_path / "a.png", str(tmp_path / "a.png")):
+        assert torch.equal(model.logits(tokens, images=[picture]), expected)
+
+
+def test_a_batch_has_a_list_for_each_prompt(model):
+    prompts = [[2, *ONE, 4, *ONE], [2, 9], [7, 8, *ONE, 3]]
+    images = [[A, B], None, [B]]
+    together = model.generate(prompts, images=images, max_new_tokens=4)
+    for prompt, row, answer in zip(prompts, images, together, strict=True):
+        assert answer.tokens == model.generate(prompt, images=row, max_new_tokens=4).tokens
+
+
+def test_many_images_go_through_the_tower_in_pieces(model, monkeypatch):
+    tokens = [[2, *ONE * 5, 4]]
+    expected = model.logits(tokens, images=[A, B, A, B, A])
+    monkeypatch.setattr(gemma3, "IMAGES_AT_ONCE", 2)
+    torch.testing.assert_close(model.logits(tokens, images=[A, B, A, B, A]), expected, rtol=0, atol=1e-5)
+
+
+def test_bfloat16_images():
+    config = tiny_gemma3_vl_config()
+    tokens = [[2, 64, 66, 66, 66, 66, 65, 4]]
+    expected = pop.Model(random_model(config), config, compile=False).logits(tokens, images=[A])
+    found = pop.Model(random_model(config).bfloat16(), config, compile=False).logits(tokens, images=[A])
+    assert (found - expected).abs().max() < 0.15 * expected.std()
+
+
+def test_a_chunk_and_a_cache_hold_an_image(model):
+    assert pop.Model(model.module, model.config, compile=False, chunk_size=1).chunk_size == 4
+    tokens, images = [[2, 3, *ONE, 4]], [[A]]
+    expected = model.prefill(tokens, model.new_cache(), images=images, plan=pop.PrunePlan.none())
+    found = model.prefill(tokens, model.new_cache(), images=images, plan=pop.PrunePlan.none(), chunk_size=1)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+    small = pop.engine.cache.KVCache(model.config, 1, 20, dtype=torch.float32, device=torch.device("cpu"), chunk_size=3)
+    with pytest.raises(InputError, match="takes 3 tokens at once, fewer than the 4 of an image"):
+        model.prefill(tokens, small, images=images)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda m: m.generate([2, *ONE]), "the prompt has tokens 500"),
+        (lambda m: m.score([2, *ONE], [3]), "the context has tokens 500"),
+        (lambda m: pop.calibrate(m, [[2, *ONE] * 20], m.plan), "the text has tokens 500"),
+        (lambda m: pop.importance(m, [[2, *ONE]]), "the prompt has tokens 500"),
+        (lambda m: m.generate([2, *ONE], images=[A, B]), "row 0 has 4 tokens 500 .* 2 images"),
+        (lambda m: m.logits([[2, *ONE, *ONE]], images=[A]), "row 0 has 8 tokens 500 .* 1 images"),
+        (lambda m: m.logits([[2, 3], [2, IMAGE]]), "row 1 has 1 tokens 500 .* 0 images"),
+        (lambda m: m.logits([[2, *[IMAGE] * 8]], images=[A, B]), "4 tokens 500 of each image must be adjacent"),
+        (lambda m: m.logits([[2, *[IMAGE] * 3, 9, IMAGE]], images=[A]), "4 tokens 500 of each image must be adjacent"),
+        (lambda m: m.generate("a cat", images=[A]), "1 images .* <start_of_image> 0 times"),
+        (lambda m: m.generate("<start_of_image>" * 3, images=[A, B]), "2 images .* 3 times"),
+        (lambda m: m.generate([[2], [2, *ONE]], images=[A]), "images must be a list of 2 lists"),
+        (lambda m: m.generate([[2], [2, *ONE]], images=[A, [B]]), "images must be a list of 2 lists"),
+        (lambda m: m.generate([2, *ONE], images=A), "images is a ndarray; give a list"),
+        (lambda m: m.generate([2, *ONE], images=[3]), "type int"),
+        (lambda m: m.generate([2, *ONE], images=["no.png"]), "'no.png'"),
+        (lambda m: m.generate([2], videos=[A]), "gemma3 .* text and images only"),
+        (lambda m: m.chat([{"role": "user", "content": "x"}], images=[A]), "chat takes images and videos in its"),
+        (lambda m: m.chat([{"role": "user", "content": [{"type": "image"}]}]), "message 0: a part"),
+        (lambda m: m.chat([{"role": "system", "content": [{"type": "image", "image": A}]}]), "message 0 has an image"),
+    ],
+)
+def test_images_that_do_not_fit_the_prompt(model, call, message):
+    with pytest.raises(InputError, match=message):
+        call(model)
+
+
+def test_videos_and_text_models_in_chat(model):
+    with pytest.raises(UnsupportedError, match="text and images only"):
+        model.chat([{"role": "user", "content": [{"type": "video", "video": A}]}])
+    config = tiny_gemma3_config(vocab_size=503)
+    text_model = pop.Model(random_model(config), config, model.tokenizer, compile=False)
+    with pytest.raises(UnsupportedError, match="text only"):
+        text_model.chat([{"role": "user", "content": [{"type": "image", "image": A}]}])
+    with pytest.raises(InputError, match="gemma3 .* text only"):
+        text_model.generate([2], images=[A])
+
+
+def test_arrays_are_read_without_pillow(model, monkeypatch):
+    monkeypatch.setitem(sys.modules, "PIL", None)
+    assert model.logits([[2, *ONE, 4]], images=[np.zeros((9, 9, 3), np.uint8)]).isfinite().all()
