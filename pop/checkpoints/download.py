@@ -16,9 +16,6 @@ import json
 import os
 import re
 import shutil
-import sys
-import time
-from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from http.client import HTTPResponse
@@ -27,10 +24,11 @@ from typing import IO, Any
 from urllib.parse import quote
 
 from pop.checkpoints import embedded
-from pop.checkpoints.hub import Broken, Hub, blocks, encoding
+from pop.checkpoints.hub import Broken, Hub, blocks
 from pop.checkpoints.registry import find_weights, lookup, weights_folder
 from pop.errors import CheckpointError, DownloadError, PopError, WeightsNotFound
 from pop.files import add_to_hash, read_json, remove, replaced, staged, write_json
+from pop.progress import progress_bar
 
 MANIFEST = "pop-download.json"
 CONFIGS = ("config.json", "generation_config.json")
@@ -42,22 +40,25 @@ MOST_JSON = 2**24  # bytes of a listing or an index
 
 @dataclass(frozen=True)
 class Expected:
-    """What the hub says of a file: its size in bytes and its hash. kind: "sha256", or "git" for small files."""
+    """What the hub says of a file: its size in bytes and its hash, which for a small file is the one that git uses."""
 
     size: int
-    kind: str
-    digest: str
+    sha256: str | None = None
+    git: str | None = None
 
     def __post_init__(self):
-        digits = {"sha256": 64, "git": 40}[self.kind]
         if type(self.size) is not int or not 0 <= self.size < 2**50:
             raise ValueError("not a size")
-        if not re.fullmatch(rf"[0-9a-f]{{{digits}}}", self.digest):
+        if not re.fullmatch("[0-9a-f]{64}" if self.sha256 else "[0-9a-f]{40}", self.digest):
             raise ValueError("not a hash")
+
+    @property
+    def digest(self) -> str:
+        return self.sha256 or self.git
 
     def hasher(self):
         """Return a hashlib object. Git hashes a header with the size before the file."""
-        return hashlib.sha256() if self.kind == "sha256" else hashlib.sha1(b"blob %d\0" % self.size)
+        return hashlib.sha256() if self.sha256 else hashlib.sha1(b"blob %d\0" % self.size)
 
     def matches(self, file: IO[bytes]) -> bool:
         return add_to_hash(file, self.hasher()) == self.digest
@@ -72,22 +73,21 @@ class Manifest:
     files: dict[str, Expected]
 
     def save(self, folder: Path) -> None:
-        files = {name: {"size": file.size, file.kind: file.digest} for name, file in self.files.items()}
+        files = {
+            name: {key: value for key, value in vars(file).items() if value is not None}
+            for name, file in self.files.items()
+        }
         with replaced(folder / MANIFEST) as draft:
-            write_json(draft, {"repository": self.repository, "commit": self.commit, "files": files})
+            write_json(draft, vars(self) | {"files": files})
 
     @staticmethod
     def load(folder: Path) -> "Manifest":
         """Read the manifest in `folder`; raise CheckpointError if it is missing or broken."""
         value = read_json(folder / MANIFEST, CheckpointError)
         try:
-            files = {}
-            for name, entry in value["files"].items():
-                if name not in (*CONFIGS, *TOKENIZERS, INDEX) and not re.fullmatch(SHARD, name):
-                    raise ValueError("not a plain name")
-                size = entry.pop("size")
-                ((kind, digest),) = entry.items()
-                files[name] = Expected(size, kind, digest)
+            files = {name: Expected(**entry) for name, entry in value["files"].items()}
+            if not all(name in (*CONFIGS, *TOKENIZERS, INDEX) or re.fullmatch(SHARD, name) for name in files):
+                raise ValueError("not a plain name")
             return Manifest(str(value["repository"]), str(value["commit"]), files)
         except (KeyError, ValueError, TypeError, AttributeError):
             raise CheckpointError(f"{folder / MANIFEST} is broken; remove {folder}, and download it again") from None
@@ -113,8 +113,8 @@ def download(name: str, *, progress: bool = True) -> Path:
     with contextlib.suppress(WeightsNotFound):
         return _downloaded(find_weights(name))
     folder = weights_folder() / entry.name
-    hub = Hub(entry.source)
-    (manifest,) = hub.together([lambda: _plan(hub)], lambda: _tell(hub, progress))
+    hub = Hub(entry.source, progress)
+    (manifest,) = hub.together([lambda: _plan(hub)])
     try:
         with staged(folder, keep=True) as partial:
             _fetch_all(hub, manifest, partial, progress)
@@ -212,8 +212,8 @@ def _expected(hub: Hub, entry: dict[str, Any]) -> Expected:
     """Read size and hash of a file in the listing. Large files are in LFS and have a sha256."""
     try:
         if (lfs := entry.get("lfs")) is not None:
-            return Expected(lfs["size"], "sha256", lfs["sha256"])
-        return Expected(entry["size"], "git", entry["blobId"])
+            return Expected(lfs["size"], sha256=lfs["sha256"])
+        return Expected(entry["size"], git=entry["blobId"])
     except (KeyError, TypeError, ValueError):
         name = repr(entry.get("rfilename"))
         raise DownloadError(f"{hub.name} does not state the size and hash of {name:.200}; check POP_ENDPOINT") from None
@@ -247,8 +247,17 @@ def _fetch_all(hub: Hub, manifest: Manifest, partial: Path, progress: bool) -> N
             room = f"{missing / 1e9:,.1f} GB more, but {partial.parent} has {free / 1e9:,.1f} GB of free space"
             raise DownloadError(f"{hub.repository} needs {room}; make room, or set POP_WEIGHTS to a folder elsewhere")
         manifest.save(partial)
-        with _progress(hub, files, progress) as tick:
+        total, told = sum(file.expected.size for file in files), 0
+        with progress_bar(hub.repository, total, "B", progress) as step:
+
+            def tick() -> None:
+                nonlocal told
+                here = sum(file.size for file in files)
+                step(here - told)
+                told = here
+
             hub.together([file.fetch for file in files], tick)
+            tick()
     except PopError:
         raise
     except OSError as error:
@@ -289,7 +298,7 @@ class _File:
             self._start(self.size)
             self.hub.persist(self.name, self._attempt)
             if self._hasher.hexdigest() != self.expected.digest and self.pieced:
-                self.hub.notices.append(f"{self.name}: the pieces do not make the listed file; fetching it anew")
+                self.hub.note(f"{self.name}: the pieces do not make the listed file; fetching it anew")
                 self._start(0)
                 self.hub.persist(self.name, self._attempt)
             if (found := self._hasher.hexdigest()) != self.expected.digest:
@@ -321,11 +330,11 @@ class _File:
 
     def _write(self, answer: HTTPResponse) -> None:
         size, sender, place = self.expected.size, self.hub.name, answer.headers["Content-Range"] or ""
-        if answer.status != 206 or encoding(answer) or not place.startswith(f"bytes {self.size}-"):
+        if answer.status != 206 or not place.startswith(f"bytes {self.size}-"):
             self._start(0)  # the server ignores Range, or sends another part of the file
             if answer.status != 200:
                 raise Broken("the server does not continue where the file ended; fetching it anew")
-        if not encoding(answer) and answer.length not in (None, size - self.size):
+        if answer.length not in (None, size - self.size):
             sent = f"{self.size + answer.length:,} bytes on {sender}, but {size:,} in its listing"
             raise DownloadError(f"{self.name} has {sent}; try again later, or another network")
         self.pieced = self.size > 0
@@ -340,41 +349,3 @@ class _File:
             self.size += len(block)
         if self.size < size:
             raise Broken(f"the connection broke off at {self.size:,} of {size:,} bytes")
-
-
-@contextlib.contextmanager
-def _progress(hub: Hub, files: list[_File], wanted: bool) -> Iterator[Callable[[], None]]:
-    """Yield a function to call now and then: it shows the bytes, the rate, and the notices of the threads."""
-    total, begin = sum(file.expected.size for file in files), sum(file.size for file in files)
-    started = told = time.monotonic()
-    bar = None
-    if wanted:
-        with contextlib.suppress(ImportError):
-            from tqdm import tqdm
-
-            bar = tqdm(total=total, initial=begin, desc=hub.repository, unit="B", unit_scale=True)
-
-    def tick(last: bool = False) -> None:
-        nonlocal told
-        _tell(hub, wanted, bar)
-        here, now = sum(file.size for file in files), time.monotonic()
-        if bar is not None:
-            bar.update(here - bar.n)
-        elif wanted and (last or now - told >= 10):
-            told, rate = now, (here - begin) / (now - started)
-            print(f"{here / 1e9:,.3f} of {total / 1e9:,.3f} GB, {rate / 1e6:,.1f} MB/s", file=sys.stderr)
-
-    try:
-        yield tick
-    finally:
-        tick(last=True)
-        if bar is not None:
-            bar.close()
-
-
-def _tell(hub: Hub, wanted: bool, bar=None) -> None:
-    """Show the notices of the threads, above the bar."""
-    while hub.notices:
-        line = hub.notices.popleft()
-        if wanted:
-            print(line, file=sys.stderr) if bar is None else bar.write(line, file=sys.stderr)

@@ -1,14 +1,11 @@
-"""GGUF files into the HF checkpoint layout: config.json, generation_config.json, safetensors, tokenizer.
+"""Convert GGUF files into the HF checkpoint layout: config.json, generation_config.json, safetensors, tokenizer.
 
-A GGUF file is a table of metadata and a list of tensors, often quantised, under llama.cpp's names. The import
+A GGUF file holds a table of metadata and a list of tensors, often quantised, under llama.cpp's names. The import
 
-1. refuses, by name, whatever in the metadata is not part of the architectures below;
-2. writes the rest as a config.json that says all that a published checkpoint's says;
-3. dequantises the tensors one by one, undoes what llama.cpp's converter did to them, and rounds to bfloat16;
+1. refuses metadata that does not belong to the architectures below, by name;
+2. writes the rest as a complete config.json;
+3. dequantises the tensors, undoes what llama.cpp's converter did to them, and rounds them to bfloat16;
 4. rebuilds the tokenizer's files (gguf_tokenizer.py).
-
-Quantised weights stay what quantisation made of them; rounding float32 to bfloat16 is all that is lost here.
-Not built: other architectures, mixtures of experts, adapters, files in several pieces, big-endian files.
 """
 
 import contextlib
@@ -25,6 +22,8 @@ from safetensors.torch import save_file
 from pop.checkpoints.gguf_tokenizer import write_tokenizer
 from pop.errors import CheckpointError, MissingExtra, PopError, UnsupportedError
 from pop.files import staged, write_json
+from pop.models.config import RopeConfig
+from pop.models.layers import rope_frequencies
 from pop.progress import progress_bar
 
 # Name within a layer: GGUF -> (HF, shape). V vocabulary, D model width, F MLP width, E head width,
@@ -52,7 +51,7 @@ _NORMS = {
         "post_ffw_norm": ("post_feedforward_layernorm", "D"),
     },
 }
-# The keys "<architecture>.*" that are read here or change nothing; any other might change the model.
+# The keys "<architecture>.*" that this file reads or that change nothing. Any other key might change the model.
 _KNOWN_KEYS = {
     *("block_count", "context_length", "embedding_length", "feed_forward_length", "vocab_size"),
     *("expert_count", "expert_used_count", "attention.head_count", "attention.head_count_kv"),
@@ -61,22 +60,28 @@ _KNOWN_KEYS = {
     *("rope.scaling.factor", "rope.scaling.original_context_length", "rope.scaling.finetuned"),
 }
 _GEMMA3_KEYS = {"attention.sliding_window", "attention.sliding_window_pattern", "rope.freq_base_swa"}
-_SHARD_BYTES = 4 << 30  # beyond this the weights are written as several files with an index
-_CHUNK_ELEMENTS = 1 << 24  # dequantised at a time: 64 MiB of float32
+_SHARD_BYTES = 4 << 30  # larger weights are written as several files with an index
+_CHUNK_ELEMENTS = 1 << 24  # dequantised at a time, 64 MiB of float32
 _REQUIRED: Any = object()
 
 
 def import_gguf(file: str | Path, folder: str | Path, *, progress: bool = True) -> Path:
-    """Convert the GGUF `file` (architecture llama or gemma3) into the new checkpoint directory `folder`.
+    """Convert a GGUF file into a new checkpoint directory with bfloat16 weights; return that directory.
 
-    All weights become bfloat16. `folder` must not exist, or be empty, and appears only when all is written.
-    Returns `folder`. Raises MissingExtra without the `gguf` package, UnsupportedError for a kind of file that
-    is not built, CheckpointError for a broken file, a `folder` in use, or a disk that is full.
+    Args:
+        file: a GGUF file of the architecture llama or gemma3.
+        folder: it must not exist, or be empty. It appears only when everything is written.
+        progress: show a bar on stderr.
+
+    Raises:
+        MissingExtra: the `gguf` package is not installed.
+        UnsupportedError: the file is of a kind that `pop` does not read.
+        CheckpointError: the file is broken, `folder` is in use, or the disk is full.
     """
     file, folder = Path(file), Path(folder)
     require_gguf()
     if not file.is_file():
-        raise CheckpointError(f"There is no GGUF file {file}.")
+        raise CheckpointError(f"there is no GGUF file {file}; give the path of one")
     with staged(folder) as partial:
         convert(file, partial, progress=progress)
     return folder
@@ -87,44 +92,41 @@ def convert(file: Path, folder: Path, *, progress: bool = True) -> None:
     source = GGUFFile(file)
     arch = source.get("general.architecture", str)
     if (kind := source.get("general.type", str, "model")) != "model":
-        raise UnsupportedError(f"{file} holds no model, but something to use with one ({kind}).")
-    if source.get("split.count", int, 1) > 1:
-        raise UnsupportedError(f"{file} is one of several pieces: merge them with llama-gguf-split --merge.")
+        raise UnsupportedError(f"{file}: general.type is {kind!r}; only model files can be imported")
+    if (count := source.get("split.count", int, 1)) > 1:
+        raise UnsupportedError(f"{file} is one of {count} pieces; merge them with llama-gguf-split --merge")
     if arch not in _NORMS:
-        known = ", ".join(_NORMS)
-        raise UnsupportedError(f"{file}: the architecture {arch!r} is not supported, only {known} are.")
+        raise UnsupportedError(f"{file}: the architecture {arch!r} is not supported (supported: {', '.join(_NORMS)})")
     if source.get(f"{arch}.expert_count", int, 0):
-        raise UnsupportedError(f"{file} is a mixture of experts, which is not supported.")
+        raise UnsupportedError(f"{file} is a mixture of experts, which is not supported")
     known = {f"{arch}.{key}" for key in _KNOWN_KEYS | (_GEMMA3_KEYS if arch == "gemma3" else set())}
     if unknown := [key for key in source.keys if key.startswith(f"{arch}.") and key not in known]:
-        raise UnsupportedError(f"{file} sets {_some(unknown)}, which is not supported.")
+        raise UnsupportedError(f"{file} sets {_some(unknown)}, which is not supported")
 
     config = _config(source, arch)
-    plan = _plan(source, arch, config)
+    tensors = _tensors(source, arch, config)
     write_json(folder / "config.json", config)
     token_ids = {key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
     write_json(folder / "generation_config.json", token_ids | {"_from_model_config": True})
     write_tokenizer(source, folder, config)
-    _write_weights(source, folder, config, plan, progress)
+    _write_weights(source, folder, config, tensors, progress)
 
 
 # ---- reading
 
 
 def require_gguf() -> Any:
-    """The `gguf` package; without it, the error that says how to get it."""
+    """Return the `gguf` package, or raise MissingExtra."""
     try:
         import gguf
     except ModuleNotFoundError as error:
-        raise MissingExtra(
-            "Reading GGUF files needs the `gguf` package: pip install 'pop-prefill[gguf]', or in a checkout "
-            "pip install -e '.[gguf]'."
-        ) from error
+        command = "pip install 'pop-prefill[gguf]' (in a checkout, pip install -e '.[gguf]')"
+        raise MissingExtra(f"reading GGUF files needs the package gguf; run {command}") from error
     return gguf
 
 
 class GGUFFile:
-    """An open GGUF file: `get` for its metadata, `shapes` and `values` for its tensors. str() is its path."""
+    """An open GGUF file: `get` reads its metadata, `shapes` and `values` its tensors. str() is its path."""
 
     def __init__(self, path: Path):
         gguf = require_gguf()
@@ -132,7 +134,7 @@ class GGUFFile:
         class Reader(gguf.GGUFReader):
             def _get(self, offset, dtype, count=1, *args, **kwargs):
                 part = super()._get(offset, dtype, count, *args, **kwargs)
-                if len(part) != count:  # NumPy cuts slices silently: 2^60 items would be counted through
+                if len(part) != count:  # NumPy shortens slices silently, and the reader would loop over 2^60 items
                     raise ValueError("it ends too early")
                 return part
 
@@ -140,10 +142,10 @@ class GGUFFile:
         with self.sound():
             self._reader = Reader(path)
         if self._reader.byte_order != "I":
-            raise UnsupportedError(f"{path} is a big-endian GGUF file, which is not supported.")
+            raise UnsupportedError(f"{path} is a big-endian GGUF file, which is not supported")
         self._tensors = {tensor.name: tensor for tensor in self._reader.tensors}
         self.keys = list(self._reader.fields)
-        # HF's order, rows first; GGUF stores the innermost dimension first.
+        # GGUF stores the innermost dimension first, HF the outermost.
         self.shapes = {name: tuple(tensor.shape.tolist()[::-1]) for name, tensor in self._tensors.items()}
 
     def __str__(self) -> str:
@@ -151,7 +153,7 @@ class GGUFFile:
 
     @contextlib.contextmanager
     def sound(self) -> Iterator[None]:
-        """Broken files meet the `gguf` package with any exception: make each a CheckpointError."""
+        """Turn any exception into a CheckpointError. The `gguf` package raises all kinds for a broken file."""
         try:
             with np.errstate(all="ignore"):
                 yield
@@ -159,22 +161,22 @@ class GGUFFile:
             raise
         except Exception as error:
             what = f"{type(error).__name__}: {error}"
-            raise CheckpointError(f"{self.path} is not a sound GGUF file ({what}); fetch it again.") from error
+            raise CheckpointError(f"{self.path} is not a sound GGUF file ({what}); fetch it again") from error
 
     def get(self, key: str, kind: type, default: Any = _REQUIRED) -> Any:
-        """The metadata value `key`: of type `kind`, not negative; without a default it must be there."""
+        """Return the metadata value `key`, which must be of type `kind` and, if it is a number, not negative."""
         if key not in self._reader.fields:
             if default is _REQUIRED:
-                raise CheckpointError(f"{self.path} lacks the metadata {key}.")
+                raise CheckpointError(f"{self.path} lacks the metadata {key}; fetch it again")
             return default
         with self.sound():
             value = self._reader.fields[key].contents()
         if type(value) is not kind or (kind in (int, float) and not 0 <= value < math.inf):
-            raise CheckpointError(f"{self.path}: {key} is {str(value)[:60]!r}, no proper {kind.__name__}.")
+            raise CheckpointError(f"{self.path}: {key} is {str(value)[:60]!r}, not a valid {kind.__name__}")
         return _decimal(value) if kind is float else value
 
     def values(self, name: str, dtype: torch.dtype) -> torch.Tensor:
-        """A tensor, dequantised and cast to `dtype`; float32 exists only for a chunk of rows at a time."""
+        """Return a tensor, dequantised and cast to `dtype` a few rows at a time, to save memory."""
         from gguf.quants import dequantize
 
         shape, kind = self.shapes[name], self._tensors[name].tensor_type
@@ -190,7 +192,7 @@ class GGUFFile:
 
 
 def _decimal(value: float) -> float:
-    """The shortest decimal that rounds to the same float32: 1e-05, not 9.999999747378752e-06."""
+    """Return the shortest decimal that rounds to the same float32: 1e-05, not 9.999999747378752e-06."""
     return float(str(np.float32(value)))
 
 
@@ -198,7 +200,7 @@ def _decimal(value: float) -> float:
 
 
 def _config(source: GGUFFile, arch: str) -> dict[str, Any]:
-    """config.json, in the dialect of transformers 4, with the fields that published checkpoints have."""
+    """Return config.json, with the field names of transformers 4."""
 
     def get(key: str, kind: type, default: Any = _REQUIRED) -> Any:
         return source.get(f"{arch}.{key}", kind, default)
@@ -206,16 +208,16 @@ def _config(source: GGUFFile, arch: str) -> dict[str, Any]:
     width, heads = get("embedding_length", int), get("attention.head_count", int)
     kv_heads = get("attention.head_count_kv", int, heads)
     if not width or not heads or not kv_heads or heads % kv_heads:
-        raise CheckpointError(f"{source}: width {width}, {heads} heads and {kv_heads} KV heads do not fit.")
+        raise CheckpointError(f"{source}: width {width}, {heads} heads and {kv_heads} KV heads do not fit together")
     head_dim = get("attention.key_length", int, width // heads)
     for key in ("attention.value_length", "rope.dimension_count"):
-        if get(key, int, head_dim) != head_dim or head_dim % 2:
-            raise UnsupportedError(f"{source}: {arch}.{key} must be the head width ({head_dim}), and even.")
+        if (value := get(key, int, head_dim)) != head_dim or head_dim % 2:
+            raise UnsupportedError(f"{source}: {arch}.{key} is {value}; it must be the head width {head_dim}, and even")
     if "token_embd.weight" not in source.shapes:
-        raise CheckpointError(f"{source} lacks the tensor token_embd.weight.")
+        raise CheckpointError(f"{source} lacks the tensor token_embd.weight; fetch it again")
     base = get("rope.freq_base", float, {"llama": 1e4, "gemma3": 1e6}[arch])
     ends = [source.get(f"tokenizer.ggml.{name}_token_id", int, None) for name in ("eos", "eot", "eom")]
-    ends = list(dict.fromkeys(token_id for token_id in ends if token_id is not None))  # each once
+    ends = list(dict.fromkeys(token_id for token_id in ends if token_id is not None))  # without repetitions
     config = {
         "vocab_size": math.prod(source.shapes["token_embd.weight"]) // width,
         "hidden_size": width,
@@ -230,66 +232,53 @@ def _config(source: GGUFFile, arch: str) -> dict[str, Any]:
         "rope_scaling": _rope_scaling(source, arch, base, head_dim),
         "tie_word_embeddings": "output.weight" not in source.shapes,
         "attention_bias": "blk.0.attn_q.bias" in source.shapes,
-        "attention_dropout": 0.0,
-        "initializer_range": 0.02,
-        "use_cache": True,
         "bos_token_id": source.get("tokenizer.ggml.bos_token_id", int, None),
         "eos_token_id": ends[0] if len(ends) == 1 else ends or None,
         "pad_token_id": source.get("tokenizer.ggml.padding_token_id", int, None),
         "torch_dtype": "bfloat16",
     }
     if arch == "llama":
-        config |= {
+        return config | {
             "architectures": ["LlamaForCausalLM"],
             "model_type": "llama",
             "hidden_act": "silu",
             "mlp_bias": "blk.0.ffn_up.bias" in source.shapes,
-            "pretraining_tp": 1,
         }
-    else:
-        config |= {
-            "architectures": ["Gemma3ForCausalLM"],
-            "model_type": "gemma3_text",
-            "hidden_activation": "gelu_pytorch_tanh",
-            "sliding_window": get("attention.sliding_window", int),
-            "sliding_window_pattern": get("attention.sliding_window_pattern", int, 6),
-            "rope_local_base_freq": get("rope.freq_base_swa", float, 1e4),
-            # Not in the file; as in llama.cpp, the 62 layers tell the 27b model, the only exception.
-            "query_pre_attn_scalar": width // heads if config["num_hidden_layers"] == 62 else head_dim,
-            "attn_logit_softcapping": None,
-            "final_logit_softcapping": None,
-        }
-    return config
+    return config | {
+        "architectures": ["Gemma3ForCausalLM"],
+        "model_type": "gemma3_text",
+        "hidden_activation": "gelu_pytorch_tanh",
+        "sliding_window": get("attention.sliding_window", int),
+        "sliding_window_pattern": get("attention.sliding_window_pattern", int, 6),
+        "rope_local_base_freq": get("rope.freq_base_swa", float, 1e4),
+        # The file does not say. As in llama.cpp, 62 layers mean the 27b model, which is the only exception.
+        "query_pre_attn_scalar": width // heads if config["num_hidden_layers"] == 62 else head_dim,
+    }
 
 
 def _rope_scaling(source: GGUFFile, arch: str, base: float, head_dim: int) -> dict[str, Any] | None:
-    """rope_scaling: None, the linear kind, or Llama-3.1's, of which the file holds only the divisors."""
+    """Return rope_scaling: None, linear, or Llama-3.1's, of which the file holds only the divisors."""
     factor = source.get(f"{arch}.rope.scale_linear", float, 1.0)  # the older key
     factor = source.get(f"{arch}.rope.scaling.factor", float, factor)
     kind = source.get(f"{arch}.rope.scaling.type", str, "linear" if factor != 1 else "none")
     if kind not in ("none", "linear"):
-        raise UnsupportedError(f"{source}: the RoPE scaling {kind!r} is not supported.")
+        raise UnsupportedError(f"{source}: {arch}.rope.scaling.type is {kind!r}, which is not supported")
     linear = {"rope_type": "linear", "factor": factor} if kind == "linear" and factor != 1 else None
     if arch != "llama" or "rope_freqs.weight" not in source.shapes:
         return linear
-    # Llama-3.1 keeps the frequencies that turn more than `high` times within the original context, divides by
-    # `factor` those that turn less than `low` times, and interpolates between. All its models have the same
-    # low, high and original context; divisors that these do not reproduce are refused.
-    low, high = 1.0, 4.0
+    # All Llama-3.1 models have the other parameters of RopeConfig in common. They must reproduce the divisors.
+    divisors = source.values("rope_freqs.weight", torch.float32)
+    factor = _decimal(divisors.flatten()[-1].item())
     original = source.get("llama.rope.scaling.original_context_length", int, 8192)
-    divisors = source.values("rope_freqs.weight", torch.float32).numpy()
-    factor = _decimal(divisors.flat[-1])
-    with source.sound():
-        turns = original / (2 * math.pi) * base ** -(np.arange(0, head_dim, 2) / head_dim)
-        kept = np.clip((turns - low) / (high - low), 0, 1)
-        expected = 1 / (kept + (1 - kept) / factor)
-    if linear or divisors.shape != expected.shape or not np.allclose(divisors, expected, rtol=1e-4, atol=0):
-        raise UnsupportedError(f"{source}: rope_freqs.weight is not the RoPE scaling of Llama-3.1.")
+    rope = RopeConfig(base, "llama3", max(factor, 1.0), original_max_positions=original)
+    expected = rope_frequencies(RopeConfig(base), head_dim, "cpu") / rope_frequencies(rope, head_dim, "cpu")
+    if linear or divisors.shape != expected.shape or not torch.allclose(divisors, expected, rtol=1e-4, atol=0):
+        raise UnsupportedError(f"{source}: rope_freqs.weight is not the RoPE scaling of Llama-3.1")
     return {
         "rope_type": "llama3",
         "factor": factor,
-        "low_freq_factor": low,
-        "high_freq_factor": high,
+        "low_freq_factor": rope.low_freq_factor,
+        "high_freq_factor": rope.high_freq_factor,
         "original_max_position_embeddings": original,
     }
 
@@ -297,15 +286,15 @@ def _rope_scaling(source: GGUFFile, arch: str, base: float, head_dim: int) -> di
 # ---- weights
 
 
-def _plan(source: GGUFFile, arch: str, config: dict[str, Any]) -> dict[str, str]:
-    """HF name -> GGUF name of all tensors, in the model's order; none missing, surplus or mis-shaped."""
+def _tensors(source: GGUFFile, arch: str, config: dict[str, Any]) -> dict[str, str]:
+    """Return HF name -> GGUF name of all tensors, in the model's order. None is missing, surplus or mis-shaped."""
     sizes = {"V": config["vocab_size"], "D": config["hidden_size"], "F": config["intermediate_size"]}
     sizes["E"] = config["head_dim"]
     sizes["Q"] = config["num_attention_heads"] * config["head_dim"]
     sizes["K"] = config["num_key_value_heads"] * config["head_dim"]
     layers = config["num_hidden_layers"]
-    if layers > len(source.shapes):  # else an absurd number would be counted through
-        raise CheckpointError(f"{source} has fewer tensors than its {layers} layers.")
+    if layers > len(source.shapes):  # the loop below must not run to an absurd number
+        raise CheckpointError(f"{source} has {len(source.shapes)} tensors, too few for {layers} layers; fetch it again")
     wanted = {"token_embd.weight": ("model.embed_tokens.weight", "VD")}
     for n in range(layers):
         for name, (hf_name, shape) in (_PROJECTIONS | _NORMS[arch]).items():
@@ -319,51 +308,49 @@ def _plan(source: GGUFFile, arch: str, config: dict[str, Any]) -> dict[str, str]
 
     known = set(wanted) | ({"rope_freqs.weight"} if arch == "llama" else set())
     if missing := [name for name in wanted if name not in source.shapes]:
-        raise CheckpointError(f"{source} lacks the tensors {_some(missing)}.")
+        raise CheckpointError(f"{source} lacks the tensors {_some(missing)}; fetch it again")
     if surplus := [name for name in source.shapes if name not in known]:
-        raise CheckpointError(f"{source} has tensors that the architecture {arch} does not: {_some(surplus)}.")
+        raise CheckpointError(f"{source} has tensors that the architecture {arch} does not: {_some(surplus)}")
     for name, (_, letters) in wanted.items():
         shape, found = tuple(sizes[letter] for letter in letters), source.shapes[name]
         if found != shape:
-            raise CheckpointError(f"{source}: {name} has the shape {found}, but by the metadata it is {shape}.")
+            raise CheckpointError(f"{source}: {name} has the shape {found}, but the metadata imply {shape}")
     return {hf_name: name for name, (hf_name, _) in wanted.items()}
 
 
-def _write_weights(
-    source: GGUFFile, folder: Path, config: dict[str, Any], plan: dict[str, str], progress: bool
-) -> None:
-    """model.safetensors, or shards with an index. One shard at a time is in memory."""
-    nbytes = {hf_name: 2 * math.prod(source.shapes[name]) for hf_name, name in plan.items()}
+def _write_weights(source: GGUFFile, folder: Path, config: dict, tensors: dict[str, str], progress: bool) -> None:
+    """Write model.safetensors, or shards with an index. Only one shard at a time is in memory."""
+    nbytes = {hf_name: 2 * math.prod(source.shapes[name]) for hf_name, name in tensors.items()}
     shards: list[list[str]] = [[]]
-    for hf_name in plan:
+    for hf_name in tensors:
         if shards[-1] and sum(nbytes[other] for other in shards[-1]) + nbytes[hf_name] > _SHARD_BYTES:
             shards.append([])
         shards[-1].append(hf_name)
     weight_map = {}
-    with progress_bar(f"converting {source.path.name}", len(plan), "tensors", progress) as step:
+    with progress_bar(f"converting {source.path.name}", len(tensors), "tensors", progress) as step:
         for n, hf_names in enumerate(shards, start=1):
             file = "model.safetensors" if len(shards) == 1 else f"model-{n:05}-of-{len(shards):05}.safetensors"
             weights = {}
             for hf_name in hf_names:
-                weights[hf_name] = _hf_weight(source, config, plan[hf_name], hf_name)
-                weight_map[hf_name] = file
+                weights[hf_name] = _hf_weight(source, config, tensors[hf_name], hf_name)
                 step(1)
             save_file(weights, folder / file, metadata={"format": "pt"})
             shutil.copymode(folder / "config.json", folder / file)  # safetensors lets only the owner read it
+            weight_map |= dict.fromkeys(weights, file)
     if len(shards) > 1:
         index = {"metadata": {"total_size": sum(nbytes.values())}, "weight_map": weight_map}
         write_json(folder / "model.safetensors.index.json", index)
 
 
 def _hf_weight(source: GGUFFile, config: dict[str, Any], name: str, hf_name: str) -> torch.Tensor:
-    """The bfloat16 tensor as HF stores it: what llama.cpp's converter changed is changed back."""
+    """Return the bfloat16 tensor as HF stores it, without the changes by llama.cpp's converter."""
     if config["model_type"] == "gemma3_text" and name.endswith("norm.weight"):
         return (source.values(name, torch.float32) - 1).bfloat16()  # GGUF holds 1 + w, HF w
     weight = source.values(name, torch.bfloat16)
     heads = {".q_proj.": config["num_attention_heads"], ".k_proj.": config["num_key_value_heads"]}
     for projection in heads:
         if config["model_type"] == "llama" and projection in hf_name:
-            # RoPE turns pairs of rows of a head: (0, 1), (2, 3) ... in GGUF, (0, E/2), (1, E/2 + 1) ... in HF
+            # RoPE rotates pairs of rows of a head: (0, 1), (2, 3) ... in GGUF, (0, E/2), (1, E/2 + 1) ... in HF
             pairs = weight.view(heads[projection], -1, 2, math.prod(weight.shape[1:]))  # [H, E/2, 2, D or 1]
             weight = pairs.transpose(1, 2).reshape(weight.shape)  # [H, 2, E/2, D or 1] -> [H * E, D] or [H * E]
     return weight

