@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from support.chat_formats import GOLDENS
+from support.text import GOLDENS
 from support.tiny import random_model, tiny_config, tiny_qwen3_vl_config
 from support.tiny_images import random_bytes
 
@@ -211,14 +211,14 @@ ONE = image(8, 8)
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda m: m.generate([2, *ONE]), "the prompt has tokens 912, which stand for images, but no image comes"),
+        (lambda m: m.generate([2, *ONE]), "the prompt has tokens 912, which stand for images"),
         (lambda m: m.generate([2, START, VIDEO, END]), "tokens 913, which stand for videos, but no video"),
         (lambda m: m.score([2, *ONE], [3]), "the context has tokens 912, which"),
         (lambda m: m.generate([2, *ONE], images=[A, B]), "row 0: the prompt lacks the tokens of at least one image"),
         (lambda m: m.generate([2, *ONE], images=[B]), "row 0: the prompt has 64 tokens for an image of 12 x 6 tokens"),
         (lambda m: m.logits([[2, 3], [2, IMAGE]]), "row 1: the prompt has tokens for more images than are given"),
-        (lambda m: m.generate(f"{VIDEO_MARK}?", images=[A]), "1 images are given, but the prompt says .* 0 times"),
-        (lambda m: m.generate(f"{IMAGE_MARK * 2}", images=[A]), "1 images are given, but the prompt says .* 2 times"),
+        (lambda m: m.generate(f"{VIDEO_MARK}?", images=[A]), "1 images .* 0 times"),
+        (lambda m: m.generate(f"{IMAGE_MARK * 2}", images=[A]), "1 images .* 2 times"),
         (lambda m: m.generate(f"{IMAGE_MARK}{VIDEO_MARK}", images=[A]), "0 videos are given, but .* 1 times"),
         (lambda m: m.generate([[2], [2, *ONE]], images=[A]), "images must be a list of 2 lists"),
         (lambda m: m.generate([[2], [2, *ONE]], videos=[FILM]), "videos must be a list of 2 lists"),
@@ -227,7 +227,7 @@ ONE = image(8, 8)
         (lambda m: m.generate([[2], [2]], videos=[["a.mp4"], []]), "with video files as pop.Video"),
         (lambda m: m.generate([2, *ONE], images=[3]), "an image is of type int"),
         (lambda m: m.chat([{"role": "user", "content": "x"}], videos=[FILM]), "chat takes images and videos in its"),
-        (lambda m: m.chat([{"role": "user", "content": [{"type": "video"}]}]), "videos are {'type': 'video', 'video'"),
+        (lambda m: m.chat([{"role": "user", "content": [{"type": "video"}]}]), "message 0: a part"),
         (lambda m: m.start_chat().send("x", images=A), "images is a ndarray; give a list of images"),
         (lambda m: m.start_chat().send("x", videos="a.mp4"), "videos is a str; give a list of videos"),
         (lambda m: m.start_chat().send(3), "the message is 3; it must be text, or a list of parts"),
@@ -281,7 +281,7 @@ def test_generate_shows_images(command, model):
         assert (status, out) == (0, expected + "\n")
         assert model.generate(prompt, images=[B, A], max_new_tokens=5).text != expected
     status, out, said = command("generate", "m", marked, "--image", "a")
-    assert status == 2 and "1 images are given, but the prompt says" in said
+    assert status == 2 and "1 images are given" in said
 
 
 def test_generate_shows_videos(command, model, monkeypatch):

@@ -1,14 +1,10 @@
-"""A chat format of each family."""
+"""A chat format of each family, by small tokenizers."""
 
-from pathlib import Path
+from support.text import GOLDENS, train
 
 from pop.inputs.chat import chat_format
-from pop.inputs.tokenizers import load_tokenizer
+from pop.inputs.tokenizers import SentencePieceTokenizer, load_tokenizer
 
-GOLDENS = Path(__file__).parents[1] / "goldens" / "tokenizers"
-
-
-FAMILIES = ("llama-3.1", "smollm2", "gemma3")
-
-
-FORMATS = {family: chat_format(load_tokenizer(GOLDENS / family)) for family in FAMILIES[:2]}
+FORMATS = {family: chat_format(load_tokenizer(GOLDENS / family)) for family in ("llama-3.1", "smollm2")}
+FORMATS["gemma3"] = chat_format(SentencePieceTokenizer(train()))  # a tokenizer like Gemma's
+FAMILIES = tuple(FORMATS)
