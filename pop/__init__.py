@@ -30,8 +30,9 @@ from pop.errors import (
     UnsupportedError,
     WeightsNotFound,
 )
-from pop.generation.conversation import Conversation, Prefix
-from pop.generation.generate import Generation
+from pop.generation.answers import Generation
+from pop.generation.conversation import Conversation
+from pop.generation.prefix import Prefix
 from pop.inputs.gemma3 import PanAndScan
 from pop.inputs.qwen3_vl import Video
 from pop.inputs.tokenizers import load_tokenizer

@@ -59,12 +59,19 @@ class CacheMemoryError(PopError, MemoryError):
     """A KV cache that does not fit into the device's memory."""
 
 
-def check_count(name: str, value) -> int:
-    """Return `value` as an int if it is an integer of any kind and at least 1, else raise InputError."""
+def check_count(name: str, value, least: int = 1, most: float = float("inf")) -> int:
+    """`value` as an int, if it is an integer of any type from `least` to `most`; otherwise raise InputError.
+
+    Args:
+        name: what the error calls the value.
+        value: what a caller has given.
+        least, most: the bounds, both allowed.
+    """
     try:
-        number = 0 if isinstance(value, bool) else index(value)
+        number = None if isinstance(value, bool) else index(value)
     except TypeError:
-        number = 0
-    if number < 1:
-        raise InputError(f"{name} is {value!r}; it must be an integer of at least 1")
+        number = None
+    if number is None or not least <= number <= most:
+        wanted = f"of at least {least}" if most == float("inf") else f"from {least} to {most}"
+        raise InputError(f"{name} is {value!r}; it must be an integer {wanted}")
     return number

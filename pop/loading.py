@@ -8,7 +8,6 @@ from pathlib import Path
 import torch
 
 from pop import models
-from pop.arguments import check_compile, check_dtype, checked_max_seq_len, checked_plan
 from pop.backends.int8 import check_quantize, quantize_module
 from pop.backends.tensor_parallel import Part, join
 from pop.checkpoints import registry
@@ -16,7 +15,7 @@ from pop.checkpoints.config_json import read_config
 from pop.checkpoints.weights import load_weights
 from pop.errors import InputError
 from pop.inputs.tokenizers import load_tokenizer
-from pop.model import Model
+from pop.model import Model, check_compile, check_dtype, check_max_seq_len, plan_of
 from pop.models.config import DTYPES
 
 
@@ -34,26 +33,29 @@ def load(
 ) -> Model:
     """Load a model by its registry name, or from a directory in the Hugging Face or in Meta's layout.
 
-    name_or_path: a known name wins over a directory of that name; write ./NAME for the directory.
-    device: None takes the GPU if there is one, else the CPU.
-    dtype: None keeps the checkpoint's own.
-    prune: "default" (the deepest floor(L/3) layers), None (full depth), a fraction of the layers, or a PrunePlan.
-    max_seq_len: the most tokens that a cache may hold a row (the last token of an answer needs no slot); None takes
-        the model's full context.
-    compile: True compiles prefill and decode by torch.compile, when they are first used or by `model.warmup`; False
-        does not; "auto" does where it works, unless the model is tiny.
-    progress: show a bar on stderr while large weights load, and a note while prefill and decode compile.
-    parallel: None loads the whole model in this process. "auto" cuts it among the ranks of the process group, or of
-        those that torchrun has started, if there are several (pop/backends/tensor_parallel.py): all of them make the same calls.
-    quantize: "int8" rounds the decoder's matrices to 8 bits by torchao (pop/backends/int8.py), on CPUs and in one process:
-        half the memory of bfloat16 once the model is loaded. None leaves them as they are.
+    Args:
+        name_or_path: a name that `list_models` gives, or a directory. A name comes first; write ./NAME for a directory
+            with the name of a model.
+        device: None takes the GPU if there is one, otherwise the CPU.
+        dtype: None keeps the checkpoint's.
+        prune: "default" (the deepest floor(L/3) layers), None (full depth), a fraction of the layers, or a PrunePlan.
+        max_seq_len: the most tokens that a cache may hold for each row; None takes the model's full context. The last
+            token of an answer needs no slot.
+        compile: True compiles prefill and decode with torch.compile, at their first use or in `model.warmup`. False
+            does not. "auto" compiles where that works, unless the model is tiny.
+        progress: show a progress bar on stderr while large weights load, and a note while the model compiles.
+        parallel: None loads the whole model into this process. "auto" splits it among the ranks of the process group,
+            or of torchrun (pop/backends/tensor_parallel.py). All ranks must then make the same calls.
+        quantize: "int8" rounds the decoder's matrices to 8 bits with torchao, on a CPU and in one process
+            (pop/backends/int8.py). That takes half the memory of bfloat16. None leaves the weights as they are.
 
-    Raises UnknownModel, WeightsNotFound, ConfigError, CheckpointError, TokenizerError, PlanError, InputError,
-    UnsupportedError or MissingExtra.
+    Raises:
+        UnknownModel, WeightsNotFound, ConfigError, CheckpointError, TokenizerError, PlanError, InputError,
+        UnsupportedError, MissingExtra
     """
     check_compile(compile)
     if parallel not in (None, "auto"):
-        raise InputError(f"parallel is {parallel!r}; it is 'auto' or None")
+        raise InputError(f"parallel is {parallel!r}; it must be 'auto' or None")
     rank, ranks, device = (0, 1, device) if parallel is None else join(device)
     device = usable_device(device)
     if dtype not in (None, *DTYPES.values()):
@@ -65,8 +67,8 @@ def load(
     config = read_config(folder)
     dtype = dtype or config.dtype
     check_dtype(dtype, config)
-    plan = checked_plan(prune, config.num_layers)
-    max_seq_len = checked_max_seq_len(max_seq_len, config)
+    plan = plan_of(prune, config.num_layers)
+    max_seq_len = check_max_seq_len(max_seq_len, config)
     tokenizer = _tokenizer(folder)
     part = Part(config, rank, ranks) if ranks > 1 else None
     with torch.device("meta"):
@@ -82,11 +84,11 @@ def load(
 
 
 def usable_device(device) -> torch.device:
-    """The device that a caller names, tried out; None: the GPU if there is one, else the CPU."""
+    """The device that `device` names. None: the GPU if there is one, otherwise the CPU."""
     if device is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        # Used once, not only named: torch knows devices that this build or machine lacks.
+        # torch accepts the names of devices that this build or machine lacks, so use the device once.
         probe = torch.zeros(1, device=device)
         probe.item()
         return probe.device
@@ -96,5 +98,6 @@ def usable_device(device) -> torch.device:
 
 
 def _tokenizer(folder: Path):
+    """The tokenizer of a checkpoint, or None if it has none."""
     names = ("tokenizer.json", "tokenizer.model")
     return load_tokenizer(folder) if any((folder / name).exists() for name in names) else None

@@ -26,7 +26,8 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from pop.generation.generate import Sampler, check_finite, end_ids
+from pop.generation.answers import end_ids
+from pop.generation.sampling import Sampler, SamplingParams, check_finite
 from pop.inputs.processors import Prepared
 from pop.models.base import Attend
 from pop.models.images import TEXT
@@ -48,7 +49,7 @@ def sample_responses(
     if not prompts:
         return []
     ends = end_ids(model)
-    sampler = Sampler(len(prompts), temperature=1.0)
+    sampler = Sampler(len(prompts), SamplingParams(temperature=1.0))
     states = [np.random.SeedSequence(seed).generate_state(1) for seed in seeds]
     sampler.generators = [torch.Generator().manual_seed(int(state[0])) for state in states]
     lengths = [len(prompt) for prompt in prompts]

@@ -1,1 +1,4 @@
-"""From logits to text: sampling, batches, conversations, prefixes. May import: pop.engine and below, pop.inputs."""
+"""From logits to text: sampling, batches of prompts, conversations, and prefixes that many prompts share.
+
+May import pop.engine and what lies below it, and pop.inputs. A model comes in as an argument.
+"""

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from support.meta_files import from_meta
 from support.meta_files import load as load_whole
 from support.parallel_worker import LENGTHS, PROMPT, THOROUGH, run
+from support.readme import READMES, blocks
 from support.tiny import hf_config, tiny_config, write_weights
 from support.tiny_chat import write_chat_checkpoint
 
@@ -89,9 +90,10 @@ TEXTS = torch.randint(67, (6, 40), generator=torch.Generator().manual_seed(0)).t
 LAYERS = pop.PrunePlan((1, 3, 4))
 
 
-README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8").replace("\\\n", "")
-TORCHRUN = re.findall("^torchrun .*$", README, re.M)
-TABLE = re.findall(r"^\| (llama3\.1-\S+) \| (\d+) \| (.*?) \| (.*?) \| (.*?) \|$", README, re.M)
+TORCHRUN = [re.sub(r"\\\n *", "", block).strip() for block in blocks("bash") if block.startswith("torchrun ")]
+TABLE = re.findall(
+    r"^\| (llama3\.1-\S+) \| (\d+) \| (.*?) \| (.*?) \| (.*?) \|$", READMES["pop/backends/README.md"], re.M
+)
 
 
 def start(command: list) -> subprocess.Popen:
@@ -254,8 +256,10 @@ def test_what_needs_one_process_is_refused(words, said, folder, monkeypatch, cap
 DYING = """
 import os, sys
 import pop
+from pop.generation.batch import Batch
+from pop.generation.sampling import SamplingParams
 model = pop.load(sys.argv[1], parallel="auto")
-for count, _ in enumerate(pop.generation.generate.Run(model, [[1, 2, 3]], max_new_tokens=400).steps()):
+for count, _ in enumerate(Batch(model, [[1, 2, 3]], [[]], SamplingParams(max_new_tokens=400)).steps()):
     if model.part.rank == 1 and count == 5:
         os.kill(os.getpid(), 9)
 """

@@ -14,37 +14,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support.cases import assert_close, held, seen, stacked
 from support.chat_formats import FAMILIES, FORMATS
+from support.chat_models import CONFIGS, END, OTHER_END, PLANS, START, make
 from support.letters import Letters
-from support.tiny import random_model, tiny_config, tiny_gemma3_config
 
 import pop
-from pop.generation.generate import Sampler
+from pop.generation.sampling import Sampler
 from pop.pruning import reference
 from pop.pruning.projections import KVProjections
-
-START, END, OTHER_END = 253, 254, 255  # no byte of UTF-8
-CONTROL = {"<|im_start|>": START, "<|im_end|>": END, "<|endoftext|>": OTHER_END}
-CONFIGS = {"llama": tiny_config(vocab_size=256), "gemma3": tiny_gemma3_config(vocab_size=256, eos_ids=())}
-PLANS = {
-    "the paper's": pop.PrunePlan((1, 3, 4)),
-    "none": pop.PrunePlan.none(),
-    "first 2, last 3": pop.PrunePlan((0, 3), full_depth_last=3, full_depth_first=2),
-    "two taps": "two taps",
-}
-
-
-def make(family, plan, **options):
-    """A model with a window of 5 if it is Gemma's, whose prompts run in chunks of 7 tokens."""
-    config = CONFIGS[family]
-    model = pop.Model(random_model(config, seed=3), config, Letters(CONTROL), chunk_size=7, **options)
-    if plan == "two taps":
-        layers, KE, D = (2, 3, 4), config.num_kv_heads * config.head_dim, config.hidden_size
-        random = torch.Generator().manual_seed(0)
-        weight = torch.randn(3, 2, KE, 2 * D, generator=random) / (2 * D) ** 0.5
-        bias = 0.1 * torch.randn(3, 2, KE, generator=random)
-        plan = pop.PrunePlan(layers, 2, 1, KVProjections(layers, weight, bias, model.fingerprint, 2))
-    model.plan = plan
-    return model
 
 
 @pytest.fixture(params=[(family, name) for family in CONFIGS for name in PLANS], ids=lambda case: ", ".join(case))
@@ -210,9 +186,9 @@ def test_a_turn_that_fails_leaves_the_conversation_as_it_was(model, script, monk
     assert torch.equal(*logits)
     cache, expected = chat._state.cache, twin._state.cache
     assert torch.equal(held(model.module, cache, 0), held(model.module, expected, 0))
-    assert torch.equal(cache.states, expected.states)
+    assert torch.equal(cache.previous_hidden, expected.previous_hidden)
     script.says[:] = [*b"No", END]
-    with pytest.raises(pop.InputError, match="the conversation went on while"):
+    with pytest.raises(pop.InputError, match="another turn"):
         list(unread)
     assert chat.tokens == twin.tokens
 
@@ -245,27 +221,26 @@ def test_a_full_context_is_an_error_with_numbers(script):
     script.says[:] = [*b"abc"]
     chat.send("Hi", max_new_tokens=3)
     prompt = [END, *b"\n", *chatml(("user", "x" * 60))]
-    message = rf"the prompt \({len(prompt)} tokens behind {len(chat.tokens)} earlier ones\) has .* takes 70"
-    with pytest.raises(pop.ContextOverflow, match=message):
+    with pytest.raises(pop.ContextOverflow, match=rf"\b{len(prompt)} tokens .*\b{len(chat.tokens)} earlier .*\b70\b"):
         chat.send("x" * 60)
     assert len(chat.turns) == 1
     room = 70 - len(chat.tokens) - len(prompt) + 60 - 2 + 1
     script.says[:] = [7] * 70
     answer = chat.send("ab")
     assert (len(answer.tokens), answer.finish_reason) == (room, "length")
-    with pytest.raises(pop.ContextOverflow, match="takes 70"):
+    with pytest.raises(pop.ContextOverflow, match=r"\b70\b"):
         chat.send("c")
 
 
 def test_conversations_need_a_chat_format():
     model = make("llama", pop.PrunePlan())
-    with pytest.raises(pop.InputError, match="the system message is 3"):
+    with pytest.raises(pop.InputError, match="system message is 3"):
         model.start_chat(3)
     with pytest.raises(pop.InputError, match="lone surrogate"):
         model.start_chat("\ud800")
     with pytest.raises(pop.UnsupportedError, match="no chat format"):
         pop.Model(model.module, model.config, Letters()).start_chat()
-    with pytest.raises(pop.TokenizerError, match="a conversation needs a tokenizer"):
+    with pytest.raises(pop.TokenizerError, match="tokenizer"):
         pop.Model(model.module, model.config).start_chat()
 
 
@@ -309,12 +284,12 @@ def test_what_is_no_saved_conversation_of_this_model_and_plan(tmp_path):
     chat.send("Hi", max_new_tokens=3)
     chat.save(path)
     good = json.loads(path.read_text())
-    with pytest.raises(pop.InputError, match="with another model"):
+    with pytest.raises(pop.InputError, match="another model"):
         make("gemma3", pop.PrunePlan((4,))).load_chat(path)
     projections = model.plan.projections
     other = KVProjections(projections.layers, 2 * projections.weight, projections.bias, projections.fingerprint, 2)
     for plan in (pop.PrunePlan((4,)), pop.PrunePlan(projections.layers, 2, 1, other)):
-        with pytest.raises(pop.PlanError, match="held with another plan"):
+        with pytest.raises(pop.PlanError, match="another plan"):
             model.load_chat(path, plan=plan)
     turn = good["turns"][0]
     for content in (
@@ -334,68 +309,14 @@ def test_what_is_no_saved_conversation_of_this_model_and_plan(tmp_path):
         with pytest.raises(pop.InputError):
             model.load_chat(path)
     path.write_text(json.dumps({**good, "turns": [{**turn, "answer": [7] * 600}]}))
-    with pytest.raises(pop.ContextOverflow, match="the saved conversation has 6.. tokens"):
+    with pytest.raises(pop.ContextOverflow, match="saved conversation has 6.. tokens"):
         model.load_chat(path)
     path.write_bytes(b"\xff")
     for missing in (path, tmp_path / "none.json", tmp_path):
-        with pytest.raises(pop.InputError, match="is not a saved conversation"):
+        with pytest.raises(pop.InputError, match="saved conversation"):
             model.load_chat(missing)
-    with pytest.raises(pop.InputError, match="cannot be saved to"):
+    with pytest.raises(pop.InputError, match="folder"):
         chat.save(tmp_path / "no" / "folder")
-
-
-# Prefixes
-
-
-@pytest.mark.parametrize("length", [1, 2, 3, 30])
-def test_a_prefix_and_a_rest_are_one_prompt(model, length, monkeypatch):
-    tokens = [(7 * n + 3) % 250 for n in range(length)]
-    prefix = model.prefix(tokens)
-    ahead = max(0, length - model.plan.full_depth_last + 1)
-    rests = [[9], list(range(40, 61)), [5, 6, 7]]
-    expected = [model.generate(tokens + rest, max_new_tokens=8).tokens for rest in rests]
-    logits, pick = [], Sampler.__call__
-    monkeypatch.setattr(Sampler, "__call__", lambda self, x: logits.append(x) or pick(self, x))
-    ran, embed = [], type(model.module).embed
-    monkeypatch.setattr(type(model.module), "embed", lambda self, x: ran.append(x.numel()) or embed(self, x))
-    for rest, answer in zip(rests, expected, strict=True):
-        logits.clear()
-        ran.clear()
-        alone = prefix.generate(rest, max_new_tokens=8)
-        assert (alone.tokens, alone.prompt_tokens) == (answer, length + len(rest))
-        assert sum(ran) == length - ahead + len(rest) + len(logits) - 1
-        assert_close(logits[0][0], reference.prefill(model.module, torch.tensor(tokens + rest), model.plan))
-    logits.clear()
-    assert [each.tokens for each in prefix.generate(rests, max_new_tokens=8)] == expected
-    for row, rest in zip(logits[0], rests, strict=True):
-        assert_close(row, reference.prefill(model.module, torch.tensor(tokens + rest), model.plan))
-
-
-def test_prefixes_of_text_and_what_they_refuse():
-    model = make("llama", pop.PrunePlan((3, 4)), max_seq_len=40)
-    model.tokenizer.bos_id = OTHER_END
-    prefix = model.prefix("Once upon")
-    expected = model.generate("Once upon a", max_new_tokens=9)
-    assert prefix.tokens == [OTHER_END, *b"Once upon"]
-    assert prefix.generate(" a", max_new_tokens=9).tokens == expected.tokens
-    assert "".join(prefix.stream(" a", max_new_tokens=9)) == expected.text
-    other = model.prefix("Once upon", plan=pop.PrunePlan.none())
-    full = model.generate("Once upon a", max_new_tokens=9, plan=pop.PrunePlan.none())
-    assert other.generate(" a", max_new_tokens=9).tokens == full.tokens != expected.tokens
-    with pytest.raises(pop.InputError, match="encoded by one plan"):
-        prefix.generate(" a", plan=pop.PrunePlan.none())
-    with pytest.raises(pop.InputError, match="the prompt is empty"):
-        prefix.generate("")
-    with pytest.raises(pop.InputError, match="the prefix is empty"):
-        model.prefix("")
-    with pytest.raises(pop.InputError, match="stream takes one prompt"):
-        prefix.stream(["a", "b"])
-    with pytest.raises(
-        pop.ContextOverflow, match=r"the prompt \(31 tokens behind 10 earlier ones\) has 41 .* takes 40"
-    ):
-        prefix.generate("a" * 31)
-    with pytest.raises(pop.ContextOverflow, match="the prefix has 41 tokens"):
-        model.prefix("a" * 40)
 
 
 # Threads

@@ -1,0 +1,145 @@
+"""A batch of prompts: prefilled together, then decoded until the last row has ended."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterable, Iterator, Sequence
+
+import torch
+
+from pop.engine.cache import KVCache
+from pop.errors import InputError
+from pop.generation.answers import Answer, Generation, end_ids
+from pop.generation.sampling import Sampler, SamplingParams
+from pop.inputs.processors import Prepared
+from pop.pruning.plan import PrunePlan
+
+
+class Batch:
+    """Prompts of different lengths, and their answers.
+
+    Args:
+        model: a pop.Model.
+        prompts: the token ids of each prompt.
+        media: the images and videos of each prompt.
+        params: how the answers are sampled.
+        plan: the PrunePlan of the prompts; None takes the model's.
+        earlier: a cache of one row that all prompts continue. It is copied, not changed. None: an empty cache.
+        unrun: token ids between `earlier` and the prompts, which run at full depth: the end of an earlier answer.
+
+    Attributes:
+        answers: an Answer for each prompt.
+        cache: after `steps`, what the answers were made with. The last token of a truncated answer is not in it.
+
+    Raises:
+        ContextOverflow: a prompt is longer than the model's context. PlanError, TokenizerError: as in Model.generate.
+    """
+
+    def __init__(
+        self,
+        model,
+        prompts: list[list[int]],
+        media: list[list[Prepared]],
+        params: SamplingParams,
+        *,
+        plan: PrunePlan | None = None,
+        earlier: KVCache | None = None,
+        unrun: Sequence[int] = (),
+    ):
+        self.model, self.prompts, self.media, self.plan = model, prompts, media, model.resolve(plan)
+        self.earlier, self.unrun, self.cache = earlier, list(unrun), None
+        if params.stop:
+            model.need_tokenizer("stop")
+        self.sampler = Sampler(len(prompts), params)
+        self.num_earlier = len(self.unrun) + (0 if earlier is None else int(earlier.lengths[0]))
+        longest = max(len(prompt) for prompt in prompts)
+        note = f" ({longest} tokens after {self.num_earlier} earlier ones)" if self.num_earlier else ""
+        model.check_fits(self.num_earlier + longest, f"the prompt{note}")
+        # A full context ends an answer. Its last token is sampled but never run, so it needs no slot.
+        left = model.max_seq_len + 1 - self.num_earlier
+        limits = [min(params.max_new_tokens, left - len(prompt)) for prompt in prompts]
+        self.max_seq_len = self.num_earlier - 1 + max(len(p) + limit for p, limit in zip(prompts, limits, strict=True))
+        ends = end_ids(model)
+        self.answers = [Answer(model.tokenizer, ends, params.stop, limit) for limit in limits]
+
+    def steps(self) -> Iterator[list[str]]:
+        """Generate. After each token of the batch, yield the text that each row has settled."""
+        logits = self._prefill()
+        rows = list(range(len(self.answers)))  # the answer that each row of the cache belongs to
+        while True:
+            tokens = self._sample(logits)
+            pieces = [""] * len(self.answers)
+            for row, token in zip(rows, tokens.tolist(), strict=True):
+                pieces[row] = self.answers[row].push(token)
+            yield pieces
+            unfinished = [number for number, row in enumerate(rows) if not self.answers[row].finish_reason]
+            if not unfinished:
+                return
+            if len(unfinished) < len(rows):  # the finished rows leave the batch
+                rows, tokens = [rows[number] for number in unfinished], tokens[unfinished]
+                self.cache.keep_rows(torch.tensor(unfinished))
+                self.sampler.keep_rows(unfinished)
+            logits = self.model.decode(tokens, self.cache)
+
+    def generations(self, began: float, steps: Iterable | None = None) -> list[Generation]:
+        """Take all steps and return the answers.
+
+        Args:
+            began: the time.perf_counter() from which seconds are counted.
+            steps: `self.steps()`, or an iterator around it.
+        """
+        seconds = [time.perf_counter() - began for _ in (self.steps() if steps is None else steps)]
+        return [
+            Generation(
+                text=None if self.model.tokenizer is None else answer.text,
+                tokens=answer.tokens,
+                prompt_tokens=self.num_earlier + len(prompt),
+                ttft_s=seconds[0],
+                decode_s=seconds[max(len(answer.tokens) - 1, 0)] - seconds[0],
+                finish_reason=answer.finish_reason,
+            )
+            for prompt, answer in zip(self.prompts, self.answers, strict=True)
+        ]
+
+    def _prefill(self) -> torch.Tensor:
+        """Fill the cache. Returns the logits [B, V] of each prompt's boundary token."""
+        B, lengths = len(self.prompts), [len(prompt) for prompt in self.prompts]
+        self.cache = self.model.new_cache(B, self.max_seq_len)
+        if self.earlier is not None:
+            self.cache.copy_from(self.earlier)
+        if self.unrun:
+            self.model.prefill([self.unrun] * B, self.cache, plan=PrunePlan.none())
+        padded = [prompt + [0] * (max(lengths) - len(prompt)) for prompt in self.prompts]
+        return self.model.prefill(padded, self.cache, lengths=lengths, images=self.media, plan=self.plan)
+
+    def _sample(self, logits: torch.Tensor) -> torch.Tensor:
+        """logits [B, V] -> tokens [B]. Never picks a token that stands for an image, nor an id without text."""
+        model = self.model
+        for token in model.vision.placeholders.values():
+            logits[:, token] = -math.inf
+        # The embedding may be padded beyond the tokenizer's vocabulary.
+        known = model.config.vocab_size if model.tokenizer is None else model.tokenizer.vocab_size
+        tokens = self.sampler(logits[:, :known])
+        if model.part is not None:  # one of several processes, which must agree
+            model.part.agree(tokens)
+        return tokens
+
+
+def is_batch(prompt) -> bool:
+    """Whether a prompt is a list of prompts, rather than text or one list of token ids."""
+    if isinstance(prompt, str):
+        return False
+    prompt = prompt.tolist() if hasattr(prompt, "tolist") else prompt
+    if not isinstance(prompt, Sequence):
+        raise InputError(f"the prompt is a {type(prompt).__name__}; give text, token ids, or a list of either")
+    if not prompt:
+        raise InputError("the prompt is empty; give it at least one token")
+    return isinstance(prompt[0], (str, Sequence)) or getattr(prompt[0], "ndim", 0) > 0
+
+
+def check_single(model, prompt) -> None:
+    """Raise unless `prompt` is one prompt whose answer the model can stream as text."""
+    model.need_tokenizer("stream")
+    if is_batch(prompt):
+        raise InputError("stream takes one prompt; use generate for a batch, or one stream for each prompt")

@@ -1,0 +1,77 @@
+"""Prefixes: what many prompts begin with, encoded once."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+
+from pop.errors import InputError
+from pop.generation.answers import Generation
+from pop.generation.batch import Batch, check_single, is_batch
+from pop.generation.sampling import SamplingParams
+from pop.pruning.plan import PrunePlan
+
+
+class Prefix:
+    """The beginning of many prompts, made by `model.prefix`.
+
+    The answers are those of `model.generate(prefix.tokens + rest, plan=prefix.plan)`, with the images and videos of
+    both. A prefix lacks a boundary token: the last `full_depth_last` tokens are those of the whole prompt. They may
+    reach into the prefix, so its last full_depth_last - 1 tokens are encoded with each prompt instead. If an image or a
+    video would be cut there, all of it is encoded with each prompt.
+
+    No call changes a prefix, so threads may share it.
+
+    Attributes:
+        tokens: the prefix's token ids.
+        plan: the PrunePlan of the prefix and of all prompts that continue it.
+    """
+
+    def __init__(self, model, prompt, *, images=None, videos=None, plan: PrunePlan | None = None):
+        self.model, self.plan = model, model.resolve(plan)
+        (media,) = model.vision.prepare_batch(images, videos, 1)
+        self.tokens = model.encode(prompt, "prefix", seen=media)
+        model.check_fits(len(self.tokens), "the prefix")
+        ranges = model.vision.locate(self.tokens, media)
+        cut = max(0, len(self.tokens) - self.plan.full_depth_last + 1)
+        cut = min([cut, *(tokens[0] for tokens in ranges if cut in tokens)])  # what follows is left to each prompt
+        self._left_tokens = self.tokens[cut:]
+        self._left_media = [one for one, tokens in zip(media, ranges, strict=True) if tokens[0] >= cut]
+        self._cache = None
+        if cut:
+            encoded = [one for one, tokens in zip(media, ranges, strict=True) if tokens[0] < cut]
+            self._cache = model.new_cache(1, cut)
+            model.prefill([self.tokens[:cut]], self._cache, images=[encoded], plan=self.plan, boundary=False)
+
+    def generate(self, rest, *, images=None, videos=None, **options) -> Generation | list[Generation]:
+        """Continue the prefix and a rest, or a list of rests as one batch; a list of rests returns a list.
+
+        Args:
+            rest: text or token ids, or a list of either. Text is tokenized apart from the prefix, without BOS.
+            images, videos: those of the rest, as in `Model.generate`.
+            options: those of `Model.generate`, without the plan.
+
+        Raises:
+            As `Model.generate`.
+        """
+        began = time.perf_counter()
+        several = is_batch(rest)
+        generations = self._batch(rest if several else [rest], images, videos, options).generations(began)
+        return generations if several else generations[0]
+
+    def stream(self, rest, *, images=None, videos=None, **options) -> Iterator[str]:
+        """Like `generate` for one rest, but yields the answer in pieces of whole characters, as they come."""
+        check_single(self.model, rest)
+        return (piece for (piece,) in self._batch([rest], images, videos, options).steps() if piece)
+
+    def _batch(self, rests, images, videos, options: dict) -> Batch:
+        if "plan" in options:
+            raise InputError("a prefix keeps its plan; make another prefix for another plan")
+        params = SamplingParams(**options)
+        rows = self.model.vision.prepare_batch(images, videos, len(rests))
+        prompts = [
+            self._left_tokens + self.model.encode(rest, bos=False, seen=media)
+            for rest, media in zip(rests, rows, strict=True)
+        ]
+        media = [self._left_media + row for row in rows]
+        return Batch(self.model, prompts, media, params, plan=self.plan, earlier=self._cache)

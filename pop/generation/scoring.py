@@ -1,0 +1,39 @@
+"""The log-likelihood of a continuation."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from pop import engine
+from pop.inputs.processors import Prepared
+from pop.pruning.plan import PrunePlan
+
+TOKENS_AT_ONCE = 256  # of the continuation, whose logits [T, V] are in memory together
+
+
+def log_likelihood(
+    model, context: list[int], media: list[Prepared], continuation: list[int], plan: PrunePlan | None
+) -> float:
+    """log p(continuation | context), natural logarithm, as `Model.score` describes it.
+
+    Args:
+        model: a pop.Model.
+        context, continuation: token ids.
+        media: the images and videos of the context.
+        plan: the PrunePlan of the context; None takes the model's.
+    """
+    cache = model.new_cache(1, len(context) + len(continuation) - 1)
+    logits = model.prefill([context], cache, images=[media], plan=plan)  # [1, V]
+    targets = torch.tensor(continuation, device=model.device)
+    total = _log_prob(logits, targets[:1])
+    for tokens, following in zip(targets[:-1].split(TOKENS_AT_ONCE), targets[1:].split(TOKENS_AT_ONCE), strict=True):
+        if len(tokens):  # a single token has been predicted already
+            logits = engine.extend(model.module, tokens[None], cache, model._stages(1))[0]  # [T, V]
+            total += _log_prob(logits, following)
+    return total
+
+
+def _log_prob(logits: torch.Tensor, targets: torch.Tensor) -> float:
+    """The summed log-probability of targets [T] by logits [T, V]."""
+    return -F.cross_entropy(logits, targets, reduction="none").double().sum().item()

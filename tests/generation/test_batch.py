@@ -1,0 +1,163 @@
+"""Batches of prompts: greedy and sampled answers, where they end, and what each row is given."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from support.letters import Letters
+from support.tiny import random_model, tiny_config
+
+import pop
+from pop.pruning import reference
+
+PROMPTS = [[5, 9, 200], [17], list(range(40, 70))]
+
+
+@pytest.fixture(scope="module")
+def model():
+    config = tiny_config(vocab_size=256, max_positions=128)
+    return pop.Model(random_model(config, seed=5), config, plan=pop.PrunePlan((1, 3, 4)))
+
+
+@pytest.fixture(scope="module")
+def text_model(model):
+    return pop.Model(model.module, model.config, Letters(), plan=model.plan)
+
+
+# Greedy
+
+
+def test_greedy_generation_is_the_reference(model):
+    for prompt in PROMPTS:
+        answer = model.generate(prompt, max_new_tokens=9)
+        assert answer.tokens == reference.generate(model.module, torch.tensor(prompt), model.plan, 9)
+        assert (answer.text, answer.prompt_tokens, answer.finish_reason) == (None, len(prompt), "length")
+
+
+def test_a_batch_is_its_prompts_alone(model):
+    together = model.generate(PROMPTS, max_new_tokens=9)
+    assert [answer.tokens for answer in together] == [model.generate(p, max_new_tokens=9).tokens for p in PROMPTS]
+    assert [answer.prompt_tokens for answer in together] == [3, 1, 30]
+
+
+def test_the_plan_of_the_call_replaces_the_models(model):
+    prompt = PROMPTS[2]
+    full = model.generate(prompt, max_new_tokens=9, plan=pop.PrunePlan.none())
+    assert full.tokens == reference.generate(model.module, torch.tensor(prompt), pop.PrunePlan.none(), 9)
+    assert full.tokens != model.generate(prompt, max_new_tokens=9).tokens
+
+
+def test_prompts_come_as_lists_tensors_and_batches_of_either(model):
+    expected = model.generate([5, 9, 200], max_new_tokens=4).tokens
+    arrays = [np.array([5, 9, 200], dtype) for dtype in (np.uint8, np.uint16, np.int64)]
+    for prompt in (torch.tensor([5, 9, 200]), (5, 9, 200), torch.tensor([5, 9, 200], dtype=torch.int32), *arrays):
+        assert model.generate(prompt, max_new_tokens=4).tokens == expected
+    for batch in ([[5, 9, 200]], torch.tensor([[5, 9, 200]]), [torch.tensor([5, 9, 200])]):
+        assert [answer.tokens for answer in model.generate(batch, max_new_tokens=4)] == [expected]
+
+
+# Sampled
+
+
+def test_a_seed_gives_the_same_tokens_alone_and_anywhere_in_a_batch(model):
+    options = {"max_new_tokens": 12, "temperature": 1.3, "seed": 11}
+    alone = model.generate(PROMPTS[0], **options).tokens
+    assert alone == model.generate(PROMPTS[0], **options).tokens
+    for batch in (PROMPTS, PROMPTS[::-1]):
+        assert model.generate(batch, **options)[batch.index(PROMPTS[0])].tokens == alone
+    assert model.generate(PROMPTS[0], **{**options, "seed": 12}).tokens != alone
+
+
+def test_rows_that_end_leave_the_batch_and_the_others_are_sampled_on(model):
+    """Answers of 12 tokens and less: each is what its prompt gets alone, although the batch gets smaller."""
+    ends = tuple(range(0, model.config.vocab_size, 9))
+    model = pop.Model(model.module, dataclasses.replace(model.config, eos_ids=ends), plan=model.plan)
+    prompts = [[token, 2 * token, 3] for token in range(1, 9)]
+    options = {"max_new_tokens": 12, "temperature": 0.3, "seed": 5}
+    answers = model.generate(prompts, **options)
+    assert len({len(answer.tokens) for answer in answers}) > 2
+    assert [answer.tokens for answer in answers] == [model.generate(prompt, **options).tokens for prompt in prompts]
+
+
+def test_without_a_seed_every_call_differs(model):
+    first, second = (model.generate(PROMPTS[0], max_new_tokens=30, temperature=2.0).tokens for _ in range(2))
+    assert first != second
+
+
+# Where an answer ends
+
+
+def test_an_end_token_ends_the_answer_and_is_not_part_of_it(model):
+    free = model.generate(PROMPTS[2], max_new_tokens=9).tokens
+    end = free[4]
+    config = tiny_config(vocab_size=256, max_positions=128, eos_ids=(end,))
+    ending = pop.Model(model.module, config, plan=model.plan)
+    batch = ending.generate(PROMPTS, max_new_tokens=9)
+    assert (batch[2].tokens, batch[2].finish_reason) == (free[: free.index(end)], "stop")
+    for answer, prompt in zip(batch, PROMPTS, strict=True):
+        assert answer.tokens == ending.generate(prompt, max_new_tokens=9).tokens
+
+
+def test_a_turn_ends_where_the_chat_format_says(model):
+    """Also where the checkpoint does not list the token that ends a turn."""
+    free = model.generate(PROMPTS[2], max_new_tokens=9).tokens
+    tokenizer = Letters({"<|im_start|>": 255, "<|im_end|>": free[4]})
+    answer = pop.Model(model.module, model.config, tokenizer, plan=model.plan).generate(PROMPTS[2], max_new_tokens=9)
+    assert (answer.tokens, answer.finish_reason) == (free[: free.index(free[4])], "stop")
+
+
+def test_ids_beyond_the_tokenizer_are_never_picked(model):
+    """Embeddings are padded: such ids have a logit, but no text."""
+    tokenizer = Letters()
+    tokenizer.vocab_size = 100
+    padded = pop.Model(model.module, model.config, tokenizer, plan=model.plan)
+    for options in ({}, {"temperature": 2.0, "seed": 0}):
+        assert max(model.generate(PROMPTS[0], max_new_tokens=20, **options).tokens) >= 100
+        assert max(padded.generate(PROMPTS[0], max_new_tokens=20, **options).tokens) < 100
+
+
+def test_times_belong_to_the_tokens_of_the_row(model, monkeypatch):
+    config = tiny_config(vocab_size=256, eos_ids=(model.generate(PROMPTS[0], max_new_tokens=3).tokens[2],))
+    ending = pop.Model(model.module, config, plan=model.plan)
+    clock = iter([100.0, 101.0, 102.0, 104.0, 108.0])  # the call, then each token of the batch
+    monkeypatch.setattr("time.perf_counter", lambda: next(clock))
+    first, second = ending.generate(PROMPTS[:2], max_new_tokens=4)
+    assert (len(first.tokens), first.ttft_s, first.decode_s) == (2, 1.0, 1.0)
+    assert (len(second.tokens), second.ttft_s, second.decode_s) == (4, 1.0, 7.0)
+    assert second.tokens_per_s == 3 / 7
+
+
+def test_text_ends_before_a_stop_string(text_model):
+    free = text_model.generate("abc", max_new_tokens=20).text
+    stop = free[5:8]
+    answer = text_model.generate("abc", max_new_tokens=20, stop=stop)
+    assert (answer.text, answer.finish_reason) == (free[: free.index(stop)], "stop")
+    assert "".join(text_model.stream("abc", max_new_tokens=20, stop=[stop])) == answer.text
+
+
+def test_streamed_pieces_are_the_generated_text(text_model):
+    pieces = list(text_model.stream("abc", max_new_tokens=40))
+    assert "".join(pieces) == text_model.generate("abc", max_new_tokens=40).text
+    assert all(pieces)
+
+
+def test_a_full_context_ends_an_answer_and_only_its_own(model):
+    short = pop.Model(model.module, model.config, plan=model.plan, max_seq_len=32)
+    batch = short.generate(PROMPTS, max_new_tokens=9)  # the last prompt has 30 tokens
+    assert [len(answer.tokens) for answer in batch] == [9, 9, 3]
+    assert [answer.finish_reason for answer in batch] == ["length"] * 3
+    for answer, prompt in zip(batch, PROMPTS, strict=True):
+        assert answer.tokens == model.generate(prompt, max_new_tokens=9).tokens[: len(answer.tokens)]
+    assert len(short.generate([3] * 32).tokens) == 1
+
+
+def test_stream_refuses_before_it_starts(text_model):
+    with pytest.raises(pop.InputError, match="prompt"):
+        text_model.stream("")
+    with pytest.raises(pop.InputError, match="one prompt"):
+        text_model.stream(["a", "b"])
+    with pytest.raises(pop.PlanError, match="'most'"):
+        text_model.stream("a", plan="most")
+    with pytest.raises(TypeError, match="temprature"):
+        text_model.stream("a", temprature=1)

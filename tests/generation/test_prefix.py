@@ -1,0 +1,64 @@
+"""Prefixes: an answer to a prefix and a rest is the answer to the whole prompt, and the prefix runs once."""
+
+import pytest
+import torch
+from support.cases import assert_close
+from support.chat_models import CONFIGS, OTHER_END, PLANS, make
+
+import pop
+from pop.generation.sampling import Sampler
+from pop.pruning import reference
+
+
+@pytest.fixture(params=[(family, name) for family in CONFIGS for name in PLANS], ids=lambda case: ", ".join(case))
+def model(request):
+    return make(request.param[0], PLANS[request.param[1]])
+
+
+@pytest.mark.parametrize("length", [1, 2, 3, 30])
+def test_a_prefix_and_a_rest_are_one_prompt(model, length, monkeypatch):
+    tokens = [(7 * n + 3) % 250 for n in range(length)]
+    prefix = model.prefix(tokens)
+    ahead = max(0, length - model.plan.full_depth_last + 1)
+    rests = [[9], list(range(40, 61)), [5, 6, 7]]
+    expected = [model.generate(tokens + rest, max_new_tokens=8).tokens for rest in rests]
+    logits, pick = [], Sampler.__call__
+    monkeypatch.setattr(Sampler, "__call__", lambda self, x: logits.append(x) or pick(self, x))
+    ran, embed = [], type(model.module).embed
+    monkeypatch.setattr(type(model.module), "embed", lambda self, x: ran.append(x.numel()) or embed(self, x))
+    for rest, answer in zip(rests, expected, strict=True):
+        logits.clear()
+        ran.clear()
+        alone = prefix.generate(rest, max_new_tokens=8)
+        assert (alone.tokens, alone.prompt_tokens) == (answer, length + len(rest))
+        assert sum(ran) == length - ahead + len(rest) + len(logits) - 1
+        assert_close(logits[0][0], reference.prefill(model.module, torch.tensor(tokens + rest), model.plan))
+    logits.clear()
+    assert [each.tokens for each in prefix.generate(rests, max_new_tokens=8)] == expected
+    for row, rest in zip(logits[0], rests, strict=True):
+        assert_close(row, reference.prefill(model.module, torch.tensor(tokens + rest), model.plan))
+
+
+def test_prefixes_of_text_and_what_they_refuse():
+    model = make("llama", pop.PrunePlan((3, 4)), max_seq_len=40)
+    model.tokenizer.bos_id = OTHER_END
+    prefix = model.prefix("Once upon")
+    expected = model.generate("Once upon a", max_new_tokens=9)
+    assert prefix.tokens == [OTHER_END, *b"Once upon"]
+    assert prefix.generate(" a", max_new_tokens=9).tokens == expected.tokens
+    assert "".join(prefix.stream(" a", max_new_tokens=9)) == expected.text
+    other = model.prefix("Once upon", plan=pop.PrunePlan.none())
+    full = model.generate("Once upon a", max_new_tokens=9, plan=pop.PrunePlan.none())
+    assert other.generate(" a", max_new_tokens=9).tokens == full.tokens != expected.tokens
+    with pytest.raises(pop.InputError, match="another plan"):
+        prefix.generate(" a", plan=pop.PrunePlan.none())
+    with pytest.raises(pop.InputError, match="prompt is empty"):
+        prefix.generate("")
+    with pytest.raises(pop.InputError, match="prefix is empty"):
+        model.prefix("")
+    with pytest.raises(pop.InputError, match="one prompt"):
+        prefix.stream(["a", "b"])
+    with pytest.raises(pop.ContextOverflow, match=r"\b31 tokens .*\b10 earlier .*\b41 .*\b40\b"):
+        prefix.generate("a" * 31)
+    with pytest.raises(pop.ContextOverflow, match="prefix has 41"):
+        model.prefix("a" * 40)
