@@ -60,10 +60,9 @@ def prefill(
     Returns:
         logits [B, V] float32 of each row's boundary token.
     """
-    hidden = cache.previous_hidden
-    out = hidden[0]  # [B, D], each row's h after the last layer, at its last token so far
+    out = None  # [B, D], each row's h after the last layer, at its last token so far
     for chunk, h, hidden in _chunks(module, tokens, cache, lengths, plan, chunk_size, stages, images, boundary):  # noqa: B007
-        out = chunk.latest(h, out)
+        out = chunk.latest(h, h[:, 0] if out is None else out)  # every row has tokens in the first chunk
     logits = stages.head(module, out)
     cache.restore((cache.lengths + lengths, hidden, cache.rope_offsets + images.rope_offset(lengths)))
     return logits
