@@ -130,7 +130,7 @@ def assert_nothing_else(folder, names, place):
     """No other file is left there; a hidden one is, if removing it is what has failed."""
     for path in folder.iterdir():
         if path.name not in names:
-            assert path.name.startswith(".") and place[0].endswith("staging.py"), (path, place)
+            assert path.name.startswith(".") and place[0].endswith("pop/files.py"), (path, place)
             shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
@@ -220,7 +220,7 @@ def test_a_folder_is_whole_or_not_there(make, tmp_path):
     out, whole, call = written_once(make(tmp_path), tmp_path / "out")
     for place in failures(call):
         if (out / "model").exists():
-            if place[0].endswith("staging.py"):  # taking the lock away may be what has failed
+            if place[0].endswith("pop/files.py"):  # taking the lock away may be what has failed
                 (out / "model" / ".lock").unlink(missing_ok=True)
             assert contents(out / "model") == whole, place
         assert_nothing_else(out, {"once", "model"}, place)

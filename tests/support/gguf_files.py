@@ -1,9 +1,13 @@
-"""Small GGUF files."""
+"""Small GGUF files, and their import."""
 
 import contextlib
+import json
 
 import numpy as np
 import pytest
+from safetensors.torch import load_file
+
+from pop.checkpoints.gguf import import_gguf
 
 gguf = pytest.importorskip("gguf")
 
@@ -103,3 +107,59 @@ def interrupted(monkeypatch, error):
     with monkeypatch.context() as patch:
         patch.setattr(gguf.quants, "dequantize", fifth)
         yield
+
+
+GEMMA3_KEYS = {key.replace("llama", "gemma3"): value for key, value in LLAMA_KEYS.items()}
+GEMMA3_KEYS |= {"gemma3.rope.freq_base": 1e6, "gemma3.attention.sliding_window": 16}
+
+
+def imported(tmp_path, tensors=None, keys=(), arch="llama"):
+    """Import a file of these tensors and (changed) keys; the folder's config and weights."""
+    base = LLAMA_KEYS if arch == "llama" else GEMMA3_KEYS
+    file = write_gguf(tmp_path / "m.gguf", tensors or make_tensors(arch), base | dict(keys), arch)
+    folder = import_gguf(file, tmp_path / "model", progress=False)
+    weights = {}
+    for path in folder.glob("*.safetensors"):
+        weights |= load_file(path)
+    return json.loads((folder / "config.json").read_text()), weights
+
+
+BYTES = [chr(b) for b in (*range(33, 127), *range(161, 173), *range(174, 256))]  # GPT-2's letters for bytes,
+BYTES += [chr(256 + i) for i in range(256 - len(BYTES))]  # first those that are printable, then the others
+WORDS = ["Ġt", "he", "Ġthe", "in"]
+
+
+def bpe_keys(pre="smollm"):
+    tokens = ["<|end|>", *BYTES, *WORDS, "<extra>", "<|start|>", "[PAD263]"]
+    return {
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": pre,
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.token_type": [3, *[1] * 260, 4, 3, 5],
+        "tokenizer.ggml.merges": ["Ġ t", "h e", "Ġt he", "i n"],
+        "tokenizer.ggml.bos_token_id": 262,
+        "tokenizer.ggml.eos_token_id": 0,
+        "tokenizer.chat_template": "{{ messages }}",
+    }
+
+
+def many_tokens(arch="llama"):
+    """A model that embeds more tokens than the tokenizers of these tests have."""
+    tensors = make_tensors(arch)
+    tensors["token_embd.weight"] = (np.zeros((300, WIDTH), np.float32), Q.F32)
+    return tensors
+
+
+def sentencepiece_keys():
+    tokens = ["<pad>", "<eos>", "<bos>", "<unk>", *[f"<0x{b:02X}>" for b in range(256)]]
+    pieces = ["\n\n", "<turn>", "▁", "a", "b", "c", "ab", "▁a", "bc"]
+    types = [3, 3, 3, 2, *[6] * 256, 4, 3, *[1] * 7]
+    scores = [0.0] * 262 + [-10.0, -11.0, -12.0, -30.0, -1.0, -2.5, -5.0]
+    ids = {"bos": 2, "eos": 1, "unknown": 3}
+    return {
+        "tokenizer.ggml.model": "llama",
+        "tokenizer.ggml.tokens": tokens + pieces,
+        "tokenizer.ggml.token_type": types,
+        "tokenizer.ggml.scores": scores,
+        "tokenizer.ggml.add_space_prefix": False,
+    } | {f"tokenizer.ggml.{name}_token_id": i for name, i in ids.items()}

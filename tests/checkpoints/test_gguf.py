@@ -1,22 +1,26 @@
-"""GGUF import: tiny files written here with the `gguf` package's writer, read back as HF checkpoints."""
+"""GGUF import: tiny files, written by the `gguf` package, read back as HF checkpoints."""
 
 import json
 import math
 import resource
-import threading
 
 import numpy as np
 import pytest
-import sentencepiece
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors import safe_open
-from safetensors.torch import load_file
+
+import pop
+from pop.checkpoints import gguf as gguf_import
+from pop.checkpoints.config_json import read_config
+from pop.checkpoints.gguf import import_gguf
+from pop.errors import CheckpointError, MissingExtra, PopError, UnsupportedError
+from pop.models.config import RopeConfig
 
 gguf = pytest.importorskip("gguf")
 
-from support.gguf_files import (
+from support.gguf_files import (  # noqa: E402
     HEAD_DIM,
     HEADS,
     KV_HEADS,
@@ -26,33 +30,14 @@ from support.gguf_files import (
     VOCAB,
     WIDTH,
     Q,
+    bpe_keys,
+    imported,
     interrupted,
     make_tensors,
+    many_tokens,
+    sentencepiece_keys,
     write_gguf,
 )
-
-import pop  # noqa: E402
-from pop import files as staging  # noqa: E402
-from pop.checkpoints import gguf as gguf_import
-from pop.checkpoints.config_json import read_config  # noqa: E402
-from pop.checkpoints.gguf import import_gguf  # noqa: E402
-from pop.errors import CheckpointError, MissingExtra, PopError, UnsupportedError  # noqa: E402
-from pop.models.config import RopeConfig  # noqa: E402
-
-GEMMA3_KEYS = {key.replace("llama", "gemma3"): value for key, value in LLAMA_KEYS.items()}
-GEMMA3_KEYS |= {"gemma3.rope.freq_base": 1e6, "gemma3.attention.sliding_window": 16}
-
-
-def imported(tmp_path, tensors=None, keys=(), arch="llama"):
-    """Import a file of these tensors and (changed) keys; the folder's config and weights."""
-    base = LLAMA_KEYS if arch == "llama" else GEMMA3_KEYS
-    file = write_gguf(tmp_path / "m.gguf", tensors or make_tensors(arch), base | dict(keys), arch)
-    folder = import_gguf(file, tmp_path / "model", progress=False)
-    weights = {}
-    for path in folder.glob("*.safetensors"):
-        weights |= load_file(path)
-    return json.loads((folder / "config.json").read_text()), weights
-
 
 # ---- weights
 
@@ -255,161 +240,6 @@ def test_llama3_rope(tmp_path, factor):
     }
 
 
-# ---- tokenizer
-
-BYTES = [chr(b) for b in (*range(33, 127), *range(161, 173), *range(174, 256))]  # GPT-2's letters for bytes,
-BYTES += [chr(256 + i) for i in range(256 - len(BYTES))]  # first those that are printable, then the others
-WORDS = ["Ġt", "he", "Ġthe", "in"]
-
-
-def bpe_keys(pre="smollm"):
-    tokens = ["<|end|>", *BYTES, *WORDS, "<extra>", "<|start|>", "[PAD263]"]
-    return {
-        "tokenizer.ggml.model": "gpt2",
-        "tokenizer.ggml.pre": pre,
-        "tokenizer.ggml.tokens": tokens,
-        "tokenizer.ggml.token_type": [3, *[1] * 260, 4, 3, 5],
-        "tokenizer.ggml.merges": ["Ġ t", "h e", "Ġt he", "i n"],
-        "tokenizer.ggml.bos_token_id": 262,
-        "tokenizer.ggml.eos_token_id": 0,
-        "tokenizer.chat_template": "{{ messages }}",
-    }
-
-
-def many_tokens(arch="llama"):
-    """A model that embeds more tokens than the tokenizers of these tests have."""
-    tensors = make_tensors(arch)
-    tensors["token_embd.weight"] = (np.zeros((300, WIDTH), np.float32), Q.F32)
-    return tensors
-
-
-def test_byte_level_bpe(tmp_path):
-    imported(tmp_path, many_tokens(), bpe_keys())
-    tokenizer = json.loads((tmp_path / "model/tokenizer.json").read_text(encoding="utf-8"))
-    model = tokenizer["model"]
-    # In the vocabulary: BPE's tokens and what stands before them. The added tokens at the end are only added.
-    assert list(model["vocab"]) == ["<|end|>", *BYTES, *WORDS]
-    assert list(model["vocab"].values()) == list(range(261))
-    assert (model["type"], model["merges"], model["ignore_merges"]) == (
-        "BPE",
-        ["Ġ t", "h e", "Ġt he", "i n"],
-        False,
-    )
-    added = [(token["id"], token["content"], token["special"]) for token in tokenizer["added_tokens"]]
-    assert added == [(0, "<|end|>", True), (261, "<extra>", False), (262, "<|start|>", True)]
-    splits = tokenizer["pre_tokenizer"]["pretokenizers"]
-    assert splits[0] == {"type": "Digits", "individual_digits": True}
-    assert (splits[1]["type"], splits[1]["add_prefix_space"], splits[1]["use_regex"]) == (
-        "ByteLevel",
-        False,
-        True,
-    )
-    assert tokenizer["decoder"]["type"] == "ByteLevel" and tokenizer["normalizer"] is None
-    assert tokenizer["post_processor"] is None
-    settings = json.loads((tmp_path / "model/tokenizer_config.json").read_text())
-    assert (settings["bos_token"], settings["eos_token"], settings["add_bos_token"]) == (
-        "<|start|>",
-        "<|end|>",
-        False,
-    )
-    assert settings["chat_template"] == "{{ messages }}" and "pad_token" not in settings
-
-
-def test_llama_bpe(tmp_path):
-    imported(tmp_path, many_tokens(), bpe_keys("llama-bpe"))
-    tokenizer = json.loads((tmp_path / "model/tokenizer.json").read_text(encoding="utf-8"))
-    assert tokenizer["model"]["ignore_merges"] is True
-    assert r"\p{N}{1,3}|" in tokenizer["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"]
-    template = tokenizer["post_processor"]
-    assert template["single"][0] == {"SpecialToken": {"id": "<|start|>", "type_id": 0}}
-    assert template["special_tokens"]["<|start|>"]["ids"] == [262]
-
-
-def test_the_library_reads_what_it_writes(tmp_path):
-    """From the file to text: the strict loader and the tokenizer take the folder."""
-    import pop
-
-    imported(tmp_path, many_tokens(), bpe_keys())
-    model = pop.load(tmp_path / "model", device="cpu", compile=False, progress=False)
-    text = "the inn 123 é\n"
-    ids = model.tokenizer.encode(text)
-    assert model.tokenizer.decode(ids) == text and 260 in ids
-    assert model.logits(torch.tensor([ids])).shape == (1, len(ids), 300)
-
-
-def sentencepiece_keys():
-    tokens = ["<pad>", "<eos>", "<bos>", "<unk>", *[f"<0x{b:02X}>" for b in range(256)]]
-    pieces = ["\n\n", "<turn>", "▁", "a", "b", "c", "ab", "▁a", "bc"]
-    types = [3, 3, 3, 2, *[6] * 256, 4, 3, *[1] * 7]
-    scores = [0.0] * 262 + [-10.0, -11.0, -12.0, -30.0, -1.0, -2.5, -5.0]
-    ids = {"bos": 2, "eos": 1, "unknown": 3}
-    return {
-        "tokenizer.ggml.model": "llama",
-        "tokenizer.ggml.tokens": tokens + pieces,
-        "tokenizer.ggml.token_type": types,
-        "tokenizer.ggml.scores": scores,
-        "tokenizer.ggml.add_space_prefix": False,
-    } | {f"tokenizer.ggml.{name}_token_id": i for name, i in ids.items()}
-
-
-def wire_fields(data):
-    """(number, value) of each field of a protobuf message."""
-
-    def varint():
-        nonlocal at
-        value, shift = 0, 0
-        while True:
-            byte, at = data[at], at + 1
-            value, shift = value | (byte & 127) << shift, shift + 7
-            if byte < 128:
-                return value
-
-    at = 0
-    while at < len(data):
-        tag = varint()
-        value = varint()  # of this file's messages: numbers (wire type 0) or bytes (2)
-        if tag & 7 == 2:
-            value, at = data[at : at + value], at + value
-        yield tag >> 3, value
-
-
-@pytest.mark.parametrize("dummy_prefix", [False, True])
-def test_sentencepiece(tmp_path, dummy_prefix):
-    keys = sentencepiece_keys() | {"tokenizer.ggml.add_space_prefix": dummy_prefix}
-    gemma3 = {key: value for key, value in keys.items() if key.startswith("tokenizer")}
-    imported(tmp_path, many_tokens("gemma3"), gemma3, "gemma3")
-    processor = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "model/tokenizer.model"))
-    tokens, types = keys["tokenizer.ggml.tokens"], keys["tokenizer.ggml.token_type"]
-    ids = range(len(tokens))
-    assert [processor.id_to_piece(i) for i in ids] == tokens
-    assert [processor.get_score(i) for i in ids] == keys["tokenizer.ggml.scores"]
-    assert [i for i in ids if processor.is_control(i)] == [i for i in ids if types[i] == 3]
-    assert [i for i in ids if processor.is_byte(i)] == [i for i in ids if types[i] == 6]
-    assert (processor.eos_id(), processor.bos_id(), processor.unk_id()) == (1, 2, 3)
-    # BPE takes the best-scored merge first, "ab" (-1), where a unigram model would take "a" and "bc", the
-    # best sum. What is no piece falls back to bytes.
-    prefix = ["▁"] if dummy_prefix else []
-    assert processor.encode("abc  a\n\nx", out_type=str) == [*prefix, "ab", "c", "▁", "▁a", "\n\n", "<0x78>"]
-    # What others read, but sentencepiece itself does not: type, size, byte fallback, ids (no padding), names.
-    trainer = dict(wire_fields(dict(wire_fields((tmp_path / "model/tokenizer.model").read_bytes()))[2]))
-    ids = {40: 3, 41: 2, 42: 1, 43: 2**64 - 1, 45: b"<unk>", 46: b"<bos>", 47: b"<eos>"}
-    assert trainer == {3: 2, 4: len(tokens), 35: 1} | ids
-    settings = json.loads((tmp_path / "model/tokenizer_config.json").read_text())
-    assert (settings["bos_token"], settings["add_bos_token"]) == ("<bos>", True)
-
-
-def test_runs_of_blanks_are_pieces_again(tmp_path):
-    """llama.cpp's converter writes a user-defined piece with blanks, where sentencepiece has a mark for each."""
-    keys = {key: value for key, value in sentencepiece_keys().items() if key.startswith("tokenizer")}
-    keys["tokenizer.ggml.tokens"] = [*keys["tokenizer.ggml.tokens"], "   ", "x y"]
-    keys["tokenizer.ggml.token_type"] = [*keys["tokenizer.ggml.token_type"], 4, 1]
-    keys["tokenizer.ggml.scores"] = [*keys["tokenizer.ggml.scores"], 0.0, 0.0]
-    imported(tmp_path, many_tokens("gemma3"), keys, "gemma3")
-    processor = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "model/tokenizer.model"))
-    assert processor.encode("a   b", out_type=str) == ["a", "▁▁▁", "b"]
-    assert processor.id_to_piece(processor.get_piece_size() - 1) == "x y"  # a normal piece is left as it is
-
-
 # ---- files that are refused
 
 
@@ -574,7 +404,7 @@ def test_absurd_sizes(tmp_path, sound_file, size):
     assert not import_bytes(bytes(last), tmp_path)
 
 
-# ---- into place whole
+# ---- whole or not at all
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), MemoryError(), OSError(28, "No space left on device")])
@@ -601,81 +431,3 @@ def test_full_disk(tmp_path):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert [path.name for path in tmp_path.iterdir()] == ["m.gguf"]
-
-
-def test_leftovers_of_a_killed_process(tmp_path):
-    file = write_gguf(tmp_path / "m.gguf", make_tensors(), LLAMA_KEYS)
-    left = tmp_path / ".model.partial"
-    (left / "download").mkdir(parents=True)
-    for name in (".lock", "tokenizer.json", "download/half.whl"):
-        (left / name).write_text("half")
-    import_gguf(file, tmp_path / "model", progress=False)
-    names = {"config.json", "generation_config.json", "model.safetensors"}
-    assert {path.name for path in (tmp_path / "model").iterdir()} == names and not left.exists()
-
-
-def test_folders_that_cannot_be_replaced(tmp_path, monkeypatch):
-    """The current one, since that would leave the shell in a deleted folder; the root, since it has no name."""
-    file = write_gguf(tmp_path / "m.gguf", make_tensors(), LLAMA_KEYS)
-    (tmp_path / "here").mkdir()
-    monkeypatch.chdir(tmp_path / "here")
-    for folder in (".", "/"):
-        with pytest.raises(CheckpointError, match="choose another one"):
-            import_gguf(file, folder, progress=False)
-    assert list((tmp_path / "here").iterdir()) == []
-
-
-def test_a_link_to_an_empty_folder(tmp_path):
-    file = write_gguf(tmp_path / "m.gguf", make_tensors(), LLAMA_KEYS)
-    (tmp_path / "target").mkdir()
-    (tmp_path / "link").symlink_to("target")
-    import_gguf(file, tmp_path / "link", progress=False)
-    assert (tmp_path / "link").is_symlink()
-    assert (tmp_path / "target" / "model.safetensors").is_file()
-
-
-def test_existing_folder(tmp_path):
-    file = write_gguf(tmp_path / "m.gguf", make_tensors(), LLAMA_KEYS)
-    used = tmp_path / "model"
-    used.mkdir()
-    import_gguf(file, used, progress=False)  # an empty directory will do
-    before = {path: path.read_bytes() for path in used.iterdir()}
-    for folder in (used, file):
-        with pytest.raises(CheckpointError, match="exists already"):
-            import_gguf(file, folder, progress=False)
-    assert {path: path.read_bytes() for path in used.iterdir()} == before
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["m.gguf", "model"]
-
-
-@pytest.mark.parametrize("first_fails", [False, True])
-def test_two_at_the_same_time(tmp_path, monkeypatch, first_fails):
-    """The second waits for the first. Then it finds the folder in use, or does what the first did not."""
-    file = write_gguf(tmp_path / "m.gguf", make_tensors(), LLAMA_KEYS)
-    waiting, calls, convert = threading.Event(), [], gguf_import._hf_weight
-    monkeypatch.setattr(staging, "print", lambda *args, **kwargs: waiting.set(), raising=False)
-
-    def after_the_other_waits(*args):
-        assert waiting.wait(20)
-        calls.append(args)
-        if first_fails and len(calls) == 1:
-            raise CheckpointError("the first fails")
-        return convert(*args)
-
-    monkeypatch.setattr(gguf_import, "_hf_weight", after_the_other_waits)
-    outcomes = []
-
-    def run():
-        try:
-            outcomes.append(import_gguf(file, tmp_path / "model", progress=False))
-        except CheckpointError as error:
-            outcomes.append(str(error))
-
-    threads = [threading.Thread(target=run) for _ in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    (error,) = set(outcomes) - {tmp_path / "model"}
-    assert len(outcomes) == 2 and ("the first fails" if first_fails else "exists already") in error
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["m.gguf", "model"]
-    assert len(load_file(tmp_path / "model/model.safetensors")) == 2 + 9 * LAYERS

@@ -1,0 +1,123 @@
+"""Tokenizers from GGUF metadata: what the files say, and that sentencepiece and this library read them."""
+
+import json
+
+import pytest
+import sentencepiece
+import torch
+
+import pop
+
+pytest.importorskip("gguf")
+
+from support.gguf_files import BYTES, WORDS, bpe_keys, imported, many_tokens, sentencepiece_keys
+
+
+def test_byte_level_bpe(tmp_path):
+    imported(tmp_path, many_tokens(), bpe_keys())
+    tokenizer = json.loads((tmp_path / "model/tokenizer.json").read_text(encoding="utf-8"))
+    model = tokenizer["model"]
+    # In the vocabulary: BPE's tokens and what stands before them. The added tokens at the end are only added.
+    assert list(model["vocab"]) == ["<|end|>", *BYTES, *WORDS]
+    assert list(model["vocab"].values()) == list(range(261))
+    assert (model["type"], model["merges"], model["ignore_merges"]) == (
+        "BPE",
+        ["Ġ t", "h e", "Ġt he", "i n"],
+        False,
+    )
+    added = [(token["id"], token["content"], token["special"]) for token in tokenizer["added_tokens"]]
+    assert added == [(0, "<|end|>", True), (261, "<extra>", False), (262, "<|start|>", True)]
+    splits = tokenizer["pre_tokenizer"]["pretokenizers"]
+    assert splits[0] == {"type": "Digits", "individual_digits": True}
+    assert (splits[1]["type"], splits[1]["add_prefix_space"], splits[1]["use_regex"]) == (
+        "ByteLevel",
+        False,
+        True,
+    )
+    assert tokenizer["decoder"]["type"] == "ByteLevel" and tokenizer["normalizer"] is None
+    assert tokenizer["post_processor"] is None
+    settings = json.loads((tmp_path / "model/tokenizer_config.json").read_text())
+    assert (settings["bos_token"], settings["eos_token"], settings["add_bos_token"]) == (
+        "<|start|>",
+        "<|end|>",
+        False,
+    )
+    assert settings["chat_template"] == "{{ messages }}" and "pad_token" not in settings
+
+
+def test_llama_bpe(tmp_path):
+    imported(tmp_path, many_tokens(), bpe_keys("llama-bpe"))
+    tokenizer = json.loads((tmp_path / "model/tokenizer.json").read_text(encoding="utf-8"))
+    assert tokenizer["model"]["ignore_merges"] is True
+    assert r"\p{N}{1,3}|" in tokenizer["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"]
+    template = tokenizer["post_processor"]
+    assert template["single"][0] == {"SpecialToken": {"id": "<|start|>", "type_id": 0}}
+    assert template["special_tokens"]["<|start|>"]["ids"] == [262]
+
+
+def test_the_library_reads_what_it_writes(tmp_path):
+    """From the file to text: the strict loader and the tokenizer take the folder."""
+    imported(tmp_path, many_tokens(), bpe_keys())
+    model = pop.load(tmp_path / "model", device="cpu", compile=False, progress=False)
+    text = "the inn 123 é\n"
+    ids = model.tokenizer.encode(text)
+    assert model.tokenizer.decode(ids) == text and 260 in ids
+    assert model.logits(torch.tensor([ids])).shape == (1, len(ids), 300)
+
+
+def wire_fields(data):
+    """(number, value) of each field of a protobuf message."""
+
+    def varint():
+        nonlocal at
+        value, shift = 0, 0
+        while True:
+            byte, at = data[at], at + 1
+            value, shift = value | (byte & 127) << shift, shift + 7
+            if byte < 128:
+                return value
+
+    at = 0
+    while at < len(data):
+        tag = varint()
+        value = varint()  # of this file's messages: numbers (wire type 0) or bytes (2)
+        if tag & 7 == 2:
+            value, at = data[at : at + value], at + value
+        yield tag >> 3, value
+
+
+@pytest.mark.parametrize("dummy_prefix", [False, True])
+def test_sentencepiece(tmp_path, dummy_prefix):
+    keys = sentencepiece_keys() | {"tokenizer.ggml.add_space_prefix": dummy_prefix}
+    gemma3 = {key: value for key, value in keys.items() if key.startswith("tokenizer")}
+    imported(tmp_path, many_tokens("gemma3"), gemma3, "gemma3")
+    processor = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "model/tokenizer.model"))
+    tokens, types = keys["tokenizer.ggml.tokens"], keys["tokenizer.ggml.token_type"]
+    ids = range(len(tokens))
+    assert [processor.id_to_piece(i) for i in ids] == tokens
+    assert [processor.get_score(i) for i in ids] == keys["tokenizer.ggml.scores"]
+    assert [i for i in ids if processor.is_control(i)] == [i for i in ids if types[i] == 3]
+    assert [i for i in ids if processor.is_byte(i)] == [i for i in ids if types[i] == 6]
+    assert (processor.eos_id(), processor.bos_id(), processor.unk_id()) == (1, 2, 3)
+    # BPE takes the best-scored merge first, "ab" (-1), where a unigram model would take "a" and "bc", the
+    # best sum. What is no piece falls back to bytes.
+    prefix = ["▁"] if dummy_prefix else []
+    assert processor.encode("abc  a\n\nx", out_type=str) == [*prefix, "ab", "c", "▁", "▁a", "\n\n", "<0x78>"]
+    # What others read, but sentencepiece itself does not: type, size, byte fallback, ids (no padding), names.
+    trainer = dict(wire_fields(dict(wire_fields((tmp_path / "model/tokenizer.model").read_bytes()))[2]))
+    ids = {40: 3, 41: 2, 42: 1, 43: 2**64 - 1, 45: b"<unk>", 46: b"<bos>", 47: b"<eos>"}
+    assert trainer == {3: 2, 4: len(tokens), 35: 1} | ids
+    settings = json.loads((tmp_path / "model/tokenizer_config.json").read_text())
+    assert (settings["bos_token"], settings["add_bos_token"]) == ("<bos>", True)
+
+
+def test_runs_of_blanks_are_pieces_again(tmp_path):
+    """llama.cpp's converter writes a user-defined piece with blanks, where sentencepiece has a mark for each."""
+    keys = {key: value for key, value in sentencepiece_keys().items() if key.startswith("tokenizer")}
+    keys["tokenizer.ggml.tokens"] = [*keys["tokenizer.ggml.tokens"], "   ", "x y"]
+    keys["tokenizer.ggml.token_type"] = [*keys["tokenizer.ggml.token_type"], 4, 1]
+    keys["tokenizer.ggml.scores"] = [*keys["tokenizer.ggml.scores"], 0.0, 0.0]
+    imported(tmp_path, many_tokens("gemma3"), keys, "gemma3")
+    processor = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "model/tokenizer.model"))
+    assert processor.encode("a   b", out_type=str) == ["a", "▁▁▁", "b"]
+    assert processor.id_to_piece(processor.get_piece_size() - 1) == "x y"  # a normal piece is left as it is

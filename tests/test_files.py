@@ -1,0 +1,144 @@
+"""Files and folders appear whole or not at all, also when two writers meet. See also test_failures.py."""
+
+import os
+import threading
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from pop import files
+from pop.errors import CheckpointError, PlanError
+from pop.files import read_json, read_tensors, replaced, staged
+
+
+def write(folder, text="whole"):
+    with staged(folder) as partial:
+        (partial / "file").write_text(text)
+    return folder
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, MemoryError, OSError, CheckpointError])
+def test_a_block_that_fails_leaves_nothing(tmp_path, error):
+    expected = CheckpointError if error is OSError else error
+    with pytest.raises(expected), staged(tmp_path / "model") as partial:
+        (partial / "file").write_text("half")
+        raise error("no")
+    assert names(tmp_path) == []
+    assert (write(tmp_path / "model") / "file").read_text() == "whole"
+    assert names(tmp_path) == ["model"] and names(tmp_path / "model") == ["file"]
+
+
+def test_unfinished_files_are_kept_on_request(tmp_path):
+    with pytest.raises(CheckpointError, match="partial"), staged(tmp_path / "model", keep=True) as partial:
+        (partial / "half").write_text("half")
+        raise OSError("no")
+    assert names(tmp_path) == [".model.partial"]
+    with staged(tmp_path / "model", keep=True) as partial:
+        assert (partial / "half").read_text() == "half"
+    assert names(tmp_path) == ["model"] and names(tmp_path / "model") == ["half"]
+
+
+def test_leftovers_of_a_killed_process(tmp_path):
+    left = tmp_path / ".model.partial"
+    (left / "download").mkdir(parents=True)
+    for name in (".lock", "tokenizer.json", "download/half.whl"):
+        (left / name).write_text("half")
+    (left / "link").symlink_to(tmp_path)
+    assert names(write(tmp_path / "model")) == ["file"]
+    assert names(tmp_path) == ["model"]
+
+
+def test_folders_that_cannot_be_replaced(tmp_path, monkeypatch):
+    """The current folder, since the shell would stay in a deleted one; the root, since it has no name."""
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    for folder in (".", "/"):
+        with pytest.raises(CheckpointError, match="choose another one"):
+            write(folder)
+    assert names(tmp_path / "here") == [] and names(tmp_path) == ["here"]
+
+
+def test_a_link_to_an_empty_folder(tmp_path):
+    (tmp_path / "target").mkdir()
+    (tmp_path / "link").symlink_to("target")
+    write(tmp_path / "link")
+    assert (tmp_path / "link").is_symlink()
+    assert names(tmp_path / "target") == ["file"]
+
+
+def test_a_folder_in_use_is_left_unchanged(tmp_path):
+    (tmp_path / "model").mkdir()
+    write(tmp_path / "model")  # an empty directory can be replaced
+    (tmp_path / "a file").touch()
+    for folder in (tmp_path / "model", tmp_path / "a file"):
+        with pytest.raises(CheckpointError, match="exists already"):
+            write(folder, "other")
+    assert (tmp_path / "model" / "file").read_text() == "whole"
+    assert names(tmp_path) == ["a file", "model"]
+
+
+@pytest.mark.parametrize("first_fails", [False, True])
+def test_a_second_writer_waits(tmp_path, monkeypatch, first_fails):
+    """It finds the folder in use, or writes what the first has not written."""
+    waiting, calls, outcomes = threading.Event(), [], []
+    monkeypatch.setattr(files, "print", lambda *args, **kwargs: waiting.set(), raising=False)
+
+    def run():
+        try:
+            with staged(tmp_path / "model") as partial:
+                assert waiting.wait(20)
+                calls.append(names(partial))
+                (partial / "file").touch()
+                if first_fails and len(calls) == 1:
+                    raise CheckpointError("the first fails")
+            outcomes.append("written")
+        except CheckpointError as error:
+            outcomes.append(str(error))
+
+    threads = [threading.Thread(target=run) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    (error,) = set(outcomes) - {"written"}
+    assert len(outcomes) == 2 and ("the first fails" if first_fails else "exists already") in error
+    assert calls == [[".lock"]] * (2 if first_fails else 1)
+    assert names(tmp_path) == ["model"] and names(tmp_path / "model") == ["file"]
+
+
+def test_replaced_follows_a_link_and_keeps_the_old_file_on_failure(tmp_path):
+    (tmp_path / "target").write_text("old")
+    (tmp_path / "link").symlink_to("target")
+    with pytest.raises(ValueError), replaced(tmp_path / "link") as draft:
+        draft.write_text("half")
+        raise ValueError
+    assert (tmp_path / "target").read_text() == "old"
+    with replaced(tmp_path / "link") as draft:
+        draft.write_text("new")
+    assert os.path.islink(tmp_path / "link") and (tmp_path / "target").read_text() == "new"
+    assert names(tmp_path) == ["link", "target"]
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"a": NaN}', "[" * 100_000, "\udcff"])
+def test_read_json_raises_the_given_error(tmp_path, text):
+    path = tmp_path / "file.json"
+    path.write_text(text, encoding="utf-8", errors="surrogateescape")
+    with pytest.raises(PlanError, match="file.json"):
+        read_json(path, PlanError)
+    with pytest.raises(PlanError, match="absent.json"):
+        read_json(tmp_path / "absent.json", PlanError)
+
+
+def test_read_tensors(tmp_path):
+    tensors = {"a": torch.arange(3), "b": torch.ones(2, 2, dtype=torch.bfloat16)}
+    save_file(tensors, tmp_path / "with", metadata={"pop_plan": "{}"})
+    save_file(tensors, tmp_path / "without")
+    for name, expected in (("with", {"pop_plan": "{}"}), ("without", {})):
+        found, metadata = read_tensors(tmp_path / name)
+        assert metadata == expected and found.keys() == tensors.keys()
+        assert all(torch.equal(found[key], tensors[key]) for key in tensors)
