@@ -15,7 +15,7 @@ from pop.checkpoints.config_json import read_config
 from pop.checkpoints.weights import load_weights
 from pop.errors import InputError
 from pop.inputs.tokenizers import load_tokenizer
-from pop.model import Model, check_compile, check_dtype, check_max_seq_len, plan_of
+from pop.model import Model, check_options
 from pop.models.config import DTYPES
 
 
@@ -53,7 +53,6 @@ def load(
         UnknownModel, WeightsNotFound, ConfigError, CheckpointError, TokenizerError, PlanError, InputError,
         UnsupportedError, MissingExtra
     """
-    check_compile(compile)
     if parallel not in (None, "auto"):
         raise InputError(f"parallel is {parallel!r}; it must be 'auto' or None")
     rank, ranks, device = (0, 1, device) if parallel is None else join(device)
@@ -66,9 +65,7 @@ def load(
     folder = registry.find_weights(str(name_or_path)) if is_name else Path(name_or_path)
     config = read_config(folder)
     dtype = dtype or config.dtype
-    check_dtype(dtype, config)
-    plan = plan_of(prune, config.num_layers)
-    max_seq_len = check_max_seq_len(max_seq_len, config)
+    plan, max_seq_len = check_options(config, dtype, prune, max_seq_len, compile)
     tokenizer = _tokenizer(folder)
     part = Part(config, rank, ranks) if ranks > 1 else None
     with torch.device("meta"):

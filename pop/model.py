@@ -35,8 +35,7 @@ from pop.pruning.plan import PrunePlan
 class Model:
     """A language model with prefill-only pruning.
 
-    Calls change nothing in a model, and the package keeps no global state. So any number of threads may call one model,
-    each with its own cache or conversation.
+    Calls change nothing in a model, so threads may share it, each with its own cache or conversation.
 
     Args:
         module: the torch module (pop/models). Its weights decide `device` and `dtype`.
@@ -65,19 +64,16 @@ class Model:
         progress: bool = False,
         part=None,
     ):
-        check_compile(compile)
         self.module, self.config, self.tokenizer, self.part = module, config, tokenizer, part
         self.vision = processor_of(config)
-        check_dtype(self.dtype, config)
-        self.plan = plan_of(plan, config.num_layers)
+        self.plan, self.max_seq_len = check_options(config, self.dtype, plan, max_seq_len, compile)
         self.resolve(self.plan)  # raises if it does not fit the weights
-        self.max_seq_len = check_max_seq_len(max_seq_len, config)
         self.chunk_size = self._chunk_size(chunk_size)
         size = sum(weight.numel() for weight in module.parameters()) if part is None else part.num_parameters
         compiles = compile is True or (compile == "auto" and size >= SMALLEST)
         accelerate(module)
-        required = compile is True
-        self._compiled = Compiled(module, STAGES, required=required, progress=progress) if compiles else None
+        options = {"required": compile is True, "progress": progress}
+        self._compiled = Compiled(module, STAGES, **options) if compiles else None
         keep_freed_memory()
 
     @property
@@ -112,23 +108,12 @@ class Model:
         """
         max_seq_len = self.max_seq_len if max_seq_len is None else check_count("max_seq_len", max_seq_len)
         if max_seq_len > self.max_seq_len:
-            raise ContextOverflow(
-                f"a cache of {max_seq_len} tokens a row is longer than the model's limit of {self.max_seq_len}"
-            )
+            raise ContextOverflow(f"max_seq_len is {max_seq_len}, but the model's limit is {self.max_seq_len} tokens")
         options = {"dtype": self.dtype, "device": self.device, "chunk_size": self.chunk_size}
         return KVCache(self.module.config, batch_size, max_seq_len, **options)
 
     def prefill(
-        self,
-        tokens,
-        cache: KVCache,
-        *,
-        lengths=None,
-        images=None,
-        videos=None,
-        plan=None,
-        chunk_size=None,
-        boundary=True,
+        self, tokens, cache, *, lengths=None, images=None, videos=None, plan=None, chunk_size=None, boundary=True
     ) -> torch.Tensor:
         """Append prompts to what the cache holds. Returns logits [B, V] float32 of each row's boundary token.
 
@@ -173,14 +158,12 @@ class Model:
         return self.module(tokens, images)
 
     def warmup(self, batch_size: int = 1, plans: Sequence[PrunePlan] = ()) -> None:
-        """Compile what prefill and decode need, so that nothing compiles later. Does nothing if the model runs eagerly.
-
-        torch compiles again if its number of threads changes (torch.set_num_threads), and in torch.inference_mode.
+        """Compile what prefill and decode need, unless the model runs eagerly. After that nothing compiles again while
+        torch.set_num_threads and torch.inference_mode stay the same.
 
         Args:
             batch_size: 1 for one prompt at a time; any larger number covers one prompt and every batch size.
-            plans: calibrated plans that will be used besides the model's, one for each number of taps. Which layers a
-                plan prunes makes no difference.
+            plans: calibrated plans that will be used besides the model's, one for each number of taps.
         """
         for rows in (1, 2)[: check_count("batch_size", batch_size)]:
             for plan in (self.plan, *plans):
@@ -209,9 +192,8 @@ class Model:
         Args:
             prompt: text or token ids, or a list of either. Text has the family's mark (model.vision.marks) where an
                 image or a video is; token ids have all of its placeholders.
-            images: a list for one prompt, a list of lists for a batch. An image is a path, a PIL image, or a uint8
-                array [H, W, 3].
-            videos: likewise. A video is a path, a uint8 array [T, H, W, 3], a list of images, or a pop.Video.
+            images, videos: a list for one prompt, a list of lists for a batch. An image is a path, a PIL image, or a
+                uint8 array [H, W, 3]; a video is a path, a uint8 array [T, H, W, 3], a list of images, or a pop.Video.
             max_new_tokens, temperature, top_k, top_p, seed, stop: see pop/generation/sampling.py. Temperature 0 is
                 greedy. With a seed, equal prompts of a batch get equal answers.
             plan: the PrunePlan of this call; None takes the model's.
@@ -222,19 +204,17 @@ class Model:
         """
         began = time.perf_counter()
         several = is_batch(prompt)
-        sampling = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p}
-        sampling |= {"seed": seed, "stop": stop}
-        batch = self._batch(prompt if several else [prompt], images, videos, plan, sampling)
-        generations = batch.generations(began)
+        params = SamplingParams(max_new_tokens, temperature, top_k, top_p, seed, stop)
+        generations = self._batch(prompt if several else [prompt], images, videos, params, plan).generations(began)
         return generations if several else generations[0]
 
     def stream(self, prompt, *, images=None, videos=None, plan: PrunePlan | None = None, **sampling) -> Iterator[str]:
         """Like `generate` for one prompt, but yields the answer in pieces of whole characters, as they come."""
         check_single(self, prompt)
-        return (piece for (piece,) in self._batch([prompt], images, videos, plan, sampling).steps() if piece)
+        batch = self._batch([prompt], images, videos, SamplingParams(**sampling), plan)
+        return (piece for (piece,) in batch.steps() if piece)
 
-    def _batch(self, prompts, images, videos, plan, sampling: dict) -> Batch:
-        params = SamplingParams(**sampling)
+    def _batch(self, prompts, images, videos, params: SamplingParams, plan) -> Batch:
         media = self.vision.prepare_batch(images, videos, len(prompts))
         prompts = [self.encode(prompt, seen=row) for prompt, row in zip(prompts, media, strict=True)]
         return Batch(self, prompts, media, params, plan=plan)
@@ -243,9 +223,8 @@ class Model:
         """Answer a conversation in the family's chat format. No text of a message can become a control token.
 
         Args:
-            messages: [{"role": "system" | "user" | "assistant", "content": text}, ...]. If the model takes images or
-                videos, a user's content may be a list of {"type": "text", "text": ...}, {"type": "image", "image": ...}
-                and {"type": "video", "video": ...}.
+            messages: [{"role": "system" | "user" | "assistant", "content": text}, ...]. A user's content may also be a
+                list of {"type": "text", "text": ...}, {"type": "image", "image": ...}, {"type": "video", "video": ...}.
             options: those of `generate`, except images and videos.
         """
         if options.keys() & {"images", "videos"}:
@@ -290,10 +269,8 @@ class Model:
             plan: the PrunePlan of the context; None takes the model's.
         """
         (media,) = self.vision.prepare_batch(images, videos, 1)
-        prompt = self.encode(context, "context", seen=media)
-        answer = self.encode(continuation, "continuation", bos=False)
-        self.check_fits(len(prompt) + len(answer) - 1, "context plus continuation")
-        return log_likelihood(self, prompt, media, answer, plan)
+        context = self.encode(context, "context", seen=media)
+        return log_likelihood(self, context, media, self.encode(continuation, "continuation", bos=False), plan)
 
     # Checks
 
@@ -302,7 +279,7 @@ class Model:
 
         Raises PlanError if the plan does not fit the model.
         """
-        plan = plan_of(self.plan if plan is None else plan, self.config.num_layers)
+        plan = PrunePlan.of(self.plan if plan is None else plan, self.config.num_layers)
         refit = plan.projections
         if refit is None or not plan.layers:
             return plan
@@ -405,36 +382,17 @@ class Model:
         return self.__dict__ | {"_compiled": None}  # a copy runs eagerly
 
 
-def check_compile(compile) -> None:
+def check_options(config, dtype: torch.dtype, prune, max_seq_len, compile) -> tuple[PrunePlan, int]:
+    """Raise a PopError for options that a model of `config` cannot take. Returns its plan and max_seq_len."""
     if not isinstance(compile, bool) and compile != "auto":
         raise InputError(f"compile is {compile!r}; it must be 'auto', True or False")
-
-
-def check_dtype(dtype: torch.dtype, config) -> None:
     if dtype == torch.float16 and config.overflows_float16:
         raise InputError(
             f"dtype is {dtype}, in which the activations of the {config.family} family overflow; "
             "take torch.bfloat16 or torch.float32"
         )
-
-
-def check_max_seq_len(max_seq_len, config) -> int:
-    """max_seq_len as an int; None is the model's full context."""
-    if max_seq_len is None:
-        return config.max_positions
-    if check_count("max_seq_len", max_seq_len) > config.max_positions:
-        raise ContextOverflow(f"max_seq_len is {max_seq_len}, but the model's context is {config.max_positions} tokens")
-    return int(max_seq_len)
-
-
-def plan_of(prune, num_layers: int) -> PrunePlan:
-    """What `load` takes as `prune`, as a plan for `num_layers` layers."""
-    if prune is None:
-        return PrunePlan.none()
-    if isinstance(prune, str) and prune == "default":
-        return PrunePlan.deepest(num_layers, 1 / 3)
-    if isinstance(prune, PrunePlan):
-        return prune.check(num_layers)
-    if isinstance(prune, (int, float)):
-        return PrunePlan.deepest(num_layers, prune)
-    raise PlanError(f"the plan is {prune!r}; it must be 'default', None, a fraction of the layers, or a PrunePlan")
+    plan, limit = PrunePlan.of(prune, config.num_layers), config.max_positions
+    max_seq_len = limit if max_seq_len is None else check_count("max_seq_len", max_seq_len)
+    if max_seq_len > limit:
+        raise ContextOverflow(f"max_seq_len is {max_seq_len}, but the model's context is {limit} tokens")
+    return plan, max_seq_len

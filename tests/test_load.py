@@ -115,13 +115,12 @@ def test_gemma_does_not_run_in_float16(tmp_path):
     config = tiny_gemma3_config()
     write_gemma_checkpoint(tmp_path / "single", config)
     half = write_gemma_checkpoint(tmp_path / "half", dataclasses.replace(config, dtype=torch.float16))
-    message = "the gemma3 family overflow float16; load it with dtype=torch.bfloat16 or dtype=torch.float32"
     for call in (
         lambda: pop.load(tmp_path / "single", dtype=torch.float16),
         lambda: pop.load(half),
         lambda: pop.Model(random_model(config).half(), config),
     ):
-        with pytest.raises(pop.InputError, match=message):
+        with pytest.raises(pop.InputError, match="float16.* gemma3 "):
             call()
     for dtype in (torch.float32, torch.bfloat16):
         assert pop.load(half, dtype=dtype).logits([[1, 2, 3]]).isfinite().all()

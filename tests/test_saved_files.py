@@ -74,7 +74,10 @@ def test_a_conversation_loads_and_continues(name, model, calibrated, tmp_path):
 
 @pytest.mark.parametrize("number", range(len(saved.SETTINGS)))
 def test_a_seed_samples_the_same_tokens(number):
-    assert saved.picks(lambda B, **settings: Sampler(B, SamplingParams(**settings)), saved.SETTINGS[number]) == FACTS["picks"][number]
+    assert (
+        saved.picks(lambda B, **settings: Sampler(B, SamplingParams(**settings)), saved.SETTINGS[number])
+        == FACTS["picks"][number]
+    )
 
 
 def assert_saved_again(value, name, tmp_path):

@@ -23,7 +23,9 @@ def log_likelihood(
         media: the images and videos of the context.
         plan: the PrunePlan of the context; None takes the model's.
     """
-    cache = model.new_cache(1, len(context) + len(continuation) - 1)
+    length = len(context) + len(continuation) - 1
+    model.check_fits(length, "context plus continuation")
+    cache = model.new_cache(1, length)
     logits = model.prefill([context], cache, images=[media], plan=plan)  # [1, V]
     targets = torch.tensor(continuation, device=model.device)
     total = _log_prob(logits, targets[:1])

@@ -92,6 +92,19 @@ class PrunePlan:
         count = math.floor(num_layers * fraction + 1e-9)
         return cls(layers=tuple(range(num_layers - count, num_layers)))
 
+    @classmethod
+    def of(cls, prune, num_layers: int) -> PrunePlan:
+        """The plan that `pop.load` takes as `prune`: "default", None, a fraction of the layers, or a plan that fits."""
+        if prune is None:
+            return cls.none()
+        if isinstance(prune, PrunePlan):
+            return prune.check(num_layers)
+        if isinstance(prune, str) and prune == "default":
+            return cls.deepest(num_layers, 1 / 3)
+        if isinstance(prune, (int, float)):
+            return cls.deepest(num_layers, prune)
+        raise PlanError(f"the plan is {prune!r}; it must be 'default', None, a fraction of the layers, or a PrunePlan")
+
     def check(self, num_layers: int) -> PrunePlan:
         """Return the plan itself if it fits a model of `num_layers` layers, and raise PlanError otherwise."""
         if self.layers and self.layers[-1] >= num_layers:
