@@ -104,14 +104,14 @@ def write_json(path: Path, value: Any) -> None:
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def read_json(path: Path, error: type[PopError] = ConfigError) -> dict[str, Any]:
+def read_json(path: str | os.PathLike, error: type[PopError] = ConfigError) -> dict[str, Any]:
     """Return the JSON object in a file; raise `error` for anything else, including the non-standard NaN and Infinity."""
 
     def refuse(constant: str):
         raise ValueError(f"{constant} is not a JSON number")
 
     try:
-        value = json.loads(path.read_text(encoding="utf-8"), parse_constant=refuse)
+        value = json.loads(Path(path).read_text(encoding="utf-8"), parse_constant=refuse)
     except (OSError, ValueError, RecursionError) as problem:
         raise error(f"{path} is not readable JSON ({problem}); fetch it again") from None
     if not isinstance(value, dict):
