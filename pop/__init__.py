@@ -34,8 +34,8 @@ from pop.generation.answers import Generation
 from pop.generation.conversation import Conversation
 from pop.generation.prefix import Prefix
 from pop.inputs.gemma3 import PanAndScan
-from pop.inputs.qwen3_vl import Video
 from pop.inputs.tokenizers import load_tokenizer
+from pop.inputs.video_files import Video
 from pop.loading import load
 from pop.model import Model
 from pop.pruning import cost, reference

@@ -1,1 +1,4 @@
-"""What goes into a model: tokenizers, chat formats, images, videos. May import: pop.models."""
+"""The inputs of a model: texts, conversations, images and videos become token ids and tensors.
+
+It may import pop.models, pop.errors, pop.files and pop.progress.
+"""

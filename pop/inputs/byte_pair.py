@@ -1,8 +1,8 @@
 """Byte-level BPE tokenizers (Llama-3, Qwen, SmolLM2, GPT-2), with the ids of the originals for every text.
 
 A pattern splits the text into pre-tokens. Within each of them, byte-pair encoding merges neighbouring tokens. tiktoken
-does both. This file translates Meta's tokenizer.model and tokenizer.json for it.
-A tokenizer.json may ask for a feature that this file does not reproduce exactly. The error then names the feature.
+runs both steps. This file translates tokenizer.json and Meta's tokenizer.model for it. It refuses any feature of a
+tokenizer.json that it does not reproduce exactly, and names the feature.
 """
 
 import base64
@@ -23,8 +23,8 @@ _LLAMA3_PATTERN = (
 _QWEN_PATTERN = _LLAMA3_PATTERN.replace(r"\p{N}{1,3}", r"\p{N}")
 _GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 
-# SmolLM2's files put a `Digits` step first. It makes each digit one pre-token (\p{N} and the digits of Unicode 17),
-# then GPT-2's pattern splits the text between digits. To it, a digit is the end: whitespace before one stays whole.
+# SmolLM2 makes each digit one pre-token (\p{N} and the digits of Unicode 17). Then it splits the text between digits
+# by GPT-2's pattern, as if each stretch were a whole text. So whitespace before a digit is not split.
 _DIGIT = r"\p{N}\x{11DE0}-\x{11DE9}\x{16FF4}-\x{16FF6}"
 _DIGITS_GPT2_PATTERN = (
     rf"[{_DIGIT}]|'s|'t|'re|'ve|'m|'ll|'d| ?\p{{L}}+| ?[^\s\p{{L}}{_DIGIT}]+"
@@ -37,7 +37,7 @@ _MAX_WHITESPACE = 900_000  # characters in a row: at a million, tiktoken's regul
 _MAY_LACK = {*range(9), *range(14, 32), 127, 0xC0, 0xC1, 0xF1, 0xF2, 0xF3, *range(0xF5, 0x100)}
 _WHITESPACE = "\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"  # \s of the patterns above
 
-# The original tokenizers normalise by Unicode 9. These characters are newer and would compose or change places.
+# The original tokenizers normalise by Unicode 9. By it, these newer characters neither compose nor change places.
 _NEWER = """
     5C8-5C9 7FD 897-89F 8CA-8D3 9FE C3C D3B-D3C EBA 1715 1ABF-1AF0 1DF6-1DFA A82C 105C9 105D2 105DA 105E4
     10D24-10D27 10D69-10D6D 10EAB-10EAC 10ECB-10ECF 10EF0-10EFB 10EFD-10EFF 10F46-10F50 10F82-10F85 11070
@@ -66,7 +66,7 @@ class BytePairTokenizer(Tokenizer):
 
     Args:
         ranks: the bytes of a token -> its rank 0, 1, ... Two neighbours merge into any such token, lowest rank first.
-        ids: the id of each rank, or None for a byte that the vocabulary lacks. Texts lose such bytes.
+        ids: the id of each rank. None stands for a byte that the vocabulary lacks, and that texts lose.
         bytes_of: id -> bytes of every ordinary token, including those that merging never reaches.
         pattern: the regular expression of pre-tokens.
         special_tokens, added, bos_id: as in Tokenizer.
@@ -142,8 +142,8 @@ def from_tiktoken_file(data: bytes) -> BytePairTokenizer:
     names += ["eom_id", "eot_id", "python_tag", *(f"reserved_special_token_{n}" for n in range(3, 248))]
     special = {f"<|{name}|>": len(ranks) + n for n, name in enumerate(names)}
     bytes_of = {rank: token for token, rank in ranks.items()}
-    settings = {"special_tokens": special, "added": {}, "bos_id": len(ranks)}
-    return BytePairTokenizer(ranks, range(len(ranks)), bytes_of, _LLAMA3_PATTERN, **settings)
+    ids = range(len(ranks))
+    return BytePairTokenizer(ranks, ids, bytes_of, _LLAMA3_PATTERN, special_tokens=special, added={}, bos_id=len(ranks))
 
 
 def from_tokenizer_json(spec: dict[str, Any]) -> BytePairTokenizer:
@@ -187,9 +187,8 @@ def from_tokenizer_json(spec: dict[str, Any]) -> BytePairTokenizer:
     if whole:
         _add_whole_pre_tokens(ranks, ids, bytes_of, pattern)
     bytes_of |= {id: name.encode() for name, id in added.items()}
-    settings = {"special_tokens": special, "added": added, "nfc": spec["normalizer"] is not None}
-    settings["bos_id"] = _bos_id(spec["post_processor"], special)
-    return BytePairTokenizer(ranks, ids, bytes_of, pattern, **settings)
+    nfc, bos_id = spec["normalizer"] is not None, _bos_id(spec["post_processor"], special)
+    return BytePairTokenizer(ranks, ids, bytes_of, pattern, special_tokens=special, added=added, bos_id=bos_id, nfc=nfc)
 
 
 def _check_known(part: dict[str, Any], known: str) -> None:
@@ -214,10 +213,9 @@ def _reachable(merges: list[tuple[str, str]], vocab: dict[str, int]) -> list[str
     """Return the tokens whose own text merges into them, in the order of their last merges.
 
     tiktoken merges any two neighbours whose concatenation has a rank. The original merges listed pairs only. Both give
-    the same tokens if exactly these tokens have ranks, in this order. To see why, take a stretch of text between two
-    boundaries that no merge crosses. Its merges do not depend on the text around it. So if a token's text is down to
-    two parts, they are the pair of the token's last merge, and the place of this pair in the list is the token's rank.
-    A token without a rank never results from a merge.
+    the same tokens if exactly these tokens have ranks, in this order. The reason: between two boundaries that no merge
+    crosses, merging does not depend on the text outside. So when a token's text is down to two parts, they are always
+    the pair of its last merge, and this pair's place in the list is the token's rank. No other token is ever made.
     """
     places = {pair: n for n, pair in enumerate(merges)}
     never = len(merges)
@@ -244,10 +242,10 @@ def _reachable(merges: list[tuple[str, str]], vocab: dict[str, int]) -> list[str
 
 
 def _add_whole_pre_tokens(ranks: dict[bytes, int], ids: list[int], bytes_of: dict[int, bytes], pattern: str):
-    """Give ranks to the other tokens, for ignore_merges: a pre-token in the vocabulary is always that one token.
+    """Give every token a rank. With ignore_merges, a pre-token that is in the vocabulary always becomes that token.
 
-    tiktoken looks up whole pre-tokens, too, so a rank is enough. It changes no other text unless merging reduces such a
-    token's text to two tokens, which tiktoken would then merge.
+    tiktoken also looks up whole pre-tokens, so a rank is enough. A new rank could change other texts only if merging
+    reduced the token's text to two tokens: tiktoken would merge these two.
     """
     bpe = _tiktoken(ranks, pattern)
     for id, text in bytes_of.items():
@@ -264,15 +262,16 @@ def _pattern(pre_tokenizer: dict[str, Any]) -> str:
     steps = [{key: value for key, value in step.items() if key != "trim_offsets"} for step in steps]
     to_bytes = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}
     gpt2 = to_bytes | {"use_regex": True}
-    if steps[-1:] == [{"type": "ByteLevel", "add_prefix_space": False}]:  # as in older files
+    if steps[-1:] == [{"type": "ByteLevel", "add_prefix_space": False}]:  # in older files
         steps[-1] = gpt2
-    if steps == [gpt2]:
-        return _GPT2_PATTERN
-    if steps == [{"type": "Digits", "individual_digits": True}, gpt2]:
-        return _DIGITS_GPT2_PATTERN
-    for pattern in (_LLAMA3_PATTERN, _QWEN_PATTERN):
-        split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
-        if steps == [split, to_bytes]:
+    split = {"type": "Split", "behavior": "Isolated", "invert": False}
+    for pattern, known in (
+        (_GPT2_PATTERN, [gpt2]),
+        (_DIGITS_GPT2_PATTERN, [{"type": "Digits", "individual_digits": True}, gpt2]),
+        (_LLAMA3_PATTERN, [split | {"pattern": {"Regex": _LLAMA3_PATTERN}}, to_bytes]),
+        (_QWEN_PATTERN, [split | {"pattern": {"Regex": _QWEN_PATTERN}}, to_bytes]),
+    ):
+        if steps == known:
             return pattern
     raise TokenizerError(f"the pre_tokenizer {steps} is not supported, only Llama-3's, Qwen's, SmolLM2's and GPT-2's.")
 

@@ -58,10 +58,6 @@ class ChatFormat:
                 user's list may have {"type": "image", "image": ...}. The same holds for videos.
             add_generation_prompt: open the model's turn at the end.
             media: the texts and ids that replace each image and video, in the order of `media(messages)`.
-
-        Raises:
-            InputError: the messages have another form.
-            UnsupportedError: the model does not take an attachment, or the tokenizer lacks a control token.
         """
         replacements, pieces = iter(media), []
         for piece in self.pieces(self._turns(messages), add_generation_prompt):
@@ -69,7 +65,7 @@ class ChatFormat:
         return self.tokenizer.encode_pieces(pieces, bos=False)
 
     def media(self, messages: list[Message]) -> list[Attachment]:
-        """Return the images and videos of a conversation in order. Raises as `encode`."""
+        """Return the images and videos of a conversation in order."""
         return [part for _, parts in self._turns(messages) for part in parts if isinstance(part, Attachment)]
 
     def encode_next(self, content, media: Sequence[Sequence[Piece]] = ()) -> list[int]:
@@ -239,14 +235,9 @@ FORMATS = (Llama3, ChatML, Gemma)
 
 
 def chat_format(tokenizer: Tokenizer, takes: Sequence[str] = ()) -> ChatFormat:
-    """Choose the chat format by the tokenizer's control tokens.
+    """Choose the chat format by the tokenizer's control tokens. Arguments as for ChatFormat.
 
-    Args:
-        tokenizer: any tokenizer.
-        takes: the kinds of attachments that the model takes: "image", "video".
-
-    Raises:
-        UnsupportedError: the tokenizer lacks the control tokens of all known formats.
+    Raises UnsupportedError if the tokenizer has another format.
     """
     for form in FORMATS:
         if form.mark in tokenizer.special_tokens:

@@ -28,9 +28,9 @@ class PanAndScan:
 
     Args:
         image: see `load_image`.
-        min_crop_size: the fewest pixels that a side of a crop may have. Where two crops are too many, there are none.
+        min_crop_size: the fewest pixels on a side of a crop. An image that is too small for two crops is not cropped.
         max_crops: the most crops.
-        min_ratio: of the longer side to the shorter one. Below it there are no crops.
+        min_ratio: of the longer side to the shorter one. An image below it is not cropped.
     """
 
     image: object
@@ -101,8 +101,7 @@ class GemmaProcessor(Processor):
             num_images = sum(len(one.pixels) for one in media)
             if count != M * num_images:
                 raise InputError(
-                    f"row {row} has {count} tokens {image_id} for images, but its {num_images} images, including "
-                    f"crops, need {M} each"
+                    f"row {row} has {count} tokens {image_id}, but its {num_images} images, with crops, need {M} each"
                 )
         feature_index = is_image.flatten().cumsum(0).view_as(is_image) - 1
         first = is_image & ~F.pad(is_image, (1, -1))  # image tokens after another token

@@ -8,6 +8,7 @@ The families prepare what is read here: gemma3.py and qwen3_vl.py.
 from __future__ import annotations
 
 import contextlib
+import importlib
 import os
 from collections.abc import Iterator
 
@@ -35,14 +36,10 @@ def load_image(image) -> torch.Tensor:
 
     Returns:
         [3, H, W] uint8 on the CPU.
-
-    Raises:
-        InputError: the image is missing, broken or too large, or of another type.
-        MissingExtra: Pillow is not installed, and the image is not an array.
     """
     if isinstance(image, np.ndarray):
         return _from_array(image)
-    pillow = _pillow()
+    pillow = import_extra("PIL.Image", "pillow", "images")
     if isinstance(image, pillow.Image):
         with reading("a PIL image", FORMATS):
             return _from_pillow(image, "a PIL image")
@@ -57,6 +54,15 @@ def load_image(image) -> torch.Tensor:
             raise InputError(f"{name} is too large ({error}); make it smaller first") from None
         with opened:
             return _from_pillow(opened, name)
+
+
+def import_extra(module: str, package: str, extra: str):
+    """Import a module of an optional package. Raises MissingExtra with the command that installs it."""
+    try:
+        return importlib.import_module(module)
+    except ImportError:
+        command = f"pip install 'pop-prefill[{extra}]'"
+        raise MissingExtra(f"this input needs the package {package}; run `{command}`") from None
 
 
 def check_file(path: str | os.PathLike, name: str, max_bytes: int) -> None:
@@ -105,17 +111,8 @@ def _from_pillow(image, name: str) -> torch.Tensor:
 
 
 def _check_size(width: int, height: int, name: str) -> None:
-    if not (width >= 1 <= height and width * height <= MAX_PIXELS and max(width, height) <= MAX_SIDE):
+    if not (min(width, height) >= 1 and max(width, height) <= MAX_SIDE and width * height <= MAX_PIXELS):
         raise InputError(
             f"{name} is {width:,} pixels wide and {height:,} high; it must have 1 to {MAX_PIXELS:,} pixels and at most "
             f"{MAX_SIDE:,} a side"
         )
-
-
-def _pillow():
-    """Return the module PIL.Image."""
-    try:
-        from PIL import Image
-    except ImportError:
-        raise MissingExtra("reading images needs the package pillow; run `pip install 'pop-prefill[images]'`") from None
-    return Image

@@ -1,8 +1,8 @@
-"""From the images and videos that a caller gives to what the model takes. Each family has its Processor.
+"""Images and videos: from what a caller gives to what a model takes. Each family has a Processor.
 
-    an image or a video      ──prepare────────►  Prepared: its pixels, and the pieces of a prompt that stand for it
-    a text with marks        ──replace_marks──►  texts and token ids
-    tokens [B, T], Prepared  ──images─────────►  Images (pop/models/images.py): features and where they go
+    an image or a video        ──prepare────────►  Prepared: pixels, and the pieces of a prompt that stand for it
+    a text with marks          ──replace_marks──►  texts and token ids
+    tokens [B, T], [Prepared]  ──images─────────►  Images (pop/models/images.py): features, and the tokens they are for
 
 Families: gemma3.py and qwen3_vl.py. A further family needs such a file and a line in `processor_of`.
 """
@@ -21,6 +21,7 @@ import torch
 
 from pop.errors import InputError
 from pop.inputs.tokenizers import Piece
+from pop.inputs.video_files import Video
 from pop.models.images import TEXT, TextOnly
 from pop.models.vision.qwen3_vl import Grid
 
@@ -31,9 +32,9 @@ class Prepared:
 
     Args:
         kind: "image" or "video".
-        pixels: the input of the family's vision tower, float32 on the CPU.
-        pieces: the texts and token ids that stand for it in a prompt.
-        grid: the size in patches, for families whose images differ in size.
+        pixels: the vision tower's input, float32 on the CPU.
+        pieces: the texts and token ids that replace it in a prompt.
+        grid: its size in patches, if the family's images differ in size.
     """
 
     kind: str
@@ -51,9 +52,9 @@ class Processor:
     """The part that families share. By itself it serves a family that takes text only.
 
     Attributes:
-        marks: kind -> the text that marks the place of an image or video in a prompt.
-        placeholders: kind -> the token that stands for a part of an image or video.
-        min_chunk_size: the fewest tokens that prefill must be able to run at once.
+        marks: kind -> the text that marks its place in a prompt.
+        placeholders: kind -> the token that stands for its parts.
+        min_chunk_size: the fewest tokens that prefill may run at once.
     """
 
     marks: ClassVar[dict[str, str]] = {}
@@ -71,7 +72,7 @@ class Processor:
         raise NotImplementedError
 
     def images(self, module, rows: list[list[Prepared]], tokens: torch.Tensor, lengths: torch.Tensor) -> TextOnly:
-        """Run the vision tower on the images and videos of a batch.
+        """Run the vision tower on the images and videos of a batch. Without any, return TEXT.
 
         Args:
             module: the family's model.
@@ -79,19 +80,14 @@ class Processor:
             tokens: [B, T] ids, right-padded.
             lengths: [B], tokens of each row without padding.
 
-        Returns:
-            Images, or TEXT where there are none.
-
-        Raises:
-            InputError: the tokens lack placeholders, or have too many.
+        Raises InputError unless the tokens have exactly the placeholders of these images and videos.
         """
         return TEXT
 
     def prepare_batch(self, images, videos, num_rows: int) -> list[list[Prepared]]:
-        """Prepare the images and videos of a batch, in the forms that `pop.Model.generate` accepts.
+        """Prepare a batch's images and videos, in the forms that `pop.Model.generate` accepts.
 
-        Returns:
-            For each batch row, its images and then its videos.
+        Returns the images and then the videos of each batch row.
         """
         rows = [[] for _ in range(num_rows)]
         for kind, given in (("image", images), ("video", videos)):
@@ -119,8 +115,7 @@ class Processor:
             of_kind = [one for one in media if one.kind == kind]
             if (count := text.count(mark)) != len(of_kind):
                 raise InputError(
-                    f"{len(of_kind)} {kind}s are given, but the {what} has {mark} {count} times; it must be where each "
-                    f"{kind} is"
+                    f"{len(of_kind)} {kind}s are given, but the {what} has {mark} {count} times; write it once for each"
                 )
             left[mark] = iter(of_kind)
         parts = re.split(f"({'|'.join(map(re.escape, left))})", text)
@@ -180,11 +175,7 @@ def _by_row(kind: str, given, num_rows: int) -> list[list]:
 
 def _is_frames(one) -> bool:
     """Whether a list is one video, given as images, and not several videos."""
-    from pop.inputs.qwen3_vl import Video
-
-    if not one:
-        return False
-    return not isinstance(one[0], list | tuple | Video | Prepared) and getattr(one[0], "ndim", 3) == 3
+    return bool(one) and not isinstance(one[0], list | tuple | Video | Prepared) and getattr(one[0], "ndim", 3) == 3
 
 
 def _is_nothing(given) -> bool:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
 from numbers import Real
 from typing import ClassVar
 
@@ -19,6 +18,7 @@ import torch.nn.functional as F
 from pop.errors import InputError
 from pop.inputs import images, video_files
 from pop.inputs.processors import Prepared, Processor
+from pop.inputs.video_files import Video
 from pop.models.config import Qwen3VisionConfig, Qwen3VLConfig
 from pop.models.images import TEXT, Images
 from pop.models.qwen3_vl import image_positions
@@ -30,22 +30,6 @@ IMAGE_PIXELS = (256**2, 4096**2)
 VIDEO_PIXELS = (4096, 24 * 2**20)
 FRAMES_PER_SECOND = 2.0
 VIDEO_FRAMES = (4, 768)  # the fewest and the most
-
-
-@dataclass(frozen=True)
-class Video:
-    """A video and its frame rate.
-
-    Args:
-        frames: a TxHxWx3 uint8 array, a list of at least two images of one size (see `load_image`), or the path of a
-            video file (video_files.py).
-        fps: frames per second. The model gets FRAMES_PER_SECOND of them, evenly spread, within VIDEO_FRAMES. With None,
-            it gets all frames, as if there were 24 a second, which is the reference's assumption. A file has its own
-            rate.
-    """
-
-    frames: np.ndarray | Sequence | str | os.PathLike
-    fps: float | None = None
 
 
 def qwen_image(image, config: Qwen3VisionConfig, pixels: tuple[int, int] = IMAGE_PIXELS) -> tuple:

@@ -27,16 +27,13 @@ class Tokenizer:
         added: name -> id of ordinary tokens that BPE would not find. They are matched in any text.
         vocab_size: one more than the largest id.
         bos_id: the token that begins a text, or None.
-
-    Attributes:
-        chat_template: the template in the checkpoint's files, unparsed, or None.
     """
 
     def __init__(self, special_tokens: dict[str, int], added: dict[str, int], vocab_size: int, bos_id=None):
         self.special_tokens = special_tokens
         self.vocab_size = vocab_size
         self.bos_id = bos_id
-        self.chat_template: str | None = None
+        self.chat_template: str | None = None  # as it is in the checkpoint's files
         self._special_names = {id: name for name, id in special_tokens.items()}
         self._all = special_tokens | added
         self._split_added = _splitter(added)
@@ -49,9 +46,6 @@ class Tokenizer:
             text: any text without lone surrogates.
             bos: put BOS first, if the family has one.
             allow_special: turn the names of special tokens into their ids. By default they are ordinary text.
-
-        Raises:
-            InputError: `text` is not a str, or has a lone surrogate.
         """
         if not isinstance(text, str):
             raise InputError(f"the text to encode is a {type(text).__name__}; pass a str.")
@@ -80,14 +74,11 @@ class Tokenizer:
         return ids
 
     def decode(self, ids: Iterable[int], special: bool = False) -> str:
-        """Return the text of token ids.
+        """Return the text of token ids, with U+FFFD in place of invalid UTF-8.
 
         Args:
-            ids: a list, a tensor or an array of ids.
-            special: write special tokens by their names. By default they are left out.
-
-        Returns:
-            The text, with U+FFFD in place of invalid UTF-8.
+            ids: a list, a tensor or an array.
+            special: write the names of special tokens. By default they are left out.
         """
         ids = ids.tolist() if hasattr(ids, "tolist") else ids
         names = self._special_names if special else {}
@@ -117,11 +108,7 @@ _GEMMA_CONTROL = ("<start_of_turn>", "<end_of_turn>", "<start_of_image>", "<end_
 
 
 class SentencePieceTokenizer(Tokenizer):
-    """Sentencepiece BPE with byte fallback and without normalisation.
-
-    Args:
-        model: the bytes of a tokenizer.model.
-    """
+    """Sentencepiece BPE with byte fallback and without normalisation. `model` has the bytes of a tokenizer.model."""
 
     def __init__(self, model: bytes):
         from sentencepiece import SentencePieceProcessor
@@ -178,13 +165,9 @@ class StreamDecoder:
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
-    """Load the tokenizer of a checkpoint.
+    """Load the tokenizer in a directory, a tokenizer.json or a tokenizer.model.
 
-    Args:
-        path: a directory, a tokenizer.json or a tokenizer.model.
-
-    Raises:
-        TokenizerError: the files are missing or broken, or ask for a feature that we do not reproduce exactly.
+    Raises TokenizerError if it is missing or broken, or has a feature that we do not reproduce exactly.
     """
     from pop.inputs.byte_pair import from_tiktoken_file, from_tokenizer_json  # here, because it imports this file
 

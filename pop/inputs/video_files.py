@@ -1,4 +1,4 @@
-"""Reading video files: how many frames one has and at what rate, and chosen frames one at a time.
+"""Videos, and reading their files: the number of frames and the rate of one, and chosen frames one at a time.
 
 PyAV, an optional extra that contains FFmpeg, reads them. A file may come from anybody, so this file takes precautions.
 It accepts a few containers and no playlists, which would make FFmpeg open other files and addresses. It checks sizes
@@ -10,19 +10,34 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
-from pop.errors import InputError, MissingExtra
-from pop.inputs.images import check_file, reading
+from pop.errors import InputError
+from pop.inputs.images import check_file, import_extra, reading
 
 FORMATS = ("avi", "matroska", "mov")  # FFmpeg's names: WebM is Matroska, MP4 is MOV
 MAX_BYTES = 2**33
 MAX_FRAMES = 2**20  # nearly five hours at 60 frames per second
 
 
+@dataclass(frozen=True)
+class Video:
+    """A video and its frame rate.
+
+    Args:
+        frames: a TxHxWx3 uint8 array, a list of images of one size, or the path of a video file.
+        fps: frames per second, of which the model gets two. Without a rate it gets all, and assumes 24 per second as
+            the reference does. A file has its own rate.
+    """
+
+    frames: np.ndarray | Sequence | str | os.PathLike
+    fps: float | None = None
+
+
 def measure(path: str | os.PathLike, max_pixels: int) -> tuple[int, float]:
-    """Count the frames of a video file, without decoding them.
+    """Count the frames of a video file without decoding them.
 
     Args:
         path: a file in one of FORMATS.
@@ -30,10 +45,6 @@ def measure(path: str | os.PathLike, max_pixels: int) -> tuple[int, float]:
 
     Returns:
         The number of frames, and the average number of frames per second.
-
-    Raises:
-        InputError: the file is missing, broken, truncated or too large, or has no video.
-        MissingExtra: PyAV is not installed.
     """
     with _opened(path, max_pixels) as (container, stream, name):
         if not stream.average_rate:
@@ -50,20 +61,12 @@ def measure(path: str | os.PathLike, max_pixels: int) -> tuple[int, float]:
 
 
 def frames(path: str | os.PathLike, wanted: Sequence[int], max_pixels: int) -> Iterator[np.ndarray]:
-    """Yield the frames with these numbers.
-
-    A rotation that the file asks players for is not applied. The reference ignores it, too.
+    """Yield frames as [H, W, 3] uint8 RGB. Like the reference, this ignores a rotation that the file asks players for.
 
     Args:
         path: a file in one of FORMATS.
         wanted: numbers of frames in ascending order, without repetitions.
         max_pixels: the most pixels that a frame may have.
-
-    Yields:
-        [H, W, 3] uint8 RGB for each frame.
-
-    Raises:
-        InputError, MissingExtra: as `measure`.
     """
     left = list(reversed(wanted))
     with _opened(path, max_pixels) as (container, stream, name):
@@ -79,10 +82,7 @@ def frames(path: str | os.PathLike, wanted: Sequence[int], max_pixels: int) -> I
 @contextlib.contextmanager
 def _opened(path: str | os.PathLike, max_pixels: int) -> Iterator[tuple]:
     """Yield the file's container, its video stream, and its name for error messages."""
-    try:
-        import av
-    except ImportError:
-        raise MissingExtra("a video file needs the package av; run `pip install 'pop-prefill[videos]'`") from None
+    av = import_extra("av", "av", "videos")
     name = f"the video {os.fspath(path)!r:.200}"
     check_file(path, name, MAX_BYTES)
     # FFmpeg decodes some frames to identify the file, so it must know the limit when it opens the file.

@@ -200,7 +200,7 @@ def test_pan_and_scan_goes_wherever_an_image_does(model):
     tokens = model.chat_tokens([{"role": "user", "content": content}])
     assert sum(token == IMAGE for token in tokens) == 4 * 4
     assert model.chat([{"role": "user", "content": content}], max_new_tokens=3).prompt_tokens == len(tokens)
-    with pytest.raises(InputError, match="row 0 has 4 tokens 500 .* 4 images"):
+    with pytest.raises(InputError, match="row 0 has 4 tokens 500, .* 4 images"):
         model.generate([2, *ONE], images=[wide])
     square = pop.PanAndScan(A, min_ratio=2)
     assert torch.equal(model.logits([[2, *ONE]], images=[square]), model.logits([[2, *ONE]], images=[A]))
@@ -280,7 +280,7 @@ def test_a_chunk_and_a_cache_hold_an_image(model):
     found = model.prefill(tokens, model.new_cache(), images=images, plan=pop.PrunePlan.none(), chunk_size=1)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
     small = pop.engine.cache.KVCache(model.config, 1, 20, dtype=torch.float32, device=torch.device("cpu"), chunk_size=3)
-    with pytest.raises(InputError, match="takes 3 tokens at once, fewer than the 4 of an image"):
+    with pytest.raises(InputError, match="takes 3 tokens at once, .* 4"):
         model.prefill(tokens, small, images=images)
 
 
@@ -291,9 +291,9 @@ def test_a_chunk_and_a_cache_hold_an_image(model):
         (lambda m: m.score([2, *ONE], [3]), "the context has tokens 500"),
         (lambda m: pop.calibrate(m, [[2, *ONE] * 20], m.plan), "the text has tokens 500"),
         (lambda m: pop.importance(m, [[2, *ONE]]), "the prompt has tokens 500"),
-        (lambda m: m.generate([2, *ONE], images=[A, B]), "row 0 has 4 tokens 500 .* 2 images"),
-        (lambda m: m.logits([[2, *ONE, *ONE]], images=[A]), "row 0 has 8 tokens 500 .* 1 images"),
-        (lambda m: m.logits([[2, 3], [2, IMAGE]]), "row 1 has 1 tokens 500 .* 0 images"),
+        (lambda m: m.generate([2, *ONE], images=[A, B]), "row 0 has 4 tokens 500, .* 2 images"),
+        (lambda m: m.logits([[2, *ONE, *ONE]], images=[A]), "row 0 has 8 tokens 500, .* 1 images"),
+        (lambda m: m.logits([[2, 3], [2, IMAGE]]), "row 1 has 1 tokens 500, .* 0 images"),
         (lambda m: m.logits([[2, *[IMAGE] * 8]], images=[A, B]), "4 tokens 500 of each image must be adjacent"),
         (lambda m: m.logits([[2, *[IMAGE] * 3, 9, IMAGE]], images=[A]), "4 tokens 500 of each image must be adjacent"),
         (lambda m: m.generate("a cat", images=[A]), "1 images .* <start_of_image> 0 times"),
@@ -326,5 +326,5 @@ def test_videos_and_text_models_in_chat(model):
 
 
 def test_arrays_are_read_without_pillow(model, monkeypatch):
-    monkeypatch.setitem(sys.modules, "PIL", None)
+    monkeypatch.setitem(sys.modules, "PIL.Image", None)
     assert model.logits([[2, *ONE, 4]], images=[np.zeros((9, 9, 3), np.uint8)]).isfinite().all()

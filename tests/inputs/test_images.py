@@ -131,7 +131,7 @@ def test_premultiplied_alpha():
 
 
 def test_photos_of_several_pictures_and_with_broken_tags(tmp_path):
-    """Phones write MPO files and call them JPEG; the first picture counts. Orientations that there are not are none."""
+    """Phones write MPO files and call them JPEG; the first picture counts. Unknown orientations are ignored."""
     first, second = (Image.new("RGB", (8, 6), colour) for colour in ((255, 0, 0), (0, 0, 255)))
     path = write(tmp_path / "photo.jpg", saved(first, "MPO", save_all=True, append_images=[second]).getvalue())
     loaded = load_image(path)
@@ -278,7 +278,7 @@ def test_pixels_of_32_bits_are_refused(mode):
 
 
 def test_without_pillow_arrays_work_and_files_need_the_extra(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "PIL", None)
+    monkeypatch.setitem(sys.modules, "PIL.Image", None)
     picture = random_bytes(7, 9, 3, seed=1)
     assert torch.equal(load_image(picture), channels_first(picture))
     with pytest.raises(MissingExtra, match=r"pip install 'pop-prefill\[images\]'"):

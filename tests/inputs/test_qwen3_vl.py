@@ -15,7 +15,8 @@ from support.tiny_images import image, levels, random_bytes
 
 from pop.errors import InputError
 from pop.inputs import images, qwen3_vl
-from pop.inputs.qwen3_vl import Video, qwen_image, qwen_video
+from pop.inputs.qwen3_vl import qwen_image, qwen_video
+from pop.inputs.video_files import Video
 from pop.models.config import Qwen3VisionConfig
 
 GOLDENS = dict(np.load(Path(__file__).parents[1] / "goldens" / "qwen3_vl" / "images.npz"))

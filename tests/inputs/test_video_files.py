@@ -1,8 +1,8 @@
 """Video files: their frames and rates, and files that are broken, too large or not videos."""
 
-import builtins
 import itertools
 import os
+import sys
 
 import numpy as np
 import pytest
@@ -11,7 +11,8 @@ from support.tiny_images import random_bytes
 
 from pop.errors import InputError, MissingExtra
 from pop.inputs import images, qwen3_vl, video_files
-from pop.inputs.qwen3_vl import Video, qwen_video
+from pop.inputs.qwen3_vl import qwen_video
+from pop.inputs.video_files import Video
 from pop.models.config import Qwen3VisionConfig
 
 SMALL = Qwen3VisionConfig(8, 8, 1, 1, 8, (), patch_size=4)
@@ -142,14 +143,7 @@ def test_files_that_are_too_large(av, tmp_path, monkeypatch):
 
 
 def test_without_pyav_a_path_says_what_to_install(monkeypatch, tmp_path):
-    real = builtins.__import__
-
-    def without(name, *args, **options):
-        if name == "av":
-            raise ImportError(name)
-        return real(name, *args, **options)
-
-    monkeypatch.setattr(builtins, "__import__", without)
+    monkeypatch.setitem(sys.modules, "av", None)
     (tmp_path / "film.mp4").write_bytes(b"x")
     with pytest.raises(MissingExtra, match=r"pip install 'pop-prefill\[videos\]'"):
         qwen_video(tmp_path / "film.mp4", SMALL)
