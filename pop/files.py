@@ -105,7 +105,7 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_json(path: str | os.PathLike, error: type[PopError] = ConfigError) -> dict[str, Any]:
-    """Return the JSON object in a file; raise `error` for anything else, including the non-standard NaN and Infinity."""
+    """Return the JSON object in a file. Raise `error` if it holds something different, such as NaN or Infinity."""
 
     def refuse(constant: str):
         raise ValueError(f"{constant} is not a JSON number")

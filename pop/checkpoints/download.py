@@ -40,7 +40,7 @@ MOST_JSON = 2**24  # bytes of a listing or an index
 
 @dataclass(frozen=True)
 class Expected:
-    """What the hub says of a file: its size in bytes and its hash, which for a small file is the one that git uses."""
+    """The size in bytes and the hash that the hub lists for a file. Small files have the hash that git uses."""
 
     size: int
     sha256: str | None = None
@@ -269,7 +269,7 @@ def _keep_only(manifest: Manifest, partial: Path) -> None:
     """Delete everything but the files, complete or begun, that have the same hash in this commit."""
     try:
         before = Manifest.load(partial).files
-    except CheckpointError:  # there is none, or it is broken
+    except CheckpointError:  # missing or broken
         before = {}
     same = [name for name, file in manifest.files.items() if before.get(name) == file]
     keep = {MANIFEST, ".lock", *same, *(f"{name}.part" for name in same)}
@@ -288,7 +288,6 @@ class _File:
         size = next((path.stat().st_size for path in (self.path, self.part) if path.exists()), 0)
         self.size = size if size <= self.expected.size else 0  # valid bytes on the disk
         self.most = 0  # the largest `size` so far; only what exceeds it counts as progress
-        self.pieced = False  # whether some bytes come from an earlier answer
 
     def fetch(self) -> None:
         """Fetch what is missing, check the hash, and give the file its name."""
@@ -297,8 +296,8 @@ class _File:
         with self.part.open("a+b", buffering=0) as self._file:
             self._start(self.size)
             self.hub.persist(self.name, self._attempt)
-            if self._hasher.hexdigest() != self.expected.digest and self.pieced:
-                self.hub.note(f"{self.name}: the pieces do not make the listed file; fetching it anew")
+            if self._hasher.hexdigest() != self.expected.digest:
+                self.hub.note(f"{self.name} does not have the listed hash; fetching it anew")
                 self._start(0)
                 self.hub.persist(self.name, self._attempt)
             if (found := self._hasher.hexdigest()) != self.expected.digest:
@@ -312,7 +311,7 @@ class _File:
         """Keep the first `size` bytes of the part, and hash them."""
         self._file.truncate(size)
         self._file.seek(0)
-        self._hasher, self.size, self.pieced = self.expected.hasher(), size, size > 0
+        self._hasher, self.size = self.expected.hasher(), size
         while block := self._file.read(2**20):
             self.hub.check_stop()
             self._hasher.update(block)
@@ -329,19 +328,16 @@ class _File:
             raise
 
     def _write(self, answer: HTTPResponse) -> None:
-        size, sender, place = self.expected.size, self.hub.name, answer.headers["Content-Range"] or ""
+        size = self.expected.size
+        place = answer.headers["Content-Range"] or ""
         if answer.status != 206 or not place.startswith(f"bytes {self.size}-"):
             self._start(0)  # the server ignores Range, or sends another part of the file
             if answer.status != 200:
                 raise Broken("the server does not continue where the file ended; fetching it anew")
-        if answer.length not in (None, size - self.size):
-            sent = f"{self.size + answer.length:,} bytes on {sender}, but {size:,} in its listing"
-            raise DownloadError(f"{self.name} has {sent}; try again later, or another network")
-        self.pieced = self.size > 0
         for block in blocks(answer):
             if self.size + len(block) > size:
                 self._start(0)
-                raise DownloadError(f"{self.name}: {sender} sends more than the {size:,} bytes that it lists")
+                raise DownloadError(f"{self.name}: {self.hub.name} sends more than the {size:,} bytes that it lists")
             view = memoryview(block)
             while view:
                 view = view[self._file.write(view) :]

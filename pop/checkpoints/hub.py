@@ -27,8 +27,8 @@ from pop.errors import DownloadError, PopError
 from pop.progress import note
 
 THREADS = 8
-TIMEOUT = 30  # seconds to connect, and to bring the next PACE bytes
-PACE = 2**16  # bytes
+TIMEOUT = 30  # seconds to connect, and to receive the next PACE bytes
+PACE = 2**15  # bytes
 TRIES = 6  # failures in a row, with less than MUCH received between them
 MUCH = 2**20  # bytes
 PAUSE = 1  # seconds after the first failure; doubled after each further one
@@ -38,7 +38,7 @@ HERE = ("localhost", "127.0.0.1", "::1")  # this machine: plain HTTP to it cross
 
 
 class Broken(Exception):
-    """A failure that may pass. pause: seconds to wait, if the server says so; received: new bytes before it."""
+    """A failure that may pass. pause: seconds to wait, if the server states them; received: new bytes before it."""
 
     def __init__(self, reason: str, pause: float | None = None):
         super().__init__(reason)
@@ -52,14 +52,15 @@ class Hub:
 
     Args:
         repository: such as "Qwen/Qwen3-0.6B".
-        progress: tell about retries on stderr.
+        progress: print a line on stderr before each retry.
 
     Raises:
         DownloadError: the endpoint or the token is malformed. The message does not repeat it.
     """
 
     def __init__(self, repository: str, progress: bool = False):
-        self.repository, self._progress = repository, progress
+        self.repository = repository
+        self.note = note if progress else lambda line: None
         self.url = os.environ.get("POP_ENDPOINT", "").rstrip("/") or "https://huggingface.co"
         try:
             scheme, host, port = self._origin = _origin(self.url)
@@ -77,8 +78,9 @@ class Hub:
         proxies = urllib.request.getproxies()
         if scheme == "http" and host in HERE:
             proxies.pop("http", None)  # it would read the token
-        if not all(proxy.lower().startswith("http://") for proxy in proxies.values() if "://" in proxy):
-            raise DownloadError("a proxy in the environment is not an http:// one; no other kind is supported")
+        kind, found, _ = proxies.get(scheme, "").lower().partition("://")
+        if found and kind != "http" and not urllib.request.proxy_bypass(host):
+            raise DownloadError(f"the proxy in the environment is a {kind}:// one; only http:// ones are supported")
         connections = _Connections(context=ssl.create_default_context())
         connections.check_stop = self.check_stop
         self._opener = urllib.request.build_opener(urllib.request.ProxyHandler(proxies), _Redirects, connections)
@@ -102,11 +104,6 @@ class Hub:
         """Raise CancelledError if another thread has failed or Ctrl-C has come."""
         if self._stop.is_set():
             raise CancelledError
-
-    def note(self, line: str) -> None:
-        """Show a line above the bar, if progress is wanted."""
-        if self._progress:
-            note(line)
 
     def persist(self, what: str, attempt: Callable[[], Any]) -> Any:
         """Return the result of `attempt`; call it again, after a pause, whenever it raises Broken.
@@ -208,7 +205,7 @@ def blocks(answer: HTTPResponse) -> Iterator[bytes]:
 
 
 class _Stream(io.RawIOBase):
-    """What a socket receives, until the server is silent or too slow for too long, or the download stops."""
+    """A reader of a socket. It gives up when the server is silent or too slow, or when the download stops."""
 
     def __init__(self, sock: socket.socket, check_stop: Callable[[], None]):
         self._sock, self._check_stop = sock, check_stop
@@ -216,7 +213,7 @@ class _Stream(io.RawIOBase):
         self._due, self._count = time.monotonic() + TIMEOUT, 0
 
     def makefile(self, mode: str) -> io.BufferedReader:
-        """Be what HTTPResponse expects of a socket."""
+        """Return the buffered reader that HTTPResponse asks its socket for."""
         return io.BufferedReader(self)
 
     def readable(self) -> bool:
@@ -268,7 +265,7 @@ class _Redirects(urllib.request.HTTPRedirectHandler):
         if after[0] == "http" and before[0] == "https":
             raise DownloadError(f"{before[1]} redirects from https to plain http, which is not followed")
         new = super().redirect_request(request, answer, 302, message, headers, url)
-        new.remove_header("Proxy-authorization")  # urllib.request.ProxyHandler adds it again where a proxy is used
+        new.remove_header("Proxy-authorization")  # added again where a proxy is used
         if before == after and request.has_header("Authorization"):
             new.add_unredirected_header("Authorization", request.get_header("Authorization"))
         return new
@@ -281,7 +278,8 @@ def _origin(url: str) -> tuple[str, str, int]:
     parts = urlsplit(url)
     if parts.scheme not in ("http", "https") or not parts.hostname:
         raise ValueError("not an http address")
-    return parts.scheme, parts.hostname, {"http": 80, "https": 443}[parts.scheme] if parts.port is None else parts.port
+    default = {"http": 80, "https": 443}[parts.scheme]
+    return parts.scheme, parts.hostname, default if parts.port is None else parts.port
 
 
 def _retry_after(text: str) -> float | None:
