@@ -1,24 +1,24 @@
-"""From a checkpoint's config.json or params.json to a config (pop/models/config.py), strictly.
+"""From a checkpoint's config.json or params.json to a config (pop/models/config.py).
 
-`read_config(folder)` reads the Hugging Face layout (config.json as transformers 4 or 5 write it, and the
-end tokens of generation_config.json) or Meta's own (params.json). A config steers arithmetic, so whatever is
-missing, of a wrong type, contradictory, or not built in this library is refused by name; only fields known to
-leave the forward pass alone are ignored. JSON null means "not given".
+`read_config(folder)` reads the Hugging Face layout, as transformers 4 or 5 writes it, or Meta's own layout. It refuses
+values that are missing, wrong, contradictory or not supported, and names the field. Fields that no forward pass depends
+on are ignored, and one line in the log names them. A JSON null means "not given".
 
-A new family is a dataclass, a reader (Fields -> dataclass) and an entry in `READERS`.
+A new family needs an entry in `READERS`. `_read_llama` reads any config.json with Llama's fields.
 """
 
+import dataclasses
+import logging
 import math
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Container
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import torch
 
 from pop.checkpoints.fields import Fields
-from pop.checkpoints.params_json import read_meta
+from pop.checkpoints.meta import read_params
 from pop.errors import ConfigError
 from pop.files import read_json
 from pop.models.config import (
@@ -34,160 +34,159 @@ from pop.models.config import (
     SiglipConfig,
 )
 
+logger = logging.getLogger(__name__)
 
-def read_config(folder: str | Path) -> Config:
-    """Read the config of the checkpoint in `folder`, from config.json or else params.json.
-
-    End tokens of generation_config.json replace config.json's: chat models list the end of a turn only there.
-    Where no dtype is stated, it is float32. Raises ConfigError, naming the file and the field.
-    """
-    folder = Path(folder)
-    if (folder / "config.json").exists():
-        config = _read(folder / "config.json", _read_hf)
-    elif (folder / "params.json").exists():
-        config = _read(folder / "params.json", read_meta)
-    else:
-        raise ConfigError(f"{folder} is no checkpoint folder: it holds neither config.json nor params.json")
-    if (ends := folder / "generation_config.json").exists():
-        config = _read(ends, lambda fields: replace(config, eos_ids=_read_ends(fields) or config.eos_ids))
-    return config
-
-
-def _read(path: Path, reader: Callable[[Fields], Config]) -> Config:
-    fields = Fields(read_json(path))
-    try:
-        return reader(fields)
-    except ConfigError as error:
-        raise ConfigError(f"{path}: {error}") from None
-
-
-# ---- Hugging Face's config.json ----
-
-# Each kind of RoPE and the fields it needs besides the base.
-LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-ROPE_KINDS = {"default": (), "linear": ("factor",), "llama3": LLAMA3}
-# Fields with one supported value; any other asks for arithmetic that is not built here.
-DECODER = {"is_encoder_decoder": False, "add_cross_attention": False, "is_causal": True}
-LLAMA = {"architectures": ["LlamaForCausalLM"], "hidden_act": "silu", "pretraining_tp": 1, "rope_interleaved": False}
-GEMMA3 = {"architectures": ["Gemma3ForCausalLM"], "hidden_activation": "gelu_pytorch_tanh", "attention_bias": False,
-          "tie_word_embeddings": True, "use_bidirectional_attention": False}  # fmt: skip
-QWEN3 = {"architectures": ["Qwen3ForCausalLM"], "hidden_act": "silu", "attention_bias": False,
-         "use_sliding_window": False}  # fmt: skip
-QWEN3_MOE = {"architectures": ["Qwen3MoeForCausalLM"]}
-QWEN3_VL = {"model_type": "qwen3_vl_text", "hidden_act": "silu", "attention_bias": False}
-QWEN3_VL_MOE = {"model_type": "qwen3_vl_moe_text", "norm_topk_prob": True}
-LOCAL, GLOBAL = "sliding_attention", "full_attention"  # Gemma's layer types
-# Fields that leave the forward pass alone: training, bookkeeping, generation defaults of old configs.
-HARMLESS = """
-    _name_or_path transformers_version transformers.js_config is_llama_config tokenizer_class is_decoder
-    initializer_range attention_dropout use_cache pad_token_id sep_token_id decoder_start_token_id torchscript
-    output_attentions output_hidden_states output_scores return_dict return_dict_in_generate pruned_heads
-    use_bfloat16 chunk_size_feed_forward id2label label2id problem_type finetuning_task task_specific_params
-    tie_encoder_decoder cross_attention_hidden_size tf_legacy_loss max_sequence_length unsloth_version
-    max_length min_length do_sample early_stopping num_beams num_beam_groups diversity_penalty bad_words_ids
-    temperature top_k top_p typical_p repetition_penalty length_penalty no_repeat_ngram_size suppress_tokens
-    encoder_no_repeat_ngram_size forced_bos_token_id forced_eos_token_id exponential_decay_length_penalty
-    num_return_sequences begin_suppress_tokens remove_invalid_values unsloth_fixed prefix cache_implementation
-    output_router_logits router_aux_loss_coef
+# Fields that change the forward pass of some architecture. If a reader does not take one, it is refused.
+FORWARD_PASS = """
+    is_encoder_decoder add_cross_attention text_config vision_config audio_config auto_map
+    quantization_config compression_config pretraining_tp hidden_act hidden_activation
+    attention_bias qkv_bias use_qkv_bias add_qkv_bias attention_out_bias mlp_bias use_bias lm_head_bias
+    qk_norm use_qk_norm qk_layernorm query_pre_attn_scalar attention_multiplier attn_temperature_tuning
+    attn_logit_softcapping final_logit_softcapping logit_scale logits_scaling
+    embedding_multiplier residual_multiplier scale_emb scale_depth
+    sliding_window use_sliding_window sliding_window_pattern _sliding_window_pattern layer_types window_size
+    fullatt_block_indexes attention_chunk_size use_bidirectional_attention num_kv_shared_layers kv_lora_rank
+    alibi position_embedding_type rope_theta rope_scaling rope_parameters rope_local_base_freq rope_interleaved
+    rope_interleave rotary_pct rotary_dim partial_rotary_factor no_rope_layers no_rope_layer_interval
+    num_experts num_experts_per_tok n_routed_experts n_shared_experts num_shared_experts
+    moe_intermediate_size shared_expert_intermediate_size decoder_sparse_step mlp_only_layers norm_topk_prob
+    vision_use_head
 """
 
 
-def _read_hf(fields: Fields) -> Config:
-    for name in HARMLESS.split():
-        fields.left.pop(name, None)
-    config = READERS[fields.choice("model_type", READERS)](fields)
-    fields.finish()
+def read_config(folder: str | Path) -> Config:
+    """Read the config of a checkpoint from config.json, or from params.json if config.json is missing.
+
+    The end tokens of generation_config.json replace those of config.json, because chat models list the token that ends
+    a turn only there. A config without a dtype means float32.
+
+    Raises:
+        ConfigError: naming the file and the field.
+    """
+    folder = Path(folder)
+    if (folder / "config.json").exists():
+        config = _read(
+            folder / "config.json",
+            lambda fields: READERS[fields.choice("model_type", READERS)](fields),
+            unsupported=FORWARD_PASS.split(),
+        )
+    elif (folder / "params.json").exists():
+        config = _read(folder / "params.json", read_params, unsupported=None)
+    else:
+        raise ConfigError(f"{folder} is not a checkpoint folder: it holds neither config.json nor params.json")
+
+    def with_ends(fields: Fields) -> Config:
+        return dataclasses.replace(config, eos_ids=_read_ends(fields) or config.eos_ids)
+
+    generation = folder / "generation_config.json"
+    return _read(generation, with_ends, unsupported=()) if generation.exists() else config
+
+
+def _read(path: Path, reader: Callable[[Fields], Config], unsupported: Container[str] | None) -> Config:
+    values = read_json(path)
+    try:
+        fields = Fields(values)
+        config = reader(fields)
+        ignored = fields.finish(unsupported)
+    except (ConfigError, RecursionError) as error:  # deeply nested values can be neither compared nor shown
+        raise ConfigError(f"{path}: {error}") from None
+    if ignored:
+        logger.info("%s: ignored %s", path, ignored)
     return config
 
 
-def _read_llama(fields: Fields) -> LlamaConfig:
-    for name, only in (DECODER | LLAMA).items():
-        fields.fixed(name, only)
-    hidden_size, num_heads = fields.integer("hidden_size"), fields.integer("num_attention_heads", most=2**12)
-    head_dim = fields.integer("head_dim", None, most=2**12)
+# ---- decoders ----
+
+# What config.json calls the fields of our configs, where the names differ.
+NAMES = {
+    "num_layers": "num_hidden_layers", "num_heads": "num_attention_heads", "num_kv_heads": "num_key_value_heads",
+    "max_positions": "max_position_embeddings", "norm_eps": "rms_norm_eps", "tie_embeddings": "tie_word_embeddings",
+    "image_id": "image_token_id", "boi_id": "boi_token_id", "eoi_id": "eoi_token_id", "video_id": "video_token_id",
+    "start_id": "vision_start_token_id", "end_id": "vision_end_token_id",
+}  # fmt: skip
+LOCAL, GLOBAL = "sliding_attention", "full_attention"  # values of layer_types
+
+
+def _build(config: type, fields: Fields, names: dict[str, str] = NAMES, **given: Any) -> Any:
+    """Make a config: read its integers, numbers and booleans from a file, unless they are given.
+
+    Args:
+        config: the class, a dataclass. It has the defaults; a field without a default must be in the file.
+        fields: the file's fields.
+        names: what the file calls the dataclass's fields, where the names differ.
+        given: fields of the dataclass that are not to be read.
+    """
+    readers = {int: fields.integer, float: fields.number, bool: fields.boolean}
+    types = get_type_hints(config)
+    for field in dataclasses.fields(config):
+        if field.name not in given and types[field.name] in readers:
+            default = ... if field.default is dataclasses.MISSING else field.default
+            given[field.name] = readers[types[field.name]](names.get(field.name, field.name), default)
+    return config(**given)
+
+
+def _build_decoder(config: type, fields: Fields, **given: Any) -> Any:
+    fields.fixed(is_causal=True)
+    bos_id = fields.integer("bos_token_id", config.bos_id, least=0)
+    eos_ids = _read_ends(fields) or config.eos_ids
+    return _build(config, fields, dtype=_read_dtype(fields), bos_id=bos_id, eos_ids=eos_ids, **given)
+
+
+def _read_llama(fields: Fields, config: type, architecture: str) -> LlamaConfig:
+    """Read a config.json with Llama's fields into LlamaConfig, or into a class like it."""
+    fields.fixed(architectures=[architecture], hidden_act="silu", pretraining_tp=1)
+    hidden_size, num_heads = fields.integer("hidden_size"), fields.integer("num_attention_heads")
+    head_dim = fields.integer("head_dim", None)
     if head_dim is None and hidden_size % num_heads:
         raise ConfigError(f"hidden_size {hidden_size} is not a multiple of num_attention_heads {num_heads}")
-    return LlamaConfig(
-        vocab_size=fields.integer("vocab_size"),
+    return _build_decoder(
+        config,
+        fields,
         hidden_size=hidden_size,
-        intermediate_size=fields.integer("intermediate_size"),
-        num_layers=fields.integer("num_hidden_layers", most=2**12),
         num_heads=num_heads,
         num_kv_heads=fields.integer("num_key_value_heads", num_heads),
         head_dim=head_dim or hidden_size // num_heads,
-        max_positions=fields.integer("max_position_embeddings", LlamaConfig.max_positions),
-        norm_eps=fields.number("rms_norm_eps", LlamaConfig.norm_eps),
-        rope=_read_single_rope(fields),
-        tie_embeddings=fields.boolean("tie_word_embeddings"),
-        attention_bias=fields.boolean("attention_bias"),
-        mlp_bias=fields.boolean("mlp_bias"),
-        dtype=_read_dtype(fields),
-        bos_id=fields.integer("bos_token_id", None, least=0),
-        eos_ids=_read_ends(fields),
+        rope=_read_rope(_rope_fields(fields), config.rope.base),
     )
 
 
-def _read_gemma3_text(fields: Fields) -> Gemma3Config:
-    """What it leaves out has the reference's default, and in published files it leaves out much."""
-    for name, only in (DECODER | GEMMA3).items():
-        fields.fixed(name, only)
-    default = Gemma3Config
+def _read_gemma3_text(fields: Fields, **given: Any) -> Gemma3Config:
+    """Read Gemma-3's text model. Published files leave out most fields that have the reference's default."""
+    fields.fixed(architectures=["Gemma3ForCausalLM"])
+    fields.fixed(hidden_activation="gelu_pytorch_tanh", tie_word_embeddings=True)
     rope, local_rope = _read_gemma3_ropes(fields)
-    return Gemma3Config(
+    return _build_decoder(
+        Gemma3Config,
+        fields,
         vocab_size=fields.integer("vocab_size", 262_208),
-        hidden_size=fields.integer("hidden_size"),
-        intermediate_size=fields.integer("intermediate_size"),
         windows=_read_windows(fields),
-        num_heads=fields.integer("num_attention_heads", default.num_heads, most=2**12),
-        num_kv_heads=fields.integer("num_key_value_heads", default.num_kv_heads),
-        head_dim=fields.integer("head_dim", default.head_dim, most=2**12),
-        query_pre_attn_scalar=fields.number("query_pre_attn_scalar", default.query_pre_attn_scalar),
-        max_positions=fields.integer("max_position_embeddings", default.max_positions),
-        norm_eps=fields.number("rms_norm_eps", default.norm_eps),
         rope=rope,
         local_rope=local_rope,
-        dtype=_read_dtype(fields),
-        bos_id=fields.integer("bos_token_id", default.bos_id, least=0),
-        eos_ids=_read_ends(fields) or default.eos_ids,
+        **given,
     )
 
 
 def _read_gemma3(fields: Fields) -> Gemma3Config:
-    """With a vision tower. Of what both the whole and its text_config may state, the whole counts."""
-    fields.fixed("architectures", ["Gemma3ForConditionalGeneration"])
-    for name in ("is_encoder_decoder", "tie_word_embeddings"):
-        fields.fixed(name, (DECODER | GEMMA3)[name])
-    text, vision = (Fields(_take_object(fields, name)) for name in ("text_config", "vision_config"))
-    for name in HARMLESS.split():
-        text.left.pop(name, None)
-    text.fixed("model_type", "gemma3_text")
-    for names in (("dtype", "torch_dtype"), ("bos_token_id",), ("eos_token_id",)):
-        stated = {name: fields.left.pop(name) for name in names if name in fields.left}
-        if stated:
-            text.left = {name: value for name, value in text.left.items() if name not in names} | stated
+    """Read Gemma-3 with a vision tower. What the whole model states counts more than what its text_config states."""
+    fields.fixed(architectures=["Gemma3ForConditionalGeneration"], tie_word_embeddings=True)
+    text = fields.part("text_config")
+    text.fixed(model_type="gemma3_text")
+    _pass_on(fields, text, "dtype", "bos_token_id", "eos_token_id", "image_token_id", "boi_token_id", "eoi_token_id")
     tokens_per_image = fields.integer("mm_tokens_per_image", SiglipConfig.tokens_per_image)
-    config = replace(
-        _read_gemma3_text(text),
-        vision=read_siglip(vision, tokens_per_image),
-        image_id=_read_token(fields, "image", Gemma3Config.image_id),
-        boi_id=_read_token(fields, "boi", Gemma3Config.boi_id),
-        eoi_id=_read_token(fields, "eoi", Gemma3Config.eoi_id),
-    )
-    text.finish()
-    return config
+    return _read_gemma3_text(text, vision=read_siglip(fields.part("vision_config"), tokens_per_image))
 
 
-def _read_token(fields: Fields, name: str, default: int) -> int:
-    """From NAME_token_index, as published, or NAME_token_id."""
-    old, new = (fields.integer(f"{name}_token_{kind}", None, least=0) for kind in ("index", "id"))
-    if None not in (old, new) and old != new:
-        raise ConfigError(f"{name}_token_index ({old}) and {name}_token_id ({new}) disagree")
-    return next((value for value in (old, new) if value is not None), default)
+def _pass_on(whole: Fields, text: Fields, *names: str) -> None:
+    """Move fields of a multimodal model to its text_config, where they replace what is there."""
+    text.left |= {name: whole.left.pop(name) for name in names if name in whole.left}
 
 
 def _read_windows(fields: Fields) -> tuple[int | None, ...]:
-    """From layer_types (transformers 5), or sliding_window_pattern (4): of so many layers the last one is global."""
-    layers, window = fields.integer("num_hidden_layers", most=2**12), fields.integer("sliding_window")
+    """Read each layer's window from layer_types (transformers 5) or sliding_window_pattern (4).
+
+    With a pattern of n, every n-th layer is global.
+    """
+    layers, window = fields.integer("num_hidden_layers"), fields.integer("sliding_window")
     types = fields.take("layer_types", "a list", lambda v: type(v) is list, None)
     if types is not None:
         fields.left.pop("_sliding_window_pattern", None)  # transformers 5 writes it, but does not read it
@@ -202,233 +201,148 @@ def _read_windows(fields: Fields) -> tuple[int | None, ...]:
     return tuple(window if kind == LOCAL else None for kind in types)
 
 
-def _read_gemma3_ropes(fields: Fields) -> tuple[RopeConfig, RopeConfig]:
-    """The global and the local one: from rope_parameters by layer type (transformers 5), or by older fields (4)."""
-    both = Fields(_take_object(fields, "rope_parameters"))
-    of_global, of_local = (_take_object(both, kind) for kind in (GLOBAL, LOCAL))
-    both.finish()
-    base, local_base = (fields.left.pop(name, None) for name in ("rope_theta", "rope_local_base_freq"))
-    scaling = _take_object(fields, "rope_scaling")
-    return (
-        _read_rope(_merged([{"rope_theta": base}, of_global, scaling]), Gemma3Config.rope.base),
-        _read_rope(_merged([{"rope_theta": local_base}, of_local]), Gemma3Config.local_rope.base),
+def _read_qwen3(fields: Fields, experts: bool = False) -> Qwen3Config:
+    fields.fixed(architectures=["Qwen3MoeForCausalLM" if experts else "Qwen3ForCausalLM"])
+    return _build_qwen3(Qwen3Config, fields, experts, rope=_read_rope(_rope_fields(fields), Qwen3Config.rope.base))
+
+
+def _read_qwen3_vl(fields: Fields, experts: bool = False) -> Qwen3VLConfig:
+    fields.fixed(architectures=[f"Qwen3VL{'Moe' if experts else ''}ForConditionalGeneration"])
+    text = fields.part("text_config")
+    text.fixed(model_type=f"qwen3_vl{'_moe' if experts else ''}_text")
+    if experts:
+        text.fixed(norm_topk_prob=True)
+        text.add("norm_topk_prob", True)
+        text.left.pop("tie_word_embeddings", None)  # the reference saves a default there, and does not read it
+    text.add("tie_word_embeddings", fields.boolean("tie_word_embeddings"))
+    text.add("dtype", fields.left.pop("dtype", None))
+    ids = ("bos_token_id", "eos_token_id", "image_token_id", "video_token_id")
+    _pass_on(fields, text, *ids, "vision_start_token_id", "vision_end_token_id")
+    rope = _rope_fields(text)
+    rope.fixed(mrope_interleaved=True)
+    sections = rope.integers("mrope_section")
+    if len(sections) != 3:
+        raise ConfigError(f"mrope_section must be three integers, not {list(sections)}")
+    return _build_qwen3(
+        Qwen3VLConfig,
+        text,
+        experts,
+        mrope_sections=sections,
+        rope=_read_rope(rope, 500_000.0),
+        vision=_read_qwen3_vision(fields.part("vision_config")),
     )
 
 
-def _read_qwen3(fields: Fields, mixture: bool = False) -> Qwen3Config:
-    """mixture: of experts."""
-    for name, only in (DECODER | QWEN3 | (QWEN3_MOE if mixture else {})).items():
-        fields.fixed(name, only)
-    for name in ("sliding_window", "max_window_layers"):  # of windows that use_sliding_window has switched off
-        fields.integer(name, None, least=0)
-    sizes = _read_qwen3_sizes(fields)
-    if mixture:
-        sizes["experts"] = _read_experts(fields, sizes["num_layers"], fields.boolean("norm_topk_prob"))
-    fields.fixed("layer_types", [GLOBAL] * sizes["num_layers"])
-    tied = fields.boolean("tie_word_embeddings")
-    return Qwen3Config(**sizes, rope=_read_single_rope(fields), tie_embeddings=tied, dtype=_read_dtype(fields))
+def _build_qwen3(config: type, fields: Fields, experts: bool, **given: Any) -> Any:
+    """Make a config of Qwen3's text model, whose MLPs may be mixtures of experts."""
+    num_layers = fields.integer("num_hidden_layers")
+    fields.fixed(hidden_act="silu", layer_types=[GLOBAL] * num_layers)
+    fields.integer("sliding_window", None, least=0)  # the reference uses it only with use_sliding_window
+    mixture = _read_experts(fields, num_layers) if experts else None
+    return _build_decoder(config, fields, num_layers=num_layers, experts=mixture, **given)
 
 
-def _read_qwen3_sizes(fields: Fields) -> dict[str, Any]:
-    return {
-        "vocab_size": fields.integer("vocab_size"),
-        "hidden_size": fields.integer("hidden_size"),
-        "intermediate_size": fields.integer("intermediate_size"),
-        "num_layers": fields.integer("num_hidden_layers", most=2**12),
-        "num_heads": fields.integer("num_attention_heads", most=2**12),
-        "num_kv_heads": fields.integer("num_key_value_heads"),
-        "head_dim": fields.integer("head_dim", Qwen3Config.head_dim, most=2**12),
-        "max_positions": fields.integer("max_position_embeddings", Qwen3Config.max_positions),
-        "norm_eps": fields.number("rms_norm_eps", Qwen3Config.norm_eps),
-        "bos_id": fields.integer("bos_token_id", None, least=0),
-        "eos_ids": _read_ends(fields),
-    }
-
-
-def _read_experts(fields: Fields, num_layers: int, normalised: bool) -> ExpertsConfig:
-    counts = {name: fields.integer(name, None, most=2**12) for name in ("num_experts", "num_local_experts")}
-    counts = {count: name for name, count in counts.items() if count is not None}  # as published, as saved
-    if len(counts) != 1:
-        raise ConfigError("num_experts and num_local_experts " + ("disagree" if counts else "are both missing"))
-    step = fields.integer("decoder_sparse_step", 1)
-    dense = fields.take("mlp_only_layers", "a list of layers", lambda v: type(v) is list and _are_counts(v), [])
+def _read_experts(fields: Fields, num_layers: int) -> ExpertsConfig:
+    step, dense = fields.integer("decoder_sparse_step", 1), fields.integers("mlp_only_layers", ())
     return ExpertsConfig(
-        count=next(iter(counts)),
+        count=fields.integer("num_experts"),
         per_token=fields.integer("num_experts_per_tok"),
         width=fields.integer("moe_intermediate_size"),
         layers=tuple(layer for layer in range(num_layers) if (layer + 1) % step == 0 and layer not in dense),
-        normalised=normalised,
+        normalised=fields.boolean("norm_topk_prob"),
     )
 
 
-def _read_qwen3_vl(fields: Fields, mixture: bool = False) -> Qwen3VLConfig:
-    """mixture: of experts."""
-    fields.fixed("architectures", [f"Qwen3VL{'Moe' if mixture else ''}ForConditionalGeneration"])
-    fields.fixed("is_encoder_decoder", False)
-    text, vision = (Fields(_take_object(fields, name)) for name in ("text_config", "vision_config"))
-    for part in (text, vision):
-        for name in HARMLESS.split():
-            part.left.pop(name, None)
-    tied, dtype, ends = fields.boolean("tie_word_embeddings"), _read_dtype(fields, text), _read_ends(fields)
-    for name, only in (DECODER | QWEN3_VL | (QWEN3_VL_MOE if mixture else {})).items():
-        text.fixed(name, only)
-    stated = text.take("tie_word_embeddings", "true or false", lambda v: type(v) is bool, tied)
-    if stated != tied and not mixture:  # of mixtures the reference saves a default there, and reads the whole's
-        raise ConfigError(f"tie_word_embeddings is {tied}, but the opposite in text_config")
-    sections, rope = _read_mrope(text)
-    sizes = _read_qwen3_sizes(text)
-    if mixture:
-        text.integer("sliding_window", None, least=0)  # which the reference does not read
-        sizes["experts"] = _read_experts(text, sizes["num_layers"], normalised=True)
-    text.finish()
-    return Qwen3VLConfig(
-        **sizes | ({"eos_ids": ends} if ends else {}),
-        rope=rope,
-        tie_embeddings=tied,
-        dtype=dtype,
-        mrope_sections=sections,
-        vision=read_qwen3_vision(vision),
-        image_id=fields.integer("image_token_id", Qwen3VLConfig.image_id),
-        video_id=fields.integer("video_token_id", Qwen3VLConfig.video_id),
-        start_id=fields.integer("vision_start_token_id", Qwen3VLConfig.start_id),
-        end_id=fields.integer("vision_end_token_id", Qwen3VLConfig.end_id),
-    )
-
-
-def _read_mrope(fields: Fields) -> tuple[tuple[int, int, int], RopeConfig]:
-    """The sections, and the rest as in text models."""
-    rope = _rope_fields(fields)
-    rope.fixed("mrope_interleaved", True)
-    three = "three numbers of at least 0"
-    sections = rope.take("mrope_section", three, lambda v: type(v) is list and len(v) == 3 and _are_counts(v))
-    return tuple(sections), _read_rope(rope, 500_000.0)
-
-
-def _are_counts(values: list) -> bool:
-    return all(type(value) is int and 0 <= value < 2**12 for value in values)
-
-
-def read_qwen3_vision(fields: Fields) -> Qwen3VisionConfig:
-    """From Qwen3-VL's vision_config."""
-    kinds = ("qwen3_vl_vision", "qwen3_vl", "qwen3_vl_moe_vision", "qwen3_vl_moe")  # those without _vision as published
-    fields.choice("model_type", kinds, kinds[0])
-    fields.fixed("hidden_act", "gelu_pytorch_tanh")
-    fields.fixed("in_channels", 3)
-    for name in ("dtype", "torch_dtype"):  # the whole model has one
-        fields.left.pop(name, None)
-    rope = Fields(_take_object(fields, "rope_parameters"))
-    rope.fixed("rope_type", "axial")
-    positions = fields.integer("num_position_embeddings", 48**2)
-    config = Qwen3VisionConfig(
-        hidden_size=fields.integer("hidden_size"),
-        intermediate_size=fields.integer("intermediate_size"),
-        num_layers=fields.integer("depth", most=2**12),
-        num_heads=fields.integer("num_heads", most=2**12),
-        out_size=fields.integer("out_hidden_size"),
-        deepstack=tuple(
-            fields.take("deepstack_visual_indexes", "a list of layers", lambda v: type(v) is list and _are_counts(v))
-        ),
-        position_side=math.isqrt(positions),
-        patch_size=fields.integer("patch_size", 16, most=2**10),
-        merge_size=fields.integer("spatial_merge_size", 2, most=2**6),
-        frames=fields.integer("temporal_patch_size", 2, most=2**6),
-        rope_base=rope.number("rope_theta", Qwen3VisionConfig.rope_base),
-    )
-    if config.position_side**2 != positions:
-        raise ConfigError(f"num_position_embeddings ({positions}) is not a square")
-    rope.finish()
-    fields.finish()
-    return config
-
-
-# Fields with one supported value, as above. The tower's own pooling head is not part of Gemma-3.
-SIGLIP = {"model_type": "siglip_vision_model", "hidden_act": "gelu_pytorch_tanh", "num_channels": 3,
-          "vision_use_head": False, "is_encoder_decoder": False, "add_cross_attention": False}  # fmt: skip
+# ---- vision towers ----
 
 
 def read_siglip(fields: Fields, tokens_per_image: int) -> SiglipConfig:
-    """From Gemma-3's vision_config; mm_tokens_per_image lies beside it."""
-    for name, only in SIGLIP.items():
-        fields.fixed(name, only)
-    for name in (*HARMLESS.split(), "architectures", "dtype", "torch_dtype"):  # the whole model has one dtype
-        fields.left.pop(name, None)
-    config = SiglipConfig(
-        hidden_size=fields.integer("hidden_size"),
-        intermediate_size=fields.integer("intermediate_size"),
-        num_layers=fields.integer("num_hidden_layers", most=2**12),
-        num_heads=fields.integer("num_attention_heads", most=2**12),
-        image_size=fields.integer("image_size", most=2**14),
-        patch_size=fields.integer("patch_size", most=2**14),
-        norm_eps=fields.number("layer_norm_eps", SiglipConfig.norm_eps),
-        tokens_per_image=tokens_per_image,
-    )
-    fields.finish()
-    return config
+    """Read the vision_config of Gemma-3; mm_tokens_per_image lies outside of it."""
+    fields.fixed(model_type="siglip_vision_model", hidden_act="gelu_pytorch_tanh", num_channels=3)
+    names = NAMES | {"norm_eps": "layer_norm_eps"}
+    return _build(SiglipConfig, fields, names, tokens_per_image=tokens_per_image)
 
 
-def _read_single_rope(fields: Fields) -> RopeConfig:
-    fields.fixed("partial_rotary_factor", 1.0)
-    return _read_rope(_rope_fields(fields), RopeConfig.base)
+def _read_qwen3_vision(fields: Fields) -> Qwen3VisionConfig:
+    """Read the vision_config of Qwen3-VL. Published files state the whole model's type there."""
+    types = ("qwen3_vl_vision", "qwen3_vl", "qwen3_vl_moe_vision", "qwen3_vl_moe")
+    fields.choice("model_type", types, types[0])
+    fields.fixed(hidden_act="gelu_pytorch_tanh", in_channels=3)
+    positions = fields.integer("num_position_embeddings", 48**2)
+    side = math.isqrt(positions)
+    if side**2 != positions:
+        raise ConfigError(f"num_position_embeddings ({positions}) is not a square")
+    rope = Fields(fields.object("rope_parameters"), f"{fields.place}rope_parameters.")
+    rope.fixed(rope_type="axial")
+    rope_base = rope.number("rope_theta", Qwen3VisionConfig.rope_base)
+    rope.finish()
+    deepstack = fields.integers("deepstack_visual_indexes")
+    names = {"num_layers": "depth", "out_size": "out_hidden_size", "merge_size": "spatial_merge_size"}
+    names["frames"] = "temporal_patch_size"
+    return _build(Qwen3VisionConfig, fields, names, position_side=side, rope_base=rope_base, deepstack=deepstack)
+
+
+# ---- rotary embeddings, dtypes, end tokens ----
+
+# For each type of RoPE, the fields that it needs besides the base.
+LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+ROPE_TYPES = {"default": (), "linear": ("factor",), "llama3": LLAMA3}
 
 
 def _rope_fields(fields: Fields) -> Fields:
-    """From rope_parameters (transformers 5) or rope_theta and rope_scaling (4), which must agree."""
-    sources = [_take_object(fields, name) for name in ("rope_parameters", "rope_scaling")]
-    return _merged([{"rope_theta": fields.left.pop("rope_theta", None)}, *sources])
+    """Collect the RoPE's fields from rope_parameters (transformers 5), or from rope_theta and rope_scaling (4)."""
+    outside = {name: fields.left.pop(name, None) for name in ("rope_theta", "partial_rotary_factor")}
+    return _merge(fields.place, outside, fields.object("rope_parameters"), fields.object("rope_scaling"))
 
 
-def _take_object(fields: Fields, name: str) -> dict[str, Any]:
-    return fields.take(name, "an object", lambda v: type(v) is dict, {})
+def _read_gemma3_ropes(fields: Fields) -> tuple[RopeConfig, RopeConfig]:
+    """Read the global and the local RoPE from rope_parameters (transformers 5) or from separate fields (4)."""
+    both = Fields(fields.object("rope_parameters"), f"{fields.place}rope_parameters.")
+    base, local_base = (fields.left.pop(name, None) for name in ("rope_theta", "rope_local_base_freq"))
+    rope = _merge(fields.place, {"rope_theta": base}, both.object(GLOBAL), fields.object("rope_scaling"))
+    local_rope = _merge(fields.place, {"rope_theta": local_base}, both.object(LOCAL))
+    both.finish()
+    return _read_rope(rope, Gemma3Config.rope.base), _read_rope(local_rope, Gemma3Config.local_rope.base)
 
 
-def _merged(sources: list[dict[str, Any]]) -> Fields:
-    """Sources that state something twice must agree."""
-    stated: dict[str, Any] = {}
+def _merge(place: str, *sources: dict[str, Any]) -> Fields:
+    merged = Fields({}, place)
     for source in sources:
         for name, value in source.items():
-            name = "rope_type" if name == "type" else name
-            if value is not None and stated.get(name) not in (None, value):
-                raise ConfigError(f"{name} is given twice, as {stated[name]!r:.80} and as {value!r:.80}")
-            stated[name] = value if stated.get(name) is None else stated[name]
-    return Fields(stated)
+            merged.add("rope_type" if name == "type" else name, value)  # `type` is the older name
+    return merged
 
 
 def _read_rope(rope: Fields, default_base: float) -> RopeConfig:
-    kind = rope.choice("rope_type", ROPE_KINDS, "default")
+    kind = rope.choice("rope_type", ROPE_TYPES, "default")
     base = rope.number("rope_theta", default_base)
-    scaling = {name: rope.number(name) for name in ROPE_KINDS[kind] if not name.startswith("original")}
-    if "original_max_position_embeddings" in ROPE_KINDS[kind]:
+    scaling = {name: rope.number(name) for name in ROPE_TYPES[kind] if not name.startswith("original")}
+    if kind == "llama3":
         scaling["original_max_positions"] = rope.integer("original_max_position_embeddings")
-    rope.fixed("partial_rotary_factor", 1.0)
+    rope.fixed(partial_rotary_factor=1.0)
     rope.finish()
     return RopeConfig(base, kind, **scaling)
 
 
-def _read_dtype(*parts: Fields) -> torch.dtype:
-    """The one dtype that a config and its parts state, by dtype (transformers 5) or torch_dtype (4)."""
+def _read_dtype(fields: Fields) -> torch.dtype:
     known = [*DTYPES, *(f"torch.{name}" for name in DTYPES)]
-    names = ("dtype", "torch_dtype")
-    stated = {part.choice(name, known, "").removeprefix("torch."): name for part in parts for name in names}
-    stated.pop("", None)
-    if len(stated) > 1:
-        raise ConfigError(" and ".join(f"{name} ({value})" for value, name in stated.items()) + " disagree")
-    return DTYPES[next(iter(stated), "float32")]
+    return DTYPES[fields.choice("dtype", known, "float32").removeprefix("torch.")]
 
 
 def _read_ends(fields: Fields) -> tuple[int, ...]:
-    def is_ids(value: Any) -> bool:
-        return all(type(i) is int for i in (value if isinstance(value, list) else [value]))
-
-    ends = fields.take("eos_token_id", "a token id or a list of token ids", is_ids, [])
-    return tuple(ends) if isinstance(ends, list) else (ends,)
+    """Read the end tokens: one token id, or a list of them."""
+    if isinstance(fields.left.get("eos_token_id"), list):
+        return fields.integers("eos_token_id")
+    end = fields.integer("eos_token_id", None, least=0)
+    return () if end is None else (end,)
 
 
 READERS: dict[str, Callable[[Fields], Config]] = {  # by config.json's model_type
-    "llama": _read_llama,
+    "llama": partial(_read_llama, config=LlamaConfig, architecture="LlamaForCausalLM"),
     "gemma3_text": _read_gemma3_text,
     "gemma3": _read_gemma3,
     "qwen3": _read_qwen3,
-    "qwen3_moe": partial(_read_qwen3, mixture=True),
+    "qwen3_moe": partial(_read_qwen3, experts=True),
     "qwen3_vl": _read_qwen3_vl,
-    "qwen3_vl_moe": partial(_read_qwen3_vl, mixture=True),
+    "qwen3_vl_moe": partial(_read_qwen3_vl, experts=True),
 }

@@ -1,51 +1,125 @@
-"""Strict reading of JSON objects: every field is taken by name, checked, and nothing is left over unread."""
+"""Read a JSON object field by field, with checks.
 
-from collections.abc import Callable
+A reader takes the fields that it knows, by name. `Fields.finish` then refuses or lists the fields that are left.
+Errors name the field and its value.
+"""
+
+from collections.abc import Callable, Container, Iterable
 from typing import Any
 
 from pop.errors import ConfigError
 
+# Upper limits, far above any real model: a corrupt size must be refused here, not fail in the allocator.
+MOST = 2**24
+MOST_MODULES = 2**12  # for fields that count modules, or that enter the size of a tensor more than once
+MODULES = {
+    "num_hidden_layers", "num_attention_heads", "head_dim", "num_experts", "depth", "num_heads", "n_layers", "n_heads",
+    "patch_size", "spatial_merge_size", "temporal_patch_size",
+}  # fmt: skip
+# Fields that have another name in some releases of transformers.
+OTHER_NAMES = {
+    "dtype": "torch_dtype", "num_experts": "num_local_experts", "image_token_id": "image_token_index",
+    "boi_token_id": "boi_token_index", "eoi_token_id": "eoi_token_index",
+}  # fmt: skip
+
 
 class Fields:
-    """A JSON object whose fields are taken one by one and checked; `finish` refuses what nobody took.
+    """The fields of a JSON object. A null counts as absent. Fields with two names go by their key in OTHER_NAMES.
 
-    The bounds of integers lie above any real model: a corrupt size must end here, not in the allocator.
+    Args:
+        values: the object.
+        place: what precedes a field's name in messages, such as "text_config.".
     """
 
-    def __init__(self, values: dict[str, Any]):
+    def __init__(self, values: dict[str, Any], place: str = ""):
         self.left = {name: value for name, value in values.items() if value is not None}
+        self.place = place
+        self.parts: list[Fields] = []
+        for name, other in OTHER_NAMES.items():
+            self.add(name, self.left.pop(other, None))
+
+    def add(self, name: str, value: Any) -> None:
+        """Add a field. If it is there already, its value must be the same."""
+        if value is not None and self.left.setdefault(name, value) != value:
+            twice = f"as {self.left[name]!r:.80} and as {value!r:.80}"
+            raise ConfigError(f"{self.called(name)} is given twice, {twice}")
+
+    def called(self, name: str) -> str:
+        """Return what messages call a field: its full name, and its other name if it has one."""
+        return self.place + name + (f" ({OTHER_NAMES[name]})" if name in OTHER_NAMES else "")
 
     def take(self, name: str, kind: str, accepts: Callable[[Any], bool], default: Any = ...) -> Any:
+        """Remove a field and return its value. The methods below do so for common kinds of values.
+
+        Args:
+            name: the field's name.
+            kind: what the value must be, in words for an error.
+            accepts: whether a value is of that kind.
+            default: what to return if the field is absent. Without a default, the field is required.
+        """
         if name not in self.left:
             if default is ...:
-                raise ConfigError(f"the required field {name} is missing")
+                raise ConfigError(f"{self.called(name)} is missing")
             return default
-        if not accepts(value := self.left.pop(name)):
-            raise ConfigError(f"{name} must be {kind}, not {value!r:.80}")
+        value = self.left.pop(name)
+        if not accepts(value):
+            raise ConfigError(f"{self.called(name)} must be {kind}, not {value!r:.80}")
         return value
 
-    def integer(self, name: str, default: Any = ..., least: int = 1, most: int = 2**24) -> int:
-        kind = f"an integer from {least} to {most}"
-        return self.take(name, kind, lambda v: type(v) is int and least <= v <= most, default)
+    def integer(self, name: str, default: Any = ..., least: int = 1) -> int:
+        most = MOST_MODULES if name in MODULES else MOST
+        return self.take(name, f"an integer from {least} to {most}", _is_integer(least, most), default)
+
+    def integers(self, name: str, default: Any = ...) -> tuple[int, ...]:
+        """A list of integers of at least 0."""
+        is_integer = _is_integer(0, MOST)
+        kind = f"a list of integers from 0 to {MOST}"
+        return tuple(self.take(name, kind, lambda v: type(v) is list and all(map(is_integer, v)), default))
 
     def number(self, name: str, default: Any = ...) -> float:
-        kind = "a positive number"
-        value = self.take(name, kind, lambda v: type(v) in (int, float) and 0 < v < 1e30, default)
+        value = self.take(name, "a positive number", lambda v: type(v) in (int, float) and 0 < v < 1e30, default)
         return value if value is None else float(value)
 
-    def boolean(self, name: str) -> bool:
-        return self.take(name, "true or false", lambda v: type(v) is bool, False)
+    def boolean(self, name: str, default: Any = False) -> bool:
+        return self.take(name, "true or false", lambda v: type(v) is bool, default)
 
-    def choice(self, name: str, known: Any, default: Any = ...) -> str:
+    def choice(self, name: str, known: Iterable[str], default: Any = ...) -> str:
         return self.take(name, f"one of {', '.join(known)}", lambda v: v in list(known), default)
 
-    def fixed(self, name: str, only: Any) -> None:
-        def is_it(value: Any) -> bool:
-            return value == only and isinstance(value, bool) == isinstance(only, bool)
+    def fixed(self, **only: Any) -> None:
+        """Take fields of which only one value is supported. They may be absent."""
+        for name, supported in only.items():
+            self.take(name, repr(supported), lambda v, s=supported: v == s and (v is True) == (s is True), supported)
 
-        self.take(name, f"{only!r} (nothing else is supported)", is_it, only)
+    def object(self, name: str) -> dict[str, Any]:
+        """An object, empty by default."""
+        return self.take(name, "an object", lambda v: type(v) is dict, {})
 
-    def finish(self) -> None:
-        if self.left:
-            named = ", ".join(f"{name} = {value!r:.80}" for name, value in list(self.left.items())[:5])
-            raise ConfigError(f"unknown or unsupported: {named}{' ...' if len(self.left) > 5 else ''}")
+    def part(self, name: str) -> "Fields":
+        """An object, as fields that `finish` checks together with these."""
+        self.parts.append(Fields(self.object(name), f"{self.place}{name}."))
+        return self.parts[-1]
+
+    def finish(self, unsupported: Container[str] | None = None) -> list[str]:
+        """Deal with the fields that nobody has taken.
+
+        Args:
+            unsupported: the names of fields to refuse, unless they are false. None refuses all fields.
+
+        Returns:
+            The names of the other fields.
+        """
+        refused, ignored = [], []
+        for part in (self, *self.parts):
+            for name, value in part.left.items():
+                if unsupported is None or (name in unsupported and value is not False):
+                    refused.append(f"{part.called(name)} = {value!r:.80}")
+                else:
+                    ignored.append(part.called(name))
+        if refused:
+            raise ConfigError(f"not supported: {', '.join(refused[:5])}{' ...' if len(refused) > 5 else ''}")
+        return ignored
+
+
+def _is_integer(least: int, most: int) -> Callable[[Any], bool]:
+    return lambda value: type(value) is int and least <= value <= most

@@ -1,15 +1,11 @@
-"""Weight files to parameters: built on the meta device, memory-mapped, strict.
+"""From weight files to parameters: memory-mapped, and strict about names, shapes and dtypes.
 
-`load_weights` reads the Hugging Face layout (model.safetensors, or shards with an index) or Meta's own
-(consolidated.NN.pth, a file for each tensor-parallel rank), in two passes. The *survey* maps all files, reads
-no weight, compares names, shapes and dtypes with the module's, and names all differences in one error. The
-*copy* fills new parameters that own their memory, so that files may be replaced under a running model.
+`load_weights` reads the Hugging Face layout (safetensors) or Meta's (one consolidated.NN.pth for each tensor-parallel
+rank). A survey maps all files and names all differences from the module in one error. Then the weights are copied, so
+the files may change under a running model. A page of a mapped file counts as resident memory until the file is
+unmapped. The copy therefore maps the files anew every few percent, and needs little more memory than the weights.
 
-A page of a mapped file counts as resident memory from its first touch until the file is unmapped. The copy
-therefore goes in steps and maps the file anew after each: loading needs the weights' size and a few percent.
-
-A safetensors file has no checksum: a flipped bit inside a weight is noticed only where it makes a norm or a
-bias infinite or NaN. Meta's files are zip archives, and all their checksums are verified.
+Safetensors files lack checksums: a flipped bit is noticed only if a norm or a bias becomes infinite or NaN.
 """
 
 import os
@@ -20,37 +16,41 @@ from collections.abc import Iterator, Mapping, Set
 from dataclasses import dataclass, replace
 from pathlib import Path, PureWindowsPath
 from types import MappingProxyType
+from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import nn
 
+from pop.checkpoints import meta
 from pop.errors import CheckpointError
-from pop.files import read_json
+from pop.files import read_json, read_tensors
 from pop.models.config import Config
 from pop.progress import progress_bar
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-# The names of a Gemma-3 with a vision tower in later saves of the reference implementation, as patterns, and as
-# published.
+# Names of Gemma-3 with a vision tower: patterns of later saves by the reference, and the published names.
 RENAMED = {
     r"model\.(language_model|vision_tower|multi_modal_projector)\.": r"\1.",
     r"vision_tower\.(?!vision_model\.)": "vision_tower.vision_model.",
     r"language_model\.lm_head\.": "lm_head.",
     r"language_model\.(?!model\.)": "language_model.model.",
 }
-HARMLESS = ("rotary_emb.inv_freq", "rope.freqs")  # RoPE tables in old files; ours follow from the config
-EMBEDDING, HEAD = "embed_tokens.weight", "lm_head.weight"  # the former's name ends so
-NO_SHARDS = MappingProxyType({})
-BAR_FROM = 2**30  # bytes: below, a progress bar would only flicker
+ROPE_TABLES = ("rotary_emb.inv_freq", "rope.freqs")  # in old files; ours follow from the config
+VISION = ("vision_tower.", "multi_modal_projector.", "model.visual.")
+EMBEDDING, HEAD = "embed_tokens.weight", "lm_head.weight"  # a prefix may precede the former
+EXPERT_MATRICES = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
+BAR_FROM = 2**30  # bytes; loading less takes too short a time for a progress bar
 
 
 @dataclass(frozen=True)
 class Shard:
-    """The part of a parameter that one of several processes holds (pop/backends/tensor_parallel.py): ranges along an axis.
+    """The part of a parameter that one of several processes holds (pop/backends/tensor_parallel.py).
 
-    whole: the parameter's whole length along `axis`. spans: (begin, end) in the whole, one behind the other in the
-    part. owned: whether this process answers for a span that others have, too; (): for all of them.
+    Args:
+        axis: the axis along which the parameter is cut.
+        whole: the length of the whole parameter along that axis.
+        spans: ranges (begin, end) of the whole. The part is their concatenation.
+        owned: for each span, whether this process answers for it among those that hold it. () means all spans.
     """
 
     axis: int
@@ -62,7 +62,7 @@ class Shard:
         return (*part[: self.axis], self.whole, *part[self.axis + 1 :])
 
     def places(self) -> torch.Tensor:
-        """[whole], where in the part each index along the axis is; -1: nowhere, or another process answers for it."""
+        """Return [whole]: each index's position in the part, or -1 if this process does not answer for it."""
         places, at = torch.full((self.whole,), -1), 0
         for number, (begin, end) in enumerate(self.spans):
             if not self.owned or self.owned[number]:
@@ -78,13 +78,20 @@ def load_weights(
     dtype: torch.dtype,
     device: torch.device | str,
     progress: bool,
-    shards: Mapping[str, Shard] = NO_SHARDS,
+    shards: Mapping[str, Shard] = MappingProxyType({}),
 ) -> None:
-    """Fill `module`, built on the meta device from the config in `folder`, with the weights in `folder`.
+    """Fill a module with the weights in a folder. Its parameters become contiguous and need no gradient.
 
-    Afterwards every parameter is contiguous, has `dtype`, lies on `device` and needs no gradient. `progress`
-    shows a bar on stderr for large weights, if tqdm is installed. shards: which part of a parameter the module has, by
-    name, if not the whole; nothing else is read. Raises CheckpointError, `module` untouched.
+    Args:
+        folder: the checkpoint.
+        module: the model, built on the meta device from the config in `folder`.
+        dtype: of the parameters.
+        device: of the parameters.
+        progress: whether to show a progress bar on stderr for large weights, if tqdm is installed.
+        shards: by name, the part of a parameter that `module` has. Only that part is read.
+
+    Raises:
+        CheckpointError: the files do not fit the config; `module` is unchanged.
     """
     folder = Path(folder)
     shapes = {name: tuple(parameter.shape) for name, parameter in module.named_parameters()}
@@ -94,7 +101,7 @@ def load_weights(
     size = sum(weight.nbytes for weight in weights.values())
     with progress_bar("loading weights", size, "B", progress and size >= BAR_FROM) as advance:
         for piece, row, source in _steps(pieces, step=max(size // 50, 2**20)):
-            target = piece.target(weights[piece.parameter])[row : row + len(source)]
+            target = weights[piece.parameter][piece.target_at][row : row + len(source)]
             if not piece.repeats:
                 target.copy_(source)
                 advance(target.nbytes)
@@ -109,37 +116,36 @@ def load_weights(
 
 @dataclass(frozen=True)
 class _Piece:
-    """A stored tensor, or the slices `source_at` of it, and the parameter it fills, or the slices `target_at` of it."""
+    """The slices `source_at` of a stored tensor, and the slices `target_at` of a parameter that they fill."""
 
     file: Path
     name: str
     parameter: str
     source_at: tuple[slice, ...] = ()
     target_at: tuple[slice, ...] = ()
-    repeats: bool = False  # the parameter is filled already, and this must be equal to it
+    repeats: bool = False  # another piece fills the parameter, and this one must be equal
     interleaved: int = 0  # the head width E of Meta's Q and K
-    one_expert: bool = False  # a matrix of one expert, of which the parameter has all
-    transposed: bool = False  # all experts' matrices, the other way round
-
-    def target(self, parameter: torch.Tensor) -> torch.Tensor:
-        """The part of the parameter to fill, as a view shaped like `source`."""
-        part = parameter[self.target_at]
-        return part.unflatten(0, (-1, 2, self.interleaved // 2)).transpose(1, 2) if self.interleaved else part
+    one_expert: bool = False  # one expert's matrix; the parameter has those of all experts
+    transposed: bool = False  # all experts' matrices, transposed
 
     def source(self, tensor: torch.Tensor) -> torch.Tensor:
-        """RoPE rotates rows (2i, 2i + 1) of a head in Meta's files, (i, E/2 + i) in ours."""
-        tensor = tensor[None] if self.one_expert else tensor.transpose(1, 2) if self.transposed else tensor
+        """The part of the tensor to copy, laid out like the parameter."""
+        if self.one_expert:
+            tensor = tensor[None]
+        if self.transposed:
+            tensor = tensor.transpose(1, 2)
         tensor = tensor[self.source_at]
-        return tensor.unflatten(0, (-1, self.interleaved // 2, 2)) if self.interleaved else tensor
+        if self.interleaved:  # RoPE rotates rows (2i, 2i + 1) of a head in Meta's files, (i, E/2 + i) in ours
+            tensor = tensor.unflatten(0, (-1, self.interleaved // 2, 2)).transpose(1, 2).flatten(0, 2)
+        return tensor
 
 
 def _cut(piece: _Piece, shards: Mapping[str, Shard]) -> Iterator[_Piece]:
-    """What of a piece falls into the part of its parameter that the module has."""
+    """Yield what a piece and a shard of its parameter have in common."""
     if (shard := shards.get(piece.parameter)) is None:
         yield piece
         return
-    place = (*piece.target_at, *[slice(None)] * 3)[shard.axis]
-    begin, end, _ = place.indices(shard.whole)
+    begin, end, _ = (*piece.target_at, *[slice(None)] * 3)[shard.axis].indices(shard.whole)
     at = 0
     for first, last in shard.spans:
         low, high = max(begin, first), min(end, last)
@@ -150,15 +156,14 @@ def _cut(piece: _Piece, shards: Mapping[str, Shard]) -> Iterator[_Piece]:
         at += last - first
 
 
-def _narrow(at: tuple[slice, ...], axis: int, begin: int, end: int) -> tuple[slice, ...]:
-    """`at`, with begin:end along an axis."""
-    at = [*at, *[slice(None)] * (axis + 1 - len(at))]
-    at[axis] = slice(begin, end)
-    return tuple(at)
+def _narrow(slices: tuple[slice, ...], axis: int, begin: int, end: int) -> tuple[slice, ...]:
+    """Replace the slice along an axis by begin:end."""
+    whole = (slice(None),) * (axis - len(slices))
+    return (*slices[:axis], *whole, slice(begin, end), *slices[axis + 1 :])
 
 
 def _steps(pieces: list[_Piece], step: int) -> Iterator[tuple[_Piece, int, torch.Tensor]]:
-    """Each piece in slices (piece, first row, rows), with about `step` bytes of the files resident."""
+    """Yield each piece in slices (piece, first row, rows), with about `step` bytes of the files resident."""
     file, touched = None, 0
     for piece in pieces:
         row, rows = 0, 1
@@ -173,7 +178,7 @@ def _steps(pieces: list[_Piece], step: int) -> Iterator[tuple[_Piece, int, torch
 
 
 def _map(file: Path, checksums: bool = False) -> dict[str, torch.Tensor]:
-    """The tensors of a weight file, memory-mapped: a page is read when it is first touched."""
+    """Map the tensors of a weight file into memory: a page is read when it is first touched."""
     try:
         if file.suffix == ".pth":
             if checksums:
@@ -182,12 +187,11 @@ def _map(file: Path, checksums: bool = False) -> dict[str, torch.Tensor]:
                         raise ValueError("wrong checksum or compressed")
             tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
         else:
-            with safe_open(file, framework="pt") as handle:
-                tensors = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
+            tensors, _ = read_tensors(file)
         dense = [t.is_cpu and t.layout == torch.strided and not t.is_nested for t in tensors.values()]
         if not all(dense) or not all(isinstance(name, str) for name in tensors):
             raise ValueError("not a dictionary of dense tensors")
-    except pickle.UnpicklingError:  # torch's own words advise to load it all the same
+    except pickle.UnpicklingError:  # torch's message advises to load the file without weights_only
         raise CheckpointError(f"{file} holds more than tensors, or is corrupt; it is not loaded") from None
     except Exception as error:  # corrupt bytes can raise nearly anything
         reason = f"{type(error).__name__}: {error}".split("\n")[0]
@@ -195,98 +199,71 @@ def _map(file: Path, checksums: bool = False) -> dict[str, torch.Tensor]:
     return tensors
 
 
-# The config's fields that make the shape of a weight; that of a norm is hidden_size.
-HEADS, KV_HEADS = "num_attention_heads * head_dim", "num_key_value_heads * head_dim"
-DIMENSIONS = {
-    "embed_tokens": ("vocab_size", "hidden_size"), "lm_head": ("vocab_size", "hidden_size"),
-    "q_proj": (HEADS, "hidden_size"), "o_proj": ("hidden_size", HEADS),
-    "k_proj": (KV_HEADS, "hidden_size"), "v_proj": (KV_HEADS, "hidden_size"),
-    "gate_proj": ("intermediate_size", "hidden_size"), "up_proj": ("intermediate_size", "hidden_size"),
-    "down_proj": ("hidden_size", "intermediate_size"),
-    "q_norm": ("head_dim",), "k_norm": ("head_dim",),
-    "gate": ("num_experts", "hidden_size"),
-    "experts.gate_up_proj": ("num_experts", "2 * moe_intermediate_size", "hidden_size"),
-    "experts.down_proj": ("num_experts", "hidden_size", "moe_intermediate_size"),
-}  # fmt: skip
-VISION = ("vision_tower.", "multi_modal_projector.", "model.visual.")  # shaped by vision_config
-META_NAMES = {
-    "tok_embeddings": "model.embed_tokens", "norm": "model.norm", "output": "lm_head",
-    "attention_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm",
-    "attention.wq": "self_attn.q_proj", "attention.wk": "self_attn.k_proj",
-    "attention.wv": "self_attn.v_proj", "attention.wo": "self_attn.o_proj",
-    "feed_forward.w1": "mlp.gate_proj", "feed_forward.w2": "mlp.down_proj", "feed_forward.w3": "mlp.up_proj",
-}  # fmt: skip
-
-
-def _survey(folder: Path, config: Config, wanted: dict[str, tuple[int, ...]]) -> list[_Piece]:
-    """Match what is stored with the names and shapes of the parameters; one error names all that does not fit."""
-    stored = _stored(folder, config.head_dim, wanted.keys())
-    wanted, places = _one_by_one(wanted, stored.keys())
-    missing = [name for name in wanted if name not in stored]
-    embedding = next((name for name in wanted if name.endswith(EMBEDDING)), EMBEDDING)
-    surplus, dtypes, shapes, pieces = [], [], [], []
+def _survey(folder: Path, config: Config, shapes: dict[str, tuple[int, ...]]) -> list[_Piece]:
+    """Match the stored tensors with the parameters, given by name and shape. One error names all differences."""
+    stored = _stored(folder, config.head_dim, shapes.keys())
+    wanted, filling = _split_experts(shapes, stored.keys())
+    if config.tie_embeddings and HEAD in stored:
+        embedding = next(name for name in shapes if name.endswith(EMBEDDING))
+        wanted[HEAD], filling[HEAD] = shapes[embedding], {"parameter": embedding, "repeats": True}
+    pieces, dtypes, misfits = [], [], []
     for name, parts in stored.items():
-        # A head beside a tied embedding is superfluous, and no contradiction if it repeats the embedding.
-        tied = name == HEAD and config.tie_embeddings
-        if (whole := wanted.get(embedding if tied else name)) is None:
-            surplus.append(name)
+        if name not in wanted:
             continue
         dtypes += [f"{name} ({tensor.dtype})" for _, tensor in parts if tensor.dtype not in FLOATS]
-        if not (fitting := _fit(parts, whole)):
+        fitting = _fit(parts, wanted[name])
+        if not fitting:
             found = " + ".join(str(list(tensor.shape)) for _, tensor in parts)
-            *_, kind, last = name.split(".")
-            fields = DIMENSIONS.get(kind) or DIMENSIONS.get(f"{kind}.{last}", ("hidden_size",))
-            fields = " x ".join(fields[: len(whole)])
-            if name in places:
-                fields = fields.replace("intermediate", "moe_intermediate")
-            if name.startswith(VISION):
-                fields = "the sizes of vision_config"
-            shapes.append(f"{name} is {found}, not {list(whole)} = {fields}")
-        if tied:
-            fitting = [replace(piece, parameter=embedding, repeats=True) for piece in fitting]
-        elif name in places:
-            parameter, target_at = places[name]
-            fitting = [replace(p, parameter=parameter, target_at=target_at, one_expert=True) for p in fitting]
-        pieces += fitting
-
-    faults = {"missing": missing, "surplus": surplus, "of a wrong dtype": dtypes, "of a wrong shape": shapes}
-    if any(faults.values()):
-        layer = r"(language_model\.)?model\.(language_model\.)?layers\.\d+\."
-        layers = len({match[0] for name in stored if (match := re.match(layer, name))})
-        depth = f"num_hidden_layers is {config.num_layers} but {layers} layers are stored"
-        reasons = [depth] if layers != config.num_layers else []
-        reasons += ["tie_word_embeddings is false"] if HEAD in missing else []
-        meta_files = {piece.file for parts in stored.values() for piece, _ in parts if piece.file.suffix == ".pth"}
-        if shapes and meta_files:  # each matrix is cut between the files
-            reasons.append(f"there are {len(meta_files)} files consolidated.*.pth, perhaps not all")
-        reasons += [f"{kind}: {_some(names)}" for kind, names in faults.items() if names]
+            misfits.append(f"{name} is {found}, not {list(wanted[name])}")
+        pieces += [replace(piece, **filling.get(name, {})) for piece in fitting]
+    missing = [name for name in wanted if name not in stored]
+    surplus = [name for name in stored if name not in wanted]
+    if missing or surplus or dtypes or misfits:
+        reasons = []
+        layers = {m[0] for name in stored if not name.startswith(VISION) and (m := re.match(r".*?layers\.\d+\.", name))}
+        if len(layers) != config.num_layers:
+            reasons.append(f"num_hidden_layers is {config.num_layers} but {len(layers)} layers are stored")
+        if HEAD in missing:
+            reasons.append("tie_word_embeddings is false")
+        if misfits:
+            sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_heads", "num_kv_heads", "head_dim")
+            reasons.append("the config has " + ", ".join(f"{name} {getattr(config, name)}" for name in sizes))
+        files = {piece.file for parts in stored.values() for piece, _ in parts if piece.file.suffix == ".pth"}
+        if misfits and files:  # each file has a part of each matrix
+            reasons.append(f"there are {len(files)} files consolidated.*.pth, perhaps not all")
+        faults = {"missing": missing, "surplus": surplus, "of a wrong dtype": dtypes, "of a wrong shape": misfits}
+        reasons += [f"{fault}: {_some(names)}" for fault, names in faults.items() if names]
         raise CheckpointError(f"the weights in {folder} are not those of its config: {'; '.join(reasons)}")
     return sorted(pieces, key=lambda piece: (piece.repeats, piece.file))
 
 
-def _one_by_one(wanted: dict[str, tuple[int, ...]], stored: Set[str]) -> tuple[dict[str, tuple[int, ...]], dict]:
-    """The names and shapes that are wanted, where experts are stored one by one those of each.
+def _split_experts(
+    shapes: dict[str, tuple[int, ...]], stored: Set[str]
+) -> tuple[dict[str, tuple[int, ...]], dict[str, dict[str, Any]]]:
+    """If experts are stored one by one, replace each parameter that holds all experts by those of each expert.
 
-    And for these, by name, the parameter that has all experts, and which slices of it are this one's.
+    Returns:
+        The names and shapes of all tensors, and for the experts' tensors the fields of `_Piece` that differ.
     """
-    names, places = {}, {}
-    for name, shape in wanted.items():
+    wanted, filling = {}, {}
+    for name, shape in shapes.items():
         experts, _, kind = name.rpartition(".")
-        matrices = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}.get(kind, ("",))
-        if f"{experts}.0.{matrices[0]}.weight" not in stored:
-            names[name] = shape
+        matrices = EXPERT_MATRICES.get(kind, ())
+        if not any(f"{experts}.0.{matrix}.weight" in stored for matrix in matrices):
+            wanted[name] = shape
             continue
         rows = shape[1] // len(matrices)
         for expert in range(shape[0]):
             for number, matrix in enumerate(matrices):
                 one = f"{experts}.{expert}.{matrix}.weight"
-                names[one] = (rows, shape[2])
-                places[one] = name, (slice(expert, expert + 1), slice(number * rows, (number + 1) * rows))
-    return names, places
+                target_at = (slice(expert, expert + 1), slice(number * rows, (number + 1) * rows))
+                wanted[one] = (rows, shape[2])
+                filling[one] = {"parameter": name, "target_at": target_at, "one_expert": True}
+    return wanted, filling
 
 
-def _stored(folder: Path, head_dim: int, wanted: Set[str]) -> dict[str, list[tuple[_Piece, torch.Tensor]]]:
-    """What is stored for each parameter: one tensor, or in Meta's layout one from each file."""
+def _stored(folder: Path, head_dim: int, parameters: Set[str]) -> dict[str, list[tuple[_Piece, torch.Tensor]]]:
+    """Collect what is stored for each parameter: one tensor, or in Meta's layout one from each file."""
     files, index = _weight_files(folder)
     stored = {}
     for file in files:
@@ -294,20 +271,24 @@ def _stored(folder: Path, head_dim: int, wanted: Set[str]) -> dict[str, list[tup
         if index is not None and (astray := tensors.keys() ^ {n for n in index if index[n] == file.name}):
             raise CheckpointError(f"{file} and the index beside it disagree about {_some(sorted(astray))}")
         for name, tensor in tensors.items():
-            meta = file.suffix == ".pth"
-            parameter = _hf_name(name) if meta else name if name in wanted else published_name(name)
-            rotated = meta and parameter != name and parameter.endswith((".q_proj.weight", ".k_proj.weight"))
-            piece = _Piece(file, name, parameter, interleaved=head_dim if rotated else 0)
-            if not name.endswith(HARMLESS):
-                stored.setdefault(parameter, []).append((piece, tensor))
+            if name.endswith(ROPE_TABLES):
+                continue
+            if file.suffix == ".pth":
+                parameter = meta.parameter_name(name)
+                interleaved = parameter != name and parameter.endswith((".q_proj.weight", ".k_proj.weight"))
+            else:
+                parameter = name if name in parameters else published_name(name)
+                interleaved = False
+            piece = _Piece(file, name, parameter, interleaved=head_dim if interleaved else 0)
+            stored.setdefault(parameter, []).append((piece, tensor))
     return stored
 
 
 def _weight_files(folder: Path) -> tuple[list[Path], dict[str, str] | None]:
-    """The weight files, and the index (tensor -> shard) where there is one.
+    """Find the weight files and, if there is one, the index from tensors to shards.
 
-    As in the reference implementation an unsharded file goes first. A shard may be a symlink (download caches
-    make them), but its name comes from outside and must be a plain one: no path, no way out of the folder.
+    A single file takes precedence, as in the reference. A shard may be a symbolic link, as in download caches. Its name
+    comes from outside, so it must be a plain file name that cannot leave the folder.
     """
     index_file = folder / "model.safetensors.index.json"
     if os.path.isfile(folder / "model.safetensors"):
@@ -332,23 +313,19 @@ def _weight_files(folder: Path) -> tuple[list[Path], dict[str, str] | None]:
     return files, None
 
 
-def _hf_name(name: str) -> str:
-    """Meta's name of a tensor in our terms. A name that is not Meta's is kept, and will be surplus."""
-    match = re.fullmatch(r"(layers\.\d+\.|)(.+)\.weight", name)
-    if not match or match[2] not in META_NAMES:
-        return name
-    return ("model." if match[1] else "") + match[1] + META_NAMES[match[2]] + ".weight"
-
-
 def published_name(name: str) -> str:
-    """The published name of a tensor in the Hugging Face layout, whichever release has saved it."""
+    """Return the published name of a tensor in the Hugging Face layout, whichever release saved it."""
     for pattern, replacement in RENAMED.items():
         name = re.sub(rf"^{pattern}", replacement, name)
     return name
 
 
 def _fit(parts: list[tuple[_Piece, torch.Tensor]], whole: tuple[int, ...]) -> list[_Piece]:
-    """Lay parts side by side (Meta cuts matrices by rows or columns) or over each other (norms); else []."""
+    """Make parts fill a whole: side by side (Meta cuts matrices by rows or columns), or as copies (Meta's norms).
+
+    Returns:
+        The pieces, or [] if the shapes do not fit.
+    """
     shapes = {tuple(tensor.shape) for _, tensor in parts}
     part, ranks = shapes.pop(), len(parts)
     if shapes or not part or (parts[0][0].interleaved and part[0] % parts[0][0].interleaved):

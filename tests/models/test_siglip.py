@@ -197,7 +197,7 @@ def test_wrong_weights_are_refused_by_name(tmp_path):
     for part in (
         "missing: multi_modal_projector.mm_soft_emb_norm.weight",
         "surplus: vision_tower.vision_model.head.probe",
-        "vision_tower.vision_model.post_layernorm.bias is [25], not [24] = the sizes of vision_config",
+        "vision_tower.vision_model.post_layernorm.bias is [25], not [24]",
     ):
         assert part in str(caught.value)
 
@@ -220,10 +220,8 @@ def test_published_config():
         ({"num_hidden_layers": 0}, "num_hidden_layers must be an integer from 1"),
         ({"hidden_act": "gelu"}, "hidden_act must be 'gelu_pytorch_tanh'"),
         ({"num_channels": 1}, "num_channels must be 3"),
-        ({"vision_use_head": True}, "vision_use_head must be False"),
         ({"model_type": "clip_vision_model"}, "model_type must be 'siglip_vision_model'"),
         ({"layer_norm_eps": 0}, "layer_norm_eps must be a positive number"),
-        ({"window_size": 3}, "unknown or unsupported: window_size = 3"),
     ],
 )
 def test_bad_configs_are_refused(change, pattern):

@@ -1,13 +1,14 @@
-"""Checkpoints in Meta's layout."""
+"""Loading a checkpoint's weights in tests, and checkpoints in Meta's layout."""
 
 from pathlib import Path
 
+import pytest
 import torch
 from support.tiny import random_weights, tiny_config
 
 from pop.checkpoints.config_json import read_config
 from pop.checkpoints.weights import load_weights
-from pop.errors import PopError
+from pop.errors import CheckpointError, PopError
 from pop.models import build
 from pop.models.config import LlamaConfig
 
@@ -31,6 +32,21 @@ def load(folder: Path, dtype=torch.float32, config=None, **options) -> dict[str,
     return dict(module.named_parameters())
 
 
+def refused(folder: Path, pattern: str, **options) -> str:
+    """Check that loading raises a short CheckpointError, and return its message."""
+    with pytest.raises(CheckpointError, match=pattern) as caught:
+        load(folder, **options)
+    message = str(caught.value)
+    assert "\n" not in message and len(message) < 1500
+    return message
+
+
+def assert_same(loaded: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    assert loaded.keys() == expected.keys()
+    for name, parameter in loaded.items():
+        assert torch.equal(parameter, expected[name].to(parameter.dtype)), name
+
+
 META_NAMES = {
     "model.embed_tokens": "tok_embeddings",
     "model.norm": "norm",
@@ -45,11 +61,8 @@ META_NAMES = {
     "input_layernorm": "attention_norm",
     "post_attention_layernorm": "ffn_norm",
 }
-
-
+# The axes along which ranks share the matrices.
 BY_ROWS = ("wq", "wk", "wv", "w1", "w3", "output", "tok_embeddings")
-
-
 BY_COLUMNS = ("wo", "w2")
 
 

@@ -1,12 +1,10 @@
 """Loading weights: exact, strict, frugal, and never silent about files that are not what they should be."""
 
 import json
-import pickle
 import re
 import shutil
 import subprocess
 import sys
-import zipfile
 from pathlib import Path
 
 import pytest
@@ -14,14 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
-from support.meta_files import (
-    from_meta,
-    load,
-    meta_name,
-    meta_weights,
-    shell,
-    write_meta,
-)
+from support.meta_files import assert_same, load, meta_name, refused, shell, write_meta
 from support.tiny import tiny_config, write_checkpoint
 
 from pop.checkpoints import weights as checkpoint
@@ -32,26 +23,12 @@ from pop.models.config import LlamaConfig
 INDEX = "model.safetensors.index.json"
 
 
-def refused(folder: Path, pattern: str, **options) -> str:
-    with pytest.raises(CheckpointError, match=pattern) as caught:
-        load(folder, **options)
-    message = str(caught.value)
-    assert "\n" not in message and len(message) < 1500
-    return message
-
-
 def stored(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / "model.safetensors")
 
 
 def store(folder: Path, weights: dict[str, torch.Tensor]) -> None:
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-
-
-def assert_same(loaded: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
-    assert loaded.keys() == expected.keys()
-    for name, parameter in loaded.items():
-        assert torch.equal(parameter, expected[name].to(parameter.dtype)), name
 
 
 def shard(folder: Path, count: int = 3) -> dict[str, str]:
@@ -178,7 +155,7 @@ def test_all_differences_are_named_in_one_error(tmp_path):
     assert "surplus: model.layers.1.self_attn.q_norm.weight;" in message
     assert "model.layers.0.mlp.gate_proj.weight (torch.int8)" in message
     assert "model.layers.0.mlp.down_proj.weight (torch.float8_e4m3fn)" in message
-    assert "model.norm.weight is [31], not [30] = hidden_size" in message
+    assert "model.norm.weight is [31], not [30]" in message
 
 
 def test_many_differences_are_counted(tmp_path):
@@ -198,12 +175,12 @@ def test_hostile_names_are_shown_harmlessly(tmp_path):
 @pytest.mark.parametrize(
     ("change", "pattern"),
     [
-        ({"vocab_size": 68}, r"tokens\.weight is \[67, 30\], not \[68, 30\] = vocab_size x hidden_size"),
-        ({"hidden_size": 32}, r"not \[67, 32\] = vocab_size x hidden_size"),
-        ({"intermediate_size": 45}, "intermediate_size x hidden_size"),
-        ({"num_heads": 4}, r"q_proj\.weight is \[60, 30\], not \[40, 30\] = num_attention_heads \* "),
-        ({"num_kv_heads": 3}, r"k_proj\.weight is \[20, 30\], not \[30, 30\] = num_key_value_heads \* "),
-        ({"head_dim": 12}, "head_dim"),
+        ({"vocab_size": 68}, r"vocab_size 68.*tokens\.weight is \[67, 30\], not \[68, 30\]"),
+        ({"hidden_size": 32}, r"hidden_size 32.*tokens\.weight is \[67, 30\], not \[67, 32\]"),
+        ({"intermediate_size": 45}, r"intermediate_size 45.*gate_proj\.weight is \[44, 30\], not \[45, 30\]"),
+        ({"num_heads": 4}, r"num_heads 4.*q_proj\.weight is \[60, 30\], not \[40, 30\]"),
+        ({"num_kv_heads": 3}, r"num_kv_heads 3.*k_proj\.weight is \[20, 30\], not \[30, 30\]"),
+        ({"head_dim": 12}, r"head_dim 12.*k_proj\.weight is \[20, 30\], not \[24, 30\]"),
         ({"num_layers": 4}, r"num_hidden_layers is 4 but 5 layers are stored; surplus: model\.layers\.4\."),
         ({"num_layers": 6}, r"num_hidden_layers is 6 but 5 layers are stored; missing: model\.layers\.5\."),
         ({"attention_bias": True}, r"missing: model\.layers\.0\.self_attn\.q_proj\.bias"),
@@ -350,165 +327,6 @@ def test_a_flipped_bit_is_an_error_or_one_wrong_weight(tmp_path_factory, data):
             continue
         wrong = sum(int((loaded[name] != weight).sum()) for name, weight in expected.items())
         assert wrong <= (0 if in_header else 1)
-
-
-# ---- Meta's own layout ----
-
-
-@pytest.mark.parametrize("ranks", [1, 2])
-@pytest.mark.parametrize("vocab_size", [68, 20_012])  # the larger is copied in slices
-def test_metas_files_hold_the_same_weights(tmp_path, ranks, vocab_size):
-    config, weights = from_meta(tmp_path, ranks, vocab_size=vocab_size)
-    loaded = load(tmp_path, config=config)
-    assert {meta_name(name) for name in loaded} == weights.keys()
-    for name, parameter in loaded.items():
-        assert parameter.is_contiguous() and not parameter.requires_grad
-        expected = weights[meta_name(name)]
-        if "q_proj" in name or "k_proj" in name:  # a head's rows in another order
-            parameter, expected = (w.unflatten(0, (-1, 10)).sort(1).values for w in (parameter, expected))
-        assert torch.equal(parameter, expected), name
-
-
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_metas_attention_scores_are_the_same(tmp_path, ranks):
-    """Meta's code turns neighbouring values of a head, as complex numbers; ours turns the two halves."""
-    config, weights = from_meta(tmp_path, ranks)
-    module = shell(config)
-    load_weights(tmp_path, module, dtype=torch.float32, device="cpu", progress=False)
-    T, E = 9, config.head_dim
-    x = torch.randn(1, T, config.hidden_size, generator=torch.Generator().manual_seed(0))
-    angles = torch.outer(torch.arange(T), 10_000.0 ** (-torch.arange(0, E, 2) / E))
-    turns = torch.polar(torch.ones_like(angles), angles)[:, None]  # [T, 1, E/2]
-
-    def rotated(weight):
-        pairs = torch.view_as_complex((x[0] @ weight.T).view(T, -1, E // 2, 2))  # [T, heads, E/2]
-        return torch.view_as_real(pairs * turns).flatten(2)
-
-    attention = module.model.layers[1].self_attn
-    rope = module.rope(torch.arange(T)[None])[None]
-    q, k = attention.queries(x, rope)[0], attention.keys_values(x, rope)[0][0]
-    expected_q, expected_k = (rotated(weights[f"layers.1.attention.{w}.weight"]) for w in ("wq", "wk"))
-    for head in range(config.num_heads):
-        group = head // (config.num_heads // config.num_kv_heads)
-        scores, expected = q[:, head] @ k[:, group].T, expected_q[:, head] @ expected_k[:, group].T
-        torch.testing.assert_close(scores, expected, rtol=1e-4, atol=1e-4)
-
-
-def test_metas_params_and_weights_together(tmp_path):
-    params = {"dim": 64, "n_layers": 2, "n_heads": 8, "n_kv_heads": 2, "vocab_size": 67, "multiple_of": 32}
-    (tmp_path / "params.json").write_text(json.dumps({**params, "rope_theta": 500000.0}))
-    sizes = {"hidden_size": 64, "num_layers": 2, "num_heads": 8, "head_dim": 8, "intermediate_size": 192}
-    write_meta(tmp_path, meta_weights(tiny_config(**sizes)))
-    assert len(load(tmp_path)) == 2 * 9 + 3
-
-
-def test_metas_tied_head_and_old_tables(tmp_path):
-    config, weights = from_meta(tmp_path, tie_embeddings=True)
-    write_meta(tmp_path, {**weights, "rope.freqs": torch.ones(5)}, 2)
-    load(tmp_path, config=config)
-    write_meta(tmp_path, {**weights, "output.weight": weights["tok_embeddings.weight"]}, 2)
-    load(tmp_path, config=config)
-    write_meta(tmp_path, {**weights, "output.weight": -weights["tok_embeddings.weight"]}, 2)
-    refused(tmp_path, r"output\.weight should repeat model\.embed_tokens\.weight", config=config)
-
-
-def test_metas_ranks_must_belong_together(tmp_path):
-    config, weights = from_meta(tmp_path, 2)
-    other = {**weights, "norm.weight": weights["norm.weight"] + 1}
-    write_meta(tmp_path / "..", other, 2)
-    (tmp_path / "../consolidated.01.pth").replace(tmp_path / "consolidated.01.pth")
-    refused(tmp_path, r"consolidated\.01\.pth: norm\.weight should repeat model\.norm\.weight", config=config)
-    (tmp_path / "consolidated.01.pth").rename(tmp_path / "consolidated.02.pth")
-    refused(tmp_path, r"no consolidated\.01\.pth", config=config)
-    (tmp_path / "consolidated.02.pth").unlink()
-    message = refused(tmp_path, r"embed_tokens\.weight is \[34, 60\], not \[68, 60\]", config=config)
-    assert "there are 1 files consolidated.*.pth, perhaps not all" in message
-    write_meta(tmp_path, weights, 4)  # two KV heads over four ranks: half a head for each
-    refused(tmp_path, r"k_proj\.weight is \[5, 60\] \+ \[5, 60\]", config=config)
-
-
-def test_metas_names_and_shapes_are_checked(tmp_path):
-    config, weights = from_meta(tmp_path)
-    weights["layers.0.attention.wq.weight"] = torch.tensor(1.0)
-    weights["layers.1.attention.wk.bias"] = torch.ones(20)
-    weights["layers.2.feed_forward.w1.weight"] = weights["layers.2.feed_forward.w1.weight"].to(torch.int32)
-    del weights["norm.weight"]
-    torch.save(weights, tmp_path / "consolidated.00.pth")
-    message = refused(tmp_path, r"missing: model\.norm\.weight; surplus: layers\.1\.att", config=config)
-    assert "gate_proj.weight (torch.int32)" in message and "q_proj.weight is [], not [60, 60]" in message
-
-
-def test_pickles_are_data_only(tmp_path):
-    config, weights = from_meta(tmp_path)
-    witness = tmp_path / "executed"
-
-    class Bomb:
-        def __reduce__(self):
-            return Path.touch, (witness,)
-
-    for bomb in (Bomb(), {**weights, "norm.weight": Bomb()}):
-        torch.save(bomb, tmp_path / "consolidated.00.pth")
-        refused(tmp_path, "holds more than tensors, or is corrupt; it is not loaded", config=config)
-        (tmp_path / "consolidated.00.pth").write_bytes(pickle.dumps(bomb))
-        refused(tmp_path, "truncated or corrupt", config=config)
-    assert not witness.exists()
-
-
-@pytest.mark.parametrize("value", [[], 3, None, torch.ones(3), {"norm.weight": 3}, {3: torch.ones(3)}])
-def test_pickles_of_something_else(tmp_path, value):
-    torch.save(value, tmp_path / "consolidated.00.pth")
-    refused(tmp_path, "truncated or corrupt|are not those", config=tiny_config())
-
-
-@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
-def test_tensors_without_storage_or_layout(tmp_path):
-    config, weights = from_meta(tmp_path)
-    ones = torch.ones(60)
-    nested = torch.nested.as_nested_tensor([ones])
-    for odd in (ones.to("meta"), ones.to_sparse(), nested, ones.to(torch.complex64)):
-        torch.save({**weights, "norm.weight": odd}, tmp_path / "consolidated.00.pth")
-        refused(tmp_path, "dense tensors|complex64", config=config)
-    expanded = {**weights, "norm.weight": torch.ones(1).expand(60)}
-    torch.save(expanded, tmp_path / "consolidated.00.pth")
-    assert load(tmp_path, config=config)["model.norm.weight"].is_contiguous()
-
-
-def test_a_compressed_archive_is_not_mapped_as_weights(tmp_path):
-    config, _ = from_meta(tmp_path)
-    with zipfile.ZipFile(tmp_path / "consolidated.00.pth") as archive:
-        entries = {name: archive.read(name) for name in archive.namelist()}
-    with zipfile.ZipFile(tmp_path / "consolidated.00.pth", "w", zipfile.ZIP_DEFLATED) as archive:
-        for name, content in entries.items():
-            archive.writestr(name, content)
-    refused(tmp_path, "wrong checksum or compressed", config=config)
-
-
-def test_truncated_pickles(tmp_path):
-    config, _ = from_meta(tmp_path, num_layers=1)
-    whole = (tmp_path / "consolidated.00.pth").read_bytes()
-    for cut in [*range(0, len(whole), 997), *range(len(whole) - 40, len(whole))]:
-        (tmp_path / "consolidated.00.pth").write_bytes(whole[:cut])
-        refused(tmp_path, "truncated or corrupt", config=config)
-
-
-@given(st.data())
-def test_a_flipped_bit_in_metas_files_never_changes_a_weight(tmp_path_factory, data):
-    folder = tmp_path_factory.mktemp("flip")
-    config, _ = from_meta(folder, num_layers=1)
-    expected = load(folder, config=config)
-    whole = (folder / "consolidated.00.pth").read_bytes()
-    central = whole.rindex(b"PK\x01\x02", 0, whole.index(b"PK\x01\x02") + 4)
-    for _ in range(10):
-        start = data.draw(st.sampled_from([0, central]))
-        bit = data.draw(st.integers(8 * start, 8 * len(whole) - 1))
-        flipped = bytearray(whole)
-        flipped[bit // 8] ^= 1 << bit % 8
-        (folder / "consolidated.00.pth").write_bytes(flipped)
-        try:
-            loaded = load(folder, config=config)
-        except CheckpointError:
-            continue
-        assert_same(loaded, expected)  # a bit that means nothing, such as the date of an entry
 
 
 # ---- memory ----

@@ -1,0 +1,919 @@
+"""Reading config.json: the published files, both dialects of transformers, every field, every refusal."""
+
+import json
+import logging
+import math
+from contextlib import suppress
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from support.published import (
+    EIGHTFOLD,
+    GEMMA3_1B,
+    GEMMA3_270M,
+    GEMMA3_TEXTS,
+    LLAMA31_8B,
+    QWEN3_06B,
+    QWEN3_30B_A3B,
+    QWEN3_235B_A22B,
+    QWEN3_VL_8B,
+    SIGLIP,
+    gemma3_with_images,
+)
+
+from pop.checkpoints.config_json import read_config
+from pop.checkpoints.registry import lookup
+from pop.errors import ConfigError
+from pop.models import build
+from pop.models.config import (
+    ExpertsConfig,
+    Gemma3Config,
+    LlamaConfig,
+    Qwen3Config,
+    Qwen3VisionConfig,
+    Qwen3VLConfig,
+    RopeConfig,
+    SiglipConfig,
+)
+
+LOCAL, GLOBAL = "sliding_attention", "full_attention"
+# The fields without which there is no model; the reference has defaults for all others.
+MINIMAL = {
+    "model_type": "llama",
+    "vocab_size": 100,
+    "hidden_size": 48,
+    "intermediate_size": 80,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 6,
+}
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+TINY_GEMMA3 = {
+    "model_type": "gemma3_text",
+    "vocab_size": 50,
+    "hidden_size": 48,
+    "intermediate_size": 80,
+    "num_hidden_layers": 4,
+    "sliding_window": 9,
+    "layer_types": [LOCAL, GLOBAL, GLOBAL, LOCAL],
+}
+TINY_QWEN3 = {
+    "model_type": "qwen3",
+    "vocab_size": 50,
+    "hidden_size": 48,
+    "intermediate_size": 80,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+GEMMA3_4B = gemma3_with_images(GEMMA3_TEXTS["4b"])
+# The config of Qwen3-VL-30B-A3B, as far as it differs from the 8B's.
+EXPERTS = {
+    "architectures": ["Qwen3VLMoeForConditionalGeneration"],
+    "model_type": "qwen3_vl_moe",
+    "text_config.model_type": "qwen3_vl_moe_text",
+    "text_config.hidden_size": 2048,
+    "text_config.intermediate_size": 6144,
+    "text_config.num_hidden_layers": 48,
+    "text_config.num_key_value_heads": 4,
+    "text_config.decoder_sparse_step": 1,
+    "text_config.mlp_only_layers": [],
+    "text_config.moe_intermediate_size": 768,
+    "text_config.norm_topk_prob": True,
+    "text_config.num_experts": 128,
+    "text_config.num_experts_per_tok": 8,
+    "vision_config.model_type": "qwen3_vl_moe",
+    "vision_config.out_hidden_size": 2048,
+}
+
+
+def changed(config: dict, change: dict) -> dict:
+    """The config with some fields replaced, those of its parts by their path: {"text_config.hidden_size": 1}."""
+    config = {name: dict(value) if isinstance(value, dict) else value for name, value in config.items()}
+    for path, value in change.items():
+        part, _, name = path.rpartition(".")
+        if part in config:
+            config[part][name] = value
+        else:
+            config[path] = value
+    return config
+
+
+QWEN3_VL_30B_A3B = changed(QWEN3_VL_8B, EXPERTS)
+
+
+@pytest.fixture
+def read(tmp_path):
+    """read(config, name="config.json") writes the object or text into a folder and reads it."""
+
+    def write_and_read(config, name="config.json"):
+        text = config if isinstance(config, str) else json.dumps(config)
+        (tmp_path / name).write_text(text, encoding="utf-8")
+        return read_config(tmp_path)
+
+    return write_and_read
+
+
+# ---- published files ----
+
+VISION = SiglipConfig(1152, 4304, 27, 16, 896, 14, 1e-6, 256)
+TOWER = Qwen3VisionConfig(1152, 4304, 27, 16, 4096, (8, 16, 24), 48, 16, 2, 2, 1e4)
+QWEN3_VL = {"mrope_sections": (24, 20, 20), "image_id": 151655, "video_id": 151656, "dtype": torch.bfloat16}
+QWEN3_VL |= {"start_id": 151652, "end_id": 151653, "bos_id": 151643, "eos_ids": (151645,)}
+# By name: the file, and the config that it describes.
+PUBLISHED = {
+    "llama3.1-8b": (
+        LLAMA31_8B,
+        LlamaConfig(
+            vocab_size=128256,
+            hidden_size=4096,
+            intermediate_size=14336,
+            num_layers=32,
+            num_heads=32,
+            num_kv_heads=8,
+            head_dim=128,
+            max_positions=131072,
+            norm_eps=1e-5,
+            rope=RopeConfig(500000.0, "llama3", 8.0, 1.0, 4.0, 8192),
+            tie_embeddings=False,
+            attention_bias=False,
+            mlp_bias=False,
+            dtype=torch.bfloat16,
+            bos_id=128000,
+            eos_ids=(128001, 128008, 128009),
+        ),
+    ),
+    "gemma3-1b": (
+        GEMMA3_1B,
+        Gemma3Config(
+            vocab_size=262144,
+            hidden_size=1152,
+            intermediate_size=6912,
+            windows=((512,) * 5 + (None,)) * 4 + (512, 512),
+            num_heads=4,
+            num_kv_heads=1,
+            head_dim=256,
+            query_pre_attn_scalar=256.0,
+            max_positions=32768,
+            norm_eps=1e-6,
+            rope=RopeConfig(1e6),
+            local_rope=RopeConfig(1e4),
+            dtype=torch.bfloat16,
+            bos_id=2,
+            eos_ids=(1, 106),
+        ),
+    ),
+    "qwen3-0.6b": (
+        QWEN3_06B,
+        Qwen3Config(
+            vocab_size=151936,
+            hidden_size=1024,
+            intermediate_size=3072,
+            num_layers=28,
+            num_heads=16,
+            num_kv_heads=8,
+            head_dim=128,
+            max_positions=40960,
+            norm_eps=1e-6,
+            rope=RopeConfig(1e6),
+            tie_embeddings=True,
+            dtype=torch.bfloat16,
+            bos_id=151643,
+            eos_ids=(151645,),
+        ),
+    ),
+    "qwen3-vl-8b": (
+        QWEN3_VL_8B,
+        Qwen3VLConfig(
+            151936, 4096, 12288, 36, 32, 8, 128, 262144, 1e-6, RopeConfig(5e6), False, vision=TOWER, **QWEN3_VL
+        ),
+    ),
+    "qwen3-vl-30b-a3b": (
+        QWEN3_VL_30B_A3B,
+        Qwen3VLConfig(
+            *(151936, 2048, 6144, 48, 32, 4, 128, 262144, 1e-6, RopeConfig(5e6), False),
+            experts=ExpertsConfig(128, 8, 768, tuple(range(48)), normalised=True),
+            vision=replace(TOWER, out_size=2048),
+            **QWEN3_VL,
+        ),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_configs(read, name):
+    file, config = PUBLISHED[name]
+    assert read(file) == config
+    assert repr(read(file)) == repr(config)  # types too: a fingerprint hashes it
+
+
+# Width, MLP, layers, query heads, key-value heads, tied; head width and vocabulary are the same in all.
+QWEN3_SIZES = {
+    "0.6b": (1024, 3072, 28, 16, 8, True),
+    "1.7b": (2048, 6144, 28, 16, 8, True),
+    "4b": (2560, 9728, 36, 32, 8, True),
+    "8b": (4096, 12288, 36, 32, 8, False),
+    "14b": (5120, 17408, 40, 40, 8, False),
+    "32b": (5120, 25600, 64, 64, 8, False),
+}
+QWEN3_FIELDS = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
+PUBLISHED_SIZES = {
+    **{name: file for name, (file, _) in PUBLISHED.items()},
+    **{f"gemma3-{size}": gemma3_with_images(text) for size, text in GEMMA3_TEXTS.items()},
+    **{
+        f"qwen3-{size}": QWEN3_06B | dict(zip((*QWEN3_FIELDS, "tie_word_embeddings"), sizes, strict=True))
+        for size, sizes in QWEN3_SIZES.items()
+    },
+    "gemma3-270m": GEMMA3_270M,
+    "qwen3-30b-a3b": QWEN3_30B_A3B,
+    "qwen3-235b-a22b": QWEN3_235B_A22B,
+}
+
+
+def parameters(config) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the model's parameters, which take no memory."""
+    with torch.device("meta"):
+        return {name: tuple(parameter.shape) for name, parameter in build(config).named_parameters()}
+
+
+def count(shapes) -> int:
+    return sum(math.prod(shape) for shape in shapes.values())
+
+
+@pytest.mark.parametrize("name", PUBLISHED_SIZES)
+def test_models_have_the_published_number_of_parameters(read, name):
+    assert count(parameters(read(PUBLISHED_SIZES[name]))) == lookup(name).parameters
+
+
+NORMS = {"input_layernorm": ("D",), "post_attention_layernorm": ("D",)}
+LAYER = NORMS | {
+    "mlp.down_proj": ("D", "inner"),
+    "mlp.gate_proj": ("inner", "D"),
+    "mlp.up_proj": ("inner", "D"),
+    "self_attn.k_norm": ("E",),
+    "self_attn.k_proj": ("K", "D"),
+    "self_attn.o_proj": ("D", "Q"),
+    "self_attn.q_norm": ("E",),
+    "self_attn.q_proj": ("Q", "D"),
+    "self_attn.v_proj": ("K", "D"),
+}
+GEMMA3_LAYER = LAYER | {"post_feedforward_layernorm": ("D",), "pre_feedforward_layernorm": ("D",)}
+
+
+@pytest.mark.parametrize(
+    ("file", "layer", "sizes", "layers", "vocab_size"),
+    [
+        (GEMMA3_1B, GEMMA3_LAYER, {"D": 1152, "inner": 6912, "Q": 4 * 256, "K": 256, "E": 256}, 26, 262144),
+        (QWEN3_06B, LAYER, {"D": 1024, "inner": 3072, "Q": 16 * 128, "K": 8 * 128, "E": 128}, 28, 151936),
+    ],
+    ids=["gemma3-1b", "qwen3-0.6b"],
+)
+def test_tensors_are_the_checkpoints(read, file, layer, sizes, layers, vocab_size):
+    """Names and shapes of the published weights."""
+    D = sizes["D"]
+    expected = {"model.embed_tokens.weight": (vocab_size, D), "model.norm.weight": (D,)}
+    for n in range(layers):
+        expected |= {f"model.layers.{n}.{name}.weight": tuple(sizes[s] for s in shape) for name, shape in layer.items()}
+    assert parameters(read(file)) == expected
+    if "tie_word_embeddings" in file:  # Gemma-3's head is always tied
+        untied = parameters(read({**file, "tie_word_embeddings": False}))
+        assert untied == expected | {"lm_head.weight": (vocab_size, D)}
+
+
+@pytest.mark.parametrize(
+    ("size", "heads", "scalar", "layers"),
+    [("4b", (8, 4, 256), 256.0, 34), ("12b", (16, 8, 256), 256.0, 48), ("27b", (32, 16, 128), 168.0, 62)],
+)
+def test_gemma3_text_configs_of_the_multimodal_sizes(read, size, heads, scalar, layers):
+    """What they leave out. With a vision tower counted by hand, the model has the registry's parameters."""
+    config = read(GEMMA3_TEXTS[size])
+    assert (config.num_heads, config.num_kv_heads, config.head_dim) == heads
+    assert (config.query_pre_attn_scalar, config.num_layers, config.vocab_size) == (scalar, layers, 262208)
+    assert config.windows == tuple(None if n % 6 == 0 else 1024 for n in range(1, layers + 1))
+    assert (config.rope, config.local_rope) == (RopeConfig(1e6, "linear", 8.0), RopeConfig(1e4))
+    assert (config.max_positions, config.norm_eps, config.bos_id, config.eos_ids) == (131072, 1e-6, 2, (1,))
+    D, inner, patches = 1152, 4304, 64 * 64
+    layer = 2 * 2 * D + 4 * (D * D + D) + (D * inner + inner) + (inner * D + D)  # two norms, attention, MLP
+    vision = (3 * 14 * 14 * D + D) + patches * D + 27 * layer + 2 * D
+    projector = D * config.hidden_size + D
+    assert count(parameters(config)) + vision + projector == lookup(f"gemma3-{size}").parameters
+
+
+@pytest.mark.parametrize("size", GEMMA3_TEXTS)
+def test_gemma3_with_images_is_its_text_model_and_a_tower(read, size):
+    text = read(GEMMA3_TEXTS[size])
+    config = read(gemma3_with_images(GEMMA3_TEXTS[size]))
+    ids = {"image_id": 262144, "boi_id": 255999, "eoi_id": 256000, "eos_ids": (1, 106)}
+    assert config == replace(text, dtype=torch.bfloat16, vision=VISION, **ids)
+    shapes = parameters(config)
+    language = {f"language_model.{name}": shape for name, shape in parameters(text).items()}
+    assert language.items() <= shapes.items()
+    others = shapes.keys() - language.keys()  # tests/models/test_siglip.py has their names
+    assert {name.split(".")[0] for name in others} == {"vision_tower", "multi_modal_projector"}
+
+
+@pytest.mark.parametrize("file", [QWEN3_30B_A3B, QWEN3_235B_A22B], ids=["30b-a3b", "235b-a22b"])
+def test_qwen3_mixtures_as_published(read, file):
+    config = read(file)
+    layers, width, D = file["num_hidden_layers"], file["moe_intermediate_size"], file["hidden_size"]
+    assert config.experts == ExpertsConfig(128, 8, width, tuple(range(layers)), normalised=True)
+    shapes = {
+        "gate.weight": (128, D),
+        "experts.gate_up_proj": (128, 2 * width, D),
+        "experts.down_proj": (128, D, width),
+    }
+    expected = {f"model.layers.{n}.mlp.{name}": shape for n in range(layers) for name, shape in shapes.items()}
+    assert {name: shape for name, shape in parameters(config).items() if ".mlp." in name} == expected
+
+
+def test_which_layers_have_experts(read):
+    def layers(**fields):
+        return read(QWEN3_30B_A3B | {"num_hidden_layers": 6} | fields).experts.layers
+
+    assert layers(mlp_only_layers=[0, 4]) == (1, 2, 3, 5)
+    assert layers(decoder_sparse_step=2) == (1, 3, 5)
+    assert layers(decoder_sparse_step=2, mlp_only_layers=[3]) == (1, 5)
+    saved = read(QWEN3_30B_A3B | {"num_experts": None, "num_local_experts": 9, "norm_topk_prob": None})
+    assert (saved.experts.count, saved.experts.normalised) == (9, False)  # the reference's default
+
+
+# ---- transformers 5 ----
+
+# What LlamaConfig() of transformers 5.24 writes with every field spelt out, in a smaller size.
+TRANSFORMERS5 = {
+    "transformers_version": "5.24.0",
+    "architectures": None,
+    "output_hidden_states": False,
+    "return_dict": True,
+    "dtype": None,
+    "chunk_size_feed_forward": 0,
+    "is_encoder_decoder": False,
+    "id2label": {"0": "LABEL_0", "1": "LABEL_1"},
+    "label2id": {"LABEL_0": 0, "LABEL_1": 1},
+    "problem_type": None,
+    "vocab_size": 320,
+    "hidden_size": 64,
+    "intermediate_size": 110,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "hidden_act": "silu",
+    "max_position_embeddings": 2048,
+    "initializer_range": 0.02,
+    "rms_norm_eps": 1e-06,
+    "use_cache": True,
+    "pad_token_id": None,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pretraining_tp": 1,
+    "tie_word_embeddings": False,
+    "rope_parameters": {"rope_theta": 10000.0, "rope_type": "default"},
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "mlp_bias": False,
+    "head_dim": 16,
+    "_name_or_path": "",
+    "model_type": "llama",
+    "output_attentions": False,
+}
+
+
+def without(config: dict, *names: str) -> dict:
+    return {name: value for name, value in config.items() if name not in names}
+
+
+def test_transformers5_dialect(read):
+    assert read(TRANSFORMERS5) == LlamaConfig(320, 64, 110, 3, 4, 4, 16, bos_id=1, eos_ids=(2,))
+
+
+GEMMA3_LAYERS = [GLOBAL if n % 6 == 0 else LOCAL for n in range(1, 35)]
+GEMMA3_ROPES = {GLOBAL: {"rope_theta": 1000000, "rope_type": "default"}, LOCAL: {"rope_theta": 10000}}
+# By family: a config of transformers 4, and fields of transformers 5 that say the same. None removes a field.
+SAME = {
+    "llama": (
+        LLAMA31_8B,
+        {
+            **dict.fromkeys(["rope_scaling", "rope_theta", "torch_dtype"]),
+            "rope_parameters": {**LLAMA31_8B["rope_scaling"], "rope_theta": 500000.0},
+            "dtype": "bfloat16",
+        },
+    ),
+    "gemma3": (
+        GEMMA3_1B,
+        {
+            **dict.fromkeys(["rope_local_base_freq", "rope_scaling", "rope_theta", "torch_dtype"]),
+            "sliding_window_pattern": None,
+            "_sliding_window_pattern": 6,
+            "layer_types": GEMMA3_LAYERS[:26],
+            "rope_parameters": GEMMA3_ROPES,
+            "dtype": "bfloat16",
+            "tie_word_embeddings": True,
+            "use_bidirectional_attention": False,
+        },
+    ),
+    "gemma3, both patterns": (GEMMA3_1B, {"layer_types": GEMMA3_LAYERS[:26], "_sliding_window_pattern": 6}),
+    "gemma3, images": (  # stated twice, in the whole and in its parts
+        GEMMA3_4B,
+        {
+            "torch_dtype": None,
+            "dtype": "bfloat16",
+            "tie_word_embeddings": True,
+            "text_config.dtype": "bfloat16",
+            "text_config.eos_token_id": 1,
+            "text_config.bos_token_id": 2,
+            "text_config.rope_scaling": None,
+            "text_config.rope_parameters": GEMMA3_ROPES | {GLOBAL: {"rope_theta": 1e6, **EIGHTFOLD}},
+            "text_config.layer_types": GEMMA3_LAYERS,
+            "text_config._sliding_window_pattern": 6,
+            "vision_config": SIGLIP | {"dtype": "bfloat16", "layer_norm_eps": 1e-6, "num_channels": 3},
+        },
+    ),
+    "gemma3, image ids": (
+        GEMMA3_4B,
+        {
+            **dict.fromkeys(["image_token_index", "boi_token_index", "eoi_token_index"]),
+            **{"image_token_id": 262144, "boi_token_id": 255999, "eoi_token_id": 256000},
+        },
+    ),
+    "qwen3": (
+        QWEN3_06B,
+        {
+            **dict.fromkeys(["rope_scaling", "rope_theta", "torch_dtype"]),
+            "rope_parameters": {"rope_theta": 1000000, "rope_type": "default"},
+            "dtype": "bfloat16",
+            "layer_types": [GLOBAL] * 28,
+            "sliding_window": 4096,  # not used
+        },
+    ),
+    "qwen3-vl": (
+        QWEN3_VL_8B,
+        {
+            **dict.fromkeys(["text_config.rope_scaling", "text_config.rope_theta", "text_config.pad_token_id"]),
+            "text_config.rope_parameters": {**QWEN3_VL_8B["text_config"]["rope_scaling"], "rope_theta": 5000000},
+            "vision_config.model_type": "qwen3_vl_vision",
+            "vision_config.rope_parameters": {"rope_theta": 10000.0, "rope_type": "axial"},
+            "dtype": "bfloat16",
+        },
+    ),
+    "qwen3-vl, experts": (QWEN3_VL_30B_A3B, {"text_config.tie_word_embeddings": True}),  # which is not read
+}
+
+
+@pytest.mark.parametrize("family", SAME)
+def test_transformers_5_says_the_same(read, family):
+    old, new = SAME[family]
+    assert read(changed(old, new)) == read(old)
+
+
+# ---- defaults, and every field ----
+
+
+def test_llamas_defaults_are_the_references(read):
+    config = read(MINIMAL)
+    assert (config.num_kv_heads, config.head_dim, config.max_positions) == (6, 8, 2048)
+    assert (config.norm_eps, config.tie_embeddings) == (1e-6, False)
+    assert (config.attention_bias, config.mlp_bias) == (False, False)
+    assert config.rope == RopeConfig(base=10000.0, kind="default")
+    assert (config.dtype, config.bos_id, config.eos_ids) == (torch.float32, None, ())
+    nulls = dict.fromkeys(["head_dim", "num_key_value_heads", "rope_scaling", "sliding_window"])
+    assert read({**MINIMAL, **nulls}) == config
+
+
+def test_qwen3s_defaults_are_the_references(read):
+    assert read(TINY_QWEN3) == Qwen3Config(50, 48, 80, 3, 4, 2)
+    assert Qwen3Config(50, 48, 80, 3, 4, 2) == Qwen3Config(50, 48, 80, 3, 4, 2, 128, 32768, 1e-6, RopeConfig(1e4))
+
+
+COMMON = {
+    "head_dim": 10,
+    "max_position_embeddings": 77,
+    "rms_norm_eps": 1,
+    "rope_theta": 300,
+    "rope_scaling": {"type": "linear", "factor": 2},
+    "torch_dtype": "float16",
+    "bos_token_id": 5,
+    "eos_token_id": 7,
+}
+ROPE = RopeConfig(300.0, "linear", 2.0)
+GEMMA3_FIELDS = COMMON | {"num_attention_heads": 6, "num_key_value_heads": 2, "query_pre_attn_scalar": 7}
+GEMMA3_EXPECTED = Gemma3Config(
+    50, 48, 80, (9, None, None, 9), 6, 2, 10, 7.0, 77, 1.0, ROPE, RopeConfig(30.0), torch.float16, 5, (7,)
+)
+
+
+@pytest.mark.parametrize(
+    ("base", "change", "expected"),
+    [
+        (
+            MINIMAL,
+            COMMON | {"num_key_value_heads": 2, "tie_word_embeddings": True, "attention_bias": True, "mlp_bias": True},
+            LlamaConfig(100, 48, 80, 3, 6, 2, 10, 77, 1.0, ROPE, True, True, True, torch.float16, 5, (7,)),
+        ),
+        (TINY_GEMMA3, GEMMA3_FIELDS | {"rope_local_base_freq": 30}, GEMMA3_EXPECTED),
+        (
+            TINY_GEMMA3,
+            without(GEMMA3_FIELDS, "rope_theta", "rope_scaling")
+            | {"rope_parameters": {GLOBAL: {"rope_theta": 300, "rope_type": "linear", "factor": 2}}}
+            | {"rope_local_base_freq": 30},
+            GEMMA3_EXPECTED,
+        ),
+        (
+            TINY_GEMMA3,
+            without(GEMMA3_FIELDS, "rope_theta", "rope_scaling")
+            | {
+                "rope_parameters": {
+                    GLOBAL: {"rope_theta": 300, "type": "linear", "factor": 2},
+                    LOCAL: {"rope_theta": 30},
+                }
+            },
+            GEMMA3_EXPECTED,
+        ),
+        (
+            TINY_QWEN3,
+            COMMON | {"tie_word_embeddings": True, "eos_token_id": [7, 8]},
+            Qwen3Config(50, 48, 80, 3, 4, 2, 10, 77, 1.0, ROPE, True, torch.float16, 5, (7, 8)),
+        ),
+    ],
+    ids=["llama", "gemma3", "gemma3, one rope", "gemma3, two ropes", "qwen3"],
+)
+def test_every_field_reaches_the_config(read, base, change, expected):
+    config = read({**base, **change})
+    assert config == expected
+    assert type(config.rope.base) is type(config.norm_eps) is float
+
+
+def test_every_field_reaches_the_qwen3_vl_config(read):
+    config = read(
+        changed(
+            QWEN3_VL_8B,
+            {
+                "tie_word_embeddings": True,
+                "text_config.tie_word_embeddings": True,
+                "image_token_id": 5,
+                "video_token_id": 6,
+                "vision_start_token_id": 8,
+                "vision_end_token_id": 9,
+                "eos_token_id": [7],
+                "text_config.rope_scaling": {"mrope_section": [30, 14, 20]},
+                "vision_config.num_position_embeddings": 100,
+                "vision_config.patch_size": 14,
+                "vision_config.spatial_merge_size": 3,
+                "vision_config.temporal_patch_size": 4,
+                "vision_config.deepstack_visual_indexes": [],
+                "vision_config.rope_parameters": {"rope_theta": 50.0},
+            },
+        )
+    )
+    assert (config.tie_embeddings, config.image_id, config.video_id, config.eos_ids) == (True, 5, 6, (7,))
+    assert (config.start_id, config.end_id) == (8, 9)
+    assert config.mrope_sections == (30, 14, 20)
+    assert config.vision == Qwen3VisionConfig(1152, 4304, 27, 16, 4096, (), 10, 14, 3, 4, 50.0)
+
+
+def test_the_whole_of_a_gemma3_counts_more_than_its_text_config(read):
+    text = {"text_config.dtype": "float16", "text_config.bos_token_id": 3, "text_config.eos_token_id": 4}
+    config = read(changed(GEMMA3_4B, text))
+    assert (config.dtype, config.bos_id, config.eos_ids) == (torch.bfloat16, 3, (1, 106))
+
+
+def test_end_tokens_of_generation_config_go_first(read):
+    read({**MINIMAL, "eos_token_id": 2})
+    assert read({"eos_token_id": [3, 4], "temperature": 0.6}, "generation_config.json").eos_ids == (3, 4)
+    assert read({"eos_token_id": 5}, "generation_config.json").eos_ids == (5,)
+    assert read({"eos_token_id": None}, "generation_config.json").eos_ids == (2,)
+    for wrong in ({"eos_token_id": "3"}, {"eos_token_id": [100]}, {"eos_token_id": [True]}, "[]", "{"):
+        with pytest.raises(ConfigError, match=r"generation_config\.json"):
+            read(wrong, "generation_config.json")
+
+
+# ---- fields that no forward pass depends on ----
+
+HARMLESS = {
+    "is_llama_config": True,
+    "rope_interleaved": False,
+    "transformers.js_config": {"dtype": "q4"},
+    "attention_dropout": 0.1,
+    "pad_token_id": -1,
+    "max_length": 20,
+    "a field of tomorrow": 1,
+}
+
+
+@pytest.mark.parametrize(
+    ("base", "change"),
+    [
+        (MINIMAL, HARMLESS),
+        (MINIMAL, {"use_sliding_window": False, "alibi": False}),
+        (TINY_GEMMA3, HARMLESS | {"mlp_bias": False}),
+        (TINY_QWEN3, HARMLESS | {"mlp_bias": False, "max_window_layers": 2}),
+        (GEMMA3_4B, HARMLESS | {"text_config.tomorrow": 1, "vision_config.tomorrow": 2}),
+        (QWEN3_VL_8B, HARMLESS | {"text_config.tomorrow": 1, "vision_config.tomorrow": 2}),
+    ],
+)
+def test_unknown_fields_load_and_the_log_names_them(read, caplog, base, change):
+    expected = read(base)
+    caplog.clear()
+    with caplog.at_level(logging.INFO, "pop"):
+        assert read(changed(base, change)) == expected
+    assert len(caplog.messages) == 1
+    for name in change:
+        assert repr(name) in caplog.text
+
+
+def test_a_file_that_is_read_whole_logs_nothing(read, caplog):
+    with caplog.at_level(logging.INFO, "pop"):
+        read(MINIMAL)
+    assert not caplog.messages
+
+
+# ---- refusals ----
+
+# By base: changes, and what the error must name. A path reaches into a part: "text_config.hidden_size".
+REFUSALS = [
+    (
+        MINIMAL,
+        [
+            ({"model_type": "mistral"}, "model_type", "'mistral'", "qwen3_vl_moe"),
+            ({"architectures": ["LlamaModel"]}, "architectures", "['LlamaModel']"),
+            ({"hidden_act": "gelu"}, "hidden_act", "'gelu'"),
+            ({"pretraining_tp": 2}, "pretraining_tp", "2"),
+            ({"pretraining_tp": True}, "pretraining_tp", "True"),
+            ({"is_causal": False}, "is_causal", "False"),
+            ({"is_encoder_decoder": True}, "is_encoder_decoder", "True"),
+            ({"auto_map": {"AutoModelForCausalLM": "modelling.Model"}}, "auto_map", "modelling.Model"),
+            ({"sliding_window": 4096}, "sliding_window = 4096"),
+            ({"quantization_config": {"bits": 4}}, "quantization_config = {'bits': 4}"),
+            ({"partial_rotary_factor": 0.5}, "partial_rotary_factor", "0.5"),
+            ({"rope_interleaved": True}, "rope_interleaved", "True"),
+            ({"rope_interleaved": 0}, "rope_interleaved", "0"),
+            ({"num_local_experts": 8}, "num_local_experts", "8"),
+            ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope_type", "'yarn'"),
+            ({"rope_scaling": {"type": "dynamic", "factor": 4.0}}, "rope_type", "'dynamic'"),
+            ({"rope_scaling": {"rope_type": "linear"}}, "factor"),
+            ({"rope_scaling": {"rope_type": "linear", "factor": 0.5}}, "factor", "0.5"),
+            ({"rope_scaling": {"type": "linear", "factor": 2.0, "beta_fast": 32}}, "beta_fast = 32"),
+            ({"rope_scaling": {"rope_type": "default", "factor": 2.0}}, "factor = 2.0"),
+            ({"rope_scaling": {"rope_type": "linear", "type": "default"}}, "rope_type", "'linear'", "'default'"),
+            ({"rope_scaling": [1.0]}, "rope_scaling", "[1.0]"),
+            ({"rope_scaling": {**LLAMA3_ROPE, "high_freq_factor": 1.0}}, "high_freq_factor"),
+            ({"rope_parameters": {"full_attention": {"rope_theta": 1e4}}}, "full_attention"),
+            ({"rope_theta": 1e4, "rope_parameters": {"rope_theta": 5e5}}, "rope_theta", "10000.0", "500000.0"),
+            ({"rope_scaling": LLAMA3_ROPE, "rope_parameters": {"factor": 9}}, "factor", "9", "8.0"),
+            ({"dtype": "float16", "torch_dtype": "bfloat16"}, "float16", "bfloat16"),
+            ({"dtype": "float8_e4m3fn"}, "dtype", "'float8_e4m3fn'"),
+            ({"num_key_value_heads": 4}, "num_attention_heads (6)", "num_key_value_heads (4)"),
+            ({"num_attention_heads": 5}, "hidden_size 48", "num_attention_heads 5"),
+            ({"head_dim": 9}, "head_dim (9)"),
+            ({"hidden_size": 0}, "hidden_size", "not 0"),
+            ({"hidden_size": -48}, "hidden_size", "not -48"),
+            ({"hidden_size": 10**12}, "hidden_size", "not 1000000000000"),
+            ({"num_hidden_layers": 10**5}, "num_hidden_layers", "not 100000"),
+            ({"num_hidden_layers": "3"}, "num_hidden_layers", "'3'"),
+            ({"num_hidden_layers": True}, "num_hidden_layers", "True"),
+            ({"vocab_size": 100.0}, "vocab_size", "100.0"),
+            ({"rms_norm_eps": "1e-5"}, "rms_norm_eps", "'1e-5'"),
+            ({"rms_norm_eps": 0}, "rms_norm_eps", "not 0"),
+            ({"rms_norm_eps": float("nan")}, "NaN"),
+            ({"rope_theta": float("inf")}, "Infinity"),
+            ({"tie_word_embeddings": 1}, "tie_word_embeddings", "not 1"),
+            ({"eos_token_id": 100}, "eos_token_id", "100"),
+            ({"bos_token_id": [1]}, "bos_token_id", "[1]"),
+        ],
+    ),
+    (
+        TINY_GEMMA3,
+        [
+            ({"architectures": ["Gemma3ForConditionalGeneration"]}, "architectures", "Gemma3ForConditionalGeneration"),
+            ({"hidden_activation": "gelu"}, "hidden_activation", "'gelu'"),
+            ({"hidden_act": "silu"}, "hidden_act = 'silu'"),
+            ({"attention_bias": True}, "attention_bias", "True"),
+            ({"mlp_bias": True}, "mlp_bias", "True"),
+            ({"tie_word_embeddings": False}, "tie_word_embeddings", "False"),
+            ({"use_bidirectional_attention": True}, "use_bidirectional_attention", "True"),
+            ({"final_logit_softcapping": 30.0}, "final_logit_softcapping = 30.0"),
+            ({"attn_logit_softcapping": 50.0}, "attn_logit_softcapping = 50.0"),
+            ({"sliding_window": None}, "sliding_window"),
+            ({"sliding_window": 0}, "sliding_window", "not 0"),
+            ({"sliding_window_pattern": 2}, "layer_types", "sliding_window_pattern (2)"),
+            ({"layer_types": None, "sliding_window_pattern": 0}, "sliding_window_pattern", "not 0"),
+            ({"layer_types": None, "_sliding_window_pattern": 2}, "_sliding_window_pattern = 2"),
+            ({"layer_types": [LOCAL] * 3}, "layer_types"),
+            ({"layer_types": [LOCAL, GLOBAL, LOCAL, "chunked_attention"]}, "layer_types"),
+            ({"layer_types": [LOCAL, GLOBAL, LOCAL, [1]]}, "layer_types"),
+            ({"layer_types": LOCAL}, "layer_types", "list"),
+            (
+                {"rope_theta": 1e4, "rope_parameters": {GLOBAL: {"rope_theta": 1e6}}},
+                "rope_theta",
+                "10000.0",
+                "1000000.0",
+            ),
+            ({"rope_local_base_freq": 1e4, "rope_parameters": {LOCAL: {"rope_theta": 1e6}}}, "rope_theta", "10000.0"),
+            ({"rope_scaling": EIGHTFOLD, "rope_parameters": {GLOBAL: {"factor": 2.0}}}, "factor", "2.0", "8.0"),
+            ({"rope_parameters": {"rope_theta": 1e6}}, "rope_theta = 1000000.0"),
+            ({"rope_parameters": {GLOBAL: 1e6}}, "full_attention", "1000000.0"),
+            ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope_type", "'yarn'"),
+            ({"head_dim": 9}, "head_dim (9)"),
+            ({"num_key_value_heads": 3}, "num_attention_heads (8)", "num_key_value_heads (3)"),
+            ({"vocab_size": 2}, "[2]", "vocab_size 2"),
+        ],
+    ),
+    (
+        GEMMA3_4B,
+        [
+            ({"text_config": None}, "text_config", "is missing"),
+            ({"vision_config": None}, "vision_config", "is missing"),
+            ({"vision_config": 3}, "vision_config", "not 3"),
+            ({"text_config.model_type": "gemma2"}, "text_config.model_type", "'gemma2'"),
+            ({"text_config.attention_chunk_size": 3}, "text_config.attention_chunk_size = 3"),
+            ({"architectures": ["Gemma3ForCausalLM"]}, "architectures", "Gemma3ForCausalLM"),
+            ({"tie_word_embeddings": False}, "tie_word_embeddings", "False"),
+            ({"mm_tokens_per_image": 200}, "mm_tokens_per_image (200)"),
+            ({"image_token_index": 262208}, "image_id (262208)", "vocab_size 262208"),
+            ({"image_token_id": 7}, "image_token_id", "image_token_index", "262144", "7"),
+            ({"audio_config": {}}, "audio_config"),
+            ({"vision_config.vision_use_head": True}, "vision_config.vision_use_head = True"),
+            ({"vision_config.window_size": 3}, "vision_config.window_size = 3"),
+        ],
+    ),
+    (
+        TINY_QWEN3,
+        [
+            ({"architectures": ["Qwen3Model"]}, "architectures", "['Qwen3Model']"),
+            ({"hidden_act": "gelu"}, "hidden_act", "'gelu'"),
+            ({"attention_bias": True}, "attention_bias", "True"),
+            ({"mlp_bias": True}, "mlp_bias", "True"),
+            ({"use_sliding_window": True, "sliding_window": 9}, "use_sliding_window", "True"),
+            ({"sliding_window": "all"}, "sliding_window", "'all'"),
+            ({"layer_types": [GLOBAL, LOCAL, GLOBAL]}, "layer_types", "'sliding_attention'"),
+            ({"layer_types": [GLOBAL] * 4}, "layer_types"),
+            ({"num_key_value_heads": None}, "num_key_value_heads"),
+            ({"num_key_value_heads": 3}, "num_attention_heads (4)", "num_key_value_heads (3)"),
+            ({"head_dim": 9}, "head_dim (9)"),
+            ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope_type", "'yarn'"),
+            ({"num_experts": 128}, "num_experts", "128"),
+        ],
+    ),
+    (
+        QWEN3_30B_A3B,
+        [
+            ({"num_experts": None}, "num_experts", "num_local_experts", "is missing"),
+            ({"num_local_experts": 64}, "num_experts", "num_local_experts", "64", "128"),
+            ({"num_experts_per_tok": 129}, "num_experts_per_tok (129)", "num_experts (128)"),
+            ({"num_experts_per_tok": 0}, "num_experts_per_tok", "not 0"),
+            ({"moe_intermediate_size": None}, "moe_intermediate_size"),
+            ({"mlp_only_layers": [1.5]}, "mlp_only_layers", "[1.5]"),
+            ({"decoder_sparse_step": 0}, "decoder_sparse_step", "not 0"),
+            ({"shared_expert_intermediate_size": 5}, "shared_expert_intermediate_size = 5"),
+            ({"architectures": ["Qwen3ForCausalLM"]}, "architectures", "['Qwen3ForCausalLM']"),
+        ],
+    ),
+    (
+        QWEN3_VL_8B,
+        [
+            ({"architectures": ["Qwen3ForCausalLM"]}, "architectures", "['Qwen3ForCausalLM']"),
+            ({"text_config": None}, "text_config", "is missing"),
+            ({"text_config": 3}, "text_config", "not 3"),
+            ({"vision_config": None}, "vision_config", "is missing"),
+            ({"text_config.dtype": "float16", "dtype": "bfloat16"}, "dtype", "'bfloat16'", "'float16'"),
+            ({"text_config.model_type": "qwen3"}, "text_config.model_type", "'qwen3'"),
+            ({"text_config.tie_word_embeddings": True}, "tie_word_embeddings", "True", "False"),
+            ({"text_config.attention_bias": True}, "text_config.attention_bias = True"),
+            ({"text_config.num_experts": 8}, "text_config.num_experts", "8"),
+            ({"text_config.rope_scaling": None}, "mrope_section", "is missing"),
+            ({"text_config.rope_scaling": {"mrope_section": [24, 20]}}, "mrope_section", "[24, 20]"),
+            (
+                {"text_config.rope_scaling": {"mrope_section": [24, 20, 21]}},
+                "mrope_section",
+                "[24, 20, 21]",
+                "head_dim",
+            ),
+            ({"text_config.rope_scaling": {"mrope_section": [84, -20, 0]}}, "mrope_section", "[84, -20, 0]"),
+            (
+                {"text_config.rope_scaling": {"mrope_section": [24, 20, 20], "mrope_interleaved": False}},
+                *("mrope_interleaved", "False"),
+            ),
+            ({"text_config.rope_parameters": {"mrope_section": [20, 24, 20]}}, "mrope_section", "[20, 24, 20]"),
+            ({"image_token_id": 151936}, "image_", "[151936, 151656, 151652, 151653]", "vocab_size 151936"),
+            ({"image_token_id": 151656}, "[151656, 151656, 151652, 151653]"),
+            ({"vision_end_token_id": 151652}, "[151655, 151656, 151652, 151652]"),
+            ({"vision_config.out_hidden_size": 4095}, "out_hidden_size (4095)", "hidden_size (4096)"),
+            ({"vision_config.num_heads": 17}, "hidden_size (1152)", "num_heads (17)"),
+            ({"vision_config.num_heads": 64}, "hidden_size (1152)", "num_heads (64)"),
+            ({"vision_config.deepstack_visual_indexes": [8, 27]}, "deepstack_visual_indexes", "[8, 27]"),
+            ({"vision_config.deepstack_visual_indexes": [16, 8]}, "deepstack_visual_indexes", "[16, 8]"),
+            ({"vision_config.deepstack_visual_indexes": "8"}, "vision_config.deepstack_visual_indexes", "'8'"),
+            ({"text_config.num_hidden_layers": 2}, "deepstack_visual_indexes", "3 layers", "2"),
+            ({"vision_config.num_position_embeddings": 2305}, "num_position_embeddings (2305)"),
+            ({"vision_config.hidden_act": "silu"}, "vision_config.hidden_act", "'silu'"),
+            ({"vision_config.in_channels": 1}, "vision_config.in_channels", "not 1"),
+            ({"vision_config.model_type": "qwen2_5_vl"}, "vision_config.model_type", "'qwen2_5_vl'"),
+            ({"vision_config.window_size": 112}, "vision_config.window_size = 112"),
+            ({"vision_config.rope_parameters": {"rope_type": "default"}}, "rope_type", "'default'"),
+            ({"rope_theta": 1e6}, "rope_theta = 1000000.0"),
+        ],
+    ),
+    (QWEN3_VL_30B_A3B, [({"text_config.norm_topk_prob": False}, "text_config.norm_topk_prob", "False")]),
+]
+
+
+@pytest.mark.parametrize(
+    ("base", "change", "named"),
+    [(base, change, named) for base, cases in REFUSALS for change, *named in cases],
+    ids=[f"{base['model_type']}, {', '.join(change)}" for base, cases in REFUSALS for change, *_ in cases],
+)
+def test_refusals_name_file_field_and_value(read, base, change, named):
+    read(base)
+    with pytest.raises(ConfigError) as caught:
+        read(changed(base, change))
+    for part in ("config.json", *named):
+        assert part in str(caught.value)
+
+
+@pytest.mark.parametrize("base", [MINIMAL, without(TINY_GEMMA3, "vocab_size", "layer_types"), TINY_QWEN3])
+def test_missing_fields_are_named(read, base):
+    read(base)
+    for field in base:
+        with pytest.raises(ConfigError, match=rf"config\.json: {field} is missing"):
+            read(without(base, field))
+
+
+@pytest.mark.parametrize("field", [field for field in LLAMA3_ROPE if field != "rope_type"])
+def test_llama3_scaling_needs_all_its_fields(read, field):
+    assert read({**MINIMAL, "rope_scaling": LLAMA3_ROPE}).rope == RopeConfig(1e4, "llama3", 8.0, 1.0, 4.0, 64)
+    with pytest.raises(ConfigError, match=f"{field} is missing"):
+        read({**MINIMAL, "rope_scaling": without(LLAMA3_ROPE, field)})
+
+
+# ---- broken files ----
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "null", "3", '"a"', "\ufeff{}", "{'a': 1}", "[" * 10**5])
+def test_files_that_are_no_json_object(read, text):
+    with pytest.raises(ConfigError, match=r"config\.json"):
+        read(text)
+
+
+@pytest.mark.parametrize("names", [["sliding_window"], ["dtype", "torch_dtype"], ["rope_scaling"]])
+def test_deep_nesting_is_refused_whether_or_not_it_can_be_parsed(read, names):
+    for depth in range(900, 1000, 3):
+        fields = "".join(f', "{name}": ' + "[" * depth + "]" * depth for name in names)
+        with pytest.raises(ConfigError):
+            read(json.dumps(MINIMAL)[:-1] + fields + "}")
+
+
+def test_a_folder_without_a_config(tmp_path):
+    with pytest.raises(ConfigError, match=r"config\.json"):
+        read_config(tmp_path)
+    (tmp_path / "config.json").mkdir()
+    with pytest.raises(ConfigError, match=r"config\.json is not readable"):
+        read_config(tmp_path)
+    (tmp_path / "config.json").rmdir()
+    (tmp_path / "config.json").write_bytes(b'{"model_type": "\xff"}')
+    with pytest.raises(ConfigError, match=r"config\.json is not readable"):
+        read_config(tmp_path)
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=5,
+)
+
+
+@given(st.data())
+def test_any_value_of_any_field_is_read_or_refused(tmp_path_factory, data):
+    base = data.draw(st.sampled_from([{**LLAMA31_8B, "head_dim": 128}, GEMMA3_4B, QWEN3_30B_A3B, QWEN3_VL_8B]))
+    whole = changed(base, {})
+    parts = [whole, *(value for value in whole.values() if type(value) is dict)]
+    target = data.draw(st.sampled_from(parts))
+    for _ in range(data.draw(st.integers(1, 3))):
+        target[data.draw(st.sampled_from(sorted(target)))] = data.draw(json_values)
+    folder = tmp_path_factory.mktemp("config")
+    (folder / "config.json").write_text(json.dumps(whole))
+    try:
+        config = read_config(folder)
+    except ConfigError:
+        return
+    assert isinstance(config, LlamaConfig | Gemma3Config | Qwen3Config) and config.num_heads % config.num_kv_heads == 0
+
+
+def test_damaged_text_is_refused_or_reads_as_a_config(tmp_path):
+    text = json.dumps(LLAMA31_8B).encode()
+    for cut in range(0, len(text), 7):
+        (tmp_path / "config.json").write_bytes(text[:cut])
+        with pytest.raises(ConfigError):
+            read_config(tmp_path)
+    for bit in range(0, 8 * len(text), 29):
+        flipped = bytearray(text)
+        flipped[bit // 8] ^= 1 << bit % 8
+        (tmp_path / "config.json").write_bytes(flipped)
+        with suppress(ConfigError):  # a flipped digit makes another config: the weights will contradict it
+            read_config(tmp_path)

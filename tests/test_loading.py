@@ -1,0 +1,170 @@
+"""`pop.load`: from a name or a folder to a model, and what stands in the way."""
+
+import dataclasses
+import json
+import platform
+import subprocess
+import sys
+
+import pytest
+import torch
+from support.tiny import random_model, tiny_config, tiny_gemma3_config, write_checkpoint, write_weights
+
+import pop
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return write_checkpoint(tmp_path / "tiny", seed=4)
+
+
+def test_a_folder_without_tokenizer_files_loads(folder):
+    model = pop.load(folder)
+    assert model.tokenizer is None
+    assert model.config == tiny_config()
+    assert (model.device, model.dtype) == (torch.device("cpu"), torch.float32)
+    assert model.plan == pop.PrunePlan.deepest(5, 1 / 3) == pop.PrunePlan((4,))
+    expected = random_model(tiny_config(), seed=4)(torch.tensor([[1, 2, 3]]))
+    torch.testing.assert_close(model.logits([[1, 2, 3]]), expected)
+
+
+def test_a_name_is_looked_up_in_the_weights_folders(tmp_path, monkeypatch):
+    write_checkpoint(tmp_path / "smollm2-135m")
+    monkeypatch.setenv("POP_WEIGHTS", str(tmp_path))
+    assert pop.load("smollm2-135m").config.num_layers == 5
+
+
+@pytest.mark.parametrize(
+    ("prune", "layers"),
+    [("default", (4,)), (None, ()), (0, ()), (0.5, (3, 4)), (1, (0, 1, 2, 3, 4)), (pop.PrunePlan((1,)), (1,))],
+)
+def test_prune_takes_every_form(folder, prune, layers):
+    assert pop.load(folder, prune=prune).plan.layers == layers
+
+
+def test_dtype_none_keeps_the_checkpoints(tmp_path):
+    folder = write_checkpoint(tmp_path / "half", dtype=torch.bfloat16)
+    assert pop.load(folder).dtype == torch.bfloat16
+    assert pop.load(folder, dtype=torch.float32).dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "named"),
+    [
+        ({"prune": "much"}, pop.PlanError, "plan.*'much'"),
+        ({"prune": 1.5}, pop.PlanError, r"fraction.*1\.5"),
+        ({"prune": pop.PrunePlan((5,))}, pop.PlanError, "layer 5.*0 to 4"),
+        ({"dtype": "bfloat16"}, pop.InputError, "dtype.*'bfloat16'"),
+        ({"dtype": torch.int8}, pop.InputError, r"dtype.*torch\.int8"),
+        ({"dtype": torch.float8_e4m3fn}, pop.InputError, r"dtype.*torch\.float8_e4m3fn"),
+        ({"device": "abacus"}, pop.InputError, "device.*'abacus'"),
+        ({"device": "meta"}, pop.InputError, "device.*'meta'"),
+        ({"device": "cuda:99"}, pop.InputError, "device.*'cuda:99'"),
+        ({"max_seq_len": 0}, pop.InputError, "max_seq_len.*0"),
+        ({"max_seq_len": 513}, pop.ContextOverflow, "max_seq_len.*513.*512"),
+        ({"compile": "always"}, pop.InputError, "compile.*'always'"),
+    ],
+)
+def test_a_bad_option_is_refused_before_weights_are_read(folder, options, error, named, monkeypatch):
+    monkeypatch.setattr("pop.loading.load_weights", lambda *args, **kwargs: pytest.fail("weights were read"))
+    with pytest.raises(error, match=named):
+        pop.load(folder, **options)
+
+
+def test_a_known_name_wins_over_a_directory_of_that_name(tmp_path, monkeypatch):
+    write_checkpoint(tmp_path / "weights/smollm2-135m", num_layers=3)
+    write_checkpoint(tmp_path / "smollm2-135m", num_layers=4)
+    monkeypatch.setenv("POP_WEIGHTS", str(tmp_path / "weights"))
+    monkeypatch.chdir(tmp_path)
+    assert pop.load("smollm2-135m").config.num_layers == 3
+    assert pop.load("./smollm2-135m").config.num_layers == 4
+
+
+@pytest.mark.parametrize("name", [None, 5, b"bytes"])
+def test_what_is_neither_name_nor_path_is_refused(name):
+    with pytest.raises(pop.PopError):
+        pop.load(name)
+
+
+def test_an_unknown_name_lists_the_known_ones():
+    with pytest.raises(pop.UnknownModel, match="llama3.1-8b"):
+        pop.load("lama3.1-8b")
+
+
+def test_a_folder_that_is_no_checkpoint_is_refused(tmp_path):
+    with pytest.raises(pop.ConfigError):
+        pop.load(tmp_path)
+
+
+def test_importing_pop_loads_little_and_leaves_torch_as_it_was():
+    code = """
+import torch, sys
+state = lambda: (torch.get_num_threads(), torch.get_default_dtype(), torch.initial_seed(), torch.is_grad_enabled())
+before, modules = state(), set(sys.modules)
+import pop
+assert state() == before
+heavy = {"transformers", "tokenizers", "huggingface_hub", "gguf", "matplotlib", "PIL", "tqdm", "tiktoken",
+         "sentencepiece", "torch._dynamo", "torch._inductor"}
+assert not heavy & (set(sys.modules) - modules), heavy & (set(sys.modules) - modules)
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_gemma_does_not_run_in_float16(tmp_path):
+    """Whether the caller asks for it, the checkpoint is of it, or the module was cast by hand."""
+    config = tiny_gemma3_config()
+    write_gemma_checkpoint(tmp_path / "single", config)
+    half = write_gemma_checkpoint(tmp_path / "half", dataclasses.replace(config, dtype=torch.float16))
+    for call in (
+        lambda: pop.load(tmp_path / "single", dtype=torch.float16),
+        lambda: pop.load(half),
+        lambda: pop.Model(random_model(config).half(), config),
+    ):
+        with pytest.raises(pop.InputError, match="float16.*gemma3.*bfloat16"):
+            call()
+    for dtype in (torch.float32, torch.bfloat16):
+        assert pop.load(half, dtype=dtype).logits([[1, 2, 3]]).isfinite().all()
+
+
+def write_gemma_checkpoint(folder, config):
+    folder.mkdir()
+    fields = {
+        "model_type": "gemma3_text",
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.hidden_size,
+        "intermediate_size": config.intermediate_size,
+        "num_hidden_layers": config.num_layers,
+        "layer_types": ["full_attention" if window is None else "sliding_attention" for window in config.windows],
+        "sliding_window": 5,
+        "num_attention_heads": config.num_heads,
+        "num_key_value_heads": config.num_kv_heads,
+        "head_dim": config.head_dim,
+        "torch_dtype": str(config.dtype),
+    }
+    (folder / "config.json").write_text(json.dumps(fields), encoding="utf-8")
+    write_weights(folder, config, seed=0)
+    return folder
+
+
+FAULTS = """
+import sys, torch, pop
+from resource import RUSAGE_SELF, getrusage
+
+def run(times):  # what a layer does to memory: blocks that are there together, and then all free
+    for _ in range(times):
+        blocks = [torch.ones(6 * 2**20, dtype=torch.uint8) for _ in range(4)]
+        del blocks
+
+pop.load(sys.argv[1])
+run(3)
+before = getrusage(RUSAGE_SELF).ru_minflt
+run(10)
+print(getrusage(RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="it is glibc that gives memory back so readily")
+def test_a_loaded_model_keeps_the_memory_of_activations(folder):
+    """24 MiB of temporaries are 6144 pages; each time that malloc gave them back, the system would zero them again."""
+    done = subprocess.run([sys.executable, "-c", FAULTS, str(folder)], capture_output=True, text=True, check=True)
+    assert int(done.stdout) < 1000
