@@ -1,4 +1,4 @@
-"""tools/evaluate/baselines.py: the rivals compute what their papers say, by naive computations with masks and projections."""
+"""Contenders and baselines compute what their papers say: naive computations with masks and projections."""
 
 import numpy as np
 import pytest
@@ -6,8 +6,12 @@ import torch
 from support.tiny import random_model, tiny_config
 
 import pop
+from pop.models.layers import causal_attention
 from pop.pruning import reference
 from tools.evaluate import baselines
+from tools.evaluate.contender import Contender
+from tools.evaluate.selection import BASELINES
+from tools.evaluate.slicegpt import principal_bases, slicegpt
 
 PROMPT = np.random.default_rng(1).integers(67, size=19).tolist()
 CONTINUATION = np.random.default_rng(2).integers(67, size=6).tolist()
@@ -27,7 +31,7 @@ def predicted(logits: torch.Tensor) -> torch.Tensor:
 
 
 def naive_forward(module, tokens, skips, visible) -> torch.Tensor:
-    """Logits [T, V]. skips(layer) [T]: who passes it by. visible(layer) [T, T]: which token attends which."""
+    """Logits [T, V]. skips(layer) [T]: the tokens that skip it. visible(layer) [T, T]: which token attends which."""
     h = module.embed(tokens[None])[0]
     rope = module.rope(torch.arange(len(tokens))[None])
     for index, layer in enumerate(module.layers):
@@ -36,7 +40,7 @@ def naive_forward(module, tokens, skips, visible) -> torch.Tensor:
         scores = torch.einsum("the,she->hts", q, k) * layer.scale
         weights = scores.masked_fill(~visible(index), -torch.inf).softmax(-1)
         attended = torch.einsum("hts,she->the", weights, v).flatten(1)
-        updated = layer.update(h[None], attended[None])[0]
+        updated = layer(h[None], rope[layer.window], lambda *_: attended[None])[0]  # noqa: B023
         h = torch.where(skips(index)[:, None], h, updated)
     return module.head(h)
 
@@ -44,7 +48,7 @@ def naive_forward(module, tokens, skips, visible) -> torch.Tensor:
 def test_a_plan_reads_the_prompt_as_the_reference_does():
     model = tiny_model()
     plan = pop.PrunePlan((1, 3, 4), full_depth_last=2, full_depth_first=1)
-    contender = baselines.Contender("plan", model, plan)
+    contender = Contender("plan", model, plan)
     full_depth = reference.full_depth_tokens(N, len(TOKENS), plan)
     logits, _ = reference.forward(model.module, TOKENS, full_depth, plan)
     torch.testing.assert_close(contender.logits(PROMPT, CONTINUATION), predicted(logits), rtol=1e-4, atol=1e-4)
@@ -53,19 +57,19 @@ def test_a_plan_reads_the_prompt_as_the_reference_does():
 
 
 def test_generation_ends_with_an_end_token_and_where_it_is_told_to():
-    free = baselines.Contender("full", tiny_model(), pop.PrunePlan.none()).generate(PROMPT, 8)
+    free = Contender("full", tiny_model(), pop.PrunePlan.none()).generate(PROMPT, 8)
     end = free[3]
     first = free.index(end) + 1
-    ending = baselines.Contender("full", tiny_model(eos_ids=(end,)), pop.PrunePlan.none())
+    ending = Contender("full", tiny_model(eos_ids=(end,)), pop.PrunePlan.none())
     assert ending.generate(PROMPT, 8) == free[:first]
-    free_running = baselines.Contender("full", tiny_model(), pop.PrunePlan.none())
+    free_running = Contender("full", tiny_model(), pop.PrunePlan.none())
     assert free_running.generate(PROMPT, 8, until=lambda tokens: len(tokens) == 2) == free[:2]
 
 
 # ---- Layers removed ----
 
 
-def test_block_influence_is_one_less_the_mean_cosine():
+def test_block_influence_is_one_minus_the_mean_cosine():
     model = tiny_model()
     inputs, outputs = [[] for _ in range(5)], [[] for _ in range(5)]
     for window in WINDOWS:
@@ -74,7 +78,8 @@ def test_block_influence_is_one_less_the_mean_cosine():
         for index, layer in enumerate(model.module.layers):
             inputs[index].append(h[0].numpy())
             q, k, v = layer.queries_keys_values(h, rope[layer.window])
-            h = layer.update(h, baselines.causal_attention(q, k, v, layer.scale, layer.window))
+            attended = causal_attention(q, k, v, layer.scale, layer.window)
+            h = layer(h, rope[layer.window], lambda *_: attended)  # noqa: B023
             outputs[index].append(h[0].numpy())
     for index, value in enumerate(baselines.block_influence(model, WINDOWS).tolist()):
         x, y = np.concatenate(inputs[index]), np.concatenate(outputs[index])
@@ -101,7 +106,7 @@ def test_the_deepest_layers_dropped_are_dropped_for_every_token():
     no_one = torch.zeros(len(TOKENS), dtype=torch.bool)
     logits, _ = reference.forward(model.module, TOKENS, no_one, pop.PrunePlan((3, 4)))
     torch.testing.assert_close(contender.logits(PROMPT, CONTINUATION), predicted(logits), rtol=1e-4, atol=1e-4)
-    assert contender.flops(64) < baselines.Contender("full", model, pop.PrunePlan.none()).flops(64)
+    assert contender.flops(64) < Contender("full", model, pop.PrunePlan.none()).flops(64)
 
 
 def test_removing_layers_shares_the_weights_and_leaves_the_model_as_it_was():
@@ -122,23 +127,23 @@ VARIANTS = [{}, {"tie_embeddings": True, "attention_bias": True, "mlp_bias": Tru
 @pytest.mark.parametrize("overrides", VARIANTS)
 def test_slicegpt_that_cuts_nothing_is_the_model(overrides):
     model = tiny_model(**overrides)
-    contender = baselines.slicegpt(model, 0.0, WINDOWS)
+    contender = slicegpt(model, 0.0, WINDOWS)
     full = model.logits(TOKENS[None])[0]
     torch.testing.assert_close(contender.logits(PROMPT, CONTINUATION), predicted(full), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("overrides", VARIANTS)
 def test_slicegpt_is_the_model_with_every_block_input_projected(overrides):
-    """The wide way: h, normed and read by the model's own weights, projected onto the basis before each block."""
+    """At full width: h, read by the model's own norms and weights, is projected onto the basis before each block."""
     model = tiny_model(**overrides)
-    contender = baselines.slicegpt(model, 0.25, WINDOWS)
-    bases = baselines.principal_bases(model, 23, WINDOWS)
+    contender = slicegpt(model, 0.25, WINDOWS)
+    bases = principal_bases(model, 23, WINDOWS)
     h = model.module.embed(TOKENS[None])
     rope = model.module.rope(torch.arange(len(TOKENS))[None])
     for index, layer in enumerate(model.module.layers):
         h = h @ bases[2 * index] @ bases[2 * index].T
         q, k, v = layer.queries_keys_values(h, rope[layer.window])
-        h = h + layer.attention_update(baselines.causal_attention(q, k, v, layer.scale, layer.window))
+        h = h + layer.attention_update(causal_attention(q, k, v, layer.scale, layer.window))
         h = h @ bases[2 * index + 1] @ bases[2 * index + 1].T
         h = h + layer.mlp_update(h)
     naive = predicted(model.module.head(h[0]))
@@ -149,9 +154,9 @@ def test_slicegpt_is_the_model_with_every_block_input_projected(overrides):
     assert first.mlp.gate_proj.weight.shape == (44, 23) and first.self_attn.o_proj.weight.shape == (23, 60)
 
 
-def test_the_bases_are_orthonormal_and_the_first_keeps_the_most_that_any_can():
+def test_the_bases_are_orthonormal_and_the_first_is_optimal():
     model = tiny_model()
-    bases = baselines.principal_bases(model, 23, WINDOWS)
+    bases = principal_bases(model, 23, WINDOWS)
     assert len(bases) == 11
     for basis in bases[:-1]:
         torch.testing.assert_close(basis.T @ basis, torch.eye(23), rtol=0, atol=1e-5)
@@ -161,10 +166,10 @@ def test_the_bases_are_orthonormal_and_the_first_keeps_the_most_that_any_can():
     assert kept == pytest.approx(np.square(np.linalg.svd(x, compute_uv=False)[:23]).sum(), rel=1e-6)
 
 
-def test_each_basis_is_fitted_to_what_the_cuts_before_it_have_left():
-    """A basis keeps the most that any can of the states that enter its block, from the blocks below it, cut."""
+def test_each_basis_is_fitted_to_the_states_that_earlier_cuts_leave():
+    """No basis of its width keeps more of the states that enter its block from the cut blocks below it."""
     model = tiny_model()
-    bases = baselines.principal_bases(model, 23, WINDOWS)
+    bases = principal_bases(model, 23, WINDOWS)
     entered = [[] for _ in bases[:-1]]
     for window in WINDOWS:
         h, rope = model.module.embed(window[None]), model.module.rope(torch.arange(len(window))[None])
@@ -172,7 +177,7 @@ def test_each_basis_is_fitted_to_what_the_cuts_before_it_have_left():
             entered[2 * index].append(h[0])
             h = h @ bases[2 * index] @ bases[2 * index].T
             q, k, v = layer.queries_keys_values(h, rope[layer.window])
-            h = h + layer.attention_update(baselines.causal_attention(q, k, v, layer.scale, layer.window))
+            h = h + layer.attention_update(causal_attention(q, k, v, layer.scale, layer.window))
             entered[2 * index + 1].append(h[0])
             h = h @ bases[2 * index + 1] @ bases[2 * index + 1].T
             h = h + layer.mlp_update(h)
@@ -185,11 +190,11 @@ def test_each_basis_is_fitted_to_what_the_cuts_before_it_have_left():
 
 def test_slicegpt_refuses_what_it_cannot_cut(monkeypatch):
     model = tiny_model()
-    with pytest.raises(pop.InputError, match="1.0; it is the share"):
-        baselines.slicegpt(model, 1.0, WINDOWS)
+    with pytest.raises(pop.InputError, match="slicegpt's fraction is 1.0"):
+        slicegpt(model, 1.0, WINDOWS)
     monkeypatch.setattr(type(model.config), "family", "gemma3")
-    with pytest.raises(pop.UnsupportedError, match="not gemma3"):
-        baselines.slicegpt(model, 0.25, WINDOWS)
+    with pytest.raises(pop.UnsupportedError, match="gemma3"):
+        slicegpt(model, 0.25, WINDOWS)
 
 
 # ---- POP with a part taken out ----
@@ -202,7 +207,7 @@ def test_without_kv_pruned_layers_attend_nothing_before_the_boundary(layers):
     position = torch.arange(len(TOKENS))
     causal = position[:, None] >= position
 
-    def visible(layer):  # a token always sees itself: the row of one that skips the layer is not used
+    def visible(layer):  # a token always attends itself: the row of one that skips the layer is not used
         hidden = (position < N - 1) if layer in layers else torch.zeros(len(TOKENS), dtype=torch.bool)
         return causal & ~hidden | torch.eye(len(TOKENS), dtype=torch.bool)
 
@@ -220,7 +225,7 @@ def test_without_boundary_handling_the_whole_prompt_is_pruned(layers):
 
 def test_every_baseline_can_be_made_by_its_name_and_generates():
     model = tiny_model()
-    for name, make in baselines.BASELINES.items():
+    for name, make in BASELINES.items():
         contender = make(model, 0.25, WINDOWS)
         assert contender.name == name
         token = contender.logits(PROMPT, [0])[0].argmax()
@@ -245,5 +250,5 @@ def test_calibration_windows_hold_the_texts_in_order_or_an_even_share_of_them():
     assert [int(window[0]) for window in few] == [0, 24, 48]  # of 5 every second
     short = pop.Model(model.module, model.config, max_seq_len=16)
     assert [len(window) for window in baselines.calibration_windows(short, [list(range(40))])] == [16, 16, 8]
-    with pytest.raises(pop.InputError, match="calibration texts are empty"):
+    with pytest.raises(pop.InputError, match="calibration texts"):
         baselines.calibration_windows(model, [[]])

@@ -1,33 +1,36 @@
-"""The figures of tools/bench/__main__.py as tables to read and as a plot of TTFT over prompt length."""
+"""The figures of tools/bench as tables to read, and as a plot of TTFT over prompt length."""
 
 from __future__ import annotations
 
 import io
 from collections.abc import Iterator
 
+from tools.common import table
+
 GB = 1e9
 
 
 def report(result: dict) -> str:
+    """All figures of a run as text."""
     computer = result["machine"]
     layers = f"{result['layers']} layers"
     if result["layers"] < result["all_layers"]:
-        layers += f" of {result['all_layers']}, as asked for or as fit into memory"
+        layers += f" of {result['all_layers']}, as asked for, or as many as fit into memory"
     versions = ", ".join(f"{name} {number}" for name, number in result["versions"].items())
     parts = [
         f"""\
 model     {result["model"]}, {result["weights"]} weights, {layers}, {result["dtype"]}, \
 {"compiled" if result["compiled"] else "eager"}
 machine   {computer["device"]}, {computer["threads"]} threads, torch {computer["torch"]}, {versions}
-runs      {result["runs"]} rounds in turn; medians, and from the lowest to the highest; ratios round by round"""
+runs      {result["runs"]} rounds in turn: medians, lowest .. highest; ratios are taken round by round"""
     ]
     if "prefill" in result:
-        parts.append("prefill\n" + _table(_prefill_rows(result["prefill"])))
-        parts.append("one token at a time, and tokens without attention\n" + _table(_decode_rows(result["prefill"])))
+        parts.append("prefill\n" + _numbers(_prefill_rows(result["prefill"])))
+        parts.append("decode, and prefill without attention\n" + _numbers(_decode_rows(result["prefill"])))
         if result["image"]:
             parts.append(_tower(result))
         if any(figures["rivals"] for figures in result["prefill"].values()):
-            parts.append("pop's speed over the rivals'\n" + _table(_rival_rows(result["prefill"])))
+            parts.append("pop's speed over the rivals'\n" + _numbers(_rival_rows(result["prefill"])))
     if "slots" in result:
         parts.append(_slots(result["slots"]))
     if "memory" in result:
@@ -35,7 +38,7 @@ runs      {result["runs"]} rounds in turn; medians, and from the lowest to the h
         for tokens, row in result["memory"].items():
             sizes = [f"{row[name] / GB:.3f}" for name in ("peak_bytes", "formula_bytes")]
             rows.append([f"{tokens:,}", *sizes, f"{row['ratio']:.3f}"])
-        parts.append("memory of a full prefill\n" + _table(rows))
+        parts.append("memory of a full prefill\n" + _numbers(rows))
     if "compile" in result:
         cold, warm = (result["compile"][name] for name in ("cold", "warm"))
         parts.append(
@@ -73,7 +76,7 @@ def plot(result: dict, kind: str) -> bytes:
 
 
 def _prefill_rows(lengths: dict) -> Iterator[list[str]]:
-    yield ["tokens", "prompt encoded by", "TTFT, ms", "from .. to", "speedup", "limit", "efficiency", "MFU"]
+    yield ["tokens", "prompt encoded by", "TTFT, ms", "lowest .. highest", "speedup", "limit", "efficiency", "MFU"]
     for tokens, full in lengths.items():
         yield [f"{tokens:,}", "all layers", *_ms(full["ttft_s"]), "", "", "", _percent(full["mfu"])]
         for name, row in full["plans"].items():
@@ -85,8 +88,16 @@ def _prefill_rows(lengths: dict) -> Iterator[list[str]]:
 
 
 def _decode_rows(lengths: dict) -> Iterator[list[str]]:
-    heads = ["tokens", "tokens/s", "from .. to", "MBU", "read, GB/s", "peak, TFLOP/s", "prefill, us/token", "flatness"]
-    yield heads
+    yield [
+        "tokens",
+        "tokens/s",
+        "lowest .. highest",
+        "MBU",
+        "read, GB/s",
+        "peak, TFLOP/s",
+        "prefill, us/token",
+        "flatness",
+    ]
     for tokens, row in lengths.items():
         speed = row["decode_tokens_per_s"]
         yield [
@@ -112,12 +123,12 @@ def _rival_rows(lengths: dict) -> Iterator[list[str]]:
 
 
 def _tower(result: dict) -> str:
-    rows = [["tokens", "tower, ms", "from .. to", "of TTFT", "of FLOPs", "share / share"]]
+    rows = [["tokens", "tower, ms", "lowest .. highest", "of TTFT", "of FLOPs", "share / share"]]
     for tokens, figures in result["prefill"].items():
         row = figures["tower"]
         shares = [_percent(row["share"]), f"{row['flops_share']:.1%}", f"{row['ratio']['median']:.2f}"]
         rows.append([f"{tokens:,}", *_ms(row["seconds"]), *shares])
-    return "vision tower, an image of {} x {} pixels\n".format(*result["image"]) + _table(rows)
+    return "vision tower, an image of {} x {} pixels\n".format(*result["image"]) + _numbers(rows)
 
 
 def _slots(row: dict) -> str:
@@ -126,21 +137,15 @@ def _slots(row: dict) -> str:
     return text + (row["left_out"] if "left_out" in row else f"{row['ratio']['median']:.3f} of the time")
 
 
+def _numbers(rows) -> str:
+    """A table whose cells align right, except for the names of plans and rivals."""
+    rows = list(rows)
+    return table(rows, [column for column, head in enumerate(rows[0]) if head in ("prompt encoded by", "rival")])
+
+
 def _ms(times: dict) -> list[str]:
     return [f"{times['median'] * 1e3:,.1f}", f"{times['low'] * 1e3:,.1f} .. {times['high'] * 1e3:,.1f}"]
 
 
 def _percent(values: dict) -> str:
     return f"{values['median']:.1%}"
-
-
-def _table(rows) -> str:
-    """Columns as wide as they need, words to the left and numbers to the right."""
-    rows = list(rows)
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    words = [column for column, head in enumerate(rows[0]) if head in ("prompt encoded by", "rival")]
-    lines = []
-    for row in rows:
-        cells = [c.ljust(w) if i in words else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))]
-        lines.append("  ".join(cells).rstrip())
-    return "\n".join(lines)

@@ -1,15 +1,13 @@
-"""What tools/bench/__main__.py compares `pop` with: what a user would run instead, with the same weights.
+"""What tools/bench compares `pop` with: other libraries, with the same weights.
 
-RIVALS maps a name of --against to a function (model, fields of config.json, GGUF file) -> its configurations. Each has
-a `name` and `turn(prompt, steps)`, a function that runs once what `pop` runs: prefill up to the first new token's id,
-then `steps` steps of greedy decode. It returns {"ttft_s": seconds, "step_s": median seconds of a step}.
+RIVALS maps a name of --against to a function of the model, the fields of its config.json and a GGUF file. It returns
+configurations with a `name` and a method `turn(prompt, steps)`: a turn of the rounds, see rounds.py.
 
-transformers            attention "eager" and "sdpa"; the weights are the very tensors of pop's model; the cache is a
-                        DynamicCache.
-transformers-compiled   both through torch.compile: minutes for a model of many layers. Prefill has a DynamicCache and
-                        decode, as transformers' documentation has it, a StaticCache. What does not compile is left
-                        out, with a note.
-llama.cpp      by llama-cpp-python, from a GGUF file, with as many threads as torch has.
+transformers            The weights are the tensors of pop's model, the cache is a DynamicCache, and attention is
+                        "sdpa" and "eager".
+transformers-compiled   The same through torch.compile. Decode has a StaticCache, as its documentation advises.
+                        A configuration that does not compile is left out with a note.
+llama.cpp               llama-cpp-python with a GGUF file and as many threads as torch.
 """
 
 from __future__ import annotations
@@ -17,8 +15,6 @@ from __future__ import annotations
 import importlib
 import inspect
 import os
-import sys
-import time
 from collections.abc import Callable
 from importlib.metadata import version
 from itertools import chain
@@ -27,21 +23,13 @@ from statistics import median
 import torch
 
 from pop.errors import InputError, MissingExtra
+from tools.bench.rounds import Turn
+from tools.common import progress, timed
 
-Turn = Callable[[], dict[str, float]]
 
-
-def timed(first: Callable[[], int], step: Callable[[int], int], steps: int) -> dict[str, float]:
-    """Time first() -> token id, and `steps` times step(token id) -> token id."""
-    began = time.perf_counter()
-    token = first()
-    ttft = time.perf_counter() - began
-    times = []
-    for _ in range(steps):
-        began = time.perf_counter()
-        token = step(token)
-        times.append(time.perf_counter() - began)
-    return {"ttft_s": ttft, "step_s": median(times)}
+def _turn(first: Callable[[], int], step: Callable[[int], int], steps: int) -> dict[str, float]:
+    ttft, steps_s = timed(first, step, steps)
+    return {"ttft_s": ttft, "step_s": median(steps_s)}
 
 
 def _import(module: str, package: str):
@@ -63,14 +51,14 @@ class Transformers:
             module = library.AutoModelForCausalLM.from_config(config, attn_implementation=attention, dtype=model.dtype)
         module.load_state_dict(model.module.state_dict(), strict=False, assign=True)
         module.tie_weights()
-        # Its tables are no weights: made anew where the weights are.
+        # The rotary tables are not weights: build them again on the weights' device.
         module.model.rotary_emb = type(module.model.rotary_emb)(config=config).to(model.device)
         if any(tensor.is_meta for tensor in chain(module.parameters(), module.buffers())):
             raise InputError(f"transformers' {type(module).__name__} has weights that pop's model lacks")
         self.module = module.requires_grad_(False).eval()
         self.cache_argument = "cache" if "cache" in inspect.signature(module.forward).parameters else "past_key_values"
         self.prefill = self.decode = self.module.forward
-        if compiled:  # apart, so that a length of 1 is no special case of the other
+        if compiled:  # separately: prefill would otherwise be compiled again for decode's length of 1
             self.prefill, self.decode = (torch.compile(_copy(self.module.forward)) for _ in range(2))
 
     def turn(self, prompt: list[int], steps: int) -> Turn:
@@ -85,7 +73,7 @@ class Transformers:
                     layer.cumulative_length.fill_(len(prompt))  # back to the prompt's end
             first = lambda: self._call(self.prefill, tokens, cache)  # noqa: E731
             step = lambda token: self._call(self.decode, tokens.new_tensor([[token]]), static or cache)  # noqa: E731
-            return timed(first, step, steps)
+            return _turn(first, step, steps)
 
         return turn
 
@@ -102,11 +90,12 @@ class Transformers:
 
 
 def _copy(forward: Callable) -> Callable:
-    """A function of its own, which shares no compiled version with another."""
+    """A new function, so that torch.compile keeps its versions apart from those of another copy."""
     return lambda **arguments: forward(**arguments)
 
 
 def transformers(model, fields: dict | None, gguf: str | None, compiled: bool = False) -> list[Transformers]:
+    """Both kinds of attention. Raises MissingExtra without the library, InputError without a config.json."""
     library = _import("transformers", "transformers")
     if int(library.__version__.split(".")[0]) < 5:
         raise InputError(f"transformers is {library.__version__}; --against transformers needs version 5 or newer")
@@ -118,9 +107,9 @@ def transformers(model, fields: dict | None, gguf: str | None, compiled: bool = 
         try:
             if compiled:
                 rival.turn([1, 2, 3], 2)()
-        except Exception as error:  # whatever torch.compile meets
+        except Exception as error:  # torch.compile raises many kinds of errors
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            print(f"... {rival.name} does not run here and is left out: {reason}", file=sys.stderr, flush=True)
+            progress(f"{rival.name} does not run here and is left out: {reason}")
             continue
         rivals.append(rival)
     return rivals
@@ -131,6 +120,8 @@ def transformers_compiled(model, fields: dict | None, gguf: str | None) -> list[
 
 
 class LlamaCpp:
+    """A GGUF file, run by llama-cpp-python on the CPU."""
+
     name = "llama.cpp"
 
     def __init__(self, library, gguf: str):
@@ -148,7 +139,7 @@ class LlamaCpp:
 
         def turn():
             context.reset()
-            return timed(lambda: feed(prompt), lambda token: feed([token]), steps)
+            return _turn(lambda: feed(prompt), lambda token: feed([token]), steps)
 
         return turn
 
@@ -166,6 +157,6 @@ RIVALS = {"transformers": transformers, "transformers-compiled": transformers_co
 
 
 def versions(rivals: list) -> dict[str, str]:
-    """The versions of the packages behind `rivals`."""
+    """The version of each package that `rivals` use."""
     packages = {Transformers: "transformers", LlamaCpp: "llama-cpp-python"}
     return {packages[type(rival)]: version(packages[type(rival)]) for rival in rivals}

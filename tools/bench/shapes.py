@@ -1,36 +1,24 @@
-"""What tools/bench/__main__.py measures and what that needs: known shapes, random weights and plans, and bytes in closed form.
+"""Known shapes, and the bytes that a model of a given shape reads and holds.
 
-Shape letters are those of pop/models/layers.py, I is the width inside the MLP.
+Shape letters are those of pop/models/layers.py; I is the width inside the MLP.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import json
-import os
-import re
-import tempfile
 from bisect import bisect_right
-from pathlib import Path
 
 import torch
 
 import pop
 from pop import models
-from pop.backends.int8 import check_quantize, quantize_module
-from pop.checkpoints import registry
-from pop.checkpoints.config_json import read_config
-from pop.cli.commands import parse_prune
-from pop.engine.cache import KVCache, _free_bytes
+from pop.engine.attention import QUERY_BLOCK
+from pop.engine.cache import CHUNK_SIZE, KVCache
 from pop.errors import InputError
-from pop.loading import usable_device
-from pop.models.config import DTYPES
-from pop.models.layers import QUERY_BLOCK
-from pop.pruning.projections import KVProjections
 
-CHUNK = 2048  # tokens that prefill runs at once
-BIG = 2**28  # bytes of the matrix that measures the bandwidth: far more than these cores' share of a cache
-# config.json of known shapes, as the Hugging Face layout has it: what --shape needs no file for.
+BIG = 2**28  # bytes of the matrix that measures the bandwidth, far more than a cache holds
+
+# The config.json of each known shape, as in the Hugging Face layout: --shape NAME needs no file.
 _LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 SHAPES = {
     "llama3.1-8b": {
@@ -68,7 +56,7 @@ SHAPES = {
 }  # fmt: skip
 
 
-# ---- What must be read and held, counted from shapes ----
+# ---- Bytes, counted from shapes ----
 
 
 def weight_bytes(config, dtype: torch.dtype) -> int:
@@ -78,12 +66,12 @@ def weight_bytes(config, dtype: torch.dtype) -> int:
 
 
 def saved_bytes(model: pop.Model) -> int:
-    """Bytes that its weights are smaller by than in its dtype: quantised ones are."""
+    """Bytes that quantisation saves: how much smaller the weights are than in the model's dtype."""
     return weight_bytes(model.config, model.dtype) - sum(weight.nbytes for weight in model.module.parameters())
 
 
 def decode_bytes(config, filled: int, dtype: torch.dtype) -> int:
-    """Bytes that a step of decode of one row must read, `filled` slots of the cache being filled behind it."""
+    """Bytes that one decode step of one row must read when `filled` slots of the cache are filled."""
     unread = 0 if config.tie_embeddings else (config.vocab_size - 1) * config.hidden_size * dtype.itemsize
     slots = sum(min(filled, window or filled) for window in config.windows)
     cache = slots * 2 * config.num_kv_heads * config.head_dim * dtype.itemsize
@@ -91,17 +79,25 @@ def decode_bytes(config, filled: int, dtype: torch.dtype) -> int:
 
 
 def prefill_memory(config, num_tokens: int, dtype: torch.dtype, widened: bool = False) -> int:
-    """Bytes at the peak of a full prefill of one prompt into a cache of its size: weights, cache, activations.
+    """Bytes at the peak of a full prefill of one prompt into a cache of its size.
 
-    Activations are those of one chunk of C tokens in one layer: h with and without attention's update, the normalised
-    h, q, what was attended, and for a later chunk, or one that a window cuts, its masks, one for each window that there
-    is, over the keys that can be seen; beside them, whichever is more, gate, up and their product in the MLP, or in
-    attention k, v, those of a window put in order, and some queries' mask in the model's dtype. Where products are
-    widened to float32, the largest has its weights, input and output in it, too.
+    The sum of weights, cache and activations. Activations are those of one chunk of C tokens in one layer:
+
+    - h before and after attention's update, the normalised h, q, and the attended values
+    - the attention masks, one for each window size, where the chunk is not the first or a window cuts it
+    - whichever is larger: gate, up and their product in the MLP; or k, v, the keys and values of a window in order,
+      and the mask of one block of queries in the model's dtype
+
+    Args:
+        config: the model's config.
+        num_tokens: the length of the prompt.
+        dtype: the dtype of weights, cache and activations.
+        widened: whether products run in float32. Then the largest product also has its weights, its input and its
+            output in float32.
     """
     D, I = config.hidden_size, config.intermediate_size  # noqa: E741 (the papers' name)
     H, K, E = config.num_heads, config.num_kv_heads, config.head_dim
-    C, size = min(num_tokens, CHUNK), dtype.itemsize
+    C, size = min(num_tokens, CHUNK_SIZE), dtype.itemsize
     later = num_tokens > C
     keys = {w: min(num_tokens, (w or num_tokens) - 1 + C) for w in set(config.windows)}  # that a chunk may attend
     masks = C * sum(keys[w] for w in keys if later or (w or C) < C)
@@ -115,7 +111,11 @@ def prefill_memory(config, num_tokens: int, dtype: torch.dtype, widened: bool = 
 
 
 def fitting_layers(config, num_tokens: int, dtype: torch.dtype, free: int) -> int:
-    """The most layers, up to all, whose weights, cache, projections and activations leave a tenth of `free` bytes."""
+    """The largest number of layers, up to all, that needs at most nine tenths of `free` bytes.
+
+    Counted are weights, cache, activations, the projections of a plan with two taps, and the matrix that measures the
+    bandwidth. Raises InputError if not even one layer fits.
+    """
 
     def needed(layers: int) -> int:
         shorter = shortened(config, layers)
@@ -131,92 +131,6 @@ def fitting_layers(config, num_tokens: int, dtype: torch.dtype, free: int) -> in
 
 
 def shortened(config, layers: int):
-    """The config with the first `layers` layers alone."""
+    """The config with the first `layers` layers only."""
     changed = {"windows": config.windows[:layers]} if any(config.windows) else {"num_layers": layers}
     return dataclasses.replace(config, **changed)
-
-
-# ---- The model and its plans ----
-
-
-@dataclasses.dataclass(frozen=True)
-class Subject:
-    """What is measured: the model, config.json's fields for rivals (None: it has no such file), and all its layers."""
-
-    model: pop.Model
-    fields: dict | None
-    all_layers: int
-
-
-def load_subject(args) -> Subject:
-    compile = {"auto": "auto", "true": True, "false": False}[args.compile]
-    dtype = DTYPES.get(args.dtype)
-    if args.model:
-        options = {"dtype": dtype, "prune": None, "compile": compile, "progress": False, "quantize": args.quantize}
-        model = pop.load(args.model, device=args.device, **options)
-        named = args.model in registry.list_models() or not os.path.isdir(args.model)
-        path = (registry.find_weights(args.model) if named else Path(args.model)) / "config.json"
-        return Subject(model, json.loads(path.read_text()) if path.exists() else None, model.config.num_layers)
-    if args.shape not in SHAPES and not os.path.isfile(Path(args.shape) / "config.json"):
-        raise InputError(f"--shape is {args.shape!r}; give one of {', '.join(SHAPES)}, or a folder with a config.json")
-    with tempfile.TemporaryDirectory() as folder:
-        if args.shape in SHAPES:
-            (Path(folder) / "config.json").write_text(json.dumps(SHAPES[args.shape]))
-        source = Path(folder if args.shape in SHAPES else args.shape)
-        config, fields = read_config(source), json.loads((source / "config.json").read_text())
-    device, dtype = usable_device(args.device), dtype or config.dtype
-    free = _free_bytes(device)
-    layers = args.layers or (fitting_layers(config, max(args.lengths), dtype, free) if free else config.num_layers)
-    if layers > config.num_layers:
-        raise InputError(f"--layers is {layers}, but {args.shape} has {config.num_layers}")
-    shorter = shortened(config, layers)
-    module = random_module(shorter, dtype, device)
-    check_quantize(args.quantize, module, device)
-    if args.quantize:
-        quantize_module(module)
-    model = pop.Model(module, shorter, compile=compile)
-    return Subject(model, fields | {"num_hidden_layers": layers}, config.num_layers)
-
-
-def random_module(config, dtype: torch.dtype, device: torch.device):
-    """A module with random weights, on the device from the start. One block of numbers, over and over, is soon made."""
-    with torch.device("meta"):
-        module = models.build(config)
-    block = torch.randn(2**22, generator=torch.Generator().manual_seed(0)).mul(0.02).to(device, dtype)
-    weights = {}
-    for name, parameter in module.named_parameters():
-        weights[name] = torch.ones(parameter.shape, dtype=dtype, device=device)
-        if parameter.dim() > 1:
-            for part in weights[name].view(-1).split(len(block)):
-                part.copy_(block[: len(part)])
-    module.load_state_dict(weights, assign=True)
-    return module.requires_grad_(False).eval()
-
-
-def random_image(model: pop.Model, size: tuple[int, int]):
-    """An image of width x height random pixels, prepared for the model, and the patches that it has."""
-    if "image" not in model.vision.marks:
-        raise InputError(f"--image needs a model that takes images, and the {model.config.family} family does not")
-    width, height = size
-    pixels = torch.randint(256, (height, width, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
-    image = model.vision.prepare("image", pixels.numpy())
-    per_image = model.config.vision.patches_per_side**2 if image.grid is None else image.grid.rows * image.grid.columns
-    return image, [per_image]
-
-
-def parse_plan(text: str, model: pop.Model) -> pop.PrunePlan:
-    """One --prune, see above."""
-    taps, what, last = re.fullmatch(r"(?:taps([12]):)?(.*?)(?::(\d+))?", text, re.S).groups()
-    plan = model.resolve(parse_prune(what) or pop.PrunePlan.none())
-    if not plan.layers:
-        raise InputError(f"--prune {text} prunes none of the {model.config.num_layers} layers; give a larger fraction")
-    if last:
-        plan = dataclasses.replace(plan, full_depth_last=int(last))
-    if not taps:
-        return plan
-    config = model.config
-    shape = (len(plan.layers), 2, config.num_kv_heads * config.head_dim, int(taps) * config.hidden_size)
-    weight = torch.randn(shape, generator=torch.Generator().manual_seed(0)).mul(0.02).to(model.device, model.dtype)
-    projections = KVProjections(plan.layers, weight, weight[..., 0].clone(), model.fingerprint, int(taps))
-    first = max(1, plan.full_depth_first)
-    return dataclasses.replace(plan, full_depth_first=first, projections=projections)

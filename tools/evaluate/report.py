@@ -1,16 +1,16 @@
-"""The figures of tools/evaluate/__main__.py as a table to read and as a plot of the accuracy-speed frontier."""
+"""The figures of tools/evaluate as tables to read, and as a plot of loss over speed."""
 
 from __future__ import annotations
 
 import io
 from collections.abc import Callable
 
-from pop.errors import InputError
-from pop.files import replaced
+from tools.common import table
 from tools.evaluate.tasks import DISTRACTORS
 
 
 def report(result: dict) -> str:
+    """All figures of a run as text."""
     computer, counts = result["machine"], result["tokens"]
     parts = [
         f"""\
@@ -22,21 +22,21 @@ intervals: 95 %, bootstrap over windows"""
     ttft = result.get("ttft", {})
     for number, (name, domain) in enumerate(result.get("text", {}).items()):
         title = f"{name}: {domain['windows']} windows, {domain['continuation_tokens']:,} continuation tokens"
-        parts.append(f"{title}\n{_table(_text_rows(domain['rows'], ttft if number == 0 else {}))}")
+        parts.append(f"{title}\n{table(_text_rows(domain['rows'], ttft if number == 0 else {}))}")
     if ttft and "text" not in result:
-        parts.append(_table([["", *_TTFT_HEADS], *([name, *_ttft_cells(row)] for name, row in ttft.items())]))
+        parts.append(table([["", *_TTFT_HEADS], *([name, *_ttft_cells(row)] for name, row in ttft.items())]))
     if "generation" in result:
         rows = [["", "leading tokens equal", "answers equal"]]
         for name, row in result["generation"].items():
             rows.append([name, f"{row['leading']:.1%}", f"{row['exact']:.1%}"])
         count = next(iter(result["generation"].values()))["prompts"]
-        parts.append(f"generation: greedy, {count} prompts, {counts['new']} tokens each\n{_table(rows)}")
+        parts.append(f"generation: greedy, {count} prompts, {counts['new']} tokens each\n{table(rows)}")
     for task in ("needle", "documents"):
         if task in result:
             parts.append(_retrieval_report(task, result[task]))
     if "human-eval" in result:
         rows = [[name, f"{row['passed']} of {row['problems']}"] for name, row in result["human-eval"].items()]
-        parts.append(f"human-eval: greedy, problems passed\n{_table(rows)}")
+        parts.append(f"human-eval: greedy, problems passed\n{table(rows)}")
     return "\n\n".join(parts)
 
 
@@ -50,7 +50,7 @@ def _ttft_cells(row: dict) -> list[str]:
 
 def _text_rows(rows: dict[str, dict], ttft: dict[str, dict]) -> list[list[str]]:
     heads = ["", "perplexity", "change", "KL", "KL first", "same top", "first", *(_TTFT_HEADS if ttft else [])]
-    table = [heads]
+    lines = [heads]
     for number, (name, row) in enumerate(rows.items()):
         cells = [name, _number(row["perplexity"])]
         if number == 0:
@@ -63,21 +63,21 @@ def _text_rows(rows: dict[str, dict], ttft: dict[str, dict]) -> list[list[str]]:
                 _with_interval(row["same"], "{:.1%}".format),
                 f"{row['same_first']['value']:.0%}",
             ]
-        table.append(cells + (_ttft_cells(ttft[name]) if ttft else []))
-    return table
+        lines.append(cells + (_ttft_cells(ttft[name]) if ttft else []))
+    return lines
 
 
 def _retrieval_report(task: str, rows: dict[str, dict]) -> str:
     groups = next(iter(rows.values()))
     heads = ["", *(f"{group} {what}" for group in groups for what in ("exact", "top", "rank"))]
-    table = [heads]
+    lines = [heads]
     for name, row in rows.items():
         cells = [(f"{cell['exact']:.0%}", f"{cell['top']:.0%}", f"{cell['rank']:.1f}") for cell in row.values()]
-        table.append([name, *(value for cell in cells for value in cell)])
+        lines.append([name, *(value for cell in cells for value in cell)])
     sizes = ", ".join(f"{group}: {cell['questions']}" for group, cell in groups.items())
     chance = 1 + DISTRACTORS
     return f"{task}: questions by prompt length ({sizes}); chance: top {1 / chance:.0%}, rank {(chance + 1) / 2}\n" + (
-        _table(table)
+        table(lines)
     )
 
 
@@ -95,41 +95,63 @@ def _number(x: float) -> str:
     return f"{x:.2f}" if x < 1000 else f"{x:.1e}"
 
 
-def _table(rows: list[list[str]]) -> str:
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = []
-    for first, *rest in rows:
-        cells = [first.ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(rest, widths[1:], strict=True))]
-        lines.append("  ".join(cells).rstrip())
-    return "\n".join(lines)
-
-
 def plot(result: dict, kind: str) -> bytes:
-    """KL over measured speedup, a point a contender: the accuracy-speed frontier as a file of `kind`, svg or png."""
+    """KL over speedup, both measured: a line for each method, a point with its 95 % interval for each contender.
+
+    Args:
+        result: the figures of a run with the tasks text and ttft.
+        kind: svg or png. An SVG keeps its text as text and is the same for the same figures.
+    """
+    import matplotlib
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator, NullFormatter
 
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
-    axes = figure.add_subplot()
     domain, text = next(iter(result["text"].items()))
+    lines = {}
     for name, row in list(text["rows"].items())[1:]:
-        speedup, kl = result["ttft"][name]["speedup"], row["kl"]
-        axes.plot(speedup, kl["value"], "o", color="black", markersize=4)
+        contender = result["contenders"][name]
+        point = (result["ttft"][name]["speedup"], row["kl"], contender["pruned_layers"])
+        lines.setdefault(contender["method"], []).append(point)
+    settings = {"font.size": 10, "font.family": "sans-serif", "svg.fonttype": "none", "svg.hashsalt": "pop"}
+    with matplotlib.rc_context(settings):
+        figure = Figure(figsize=(7, 4.6), layout="constrained")
+        axes = figure.add_subplot()
+        for number, (method, points) in enumerate(lines.items()):
+            _draw_line(axes, method, sorted(points, key=lambda point: point[0]), number)
+        axes.axvline(1, color="gray", linewidth=0.8, linestyle="--")
+        computer = result["machine"]
+        speed = f"speedup of the time to first token, on {computer['device']} with {computer['threads']} threads"
+        axes.set(yscale="log", xlabel=speed)
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter(NullFormatter())
+        axes.set_ylabel("KL(full || pruned), nats a token")
+        axes.grid(True, alpha=0.25)
+        where = f"{text['windows']} windows" + ("" if domain == "all" else f" of {domain}")
+        prompt = result["tokens"]["prompt"]
+        axes.set_title(
+            f"{result['model']}, {result['num_layers']} layers, {result['dtype']}: {where} with {prompt:,} prompt "
+            "tokens.\nNumbers at points: pruned layers. Lower and further right is better.",
+            fontsize=10,
+        )
+        figure.legend(loc="outside lower center", ncols=2, frameon=False)
+        drawn = io.BytesIO()
+        figure.savefig(drawn, format=kind, dpi=144, metadata={"Date": None} if kind == "svg" else None)
+        return drawn.getvalue()
+
+
+_COLOURS = ("#d1495b", "#00798c", "#2e4057", "#edae49", "#8d6a9f", "#66a182", "#888888")
+_MARKERS = "osD^vPX"
+
+
+def _draw_line(axes, method: str, points: list[tuple], number: int) -> None:
+    """Join one method's points (speedup, KL, pruned layers), and draw each one's interval and number of layers."""
+    colour, marker = _COLOURS[number % len(_COLOURS)], _MARKERS[number % len(_MARKERS)]
+    speedups, losses = [speedup for speedup, _, _ in points], [kl["value"] for _, kl, _ in points]
+    axes.plot(speedups, losses, marker=marker, color=colour, markersize=6, linewidth=1.5, label=method)
+    for speedup, kl, layers in points:
         if kl["low"] is not None:
-            axes.vlines(speedup, kl["low"], kl["high"], color="gray")
-        axes.annotate(name, (speedup, kl["value"]), xytext=(5, 3), textcoords="offset points", fontsize=8)
-    axes.axvline(1, color="gray", linewidth=0.8, linestyle="--")
-    axes.set(yscale="log", xlabel="speedup of the time to first token, over the full model")
-    axes.set_ylabel("KL(full || contender), nats a token")
-    axes.set_title(f"{result['model']}, {result['dtype']}, {domain}: {text['windows']} windows", fontsize=10)
-    drawn = io.BytesIO()
-    figure.savefig(drawn, format=kind)
-    return drawn.getvalue()
-
-
-def write_whole(path: str, data: bytes) -> None:
-    """Write a file whole or not at all."""
-    try:
-        with replaced(path) as draft:
-            draft.write_bytes(data)
-    except OSError as error:
-        raise InputError(f"{path} cannot be written ({error.strerror}); choose another path") from None
+            axes.vlines(speedup, kl["low"], kl["high"], color=colour, alpha=0.5)
+        if layers:
+            place = {"xytext": (-5, 5), "textcoords": "offset points", "horizontalalignment": "right"}
+            axes.annotate(str(layers), (speedup, kl["value"]), color=colour, **place)

@@ -2,19 +2,15 @@
 
     passed, message = run(program, seconds=5)
 
-The program gets a fresh interpreter (`python -I -S`: no environment, no site-packages, nothing from the current
-folder), an empty temporary folder, and limits on CPU time, memory, file sizes and processes that the kernel enforces.
-Where the system allows it, it also gets a network namespace without a network and, if the caller is root, the rights
-of `nobody`; a root whose interpreter nobody else can read stays root, whom the limit on processes does not bind.
-Inside, an audit hook refuses what a solution never needs: to write outside of the folder, to delete or rename, to
-start a process, to open a socket, to load a C library. After `seconds` of wall-clock time the whole process group is
-killed.
+The program gets a fresh interpreter without environment and site-packages (`python -I -S`), an empty temporary folder,
+and kernel limits on CPU time, memory, file sizes and processes. Where the system allows it, the program also gets no
+network and, if the caller is root, the rights of `nobody`. An audit hook refuses what a solution never needs, such as
+writing elsewhere, deleting, or starting a process. After `seconds`, the whole process group is killed.
 
-This stops mistakes, and a program that does the obvious wrong thing. It does not hide what the caller may read, and a
-determined attacker could get around the audit hook: give code from a model that you distrust a container or a machine
-of its own.
+This stops mistakes and obvious misuse. It does not hide what the caller may read, and a determined attacker can get
+around the audit hook. Run code from a model that you distrust in a container or on a separate machine.
 
-This file is both sides: imported, it offers `run`; started as a script, it is the inside.
+This file is both sides: imported, it offers `run`; started as a script, it runs the program.
 """
 
 from __future__ import annotations
@@ -27,7 +23,7 @@ import sys
 import tempfile
 from contextlib import suppress
 
-DONE = b"done\n"  # what the inside reports once the program has come to its end; os._exit(0) does not get there
+DONE = b"done\n"  # reported after the program's last line: a program that leaves early does not report it
 MEMORY = 1 << 30  # bytes of address space
 OUTPUT = 1 << 20  # bytes of any file, and of what the program prints
 NOBODY = 65534
@@ -42,7 +38,7 @@ REFUSED = (
 
 
 def run(program: str, *, seconds: float = 5.0) -> tuple[bool, str]:
-    """Run `program` for at most `seconds`. Returns whether it ended without an exception, and if not, what it said."""
+    """Run `program` for at most `seconds`. Returns whether it reached its end, and if not, its last line of output."""
     reader, writer = os.pipe()
     with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryFile() as output:
         os.chmod(folder, 0o777)  # for nobody
@@ -61,7 +57,11 @@ def run(program: str, *, seconds: float = 5.0) -> tuple[bool, str]:
         try:
             with suppress(subprocess.TimeoutExpired):
                 process.communicate(program.encode("utf-8", "replace"), timeout=seconds)
-            timed_out = process.poll() in (None, -signal.SIGKILL, -signal.SIGXCPU)  # these from the limit on CPU time
+            timed_out = process.poll() in (
+                None,
+                -signal.SIGKILL,
+                -signal.SIGXCPU,
+            )  # by the CPU limit
         finally:
             with suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
@@ -83,7 +83,7 @@ def run(program: str, *, seconds: float = 5.0) -> tuple[bool, str]:
 
 
 def confine(seconds: float) -> None:
-    """Give up, for good, what the program shall not have."""
+    """Give up for good what the program must not have."""
     import ctypes
 
     unshare = ctypes.CDLL(None).unshare
@@ -91,7 +91,7 @@ def confine(seconds: float) -> None:
         unshare(NEW_NETWORK)
         _become_nobody()
     else:
-        unshare(NEW_USER | NEW_NETWORK)  # may be forbidden: then the audit hook alone stands before the network
+        unshare(NEW_USER | NEW_NETWORK)  # may be forbidden: then only the audit hook blocks the network
     cpu = max(1, round(seconds))
     limits = {"CPU": cpu, "AS": MEMORY, "FSIZE": OUTPUT, "NPROC": 1, "NOFILE": 32, "CORE": 0}
     for name, value in limits.items():
@@ -100,7 +100,7 @@ def confine(seconds: float) -> None:
 
 
 def _become_nobody() -> None:
-    """Root is exempt from the limit on processes. Stay root only where nobody else can read this interpreter."""
+    """Drop root, which is exempt from the limit on processes, unless no other user can read this interpreter."""
     os.seteuid(NOBODY)
     readable = os.path.exists(os.__file__)
     os.seteuid(0)
@@ -117,7 +117,7 @@ def _refuse(event: str, arguments: tuple, _folder: str = os.getcwd()) -> None:
         path, _, flags = arguments
         if isinstance(path, int):
             return
-        if os.path.isdir(path):  # the hook does not see it where a path is relative to an open folder
+        if os.path.isdir(path):  # paths relative to an open folder would pass the check below
             raise PermissionError(f"the folder {path} cannot be opened here")
         if flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND):
             where = os.path.realpath(os.fsdecode(path))
@@ -127,7 +127,7 @@ def _refuse(event: str, arguments: tuple, _folder: str = os.getcwd()) -> None:
 
 def main() -> None:
     seconds, report = float(sys.argv[1]), int(sys.argv[2])
-    del sys.argv[1:]  # a program shall not read there which file says that it is done
+    del sys.argv[1:]  # the program must not find the file that reports success
     program = compile(sys.stdin.buffer.read(), "program.py", "exec")
     confine(seconds)
     exec(program, {"__name__": "__main__"})

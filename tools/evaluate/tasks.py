@@ -1,12 +1,13 @@
-"""The tasks of tools/evaluate/__main__.py that have right answers: retrieval from long prompts, made on the spot, and HumanEval.
+"""Tasks with answers: agreement of free generation, retrieval from long prompts, and HumanEval.
 
-    needle       a sentence with a random number is hidden in a long text; the prompt ends by asking for it
-    documents    several documents each hold a fact about an invented person; the prompt asks for one of the facts
-    human-eval   Python functions from their docstrings (Chen et al. 2021), run against the data set's own tests
+    generation   greedy answers, compared with those of the full model
+    needle       a sentence with a random number is hidden in a long text, and the prompt ends by asking for it
+    documents    several documents each state a fact about an invented person, and the prompt asks for one fact
+    human-eval   Python functions from their docstrings (Chen et al. 2021), run against the data set's tests
 
-A retrieval question is scored twice. `exact`: the greedy answer is right. `top`: the right answer is the likeliest of
-several, by the mean log-probability of its tokens; `rank` is its mean place among them, so that a model too small to
-answer shows whether it has seen the needle at all. Chance is 1 / candidates for `top`.
+A retrieval question has two scores. "exact": the greedy answer is right. "rank": the place of the right answer among
+several candidates, by the mean log-probability of their tokens; "top" is the share of first places. So a model that is
+too small to answer still shows whether it attends the needle.
 """
 
 from __future__ import annotations
@@ -14,20 +15,63 @@ from __future__ import annotations
 import dataclasses
 import random
 from collections.abc import Callable
+from itertools import takewhile
 
+import numpy as np
 import torch
 
 from pop.errors import InputError, MissingExtra
 from tools.evaluate import sandbox
-from tools.evaluate.baselines import Contender
+from tools.evaluate.contender import Contender
 
-DISTRACTORS = 7  # wrong candidates beside the right one
+DISTRACTORS = 7  # wrong candidates for each right one
 DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)  # where a needle lies: 0 is the beginning of the text
+Progress = Callable[[str], None]
+
+
+def silent(text: str) -> None:
+    pass
+
+
+# ---- Generation ----
+
+
+def evaluate_generation(
+    contenders: list[Contender], prompts: list[list[int]], new_tokens: int, *, progress: Progress = silent
+) -> dict[str, dict]:
+    """Compare greedy answers with those of the first contender, the full model.
+
+    Returns:
+        {contender: {"prompts", "leading", "exact"}}: the number of prompts, the mean share of leading tokens that are
+        equal, and the share of answers that are equal as a whole.
+    """
+    shares = {contender.name: [] for contender in contenders}
+    for number, prompt in enumerate(prompts):
+        progress(f"generation, prompt {number + 1} of {len(prompts)}")
+        reference = contenders[0].generate(prompt, new_tokens)
+        for contender in contenders:
+            answer = reference if contender is contenders[0] else contender.generate(prompt, new_tokens)
+            pairs = zip(reference, answer, strict=False)
+            shares[contender.name].append(len(list(takewhile(lambda p: p[0] == p[1], pairs))) / len(reference))
+    return {
+        name: {"prompts": len(prompts), "leading": float(np.mean(share)), "exact": float(np.mean(np.equal(share, 1)))}
+        for name, share in shares.items()
+    }
+
+
+# ---- Retrieval ----
 
 
 @dataclasses.dataclass(frozen=True)
 class Question:
-    """prompt, candidates: token ids; the right candidate is the first. length: the prompt's tokens."""
+    """A question with several candidates for its answer.
+
+    Args:
+        prompt: token ids.
+        candidates: the token ids of each candidate. The first one is right.
+        length: the number of tokens in the prompt.
+        depth: where the fact lies in the prompt, from 0 to 1.
+    """
 
     prompt: list[int]
     candidates: list[list[int]]
@@ -36,7 +80,15 @@ class Question:
 
 
 def needle_questions(tokenizer, haystack: list[int], lengths: list[int], per_cell: int, seed: int) -> list[Question]:
-    """`per_cell` questions for each length in tokens and each of DEPTHS. haystack: token ids, reused if too few."""
+    """`per_cell` questions for each length and each of DEPTHS.
+
+    Args:
+        tokenizer: the model's tokenizer.
+        haystack: token ids to hide the needle in, repeated if there are too few.
+        lengths: prompt lengths in tokens.
+        per_cell: questions for each pair of length and depth.
+        seed: the seed of numbers and places.
+    """
     rng, questions = random.Random(seed), []
     asking = tokenizer.encode("\n\nQuestion: What is the secret number?\nAnswer: The secret number is", bos=False)
     for length in lengths:
@@ -52,7 +104,10 @@ def needle_questions(tokenizer, haystack: list[int], lengths: list[int], per_cel
 
 
 def document_questions(tokenizer, filler: list[int], lengths: list[int], per_cell: int, seed: int) -> list[Question]:
-    """Questions about one of 1 + DISTRACTORS documents, from the first to the last, which share the length evenly."""
+    """Questions about one of 1 + DISTRACTORS equally long documents, about each of them in turn.
+
+    The arguments are those of `needle_questions`; `filler` is the text of the documents.
+    """
     rng, questions = random.Random(seed), []
     count, total = 1 + DISTRACTORS, per_cell * len(DEPTHS)
     for length in lengths:
@@ -82,9 +137,9 @@ def document_questions(tokenizer, filler: list[int], lengths: list[int], per_cel
 
 
 def evaluate_retrieval(
-    contenders: list[Contender], questions: list[Question], progress: Callable[[str], None] = lambda text: None
+    contenders: list[Contender], questions: list[Question], progress: Progress = silent
 ) -> dict[str, dict]:
-    """{contender: {"all" or a length: {"questions", "exact", "top", "rank"}}}; shares from 0 to 1, ranks from 1."""
+    """Returns {contender: {"all" or a length: {"questions", "exact", "top", "rank"}}}, with shares and mean ranks."""
     marks = {contender.name: [] for contender in contenders}
     for number, question in enumerate(questions):
         progress(f"question {number + 1} of {len(questions)}")
@@ -118,7 +173,7 @@ def _answer(contender: Contender, question: Question) -> tuple[bool, float]:
         logits = first[None]
         if len(candidate) > 1:
             logits = torch.cat((logits, contender.extend(candidate[:-1], cache)))  # [C, V]
-            cache.lengths = held.clone()  # forget the candidate: what lies behind the length is never read
+            cache.lengths = held.clone()  # forget the candidate: slots beyond the length are never read
         targets = torch.tensor(candidate, device=logits.device)
         scores.append(logits.double().log_softmax(-1).gather(1, targets[:, None]).mean().item())
         if candidate is right:  # greedy decoding gives it exactly if each of its tokens is the likeliest
@@ -133,7 +188,7 @@ def _head(tokenizer) -> list[int]:
 
 
 def _cut(text: list[int], count: int, rng: random.Random) -> list[int]:
-    """`count` tokens of `text` from a random place on, from its beginning again where it ends."""
+    """`count` consecutive tokens of `text` from a random place. After its end, the text begins again."""
     if count < 0:
         raise InputError(
             "the prompts of a retrieval task are too short to hold their question; ask for longer --lengths"
@@ -143,7 +198,7 @@ def _cut(text: list[int], count: int, rng: random.Random) -> list[int]:
 
 
 def _invented_words(count: int, rng: random.Random) -> list[str]:
-    """Different words that no text of the training data is about."""
+    """Distinct words that no training text is about."""
     words: set[str] = set()
     while len(words) < count:
         syllables = (rng.choice("bdfgklmnprstvz") + rng.choice("aeiou") for _ in range(3))
@@ -153,7 +208,7 @@ def _invented_words(count: int, rng: random.Random) -> list[str]:
 
 # ---- HumanEval ----
 
-STOPS = ("\nclass", "\ndef", "\n#", "\nif", "\nprint")  # of Chen et al. 2021: a completion ends where its function does
+STOPS = ("\nclass", "\ndef", "\n#", "\nif", "\nprint")  # after Chen et al. 2021: they end the function
 
 
 def read_human_eval(count: int) -> list[dict]:
@@ -171,16 +226,19 @@ def evaluate_human_eval(
     *,
     max_new_tokens: int = 384,
     seconds: float = 5.0,
-    progress: Callable[[str], None] = lambda text: None,
+    progress: Progress = silent,
 ) -> dict[str, dict]:
-    """{contender: {"problems", "passed", "pass@1"}}: greedy completions, each run in tools/evaluate/sandbox.py.
+    """Run the greedy completion of each problem in tools/evaluate/sandbox.py.
 
-    This executes code that the model wrote: the caller has asked the user.
+    This executes code that the model wrote, so the caller must have asked the user.
+
+    Returns:
+        {contender: {"problems", "passed", "pass@1"}}.
     """
     works, message = sandbox.run("import collections, itertools, math, typing", seconds=seconds)
     if not works:
         raise InputError(
-            f"the sandbox cannot run Python here ({message}); HumanEval would fail everything, leave it out"
+            f"the sandbox cannot run Python here ({message}), so every problem would fail; leave human-eval out"
         )
     passed = dict.fromkeys((contender.name for contender in contenders), 0)
     for number, problem in enumerate(problems):

@@ -1,0 +1,199 @@
+"""Rounds, and the figures that tools/bench makes of given times; other libraries as stand-ins."""
+
+import itertools
+import sys
+import types
+
+import pytest
+import torch
+from support.tiny import random_model, tiny_config, tiny_gemma3_config
+
+import pop
+from pop.pruning import cost
+from tools import common
+from tools.bench import __main__ as bench
+from tools.bench import measure, rivals, rounds, shapes, turns
+
+
+@pytest.fixture
+def model():
+    config = tiny_config()
+    return pop.Model(random_model(config), config, compile=False)
+
+
+def arguments(*argv):
+    args = bench._parser().parse_args(list(argv))
+    bench.check(args)
+    return args
+
+
+def test_rounds_alternate_and_the_first_is_not_recorded():
+    order = []
+
+    def turn(name):
+        order.append(name)
+        return {"s": len(order)}
+
+    turns = {(4, name): lambda name=name: turn(name) for name in "abc"}
+    record = rounds.run_rounds(turns, 2, "test")
+    assert "".join(order) == "abc" + "cba" + "abc"
+    assert record == {(4, "a", "s"): [6, 7], (4, "b", "s"): [5, 8], (4, "c", "s"): [4, 9]}
+
+
+def test_a_ratio_is_taken_round_by_round():
+    """Of the machine's three speeds 1, 5 and 2, each hits both variants, and the ratios are 2, 2 and 3."""
+    assert rounds.ratio([2.0, 10.0, 6.0], [1.0, 5.0, 2.0]) == {"median": 2.0, "low": 2.0, "high": 3.0}
+    assert rounds.ratio([2.0, 10.0, 6.0], [1.0, 5.0, 2.0], 0.5)["high"] == 1.5
+
+
+def test_figures_follow_from_the_times(model, monkeypatch):
+    """Times, peak and bandwidth as given, one round slower than the others by a factor: every figure by hand."""
+    factors = [1.0, 4.0, 1.0, 2.0]  # how much slower each of the four rounds is, the first untimed
+    now = {"factor": None}
+
+    def pop_turn(model, prompt, cache, plan, steps, images):
+        base = 3.0 if plan.layers else 4.0
+        return lambda: {"ttft_s": base * len(prompt) * now["factor"], "step_s": 0.1 * now["factor"]}
+
+    def run_rounds(turns, runs, what):
+        count = itertools.count()
+
+        def slowed(turn):
+            def run():
+                now["factor"] = factors[next(count) // len(turns)]
+                return turn()
+
+            return run
+
+        return original({key: slowed(turn) for key, turn in turns.items()}, runs, what)
+
+    original = rounds.run_rounds
+    monkeypatch.setattr(measure, "run_rounds", run_rounds)
+    monkeypatch.setattr(measure, "pop_turn", pop_turn)
+    monkeypatch.setattr(measure, "peak_turn", lambda *_: lambda: {"flops_per_s": 1e9 / now["factor"]})
+    monkeypatch.setattr(measure, "bandwidth_turn", lambda *_: lambda: {"bytes_per_s": 1e6 / now["factor"]})
+    attention = lambda _, n: lambda: {"attention_s": now["factor"] * n * n / 100}  # noqa: E731
+    monkeypatch.setattr(measure, "attention_turn", attention)
+    slower = lambda prompt, _: lambda: {"ttft_s": 6.0 * len(prompt) * now["factor"], "step_s": 0.3 * now["factor"]}  # noqa: E731
+    rival = types.SimpleNamespace(name="rival", turn=slower)
+    plan = pop.PrunePlan((3, 4))
+    args = arguments("--lengths", "10,20", "--runs", "3", "--decode-steps", "3")
+    result = measure.measure_prefill(model, {"p": plan}, [rival], args)
+    config = model.config
+    for N, figures in result.items():
+        assert figures["ttft_s"] == {"median": 8.0 * N, "low": 4.0 * N, "high": 16.0 * N}
+        limit = cost.prefill_flops(config, N, pop.PrunePlan.none()) / cost.prefill_flops(config, N, plan)
+        row = figures["plans"]["p"]
+        assert row["speedup"] == pytest.approx({"median": 4 / 3, "low": 4 / 3, "high": 4 / 3})
+        assert row["limit"] == pytest.approx(limit)
+        assert row["efficiency"]["high"] == pytest.approx(4 / 3 / limit)
+        mfu = cost.prefill_flops(config, N, pop.PrunePlan.none()) / (4.0 * N * 1e9)
+        assert figures["mfu"] == pytest.approx({"median": mfu, "low": mfu, "high": mfu})
+        mbu = shapes.decode_bytes(config, N + 2, torch.float32) / (0.1 * 1e6)  # steps read N+1, N+2, N+3 slots
+        assert figures["mbu"]["low"] == pytest.approx(mbu)
+        assert figures["decode_tokens_per_s"] == pytest.approx({"median": 5.0, "low": 2.5, "high": 10.0})
+        assert figures["flatness"]["median"] == pytest.approx((4 - N / 100) / (4 - 10 / 100))
+        against = figures["rivals"]["rival"]
+        assert against["full_speedup"]["high"] == pytest.approx(1.5)
+        assert against["pruned_speedup"]["p"]["low"] == pytest.approx(2)
+        assert against["decode_speedup"]["median"] == pytest.approx(3)
+
+
+def test_the_clock_times_the_first_token_and_each_step_apart(monkeypatch):
+    """A prefill takes 5 seconds, and a step as many as the number of the token that it reads."""
+    now = [0.0]
+
+    def spend(seconds: float, token: int) -> int:
+        now[0] += seconds
+        return token
+
+    monkeypatch.setattr(common.time, "perf_counter", lambda: now[0])
+    assert common.timed(lambda: spend(5, 2), lambda token: spend(token, token + 1), 3) == (5.0, [2.0, 3.0, 4.0])
+
+
+def test_a_turn_of_pop_prefills_by_the_plan_and_then_decodes_its_own_tokens(model, monkeypatch):
+    cache, plan, calls = model.new_cache(1, 8), pop.PrunePlan((3, 4)), []
+    prefill, decode = model.prefill, model.decode
+    monkeypatch.setattr(model, "prefill", lambda *a, plan, **o: calls.append(plan) or prefill(*a, plan=plan, **o))
+    monkeypatch.setattr(model, "decode", lambda tokens, cache: calls.append(tokens) or decode(tokens, cache))
+    turn = turns.pop_turn(model, [5, 6, 7], cache, plan, 2, [])
+    assert turn().keys() == turn().keys() == {"ttft_s", "step_s"}
+    expected = model.generate([5, 6, 7], max_new_tokens=3, plan=plan).tokens
+    assert calls[:3] == [plan, expected[:1], expected[1:2]] and calls[3:6] == calls[:3]
+    assert turns.pop_turn(model, [5, 6, 7], cache, plan, 0, [])().keys() == {"ttft_s"}
+
+
+def test_slots_start_from_the_same_position_in_both_caches(model, monkeypatch):
+    seen = []
+    decode = model.decode
+
+    def watched(tokens, cache):
+        seen.append((cache.max_seq_len, int(cache.lengths[0])))
+        return decode(tokens, cache)
+
+    monkeypatch.setattr(model, "decode", watched)
+    result = measure.measure_slots(model, 5, 2, 1)
+    short, long = ([(slots, 5), (slots, 6)] for slots in (2048, 32768))
+    assert seen == short + long + long + short
+    assert (result["slots"], result["position"]) == ([2048, 32768], 5)
+    assert result["ratio"]["median"] == result["step_s"][1]["median"] / result["step_s"][0]["median"]
+
+    class TooLarge(measure.KVCache):
+        def __init__(self, config, rows, slots, **options):
+            if slots > 2048:
+                raise pop.CacheMemoryError("too large")
+            super().__init__(config, rows, slots, **options)
+
+    monkeypatch.setattr(measure, "KVCache", TooLarge)
+    assert measure.measure_slots(model, 5, 2, 1)["left_out"] == "too large"
+
+
+def test_attention_is_that_of_the_full_prefill(monkeypatch):
+    """Two windows and none, three chunks: how many tokens attend how many keys, in each layer."""
+    config, calls = tiny_gemma3_config(windows=(3, 5, None)), []
+    model = pop.Model(random_model(config), config, compile=False, chunk_size=4)
+
+    def attend(q, keys, values, at, scale):
+        calls.append((q.shape[1], q.shape[1] if at.mask is None else at.mask.shape[-1]))
+
+    monkeypatch.setattr(turns, "attend_cache", attend)
+    assert turns.attention_turn(model, 10)()["attention_s"] > 0
+    assert calls == [(4, 4), (4, 4), (4, 4), (4, 6), (4, 8), (4, 8), (2, 4), (2, 6), (2, 10)]
+
+
+# ---- Rivals ----
+
+
+def test_llama_cpp_reads_the_prompt_and_then_its_own_tokens(model, monkeypatch, tmp_path):
+    calls = []
+
+    class Llama:
+        def __init__(self, path, **options):
+            calls.append((path, options["n_ctx"], options["n_threads"]))
+
+        def reset(self):
+            calls.append("reset")
+
+        def eval(self, tokens):
+            calls.append(tokens)
+
+        def sample(self, temp):
+            assert temp == 0
+            return len(calls)
+
+    monkeypatch.setitem(sys.modules, "llama_cpp", types.SimpleNamespace(Llama=Llama))
+    path = tmp_path / "m.gguf"
+    path.touch()
+    (rival,) = rivals.llama_cpp(model, None, str(path))
+    times = rival.turn([7, 8, 9], 2)()
+    assert calls == [(str(path), 6, torch.get_num_threads()), "reset", [7, 8, 9], [3], [4]]
+    assert set(times) == {"ttft_s", "step_s"}
+    with pytest.raises(pop.InputError, match="needs --gguf"):
+        rivals.llama_cpp(model, None, None)
+
+
+@pytest.mark.parametrize(("name", "module"), [("transformers", "transformers"), ("llama.cpp", "llama_cpp")])
+def test_a_rival_that_is_not_installed_is_named(model, monkeypatch, name, module):
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(pop.MissingExtra, match="--against needs the package"):
+        rivals.RIVALS[name](model, {}, None)

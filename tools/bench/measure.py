@@ -1,0 +1,152 @@
+"""Prefill and decode in rounds, and the figures that follow from the times."""
+
+from __future__ import annotations
+
+from statistics import median
+
+import torch
+
+import pop
+from pop.backends.cpu import WIDENED
+from pop.engine.cache import KVCache
+from pop.errors import CacheMemoryError
+from pop.pruning.cost import prefill_flops, speedup_limit, vision_flops
+from tools.bench.rounds import Turn, ratio, run_rounds, seconds, spread
+from tools.bench.shapes import decode_bytes, saved_bytes
+from tools.bench.subject import random_image, random_prompt
+from tools.bench.turns import attention_turn, bandwidth_turn, peak_turn, pop_turn, tower_turn
+
+SLOTS = (2048, 32768)  # sizes of the two caches that `measure_slots` compares
+Record = dict[tuple, list[float]]  # what `run_rounds` returns
+
+
+def measure_prefill(model: pop.Model, plans: dict[str, pop.PrunePlan], rivals: list, args) -> dict[int, dict]:
+    """Measure full and pruned prefills, decode and the rivals.
+
+    Args:
+        model: the model, warmed up.
+        plans: the pruned prefills by name.
+        rivals: the configurations of other libraries, see rivals.py.
+        args: the options of the command line: lengths, decode_steps, runs, image.
+
+    Returns:
+        {prompt length: figures}, each figure that varies as {"median", "low", "high"}.
+    """
+    full, steps = pop.PrunePlan.none(), args.decode_steps
+    peak_dtype = torch.float32 if model.dtype in WIDENED and model.device.type == "cpu" else model.dtype
+    peak, bandwidth = peak_turn(model.device, peak_dtype), bandwidth_turn(model.device)
+    image, patches = random_image(model, args.image) if args.image else (None, [])
+    images, turns = [image] if image else [], {}
+    for N in args.lengths:
+        prompt, cache = random_prompt(model.config, N, image), model.new_cache(1, N + steps)
+        turns |= {(N, "peak"): peak, (N, "bandwidth"): bandwidth, (N, "attention"): attention_turn(model, N)}
+        if image:
+            turns[N, "tower"] = tower_turn(model, prompt, images)
+        turns[N, "full"] = pop_turn(model, prompt, cache, full, steps, images)
+        turns |= {(N, name): pop_turn(model, prompt, cache, plan, 0, images) for name, plan in plans.items()}
+        turns |= {(N, rival.name): rival.turn(prompt, steps) for rival in rivals}
+    with torch.no_grad():
+        record = run_rounds(turns, args.runs, "prefill and decode")
+    result = {}
+    for N in args.lengths:
+        result[N] = _full_figures(model, record, N, min(args.lengths), steps, patches)
+        if image:
+            result[N]["tower"] = _tower_figures(model, record, N, patches)
+        result[N]["plans"] = {name: _plan_figures(model, record, N, name, plans[name], patches) for name in plans}
+        result[N]["rivals"] = {rival.name: _rival_figures(record, N, rival.name, plans) for rival in rivals}
+    return result
+
+
+def _full_figures(model: pop.Model, record: Record, N: int, shortest: int, steps: int, patches: list[int]) -> dict:
+    """The full model after N tokens: its times, and what they are of the machine's peak and bandwidth."""
+    ttft, step = record[N, "full", "ttft_s"], record[N, "full", "step_s"]
+    peak, bandwidth = record[N, "peak", "flops_per_s"], record[N, "bandwidth", "bytes_per_s"]
+    work = prefill_flops(model.config, N, pop.PrunePlan.none(), patches)
+    filled = N + (steps + 1) / 2  # slots that a step reads, on average
+    read = decode_bytes(model.config, round(filled), model.dtype) - saved_bytes(model)
+    return {
+        "peak_flops_per_s": spread(peak),
+        "bandwidth_bytes_per_s": spread(bandwidth),
+        "ttft_s": spread(ttft),
+        "mfu": spread([work / t / p for t, p in zip(ttft, peak, strict=True)]),
+        "attention_s": spread(record[N, "attention", "attention_s"]),
+        "rest_per_token_s": spread(_rest_per_token(record, N)),
+        "flatness": ratio(_rest_per_token(record, N), _rest_per_token(record, shortest)),
+        "step_s": spread(step),
+        "decode_tokens_per_s": spread([1 / t for t in step]),
+        "mbu": spread([read / t / b for t, b in zip(step, bandwidth, strict=True)]),
+    }
+
+
+def _rest_per_token(record: Record, N: int) -> list[float]:
+    """Seconds a token of each round's full prefill, without the time of attention."""
+    pairs = zip(record[N, "full", "ttft_s"], record[N, "attention", "attention_s"], strict=True)
+    return [(ttft - attention) / N for ttft, attention in pairs]
+
+
+def _tower_figures(model: pop.Model, record: Record, N: int, patches: list[int]) -> dict:
+    """The vision tower's share of TTFT, and that over its share of the FLOPs."""
+    share = vision_flops(model.config, patches) / prefill_flops(model.config, N, pop.PrunePlan.none(), patches)
+    tower, ttft = record[N, "tower", "tower_s"], record[N, "full", "ttft_s"]
+    return {
+        "seconds": spread(tower),
+        "share": ratio(tower, ttft),
+        "flops_share": share,
+        "ratio": ratio(tower, ttft, 1 / share),
+    }
+
+
+def _plan_figures(model: pop.Model, record: Record, N: int, name: str, plan: pop.PrunePlan, patches: list[int]) -> dict:
+    """A pruned prefill against the full one and against the limit."""
+    ttft, times = record[N, "full", "ttft_s"], record[N, name, "ttft_s"]
+    limit = speedup_limit(model.config, N, plan, patches)
+    return {
+        "layers": len(plan.layers),
+        "taps": plan.projections.taps if plan.projections else None,
+        "full_depth_last": plan.full_depth_last,
+        "ttft_s": spread(times),
+        "speedup": ratio(ttft, times),
+        "limit": limit,
+        "efficiency": ratio(ttft, times, 1 / limit),
+    }
+
+
+def _rival_figures(record: Record, N: int, name: str, plans: dict[str, pop.PrunePlan]) -> dict:
+    """Another library's times, and how many times as fast `pop` is."""
+    ttft, steps = record[N, name, "ttft_s"], record[N, name, "step_s"]
+    return {
+        "ttft_s": spread(ttft),
+        "step_s": spread(steps),
+        "full_speedup": ratio(ttft, record[N, "full", "ttft_s"]),
+        "pruned_speedup": {plan: ratio(ttft, record[N, plan, "ttft_s"]) for plan in plans},
+        "decode_speedup": ratio(steps, record[N, "full", "step_s"]),
+    }
+
+
+def measure_slots(model: pop.Model, num_tokens: int, steps: int, runs: int) -> dict:
+    """Decode after the same prompt in a short cache and in a long, mostly empty one."""
+    prompt, turns = random_prompt(model.config, num_tokens), {}
+    sizes = [max(size, num_tokens + steps) for size in SLOTS]
+
+    def turn_of(cache: KVCache) -> Turn:
+        model.prefill([prompt], cache)
+        end_of_prompt = cache.snapshot()
+
+        def decode_steps():
+            for _ in range(steps):
+                yield seconds(lambda: int(model.decode([0], cache).argmax()), model.device)
+
+        def turn():
+            cache.restore(end_of_prompt)
+            return {"step_s": median(decode_steps())}
+
+        return turn
+
+    try:
+        for size in sizes:
+            turns[size,] = turn_of(KVCache(model.config, 1, size, dtype=model.dtype, device=model.device))
+    except CacheMemoryError as error:
+        return {"slots": sizes, "position": num_tokens, "left_out": str(error)}
+    short, long = run_rounds(turns, runs, "slots").values()
+    steps_s = [spread(short), spread(long)]
+    return {"slots": sizes, "position": num_tokens, "step_s": steps_s, "ratio": ratio(long, short)}

@@ -1,0 +1,133 @@
+"""The subject of a run: a checkpoint or random weights of a shape, with its plans and prompts."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+import os
+import re
+import tempfile
+from pathlib import Path
+
+import torch
+
+import pop
+from pop import models
+from pop.backends.int8 import check_quantize, quantize_module
+from pop.checkpoints import registry
+from pop.checkpoints.config_json import read_config
+from pop.cli.commands import parse_prune
+from pop.errors import InputError
+from pop.loading import usable_device
+from pop.models.config import DTYPES
+from pop.pruning.projections import KVProjections
+from pop.system.memory import free_bytes
+from tools.bench.shapes import SHAPES, fitting_layers, shortened
+
+
+@dataclasses.dataclass(frozen=True)
+class Subject:
+    """The model, the fields of its config.json, and the number of layers that the whole model has.
+
+    fields is None for a model without config.json. Some rivals need one.
+    """
+
+    model: pop.Model
+    fields: dict | None
+    all_layers: int
+
+
+def load_subject(args) -> Subject:
+    """The model of --model, or random weights of --shape, made on the device."""
+    compile = {"auto": "auto", "true": True, "false": False}[args.compile]
+    dtype = DTYPES.get(args.dtype)
+    if args.model:
+        options = {"dtype": dtype, "prune": None, "compile": compile, "progress": False, "quantize": args.quantize}
+        model = pop.load(args.model, device=args.device, **options)
+        named = args.model in registry.list_models() or not os.path.isdir(args.model)
+        path = (registry.find_weights(args.model) if named else Path(args.model)) / "config.json"
+        return Subject(model, json.loads(path.read_text()) if path.exists() else None, model.config.num_layers)
+    config, fields = _read_shape(args.shape)
+    device, dtype = usable_device(args.device), dtype or config.dtype
+    free = free_bytes(device)
+    layers = args.layers or (fitting_layers(config, max(args.lengths), dtype, free) if free else config.num_layers)
+    if layers > config.num_layers:
+        raise InputError(f"--layers is {layers}, but {args.shape} has {config.num_layers}")
+    shorter = shortened(config, layers)
+    module = random_module(shorter, dtype, device)
+    check_quantize(args.quantize, module, device)
+    if args.quantize:
+        quantize_module(module)
+    model = pop.Model(module, shorter, compile=compile)
+    return Subject(model, fields | {"num_hidden_layers": layers}, config.num_layers)
+
+
+def _read_shape(shape: str) -> tuple:
+    """The config, and the fields of config.json, of a known shape or of a folder."""
+    if shape in SHAPES:
+        with tempfile.TemporaryDirectory() as folder:
+            (Path(folder) / "config.json").write_text(json.dumps(SHAPES[shape]))
+            return read_config(Path(folder)), copy.deepcopy(SHAPES[shape])
+    path = Path(shape) / "config.json"
+    if not path.is_file():
+        raise InputError(f"--shape is {shape!r}; give one of {', '.join(SHAPES)}, or a folder with a config.json")
+    return read_config(Path(shape)), json.loads(path.read_text())
+
+
+def random_module(config, dtype: torch.dtype, device: torch.device):
+    """A module with random weights, made on `device`. One block of random numbers, repeated, fills all matrices."""
+    with torch.device("meta"):
+        module = models.build(config)
+    block = torch.randn(2**22, generator=torch.Generator().manual_seed(0)).mul(0.02).to(device, dtype)
+    weights = {}
+    for name, parameter in module.named_parameters():
+        weights[name] = torch.ones(parameter.shape, dtype=dtype, device=device)
+        if parameter.dim() > 1:
+            for piece in weights[name].view(-1).split(len(block)):
+                piece.copy_(block[: len(piece)])
+    module.load_state_dict(weights, assign=True)
+    return module.requires_grad_(False).eval()
+
+
+def parse_plan(text: str, model: pop.Model) -> pop.PrunePlan:
+    """The plan of one --prune value: [taps1: or taps2:] PLAN [:LAST], see the help text of tools.bench."""
+    taps, what, last = re.fullmatch(r"(?:taps([12]):)?(.*?)(?::(\d+))?", text, re.S).groups()
+    plan = model.resolve(parse_prune(what) or pop.PrunePlan.none())
+    if not plan.layers:
+        raise InputError(f"--prune {text} prunes none of the {model.config.num_layers} layers; give a larger fraction")
+    if last:
+        plan = dataclasses.replace(plan, full_depth_last=int(last))
+    if not taps:
+        return plan
+    config = model.config
+    shape = (len(plan.layers), 2, config.num_kv_heads * config.head_dim, int(taps) * config.hidden_size)
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(0)).mul(0.02).to(model.device, model.dtype)
+    projections = KVProjections(plan.layers, weight, weight[..., 0].clone(), model.fingerprint, int(taps))
+    first = max(1, plan.full_depth_first)
+    return dataclasses.replace(plan, full_depth_first=first, projections=projections)
+
+
+def random_image(model: pop.Model, size: tuple[int, int]):
+    """An image of random pixels, prepared for the model, and the list of its number of patches.
+
+    size: width and height in pixels. Raises InputError for a model that takes no images.
+    """
+    if "image" not in model.vision.marks:
+        raise InputError(f"--image needs a model that takes images, and the {model.config.family} family does not")
+    width, height = size
+    pixels = torch.randint(256, (height, width, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    image = model.vision.prepare("image", pixels.numpy())
+    per_image = model.config.vision.patches_per_side**2 if image.grid is None else image.grid.rows * image.grid.columns
+    return image, [per_image]
+
+
+def random_prompt(config, num_tokens: int, image=None) -> list[int]:
+    """A prompt of `num_tokens` random token ids, of which those of `image`, if given, come first."""
+    tokens = torch.randint(config.vocab_size, (num_tokens,), generator=torch.Generator().manual_seed(0)).tolist()
+    placeholders = {getattr(config, name, None) for name in ("image_id", "video_id")}
+    tokens = [0 if token in placeholders else token for token in tokens]
+    before = [token for piece in image.pieces if not isinstance(piece, str) for token in piece] if image else []
+    if len(before) >= num_tokens:
+        raise InputError(f"the image has {len(before)} tokens; make --lengths longer than that")
+    return before + tokens[len(before) :]

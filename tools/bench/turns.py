@@ -1,0 +1,72 @@
+"""The turns of a round: the machine's peak and bandwidth, the parts of a prefill, and `pop` itself.
+
+Those of other libraries are in rivals.py.
+"""
+
+from __future__ import annotations
+
+from statistics import median
+
+import torch
+
+import pop
+from pop.engine.attention import attend_cache
+from pop.engine.layout import Chunk, chunk_bounds
+from pop.models.images import TEXT
+from tools.bench.rounds import Turn, seconds
+from tools.bench.shapes import BIG
+from tools.common import timed
+
+
+def peak_turn(device: torch.device, dtype: torch.dtype) -> Turn:
+    """FLOPs per second of a large matrix product."""
+    n = 8192 if device.type == "cuda" else 2048
+    a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
+    return lambda: {"flops_per_s": 2 * n**3 / seconds(lambda: a @ b, device, 3)}
+
+
+def bandwidth_turn(device: torch.device) -> Turn:
+    """Bytes per second of memory: the fastest of a sum, a matrix-vector product, and a copy from half to half."""
+    big, vector = torch.ones(2, BIG // 8 // 4096, 4096, device=device), torch.ones(4096, device=device)
+    moves = (lambda: big.sum(), lambda: big.view(-1, 4096) @ vector, lambda: big[0].copy_(big[1]))
+    return lambda: {"bytes_per_s": BIG / min(seconds(move, device, 3) for move in moves)}
+
+
+def attention_turn(model: pop.Model, num_tokens: int) -> Turn:
+    """Seconds of the attention of all layers in a full prefill, over the same chunks as in the engine."""
+    H, E = model.config.num_heads, model.config.head_dim
+    q = torch.randn(1, num_tokens, H, E, device=model.device).to(model.dtype)
+    cache, lengths, chunks = model.new_cache(1, num_tokens), torch.tensor([num_tokens]), []
+    for begin, end in chunk_bounds(lengths, cache.chunk_size, TEXT):
+        chunk = Chunk.of(cache, lengths, begin, end, pop.PrunePlan.none(), TEXT, True, model.device)
+        chunks.append((q[:, begin:end], chunk.metadata(model.module, cache)))
+
+    def attend():
+        for queries, metadata in chunks:
+            for index, layer in enumerate(model.module.layers):
+                attend_cache(queries, *cache.layer(index), metadata[layer.window], layer.scale)
+
+    return lambda: {"attention_s": seconds(attend, model.device)}
+
+
+def tower_turn(model: pop.Model, prompt: list[int], images: list) -> Turn:
+    """Seconds from prepared images to the features that the language model receives."""
+    tokens, lengths = torch.tensor([prompt], device=model.device), torch.tensor([len(prompt)])
+    return lambda: {"tower_s": seconds(lambda: model._images([images], None, tokens, lengths), model.device)}
+
+
+def pop_turn(
+    model: pop.Model, prompt: list[int], cache: pop.KVCache, plan: pop.PrunePlan, steps: int, images: list
+) -> Turn:
+    """TTFT in seconds and, if steps is above 0, the median seconds of a decode step."""
+
+    def turn():
+        cache.reset()
+        ttft, steps_s = timed(
+            lambda: int(model.prefill([prompt], cache, images=[images], plan=plan).argmax()),
+            lambda token: int(model.decode([token], cache).argmax()),
+            steps,
+        )
+        return {"ttft_s": ttft} | ({"step_s": median(steps_s)} if steps else {})
+
+    return turn

@@ -1,0 +1,126 @@
+"""Helpers that several tools share: progress, options, files, tables and one clock.
+
+A tool is run as `python -m tools.NAME` from the root of the repository. It may import `pop`, this file and its own
+package.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from pathlib import Path
+
+from pop.errors import InputError, PopError
+from pop.files import write_whole
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def progress(text: str) -> None:
+    """Tell the user on stderr what happens now."""
+    print(f"... {text}", file=sys.stderr, flush=True)
+
+
+def exit_status(program: str, work: Callable[[], object]) -> int:
+    """Run `work` and return 0, or print its PopError as one line and return 2."""
+    try:
+        work()
+    except PopError as error:
+        print(f"{program}: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+# ---- Options ----
+
+
+def names_in(option: str, text: str, known: Sequence[str]) -> list[str]:
+    """The names of a comma-separated list. Raises InputError for one that is not in `known`."""
+    names = [name for name in text.split(",") if name]
+    for name in names:
+        if name not in known:
+            raise InputError(f"{option} holds {name!r}; it knows {', '.join(known)}")
+    return names
+
+
+def integers_in(option: str, text: str) -> list[int]:
+    """The integers of a comma-separated list. Raises InputError for anything else."""
+    try:
+        return [int(number) for number in text.split(",")]
+    except ValueError:
+        raise InputError(f"{option} is {text!r}; write numbers of tokens, as in 512,1024") from None
+
+
+# ---- Files ----
+
+
+def check_writable(path: str) -> None:
+    """Raise InputError if a file could not be written to `path`. Better now than after the work."""
+    if os.path.isdir(path) or not os.access(Path(path).resolve().parent, os.W_OK):
+        raise InputError(f"{path} cannot be written; name a file in a folder that exists")
+
+
+def write_figures(path: str, figures: dict) -> None:
+    """Write the figures of a run as JSON, completely or not at all."""
+    write_whole(path, json.dumps(figures, indent=2) + "\n", "the figures", InputError)
+
+
+def write_plot(path: str, drawn: bytes) -> None:
+    """Write a plot, completely or not at all."""
+    write_whole(path, drawn, "the plot", InputError)
+
+
+# ---- Tables ----
+
+
+def table(rows: Sequence[Sequence[str]], words: Sequence[int] = (0,)) -> str:
+    """Rows of cells as lines, each column as wide as it needs.
+
+    Args:
+        rows: the cells; the first row holds the column heads.
+        words: the indices of the columns to align left. All others align right.
+    """
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = []
+    for row in rows:
+        cells = [
+            cell.ljust(width) if column in words else cell.rjust(width)
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ]
+        lines.append("  ".join(cells).rstrip())
+    return "\n".join(lines)
+
+
+# ---- Time and memory ----
+
+
+def timed(first: Callable[[], int], step: Callable[[int], int], steps: int) -> tuple[float, list[float]]:
+    """Time a prefill and the decode steps after it.
+
+    Args:
+        first: runs a prefill and returns the id of the first new token.
+        step: takes a token id, runs one decode step and returns the next token id.
+        steps: how many decode steps to run.
+
+    Returns:
+        The seconds of `first`, and the seconds of each step. Both functions return a Python integer, so they have
+        waited for the device.
+    """
+    times = [time.perf_counter()]
+    token = first()
+    times.append(time.perf_counter())
+    for _ in range(steps):
+        token = step(token)
+        times.append(time.perf_counter())
+    ttft, *decode = (after - before for before, after in pairwise(times))
+    return ttft, decode
+
+
+def resident(name: str) -> int:
+    """Bytes of this process in memory, under Linux. name: VmRSS for now, VmHWM for the high-water mark."""
+    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name))

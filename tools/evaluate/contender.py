@@ -1,0 +1,62 @@
+"""A contender: a model and how it reads a prompt. Everything that tools/evaluate compares is one."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+import torch
+
+import pop
+from pop import engine
+from pop.pruning.cost import prefill_flops
+
+
+@dataclasses.dataclass
+class Contender:
+    """A model together with a way of reading a prompt. Here, the way is a pruning plan.
+
+    Args:
+        name: the name of its row in a table.
+        model: the model.
+        plan: the plan for prompts. PrunePlan.none() reads them at full depth.
+        method: the name of its line in a plot.
+    """
+
+    name: str
+    model: pop.Model
+    plan: pop.PrunePlan
+    method: str = ""
+
+    def prefill(self, tokens: list[int], cache: pop.KVCache) -> torch.Tensor:
+        """Fill an empty cache of one row with a prompt. Returns the logits [V] of the first new token."""
+        return self.model.prefill([tokens], cache, plan=self.plan)[0]
+
+    def extend(self, tokens: list[int], cache: pop.KVCache) -> torch.Tensor:
+        """Append tokens [T] at full depth, as decode would. Returns the logits [T, V] of the token after each."""
+        return engine.extend(self.model.module, torch.tensor([tokens], device=self.model.device), cache)[0]
+
+    def flops(self, num_tokens: int) -> int | None:
+        """The FLOPs of a prefill, counted from shapes. None if pop/pruning/cost.py cannot count them."""
+        return prefill_flops(self.model.config, num_tokens, self.plan)
+
+    def logits(self, prompt: list[int], continuation: list[int]) -> torch.Tensor:
+        """Prefill `prompt`, then append `continuation` [C]. Returns the logits [C, V] that predict its tokens."""
+        cache = self.model.new_cache(1, len(prompt) + len(continuation) - 1)
+        logits = self.prefill(prompt, cache)[None]
+        return torch.cat((logits, self.extend(continuation[:-1], cache))) if len(continuation) > 1 else logits
+
+    def generate(self, prompt: list[int], count: int, until: Callable[[list[int]], bool] | None = None) -> list[int]:
+        """The greedy answer.
+
+        It ends after `count` tokens, after an end token, or as soon as `until(tokens)` is true.
+        """
+        tokenizer, ends = self.model.tokenizer, self.model.config.eos_ids
+        known = None if tokenizer is None else tokenizer.vocab_size  # the embedding may be padded beyond it
+        cache = self.model.new_cache(1, len(prompt) + count - 1)
+        logits, tokens = self.prefill(prompt, cache), []
+        while True:
+            tokens.append(int(logits[:known].argmax()))
+            if len(tokens) == count or tokens[-1] in ends or (until and until(tokens)):
+                return tokens
+            logits = self.extend(tokens[-1:], cache)[0]

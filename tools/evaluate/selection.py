@@ -1,0 +1,88 @@
+"""From the options --prune and --baselines to contenders."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+import pop
+from pop.calibration.refit import builtin_texts
+from pop.cli.commands import parse_prune
+from pop.errors import InputError
+from tools.evaluate.baselines import calibration_windows, deepest_dropped, no_boundary, no_kv, shortgpt
+from tools.evaluate.contender import Contender
+from tools.evaluate.slicegpt import slicegpt
+
+# Each takes a model, the fraction to cut and calibration windows (token ids, each [T]).
+BASELINES: dict[str, Callable[[pop.Model, float, list[torch.Tensor]], Contender]] = {
+    "shortgpt": shortgpt,
+    "deepest-dropped": deepest_dropped,
+    "slicegpt": slicegpt,
+    "no-kv": no_kv,
+    "no-boundary": no_boundary,
+}
+TITLES = {
+    "shortgpt": "ShortGPT",
+    "deepest-dropped": "deepest layers removed",
+    "slicegpt": "SliceGPT",
+    "no-kv": "plain pruning without K and V",
+    "no-boundary": "plain pruning without boundary handling",
+}
+
+
+def make_contenders(
+    model: pop.Model, prunes: list[str], baselines: list[str], *, fraction=0.25, calibration=None, taps=2, seed=0
+) -> list[Contender]:
+    """The full model, then one contender for each value of --prune and --baselines.
+
+    Args:
+        model: the full model.
+        prunes: values of --prune: [calibrated:] PLAN [:LAST]. "none" is the full model and adds nothing.
+        baselines: NAME or NAME:FRACTION, names of BASELINES.
+        fraction: what baselines cut if no fraction is given.
+        calibration: texts for `calibrated:` and for the baselines. None takes the built-in ones.
+        taps: inputs of calibrated projections, 1 or 2.
+        seed: the seed of the calibration.
+    """
+    contenders = [Contender("full", model, pop.PrunePlan.none())]
+    prunes = [prune for prune in prunes if prune != "none"]
+    contenders += [_plan_contender(model, prune) for prune in prunes]
+    pairs = zip(contenders[1:], prunes, strict=True)
+    if waiting := [contender for contender, prune in pairs if prune.startswith("calibrated:")]:
+        plans = pop.calibrate(model, calibration, [contender.plan for contender in waiting], taps=taps, seed=seed)
+        for contender, plan in zip(waiting, plans, strict=True):
+            contender.plan = plan
+    if baselines:
+        windows = calibration_windows(model, calibration or builtin_texts())
+    for baseline in baselines:
+        name, _, share = baseline.partition(":")
+        if name not in BASELINES:
+            raise InputError(f"--baselines holds {name!r}; it knows {', '.join(BASELINES)}")
+        try:
+            share = float(share) if share else fraction
+        except ValueError:
+            raise InputError(f"--baselines holds {baseline!r}; write NAME or NAME:FRACTION") from None
+        contender = BASELINES[name](model, share, windows)
+        method = f"{TITLES[name]}, {100 * share:.0f} %"
+        contenders.append(dataclasses.replace(contender, name=f"{name} {share:g}", method=method))
+    names = [contender.name for contender in contenders]
+    if len(set(names)) < len(names):
+        raise InputError(f"two contenders have the same name, of {', '.join(names)}; leave one out, or rename its file")
+    return contenders
+
+
+def _plan_contender(model: pop.Model, prune: str) -> Contender:
+    """The contender of one --prune value. One that is to be calibrated still has its plain plan."""
+    calibrated, what, last = re.fullmatch(r"(calibrated:)?(.*?)(?::(\d+))?", prune, re.S).groups()
+    plan = model.resolve(parse_prune(what) or pop.PrunePlan.none())
+    name = f"calibrated {Path(what).name}" if calibrated else Path(what).name
+    method = "calibrated" if calibrated or plan.projections else "plain pruning, the paper's method"
+    if last:
+        plan, name = dataclasses.replace(plan, full_depth_last=int(last)), f"{name} w={int(last)}"
+    if plan.full_depth_last > 1:
+        method += f", last {plan.full_depth_last} tokens at full depth"
+    return Contender(name, model, plan, method)

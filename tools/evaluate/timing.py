@@ -1,0 +1,48 @@
+"""The time to first token of all contenders, in turn."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from statistics import median
+
+from tools.common import timed
+from tools.evaluate.contender import Contender
+
+
+def measure_ttft(
+    contenders: list[Contender], prompt: list[int], runs: int, *, progress: Callable[[str], None] = lambda text: None
+) -> dict[str, dict]:
+    """Time the prefill of one prompt: `runs` rounds in turn, after an untimed one.
+
+    The time is from the prompt's token ids to the id of the first new token, without the allocation of the cache.
+
+    Args:
+        contenders: the contenders. Speedups are over the first one.
+        prompt: token ids.
+        runs: the number of timed rounds.
+        progress: receives a line for each round.
+
+    Returns:
+        {contender: {"median_s", "fastest_s", "slowest_s", "speedup", "limit"}}. limit is the speedup that the shapes
+        allow, or None where pop/pruning/cost.py cannot count.
+    """
+    seconds = {contender.name: [] for contender in contenders}
+    for number in range(runs + 1):
+        progress(f"ttft, run {number} of {runs}" if number else "ttft, warm-up")
+        for contender in contenders:
+            cache = contender.model.new_cache(1, len(prompt))
+            ttft, _ = timed(lambda run=contender, cache=cache: int(run.prefill(prompt, cache).argmax()), int, 0)
+            if number:
+                seconds[contender.name].append(ttft)
+    full = contenders[0]
+    result = {}
+    for contender in contenders:
+        times, flops = seconds[contender.name], contender.flops(len(prompt))
+        result[contender.name] = {
+            "median_s": median(times),
+            "fastest_s": min(times),
+            "slowest_s": max(times),
+            "speedup": median(seconds[full.name]) / median(times),
+            "limit": None if flops is None else full.flops(len(prompt)) / flops,
+        }
+    return result
