@@ -36,7 +36,7 @@ class ChatFormat:
     family: str
     mark: str  # the control token that identifies the family
     ends: tuple[str, ...]  # the tokens that may end the model's turn
-    opening = ""  # the text that the prompt opens the model's turn with
+    opening = ""  # the text in the prompt that opens the model's turn
 
     def __init__(self, tokenizer: Tokenizer, takes: Sequence[str] = ()):
         self.tokenizer, self.takes = tokenizer, takes
@@ -44,7 +44,7 @@ class ChatFormat:
         self.end_ids = tuple(special[name] for name in self.ends if name in special)
 
     def pieces(self, turns: list[Turn], add_generation_prompt: bool) -> Iterator[Piece | Attachment]:
-        """Yield control tokens (as `control`), texts and attachments in order."""
+        """Yield control tokens (see `control`), texts and attachments in order."""
         raise NotImplementedError
 
     def encode(
@@ -53,9 +53,9 @@ class ChatFormat:
         """Return the token ids of a conversation, with BOS if the family has one.
 
         Args:
-            messages: dicts of "role" ("system", "user" or "assistant") and "content". Only the first may have the role
-                system. The content is text or a list of {"type": "text", "text": ...}. If the model takes images, a
-                user's list may have {"type": "image", "image": ...}. The same holds for videos.
+            messages: dicts of "role" ("system", "user" or "assistant") and "content". Only the first may be a system
+                message. The content is text or a list of {"type": "text", "text": ...}. A user's list may also have
+                {"type": "image", "image": ...} or the same with "video", if the model takes them.
             add_generation_prompt: open the model's turn at the end.
             media: the texts and ids that replace each image and video, in the order of `media(messages)`.
         """
@@ -69,10 +69,10 @@ class ChatFormat:
         return [part for _, parts in self._turns(messages) for part in parts if isinstance(part, Attachment)]
 
     def encode_next(self, content, media: Sequence[Sequence[Piece]] = ()) -> list[int]:
-        """Return the ids between two answers: the end of the model's turn, the user's message, the next opening.
+        """Return the ids between two answers: the end of a turn, the user's message, and the opening of the next turn.
 
-        The conversation so far, its answer and these ids together are the ids of the longer conversation. A control
-        token separates them from the answer, so no text is encoded across the boundary.
+        The ids of the conversation, of its answer, and these ids together are those of the longer conversation. A
+        control token follows the answer, so no text is encoded across this boundary.
 
         Args:
             content: the content of the user's message.

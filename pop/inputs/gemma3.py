@@ -24,7 +24,7 @@ IMAGES_AT_ONCE = 8  # in the vision tower
 class PanAndScan:
     """An image that Gemma-3 gets as a whole and, if it is elongated, also in crops along its longer side.
 
-    The number of crops is the ratio of the sides, rounded, within the limits below and at least 2.
+    The number of crops is the ratio of the sides, rounded, but at least 2 and within the limits below.
 
     Args:
         image: see `load_image`.
@@ -55,9 +55,11 @@ def gemma_pixels(image, size: int) -> torch.Tensor:
     Returns:
         [1 + crops, 3, size, size] float32 from -1 to 1: the whole image, then its crops rightwards or downwards.
     """
-    views = [load_image(image.image if isinstance(image, PanAndScan) else image)]
     if isinstance(image, PanAndScan):
-        views += _crops(views[0], image)
+        whole = load_image(image.image)
+        views = [whole, *_crops(whole, image)]
+    else:
+        views = [load_image(image)]
     resized = [F.interpolate(view[None], (size, size), mode="bilinear", antialias=True) for view in views]
     return (torch.cat(resized).float() - 127.5) / 127.5
 

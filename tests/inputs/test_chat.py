@@ -66,7 +66,7 @@ def test_conversations_of_the_real_smollm2(smollm2):
 
 
 def test_llama_3_without_the_dates():
-    """Its template, before 3.1, writes just the messages."""
+    """Templates older than 3.1 write only the messages."""
     tokenizer = load_tokenizer(GOLDENS / "llama-3.1")
     messages = [{"role": "user", "content": " Hi "}]
     dated = chat_format(tokenizer).encode(messages)
@@ -112,7 +112,7 @@ def test_end_ids():
 @pytest.mark.parametrize("family", FAMILIES)
 @given(data=st.data())
 def test_no_text_becomes_a_control_token(family, data):
-    """Whatever the texts are, the control tokens and the rest of the format are those of other texts."""
+    """The texts change neither the control tokens nor the rest of the format."""
     tokenizer = FORMATS[family].tokenizer
     names = sorted(tokenizer.special_tokens)
     characters = st.characters(codec="utf-8", min_codepoint=32, max_codepoint=0x3FFFF)  # SmolLM2 has bytes for these

@@ -65,7 +65,7 @@ def test_jpeg_and_gif(tmp_path):
     assert torch.equal(load_image(path), channels_first(np.array(first.convert("RGB")))), "the first frame counts"
 
 
-# What each EXIF orientation has done to an upright image [H, W, 3].
+# How each EXIF orientation changes an upright image [H, W, 3].
 ORIENTATIONS = {
     1: lambda x: x,
     2: lambda x: x[:, ::-1],
@@ -91,7 +91,7 @@ def test_exif_orientation(tmp_path, orientation, format):
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "PA"])
-def test_what_is_transparent_shows_white(mode):
+def test_transparent_pixels_show_white(mode):
     picture = Image.new("RGBA", (3, 1))
     picture.putdata([(10, 10, 10, 0), (10, 10, 10, 255), (10, 10, 10, 51)])
     if mode == "PA":

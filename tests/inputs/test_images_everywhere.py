@@ -50,7 +50,7 @@ def images_of(model, tokens, ones):
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_an_answer_shows_no_image(model, monkeypatch, temperature):
+def test_answers_contain_no_image_tokens(model, monkeypatch, temperature):
     """Tokens that stand for images need images, so a prompt with such an answer would be refused."""
     shown = torch.tensor([*model.vision.placeholders.values()])
     head = model.module.head
@@ -86,7 +86,7 @@ def test_a_prefix_with_images_and_a_rest_with_images_are_one_prompt(model, last)
     assert [one.tokens for one in together] == [one.tokens for one in expected]
 
 
-def test_what_a_prefix_refuses(model):
+def test_prompts_that_a_prefix_refuses(model):
     a = prepared(model, 0)
     placeholder = tokens_of(a)[1]
     with pytest.raises(InputError, match=f"the prefix has tokens {placeholder}"):
@@ -101,7 +101,7 @@ def test_what_a_prefix_refuses(model):
 
 
 def gated_loss(model, prompt, response, ones, gates):
-    """The response's negative log-likelihood; gates [2, 2, L] on what attention and MLP add, by stage of the token."""
+    """The response's negative log-likelihood. gates [2, 2, L] scale the updates by attention and MLP, by stage."""
     tokens, layers = prompt + response[:-1], model.module.layers
     stage = (torch.arange(len(tokens)) >= len(prompt) - 1).long()
     with pytest.MonkeyPatch.context() as patch:
@@ -217,7 +217,7 @@ def test_the_judge_continues_after_an_image_that_follows_a_video():
     assert (prompt[-1], continuation) == (60, [63, 5])
 
 
-def test_calibrated_with_images(model, monkeypatch):
+def test_calibration_with_images(model, monkeypatch):
     """The plan runs, and on held-out texts with images it is not worse than plain pruning."""
     windows, rows = texts(model)
     judged, original = [], Judge.__init__

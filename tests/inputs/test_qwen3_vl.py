@@ -113,7 +113,7 @@ def test_an_image_of_an_allowed_size_is_cut_into_patches_in_squares():
         (np.zeros((2, 8, 1700, 3), np.uint8), None, "the video is 1700 x 8 pixels"),
     ],
 )
-def test_videos_that_are_none(frames, fps, message):
+def test_invalid_videos(frames, fps, message):
     with pytest.raises(InputError, match=message):
         qwen_video(frames if fps is None else Video(frames, fps), SMALL)
 

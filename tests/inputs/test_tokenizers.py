@@ -106,7 +106,7 @@ def test_ids_of_a_tensor_or_an_array_are_decoded():
     assert tokenizer.decode(torch.tensor(ids)) == tokenizer.decode(np.array(ids)) == "a tensor's"
 
 
-def test_what_cannot_be_encoded_or_decoded():
+def test_texts_and_ids_that_are_refused():
     tokenizer = TOKENIZERS["smollm2"]
     with pytest.raises(InputError, match=r"lone surrogate.*character 1"):
         tokenizer.encode("a\ud800")
