@@ -1,9 +1,14 @@
-"""The README is true: its links exist, its Python runs as printed, its commands do what it says."""
+"""The READMEs are true: links exist, Python and commands run as printed, names and options are real.
+
+`python -m tools...` lines are run by tests/tools/test_readme_tools.py, and torchrun lines by tests/backends.
+"""
 
 import ast
+import copy
+import dataclasses
+import functools
 import inspect
 import json
-import math
 import os
 import re
 import runpy
@@ -12,79 +17,108 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from hypothesis import settings
-from support.readme import README, ROOT, TEXT, blocks
+from support.readme import README, READMES, ROOT, TEXT, blocks, prose
+from support.tiny import random_model, tiny_qwen3_vl_config
 from support.tiny_chat import write_chat_checkpoint
+from support.tiny_images import picture
 
 import pop
 from pop.cli import demo
-from pop.cli.commands import main
+from pop.cli.commands import _parser, main
+
+REAL = "smollm2-135m"
+real_load = functools.cache(functools.partial(pop.load, compile=False))  # compiling would take most of the time
+
+
+@functools.cache
+def qwen3_vl() -> pop.Model:
+    """Stands for any Qwen3-VL: random weights, a real tokenizer."""
+    ids = {"image_id": 912, "video_id": 913, "start_id": 909, "end_id": 910}  # the tokenizer's
+    vision = dataclasses.replace(tiny_qwen3_vl_config().vision, patch_size=16)
+    config = tiny_qwen3_vl_config(vocab_size=926, max_positions=4096, vision=vision, **ids)
+    tokenizer = pop.load_tokenizer(ROOT / "tests/goldens/tokenizers/qwen3")
+    return pop.Model(random_model(config), config, tokenizer, plan=0.5, compile=False)
+
+
+def load(name, **options) -> pop.Model:
+    """pop.load, uncompiled: each model is loaded once, and small models stand for those whose weights are not here."""
+    if str(name).startswith("qwen3-vl"):
+        inspect.signature(pop.load).bind(name, **options)
+        return copy.copy(qwen3_vl())
+    return copy.copy(real_load(name, **options))  # a block may set its plan
 
 
 @pytest.fixture
-def uncompiled(monkeypatch):
-    """Each would compile a model of its own, which takes most of the time; CI's demo runs compiled."""
-    monkeypatch.setattr("pop.model.SMALLEST", math.inf)
+def uncompiled(smollm2, monkeypatch):
+    monkeypatch.setattr(pop, "load", load)
 
 
-def test_every_link_leads_to_a_file():
-    links = re.findall(r"\]\(([^)#]+)\)", README)
-    assert links
-    for link in links:
-        assert link.startswith("https://") or (ROOT / link).exists(), link
+@pytest.fixture
+def folder(uncompiled, tmp_path, monkeypatch):
+    """A folder to run in, with the files that the READMEs name."""
+    from PIL import Image
+
+    (tmp_path / "pop").symlink_to(ROOT / "pop", target_is_directory=True)
+    (tmp_path / "notes.txt").write_bytes((ROOT / "pop/data/alice.txt").read_bytes())
+    for seed, name in enumerate(("cat.jpg", "dog.jpg")):
+        Image.fromarray(picture(256, seed)).save(tmp_path / name)
+    monkeypatch.chdir(tmp_path)
 
 
-def test_ci_runs_the_two_commands_as_printed():
-    first, second = (line for block in blocks("bash") for line in block.splitlines() if line.startswith("pip "))
-    assert (first, second) == ("pip install -e '.[demo]' && pop demo", "pip install -e '.[test]' && pytest")
-    script = (ROOT / ".ci/run").read_text(encoding="utf-8")
-    assert second in script
-    assert "pip install --quiet -e '.[demo]' && pop demo" in script
+def test_the_readme_is_short():
+    assert len(README.splitlines()) <= 250
 
 
-@pytest.mark.parametrize("index", range(len(blocks("python"))))
-def test_the_python_runs_as_printed(index, smollm2, uncompiled, capsys):
-    exec(compile(blocks("python")[index], f"README.md, block {index + 1}", "exec"), {})
+@pytest.mark.parametrize("path", READMES)
+def test_every_link_leads_to_a_file(path):
+    for link in re.findall(r"\]\(([^)]+)\)", READMES[path]):
+        if link.startswith("https://"):
+            continue
+        file, _, heading = link.partition("#")
+        target = (ROOT / path).parent / file if file else ROOT / path
+        assert target.exists(), link
+        if heading:
+            titles = re.findall(r"^#+ (.+)$", target.read_text(encoding="utf-8"), re.M)
+            assert heading in [title.lower().replace(" ", "-") for title in titles], link
+
+
+@pytest.mark.parametrize("path", [path for path in READMES if blocks("python", path)])
+def test_the_python_runs_as_printed(path, folder, capsys):
+    """The blocks of a README continue each other, and end by showing something."""
+    if "quantize=" in READMES[path]:
+        pytest.importorskip("torchao")
+    names = {}
+    for number, block in enumerate(blocks("python", path), start=1):
+        exec(compile(block, f"{path}, block {number}", "exec"), names)
     assert capsys.readouterr().out.strip()
 
 
-def test_the_commands_run_as_printed(smollm2, uncompiled, capsys):
-    lines = [line for block in blocks("bash") for line in block.splitlines() if line.startswith("pop ")]
-    assert len(lines) >= 3
-    for line in lines:
-        assert main(shlex.split(line)[1:]) == 0
-        assert capsys.readouterr().out.strip(), line
+@pytest.mark.parametrize("path", [path for path in READMES if re.search("^pop ", READMES[path], re.M)])
+def test_the_commands_run_as_printed(path, folder, capsys):
+    for block in blocks("bash", path):
+        for line in block.splitlines():
+            if line.startswith("pop "):
+                assert main(shlex.split(line)[1:]) == 0, line
+                assert capsys.readouterr().out.strip(), line
 
 
-def test_the_demo_prints_what_the_readme_shows(smollm2, uncompiled, monkeypatch, capsys):
-    """All but the times: these are of a machine that the README names.
+COMMANDS = sorted({line for line in re.findall(r"`pop ([^`]+)`", TEXT) if " " in line})
 
-    The answers of calibrated plans are left out too: they turn on the last digits of a fit, which differ by machine.
-    """
-    monkeypatch.setattr(demo, "_time", lambda *_: (1.0, [1.0]))
-    assert main(["demo", "--runs", "1", "--max-new-tokens", "48", "--json"]) == 0
-    result = json.loads(capsys.readouterr().out)
-    rows = result["rows"]
-    (shown,) = blocks("text")
-    numbers, answers = shown.split("answers\n")
-    assert f"prompt   {result['prompt_tokens']:,} tokens: " in numbers
-    assert len(rows) == 5
-    assert (rows[0]["answer"], rows[0]["finish_reason"]) == ('Chapter I is "Down the Rabbit-Hole"', "stop")
-    for row in rows:
-        label = demo.describe(row) + "  "
-        (line,) = (line for line in numbers.splitlines() if line.startswith(label))
-        *_, speedup, limit, kl = line.split()
-        assert speedup.endswith("x")
-        assert limit == f"{row['speedup_limit']:.2f}x"
-        assert float(kl) == pytest.approx(row["kl_nats"], rel=0.05 if row["taps"] else 0, abs=0.001)
-        (line,) = (line for line in answers.splitlines() if line.startswith(label))
-        assert row["taps"] or line.removeprefix(label).strip() == row["answer"]
+
+@pytest.mark.parametrize("line", COMMANDS)
+def test_the_commands_in_the_text_are_ones(line):
+    """Their words are understood; other tests run them, with models and files that exist."""
+    args = _parser().parse_args(shlex.split(line.replace(" ...", "")))
+    assert args.__dict__.get("model", REAL) in pop.list_models()
 
 
 def test_the_python_in_the_text_fits_what_it_names(tmp_path):
-    """Names and arguments, that is: what they do is tested by other files."""
+    """Names and arguments, that is: other tests check what they do."""
     model = pop.load(write_chat_checkpoint(tmp_path / "chat"))
-    known = {"pop": pop, "model": model, "chat": model.start_chat()}
+    scores = pop.Importance(*torch.ones(4, 5, dtype=torch.float64), num_samples=2)
+    known = {"pop": pop, "model": model, "chat": model.start_chat(), "scores": scores}
     snippets = re.findall(rf"`((?:{'|'.join(known)})\.[^`]+)`", TEXT)
     assert len(snippets) > 20
     for snippet in snippets:
@@ -98,12 +132,45 @@ def test_the_python_in_the_text_fits_what_it_names(tmp_path):
 
 def test_the_extras_in_the_text_are_ones():
     setup = (ROOT / "setup.py").read_text(encoding="utf-8")
-    extras = re.findall(r"`pip install .*?\[(\w+)\]'`", TEXT)
+    extras = re.findall(r"`pip install [^`]*\[(\w+)\]'`", "\n".join(READMES.values()))
     assert extras and all(f'"{extra}": ' in setup for extra in extras)
 
 
+def test_ci_runs_the_two_commands_as_printed():
+    lines = [line for block in blocks("bash", "README.md") for line in block.splitlines() if line.startswith("pip ")]
+    assert lines == ["pip install -e '.[demo]' && pop demo", "pip install -e '.[test]' && pytest"]
+    script = (ROOT / ".ci/run").read_text(encoding="utf-8")
+    assert lines[1] in script
+    assert "pip install --quiet -e '.[demo]' && pop demo" in script
+
+
+def test_the_demo_prints_what_the_readme_shows(uncompiled, monkeypatch, capsys):
+    """All but the times: these are of a machine that the README names.
+
+    The answers of calibrated plans are left out: they turn on the last digits of a fit, which differ by machine.
+    """
+    monkeypatch.setattr(demo, "_time", lambda *_: (1.0, [1.0]))
+    assert main(["demo", "--runs", "1", "--max-new-tokens", "48", "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    rows = result["rows"]
+    (shown,) = blocks("text", "pop/calibration/README.md")
+    numbers, answers = shown.split("answers\n")
+    assert f"{result['prompt_tokens']:,} tokens" in READMES["pop/calibration/README.md"]
+    assert len(rows) == 5
+    assert (rows[0]["answer"], rows[0]["finish_reason"]) == ('Chapter I is "Down the Rabbit-Hole"', "stop")
+    for row in rows:
+        label = demo.describe(row) + "  "
+        (line,) = (line for line in numbers.splitlines() if line.startswith(label))
+        *_, speedup, limit, kl = line.split()
+        assert speedup.endswith("x")
+        assert limit == f"{row['speedup_limit']:.2f}x"
+        assert float(kl) == pytest.approx(row["kl_nats"], rel=0.05 if row["taps"] else 0, abs=0.001)
+        (line,) = (line for line in answers.splitlines() if line.startswith(label))
+        assert row["taps"] or line.removeprefix(label).strip() == row["answer"]
+
+
 def test_the_lines_that_run_tests_run_many_examples_and_one_process(tmp_path, monkeypatch):
-    many, one = re.findall(r"`((?:\w+=\w+ )?pytest\b[^`]*)`", TEXT)
+    many, one = re.findall(r"`((?:\w+=\w+ )?pytest\b[^`]*)`", prose("README.md"))
     usual = os.environ.get("HYPOTHESIS_PROFILE", "ci")
     monkeypatch.setenv(*many.removesuffix(" pytest").split("="))
     try:
@@ -117,3 +184,11 @@ def test_the_lines_that_run_tests_run_many_examples_and_one_process(tmp_path, mo
     command = [sys.executable, "-m", *one.replace("FILE", str(file)).split(), "-c", str(ROOT / ".pytest.ini")]
     ran = subprocess.run([*command, "-p", "no:cacheprovider"], capture_output=True, text=True)
     assert "1 passed" in ran.stdout, ran
+
+
+def test_the_citation_names_this_version_and_the_paper():
+    citation = (ROOT / "CITATION.cff").read_text(encoding="utf-8")
+    assert f"\nversion: {pop.__version__}\n" in citation
+    for text in (citation, README):
+        assert "POP: Prefill-Only Pruning for Efficient Large Model Inference" in text
+        assert "2602.03295" in text
