@@ -1,4 +1,4 @@
-"""The `pop` command."""
+"""The `pop` command. May import every other package; no package imports this one."""
 
 from pop.cli.commands import main
 

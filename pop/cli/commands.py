@@ -1,7 +1,7 @@
 """The `pop` command: demo, generate, chat, importance, calibrate, models, download, verify, import-gguf.
 
-Answers go to stdout, what is said about them to stderr. Exit status: 0, 2 for a mistake (told in one
-sentence), 130 after Ctrl-C.
+Answers go to stdout, everything else to stderr. Exit status: 0; 2 after an error, which is told in one sentence; 130
+after Ctrl-C; 141 if the reader of the output is gone.
 """
 
 from __future__ import annotations
@@ -25,23 +25,12 @@ from pop.calibration.refit import builtin_texts
 from pop.checkpoints import registry
 from pop.checkpoints.config_json import read_config
 from pop.errors import ConfigError, ContextOverflow, InputError, PlanError, PopError, WeightsNotFound, check_count
-
-PRUNE_HELP = "layers to prune: default (the deepest third), none, a fraction, or the path of a saved plan"
+from pop.generation.sampling import SamplingParams
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command and return the exit status. argv: without the program's name; None takes sys.argv."""
-    parser = _parser()
-    args, rest = parser.parse_known_args(argv)
-    # A positional argument behind an option: before Python 3.12, argparse has given up on it by then.
-    behind_dashes = rest[:1] == ["--"]
-    rest = rest[behind_dashes:]
-    if len(rest) == 1 and getattr(args, "prompt", "") is None and (behind_dashes or not rest[0].startswith("-")):
-        args.prompt = rest.pop()
-    if hasattr(args, "files") and not any(word.startswith("-") for word in rest):
-        args.files, rest = args.files + rest, []
-    if rest:
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    args = _parse(argv)
     if hasattr(sys.stdout, "reconfigure"):  # a terminal that lacks a character shows "?" for it
         sys.stdout.reconfigure(errors="replace")
     rank, ranks = launched()
@@ -50,8 +39,8 @@ def main(argv: list[str] | None = None) -> int:
             if not sys.warnoptions:
                 warnings.simplefilter("ignore")
             if ranks > 1 and args.run not in (generate, calibrate):
-                raise InputError("of pop's commands, torchrun can start generate and calibrate; run this one without")
-            if rank > 0:  # one voice is enough
+                raise InputError("torchrun can start pop generate and pop calibrate only; run this command without it")
+            if rank > 0:  # only the first process prints
                 silence = stack.enter_context(open(os.devnull, "w", encoding="utf-8"))
                 stack.enter_context(contextlib.redirect_stdout(silence))
             args.run(args)
@@ -64,13 +53,28 @@ def main(argv: list[str] | None = None) -> int:
         print("\npop: interrupted", file=sys.stderr)
         return 130
     except OSError as error:
-        if error.filename is not None:  # not of the output
+        if error.filename is not None:  # it does not concern the output
             raise
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the flush at exit must not fail again
         if isinstance(error, BrokenPipeError):
-            return 141  # as the shell reports a program whose output nobody read on
+            return 141  # the shell's status for a closed pipe
         print(f"pop: the output cannot be written ({error.strerror}); free space, or write elsewhere", file=sys.stderr)
         return 2
+
+
+def _parse(argv: list[str] | None) -> argparse.Namespace:
+    """Parse the arguments. Python before 3.12 leaves positional arguments after an option to us."""
+    parser = _parser()
+    args, rest = parser.parse_known_args(argv)
+    after_dashes = rest[:1] == ["--"]
+    rest = rest[after_dashes:]
+    if len(rest) == 1 and getattr(args, "prompt", "") is None and (after_dashes or not rest[0].startswith("-")):
+        args.prompt = rest.pop()
+    if hasattr(args, "files") and not any(word.startswith("-") for word in rest):
+        args.files, rest = args.files + rest, []
+    if rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    return args
 
 
 def demo(args) -> None:
@@ -83,26 +87,26 @@ def demo(args) -> None:
 
 def generate(args) -> None:
     if (args.prompt is None) == (args.prompt_file is None):
-        raise InputError("give either a prompt or --prompt-file, and just one of them")
+        raise InputError("give either a prompt or --prompt-file, but not both")
     if args.prompt_file is not None:
         prompt = _read_file(args.prompt_file)
     else:
         if args.prompt == "-" and launched()[1] > 1:
-            raise InputError("the standard input reaches one process only; give the text by --prompt-file")
+            raise InputError("only one process can read the standard input; use --prompt-file")
         prompt = _readable(sys.stdin.read, "the standard input") if args.prompt == "-" else args.prompt
     model = _load(args)
-    seen = _seen(args, model)
+    media = _media(args, model)
     for kind, mark in reversed(model.vision.marks.items()):
         if mark not in prompt:
-            prompt = mark * len(seen[f"{kind}s"]) + prompt
-    _print_answer(model.stream(prompt, **seen, **_generation_options(args)))
+            prompt = mark * len(media[f"{kind}s"]) + prompt
+    _print_answer(model.stream(prompt, **media, **_sampling(args)))
 
 
 def chat(args) -> None:
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401  (gives input() line editing)
     model = _load(args)
-    seen = first = _seen(args, model)
+    media = first = _media(args, model)
     conversation = model.start_chat(args.system)
     print("/new starts a new conversation, /quit ends, Ctrl-C stops an answer.", file=sys.stderr)
 
@@ -112,22 +116,21 @@ def chat(args) -> None:
     with contextlib.suppress(EOFError):
         while (line := ask()) != "/quit":
             if line == "/new":
-                conversation, seen = model.start_chat(args.system), first
-            elif line and _turn(conversation, line, seen | _generation_options(args)):
-                seen = {}
+                conversation, media = model.start_chat(args.system), first
+            elif line and _answer(conversation, line, media | _sampling(args)):
+                media = {}
 
 
-def _turn(conversation, line: str, options: dict) -> bool:
-    """Answer one message. If there is no whole answer, the conversation goes on as if there had been no message."""
+def _answer(conversation, line: str, options: dict) -> bool:
+    """Answer one message. Returns False if there is no complete answer; the conversation then stays as it was."""
     try:
         _print_answer(conversation.stream(line, **options))
         return True
     except KeyboardInterrupt:
         print("\n(stopped, and forgotten)", flush=True)
-    except ContextOverflow as error:
-        print(f"pop: {error}; or start a new conversation with /new", file=sys.stderr)
     except InputError as error:
-        print(f"pop: {error}", file=sys.stderr)
+        advice = "; or start a new conversation with /new" if isinstance(error, ContextOverflow) else ""
+        print(f"pop: {error}{advice}", file=sys.stderr)
     return False
 
 
@@ -138,7 +141,7 @@ def importance(args) -> None:
     if args.plot is not None:
         check_plot(args.plot)
     _check_folders(args.out, args.plot)
-    args.prune = "none"  # the scores are of the full model
+    args.prune = "none"  # the full model is scored
     model = _load(args)
     model.need_tokenizer("importance")
     prompts = excerpts(model.tokenizer, texts, args.samples, args.prompt_tokens, args.seed)
@@ -149,7 +152,7 @@ def importance(args) -> None:
     for layer, row in enumerate(torch.stack(columns, 1).tolist()):
         print("{:5}  {:10.4g} ± {:9.2g}  {:10.4g} ± {:9.2g}".format(layer, *row))
     least = result.plan(len(result.prefill) // 3).layers
-    print(f"\nThe third that prefill needs least: layers {', '.join(map(str, least))}.")
+    print(f"\nPrefill needs this third of the layers least: layers {', '.join(map(str, least))}.")
     if args.out is not None:
         result.save(args.out)
     if args.plot is not None:
@@ -157,7 +160,15 @@ def importance(args) -> None:
 
 
 def excerpts(tokenizer, texts: dict[str, str], count: int, length: int, seed: int) -> list[list[int]]:
-    """`count` excerpts of `length` tokens, or a whole text if it is shorter, from each text in turn, at random."""
+    """Cut random excerpts from the texts in turn, as token ids after BOS.
+
+    Args:
+        tokenizer: of the model.
+        texts: by name.
+        count: the number of excerpts.
+        length: their tokens. A shorter text is taken whole.
+        seed: of the random choice.
+    """
     check_count("--samples", count)
     check_count("--prompt-tokens", length)
     random = Random(seed)
@@ -186,10 +197,10 @@ def calibrate(args) -> None:
 
 
 def _check_folders(*paths: str | None) -> None:
-    """Raise InputError for a file that cannot be written: better known now than after the work."""
+    """Raise InputError, before the work begins, for a file whose folder is missing."""
     for path in paths:
         if path is not None and not Path(path).resolve().parent.is_dir():
-            raise InputError(f"{path} cannot be written, since its folder does not exist; make it, or choose another")
+            raise InputError(f"{path} cannot be written, because its folder is missing; make it, or choose another")
 
 
 def models(args) -> None:
@@ -228,13 +239,13 @@ def import_gguf(args) -> None:
 
     folder = import_gguf(args.file, args.folder)
     print(f"Imported into {folder}.")
-    with contextlib.suppress(ConfigError):  # of a family that is converted, but not run yet
+    with contextlib.suppress(ConfigError):  # some families can be converted, but not run
         read_config(folder)
         print(f'Try: pop generate {shlex.quote(str(folder.resolve()))} "Once upon a time"')
 
 
 def parse_prune(text: str):
-    """--prune's value as `pop.load` takes it: "default", None, a fraction, or the PrunePlan in a file."""
+    """The value of --prune as `pop.load` takes it: "default", None, a fraction, or the PrunePlan in a file."""
     if text in ("default", "none"):
         return None if text == "none" else text
     with contextlib.suppress(ValueError):
@@ -253,19 +264,17 @@ def _load(args):
     return pop.load(args.model, prune=parse_prune(args.prune), parallel="auto", **options)
 
 
-def _seen(args, model) -> dict:
-    """The images and videos that the command line names, read. Raises InputError where the model does not see."""
-    (seen,) = model.vision.prepare_batch(args.image, args.video, 1)
-    return {f"{kind}s": [one for one in seen if one.kind == kind] for kind in ("image", "video")}
+def _media(args, model) -> dict:
+    """The images and videos that the command line names, as options of `Model.stream`."""
+    (media,) = model.vision.prepare_batch(args.image, args.video, 1)
+    return {f"{kind}s": [one for one in media if one.kind == kind] for kind in ("image", "video")}
 
 
-def _generation_options(args) -> dict:
-    names = ("max_new_tokens", "temperature", "top_k", "top_p", "seed", "stop")
-    return {name: getattr(args, name) for name in names}
+def _sampling(args) -> dict:
+    return {field.name: getattr(args, field.name) for field in dataclasses.fields(SamplingParams)}
 
 
 def _print_answer(stream) -> None:
-    """Print the pieces as they come."""
     for piece in stream:
         print(piece, end="", flush=True)
     print(flush=True)
@@ -276,6 +285,7 @@ def _read_file(path: str) -> str:
 
 
 def _readable(read: Callable[[], str], source: str) -> str:
+    """What `read` returns. `source` names it in errors."""
     try:
         return read()
     except UnicodeDecodeError:
@@ -296,75 +306,78 @@ def _parser() -> argparse.ArgumentParser:
         added.set_defaults(run=run)
         return lambda *names, **settings: added.add_argument(*names[:-1], help=names[-1], **settings)
 
+    def integer(option, name: str, text: str, default: int | None = None) -> None:
+        option(name, text if default is None else f"{text} ({default})", type=int, default=default, metavar="N")
+
+    def prune_option(option) -> None:
+        text = "layers to prune: default (the deepest third), none, a fraction, or the path of a saved plan"
+        option("--prune", text, default="default", metavar="P")
+
     def model_options(option) -> None:
         option("model", "a name that `pop models` lists, or a directory", metavar="NAME_OR_DIR")
         option("--dtype", "default: the checkpoint's", choices=("float32", "bfloat16", "float16"))
-        option("--device", "cpu, cuda, cuda:1 ...; default: a GPU if there is one")
-        option("--quantize", "int8: round the weights to 8 bits, which needs torchao", metavar="KIND")
+        option("--device", "cpu, cuda, cuda:1 ...; default: the GPU if there is one")
+        option("--quantize", "int8 rounds the weights to 8 bits (needs torchao)", metavar="KIND")
 
-    def generation_options(option) -> None:
-        option("--max-new-tokens", "length of the answer (256)", type=int, default=256, metavar="N")
-        option("--temperature", "0, the default, is greedy", type=float, default=0.0, metavar="T")
-        option("--top-k", "sample among the K likeliest tokens", type=int, metavar="K")
-        option("--top-p", "sample among the likeliest tokens of this probability", type=float, metavar="P")
-        option("--seed", "the same seed samples the same text", type=int, metavar="N")
-        option("--stop", "end before this text; may be repeated", action="append", metavar="TEXT")
-        option("--prune", PRUNE_HELP, default="default", metavar="P")
-
-    def seen_options(option, where: str) -> None:
+    def generation_options(option, media_place: str) -> None:
+        integer(option, "--max-new-tokens", "the most tokens of an answer", 256)
+        option("--temperature", "0, the default, is greedy decoding", type=float, default=0.0, metavar="T")
+        option("--top-k", "sample from the K likeliest tokens", type=int, metavar="K")
+        option("--top-p", "sample from the likeliest tokens whose probabilities sum to P", type=float, metavar="P")
+        integer(option, "--seed", "the same seed gives the same text")
+        option("--stop", "end the answer before this text; may be repeated", action="append", metavar="TEXT")
+        prune_option(option)
         for kind in ("image", "video"):
-            option(f"--{kind}", f"show this {kind}, {where}; may be repeated", action="append", metavar="FILE")
+            option(f"--{kind}", f"show this {kind} {media_place}; may be repeated", action="append", metavar="FILE")
 
-    option = command(demo, "Compare full and pruned prefill on a real model (fetched the first time).")
+    option = command(demo, "Compare full and pruned prefill on a real model, which is downloaded the first time.")
     option("--model", "default: smollm2-135m", default="smollm2-135m", metavar="NAME_OR_DIR")
-    option("--prompt-file", "ask this text instead of the built-in story and question", metavar="F")
-    option("--prune", PRUNE_HELP, default="default", metavar="P")
-    option("--max-new-tokens", "length of the answers (48)", type=int, default=48, metavar="N")
-    option("--runs", "timed prefills of each kind (3)", type=int, default=3, metavar="N")
+    option("--prompt-file", "use the text in this file instead of the built-in story and question", metavar="F")
+    prune_option(option)
+    integer(option, "--max-new-tokens", "the most tokens of an answer", 48)
+    integer(option, "--runs", "how often each plan is timed", 3)
     option("--json", "print one JSON object instead of the table", action="store_true")
 
-    option = command(generate, "Continue a text; the continuation is printed as it comes.")
+    option = command(generate, "Continue a text, and print the continuation as it comes.")
     model_options(option)
-    generation_options(option)
-    seen_options(option, "where the text has the family's mark, or before it")
+    generation_options(option, "at the family's mark in the text, or before the text")
     option("prompt", "the text, or - for the standard input", nargs="?", metavar="PROMPT")
     option("--prompt-file", "read the text from this file", metavar="F")
 
     option = command(chat, "Talk to an instruct model.")
     model_options(option)
-    generation_options(option)
-    seen_options(option, "before the first message")
+    generation_options(option, "before the first message")
     option("--system", "the system message", metavar="TEXT")
 
-    option = command(importance, "Measure how much prefill and decode need each layer, by virtual gates.")
+    option = command(importance, "Measure with virtual gates how much prefill and decode need each layer.")
     model_options(option)
-    option("files", "texts to cut prompts from; default: a built-in set", nargs="*", metavar="FILE")
-    option("--samples", "prompts (200)", type=int, default=200, metavar="N")
-    option("--prompt-tokens", "length of the prompts (256)", type=int, default=256, metavar="N")
-    option("--response-tokens", "length of the responses that it samples (64)", type=int, default=64, metavar="N")
-    option("--batch-size", "samples in memory together (8)", type=int, default=8, metavar="N")
-    option("--seed", "the same seed gives the same scores (0)", type=int, default=0, metavar="N")
-    option("--branches", "score attention and MLP apart as well, for --out", action="store_true")
-    option("--resume", "keep unfinished work in this file, and go on from there", metavar="FILE")
+    option("files", "texts from which prompts are cut; default: a built-in set", nargs="*", metavar="FILE")
+    integer(option, "--samples", "number of prompts", 200)
+    integer(option, "--prompt-tokens", "tokens of a prompt", 256)
+    integer(option, "--response-tokens", "the most tokens of a sampled response", 64)
+    integer(option, "--batch-size", "prompts in one batch", 8)
+    integer(option, "--seed", "the same seed gives the same scores", 0)
+    option("--branches", "also score attention and MLP separately, for --out", action="store_true")
+    option("--resume", "keep unfinished work in this file, and continue from it", metavar="FILE")
     option("--out", "write the scores to this JSON file", metavar="FILE")
-    option("--plot", "draw them as this .svg or .png file (needs matplotlib)", metavar="FILE")
+    option("--plot", "draw the scores into this .svg or .png file (needs matplotlib)", metavar="FILE")
 
-    option = command(calibrate, "Refit the pruned layers' K and V projections to texts, and save the plan.")
+    option = command(calibrate, "Refit the K and V projections of pruned layers to texts, and save the plan.")
     model_options(option)
-    option("files", "texts like what will be prompted with; default: a built-in set", nargs="*", metavar="FILE")
+    option("files", "texts that resemble the prompts to come; default: a built-in set", nargs="*", metavar="FILE")
     option("--out", "write the plan to this file", required=True, metavar="FILE")
-    option("--prune", PRUNE_HELP, default="default", metavar="P")
-    option("--full-depth-last", "last tokens of a prompt that run all layers (the plan's, 1)", type=int, metavar="N")
-    option("--taps", "2, the default, or 1: without the second input", type=int, default=2, metavar="N")
-    option("--window", "tokens of text that are read together (1024)", type=int, default=1024, metavar="N")
-    option("--seed", "which windows are held out (0)", type=int, default=0, metavar="N")
+    prune_option(option)
+    integer(option, "--full-depth-last", "how many last tokens of a prompt run all layers; default: the plan's")
+    integer(option, "--taps", "2 gives a projection the previous token as a second input, 1 does not", 2)
+    integer(option, "--window", "tokens of a window of text", 1024)
+    integer(option, "--seed", "chooses the windows that are held out", 0)
 
     command(models, "List the known models and where their weights are.")
 
-    option = command(download, "Fetch the files of a model from the Hugging Face Hub; HF_TOKEN opens gated ones.")
+    option = command(download, "Download a model from the Hugging Face Hub. Gated models need HF_TOKEN.")
     option("model", "a name that `pop models` lists", metavar="NAME")
 
-    option = command(verify, "Compare the files of a model with the hashes kept when they were downloaded.")
+    option = command(verify, "Compare a model's files with the hashes that were kept at their download.")
     option("model", "a name that `pop models` lists, or a directory", metavar="NAME_OR_DIR")
 
     option = command(import_gguf, "Convert a GGUF file into a checkpoint directory.")

@@ -1,20 +1,13 @@
-"""`pop demo`: one real prompt, prefilled by the whole model and by pruned ones, side by side: speed against loss.
+"""`pop demo`: one prompt, prefilled by the whole model and with pruned layers, side by side.
 
-The rows are the full model, a plain plan (the paper's third), and calibrated plans (pop/calibration/refit.py) of a third, half
-and two thirds of the layers, with the prompt's last 32 tokens at full depth. Calibration happens once; its plans are
-kept beside the weights.
+The rows are the full model, the paper's plan (a third of the layers), and calibrated plans of a third, half and two
+thirds of the layers, with the prompt's last 32 tokens at full depth. Calibrated plans are kept beside the weights.
 
-What is measured, and how:
-
-    TTFT        time to first token: from the prompt's token ids to the id of the first new token, without
-                tokenization and the allocation of the cache. The rows take turns, after an untimed turn; the median
-                is reported.
-    limit       the speedup that the shapes allow (pop/pruning/cost.py).
-    KL          KL(full || pruned) = Σ p_full · ln(p_full / p_pruned) over the vocabulary, in nats, as a mean over the
-                last third of windows of the story, at full depth behind two thirds encoded as the row says. The
-                weights are loaded in float32, so that it is the pruning's alone.
-
-Answers are greedy, so all but the times is the same on every run.
+    TTFT     time to first token: from the prompt's ids to the first new id, without tokenization and without allocating
+             the cache. After an untimed turn, the plans take turns. The median is reported.
+    limit    the speedup that the shapes allow (pop/pruning/cost.py)
+    KL       KL(full || pruned) = Σ p_full · ln(p_full / p_pruned) over the vocabulary, in nats. It is the mean over the
+             last third of windows of the story; the first two thirds are the prompt. Weights are in float32.
 """
 
 from __future__ import annotations
@@ -39,17 +32,22 @@ from pop.pruning.cost import prefill_flops, speedup_limit
 
 STORY = Path(__file__).parents[1] / "data" / "alice.txt"
 QUESTION = "What is the title of Chapter I?"
-DECODE_STEPS = 8  # decode's speed is measured over that many tokens a run
+DECODE_STEPS = 8  # timed in each run
 FRACTIONS = (1 / 3, 1 / 2, 2 / 3)  # of the layers, in calibrated plans
-WINDOW = 32  # the last tokens of the prompt, the question among them, that run at full depth in these
+FULL_DEPTH_LAST = 32  # in calibrated plans: enough for the question
 
 
 def run(name: str, text: str | None, prune, *, max_new_tokens: int, runs: int, as_json: bool) -> None:
-    """Fetch and load the model, compare prefills, print a report or one JSON object.
+    """Load the model, compare prefills, and print a report or one JSON object.
 
-    name: a known model, fetched if it is an embedded one that is not there, or a checkpoint directory.
-    text: the user message; None takes the story and a question about it. prune: as `pop.load` takes it: "default"
-    shows the rows named above, anything else the full model and that plan, plain and calibrated.
+    Args:
+        name: a known model, or a checkpoint directory. An embedded model is fetched if its files are missing.
+        text: the user's message; None takes the story and a question about it.
+        prune: as in `pop.load`. "default" shows the rows named above; anything else shows the full model and that plan,
+            plain and calibrated.
+        max_new_tokens: the length of the answers.
+        runs: how often each plan is timed.
+        as_json: print JSON.
     """
     check_count("max_new_tokens", max_new_tokens)
     check_count("runs", runs)
@@ -70,55 +68,69 @@ def run(name: str, text: str | None, prune, *, max_new_tokens: int, runs: int, a
     plans = list(dict.fromkeys([pop.PrunePlan.none(), model.plan]))
     if model.plan.layers and model.plan.projections is None:
         deepest = [pop.PrunePlan.deepest(model.config.num_layers, fraction).layers for fraction in FRACTIONS]
-        wanted = [pop.PrunePlan(layers, WINDOW) for layers in deepest] if prune == "default" else [model.plan]
+        wanted = [pop.PrunePlan(layers, FULL_DEPTH_LAST) for layers in deepest] if prune == "default" else [model.plan]
         plans += calibrated([plan for plan in dict.fromkeys(wanted) if plan.layers], model, Path(folder))
     result["rows"] = compare(model, prompt, plans, story, max_new_tokens=max_new_tokens, runs=runs)
     print(json.dumps(result, ensure_ascii=False) if as_json else _report(result))
 
 
 def _prompt(model, text: str) -> list[int]:
-    """The text as a question in chat format, or, for a base model, whose tokenizer has no chat template, as text."""
+    """The text as a question in the chat format; as plain text if the tokenizer has no chat template."""
     if model.tokenizer is not None and model.tokenizer.chat_template is None:
         return model.encode(f"{text.strip()}\n\nAnswer:")
     return model.chat_tokens([{"role": "user", "content": text}])
 
 
 def calibrated(plans: list, model, folder: Path) -> list:
-    """The plans, calibrated on the built-in texts: read from `folder` if they are there, else made and kept there."""
-    paths = [folder / f"calibrated-{_digest(plan)}.plan" for plan in plans]
+    """The plans, calibrated on the built-in texts: read from `folder`, or made now and kept there.
+
+    Args:
+        plans: plain plans.
+        model: the model to calibrate.
+        folder: where calibrated plans are kept.
+    """
+    paths = {plan: folder / f"calibrated-{_name(plan)}.plan" for plan in plans}
     kept = {}
-    for plan, path in zip(plans, paths, strict=True):
+    for plan, path in paths.items():
         try:
             loaded = pop.PrunePlan.load(path)
             model.resolve(loaded)
         except PlanError:
-            continue  # missing, broken, or of other weights
-        asked = dataclasses.replace(plan, full_depth_first=max(1, plan.full_depth_first))
-        if loaded.projections is not None and dataclasses.replace(loaded, projections=None) == asked:
+            continue  # missing, broken, or made for other weights
+        wanted = dataclasses.replace(plan, full_depth_first=max(1, plan.full_depth_first))
+        if loaded.projections is not None and dataclasses.replace(loaded, projections=None) == wanted:
             kept[plan] = loaded
-    missing = [plan for plan in dict.fromkeys(plans) if plan not in kept]
+    missing = [plan for plan in paths if plan not in kept]
     if missing:
         _progress("calibrating, some minutes, once")
         for plan, result in zip(missing, pop.calibrate(model, None, missing), strict=True):
             kept[plan] = result
             try:
-                result.save(paths[plans.index(plan)])
+                result.save(paths[plan])
             except PlanError as error:
-                _progress(f"calibrated, and not kept: {error}")
+                _progress(f"calibrated, but not kept: {error}")
     return [kept[plan] for plan in plans]
 
 
-def _digest(plan) -> str:
-    """A plan in a file's name: 20-29, 0-3+20-29-last32 ..."""
-    runs = [run for pruned, run in plan.groups(max(plan.layers) + 1) if pruned]
-    name = "+".join(f"{run[0]}-{run[-1]}" for run in runs)
+def _name(plan) -> str:
+    """A plan in a file's name, such as 20-29 or 0-3+20-29-last32."""
+    groups = [group for pruned, group in plan.groups(max(plan.layers) + 1) if pruned]
+    name = "+".join(f"{group[0]}-{group[-1]}" for group in groups)
     name += f"-last{plan.full_depth_last}" if plan.full_depth_last > 1 else ""
     return name + (f"-first{plan.full_depth_first}" if plan.full_depth_first > 1 else "")
 
 
 def compare(model, prompt: list[int], plans: list, story: str, *, max_new_tokens: int, runs: int) -> list[dict]:
-    """Measure `prompt`, token ids, with each of the plans, the first of which prunes nothing: a row each."""
-    _progress("answering")  # which is also the warm-up
+    """Answer a prompt with each plan, time it, and measure the plan's loss. Returns a row for each plan.
+
+    Args:
+        model: a pop.Model.
+        prompt: token ids.
+        plans: the first one prunes nothing.
+        story: the text on which the loss is measured.
+        max_new_tokens, runs: as in `run`.
+    """
+    _progress("answering")  # also warms up
     answers = [model.generate(prompt, max_new_tokens=max_new_tokens, plan=plan) for plan in plans]
     steps = min(DECODE_STEPS, max_new_tokens - 1, model.max_seq_len - len(prompt))
     cache = model.new_cache(1, len(prompt) + steps)
@@ -126,56 +138,52 @@ def compare(model, prompt: list[int], plans: list, story: str, *, max_new_tokens
     for number in range(1, runs + 1):
         _progress(f"timing, run {number} of {runs}")
         for row, plan in enumerate(plans):
-            ttft, times = _time(model, prompt, cache, plan, steps)
+            ttft, *decode = _time(model, prompt, cache, plan, steps)
             ttfts[row].append(ttft)
-            step_times[row] += times
+            step_times[row] += decode
     _progress("measuring the loss")
     tokens = model.encode(story)
     size = min(JUDGED, model.max_seq_len)
     judge = Judge(model, [(tokens[begin : begin + size], []) for begin in range(0, len(tokens) - size + 1, size)])
     rows = []
-    for plan, answer, ttft, times in zip(plans, answers, ttfts, step_times, strict=True):
+    for plan, answer, ttft, decode in zip(plans, answers, ttfts, step_times, strict=True):
         pairs = zip(answers[0].tokens, answer.tokens, strict=False)
-        speedup, limit = median(ttfts[0]) / median(ttft), speedup_limit(model.config, len(prompt), plan)
-        rows.append(
-            {
-                "layers": list(plan.layers),
-                "full_depth_last": plan.full_depth_last,
-                "full_depth_first": plan.full_depth_first,
-                "taps": plan.projections.taps if plan.projections else None,
-                "prefill_flops": prefill_flops(model.config, len(prompt), plan),
-                "ttft_s": median(ttft),
-                "ttft_fastest_s": min(ttft),
-                "ttft_slowest_s": max(ttft),
-                "speedup": speedup,
-                "speedup_limit": limit,
-                "decode_tokens_per_s": 1 / median(times) if steps else None,
-                "kl_nats": max(judge(plan), 0.0),  # rounding can leave a sum just below zero
-                "agreeing_tokens": len(list(takewhile(lambda pair: pair[0] == pair[1], pairs))),
-                "answer": answer.text,
-                "answer_tokens": len(answer.tokens),
-                "finish_reason": answer.finish_reason,
-            }
-        )
+        row = {
+            "layers": list(plan.layers),
+            "full_depth_last": plan.full_depth_last,
+            "full_depth_first": plan.full_depth_first,
+            "taps": plan.projections.taps if plan.projections else None,
+            "prefill_flops": prefill_flops(model.config, len(prompt), plan),
+            "ttft_s": median(ttft),
+            "ttft_fastest_s": min(ttft),
+            "ttft_slowest_s": max(ttft),
+            "speedup": median(ttfts[0]) / median(ttft),
+            "speedup_limit": speedup_limit(model.config, len(prompt), plan),
+            "decode_tokens_per_s": 1 / median(decode) if steps else None,
+            "kl_nats": max(judge(plan), 0.0),  # rounding can leave a sum just below zero
+            "agreeing_tokens": len(list(takewhile(lambda pair: pair[0] == pair[1], pairs))),
+            "answer": answer.text,
+            "answer_tokens": len(answer.tokens),
+            "finish_reason": answer.finish_reason,
+        }
+        rows.append(row)
     return rows
 
 
-def _time(model, prompt: list[int], cache, plan, steps: int, images=()) -> tuple[float, list[float]]:
-    """One run: TTFT in seconds, and the seconds of each decode step."""
+def _time(model, prompt: list[int], cache, plan, steps: int) -> list[float]:
+    """Seconds of the prefill, and then of each decode step."""
     cache.reset()
     times = [time.perf_counter()]
-    logits = model.prefill([prompt], cache, images=[images], plan=plan)
-    token = int(logits.argmax())  # waits for the device: on a GPU, too, the work is done here
+    token = int(model.prefill([prompt], cache, plan=plan).argmax())  # waits for the device
     times.append(time.perf_counter())
     for _ in range(steps):
         token = int(model.decode([token], cache).argmax())
         times.append(time.perf_counter())
-    ttft, *decode = [after - before for before, after in pairwise(times)]
-    return ttft, decode
+    return [end - begin for begin, end in pairwise(times)]
 
 
 def machine(device: torch.device) -> dict:
-    """What the numbers were measured on: the processor or GPU, torch's threads, its version."""
+    """What the numbers were measured on: the processor or GPU, torch's threads, and its version."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name()
     return {"device": name, "threads": torch.get_num_threads(), "torch": torch.__version__}
 
@@ -192,7 +200,7 @@ def _progress(text: str) -> None:
     print(f"... {text}", file=sys.stderr, flush=True)
 
 
-# ---- The report ----
+# The report
 
 
 def _introduction(result: dict, model, about: str) -> str:
@@ -201,7 +209,7 @@ def _introduction(result: dict, model, about: str) -> str:
     return f"""\
 One prompt, encoded by the whole model, and with some of its {result["num_layers"]} layers skipped in prefill only.
 
-model    {result["model"]}, {parameters:,} parameters, in float32, so that the KL below is the pruning's alone
+model    {result["model"]}, {parameters:,} parameters, in float32, so that the KL below comes from pruning only
 machine  {computer["device"]}, {computer["threads"]} threads, torch {computer["torch"]}
 prompt   {result["prompt_tokens"]:,} tokens: {about}"""
 
@@ -211,9 +219,8 @@ def describe(row: dict) -> str:
     layers = row["layers"]
     if not layers:
         return "the whole model"
-    first, last = layers[0], layers[-1]
-    run = last - first + 1 == len(layers)
-    text = f"without layers {first} to {last}" if run else f"without {len(layers)} layers"
+    consecutive = layers[-1] - layers[0] + 1 == len(layers)
+    text = f"without layers {layers[0]} to {layers[-1]}" if consecutive else f"without {len(layers)} layers"
     text += f", last {row['full_depth_last']} tokens whole" if row["full_depth_last"] > 1 else ""
     return text + (", calibrated" if row["taps"] else "")
 
@@ -237,7 +244,7 @@ def _report(result: dict) -> str:
 {table}
 
 * time to first token, median of {result["runs"]} runs in turn, without tokenization and cache allocation;
-  limit: the speedup that the shapes allow; KL(full || pruned): how far what follows is from the full model's
+  limit: the speedup that the shapes allow; KL(full || pruned): how much the predictions differ from the full model's
 
 answers
 {answers}

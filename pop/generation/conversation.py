@@ -24,7 +24,7 @@ import torch
 
 from pop.engine.cache import KVCache
 from pop.errors import InputError, PlanError
-from pop.files import replaced
+from pop.files import write_whole
 from pop.generation.answers import Generation
 from pop.generation.batch import Batch
 from pop.generation.sampling import SamplingParams
@@ -150,13 +150,8 @@ class Conversation:
             "system": self.system,
             "turns": turns,
         }
-        try:
-            with replaced(path) as draft:
-                text = json.dumps(content, indent=1, ensure_ascii=False, default=_path)
-                draft.write_text(text + "\n", encoding="utf-8")
-        except (OSError, ValueError, TypeError) as error:
-            reason = getattr(error, "strerror", None) or error
-            raise InputError(f"the conversation cannot be saved to {path} ({reason}); choose another path") from None
+        text = json.dumps(content, indent=1, ensure_ascii=False, default=_path) + "\n"
+        write_whole(path, text, "the conversation", InputError)
 
     @classmethod
     def load(cls, model, path: str | os.PathLike, *, plan: PrunePlan | None = None) -> Conversation:
@@ -262,10 +257,10 @@ def _content(message, images, videos) -> str | list[dict]:
 
 
 def _path(image) -> str:
-    """The path of an image that JSON cannot write as it is."""
+    """The path of an image or a video, which JSON cannot write as it is."""
     if isinstance(image, os.PathLike):
         return os.fspath(image)
-    raise TypeError("it has an image or a video that was not given as a path")
+    raise InputError("the conversation has an image or a video that was not given as a path; it cannot be saved")
 
 
 def _describe(plan: PrunePlan, part) -> dict:

@@ -286,7 +286,7 @@ def test_bad_prune_values_are_refused(text):
         ("generate smollm3 Hello", "smollm2-135m"),
         ("generate llama3.1-405b Hello", "meta-llama/Llama-3.1-405B"),
         ("generate CHAT", "either a prompt or --prompt-file"),
-        ("generate CHAT Hello --prompt-file TEXT", "just one"),
+        ("generate CHAT Hello --prompt-file TEXT", "not both"),
         ("generate CHAT --prompt-file TMP/missing.txt", "missing.txt cannot be read (No such file"),
         ("generate CHAT --prompt-file TMP", "cannot be read (Is a directory"),
         ("generate CHAT --prompt-file IMAGE", "picture.png is not text"),

@@ -126,7 +126,7 @@ def test_calibrated_plans_are_kept_beside_the_weights(folder, monkeypatch, capsy
 
     capsys.readouterr()
     assert demo.calibrated(plans[:1], model, tmp_path / "missing") == first[:1]
-    assert "calibrated, and not kept" in capsys.readouterr().err
+    assert "not kept" in capsys.readouterr().err
 
 
 def test_the_default_rows_are_the_frontier(folder, monkeypatch, capsys):
