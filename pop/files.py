@@ -113,9 +113,9 @@ def read_json(path: str | os.PathLike, error: type[PopError] = ConfigError) -> d
     try:
         value = json.loads(Path(path).read_text(encoding="utf-8"), parse_constant=refuse)
     except (OSError, ValueError, RecursionError) as problem:
-        raise error(f"{path} is not readable JSON ({problem}); fetch it again") from None
+        raise error(f"{path} is not readable JSON ({problem}); replace the file") from None
     if not isinstance(value, dict):
-        raise error(f"{path} holds a JSON {type(value).__name__} instead of an object; fetch it again")
+        raise error(f"{path} holds a JSON {type(value).__name__} instead of an object; replace the file")
     return value
 
 

@@ -1,7 +1,7 @@
-"""A failure at any line of what writes files, loads and generates: nothing half-written, and no wrong answer after it.
+"""Failures at any line that writes files, loads or generates: nothing is half-written, and no later answer is wrong.
 
-Each test runs something whole and counts the lines of `pop` that it runs. Then it runs it again and again, each time
-with an exception at another of these lines, looks at what is left, and runs it once more.
+Each test makes a call and counts the lines of `pop` that run. Then it repeats the call with an exception at one of
+these lines after the other, checks what is left, and makes the call once more.
 """
 
 import contextlib
@@ -34,7 +34,7 @@ POINTS = int(os.environ.get("POP_FAILURES", 24))  # lines that fail in each test
 
 
 class Injected(Exception):
-    """What fails. No code can expect it, as none expects a lack of memory, say."""
+    """The failure. No code expects it."""
 
 
 EXPECTED = (Injected, KeyboardInterrupt, OSError, pop.PopError)
@@ -42,8 +42,15 @@ EXPECTED = (Injected, KeyboardInterrupt, OSError, pop.PopError)
 
 @contextlib.contextmanager
 def failing_at(line: int | None, error=Injected):
-    """Raise `error()` at line number `line` of those of the package that run, in this thread or in one that it starts;
-    yields the list of their places."""
+    """Raise `error()` at one of the lines of the package that run, in this thread or in one that it starts.
+
+    Args:
+        line: count of lines that run before the one that fails. None: no line fails.
+        error: makes the exception.
+
+    Yields:
+        The list of (file, line number) of the lines that have run.
+    """
     places: list[tuple[str, int]] = []
     numbers = itertools.count()
 
@@ -71,14 +78,14 @@ def full_disk() -> OSError:
 
 
 def failures(call, errors=(Injected, KeyboardInterrupt, full_disk)):
-    """Run `call` to its end; then, for one line of it after the other, let it fail there, and yield that line."""
+    """Run `call` to its end. Then let it fail at one line after the other, and yield that line."""
     with failing_at(None) as places:
         call()
     lines = range(0, len(places), max(1, len(places) // POINTS))
     for number, line in enumerate(lines):
         with failing_at(line, errors[number % len(errors)]) as run, contextlib.suppress(*EXPECTED):
             call()
-        yield run[line] if line < len(run) else places[line]  # threads take turns as they like
+        yield run[line] if line < len(run) else places[line]  # threads run in any order
 
 
 # Files
@@ -127,7 +134,7 @@ def test_a_file_is_the_old_or_the_new_one(make, tmp_path):
 
 
 def assert_nothing_else(folder, names, place):
-    """No other file is left there; a hidden one is, if removing it is what has failed."""
+    """No other file is left there, except a hidden one whose removal has failed."""
     for path in folder.iterdir():
         if path.name not in names:
             assert path.name.startswith(".") and place[0].endswith("pop/files.py"), (path, place)
@@ -136,7 +143,7 @@ def assert_nothing_else(folder, names, place):
 
 @pytest.mark.parametrize("make", [saved_plan, saved_conversation, saved_scores])
 def test_a_full_disk_is_said_and_the_old_file_stays(make, tmp_path):
-    """A limit to what this process may write stands for it: it fails in whatever library writes, too."""
+    """A limit to the size of files makes every library fail that writes, as a full disk does."""
     save_new, save_old = make(tmp_path)
     save_old(tmp_path / "file")
     old = (tmp_path / "file").read_bytes()
@@ -149,7 +156,7 @@ def test_a_full_disk_is_said_and_the_old_file_stays(make, tmp_path):
 
 @contextlib.contextmanager
 def limited_files(most: int):
-    """No file that is written meanwhile gets longer than that."""
+    """Let no file grow beyond `most` bytes meanwhile."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (most, limits[1]))
     try:
@@ -159,7 +166,7 @@ def limited_files(most: int):
 
 
 def kills(call):
-    """Run `call` to its end; then, in one process after the other, up to a line of it where that is killed."""
+    """Run `call` to its end. Then run it in one process after the other, each killed at another line."""
     with failing_at(None) as places:
         call()
     for line in range(0, len(places), max(1, len(places) // POINTS)):
@@ -204,7 +211,7 @@ def written_at_random(tmp_path):
 
 
 def written_once(write, out):
-    """`out`, the contents of a folder that was written into it, and a function that writes another one anew."""
+    """Return `out`, the contents of a folder that `write` made in it, and a function that makes another one."""
     out.mkdir()
     write(out / "once")
 
@@ -220,7 +227,7 @@ def test_a_folder_is_whole_or_not_there(make, tmp_path):
     out, whole, call = written_once(make(tmp_path), tmp_path / "out")
     for place in failures(call):
         if (out / "model").exists():
-            if place[0].endswith("pop/files.py"):  # taking the lock away may be what has failed
+            if place[0].endswith("pop/files.py"):  # the removal of the lock may have failed
                 (out / "model" / ".lock").unlink(missing_ok=True)
             assert contents(out / "model") == whole, place
         assert_nothing_else(out, {"once", "model"}, place)
@@ -271,7 +278,7 @@ def test_a_download_is_whole_or_not_there_and_the_next_one_goes_on(tmp_path, mon
         for place in failures(call):
             if folder.exists():
                 assert {name: contents(folder)[name] for name in files} == files, place
-            download("tiny", progress=False)  # whatever is left of the one that failed
+            download("tiny", progress=False)  # continues what the failed one has left
             assert {name: contents(folder)[name] for name in files} == files, place
             assert [path.name for path in folder.parent.iterdir()] == ["tiny"], place
     finally:
@@ -293,12 +300,12 @@ def test_loading_leaves_the_files_alone_and_works_the_next_time(tmp_path):
         assert torch.equal(pop.load(folder).logits([[1, 2, 3]]), expected), place
 
 
-# Prompts of which the cache has some, and decode steps. Layers with a window use their slots in turn.
+# Prompts whose beginning is cached, and decode steps. Layers with a sliding window reuse their slots.
 CALLS = [([5, 12, 44, 3, 60, 8], 4), ([33, 2, 19, 7, 1, 50, 21, 4, 9, 30, 11], 4), (9,), ([40, 2], 4), (17,)]
 
 
 @pytest.mark.parametrize("config", [tiny_config(), tiny_gemma3_config()], ids=["llama", "gemma3"])
-def test_a_cache_behind_a_failure_serves_on_or_says_that_it_cannot(config):
+def test_after_a_failure_a_cache_works_or_is_refused(config):
     model = pop.Model(random_model(config), config, chunk_size=4, plan=PrunePlan((1, 3, 4)))
     done, refused = {}, 0
 
@@ -321,7 +328,7 @@ def test_a_cache_behind_a_failure_serves_on_or_says_that_it_cannot(config):
         if "cache" not in done:
             continue
         cache, held = done["cache"], int(done["cache"].lengths[0])
-        assert held in lengths[done["number"] :][:2], place  # before the call, or behind it
+        assert held in lengths[done["number"] :][:2], place  # before the call or after it
         rest = lengths.index(held)
         try:
             for number in range(rest, len(CALLS)):
@@ -336,7 +343,7 @@ def test_a_cache_behind_a_failure_serves_on_or_says_that_it_cannot(config):
     assert refused < POINTS // 2 if config.windows.count(None) < len(config.windows) else not refused
 
 
-def test_a_conversation_is_before_the_turn_or_behind_it(tmp_path):
+def test_after_a_failure_a_conversation_has_the_turn_or_not(tmp_path):
     model = pop.load(write_chat_checkpoint(tmp_path / "chat"))
     options = {"max_new_tokens": 4}
 
@@ -369,7 +376,7 @@ def test_a_conversation_is_before_the_turn_or_behind_it(tmp_path):
 
 @pytest.mark.parametrize("compile", ["auto", True])
 def test_what_fails_while_compiling_leaves_a_model_that_answers(compile, monkeypatch):
-    """Also from another thread: no lock stays held. Compiling is a stand-in here, which changes no function."""
+    """Another thread gets an answer, so no lock stays held. `torch.compile` is replaced by the identity."""
     monkeypatch.setattr(torch, "compile", lambda stage, **_: stage)
     monkeypatch.setattr("pop.model.SMALLEST", 0)
     config, made = tiny_config(), []
@@ -395,7 +402,7 @@ def test_what_fails_while_compiling_leaves_a_model_that_answers(compile, monkeyp
 
 
 def test_ctrl_c_at_any_moment_of_a_stream_and_the_next_call_is_clean(tmp_path):
-    """A signal, which comes in the middle of whatever library is at work: the same model, conversation and prefix."""
+    """A signal may arrive inside any library. Then the same model, conversation and prefix are used again."""
     model = pop.load(write_chat_checkpoint(tmp_path / "chat"))
     chat, options = model.start_chat(), {"max_new_tokens": 12}
     began = time.perf_counter()

@@ -54,7 +54,7 @@ def test_leftovers_of_a_killed_process(tmp_path):
 
 
 def test_folders_that_cannot_be_replaced(tmp_path, monkeypatch):
-    """The current folder, since the shell would stay in a deleted one; the root, since it has no name."""
+    """The shell would stay in a deleted current folder, and the root has no name."""
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
     for folder in (".", "/"):

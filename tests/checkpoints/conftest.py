@@ -41,7 +41,7 @@ def server(start, tmp_path, monkeypatch):
     monkeypatch.setenv("POP_WEIGHTS", str(tmp_path / "weights"))
     monkeypatch.setenv("POP_ENDPOINT", server.url)
     monkeypatch.setattr(hub, "PAUSE", 0.001)
-    before = set(threading.enumerate())  # torch's compiler keeps a pool of its own
+    before = set(threading.enumerate())  # torch's compiler keeps its own pool
     yield server
     assert not [t.name for t in set(threading.enumerate()) - before if "ThreadPool" in t.name]
 

@@ -360,7 +360,7 @@ def import_bytes(data, folder):
 
 
 def test_sound_file(tmp_path, sound_file):
-    """What the tests below break is a file that can be imported."""
+    """The file that the tests below damage can be imported."""
     assert import_bytes(sound_file, tmp_path)
 
 
@@ -393,8 +393,8 @@ def test_absurd_sizes(tmp_path, sound_file, size):
     ]
     for key in keys:
         end = sound_file.index(key) + len(key)
-        # behind a key: u32 type, then a string's length; or, of an array, u32 item type and u64 count
-        # behind a tensor's name: u32 number of dimensions, then each as u64
+        # after a key: u32 type, then a string's length; or, of an array, u32 item type and u64 count
+        # after a tensor's name: u32 number of dimensions, then each as u64
         at = end + (8 if key.startswith(b"tokenizer") else 4)
         assert not import_bytes(sound_file[:at] + size.to_bytes(8, "little") + sound_file[at + 8 :], tmp_path)
     scalars = LLAMA_KEYS | {"general.last": [True, False]}  # an array of single bytes as the file's last thing

@@ -100,7 +100,7 @@ def test_sentencepiece(tmp_path, dummy_prefix):
     assert [i for i in ids if processor.is_byte(i)] == [i for i in ids if types[i] == 6]
     assert (processor.eos_id(), processor.bos_id(), processor.unk_id()) == (1, 2, 3)
     # BPE takes the best-scored merge first, "ab" (-1), where a unigram model would take "a" and "bc", the
-    # best sum. What is no piece falls back to bytes.
+    # best sum. Letters without a piece become bytes.
     prefix = ["▁"] if dummy_prefix else []
     assert processor.encode("abc  a\n\nx", out_type=str) == [*prefix, "ab", "c", "▁", "▁a", "\n\n", "<0x78>"]
     # What others read, but sentencepiece itself does not: type, size, byte fallback, ids (no padding), names.

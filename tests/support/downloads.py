@@ -52,7 +52,7 @@ def refused(*said: str) -> str:
 
 
 def assert_right(folder: Path, server: HubServer) -> None:
-    """The folder holds the published files and nothing else, and it is alone in its parent."""
+    """Check that the folder holds exactly the published files, and that its parent holds only the folder."""
     assert {path.name for path in folder.iterdir()} == {*NEEDED, MANIFEST}
     for name in NEEDED:
         assert (folder / name).read_bytes() == server.files[name], name

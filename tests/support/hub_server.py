@@ -1,4 +1,4 @@
-"""A hub on this machine, which answers like the real one until it is told to misbehave."""
+"""A hub on this machine. It answers like the real one, unless a test has put a fault in its way."""
 
 import contextlib
 import gzip
@@ -18,7 +18,7 @@ LISTING = f"/api/models/{REPOSITORY}/revision/main?blobs=true"
 
 
 class HubServer(ThreadingHTTPServer):
-    """Serves `files` (name -> bytes). faults: name, or LISTING -> what answers the next requests, one each."""
+    """Serves `files` (name -> bytes). faults: name, or LISTING -> functions, each of which answers one request."""
 
     daemon_threads = True
 
@@ -28,7 +28,7 @@ class HubServer(ThreadingHTTPServer):
         self.requests: list[tuple[str, dict[str, str]]] = []  # path and headers, in order
         self.url = f"http{'s' if certificate else ''}://127.0.0.1:{self.server_address[1]}"
         self.certificate = certificate
-        self.released = threading.Event()  # set at the end: whoever stalls may go
+        self.released = threading.Event()  # set at the end, so that stalled answers return
         self.thread = threading.Thread(target=self.serve_forever, args=(0.01,), daemon=True)
         self.thread.start()
 
@@ -90,17 +90,18 @@ class Handler(BaseHTTPRequestHandler):
             return json.dumps(self.server.listing()).encode()
         return self.server.files[self.path.rsplit("/", 1)[-1]]
 
-    def file(self, etag: str = '"one"', shift: int = 0, **more: str):
+    def file(self, shift: int = 0):
+        """Answer as asked, but start `shift` bytes later and say so."""
         data = self.body()
         wanted = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", ""))
         start = int(wanted[1]) if wanted else 0
-        headers = {"ETag": etag, "Accept-Ranges": "bytes"} | _named(more)
+        headers = {"Accept-Ranges": "bytes"}
         if wanted:
             headers["Content-Range"] = f"bytes {start + shift}-{len(data) - 1}/{len(data)}"
         self.answer(data[start + shift :], headers, 206 if wanted else 200)
 
     def answer(self, data: bytes, headers: dict[str, str] | None = None, status: int = 200, length: int | None = None):
-        """length: what Content-Length says, if it is not the truth; negative: nothing."""
+        """Send an answer. length: a false Content-Length, or a negative number for none."""
         self.send_response(status)
         for name, value in (headers or {}).items():
             self.send_header(name, value)
@@ -110,7 +111,7 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.write(data)
 
 
-# ---- Ways to misbehave: each answers one request ----
+# ---- Faults: each answers one request
 
 
 def status(code: int, **headers: str):
@@ -130,27 +131,23 @@ def redirect_home(server: HubServer):
     return lambda handler: handler.answer(b"", {"Location": f"{server.url}{handler.path}"}, 307)
 
 
-def well(handler):
-    handler.file()
-
-
 def page(content_type: str = "text/html; charset=utf-8"):
     return lambda handler: handler.answer(b"<html>Please log in</html>", {"Content-Type": content_type})
 
 
-def cut(part: float = 0.5, reset: bool = False, etag: str = '"one"'):
-    """Break off behind a part of what was asked for."""
+def cut(part: float = 0.5, reset: bool = False):
+    """Break off after a part of what was asked for."""
 
     def fault(handler):
         data = handler.body()
         wanted = re.fullmatch(r"bytes=(\d+)-", handler.headers.get("Range", ""))
         start = int(wanted[1]) if wanted else 0
-        headers = {"ETag": etag} | ({"Content-Range": f"bytes {start}-{len(data) - 1}/{len(data)}"} if wanted else {})
+        headers = {"Content-Range": f"bytes {start}-{len(data) - 1}/{len(data)}"} if wanted else {}
         rest = data[start:]
         handler.answer(rest[: int(part * len(rest))], headers, 206 if wanted else 200, length=len(rest))
         handler.wfile.flush()
         if reset:
-            handler.server.released.wait(0.2)  # or what was sent would be thrown away as well
+            handler.server.released.wait(0.2)  # without this pause, the reset would also discard what was sent
             handler.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             handler.connection.close()
 
@@ -158,7 +155,7 @@ def cut(part: float = 0.5, reset: bool = False, etag: str = '"one"'):
 
 
 def stall(part: float = 0.5):
-    """Send a part, and nothing more."""
+    """Send a part, and then nothing."""
 
     def fault(handler):
         cut(part)(handler)
@@ -169,12 +166,13 @@ def stall(part: float = 0.5):
 
 
 def drip(handler):
-    """One byte of the body now and then."""
-    handler.answer(b"", {"ETag": '"one"'}, length=len(handler.body()))
+    """Send the body slowly, byte by byte."""
+    handler.answer(b"", length=len(handler.body()))
     _drip(handler, handler.body())
 
 
 def drip_headers(handler):
+    """Send the headers slowly, byte by byte."""
     handler.send_response(200)
     handler.flush_headers()
     _drip(handler, b"X-Slow: " + b"y" * 10_000)
@@ -189,7 +187,7 @@ def _drip(handler, data: bytes):
 
 
 class Dripping(HubServer):
-    """Sends these bytes slowly to whoever connects, whatever is asked."""
+    """Sends these bytes slowly on each connection, whatever is asked."""
 
     def __init__(self, data: bytes):
         super().__init__({})
@@ -205,7 +203,7 @@ class Dripping(HubServer):
 
 def whole(handler):
     """Ignore Range."""
-    handler.answer(handler.body(), {"ETag": '"one"'})
+    handler.answer(handler.body())
 
 
 def compressed(handler):
