@@ -66,7 +66,7 @@ class BytePairTokenizer(Tokenizer):
 
     Args:
         ranks: the bytes of a token -> its rank 0, 1, ... Two neighbours merge into any such token, lowest rank first.
-        ids: the id of each rank. None stands for a byte that the vocabulary lacks, and that texts lose.
+        ids: the id of each rank, or None for a byte that the vocabulary lacks. Texts lose such bytes.
         bytes_of: id -> bytes of every ordinary token, including those that merging never reaches.
         pattern: the regular expression of pre-tokens.
         special_tokens, added, bos_id: as in Tokenizer.

@@ -28,19 +28,12 @@ from pop.models.vision.qwen3_vl import Grid
 
 @dataclass(frozen=True)
 class Prepared:
-    """A prepared image or video. Callers may give it again in place of the original.
+    """A prepared image or video. Callers may give it again in place of the original."""
 
-    Args:
-        kind: "image" or "video".
-        pixels: the vision tower's input, float32 on the CPU.
-        pieces: the texts and token ids that replace it in a prompt.
-        grid: its size in patches, if the family's images differ in size.
-    """
-
-    kind: str
-    pixels: torch.Tensor
-    pieces: tuple[Piece, ...]
-    grid: Grid | None = None
+    kind: str  # "image" or "video"
+    pixels: torch.Tensor  # the vision tower's input, float32 on the CPU
+    pieces: tuple[Piece, ...]  # the texts and token ids that replace it in a prompt
+    grid: Grid | None = None  # its size in patches, if the family's images differ in size
 
     @functools.cached_property
     def sha256(self) -> str:
@@ -49,20 +42,14 @@ class Prepared:
 
 
 class Processor:
-    """The part that families share. By itself it serves a family that takes text only.
+    """The part that families share. By itself it serves a family that takes text only."""
 
-    Attributes:
-        marks: kind -> the text that marks its place in a prompt.
-        placeholders: kind -> the token that stands for its parts.
-        min_chunk_size: the fewest tokens that prefill may run at once.
-    """
-
-    marks: ClassVar[dict[str, str]] = {}
-    min_chunk_size = 1
+    marks: ClassVar[dict[str, str]] = {}  # kind -> the text that marks its place in a prompt
+    min_chunk_size = 1  # the fewest tokens that prefill may run at once
 
     def __init__(self, config):
         self.config = config
-        self.placeholders: dict[str, int] = {}
+        self.placeholders: dict[str, int] = {}  # kind -> the token that stands for its parts
 
     def prepare(self, kind: str, given) -> Prepared:
         """Read and prepare an image or a video, unless it is prepared already."""

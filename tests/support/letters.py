@@ -1,10 +1,10 @@
-"""A tokenizer of single bytes."""
+"""A tokenizer whose tokens are single bytes."""
 
 from pop.inputs.tokenizers import Tokenizer
 
 
 class Letters(Tokenizer):
-    """A tokenizer of single bytes: id = byte, and special tokens among them, such as 255, which no UTF-8 text has."""
+    """An id is a byte. Special tokens are bytes that UTF-8 never uses, such as 255."""
 
     def __init__(self, special_tokens=None, bos_id=None):
         super().__init__(special_tokens or {"<end>": 255}, {}, 256, bos_id)
