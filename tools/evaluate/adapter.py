@@ -152,8 +152,9 @@ class PopAdapter:
         try:
             ids = self._chat.encode(chat_history, add_generation_prompt)
         except InputError as error:
+            reason = str(error).rstrip(".")
             raise InputError(
-                f"a task's prompt is not a conversation ({error}); run this task without --apply_chat_template"
+                f"a task's prompt is not a conversation ({reason}); run this task without --apply_chat_template"
             ) from None
         special = set(tokenizer.special_tokens.values())
         controls = [place for place, token in enumerate(ids) if token in special]

@@ -1,0 +1,47 @@
+"""Stand-ins for lm-evaluation-harness, and the naive page of the method as its reference."""
+
+from types import SimpleNamespace
+
+import torch
+from support.tiny_chat import CONTROL, HIDDEN, VISIBLE
+
+from pop.pruning import reference
+
+
+def instances(*arguments):
+    """Requests in the shape of the harness's Instance."""
+    return [SimpleNamespace(args=args, request_type="any") for args in arguments]
+
+
+def ids(text: str) -> list[int]:
+    """The ids of support.tiny_chat's tokenizer: one for each byte, after those of the control tokens."""
+    order = [*VISIBLE, *HIDDEN]
+    return [len(CONTROL) + order.index(byte) for byte in text.encode()]
+
+
+def naive(adapter, context: list[int], continuation: list[int]) -> tuple[float, bool]:
+    """The log-likelihood, and whether it is greedy, by the reference: every request runs all of its tokens."""
+    model, tokens = adapter.model, torch.tensor(context + continuation)
+    full_depth = reference.full_depth_tokens(len(context), len(tokens), model.plan)
+    logits, _ = reference.forward(model.module, tokens, full_depth, model.plan)
+    logits = logits[len(context) - 1 : -1]
+    picked = logits.log_softmax(-1).gather(1, torch.tensor(continuation)[:, None])
+    return picked.sum().item(), logits.argmax(-1).tolist() == continuation
+
+
+def close(results, expected) -> bool:
+    return [greedy for _, greedy in results] == [greedy for _, greedy in expected] and torch.allclose(
+        torch.tensor([value for value, _ in results]), torch.tensor([value for value, _ in expected]), atol=1e-4
+    )
+
+
+def count_prefills(adapter, monkeypatch) -> list[int]:
+    """A list to which each prefill adds its number of rows."""
+    rows, prefill = [], adapter.model.prefill
+
+    def counted(tokens, *args, **options):
+        rows.append(len(tokens))
+        return prefill(tokens, *args, **options)
+
+    monkeypatch.setattr(adapter.model, "prefill", counted)
+    return rows
