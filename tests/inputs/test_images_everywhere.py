@@ -121,10 +121,7 @@ def test_gradients_with_images_are_the_slopes_of_the_gated_loss(model):
     prompts, rows = [tokens_of(2, a, 5, b, 9), [2, 7, 8]], [[a, b], []]
     responses = [[11, tokens_of(a)[1], 13], [14, 15]]  # in a response, this token is not an image
 
-    def of_batch(tokens, lengths):
-        return model.vision.images(model.module, rows, tokens, lengths)
-
-    found = gate_gradients(model.module, prompts, responses, of_batch)
+    found = gate_gradients(model, prompts, responses, rows)
     for row, slopes in enumerate(found):
         expected = torch.zeros_like(slopes)
         for gate in torch.cartesian_prod(*map(torch.arange, slopes.shape)).tolist():
@@ -146,10 +143,9 @@ def test_importance_of_samples_with_images(model, tmp_path):
     assert (scores.prefill[:-1] > 0).all() and scores.num_samples == 3
     given = pop.importance(model, samples[1:], images=rows[1:], response_tokens=3, progress=False)
     by_hand = [
-        gate_gradients(model.module, [prompt], [response], lambda *tokens, row=row: model.vision.images(
-            model.module, [row or []], *tokens))[0].sum(0)
+        gate_gradients(model, [prompt], [response], [row or []])[0].sum(0)
         for (prompt, response), row in zip(samples[1:], rows[1:], strict=True)
-    ]  # fmt: skip
+    ]
     assert_close(torch.stack([given.prefill, given.decode]), torch.stack(by_hand).square().mean(0))
     with pytest.raises(InputError, match="another samples"):
         pop.importance(model, samples, images=[[b if one is a else a for one in row or []] for row in rows], **options)
