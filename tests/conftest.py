@@ -19,9 +19,17 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
 
 def pytest_collection_modifyitems(items):
-    """The files that take minutes first, so that no process is left alone with one at the end."""
-    longest = ("test_real_model", "test_compiling", "test_parallel")
+    """Start with the files that take minutes. Otherwise one process could be left with such a file at the end."""
+    longest = ("test_real_model", "test_compile", "test_parallel")
     items.sort(key=lambda item: item.module.__name__.rpartition(".")[2] not in longest)
+
+
+@pytest.fixture(scope="module")
+def small_query_blocks():
+    """Attention in blocks of three queries, so that tiny prompts have several blocks."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("pop.engine.attention.QUERY_BLOCK", 3)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -5,8 +5,6 @@ import math
 import pytest
 import torch
 
-from pop.engine import attention
-from pop.engine.attention import attention_by_blocks
 from pop.models.config import RopeConfig
 from pop.models.layers import (
     RMSNorm,
@@ -28,7 +26,7 @@ def test_norm_statistics_are_float32_whatever_the_weights_are():
     norm.weight.data = (1 + 0.1 * randn(4096)).to(torch.bfloat16)
     x = (3 * randn(8, 4096, seed=1)).to(torch.bfloat16)
     exact = x.double() * (x.double().pow(2).mean(-1, keepdim=True) + 1e-5).rsqrt()
-    # Two roundings, one behind the normalisation and one behind the weight, in the reference's order.
+    # Two roundings, after the normalisation and after the weight, in the reference's order.
     assert torch.equal(norm(x), norm.weight * exact.to(torch.bfloat16))
 
 
@@ -100,18 +98,3 @@ def test_attention_by_its_definition(heads, tokens):
     for window in range(1, tokens + 2):  # that many tokens, itself included
         seen = causal & torch.tensor([[t - s < window for s in range(tokens)] for t in range(tokens)])
         torch.testing.assert_close(causal_attention(q, k, v, scale, window), naive(q, k, v, seen))
-
-
-@pytest.mark.parametrize("block", [1, 2, 3, 11, 50])
-@pytest.mark.parametrize("own", [0, 4])
-@pytest.mark.parametrize(("before", "behind"), [(0, 0), (2, 0), (2, 3), (99, 0), (99, 99)])
-def test_attention_by_blocks_leaves_nothing_out(monkeypatch, block, own, before, behind):
-    """Tokens see at random what the span allows, their own always; some keys lie behind all of them."""
-    monkeypatch.setattr(attention, "QUERY_BLOCK", block)
-    T, S = 11, own + 13
-    q, k, v = randn(2, T, 6, 4), randn(2, S, 3, 4, seed=1), randn(2, S, 3, 4, seed=2)
-    distance = torch.arange(S) - own - torch.arange(T)[:, None]  # [T, S]
-    drawn = randn(2, T, S, seed=3) > 0
-    mask = ((-before <= distance) & (distance <= behind) & drawn) | (distance == 0)
-    found = attention_by_blocks(q, k, v, mask, torch.tensor([own, before, behind]), 0.3)
-    torch.testing.assert_close(found, masked_attention(q, k, v, mask, 0.3))

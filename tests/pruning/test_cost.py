@@ -21,24 +21,8 @@ from pop.models.vision.qwen3_vl import Grid
 from pop.pruning.cost import prefill_flops, speedup_limit, vision_flops
 from pop.pruning.plan import PrunePlan
 
-LLAMA_8B = LlamaConfig(
-    vocab_size=128256,
-    hidden_size=4096,
-    intermediate_size=14336,
-    num_layers=32,
-    num_heads=32,
-    num_kv_heads=8,
-    head_dim=128,
-)
-SMOLLM2 = LlamaConfig(
-    vocab_size=49152,
-    hidden_size=576,
-    intermediate_size=1536,
-    num_layers=30,
-    num_heads=9,
-    num_kv_heads=3,
-    head_dim=64,
-)
+LLAMA_8B = LlamaConfig(128_256, 4096, 14_336, num_layers=32, num_heads=32, num_kv_heads=8, head_dim=128)
+SMOLLM2 = LlamaConfig(49_152, 576, 1536, num_layers=30, num_heads=9, num_kv_heads=3, head_dim=64)
 
 
 def gemma3_12b(window: int) -> Gemma3Config:
@@ -55,8 +39,8 @@ def gemma3_12b(window: int) -> Gemma3Config:
         (SMOLLM2, 10, 1.47, 2),
         (SMOLLM2, 15, 1.91, 2),
         (SMOLLM2, 20, 2.74, 2),
-        (gemma3_12b(window=2048), 16, 1.451, 3),  # of a prompt within the window
-        (gemma3_12b(window=1024), 16, 1.470, 3),  # of whose pruned local layers half the tokens are seen by nobody
+        (gemma3_12b(window=2048), 16, 1.451, 3),  # the window holds the whole prompt
+        (gemma3_12b(window=1024), 16, 1.470, 3),  # pruned local layers project half the tokens
     ],
 )
 def test_limits_are_those_of_the_method_at_2048_tokens(config, pruned, limit, digits):
@@ -93,8 +77,8 @@ def test_count_equals_what_torch_counts_in_the_engine(config, tokens, plan):
     for layer, window in enumerate(config.windows):
         attending = positions if layer in plan.layers else range(tokens)
         attended += sum(min(p + 1, window or tokens) for p in attending)
-        # The engine projects K and V of full-depth rows twice, with the pruned tokens and at full depth; but with no
-        # token left to prune it runs the layers as if they were kept.
+        # The engine projects K and V of full-depth rows twice, with the pruned tokens and at full depth. If no token is
+        # left to prune, it runs the layers as if they were kept.
         if layer in plan.layers and len(positions) < tokens:
             begin = 0 if window is None else tokens - plan.full_depth_last - window + 1
             again += sum(p >= begin for p in positions)
@@ -110,11 +94,11 @@ def test_nothing_to_gain():
     assert speedup_limit(config, 9, PrunePlan(layers=(2, 3), full_depth_last=9)) == 1
 
 
-# ---- Images ----
+# Images
 
 
 def test_the_tower_is_counted_as_torch_counts_it():
-    """Images of two sizes and a video of three frame pairs, of which none attends another."""
+    """Images of two sizes and a video of three frame pairs. Frame pairs do not attend each other."""
     config = tiny_qwen3_vl_config()
     tower = random_model(config).model.visual
     grids = [Grid(1, 4, 6), Grid(1, 2, 8), Grid(3, 4, 6)]
@@ -133,7 +117,7 @@ def test_gemmas_tower_is_counted_as_torch_counts_it():
 
 
 def test_the_tower_caps_what_pruning_gains():
-    """A third of Qwen3-VL-8B pruned, 64 tokens of text behind an image of 640 x 480 pixels: 1.47x would be text's."""
+    """A third of Qwen3-VL-8B is pruned. A prompt of text gains 1.47x, and one with an image of 640 x 480 pixels less."""
     config, plan = published("8b"), PrunePlan.deepest(36, 1 / 3)
     text, patches = speedup_limit(config, 366, plan), [1200]
     assert round(text, 2) == 1.47

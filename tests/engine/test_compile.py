@@ -25,23 +25,15 @@ from support.tiny_images import both_ways, random_bytes
 
 import pop
 from pop import engine
-from pop.engine import attention
 from pop.engine.compile import Compiled
-from pop.models import layers
 from pop.models.images import Images
 
+pytestmark = pytest.mark.usefixtures("small_query_blocks")
+
 PROMPT = 40  # tokens, at most
-# To compile takes most of these tests' time, so all that they can is compiled in nightly runs only.
+# Compiling takes most of the time here, so only nightly runs compile everything that these tests can.
 THOROUGH = os.environ.get("HYPOTHESIS_PROFILE") == "nightly"
 MIXED = EXPERTS if THOROUGH else dataclasses.replace(EXPERTS, layers=(0, 1, 2, 3, 4))
-
-
-@pytest.fixture(autouse=True, scope="module")
-def blocks_of_a_few_tokens():
-    """So that tiny prompts have several."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(attention, "QUERY_BLOCK", 5)
-        yield
 
 
 @pytest.fixture(
@@ -77,7 +69,7 @@ def nothing_compiles():
 @requires_compiler
 @given(st.data())
 def test_compiled_equals_eager_and_never_compiles_again(pair, data):
-    """Any plan, batch, padding, chunk and cache: logits within 1e-4 of their scale, from graphs that are there."""
+    """For any plan, batch, padding, chunk and cache, logits are within 1e-4 of their scale, and all graphs exist."""
     compiled, eager, max_rows = pair
     plan = data.draw(plans(compiled.config))
     if plan.projections is not None:
@@ -102,23 +94,25 @@ def test_compiled_equals_eager_and_never_compiles_again(pair, data):
 
 @requires_compiler
 def test_a_long_cache_needs_no_new_graph(pair, nothing_compiles):
-    """Beyond 4096 filled slots another graph decodes: it is warm, and right."""
+    """Another graph decodes beyond 4096 filled slots. It is warm, and attends the right keys and values.
+
+    Each layer and each batch row has its own random keys and values, the same in both models' caches.
+    """
     compiled, eager, max_rows = pair
-    drawn = torch.Generator().manual_seed(0)
     for rows in {1, max_rows}:
         logits = []
         for model in (compiled, eager):
-            cache = model.new_cache(rows, 5000)
+            cache, drawn = model.new_cache(rows, 5000), torch.Generator().manual_seed(0)
             cache.lengths[:] = 4500
             for part in (*cache.keys, *cache.values):
-                part[:, :4500] = torch.randn(part[:1, :4500].shape, generator=drawn.manual_seed(len(logits) * 0))
+                part[:, :4500] = torch.randn(part[:, :4500].shape, generator=drawn)
             logits.append(model.decode([5] * rows, cache))
         assert (logits[0] - logits[1]).abs().max() < 1e-4 * logits[1].std()
 
 
 @requires_compiler
 def test_generate_compiles_nothing_for_any_prompt_or_setting(pair, nothing_compiles):
-    """Rows of different lengths, whose answers end at different times, sampled and greedy, equal the eager model's."""
+    """Rows differ in length and their answers end at different times, sampled or greedy, as in the eager model."""
     compiled, eager, max_rows = pair
     drawn = random.Random(0)
     for count, settings in ((1, {}), (3, {"temperature": 0.8, "top_k": 9, "seed": 3}), (4, {"top_p": 0.5, "seed": 1})):
@@ -127,15 +121,15 @@ def test_generate_compiles_nothing_for_any_prompt_or_setting(pair, nothing_compi
         answers = [model.generate(prompts, max_new_tokens=9, **settings) for model in (compiled, eager)]
         assert [answer.tokens for answer in answers[0]] == [answer.tokens for answer in answers[1]]
     for rows in {1, max_rows}:
-        prompts = [[5]] * rows  # by a cache for one token a row
+        prompts = [[5]] * rows  # with a cache for one token a row
         answers = [model.generate(prompts, max_new_tokens=1) for model in (compiled, eager)]
         assert [answer.tokens for answer in answers[0]] == [answer.tokens for answer in answers[1]]
 
 
 @requires_compiler
 def test_images_need_no_new_graph(pair, nothing_compiles):
-    """Warmed up by text. A chunk with an image that attends ahead takes the graph of a filled cache, be it the first
-    one; one with DeepStack and places on three axes takes the graphs of text."""
+    """Text alone warms the graphs up. A chunk with look-ahead takes the graph of a filled cache, even if the cache is
+    empty. A chunk with DeepStack and positions on three axes takes the graphs of text."""
     compiled, eager, max_rows = pair
     for rows, plan in ((1, pop.PrunePlan.none()), (2, pop.PrunePlan((0, 1, 3))), (1, pop.PrunePlan((1, 3), 4))):
         rows = min(rows, max_rows)
@@ -160,9 +154,9 @@ def test_images_need_no_new_graph(pair, nothing_compiles):
 @requires_compiler
 @pytest.mark.parametrize("config", [tiny_qwen3_vl_config(max_positions=2048), tiny_gemma3_vl_config()])
 def test_a_towers_layers_are_compiled_for_images_of_any_size(config, monkeypatch):
-    """Warmed up without images, and equal to eager: one image, several of one size, and of several sizes."""
-    compile = torch.compile  # and the language model eager, for time
-    monkeypatch.setattr(torch, "compile", lambda f, **kw: compile(f, **kw) if f.__name__ == "vision_layer" else f)
+    """The warm-up has no images. Then one image, several of one size and several of other sizes equal eager."""
+    compile = torch.compile  # for the tower only, to save time
+    monkeypatch.setattr(torch, "compile", lambda f, **kw: compile(f, **kw) if f.__name__ == "vision_block" else f)
     module = random_model(config, seed=3)
     compiled, eager = (pop.Model(module, config, plan=0.5, compile=it) for it in (True, False))
     compiled.warmup(1)
@@ -195,7 +189,7 @@ def test_score_compiles_nothing(pair, nothing_compiles):
 
 @requires_compiler
 def test_no_graph_break_and_few_graphs(monkeypatch):
-    """Each stage is one graph (fullgraph) in a handful of versions, however many layers the model has."""
+    """Each stage is one graph (fullgraph) with a handful of versions, whatever the number of layers."""
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))  # graphs, but no code from them
     torch._dynamo.utils.counters.clear()
     heads = 9  # as many as the smallest prompts have slots
@@ -244,55 +238,9 @@ def test_where_nothing_compiles_auto_says_so_once_and_true_is_refused(monkeypatc
         pop.Model(module, module.config, compile=True).warmup()
 
 
-@pytest.mark.parametrize("shape", [(1, 1), (3, 1), (1, 5), (2, 5), (4,), ()])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("biased", [True, False])
-def test_every_product_is_the_same_product(monkeypatch, shape, dtype, biased):
-    """`linear` picks between products by shape, dtype and processor; float64 says what they all are."""
-    drawn = torch.Generator().manual_seed(1)
-    x = torch.randn(*shape, 24, generator=drawn).to(dtype)
-    weight, bias = torch.randn(10, 24, generator=drawn).to(dtype), torch.randn(10, generator=drawn).to(dtype)
-    wanted = x.double() @ weight.double().T + (bias.double() if biased else 0)
-    tolerance = {torch.float32: 1e-5, torch.bfloat16: 0.05, torch.float16: 0.01}[dtype]
-    for widened in ({dtype}, set()):
-        monkeypatch.setattr(layers, "WIDENED", widened)
-        out = layers.linear(x, weight, bias if biased else None)
-        assert out.dtype == dtype and out.shape == wanted.shape
-        assert (out.double() - wanted).abs().max() < tolerance
-
-
-@requires_compiler
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-# A row is summed at once, in five parts, and in none: 4099 is prime. Rows are read in four places, or in one.
-@pytest.mark.parametrize(("height", "width"), [(8, 24), (7, 24), (8, 12_290), (8, 4099)])
-def test_a_compiled_product_with_one_token_is_the_product(dtype, height, width):
-    drawn = torch.Generator().manual_seed(1)
-    x, weight = (torch.randn(*shape, width, generator=drawn).to(dtype) for shape in ((1, 1), (height,)))
-    out = torch.compile(layers.linear, fullgraph=True)(x, weight)
-    wanted = x.double() @ weight.double().T
-    assert out.dtype == dtype and out.shape == wanted.shape
-    assert (out.double() - wanted).abs().max() < {torch.float32: 1e-5, torch.bfloat16: 0.005}[dtype] * width**0.5
-
-
-@requires_compiler
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("rows", [1, 3])
-def test_one_token_attention_is_attention(dtype, rows):
-    """Written out for the compiler, attention of one token is scaled_dot_product_attention's."""
-    drawn = torch.Generator().manual_seed(1)
-    q = torch.randn(rows, 1, 6, 10, generator=drawn).to(dtype)
-    k, v = (torch.randn(rows, 7, 2, 10, generator=drawn).to(dtype) for _ in range(2))
-    mask = torch.arange(7) <= torch.tensor([3, 0, 6])[:rows, None, None]
-    written_out = torch.compile(layers.masked_attention)(q, k, v, mask, 0.3)
-    tolerance = 1e-5 if dtype == torch.float32 else 0.03
-    wanted = layers.masked_attention(q.double(), k.double(), v.double(), mask, 0.3)
-    assert written_out.dtype == dtype
-    assert (written_out.double() - wanted).abs().max() < tolerance
-
-
 @requires_compiler
 def test_layers_that_differ_share_no_compiled_code(monkeypatch):
-    """Compiled code does not look at layers again: one with another MLP, or another bias, has code of its own."""
+    """Compiled code does not check layers again. So a layer with another MLP or another bias has separate code."""
 
     class Cubes(torch.nn.Module):
         def __init__(self, mlp):
@@ -303,7 +251,7 @@ def test_layers_that_differ_share_no_compiled_code(monkeypatch):
             return self.down_proj(self.up_proj(x) ** 3)
 
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))  # graphs, but no code from them
-    monkeypatch.setattr(Compiled, "_run", lambda *_: None)  # no warm-up: those that are needed, on the way
+    monkeypatch.setattr(Compiled, "_run", lambda *_: None)  # no warm-up: compile each stage when it is called
     module = random_model(tiny_config(num_layers=3), seed=1)
     module.layers[1].mlp = Cubes(module.layers[1].mlp)
     module.layers[2].self_attn.o_proj.bias = torch.nn.Parameter(torch.ones(module.config.hidden_size))
@@ -316,26 +264,10 @@ def test_layers_that_differ_share_no_compiled_code(monkeypatch):
 
 
 def test_two_models_share_no_compiled_code(monkeypatch):
-    """A second model must not use up the few versions that torch keeps of the first one's code."""
+    """torch keeps a few versions of each code object. A second model must not use up those of the first."""
     codes = []
     monkeypatch.setattr(torch, "compile", lambda function, **_: codes.append(function.__code__) or function)
     for seed in (1, 2):
         module = random_model(tiny_config(), seed)
         pop.Model(module, module.config, compile=True).warmup()
     assert len({id(code) for code in codes}) == len(codes) > 2
-
-
-def test_rows_that_leave_the_cache_take_nothing_with_them():
-    module = random_model(tiny_config(), seed=2)
-    model = pop.Model(module, module.config)
-    prompts = torch.tensor([[1, 2, 3], [4, 5, 6], [7, 8, 9]])
-    plan = dataclasses.replace(pop.PrunePlan.deepest(module.config.num_layers, 0.5), full_depth_last=2)
-    cache, alone = model.new_cache(3, 8), model.new_cache(1, 8)
-    model.prefill(prompts, cache, lengths=[3, 1, 2], plan=plan)
-    size = cache.nbytes
-    cache.keep_rows(torch.tensor([2, 0]))
-    assert cache.nbytes * 3 == size * 2 and cache.lengths.tolist() == [2, 3]
-    assert cache.keys[0].stride() == model.new_cache(2, 8).keys[0].stride()  # each head's slots side by side, still
-    model.prefill(prompts[2:, :2], alone, plan=plan)
-    torch.testing.assert_close(cache.previous_hidden[:, :1], alone.previous_hidden)
-    torch.testing.assert_close(model.decode([11, 12], cache)[:1], model.decode([11], alone))

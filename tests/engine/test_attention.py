@@ -1,0 +1,99 @@
+"""Attention over a cache: what is written, what is read, and the band of keys that a block of queries attends."""
+
+import pytest
+import torch
+from support.cases import NONE, new_cache, prefill
+from support.tiny import random_model, tiny_gemma3_config
+
+from pop import engine
+from pop.engine import attention
+from pop.engine.attention import attention_by_blocks
+from pop.engine.layout import Chunk
+from pop.models.images import TEXT
+from pop.models.layers import masked_attention
+
+
+def randn(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def test_tokens_are_written_to_their_slots_and_read_from_them():
+    keys, values = torch.zeros(2, 5, 1, 3), torch.zeros(2, 5, 1, 3)  # four slots and the spare one
+    k, v = randn(2, 2, 1, 3), randn(2, 2, 1, 3, seed=1)
+    slots = torch.tensor([[3, 0], [1, 4]])
+    attention.write(keys, values, slots, k, v)
+    for stored, given in ((keys, k), (values, v)):
+        expected = torch.zeros(2, 5, 1, 3)
+        expected[0, 3], expected[0, 0], expected[1, 1], expected[1, 4] = *given[0], *given[1]
+        assert torch.equal(stored, expected)
+    for read, given, stored in zip(attention.read(keys, values, slots), (k, v), (keys, values), strict=True):
+        assert torch.equal(read, given) and not torch.equal(read, stored[:, :2])
+    for read, stored in zip(attention.read(keys, values, 2), (keys, values), strict=True):
+        assert torch.equal(read, stored[:, :2])
+
+
+def test_the_example_in_the_docstring_of_attention_metadata():
+    """A ring of six slots, a window of three, and a row that writes positions 6 and 7."""
+    module = random_model(tiny_gemma3_config(windows=(3,)))
+    cache = new_cache(module, 1, chunk=4)
+    assert cache.slots(3) == 6
+    cache.lengths[:] = 6
+    begin, end = torch.tensor([0]), torch.tensor([2])
+    chunk = Chunk.of(cache, end, begin, end, NONE, TEXT, True, torch.device("cpu"))
+    at = chunk.metadata(module, cache)[3]
+    assert at.slots.tolist() == [[0, 1]]
+    assert at.key_slots.tolist() == [[4, 5, 0, 1]]
+    assert at.mask.int().tolist() == [[[1, 1, 1, 0], [0, 1, 1, 1]]]
+    assert at.band.tolist() == [2, 2, 0]
+
+
+@pytest.mark.parametrize("block", [1, 2, 3, 11, 50])
+@pytest.mark.parametrize("own", [0, 4])
+@pytest.mark.parametrize(("before", "after"), [(0, 0), (2, 0), (2, 3), (99, 0), (99, 99)])
+def test_attention_by_blocks_leaves_nothing_out(monkeypatch, block, own, before, after):
+    """Each token attends itself, and at random any of the keys that its band allows. More keys follow all bands."""
+    monkeypatch.setattr(attention, "QUERY_BLOCK", block)
+    T, N = 11, own + 13
+    q, k, v = randn(2, T, 6, 4), randn(2, N, 3, 4, seed=1), randn(2, N, 3, 4, seed=2)
+    distance = torch.arange(N) - own - torch.arange(T)[:, None]  # [T, N]
+    drawn = randn(2, T, N, seed=3) > 0
+    mask = ((-before <= distance) & (distance <= after) & drawn) | (distance == 0)
+    found = attention_by_blocks(q, k, v, mask, torch.tensor([own, before, after]), 0.3)
+    torch.testing.assert_close(found, masked_attention(q, k, v, mask, 0.3))
+
+
+@pytest.mark.usefixtures("small_query_blocks")
+@pytest.mark.parametrize("held", [0, 30])
+def test_a_windows_prefill_attends_a_band(monkeypatch, held):
+    """A block of three tokens attends the keys of its windows only, in a fresh chunk and after 30 tokens in a ring."""
+    module = random_model(tiny_gemma3_config(windows=(5, None)), seed=4)
+    cache = new_cache(module, 1, chunk=24)
+    if held:
+        prefill(module, torch.arange(held)[None], torch.tensor([held]), NONE, 24, cache)
+    attend, sizes = attention.masked_attention, []
+
+    def watched(q, k, v, mask, scale):
+        sizes.append((q.shape[1], k.shape[1]))
+        return attend(q, k, v, mask, scale)
+
+    monkeypatch.setattr(attention, "masked_attention", watched)
+    prefill(module, torch.arange(24)[None], torch.tensor([24]), NONE, 24, cache)
+    local = [(3, 3), (3, 6)] if not held else [(3, 7), (3, 7)]
+    local += [(3, 7)] * 6
+    assert sizes == local + ([(3, held + n) for n in range(3, 27, 3)] if held else [])
+
+
+def test_a_row_stepped_far_beyond_its_cache_attends_something(monkeypatch):
+    """Its logits mean nothing, but a caller may sample from them. So they must not come from an empty softmax."""
+    attend = attention.masked_attention
+
+    def checked(q, k, v, mask, scale):
+        assert q.shape[1] > 1 or mask.any(-1).all()
+        return attend(q, k, v, mask, scale)
+
+    monkeypatch.setattr(attention, "masked_attention", checked)
+    module = random_model(tiny_gemma3_config(windows=(2, None, 2)), seed=3)
+    cache = new_cache(module, 2, slots=8)
+    prefill(module, torch.arange(8)[None].repeat(2, 1), torch.tensor([8, 1]), NONE, cache=cache)
+    for _ in range(7):
+        assert engine.decode(module, torch.tensor([1, 1]), cache).isfinite().all()

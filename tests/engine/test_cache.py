@@ -1,0 +1,92 @@
+"""The KV cache: its size, and what remains of it after a reset, a rewind, a copy, and rows that leave."""
+
+import dataclasses
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from support.cases import assert_close, cases, held, new_cache, prefill
+from support.tiny import random_model, tiny_config, tiny_gemma3_config
+
+import pop
+from pop import engine
+from pop.engine.cache import KVCache
+
+
+def test_what_windows_save():
+    """gemma3-12b at 32k tokens: eight of 48 layers hold all of them, the others 1,023 + 2,048."""
+    windows = tuple(1024 if layer % 6 else None for layer in range(1, 49))
+    config = tiny_gemma3_config(windows=windows, hidden_size=3840, num_heads=16, num_kv_heads=8, head_dim=256)
+    size = KVCache.size_in_bytes(config, 1, 32_768, torch.bfloat16)
+    everything = 2 * 48 * 32_769 * 8 * 256 * 2 + 48 * 3840 * 2
+    assert size == 2 * (8 * 32_769 + 40 * 3_072) * 8 * 256 * 2 + 48 * 3840 * 2
+    assert size < 0.3 * everything
+    assert [round(size / 1e9, 1), round(everything / 1e9, 1), round(1 - size / everything, 2)] == [3.2, 12.9, 0.76]
+
+
+@pytest.mark.parametrize(("max_seq_len", "local"), [(6, 6), (40, 5 - 1 + 8)])
+def test_a_new_cache_has_the_size_that_it_says(max_seq_len, local):
+    config = tiny_gemma3_config(windows=(5, None, 5))
+    model = pop.Model(random_model(config), config, chunk_size=8)
+    slots = 2 * (local + 1) + max_seq_len + 1
+    assert model.new_cache(3, max_seq_len).nbytes == 3 * (2 * slots * 2 * 10 + 3 * 30) * 4
+
+
+@given(cases())
+def test_a_reset_cache_is_a_new_cache(case):
+    module, plan, tokens, lengths, chunk = case
+    expected, _ = prefill(module, tokens, lengths, plan, chunk)
+    cache = new_cache(module, len(tokens), chunk=chunk)
+    empty = cache.lengths
+    prefill(module, tokens.flip(1), torch.full_like(lengths, tokens.shape[1]), plan, chunk, cache)
+    cache.reset()
+    assert cache.lengths.tolist() == empty.tolist() == [0] * len(tokens)
+    assert not cache.previous_hidden.any()
+    logits, _ = prefill(module, tokens, lengths, plan, chunk, cache)
+    assert torch.equal(logits, expected)
+
+
+@given(cases())
+def test_a_rewound_cache_continues_from_the_snapshot(case):
+    """With sliding windows, a cache may be rewound by as many tokens as a chunk has."""
+    module, plan, tokens, lengths, chunk = case
+    _, cache = prefill(module, tokens, lengths, plan, chunk)
+    snapshot = cache.snapshot()
+    expected = engine.decode(module, tokens[:, 0], cache)
+    cache.restore(snapshot)
+    for _ in range(min(chunk, 3)):
+        engine.decode(module, (tokens[:, 0] + 1) % module.config.vocab_size, cache)
+    cache.restore(snapshot)
+    assert cache.lengths.tolist() == lengths.tolist()
+    assert torch.equal(engine.decode(module, tokens[:, 0], cache), expected)
+
+
+@given(cases(), st.integers(1, 3), st.sampled_from([1, 4, 1000]))
+def test_a_copied_row_continues_as_the_original(case, copies, other_chunk):
+    """Into a cache of more rows and other rings. What no window reaches any more may be missing."""
+    module, plan, tokens, lengths, chunk = case
+    _, cache = prefill(module, tokens[:1], lengths[:1], plan, chunk)
+    other = new_cache(module, copies, slots=40, chunk=other_chunk)
+    other.copy_from(cache)
+    for row in range(copies):
+        assert torch.equal(held(module, other, row), held(module, cache, 0))
+    expected = engine.decode(module, tokens[:1, 0], cache)
+    assert_close(engine.decode(module, tokens[:1, 0].repeat(copies), other), expected.expand(copies, -1))
+    assert_close(other.previous_hidden, cache.previous_hidden.expand(-1, copies, -1))
+
+
+def test_rows_that_leave_the_cache_take_nothing_with_them():
+    module = random_model(tiny_config(), seed=2)
+    model = pop.Model(module, module.config)
+    prompts = torch.tensor([[1, 2, 3], [4, 5, 6], [7, 8, 9]])
+    plan = dataclasses.replace(pop.PrunePlan.deepest(module.config.num_layers, 0.5), full_depth_last=2)
+    cache, alone = model.new_cache(3, 8), model.new_cache(1, 8)
+    model.prefill(prompts, cache, lengths=[3, 1, 2], plan=plan)
+    size = cache.nbytes
+    cache.keep_rows(torch.tensor([2, 0]))
+    assert cache.nbytes * 3 == size * 2 and cache.lengths.tolist() == [2, 3]
+    assert cache.keys[0].stride() == model.new_cache(2, 8).keys[0].stride()  # each head's slots stay contiguous
+    model.prefill(prompts[2:, :2], alone, plan=plan)
+    torch.testing.assert_close(cache.previous_hidden[:, :1], alone.previous_hidden)
+    torch.testing.assert_close(model.decode([11, 12], cache)[:1], model.decode([11], alone))

@@ -1,0 +1,257 @@
+"""Prefill, decode and extend compute what pop/pruning/reference.py computes, for any plan, batch, padding and chunks.
+
+Where two ways to compute a thing must agree, the engine is also compared with itself. All in float32 on tiny random
+models with awkward sizes. Batches with images: test_forward_images.py.
+"""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from support.cases import NONE, assert_close, batches, cases, held, models, new_cache, plans, prefill, seen, stacked
+from support.naive_method import token_by_token
+from support.tiny import random_model, tiny_config, tiny_gemma3_config, tiny_qwen3_config
+
+from pop import engine
+from pop.pruning import reference
+from pop.pruning.plan import PrunePlan
+
+pytestmark = pytest.mark.usefixtures("small_query_blocks")
+
+# Against the reference
+
+
+def by_reference(module, row_tokens, plan):
+    """The reference's logits [V], and the K and V [2, L, N, K, E] that the next token can attend."""
+    n = len(row_tokens)
+    logits, kv = reference.forward(module, row_tokens, reference.full_depth_tokens(n, n, plan), plan)
+    return logits[-1], seen(module, stacked(kv))
+
+
+@given(cases())
+def test_prefill_is_the_reference(case):
+    """Logits and cache, for any plan, window, batch, padding and chunking."""
+    module, plan, tokens, lengths, chunk = case
+    logits, cache = prefill(module, tokens, lengths, plan, chunk)
+    assert cache.lengths.tolist() == lengths.tolist()
+    for row, n in enumerate(lengths):
+        expected_logits, expected_kv = by_reference(module, tokens[row, :n], plan)
+        assert_close(logits[row], expected_logits)
+        assert_close(held(module, cache, row), expected_kv)
+
+
+@given(cases(), st.integers(1, 5))
+def test_decode_is_teacher_forcing_by_the_reference(case, steps):
+    module, plan, tokens, lengths, chunk = case
+    _, cache = prefill(module, tokens, lengths, plan, chunk)
+    answer = torch.randint(module.config.vocab_size, (len(tokens), steps), generator=torch.Generator().manual_seed(1))
+    stepwise = torch.stack([engine.decode(module, answer[:, step], cache) for step in range(steps)], dim=1)
+    for row, n in enumerate(lengths.tolist()):
+        whole = torch.cat((tokens[row, :n], answer[row]))
+        full_depth = reference.full_depth_tokens(n, len(whole), plan)
+        logits, kv = reference.forward(module, whole, full_depth, plan)
+        assert_close(stepwise[row], logits[n:])
+        assert_close(held(module, cache, row), seen(module, stacked(kv)))
+
+
+@given(cases(), st.data())
+def test_a_second_turn_appends_to_the_first(case, data):
+    """Prompt, answer, prompt. The second prompt is pruned except for its boundary, and what was there stays."""
+    module, plan, tokens, lengths, chunk = case
+    _, cache = prefill(module, tokens, lengths, plan, chunk)
+    answer = torch.zeros(len(tokens), dtype=torch.int64)
+    engine.decode(module, answer, cache)
+    turn, _ = data.draw(batches(module.config.vocab_size, max_rows=1))
+    turn = turn.expand(len(tokens), -1)
+    added = torch.tensor(data.draw(st.lists(st.integers(1, turn.shape[1]), min_size=len(tokens), max_size=len(tokens))))
+    logits, _ = prefill(module, turn, added, plan, chunk, cache)
+    for row, (n, m) in enumerate(zip(lengths.tolist(), added.tolist(), strict=True)):
+        whole = torch.cat((tokens[row, :n], answer[:1], turn[row, :m]))
+        position = torch.arange(len(whole))
+        full_depth = reference.full_depth_tokens(n, n + 1, plan)
+        later = (position[n + 1 :] >= len(whole) - plan.full_depth_last) | (position[n + 1 :] < plan.full_depth_first)
+        expected, kv = reference.forward(module, whole, torch.cat((full_depth, later)), plan)
+        assert_close(logits[row], expected[-1])
+        assert_close(held(module, cache, row), seen(module, stacked(kv)))
+
+
+@given(models(), st.data())
+def test_a_conversation_may_change_its_plan_with_every_turn(module, data):
+    """Prompt, answer, prompt, answer: each prompt has its own plan and attends what the others left in the cache.
+
+    Plans are plain, calibrated with one or two taps, or empty. Logits, K and V are those of running the tokens one by
+    one, where each token knows the plan of its turn only.
+    """
+    rows = data.draw(st.integers(1, 2))
+    cache = new_cache(module, rows)
+    said = [torch.zeros(0, dtype=torch.int64) for _ in range(rows)]  # each row's tokens, [N]
+    applied = [[] for _ in range(rows)]  # each token's plan: its turn's, or NONE at full depth
+    predicted = [{} for _ in range(rows)]  # logits [V] by position
+
+    def append(row, tokens, plans, logits):
+        """Note a row's new tokens [M] and their plans; logits [R, V] are those at the last R of them."""
+        said[row] = torch.cat((said[row], tokens))
+        applied[row] += plans
+        predicted[row] |= zip(range(len(said[row]) - len(logits), len(said[row])), logits, strict=True)
+
+    for _ in range(data.draw(st.integers(2, 4))):
+        plan = data.draw(st.one_of(st.just(NONE), plans(module.config)))
+        width, random = data.draw(st.integers(1, 8)), torch.Generator().manual_seed(data.draw(st.integers(0, 10**6)))
+        lengths = torch.tensor(data.draw(st.lists(st.integers(1, width), min_size=rows, max_size=rows)))
+        turn = torch.randint(module.config.vocab_size, (rows, width), generator=random)
+        logits, _ = prefill(module, turn, lengths, plan, data.draw(st.sampled_from([1, 3, 1000])), cache)
+        for row, m in enumerate(lengths.tolist()):
+            held_before = len(said[row])
+            full_depth = [held_before + i < plan.full_depth_first or i >= m - plan.full_depth_last for i in range(m)]
+            append(row, turn[row, :m], [NONE if full else plan for full in full_depth], logits[row : row + 1])
+        answer = torch.randint(module.config.vocab_size, (rows, data.draw(st.integers(0, 3))), generator=random)
+        for step in answer.T:
+            logits = engine.decode(module, step, cache)
+            for row in range(rows):
+                append(row, step[row : row + 1], [NONE], logits[row : row + 1])
+
+    for row in range(rows):
+        assert cache.lengths[row] == len(said[row])
+        logits, kv = token_by_token(module, said[row], applied[row])
+        assert_close(torch.stack(list(predicted[row].values())), logits[list(predicted[row])])
+        assert_close(held(module, cache, row), seen(module, kv))
+
+
+def test_a_windowed_cache_takes_no_more_at_once_than_it_was_made_for():
+    """A larger chunk or a long continuation runs in pieces. So no slot is overwritten while a window reaches it."""
+    module = random_model(tiny_gemma3_config(), seed=4)
+    tokens = torch.arange(30)[None] % 61
+    cache = new_cache(module, 1, chunk=3)
+    assert cache.slots(None) == 64 and cache.slots(5) == 7
+    plan = PrunePlan(layers=(1, 3))
+    logits, _ = prefill(module, tokens[:, :18], torch.tensor([18]), plan, 1000, cache)
+    rest = engine.extend(module, tokens[:, 18:], cache)
+    expected, kv = reference.forward(module, tokens[0], reference.full_depth_tokens(18, 30, plan), plan)
+    assert_close(logits[0], expected[17])
+    assert_close(rest[0], expected[18:])
+    assert_close(held(module, cache, 0), seen(module, stacked(kv)))
+
+
+# Against itself
+
+
+@given(cases())
+def test_extend_is_decode_in_one_go(case):
+    module, plan, tokens, lengths, chunk = case
+    answer = torch.randint(module.config.vocab_size, (len(tokens), 4), generator=torch.Generator().manual_seed(2))
+    _, cache = prefill(module, tokens, lengths, plan)
+    stepwise = torch.stack([engine.decode(module, answer[:, step], cache) for step in range(4)], dim=1)
+    _, other = prefill(module, tokens, lengths, plan)
+    cut = min(chunk, 4)
+    at_once = [engine.extend(module, part, other) for part in answer.split(cut, dim=1)]
+    assert_close(torch.cat(at_once, dim=1), stepwise)
+    assert_close(other.previous_hidden, cache.previous_hidden)
+    for row in range(len(tokens)):
+        assert_close(held(module, other, row), held(module, cache, row))
+
+
+@given(cases())
+def test_a_ragged_batch_is_its_rows_alone(case):
+    module, plan, tokens, lengths, chunk = case
+    logits, cache = prefill(module, tokens, lengths, plan, chunk)
+    for row, n in enumerate(lengths.tolist()):
+        alone, alone_cache = prefill(module, tokens[row : row + 1, :n], lengths[row : row + 1], plan)
+        assert_close(logits[row], alone[0])
+        assert_close(held(module, cache, row), held(module, alone_cache, 0))
+
+
+@given(cases(), st.sampled_from([1e4, -1e4, 1e-30]))
+def test_padding_and_stale_slots_do_not_matter(case, garbage):
+    module, plan, tokens, lengths, chunk = case
+    expected, clean = prefill(module, tokens, lengths, plan, chunk)
+    padding = torch.arange(tokens.shape[1]) >= lengths[:, None]
+    dirty = new_cache(module, len(tokens))
+    for x in (*dirty.keys, *dirty.values):
+        x.fill_(garbage)
+    logits, _ = prefill(module, torch.where(padding, (tokens + 1) % 7, tokens), lengths, plan, chunk, dirty)
+    assert_close(logits, expected)
+    next_token = tokens[:, 0]
+    for row, n in enumerate(lengths.tolist()):
+        for x in (*dirty.keys, *dirty.values):
+            x[row, n:] = garbage
+    assert_close(engine.decode(module, next_token, dirty), engine.decode(module, next_token, clean))
+
+
+@given(cases(), st.data())
+def test_nothing_changes_before_a_changed_token(case, data):
+    module, plan, tokens, lengths, chunk = case
+    row = data.draw(st.integers(0, len(tokens) - 1))
+    changed = data.draw(st.integers(0, int(lengths[row]) - 1))
+    _, before = prefill(module, tokens, lengths, plan, chunk)
+    other = tokens.clone()
+    other[row, changed] = (other[row, changed] + 1) % module.config.vocab_size
+    _, after = prefill(module, other, lengths, plan, chunk)
+    assert torch.equal(held(module, before, row)[:, :, :changed], held(module, after, row)[:, :, :changed])
+
+
+def test_a_row_may_fill_its_cache_to_the_last_slot():
+    """Padding of a shorter turn goes to the spare slot, and does not overwrite a full row's last slot."""
+    module = random_model(tiny_config(), seed=3)
+    plan = PrunePlan(layers=(2, 4))
+    first, turn = torch.arange(10)[None].repeat(2, 1), torch.arange(20, 26)[None].repeat(2, 1)
+    cache = new_cache(module, 2, slots=8)
+    prefill(module, first, torch.tensor([7, 2]), plan, cache=cache)
+    logits, _ = prefill(module, turn, torch.tensor([1, 6]), plan, cache=cache)
+    assert cache.lengths.tolist() == [8, 8]
+    for row, (n, m) in enumerate([(7, 1), (2, 6)]):
+        alone = new_cache(module, 1, slots=8)
+        prefill(module, first[row : row + 1], torch.tensor([n]), plan, cache=alone)
+        expected, _ = prefill(module, turn[row : row + 1], torch.tensor([m]), plan, cache=alone)
+        assert_close(logits[row], expected[0])
+        assert_close(held(module, cache, row), held(module, alone, 0))
+
+
+@pytest.mark.parametrize("config", [tiny_config(), tiny_gemma3_config(), tiny_qwen3_config()])
+def test_stepping_a_full_row_leaves_its_tokens_alone(config):
+    module = random_model(config, seed=3)
+    cache = new_cache(module, 2, slots=8)
+    prefill(module, torch.arange(8)[None].repeat(2, 1), torch.tensor([8, 3]), NONE, cache=cache)
+    kept, cache.lengths = cache.lengths, cache.lengths.clone()
+    before = [x[0, :8].clone() for x in (*cache.keys, *cache.values)]
+    stepped = engine.decode(module, torch.tensor([1, 1]), cache)[1]
+    assert all(torch.equal(x[0, :8], y) for x, y in zip((*cache.keys, *cache.values), before, strict=True))
+    alone = new_cache(module, 1, slots=8)
+    prefill(module, torch.arange(3)[None], kept[1:], NONE, cache=alone)
+    assert_close(stepped, engine.decode(module, torch.tensor([1]), alone)[0])
+
+
+# Faults stay where they are
+
+
+def test_a_token_that_overflows_harms_no_other_row_and_no_later_use_of_the_cache():
+    """Masked slots have attention weight 0, but 0 * NaN is NaN: NaN must not reach a slot that others read."""
+    module = random_model(tiny_config(), seed=3)
+    module.model.embed_tokens.weight.data[7] = torch.nan
+    tokens, lengths = torch.tensor([[1, 2, 3, 4, 5], [7, 7, 7, 7, 7], [6, 7, 7, 7, 7]]), torch.tensor([5, 5, 1])
+    plan = PrunePlan(layers=(1, 3))
+    logits, cache = prefill(module, tokens, lengths, plan)
+    assert logits.isfinite().all(1).tolist() == [True, False, True]
+    logits = engine.decode(module, torch.tensor([1, 1, 1]), cache)
+    assert logits.isfinite().all(1).tolist() == [True, False, True]
+    cache.reset()
+    lengths = torch.tensor([5, 1, 2])
+    logits, _ = prefill(module, tokens.clamp(max=6), lengths, plan, cache=cache)
+    assert logits.isfinite().all()
+    assert engine.decode(module, torch.tensor([1, 1, 1]), cache).isfinite().all()
+
+
+def test_a_failed_call_adds_no_tokens():
+    module = random_model(tiny_config(), seed=3)
+    _, cache = prefill(module, torch.tensor([[1, 2, 3]]), torch.tensor([3]), NONE)
+    head, module.head = module.head, lambda h: 1 / 0
+    for call in (
+        lambda: prefill(module, torch.tensor([[4]]), torch.tensor([1]), NONE, cache=cache),
+        lambda: engine.decode(module, torch.tensor([4]), cache),
+        lambda: engine.extend(module, torch.tensor([[4]]), cache),
+    ):
+        with pytest.raises(ZeroDivisionError):
+            call()
+    module.head = head
+    assert cache.lengths.tolist() == [3]
+    expected, _ = prefill(module, torch.tensor([[1, 2, 3, 4]]), torch.tensor([4]), NONE)
+    assert_close(engine.decode(module, torch.tensor([4]), cache), expected)

@@ -1,0 +1,142 @@
+"""Prefill and decode of prompts with images compute what pop/pruning/reference.py computes.
+
+Images have random features at any tokens. So the engine is held to what `Images` says, and not to the rules of one
+family's processor.
+"""
+
+import dataclasses
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import assume, given
+from hypothesis import strategies as st
+from support.cases import NONE, assert_close, experts, held, new_cache, plans, qwen3_vl_config, seen, stacked
+from support.tiny import random_model, tiny_gemma3_config
+from support.tiny_images import both_ways
+
+from pop import engine
+from pop.models.images import Images
+from pop.pruning import reference
+from pop.pruning.plan import PrunePlan
+
+pytestmark = pytest.mark.usefixtures("small_query_blocks")
+
+
+@st.composite
+def prompts_with_images(draw, vocab_size, sizes, max_rows=3):
+    """A ragged batch with images anywhere: tokens [B, T], lengths [B], and which image token each is [B, T], or -1.
+
+    sizes: how many tokens an image has.
+    """
+    rows = []
+    for _ in range(draw(st.integers(1, max_rows))):
+        row = [-1] * draw(st.integers(0, 6))
+        for _ in range(draw(st.integers(0, 3))):
+            row += [0] * draw(sizes) + [-1] * draw(st.integers(1, 6))
+        rows.append(row + ([0] * draw(sizes) if draw(st.booleans()) else [-1]))
+    lengths = torch.tensor([len(row) for row in rows])
+    is_image = torch.tensor([row + [-1] * (int(lengths.max()) + 1 - len(row)) for row in rows]) == 0
+    assume(is_image.any())
+    numbers = (is_image.flatten().cumsum(0) - 1).view_as(is_image).where(is_image, -1)
+    random = torch.Generator().manual_seed(draw(st.integers(0, 10**6)))
+    return torch.randint(vocab_size, is_image.shape, generator=random), lengths, numbers
+
+
+@st.composite
+def image_cases(draw):
+    """(module, plan, tokens, lengths, chunk size, images), for each family that reads images.
+
+    Chunks of Gemma-3 hold at least one image. Those of Qwen3-VL may cut images. Its rotary positions are random, so the
+    engine must use the positions that it is given.
+    """
+    if draw(st.booleans()):
+        side = draw(st.sampled_from([1, 2, 3]))
+        windows = st.sampled_from([draw(st.sampled_from([1, 2, 5, 9, 100])), None])
+        config = tiny_gemma3_config(windows=tuple(draw(st.lists(windows, min_size=1, max_size=5))))
+        tokens, lengths, numbers = draw(prompts_with_images(config.vocab_size, st.just(side * side)))
+        chunk = side * side + draw(st.sampled_from([0, 1, 4, 1000]))
+    else:
+        num_layers = draw(st.integers(1, 5))
+        config = qwen3_vl_config(draw, num_layers=num_layers, experts=draw(experts(num_layers)))
+        tokens, lengths, numbers = draw(prompts_with_images(config.vocab_size, st.integers(1, 7)))
+        chunk = draw(st.sampled_from([1, 2, 5, 11, 1000]))
+    random = torch.Generator().manual_seed(draw(st.integers(0, 10**6)))
+    features = torch.randn(
+        1 + len(getattr(config.vision, "deepstack", ())), int(numbers.max()) + 1, 30, generator=random
+    )
+    if config.family == "gemma3":
+        images = both_ways(features[0].view(-1, side * side, 30), numbers)
+    else:
+        positions = torch.randint(40, (3, *tokens.shape), generator=random)
+        images = Images(features[0], numbers, rope_positions=positions, deepstack=tuple(features[1:]))
+    return random_model(config, seed=draw(st.integers(0, 9))), draw(plans(config)), tokens, lengths, chunk, images
+
+
+def of_row(images, row, length, before=0):
+    """The images of one row's prompt, after `before` tokens of text."""
+    numbers, ahead, positions = images.feature_index[row : row + 1, :length], None, None
+    if images.look_ahead is not None:
+        ahead = F.pad(images.look_ahead[row : row + 1, :length], (before, 0))
+    if images.rope_positions is not None:
+        text = torch.arange(before).expand(3, 1, -1)
+        positions = torch.cat((text, before + images.rope_positions[:, row : row + 1, :length]), dim=2)
+    return dataclasses.replace(
+        images, feature_index=F.pad(numbers, (before, 0), value=-1), look_ahead=ahead, rope_positions=positions
+    )
+
+
+@given(image_cases(), st.integers(0, 3))
+def test_images_are_the_references(case, steps):
+    """Prefill, cache and decode, for any plan, window, batch and chunking."""
+    module, plan, tokens, lengths, chunk, images = case
+    cache = new_cache(module, len(tokens), slots=128, chunk=chunk)
+    logits = [engine.prefill(module, tokens, cache, lengths, plan, chunk, images=images)]
+    answer = torch.randint(module.config.vocab_size, (len(tokens), steps), generator=torch.Generator().manual_seed(1))
+    logits = torch.stack(logits + [engine.decode(module, token, cache) for token in answer.T], dim=1)
+    for row, n in enumerate(lengths.tolist()):
+        whole = torch.cat((tokens[row, :n], answer[row]))
+        full_depth = reference.full_depth_tokens(n, len(whole), plan)
+        expected, kv = reference.forward(module, whole, full_depth, plan, of_row(images, row, n))
+        assert_close(logits[row], expected[n - 1 :])
+        assert_close(held(module, cache, row), seen(module, stacked(kv)))
+
+
+@given(image_cases())
+def test_images_by_the_empty_plan_are_the_plain_forward_pass(case):
+    module, _, tokens, lengths, chunk, images = case
+    cache = new_cache(module, len(tokens), slots=128, chunk=chunk)
+    logits = engine.prefill(module, tokens, cache, lengths, NONE, chunk, images=images)
+    assert_close(logits, module(tokens, images)[torch.arange(len(tokens)), lengths - 1].detach())
+
+
+@given(image_cases(), st.data())
+def test_a_second_turn_may_have_images(case, data):
+    """The prompt follows a text. Its tokens attend each other as they do in one prompt."""
+    module, plan, tokens, lengths, chunk, images = case
+    plan = dataclasses.replace(plan, full_depth_first=1)
+    first = torch.randint(module.config.vocab_size, (len(tokens), 9), generator=torch.Generator().manual_seed(3))
+    held_before = torch.tensor(data.draw(st.lists(st.integers(1, 9), min_size=len(tokens), max_size=len(tokens))))
+    cache = new_cache(module, len(tokens), slots=128, chunk=chunk)
+    engine.prefill(module, first, cache, held_before, NONE, chunk)
+    logits = engine.prefill(module, tokens, cache, lengths, plan, chunk, images=images)
+    for row, (n, m) in enumerate(zip(held_before.tolist(), lengths.tolist(), strict=True)):
+        whole = torch.cat((first[row, :n], tokens[row, :m]))
+        position = torch.arange(n + m)
+        full_depth = (position < n) | (position >= n + m - plan.full_depth_last)
+        expected, kv = reference.forward(module, whole, full_depth, plan, of_row(images, row, m, before=n))
+        assert_close(logits[row], expected[-1])
+        assert_close(held(module, cache, row), seen(module, stacked(kv)))
+
+
+def test_a_first_full_depth_token_sees_the_rest_of_its_image():
+    """At the prompt's end the window has left the image. So only the first tokens need the K and V of its rest."""
+    module = random_model(tiny_gemma3_config(), seed=6)
+    tokens, lengths = torch.arange(30)[None], torch.tensor([30])
+    numbers = torch.full((1, 30), -1)
+    numbers[0, 1:5] = torch.arange(4)
+    images = both_ways(torch.randn(1, 4, 30, generator=torch.Generator().manual_seed(1)), numbers)
+    plan = PrunePlan(layers=(1,), full_depth_first=2)
+    logits = engine.prefill(module, tokens, new_cache(module, 1), lengths, plan, 1000, images=images)
+    expected, _ = reference.forward(module, tokens[0], reference.full_depth_tokens(30, 30, plan), plan, images)
+    assert_close(logits[0], expected[-1])

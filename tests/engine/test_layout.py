@@ -1,0 +1,61 @@
+"""Which tokens make a chunk, which of them run at full depth, and when attention needs no mask."""
+
+import torch
+from support.cases import NONE, new_cache
+from support.tiny import random_model, tiny_config, tiny_gemma3_config
+from support.tiny_images import both_ways
+
+from pop import engine
+from pop.engine.layout import Chunk, chunk_bounds
+from pop.engine.stages import full_layer
+from pop.models.images import TEXT
+from pop.pruning.plan import PrunePlan
+
+
+def test_an_image_is_never_cut():
+    """Each row has its own borders: here no common border would spare both images."""
+    numbers = torch.tensor([[-1, 0, 1, 2, 3, -1, -1, -1, -1], [-1, -1, -1, 4, 5, 6, 7, -1, -1]])
+    lengths, images = torch.tensor([9, 8]), both_ways(torch.zeros(2, 4, 5), numbers)
+    chunks = [(begin.tolist(), end.tolist()) for begin, end in chunk_bounds(lengths, 4, images)]
+    assert chunks == [([0, 0], [1, 3]), ([1, 3], [5, 7]), ([5, 7], [9, 8])]
+    text = [(begin.tolist(), end.tolist()) for begin, end in chunk_bounds(lengths, 4, TEXT)]
+    assert text == [([0, 0], [4, 4]), ([4, 4], [8, 8]), ([8, 8], [9, 8])]
+
+
+def test_text_prompts_keep_to_causal_attention_without_a_mask(monkeypatch):
+    """Only a chunk that holds an image with look-ahead leaves the fast path."""
+    module, masked = random_model(tiny_gemma3_config(windows=(None,)), seed=3), []
+
+    def watched(layer, h, keys, values, at):
+        masked.append(at.mask is not None)
+        return full_layer(layer, h, keys, values, at)
+
+    stages = engine.Stages(full_layer=watched)
+    tokens, lengths = torch.arange(8)[None], torch.tensor([8])
+    for numbers, expected in (([-1] * 8, [False]), ([-1, -1, 0, 1, 2, 3, -1, -1], [True])):
+        images = both_ways(torch.zeros(1, 4, 30), torch.tensor([numbers]))
+        engine.prefill(module, tokens, new_cache(module, 1), lengths, NONE, 1000, stages, images)
+        assert masked == expected
+        masked.clear()
+
+
+def test_full_depth_rows_by_hand():
+    """Two rows of 7 and 4 tokens in chunks of 5, one first and two last tokens of each at full depth."""
+    module, plan = random_model(tiny_config()), PrunePlan((2,), full_depth_last=2, full_depth_first=1)
+    cache, lengths, cpu = new_cache(module, 2), torch.tensor([7, 4]), torch.device("cpu")
+    first, second = (
+        Chunk.of(cache, lengths, begin, end, plan, TEXT, True, cpu) for begin, end in chunk_bounds(lengths, 5, TEXT)
+    )
+
+    def rows(chunk):
+        """The columns of each row's full-depth tokens."""
+        pairs = zip(chunk.full_depth.index, chunk.full_depth.valid, strict=True)
+        return [index[valid].tolist() for index, valid in pairs]
+
+    assert rows(first) == [[0], [0, 2, 3]]
+    assert first.tokens.valid.tolist() == [[True] * 5, [True] * 4 + [False]]
+    assert (first.last.tolist(), first.last_row.tolist(), first.ends.tolist()) == ([4, 3], [-1, 2], [5, 4])
+    assert first.is_fresh and first.attended_from == 2
+    # Nothing is left to prune in the second chunk, so its tokens run as in a kept layer.
+    assert second.plan == NONE and second.full_depth.index.shape == (2, 0)
+    assert second.tokens.positions[0].tolist() == [5, 6] and second.has_tokens.tolist() == [True, False]
