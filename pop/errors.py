@@ -59,13 +59,16 @@ class CacheMemoryError(PopError, MemoryError):
     """A KV cache that does not fit into the device's memory."""
 
 
-def check_count(name: str, value, least: int = 1, most: float = float("inf")) -> int:
-    """`value` as an int, if it is an integer of any type from `least` to `most`; otherwise raise InputError.
+def check_count(
+    name: str, value, least: int = 1, most: float = float("inf"), error: type[PopError] = InputError
+) -> int:
+    """`value` as an int, if it is an integer of any type from `least` to `most`; otherwise raise `error`.
 
     Args:
         name: what the error calls the value.
         value: what a caller has given.
         least, most: the bounds, both allowed.
+        error: the class of the error.
     """
     try:
         number = None if isinstance(value, bool) else index(value)
@@ -73,5 +76,5 @@ def check_count(name: str, value, least: int = 1, most: float = float("inf")) ->
         number = None
     if number is None or not least <= number <= most:
         wanted = f"of at least {least}" if most == float("inf") else f"from {least} to {most}"
-        raise InputError(f"{name} is {value!r}; it must be an integer {wanted}")
+        raise error(f"{name} is {value!r}; it must be an integer {wanted}")
     return number

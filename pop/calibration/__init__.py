@@ -1,1 +1,4 @@
-"""Refit projections, virtual gates and importance scores. May import everything but pop.cli."""
+"""Refit projections, virtual gates and importance scores: what improves or chooses a plan for a loaded model.
+
+May import everything but pop.cli. Only pop.cli and pop/__init__.py import it.
+"""

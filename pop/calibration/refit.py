@@ -1,34 +1,22 @@
 """Calibration: refit the K and V projections of pruned layers in closed form.
 
-A pruned layer l projects K and V from h_r, the state that enters its run of pruned layers, though its weights were
-trained on h_l, the state one to many layers later. That is the method's error, and much of it is linear: let x_t be
-h_r of token t, normalised without a weight, y_t what the full model has as l's K (or V) of that token before K's norm
-and the rotary position, and W0, b0 the layer's own projection with its norm's weight folded in. Ridge regression
-toward W0 over the n tokens of a calibration text,
+A pruned layer projects K and V from the state that enters its group of pruned layers, but its weights were trained on a
+later state. Much of the resulting error is linear. Ridge regression toward the layer's own projection W0 removes it:
 
-    min_W  sum_t |y_t - b0 - W x_t|^2 + lambda n |W - W0|^2
+    min_W  sum_t |y_t - b0 - W x_t|^2 + lambda n |W - W0|^2        y_t: the full model's K or V of token t
+    W = W0 + d D,   D = R' X (X' X + lambda n I)^-1,   R = Y - b0 - X W0',   d = 1
 
-has the solution
-
-    W = W0 + d D,    D = R' X (X' X + lambda n I)^-1,    R = Y - b0 - X W0',    d = 1,
-
-and is plain prefill-only pruning for lambda to infinity, or for a damping d of 0. With two taps the input is
-[x_t ; x_{t-1}], and W0 is zero for the previous token's half: deep layers' K and V depend on what attention brought
-from the token before, which a map of x_t alone cannot know. The first token is left out: it is the attention sink,
-unlike all others, and runs at full depth in a calibrated plan.
-
-One pass over the text gives X' X and X' Y, summed in float64; no token's states are kept. The states entering a later
-run depend on the layers kept in between, but not on any refit: all that pruned tokens attend there are pruned tokens,
-and the first ones at full depth. So one pass serves all runs. lambda and the dampings of K and V are then those with
-the least KL(full || pruned) on held-out windows of the text.
+One pass over the text sums X' X and X' Y in float64. Held-out windows then choose lambda and the damping d. README.md
+in this folder says more. Shape letters: models/layers.py.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from importlib.resources import files
 from itertools import islice
 
@@ -45,12 +33,12 @@ from pop.pruning.projections import KVProjections
 
 RIDGES = (1e-2, 1e-1, 1.0)  # candidates for lambda
 DAMPINGS = (1.0, 0.85)  # candidates for d, of V and of K
-TRIALS = len(RIDGES) + 2 * (len(DAMPINGS) - 1) + 1  # of each plan: one setting after the other, and none
-SHORTEST = 16  # tokens of a window; less, left over at the end of a text, is of little use
-JUDGED = 384  # tokens of a held-out window that are used, at most
-TOKENS_AT_ONCE = 4096  # of the calibration text in one forward pass, at most
+TRIALS = len(RIDGES) + 2 * (len(DAMPINGS) - 1) + 1  # the most settings that are tried for a plan
+SHORTEST = 16  # tokens; a shorter window is left out
+JUDGED = 384  # the most tokens of a held-out window that are used
+TOKENS_AT_ONCE = 4096  # the most tokens in one forward pass
 
-Window = tuple[list[int], list[Prepared]]  # token ids, and the images and videos that they have places for
+Window = tuple[list[int], list[Prepared]]  # token ids, and the images and videos among them
 
 
 @torch.no_grad()
@@ -67,211 +55,215 @@ def calibrate(
     seed: int = 0,
     progress: bool = True,
 ) -> PrunePlan | list[PrunePlan]:
-    """Refit the pruned layers' K and V projections to a text. Returns the plan with its projections.
+    """Refit the pruned layers' K and V projections to texts.
 
-    model: a pop.Model. texts: strings or lists of token ids, like what will be prompted with: some 50,000 tokens, more
-        for a wide model; None takes a small built-in set of English and Python.
-    plan: a PrunePlan, or several, which share the pass over the text; then a list comes back. A plan's
-        full_depth_first becomes 1 where it is 0; everything else stays.
-    images, videos: a list for each text, as in `Model.generate`. All are prepared at once, and so in memory together.
-    taps: 2 gives the projections the token before as a second input, at the price of a second product; 1 does not.
-    window: texts are cut into windows of so many tokens; best as long as the prompts will be. One that has images or
-        videos stays whole.
-    held_out: windows, at most a fifth of all, that are not fitted to but choose lambda and the dampings, by what
-        follows their first 256 tokens, or their last image. seed: which windows these are.
-    progress: show a bar on stderr, if tqdm is installed.
+    Args:
+        model: a pop.Model.
+        texts: strings or lists of token ids that resemble the prompts to come. Some 50,000 tokens suffice; a wide model
+            needs more. None takes a small built-in set of English and Python.
+        plan: a PrunePlan, or a list of them. Several plans share the pass over the texts.
+        images, videos: a list for each text, as in `Model.generate`. All are in memory at the same time.
+        taps: 2 also gives the projections the previous token as an input, for the cost of a second product. 1 does not.
+        window: texts are cut into windows of this many tokens. Best is the length of the prompts to come. A text with
+            images or videos stays whole.
+        held_out: the number of windows, at most a fifth of all, that choose lambda and the dampings. They are not
+            fitted to. What counts is the text after their first 256 tokens, or after their last image.
+        seed: decides which windows are held out.
+        progress: show a bar on stderr, if tqdm is installed.
 
-    Raises InputError for texts too short to be fitted to and for options out of range, PlanError for a plan that does
-    not fit the model or prunes nothing.
+    Returns:
+        The plan with projections, and with a full_depth_first of at least 1. For a list of plans, a list.
+
+    Raises:
+        InputError: the texts are too short, or an option is out of range.
+        PlanError: a plan does not fit the model, or prunes nothing.
     """
     if not isinstance(model, Model):
         raise InputError(f"the model is a {type(model).__name__}; load one with pop.load")
     several = isinstance(plan, (list, tuple))
     plans = [_checked(model, one) for one in (plan if several else [plan])]
     if not plans:
-        raise PlanError("the list of plans is empty, so there is nothing to calibrate")
-    if type(taps) is not int or taps not in (1, 2):
-        raise InputError(f"taps is {taps!r}; it is 1 or 2")
-    if type(seed) is not int:
-        raise InputError(f"seed is {seed!r}; it is an integer")
-    if check_count("window", window) < SHORTEST:
-        raise InputError(f"window is {window}; windows of less than {SHORTEST} tokens are not fitted to")
+        raise PlanError("the list of plans is empty; give at least one plan")
+    taps = check_count("taps", taps, least=1, most=2)
+    seed = check_count("seed", seed, least=-(2**63), most=2**63 - 1)
+    window = check_count("window", window, least=SHORTEST)
     held_out = check_count("held_out", held_out)
     windows = _windows(model, texts, images, videos, min(window, model.max_seq_len))
     if len(windows) < 2:
-        raise InputError(
-            f"texts hold less than two windows of {SHORTEST} tokens or more; give more text or a smaller window"
-        )
+        raise InputError(f"texts have fewer than two windows of {SHORTEST} tokens; give more text or a smaller window")
     random.Random(seed).shuffle(windows)
     held_out = min(held_out, max(1, len(windows) // 5))
     judge, windows = windows[:held_out], windows[held_out:]
     fits = [_Fit(model, one, taps) for one in plans]
-    with progress_bar("calibrating", sum(len(window) for window, _ in windows), "tokens", progress) as step:
+    with progress_bar("calibrating", sum(len(tokens) for tokens, _ in windows), "tokens", progress) as step:
         for batch in _batches(windows):
             _accumulate(model, batch, fits)
-            step(sum(len(window) for window, _ in batch))
+            step(sum(len(tokens) for tokens, _ in batch))
     if not all(fit.count for fit in fits):
-        raise InputError("no token of the texts is left to fit to; give longer texts, or a smaller full_depth_first")
-    tune = Judge(model, judge)
+        raise InputError("full_depth_first leaves no token to fit to; make it smaller, or give longer texts")
+    loss = Judge(model, judge)
     with progress_bar("choosing lambda", len(fits) * TRIALS, "trials", progress) as step:
-        results = [_choose(fit, tune, step) for fit in fits]
+        results = [_choose(fit, loss, step) for fit in fits]
     return results if several else results[0]
 
 
 def builtin_texts() -> list[str]:
-    """What stands in for texts=None: public-domain English of five kinds, and some of this package's own Python."""
+    """The texts for texts=None: public-domain English of five kinds, and some Python of this package."""
     folder = files("pop").joinpath("data", "calibration")
     return [file.read_text(encoding="utf-8") for file in sorted(folder.iterdir(), key=lambda file: file.name)]
-
-
-# What goes in
 
 
 def _checked(model, plan) -> PrunePlan:
     if not isinstance(plan, PrunePlan):
         raise PlanError(f"plan is {plan!r}; give a pop.PrunePlan, such as pop.PrunePlan.deepest(num_layers, 1 / 2)")
     if not plan.check(model.config.num_layers).layers:
-        raise PlanError("the plan prunes nothing, so there is nothing to calibrate")
+        raise PlanError("the plan prunes no layers, so there is nothing to calibrate; give its layers")
     return dataclasses.replace(plan, full_depth_first=max(1, plan.full_depth_first), projections=None)
 
 
 def _windows(model, texts, images, videos, size: int) -> list[Window]:
-    """The texts as token ids, in windows of at most `size`, each behind BOS where the text is."""
-    if isinstance(texts, str) or not (texts is None or isinstance(texts, Iterable)):
+    """Cut the texts into windows of at most `size` token ids. Where a text begins with BOS, so do its windows."""
+    if isinstance(texts, str) or not isinstance(texts, Iterable | None):
         raise InputError(f"texts is a {type(texts).__name__}; give a list of strings or of lists of token ids")
     texts = builtin_texts() if texts is None else list(texts)
     windows = []
-    for text, seen in zip(texts, model.vision.prepare_batch(images, videos, len(texts)), strict=True):
+    for text, media in zip(texts, model.vision.prepare_batch(images, videos, len(texts)), strict=True):
         if isinstance(text, int):
             raise InputError(f"texts holds {text}; give strings or lists of token ids")
-        ids = model.encode(text, "text", seen=seen)
-        if seen:
-            model.check_fits(len(ids), "a text with images")
-            windows.append((ids, seen))
+        tokens = model.encode(text, "text", seen=media)
+        if media:
+            model.check_fits(len(tokens), "a text with images")
+            windows.append((tokens, media))
             continue
-        bos = ids[:1] if ids[0] == model.config.bos_id else []
-        body = ids[len(bos) :]
+        bos = tokens[:1] if tokens[0] == model.config.bos_id else []
         step = max(1, size - len(bos))
-        windows += [(bos + body[begin : begin + step], []) for begin in range(0, len(body), step)]
-    return [(ids, seen) for ids, seen in windows if len(ids) >= SHORTEST]
+        windows += [(bos + tokens[begin : begin + step], []) for begin in range(len(bos), len(tokens), step)]
+    return [(tokens, media) for tokens, media in windows if len(tokens) >= SHORTEST]
 
 
-def _batches(windows: list[Window]):
-    """Windows of about equal lengths together, as many as TOKENS_AT_ONCE allows."""
+def _batches(windows: list[Window]) -> Iterator[list[Window]]:
+    """Batch windows of similar lengths, as many as TOKENS_AT_ONCE allows."""
     queue = iter(sorted(windows, key=lambda window: len(window[0]), reverse=True))
     while first := next(queue, None):
         yield [first, *islice(queue, max(0, TOKENS_AT_ONCE // len(first[0]) - 1))]
 
 
-# The normal equations
-
-
 class _Fit:
-    """The sums of one plan: for each run of pruned layers X' X, and X' Y for each layer of it."""
+    """The normal equations of one plan.
+
+    Attributes:
+        xx, x: for the first layer of each group of pruned layers, X' X and the sum of X over its tokens.
+        xy: for each pruned layer, X' Y.
+        count: n, the number of tokens.
+    """
 
     def __init__(self, model, plan: PrunePlan, taps: int):
-        self.model, self.plan, self.taps = model, plan, taps
-        runs = plan.groups(model.config.num_layers, model.module.deepstack_layers)
-        self.runs = [run for pruned, run in runs if pruned]
-        device, F_in = model.device, taps * model.config.hidden_size
-        KE = model.module.config.num_kv_heads * model.config.head_dim
-        zeros = lambda *shape: torch.zeros(shape, dtype=torch.float64, device=device)  # noqa: E731
-        self.xx = {run[0]: zeros(F_in, F_in) for run in self.runs}
-        self.x = {run[0]: zeros(F_in) for run in self.runs}
-        self.xy = {index: zeros(F_in, 2 * KE) for index in plan.layers}
-        self.count = 0
+        self.model, self.plan, self.taps, self.count = model, plan, taps, 0
+        groups = plan.groups(model.config.num_layers, model.module.deepstack_layers)
+        self.groups = [group for is_pruned, group in groups if is_pruned]
+        zeros = functools.partial(torch.zeros, dtype=torch.float64, device=model.device)
+        width, KE = taps * model.config.hidden_size, model.module.config.num_kv_heads * model.config.head_dim
+        self.xx = {group[0]: zeros(width, width) for group in self.groups}
+        self.x = {group[0]: zeros(width) for group in self.groups}
+        self.xy = {index: zeros(width, 2 * KE) for index in plan.layers}
 
     def solve(self, ridge: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """W0 [n, 2, K * E, taps * D], the correction D of the same shape, and b0 [n, 2, K * E], in float64."""
-        own, corrections, biases = [], [], []
-        for run in self.runs:
-            xx = self.xx[run[0]]
-            if not all(sums.isfinite().all() for sums in (xx, *(self.xy[index] for index in run))):
+        """Solve for a lambda: W0 [n, 2, K * E, taps * D], D of the same shape, and b0 [n, 2, K * E], in float64."""
+        solutions = []
+        for group in self.groups:
+            xx, x = self.xx[group[0]], self.x[group[0]]
+            if not all(sums.isfinite().all() for sums in (xx, *(self.xy[index] for index in group))):
                 raise InputError("the hidden states of the texts are not finite; check the weights, or the dtype")
-            factor = torch.linalg.cholesky(
-                xx + ridge * self.count * torch.eye(len(xx), dtype=xx.dtype, device=xx.device)
-            )
-            for index in run:
-                weight, bias = self.model.module.layers[index].folded_projections()
-                weight = F.pad(weight, (0, len(xx) - weight.shape[2]))  # the previous token's half is zero
-                flat = weight.flatten(0, 1).T  # [taps * D, 2 * K * E]
-                residual = self.xy[index] - xx @ flat - self.x[run[0]][:, None] * bias.flatten()
-                correction = torch.cholesky_solve(residual, factor)
-                own.append(weight)
-                corrections.append(correction.T.unflatten(0, weight.shape[:2]))
-                biases.append(bias)
-        return torch.stack(own), torch.stack(corrections), torch.stack(biases)
+            identity = torch.eye(len(xx), dtype=xx.dtype, device=xx.device)
+            factor = torch.linalg.cholesky(xx + ridge * self.count * identity)
+            for index in group:
+                own, bias = self.model.module.layers[index].folded_projections()
+                own = F.pad(own, (0, len(xx) - own.shape[2]))  # the layer's own projection ignores the previous token
+                residual = self.xy[index] - xx @ own.flatten(0, 1).T - x[:, None] * bias.flatten()  # X' R
+                correction = torch.cholesky_solve(residual, factor)  # D'
+                solutions.append((own, correction.T.unflatten(0, own.shape[:2]), bias))
+        own, correction, bias = map(torch.stack, zip(*solutions, strict=True))
+        return own, correction, bias
+
+    def refit(self, own, correction, bias, damp_k: float, damp_v: float) -> PrunePlan:
+        """Return the plan with the projections of a solution, given the dampings of K and V."""
+        taps = self.taps
+        if damp_k == damp_v == 0:  # plain pruning does not use the previous token
+            taps, D = 1, self.model.config.hidden_size
+            own, correction = own[..., :D], correction[..., :D]
+        weight = own + own.new_tensor([damp_k, damp_v])[:, None, None] * correction
+        weight, bias = weight.to(self.model.dtype), bias.to(self.model.dtype)
+        if self.model.part is not None:  # each rank has fitted those of its heads
+            weight, bias = (self.model.part.gather_heads(x) for x in (weight, bias))
+        projections = KVProjections(self.plan.layers, weight, bias, self.model.fingerprint, taps)
+        return dataclasses.replace(self.plan, projections=projections)
 
 
 def _accumulate(model, batch: list[Window], fits: list[_Fit]) -> None:
     """Add the tokens of a batch of windows to the sums of each fit.
 
-    One full forward pass gives the targets, and what enters a plan's first run. Behind it each plan has a stream of
-    its own, in which pruned tokens skip the plan's layers, up to the last run.
+    One full forward pass gives the targets. Beside it, each plan has a stream from its first to its last pruned layer,
+    in which tokens skip the plan's layers. No refit changes a stream: pruned tokens attend in kept layers only. So one
+    pass serves all groups. The first tokens run at full depth, and are not fitted to.
     """
-    module, device = model.module, model.device
-    lengths = torch.tensor([len(window) for window, _ in batch])
-    tokens = torch.nn.utils.rnn.pad_sequence([torch.tensor(window) for window, _ in batch], batch_first=True)
-    images = model.vision.images(module, [seen for _, seen in batch], tokens, lengths)
-    lengths, tokens = lengths.to(device), tokens.to(device)
-    position = torch.arange(tokens.shape[1], device=device)
-    deepest = max(fit.plan.layers[-1] for fit in fits)  # no later layer is needed
-    streams = [None for _ in fits]  # each plan's h, from its first pruned layer on; before that it is the full pass's
-    inputs = [None for _ in fits]  # [N, taps * D] float64, of the group that the layer is in
+    lengths = torch.tensor([len(tokens) for tokens, _ in batch])
+    tokens = torch.nn.utils.rnn.pad_sequence([torch.tensor(tokens) for tokens, _ in batch], batch_first=True)
+    images = model.vision.images(model.module, [media for _, media in batch], tokens, lengths)
+    position = torch.arange(tokens.shape[1], device=model.device)
+    inside = position < lengths.to(model.device)[:, None]  # [B, T], not padding
+    fitted = [inside & (position >= fit.plan.full_depth_first) for fit in fits]  # [B, T] each
+    deepest = max(fit.plan.layers[-1] for fit in fits)  # no layer after it is run
+    streams: dict[int, torch.Tensor] = {}  # by number of the fit: h [B, T, D]
+    inputs: dict[int, torch.Tensor] = {}  # by number of the fit: X [N, taps * D] of the group
 
     def step(index, layer, h, rope, attend):
-        updated = layer(h, rope, attend) if index < deepest else h
-        if index > deepest:
-            return h
-        targets = None
+        full = layer(h, rope, attend) if index < deepest else h
+        targets = torch.cat(layer.projected(h), dim=-1) if any(index in fit.xy for fit in fits) else None
         for number, fit in enumerate(fits):
-            plan = fit.plan
-            if not plan.layers[0] <= index <= plan.layers[-1]:
+            if index == fit.plan.layers[0]:
+                streams[number] = h
+            if number not in streams:
                 continue
-            stream = h if index == plan.layers[0] else streams[number]
-            if index in plan.layers:
-                counted = (position >= plan.full_depth_first) & (position < lengths[:, None])  # [B, T]
-                if index in fit.xx:
-                    x = layer.normalised(stream)
-                    refit = torch.cat((x, F.pad(x, (0, 0, 1, -1))), dim=-1) if fit.taps == 2 else x
-                    inputs[number] = refit[counted].double()
-                    fit.xx[index] += inputs[number].T @ inputs[number]
-                    fit.x[index] += inputs[number].sum(0)
-                if targets is None:
-                    targets = torch.cat(layer.projected(h), dim=-1)  # [B, T, 2 * K * E]
-                fit.xy[index] += inputs[number].T @ targets[counted].double()
-                first = (position < plan.full_depth_first)[:, None]  # [T, 1]
-                stream = torch.where(first, updated, stream)
+            stream = streams.pop(number)
+            if index in fit.xx:
+                x = layer.normalised(stream)
+                x = torch.cat((x, F.pad(x, (0, 0, 1, -1))), dim=-1) if fit.taps == 2 else x
+                X = inputs[number] = x[fitted[number]].double()
+                fit.xx[index] += X.T @ X
+                fit.x[index] += X.sum(0)
+            if index in fit.xy:
+                fit.xy[index] += inputs[number].T @ targets[fitted[number]].double()
+                stream = torch.where((position < fit.plan.full_depth_first)[:, None], full, stream)
             else:
                 stream = layer(stream, rope, attend)
-            streams[number] = images.add_deepstack(stream, index)
-        return updated
+            if index < fit.plan.layers[-1]:
+                streams[number] = images.add_deepstack(stream, index)
+        return full
 
-    module.through_layers(tokens, images, step)
-    for fit in fits:
-        fit.count += int(((position >= fit.plan.full_depth_first) & (position < lengths[:, None])).sum())
-
-
-# What fits best
+    model.module.through_layers(tokens.to(model.device), images, step)
+    for fit, mask in zip(fits, fitted, strict=True):
+        fit.count += int(mask.sum())
 
 
 class Judge:
-    """KL(full || pruned), nats a token, over the last third of each window; what is before it is the prompt, which has
-    all images."""
+    """KL(full || pruned) of a plan on windows, in nats a token.
+
+    The last third of a window counts. What comes before it is the prompt, which has all images.
+    """
 
     def __init__(self, model, windows: list[Window]):
         self.model, self.cases = model, []
-        for window, seen in windows:
-            places = model.vision.locate(window, seen)
-            cut = max([min(len(window), JUDGED) * 2 // 3, *(place[-1] + 1 for place in places)])
-            prompt, continuation = window[:cut], window[cut : max(JUDGED, cut + JUDGED // 3)]
-            full = self._log_probs(prompt, continuation, seen, PrunePlan.none())
-            self.cases.append((prompt, continuation, seen, full))
+        for tokens, media in windows:
+            images = model.vision.locate(tokens, media)
+            cut = max([min(len(tokens), JUDGED) * 2 // 3, *(image[-1] + 1 for image in images)])
+            prompt, continuation = tokens[:cut], tokens[cut : max(JUDGED, cut + JUDGED // 3)]
+            full = self._log_probs(prompt, continuation, media, PrunePlan.none())
+            self.cases.append((prompt, continuation, media, full))
 
-    def _log_probs(self, prompt, continuation, seen, plan) -> torch.Tensor:
-        """Log-probabilities [N + 1, V] at the N tokens of the continuation and at the one after."""
+    def _log_probs(self, prompt, continuation, media, plan) -> torch.Tensor:
+        """Log-probabilities [N + 1, V] of the N tokens of the continuation and of the next one."""
         cache = self.model.new_cache(1, len(prompt) + len(continuation))
-        first = self.model.prefill([prompt], cache, images=[seen], plan=plan)  # [1, V]
+        first = self.model.prefill([prompt], cache, images=[media], plan=plan)  # [1, V]
         if not continuation:
             return first.log_softmax(-1)
         rest = engine.extend(self.model.module, torch.tensor([continuation], device=self.model.device), cache)[0]
@@ -279,51 +271,42 @@ class Judge:
 
     def __call__(self, plan: PrunePlan) -> float:
         total = count = 0
-        for prompt, continuation, seen, full in self.cases:
-            pruned = self._log_probs(prompt, continuation, seen, plan)
+        for prompt, continuation, media, full in self.cases:
+            pruned = self._log_probs(prompt, continuation, media, plan)
             total += F.kl_div(pruned, full, log_target=True, reduction="sum").item()
             count += len(full)
         return total / count
 
 
 def _choose(fit: _Fit, judge: Judge, step) -> PrunePlan:
-    """The best lambda, then the best damping of V's correction, then of K's; none at all if that is better still."""
-    solutions, losses = {}, {}
+    """Choose lambda, then the damping of V, then that of K. Plain pruning is chosen if it is better than all."""
 
-    def plan(ridge: float, damp_k: float, damp_v: float) -> PrunePlan:
-        if ridge not in solutions:
-            solutions.clear()  # one at a time: they are large
-            solutions[ridge] = fit.solve(ridge)
-        own, correction, bias = solutions[ridge]
-        taps = fit.taps
-        if damp_k == damp_v == 0:  # plain pruning has no use for the previous token
-            taps, D = 1, fit.model.config.hidden_size
-            own, correction = own[..., :D], correction[..., :D]
-        damping = torch.tensor([damp_k, damp_v], dtype=own.dtype, device=own.device)[:, None, None]
-        dtype, fingerprint = fit.model.dtype, fit.model.fingerprint
-        weight, bias = (own + damping * correction).to(dtype), bias.to(dtype)
-        if fit.model.part is not None:  # each rank has fitted those of its heads
-            weight, bias = (fit.model.part.gather_heads(x) for x in (weight, bias))
-        refit = KVProjections(fit.plan.layers, weight, bias, fingerprint, taps)
-        return dataclasses.replace(fit.plan, projections=refit)
+    solved = {}
 
+    def refit(ridge: float, damp_k: float, damp_v: float) -> PrunePlan:
+        if ridge not in solved:
+            solved.clear()  # solutions are large, so only one is kept
+            solved[ridge] = fit.solve(ridge)
+        return fit.refit(*solved[ridge], damp_k, damp_v)
+
+    @functools.cache
     def loss(*settings: float) -> float:
-        if settings not in losses:
-            losses[settings] = judge(plan(*settings))
-            if not math.isfinite(losses[settings]):
-                raise InputError(
-                    "the model's predictions on the texts are not finite; check the weights, or load with "
-                    "dtype=torch.bfloat16 or torch.float32"
-                )
-            step(1)
-        return losses[settings]
+        found = judge(refit(*settings))
+        if not math.isfinite(found):
+            raise InputError(
+                "the model's predictions on the texts are not finite; check the weights, or load with "
+                "dtype=torch.bfloat16 or torch.float32"
+            )
+        step(1)
+        return found
 
     ridge = RIDGES[0]
-    for larger in RIDGES[1:]:  # the loss has one valley: up to where it rises
+    for larger in RIDGES[1:]:  # the loss has one valley, so stop where it rises
         if loss(larger, 1.0, 1.0) >= loss(ridge, 1.0, 1.0):
             step(len(RIDGES) - 1 - RIDGES.index(larger))
             break
         ridge = larger
     damp_v = min(DAMPINGS, key=lambda damp: loss(ridge, 1.0, damp))
     damp_k = min(DAMPINGS, key=lambda damp: loss(ridge, damp, damp_v))
-    return plan(*min([(ridge, damp_k, damp_v), (ridge, 0.0, 0.0)], key=lambda settings: loss(*settings)))
+    best = min([(ridge, damp_k, damp_v), (ridge, 0.0, 0.0)], key=lambda settings: loss(*settings))
+    return refit(*best)

@@ -1,7 +1,7 @@
-"""Which layers does each stage need? `pop.importance`, from samples to scores, and what can be done with them.
+"""Importance scores: `pop.importance`, from samples to scores, and what can be done with the scores.
 
-The mechanism, and what the scores mean, is in pop/calibration/gates.py. Around it: samples as users give them, responses that
-the model samples itself, and sums that survive an interruption.
+pop/calibration/gates.py explains what they mean, and computes the gradients. This file reads samples as users give
+them, lets the model sample the responses that are missing, and keeps unfinished work in a file.
 """
 
 from __future__ import annotations
@@ -13,32 +13,37 @@ import json
 import math
 import os
 from collections.abc import Iterable, Sequence
-from functools import partial
-from numbers import Integral
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import save
 
+from pop import files
 from pop.calibration.gates import gate_gradients, sample_responses
 from pop.errors import InputError, MissingExtra, PlanError, PopError, UnsupportedError, check_count
-from pop.files import replaced
 from pop.inputs.processors import Prepared
 from pop.model import Model
 from pop.progress import progress_bar
 from pop.pruning.plan import PrunePlan
+
+SCORES = ("prefill", "decode", "prefill_error", "decode_error")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Importance:
     """Importance scores of all layers for both stages, made by `pop.importance`.
 
-    prefill, decode: [L] float64 on the CPU, I_l of pop/calibration/gates.py, in nats squared.
-    prefill_error, decode_error: [L] float64, their standard errors; nan where there was one sample only.
-    num_samples: how many samples the scores are means of.
-    attention, mlp: the same with a gate on that branch of the layer alone, or None where it was not asked for.
+    Args:
+        prefill, decode: [L] float64 on the CPU, I_l of pop/calibration/gates.py, in nats squared.
+        prefill_error, decode_error: [L] float64, their standard errors; NaN if there was one sample only.
+        num_samples: the number of samples that the scores are means of.
+        attention, mlp: the scores with a gate on one branch of the layer only. None: they were not asked for.
 
-    Raises InputError for anything else.
+    Raises:
+        InputError: any other value.
     """
 
     prefill: torch.Tensor
@@ -51,33 +56,39 @@ class Importance:
 
     def __post_init__(self):
         object.__setattr__(self, "num_samples", check_count("num_samples", self.num_samples))
-        for name in ("prefill", "decode", "prefill_error", "decode_error"):
-            unknown = name.endswith("error") and self.num_samples == 1
+        for name in SCORES:
+            unknown = name.endswith("_error") and self.num_samples == 1
             object.__setattr__(self, name, _scores(name, getattr(self, name), unknown))
         branches = [branch for branch in (self.attention, self.mlp) if branch is not None]
         if not all(isinstance(branch, Importance) for branch in branches):
-            raise InputError("attention and mlp are an Importance each, or None")
-        lists = [self.prefill, self.decode, self.prefill_error, self.decode_error]
-        lists += [branch.prefill for branch in branches]
-        if len({len(scores) for scores in lists}) > 1 or any(b.num_samples != self.num_samples for b in branches):
-            raise InputError("the scores are of different numbers of layers or samples; they belong together")
+            raise InputError("attention and mlp must be an Importance each, or None")
+        numbers = {(self.num_samples, len(getattr(self, name))) for name in SCORES}
+        numbers |= {(branch.num_samples, len(branch.prefill)) for branch in branches}
+        if len(numbers) > 1:
+            raise InputError(f"the scores differ in (samples, layers): {sorted(numbers)}; give scores of one run")
 
     def plan(self, count: int, **options) -> PrunePlan:
-        """Prune the `count` layers that matter least for prefill; of equal ones the deeper first.
+        """Prune the `count` layers that prefill needs least. Of equal layers, prune the deeper one first.
 
-        options: the other fields of PrunePlan. Raises PlanError for a count that is not 0 to L.
+        Args:
+            count: from 0 to L.
+            options: the other fields of PrunePlan.
+
+        Raises:
+            PlanError: a value is out of range.
         """
         num_layers = len(self.prefill)
-        if isinstance(count, bool) or not isinstance(count, Integral) or not 0 <= count <= num_layers:
-            raise PlanError(f"count is {count!r}; it is the number of layers to prune, from 0 to {num_layers}")
+        count = check_count("count", count, 0, num_layers, PlanError)
         ranked = sorted(range(num_layers), key=lambda layer: (self.prefill[layer].item(), -layer))
         return PrunePlan(layers=tuple(ranked[:count]), **options)
 
     def plot(self, path: str | os.PathLike) -> None:
         """Draw both stages' scores over the layers, with standard errors, as an SVG or PNG file.
 
-        A score of exactly zero has no place on the logarithmic axis: a triangle on the lower edge stands for it.
-        Raises MissingExtra without matplotlib, InputError for another kind of file or one that cannot be written.
+        The axis is logarithmic. A triangle on the lower edge stands for a score of exactly zero.
+
+        Raises:
+            MissingExtra: matplotlib is not installed. InputError: the file is of another kind, or cannot be written.
         """
         kind = check_plot(path)
         import matplotlib
@@ -88,7 +99,7 @@ class Importance:
         positive = positive[positive > 0].tolist()
         with matplotlib.rc_context():
             matplotlib.rcdefaults()
-            matplotlib.rcParams["svg.hashsalt"] = "pop"  # the same scores give the same file
+            matplotlib.rcParams["svg.hashsalt"] = "pop"  # equal scores give equal files
             figure = Figure(figsize=(7, 3.6), layout="constrained")
             axes = figure.add_subplot()
             for stage, color, marker in (("prefill", "tab:blue", "o"), ("decode", "tab:orange", "s")):
@@ -107,33 +118,28 @@ class Importance:
             axes.legend()
             drawn = io.BytesIO()
             figure.savefig(drawn, format=kind, dpi=150, metadata={"Date": None} if kind == "svg" else None)
-        _write(path, drawn.getvalue())
+        files.write_whole(path, drawn.getvalue(), "the plot", InputError)
 
     def save(self, path: str | os.PathLike) -> None:
-        """Write the scores as JSON, whole or not at all. Raises InputError where that is not possible."""
-        _write(path, _json(self._fields()))
+        """Write the scores as JSON, whole or not at all. Raises InputError if that fails."""
+
+        def listed(scores: torch.Tensor) -> list[float | None]:
+            return [None if math.isnan(score) else score for score in scores.tolist()]
+
+        content = json.dumps(dataclasses.asdict(self), indent=1, default=listed) + "\n"
+        files.write_whole(path, content, "the importance scores", InputError)
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> Importance:
-        """Read scores written by `save`. Raises InputError if the file does not hold them."""
+        """Read scores that `save` has written. Raises InputError for any other file."""
         try:
-            return cls._from_fields(_read_json(path))
-        except (InputError, OSError, ValueError, TypeError, RecursionError) as error:
+            fields = files.read_json(path, InputError)
+            for name in ("attention", "mlp"):
+                if isinstance(fields.get(name), dict):
+                    fields[name] = cls(**fields[name])
+            return cls(**fields)
+        except (InputError, TypeError) as error:
             raise InputError(f"{path} does not hold importance scores ({error}); write them with .save(path)") from None
-
-    def _fields(self) -> dict:
-        fields = dict(vars(self))
-        for name, value in fields.items():
-            if isinstance(value, Importance):
-                fields[name] = value._fields()
-            elif isinstance(value, torch.Tensor):
-                fields[name] = [None if math.isnan(number) else number for number in value.tolist()]
-        return fields
-
-    @classmethod
-    def _from_fields(cls, fields: dict) -> Importance:
-        inner = {name: cls._from_fields(value) for name, value in fields.items() if isinstance(value, dict)}
-        return cls(**{**fields, **inner})
 
 
 def importance(
@@ -149,153 +155,134 @@ def importance(
     resume: str | os.PathLike | None = None,
     progress: bool = True,
 ) -> Importance:
-    """How much each stage needs each layer, by virtual gates (see pop/calibration/gates.py).
+    """Score how much each stage needs each layer, by virtual gates (pop/calibration/gates.py).
 
-    model: a pop.Model; its plan plays no part, and its parameters are left as they are.
-    samples: prompts, each a text or token ids (model.chat_tokens(...), say), to which the model samples a response at
-        full depth and temperature 1; or pairs (prompt, response) with a response to take instead.
-    images, videos: a list for each sample, what its prompt has of them, as in `Model.generate`. All are prepared at
-        once, and so in memory together.
-    response_tokens: the longest response that is sampled; an end token ends it before, and counts in the loss.
-    batch_size: samples in memory together. It changes speed and memory, and the scores only as rounding does.
-    seed: sample number i has a random generator of its own, made of (seed, i).
-    branches: score attention and MLP apart as well: Importance.attention, Importance.mlp.
-    resume: a file to keep the sums in while the batches are done, and to go on from if it is there.
-    progress: show a bar on stderr, if tqdm is installed.
+    Args:
+        model: a pop.Model. The full model is scored, whatever its plan is.
+        samples: prompts, as texts or token ids, or pairs (prompt, response). The model samples a response to each
+            prompt that comes without one, at full depth and temperature 1.
+        images, videos: a list for each sample's prompt, as in `Model.generate`. All are in memory at the same time.
+        response_tokens: the most tokens of a sampled response. An end token ends it earlier, and counts in the loss.
+        batch_size: how many samples run at once. It changes speed and memory, and the scores by rounding only.
+        seed: sample number i has its own random generator, seeded by (seed, i).
+        branches: also score attention and MLP apart, as Importance.attention and Importance.mlp.
+        resume: a file that keeps unfinished work. If it exists, the run continues from it.
+        progress: show a bar on stderr, if tqdm is installed.
 
-    Raises InputError (ContextOverflow, TokenizerError) for a sample or an option that cannot be used, for a resume
-    file of another run, and where numbers overflow.
+    Raises:
+        InputError, ContextOverflow, TokenizerError: a sample or an option cannot be used, the resume file belongs to
+            another run, or numbers overflow.
     """
     if not isinstance(model, Model):
         raise InputError(f"the model is a {type(model).__name__}; load one with pop.load")
     if model.part is not None:
-        raise UnsupportedError("virtual gates are not differentiated across processes; load the model in one process")
+        raise UnsupportedError("importance does not run in several processes; load the model in one process")
     if any(parameter.is_inference() for parameter in model.module.parameters()):
         raise InputError("the model was loaded under torch.inference_mode, which rules out gradients; load it outside")
     response_tokens = check_count("response_tokens", response_tokens)
     batch_size = check_count("batch_size", batch_size)
-    if isinstance(seed, bool) or not isinstance(seed, Integral) or not 0 <= seed < 2**63:
-        raise InputError(f"seed is {seed!r}; it must be an integer from 0 to 2**63 - 1")
+    seed = check_count("seed", seed, least=0, most=2**63 - 1)
     if not isinstance(branches, bool):
         raise InputError(f"branches is {branches!r}; it must be True or False")
     samples = _parse(model, samples, images, videos, response_tokens)
-    gates = ("layer", "attention", "mlp") if branches else ("layer",)
-    record = _Record(torch.zeros(len(gates), 2, len(model.module.layers), dtype=torch.float64))
+    gates = 3 if branches else 1  # the whole layer, attention, the MLP
+    scores = torch.zeros(0, gates, 2, len(model.module.layers), dtype=torch.float64)  # [samples, gates, stages, L]
     if resume is not None:
-        settings = {"response_tokens": response_tokens, "seed": int(seed), "branches": branches}
+        hashed = repr([(prompt, response, [one.sha256 for one in media]) for prompt, response, media in samples])
         run = {
             "model": f"{model.config} {model.dtype} {model.fingerprint}",
-            "samples": _sha256(_json([(*texts, [one.sha256 for one in seen]) for *texts, seen in samples])),
-            **settings,
+            "samples": hashlib.sha256(hashed.encode()).hexdigest(),
+            "response_tokens": str(response_tokens),
+            "seed": str(seed),
+            "branches": str(branches),
         }
-        record.load(resume, run, len(samples))
-        record.save(resume, run)  # now: a path that cannot be written is better known at once
+        scores = _read_record(resume, run, scores, len(samples))
+        _write_record(resume, run, scores)  # before the work, in case the path cannot be written
     with progress_bar("importance", len(samples), "samples", progress) as step:
-        step(record.count)
-        for begin in range(record.count, len(samples), batch_size):
-            batch = samples[begin : begin + batch_size]
-            numbers = [begin + row for row, (_, response, _) in enumerate(batch) if response is None]
-            asking, seeds = [samples[number] for number in numbers], [(seed, number) for number in numbers]
-            told = [prompt for prompt, _, _ in asking], seeds, response_tokens, [seen for *_, seen in asking]
-            sampled = iter(sample_responses(model, *told))
-            prompts, given, seen = map(list, zip(*batch, strict=True))
-            responses = [next(sampled) if response is None else response for response in given]
-            images_of = partial(model.vision.images, model.module, seen) if any(seen) else None
-            gradients = gate_gradients(model.module, prompts, responses, images_of)  # [B, 2, 2, L]
-            # A gate on the whole layer multiplies both branches: its derivative is the sum of theirs.
+        step(len(scores))
+        for begin in range(len(scores), len(samples), batch_size):
+            numbers = range(begin, min(begin + batch_size, len(samples)))
+            unanswered = [number for number in numbers if samples[number].response is None]
+            prompts, media = [samples[n].prompt for n in unanswered], [samples[n].media for n in unanswered]
+            responses = sample_responses(model, prompts, media, [(seed, n) for n in unanswered], response_tokens)
+            for number, response in zip(unanswered, responses, strict=True):
+                samples[number] = samples[number]._replace(response=response)
+            prompts, responses, media = map(list, zip(*samples[begin : numbers.stop], strict=True))
+            gradients = gate_gradients(model, prompts, responses, media)  # [B, 2, 2, L]
+            # A gate on the whole layer multiplies both branches, so its derivative is the sum of theirs.
             whole = gradients.sum(1, keepdim=True)
-            for score in torch.cat((whole, gradients), 1)[:, : len(gates)].square():
-                record.add(score)
+            scores = torch.cat((scores, torch.cat((whole, gradients), dim=1)[:, :gates].square()))
             if resume is not None:
-                record.save(resume, run)
-            step(len(batch))
-    means, errors = record.mean, record.standard_error()
-    layer, *branch = (
-        Importance(mean[0], mean[1], error[0], error[1], record.count)
-        for mean, error in zip(means, errors, strict=True)
-    )
-    return dataclasses.replace(layer, **dict(zip(gates[1:], branch, strict=True)))
+                _write_record(resume, run, scores)
+            step(len(numbers))
+    mean, n = scores.mean(0), len(scores)
+    error = ((scores - mean).square().sum(0) / (n - 1) / n).sqrt()  # NaN for one sample
+    whole, *apart = (Importance(*mean[gate], *error[gate], n) for gate in range(gates))
+    return dataclasses.replace(whole, **dict(zip(("attention", "mlp"), apart, strict=False)))
 
 
-def _parse(
-    model, samples, images, videos, response_tokens: int
-) -> list[tuple[list[int], list[int] | None, list[Prepared]]]:
-    """Every sample as token ids (prompt, response) and what its prompt has of images and videos.
+class _Sample(NamedTuple):
+    prompt: list[int]
+    response: list[int] | None  # None: the model samples it
+    media: list[Prepared]  # the prompt's images and videos
 
-    The response is None where it is to be sampled.
-    """
+
+def _parse(model, samples, images, videos, response_tokens: int) -> list[_Sample]:
+    """Encode the samples, and check that each fits the model's context."""
     if isinstance(samples, (str, bytes, dict)) or not isinstance(samples, Iterable):
         raise InputError(f"samples is a {type(samples).__name__}; give a list of prompts, or of (prompt, response)")
     samples, parsed = list(samples), []
     rows = model.vision.prepare_batch(images, videos, len(samples))
-    for number, (sample, seen) in enumerate(zip(samples, rows, strict=True)):
+    for number, (sample, media) in enumerate(zip(samples, rows, strict=True)):
         try:
             prompt, response = sample if _is_pair(sample) else (sample, None)
-            prompt = model.encode(prompt, seen=seen)
+            prompt = model.encode(prompt, seen=media)
             response = None if response is None else model.encode(response, "response", bos=False)
             count = response_tokens if response is None else len(response)
             model.check_fits(len(prompt) + count - 1, "prompt plus response")
         except PopError as error:
             raise type(error)(f"sample {number} cannot be used: {error}") from None
-        parsed.append((prompt, response, seen))
+        parsed.append(_Sample(prompt, response, media))
     if not parsed:
         raise InputError("samples is empty; give at least one prompt")
     return parsed
 
 
 def _is_pair(sample) -> bool:
-    """Whether a sample is (prompt, response), rather than the ids of two tokens."""
+    """Whether a sample is (prompt, response), and not a prompt of two token ids."""
     if not isinstance(sample, (tuple, list)) or len(sample) != 2:
         return False
     return isinstance(sample[0], (str, Sequence)) or getattr(sample[0], "ndim", 0) > 0
 
 
-class _Record:
-    """Mean and squared deviations of the scores so far (Welford 1962), float64; kept in a file between batches."""
+def _write_record(path, run: dict[str, str], scores: torch.Tensor) -> None:
+    files.write_whole(path, save({"scores": scores}, metadata=run), "the record of the run", InputError)
 
-    def __init__(self, zeros: torch.Tensor):
-        self.count, self.mean, self.squares = 0, zeros, zeros.clone()
 
-    def add(self, score: torch.Tensor) -> None:
-        self.count += 1
-        deviation = score - self.mean
-        self.mean = self.mean + deviation / self.count
-        self.squares = self.squares + deviation * (score - self.mean)
-
-    def standard_error(self) -> torch.Tensor:
-        """Of the mean: the samples' standard deviation over sqrt(count); nan for one sample."""
-        if self.count == 1:
-            return torch.full_like(self.mean, math.nan)
-        return (self.squares / (self.count - 1) / self.count).sqrt()
-
-    def save(self, path, run: dict) -> None:
-        sums = {"mean": self.mean.tolist(), "squares": self.squares.tolist()}
-        _write(path, _json({"run": run, "count": self.count, **sums}))
-
-    def load(self, path, run: dict, num_samples: int) -> None:
-        """Take what the file at `path` holds, if there is one. Raises InputError unless it belongs to `run`."""
-        if not os.path.exists(path):
-            return
-        advice = "give another path, or remove the file to start anew"
-        try:
-            fields = _read_json(path)
-            saved, count, mean, squares = (fields.pop(name) for name in ("run", "count", "mean", "squares"))
-            other = [name for name in run if saved[name] != run[name]]
-            if other:
-                raise InputError(f"{path} belongs to a run with another {' and another '.join(other)}; {advice}")
-            sums = torch.tensor([mean, squares], dtype=torch.float64)
-            whole = fields == {} and type(count) is int and 0 <= count <= num_samples
-            if not whole or sums[0].shape != self.mean.shape or not (sums.isfinite() & (sums >= 0)).all():
-                raise ValueError("its fields contradict each other")
-            self.count, (self.mean, self.squares) = count, sums
-        except InputError:
-            raise
-        except (OSError, LookupError, ValueError, TypeError, RuntimeError, RecursionError) as error:
-            raise InputError(f"{path} is not the record of an importance run ({error!r}); {advice}") from None
+def _read_record(path, run: dict[str, str], empty: torch.Tensor, num_samples: int) -> torch.Tensor:
+    """Return the scores of an interrupted run, or `empty` if there is no file. Raises InputError for another run's."""
+    if not os.path.exists(path):
+        return empty
+    advice = "give another path, or remove the file to start anew"
+    try:
+        tensors, saved = files.read_tensors(path)
+        scores, other = tensors["scores"], [name for name in run if saved[name] != run[name]]
+    except (OSError, SafetensorError, KeyError) as error:
+        raise InputError(f"{path} is not the record of an importance run ({error!r}); {advice}") from None
+    if other:
+        raise InputError(f"{path} belongs to a run with another {' and another '.join(other)}; {advice}")
+    fits = (scores.dtype, scores.shape[1:]) == (empty.dtype, empty.shape[1:]) and len(scores) <= num_samples
+    if not fits or not (scores.isfinite() & (scores >= 0)).all():
+        raise InputError(f"{path} is not the record of an importance run: its scores are broken; {advice}")
+    return scores
 
 
 def check_plot(path: str | os.PathLike) -> str:
-    """Return the kind of file that `plot` would write, "svg" or "png". Raises InputError or MissingExtra if none."""
+    """Return the kind of file that `plot` writes to a path: "svg" or "png".
+
+    Raises:
+        InputError: the path ends otherwise. MissingExtra: matplotlib is not installed.
+    """
     kind = Path(path).suffix.lower().removeprefix(".")
     if kind not in ("svg", "png"):
         raise InputError(f"the plot cannot be written as {path}; give a path that ends in .svg or .png")
@@ -307,36 +294,13 @@ def check_plot(path: str | os.PathLike) -> str:
 
 
 def _scores(name: str, values, unknown: bool) -> torch.Tensor:
-    """values as [L] float64: finite and not negative, or all nan (None) where they are unknown. Raises InputError."""
+    """values as [L] float64: finite and at least 0, or if they are unknown, all NaN (None). Raises InputError."""
     values = values.tolist() if hasattr(values, "tolist") else values
-    if not isinstance(values, (list, tuple)) or not values:
-        raise InputError(f"{name} is {values!r:.80}; it is a list of one number a layer")
-    for value in values:
-        is_unknown = value is None or value != value
-        if unknown != is_unknown or not (unknown or (type(value) in (int, float) and 0 <= value < math.inf)):
-            raise InputError(f"{name} holds {value!r:.80}, which is no mean of squares, nor the standard error of one")
+
+    def valid(value) -> bool:
+        return value is None or value != value if unknown else type(value) in (int, float) and 0 <= value < math.inf
+
+    if not isinstance(values, (list, tuple)) or not values or not all(map(valid, values)):
+        wanted = "NaN for each layer, since there is one sample" if unknown else "a number of at least 0 for each layer"
+        raise InputError(f"{name} is {values!r:.80}; it must be a list of {wanted}")
     return torch.tensor([math.nan if unknown else value for value in values], dtype=torch.float64)
-
-
-def _sha256(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()
-
-
-def _json(value) -> bytes:
-    return (json.dumps(value, indent=1) + "\n").encode()
-
-
-def _read_json(path) -> dict:
-    value = json.loads(Path(path).read_text(encoding="utf-8"))
-    if not isinstance(value, dict):
-        raise ValueError("it is not a JSON object")
-    return value
-
-
-def _write(path, data: bytes) -> None:
-    """Write a file whole or not at all."""
-    try:
-        with replaced(path) as draft:
-            draft.write_bytes(data)
-    except OSError as error:
-        raise InputError(f"{path} cannot be written ({error.strerror}); choose another path") from None
