@@ -4,10 +4,9 @@
     python -m tools.checkpoints.make_random llama3.1-70b FOLDER --layers 4
     python -m tools.checkpoints.make_random path/to/config.json FOLDER
 
-Names, shapes, dtypes, their order and the cut into shards are those of the published files, so that each file has
-the published size to the byte. There is no tokenizer: prompts are token ids. Weights have variance 1 / columns and
-norms are one, so that numbers stay in range in any depth; the same seed gives the same files. Memory is bounded by a
-piece of a tensor, of some 16 million values; FOLDER must not exist, and appears when all is written.
+Names, shapes, dtypes, order and shards are those of the published files, so each file has the published size to the
+byte. Weights have variance 1 / columns and norms are one, so values stay in range at any depth. The same seed gives
+the same files. There is no tokenizer. FOLDER must not exist, and appears once everything is written.
 """
 
 import argparse
@@ -21,13 +20,14 @@ from pathlib import Path
 import torch
 
 from pop.checkpoints.config_json import read_config
-from pop.errors import CheckpointError, InputError, PopError, check_count
+from pop.errors import CheckpointError, InputError, check_count
 from pop.files import staged, write_json
 from pop.models import build
+from tools.common import exit_status
 
-SHARD_BYTES = 5_000_000_000  # of tensors at most, unless one tensor alone is larger
-PIECE = 2**24  # values that are made at a time
-DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}  # as safetensors calls them
+SHARD_BYTES = 5_000_000_000  # the most bytes of tensors in a shard, unless a single tensor is larger
+PIECE = 2**24  # values made at a time, which bounds the memory
+DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}  # their names in safetensors
 
 # name -> layers, width, MLP width, heads, RoPE factor, tied head; all have 8 key-value heads
 LLAMAS = {
@@ -40,23 +40,22 @@ LLAMAS = {
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(prog="python -m tools.checkpoints.make_random", description=__doc__.split("\n")[0])
     parser.add_argument("model", help=f"{', '.join(LLAMAS)}, or the path of a config.json")
     parser.add_argument("folder", type=Path, help="the directory to make")
-    parser.add_argument("--layers", type=int, help="write so many layers only", metavar="N")
+    parser.add_argument("--layers", type=int, help="write only N layers", metavar="N")
     parser.add_argument("--seed", type=int, default=0, help="the same seed gives the same files (0)", metavar="N")
     args = parser.parse_args(argv)
-    try:
+
+    def write():
         size = write_checkpoint(config_of(args.model, args.layers), args.folder, args.seed)
-    except PopError as error:
-        print(f"make_random_checkpoint.py: {error}", file=sys.stderr)
-        return 2
-    print(f"{args.folder}: {size:,} bytes of weights")
-    return 0
+        print(f"{args.folder}: {size:,} bytes of weights")
+
+    return exit_status("make_random", write)
 
 
 def config_of(model: str, layers: int | None = None) -> dict:
-    """The config.json of a model by name, or in a file, with another number of layers if one is given."""
+    """The fields of config.json of a known model, or of a file, with `layers` layers if given."""
     if model in LLAMAS:
         config = _llama_config(*LLAMAS[model])
     else:
@@ -104,7 +103,9 @@ def write_checkpoint(config: dict, folder: Path, seed: int = 0) -> int:
         files = {name: header(shard, dtype) for name, shard in shards.items()}
         size = sum(len(files[name]) + _nbytes(shard, dtype) for name, shard in shards.items())
         if size > (free := shutil.disk_usage(partial).free):
-            raise CheckpointError(f"{folder} needs {size:,} bytes, but its disk has {free:,}; choose another place")
+            raise CheckpointError(
+                f"{folder} needs {size:,} bytes, but its disk has {free:,} free; choose another place"
+            )
         random = torch.Generator().manual_seed(seed)
         for name, shard in shards.items():
             print(f"writing {name} ...", file=sys.stderr)
@@ -123,9 +124,9 @@ def write_checkpoint(config: dict, folder: Path, seed: int = 0) -> int:
 
 
 def tensors_of(folder: Path) -> dict[str, tuple[int, ...]]:
-    """Name -> shape of the model that config.json in `folder` describes, in the order of the published files.
+    """Name -> shape of each tensor of the model that config.json in `folder` describes, in the published order.
 
-    A layer's norms come behind its matrices there, and the order decides where the shards are cut.
+    There, a layer's norms follow its matrices. The order decides where the shards are cut.
     """
     with torch.device("meta"):
         shapes = {name: tuple(parameter.shape) for name, parameter in build(read_config(folder)).named_parameters()}
@@ -140,7 +141,7 @@ def tensors_of(folder: Path) -> dict[str, tuple[int, ...]]:
 
 
 def plan(tensors: dict[str, tuple[int, ...]], itemsize: int) -> dict[str, dict[str, tuple[int, ...]]]:
-    """File name -> its tensors: in order, a new shard where one more tensor would be too much."""
+    """File name -> its tensors, in order. A new shard begins where one more tensor would exceed SHARD_BYTES."""
     shards, used = [{}], 0
     for name, shape in tensors.items():
         nbytes = math.prod(shape) * itemsize
@@ -155,7 +156,7 @@ def plan(tensors: dict[str, tuple[int, ...]], itemsize: int) -> dict[str, dict[s
 
 
 def header(tensors: dict[str, tuple[int, ...]], dtype: torch.dtype) -> bytes:
-    """What stands before the bytes of the tensors: the size of the JSON that follows, and where each tensor lies."""
+    """The header of a safetensors file: the size of its JSON, and the JSON, which says where each tensor is."""
     described, begin = {"__metadata__": {"format": "pt"}}, 0
     for name in sorted(tensors):
         end = begin + math.prod(tensors[name]) * dtype.itemsize
@@ -167,7 +168,7 @@ def header(tensors: dict[str, tuple[int, ...]], dtype: torch.dtype) -> bytes:
 
 
 def pieces(name: str, shape: tuple[int, ...], random: torch.Generator):
-    """The values of a tensor in float32, as flat pieces."""
+    """The values of a tensor in float32, in flat pieces of at most PIECE values."""
     count = math.prod(shape)
     for begin in range(0, count, PIECE):
         size = min(PIECE, count - begin)

@@ -1,10 +1,9 @@
-"""Rewrite a GGUF file with all matrices in one width, so that llama.cpp runs the very weights that `pop` has imported.
+"""Rewrite a GGUF file with all matrices in one dtype, so that llama.cpp runs the weights that `pop` has imported.
 
     python -m tools.checkpoints.widen_gguf model-q4_1.gguf model-bf16.gguf --dtype bfloat16
-    python -m tools.bench --model smollm2-135m --against llama.cpp --gguf model-bf16.gguf
 
-A quantised matrix is dequantised and rounded once, as `pop import-gguf` does; vectors are float32, as llama.cpp wants
-them. All metadata is copied but for the entries that name the file's quantisation. Needs pop's `gguf` extra.
+A quantised matrix is dequantised and rounded once, as in `pop import-gguf`. Vectors become float32, as llama.cpp
+requires. All metadata is copied, except for the entries that name the quantisation. Needs pop's `gguf` extra.
 """
 
 from __future__ import annotations
@@ -15,16 +14,17 @@ from pathlib import Path
 
 import numpy as np
 
-from pop.errors import InputError, MissingExtra, PopError
+from pop.errors import InputError, MissingExtra
 from pop.files import replaced
+from tools.common import exit_status
 
 
 def widen(source: Path, target: Path, dtype: str) -> None:
-    """Write `target` with what `source` has, its matrices in `dtype`: bfloat16, float16 or float32."""
+    """Write the contents of `source` to `target`, with matrices in `dtype`: bfloat16, float16 or float32."""
     try:
         import gguf
     except ImportError:
-        raise MissingExtra("tools/checkpoints/widen_gguf.py needs the package gguf: pip install -e '.[gguf]'") from None
+        raise MissingExtra("widen_gguf needs the package gguf; run `pip install -e '.[gguf]'`") from None
     kinds = gguf.GGMLQuantizationType
     wide, name = {
         "bfloat16": (kinds.BF16, gguf.LlamaFileType.MOSTLY_BF16),
@@ -32,11 +32,11 @@ def widen(source: Path, target: Path, dtype: str) -> None:
         "float32": (kinds.F32, gguf.LlamaFileType.ALL_F32),
     }[dtype]
     if not source.is_file():
-        raise InputError(f"there is no file {source}; give a GGUF file")
+        raise InputError(f"{source} does not exist; give a GGUF file")
     try:
         reader = gguf.GGUFReader(source)
     except ValueError as error:
-        raise InputError(f"{source} is no GGUF file ({error})") from None
+        raise InputError(f"{source} is not a GGUF file ({error}); give one") from None
     with replaced(target) as draft:
         writer = gguf.GGUFWriter(draft, reader.fields["general.architecture"].contents())
         for key, field in reader.fields.items():
@@ -58,17 +58,14 @@ def widen(source: Path, target: Path, dtype: str) -> None:
         writer.close()
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m tools.checkpoints.widen_gguf", description=__doc__.splitlines()[0])
     parser.add_argument("source", type=Path)
     parser.add_argument("target", type=Path)
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
     args = parser.parse_args()
-    try:
-        widen(args.source, args.target, args.dtype)
-    except PopError as error:
-        sys.exit(f"widen_gguf: {error}")
+    return exit_status("widen_gguf", lambda: widen(args.source, args.target, args.dtype))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

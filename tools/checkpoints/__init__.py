@@ -1,0 +1,1 @@
+"""Checkpoints of full size without the real weights, what they measure, and GGUF files for comparisons."""
