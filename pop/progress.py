@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 
@@ -13,6 +14,8 @@ EVERY = 10  # seconds between two lines
 @contextlib.contextmanager
 def progress_bar(label: str, total: int, unit: str, wanted: bool = True) -> Iterator[Callable[[int], object]]:
     """Show a bar while the block runs; yield a function to call with the number of units that have been completed.
+
+    Every thread may call the function. A negative number takes units back.
 
     Args:
         label: what takes time.
@@ -28,8 +31,14 @@ def progress_bar(label: str, total: int, unit: str, wanted: bool = True) -> Iter
     except ImportError:
         yield _lines(label, total, unit)
         return
+    lock = threading.Lock()
+
+    def step(count: int) -> None:
+        with lock:
+            bar.update(count)
+
     with tqdm(total=total, desc=label, unit=unit if unit == "B" else f" {unit}", unit_scale=unit == "B") as bar:
-        yield bar.update
+        yield step
 
 
 def note(line: str) -> None:
@@ -45,14 +54,15 @@ def note(line: str) -> None:
 def _lines(label: str, total: int, unit: str) -> Callable[[int], None]:
     """Return the function to call with completed units; it prints a line at most every EVERY seconds."""
     done = before = 0
-    told = time.monotonic()
+    told, lock = time.monotonic(), threading.Lock()
 
     def step(count: int) -> None:
         nonlocal done, before, told
-        done, seconds = done + count, time.monotonic() - told
-        if seconds >= EVERY:
-            rate = (done - before) / seconds
-            print(f"{label}: {done:,} of {total:,} {unit}, {rate:,.0f} {unit}/s", file=sys.stderr)
-            before, told = done, time.monotonic()
+        with lock:
+            done, now = done + count, time.monotonic()
+            if now - told >= EVERY:
+                rate = (done - before) / max(now - told, 1e-9)
+                print(f"{label}: {done:,} of {total:,} {unit}, {rate:,.0f} {unit}/s", file=sys.stderr)
+                before, told = done, now
 
     return step

@@ -10,12 +10,14 @@ The hashes stay in pop-download.json for `verify`. hub.py does the HTTP, files.p
 """
 
 import contextlib
+import functools
 import hashlib
 import io
 import json
 import os
 import re
 import shutil
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from http.client import HTTPResponse
@@ -241,23 +243,16 @@ def _fetch_all(hub: Hub, manifest: Manifest, partial: Path, progress: bool) -> N
     """Bring all files into `partial`, where an earlier run may have left some."""
     try:
         _keep_only(manifest, partial)
+        total = sum(file.size for file in manifest.files.values())
         files = [_File(hub, manifest, name, partial) for name in manifest.files]
-        missing = sum(file.expected.size - file.size for file in files)
+        missing = total - sum(file.size for file in files)
         if missing > (free := shutil.disk_usage(partial).free):
             room = f"{missing / 1e9:,.1f} GB more, but {partial.parent} has {free / 1e9:,.1f} GB of free space"
             raise DownloadError(f"{hub.repository} needs {room}; make room, or set POP_WEIGHTS to a folder elsewhere")
         manifest.save(partial)
-        total, told = sum(file.expected.size for file in files), 0
         with progress_bar(hub.repository, total, "B", progress) as step:
-
-            def tick() -> None:
-                nonlocal told
-                here = sum(file.size for file in files)
-                step(here - told)
-                told = here
-
-            hub.together([file.fetch for file in files], tick)
-            tick()
+            step(total - missing)
+            hub.together([functools.partial(file.fetch, step) for file in files])
     except PopError:
         raise
     except OSError as error:
@@ -289,10 +284,11 @@ class _File:
         self.size = size if size <= self.expected.size else 0  # valid bytes on the disk
         self.most = 0  # the largest `size` so far; only what exceeds it counts as progress
 
-    def fetch(self) -> None:
-        """Fetch what is missing, check the hash, and give the file its name."""
+    def fetch(self, step: Callable[[int], object]) -> None:
+        """Fetch what is missing, check the hash, and give the file its name; call `step` with the bytes that come."""
         if self.path.exists():
             return  # it got its name after the check
+        self._step = step
         with self.part.open("a+b", buffering=0) as self._file:
             self._start(self.size)
             self.hub.persist(self.name, self._attempt)
@@ -309,6 +305,7 @@ class _File:
 
     def _start(self, size: int) -> None:
         """Keep the first `size` bytes of the part, and hash them."""
+        self._step(size - self.size)
         self._file.truncate(size)
         self._file.seek(0)
         self._hasher, self.size = self.expected.hasher(), size
@@ -343,5 +340,6 @@ class _File:
                 view = view[self._file.write(view) :]
             self._hasher.update(block)
             self.size += len(block)
+            self._step(len(block))
         if self.size < size:
             raise Broken(f"the connection broke off at {self.size:,} of {size:,} bytes")

@@ -85,13 +85,12 @@ class Hub:
         connections.check_stop = self.check_stop
         self._opener = urllib.request.build_opener(urllib.request.ProxyHandler(proxies), _Redirects, connections)
 
-    def together(self, tasks: list[Callable[[], Any]], tick: Callable[[], object] = lambda: None) -> list:
-        """Run `tasks` in threads and return their results; call `tick` several times a second meanwhile."""
+    def together(self, tasks: list[Callable[[], Any]]) -> list:
+        """Run `tasks` in threads and return their results. The first exception stops all of them."""
         with ThreadPoolExecutor(THREADS) as pool:
             futures = [pool.submit(task) for task in tasks]
             try:
-                while (state := wait(futures, 0.2, FIRST_EXCEPTION)).not_done:
-                    tick()
+                while (state := wait(futures, 0.2, FIRST_EXCEPTION)).not_done:  # returns often, so that Ctrl-C is seen
                     for future in state.done:
                         future.result()
                 return [future.result() for future in futures]
