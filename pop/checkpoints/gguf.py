@@ -1,11 +1,11 @@
 """Convert GGUF files into the HF checkpoint layout: config.json, generation_config.json, safetensors, tokenizer.
 
-A GGUF file holds a table of metadata and a list of tensors, often quantised, under llama.cpp's names. The import
+A GGUF file holds a table of metadata and a list of tensors, often quantised, under llama.cpp's names.
 
-1. refuses metadata that does not belong to the architectures below, by name;
-2. writes the rest as a complete config.json;
-3. dequantises the tensors, undoes what llama.cpp's converter did to them, and rounds them to bfloat16;
-4. rebuilds the tokenizer's files (gguf_tokenizer.py).
+1. Refuse, by name, metadata that does not belong to the architectures below.
+2. Write the rest as a complete config.json.
+3. Dequantise the tensors, undo what llama.cpp's converter did to them, and round them to bfloat16.
+4. Rebuild the tokenizer's files (gguf_tokenizer.py).
 """
 
 import contextlib
