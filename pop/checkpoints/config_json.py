@@ -108,13 +108,13 @@ LOCAL, GLOBAL = "sliding_attention", "full_attention"  # values of layer_types
 
 
 def _build(config: type, fields: Fields, names: dict[str, str] = NAMES, **given: Any) -> Any:
-    """Make a config: read its integers, numbers and booleans from a file, unless they are given.
+    """Make a config. Its integers, numbers and booleans are read from a file unless they are given.
 
     Args:
-        config: the class, a dataclass. It has the defaults; a field without a default must be in the file.
+        config: the config's dataclass. A field without a default there must be in the file.
         fields: the file's fields.
         names: what the file calls the dataclass's fields, where the names differ.
-        given: fields of the dataclass that are not to be read.
+        given: other fields of the dataclass.
     """
     readers = {int: fields.integer, float: fields.number, bool: fields.boolean}
     types = get_type_hints(config)

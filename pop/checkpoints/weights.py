@@ -39,6 +39,7 @@ ROPE_TABLES = ("rotary_emb.inv_freq", "rope.freqs")  # in old files; ours follow
 VISION = ("vision_tower.", "multi_modal_projector.", "model.visual.")
 EMBEDDING, HEAD = "embed_tokens.weight", "lm_head.weight"  # a prefix may precede the former
 EXPERT_MATRICES = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
+SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_heads", "num_kv_heads", "head_dim")  # for messages
 BAR_FROM = 2**30  # bytes; loading less takes too short a time for a progress bar
 
 
@@ -85,10 +86,10 @@ def load_weights(
     Args:
         folder: the checkpoint.
         module: the model, built on the meta device from the config in `folder`.
-        dtype: of the parameters.
-        device: of the parameters.
-        progress: whether to show a progress bar on stderr for large weights, if tqdm is installed.
-        shards: by name, the part of a parameter that `module` has. Only that part is read.
+        dtype: the parameters' dtype.
+        device: the parameters' device.
+        progress: whether to show the progress on stderr if the weights are large.
+        shards: the part of a parameter that `module` has, by name. Only that part is read.
 
     Raises:
         CheckpointError: the files do not fit the config; `module` is unchanged.
@@ -226,8 +227,8 @@ def _survey(folder: Path, config: Config, shapes: dict[str, tuple[int, ...]]) ->
         if HEAD in missing:
             reasons.append("tie_word_embeddings is false")
         if misfits:
-            sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_heads", "num_kv_heads", "head_dim")
-            reasons.append("the config has " + ", ".join(f"{name} {getattr(config, name)}" for name in sizes))
+            sizes = [f"{name} {getattr(config, name)}" for name in SIZES if hasattr(config, name)]
+            reasons.append(f"the config has {', '.join(sizes)}")
         files = {piece.file for parts in stored.values() for piece, _ in parts if piece.file.suffix == ".pth"}
         if misfits and files:  # each file has a part of each matrix
             reasons.append(f"there are {len(files)} files consolidated.*.pth, perhaps not all")

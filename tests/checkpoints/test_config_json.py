@@ -40,7 +40,7 @@ from pop.models.config import (
 )
 
 LOCAL, GLOBAL = "sliding_attention", "full_attention"
-# The fields without which there is no model; the reference has defaults for all others.
+# Only the fields that have no default in the reference.
 MINIMAL = {
     "model_type": "llama",
     "vocab_size": 100,
@@ -212,7 +212,7 @@ PUBLISHED = {
 def test_published_configs(read, name):
     file, config = PUBLISHED[name]
     assert read(file) == config
-    assert repr(read(file)) == repr(config)  # types too: a fingerprint hashes it
+    assert repr(read(file)) == repr(config)  # a fingerprint hashes it, so types matter
 
 
 # Width, MLP, layers, query heads, key-value heads, tied; head width and vocabulary are the same in all.

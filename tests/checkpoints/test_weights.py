@@ -309,7 +309,7 @@ def test_truncated_safetensors(tmp_path):
 
 @given(st.data())
 def test_a_flipped_bit_is_an_error_or_one_wrong_weight(tmp_path_factory, data):
-    """A safetensors header protects itself; weights have no checksum, but no more than the one may change."""
+    """A safetensors header protects itself. A weight does not, but a flipped bit must change only that one."""
     folder = write_checkpoint(tmp_path_factory.mktemp("flip"), num_layers=1)
     expected = {name: weight.clone() for name, weight in stored(folder).items()}
     whole = bytearray((folder / "model.safetensors").read_bytes())
