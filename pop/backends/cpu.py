@@ -94,8 +94,8 @@ def attend_cache(
 ) -> torch.Tensor:
     """As pop.engine.attention.attend_cache. Compiled, one token a row reads K and V once, in place."""
     if q.shape[1] == 1 and q.device.type == "cpu" and torch.compiler.is_compiling():
-        k, v = attention.read(keys, values, at.mask.shape[-1])
-        return one_token_attention(q, k, v, at.mask, scale)
+        N = at.mask.shape[-1]
+        return one_token_attention(q, keys[:, :N], values[:, :N], at.mask, scale)
     return attention.attend_cache(q, keys, values, at, scale)
 
 

@@ -18,27 +18,20 @@ QUERY_BLOCK = 256  # tokens; smaller blocks waste less on keys outside the windo
 class AttentionMetadata(NamedTuple):
     """How tokens [B, T] attend in all layers that have one sliding window.
 
-    Example: the cache of a layer has 6 slots in a ring, its window is 3, and a row writes positions 6 and 7.
+    Example: a layer's cache is a ring of 6 slots, its window is 3, and the tokens are at positions 6 and 7.
 
         slots       [[0, 1]]                     position p is in slot p % 6
         key_slots   [[4, 5, 0, 1]]               positions 4 to 7 in order: all that the two tokens attend
         mask        [[[1, 1, 1, 0],              position 6 attends 4, 5, 6
                       [0, 1, 1, 1]]]             position 7 attends 5, 6, 7
         band        [2, 2, 0]                    key number 2 is the first token's own
-
-    Args:
-        rope: the tokens' rotary tables.
-        slots: [B, T] int64, where their own K and V are written. S, the spare slot, takes what is kept nowhere.
-        mask: [B, T, N] bool, the attention mask. None: the T tokens fill an empty cache and are causal.
-        key_slots: [B, N] int64, the slots of the keys. None: the first N slots, in order.
-        band: [3] int64 on the CPU. The index of the first token's own key, and how many keys before and after its own
-            a token attends at most.
     """
 
-    rope: Rope
-    slots: torch.Tensor
-    mask: torch.Tensor | None = None
-    key_slots: torch.Tensor | None = None
+    rope: Rope  # the tokens' rotary tables
+    slots: torch.Tensor  # [B, T] int64, where their own K and V go; the spare slot S takes what is kept nowhere
+    mask: torch.Tensor | None = None  # [B, T, N] bool; None: the tokens fill an empty cache and are causal
+    key_slots: torch.Tensor | None = None  # [B, N] int64, the slots of the keys; None: the first N, in order
+    # [3] int64 on the CPU: which key is the first token's own, and how many keys before and after its own each attends
     band: torch.Tensor | None = None
 
 
@@ -49,14 +42,6 @@ def write(keys: torch.Tensor, values: torch.Tensor, slots: torch.Tensor, k: torc
     values[rows, slots] = v.to(values.dtype)
 
 
-def read(keys: torch.Tensor, values: torch.Tensor, slots: int | torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """k and v [B, N, K, E] of the first N slots of keys and values [B, S + 1, K, E], or of slots [B, N]."""
-    if not isinstance(slots, torch.Tensor):
-        return keys[:, :slots], values[:, :slots]
-    rows = torch.arange(slots.shape[0], device=slots.device)[:, None]  # [B, 1]
-    return keys[rows, slots], values[rows, slots]
-
-
 def attend_cache(
     q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, at: AttentionMetadata, scale: float
 ) -> torch.Tensor:
@@ -65,7 +50,12 @@ def attend_cache(
     Even fresh tokens are read back from the cache: padded positions of k and v may hold NaN, cache slots never do.
     """
     T, mask = q.shape[1], at.mask
-    k, v = read(keys, values, at.key_slots if at.key_slots is not None else T if mask is None else mask.shape[-1])
+    if at.key_slots is None:
+        N = T if mask is None else mask.shape[-1]
+        k, v = keys[:, :N], values[:, :N]  # [B, N, K, E]
+    else:
+        rows = torch.arange(len(at.key_slots), device=q.device)[:, None]  # [B, 1]
+        k, v = keys[rows, at.key_slots], values[rows, at.key_slots]  # [B, N, K, E]
     if mask is None:
         return causal_attention(q, k, v, scale, None)
     if T == 1:

@@ -17,27 +17,20 @@ Snapshot = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 class KVCache:
-    """Keys and values of all layers, for B rows of up to `max_seq_len` tokens each.
+    """Keys and values of all layers, for `batch_size` rows of up to `max_seq_len` tokens each.
 
-    Attributes:
-        keys, values: for each layer, [B, S + 1, K, E] of `dtype` on `device`. The token at position p of its row is in
-            slot p % S. The spare slot S takes what is kept nowhere, and is never read. S is max_seq_len. A layer with
-            a sliding window needs no more than S = window - 1 + chunk_size slots, a ring that is written in turn.
-        chunk_size: how many tokens of a row may be written at once.
-        lengths: [B] int64 on the CPU, the number of tokens in each row.
-        previous_hidden: [L, B, D], the hidden state of each row's latest token as it entered each layer; zero in an
-            empty row. Refit projections with two taps read it at the next token.
-        rope_offsets: [B] int64 on the CPU, each row's next rotary position minus its length. Not zero after images.
-        intact: False after a prefill that failed midway and overwrote tokens in a ring.
+    keys, values: For each layer, [B, S + 1, K, E]. The token at position p of its row is in slot p % S. The spare slot S
+        takes what is kept nowhere, and is never read. S is max_seq_len. A layer with a sliding window needs at most
+        S = window - 1 + chunk_size slots, a ring that is written in turn.
+    chunk_size: How many tokens of a row may be written at once.
+    lengths: The number of tokens in each row, [B] int64 on the CPU.
+    previous_hidden: The hidden state of each row's latest token as it entered each layer, [L, B, D]; zero in an empty
+        row. Refit projections with two taps read it at the next token.
+    rope_offsets: Each row's next rotary position minus its length, [B] int64 on the CPU. Not zero after images.
+    intact: False after a prefill that failed midway and overwrote tokens in a ring.
 
-    Args:
-        config: num_layers, windows, hidden_size, num_kv_heads and head_dim are read.
-        batch_size: B.
-        max_seq_len: tokens a row.
-        dtype, device, chunk_size: as above.
-
-    Raises:
-        CacheMemoryError: the device has no room for it.
+    Of `config` it reads num_layers, windows, hidden_size, num_kv_heads and head_dim. Raises CacheMemoryError if the
+    device has no room.
     """
 
     def __init__(

@@ -45,17 +45,15 @@ def prefill(
     """Append prompts to the cache and predict the token after each.
 
     Args:
-        module: a PrunableModel.
-        tokens: [B, T] ids, right-padded.
-        cache: of B rows, with room for the prompts.
-        lengths: [B] int64 on the CPU, 1 <= lengths <= T.
-        plan: its projections are on the module's device, in its dtype.
-        chunk_size: tokens of a row that run at once; the cache's own chunk_size is an upper bound. Chunks bound the
-            memory for activations. A chunk must be able to hold an image with look-ahead.
-        stages: the functions to call, eager or compiled.
-        images: what images bring to these prompts.
-        boundary: False if more of the same prompts follows in a later call. Then no token is among a prompt's last
-            ones, and the logits mean nothing.
+        module: A PrunableModel.
+        tokens: Ids [B, T], right-padded.
+        cache: Of B rows, with room for the prompts.
+        lengths: The prompts' lengths [B], int64 on the CPU.
+        plan: Its projections are on the module's device, in its dtype.
+        chunk_size: Tokens of a row that run at once, at most cache.chunk_size. Bounds the memory for activations.
+        stages: The functions to call, eager or compiled.
+        images: What images bring to these prompts. A chunk must be able to hold an image with look-ahead.
+        boundary: False if more of the same prompts follows in a later call. The logits then mean nothing.
 
     Returns:
         logits [B, V] float32 of each row's boundary token.
@@ -158,7 +156,7 @@ def _write_pruned(module, group, h, previous, cache: KVCache, chunk: Chunk, meta
         layer = module.layers[index]
         at = metadata[layer.window]
         # With a window, tokens that no later token attends need no K and V.
-        first = 0 if layer.window is None else max(0, chunk.attended_from - layer.window + 1)
+        first = 0 if layer.window is None else max(0, chunk.needed_from - layer.window + 1)
         if first >= h.shape[1]:
             continue
         x, slots = h[:, first:], at.slots[:, first:]

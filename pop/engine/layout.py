@@ -21,21 +21,13 @@ UNBOUNDED = 2**31  # tokens: more than any sequence has
 
 @dataclasses.dataclass(frozen=True)
 class Tokens:
-    """Tokens [B, C] of a batch: those of a chunk, or its full-depth rows.
+    """Tokens [B, C] of a batch: those of a chunk, or its full-depth rows."""
 
-    Args:
-        index: [B, C] int64, where each token is in its prompt; for full-depth rows, in which column of the chunk.
-        valid: [B, C] bool, false for padding.
-        positions: [B, C] int64, positions in the sequence.
-        rotary: [B, C] int64, rotary positions, or [3, B, C] by axis.
-        last_attended: [B, C] int64, the last position that each token attends. None: its own.
-    """
-
-    index: torch.Tensor
-    valid: torch.Tensor
-    positions: torch.Tensor
-    rotary: torch.Tensor
-    last_attended: torch.Tensor | None = None
+    index: torch.Tensor  # [B, C] int64, where each is in its prompt; for full-depth rows, in which column of the chunk
+    valid: torch.Tensor  # [B, C] bool, false for padding
+    positions: torch.Tensor  # [B, C] int64, in the sequence
+    rotary: torch.Tensor  # rotary positions, [B, C] int64, or [3, B, C] by axis
+    last_attended: torch.Tensor | None = None  # [B, C] int64, the last position that each attends; None: its own
 
     def take(self, columns: torch.Tensor, valid: torch.Tensor) -> Tokens:
         """The tokens in columns [B, W], of which some are valid [B, W]."""
@@ -52,36 +44,22 @@ class Tokens:
 
 @dataclasses.dataclass(frozen=True)
 class Chunk:
-    """Consecutive tokens of each batch row, which go through the model together.
+    """Consecutive tokens of each batch row, which go through the model together."""
 
-    Args:
-        plan: the plan of this chunk, without layers if no token of it is pruned.
-        images: what images bring to these tokens.
-        tokens: all tokens, [B, C].
-        full_depth: the full-depth rows, W of them. A batch row with fewer has other tokens as filling, not valid.
-        ends: [B] on the CPU, the length of each row after the chunk.
-        first_position: the largest position at which a row's part of the chunk begins.
-        look_ahead: how many tokens after itself a token attends at most.
-        is_fresh: the cache is empty and all tokens are causal, so they attend the chunk only.
-        attended_from: the first column that the full-depth rows attend in layers without a window. A layer with a
-            window also needs the window - 1 columns before it, and nothing that is earlier.
-        last: [B], the column of each row's last token.
-        last_row: [B], the number of that token among the full-depth rows, or -1.
-        has_tokens: [B], false for a row that ended in an earlier chunk.
-    """
-
-    plan: PrunePlan
-    images: TextOnly
-    tokens: Tokens
-    full_depth: Tokens
-    ends: torch.Tensor
-    first_position: int
-    look_ahead: int
-    is_fresh: bool
-    attended_from: int
-    last: torch.Tensor
-    last_row: torch.Tensor
-    has_tokens: torch.Tensor
+    plan: PrunePlan  # without layers if no token of the chunk is pruned
+    images: TextOnly  # what images bring to these tokens
+    tokens: Tokens  # all tokens
+    full_depth: Tokens  # the full-depth rows; a batch row with fewer than W has other tokens as filling, not valid
+    ends: torch.Tensor  # [B] on the CPU, the length of each row after the chunk
+    first_position: int  # the largest position at which a row's part of the chunk begins
+    look_ahead: int  # how many tokens after itself a token attends at most
+    is_fresh: bool  # the cache is empty and all tokens are causal, so they attend the chunk only
+    # The first column of the prompt's last full-depth tokens. A layer with a window needs the window - 1 columns before
+    # it, and no earlier ones.
+    needed_from: int
+    last: torch.Tensor  # [B], the column of each row's last token
+    last_row: torch.Tensor  # [B], the number of that token among the full-depth rows, or -1
+    has_tokens: torch.Tensor  # [B], false for a row that ended in an earlier chunk
 
     @classmethod
     def of(
@@ -121,9 +99,9 @@ class Chunk:
 
         last = (end - begin)[:, 0] - 1  # [B], -1 for a row that has ended
         last_is_full = full_depth.gather(1, last.clamp(min=0)[:, None])[:, 0] & bool(W)
-        attended_from = int((lengths - begin)[end > begin].min()) - full_depth_last
+        needed_from = int((lengths - begin)[end > begin].min()) - full_depth_last
         if last_attended is not None and (valid & is_first & (last_attended >= plan.full_depth_first)).any():
-            attended_from = 0  # the first tokens are in an image, and attend the rest of it
+            needed_from = 0  # the first tokens are in an image, and attend the rest of it
         return cls(
             plan=plan,
             images=images,
@@ -133,7 +111,7 @@ class Chunk:
             first_position=int(positions[:, 0].max()),
             look_ahead=0 if last_attended is None else int((last_attended - positions).max()),
             is_fresh=last_attended is None and not positions[:, 0].any(),
-            attended_from=attended_from,
+            needed_from=needed_from,
             last=last.clamp(min=0).to(device),
             last_row=(count - 1).where(last_is_full, -1).to(device),
             has_tokens=(last >= 0).to(device),
@@ -152,10 +130,7 @@ class Chunk:
     def latest(self, h: torch.Tensor, before: torch.Tensor, f: torch.Tensor | None = None) -> torch.Tensor:
         """The hidden state [B, D] of each row's last token so far.
 
-        Args:
-            h: [B, C, D], of this chunk's tokens.
-            before: [B, D], of the last tokens before the chunk, for rows that have none in it.
-            f: [B, W, D], what the full-depth rows have in place of h, or None.
+        It is in h [B, C, D], or in f [B, W, D] if that token is at full depth. Rows without tokens keep `before` [B, D].
         """
         rows = torch.arange(len(self.last), device=h.device)
         out = h[rows, self.last]
@@ -167,14 +142,10 @@ class Chunk:
 def attention_metadata(
     module, cache: KVCache, tokens: Tokens, ends: torch.Tensor, chunk: Chunk | None = None
 ) -> dict[int | None, AttentionMetadata]:
-    """How tokens attend, for each window that the layers have.
+    """How tokens [B, T] attend the cache, for each window that the layers have.
 
-    Args:
-        module: the model, for its rotary tables.
-        cache: what they attend, once their K and V are in it.
-        tokens: [B, T].
-        ends: [B] on the CPU, the length of each row once the tokens are in the cache.
-        chunk: given if the tokens are consecutive in each row. Then keys outside their band are not attended.
+    Rows have lengths `ends` [B], on the CPU, once the tokens are in the cache. `chunk` is given if the tokens are
+    consecutive in each row. Then only the keys in their band are looked at.
     """
     filled = int(ends.max())
     ends = ends.to(tokens.positions.device)[:, None]  # [B, 1]

@@ -1,7 +1,8 @@
 """The stages: all matrix products and all attention of prefill and decode, one layer at a time.
 
-Each stage takes one layer and its slice of the cache as arguments, so one compiled graph serves all layers
-(compile.py). Lengths enter as tensor shapes, never as Python ints, so they do not trigger recompilation.
+Each takes a layer and its slice of the cache, keys and values [B, S + 1, K, E], as arguments, so one compiled graph
+serves all layers (compile.py). Lengths enter as tensor shapes, never as Python ints, so they do not trigger
+recompilation.
 """
 
 from __future__ import annotations
@@ -16,10 +17,7 @@ from pop.engine.attention import AttentionMetadata, attend_cache, write
 
 
 def full_layer(layer, h, keys, values, at: AttentionMetadata, attention: Callable = attend_cache):
-    """A layer at full depth: h [B, T, D] -> [B, T, D]. Its K and V are written before anything is attended.
-
-    keys, values: [B, S + 1, K, E], the layer's slice of the cache.
-    """
+    """A layer at full depth: h [B, T, D] -> [B, T, D]. Its K and V are written before anything is attended."""
 
     def attend(layer, q, k, v):
         write(keys, values, at.slots, k, v)
@@ -34,9 +32,9 @@ def pruned_layer(layer, h, rope, slots, keys, values):
 
 
 def refit_layer(layer, inputs, weight, bias, rope, slots, keys, values, linear: Callable = F.linear):
-    """A pruned layer of a calibrated plan: K and V in one product.
+    """A pruned layer of a calibrated plan: K and V of inputs [B, T, taps * D] in one product.
 
-    inputs: [B, T, taps * D], the same for all layers of a group. weight: [2, K * E, taps * D]. bias: [2, K * E].
+    weight [2, K * E, taps * D] and bias [2, K * E] are the layer's refit projections.
     """
     k, v = linear(inputs, weight.flatten(0, 1), bias.flatten()).chunk(2, dim=-1)  # [B, T, K * E] each
     write(keys, values, slots, *layer.placed(k, v, rope))

@@ -4,9 +4,9 @@
                   │
                   └── keys_values: all that a pruned layer computes
 
-`PrunableLayer` and `PrunableModel` are what the reference, the gates, the calibration and the engine call. A model of
-another code base subclasses them (tools/examples/nano_gpt.py). `DecoderLayer` and `DecoderModel` are the parts that
-Llama, Gemma-3 and Qwen3 have in common: their attributes have the checkpoint's names. Shape letters: layers.py.
+The reference, the gates, the calibration and the engine call `PrunableLayer` and `PrunableModel`. A model of another
+code base subclasses them (tools/examples/nano_gpt.py). `DecoderLayer` and `DecoderModel` are what Llama, Gemma-3 and
+Qwen3 have in common. Their attributes have the checkpoint's names. Shape letters: layers.py.
 """
 
 from __future__ import annotations
@@ -21,16 +21,12 @@ from pop.models.layers import Embedding, RMSNorm, Rope, Ropes, causal_attention,
 
 # attend(layer, q [B, T, H, E], k [B, T, K, E], v [B, T, K, E]) -> [B, T, H * E]
 Attend = Callable[["PrunableLayer", torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
-# step(index, layer, h [B, T, D], rope, attend) -> the next h
-Step = Callable[[int, "PrunableLayer", torch.Tensor, Rope, Attend], torch.Tensor]
 
 
 class PrunableLayer(nn.Module):
     """A decoder layer in parts, so that a caller can stop after the first, or put a cache between them.
 
-    Attributes:
-        window: how many tokens a token attends, itself included. None: all tokens before it.
-        scale: the factor on q k^T.
+    `window` is how many tokens a token attends, itself included, or None for all before it. `scale` multiplies q k^T.
     """
 
     window: int | None = None
@@ -61,21 +57,15 @@ class PrunableLayer(nn.Module):
 class PrunableModel(nn.Module):
     """A decoder that prefill can prune.
 
-    Attributes:
-        config: sizes, as in pop/models/config.py. A KV cache reads num_layers, windows, hidden_size, num_kv_heads and
-            head_dim.
-        layers: the PrunableLayers, in order.
-        deepstack_layers: after how many of the first layers features of images are added to h.
-        vision_blocks: the name of the vision tower's list of layers, or None without a tower.
+    `config` has the sizes that a KV cache reads: num_layers, windows, hidden_size, num_kv_heads and head_dim. After
+    each of the first `deepstack_layers` layers, features of images are added to h. `vision_blocks` names the list of
+    the vision tower's layers, if there is a tower.
     """
 
     config: object
+    layers: Sequence[PrunableLayer]
     deepstack_layers: int = 0
     vision_blocks: str | None = None
-
-    @property
-    def layers(self) -> Sequence[PrunableLayer]:
-        raise NotImplementedError
 
     def embed(self, tokens: torch.Tensor) -> torch.Tensor:
         """tokens [B, T] int -> h [B, T, D]."""
@@ -93,16 +83,12 @@ class PrunableModel(nn.Module):
         """Zeros in the shape of what a layer of the vision tower takes for N images of P patches each."""
         raise NotImplementedError
 
-    def through_layers(self, tokens: torch.Tensor, images: TextOnly = TEXT, step: Step | None = None) -> torch.Tensor:
-        """The pass over all layers, without a cache.
+    def through_layers(
+        self, tokens: torch.Tensor, images: TextOnly = TEXT, step: Callable[..., torch.Tensor] | None = None
+    ) -> torch.Tensor:
+        """The pass over all layers, without a cache: tokens [B, T] int -> h [B, T, D] after the last layer.
 
-        Args:
-            tokens: [B, T] int.
-            images: what images bring to these tokens.
-            step: how a layer is run. None runs it as it is: `layer(h, rope, attend)`.
-
-        Returns:
-            h [B, T, D] after the last layer.
+        `step(index, layer, h, rope, attend)` runs a layer and returns the next h. By default it is the layer itself.
         """
         positions = torch.arange(tokens.shape[1], device=tokens.device).expand(len(tokens), -1)  # [B, T]
         last_attended = images.last_attended(positions)
@@ -124,7 +110,7 @@ class PrunableModel(nn.Module):
 
 
 class DecoderLayer(PrunableLayer):
-    """A pre-norm layer with the attributes `input_layernorm`, `self_attn`, `post_attention_layernorm` and `mlp`.
+    """A layer with input_layernorm, self_attn, post_attention_layernorm and mlp.
 
     The last four methods serve calibrated plans (pop/pruning/projections.py).
     """
@@ -156,10 +142,7 @@ class DecoderLayer(PrunableLayer):
         return self.self_attn.placed(k, v, rope)
 
     def folded_projections(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """K's and V's projections with the norm's weight folded in: weight [2, K * E, D] and bias [2, K * E], float64.
-
-        Applied to `normalised(h)`, they give `projected(h)`.
-        """
+        """What maps normalised(h) to projected(h): weight [2, K * E, D] and bias [2, K * E], in float64."""
         projections = (self.self_attn.k_proj, self.self_attn.v_proj)
         weight = torch.stack([projection.weight.double() for projection in projections])
         zero = weight.new_zeros(weight.shape[1])
@@ -168,13 +151,7 @@ class DecoderLayer(PrunableLayer):
 
 
 class Decoder(nn.Module):
-    """The embedding, the layers and the last norm.
-
-    Args:
-        config: of any family.
-        layer: the class of the layers, called with the config and the layer's index.
-        norm: the class of the last norm.
-    """
+    """The embedding, the layers, each `layer(config, index)`, and the last norm."""
 
     def __init__(self, config, layer: type[DecoderLayer], norm: type[RMSNorm] = RMSNorm):
         super().__init__()
@@ -184,11 +161,9 @@ class Decoder(nn.Module):
 
 
 class DecoderModel(PrunableModel):
-    """A language model of DecoderLayers with one kind of rotary positions, and a head that may be tied.
+    """A language model with one kind of rotary positions, and a head that may be tied.
 
-    Args:
-        config: of its family.
-        model: what checkpoints name `model`: a Decoder, or a module that holds one (then `decoder` says where).
+    `model` is what checkpoints name so: a Decoder, or a module that holds one where `decoder` says.
     """
 
     def __init__(self, config, model: nn.Module):

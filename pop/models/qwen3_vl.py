@@ -65,7 +65,7 @@ class Qwen3VL(base.DecoderModel):
         axes = torch.zeros_like(frequencies, dtype=torch.int64)  # [E / 2], the axis by which each pair turns
         for axis in (1, 2):  # interleaved: t h w t h w ..., and t for the rest
             axes[axis : 3 * self.config.mrope_sections[axis] : 3] = axis
-        turns = positions[axes].movedim(0, -1)  # [B, T, E/2]
+        turns = positions[axes].movedim(0, -1).contiguous()  # [B, T, E/2]
         angles = turns[:, :, None].float() * frequencies  # [B, T, 1, E/2]
         return {None: (angles.cos(), angles.sin())}
 

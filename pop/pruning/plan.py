@@ -7,13 +7,12 @@ import json
 import math
 import os
 from itertools import groupby
-from operator import index
 
 from safetensors import SafetensorError
 from safetensors.torch import save
 
 from pop import files
-from pop.errors import PlanError
+from pop.errors import PlanError, check_count
 from pop.pruning.projections import KVProjections
 
 
@@ -40,29 +39,16 @@ class PrunePlan:
 
     def __post_init__(self):
         try:
-            layers = tuple(self.layers)
+            layers = tuple(sorted(check_count("a layer index", layer, 0, error=PlanError) for layer in self.layers))
         except TypeError:
             raise PlanError(f"layers is {self.layers!r}; give indices, as in layers=(20, 21)") from None
-        for layer in layers:
-            if not _is_count(layer):
-                raise PlanError(f"layers holds {layer!r}; layer indices are integers of at least 0")
-        layers = tuple(sorted(map(index, layers)))
         if len(set(layers)) < len(layers):
             raise PlanError(f"layers names a layer twice: {layers}")
         object.__setattr__(self, "layers", layers)
-        if not _is_count(self.full_depth_last) or self.full_depth_last < 1:
-            raise PlanError(
-                f"full_depth_last is {self.full_depth_last!r}; it is a number of tokens of at least 1, since the "
-                "first new token is predicted from the last prompt token at full depth"
-            )
-        if not _is_count(self.full_depth_first):
-            raise PlanError(f"full_depth_first is {self.full_depth_first!r}; it is a number of tokens of at least 0")
-        for name in ("full_depth_last", "full_depth_first"):
-            object.__setattr__(self, name, index(getattr(self, name)))
-        if self.projections is not None:
-            self._check_projections()
-
-    def _check_projections(self) -> None:
+        for name, least in (("full_depth_last", 1), ("full_depth_first", 0)):
+            object.__setattr__(self, name, check_count(name, getattr(self, name), least, error=PlanError))
+        if self.projections is None:
+            return
         if not isinstance(self.projections, KVProjections):
             raise PlanError(f"projections is a {type(self.projections).__name__}; pop.calibrate makes KVProjections")
         if self.projections.layers != self.layers:
@@ -71,10 +57,7 @@ class PrunePlan:
                 "calibrate again"
             )
         if self.full_depth_first < 1:
-            raise PlanError(
-                "full_depth_first is 0, but refit projections need at least 1: they are not fitted to the first token, "
-                "the attention sink"
-            )
+            raise PlanError("full_depth_first is 0, but refit projections are not fitted to the first token; give 1")
 
     @classmethod
     def none(cls) -> PrunePlan:
@@ -84,8 +67,7 @@ class PrunePlan:
     @classmethod
     def deepest(cls, num_layers: int, fraction: float) -> PrunePlan:
         """Prune the deepest floor(num_layers * fraction) layers; 0 <= fraction <= 1."""
-        if not _is_count(num_layers):
-            raise PlanError(f"num_layers is {num_layers!r}; it is the model's number of layers")
+        num_layers = check_count("num_layers", num_layers, 0, error=PlanError)
         if isinstance(fraction, bool) or not isinstance(fraction, (int, float)) or not 0 <= fraction <= 1:
             raise PlanError(f"fraction is {fraction!r}; it is the share of the layers to prune, from 0 to 1")
         # The small term keeps 100 * 0.29 = 28.999999999999996 from losing a layer.
@@ -155,10 +137,3 @@ class PrunePlan:
             return cls(**fields)
         except (PlanError, OSError, ValueError, TypeError, KeyError, RecursionError) as error:
             raise PlanError(f"{path} is not a pruning plan ({error}); write one with plan.save(path)") from None
-
-
-def _is_count(value) -> bool:
-    try:
-        return not isinstance(value, bool) and index(value) >= 0
-    except TypeError:
-        return False

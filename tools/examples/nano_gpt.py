@@ -1,21 +1,12 @@
-"""Pruned prefill for a decoder that knows nothing of it: what it takes to use `pop` from another code base.
+"""Pruned prefill for a decoder of another code base: what it takes to run it on pop's engine.
 
-The first half is the other code base: a GPT-2 like decoder with its own attention, learned positions, LayerNorm and
-GELU. It stays as it is. The second half puts it behind what pop's engine asks of a model, in two small classes:
+The first half is the other code base: a decoder like GPT-2, with its own attention, learned positions, LayerNorm and
+GELU. It stays as it is. The second half wraps its blocks and the model in `PrunableLayer` and `PrunableModel`
+(pop/models/base.py). Then `engine.prefill` and `engine.decode` run it on a `pop.KVCache`, with any `pop.PrunePlan` that
+has no projections. Attention, masks, chunks and batches of different lengths are the engine's.
 
-    model.embed(tokens)        -> h [B, T, D]         tokens [B, T]: whatever integers it takes; the engine passes them
-    model.rope(positions)      -> {None: tables}      what layers need of the positions [B, T]; None: no sliding window
-    model.layers, model.head(h [..., D]) -> logits [..., V]
-    model.deepstack_layers     0                      behind how many layers something is added to h: images only
-    layer.window, layer.scale  None, and the factor on q k^T
-    layer.queries_keys_values(h, tables)  -> q [B, T, H, E], k and v [B, T, K, E], as they go into the cache
-    layer.keys_values(h, tables)          -> the same k and v alone: all that a pruned layer computes
-    layer.update(h, attended [B, T, H * E]) -> the layer's output [B, T, D]
-
-Then `engine.prefill` and `engine.decode` run it on a `pop.KVCache`, with any `pop.PrunePlan` that has no projections.
-Attention over the cache, masks, ragged batches and chunks are the engine's. Here positions are learned and added to
-the embedding, so `tokens` carry them: id + vocab_size * position. A model with rotary positions takes plain ids, puts
-cos and sin into `rope`, and rotates in `queries_keys_values`; pop/models/llama.py is written like that.
+Here positions are learned and added to the embedding, so `tokens` carry them: id + vocab_size * position. A model with
+rotary positions takes plain ids, returns cos and sin from `rope`, and rotates in `queries_keys_values`.
 """
 
 from __future__ import annotations
@@ -27,6 +18,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from pop import KVCache, PrunePlan, engine
+from pop.models.base import PrunableLayer, PrunableModel
 
 # The other code base
 
@@ -91,37 +83,37 @@ class GPT(nn.Module):
 # What makes it a model for pop's engine
 
 
-class PrunableBlock:
-    """A Block as the engine sees a layer."""
-
-    window = None
+class PrunableBlock(PrunableLayer):
+    """A Block as the engine calls it."""
 
     def __init__(self, block: Block):
+        super().__init__()
         self.block, self.heads = block, block.attn.n_head
         self.scale = (block.attn.c_attn.in_features // self.heads) ** -0.5
 
-    def queries_keys_values(self, h, tables):
+    def queries_keys_values(self, h, rope):
         projected = self.block.attn.c_attn(self.block.ln_1(h)).chunk(3, dim=-1)
         return tuple(part.unflatten(-1, (self.heads, -1)) for part in projected)  # [B, T, H, E] each
 
-    def keys_values(self, h, tables):
+    def keys_values(self, h, rope):
         c_attn, D = self.block.attn.c_attn, h.shape[-1]
         projected = F.linear(self.block.ln_1(h), c_attn.weight[D:], c_attn.bias[D:]).chunk(2, dim=-1)
         return tuple(part.unflatten(-1, (self.heads, -1)) for part in projected)  # [B, T, H, E] each
 
-    def update(self, h, attended):
-        h = h + self.block.attn.c_proj(attended)
-        return h + self.block.mlp(self.block.ln_2(h))
+    def attention_update(self, attended):
+        return self.block.attn.c_proj(attended)
+
+    def mlp_update(self, h):
+        return self.block.mlp(self.block.ln_2(h))
 
 
-class PrunableGPT:
-    """A GPT as the engine sees a model, and the sizes that a KVCache is made by."""
-
-    deepstack_layers = 0
+class PrunableGPT(PrunableModel):
+    """A GPT as the engine calls it. It is also the config from which a KVCache reads its sizes."""
 
     def __init__(self, gpt: GPT):
-        self.gpt, self.layers = gpt, [PrunableBlock(block) for block in gpt.h]
-        self.num_layers, self.windows = len(self.layers), (None,) * len(self.layers)
+        super().__init__()
+        self.gpt, self.layers = gpt, nn.ModuleList(PrunableBlock(block) for block in gpt.h)
+        self.num_layers, self.windows = len(gpt.h), (None,) * len(gpt.h)
         self.hidden_size, self.num_kv_heads = gpt.config.n_embd, gpt.config.n_head
         self.head_dim = self.hidden_size // self.num_kv_heads
 
@@ -132,9 +124,6 @@ class PrunableGPT:
     def tokens(self, ids, positions):
         """What `embed` takes for ids at positions of the same shape."""
         return (ids + self.gpt.config.vocab_size * positions.to(ids.device)).to(self.gpt.wte.weight.device)
-
-    def rope(self, positions):
-        return {None: ()}
 
     def head(self, h):
         return self.gpt.lm_head(self.gpt.ln_f(h))
