@@ -71,6 +71,11 @@ def test_the_readme_is_short():
     assert len(README.splitlines()) <= 250
 
 
+def test_the_line_that_is_the_method_is_the_references():
+    (line,) = re.findall(r"^.*# the method$", README, re.M)
+    assert line in (ROOT / "pop/pruning/reference.py").read_text(encoding="utf-8")
+
+
 @pytest.mark.parametrize("path", READMES)
 def test_every_link_leads_to_a_file(path):
     for link in re.findall(r"\]\(([^)]+)\)", READMES[path]):
