@@ -4,7 +4,7 @@
 values that are missing, wrong, contradictory or not supported, and names the field. Fields that no forward pass depends
 on are ignored, and one line in the log names them. A JSON null means "not given".
 
-A new family needs an entry in `READERS`. `_read_llama` reads any config.json with Llama's fields.
+A new family needs an entry in `READERS`. `read_llama` reads any config.json with Llama's fields.
 """
 
 import dataclasses
@@ -132,7 +132,7 @@ def _build_decoder(config: type, fields: Fields, **given: Any) -> Any:
     return _build(config, fields, dtype=_read_dtype(fields), bos_id=bos_id, eos_ids=eos_ids, **given)
 
 
-def _read_llama(fields: Fields, config: type, architecture: str) -> LlamaConfig:
+def read_llama(fields: Fields, config: type, architecture: str) -> LlamaConfig:
     """Read a config.json with Llama's fields into LlamaConfig, or into a class like it."""
     fields.fixed(architectures=[architecture], hidden_act="silu", pretraining_tp=1)
     hidden_size, num_heads = fields.integer("hidden_size"), fields.integer("num_attention_heads")
@@ -338,7 +338,7 @@ def _read_ends(fields: Fields) -> tuple[int, ...]:
 
 
 READERS: dict[str, Callable[[Fields], Config]] = {  # by config.json's model_type
-    "llama": partial(_read_llama, config=LlamaConfig, architecture="LlamaForCausalLM"),
+    "llama": partial(read_llama, config=LlamaConfig, architecture="LlamaForCausalLM"),
     "gemma3_text": _read_gemma3_text,
     "gemma3": _read_gemma3,
     "qwen3": _read_qwen3,

@@ -4,7 +4,9 @@ import json
 import logging
 import math
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import ClassVar
 
 import pytest
 import torch
@@ -24,7 +26,7 @@ from support.published import (
     gemma3_with_images,
 )
 
-from pop.checkpoints.config_json import read_config
+from pop.checkpoints.config_json import READERS, read_config, read_llama
 from pop.checkpoints.registry import lookup
 from pop.errors import ConfigError
 from pop.models import build
@@ -576,6 +578,24 @@ def test_every_field_reaches_the_qwen3_vl_config(read):
     assert (config.start_id, config.end_id) == (8, 9)
     assert config.mrope_sections == (30, 14, 20)
     assert config.vision == Qwen3VisionConfig(1152, 4304, 27, 16, 4096, (), 10, 14, 3, 4, 50.0)
+
+
+@dataclass(frozen=True)
+class NewConfig(LlamaConfig):
+    family: ClassVar[str] = "new"
+    residual_multiplier: float = 1.0
+
+
+def test_a_family_with_llamas_fields_needs_one_entry(read, monkeypatch):
+    """Its dataclass says which further fields to read."""
+    file = MINIMAL | {"model_type": "new", "architectures": ["NewForCausalLM"]}
+    with pytest.raises(ConfigError, match="'new'"):
+        read(file)
+    monkeypatch.setitem(READERS, "new", partial(read_llama, config=NewConfig, architecture="NewForCausalLM"))
+    assert read(file) == NewConfig(100, 48, 80, 3, 6, 6, 8)
+    assert read(file | {"residual_multiplier": 0.5}).residual_multiplier == 0.5
+    with pytest.raises(ConfigError, match="residual_multiplier"):
+        read(MINIMAL | {"residual_multiplier": 0.5})  # Llama itself has no such field
 
 
 def test_the_whole_of_a_gemma3_counts_more_than_its_text_config(read):

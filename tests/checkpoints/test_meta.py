@@ -77,8 +77,8 @@ def test_both_layouts_say_the_same_of_llama31_8b(read):
     ("change", "named"),
     [
         ({"vocab_size": -1}, "vocab_size .* -1"),
-        ({"vocab_size": None}, "vocab_size is missing"),
-        ({"rope_theta": None}, "rope_theta is missing"),
+        ({"vocab_size": None}, "vocab_size"),
+        ({"rope_theta": None}, "rope_theta"),
         ({"n_heads": 3}, "dim .* n_heads"),
         ({"n_layers": 5}, "rope_scaling_factor"),
         ({"vision_chunk_size": 448}, "vision_chunk_size = 448"),
@@ -158,7 +158,7 @@ def test_metas_tied_head_and_old_tables(tmp_path):
     write_meta(tmp_path, {**weights, "output.weight": weights["tok_embeddings.weight"]}, 2)
     load(tmp_path, config=config)
     write_meta(tmp_path, {**weights, "output.weight": -weights["tok_embeddings.weight"]}, 2)
-    refused(tmp_path, r"output\.weight should repeat model\.embed_tokens\.weight", config=config)
+    refused(tmp_path, r"output\.weight.*model\.embed_tokens\.weight", config=config)
 
 
 def test_metas_ranks_must_belong_together(tmp_path):
@@ -166,7 +166,7 @@ def test_metas_ranks_must_belong_together(tmp_path):
     other = {**weights, "norm.weight": weights["norm.weight"] + 1}
     write_meta(tmp_path / "..", other, 2)
     (tmp_path / "../consolidated.01.pth").replace(tmp_path / "consolidated.01.pth")
-    refused(tmp_path, r"consolidated\.01\.pth: norm\.weight should repeat model\.norm\.weight", config=config)
+    refused(tmp_path, r"consolidated\.01\.pth: norm\.weight.*model\.norm\.weight", config=config)
     (tmp_path / "consolidated.01.pth").rename(tmp_path / "consolidated.02.pth")
     refused(tmp_path, r"no consolidated\.01\.pth", config=config)
     (tmp_path / "consolidated.02.pth").unlink()
@@ -197,9 +197,9 @@ def test_pickles_are_data_only(tmp_path):
 
     for bomb in (Bomb(), {**weights, "norm.weight": Bomb()}):
         torch.save(bomb, tmp_path / "consolidated.00.pth")
-        refused(tmp_path, "holds more than tensors, or is corrupt; it is not loaded", config=config)
+        refused(tmp_path, r"consolidated\.00\.pth.*more than tensors", config=config)
         (tmp_path / "consolidated.00.pth").write_bytes(pickle.dumps(bomb))
-        refused(tmp_path, "truncated or corrupt", config=config)
+        refused(tmp_path, r"consolidated\.00\.pth.*corrupt", config=config)
     assert not witness.exists()
 
 
@@ -237,7 +237,7 @@ def test_truncated_pickles(tmp_path):
     whole = (tmp_path / "consolidated.00.pth").read_bytes()
     for cut in [*range(0, len(whole), 997), *range(len(whole) - 40, len(whole))]:
         (tmp_path / "consolidated.00.pth").write_bytes(whole[:cut])
-        refused(tmp_path, "truncated or corrupt", config=config)
+        refused(tmp_path, r"consolidated\.00\.pth.*corrupt", config=config)
 
 
 @given(st.data())

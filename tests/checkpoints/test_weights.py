@@ -1,4 +1,4 @@
-"""Loading weights: exact, strict, frugal, and never silent about files that are not what they should be."""
+"""Loading weights: exact, strict about names and shapes, sparing with memory, and safe with broken files."""
 
 import json
 import re
@@ -106,7 +106,7 @@ def test_a_head_beside_a_tied_embedding_must_repeat_it(tmp_path):
     assert_same(load(tmp_path, torch.bfloat16), weights)
     head[-1, -1] += 1
     store(tmp_path, {**weights, "lm_head.weight": head})
-    refused(tmp_path, r"lm_head\.weight should repeat model\.embed_tokens\.weight")
+    refused(tmp_path, r"lm_head\.weight.*model\.embed_tokens\.weight")
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -150,7 +150,7 @@ def test_all_differences_are_named_in_one_error(tmp_path):
     weights["model.layers.0.mlp.gate_proj.weight"] = torch.ones(44, 30, dtype=torch.int8)
     weights["model.layers.0.mlp.down_proj.weight"] = torch.ones(30, 44, dtype=torch.float8_e4m3fn)
     store(tmp_path, weights)
-    message = refused(tmp_path, "are not those of its config")
+    message = refused(tmp_path, re.escape(str(tmp_path)))
     assert "missing: model.layers.2.mlp.up_proj.weight;" in message
     assert "surplus: model.layers.1.self_attn.q_norm.weight;" in message
     assert "model.layers.0.mlp.gate_proj.weight (torch.int8)" in message
@@ -185,7 +185,7 @@ def test_hostile_names_are_shown_harmlessly(tmp_path):
         ({"num_layers": 6}, r"num_hidden_layers is 6 but 5 layers are stored; missing: model\.layers\.5\."),
         ({"attention_bias": True}, r"missing: model\.layers\.0\.self_attn\.q_proj\.bias"),
         ({"mlp_bias": True}, r"missing: model\.layers\.0\.mlp\.gate_proj\.bias"),
-        ({"tie_embeddings": True}, r"lm_head\.weight should repeat"),
+        ({"tie_embeddings": True}, r"lm_head\.weight.*model\.embed_tokens\.weight"),
     ],
 )
 def test_a_config_that_contradicts_the_weights(tmp_path, change, pattern):
@@ -205,7 +205,7 @@ def test_norms_must_be_finite(tmp_path, name, bad):
     weights = stored(tmp_path)
     weights[name][7] = bad
     store(tmp_path, weights)
-    refused(tmp_path, f"{re.escape(name)} has NaN or infinite")
+    refused(tmp_path, f"{re.escape(name)}.*NaN")
 
 
 def test_a_norm_that_overflows_the_models_dtype(tmp_path):
@@ -214,7 +214,7 @@ def test_a_norm_that_overflows_the_models_dtype(tmp_path):
     weights["model.norm.weight"][0] = 1e5
     store(tmp_path, weights)
     load(tmp_path, torch.bfloat16)
-    refused(tmp_path, r"model\.norm\.weight has NaN or infinite .* torch\.float16", dtype=torch.float16)
+    refused(tmp_path, r"model\.norm\.weight.*torch\.float16", dtype=torch.float16)
 
 
 # ---- what is refused: files ----
@@ -270,12 +270,12 @@ def test_broken_indexes(tmp_path):
     refused(tmp_path, "missing")
     name, file = next(iter(weight_map.items()))
     write_index(tmp_path, {k: v for k, v in weight_map.items() if k != name})
-    refused(tmp_path, f"{re.escape(file)} and the index beside it disagree about {re.escape(name)}")
+    refused(tmp_path, f"{re.escape(file)}.*index.*{re.escape(name)}")
     write_index(tmp_path, {**weight_map, "ghost": file})
-    refused(tmp_path, f"{re.escape(file)} and the index beside it disagree about ghost")
+    refused(tmp_path, f"{re.escape(file)}.*index.*ghost")
     (tmp_path / file).unlink()
     write_index(tmp_path, weight_map)
-    refused(tmp_path, f"lacks the shard '{re.escape(file)}'")
+    refused(tmp_path, f"lacks.*{re.escape(file)}")
 
 
 def test_a_tensor_in_two_shards(tmp_path):
@@ -285,16 +285,16 @@ def test_a_tensor_in_two_shards(tmp_path):
     name = next(n for n in weight_map if weight_map[n] == first)
     double = load_file(tmp_path / first)[name]
     save_file({**load_file(tmp_path / second), name: double}, tmp_path / second)
-    refused(tmp_path, f"{re.escape(second)} and the index beside it disagree about {re.escape(name)}")
+    refused(tmp_path, f"{re.escape(second)}.*index.*{re.escape(name)}")
 
 
 @pytest.mark.parametrize("content", [b"", b"\0" * 8, b"\xff" * 64, b"PK\x03\x04", b"<html>no</html>" * 40])
 def test_files_that_are_something_else(tmp_path, content):
     write_checkpoint(tmp_path)
     (tmp_path / "model.safetensors").write_bytes(content)
-    refused(tmp_path, r"model\.safetensors is truncated or corrupt, fetch it again")
+    refused(tmp_path, r"model\.safetensors.*corrupt")
     (tmp_path / "model.safetensors").rename(tmp_path / "consolidated.00.pth")
-    refused(tmp_path, r"consolidated\.00\.pth is truncated or corrupt, fetch it again")
+    refused(tmp_path, r"consolidated\.00\.pth.*corrupt")
 
 
 def test_truncated_safetensors(tmp_path):
@@ -302,9 +302,9 @@ def test_truncated_safetensors(tmp_path):
     whole = (tmp_path / "model.safetensors").read_bytes()
     for cut in [*range(0, 40), *range(40, len(whole), 131), len(whole) - 1]:
         (tmp_path / "model.safetensors").write_bytes(whole[:cut])
-        refused(tmp_path, "truncated or corrupt")
+        refused(tmp_path, r"model\.safetensors.*corrupt")
     (tmp_path / "model.safetensors").write_bytes(whole + b"\0")
-    refused(tmp_path, "truncated or corrupt")
+    refused(tmp_path, r"model\.safetensors.*corrupt")
 
 
 @given(st.data())
