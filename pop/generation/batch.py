@@ -26,11 +26,11 @@ class Batch:
         params: how the answers are sampled.
         plan: the PrunePlan of the prompts; None takes the model's.
         earlier: a cache of one row that all prompts continue. It is copied, not changed. None: an empty cache.
-        unrun: token ids between `earlier` and the prompts, which run at full depth: the end of an earlier answer.
+        leading: token ids before the prompts that run at full depth: the end of a truncated answer.
 
     Attributes:
         answers: an Answer for each prompt.
-        cache: after `steps`, what the answers were made with. The last token of a truncated answer is not in it.
+        cache: after `steps`, the cache of the answers. It lacks the last token of a truncated answer.
 
     Raises:
         ContextOverflow: a prompt is longer than the model's context. PlanError, TokenizerError: as in Model.generate.
@@ -45,14 +45,14 @@ class Batch:
         *,
         plan: PrunePlan | None = None,
         earlier: KVCache | None = None,
-        unrun: Sequence[int] = (),
+        leading: Sequence[int] = (),
     ):
         self.model, self.prompts, self.media, self.plan = model, prompts, media, model.resolve(plan)
-        self.earlier, self.unrun, self.cache = earlier, list(unrun), None
+        self.earlier, self.leading, self.cache = earlier, list(leading), None
         if params.stop:
             model.need_tokenizer("stop")
         self.sampler = Sampler(len(prompts), params)
-        self.num_earlier = len(self.unrun) + (0 if earlier is None else int(earlier.lengths[0]))
+        self.num_earlier = len(self.leading) + (0 if earlier is None else int(earlier.lengths[0]))
         longest = max(len(prompt) for prompt in prompts)
         note = f" ({longest} tokens after {self.num_earlier} earlier ones)" if self.num_earlier else ""
         model.check_fits(self.num_earlier + longest, f"the prompt{note}")
@@ -64,7 +64,7 @@ class Batch:
         self.answers = [Answer(model.tokenizer, ends, params.stop, limit) for limit in limits]
 
     def steps(self) -> Iterator[list[str]]:
-        """Generate. After each token of the batch, yield the text that each row has settled."""
+        """Generate. After each token of the batch, yield the text that the token has settled in each row."""
         logits = self._prefill()
         rows = list(range(len(self.answers)))  # the answer that each row of the cache belongs to
         while True:
@@ -83,10 +83,10 @@ class Batch:
             logits = self.model.decode(tokens, self.cache)
 
     def generations(self, began: float, steps: Iterable | None = None) -> list[Generation]:
-        """Take all steps and return the answers.
+        """Take all steps, and return the answers with their times.
 
         Args:
-            began: the time.perf_counter() from which seconds are counted.
+            began: when the call began, by time.perf_counter().
             steps: `self.steps()`, or an iterator around it.
         """
         seconds = [time.perf_counter() - began for _ in (self.steps() if steps is None else steps)]
@@ -108,20 +108,20 @@ class Batch:
         self.cache = self.model.new_cache(B, self.max_seq_len)
         if self.earlier is not None:
             self.cache.copy_from(self.earlier)
-        if self.unrun:
-            self.model.prefill([self.unrun] * B, self.cache, plan=PrunePlan.none())
+        if self.leading:
+            self.model.prefill([self.leading] * B, self.cache, plan=PrunePlan.none())
         padded = [prompt + [0] * (max(lengths) - len(prompt)) for prompt in self.prompts]
         return self.model.prefill(padded, self.cache, lengths=lengths, images=self.media, plan=self.plan)
 
     def _sample(self, logits: torch.Tensor) -> torch.Tensor:
-        """logits [B, V] -> tokens [B]. Never picks a token that stands for an image, nor an id without text."""
+        """logits [B, V] -> tokens [B]. Never picks an image's placeholder, or an id without text."""
         model = self.model
         for token in model.vision.placeholders.values():
             logits[:, token] = -math.inf
         # The embedding may be padded beyond the tokenizer's vocabulary.
         known = model.config.vocab_size if model.tokenizer is None else model.tokenizer.vocab_size
         tokens = self.sampler(logits[:, :known])
-        if model.part is not None:  # one of several processes, which must agree
+        if model.part is not None:  # several processes must continue with the same tokens
             model.part.agree(tokens)
         return tokens
 

@@ -4,8 +4,8 @@
     turn 2    prompt: end of the model's turn, user's message, start of the next turn    answer, as generated
 
 A prompt is pruned, except for its last `full_depth_last` tokens and the sequence's first `full_depth_first`. Answers
-are at full depth. What is in the cache is never changed. So a conversation is `reference.forward` with these full-depth
-tokens; tests/generation/test_conversation.py checks that. README.md in this folder says more about truncated answers.
+are at full depth. No turn changes what earlier turns left in the cache. So a conversation equals `reference.forward`
+with these full-depth tokens, as tests/generation/test_conversation.py checks. README.md describes truncated answers.
 """
 
 from __future__ import annotations
@@ -62,8 +62,8 @@ class _State(NamedTuple):
     def tokens(self) -> list[int]:
         return [token for turn in self.turns for token in turn.prompt + turn.answer]
 
-    def unrun(self) -> list[int]:
-        """The last token of a truncated answer, which was sampled but is not in the cache."""
+    def missing(self) -> list[int]:
+        """The tokens that are not in the cache: the last one of a truncated answer, which was sampled but never run."""
         return [] if self.cache is None else self.tokens()[int(self.cache.lengths[0]) :]
 
 
@@ -71,8 +71,7 @@ class Conversation:
     """A conversation with an instruct model, made by `model.start_chat`.
 
     A turn works on a copy of the cache. If it fails, or Ctrl-C stops it, or nobody reads its stream to the end, the
-    conversation stays as it was. One thread at a time may use a conversation. Several conversations may share a model,
-    each in its own thread.
+    conversation stays as it was. Only one thread at a time may use a conversation.
 
     Args:
         model: a pop.Model with a tokenizer that has a chat format.
@@ -163,7 +162,8 @@ class Conversation:
             plan: the plan that the conversation was held with; None takes the model's.
 
         Raises:
-            InputError: the file is not a saved conversation, or one with another model. PlanError: with another plan.
+            InputError: the file is not a saved conversation, or it was held with another model.
+            PlanError: it was held with another plan.
         """
         try:
             content = json.loads(Path(path).read_text(encoding="utf-8"))
@@ -201,8 +201,8 @@ class Conversation:
         state, content = self._state, _content(message, images, videos)
         media = self.model.media_in([_message("user", content)])
         prompt = self._prompt(state.turns, content, media)
-        params, options = SamplingParams(**options), {"plan": self.plan, "earlier": state.cache, "unrun": state.unrun()}
-        batch = Batch(self.model, [prompt], [media], params, **options)
+        past = {"earlier": state.cache, "leading": state.missing()}
+        batch = Batch(self.model, [prompt], [media], SamplingParams(**options), plan=self.plan, **past)
 
         def steps():
             (answer,) = batch.answers
@@ -247,8 +247,8 @@ def _message(role: str, content) -> dict:
 
 def _content(message, images, videos) -> str | list[dict]:
     """The content of a user's message: images, videos, and then the message."""
-    given = [("image", one) for one in as_list("image", images)] + [("video", one) for one in as_list("video", videos)]
-    media = [{"type": kind, kind: one} for kind, one in given]
+    given = {"image": images, "video": videos}
+    media = [{"type": kind, kind: one} for kind in given for one in as_list(kind, given[kind])]
     if not isinstance(message, str | list) or (isinstance(message, str) and not message.strip() and not media):
         raise InputError(f"the message is {message!r:.80}; it must be text or a list of parts, and not empty")
     if isinstance(message, str):
@@ -264,7 +264,7 @@ def _path(image) -> str:
 
 
 def _describe(plan: PrunePlan, part) -> dict:
-    """A plan for JSON. A hash stands for its projections; the same in every dtype."""
+    """A plan for JSON. Its projections become a hash, which is the same in every dtype."""
     described = {"layers": list(plan.layers), "full_depth_last": plan.full_depth_last}
     described |= {"full_depth_first": plan.full_depth_first, "projections": None}
     if plan.projections is not None:

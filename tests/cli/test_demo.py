@@ -2,7 +2,6 @@
 
 import json
 import re
-import sys
 from pathlib import Path
 
 import pytest
@@ -26,7 +25,7 @@ def folder(tmp_path_factory):
 def short_texts(monkeypatch):
     """In place of the built-in calibration texts."""
     texts = [demo.STORY.read_text(encoding="utf-8")[begin : begin + 500] for begin in (0, 500, 1000, 1500)]
-    monkeypatch.setattr(sys.modules["pop.calibration.refit"], "builtin_texts", lambda: texts)
+    monkeypatch.setattr("pop.calibration.refit.builtin_texts", lambda: texts)
 
 
 @pytest.fixture

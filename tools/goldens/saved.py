@@ -1,6 +1,6 @@
 """Save one file of each kind that `pop` writes, so that later versions can be tested against them.
 
-    python -m tools.goldens.saved "NAME OF THIS VERSION"      -> tests/goldens/saved/
+    PYTHONPATH=tests python -m tools.goldens.saved "NAME OF THIS VERSION"      -> tests/goldens/saved/
 
 The files in the repository come from the commit that facts.json names, which is older than the present layout of the
 package. They stand for files that users have: do not make them anew because a test fails. Run this script only after a
@@ -18,6 +18,7 @@ from support import tiny
 from support.tiny_chat import write_chat_checkpoint
 
 import pop
+from pop.generation.sampling import Sampler, SamplingParams
 
 FOLDER = Path(__file__).resolve().parents[2] / "tests" / "goldens" / "saved"
 PLAN = pop.PrunePlan((1, 3, 4), full_depth_last=8, full_depth_first=2)
@@ -39,7 +40,7 @@ CONFIGS = {
 }
 
 
-def make(made_with: str, sampler_class) -> None:
+def make(made_with: str) -> None:
     FOLDER.mkdir(parents=True, exist_ok=True)
     PLAN.save(FOLDER / "plan.json")
     with tempfile.TemporaryDirectory() as folder:
@@ -57,7 +58,7 @@ def make(made_with: str, sampler_class) -> None:
         "made_with": made_with,
         "fingerprints": {name: fingerprint(name) for name in CONFIGS},
         "calibrated_sums": sums(plan.projections),
-        "picks": [picks(sampler_class, settings) for settings in SETTINGS],
+        "picks": [picks(settings) for settings in SETTINGS],
     }
     lines = ",\n".join(f"{json.dumps(name)}: {json.dumps(fact)}" for name, fact in facts.items())
     (FOLDER / "facts.json").write_text(f"{{\n{lines}\n}}\n", encoding="utf-8")
@@ -87,14 +88,12 @@ def sums(projections) -> list[float]:
     return [(x * torch.arange(len(x))).sum().item() for x in values]
 
 
-def picks(sampler_class, settings: dict) -> list[list[int]]:
+def picks(settings: dict) -> list[list[int]]:
     """Ten steps of three batch rows, from logits that numpy's fixed random stream decides."""
     random = np.random.RandomState(np.random.PCG64(11))
-    sampler = sampler_class(3, seed=5, **settings)
+    sampler = Sampler(3, SamplingParams(seed=5, **settings))
     return [sampler(torch.from_numpy(random.standard_normal((3, 40)).astype(np.float32))).tolist() for _ in range(10)]
 
 
 if __name__ == "__main__":
-    from pop.generation.generate import Sampler
-
-    make(sys.argv[1], Sampler)
+    make(sys.argv[1])

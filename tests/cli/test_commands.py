@@ -90,7 +90,7 @@ def test_generate_prints_what_the_model_generates(arguments, options, folder, mo
         (["generate", "MODEL", "--max-new-tokens", "3", "--", "-5 plus"], "-5 plus"),
     ],
 )
-def test_the_prompt_may_stand_behind_the_options(arguments, prompt, folder, model, capsys):
+def test_the_prompt_may_follow_the_options(arguments, prompt, folder, model, capsys):
     assert main([folder if argument == "MODEL" else argument for argument in arguments]) == 0
     assert capsys.readouterr().out == model.generate(prompt, max_new_tokens=3).text + "\n"
 
@@ -213,22 +213,8 @@ def test_calibrate_refuses_in_a_sentence(arguments, said, folder, capsys, tmp_pa
 
 def test_generate_stops_before_the_stop_strings(folder, model, capsys):
     whole = model.generate("Hello", max_new_tokens=30).text
-    assert (
-        main(
-            [
-                "generate",
-                folder,
-                "Hello",
-                "--max-new-tokens",
-                "30",
-                "--stop",
-                "nowhere",
-                "--stop",
-                whole[8:10],
-            ]
-        )
-        == 0
-    )
+    stops = ["--stop", "nowhere", "--stop", whole[8:10]]
+    assert main(["generate", folder, "Hello", "--max-new-tokens", "30", *stops]) == 0
     assert capsys.readouterr().out == whole[: whole.index(whole[8:10])] + "\n"
 
 
@@ -273,7 +259,7 @@ def test_prune_values(tmp_path):
 
 @pytest.mark.parametrize("text", ["", "33", "-0.1", "1.01", "nan", "inf", "third", "missing.json", ".", "x" * 5000])
 def test_bad_prune_values_are_refused(text):
-    with pytest.raises(pop.PlanError, match=r"--prune is .* default, none, a fraction"):
+    with pytest.raises(pop.PlanError, match="--prune is "):
         parse_prune(text)
 
 
