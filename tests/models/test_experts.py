@@ -1,6 +1,6 @@
-"""Mixtures of experts: one token's way by hand, the forms of its computation, and the layouts of checkpoints.
+"""Mixtures of experts: one token's way by hand, the forms of its computation, and what follows from them.
 
-Against the reference: tests/models/test_goldens.py and test_qwen3_vl.py. In the engine: tests/pruning/test_method.py.
+Against the reference, and their tensors: test_families.py. In the engine: tests/engine/test_forward.py.
 """
 
 import pytest
@@ -9,18 +9,22 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
-from support.published import QWEN3_30B_A3B
-from support.tiny import random_model, tiny_qwen3_moe_config, tiny_qwen3_vl_config, write_weights
+from support.published_vl import published
+from support.tiny import (
+    experts_one_by_one,
+    experts_transposed,
+    random_model,
+    tiny_qwen3_moe_config,
+    tiny_qwen3_vl_config,
+    write_weights,
+)
 from torch.overrides import TorchFunctionMode
 
 import pop
 from pop.backends.experts import one_token
 from pop.backends.tensor_parallel import Part
-from pop.checkpoints.config_json import READERS
-from pop.checkpoints.fields import Fields
+from pop.calibration.gates import gate_gradients
 from pop.checkpoints.weights import load_weights
-from pop.errors import CheckpointError, ConfigError
-from pop.models import build
 from pop.models.config import ExpertsConfig
 from pop.models.experts import MixtureOfExperts, by_expert
 from pop.pruning.cost import prefill_flops, speedup_limit
@@ -77,7 +81,7 @@ def test_layers_without_experts_are_dense():
 
 
 def test_an_expert_that_no_token_takes_is_not_read():
-    """What prefill reads of the weights depends on the tokens; in decode it is k experts' matrices."""
+    """Prefill reads the experts that its tokens choose. Decode reads k experts."""
     x, chosen, shares, gate_up, down = draw_tokens(4, 9, 2)
     chosen[:] = torch.tensor([3, 5])
     gate_up[[0, 1, 2, 4, 6, 7, 8]] = float("nan")
@@ -95,61 +99,23 @@ def test_an_expert_that_no_token_takes_is_not_read():
     assert one_token(x[:1], chosen[:1], shares[:1], gate_up, down).isfinite().all()
 
 
-# ---- checkpoints ----
-
-
-def stored(folder, change):
-    """The tiny model's file, with `change` made to its tensors; and the tensors as they were."""
-    config = tiny_qwen3_moe_config()
-    write_weights(folder, config, seed=3)
-    before = load_file(folder / "model.safetensors")
-    tensors = dict(before)
-    change(tensors)
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / "model.safetensors")
-    return config, before
-
-
-def load(folder, config, shards=None, module=None):
-    if module is None:
-        with torch.device("meta"):
-            module = build(config)
-    load_weights(folder, module, dtype=torch.float32, device="cpu", progress=False, shards=shards or {})
-    return dict(module.named_parameters())
-
-
-def one_by_one(tensors):
-    """As text models are published."""
-    for name in [name for name in tensors if "experts" in name]:
-        experts, _, kind = name.rpartition(".")
-        for number, tensor in enumerate(tensors.pop(name)):
-            if kind == "down_proj":
-                tensors[f"{experts}.{number}.down_proj.weight"] = tensor
-            else:
-                tensors[f"{experts}.{number}.gate_proj.weight"], tensors[f"{experts}.{number}.up_proj.weight"] = (
-                    tensor.chunk(2)
-                )
-
-
-def the_other_way_round(tensors):
-    """As Qwen3-VL's are published."""
-    for name in [name for name in tensors if "experts" in name]:
-        tensors[name] = tensors[name].transpose(1, 2)
-
-
-@pytest.mark.parametrize("layout", [dict, one_by_one, the_other_way_round])
-@pytest.mark.parametrize("size", [1, 2, 3])
-def test_layouts_of_checkpoints(tmp_path, layout, size):
-    """Whole, and cut among several: of each expert all have a share of gate, of up and of down."""
-    config, before = stored(tmp_path, layout)
-    if size == 1:
-        for name, weight in load(tmp_path, config).items():
-            assert torch.equal(weight, before[name]), name
-        return
+@pytest.mark.parametrize("layout", [dict, experts_one_by_one, experts_transposed])
+@pytest.mark.parametrize("size", [2, 3])
+def test_each_process_reads_its_part_of_any_layout(tmp_path, layout, size):
+    """Of each expert, every process has a share of gate, of up and of down."""
+    config, name = tiny_qwen3_moe_config(), "model.layers.2.mlp.experts"
+    write_weights(tmp_path, config, seed=3)
+    before = load_file(tmp_path / "model.safetensors")
+    saved = dict(before)
+    layout(saved)
+    save_file({name: tensor.contiguous() for name, tensor in saved.items()}, tmp_path / "model.safetensors")
     widths = []
     for rank in range(size):
         part = Part(config, rank, size)
-        found = load(tmp_path, config, part.shards, part.build())
-        name = "model.layers.2.mlp.experts"
+        module = part.build()
+        options = {"dtype": torch.float32, "device": "cpu", "progress": False}
+        load_weights(tmp_path, module, shards=part.shards, **options)
+        found = dict(module.named_parameters())
         begin, end = rank * 14 // size, (rank + 1) * 14 // size
         whole = before[f"{name}.gate_up_proj"]
         expected = torch.cat([whole[:, begin:end], whole[:, 14 + begin : 14 + end]], 1)
@@ -161,45 +127,9 @@ def test_layouts_of_checkpoints(tmp_path, layout, size):
     assert sum(widths) == 14
 
 
-EXPERTS = "model.layers.2.mlp.experts"
-
-
-@pytest.mark.parametrize(
-    ("layout", "change", "message"),
-    [
-        (one_by_one, lambda t: t.pop(f"{EXPERTS}.4.up_proj.weight"), rf"missing: {EXPERTS}.4.up_proj.weight"),
-        (one_by_one, lambda t: t.update({f"{EXPERTS}.7.up_proj.weight": torch.zeros(14, 30)}), "surplus: .*experts.7"),
-        (
-            one_by_one,
-            lambda t: t.update({f"{EXPERTS}.3.down_proj.weight": torch.zeros(30, 15)}),
-            r"3.down_proj.weight is \[30, 15\], not \[30, 14\]",
-        ),
-        (dict, lambda t: t.pop(f"{EXPERTS}.down_proj"), rf"missing: {EXPERTS}.down_proj"),
-        (
-            dict,
-            lambda t: t.update({f"{EXPERTS}.gate_up_proj": torch.zeros(6, 28, 30)}),
-            r"is \[6, 28, 30\], not \[7, 28, 30\]",
-        ),
-        (dict, lambda t: t.pop("model.layers.0.mlp.gate.weight"), "missing: model.layers.0.mlp.gate.weight"),
-    ],
-)
-def test_wrong_weights_are_refused_by_name(tmp_path, layout, change, message):
-    config, _ = stored(tmp_path, lambda tensors: (layout(tensors), change(tensors)))
-    with pytest.raises(CheckpointError, match=message):
-        load(tmp_path, config)
-
-
-def test_a_config_that_asks_for_more_than_there_are():
-    with pytest.raises(ConfigError, match=r"num_experts_per_tok \(9\) exceeds num_experts \(7\)"):
-        ExpertsConfig(7, 9, 14, (0,))
-
-
-# ---- what follows from it ----
-
-
 def test_what_pruning_gains():
-    """Of 30B parameters 3.3B work for a token, and a pruned layer saves attention and experts alike."""
-    config = READERS["qwen3_moe"](Fields({k: v for k, v in QWEN3_30B_A3B.items() if k != "model_type"}))
+    """Of 30B parameters, 3.3B work for a token. A pruned layer saves both attention and experts."""
+    config = published("30b-a3b")  # as in Qwen3-30B-A3B
     token = prefill_flops(config, 2, PrunePlan.none()) - prefill_flops(config, 1, PrunePlan.none())
     attention = 48 * 2 * 2 * 2 * 32 * 128  # of the second token, over two positions
     active = (token - attention) / 2
@@ -210,11 +140,12 @@ def test_what_pruning_gains():
 
 
 def test_gates_have_gradients_through_experts():
-    """The importance of the MLP branch, which is that of its experts, by finite differences."""
+    """The importance of the MLP branch is that of its experts. Finite differences give the same slope."""
     config = tiny_qwen3_vl_config(experts=ExpertsConfig(7, 3, 14, (0, 2, 3)))
     module = random_model(config, seed=4)
     prompt, response = [5, 9, 12, 33, 2], [7, 8, 40]
-    gradients = pop.calibration.gates.gate_gradients(module, [prompt], [response])[0]  # [2, 2, L]
+    model = pop.Model(module, config, compile=False)
+    gradients = gate_gradients(model, [prompt], [response], [[]])[0]  # [2, 2, L]
 
     def loss(scale):
         layer = module.layers[2]

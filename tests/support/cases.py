@@ -1,4 +1,4 @@
-"""Random models, plans and batches for property-based tests, and what tests compare of a run."""
+"""Random models, plans and batches for property-based tests, and the parts of a run that tests compare."""
 
 import dataclasses
 
@@ -73,7 +73,7 @@ def experts(draw, num_layers):
 
 
 def qwen3_vl_config(draw, **sizes):
-    """Any number of DeepStack layers, and any shares of the rotated pairs for time, row and column."""
+    """A config with any number of DeepStack layers and any shares of rotated pairs for time, row and column."""
     config = tiny_qwen3_vl_config()
     pairs = sizes.get("head_dim", config.head_dim) // 2
     rows, columns = (draw(st.integers(0, (pairs + 2 - axis) // 3)) for axis in (1, 2))
@@ -125,7 +125,7 @@ def cases(draw):
 
 
 def new_cache(module, rows, slots=64, chunk=1000):
-    """Layers with a window use their slots in turn, the sooner the smaller the chunk."""
+    """An empty cache. The smaller the chunk, the sooner layers with a window reuse their slots."""
     options = {"dtype": torch.float32, "device": torch.device("cpu"), "chunk_size": chunk}
     return KVCache(module.config, rows, slots, **options)
 
@@ -136,14 +136,14 @@ def prefill(module, tokens, lengths, plan, chunk=1000, cache=None):
 
 
 def seen(module, kv):
-    """Of K, V [2, L, N, K, E]: what the next token can attend; zero in layers whose window does not reach so far."""
+    """K and V [2, L, N, K, E] that the next token can attend, with zeros where a layer's window does not reach."""
     n = kv.shape[2]
     reaches = [range(n) if layer.window is None else range(max(0, n - layer.window + 1), n) for layer in module.layers]
     return kv * torch.tensor([[position in reach for position in range(n)] for reach in reaches])[..., None, None]
 
 
 def held(module, cache, row):
-    """What the cache holds of one row for the next token: [2, L, N, K, E]."""
+    """K and V [2, L, N, K, E] that the cache holds for one row's next token."""
     positions = torch.arange(int(cache.lengths[row]))
     slots = [positions % cache.slots(layer.window) for layer in module.layers]
     kv = [[x[row, at] for x, at in zip(part, slots, strict=True)] for part in (cache.keys, cache.values)]

@@ -1,4 +1,4 @@
-"""Whether torch can compile here."""
+"""A mark for tests that need torch.compile to work on this machine."""
 
 import pytest
 import torch
@@ -12,4 +12,4 @@ def _compiler_works() -> bool:
     return True
 
 
-requires_compiler = pytest.mark.skipif(not _compiler_works(), reason="torch can compile nothing here")
+requires_compiler = pytest.mark.skipif(not _compiler_works(), reason="torch cannot compile on this machine")

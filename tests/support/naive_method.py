@@ -8,7 +8,7 @@ from pop.models.layers import masked_attention
 
 @torch.no_grad()
 def token_by_token(module, tokens, plans):
-    """Run tokens one after the other. Each skips the layers of its own plan.
+    """Run tokens one after the other. Each token has a plan and skips its layers.
 
     Refit projections take the state that entered the group of pruned layers at this token. With two taps they also take
     the state at the token before it, whether or not that token was pruned.

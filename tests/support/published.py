@@ -252,3 +252,29 @@ QWEN3_VL_8B = {
     "vision_end_token_id": 151653,
     "vision_start_token_id": 151652,
 }
+
+
+# Qwen3: width, MLP, layers, query heads, key-value heads, tied. The head width and the vocabulary are the same in all.
+QWEN3_SIZES = {
+    "0.6b": (1024, 3072, 28, 16, 8, True),
+    "1.7b": (2048, 6144, 28, 16, 8, True),
+    "4b": (2560, 9728, 36, 32, 8, True),
+    "8b": (4096, 12288, 36, 32, 8, False),
+    "14b": (5120, 17408, 40, 40, 8, False),
+    "32b": (5120, 25600, 64, 64, 8, False),
+}
+QWEN3_FIELDS = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
+# config.json by the model's name in the registry; Qwen3-VL's sizes: published_vl.py.
+PUBLISHED = {
+    "llama3.1-8b": LLAMA31_8B,
+    "gemma3-270m": GEMMA3_270M,
+    "gemma3-1b": GEMMA3_1B,
+    **{f"gemma3-{size}": gemma3_with_images(text) for size, text in GEMMA3_TEXTS.items()},
+    **{
+        f"qwen3-{size}": QWEN3_06B | dict(zip((*QWEN3_FIELDS, "tie_word_embeddings"), sizes, strict=True))
+        for size, sizes in QWEN3_SIZES.items()
+    },
+    "qwen3-30b-a3b": QWEN3_30B_A3B,
+    "qwen3-235b-a22b": QWEN3_235B_A22B,
+    "qwen3-vl-8b": QWEN3_VL_8B,
+}

@@ -1,7 +1,7 @@
 """Tiny random models with awkward sizes, in memory or as checkpoint folders.
 
-Used by the whole test suite and by tools/goldens/text_models.py. Weights depend on a seed and on the parameters'
-names and shapes alone: a golden file keeps the seed, and the reference gets the very same weights.
+Used by the whole test suite and by tools/goldens. Weights depend only on a seed and on the names and shapes of the
+parameters. So a golden file keeps the seed, and the reference gets the very same weights.
 """
 
 import json
@@ -24,7 +24,7 @@ from pop.models.config import (
     SiglipConfig,
 )
 
-# Awkward on purpose: the head width is not width / heads, the layer count is odd, 6 query heads share 2.
+# Awkward on purpose: the head width is not width / heads, the layer count is odd, and 6 query heads share 2.
 SIZES = {
     "vocab_size": 67,
     "hidden_size": 30,
@@ -50,7 +50,7 @@ def tiny_config(**overrides) -> LlamaConfig:
     return LlamaConfig(**{**SIZES, **overrides})
 
 
-# The same awkwardness; two local layers, with a window that tests easily exceed, to a global one, then one more.
+# As awkward. Two local layers precede each global one, and one follows. Tests easily exceed the window.
 GEMMA3_SIZES = {
     "vocab_size": 67,
     "hidden_size": 30,
@@ -74,8 +74,8 @@ def tiny_gemma3_config(**overrides) -> Gemma3Config:
     return Gemma3Config(**{**GEMMA3_SIZES, **overrides})
 
 
-# With images of four tokens: 4 x 4 patches, averaged by fours.
-EYES = {
+# With images of four tokens: 4 x 4 patches, averaged in squares of four.
+GEMMA3_VISION = {
     "vision": SiglipConfig(24, 36, 2, 3, image_size=28, patch_size=7, norm_eps=1e-6, tokens_per_image=4),
     "image_id": 66,
     "boi_id": 64,
@@ -84,10 +84,10 @@ EYES = {
 
 
 def tiny_gemma3_vl_config(**overrides) -> Gemma3Config:
-    return tiny_gemma3_config(**{**EYES, **overrides})
+    return tiny_gemma3_config(**{**GEMMA3_VISION, **overrides})
 
 
-# The Llama's sizes: the families differ by the norms of queries and keys alone.
+# The Llama's sizes: only the norms of queries and keys are different.
 QWEN3_SIZES = {name: value for name, value in SIZES.items() if not name.endswith("_bias")}
 
 
@@ -95,7 +95,7 @@ def tiny_qwen3_config(**overrides) -> Qwen3Config:
     return Qwen3Config(**{**QWEN3_SIZES, **overrides})
 
 
-# With images in patches of 4 x 4 pixels, four of which are a token, and two layers of DeepStack.
+# With images in patches of 4 x 4 pixels, four patches to a token, and two layers of DeepStack.
 QWEN3_VL_SIZES = QWEN3_SIZES | {
     "mrope_sections": (2, 2, 1),
     "vision": Qwen3VisionConfig(24, 40, 4, 3, 30, (1, 3), position_side=5, patch_size=4),
@@ -119,11 +119,10 @@ def tiny_qwen3_moe_config(**overrides) -> Qwen3Config:
 
 
 def random_weights(shapes: dict[str, tuple[int, ...]], seed: int, family: str = "llama") -> dict[str, torch.Tensor]:
-    """Float32 weights for the named shapes, filled in the order of the names, which are the published ones.
+    """Float32 weights for the named shapes, filled in the order of the published names.
 
-    Matrices have variance 1 / columns, so that every layer changes the residual stream and logits are lively;
-    norms scatter around doing nothing (weight one, or for Gemma, which adds one, zero) and biases around zero, so that
-    leaving one out shows.
+    Matrices have variance 1 / columns, so that every layer changes the residual stream. The weights of norms scatter
+    around one, or around zero for Gemma, which adds one. Biases scatter around zero. So leaving one out shows.
     """
     # RandomState, not Generator: numpy promises to keep its stream of numbers the same in every release.
     random = np.random.RandomState(np.random.PCG64(seed))
@@ -133,7 +132,7 @@ def random_weights(shapes: dict[str, tuple[int, ...]], seed: int, family: str = 
         if len(shape) in (2, 3):
             values /= np.sqrt(shape[-1])
         elif name.endswith("model.norm.weight") and family == "gemma3":
-            values -= 1  # 1 + weight has either sign: else, as the head is the embedding, each token predicts itself
+            values -= 1  # 1 + weight has either sign: otherwise the tied head makes each token predict itself
         elif name.endswith(("norm.weight", "norm1.weight", "norm2.weight")):
             adds_one = family == "gemma3" and not name.startswith("vision_tower.")
             values = (not adds_one) + 0.1 * values
@@ -144,7 +143,7 @@ def random_weights(shapes: dict[str, tuple[int, ...]], seed: int, family: str = 
 
 
 def random_patches(count: int, values: int, seed: int) -> torch.Tensor:
-    """[count, values] float32 from -1 to 1: the pixels of so many patches."""
+    """[count, values] float32 from -1 to 1: the pixels of `count` patches."""
     random = np.random.RandomState(np.random.PCG64(seed))
     return torch.from_numpy(random.uniform(-1, 1, (count, values)).astype(np.float32))
 
@@ -177,6 +176,23 @@ def write_weights(folder: Path, config: Config, seed: int) -> None:
         shapes = {name: tuple(parameter.shape) for name, parameter in build(config).named_parameters()}
     weights = {name: weight.to(config.dtype) for name, weight in random_weights(shapes, seed, config.family).items()}
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def experts_one_by_one(tensors: dict[str, torch.Tensor]) -> None:
+    """Store each expert by itself, in place, as text models are published."""
+    for name in [name for name in tensors if "experts" in name]:
+        experts, _, kind = name.rpartition(".")
+        for number, tensor in enumerate(tensors.pop(name)):
+            matrices = {"down_proj": tensor}
+            if kind == "gate_up_proj":
+                matrices = dict(zip(("gate_proj", "up_proj"), tensor.chunk(2), strict=True))
+            tensors |= {f"{experts}.{number}.{matrix}.weight": weight for matrix, weight in matrices.items()}
+
+
+def experts_transposed(tensors: dict[str, torch.Tensor]) -> None:
+    """Store all experts' matrices transposed, in place, as Qwen3-VL is published."""
+    for name in [name for name in tensors if "experts" in name]:
+        tensors[name] = tensors[name].transpose(1, 2)
 
 
 def hf_config(config: LlamaConfig) -> dict:

@@ -6,7 +6,7 @@ from pathlib import Path
 from support.tiny import write_checkpoint
 
 CONTROL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
-# Byte-level BPE writes a byte as a character: itself if it is visible in Latin-1, else one from U+0100 on.
+# Byte-level BPE writes a byte as a character: itself if it is visible in Latin-1, and otherwise one from U+0100 on.
 VISIBLE = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
 HIDDEN = [byte for byte in range(256) if byte not in VISIBLE]
 BYTES = [*map(chr, VISIBLE), *(chr(256 + n) for n in range(len(HIDDEN)))]

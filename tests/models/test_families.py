@@ -1,0 +1,395 @@
+"""What every family must do, in one table each: match the reference, have the published tensors, and load strictly.
+
+Goldens go through the public API. So they hold config reading, weight loading, the forward pass, the cache and
+generation to the reference's numbers. Only what one family has is in test_experts.py, test_qwen3_vl.py and vision/.
+"""
+
+import dataclasses
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+from support.goldens import TOLERANCE, Golden, error
+from support.published import PUBLISHED, SIGLIP
+from support.published_vl import SIZES as QWEN3_VL_SIZES
+from support.published_vl import published as published_vl
+from support.tiny import (
+    experts_one_by_one,
+    experts_transposed,
+    random_model,
+    tiny_gemma3_vl_config,
+    tiny_qwen3_moe_config,
+    tiny_qwen3_vl_config,
+)
+
+import pop
+from pop.checkpoints.config_json import read_config
+from pop.checkpoints.registry import lookup
+from pop.checkpoints.weights import load_weights
+from pop.errors import CheckpointError
+from pop.models import build
+from pop.models.config import Config
+
+# Against the reference: tiny random models with awkward sizes. The tools that make them say what is in each.
+
+CASES = (
+    "llama/wide-heads",
+    "llama/mqa-tied",
+    "llama/llama3-rope",
+    "llama/linear-rope",
+    "llama/biases",
+    "llama/sharded",
+    "llama/bfloat16",
+    "llama/old-llama3",
+    "llama/old-linear",
+    "gemma3/window",
+    "gemma3/odd-pattern",
+    "gemma3/mqa",
+    "gemma3/long",
+    "gemma3/bfloat16",
+    "gemma3/old",
+    "gemma3/old-omissions",
+    "gemma3/images",
+    "gemma3/images-beyond-the-window",
+    "gemma3/old-images",
+    "gemma3/images-saved",
+    "qwen3/wide-heads",
+    "qwen3/mqa-tied",
+    "qwen3/bfloat16",
+    "qwen3/old",
+    "qwen3/experts",
+    "qwen3/experts-saved",
+    "qwen3_vl/untied",
+    "qwen3_vl/tied",
+    "qwen3_vl/experts",
+)
+
+
+@pytest.fixture(scope="module", params=CASES)
+def golden(request):
+    return Golden(request.param)
+
+
+@pytest.fixture(scope="module")
+def model(golden, tmp_path_factory):
+    folder = golden.checkpoint(tmp_path_factory.mktemp("golden"))
+    return pop.load(folder, dtype=torch.float32, prune=None, progress=False)
+
+
+def test_logits_at_every_position(golden, model):
+    for prompt in golden.prompts:
+        logits = model.logits([prompt.inputs], **prompt.seen)[0]
+        assert error(logits, prompt.logits) < TOLERANCE
+        assert logits[len(prompt.tokens) - 1 :].argmax(-1).tolist() == prompt.greedy
+
+
+def test_greedy_tokens(golden, model):
+    for prompt in golden.prompts:
+        answer = model.generate(prompt.tokens, max_new_tokens=len(prompt.greedy), **prompt.seen)
+        assert list(answer.tokens) == prompt.greedy
+
+
+def test_greedy_tokens_of_a_batch(golden, model):
+    """Prompts of different lengths, with and without images and videos."""
+    prompts = golden.prompts
+    seen = {kind: [prompt.seen[kind] for prompt in prompts] for kind in prompts[0].seen}
+    batch = model.generate([prompt.tokens for prompt in prompts], max_new_tokens=len(prompts[0].greedy), **seen)
+    assert [answer.tokens for answer in batch] == [prompt.greedy for prompt in prompts]
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_prefill_then_decode(golden, model, whole):
+    """In one chunk, and in small ones, which may cut images of Qwen3-VL but not of Gemma-3."""
+    chunk_size = 2048 if whole else getattr(getattr(golden.config, "vision", None), "tokens_per_image", 3)
+    for prompt in golden.prompts:
+        cache = model.new_cache(1, len(prompt.inputs))
+        steps = [model.prefill([prompt.tokens], cache, chunk_size=chunk_size, **prompt.seen)]
+        steps += [model.decode([token], cache) for token in prompt.greedy[:-1]]
+        assert error(torch.cat(steps), prompt.logits[len(prompt.tokens) - 1 :]) < TOLERANCE
+        expected = len(prompt.inputs) if prompt.next_position is None else prompt.next_position
+        assert cache.lengths + cache.rope_offsets == expected  # after an image, positions continue from its longer side
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3", "qwen3"])
+def test_bfloat16_run(family, tmp_path):
+    """Two bfloat16 runs round at different places, so each is judged by its distance from the float32 logits.
+
+    Our root mean square over all positions may exceed the reference's by a quarter.
+    """
+    golden = Golden(f"{family}/bfloat16")
+    model = pop.load(golden.checkpoint(tmp_path), prune=None)
+    assert model.dtype == torch.bfloat16  # the checkpoint's own
+    ours, reference = [], []
+    for prompt in golden.prompts:
+        ours.append(model.logits([prompt.inputs])[0].numpy() - prompt.logits)
+        reference.append(prompt.stored_dtype_logits - prompt.logits)
+    assert rms(ours) < 1.25 * rms(reference)
+
+
+def rms(errors: list[np.ndarray]) -> float:
+    return float(np.sqrt(np.square(np.concatenate(errors)).mean()))
+
+
+# The published sizes. Models on the meta device take no memory.
+
+
+@pytest.fixture
+def read(tmp_path):
+    """read(config.json as an object) -> the config."""
+
+    def write_and_read(fields: dict) -> Config:
+        (tmp_path / "config.json").write_text(json.dumps(fields), encoding="utf-8")
+        return read_config(tmp_path)
+
+    return write_and_read
+
+
+def shapes_of(config: Config) -> dict[str, tuple[int, ...]]:
+    with torch.device("meta"):
+        return {name: tuple(parameter.shape) for name, parameter in build(config).named_parameters()}
+
+
+def count(shapes: dict[str, tuple[int, ...]]) -> int:
+    return sum(math.prod(shape) for shape in shapes.values())
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_parameter_counts(read, name):
+    assert count(shapes_of(read(PUBLISHED[name]))) == lookup(name).parameters
+
+
+@pytest.mark.parametrize("size", QWEN3_VL_SIZES)
+def test_parameter_counts_of_qwen3_vl(size):
+    counted = count(shapes_of(published_vl(size)))
+    assert counted == lookup(f"qwen3-vl-{size}").parameters == lookup(f"qwen3-vl-{size}-thinking").parameters
+
+
+# The tensors of a layer, in letters: D width, Q and K widths of all query and key heads, E head width, I MLP, X experts
+# and W their width; a 2 doubles the next letter.
+LLAMA = {
+    "input_layernorm.weight": "D",
+    "post_attention_layernorm.weight": "D",
+    "self_attn.q_proj.weight": "QD",
+    "self_attn.k_proj.weight": "KD",
+    "self_attn.v_proj.weight": "KD",
+    "self_attn.o_proj.weight": "DQ",
+    "mlp.gate_proj.weight": "ID",
+    "mlp.up_proj.weight": "ID",
+    "mlp.down_proj.weight": "DI",
+}
+QWEN3 = LLAMA | {"self_attn.q_norm.weight": "E", "self_attn.k_norm.weight": "E"}
+GEMMA3 = QWEN3 | {"pre_feedforward_layernorm.weight": "D", "post_feedforward_layernorm.weight": "D"}
+QWEN3_MOE = {name: letters for name, letters in QWEN3.items() if not name.startswith("mlp.")} | {
+    "mlp.gate.weight": "XD",
+    "mlp.experts.gate_up_proj": "X2WD",
+    "mlp.experts.down_proj": "XDW",
+}
+
+
+def decoder(prefix: str, layer: dict[str, str], layers: int, vocab_size: int, tied: bool, **sizes: int):
+    """Names and shapes of a decoder's tensors."""
+
+    def shape(letters: str) -> tuple[int, ...]:
+        doubled = [letters[:n].endswith("2") for n in range(len(letters))]
+        return tuple(sizes[one] * (1 + two) for one, two in zip(letters, doubled, strict=True) if one != "2")
+
+    embedding = (vocab_size, sizes["D"])
+    shapes = {f"{prefix}embed_tokens.weight": embedding, f"{prefix}norm.weight": shape("D")}
+    shapes |= {} if tied else {"lm_head.weight": embedding}
+    for n in range(layers):
+        shapes |= {f"{prefix}layers.{n}.{name}": shape(letters) for name, letters in layer.items()}
+    return shapes
+
+
+def with_biases(shapes: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+    """Each name twice, with .weight and .bias."""
+    weights = {f"{name}.weight": shape for name, shape in shapes.items()}
+    return weights | {f"{name}.bias": shape[:1] for name, shape in shapes.items()}
+
+
+def siglip(D: int) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of Gemma-3's tower and projector, which all sizes share but for the width D."""
+    C, inner = SIGLIP["hidden_size"], SIGLIP["intermediate_size"]
+    layer = {f"self_attn.{part}_proj": (C, C) for part in ("q", "k", "v", "out")}
+    layer |= {"mlp.fc1": (inner, C), "mlp.fc2": (C, inner), "layer_norm1": (C,), "layer_norm2": (C,)}
+    shapes = {"embeddings.patch_embedding": (C, 3, 14, 14), "post_layernorm": (C,)}
+    for n in range(SIGLIP["num_hidden_layers"]):
+        shapes |= {f"encoder.layers.{n}.{name}": shape for name, shape in layer.items()}
+    return {
+        **{f"vision_tower.vision_model.{name}": shape for name, shape in with_biases(shapes).items()},
+        "vision_tower.vision_model.embeddings.position_embedding.weight": (4096, C),
+        "multi_modal_projector.mm_input_projection_weight": (C, D),
+        "multi_modal_projector.mm_soft_emb_norm.weight": (C,),
+    }
+
+
+def qwen3_vl_tower(D: int) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the tower of Qwen3-VL-8B."""
+    C, inner = 1152, 4304
+    block = {"norm1": (C,), "norm2": (C,), "attn.qkv": (3 * C, C), "attn.proj": (C, C)}
+    block |= {"mlp.linear_fc1": (inner, C), "mlp.linear_fc2": (C, inner)}
+    merger = {"norm": (4 * C,), "linear_fc1": (4 * C, 4 * C), "linear_fc2": (D, 4 * C)}
+    shapes = {"patch_embed.proj": (C, 3, 2, 16, 16)}
+    shapes |= {f"blocks.{n}.{name}": shape for n in range(27) for name, shape in block.items()}
+    shapes |= {f"deepstack_merger_list.{n}.{name}": shape for n in range(3) for name, shape in merger.items()}
+    shapes |= {f"merger.{name}": shape for name, shape in (merger | {"norm": (C,)}).items()}
+    shapes = with_biases(shapes) | {"pos_embed.weight": (2304, C)}
+    return {f"model.visual.{name}": shape for name, shape in shapes.items()}
+
+
+A3B = {"D": 2048, "Q": 4096, "K": 512, "E": 128, "X": 128, "W": 768}
+TENSORS = {
+    "llama3.1-8b": decoder("model.", LLAMA, 32, 128_256, False, D=4096, I=14_336, Q=4096, K=1024),
+    "gemma3-1b": decoder("model.", GEMMA3, 26, 262_144, True, D=1152, I=6912, Q=1024, K=256, E=256),
+    "gemma3-4b": siglip(2560)
+    | decoder("language_model.model.", GEMMA3, 34, 262_208, True, D=2560, I=10_240, Q=2048, K=1024, E=256),
+    "gemma3-27b": siglip(5376)
+    | decoder("language_model.model.", GEMMA3, 62, 262_208, True, D=5376, I=21_504, Q=4096, K=2048, E=128),
+    "qwen3-0.6b": decoder("model.", QWEN3, 28, 151_936, True, D=1024, I=3072, Q=2048, K=1024, E=128),
+    "qwen3-8b": decoder("model.", QWEN3, 36, 151_936, False, D=4096, I=12_288, Q=4096, K=1024, E=128),
+    "qwen3-30b-a3b": decoder("model.", QWEN3_MOE, 48, 151_936, False, **A3B),
+    "qwen3-235b-a22b": decoder("model.", QWEN3_MOE, 94, 151_936, False, D=4096, Q=8192, K=512, E=128, X=128, W=1536),
+    "qwen3-vl-8b": qwen3_vl_tower(4096)
+    | decoder("model.language_model.", QWEN3, 36, 151_936, False, D=4096, I=12_288, Q=4096, K=1024, E=128),
+}
+
+
+@pytest.mark.parametrize("name", TENSORS)
+def test_names_and_shapes_are_the_published_ones(read, name):
+    assert shapes_of(read(PUBLISHED[name])) == TENSORS[name]
+
+
+# Loading
+
+
+def tensors_of(config: Config, seed: int = 3) -> dict[str, torch.Tensor]:
+    return dict(random_model(config, seed).state_dict())
+
+
+def load(folder, config: Config, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The parameters of the model of `config`, once `tensors` are written to a file in the folder and loaded."""
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / "model.safetensors")
+    with torch.device("meta"):
+        module = build(config)
+    load_weights(folder, module, dtype=torch.float32, device="cpu", progress=False)
+    return dict(module.named_parameters())
+
+
+# Prefixes of Gemma-3 with images, by who saved it. The language model's, the tower's and the projector's.
+LANGUAGE, TOWER, PROJECTOR = "language_model.model.", "vision_tower.vision_model.", "multi_modal_projector."
+SAVED_AS = {
+    "published": (LANGUAGE, TOWER, PROJECTOR),
+    "tower without vision_model": (LANGUAGE, "vision_tower.", PROJECTOR),
+    "prefixed": ("model.language_model.", f"model.{TOWER}", f"model.{PROJECTOR}"),
+    "prefixed, tower without vision_model": ("model.language_model.", "model.vision_tower.", f"model.{PROJECTOR}"),
+    "bare": ("language_model.", "vision_tower.", PROJECTOR),
+}
+
+
+@pytest.mark.parametrize("saved_as", SAVED_AS)
+@pytest.mark.parametrize("head", [None, "lm_head.weight", "language_model.lm_head.weight"])
+def test_gemma3_loads_under_any_saved_name(tmp_path, saved_as, head):
+    """With or without a copy of the embedding as the output head."""
+    config = tiny_gemma3_vl_config()
+    weights, saved = tensors_of(config), {}
+    for name, weight in weights.items():
+        for prefix, other in zip(SAVED_AS["published"], SAVED_AS[saved_as], strict=True):
+            if name.startswith(prefix):
+                saved[other + name.removeprefix(prefix)] = weight
+    assert len(saved) == len(weights)
+    if head:
+        saved[head] = weights[f"{LANGUAGE}embed_tokens.weight"].clone()
+    for name, parameter in load(tmp_path, config, saved).items():
+        assert torch.equal(parameter, weights[name]), name
+
+
+@pytest.mark.parametrize("layout", [experts_one_by_one, experts_transposed])
+def test_experts_load_in_any_layout(tmp_path, layout):
+    """Processes that share a model read their parts of these layouts: test_experts.py."""
+    config = tiny_qwen3_moe_config()
+    weights = tensors_of(config)
+    saved = dict(weights)
+    layout(saved)
+    for name, parameter in load(tmp_path, config, saved).items():
+        assert torch.equal(parameter, weights[name]), name
+
+
+EXPERTS = "model.layers.2.mlp.experts"
+BLOCK = "model.visual.blocks.0.mlp.linear_fc1"
+MOE, GEMMA, QWEN = tiny_qwen3_moe_config(), tiny_gemma3_vl_config(), tiny_qwen3_vl_config()
+SHALLOW_GEMMA = tiny_gemma3_vl_config(windows=GEMMA.windows[:2])
+NARROW = dataclasses.replace(QWEN.vision, intermediate_size=12)
+TIED = {"tie_embeddings": True}
+
+
+def one_by_one(tensors):
+    experts_one_by_one(tensors)
+    return tensors
+
+
+@pytest.mark.parametrize(
+    ("config", "stored", "changes", "named"),
+    [
+        (GEMMA, tensors_of(SHALLOW_GEMMA), {}, ["num_hidden_layers is 5", "2 layers", f"missing: {LANGUAGE}layers"]),
+        (GEMMA, tensors_of(GEMMA), {"lm_head.weight": (67, 30)}, ["lm_head.weight", f"{LANGUAGE}embed_tokens.weight"]),
+        (
+            GEMMA,
+            tensors_of(GEMMA),
+            {
+                f"{PROJECTOR}mm_soft_emb_norm.weight": None,
+                "vision_tower.head.probe": (1, 1, 24),
+                f"{TOWER}post_layernorm.bias": (25,),
+            },
+            [
+                f"missing: {PROJECTOR}mm_soft_emb_norm.weight",
+                f"surplus: {TOWER}head.probe",
+                f"{TOWER}post_layernorm.bias is [25], not [24]",
+            ],
+        ),
+        *(
+            (
+                dataclasses.replace(QWEN, **tied),
+                tensors_of(dataclasses.replace(QWEN, num_layers=4, vision=NARROW, **tied)),
+                {},
+                ["num_hidden_layers is 5", "4 layers", f"{BLOCK}.bias is [12], not [40]"],
+            )
+            for tied in ({}, TIED)
+        ),
+        (
+            MOE,
+            one_by_one(tensors_of(MOE)),
+            {
+                f"{EXPERTS}.4.up_proj.weight": None,
+                f"{EXPERTS}.7.up_proj.weight": (14, 30),
+                f"{EXPERTS}.3.down_proj.weight": (30, 15),
+            },
+            [
+                f"missing: {EXPERTS}.4.up_proj.weight",
+                f"surplus: {EXPERTS}.7.up_proj.weight",
+                f"{EXPERTS}.3.down_proj.weight is [30, 15], not [30, 14]",
+            ],
+        ),
+        (
+            MOE,
+            tensors_of(MOE),
+            {
+                f"{EXPERTS}.down_proj": None,
+                "model.layers.0.mlp.gate.weight": None,
+                f"{EXPERTS}.gate_up_proj": (6, 28, 30),
+            },
+            [f"{EXPERTS}.down_proj", "model.layers.0.mlp.gate.weight", "is [6, 28, 30], not [7, 28, 30]"],
+        ),
+    ],
+    ids=["layers", "head", "tower", "qwen3-vl", "qwen3-vl-tied", "experts-one-by-one", "experts"],
+)
+def test_wrong_weights_are_refused_by_name(tmp_path, config, stored, changes, named):
+    """`changes` gives tensors of zeros by their shape; None removes a tensor."""
+    stored = stored | {name: torch.zeros(shape) for name, shape in changes.items() if shape}
+    stored = {name: tensor for name, tensor in stored.items() if changes.get(name, ()) is not None}
+    with pytest.raises(CheckpointError) as caught:
+        load(tmp_path, config, stored)
+    for part in named:
+        assert part in str(caught.value)

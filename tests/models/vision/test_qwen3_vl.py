@@ -1,0 +1,140 @@
+"""Qwen3-VL's vision tower: the reference's features, images apart from each other, and tables for any size."""
+
+import numpy as np
+import pytest
+import torch
+from support.goldens import TOLERANCE, Golden, Qwen3VLCase, error, qwen3_vl_cases
+from support.tiny import random_model, random_patches, random_weights
+from torch import nn
+
+from pop.models.config import Qwen3VisionConfig
+from pop.models.layers import rotate
+from pop.models.vision import qwen3_vl as qwen3_vl_vision
+from pop.models.vision.qwen3_vl import Grid, VisionTower
+
+SMALL = Qwen3VisionConfig(8, 12, 1, 2, 6, (), position_side=3, patch_size=2)
+
+
+@pytest.fixture(scope="module")
+def towers():
+    """The goldens' towers, by name."""
+    goldens = {name: Golden(name) for name, _ in qwen3_vl_cases()}
+    return {name: random_model(golden.config, golden.seed).model.visual for name, golden in goldens.items()}
+
+
+@pytest.fixture(scope="module")
+def tower(towers):
+    return towers["qwen3_vl/untied"]
+
+
+def small_tower() -> VisionTower:
+    tower = VisionTower(SMALL)
+    shapes = {name: tuple(parameter.shape) for name, parameter in tower.named_parameters()}
+    tower.load_state_dict(random_weights(shapes, 0, "qwen3_vl"))
+    return tower.requires_grad_(False).eval()
+
+
+@pytest.mark.parametrize(("name", "case"), [one for one in qwen3_vl_cases() if one[1] != "text"])
+def test_features_are_the_references(towers, name, case):
+    case = Qwen3VLCase(name, case)
+    for kind, patches in case.patches.items():
+        features, deepstack = towers[name](patches, case.grids[kind])
+        assert error(features, case.features[kind]) < TOLERANCE
+        for layer, expected in zip(deepstack, case.deepstack[kind], strict=True):
+            assert error(layer, expected) < TOLERANCE
+
+
+def test_bfloat16_stays_in_it():
+    case, golden = Qwen3VLCase("qwen3_vl/untied", "two-images"), Golden("qwen3_vl/untied")
+    tower = random_model(golden.config, golden.seed).bfloat16().model.visual
+    features, deepstack = tower(case.patches["image"].bfloat16(), case.grids["image"])
+    assert {part.dtype for part in (features, *deepstack)} == {torch.bfloat16}
+    assert error(features, case.features["image"]) < 0.1  # about 20 roundings of 2 ** -9
+
+
+def test_images_do_not_attend_each_other(tower):
+    """Neither do the frame pairs of a video, and an image is a video of one frame pair."""
+    grids = [Grid(1, 4, 6), Grid(1, 6, 4), Grid(1, 2, 2), Grid(3, 4, 6), Grid(1, 4, 6)]
+    patches = random_patches(sum(map(int, map(np.prod, grids))), tower.config.patch_values, seed=1)
+    together = tower(patches, grids)
+    alone = []
+    for part, grid in zip(patches.split([int(np.prod(grid)) for grid in grids]), grids, strict=True):
+        size = grid.rows * grid.columns
+        alone += [tower(frame, [grid._replace(frames=1)]) for frame in part.split(size)]
+    for n, (whole, deep) in enumerate([(together[0], None), *((layer, 1) for layer in together[1])]):
+        parts = [features if deep is None else deepstack[n - 1] for features, deepstack in alone]
+        assert (whole - torch.cat(parts)).abs().max() < 1e-4 * whole.std()
+
+
+def test_attention_costs_the_sum_of_the_squares(tower):
+    """No mask, and no scores between images: frame pairs of one size are a batch."""
+    shapes = []
+
+    class Watch(torch.overrides.TorchFunctionMode):
+        def __torch_function__(self, function, types, args=(), kwargs=None):
+            if function is nn.functional.scaled_dot_product_attention:
+                assert len(args) == 3 and not kwargs
+                shapes.append(tuple(args[0].shape))
+            return function(*args, **(kwargs or {}))
+
+    grids = [Grid(3, 4, 6), Grid(1, 6, 4), Grid(1, 2, 2)]
+    with Watch():
+        tower(random_patches(3 * 24 + 24 + 4, tower.config.patch_values, seed=1), grids)
+    assert shapes == [shape for shape in [(3, 3, 24, 8), (1, 3, 24, 8), (1, 3, 4, 8)] for _ in range(len(tower.blocks))]
+
+
+def test_patches_are_turned_by_row_and_column(tower):
+    """Scores of two patches depend on how many rows and columns lie between them."""
+    q, k = torch.randn(2, 8, generator=torch.Generator().manual_seed(0))
+    angles = tower.angles(6, 8)[..., None, :]  # [6, 8, 1, E / 2]
+    rope = angles.cos(), angles.sin()
+    q, k = (rotate(x.expand(6, 8, 1, 8), rope)[:, :, 0] for x in (q, k))
+
+    def score(a, b):
+        return float(q[a] @ k[b])
+
+    assert score((0, 0), (2, 3)) == pytest.approx(score((3, 4), (5, 7)), abs=1e-5)
+    assert abs(score((0, 0), (2, 3)) - score((0, 0), (3, 2))) > 1e-3
+
+
+def test_a_tower_of_any_sides():
+    """More columns than learned positions, fewer rows, and a single square."""
+    tower = small_tower()
+    table = tower.pos_embed.weight.unflatten(0, (3, 3))
+
+    def positions(rows, columns):
+        corners, shares = tower.corners(rows, columns)
+        return (tower.pos_embed.weight[corners] * shares[..., None]).sum(2)
+
+    assert torch.allclose(positions(3, 3), table)
+    wide = positions(2, 5)
+    assert torch.allclose(wide[0], torch.stack([table[0, 0], (table[0, 0] + table[0, 1]) / 2, table[0, 1],
+                                                (table[0, 1] + table[0, 2]) / 2, table[0, 2]]), atol=1e-6)  # fmt: skip
+    assert torch.allclose(wide[1, 4], table[2, 2])
+    features, deepstack = tower(random_patches(4, SMALL.patch_values, 0), [Grid(1, 2, 2)])
+    assert features.shape == (1, 6) and deepstack == ()
+
+
+def test_tables_of_a_size_are_kept_and_the_weights_may_change(monkeypatch):
+    tower = small_tower()
+    patches, grid = random_patches(8, SMALL.patch_values, 0), [Grid(1, 2, 4)]
+    before, _ = tower(patches, grid)
+    kept = tower.tables(2, 4)
+    monkeypatch.setattr(VisionTower, "corners", None)  # kept tables are not computed again
+    assert torch.equal(tower(patches, grid)[0], before) and tower.tables(2, 4) is kept
+    tower.pos_embed.weight.data.mul_(-1)
+    after, _ = tower(patches, grid)
+    assert not torch.allclose(after, before, atol=0.1)
+    monkeypatch.undo()
+    other = VisionTower(SMALL)
+    other.load_state_dict(tower.state_dict())
+    assert torch.equal(other(patches, grid)[0], after)
+    assert tower.to(torch.bfloat16)(patches, grid)[0].dtype == torch.bfloat16
+    with torch.inference_mode():
+        assert tower.tables(4, 4)[0].is_inference()
+    assert not tower.tables(4, 4)[0].is_inference()  # autograd cannot use inference tensors
+    tower._tables.clear()
+    monkeypatch.setattr(qwen3_vl_vision, "PATCHES_KEPT", 20)
+    for size in ((2, 2), (4, 2), (2, 2), (2, 6)):  # 4, 12, 12 and, with the last, 24 patches
+        tower.tables(*size)
+    assert [key[:2] for key in tower._tables] == [(2, 6)]

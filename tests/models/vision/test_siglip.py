@@ -1,0 +1,125 @@
+"""Gemma-3's vision tower and projector: the reference's features, and configs that contradict themselves.
+
+Its tensors and checkpoints are in tests/models/test_families.py.
+"""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from support.goldens import GOLDENS, TOLERANCE, error
+from support.published import SIGLIP
+from support.tiny import random_weights
+from support.tiny_images import random_bytes
+from torch import nn
+
+from pop.checkpoints.config_json import read_siglip
+from pop.checkpoints.fields import Fields
+from pop.errors import ConfigError
+from pop.models.config import SiglipConfig
+from pop.models.vision.siglip import Projector, VisionTower
+
+CASES = json.loads((GOLDENS / "vision" / "towers.json").read_bytes())["cases"]
+FEATURES = np.load(GOLDENS / "vision" / "towers.npz")
+
+
+class Eyes(nn.Module):
+    """The vision part of a Gemma-3 under its published names, without the language model."""
+
+    def __init__(self, config: SiglipConfig, hidden_size: int):
+        super().__init__()
+        self.vision_tower = VisionTower(config)
+        self.multi_modal_projector = Projector(config, hidden_size)
+
+
+def tiny(name: str) -> tuple[Eyes, torch.Tensor]:
+    """The model of a golden case, and its images [N, 3, S, S]."""
+    case = CASES[name]
+    config = read_siglip(Fields(dict(case["vision_config"])), case["mm_tokens_per_image"])
+    eyes = Eyes(config, case["hidden_size"])
+    shapes = {name: tuple(parameter.shape) for name, parameter in eyes.named_parameters()}
+    eyes.load_state_dict(random_weights(shapes, case["seed"]))
+    pictures = random_bytes(config.image_size, 2 * config.image_size, 3, case["seed"])
+    pixels = torch.from_numpy(pictures).permute(2, 0, 1).float().sub(127.5).div(127.5)
+    return eyes.requires_grad_(False).eval(), torch.stack(pixels.chunk(2, dim=2))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_features_are_the_references(name):
+    eyes, pixels = tiny(name)
+    patches = eyes.vision_tower(pixels)
+    assert error(patches, FEATURES[f"{name}-patches"]) < TOLERANCE
+    assert error(eyes.multi_modal_projector(patches), FEATURES[f"{name}-tokens"]) < TOLERANCE
+
+
+def test_features_in_bfloat16_stay_in_it():
+    eyes, pixels = tiny("pooled")
+    tokens = eyes.bfloat16().multi_modal_projector(eyes.vision_tower(pixels.bfloat16()))
+    assert tokens.dtype == torch.bfloat16
+    assert error(tokens, FEATURES["pooled-tokens"]) < 0.1  # about 16 roundings of 2 ** -9
+
+
+def test_images_do_not_attend_each_other():
+    eyes, pixels = tiny("odd-grid")
+    together = eyes.multi_modal_projector(eyes.vision_tower(pixels))
+    alone = eyes.multi_modal_projector(eyes.vision_tower(pixels[1:]))
+    assert (together[1:] - alone).abs().max() < 1e-5
+    assert eyes.vision_tower(pixels[:0]).shape == (0, 81, 25)
+
+
+def test_pooling_is_the_mean_of_squares():
+    eyes, _ = tiny("odd-grid")
+    patches = torch.from_numpy(np.random.RandomState(0).standard_normal((2, 81, 25)).astype(np.float32))
+    expected = nn.functional.avg_pool2d(patches.transpose(1, 2).unflatten(2, (9, 9)), 3).flatten(2).transpose(1, 2)
+    assert (eyes.multi_modal_projector.pool(patches) - expected).abs().max() < 1e-6
+
+
+def test_attention_needs_no_mask_nor_score_matrix():
+    """Fused attention must stay possible: the scores of 4096 patches are 268 million numbers an image."""
+    eyes, pixels = tiny("pooled")
+    calls = []
+
+    class Watch(torch.overrides.TorchFunctionMode):
+        def __torch_function__(self, function, types, args=(), kwargs=None):
+            if function is nn.functional.scaled_dot_product_attention:
+                calls.append((args, kwargs))
+            return function(*args, **(kwargs or {}))
+
+    with Watch():
+        eyes.vision_tower(pixels)
+    assert len(calls) == 3
+    assert all(len(args) == 3 and not kwargs for args, kwargs in calls)
+
+
+def test_published_config():
+    assert read_siglip(Fields(dict(SIGLIP)), 256) == SiglipConfig(1152, 4304, 27, 16, 896, 14, 1e-6, 256)
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"hidden_size": None}, "hidden_size"),
+        ({"hidden_size": 1150}, "hidden_size .1150.*num_attention_heads .16"),
+        ({"image_size": 900}, "image_size .900.*patch_size .14"),
+        ({"image_size": [896, 896]}, "image_size.*896, 896"),
+        ({"patch_size": 16}, "mm_tokens_per_image .256.*56"),
+        ({"num_hidden_layers": 0}, "num_hidden_layers.*0"),
+        ({"hidden_act": "gelu"}, "hidden_act.*'gelu'"),
+        ({"num_channels": 1}, "num_channels.*1"),
+        ({"model_type": "clip_vision_model"}, "model_type.*'clip_vision_model'"),
+        ({"layer_norm_eps": 0}, "layer_norm_eps.*0"),
+    ],
+)
+def test_bad_configs_are_refused(change, named):
+    fields = {**SIGLIP, **change}
+    if "patch_size" in change:  # 56 patches a side: 16 tokens do not divide them
+        assert fields["image_size"] % fields["patch_size"] == 0
+    with pytest.raises(ConfigError, match=named):
+        read_siglip(Fields(fields), 256)
+
+
+@pytest.mark.parametrize("tokens", [257, 1024 * 3, 81])
+def test_bad_token_counts_are_refused(tokens):
+    with pytest.raises(ConfigError, match=f"mm_tokens_per_image .{tokens}"):
+        read_siglip(Fields(dict(SIGLIP)), tokens)

@@ -1,0 +1,24 @@
+"""A tiny Qwen3-VL with the published tokenizer, and images and videos for it."""
+
+import dataclasses
+
+from support.text import GOLDENS
+from support.tiny import random_model, tiny_qwen3_vl_config
+from support.tiny_images import random_bytes
+
+import pop
+from pop.inputs.tokenizers import load_tokenizer
+
+TOKENIZER = GOLDENS / "qwen3"
+START, END, IMAGE, VIDEO = 909, 910, 912, 913  # the tokenizer's
+IMAGE_MARK, VIDEO_MARK = (f"<|vision_start|><|{kind}_pad|><|vision_end|>" for kind in ("image", "video"))
+A, B = random_bytes(256, 264, 3, seed=1), random_bytes(400, 200, 3, seed=2)  # large enough not to be resized
+FILM = random_bytes(5 * 24, 16, 3, seed=3).reshape(5, 24, 16, 3)
+
+
+def seeing_model() -> pop.Model:
+    """Patches have 16 pixels a side, and four of them make a token: an image of 256 x 264 pixels has 8 x 8 tokens."""
+    ids = {"image_id": IMAGE, "video_id": VIDEO, "start_id": START, "end_id": END}
+    vision = dataclasses.replace(tiny_qwen3_vl_config().vision, patch_size=16)
+    config = tiny_qwen3_vl_config(vocab_size=926, max_positions=2048, vision=vision, **ids)
+    return pop.Model(random_model(config, seed=1), config, load_tokenizer(TOKENIZER), plan=0.5, compile=False)
