@@ -44,24 +44,19 @@ logger = logging.getLogger(__name__)
 class Compiled:
     """The compiled stages of one model. `stages` returns them once they are warm for the call at hand.
 
-    Args:
-        module: a PrunableModel.
-        stages: the functions to compile.
-        required: raise UnsupportedError if compiling fails. Otherwise a line in the log says so, and all runs eagerly.
-        progress: say on stderr that compiling takes a while.
+    If compiling fails, `required` raises UnsupportedError. Otherwise a line in the log says so, and all runs eagerly.
     """
 
     def __init__(self, module, stages: Stages, *, required: bool, progress: bool):
         self.module, self.required, self.progress = module, required, progress
         self._eager = stages
-        self._compiled: Stages | None = Stages(*map(_CompiledStage, stages))
+        self._compiled: Stages | None = Stages(*map(_CompiledStage, stages))  # None once compiling has failed
         self._vision_block = _CompiledStage(vision_block)
         self._warm: set[tuple] = set()
         self._lock = threading.Lock()
 
     @property
     def works(self) -> bool:
-        """False once compiling has failed."""
         return self._compiled is not None
 
     @property
@@ -169,14 +164,15 @@ def _circumstances() -> tuple:
 class _CompiledStage:
     """A stage, compiled apart for one token and for several.
 
-    torch keeps a few compiled versions of each code object, and tries them one after the other on each call. So there
-    are copies of the code, with few versions each.
+    torch tries the compiled versions of a code object one after the other, and keeps only a few. So each kind of input
+    has its own copy of the code.
     """
 
     def __init__(self, stage):
         self.eager = stage
-        self.function = stage.func if isinstance(stage, functools.partial) else stage
-        self.defaults = tuple(stage.keywords.values()) if isinstance(stage, functools.partial) else None
+        is_partial = isinstance(stage, functools.partial)
+        self.function = stage.func if is_partial else stage
+        self.defaults = tuple(stage.keywords.values()) if is_partial else stage.__defaults__
         self.compiled: dict[tuple, object] = {}
         self.kinds: dict[torch.nn.Module, int] = {}  # layers that differ in weights only have the same number
         self.known: dict[tuple, int] = {}
@@ -196,9 +192,8 @@ class _CompiledStage:
             self.kinds[layer] = self.known.setdefault(_kind(layer, self.function), len(self.known))
         key = (self.kinds[layer], h.shape[-2] == 1, *_circumstances())
         if key not in self.compiled:
-            function = self.function
-            defaults = self.defaults or function.__defaults__
-            copied = types.FunctionType(function.__code__.replace(), function.__globals__, function.__name__, defaults)
+            code, name = self.function.__code__.replace(), self.function.__name__
+            copied = types.FunctionType(code, self.function.__globals__, name, self.defaults)
             self.compiled[key] = torch.compile(copied, fullgraph=True, dynamic=True, options=_options())
         return self.compiled[key](layer, h, *args)
 

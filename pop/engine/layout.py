@@ -130,7 +130,7 @@ class Chunk:
     def latest(self, h: torch.Tensor, before: torch.Tensor, f: torch.Tensor | None = None) -> torch.Tensor:
         """The hidden state [B, D] of each row's last token so far.
 
-        It is in h [B, C, D], or in f [B, W, D] if that token is at full depth. Rows without tokens keep `before` [B, D].
+        It is in h [B, C, D], or in f [B, W, D] if that token is at full depth. Rows without tokens keep `before`.
         """
         rows = torch.arange(len(self.last), device=h.device)
         out = h[rows, self.last]

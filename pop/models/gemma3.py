@@ -21,18 +21,8 @@ from torch import nn
 
 from pop.models import base, layers
 from pop.models.config import Gemma3Config
-from pop.models.layers import Attention, rope_frequencies, rope_tables
+from pop.models.layers import Attention, GemmaRMSNorm, rope_frequencies, rope_tables
 from pop.models.vision.siglip import Projector, VisionTower
-
-
-class RMSNorm(layers.RMSNorm):
-    """x / rms(x) * (1 + weight), all in float32. Llama's norm casts before it multiplies."""
-
-    def gain(self):
-        return 1 + self.weight.double()
-
-    def forward(self, x):
-        return (self.normalise(x.float()) * (1 + self.weight.float())).to(x.dtype)
 
 
 class MLP(layers.MLP):
@@ -47,12 +37,12 @@ class DecoderLayer(base.DecoderLayer):
         super().__init__()
         self.window = config.windows[index]
         self.scale = config.query_pre_attn_scalar**-0.5
-        self.input_layernorm = RMSNorm(config.hidden_size, config.norm_eps)
-        self.self_attn = Attention(config, norm=RMSNorm)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.norm_eps)
-        self.pre_feedforward_layernorm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.input_layernorm = GemmaRMSNorm(config.hidden_size, config.norm_eps)
+        self.self_attn = Attention(config, norm=GemmaRMSNorm)
+        self.post_attention_layernorm = GemmaRMSNorm(config.hidden_size, config.norm_eps)
+        self.pre_feedforward_layernorm = GemmaRMSNorm(config.hidden_size, config.norm_eps)
         self.mlp = MLP(config)
-        self.post_feedforward_layernorm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.post_feedforward_layernorm = GemmaRMSNorm(config.hidden_size, config.norm_eps)
 
     def attention_update(self, attended):
         return self.post_attention_layernorm(self.self_attn.o_proj(attended))
@@ -63,7 +53,7 @@ class DecoderLayer(base.DecoderLayer):
 
 class Gemma3(base.DecoderModel):
     def __init__(self, config: Gemma3Config):
-        super().__init__(config, base.Decoder(config, DecoderLayer, RMSNorm))
+        super().__init__(config, base.Decoder(config, DecoderLayer, GemmaRMSNorm))
 
     def embed(self, tokens):
         h = super().embed(tokens)

@@ -53,6 +53,16 @@ class RMSNorm(nn.Module):
         return self.weight * self.normalise(x)  # cast first, scale after, as the reference implementation does
 
 
+class GemmaRMSNorm(RMSNorm):
+    """x / rms(x) * (1 + weight), all in float32."""
+
+    def gain(self):
+        return 1 + self.weight.double()
+
+    def forward(self, x):
+        return (self.normalise(x.float()) * (1 + self.weight.float())).to(x.dtype)
+
+
 def rope_frequencies(rope: RopeConfig, head_dim: int, device: torch.device) -> torch.Tensor:
     """The angle per position of each rotated pair: [E/2] float32 (Su et al. 2021, with Llama-3.1's scaling).
 

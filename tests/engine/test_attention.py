@@ -26,10 +26,12 @@ def test_tokens_are_written_to_their_slots_and_read_from_them():
         expected = torch.zeros(2, 5, 1, 3)
         expected[0, 3], expected[0, 0], expected[1, 1], expected[1, 4] = *given[0], *given[1]
         assert torch.equal(stored, expected)
-    for read, given, stored in zip(attention.read(keys, values, slots), (k, v), (keys, values), strict=True):
-        assert torch.equal(read, given) and not torch.equal(read, stored[:, :2])
-    for read, stored in zip(attention.read(keys, values, 2), (keys, values), strict=True):
-        assert torch.equal(read, stored[:, :2])
+
+    q, mask = randn(2, 1, 2, 3, seed=2), torch.ones(2, 1, 2, dtype=torch.bool)
+    for key_slots, read in ((slots, (k, v)), (None, (keys[:, :2], values[:, :2]))):
+        at = attention.AttentionMetadata((), slots, mask, key_slots)
+        assert torch.equal(attention.attend_cache(q, keys, values, at, 0.3), masked_attention(q, *read, mask, 0.3))
+    assert not torch.equal(k, keys[:, :2])
 
 
 def test_the_example_in_the_docstring_of_attention_metadata():

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from pop.models.config import SiglipConfig
+from pop.models.layers import GemmaRMSNorm
 
 
 class Embeddings(nn.Module):
@@ -110,21 +111,6 @@ class VisionTower(nn.Module):
         return self.vision_model(pixels)
 
 
-class SoftEmbeddingNorm(nn.Module):
-    """Gemma's RMSNorm: x / rms(x) * (1 + weight), in float32 throughout, the result in x's dtype."""
-
-    def __init__(self, dim: int, eps: float):
-        super().__init__()
-        self.eps = eps
-        self.weight = nn.Parameter(torch.zeros(dim))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """x [..., dim] -> the same shape and dtype."""
-        x32 = x.float()
-        normalised = x32 * torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + self.eps)
-        return (normalised * (1 + self.weight.float())).to(x.dtype)
-
-
 class Projector(nn.Module):
     """From the tower's patches to tokens of a language model of width `hidden_size`."""
 
@@ -132,7 +118,7 @@ class Projector(nn.Module):
         super().__init__()
         self.tokens_per_side = config.tokens_per_side
         self.block_side = config.patches_per_side // config.tokens_per_side
-        self.mm_soft_emb_norm = SoftEmbeddingNorm(config.hidden_size, config.norm_eps)
+        self.mm_soft_emb_norm = GemmaRMSNorm(config.hidden_size, config.norm_eps)
         # Multiplied from the right, and stored that way round.
         self.mm_input_projection_weight = nn.Parameter(torch.zeros(config.hidden_size, hidden_size))  # [C, D]
 
