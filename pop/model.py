@@ -216,7 +216,7 @@ class Model:
 
     def _batch(self, prompts, images, videos, params: SamplingParams, plan) -> Batch:
         media = self.vision.prepare_batch(images, videos, len(prompts))
-        prompts = [self.encode(prompt, seen=row) for prompt, row in zip(prompts, media, strict=True)]
+        prompts = [self.encode(prompt, media=row) for prompt, row in zip(prompts, media, strict=True)]
         return Batch(self, prompts, media, params, plan=plan)
 
     def chat(self, messages, **options) -> Generation:
@@ -269,7 +269,7 @@ class Model:
             plan: the PrunePlan of the context; None takes the model's.
         """
         (media,) = self.vision.prepare_batch(images, videos, 1)
-        context = self.encode(context, "context", seen=media)
+        context = self.encode(context, "context", media=media)
         return log_likelihood(self, context, media, self.encode(continuation, "continuation", bos=False), plan)
 
     # Checks
@@ -297,25 +297,25 @@ class Model:
         rows = None if self.part is None else self.part.kv_rows
         return dataclasses.replace(plan, projections=refit.to(self.device, self.dtype, rows))
 
-    def encode(self, prompt, what: str = "prompt", bos: bool = True, seen: Sequence[Prepared] = ()) -> list[int]:
+    def encode(self, prompt, what: str = "prompt", bos: bool = True, media: Sequence[Prepared] = ()) -> list[int]:
         """Text, or token ids in any form, as a list of token ids.
 
         Args:
             prompt: text or token ids, not empty.
             what: its name in error messages.
             bos: begin text with the family's beginning-of-text token, if it has one.
-            seen: the images and videos of the prompt.
+            media: the images and videos of the prompt.
         """
         if isinstance(prompt, str):
             self.need_tokenizer("text")
-            pieces = self.vision.replace_marks(prompt, seen, what) if seen else [prompt]
+            pieces = self.vision.replace_marks(prompt, media, what) if media else [prompt]
             tokens = self.tokenizer.encode_pieces(pieces, bos) if prompt else []
         else:
             prompt = prompt.tolist() if hasattr(prompt, "tolist") else prompt
             tokens = [] if prompt == [] else token_ids([prompt], 2, self.config.vocab_size)[0].tolist()
         if not tokens:
             raise InputError(f"the {what} is empty; give it at least one token")
-        if not seen:
+        if not media:
             self.vision.check_text(tokens, what)
         return tokens
 

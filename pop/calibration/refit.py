@@ -130,7 +130,7 @@ def _windows(model, texts, images, videos, size: int) -> list[Window]:
     for text, media in zip(texts, model.vision.prepare_batch(images, videos, len(texts)), strict=True):
         if isinstance(text, int):
             raise InputError(f"texts holds {text}; give strings or lists of token ids")
-        tokens = model.encode(text, "text", seen=media)
+        tokens = model.encode(text, "text", media=media)
         if media:
             model.check_fits(len(tokens), "a text with images")
             windows.append((tokens, media))

@@ -236,7 +236,7 @@ def _parse(model, samples, images, videos, response_tokens: int) -> list[_Sample
     for number, (sample, media) in enumerate(zip(samples, rows, strict=True)):
         try:
             prompt, response = sample if _is_pair(sample) else (sample, None)
-            prompt = model.encode(prompt, seen=media)
+            prompt = model.encode(prompt, media=media)
             response = None if response is None else model.encode(response, "response", bos=False)
             count = response_tokens if response is None else len(response)
             model.check_fits(len(prompt) + count - 1, "prompt plus response")

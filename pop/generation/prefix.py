@@ -30,7 +30,7 @@ class Prefix:
     def __init__(self, model, prompt, *, images=None, videos=None, plan: PrunePlan | None = None):
         self.model, self.plan = model, model.resolve(plan)
         (media,) = model.vision.prepare_batch(images, videos, 1)
-        self.tokens = model.encode(prompt, "prefix", seen=media)
+        self.tokens = model.encode(prompt, "prefix", media=media)
         model.check_fits(len(self.tokens), "the prefix")
         ranges = model.vision.locate(self.tokens, media)
         cut = max(0, len(self.tokens) - self.plan.full_depth_last + 1)
@@ -70,7 +70,7 @@ class Prefix:
         params = SamplingParams(**options)
         rows = self.model.vision.prepare_batch(images, videos, len(rests))
         prompts = [
-            self._left_tokens + self.model.encode(rest, bos=False, seen=media)
+            self._left_tokens + self.model.encode(rest, bos=False, media=media)
             for rest, media in zip(rests, rows, strict=True)
         ]
         media = [self._left_media + row for row in rows]

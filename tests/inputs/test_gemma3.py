@@ -155,14 +155,14 @@ def test_a_text_says_where_its_images_are(model):
     encode = model.tokenizer.encode
     text = "Look: <start_of_image> and <start_of_image>"
     expected = encode("Look: \n\n") + ONE + encode("\n\n and \n\n", bos=False) + ONE + encode("\n\n", bos=False)
-    assert model.encode(text, seen=model.vision.prepare_batch([A, B], None, 1)[0]) == expected
+    assert model.encode(text, media=model.vision.prepare_batch([A, B], None, 1)[0]) == expected
     options = {"images": [A, B], "max_new_tokens": 6}
     answer = model.generate(text, **options)
     assert answer.tokens == model.generate(expected, **options).tokens
     assert answer.prompt_tokens == len(expected)
     assert "".join(model.stream(text, **options)) == answer.text
     seen = model.vision.prepare_batch([A], None, 1)[0]
-    assert model.encode("<start_of_image>a", seen=seen) == encode("\n\n") + ONE + encode("\n\na", bos=False)
+    assert model.encode("<start_of_image>a", media=seen) == encode("\n\n") + ONE + encode("\n\na", bos=False)
     assert model.encode("<start_of_image>") == encode("<start_of_image>")  # ordinary text without an image
 
 

@@ -65,7 +65,7 @@ def test_a_text_says_where_its_images_and_videos_are(model):
     expected = encode("Look: ") + image(8, 8) + film(encode, " and") + image(12, 6) + encode("?")
     options = {"images": [A, B], "videos": [FILM]}
     (seen,) = model.vision.prepare_batch([A, B], [FILM], 1)
-    assert model.encode(text, seen=seen) == expected
+    assert model.encode(text, media=seen) == expected
     answer = model.generate(text, max_new_tokens=6, **options)
     assert answer.tokens == model.generate(expected, max_new_tokens=6, **options).tokens
     assert answer.prompt_tokens == len(expected)
