@@ -1,9 +1,14 @@
-"""Refit projections: their input, and their copies on a device. tests/calibration fits them and checks their values."""
+"""Refit projections: their input, copies, equality and files, and what is refused. tests/calibration fits them."""
 
+import json
+import math
 import pickle
 
+import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
+from pop import PlanError, PrunePlan
 from pop.pruning.projections import KVProjections
 
 
@@ -24,6 +29,7 @@ def test_one_tap_reads_the_token_and_two_taps_also_the_one_before():
 
 def test_a_copy_has_the_chosen_rows_and_dtype_and_is_kept():
     refit, cpu = random_projections(2), torch.device("cpu")
+    pickled = len(pickle.dumps(refit))
     assert refit.to(cpu, torch.float32) is refit
     part = refit.to(cpu, torch.bfloat16, [4, 1])
     assert torch.equal(part.weight, refit.weight[:, :, [4, 1]].bfloat16())
@@ -32,3 +38,95 @@ def test_a_copy_has_the_chosen_rows_and_dtype_and_is_kept():
     assert refit.to(cpu, torch.bfloat16, [4, 1]) is part
     assert refit.to(cpu, torch.bfloat16) is not part
     assert pickle.loads(pickle.dumps(refit)) == refit
+    assert len(pickle.dumps(refit)) == pickled  # without the copy
+
+
+def zeros_projections(weight=(2, 2, 20, 60), bias=(2, 2, 20), taps=2):
+    return KVProjections((2, 3), torch.zeros(weight), torch.zeros(bias), "", taps)
+
+
+def test_equality_compares_every_field():
+    one = zeros_projections()
+    assert one == zeros_projections()
+    assert one != KVProjections((2, 3), one.weight + 1, one.bias, "", 2)
+    assert one != KVProjections((2, 3), one.weight, one.bias + 1, "", 2)
+    assert one != KVProjections((2, 3), one.weight, one.bias, "other", 2)
+    assert one != KVProjections((2, 3), one.weight, one.bias, "", 1)
+    assert one != KVProjections((2, 4), one.weight, one.bias, "", 2)
+    assert one != KVProjections((2, 3), one.weight.bfloat16(), one.bias.bfloat16(), "", 2)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"full_depth_first": 0},
+        {"layers": (2,)},
+        {"layers": (2, 4)},  # those of other layers
+        {"projections": "refit"},
+    ],
+)
+def test_projections_that_do_not_fit_their_plan_are_refused(fields):
+    good = {"layers": (2, 3), "full_depth_first": 1, "projections": zeros_projections()}
+    PrunePlan(**good)
+    with pytest.raises(PlanError):
+        PrunePlan(**good | fields)
+
+
+@pytest.mark.parametrize(
+    "shapes",
+    [
+        {"weight": (2, 20, 60)},
+        {"weight": (2, 3, 20, 60)},
+        {"weight": (3, 2, 20, 60), "bias": (3, 2, 20)},
+        {"weight": (2, 2, 20, 61)},
+        {"bias": (2, 2)},
+        {"taps": 3},
+        {"taps": True},
+    ],
+)
+def test_projections_of_wrong_shapes_are_refused(shapes):
+    with pytest.raises(PlanError):
+        zeros_projections(**shapes)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("bias", torch.zeros(2, 2, 20, dtype=torch.bfloat16)),  # the weight is float32
+        ("bias", torch.full((2, 2, 20), math.inf)),
+        ("weight", torch.full((2, 2, 20, 60), math.nan)),
+        ("weight", torch.zeros(2, 2, 20, 60, dtype=torch.int64)),
+        ("bias", [0.0]),
+    ],
+)
+def test_projections_of_wrong_numbers_are_refused(name, value):
+    good = zeros_projections()
+    with pytest.raises(PlanError, match="again"):
+        KVProjections((2, 3), **{"weight": good.weight, "bias": good.bias, name: value}, fingerprint="", taps=2)
+
+
+@pytest.mark.parametrize("broken", range(9))
+def test_a_broken_plan_file_is_refused(tmp_path, broken):
+    path = tmp_path / "plan"
+    plan = PrunePlan((2, 3), full_depth_first=1, projections=random_projections(2, (2, 3)))
+    plan.save(path)
+    assert PrunePlan.load(path) == plan
+    tensors, content = load_file(path), path.read_bytes()
+    fields = {"layers": [2, 3], "full_depth_last": 1, "full_depth_first": 1, "taps": 2, "fingerprint": "0"}
+
+    def rewrite(tensors=tensors, **changes):
+        save_file(tensors, path, metadata={"pop_plan": json.dumps(fields | changes)})
+
+    [
+        lambda: path.write_bytes(content[:-1]),
+        lambda: path.write_bytes(content[:7]),
+        lambda: save_file(tensors, path),
+        lambda: rewrite({"weight": tensors["weight"]}),
+        lambda: rewrite(tensors | {"weight": tensors["weight"].long()}),
+        lambda: rewrite(tensors | {"weight": tensors["weight"] * math.inf}),
+        lambda: rewrite(taps=0),
+        lambda: rewrite(layers=[2]),
+        lambda: rewrite(gates=3),
+    ][broken]()
+    with pytest.raises(PlanError, match=str(path)):
+        PrunePlan.load(path)

@@ -1,56 +1,45 @@
-"""Calibration's fit and loss, done naively."""
+"""Calibration's fit and loss, computed naively."""
 
 import math
+from itertools import repeat
 
 import numpy as np
 import torch
 
 from pop import PrunePlan
+from pop.models.images import TEXT
 from pop.pruning import reference
+
+RECORDED = ("input_layernorm", "self_attn.k_proj", "self_attn.v_proj")
 
 
 def naive_fit(model, windows, plan, taps, ridge, images=None):
-    """W [n, 2, K * E, taps * D]: ridge regression toward the layer's own by lstsq, from hooks in naive passes.
+    """Ridge regression toward the layers' own projections by lstsq, from what hooks record in naive passes.
 
-    images: the Images of each window.
+    Args:
+        images: the Images of each window, or None for text.
+
+    Returns:
+        W [n, 2, K * E, taps * D].
     """
-    module = model.module
+    module, first = model.module, plan.full_depth_first
     xs, ys = {index: [] for index in plan.layers}, {(index, i): [] for index in plan.layers for i in (0, 1)}
-    for window, seen in zip(windows, images or [None] * len(windows), strict=True):
+    for window, shown in zip(windows, images or repeat(TEXT, len(windows)), strict=True):
         tokens = torch.tensor(window)
-        entered, projected = {}, {}
-
-        def record(store, key):
-            def keep(_, args, out):
-                store.setdefault(key, (args[0][0], out[0]))
-
-            return keep
-
-        first = torch.arange(len(window)) < plan.full_depth_first
-        for store, run in (
-            (entered, lambda: reference.forward(module, tokens, first, plan, seen)),  # noqa: B023
-            (projected, lambda: module(tokens[None], *([] if seen is None else [seen]))),  # noqa: B023
-        ):
-            hooks = []
-            for index in plan.layers:
-                layer = module.layers[index]
-                for name in ("input_layernorm", "self_attn.k_proj", "self_attn.v_proj"):
-                    hook = record(store, (index, name))
-                    hooks.append(layer.get_submodule(name).register_forward_hook(hook))
-            run()
-            for hook in hooks:
-                hook.remove()
+        full_depth = torch.arange(len(window)) < first
+        pruned = recorded(module, plan.layers, reference.forward, module, tokens, full_depth, plan, shown)
+        full = recorded(module, plan.layers, module, tokens[None], shown)
         for index in plan.layers:
             start = index
             while start - 1 in plan.layers and start > module.deepstack_layers:
                 start -= 1
-            h = entered[start, "input_layernorm"][0].double().numpy()
+            h = pruned[start, "input_layernorm"][0].double().numpy()
             x = h / np.sqrt((h**2).mean(-1, keepdims=True) + module.config.norm_eps)
             if taps == 2:
                 x = np.concatenate([x, np.concatenate([np.zeros_like(x[:1]), x[:-1]])], axis=1)
-            xs[index].append(x[plan.full_depth_first :])
+            xs[index].append(x[first:])
             for i, name in enumerate(("self_attn.k_proj", "self_attn.v_proj")):
-                ys[index, i].append(projected[index, name][1].double().numpy()[plan.full_depth_first :])
+                ys[index, i].append(full[index, name][1].double().numpy()[first:])
     out = []
     for index in plan.layers:
         layer, x = module.layers[index], np.concatenate(xs[index])
@@ -65,8 +54,24 @@ def naive_fit(model, windows, plan, taps, ridge, images=None):
     return torch.tensor(np.stack(out)).unflatten(0, (len(plan.layers), 2))
 
 
-def naive_kl(model, plan, window, cut=None, images=None):
-    """KL(full || pruned) summed over the last third of the window, or from a cut on, and the number of tokens."""
+def recorded(module, layers, function, *args):
+    """Call function(*args). Returns the first input and output of parts of layers, as (index, name) -> [T, ...]."""
+    found, hooks = {}, []
+    for index in layers:
+        for name in RECORDED:
+
+            def keep(_, inputs, output, key=(index, name)):
+                found.setdefault(key, (inputs[0][0].detach(), output[0].detach()))
+
+            hooks.append(module.layers[index].get_submodule(name).register_forward_hook(keep))
+    function(*args)
+    for hook in hooks:
+        hook.remove()
+    return found
+
+
+def naive_kl(model, plan, window, cut=None, images=TEXT):
+    """KL(full || pruned) summed over the window's last third, or from `cut` on, and the number of its tokens."""
     tokens, cut = torch.tensor(window), cut or len(window) * 2 // 3
     full_depth = reference.full_depth_tokens(cut, len(window), plan)
     full, _ = reference.forward(model.module, tokens, full_depth, PrunePlan.none(), images)

@@ -1,0 +1,170 @@
+"""Virtual gates: gradients against finite differences of a gated model in numpy, memory, and sampled responses."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from support.gated_loss import assert_close, slopes
+from support.tiny import random_model, tiny_config, tiny_gemma3_config, tiny_qwen3_config
+
+import pop
+from pop.calibration import gates
+from pop.models import layers
+
+
+def gradients(model, samples):
+    """Of samples (prompt, response) without images."""
+    prompts, responses = map(list, zip(*samples, strict=True))
+    return gates.gate_gradients(model, prompts, responses, [[] for _ in prompts])
+
+
+def sampled(model, prompts, seeds, count):
+    """Responses to prompts without images."""
+    return gates.sample_responses(model, prompts, [[] for _ in prompts], seeds, count)
+
+
+@st.composite
+def cases(draw):
+    """(module, [(prompt, response), ...]) of random sizes."""
+    kv_heads = draw(st.integers(1, 2))
+    sizes = {
+        "vocab_size": 23,
+        "hidden_size": draw(st.sampled_from([6, 13])),
+        "num_heads": kv_heads * draw(st.integers(1, 2)),
+        "num_kv_heads": kv_heads,
+        "head_dim": draw(st.sampled_from([2, 6])),
+    }
+    family = draw(st.sampled_from(["llama", "gemma3", "qwen3"]))
+    if family == "gemma3":
+        windows = st.lists(st.sampled_from([2, None]), min_size=1, max_size=3)
+        config = tiny_gemma3_config(**sizes, windows=tuple(draw(windows)))
+    elif family == "qwen3":
+        config = tiny_qwen3_config(**sizes, num_layers=draw(st.integers(1, 3)), tie_embeddings=draw(st.booleans()))
+    else:
+        config = tiny_config(
+            **sizes,
+            num_layers=draw(st.integers(1, 3)),
+            tie_embeddings=draw(st.booleans()),
+            attention_bias=draw(st.booleans()),
+            mlp_bias=draw(st.booleans()),
+        )
+    tokens = st.lists(st.integers(0, 22), min_size=1, max_size=6)
+    pairs = draw(st.lists(st.tuples(tokens, tokens), min_size=1, max_size=3))
+    return random_model(config, seed=draw(st.integers(0, 9))), pairs
+
+
+@settings(max_examples=settings().max_examples // 2)
+@given(cases())
+def test_gradients_are_the_slopes_of_the_gated_loss(case):
+    module, pairs = case
+    expected = np.stack([slopes(module, *pair) for pair in pairs])
+    assert_close(gradients(pop.Model(module, module.config), pairs), expected)
+
+
+# ---- Batches, padding, memory ----
+
+
+@pytest.fixture(scope="module")
+def alone(model, samples):
+    """Each sample's gradients, run on its own."""
+    return [gradients(model, [sample])[0] for sample in samples]
+
+
+@given(chosen=st.lists(st.integers(0, 4), min_size=1, max_size=5))
+def test_a_sample_does_not_depend_on_the_others_of_its_batch(model, samples, alone, chosen):
+    together = gradients(model, [samples[index] for index in chosen])
+    for row, index in enumerate(chosen):
+        assert_close(together[row], alone[index], 1e-5)
+
+
+def test_computing_activations_again_changes_no_gradient(model, samples, monkeypatch):
+    expected = gradients(model, samples)
+    monkeypatch.setattr(gates, "_checkpoint", lambda function, *args: function(*args))
+    assert torch.equal(gradients(model, samples), expected)
+
+
+def test_activations_inside_a_layer_are_not_kept(model, samples, monkeypatch):
+    def kept():
+        sizes = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: sizes.append(x.numel()) or x, lambda x: x):
+            gradients(model, samples)
+        return sum(sizes)
+
+    between = 5 * 12 * 30  # rows, tokens a row, width: what one layer hands to the next
+    assert kept() < (5 + 1) * between
+    monkeypatch.setattr(gates, "_checkpoint", lambda function, *args: function(*args))
+    assert kept() > 5 * (5 + 1) * between
+
+
+@pytest.mark.parametrize("at_once", [1, 3, 256])
+def test_logits_are_computed_for_the_response_only_and_in_pieces(samples, monkeypatch, at_once):
+    model = pop.Model(random_model(tiny_config()), tiny_config())
+    rows, head = [], model.module.head
+    monkeypatch.setattr(model.module, "head", lambda h: rows.append(h.shape[0]) or head(h))
+    monkeypatch.setattr(gates, "LOGITS_AT_ONCE", at_once)
+    found = gradients(model, samples)
+    assert sum(rows) == 2 * sum(len(response) for _, response in samples)  # forward, and again for the backward
+    assert max(rows) <= at_once
+    monkeypatch.undo()
+    assert_close(found, gradients(model, samples), 1e-5)
+
+
+@pytest.mark.parametrize(
+    "config", [tiny_config(), tiny_gemma3_config(), tiny_qwen3_config()], ids=["llama", "gemma3", "qwen3"]
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gates_of_one_change_no_bit(config, dtype):
+    module = random_model(config).to(dtype)
+    h = torch.randn(2, 9, 30, generator=torch.Generator().manual_seed(0)).to(dtype)
+    ropes = module.rope(torch.arange(9)[None])
+    stage = torch.arange(9).expand(2, 9) > 4
+
+    def attend(layer, q, k, v):
+        return layers.causal_attention(q, k, v, layer.scale, layer.window)
+
+    for layer in module.layers:
+        rope = ropes[layer.window]
+        assert torch.equal(
+            gates._gated_layer(layer, h, rope, attend, torch.ones(2, 2, 2), stage), layer(h, rope, attend)
+        )
+
+
+# ---- Sampled responses ----
+
+
+def test_responses_follow_the_full_model_at_temperature_one(model):
+    prompt, count = [5, 60, 2, 33], 3000
+    first = sampled(model, [prompt] * count, [(0, n) for n in range(count)], 1)
+    shares = np.bincount([token for (token,) in first], minlength=67) / count
+    probs = model.logits([prompt])[0, -1].double().softmax(-1).numpy()
+    deviations = (shares - probs) / np.sqrt(probs * (1 - probs) / count)
+    assert 0.6 < (deviations**2).mean() < 1.5  # one of 67 expected; standard deviation sqrt(2 / 67)
+    pruned = model.prefill([prompt], model.new_cache(1, 9))[0].double().softmax(-1).numpy()  # with the model's plan
+    assert ((shares - pruned) ** 2 / (pruned * (1 - pruned) / count)).mean() > 3
+
+
+def test_a_later_token_follows_the_full_model(model):
+    prompt, count = [5, 60, 2, 33], 2000
+    pairs = sampled(model, [prompt] * count, [(1, n) for n in range(count)], 2)
+    second = np.bincount([pair[1] for pair in pairs], minlength=67) / count
+    logits = model.logits([[*prompt, first] for first, _ in pairs])[:, -1]
+    probs = logits.double().softmax(-1).mean(0).numpy()
+    deviations = (second - probs) / np.sqrt(probs / count)
+    assert (deviations**2).mean() < 1.5
+
+
+def test_an_end_token_ends_a_response_and_is_part_of_it():
+    config = tiny_config(eos_ids=tuple(range(0, 67, 4)))
+    model = pop.Model(random_model(config), config)
+    responses = sampled(model, [[5, 6]] * 40, [(0, n) for n in range(40)], 12)
+    assert len({len(response) for response in responses}) > 3
+    for response in responses:
+        assert all(token % 4 for token in response[:-1])
+        assert response[-1] % 4 == 0 or len(response) == 12
+
+
+def test_trainable_parameters_change_no_gradient_and_get_none(model, samples):
+    trainable = pop.Model(random_model(tiny_config()).requires_grad_(True), tiny_config())
+    assert torch.equal(gradients(trainable, samples), gradients(model, samples))
+    assert all(parameter.requires_grad and parameter.grad is None for parameter in trainable.module.parameters())
