@@ -20,7 +20,7 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
 def pytest_collection_modifyitems(items):
     """Start with the files that take minutes. Otherwise one process could be left with such a file at the end."""
-    longest = ("test_real_model", "test_compile", "test_parallel")
+    longest = ("test_real_model", "test_compile", "test_tensor_parallel")
     items.sort(key=lambda item: item.module.__name__.rpartition(".")[2] not in longest)
 
 

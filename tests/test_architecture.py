@@ -1,0 +1,179 @@
+"""What keeps the package readable: who imports whom, what models and engine leave to others, and how large files are.
+
+The last test adds a family: its whole source, and the entries that it needs elsewhere.
+"""
+
+import ast
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import ClassVar
+
+import pytest
+import torch
+from support.cases import assert_close
+from support.tiny import hf_config, random_model, tiny_config, write_weights
+
+import pop
+from pop import engine
+from pop.calibration.gates import gate_gradients
+from pop.checkpoints import config_json
+from pop.models import FAMILIES, base, llama
+from pop.models.config import LlamaConfig
+from pop.models.layers import RMSNorm
+from pop.pruning import reference
+
+PACKAGE = Path(pop.__file__).parent
+FILES = {path.relative_to(PACKAGE).as_posix(): path for path in sorted(PACKAGE.rglob("*.py"))}
+
+# What each part of the package may import from the others. A part is a folder or a file directly in pop/.
+BASIS = {"errors", "files", "progress", "system"}
+MODELS = BASIS | {"models"}
+ENGINE = MODELS | {"pruning", "engine"}
+MODEL = ENGINE | {"inputs", "checkpoints", "backends", "generation", "model", "loading"}
+ALL = MODEL | {"calibration"}
+MAY_IMPORT = {
+    "errors": set(),
+    "files": BASIS,
+    "progress": BASIS,
+    "system": BASIS,
+    "models": MODELS,
+    "inputs": MODELS,
+    "checkpoints": MODELS,
+    "pruning": MODELS | {"pruning"},
+    "engine": ENGINE,
+    "backends": ENGINE | {"checkpoints"},  # for the parts of a checkpoint that a process reads
+    "generation": ENGINE | {"inputs"},
+    "model": MODEL,
+    "loading": MODEL,
+    "calibration": ALL,
+    "__init__": ALL,
+    "cli": ALL | {"pop"},
+    "__main__": ALL | {"cli"},
+}
+
+
+def imported(path: Path) -> Iterator[tuple[int, str]]:
+    """The line and the dotted name of all that a file imports, also inside its functions."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            source = "." * node.level + (node.module or "")
+            yield from ((node.lineno, f"{source}.{alias.name}") for alias in node.names)
+
+
+def test_the_import_rule():
+    """Errors, files <- models <- pruning <- engine <- backends, generation <- model, loading <- calibration <- cli."""
+    wrong = []
+    for name, path in FILES.items():
+        part = name.split("/")[0].removesuffix(".py")
+        for line, source in imported(path):
+            root, _, rest = source.partition(".")
+            if root == "":  # relative imports would escape this test
+                wrong.append(f"{name}:{line} imports {source}")
+            if root != "pop":
+                continue
+            target = rest.split(".")[0] if rest else "pop"
+            if target != part and target not in MAY_IMPORT[part]:
+                wrong.append(f"{name}:{line} imports {source}")
+    assert wrong == []
+
+
+@pytest.mark.parametrize("folder", ["models", "pruning", "engine"])
+def test_models_and_engine_know_no_device_compiler_or_file(folder):
+    """Whatever depends on a machine is a swap in backends/. Only compile.py deals with the compiler."""
+    pattern = r"is_compiling|get_cpu_capability|device\.type|\bopen\(|\.(?:read|write)_(?:text|bytes)\("
+    found = {name: re.findall(pattern, path.read_text(encoding="utf-8")) for name, path in FILES.items()}
+    found.pop("engine/compile.py")
+    assert {name: words for name, words in found.items() if name.startswith(f"{folder}/") and words} == {}
+
+
+LINES = {name: len(path.read_text(encoding="utf-8").splitlines()) for name, path in FILES.items()}
+
+
+def test_files_are_short_and_few_at_the_top():
+    assert {name: count for name, count in LINES.items() if count > 400} == {}
+    assert len([path for path in PACKAGE.iterdir() if path.is_file()]) <= 8
+
+
+def test_the_package_is_small():
+    assert sum(LINES.values()) <= 9000
+
+
+def test_no_hugging_face_library():
+    """Tools may be bridges to these libraries. The package and its tests do without."""
+    libraries = {"transformers", "tokenizers", "huggingface_hub", "accelerate", "datasets"}
+    tests = Path(__file__).parent.rglob("*.py")
+    pairs = [(path, source) for path in (*FILES.values(), *tests) for _, source in imported(path)]
+    assert [(path.name, source) for path, source in pairs if source.split(".")[0] in libraries] == []
+
+
+# A new family: a Llama with LayerNorm in place of RMSNorm. These four classes are its source, one file in models/.
+# Elsewhere it needs an entry in each of four tables, and the last test adds the first two:
+#
+#     FAMILIES   models/__init__.py            from the config's family to the class
+#     READERS    checkpoints/config_json.py    from the model_type in config.json to the config
+#     MODELS     checkpoints/registry.py       names and sources, to be found and fetched by name
+#     FORMATS    inputs/chat.py                a chat format, if it is a new one
+
+
+@dataclass(frozen=True)
+class CentredConfig(LlamaConfig):
+    family: ClassVar[str] = "centred"
+
+
+class LayerNorm(RMSNorm):
+    """An RMSNorm of x minus its mean."""
+
+    def normalise(self, x):
+        return super().normalise(x - x.mean(-1, keepdim=True))
+
+
+class DecoderLayer(llama.DecoderLayer):
+    def __init__(self, config, index):
+        super().__init__(config, index)
+        self.input_layernorm = LayerNorm(config.hidden_size, config.norm_eps)
+        self.post_attention_layernorm = LayerNorm(config.hidden_size, config.norm_eps)
+
+
+class Centred(base.DecoderModel):
+    def __init__(self, config):
+        super().__init__(config, base.Decoder(config, DecoderLayer, norm=LayerNorm))
+
+
+def test_a_new_family_runs_everywhere(tmp_path, monkeypatch):
+    """It is loaded, pruned, decoded, gated and calibrated, and its norm is torch's."""
+    monkeypatch.setitem(FAMILIES, "centred", Centred)
+    reader = partial(config_json.read_llama, config=CentredConfig, architecture="CentredForCausalLM")
+    monkeypatch.setitem(config_json.READERS, "centred", reader)
+    config = CentredConfig(**vars(tiny_config()))
+    changes = {"model_type": "centred", "architectures": ["CentredForCausalLM"]}
+    (tmp_path / "config.json").write_text(json.dumps(hf_config(config) | changes), encoding="utf-8")
+    write_weights(tmp_path, config, seed=1)
+    model = pop.load(tmp_path, prune=0.5, progress=False)
+    assert model.config == config and isinstance(model.module, Centred)
+
+    layer, h = model.module.layers[0], torch.randn(2, 3, 30, generator=torch.Generator().manual_seed(1))
+    norm = layer.input_layernorm
+    assert_close(norm(h), torch.nn.functional.layer_norm(h, (30,), norm.weight, eps=config.norm_eps))
+
+    prompt, answer = torch.arange(20), torch.tensor([3])
+    texts = [[(n * k) % 67 for n in range(40)] for k in range(1, 12)]
+    calibrated = pop.calibrate(model, texts, model.plan, window=40, progress=False)
+    for plan in (model.plan, calibrated):
+        cache = model.new_cache()
+        logits = engine.prefill(model.module, prompt[None], cache, torch.tensor([20]), plan, 7)
+        assert_close(logits[0], reference.prefill(model.module, prompt, plan))
+        tokens, full_depth = torch.cat((prompt, answer)), reference.full_depth_tokens(20, 21, plan)
+        expected, _ = reference.forward(model.module, tokens, full_depth, plan)
+        assert_close(engine.decode(model.module, answer, cache)[0], expected[-1])
+
+    gradients = gate_gradients(model, [prompt.tolist()], [answer.tolist()], [[]])
+    assert gradients.shape == (1, 2, 2, 5)  # attention and MLP, prefill and decode, by layer
+    assert gradients[:, :, 0, :-1].all() and not gradients[:, :, 0, -1].any()  # no later token reads the last layer
+    other = random_model(tiny_config(), seed=1)  # the same weights as a Llama
+    assert not torch.allclose(other(prompt[None]), model.module(prompt[None]), atol=0.1)
