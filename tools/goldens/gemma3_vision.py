@@ -1,20 +1,22 @@
-"""Make the vision goldens of the test suite with the reference implementation.
+"""Make the golden files of Gemma-3's vision with the reference implementation, transformers.
 
-    python -m tools.goldens.gemma3_vision
+    PYTHONPATH=tests python -m tools.goldens.gemma3_vision
 
-writes tests/goldens/vision/: prepared images (by the reference's Gemma3ImageProcessor, the one on torchvision), what
-Gemma3Processor makes of a text with images, and the features that the vision tower and projector make of random pixels,
-for tiny random models. It needs transformers,
-torchvision and pillow, which nothing else here does. Images and weights come from seeds: tests/support/tiny_images.py and
-tests/support/tiny.py.
+Makes tests/goldens/vision/: prepared images, texts with images, and the features of tiny random vision towers. Needs
+transformers, torchvision and pillow. Images and weights come from seeds, see tests/support.
 """
 
 import json
 import sys
-from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
+from support.tiny import random_weights
+from support.tiny_images import IMAGES, image, levels, random_bytes
+
+from tools.goldens import files
+from tools.goldens.files import MISSING
 
 try:
     import tokenizers
@@ -25,25 +27,17 @@ try:
     from transformers.models.gemma3.processing_gemma3 import Gemma3Processor
     from transformers.models.siglip.modeling_siglip import SiglipVisionModel
 except ImportError:
-    sys.exit(
-        "the goldens are made with transformers and torchvision: install both (pip install transformers torchvision), "
-        "best in a virtual environment of its own, and run the script there"
-    )
+    sys.exit(MISSING.format("transformers and torchvision"))
 
-ROOT = Path(__file__).resolve().parents[2]
-GOLDENS = ROOT / "tests" / "goldens" / "vision"
-
-from PIL import Image  # noqa: E402
-from support.tiny import random_weights  # noqa: E402
-from support.tiny_images import IMAGES, image, random_bytes  # noqa: E402
+GOLDENS = files.GOLDENS / "vision"
 
 MADE_WITH = f"transformers {transformers.__version__}, torchvision {torchvision.__version__}, torch {torch.__version__}"
 
 # ---------------------------------------------------------------------------------------- prepared images
 
 TINY_SIZE, REAL_SIZE = 28, 896
-SAMPLES = 2000  # values kept of an image in the real size, beside the sum of each channel
-# Width, height, and what differs from the processor's defaults.
+SAMPLES = 2000  # values that are kept of an image of the real size, with the sum of each channel
+# Width, height, and options that differ from the processor's defaults.
 PAN_AND_SCAN = {
     "landscape": (600, 300, {}),
     "portrait": (270, 1000, {}),
@@ -57,18 +51,18 @@ PAN_AND_SCAN = {
 }
 
 
-def levels(pixels: torch.Tensor) -> np.ndarray:
-    """The bytes behind prepared pixels, which they are equal to but for the scale."""
-    bytes_ = torch.round(pixels.double() * 127.5 + 127.5)
-    assert torch.equal((bytes_.float() - 127.5) / 127.5, pixels), "the reference scales in another way"
-    return bytes_.to(torch.uint8).numpy()
+def exact_levels(pixels: torch.Tensor) -> np.ndarray:
+    """The bytes that prepared pixels come from, after a check that scaling them gives these pixels."""
+    found = levels(pixels)
+    assert torch.equal((torch.from_numpy(found).float() - 127.5) / 127.5, pixels), "the reference scales differently"
+    return found
 
 
 def prepare(picture: Image.Image, size: int, **options) -> np.ndarray:
     processor = Gemma3ImageProcessor(
         size={"height": size, "width": size}, image_mean=[0.5] * 3, image_std=[0.5] * 3, resample=2
     )
-    return levels(processor(picture, return_tensors="pt", **options)["pixel_values"])
+    return exact_levels(processor(picture, return_tensors="pt", **options)["pixel_values"])
 
 
 def make_images() -> None:
@@ -96,7 +90,7 @@ LAYOUT_OPTIONS = {"min_crop_size": 8, "max_num_crops": 3, "min_ratio_to_activate
 
 
 def make_layouts() -> None:
-    """The text that stands for LAYOUT, an image of two tokens: with and without pan-and-scan."""
+    """LAYOUT with two tokens in place of each image, with and without pan-and-scan."""
     names = {"boi_token": "<start_of_image>", "image_token": "<image_soft_token>", "eoi_token": "<end_of_image>"}
     vocabulary = {name: index for index, name in enumerate([*names.values(), "<pad>", "?"])}
     tokenizer = transformers.PreTrainedTokenizerFast(
@@ -123,7 +117,7 @@ def make_layouts() -> None:
 # image_size, patch_size, tokens, layers, width, heads, MLP, norm eps, the language model's width
 TOWERS = {
     "pooled": (28, 7, 4, 3, 24, 3, 40, 1e-6, 20),
-    "odd-grid": (45, 5, 9, 2, 25, 5, 36, 1e-3, 14),  # eps large enough for its places to show
+    "odd-grid": (45, 5, 9, 2, 25, 5, 36, 1e-3, 14),  # eps is large enough to show where it is added
     "not-pooled": (42, 14, 9, 3, 32, 2, 52, 1e-6, 40),
 }
 IMAGES_A_TOWER = 2
@@ -149,7 +143,7 @@ def make_towers() -> None:
         config.vision_config._attn_implementation = "eager"
         tower = SiglipVisionModel(config.vision_config).eval()
         projector = Gemma3MultiModalProjector(config).eval()
-        # Under the published names, so that the seed means the same to us.
+        # Under the published names, on which the random weights depend.
         parameters = {f"vision_tower.vision_model.{n}": p for n, p in tower.named_parameters()}
         parameters |= {f"multi_modal_projector.{n}": p for n, p in projector.named_parameters()}
         weights = random_weights({n: tuple(p.shape) for n, p in parameters.items()}, seed)

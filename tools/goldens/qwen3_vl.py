@@ -1,22 +1,22 @@
-"""Make the goldens of Qwen3-VL with the reference implementation, transformers.
+"""Make the golden files of Qwen3-VL with the reference implementation, transformers.
 
-    python -m tools.goldens.qwen3_vl
+    PYTHONPATH=tests python -m tools.goldens.qwen3_vl
 
-writes tests/goldens/qwen3_vl/: for each tiny random model a folder with config.json as the reference saved it,
-golden.json with prompts, grids, position ids and greedy tokens, and arrays.npz with logits at every position of a
-prompt and its greedy continuation, and the vision tower's features; images.npz with prepared images and videos, as
-bytes; and layouts.json with conversations that have images and videos, as token ids. It needs transformers and
-torchvision, which nothing else here does. Weights and pixels come from seeds: tests/support/tiny.py.
+Makes tests/goldens/qwen3_vl/: tiny random models with prompts that hold images and videos, prepared images and videos,
+and conversations as token ids. Needs transformers and torchvision. Weights and pixels come from seeds, see
+tests/support. README.md in this folder describes the files.
 """
 
-import json
-import re
 import shutil
 import sys
-from pathlib import Path
 
 import numpy as np
 import torch
+from support.tiny import random_patches, random_weights
+from support.tiny_images import image, levels, random_bytes
+
+from tools.goldens import files
+from tools.goldens.files import MISSING, folder_bytes, write_json
 
 try:
     import transformers
@@ -31,23 +31,16 @@ try:
     from transformers.models.qwen3_vl.video_processing_qwen3_vl import Qwen3VLVideoProcessor
     from transformers.video_utils import VideoMetadata
 except ImportError:
-    sys.exit(
-        "the goldens are made with transformers and torchvision: install both (pip install transformers torchvision), "
-        "best in a virtual environment of its own, and run the script there"
-    )
+    sys.exit(MISSING.format("transformers and torchvision"))
 
-ROOT = Path(__file__).resolve().parents[2]
-GOLDENS = ROOT / "tests" / "goldens" / "qwen3_vl"
-
-from support.tiny import random_patches, random_weights  # noqa: E402
-from support.tiny_images import image, random_bytes  # noqa: E402
+GOLDENS = files.GOLDENS / "qwen3_vl"
 
 MADE_WITH = f"transformers {transformers.__version__} on torch {torch.__version__}, CPU, eager attention"
 GREEDY_TOKENS, MIN_MARGIN = 8, 1e-3
 TEXT_TOKENS, IMAGE, VIDEO, START, END = 60, 60, 61, 62, 63  # ids below the first are text
 
 MODELS = {
-    # Pairs turn by t h w t h w t h w t. Two DeepStack layers.
+    # The axes of the rotated pairs are t h w t h w t h w t. Two DeepStack layers.
     "untied": {
         "text_config": {
             "vocab_size": 67,
@@ -73,7 +66,7 @@ MODELS = {
         },
         "tie_word_embeddings": False,
     },
-    # Sections that leave the rows one pair, as many DeepStack layers as there are blocks, a patch of three frames.
+    # Sections with one pair for rows, as many DeepStack layers as tower layers, patches of three frames.
     "tied": {
         "text_config": {
             "vocab_size": 67,
@@ -99,7 +92,7 @@ MODELS = {
         },
         "tie_word_embeddings": True,
     },
-    # Mixtures of experts, in all layers but one.
+    # Mixtures of experts in all layers but one.
     "experts": {
         "text_config": {
             "vocab_size": 67,
@@ -129,7 +122,7 @@ MODELS = {
         "tie_word_embeddings": False,
     },
 }
-# Prompts: a number is so many tokens of text, a pair an image of so many rows and columns of patches, a triple a video.
+# Prompts: a number stands for tokens of text, a pair for an image of rows and columns of patches, a triple for a video.
 PROMPTS = {
     "text": [23],
     "image": [5, (4, 6), 7],
@@ -148,7 +141,7 @@ CASES = {
 
 
 def lay_out(prompt, merge: int, random) -> tuple[list[int], list, list]:
-    """Token ids, and the grids of images and of videos. A video's frames have text, their times, between them."""
+    """Token ids, and the grids of images and of videos. Text, their times, separates the frames of a video."""
     tokens, images, videos = [], [], []
 
     def text(count):
@@ -165,12 +158,13 @@ def lay_out(prompt, merge: int, random) -> tuple[list[int], list, list]:
             if len(part) == 3:
                 text(2 + frame % 2)
             run = [placeholder] * (rows * columns // merge**2)
-            # An image that begins or ends a prompt goes without its marks: it is then the very first or last token.
+            # An image at either end of a prompt has no marks, so it includes the very first or last token.
             tokens.extend(run if part in (prompt[0], prompt[-1]) else [START, *run, END])
     return tokens, images, videos
 
 
 def run(model, prompt, seed: int) -> tuple[dict, dict, float]:
+    """The golden and the arrays of one prompt, and the smallest lead of a greedy token; 0 for a tie."""
     vision = model.config.vision_config
     tokens, images, videos = lay_out(prompt, vision.spatial_merge_size, np.random.RandomState(seed))
     values = 3 * vision.temporal_patch_size * vision.patch_size**2
@@ -254,37 +248,35 @@ def make(name: str, fields: dict) -> None:
         goldens[case] = golden
         arrays |= {f"{case}_{key}": values for key, values in of_case.items()}
         print(f"{name}, {case}: seed {seed}, margin {margin:.2g}, {len(golden['tokens'])} tokens")
-    text = json.dumps({"made_with": MADE_WITH, "weights": 7, "cases": goldens}, indent=1)
-    text = re.sub(r"\[[\d\s,]+\]", lambda ids: " ".join(ids[0].split()), text)  # a list of numbers is one line
-    (folder / "golden.json").write_text(text + "\n", encoding="utf-8")
+    write_json(folder / "golden.json", {"made_with": MADE_WITH, "weights": 7, "cases": goldens}, indent=1)
     np.savez_compressed(folder / "arrays.npz", **arrays)
-    print(f"{name}: {sum(file.stat().st_size for file in folder.iterdir()) / 1000:.0f} kB")
+    print(f"{name}: {folder_bytes(folder) / 1000:.0f} kB")
 
 
 # ---------------------------------------------------------------------------------------- images and videos
 
-# Named images of tests/support/tiny_images.py, prepared small; and one in the published size, of which samples are kept.
+# Images of tests/support/tiny_images.py in a small size. One is also prepared in the published size, and sampled.
 IMAGES = ("tall", "wide", "tiny", "dot", "line", "large", "alpha", "grey")
 SMALL = {"patch_size": 4, "merge_size": 2, "temporal_patch_size": 2, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
 IMAGE_PIXELS, VIDEO_PIXELS = (300, 1500), (800, 4000)
 PUBLISHED_PIXELS, PUBLISHED_VIDEO_PIXELS, SAMPLES = (65536, 16777216), (4096, 25165824), 2000
-# Frames, height, width, and frames per second, of which two are kept (none given: all of them).
+# Frames, height, width, and frames per second, of which two are kept. None keeps all frames.
 VIDEOS = {
     "odd": (5, 20, 31, None),
     "even": (4, 40, 22, None),
-    "narrow": (4, 6, 40, None),  # less high than a merged square, which shows in the width
+    "narrow": (4, 6, 40, None),  # lower than a merged square, which changes the width
     "long": (13, 25, 25, None),
     "sampled": (40, 16, 24, 8.0),
-    "few": (7, 16, 24, 30.0),  # a quarter of a second: at least four
+    "few": (7, 16, 24, 30.0),  # a quarter of a second: at least four frames
     "fewer": (3, 16, 24, 30.0),
 }
 
 
-def levels(pixels: torch.Tensor) -> np.ndarray:
-    """The bytes behind prepared pixels, which they are equal to but for the scale."""
-    bytes_ = torch.round(pixels.double() * 127.5 + 127.5)
-    assert torch.equal((bytes_.float() - 127.5) / 127.5, pixels), "the reference scales in another way"
-    return bytes_.to(torch.uint8).numpy()
+def exact_levels(pixels: torch.Tensor) -> np.ndarray:
+    """The bytes that prepared pixels come from, after a check that scaling them gives these pixels."""
+    found = levels(pixels)
+    assert torch.equal((torch.from_numpy(found).float() - 127.5) / 127.5, pixels), "the reference scales differently"
+    return found
 
 
 def make_images() -> None:
@@ -298,9 +290,9 @@ def make_images() -> None:
     )
     for name in IMAGES:
         out = small(image(name), return_tensors="pt")
-        arrays[name], arrays[f"{name}-grid"] = levels(out["pixel_values"]), out["image_grid_thw"][0].numpy()
+        arrays[name], arrays[f"{name}-grid"] = exact_levels(out["pixel_values"]), out["image_grid_thw"][0].numpy()
     out = real(image("large"), return_tensors="pt")
-    pixels = levels(out["pixel_values"])
+    pixels = exact_levels(out["pixel_values"])
     where = np.random.RandomState(0).choice(pixels.size, SAMPLES, replace=False)
     arrays |= {"real-samples": pixels.ravel()[where], "real-grid": out["image_grid_thw"][0].numpy()}
     arrays["real-sums"] = pixels.sum(1, dtype=np.int64)
@@ -310,7 +302,7 @@ def make_images() -> None:
         metadata = VideoMetadata(total_num_frames=frames, fps=fps, frames_indices=list(range(frames)))
         options = {"do_sample_frames": fps is not None, "return_metadata": True, "cap_pixels_per_frame": False}
         out = processor(video, video_metadata=metadata, return_tensors="pt", **options)
-        arrays[f"video-{name}"] = levels(out["pixel_values_videos"])
+        arrays[f"video-{name}"] = exact_levels(out["pixel_values_videos"])
         arrays[f"video-{name}-grid"] = out["video_grid_thw"][0].numpy()
         indices = out["video_metadata"][0].frames_indices
         times = Qwen3VLProcessor._calculate_timestamps(None, list(map(int, indices)), fps or 24, 2)
@@ -322,7 +314,7 @@ def make_images() -> None:
 
 # -------------------------------------------------------------------------------------------------- layouts
 
-# Messages; an image is its height, width and seed, a video its frames, height, width, seed, and frames per second.
+# Messages. An image is its height, width and seed; a video its frames, height, width, seed and frames per second.
 CONVERSATIONS = {
     "image": [["user", "What is ", {"image": [256, 264, 1]}, " this?"]],
     "images-and-turns": [
@@ -343,7 +335,7 @@ def make_layouts() -> None:
 
     real = SMALL | {"patch_size": 16}
     tokenizer = transformers.PreTrainedTokenizerFast(
-        tokenizer_file=str(ROOT / "tests" / "goldens" / "tokenizers" / "qwen3" / "tokenizer.json")
+        tokenizer_file=str(files.GOLDENS / "tokenizers" / "qwen3" / "tokenizer.json")
     )
     layouts = {}
     for name, messages in CONVERSATIONS.items():
@@ -377,9 +369,7 @@ def make_layouts() -> None:
         ids = processor(text=[text + "<|im_start|>assistant\n"], **seen)["input_ids"][0]
         layouts[name] = {"messages": messages, "tokens": list(map(int, ids))}
         print(f"layout {name}: {len(ids)} tokens")
-    text = json.dumps({"made_with": MADE_WITH, "cases": layouts}, indent=1)
-    text = re.sub(r"\[[\d\s,]+\]", lambda ids: " ".join(ids[0].split()), text)
-    (GOLDENS / "layouts.json").write_text(text + "\n", encoding="utf-8")
+    write_json(GOLDENS / "layouts.json", {"made_with": MADE_WITH, "cases": layouts}, indent=1)
 
 
 def main() -> None:

@@ -1,16 +1,13 @@
-"""Make the golden files of the tokenizer and chat tests with the reference implementations.
+"""Make the golden files of tokenizers and chat formats with the reference implementations.
 
     python -m tools.goldens.tokenizers llama-3.1=FOLDER qwen3=FOLDER smollm2=FOLDER gemma3=FOLDER
 
-writes tests/goldens/tokenizers/. Each FOLDER holds the tokenizer.json and tokenizer_config.json of that
-family, as published. Run it in an environment that holds transformers (and with it tokenizers and jinja2):
-nothing in pop/ or tests/ imports them.
+Makes tests/goldens/tokenizers/. Each FOLDER holds the published tokenizer.json and tokenizer_config.json of a family.
+Needs transformers, with its dependencies tokenizers and jinja2.
 
-A real vocabulary is too large to commit, so each family gets a reduced tokenizer.json: the first tokens of
-the real one, the merges among them and all else of it, ids renumbered without gaps. The reference reads it
-and says what the ids of many strings are, and of conversations in that family's chat template. For SmolLM2 and
-Gemma-3, whose real tokenizers the tests find in the weights folder, the ids by the real ones are kept too, for
-Gemma-3 these alone: its tokenizer is sentencepiece's, which tests/inputs/test_tokenizers.py trains a small one of.
+A published vocabulary is too large to commit, so each family gets a reduced tokenizer.json: its first tokens, the
+merges among them, and ids without gaps. The reference encodes many strings and conversations with it. SmolLM2 and
+Gemma-3 also keep the ids by the real tokenizers, which the tests find with the weights.
 """
 
 import argparse
@@ -19,21 +16,21 @@ import random
 import sys
 from pathlib import Path
 
+from tools.goldens import files
+from tools.goldens.files import MISSING
+
 try:
     import tokenizers
     import transformers
 except ImportError:
-    sys.exit(
-        "make_tokenizer_goldens.py needs the packages transformers and tokenizers: install them (pip install "
-        "transformers), best in a virtual environment of its own, and run the script there"
-    )
+    sys.exit(MISSING.format("transformers and tokenizers"))
 
-GOLDENS = Path(__file__).resolve().parents[2] / "tests" / "goldens" / "tokenizers"
+GOLDENS = files.GOLDENS / "tokenizers"
 MADE_WITH = f"tokenizers {tokenizers.__version__}, transformers {transformers.__version__}"
 FAMILIES = ("llama-3.1", "qwen3", "smollm2", "gemma3")
-REAL = {"smollm2": "smollm2-135m", "gemma3": "gemma3-270m"}  # by name of the weights
-TOKENS = 900  # kept of a vocabulary, beside those that are special
-SPECIAL = 30  # kept of the special tokens
+REAL = {"smollm2": "smollm2-135m", "gemma3": "gemma3-270m"}  # the names of their weights
+TOKENS = 900  # ordinary tokens that are kept of a vocabulary
+SPECIAL = 30  # special tokens that are kept
 
 TEXTS = [
     "",
@@ -75,7 +72,7 @@ CONVERSATIONS = [
 
 
 def texts() -> list[str]:
-    """TEXTS and random strings of the same stuff."""
+    """TEXTS, and random strings of their words and characters."""
     draw = random.Random(0)
     words = " ".join(TEXTS).split(" ")
     spaces = [" ", "  ", "   ", "\n", "\n\n", " \n", "\t", "\r\n", "\u3000", "\xa0", "", "'", "\x1c", "\x04"]
@@ -91,7 +88,7 @@ def reduced(spec: dict) -> dict:
     added = spec["added_tokens"][:SPECIAL]
     names = {token["content"] for token in added}
     kept = set(sorted(model["vocab"].keys() - names, key=model["vocab"].get)[:TOKENS])
-    if model["ignore_merges"]:  # tokens that no merges reach, and that such a model finds all the same
+    if model["ignore_merges"]:  # tokens that only ignore_merges finds
         kept |= {"Ġviá»ĩc", "ektedir", ".:.:.:.:"} & model["vocab"].keys()
     in_vocab = names & model["vocab"].keys() | kept
     vocab = {token: n for n, token in enumerate(sorted(in_vocab, key=model["vocab"].get))}
@@ -117,7 +114,7 @@ def write(path: Path, content: dict) -> None:
 
 
 def golden_ids(tokenizer_file: Path) -> dict:
-    """The reference's ids of texts(), with special tokens read as text, and as tokens."""
+    """The reference's ids of texts(), with special tokens as text, and as tokens."""
     tokenizer = tokenizers.Tokenizer.from_file(str(tokenizer_file))
     with_special = [tokenizer.encode(text).ids for text in texts()]
     tokenizer.encode_special_tokens = True
@@ -125,7 +122,7 @@ def golden_ids(tokenizer_file: Path) -> dict:
 
 
 def golden_chat(tokenizer_file: Path, config: dict) -> list[dict]:
-    """The reference's strings and ids of CONVERSATIONS, with and without the opening of an answer."""
+    """The reference's text and ids of CONVERSATIONS, with and without the generation prompt."""
     tokenizer = transformers.PreTrainedTokenizerFast(
         tokenizer_file=str(tokenizer_file),
         bos_token=config["bos_token"],
@@ -160,7 +157,7 @@ def main() -> None:
         small = GOLDENS / family / "tokenizer.json"
         write(small, reduced(json.loads(real.read_bytes())))
         golden = {"made_with": MADE_WITH} | golden_ids(small)
-        if family != "qwen3":  # whose template is one for thinking models
+        if family != "qwen3":  # its template is for thinking models
             golden["chat"] = golden_chat(small, config)
         write(GOLDENS / family / "golden.json", golden)
         if family == "smollm2":

@@ -1,0 +1,1 @@
+"""Scripts that make the golden files of the tests with the reference implementations. They import tests/support."""
