@@ -1,4 +1,4 @@
-"""What keeps the package readable: who imports whom, what models and engine leave to others, and how large files are.
+"""The package stays readable: parts import in one direction, models and engine are pure, and files are short.
 
 The last test adds a family: its whole source, and the entries that it needs elsewhere.
 """

@@ -2,7 +2,6 @@
 
 import json
 import logging
-import math
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -15,7 +14,6 @@ from hypothesis import strategies as st
 from support.published import (
     EIGHTFOLD,
     GEMMA3_1B,
-    GEMMA3_270M,
     GEMMA3_TEXTS,
     LLAMA31_8B,
     QWEN3_06B,
@@ -27,9 +25,7 @@ from support.published import (
 )
 
 from pop.checkpoints.config_json import READERS, read_config, read_llama
-from pop.checkpoints.registry import lookup
 from pop.errors import ConfigError
-from pop.models import build
 from pop.models.config import (
     ExpertsConfig,
     Gemma3Config,
@@ -217,96 +213,18 @@ def test_published_configs(read, name):
     assert repr(read(file)) == repr(config)  # a fingerprint hashes it, so types matter
 
 
-# Width, MLP, layers, query heads, key-value heads, tied; head width and vocabulary are the same in all.
-QWEN3_SIZES = {
-    "0.6b": (1024, 3072, 28, 16, 8, True),
-    "1.7b": (2048, 6144, 28, 16, 8, True),
-    "4b": (2560, 9728, 36, 32, 8, True),
-    "8b": (4096, 12288, 36, 32, 8, False),
-    "14b": (5120, 17408, 40, 40, 8, False),
-    "32b": (5120, 25600, 64, 64, 8, False),
-}
-QWEN3_FIELDS = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
-PUBLISHED_SIZES = {
-    **{name: file for name, (file, _) in PUBLISHED.items()},
-    **{f"gemma3-{size}": gemma3_with_images(text) for size, text in GEMMA3_TEXTS.items()},
-    **{
-        f"qwen3-{size}": QWEN3_06B | dict(zip((*QWEN3_FIELDS, "tie_word_embeddings"), sizes, strict=True))
-        for size, sizes in QWEN3_SIZES.items()
-    },
-    "gemma3-270m": GEMMA3_270M,
-    "qwen3-30b-a3b": QWEN3_30B_A3B,
-    "qwen3-235b-a22b": QWEN3_235B_A22B,
-}
-
-
-def parameters(config) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of the model's parameters, which take no memory."""
-    with torch.device("meta"):
-        return {name: tuple(parameter.shape) for name, parameter in build(config).named_parameters()}
-
-
-def count(shapes) -> int:
-    return sum(math.prod(shape) for shape in shapes.values())
-
-
-@pytest.mark.parametrize("name", PUBLISHED_SIZES)
-def test_models_have_the_published_number_of_parameters(read, name):
-    assert count(parameters(read(PUBLISHED_SIZES[name]))) == lookup(name).parameters
-
-
-NORMS = {"input_layernorm": ("D",), "post_attention_layernorm": ("D",)}
-LAYER = NORMS | {
-    "mlp.down_proj": ("D", "inner"),
-    "mlp.gate_proj": ("inner", "D"),
-    "mlp.up_proj": ("inner", "D"),
-    "self_attn.k_norm": ("E",),
-    "self_attn.k_proj": ("K", "D"),
-    "self_attn.o_proj": ("D", "Q"),
-    "self_attn.q_norm": ("E",),
-    "self_attn.q_proj": ("Q", "D"),
-    "self_attn.v_proj": ("K", "D"),
-}
-GEMMA3_LAYER = LAYER | {"post_feedforward_layernorm": ("D",), "pre_feedforward_layernorm": ("D",)}
-
-
-@pytest.mark.parametrize(
-    ("file", "layer", "sizes", "layers", "vocab_size"),
-    [
-        (GEMMA3_1B, GEMMA3_LAYER, {"D": 1152, "inner": 6912, "Q": 4 * 256, "K": 256, "E": 256}, 26, 262144),
-        (QWEN3_06B, LAYER, {"D": 1024, "inner": 3072, "Q": 16 * 128, "K": 8 * 128, "E": 128}, 28, 151936),
-    ],
-    ids=["gemma3-1b", "qwen3-0.6b"],
-)
-def test_tensors_are_the_checkpoints(read, file, layer, sizes, layers, vocab_size):
-    """Names and shapes of the published weights."""
-    D = sizes["D"]
-    expected = {"model.embed_tokens.weight": (vocab_size, D), "model.norm.weight": (D,)}
-    for n in range(layers):
-        expected |= {f"model.layers.{n}.{name}.weight": tuple(sizes[s] for s in shape) for name, shape in layer.items()}
-    assert parameters(read(file)) == expected
-    if "tie_word_embeddings" in file:  # Gemma-3's head is always tied
-        untied = parameters(read({**file, "tie_word_embeddings": False}))
-        assert untied == expected | {"lm_head.weight": (vocab_size, D)}
-
-
 @pytest.mark.parametrize(
     ("size", "heads", "scalar", "layers"),
     [("4b", (8, 4, 256), 256.0, 34), ("12b", (16, 8, 256), 256.0, 48), ("27b", (32, 16, 128), 168.0, 62)],
 )
 def test_gemma3_text_configs_of_the_multimodal_sizes(read, size, heads, scalar, layers):
-    """What they leave out. With a vision tower counted by hand, the model has the registry's parameters."""
+    """The published files leave out the defaults of the reference."""
     config = read(GEMMA3_TEXTS[size])
     assert (config.num_heads, config.num_kv_heads, config.head_dim) == heads
     assert (config.query_pre_attn_scalar, config.num_layers, config.vocab_size) == (scalar, layers, 262208)
     assert config.windows == tuple(None if n % 6 == 0 else 1024 for n in range(1, layers + 1))
     assert (config.rope, config.local_rope) == (RopeConfig(1e6, "linear", 8.0), RopeConfig(1e4))
     assert (config.max_positions, config.norm_eps, config.bos_id, config.eos_ids) == (131072, 1e-6, 2, (1,))
-    D, inner, patches = 1152, 4304, 64 * 64
-    layer = 2 * 2 * D + 4 * (D * D + D) + (D * inner + inner) + (inner * D + D)  # two norms, attention, MLP
-    vision = (3 * 14 * 14 * D + D) + patches * D + 27 * layer + 2 * D
-    projector = D * config.hidden_size + D
-    assert count(parameters(config)) + vision + projector == lookup(f"gemma3-{size}").parameters
 
 
 @pytest.mark.parametrize("size", GEMMA3_TEXTS)
@@ -315,25 +233,13 @@ def test_gemma3_with_images_is_its_text_model_and_a_tower(read, size):
     config = read(gemma3_with_images(GEMMA3_TEXTS[size]))
     ids = {"image_id": 262144, "boi_id": 255999, "eoi_id": 256000, "eos_ids": (1, 106)}
     assert config == replace(text, dtype=torch.bfloat16, vision=VISION, **ids)
-    shapes = parameters(config)
-    language = {f"language_model.{name}": shape for name, shape in parameters(text).items()}
-    assert language.items() <= shapes.items()
-    others = shapes.keys() - language.keys()  # tests/models/test_siglip.py has their names
-    assert {name.split(".")[0] for name in others} == {"vision_tower", "multi_modal_projector"}
 
 
 @pytest.mark.parametrize("file", [QWEN3_30B_A3B, QWEN3_235B_A22B], ids=["30b-a3b", "235b-a22b"])
 def test_qwen3_mixtures_as_published(read, file):
     config = read(file)
-    layers, width, D = file["num_hidden_layers"], file["moe_intermediate_size"], file["hidden_size"]
+    layers, width = file["num_hidden_layers"], file["moe_intermediate_size"]
     assert config.experts == ExpertsConfig(128, 8, width, tuple(range(layers)), normalised=True)
-    shapes = {
-        "gate.weight": (128, D),
-        "experts.gate_up_proj": (128, 2 * width, D),
-        "experts.down_proj": (128, D, width),
-    }
-    expected = {f"model.layers.{n}.mlp.{name}": shape for n in range(layers) for name, shape in shapes.items()}
-    assert {name: shape for name, shape in parameters(config).items() if ".mlp." in name} == expected
 
 
 def test_which_layers_have_experts(read):

@@ -246,6 +246,8 @@ TENSORS = {
     "gemma3-1b": decoder("model.", GEMMA3, 26, 262_144, True, D=1152, I=6912, Q=1024, K=256, E=256),
     "gemma3-4b": siglip(2560)
     | decoder("language_model.model.", GEMMA3, 34, 262_208, True, D=2560, I=10_240, Q=2048, K=1024, E=256),
+    "gemma3-12b": siglip(3840)
+    | decoder("language_model.model.", GEMMA3, 48, 262_208, True, D=3840, I=15_360, Q=4096, K=2048, E=256),
     "gemma3-27b": siglip(5376)
     | decoder("language_model.model.", GEMMA3, 62, 262_208, True, D=5376, I=21_504, Q=4096, K=2048, E=128),
     "qwen3-0.6b": decoder("model.", QWEN3, 28, 151_936, True, D=1024, I=3072, Q=2048, K=1024, E=128),
