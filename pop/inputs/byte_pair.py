@@ -35,7 +35,6 @@ _MAX_WHITESPACE = 900_000  # characters in a row: at a million, tiktoken's regul
 
 # A vocabulary may lack these bytes. In UTF-8 they never occur in a letter, a digit or a whitespace character.
 _MAY_LACK = {*range(9), *range(14, 32), 127, 0xC0, 0xC1, 0xF1, 0xF2, 0xF3, *range(0xF5, 0x100)}
-_WHITESPACE = "\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"  # \s of the patterns above
 
 # The original tokenizers normalise by Unicode 9. By it, these newer characters neither compose nor change places.
 _NEWER = """
@@ -65,40 +64,31 @@ class BytePairTokenizer(Tokenizer):
     """Byte-level BPE.
 
     Args:
-        ranks: the bytes of a token -> its rank 0, 1, ... Two neighbours merge into any such token, lowest rank first.
-        ids: the id of each rank, or None for a byte that the vocabulary lacks. Texts lose such bytes.
-        bytes_of: id -> bytes of every ordinary token, including those that merging never reaches.
-        pattern: the regular expression of pre-tokens.
-        special_tokens, added, bos_id: as in Tokenizer.
-        nfc: whether text is normalised to NFC first.
+        ranks: The ranks 0, 1, ... of tokens by their bytes. Two neighbours merge into any of them, lowest rank first.
+        ids: The id of each rank, or None for a byte that the vocabulary lacks. Texts lose such bytes.
+        pattern: The regular expression of pre-tokens.
+        nfc: Whether text is normalised to NFC first.
+        options: The arguments of Tokenizer.
     """
 
-    def __init__(self, ranks, ids, bytes_of, pattern, *, special_tokens, added, bos_id, nfc=False):
-        super().__init__(special_tokens, added, max([*bytes_of, *special_tokens.values()]) + 1, bos_id)
+    def __init__(self, ranks, ids, pattern, *, nfc=False, **options):
+        super().__init__(**options)
         self._bpe = _tiktoken(ranks, pattern)
         self._ids, self._nfc = ids, nfc
-        self._bytes_of = bytes_of | dict.fromkeys(special_tokens.values(), b"")
         self._lacking = bytes(token[0] for token, rank in ranks.items() if ids[rank] is None)
         if self._lacking:
             digit = _DIGIT if pattern == _DIGITS_GPT2_PATTERN else r"\p{N}"
             every_byte = {bytes([byte]): byte for byte in range(256)}
             self._symbols = _tiktoken(every_byte, rf"[^\s\p{{L}}{digit}]")
 
-    def token_bytes(self, id: int) -> bytes:
-        try:
-            return self._bytes_of[id]
-        except (KeyError, TypeError):
-            raise self._unknown_id(id) from None
-
     def _encode_text(self, text: str) -> list[int]:
         if self._nfc:
             text = _nfc(text)
-        if len(text) > _MAX_WHITESPACE:
-            longest = max((len(run[0]) for run in re.finditer(r"\s+", text)), default=0)
-            if longest > _MAX_WHITESPACE:
-                raise InputError(
-                    f"the text has {longest} whitespace characters in a row; at most {_MAX_WHITESPACE} are possible."
-                )
+        longest = max(map(len, re.findall(r"\s+", text)), default=0) if len(text) > _MAX_WHITESPACE else 0
+        if longest > _MAX_WHITESPACE:
+            raise InputError(
+                f"the text has {longest} whitespace characters in a row; at most {_MAX_WHITESPACE} are possible."
+            )
         ids = [self._ids[rank] for rank in self._bpe.encode_ordinary(text)]
         return self._encode_without_lacking(text) if self._lacking and None in ids else ids
 
@@ -111,15 +101,19 @@ class BytePairTokenizer(Tokenizer):
         """
         symbols = bytes(self._symbols.encode_ordinary("".join(set(text)))).decode()
         ranks, start = [], 0
-        for match in re.finditer(f"([{_WHITESPACE}]?)([{re.escape(symbols)}]+)", text):
-            piece = match[0] if match[1] == " " else match[2]
+        # Unlike tiktoken's patterns, Python counts 1C to 1F as whitespace.
+        for match in re.finditer(rf"([^\S\x1c-\x1f]?)([{re.escape(symbols)}]+)", text):
+            space, piece = match.groups()
             kept = piece.encode().translate(None, self._lacking)
-            if len(kept) < len(piece.encode()):
-                ranks += self._bpe.encode_ordinary(text[start : match.start()])
-                if match[1] != " ":  # the pattern leaves the last of several whitespace characters by itself
-                    ranks += self._bpe.encode_ordinary(match[1])
-                ranks += self._bpe._encode_single_piece(kept) if kept else []
-                start = match.end()
+            if len(kept) == len(piece.encode()):
+                continue
+            ranks += self._bpe.encode_ordinary(text[start : match.start()])
+            if space == " ":
+                kept = b" " + kept
+            else:  # the pattern leaves the last of several whitespace characters by itself
+                ranks += self._bpe.encode_ordinary(space)
+            ranks += self._bpe._encode_single_piece(kept) if kept else []
+            start = match.end()
         ranks += self._bpe.encode_ordinary(text[start:])
         return [self._ids[rank] for rank in ranks]
 
@@ -133,80 +127,78 @@ def from_tiktoken_file(data: bytes) -> BytePairTokenizer:
     for line in data.splitlines():
         token, rank = line.split()
         ranks[base64.b64decode(token, validate=True)] = int(rank)
-    if sorted(ranks.values()) != list(range(len(data.splitlines()))) or b"" in ranks:
-        raise TokenizerError("a token or a rank is missing or appears twice.")
-    if any(bytes([byte]) not in ranks for byte in range(256)):
-        raise TokenizerError("at least one single byte is not a token.")
+    in_order = sorted(ranks.values()) == list(range(len(data.splitlines())))
+    if not in_order or b"" in ranks or any(bytes([byte]) not in ranks for byte in range(256)):
+        raise TokenizerError("a token or a rank is missing or appears twice, or a single byte is not a token.")
     names = ["begin_of_text", "end_of_text", "reserved_special_token_0", "reserved_special_token_1"]
     names += ["finetune_right_pad_id", "reserved_special_token_2", "start_header_id", "end_header_id"]
     names += ["eom_id", "eot_id", "python_tag", *(f"reserved_special_token_{n}" for n in range(3, 248))]
     special = {f"<|{name}|>": len(ranks) + n for n, name in enumerate(names)}
     bytes_of = {rank: token for token, rank in ranks.items()}
-    ids = range(len(ranks))
-    return BytePairTokenizer(ranks, ids, bytes_of, _LLAMA3_PATTERN, special_tokens=special, added={}, bos_id=len(ranks))
+    options = {"special_tokens": special, "added": {}, "bytes_of": bytes_of, "bos_id": len(ranks)}
+    return BytePairTokenizer(ranks, range(len(ranks)), _LLAMA3_PATTERN, **options)
+
+
+# All that a tokenizer.json may set. Other settings must be off.
+_SETTINGS = {"version", "added_tokens", "normalizer", "pre_tokenizer", "post_processor", "decoder", "model"}
+_MODEL_SETTINGS = {"type", "unk_token", "ignore_merges", "vocab", "merges"}
 
 
 def from_tokenizer_json(spec: dict[str, Any]) -> BytePairTokenizer:
     """Build a tokenizer from the contents of a tokenizer.json."""
-    model = spec["model"]
-    _check_known(spec, "version added_tokens normalizer pre_tokenizer post_processor decoder model")
-    _check_known(model, "type unk_token ignore_merges vocab merges")
-    if model["type"] != "BPE":
-        raise TokenizerError(f"the model type {model['type']!r} is not supported, only BPE is.")
-    if spec["decoder"]["type"] != "ByteLevel":
-        raise TokenizerError(f"the decoder {spec['decoder']['type']!r} is not supported, only ByteLevel is.")
-    if spec["normalizer"] not in (None, {"type": "NFC"}):
-        raise TokenizerError(f"the normalizer {spec['normalizer']} is not supported, only NFC is.")
-
+    model, nfc = spec["model"], spec["normalizer"] is not None
+    for part, known in ((spec, _SETTINGS), (model, _MODEL_SETTINGS)):
+        for name in part.keys() - known:
+            _check(f"the setting {name}", part[name] or None, None)
+    _check("the model type", model["type"], "BPE")
+    _check("the decoder", spec["decoder"]["type"], "ByteLevel")
+    _check("the normalizer", spec["normalizer"], None, {"type": "NFC"})
     vocab, special, added = model["vocab"], {}, {}
     for token in spec["added_tokens"]:
         name, id = token["content"], token["id"]
-        for flag in ("single_word", "lstrip", "rstrip", "normalized"):
-            # A normalized token is searched in the normalised text. Without a normalizer this makes no difference.
-            if token[flag] and (flag != "normalized" or spec["normalizer"]):
-                raise TokenizerError(f"the added token {name!r} is {flag}, which is not supported.")
+        # A normalized token is searched in the normalised text. Without a normalizer this makes no difference.
+        for flag in ["single_word", "lstrip", "rstrip"] + ["normalized"] * nfc:
+            _check(f"{flag} of the added token {name!r}", token[flag], False)
         if not name.encode() or vocab.get(name, id) != id:
             raise TokenizerError(f"the added token {name!r} has two ids or no text.")
         (special if token["special"] else added)[name] = id
     ids = list({**vocab, **special, **added}.values())
     if not all(type(id) is int and id >= 0 for id in ids) or len({*ids}) < len(ids) or "" in vocab:
         raise TokenizerError("an id appears twice or is not a non-negative integer, or a token has no text.")
-    bytes_of = {id: _to_bytes(token) for token, id in vocab.items() if token not in special | added}
 
     merges = [tuple(merge.split(" ") if isinstance(merge, str) else merge) for merge in model["merges"]]
-    ranked = [*map(_BYTE_CHARS.get, range(256)), *_reachable(merges, vocab)]
+    ranked = [*_CHARS, *_reachable(merges, vocab)]
     if spelt := special.keys() & {*ranked}:
         raise TokenizerError(f"ordinary text merges into the special token {min(spelt)!r}.")
     ranks = {_to_bytes(token): rank for rank, token in enumerate(ranked)}
     ids = [vocab.get(token, vocab.get(model.get("unk_token"))) for token in ranked]
-    pattern = _pattern(spec["pre_tokenizer"])
-    whole = model.get("ignore_merges", False)
-    lackable = set() if whole or pattern in (_LLAMA3_PATTERN, _QWEN_PATTERN) else _MAY_LACK
-    if lacking := {byte for byte in range(256) if ids[byte] is None} - lackable:
+    bytes_of = {id: _to_bytes(token) for token, id in vocab.items() if token not in special and token not in added}
+    pattern, whole = _pattern(spec["pre_tokenizer"]), model.get("ignore_merges", False)
+    may_lack = set() if whole or pattern in (_LLAMA3_PATTERN, _QWEN_PATTERN) else _MAY_LACK
+    if lacking := {byte for byte in range(256) if ids[byte] is None} - may_lack:
         raise TokenizerError(f"its vocabulary lacks the single byte {min(lacking)}.")
     if whole:
         _add_whole_pre_tokens(ranks, ids, bytes_of, pattern)
-    bytes_of |= {id: name.encode() for name, id in added.items()}
-    nfc, bos_id = spec["normalizer"] is not None, _bos_id(spec["post_processor"], special)
-    return BytePairTokenizer(ranks, ids, bytes_of, pattern, special_tokens=special, added=added, bos_id=bos_id, nfc=nfc)
+    options = {"special_tokens": special, "added": added, "bytes_of": bytes_of}
+    return BytePairTokenizer(ranks, ids, pattern, nfc=nfc, bos_id=_bos_id(spec["post_processor"], special), **options)
 
 
-def _check_known(part: dict[str, Any], known: str) -> None:
-    """Raise TokenizerError for a setting that is switched on and not `known`."""
-    for key, value in part.items():
-        if key not in known.split() and value:
-            raise TokenizerError(f"the setting {key} = {value!r} is not supported.")
+def _check(name: str, value, *supported) -> None:
+    if value not in supported:
+        raise TokenizerError(
+            f"{name} is {value!r}, which is not supported (supported: {', '.join(map(repr, supported))})."
+        )
 
 
 # In tokenizer.json a character stands for each byte: itself if visible in Latin-1, otherwise one from U+0100 on.
 _VISIBLE = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
-_HIDDEN = [byte for byte in range(256) if byte not in _VISIBLE]
-_BYTE_CHARS = {byte: chr(byte) for byte in _VISIBLE} | {byte: chr(256 + n) for n, byte in enumerate(_HIDDEN)}
-_CHAR_BYTES = {ord(char): chr(byte) for byte, char in _BYTE_CHARS.items()} | dict.fromkeys(_HIDDEN, "\uffff")
+_OTHERS = map(chr, range(0x100, 0x200))
+_CHARS = [chr(byte) if byte in _VISIBLE else next(_OTHERS) for byte in range(256)]
+_BYTES = {char: byte for byte, char in enumerate(_CHARS)}
 
 
 def _to_bytes(token: str) -> bytes:
-    return token.translate(_CHAR_BYTES).encode("latin-1")
+    return bytes([_BYTES[char] for char in token])
 
 
 def _reachable(merges: list[tuple[str, str]], vocab: dict[str, int]) -> list[str]:
@@ -259,36 +251,27 @@ def _add_whole_pre_tokens(ranks: dict[bytes, int], ids: list[int], bytes_of: dic
 def _pattern(pre_tokenizer: dict[str, Any]) -> str:
     """Return the regular expression of pre-tokens."""
     steps = pre_tokenizer["pretokenizers"] if pre_tokenizer["type"] == "Sequence" else [pre_tokenizer]
-    steps = [{key: value for key, value in step.items() if key != "trim_offsets"} for step in steps]
-    to_bytes = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}
-    gpt2 = to_bytes | {"use_regex": True}
-    if steps[-1:] == [{"type": "ByteLevel", "add_prefix_space": False}]:  # in older files
-        steps[-1] = gpt2
-    split = {"type": "Split", "behavior": "Isolated", "invert": False}
-    for pattern, known in (
-        (_GPT2_PATTERN, [gpt2]),
-        (_DIGITS_GPT2_PATTERN, [{"type": "Digits", "individual_digits": True}, gpt2]),
-        (_LLAMA3_PATTERN, [split | {"pattern": {"Regex": _LLAMA3_PATTERN}}, to_bytes]),
-        (_QWEN_PATTERN, [split | {"pattern": {"Regex": _QWEN_PATTERN}}, to_bytes]),
-    ):
-        if steps == known:
-            return pattern
+    match steps:
+        case [*before, {"type": "ByteLevel", "add_prefix_space": False, **options}]:
+            match before, options.get("use_regex", True):  # older files lack use_regex
+                case [], True:
+                    return _GPT2_PATTERN
+                case [{"type": "Digits", "individual_digits": True}], True:
+                    return _DIGITS_GPT2_PATTERN
+                case [{"type": "Split", "pattern": {"Regex": regex}, "behavior": "Isolated", "invert": False}], False:
+                    if regex in (_LLAMA3_PATTERN, _QWEN_PATTERN):
+                        return regex
     raise TokenizerError(f"the pre_tokenizer {steps} is not supported, only Llama-3's, Qwen's, SmolLM2's and GPT-2's.")
 
 
 def _bos_id(post_processor: dict[str, Any] | None, special: dict[str, int]) -> int | None:
     """Return the token that the post-processor puts before a text."""
-    if post_processor is None or post_processor["type"] == "ByteLevel":  # which changes offsets only
-        return None
-    if post_processor["type"] == "Sequence":
-        before, last = post_processor["processors"]
-        if _bos_id(before, special) is None:
-            return _bos_id(last, special)
-    elif post_processor["type"] == "TemplateProcessing":
-        match [next(iter(item.items())) for item in post_processor["single"]]:
-            case [("Sequence", {"id": "A"})]:
-                return None
-            case [("SpecialToken", {"id": name}), ("Sequence", {"id": "A"})]:
-                if post_processor["special_tokens"][name]["ids"] == [special[name]]:
-                    return special[name]
+    steps = [] if post_processor is None else post_processor.get("processors", [post_processor])
+    steps = [step for step in steps if step["type"] != "ByteLevel"]  # which changes offsets only
+    match steps:
+        case [] | [{"type": "TemplateProcessing", "single": [{"Sequence": {"id": "A"}}]}]:
+            return None
+        case [{"type": "TemplateProcessing", "single": [{"SpecialToken": {"id": name}}, {"Sequence": {"id": "A"}}]}]:
+            if steps[0]["special_tokens"][name]["ids"] == [special[name]]:
+                return special[name]
     raise TokenizerError(f"the post_processor does more than put one token first: {post_processor}.")

@@ -23,29 +23,30 @@ class Tokenizer:
     """The part that both kinds share: added tokens, the beginning-of-text token (BOS), and decoding.
 
     Args:
-        special_tokens: name -> id of the control tokens. Text spells them only if the caller allows it.
-        added: name -> id of ordinary tokens that BPE would not find. They are matched in any text.
-        vocab_size: one more than the largest id.
-        bos_id: the token that begins a text, or None.
+        special_tokens: The ids of control tokens by name. Text spells them only if the caller allows it.
+        added: The ids of ordinary tokens that BPE would not find, by name. They are matched in any text.
+        bytes_of: The bytes of every other token, by id.
+        bos_id: The token that begins a text, or None.
     """
 
-    def __init__(self, special_tokens: dict[str, int], added: dict[str, int], vocab_size: int, bos_id=None):
+    def __init__(self, special_tokens: dict[str, int], added: dict[str, int], bytes_of: dict[int, bytes], bos_id=None):
         self.special_tokens = special_tokens
-        self.vocab_size = vocab_size
         self.bos_id = bos_id
         self.chat_template: str | None = None  # as it is in the checkpoint's files
-        self._special_names = {id: name for name, id in special_tokens.items()}
         self._all = special_tokens | added
         self._split_added = _splitter(added)
         self._split_all = _splitter(self._all)
+        self._bytes_of = bytes_of | {id: name.encode() for name, id in added.items()}
+        self._bytes_of |= dict.fromkeys(special_tokens.values(), b"")
+        self.vocab_size = max(self._bytes_of) + 1
 
     def encode(self, text: str, bos: bool = True, allow_special: bool = False) -> list[int]:
         """Return the token ids of a text.
 
         Args:
-            text: any text without lone surrogates.
-            bos: put BOS first, if the family has one.
-            allow_special: turn the names of special tokens into their ids. By default they are ordinary text.
+            text: Any text without lone surrogates.
+            bos: Put BOS first, if the family has one.
+            allow_special: Turn the names of special tokens into their ids. By default they are ordinary text.
         """
         if not isinstance(text, str):
             raise InputError(f"the text to encode is a {type(text).__name__}; pass a str.")
@@ -77,23 +78,24 @@ class Tokenizer:
         """Return the text of token ids, with U+FFFD in place of invalid UTF-8.
 
         Args:
-            ids: a list, a tensor or an array.
-            special: write the names of special tokens. By default they are left out.
+            ids: A list, a tensor or an array.
+            special: Write the names of special tokens. By default they are left out.
         """
         ids = ids.tolist() if hasattr(ids, "tolist") else ids
-        names = self._special_names if special else {}
+        names = {id: name for name, id in self.special_tokens.items()} if special else {}
         return b"".join(self.token_bytes(id) or names.get(id, "").encode() for id in ids).decode("utf-8", "replace")
 
     def token_bytes(self, id: int) -> bytes:
         """Return the bytes of a token, which may be part of a character. For a special token they are b""."""
-        raise NotImplementedError
+        try:
+            return self._bytes_of[id]
+        except (KeyError, TypeError):
+            known = f"0 to {self.vocab_size - 1}"
+            raise InputError(f"token id {id!r} is not one of the tokenizer's ids, {known}.") from None
 
     def _encode_text(self, text: str) -> list[int]:
         """Return the ids of a non-empty text, without looking for added tokens."""
         raise NotImplementedError
-
-    def _unknown_id(self, id) -> InputError:
-        return InputError(f"token id {id!r} is not one of the tokenizer's ids, 0 to {self.vocab_size - 1}.")
 
 
 def _splitter(names: Iterable[str]) -> re.Pattern | None:
@@ -120,29 +122,25 @@ class SentencePieceTokenizer(Tokenizer):
             piece = re.compile(b"(" + re.escape(text) + rb"\x15.{4}\x18)\x04", re.DOTALL)
             model = piece.sub(lambda match: match[1] + b"\x03", model)
         self._model = SentencePieceProcessor(model_proto=model)
-        ids = range(self._model.get_piece_size())
-        special = [id for id in ids if self._model.is_control(id) or self._model.is_unknown(id)]
+        special, bytes_of = {}, {}
+        for id in range(self._model.get_piece_size()):
+            piece = self._model.id_to_piece(id)
+            if self._model.is_control(id) or self._model.is_unknown(id):
+                special[piece] = id
+            elif self._model.is_byte(id):  # written as <0x0A>
+                bytes_of[id] = bytes([int(piece[3:-1], 16)])
+            else:
+                bytes_of[id] = piece.replace("\u2581", " ").encode()
         for name in _GEMMA_CONTROL:
-            if self._model.piece_to_id(name) not in special:
+            if self._model.piece_to_id(name) in bytes_of:
                 raise TokenizerError(f"the sentencepiece symbol {name} is not a control symbol.")
         sample = " a  b \t\n\u2460\ufb01\uff21e\u0301 "
         if self._model.normalize(sample) != sample.replace(" ", "\u2581"):
             raise TokenizerError("the sentencepiece model changes text (NFKC, dummy prefix, extra spaces).")
-        if len({self._model.id_to_piece(id) for id in ids if self._model.is_byte(id)}) != 256:
+        if not self._model.is_byte(self._model.piece_to_id("<0x00>")):  # sentencepiece has all 256 of them or none
             raise TokenizerError("the sentencepiece model has no byte fallback.")
         bos_id = self._model.bos_id()
-        names = {self._model.id_to_piece(id): id for id in special}
-        super().__init__(names, {}, len(ids), bos_id if bos_id >= 0 else None)
-
-    def token_bytes(self, id: int) -> bytes:
-        if not isinstance(id, int) or not 0 <= id < self.vocab_size:
-            raise self._unknown_id(id)
-        if id in self._special_names:
-            return b""
-        piece = self._model.id_to_piece(id)
-        if self._model.is_byte(id):  # written as <0x0A>
-            return bytes([int(piece[3:-1], 16)])
-        return piece.replace("\u2581", " ").encode()
+        super().__init__(special, {}, bytes_of, bos_id if bos_id >= 0 else None)
 
     def _encode_text(self, text: str) -> list[int]:
         return self._model.encode(text)
