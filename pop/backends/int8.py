@@ -1,18 +1,10 @@
-"""Weight-only int8: the decoder's matrices rounded to 8 bits by torchao, and what multiplies by them.
+"""Weight-only int8: the decoder's matrices rounded to 8 bits by torchao, and the products with them.
 
-A row w of a matrix becomes integers q from -128 to 127 and one scale s, w = s q, rounded to the nearest, and y = W x is
-s (Q x). Norms, the embedding, a head tied to it and a vision tower stay as they are. The rounding is torchao's; the
-products are not. Measured on a CPU with AVX-512, torch 2.13 and torchao 0.18, a matrix of 14,336 x 4,096 and an input
-in bfloat16, in milliseconds:
+A row w of a matrix becomes integers q from -128 to 127 and one scale s, so that w is about s q. W x is then s (Q x).
+Norms, the embedding, a head tied to it and a vision tower stay as they are.
 
-                                                  1 token    4 tokens   512 tokens
-    not quantised, eager | compiled              6.5 | 4.1     6.2        142
-    torchao's int8 tensor, eager | compiled       47 | 2.7      51 | 4.4  186 | 480
-    here                                         2.7           3.9        170
-
-So a step of decode, with one token a row, multiplies by the integers as they are, and several tokens are worth a copy
-of the matrix in their dtype, some rows at a time. Of int4, torchao has no stable format that CPUs multiply by; its
-prototype takes 1.9 ms for one token and 380 for 512, so that prefill, which pruning is for, would be 2.7 times as slow.
+torchao's own products are slow on CPUs: eager, for one token a row, they take 7 times as long as bfloat16. So decode
+multiplies by the integers as they are, and prefill copies some rows at a time to the dtype of the inputs.
 """
 
 from __future__ import annotations
@@ -25,12 +17,18 @@ from torch import nn
 from pop.backends.cpu import linear
 from pop.errors import InputError, MissingExtra, UnsupportedError
 
-COPIED_AT_ONCE = 2**23  # numbers; larger blocks are new memory from the system each time, which takes longer to get
-LANES = 32  # numbers; of a width that is no multiple, torch's product with integers reads what is behind the matrix
+COPIED_AT_ONCE = 2**23  # numbers; the allocator reuses blocks of this size, but gets larger ones from the system anew
+LANES = 32  # torch's int8 kernel reads out of bounds unless the width is a multiple of this
 
 
 class Int8Linear(nn.Module):
-    """A linear layer by a matrix of integers [out, in] int8 and a scale [out] for each row, in the inputs' dtype."""
+    """A linear layer with 8-bit weights.
+
+    Args:
+        integers: [out, in] int8.
+        scale: [out], the factor of each row, in the dtype of the inputs.
+        bias: [out], or None.
+    """
 
     def __init__(self, integers: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None):
         super().__init__()
@@ -40,12 +38,12 @@ class Int8Linear(nn.Module):
 
     @property
     def weight(self) -> torch.Tensor:
-        """[out, in] in the inputs' dtype: a copy."""
+        """A copy of the matrix [out, in] in the dtype of the inputs."""
         return self.integers.to(self.scale.dtype) * self.scale[:, None]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """As `linear`: x [B, T, in], or [B, in] and [in] for one token a row -> likewise with `out`."""
-        if torch.is_grad_enabled():  # the products below have no gradient
+        """x [B, T, in], or [B, in] and [in] for one token a row -> the same shape with `out` in place of `in`."""
+        if torch.is_grad_enabled():  # the products below do not support gradients
             return linear(x, self.weight, self.bias)
         if x.dim() < 3 or x.shape[-2] == 1:
             rows = x.reshape(-1, x.shape[-1]).contiguous()  # [B, in]
@@ -57,10 +55,13 @@ class Int8Linear(nn.Module):
 
 @torch.library.custom_op("pop::product_by_copies", mutates_args=())
 def product_by_copies(x: torch.Tensor, integers: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """x [B, T, in] -> [B, T, out]. One operation to the compiler, which else makes it the product for one token."""
+    """x [B, T, in] -> [B, T, out], with a copy of some rows of the matrix at a time.
+
+    This is one operator, because the compiler would replace its parts by the product for one token.
+    """
     rows = max(1, COPIED_AT_ONCE // integers.shape[1])
-    parts = zip(integers.split(rows), scale.split(rows), strict=True)
-    return torch.cat([linear(x, part.to(x.dtype)) * of_rows for part, of_rows in parts], dim=-1)
+    blocks = zip(integers.split(rows), scale.split(rows), strict=True)
+    return torch.cat([linear(x, block.to(x.dtype)) * factors for block, factors in blocks], dim=-1)
 
 
 @product_by_copies.register_fake
@@ -69,34 +70,42 @@ def _(x, integers, scale):
 
 
 def check_quantize(quantize, module, device: torch.device, ranks: int = 1) -> None:
-    """Raise, before any weight is read, where `quantize_module` would not serve the module (on the meta device)."""
+    """Raise a PopError, before any weight is read, if `quantize_module` does not support what is asked for.
+
+    Args:
+        quantize: as in `pop.load`.
+        module: the model, on the meta device.
+        device: where the model will be.
+        ranks: how many processes share the model.
+    """
     if quantize is None:
         return
     if quantize == "int4":
         raise UnsupportedError(
-            "quantize='int4' is not offered: on CPUs torchao multiplies many tokens by 4 bits 2.7 times as slowly as "
-            "by bfloat16, so prefill would lose more than pruning gains; take 'int8'"
+            "quantize='int4' is not offered: on CPUs, torchao's int4 products make prefill 2.7 times as slow as "
+            "bfloat16, which costs more than pruning gains; use 'int8'"
         )
     if quantize != "int8":
-        raise InputError(f"quantize is {quantize!r}; it is 'int8' or None")
+        raise InputError(f"quantize is {quantize!r}; it must be 'int8' or None")
     if ranks > 1:
-        raise UnsupportedError(f"a model is quantised in one process, not in {ranks}; leave out quantize or parallel")
+        raise UnsupportedError(f"int8 works in one process, not in {ranks}; leave out quantize or parallel")
     if device.type != "cpu":
         raise UnsupportedError(f"int8 is written for CPUs and untested on {device.type}; give device='cpu'")
     if any(weight.dim() > 2 for weight in module.layers.parameters()):
-        raise UnsupportedError("int8 does not serve mixtures of experts; leave out quantize")
+        raise UnsupportedError("int8 does not support mixtures of experts; leave out quantize")
     if unfit := {child.in_features for _, _, child in _linears(module) if child.in_features % LANES}:
         raise UnsupportedError(
-            f"int8 takes widths that are multiples of {LANES}, and the model has one of {min(unfit)}"
+            f"int8 needs widths that are multiples of {LANES}, and the model has a width of {min(unfit)}; "
+            "leave out quantize"
         )
     if importlib.util.find_spec("torchao") is None:
         raise MissingExtra("quantize needs the package torchao; run `pip install 'pop-prefill[quantize]'`")
 
 
 def quantize_module(module) -> None:
-    """Replace the decoder's linear layers, and a head of its own, by `Int8Linear`s.
+    """Replace the decoder's linear layers and an untied head by `Int8Linear`s, in place.
 
-    The integers are those of the weights in float32: the same whichever dtype the module has.
+    The weights are rounded from float32. So the integers are the same whatever the dtype of the module is.
     """
     from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
@@ -110,7 +119,7 @@ def quantize_module(module) -> None:
 
 
 def _linears(module) -> list[tuple[nn.Module, str, nn.Linear]]:
-    """The linear layers to quantise, each with what it is an attribute of and its name there."""
+    """The linear layers to quantise, each as (owner, name of the attribute, layer)."""
     owners = [module, *(part for layer in module.layers for part in layer.modules())]
     children = [(owner, name, child) for owner in owners for name, child in owner.named_children()]
     return [(owner, name, child) for owner, name, child in children if isinstance(child, nn.Linear)]

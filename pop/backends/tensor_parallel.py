@@ -1,21 +1,12 @@
-"""Tensor parallelism on torch.distributed: one model in N processes (ranks), each with a device of its own.
+"""Tensor parallelism on torch.distributed: one model in N processes (ranks), each on its own device.
 
-The cut is Megatron-LM's (Shoeybi et al. 2019). A rank holds whole heads of each attention and a share of each MLP's
-width, so that a layer needs one sum over the ranks behind attention and one behind the MLP:
+As in Megatron-LM (Shoeybi et al. 2019), a rank holds whole attention heads and a share of each MLP's width. A layer
+needs two sums over the ranks, one after attention and one after the MLP. README.md in this folder has a diagram.
 
-              q k v proj.    o_proj                gate, up proj.    down_proj
-    rank 0    its heads      their columns ─┐      its rows          their columns ─┐
-    rank 1    its heads      their columns ─┤      its rows          their columns ─┤
-    ...                              all-reduce: h                          all-reduce: h
-
-The residual stream h is whole on every rank, and so are norms and a vision tower. The embedding and the output head are
-cut by vocabulary: a rank looks up the tokens that it holds, and a sum over the ranks has them all; each computes its
-tokens' logits, and all are gathered, so that they are the same on all ranks to the last bit.
-
-A rank's model is an ordinary one (pop/models) of fewer heads and a narrower MLP, in which five kinds of parts are
-swapped: `Part` says what it holds and swaps them. Of a mixture of experts it has the router and all experts, each as
-much narrower. Its KV cache holds its heads. Prefill, decode, pruning and compiling know nothing of it. All ranks run
-the same program on the same inputs, and call the model in the same order.
+Every rank has the whole residual stream h, all norms and any vision tower. The embedding and the output head are cut by
+vocabulary. All ranks get the same logits, to the last bit. A rank's model is an ordinary one (pop/models) with fewer
+heads and a narrower MLP, in which `Part` swaps the modules that communicate. All ranks run the same program on the same
+inputs, and call the model in the same order.
 """
 
 from __future__ import annotations
@@ -42,22 +33,30 @@ from pop.checkpoints.weights import VISION, Shard
 from pop.engine.cache import KVCache
 from pop.errors import InputError
 
-TIMEOUT = timedelta(minutes=10)  # that a rank waits for the others, whose disks or compilers may be slower
+TIMEOUT = timedelta(minutes=10)  # for the other ranks, whose disks or compilers may be slower
 
 
 def launched() -> tuple[int, int]:
-    """This process's rank and how many there are, as torchrun says; without it, 0 and 1."""
+    """This process's rank and the number of ranks, as torchrun gives them. Without torchrun: 0 and 1."""
     if dist.is_available() and dist.is_torchelastic_launched():
         return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     return 0, 1
 
 
 def join(device) -> tuple[int, int, torch.device | str | None]:
-    """This process's rank, how many there are, and its device, for a model that all of them load together.
+    """Join the ranks that load a model together.
 
-    The ranks are those of the process group, if there is one; else those that torchrun has started, and a group is
-    made: NCCL on GPUs, gloo on CPUs. Without either it is one process. device: as in `pop.load`; of several GPUs a
-    process takes the one of its local rank. Raises InputError.
+    They are the ranks of the process group if there is one, and otherwise those that torchrun has started. The latter
+    get a group: NCCL's on GPUs, gloo's on CPUs. Without either there is one rank.
+
+    Args:
+        device: as in `pop.load`. With several GPUs, a process takes the one with its local rank.
+
+    Returns:
+        This process's rank, the number of ranks, and this process's device.
+
+    Raises:
+        InputError: there are too few GPUs, or the ranks cannot reach each other.
     """
     if not (dist.is_available() and (dist.is_initialized() or launched()[1] > 1)):
         return 0, 1, device
@@ -65,12 +64,12 @@ def join(device) -> tuple[int, int, torch.device | str | None]:
         number = int(os.environ.get("LOCAL_RANK", dist.get_rank() if dist.is_initialized() else 0))
         if number >= torch.cuda.device_count():
             raise InputError(
-                f"this is process {number + 1} of its machine, which has {torch.cuda.device_count()} GPUs; start as "
-                "many processes as there are, or use device='cpu'"
+                f"this is process {number + 1} of its machine, which has {torch.cuda.device_count()} GPUs; start one "
+                "process for each GPU, or use device='cpu'"
             )
         device = torch.device("cuda", number)
     if not dist.is_initialized():
-        backend = "nccl" if str(device).startswith("cuda") else "gloo"  # what is no device is refused later
+        backend = "nccl" if str(device).startswith("cuda") else "gloo"  # an invalid device is refused later
         if backend == "nccl":
             torch.cuda.set_device(device)
         try:
@@ -83,34 +82,41 @@ def join(device) -> tuple[int, int, torch.device | str | None]:
 
 
 def _leave() -> None:
-    with contextlib.suppress(Exception):  # it is left already, or the others are gone
+    with contextlib.suppress(Exception):  # the group may be left already, or the others may be gone
         dist.destroy_process_group()
-    gc.collect()  # a group that is still there when the interpreter ends aborts it
+    gc.collect()  # a group that exists when the interpreter ends aborts the process
 
 
 def end(status: int = 0) -> NoReturn:
-    """End this process, one of a group that `pop.load` has made, with an exit status.
+    """Leave the group and end this process with an exit status, without ending the interpreter in the usual way.
 
-    It leaves the group and skips the end of the interpreter, at which a thread of the group that still waits for Python
-    would abort a process that has succeeded (seen with gloo under load). Nothing else that is registered for the exit
-    is run.
+    At the usual end, a thread of the group that waits for Python can abort a process that has succeeded. This was seen
+    with gloo under load. Other functions that are registered with atexit do not run.
     """
     _leave()
     for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError, ValueError):  # nobody reads on
+        with contextlib.suppress(OSError, ValueError):  # the reader may be gone
             stream.flush()
     os._exit(status)
 
 
 class Part:
-    """What rank `rank` of `size` holds of the model of `whole`, a config.
+    """The part of a model that one rank holds.
 
-    config: of the rank's own model: fewer heads and a narrower MLP.
-    kv_rows: which rows of the whole K and V projections are its, in order; of a K/V head that several ranks' query
-    heads attend, each has a copy.
-    shards: by the name of a parameter which part of it is the rank's; those without one are whole.
+    Args:
+        whole: the config of the whole model.
+        rank: of this process.
+        size: the number of ranks.
 
-    Raises InputError where the number of query heads is not a multiple of `size`.
+    Attributes:
+        config: of the rank's own model, with fewer heads and a narrower MLP.
+        kv_rows: its rows of the whole K and V projections, in order. If the query heads of several ranks attend a K/V
+            head, each of them has a copy of it.
+        shards: by the name of a parameter, the part of it that the rank holds. A parameter without a shard is whole.
+        num_parameters: of the whole model.
+
+    Raises:
+        InputError: `size` does not divide the number of query heads.
     """
 
     def __init__(self, whole, rank: int, size: int):
@@ -121,72 +127,64 @@ class Part:
                 f"the model has {H} query heads, which cannot be divided among {size} processes; start a number of "
                 f"processes that divides {H}"
             )
-        count, G = H // size, H // K
-        # Query heads in blocks, as long as they can be for all heads of a block to share a K/V head.
-        block = math.gcd(count, G)
+        count, G = H // size, H // K  # query heads of a rank, and of a K/V head
+        block = math.gcd(count, G)  # the most query heads for which every block of them has one K/V head
         blocks = range(rank * count, (rank + 1) * count, block)
-        heads = [first // G for first in blocks]
-        self.kv_rows = [head * E + row for head in heads for row in range(E)]
+        kv_heads = [first // G for first in blocks]
+        self.kv_rows = [head * E + row for head in kv_heads for row in range(E)]
         inner = _share(whole.intermediate_size, rank, size)
-        sizes = {"num_heads": count, "num_kv_heads": len(heads), "intermediate_size": inner[1] - inner[0]}
-        if (experts := getattr(whole, "experts", None)) is not None:
-            of_expert = _share(experts.width, rank, size)
-            sizes["experts"] = dataclasses.replace(experts, width=of_expert[1] - of_expert[0])
-        self.config = dataclasses.replace(whole, **sizes)
+        sizes = {"num_heads": count, "num_kv_heads": len(kv_heads), "intermediate_size": inner[1] - inner[0]}
         queries = Shard(0, H * E, ((rank * count * E, (rank + 1) * count * E),))
-        keys = Shard(
-            0, K * E, tuple((head * E, (head + 1) * E) for head in heads), tuple(first % G == 0 for first in blocks)
-        )
+        owned = tuple(first % G == 0 for first in blocks)
+        keys = Shard(0, K * E, tuple((head * E, (head + 1) * E) for head in kv_heads), owned)
         width = Shard(0, whole.intermediate_size, (inner,))
         words = Shard(0, whole.vocab_size, (_share(whole.vocab_size, rank, size),))
-        self._kinds = {
+        self._shards = {
             "q_proj": queries, "k_proj": keys, "v_proj": keys, "o_proj": dataclasses.replace(queries, axis=1),
             "gate_proj": width, "up_proj": width, "down_proj": dataclasses.replace(width, axis=1),
             "embed_tokens": words, "lm_head": words,
         }  # fmt: skip
-        if experts is not None:  # gate and up lie behind each other
-            both = of_expert, tuple(experts.width + row for row in of_expert)
-            self._kinds["experts.gate_up_proj"] = Shard(1, 2 * experts.width, both)
-            self._kinds["experts.down_proj"] = Shard(2, experts.width, (of_expert,))
+        if (experts := getattr(whole, "experts", None)) is not None:
+            begin, end = _share(experts.width, rank, size)
+            sizes["experts"] = dataclasses.replace(experts, width=end - begin)
+            gate_and_up = (begin, end), (experts.width + begin, experts.width + end)  # gate's rows, then those of up
+            self._shards["experts.gate_up_proj"] = Shard(1, 2 * experts.width, gate_and_up)
+            self._shards["experts.down_proj"] = Shard(2, experts.width, ((begin, end),))
+        self.config = dataclasses.replace(whole, **sizes)
         self.shards: dict[str, Shard] = {}
-        self.num_parameters = 0  # of the whole model
+        self.num_parameters = 0
 
     def build(self) -> nn.Module:
-        """The rank's model, without weights: on the meta device."""
+        """Build the rank's model on the meta device, and fill `shards` and `num_parameters`."""
         with torch.device("meta"):
-            module = models.build(self.config)
-            for name, old in list(module.named_modules()):
-                parent, _, kind = name.rpartition(".")
-                if name.startswith(VISION):
-                    continue
-                if kind in ("o_proj", "down_proj"):
-                    new = RowParallelLinear(old.in_features, old.out_features, bias=old.bias is not None)
-                elif kind == "experts":
-                    new = ParallelExperts(self.config)
-                elif kind in ("embed_tokens", "lm_head"):
-                    new = (VocabularyParallelEmbedding if kind == "embed_tokens" else VocabularyParallelHead)(
-                        self.whole.vocab_size, self.whole.hidden_size, self.rank, self.size
-                    )
-                else:
-                    continue
-                setattr(module.get_submodule(parent), kind, new)
-        for name, parameter in module.named_parameters():
+            model = models.build(self.config)
+        for name, module in model.named_modules():
+            kind = name.rpartition(".")[2]
+            if kind not in PARALLEL or name.startswith(VISION):
+                continue
+            module.__class__ = PARALLEL[kind]
+            if kind in ("embed_tokens", "lm_head"):  # the config keeps the whole vocabulary
+                module.vocab_size, module.size = self.whole.vocab_size, self.size
+                module.first, last = _share(module.vocab_size, self.rank, self.size)
+                module.weight = nn.Parameter(module.weight[module.first : last])
+        for name, parameter in model.named_parameters():
             *_, kind, last = name.split(".")
-            shard = None if name.startswith(VISION) else self._kinds.get(kind) or self._kinds.get(f"{kind}.{last}")
-            if shard is not None and shard.axis < parameter.dim():  # the sum's bias is whole
+            shard = self._shards.get(kind) or self._shards.get(f"{kind}.{last}")
+            # A bias lacks axis 1, so that of a row-parallel layer is whole.
+            if shard is not None and not name.startswith(VISION) and shard.axis < parameter.dim():
                 self.shards[name] = shard
             self.num_parameters += math.prod(self.whole_shape(name, parameter))
-        return module
+        return model
 
     def whole_shape(self, name: str, parameter: torch.Tensor) -> tuple[int, ...]:
-        """The shape of a parameter before it was cut."""
+        """The shape of a parameter in the whole model."""
         shape = tuple(parameter.shape)
         return self.shards[name].whole_shape(shape) if name in self.shards else shape
 
     def samples(self, name: str, parameter: torch.Tensor, step: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Every step-th value of a whole, flattened parameter, as far as this rank answers for it, and its number.
+        """Take every step-th value of a whole, flattened parameter. Each comes from exactly one of the ranks.
 
-        Of all ranks together each value comes once.
+        Returns this rank's values, and the number of each among the values of all ranks.
         """
         shard = self.shards.get(name)
         if shard is None:
@@ -194,22 +192,21 @@ class Part:
             return values, torch.arange(len(values), device=values.device)
         whole = shard.whole_shape(tuple(parameter.shape))
         numbers = torch.arange(0, math.prod(whole), step, device=parameter.device)
-        place = list(torch.unravel_index(numbers, whole))
-        here = shard.places().to(parameter.device)[place[shard.axis]]
-        mine = here >= 0
-        place[shard.axis] = here
-        return parameter[tuple(index[mine] for index in place)], numbers[mine] // step
+        index = list(torch.unravel_index(numbers, whole))
+        index[shard.axis] = shard.places().to(parameter.device)[index[shard.axis]]
+        mine = index[shard.axis] >= 0
+        return parameter[tuple(along_axis[mine] for along_axis in index)], numbers[mine] // step
 
     def add_up(self, numbers: torch.Tensor) -> None:
         """Replace numbers by their sums over the ranks."""
         dist.all_reduce(numbers)
 
     def agree(self, tokens: torch.Tensor) -> None:
-        """Replace tokens by those of the first rank: sampling may be seeded differently."""
+        """Replace tokens by those of the first rank, since unseeded ranks sample differently."""
         dist.broadcast(tokens, 0)
 
     def gather_heads(self, heads: torch.Tensor) -> torch.Tensor:
-        """What each rank has for its K/V heads, [n, 2, rows, ...] -> for all of them, [n, 2, K * E, ...]."""
+        """Each rank's values for its K/V heads [n, 2, rows, ...] -> those of all heads [n, 2, K * E, ...]."""
         parts = [torch.empty_like(heads, memory_format=torch.contiguous_format) for _ in range(self.size)]
         dist.all_gather(parts, heads.contiguous())
         out = heads.new_empty(*heads.shape[:2], self.whole.num_kv_heads * self.whole.head_dim, *heads.shape[3:])
@@ -219,7 +216,7 @@ class Part:
 
 
 class RowParallelLinear(Linear):
-    """A linear layer of whose inputs each rank has a part: its product is a summand. The bias is whole."""
+    """A linear layer with some columns of the matrix. The ranks' products are summed. Each rank has the whole bias."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         out = linear(x, self.weight)
@@ -228,7 +225,7 @@ class RowParallelLinear(Linear):
 
 
 class ParallelExperts(Experts):
-    """Experts of whose widths each rank has a part: what they add up to is a summand."""
+    """Experts with a share of their widths. The ranks' results are summed."""
 
     def forward(self, x: torch.Tensor, chosen: torch.Tensor, shares: torch.Tensor) -> torch.Tensor:
         out = super().forward(x, chosen, shares)
@@ -237,29 +234,19 @@ class ParallelExperts(Experts):
 
 
 class VocabularyParallelHead(Linear):
-    """An output head of which each rank has the rows of some tokens."""
-
-    def __init__(self, vocab_size: int, width: int, rank: int, size: int):
-        first, last = _share(vocab_size, rank, size)
-        super().__init__(width, last - first, bias=False)
-        self.vocab_size, self.size = vocab_size, size
+    """An output head with the rows of some tokens. The ranks' logits are gathered."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return _gather_logits(super().forward(x), self.vocab_size, self.size)
 
 
 class VocabularyParallelEmbedding(Embedding):
-    """An embedding, and perhaps a tied head, of which each rank has the rows of some tokens."""
-
-    def __init__(self, vocab_size: int, width: int, rank: int, size: int):
-        first, last = _share(vocab_size, rank, size)
-        super().__init__(last - first, width)
-        self.first, self.vocab_size, self.size = first, vocab_size, size
+    """An embedding with the rows of some tokens, which may serve as a tied head. The ranks' embeddings are summed."""
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         rows = tokens - self.first
         here = (rows >= 0) & (rows < len(self.weight))
-        h = super().forward(rows.where(here, 0)) * here[..., None]  # [B, T, D]
+        h = super().forward(rows.where(here, 0)) * here[..., None]  # [B, T, D]; zero for other ranks' tokens
         dist.all_reduce(h)
         return h
 
@@ -267,27 +254,36 @@ class VocabularyParallelEmbedding(Embedding):
         return _gather_logits(super().unembed(x), self.vocab_size, self.size)
 
 
+PARALLEL = {
+    "o_proj": RowParallelLinear, "down_proj": RowParallelLinear, "experts": ParallelExperts,
+    "embed_tokens": VocabularyParallelEmbedding, "lm_head": VocabularyParallelHead,
+}  # fmt: skip
+
+
 def _gather_logits(logits: torch.Tensor, vocab_size: int, size: int) -> torch.Tensor:
-    """Each rank's logits [..., its tokens] -> all, [..., V]."""
+    """Each rank's logits [..., its tokens] -> all logits [..., V]."""
     shares = [last - first for first, last in (_share(vocab_size, rank, size) for rank in range(size))]
-    padded = F.pad(logits, (0, max(shares) - logits.shape[-1])).contiguous()  # a gathering takes equal parts
+    padded = F.pad(logits, (0, max(shares) - logits.shape[-1])).contiguous()  # all_gather takes equal sizes
     parts = [torch.empty_like(padded) for _ in shares]
     dist.all_gather(parts, padded)
     return torch.cat([part[..., :share] for part, share in zip(parts, shares, strict=True)], dim=-1)
 
 
 def _share(count: int, rank: int, size: int) -> tuple[int, int]:
-    """Where the share of a rank begins and ends, if `count` are divided as evenly as can be; the last has most."""
+    """The begin and end of a rank's share, if `count` are divided as evenly as possible. The last share is largest."""
     return rank * count // size, (rank + 1) * count // size
 
 
 def bytes_per_device(
     config, size: int, *, dtype: torch.dtype, batch_size: int = 1, max_seq_len: int | None = None
 ) -> tuple[int, int]:
-    """Bytes of the weights and of a KV cache on each of `size` devices (on the last, where they are not equal).
+    """Count the bytes of the weights and of a KV cache on the device that holds most. Activations are not included.
 
-    config: of the whole model. max_seq_len: tokens a row; None takes the model's context. What comes on top are
-    activations: some hundred MB for a chunk of a prompt.
+    Args:
+        config: of the whole model.
+        size: the number of devices.
+        dtype: of the weights and of the cache.
+        batch_size, max_seq_len: of the cache. None takes the model's context.
     """
     part = Part(config, size - 1, size)
     weights = sum(parameter.numel() for parameter in part.build().parameters()) * dtype.itemsize

@@ -1,6 +1,6 @@
-"""What each process of tests/backends/test_parallel.py does: torchrun ... parallel_worker.py FOLDER.
+"""The program that tests/backends/test_tensor_parallel.py starts: torchrun ... parallel_worker.py FOLDER.
 
-FOLDER has checkpoints and cases.json; each rank writes what it got to rank-N.safetensors, tensors by "case/what".
+FOLDER has checkpoints and cases.json. Each rank writes its results to rank-N.safetensors, as tensors "case/what".
 """
 
 import json
@@ -14,20 +14,20 @@ from safetensors.torch import save_file
 
 import pop
 from pop import engine
-from pop.backends import tensor_parallel as parallel
+from pop.backends.tensor_parallel import end
 from pop.checkpoints import weights as checkpoint
 from pop.engine.compile import _CompiledStage
 
-THOROUGH = os.environ.get("HYPOTHESIS_PROFILE") == "nightly"  # to compile takes most of a run's time
+THOROUGH = os.environ.get("HYPOTHESIS_PROFILE") == "nightly"  # compiling takes most of the time
 PROMPT = [[5, 12, 44, 3, 60, 8, 33, 2, 19], [7, 1, 50, 21, 4, 0, 0, 0, 0]]
 LENGTHS = [9, 5]
-# What the tiny models that see are shown: pixels a side, and a prompt.
-SEEN = {"gemma3": (28, [5, 64, 66, 66, 66, 66, 65, 7]), "qwen3_vl": (256, [5, 63, *[65] * 64, 64, 7])}
+# For the tiny models with a vision tower: pixels a side of an image, and a prompt.
+IMAGE_PROMPTS = {"gemma3": (28, [5, 64, 66, 66, 66, 66, 65, 7]), "qwen3_vl": (256, [5, 63, *[65] * 64, 64, 7])}
 STEPS = [[11, 31], [9, 2], [40, 66]]
 
 
 def run(model: pop.Model) -> dict[str, torch.Tensor]:
-    """Everything that a model computes, on fixed tokens."""
+    """Everything that a model computes, on fixed tokens. Also called in one process, for comparison."""
     found = {"logits": model.logits([PROMPT[0]])}
     cache = model.new_cache(2, 40)
     prefilled = model.prefill(PROMPT, cache, lengths=LENGTHS, chunk_size=4)
@@ -38,25 +38,25 @@ def run(model: pop.Model) -> dict[str, torch.Tensor]:
     if model.tokenizer is not None:
         chat = model.start_chat("Be brief.")
         chat.send("Hello", max_new_tokens=4)
-        next(chat.stream("No", max_new_tokens=4))  # not read to the end: no part of it
+        next(chat.stream("No", max_new_tokens=4))  # not read to the end, so it does not count
         "".join(chat.stream("And?", max_new_tokens=4))
         answers = model.prefix("Once").generate([" upon", " more"], max_new_tokens=4)
         found["chat"] = torch.tensor(sum((answer.tokens for answer in answers), chat.tokens))
     if hasattr(model.config, "vision") and model.config.vision is not None:
-        side, tokens = SEEN[model.config.family]
+        side, tokens = IMAGE_PROMPTS[model.config.family]
         image = np.random.RandomState(0).randint(0, 256, (side, side, 3), dtype=np.uint8)
-        found["seen"] = model.prefill([tokens], model.new_cache(1, 80), images=[image])
+        found["images"] = model.prefill([tokens], model.new_cache(1, 80), images=[image])
     found["cache"] = torch.tensor([cache.nbytes])
     found["fingerprint"] = torch.tensor(list(bytes.fromhex(model.fingerprint)))
     return found
 
 
 def compiled(model: pop.Model) -> torch.Tensor:
-    """A step of a batch through torch.compile, and in a thorough run its calibrated prefill, too."""
+    """A step of a batch through torch.compile. In a thorough run, its calibrated prefill is compiled as well."""
     stages = engine.Stages(*(_CompiledStage(stage) for stage in engine.EAGER))
     cache, tokens, lengths = model.new_cache(2, 16), torch.tensor(PROMPT), torch.tensor(LENGTHS)
-    of_prefill = stages if THOROUGH else engine.EAGER
-    engine.prefill(model.module, tokens, cache, lengths, model.resolve(None), 16, of_prefill)
+    prefill_stages = stages if THOROUGH else engine.EAGER
+    engine.prefill(model.module, tokens, cache, lengths, model.resolve(None), 16, prefill_stages)
     return engine.decode(model.module, torch.tensor([3, 8]), cache, stages)
 
 
@@ -90,4 +90,4 @@ def main(folder: Path) -> None:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     main(Path(sys.argv[1]))
-    parallel.end()
+    end()
