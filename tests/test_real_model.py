@@ -1,8 +1,8 @@
 """The method on real models: SmolLM2-135M-Instruct and Gemma-3-270M in float32, where their weights are present.
 
-Greedy text is held to the reference implementation's (goldens: `tools/goldens/text_models.py --real`). Then what
-pruning costs on real English: a third of the layers left out of prefill alone is cheap, out of both stages
-ruinous, and the boundary token needs its full depth. Calibrated plans cost far less.
+Greedy text is the reference implementation's (goldens: `tools/goldens/text_models.py --real`). Then the tests measure
+the loss on real English. Leaving a third of the layers out of prefill costs little, and out of both stages ruins the
+model. The boundary token needs its full depth. Calibrated plans cost far less than plain ones.
 """
 
 import dataclasses
@@ -15,19 +15,14 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from support.goldens import GOLDENS, TOLERANCE
 
 import pop
 from pop.pruning import reference
-from tools.evaluate import __main__ as evaluate
-from tools.evaluate.baselines import Contender
+from tools.evaluate.contender import Contender
+from tools.evaluate.text import evaluate_text, read_domains, read_text, spread_windows
 
-GOLDENS = Path(__file__).parent / "goldens"
-GOLDEN = {
-    name: json.loads((GOLDENS / f"{name}.json").read_text(encoding="utf-8")) for name in ("smollm2-135m", "gemma3-270m")
-}
-LOGITS = {name: np.load(GOLDENS / f"{name}.npz") for name in GOLDEN}
-PROMPTS = ("chat", "plain", "long")
-TEXT = Path(pop.__file__).parent / "data" / "alice.txt"
+ROOT = Path(__file__).parent.parent
 PROMPT, CONTINUATION = 256, 128  # tokens of a passage
 
 
@@ -41,50 +36,47 @@ def gemma(gemma3):
     return pop.load("gemma3-270m", dtype=torch.float32, progress=False)
 
 
-@pytest.mark.parametrize("name", PROMPTS)
-def test_matches_the_reference(model, name):
-    matches_the_reference(model, GOLDEN["smollm2-135m"]["prompts"][name], LOGITS["smollm2-135m"], name)
+@pytest.fixture(scope="module", params=[("model", "smollm2-135m"), ("gemma", "gemma3-270m")], ids=lambda pair: pair[1])
+def pair(request):
+    """A real model, and its golden files."""
+    fixture, name = request.param
+    golden = json.loads((GOLDENS / f"{name}.json").read_text(encoding="utf-8"))
+    return request.getfixturevalue(fixture), golden, np.load(GOLDENS / f"{name}.npz")
 
 
-@pytest.mark.parametrize("name", PROMPTS)
-def test_gemma_matches_the_reference(gemma, name):
-    golden = GOLDEN["gemma3-270m"]["prompts"][name]
-    assert name != "long" or len(golden["tokens"]) > 3 * 512  # its window
-    matches_the_reference(gemma, golden, LOGITS["gemma3-270m"], name)
-
-
-def matches_the_reference(model, golden, logits, name):
-    cache = model.new_cache(1, len(golden["tokens"]))
-    boundary = model.prefill([golden["tokens"]], cache, plan=pop.PrunePlan.none())[0].numpy()
-    error = np.abs(boundary[logits["ids"]] - logits[name]).max() / golden["logits_std"]
-    print(f"{name}: logits within {error:.1e} standard deviations")
-    assert error < 1e-4
+@pytest.mark.parametrize("prompt", ["chat", "plain", "long"])
+def test_logits_and_text_are_the_references(pair, prompt):
+    model, golden, logits = pair
+    golden = golden["prompts"][prompt]
+    window = max((size for size in model.config.windows if size), default=0)
+    assert prompt != "long" or len(golden["tokens"]) > 3 * window
+    boundary = model.prefill([golden["tokens"]], model.new_cache(1, len(golden["tokens"])), plan=pop.PrunePlan.none())
+    error = np.abs(boundary[0].numpy()[logits["ids"]] - logits[prompt]).max() / golden["logits_std"]
+    print(f"{prompt}: logits within {error:.1e} standard deviations")
+    assert error < TOLERANCE
 
     answer = model.generate(golden["tokens"], max_new_tokens=len(golden["greedy"]), plan=pop.PrunePlan.none())
     assert answer.tokens == golden["greedy"]
     assert answer.text == golden["greedy_text"]
 
 
-def test_prompts_are_tokenized_as_by_the_reference(model):
-    tokenized_as_by_the_reference(model, GOLDEN["smollm2-135m"])
-
-
-def test_gemmas_prompts_are_tokenized_as_by_the_reference(gemma):
-    tokenized_as_by_the_reference(gemma, GOLDEN["gemma3-270m"])
-    long = (Path(__file__).parent.parent / "tools" / "texts" / "prose.txt").read_text(encoding="utf-8")
-    tokens = GOLDEN["gemma3-270m"]["prompts"]["long"]["tokens"]
-    assert gemma.tokenizer.encode(long)[: len(tokens)] == tokens
-
-
-def tokenized_as_by_the_reference(model, golden):
+def test_prompts_are_tokenized_as_by_the_reference(pair):
+    model, golden, _ = pair
     assert model.tokenizer.encode(golden["plain"]) == golden["prompts"]["plain"]["tokens"]
     messages = [{"role": "user", "content": golden["question"]}]
     assert model.chat_tokens(messages) == golden["prompts"]["chat"]["tokens"]
 
 
+def test_gemmas_long_prompt_is_tokenized_as_by_the_reference(gemma):
+    golden = json.loads((GOLDENS / "gemma3-270m.json").read_text(encoding="utf-8"))
+    tokens = golden["prompts"]["long"]["tokens"]
+    text = (ROOT / "tools" / "evaluate" / "texts" / "prose.txt").read_text(encoding="utf-8")
+    assert gemma.tokenizer.encode(text)[: len(tokens)] == tokens
+
+
 def test_cost_of_pruning_a_third(model):
     plan = pop.PrunePlan.deepest(model.config.num_layers, 1 / 3)
-    tokens = torch.tensor(model.tokenizer.encode(TEXT.read_text(encoding="utf-8")))
+    tokens = torch.tensor(model.tokenizer.encode((ROOT / "pop" / "data" / "alice.txt").read_text(encoding="utf-8")))
     passages = tokens.unfold(0, PROMPT + CONTINUATION, PROMPT)  # each begins where the last one's answer did
     assert len(passages) >= 4
 
@@ -117,7 +109,7 @@ def test_cost_of_pruning_a_third(model):
     assert kl["boundary pruned too"] > 10 * kl["boundary at full depth"]
 
 
-# At most: the change of perplexity and KL, in nats; at least: the share of equal likeliest tokens. By layers and w.
+# The largest change of perplexity, the largest KL in nats, and the least share of equal likeliest tokens.
 BOUNDS = {
     ("20-29", 1): (0.03, 0.04, 0.91),
     ("15-29", 1): (0.10, 0.10, 0),
@@ -130,7 +122,10 @@ WINDOWS = 2  # of each domain
 
 @pytest.fixture(scope="module")
 def kept_plans(smollm2):
-    """The calibrated plans that `pop demo` keeps beside the weights, by their layers. Missing: as in `smollm2`."""
+    """The calibrated plans that `pop demo` keeps beside the weights, by their layers.
+
+    Without them a test is skipped, or fails where $POP_REQUIRE_WEIGHTS is set.
+    """
     paths = {layers: smollm2 / f"calibrated-{layers}-last32.plan" for layers, _ in BOUNDS}
     if missing := [path.name for path in paths.values() if not path.is_file()]:
         give_up = pytest.fail if os.environ.get("POP_REQUIRE_WEIGHTS") else pytest.skip
@@ -139,13 +134,11 @@ def kept_plans(smollm2):
 
 
 def test_cost_of_calibrated_plans(kept_plans, model):
-    """The bounds hold on prose, speech and code that calibration never saw, over the windows of all three together.
+    """The bounds hold over all windows of prose, speech and code that calibration never saw.
 
-    Two windows of each, the first and the last of the text, are few. In BOUNDS' order they change perplexity by 0.2,
-    2.9, 1.4, 5.2 and 2.3 %, with KLs of 0.019, 0.051, 0.039, 0.087 and 0.060; a third keeps the likeliest token in
-    94.0 %. Over ten windows, these among them, perplexity moves by 0.0, 1.1, -0.2, 3.7 and 0.5 %, and the KLs are
-    0.018, 0.047, 0.035, 0.090 and 0.056: perplexity is noisy, KL is what tells. Without refit projections the third
-    alone has a KL of 0.126.
+    The first and the last window of each text are few, so perplexity is noisy and KL is the better measure. Over ten
+    windows, perplexity changes by 0.0, 1.1, -0.2, 3.7 and 0.5 %, in the order of BOUNDS. The KLs are 0.018, 0.047,
+    0.035, 0.090 and 0.056. Without refit projections, a third has a KL of 0.126.
     """
     contenders = [Contender("full", model, pop.PrunePlan.none())]
     for layers, last in BOUNDS:
@@ -153,11 +146,11 @@ def test_cost_of_calibrated_plans(kept_plans, model):
         assert plan.layers == tuple(range(int(layers[:2]), 30)) and plan.projections is not None
         contenders.append(Contender(f"{layers} w={last}", model, plan))
     windows = {}
-    for name, files in evaluate.read_domains([]).items():
-        tokens = model.tokenizer.encode(evaluate.read_text(files), bos=False)
-        windows[name] = evaluate.spread_windows(tokens, PROMPT + CONTINUATION, WINDOWS, model.tokenizer.bos_id)
+    for name, files in read_domains([]).items():
+        tokens = model.tokenizer.encode(read_text(files), bos=False)
+        windows[name] = spread_windows(tokens, PROMPT + CONTINUATION, WINDOWS, model.tokenizer.bos_id)
         assert len(windows[name]) == WINDOWS
-    result = evaluate.evaluate_text(contenders, windows, PROMPT)
+    result = evaluate_text(contenders, windows, PROMPT)
     rows = result["all"]["rows"]
     for name, row in rows.items():
         print(name, *(f"{key} {row[key]['value']:.3f}" for key in ("perplexity_change", "kl", "same")))
