@@ -102,9 +102,9 @@ def timed(first: Callable[[], int], step: Callable[[int], int], steps: int) -> t
     """Time a prefill and the decode steps after it.
 
     Args:
-        first: runs a prefill and returns the id of the first new token.
-        step: takes a token id, runs one decode step and returns the next token id.
-        steps: how many decode steps to run.
+        first: a prefill, which returns the first new token's id.
+        step: a decode step, from a token id to the next.
+        steps: the number of decode steps.
 
     Returns:
         The seconds of `first`, and the seconds of each step. Both functions return a Python integer, so they have

@@ -24,7 +24,7 @@ def folder(tmp_path_factory):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="memory is measured under Linux")
 def test_memory_is_what_the_formula_says(tmp_path):
-    """A prefill of 1,500 tokens, half of its memory activations, in a process of its own."""
+    """A prefill of 1,500 tokens in a fresh process. Half of its memory is activations."""
     config = tiny_config(
         hidden_size=512, intermediate_size=2048, num_layers=2, num_heads=8, num_kv_heads=4, head_dim=64,
         max_positions=4096, dtype=torch.float32,

@@ -26,7 +26,7 @@ def test_known_shapes_have_the_registrys_parameters(name, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(shapes.SHAPES[name]))
     config = read_config(tmp_path)
     assert config.dtype == torch.bfloat16
-    if name == "gemma3-12b":  # the language model alone: it has the registry's with its vision tower
+    if name == "gemma3-12b":  # the shape is the language model; the registry counts the vision tower
         config = dataclasses.replace(config, vision=SiglipConfig(1152, 4304, 27, 16, image_size=896, patch_size=14))
     assert shapes.weight_bytes(config, torch.bfloat16) == 2 * registry.MODELS[name].parameters
 

@@ -3,7 +3,7 @@
     python -m tools.bench --model smollm2-135m --lengths 512,1024,2048 --against transformers
     python -m tools.bench --shape llama3.1-8b --layers 16 --prune 0.3125 --prune taps1:0.5 --json r.json
 
---model measures a checkpoint. --shape measures random weights of a known shape, or of a folder's config.json.
+--model measures a checkpoint. --shape measures random weights of a known shape or of a config.json.
 --prune takes default, a fraction of the layers, or the file of a saved plan. `taps1:` or `taps2:` before it adds
 random K/V projections, as fast as calibrated ones. `:32` after it runs the last 32 tokens at full depth.
 tools/bench/README.md defines every figure. The last line of the output is one JSON object.

@@ -26,8 +26,8 @@ def measure_prefill(model: pop.Model, plans: dict[str, pop.PrunePlan], rivals: l
     Args:
         model: the model, warmed up.
         plans: the pruned prefills by name.
-        rivals: the configurations of other libraries, see rivals.py.
-        args: the options of the command line: lengths, decode_steps, runs, image.
+        rivals: configurations of other libraries, see rivals.py.
+        args: lengths, decode_steps, runs and image of the command line.
 
     Returns:
         {prompt length: figures}, each figure that varies as {"median", "low", "high"}.

@@ -81,12 +81,11 @@ def decode_bytes(config, filled: int, dtype: torch.dtype) -> int:
 def prefill_memory(config, num_tokens: int, dtype: torch.dtype, widened: bool = False) -> int:
     """Bytes at the peak of a full prefill of one prompt into a cache of its size.
 
-    The sum of weights, cache and activations. Activations are those of one chunk of C tokens in one layer:
-
-    - h before and after attention's update, the normalised h, q, and the attended values
-    - the attention masks, one for each window size, where the chunk is not the first or a window cuts it
-    - whichever is larger: gate, up and their product in the MLP; or k, v, the keys and values of a window in order,
-      and the mask of one block of queries in the model's dtype
+    The sum of weights, cache and activations. Activations are those of one chunk of C tokens in one layer. All layers
+    need h before and after attention's update, the normalised h, q, and the attended values. Masks are needed if the
+    chunk is not the first or is longer than a window, one for each window size. The larger of two parts comes on top.
+    In the MLP, it is gate, up and their product. In attention, it is k, v, the keys and values of a window in order,
+    and the mask of one block of queries in the model's dtype.
 
     Args:
         config: the model's config.

@@ -6,7 +6,8 @@
 
 Names, shapes, dtypes, order and shards are those of the published files, so each file has the published size to the
 byte. Weights have variance 1 / columns and norms are one, so values stay in range at any depth. The same seed gives
-the same files. There is no tokenizer. FOLDER must not exist, and appears once everything is written.
+the same files. A tokenizer is not written, so prompts are token ids. FOLDER must not exist. It appears once everything
+is written.
 """
 
 import argparse

@@ -1,10 +1,10 @@
 """Other ways to make a model cheaper, and POP with a part left out.
 
-    shortgpt         removes the layers of the least block influence from both stages (Men et al. 2024)
-    deepest-dropped  removes the deepest layers from both stages
-    slicegpt         cuts the least principal components of hidden states (Ashkboos et al. 2024): slicegpt.py
-    no-kv            POP without K/V projections: in pruned layers, decode attends only the last prompt token
-    no-boundary      POP without boundary handling: the last prompt token is pruned like all others
+`shortgpt` removes the layers of the least block influence from both stages (Men et al. 2024).
+`deepest-dropped` removes the deepest layers from both stages.
+`slicegpt` cuts the least principal components of hidden states (Ashkboos et al. 2024), see slicegpt.py.
+`no-kv` is POP without K/V projections: in pruned layers, decode attends only the last prompt token.
+`no-boundary` is POP without boundary handling: the last prompt token is pruned like all others.
 
 All are contenders. They are written to be read, not to be fast. Shape letters: pop/models/layers.py.
 """
@@ -166,7 +166,7 @@ def calibration_windows(model: pop.Model, texts: list, length: int = 512, most: 
         model: its tokenizer encodes strings.
         texts: strings or lists of token ids.
         length: the most tokens of a window.
-        most: how many windows to return at most, evenly spread over all of them.
+        most: the most windows. From more, evenly spread ones are taken.
     """
     windows = []
     for text in texts:

@@ -41,10 +41,10 @@ def make_contenders(
 
     Args:
         model: the full model.
-        prunes: values of --prune: [calibrated:] PLAN [:LAST]. "none" is the full model and adds nothing.
-        baselines: NAME or NAME:FRACTION, names of BASELINES.
-        fraction: what baselines cut if no fraction is given.
-        calibration: texts for `calibrated:` and for the baselines. None takes the built-in ones.
+        prunes: values of --prune, [calibrated:] PLAN [:LAST]; "none" adds nothing.
+        baselines: values of --baselines, NAME or NAME:FRACTION.
+        fraction: the default fraction of baselines.
+        calibration: texts for calibration and baselines. None takes the built-in ones.
         taps: inputs of calibrated projections, 1 or 2.
         seed: the seed of the calibration.
     """

@@ -1,13 +1,13 @@
 """Tasks with answers: agreement of free generation, retrieval from long prompts, and HumanEval.
 
-    generation   greedy answers, compared with those of the full model
-    needle       a sentence with a random number is hidden in a long text, and the prompt ends by asking for it
-    documents    several documents each state a fact about an invented person, and the prompt asks for one fact
-    human-eval   Python functions from their docstrings (Chen et al. 2021), run against the data set's tests
+`generation` compares greedy answers with those of the full model.
+`needle` hides a sentence with a random number in a long text, and asks for the number at its end.
+`documents` states facts about invented persons in several documents, and asks for one of them.
+`human-eval` completes Python functions from their docstrings (Chen et al. 2021), and runs the data set's tests.
 
-A retrieval question has two scores. "exact": the greedy answer is right. "rank": the place of the right answer among
-several candidates, by the mean log-probability of their tokens; "top" is the share of first places. So a model that is
-too small to answer still shows whether it attends the needle.
+A retrieval question has two scores. "exact" says whether the greedy answer is right. "rank" is the place of the right
+answer among several candidates, by the mean log-probability of their tokens. "top" is the share of first places. So a
+model that is too small to answer still shows whether it attends the needle.
 """
 
 from __future__ import annotations
@@ -84,10 +84,10 @@ def needle_questions(tokenizer, haystack: list[int], lengths: list[int], per_cel
 
     Args:
         tokenizer: the model's tokenizer.
-        haystack: token ids to hide the needle in, repeated if there are too few.
+        haystack: token ids of the long text. A short one is repeated.
         lengths: prompt lengths in tokens.
         per_cell: questions for each pair of length and depth.
-        seed: the seed of numbers and places.
+        seed: the seed of the questions.
     """
     rng, questions = random.Random(seed), []
     asking = tokenizer.encode("\n\nQuestion: What is the secret number?\nAnswer: The secret number is", bos=False)

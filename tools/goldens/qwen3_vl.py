@@ -158,7 +158,7 @@ def lay_out(prompt, merge: int, random) -> tuple[list[int], list, list]:
             if len(part) == 3:
                 text(2 + frame % 2)
             run = [placeholder] * (rows * columns // merge**2)
-            # An image at either end of a prompt has no marks, so it includes the very first or last token.
+            # An image at either end of a prompt lacks marks, so it includes the very first or last token.
             tokens.extend(run if part in (prompt[0], prompt[-1]) else [START, *run, END])
     return tokens, images, videos
 

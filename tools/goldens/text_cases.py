@@ -10,11 +10,11 @@ class Case:
     """A tiny random model and its prompts.
 
     Args:
-        config: the fields of config.json. Weights are random in float32, then rounded to its dtype.
-        prompt_lengths: for each prompt its number of tokens, or a tuple of numbers and IMAGEs.
-        verbatim: keep config.json as written here, instead of as the reference saves it.
-        shard_size: if given, keep the weights in files of at most this size.
-        distinct: how many different tokens each greedy answer must have.
+        config: the fields of config.json. Weights are rounded to its dtype.
+        prompt_lengths: tokens of each prompt, or a tuple of tokens and IMAGEs.
+        verbatim: keep config.json as written here.
+        shard_size: keep the weights, in files of this size at most.
+        distinct: different tokens in each greedy answer, at least.
     """
 
     config: dict
