@@ -5,15 +5,9 @@ A scalar gate g_l = 1 multiplies what layer l adds to the residual stream (He et
     h = h + g_l * attention_update(h)
     h = h + g_l * mlp_update(h)
 
-To remove the layer is to set g_l to 0. To second order, the loss L then changes by -dL/dg_l + (d2L/dg_l2) / 2.
-L is the summed negative log-likelihood of a response that the model has sampled itself. So the first-order term is zero
-in expectation, and the expected second derivative is the Fisher information. What remains is I_l / 2 with
-
-    I_l = E[(dL/dg_l)^2]        the importance of layer l, in nats squared
-
-Each layer has a gate for each stage. The *prefill* gate acts on the prompt without its last token. The *decode* gate
-acts on that token (the boundary token, which predicts the response) and on the response. One forward and one backward
-pass a sample gives the gradients of all gates. Shape letters: models/layers.py.
+A layer's *prefill* gate acts on the prompt without its last token. Its *decode* gate acts on that boundary token and on
+the response, which the model has sampled itself. E[(dL/dg_l)^2] is the importance of layer l for a stage (README.md in
+this folder), with L the negative log-likelihood of the response. Shape letters: models/layers.py.
 """
 
 from __future__ import annotations

@@ -3,11 +3,11 @@
 A pruned layer projects K and V from the state that enters its group of pruned layers, but its weights were trained on a
 later state. Much of the resulting error is linear. Ridge regression toward the layer's own projection W0 removes it:
 
-    min_W  sum_t |y_t - b0 - W x_t|^2 + lambda n |W - W0|^2        y_t: the full model's K or V of token t
+    min_W  sum_t |y_t - b0 - W x_t|^2 + lambda n |W - W0|^2
     W = W0 + d D,   D = R' X (X' X + lambda n I)^-1,   R = Y - b0 - X W0',   d = 1
 
-One pass over the text sums X' X and X' Y in float64. Held-out windows then choose lambda and the damping d. README.md
-in this folder says more. Shape letters: models/layers.py.
+x_t is the normalised state of token t, and y_t the full model's K or V of it. One pass over the text sums X' X and X' Y
+in float64. Held-out windows then choose lambda and the damping d. README.md in this folder derives this.
 """
 
 from __future__ import annotations
@@ -63,11 +63,11 @@ def calibrate(
             needs more. None takes a small built-in set of English and Python.
         plan: a PrunePlan, or a list of them. Several plans share the pass over the texts.
         images, videos: a list for each text, as in `Model.generate`. All are in memory at the same time.
-        taps: 2 also gives the projections the previous token as an input, for the cost of a second product. 1 does not.
+        taps: 1, or 2 to give the projections the previous token as well, for the cost of a second product.
         window: texts are cut into windows of this many tokens. Best is the length of the prompts to come. A text with
             images or videos stays whole.
-        held_out: the number of windows, at most a fifth of all, that choose lambda and the dampings. They are not
-            fitted to. What counts is the text after their first 256 tokens, or after their last image.
+        held_out: the number of windows, at most a fifth of all, that choose lambda and the dampings. They take no part
+            in the fit. They are judged by the text after their first 256 tokens, or after their last image.
         seed: decides which windows are held out.
         progress: show a bar on stderr, if tqdm is installed.
 
@@ -152,8 +152,8 @@ class _Fit:
     """The normal equations of one plan.
 
     Attributes:
-        xx, x: for the first layer of each group of pruned layers, X' X and the sum of X over its tokens.
-        xy: for each pruned layer, X' Y.
+        xx, x: X' X and the sum of X over the tokens, by the first layer of each group of pruned layers.
+        xy: X' Y, by pruned layer.
         count: n, the number of tokens.
     """
 
@@ -248,7 +248,7 @@ def _accumulate(model, batch: list[Window], fits: list[_Fit]) -> None:
 class Judge:
     """KL(full || pruned) of a plan on windows, in nats a token.
 
-    The last third of a window counts. What comes before it is the prompt, which has all images.
+    Only the last third of a window counts. The tokens before it, with all images, are the prompt.
     """
 
     def __init__(self, model, windows: list[Window]):

@@ -260,7 +260,7 @@ def _write_record(path, run: dict[str, str], scores: torch.Tensor) -> None:
 
 
 def _read_record(path, run: dict[str, str], empty: torch.Tensor, num_samples: int) -> torch.Tensor:
-    """Return the scores of an interrupted run, or `empty` if there is no file. Raises InputError for another run's."""
+    """Return the scores of an interrupted run, or `empty` if the file is missing. Raises InputError for other files."""
     if not os.path.exists(path):
         return empty
     advice = "give another path, or remove the file to start anew"
