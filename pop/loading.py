@@ -95,6 +95,6 @@ def usable_device(device) -> torch.device:
 
 
 def _tokenizer(folder: Path):
-    """The tokenizer of a checkpoint, or None if it has none."""
+    """The tokenizer of a checkpoint, or None without tokenizer files."""
     names = ("tokenizer.json", "tokenizer.model")
     return load_tokenizer(folder) if any((folder / name).exists() for name in names) else None

@@ -104,7 +104,7 @@ class Model:
             max_seq_len: tokens a row; None takes the model's.
 
         Raises:
-            CacheMemoryError: the device has no room for it. ContextOverflow: max_seq_len is above the model's.
+            CacheMemoryError: it does not fit into the device's memory. ContextOverflow: max_seq_len is too large.
         """
         max_seq_len = self.max_seq_len if max_seq_len is None else check_count("max_seq_len", max_seq_len)
         if max_seq_len > self.max_seq_len:
@@ -320,7 +320,7 @@ class Model:
         return tokens
 
     def need_tokenizer(self, use: str) -> None:
-        """Raise TokenizerError if there is no tokenizer; `use` says what needs it."""
+        """Raise TokenizerError if the model lacks a tokenizer; `use` says what needs one."""
         if self.tokenizer is None:
             raise TokenizerError(
                 f"{use} needs a tokenizer, and the checkpoint has none; add its files, or give `generate` token ids"

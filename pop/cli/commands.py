@@ -1,7 +1,7 @@
 """The `pop` command: demo, generate, chat, importance, calibrate, models, download, verify, import-gguf.
 
-Answers go to stdout, everything else to stderr. Exit status: 0; 2 after an error, which is told in one sentence; 130
-after Ctrl-C; 141 if the reader of the output is gone.
+Answers go to stdout, notes and errors to stderr. The exit status is 0, or 2 after an error, which takes one sentence.
+It is 130 after Ctrl-C, and 141 if the reader of the output is gone.
 """
 
 from __future__ import annotations
@@ -122,7 +122,7 @@ def chat(args) -> None:
 
 
 def _answer(conversation, line: str, options: dict) -> bool:
-    """Answer one message. Returns False if there is no complete answer; the conversation then stays as it was."""
+    """Answer one message. Returns whether the answer is complete; otherwise the conversation stays as it was."""
     try:
         _print_answer(conversation.stream(line, **options))
         return True

@@ -1,7 +1,7 @@
 """`pop demo`: one prompt, prefilled by the whole model and with pruned layers, side by side.
 
 The rows are the full model, the paper's plan (a third of the layers), and calibrated plans of a third, half and two
-thirds of the layers, with the prompt's last 32 tokens at full depth. Calibrated plans are kept beside the weights.
+thirds of the layers. Calibrated plans run the prompt's last 32 tokens at full depth, and are kept beside the weights.
 
     TTFT     time to first token: from the prompt's ids to the first new id, without tokenization and without allocating
              the cache. After an untimed turn, the plans take turns. The median is reported.
@@ -75,7 +75,7 @@ def run(name: str, text: str | None, prune, *, max_new_tokens: int, runs: int, a
 
 
 def _prompt(model, text: str) -> list[int]:
-    """The text as a question in the chat format; as plain text if the tokenizer has no chat template."""
+    """The text as a question in the chat format; as plain text if the tokenizer lacks a chat template."""
     if model.tokenizer is not None and model.tokenizer.chat_template is None:
         return model.encode(f"{text.strip()}\n\nAnswer:")
     return model.chat_tokens([{"role": "user", "content": text}])

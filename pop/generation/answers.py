@@ -42,7 +42,7 @@ class Answer:
     """An answer that grows: tokens come in, and text comes out as soon as no later token can change it.
 
     Args:
-        tokenizer: None if there is only an answer of token ids.
+        tokenizer: from ids to text. None: the answer is token ids only.
         end_ids: the tokens that end an answer.
         stop: strings that end an answer.
         max_new_tokens: the most tokens of the answer.
@@ -80,7 +80,7 @@ class Answer:
         """Add text, and return what is settled now."""
         self.pending += text
         begins = [(self.pending.find(stop), stop) for stop in self.stop if stop in self.pending]
-        if begins:  # of several, the one that ends first, and of these the longest
+        if begins:  # take the stop string that ends first, and of several the longest
             _, begin = min((begin + len(stop), begin) for begin, stop in begins)
             piece, self.finish_reason = self.pending[:begin], "stop"
             self.pending = ""
@@ -96,7 +96,7 @@ def end_ids(model) -> frozenset[int]:
     """The tokens that end an answer: the checkpoint's, and those that end a turn in its chat format."""
     ids = set(model.config.eos_ids)
     if model.tokenizer is not None:
-        with suppress(UnsupportedError):  # the tokenizer has no chat format
+        with suppress(UnsupportedError):  # the tokenizer lacks a chat format
             ids.update(chat_format(model.tokenizer).end_ids)
     return frozenset(ids)
 

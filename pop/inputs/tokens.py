@@ -13,7 +13,7 @@ def token_ids(tokens, dims: int, vocab_size: int) -> torch.Tensor:
     """Token ids as an int64 tensor, on the device where they are.
 
     Args:
-        tokens: a tensor, an array or nested lists of ids from 0 to vocab_size - 1, none of them empty.
+        tokens: a tensor, an array or nested lists of ids from 0 to vocab_size - 1, not empty.
         dims: 1 for [B] or 2 for [B, T].
         vocab_size: V.
     """
