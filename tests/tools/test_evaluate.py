@@ -289,6 +289,7 @@ def test_the_plot_joins_each_methods_points_and_leaves_out_the_full_model(monkey
     monkeypatch.setattr(axes, "plot", lambda self, *args, label, **_: drawn.append((label, *args)))
     monkeypatch.setattr(axes, "vlines", lambda self, *args, **_: drawn.append(args))
     monkeypatch.setattr(axes, "annotate", lambda self, *args, **_: drawn.append(args))
+    monkeypatch.setattr("matplotlib.figure.Figure.legend", lambda *_, **__: None)  # nothing has a label
     evaluate_report.plot(PLOTTED, "svg")
     assert drawn == [
         ("plain", [1.4, 2.5], [0.05, 1.5]),
