@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from PIL import Image
 
 from pop.models.images import Images
 
@@ -38,8 +37,10 @@ def random_bytes(height: int, width: int, bands: int, seed: int) -> np.ndarray:
     return (np.stack(planes, -1) + random.randint(-50, 56, (height, width, bands))).astype(np.uint8)
 
 
-def image(name: str) -> Image.Image:
-    """The golden image of that name."""
+def image(name: str):
+    """The golden image of that name, as a PIL.Image."""
+    from PIL import Image  # an optional package
+
     mode, width, height = IMAGES[name]
     values = random_bytes(height, width, BANDS[mode], seed=sorted(IMAGES).index(name))
     if mode == "1":
