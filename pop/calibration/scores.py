@@ -14,7 +14,6 @@ import math
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -29,6 +28,8 @@ from pop.model import Model
 from pop.progress import progress_bar
 from pop.pruning.plan import PrunePlan
 
+# A prompt, its response (None: the model samples one), and the prompt's images and videos.
+Sample = tuple[list[int], list[int] | None, list[Prepared]]
 SCORES = ("prefill", "decode", "prefill_error", "decode_error")
 
 
@@ -171,7 +172,7 @@ def importance(
 
     Raises:
         InputError, ContextOverflow, TokenizerError: a sample or an option cannot be used, the resume file belongs to
-            another run, or numbers overflow.
+            another run, or numbers overflow. UnsupportedError: several processes share the model.
     """
     if not isinstance(model, Model):
         raise InputError(f"the model is a {type(model).__name__}; load one with pop.load")
@@ -201,33 +202,31 @@ def importance(
     with progress_bar("importance", len(samples), "samples", progress) as step:
         step(len(scores))
         for begin in range(len(scores), len(samples), batch_size):
-            numbers = range(begin, min(begin + batch_size, len(samples)))
-            unanswered = [number for number in numbers if samples[number].response is None]
-            prompts, media = [samples[n].prompt for n in unanswered], [samples[n].media for n in unanswered]
-            responses = sample_responses(model, prompts, media, [(seed, n) for n in unanswered], response_tokens)
-            for number, response in zip(unanswered, responses, strict=True):
-                samples[number] = samples[number]._replace(response=response)
-            prompts, responses, media = map(list, zip(*samples[begin : numbers.stop], strict=True))
+            prompts, responses, media = map(list, zip(*samples[begin : begin + batch_size], strict=True))
+            rows = [row for row, response in enumerate(responses) if response is None]
+            sampled = sample_responses(
+                model,
+                [prompts[row] for row in rows],
+                [media[row] for row in rows],
+                [(seed, begin + row) for row in rows],
+                response_tokens,
+            )
+            for row, response in zip(rows, sampled, strict=True):
+                responses[row] = response
             gradients = gate_gradients(model, prompts, responses, media)  # [B, 2, 2, L]
             # A gate on the whole layer multiplies both branches, so its derivative is the sum of theirs.
             whole = gradients.sum(1, keepdim=True)
             scores = torch.cat((scores, torch.cat((whole, gradients), dim=1)[:, :gates].square()))
             if resume is not None:
                 _write_record(resume, run, scores)
-            step(len(numbers))
+            step(len(prompts))
     mean, n = scores.mean(0), len(scores)
     error = ((scores - mean).square().sum(0) / (n - 1) / n).sqrt()  # NaN for one sample
     whole, *apart = (Importance(*mean[gate], *error[gate], n) for gate in range(gates))
     return dataclasses.replace(whole, **dict(zip(("attention", "mlp"), apart, strict=False)))
 
 
-class _Sample(NamedTuple):
-    prompt: list[int]
-    response: list[int] | None  # None: the model samples it
-    media: list[Prepared]  # the prompt's images and videos
-
-
-def _parse(model, samples, images, videos, response_tokens: int) -> list[_Sample]:
+def _parse(model, samples, images, videos, response_tokens: int) -> list[Sample]:
     """Encode the samples, and check that each fits the model's context."""
     if isinstance(samples, (str, bytes, dict)) or not isinstance(samples, Iterable):
         raise InputError(f"samples is a {type(samples).__name__}; give a list of prompts, or of (prompt, response)")
@@ -242,7 +241,7 @@ def _parse(model, samples, images, videos, response_tokens: int) -> list[_Sample
             model.check_fits(len(prompt) + count - 1, "prompt plus response")
         except PopError as error:
             raise type(error)(f"sample {number} cannot be used: {error}") from None
-        parsed.append(_Sample(prompt, response, media))
+        parsed.append((prompt, response, media))
     if not parsed:
         raise InputError("samples is empty; give at least one prompt")
     return parsed
