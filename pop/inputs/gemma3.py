@@ -25,18 +25,12 @@ class PanAndScan:
     """An image that Gemma-3 gets as a whole and, if it is elongated, also in crops along its longer side.
 
     The number of crops is the ratio of the sides, rounded, but at least 2 and within the limits below.
-
-    Args:
-        image: see `load_image`.
-        min_crop_size: the fewest pixels on a side of a crop. An image that is too small for two crops is not cropped.
-        max_crops: the most crops.
-        min_ratio: of the longer side to the shorter one. An image below it is not cropped.
     """
 
-    image: object
-    min_crop_size: int = 256
+    image: object  # as in `load_image`
+    min_crop_size: int = 256  # pixels of a side; an image that is too small for two crops is not cropped
     max_crops: int = 4
-    min_ratio: float = 1.2
+    min_ratio: float = 1.2  # of the longer side to the shorter one; an image below it is not cropped
 
     def __post_init__(self):
         check_count("min_crop_size", self.min_crop_size)
@@ -49,8 +43,8 @@ def gemma_pixels(image, size: int) -> torch.Tensor:
     """Prepare an image for the vision tower.
 
     Args:
-        image: a PanAndScan, or an image without crops (see `load_image`).
-        size: the side of the square that each image and crop is resized to, whatever its shape.
+        image: A PanAndScan, or an image without crops (see `load_image`).
+        size: The side of the square that each image and crop is resized to, whatever its shape.
 
     Returns:
         [1 + crops, 3, size, size] float32 from -1 to 1: the whole image, then its crops rightwards or downwards.

@@ -1,10 +1,8 @@
 """Images and videos: from what a caller gives to what a model takes. Each family has a Processor.
 
-    an image or a video        ──prepare────────►  Prepared: pixels, and the pieces of a prompt that stand for it
-    a text with marks          ──replace_marks──►  texts and token ids
-    tokens [B, T], [Prepared]  ──images─────────►  Images (pop/models/images.py): features, and the tokens they are for
-
-Families: gemma3.py and qwen3_vl.py. A further family needs such a file and a line in `processor_of`.
+Its `prepare` turns an image or a video into pixels and the pieces of a prompt that stand for it. Its `images` runs the
+vision tower on them. The families are in gemma3.py and qwen3_vl.py. Another family needs a file and a line in
+`processor_of`.
 """
 
 from __future__ import annotations
@@ -53,6 +51,9 @@ class Processor:
 
     def prepare(self, kind: str, given) -> Prepared:
         """Read and prepare an image or a video, unless it is prepared already."""
+        if kind not in self.marks:
+            takes = " and ".join(["text", *(f"{kind}s" for kind in self.marks)])
+            raise InputError(f"the model of the {self.config.family} family reads {takes} only; leave out the {kind}s")
         return given if isinstance(given, Prepared) else self._prepare(kind, given)
 
     def _prepare(self, kind: str, given) -> Prepared:
@@ -62,12 +63,13 @@ class Processor:
         """Run the vision tower on the images and videos of a batch. Without any, return TEXT.
 
         Args:
-            module: the family's model.
-            rows: the images and videos of each batch row.
-            tokens: [B, T] ids, right-padded.
-            lengths: [B], tokens of each row without padding.
+            module: The family's model.
+            rows: The images and videos of each batch row.
+            tokens: Ids [B, T], right-padded.
+            lengths: Tokens of each row without padding, [B].
 
-        Raises InputError unless the tokens have exactly the placeholders of these images and videos.
+        Raises:
+            InputError: The tokens have more or fewer placeholders than these images and videos.
         """
         return TEXT
 
@@ -78,13 +80,6 @@ class Processor:
         """
         rows = [[] for _ in range(num_rows)]
         for kind, given in (("image", images), ("video", videos)):
-            if _is_nothing(given):
-                continue
-            if kind not in self.marks:
-                takes = " and ".join(["text", *(f"{kind}s" for kind in self.marks)])
-                raise InputError(
-                    f"the model of the {self.config.family} family reads {takes} only; leave out the {kind}s"
-                )
             for row, media in zip(rows, _by_row(kind, given, num_rows), strict=True):
                 row += [self.prepare(kind, one) for one in media]
         return rows
@@ -93,9 +88,9 @@ class Processor:
         """Replace the marks in a text by the pieces of its images and videos.
 
         Args:
-            text: a text with a mark for each of `media`.
-            media: images and videos, each kind in the order of its marks.
-            what: the name of the text in error messages.
+            text: A text with a mark for each of `media`.
+            media: Images and videos, each kind in the order of its marks.
+            what: The name of the text in error messages.
         """
         left = {}
         for kind, mark in self.marks.items():
@@ -150,7 +145,7 @@ def as_list(kind: str, given) -> list:
 
 def _by_row(kind: str, given, num_rows: int) -> list[list]:
     """Return a list for each batch row. A single row may come without the list around it."""
-    given = as_list(kind, given)
+    given = as_list(kind, given) or [None] * num_rows
     is_row = [isinstance(one, list | tuple | None) and not (kind == "video" and _is_frames(one)) for one in given]
     if num_rows == 1 and not any(is_row):
         return [given]
@@ -163,7 +158,3 @@ def _by_row(kind: str, given, num_rows: int) -> list[list]:
 def _is_frames(one) -> bool:
     """Whether a list is one video, given as images, and not several videos."""
     return bool(one) and not isinstance(one[0], list | tuple | Video | Prepared) and getattr(one[0], "ndim", 3) == 3
-
-
-def _is_nothing(given) -> bool:
-    return given is None or (isinstance(given, list | tuple) and all(map(_is_nothing, given)))

@@ -36,16 +36,14 @@ def qwen_image(image, config: Qwen3VisionConfig, pixels: tuple[int, int] = IMAGE
     """Prepare an image for the vision tower.
 
     Args:
-        image: see `load_image`.
-        config: of the vision tower.
-        pixels: the fewest and the most pixels. The image is resized to that, and about keeps its shape.
+        image: As in `load_image`.
+        config: The sizes of the vision tower.
+        pixels: The fewest and the most pixels. The image is resized to that, and about keeps its shape.
 
     Returns:
-        Patches [P, 3 * frames * patch * patch] float32 from -1 to 1, by squares of merge_size x merge_size; and their
-        grid.
+        Patches [P, 3 * frames * patch * patch] float32 from -1 to 1, in squares of merge_size**2, and their grid.
     """
-    frame = images.load_image(image)
-    frame = _resize(frame, config, 1, 1, pixels, "the image")
+    frame = _resize(images.load_image(image), config, 1, 1, pixels, "the image")
     return _patches(frame.expand(config.frames, -1, -1, -1), config)  # one frame pair: the image twice
 
 
@@ -53,9 +51,9 @@ def qwen_video(video, config: Qwen3VisionConfig, pixels: tuple[int, int] = VIDEO
     """Prepare a video for the vision tower. Frames are read and resized one at a time.
 
     Args:
-        video: a Video, or only its frames or path.
-        config: of the vision tower.
-        pixels: the fewest and the most pixels of all frames together.
+        video: A Video, or only its frames or path.
+        config: The sizes of the vision tower.
+        pixels: The fewest and the most pixels of all frames together.
 
     Returns:
         Patches as for an image, frame pair by frame pair; their grid; and the time of each frame pair in seconds.
@@ -70,22 +68,21 @@ def qwen_video(video, config: Qwen3VisionConfig, pixels: tuple[int, int] = VIDEO
         raise InputError(f"a video is of type {type(video).__name__}; give a path, an array or a list of images")
     if isinstance(video, np.ndarray) and video.ndim != 4:
         raise InputError(f"a video array has shape {video.shape}; it must be TxHxWx3, uint8")
-    count, fps = video_files.measure(video, images.MAX_PIXELS) if is_path else (len(video), fps and float(fps))
+    count, fps = video_files.measure(video) if is_path else (len(video), fps and float(fps))
     if count < 2:
         raise InputError(f"the video has {count} frames; give at least two, or pass the one as an image")
     kept = range(count) if fps is None else _sampled(count, fps)
-    frames = video_files.frames(video, kept, images.MAX_PIXELS) if is_path else (video[index] for index in kept)
+    frames = video_files.frames(video, kept) if is_path else (video[index] for index in kept)
     shape, resized = None, []
     for frame in map(images.load_image, frames):
-        if shape not in (None, frame.shape):
+        shape = shape or frame.shape
+        if frame.shape != shape:
             raise InputError(f"the video's frames differ in size: {tuple(shape)} and {tuple(frame.shape)}")
-        shape = frame.shape
         resized.append(_resize(frame, config, len(kept), config.frames, pixels, "the video"))
     missing = -len(kept) % config.frames  # the last pair is filled with the last frame
     patches, grid = _patches(torch.cat(resized + resized[-1:] * missing), config)
-    seconds = [index / (fps or 24) for index in (*kept, *[kept[-1]] * missing)]
-    pairs = zip(seconds[:: config.frames], seconds[config.frames - 1 :: config.frames], strict=True)
-    return patches, grid, [(first + last) / 2 for first, last in pairs]
+    pairs = np.reshape([*kept, *[kept[-1]] * missing], (-1, config.frames))  # frame numbers
+    return patches, grid, (pairs[:, [0, -1]] / (fps or 24)).mean(1).tolist()
 
 
 def _sampled(count: int, fps: float) -> list[int]:
@@ -96,12 +93,9 @@ def _sampled(count: int, fps: float) -> list[int]:
 
 
 def _resize(frame, config, num_frames: int, depth: int, pixels: tuple[int, int], name: str) -> torch.Tensor:
-    """Resize a frame [3, H, W] uint8 to whole squares of merged patches, [1, 3, height, width] uint8.
+    """Resize a frame [3, H, W] to whole squares of merged patches, [1, 3, height, width] uint8.
 
-    Args:
-        frame: one of `num_frames` frames in groups of `depth`. All of them together have about `pixels`.
-        config: of the vision tower.
-        name: of the image or video, for error messages.
+    It is one of `num_frames` in groups of `depth`, which together have about `pixels`.
     """
     (height, width), (least, most) = frame.shape[1:], pixels
     unit = config.patch_size * config.merge_size

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from pop.errors import InputError
-from pop.inputs.images import check_file, import_extra, reading
+from pop.inputs import images
 
 FORMATS = ("avi", "matroska", "mov")  # FFmpeg's names: WebM is Matroska, MP4 is MOV
 MAX_BYTES = 2**33
@@ -26,27 +26,17 @@ MAX_FRAMES = 2**20  # nearly five hours at 60 frames per second
 class Video:
     """A video and its frame rate.
 
-    Args:
-        frames: a TxHxWx3 uint8 array, a list of images of one size, or the path of a video file.
-        fps: frames per second, of which the model gets two. Without a rate it gets all, and assumes 24 per second as
-            the reference does. A file has its own rate.
+    With a rate, the model gets two frames of each second. Without one it gets all frames, and assumes 24 per second as
+    the reference does. A file has its own rate.
     """
 
-    frames: np.ndarray | Sequence | str | os.PathLike
-    fps: float | None = None
+    frames: np.ndarray | Sequence | str | os.PathLike  # [T, H, W, 3] uint8, a list of images of one size, or a path
+    fps: float | None = None  # frames per second
 
 
-def measure(path: str | os.PathLike, max_pixels: int) -> tuple[int, float]:
-    """Count the frames of a video file without decoding them.
-
-    Args:
-        path: a file in one of FORMATS.
-        max_pixels: the most pixels that a frame may have.
-
-    Returns:
-        The number of frames, and the average number of frames per second.
-    """
-    with _opened(path, max_pixels) as (container, stream, name):
+def measure(path: str | os.PathLike) -> tuple[int, float]:
+    """Return the number of frames of a video file and their average rate per second, without decoding them."""
+    with _opened(path) as (container, stream, name):
         if not stream.average_rate:
             raise InputError(f"{name} does not state its frames per second; give its frames as a list")
         stored = shown = 0
@@ -60,16 +50,15 @@ def measure(path: str | os.PathLike, max_pixels: int) -> tuple[int, float]:
         return shown, float(stream.average_rate)
 
 
-def frames(path: str | os.PathLike, wanted: Sequence[int], max_pixels: int) -> Iterator[np.ndarray]:
+def frames(path: str | os.PathLike, wanted: Sequence[int]) -> Iterator[np.ndarray]:
     """Yield frames as [H, W, 3] uint8 RGB. Like the reference, this ignores a rotation that the file asks players for.
 
     Args:
-        path: a file in one of FORMATS.
-        wanted: numbers of frames in ascending order, without repetitions.
-        max_pixels: the most pixels that a frame may have.
+        path: A video file.
+        wanted: The numbers of the frames in ascending order, without repetitions.
     """
     left = list(reversed(wanted))
-    with _opened(path, max_pixels) as (container, stream, name):
+    with _opened(path) as (container, stream, name):
         for number, frame in enumerate(container.decode(stream)):
             if number == left[-1]:
                 yield frame.to_ndarray(format="rgb24")
@@ -80,15 +69,15 @@ def frames(path: str | os.PathLike, wanted: Sequence[int], max_pixels: int) -> I
 
 
 @contextlib.contextmanager
-def _opened(path: str | os.PathLike, max_pixels: int) -> Iterator[tuple]:
+def _opened(path: str | os.PathLike) -> Iterator[tuple]:
     """Yield the file's container, its video stream, and its name for error messages."""
-    av = import_extra("av", "av", "videos")
-    name = f"the video {os.fspath(path)!r:.200}"
-    check_file(path, name, MAX_BYTES)
+    av = images.import_extra("av", "av", "videos")
+    name, max_pixels = f"the video {os.fspath(path)!r:.200}", images.MAX_PIXELS
+    images.check_file(path, name, MAX_BYTES)
     # FFmpeg decodes some frames to identify the file, so it must know the limit when it opens the file.
     options = {"format_whitelist": ",".join(FORMATS), "protocol_whitelist": "", "max_pixels": str(max_pixels)}
     # FFmpeg gets an open file, not a path. So it cannot open any other file.
-    with reading(name, FORMATS), open(path, "rb") as file, av.open(file, options=options) as container:
+    with images.reading(name, FORMATS), open(path, "rb") as file, av.open(file, options=options) as container:
         if not container.streams.video:
             raise InputError(f"{name} has no video stream; give a video file")
         stream = container.streams.video[0]
