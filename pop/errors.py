@@ -78,3 +78,9 @@ def check_count(
         wanted = f"of at least {least}" if most == float("inf") else f"from {least} to {most}"
         raise error(f"{name} is {value!r}; it must be an integer {wanted}")
     return number
+
+
+def some(items: list[str], separator: str = ", ") -> str:
+    """Return the first five items, escaped because names in a file may hold anything, and how many more there are."""
+    named = separator.join(ascii(item)[1:-1][:200] for item in items[:5])
+    return named + (f" and {len(items) - 5} more" if len(items) > 5 else "")

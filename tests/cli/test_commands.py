@@ -26,8 +26,8 @@ def model(folder):
     return pop.load(folder)
 
 
-def no_network(name, folder, progress):
-    raise pop.DownloadError(f"{name} could not be fetched; connect")
+def no_network(model, gguf):
+    raise pop.DownloadError(f"{gguf.stem} could not be fetched; connect")
 
 
 # ---- What it prints ----

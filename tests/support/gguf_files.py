@@ -14,7 +14,7 @@ gguf = pytest.importorskip("gguf")
 Q = gguf.GGMLQuantizationType
 
 
-# Awkward on purpose: the head width is not width / heads. V, D, F, H, K, E as in pop/checkpoints/gguf.py.
+# Awkward on purpose: the head width is not width / heads. Letters as in pop/models/layers.py.
 VOCAB, WIDTH, MLP, HEADS, KV_HEADS, HEAD_DIM, LAYERS = 50, 64, 96, 4, 2, 24, 2
 
 
@@ -129,15 +129,15 @@ BYTES += [chr(256 + i) for i in range(256 - len(BYTES))]  # first those that are
 WORDS = ["Ġt", "he", "Ġthe", "in"]
 
 
-def bpe_keys(pre="smollm"):
+def bpe_keys(pre="smollm", bos_id=262):
     tokens = ["<|end|>", *BYTES, *WORDS, "<extra>", "<|start|>", "[PAD263]"]
-    return {
+    bos = {} if bos_id is None else {"tokenizer.ggml.bos_token_id": bos_id}
+    return bos | {
         "tokenizer.ggml.model": "gpt2",
         "tokenizer.ggml.pre": pre,
         "tokenizer.ggml.tokens": tokens,
         "tokenizer.ggml.token_type": [3, *[1] * 260, 4, 3, 5],
         "tokenizer.ggml.merges": ["Ġ t", "h e", "Ġt he", "i n"],
-        "tokenizer.ggml.bos_token_id": 262,
         "tokenizer.ggml.eos_token_id": 0,
         "tokenizer.chat_template": "{{ messages }}",
     }
