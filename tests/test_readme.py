@@ -89,6 +89,12 @@ def test_every_link_leads_to_a_file(path):
             assert heading in [title.lower().replace(" ", "-") for title in titles], link
 
 
+@pytest.mark.parametrize("path", [path for path in READMES if path.startswith("pop/")])
+def test_the_readme_of_a_folder_names_all_its_files(path):
+    for file in (ROOT / path).parent.glob("[!_]*.py"):
+        assert f"]({file.name})" in READMES[path], file.name
+
+
 @pytest.mark.parametrize("path", [path for path in READMES if blocks("python", path)])
 def test_the_python_runs_as_printed(path, folder, capsys):
     """The blocks of a README continue each other, and end by showing something."""
