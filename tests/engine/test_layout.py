@@ -55,7 +55,7 @@ def test_full_depth_rows_by_hand():
     assert rows(first) == [[0], [0, 2, 3]]
     assert first.tokens.valid.tolist() == [[True] * 5, [True] * 4 + [False]]
     assert (first.last.tolist(), first.last_row.tolist(), first.ends.tolist()) == ([4, 3], [-1, 2], [5, 4])
-    assert first.is_fresh and first.attended_from == 2
+    assert first.is_fresh and first.needed_from == 2
     # Nothing is left to prune in the second chunk, so its tokens run as in a kept layer.
     assert second.plan == NONE and second.full_depth.index.shape == (2, 0)
     assert second.tokens.positions[0].tolist() == [5, 6] and second.has_tokens.tolist() == [True, False]
