@@ -8,14 +8,14 @@ tokenizer.json that it does not reproduce exactly, and names the feature.
 import base64
 import re
 import unicodedata
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
 from pop.errors import InputError, TokenizerError
 from pop.inputs.tokenizers import Tokenizer
 
-# --- The patterns that split text into pre-tokens ---
-
+# These patterns split text into pre-tokens.
 _LLAMA3_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -47,13 +47,6 @@ _NEWER = """
 _NEWER = re.compile("([" + re.sub(r"\s*([0-9A-F]+)", lambda hex: chr(int(hex[1], 16)), _NEWER) + "])")
 
 
-def _nfc(text: str) -> str:
-    return "".join(unicodedata.normalize("NFC", part) for part in _NEWER.split(text))
-
-
-# --- The tokenizer ---
-
-
 def _tiktoken(ranks: dict[bytes, int], pattern: str):
     import tiktoken  # here, so that `import pop` stays fast
 
@@ -61,20 +54,13 @@ def _tiktoken(ranks: dict[bytes, int], pattern: str):
 
 
 class BytePairTokenizer(Tokenizer):
-    """Byte-level BPE.
+    """Byte-level BPE, with pre-tokens by `pattern`, of texts in NFC if `nfc`. The options are those of Tokenizer."""
 
-    Args:
-        ranks: The ranks 0, 1, ... of tokens by their bytes. Two neighbours merge into any of them, lowest rank first.
-        ids: The id of each rank, or None for a byte that the vocabulary lacks. Texts lose such bytes.
-        pattern: The regular expression of pre-tokens.
-        nfc: Whether text is normalised to NFC first.
-        options: The arguments of Tokenizer.
-    """
-
-    def __init__(self, ranks, ids, pattern, *, nfc=False, **options):
+    def __init__(self, ranks: dict[bytes, int], ids: Sequence[int | None], pattern: str, *, nfc=False, **options):
         super().__init__(**options)
-        self._bpe = _tiktoken(ranks, pattern)
-        self._ids, self._nfc = ids, nfc
+        self._bpe = _tiktoken(ranks, pattern)  # two neighbours merge into any token of a rank, lowest rank first
+        self._ids = ids  # of each rank; None for a byte that the vocabulary lacks, which texts lose
+        self._nfc = nfc
         self._lacking = bytes(token[0] for token, rank in ranks.items() if ids[rank] is None)
         if self._lacking:
             digit = _DIGIT if pattern == _DIGITS_GPT2_PATTERN else r"\p{N}"
@@ -83,7 +69,7 @@ class BytePairTokenizer(Tokenizer):
 
     def _encode_text(self, text: str) -> list[int]:
         if self._nfc:
-            text = _nfc(text)
+            text = "".join(unicodedata.normalize("NFC", part) for part in _NEWER.split(text))
         longest = max(map(len, re.findall(r"\s+", text)), default=0) if len(text) > _MAX_WHITESPACE else 0
         if longest > _MAX_WHITESPACE:
             raise InputError(
@@ -116,9 +102,6 @@ class BytePairTokenizer(Tokenizer):
             start = match.end()
         ranks += self._bpe.encode_ordinary(text[start:])
         return [self._ids[rank] for rank in ranks]
-
-
-# --- Reading the files ---
 
 
 def from_tiktoken_file(data: bytes) -> BytePairTokenizer:
@@ -236,8 +219,8 @@ def _reachable(merges: list[tuple[str, str]], vocab: dict[str, int]) -> list[str
 def _add_whole_pre_tokens(ranks: dict[bytes, int], ids: list[int], bytes_of: dict[int, bytes], pattern: str):
     """Give every token a rank. With ignore_merges, a pre-token that is in the vocabulary always becomes that token.
 
-    tiktoken also looks up whole pre-tokens, so a rank is enough. A new rank could change other texts only if merging
-    reduced the token's text to two tokens: tiktoken would merge these two.
+    tiktoken also looks up whole pre-tokens, so a rank is enough. It changes other texts only if merging reduces the
+    token's text to two tokens: tiktoken would merge these two.
     """
     bpe = _tiktoken(ranks, pattern)
     for id, text in bytes_of.items():

@@ -3,10 +3,7 @@
 Pixels equal those of the reference's image processor, which resizes bytes and rounds. Resizing floats would differ.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -40,15 +37,7 @@ class PanAndScan:
 
 
 def gemma_pixels(image, size: int) -> torch.Tensor:
-    """Prepare an image for the vision tower.
-
-    Args:
-        image: A PanAndScan, or an image without crops (see `load_image`).
-        size: The side of the square that each image and crop is resized to, whatever its shape.
-
-    Returns:
-        [1 + crops, 3, size, size] float32 from -1 to 1: the whole image, then its crops rightwards or downwards.
-    """
+    """Return an image, and then the crops of a PanAndScan, as [1 + crops, 3, size, size] float32 from -1 to 1."""
     if isinstance(image, PanAndScan):
         whole = load_image(image.image)
         views = [whole, *_crops(whole, image)]
@@ -72,10 +61,9 @@ def _crops(image: torch.Tensor, options: PanAndScan) -> tuple[torch.Tensor, ...]
 class GemmaProcessor(Processor):
     """Lays out an image as two line breaks, its tokens, and two line breaks. A PanAndScan has several such images."""
 
-    marks: ClassVar = {"image": "<start_of_image>"}
-
     def __init__(self, config: Gemma3Config):
         super().__init__(config)
+        self.marks = {"image": "<start_of_image>"}
         self.min_chunk_size = config.vision.tokens_per_image
         self.placeholders = {"image": config.image_id}
 
@@ -84,11 +72,11 @@ class GemmaProcessor(Processor):
         pixels = gemma_pixels(given, config.vision.image_size)  # [1 + crops, 3, S, S]
         ids = [config.boi_id, *[config.image_id] * config.vision.tokens_per_image, config.eoi_id]
         one = ("\n\n", ids, "\n\n")
-        if len(pixels) == 1:
-            return Prepared(kind, pixels, one)
-        crops = [piece for _ in pixels[1:] for piece in (" ", *one)]
-        before, between = "Here is the original image ", " and here are some crops to help you see better"
-        return Prepared(kind, pixels, (before, *one, between, *crops))
+        pieces = one
+        if len(pixels) > 1:
+            pieces = ("Here is the original image ", *one, " and here are some crops to help you see better")
+            pieces += (" ", *one) * (len(pixels) - 1)
+        return Prepared(kind, pixels, pieces)
 
     def images(self, module, rows, tokens, lengths):
         M, image_id = self.config.vision.tokens_per_image, self.config.image_id

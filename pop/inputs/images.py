@@ -5,8 +5,6 @@ before it decodes anything. Pillow, an optional extra, reads files; arrays do no
 The families prepare what is read here: gemma3.py and qwen3_vl.py.
 """
 
-from __future__ import annotations
-
 import contextlib
 import importlib
 import os
@@ -25,19 +23,16 @@ FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 
 
 def load_image(image) -> torch.Tensor:
-    """Read an image as RGB.
+    """Return a file in one of FORMATS, a PIL image or an HxWx3 uint8 array as RGB, [3, H, W] uint8 on the CPU.
 
     Transparent pixels show a white background, as in the reference's `convert_to_rgb`. Of 16 bits, the upper 8 are
     kept. Colour profiles are ignored, and the EXIF orientation is applied. Of several frames the first is read.
-
-    Args:
-        image: A path to a file in one of FORMATS, a PIL image, or an HxWx3 uint8 array.
-
-    Returns:
-        [3, H, W] uint8 on the CPU.
     """
     if isinstance(image, np.ndarray):
-        return _from_array(image)
+        if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
+            raise InputError(f"an image array has shape {image.shape} and dtype {image.dtype}; it must be HxWx3, uint8")
+        _check_size(image.shape[1], image.shape[0], "an image array")
+        return torch.from_numpy(np.array(image, order="C")).permute(2, 0, 1)  # [3, H, W], a copy
     pillow = import_extra("PIL.Image", "pillow", "images")
     if isinstance(image, pillow.Image):
         with reading("a PIL image", FORMATS):
@@ -78,13 +73,6 @@ def reading(name: str, formats: tuple[str, ...]) -> Iterator[None]:
         reason = f"{type(error).__name__}: {error}".split("\n")[0]
         known = ", ".join(formats)
         raise InputError(f"{name} is truncated or broken, or not one of {known} ({reason:.200})") from None
-
-
-def _from_array(array: np.ndarray) -> torch.Tensor:
-    if array.ndim != 3 or array.shape[2] != 3 or array.dtype != np.uint8:
-        raise InputError(f"an image array has shape {array.shape} and dtype {array.dtype}; it must be HxWx3, uint8")
-    _check_size(array.shape[1], array.shape[0], "an image array")
-    return torch.from_numpy(np.array(array, order="C")).permute(2, 0, 1)  # [3, H, W], a copy
 
 
 def _from_pillow(image, name: str) -> torch.Tensor:

@@ -5,15 +5,11 @@ vision tower on them. The families are in gemma3.py and qwen3_vl.py. Another fam
 `processor_of`.
 """
 
-from __future__ import annotations
-
-import functools
 import hashlib
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import ClassVar
 
 import torch
 
@@ -33,7 +29,7 @@ class Prepared:
     pieces: tuple[Piece, ...]  # the texts and token ids that replace it in a prompt
     grid: Grid | None = None  # its size in patches, if the family's images differ in size
 
-    @functools.cached_property
+    @property
     def sha256(self) -> str:
         """The hash of the pixels."""
         return hashlib.sha256(self.pixels.numpy().tobytes()).hexdigest()
@@ -42,18 +38,14 @@ class Prepared:
 class Processor:
     """The part that families share. By itself it serves a family that takes text only."""
 
-    marks: ClassVar[dict[str, str]] = {}  # kind -> the text that marks its place in a prompt
-    min_chunk_size = 1  # the fewest tokens that prefill may run at once
-
     def __init__(self, config):
         self.config = config
-        self.placeholders: dict[str, int] = {}  # kind -> the token that stands for its parts
+        self.marks: dict[str, str] = {}  # for each kind, the text that marks its place in a prompt
+        self.placeholders: dict[str, int] = {}  # for each kind, the token that stands for its parts
+        self.min_chunk_size = 1  # the fewest tokens that prefill may run at once
 
     def prepare(self, kind: str, given) -> Prepared:
         """Read and prepare an image or a video, unless it is prepared already."""
-        if kind not in self.marks:
-            takes = " and ".join(["text", *(f"{kind}s" for kind in self.marks)])
-            raise InputError(f"the model of the {self.config.family} family reads {takes} only; leave out the {kind}s")
         return given if isinstance(given, Prepared) else self._prepare(kind, given)
 
     def _prepare(self, kind: str, given) -> Prepared:
@@ -80,6 +72,11 @@ class Processor:
         """
         rows = [[] for _ in range(num_rows)]
         for kind, given in (("image", images), ("video", videos)):
+            if _is_nothing(given):
+                continue
+            if kind not in self.marks:
+                takes = " and ".join(["text", *(f"{taken}s" for taken in self.marks)])
+                raise InputError(f"the {self.config.family} family reads {takes} only; leave out the {kind}s")
             for row, media in zip(rows, _by_row(kind, given, num_rows), strict=True):
                 row += [self.prepare(kind, one) for one in media]
         return rows
@@ -145,7 +142,7 @@ def as_list(kind: str, given) -> list:
 
 def _by_row(kind: str, given, num_rows: int) -> list[list]:
     """Return a list for each batch row. A single row may come without the list around it."""
-    given = as_list(kind, given) or [None] * num_rows
+    given = as_list(kind, given)
     is_row = [isinstance(one, list | tuple | None) and not (kind == "video" and _is_frames(one)) for one in given]
     if num_rows == 1 and not any(is_row):
         return [given]
@@ -158,3 +155,7 @@ def _by_row(kind: str, given, num_rows: int) -> list[list]:
 def _is_frames(one) -> bool:
     """Whether a list is one video, given as images, and not several videos."""
     return bool(one) and not isinstance(one[0], list | tuple | Video | Prepared) and getattr(one[0], "ndim", 3) == 3
+
+
+def _is_nothing(given) -> bool:
+    return given is None or (isinstance(given, list | tuple) and all(map(_is_nothing, given)))

@@ -3,13 +3,10 @@
 Pixels equal those of the reference's processors, which resize bytes and round. Resizing floats would differ.
 """
 
-from __future__ import annotations
-
 import math
 import os
 from collections.abc import Sequence
 from numbers import Real
-from typing import ClassVar
 
 import numpy as np
 import torch
@@ -33,30 +30,15 @@ VIDEO_FRAMES = (4, 768)  # the fewest and the most
 
 
 def qwen_image(image, config: Qwen3VisionConfig, pixels: tuple[int, int] = IMAGE_PIXELS) -> tuple:
-    """Prepare an image for the vision tower.
-
-    Args:
-        image: As in `load_image`.
-        config: The sizes of the vision tower.
-        pixels: The fewest and the most pixels. The image is resized to that, and about keeps its shape.
-
-    Returns:
-        Patches [P, 3 * frames * patch * patch] float32 from -1 to 1, in squares of merge_size**2, and their grid.
-    """
-    frame = _resize(images.load_image(image), config, 1, 1, pixels, "the image")
+    """Return an image's patches and their grid. Resized to the limits of `pixels`, it about keeps its shape."""
+    frame = _resize(images.load_image(image), config, 1, pixels)
     return _patches(frame.expand(config.frames, -1, -1, -1), config)  # one frame pair: the image twice
 
 
 def qwen_video(video, config: Qwen3VisionConfig, pixels: tuple[int, int] = VIDEO_PIXELS) -> tuple:
-    """Prepare a video for the vision tower. Frames are read and resized one at a time.
+    """Return a video's patches, frame pair by frame pair, their grid, and the time of each frame pair in seconds.
 
-    Args:
-        video: A Video, or only its frames or path.
-        config: The sizes of the vision tower.
-        pixels: The fewest and the most pixels of all frames together.
-
-    Returns:
-        Patches as for an image, frame pair by frame pair; their grid; and the time of each frame pair in seconds.
+    Frames are read and resized one at a time. All frames together have the limits of `pixels`.
     """
     video, fps = (video.frames, video.fps) if isinstance(video, Video) else (video, None)
     is_path = isinstance(video, (str, os.PathLike))
@@ -78,7 +60,7 @@ def qwen_video(video, config: Qwen3VisionConfig, pixels: tuple[int, int] = VIDEO
         shape = shape or frame.shape
         if frame.shape != shape:
             raise InputError(f"the video's frames differ in size: {tuple(shape)} and {tuple(frame.shape)}")
-        resized.append(_resize(frame, config, len(kept), config.frames, pixels, "the video"))
+        resized.append(_resize(frame, config, len(kept), pixels))
     missing = -len(kept) % config.frames  # the last pair is filled with the last frame
     patches, grid = _patches(torch.cat(resized + resized[-1:] * missing), config)
     pairs = np.reshape([*kept, *[kept[-1]] * missing], (-1, config.frames))  # frame numbers
@@ -92,18 +74,16 @@ def _sampled(count: int, fps: float) -> list[int]:
     return np.linspace(0, count - 1, kept).round().astype(int).tolist()
 
 
-def _resize(frame, config, num_frames: int, depth: int, pixels: tuple[int, int], name: str) -> torch.Tensor:
-    """Resize a frame [3, H, W] to whole squares of merged patches, [1, 3, height, width] uint8.
-
-    It is one of `num_frames` in groups of `depth`, which together have about `pixels`.
-    """
+def _resize(frame, config, num_frames: int, pixels: tuple[int, int]) -> torch.Tensor:
+    """Resize an image or one of a video's frames [3, H, W] to whole squares of merged patches, [1, 3, h, w] uint8."""
     (height, width), (least, most) = frame.shape[1:], pixels
     unit = config.patch_size * config.merge_size
+    depth = config.frames if num_frames > 1 else 1
     if depth > 1 and min(height, width) < unit:  # the reference enlarges small frames of videos only
         scale = max(unit / height, unit / width)
         height, width = int(height * scale), int(width * scale)
     if max(height, width) > MAX_RATIO * min(height, width):
-        raise InputError(f"{name} is {width} x {height} pixels; a side may be at most {MAX_RATIO} times the other")
+        raise InputError(f"{width} x {height} pixels are too long; a side may be at most {MAX_RATIO} times the other")
     counted = round(num_frames / depth) * depth
     size = [round(side / unit) * unit for side in (height, width)]
     if counted * size[0] * size[1] > most:
@@ -116,7 +96,7 @@ def _resize(frame, config, num_frames: int, depth: int, pixels: tuple[int, int],
 
 
 def _patches(frames: torch.Tensor, config: Qwen3VisionConfig) -> tuple[torch.Tensor, Grid]:
-    """Cut frames [T, 3, H, W] uint8 into patches. T is a multiple of config.frames, and H and W of merged squares."""
+    """Cut frames [T, 3, H, W] uint8 into patches [P, 3 * frames * size * size] float32 from -1 to 1, by squares."""
     size, merge = config.patch_size, config.merge_size
     parts = frames.unflatten(3, (-1, merge, size)).unflatten(2, (-1, merge, size)).unflatten(0, (-1, config.frames))
     # [pair, frame, 3, row, row in square, y, column, column in square, x]: each patch by channel, then by frame
@@ -131,13 +111,9 @@ class QwenProcessor(Processor):
     All tokens are causal. Their rotary positions are by time, row and column.
     """
 
-    marks: ClassVar = {
-        "image": "<|vision_start|><|image_pad|><|vision_end|>",
-        "video": "<|vision_start|><|video_pad|><|vision_end|>",
-    }
-
     def __init__(self, config: Qwen3VLConfig):
         super().__init__(config)
+        self.marks = {kind: f"<|vision_start|><|{kind}_pad|><|vision_end|>" for kind in ("image", "video")}
         self.placeholders = {"image": config.image_id, "video": config.video_id}
 
     def _prepare(self, kind, given):

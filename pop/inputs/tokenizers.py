@@ -20,20 +20,13 @@ Piece = str | list[int]  # a part of a prompt: text, or token ids that no text c
 
 
 class Tokenizer:
-    """The part that both kinds share: added tokens, the beginning-of-text token (BOS), and decoding.
-
-    Args:
-        special_tokens: The ids of control tokens by name. Text spells them only if the caller allows it.
-        added: The ids of ordinary tokens that BPE would not find, by name. They are matched in any text.
-        bytes_of: The bytes of every other token, by id.
-        bos_id: The token that begins a text, or None.
-    """
+    """The part that both kinds share: added tokens, the beginning-of-text token (BOS), and decoding."""
 
     def __init__(self, special_tokens: dict[str, int], added: dict[str, int], bytes_of: dict[int, bytes], bos_id=None):
-        self.special_tokens = special_tokens
+        self.special_tokens = special_tokens  # ids by name; text spells these tokens only if the caller allows it
         self.bos_id = bos_id
         self.chat_template: str | None = None  # as it is in the checkpoint's files
-        self._all = special_tokens | added
+        self._all = special_tokens | added  # ordinary text spells added tokens, but BPE would not find them
         self._split_added = _splitter(added)
         self._split_all = _splitter(self._all)
         self._bytes_of = bytes_of | {id: name.encode() for name, id in added.items()}

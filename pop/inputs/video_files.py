@@ -5,8 +5,6 @@ It accepts a few containers and no playlists, which would make FFmpeg open other
 before it decodes anything. It holds one frame at a time.
 """
 
-from __future__ import annotations
-
 import contextlib
 import os
 from collections.abc import Iterator, Sequence
