@@ -2,7 +2,7 @@
 
 1. Ask the hub for the model's newest commit and for the size and hash of each file in it. All later requests name
    this commit, so that files of two commits cannot mix.
-2. Choose the files that `pop` needs: configs, tokenizer, and the weights, whose index names the shards.
+2. Choose the files that `pop` needs by their names: configs, tokenizer, weights.
 3. Fetch them in parallel into a hidden folder, where they grow, across runs if need be. When all files are there and
    have the right hashes, the folder gets its own name.
 
@@ -12,7 +12,6 @@ The hashes stay in pop-download.json for `verify`. hub.py does the HTTP, files.p
 import contextlib
 import functools
 import hashlib
-import io
 import json
 import re
 import shutil
@@ -20,21 +19,21 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from pop.checkpoints import embedded
-from pop.checkpoints.hub import Broken, Hub, blocks
+from pop.checkpoints.hub import Broken, Hub
 from pop.checkpoints.registry import find_weights, lookup, weights_folder
-from pop.errors import CheckpointError, DownloadError, PopError, WeightsNotFound, some
-from pop.files import add_to_hash, read_json, remove, replaced, staged, write_json
+from pop.errors import CheckpointError, DownloadError, WeightsNotFound, some
+from pop.files import add_to_hash, read_json, remove, staged, write_json
 from pop.progress import progress_bar
 
 MANIFEST = "pop-download.json"
 CONFIGS = ("config.json", "generation_config.json")
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "chat_template.jinja")
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
-SHARD = r"[A-Za-z0-9_][A-Za-z0-9._-]{0,200}\.safetensors"  # no path, and not hidden
-MOST_JSON = 2**24  # bytes of a listing or an index
+SHARD = r"model-[0-9]{5}-of-[0-9]{5}\.safetensors"
+MOST_JSON = 2**24  # bytes of a listing
 
 
 @dataclass(frozen=True)
@@ -58,9 +57,6 @@ class Expected:
         """Return a hashlib object. Git hashes a header with the size before the file."""
         return hashlib.sha256() if self.kind == "sha256" else hashlib.sha1(b"blob %d\0" % self.size)
 
-    def matches(self, file: IO[bytes]) -> bool:
-        return add_to_hash(file, self.hasher()) == self.digest
-
 
 @dataclass(frozen=True)
 class Manifest:
@@ -72,8 +68,7 @@ class Manifest:
 
     def save(self, folder: Path) -> None:
         files = {name: {"size": file.size, file.kind: file.digest} for name, file in self.files.items()}
-        with replaced(folder / MANIFEST) as draft:
-            write_json(draft, {"repository": self.repository, "commit": self.commit, "files": files})
+        write_json(folder / MANIFEST, {"repository": self.repository, "commit": self.commit, "files": files})
 
     @staticmethod
     def load(folder: Path) -> "Manifest":
@@ -81,7 +76,7 @@ class Manifest:
         value = read_json(folder / MANIFEST, CheckpointError)
         try:
             files = {name: Expected(x["size"], x.get("sha256") or x["git"]) for name, x in value["files"].items()}
-            if not all(name in (*CONFIGS, *TOKENIZERS, INDEX) or re.fullmatch(SHARD, name) for name in files):
+            if not all(name in (*CONFIGS, *TOKENIZERS, WEIGHTS, INDEX) or re.fullmatch(SHARD, name) for name in files):
                 raise ValueError("not a plain name")
             return Manifest(str(value["repository"]), str(value["commit"]), files)
         except (KeyError, ValueError, TypeError, AttributeError):
@@ -132,14 +127,12 @@ def verify(folder: str | Path) -> Manifest:
     manifest = Manifest.load(folder)
 
     def fault(name: str) -> str | None:
-        path, expected = folder / name, manifest.files[name]
+        if not (folder / name).is_file():
+            return f"{name} is missing"
         try:
-            if not path.is_file():
-                return f"{name} is missing"
-            if (size := path.stat().st_size) != expected.size:
-                return f"{name} has {size:,} bytes, not {expected.size:,}"
-            with path.open("rb") as file:
-                return None if expected.matches(file) else f"{name} has changed"
+            with (folder / name).open("rb") as file:
+                found = add_to_hash(file, manifest.files[name].hasher())
+            return None if found == manifest.files[name].digest else f"{name} has changed"
         except OSError as error:
             return f"{name} cannot be read ({error.strerror})"
 
@@ -165,38 +158,27 @@ def _downloaded(folder: Path) -> Path:
 
 def _plan(hub: Hub) -> Manifest:
     """Ask for the newest commit, and choose the files that are needed."""
-    listing = _object(hub, f"/api/models/{hub.repository}/revision/main?blobs=true", "list of files")
-    commit, listed = listing.get("sha"), listing.get("siblings")
-    if not isinstance(commit, str) or not re.fullmatch(r"[0-9a-f]{40}", commit) or not isinstance(listed, list):
-        raise DownloadError(f"{hub.name} does not say which files {hub.repository} has; check POP_ENDPOINT")
-    entries = {str(entry.get("rfilename")): entry for entry in listed if isinstance(entry, dict)}
+    data = hub.read(f"/api/models/{hub.repository}/revision/main?blobs=true", MOST_JSON)
+    try:
+        listing = json.loads(data)
+        commit, entries = listing["sha"], {str(entry["rfilename"]): entry for entry in listing["siblings"]}
+        if not re.fullmatch("[0-9a-f]{40}", commit):
+            raise ValueError("not a commit")
+    except (KeyError, TypeError, ValueError, RecursionError):
+        what = f"no list of files of {hub.repository}"
+        raise DownloadError(f"{hub.name} sent {what}; check POP_ENDPOINT, and whether a proxy answers") from None
 
     needed = [name for name in (*CONFIGS, *TOKENIZERS) if name in entries]
     if "config.json" not in needed or not {"tokenizer.json", "tokenizer.model"} & set(needed):
         raise DownloadError(f"{hub.repository} on {hub.name} lacks config.json or a tokenizer, so `pop` cannot use it")
+    shards = sorted(name for name in entries if re.fullmatch(SHARD, name))
     if WEIGHTS in entries:
         needed.append(WEIGHTS)
-    elif INDEX in entries:
-        needed += [INDEX, *_shards(hub, commit, _expected(hub, entries[INDEX]))]
+    elif INDEX in entries and shards and shards[-1] == f"model-{len(shards):05}-of-{len(shards):05}.safetensors":
+        needed += [INDEX, *shards]
     else:
-        raise DownloadError(f"{hub.repository} on {hub.name} has neither {WEIGHTS} nor {INDEX}")
-    if missing := [name for name in needed if name not in entries]:
-        raise DownloadError(f"{hub.repository} on {hub.name} lacks {missing[0]}, which its index names")
+        raise DownloadError(f"{hub.repository} on {hub.name} has neither {WEIGHTS} nor {INDEX} and all of its shards")
     return Manifest(hub.repository, commit, {name: _expected(hub, entries[name]) for name in needed})
-
-
-def _shards(hub: Hub, commit: str, expected: Expected) -> list[str]:
-    """Read the names of the shards in the index."""
-    weight_map = _object(hub, _address(hub, commit, INDEX), INDEX, expected).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise DownloadError(f"{INDEX} of {hub.repository} has no weight_map from tensors to files")
-    shards = sorted({shard if isinstance(shard, str) else repr(shard) for shard in weight_map.values()})
-    for shard in shards:
-        if not re.fullmatch(SHARD, shard):
-            raise DownloadError(f"{INDEX} of {hub.repository} names {shard!r:.200}, not a plain *.safetensors name")
-    if len({shard.lower() for shard in shards}) < len(shards):  # some systems would take them for one file
-        raise DownloadError(f"{INDEX} of {hub.repository} has names that differ in case only")
-    return shards
 
 
 def _expected(hub: Hub, entry: dict[str, Any]) -> Expected:
@@ -206,19 +188,8 @@ def _expected(hub: Hub, entry: dict[str, Any]) -> Expected:
             return Expected(lfs["size"], lfs["sha256"])
         return Expected(entry["size"], entry["blobId"])
     except (KeyError, TypeError, ValueError):
-        name = repr(entry.get("rfilename"))
-        raise DownloadError(f"{hub.name} does not state the size and hash of {name:.200}; check POP_ENDPOINT") from None
-
-
-def _object(hub: Hub, path: str, what: str, expected: Expected | None = None) -> dict[str, Any]:
-    """Fetch a JSON object and check its hash, if one is given."""
-    data = hub.read(path, MOST_JSON)
-    if expected is not None and not expected.matches(io.BytesIO(data)):
-        raise DownloadError(f"the {what} that {hub.name} sent does not have the listed hash; try again later")
-    with contextlib.suppress(ValueError, RecursionError):
-        if isinstance(value := json.loads(data), dict):
-            return value
-    raise DownloadError(f"the {what} that {hub.name} sent is not a JSON object; it may be a proxy's page")
+        name = entry["rfilename"]
+        raise DownloadError(f"{hub.name} does not state the size and hash of {name}; check POP_ENDPOINT") from None
 
 
 # ---- Fetching
@@ -226,35 +197,19 @@ def _object(hub: Hub, path: str, what: str, expected: Expected | None = None) ->
 
 def _fetch_all(hub: Hub, manifest: Manifest, partial: Path, progress: bool) -> None:
     """Bring all files into `partial`, where an earlier run may have left some."""
-    try:
-        _keep_only(manifest, partial)
-        total = sum(file.size for file in manifest.files.values())
-        files = [_File(hub, manifest, name, partial) for name in manifest.files]
-        missing = total - sum(file.size for file in files)
-        if missing > (free := shutil.disk_usage(partial).free):
-            room = f"{missing / 1e9:,.1f} GB more, but {partial.parent} has {free / 1e9:,.1f} GB of free space"
-            raise DownloadError(f"{hub.repository} needs {room}; make room, or set POP_WEIGHTS to a folder elsewhere")
-        manifest.save(partial)
-        with progress_bar(hub.repository, total, "B", progress) as step:
-            step(total - missing)
-            hub.together([functools.partial(file.fetch, step) for file in files])
-    except PopError:
-        raise
-    except OSError as error:
-        step = "correct that and run this again; it continues with what is there"
-        raise DownloadError(f"{partial} cannot be written ({error.strerror}); {step}") from None
-
-
-def _keep_only(manifest: Manifest, partial: Path) -> None:
-    """Delete everything but the files, complete or begun, that have the same hash in this commit."""
-    try:
-        before = Manifest.load(partial).files
-    except CheckpointError:  # missing or broken
-        before = {}
-    keep = {MANIFEST, ".lock", *(name for name, file in manifest.files.items() if before.get(name) == file)}
     for path in partial.iterdir():
-        if path.name not in keep or path.is_symlink() or not path.is_file():
+        if path.name not in {*manifest.files, ".lock"} or path.is_symlink() or not path.is_file():
             remove(path)
+    files = [_File(hub, manifest, name, partial) for name in manifest.files]
+    total = sum(file.size for file in manifest.files.values())
+    missing = total - sum(file.size for file in files)
+    if missing > (free := shutil.disk_usage(partial).free):
+        room = f"{missing / 1e9:,.1f} GB more, but {partial.parent} has {free / 1e9:,.1f} GB of free space"
+        raise DownloadError(f"{hub.repository} needs {room}; make room, or set POP_WEIGHTS to a folder elsewhere")
+    with progress_bar(hub.repository, total, "B", progress) as step:
+        step(total - missing)
+        hub.together([functools.partial(file.fetch, step) for file in files])
+    manifest.save(partial)
 
 
 class _File:
@@ -262,7 +217,7 @@ class _File:
 
     def __init__(self, hub: Hub, manifest: Manifest, name: str, folder: Path):
         self.hub, self.name, self.expected = hub, name, manifest.files[name]
-        self.address = _address(hub, manifest.commit, name)
+        self.address = f"/{manifest.repository}/resolve/{manifest.commit}/{name}"
         self.path = folder / name
         size = self.path.stat().st_size if self.path.exists() else 0
         self.size = size if size <= self.expected.size else 0  # valid bytes on the disk
@@ -303,7 +258,7 @@ class _File:
                 self._keep(0)  # the server ignores Range, or sends another part of the file
                 if answer.status != 200:
                     raise Broken("the server does not continue where the file ended")
-            for block in blocks(answer):
+            for block in self.hub.blocks(answer):
                 if self.size + len(block) > whole:
                     self._keep(0)
                     raise DownloadError(f"{self.name}: {self.hub.name} sends more than the {whole:,} bytes it lists")
@@ -314,7 +269,3 @@ class _File:
                 self._step(len(block))
         if self.size < whole:
             raise Broken(f"the connection broke off at {self.size:,} of {whole:,} bytes")
-
-
-def _address(hub: Hub, commit: str, name: str) -> str:
-    return f"/{hub.repository}/resolve/{commit}/{name}"

@@ -1,22 +1,19 @@
 """HTTP for `pop download`: every request ends in an answer or in a DownloadError, and only the endpoint sees the token.
 
-`Hub.together` runs requests in threads. When one of them fails or Ctrl-C comes, the others stop within a moment.
+`Hub.together` runs requests in threads. When one of them fails or Ctrl-C comes, the others stop with their next block.
 Whatever a server sends is untrusted.
 """
 
 import contextlib
-import io
 import os
 import re
-import socket
-import ssl
 import sys
 import threading
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
 from concurrent.futures import CancelledError, ThreadPoolExecutor, as_completed
-from http.client import HTTPConnection, HTTPException, HTTPResponse
+from http.client import HTTPException, HTTPResponse
 from typing import Any
 from urllib.error import HTTPError, URLError
 from urllib.parse import urlsplit
@@ -25,13 +22,12 @@ from urllib.request import Request
 from pop.errors import DownloadError, PopError, some
 
 THREADS = 8
-TIMEOUT = 30  # seconds to connect, and to receive the next PACE bytes
-PACE = 2**15  # bytes
+TIMEOUT = 10  # seconds to connect, to wait for anything at all, and to receive the next PACE bytes of a file
+PACE = 2**14  # bytes
 TRIES = 6  # failures in a row, with less than MUCH received between them
 MUCH = 2**20  # bytes
 PAUSE = 1  # seconds after the first failure; doubled after each further one
 MOST_PATIENT = 300  # seconds: the longest pause that a server may ask for
-REDIRECTS = 5
 HERE = ("localhost", "127.0.0.1", "::1")  # this machine: plain HTTP to it crosses no network
 
 
@@ -77,9 +73,7 @@ class Hub:
         if found and kind != "http" and not urllib.request.proxy_bypass(host):
             raise DownloadError(f"the proxy in the environment is a {kind}:// one; only http:// ones are supported")
         self._stop = threading.Event()
-        connections = _Connections(context=ssl.create_default_context())
-        connections.check_stop = self.check_stop
-        self._opener = urllib.request.build_opener(urllib.request.ProxyHandler(proxies), _Redirects, connections)
+        self._opener = urllib.request.build_opener(urllib.request.ProxyHandler(proxies), _Redirects)
 
     def note(self, line: str) -> None:
         if self.progress:
@@ -129,20 +123,35 @@ class Hub:
                 self.note(f"{what}: {broken}; trying again in {pause:.0f} s")
                 self._stop.wait(pause)
 
-    def read(self, path: str, most: int) -> bytes:
+    def read(self, path: str, most: int) -> bytearray:
         """Return the whole answer to a request for `path`, which must have `most` bytes at most."""
 
-        def attempt() -> bytes:
-            with self.get(path) as answer, _network(answer.url):
+        def attempt() -> bytearray:
+            data = bytearray()
+            with self.get(path) as answer:
                 length = answer.length or 0  # 0 if the server does not state it
-                data = answer.read(most + 1)
-                if len(data) > most:
-                    raise DownloadError(f"{self.name}{path} has more than {most} bytes; check POP_ENDPOINT")
-                if len(data) < length:
-                    raise EOFError("it broke off")
-                return data
+                for block in self.blocks(answer):
+                    data += block
+                    if len(data) > most:
+                        raise DownloadError(f"{self.name}{path} has more than {most} bytes; check POP_ENDPOINT")
+            if len(data) < length:
+                raise Broken("the connection broke off")
+            return data
 
         return self.persist(f"{self.name}{path}", attempt)
+
+    def blocks(self, answer: HTTPResponse) -> Iterator[bytes]:
+        """Yield the body as it comes; raise Broken if it cannot be read or comes too slowly."""
+        due, count = time.monotonic() + TIMEOUT, 0
+        with _network(answer.url):
+            while block := answer.read1(2**20):
+                yield block
+                self.check_stop()
+                count += len(block)
+                if count >= PACE:
+                    due, count = time.monotonic() + TIMEOUT, 0
+                elif time.monotonic() > due:
+                    raise TimeoutError("it was too slow")
 
     @contextlib.contextmanager
     def get(self, path: str, start: int = 0) -> Iterator[HTTPResponse]:
@@ -159,7 +168,8 @@ class Hub:
             request.add_unredirected_header("Authorization", f"Bearer {self._token}")
         self.check_stop()
         try:
-            answer = self._opener.open(request, timeout=TIMEOUT)
+            with _network(self.url):
+                answer = self._opener.open(request, timeout=TIMEOUT)
         except HTTPError as error:  # a status other than 2xx
             answer = error
         except ValueError:
@@ -191,66 +201,8 @@ class Hub:
         raise DownloadError(f"{self.repository} is gated ({status}), and HF_TOKEN {token}; {step}")
 
 
-def blocks(answer: HTTPResponse) -> Iterator[bytes]:
-    """Yield the body as it comes; raise Broken if it cannot be read."""
-    with _network(answer.url):
-        while block := answer.read1(2**20):
-            yield block
-
-
-class _Stream(io.RawIOBase):
-    """A reader of a socket. It gives up when the server is silent or too slow, or when the download stops."""
-
-    def __init__(self, sock: socket.socket, check_stop: Callable[[], None]):
-        self._sock, self._check_stop = sock, check_stop
-        self._file = sock.makefile("rb", buffering=0)  # keeps the socket open until this stream is closed
-        self._due, self._count = time.monotonic() + TIMEOUT, 0
-
-    def makefile(self, mode: str) -> io.BufferedReader:
-        return io.BufferedReader(self)  # HTTPResponse asks its socket for this
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer) -> int:
-        self._sock.settimeout(0.1)
-        try:
-            while True:
-                self._check_stop()
-                if time.monotonic() > self._due:
-                    raise TimeoutError("it was silent or too slow")
-                with contextlib.suppress(TimeoutError):
-                    count = self._sock.recv_into(buffer)
-                    break
-        finally:
-            self._sock.settimeout(TIMEOUT)
-        self._count += count
-        if self._count >= PACE:
-            self._due, self._count = time.monotonic() + TIMEOUT, 0
-        return count
-
-    def close(self) -> None:
-        self._file.close()
-        super().close()
-
-
-class _Connections(urllib.request.HTTPSHandler, urllib.request.HTTPHandler):
-    """Connections that read through a _Stream."""
-
-    def do_open(self, kind: type[HTTPConnection], request: Request, **options) -> HTTPResponse:
-        def connect(host: str, **more) -> HTTPConnection:
-            connection = kind(host, **more)
-            connection.response_class = lambda sock, **rest: HTTPResponse(_Stream(sock, self.check_stop), **rest)
-            return connection
-
-        with _network(request.full_url):
-            return super().do_open(connect, request, **options)
-
-
 class _Redirects(urllib.request.HTTPRedirectHandler):
     """Redirects that leave the token at its origin and never step down from https to http."""
-
-    max_repeats = max_redirections = REDIRECTS
 
     def redirect_request(self, request, answer, code, message, headers, url: str) -> Request:
         answer.close()  # urllib would read the body, of any length
@@ -276,15 +228,12 @@ def _origin(url: str) -> tuple[str, str, int]:
 
 @contextlib.contextmanager
 def _network(url: str) -> Iterator[None]:
-    """Turn errors of the network into Broken, and a certificate that cannot be verified into DownloadError."""
+    """Turn errors of the network into Broken."""
     try:
         yield
-    except PopError:
+    except (PopError, HTTPError):
         raise
-    except (OSError, EOFError, HTTPException) as error:
-        cause, host = error.reason if isinstance(error, URLError) else error, urlsplit(url).hostname
-        if isinstance(cause, ssl.SSLCertVerificationError):
-            reason = f"the certificate of {host} cannot be verified ({cause.verify_message})"
-            raise DownloadError(f"{reason}; if a proxy replaces it, name its authority in SSL_CERT_FILE") from None
-        text = str(cause) or type(cause).__name__
-        raise Broken(f"the connection to {host} failed ({some([text])})") from None  # `text` may be the server's
+    except (OSError, HTTPException) as error:
+        cause = error.reason if isinstance(error, URLError) else error
+        text = some([str(cause) or type(cause).__name__])  # it may be the server's
+        raise Broken(f"the connection to {urlsplit(url).hostname} failed ({text})") from None

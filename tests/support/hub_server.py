@@ -168,18 +168,7 @@ def stall(part: float = 0.5):
 def drip(handler):
     """Send the body slowly, byte by byte."""
     handler.answer(b"", length=len(handler.body()))
-    _drip(handler, handler.body())
-
-
-def drip_headers(handler):
-    """Send the headers slowly, byte by byte."""
-    handler.send_response(200)
-    handler.flush_headers()
-    _drip(handler, b"X-Slow: " + b"y" * 10_000)
-
-
-def _drip(handler, data: bytes):
-    for byte in data:
+    for byte in handler.body():
         if handler.server.released.wait(0.05):
             break
         handler.wfile.write(bytes([byte]))
