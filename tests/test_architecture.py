@@ -160,6 +160,8 @@ def test_a_new_family_runs_everywhere(tmp_path, monkeypatch):
     layer, h = model.module.layers[0], torch.randn(2, 3, 30, generator=torch.Generator().manual_seed(1))
     norm = layer.input_layernorm
     assert_close(norm(h), torch.nn.functional.layer_norm(h, (30,), norm.weight, eps=config.norm_eps))
+    weight, _ = layer.folded_projections()
+    assert_close(layer.normalised(h) @ weight[0].T.float(), layer.projected(h)[0])
 
     prompt, answer = torch.arange(20), torch.tensor([3])
     texts = [[(n * k) % 67 for n in range(40)] for k in range(1, 12)]
