@@ -70,13 +70,9 @@ def _(x, integers, scale):
 
 
 def check_quantize(quantize, module, device: torch.device, ranks: int = 1) -> None:
-    """Raise a PopError, before any weight is read, if `quantize_module` does not support what is asked for.
+    """Raise a PopError if `pop.load` cannot quantise the module, which may be on the meta device.
 
-    Args:
-        quantize: as in `pop.load`.
-        module: the model, on the meta device.
-        device: where the model will be.
-        ranks: how many processes share the model.
+    `device` is where it will be, and `ranks` the number of processes that share it.
     """
     if quantize is None:
         return
@@ -94,10 +90,7 @@ def check_quantize(quantize, module, device: torch.device, ranks: int = 1) -> No
     if any(weight.dim() > 2 for weight in module.layers.parameters()):
         raise UnsupportedError("int8 does not support mixtures of experts; leave out quantize")
     if unfit := {child.in_features for _, _, child in _linears(module) if child.in_features % LANES}:
-        raise UnsupportedError(
-            f"int8 needs widths that are multiples of {LANES}, and the model has a width of {min(unfit)}; "
-            "leave out quantize"
-        )
+        raise UnsupportedError(f"int8 needs multiples of {LANES}, but a width of {min(unfit)} is not; omit quantize")
     if importlib.util.find_spec("torchao") is None:
         raise MissingExtra("quantize needs the package torchao; run `pip install 'pop-prefill[quantize]'`")
 

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 import random
 from collections.abc import Iterable, Iterator, Sequence
 from importlib.resources import files
@@ -25,6 +24,7 @@ import torch.nn.functional as F
 
 from pop import engine
 from pop.errors import InputError, PlanError, check_count
+from pop.generation.sampling import check_finite
 from pop.inputs.processors import Prepared
 from pop.model import Model
 from pop.progress import progress_bar
@@ -152,7 +152,7 @@ class _Fit:
     """The normal equations of one plan.
 
     Attributes:
-        xx, x: X' X and the sum of X over the tokens, by the first layer of each group of pruned layers.
+        xx: X' X, by the first layer of each group of pruned layers. x: the sum of X over the tokens, likewise.
         xy: X' Y, by pruned layer.
         count: n, the number of tokens.
     """
@@ -172,8 +172,8 @@ class _Fit:
         solutions = []
         for group in self.groups:
             xx, x = self.xx[group[0]], self.x[group[0]]
-            if not all(sums.isfinite().all() for sums in (xx, *(self.xy[index] for index in group))):
-                raise InputError("the hidden states of the texts are not finite; check the weights, or the dtype")
+            for sums in (xx, *(self.xy[index] for index in group)):
+                check_finite(sums, "hidden states of the texts")
             identity = torch.eye(len(xx), dtype=xx.dtype, device=xx.device)
             factor = torch.linalg.cholesky(xx + ridge * self.count * identity)
             for index in group:
@@ -279,8 +279,7 @@ class Judge:
 
 
 def _choose(fit: _Fit, judge: Judge, step) -> PrunePlan:
-    """Choose lambda, then the damping of V, then that of K. Plain pruning is chosen if it is better than all."""
-
+    """Choose lambda, then the damping of V, then that of K, or plain pruning if it is better than all of them."""
     solved = {}
 
     def refit(ridge: float, damp_k: float, damp_v: float) -> PrunePlan:
@@ -292,11 +291,7 @@ def _choose(fit: _Fit, judge: Judge, step) -> PrunePlan:
     @functools.cache
     def loss(*settings: float) -> float:
         found = judge(refit(*settings))
-        if not math.isfinite(found):
-            raise InputError(
-                "the model's predictions on the texts are not finite; check the weights, or load with "
-                "dtype=torch.bfloat16 or torch.float32"
-            )
+        check_finite(torch.tensor(found), "predictions on the texts")
         step(1)
         return found
 

@@ -345,7 +345,7 @@ def test_as_many_windows_are_held_out_as_asked_but_a_fifth_at_most(model, held_o
     assert [len(windows) for _, _, windows in judged] == [expected]
 
 
-# What is refused
+# Errors
 
 
 @pytest.mark.parametrize(

@@ -52,7 +52,7 @@ def run(model: pop.Model) -> dict[str, torch.Tensor]:
 
 
 def compiled(model: pop.Model) -> torch.Tensor:
-    """A step of a batch through torch.compile. In a thorough run, its calibrated prefill is compiled as well."""
+    """A step of a batch through torch.compile. A thorough run also compiles its calibrated prefill."""
     stages = engine.Stages(*(_CompiledStage(stage) for stage in engine.EAGER))
     cache, tokens, lengths = model.new_cache(2, 16), torch.tensor(PROMPT), torch.tensor(LENGTHS)
     prefill_stages = stages if THOROUGH else engine.EAGER
