@@ -2,8 +2,8 @@
 
 A GGUF file holds a table of metadata and a list of tensors, often quantised, under llama.cpp's names.
 
-1. Refuse, by name, metadata that does not belong to the architectures below.
-2. Write the rest as a complete config.json.
+1. Write the metadata as a complete config.json. Refuse what is left of them.
+2. Compare the tensors with those of the model that config.json describes.
 3. Dequantise the tensors, undo what llama.cpp's converter did to them, and round them to bfloat16.
 4. Rebuild the tokenizer's files (gguf_tokenizer.py).
 """
@@ -52,18 +52,9 @@ _NAMES = {
     },
 }
 _OUTSIDE = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
-# The keys "<architecture>.*" that this file reads or that change nothing. Any other key might change the model.
-_KNOWN_KEYS = {
-    *("block_count", "context_length", "embedding_length", "feed_forward_length", "vocab_size"),
-    *("expert_count", "expert_used_count", "attention.head_count", "attention.head_count_kv"),
-    *("attention.key_length", "attention.value_length", "attention.layer_norm_rms_epsilon"),
-    *("rope.dimension_count", "rope.freq_base", "rope.scale_linear", "rope.scaling.type"),
-    *("rope.scaling.factor", "rope.scaling.original_context_length", "rope.scaling.finetuned"),
-}
-_GEMMA3_KEYS = {"attention.sliding_window", "attention.sliding_window_pattern", "rope.freq_base_swa"}
+_HARMLESS = ("vocab_size", "rope.scaling.finetuned", "rope.scaling.original_context_length")
 _SHARD_BYTES = 4 << 30  # larger weights are written as several files with an index
 _CHUNK_ELEMENTS = 1 << 24  # dequantised at a time, 64 MiB of float32
-_REQUIRED: Any = object()
 
 
 def import_gguf(file: str | Path, folder: str | Path, *, progress: bool = True) -> Path:
@@ -98,18 +89,16 @@ def convert(file: Path, folder: Path, *, progress: bool = True) -> None:
         raise UnsupportedError(f"{file} is one of {count} pieces; merge them with llama-gguf-split --merge")
     if arch not in _NAMES:
         raise UnsupportedError(f"{file}: the architecture {arch!r} is not supported (supported: {', '.join(_NAMES)})")
-    if source.get(f"{arch}.expert_count", int, 0):
-        raise UnsupportedError(f"{file} is a mixture of experts, which is not supported")
-    known = {f"{arch}.{key}" for key in _KNOWN_KEYS | (_GEMMA3_KEYS if arch == "gemma3" else set())}
-    if unknown := [key for key in source.keys if key.startswith(f"{arch}.") and key not in known]:
-        raise UnsupportedError(f"{file} sets {some(unknown)}, which is not supported")
-
     config = _config(source, arch)
+    unknown = [key for key in source.unread if key.startswith(f"{arch}.") and key[len(arch) + 1 :] not in _HARMLESS]
+    if unknown:  # any of them might change the model
+        raise UnsupportedError(f"{file} sets {some(sorted(unknown))}, which is not supported")
     tensors = _tensors(source, arch, config)
     write_json(folder / "config.json", config)
     token_ids = {key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
     write_json(folder / "generation_config.json", token_ids | {"_from_model_config": True})
-    write_tokenizer(source, folder, config)
+    with source.sound():
+        write_tokenizer(source, folder, config)
     _write_weights(source, folder, config, tensors, progress)
 
 
@@ -127,7 +116,7 @@ def require_gguf() -> Any:
 
 
 class GGUFFile:
-    """An open GGUF file: `get` reads its metadata, `shapes` and `values` its tensors. str() is its path."""
+    """An open GGUF file: `get` reads its metadata, `shapes` and `values` its tensors."""
 
     def __init__(self, path: Path):
         gguf = require_gguf()
@@ -145,12 +134,9 @@ class GGUFFile:
         if self._reader.byte_order != "I":
             raise UnsupportedError(f"{path} is a big-endian GGUF file, which is not supported")
         self._tensors = {tensor.name: tensor for tensor in self._reader.tensors}
-        self.keys = list(self._reader.fields)
+        self.unread = set(self._reader.fields)  # keys that `get` has not been asked for
         # GGUF stores the innermost dimension first, HF the outermost.
         self.shapes = {name: tuple(tensor.shape.tolist()[::-1]) for name, tensor in self._tensors.items()}
-
-    def __str__(self) -> str:
-        return str(self.path)
 
     @contextlib.contextmanager
     def sound(self) -> Iterator[None]:
@@ -164,10 +150,11 @@ class GGUFFile:
             what = f"{type(error).__name__}: {error}"
             raise CheckpointError(f"{self.path} is not a sound GGUF file ({what}); fetch it again") from error
 
-    def get(self, key: str, kind: type, default: Any = _REQUIRED) -> Any:
+    def get(self, key: str, kind: type, default: Any = ...) -> Any:
         """Return the metadata value `key`, which must be of type `kind` and, if it is a number, not negative."""
+        self.unread.discard(key)
         if key not in self._reader.fields:
-            if default is _REQUIRED:
+            if default is ...:
                 raise CheckpointError(f"{self.path} lacks the metadata {key}; fetch it again")
             return default
         with self.sound():
@@ -203,14 +190,14 @@ def _decimal(value: float) -> float:
 def _config(source: GGUFFile, arch: str) -> dict[str, Any]:
     """Return config.json, with the field names of transformers 4."""
 
-    def get(key: str, kind: type, default: Any = _REQUIRED) -> Any:
+    def get(key: str, kind: type, default: Any = ...) -> Any:
         return source.get(f"{arch}.{key}", kind, default)
 
     width, heads = get("embedding_length", int), get("attention.head_count", int)
     head_dim = get("attention.key_length", int, width // max(heads, 1))
     for key in ("attention.value_length", "rope.dimension_count"):
         if (value := get(key, int, head_dim)) != head_dim:
-            raise UnsupportedError(f"{source}: {arch}.{key} is {value}; it must be the head width {head_dim}")
+            raise UnsupportedError(f"{source.path}: {arch}.{key} is {value}; it must be the head width {head_dim}")
     vocab_size, *_ = source.shapes.get("token_embd.weight") or (0,)
     base = get("rope.freq_base", float, {"llama": 1e4, "gemma3": 1e6}[arch])
     ends = [source.get(f"tokenizer.ggml.{name}_token_id", int, None) for name in ("eos", "eot", "eom")]
@@ -259,7 +246,7 @@ def _rope_scaling(source: GGUFFile, arch: str, base: float, head_dim: int) -> di
     factor = source.get(f"{arch}.rope.scaling.factor", float, factor)
     kind = source.get(f"{arch}.rope.scaling.type", str, "linear" if factor != 1 else "none")
     if kind not in ("none", "linear"):
-        raise UnsupportedError(f"{source}: {arch}.rope.scaling.type is {kind!r}, which is not supported")
+        raise UnsupportedError(f"{source.path}: {arch}.rope.scaling.type is {kind!r}, which is not supported")
     linear = {"rope_type": "linear", "factor": factor} if kind == "linear" and factor != 1 else None
     if arch != "llama" or "rope_freqs.weight" not in source.shapes:
         return linear
@@ -270,7 +257,7 @@ def _rope_scaling(source: GGUFFile, arch: str, base: float, head_dim: int) -> di
     rope = RopeConfig(base, "llama3", max(factor, 1.0), original_max_positions=original)
     expected = rope_frequencies(RopeConfig(base), head_dim, "cpu") / rope_frequencies(rope, head_dim, "cpu")
     if linear or divisors.shape != expected.shape or not torch.allclose(divisors, expected, rtol=1e-4, atol=0):
-        raise UnsupportedError(f"{source}: rope_freqs.weight is not the RoPE scaling of Llama-3.1")
+        raise UnsupportedError(f"{source.path}: rope_freqs.weight is not the RoPE scaling of Llama-3.1")
     return {
         "rope_type": "llama3",
         "factor": factor,
@@ -289,18 +276,18 @@ def _tensors(source: GGUFFile, arch: str, config: dict[str, Any]) -> dict[str, s
         with torch.device("meta"):
             module = build(READERS[config["model_type"]](Fields(config)))
     except ConfigError as error:
-        raise CheckpointError(f"{source} describes no model: {error}; fetch it again") from None
+        raise CheckpointError(f"{source.path} describes no model: {error}; fetch it again") from None
     shapes = {name: tuple(parameter.shape) for name, parameter in module.named_parameters()}
     tensors = {hf_name: _gguf_name(hf_name, arch) for hf_name in shapes}
     known = {*tensors.values(), *(["rope_freqs.weight"] if arch == "llama" else [])}
     if missing := [name for name in tensors.values() if name not in source.shapes]:
-        raise CheckpointError(f"{source} lacks the tensors {some(missing)}; fetch it again")
+        raise CheckpointError(f"{source.path} lacks the tensors {some(missing)}; fetch it again")
     if surplus := [name for name in source.shapes if name not in known]:
-        raise CheckpointError(f"{source} has tensors that the architecture {arch} does not: {some(surplus)}")
+        raise CheckpointError(f"{source.path} has tensors that the architecture {arch} does not: {some(surplus)}")
     for hf_name, name in tensors.items():
-        if source.shapes[name] != shapes[hf_name]:
-            found = source.shapes[name]
-            raise CheckpointError(f"{source}: {name} has the shape {found}, but the metadata imply {shapes[hf_name]}")
+        found, shape = source.shapes[name], shapes[hf_name]
+        if found != shape:
+            raise CheckpointError(f"{source.path}: {name} has the shape {found}, but the metadata imply {shape}")
     return tensors
 
 
