@@ -58,9 +58,6 @@ def record(calls, function):
 TEXTS = random_texts(0, 300, 40, 17, 500, 90)
 
 
-# The fit
-
-
 @given(models(), st.data())
 def test_the_normal_equations_give_the_naive_fit(module, data):
     """For any groups of pruned layers, padding, taps and first tokens."""
@@ -126,9 +123,6 @@ def test_batches_hold_every_window_once_and_no_more_tokens_than_allowed():
     assert sorted(window for batch in batches for window in batch) == sorted(windows)
     assert all(len(batch) == 1 or len(batch) * len(batch[0]) <= 4096 for batch in batches)
     assert all(len(batch[0]) == max(map(len, batch)) for batch in batches)
-
-
-# The choice
 
 
 def test_the_judge_is_the_kl_over_the_last_third(each_family):
