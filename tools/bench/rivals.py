@@ -36,7 +36,9 @@ def _import(module: str, package: str):
     try:
         return importlib.import_module(module)
     except ImportError:
-        raise MissingExtra(f"--against needs the package {package}; install it next to pop, or leave out --against") from None
+        raise MissingExtra(
+            f"--against needs the package {package}; install it next to pop, or leave out --against"
+        ) from None
 
 
 class Transformers:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from types import SimpleNamespace
@@ -63,7 +64,7 @@ class PopAdapter:
         text = str(batch_size)
         self.batch_size = check_count("batch_size", int(text) if text.isdecimal() else batch_size)
         self.model, self.name = model, name
-        self._chat = None  # the chat format, once the harness has asked for it
+        self._mark = None  # the control token that opens a message, once the harness has asked for a conversation
         self._warned: set[str] = set()
 
     # The three kinds of request
@@ -148,9 +149,10 @@ class PopAdapter:
     def apply_chat_template(self, chat_history: list[dict], add_generation_prompt: bool = True) -> ChatPrompt:
         """A conversation as a prompt. Without add_generation_prompt, its last turn stays open for a continuation."""
         tokenizer = self.model.tokenizer
-        self._chat = chat_format(tokenizer)
+        chat = chat_format(tokenizer)
+        self._mark = re.search("<.*?>", chat.before)[0]
         try:
-            ids = self._chat.encode(chat_history, add_generation_prompt)
+            ids = chat.encode(chat_history, add_generation_prompt)
         except InputError as error:
             reason = str(error).rstrip(".")
             raise InputError(
@@ -220,9 +222,9 @@ class PopAdapter:
         """The first ids of a prompt, which are fixed, and the text after them."""
         if isinstance(prompt, ChatPrompt):
             return prompt.head, prompt.text
-        if self._chat is not None and self._chat.mark in prompt:
+        if self._mark is not None and self._mark in prompt:
             raise InputError(
-                f"a task has made a plain string that contains {self._chat.mark}, perhaps from a chat prompt, "
+                f"a task has made a plain string that contains {self._mark}, perhaps from a chat prompt, "
                 "so its control tokens are lost; run this task without --apply_chat_template"
             )
         bos_id = self.model.tokenizer.bos_id
