@@ -66,7 +66,8 @@ def load(
     config = read_config(folder)
     dtype = dtype or config.dtype
     plan, max_seq_len = check_options(config, dtype, prune, max_seq_len, compile)
-    tokenizer = _tokenizer(folder)
+    has_tokenizer = any((folder / name).exists() for name in ("tokenizer.json", "tokenizer.model"))
+    tokenizer = load_tokenizer(folder) if has_tokenizer else None
     part = Part(config, rank, ranks) if ranks > 1 else None
     with torch.device("meta"):
         module = models.build(config) if part is None else part.build()
@@ -92,9 +93,3 @@ def usable_device(device) -> torch.device:
     except (RuntimeError, TypeError, ValueError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise InputError(f"device is {device!r}, which cannot be used here ({reason}); try 'cpu'") from None
-
-
-def _tokenizer(folder: Path):
-    """The tokenizer of a checkpoint, or None without tokenizer files."""
-    names = ("tokenizer.json", "tokenizer.model")
-    return load_tokenizer(folder) if any((folder / name).exists() for name in names) else None

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import time
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -20,7 +19,7 @@ from pop.engine.cache import CHUNK_SIZE, KVCache
 from pop.engine.compile import SMALLEST, Compiled
 from pop.errors import ContextOverflow, InputError, PlanError, TokenizerError, check_count
 from pop.generation.answers import Generation
-from pop.generation.batch import Batch, check_single, is_batch
+from pop.generation.batch import Batch, generate, stream
 from pop.generation.conversation import Conversation
 from pop.generation.prefix import Prefix
 from pop.generation.sampling import SamplingParams
@@ -202,17 +201,13 @@ class Model:
             InputError: the prompt is empty, its images do not match it or cannot be read, a value is out of range, or
                 the model's numbers overflow. ContextOverflow: a prompt is longer than max_seq_len.
         """
-        began = time.perf_counter()
-        several = is_batch(prompt)
         params = SamplingParams(max_new_tokens, temperature, top_k, top_p, seed, stop)
-        generations = self._batch(prompt if several else [prompt], images, videos, params, plan).generations(began)
-        return generations if several else generations[0]
+        return generate(prompt, lambda prompts: self._batch(prompts, images, videos, params, plan))
 
     def stream(self, prompt, *, images=None, videos=None, plan: PrunePlan | None = None, **sampling) -> Iterator[str]:
         """Like `generate` for one prompt, but yields the answer in pieces of whole characters, as they come."""
-        check_single(self, prompt)
-        batch = self._batch([prompt], images, videos, SamplingParams(**sampling), plan)
-        return (piece for (piece,) in batch.steps() if piece)
+        params = SamplingParams(**sampling)
+        return stream(self, prompt, lambda prompts: self._batch(prompts, images, videos, params, plan))
 
     def _batch(self, prompts, images, videos, params: SamplingParams, plan) -> Batch:
         media = self.vision.prepare_batch(images, videos, len(prompts))

@@ -160,15 +160,7 @@ def importance(args) -> None:
 
 
 def excerpts(tokenizer, texts: dict[str, str], count: int, length: int, seed: int) -> list[list[int]]:
-    """Cut random excerpts from the texts in turn, as token ids after BOS.
-
-    Args:
-        tokenizer: of the model.
-        texts: by name.
-        count: the number of excerpts.
-        length: their tokens. A shorter text is taken whole.
-        seed: of the random choice.
-    """
+    """Cut `count` random excerpts of `length` tokens from the texts in turn. Returns their ids after BOS."""
     check_count("--samples", count)
     check_count("--prompt-tokens", length)
     random = Random(seed)

@@ -21,6 +21,7 @@ import time
 from itertools import pairwise, takewhile
 from pathlib import Path
 from statistics import median
+from textwrap import shorten
 
 import torch
 
@@ -45,9 +46,7 @@ def run(name: str, text: str | None, prune, *, max_new_tokens: int, runs: int, a
         text: the user's message; None takes the story and a question about it.
         prune: as in `pop.load`. "default" shows the rows named above; anything else shows the full model and that plan,
             plain and calibrated.
-        max_new_tokens: the length of the answers.
-        runs: how often each plan is timed.
-        as_json: print JSON.
+        max_new_tokens, runs, as_json: the options of `pop demo`.
     """
     check_count("max_new_tokens", max_new_tokens)
     check_count("runs", runs)
@@ -82,13 +81,7 @@ def _prompt(model, text: str) -> list[int]:
 
 
 def calibrated(plans: list, model, folder: Path) -> list:
-    """The plans, calibrated on the built-in texts: read from `folder`, or made now and kept there.
-
-    Args:
-        plans: plain plans.
-        model: the model to calibrate.
-        folder: where calibrated plans are kept.
-    """
+    """The plans, calibrated on the built-in texts: read from `folder`, or made now and kept there."""
     paths = {plan: folder / f"calibrated-{_name(plan)}.plan" for plan in plans}
     kept = {}
     for plan, path in paths.items():
@@ -121,14 +114,9 @@ def _name(plan) -> str:
 
 
 def compare(model, prompt: list[int], plans: list, story: str, *, max_new_tokens: int, runs: int) -> list[dict]:
-    """Answer a prompt with each plan, time it, and measure the plan's loss. Returns a row for each plan.
+    """Answer a prompt of token ids with each plan, time it, and measure the plan's loss on the story.
 
-    Args:
-        model: a pop.Model.
-        prompt: token ids.
-        plans: the first one prunes nothing.
-        story: the text on which the loss is measured.
-        max_new_tokens, runs: as in `run`.
+    The first plan prunes nothing. Returns a row for each plan.
     """
     _progress("answering")  # also warms up
     answers = [model.generate(prompt, max_new_tokens=max_new_tokens, plan=plan) for plan in plans]
@@ -225,19 +213,15 @@ def describe(row: dict) -> str:
     return text + (", calibrated" if row["taps"] else "")
 
 
-def _shorten(answer: str, width: int = 68) -> str:
-    """The answer in one line."""
-    line = " ".join(answer.split())
-    return line if len(line) <= width else line[: width - 4] + " ..."
-
-
 def _report(result: dict) -> str:
     lines = [("prompt encoded by", "TTFT*, ms", "speedup", "limit", "KL, nats")]
     for row in result["rows"]:
         numbers = [f"{row['ttft_s'] * 1e3:,.0f}", f"{row['speedup']:.2f}x", f"{row['speedup_limit']:.2f}x"]
         lines.append((describe(row), *numbers, f"{row['kl_nats']:.3f}"))
     table = "\n".join(f"{label:58}" + "".join(f"{number:>11}" for number in numbers) for label, *numbers in lines)
-    answers = "\n".join(f"{describe(row):58}  {_shorten(row['answer'])}" for row in result["rows"])
+    answers = "\n".join(
+        f"{describe(row):58}  {shorten(row['answer'], 68, placeholder=' ...')}" for row in result["rows"]
+    )
     speeds = [row["decode_tokens_per_s"] for row in result["rows"] if row["decode_tokens_per_s"]]
     decode = f"Decode runs all layers whatever the plan: {median(speeds):.1f} tokens/s here.\n\n" if speeds else ""
     return f"""

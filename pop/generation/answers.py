@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import dataclasses
 import math
 from collections.abc import Sequence
@@ -9,7 +10,6 @@ from contextlib import suppress
 
 from pop.errors import UnsupportedError
 from pop.inputs.chat import chat_format
-from pop.inputs.tokenizers import StreamDecoder
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,16 +41,13 @@ class Generation:
 class Answer:
     """An answer that grows: tokens come in, and text comes out as soon as no later token can change it.
 
-    Args:
-        tokenizer: from ids to text. None: the answer is token ids only.
-        end_ids: the tokens that end an answer.
-        stop: strings that end an answer.
-        max_new_tokens: the most tokens of the answer.
+    Without a tokenizer, the answer is token ids only. A token of `end_ids` or a string of `stop` ends it.
     """
 
     def __init__(self, tokenizer, end_ids: frozenset[int], stop: Sequence[str], max_new_tokens: int):
         self.end_ids, self.stop, self.max_new_tokens = end_ids, stop, max_new_tokens
-        self.decoder = None if tokenizer is None else StreamDecoder(tokenizer)
+        self.tokenizer = tokenizer
+        self.decoder = codecs.getincrementaldecoder("utf-8")("replace")  # holds back incomplete characters
         self.tokens: list[int] = []
         self.text = ""  # settled: no later token changes it
         self.pending = ""  # may still turn out to be the beginning of a stop string
@@ -63,13 +60,13 @@ class Answer:
         if token in self.end_ids:
             return self._finish("stop")
         self.tokens.append(token)
-        piece = "" if self.decoder is None else self._settle(self.decoder.push(token))
+        piece = "" if self.tokenizer is None else self._settle(self.decoder.decode(self.tokenizer.token_bytes(token)))
         if len(self.tokens) == self.max_new_tokens and not self.finish_reason:
             piece += self._finish("length")
         return piece
 
     def _finish(self, reason: str) -> str:
-        piece = "" if self.decoder is None else self._settle(self.decoder.flush())
+        piece = self._settle(self.decoder.decode(b"", final=True))
         if not self.finish_reason:  # the flushed text may have completed a stop string
             piece += self.pending
             self.text += self.pending

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 
@@ -25,15 +25,8 @@ class Batch:
         media: the images and videos of each prompt.
         params: how the answers are sampled.
         plan: the PrunePlan of the prompts; None takes the model's.
-        earlier: a cache of one row that all prompts continue. It is copied, not changed. None: an empty cache.
+        earlier: a cache of one row, which all prompts continue and none changes. None: an empty cache.
         leading: token ids before the prompts that run at full depth: the end of a truncated answer.
-
-    Attributes:
-        answers: an Answer for each prompt.
-        cache: after `steps`, the cache of the answers. It lacks the last token of a truncated answer.
-
-    Raises:
-        ContextOverflow: a prompt is longer than the model's context. PlanError, TokenizerError: as in Model.generate.
     """
 
     def __init__(
@@ -83,12 +76,7 @@ class Batch:
             logits = self.model.decode(tokens, self.cache)
 
     def generations(self, began: float, steps: Iterable | None = None) -> list[Generation]:
-        """Take all steps, and return the answers with their times.
-
-        Args:
-            began: when the call began, by time.perf_counter().
-            steps: `self.steps()`, or an iterator around it.
-        """
+        """Take all steps, or an iterator around them. Seconds count from `began`, a time.perf_counter()."""
         seconds = [time.perf_counter() - began for _ in (self.steps() if steps is None else steps)]
         return [
             Generation(
@@ -126,7 +114,23 @@ class Batch:
         return tokens
 
 
-def is_batch(prompt) -> bool:
+def generate(prompt, batch_of: Callable[[list], Batch]) -> Generation | list[Generation]:
+    """Answer a prompt, or a list of prompts, which returns a list. batch_of: from prompts to their Batch."""
+    began = time.perf_counter()
+    several = _is_batch(prompt)
+    generations = batch_of(prompt if several else [prompt]).generations(began)
+    return generations if several else generations[0]
+
+
+def stream(model, prompt, batch_of: Callable[[list], Batch]) -> Iterator[str]:
+    """The answer to one prompt in pieces of whole characters, as they come. Errors in the prompt are raised at once."""
+    model.need_tokenizer("stream")
+    if _is_batch(prompt):
+        raise InputError("stream takes one prompt; use generate for a batch, or one stream for each prompt")
+    return (piece for (piece,) in batch_of([prompt]).steps() if piece)
+
+
+def _is_batch(prompt) -> bool:
     """Whether a prompt is a list of prompts, rather than text or one list of token ids."""
     if isinstance(prompt, str):
         return False
@@ -136,10 +140,3 @@ def is_batch(prompt) -> bool:
     if not prompt:
         raise InputError("the prompt is empty; give it at least one token")
     return isinstance(prompt[0], (str, Sequence)) or getattr(prompt[0], "ndim", 0) > 0
-
-
-def check_single(model, prompt) -> None:
-    """Raise unless `prompt` is one prompt whose answer the model can stream as text."""
-    model.need_tokenizer("stream")
-    if is_batch(prompt):
-        raise InputError("stream takes one prompt; use generate for a batch, or one stream for each prompt")

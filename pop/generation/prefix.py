@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
 
 from pop.errors import InputError
 from pop.generation.answers import Generation
-from pop.generation.batch import Batch, check_single, is_batch
+from pop.generation.batch import Batch, generate, stream
 from pop.generation.sampling import SamplingParams
 from pop.pruning.plan import PrunePlan
 
@@ -50,19 +49,12 @@ class Prefix:
             rest: text or token ids, or a list of either. Text is tokenized apart from the prefix, without BOS.
             images, videos: those of the rest, as in `Model.generate`.
             options: those of `Model.generate`, without the plan.
-
-        Raises:
-            As `Model.generate`.
         """
-        began = time.perf_counter()
-        several = is_batch(rest)
-        generations = self._batch(rest if several else [rest], images, videos, options).generations(began)
-        return generations if several else generations[0]
+        return generate(rest, lambda rests: self._batch(rests, images, videos, options))
 
     def stream(self, rest, *, images=None, videos=None, **options) -> Iterator[str]:
         """Like `generate` for one rest, but yields the answer in pieces of whole characters, as they come."""
-        check_single(self.model, rest)
-        return (piece for (piece,) in self._batch([rest], images, videos, options).steps() if piece)
+        return stream(self.model, rest, lambda rests: self._batch(rests, images, videos, options))
 
     def _batch(self, rests, images, videos, options: dict) -> Batch:
         if "plan" in options:

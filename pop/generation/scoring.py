@@ -15,14 +15,7 @@ TOKENS_AT_ONCE = 256  # of the continuation, whose logits [T, V] are in memory t
 def log_likelihood(
     model, context: list[int], media: list[Prepared], continuation: list[int], plan: PrunePlan | None
 ) -> float:
-    """log p(continuation | context), natural logarithm, as `Model.score` describes it.
-
-    Args:
-        model: a pop.Model.
-        context, continuation: token ids.
-        media: the images and videos of the context.
-        plan: the PrunePlan of the context; None takes the model's.
-    """
+    """log p(continuation | context) of token ids, as `Model.score` describes it. media: what the context shows."""
     length = len(context) + len(continuation) - 1
     model.check_fits(length, "context plus continuation")
     cache = model.new_cache(1, length)
