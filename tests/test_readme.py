@@ -25,6 +25,7 @@ from support.tiny_chat import write_chat_checkpoint
 from support.tiny_images import picture
 
 import pop
+from pop.calibration import refit
 from pop.cli import demo
 from pop.cli.commands import _parser, main
 
@@ -65,6 +66,8 @@ def folder(uncompiled, tmp_path, monkeypatch):
     for seed, name in enumerate(("cat.jpg", "dog.jpg")):
         Image.fromarray(picture(256, seed)).save(tmp_path / name)
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(refit, "RIDGES", refit.RIDGES[:1])  # the search would take most of the time
+    monkeypatch.setattr(refit, "DAMPINGS", refit.DAMPINGS[:1])
 
 
 def test_the_readme_is_short():
