@@ -88,7 +88,7 @@ def test_compiled_equals_eager_and_never_compiles_again(pair, data):
     plan = data.draw(plans(compiled.config))
     if plan.projections is not None:
         plan.projections.fingerprint = compiled.fingerprint
-    tokens, lengths = data.draw(batches(60, max_rows=max_rows, max_tokens=PROMPT))  # none of them stands for an image
+    tokens, lengths = data.draw(batches(60, max_rows=max_rows, max_tokens=PROMPT))  # ids that are text
     slots = PROMPT + 8 + data.draw(st.integers(0, 9))
     chunk = data.draw(st.sampled_from([1, 2, 7, 16, 100]))
     with no_compiling():
@@ -168,7 +168,7 @@ def test_images_need_no_new_graph(pair, nothing_compiles):
 @requires_compiler
 @pytest.mark.parametrize("config", [tiny_qwen3_vl_config(), tiny_gemma3_vl_config()])
 def test_a_towers_layers_are_compiled_for_images_of_any_size(config, monkeypatch):
-    """The warm-up has no images. Then one image, several of one size and several of other sizes equal eager."""
+    """The warm-up runs without images. Then one image, and several of one or more sizes, equal eager."""
     compile, towers = torch.compile, []
 
     def compile_tower(function, **options):  # and not the language model, to save time

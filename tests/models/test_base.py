@@ -27,7 +27,7 @@ def test_keys_and_values_are_those_of_the_whole_layer(module, seed):
 
 @given(models(), st.integers(0, 9))
 def test_folded_projections_give_the_projections_of_the_normalised_state(module, seed):
-    """Norms get lively weights, so that a norm's weight that is left out shows."""
+    """Norms get random weights, so that leaving one out shows."""
     h, _ = inputs(module, seed)
     for layer in module.layers:
         layer.input_layernorm.weight.data.normal_(generator=torch.Generator().manual_seed(seed))

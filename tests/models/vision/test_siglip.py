@@ -24,7 +24,7 @@ CASES = json.loads((GOLDENS / "vision" / "towers.json").read_bytes())["cases"]
 FEATURES = np.load(GOLDENS / "vision" / "towers.npz")
 
 
-class Eyes(nn.Module):
+class Vision(nn.Module):
     """The vision part of a Gemma-3 under its published names, without the language model."""
 
     def __init__(self, config: SiglipConfig, hidden_size: int):
@@ -33,51 +33,51 @@ class Eyes(nn.Module):
         self.multi_modal_projector = Projector(config, hidden_size)
 
 
-def tiny(name: str) -> tuple[Eyes, torch.Tensor]:
+def tiny(name: str) -> tuple[Vision, torch.Tensor]:
     """The model of a golden case, and its images [N, 3, S, S]."""
     case = CASES[name]
     config = read_siglip(Fields(dict(case["vision_config"])), case["mm_tokens_per_image"])
-    eyes = Eyes(config, case["hidden_size"])
-    shapes = {name: tuple(parameter.shape) for name, parameter in eyes.named_parameters()}
-    eyes.load_state_dict(random_weights(shapes, case["seed"]))
+    vision = Vision(config, case["hidden_size"])
+    shapes = {name: tuple(parameter.shape) for name, parameter in vision.named_parameters()}
+    vision.load_state_dict(random_weights(shapes, case["seed"]))
     pictures = random_bytes(config.image_size, 2 * config.image_size, 3, case["seed"])
     pixels = torch.from_numpy(pictures).permute(2, 0, 1).float().sub(127.5).div(127.5)
-    return eyes.requires_grad_(False).eval(), torch.stack(pixels.chunk(2, dim=2))
+    return vision.requires_grad_(False).eval(), torch.stack(pixels.chunk(2, dim=2))
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_features_are_the_references(name):
-    eyes, pixels = tiny(name)
-    patches = eyes.vision_tower(pixels)
+    vision, pixels = tiny(name)
+    patches = vision.vision_tower(pixels)
     assert error(patches, FEATURES[f"{name}-patches"]) < TOLERANCE
-    assert error(eyes.multi_modal_projector(patches), FEATURES[f"{name}-tokens"]) < TOLERANCE
+    assert error(vision.multi_modal_projector(patches), FEATURES[f"{name}-tokens"]) < TOLERANCE
 
 
 def test_features_in_bfloat16_stay_in_it():
-    eyes, pixels = tiny("pooled")
-    tokens = eyes.bfloat16().multi_modal_projector(eyes.vision_tower(pixels.bfloat16()))
+    vision, pixels = tiny("pooled")
+    tokens = vision.bfloat16().multi_modal_projector(vision.vision_tower(pixels.bfloat16()))
     assert tokens.dtype == torch.bfloat16
     assert error(tokens, FEATURES["pooled-tokens"]) < 0.1  # about 16 roundings of 2 ** -9
 
 
 def test_images_do_not_attend_each_other():
-    eyes, pixels = tiny("odd-grid")
-    together = eyes.multi_modal_projector(eyes.vision_tower(pixels))
-    alone = eyes.multi_modal_projector(eyes.vision_tower(pixels[1:]))
+    vision, pixels = tiny("odd-grid")
+    together = vision.multi_modal_projector(vision.vision_tower(pixels))
+    alone = vision.multi_modal_projector(vision.vision_tower(pixels[1:]))
     assert (together[1:] - alone).abs().max() < 1e-5
-    assert eyes.vision_tower(pixels[:0]).shape == (0, 81, 25)
+    assert vision.vision_tower(pixels[:0]).shape == (0, 81, 25)
 
 
 def test_pooling_is_the_mean_of_squares():
-    eyes, _ = tiny("odd-grid")
+    vision, _ = tiny("odd-grid")
     patches = torch.from_numpy(np.random.RandomState(0).standard_normal((2, 81, 25)).astype(np.float32))
     expected = nn.functional.avg_pool2d(patches.transpose(1, 2).unflatten(2, (9, 9)), 3).flatten(2).transpose(1, 2)
-    assert (eyes.multi_modal_projector.pool(patches) - expected).abs().max() < 1e-6
+    assert (vision.multi_modal_projector.pool(patches) - expected).abs().max() < 1e-6
 
 
 def test_attention_needs_no_mask_nor_score_matrix():
     """Fused attention must stay possible: the scores of 4096 patches are 268 million numbers an image."""
-    eyes, pixels = tiny("pooled")
+    vision, pixels = tiny("pooled")
     calls = []
 
     class Watch(torch.overrides.TorchFunctionMode):
@@ -87,7 +87,7 @@ def test_attention_needs_no_mask_nor_score_matrix():
             return function(*args, **(kwargs or {}))
 
     with Watch():
-        eyes.vision_tower(pixels)
+        vision.vision_tower(pixels)
     assert len(calls) == 3
     assert all(len(args) == 3 and not kwargs for args, kwargs in calls)
 
