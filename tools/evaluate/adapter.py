@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import logging
-import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from types import SimpleNamespace
@@ -150,7 +149,7 @@ class PopAdapter:
         """A conversation as a prompt. Without add_generation_prompt, its last turn stays open for a continuation."""
         tokenizer = self.model.tokenizer
         chat = chat_format(tokenizer)
-        self._mark = re.search("<.*?>", chat.before)[0]
+        self._mark = chat.before.partition("{}")[0]
         try:
             ids = chat.encode(chat_history, add_generation_prompt)
         except InputError as error:
