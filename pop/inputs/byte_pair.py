@@ -72,9 +72,7 @@ class BytePairTokenizer(Tokenizer):
             text = "".join(unicodedata.normalize("NFC", part) for part in _NEWER.split(text))
         longest = max(map(len, re.findall(r"\s+", text)), default=0) if len(text) > _MAX_WHITESPACE else 0
         if longest > _MAX_WHITESPACE:
-            raise InputError(
-                f"the text has {longest} whitespace characters in a row; at most {_MAX_WHITESPACE} are possible."
-            )
+            raise InputError(f"the text has {longest} whitespace characters in a row; the limit is {_MAX_WHITESPACE}.")
         ids = [self._ids[rank] for rank in self._bpe.encode_ordinary(text)]
         return self._encode_without_lacking(text) if self._lacking and None in ids else ids
 
@@ -168,9 +166,8 @@ def from_tokenizer_json(spec: dict[str, Any]) -> BytePairTokenizer:
 
 def _check(name: str, value, *supported) -> None:
     if value not in supported:
-        raise TokenizerError(
-            f"{name} is {value!r}, which is not supported (supported: {', '.join(map(repr, supported))})."
-        )
+        names = ", ".join(map(repr, supported))
+        raise TokenizerError(f"{name} is {value!r}, which is not supported (supported: {names}).")
 
 
 # In tokenizer.json a character stands for each byte: itself if visible in Latin-1, otherwise one from U+0100 on.

@@ -84,9 +84,7 @@ class GemmaProcessor(Processor):
         for row, (media, count) in enumerate(zip(rows, is_image.sum(1).tolist(), strict=True)):
             num_images = sum(len(one.pixels) for one in media)
             if count != M * num_images:
-                raise InputError(
-                    f"row {row} has {count} tokens {image_id}, but its {num_images} images, with crops, need {M} each"
-                )
+                raise InputError(f"row {row} has {count} tokens {image_id}, but its {num_images} images need {M} each")
         feature_index = is_image.flatten().cumsum(0).view_as(is_image) - 1
         first = is_image & ~F.pad(is_image, (1, -1))  # image tokens after another token
         if not torch.equal(first, is_image & (feature_index % M == 0)):

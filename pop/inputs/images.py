@@ -34,13 +34,12 @@ def load_image(image) -> torch.Tensor:
         _check_size(image.shape[1], image.shape[0], "an image array")
         return torch.from_numpy(np.array(image, order="C")).permute(2, 0, 1)  # [3, H, W], a copy
     pillow = import_extra("PIL.Image", "pillow", "images")
-    if isinstance(image, pillow.Image):
-        with reading("a PIL image", FORMATS):
-            return _from_pillow(image, "a PIL image")
-    if not isinstance(image, (str, os.PathLike)):
-        raise InputError(f"an image is of type {type(image).__name__}; give a path, a PIL image or an HxWx3 array")
-    name = f"the image {str(image)!r:.200}"
+    name = "a PIL image" if isinstance(image, pillow.Image) else f"the image {str(image)!r:.200}"
     with reading(name, FORMATS):
+        if isinstance(image, pillow.Image):
+            return _from_pillow(image, name)
+        if not isinstance(image, (str, os.PathLike)):
+            raise InputError(f"an image is of type {type(image).__name__}; give a path, a PIL image or an HxWx3 array")
         check_file(image, name, MAX_BYTES)
         with pillow.open(image, formats=FORMATS) as opened:  # refuses an image with more than 178 megapixels
             return _from_pillow(opened, name)

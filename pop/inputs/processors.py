@@ -31,7 +31,6 @@ class Prepared:
 
     @property
     def sha256(self) -> str:
-        """The hash of the pixels."""
         return hashlib.sha256(self.pixels.numpy().tobytes()).hexdigest()
 
 
@@ -47,9 +46,6 @@ class Processor:
     def prepare(self, kind: str, given) -> Prepared:
         """Read and prepare an image or a video, unless it is prepared already."""
         return given if isinstance(given, Prepared) else self._prepare(kind, given)
-
-    def _prepare(self, kind: str, given) -> Prepared:
-        raise NotImplementedError
 
     def images(self, module, rows: list[list[Prepared]], tokens: torch.Tensor, lengths: torch.Tensor) -> TextOnly:
         """Run the vision tower on the images and videos of a batch. Without any, return TEXT.
@@ -93,20 +89,16 @@ class Processor:
         for kind, mark in self.marks.items():
             of_kind = [one for one in media if one.kind == kind]
             if (count := text.count(mark)) != len(of_kind):
-                raise InputError(
-                    f"{len(of_kind)} {kind}s are given, but the {what} has {mark} {count} times; write it once for each"
-                )
+                raise InputError(f"{len(of_kind)} {kind}s are given, but the {what} has {mark} {count} times")
             left[mark] = iter(of_kind)
         parts = re.split(f"({'|'.join(map(re.escape, left))})", text)
         return [piece for part in parts for piece in (next(left[part]).pieces if part in left else (part,))]
 
     def locate(self, tokens: Sequence[int], media: Sequence[Prepared]) -> list[range]:
         """Return where each image and video is in a prompt's tokens: from its first to its last placeholder."""
-        left = {
-            kind: iter([index for index, token in enumerate(tokens) if token == placeholder])
-            for kind, placeholder in self.placeholders.items()
-        }
-        ranges = []
+        ranges, left = [], {}
+        for kind, placeholder in self.placeholders.items():
+            left[kind] = iter([index for index, token in enumerate(tokens) if token == placeholder])
         for one in media:
             placeholder = self.placeholders[one.kind]
             count = sum(piece.count(placeholder) for piece in one.pieces if not isinstance(piece, str))

@@ -7,7 +7,6 @@ Gemma's BPE is here and uses sentencepiece. `load_tokenizer` reads the files and
     tokenizer.json    the vocabulary, merges, normalizer, pre-tokenizer and added tokens of a byte-level BPE
 """
 
-import codecs
 import json
 import re
 from collections.abc import Iterable
@@ -46,9 +45,9 @@ class Tokenizer:
         try:
             text.encode()
         except UnicodeEncodeError as error:
+            found = text[error.start]
             raise InputError(
-                f"the text has a lone surrogate, {text[error.start]!r}, at character {error.start}; "
-                "decode its source with errors='replace'."
+                f"the text has a lone surrogate, {found!r}, at character {error.start}; remove it."
             ) from None
         ids = [self.bos_id] if bos and self.bos_id is not None else []
         splitter = self._split_all if allow_special else self._split_added
@@ -110,10 +109,9 @@ class SentencePieceTokenizer(Tokenizer):
 
         # Sentencepiece never matches a control symbol in text, so we make each of _GEMMA_CONTROL one. In the file,
         # a piece is its text (field 1), its score (2) and its type (3): 4 is user-defined and 3 is control.
-        for name in map(str.encode, _GEMMA_CONTROL):
-            text = b"\x0a" + bytes([len(name)]) + name
-            piece = re.compile(b"(" + re.escape(text) + rb"\x15.{4}\x18)\x04", re.DOTALL)
-            model = piece.sub(lambda match: match[1] + b"\x03", model)
+        names = "|".join(_GEMMA_CONTROL).encode()
+        piece = re.compile(rb"(\x0a.(?:" + names + rb")\x15.{4}\x18)\x04", re.DOTALL)
+        model = piece.sub(b"\\1\x03", model)
         self._model = SentencePieceProcessor(model_proto=model)
         special, bytes_of = {}, {}
         for id in range(self._model.get_piece_size()):
@@ -139,22 +137,6 @@ class SentencePieceTokenizer(Tokenizer):
         return self._model.encode(text)
 
 
-class StreamDecoder:
-    """Decodes ids one at a time into whole characters. Joined, they are the text of `tokenizer.decode`."""
-
-    def __init__(self, tokenizer: Tokenizer):
-        self._tokenizer = tokenizer
-        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
-
-    def push(self, id: int) -> str:
-        """Return the characters that `id` completes, if any."""
-        return self._decoder.decode(self._tokenizer.token_bytes(id))
-
-    def flush(self) -> str:
-        """Return the rest: U+FFFD for a character that is still incomplete, otherwise nothing."""
-        return self._decoder.decode(b"", final=True)
-
-
 def load_tokenizer(path: str | Path) -> Tokenizer:
     """Load the tokenizer in a directory, a tokenizer.json or a tokenizer.model.
 
@@ -177,10 +159,10 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         else:
             tokenizer = from_tiktoken_file(data)
         tokenizer.chat_template = _chat_template(folder)
-    except TokenizerError as error:
-        raise TokenizerError(f"{path}: {error}") from None
     except (ValueError, LookupError, TypeError, AttributeError, RuntimeError, OSError) as error:
-        raise TokenizerError(f"{path}: not a tokenizer ({type(error).__name__}: {error}).") from error
+        known = isinstance(error, TokenizerError)
+        reason = error if known else f"not a tokenizer ({type(error).__name__}: {error})."
+        raise TokenizerError(f"{path}: {reason}") from error
     return tokenizer
 
 

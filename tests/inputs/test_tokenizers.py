@@ -21,9 +21,16 @@ from support.text import (
 )
 
 from pop.errors import InputError, TokenizerError
-from pop.inputs.tokenizers import StreamDecoder, load_tokenizer
+from pop.generation.answers import Answer
+from pop.inputs.tokenizers import load_tokenizer
 
 TOKENIZERS = {family: load_tokenizer(GOLDENS / family) for family in BYTE_PAIR_FAMILIES}
+
+
+def streamed(tokenizer, ids: list[int]) -> list[str]:
+    """The text that an answer settles with each of its tokens."""
+    answer = Answer(tokenizer, frozenset(), (), len(ids))
+    return [answer.push(id) for id in ids]
 
 
 @pytest.mark.parametrize("family", ["llama-3.1", "qwen3"])
@@ -42,9 +49,7 @@ def test_decode_undoes_encode(family, text):
 def test_streamed_pieces_join_to_the_decoded_text(family, data):
     tokenizer = TOKENIZERS[family]
     ids = data.draw(st.lists(st.sampled_from(sorted(tokenizer._bytes_of)), max_size=30))
-    stream = StreamDecoder(tokenizer)
-    pieces = [stream.push(id) for id in ids]
-    assert "".join(pieces) + stream.flush() == tokenizer.decode(ids)
+    assert "".join(streamed(tokenizer, ids)) == tokenizer.decode(ids)
     assert tokenizer.decode(ids) == b"".join(map(tokenizer.token_bytes, ids)).decode("utf-8", "replace")
 
 
@@ -52,8 +57,7 @@ def test_a_stream_holds_back_parts_of_characters():
     tokenizer = TOKENIZERS["llama-3.1"]
     ids = tokenizer.encode("a👍", bos=False)
     assert len(ids) == 5
-    stream = StreamDecoder(tokenizer)
-    assert [stream.push(id) for id in ids] == ["a", "", "", "", "👍"] and stream.flush() == ""
+    assert streamed(tokenizer, ids) == ["a", "", "", "", "👍"]
     assert tokenizer.decode(ids[:-1]) == "a\ufffd"
 
 
@@ -169,8 +173,7 @@ def test_sentencepiece_ids_are_the_originals(gemma, text):
     text = text.replace("_of_turn>", "_of_turn")
     assert tokenizer.encode(text) == [2, *original.encode(text)]
     assert tokenizer.decode(tokenizer.encode(text)) == text.replace("▁", " ")
-    stream = StreamDecoder(tokenizer)
-    assert "".join(map(stream.push, tokenizer.encode(text))) + stream.flush() == text.replace("▁", " ")
+    assert "".join(streamed(tokenizer, tokenizer.encode(text))) == text.replace("▁", " ")
 
 
 def test_sentencepiece_control_symbols_in_text_stay_text(gemma):
