@@ -26,7 +26,7 @@ from pop.generation.sampling import SamplingParams
 from pop.generation.scoring import log_likelihood
 from pop.inputs.chat import ChatFormat, chat_format
 from pop.inputs.processors import Prepared, processor_of
-from pop.inputs.tokens import row_lengths, token_ids
+from pop.inputs.tokenizers import row_lengths, token_ids
 from pop.models.images import TextOnly
 from pop.pruning.plan import PrunePlan
 

@@ -38,12 +38,12 @@ _MAY_LACK = {*range(9), *range(14, 32), 127, 0xC0, 0xC1, 0xF1, 0xF2, 0xF3, *rang
 
 # The original tokenizers normalise by Unicode 9. By it, these newer characters neither compose nor change places.
 _NEWER = """
-    5C8-5C9 7FD 897-89F 8CA-8D3 9FE C3C D3B-D3C EBA 1715 1ABF-1AF0 1DF6-1DFA A82C 105C9 105D2 105DA 105E4
-    10D24-10D27 10D69-10D6D 10EAB-10EAC 10ECB-10ECF 10EF0-10EFB 10EFD-10EFF 10F46-10F50 10F82-10F85 11070
-    1133B 11383 11385 1138E 11391 113B8 113BB 113C2 113C5 113C7-113C9 113CE-113D0 1145E 11839-1183A 11930
-    11938 1193D-1193E 11943 119E0 11A34 11A47 11A99 11D42 11D44-11D45 11D97 11F41-11F42 1611E-16129 1612F
-    16D67-16D6A 16FF0-16FF1 1D127-1D128 1D250-1D252 1D25B-1D25C 1D25F 1D280-1D281 1E08F 1E130-1E136 1E2AE
-    1E2EC-1E2EF 1E4EC-1E4EF 1E5EE-1E5EF 1E6E3 1E6E6 1E6EE-1E6EF 1E6F5"""
+    5C8-5C9 7FD 897-89F 8CA-8D3 9FE C3C D3B-D3C EBA 1715 1ABF-1AF0 1DF6-1DFA A82C 105C9 105D2 105DA 105E4 10D24-10D27
+    10D69-10D6D 10EAB-10EAC 10ECB-10ECF 10EF0-10EFB 10EFD-10EFF 10F46-10F50 10F82-10F85 11070 1133B 11383 11385 1138E
+    11391 113B8 113BB 113C2 113C5 113C7-113C9 113CE-113D0 1145E 11839-1183A 11930 11938 1193D-1193E 11943 119E0 11A34
+    11A47 11A99 11D42 11D44-11D45 11D97 11F41-11F42 1611E-16129 1612F 16D67-16D6A 16FF0-16FF1 1D127-1D128 1D250-1D252
+    1D25B-1D25C 1D25F 1D280-1D281 1E08F 1E130-1E136 1E2AE 1E2EC-1E2EF 1E4EC-1E4EF 1E5EE-1E5EF 1E6E3 1E6E6 1E6EE-1E6EF
+    1E6F5"""
 _NEWER = re.compile("([" + re.sub(r"\s*([0-9A-F]+)", lambda hex: chr(int(hex[1], 16)), _NEWER) + "])")
 
 
@@ -84,20 +84,17 @@ class BytePairTokenizer(Tokenizer):
         them. So we cut these pre-tokens out of the text and merge each by itself.
         """
         symbols = bytes(self._symbols.encode_ordinary("".join(set(text)))).decode()
+        symbols = f"[{re.escape(symbols)}]"
         ranks, start = [], 0
-        # Unlike tiktoken's patterns, Python counts 1C to 1F as whitespace.
-        for match in re.finditer(rf"([^\S\x1c-\x1f]?)([{re.escape(symbols)}]+)", text):
-            space, piece = match.groups()
-            kept = piece.encode().translate(None, self._lacking)
-            if len(kept) == len(piece.encode()):
-                continue
-            ranks += self._bpe.encode_ordinary(text[start : match.start()])
-            if space == " ":
-                kept = b" " + kept
-            else:  # the pattern leaves the last of several whitespace characters by itself
-                ranks += self._bpe.encode_ordinary(space)
-            ranks += self._bpe._encode_single_piece(kept) if kept else []
-            start = match.end()
+        # Other whitespace right before symbols is a pre-token too. Python's whitespace includes 1C to 1F.
+        for match in re.finditer(rf"([^\S \x1c-\x1f](?={symbols}))?( ?{symbols}+)", text):
+            piece = match[2].encode()
+            kept = piece.translate(None, self._lacking)
+            if len(kept) < len(piece):
+                for before in (text[start : match.start()], match[1] or ""):
+                    ranks += self._bpe.encode_ordinary(before)
+                ranks += self._bpe._encode_single_piece(kept) if kept else []
+                start = match.end()
         ranks += self._bpe.encode_ordinary(text[start:])
         return [self._ids[rank] for rank in ranks]
 

@@ -44,8 +44,9 @@ class ChatFormat:
         """Return the token ids of a conversation, with BOS if the family has one.
 
         Args:
-            messages: Dicts of "role" ("user" or "assistant", and the first may be "system") and "content". It is text,
-                or a list of {"type": "text", "text": ...} and, in a user's message, the same with image or video.
+            messages: Dicts of "role" and "content". The content is text or a list of {"type": "text", "text": ...}.
+                A user's list may also have the same with "image" or "video". The roles are "user", "assistant" and, in
+                the first message, "system".
             add_generation_prompt: Open the model's turn at the end.
             media: The texts and ids that replace each image and video, in the order of `media(messages)`.
         """
@@ -92,10 +93,8 @@ class ChatFormat:
             if not isinstance(message, dict) or message.keys() != {"role", "content"}:
                 raise InputError(f"message {n} must be a dict of 'role' and 'content', got {message!r:.80}.")
             role, parts = message["role"], self._parts(message["content"], f"message {n}")
-            if role not in ("system", "user", "assistant"):
-                raise InputError(f"message {n} has the role {role!r}; use system, user or assistant.")
-            if role == "system" and n:
-                raise InputError(f"message {n} is a system message; only the first message may be one.")
+            if role not in ("user", "assistant") and (role != "system" or n):
+                raise InputError(f"message {n} has the role {role!r}; use user, assistant or, for the first, system.")
             if role != "user" and any(isinstance(part, tuple) for part in parts):
                 raise InputError(f"message {n} has an image or video; only messages with the role user may have one.")
             if role == "user" and not any(isinstance(part, tuple) or part.strip() for part in parts):
@@ -111,22 +110,19 @@ class ChatFormat:
             raise InputError(f"{where}: the content must be text or a list of parts, got {content!r:.80}.")
         parts = []
         for part in content:
-            match part:
-                case {"type": "text", "text": str(text), **rest} if not rest:
-                    if parts and isinstance(parts[-1], str):
-                        text = parts.pop() + text
-                    parts.append(text)
-                case {"type": "image" | "video" as kind, **rest} if rest.keys() == {kind} and kind in self.takes:
-                    parts.append((kind, part[kind]))
-                case {"type": "image" | "video" as kind} if kind not in self.takes:
-                    takes = " and ".join(["text", *(f"{taken}s" for taken in self.takes)])
-                    raise UnsupportedError(
-                        f"{where} has a part of the type {kind!r}, but this model takes {takes} only."
-                    )
-                case _:
-                    raise InputError(
-                        f"{where}: a part must be like {{'type': 'text', 'text': 'Hi'}}, got {part!r:.80}."
-                    )
+            kind = part.get("type") if isinstance(part, dict) else None
+            if kind in ("image", "video") and kind not in self.takes:
+                takes = " and ".join(["text", *(f"{taken}s" for taken in self.takes)])
+                raise UnsupportedError(f"{where} has a part of the type {kind!r}, but this model takes {takes} only.")
+            known = kind in ("text", "image", "video") and part.keys() == {"type", kind}
+            if not known or (kind == "text" and not isinstance(part["text"], str)):
+                raise InputError(f"{where}: a part must be like {{'type': 'text', 'text': 'Hi'}}, got {part!r:.80}.")
+            if kind != "text":
+                parts.append((kind, part[kind]))
+            elif parts and isinstance(parts[-1], str):
+                parts[-1] += part["text"]
+            else:
+                parts.append(part["text"])
         return parts
 
 

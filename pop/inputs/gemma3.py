@@ -38,11 +38,9 @@ class PanAndScan:
 
 def gemma_pixels(image, size: int) -> torch.Tensor:
     """Return an image, and then the crops of a PanAndScan, as [1 + crops, 3, size, size] float32 from -1 to 1."""
-    if isinstance(image, PanAndScan):
-        whole = load_image(image.image)
-        views = [whole, *_crops(whole, image)]
-    else:
-        views = [load_image(image)]
+    options = image if isinstance(image, PanAndScan) else PanAndScan(image, min_ratio=float("inf"))  # no crops
+    whole = load_image(options.image)
+    views = [whole, *_crops(whole, options)]
     resized = [F.interpolate(view[None], (size, size), mode="bilinear", antialias=True) for view in views]
     return (torch.cat(resized).float() - 127.5) / 127.5
 

@@ -2,7 +2,6 @@
 
 A file may come from anybody, and one of a few kilobytes may claim billions of pixels. So this file checks the sizes
 before it decodes anything. Pillow, an optional extra, reads files; arrays do not need it.
-The families prepare what is read here: gemma3.py and qwen3_vl.py.
 """
 
 import contextlib

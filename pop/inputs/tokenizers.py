@@ -1,4 +1,4 @@
-"""Tokenizers: text to token ids and back, with exactly the ids of the original tokenizers.
+"""Tokenizers: text to token ids and back, with exactly the ids of the original tokenizers; and token ids as tensors.
 
 There are two kinds. Byte-level BPE (Llama-3, Qwen, SmolLM2, GPT-2) is in byte_pair.py and uses tiktoken.
 Gemma's BPE is here and uses sentencepiece. `load_tokenizer` reads the files and chooses by them:
@@ -12,6 +12,8 @@ import re
 from collections.abc import Iterable
 from itertools import chain, groupby
 from pathlib import Path
+
+import torch
 
 from pop.errors import InputError, TokenizerError
 
@@ -45,10 +47,7 @@ class Tokenizer:
         try:
             text.encode()
         except UnicodeEncodeError as error:
-            found = text[error.start]
-            raise InputError(
-                f"the text has a lone surrogate, {found!r}, at character {error.start}; remove it."
-            ) from None
+            raise InputError(f"the text has a lone surrogate at character {error.start}; remove it.") from None
         ids = [self.bos_id] if bos and self.bos_id is not None else []
         splitter = self._split_all if allow_special else self._split_added
         for n, part in enumerate(splitter.split(text) if splitter else [text]):
@@ -176,3 +175,34 @@ def _chat_template(folder: Path) -> str | None:
     if not isinstance(template, str | None):
         raise TokenizerError("chat_template in tokenizer_config.json is not text.")
     return template
+
+
+def token_ids(tokens, dims: int, vocab_size: int) -> torch.Tensor:
+    """Return token ids as an int64 tensor, [B] or [B, T] by `dims`, on the device where they are."""
+    ids = _integers(tokens)
+    if ids is None or ids.dim() != dims or not ids.numel():
+        shape = "[batch]" if dims == 1 else "[batch, tokens]"
+        raise InputError(f"tokens must be integers of shape {shape}, none of them empty, not {tokens!r:.80}")
+    low, high = torch.stack(ids.aminmax()).tolist()
+    if low < 0 or high >= vocab_size:
+        raise InputError(f"token id {low if low < 0 else high} is not in the vocabulary of {vocab_size} tokens")
+    return ids
+
+
+def row_lengths(lengths, tokens: torch.Tensor) -> torch.Tensor:
+    """Return the lengths of right-padded tokens [B, T] as int64 [B] on the CPU. None: no row is padded."""
+    B, T = tokens.shape
+    found = torch.full((B,), T) if lengths is None else _integers(lengths)
+    if found is None or found.shape != (B,) or found.min() < 1 or found.max() > T:
+        raise InputError(f"lengths is {lengths!r:.80}; it must hold {B} integers from 1 to {T}, one for each row")
+    return found.cpu()
+
+
+def _integers(values) -> torch.Tensor | None:
+    """Return an int64 tensor, or None for anything that is not integers in the form of a tensor."""
+    try:
+        values = torch.as_tensor(values)
+    except (TypeError, ValueError, RuntimeError):
+        return None
+    other = values.is_floating_point() or values.is_complex() or values.dtype == torch.bool
+    return None if other else values.to(torch.int64)

@@ -166,7 +166,7 @@ USER = {"role": "user", "content": "x"}
         ([USER | {"name": "Bob"}], "message 0 must be a dict"),
         ([USER | {"role": "tool"}], "message 0 has the role 'tool'"),
         ([USER | {"role": None}], "message 0 has the role None"),
-        ([USER, USER | {"role": "system"}], "message 1 is a system message"),
+        ([USER, USER | {"role": "system"}], "message 1 has the role 'system'"),
         ([USER, USER | {"content": " \n"}], "message 1 has the role user"),
         ([USER | {"content": []}], "message 0: the content must be"),
         ([USER | {"content": None}], "message 0: the content must be"),
