@@ -93,10 +93,11 @@ def remove(path: Path) -> None:
     shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
 
-def add_to_hash(file: IO[bytes], hasher) -> str:
-    """Feed the rest of an open file to a hashlib object; return the hex digest."""
-    while block := file.read(2**20):
-        hasher.update(block)
+def hash_file(path: Path, hasher) -> str:
+    """Feed a file to a hashlib object; return the hex digest."""
+    with path.open("rb") as file:
+        while block := file.read(2**20):
+            hasher.update(block)
     return hasher.hexdigest()
 
 

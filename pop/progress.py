@@ -16,7 +16,7 @@ def progress_bar(label: str, total: int, unit: str, wanted: bool = True) -> Iter
     Args:
         label: What takes time.
         total: The number of units that complete it.
-        unit: Such as "tokens". "B" means bytes, which the bar shows in kB, MB and GB.
+        unit: Such as "tokens". The bar shows "B" in kB, MB and GB.
         wanted: False shows nothing.
     """
     try:

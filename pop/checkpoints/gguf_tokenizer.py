@@ -42,13 +42,7 @@ SPECIAL = {"unknown": "unk_token", "bos": "bos_token", "eos": "eos_token", "padd
 
 
 def write_tokenizer(source, folder: Path, config: dict[str, Any]) -> None:
-    """Write the tokenizer files, or none if the GGUF file holds no tokenizer.
-
-    Args:
-        source: The open GGUFFile.
-        folder: The existing folder to write to.
-        config: The model's config.json, for its vocabulary size and context length.
-    """
+    """Write the tokenizer files, or none if the open GGUFFile `source` holds no tokenizer."""
     model = source.get("tokenizer.ggml.model", str, "none")
     if model in ("none", "no_vocab"):
         return

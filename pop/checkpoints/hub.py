@@ -43,17 +43,11 @@ class Hub:
     """One model on the Hugging Face Hub, or on a server like it at $POP_ENDPOINT. $HF_TOKEN opens gated models.
 
     The token goes to the endpoint's origin (protocol, host and port) only, and over plain HTTP to this machine only.
-
-    Args:
-        repository: Such as "Qwen/Qwen3-0.6B".
-        progress: Whether to print a line on stderr before each retry.
-
-    Raises:
-        DownloadError: The endpoint or the token is malformed. The message does not repeat it.
+    No message repeats the token or a malformed endpoint.
     """
 
     def __init__(self, repository: str, progress: bool = False):
-        self.repository, self.progress = repository, progress
+        self.repository, self.progress = repository, progress  # progress: whether to print a line before each retry
         self.url = os.environ.get("POP_ENDPOINT", "").rstrip("/") or "https://huggingface.co"
         try:
             scheme, host, _ = self._origin = _origin(self.url)
@@ -63,7 +57,7 @@ class Hub:
             raise DownloadError("POP_ENDPOINT must be http:// or https:// with a host, a port and a path only")
         self.name = urlsplit(self.url).netloc
         token = os.environ.get("HF_TOKEN", "").strip()
-        if not re.fullmatch(r"[!-~]*", token):  # http.client would print the token in its own error
+        if not re.fullmatch(r"[!-~]*", token):  # http.client would print it in its own error
             raise DownloadError("HF_TOKEN contains a character that no token has; set it again")
         self._token = token if scheme == "https" or host in HERE else ""
         proxies = urllib.request.getproxies()
@@ -74,10 +68,6 @@ class Hub:
             raise DownloadError(f"the proxy in the environment is a {kind}:// one; only http:// ones are supported")
         self._stop = threading.Event()
         self._opener = urllib.request.build_opener(urllib.request.ProxyHandler(proxies), _Redirects)
-
-    def note(self, line: str) -> None:
-        if self.progress:
-            print(line, file=sys.stderr)
 
     def together(self, tasks: list[Callable[[], Any]]) -> None:
         """Run `tasks` in threads. The first exception stops all of them."""
@@ -98,13 +88,7 @@ class Hub:
     def persist(self, what: str, attempt: Callable[[], Any], received: Callable[[], int] = lambda: 0) -> Any:
         """Return the result of `attempt`; call it again, after a pause, whenever it raises Broken.
 
-        Args:
-            what: What errors call the thing that is fetched.
-            attempt: The function to call.
-            received: Returns the number of bytes received. MUCH more of them start the count of failures again.
-
-        Raises:
-            DownloadError: Too many failures in a row, or the server asks for too long a pause.
+        `received` returns the number of bytes received. When there are MUCH more, failures are counted from 0 again.
         """
         failures, most = 0, received()
         while True:
@@ -120,47 +104,41 @@ class Hub:
                     raise DownloadError(f"{what} could not be fetched: {broken}; run this again later") from None
                 if pause > MOST_PATIENT:
                     raise DownloadError(f"{what}: {broken}; run this again in {pause:.0f} seconds") from None
-                self.note(f"{what}: {broken}; trying again in {pause:.0f} s")
+                if self.progress:
+                    print(f"{what}: {broken}; trying again in {pause:.0f} s", file=sys.stderr)
                 self._stop.wait(pause)
 
-    def read(self, path: str, most: int) -> bytearray:
+    def read(self, path: str, most: int) -> bytes:
         """Return the whole answer to a request for `path`, which must have `most` bytes at most."""
 
-        def attempt() -> bytearray:
-            data = bytearray()
+        def attempt() -> bytes:
             with self.get(path) as answer:
-                length = answer.length or 0  # 0 if the server does not state it
-                for block in self.blocks(answer):
-                    data += block
-                    if len(data) > most:
-                        raise DownloadError(f"{self.name}{path} has more than {most} bytes; check POP_ENDPOINT")
-            if len(data) < length:
-                raise Broken("the connection broke off")
-            return data
+                return b"".join(self.blocks(answer, most))
 
         return self.persist(f"{self.name}{path}", attempt)
 
-    def blocks(self, answer: HTTPResponse) -> Iterator[bytes]:
-        """Yield the body as it comes; raise Broken if it cannot be read or comes too slowly."""
-        due, count = time.monotonic() + TIMEOUT, 0
+    def blocks(self, answer: HTTPResponse, most: int) -> Iterator[bytes]:
+        """Yield the body as it comes; raise DownloadError if it has more than `most` bytes."""
+        stated, received = answer.length or 0, 0  # `length` is None if the server does not state it
+        due, goal = time.monotonic() + TIMEOUT, PACE
         with _network(answer.url):
             while block := answer.read1(2**20):
-                yield block
                 self.check_stop()
-                count += len(block)
-                if count >= PACE:
-                    due, count = time.monotonic() + TIMEOUT, 0
+                received += len(block)
+                if received > most:
+                    host = urlsplit(answer.url).hostname
+                    raise DownloadError(f"{host} sent more than the {most} bytes expected; try again later")
+                yield block
+                if received >= goal:
+                    due, goal = time.monotonic() + TIMEOUT, received + PACE
                 elif time.monotonic() > due:
                     raise TimeoutError("it was too slow")
+            if received < stated:
+                raise EOFError("it broke off")
 
     @contextlib.contextmanager
     def get(self, path: str, start: int = 0) -> Iterator[HTTPResponse]:
-        """Ask for a file from byte `start` on and yield the answer. Its status is 200 or, if `start` > 0, 206 or 416.
-
-        Raises:
-            DownloadError: Trying again would not help.
-            Broken: Trying again may help.
-        """
+        """Ask for a file from byte `start` on and yield the answer: status 200 or, with a `start`, 206 or 416."""
         request = Request(self.url + path, headers={"User-Agent": "pop"})
         if start:
             request.add_header("Range", f"bytes={start}-")
@@ -172,9 +150,6 @@ class Hub:
                 answer = self._opener.open(request, timeout=TIMEOUT)
         except HTTPError as error:  # a status other than 2xx
             answer = error
-        except ValueError:
-            what = "a redirect, or the proxy in the environment, is not an address of http:// or https://"
-            raise DownloadError(f"{self.name}: {what}; check POP_ENDPOINT and the proxy") from None
         with contextlib.closing(answer):
             self._check(answer, path, bool(start))
             yield answer
@@ -188,13 +163,12 @@ class Hub:
             pause = headers.get("Retry-After", "")
             seconds = float(pause) if re.fullmatch("[0-9]{1,9}", pause) else None
             raise Broken(f"{where} cannot answer now ({status})", seconds)
-        if _origin(answer.url) != self._origin:  # a signed address has expired; the endpoint will give a new one
+        if (
+            status >= 400 and _origin(answer.url) != self._origin
+        ):  # a signed address has expired; the endpoint will give a new one
             raise Broken(f"{where}, where {self.name} redirects to, refuses the request ({status})")
-        if status == 404 or headers["X-Error-Code"] == "RepoNotFound":
-            what = self.repository if path.startswith("/api/") else path
-            raise DownloadError(f"{self.name} has no {what} ({status}), or only for a token that may see it")
         if status not in (401, 403):
-            raise DownloadError(f"{where} refuses the request ({status}); check POP_ENDPOINT, or try later")
+            raise DownloadError(f"{self.name} refuses {path} ({status}); check POP_ENDPOINT, or try later")
         token = "is not valid, or does not open it" if self._token else "is not set, or not sent over plain http"
         page = f"{self.url}/{self.repository}"
         step = f"accept the licence on {page}, and set HF_TOKEN to a token of that account that may read gated models"
@@ -222,7 +196,7 @@ def _origin(url: str) -> tuple[str, str, int]:
     """Return (protocol, host, port) of an address of http or https; raise ValueError for any other."""
     parts = urlsplit(url)
     if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise ValueError("not an http address")
+        raise ValueError("a redirect or a proxy is not an http:// or https:// address")
     return parts.scheme, parts.hostname, parts.port or {"http": 80, "https": 443}[parts.scheme]
 
 
@@ -233,7 +207,7 @@ def _network(url: str) -> Iterator[None]:
         yield
     except (PopError, HTTPError):
         raise
-    except (OSError, HTTPException) as error:
+    except (OSError, EOFError, ValueError, HTTPException) as error:
         cause = error.reason if isinstance(error, URLError) else error
         text = some([str(cause) or type(cause).__name__])  # it may be the server's
         raise Broken(f"the connection to {urlsplit(url).hostname} failed ({text})") from None
