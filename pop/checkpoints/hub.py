@@ -163,9 +163,8 @@ class Hub:
             pause = headers.get("Retry-After", "")
             seconds = float(pause) if re.fullmatch("[0-9]{1,9}", pause) else None
             raise Broken(f"{where} cannot answer now ({status})", seconds)
-        if (
-            status >= 400 and _origin(answer.url) != self._origin
-        ):  # a signed address has expired; the endpoint will give a new one
+        if status >= 400 and _origin(answer.url) != self._origin:
+            # A signed address has expired. The endpoint will give a new one.
             raise Broken(f"{where}, where {self.name} redirects to, refuses the request ({status})")
         if status not in (401, 403):
             raise DownloadError(f"{self.name} refuses {path} ({status}); check POP_ENDPOINT, or try later")
