@@ -42,16 +42,7 @@ class Embedding(layers.Embedding):
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """x weight^T + bias, as F.linear.
-
-    Args:
-        x: [B, T, in], or [B, in] and [in] for one token a row.
-        weight: [out, in].
-        bias: [out], or None.
-
-    Returns:
-        The shape of x, with `out` in place of `in`.
-    """
+    """As F.linear. x is [B, T, in], or [B, in] and [in] for one token a row."""
     if x.device.type != "cpu":
         return F.linear(x, weight, bias)
     one_token = x.dim() < 3 or x.shape[-2] == 1

@@ -75,8 +75,7 @@ class Chunk:
     ) -> Chunk:
         """Tokens `begin` to `end` [B] of prompts of `lengths` [B], to be appended to the cache.
 
-        A row with begin = end is all padding. Without a boundary, more of the prompts follows in a later call, and none
-        of these tokens is among their last ones.
+        A row with begin = end is all padding. Without a boundary, more of the prompts follows in a later call.
         """
         full_depth_last = plan.full_depth_last if boundary else 0
         C = int((end - begin).max())

@@ -56,16 +56,7 @@ def by_expert(
     down: torch.Tensor,
     linear=F.linear,
 ) -> torch.Tensor:
-    """Run each expert on its tokens.
-
-    Args:
-        x: [N, D]. chosen: [N, k] int64. shares: [N, k].
-        gate_up: [X, 2 * I, D]. down: [X, D, I].
-        linear: the product of tokens [1, n, in] and a weight [out, in].
-
-    Returns:
-        [N, D].
-    """
+    """Each expert on its tokens: x [N, D], chosen and shares [N, k], gate_up [X, 2 * I, D], down [X, D, I] -> [N, D]"""
     k = chosen.shape[1]
     order = chosen.flatten().argsort(stable=True)  # [N * k] pairs of a token and an expert, sorted by expert
     counts = chosen.flatten().bincount(minlength=len(gate_up)).tolist()

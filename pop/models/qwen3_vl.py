@@ -73,23 +73,19 @@ class Qwen3VL(base.DecoderModel):
 def image_positions(
     tokens: Sequence[int], config: Qwen3VLConfig, images: Sequence[Grid] = (), videos: Sequence[Grid] = ()
 ) -> tuple[torch.Tensor, int]:
-    """The rotary positions of one prompt.
+    """The rotary positions of one prompt, [3, T] int64 by time, row and column, and the position that follows.
 
     Text advances all three axes by one. An image or a frame pair has one time, and its rows and columns start at the
     current position. After it, positions continue as if it had as many tokens as its longer side.
 
     Args:
-        tokens: ids, with a run of config.image_id for each image and one of config.video_id for each frame pair of a
-            video. A run has one token for each merged patch of the grid.
-        config: of the model.
-        images: the images' grids of patches, in the order of the prompt.
-        videos: the videos' grids, likewise.
-
-    Returns:
-        Positions [3, T] int64 by time, row and column, and the position of the token that follows the prompt.
+        tokens: Ids, with a run of image_id for each image, and of video_id for each frame pair of a video.
+        config: Of the model.
+        images: The images' grids of patches, in the order of the prompt. A run has a token for each merged patch.
+        videos: The videos' grids, likewise.
 
     Raises:
-        InputError: runs and grids do not match.
+        InputError: Runs and grids do not match.
     """
     merge = config.vision.merge_size
     left = {

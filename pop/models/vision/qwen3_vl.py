@@ -95,9 +95,9 @@ class Block(nn.Module):
 
 
 class Merger(nn.Module):
-    """Squares of patches side by side, through a small network into the language model's width.
+    """Squares of neighbouring patches, through a small network into the language model's width.
 
-    norm_merged: whether the norm is over the whole square, or patch by patch.
+    The norm is over the whole square (norm_merged), or patch by patch.
     """
 
     def __init__(self, config: Qwen3VisionConfig, norm_merged: bool):
@@ -129,15 +129,10 @@ class VisionTower(nn.Module):
         self._tables: dict[tuple, tuple[torch.Tensor, ...]] = {}
 
     def forward(self, patches: torch.Tensor, grids: Sequence[Grid]) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
-        """The features of all tokens, and DeepStack's.
+        """patches [-1, values of a patch] of all images -> features [-1, D] of all tokens, and each DeepStack layer's.
 
-        Args:
-            patches: [-1, 3 * 2 * patch * patch], of all images. The patches of an image are ordered by frame pair and
-                then by square of merge_size x merge_size patches, as pop/inputs/qwen3_vl.py prepares them.
-            grids: one for each image or video, in the same order. Their sides are multiples of merge_size.
-
-        Returns:
-            The tokens' features [-1, D], and for each of the language model's first layers DeepStack's [-1, D].
+        Patches are ordered by image, by frame pair, and by square of merge_size x merge_size patches, as
+        pop/inputs/qwen3_vl.py prepares them. There is one grid for each image or video, in the same order.
         """
         sizes = [grid[1:] for grid in grids for _ in range(grid.frames)]  # of each frame pair
         pairs = patches.split([rows * columns for rows, columns in sizes])
@@ -172,10 +167,9 @@ class VisionTower(nn.Module):
         return squares.transpose(1, 2).flatten(0, 3)
 
     def tables(self, rows: int, columns: int) -> tuple[torch.Tensor, ...]:
-        """What only depends on the size of a frame pair, in the patches' order. Kept from one call to the next.
+        """What depends on the size of a frame pair only, in the patches' order, kept from one call to the next.
 
-        Returns:
-            corners [P, 4] int64 and shares [P, 4] float32 (see `corners`), cos and sin [P, 1, E / 2] float32.
+        corners [P, 4] int64 and shares [P, 4] float32 (see `corners`), cos and sin [P, 1, E / 2] float32.
         """
         device = self.pos_embed.weight.device
         key = rows, columns, device, torch.is_inference_mode_enabled()  # autograd cannot use inference tensors
@@ -191,8 +185,7 @@ class VisionTower(nn.Module):
     def corners(self, rows: int, columns: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Bilinear interpolation of the learned position table to a grid of patches, corners aligned.
 
-        Returns:
-            The four table entries around each patch and their weights, both [rows, columns, 4], int64 and float32.
+        The four table entries around each patch and their shares, both [rows, columns, 4], int64 and float32.
         """
         side, device = self.config.position_side, self.pos_embed.weight.device
         axes = []
