@@ -3,9 +3,9 @@
 `accelerate` gives the linear layers of a finished module a faster `forward`. `attend_cache` replaces the function of
 the same name in pop/engine/attention.py. The results are those of PyTorch's own operators, up to rounding.
 
-In two cases the general product is far from the limit of a CPU. With one token a row, as in decode, time is what it
-takes to read the weights: a multiply-and-sum (compiled) or the transposed product reads them up to three times faster.
-And where a CPU has no fast products of 16-bit numbers, many tokens pay for a float32 copy of the weights.
+In two cases the general product is far from the limit of a CPU. With one token a row, as in decode, the time goes
+into reading the weights. A multiply-and-sum (compiled) or the transposed product reads them up to three times faster.
+And on CPUs without fast products of 16-bit numbers, many tokens pay for a float32 copy of the weights.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
 def _parts(length: int) -> int | None:
     """The least number of equal parts, of at most 4096 numbers each, in which to sum `length` numbers.
 
-    Inductor compiles longer sums to slower code. None: there is no such number up to 32.
+    Inductor compiles longer sums to slower code. None: no number up to 32 will do.
     """
     return next((parts for parts in range(1, 33) if length % parts == 0 and length // parts <= 4096), None)
 
@@ -110,7 +110,7 @@ def keep_freed_memory() -> None:
     """Raise glibc's mmap threshold, so that activation buffers are reused.
 
     By default they are unmapped after every layer, and zeroed by the system for the next one. That took a quarter of
-    SmolLM2's prefill. glibc raises the threshold to the largest block that it has seen freed (mallopt(3),
-    M_MMAP_THRESHOLD), so one block is allocated here, never touched, and freed. Other allocators are not affected.
+    SmolLM2's prefill. The threshold is the largest block that glibc has seen freed (mallopt(3), M_MMAP_THRESHOLD). So
+    one block is allocated here, never touched, and freed. Other allocators are not affected.
     """
     torch.empty(TEMPORARY, dtype=torch.uint8, device="cpu")  # whatever the default device is

@@ -30,7 +30,7 @@ class KVCache:
     intact: False after a prefill that failed midway and overwrote tokens in a ring.
 
     Of `config` it reads num_layers, windows, hidden_size, num_kv_heads and head_dim. Raises CacheMemoryError if the
-    device has no room.
+    device lacks the memory.
     """
 
     def __init__(

@@ -148,7 +148,7 @@ def vision_block(layer, h, *rope):
 
 
 def _with_replaced(module: torch.nn.Module, path: str, new) -> torch.nn.Module:
-    """A shallow copy of `module` with `new` as its submodule at `path`. Everything else is shared."""
+    """A shallow copy of `module` with `new` as its submodule at `path`. All other submodules are shared."""
     shallow = copy.copy(module)
     shallow._modules = dict(module._modules)
     name, _, rest = path.partition(".")

@@ -59,22 +59,16 @@ TEXT = TextOnly()
 class Images(TextOnly):
     """Images and videos in a batch of prompts, tokens [B, T]. M of the tokens stand for parts of them.
 
-    Args:
-        features: [M, D], the embeddings of these tokens.
-        feature_index: [B, T] int64, which of the M each token is, or -1 for text.
-        look_ahead: [B, T] int64, how many tokens after itself each token attends, or None for none.
-        rope_positions: [3, B, T] int64, rotary positions by time, row and column from the prompt's first token, or
-            None for those of text. Whatever follows the prompt continues from the largest of them.
-        deepstack: for each of the first layers, features [M, D] that are added to h after it.
-
-    feature_index, look_ahead and rope_positions are on the CPU.
+    Features are on the model's device, all else is on the CPU.
     """
 
-    features: torch.Tensor
-    feature_index: torch.Tensor
-    look_ahead: torch.Tensor | None = None
+    features: torch.Tensor  # [M, D], the embeddings of these tokens
+    feature_index: torch.Tensor  # [B, T] int64, which of the M each token is, or -1 for text
+    look_ahead: torch.Tensor | None = None  # [B, T] int64, how many tokens after itself each attends; None: none
+    # [3, B, T] int64, rotary positions by time, row and column; None: those of text. Whatever follows the prompt
+    # continues from the largest of them.
     rope_positions: torch.Tensor | None = None
-    deepstack: tuple[torch.Tensor, ...] = ()
+    deepstack: tuple[torch.Tensor, ...] = ()  # for each of the first layers, features [M, D] to add to h after it
 
     def place(self, h):
         return self._at_image_tokens(h, self.features)

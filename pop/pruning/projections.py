@@ -1,4 +1,4 @@
-"""Refit K and V projections: what a calibrated plan carries, and what its pruned layers use instead of their own.
+"""Refit K and V projections: what a calibrated plan carries, and what replaces the pruned layers' projections.
 
 A pruned layer projects K and V from a state that its weights never saw: the one that enters its group of pruned layers.
 Refit projections (pop/calibration/refit.py) are fitted to that state. With x_t the state of token t, normalised without

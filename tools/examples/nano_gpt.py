@@ -2,8 +2,8 @@
 
 The first half is the other code base: a decoder like GPT-2, with its own attention, learned positions, LayerNorm and
 GELU. It stays as it is. The second half wraps its blocks and the model in `PrunableLayer` and `PrunableModel`
-(pop/models/base.py). Then `engine.prefill` and `engine.decode` run it on a `pop.KVCache`, with any `pop.PrunePlan` that
-has no projections. Attention, masks, chunks and batches of different lengths are the engine's.
+(pop/models/base.py). Then `engine.prefill` and `engine.decode` run it on a `pop.KVCache`, with any `pop.PrunePlan`
+without projections. Attention, masks, chunks and batches of different lengths are the engine's.
 
 Here positions are learned and added to the embedding, so `tokens` carry them: id + vocab_size * position. A model with
 rotary positions takes plain ids, returns cos and sin from `rope`, and rotates in `queries_keys_values`.
