@@ -15,7 +15,6 @@ from typing import Any
 from pop.errors import InputError, TokenizerError
 from pop.inputs.tokenizers import Tokenizer
 
-# These patterns split text into pre-tokens.
 _LLAMA3_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -86,7 +85,7 @@ class BytePairTokenizer(Tokenizer):
         symbols = bytes(self._symbols.encode_ordinary("".join(set(text)))).decode()
         symbols = f"[{re.escape(symbols)}]"
         ranks, start = [], 0
-        # Other whitespace right before symbols is a pre-token too. Python's whitespace includes 1C to 1F.
+        # Only a space joins the symbols after it. Python counts 1C to 1F as whitespace, and the patterns do not.
         for match in re.finditer(rf"([^\S \x1c-\x1f](?={symbols}))?( ?{symbols}+)", text):
             piece = match[2].encode()
             kept = piece.translate(None, self._lacking)
@@ -183,8 +182,8 @@ def _reachable(merges: list[tuple[str, str]], vocab: dict[str, int]) -> list[str
 
     tiktoken merges any two neighbours whose concatenation has a rank. The original merges listed pairs only. Both give
     the same tokens if exactly these tokens have ranks, in this order. The reason: between two boundaries that no merge
-    crosses, merging does not depend on the text outside. So when a token's text is down to two parts, they are always
-    the pair of its last merge, and this pair's place in the list is the token's rank. No other token is ever made.
+    crosses, merging does not depend on the text outside. So the last merge of a token is always the same pair, and this
+    pair's place in the list is the token's rank.
     """
     places = {pair: n for n, pair in enumerate(merges)}
     never = len(merges)
@@ -211,10 +210,9 @@ def _reachable(merges: list[tuple[str, str]], vocab: dict[str, int]) -> list[str
 
 
 def _add_whole_pre_tokens(ranks: dict[bytes, int], ids: list[int], bytes_of: dict[int, bytes], pattern: str):
-    """Give every token a rank. With ignore_merges, a pre-token that is in the vocabulary always becomes that token.
+    """Give every token a rank, because with ignore_merges a pre-token in the vocabulary becomes that token.
 
-    tiktoken also looks up whole pre-tokens, so a rank is enough. It changes other texts only if merging reduces the
-    token's text to two tokens: tiktoken would merge these two.
+    tiktoken looks up whole pre-tokens first. A new rank changes other texts only if it lets tiktoken merge two tokens.
     """
     bpe = _tiktoken(ranks, pattern)
     for id, text in bytes_of.items():

@@ -12,7 +12,6 @@ from typing import Any
 from pop.errors import InputError, UnsupportedError
 from pop.inputs.tokenizers import Piece, Tokenizer
 
-Message = dict[str, Any]
 Attachment = tuple[str, Any]  # "image" or "video", and what the caller gave for it
 Turn = tuple[str, list[str | Attachment]]  # a message's role, and its texts and attachments
 
@@ -39,16 +38,14 @@ class ChatFormat:
         raise NotImplementedError
 
     def encode(
-        self, messages: list[Message], add_generation_prompt: bool = True, media: Sequence[Sequence[Piece]] = ()
+        self, messages: list[dict], add_generation_prompt: bool = True, media: Sequence[Sequence[Piece]] = ()
     ) -> list[int]:
         """Return the token ids of a conversation, with BOS if the family has one.
 
         Args:
-            messages: Dicts of "role" and "content". The content is text or a list of {"type": "text", "text": ...}.
-                A user's list may also have the same with "image" or "video". The roles are "user", "assistant" and, in
-                the first message, "system".
+            messages: As in `pop.Model.chat`. Only the first may be a system message.
             add_generation_prompt: Open the model's turn at the end.
-            media: The texts and ids that replace each image and video, in the order of `media(messages)`.
+            media: What replaces each image and video, in the order of `media(messages)`.
         """
         replacements, pieces = iter(media), self._control(self.bos)
         for role, parts in self.arrange(self._turns(messages)):
@@ -60,14 +57,14 @@ class ChatFormat:
             pieces += [*self._control(self.before.format(self.assistant)), self.opening]
         return self.tokenizer.encode_pieces(pieces, bos=False)
 
-    def media(self, messages: list[Message]) -> list[Attachment]:
+    def media(self, messages: list[dict]) -> list[Attachment]:
         """Return the images and videos of a conversation in order."""
         return [part for _, parts in self._turns(messages) for part in parts if isinstance(part, tuple)]
 
     def encode_next(self, content, media: Sequence[Sequence[Piece]] = ()) -> list[int]:
         """Return the ids between two answers: the end of a turn, the user's message, and the opening of the next turn.
 
-        A control token follows an answer, so no text is encoded across this boundary, and ids can be appended.
+        A control token follows an answer, so no text is encoded across this boundary, and these ids can be appended.
 
         Args:
             content: The content of the user's message.
@@ -84,7 +81,7 @@ class ChatFormat:
             raise UnsupportedError(f"the tokenizer lacks the token {min(lacking)} of the {self.family} chat format.")
         return [[ids[piece]] if n % 2 else piece for n, piece in enumerate(pieces)]
 
-    def _turns(self, messages: list[Message]) -> list[Turn]:
+    def _turns(self, messages: list[dict]) -> list[Turn]:
         """Check all messages and return their roles and parts."""
         if not isinstance(messages, list) or not messages:
             raise InputError("messages must be a list with at least one {'role': ..., 'content': ...}.")
@@ -186,10 +183,7 @@ class Gemma(ChatFormat):
             system, turns = [*turns[0][1], "\n\n"], turns[1:]
         roles = [role for role, _ in turns]
         if not roles or roles != [("user", "assistant")[n % 2] for n in range(len(roles))]:
-            raise InputError(
-                f"the {self.family} format takes messages of user and assistant in turn, a user's first; "
-                f"these are of {', '.join(roles) or 'system'}."
-            )
+            raise InputError(f"Gemma takes turns of user and assistant, not of {', '.join(roles) or 'system'}.")
         turns = [(role, [part.strip() if isinstance(part, str) else part for part in parts]) for role, parts in turns]
         return [("user", [*system, *turns[0][1]]), *turns[1:]]
 

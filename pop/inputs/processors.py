@@ -1,8 +1,7 @@
 """Images and videos: from what a caller gives to what a model takes. Each family has a Processor.
 
 Its `prepare` turns an image or a video into pixels and the pieces of a prompt that stand for it. Its `images` runs the
-vision tower on them. The families are in gemma3.py and qwen3_vl.py. Another family needs a file and a line in
-`processor_of`.
+vision tower. The families are in gemma3.py and qwen3_vl.py. Another one needs a file and a line in `processor_of`.
 """
 
 import hashlib
@@ -56,16 +55,12 @@ class Processor:
             tokens: Ids [B, T], right-padded.
             lengths: Tokens of each row without padding, [B].
 
-        Raises:
-            InputError: The tokens have more or fewer placeholders than these images and videos.
+        Raises InputError if the tokens have more or fewer placeholders than these images and videos.
         """
         return TEXT
 
     def prepare_batch(self, images, videos, num_rows: int) -> list[list[Prepared]]:
-        """Prepare a batch's images and videos, in the forms that `pop.Model.generate` accepts.
-
-        Returns the images and then the videos of each batch row.
-        """
+        """Return each row's images and then its videos, prepared from the forms that `pop.Model.generate` accepts."""
         rows = [[] for _ in range(num_rows)]
         for kind, given in (("image", images), ("video", videos)):
             if _is_nothing(given):

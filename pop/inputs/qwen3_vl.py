@@ -42,10 +42,9 @@ def qwen_video(video, config: Qwen3VisionConfig, pixels: tuple[int, int] = VIDEO
     """
     video, fps = (video.frames, video.fps) if isinstance(video, Video) else (video, None)
     is_path = isinstance(video, (str, os.PathLike))
-    if fps is not None and (isinstance(fps, bool) or not isinstance(fps, Real) or not 1e-6 <= fps <= 1e6):
-        raise InputError(f"fps is {fps!r}; give the video's frames per second, from 1e-6 to 1e6, or None")
-    if is_path and fps is not None:
-        raise InputError(f"fps is {fps}, but a video file states its own rate; leave fps out")
+    is_rate = isinstance(fps, Real) and not isinstance(fps, bool) and 1e-6 <= fps <= 1e6
+    if fps is not None and (is_path or not is_rate):
+        raise InputError(f"fps is {fps!r}; it must be a number from 1e-6 to 1e6, or None for a file, which has its own")
     if not (is_path or isinstance(video, (np.ndarray, Sequence))) or isinstance(video, bytes):
         raise InputError(f"a video is of type {type(video).__name__}; give a path, an array or a list of images")
     if isinstance(video, np.ndarray) and video.ndim != 4:
@@ -106,10 +105,7 @@ def _patches(frames: torch.Tensor, config: Qwen3VisionConfig) -> tuple[torch.Ten
 
 
 class QwenProcessor(Processor):
-    """Lays out an image as its tokens, and a video as frame pairs with their times, between two more tokens.
-
-    All tokens are causal. Their rotary positions are by time, row and column.
-    """
+    """Lays out an image as its tokens, and a video as frame pairs with their times, between two more tokens."""
 
     def __init__(self, config: Qwen3VLConfig):
         super().__init__(config)

@@ -81,8 +81,7 @@ class Tokenizer:
         try:
             return self._bytes_of[id]
         except (KeyError, TypeError):
-            known = f"0 to {self.vocab_size - 1}"
-            raise InputError(f"token id {id!r} is not one of the tokenizer's ids, {known}.") from None
+            raise InputError(f"token id {id!r} is not in the vocabulary of {self.vocab_size} tokens.") from None
 
     def _encode_text(self, text: str) -> list[int]:
         """Return the ids of a non-empty text, without looking for added tokens."""
@@ -159,9 +158,8 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
             tokenizer = from_tiktoken_file(data)
         tokenizer.chat_template = _chat_template(folder)
     except (ValueError, LookupError, TypeError, AttributeError, RuntimeError, OSError) as error:
-        known = isinstance(error, TokenizerError)
-        reason = error if known else f"not a tokenizer ({type(error).__name__}: {error})."
-        raise TokenizerError(f"{path}: {reason}") from error
+        reason = "" if isinstance(error, TokenizerError) else f"not a tokenizer, {type(error).__name__}: "
+        raise TokenizerError(f"{path}: {reason}{error}") from error
     return tokenizer
 
 

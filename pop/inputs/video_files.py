@@ -55,15 +55,13 @@ def frames(path: str | os.PathLike, wanted: Sequence[int]) -> Iterator[np.ndarra
         path: A video file.
         wanted: The numbers of the frames in ascending order, without repetitions.
     """
-    left = list(reversed(wanted))
     with _opened(path) as (container, stream, name):
-        for number, frame in enumerate(container.decode(stream)):
-            if number == left[-1]:
-                yield frame.to_ndarray(format="rgb24")
-                left.pop()
-            if not left:
-                return
-        raise InputError(f"{name} is truncated or broken: frame {left[-1]:,} cannot be read; give another file")
+        decoded = enumerate(container.decode(stream))
+        for index in wanted:
+            frame = next((frame for number, frame in decoded if number == index), None)
+            if frame is None:
+                raise InputError(f"{name} is truncated or broken: frame {index:,} cannot be read; give another file")
+            yield frame.to_ndarray(format="rgb24")
 
 
 @contextlib.contextmanager
