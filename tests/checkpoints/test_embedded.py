@@ -143,7 +143,7 @@ def test_no_pip(index):
 
 
 def test_pip_is_not_looked_up_as_a_module(index, monkeypatch):
-    """Behind that setuptools, which torch.compile imports, cannot be imported in the same process (Python < 3.12)."""
+    """After that, setuptools, which torch.compile imports, cannot be imported in the same process (Python < 3.12)."""
     find_spec = importlib.util.find_spec
 
     def watched(name, *rest):
