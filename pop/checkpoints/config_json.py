@@ -11,11 +11,10 @@ import dataclasses
 import logging
 import math
 from collections.abc import Callable, Container
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, get_type_hints
-
-import torch
 
 from pop.checkpoints.fields import Fields
 from pop.checkpoints.meta import read_params
@@ -65,27 +64,20 @@ def read_config(folder: str | Path) -> Config:
     """
     folder = Path(folder)
     if (folder / "config.json").exists():
-        config = _read(
-            folder / "config.json",
-            lambda fields: READERS[fields.choice("model_type", READERS)](fields),
-            unsupported=FORWARD_PASS.split(),
-        )
+        config = _read(folder / "config.json", _read_family, FORWARD_PASS.split())
     elif (folder / "params.json").exists():
-        config = _read(folder / "params.json", read_params, unsupported=None)
+        config = _read(folder / "params.json", read_params, None)
     else:
         raise ConfigError(f"{folder} is not a checkpoint folder: it holds neither config.json nor params.json")
-
-    def with_ends(fields: Fields) -> Config:
-        return dataclasses.replace(config, eos_ids=_read_ends(fields) or config.eos_ids)
-
     generation = folder / "generation_config.json"
-    return _read(generation, with_ends, unsupported=()) if generation.exists() else config
+    if generation.exists():
+        config = _read(generation, lambda fields: replace(config, eos_ids=_read_ends(fields, config.eos_ids)), ())
+    return config
 
 
 def _read(path: Path, reader: Callable[[Fields], Config], unsupported: Container[str] | None) -> Config:
-    values = read_json(path)
     try:
-        fields = Fields(values)
+        fields = Fields(read_json(path))
         config = reader(fields)
         ignored = fields.finish(unsupported)
     except (ConfigError, RecursionError) as error:  # deeply nested values can be neither compared nor shown
@@ -93,6 +85,10 @@ def _read(path: Path, reader: Callable[[Fields], Config], unsupported: Container
     if ignored:
         logger.info("%s: ignored %s", path, ignored)
     return config
+
+
+def _read_family(fields: Fields) -> Config:
+    return READERS[fields.choice("model_type", READERS)](fields)
 
 
 # ---- decoders ----
@@ -108,28 +104,30 @@ LOCAL, GLOBAL = "sliding_attention", "full_attention"  # values of layer_types
 
 
 def _build(config: type, fields: Fields, names: dict[str, str] = NAMES, **given: Any) -> Any:
-    """Make a config. Its integers, numbers and booleans are read from a file unless they are given.
-
-    Args:
-        config: the config's dataclass. A field without a default there must be in the file.
-        fields: the file's fields.
-        names: what the file calls the dataclass's fields, where the names differ.
-        given: other fields of the dataclass.
-    """
+    """Make a config. Read its integers, numbers and booleans, unless given. Those without a default are required."""
     readers = {int: fields.integer, float: fields.number, bool: fields.boolean}
     types = get_type_hints(config)
     for field in dataclasses.fields(config):
         if field.name not in given and types[field.name] in readers:
-            default = ... if field.default is dataclasses.MISSING else field.default
-            given[field.name] = readers[types[field.name]](names.get(field.name, field.name), default)
+            given[field.name] = readers[types[field.name]](names.get(field.name, field.name), field.default)
     return config(**given)
 
 
 def _build_decoder(config: type, fields: Fields, **given: Any) -> Any:
     fields.fixed(is_causal=True)
-    bos_id = fields.integer("bos_token_id", config.bos_id, least=0)
-    eos_ids = _read_ends(fields) or config.eos_ids
-    return _build(config, fields, dtype=_read_dtype(fields), bos_id=bos_id, eos_ids=eos_ids, **given)
+    dtype = fields.choice("dtype", [*DTYPES, *(f"torch.{name}" for name in DTYPES)], "float32")
+    given["dtype"] = DTYPES[dtype.removeprefix("torch.")]
+    given["bos_id"] = fields.integer("bos_token_id", config.bos_id, least=0)
+    given["eos_ids"] = _read_ends(fields, config.eos_ids)
+    return _build(config, fields, **given)
+
+
+def _read_ends(fields: Fields, default: tuple[int, ...]) -> tuple[int, ...]:
+    """Read the end tokens: one token id, or a list of them."""
+    if isinstance(fields.left.get("eos_token_id"), list):
+        return fields.integers("eos_token_id") or default
+    end = fields.integer("eos_token_id", None, least=0)
+    return default if end is None else (end,)
 
 
 def read_llama(fields: Fields, config: type, architecture: str) -> LlamaConfig:
@@ -154,14 +152,17 @@ def _read_gemma3_text(fields: Fields, **given: Any) -> Gemma3Config:
     """Read Gemma-3's text model. Published files leave out most fields that have the reference's default."""
     fields.fixed(architectures=["Gemma3ForCausalLM"])
     fields.fixed(hidden_activation="gelu_pytorch_tanh", tie_word_embeddings=True)
-    rope, local_rope = _read_gemma3_ropes(fields)
+    ropes = fields.part("rope_parameters")  # transformers 5
+    rope = _merge(fields, "rope_theta", ropes.object(GLOBAL), fields.object("rope_scaling"))
+    local_rope = _merge(fields, "rope_local_base_freq", ropes.object(LOCAL))
+    ropes.finish()
     return _build_decoder(
         Gemma3Config,
         fields,
         vocab_size=fields.integer("vocab_size", 262_208),
         windows=_read_windows(fields),
-        rope=rope,
-        local_rope=local_rope,
+        rope=_read_rope(rope, Gemma3Config.rope.base),
+        local_rope=_read_rope(local_rope, Gemma3Config.local_rope.base),
         **given,
     )
 
@@ -272,7 +273,7 @@ def _read_qwen3_vision(fields: Fields) -> Qwen3VisionConfig:
     side = math.isqrt(positions)
     if side**2 != positions:
         raise ConfigError(f"num_position_embeddings ({positions}) is not a square")
-    rope = Fields(fields.object("rope_parameters"), f"{fields.place}rope_parameters.")
+    rope = fields.part("rope_parameters")
     rope.fixed(rope_type="axial")
     rope_base = rope.number("rope_theta", Qwen3VisionConfig.rope_base)
     rope.finish()
@@ -282,59 +283,36 @@ def _read_qwen3_vision(fields: Fields) -> Qwen3VisionConfig:
     return _build(Qwen3VisionConfig, fields, names, position_side=side, rope_base=rope_base, deepstack=deepstack)
 
 
-# ---- rotary embeddings, dtypes, end tokens ----
-
-# For each type of RoPE, the fields that it needs besides the base.
-LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-ROPE_TYPES = {"default": (), "linear": ("factor",), "llama3": LLAMA3}
+# ---- rotary embeddings ----
 
 
 def _rope_fields(fields: Fields) -> Fields:
-    """Collect the RoPE's fields from rope_parameters (transformers 5), or from rope_theta and rope_scaling (4)."""
-    outside = {name: fields.left.pop(name, None) for name in ("rope_theta", "partial_rotary_factor")}
-    return _merge(fields.place, outside, fields.object("rope_parameters"), fields.object("rope_scaling"))
+    fields.fixed(partial_rotary_factor=1.0)
+    return _merge(fields, "rope_theta", fields.object("rope_parameters"), fields.object("rope_scaling"))
 
 
-def _read_gemma3_ropes(fields: Fields) -> tuple[RopeConfig, RopeConfig]:
-    """Read the global and the local RoPE from rope_parameters (transformers 5) or from separate fields (4)."""
-    both = Fields(fields.object("rope_parameters"), f"{fields.place}rope_parameters.")
-    base, local_base = (fields.left.pop(name, None) for name in ("rope_theta", "rope_local_base_freq"))
-    rope = _merge(fields.place, {"rope_theta": base}, both.object(GLOBAL), fields.object("rope_scaling"))
-    local_rope = _merge(fields.place, {"rope_theta": local_base}, both.object(LOCAL))
-    both.finish()
-    return _read_rope(rope, Gemma3Config.rope.base), _read_rope(local_rope, Gemma3Config.local_rope.base)
-
-
-def _merge(place: str, *sources: dict[str, Any]) -> Fields:
-    merged = Fields({}, place)
-    for source in sources:
-        for name, value in source.items():
+def _merge(fields: Fields, base: str, *objects: dict[str, Any]) -> Fields:
+    """Collect a RoPE's fields from objects. Transformers 4 states the base beside them, under the name `base`."""
+    merged = Fields({"rope_theta": fields.left.pop(base, None)}, fields.place)
+    for values in objects:
+        for name, value in values.items():
             merged.add("rope_type" if name == "type" else name, value)  # `type` is the older name
     return merged
 
 
 def _read_rope(rope: Fields, default_base: float) -> RopeConfig:
-    kind = rope.choice("rope_type", ROPE_TYPES, "default")
+    kind = rope.choice("rope_type", ("default", "linear", "llama3"), "default")
     base = rope.number("rope_theta", default_base)
-    scaling = {name: rope.number(name) for name in ROPE_TYPES[kind] if not name.startswith("original")}
+    scaling = {}
+    if kind != "default":
+        scaling["factor"] = rope.number("factor")
     if kind == "llama3":
+        scaling["low_freq_factor"] = rope.number("low_freq_factor")
+        scaling["high_freq_factor"] = rope.number("high_freq_factor")
         scaling["original_max_positions"] = rope.integer("original_max_position_embeddings")
     rope.fixed(partial_rotary_factor=1.0)
     rope.finish()
     return RopeConfig(base, kind, **scaling)
-
-
-def _read_dtype(fields: Fields) -> torch.dtype:
-    known = [*DTYPES, *(f"torch.{name}" for name in DTYPES)]
-    return DTYPES[fields.choice("dtype", known, "float32").removeprefix("torch.")]
-
-
-def _read_ends(fields: Fields) -> tuple[int, ...]:
-    """Read the end tokens: one token id, or a list of them."""
-    if isinstance(fields.left.get("eos_token_id"), list):
-        return fields.integers("eos_token_id")
-    end = fields.integer("eos_token_id", None, least=0)
-    return () if end is None else (end,)
 
 
 READERS: dict[str, Callable[[Fields], Config]] = {  # by config.json's model_type

@@ -5,9 +5,10 @@ Errors name the field and its value.
 """
 
 from collections.abc import Callable, Container, Iterable
+from dataclasses import MISSING
 from typing import Any
 
-from pop.errors import ConfigError
+from pop.errors import ConfigError, some
 
 # Upper limits, far above any real model: a corrupt size must be refused here, not fail in the allocator.
 MOST = 2**24
@@ -26,9 +27,7 @@ OTHER_NAMES = {
 class Fields:
     """The fields of a JSON object. A null counts as absent. Fields with two names go by their key in OTHER_NAMES.
 
-    Args:
-        values: the object.
-        place: what precedes a field's name in messages, such as "text_config.".
+    `place` precedes a field's name in messages, such as "text_config.". `left` holds what no reader has taken.
     """
 
     def __init__(self, values: dict[str, Any], place: str = ""):
@@ -48,17 +47,10 @@ class Fields:
         """Return what messages call a field: its full name, and its other name if it has one."""
         return self.place + name + (f" ({OTHER_NAMES[name]})" if name in OTHER_NAMES else "")
 
-    def take(self, name: str, kind: str, accepts: Callable[[Any], bool], default: Any = ...) -> Any:
-        """Remove a field and return its value. The methods below do so for common kinds of values.
-
-        Args:
-            name: the field's name.
-            kind: what the value must be, in words for an error.
-            accepts: whether a value is of that kind.
-            default: what to return if the field is absent. Without a default, the field is required.
-        """
+    def take(self, name: str, kind: str, accepts: Callable[[Any], bool], default: Any = MISSING) -> Any:
+        """Remove a field and return its value, which must be of a `kind`. Without a default, the field is required."""
         if name not in self.left:
-            if default is ...:
+            if default is MISSING:
                 raise ConfigError(f"{self.called(name)} is missing")
             return default
         value = self.left.pop(name)
@@ -66,24 +58,22 @@ class Fields:
             raise ConfigError(f"{self.called(name)} must be {kind}, not {value!r:.80}")
         return value
 
-    def integer(self, name: str, default: Any = ..., least: int = 1) -> int:
+    def integer(self, name: str, default: Any = MISSING, least: int = 1) -> int:
         most = MOST_MODULES if name in MODULES else MOST
-        return self.take(name, f"an integer from {least} to {most}", _is_integer(least, most), default)
+        return self.take(name, f"an integer from {least} to {most}", lambda v: _fits(v, least, most), default)
 
-    def integers(self, name: str, default: Any = ...) -> tuple[int, ...]:
-        """A list of integers of at least 0."""
-        is_integer = _is_integer(0, MOST)
+    def integers(self, name: str, default: Any = MISSING) -> tuple[int, ...]:
         kind = f"a list of integers from 0 to {MOST}"
-        return tuple(self.take(name, kind, lambda v: type(v) is list and all(map(is_integer, v)), default))
+        return tuple(self.take(name, kind, lambda v: type(v) is list and all(_fits(n, 0, MOST) for n in v), default))
 
-    def number(self, name: str, default: Any = ...) -> float:
+    def number(self, name: str, default: Any = MISSING) -> float:
         value = self.take(name, "a positive number", lambda v: type(v) in (int, float) and 0 < v < 1e30, default)
         return value if value is None else float(value)
 
     def boolean(self, name: str, default: Any = False) -> bool:
         return self.take(name, "true or false", lambda v: type(v) is bool, default)
 
-    def choice(self, name: str, known: Iterable[str], default: Any = ...) -> str:
+    def choice(self, name: str, known: Iterable[str], default: Any = MISSING) -> str:
         return self.take(name, f"one of {', '.join(known)}", lambda v: v in list(known), default)
 
     def fixed(self, **only: Any) -> None:
@@ -92,23 +82,15 @@ class Fields:
             self.take(name, repr(supported), lambda v, s=supported: v == s and (v is True) == (s is True), supported)
 
     def object(self, name: str) -> dict[str, Any]:
-        """An object, empty by default."""
         return self.take(name, "an object", lambda v: type(v) is dict, {})
 
     def part(self, name: str) -> "Fields":
-        """An object, as fields that `finish` checks together with these."""
+        """Take an object as fields that `finish` checks together with these."""
         self.parts.append(Fields(self.object(name), f"{self.place}{name}."))
         return self.parts[-1]
 
     def finish(self, unsupported: Container[str] | None = None) -> list[str]:
-        """Deal with the fields that nobody has taken.
-
-        Args:
-            unsupported: the names of fields to refuse, unless they are false. None refuses all fields.
-
-        Returns:
-            The names of the other fields.
-        """
+        """Refuse fields left that are `unsupported` (None: all), unless they are false. Return the others' names."""
         refused, ignored = [], []
         for part in (self, *self.parts):
             for name, value in part.left.items():
@@ -117,9 +99,9 @@ class Fields:
                 else:
                     ignored.append(part.called(name))
         if refused:
-            raise ConfigError(f"not supported: {', '.join(refused[:5])}{' ...' if len(refused) > 5 else ''}")
+            raise ConfigError(f"not supported: {some(refused)}")
         return ignored
 
 
-def _is_integer(least: int, most: int) -> Callable[[Any], bool]:
-    return lambda value: type(value) is int and least <= value <= most
+def _fits(value: Any, least: int, most: int) -> bool:
+    return type(value) is int and least <= value <= most
