@@ -9,13 +9,12 @@ import numpy as np
 import pytest
 import torch
 from support.goldens import GOLDENS, TOLERANCE, error
-from support.published import SIGLIP
+from support.published import GEMMA3_TEXTS, SIGLIP, gemma3_with_images
 from support.tiny import random_weights
 from support.tiny_images import random_bytes
 from torch import nn
 
-from pop.checkpoints.config_json import read_siglip
-from pop.checkpoints.fields import Fields
+from pop.checkpoints.config_json import read_config
 from pop.errors import ConfigError
 from pop.models.config import SiglipConfig
 from pop.models.vision.siglip import Projector, VisionTower
@@ -33,10 +32,23 @@ class Vision(nn.Module):
         self.multi_modal_projector = Projector(config, hidden_size)
 
 
-def tiny(name: str) -> tuple[Vision, torch.Tensor]:
+@pytest.fixture(scope="module")
+def read(tmp_path_factory):
+    """read(vision_config, tokens an image) -> SiglipConfig, from the config.json of a Gemma-3."""
+    folder = tmp_path_factory.mktemp("gemma3")
+
+    def write_and_read(vision_config: dict, tokens: int = 256) -> SiglipConfig:
+        fields = gemma3_with_images(GEMMA3_TEXTS["4b"], vision_config=vision_config, mm_tokens_per_image=tokens)
+        (folder / "config.json").write_text(json.dumps(fields), encoding="utf-8")
+        return read_config(folder).vision
+
+    return write_and_read
+
+
+def tiny(read, name: str) -> tuple[Vision, torch.Tensor]:
     """The model of a golden case, and its images [N, 3, S, S]."""
     case = CASES[name]
-    config = read_siglip(Fields(dict(case["vision_config"])), case["mm_tokens_per_image"])
+    config = read(case["vision_config"], case["mm_tokens_per_image"])
     vision = Vision(config, case["hidden_size"])
     shapes = {name: tuple(parameter.shape) for name, parameter in vision.named_parameters()}
     vision.load_state_dict(random_weights(shapes, case["seed"]))
@@ -46,38 +58,38 @@ def tiny(name: str) -> tuple[Vision, torch.Tensor]:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_features_are_the_references(name):
-    vision, pixels = tiny(name)
+def test_features_are_the_references(read, name):
+    vision, pixels = tiny(read, name)
     patches = vision.vision_tower(pixels)
     assert error(patches, FEATURES[f"{name}-patches"]) < TOLERANCE
     assert error(vision.multi_modal_projector(patches), FEATURES[f"{name}-tokens"]) < TOLERANCE
 
 
-def test_features_in_bfloat16_stay_in_it():
-    vision, pixels = tiny("pooled")
+def test_features_in_bfloat16_stay_in_it(read):
+    vision, pixels = tiny(read, "pooled")
     tokens = vision.bfloat16().multi_modal_projector(vision.vision_tower(pixels.bfloat16()))
     assert tokens.dtype == torch.bfloat16
     assert error(tokens, FEATURES["pooled-tokens"]) < 0.1  # about 16 roundings of 2 ** -9
 
 
-def test_images_do_not_attend_each_other():
-    vision, pixels = tiny("odd-grid")
+def test_images_do_not_attend_each_other(read):
+    vision, pixels = tiny(read, "odd-grid")
     together = vision.multi_modal_projector(vision.vision_tower(pixels))
     alone = vision.multi_modal_projector(vision.vision_tower(pixels[1:]))
     assert (together[1:] - alone).abs().max() < 1e-5
     assert vision.vision_tower(pixels[:0]).shape == (0, 81, 25)
 
 
-def test_pooling_is_the_mean_of_squares():
-    vision, _ = tiny("odd-grid")
+def test_pooling_is_the_mean_of_squares(read):
+    vision, _ = tiny(read, "odd-grid")
     patches = torch.from_numpy(np.random.RandomState(0).standard_normal((2, 81, 25)).astype(np.float32))
     expected = nn.functional.avg_pool2d(patches.transpose(1, 2).unflatten(2, (9, 9)), 3).flatten(2).transpose(1, 2)
     assert (vision.multi_modal_projector.pool(patches) - expected).abs().max() < 1e-6
 
 
-def test_attention_needs_no_mask_nor_score_matrix():
+def test_attention_needs_no_mask_nor_score_matrix(read):
     """Fused attention must stay possible: the scores of 4096 patches are 268 million numbers an image."""
-    vision, pixels = tiny("pooled")
+    vision, pixels = tiny(read, "pooled")
     calls = []
 
     class Watch(torch.overrides.TorchFunctionMode):
@@ -92,8 +104,8 @@ def test_attention_needs_no_mask_nor_score_matrix():
     assert all(len(args) == 3 and not kwargs for args, kwargs in calls)
 
 
-def test_published_config():
-    assert read_siglip(Fields(dict(SIGLIP)), 256) == SiglipConfig(1152, 4304, 27, 16, 896, 14, 1e-6, 256)
+def test_published_config(read):
+    assert read(SIGLIP) == SiglipConfig(1152, 4304, 27, 16, 896, 14, 1e-6, 256)
 
 
 @pytest.mark.parametrize(
@@ -111,15 +123,15 @@ def test_published_config():
         ({"layer_norm_eps": 0}, "layer_norm_eps.*0"),
     ],
 )
-def test_bad_configs_are_refused(change, named):
+def test_bad_configs_are_refused(read, change, named):
     fields = {**SIGLIP, **change}
     if "patch_size" in change:  # 56 patches a side: 16 tokens do not divide them
         assert fields["image_size"] % fields["patch_size"] == 0
     with pytest.raises(ConfigError, match=named):
-        read_siglip(Fields(fields), 256)
+        read(fields)
 
 
 @pytest.mark.parametrize("tokens", [257, 1024 * 3, 81])
-def test_bad_token_counts_are_refused(tokens):
+def test_bad_token_counts_are_refused(read, tokens):
     with pytest.raises(ConfigError, match=f"mm_tokens_per_image .{tokens}"):
-        read_siglip(Fields(dict(SIGLIP)), tokens)
+        read(SIGLIP, tokens)
