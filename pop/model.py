@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import time
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -19,7 +20,7 @@ from pop.engine.cache import CHUNK_SIZE, KVCache
 from pop.engine.compile import SMALLEST, Compiled
 from pop.errors import ContextOverflow, InputError, PlanError, TokenizerError, check_count
 from pop.generation.answers import Generation
-from pop.generation.batch import Batch, generate, stream
+from pop.generation.batch import Batch, as_prompts
 from pop.generation.conversation import Conversation
 from pop.generation.prefix import Prefix
 from pop.generation.sampling import SamplingParams
@@ -201,18 +202,19 @@ class Model:
             InputError: the prompt is empty, its images do not match it or cannot be read, a value is out of range, or
                 the model's numbers overflow. ContextOverflow: a prompt is longer than max_seq_len.
         """
+        began = time.perf_counter()
         params = SamplingParams(max_new_tokens, temperature, top_k, top_p, seed, stop)
-        return generate(prompt, lambda prompts: self._batch(prompts, images, videos, params, plan))
+        return self._batch(prompt, images, videos, params, plan).generate(began)
 
     def stream(self, prompt, *, images=None, videos=None, plan: PrunePlan | None = None, **sampling) -> Iterator[str]:
         """Like `generate` for one prompt, but yields the answer in pieces of whole characters, as they come."""
-        params = SamplingParams(**sampling)
-        return stream(self, prompt, lambda prompts: self._batch(prompts, images, videos, params, plan))
+        return self._batch(prompt, images, videos, SamplingParams(**sampling), plan).stream()
 
-    def _batch(self, prompts, images, videos, params: SamplingParams, plan) -> Batch:
+    def _batch(self, prompt, images, videos, params: SamplingParams, plan) -> Batch:
+        prompts, is_list = as_prompts(prompt)
         media = self.vision.prepare_batch(images, videos, len(prompts))
         prompts = [self.encode(prompt, media=row) for prompt, row in zip(prompts, media, strict=True)]
-        return Batch(self, prompts, media, params, plan=plan)
+        return Batch(self, prompts, media, params, plan=plan, is_list=is_list)
 
     def chat(self, messages, **options) -> Generation:
         """Answer a conversation in the family's chat format. No text of a message can become a control token.

@@ -14,23 +14,14 @@ from pop.inputs.chat import chat_format
 
 @dataclasses.dataclass(frozen=True)
 class Generation:
-    """The model's answer to one prompt.
+    """The model's answer to one prompt."""
 
-    Attributes:
-        text: the answer, without end tokens and without the stop string; None if the model has no tokenizer.
-        tokens: the generated ids, without the end token.
-        prompt_tokens: the length of the prompt, including a prefix or earlier turns.
-        ttft_s: seconds from the call to the batch's first token, including tokenization.
-        decode_s: seconds from the first token to the last.
-        finish_reason: "stop" after an end token or a stop string; "length" after max_new_tokens or in a full context.
-    """
-
-    text: str | None
-    tokens: list[int]
-    prompt_tokens: int
-    ttft_s: float
-    decode_s: float
-    finish_reason: str
+    text: str | None  # without end tokens and without the stop string; None if the model has no tokenizer
+    tokens: list[int]  # the generated ids, without the end token
+    prompt_tokens: int  # the length of the prompt, including a prefix or earlier turns
+    ttft_s: float  # seconds from the call to the batch's first token, including tokenization
+    decode_s: float  # seconds from the first token to the last
+    finish_reason: str  # "stop": an end token or a stop string; "length": max_new_tokens or a full context
 
     @property
     def tokens_per_s(self) -> float:
@@ -39,14 +30,11 @@ class Generation:
 
 
 class Answer:
-    """An answer that grows: tokens come in, and text comes out as soon as no later token can change it.
-
-    Without a tokenizer, the answer is token ids only. A token of `end_ids` or a string of `stop` ends it.
-    """
+    """An answer that grows: tokens come in, and text comes out as soon as no later token can change it."""
 
     def __init__(self, tokenizer, end_ids: frozenset[int], stop: Sequence[str], max_new_tokens: int):
+        self.tokenizer = tokenizer  # None: the answer is token ids only
         self.end_ids, self.stop, self.max_new_tokens = end_ids, stop, max_new_tokens
-        self.tokenizer = tokenizer
         self.decoder = codecs.getincrementaldecoder("utf-8")("replace")  # holds back incomplete characters
         self.tokens: list[int] = []
         self.text = ""  # settled: no later token changes it
@@ -57,34 +45,26 @@ class Answer:
         """Take the next token and return the text that it settles. A finished answer takes nothing more."""
         if self.finish_reason:
             return ""
+        data = b""
         if token in self.end_ids:
-            return self._finish("stop")
-        self.tokens.append(token)
-        piece = "" if self.tokenizer is None else self._settle(self.decoder.decode(self.tokenizer.token_bytes(token)))
-        if len(self.tokens) == self.max_new_tokens and not self.finish_reason:
-            piece += self._finish("length")
-        return piece
-
-    def _finish(self, reason: str) -> str:
-        piece = self._settle(self.decoder.decode(b"", final=True))
-        if not self.finish_reason:  # the flushed text may have completed a stop string
-            piece += self.pending
-            self.text += self.pending
-            self.finish_reason = reason
-        return piece
-
-    def _settle(self, text: str) -> str:
-        """Add text, and return what is settled now."""
-        self.pending += text
+            self.finish_reason = "stop"
+        else:
+            self.tokens.append(token)
+            if self.tokenizer is not None:
+                data = self.tokenizer.token_bytes(token)
+            if len(self.tokens) == self.max_new_tokens:
+                self.finish_reason = "length"
+        self.pending += self.decoder.decode(data, final=self.finish_reason is not None)
         begins = [(self.pending.find(stop), stop) for stop in self.stop if stop in self.pending]
         if begins:  # take the stop string that ends first, and of several the longest
-            _, begin = min((begin + len(stop), begin) for begin, stop in begins)
-            piece, self.finish_reason = self.pending[:begin], "stop"
-            self.pending = ""
+            _, settled = min((begin + len(stop), begin) for begin, stop in begins)
+            self.finish_reason = "stop"
         else:
-            held_back = max((_overlap(self.pending, stop) for stop in self.stop), default=0)
-            piece = self.pending[: len(self.pending) - held_back]
-            self.pending = self.pending[len(piece) :]
+            settled = len(self.pending)
+            if not self.finish_reason:  # hold back what may be the beginning of a stop string
+                beginnings = (stop[:length] for stop in self.stop for length in range(1, len(stop)))
+                settled -= max((len(text) for text in beginnings if self.pending.endswith(text)), default=0)
+        piece, self.pending = self.pending[:settled], self.pending[settled:]
         self.text += piece
         return piece
 
@@ -96,8 +76,3 @@ def end_ids(model) -> frozenset[int]:
         with suppress(UnsupportedError):  # the tokenizer lacks a chat format
             ids.update(chat_format(model.tokenizer).end_ids)
     return frozenset(ids)
-
-
-def _overlap(text: str, stop: str) -> int:
-    """How many of the last characters of `text` could begin `stop`."""
-    return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
@@ -17,35 +17,27 @@ from pop.pruning.plan import PrunePlan
 
 
 class Batch:
-    """Prompts of different lengths, and their answers.
-
-    Args:
-        model: a pop.Model.
-        prompts: the token ids of each prompt.
-        media: the images and videos of each prompt.
-        params: how the answers are sampled.
-        plan: the PrunePlan of the prompts; None takes the model's.
-        earlier: a cache of one row, which all prompts continue and none changes. None: an empty cache.
-        leading: token ids before the prompts that run at full depth: the end of a truncated answer.
-    """
+    """Prompts of different lengths, and their answers."""
 
     def __init__(
         self,
         model,
         prompts: list[list[int]],
-        media: list[list[Prepared]],
+        media: list[list[Prepared]],  # the images and videos of each prompt
         params: SamplingParams,
         *,
         plan: PrunePlan | None = None,
-        earlier: KVCache | None = None,
-        leading: Sequence[int] = (),
+        is_list: bool = False,  # whether `generate` returns a list
+        earlier: KVCache | None = None,  # a cache of one row, which all prompts continue and none changes
+        leading: Sequence[int] = (),  # token ids before the prompts that run at full depth
+        after_step: Callable[[Batch], None] = lambda batch: None,  # called after each token of the batch
     ):
         self.model, self.prompts, self.media, self.plan = model, prompts, media, model.resolve(plan)
-        self.earlier, self.leading, self.cache = earlier, list(leading), None
+        self.is_list, self.earlier, self.leading, self.after_step = is_list, earlier, list(leading), after_step
         if params.stop:
             model.need_tokenizer("stop")
         self.sampler = Sampler(len(prompts), params)
-        self.num_earlier = len(self.leading) + (0 if earlier is None else int(earlier.lengths[0]))
+        self.num_earlier = len(leading) + (0 if earlier is None else int(earlier.lengths[0]))
         longest = max(len(prompt) for prompt in prompts)
         note = f" ({longest} tokens after {self.num_earlier} earlier ones)" if self.num_earlier else ""
         model.check_fits(self.num_earlier + longest, f"the prompt{note}")
@@ -56,29 +48,10 @@ class Batch:
         ends = end_ids(model)
         self.answers = [Answer(model.tokenizer, ends, params.stop, limit) for limit in limits]
 
-    def steps(self) -> Iterator[list[str]]:
-        """Generate. After each token of the batch, yield the text that the token has settled in each row."""
-        logits = self._prefill()
-        rows = list(range(len(self.answers)))  # the answer that each row of the cache belongs to
-        while True:
-            tokens = self._sample(logits)
-            pieces = [""] * len(self.answers)
-            for row, token in zip(rows, tokens.tolist(), strict=True):
-                pieces[row] = self.answers[row].push(token)
-            yield pieces
-            unfinished = [number for number, row in enumerate(rows) if not self.answers[row].finish_reason]
-            if not unfinished:
-                return
-            if len(unfinished) < len(rows):  # the finished rows leave the batch
-                rows, tokens = [rows[number] for number in unfinished], tokens[unfinished]
-                self.cache.keep_rows(torch.tensor(unfinished))
-                self.sampler.keep_rows(unfinished)
-            logits = self.model.decode(tokens, self.cache)
-
-    def generations(self, began: float, steps: Iterable | None = None) -> list[Generation]:
-        """Take all steps, or an iterator around them. Seconds count from `began`, a time.perf_counter()."""
-        seconds = [time.perf_counter() - began for _ in (self.steps() if steps is None else steps)]
-        return [
+    def generate(self, began: float) -> Generation | list[Generation]:
+        """Generate all answers. Seconds count from `began`, a time.perf_counter()."""
+        seconds = [time.perf_counter() - began for _ in self.steps()]
+        generations = [
             Generation(
                 text=None if self.model.tokenizer is None else answer.text,
                 tokens=answer.tokens,
@@ -89,9 +62,37 @@ class Batch:
             )
             for prompt, answer in zip(self.prompts, self.answers, strict=True)
         ]
+        return generations if self.is_list else generations[0]
 
-    def _prefill(self) -> torch.Tensor:
-        """Fill the cache. Returns the logits [B, V] of each prompt's boundary token."""
+    def stream(self) -> Iterator[str]:
+        """Generate the only answer in pieces of whole characters, as they come."""
+        self.model.need_tokenizer("stream")
+        if self.is_list:
+            raise InputError("stream takes one prompt; use generate for a batch, or one stream for each prompt")
+        return (piece for (piece,) in self.steps() if piece)
+
+    def steps(self) -> Iterator[list[str]]:
+        """Generate. After each token of the batch, yield the text that the token has settled in each row."""
+        logits = self.prefill()
+        rows = list(range(len(self.answers)))  # the answer that each row of the cache belongs to
+        while True:
+            tokens = self._sample(logits)
+            pieces = [""] * len(self.answers)
+            for row, token in zip(rows, tokens.tolist(), strict=True):
+                pieces[row] = self.answers[row].push(token)
+            self.after_step(self)
+            yield pieces
+            unfinished = [number for number, row in enumerate(rows) if not self.answers[row].finish_reason]
+            if not unfinished:
+                return
+            if len(unfinished) < len(rows):  # the finished rows leave the batch
+                rows, tokens = [rows[number] for number in unfinished], tokens[unfinished]
+                self.cache.keep_rows(torch.tensor(unfinished))
+                self.sampler.keep_rows(unfinished)
+            logits = self.model.decode(tokens, self.cache)
+
+    def prefill(self) -> torch.Tensor:
+        """Make the cache and fill it with the prompts. Returns the logits [B, V] of each prompt's boundary token."""
         B, lengths = len(self.prompts), [len(prompt) for prompt in self.prompts]
         self.cache = self.model.new_cache(B, self.max_seq_len)
         if self.earlier is not None:
@@ -114,29 +115,12 @@ class Batch:
         return tokens
 
 
-def generate(prompt, batch_of: Callable[[list], Batch]) -> Generation | list[Generation]:
-    """Answer a prompt, or a list of prompts, which returns a list. batch_of: from prompts to their Batch."""
-    began = time.perf_counter()
-    several = _is_batch(prompt)
-    generations = batch_of(prompt if several else [prompt]).generations(began)
-    return generations if several else generations[0]
-
-
-def stream(model, prompt, batch_of: Callable[[list], Batch]) -> Iterator[str]:
-    """The answer to one prompt in pieces of whole characters, as they come. Errors in the prompt are raised at once."""
-    model.need_tokenizer("stream")
-    if _is_batch(prompt):
-        raise InputError("stream takes one prompt; use generate for a batch, or one stream for each prompt")
-    return (piece for (piece,) in batch_of([prompt]).steps() if piece)
-
-
-def _is_batch(prompt) -> bool:
-    """Whether a prompt is a list of prompts, rather than text or one list of token ids."""
-    if isinstance(prompt, str):
-        return False
+def as_prompts(prompt) -> tuple[list, bool]:
+    """The prompts that a caller has given, and whether it was a list of prompts rather than one."""
     prompt = prompt.tolist() if hasattr(prompt, "tolist") else prompt
     if not isinstance(prompt, Sequence):
         raise InputError(f"the prompt is a {type(prompt).__name__}; give text, token ids, or a list of either")
     if not prompt:
         raise InputError("the prompt is empty; give it at least one token")
-    return isinstance(prompt[0], (str, Sequence)) or getattr(prompt[0], "ndim", 0) > 0
+    is_list = not isinstance(prompt, str) and (isinstance(prompt[0], Sequence) or getattr(prompt[0], "ndim", 0) > 0)
+    return (prompt if is_list else [prompt]), is_list

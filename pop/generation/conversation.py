@@ -18,7 +18,6 @@ import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 
@@ -36,35 +35,13 @@ FORMAT = 2  # of saved conversations
 
 @dataclasses.dataclass(frozen=True)
 class Turn:
-    """One message and its answer.
+    """One message and its answer."""
 
-    Attributes:
-        user: the message's content, as `model.chat` takes it.
-        assistant: the answer's text.
-        prompt: the ids of the prompt, including the chat format's tokens.
-        answer: the ids of the answer, as they were generated.
-        media: a hash of each image and video of the message.
-    """
-
-    user: str | list[dict]
-    assistant: str
-    prompt: list[int]
-    answer: list[int]
-    media: list[str]
-
-
-class _State(NamedTuple):
-    """A conversation's turns and their cache, which a finished turn replaces together."""
-
-    turns: tuple[Turn, ...] = ()
-    cache: KVCache | None = None
-
-    def tokens(self) -> list[int]:
-        return [token for turn in self.turns for token in turn.prompt + turn.answer]
-
-    def missing(self) -> list[int]:
-        """The tokens that are not in the cache: the last one of a truncated answer, which was sampled but never run."""
-        return [] if self.cache is None else self.tokens()[int(self.cache.lengths[0]) :]
+    user: str | list[dict]  # the message's content, as `model.chat` takes it
+    assistant: str  # the answer's text
+    prompt: list[int]  # the ids of the prompt, including the chat format's tokens
+    answer: list[int]  # the ids of the answer, as they were generated
+    media: list[str]  # a hash of each image and video of the message
 
 
 class Conversation:
@@ -72,63 +49,54 @@ class Conversation:
 
     A turn works on a copy of the cache. If it fails, or Ctrl-C stops it, or nobody reads its stream to the end, the
     conversation stays as it was. Only one thread at a time may use a conversation.
-
-    Args:
-        model: a pop.Model with a tokenizer that has a chat format.
-        system: the system message, or None.
-        plan: the PrunePlan of all turns; None takes the model's.
     """
 
     def __init__(self, model, system: str | None = None, *, plan: PrunePlan | None = None):
-        model.need_tokenizer("a conversation")
-        if not isinstance(system, str | None):
-            raise InputError(f"the system message is {system!r:.80}; it must be text, or None")
         self.model, self.system, self.plan = model, system, model.resolve(plan)
         self._format = model.chat_format()
-        self._prompt((), "Hello", [])  # an error in the system message shows now
-        self._state = _State()
+        # The turns and their cache, which a finished turn replaces together.
+        self._state: tuple[tuple[Turn, ...], KVCache | None] = ((), None)
+        self._prompt("Hello")  # an error in the system message shows now
 
     @property
     def turns(self) -> tuple[Turn, ...]:
-        return self._state.turns
+        return self._state[0]
 
     @property
     def messages(self) -> list[dict]:
         """The conversation as `model.chat` takes it."""
-        messages = self._system_message()
+        messages = [] if self.system is None else [{"role": "system", "content": self.system}]
         for turn in self.turns:
-            messages.append(_message("user", turn.user))
-            messages.append(_message("assistant", self._format.opening + turn.assistant))
+            messages.append({"role": "user", "content": turn.user})
+            messages.append({"role": "assistant", "content": self._format.opening + turn.assistant})
         return messages
 
     @property
     def tokens(self) -> list[int]:
         """The token ids of all prompts and answers, in order."""
-        return self._state.tokens()
+        return [token for turn in self.turns for token in turn.prompt + turn.answer]
 
     def send(self, message, *, images=(), videos=(), **options) -> Generation:
         """Answer one more message.
 
         Args:
-            message: text, or a list of parts as in `Model.chat`.
-            images, videos: lists of what the message shows before its text.
-            options: those of `Model.generate`, without the plan.
+            message: Text, or a list of parts as in `Model.chat`.
+            images, videos: Lists of what the message shows before its text.
+            options: Those of `Model.generate`. The plan is the conversation's.
 
         Raises:
-            InputError: the message is empty or cannot be read, or an option is out of range.
-            ContextOverflow: the message does not fit after what the conversation holds.
+            InputError: The message is empty or cannot be read, or an option is out of range.
+            ContextOverflow: The message does not fit after what the conversation holds.
         """
         began = time.perf_counter()
-        batch, steps = self._begin_turn(message, images, videos, options)
-        return batch.generations(began, steps)[0]
+        return self._next_turn(message, images, videos, options).generate(began)
 
     def stream(self, message, *, images=(), videos=(), **options) -> Iterator[str]:
         """Like `send`, but yields the answer in pieces of whole characters, as they come.
 
         The turn counts once the last piece has been read.
         """
-        _, steps = self._begin_turn(message, images, videos, options)
-        return (piece for (piece,) in steps if piece)
+        return self._next_turn(message, images, videos, options).stream()
 
     def save(self, path: str | os.PathLike) -> None:
         """Write the conversation to a JSON file: texts, and the tokens of the answers, but not the cache.
@@ -181,79 +149,65 @@ class Conversation:
         chat = cls(model, system, plan=plan)
         if description != _describe(chat.plan, model.part):
             raise PlanError(f"{path} was held with another plan, {description}; pass that plan as plan=")
-        chat._replay(turns)
+        for turn in turns:
+            chat._replay(*turn)
         return chat
 
-    def _system_message(self) -> list[dict]:
-        return [] if self.system is None else [_message("system", self.system)]
-
-    def _prompt(self, turns: tuple[Turn, ...], content, media: list[Prepared]) -> list[int]:
-        """The ids of the prompt of the turn that follows `turns`."""
+    def _prompt(self, content) -> tuple[list[int], list[Prepared]]:
+        """The ids of the next turn's prompt, and the images and videos of its message."""
+        message = {"role": "user", "content": content}
+        media = self.model.media_in([message])
         pieces = [one.pieces for one in media]
-        if turns:
-            return self._format.encode_next(content, pieces)
-        return self._format.encode([*self._system_message(), _message("user", content)], media=pieces)
+        if self.turns:
+            return self._format.encode_next(content, pieces), media
+        return self._format.encode([*self.messages, message], media=pieces), media
 
-    def _begin_turn(self, message, images, videos, options: dict) -> tuple[Batch, Iterator[list[str]]]:
-        """Check everything. Returns the batch of the next turn, and its steps, of which none has been taken."""
+    def _batch(self, prompt: list[int], media: list[Prepared], params: SamplingParams, **options) -> Batch:
+        """A batch of one prompt, which continues from the cache."""
+        _, cache = self._state
+        # The last token of a truncated answer was sampled but never run, so it is not in the cache.
+        missing = [] if cache is None else self.tokens[int(cache.lengths[0]) :]
+        past = {"earlier": cache, "leading": missing}
+        return Batch(self.model, [prompt], [media], params, plan=self.plan, **past, **options)
+
+    def _next_turn(self, message, images, videos, options: dict) -> Batch:
+        """Check everything. Returns a batch that adds its turn to the conversation when its answer ends."""
         if "plan" in options:
             raise InputError("a conversation keeps its plan; start another conversation for another plan")
         state, content = self._state, _content(message, images, videos)
-        media = self.model.media_in([_message("user", content)])
-        prompt = self._prompt(state.turns, content, media)
-        past = {"earlier": state.cache, "leading": state.missing()}
-        batch = Batch(self.model, [prompt], [media], SamplingParams(**options), plan=self.plan, **past)
+        prompt, media = self._prompt(content)
 
-        def steps():
+        def after_step(batch: Batch) -> None:
+            if self._state is not state:
+                raise InputError("the conversation got another turn during this answer; send the message again")
             (answer,) = batch.answers
-            for pieces in batch.steps():
-                if self._state is not state:
-                    raise InputError("the conversation got another turn during this answer; send the message again")
-                if answer.finish_reason:
-                    turn = Turn(content, answer.text, prompt, answer.tokens, [one.sha256 for one in media])
-                    self._state = _State((*state.turns, turn), batch.cache)
-                yield pieces
+            if answer.finish_reason:
+                turn = Turn(content, answer.text, prompt, answer.tokens, [one.sha256 for one in media])
+                self._state = ((*self.turns, turn), batch.cache)
 
-        return batch, steps()
+        return self._batch(prompt, media, SamplingParams(**options), after_step=after_step)
 
-    def _replay(self, saved: list[tuple]) -> None:
-        """Take up the turns of a saved conversation: (user, assistant, answer, media) of each."""
-        turns: list[Turn] = []
-        media_of_turns: list[list[Prepared]] = []
-        for user, assistant, answer, hashes in saved:
-            answer = self.model.encode(answer, "answer") if answer else []
-            media = self.model.media_in([_message("user", user)])
-            if [one.sha256 for one in media] != hashes:
-                raise InputError("an image or a video of the saved conversation has changed since; restore its file")
-            turns.append(Turn(user, assistant, self._prompt(tuple(turns), user, media), answer, hashes))
-            media_of_turns.append(media)
-        if not turns:
-            return
-        answers = [turn.answer for turn in turns]
-        answers[-1] = answers[-1][:-1]  # the next turn runs its last token, as if the answer had been truncated
-        length = sum(len(turn.prompt) + len(answer) for turn, answer in zip(turns, answers, strict=True))
-        self.model.check_fits(length, "the saved conversation")
-        cache = self.model.new_cache(1, length)
-        for turn, media, answer in zip(turns, media_of_turns, answers, strict=True):
-            self.model.prefill([turn.prompt], cache, images=[media], plan=self.plan)
-            if answer:
-                self.model.prefill([answer], cache, plan=PrunePlan.none())
-        self._state = _State(tuple(turns), cache)
-
-
-def _message(role: str, content) -> dict:
-    return {"role": role, "content": content}
+    def _replay(self, user, assistant: str, answer: list, hashes: list[str]) -> None:
+        """Add a turn of a saved conversation."""
+        prompt, media = self._prompt(user)
+        if [one.sha256 for one in media] != hashes:
+            raise InputError("an image or a video of the saved conversation has changed since; restore its file")
+        answer = self.model.encode(answer, "answer") if answer else []
+        self.model.check_fits(len(self.tokens) + len(prompt + answer[:-1]), "the saved conversation")
+        batch = self._batch(prompt, media, SamplingParams(max_new_tokens=max(1, len(answer))))
+        batch.prefill()
+        if answer[:-1]:  # the next turn runs the last token, as if the answer had been truncated
+            self.model.prefill([answer[:-1]], batch.cache, plan=PrunePlan.none())
+        self._state = ((*self.turns, Turn(user, assistant, prompt, answer, hashes)), batch.cache)
 
 
 def _content(message, images, videos) -> str | list[dict]:
     """The content of a user's message: images, videos, and then the message."""
     given = {"image": images, "video": videos}
     media = [{"type": kind, kind: one} for kind in given for one in as_list(kind, given[kind])]
-    if not isinstance(message, str | list) or (isinstance(message, str) and not message.strip() and not media):
-        raise InputError(f"the message is {message!r:.80}; it must be text or a list of parts, and not empty")
-    if isinstance(message, str):
-        return [*media, {"type": "text", "text": message}] if media else message
-    return [*media, *map(copy.copy, message)]  # copies: the caller may change the parts later
+    if isinstance(message, list):
+        return [*media, *map(copy.copy, message)]  # copies: the caller may change the parts later
+    return [*media, {"type": "text", "text": message}] if media else message
 
 
 def _path(image) -> str:
@@ -265,8 +219,7 @@ def _path(image) -> str:
 
 def _describe(plan: PrunePlan, part) -> dict:
     """A plan for JSON. Its projections become a hash, which is the same in every dtype."""
-    described = {"layers": list(plan.layers), "full_depth_last": plan.full_depth_last}
-    described |= {"full_depth_first": plan.full_depth_first, "projections": None}
+    described = vars(plan) | {"layers": list(plan.layers), "projections": None}
     if plan.projections is not None:
         weight = plan.projections.weight if part is None else part.gather_heads(plan.projections.weight)
         bits = weight.to(torch.bfloat16).cpu().view(torch.int16).numpy().tobytes()

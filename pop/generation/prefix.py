@@ -2,28 +2,23 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 
 from pop.errors import InputError
 from pop.generation.answers import Generation
-from pop.generation.batch import Batch, generate, stream
+from pop.generation.batch import Batch, as_prompts
 from pop.generation.sampling import SamplingParams
 from pop.pruning.plan import PrunePlan
 
 
 class Prefix:
-    """The beginning of many prompts, made by `model.prefix`.
+    """The beginning of many prompts, made by `model.prefix`. No call changes it, so threads may share it.
 
     The answers are those of `model.generate(prefix.tokens + rest, plan=prefix.plan)`, with the images and videos of
     both. A prefix lacks a boundary token: the last `full_depth_last` tokens are those of the whole prompt. They may
     reach into the prefix, so its last full_depth_last - 1 tokens are encoded with each prompt instead. If an image or a
     video would be cut there, all of it is encoded with each prompt.
-
-    No call changes a prefix, so threads may share it.
-
-    Attributes:
-        tokens: the prefix's token ids.
-        plan: the PrunePlan of the prefix and of all prompts that continue it.
     """
 
     def __init__(self, model, prompt, *, images=None, videos=None, plan: PrunePlan | None = None):
@@ -43,27 +38,28 @@ class Prefix:
             model.prefill([self.tokens[:cut]], self._cache, images=[encoded], plan=self.plan, boundary=False)
 
     def generate(self, rest, *, images=None, videos=None, **options) -> Generation | list[Generation]:
-        """Continue the prefix and a rest, or a list of rests as one batch; a list of rests returns a list.
+        """Continue the prefix and a rest, or a list of rests as one batch, which returns a list.
 
         Args:
-            rest: text or token ids, or a list of either. Text is tokenized apart from the prefix, without BOS.
-            images, videos: those of the rest, as in `Model.generate`.
-            options: those of `Model.generate`, without the plan.
+            rest: Text or token ids, or a list of either. Text is tokenized apart from the prefix, without BOS.
+            images, videos, options: As in `Model.generate`, for the rest. The plan is the prefix's.
         """
-        return generate(rest, lambda rests: self._batch(rests, images, videos, options))
+        began = time.perf_counter()
+        return self._batch(rest, images, videos, options).generate(began)
 
     def stream(self, rest, *, images=None, videos=None, **options) -> Iterator[str]:
         """Like `generate` for one rest, but yields the answer in pieces of whole characters, as they come."""
-        return stream(self.model, rest, lambda rests: self._batch(rests, images, videos, options))
+        return self._batch(rest, images, videos, options).stream()
 
-    def _batch(self, rests, images, videos, options: dict) -> Batch:
+    def _batch(self, rest, images, videos, options: dict) -> Batch:
         if "plan" in options:
             raise InputError("a prefix keeps its plan; make another prefix for another plan")
         params = SamplingParams(**options)
+        rests, is_list = as_prompts(rest)
         rows = self.model.vision.prepare_batch(images, videos, len(rests))
         prompts = [
             self._left_tokens + self.model.encode(rest, bos=False, media=media)
             for rest, media in zip(rests, rows, strict=True)
         ]
         media = [self._left_media + row for row in rows]
-        return Batch(self.model, prompts, media, params, plan=self.plan, earlier=self._cache)
+        return Batch(self.model, prompts, media, params, plan=self.plan, is_list=is_list, earlier=self._cache)
