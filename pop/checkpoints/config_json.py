@@ -99,17 +99,19 @@ NAMES = {
     "max_positions": "max_position_embeddings", "norm_eps": "rms_norm_eps", "tie_embeddings": "tie_word_embeddings",
     "image_id": "image_token_id", "boi_id": "boi_token_id", "eoi_id": "eoi_token_id", "video_id": "video_token_id",
     "start_id": "vision_start_token_id", "end_id": "vision_end_token_id",
+    "count": "num_experts", "per_token": "num_experts_per_tok", "width": "moe_intermediate_size",
+    "out_size": "out_hidden_size", "merge_size": "spatial_merge_size", "frames": "temporal_patch_size",
 }  # fmt: skip
 LOCAL, GLOBAL = "sliding_attention", "full_attention"  # values of layer_types
 
 
-def _build(config: type, fields: Fields, names: dict[str, str] = NAMES, **given: Any) -> Any:
+def _build(config: type, fields: Fields, **given: Any) -> Any:
     """Make a config. Read its integers, numbers and booleans, unless given. Those without a default are required."""
     readers = {int: fields.integer, float: fields.number, bool: fields.boolean}
     types = get_type_hints(config)
     for field in dataclasses.fields(config):
         if field.name not in given and types[field.name] in readers:
-            given[field.name] = readers[types[field.name]](names.get(field.name, field.name), field.default)
+            given[field.name] = readers[types[field.name]](NAMES.get(field.name, field.name), field.default)
     return config(**given)
 
 
@@ -239,19 +241,12 @@ def _build_qwen3(config: type, fields: Fields, experts: bool, **given: Any) -> A
     num_layers = fields.integer("num_hidden_layers")
     fields.fixed(hidden_act="silu", layer_types=[GLOBAL] * num_layers)
     fields.integer("sliding_window", None, least=0)  # the reference uses it only with use_sliding_window
-    mixture = _read_experts(fields, num_layers) if experts else None
-    return _build_decoder(config, fields, num_layers=num_layers, experts=mixture, **given)
-
-
-def _read_experts(fields: Fields, num_layers: int) -> ExpertsConfig:
-    step, dense = fields.integer("decoder_sparse_step", 1), fields.integers("mlp_only_layers", ())
-    return ExpertsConfig(
-        count=fields.integer("num_experts"),
-        per_token=fields.integer("num_experts_per_tok"),
-        width=fields.integer("moe_intermediate_size"),
-        layers=tuple(layer for layer in range(num_layers) if (layer + 1) % step == 0 and layer not in dense),
-        normalised=fields.boolean("norm_topk_prob"),
-    )
+    if experts:
+        step, dense = fields.integer("decoder_sparse_step", 1), fields.integers("mlp_only_layers", ())
+        layers = tuple(layer for layer in range(num_layers) if (layer + 1) % step == 0 and layer not in dense)
+        normalised = fields.boolean("norm_topk_prob")
+        given["experts"] = _build(ExpertsConfig, fields, layers=layers, normalised=normalised)
+    return _build_decoder(config, fields, num_layers=num_layers, **given)
 
 
 # ---- vision towers ----
@@ -260,8 +255,8 @@ def _read_experts(fields: Fields, num_layers: int) -> ExpertsConfig:
 def read_siglip(fields: Fields, tokens_per_image: int) -> SiglipConfig:
     """Read the vision_config of Gemma-3; mm_tokens_per_image lies outside of it."""
     fields.fixed(model_type="siglip_vision_model", hidden_act="gelu_pytorch_tanh", num_channels=3)
-    names = NAMES | {"norm_eps": "layer_norm_eps"}
-    return _build(SiglipConfig, fields, names, tokens_per_image=tokens_per_image)
+    norm_eps = fields.number("layer_norm_eps", SiglipConfig.norm_eps)
+    return _build(SiglipConfig, fields, norm_eps=norm_eps, tokens_per_image=tokens_per_image)
 
 
 def _read_qwen3_vision(fields: Fields) -> Qwen3VisionConfig:
@@ -277,10 +272,15 @@ def _read_qwen3_vision(fields: Fields) -> Qwen3VisionConfig:
     rope.fixed(rope_type="axial")
     rope_base = rope.number("rope_theta", Qwen3VisionConfig.rope_base)
     rope.finish()
-    deepstack = fields.integers("deepstack_visual_indexes")
-    names = {"num_layers": "depth", "out_size": "out_hidden_size", "merge_size": "spatial_merge_size"}
-    names["frames"] = "temporal_patch_size"
-    return _build(Qwen3VisionConfig, fields, names, position_side=side, rope_base=rope_base, deepstack=deepstack)
+    return _build(
+        Qwen3VisionConfig,
+        fields,
+        num_layers=fields.integer("depth"),
+        num_heads=fields.integer("num_heads"),
+        deepstack=fields.integers("deepstack_visual_indexes"),
+        position_side=side,
+        rope_base=rope_base,
+    )
 
 
 # ---- rotary embeddings ----

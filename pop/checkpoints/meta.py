@@ -28,6 +28,7 @@ NAMES = {
     "attention.wv": "self_attn.v_proj", "attention.wo": "self_attn.o_proj",
     "feed_forward.w1": "mlp.gate_proj", "feed_forward.w2": "mlp.down_proj", "feed_forward.w3": "mlp.up_proj",
 }  # fmt: skip
+INTERLEAVED = ("attention.wq.weight", "attention.wk.weight")  # RoPE rotates neighbouring rows of a head
 
 
 def read_params(fields: Fields) -> LlamaConfig:

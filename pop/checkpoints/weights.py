@@ -13,7 +13,7 @@ import pickle
 import re
 import zipfile
 from collections.abc import Iterator, Mapping, Set
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path, PureWindowsPath
 from types import MappingProxyType
 from typing import Any
@@ -45,19 +45,12 @@ BAR_FROM = 2**30  # bytes; loading less takes too short a time for a progress ba
 
 @dataclass(frozen=True)
 class Shard:
-    """The part of a parameter that one of several processes holds (pop/backends/tensor_parallel.py).
+    """The part of a parameter that one of several processes holds (pop/backends/tensor_parallel.py)."""
 
-    Args:
-        axis: the axis along which the parameter is cut.
-        whole: the length of the whole parameter along that axis.
-        spans: ranges (begin, end) of the whole. The part is their concatenation.
-        owned: for each span, whether this process answers for it among those that hold it. () means all spans.
-    """
-
-    axis: int
-    whole: int
-    spans: tuple[tuple[int, int], ...]
-    owned: tuple[bool, ...] = ()
+    axis: int  # along which the parameter is cut
+    whole: int  # the length of the whole parameter along that axis
+    spans: tuple[tuple[int, int], ...]  # ranges (begin, end) of the whole, whose concatenation is the part
+    owned: tuple[bool, ...] = ()  # for each span, whether this process answers for it; () means all spans
 
     def whole_shape(self, part: tuple[int, ...]) -> tuple[int, ...]:
         return (*part[: self.axis], self.whole, *part[self.axis + 1 :])
@@ -84,25 +77,26 @@ def load_weights(
     """Fill a module with the weights in a folder. Its parameters become contiguous and need no gradient.
 
     Args:
-        folder: the checkpoint.
-        module: the model, built on the meta device from the config in `folder`.
-        dtype: the parameters' dtype.
-        device: the parameters' device.
-        progress: whether to show the progress on stderr if the weights are large.
-        shards: the part of a parameter that `module` has, by name. Only that part is read.
+        folder: The checkpoint.
+        module: The model, built on the meta device.
+        dtype: The parameters' dtype.
+        device: The parameters' device.
+        progress: Whether to show progress on stderr if the weights are large.
+        shards: The part of a parameter that `module` has, by name. Only that part is read.
 
     Raises:
-        CheckpointError: the files do not fit the config; `module` is unchanged.
+        CheckpointError: The files do not fit the config. `module` is unchanged.
     """
     folder = Path(folder)
     shapes = {name: tuple(parameter.shape) for name, parameter in module.named_parameters()}
     whole = {name: shards[name].whole_shape(s) if name in shards else s for name, s in shapes.items()}
-    pieces = [cut for piece in _survey(folder, module.config, whole) for cut in _cut(piece, shards)]
+    survey = _survey(folder, module.config, whole)
+    pieces = [cut for piece in survey for cut in _cut(piece, shards.get(piece.parameter))]
     weights = {name: torch.empty(shape, dtype=dtype, device=device) for name, shape in shapes.items()}
     size = sum(weight.nbytes for weight in weights.values())
     with progress_bar("loading weights", size, "B", progress and size >= BAR_FROM) as advance:
         for piece, row, source in _steps(pieces, step=max(size // 50, 2**20)):
-            target = weights[piece.parameter][piece.target_at][row : row + len(source)]
+            target = _slice(weights[piece.parameter], piece.target_at)[row : row + len(source)]
             if not piece.repeats:
                 target.copy_(source)
                 advance(target.nbytes)
@@ -117,13 +111,13 @@ def load_weights(
 
 @dataclass(frozen=True)
 class _Piece:
-    """The slices `source_at` of a stored tensor, and the slices `target_at` of a parameter that they fill."""
+    """A slice of a stored tensor, and the slice of a parameter that it fills. Both give a range for some axes."""
 
     file: Path
     name: str
     parameter: str
-    source_at: tuple[slice, ...] = ()
-    target_at: tuple[slice, ...] = ()
+    source_at: dict[int, slice] = field(default_factory=dict)
+    target_at: dict[int, slice] = field(default_factory=dict)
     repeats: bool = False  # another piece fills the parameter, and this one must be equal
     interleaved: int = 0  # the head width E of Meta's Q and K
     one_expert: bool = False  # one expert's matrix; the parameter has those of all experts
@@ -135,32 +129,30 @@ class _Piece:
             tensor = tensor[None]
         if self.transposed:
             tensor = tensor.transpose(1, 2)
-        tensor = tensor[self.source_at]
+        tensor = _slice(tensor, self.source_at)
         if self.interleaved:  # RoPE rotates rows (2i, 2i + 1) of a head in Meta's files, (i, E/2 + i) in ours
             tensor = tensor.unflatten(0, (-1, self.interleaved // 2, 2)).transpose(1, 2).flatten(0, 2)
         return tensor
 
 
-def _cut(piece: _Piece, shards: Mapping[str, Shard]) -> Iterator[_Piece]:
+def _slice(tensor: torch.Tensor, ranges: dict[int, slice]) -> torch.Tensor:
+    return tensor[tuple(ranges.get(axis, slice(None)) for axis in range(tensor.dim()))]
+
+
+def _cut(piece: _Piece, shard: Shard | None) -> Iterator[_Piece]:
     """Yield what a piece and a shard of its parameter have in common."""
-    if (shard := shards.get(piece.parameter)) is None:
+    if shard is None:
         yield piece
         return
-    begin, end, _ = (*piece.target_at, *[slice(None)] * 3)[shard.axis].indices(shard.whole)
-    at = 0
+    axis, at = shard.axis, 0
+    filled = piece.target_at.get(axis, slice(0, shard.whole))
     for first, last in shard.spans:
-        low, high = max(begin, first), min(end, last)
+        low, high = max(filled.start, first), min(filled.stop, last)
         if low < high:
-            source_at = _narrow(piece.source_at, shard.axis, low - begin, high - begin)
-            target_at = _narrow(piece.target_at, shard.axis, at + low - first, at + high - first)
+            source_at = {axis: slice(low - filled.start, high - filled.start)}
+            target_at = piece.target_at | {axis: slice(at + low - first, at + high - first)}
             yield replace(piece, source_at=source_at, target_at=target_at)
         at += last - first
-
-
-def _narrow(slices: tuple[slice, ...], axis: int, begin: int, end: int) -> tuple[slice, ...]:
-    """Replace the slice along an axis by begin:end."""
-    whole = (slice(None),) * (axis - len(slices))
-    return (*slices[:axis], *whole, slice(begin, end), *slices[axis + 1 :])
 
 
 def _steps(pieces: list[_Piece], step: int) -> Iterator[tuple[_Piece, int, torch.Tensor]]:
@@ -203,22 +195,23 @@ def _map(file: Path, checksums: bool = False) -> dict[str, torch.Tensor]:
 def _survey(folder: Path, config: Config, shapes: dict[str, tuple[int, ...]]) -> list[_Piece]:
     """Match the stored tensors with the parameters, given by name and shape. One error names all differences."""
     stored = _stored(folder, config.head_dim, shapes.keys())
-    wanted, filling = _split_experts(shapes, stored.keys())
+    wanted = _wanted(shapes, stored.keys())
     if config.tie_embeddings and HEAD in stored:
         embedding = next(name for name in shapes if name.endswith(EMBEDDING))
-        wanted[HEAD], filling[HEAD] = shapes[embedding], {"parameter": embedding, "repeats": True}
-    pieces, dtypes, misfits = [], [], []
+        wanted[HEAD] = shapes[embedding], {"parameter": embedding, "repeats": True}
+    pieces, surplus, dtypes, misfits = [], [], [], []
     for name, parts in stored.items():
         if name not in wanted:
+            surplus.append(name)
             continue
+        shape, special = wanted[name]
         dtypes += [f"{name} ({tensor.dtype})" for _, tensor in parts if tensor.dtype not in FLOATS]
-        fitting = _fit(parts, wanted[name])
+        fitting = _fit(parts, shape)
         if not fitting:
             found = " + ".join(str(list(tensor.shape)) for _, tensor in parts)
-            misfits.append(f"{name} is {found}, not {list(wanted[name])}")
-        pieces += [replace(piece, **filling.get(name, {})) for piece in fitting]
+            misfits.append(f"{name} is {found}, not {list(shape)}")
+        pieces += [replace(piece, **special) for piece in fitting]
     missing = [name for name in wanted if name not in stored]
-    surplus = [name for name in stored if name not in wanted]
     if missing or surplus or dtypes or misfits:
         reasons = []
         layers = {m[0] for name in stored if not name.startswith(VISION) and (m := re.match(r".*?layers\.\d+\.", name))}
@@ -238,29 +231,25 @@ def _survey(folder: Path, config: Config, shapes: dict[str, tuple[int, ...]]) ->
     return sorted(pieces, key=lambda piece: (piece.repeats, piece.file))
 
 
-def _split_experts(
-    shapes: dict[str, tuple[int, ...]], stored: Set[str]
-) -> tuple[dict[str, tuple[int, ...]], dict[str, dict[str, Any]]]:
-    """If experts are stored one by one, replace each parameter that holds all experts by those of each expert.
+def _wanted(shapes: dict[str, tuple[int, ...]], stored: Set[str]) -> dict[str, tuple[tuple[int, ...], dict[str, Any]]]:
+    """Return the shape of each tensor to look for, and the fields of its `_Piece` that are special.
 
-    Returns:
-        The names and shapes of all tensors, and for the experts' tensors the fields of `_Piece` that differ.
+    These are the parameters. A parameter that holds all experts is replaced if the experts are stored one by one.
     """
-    wanted, filling = {}, {}
+    wanted = {}
     for name, shape in shapes.items():
         experts, _, kind = name.rpartition(".")
         matrices = EXPERT_MATRICES.get(kind, ())
         if not any(f"{experts}.0.{matrix}.weight" in stored for matrix in matrices):
-            wanted[name] = shape
+            wanted[name] = shape, {}
             continue
         rows = shape[1] // len(matrices)
         for expert in range(shape[0]):
             for number, matrix in enumerate(matrices):
-                one = f"{experts}.{expert}.{matrix}.weight"
-                target_at = (slice(expert, expert + 1), slice(number * rows, (number + 1) * rows))
-                wanted[one] = (rows, shape[2])
-                filling[one] = {"parameter": name, "target_at": target_at, "one_expert": True}
-    return wanted, filling
+                target_at = {0: slice(expert, expert + 1), 1: slice(number * rows, (number + 1) * rows)}
+                special = {"parameter": name, "target_at": target_at, "one_expert": True}
+                wanted[f"{experts}.{expert}.{matrix}.weight"] = (rows, shape[2]), special
+    return wanted
 
 
 def _stored(folder: Path, head_dim: int, parameters: Set[str]) -> dict[str, list[tuple[_Piece, torch.Tensor]]]:
@@ -272,25 +261,20 @@ def _stored(folder: Path, head_dim: int, parameters: Set[str]) -> dict[str, list
         if index is not None and (astray := tensors.keys() ^ {n for n in index if index[n] == file.name}):
             raise CheckpointError(f"{file} and the index beside it disagree about {some(sorted(astray))}")
         for name, tensor in tensors.items():
-            if name.endswith(ROPE_TABLES):
-                continue
+            parameter, interleaved = name, 0
             if file.suffix == ".pth":
                 parameter = meta.parameter_name(name)
-                interleaved = parameter != name and parameter.endswith((".q_proj.weight", ".k_proj.weight"))
-            else:
-                parameter = name if name in parameters else published_name(name)
-                interleaved = False
-            piece = _Piece(file, name, parameter, interleaved=head_dim if interleaved else 0)
-            stored.setdefault(parameter, []).append((piece, tensor))
+                interleaved = head_dim if name.endswith(meta.INTERLEAVED) else 0
+            elif name not in parameters:
+                parameter = published_name(name)
+            if not name.endswith(ROPE_TABLES):
+                piece = _Piece(file, name, parameter, interleaved=interleaved)
+                stored.setdefault(parameter, []).append((piece, tensor))
     return stored
 
 
 def _weight_files(folder: Path) -> tuple[list[Path], dict[str, str] | None]:
-    """Find the weight files and, if there is one, the index from tensors to shards.
-
-    A single file takes precedence, as in the reference. A shard may be a symbolic link, as in download caches. Its name
-    comes from outside, so it must be a plain file name that cannot leave the folder.
-    """
+    """Find the weight files and, if there is one, the index from tensors to shards. A single file takes precedence."""
     index_file = folder / "model.safetensors.index.json"
     if os.path.isfile(folder / "model.safetensors"):
         return [folder / "model.safetensors"], None
@@ -299,7 +283,7 @@ def _weight_files(folder: Path) -> tuple[list[Path], dict[str, str] | None]:
         if not isinstance(index, dict) or not all(isinstance(shard, str) for shard in index.values()):
             raise CheckpointError(f"{index_file} holds no weight_map of tensors to files; fetch it again")
         shards = sorted(set(index.values()))
-        for shard in shards:
+        for shard in shards:  # a name from outside, which must not leave the folder; the file may be a symbolic link
             if PureWindowsPath(shard).name != shard or not shard.endswith(".safetensors"):
                 raise CheckpointError(f"{index_file} names {shard!r:.200}, not a plain *.safetensors name")
             if not os.path.isfile(folder / shard):
@@ -322,11 +306,7 @@ def published_name(name: str) -> str:
 
 
 def _fit(parts: list[tuple[_Piece, torch.Tensor]], whole: tuple[int, ...]) -> list[_Piece]:
-    """Make parts fill a whole: side by side (Meta cuts matrices by rows or columns), or as copies (Meta's norms).
-
-    Returns:
-        The pieces, or [] if the shapes do not fit.
-    """
+    """Make parts fill a whole: side by side, as Meta cuts matrices, or as copies. [] means that they do not fit."""
     shapes = {tuple(tensor.shape) for _, tensor in parts}
     part, ranks = shapes.pop(), len(parts)
     if shapes or not part or (parts[0][0].interleaved and part[0] % parts[0][0].interleaved):
@@ -335,8 +315,7 @@ def _fit(parts: list[tuple[_Piece, torch.Tensor]], whole: tuple[int, ...]) -> li
         return [replace(piece, repeats=rank > 0) for rank, (piece, _) in enumerate(parts)]
     if len(part) == 3 and (part[0], part[2], part[1]) == whole:
         return [replace(parts[0][0], transposed=True)]  # experts of Qwen3-VL, as published
-    axes = [a for a, n in enumerate(part) if (*part[:a], n * ranks, *part[a + 1 :]) == whole]
-    if not axes:
-        return []
-    axis, size = axes[0], part[axes[0]]
-    return [replace(p, target_at=_narrow((), axis, r * size, (r + 1) * size)) for r, (p, _) in enumerate(parts)]
+    for axis, size in enumerate(part):
+        if (*part[:axis], size * ranks, *part[axis + 1 :]) == whole:
+            return [replace(p, target_at={axis: slice(r * size, (r + 1) * size)}) for r, (p, _) in enumerate(parts)]
+    return []
