@@ -1,4 +1,4 @@
-"""Helpers that several tools share: progress, options, files, tables and one clock.
+"""Helpers that several tools share: options, files, tables and memory. Their clock is in pop/cli/demo.py.
 
 A tool is run as `python -m tools.NAME` from the root of the repository. It may import `pop`, this file and its own
 package.
@@ -9,20 +9,13 @@ from __future__ import annotations
 import json
 import os
 import sys
-import time
 from collections.abc import Callable, Sequence
-from itertools import pairwise
 from pathlib import Path
 
 from pop.errors import InputError, PopError
 from pop.files import write_whole
 
 ROOT = Path(__file__).resolve().parents[1]
-
-
-def progress(text: str) -> None:
-    """Tell the user on stderr what happens now."""
-    print(f"... {text}", file=sys.stderr, flush=True)
 
 
 def exit_status(program: str, work: Callable[[], object]) -> int:
@@ -95,29 +88,7 @@ def table(rows: Sequence[Sequence[str]], words: Sequence[int] = (0,)) -> str:
     return "\n".join(lines)
 
 
-# ---- Time and memory ----
-
-
-def timed(first: Callable[[], int], step: Callable[[int], int], steps: int) -> tuple[float, list[float]]:
-    """Time a prefill and the decode steps after it.
-
-    Args:
-        first: a prefill, which returns the first new token's id.
-        step: a decode step, from a token id to the next.
-        steps: the number of decode steps.
-
-    Returns:
-        The seconds of `first`, and the seconds of each step. Both functions return a Python integer, so they have
-        waited for the device.
-    """
-    times = [time.perf_counter()]
-    token = first()
-    times.append(time.perf_counter())
-    for _ in range(steps):
-        token = step(token)
-        times.append(time.perf_counter())
-    ttft, *decode = (after - before for before, after in pairwise(times))
-    return ttft, decode
+# ---- Memory ----
 
 
 def resident(name: str) -> int:

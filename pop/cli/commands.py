@@ -22,8 +22,11 @@ import torch
 import pop
 from pop.backends.tensor_parallel import launched
 from pop.calibration.refit import builtin_texts
-from pop.checkpoints import registry
+from pop.calibration.scores import check_plot
+from pop.checkpoints import download as downloads
+from pop.checkpoints import gguf, registry
 from pop.checkpoints.config_json import read_config
+from pop.cli.demo import run as run_demo
 from pop.errors import ConfigError, ContextOverflow, InputError, PlanError, PopError, WeightsNotFound, check_count
 from pop.generation.sampling import SamplingParams
 
@@ -78,22 +81,19 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def demo(args) -> None:
-    from pop.cli.demo import run
-
     text = None if args.prompt_file is None else _read_file(args.prompt_file)
-    prune = parse_prune(args.prune)
-    run(args.model, text, prune, max_new_tokens=args.max_new_tokens, runs=args.runs, as_json=args.json)
+    prune, options = parse_prune(args.prune), {"max_new_tokens": args.max_new_tokens, "runs": args.runs}
+    run_demo(args.model, text, prune, as_json=args.json, **options)
 
 
 def generate(args) -> None:
     if (args.prompt is None) == (args.prompt_file is None):
         raise InputError("give either a prompt or --prompt-file, but not both")
-    if args.prompt_file is not None:
-        prompt = _read_file(args.prompt_file)
-    else:
-        if args.prompt == "-" and launched()[1] > 1:
+    prompt = args.prompt if args.prompt_file is None else _read_file(args.prompt_file)
+    if args.prompt == "-":
+        if launched()[1] > 1:
             raise InputError("only one process can read the standard input; use --prompt-file")
-        prompt = _readable(sys.stdin.read, "the standard input") if args.prompt == "-" else args.prompt
+        prompt = _readable(sys.stdin.read, "the standard input")
     model = _load(args)
     media = _media(args, model)
     for kind, mark in reversed(model.vision.marks.items()):
@@ -109,34 +109,23 @@ def chat(args) -> None:
     media = first = _media(args, model)
     conversation = model.start_chat(args.system)
     print("/new starts a new conversation, /quit ends, Ctrl-C stops an answer.", file=sys.stderr)
-
-    def ask() -> str:
-        return _readable(lambda: input("> " if sys.stdin.isatty() else ""), "the standard input").strip()
-
+    sign = "> " if sys.stdin.isatty() else ""
     with contextlib.suppress(EOFError):
-        while (line := ask()) != "/quit":
+        while (line := _readable(lambda: input(sign), "the standard input").strip()) != "/quit":
             if line == "/new":
                 conversation, media = model.start_chat(args.system), first
-            elif line and _answer(conversation, line, media | _sampling(args)):
-                media = {}
-
-
-def _answer(conversation, line: str, options: dict) -> bool:
-    """Answer one message. Returns whether the answer is complete; otherwise the conversation stays as it was."""
-    try:
-        _print_answer(conversation.stream(line, **options))
-        return True
-    except KeyboardInterrupt:
-        print("\n(stopped, and forgotten)", flush=True)
-    except InputError as error:
-        advice = "; or start a new conversation with /new" if isinstance(error, ContextOverflow) else ""
-        print(f"pop: {error}{advice}", file=sys.stderr)
-    return False
+            elif line:
+                try:
+                    _print_answer(conversation.stream(line, **media, **_sampling(args)))
+                    media = {}
+                except KeyboardInterrupt:
+                    print("\n(stopped, and forgotten)", flush=True)
+                except InputError as error:
+                    advice = "; or start a new conversation with /new" if isinstance(error, ContextOverflow) else ""
+                    print(f"pop: {error}{advice}", file=sys.stderr)
 
 
 def importance(args) -> None:
-    from pop.calibration.scores import check_plot
-
     texts = {path: _read_file(path) for path in args.files} or dict(enumerate(builtin_texts()))
     if args.plot is not None:
         check_plot(args.plot)
@@ -145,8 +134,8 @@ def importance(args) -> None:
     model = _load(args)
     model.need_tokenizer("importance")
     prompts = excerpts(model.tokenizer, texts, args.samples, args.prompt_tokens, args.seed)
-    names = ("response_tokens", "batch_size", "seed", "branches", "resume")
-    result = pop.importance(model, prompts, **{name: getattr(args, name) for name in names})
+    options = {"response_tokens": args.response_tokens, "batch_size": args.batch_size, "seed": args.seed}
+    result = pop.importance(model, prompts, branches=args.branches, resume=args.resume, **options)
     print(f"layer  {'prefill':>22}  {'decode':>22}")
     columns = (result.prefill, result.prefill_error, result.decode, result.decode_error)
     for layer, row in enumerate(torch.stack(columns, 1).tolist()):
@@ -160,7 +149,7 @@ def importance(args) -> None:
 
 
 def excerpts(tokenizer, texts: dict[str, str], count: int, length: int, seed: int) -> list[list[int]]:
-    """Cut `count` random excerpts of `length` tokens from the texts in turn. Returns their ids after BOS."""
+    """Cut `count` random excerpts of `length` tokens from the texts in turn. Return their ids after BOS."""
     check_count("--samples", count)
     check_count("--prompt-tokens", length)
     random = Random(seed)
@@ -177,8 +166,6 @@ def calibrate(args) -> None:
     texts = [_read_file(path) for path in args.files] or None
     _check_folders(args.out)
     model = _load(args)
-    if not model.plan.layers:
-        raise PlanError("--prune none prunes nothing, so there is nothing to calibrate; give a fraction or a plan")
     plan = model.plan
     if args.full_depth_last is not None:
         plan = dataclasses.replace(plan, full_depth_last=args.full_depth_last)
@@ -211,25 +198,19 @@ def models(args) -> None:
 
 
 def download(args) -> None:
-    from pop.checkpoints.download import download
-
-    folder = download(args.model)
+    folder = downloads.download(args.model)
     print(f'{args.model} is in {folder}. Try: pop generate {args.model} "Once upon a time"')
 
 
 def verify(args) -> None:
-    from pop.checkpoints.download import verify
-
     folder = args.model if os.path.isdir(args.model) else registry.find_weights(args.model)
-    manifest = verify(folder)
+    manifest = downloads.verify(folder)
     size = f"{len(manifest.files)} files, {sum(file.size for file in manifest.files.values()):,} bytes"
     print(f"{folder}: {size}, unchanged since their download: {manifest.repository}, commit {manifest.commit}.")
 
 
 def import_gguf(args) -> None:
-    from pop.checkpoints.gguf import import_gguf
-
-    folder = import_gguf(args.file, args.folder)
+    folder = gguf.import_gguf(args.file, args.folder)
     print(f"Imported into {folder}.")
     with contextlib.suppress(ConfigError):  # some families can be converted, but not run
         read_config(folder)

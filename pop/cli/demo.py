@@ -2,22 +2,20 @@
 
 The rows are the full model, the paper's plan (a third of the layers), and calibrated plans of a third, half and two
 thirds of the layers. Calibrated plans run the prompt's last 32 tokens at full depth, and are kept beside the weights.
-
-    TTFT     time to first token: from the prompt's ids to the first new id, without tokenization and without allocating
-             the cache. After an untimed turn, the plans take turns. The median is reported.
-    limit    the speedup that the shapes allow (pop/pruning/cost.py)
-    KL       KL(full || pruned) = Σ p_full · ln(p_full / p_pruned) over the vocabulary, in nats. It is the mean over the
-             last third of windows of the story; the first two thirds are the prompt. Weights are in float32.
+After an untimed turn, the plans take turns. KL(full || pruned) is the mean over the last third of windows of the story.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
 import platform
+import re
 import sys
 import time
+from collections.abc import Callable
 from itertools import pairwise, takewhile
 from pathlib import Path
 from statistics import median
@@ -39,14 +37,9 @@ FULL_DEPTH_LAST = 32  # in calibrated plans: enough for the question
 
 
 def run(name: str, text: str | None, prune, *, max_new_tokens: int, runs: int, as_json: bool) -> None:
-    """Load the model, compare prefills, and print a report or one JSON object.
+    """Load a model, compare its prefills of the text (None: the story), and print a report or one JSON object.
 
-    Args:
-        name: a known model, or a checkpoint directory. An embedded model is fetched if its files are missing.
-        text: the user's message; None takes the story and a question about it.
-        prune: as in `pop.load`. "default" shows the rows named above; anything else shows the full model and that plan,
-            plain and calibrated.
-        max_new_tokens, runs, as_json: the options of `pop demo`.
+    The prune "default" shows the rows named above. Any other shows the full model and that plan, plain and calibrated.
     """
     check_count("max_new_tokens", max_new_tokens)
     check_count("runs", runs)
@@ -58,7 +51,10 @@ def run(name: str, text: str | None, prune, *, max_new_tokens: int, runs: int, a
     is_name = name in pop.list_models() or not os.path.isdir(name)
     folder = embedded.fetch(name) if is_name else name
     model = pop.load(folder, dtype=torch.float32, prune=prune)
-    prompt = _prompt(model, text)
+    if model.tokenizer is not None and model.tokenizer.chat_template is None:
+        prompt = model.encode(f"{text.strip()}\n\nAnswer:")
+    else:
+        prompt = model.chat_tokens([{"role": "user", "content": text}])
     model.check_fits(len(prompt))
     result = {"model": name, "machine": machine(model.device), "num_layers": model.config.num_layers}
     result |= {"dtype": str(model.dtype).removeprefix("torch."), "prompt_tokens": len(prompt), "runs": runs}
@@ -73,35 +69,26 @@ def run(name: str, text: str | None, prune, *, max_new_tokens: int, runs: int, a
     print(json.dumps(result, ensure_ascii=False) if as_json else _report(result))
 
 
-def _prompt(model, text: str) -> list[int]:
-    """The text as a question in the chat format; as plain text if the tokenizer lacks a chat template."""
-    if model.tokenizer is not None and model.tokenizer.chat_template is None:
-        return model.encode(f"{text.strip()}\n\nAnswer:")
-    return model.chat_tokens([{"role": "user", "content": text}])
-
-
 def calibrated(plans: list, model, folder: Path) -> list:
     """The plans, calibrated on the built-in texts: read from `folder`, or made now and kept there."""
     paths = {plan: folder / f"calibrated-{_name(plan)}.plan" for plan in plans}
     kept = {}
     for plan, path in paths.items():
-        try:
+        with contextlib.suppress(PlanError):  # missing, broken, or made for other weights or layers
             loaded = pop.PrunePlan.load(path)
             model.resolve(loaded)
-        except PlanError:
-            continue  # missing, broken, or made for other weights
-        wanted = dataclasses.replace(plan, full_depth_first=max(1, plan.full_depth_first))
-        if loaded.projections is not None and dataclasses.replace(loaded, projections=None) == wanted:
-            kept[plan] = loaded
-    missing = [plan for plan in paths if plan not in kept]
-    if missing:
-        _progress("calibrating, some minutes, once")
+            first = max(1, plan.full_depth_first)
+            wanted = dataclasses.replace(plan, full_depth_first=first, projections=loaded.projections)
+            if loaded.projections and loaded == wanted:
+                kept[plan] = loaded
+    if missing := [plan for plan in paths if plan not in kept]:
+        progress("calibrating, some minutes, once")
         for plan, result in zip(missing, pop.calibrate(model, None, missing), strict=True):
             kept[plan] = result
             try:
                 result.save(paths[plan])
             except PlanError as error:
-                _progress(f"calibrated, but not kept: {error}")
+                progress(f"calibrated, but not kept: {error}")
     return [kept[plan] for plan in plans]
 
 
@@ -114,22 +101,27 @@ def _name(plan) -> str:
 
 
 def compare(model, prompt: list[int], plans: list, story: str, *, max_new_tokens: int, runs: int) -> list[dict]:
-    """Answer a prompt of token ids with each plan, time it, and measure the plan's loss on the story.
+    """A row for each plan: its answer to a prompt of token ids, its times, and its loss on the story.
 
-    The first plan prunes nothing. Returns a row for each plan.
+    The first plan prunes nothing.
     """
-    _progress("answering")  # also warms up
+    progress("answering")  # also warms up
     answers = [model.generate(prompt, max_new_tokens=max_new_tokens, plan=plan) for plan in plans]
     steps = min(DECODE_STEPS, max_new_tokens - 1, model.max_seq_len - len(prompt))
     cache = model.new_cache(1, len(prompt) + steps)
     ttfts, step_times = [[] for _ in plans], [[] for _ in plans]
     for number in range(1, runs + 1):
-        _progress(f"timing, run {number} of {runs}")
+        progress(f"timing, run {number} of {runs}")
         for row, plan in enumerate(plans):
-            ttft, *decode = _time(model, prompt, cache, plan, steps)
+            cache.reset()
+            ttft, decode = timed(
+                lambda plan=plan: int(model.prefill([prompt], cache, plan=plan).argmax()),
+                lambda token: int(model.decode([token], cache).argmax()),
+                steps,
+            )
             ttfts[row].append(ttft)
             step_times[row] += decode
-    _progress("measuring the loss")
+    progress("measuring the loss")
     tokens = model.encode(story)
     size = min(JUDGED, model.max_seq_len)
     judge = Judge(model, [(tokens[begin : begin + size], []) for begin in range(0, len(tokens) - size + 1, size)])
@@ -158,33 +150,36 @@ def compare(model, prompt: list[int], plans: list, story: str, *, max_new_tokens
     return rows
 
 
-def _time(model, prompt: list[int], cache, plan, steps: int) -> list[float]:
-    """Seconds of the prefill, and then of each decode step."""
-    cache.reset()
+def timed(first: Callable[[], int], step: Callable[[int], int], steps: int) -> tuple[float, list[float]]:
+    """Seconds of a prefill, and of each decode step after it, without the allocation of a cache.
+
+    `first` returns the first new token's id, and `step` maps an id to the next. Both return a Python integer, so they
+    have waited for the device.
+    """
     times = [time.perf_counter()]
-    token = int(model.prefill([prompt], cache, plan=plan).argmax())  # waits for the device
+    token = first()
     times.append(time.perf_counter())
     for _ in range(steps):
-        token = int(model.decode([token], cache).argmax())
+        token = step(token)
         times.append(time.perf_counter())
-    return [end - begin for begin, end in pairwise(times)]
+    ttft, *decode = (after - before for before, after in pairwise(times))
+    return ttft, decode
 
 
 def machine(device: torch.device) -> dict:
     """What the numbers were measured on: the processor or GPU, torch's threads, and its version."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name()
+    cpus = Path("/proc/cpuinfo")
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+    elif cpus.exists() and (found := re.search(r"^model name\s*: (.+)$", cpus.read_text(errors="replace"), re.M)):
+        name = found[1]
+    else:
+        name = platform.processor() or platform.machine()
     return {"device": name, "threads": torch.get_num_threads(), "torch": torch.__version__}
 
 
-def _cpu_name() -> str:
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as lines:
-            return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
-
-
-def _progress(text: str) -> None:
+def progress(text: str) -> None:
+    """Tell the user on stderr what happens now."""
     print(f"... {text}", file=sys.stderr, flush=True)
 
 
@@ -214,14 +209,13 @@ def describe(row: dict) -> str:
 
 
 def _report(result: dict) -> str:
-    lines = [("prompt encoded by", "TTFT*, ms", "speedup", "limit", "KL, nats")]
+    table = [f"{'prompt encoded by':58}{'TTFT*, ms':>11}{'speedup':>11}{'limit':>11}{'KL, nats':>11}"]
+    answers = []
     for row in result["rows"]:
-        numbers = [f"{row['ttft_s'] * 1e3:,.0f}", f"{row['speedup']:.2f}x", f"{row['speedup_limit']:.2f}x"]
-        lines.append((describe(row), *numbers, f"{row['kl_nats']:.3f}"))
-    table = "\n".join(f"{label:58}" + "".join(f"{number:>11}" for number in numbers) for label, *numbers in lines)
-    answers = "\n".join(
-        f"{describe(row):58}  {shorten(row['answer'], 68, placeholder=' ...')}" for row in result["rows"]
-    )
+        speedup, limit = (f"{row[name]:.2f}x" for name in ("speedup", "speedup_limit"))
+        table.append(f"{describe(row):58}{row['ttft_s'] * 1e3:11,.0f}{speedup:>11}{limit:>11}{row['kl_nats']:11.3f}")
+        answers.append(f"{describe(row):58}  {shorten(row['answer'], 68, placeholder=' ...')}")
+    table, answers = "\n".join(table), "\n".join(answers)
     speeds = [row["decode_tokens_per_s"] for row in result["rows"] if row["decode_tokens_per_s"]]
     decode = f"Decode runs all layers whatever the plan: {median(speeds):.1f} tokens/s here.\n\n" if speeds else ""
     return f"""

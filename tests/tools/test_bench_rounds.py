@@ -9,8 +9,8 @@ import torch
 from support.tiny import random_model, tiny_config, tiny_gemma3_config
 
 import pop
+from pop.cli.demo import timed
 from pop.pruning import cost
-from tools import common
 from tools.bench import __main__ as bench
 from tools.bench import measure, rivals, rounds, shapes, turns
 
@@ -107,8 +107,8 @@ def test_the_clock_times_the_first_token_and_each_step_apart(monkeypatch):
         now[0] += seconds
         return token
 
-    monkeypatch.setattr(common.time, "perf_counter", lambda: now[0])
-    assert common.timed(lambda: spend(5, 2), lambda token: spend(token, token + 1), 3) == (5.0, [2.0, 3.0, 4.0])
+    monkeypatch.setattr("time.perf_counter", lambda: now[0])
+    assert timed(lambda: spend(5, 2), lambda token: spend(token, token + 1), 3) == (5.0, [2.0, 3.0, 4.0])
 
 
 def test_a_turn_of_pop_prefills_by_the_plan_and_then_decodes_its_own_tokens(model, monkeypatch):

@@ -9,7 +9,6 @@ from support.tiny_chat import write_chat_checkpoint
 
 import pop
 from pop.pruning import cost, reference
-from tools import common
 from tools.evaluate import text
 from tools.evaluate.contender import Contender
 from tools.evaluate.timing import measure_ttft
@@ -140,7 +139,7 @@ def test_ttft_is_the_median_of_runs_in_turn_after_a_warm_up(model, monkeypatch):
             return torch.zeros(3)
 
     times = {"full": [100.0, 8.0, 6.0, 7.0], "pruned": [50.0, 3.0, 9.0, 3.5]}
-    monkeypatch.setattr(common.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr("time.perf_counter", lambda: now[0])
     timed = [Timed("full", model, pop.PrunePlan.none()), Timed("pruned", model, PLAN)]
     result = measure_ttft(timed, list(range(40)), 3)
     assert calls == ["full", "pruned"] * 4

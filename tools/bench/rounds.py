@@ -12,7 +12,7 @@ from statistics import median
 
 import torch
 
-from tools.common import progress
+from pop.cli.demo import progress
 
 Turn = Callable[[], dict[str, float]]
 

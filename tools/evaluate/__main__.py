@@ -19,9 +19,9 @@ import torch
 
 import pop
 from pop.calibration.scores import check_plot
-from pop.cli.demo import machine
+from pop.cli.demo import machine, progress
 from pop.errors import InputError, check_count
-from tools.common import ROOT, check_writable, exit_status, integers_in, names_in, progress, write_figures, write_plot
+from tools.common import ROOT, check_writable, exit_status, integers_in, names_in, write_figures, write_plot
 from tools.evaluate import tasks
 from tools.evaluate.report import plot, report
 from tools.evaluate.selection import BASELINES, make_contenders
