@@ -1,11 +1,8 @@
 """CPUs: faster matrix products, attention for one token, and memory that is reused.
 
 `accelerate` gives the linear layers of a finished module a faster `forward`. `attend_cache` replaces the function of
-the same name in pop/engine/attention.py. The results are those of PyTorch's own operators, up to rounding.
-
-In two cases the general product is far from the limit of a CPU. With one token a row, as in decode, the time goes
-into reading the weights. A multiply-and-sum (compiled) or the transposed product reads them up to three times faster.
-And on CPUs without fast products of 16-bit numbers, many tokens pay for a float32 copy of the weights.
+the same name in pop/engine/attention.py. The results are those of PyTorch's own operators, up to rounding. README.md in
+this folder says in which cases the general product is slow.
 """
 
 from __future__ import annotations
@@ -110,7 +107,7 @@ def keep_freed_memory() -> None:
     """Raise glibc's mmap threshold, so that activation buffers are reused.
 
     By default they are unmapped after every layer, and zeroed by the system for the next one. That took a quarter of
-    SmolLM2's prefill. The threshold is the largest block that glibc has seen freed (mallopt(3), M_MMAP_THRESHOLD). So
-    one block is allocated here, never touched, and freed. Other allocators are not affected.
+    SmolLM2's prefill. glibc raises the threshold (mallopt(3), M_MMAP_THRESHOLD) to the largest block that it has seen
+    freed. So this allocates one block and frees it untouched. Other allocators are not affected.
     """
     torch.empty(TEMPORARY, dtype=torch.uint8, device="cpu")  # whatever the default device is

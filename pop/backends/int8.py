@@ -22,19 +22,13 @@ LANES = 32  # torch's int8 kernel reads out of bounds unless the width is a mult
 
 
 class Int8Linear(nn.Module):
-    """A linear layer with 8-bit weights.
-
-    Args:
-        integers: [out, in] int8.
-        scale: [out], the factor of each row, in the dtype of the inputs.
-        bias: [out], or None.
-    """
+    """A linear layer with 8-bit weights."""
 
     def __init__(self, integers: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None):
         super().__init__()
-        self.integers = nn.Parameter(integers, requires_grad=False)
-        self.scale = nn.Parameter(scale, requires_grad=False)
-        self.bias = bias
+        self.integers = nn.Parameter(integers, requires_grad=False)  # [out, in] int8
+        self.scale = nn.Parameter(scale, requires_grad=False)  # [out], in the dtype of the inputs
+        self.bias = bias  # [out], or None
 
     @property
     def weight(self) -> torch.Tensor:
@@ -70,10 +64,7 @@ def _(x, integers, scale):
 
 
 def check_quantize(quantize, module, device: torch.device, ranks: int = 1) -> None:
-    """Raise a PopError if `pop.load` cannot quantise the module, which may be on the meta device.
-
-    `device` is where it will be, and `ranks` the number of processes that share it.
-    """
+    """Raise a PopError if `pop.load` cannot quantise the module (on any device, even meta) for `device`."""
     if quantize is None:
         return
     if quantize == "int4":

@@ -44,19 +44,11 @@ def launched() -> tuple[int, int]:
 
 
 def join(device) -> tuple[int, int, torch.device | str | None]:
-    """Join the ranks that load a model together.
+    """Join the ranks that load a model together. Returns this process's rank, their number, and this process's device.
 
     They are the ranks of the process group if there is one, and otherwise those that torchrun has started. The latter
-    get a group: NCCL's on GPUs, gloo's on CPUs. Without either there is one rank.
-
-    Args:
-        device: as in `pop.load`. With several GPUs, a process takes the one with its local rank.
-
-    Returns:
-        This process's rank, the number of ranks, and this process's device.
-
-    Raises:
-        InputError: there are too few GPUs, or the ranks cannot reach each other.
+    get a group: NCCL's on GPUs, gloo's on CPUs. With several GPUs, a process takes the one with its local rank. Raises
+    InputError if there are too few GPUs, or if the ranks cannot reach each other.
     """
     if not (dist.is_available() and (dist.is_initialized() or launched()[1] > 1)):
         return 0, 1, device
@@ -101,23 +93,7 @@ def end(status: int = 0) -> NoReturn:
 
 
 class Part:
-    """The part of a model that one rank holds.
-
-    Args:
-        whole: the config of the whole model.
-        rank: of this process.
-        size: the number of ranks.
-
-    Attributes:
-        config: of the rank's own model, with fewer heads and a narrower MLP.
-        kv_rows: its rows of the whole K and V projections, in order. If the query heads of several ranks attend a K/V
-            head, each of them has a copy of it.
-        shards: by the name of a parameter, the part of it that the rank holds. A parameter without a shard is whole.
-        num_parameters: of the whole model.
-
-    Raises:
-        InputError: `size` does not divide the number of query heads.
-    """
+    """The part of a model that one rank holds: `rank` of `size`. Raises InputError if the query heads do not divide."""
 
     def __init__(self, whole, rank: int, size: int):
         self.whole, self.rank, self.size = whole, rank, size
@@ -131,6 +107,7 @@ class Part:
         block = math.gcd(count, G)  # the most query heads for which every block of them has one K/V head
         blocks = range(rank * count, (rank + 1) * count, block)
         kv_heads = [first // G for first in blocks]
+        # Its rows of the whole K and V projections. Ranks whose query heads attend one K/V head have a copy of it each.
         self.kv_rows = [head * E + row for head in kv_heads for row in range(E)]
         inner = _share(whole.intermediate_size, rank, size)
         sizes = {"num_heads": count, "num_kv_heads": len(kv_heads), "intermediate_size": inner[1] - inner[0]}
@@ -150,9 +127,9 @@ class Part:
             gate_and_up = (begin, end), (experts.width + begin, experts.width + end)  # gate's rows, then those of up
             self._shards["experts.gate_up_proj"] = Shard(1, 2 * experts.width, gate_and_up)
             self._shards["experts.down_proj"] = Shard(2, experts.width, ((begin, end),))
-        self.config = dataclasses.replace(whole, **sizes)
-        self.shards: dict[str, Shard] = {}
-        self.num_parameters = 0
+        self.config = dataclasses.replace(whole, **sizes)  # of the rank's own model
+        self.shards: dict[str, Shard] = {}  # by parameter's name; a parameter without a shard is whole
+        self.num_parameters = 0  # of the whole model
 
     def build(self) -> nn.Module:
         """Build the rank's model on the meta device, and fill `shards` and `num_parameters`."""
@@ -280,10 +257,10 @@ def bytes_per_device(
     """Count the bytes of the weights and of a KV cache on the device that holds most. Activations are not included.
 
     Args:
-        config: of the whole model.
-        size: the number of devices.
-        dtype: of the weights and of the cache.
-        batch_size, max_seq_len: of the cache. None takes the model's context.
+        config: The whole model's.
+        size: The number of devices.
+        dtype: Of the weights and of the cache.
+        batch_size, max_seq_len: Of the cache. None takes the model's context.
     """
     part = Part(config, size - 1, size)
     weights = sum(parameter.numel() for parameter in part.build().parameters()) * dtype.itemsize

@@ -35,18 +35,10 @@ _checkpoint = functools.partial(checkpoint, use_reentrant=False, preserve_rng_st
 def sample_responses(
     model, prompts: list[list[int]], media: list[list[Prepared]], seeds: list[Sequence[int]], count: int
 ) -> list[list[int]]:
-    """Sample a response to each prompt, at full depth and temperature 1.
+    """Sample a response of at most `count` tokens to each prompt, at full depth and temperature 1.
 
-    Args:
-        model: a pop.Model.
-        prompts: token ids, one list for each batch row.
-        media: each prompt's images and videos.
-        seeds: the seed of each row's random generator. So a response does not depend on the other rows of the batch,
-            as far as rounding leaves the logits the same.
-        count: the most tokens of a response.
-
-    Returns:
-        The token ids of each response, including its end token.
+    Returns token ids, including the end token. Each row's random generator has its own seed. So a response does not
+    depend on the other rows of the batch, as far as rounding leaves the logits the same.
     """
     if not prompts:
         return []
@@ -74,21 +66,10 @@ def sample_responses(
 def gate_gradients(
     model, prompts: list[list[int]], responses: list[list[int]], media: list[list[Prepared]]
 ) -> torch.Tensor:
-    """Compute dL/dg of every gate, for each sample. L is the negative log-likelihood of the response.
+    """dL/dg of every gate for each sample: [B, 2 (attention, MLP), 2 (prefill, decode), L] float64 on the CPU.
 
-    Each batch row has its own gates, so one backward pass keeps the samples apart. Autograd keeps h between the layers
-    only; it computes the activations inside a layer again.
-
-    Args:
-        model: a pop.Model. Its parameters are left as they are.
-        prompts, responses: token ids, at least one in each.
-        media: each prompt's images and videos.
-
-    Returns:
-        [B, 2 (attention, MLP), 2 (prefill, decode), L] float64 on the CPU.
-
-    Raises:
-        InputError: the numbers overflow.
+    L is the negative log-likelihood of the response. Each batch row has its own gates, so one backward pass keeps the
+    samples apart. Autograd keeps h between the layers only; it computes the activations inside a layer again.
     """
     module, device = model.module, model.device
     rows = [prompt + response[:-1] for prompt, response in zip(prompts, responses, strict=True)]
@@ -121,13 +102,10 @@ def gate_gradients(
 
 
 def _gated_layer(layer, h: torch.Tensor, rope: Rope, attend: Attend, gates: torch.Tensor, decode: torch.Tensor):
-    """Run one layer at full depth with gates: h [B, T, D] -> [B, T, D].
+    """Run one layer at full depth: h [B, T, D] -> [B, T, D]. A gate of 1 changes no bit of h, even in bfloat16.
 
-    A gate of 1 changes no bit of h, even in bfloat16. Its derivative is summed in float32.
-
-    Args:
-        gates: [B, 2 (attention, MLP), 2 (prefill, decode)] float32.
-        decode: [B, T] bool, whether a token's stage is decode.
+    gates [B, 2 (attention, MLP), 2 (prefill, decode)] are float32, and so are the sums of their derivatives. decode
+    [B, T] says which tokens belong to decode.
     """
     gates = torch.where(decode[:, None], gates[:, :, 1:], gates[:, :, :1])[..., None]  # [B, 2, T, 1]
     attended = attend(layer, *layer.queries_keys_values(h, rope))

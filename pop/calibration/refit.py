@@ -58,25 +58,24 @@ def calibrate(
     """Refit the pruned layers' K and V projections to texts.
 
     Args:
-        model: a pop.Model.
-        texts: strings or lists of token ids that resemble the prompts to come. Some 50,000 tokens suffice; a wide model
+        model: A pop.Model.
+        texts: Strings or lists of token ids that resemble the prompts to come. Some 50,000 tokens suffice; a wide model
             needs more. None takes a small built-in set of English and Python.
-        plan: a PrunePlan, or a list of them. Several plans share the pass over the texts.
-        images, videos: a list for each text, as in `Model.generate`. All are in memory at the same time.
-        taps: 1, or 2 to give the projections the previous token as well, for the cost of a second product.
-        window: texts are cut into windows of this many tokens. Best is the length of the prompts to come. A text with
-            images or videos stays whole.
-        held_out: the number of windows, at most a fifth of all, that choose lambda and the dampings. They take no part
-            in the fit. They are judged by the text after their first 256 tokens, or after their last image.
-        seed: decides which windows are held out.
-        progress: show a bar on stderr, if tqdm is installed.
+        plan: A PrunePlan, or a list of them. Several plans share the pass over the texts.
+        images, videos: A list for each text, as in `Model.generate`. All are in memory at the same time.
+        taps: 1, or 2 to also give the projections the previous token, for the cost of a second product.
+        window: The tokens of a window of text, best as many as the prompts will have. Texts with images stay whole.
+        held_out: The number of windows, at most a fifth of all, that choose lambda and the dampings but are not fitted.
+            They are judged by the text after their first 256 tokens, or after their last image.
+        seed: Decides which windows are held out.
+        progress: Show a bar on stderr, if tqdm is installed.
 
     Returns:
         The plan with projections, and with a full_depth_first of at least 1. For a list of plans, a list.
 
     Raises:
-        InputError: the texts are too short, or an option is out of range.
-        PlanError: a plan does not fit the model, or prunes nothing.
+        InputError: The texts are too short, or an option is out of range.
+        PlanError: A plan does not fit the model, or prunes nothing.
     """
     if not isinstance(model, Model):
         raise InputError(f"the model is a {type(model).__name__}; load one with pop.load")
@@ -149,26 +148,21 @@ def _batches(windows: list[Window]) -> Iterator[list[Window]]:
 
 
 class _Fit:
-    """The normal equations of one plan.
-
-    Attributes:
-        xx: X' X, by the first layer of each group of pruned layers. x: the sum of X over the tokens, likewise.
-        xy: X' Y, by pruned layer.
-        count: n, the number of tokens.
-    """
+    """The normal equations of one plan."""
 
     def __init__(self, model, plan: PrunePlan, taps: int):
-        self.model, self.plan, self.taps, self.count = model, plan, taps, 0
+        self.model, self.plan, self.taps = model, plan, taps
+        self.count = 0  # n, the number of tokens
         groups = plan.groups(model.config.num_layers, model.module.deepstack_layers)
         self.groups = [group for is_pruned, group in groups if is_pruned]
         zeros = functools.partial(torch.zeros, dtype=torch.float64, device=model.device)
         width, KE = taps * model.config.hidden_size, model.module.config.num_kv_heads * model.config.head_dim
-        self.xx = {group[0]: zeros(width, width) for group in self.groups}
-        self.x = {group[0]: zeros(width) for group in self.groups}
-        self.xy = {index: zeros(width, 2 * KE) for index in plan.layers}
+        self.xx = {group[0]: zeros(width, width) for group in self.groups}  # X' X, by the first layer of a group
+        self.x = {group[0]: zeros(width) for group in self.groups}  # the sum of X over the tokens, likewise
+        self.xy = {index: zeros(width, 2 * KE) for index in plan.layers}  # X' Y, by pruned layer
 
     def solve(self, ridge: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Solve for a lambda: W0 [n, 2, K * E, taps * D], D of the same shape, and b0 [n, 2, K * E], in float64."""
+        """W0 [n, 2, K * E, taps * D], D of the same shape, and b0 [n, 2, K * E], in float64. ridge: lambda."""
         solutions = []
         for group in self.groups:
             xx, x = self.xx[group[0]], self.x[group[0]]
@@ -203,8 +197,7 @@ def _accumulate(model, batch: list[Window], fits: list[_Fit]) -> None:
     """Add the tokens of a batch of windows to the sums of each fit.
 
     One full forward pass gives the targets. Beside it, each plan has a stream from its first to its last pruned layer,
-    in which tokens skip the plan's layers. No refit changes a stream: pruned tokens attend in kept layers only. So one
-    pass serves all groups. The first tokens run at full depth, and are not fitted to.
+    in which tokens skip the plan's layers. The first tokens run at full depth, and are not fitted to.
     """
     lengths = torch.tensor([len(tokens) for tokens, _ in batch])
     tokens = torch.nn.utils.rnn.pad_sequence([torch.tensor(tokens) for tokens, _ in batch], batch_first=True)
@@ -213,18 +206,16 @@ def _accumulate(model, batch: list[Window], fits: list[_Fit]) -> None:
     inside = position < lengths.to(model.device)[:, None]  # [B, T], not padding
     fitted = [inside & (position >= fit.plan.full_depth_first) for fit in fits]  # [B, T] each
     deepest = max(fit.plan.layers[-1] for fit in fits)  # no layer after it is run
-    streams: dict[int, torch.Tensor] = {}  # by number of the fit: h [B, T, D]
-    inputs: dict[int, torch.Tensor] = {}  # by number of the fit: X [N, taps * D] of the group
+    streams, inputs = {}, {}  # by number of the fit: h [B, T, D], and X [N, taps * D] of the group
 
     def step(index, layer, h, rope, attend):
         full = layer(h, rope, attend) if index < deepest else h
         targets = torch.cat(layer.projected(h), dim=-1) if any(index in fit.xy for fit in fits) else None
         for number, fit in enumerate(fits):
-            if index == fit.plan.layers[0]:
-                streams[number] = h
-            if number not in streams:
+            first, last = fit.plan.layers[0], fit.plan.layers[-1]
+            if not first <= index <= last:
                 continue
-            stream = streams.pop(number)
+            stream = h if index == first else streams[number]
             if index in fit.xx:
                 x = layer.normalised(stream)
                 x = torch.cat((x, F.pad(x, (0, 0, 1, -1))), dim=-1) if fit.taps == 2 else x
@@ -236,8 +227,7 @@ def _accumulate(model, batch: list[Window], fits: list[_Fit]) -> None:
                 stream = torch.where((position < fit.plan.full_depth_first)[:, None], full, stream)
             else:
                 stream = layer(stream, rope, attend)
-            if index < fit.plan.layers[-1]:
-                streams[number] = images.add_deepstack(stream, index)
+            streams[number] = images.add_deepstack(stream, index)
         return full
 
     model.module.through_layers(tokens.to(model.device), images, step)

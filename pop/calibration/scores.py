@@ -12,7 +12,7 @@ import io
 import json
 import math
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +23,7 @@ from safetensors.torch import save
 from pop import files
 from pop.calibration.gates import gate_gradients, sample_responses
 from pop.errors import InputError, MissingExtra, PlanError, PopError, UnsupportedError, check_count
+from pop.generation.batch import as_prompts
 from pop.inputs.processors import Prepared
 from pop.model import Model
 from pop.progress import progress_bar
@@ -37,22 +38,15 @@ SCORES = ("prefill", "decode", "prefill_error", "decode_error")
 class Importance:
     """Importance scores of all layers for both stages, made by `pop.importance`.
 
-    Args:
-        prefill, decode: [L] float64 on the CPU, I_l of pop/calibration/gates.py, in nats squared.
-        prefill_error, decode_error: [L] float64, their standard errors; NaN if there was one sample only.
-        num_samples: the number of samples that the scores are means of.
-        attention, mlp: the scores with a gate on one branch of the layer only. None: they were not asked for.
-
-    Raises:
-        InputError: any other value.
+    Other values raise InputError.
     """
 
-    prefill: torch.Tensor
+    prefill: torch.Tensor  # [L] float64 on the CPU, in nats squared (README.md in this folder)
     decode: torch.Tensor
-    prefill_error: torch.Tensor
+    prefill_error: torch.Tensor  # standard errors: [L] float64, all NaN if there was one sample only
     decode_error: torch.Tensor
-    num_samples: int
-    attention: Importance | None = None
+    num_samples: int  # the scores are means over these
+    attention: Importance | None = None  # scores with a gate on this branch of each layer only, if asked for
     mlp: Importance | None = None
 
     def __post_init__(self):
@@ -71,12 +65,7 @@ class Importance:
     def plan(self, count: int, **options) -> PrunePlan:
         """Prune the `count` layers that prefill needs least. Of equal layers, prune the deeper one first.
 
-        Args:
-            count: from 0 to L.
-            options: the other fields of PrunePlan.
-
-        Raises:
-            PlanError: a value is out of range.
+        `options` are the other fields of PrunePlan. Raises PlanError if a value is out of range.
         """
         num_layers = len(self.prefill)
         count = check_count("count", count, 0, num_layers, PlanError)
@@ -124,8 +113,8 @@ class Importance:
     def save(self, path: str | os.PathLike) -> None:
         """Write the scores as JSON, whole or not at all. Raises InputError if that fails."""
 
-        def listed(scores: torch.Tensor) -> list[float | None]:
-            return [None if math.isnan(score) else score for score in scores.tolist()]
+        def listed(scores: torch.Tensor) -> list:
+            return [None] * len(scores) if scores.isnan().any() else scores.tolist()
 
         content = json.dumps(dataclasses.asdict(self), indent=1, default=listed) + "\n"
         files.write_whole(path, content, "the importance scores", InputError)
@@ -159,20 +148,21 @@ def importance(
     """Score how much each stage needs each layer, by virtual gates (pop/calibration/gates.py).
 
     Args:
-        model: a pop.Model. The full model is scored, whatever its plan is.
-        samples: prompts, as texts or token ids, or pairs (prompt, response). The model samples a response to each
-            prompt that comes without one, at full depth and temperature 1.
-        images, videos: a list for each sample's prompt, as in `Model.generate`. All are in memory at the same time.
-        response_tokens: the most tokens of a sampled response. An end token ends it earlier, and counts in the loss.
-        batch_size: how many samples run at once. It changes speed and memory, and the scores by rounding only.
-        seed: sample number i has its own random generator, seeded by (seed, i).
-        branches: also score attention and MLP apart, as Importance.attention and Importance.mlp.
-        resume: a file that keeps unfinished work. If it exists, the run continues from it.
-        progress: show a bar on stderr, if tqdm is installed.
+        model: A pop.Model. The full model is scored, whatever its plan is.
+        samples: Prompts, as texts or token ids, or pairs (prompt, response). The model samples the missing responses,
+            at full depth and temperature 1.
+        images, videos: A list for each sample's prompt, as in `Model.generate`. All are in memory at the same time.
+        response_tokens: The most tokens of a sampled response. An end token ends it earlier, and counts in the loss.
+        batch_size: How many samples run at once. It changes speed and memory, and the scores by rounding only.
+        seed: Sample i has a random generator with the seed (seed, i).
+        branches: Also score attention and MLP apart, as Importance.attention and Importance.mlp.
+        resume: A file that keeps unfinished work. If it exists, the run continues from it.
+        progress: Show a bar on stderr, if tqdm is installed.
 
     Raises:
-        InputError, ContextOverflow, TokenizerError: a sample or an option cannot be used, the resume file belongs to
-            another run, or numbers overflow. UnsupportedError: several processes share the model.
+        InputError, ContextOverflow, TokenizerError: A sample or an option cannot be used, the resume file belongs to
+            another run, or numbers overflow.
+        UnsupportedError: Several processes share the model.
     """
     if not isinstance(model, Model):
         raise InputError(f"the model is a {type(model).__name__}; load one with pop.load")
@@ -204,12 +194,9 @@ def importance(
         for begin in range(len(scores), len(samples), batch_size):
             prompts, responses, media = map(list, zip(*samples[begin : begin + batch_size], strict=True))
             rows = [row for row, response in enumerate(responses) if response is None]
+            seeds = [(seed, begin + row) for row in rows]
             sampled = sample_responses(
-                model,
-                [prompts[row] for row in rows],
-                [media[row] for row in rows],
-                [(seed, begin + row) for row in rows],
-                response_tokens,
+                model, [prompts[row] for row in rows], [media[row] for row in rows], seeds, response_tokens
             )
             for row, response in zip(rows, sampled, strict=True):
                 responses[row] = response
@@ -234,7 +221,9 @@ def _parse(model, samples, images, videos, response_tokens: int) -> list[Sample]
     rows = model.vision.prepare_batch(images, videos, len(samples))
     for number, (sample, media) in enumerate(zip(samples, rows, strict=True)):
         try:
-            prompt, response = sample if _is_pair(sample) else (sample, None)
+            # a list of two token ids is a prompt
+            is_pair = isinstance(sample, (tuple, list)) and len(sample) == 2 and as_prompts(sample)[1]
+            prompt, response = sample if is_pair else (sample, None)
             prompt = model.encode(prompt, media=media)
             response = None if response is None else model.encode(response, "response", bos=False)
             count = response_tokens if response is None else len(response)
@@ -245,13 +234,6 @@ def _parse(model, samples, images, videos, response_tokens: int) -> list[Sample]
     if not parsed:
         raise InputError("samples is empty; give at least one prompt")
     return parsed
-
-
-def _is_pair(sample) -> bool:
-    """Whether a sample is (prompt, response), and not a prompt of two token ids."""
-    if not isinstance(sample, (tuple, list)) or len(sample) != 2:
-        return False
-    return isinstance(sample[0], (str, Sequence)) or getattr(sample[0], "ndim", 0) > 0
 
 
 def _write_record(path, run: dict[str, str], scores: torch.Tensor) -> None:
@@ -277,11 +259,7 @@ def _read_record(path, run: dict[str, str], empty: torch.Tensor, num_samples: in
 
 
 def check_plot(path: str | os.PathLike) -> str:
-    """Return the kind of file that `plot` writes to a path: "svg" or "png".
-
-    Raises:
-        InputError: the path ends otherwise. MissingExtra: matplotlib is not installed.
-    """
+    """Return "svg" or "png", the kind of plot to write to a path. Raises InputError for others, or MissingExtra."""
     kind = Path(path).suffix.lower().removeprefix(".")
     if kind not in ("svg", "png"):
         raise InputError(f"the plot cannot be written as {path}; give a path that ends in .svg or .png")
