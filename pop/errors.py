@@ -62,14 +62,7 @@ class CacheMemoryError(PopError, MemoryError):
 def check_count(
     name: str, value, least: int = 1, most: float = float("inf"), error: type[PopError] = InputError
 ) -> int:
-    """`value` as an int, if it is an integer of any type from `least` to `most`; otherwise raise `error`.
-
-    Args:
-        name: what the error calls the value.
-        value: what a caller has given.
-        least, most: the bounds, both allowed.
-        error: the class of the error.
-    """
+    """Return `value` as an int. Raise `error`, which names it, unless it is an integer from `least` to `most`."""
     try:
         number = None if isinstance(value, bool) else index(value)
     except TypeError:

@@ -34,24 +34,19 @@ def load(
     """Load a model by its registry name, or from a directory in the Hugging Face or in Meta's layout.
 
     Args:
-        name_or_path: a name that `list_models` gives, or a directory. A name comes first; write ./NAME for a directory
-            with the name of a model.
+        name_or_path: A name that `list_models` gives, or a directory. A name comes first; ./NAME is a directory.
         device: None takes the GPU if there is one, otherwise the CPU.
         dtype: None keeps the checkpoint's.
         prune: "default" (the deepest floor(L/3) layers), None (full depth), a fraction of the layers, or a PrunePlan.
-        max_seq_len: the most tokens that a cache may hold for each row; None takes the model's full context. The last
-            token of an answer needs no slot.
-        compile: True compiles prefill and decode with torch.compile, at their first use or in `model.warmup`. False
-            does not. "auto" compiles where that works, unless the model is tiny.
-        progress: show a progress bar on stderr while large weights load, and a note while the model compiles.
-        parallel: None loads the whole model into this process. "auto" splits it among the ranks of the process group,
-            or of torchrun (pop/backends/tensor_parallel.py). All ranks must then make the same calls.
-        quantize: "int8" rounds the decoder's matrices to 8 bits with torchao, on a CPU and in one process
-            (pop/backends/int8.py). That takes half the memory of bfloat16. None leaves the weights as they are.
+        max_seq_len: The most tokens that a cache may hold for each row. None takes the model's full context.
+        compile: True compiles prefill and decode with torch.compile, at their first use or in `model.warmup`.
+            "auto" compiles where that works, unless the model is tiny.
+        progress: Show the progress of loading and compiling on stderr.
+        parallel: "auto" splits the model among the ranks of the process group, or of torchrun. All ranks must then make
+            the same calls (pop/backends/tensor_parallel.py).
+        quantize: "int8" rounds the decoder's matrices to 8 bits, on a CPU and in one process (pop/backends/int8.py).
 
-    Raises:
-        UnknownModel, WeightsNotFound, ConfigError, CheckpointError, TokenizerError, PlanError, InputError,
-        UnsupportedError, MissingExtra
+    Raises a PopError of pop/errors.py, if possible before it reads the weights.
     """
     if parallel not in (None, "auto"):
         raise InputError(f"parallel is {parallel!r}; it must be 'auto' or None")

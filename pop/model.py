@@ -38,17 +38,13 @@ class Model:
     Calls change nothing in a model, so threads may share it, each with its own cache or conversation.
 
     Args:
-        module: the torch module (pop/models). Its weights decide `device` and `dtype`.
-        config: the frozen dataclass of its sizes.
-        tokenizer: None if the checkpoint has none.
-        plan: what every prefill prunes unless it is given another plan; as `prune` in `load`.
-        max_seq_len: the most tokens that a cache may hold for each row; None takes the model's full context.
-        chunk_size: how many tokens of a prompt prefill runs at once, at least as many as an image has.
-        compile, progress: as in `load`.
-        part: a pop.backends.tensor_parallel.Part if the module is one process's part of the model; None if it is whole.
-
-    Attributes:
-        vision: the family's processor of images and videos (pop/inputs/processors.py).
+        module: The torch module (pop/models). Its weights decide `device` and `dtype`.
+        config: The frozen dataclass of its sizes.
+        tokenizer: None if the checkpoint lacks one.
+        plan: What every prefill prunes unless it is given another plan; as `prune` in `load`.
+        max_seq_len, compile, progress: As in `load`.
+        chunk_size: How many tokens of a prompt prefill runs at once.
+        part: A pop.backends.tensor_parallel.Part if the module is one process's part of the model.
     """
 
     def __init__(
@@ -65,15 +61,14 @@ class Model:
         part=None,
     ):
         self.module, self.config, self.tokenizer, self.part = module, config, tokenizer, part
-        self.vision = processor_of(config)
+        self.vision = processor_of(config)  # the family's processor of images and videos
         self.plan, self.max_seq_len = check_options(config, self.dtype, plan, max_seq_len, compile)
         self.resolve(self.plan)  # raises if it does not fit the weights
         self.chunk_size = self._chunk_size(chunk_size)
         size = sum(weight.numel() for weight in module.parameters()) if part is None else part.num_parameters
         compiles = compile is True or (compile == "auto" and size >= SMALLEST)
         accelerate(module)
-        options = {"required": compile is True, "progress": progress}
-        self._compiled = Compiled(module, STAGES, **options) if compiles else None
+        self._compiled = Compiled(module, STAGES, required=compile is True, progress=progress) if compiles else None
         keep_freed_memory()
 
     @property
@@ -97,18 +92,14 @@ class Model:
     # Tensors in, tensors out
 
     def new_cache(self, batch_size: int = 1, max_seq_len: int | None = None) -> KVCache:
-        """An empty KV cache. `KVCache.size_in_bytes` tells its size beforehand.
+        """An empty KV cache. Raises CacheMemoryError if it does not fit into the device's memory.
 
         Args:
-            batch_size: the number of rows.
-            max_seq_len: tokens a row; None takes the model's.
-
-        Raises:
-            CacheMemoryError: it does not fit into the device's memory. ContextOverflow: max_seq_len is too large.
+            batch_size: The number of rows.
+            max_seq_len: Tokens a row; None takes the model's limit.
         """
         max_seq_len = self.max_seq_len if max_seq_len is None else check_count("max_seq_len", max_seq_len)
-        if max_seq_len > self.max_seq_len:
-            raise ContextOverflow(f"max_seq_len is {max_seq_len}, but the model's limit is {self.max_seq_len} tokens")
+        self.check_fits(max_seq_len, "a row of the cache")
         options = {"dtype": self.dtype, "device": self.device, "chunk_size": self.chunk_size}
         return KVCache(self.module.config, batch_size, max_seq_len, **options)
 
@@ -118,16 +109,16 @@ class Model:
         """Append prompts to what the cache holds. Returns logits [B, V] float32 of each row's boundary token.
 
         Args:
-            tokens: ids [B, T], right-padded.
-            cache: from `new_cache`, with B rows.
-            lengths: [B], the tokens of each row without padding; None: all T.
-            images, videos: a list for each row, whose placeholders are among the tokens.
-            plan: the PrunePlan of this call; None takes the model's.
-            chunk_size: how many tokens run at once; None takes the model's. More than the cache's has no effect.
+            tokens: Ids [B, T], right-padded.
+            cache: From `new_cache`, with B rows.
+            lengths: The tokens of each row without padding, [B]. None: all T.
+            images, videos: A list for each row, whose placeholders are among the tokens.
+            plan: The PrunePlan of this call; None takes the model's.
+            chunk_size: How many tokens run at once, at most the cache's chunk_size. None takes the model's.
             boundary: False if more of the same prompts follows. Then the logits mean nothing.
 
         Raises:
-            InputError, ContextOverflow: the tokens do not fit the model or the cache. PlanError: the plan does not.
+            InputError, PlanError: An argument does not fit the model. ContextOverflow: The cache is too small.
         """
         tokens = self._tokens(tokens, dims=2)
         lengths = row_lengths(lengths, tokens)
@@ -146,11 +137,9 @@ class Model:
 
     @torch.no_grad()
     def logits(self, tokens, images=None, videos=None) -> torch.Tensor:
-        """The plain unpruned forward pass, without a cache: tokens [B, T] -> logits [B, T, V] float32.
+        """The plain unpruned forward pass: tokens [B, T] without padding -> logits [B, T, V] float32.
 
-        Args:
-            tokens: ids, without padding.
-            images, videos: as in `prefill`.
+        images, videos: As in `prefill`.
         """
         tokens = self._tokens(tokens, dims=2)
         self.check_fits(tokens.shape[1])
@@ -158,12 +147,13 @@ class Model:
         return self.module(tokens, images)
 
     def warmup(self, batch_size: int = 1, plans: Sequence[PrunePlan] = ()) -> None:
-        """Compile what prefill and decode need, unless the model runs eagerly. After that nothing compiles again while
-        torch.set_num_threads and torch.inference_mode stay the same.
+        """Compile what prefill and decode need, unless the model runs eagerly.
+
+        Nothing compiles again while torch.set_num_threads and torch.inference_mode stay the same.
 
         Args:
-            batch_size: 1 for one prompt at a time; any larger number covers one prompt and every batch size.
-            plans: calibrated plans that will be used besides the model's, one for each number of taps.
+            batch_size: 1 for one prompt at a time. A larger number covers every batch size.
+            plans: Calibrated plans besides the model's, one for each number of taps.
         """
         for rows in (1, 2)[: check_count("batch_size", batch_size)]:
             for plan in (self.plan, *plans):
@@ -187,20 +177,19 @@ class Model:
     ) -> Generation | list[Generation]:
         """Continue a prompt, or a list of prompts as one batch, which returns a list.
 
-        An answer ends at an end token, before a stop string, after max_new_tokens, or when max_seq_len is reached.
+        An answer ends at an end token, before a stop string, after max_new_tokens, or in a full context.
 
         Args:
-            prompt: text or token ids, or a list of either. Text has the family's mark (model.vision.marks) where an
-                image or a video is; token ids have all of its placeholders.
-            images, videos: a list for one prompt, a list of lists for a batch. An image is a path, a PIL image, or a
-                uint8 array [H, W, 3]; a video is a path, a uint8 array [T, H, W, 3], a list of images, or a pop.Video.
-            max_new_tokens, temperature, top_k, top_p, seed, stop: see pop/generation/sampling.py. Temperature 0 is
-                greedy. With a seed, equal prompts of a batch get equal answers.
-            plan: the PrunePlan of this call; None takes the model's.
+            prompt: Text or token ids, or a list of either. Text marks the place of each image and video
+                (model.vision.marks). Token ids have all of its placeholders.
+            images, videos: A list for one prompt, a list of lists for a batch. An image is a path, a PIL image, or a
+                uint8 array [H, W, 3]. A video is a path, a uint8 array [T, H, W, 3], a list of images, or a pop.Video.
+            max_new_tokens: The most tokens of an answer.
+            temperature, top_k, top_p, seed, stop: See SamplingParams in pop/generation/sampling.py.
+            plan: The PrunePlan of this call; None takes the model's.
 
         Raises:
-            InputError: the prompt is empty, its images do not match it or cannot be read, a value is out of range, or
-                the model's numbers overflow. ContextOverflow: a prompt is longer than max_seq_len.
+            InputError: An argument cannot be used, or the logits overflow. ContextOverflow: A prompt is too long.
         """
         began = time.perf_counter()
         params = SamplingParams(max_new_tokens, temperature, top_k, top_p, seed, stop)
@@ -222,7 +211,7 @@ class Model:
         Args:
             messages: [{"role": "system" | "user" | "assistant", "content": text}, ...]. A user's content may also be a
                 list of {"type": "text", "text": ...}, {"type": "image", "image": ...}, {"type": "video", "video": ...}.
-            options: those of `generate`, except images and videos.
+            options: Those of `generate`, except images and videos.
         """
         if options.keys() & {"images", "videos"}:
             raise InputError("chat takes images and videos in its messages, as {'type': 'image', 'image': ...}")
@@ -244,11 +233,16 @@ class Model:
         return [self.vision.prepare(kind, given) for kind, given in self.chat_format().media(messages)]
 
     def start_chat(self, system: str | None = None, *, plan: PrunePlan | None = None) -> Conversation:
-        """A conversation whose turns prefill only what is new (pop/generation/conversation.py)."""
+        """A conversation whose turns prefill only what is new (pop/generation/conversation.py).
+
+        Args:
+            system: The system message.
+            plan: The PrunePlan of all turns; None takes the model's.
+        """
         return Conversation(self, system, plan=plan)
 
     def load_chat(self, path, *, plan: PrunePlan | None = None) -> Conversation:
-        """A conversation that `Conversation.save` has written, held with this model and this plan."""
+        """A conversation that `Conversation.save` has written. Arguments and errors as in `Conversation.load`."""
         return Conversation.load(self, path, plan=plan)
 
     def prefix(self, prompt, *, images=None, videos=None, plan: PrunePlan | None = None) -> Prefix:
@@ -258,12 +252,11 @@ class Model:
     def score(self, context, continuation, *, images=None, videos=None, plan: PrunePlan | None = None) -> float:
         """log p(continuation | context): the natural logarithm, summed over the continuation's tokens.
 
-        The context is pruned; its last token and the continuation run at full depth, as decode would run them.
+        The context is pruned. Its last token and the continuation run at full depth, as decode would run them.
 
         Args:
-            context, continuation: text or token ids. They are tokenized apart, and only the context gets BOS.
-            images, videos: lists of what the context shows.
-            plan: the PrunePlan of the context; None takes the model's.
+            context, continuation: Text or token ids. They are tokenized apart, and only the context gets BOS.
+            images, videos, plan: As in `generate`, for the context.
         """
         (media,) = self.vision.prepare_batch(images, videos, 1)
         context = self.encode(context, "context", media=media)
@@ -272,37 +265,22 @@ class Model:
     # Checks
 
     def resolve(self, plan) -> PrunePlan:
-        """The plan of a call, None being the model's, with its projections on the model's device in its dtype.
-
-        Raises PlanError if the plan does not fit the model.
-        """
+        """The plan of a call, with its projections on the model's device in its dtype. None stands for the model's."""
         plan = PrunePlan.of(self.plan if plan is None else plan, self.config.num_layers)
         refit = plan.projections
         if refit is None or not plan.layers:
             return plan
         if refit.fingerprint != self.fingerprint:
-            raise PlanError(
-                "the plan's projections were fitted to another model's weights; calibrate it with this one: "
-                "pop.calibrate(model, texts, plan)"
-            )
-        D, KE = self.config.hidden_size, self.config.num_kv_heads * self.config.head_dim
-        if refit.rows is None and refit.weight.shape[1:] != (2, KE, refit.taps * D):
-            raise PlanError(
-                f"the plan's projections have the shape {list(refit.weight.shape)}, but this model needs "
-                f"[layers, 2, {KE}, {refit.taps * D}]; calibrate it again"
-            )
+            raise PlanError("the plan's projections were fitted to another model's weights; use pop.calibrate again")
+        shape, KE = list(refit.weight.shape), self.config.num_kv_heads * self.config.head_dim
+        needed = [len(refit.layers), 2, KE, refit.taps * self.config.hidden_size]
+        if refit.rows is None and shape != needed:
+            raise PlanError(f"the plan's projections are {shape}, but this model needs {needed}; calibrate again")
         rows = None if self.part is None else self.part.kv_rows
         return dataclasses.replace(plan, projections=refit.to(self.device, self.dtype, rows))
 
     def encode(self, prompt, what: str = "prompt", bos: bool = True, media: Sequence[Prepared] = ()) -> list[int]:
-        """Text, or token ids in any form, as a list of token ids.
-
-        Args:
-            prompt: text or token ids, not empty.
-            what: its name in error messages.
-            bos: begin text with the family's beginning-of-text token, if it has one.
-            media: the images and videos of the prompt.
-        """
+        """Text with its images and videos, or token ids in any form, as a list of ids. `what` names it in errors."""
         if isinstance(prompt, str):
             self.need_tokenizer("text")
             pieces = self.vision.replace_marks(prompt, media, what) if media else [prompt]
@@ -319,17 +297,12 @@ class Model:
     def need_tokenizer(self, use: str) -> None:
         """Raise TokenizerError if the model lacks a tokenizer; `use` says what needs one."""
         if self.tokenizer is None:
-            raise TokenizerError(
-                f"{use} needs a tokenizer, and the checkpoint has none; add its files, or give `generate` token ids"
-            )
+            raise TokenizerError(f"{use} needs a tokenizer, and the checkpoint has none; add it, or give token ids")
 
     def check_fits(self, num_tokens: int, what: str = "the prompt") -> None:
         """Raise ContextOverflow if a sequence of `num_tokens` exceeds max_seq_len."""
         if num_tokens > self.max_seq_len:
-            raise ContextOverflow(
-                f"{what} has {num_tokens} tokens, but the model takes {self.max_seq_len}; shorten it"
-                + (" or load with a larger max_seq_len" if self.max_seq_len < self.config.max_positions else "")
-            )
+            raise ContextOverflow(f"{what} has {num_tokens} tokens, but the model takes {self.max_seq_len}; shorten it")
 
     def _check_cache(self, cache: KVCache, added: torch.Tensor) -> None:
         """Raise InputError unless `cache` belongs to this model and has room for `added` [B] more tokens."""
@@ -341,23 +314,16 @@ class Model:
         if like != (shapes, self.dtype, self.device):
             raise InputError("the cache was made for another model, dtype or device; make one with model.new_cache()")
         if not cache.intact:
-            raise InputError(
-                "a prefill that failed midway has overwritten tokens of the cache; empty it with cache.reset()"
-            )
+            raise InputError("a prefill that failed has overwritten tokens of the cache; empty it with cache.reset()")
         if cache.batch_size != len(added):
             raise InputError(f"tokens has {len(added)} rows, but the cache has {cache.batch_size}")
         if cache.chunk_size < (least := self._chunk_size(1)):
-            raise InputError(
-                f"the cache takes {cache.chunk_size} tokens at once, but an image has {least}; make one with "
-                "model.new_cache()"
-            )
+            raise InputError(f"the cache takes {cache.chunk_size} tokens at once, but an image has {least}; enlarge it")
         total = cache.lengths + added
         row = int(total.argmax())
         if total[row] > cache.max_seq_len:
-            raise ContextOverflow(
-                f"row {row} would hold {total[row]} tokens ({cache.lengths[row]} in the cache and {added[row]} new), "
-                f"but the cache ends at {cache.max_seq_len}; make it larger or the prompt shorter"
-            )
+            numbers = f"{total[row]} tokens, {added[row]} of them new, but its max_seq_len is {cache.max_seq_len}"
+            raise ContextOverflow(f"row {row} of the cache would hold {numbers}; make it larger or the prompt shorter")
 
     def _chunk_size(self, chunk_size) -> int:
         return max(check_count("chunk_size", chunk_size), self.vision.min_chunk_size)
@@ -384,10 +350,7 @@ def check_options(config, dtype: torch.dtype, prune, max_seq_len, compile) -> tu
     if not isinstance(compile, bool) and compile != "auto":
         raise InputError(f"compile is {compile!r}; it must be 'auto', True or False")
     if dtype == torch.float16 and config.overflows_float16:
-        raise InputError(
-            f"dtype is {dtype}, in which the activations of the {config.family} family overflow; "
-            "take torch.bfloat16 or torch.float32"
-        )
+        raise InputError(f"dtype is {dtype}, in which {config.family} overflows; take torch.bfloat16 or torch.float32")
     plan, limit = PrunePlan.of(prune, config.num_layers), config.max_positions
     max_seq_len = limit if max_seq_len is None else check_count("max_seq_len", max_seq_len)
     if max_seq_len > limit:

@@ -82,29 +82,19 @@ class Conversation:
         Args:
             message: Text, or a list of parts as in `Model.chat`.
             images, videos: Lists of what the message shows before its text.
-            options: Those of `Model.generate`. The plan is the conversation's.
-
-        Raises:
-            InputError: The message is empty or cannot be read, or an option is out of range.
-            ContextOverflow: The message does not fit after what the conversation holds.
+            options: Those of `Model.generate`, whose errors are raised. The plan is the conversation's.
         """
         began = time.perf_counter()
         return self._next_turn(message, images, videos, options).generate(began)
 
     def stream(self, message, *, images=(), videos=(), **options) -> Iterator[str]:
-        """Like `send`, but yields the answer in pieces of whole characters, as they come.
-
-        The turn counts once the last piece has been read.
-        """
+        """Like `send`, but yields the answer in pieces. The turn counts once the last piece has been read."""
         return self._next_turn(message, images, videos, options).stream()
 
     def save(self, path: str | os.PathLike) -> None:
-        """Write the conversation to a JSON file: texts, and the tokens of the answers, but not the cache.
+        """Write texts and the answers' tokens, but not the cache, to a JSON file. It appears whole or not at all.
 
-        The file appears whole or not at all. Images and videos are written as their paths.
-
-        Raises:
-            InputError: the file cannot be written, or an image was not given as a path.
+        Raises InputError if the file cannot be written, or if an image or a video was not given as a path.
         """
         turns = [
             {"user": turn.user, "assistant": turn.assistant, "answer": turn.answer, "seen": turn.media}
@@ -125,13 +115,12 @@ class Conversation:
         """Read a conversation that `save` has written, and encode it again, turn by turn.
 
         Args:
-            model: the model that the conversation was held with.
-            path: of the file.
-            plan: the plan that the conversation was held with; None takes the model's.
+            model: The model that the conversation was held with.
+            path: The file.
+            plan: The plan that the conversation was held with; None takes the model's.
 
         Raises:
-            InputError: the file is not a saved conversation, or it was held with another model.
-            PlanError: it was held with another plan.
+            InputError: The file is not a saved conversation of this model. PlanError: It has another plan.
         """
         try:
             content = json.loads(Path(path).read_text(encoding="utf-8"))

@@ -15,26 +15,14 @@ from pop.errors import InputError, check_count
 
 @dataclasses.dataclass(frozen=True)
 class SamplingParams:
-    """How the tokens of an answer are picked, and where it ends.
+    """How the tokens of an answer are picked, and where it ends. Raises InputError for a value that is out of range."""
 
-    Args:
-        max_new_tokens: the most tokens of an answer.
-        temperature: 0 is greedy; otherwise tokens are drawn from softmax(logits / temperature).
-        top_k: draw from the k likeliest tokens only. None: from all.
-        top_p: draw from the smallest set of likeliest tokens whose probabilities sum to p or more. None: from all.
-        seed: makes the draws repeatable. None: every call draws anew.
-        stop: a string, or several. An answer ends before the first one that it contains.
-
-    Raises:
-        InputError: a value is of the wrong type or out of range.
-    """
-
-    max_new_tokens: int = 256
-    temperature: float = 0.0
-    top_k: int | None = None
-    top_p: float | None = None
-    seed: int | None = None
-    stop: str | Sequence[str] | None = None
+    max_new_tokens: int = 256  # the most tokens of an answer
+    temperature: float = 0.0  # 0 is greedy; otherwise tokens are drawn from softmax(logits / temperature)
+    top_k: int | None = None  # draw from the k likeliest tokens only; None: from all
+    top_p: float | None = None  # draw from the fewest likeliest tokens that sum to p or more; None: from all
+    seed: int | None = None  # makes the draws repeatable; None: every call draws anew
+    stop: str | Sequence[str] | None = None  # an answer ends before the first of these strings that it contains
 
     def __post_init__(self):
         check_count("max_new_tokens", self.max_new_tokens)
@@ -55,7 +43,7 @@ class Sampler:
     """Picks one token for each batch row.
 
     Each row has its own random generator. So a prompt and a seed give the same tokens alone and in any row of a batch,
-    as far as rounding leaves the logits the same.
+    up to rounding errors in the logits.
     """
 
     def __init__(self, batch_size: int, params: SamplingParams):

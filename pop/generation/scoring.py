@@ -22,10 +22,11 @@ def log_likelihood(
     logits = model.prefill([context], cache, images=[media], plan=plan)  # [1, V]
     targets = torch.tensor(continuation, device=model.device)
     total = _log_prob(logits, targets[:1])
-    for tokens, following in zip(targets[:-1].split(TOKENS_AT_ONCE), targets[1:].split(TOKENS_AT_ONCE), strict=True):
-        if len(tokens):  # a single token has been predicted already
-            logits = engine.extend(model.module, tokens[None], cache, model._stages(1))[0]  # [T, V]
-            total += _log_prob(logits, following)
+    inputs, following = targets[None, :-1], targets[1:]
+    for begin in range(0, len(following), TOKENS_AT_ONCE):
+        part = slice(begin, begin + TOKENS_AT_ONCE)
+        logits = engine.extend(model.module, inputs[:, part], cache, model._stages(1))[0]  # [T, V]
+        total += _log_prob(logits, following[part])
     return total
 
 
