@@ -20,18 +20,7 @@ from pop.checkpoints.fields import Fields
 from pop.checkpoints.meta import read_params
 from pop.errors import ConfigError
 from pop.files import read_json
-from pop.models.config import (
-    DTYPES,
-    Config,
-    ExpertsConfig,
-    Gemma3Config,
-    LlamaConfig,
-    Qwen3Config,
-    Qwen3VisionConfig,
-    Qwen3VLConfig,
-    RopeConfig,
-    SiglipConfig,
-)
+from pop.models import config as configs
 
 logger = logging.getLogger(__name__)
 
@@ -50,10 +39,10 @@ FORWARD_PASS = """
     num_experts num_experts_per_tok n_routed_experts n_shared_experts num_shared_experts
     moe_intermediate_size shared_expert_intermediate_size decoder_sparse_step mlp_only_layers norm_topk_prob
     vision_use_head
-"""
+""".split()  # noqa: SIM905
 
 
-def read_config(folder: str | Path) -> Config:
+def read_config(folder: str | Path) -> configs.Config:
     """Read the config of a checkpoint from config.json, or from params.json if config.json is missing.
 
     The end tokens of generation_config.json replace those of config.json, because chat models list the token that ends
@@ -64,7 +53,7 @@ def read_config(folder: str | Path) -> Config:
     """
     folder = Path(folder)
     if (folder / "config.json").exists():
-        config = _read(folder / "config.json", _read_family, FORWARD_PASS.split())
+        config = _read(folder / "config.json", lambda f: READERS[f.choice("model_type", READERS)](f), FORWARD_PASS)
     elif (folder / "params.json").exists():
         config = _read(folder / "params.json", read_params, None)
     else:
@@ -75,7 +64,7 @@ def read_config(folder: str | Path) -> Config:
     return config
 
 
-def _read(path: Path, reader: Callable[[Fields], Config], unsupported: Container[str] | None) -> Config:
+def _read(path: Path, reader: Callable[[Fields], configs.Config], unsupported: Container[str] | None) -> configs.Config:
     try:
         fields = Fields(read_json(path))
         config = reader(fields)
@@ -86,12 +75,6 @@ def _read(path: Path, reader: Callable[[Fields], Config], unsupported: Container
         logger.info("%s: ignored %s", path, ignored)
     return config
 
-
-def _read_family(fields: Fields) -> Config:
-    return READERS[fields.choice("model_type", READERS)](fields)
-
-
-# ---- decoders ----
 
 # What config.json calls the fields of our configs, where the names differ.
 NAMES = {
@@ -117,8 +100,8 @@ def _build(config: type, fields: Fields, **given: Any) -> Any:
 
 def _build_decoder(config: type, fields: Fields, **given: Any) -> Any:
     fields.fixed(is_causal=True)
-    dtype = fields.choice("dtype", [*DTYPES, *(f"torch.{name}" for name in DTYPES)], "float32")
-    given["dtype"] = DTYPES[dtype.removeprefix("torch.")]
+    dtype = fields.choice("dtype", [*configs.DTYPES, *(f"torch.{name}" for name in configs.DTYPES)], "float32")
+    given["dtype"] = configs.DTYPES[dtype.removeprefix("torch.")]
     given["bos_id"] = fields.integer("bos_token_id", config.bos_id, least=0)
     given["eos_ids"] = _read_ends(fields, config.eos_ids)
     return _build(config, fields, **given)
@@ -132,7 +115,7 @@ def _read_ends(fields: Fields, default: tuple[int, ...]) -> tuple[int, ...]:
     return default if end is None else (end,)
 
 
-def read_llama(fields: Fields, config: type, architecture: str) -> LlamaConfig:
+def read_llama(fields: Fields, config: type, architecture: str) -> configs.LlamaConfig:
     """Read a config.json with Llama's fields into LlamaConfig, or into a class like it."""
     fields.fixed(architectures=[architecture], hidden_act="silu", pretraining_tp=1)
     hidden_size, num_heads = fields.integer("hidden_size"), fields.integer("num_attention_heads")
@@ -150,7 +133,7 @@ def read_llama(fields: Fields, config: type, architecture: str) -> LlamaConfig:
     )
 
 
-def _read_gemma3_text(fields: Fields, **given: Any) -> Gemma3Config:
+def _read_gemma3_text(fields: Fields, **given: Any) -> configs.Gemma3Config:
     """Read Gemma-3's text model. Published files leave out most fields that have the reference's default."""
     fields.fixed(architectures=["Gemma3ForCausalLM"])
     fields.fixed(hidden_activation="gelu_pytorch_tanh", tie_word_embeddings=True)
@@ -159,23 +142,23 @@ def _read_gemma3_text(fields: Fields, **given: Any) -> Gemma3Config:
     local_rope = _merge(fields, "rope_local_base_freq", ropes.object(LOCAL))
     ropes.finish()
     return _build_decoder(
-        Gemma3Config,
+        configs.Gemma3Config,
         fields,
         vocab_size=fields.integer("vocab_size", 262_208),
         windows=_read_windows(fields),
-        rope=_read_rope(rope, Gemma3Config.rope.base),
-        local_rope=_read_rope(local_rope, Gemma3Config.local_rope.base),
+        rope=_read_rope(rope, configs.Gemma3Config.rope.base),
+        local_rope=_read_rope(local_rope, configs.Gemma3Config.local_rope.base),
         **given,
     )
 
 
-def _read_gemma3(fields: Fields) -> Gemma3Config:
+def _read_gemma3(fields: Fields) -> configs.Gemma3Config:
     """Read Gemma-3 with a vision tower. What the whole model states counts more than what its text_config states."""
     fields.fixed(architectures=["Gemma3ForConditionalGeneration"], tie_word_embeddings=True)
     text = fields.part("text_config")
     text.fixed(model_type="gemma3_text")
     _pass_on(fields, text, "dtype", "bos_token_id", "eos_token_id", "image_token_id", "boi_token_id", "eoi_token_id")
-    tokens_per_image = fields.integer("mm_tokens_per_image", SiglipConfig.tokens_per_image)
+    tokens_per_image = fields.integer("mm_tokens_per_image", configs.SiglipConfig.tokens_per_image)
     return _read_gemma3_text(text, vision=read_siglip(fields.part("vision_config"), tokens_per_image))
 
 
@@ -185,31 +168,30 @@ def _pass_on(whole: Fields, text: Fields, *names: str) -> None:
 
 
 def _read_windows(fields: Fields) -> tuple[int | None, ...]:
-    """Read each layer's window from layer_types (transformers 5) or sliding_window_pattern (4).
-
-    With a pattern of n, every n-th layer is global.
-    """
+    """Read each layer's window from layer_types (transformers 5) or sliding_window_pattern (4)."""
     layers, window = fields.integer("num_hidden_layers"), fields.integer("sliding_window")
-    types = fields.take("layer_types", "a list", lambda v: type(v) is list, None)
-    if types is not None:
+    if "layer_types" in fields.left:
         fields.left.pop("_sliding_window_pattern", None)  # transformers 5 writes it, but does not read it
-    pattern = fields.integer("sliding_window_pattern", 6 if types is None else None)
+    pattern = fields.integer("sliding_window_pattern", None if "layer_types" in fields.left else 6)
     if pattern is not None:
-        periodic = [LOCAL if n % pattern else GLOBAL for n in range(1, layers + 1)]
-        if types not in (None, periodic):
+        periodic = [LOCAL if n % pattern else GLOBAL for n in range(1, layers + 1)]  # every n-th is global
+        if fields.left.setdefault("layer_types", periodic) != periodic:
             raise ConfigError(f"layer_types and sliding_window_pattern ({pattern}) disagree")
-        types = periodic
-    if len(types) != layers or any(kind not in (LOCAL, GLOBAL) for kind in types):
-        raise ConfigError(f"layer_types must be {LOCAL} or {GLOBAL} for each of {layers} layers, not {types!r:.80}")
+    types = fields.take(
+        "layer_types",
+        f"a list of {LOCAL} or {GLOBAL} for each of {layers} layers",
+        lambda v: type(v) is list and len(v) == layers and all(kind in (LOCAL, GLOBAL) for kind in v),
+    )
     return tuple(window if kind == LOCAL else None for kind in types)
 
 
-def _read_qwen3(fields: Fields, experts: bool = False) -> Qwen3Config:
+def _read_qwen3(fields: Fields, experts: bool = False) -> configs.Qwen3Config:
     fields.fixed(architectures=["Qwen3MoeForCausalLM" if experts else "Qwen3ForCausalLM"])
-    return _build_qwen3(Qwen3Config, fields, experts, rope=_read_rope(_rope_fields(fields), Qwen3Config.rope.base))
+    rope = _read_rope(_rope_fields(fields), configs.Qwen3Config.rope.base)
+    return _build_qwen3(configs.Qwen3Config, fields, experts, rope=rope)
 
 
-def _read_qwen3_vl(fields: Fields, experts: bool = False) -> Qwen3VLConfig:
+def _read_qwen3_vl(fields: Fields, experts: bool = False) -> configs.Qwen3VLConfig:
     fields.fixed(architectures=[f"Qwen3VL{'Moe' if experts else ''}ForConditionalGeneration"])
     text = fields.part("text_config")
     text.fixed(model_type=f"qwen3_vl{'_moe' if experts else ''}_text")
@@ -227,7 +209,7 @@ def _read_qwen3_vl(fields: Fields, experts: bool = False) -> Qwen3VLConfig:
     if len(sections) != 3:
         raise ConfigError(f"mrope_section must be three integers, not {list(sections)}")
     return _build_qwen3(
-        Qwen3VLConfig,
+        configs.Qwen3VLConfig,
         text,
         experts,
         mrope_sections=sections,
@@ -245,21 +227,18 @@ def _build_qwen3(config: type, fields: Fields, experts: bool, **given: Any) -> A
         step, dense = fields.integer("decoder_sparse_step", 1), fields.integers("mlp_only_layers", ())
         layers = tuple(layer for layer in range(num_layers) if (layer + 1) % step == 0 and layer not in dense)
         normalised = fields.boolean("norm_topk_prob")
-        given["experts"] = _build(ExpertsConfig, fields, layers=layers, normalised=normalised)
+        given["experts"] = _build(configs.ExpertsConfig, fields, layers=layers, normalised=normalised)
     return _build_decoder(config, fields, num_layers=num_layers, **given)
 
 
-# ---- vision towers ----
-
-
-def read_siglip(fields: Fields, tokens_per_image: int) -> SiglipConfig:
+def read_siglip(fields: Fields, tokens_per_image: int) -> configs.SiglipConfig:
     """Read the vision_config of Gemma-3; mm_tokens_per_image lies outside of it."""
     fields.fixed(model_type="siglip_vision_model", hidden_act="gelu_pytorch_tanh", num_channels=3)
-    norm_eps = fields.number("layer_norm_eps", SiglipConfig.norm_eps)
-    return _build(SiglipConfig, fields, norm_eps=norm_eps, tokens_per_image=tokens_per_image)
+    norm_eps = fields.number("layer_norm_eps", configs.SiglipConfig.norm_eps)
+    return _build(configs.SiglipConfig, fields, norm_eps=norm_eps, tokens_per_image=tokens_per_image)
 
 
-def _read_qwen3_vision(fields: Fields) -> Qwen3VisionConfig:
+def _read_qwen3_vision(fields: Fields) -> configs.Qwen3VisionConfig:
     """Read the vision_config of Qwen3-VL. Published files state the whole model's type there."""
     types = ("qwen3_vl_vision", "qwen3_vl", "qwen3_vl_moe_vision", "qwen3_vl_moe")
     fields.choice("model_type", types, types[0])
@@ -270,10 +249,10 @@ def _read_qwen3_vision(fields: Fields) -> Qwen3VisionConfig:
         raise ConfigError(f"num_position_embeddings ({positions}) is not a square")
     rope = fields.part("rope_parameters")
     rope.fixed(rope_type="axial")
-    rope_base = rope.number("rope_theta", Qwen3VisionConfig.rope_base)
+    rope_base = rope.number("rope_theta", configs.Qwen3VisionConfig.rope_base)
     rope.finish()
     return _build(
-        Qwen3VisionConfig,
+        configs.Qwen3VisionConfig,
         fields,
         num_layers=fields.integer("depth"),
         num_heads=fields.integer("num_heads"),
@@ -281,9 +260,6 @@ def _read_qwen3_vision(fields: Fields) -> Qwen3VisionConfig:
         position_side=side,
         rope_base=rope_base,
     )
-
-
-# ---- rotary embeddings ----
 
 
 def _rope_fields(fields: Fields) -> Fields:
@@ -300,7 +276,7 @@ def _merge(fields: Fields, base: str, *objects: dict[str, Any]) -> Fields:
     return merged
 
 
-def _read_rope(rope: Fields, default_base: float) -> RopeConfig:
+def _read_rope(rope: Fields, default_base: float) -> configs.RopeConfig:
     kind = rope.choice("rope_type", ("default", "linear", "llama3"), "default")
     base = rope.number("rope_theta", default_base)
     scaling = {}
@@ -312,11 +288,11 @@ def _read_rope(rope: Fields, default_base: float) -> RopeConfig:
         scaling["original_max_positions"] = rope.integer("original_max_position_embeddings")
     rope.fixed(partial_rotary_factor=1.0)
     rope.finish()
-    return RopeConfig(base, kind, **scaling)
+    return configs.RopeConfig(base, kind, **scaling)
 
 
-READERS: dict[str, Callable[[Fields], Config]] = {  # by config.json's model_type
-    "llama": partial(read_llama, config=LlamaConfig, architecture="LlamaForCausalLM"),
+READERS: dict[str, Callable[[Fields], configs.Config]] = {  # by config.json's model_type
+    "llama": partial(read_llama, config=configs.LlamaConfig, architecture="LlamaForCausalLM"),
     "gemma3_text": _read_gemma3_text,
     "gemma3": _read_gemma3,
     "qwen3": _read_qwen3,

@@ -1,14 +1,12 @@
 """What tells one model's weights from another's: calibrated plans and saved conversations belong to one model."""
 
-from __future__ import annotations
-
 import dataclasses
 import hashlib
 import math
 
 import torch
 
-SAMPLES = 2**20  # at most so many values of each parameter are read
+SAMPLES = 2**20  # at most this number of values of each parameter is read
 # Fields of the config that change no hidden state, or, of a vision tower, that its parameters tell.
 UNREAD = {"dtype", "max_positions", "bos_id", "eos_ids", "vision", "image_id", "boi_id", "eoi_id"}
 
@@ -21,9 +19,7 @@ def fingerprint(module, part=None) -> str:
     weighted by their place. A sum of integers is the same on every device and in any order. A float32 checkpoint that
     is cut to float16 is rounded twice, and counts as another model.
 
-    Args:
-        module: a model.
-        part: the pop.parallel.Part if the module is one. All ranks call this together, and get the whole model's.
+    With a `part` (pop.parallel.Part), all ranks call this together, and get the hash of the whole model.
     """
     config = module.config if part is None else part.whole
     digest = hashlib.sha256()

@@ -12,15 +12,8 @@ from pop.checkpoints.fields import Fields
 from pop.errors import ConfigError
 from pop.models.config import LlamaConfig, RopeConfig
 
-# By (dim, n_layers): the factor of the scaled RoPE, and whether the head is tied to the embedding.
-PUBLISHED = {
-    (4096, 32): (8.0, False),  # Llama-3.1-8B
-    (8192, 80): (8.0, False),  # Llama-3.1-70B and Llama-3.3-70B
-    (16384, 126): (8.0, False),  # Llama-3.1-405B
-    (2048, 16): (32.0, True),  # Llama-3.2-1B
-    (3072, 28): (32.0, True),  # Llama-3.2-3B
-}
-LLAMA3_VOCABULARY = 128_256
+# The factor of the scaled RoPE by (dim, n_layers): of Llama-3.1 and 3.3, then of Llama-3.2, which ties its head.
+FACTORS = {(4096, 32): 8.0, (8192, 80): 8.0, (16384, 126): 8.0, (2048, 16): 32.0, (3072, 28): 32.0}
 NAMES = {
     "tok_embeddings": "model.embed_tokens", "norm": "model.norm", "output": "lm_head",
     "attention_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm",
@@ -41,13 +34,15 @@ def read_params(fields: Fields) -> LlamaConfig:
     multiple = fields.integer("multiple_of", 256)
     width = int(fields.number("ffn_dim_multiplier", 1.0) * int(2 * (4 * dim) / 3))
     rope, max_positions = RopeConfig(fields.number("rope_theta")), 8192
-    factor, tied = PUBLISHED.get((dim, num_layers), (None, False))
+    published = FACTORS.get((dim, num_layers))
     if fields.boolean("use_scaled_rope"):
-        factor = fields.number("rope_scaling_factor", factor)
+        factor = fields.number("rope_scaling_factor", published)
         if factor is None:
-            raise ConfigError(f"rope_scaling_factor is missing; use_scaled_rope needs it, because dim {dim} with "
-                              f"n_layers {num_layers} is not a published size")  # fmt: skip
+            raise ConfigError(
+                f"rope_scaling_factor is missing, and no published model has dim {dim} with n_layers {num_layers}"
+            )
         rope, max_positions = replace(rope, kind="llama3", factor=factor), 131_072
+    bos_id, eos_ids = (128_000, (128_001, 128_008, 128_009)) if vocab_size == 128_256 else (None, ())
     return LlamaConfig(
         vocab_size=vocab_size,
         hidden_size=dim,
@@ -59,10 +54,10 @@ def read_params(fields: Fields) -> LlamaConfig:
         max_positions=max_positions,
         norm_eps=fields.number("norm_eps", 1e-5),
         rope=rope,
-        tie_embeddings=tied,
+        tie_embeddings=published == 32.0,
         dtype=torch.bfloat16,
-        bos_id=128_000 if vocab_size == LLAMA3_VOCABULARY else None,
-        eos_ids=(128_001, 128_008, 128_009) if vocab_size == LLAMA3_VOCABULARY else (),
+        bos_id=bos_id,
+        eos_ids=eos_ids,
     )
 
 

@@ -1,21 +1,18 @@
 """From weight files to parameters: memory-mapped, and strict about names, shapes and dtypes.
 
-`load_weights` reads the Hugging Face layout (safetensors) or Meta's (one consolidated.NN.pth for each tensor-parallel
-rank). A survey maps all files and names all differences from the module in one error. Then the weights are copied, so
-the files may change under a running model. A page of a mapped file counts as resident memory until the file is
-unmapped. The copy therefore maps the files anew every few percent, and needs little more memory than the weights.
-
-Safetensors files lack checksums: a flipped bit is noticed only if a norm or a bias becomes infinite or NaN.
+`load_weights` reads safetensors files or Meta's (one consolidated.NN.pth for each tensor-parallel rank). A survey maps
+all files and names all differences from the module in one error. Then the weights are copied, so the files may change
+under a running model. Safetensors files lack checksums: a flipped bit is noticed only if a norm or a bias becomes
+infinite or NaN.
 """
 
 import os
 import pickle
 import re
 import zipfile
-from collections.abc import Iterator, Mapping, Set
+from collections.abc import Iterator, Set
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PureWindowsPath
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -72,7 +69,7 @@ def load_weights(
     dtype: torch.dtype,
     device: torch.device | str,
     progress: bool,
-    shards: Mapping[str, Shard] = MappingProxyType({}),
+    shards: dict[str, Shard] | None = None,
 ) -> None:
     """Fill a module with the weights in a folder. Its parameters become contiguous and need no gradient.
 
@@ -87,7 +84,7 @@ def load_weights(
     Raises:
         CheckpointError: The files do not fit the config. `module` is unchanged.
     """
-    folder = Path(folder)
+    folder, shards = Path(folder), shards or {}
     shapes = {name: tuple(parameter.shape) for name, parameter in module.named_parameters()}
     whole = {name: shards[name].whole_shape(s) if name in shards else s for name, s in shapes.items()}
     survey = _survey(folder, module.config, whole)
@@ -156,7 +153,10 @@ def _cut(piece: _Piece, shard: Shard | None) -> Iterator[_Piece]:
 
 
 def _steps(pieces: list[_Piece], step: int) -> Iterator[tuple[_Piece, int, torch.Tensor]]:
-    """Yield each piece in slices (piece, first row, rows), with about `step` bytes of the files resident."""
+    """Yield each piece in slices (piece, first row, rows), with about `step` bytes of the files resident.
+
+    A page of a mapped file counts as resident memory until the file is unmapped, so the files are mapped anew.
+    """
     file, touched = None, 0
     for piece in pieces:
         row, rows = 0, 1
@@ -254,11 +254,10 @@ def _wanted(shapes: dict[str, tuple[int, ...]], stored: Set[str]) -> dict[str, t
 
 def _stored(folder: Path, head_dim: int, parameters: Set[str]) -> dict[str, list[tuple[_Piece, torch.Tensor]]]:
     """Collect what is stored for each parameter: one tensor, or in Meta's layout one from each file."""
-    files, index = _weight_files(folder)
     stored = {}
-    for file in files:
+    for file, names in _weight_files(folder).items():
         tensors = _map(file, checksums=True)
-        if index is not None and (astray := tensors.keys() ^ {n for n in index if index[n] == file.name}):
+        if names is not None and (astray := tensors.keys() ^ names):
             raise CheckpointError(f"{file} and the index beside it disagree about {some(sorted(astray))}")
         for name, tensor in tensors.items():
             parameter, interleaved = name, 0
@@ -273,11 +272,11 @@ def _stored(folder: Path, head_dim: int, parameters: Set[str]) -> dict[str, list
     return stored
 
 
-def _weight_files(folder: Path) -> tuple[list[Path], dict[str, str] | None]:
-    """Find the weight files and, if there is one, the index from tensors to shards. A single file takes precedence."""
+def _weight_files(folder: Path) -> dict[Path, set[str] | None]:
+    """Find the weight files and, if there is an index, the names of their tensors. A single file takes precedence."""
     index_file = folder / "model.safetensors.index.json"
     if os.path.isfile(folder / "model.safetensors"):
-        return [folder / "model.safetensors"], None
+        return {folder / "model.safetensors": None}
     if os.path.isfile(index_file):
         index = read_json(index_file, CheckpointError).get("weight_map")
         if not isinstance(index, dict) or not all(isinstance(shard, str) for shard in index.values()):
@@ -288,14 +287,14 @@ def _weight_files(folder: Path) -> tuple[list[Path], dict[str, str] | None]:
                 raise CheckpointError(f"{index_file} names {shard!r:.200}, not a plain *.safetensors name")
             if not os.path.isfile(folder / shard):
                 raise CheckpointError(f"{folder} lacks the shard {shard!r:.200}; fetch it")
-        return [folder / shard for shard in shards], index
+        return {folder / shard: {name for name in index if index[name] == shard} for shard in shards}
     files = sorted(folder.glob("consolidated.*.pth"))
     for rank, file in enumerate(files):
         if file.name != f"consolidated.{rank:02d}.pth":
             raise CheckpointError(f"{folder} holds {file.name}, but no consolidated.{rank:02d}.pth; fetch it")
     if not files:
         raise CheckpointError(f"{folder} holds no weights, such as model.safetensors or consolidated.00.pth")
-    return files, None
+    return dict.fromkeys(files)
 
 
 def published_name(name: str) -> str:
