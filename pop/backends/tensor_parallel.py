@@ -4,9 +4,8 @@ As in Megatron-LM (Shoeybi et al. 2019), a rank holds whole attention heads and 
 needs two sums over the ranks, one after attention and one after the MLP. README.md in this folder has a diagram.
 
 Every rank has the whole residual stream h, all norms and any vision tower. The embedding and the output head are cut by
-vocabulary. All ranks get the same logits, to the last bit. A rank's model is an ordinary one (pop/models) with fewer
-heads and a narrower MLP, in which `Part` swaps the modules that communicate. All ranks run the same program on the same
-inputs, and call the model in the same order.
+vocabulary. A rank's model is an ordinary one (pop/models) with fewer heads and a narrower MLP, in which `Part` swaps
+the modules that communicate. All ranks call it in the same order, and get the same logits to the last bit.
 """
 
 from __future__ import annotations
@@ -32,8 +31,6 @@ from pop.backends.experts import Experts
 from pop.checkpoints.weights import VISION, Shard
 from pop.engine.cache import KVCache
 from pop.errors import InputError
-
-TIMEOUT = timedelta(minutes=10)  # for the other ranks, whose disks or compilers may be slower
 
 
 def launched() -> tuple[int, int]:
@@ -65,7 +62,7 @@ def join(device) -> tuple[int, int, torch.device | str | None]:
         if backend == "nccl":
             torch.cuda.set_device(device)
         try:
-            dist.init_process_group(backend, timeout=TIMEOUT)
+            dist.init_process_group(backend, timeout=timedelta(minutes=10))  # others may read or compile more slowly
         except (RuntimeError, ValueError) as error:
             reason = str(error).split("\n")[0]
             raise InputError(f"the processes cannot form a group ({reason}); start them with torchrun") from None
@@ -141,7 +138,7 @@ class Part:
                 continue
             module.__class__ = PARALLEL[kind]
             if kind in ("embed_tokens", "lm_head"):  # the config keeps the whole vocabulary
-                module.vocab_size, module.size = self.whole.vocab_size, self.size
+                module.vocab_size = self.whole.vocab_size
                 module.first, last = _share(module.vocab_size, self.rank, self.size)
                 module.weight = nn.Parameter(module.weight[module.first : last])
         for name, parameter in model.named_parameters():
@@ -163,10 +160,8 @@ class Part:
 
         Returns this rank's values, and the number of each among the values of all ranks.
         """
-        shard = self.shards.get(name)
-        if shard is None:
-            values = parameter.flatten()[::step][: None if self.rank == 0 else 0]
-            return values, torch.arange(len(values), device=values.device)
+        count = len(parameter)
+        shard = self.shards.get(name) or Shard(0, count, ((0, count),), (self.rank == 0,))  # whole on every rank
         whole = shard.whole_shape(tuple(parameter.shape))
         numbers = torch.arange(0, math.prod(whole), step, device=parameter.device)
         index = list(torch.unravel_index(numbers, whole))
@@ -214,7 +209,7 @@ class VocabularyParallelHead(Linear):
     """An output head with the rows of some tokens. The ranks' logits are gathered."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return _gather_logits(super().forward(x), self.vocab_size, self.size)
+        return _gather_logits(super().forward(x), self.vocab_size)
 
 
 class VocabularyParallelEmbedding(Embedding):
@@ -228,7 +223,7 @@ class VocabularyParallelEmbedding(Embedding):
         return h
 
     def unembed(self, x: torch.Tensor) -> torch.Tensor:
-        return _gather_logits(super().unembed(x), self.vocab_size, self.size)
+        return _gather_logits(super().unembed(x), self.vocab_size)
 
 
 PARALLEL = {
@@ -237,8 +232,9 @@ PARALLEL = {
 }  # fmt: skip
 
 
-def _gather_logits(logits: torch.Tensor, vocab_size: int, size: int) -> torch.Tensor:
+def _gather_logits(logits: torch.Tensor, vocab_size: int) -> torch.Tensor:
     """Each rank's logits [..., its tokens] -> all logits [..., V]."""
+    size = dist.get_world_size()
     shares = [last - first for first, last in (_share(vocab_size, rank, size) for rank in range(size))]
     padded = F.pad(logits, (0, max(shares) - logits.shape[-1])).contiguous()  # all_gather takes equal sizes
     parts = [torch.empty_like(padded) for _ in shares]
@@ -247,7 +243,7 @@ def _gather_logits(logits: torch.Tensor, vocab_size: int, size: int) -> torch.Te
 
 
 def _share(count: int, rank: int, size: int) -> tuple[int, int]:
-    """The begin and end of a rank's share, if `count` are divided as evenly as possible. The last share is largest."""
+    """The begin and end of a rank's share of `count`, which are divided as evenly as possible."""
     return rank * count // size, (rank + 1) * count // size
 
 

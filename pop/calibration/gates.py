@@ -5,9 +5,8 @@ A scalar gate g_l = 1 multiplies what layer l adds to the residual stream (He et
     h = h + g_l * attention_update(h)
     h = h + g_l * mlp_update(h)
 
-A layer's *prefill* gate acts on the prompt without its last token. Its *decode* gate acts on that boundary token and on
-the response, which the model has sampled itself. E[(dL/dg_l)^2] is the importance of layer l for a stage (README.md in
-this folder), with L the negative log-likelihood of the response. Shape letters: models/layers.py.
+A layer's prefill gate acts on the prompt without its last token. Its decode gate acts on that token and on the sampled
+response. The importance of layer l for a stage is E[(dL/dg_l)^2] (README.md in this folder).
 """
 
 from __future__ import annotations

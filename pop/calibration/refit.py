@@ -1,13 +1,13 @@
 """Calibration: refit the K and V projections of pruned layers in closed form.
 
-A pruned layer projects K and V from the state that enters its group of pruned layers, but its weights were trained on a
-later state. Much of the resulting error is linear. Ridge regression toward the layer's own projection W0 removes it:
+A pruned layer projects K and V from an earlier state than its weights were trained on. Much of the resulting error is
+linear. Ridge regression toward the layer's own projection W0 removes it:
 
     min_W  sum_t |y_t - b0 - W x_t|^2 + lambda n |W - W0|^2
     W = W0 + d D,   D = R' X (X' X + lambda n I)^-1,   R = Y - b0 - X W0',   d = 1
 
-x_t is the normalised state of token t, and y_t the full model's K or V of it. One pass over the text sums X' X and X' Y
-in float64. Held-out windows then choose lambda and the damping d. README.md in this folder derives this.
+x_t is the normalised state of token t, and y_t the full model's K or V of it. Held-out windows choose lambda and the
+damping d. README.md in this folder derives this.
 """
 
 from __future__ import annotations
@@ -124,8 +124,7 @@ def _windows(model, texts, images, videos, size: int) -> list[Window]:
     """Cut the texts into windows of at most `size` token ids. Where a text begins with BOS, so do its windows."""
     if isinstance(texts, str) or not isinstance(texts, Iterable | None):
         raise InputError(f"texts is a {type(texts).__name__}; give a list of strings or of lists of token ids")
-    texts = builtin_texts() if texts is None else list(texts)
-    windows = []
+    texts, windows = builtin_texts() if texts is None else list(texts), []
     for text, media in zip(texts, model.vision.prepare_batch(images, videos, len(texts)), strict=True):
         if isinstance(text, int):
             raise InputError(f"texts holds {text}; give strings or lists of token ids")

@@ -36,10 +36,7 @@ SCORES = ("prefill", "decode", "prefill_error", "decode_error")
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Importance:
-    """Importance scores of all layers for both stages, made by `pop.importance`.
-
-    Other values raise InputError.
-    """
+    """Importance scores of all layers for both stages, made by `pop.importance`. Other values raise InputError."""
 
     prefill: torch.Tensor  # [L] float64 on the CPU, in nats squared (README.md in this folder)
     decode: torch.Tensor
@@ -75,21 +72,17 @@ class Importance:
     def plot(self, path: str | os.PathLike) -> None:
         """Draw both stages' scores over the layers, with standard errors, as an SVG or PNG file.
 
-        The axis is logarithmic. A triangle on the lower edge stands for a score of exactly zero.
-
-        Raises:
-            MissingExtra: matplotlib is not installed. InputError: the file is of another kind, or cannot be written.
+        The axis is logarithmic. A triangle on the lower edge stands for a score of exactly zero. Raises MissingExtra
+        without matplotlib, and InputError for another kind of file or one that cannot be written.
         """
         kind = check_plot(path)
-        import matplotlib
+        from matplotlib import style
         from matplotlib.figure import Figure
 
         layers = np.arange(len(self.prefill))
         positive = torch.cat((self.prefill, self.decode))
         positive = positive[positive > 0].tolist()
-        with matplotlib.rc_context():
-            matplotlib.rcdefaults()
-            matplotlib.rcParams["svg.hashsalt"] = "pop"  # equal scores give equal files
+        with style.context(["default", {"svg.hashsalt": "pop"}]):  # equal scores give equal files
             figure = Figure(figsize=(7, 3.6), layout="constrained")
             axes = figure.add_subplot()
             for stage, color, marker in (("prefill", "tab:blue", "o"), ("decode", "tab:orange", "s")):
@@ -101,8 +94,7 @@ class Importance:
             if positive:
                 axes.set_ylim(min(positive) / 3, max(positive) * 3)
             axes.xaxis.get_major_locator().set_params(integer=True)
-            axes.set_xlabel("layer")
-            axes.set_ylabel("importance, nats²")
+            axes.set(xlabel="layer", ylabel="importance, nats²")
             axes.set_title(f"Virtual gates: mean of {self.num_samples} samples, with standard errors", fontsize=10)
             axes.grid(alpha=0.3)
             axes.legend()
@@ -221,7 +213,7 @@ def _parse(model, samples, images, videos, response_tokens: int) -> list[Sample]
     rows = model.vision.prepare_batch(images, videos, len(samples))
     for number, (sample, media) in enumerate(zip(samples, rows, strict=True)):
         try:
-            # a list of two token ids is a prompt
+            # Two token ids are a prompt.
             is_pair = isinstance(sample, (tuple, list)) and len(sample) == 2 and as_prompts(sample)[1]
             prompt, response = sample if is_pair else (sample, None)
             prompt = model.encode(prompt, media=media)

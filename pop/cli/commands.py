@@ -166,9 +166,8 @@ def calibrate(args) -> None:
     texts = [_read_file(path) for path in args.files] or None
     _check_folders(args.out)
     model = _load(args)
-    plan = model.plan
-    if args.full_depth_last is not None:
-        plan = dataclasses.replace(plan, full_depth_last=args.full_depth_last)
+    last = model.plan.full_depth_last if args.full_depth_last is None else args.full_depth_last
+    plan = dataclasses.replace(model.plan, full_depth_last=last)
     plan = pop.calibrate(model, texts, plan, taps=args.taps, window=args.window, seed=args.seed)
     if launched()[0] == 0:
         plan.save(args.out)
