@@ -10,9 +10,8 @@ are arguments, and sizes are symbols. torch treats a size of 1 apart from all ot
     one image, or several of one size     in a vision tower
 
 They serve every length of prompts, batches and caches, every size of images, and every set of pruned layers. A warm-up
-runs each of them with tiny prompts, before the first call that needs it. Nothing compiles after that.
-
-This file is the one place that deals with how torch.compile behaves.
+runs each of them, before the first call that needs it. Nothing compiles after that. All that depends on how
+torch.compile behaves is in this file.
 """
 
 from __future__ import annotations

@@ -5,13 +5,9 @@
     full-depth rows, f                                  └──layer l──layer l+1── ... ──► logits
 
 Read literally, the method runs the prompt without the pruned layers, and then the boundary token as a decode step that
-reads all weights again. Here both happen in one pass (`fused boundary`). Below the first pruned layer, the boundary
-token does what every token does. At a group of pruned layers, all tokens write their K and V, computed from the h that
-enters the group. Then only the full-depth rows f go through the group's layers. They overwrite their K and V, and
-attend what the cache holds.
-
-A calibrated plan (pop/pruning/projections.py) writes K and V by refit projections. Its full-depth rows use the layers'
-own projections.
+reads all weights again. Here both happen in one pass (`fused boundary`). At a group of pruned layers, all tokens write
+their K and V, computed from the h that enters the group: by the layers' own projections, or by a calibrated plan's.
+Then only the full-depth rows f go through the group's layers. They overwrite their K and V, and attend the cache.
 
 The only state is the cache. It counts tokens as held once their logits exist. Arguments are checked by `pop.Model`, not
 here. Shape letters: pop/models/layers.py.

@@ -101,12 +101,9 @@ class SiglipConfig:
         C, H, size, patch = self.hidden_size, self.num_heads, self.image_size, self.patch_size
         _check(C % H == 0, f"hidden_size ({C}) is not a multiple of num_attention_heads ({H})")
         _check(size % patch == 0, f"image_size ({size}) is not a multiple of patch_size ({patch})")
-        M, side = self.tokens_per_image, self.tokens_per_side
-        _check(
-            side**2 == M and self.patches_per_side % side == 0,
-            f"mm_tokens_per_image ({M}) is not the square of a divisor of image_size / patch_size "
-            f"({self.patches_per_side})",
-        )
+        M, side, P = self.tokens_per_image, self.tokens_per_side, self.patches_per_side
+        fits = side**2 == M and P % side == 0
+        _check(fits, f"mm_tokens_per_image ({M}) is not the square of a divisor of image_size / patch_size ({P})")
 
     @property
     def patches_per_side(self) -> int:
@@ -170,9 +167,8 @@ class ExpertsConfig:
     normalised: bool = True  # whether the shares of a token's experts are normalised to a sum of one
 
     def __post_init__(self):
-        _check(
-            self.per_token <= self.count, f"num_experts_per_tok ({self.per_token}) exceeds num_experts ({self.count})"
-        )
+        k, X = self.per_token, self.count
+        _check(k <= X, f"num_experts_per_tok ({k}) exceeds num_experts ({X})")
 
 
 @dataclass(frozen=True)
@@ -220,16 +216,12 @@ class Qwen3VisionConfig:
     rope_base: float = 10_000.0
 
     def __post_init__(self):
-        C, H, L = self.hidden_size, self.num_heads, self.num_layers
+        C, H, L, layers = self.hidden_size, self.num_heads, self.num_layers, list(self.deepstack)
         _check(
-            C % H == 0 and self.head_dim % 4 == 0,
-            f"hidden_size ({C}) over num_heads ({H}) is not a multiple of 4, but RoPE rotates pairs of values by rows "
-            "and by columns",
+            C % (4 * H) == 0, f"hidden_size ({C}) over num_heads ({H}) is not a multiple of 4, as two-axis RoPE needs"
         )
-        _check(
-            list(self.deepstack) == sorted({*self.deepstack} & {*range(L)}),
-            f"deepstack_visual_indexes must be ascending layers from 0 to {L - 1}, not {list(self.deepstack)}",
-        )
+        ascending = layers == sorted({*layers} & {*range(L)})
+        _check(ascending, f"deepstack_visual_indexes must be ascending layers from 0 to {L - 1}, not {layers}")
 
     @property
     def head_dim(self) -> int:
@@ -261,21 +253,14 @@ class Qwen3VLConfig(Qwen3Config):
     def __post_init__(self):
         super().__post_init__()
         sections, ids = list(self.mrope_sections), [self.image_id, self.video_id, self.start_id, self.end_id]
-        D, out, deepstack = self.hidden_size, self.vision.out_size, len(self.vision.deepstack)
-        _check(
-            sum(sections) == self.head_dim // 2,
-            f"mrope_section {sections} does not add up to half of head_dim ({self.head_dim})",
-        )
+        D, E, L, V = self.hidden_size, self.head_dim, self.num_layers, self.vocab_size
+        out, deepstack = self.vision.out_size, len(self.vision.deepstack)
+        _check(sum(sections) == E // 2, f"mrope_section {sections} does not add up to half of head_dim ({E})")
         _check(out == D, f"out_hidden_size ({out}) of vision_config is not the hidden_size ({D}) of text_config")
-        _check(
-            deepstack <= self.num_layers,
-            f"deepstack_visual_indexes names {deepstack} layers, but the language model has {self.num_layers}",
-        )
-        _check(
-            max(ids) < self.vocab_size and len({*ids}) == 4,
-            f"image_, video_, vision_start_ and vision_end_token_id {ids} must be four tokens below vocab_size "
-            f"{self.vocab_size}",
-        )
+        _check(deepstack <= L, f"deepstack_visual_indexes names {deepstack} layers, but the language model has {L}")
+        distinct = max(ids) < V and len({*ids}) == 4
+        names = "image_, video_, vision_start_ and vision_end_token_id"
+        _check(distinct, f"{names} {ids} must be four tokens below vocab_size {V}")
 
 
 Config = LlamaConfig | Gemma3Config | Qwen3Config | Qwen3VLConfig
