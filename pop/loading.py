@@ -1,7 +1,5 @@
 """`pop.load`: from a name or a directory to a `pop.Model`."""
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 

@@ -3,8 +3,6 @@
 This file checks what comes in and turns text into tensors. pop/engine computes, and pop/generation makes answers.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import time
@@ -233,12 +231,7 @@ class Model:
         return [self.vision.prepare(kind, given) for kind, given in self.chat_format().media(messages)]
 
     def start_chat(self, system: str | None = None, *, plan: PrunePlan | None = None) -> Conversation:
-        """A conversation whose turns prefill only what is new (pop/generation/conversation.py).
-
-        Args:
-            system: The system message.
-            plan: The PrunePlan of all turns; None takes the model's.
-        """
+        """A conversation with this system message. Its turns prefill only what is new. `plan` is as in `generate`."""
         return Conversation(self, system, plan=plan)
 
     def load_chat(self, path, *, plan: PrunePlan | None = None) -> Conversation:
@@ -310,8 +303,8 @@ class Model:
             raise InputError(f"the cache is a {type(cache).__name__}; make one with model.new_cache()")
         K, E = self.module.config.num_kv_heads, self.config.head_dim
         shapes = [(cache.batch_size, cache.slots(window) + 1, K, E) for window in self.config.windows]
-        like = ([keys.shape for keys in cache.keys], cache.keys[0].dtype, cache.keys[0].device)
-        if like != (shapes, self.dtype, self.device):
+        found = [keys.shape for keys in cache.keys], cache.keys[0].dtype, cache.keys[0].device
+        if found != (shapes, self.dtype, self.device):
             raise InputError("the cache was made for another model, dtype or device; make one with model.new_cache()")
         if not cache.intact:
             raise InputError("a prefill that failed has overwritten tokens of the cache; empty it with cache.reset()")

@@ -1,7 +1,5 @@
 """One row's answer: `Answer` while it grows, `Generation` when it has ended."""
 
-from __future__ import annotations
-
 import codecs
 import dataclasses
 import math
@@ -16,7 +14,7 @@ from pop.inputs.chat import chat_format
 class Generation:
     """The model's answer to one prompt."""
 
-    text: str | None  # without end tokens and without the stop string; None if the model has no tokenizer
+    text: str | None  # without end tokens and the stop string; None without a tokenizer
     tokens: list[int]  # the generated ids, without the end token
     prompt_tokens: int  # the length of the prompt, including a prefix or earlier turns
     ttft_s: float  # seconds from the call to the batch's first token, including tokenization

@@ -120,7 +120,6 @@ def as_prompts(prompt) -> tuple[list, bool]:
     prompt = prompt.tolist() if hasattr(prompt, "tolist") else prompt
     if not isinstance(prompt, Sequence):
         raise InputError(f"the prompt is a {type(prompt).__name__}; give text, token ids, or a list of either")
-    if not prompt:
-        raise InputError("the prompt is empty; give it at least one token")
-    is_list = not isinstance(prompt, str) and (isinstance(prompt[0], Sequence) or getattr(prompt[0], "ndim", 0) > 0)
+    first = None if isinstance(prompt, str) or not prompt else prompt[0]
+    is_list = isinstance(first, Sequence) or getattr(first, "ndim", 0) > 0
     return (prompt if is_list else [prompt]), is_list

@@ -96,18 +96,20 @@ class Conversation:
 
         Raises InputError if the file cannot be written, or if an image or a video was not given as a path.
         """
-        turns = [
-            {"user": turn.user, "assistant": turn.assistant, "answer": turn.answer, "seen": turn.media}
-            for turn in self.turns
-        ]
         content = {
             "pop_conversation": FORMAT,
             "model": self.model.fingerprint,
             "plan": _describe(self.plan, self.model.part),
             "system": self.system,
-            "turns": turns,
+            "turns": [
+                {"user": turn.user, "assistant": turn.assistant, "answer": turn.answer, "seen": turn.media}
+                for turn in self.turns
+            ],
         }
-        text = json.dumps(content, indent=1, ensure_ascii=False, default=_path) + "\n"
+        try:
+            text = json.dumps(content, indent=1, ensure_ascii=False, default=os.fspath) + "\n"
+        except TypeError:
+            raise InputError("the conversation has an image or a video without a path; it cannot be saved") from None
         write_whole(path, text, "the conversation", InputError)
 
     @classmethod
@@ -156,8 +158,8 @@ class Conversation:
         _, cache = self._state
         # The last token of a truncated answer was sampled but never run, so it is not in the cache.
         missing = [] if cache is None else self.tokens[int(cache.lengths[0]) :]
-        past = {"earlier": cache, "leading": missing}
-        return Batch(self.model, [prompt], [media], params, plan=self.plan, **past, **options)
+        options |= {"plan": self.plan, "earlier": cache, "leading": missing}
+        return Batch(self.model, [prompt], [media], params, **options)
 
     def _next_turn(self, message, images, videos, options: dict) -> Batch:
         """Check everything. Returns a batch that adds its turn to the conversation when its answer ends."""
@@ -197,13 +199,6 @@ def _content(message, images, videos) -> str | list[dict]:
     if isinstance(message, list):
         return [*media, *map(copy.copy, message)]  # copies: the caller may change the parts later
     return [*media, {"type": "text", "text": message}] if media else message
-
-
-def _path(image) -> str:
-    """The path of an image or a video, which JSON cannot write as it is."""
-    if isinstance(image, os.PathLike):
-        return os.fspath(image)
-    raise InputError("the conversation has an image or a video that was not given as a path; it cannot be saved")
 
 
 def _describe(plan: PrunePlan, part) -> dict:

@@ -1,7 +1,5 @@
 """Prefixes: what many prompts begin with, encoded once."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Iterator
 

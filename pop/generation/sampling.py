@@ -1,7 +1,5 @@
 """From logits to tokens: `SamplingParams` says how, `Sampler` picks."""
 
-from __future__ import annotations
-
 import dataclasses
 import math
 import secrets
@@ -84,10 +82,7 @@ class Sampler:
 def check_finite(numbers: torch.Tensor, what: str) -> None:
     """Raise InputError if numbers that a model has computed are infinite or NaN; `what` names them."""
     if not numbers.isfinite().all():
-        raise InputError(
-            f"the {what} are not finite; load with dtype=torch.bfloat16 or torch.float32, and if that does not help, "
-            "check the weights"
-        )
+        raise InputError(f"the {what} are not finite; load with torch.bfloat16 or torch.float32, or check the weights")
 
 
 def _check_number(name: str, value, accepts: Callable[[float], bool], wanted: str) -> None:

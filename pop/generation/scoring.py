@@ -1,7 +1,5 @@
 """The log-likelihood of a continuation."""
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 
