@@ -1,10 +1,8 @@
 """Weight-only int8: the decoder's matrices rounded to 8 bits by torchao, and the products with them.
 
 A row w of a matrix becomes integers q from -128 to 127 and one scale s, so that w is about s q. W x is then s (Q x).
-Norms, the embedding, a head tied to it and a vision tower stay as they are.
-
-torchao's own products are slow on CPUs: eager, for one token a row, they take 7 times as long as bfloat16. So decode
-multiplies by the integers as they are, and prefill copies some rows at a time to the dtype of the inputs.
+Norms, the embedding, a head tied to it and a vision tower stay as they are. torchao's own products are slow on CPUs. So
+decode multiplies by the integers as they are, and prefill copies some rows at a time to the dtype of the inputs.
 """
 
 from __future__ import annotations
@@ -68,10 +66,7 @@ def check_quantize(quantize, module, device: torch.device, ranks: int = 1) -> No
     if quantize is None:
         return
     if quantize == "int4":
-        raise UnsupportedError(
-            "quantize='int4' is not offered: on CPUs, torchao's int4 products make prefill 2.7 times as slow as "
-            "bfloat16, which costs more than pruning gains; use 'int8'"
-        )
+        raise UnsupportedError("quantize='int4' is not offered, since prefill takes 2.7 times as long; use 'int8'")
     if quantize != "int8":
         raise InputError(f"quantize is {quantize!r}; it must be 'int8' or None")
     if ranks > 1:

@@ -51,11 +51,8 @@ def join(device) -> tuple[int, int, torch.device | str | None]:
         return 0, 1, device
     if device in (None, "cuda") and (device or torch.cuda.is_available()):
         number = int(os.environ.get("LOCAL_RANK", dist.get_rank() if dist.is_initialized() else 0))
-        if number >= torch.cuda.device_count():
-            raise InputError(
-                f"this is process {number + 1} of its machine, which has {torch.cuda.device_count()} GPUs; start one "
-                "process for each GPU, or use device='cpu'"
-            )
+        if number >= (count := torch.cuda.device_count()):
+            raise InputError(f"process {number + 1} of a machine with {count} GPUs has none; give device='cpu'")
         device = torch.device("cuda", number)
     if not dist.is_initialized():
         backend = "nccl" if str(device).startswith("cuda") else "gloo"  # an invalid device is refused later
@@ -96,10 +93,7 @@ class Part:
         self.whole, self.rank, self.size = whole, rank, size
         H, K, E = whole.num_heads, whole.num_kv_heads, whole.head_dim
         if H % size:
-            raise InputError(
-                f"the model has {H} query heads, which cannot be divided among {size} processes; start a number of "
-                f"processes that divides {H}"
-            )
+            raise InputError(f"{size} processes cannot share {H} query heads evenly; start a number that divides {H}")
         count, G = H // size, H // K  # query heads of a rank, and of a K/V head
         block = math.gcd(count, G)  # the most query heads for which every block of them has one K/V head
         blocks = range(rank * count, (rank + 1) * count, block)

@@ -224,10 +224,7 @@ def parse_prune(text: str):
         if 0 <= float(text) <= 1:
             return float(text)
     if not os.path.isfile(text):
-        raise PlanError(
-            f"--prune is {text!r}; give default, none, a fraction of the layers from 0 to 1 such as 0.5, "
-            "or the path of a saved plan"
-        )
+        raise PlanError(f"--prune is {text!r}; give default, none, a fraction such as 0.5, or the path of a saved plan")
     return pop.PrunePlan.load(text)
 
 
