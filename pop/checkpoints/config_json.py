@@ -46,10 +46,7 @@ def read_config(folder: str | Path) -> configs.Config:
     """Read the config of a checkpoint from config.json, or from params.json if config.json is missing.
 
     The end tokens of generation_config.json replace those of config.json, because chat models list the token that ends
-    a turn only there. A config without a dtype means float32.
-
-    Raises:
-        ConfigError: naming the file and the field.
+    a turn only there. A config without a dtype means float32. Raises ConfigError, which names the file and the field.
     """
     folder = Path(folder)
     if (folder / "config.json").exists():
@@ -135,8 +132,7 @@ def read_llama(fields: Fields, config: type, architecture: str) -> configs.Llama
 
 def _read_gemma3_text(fields: Fields, **given: Any) -> configs.Gemma3Config:
     """Read Gemma-3's text model. Published files leave out most fields that have the reference's default."""
-    fields.fixed(architectures=["Gemma3ForCausalLM"])
-    fields.fixed(hidden_activation="gelu_pytorch_tanh", tie_word_embeddings=True)
+    fields.fixed(architectures=["Gemma3ForCausalLM"], hidden_activation="gelu_pytorch_tanh", tie_word_embeddings=True)
     ropes = fields.part("rope_parameters")  # transformers 5
     rope = _merge(fields, "rope_theta", ropes.object(GLOBAL), fields.object("rope_scaling"))
     local_rope = _merge(fields, "rope_local_base_freq", ropes.object(LOCAL))

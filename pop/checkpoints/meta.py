@@ -26,7 +26,7 @@ INTERLEAVED = ("attention.wq.weight", "attention.wk.weight")  # RoPE rotates nei
 
 def read_params(fields: Fields) -> LlamaConfig:
     """Read the params.json of Llama 3 or later. Older files lack vocab_size or rope_theta and are refused."""
-    dim, num_layers = fields.integer("dim"), fields.integer("n_layers")
+    dim, layers = fields.integer("dim"), fields.integer("n_layers")
     num_heads, vocab_size = fields.integer("n_heads"), fields.integer("vocab_size")
     if dim % num_heads:
         raise ConfigError(f"dim ({dim}) is not a multiple of n_heads ({num_heads})")
@@ -34,20 +34,18 @@ def read_params(fields: Fields) -> LlamaConfig:
     multiple = fields.integer("multiple_of", 256)
     width = int(fields.number("ffn_dim_multiplier", 1.0) * int(2 * (4 * dim) / 3))
     rope, max_positions = RopeConfig(fields.number("rope_theta")), 8192
-    published = FACTORS.get((dim, num_layers))
+    published = FACTORS.get((dim, layers))
     if fields.boolean("use_scaled_rope"):
         factor = fields.number("rope_scaling_factor", published)
         if factor is None:
-            raise ConfigError(
-                f"rope_scaling_factor is missing, and no published model has dim {dim} with n_layers {num_layers}"
-            )
+            raise ConfigError(f"rope_scaling_factor is missing, and dim {dim} with n_layers {layers} is not published")
         rope, max_positions = replace(rope, kind="llama3", factor=factor), 131_072
     bos_id, eos_ids = (128_000, (128_001, 128_008, 128_009)) if vocab_size == 128_256 else (None, ())
     return LlamaConfig(
         vocab_size=vocab_size,
         hidden_size=dim,
         intermediate_size=-(-width // multiple) * multiple,
-        num_layers=num_layers,
+        num_layers=layers,
         num_heads=num_heads,
         num_kv_heads=fields.integer("n_kv_heads", num_heads),
         head_dim=dim // num_heads,

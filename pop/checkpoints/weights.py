@@ -76,13 +76,13 @@ def load_weights(
     Args:
         folder: The checkpoint.
         module: The model, built on the meta device.
-        dtype: The parameters' dtype.
-        device: The parameters' device.
+        dtype: The dtype of the parameters.
+        device: The device of the parameters.
         progress: Whether to show progress on stderr if the weights are large.
         shards: The part of a parameter that `module` has, by name. Only that part is read.
 
     Raises:
-        CheckpointError: The files do not fit the config. `module` is unchanged.
+        CheckpointError: The files do not fit the config; `module` is unchanged.
     """
     folder, shards = Path(folder), shards or {}
     shapes = {name: tuple(parameter.shape) for name, parameter in module.named_parameters()}
@@ -199,19 +199,17 @@ def _survey(folder: Path, config: Config, shapes: dict[str, tuple[int, ...]]) ->
     if config.tie_embeddings and HEAD in stored:
         embedding = next(name for name in shapes if name.endswith(EMBEDDING))
         wanted[HEAD] = shapes[embedding], {"parameter": embedding, "repeats": True}
-    pieces, surplus, dtypes, misfits = [], [], [], []
-    for name, parts in stored.items():
-        if name not in wanted:
-            surplus.append(name)
-            continue
-        shape, special = wanted[name]
+    pieces, dtypes, misfits = [], [], []
+    surplus = [name for name in stored if name not in wanted]
+    missing = [name for name in wanted if name not in stored]
+    for name in [name for name in stored if name in wanted]:
+        parts, (shape, special) = stored[name], wanted[name]
         dtypes += [f"{name} ({tensor.dtype})" for _, tensor in parts if tensor.dtype not in FLOATS]
         fitting = _fit(parts, shape)
         if not fitting:
             found = " + ".join(str(list(tensor.shape)) for _, tensor in parts)
             misfits.append(f"{name} is {found}, not {list(shape)}")
         pieces += [replace(piece, **special) for piece in fitting]
-    missing = [name for name in wanted if name not in stored]
     if missing or surplus or dtypes or misfits:
         reasons = []
         layers = {m[0] for name in stored if not name.startswith(VISION) and (m := re.match(r".*?layers\.\d+\.", name))}
