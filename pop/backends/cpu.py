@@ -5,8 +5,6 @@ the same name in pop/engine/attention.py. The results are those of PyTorch's own
 this folder says in which cases the general product is slow.
 """
 
-from __future__ import annotations
-
 import math
 
 import torch

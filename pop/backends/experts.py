@@ -3,8 +3,6 @@
 `accelerate` gives the experts of a finished module this `forward`.
 """
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 

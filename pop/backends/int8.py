@@ -5,8 +5,6 @@ Norms, the embedding, a head tied to it and a vision tower stay as they are. tor
 decode multiplies by the integers as they are, and prefill copies some rows at a time to the dtype of the inputs.
 """
 
-from __future__ import annotations
-
 import importlib.util
 
 import torch

@@ -8,8 +8,6 @@ vocabulary. A rank's model is an ordinary one (pop/models) with fewer heads and 
 the modules that communicate. All ranks call it in the same order, and get the same logits to the last bit.
 """
 
-from __future__ import annotations
-
 import atexit
 import contextlib
 import dataclasses

@@ -9,8 +9,6 @@ A layer's prefill gate acts on the prompt without its last token. Its decode gat
 response. The importance of layer l for a stage is E[(dL/dg_l)^2] (README.md in this folder).
 """
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Sequence
 

@@ -10,8 +10,6 @@ x_t is the normalised state of token t, and y_t the full model's K or V of it. H
 damping d. README.md in this folder derives this.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import random

@@ -4,8 +4,6 @@ pop/calibration/gates.py explains what they mean, and computes the gradients. Th
 them, lets the model sample the responses that are missing, and keeps unfinished work in a file.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import hashlib
 import io
@@ -43,8 +41,8 @@ class Importance:
     prefill_error: torch.Tensor  # standard errors: [L] float64, all NaN if there was one sample only
     decode_error: torch.Tensor
     num_samples: int  # the scores are means over these
-    attention: Importance | None = None  # scores with a gate on this branch of each layer only, if asked for
-    mlp: Importance | None = None
+    attention: "Importance | None" = None  # scores with a gate on this branch of each layer only, if asked for
+    mlp: "Importance | None" = None
 
     def __post_init__(self):
         object.__setattr__(self, "num_samples", check_count("num_samples", self.num_samples))
@@ -112,7 +110,7 @@ class Importance:
         files.write_whole(path, content, "the importance scores", InputError)
 
     @classmethod
-    def load(cls, path: str | os.PathLike) -> Importance:
+    def load(cls, path: str | os.PathLike) -> "Importance":
         """Read scores that `save` has written. Raises InputError for any other file."""
         try:
             fields = files.read_json(path, InputError)

@@ -4,8 +4,6 @@ Answers go to stdout, notes and errors to stderr. The exit status is 0, or 2 aft
 It is 130 after Ctrl-C, and 141 if the reader of the output is gone.
 """
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import dataclasses

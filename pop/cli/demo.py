@@ -5,8 +5,6 @@ thirds of the layers. Calibrated plans run the prompt's last 32 tokens at full d
 After an untimed turn, the plans take turns. KL(full || pruned) is the mean over the last third of windows of the story.
 """
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import json
