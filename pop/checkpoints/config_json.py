@@ -1,17 +1,14 @@
 """From a checkpoint's config.json or params.json to a config (pop/models/config.py).
 
-`read_config(folder)` reads the Hugging Face layout, as transformers 4 or 5 writes it, or Meta's own layout. It refuses
-values that are missing, wrong, contradictory or not supported, and names the field. Fields that no forward pass depends
-on are ignored, and one line in the log names them. A JSON null means "not given".
-
-A new family needs an entry in `READERS`. `read_llama` reads any config.json with Llama's fields.
+`read_config(folder)` reads the Hugging Face layout, as transformers 4 or 5 writes it, or Meta's own. It refuses values
+that are missing, wrong, contradictory or not supported. It ignores fields that no forward pass depends on, and logs
+their names. A new family needs an entry in `READERS`. `read_llama` reads any config.json with Llama's fields.
 """
 
 import dataclasses
 import logging
 import math
 from collections.abc import Callable, Container
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -57,7 +54,7 @@ def read_config(folder: str | Path) -> configs.Config:
         raise ConfigError(f"{folder} is not a checkpoint folder: it holds neither config.json nor params.json")
     generation = folder / "generation_config.json"
     if generation.exists():
-        config = _read(generation, lambda fields: replace(config, eos_ids=_read_ends(fields, config.eos_ids)), ())
+        config = _read(generation, lambda f: dataclasses.replace(config, eos_ids=_read_ends(f, config.eos_ids)), ())
     return config
 
 

@@ -1,7 +1,6 @@
 """Read a JSON object field by field, with checks.
 
-A reader takes the fields that it knows, by name. `Fields.finish` then refuses or lists the fields that are left.
-Errors name the field and its value.
+A reader takes the fields that it knows. `Fields.finish` then refuses or lists the others. Errors name field and value.
 """
 
 from collections.abc import Callable, Container, Iterable
