@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import torch
 
-from pop.errors import PlanError
+from pop.errors import PlanError, check_count
 from pop.models.config import DTYPES
 
 
@@ -33,18 +33,16 @@ class KVProjections:
     """
 
     def __init__(self, layers, weight: torch.Tensor, bias: torch.Tensor, fingerprint: str, taps: int):
+        taps = check_count("taps", taps, most=2, error=PlanError)
         for tensor in (weight, bias):
             if not isinstance(tensor, torch.Tensor) or tensor.dtype not in DTYPES.values():
                 raise PlanError("projections are tensors of float32, bfloat16 or float16; calibrate again")
         if (weight.dtype, weight.device) != (bias.dtype, bias.device):
             raise PlanError("the projections' weight and bias differ in dtype or device; calibrate again")
-        if type(taps) is not int or taps not in (1, 2) or weight.dim() != 4 or weight.shape[3] % taps:
-            raise PlanError(f"a weight of shape {list(weight.shape)} does not fit {taps!r} taps; calibrate again")
-        if weight.shape[:2] != (len(layers), 2) or bias.shape != weight.shape[:3]:
-            raise PlanError(
-                f"projections of {len(layers)} layers have a weight of shape [{len(layers)}, 2, K * E, taps * D] and a "
-                f"bias of shape [{len(layers)}, 2, K * E], not {list(weight.shape)} and {list(bias.shape)}"
-            )
+        n, shapes = len(layers), (list(weight.shape), list(bias.shape))
+        if weight.dim() != 4 or weight.shape[3] % taps or shapes[0][:2] != [n, 2] or shapes[1] != shapes[0][:3]:
+            wanted = f"[{n}, 2, K * E, {taps} * D] and [{n}, 2, K * E]"
+            raise PlanError(f"weight and bias have the shapes {shapes[0]} and {shapes[1]}, not {wanted}")
         if not (weight.isfinite().all() and bias.isfinite().all()):
             raise PlanError(f"the projections are not finite in {weight.dtype}; calibrate again, or use another dtype")
         self.layers = tuple(layers)
