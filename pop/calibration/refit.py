@@ -61,8 +61,8 @@ def calibrate(
             needs more. None takes a small built-in set of English and Python.
         plan: A PrunePlan, or a list of them. Several plans share the pass over the texts.
         images, videos: A list for each text, as in `Model.generate`. All are in memory at the same time.
-        taps: 1, or 2 to also give the projections the previous token, for the cost of a second product.
-        window: The tokens of a window of text, best as many as the prompts will have. Texts with images stay whole.
+        taps: 2 also gives the projections the previous token, and 1 does not.
+        window: The tokens of a window, best as many as prompts have. Texts with images stay whole.
         held_out: The number of windows, at most a fifth of all, that choose lambda and the dampings but are not fitted.
             They are judged by the text after their first 256 tokens, or after their last image.
         seed: Decides which windows are held out.

@@ -143,9 +143,9 @@ def importance(
             at full depth and temperature 1.
         images, videos: A list for each sample's prompt, as in `Model.generate`. All are in memory at the same time.
         response_tokens: The most tokens of a sampled response. An end token ends it earlier, and counts in the loss.
-        batch_size: How many samples run at once. It changes speed and memory, and the scores by rounding only.
-        seed: Sample i has a random generator with the seed (seed, i).
-        branches: Also score attention and MLP apart, as Importance.attention and Importance.mlp.
+        batch_size: How many samples run at once. It changes speed, memory and rounding only.
+        seed: Sample i has the random generator (seed, i).
+        branches: Also score attention and MLP apart.
         resume: A file that keeps unfinished work. If it exists, the run continues from it.
         progress: Show a bar on stderr, if tqdm is installed.
 
