@@ -56,8 +56,8 @@ class DecoderConfig:
 
 
 @dataclass(frozen=True)
-class LlamaConfig(DecoderConfig):
-    family: ClassVar[str] = "llama"
+class FullAttentionConfig(DecoderConfig):
+    """What Llama and Qwen3 have in common: a token of any layer attends all tokens before it."""
 
     vocab_size: int
     hidden_size: int
@@ -70,15 +70,21 @@ class LlamaConfig(DecoderConfig):
     norm_eps: float = 1e-6
     rope: RopeConfig = RopeConfig()
     tie_embeddings: bool = False
+
+    @property
+    def windows(self) -> tuple[None, ...]:
+        return (None,) * self.num_layers
+
+
+@dataclass(frozen=True)
+class LlamaConfig(FullAttentionConfig):
+    family: ClassVar[str] = "llama"
+
     attention_bias: bool = False
     mlp_bias: bool = False
     dtype: torch.dtype = torch.float32  # of the checkpoint's files; the model may be loaded in another
     bos_id: int | None = None
     eos_ids: tuple[int, ...] = ()
-
-    @property
-    def windows(self) -> tuple[None, ...]:
-        return (None,) * self.num_layers
 
 
 @dataclass(frozen=True)
@@ -172,28 +178,15 @@ class ExpertsConfig:
 
 
 @dataclass(frozen=True)
-class Qwen3Config(DecoderConfig):
+class Qwen3Config(FullAttentionConfig):
     family: ClassVar[str] = "qwen3"
 
-    vocab_size: int
-    hidden_size: int
-    intermediate_size: int
-    num_layers: int
-    num_heads: int
-    num_kv_heads: int
     head_dim: int = 128
-    max_positions: int = 32_768  # the trained context, in tokens
-    norm_eps: float = 1e-6
-    rope: RopeConfig = RopeConfig()
-    tie_embeddings: bool = False
+    max_positions: int = 32_768
     dtype: torch.dtype = torch.float32  # of the checkpoint's files; the model may be loaded in another
     bos_id: int | None = None
     eos_ids: tuple[int, ...] = ()
     experts: ExpertsConfig | None = None  # None: a dense model
-
-    @property
-    def windows(self) -> tuple[None, ...]:
-        return (None,) * self.num_layers
 
 
 @dataclass(frozen=True)
