@@ -118,7 +118,7 @@ def _run_chunk(module, tokens, cache: KVCache, hidden, chunk: Chunk, stages: Sta
     metadata = chunk.metadata(module, cache)
     rows = chunk.full_depth.index[..., None].expand(-1, -1, h.shape[2])  # [B, W, D]
     W = rows.shape[1]
-    rows_metadata = chunk.full_depth_metadata(module, cache) if W else {}
+    rows_metadata = attention_metadata(module, cache, chunk.full_depth, chunk.ends) if W else {}
     new_hidden = []
     for is_pruned, group in chunk.plan.groups(len(module.layers), module.deepstack_layers):
         if is_pruned:

@@ -118,13 +118,8 @@ class Chunk:
 
     def metadata(self, module, cache: KVCache) -> dict[int | None, AttentionMetadata]:
         """For all tokens of the chunk, by the layers' window."""
-        if self.tokens.index.shape[1] == 1:
-            return attention_metadata(module, cache, self.tokens, self.ends)
-        return attention_metadata(module, cache, self.tokens, self.ends, self)
-
-    def full_depth_metadata(self, module, cache: KVCache) -> dict[int | None, AttentionMetadata]:
-        """For the full-depth rows, by the layers' window."""
-        return attention_metadata(module, cache, self.full_depth, self.ends)
+        has_band = self.tokens.index.shape[1] > 1
+        return attention_metadata(module, cache, self.tokens, self.ends, self if has_band else None)
 
     def latest(self, h: torch.Tensor, before: torch.Tensor, f: torch.Tensor | None = None) -> torch.Tensor:
         """The hidden state [B, D] of each row's last token so far.
