@@ -4,8 +4,6 @@
 signature to `full_layer` (stages.py). Shape letters: pop/models/layers.py; N is the number of keys.
 """
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import torch

@@ -14,8 +14,6 @@ runs each of them, before the first call that needs it. Nothing compiles after t
 torch.compile behaves is in this file.
 """
 
-from __future__ import annotations
-
 import copy
 import dataclasses
 import functools

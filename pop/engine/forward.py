@@ -13,8 +13,6 @@ The only state is the cache. It counts tokens as held once their logits exist. A
 here. Shape letters: pop/models/layers.py.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 
 import torch

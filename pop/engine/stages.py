@@ -5,8 +5,6 @@ serves all layers (compile.py). Lengths enter as tensor shapes, never as Python 
 recompilation.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import NamedTuple
 

@@ -9,8 +9,6 @@ code base subclasses them (tools/examples/nano_gpt.py). `DecoderLayer` and `Deco
 Qwen3 have in common. Their attributes have the checkpoint's names. Shape letters: layers.py.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 
 import torch

@@ -10,8 +10,6 @@ the weights of all. Attribute names are the checkpoint's names. Shape letters of
     N tokens    X experts    k experts of a token    I width inside an expert
 """
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 from torch import nn

@@ -13,8 +13,6 @@ It differs from Llama (llama.py) in these points:
 Attribute names are the checkpoint's names. Shape letters: layers.py.
 """
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 from torch import nn

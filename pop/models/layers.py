@@ -9,8 +9,6 @@ Shape letters, here and in the rest of `pop`:
     E head width      V vocabulary         W full-depth rows of a chunk
 """
 
-from __future__ import annotations
-
 import math
 
 import torch

@@ -9,8 +9,6 @@ The base classes (base.py) run these steps, and split them so that a pruned laye
 says which parts a layer is made of. Attribute names are the checkpoint's names. Shape letters: layers.py.
 """
 
-from __future__ import annotations
-
 from pop.models import base
 from pop.models.config import LlamaConfig
 from pop.models.layers import MLP, Attention, RMSNorm

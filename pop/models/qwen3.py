@@ -6,8 +6,6 @@ In the sizes 30B-A3B and 235B-A22B, some layers have a mixture of experts (exper
 Attribute names are the checkpoint's names. Shape letters: layers.py.
 """
 
-from __future__ import annotations
-
 from pop.models import base
 from pop.models.config import Qwen3Config
 from pop.models.experts import MixtureOfExperts

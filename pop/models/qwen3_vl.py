@@ -10,8 +10,6 @@ It adds two things to Qwen3, and without images it is a Qwen3:
 Attribute names are the checkpoint's names. Shape letters: layers.py.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from itertools import groupby
 

@@ -32,8 +32,6 @@ image, or of each frame pair of a video, into M tokens. All patches attend all p
 F(none) / F(plan) is the speedup of a prefill whose time is all arithmetic, at one rate.
 """
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Sequence
 

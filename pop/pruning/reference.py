@@ -13,8 +13,6 @@ Each token has one residual stream, so the method is one `torch.where`. The engi
 numbers without the wasted work, with a cache, in chunks and in ragged batches. The property tests hold it to this page.
 """
 
-from __future__ import annotations
-
 import torch
 
 from pop.models.images import TEXT, TextOnly

@@ -16,8 +16,6 @@ Attribute names are the checkpoint's names. Shape letters of this file:
     C width of the tower        H heads            E head width          D width of the language model
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import NamedTuple
 
