@@ -213,22 +213,17 @@ class Model:
         """
         if options.keys() & {"images", "videos"}:
             raise InputError("chat takes images and videos in its messages, as {'type': 'image', 'image': ...}")
-        media = self.media_in(messages)
-        tokens = self.chat_format().encode(messages, media=[one.pieces for one in media])
+        tokens, media = self.chat_format().prompt(messages)
         return self.generate(tokens, images=media, **options)
 
     def chat_tokens(self, messages) -> list[int]:
         """The token ids of a conversation in the family's chat format, up to where the answer begins."""
-        return self.chat_format().encode(messages, media=[one.pieces for one in self.media_in(messages)])
+        return self.chat_format().encode(messages)
 
     def chat_format(self) -> ChatFormat:
         """The family's chat format, with the images and videos that this model takes."""
         self.need_tokenizer("chat")
-        return chat_format(self.tokenizer, tuple(self.vision.marks))
-
-    def media_in(self, messages) -> list[Prepared]:
-        """The images and videos of a conversation, in order."""
-        return [self.vision.prepare(kind, given) for kind, given in self.chat_format().media(messages)]
+        return chat_format(self.tokenizer, self.vision)
 
     def start_chat(self, system: str | None = None, *, plan: PrunePlan | None = None) -> Conversation:
         """A conversation with this system message. Its turns prefill only what is new. `plan` is as in `generate`."""

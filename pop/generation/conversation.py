@@ -17,13 +17,12 @@ import json
 import os
 import time
 from collections.abc import Iterator
-from pathlib import Path
 
 import torch
 
 from pop.engine.cache import KVCache
 from pop.errors import InputError, PlanError
-from pop.files import write_whole
+from pop.files import read_json, write_whole
 from pop.generation.answers import Generation
 from pop.generation.batch import Batch
 from pop.generation.sampling import SamplingParams
@@ -125,16 +124,17 @@ class Conversation:
             InputError: The file is not a saved conversation of this model. PlanError: It has another plan.
         """
         try:
-            content = json.loads(Path(path).read_text(encoding="utf-8"))
+            content = read_json(path, InputError)
             fingerprint, description, system = (content[name] for name in ("model", "plan", "system"))
             turns = [(turn["user"], turn["assistant"], turn["answer"], turn["seen"]) for turn in content["turns"]]
             if content["pop_conversation"] != FORMAT:
                 raise ValueError(f"its format is {content['pop_conversation']}, not {FORMAT}")
             if not all(isinstance(text, str) and isinstance(answer, list) for _, text, answer, _ in turns):
                 raise ValueError("an answer is not text and a list of token ids")
-        except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
-            reason = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
-            raise InputError(f"{path} is not a saved conversation ({reason}); write one with chat.save(path)") from None
+        except (ValueError, TypeError, KeyError) as error:
+            raise InputError(
+                f"{path} is not a saved conversation ({error}); write one with chat.save(path)"
+            ) from None
         if fingerprint != model.fingerprint:
             raise InputError(f"{path} is a conversation with another model; load that model, or start a new one")
         chat = cls(model, system, plan=plan)
@@ -146,12 +146,9 @@ class Conversation:
 
     def _prompt(self, content) -> tuple[list[int], list[Prepared]]:
         """The ids of the next turn's prompt, and the images and videos of its message."""
-        message = {"role": "user", "content": content}
-        media = self.model.media_in([message])
-        pieces = [one.pieces for one in media]
         if self.turns:
-            return self._format.encode_next(content, pieces), media
-        return self._format.encode([*self.messages, message], media=pieces), media
+            return self._format.next_prompt(content)
+        return self._format.prompt([*self.messages, {"role": "user", "content": content}])
 
     def _batch(self, prompt: list[int], media: list[Prepared], params: SamplingParams, **options) -> Batch:
         """A batch of one prompt, which continues from the cache."""

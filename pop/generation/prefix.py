@@ -55,9 +55,7 @@ class Prefix:
         params = SamplingParams(**options)
         rests, is_list = as_prompts(rest)
         rows = self.model.vision.prepare_batch(images, videos, len(rests))
-        prompts = [
-            self._left_tokens + self.model.encode(rest, bos=False, media=media)
-            for rest, media in zip(rests, rows, strict=True)
-        ]
+        rests = [self.model.encode(rest, bos=False, media=row) for rest, row in zip(rests, rows, strict=True)]
+        prompts = [self._left_tokens + rest for rest in rests]
         media = [self._left_media + row for row in rows]
         return Batch(self.model, prompts, media, params, plan=self.plan, is_list=is_list, earlier=self._cache)

@@ -72,10 +72,8 @@ class Sampler:
             before = ranked.cumsum(-1) - ranked  # the probability of all likelier tokens
             ranked = ranked.masked_fill(before >= self.top_p, 0)
             probs = torch.zeros_like(probs).scatter(-1, order, ranked)
-        picks = [
-            torch.multinomial(row, 1, generator=generator)
-            for row, generator in zip(probs.cpu(), self.generators, strict=True)
-        ]
+        rows = zip(probs.cpu(), self.generators, strict=True)
+        picks = [torch.multinomial(row, 1, generator=generator) for row, generator in rows]
         return torch.cat(picks).to(logits.device)
 
 

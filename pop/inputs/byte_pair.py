@@ -100,11 +100,9 @@ class BytePairTokenizer(Tokenizer):
 
 def from_tiktoken_file(data: bytes) -> BytePairTokenizer:
     """Build Llama-3.1's tokenizer from Meta's tokenizer.model. A line has a token in base64 and its rank, the id."""
-    ranks = {}
-    for line in data.splitlines():
-        token, rank = line.split()
-        ranks[base64.b64decode(token, validate=True)] = int(rank)
-    in_order = sorted(ranks.values()) == list(range(len(data.splitlines())))
+    lines = [line.split() for line in data.splitlines()]
+    ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in lines}
+    in_order = sorted(ranks.values()) == list(range(len(lines)))
     if not in_order or b"" in ranks or any(bytes([byte]) not in ranks for byte in range(256)):
         raise TokenizerError("a token or a rank is missing or appears twice, or a single byte is not a token.")
     names = ["begin_of_text", "end_of_text", "reserved_special_token_0", "reserved_special_token_1"]
@@ -189,15 +187,13 @@ def _reachable(merges: list[tuple[str, str]], vocab: dict[str, int]) -> list[str
     never = len(merges)
 
     def last_merge(token: str) -> int:
-        parts = list(token)
-        while len(parts) > 2:
+        parts, place = list(token), 0
+        while len(parts) > 1 and place < never:
             candidates = [places.get(pair, never) for pair in pairwise(parts)]
-            first = min(candidates)
-            if first == never:
-                return never
-            n = candidates.index(first)
+            place = min(candidates)
+            n = candidates.index(place)
             parts[n : n + 2] = [parts[n] + parts[n + 1]]
-        return places.get(tuple(parts), never)
+        return place
 
     ranked: dict[str, int] = {}
     for n, (left, right) in enumerate(merges):

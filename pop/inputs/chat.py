@@ -6,18 +6,21 @@ To add a family, write a subclass of ChatFormat and list it in FORMATS.
 """
 
 import re
-from collections.abc import Sequence
 from typing import Any
 
 from pop.errors import InputError, UnsupportedError
+from pop.inputs.processors import Prepared, Processor
 from pop.inputs.tokenizers import Piece, Tokenizer
 
-Attachment = tuple[str, Any]  # "image" or "video", and what the caller gave for it
-Turn = tuple[str, list[str | Attachment]]  # a message's role, and its texts and attachments
+Turn = tuple[str, list[str | Prepared]]  # a message's role, and its texts, images and videos
 
 
 class ChatFormat:
-    """One family's format. `takes` lists what a user's message may contain besides text: "image", "video"."""
+    """One family's format. Without a `vision` processor, it takes text only.
+
+    Each format has `arrange`, which returns the turns that are written: with default messages, and without whitespace
+    that the format drops.
+    """
 
     family: str
     ends: tuple[str, ...]  # the tokens that may end the model's turn
@@ -28,51 +31,42 @@ class ChatFormat:
     assistant = "assistant"  # the name of the model's role
     opening = ""  # the text in the prompt that opens the model's turn
 
-    def __init__(self, tokenizer: Tokenizer, takes: Sequence[str] = ()):
-        self.tokenizer, self.takes = tokenizer, takes
+    def __init__(self, tokenizer: Tokenizer, vision: Processor | None = None):
+        self.tokenizer, self.vision = tokenizer, vision
         special = tokenizer.special_tokens
         self.end_ids = tuple(special[name] for name in self.ends if name in special)
 
-    def arrange(self, turns: list[Turn]) -> list[Turn]:
-        """Return the turns that are written: with default messages, and without whitespace that the format drops."""
-        raise NotImplementedError
+    def encode(self, messages: list[dict], add_generation_prompt: bool = True) -> list[int]:
+        """Return the token ids of a conversation. Arguments as for `prompt`."""
+        return self.prompt(messages, add_generation_prompt)[0]
 
-    def encode(
-        self, messages: list[dict], add_generation_prompt: bool = True, media: Sequence[Sequence[Piece]] = ()
-    ) -> list[int]:
-        """Return the token ids of a conversation, with BOS if the family has one.
+    def prompt(self, messages: list[dict], add_generation_prompt: bool = True) -> tuple[list[int], list[Prepared]]:
+        """Return the token ids of a conversation, with BOS if the family has one, and its images and videos in order.
 
         Args:
             messages: As in `pop.Model.chat`. Only the first may be a system message.
             add_generation_prompt: Open the model's turn at the end.
-            media: What replaces each image and video, in the order of `media(messages)`.
         """
-        replacements, pieces = iter(media), self._control(self.bos)
+        pieces, media = self._control(self.bos), []
         for role, parts in self.arrange(self._turns(messages)):
             pieces += self._control(self.before.format(self.assistant if role == "assistant" else role))
             for part in parts:
-                pieces += next(replacements) if isinstance(part, tuple) else [part]
+                pieces += [part] if isinstance(part, str) else part.pieces
+            media += [part for part in parts if isinstance(part, Prepared)]
             pieces += self._control(self.after)
         if add_generation_prompt:
             pieces += [*self._control(self.before.format(self.assistant)), self.opening]
-        return self.tokenizer.encode_pieces(pieces, bos=False)
+        return self.tokenizer.encode_pieces(pieces, bos=False), media
 
-    def media(self, messages: list[dict]) -> list[Attachment]:
-        """Return the images and videos of a conversation in order."""
-        return [part for _, parts in self._turns(messages) for part in parts if isinstance(part, tuple)]
-
-    def encode_next(self, content, media: Sequence[Sequence[Piece]] = ()) -> list[int]:
-        """Return the ids between two answers: the end of a turn, the user's message, and the opening of the next turn.
+    def next_prompt(self, content) -> tuple[list[int], list[Prepared]]:
+        """Return what `prompt` adds after an answer: the turn's end, the user's message, and the next turn's opening.
 
         A control token follows an answer, so no text is encoded across this boundary, and these ids can be appended.
-
-        Args:
-            content: The content of the user's message.
-            media: As in `encode`.
         """
         asked = [{"role": "user", "content": "x"}]
         answered = [*asked, {"role": "assistant", "content": self.opening}, {"role": "user", "content": content}]
-        return self.encode(answered, media=media)[len(self.encode(asked)) :]
+        tokens, media = self.prompt(answered)
+        return tokens[len(self.encode(asked)) :], media
 
     def _control(self, text: str) -> list[Piece]:
         """Replace the names of control tokens in one of the format's strings by their ids."""
@@ -92,30 +86,30 @@ class ChatFormat:
             role, parts = message["role"], self._parts(message["content"], f"message {n}")
             if role not in ("user", "assistant") and (role != "system" or n):
                 raise InputError(f"message {n} has the role {role!r}; use user, assistant or, for the first, system.")
-            if role != "user" and any(isinstance(part, tuple) for part in parts):
+            if role != "user" and any(isinstance(part, Prepared) for part in parts):
                 raise InputError(f"message {n} has an image or video; only messages with the role user may have one.")
-            if role == "user" and not any(isinstance(part, tuple) or part.strip() for part in parts):
+            if role == "user" and not any(isinstance(part, Prepared) or part.strip() for part in parts):
                 raise InputError(f"message {n} has the role user, but it is empty.")
             turns.append((role, parts))
         return turns
 
-    def _parts(self, content: str | list[dict[str, Any]], where: str) -> list[str | Attachment]:
-        """Return a message's attachments and the texts between them."""
+    def _parts(self, content: str | list[dict[str, Any]], where: str) -> list[str | Prepared]:
+        """Return a message's images and videos, prepared, and the texts between them."""
         if isinstance(content, str):
             return [content]
         if not isinstance(content, list) or not content:
             raise InputError(f"{where}: the content must be text or a list of parts, got {content!r:.80}.")
-        parts = []
+        parts, takes = [], () if self.vision is None else self.vision.marks
         for part in content:
             kind = part.get("type") if isinstance(part, dict) else None
-            if kind in ("image", "video") and kind not in self.takes:
-                takes = " and ".join(["text", *(f"{taken}s" for taken in self.takes)])
+            if kind in ("image", "video") and kind not in takes:
+                takes = " and ".join(["text", *(f"{taken}s" for taken in takes)])
                 raise UnsupportedError(f"{where} has a part of the type {kind!r}, but this model takes {takes} only.")
             known = kind in ("text", "image", "video") and part.keys() == {"type", kind}
             if not known or (kind == "text" and not isinstance(part["text"], str)):
                 raise InputError(f"{where}: a part must be like {{'type': 'text', 'text': 'Hi'}}, got {part!r:.80}.")
             if kind != "text":
-                parts.append((kind, part[kind]))
+                parts.append(self.vision.prepare(kind, part[kind]))
             elif parts and isinstance(parts[-1], str):
                 parts[-1] += part["text"]
             else:
@@ -191,10 +185,10 @@ class Gemma(ChatFormat):
 FORMATS = (Llama3, ChatML, Gemma)
 
 
-def chat_format(tokenizer: Tokenizer, takes: Sequence[str] = ()) -> ChatFormat:
+def chat_format(tokenizer: Tokenizer, vision: Processor | None = None) -> ChatFormat:
     """Choose the chat format by the tokenizer's control tokens. Arguments and errors as for ChatFormat."""
     marks = [form.before.partition("{}")[0] for form in FORMATS]
     for form, mark in zip(FORMATS, marks, strict=True):
         if mark in tokenizer.special_tokens:
-            return form(tokenizer, takes)
+            return form(tokenizer, vision)
     raise UnsupportedError(f"no chat format is known for this tokenizer: it has none of the tokens {', '.join(marks)}.")

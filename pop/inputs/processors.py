@@ -44,18 +44,15 @@ class Processor:
 
     def prepare(self, kind: str, given) -> Prepared:
         """Read and prepare an image or a video, unless it is prepared already."""
+        if kind not in self.marks:
+            takes = " and ".join(["text", *(f"{taken}s" for taken in self.marks)])
+            raise InputError(f"the {self.config.family} family reads {takes} only; leave out the {kind}s")
         return given if isinstance(given, Prepared) else self._prepare(kind, given)
 
     def images(self, module, rows: list[list[Prepared]], tokens: torch.Tensor, lengths: torch.Tensor) -> TextOnly:
-        """Run the vision tower on the images and videos of a batch. Without any, return TEXT.
+        """Run the vision tower of `module` on the images and videos of each batch row. Without any, return TEXT.
 
-        Args:
-            module: The family's model.
-            rows: The images and videos of each batch row.
-            tokens: Ids [B, T], right-padded.
-            lengths: Tokens of each row without padding, [B].
-
-        Raises InputError if the tokens have more or fewer placeholders than these images and videos.
+        Raises InputError if tokens [B, T], without the padding after `lengths` [B], have more or fewer placeholders.
         """
         return TEXT
 
@@ -63,23 +60,12 @@ class Processor:
         """Return each row's images and then its videos, prepared from the forms that `pop.Model.generate` accepts."""
         rows = [[] for _ in range(num_rows)]
         for kind, given in (("image", images), ("video", videos)):
-            if _is_nothing(given):
-                continue
-            if kind not in self.marks:
-                takes = " and ".join(["text", *(f"{taken}s" for taken in self.marks)])
-                raise InputError(f"the {self.config.family} family reads {takes} only; leave out the {kind}s")
             for row, media in zip(rows, _by_row(kind, given, num_rows), strict=True):
                 row += [self.prepare(kind, one) for one in media]
         return rows
 
     def replace_marks(self, text: str, media: Sequence[Prepared], what: str) -> list[Piece]:
-        """Replace the marks in a text by the pieces of its images and videos.
-
-        Args:
-            text: A text with a mark for each of `media`.
-            media: Images and videos, each kind in the order of its marks.
-            what: The name of the text in error messages.
-        """
+        """Replace a text's marks by the pieces of `media`, each kind in order. `what` names the text in errors."""
         left = {}
         for kind, mark in self.marks.items():
             of_kind = [one for one in media if one.kind == kind]
@@ -129,7 +115,7 @@ def as_list(kind: str, given) -> list:
 
 def _by_row(kind: str, given, num_rows: int) -> list[list]:
     """Return a list for each batch row. A single row may come without the list around it."""
-    given = as_list(kind, given)
+    given = as_list(kind, given) or [()] * num_rows
     is_row = [isinstance(one, list | tuple | None) and not (kind == "video" and _is_frames(one)) for one in given]
     if num_rows == 1 and not any(is_row):
         return [given]
@@ -142,7 +128,3 @@ def _by_row(kind: str, given, num_rows: int) -> list[list]:
 def _is_frames(one) -> bool:
     """Whether a list is one video, given as images, and not several videos."""
     return bool(one) and not isinstance(one[0], list | tuple | Video | Prepared) and getattr(one[0], "ndim", 3) == 3
-
-
-def _is_nothing(given) -> bool:
-    return given is None or (isinstance(given, list | tuple) and all(map(_is_nothing, given)))

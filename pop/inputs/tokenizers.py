@@ -21,7 +21,10 @@ Piece = str | list[int]  # a part of a prompt: text, or token ids that no text c
 
 
 class Tokenizer:
-    """The part that both kinds share: added tokens, the beginning-of-text token (BOS), and decoding."""
+    """The part that both kinds share: added tokens, the beginning-of-text token (BOS), and decoding.
+
+    Each kind has `_encode_text`, which returns the ids of a non-empty text without looking for added tokens.
+    """
 
     def __init__(self, special_tokens: dict[str, int], added: dict[str, int], bytes_of: dict[int, bytes], bos_id=None):
         self.special_tokens = special_tokens  # ids by name; text spells these tokens only if the caller allows it
@@ -82,10 +85,6 @@ class Tokenizer:
             return self._bytes_of[id]
         except (KeyError, TypeError):
             raise InputError(f"token id {id!r} is not in the vocabulary of {self.vocab_size} tokens.") from None
-
-    def _encode_text(self, text: str) -> list[int]:
-        """Return the ids of a non-empty text, without looking for added tokens."""
-        raise NotImplementedError
 
 
 def _splitter(names: Iterable[str]) -> re.Pattern | None:

@@ -49,11 +49,9 @@ def measure(path: str | os.PathLike) -> tuple[int, float]:
 
 
 def frames(path: str | os.PathLike, wanted: Sequence[int]) -> Iterator[np.ndarray]:
-    """Yield frames as [H, W, 3] uint8 RGB. Like the reference, this ignores a rotation that the file asks players for.
+    """Yield the frames whose numbers are `wanted`, an ascending list, as [H, W, 3] uint8 RGB.
 
-    Args:
-        path: A video file.
-        wanted: The numbers of the frames in ascending order, without repetitions.
+    Like the reference, this ignores a rotation that the file asks players for.
     """
     with _opened(path) as (container, stream, name):
         decoded = enumerate(container.decode(stream))

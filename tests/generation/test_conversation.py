@@ -116,7 +116,7 @@ def test_what_follows_an_answer_is_the_rest_of_the_longer_conversation(family, a
     form = FORMATS[family]
     messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": answer}]
     whole = form.encode([*messages, {"role": "user", "content": text}])
-    rest = form.encode_next(text)
+    rest, _ = form.next_prompt(text)
     assert whole[-len(rest) :] == rest
     assert rest[0] == form.end_ids[0]
     before = form.encode(messages, add_generation_prompt=False)
@@ -364,7 +364,7 @@ def test_conversations_of_the_real_model(smollm2, tmp_path):
     for text in ("Name three colours.", "And one more?"):
         assert chat.send(text, max_new_tokens=60).finish_reason == "stop"
         whole = model.chat_tokens([*chat.messages, {"role": "user", "content": "x"}])
-        assert whole == chat.tokens + chat._format.encode_next("x")
+        assert whole == chat.tokens + chat._format.next_prompt("x")[0]
     first = chat.turns[0].prompt
     expected = reference_of(model, [(turn.prompt, turn.answer) for turn in chat.turns])[0].argmax(-1)
     at = len(first) + len(chat.turns[0].answer) + len(chat.turns[1].prompt) - 1
