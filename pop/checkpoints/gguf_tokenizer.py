@@ -20,12 +20,10 @@ _GPT2 = _BYTES | {"use_regex": True}  # splits by GPT-2's own pattern first
 
 
 def _llama3_split(digits: str) -> dict[str, Any]:
-    pattern = (
-        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
-        + digits
-        + r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-    )
-    split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
+    words = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+"
+    others = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    pattern = {"Regex": f"{words}|{digits}|{others}"}
+    split = {"type": "Split", "pattern": pattern, "behavior": "Isolated", "invert": False}
     return {"type": "Sequence", "pretokenizers": [split, _BYTES]}
 
 
@@ -56,8 +54,7 @@ def write_tokenizer(source, folder: Path, config: dict[str, Any]) -> None:
     special = {name: source.get(f"tokenizer.ggml.{name}_token_id", int, None) for name in SPECIAL}
     pre = source.get("tokenizer.ggml.pre", str, None)
     add_bos = source.get("tokenizer.ggml.add_bos_token", bool, model == "llama" or pre == "llama-bpe")
-    add_eos = source.get("tokenizer.ggml.add_eos_token", bool, False)
-    settings = {"add_bos_token": add_bos, "add_eos_token": add_eos}
+    settings = {"add_bos_token": add_bos, "add_eos_token": source.get("tokenizer.ggml.add_eos_token", bool, False)}
     settings |= {key: tokens[special[name]] for name, key in SPECIAL.items() if special[name] is not None}
     settings |= {"clean_up_tokenization_spaces": False, "model_max_length": config["max_position_embeddings"]}
     if template := source.get("tokenizer.chat_template", str, None):
@@ -68,8 +65,7 @@ def write_tokenizer(source, folder: Path, config: dict[str, Any]) -> None:
         bos_id = special["bos"] if add_bos else None
         write_json(folder / "tokenizer.json", _byte_level_bpe(source, tokens, types, pre, bos_id))
     else:
-        is_llama = config["model_type"] == "llama"
-        settings["tokenizer_class"] = "LlamaTokenizer" if is_llama else "GemmaTokenizer"
+        settings["tokenizer_class"] = "LlamaTokenizer" if config["model_type"] == "llama" else "GemmaTokenizer"
         proto = _sentencepiece_model(source, tokens, types, special)
         SentencePieceProcessor(model_proto=proto)  # raises RuntimeError for a broken model
         (folder / "tokenizer.model").write_bytes(proto)
@@ -84,8 +80,7 @@ def _byte_level_bpe(source, tokens: list, types: list, pre: str | None, bos_id: 
     normalizer, pre_tokenizer, ignore_merges = PRE_TOKENIZERS[pre]
     # Published files end the vocabulary with the last token of BPE itself. They list the added tokens that follow it
     # as such only, and omit the padding at the end (UNUSED).
-    is_bpe = [kind not in (CONTROL, USER_DEFINED, UNUSED) for kind in types]
-    end = max((i + 1 for i, yes in enumerate(is_bpe) if yes), default=0)
+    end = max((i + 1 for i, kind in enumerate(types) if kind not in (CONTROL, USER_DEFINED, UNUSED)), default=0)
     vocab, merges = {token: i for i, token in enumerate(tokens[:end])}, source.get("tokenizer.ggml.merges", list)
     flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
     added = [
@@ -115,10 +110,7 @@ def _sentencepiece_model(source, tokens: list, types: list, special: dict[str, i
     """Return the contents of tokenizer.model: sentencepiece's ModelProto in the wire format of protobuf."""
     scores = source.get("tokenizer.ggml.scores", list)
     # llama.cpp's converter replaces sentencepiece's mark by a blank in user-defined pieces.
-    tokens = [
-        token.replace(" ", "\u2581") if kind == USER_DEFINED else token
-        for token, kind in zip(tokens, types, strict=True)
-    ]
+    tokens = [t.replace(" ", "\u2581") if kind == USER_DEFINED else t for t, kind in zip(tokens, types, strict=True)]
     pieces = [
         _field(1, _field(1, token) + _field(2, float(score)) + _field(3, kind))
         for token, score, kind in zip(tokens, scores, types, strict=True)

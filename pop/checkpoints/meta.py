@@ -1,7 +1,4 @@
-"""Meta's checkpoint layout: params.json, and the names of the tensors in consolidated.NN.pth.
-
-params.json leaves some facts open. They are constants here.
-"""
+"""Meta's layout: params.json, whose open facts are constants here, and the tensor names in consolidated.NN.pth."""
 
 import re
 from dataclasses import replace

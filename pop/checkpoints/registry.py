@@ -68,12 +68,9 @@ def lookup(name: str) -> Entry:
     """Return the entry of a name. Raises UnknownModel, which lists the known names, the closest first."""
     if name in MODELS:
         return MODELS[name]
-
-    def closeness(known: str) -> float:
-        return difflib.SequenceMatcher(None, str(name).lower(), known).ratio()
-
-    known = sorted(MODELS, key=closeness, reverse=True)
-    guess = f" (did you mean {known[0]}?)" if closeness(known[0]) > 0.6 else ""
+    known = difflib.get_close_matches(str(name).lower(), MODELS, n=len(MODELS), cutoff=0)
+    close = difflib.get_close_matches(str(name).lower(), MODELS, n=1)
+    guess = f" (did you mean {close[0]}?)" if close else ""
     raise UnknownModel(f"{name!r} is neither a directory nor a known model{guess}; known are {', '.join(known)}")
 
 

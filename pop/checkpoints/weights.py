@@ -71,18 +71,10 @@ def load_weights(
     progress: bool,
     shards: dict[str, Shard] | None = None,
 ) -> None:
-    """Fill a module with the weights in a folder. Its parameters become contiguous and need no gradient.
+    """Fill a module on the meta device with the weights in a folder. Its parameters become contiguous and frozen.
 
-    Args:
-        folder: The checkpoint.
-        module: The model, built on the meta device.
-        dtype: The dtype of the parameters.
-        device: The device of the parameters.
-        progress: Whether to show progress on stderr if the weights are large.
-        shards: The part of a parameter that `module` has, by name. Only that part is read.
-
-    Raises:
-        CheckpointError: The files do not fit the config; `module` is unchanged.
+    `shards` gives, by name, the part of a parameter that `module` has. Only that part is read. With `progress`, large
+    weights show a bar. If the files do not fit the config, it raises CheckpointError and leaves `module` unchanged.
     """
     folder, shards = Path(folder), shards or {}
     shapes = {name: tuple(parameter.shape) for name, parameter in module.named_parameters()}

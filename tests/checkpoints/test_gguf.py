@@ -3,6 +3,8 @@
 import json
 import math
 import resource
+import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -330,9 +332,10 @@ def test_other_files_are_refused(tmp_path, monkeypatch):
     assert "not a sound GGUF file" in error_of(tmp_path / "empty.gguf")
     assert "not a sound GGUF file" in error_of(tmp_path / "text.gguf")
     assert "no GGUF file" in error_of(tmp_path / "absent.gguf") and "no GGUF file" in error_of(tmp_path)
-    monkeypatch.setitem(__import__("sys").modules, "gguf", None)
-    with pytest.raises(MissingExtra, match=r"pip install 'pop-prefill\[gguf\]'"):
-        import_gguf(other, tmp_path / "model")
+    for absent_or_old in (None, SimpleNamespace(MODEL_ARCH={"LLAMA": 1})):
+        monkeypatch.setitem(sys.modules, "gguf", absent_or_old)
+        with pytest.raises(MissingExtra, match=r"pip install 'pop-prefill\[gguf\]'"):
+            import_gguf(other, tmp_path / "model")
 
 
 @pytest.fixture(scope="module")
