@@ -100,10 +100,9 @@ class Hub:
                     failures, most = 0, received()
                 failures += 1
                 pause = PAUSE * 2 ** (failures - 1) if broken.pause is None else broken.pause
-                if failures == TRIES:
-                    raise DownloadError(f"{what} could not be fetched: {broken}; run this again later") from None
-                if pause > MOST_PATIENT:
-                    raise DownloadError(f"{what}: {broken}; run this again in {pause:.0f} seconds") from None
+                if failures == TRIES or pause > MOST_PATIENT:
+                    step = f"run this again in {pause:.0f} seconds"
+                    raise DownloadError(f"{what} could not be fetched: {broken}; {step}") from None
                 if self.progress:
                     print(f"{what}: {broken}; trying again in {pause:.0f} s", file=sys.stderr)
                 self._stop.wait(pause)
