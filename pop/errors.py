@@ -4,6 +4,7 @@ Each is a `PopError` and also the built-in it refines, so both `except pop.PopEr
 do what a caller expects. A message is one sentence: what was wrong, where, and what to do about it.
 """
 
+from math import inf
 from operator import index
 
 
@@ -59,16 +60,14 @@ class CacheMemoryError(PopError, MemoryError):
     """A KV cache that does not fit into the device's memory."""
 
 
-def check_count(
-    name: str, value, least: int = 1, most: float = float("inf"), error: type[PopError] = InputError
-) -> int:
+def check_count(name: str, value, least: int = 1, most: float = inf, error: type[PopError] = InputError) -> int:
     """Return `value` as an int. Raise `error`, which names it, unless it is an integer from `least` to `most`."""
     try:
         number = None if isinstance(value, bool) else index(value)
     except TypeError:
         number = None
     if number is None or not least <= number <= most:
-        wanted = f"of at least {least}" if most == float("inf") else f"from {least} to {most}"
+        wanted = f"of at least {least}" if most == inf else f"from {least} to {most}"
         raise error(f"{name} is {value!r}; it must be an integer {wanted}")
     return number
 

@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator, Sequence
 
 import torch
+import torch.nn.functional as F
 
 from pop import engine
 from pop.backends import STAGES, accelerate
@@ -22,12 +23,13 @@ from pop.generation.batch import Batch, as_prompts
 from pop.generation.conversation import Conversation
 from pop.generation.prefix import Prefix
 from pop.generation.sampling import SamplingParams
-from pop.generation.scoring import log_likelihood
 from pop.inputs.chat import ChatFormat, chat_format
 from pop.inputs.processors import Prepared, processor_of
 from pop.inputs.tokenizers import row_lengths, token_ids
 from pop.models.images import TextOnly
 from pop.pruning.plan import PrunePlan
+
+SCORED_AT_ONCE = 256  # tokens of a continuation, whose logits [T, V] are in memory together
 
 
 class Model:
@@ -230,7 +232,7 @@ class Model:
         return Conversation(self, system, plan=plan)
 
     def load_chat(self, path, *, plan: PrunePlan | None = None) -> Conversation:
-        """A conversation that `Conversation.save` has written. Arguments and errors as in `Conversation.load`."""
+        """A conversation that `Conversation.save` has written. `plan` is as in `generate`, errors as in its `load`."""
         return Conversation.load(self, path, plan=plan)
 
     def prefix(self, prompt, *, images=None, videos=None, plan: PrunePlan | None = None) -> Prefix:
@@ -248,7 +250,18 @@ class Model:
         """
         (media,) = self.vision.prepare_batch(images, videos, 1)
         context = self.encode(context, "context", media=media)
-        return log_likelihood(self, context, media, self.encode(continuation, "continuation", bos=False), plan)
+        targets = self.encode(continuation, "continuation", bos=False)
+        length = len(context) + len(targets) - 1
+        self.check_fits(length, "context plus continuation")
+        cache = self.new_cache(1, length)
+        logits = self.prefill([context], cache, images=[media], plan=plan)  # [1, V]
+        targets = torch.tensor(targets, device=self.device)
+        losses = [F.cross_entropy(logits, targets[:1], reduction="none")]
+        for begin in range(0, len(targets) - 1, SCORED_AT_ONCE):
+            part = targets[begin : begin + SCORED_AT_ONCE + 1]  # each token predicts the next one
+            logits = engine.extend(self.module, part[None, :-1], cache, self._stages(1))[0]  # [T, V]
+            losses.append(F.cross_entropy(logits, part[1:], reduction="none"))
+        return -torch.cat(losses).double().sum().item()
 
     # Checks
 
@@ -278,8 +291,9 @@ class Model:
             tokens = [] if prompt == [] else token_ids([prompt], 2, self.config.vocab_size)[0].tolist()
         if not tokens:
             raise InputError(f"the {what} is empty; give it at least one token")
-        if not media:
-            self.vision.check_text(tokens, what)
+        for kind, token in self.vision.placeholders.items():
+            if not media and token in tokens:
+                raise InputError(f"the {what} has tokens {token}, which stand for {kind}s, but no {kind} is given")
         return tokens
 
     def need_tokenizer(self, use: str) -> None:

@@ -1,12 +1,4 @@
-"""Conversations: each turn runs its own prompt and continues from what the cache holds.
-
-    turn 1    prompt: system message, user's message, start of the model's turn          answer, as generated
-    turn 2    prompt: end of the model's turn, user's message, start of the next turn    answer, as generated
-
-A prompt is pruned, except for its last `full_depth_last` tokens and the sequence's first `full_depth_first`. Answers
-are at full depth. No turn changes what earlier turns left in the cache. So a conversation equals `reference.forward`
-with these full-depth tokens, as tests/generation/test_conversation.py checks. README.md describes truncated answers.
-"""
+"""Conversations: each turn runs its own prompt and continues from what the cache holds. README.md has the rules."""
 
 from __future__ import annotations
 
@@ -113,12 +105,7 @@ class Conversation:
 
     @classmethod
     def load(cls, model, path: str | os.PathLike, *, plan: PrunePlan | None = None) -> Conversation:
-        """Read a conversation that `save` has written, and encode it again, turn by turn.
-
-        Args:
-            model: The model that the conversation was held with.
-            path: The file.
-            plan: The plan that the conversation was held with; None takes the model's.
+        """Read a conversation that `save` has written with this model and plan, and encode it again, turn by turn.
 
         Raises:
             InputError: The file is not a saved conversation of this model. PlanError: It has another plan.
@@ -132,9 +119,7 @@ class Conversation:
             if not all(isinstance(text, str) and isinstance(answer, list) for _, text, answer, _ in turns):
                 raise ValueError("an answer is not text and a list of token ids")
         except (ValueError, TypeError, KeyError) as error:
-            raise InputError(
-                f"{path} is not a saved conversation ({error}); write one with chat.save(path)"
-            ) from None
+            raise InputError(f"{path} is not a saved conversation ({error}); write one with chat.save(path)") from None
         if fingerprint != model.fingerprint:
             raise InputError(f"{path} is a conversation with another model; load that model, or start a new one")
         chat = cls(model, system, plan=plan)

@@ -153,7 +153,16 @@ def from_tokenizer_json(spec: dict[str, Any]) -> BytePairTokenizer:
     if lacking := {byte for byte in range(256) if ids[byte] is None} - may_lack:
         raise TokenizerError(f"its vocabulary lacks the single byte {min(lacking)}.")
     if whole:
-        _add_whole_pre_tokens(ranks, ids, bytes_of, pattern)
+        # With ignore_merges a pre-token in the vocabulary becomes that token. tiktoken looks up whole pre-tokens first.
+        # So each token gets a rank. It changes other texts only if it lets tiktoken merge two tokens.
+        bpe = _tiktoken(ranks, pattern)
+        for id, text in bytes_of.items():
+            if text in ranks:
+                continue
+            if len(bpe._encode_single_piece(text)) == 2:
+                raise TokenizerError(f"ignore_merges is set, but no merge makes the token {text!r}.")
+            ranks[text] = len(ids)
+            ids.append(id)
     options = {"special_tokens": special, "added": added, "bytes_of": bytes_of}
     return BytePairTokenizer(ranks, ids, pattern, nfc=nfc, bos_id=_bos_id(spec["post_processor"], special), **options)
 
@@ -203,20 +212,6 @@ def _reachable(merges: list[tuple[str, str]], vocab: dict[str, int]) -> list[str
         if token not in ranked:
             ranked[token] = last_merge(token)
     return sorted((token for token, place in ranked.items() if place < never), key=ranked.get)
-
-
-def _add_whole_pre_tokens(ranks: dict[bytes, int], ids: list[int], bytes_of: dict[int, bytes], pattern: str):
-    """Give every token a rank, because with ignore_merges a pre-token in the vocabulary becomes that token.
-
-    tiktoken looks up whole pre-tokens first. A new rank changes other texts only if it lets tiktoken merge two tokens.
-    """
-    bpe = _tiktoken(ranks, pattern)
-    for id, text in bytes_of.items():
-        if text not in ranks:
-            if len(bpe._encode_single_piece(text)) == 2:
-                raise TokenizerError(f"ignore_merges is set, but no merge makes the token {text!r}.")
-            ranks[text] = len(ids)
-            ids.append(id)
 
 
 def _pattern(pre_tokenizer: dict[str, Any]) -> str:

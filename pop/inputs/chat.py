@@ -33,8 +33,7 @@ class ChatFormat:
 
     def __init__(self, tokenizer: Tokenizer, vision: Processor | None = None):
         self.tokenizer, self.vision = tokenizer, vision
-        special = tokenizer.special_tokens
-        self.end_ids = tuple(special[name] for name in self.ends if name in special)
+        self.end_ids = tuple(tokenizer.special_tokens[name] for name in self.ends if name in tokenizer.special_tokens)
 
     def encode(self, messages: list[dict], add_generation_prompt: bool = True) -> list[int]:
         """Return the token ids of a conversation. Arguments as for `prompt`."""

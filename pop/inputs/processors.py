@@ -89,12 +89,6 @@ class Processor:
             ranges.append(range(found[0], found[-1] + 1))
         return ranges
 
-    def check_text(self, tokens: Sequence[int], what: str) -> None:
-        """Raise InputError if tokens without images and videos have placeholders."""
-        for kind, token in self.placeholders.items():
-            if token in tokens:
-                raise InputError(f"the {what} has tokens {token}, which stand for {kind}s, but no {kind} is given")
-
 
 def processor_of(config) -> Processor:
     """Return the processor of the model with this config."""

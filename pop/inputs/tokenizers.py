@@ -1,10 +1,7 @@
 """Tokenizers: text to token ids and back, with exactly the ids of the original tokenizers; and token ids as tensors.
 
-There are two kinds. Byte-level BPE (Llama-3, Qwen, SmolLM2, GPT-2) is in byte_pair.py and uses tiktoken.
-Gemma's BPE is here and uses sentencepiece. `load_tokenizer` reads the files and chooses by them:
-
-    tokenizer.model   a sentencepiece model, or Meta's list of base64 tokens in rank order
-    tokenizer.json    the vocabulary, merges, normalizer, pre-tokenizer and added tokens of a byte-level BPE
+Byte-level BPE (Llama-3, Qwen, SmolLM2, GPT-2) is in byte_pair.py and uses tiktoken. Its files are tokenizer.json, or
+Meta's tokenizer.model. Gemma's BPE is here and uses sentencepiece, whose file is also named tokenizer.model.
 """
 
 import json

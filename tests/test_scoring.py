@@ -38,7 +38,7 @@ def test_score_prunes_the_context_only(model, length):
 
 def test_long_continuations_are_scored_in_parts(model, monkeypatch):
     expected = model.score([5, 9, 200], list(range(40)))
-    monkeypatch.setattr("pop.generation.scoring.TOKENS_AT_ONCE", 7)
+    monkeypatch.setattr("pop.model.SCORED_AT_ONCE", 7)
     assert model.score([5, 9, 200], list(range(40))) == pytest.approx(expected, abs=1e-4)
 
 
