@@ -196,7 +196,7 @@ class _CompiledStage:
 
 
 def _as_owner(x):
-    """The same values as a contiguous tensor that is not a view, or tensors. A view's memory is shared, not copied.
+    """The same values as contiguous tensors that are not views. A contiguous view's memory is shared.
 
     Compiled code is held to the strides of its inputs, and to the size of what a view is a view of.
     """
@@ -211,11 +211,7 @@ def _as_owner(x):
 
 
 def _kind(layer: torch.nn.Module, function) -> tuple:
-    """What compiled code depends on in a layer: everything but the values of weights.
-
-    No stage reads a layer's window, and a pruned layer does not use the MLP. So a model of dense and sparse layers has
-    one graph for its pruned layers.
-    """
+    """What compiled code depends on in a layer. No stage reads its window, and a pruned layer does not use the MLP."""
     is_pruned = function in (stages.pruned_layer, stages.refit_layer)
     parts = []
     for name, module in layer.named_modules():
@@ -228,10 +224,9 @@ def _kind(layer: torch.nn.Module, function) -> tuple:
 
 
 def _on_tensors(guards) -> list[bool]:
-    """Which of torch's guards to check on each call: those on h and the other tensors.
+    """Which of torch's guards to check on each call: not those on the layer, whose kind is part of the key above.
 
-    The kind of the layer is part of the key above, and modules and globals do not change. Checking these guards would
-    take a tenth of a small layer's decode step.
+    Checking them would take a tenth of a small layer's decode step.
     """
     return [not guard.is_global and not guard.name.startswith("layer") for guard in guards]
 

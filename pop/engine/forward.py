@@ -36,7 +36,7 @@ def prefill(
     images: TextOnly = TEXT,
     boundary: bool = True,
 ) -> torch.Tensor:
-    """Append prompts to the cache and predict the token after each.
+    """Append prompts to the cache. Returns logits [B, V] float32 of each row's boundary token.
 
     Args:
         module: A PrunableModel.
@@ -48,9 +48,6 @@ def prefill(
         stages: The functions to call, eager or compiled.
         images: What images bring to these prompts. A chunk must be able to hold an image with look-ahead.
         boundary: False if more of the same prompts follows in a later call. The logits then mean nothing.
-
-    Returns:
-        logits [B, V] float32 of each row's boundary token.
     """
     out = None  # [B, D], each row's h after the last layer, at its last token so far
     for chunk, h, hidden in _chunks(module, tokens, cache, lengths, plan, chunk_size, stages, images, boundary):  # noqa: B007
@@ -93,8 +90,7 @@ def decode(module, tokens: torch.Tensor, cache: KVCache, stages: Stages = EAGER)
 def _chunks(
     module, tokens, cache: KVCache, lengths, plan, chunk_size, stages, images=TEXT, boundary=True
 ) -> Iterator[tuple[Chunk, torch.Tensor, torch.Tensor]]:
-    """Run prompts chunk by chunk. Yields each chunk, its h [B, C, D] after the last layer, and the hidden states
-    [L, B, D] of the rows' last tokens so far."""
+    """Yield each chunk, its h [B, C, D] after the last layer, and the rows' latest hidden states [L, B, D]."""
     chunk_size = min(chunk_size, cache.chunk_size)
     hidden = cache.previous_hidden
     # Chunks after the first overwrite slots of a ring, so a call that fails midway loses tokens that the cache counts.
@@ -108,10 +104,7 @@ def _chunks(
 
 
 def _run_chunk(module, tokens, cache: KVCache, hidden, chunk: Chunk, stages: Stages):
-    """One chunk through all layers -> its h [B, C, D] after the last layer, and new hidden states [L, B, D].
-
-    hidden: [L, B, D], see KVCache.previous_hidden.
-    """
+    """One chunk through all layers -> its h [B, C, D] after the last layer, and new hidden states [L, B, D]."""
     h = chunk.images.place(module.embed(tokens.gather(1, chunk.tokens.index)))  # [B, C, D]
     metadata = chunk.metadata(module, cache)
     rows = chunk.full_depth.index[..., None].expand(-1, -1, h.shape[2])  # [B, W, D]

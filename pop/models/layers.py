@@ -142,19 +142,6 @@ class MLP(nn.Module):
         return self.down_proj(self.activation(self.gate_proj(x)) * self.up_proj(x))
 
 
-def visible(
-    positions: torch.Tensor, filled: int, window: int | None, last_attended: torch.Tensor | None = None
-) -> torch.Tensor:
-    """The attention mask of tokens at `positions` [B, T] over the positions 0 to filled - 1: [B, T, filled] bool.
-
-    A token attends itself and all tokens before it, or, with a window, the window - 1 tokens before it. last_attended
-    [B, T] replaces a token's own position as the last one that it attends.
-    """
-    attended, positions = torch.arange(filled, device=positions.device), positions[..., None]
-    mask = attended <= (positions if last_attended is None else last_attended[..., None])  # [B, T, filled]
-    return mask if window is None else mask & (attended > positions - window)
-
-
 def causal_attention(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -163,14 +150,17 @@ def causal_attention(
     window: int | None,
     last_attended: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Tokens attend themselves and the tokens before them, as far as the window and `last_attended` (`visible`) say.
+    """Attention over the tokens themselves: q [B, T, H, E], k and v [B, T, K, E] -> [B, T, H * E].
 
-    q [B, T, H, E], k and v [B, T, K, E] -> [B, T, H * E].
+    A token attends itself and all tokens before it, or, with a window, the window - 1 tokens before it. last_attended
+    [B, T] replaces a token's own position as the last one that it attends.
     """
     T = q.shape[1]
     if last_attended is not None or (window is not None and window < T):
-        mask = visible(torch.arange(T, device=q.device)[None], T, window, last_attended)  # [1, T, T], or [B, T, T]
-        return masked_attention(q, k, v, mask, scale)
+        key = torch.arange(T, device=q.device)
+        query = key[None, :, None]  # [1, T, 1]
+        mask = key <= (query if last_attended is None else last_attended[..., None])  # [1, T, T], or [B, T, T]
+        return masked_attention(q, k, v, mask if window is None else mask & (key > query - window), scale)
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # heads before tokens
     out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True)
     return out.transpose(1, 2).flatten(2)

@@ -76,14 +76,8 @@ def image_positions(
     Text advances all three axes by one. An image or a frame pair has one time, and its rows and columns start at the
     current position. After it, positions continue as if it had as many tokens as its longer side.
 
-    Args:
-        tokens: Ids, with a run of image_id for each image, and of video_id for each frame pair of a video.
-        config: Of the model.
-        images: The images' grids of patches, in the order of the prompt. A run has a token for each merged patch.
-        videos: The videos' grids, likewise.
-
-    Raises:
-        InputError: Runs and grids do not match.
+    `tokens` has a run of image_id for each image, and of video_id for each frame pair of a video. A run has a token for
+    each merged patch of the grid. Raises InputError if runs and grids do not match.
     """
     merge = config.vision.merge_size
     left = {

@@ -159,7 +159,7 @@ class VisionTower(nn.Module):
         return torch.stack([self.merger(h), *deepstack])
 
     def by_square(self, table: torch.Tensor) -> torch.Tensor:
-        """table [rows, columns, ...] -> in the patches' order: [P, ...]."""
+        """A table [rows, columns, ...] in the patches' order [P, ...]."""
         merge = self.config.merge_size
         squares = table.unflatten(1, (-1, merge)).unflatten(0, (-1, merge))  # row, row in it, column, column in it, ...
         return squares.transpose(1, 2).flatten(0, 3)
