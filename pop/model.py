@@ -126,7 +126,8 @@ class Model:
         plan = self.resolve(plan)
         chunk_size = self.chunk_size if chunk_size is None else self._chunk_size(chunk_size)
         stages = self._stages(len(tokens), plan)
-        images = self._images(images, videos, tokens, lengths)
+        module = self.module if self._compiled is None else self._compiled.vision_module
+        images = self._images(module, images, videos, tokens, lengths)
         return engine.prefill(self.module, tokens, cache, lengths, plan, chunk_size, stages, images, boundary)
 
     def decode(self, tokens, cache: KVCache) -> torch.Tensor:
@@ -143,7 +144,7 @@ class Model:
         """
         tokens = self._tokens(tokens, dims=2)
         self.check_fits(tokens.shape[1])
-        images = self._images(images, videos, tokens, row_lengths(None, tokens))
+        images = self._images(self.module, images, videos, tokens, row_lengths(None, tokens))
         return self.module(tokens, images)
 
     def warmup(self, batch_size: int = 1, plans: Sequence[PrunePlan] = ()) -> None:
@@ -334,11 +335,9 @@ class Model:
         return token_ids(tokens, dims, self.config.vocab_size).to(self.device)
 
     @torch.no_grad()
-    def _images(self, images, videos, tokens: torch.Tensor, lengths: torch.Tensor) -> TextOnly:
-        """What images and videos bring to tokens [B, T]."""
-        rows = self.vision.prepare_batch(images, videos, len(tokens))
-        module = self.module if self._compiled is None else self._compiled.vision_module
-        return self.vision.images(module, rows, tokens, lengths)
+    def _images(self, module, images, videos, tokens: torch.Tensor, lengths: torch.Tensor) -> TextOnly:
+        """What images and videos bring to tokens [B, T], by the vision tower of a module."""
+        return self.vision.images(module, self.vision.prepare_batch(images, videos, len(tokens)), tokens, lengths)
 
     def _stages(self, rows: int, plan: PrunePlan = PrunePlan.none()) -> engine.Stages:  # noqa: B008 (it is frozen)
         return self._compiled.stages(rows, plan) if self._compiled else STAGES

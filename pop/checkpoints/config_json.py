@@ -35,6 +35,7 @@ FORWARD_PASS = """
     rope_interleave rotary_pct rotary_dim partial_rotary_factor no_rope_layers no_rope_layer_interval
     num_experts num_experts_per_tok n_routed_experts n_shared_experts num_shared_experts
     moe_intermediate_size shared_expert_intermediate_size decoder_sparse_step mlp_only_layers norm_topk_prob
+    clip_qkv layer_norm_eps layer_norm_epsilon norm_type post_norm sandwich_norm attention_sinks multi_query
     vision_use_head
 """.split()  # noqa: SIM905
 

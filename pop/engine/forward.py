@@ -49,11 +49,12 @@ def prefill(
         images: What images bring to these prompts. A chunk must be able to hold an image with look-ahead.
         boundary: False if more of the same prompts follows in a later call. The logits then mean nothing.
     """
-    out = None  # [B, D], each row's h after the last layer, at its last token so far
+    images, out = images or TEXT, None  # out: [B, D], each row's h after the last layer, at its last token so far
     for chunk, h, hidden in _chunks(module, tokens, cache, lengths, plan, chunk_size, stages, images, boundary):  # noqa: B007
         out = chunk.latest(h, h[:, 0] if out is None else out)  # every row has tokens in the first chunk
     logits = stages.head(module, out)
     cache.restore((cache.lengths + lengths, hidden, cache.rope_offsets + images.rope_offset(lengths)))
+    cache.intact = True
     return logits
 
 
@@ -65,6 +66,7 @@ def extend(module, tokens: torch.Tensor, cache: KVCache, stages: Stages = EAGER)
     for _, h, hidden in _chunks(module, tokens, cache, lengths, PrunePlan.none(), T, stages):  # noqa: B007
         logits.append(stages.head(module, h))
     cache.restore((cache.lengths + lengths, hidden, cache.rope_offsets))
+    cache.intact = True
     return torch.cat(logits, dim=1)
 
 
@@ -75,8 +77,9 @@ def decode(module, tokens: torch.Tensor, cache: KVCache, stages: Stages = EAGER)
     A full row may be stepped with the others. Its token goes to the spare slot, and its logits mean nothing.
     """
     ends = (cache.lengths + 1).clamp(max=cache.max_seq_len)  # [B]
-    positions, rotary = cache.lengths[:, None], (cache.lengths + cache.rope_offsets)[:, None]  # [B, 1]
-    step = Tokens(torch.zeros_like(positions), positions < cache.max_seq_len, positions, rotary).to(tokens.device)
+    places = cache.lengths, cache.lengths + cache.rope_offsets
+    positions, rotary = (x[:, None].to(tokens.device) for x in places)  # [B, 1]
+    step = Tokens(positions, positions < cache.max_seq_len, positions, rotary)  # nothing reads its index
     metadata = attention_metadata(module, cache, step, ends)
     h, hidden = module.embed(tokens[:, None]), []  # [B, 1, D]
     for index, layer in enumerate(module.layers):
@@ -100,7 +103,6 @@ def _chunks(
         chunk = Chunk.of(cache, lengths, begin, end, plan, images, boundary, tokens.device)
         h, hidden = _run_chunk(module, tokens, cache, hidden, chunk, stages)
         yield chunk, h, hidden
-    cache.intact = True
 
 
 def _run_chunk(module, tokens, cache: KVCache, hidden, chunk: Chunk, stages: Stages):
@@ -146,8 +148,9 @@ def _write_pruned(module, group, h, previous, cache: KVCache, chunk: Chunk, meta
         first = 0 if layer.window is None else max(0, chunk.needed_from - layer.window + 1)
         if first >= h.shape[1]:
             continue
-        x, slots = h[:, first:], at.slots[:, first:]
-        rope = tuple(table[:, first:] for table in at.rope)
+        x, slots, rope = h, at.slots, at.rope
+        if first:
+            x, slots, rope = h[:, first:], slots[:, first:], tuple(table[:, first:] for table in rope)
         if refit is None:
             stages.pruned_layer(layer, x, rope, slots, *cache.layer(index))
         else:

@@ -60,7 +60,7 @@ def forward(
 
         return torch.where(skips[:, None], h, layer(h, rope, attend_pruned))  # the method
 
-    h = module.through_layers(tokens[None], images.extended(len(tokens)), step)  # [1, T, D]
+    h = module.through_layers(tokens[None], (images or TEXT).extended(len(tokens)), step)  # [1, T, D]
     return module.head(h[0]), cache
 
 

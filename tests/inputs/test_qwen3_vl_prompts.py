@@ -241,3 +241,12 @@ def test_a_published_image_has_300_tokens(model):
     """640 x 480 pixels, as the paper has them: 40 x 30 patches in squares of four."""
     one = model.vision.prepare("image", np.zeros((480, 640, 3), np.uint8))
     assert one.pieces == (image(15, 20),)
+
+
+def test_the_plain_pass_compiles_nothing(model, monkeypatch):
+    """`logits` takes the plain module, vision tower included, also where prefill would run compiled."""
+    monkeypatch.setattr(torch, "compile", lambda *_, **__: pytest.fail("the plain pass compiles"))
+    compiled = pop.Model(model.module, model.config, model.tokenizer, compile=True)
+    images = model.vision.prepare_batch([A], None, 1)[0]
+    tokens = [[7, *(token for piece in images[0].pieces for token in piece), 8]]
+    assert torch.equal(compiled.logits(tokens, images=images), model.logits(tokens, images=images))
