@@ -101,11 +101,9 @@ class Compiled:
         def prompt(tokens: int) -> torch.Tensor:
             return torch.zeros(rows, tokens, dtype=torch.int64, device=weight.device)
 
-        def new_cache() -> KVCache:
-            return KVCache(config, rows, slots, dtype=weight.dtype, device=weight.device)
-
         def prefill(tokens: int, plan: PrunePlan, chunk_size: int) -> KVCache:
-            cache, lengths = new_cache(), torch.full((rows,), tokens)
+            cache = KVCache(config, rows, slots, dtype=weight.dtype, device=weight.device)
+            lengths = torch.full((rows,), tokens)
             forward.prefill(self.module, prompt(tokens), cache, lengths, plan, chunk_size, self._compiled)
             return cache
 
@@ -119,7 +117,7 @@ class Compiled:
             for N in (1, 2):  # one image, and several
                 self._vision_block(block, *self.module.vision_block_inputs(N, 4))
         # The first decode step has many slots to attend, since the compiler tunes its loops to the first sizes.
-        cache = new_cache()
+        cache = KVCache(config, rows, slots, dtype=weight.dtype, device=weight.device)
         cache.lengths = torch.full((rows,), 1000)
         forward.decode(self.module, prompt(1)[:, 0], cache, self._compiled)
         everything = PrunePlan(tuple(range(config.num_layers)))
@@ -191,7 +189,10 @@ class _CompiledStage:
         if key not in self.compiled:
             code, name = self.function.__code__.replace(), self.function.__name__
             copied = types.FunctionType(code, self.function.__globals__, name, self.defaults)
-            self.compiled[key] = torch.compile(copied, fullgraph=True, dynamic=True, options=_options())
+            # torch.compile empties the dictionary. Older versions cannot leave out guards, and check them all.
+            can_filter = hasattr(torch.compiler, "skip_guard_on_inbuilt_nn_modules_unsafe")
+            options = {"guard_filter_fn": _on_tensors} if can_filter else None
+            self.compiled[key] = torch.compile(copied, fullgraph=True, dynamic=True, options=options)
         return self.compiled[key](layer, h, *args)
 
 
@@ -229,9 +230,3 @@ def _on_tensors(guards) -> list[bool]:
     Checking them would take a tenth of a small layer's decode step.
     """
     return [not guard.is_global and not guard.name.startswith("layer") for guard in guards]
-
-
-def _options() -> dict | None:
-    """For torch.compile, which empties the dictionary. Older versions cannot leave out guards, and check them all."""
-    can_filter = hasattr(torch.compiler, "skip_guard_on_inbuilt_nn_modules_unsafe")
-    return {"guard_filter_fn": _on_tensors} if can_filter else None

@@ -3,13 +3,13 @@
 base.py states what a layer and a model must offer so that prefill can prune them. This package may import pop.errors.
 """
 
-from pop.models import gemma3
 from pop.models.base import PrunableModel
+from pop.models.gemma3 import Gemma3
 from pop.models.llama import Llama
 from pop.models.qwen3 import Qwen3
 from pop.models.qwen3_vl import Qwen3VL
 
-FAMILIES = {"llama": Llama, "gemma3": gemma3.build, "qwen3": Qwen3, "qwen3_vl": Qwen3VL}
+FAMILIES = {"llama": Llama, "gemma3": Gemma3, "qwen3": Qwen3, "qwen3_vl": Qwen3VL}
 
 
 def build(config) -> PrunableModel:

@@ -57,7 +57,8 @@ class PrunableModel(nn.Module):
 
     `config` has the sizes that a KV cache reads: num_layers, windows, hidden_size, num_kv_heads and head_dim. After
     each of the first `deepstack_layers` layers, features of images are added to h. `vision_blocks` names the list of
-    the vision tower's layers, if there is a tower.
+    the vision tower's layers, if there is a tower. Then `vision_block_inputs(N, P)` gives zeros in the shape of what
+    such a layer takes for N images of P patches.
     """
 
     config: object
@@ -75,10 +76,6 @@ class PrunableModel(nn.Module):
 
     def head(self, h: torch.Tensor) -> torch.Tensor:
         """h [..., D] after the last layer -> logits [..., V] float32."""
-        raise NotImplementedError
-
-    def vision_block_inputs(self, N: int, P: int) -> tuple[torch.Tensor, ...]:
-        """Zeros in the shape of what a layer of the vision tower takes for N images of P patches each."""
         raise NotImplementedError
 
     def through_layers(
@@ -162,13 +159,12 @@ class Decoder(nn.Module):
 class DecoderModel(PrunableModel):
     """A language model with one kind of rotary positions, and a head that may be tied.
 
-    `model` is what checkpoints name so: a Decoder, or a module that holds one where `decoder` says.
+    A family sets `model`, or says with `decoder` where its Decoder is.
     """
 
-    def __init__(self, config, model: nn.Module):
+    def __init__(self, config):
         super().__init__()
         self.config = config
-        self.model = model
         if not config.tie_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
 

@@ -50,8 +50,26 @@ class DecoderLayer(base.DecoderLayer):
 
 
 class Gemma3(base.DecoderModel):
+    """The language model, and for a config with images the vision tower and the projector between them."""
+
     def __init__(self, config: Gemma3Config):
-        super().__init__(config, base.Decoder(config, DecoderLayer, GemmaRMSNorm))
+        super().__init__(config)
+        decoder = base.Decoder(config, DecoderLayer, GemmaRMSNorm)
+        if config.vision is None:
+            self.model = decoder
+        else:  # checkpoints with images name it language_model.model
+            self.vision_tower = VisionTower(config.vision)
+            self.multi_modal_projector = Projector(config.vision, config.hidden_size)
+            self.language_model = nn.Module()
+            self.language_model.model = decoder
+
+    @property
+    def decoder(self) -> base.Decoder:
+        return (self if self.config.vision is None else self.language_model).model
+
+    @property
+    def vision_blocks(self) -> str | None:
+        return None if self.config.vision is None else "vision_tower.vision_model.encoder.layers"
 
     def embed(self, tokens):
         h = super().embed(tokens)
@@ -64,32 +82,6 @@ class Gemma3(base.DecoderModel):
         windows = set(self.config.windows)
         return {window: tables(self.config.rope if window is None else self.config.local_rope) for window in windows}
 
-
-class Gemma3WithImages(base.PrunableModel):
-    """The language model, the vision tower, and the projector between them."""
-
-    vision_blocks = "vision_tower.vision_model.encoder.layers"
-
-    def __init__(self, config: Gemma3Config):
-        super().__init__()
-        self.config = config
-        self.vision_tower = VisionTower(config.vision)
-        self.multi_modal_projector = Projector(config.vision, config.hidden_size)
-        self.language_model = Gemma3(config)
-
-    @property
-    def layers(self) -> nn.ModuleList:
-        return self.language_model.layers
-
-    def embed(self, tokens):
-        return self.language_model.embed(tokens)
-
-    def rope(self, positions):
-        return self.language_model.rope(positions)
-
-    def head(self, h):
-        return self.language_model.head(h)
-
     def image_features(self, pixels: torch.Tensor) -> torch.Tensor:
         """pixels [N, 3, S, S] from -1 to 1, in the weights' dtype -> embeddings of the images' tokens [N, M, D]."""
         return self.multi_modal_projector(self.vision_tower(pixels))
@@ -97,7 +89,3 @@ class Gemma3WithImages(base.PrunableModel):
     def vision_block_inputs(self, N, P):
         weight = self.multi_modal_projector.mm_input_projection_weight
         return (weight.new_zeros(N, P, self.config.vision.hidden_size),)
-
-
-def build(config: Gemma3Config) -> base.PrunableModel:
-    return Gemma3(config) if config.vision is None else Gemma3WithImages(config)

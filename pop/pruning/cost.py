@@ -40,13 +40,9 @@ from pop.pruning.plan import PrunePlan
 
 
 def prefill_flops(config, num_tokens: int, plan: PrunePlan, patches: Sequence[int] = ()) -> int:
-    """FLOPs of prefilling one prompt, up to its boundary token's logits.
+    """FLOPs of prefilling one prompt of num_tokens tokens, up to its boundary token's logits.
 
-    Args:
-        config: of the model.
-        num_tokens: N, the tokens of images included.
-        plan: what is pruned.
-        patches: the number of patches of each image, or frame pair of a video, in the prompt.
+    `patches` has the number of patches of each image, or frame pair of a video, in the prompt.
     """
     everyone = range(num_tokens)
     full_depth = [p for p in everyone if p < plan.full_depth_first or p >= num_tokens - plan.full_depth_last]
