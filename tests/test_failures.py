@@ -137,7 +137,7 @@ def assert_nothing_else(folder, names, place):
     """No other file is left there, except a hidden one whose removal has failed."""
     for path in folder.iterdir():
         if path.name not in names:
-            assert path.name.startswith(".") and place[0].endswith("pop/files.py"), (path, place)
+            assert path.name.startswith(".") and place[0].endswith("pop/system/files.py"), (path, place)
             shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
@@ -227,7 +227,7 @@ def test_a_folder_is_whole_or_not_there(make, tmp_path):
     out, whole, call = written_once(make(tmp_path), tmp_path / "out")
     for place in failures(call):
         if (out / "model").exists():
-            if place[0].endswith("pop/files.py"):  # the removal of the lock may have failed
+            if place[0].endswith("pop/system/files.py"):  # the removal of the lock may have failed
                 (out / "model" / ".lock").unlink(missing_ok=True)
             assert contents(out / "model") == whole, place
         assert_nothing_else(out, {"once", "model"}, place)

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from pop.errors import InputError, PopError
-from pop.files import write_whole
+from pop.system.files import write_whole
 
 ROOT = Path(__file__).resolve().parents[1]
 

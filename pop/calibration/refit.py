@@ -25,9 +25,9 @@ from pop.errors import InputError, PlanError, check_count
 from pop.generation.sampling import check_finite
 from pop.inputs.processors import Prepared
 from pop.model import Model
-from pop.progress import progress_bar
 from pop.pruning.plan import PrunePlan
 from pop.pruning.projections import KVProjections
+from pop.system.progress import progress_bar
 
 RIDGES = (1e-2, 1e-1, 1.0)  # candidates for lambda
 DAMPINGS = (1.0, 0.85)  # candidates for d, of V and of K

@@ -18,14 +18,14 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save
 
-from pop import files
 from pop.calibration.gates import gate_gradients, sample_responses
 from pop.errors import InputError, MissingExtra, PlanError, PopError, UnsupportedError, check_count
 from pop.generation.batch import as_prompts
 from pop.inputs.processors import Prepared
 from pop.model import Model
-from pop.progress import progress_bar
 from pop.pruning.plan import PrunePlan
+from pop.system import files
+from pop.system.progress import progress_bar
 
 # A prompt, its response (None: the model samples one), and the prompt's images and videos.
 Sample = tuple[list[int], list[int] | None, list[Prepared]]

@@ -16,8 +16,8 @@ from typing import Any, get_type_hints
 from pop.checkpoints.fields import Fields
 from pop.checkpoints.meta import read_params
 from pop.errors import ConfigError
-from pop.files import read_json
 from pop.models import config as configs
+from pop.system.files import read_json
 
 logger = logging.getLogger(__name__)
 

@@ -24,8 +24,8 @@ from pop.checkpoints import embedded
 from pop.checkpoints.hub import Broken, Hub
 from pop.checkpoints.registry import find_weights, lookup, weights_folder
 from pop.errors import CheckpointError, DownloadError, WeightsNotFound, some
-from pop.files import hash_file, read_json, remove, staged, write_json
-from pop.progress import progress_bar
+from pop.system.files import hash_file, read_json, remove, staged, write_json
+from pop.system.progress import progress_bar
 
 MANIFEST = "pop-download.json"
 CONFIGS = ("config.json", "generation_config.json")

@@ -21,7 +21,7 @@ from pathlib import Path
 from pop.checkpoints.gguf import convert, require_gguf
 from pop.checkpoints.registry import find_weights, weights_folder
 from pop.errors import CheckpointError, DownloadError, WeightsNotFound
-from pop.files import hash_file, staged
+from pop.system.files import hash_file, staged
 
 
 @dataclass(frozen=True)

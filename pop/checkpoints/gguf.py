@@ -23,11 +23,11 @@ from pop.checkpoints.config_json import READERS
 from pop.checkpoints.fields import Fields
 from pop.checkpoints.gguf_tokenizer import write_tokenizer
 from pop.errors import CheckpointError, ConfigError, MissingExtra, PopError, UnsupportedError, some
-from pop.files import staged, write_json
 from pop.models import build
 from pop.models.config import RopeConfig
 from pop.models.layers import rope_frequencies
-from pop.progress import progress_bar
+from pop.system.files import staged, write_json
+from pop.system.progress import progress_bar
 
 _HARMLESS = ("vocab_size", "rope.scaling.finetuned", "rope.scaling.original_context_length")
 _SHARD_BYTES = 4 << 30  # larger weights are written as several files with an index

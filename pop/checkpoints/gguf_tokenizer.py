@@ -11,7 +11,7 @@ from typing import Any
 from sentencepiece import SentencePieceProcessor
 
 from pop.errors import CheckpointError, UnsupportedError
-from pop.files import write_json
+from pop.system.files import write_json
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # token types, as in sentencepiece
 

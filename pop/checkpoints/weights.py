@@ -20,9 +20,9 @@ from torch import nn
 
 from pop.checkpoints import meta
 from pop.errors import CheckpointError, some
-from pop.files import read_json, read_tensors
 from pop.models.config import Config
-from pop.progress import progress_bar
+from pop.system.files import read_json, read_tensors
+from pop.system.progress import progress_bar
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 # Names of Gemma-3 with a vision tower: patterns of later saves by the reference, and the published names.

@@ -14,12 +14,12 @@ import torch
 
 from pop.engine.cache import KVCache
 from pop.errors import InputError, PlanError
-from pop.files import read_json, write_whole
 from pop.generation.answers import Generation
 from pop.generation.batch import Batch
 from pop.generation.sampling import SamplingParams
 from pop.inputs.processors import Prepared, as_list
 from pop.pruning.plan import PrunePlan
+from pop.system.files import read_json, write_whole
 
 FORMAT = 2  # of saved conversations
 

@@ -1,4 +1,4 @@
 """The inputs of a model: texts, conversations, images and videos become token ids and tensors.
 
-It may import pop.models, pop.errors, pop.files and pop.progress.
+It may import pop.models, pop.system and pop.errors.
 """

@@ -11,9 +11,9 @@ from itertools import groupby
 from safetensors import SafetensorError
 from safetensors.torch import save
 
-from pop import files
 from pop.errors import PlanError, check_count
 from pop.pruning.projections import KVProjections
+from pop.system import files
 
 
 @dataclasses.dataclass(frozen=True)

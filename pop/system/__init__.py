@@ -1,1 +1,1 @@
-"""What the operating system offers. Imported by everything, and imports pop.errors only."""
+"""What the operating system offers: files that appear whole, progress bars, free memory. May import pop.errors."""

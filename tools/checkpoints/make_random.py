@@ -22,8 +22,8 @@ import torch
 
 from pop.checkpoints.config_json import read_config
 from pop.errors import CheckpointError, InputError, check_count
-from pop.files import staged, write_json
 from pop.models import build
+from pop.system.files import staged, write_json
 from tools.common import exit_status
 
 SHARD_BYTES = 5_000_000_000  # the most bytes of tensors in a shard, unless a single tensor is larger

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from pop.errors import InputError, MissingExtra
-from pop.files import replaced
+from pop.system.files import replaced
 from tools.common import exit_status
 
 

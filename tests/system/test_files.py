@@ -7,9 +7,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from pop import files
 from pop.errors import CheckpointError, PlanError
-from pop.files import read_json, read_tensors, replaced, staged
+from pop.system import files
+from pop.system.files import read_json, read_tensors, replaced, staged
 
 
 def write(folder, text="whole"):
