@@ -10,8 +10,7 @@ are arguments, and sizes are symbols. torch treats a size of 1 apart from all ot
     one image, or several of one size     in a vision tower
 
 They serve every length of prompts, batches and caches, every size of images, and every set of pruned layers. A warm-up
-runs each of them, before the first call that needs it. Nothing compiles after that. All that depends on how
-torch.compile behaves is in this file.
+runs each of them, before the first call that needs it. All that depends on how torch.compile behaves is in this file.
 """
 
 import copy

@@ -1,6 +1,6 @@
 """Qwen3-VL, from 2B to 235B: the Qwen3 language model (qwen3.py) and a vision tower (vision/qwen3_vl.py).
 
-It adds two things to Qwen3, and without images it is a Qwen3:
+It adds two things to Qwen3:
 
 - M-RoPE: positions have three axes, time, row and column. Each rotated pair turns by one of them. On text the three are
   equal, which is plain RoPE. `image_positions` computes them for images and videos.

@@ -61,8 +61,8 @@ def prefill_flops(config, num_tokens: int, plan: PrunePlan, patches: Sequence[in
 
 def speedup_limit(config, num_tokens: int, plan: PrunePlan, patches: Sequence[int] = ()) -> float:
     """The speedup over a full prefill that the shapes allow. Arguments as in `prefill_flops`."""
-    full, pruned = (prefill_flops(config, num_tokens, one, patches) for one in (PrunePlan.none(), plan))
-    return full / pruned
+    full = prefill_flops(config, num_tokens, PrunePlan.none(), patches)
+    return full / prefill_flops(config, num_tokens, plan, patches)
 
 
 def vision_flops(config, patches: Sequence[int]) -> int:

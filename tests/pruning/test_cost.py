@@ -117,7 +117,7 @@ def test_gemmas_tower_is_counted_as_torch_counts_it():
 
 
 def test_the_tower_caps_what_pruning_gains():
-    """A third of Qwen3-VL-8B is pruned. A prompt of text gains 1.47x, and one with an image of 640 x 480 pixels less."""
+    """A third of Qwen3-VL-8B is pruned. A text gains 1.47x, and a prompt with an image of 640 x 480 pixels less."""
     config, plan = published("8b"), PrunePlan.deepest(36, 1 / 3)
     text, patches = speedup_limit(config, 366, plan), [1200]
     assert round(text, 2) == 1.47
