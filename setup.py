@@ -8,7 +8,7 @@ from setuptools import find_packages, setup
 here = Path(__file__).parent
 version = re.search(r'^__version__ = "(.+)"$', (here / "pop/__init__.py").read_text(encoding="utf-8"), re.M)[1]
 
-gguf = ["gguf>=0.16.2,<0.20"]  # since 0.16.2 it knows gemma3; pop overrides a method of its reader
+gguf = ["gguf>=0.16.2,<0.20"]  # 0.16.2 added gemma3; below 0.20 because pop overrides a method of its reader
 images = ["pillow>=10.4"]  # before, 16-bit grey PNG files had no mode of their own
 videos = ["av>=12"]  # before, packets did not say whether they are shown
 demo = [*gguf, "tqdm"]
