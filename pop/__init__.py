@@ -43,7 +43,7 @@ from pop.pruning.plan import PrunePlan
 
 __version__ = "0.1.0"
 
-# Shorter names of modules that other code bases use.
+# Short aliases, such as pop.parallel, for modules that other code bases import.
 for _name, _module in (("cost", cost), ("parallel", parallel), ("reference", reference)):
     sys.modules[f"pop.{_name}"] = _module
 

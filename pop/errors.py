@@ -1,7 +1,7 @@
 """Every error that `pop` raises on purpose.
 
 Each is a `PopError` and also the built-in it refines, so both `except pop.PopError` and `except ValueError`
-do what a caller expects. A message is one sentence: what was wrong, where, and what to do about it.
+do what a caller expects. A message is one sentence: what is wrong, where, and what to do about it.
 """
 
 from math import inf
@@ -41,7 +41,7 @@ class UnknownModel(PopError, LookupError):
 
 
 class WeightsNotFound(PopError, FileNotFoundError):
-    """A known model whose files are in none of the places they are looked for."""
+    """A known model whose files are in none of the folders where they may be."""
 
 
 class DownloadError(PopError, OSError):

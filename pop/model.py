@@ -29,7 +29,7 @@ from pop.inputs.tokenizers import row_lengths, token_ids
 from pop.models.images import TextOnly
 from pop.pruning.plan import PrunePlan
 
-SCORED_AT_ONCE = 256  # tokens of a continuation, whose logits [T, V] are in memory together
+SCORED_AT_ONCE = 256  # continuation tokens whose logits [T, V] are in memory together
 
 
 class Model:
@@ -41,7 +41,7 @@ class Model:
         module: The torch module (pop/models). Its weights decide `device` and `dtype`.
         config: The frozen dataclass of its sizes.
         tokenizer: None if the checkpoint lacks one.
-        plan: What every prefill prunes unless it is given another plan; as `prune` in `load`.
+        plan: The plan of every prefill that is given no other; takes the values of `prune` in `load`.
         max_seq_len, compile, progress: As in `load`.
         chunk_size: How many tokens of a prompt prefill runs at once.
         part: A pop.backends.tensor_parallel.Part if the module is one process's part of the model.
@@ -111,7 +111,7 @@ class Model:
         Args:
             tokens: Ids [B, T], right-padded.
             cache: From `new_cache`, with B rows.
-            lengths: The tokens of each row without padding, [B]. None: all T.
+            lengths: The number of tokens in each row without padding, [B]. None: all T.
             images, videos: A list for each row, whose placeholders are among the tokens.
             plan: The PrunePlan of this call; None takes the model's.
             chunk_size: How many tokens run at once, at most the cache's chunk_size. None takes the model's.
@@ -126,8 +126,7 @@ class Model:
         plan = self.resolve(plan)
         chunk_size = self.chunk_size if chunk_size is None else self._chunk_size(chunk_size)
         stages = self._stages(len(tokens), plan)
-        module = self.module if self._compiled is None else self._compiled.vision_module
-        images = self._images(module, images, videos, tokens, lengths)
+        images = self._images(self._vision_module, images, videos, tokens, lengths)
         return engine.prefill(self.module, tokens, cache, lengths, plan, chunk_size, stages, images, boundary)
 
     def decode(self, tokens, cache: KVCache) -> torch.Tensor:
@@ -335,6 +334,10 @@ class Model:
         return token_ids(tokens, dims, self.config.vocab_size).to(self.device)
 
     @torch.no_grad()
+    @property
+    def _vision_module(self):
+        return self.module if self._compiled is None else self._compiled.vision_module
+
     def _images(self, module, images, videos, tokens: torch.Tensor, lengths: torch.Tensor) -> TextOnly:
         """What images and videos bring to tokens [B, T], by the vision tower of a module."""
         return self.vision.images(module, self.vision.prepare_batch(images, videos, len(tokens)), tokens, lengths)

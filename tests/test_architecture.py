@@ -140,8 +140,7 @@ class DecoderLayer(llama.DecoderLayer):
 
 class Centred(base.DecoderModel):
     def __init__(self, config):
-        super().__init__(config)
-        self.model = base.Decoder(config, DecoderLayer, norm=LayerNorm)
+        super().__init__(config, base.Decoder(config, DecoderLayer, norm=LayerNorm))
 
 
 def test_a_new_family_runs_everywhere(tmp_path, monkeypatch):

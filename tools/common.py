@@ -52,7 +52,7 @@ def integers_in(option: str, text: str) -> list[int]:
 
 
 def check_writable(path: str) -> None:
-    """Raise InputError if a file could not be written to `path`. Better now than after the work."""
+    """Raise InputError if a file could not be written to `path`. To be called before the work."""
     if os.path.isdir(path) or not os.access(Path(path).resolve().parent, os.W_OK):
         raise InputError(f"{path} cannot be written; name a file in a folder that exists")
 

@@ -1,6 +1,6 @@
-"""Swaps: each file replaces parts of a finished module, or a function of the engine, by a form that suits a machine.
+"""Swaps: each file replaces parts of a finished module, or a function of the engine, with a form for one machine.
 
-The models and the engine know nothing of them. May import pop.engine and what it imports.
+The models and the engine do not depend on them. May import pop.engine, pop.checkpoints and what these import.
 """
 
 from functools import partial

@@ -17,13 +17,13 @@ from pop.models import layers
 
 # Dtypes without fast products: float16 on all CPUs, and bfloat16 on those that have no more than AVX2.
 WIDENED = {torch.float16} | ({torch.bfloat16} if torch.backends.cpu.get_cpu_capability() == "AVX2" else set())
-WIDENED_AT_ONCE = 2**26  # numbers
-STREAMS = 4  # places at which a core reads a matrix at once; with one alone, the memory waits
-TEMPORARY = 31 * 2**20  # bytes: the largest block that glibc learns from, less torch's header
+WIDENED_AT_ONCE = 2**26  # weights that are copied to float32 at a time
+STREAMS = 4  # blocks of a matrix that a core reads at once; with a single block, memory bandwidth stays unused
+TEMPORARY = 31 * 2**20  # bytes; glibc adapts to freed blocks of at most 32 MiB, headers included
 
 
 class Linear(nn.Linear):
-    """nn.Linear, by the fastest product."""
+    """nn.Linear with the fastest product."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return linear(x, self.weight, self.bias)
@@ -37,7 +37,7 @@ class Embedding(layers.Embedding):
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """As F.linear. x is [B, T, in], or [B, in] and [in] for one token a row."""
+    """Like F.linear. x is [B, T, in], or [B, in] and [in] for one token a row."""
     if x.device.type != "cpu":
         return F.linear(x, weight, bias)
     one_token = x.dim() < 3 or x.shape[-2] == 1
@@ -61,15 +61,15 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
 
 
 def _parts(length: int) -> int | None:
-    """The least number of equal parts, of at most 4096 numbers each, in which to sum `length` numbers.
+    """The smallest number of equal parts, of at most 4096 numbers each, in which to sum `length` numbers.
 
-    Inductor compiles longer sums to slower code. None: no number up to 32 will do.
+    Inductor compiles longer sums to slower code. None: no number of parts up to 32 fits.
     """
     return next((parts for parts in range(1, 33) if length % parts == 0 and length // parts <= 4096), None)
 
 
 def _fused_product(weight: torch.Tensor, x: torch.Tensor, parts: int) -> torch.Tensor:
-    """weight [out, in] times x [in] -> [out] float32, each sum taken in `parts` parts: for the compiler to fuse."""
+    """weight [out, in] times x [in] -> [out] float32, each sum in `parts` parts, which the compiler fuses."""
     if parts == 1:  # a second sum, even of one number, would need a buffer
         return (weight * x).sum(-1, dtype=torch.float32)
     return (weight * x).unflatten(-1, (parts, -1)).sum(-1, dtype=torch.float32).sum(-1)
@@ -78,7 +78,7 @@ def _fused_product(weight: torch.Tensor, x: torch.Tensor, parts: int) -> torch.T
 def attend_cache(
     q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, at: AttentionMetadata, scale: float
 ) -> torch.Tensor:
-    """As pop.engine.attention.attend_cache. Compiled, one token a row reads K and V once, in place."""
+    """Like pop.engine.attention.attend_cache. When compiled, one token a row reads K and V once, in place."""
     if q.shape[1] == 1 and q.device.type == "cpu" and torch.compiler.is_compiling():
         N = at.mask.shape[-1]
         return one_token_attention(q, keys[:, :N], values[:, :N], at.mask, scale)

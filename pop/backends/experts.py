@@ -1,4 +1,4 @@
-"""Mixtures of experts as one operator for the compiler: how many tokens an expert has is data.
+"""Mixtures of experts as one operator for the compiler, since the number of tokens of an expert is data.
 
 `accelerate` gives the experts of a finished module this `forward`.
 """
@@ -24,7 +24,7 @@ class Experts(experts.Experts):
 def by_expert(
     x: torch.Tensor, chosen: torch.Tensor, shares: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor
 ) -> torch.Tensor:
-    """As pop.models.experts.by_expert, with faster products."""
+    """Like pop.models.experts.by_expert, with faster products."""
     return experts.by_expert(x, chosen, shares, gate_up, down, linear)
 
 
@@ -35,7 +35,7 @@ by_expert_operator.register_fake(lambda x, chosen, shares, gate_up, down: torch.
 def one_token(
     x: torch.Tensor, chosen: torch.Tensor, shares: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor
 ) -> torch.Tensor:
-    """The same for N = 1 as multiply-and-sum: compiled, it reads the weights of the k experts once, in place."""
+    """`by_expert` for N = 1 as multiply-and-sum. Compiled, it reads the weights of the k experts once, in place."""
     chosen, shares = chosen[0], shares[0]
     gate, up = (gate_up[chosen] * x).sum(-1, dtype=torch.float32).to(x.dtype).chunk(2, dim=-1)  # [k, I] each
     inner = F.silu(gate) * up

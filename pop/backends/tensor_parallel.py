@@ -72,9 +72,9 @@ def _leave() -> None:
 
 
 def end(status: int = 0) -> NoReturn:
-    """Leave the group and end this process with an exit status, without ending the interpreter in the usual way.
+    """Leave the group and end this process with an exit status, without the interpreter's usual shutdown.
 
-    At the usual end, a thread of the group that waits for Python can abort a process that has succeeded. This was seen
+    In that shutdown, a thread of the group that waits for Python can abort a process that has succeeded. This was seen
     with gloo under load. Other functions that are registered with atexit do not run.
     """
     _leave()
@@ -85,7 +85,7 @@ def end(status: int = 0) -> NoReturn:
 
 
 class Part:
-    """The part of a model that one rank holds: `rank` of `size`. Raises InputError if the query heads do not divide."""
+    """The part of a model that one rank holds: `rank` of `size`. Raises InputError if `size` does not divide H."""
 
     def __init__(self, whole, rank: int, size: int):
         self.whole, self.rank, self.size = whole, rank, size
@@ -93,10 +93,10 @@ class Part:
         if H % size:
             raise InputError(f"{size} processes cannot share {H} query heads evenly; start a number that divides {H}")
         count, G = H // size, H // K  # query heads of a rank, and of a K/V head
-        block = math.gcd(count, G)  # the most query heads for which every block of them has one K/V head
+        block = math.gcd(count, G)  # query heads in a block: the most for which each block has one K/V head
         blocks = range(rank * count, (rank + 1) * count, block)
         kv_heads = [first // G for first in blocks]
-        # Its rows of the whole K and V projections. Ranks whose query heads attend one K/V head have a copy of it each.
+        # Its rows of the whole K and V projections. Ranks whose query heads share a K/V head each hold a copy of it.
         self.kv_rows = [head * E + row for head in kv_heads for row in range(E)]
         inner = _share(whole.intermediate_size, rank, size)
         sizes = {"num_heads": count, "num_kv_heads": len(kv_heads), "intermediate_size": inner[1] - inner[0]}
@@ -136,7 +136,7 @@ class Part:
         for name, parameter in model.named_parameters():
             *_, kind, last = name.split(".")
             shard = self._shards.get(kind) or self._shards.get(f"{kind}.{last}")
-            # A bias lacks axis 1, so that of a row-parallel layer is whole.
+            # A bias lacks axis 1, so a row-parallel layer's bias is whole.
             if shard is not None and not name.startswith(VISION) and shard.axis < parameter.dim():
                 self.shards[name] = shard
             self.num_parameters += math.prod(self.whole_shape(name, parameter))
@@ -148,9 +148,9 @@ class Part:
         return self.shards[name].whole_shape(shape) if name in self.shards else shape
 
     def samples(self, name: str, parameter: torch.Tensor, step: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Take every step-th value of a whole, flattened parameter. Each comes from exactly one of the ranks.
+        """Take every step-th value of the whole, flattened parameter. Each value comes from exactly one rank.
 
-        Returns this rank's values, and the number of each among the values of all ranks.
+        Returns this rank's values [n], and the index [n] of each among the values of all ranks.
         """
         count = len(parameter)
         shard = self.shards.get(name) or Shard(0, count, ((0, count),), (self.rank == 0,))  # whole on every rank

@@ -24,8 +24,8 @@ from pop.models.base import Attend
 from pop.models.layers import Rope
 from pop.pruning.plan import PrunePlan
 
-LOGITS_AT_ONCE = 256  # tokens of the responses whose logits [N, V] are in memory together
-# The backward pass computes the activations inside a function again, so that they need not be kept.
+LOGITS_AT_ONCE = 256  # response tokens whose logits [N, V] are in memory together
+# The backward pass recomputes the activations inside a checkpointed function, so they need not be kept.
 _checkpoint = functools.partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
 
 
@@ -35,7 +35,7 @@ def sample_responses(
     """Sample a response of at most `count` tokens to each prompt, at full depth and temperature 1.
 
     Returns token ids, including the end token. Each row's random generator has its own seed. So a response does not
-    depend on the other rows of the batch, as far as rounding leaves the logits the same.
+    depend on the other rows of the batch, up to rounding in the logits.
     """
     if not prompts:
         return []
@@ -66,7 +66,7 @@ def gate_gradients(
     """dL/dg of every gate for each sample: [B, 2 (attention, MLP), 2 (prefill, decode), L] float64 on the CPU.
 
     L is the negative log-likelihood of the response. Each batch row has its own gates, so one backward pass keeps the
-    samples apart. Autograd keeps h between the layers only; it computes the activations inside a layer again.
+    samples apart. Autograd keeps h between the layers only; it recomputes the activations inside a layer.
     """
     module, device = model.module, model.device
     rows = [prompt + response[:-1] for prompt, response in zip(prompts, responses, strict=True)]

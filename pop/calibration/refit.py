@@ -31,7 +31,7 @@ from pop.system.progress import progress_bar
 
 RIDGES = (1e-2, 1e-1, 1.0)  # candidates for lambda
 DAMPINGS = (1.0, 0.85)  # candidates for d, of V and of K
-TRIALS = len(RIDGES) + 2 * (len(DAMPINGS) - 1) + 1  # the most settings that are tried for a plan
+TRIALS = len(RIDGES) + 2 * (len(DAMPINGS) - 1) + 1  # the most settings (lambda, dampings) that are tried for a plan
 SHORTEST = 16  # tokens; a shorter window is left out
 JUDGED = 384  # the most tokens of a held-out window that are used
 TOKENS_AT_ONCE = 4096  # the most tokens in one forward pass
@@ -62,9 +62,9 @@ def calibrate(
         plan: A PrunePlan, or a list of them. Several plans share the pass over the texts.
         images, videos: A list for each text, as in `Model.generate`. All are in memory at the same time.
         taps: 2 also gives the projections the previous token, and 1 does not.
-        window: The tokens of a window, best as many as prompts have. Texts with images stay whole.
+        window: The tokens of a window, ideally as many as in a typical prompt. Texts with images stay whole.
         held_out: The number of windows, at most a fifth of all, that choose lambda and the dampings but are not fitted.
-            They are judged by the text after their first 256 tokens, or after their last image.
+            A plan is judged by the 128 tokens after their first 256, or after their last image.
         seed: Decides which windows are held out.
         progress: Show a bar on stderr, if tqdm is installed.
 
@@ -235,7 +235,7 @@ def _accumulate(model, batch: list[Window], fits: list[_Fit]) -> None:
 class Judge:
     """KL(full || pruned) of a plan on windows, in nats a token.
 
-    Only the last third of a window counts. The tokens before it, with all images, are the prompt.
+    Only the last third of the first 384 tokens counts. The tokens before it, with all images, are the prompt.
     """
 
     def __init__(self, model, windows: list[Window]):

@@ -38,10 +38,10 @@ class Importance:
 
     prefill: torch.Tensor  # [L] float64 on the CPU, in nats squared (README.md in this folder)
     decode: torch.Tensor
-    prefill_error: torch.Tensor  # standard errors: [L] float64, all NaN if there was one sample only
+    prefill_error: torch.Tensor  # standard errors [L] float64; all NaN for a single sample
     decode_error: torch.Tensor
     num_samples: int  # the scores are means over these
-    attention: "Importance | None" = None  # scores with a gate on this branch of each layer only, if asked for
+    attention: "Importance | None" = None  # scores of this branch of each layer, if asked for (branches=True)
     mlp: "Importance | None" = None
 
     def __post_init__(self):
@@ -144,8 +144,8 @@ def importance(
         images, videos: A list for each sample's prompt, as in `Model.generate`. All are in memory at the same time.
         response_tokens: The most tokens of a sampled response. An end token ends it earlier, and counts in the loss.
         batch_size: How many samples run at once. It changes speed, memory and rounding only.
-        seed: Sample i has the random generator (seed, i).
-        branches: Also score attention and MLP apart.
+        seed: Sample i has a random generator seeded with (seed, i).
+        branches: Also score attention and MLP separately.
         resume: A file that keeps unfinished work. If it exists, the run continues from it.
         progress: Show a bar on stderr, if tqdm is installed.
 
@@ -261,7 +261,7 @@ def check_plot(path: str | os.PathLike) -> str:
 
 
 def _scores(name: str, values, unknown: bool) -> torch.Tensor:
-    """values as [L] float64: finite and at least 0, or if they are unknown, all NaN (None). Raises InputError."""
+    """values as [L] float64: finite and at least 0, or all NaN if `unknown` (None in a file). Raises InputError."""
     values = values.tolist() if hasattr(values, "tolist") else values
 
     def valid(value) -> bool:

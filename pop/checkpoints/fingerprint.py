@@ -1,4 +1,4 @@
-"""What tells one model's weights from another's: calibrated plans and saved conversations belong to one model."""
+"""Fingerprints, to tell models' weights apart: calibrated plans and saved conversations belong to one model."""
 
 import dataclasses
 import hashlib
@@ -7,7 +7,7 @@ import math
 import torch
 
 SAMPLES = 2**20  # at most this number of values of each parameter is read
-# Fields of the config that change no hidden state, or, of a vision tower, that its parameters tell.
+# Fields of the config that change no hidden state, or that describe the vision tower or its tokens.
 UNREAD = {"dtype", "max_positions", "bos_id", "eos_ids", "vision", "image_id", "boi_id", "eoi_id"}
 
 
@@ -16,10 +16,10 @@ def fingerprint(module, part=None) -> str:
     """A hash of a model: the same in float32 and bfloat16, and for a 16-bit checkpoint also in float16.
 
     Each parameter is rounded to bfloat16, and values too small for float16 to zero. Its bit patterns are added up,
-    weighted by their place. A sum of integers is the same on every device and in any order. A float32 checkpoint that
+    weighted by their index. A sum of integers is the same on every device and in any order. A float32 checkpoint that
     is cut to float16 is rounded twice, and counts as another model.
 
-    With a `part` (pop.parallel.Part), all ranks call this together, and get the hash of the whole model.
+    With a `part` (pop.backends.tensor_parallel.Part), all ranks call this together and get the hash of the whole model.
     """
     config = module.config if part is None else part.whole
     digest = hashlib.sha256()

@@ -2,7 +2,7 @@
 
 A GGUF file holds a table of metadata and a list of tensors, often quantised, under llama.cpp's names.
 
-1. Write the metadata as a complete config.json. Refuse what is left of them.
+1. Write a complete config.json from the metadata. Refuse metadata that is left over.
 2. Compare the tensors with those of the model that config.json describes.
 3. Dequantise the tensors, undo what llama.cpp's converter did to them, and round them to bfloat16.
 4. Rebuild the tokenizer's files (gguf_tokenizer.py).
@@ -216,7 +216,7 @@ def _rope_scaling(source: GGUFFile, arch: str, base: float, head_dim: int) -> di
     linear = {"rope_type": "linear", "factor": factor} if kind == "linear" and factor != 1 else None
     if arch != "llama" or "rope_freqs.weight" not in source.shapes:
         return linear
-    # All Llama-3.1 models have the other parameters of RopeConfig in common. They must reproduce the divisors.
+    # All Llama-3.1 models share the other parameters of RopeConfig. These must reproduce the divisors.
     divisors = source.values("rope_freqs.weight", torch.float32)
     factor = _decimal(divisors.flatten()[-1].item())
     original = source.get("llama.rope.scaling.original_context_length", int, 8192)
@@ -234,7 +234,7 @@ def _rope_scaling(source: GGUFFile, arch: str, base: float, head_dim: int) -> di
 
 
 def _tensors(source: GGUFFile, arch: str, config: dict[str, Any]) -> dict[str, str]:
-    """Return HF name -> GGUF name of all tensors of the model. None is missing, surplus or mis-shaped in the file."""
+    """Return HF name -> GGUF name of all tensors. Raise CheckpointError for a missing, surplus or mis-shaped one."""
     try:
         with torch.device("meta"):
             module = build(READERS[config["model_type"]](Fields(config)))
@@ -281,7 +281,7 @@ def _write_weights(source: GGUFFile, folder: Path, config: dict, tensors: dict[s
 
 
 def _hf_weight(source: GGUFFile, config: dict[str, Any], name: str, hf_name: str) -> torch.Tensor:
-    """Return the bfloat16 tensor as HF stores it, without the changes by llama.cpp's converter."""
+    """Return the bfloat16 tensor as HF stores it, with the changes of llama.cpp's converter undone."""
     if config["model_type"] == "gemma3_text" and name.endswith("norm.weight"):
         return (source.values(name, torch.float32) - 1).bfloat16()  # GGUF holds 1 + w, HF w
     weight = source.values(name, torch.bfloat16)

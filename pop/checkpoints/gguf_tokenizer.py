@@ -78,8 +78,8 @@ def _byte_level_bpe(source, tokens: list, types: list, pre: str | None, bos_id: 
         known = ", ".join(PRE_TOKENIZERS)
         raise UnsupportedError(f"{source.path}: the pre-tokenizer {pre!r} is not supported (supported: {known})")
     normalizer, pre_tokenizer, ignore_merges = PRE_TOKENIZERS[pre]
-    # Published files end the vocabulary with the last token of BPE itself. They list the added tokens that follow it
-    # as such only, and omit the padding at the end (UNUSED).
+    # In published files, the vocabulary ends with the last token of BPE itself. The tokens after it are listed as added
+    # tokens only, and the padding at the end (UNUSED) is omitted.
     end = max((i + 1 for i, kind in enumerate(types) if kind not in (CONTROL, USER_DEFINED, UNUSED)), default=0)
     vocab, merges = {token: i for i, token in enumerate(tokens[:end])}, source.get("tokenizer.ggml.merges", list)
     flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)

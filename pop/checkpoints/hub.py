@@ -1,6 +1,6 @@
-"""HTTP for `pop download`: every request ends in an answer or in a DownloadError, and only the endpoint sees the token.
+"""HTTP for `pop download`: every request ends in an answer or in a DownloadError, and only the endpoint gets the token.
 
-`Hub.together` runs requests in threads. When one of them fails or Ctrl-C comes, the others stop with their next block.
+`Hub.together` runs requests in threads. When one of them fails or Ctrl-C comes, the others stop at their next block.
 Whatever a server sends is untrusted.
 """
 
@@ -32,7 +32,7 @@ HERE = ("localhost", "127.0.0.1", "::1")  # this machine: plain HTTP to it cross
 
 
 class Broken(Exception):
-    """A failure that may pass. `pause` is how many seconds the server asks to wait, if it does."""
+    """A failure that may pass. `pause` is the number of seconds that the server asks to wait, or None."""
 
     def __init__(self, reason: str, pause: float | None = None):
         super().__init__(reason)
@@ -88,7 +88,7 @@ class Hub:
     def persist(self, what: str, attempt: Callable[[], Any], received: Callable[[], int] = lambda: 0) -> Any:
         """Return the result of `attempt`; call it again, after a pause, whenever it raises Broken.
 
-        `received` returns the number of bytes received. When there are MUCH more, failures are counted from 0 again.
+        `received` returns the number of bytes received. After MUCH more bytes, failures are counted from 0 again.
         """
         failures, most = 0, received()
         while True:

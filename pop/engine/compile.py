@@ -32,7 +32,7 @@ from pop.errors import UnsupportedError
 from pop.pruning.plan import PrunePlan
 
 LONG = 4096  # filled slots, see above
-SMALLEST = 50_000_000  # parameters; a smaller model answers before it is compiled
+SMALLEST = 50_000_000  # parameters; a smaller model would answer before compilation ends
 
 logger = logging.getLogger(__name__)
 
@@ -57,7 +57,7 @@ class Compiled:
 
     @property
     def vision_module(self):
-        """The module, in whose vision tower the layers run compiled."""
+        """The module, with its vision tower's layers compiled."""
         if self.module.vision_blocks is None or not self.works:
             return self.module
         blocks = self.module.get_submodule(self.module.vision_blocks)
@@ -65,7 +65,7 @@ class Compiled:
         return _with_replaced(self.module, self.module.vision_blocks, compiled)
 
     def stages(self, rows: int, plan: PrunePlan = PrunePlan.none()) -> Stages:  # noqa: B008 (it is frozen)
-        """Stages that have every graph for `rows` batch rows and this kind of plan. The first call compiles."""
+        """Stages with every graph that `rows` batch rows and this kind of plan need. The first call compiles."""
         taps = None if plan.projections is None else plan.projections.taps
         with self._lock:
             for wanted in ((rows > 1, None), (rows > 1, taps)):
@@ -79,8 +79,8 @@ class Compiled:
         if self.progress and not self._warm:
             print("... compiling prefill and decode, up to a minute the first time", file=sys.stderr, flush=True)
         try:
-            # By default, floats become tensors on each call, and two sizes that are equal now are taken to be equal
-            # always.
+            # By default, torch turns floats into tensors on each call. It also assumes that sizes which are equal at
+            # compile time are always equal.
             with torch._dynamo.config.patch(specialize_float=True), symbolic_config.patch(use_duck_shape=False):
                 self._run(several, refit)
         except Exception as error:  # no compiler, no headers, no Triton ...: each has its own exception
@@ -93,7 +93,7 @@ class Compiled:
 
     @torch.no_grad()
     def _run(self, several: bool, refit: PrunePlan | None) -> None:
-        """Run all stages on all kinds of input. With `refit`, only those that a calibrated plan adds."""
+        """Run all stages on all kinds of input. With `refit`, run only the stages that a calibrated plan adds."""
         config, weight = self.module.config, next(self.module.parameters())
         rows, slots = 3 if several else 1, 1100
 
@@ -151,12 +151,12 @@ def _with_replaced(module: torch.nn.Module, path: str, new) -> torch.nn.Module:
 
 
 def _circumstances() -> tuple:
-    """Settings for which torch compiles code anew."""
+    """Settings whose change makes torch compile again."""
     return torch.get_num_threads(), torch.is_inference_mode_enabled()
 
 
 class _CompiledStage:
-    """A stage, compiled apart for one token and for several.
+    """A stage, compiled separately for one token and for several.
 
     torch tries the compiled versions of a code object one after the other, and keeps only a few. So each kind of input
     has its own copy of the code.
@@ -188,7 +188,7 @@ class _CompiledStage:
         if key not in self.compiled:
             code, name = self.function.__code__.replace(), self.function.__name__
             copied = types.FunctionType(code, self.function.__globals__, name, self.defaults)
-            # torch.compile empties the dictionary. Older versions cannot leave out guards, and check them all.
+            # A new dictionary each time: torch.compile empties it. Older versions cannot filter guards and check all.
             can_filter = hasattr(torch.compiler, "skip_guard_on_inbuilt_nn_modules_unsafe")
             options = {"guard_filter_fn": _on_tensors} if can_filter else None
             self.compiled[key] = torch.compile(copied, fullgraph=True, dynamic=True, options=options)
@@ -198,7 +198,7 @@ class _CompiledStage:
 def _as_owner(x):
     """The same values as contiguous tensors that are not views. A contiguous view's memory is shared.
 
-    Compiled code is held to the strides of its inputs, and to the size of what a view is a view of.
+    Compiled code is specialised to the strides of its inputs, and to the size of a view's base.
     """
     if isinstance(x, tuple):
         return tuple(map(_as_owner, x))
@@ -211,7 +211,7 @@ def _as_owner(x):
 
 
 def _kind(layer: torch.nn.Module, function) -> tuple:
-    """What compiled code depends on in a layer. No stage reads its window, and a pruned layer does not use the MLP."""
+    """What compiled code depends on in a layer. No stage reads the window, and a pruned layer does not use the MLP."""
     is_pruned = function in (stages.pruned_layer, stages.refit_layer)
     parts = []
     for name, module in layer.named_modules():

@@ -9,8 +9,8 @@ reads all weights again. Here both happen in one pass (`fused boundary`). At a g
 their K and V, computed from the h that enters the group: by the layers' own projections, or by a calibrated plan's.
 Then only the full-depth rows f go through the group's layers. They overwrite their K and V, and attend the cache.
 
-The only state is the cache. It counts tokens as held once their logits exist. Arguments are checked by `pop.Model`, not
-here. Shape letters: pop/models/layers.py.
+The only state is the cache. Its lengths count tokens only once their logits exist. `pop.Model` checks the arguments.
+Shape letters: pop/models/layers.py.
 """
 
 from collections.abc import Iterator

@@ -49,9 +49,9 @@ class Chunk:
     plan: PrunePlan  # without layers if no token of the chunk is pruned
     images: TextOnly  # what images bring to these tokens
     tokens: Tokens  # all tokens
-    full_depth: Tokens  # the full-depth rows; a batch row with fewer than W has other tokens as filling, not valid
+    full_depth: Tokens  # the full-depth rows; a batch row with fewer than W is filled up with invalid ones
     ends: torch.Tensor  # [B] on the CPU, the length of each row after the chunk
-    first_position: int  # the largest position at which a row's part of the chunk begins
+    first_position: int  # the largest position at which a row of the chunk begins
     look_ahead: int  # how many tokens after itself a token attends at most
     is_fresh: bool  # the cache is empty and all tokens are causal, so they attend the chunk only
     # The first column of the prompt's last full-depth tokens. A layer with a window needs the window - 1 columns before
@@ -117,7 +117,7 @@ class Chunk:
         )
 
     def metadata(self, module, cache: KVCache) -> dict[int | None, AttentionMetadata]:
-        """For all tokens of the chunk, by the layers' window."""
+        """The metadata of all tokens of the chunk, by the layers' window."""
         has_band = self.tokens.index.shape[1] > 1
         return attention_metadata(module, cache, self.tokens, self.ends, self if has_band else None)
 
@@ -139,7 +139,7 @@ def attention_metadata(
     """How tokens [B, T] attend the cache, for each window that the layers have.
 
     Rows have lengths `ends` [B], on the CPU, once the tokens are in the cache. `chunk` is given if the tokens are
-    consecutive in each row. Then only the keys in their band are looked at.
+    consecutive in each row. Then only the keys in their band are read.
     """
     filled = int(ends.max())
     ends = ends.to(tokens.positions.device)[:, None]  # [B, 1]
@@ -175,7 +175,7 @@ def chunk_bounds(
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Where the chunks of prompts of `lengths` [B] begin and end, each [B].
 
-    A chunk has at most chunk_size tokens a row, and ends before an image that it cannot hold whole, in each row apart.
+    A chunk has at most chunk_size tokens a row, and ends before an image that it cannot hold whole, row by row.
     """
     begin = torch.zeros_like(lengths)
     while (begin < lengths).any():

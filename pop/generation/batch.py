@@ -29,7 +29,7 @@ class Batch:
         plan: PrunePlan | None = None,
         is_list: bool = False,  # whether `generate` returns a list
         earlier: KVCache | None = None,  # a cache of one row, which all prompts continue and none changes
-        leading: Sequence[int] = (),  # token ids before the prompts that run at full depth
+        leading: Sequence[int] = (),  # token ids that run at full depth before the prompts
         after_step: Callable[[Batch], None] = lambda batch: None,  # called after each token of the batch
     ):
         self.model, self.prompts, self.media, self.plan = model, prompts, media, model.resolve(plan)

@@ -169,7 +169,7 @@ class Conversation:
         self.model.check_fits(len(self.tokens) + len(prompt + answer[:-1]), "the saved conversation")
         batch = self._batch(prompt, media, SamplingParams(max_new_tokens=max(1, len(answer))))
         batch.prefill()
-        if answer[:-1]:  # the next turn runs the last token, as if the answer had been truncated
+        if answer[:-1]:  # the next turn runs the last token, as after a truncated answer
             self.model.prefill([answer[:-1]], batch.cache, plan=PrunePlan.none())
         self._state = ((*self.turns, Turn(user, assistant, prompt, answer, hashes)), batch.cache)
 

@@ -40,7 +40,7 @@ class SamplingParams:
 class Sampler:
     """Picks one token for each batch row.
 
-    Each row has its own random generator. So a prompt and a seed give the same tokens alone and in any row of a batch,
+    Each row has its own random generator. So a prompt and a seed give the same tokens by itself and in any batch row,
     up to rounding errors in the logits.
     """
 

@@ -35,7 +35,7 @@ _MAX_WHITESPACE = 900_000  # characters in a row: at a million, tiktoken's regul
 # A vocabulary may lack these bytes. In UTF-8 they never occur in a letter, a digit or a whitespace character.
 _MAY_LACK = {*range(9), *range(14, 32), 127, 0xC0, 0xC1, 0xF1, 0xF2, 0xF3, *range(0xF5, 0x100)}
 
-# The original tokenizers normalise by Unicode 9. By it, these newer characters neither compose nor change places.
+# The original tokenizers normalise by Unicode 9. In it, these newer characters neither compose nor change places.
 _NEWER = """
     5C8-5C9 7FD 897-89F 8CA-8D3 9FE C3C D3B-D3C EBA 1715 1ABF-1AF0 1DF6-1DFA A82C 105C9 105D2 105DA 105E4 10D24-10D27
     10D69-10D6D 10EAB-10EAC 10ECB-10ECF 10EF0-10EFB 10EFD-10EFF 10F46-10F50 10F82-10F85 11070 1133B 11383 11385 1138E
@@ -57,8 +57,8 @@ class BytePairTokenizer(Tokenizer):
 
     def __init__(self, ranks: dict[bytes, int], ids: Sequence[int | None], pattern: str, *, nfc=False, **options):
         super().__init__(**options)
-        self._bpe = _tiktoken(ranks, pattern)  # two neighbours merge into any token of a rank, lowest rank first
-        self._ids = ids  # of each rank; None for a byte that the vocabulary lacks, which texts lose
+        self._bpe = _tiktoken(ranks, pattern)  # neighbours merge if the result has a rank, lowest rank first
+        self._ids = ids  # of each rank; None for a byte that the vocabulary lacks and that texts lose
         self._nfc = nfc
         self._lacking = bytes(token[0] for token, rank in ranks.items() if ids[rank] is None)
         if self._lacking:
@@ -131,7 +131,7 @@ def from_tokenizer_json(spec: dict[str, Any]) -> BytePairTokenizer:
     vocab, special, added = model["vocab"], {}, {}
     for token in spec["added_tokens"]:
         name, id = token["content"], token["id"]
-        # A normalized token is searched in the normalised text. Without a normalizer this makes no difference.
+        # A normalized token is searched for in the normalised text. Without a normalizer this makes no difference.
         for flag in ["single_word", "lstrip", "rstrip"] + ["normalized"] * nfc:
             _check(f"{flag} of the added token {name!r}", token[flag], False)
         if not name.encode() or vocab.get(name, id) != id:
@@ -154,7 +154,7 @@ def from_tokenizer_json(spec: dict[str, Any]) -> BytePairTokenizer:
         raise TokenizerError(f"its vocabulary lacks the single byte {min(lacking)}.")
     if whole:
         # With ignore_merges a pre-token in the vocabulary becomes that token. tiktoken looks up whole pre-tokens first.
-        # So each token gets a rank. It changes other texts only if it lets tiktoken merge two tokens.
+        # So each token gets a rank. The rank changes other texts only if it lets tiktoken merge two tokens.
         bpe = _tiktoken(ranks, pattern)
         for id, text in bytes_of.items():
             if text in ranks:

@@ -39,7 +39,7 @@ class Processor:
     def __init__(self, config):
         self.config = config
         self.marks: dict[str, str] = {}  # for each kind, the text that marks its place in a prompt
-        self.placeholders: dict[str, int] = {}  # for each kind, the token that stands for its parts
+        self.placeholders: dict[str, int] = {}  # for each kind, the token id that stands for its parts
         self.min_chunk_size = 1  # the fewest tokens that prefill may run at once
 
     def prepare(self, kind: str, given) -> Prepared:

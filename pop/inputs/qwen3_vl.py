@@ -30,7 +30,7 @@ VIDEO_FRAMES = (4, 768)  # the fewest and the most
 
 
 def qwen_image(image, config: Qwen3VisionConfig, pixels: tuple[int, int] = IMAGE_PIXELS) -> tuple:
-    """Return an image's patches and their grid. Resized to the limits of `pixels`, it about keeps its shape."""
+    """Return an image's patches and their grid. It is resized to the limits of `pixels`, nearly in shape."""
     frame = _resize(images.load_image(image), config, 1, pixels)
     return _patches(frame.expand(config.frames, -1, -1, -1), config)  # one frame pair: the image twice
 

@@ -1,4 +1,4 @@
-"""Videos, and reading their files: the number of frames and the rate of one, and chosen frames one at a time.
+"""Videos, and reading their files: the number of frames, the frame rate, and chosen frames one at a time.
 
 PyAV, an optional extra that contains FFmpeg, reads them. A file may come from anybody, so this file takes precautions.
 It accepts a few containers and no playlists, which would make FFmpeg open other files and addresses. It checks sizes

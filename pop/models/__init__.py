@@ -1,6 +1,6 @@
 """The architectures, in plain PyTorch: one file a family, and what they share.
 
-base.py states what a layer and a model must offer so that prefill can prune them. This package may import pop.errors.
+base.py states what a layer and a model must offer so that prefill can prune them. May import pop.errors and pop.system.
 """
 
 from pop.models.base import PrunableModel

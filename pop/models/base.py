@@ -159,12 +159,12 @@ class Decoder(nn.Module):
 class DecoderModel(PrunableModel):
     """A language model with one kind of rotary positions, and a head that may be tied.
 
-    A family sets `model`, or says with `decoder` where its Decoder is.
+    `model` is what checkpoints name so: a Decoder, or a module that holds one where `decoder` says.
     """
 
-    def __init__(self, config):
+    def __init__(self, config, model: nn.Module | None):
         super().__init__()
-        self.config = config
+        self.config, self.model = config, model
         if not config.tie_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
 

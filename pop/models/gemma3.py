@@ -53,11 +53,9 @@ class Gemma3(base.DecoderModel):
     """The language model, and for a config with images the vision tower and the projector between them."""
 
     def __init__(self, config: Gemma3Config):
-        super().__init__(config)
         decoder = base.Decoder(config, DecoderLayer, GemmaRMSNorm)
-        if config.vision is None:
-            self.model = decoder
-        else:  # checkpoints with images name it language_model.model
+        super().__init__(config, decoder if config.vision is None else None)
+        if config.vision is not None:  # checkpoints with images name the decoder language_model.model
             self.vision_tower = VisionTower(config.vision)
             self.multi_modal_projector = Projector(config.vision, config.hidden_size)
             self.language_model = nn.Module()

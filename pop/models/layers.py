@@ -64,8 +64,8 @@ class GemmaRMSNorm(RMSNorm):
 def rope_frequencies(rope: RopeConfig, head_dim: int, device: torch.device) -> torch.Tensor:
     """The angle per position of each rotated pair: [E/2] float32 (Su et al. 2021, with Llama-3.1's scaling).
 
-    "linear" divides all frequencies by `factor`. "llama3" divides frequencies whose wavelength exceeds the original
-    context (over `low_freq_factor`), keeps those below the original context over `high_freq_factor`, and blends.
+    "linear" divides all frequencies by `factor`. "llama3" divides those whose wavelength exceeds the original context
+    over `low_freq_factor`, keeps those below the context over `high_freq_factor`, and blends those in between.
     """
     exponents = torch.arange(0, head_dim, 2, dtype=torch.int64, device=device).float() / head_dim
     frequencies = 1.0 / rope.base**exponents

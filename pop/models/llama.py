@@ -26,5 +26,4 @@ class DecoderLayer(base.DecoderLayer):
 
 class Llama(base.DecoderModel):
     def __init__(self, config: LlamaConfig):
-        super().__init__(config)
-        self.model = base.Decoder(config, DecoderLayer)
+        super().__init__(config, base.Decoder(config, DecoderLayer))

@@ -25,5 +25,4 @@ class DecoderLayer(base.DecoderLayer):
 
 class Qwen3(base.DecoderModel):
     def __init__(self, config: Qwen3Config):
-        super().__init__(config)
-        self.model = base.Decoder(config, DecoderLayer)
+        super().__init__(config, base.Decoder(config, DecoderLayer))

@@ -37,8 +37,7 @@ class Qwen3VL(base.DecoderModel):
     vision_blocks = "model.visual.blocks"
 
     def __init__(self, config: Qwen3VLConfig):
-        super().__init__(config)
-        self.model = Parts(config)
+        super().__init__(config, Parts(config))
 
     @property
     def deepstack_layers(self) -> int:

@@ -1,8 +1,8 @@
 """Refit K and V projections: what a calibrated plan carries, and what replaces the pruned layers' projections.
 
-A pruned layer projects K and V from a state that its weights never saw: the one that enters its group of pruned layers.
-Refit projections (pop/calibration/refit.py) are fitted to that state. With x_t the state of token t, normalised without
-a weight,
+A pruned layer projects K and V from a state that its weights were not trained on: the h that enters its group of pruned
+layers. Refit projections (pop/calibration/refit.py) are fitted to that state. With x_t the state of token t, normalised
+without a weight,
 
     one tap     k_t = W x_t + b
     two taps    k_t = W [x_t ; x_{t-1}] + b         x_{-1} = 0, before the sequence's first token

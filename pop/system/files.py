@@ -24,7 +24,7 @@ def staged(folder: str | Path, *, keep: bool = False) -> Iterator[Path]:
     """Yield a hidden, empty sibling of `folder`, which gets the name of `folder` when the block succeeds.
 
     A file lock in the sibling makes a second process wait. The system releases the lock of a killed process.
-    So whoever holds the lock may remove what lies in the sibling. `keep` leaves the files of a failed block in place,
+    So the process that holds the lock may empty the sibling. `keep` leaves the files of a failed block in place,
     for the next block with `keep`. Raises CheckpointError if something could not be written (every OSError), or if
     `folder` exists and is not an empty directory.
     """

@@ -58,7 +58,7 @@ def measure_prefill(model: pop.Model, plans: dict[str, pop.PrunePlan], rivals: l
 
 
 def _full_figures(model: pop.Model, record: Record, N: int, shortest: int, steps: int, patches: list[int]) -> dict:
-    """The full model after N tokens: its times, and what they are of the machine's peak and bandwidth."""
+    """The full model after N tokens: its times, and how much of the machine's peak and bandwidth they reach."""
     ttft, step = record[N, "full", "ttft_s"], record[N, "full", "step_s"]
     peak, bandwidth = record[N, "peak", "flops_per_s"], record[N, "bandwidth", "bytes_per_s"]
     work = prefill_flops(model.config, N, pop.PrunePlan.none(), patches)
@@ -85,7 +85,7 @@ def _rest_per_token(record: Record, N: int) -> list[float]:
 
 
 def _tower_figures(model: pop.Model, record: Record, N: int, patches: list[int]) -> dict:
-    """The vision tower's share of TTFT, and that over its share of the FLOPs."""
+    """The vision tower's share of TTFT, and the ratio of that share to its share of the FLOPs."""
     share = vision_flops(model.config, patches) / prefill_flops(model.config, N, pop.PrunePlan.none(), patches)
     tower, ttft = record[N, "tower", "tower_s"], record[N, "full", "ttft_s"]
     return {

@@ -72,7 +72,7 @@ class Transformers:
             cache = self.library.DynamicCache(config=self.module.config)
             if static is not None:
                 for layer in static.layers:
-                    layer.cumulative_length.fill_(len(prompt))  # back to the prompt's end
+                    layer.cumulative_length.fill_(len(prompt))  # rewinds to the end of the prompt
             first = lambda: self._call(self.prefill, tokens, cache)  # noqa: E731
             step = lambda token: self._call(self.decode, tokens.new_tensor([[token]]), static or cache)  # noqa: E731
             return _turn(first, step, steps)

@@ -110,9 +110,9 @@ def prefill_memory(config, num_tokens: int, dtype: torch.dtype, widened: bool = 
 
 
 def fitting_layers(config, num_tokens: int, dtype: torch.dtype, free: int) -> int:
-    """The largest number of layers, up to all, that needs at most nine tenths of `free` bytes.
+    """The largest number of layers, at most all, that fits into nine tenths of `free` bytes.
 
-    Counted are weights, cache, activations, the projections of a plan with two taps, and the matrix that measures the
+    This counts weights, cache, activations, the projections of a plan with two taps, and the matrix that measures the
     bandwidth. Raises InputError if not even one layer fits.
     """
 

@@ -52,7 +52,9 @@ def attention_turn(model: pop.Model, num_tokens: int) -> Turn:
 def tower_turn(model: pop.Model, prompt: list[int], images: list) -> Turn:
     """Seconds from prepared images to the features that the language model receives."""
     tokens, lengths = torch.tensor([prompt], device=model.device), torch.tensor([len(prompt)])
-    return lambda: {"tower_s": seconds(lambda: model._images([images], None, tokens, lengths), model.device)}
+    return lambda: {
+        "tower_s": seconds(lambda: model._images(model.module, [images], None, tokens, lengths), model.device)
+    }
 
 
 def pop_turn(

@@ -107,7 +107,7 @@ class NoKV(Contender):
             tables = [table[:, rows] for table in rope[layer.window]]
             h[:, rows] = layer(h[:, rows], tables, _write_and_attend(cache, index, slots[:, rows]))
         cache.lengths += len(tokens)
-        cache.boundary = len(tokens) - 1  # for `extend`: in pruned layers, the slots before it are empty
+        cache.boundary = len(tokens) - 1  # for `extend`: in pruned layers, earlier slots are empty
         return module.head(h[0, -1])
 
     @torch.no_grad()

@@ -1,4 +1,4 @@
-"""A contender: a model and how it reads a prompt. Everything that tools/evaluate compares is one."""
+"""A contender is a model and how it reads a prompt. tools/evaluate compares contenders."""
 
 from __future__ import annotations
 

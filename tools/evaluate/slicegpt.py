@@ -1,4 +1,4 @@
-"""SliceGPT (Ashkboos et al. 2024): hidden states in a basis of their principal components, of which the least are cut.
+"""SliceGPT (Ashkboos et al. 2024): hidden states in a basis of their principal components, without the smallest.
 
 A weightless RMSNorm commutes with rotations. So once the norms' weights are folded into the projections after them,
 the residual stream may be held in any orthonormal basis Q. Attention and MLP are a block each. The basis of a block's

@@ -156,7 +156,7 @@ def _summary(values: np.ndarray, full: np.ndarray, samples: int, seed: int) -> d
 def bootstrap(values: np.ndarray, samples: int = 1000, seed: int = 0) -> tuple[float | None, float | None]:
     """A 95 % interval of the mean of values [N], from resampled windows. (None, None) for N below 5.
 
-    For few windows the plain percentile interval is too short: with 8 windows it holds the mean in 83 to 88 of 100
+    For few windows the plain percentile interval is too narrow: with 8 windows it holds the mean in 83 to 88 of 100
     cases. So this is the expanded percentile interval (Hesterberg 2015): the lower percentile is
     Phi(-t sqrt(N / (N - 1))), the upper one its complement, and t the 97.5 % quantile of Student's distribution.
     The quantile is expanded around the normal one, up to 1 / (N - 1)^2.

@@ -117,6 +117,10 @@ class PrunableGPT(PrunableModel):
         self.hidden_size, self.num_kv_heads = gpt.config.n_embd, gpt.config.n_head
         self.head_dim = self.hidden_size // self.num_kv_heads
 
+    @property
+    def config(self):
+        return self
+
     def embed(self, tokens):
         V = self.gpt.config.vocab_size
         return self.gpt.wte(tokens % V) + self.gpt.wpe(tokens // V)

@@ -141,7 +141,7 @@ CASES = {
 
 
 def lay_out(prompt, merge: int, random) -> tuple[list[int], list, list]:
-    """Token ids, and the grids of images and of videos. Text, their times, separates the frames of a video."""
+    """Token ids, and the grids of images and of videos. Text that gives their times separates the frames of a video."""
     tokens, images, videos = [], [], []
 
     def text(count):

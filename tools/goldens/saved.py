@@ -83,7 +83,7 @@ def fingerprint(name: str) -> str:
 
 
 def sums(projections) -> list[float]:
-    """A sum of all weights and one of all biases, each weighted by its place."""
+    """A sum of all weights and one of all biases, each weighted by its index."""
     values = (projections.weight.flatten().double(), projections.bias.flatten().double())
     return [(x * torch.arange(len(x))).sum().item() for x in values]
 

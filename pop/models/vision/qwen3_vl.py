@@ -28,7 +28,7 @@ from pop.models.layers import Rope, rotate
 
 NORM_EPS = 1e-6  # no config states it
 PATCHES_AT_ONCE = 2**14  # bounds the memory for activations
-PATCHES_KEPT = 2**17  # over all sizes whose tables are kept: about 40 MB
+PATCHES_KEPT = 2**17  # patches of all sizes whose tables are kept: about 40 MB
 
 
 class Grid(NamedTuple):
