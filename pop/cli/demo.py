@@ -2,7 +2,7 @@
 
 The rows are the full model, the paper's plan (a third of the layers), and calibrated plans of a third, half and two
 thirds of the layers. Calibrated plans run the prompt's last 32 tokens at full depth, and are kept beside the weights.
-Each plan runs once untimed; then they take turns. KL(full || pruned) is the mean over the last third of each window.
+After an untimed turn, the plans take turns. KL(full || pruned) averages the last third of each window of the story.
 """
 
 import contextlib

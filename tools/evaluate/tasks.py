@@ -104,7 +104,7 @@ def needle_questions(tokenizer, haystack: list[int], lengths: list[int], per_cel
 
 
 def document_questions(tokenizer, filler: list[int], lengths: list[int], per_cell: int, seed: int) -> list[Question]:
-    """Questions about 1 + DISTRACTORS equally long documents. Each question asks about the next document.
+    """Questions that each ask about one of 1 + DISTRACTORS equally long documents, from the first to the last.
 
     The arguments are those of `needle_questions`; `filler` is the text of the documents.
     """
