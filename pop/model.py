@@ -115,7 +115,7 @@ class Model:
             images, videos: A list for each row, whose placeholders are among the tokens.
             plan: The PrunePlan of this call; None takes the model's.
             chunk_size: How many tokens run at once, at most the cache's chunk_size. None takes the model's.
-            boundary: False if more of the same prompts follows. Then the logits mean nothing.
+            boundary: False if more of the same prompts follows. The logits are then meaningless.
 
         Raises:
             InputError, PlanError: An argument does not fit the model. ContextOverflow: The cache is too small.

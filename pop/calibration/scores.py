@@ -34,7 +34,7 @@ SCORES = ("prefill", "decode", "prefill_error", "decode_error")
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Importance:
-    """Importance scores of all layers for both stages, made by `pop.importance`. Other values raise InputError."""
+    """Importance scores of all layers for both stages, made by `pop.importance`. Invalid values raise InputError."""
 
     prefill: torch.Tensor  # [L] float64 on the CPU, in nats squared (README.md in this folder)
     decode: torch.Tensor

@@ -167,7 +167,7 @@ def _config(source: GGUFFile, arch: str) -> dict[str, Any]:
             raise UnsupportedError(f"{source.path}: {arch}.{key} is {value}; it must be the head width {head_dim}")
     base = get("rope.freq_base", float, {"llama": 1e4, "gemma3": 1e6}[arch])
     ends = [source.get(f"tokenizer.ggml.{name}_token_id", int, None) for name in ("eos", "eot", "eom")]
-    ends = list(dict.fromkeys(token_id for token_id in ends if token_id is not None))  # without repetitions
+    ends = list(dict.fromkeys(token_id for token_id in ends if token_id is not None))  # without duplicates
     config = {
         "vocab_size": next(iter(source.shapes.get("token_embd.weight", ())), 0),
         "hidden_size": width,

@@ -27,7 +27,7 @@ class KVCache:
     previous_hidden: The hidden state of each row's latest token as it entered each layer, [L, B, D]; zero in an empty
         row. Refit projections with two taps read it at the next token.
     rope_offsets: Each row's next rotary position minus its length, [B] int64 on the CPU. Not zero after images.
-    intact: False after a prefill that failed midway and overwrote tokens in a ring.
+    intact: False if a prefill has failed midway and has overwritten tokens in a ring.
 
     Of `config` it reads num_layers, windows, hidden_size, num_kv_heads and head_dim. Raises CacheMemoryError if the
     device lacks the memory.

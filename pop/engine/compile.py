@@ -1,7 +1,7 @@
 """The stages through torch.compile: each is compiled once, for all layers of a model.
 
 A decoder has many layers of one kind, so the layer is compiled, not the model. Its weights and its slice of the cache
-are arguments, and sizes are symbols. torch treats a size of 1 apart from all others, so each stage has a few graphs:
+are arguments, and sizes are symbols. torch compiles a size of 1 as a special case, so each stage has a few graphs:
 
     one batch row, or several
     one token, or several                 of a chunk, or of its full-depth rows
@@ -40,7 +40,7 @@ logger = logging.getLogger(__name__)
 class Compiled:
     """The compiled stages of one model. `stages` returns them once they are warm for the call at hand.
 
-    If compiling fails, `required` raises UnsupportedError. Otherwise a line in the log says so, and all runs eagerly.
+    If compiling fails, `required` raises UnsupportedError. Otherwise a warning is logged, and the model runs eagerly.
     """
 
     def __init__(self, module, stages: Stages, *, required: bool, progress: bool):

@@ -47,7 +47,7 @@ def prefill(
         chunk_size: Tokens of a row that run at once, at most cache.chunk_size. Bounds the memory for activations.
         stages: The functions to call, eager or compiled.
         images: What images bring to these prompts. A chunk must be able to hold an image with look-ahead.
-        boundary: False if more of the same prompts follows in a later call. The logits then mean nothing.
+        boundary: False if more of the same prompts follows in a later call. The logits are then meaningless.
     """
     images, out = images or TEXT, None  # out: [B, D], each row's h after the last layer, at its last token so far
     for chunk, h, hidden in _chunks(module, tokens, cache, lengths, plan, chunk_size, stages, images, boundary):  # noqa: B007
@@ -74,7 +74,7 @@ def extend(module, tokens: torch.Tensor, cache: KVCache, stages: Stages = EAGER)
 def decode(module, tokens: torch.Tensor, cache: KVCache, stages: Stages = EAGER) -> torch.Tensor:
     """Append one token a row at full depth: tokens [B] -> logits [B, V] float32.
 
-    A full row may be stepped with the others. Its token goes to the spare slot, and its logits mean nothing.
+    A full row may be decoded with the others. Its token goes to the spare slot, and its logits are meaningless.
     """
     ends = (cache.lengths + 1).clamp(max=cache.max_seq_len)  # [B]
     places = cache.lengths, cache.lengths + cache.rope_offsets

@@ -143,7 +143,7 @@ def attention_metadata(
     """
     filled = int(ends.max())
     ends = ends.to(tokens.positions.device)[:, None]  # [B, 1]
-    # A full row may be stepped. Its token attends what the row's last token attends, so the softmax is not empty.
+    # A full row may be decoded. Its token attends what the row's last token attends, so the softmax is not empty.
     own = torch.minimum(tokens.positions, ends - 1)
     last = own if tokens.last_attended is None else torch.minimum(tokens.last_attended, ends - 1)
     by_window = {}

@@ -1,4 +1,4 @@
-"""Conversations: each turn runs its own prompt and continues from what the cache holds. README.md has the rules."""
+"""Conversations: each turn runs its own prompt and continues from the cache. README.md in this folder has the rules."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ Turn = Callable[[], dict[str, float]]
 
 
 def run_rounds(turns: dict[tuple, Turn], runs: int, what: str) -> dict[tuple, list[float]]:
-    """Run all turns once untimed, then in `runs` timed rounds, every second one backwards.
+    """Run all turns once untimed, then in `runs` timed rounds, every second round in reverse order.
 
     Args:
         turns: the turns by key.

@@ -8,7 +8,7 @@ Images and videos become vectors as wide as the language model's embeddings, in 
     deepstack = [merger(h of a block), ...]  # the same after a few of the blocks
 
 Patches attend the patches of their own frame pair. Frame pairs of one size therefore form a batch, whichever images and
-videos they come from. No mask is needed, and several images cost the sum of their squares.
+videos they come from. No mask is needed, and attention costs P^2 for each frame pair.
 
 Attribute names are the checkpoint's names. Shape letters of this file:
 

@@ -21,7 +21,7 @@ from pop.models.layers import GemmaRMSNorm
 
 
 class Embeddings(nn.Module):
-    """Each patch's pixels times one matrix (a convolution without overlap), plus a learned vector for its place."""
+    """Each patch's pixels times one matrix (a convolution without overlap), plus a learned vector for its position."""
 
     def __init__(self, config: SiglipConfig):
         super().__init__()
@@ -117,7 +117,7 @@ class Projector(nn.Module):
         self.tokens_per_side = config.tokens_per_side
         self.block_side = config.patches_per_side // config.tokens_per_side
         self.mm_soft_emb_norm = GemmaRMSNorm(config.hidden_size, config.norm_eps)
-        # Multiplied from the right, and stored that way round.
+        # Stored as [in, out], unlike nn.Linear, and applied as x @ weight.
         self.mm_input_projection_weight = nn.Parameter(torch.zeros(config.hidden_size, hidden_size))  # [C, D]
 
     def pool(self, patches: torch.Tensor) -> torch.Tensor:
@@ -127,5 +127,5 @@ class Projector(nn.Module):
         return grid.mean((2, 4)).flatten(1, 2)  # [N, M, C]
 
     def forward(self, patches: torch.Tensor) -> torch.Tensor:
-        """patches [N, P, C] -> tokens [N, M, D] that take the place of embeddings; not to be scaled as those are."""
+        """patches [N, P, C] -> tokens [N, M, D] in place of embeddings, but not scaled by sqrt(D)."""
         return self.mm_soft_emb_norm(self.pool(patches)) @ self.mm_input_projection_weight
