@@ -235,7 +235,7 @@ def _accumulate(model, batch: list[Window], fits: list[_Fit]) -> None:
 class Judge:
     """KL(full || pruned) of a plan on windows, in nats a token.
 
-    Only the last third of the first 384 tokens counts. The tokens before it, with all images, are the prompt.
+    The prompt is two thirds of a window's first 384 tokens, or more up to its last image. The next 128 tokens count.
     """
 
     def __init__(self, model, windows: list[Window]):

@@ -262,7 +262,7 @@ def _rope_fields(fields: Fields) -> Fields:
 
 
 def _merge(fields: Fields, base: str, *objects: dict[str, Any]) -> Fields:
-    """Collect a RoPE's fields from objects. transformers 4 states the base outside them, in the field named `base`."""
+    """Collect a RoPE's fields from objects. `base` names the outer field in which transformers 4 states its base."""
     merged = Fields({"rope_theta": fields.left.pop(base, None)}, fields.place)
     for values in objects:
         for name, value in values.items():

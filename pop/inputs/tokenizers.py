@@ -18,7 +18,7 @@ Piece = str | list[int]  # a part of a prompt: text, or token ids that no text c
 
 
 class Tokenizer:
-    """The part that both kinds share: added tokens, the beginning-of-text token (BOS), and decoding.
+    """What both kinds share: added tokens, the beginning-of-text token (BOS), and decoding.
 
     Each kind has `_encode_text`, which returns the ids of a non-empty text without looking for added tokens.
     """

@@ -5,7 +5,7 @@ A token that stands for a part of an image has its features in place of an embed
 - look-ahead: in Gemma-3, the tokens of an image attend each other in both directions;
 - rotary positions by time, row and column, and DeepStack features added after the first layers: in Qwen3-VL.
 
-`TextOnly` lists all that the models and the engine ask for, and answers for plain text. Shape letters: layers.py.
+`TextOnly` has every method that the models and the engine call, in its form for plain text. Shape letters: layers.py.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class TextOnly:
         return index
 
     def rope_offset(self, lengths: torch.Tensor) -> torch.Tensor:
-        """Prompt lengths [B] -> by how much the next rotary position after each prompt differs from its length."""
+        """Prompt lengths [B] -> [B], the next rotary position after each prompt minus its length."""
         return torch.zeros_like(lengths)
 
     def extended(self, num_tokens: int) -> TextOnly:
@@ -59,7 +59,7 @@ TEXT = TextOnly()
 class Images(TextOnly):
     """Images and videos in a batch of prompts, tokens [B, T]. M of the tokens stand for parts of them.
 
-    Features are on the model's device, all else is on the CPU.
+    Features are on the model's device. Other tensors are on the CPU.
     """
 
     features: torch.Tensor  # [M, D], the embeddings of these tokens

@@ -24,7 +24,7 @@ class PrunePlan:
         layers: indices of the pruned layers, 0 <= index < L, stored sorted. Empty: nothing is pruned.
         full_depth_last: the last w tokens of every prompt run the whole model. w is at least 1, since the boundary
             token predicts the first new token. The paper has w = 1.
-        full_depth_first: the first s tokens of the sequence, the attention sinks, also do. The paper has s = 0.
+        full_depth_first: the first s tokens of the sequence, the attention sinks, also run it. The paper has s = 0.
         projections: refit K and V projections for the pruned layers, made by pop.calibrate. None: the layers' own, as
             in the paper. Refit projections need full_depth_first >= 1, since they are not fitted to the first token.
 

@@ -39,7 +39,7 @@ def forward(
         images: what images bring to the prompt. Tokens after the prompt are text.
 
     Returns:
-        logits [T, V] at every position, which mean nothing at a pruned token, and each layer's k and v [T, K, E].
+        logits [T, V] at every position, meaningless at pruned tokens, and each layer's k and v [T, K, E].
     """
     starts = {group[0] for is_pruned, group in plan.groups(len(module.layers), module.deepstack_layers) if is_pruned}
     full_depth, cache, entering = full_depth.to(tokens.device), [], None

@@ -84,7 +84,7 @@ def prefill_memory(config, num_tokens: int, dtype: torch.dtype, widened: bool = 
     Counts weights, cache and activations. Activations are those of one chunk of C tokens in one layer. All layers
     need h before and after attention's update, the normalised h, q, and the attended values. Masks are needed if the
     chunk is not the first or is longer than a window, one for each window size. To this, add the larger of two parts.
-    In the MLP, it is gate, up and their product. In attention, it is k, v, the keys and values of a window in order,
+    In the MLP, that is gate, up and their product. In attention, it is k, v, the keys and values of a window in order,
     and the mask of one block of queries in the model's dtype.
 
     Args:

@@ -1,4 +1,4 @@
-"""Other ways to make a model cheaper, and POP with a part left out.
+"""Other methods that make a model cheaper, and POP with a part left out.
 
 `shortgpt` removes the layers of the least block influence from both stages (Men et al. 2024).
 `deepest-dropped` removes the deepest layers from both stages.

@@ -7,7 +7,7 @@ Images and videos become vectors as wide as the language model's embeddings, in 
     features = merger(h)                     # each square of 2 x 2 patches becomes one token of the language model
     deepstack = [merger(h of a block), ...]  # the same after a few of the blocks
 
-Patches attend the patches of their own frame pair. Frame pairs of one size therefore form a batch, whichever images and
+Patches attend all patches of the same frame pair. Frame pairs of one size therefore form a batch, whichever images and
 videos they come from. No mask is needed, and attention costs P^2 for each frame pair.
 
 Attribute names are the checkpoint's names. Shape letters of this file:
