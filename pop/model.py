@@ -333,11 +333,11 @@ class Model:
     def _tokens(self, tokens, dims: int) -> torch.Tensor:
         return token_ids(tokens, dims, self.config.vocab_size).to(self.device)
 
-    @torch.no_grad()
     @property
     def _vision_module(self):
         return self.module if self._compiled is None else self._compiled.vision_module
 
+    @torch.no_grad()
     def _images(self, module, images, videos, tokens: torch.Tensor, lengths: torch.Tensor) -> TextOnly:
         """What images and videos bring to tokens [B, T], by the vision tower of a module."""
         return self.vision.images(module, self.vision.prepare_batch(images, videos, len(tokens)), tokens, lengths)

@@ -52,9 +52,8 @@ def attention_turn(model: pop.Model, num_tokens: int) -> Turn:
 def tower_turn(model: pop.Model, prompt: list[int], images: list) -> Turn:
     """Seconds from prepared images to the features that the language model receives."""
     tokens, lengths = torch.tensor([prompt], device=model.device), torch.tensor([len(prompt)])
-    return lambda: {
-        "tower_s": seconds(lambda: model._images(model.module, [images], None, tokens, lengths), model.device)
-    }
+    call = partial(model._images, model._vision_module, [images], None, tokens, lengths)
+    return lambda: {"tower_s": seconds(call, model.device)}
 
 
 def pop_turn(
