@@ -5,6 +5,7 @@ Those of other libraries are in rivals.py.
 
 from __future__ import annotations
 
+from functools import partial
 from statistics import median
 
 import torch
