@@ -6,7 +6,5 @@ from pop.backends.tensor_parallel import end, launched
 from pop.cli.commands import main
 
 if __name__ == "__main__":
-    status = main()
-    if launched()[1] > 1:
-        end(status)
-    sys.exit(status)
+    leave = end if launched()[1] > 1 else sys.exit
+    leave(main())

@@ -1,7 +1,4 @@
-"""Mixtures of experts as one operator for the compiler, since the number of tokens of an expert is data.
-
-`accelerate` gives the experts of a finished module this `forward`.
-"""
+"""Mixtures of experts as one operator for the compiler, since the number of tokens of an expert is data."""
 
 import torch
 import torch.nn.functional as F
@@ -13,14 +10,14 @@ from pop.models import experts
 class Experts(experts.Experts):
     """Experts that can be compiled."""
 
-    def forward(self, x: torch.Tensor, chosen: torch.Tensor, shares: torch.Tensor) -> torch.Tensor:
+    def forward(self, x, chosen, shares):
         if not torch.compiler.is_compiling():
-            run = by_expert
-        else:
-            run = one_token if len(x) == 1 else by_expert_operator
+            return experts.by_expert(x, chosen, shares, self.gate_up_proj, self.down_proj, linear)
+        run = one_token if len(x) == 1 else by_expert
         return run(x, chosen, shares, self.gate_up_proj, self.down_proj)
 
 
+@torch.library.custom_op("pop::by_expert", mutates_args=())
 def by_expert(
     x: torch.Tensor, chosen: torch.Tensor, shares: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor
 ) -> torch.Tensor:
@@ -28,8 +25,7 @@ def by_expert(
     return experts.by_expert(x, chosen, shares, gate_up, down, linear)
 
 
-by_expert_operator = torch.library.custom_op("pop::by_expert", by_expert, mutates_args=())
-by_expert_operator.register_fake(lambda x, chosen, shares, gate_up, down: torch.empty_like(x))
+by_expert.register_fake(lambda x, chosen, shares, gate_up, down: torch.empty_like(x))
 
 
 def one_token(

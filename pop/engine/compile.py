@@ -20,9 +20,9 @@ import logging
 import sys
 import threading
 import types
+from itertools import count
 
 import torch
-from torch.fx.experimental import _config as symbolic_config
 
 from pop.engine import forward, stages
 from pop.engine.attention import AttentionMetadata
@@ -79,15 +79,12 @@ class Compiled:
         if self.progress and not self._warm:
             print("... compiling prefill and decode, up to a minute the first time", file=sys.stderr, flush=True)
         try:
-            # By default, torch turns floats into tensors on each call. It also assumes that sizes which are equal at
-            # compile time are always equal.
-            with torch._dynamo.config.patch(specialize_float=True), symbolic_config.patch(use_duck_shape=False):
+            with torch._dynamo.config.patch(specialize_float=True):  # otherwise each call makes tensors of floats
                 self._run(several, refit)
         except Exception as error:  # no compiler, no headers, no Triton ...: each has its own exception
             reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
             if self.required:
-                message = f"the model cannot be compiled here ({reason}); use compile='auto' or False"
-                raise UnsupportedError(message) from error
+                raise UnsupportedError(f"the model cannot be compiled here ({reason}); use compile='auto'") from error
             logger.warning("pop runs without torch.compile, which fails here: %s", reason)
             self._compiled = None
 
@@ -95,7 +92,12 @@ class Compiled:
     def _run(self, several: bool, refit: PrunePlan | None) -> None:
         """Run all stages on all kinds of input. With `refit`, run only the stages that a calibrated plan adds."""
         config, weight = self.module.config, next(self.module.parameters())
-        rows, slots = 3 if several else 1, 1100
+        # torch takes two sizes that are equal now to be equal always. So no two sizes below are equal.
+        taken = {3, config.hidden_size, config.num_kv_heads, config.head_dim, config.head_dim // 2}
+        rows = _unlike(taken, 2) if several else 1
+        pairs = ((a, b) for a in count(4) for b in range(a + 2, 2 * a) if not {a, b, a + b, a + b + 1} & taken)
+        first, second = next(pairs)
+        usual, slots, long = _unlike(taken, 1000), _unlike(taken, 1100), _unlike(taken, LONG + 1)
 
         def prompt(tokens: int) -> torch.Tensor:
             return torch.zeros(rows, tokens, dtype=torch.int64, device=weight.device)
@@ -108,32 +110,40 @@ class Compiled:
 
         if refit is not None:
             refit = dataclasses.replace(refit, full_depth_first=1, full_depth_last=1)
-            prefill(5, refit, 5)
+            prefill(first, refit, first)
             prefill(3, refit, 1)  # token by token
             return
         if self.module.vision_blocks is not None:
             block = self.module.get_submodule(self.module.vision_blocks)[0]
-            for N in (1, 2):  # one image, and several
-                self._vision_block(block, *self.module.vision_block_inputs(N, 4))
+            taken = {size for tensor in self.module.vision_block_inputs(1, 1) for size in tensor.shape}
+            for N in (1, _unlike(taken, 2)):  # one image, and several
+                self._vision_block(block, *self.module.vision_block_inputs(N, _unlike(taken, 4)))
         # The first decode step has many slots to attend, since the compiler tunes its loops to the first sizes.
         cache = KVCache(config, rows, slots, dtype=weight.dtype, device=weight.device)
-        cache.lengths = torch.full((rows,), 1000)
+        cache.lengths = torch.full((rows,), usual - 1)
         forward.decode(self.module, prompt(1)[:, 0], cache, self._compiled)
         everything = PrunePlan(tuple(range(config.num_layers)))
-        prefill(5, everything, 5)
+        prefill(first, everything, first)
         prefill(2, everything, 1)
-        cache = prefill(5, PrunePlan.none(), 5)
-        forward.extend(self.module, prompt(4), cache, self._compiled)
+        cache = prefill(first, PrunePlan.none(), first)
+        forward.extend(self.module, prompt(second), cache, self._compiled)
 
         # A decode step on a long cache, in one layer of each kind.
         h = self.module.embed(prompt(1))  # [B, 1, D]
-        positions = torch.full((rows, 1), LONG, device=h.device)
-        keys, values = (empty_slots(config, rows, LONG + 2, h.dtype, h.device) for _ in range(2))
-        mask = torch.ones(rows, 1, LONG + 1, dtype=torch.bool, device=h.device)
+        positions = torch.full((rows, 1), long - 1, device=h.device)
+        keys, values = (empty_slots(config, rows, long + 1, h.dtype, h.device) for _ in range(2))
+        mask = torch.ones(rows, 1, long, dtype=torch.bool, device=h.device)
         ropes, band = self.module.rope(positions), torch.zeros(3, dtype=torch.int64)
         for layer in {_kind(layer, stages.full_layer): layer for layer in self.module.layers}.values():
             at = AttentionMetadata(ropes[layer.window], positions, mask, None, band)
             self._compiled.full_layer(layer, h, keys, values, at)
+
+
+def _unlike(taken: set[int], least: int) -> int:
+    """The next size from `least` on that is not taken, and whose successor is not. Now both are taken."""
+    size = next(size for size in count(least) if not {size, size + 1} & taken)
+    taken.update((size, size + 1))
+    return size
 
 
 def vision_block(layer, h, *rope):

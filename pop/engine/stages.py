@@ -29,9 +29,9 @@ def pruned_layer(layer, h, rope, slots, keys, values):
 
 
 def refit_layer(layer, inputs, weight, bias, rope, slots, keys, values, linear: Callable = F.linear):
-    """A pruned layer of a calibrated plan: K and V of inputs [B, T, taps * D] in one product.
+    """A pruned layer with refit projections: K and V of inputs [B, T, taps * D] in one product.
 
-    weight [2, K * E, taps * D] and bias [2, K * E] are the layer's refit projections.
+    weight is [2, K * E, taps * D], bias is [2, K * E].
     """
     k, v = linear(inputs, weight.flatten(0, 1), bias.flatten()).chunk(2, dim=-1)  # [B, T, K * E] each
     write(keys, values, slots, *layer.placed(k, v, rope))

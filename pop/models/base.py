@@ -106,10 +106,7 @@ class PrunableModel(nn.Module):
 
 
 class DecoderLayer(PrunableLayer):
-    """A layer with input_layernorm, self_attn, post_attention_layernorm and mlp.
-
-    The last four methods serve calibrated plans (pop/pruning/projections.py).
-    """
+    """A layer with norms, attention and an MLP. The last four methods serve calibrated plans (pop/calibration)."""
 
     def queries_keys_values(self, h, rope):
         x = self.input_layernorm(h)
