@@ -58,13 +58,14 @@ class PrunableModel(nn.Module):
     `config` has the sizes that a KV cache reads: num_layers, windows, hidden_size, num_kv_heads and head_dim. After
     each of the first `deepstack_layers` layers, features of images are added to h. `vision_blocks` names the list of
     the vision tower's layers, if there is a tower. Then `vision_block_inputs(N, P)` gives zeros in the shape of what
-    such a layer takes for N images of P patches.
+    such a layer takes for N images of P patches. A backend may give a model another `causal_attention`.
     """
 
     config: object
     layers: Sequence[PrunableLayer]
     deepstack_layers: int = 0
     vision_blocks: str | None = None
+    causal_attention = staticmethod(causal_attention)
 
     def embed(self, tokens: torch.Tensor) -> torch.Tensor:
         """tokens [B, T] int -> h [B, T, D]."""
@@ -91,7 +92,7 @@ class PrunableModel(nn.Module):
         ropes = self.rope(images.rotary(positions))
 
         def attend(layer, q, k, v):
-            return causal_attention(q, k, v, layer.scale, layer.window, last_attended)
+            return self.causal_attention(q, k, v, layer.scale, layer.window, last_attended)
 
         h = images.place(self.embed(tokens))
         for index, layer in enumerate(self.layers):

@@ -54,6 +54,8 @@ class PatchEmbed(nn.Module):
 class Attention(nn.Module):
     """Every patch attends every patch of its frame pair."""
 
+    attention = staticmethod(F.scaled_dot_product_attention)  # a backend may replace it
+
     def __init__(self, config: Qwen3VisionConfig):
         super().__init__()
         self.num_heads = config.num_heads
@@ -65,7 +67,7 @@ class Attention(nn.Module):
         q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).unbind(2)  # [N, P, H, E] each
         q, k = (rotate(heads.float(), rope).to(x.dtype) for heads in (q, k))  # in float32: so does the reference
         q, k, v = (heads.transpose(1, 2) for heads in (q, k, v))  # [N, H, P, E]
-        attended = F.scaled_dot_product_attention(q, k, v)  # scores times E ** -0.5
+        attended = self.attention(q, k, v)  # scores times E ** -0.5
         return self.proj(attended.transpose(1, 2).flatten(2))
 
 

@@ -38,6 +38,8 @@ class Embeddings(nn.Module):
 class Attention(nn.Module):
     """Every patch attends every patch: no mask, no positions beyond the embedding's."""
 
+    attention = staticmethod(F.scaled_dot_product_attention)  # a backend may replace it
+
     def __init__(self, config: SiglipConfig):
         super().__init__()
         C = config.hidden_size
@@ -52,7 +54,7 @@ class Attention(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         q, k, v = self.heads(self.q_proj(x)), self.heads(self.k_proj(x)), self.heads(self.v_proj(x))
-        attended = F.scaled_dot_product_attention(q, k, v)  # scores times E ** -0.5
+        attended = self.attention(q, k, v)  # scores times E ** -0.5
         return self.out_proj(attended.transpose(1, 2).flatten(2))  # [N, P, C]
 
 
