@@ -30,13 +30,38 @@ image, or of each frame pair of a video, into M tokens. All patches attend all p
     vectors to tokens                       M tokens through a matrix or a small network
 
 F(none) / F(plan) is the speedup of a prefill whose time is all arithmetic, at one rate.
+
+On a GPU, a part of the work with few tokens takes as long as its memory reads. For each chunk of the prompt, a part
+reads its matrices and the K and V that its tokens attend. Activations and writes are left out.
+
+    a kept layer, or the full-depth         qo + kv + mlp. T tokens read min(X, k·T) experts, on the assumption that no
+    tokens of a pruned layer                two of them choose the same expert while others are left
+    k and v of a pruned layer               taps · kv
+    the output head, the vision tower       their matrices
+
+    T(plan) = sum over parts of max(FLOPs / FLOPs per second, bytes / bytes per second)
+
+This is the roofline model (Williams et al. 2009). In short prompts T(none) / T(plan) is the smaller ratio, because the
+matrices of a pruned layer are read for W tokens.
 """
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from functools import partial
+from itertools import pairwise
+from typing import NamedTuple
 
 from pop.models.config import Qwen3VisionConfig
 from pop.pruning.plan import PrunePlan
+
+
+class Machine(NamedTuple):
+    """The rates of a machine, and how a prefill runs on it."""
+
+    flops_per_s: float  # of a large matrix product
+    bytes_per_s: float  # of memory reads
+    itemsize: int = 2  # bytes of a weight, and of a number in the cache
+    chunk_size: int | None = None  # tokens that run at once; None: the whole prompt
 
 
 def prefill_flops(config, num_tokens: int, plan: PrunePlan, patches: Sequence[int] = ()) -> int:
@@ -44,54 +69,89 @@ def prefill_flops(config, num_tokens: int, plan: PrunePlan, patches: Sequence[in
 
     `patches` has the number of patches of each image, or frame pair of a video, in the prompt.
     """
-    everyone = range(num_tokens)
-    full_depth = [p for p in everyone if p < plan.full_depth_first or p >= num_tokens - plan.full_depth_last]
-    taps = 1 if plan.projections is None else plan.projections.taps
-    skipping = num_tokens - len(full_depth)
-    experts = getattr(config, "experts", None)
-    sparse = () if experts is None else experts.layers
-    layers = Counter((n in plan.layers, window, n in sparse) for n, window in enumerate(config.windows))
-    flops = 2 * config.hidden_size * config.vocab_size + vision_flops(config, patches)
-    for (pruned, window, is_sparse), count in layers.items():
-        needed = skipping if window is None else min(skipping, window - 1)
-        tokens = (full_depth, taps * needed) if pruned else (everyone, 0)
-        flops += count * _layer_flops(config, window, is_sparse, *tokens)
-    return flops
+    return sum(flops for flops, _ in _parts(config, num_tokens, plan, patches))
 
 
-def speedup_limit(config, num_tokens: int, plan: PrunePlan, patches: Sequence[int] = ()) -> float:
-    """The speedup over a full prefill that the shapes allow. Arguments as in `prefill_flops`."""
-    full = prefill_flops(config, num_tokens, PrunePlan.none(), patches)
-    return full / prefill_flops(config, num_tokens, plan, patches)
+def prefill_seconds(config, num_tokens: int, plan: PrunePlan, machine: Machine, patches: Sequence[int] = ()) -> float:
+    """The least seconds of a prefill on a machine. Other arguments as in `prefill_flops`."""
+    parts, bytes_per_s = _parts(config, num_tokens, plan, patches, machine.chunk_size), machine.bytes_per_s
+    return sum(max(flops / machine.flops_per_s, machine.itemsize * n / bytes_per_s) for flops, n in parts)
+
+
+def speedup_limit(
+    config, num_tokens: int, plan: PrunePlan, patches: Sequence[int] = (), machine: Machine | None = None
+) -> float:
+    """The speedup over a full prefill that the shapes allow: T(none) / T(plan), or F(none) / F(plan) without a machine.
+
+    Other arguments as in `prefill_flops`.
+    """
+    cost = prefill_flops if machine is None else partial(prefill_seconds, machine=machine)
+    return cost(config, num_tokens, PrunePlan.none(), patches=patches) / cost(config, num_tokens, plan, patches=patches)
 
 
 def vision_flops(config, patches: Sequence[int]) -> int:
     """FLOPs of the vision tower and the projector after it. `patches`: of each image, or frame pair of a video."""
-    if not patches:
-        return 0
-    vision, P = config.vision, sum(patches)
-    C, inner = vision.hidden_size, vision.intermediate_size
-    blocks = vision.num_layers * (P * (4 * C**2 + 2 * C * inner) + sum(2 * C * count**2 for count in patches))
-    if isinstance(
-        vision, Qwen3VisionConfig
-    ):  # squares of patches through two matrices, and again for each DeepStack layer
-        square, values = vision.merge_size**2, vision.patch_values
-        merging = (1 + len(vision.deepstack)) * P // square * square * C * (square * C + vision.out_size)
-    else:
-        values = 3 * vision.patch_size**2
-        merging = len(patches) * vision.tokens_per_image * C * config.hidden_size
-    return 2 * (P * values * C + blocks + merging)
+    return _vision(config, patches)[0]
 
 
-def _layer_flops(config, window: int | None, is_sparse: bool, positions, projected: int) -> int:
-    """FLOPs of one layer: the tokens at `positions` run all of it, and K and V are projected `projected` more times.
+def _parts(
+    config, num_tokens: int, plan: PrunePlan, patches: Sequence[int], chunk_size: int | None = None
+) -> Iterator[tuple[int, int]]:
+    """The parts of a prefill, each with its FLOPs and the numbers that it reads: weights, K and V."""
+    experts = getattr(config, "experts", None)
+    sparse = () if experts is None else experts.layers
+    layers = Counter((n in plan.layers, window, n in sparse) for n, window in enumerate(config.windows))
+    taps = 1 if plan.projections is None else plan.projections.taps
+    refit = taps * 2 * config.hidden_size * config.num_kv_heads * config.head_dim  # weights of K and V
+    last = num_tokens - plan.full_depth_last  # the first of the prompt's last full-depth tokens
+    for begin in range(0, num_tokens, chunk_size or num_tokens):
+        tokens = range(num_tokens)[begin:][:chunk_size]
+        full_depth = [p for p in tokens if p < plan.full_depth_first or p >= last]
+        for (pruned, window, is_sparse), count in layers.items():
+            flops, numbers = _layer(config, window, is_sparse, full_depth if pruned else tokens)
+            yield count * flops, count * numbers
+            if pruned:
+                begins = begin if window is None else last - window + 1  # what the last full-depth tokens attend
+                projected = sum(p >= begins for p in tokens) - sum(p >= begins for p in full_depth)
+                yield count * 2 * projected * refit, count * refit * bool(projected)
+    head = config.hidden_size * config.vocab_size
+    yield 2 * head, head
+    yield _vision(config, patches)
+
+
+def _layer(config, window: int | None, is_sparse: bool, positions: Sequence[int]) -> tuple[int, int]:
+    """FLOPs and reads of one layer for the tokens at `positions`, in order.
 
     is_sparse: the layer has a mixture of experts in place of the MLP.
     """
-    D, E = config.hidden_size, config.head_dim
+    if not positions:
+        return 0, 0
+    T, D, E = len(positions), config.hidden_size, config.head_dim
     H, K = config.num_heads, config.num_kv_heads
-    inner = config.experts.per_token * config.experts.width if is_sparse else config.intermediate_size
-    projections = len(positions) * 2 * D * H * E + (len(positions) + projected) * 2 * D * K * E
-    mlp = len(positions) * (3 * D * inner + (D * config.experts.count if is_sparse else 0))
-    attention = sum(p + 1 if window is None else min(p + 1, window) for p in positions) * 2 * H * E
-    return 2 * (projections + mlp + attention)
+    used = held = 2 * D * H * E + 2 * D * K * E  # weights that a token uses, and that all tokens together use
+    if is_sparse:
+        X, k, expert = config.experts.count, config.experts.per_token, 3 * D * config.experts.width
+        used, held = used + D * X + k * expert, held + D * X + min(X, k * T) * expert
+    else:
+        used, held = (weights + 3 * D * config.intermediate_size for weights in (used, held))
+    attended = sum(min(p + 1, window or p + 1) for p in positions)
+    keys = sum(min(p - before, window or p + 1) for before, p in pairwise((-1, *positions)))  # each once
+    return 2 * (T * used + attended * 2 * H * E), held + keys * 2 * K * E
+
+
+def _vision(config, patches: Sequence[int]) -> tuple[int, int]:
+    """FLOPs and reads of the vision tower and the projector after it."""
+    if not patches:
+        return 0, 0
+    vision, P = config.vision, sum(patches)
+    C, inner = vision.hidden_size, vision.intermediate_size
+    if isinstance(vision, Qwen3VisionConfig):
+        # Squares of patches go through two matrices, and again for each DeepStack layer.
+        square, values = vision.merge_size**2, vision.patch_values
+        M, merging = P // square, (1 + len(vision.deepstack)) * square * C * (square * C + vision.out_size)
+    else:
+        values = 3 * vision.patch_size**2
+        M, merging = len(patches) * vision.tokens_per_image, C * config.hidden_size
+    encoding = values * C + vision.num_layers * (4 * C**2 + 2 * C * inner)  # weights that each patch uses
+    attention = vision.num_layers * sum(2 * C * count**2 for count in patches)
+    return 2 * (P * encoding + attention + M * merging), encoding + merging

@@ -1,4 +1,7 @@
-"""The FLOP counts, against the published limits and against what torch counts while the engine runs."""
+"""The counts of FLOPs and reads, against the published limits and against what torch counts while the engine runs."""
+
+import dataclasses
+import math
 
 import pytest
 import torch
@@ -12,14 +15,16 @@ from support.tiny import (
     tiny_qwen3_vl_config,
 )
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from pop import engine
 from pop.engine.cache import KVCache
 from pop.models.config import Gemma3Config, LlamaConfig
 from pop.models.vision.qwen3_vl import Grid
-from pop.pruning.cost import prefill_flops, speedup_limit, vision_flops
+from pop.pruning.cost import Machine, prefill_flops, prefill_seconds, speedup_limit, vision_flops
 from pop.pruning.plan import PrunePlan
+from pop.pruning.projections import KVProjections
 
 LLAMA_8B = LlamaConfig(128_256, 4096, 14_336, num_layers=32, num_heads=32, num_kv_heads=8, head_dim=128)
 SMOLLM2 = LlamaConfig(49_152, 576, 1536, num_layers=30, num_heads=9, num_kv_heads=3, head_dim=64)
@@ -92,6 +97,88 @@ def test_nothing_to_gain():
     assert speedup_limit(config, 100, PrunePlan()) == 1
     assert speedup_limit(config, 1, PrunePlan(layers=(2, 3))) == 1  # the boundary token is the whole prompt
     assert speedup_limit(config, 9, PrunePlan(layers=(2, 3), full_depth_last=9)) == 1
+
+
+# Memory reads
+
+READS = Machine(flops_per_s=math.inf, bytes_per_s=1, itemsize=1)  # its seconds are the numbers that are read
+
+
+def llama_8b_by_hand(tokens: int, vocabulary: int) -> float:
+    """T(none) / T(10 of 32 layers) of Llama-3.1-8B in bfloat16 on an H100: 640 TFLOP/s and 3.0 TB/s."""
+    weights, kv = 2 * 4096 * (4096 + 1024) + 3 * 4096 * 14_336, 2 * 4096 * 1024
+    kept = (2 * tokens * weights + 2 * 4096 * tokens * (tokens + 1)) / 640e12  # more than the time of its reads
+    pruned = 2 * tokens * kv / 640e12 + 2 * (weights + 2048 * tokens) / 3e12  # all tokens' k and v, and the last token
+    head = 2 * 4096 * vocabulary / 3e12
+    return (32 * kept + head) / (22 * kept + 10 * pruned + head)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "layers_only", "limit"), [(512, 1.21, 1.20), (2048, 1.37, 1.36), (4096, 1.40, 1.40), (8192, 1.42, 1.42)]
+)
+def test_a_gpu_reads_the_pruned_layers_for_one_token(tokens, layers_only, limit):
+    """0.44 GB for each pruned layer bound the speedup, although the arithmetic allows 1.43x at any length."""
+    plan, h100 = PrunePlan.deepest(32, 10 / 32), Machine(flops_per_s=640e12, bytes_per_s=3.0e12)
+    counted = speedup_limit(LLAMA_8B, tokens, plan, machine=h100)
+    assert counted == pytest.approx(llama_8b_by_hand(tokens, LLAMA_8B.vocab_size), rel=1e-4)
+    assert round(counted, 2) == limit
+    without_head = dataclasses.replace(LLAMA_8B, vocab_size=1)  # the head's 1.05 GB are read by every plan
+    assert round(speedup_limit(without_head, tokens, plan, machine=h100), 2) == layers_only
+    assert round(speedup_limit(LLAMA_8B, tokens, plan), 2) == 1.43
+
+
+class WeightsRead(TorchFunctionMode):
+    """Counts the numbers of each matrix, at each product that it is in."""
+
+    total = 0
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        self.total += args[1].numel() if function is torch.nn.functional.linear else 0
+        return function(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 16, 100])
+@pytest.mark.parametrize("config", [tiny_config(), tiny_gemma3_config()], ids=["llama", "gemma3"])
+@pytest.mark.parametrize(("layers", "last", "first", "taps"), [
+    ((), 1, 0, 0), ((3, 4), 1, 0, 0), ((0, 2), 5, 3, 0), ((0, 2), 1, 1, 1), ((1, 2, 3), 2, 1, 2),
+])  # fmt: skip
+def test_reads_are_the_matrices_of_the_products_in_the_engine(config, chunk, layers, last, first, taps):
+    tokens, KE = 40, config.num_kv_heads * config.head_dim
+    weight = torch.zeros(len(layers), 2, KE, max(1, taps) * config.hidden_size)
+    refit = KVProjections(layers, weight, weight[..., 0], "", taps) if taps else None
+    plan = PrunePlan(layers, last, first, refit)
+    cache = KVCache(config, 1, tokens, dtype=torch.float32, device=torch.device("cpu"))
+    prompt = torch.ones(1, tokens, dtype=torch.int64)
+    with WeightsRead() as counter:
+        engine.prefill(random_model(config), prompt, cache, torch.tensor([tokens]), plan, chunk)
+
+    attended = 0  # positions whose K and V are read, by a set for each layer and chunk
+    for begin in range(0, tokens, chunk):
+        everyone = range(tokens)[begin : begin + chunk]
+        for layer, window in enumerate(config.windows):
+            attending = [p for p in everyone if layer not in layers or p < first or p >= tokens - last]
+            attended += len({key for p in attending for key in range(max(0, p - (window or tokens) + 1), p + 1)})
+    counted = prefill_seconds(config, tokens, plan, READS._replace(chunk_size=chunk))
+    assert counted == counter.total + 2 * KE * attended
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 3, 40])
+def test_few_tokens_read_few_experts(tokens):
+    """3 of 7 experts a token, 30 x 14 each, in three of five layers."""
+    config = tiny_qwen3_moe_config()
+    less = tiny_qwen3_moe_config(experts=dataclasses.replace(config.experts, layers=()))
+    difference = prefill_seconds(config, tokens, PrunePlan(), READS) - prefill_seconds(less, tokens, PrunePlan(), READS)
+    assert difference == 3 * (30 * 7 + min(7, 3 * tokens) * 3 * 30 * 14 - 3 * 30 * 44)
+
+
+def test_a_tower_is_read_once():
+    config = tiny_qwen3_vl_config()
+    tower = random_model(config).model.visual
+    matrices = sum(
+        weight.numel() for name, weight in tower.named_parameters() if weight.dim() > 1 and "pos" not in name
+    )
+    text, image = (prefill_seconds(config, 40, PrunePlan(), READS, patches) for patches in ((), [24, 16]))
+    assert image - text == matrices
 
 
 # Images
