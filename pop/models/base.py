@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import nn
 
+from pop.models.config import RopeConfig
 from pop.models.images import TEXT, TextOnly
 from pop.models.layers import Embedding, RMSNorm, Rope, Ropes, causal_attention, rope_frequencies, rope_tables
 
@@ -163,6 +164,7 @@ class DecoderModel(PrunableModel):
     def __init__(self, config, model: nn.Module | None):
         super().__init__()
         self.config, self.model = config, model
+        self._frequencies: dict[tuple, torch.Tensor] = {}
         if not config.tie_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
 
@@ -177,9 +179,15 @@ class DecoderModel(PrunableModel):
     def embed(self, tokens):
         return self.decoder.embed_tokens(tokens)
 
+    def frequencies(self, rope: RopeConfig, device: torch.device) -> torch.Tensor:
+        """`rope_frequencies` [E/2], computed once for a device. A captured CUDA graph may keep their address."""
+        if (rope, device) not in self._frequencies:
+            # Two threads may compute them, but keep the same ones.
+            self._frequencies.setdefault((rope, device), rope_frequencies(rope, self.config.head_dim, device))
+        return self._frequencies[rope, device]
+
     def rope(self, positions):
-        frequencies = rope_frequencies(self.config.rope, self.config.head_dim, positions.device)
-        return {None: rope_tables(positions, frequencies)}
+        return {None: rope_tables(positions, self.frequencies(self.config.rope, positions.device))}
 
     def head(self, h):
         head = self.decoder.embed_tokens.unembed if self.config.tie_embeddings else self.lm_head

@@ -19,7 +19,7 @@ from torch import nn
 
 from pop.models import base, layers
 from pop.models.config import Gemma3Config
-from pop.models.layers import Attention, GemmaRMSNorm, rope_frequencies, rope_tables
+from pop.models.layers import Attention, GemmaRMSNorm, rope_tables
 from pop.models.vision.siglip import Projector, VisionTower
 
 
@@ -75,7 +75,7 @@ class Gemma3(base.DecoderModel):
 
     def rope(self, positions):
         def tables(rope):
-            return rope_tables(positions, rope_frequencies(rope, self.config.head_dim, positions.device))
+            return rope_tables(positions, self.frequencies(rope, positions.device))
 
         windows = set(self.config.windows)
         return {window: tables(self.config.rope if window is None else self.config.local_rope) for window in windows}

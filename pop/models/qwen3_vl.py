@@ -19,7 +19,7 @@ from torch import nn
 from pop.errors import InputError
 from pop.models import base
 from pop.models.config import Qwen3VLConfig
-from pop.models.layers import RMSNorm, rope_frequencies
+from pop.models.layers import RMSNorm
 from pop.models.qwen3 import DecoderLayer
 from pop.models.vision.qwen3_vl import Grid, VisionTower
 
@@ -59,7 +59,7 @@ class Qwen3VL(base.DecoderModel):
     def rope(self, positions):
         if positions.dim() == 2:
             return super().rope(positions)
-        frequencies = rope_frequencies(self.config.rope, self.config.head_dim, positions.device)
+        frequencies = self.frequencies(self.config.rope, positions.device)
         axes = torch.zeros_like(frequencies, dtype=torch.int64)  # [E / 2], the axis by which each pair turns
         for axis in (1, 2):  # interleaved: t h w t h w ..., and t for the rest
             axes[axis : 3 * self.config.mrope_sections[axis] : 3] = axis

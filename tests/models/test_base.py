@@ -1,11 +1,20 @@
 """The contract of layers and models: the parts of a layer agree with its forward pass, in every family."""
 
+import copy
+import pickle
+
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from support.cases import assert_close, models
+from support.tiny import random_model, tiny_config, tiny_gemma3_config, tiny_qwen3_vl_config
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from pop.models.layers import causal_attention
+from pop.models import build
+from pop.models.config import RopeConfig
+from pop.models.layers import causal_attention, rope_frequencies
 
 
 def inputs(module, seed):
@@ -54,3 +63,50 @@ def test_the_pass_calls_each_layer_as_a_module(module):
     assert_close(module.head(module.through_layers(tokens, step=by_parts)), logits)
     skipped = module.through_layers(tokens, step=lambda index, layer, h, rope, attend: h)
     assert torch.equal(skipped, module.embed(tokens))
+
+
+ROPE, ROPE_OF_TINY = RopeConfig(kind="llama3", factor=8.0), (tiny_config().rope, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("config", [tiny_config(rope=ROPE), tiny_gemma3_config(), tiny_qwen3_vl_config()])
+def test_rotary_frequencies_are_computed_once(config):
+    """Then a call only turns positions into angles. A captured graph reads the frequencies at one address."""
+    module, positions, operations = random_model(config), torch.arange(5).expand(2, -1), []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            operations.append(function.__name__.split(".")[0])
+            return function(*args, **(kwargs or {}))
+
+    first = module.rope(positions)
+    kept = {key: tensor.data_ptr() for key, tensor in module._frequencies.items()}
+    with Watch():
+        second = module.rope(positions)
+    kinds = len(set(config.windows))
+    assert [operations.count(name) for name in ("mul", "cos", "sin")] == [kinds] * 3
+    assert {*operations} <= {"mul", "cos", "sin", "slice", "unsqueeze", "_to_copy"}
+    for window in first:
+        assert all(map(torch.equal, first[window], second[window]))
+    assert kept == {key: tensor.data_ptr() for key, tensor in module._frequencies.items()}
+    for (rope, _), frequencies in module._frequencies.items():
+        assert torch.equal(frequencies, rope_frequencies(rope, config.head_dim, "cpu"))
+
+
+def test_kept_frequencies_follow_a_model_anywhere():
+    """Kept ones of inference mode, another device or a fake tensor must not reach a call that cannot use them."""
+    module, tokens = random_model(tiny_config()), torch.arange(12).view(2, 6)
+    expected = random_model(tiny_config())(tokens)
+    with FakeTensorMode():
+        build(tiny_config())(torch.zeros(2, 6, dtype=torch.int64))
+    with torch.inference_mode():
+        assert torch.equal(module(tokens), expected)
+    for copied in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
+        copied.requires_grad_(True)
+        logits = copied(tokens)
+        assert torch.equal(logits, expected)
+        logits.sum().backward()
+        assert copied.layers[0].self_attn.k_proj.weight.grad.any()
+        assert copied._frequencies[ROPE_OF_TINY].data_ptr() != module._frequencies[ROPE_OF_TINY].data_ptr()
+    module.to("meta")
+    assert module(tokens.to("meta")).device.type == "meta"
+    assert not module.state_dict().keys() - dict(module.named_parameters()).keys()
