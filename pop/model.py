@@ -120,18 +120,23 @@ class Model:
         Raises:
             InputError, PlanError: An argument does not fit the model. ContextOverflow: The cache is too small.
         """
-        tokens = self._tokens(tokens, dims=2)
+        tokens = token_ids(tokens, 2, self.config.vocab_size)
         lengths = row_lengths(lengths, tokens)
         self._check_cache(cache, lengths)
         plan = self.resolve(plan)
         chunk_size = self.chunk_size if chunk_size is None else self._chunk_size(chunk_size)
         stages = self._stages(len(tokens), plan)
         images = self._images(self._vision_module, images, videos, tokens, lengths)
+        tokens = self._on_device(tokens)
         return engine.prefill(self.module, tokens, cache, lengths, plan, chunk_size, stages, images, boundary)
 
     def decode(self, tokens, cache: KVCache) -> torch.Tensor:
-        """Append one token a row, at full depth: tokens [B] -> logits [B, V] float32."""
-        tokens = self._tokens(tokens, dims=1)
+        """Append one token a row, at full depth: tokens [B] -> logits [B, V] float32.
+
+        Ids on a GPU are not checked here, since reading them would wait for it. The embedding's own assertion refuses
+        an id outside the vocabulary, as a CUDA error, which ends all work of the process on the GPU.
+        """
+        tokens = self._on_device(token_ids(tokens, 1, self.config.vocab_size, wait=False))
         self._check_cache(cache, torch.ones(tokens.shape[0], dtype=torch.int64))
         return engine.decode(self.module, tokens, cache, self._stages(len(tokens)))
 
@@ -141,10 +146,10 @@ class Model:
 
         images, videos: As in `prefill`.
         """
-        tokens = self._tokens(tokens, dims=2)
+        tokens = token_ids(tokens, 2, self.config.vocab_size)
         self.check_fits(tokens.shape[1])
         images = self._images(self.module, images, videos, tokens, row_lengths(None, tokens))
-        return self.module(tokens, images)
+        return self.module(self._on_device(tokens), images)
 
     def warmup(self, batch_size: int = 1, plans: Sequence[PrunePlan] = ()) -> None:
         """Compile what prefill and decode need, unless the model runs eagerly.
@@ -255,7 +260,7 @@ class Model:
         self.check_fits(length, "context plus continuation")
         cache = self.new_cache(1, length)
         logits = self.prefill([context], cache, images=[media], plan=plan)  # [1, V]
-        targets = torch.tensor(targets, device=self.device)
+        targets = self._on_device(torch.tensor(targets))
         losses = [F.cross_entropy(logits, targets[:1], reduction="none")]
         for begin in range(0, len(targets) - 1, SCORED_AT_ONCE):
             part = targets[begin : begin + SCORED_AT_ONCE + 1]  # each token predicts the next one
@@ -330,8 +335,9 @@ class Model:
     def _chunk_size(self, chunk_size) -> int:
         return max(check_count("chunk_size", chunk_size), self.vision.min_chunk_size)
 
-    def _tokens(self, tokens, dims: int) -> torch.Tensor:
-        return token_ids(tokens, dims, self.config.vocab_size).to(self.device)
+    def _on_device(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Copy token ids to the model's device without waiting for it."""
+        return tokens.to(self.device, non_blocking=True)
 
     @property
     def _vision_module(self):
@@ -339,7 +345,7 @@ class Model:
 
     @torch.no_grad()
     def _images(self, module, images, videos, tokens: torch.Tensor, lengths: torch.Tensor) -> TextOnly:
-        """What images and videos bring to tokens [B, T], by the vision tower of a module."""
+        """What images and videos bring to tokens [B, T], by the vision tower of a module. Tokens are on the CPU."""
         return self.vision.images(module, self.vision.prepare_batch(images, videos, len(tokens)), tokens, lengths)
 
     def _stages(self, rows: int, plan: PrunePlan = PrunePlan.none()) -> engine.Stages:  # noqa: B008 (it is frozen)

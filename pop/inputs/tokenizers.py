@@ -171,12 +171,18 @@ def _chat_template(folder: Path) -> str | None:
     return template
 
 
-def token_ids(tokens, dims: int, vocab_size: int) -> torch.Tensor:
-    """Return token ids as an int64 tensor, [B] or [B, T] by `dims`, on the device where they are."""
+def token_ids(tokens, dims: int, vocab_size: int, wait: bool = True) -> torch.Tensor:
+    """Return token ids as an int64 tensor on the CPU, [B] or [B, T] by `dims`.
+
+    Ids on another device are read back, which waits for the device. With `wait=False` they stay there, unchecked.
+    """
     ids = _integers(tokens)
     if ids is None or ids.dim() != dims or not ids.numel():
         shape = "[batch]" if dims == 1 else "[batch, tokens]"
         raise InputError(f"tokens must be integers of shape {shape}, none of them empty, not {tokens!r:.80}")
+    if not wait and ids.device.type != "cpu":
+        return ids
+    ids = ids.cpu()
     low, high = torch.stack(ids.aminmax()).tolist()
     if low < 0 or high >= vocab_size:
         raise InputError(f"token id {low if low < 0 else high} is not in the vocabulary of {vocab_size} tokens")
@@ -187,9 +193,10 @@ def row_lengths(lengths, tokens: torch.Tensor) -> torch.Tensor:
     """Return the lengths of right-padded tokens [B, T] as int64 [B] on the CPU. None: no row is padded."""
     B, T = tokens.shape
     found = torch.full((B,), T) if lengths is None else _integers(lengths)
+    found = None if found is None else found.cpu()
     if found is None or found.shape != (B,) or found.min() < 1 or found.max() > T:
         raise InputError(f"lengths is {lengths!r:.80}; it must hold {B} integers from 1 to {T}, one for each row")
-    return found.cpu()
+    return found
 
 
 def _integers(values) -> torch.Tensor | None:
