@@ -113,9 +113,18 @@ def test_the_command_line_end_to_end(folder, tmp_path, capsys, monkeypatch):
     assert children == [("compile",), ("compile",), ("memory", "--lengths", "8"), ("memory", "--lengths", "16")]
     assert (result["layers"], result["all_layers"], result["dtype"], result["compiled"]) == (4, 5, "bfloat16", False)
     assert result["machine"]["threads"] == torch.get_num_threads() and result["versions"]["pop"] == pop.__version__
-    assert list(result["prefill"]) == ["8", "16"] and list(result["prefill"]["8"]["plans"]) == ["0.5"]
+    assert list(result["cold"]) == list(result["prefill"]) == ["8", "16"] and list(result["prefill"]["8"]["plans"]) == [
+        "0.5"
+    ]
     assert result["prefill"]["8"]["plans"]["0.5"]["layers"] == 2
-    for text in ("4 layers of 5", "0.5, without 2 layers", "1.0 s cold", "1.500", "with 32,768 slots against 2,048"):
+    for text in (
+        "4 layers of 5",
+        "0.5, without 2 layers",
+        "1.0 s cold",
+        "1.500",
+        "with 32,768 slots against 2,048",
+        "first time",
+    ):
         assert text in out
     for text in ("all layers", "0.5", "time to first token, seconds"):
         assert f">{text}<" in drawn.read_text()

@@ -123,6 +123,41 @@ def test_a_turn_of_pop_prefills_by_the_plan_and_then_decodes_its_own_tokens(mode
     assert turns.pop_turn(model, [5, 6, 7], cache, plan, 0, [])().keys() == {"ttft_s"}
 
 
+def test_cold_lengths_are_met_twice_with_new_caches(model, monkeypatch):
+    calls, prefill = [], model.prefill
+
+    def watched(tokens, cache, **options):
+        calls.append((len(tokens[0]), cache.max_seq_len, int(cache.lengths[0]), options["plan"], id(cache)))
+        return prefill(tokens, cache, **options)
+
+    monkeypatch.setattr(model, "prefill", watched)
+    result = measure.measure_cold(model, [5, 9], 3)
+    none = pop.PrunePlan.none()
+    assert [call[:4] for call in calls] == [(5, 8, 0, none)] * 2 + [(9, 12, 0, none)] * 2
+    times = {"ttft_s", "step_s"}
+    assert all(row[time].keys() == times for row in result.values() for time in ("first", "second"))
+
+
+@pytest.mark.parametrize(("device", "chunks"), [("cuda", 2), ("cpu", None)])
+def test_a_limit_counts_reads_on_a_gpu(device, chunks):
+    """By the medians of the measured rates, for the model's dtype and chunks."""
+    config, plan = tiny_config(), pop.PrunePlan((3, 4))
+    model = types.SimpleNamespace(config=config, device=torch.device(device), dtype=torch.bfloat16, chunk_size=10)
+    record = {(20, "full", "ttft_s"): [3.0, 3.0, 3.0], (20, "p", "ttft_s"): [2.0, 2.0, 2.0]}
+    record |= {(20, "peak", "flops_per_s"): [5e9, 1e9, 1e10], (20, "bandwidth", "bytes_per_s"): [1e8, 5e8, 4e8]}
+    row = measure._plan_figures(model, record, 20, "p", plan, [])
+    machine = chunks and cost.Machine(5e9, 4e8, 2, 10)
+    limit = cost.speedup_limit(config, 20, plan, (), machine)
+    assert row["limit"] == limit and row["efficiency"]["median"] == pytest.approx(1.5 / limit)
+
+
+def test_a_gpus_bandwidth_is_measured_on_more_memory(monkeypatch):
+    monkeypatch.setattr(shapes, "free_bytes", lambda device: free)
+    for free, size in ((80 * 2**30, 2**32), (5 * 2**30, 2**31), (2**28, 2**28)):  # noqa: B007
+        assert shapes.bandwidth_bytes(torch.device("cuda")) == size
+    assert shapes.bandwidth_bytes(torch.device("cpu")) == 2**28
+
+
 def test_slots_start_from_the_same_position_in_both_caches(model, monkeypatch):
     seen = []
     decode = model.decode

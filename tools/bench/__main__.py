@@ -24,14 +24,14 @@ from pop.cli.demo import machine, progress
 from pop.errors import InputError, check_count
 from pop.models.config import DTYPES
 from tools.bench import rivals as libraries
-from tools.bench.measure import measure_prefill, measure_slots
+from tools.bench.measure import measure_cold, measure_prefill, measure_slots
 from tools.bench.processes import CHILDREN, in_child
 from tools.bench.report import plot, report
 from tools.bench.shapes import SHAPES
 from tools.bench.subject import load_subject, parse_plan
 from tools.common import check_writable, exit_status, integers_in, names_in, write_figures, write_plot
 
-TASKS = ("compile", "memory", "prefill", "slots")
+TASKS = ("compile", "memory", "cold", "prefill", "slots")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -57,7 +57,8 @@ def _measure_and_print(args, argv: list[str]) -> None:
 def run(args, argv: list[str]) -> dict:
     """Measure all that --tasks asks for.
 
-    Tasks with their own processes come first, because two models may not fit into memory.
+    Tasks with their own processes come first, because two models may not fit into memory. Then comes `cold`, before
+    any other task has met its lengths.
     """
     measured = {}
     with tempfile.TemporaryDirectory() as folder:
@@ -92,6 +93,8 @@ def run(args, argv: list[str]) -> dict:
         "tasks": args.tasks,
         **measured,
     }
+    if "cold" in args.tasks:
+        result["cold"] = measure_cold(model, args.lengths, args.decode_steps)
     if "prefill" in args.tasks:
         result["prefill"] = measure_prefill(model, plans, rivals, args)
     if "slots" in args.tasks:

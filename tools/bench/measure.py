@@ -10,7 +10,7 @@ import pop
 from pop.backends.cpu import WIDENED
 from pop.engine.cache import KVCache
 from pop.errors import CacheMemoryError
-from pop.pruning.cost import prefill_flops, speedup_limit, vision_flops
+from pop.pruning.cost import Machine, prefill_flops, speedup_limit, vision_flops
 from tools.bench.rounds import Turn, ratio, run_rounds, seconds, spread
 from tools.bench.shapes import decode_bytes, saved_bytes
 from tools.bench.subject import random_image, random_prompt
@@ -99,7 +99,7 @@ def _tower_figures(model: pop.Model, record: Record, N: int, patches: list[int])
 def _plan_figures(model: pop.Model, record: Record, N: int, name: str, plan: pop.PrunePlan, patches: list[int]) -> dict:
     """A pruned prefill against the full one and against the limit."""
     ttft, times = record[N, "full", "ttft_s"], record[N, name, "ttft_s"]
-    limit = speedup_limit(model.config, N, plan, patches)
+    limit = speedup_limit(model.config, N, plan, patches, _machine(model, record, N))
     return {
         "layers": len(plan.layers),
         "taps": plan.projections.taps if plan.projections else None,
@@ -109,6 +109,14 @@ def _plan_figures(model: pop.Model, record: Record, N: int, name: str, plan: pop
         "limit": limit,
         "efficiency": ratio(ttft, times, 1 / limit),
     }
+
+
+def _machine(model: pop.Model, record: Record, N: int) -> Machine | None:
+    """The rates by which a limit counts memory reads. None on CPUs, where nearly all of the time is arithmetic."""
+    if model.device.type != "cuda":
+        return None
+    peak, bandwidth = median(record[N, "peak", "flops_per_s"]), median(record[N, "bandwidth", "bytes_per_s"])
+    return Machine(peak, bandwidth, model.dtype.itemsize, model.chunk_size)
 
 
 def _rival_figures(record: Record, N: int, name: str, plans: dict[str, pop.PrunePlan]) -> dict:
@@ -121,6 +129,20 @@ def _rival_figures(record: Record, N: int, name: str, plans: dict[str, pop.Prune
         "pruned_speedup": {plan: ratio(ttft, record[N, plan, "ttft_s"]) for plan in plans},
         "decode_speedup": ratio(steps, record[N, "full", "step_s"]),
     }
+
+
+def measure_cold(model: pop.Model, lengths: list[int], steps: int) -> dict[int, dict]:
+    """Prefill and decode at lengths that this process has not met before, and then the same again.
+
+    Whatever is compiled or chosen for a length makes the first time slow. As in `generate`, each cache has its
+    prompt's size.
+    """
+    result = {}
+    for N in lengths:
+        prompt, full = random_prompt(model.config, N), pop.PrunePlan.none()
+        times = (pop_turn(model, prompt, model.new_cache(1, N + steps), full, steps, [])() for _ in range(2))
+        result[N] = dict(zip(("first", "second"), times, strict=True))
+    return result
 
 
 def measure_slots(model: pop.Model, num_tokens: int, steps: int, runs: int) -> dict:

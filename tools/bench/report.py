@@ -31,6 +31,8 @@ runs      {result["runs"]} rounds in turn: medians, lowest .. highest; ratios ar
             parts.append(_tower(result))
         if any(figures["rivals"] for figures in result["prefill"].values()):
             parts.append("pop's speed over the rivals'\n" + _numbers(_rival_rows(result["prefill"])))
+    if "cold" in result:
+        parts.append("lengths met for the first time, and again\n" + _numbers(_cold_rows(result["cold"])))
     if "slots" in result:
         parts.append(_slots(result["slots"]))
     if "memory" in result:
@@ -110,6 +112,13 @@ def _decode_rows(lengths: dict) -> Iterator[list[str]]:
             f"{row['rest_per_token_s']['median'] * 1e6:.1f}",
             f"{row['flatness']['median']:.2f}",
         ]
+
+
+def _cold_rows(lengths: dict) -> Iterator[list[str]]:
+    yield ["tokens", "TTFT, ms", "again", "decode, ms a token", "again"]
+    for tokens, row in lengths.items():
+        times = [row[time][name] for name in ("ttft_s", "step_s") for time in ("first", "second")]
+        yield [f"{tokens:,}", *(f"{seconds * 1e3:,.1f}" for seconds in times)]
 
 
 def _rival_rows(lengths: dict) -> Iterator[list[str]]:

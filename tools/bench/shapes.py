@@ -15,8 +15,10 @@ from pop import models
 from pop.engine.attention import QUERY_BLOCK
 from pop.engine.cache import CHUNK_SIZE, KVCache
 from pop.errors import InputError
+from pop.system.memory import free_bytes
 
-BIG = 2**28  # bytes of the matrix that measures the bandwidth, far more than a cache holds
+# Bytes of the matrix that measures the bandwidth: far more than a CPU's cache holds, and 1 ms of a GPU's reads.
+BIG, BIG_ON_GPU = 2**28, 2**32
 
 # The config.json of each known shape, as in the Hugging Face layout: --shape NAME needs no file.
 _LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
@@ -107,6 +109,14 @@ def prefill_memory(config, num_tokens: int, dtype: torch.dtype, widened: bool = 
     activations = C * (3 * D + 2 * H * E) * size + masks + max(mlp, attention)
     cache = KVCache.size_in_bytes(config, 1, num_tokens, dtype)
     return weight_bytes(config, dtype) + cache + activations
+
+
+def bandwidth_bytes(device: torch.device) -> int:
+    """Bytes of the matrix that measures the bandwidth. If a GPU lacks memory, the matrix is smaller."""
+    if device.type != "cuda":
+        return BIG
+    half = free_bytes(device) // 2
+    return max(BIG, min(BIG_ON_GPU, 2 ** (half.bit_length() - 1)))
 
 
 def fitting_layers(config, num_tokens: int, dtype: torch.dtype, free: int) -> int:

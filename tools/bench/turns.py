@@ -15,22 +15,23 @@ from pop.cli.demo import timed
 from pop.engine.attention import attend_cache
 from pop.engine.layout import Chunk, chunk_bounds
 from pop.models.images import TEXT
-from tools.bench.rounds import Turn, seconds
-from tools.bench.shapes import BIG
+from tools.bench.rounds import Turn, device_seconds, seconds
+from tools.bench.shapes import bandwidth_bytes
 
 
 def peak_turn(device: torch.device, dtype: torch.dtype) -> Turn:
     """FLOPs per second of a large matrix product."""
     n = 8192 if device.type == "cuda" else 2048
     a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
-    return lambda: {"flops_per_s": 2 * n**3 / seconds(lambda: a @ b, device, 3)}
+    return lambda: {"flops_per_s": 2 * n**3 / device_seconds(lambda: a @ b, device, 3)}
 
 
 def bandwidth_turn(device: torch.device) -> Turn:
     """Bytes per second of memory: the fastest of a sum, a matrix-vector product, and a copy from half to half."""
-    big, vector = torch.ones(2, BIG // 8 // 4096, 4096, device=device), torch.ones(4096, device=device)
+    size = bandwidth_bytes(device)
+    big, vector = torch.ones(2, size // 8 // 4096, 4096, device=device), torch.ones(4096, device=device)
     moves = (lambda: big.sum(), lambda: big.view(-1, 4096) @ vector, lambda: big[0].copy_(big[1]))
-    return lambda: {"bytes_per_s": BIG / min(seconds(move, device, 3) for move in moves)}
+    return lambda: {"bytes_per_s": size / min(device_seconds(move, device, 3) for move in moves)}
 
 
 def attention_turn(model: pop.Model, num_tokens: int) -> Turn:
