@@ -25,7 +25,7 @@ INDEXING = {"aten::index", "aten::index_put", "aten::index_put_", "aten::_unsafe
 def device_only():
     """Rejects operations that move values between host and device, or whose result's shape depends on values.
 
-    A tensor on the CPU may be an operand only if it has no dimensions. A graph keeps such a number as it is.
+    It also rejects tensors on the CPU, except numbers (without dimensions), which a graph keeps as they are.
     """
     with _Functions(), _Operations():
         yield
