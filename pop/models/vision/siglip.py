@@ -30,9 +30,10 @@ class Embeddings(nn.Module):
         self.position_embedding = nn.Embedding(config.patches_per_side**2, C)
 
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
-        patches = self.patch_embedding(pixels)  # [N, C, S / patch, S / patch]
-        patches = patches.flatten(2).transpose(1, 2)  # [N, P, C], row by row
-        return patches + self.position_embedding.weight
+        # By default, cuDNN would round a float32 convolution to TF32, and plan for each number of images.
+        matrix = self.patch_embedding
+        patches = F.unfold(pixels, matrix.kernel_size, stride=matrix.stride)  # [N, values of a patch, P], row by row
+        return F.linear(patches.transpose(1, 2), matrix.weight.flatten(1), matrix.bias) + self.position_embedding.weight
 
 
 class Attention(nn.Module):

@@ -72,6 +72,15 @@ def test_features_in_bfloat16_stay_in_it(read):
     assert error(tokens, FEATURES["pooled-tokens"]) < 0.1  # about 16 roundings of 2 ** -9
 
 
+def test_patches_are_not_a_convolution(read):
+    """On a GPU, cuDNN would round it to TF32 in float32."""
+    vision, pixels = tiny(read, "pooled")
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        vision.vision_tower(pixels)
+    names = {event.key for event in profile.key_averages()}
+    assert "aten::addmm" in names and not [name for name in names if "conv" in name]
+
+
 def test_images_do_not_attend_each_other(read):
     vision, pixels = tiny(read, "odd-grid")
     together = vision.multi_modal_projector(vision.vision_tower(pixels))
