@@ -5,6 +5,7 @@ import os
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
+from support.devices import DEVICES, no_gpu
 
 from pop import WeightsNotFound
 from pop.checkpoints import registry
@@ -22,6 +23,17 @@ def pytest_collection_modifyitems(items):
     """Start with the files that take minutes. Otherwise one process could be left with such a file at the end."""
     longest = ("test_real_model", "test_compile", "test_tensor_parallel")
     items.sort(key=lambda item: item.module.__name__.rpartition(".")[2] not in longest)
+
+
+def pytest_runtest_setup(item):
+    if item.get_closest_marker("cuda") and (reason := no_gpu()):
+        pytest.skip(reason)
+
+
+@pytest.fixture(params=DEVICES, ids=str)
+def device(request):
+    """The CPU, and the GPU where there is one."""
+    return request.param
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,226 @@
+"""What must hold on a GPU: the naive reference on the CPU in float32, at any chunk, row, step and image.
+
+    pytest -m cuda        the tests on a GPU; each is skipped where there is none
+
+Most tests also run on the CPU, so that they can fail on any machine. The models are tiny, and their sizes are multiples
+of 16, as fast kernels require.
+"""
+
+import copy
+import dataclasses
+import warnings
+
+import pytest
+import torch
+from support.cases import assert_close
+from support.tiny import (
+    random_model,
+    random_patches,
+    tiny_config,
+    tiny_gemma3_config,
+    tiny_gemma3_vl_config,
+    tiny_qwen3_config,
+    tiny_qwen3_vl_config,
+)
+from support.tiny_images import picture
+
+import pop
+from pop.generation.sampling import Sampler, SamplingParams
+from pop.inputs.processors import Prepared
+from pop.models.config import ExpertsConfig
+from pop.models.images import TEXT
+from pop.models.vision.qwen3_vl import Grid
+from pop.pruning import reference
+from pop.pruning.projections import KVProjections
+
+CHUNK = 7  # tokens that run at once; with windows of 5 tokens, a ring has 11 slots
+SIZES = {"hidden_size": 32, "intermediate_size": 48, "head_dim": 16}
+TOWER = dataclasses.replace(tiny_qwen3_vl_config().vision, out_size=32)
+CONFIGS = {
+    "llama": tiny_config(**SIZES),
+    "gemma3": tiny_gemma3_config(**SIZES),
+    "qwen3": tiny_qwen3_config(**SIZES),
+    # Every token takes all experts. Otherwise rounding to bfloat16 could choose others.
+    "experts": tiny_qwen3_config(**SIZES, experts=ExpertsConfig(3, 3, 16, (0, 2, 3))),
+    "gemma3 with images": tiny_gemma3_vl_config(**SIZES),
+    "qwen3_vl": tiny_qwen3_vl_config(**SIZES, mrope_sections=(3, 3, 2), vision=TOWER),
+}
+TEXT_FAMILIES = ("llama", "gemma3", "qwen3", "experts")
+LAYERS = (1, 3, 4)  # of five
+PLANS = {"none": (), "plain": (3, 0, 0), "one tap": (1, 1, 1), "two taps": (2, 1, 2)}  # last, first, taps
+
+
+def make(family: str, dtype: torch.dtype, device: torch.device) -> tuple[pop.Model, torch.nn.Module]:
+    """A model, and a module with the same weights in float32 on the CPU."""
+    naive = random_model(CONFIGS[family], seed=3).to(dtype).float()
+    module = copy.deepcopy(naive).to(device, dtype)
+    return pop.Model(module, naive.config, compile=False, chunk_size=CHUNK), naive
+
+
+def plan_of(model: pop.Model, name: str) -> pop.PrunePlan:
+    """One of PLANS. Its projections are random numbers that the model's dtype can hold."""
+    if name == "none":
+        return pop.PrunePlan.none()
+    last, first, taps = PLANS[name]
+    if not taps:
+        return pop.PrunePlan(LAYERS, last, first)
+    config = model.config
+    shape = (len(LAYERS), 2, config.num_kv_heads * config.head_dim, taps * config.hidden_size)
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(0)) / shape[-1] ** 0.5
+    weight = weight.to(model.dtype).float()
+    return pop.PrunePlan(LAYERS, last, first, KVProjections(LAYERS, weight, weight[..., 0], model.fingerprint, taps))
+
+
+def random_tokens(*shape: int) -> torch.Tensor:
+    """Ids below those of images."""
+    return torch.randint(60, shape, generator=torch.Generator().manual_seed(sum(shape)))
+
+
+def assert_equal(found: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype) -> None:
+    """To 1e-4 of the scale in float32, and to 4e-2 of the norm in bfloat16, where a CPU comes to 2.4e-2."""
+    found = found.cpu()
+    if dtype == torch.float32:
+        assert_close(found, expected)
+    else:
+        assert (found - expected).norm() <= 4e-2 * expected.norm()
+
+
+def by_reference(naive, tokens: torch.Tensor, turns: list[int], plan, images=TEXT) -> torch.Tensor:
+    """tokens [T] -> logits [T, V]. Prompts of these lengths come first, one after the other, and then an answer."""
+    position, begin = torch.arange(len(tokens)), 0
+    full_depth = position >= sum(turns)
+    for length in turns:
+        last = (position >= begin + length - plan.full_depth_last) & (position < begin + length)
+        full_depth |= last | (position < plan.full_depth_first)
+        begin += length
+    return reference.forward(naive, tokens, full_depth, plan, images)[0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("lengths", [[(23,), (8,)], [(23, 9, 1), (2, 8, 5)]], ids=["one row", "ragged"])
+@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize("family", TEXT_FAMILIES)
+def test_two_prompts_and_an_answer_are_the_references(family, plan, lengths, dtype, device):
+    """In chunks, with rows of different lengths, and further than a window or its ring reaches."""
+    model, naive = make(family, dtype, device)
+    plan, B = plan_of(model, plan), len(lengths[0])
+    prompts, answer = [random_tokens(B, max(row)) for row in lengths], random_tokens(B, 4)
+    cache = model.new_cache(B, 48)
+    found = [model.prefill(tokens, cache, lengths=row, plan=plan) for tokens, row in zip(prompts, lengths, strict=True)]
+    found = torch.stack(found + [model.decode(token, cache) for token in answer.T], dim=1)  # [B, 2 + 4, V]
+    for row in range(B):
+        turns = [one[row] for one in lengths]
+        parts = [tokens[row, :length] for tokens, length in zip(prompts, turns, strict=True)]
+        logits = by_reference(naive, torch.cat((*parts, answer[row])), turns, plan)
+        assert_equal(found[row], logits[[turns[0] - 1, *range(sum(turns) - 1, len(logits))]], dtype)
+
+
+# Images
+
+
+def image_of(model: pop.Model) -> Prepared:
+    if model.config.family == "gemma3":
+        return model.vision.prepare("image", picture(28, seed=1))
+    pixels = random_patches(16, model.config.vision.patch_values, seed=1)
+    return Prepared("image", pixels, ([62, *[60] * 4, 63],), Grid(1, 4, 4))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize("family", ["gemma3 with images", "qwen3_vl"])
+def test_images_are_the_references(family, plan, dtype, device):
+    """Gemma-3's image tokens attend those after them. Qwen3-VL has positions on three axes, and DeepStack."""
+    model, naive = make(family, dtype, device)
+    plan, image, answer = plan_of(model, plan), image_of(model), random_tokens(3)
+    (ids,) = (piece for piece in image.pieces if not isinstance(piece, str))
+    prompt = torch.tensor([2, 5, *ids, 7, 8, *ids, 9, *range(20, 34)])
+    cache = model.new_cache(1, 48)
+    found = [model.prefill(prompt[None], cache, images=[[image, image]], plan=plan)]
+    found = torch.cat(found + [model.decode(token[None], cache) for token in answer])
+    n = len(prompt)
+    images = model.vision.images(naive, [[image, image]], prompt[None], torch.tensor([n]))
+    logits = by_reference(naive, torch.cat((prompt, answer)), [n], plan, images)
+    assert_equal(found, logits[n - 1 :], dtype)
+
+
+# Sampling
+
+
+@pytest.mark.parametrize("settings", [{}, {"top_k": 5}, {"top_p": 0.8}, {"top_k": 9, "top_p": 0.9}])
+def test_draws_do_not_depend_on_the_device(settings, device):
+    logits = 3 * torch.randn(3, 200, generator=torch.Generator().manual_seed(0))
+    here, there = (Sampler(3, SamplingParams(temperature=0.8, seed=5, **settings)) for _ in range(2))
+    for _ in range(20):
+        assert there(logits.to(device)).tolist() == here(logits).tolist()
+    for sampler in (here, there):
+        sampler.keep_rows([2, 0])
+    assert there(logits[:2].to(device)).tolist() == here(logits[:2]).tolist()
+
+
+# Only on a GPU
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("family", TEXT_FAMILIES)
+def test_a_decode_step_waits_for_nothing(family):
+    """Once captured, it reads nothing back and copies nothing from memory that is not pinned."""
+    model, _ = make(family, torch.bfloat16, torch.device("cuda"))
+    cache, tokens = model.new_cache(2, 64), torch.tensor([1, 2], device="cuda")
+    model.prefill(random_tokens(2, 20), cache)
+    for _ in range(20):
+        model.decode(tokens, cache)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(5):
+            tokens = model.decode(tokens, cache).argmax(-1)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_generate_waits_once_a_token(temperature):
+    model, _ = make("llama", torch.bfloat16, torch.device("cuda"))
+    waits = {}
+    for count in (20, 20, 40):  # the first warms up
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                model.generate([3, 5, 7], max_new_tokens=count, temperature=temperature, seed=0)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        waits[count] = sum("synchroniz" in str(warning.message) for warning in caught)
+    assert waits[40] - waits[20] == 20
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("family", CONFIGS)
+def test_no_kernel_multiplies_in_float32_and_none_is_cudnns(family):
+    """cuDNN plans anew for each length, and products in float32 do not use tensor cores."""
+    model, _ = make(family, torch.bfloat16, torch.device("cuda"))
+    images = [[image_of(model)]] if model.vision.marks else [[]]
+    ids = [token for one in images[0] for piece in one.pieces if not isinstance(piece, str) for token in piece]
+    prompt, cache = [[2, 5, *ids, *range(20, 40)]], model.new_cache(1, 64)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        for plan in (pop.PrunePlan.none(), pop.PrunePlan(LAYERS)):
+            cache.reset()
+            token = model.prefill(prompt, cache, images=images, plan=plan).argmax(-1)
+        for _ in range(20):
+            token = model.decode(token, cache).argmax(-1)
+    kernels = {event.key for event in profile.key_averages()}
+    assert kernels
+    assert [name for name in kernels if "sgemm" in name or "cudnn" in name] == []
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("family", TEXT_FAMILIES)
+def test_compiled_stages_are_the_references(family):
+    model, naive = make(family, torch.bfloat16, torch.device("cuda"))
+    model = pop.Model(model.module, model.config, compile=True, chunk_size=CHUNK)
+    prompt, answer, plan = random_tokens(23), random_tokens(12), pop.PrunePlan(LAYERS)
+    cache = model.new_cache(1, 48)
+    found = [model.prefill(prompt[None], cache, plan=plan)]
+    found = torch.cat(found + [model.decode(token[None], cache) for token in answer])
+    logits = by_reference(naive, torch.cat((prompt, answer)), [23], plan)
+    assert_equal(found, logits[22:], torch.bfloat16)
