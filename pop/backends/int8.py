@@ -47,11 +47,13 @@ class Int8Linear(nn.Module):
 def product_by_copies(x: torch.Tensor, integers: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     """x [B, T, in] -> [B, T, out], with a copy of some rows of the matrix at a time.
 
-    This is one operator, because the compiler would replace its parts by the product for one token.
+    This is one operator, because the compiler would replace its parts by the product for one token. A product with
+    integers is up to 127 times too large before it is scaled, which float16 cannot hold.
     """
+    wide = x.float() if x.dtype == torch.float16 else x
     rows = max(1, COPIED_AT_ONCE // integers.shape[1])
     blocks = zip(integers.split(rows), scale.split(rows), strict=True)
-    return torch.cat([linear(x, block.to(x.dtype)) * factors for block, factors in blocks], dim=-1)
+    return torch.cat([(linear(wide, block.to(wide.dtype)) * scales).to(x.dtype) for block, scales in blocks], dim=-1)
 
 
 @product_by_copies.register_fake

@@ -97,6 +97,15 @@ def test_every_product_is_that_with_the_rounded_matrix(shape, dtype, bias, monke
         assert error < {torch.float32: 1e-6, torch.bfloat16: 1e-2, torch.float16: 2e-3}[dtype]
 
 
+@pytest.mark.parametrize("tokens", [1, 5])
+def test_a_product_that_float16_holds_does_not_overflow_on_the_way(tokens):
+    """The integers are 127 and the scale is 1/127, so each result is the sum of the inputs: 64 * 100."""
+    layer = Int8Linear(torch.full((33, 64), 127, dtype=torch.int8), torch.full((33,), 1 / 127).half(), None)
+    with torch.no_grad():
+        out = layer(torch.full((2, tokens, 64), 100.0).half())
+    torch.testing.assert_close(out, torch.full((2, tokens, 33), 6400.0).half(), rtol=2e-3, atol=0)
+
+
 @requires_torchao
 def test_prefill_decode_and_calibration_are_those_of_the_rounded_model(modules):
     texts = torch.randint(55, (4, 40), generator=torch.Generator().manual_seed(0)).tolist()
