@@ -15,16 +15,18 @@ from typing import Any, get_type_hints
 
 from pop.checkpoints.fields import Fields
 from pop.checkpoints.meta import read_params
+from pop.checkpoints.weights import stored_dtype
 from pop.errors import ConfigError
 from pop.models import config as configs
 from pop.system.files import read_json
 
 logger = logging.getLogger(__name__)
 
-# Fields that change the forward pass of some architecture. A field that the reader does not take is refused.
+# Fields that change the forward pass of some architecture. A field that the reader does not take is refused, unless it
+# is off: false, 0 or empty.
 FORWARD_PASS = """
-    is_encoder_decoder add_cross_attention text_config vision_config audio_config auto_map
-    quantization_config compression_config pretraining_tp hidden_act hidden_activation
+    is_encoder_decoder add_cross_attention text_config vision_config audio_config
+    quantization_config compression_config hidden_act hidden_activation
     attention_bias qkv_bias use_qkv_bias add_qkv_bias attention_out_bias mlp_bias use_bias lm_head_bias
     qk_norm use_qk_norm qk_layernorm query_pre_attn_scalar attention_multiplier attn_temperature_tuning
     attn_logit_softcapping final_logit_softcapping logit_scale logits_scaling
@@ -44,15 +46,18 @@ def read_config(folder: str | Path) -> configs.Config:
     """Read the config of a checkpoint from config.json, or from params.json if config.json is missing.
 
     The end tokens of generation_config.json replace those of config.json, because chat models list the token that ends
-    a turn only there. A config without a dtype means float32. Raises ConfigError, which names the file and the field.
+    a turn only there. A config without a dtype gets that of the weights. Raises ConfigError, which names the file and
+    the field.
     """
     folder = Path(folder)
     if (folder / "config.json").exists():
-        config = _read(folder / "config.json", lambda f: READERS[f.choice("model_type", READERS)](f), FORWARD_PASS)
+        config = _read(folder / "config.json", _read_family, FORWARD_PASS)
     elif (folder / "params.json").exists():
         config = _read(folder / "params.json", read_params, None)
     else:
         raise ConfigError(f"{folder} is not a checkpoint folder: it holds neither config.json nor params.json")
+    if config.dtype is None:
+        config = dataclasses.replace(config, dtype=stored_dtype(folder))
     generation = folder / "generation_config.json"
     if generation.exists():
         config = _read(generation, lambda f: dataclasses.replace(config, eos_ids=_read_ends(f, config.eos_ids)), ())
@@ -69,6 +74,13 @@ def _read(path: Path, reader: Callable[[Fields], configs.Config], unsupported: C
     if ignored:
         logger.info("%s: ignored %s", path, ignored)
     return config
+
+
+def _read_family(fields: Fields) -> configs.Config:
+    if method := fields.object("quantization_config"):
+        name = method.get("quant_method", "an unknown method")
+        raise ConfigError(f"quantization_config: the weights are quantised ({name!r:.80}); take the original ones")
+    return READERS[fields.choice("model_type", READERS)](fields)
 
 
 # What config.json calls the fields of our configs, where the names differ.
@@ -94,9 +106,9 @@ def _build(config: type, fields: Fields, **given: Any) -> Any:
 
 
 def _build_decoder(config: type, fields: Fields, **given: Any) -> Any:
-    fields.fixed(is_causal=True)
-    dtype = fields.choice("dtype", [*configs.DTYPES, *(f"torch.{name}" for name in configs.DTYPES)], "float32")
-    given["dtype"] = configs.DTYPES[dtype.removeprefix("torch.")]
+    fields.fixed(is_causal=True, partial_rotary_factor=1.0)
+    dtype = fields.choice("dtype", ["auto", *configs.DTYPES, *(f"torch.{name}" for name in configs.DTYPES)], "auto")
+    given["dtype"] = configs.DTYPES.get(dtype.removeprefix("torch."))
     given["bos_id"] = fields.integer("bos_token_id", config.bos_id, least=0)
     given["eos_ids"] = _read_ends(fields, config.eos_ids)
     return _build(config, fields, **given)
@@ -112,7 +124,7 @@ def _read_ends(fields: Fields, default: tuple[int, ...]) -> tuple[int, ...]:
 
 def read_llama(fields: Fields, config: type, architecture: str) -> configs.LlamaConfig:
     """Read a config.json with Llama's fields into LlamaConfig, or into a class like it."""
-    fields.fixed(architectures=[architecture], hidden_act="silu", pretraining_tp=1)
+    num_layers = _read_full_attention(fields, architectures=[architecture])
     hidden_size, num_heads = fields.integer("hidden_size"), fields.integer("num_attention_heads")
     head_dim = fields.integer("head_dim", None)
     if head_dim is None and hidden_size % num_heads:
@@ -120,6 +132,7 @@ def read_llama(fields: Fields, config: type, architecture: str) -> configs.Llama
     return _build_decoder(
         config,
         fields,
+        num_layers=num_layers,
         hidden_size=hidden_size,
         num_heads=num_heads,
         num_kv_heads=fields.integer("num_key_value_heads", num_heads),
@@ -128,9 +141,19 @@ def read_llama(fields: Fields, config: type, architecture: str) -> configs.Llama
     )
 
 
+def _read_full_attention(fields: Fields, **only: Any) -> int:
+    """Check what Llama and Qwen3 have in common. Return the number of layers."""
+    num_layers = fields.integer("num_hidden_layers")
+    fields.fixed(hidden_act="silu", layer_types=[GLOBAL] * num_layers, **only)
+    if fields.left.get("use_sliding_window") is False:
+        fields.left.pop("sliding_window", None)
+    return num_layers
+
+
 def _read_gemma3_text(fields: Fields, **given: Any) -> configs.Gemma3Config:
     """Read Gemma-3's text model. Published files leave out most fields that have the reference's default."""
-    fields.fixed(architectures=["Gemma3ForCausalLM"], hidden_activation="gelu_pytorch_tanh", tie_word_embeddings=True)
+    gelu = "gelu_pytorch_tanh"
+    fields.fixed(architectures=["Gemma3ForCausalLM"], hidden_activation=gelu, hidden_act=gelu, tie_word_embeddings=True)
     ropes = fields.part("rope_parameters")  # transformers 5
     rope = _merge(fields, "rope_theta", ropes.object(GLOBAL), fields.object("rope_scaling"))
     local_rope = _merge(fields, "rope_local_base_freq", ropes.object(LOCAL))
@@ -214,8 +237,7 @@ def _read_qwen3_vl(fields: Fields, experts: bool = False) -> configs.Qwen3VLConf
 
 def _build_qwen3(config: type, fields: Fields, experts: bool, **given: Any) -> Any:
     """Make a config of Qwen3's text model, whose MLPs may be mixtures of experts."""
-    num_layers = fields.integer("num_hidden_layers")
-    fields.fixed(hidden_act="silu", layer_types=[GLOBAL] * num_layers)
+    num_layers = _read_full_attention(fields)
     fields.integer("sliding_window", None, least=0)  # the reference uses it only with use_sliding_window
     if experts:
         step, dense = fields.integer("decoder_sparse_step", 1), fields.integers("mlp_only_layers", ())
@@ -257,7 +279,6 @@ def _read_qwen3_vision(fields: Fields) -> configs.Qwen3VisionConfig:
 
 
 def _rope_fields(fields: Fields) -> Fields:
-    fields.fixed(partial_rotary_factor=1.0)
     return _merge(fields, "rope_theta", fields.object("rope_parameters"), fields.object("rope_scaling"))
 
 

@@ -76,9 +76,10 @@ class Fields:
         return self.take(name, f"one of {', '.join(known)}", lambda v: v in list(known), default)
 
     def fixed(self, **only: Any) -> None:
-        """Take fields of which only one value is supported. They may be absent."""
+        """Take fields of which only one value is supported. They may be absent, or empty lists."""
         for name, supported in only.items():
-            self.take(name, repr(supported), lambda v, s=supported: v == s and (v is True) == (s is True), supported)
+            accepts = lambda v, s=supported: v == [] or (v == s and (v is True) == (s is True))  # noqa: E731
+            self.take(name, repr(supported), accepts, supported)
 
     def object(self, name: str) -> dict[str, Any]:
         return self.take(name, "an object", lambda v: type(v) is dict, {})
@@ -89,16 +90,17 @@ class Fields:
         return self.parts[-1]
 
     def finish(self, unsupported: Container[str] | None = None) -> list[str]:
-        """Refuse fields left that are `unsupported` (None: all), unless they are false. Return the others' names."""
+        """Refuse fields left that are `unsupported` (None: all), unless they are off. Return the others' names."""
         refused, ignored = [], []
         for part in (self, *self.parts):
             for name, value in part.left.items():
-                if unsupported is None or (name in unsupported and value is not False):
+                if unsupported is None or (name in unsupported and value):
                     refused.append(f"{part.called(name)} = {value!r:.80}")
                 else:
                     ignored.append(part.called(name))
         if refused:
-            raise ConfigError(f"not supported: {some(refused)}")
+            step = "" if unsupported is None else "; remove what the model was trained without"
+            raise ConfigError(f"not supported: {some(refused)}{step}")
         return ignored
 
 

@@ -6,6 +6,7 @@ while the model runs. Safetensors files lack checksums: a flipped bit is noticed
 infinite or NaN.
 """
 
+import contextlib
 import os
 import pickle
 import re
@@ -96,6 +97,15 @@ def load_weights(
             raise CheckpointError(f"{folder}: {name} has NaN or infinite values in {dtype}; fetch it again")
     module.load_state_dict(weights, assign=True)
     module.requires_grad_(False)
+
+
+def stored_dtype(folder: Path) -> torch.dtype:
+    """The dtype of the first file's largest tensor. float32 if there are no weights, which `load_weights` reports."""
+    with contextlib.suppress(CheckpointError, StopIteration):
+        tensors = _map(next(iter(_weight_files(folder)))).values()
+        largest = max(tensors, key=torch.Tensor.numel, default=torch.empty(0))
+        return largest.dtype if largest.dtype in FLOATS else torch.float32
+    return torch.float32
 
 
 @dataclass(frozen=True)
