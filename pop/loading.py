@@ -11,8 +11,8 @@ from pop.backends.tensor_parallel import Part, join
 from pop.checkpoints import registry
 from pop.checkpoints.config_json import read_config
 from pop.checkpoints.weights import load_weights
-from pop.errors import InputError
-from pop.inputs.tokenizers import load_tokenizer
+from pop.errors import InputError, TokenizerError
+from pop.inputs.tokenizers import Tokenizer, as_tokenizer, load_tokenizer
 from pop.model import Model, check_options
 from pop.models.config import DTYPES
 
@@ -28,6 +28,7 @@ def load(
     progress: bool = True,
     parallel: str | None = None,
     quantize: str | None = None,
+    tokenizer="auto",
 ) -> Model:
     """Load a model by its registry name, or from a directory in the Hugging Face or in Meta's layout.
 
@@ -43,6 +44,9 @@ def load(
         parallel: "auto" splits the model among the ranks of the process group, or of torchrun. All ranks must then make
             the same calls (pop/backends/tensor_parallel.py).
         quantize: "int8" rounds the decoder's matrices to 8 bits, on a CPU and in one process (pop/backends/int8.py).
+        tokenizer: "auto" reads the checkpoint's, if there is one. None loads the model without: prompts are token ids
+            then. Otherwise the path of a tokenizer, or an object with encode(text) -> ids, without BOS, and
+            decode(ids) -> text.
 
     Raises a PopError of pop/errors.py, if possible before it reads the weights.
     """
@@ -59,8 +63,7 @@ def load(
     config = read_config(folder)
     dtype = dtype or config.dtype
     plan, max_seq_len = check_options(config, dtype, prune, max_seq_len, compile)
-    has_tokenizer = any((folder / name).exists() for name in ("tokenizer.json", "tokenizer.model"))
-    tokenizer = load_tokenizer(folder) if has_tokenizer else None
+    tokenizer = _tokenizer(tokenizer, folder)
     part = Part(config, rank, ranks) if ranks > 1 else None
     with torch.device("meta"):
         module = models.build(config) if part is None else part.build()
@@ -72,6 +75,20 @@ def load(
         quantize_module(module)
     options = {"plan": plan, "max_seq_len": max_seq_len, "compile": compile, "progress": progress, "part": part}
     return Model(module.eval(), config, tokenizer, **options)
+
+
+def _tokenizer(given, folder: Path) -> Tokenizer | None:
+    if given is None:
+        return None
+    if not isinstance(given, str) or given != "auto":
+        return as_tokenizer(given)
+    if not any((folder / name).exists() for name in ("tokenizer.json", "tokenizer.model")):
+        return None
+    try:
+        return load_tokenizer(folder)
+    except TokenizerError as error:
+        way_out = "pass tokenizer=None to load the model without it, or a path, or an object with encode and decode"
+        raise TokenizerError(f"{str(error).rstrip('.')}; {way_out}") from error
 
 
 def usable_device(device) -> torch.device:

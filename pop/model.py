@@ -291,6 +291,11 @@ class Model:
             self.need_tokenizer("text")
             pieces = self.vision.replace_marks(prompt, media, what) if media else [prompt]
             tokens = self.tokenizer.encode_pieces(pieces, bos) if prompt else []
+            if tokens and max(tokens) >= self.config.vocab_size:
+                size = (
+                    f"{self.config.vocab_size} embeddings; resize the model's, or remove the tokenizer's added tokens"
+                )
+                raise InputError(f"the {what} has the token {max(tokens)}, but the model has {size}")
         else:
             prompt = prompt.tolist() if hasattr(prompt, "tolist") else prompt
             tokens = [] if prompt == [] else token_ids([prompt], 2, self.config.vocab_size)[0].tolist()

@@ -8,7 +8,9 @@ import sys
 
 import pytest
 import torch
+from support.letters import Letters
 from support.tiny import random_model, tiny_config, tiny_gemma3_config, write_checkpoint, write_weights
+from support.tiny_chat import write_chat_checkpoint
 
 import pop
 
@@ -26,6 +28,20 @@ def test_a_folder_without_tokenizer_files_loads(folder):
     assert model.plan == pop.PrunePlan.deepest(5, 1 / 3) == pop.PrunePlan((4,))
     expected = random_model(tiny_config(), seed=4)(torch.tensor([[1, 2, 3]]))
     torch.testing.assert_close(model.logits([[1, 2, 3]]), expected)
+
+
+def test_a_tokenizer_that_cannot_be_read_need_not_be(folder, tmp_path):
+    """The error names the ways out: none, another path, an object."""
+    (folder / "tokenizer.json").write_text("{")
+    with pytest.raises(pop.TokenizerError, match=r"tokenizer=None .*path.*encode and decode"):
+        pop.load(folder)
+    assert pop.load(folder, tokenizer=None).tokenizer is None
+    other = write_chat_checkpoint(tmp_path / "other")
+    assert pop.load(folder, tokenizer=str(other)).tokenizer.encode("a") == pop.load_tokenizer(other).encode("a")
+    letters = Letters()
+    assert pop.load(folder, tokenizer=letters).tokenizer is letters
+    with pytest.raises(pop.InputError, match="tokenizer is 3"):
+        pop.load(folder, tokenizer=3)
 
 
 def test_a_name_is_looked_up_in_the_weights_folders(tmp_path, monkeypatch):

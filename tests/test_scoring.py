@@ -36,6 +36,14 @@ def test_score_prunes_the_context_only(model, length):
     )
 
 
+def test_a_tokenizer_larger_than_the_vocabulary(model):
+    small = pop.Model(model.module, model.config, Letters({"<end>": 255}), plan=model.plan)
+    small.tokenizer._encode_text = lambda text: [300]
+    for call in (lambda: small.score("a", [5]), lambda: small.score([5], "a"), lambda: small.generate("a")):
+        with pytest.raises(pop.InputError, match=r"token 300, but the model has 256"):
+            call()
+
+
 def test_long_continuations_are_scored_in_parts(model, monkeypatch):
     expected = model.score([5, 9, 200], list(range(40)))
     monkeypatch.setattr("pop.model.SCORED_AT_ONCE", 7)

@@ -1,6 +1,5 @@
 """One row's answer: `Answer` while it grows, `Generation` when it has ended."""
 
-import codecs
 import dataclasses
 import math
 from collections.abc import Sequence
@@ -33,7 +32,7 @@ class Answer:
     def __init__(self, tokenizer, end_ids: frozenset[int], stop: Sequence[str], max_new_tokens: int):
         self.tokenizer = tokenizer  # None: the answer is token ids only
         self.end_ids, self.stop, self.max_new_tokens = end_ids, stop, max_new_tokens
-        self.decoder = codecs.getincrementaldecoder("utf-8")("replace")  # holds back incomplete characters
+        self.text_of = None if tokenizer is None else tokenizer.text_stream()  # holds back incomplete characters
         self.tokens: list[int] = []
         self.text = ""  # settled: no later token changes it
         self.pending = ""  # may still turn out to be the beginning of a stop string
@@ -43,16 +42,14 @@ class Answer:
         """Take the next token and return the text that it settles. A finished answer takes nothing more."""
         if self.finish_reason:
             return ""
-        data = b""
         if token in self.end_ids:
-            self.finish_reason = "stop"
+            self.finish_reason, token = "stop", None
         else:
             self.tokens.append(token)
-            if self.tokenizer is not None:
-                data = self.tokenizer.token_bytes(token)
             if len(self.tokens) == self.max_new_tokens:
                 self.finish_reason = "length"
-        self.pending += self.decoder.decode(data, final=self.finish_reason is not None)
+        if self.text_of is not None:
+            self.pending += self.text_of(token, self.finish_reason is not None)
         begins = [(self.pending.find(stop), stop) for stop in self.stop if stop in self.pending]
         if begins:  # take the stop string that ends first, and of several the longest
             _, settled = min((begin + len(stop), begin) for begin, stop in begins)

@@ -37,6 +37,11 @@ class Batch:
         if params.stop:
             model.need_tokenizer("stop")
         self.sampler = Sampler(len(prompts), params)
+        without_text = [*model.vision.placeholders.values(), *(model.tokenizer.unused_ids if model.tokenizer else ())]
+        # The embedding may be padded beyond the tokenizer's vocabulary.
+        self.known = model.config.vocab_size if model.tokenizer is None else model.tokenizer.vocab_size
+        without_text = [token for token in without_text if token < min(self.known, model.config.vocab_size)]
+        self.without_text = torch.tensor(without_text, dtype=torch.int64, device=model.device)
         self.num_earlier = len(leading) + (0 if earlier is None else int(earlier.lengths[0]))
         longest = max(len(prompt) for prompt in prompts)
         note = f" ({longest} tokens after {self.num_earlier} earlier ones)" if self.num_earlier else ""
@@ -105,11 +110,7 @@ class Batch:
     def _sample(self, logits: torch.Tensor) -> torch.Tensor:
         """logits [B, V] -> tokens [B]. Never picks an image's placeholder, or an id without text."""
         model = self.model
-        for token in model.vision.placeholders.values():
-            logits[:, token] = -math.inf
-        # The embedding may be padded beyond the tokenizer's vocabulary.
-        known = model.config.vocab_size if model.tokenizer is None else model.tokenizer.vocab_size
-        tokens = self.sampler(logits[:, :known])
+        tokens = self.sampler(logits.index_fill_(-1, self.without_text, -math.inf)[:, : self.known])
         if model.part is not None:  # several processes must continue with the same tokens
             model.part.agree(tokens)
         return tokens

@@ -13,7 +13,7 @@ from itertools import pairwise
 from typing import Any
 
 from pop.errors import InputError, TokenizerError
-from pop.inputs.tokenizers import Tokenizer
+from pop.inputs.tokenizers import Tokenizer, sort_added
 
 _LLAMA3_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
@@ -56,19 +56,20 @@ class BytePairTokenizer(Tokenizer):
     """Byte-level BPE, with pre-tokens by `pattern`, of texts in NFC if `nfc`. The options are those of Tokenizer."""
 
     def __init__(self, ranks: dict[bytes, int], ids: Sequence[int | None], pattern: str, *, nfc=False, **options):
+        self._nfc = nfc
         super().__init__(**options)
         self._bpe = _tiktoken(ranks, pattern)  # neighbours merge if the result has a rank, lowest rank first
         self._ids = ids  # of each rank; None for a byte that the vocabulary lacks and that texts lose
-        self._nfc = nfc
         self._lacking = bytes(token[0] for token, rank in ranks.items() if ids[rank] is None)
         if self._lacking:
             digit = _DIGIT if pattern == _DIGITS_GPT2_PATTERN else r"\p{N}"
             every_byte = {bytes([byte]): byte for byte in range(256)}
             self._symbols = _tiktoken(every_byte, rf"[^\s\p{{L}}{digit}]")
 
+    def _normalize(self, text: str) -> str:
+        return "".join(unicodedata.normalize("NFC", part) for part in _NEWER.split(text)) if self._nfc else text
+
     def _encode_text(self, text: str) -> list[int]:
-        if self._nfc:
-            text = "".join(unicodedata.normalize("NFC", part) for part in _NEWER.split(text))
         longest = max(map(len, re.findall(r"\s+", text)), default=0) if len(text) > _MAX_WHITESPACE else 0
         if longest > _MAX_WHITESPACE:
             raise InputError(f"the text has {longest} whitespace characters in a row; the limit is {_MAX_WHITESPACE}.")
@@ -114,32 +115,23 @@ def from_tiktoken_file(data: bytes) -> BytePairTokenizer:
     return BytePairTokenizer(ranks, range(len(ranks)), _LLAMA3_PATTERN, **options)
 
 
-# All that a tokenizer.json may set. Other settings must be off.
+# All that a tokenizer.json may set. Other settings must be off. Truncation and padding do not change a text's ids.
 _SETTINGS = {"version", "added_tokens", "normalizer", "pre_tokenizer", "post_processor", "decoder", "model"}
+_SETTINGS |= {"truncation", "padding"}
 _MODEL_SETTINGS = {"type", "unk_token", "ignore_merges", "vocab", "merges"}
 
 
 def from_tokenizer_json(spec: dict[str, Any]) -> BytePairTokenizer:
     """Build a tokenizer from the contents of a tokenizer.json."""
-    model, nfc = spec["model"], spec["normalizer"] is not None
+    model, nfc = spec["model"], spec.get("normalizer") is not None
     for part, known in ((spec, _SETTINGS), (model, _MODEL_SETTINGS)):
         for name in part.keys() - known:
-            _check(f"the setting {name}", part[name] or None, None)
-    _check("the model type", model["type"], "BPE")
-    _check("the decoder", spec["decoder"]["type"], "ByteLevel")
-    _check("the normalizer", spec["normalizer"], None, {"type": "NFC"})
-    vocab, special, added = model["vocab"], {}, {}
-    for token in spec["added_tokens"]:
-        name, id = token["content"], token["id"]
-        # A normalized token is searched for in the normalised text. Without a normalizer this makes no difference.
-        for flag in ["single_word", "lstrip", "rstrip"] + ["normalized"] * nfc:
-            _check(f"{flag} of the added token {name!r}", token[flag], False)
-        if not name.encode() or vocab.get(name, id) != id:
-            raise TokenizerError(f"the added token {name!r} has two ids or no text.")
-        (special if token["special"] else added)[name] = id
-    ids = list({**vocab, **special, **added}.values())
-    if not all(type(id) is int and id >= 0 for id in ids) or len({*ids}) < len(ids) or "" in vocab:
-        raise TokenizerError("an id appears twice or is not a non-negative integer, or a token has no text.")
+            check(f"the setting {name}", part[name] or None, None)
+    check("the model type", model["type"], "BPE")
+    check("the decoder", spec["decoder"]["type"], "ByteLevel")
+    check("the normalizer", spec.get("normalizer"), None, {"type": "NFC"})
+    vocab = model["vocab"]
+    special, added, normalized = sort_added(spec["added_tokens"], vocab)
 
     merges = [tuple(merge.split(" ") if isinstance(merge, str) else merge) for merge in model["merges"]]
     ranked = [*_CHARS, *_reachable(merges, vocab)]
@@ -163,11 +155,12 @@ def from_tokenizer_json(spec: dict[str, Any]) -> BytePairTokenizer:
                 raise TokenizerError(f"ignore_merges is set, but no merge makes the token {text!r}.")
             ranks[text] = len(ids)
             ids.append(id)
-    options = {"special_tokens": special, "added": added, "bytes_of": bytes_of}
-    return BytePairTokenizer(ranks, ids, pattern, nfc=nfc, bos_id=_bos_id(spec["post_processor"], special), **options)
+    options = {"special_tokens": special, "added": added, "bytes_of": bytes_of, "normalized": normalized}
+    options["bos_id"] = bos_id_of(spec.get("post_processor"), special)
+    return BytePairTokenizer(ranks, ids, pattern, nfc=nfc, **options)
 
 
-def _check(name: str, value, *supported) -> None:
+def check(name: str, value, *supported) -> None:
     if value not in supported:
         names = ", ".join(map(repr, supported))
         raise TokenizerError(f"{name} is {value!r}, which is not supported (supported: {names}).")
@@ -230,7 +223,7 @@ def _pattern(pre_tokenizer: dict[str, Any]) -> str:
     raise TokenizerError(f"the pre_tokenizer {steps} is not supported, only Llama-3's, Qwen's, SmolLM2's and GPT-2's.")
 
 
-def _bos_id(post_processor: dict[str, Any] | None, special: dict[str, int]) -> int | None:
+def bos_id_of(post_processor: dict[str, Any] | None, special: dict[str, int]) -> int | None:
     """Return the token that the post-processor puts before a text."""
     steps = [] if post_processor is None else post_processor.get("processors", [post_processor])
     steps = [step for step in steps if step["type"] != "ByteLevel"]  # which changes offsets only

@@ -1,14 +1,19 @@
 """Tokenizers: text to token ids and back, with exactly the ids of the original tokenizers; and token ids as tensors.
 
-Byte-level BPE (Llama-3, Qwen, SmolLM2, GPT-2) is in byte_pair.py and uses tiktoken. Its files are tokenizer.json, or
-Meta's tokenizer.model. Gemma's BPE is here and uses sentencepiece, whose file is also named tokenizer.model.
+Byte-level BPE (Llama-3, Qwen, SmolLM2, GPT-2) is in byte_pair.py and uses tiktoken. Gemma's BPE is in sentence_piece.py
+and uses sentencepiece.
 """
 
+import codecs
+import copy
 import json
 import re
-from collections.abc import Iterable
+import sys
+from collections.abc import Callable, Iterable, Iterator
 from itertools import chain, groupby
+from os import PathLike
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -18,21 +23,49 @@ Piece = str | list[int]  # a part of a prompt: text, or token ids that no text c
 
 
 class Tokenizer:
-    """What both kinds share: added tokens, the beginning-of-text token (BOS), and decoding.
+    """What all kinds share: added tokens, the beginning-of-text token (BOS), and decoding.
 
     Each kind has `_encode_text`, which returns the ids of a non-empty text without looking for added tokens.
     """
 
-    def __init__(self, special_tokens: dict[str, int], added: dict[str, int], bytes_of: dict[int, bytes], bos_id=None):
+    def __init__(
+        self,
+        special_tokens: dict[str, int],
+        added: dict[str, int],
+        bytes_of: dict[int, bytes],
+        bos_id: int | None = None,
+        normalized: Iterable[str] = (),  # the tokens that are searched for in the normalised text
+    ):
         self.special_tokens = special_tokens  # ids by name; text spells these tokens only if the caller allows it
         self.bos_id = bos_id
         self.chat_template: str | None = None  # as it is in the checkpoint's files
-        self._all = special_tokens | added  # ordinary text spells added tokens, but BPE would not find them
-        self._split_added = _splitter(added)
-        self._split_all = _splitter(self._all)
+        self.tool_template: str | None = None  # another one for conversations with tools
+        self.template_variables: dict[str, str] = {}  # what templates call bos_token and the like
+        self.chat_format: str | None = None  # the name of the format if files of this kind never have a template
+        self._added, self._normalized = added, {*normalized}  # ordinary text spells added tokens, but BPE lacks them
         self._bytes_of = bytes_of | {id: name.encode() for name, id in added.items()}
         self._bytes_of |= dict.fromkeys(special_tokens.values(), b"")
         self.vocab_size = max(self._bytes_of) + 1
+        self.unused_ids = sorted({*range(self.vocab_size)} - self._bytes_of.keys())
+        self._index()
+
+    def _index(self) -> None:
+        """Prepare the search for added tokens, without and with special ones."""
+        self._searches = []
+        for ids in (self._added, self._added | self.special_tokens):
+            raw = {name: id for name, id in ids.items() if name not in self._normalized}
+            normal = {self._normalize(name): id for name, id in ids.items() if name in self._normalized}
+            self._searches.append([(_splitter(names), names) for names in (raw, normal)])
+
+    def reserving(self, names: Iterable[str]) -> "Tokenizer":
+        """Return a tokenizer to which these added tokens are special, so that ordinary text cannot spell them."""
+        if not (names := self._added.keys() & {*names}):
+            return self
+        other = copy.copy(self)
+        other.special_tokens = self.special_tokens | {name: self._added[name] for name in names}
+        other._added = {name: id for name, id in self._added.items() if name not in names}
+        other._index()
+        return other
 
     def encode(self, text: str, bos: bool = True, allow_special: bool = False) -> list[int]:
         """Return the token ids of a text.
@@ -49,13 +82,24 @@ class Tokenizer:
         except UnicodeEncodeError as error:
             raise InputError(f"the text has a lone surrogate at character {error.start}; remove it.") from None
         ids = [self.bos_id] if bos and self.bos_id is not None else []
-        splitter = self._split_all if allow_special else self._split_added
-        for n, part in enumerate(splitter.split(text) if splitter else [text]):
-            if n % 2:  # every second part is a token's name
-                ids.append(self._all[part])
-            elif part:
-                ids += self._encode_text(part)
+        for part in self.split(text, allow_special):
+            ids += self._encode_text(part) if isinstance(part, str) else part
         return ids
+
+    def split(self, text: str, allow_special: bool) -> Iterator[Piece]:
+        """Split a text at its added tokens: yield the normalised texts between them, and their ids."""
+        (raw, raw_ids), (normal, normal_ids) = self._searches[allow_special]
+        for n, part in enumerate(raw.split(text) if raw else [text]):
+            if n % 2:  # every second part is a token's name
+                yield [raw_ids[part]]
+                continue
+            part = self._normalize(part)
+            for m, rest in enumerate(normal.split(part) if normal else [part]):
+                if rest:
+                    yield [normal_ids[rest]] if m % 2 else rest
+
+    def _normalize(self, text: str) -> str:
+        return text
 
     def encode_pieces(self, pieces: Iterable[Piece], bos: bool = True) -> list[int]:
         """Return the ids of texts and lists of ids in order. Adjacent texts are encoded as one text."""
@@ -83,6 +127,46 @@ class Tokenizer:
         except (KeyError, TypeError):
             raise InputError(f"token id {id!r} is not in the vocabulary of {self.vocab_size} tokens.") from None
 
+    def text_stream(self) -> Callable[[int | None, bool], str]:
+        """Return a function that takes an answer's next id and whether it is the last. It returns whole characters."""
+        decoder = codecs.getincrementaldecoder("utf-8")("replace")  # holds back incomplete characters
+        return lambda id, last: decoder.decode(b"" if id is None else self.token_bytes(id), last)
+
+
+class ForeignTokenizer(Tokenizer):
+    """A caller's object with encode(text) -> ids, which adds no BOS, and decode(ids) -> text.
+
+    It may also have special_tokens (ids by name), which its encode must not give for any text, bos_id and
+    chat_template.
+    """
+
+    def __init__(self, source):
+        super().__init__(dict(getattr(source, "special_tokens", {})), {}, {0: b""}, getattr(source, "bos_id", None))
+        self._source, self.vocab_size = source, sys.maxsize
+        self.chat_template = getattr(source, "chat_template", None)
+        if self._encode_text(""):
+            raise InputError("tokenizer.encode('') gives token ids; it must add none, such as BOS, to a text")
+
+    def _encode_text(self, text: str) -> list[int]:
+        return list(self._source.encode(text))
+
+    def decode(self, ids: Iterable[int], special: bool = False) -> str:
+        return self._source.decode(ids.tolist() if hasattr(ids, "tolist") else list(ids))
+
+    def text_stream(self) -> Callable[[int | None, bool], str]:
+        ids, start, end = [], 0, 0  # ids[start:end] have been returned; the text of an id may depend on those before
+
+        def push(id: int | None, last: bool) -> str:
+            nonlocal start, end
+            ids.extend([] if id is None else [id])
+            before, text = self.decode(ids[start:end]), self.decode(ids[start:])
+            if text.endswith("\ufffd") and not last:
+                return ""
+            start, end = end, len(ids)
+            return text[len(before) :]
+
+        return push
+
 
 def _splitter(names: Iterable[str]) -> re.Pattern | None:
     """A pattern that splits a text at any of the names and keeps them. Of two at one place, the longer one counts."""
@@ -90,45 +174,15 @@ def _splitter(names: Iterable[str]) -> re.Pattern | None:
     return re.compile("(" + "|".join(map(re.escape, longest_first)) + ")") if longest_first else None
 
 
-# Gemma's control symbols. Its model marks them as user-defined, so sentencepiece would match them in any text.
-# The other user-defined symbols (runs of newlines, HTML tags, <unused0> ...) are ordinary vocabulary.
-_GEMMA_CONTROL = ("<start_of_turn>", "<end_of_turn>", "<start_of_image>", "<end_of_image>")
-
-
-class SentencePieceTokenizer(Tokenizer):
-    """Sentencepiece BPE with byte fallback and without normalisation. `model` has the bytes of a tokenizer.model."""
-
-    def __init__(self, model: bytes):
-        from sentencepiece import SentencePieceProcessor
-
-        # Sentencepiece never matches a control symbol in text, so we make each of _GEMMA_CONTROL one. In the file,
-        # a piece is its text (field 1), its score (2) and its type (3): 4 is user-defined and 3 is control.
-        names = "|".join(_GEMMA_CONTROL).encode()
-        piece = re.compile(rb"(\x0a.(?:" + names + rb")\x15.{4}\x18)\x04", re.DOTALL)
-        model = piece.sub(b"\\1\x03", model)
-        self._model = SentencePieceProcessor(model_proto=model)
-        special, bytes_of = {}, {}
-        for id in range(self._model.get_piece_size()):
-            piece = self._model.id_to_piece(id)
-            if self._model.is_control(id) or self._model.is_unknown(id):
-                special[piece] = id
-            elif self._model.is_byte(id):  # written as <0x0A>
-                bytes_of[id] = bytes([int(piece[3:-1], 16)])
-            else:
-                bytes_of[id] = piece.replace("\u2581", " ").encode()
-        for name in _GEMMA_CONTROL:
-            if self._model.piece_to_id(name) in bytes_of:
-                raise TokenizerError(f"the sentencepiece symbol {name} is not a control symbol.")
-        sample = " a  b \t\n\u2460\ufb01\uff21e\u0301 "
-        if self._model.normalize(sample) != sample.replace(" ", "\u2581"):
-            raise TokenizerError("the sentencepiece model changes text (NFKC, dummy prefix, extra spaces).")
-        if not self._model.is_byte(self._model.piece_to_id("<0x00>")):  # sentencepiece has all 256 of them or none
-            raise TokenizerError("the sentencepiece model has no byte fallback.")
-        bos_id = self._model.bos_id()
-        super().__init__(special, {}, bytes_of, bos_id if bos_id >= 0 else None)
-
-    def _encode_text(self, text: str) -> list[int]:
-        return self._model.encode(text)
+def as_tokenizer(given) -> Tokenizer:
+    """Return a tokenizer, given one, the path of one, or an object with encode and decode (see ForeignTokenizer)."""
+    if isinstance(given, str | PathLike):
+        return load_tokenizer(given)
+    if isinstance(given, Tokenizer):
+        return given
+    if not all(callable(getattr(given, name, None)) for name in ("encode", "decode")):
+        raise InputError(f"tokenizer is {given!r:.80}; give a path, None, or an object with encode and decode")
+    return ForeignTokenizer(given)
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
@@ -136,7 +190,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
 
     Raises TokenizerError if it is missing or broken, or has a feature that we do not reproduce exactly.
     """
-    from pop.inputs.byte_pair import from_tiktoken_file, from_tokenizer_json  # here, because it imports this file
+    from pop.inputs import byte_pair, sentence_piece  # here, because they import this file
 
     path = Path(path)
     folder = path if path.is_dir() else path.parent
@@ -145,30 +199,82 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     if not files:
         raise TokenizerError(f"{path}: there is no tokenizer.json and no tokenizer.model here.")
     try:
-        data = files[-1].read_bytes()
+        config, data = _read(folder, "tokenizer_config.json"), files[-1].read_bytes()
+        spec = json.loads(files[0].read_bytes()) if files[0].suffix == ".json" else None
+        variables = _read(folder, "special_tokens_map.json") | config
+        variables = {key: _content(token) for key, token in variables.items() if key.endswith("_token") and token}
+        added = _added_tokens(folder, config, {} if spec is None else spec, {*variables.values()})
         if files[-1].suffix != ".json" and data[:1] == b"\n":  # the first tag of a sentencepiece model
-            tokenizer = SentencePieceTokenizer(data)
-        elif files[0].suffix == ".json":
-            tokenizer = from_tokenizer_json(json.loads(files[0].read_bytes()))
+            tokenizer = sentence_piece.SentencePieceTokenizer(data, added)
+        elif spec is None:
+            tokenizer = byte_pair.from_tiktoken_file(data)
         else:
-            tokenizer = from_tiktoken_file(data)
-        tokenizer.chat_template = _chat_template(folder)
+            replaces = (spec.get("normalizer") or {}).get("type") == "Replace"  # spaces, by sentencepiece's mark
+            kind = sentence_piece if replaces else byte_pair
+            tokenizer = kind.from_tokenizer_json(spec | {"added_tokens": added})
+        tokenizer.template_variables = variables
+        templates = _chat_templates(folder, config)
+        tokenizer.chat_template, tokenizer.tool_template = templates.get("default"), templates.get("tool_use")
     except (ValueError, LookupError, TypeError, AttributeError, RuntimeError, OSError) as error:
         reason = "" if isinstance(error, TokenizerError) else f"not a tokenizer, {type(error).__name__}: "
         raise TokenizerError(f"{path}: {reason}{error}") from error
     return tokenizer
 
 
-def _chat_template(folder: Path) -> str | None:
+def _read(folder: Path, name: str) -> dict[str, Any]:
+    content = json.loads((folder / name).read_bytes()) if (folder / name).is_file() else {}
+    if not isinstance(content, dict):
+        raise TokenizerError(f"{name} is not a JSON object.")
+    return content
+
+
+def _content(token: str | dict) -> str:
+    return token if isinstance(token, str) else token["content"]
+
+
+def _added_tokens(folder: Path, config: dict[str, Any], spec: dict[str, Any], special: set[str]) -> list[dict]:
+    """Return the added tokens of all files, in the form of tokenizer.json, whose own entries come first."""
+    older = _read(folder, "added_tokens.json")
+    tokens = {name: {"id": id, "content": name, "special": name in special} for name, id in older.items()}
+    in_config = config.get("added_tokens_decoder", {})
+    tokens |= {token["content"]: {"id": int(id)} | token for id, token in in_config.items()}
+    return list((tokens | {token["content"]: token for token in spec.get("added_tokens", ())}).values())
+
+
+def sort_added(tokens: list[dict], vocab: dict[str, int]) -> tuple[dict, dict, set[str]]:
+    """Return the ids of special and of other added tokens, and the names that are sought in the normalised text."""
+    special, added, normalized = {}, {}, set()
+    for token in tokens:
+        name, id = token["content"], token["id"]
+        for flag in ("single_word", "lstrip", "rstrip"):
+            if token.get(flag, False):
+                raise TokenizerError(f"{flag} of the added token {name!r} is set, which is not supported.")
+        if not name.encode() or vocab.get(name, id) != id:
+            raise TokenizerError(f"the added token {name!r} has two ids or no text.")
+        (special if token["special"] else added)[name] = id
+        if token.get("normalized", False):
+            normalized.add(name)
+    ids = list({**vocab, **special, **added}.values())
+    if not all(type(id) is int and 0 <= id < 2**24 for id in ids) or len({*ids}) < len(ids) or "" in vocab:
+        raise TokenizerError("an id appears twice, is not a non-negative integer or is too large, or lacks a text.")
+    return special, added, normalized
+
+
+def _chat_templates(folder: Path, config: dict[str, Any]) -> dict[str, str]:
+    """Return the chat templates by name; the usual one is "default"."""
+    template = config.get("chat_template")
+    for name in ("chat_template.json", "processor_config.json"):
+        template = template or _read(folder, name).get("chat_template")
     if (folder / "chat_template.jinja").is_file():
-        return (folder / "chat_template.jinja").read_text(encoding="utf-8")
-    config = folder / "tokenizer_config.json"
-    template = json.loads(config.read_bytes()).get("chat_template") if config.is_file() else None
+        template = (folder / "chat_template.jinja").read_text(encoding="utf-8")
     if isinstance(template, list):  # several templates by name
-        template = {entry["name"]: entry["template"] for entry in template}.get("default")
-    if not isinstance(template, str | None):
-        raise TokenizerError("chat_template in tokenizer_config.json is not text.")
-    return template
+        template = {entry["name"]: entry["template"] for entry in template}
+    templates = dict(template) if isinstance(template, dict) else {"default": template} if template else {}
+    for file in sorted((folder / "additional_chat_templates").glob("*.jinja")):
+        templates.setdefault(file.stem, file.read_text(encoding="utf-8"))
+    if not all(isinstance(template, str) for template in templates.values()):
+        raise TokenizerError("a chat_template is not text.")
+    return templates
 
 
 def token_ids(tokens, dims: int, vocab_size: int, wait: bool = True) -> torch.Tensor:

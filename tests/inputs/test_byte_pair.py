@@ -152,7 +152,6 @@ REFUSED = {
     "dropout": changed("qwen3", "model", "dropout", to=0.1),
     "continuing_subword_prefix": changed("qwen3", "model", "continuing_subword_prefix", to="##"),
     "some_new_thing": changed("qwen3", "some_new_thing", to={"a": 1}),
-    "truncation": changed("qwen3", "truncation", to={"max_length": 5}),
     "WordPiece": changed("qwen3", "model", "type", to="WordPiece"),
     "NFKC": changed("qwen3", "normalizer", to={"type": "NFKC"}),
     "Metaspace": changed("qwen3", "decoder", to={"type": "Metaspace"}),
@@ -163,7 +162,6 @@ REFUSED = {
     r"\\w\+": changed("qwen3", "pre_tokenizer", "pretokenizers", 0, "pattern", to={"Regex": r"\w+"}),
     "lstrip": changed("qwen3", "added_tokens", 0, "lstrip", to=True),
     "single_word": changed("qwen3", "added_tokens", 0, "single_word", to=True),
-    "normalized": changed("qwen3", "added_tokens", 0, "normalized", to=True),
     "BertProcessing": changed("qwen3", "post_processor", to={"type": "BertProcessing"}),
     "post_processor": changed(
         "llama-3.1", "post_processor", "processors", 1, "single", to=[{"Sequence": {"id": "A"}}] * 2

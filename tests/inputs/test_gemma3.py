@@ -23,7 +23,7 @@ from pop.inputs import gemma3
 from pop.inputs.gemma3 import PanAndScan, _crops, gemma_pixels
 from pop.inputs.images import load_image
 from pop.inputs.processors import processor_of
-from pop.inputs.tokenizers import SentencePieceTokenizer
+from pop.inputs.sentence_piece import SentencePieceTokenizer
 from pop.models.config import SiglipConfig
 
 GOLDENS = Path(__file__).parents[1] / "goldens" / "vision"

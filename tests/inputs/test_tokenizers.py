@@ -23,7 +23,7 @@ from support.text import (
 
 from pop.errors import InputError, TokenizerError
 from pop.generation.answers import Answer
-from pop.inputs.tokenizers import load_tokenizer, token_ids
+from pop.inputs.tokenizers import as_tokenizer, load_tokenizer, token_ids
 
 TOKENIZERS = {family: load_tokenizer(GOLDENS / family) for family in BYTE_PAIR_FAMILIES}
 
@@ -86,6 +86,15 @@ def test_special_and_added_tokens():
     assert qwen.bos_id is None and qwen.encode("") == [] == qwen.encode("", bos=True)
 
 
+@pytest.mark.parametrize("family", BYTE_PAIR_FAMILIES)
+def test_settings_that_change_no_ids_may_be_there_or_lack(family, tmp_path):
+    spec = spec_of(family) | {"truncation": {"max_length": 5}, "padding": {"strategy": "BatchLongest", "pad_id": 1}}
+    for name in ("normalizer", "post_processor"):
+        if spec[name] is None or (name, family) == ("post_processor", "qwen3"):
+            del spec[name]
+    assert load(spec, tmp_path).encode("the 2nd of many words") == TOKENIZERS[family].encode("the 2nd of many words")
+
+
 def test_of_two_added_tokens_at_one_place_the_longer_one_counts(tmp_path):
     spec = spec_of("qwen3")
     flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized", "special"), False)
@@ -136,8 +145,16 @@ def test_the_chat_template_comes_with_the_tokenizer(tmp_path):
     assert load_tokenizer(tmp_path).chat_template == "two"
     (tmp_path / "chat_template.jinja").write_text("three")
     assert load_tokenizer(tmp_path).chat_template == "three"
+    (tmp_path / "additional_chat_templates").mkdir()
+    (tmp_path / "additional_chat_templates/tool_use.jinja").write_text("four")
+    assert load_tokenizer(tmp_path).tool_template == "four"
     (tmp_path / "chat_template.jinja").unlink()
-    for broken in ("{", "[]", '{"chat_template": 3}', '{"chat_template": [3]}'):
+    config.write_text('{"eos_token": {"content": "<e>"}, "bos_token": null, "chat_template": null}')
+    for name in ("processor_config.json", "chat_template.json"):
+        (tmp_path / name).write_text(f'{{"chat_template": "{name}"}}')
+        assert load_tokenizer(tmp_path).chat_template == name
+    assert load_tokenizer(tmp_path).template_variables == {"eos_token": "<e>"}
+    for broken in ("{", "[]", '{"chat_template": 3}', '{"chat_template": [3]}', '{"bos_token": 3}'):
         config.write_text(broken)
         with pytest.raises(TokenizerError):
             load_tokenizer(tmp_path)
@@ -147,6 +164,41 @@ def test_no_tokenizer_files(tmp_path):
     for path in (tmp_path, tmp_path / "tokenizer.json", tmp_path / "nowhere"):
         with pytest.raises(TokenizerError, match=r"no tokenizer.json and no tokenizer.model"):
             load_tokenizer(path)
+
+
+# ---- tokenizers of the caller ----
+
+
+class Units:
+    """An id is a unit of UTF-16, so an emoji has two."""
+
+    def encode(self, text):
+        data = text.encode("utf-16-le")
+        return [data[n] + 256 * data[n + 1] for n in range(0, len(data), 2)]
+
+    def decode(self, ids):
+        return b"".join(id.to_bytes(2, "little") for id in ids).decode("utf-16-le", "replace")
+
+
+@given(text=st.text(st.characters(codec="utf-8", exclude_characters="\ufffd"), max_size=30))
+def test_an_object_with_encode_and_decode(text):
+    tokenizer = as_tokenizer(Units())
+    ids = tokenizer.encode(text)
+    assert ids == Units().encode(text) and tokenizer.decode(torch.tensor(ids, dtype=torch.int64)) == text
+    assert "".join(streamed(tokenizer, ids)) == text
+    assert as_tokenizer(tokenizer) is tokenizer
+
+
+def test_other_objects_are_no_tokenizers():
+    class WithBos(Units):
+        def encode(self, text):
+            return [1, *super().encode(text)]
+
+    with pytest.raises(InputError, match="BOS"):
+        as_tokenizer(WithBos())
+    for other in (3, object(), print):
+        with pytest.raises(InputError, match="tokenizer is"):
+            as_tokenizer(other)
 
 
 # ---- sentencepiece ----
@@ -162,7 +214,6 @@ def gemma(tmp_path_factory):
     """A tokenizer like Gemma's, and sentencepiece's own object of the same model."""
     folder = tmp_path_factory.mktemp("gemma")
     (folder / "tokenizer.model").write_bytes(train())
-    (folder / "tokenizer.json").write_text("not for byte-level BPE")
     original = sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
     return load_tokenizer(folder), original
 

@@ -1,0 +1,133 @@
+"""Tokens added to a tokenizer: the ids of the originals, the files that may hold them, and those that are refused.
+
+tools/goldens/added_tokens.py makes the goldens.
+"""
+
+import json
+
+import pytest
+from support.text import GOLDENS, load, spec_of, train
+
+from pop.errors import TokenizerError
+from pop.inputs.tokenizers import load_tokenizer
+
+ADDED = json.loads((GOLDENS / "added.json").read_bytes())
+
+
+def with_added(family: str) -> dict:
+    """The family's tokenizer.json with the tokens that the golden adds."""
+    spec, added = spec_of(family), ADDED[family]["added"]
+    names = {token["content"] for token in added}
+    kept = [token for token in spec["added_tokens"] if token["content"] not in names]
+    return spec | {"added_tokens": kept + added}
+
+
+@pytest.mark.parametrize("family", ["llama-3.1", "qwen3", "gemma3"])
+def test_ids_are_the_originals(family, tmp_path):
+    """Gemma's come from a tokenizer.json without a tokenizer.model."""
+    tokenizer, golden = load(with_added(family), tmp_path), ADDED[family]
+    for text, as_text, with_special in zip(ADDED["texts"], golden["as_text"], golden["with_special"], strict=True):
+        assert tokenizer.encode(text) == as_text, ascii(text)
+        assert tokenizer.encode(text, allow_special=True) == with_special, ascii(text)
+    for token in golden["added"]:
+        assert tokenizer.token_bytes(token["id"]) == (b"" if token["special"] else token["content"].encode())
+        assert (token["content"] in tokenizer.special_tokens) == token["special"]
+
+
+@pytest.mark.parametrize("source", ["tokenizer.json", "tokenizer_config.json", "added_tokens.json"])
+def test_gemmas_come_from_any_file(tmp_path, source):
+    """A tokenizer.model, which lies beside it, lacks them."""
+    (tmp_path / "tokenizer.model").write_bytes(train())
+    if source == "tokenizer.json":
+        names = {"<tool>": (500, False), "<|new|>": (502, True)}
+        added = [{"id": id, "content": name, "special": special} for name, (id, special) in names.items()]
+        content = {"added_tokens": added, "model": {}}
+    elif source == "tokenizer_config.json":
+        tokens = {"500": {"content": "<tool>", "special": False}, "502": {"content": "<|new|>", "special": True}}
+        content = {"added_tokens_decoder": tokens}
+    else:
+        content = {"<tool>": 500, "<|new|>": 502}
+        (tmp_path / "special_tokens_map.json").write_text('{"other_token": {"content": "<|new|>"}}')
+    (tmp_path / source).write_text(json.dumps(content))
+    tokenizer = load_tokenizer(tmp_path)
+    a, b = (tokenizer.encode(text, bos=False) for text in ("a", "b"))
+    assert tokenizer.encode("a<tool>b", bos=False) == [*a, 500, *b]
+    assert tokenizer.special_tokens["<|new|>"] == 502 and 502 not in tokenizer.encode("<|new|>")
+    assert tokenizer.encode("<|new|>", bos=False, allow_special=True) == [502]
+    assert tokenizer.decode([*a, 500, 502]) == "a<tool>" and tokenizer.vocab_size == 503
+    assert tokenizer.unused_ids == [501]
+
+
+@pytest.mark.parametrize(
+    ("token", "message"),
+    [
+        ({"id": 500, "content": "\n\nHuman:"}, "may overlap"),
+        ({"id": 500, "content": "a\n\nb", "normalized": True}, "may overlap"),
+        ({"id": 500, "content": "<x>", "lstrip": True}, "lstrip"),
+        ({"id": 5, "content": "<x>"}, "appears twice"),
+        ({"id": 10**12, "content": "<x>"}, "too large"),
+        ({"id": 0, "content": "<table>"}, "two ids"),
+    ],
+)
+def test_some_are_refused(tmp_path, token, message):
+    (tmp_path / "tokenizer.model").write_bytes(train())
+    content = {"added_tokens": [{"special": False} | token], "model": {}}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    with pytest.raises(TokenizerError, match=message):
+        load_tokenizer(tmp_path)
+
+
+def test_ordinary_text_must_not_merge_into_a_special_one(tmp_path):
+    (tmp_path / "tokenizer.model").write_bytes(train())
+    plain = load_tokenizer(tmp_path)
+    (id,) = plain.encode("the", bos=False)
+    added = [{"id": id, "content": "the", "special": True}]
+    (tmp_path / "tokenizer.json").write_text(json.dumps({"added_tokens": added, "model": {}}))
+    with pytest.raises(TokenizerError, match="the is not a control symbol"):
+        load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        (("normalizer", "content"), "_", "normalizer"),
+        (("pre_tokenizer", "behavior"), "Isolated", "pre_tokenizer"),
+        (("decoder", "decoders"), [], "decoder"),
+        (("model", "byte_fallback"), False, "byte_fallback"),
+        (("model", "dropout"), 0.5, "dropout"),
+        (("model", "unk_token"), None, "None"),
+        (("model", "vocab", "a"), 10**12, "too large"),
+        (("post_processor", "single"), [], "post_processor"),
+    ],
+)
+def test_other_sentencepiece_in_a_tokenizer_json_is_refused(tmp_path, path, value, message):
+    spec = spec_of("gemma3")
+    part = spec
+    for key in path[:-1]:
+        part = part[key]
+    part[path[-1]] = value
+    with pytest.raises(TokenizerError, match=message):
+        load(spec, tmp_path)
+
+
+def test_merges_that_sentencepiece_would_not_follow_are_refused(tmp_path):
+    spec = spec_of("gemma3")
+    removed = spec["model"]["merges"].pop()
+    with pytest.raises(TokenizerError, match=f"{''.join(removed)!r} are not all pairs"):
+        load(spec, tmp_path)
+    merges = [*spec["model"]["merges"], removed]
+    names = ["".join(pair) for pair in merges]
+    first = next(n for n, name in enumerate(names) if names.count(name) > 1 and len({*name}) > 1)
+    spec["model"]["merges"] = [*merges[:first], *merges[first + 1 :], merges[first]]
+    with pytest.raises(TokenizerError, match="do not follow each other"):
+        load(spec, tmp_path)
+
+
+def test_a_token_can_be_reserved(tmp_path):
+    """A chat format may use a token that is not special."""
+    tokenizer = load(with_added("qwen3"), tmp_path)
+    (id,) = tokenizer.encode("<tool>")
+    reserved = tokenizer.reserving(["<tool>", "<|im_end|>", "nowhere"])
+    assert id not in reserved.encode("a<tool>b") and reserved.encode("<tool>", allow_special=True) == [id]
+    assert reserved.special_tokens["<tool>"] == id and "<tool>" not in tokenizer.special_tokens
+    assert tokenizer.encode("<tool>") == [id] and tokenizer.reserving([]) is tokenizer
