@@ -292,9 +292,7 @@ class Model:
             pieces = self.vision.replace_marks(prompt, media, what) if media else [prompt]
             tokens = self.tokenizer.encode_pieces(pieces, bos) if prompt else []
             if tokens and max(tokens) >= self.config.vocab_size:
-                size = (
-                    f"{self.config.vocab_size} embeddings; resize the model's, or remove the tokenizer's added tokens"
-                )
+                size = f"{self.config.vocab_size} embeddings; take the tokenizer of this model"
                 raise InputError(f"the {what} has the token {max(tokens)}, but the model has {size}")
         else:
             prompt = prompt.tolist() if hasattr(prompt, "tolist") else prompt
