@@ -165,9 +165,11 @@ class Part:
         """Replace numbers by their sums over the ranks."""
         dist.all_reduce(numbers)
 
-    def agree(self, tokens: torch.Tensor) -> None:
-        """Replace tokens by those of the first rank, since unseeded ranks sample differently."""
-        dist.broadcast(tokens, 0)
+    def agree(self, seeds: list[int], device: torch.device) -> list[int]:
+        """The first rank's seeds. With them all ranks sample the same tokens, since they have the same logits."""
+        numbers = torch.tensor(seeds, device=device)
+        dist.broadcast(numbers, 0)
+        return numbers.tolist()
 
     def gather_heads(self, heads: torch.Tensor) -> torch.Tensor:
         """Each rank's values for its K/V heads [n, 2, rows, ...] -> those of all heads [n, 2, K * E, ...]."""

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from pop.generation.answers import end_ids
-from pop.generation.sampling import Sampler, SamplingParams, check_finite
+from pop.generation.sampling import Sampler, SamplingParams, check_finite, read_tokens
 from pop.inputs.processors import Prepared
 from pop.models.base import Attend
 from pop.models.layers import Rope
@@ -40,9 +40,8 @@ def sample_responses(
     if not prompts:
         return []
     ends = end_ids(model)
-    sampler = Sampler(len(prompts), SamplingParams(temperature=1.0))
     states = [np.random.SeedSequence(seed).generate_state(1) for seed in seeds]
-    sampler.generators = [torch.Generator().manual_seed(int(state[0])) for state in states]
+    sampler = Sampler(SamplingParams(temperature=1.0), [int(state[0]) for state in states])
     lengths = [len(prompt) for prompt in prompts]
     padded = [prompt + [0] * (max(lengths) - len(prompt)) for prompt in prompts]
     cache = model.new_cache(len(prompts), max(lengths) + count - 1)
@@ -50,7 +49,7 @@ def sample_responses(
     responses = [[] for _ in prompts]
     while True:
         tokens = sampler(logits)
-        for response, token in zip(responses, tokens.tolist(), strict=True):
+        for response, token in zip(responses, read_tokens(tokens), strict=True):
             if not response or response[-1] not in ends:
                 response.append(token)
         if len(max(responses, key=len)) == count or all(response[-1] in ends for response in responses):

@@ -11,9 +11,10 @@ import torch
 from pop.engine.cache import KVCache
 from pop.errors import InputError
 from pop.generation.answers import Answer, Generation, end_ids
-from pop.generation.sampling import Sampler, SamplingParams
+from pop.generation.sampling import Sampler, SamplingParams, read_tokens
 from pop.inputs.processors import Prepared
 from pop.pruning.plan import PrunePlan
+from pop.system.memory import to_device
 
 
 class Batch:
@@ -36,12 +37,15 @@ class Batch:
         self.is_list, self.earlier, self.leading, self.after_step = is_list, earlier, list(leading), after_step
         if params.stop:
             model.need_tokenizer("stop")
-        self.sampler = Sampler(len(prompts), params)
+        seeds = params.seeds(len(prompts))
+        if model.part is not None:  # several processes must continue with the same tokens
+            seeds = model.part.agree(seeds, model.device)
+        self.sampler = Sampler(params, seeds)
         without_text = [*model.vision.placeholders.values(), *(model.tokenizer.unused_ids if model.tokenizer else ())]
         # The embedding may be padded beyond the tokenizer's vocabulary.
         self.known = model.config.vocab_size if model.tokenizer is None else model.tokenizer.vocab_size
         without_text = [token for token in without_text if token < min(self.known, model.config.vocab_size)]
-        self.without_text = torch.tensor(without_text, dtype=torch.int64, device=model.device)
+        (self.without_text,) = to_device([torch.tensor(without_text, dtype=torch.int64)], model.device)
         self.num_earlier = len(leading) + (0 if earlier is None else int(earlier.lengths[0]))
         longest = max(len(prompt) for prompt in prompts)
         note = f" ({longest} tokens after {self.num_earlier} earlier ones)" if self.num_earlier else ""
@@ -83,7 +87,7 @@ class Batch:
         while True:
             tokens = self._sample(logits)
             pieces = [""] * len(self.answers)
-            for row, token in zip(rows, tokens.tolist(), strict=True):
+            for row, token in zip(rows, read_tokens(tokens), strict=True):  # the only wait for the device
                 pieces[row] = self.answers[row].push(token)
             self.after_step(self)
             yield pieces
@@ -91,8 +95,10 @@ class Batch:
             if not unfinished:
                 return
             if len(unfinished) < len(rows):  # the finished rows leave the batch
-                rows, tokens = [rows[number] for number in unfinished], tokens[unfinished]
-                self.cache.keep_rows(torch.tensor(unfinished))
+                kept = torch.tensor(unfinished)
+                rows = [rows[number] for number in unfinished]
+                tokens = tokens[to_device([kept], tokens.device)[0]]
+                self.cache.keep_rows(kept)
                 self.sampler.keep_rows(unfinished)
             logits = self.model.decode(tokens, self.cache)
 
@@ -109,11 +115,9 @@ class Batch:
 
     def _sample(self, logits: torch.Tensor) -> torch.Tensor:
         """logits [B, V] -> tokens [B]. Never picks an image's placeholder, or an id without text."""
-        model = self.model
-        tokens = self.sampler(logits.index_fill_(-1, self.without_text, -math.inf)[:, : self.known])
-        if model.part is not None:  # several processes must continue with the same tokens
-            model.part.agree(tokens)
-        return tokens
+        if len(self.without_text):  # a copy: the caller's logits stay as they are
+            logits = logits.index_fill(-1, self.without_text, -math.inf)
+        return self.sampler(logits[:, : self.known])
 
 
 def as_prompts(prompt) -> tuple[list, bool]:

@@ -9,6 +9,7 @@ from numbers import Real
 import torch
 
 from pop.errors import InputError, check_count
+from pop.system.memory import to_device
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,20 +37,22 @@ class SamplingParams:
             raise InputError(f"stop is {self.stop!r}; it must be a string or a list of strings, none of them empty")
         object.__setattr__(self, "stop", tuple(stop))
 
+    def seeds(self, batch_size: int) -> list[int]:
+        """A seed for each batch row: the given one in all of them, or a random one in each."""
+        return [secrets.randbits(63) if self.seed is None else int(self.seed) for _ in range(batch_size)]
+
 
 class Sampler:
-    """Picks one token for each batch row.
+    """Picks one token for each batch row, on the logits' device and without waiting for it.
 
-    Each row has its own random generator. So a prompt and a seed give the same tokens by itself and in any batch row,
-    up to rounding errors in the logits.
+    Each row has its own random generator, and draws one number a token from it. So a prompt and a seed give the same
+    tokens alone and in any batch row, on a CPU and on a GPU, up to rounding errors in the logits.
     """
 
-    def __init__(self, batch_size: int, params: SamplingParams):
-        least = torch.finfo(torch.float32).tiny  # a smaller number would be rounded to 0
-        self.temperature = max(float(params.temperature), least) if params.temperature else 0.0
-        self.top_p = None if params.top_p is None else max(float(params.top_p), least)
-        self.top_k = params.top_k
-        seeds = [secrets.randbits(63) if params.seed is None else int(params.seed) for _ in range(batch_size)]
+    def __init__(self, params: SamplingParams, seeds: Sequence[int]):
+        limits = torch.finfo(torch.float32)  # a number outside would be rounded to 0 or to infinity
+        self.temperature = params.temperature and min(max(float(params.temperature), limits.tiny), limits.max)
+        self.top_k, self.top_p = params.top_k, 1.0 if params.top_p is None else float(params.top_p)
         self.generators = [torch.Generator().manual_seed(seed) for seed in seeds]
 
     def keep_rows(self, rows: list[int]) -> None:
@@ -57,30 +60,59 @@ class Sampler:
         self.generators = [self.generators[row] for row in rows]
 
     def __call__(self, logits: torch.Tensor) -> torch.Tensor:
-        """logits [B, V] float32 -> tokens [B]. Raises InputError if a row's largest logit is infinite or NaN."""
-        largest = logits.amax(-1, keepdim=True)
-        check_finite(largest, "logits")
+        """logits [B, V] float32 -> tokens [B], for `read_tokens`."""
         if self.temperature == 0:
-            return logits.argmax(-1)
-        logits = (logits - largest) / self.temperature  # at most 0, so softmax does not overflow
-        if self.top_k is not None and self.top_k < logits.shape[-1]:
-            best = logits.topk(self.top_k)
-            logits = torch.full_like(logits, -math.inf).scatter(-1, best.indices, best.values)
-        probs = logits.softmax(-1)
-        if self.top_p is not None and self.top_p < 1:
-            ranked, order = probs.sort(descending=True)
-            before = ranked.cumsum(-1) - ranked  # the probability of all likelier tokens
-            ranked = ranked.masked_fill(before >= self.top_p, 0)
-            probs = torch.zeros_like(probs).scatter(-1, order, ranked)
-        rows = zip(probs.cpu(), self.generators, strict=True)
-        picks = [torch.multinomial(row, 1, generator=generator) for row, generator in rows]
-        return torch.cat(picks).to(logits.device)
+            return self.pick(logits)
+        numbers = [torch.randint(2**53, (1,), generator=generator) for generator in self.generators]
+        return self.pick(logits, *to_device([torch.stack(numbers)], logits.device))
+
+    def pick(self, logits: torch.Tensor, numbers: torch.Tensor | None = None) -> torch.Tensor:
+        """logits [B, V] and random integers [B, 1] below 2**53 -> tokens [B]. Without numbers: the likeliest tokens.
+
+        The token is -1 if a row's largest logit is infinite or NaN.
+        """
+        tokens = logits.argmax(-1, keepdim=True)  # [B, 1]; NaN counts as the largest
+        largest = logits.gather(-1, tokens)
+        if numbers is not None:
+            below = ((largest - logits) / self.temperature).nan_to_num(0.0, math.inf)  # NaN: the token will be -1
+            tokens = self._draw(below, numbers)
+        return tokens.where(largest.isfinite(), -1)[:, 0]
+
+    def _draw(self, below: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
+        """Draw tokens [B, 1] with probabilities proportional to exp(-below), below [B, V] from 0 up."""
+        V, order = below.shape[1], None
+        k = min(self.top_k or V, V)
+        if k < V or self.top_p < 1:
+            # Floats from 0 up are ordered like their bits. The token's id in the lower bits decides between equal ones.
+            keys = below.view(torch.int32).long() << 32 | torch.arange(V, device=below.device)
+            keys = keys.topk(k, largest=False).values if k < V else keys.sort().values  # [B, k], likeliest first
+            order, below = keys & (2**32 - 1), (keys >> 32).int().view(torch.float32)
+        # Integers have the same sum in any order. So all devices and processes agree, and a sum does not grow at a
+        # weight of 0, which is thus never drawn. The largest weight is 2**34: float64 can hold the sum of 2**18.
+        sums = (below.neg().exp() * 2**34).long().cumsum(-1)  # [B, k]
+        total = sums[:, -1:].double()
+        if self.top_p < 1:  # the sum of the fewest tokens that reach top_p
+            total = sums.gather(-1, torch.searchsorted(sums, (total * self.top_p).ceil().long())).double()
+        drawn = torch.searchsorted(sums, (numbers * (total / 2**53)).long(), right=True)
+        return drawn if order is None else order.gather(-1, drawn)
+
+
+def read_tokens(tokens: torch.Tensor) -> list[int]:
+    """Wait for the tokens [B] of a Sampler. Raises InputError if a row's largest logit was infinite or NaN."""
+    ids = tokens.tolist()
+    if min(ids) < 0:
+        raise _not_finite("logits")
+    return ids
 
 
 def check_finite(numbers: torch.Tensor, what: str) -> None:
     """Raise InputError if numbers that a model has computed are infinite or NaN; `what` names them."""
     if not numbers.isfinite().all():
-        raise InputError(f"the {what} are not finite; load with torch.bfloat16 or torch.float32, or check the weights")
+        raise _not_finite(what)
+
+
+def _not_finite(what: str) -> InputError:
+    return InputError(f"the {what} are not finite; load with torch.bfloat16 or torch.float32, or check the weights")
 
 
 def _check_number(name: str, value, accepts: Callable[[float], bool], wanted: str) -> None:

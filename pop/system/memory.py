@@ -1,4 +1,4 @@
-"""How much memory a device has left."""
+"""How much memory a device has left, and copies to it."""
 
 import torch
 
@@ -18,3 +18,14 @@ def free_bytes(device: torch.device) -> int | None:
         except OSError:
             pass
     return None
+
+
+def to_device(tensors: list[torch.Tensor], device: torch.device) -> list[torch.Tensor]:
+    """Copy integer and boolean tensors from the CPU to `device`: all in one transfer, which nothing waits for."""
+    if device.type == "cpu":
+        return tensors
+    numbers = torch.cat([tensor.flatten().to(torch.int64) for tensor in tensors])
+    if device.type == "cuda":
+        numbers = numbers.pin_memory()  # torch keeps it until the copy has ended
+    parts = numbers.to(device, non_blocking=True).split([tensor.numel() for tensor in tensors])
+    return [part.view(tensor.shape).to(tensor.dtype) for part, tensor in zip(parts, tensors, strict=True)]

@@ -9,6 +9,8 @@ from support.letters import Letters
 from support.tiny import random_model, tiny_config
 
 import pop
+from pop.generation.batch import Batch
+from pop.generation.sampling import SamplingParams
 from pop.pruning import reference
 
 PROMPTS = [[5, 9, 200], [17], list(range(40, 70))]
@@ -117,6 +119,32 @@ def test_ids_beyond_the_tokenizer_are_never_picked(model):
         assert max(model.generate(PROMPTS[0], max_new_tokens=20, **options).tokens) >= 100
         found = padded.generate(PROMPTS[0], max_new_tokens=20, **options).tokens
         assert max(found) < 100 and not {*found} & {*gaps}
+
+
+def test_what_is_never_picked_stays_in_the_callers_logits(model, monkeypatch):
+    monkeypatch.setattr(model.vision, "placeholders", {"image": 7})
+    batch = Batch(model, PROMPTS[:1], [[]], SamplingParams())
+    logits = torch.zeros(1, 256).index_fill(1, torch.tensor([7]), 5.0)
+    before = logits.clone()
+    assert batch._sample(logits).item() != 7
+    assert torch.equal(logits, before)
+
+
+@pytest.mark.parametrize("options", [{}, {"temperature": 1.0}])
+def test_logits_that_are_not_finite_end_a_batch(model, options, monkeypatch):
+    """In one row, at the third token. The rows' tokens so far have come out."""
+    calls, decode = [], model.decode
+
+    def broken(tokens, cache):
+        logits = decode(tokens, cache)
+        calls.append(tokens)
+        return logits.index_fill(0, torch.tensor([1]), np.inf) if len(calls) == 2 else logits
+
+    monkeypatch.setattr(model, "decode", broken)
+    steps = Batch(model, PROMPTS, [[]] * 3, SamplingParams(max_new_tokens=9, **options)).steps()
+    assert len([next(steps), next(steps)]) == 2
+    with pytest.raises(pop.InputError, match="logits are not finite"):
+        next(steps)
 
 
 def test_times_belong_to_the_tokens_of_the_row(model, monkeypatch):

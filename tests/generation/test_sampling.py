@@ -9,37 +9,96 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from support.meta_device import META, device_only
 
 import pop
-from pop.generation.sampling import Sampler, SamplingParams
+from pop.generation.sampling import Sampler, SamplingParams, read_tokens
 
 
 def make(rows, **settings):
-    return Sampler(rows, SamplingParams(**settings))
+    params = SamplingParams(**settings)
+    return Sampler(params, params.seeds(rows))
 
 
-@given(st.integers(0, 2**32), st.integers(1, 12), st.floats(0.05, 1.0), st.floats(0.2, 3.0))
-def test_samples_come_from_the_kept_tokens_only(seed, top_k, top_p, temperature):
-    logits = torch.randn(1, 12, generator=torch.Generator().manual_seed(seed)) * 3
-    probs = (logits[0].double() / temperature).softmax(-1)
-    order = probs.argsort(descending=True).tolist()
-    kept = order[:top_k]
-    renormalised, total = probs[kept] / probs[kept].sum(), 0.0
-    nucleus = set()
-    for token, p in zip(kept, renormalised.tolist(), strict=True):
-        if total < top_p + 1e-6:
-            nucleus.add(token)
-        total += p
-    sampler = make(1, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
-    assert {sampler(logits).item() for _ in range(20)} <= nucleus
+def shares(logits, count, **settings) -> torch.Tensor:
+    """How often each of V tokens is picked from logits [V], for `count` random numbers that are evenly spaced."""
+    numbers = (torch.arange(count) * 2 + 1) * 2**52 // count
+    picked = make(1, **settings).pick(logits.expand(count, -1), numbers[:, None])
+    return torch.bincount(picked, minlength=len(logits))
 
 
-def test_sampling_frequencies_are_the_probabilities():
-    logits = torch.tensor([[0.0, 1.0, 2.0, -1.0]])
-    sampler = make(1, temperature=0.7, seed=0)
-    counts = torch.bincount(torch.cat([sampler(logits) for _ in range(4000)]), minlength=4)
-    expected = (logits[0] / 0.7).softmax(-1)
-    assert (counts / 4000 - expected).abs().max() < 4 * math.sqrt(0.25 / 4000)
+def expected_probabilities(logits, temperature, top_k=None, top_p=1.0) -> torch.Tensor:
+    """From the definitions, in float64. Of equally likely tokens, the one with the smaller id comes first."""
+    probs = (logits.double() / temperature).softmax(-1)
+    order = sorted(range(len(logits)), key=lambda token: (-logits[token].item(), token))
+    kept, total = [], 0.0
+    for token in order[:top_k]:
+        if total < (top_p - 1e-7) * probs[order[:top_k]].sum():
+            kept.append(token)
+            total += probs[token].item()
+    return torch.zeros_like(probs).index_copy(0, torch.tensor(kept), probs[kept] / probs[kept].sum())
+
+
+# Which tokens, and how often
+
+
+@given(
+    st.lists(st.sampled_from([-math.inf, -2.0, -1.0, 0.0, 0.5, 0.75, 3.0]), min_size=1, max_size=12),
+    st.none() | st.integers(1, 14),
+    st.none() | st.floats(0.05, 1.0),
+    st.floats(0.2, 3.0),
+)
+def test_every_token_has_its_share_of_the_random_numbers(values, top_k, top_p, temperature):
+    """Also among ties and impossible tokens. A token of probability p gets p of the numbers, up to one at each end."""
+    logits = torch.tensor([*values, 0.25])
+    settings = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
+    found = shares(logits, 1000, **settings)
+    expected = expected_probabilities(logits, temperature, top_k, top_p or 1.0)
+    assert (found - 1000 * expected).abs().max() <= 1.01
+    assert not found[expected == 0].any()
+
+
+@pytest.mark.parametrize("settings", [{}, {"top_k": 20}, {"top_p": 0.8}, {"top_k": 30, "top_p": 0.7}])
+def test_drawn_frequencies_are_the_probabilities(settings):
+    """A chi-square test. The bound is that of one test in a hundred thousand, about."""
+    settings, count = {"temperature": 0.7, **settings}, 20_000
+    logits = torch.randn(50, generator=torch.Generator().manual_seed(3)) * 1.5
+    expected = expected_probabilities(logits, **settings)
+    sampler = Sampler(SamplingParams(**settings), range(count))
+    found = torch.bincount(sampler(logits.expand(count, -1)), minlength=50)
+    assert not found[expected == 0].any()
+    likely = expected * count >= 5
+    found, expected = found[likely], count * expected[likely]
+    freedom = len(found) - 1
+    assert ((found - expected) ** 2 / expected).sum() < freedom + 5 * math.sqrt(2 * freedom) + 5
+
+
+def test_the_long_tail_of_a_large_vocabulary():
+    """Half of the probability is in 2**17 unlikely tokens, each of which has its place. Float32 would lose them."""
+    logits = torch.zeros(1, 2**17 + 1)
+    logits[0, 777] = math.log(2**17)
+    numbers = torch.arange(1, 2**53, 2**53 // 40)
+    found = make(1, temperature=1.0).pick(logits.expand(len(numbers), -1), numbers[:, None])
+    place = numbers.double() / 2**35
+    expected = torch.where(place < 777, place, torch.where(place < 777 + 2**17, 777, place - 2**17))
+    assert (found - expected).abs().max() <= 2
+
+
+@pytest.mark.parametrize("settings", [{}, {"top_k": 6}, {"top_p": 0.99}])
+def test_the_first_and_the_last_random_number(settings):
+    """They pick the first and the last token that can be drawn, not impossible ones beside them."""
+    logits = torch.tensor([-math.inf, -math.inf, 1.0, -math.inf, 1.0, 1.0, 1.0, -math.inf, -math.inf])
+    numbers = torch.tensor([0, 2**51 - 1, 2**51, 2**52 - 1, 2**52, 3 * 2**51 - 1, 3 * 2**51, 2**53 - 1])[:, None]
+    picked = make(1, temperature=1.0, **settings).pick(logits.expand(8, -1), numbers)
+    assert picked.tolist() == [2, 2, 4, 4, 5, 5, 6, 6]
+
+
+def test_top_p_keeps_the_fewest_tokens_that_reach_it():
+    logits = torch.zeros(10)
+    for top_p, kept in ((0.1, 1), (0.3, 3), (0.31, 4), (0.7, 7), (0.999, 10), (1.0, 10)):
+        assert (shares(logits, 1000, temperature=1.0, top_p=top_p) > 0).tolist() == [True] * kept + [False] * (
+            10 - kept
+        )
 
 
 def test_top_k_one_and_a_tiny_top_p_are_greedy():
@@ -49,19 +108,54 @@ def test_top_k_one_and_a_tiny_top_p_are_greedy():
         assert make(3, **{"temperature": 5.0, "seed": 0, **settings})(logits).tolist() == logits.argmax(-1).tolist()
 
 
-def test_top_k_keeps_k_tokens_of_those_that_tie():
-    logits = torch.tensor([[1.0, 1.0, 1.0, 0.0]])
-    assert len({make(1, temperature=1.0, top_k=1, seed=seed)(logits).item() for seed in range(20)}) == 1
+def test_an_enormous_temperature_draws_all_possible_tokens_alike():
+    logits = torch.tensor([-math.inf, -50.0, 0.0, 50.0])
+    assert shares(logits, 999, temperature=1e300).tolist() == [0, 333, 333, 333]
+
+
+# Rows
+
+
+@pytest.mark.parametrize("settings", [{}, {"top_k": 7}, {"top_p": 0.9}])
+def test_a_row_alone_gets_what_it_gets_in_a_batch_that_shrinks(settings):
+    logits = torch.randn(6, 4, 300, generator=torch.Generator().manual_seed(1)).to(torch.bfloat16).float()  # has ties
+    settings = {"temperature": 1.5, "seed": 9, **settings}
+    together, alone, rows = make(4, **settings), make(1, **settings), [0, 1, 2, 3]
+    for step in range(6):
+        (expected,) = alone(logits[step, 2:3]).tolist()
+        assert together(logits[step, rows])[rows.index(2)] == expected
+        if step in (1, 3):  # other rows end
+            kept = [number for number, row in enumerate(rows) if row != step]
+            rows = [rows[number] for number in kept]
+            together.keep_rows(kept)
+    assert rows == [0, 2]
 
 
 @pytest.mark.parametrize("broken", [math.nan, math.inf])
-@pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_nothing_is_picked_from_logits_that_are_not_finite(broken, temperature):
-    logits = torch.tensor([[0.0, 1.0, -math.inf], [0.0, broken, 1.0]])
-    sampler = make(2, temperature=temperature, seed=0)
-    assert sampler(logits[[0, 0]]).max() < 2  # a token may be impossible
-    with pytest.raises(pop.InputError, match="logits"):
-        sampler(logits)
+@pytest.mark.parametrize("settings", [{"temperature": 0.0}, {}, {"top_k": 2}, {"top_p": 0.5}])
+def test_a_row_that_is_not_finite_gets_no_token_and_raises_when_read(broken, settings):
+    logits = torch.tensor([[0.0, 1.0, -math.inf], [0.0, broken, 1.0], [-math.inf] * 3, [broken] * 3])
+    sampler = make(4, **{"temperature": 1.0, "seed": 0, **settings})
+    tokens = sampler(logits)
+    assert tokens[0] in (0, 1)  # a token may be impossible
+    assert tokens[1:].tolist() == [-1, -1, -1]
+    with pytest.raises(pop.InputError, match="logits are not finite"):
+        read_tokens(tokens)
+    assert read_tokens(tokens[:1]) == tokens[:1].tolist()
+
+
+# The device
+
+
+@pytest.mark.parametrize(
+    "settings", [{"temperature": 0.0}, {}, {"top_k": 5}, {"top_p": 0.5}, {"top_k": 5, "top_p": 0.5}]
+)
+def test_nothing_waits_for_the_device(settings):
+    sampler = make(2, **{"temperature": 1.0, **settings})
+    logits, numbers = torch.zeros(2, 30, device=META), torch.zeros(2, 1, dtype=torch.int64, device=META)
+    with device_only():
+        assert sampler.pick(logits, numbers if sampler.temperature else None).shape == (2,)
+    assert sampler(logits).device == META  # the numbers are copied there
 
 
 @pytest.mark.parametrize(
