@@ -114,7 +114,7 @@ class KVCache:
 
     def keep_rows(self, rows: torch.Tensor) -> None:
         """Keep `rows` [R] of the batch, in that order, and free the memory of the others."""
-        device_rows = rows.to(self.previous_hidden.device)
+        device_rows = rows.to(self.previous_hidden.device, non_blocking=True)
         for slots in (self.keys, self.values):
             for index, tensor in enumerate(slots):  # one layer at a time, so the copies need little memory
                 slots[index] = tensor.transpose(1, 2)[device_rows].transpose(1, 2)  # laid out as before
