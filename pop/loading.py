@@ -10,8 +10,10 @@ from pop.backends.int8 import check_quantize, quantize_module
 from pop.backends.tensor_parallel import Part, join
 from pop.checkpoints import registry
 from pop.checkpoints.config_json import read_config
+from pop.checkpoints.processor_json import read_preparation
 from pop.checkpoints.weights import load_weights
 from pop.errors import InputError, TokenizerError
+from pop.inputs.processors import processor_of
 from pop.inputs.tokenizers import Tokenizer, as_tokenizer, load_tokenizer
 from pop.model import Model, check_options
 from pop.models.config import DTYPES
@@ -24,6 +26,8 @@ def load(
     dtype: torch.dtype | None = None,
     prune="default",
     max_seq_len: int | None = None,
+    min_pixels: int | None = None,
+    max_pixels: int | None = None,
     compile="auto",
     progress: bool = True,
     parallel: str | None = None,
@@ -38,6 +42,8 @@ def load(
         dtype: None keeps the checkpoint's.
         prune: "default" (the deepest floor(L/3) layers), None (full depth), a fraction of the layers, or a PrunePlan.
         max_seq_len: The most tokens that a cache may hold for each row. None takes the model's full context.
+        min_pixels, max_pixels: To how many pixels an image is resized, if the family keeps its shape. None takes the
+            checkpoint's limits. A pop.Image has its own.
         compile: True compiles prefill and decode with torch.compile, at their first use or in `model.warmup`.
             "auto" compiles where that works, unless the model is tiny.
         progress: Show the progress of loading and compiling on stderr.
@@ -63,6 +69,7 @@ def load(
     config = read_config(folder)
     dtype = dtype or config.dtype
     plan, max_seq_len = check_options(config, dtype, prune, max_seq_len, compile)
+    vision = processor_of(config, read_preparation(folder, config), min_pixels, max_pixels)
     tokenizer = _tokenizer(tokenizer, folder)
     part = Part(config, rank, ranks) if ranks > 1 else None
     with torch.device("meta"):
@@ -73,8 +80,8 @@ def load(
     load_weights(folder, module, dtype=dtype, device=device, progress=progress, shards=shards)
     if quantize is not None:
         quantize_module(module)
-    options = {"plan": plan, "max_seq_len": max_seq_len, "compile": compile, "progress": progress, "part": part}
-    return Model(module.eval(), config, tokenizer, **options)
+    options = {"plan": plan, "max_seq_len": max_seq_len, "compile": compile, "progress": progress}
+    return Model(module.eval(), config, tokenizer, vision=vision, part=part, **options)
 
 
 def _tokenizer(given, folder: Path) -> Tokenizer | None:

@@ -24,7 +24,7 @@ from pop.generation.conversation import Conversation
 from pop.generation.prefix import Prefix
 from pop.generation.sampling import SamplingParams
 from pop.inputs.chat import ChatFormat, chat_format
-from pop.inputs.processors import Prepared, processor_of
+from pop.inputs.processors import Prepared, Processor, processor_of
 from pop.inputs.tokenizers import row_lengths, token_ids
 from pop.models.images import TextOnly
 from pop.pruning.plan import PrunePlan
@@ -44,6 +44,7 @@ class Model:
         plan: The plan of every prefill that is given no other; takes the values of `prune` in `load`.
         max_seq_len, compile, progress: As in `load`.
         chunk_size: How many tokens of a prompt prefill runs at once.
+        vision: The processor of images and videos (pop/inputs/processors.py). None takes the family's.
         part: A pop.backends.tensor_parallel.Part if the module is one process's part of the model.
     """
 
@@ -58,10 +59,11 @@ class Model:
         chunk_size: int = CHUNK_SIZE,
         compile="auto",
         progress: bool = False,
+        vision: Processor | None = None,
         part=None,
     ):
         self.module, self.config, self.tokenizer, self.part = module, config, tokenizer, part
-        self.vision = processor_of(config)  # the family's processor of images and videos
+        self.vision = processor_of(config) if vision is None else vision
         self.plan, self.max_seq_len = check_options(config, self.dtype, plan, max_seq_len, compile)
         self.resolve(self.plan)  # raises if it does not fit the weights
         self.chunk_size = self._chunk_size(chunk_size)
@@ -187,8 +189,9 @@ class Model:
         Args:
             prompt: Text or token ids, or a list of either. Text marks the place of each image and video
                 (model.vision.marks). Token ids have all of its placeholders.
-            images, videos: A list for one prompt, a list of lists for a batch. An image is a path, a PIL image, or a
-                uint8 array [H, W, 3]. A video is a path, a uint8 array [T, H, W, 3], a list of images, or a pop.Video.
+            images, videos: A list for one prompt, a list of lists for a batch. An image is a path, bytes, a PIL image,
+                a uint8 array [H, W, 3], or a pop.Image. A video is a path, a uint8 array [T, H, W, 3], a list of
+                images, or a pop.Video. pop/inputs/README.md has all forms.
             max_new_tokens: The most tokens of an answer.
             temperature, top_k, top_p, seed, stop: See SamplingParams in pop/generation/sampling.py.
             plan: The PrunePlan of this call; None takes the model's.
@@ -216,6 +219,7 @@ class Model:
         Args:
             messages: [{"role": "system" | "user" | "assistant", "content": text}, ...]. A user's content may also be a
                 list of {"type": "text", "text": ...}, {"type": "image", "image": ...}, {"type": "video", "video": ...}.
+                An image may have "min_pixels" and "max_pixels".
             options: Those of `generate`, except images and videos.
         """
         if options.keys() & {"images", "videos"}:
@@ -257,7 +261,7 @@ class Model:
         context = self.encode(context, "context", media=media)
         targets = self.encode(continuation, "continuation", bos=False)
         length = len(context) + len(targets) - 1
-        self.check_fits(length, "context plus continuation")
+        self.check_fits(length, "context plus continuation", media)
         cache = self.new_cache(1, length)
         logits = self.prefill([context], cache, images=[media], plan=plan)  # [1, V]
         targets = self._on_device(torch.tensor(targets))
@@ -309,10 +313,11 @@ class Model:
         if self.tokenizer is None:
             raise TokenizerError(f"{use} needs a tokenizer, and the checkpoint has none; add it, or give token ids")
 
-    def check_fits(self, num_tokens: int, what: str = "the prompt") -> None:
-        """Raise ContextOverflow if a sequence of `num_tokens` exceeds max_seq_len."""
+    def check_fits(self, num_tokens: int, what: str = "the prompt", media: Sequence[Prepared] = ()) -> None:
+        """Raise ContextOverflow if a sequence of `num_tokens`, with these images and videos, exceeds max_seq_len."""
         if num_tokens > self.max_seq_len:
-            raise ContextOverflow(f"{what} has {num_tokens} tokens, but the model takes {self.max_seq_len}; shorten it")
+            limit = f"the model takes {self.max_seq_len}; {self.vision.shorten(media)}"
+            raise ContextOverflow(f"{what} has {num_tokens} tokens, but {limit}")
 
     def _check_cache(self, cache: KVCache, added: torch.Tensor) -> None:
         """Raise InputError unless `cache` belongs to this model and has room for `added` [B] more tokens."""

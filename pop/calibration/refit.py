@@ -128,7 +128,7 @@ def _windows(model, texts, images, videos, size: int) -> list[Window]:
             raise InputError(f"texts holds {text}; give strings or lists of token ids")
         tokens = model.encode(text, "text", media=media)
         if media:
-            model.check_fits(len(tokens), "a text with images")
+            model.check_fits(len(tokens), "a text with images", media)
             windows.append((tokens, media))
             continue
         bos = tokens[:1] if tokens[0] == model.config.bos_id else []

@@ -28,7 +28,8 @@ from pop.system.files import hash_file, read_json, remove, staged, write_json
 from pop.system.progress import progress_bar
 
 MANIFEST = "pop-download.json"
-CONFIGS = ("config.json", "generation_config.json")
+PROCESSORS = ("preprocessor_config.json", "video_preprocessor_config.json", "processor_config.json")
+CONFIGS = ("config.json", "generation_config.json", *PROCESSORS)
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "chat_template.jinja")
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 SHARD = r"model-[0-9]{5}-of-[0-9]{5}\.safetensors"

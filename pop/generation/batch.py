@@ -47,9 +47,9 @@ class Batch:
         without_text = [token for token in without_text if token < min(self.known, model.config.vocab_size)]
         (self.without_text,) = to_device([torch.tensor(without_text, dtype=torch.int64)], model.device)
         self.num_earlier = len(leading) + (0 if earlier is None else int(earlier.lengths[0]))
-        longest = max(len(prompt) for prompt in prompts)
+        longest, row = max((len(prompt), row) for row, prompt in enumerate(prompts))
         note = f" ({longest} tokens after {self.num_earlier} earlier ones)" if self.num_earlier else ""
-        model.check_fits(self.num_earlier + longest, f"the prompt{note}")
+        model.check_fits(self.num_earlier + longest, f"the prompt{note}", media[row])
         # A full context ends an answer. Its last token is sampled but never run, so it needs no slot.
         left = model.max_seq_len + 1 - self.num_earlier
         limits = [min(params.max_new_tokens, left - len(prompt)) for prompt in prompts]

@@ -99,7 +99,7 @@ class Conversation:
         }
         try:
             text = json.dumps(content, indent=1, ensure_ascii=False, default=os.fspath) + "\n"
-        except TypeError:
+        except (TypeError, ValueError):
             raise InputError("the conversation has an image or a video without a path; it cannot be saved") from None
         write_whole(path, text, "the conversation", InputError)
 

@@ -22,7 +22,7 @@ class Prefix:
         self.model, self.plan = model, model.resolve(plan)
         (media,) = model.vision.prepare_batch(images, videos, 1)
         self.tokens = model.encode(prompt, "prefix", media=media)
-        model.check_fits(len(self.tokens), "the prefix")
+        model.check_fits(len(self.tokens), "the prefix", media)
         ranges = model.vision.locate(self.tokens, media)
         cut = max(0, len(self.tokens) - self.plan.full_depth_last + 1)
         cut = min([cut, *(tokens[0] for tokens in ranges if cut in tokens)])  # what follows is left to each prompt

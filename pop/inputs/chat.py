@@ -9,6 +9,7 @@ import re
 from typing import Any
 
 from pop.errors import InputError, UnsupportedError
+from pop.inputs.images import Image
 from pop.inputs.processors import Prepared, Processor
 from pop.inputs.tokenizers import Piece, Tokenizer
 
@@ -104,11 +105,13 @@ class ChatFormat:
             if kind in ("image", "video") and kind not in takes:
                 takes = " and ".join(["text", *(f"{taken}s" for taken in takes)])
                 raise UnsupportedError(f"{where} has a part of the type {kind!r}, but this model takes {takes} only.")
-            known = kind in ("text", "image", "video") and part.keys() == {"type", kind}
+            limits = part.keys() & {"min_pixels", "max_pixels"} if kind == "image" else set()
+            known = kind in ("text", "image", "video") and part.keys() - limits == {"type", kind}
             if not known or (kind == "text" and not isinstance(part["text"], str)):
                 raise InputError(f"{where}: a part must be like {{'type': 'text', 'text': 'Hi'}}, got {part!r:.80}.")
             if kind != "text":
-                parts.append(self.vision.prepare(kind, part[kind]))
+                given = Image(part[kind], **{name: part[name] for name in limits}) if limits else part[kind]
+                parts.append(self.vision.prepare(kind, given))
             elif parts and isinstance(parts[-1], str):
                 parts[-1] += part["text"]
             else:

@@ -4,17 +4,19 @@ Pixels equal those of the reference's image processor, which resizes bytes and r
 """
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 
 from pop.errors import InputError, check_count
-from pop.inputs.images import load_image
+from pop.inputs.images import load_image, normalise
 from pop.inputs.processors import Prepared, Processor
-from pop.models.config import Gemma3Config
+from pop.models.config import Gemma3Config, ImageConfig
 from pop.models.images import TEXT, Images
 
 IMAGES_AT_ONCE = 8  # in the vision tower
+PUBLISHED = ImageConfig()
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,13 +38,13 @@ class PanAndScan:
             raise InputError(f"min_ratio is {self.min_ratio!r}; it must be a number of at least 1")
 
 
-def gemma_pixels(image, size: int) -> torch.Tensor:
-    """Return an image, and then the crops of a PanAndScan, as [1 + crops, 3, size, size] float32 from -1 to 1."""
+def gemma_pixels(image, size: int, config: ImageConfig = PUBLISHED) -> torch.Tensor:
+    """Return an image, and then the crops of a PanAndScan, as [1 + crops, 3, size, size] float32."""
     options = image if isinstance(image, PanAndScan) else PanAndScan(image, min_ratio=float("inf"))  # no crops
     whole = load_image(options.image)
     views = [whole, *_crops(whole, options)]
     resized = [F.interpolate(view[None], (size, size), mode="bilinear", antialias=True) for view in views]
-    return (torch.cat(resized).float() - 127.5) / 127.5
+    return normalise(torch.cat(resized), config)
 
 
 def _crops(image: torch.Tensor, options: PanAndScan) -> tuple[torch.Tensor, ...]:
@@ -59,15 +61,17 @@ def _crops(image: torch.Tensor, options: PanAndScan) -> tuple[torch.Tensor, ...]
 class GemmaProcessor(Processor):
     """Lays out an image as two line breaks, its tokens, and two line breaks. A PanAndScan has several such images."""
 
-    def __init__(self, config: Gemma3Config):
-        super().__init__(config)
+    published: ClassVar = {"image": PUBLISHED}
+
+    def __init__(self, config: Gemma3Config, preparation: dict[str, ImageConfig]):
+        super().__init__(config, preparation)
         self.marks = {"image": "<start_of_image>"}
         self.min_chunk_size = config.vision.tokens_per_image
         self.placeholders = {"image": config.image_id}
 
-    def _prepare(self, kind, given):
+    def _prepare(self, kind, given, preparation):
         config = self.config
-        pixels = gemma_pixels(given, config.vision.image_size)  # [1 + crops, 3, S, S]
+        pixels = gemma_pixels(given, config.vision.image_size, preparation)  # [1 + crops, 3, S, S]
         ids = [config.boi_id, *[config.image_id] * config.vision.tokens_per_image, config.eoi_id]
         one = ("\n\n", ids, "\n\n")
         pieces = one

@@ -1,18 +1,23 @@
-"""Reading images: a path, a PIL image or an array becomes RGB bytes, upright and without transparency.
+"""Reading images: files, bytes, PIL images, arrays and tensors become RGB bytes, upright and without transparency.
 
 A file may come from anybody, and one of a few kilobytes may claim billions of pixels. So this file checks the sizes
 before it decodes anything. Pillow, an optional extra, reads files; arrays do not need it.
 """
 
+import base64
 import contextlib
 import importlib
+import io
 import os
+import re
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 from pop.errors import InputError, MissingExtra, PopError
+from pop.models.config import ImageConfig
 
 MAX_PIXELS = 2**26  # 67 megapixels, 0.2 GB in RGB
 MAX_SIDE = 2**16  # an image is resized along one side first, so a very long one would need much memory
@@ -21,27 +26,55 @@ MAX_BYTES = 2**29  # of a file
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 
 
+@dataclass(frozen=True, eq=False)
+class Image:
+    """An image with its own limits on pixels, for a family that keeps an image's shape.
+
+    None takes the model's limit, or the other limit if the two contradict each other.
+    """
+
+    image: object  # as in `load_image`
+    min_pixels: int | None = None
+    max_pixels: int | None = None
+
+
 def load_image(image) -> torch.Tensor:
-    """Return a file in one of FORMATS, a PIL image or an HxWx3 uint8 array as RGB, [3, H, W] uint8 on the CPU.
+    """Return an image as RGB, [3, H, W] uint8 on the CPU.
+
+    An image is a file in one of FORMATS, as a path, bytes, a BytesIO or a data URL in base64. Or it is a PIL image, a
+    uint8 array [H, W, 3], or a uint8 tensor [H, W, 3] or [3, H, W].
 
     Transparent pixels show a white background, as in the reference's `convert_to_rgb`. Of 16 bits, the high 8 are
     kept. Colour profiles are ignored, and the EXIF orientation is applied. Of several frames the first is read.
     """
+    if isinstance(image, torch.Tensor):
+        image = _from_tensor(image)
     if isinstance(image, np.ndarray):
         if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
             raise InputError(f"an image array has shape {image.shape} and dtype {image.dtype}; it must be HxWx3, uint8")
-        _check_size(image.shape[1], image.shape[0], "an image array")
+        check_size(image.shape[1], image.shape[0], "an image array")
         return torch.from_numpy(np.array(image, order="C")).permute(2, 0, 1)  # [3, H, W], a copy
     pillow = import_extra("PIL.Image", "pillow", "images")
-    name = "a PIL image" if isinstance(image, pillow.Image) else f"the image {str(image)!r:.200}"
+    name, is_path = f"an image of type {type(image).__name__}", False
+    if isinstance(image, str) and image[:5].lower() == "data:":
+        name = "an image as a data URL"
+    elif isinstance(image, (str, os.PathLike)):
+        name, is_path = f"the image {str(image)!r:.200}", True
     with reading(name, FORMATS):
         if isinstance(image, pillow.Image):
             return _from_pillow(image, name)
-        if not isinstance(image, (str, os.PathLike)):
-            raise InputError(f"an image is of type {type(image).__name__}; give a path, a PIL image or an HxWx3 array")
-        check_file(image, name, MAX_BYTES)
+        if is_path:
+            check_file(image, name, MAX_BYTES)
+        else:
+            image = io.BytesIO(_file_content(image, name))
         with pillow.open(image, formats=FORMATS) as opened:  # refuses an image with more than 178 megapixels
             return _from_pillow(opened, name)
+
+
+def normalise(pixels: torch.Tensor, config: ImageConfig) -> torch.Tensor:
+    """Return pixels [N, 3, H, W] uint8 as the vision tower's float32 input."""
+    mean, std = (torch.tensor(values)[:, None, None] * (1 / config.rescale) for values in (config.mean, config.std))
+    return (pixels - mean) / std
 
 
 def import_extra(module: str, package: str, extra: str):
@@ -54,10 +87,11 @@ def import_extra(module: str, package: str, extra: str):
 
 def check_file(path: str | os.PathLike, name: str, max_bytes: int) -> None:
     """Raise InputError unless `path` is a file of at most `max_bytes`."""
+    if re.match("https?://", os.fspath(path), re.IGNORECASE):
+        raise InputError(f"{name} is a network address, and pop opens none; download the file, and give its path")
     if not os.path.isfile(path):
         raise InputError(f"{name} is not a file; give the path of a file")
-    if (size := os.path.getsize(path)) > max_bytes:
-        raise InputError(f"{name} has {size:,} bytes; at most {max_bytes:,} are read, so make it smaller first")
+    _check_bytes(os.path.getsize(path), name, max_bytes)
 
 
 @contextlib.contextmanager
@@ -73,10 +107,40 @@ def reading(name: str, formats: tuple[str, ...]) -> Iterator[None]:
         raise InputError(f"{name} is truncated or broken, or not one of {known} ({reason:.200})") from None
 
 
+def _from_tensor(image: torch.Tensor) -> np.ndarray:
+    """Return a tensor [3, H, W] or [H, W, 3] uint8 as an array [H, W, 3]."""
+    if image.dtype != torch.uint8 or image.ndim != 3 or (image.shape[0] == 3) == (image.shape[2] == 3):
+        found = f"an image tensor has shape {tuple(image.shape)} and dtype {image.dtype}"
+        advice = "turn floats from 0 to 1 into bytes with (255 * image).round().byte()"
+        raise InputError(f"{found}; it must be uint8, and either [3, H, W] or [H, W, 3]; {advice}")
+    return (image.permute(1, 2, 0) if image.shape[0] == 3 else image).cpu().numpy()
+
+
+def _file_content(image, name: str) -> bytes:
+    """Return the content of a file that is given as bytes, a BytesIO or a data URL."""
+    if isinstance(image, str):
+        header = re.match(r"data:image/[\w.+-]{1,99};base64,", image, re.IGNORECASE)
+        if header is None:
+            raise InputError(f"{name} begins with {image[:40]!r}; it must begin with data:image/TYPE;base64,")
+        _check_bytes((len(image) - header.end()) * 3 // 4, name, MAX_BYTES)
+        return base64.b64decode(image[header.end() :], validate=True)
+    image = image.getvalue() if isinstance(image, io.BytesIO) else image  # all of it, whatever has been read
+    if not isinstance(image, (bytes, bytearray)):
+        known = "a path, bytes, a BytesIO, a data URL, a PIL image, or a uint8 array or tensor [H, W, 3]"
+        raise InputError(f"an image is of type {type(image).__name__}; give {known}")
+    _check_bytes(len(image), name, MAX_BYTES)
+    return image
+
+
+def _check_bytes(size: int, name: str, most: int) -> None:
+    if size > most:
+        raise InputError(f"{name} has {size:,} bytes; at most {most:,} are read, so make it smaller first")
+
+
 def _from_pillow(image, name: str) -> torch.Tensor:
     from PIL import Image, ImageOps
 
-    _check_size(*image.size, name)  # the header has the size, so nothing is decoded yet
+    check_size(*image.size, name)  # the header has the size, so nothing is decoded yet
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I;16"):  # Pillow would clip the values at 255
         values, transparent = np.asarray(image), image.info.get("transparency", -1)
@@ -89,7 +153,7 @@ def _from_pillow(image, name: str) -> torch.Tensor:
     return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)  # [3, H, W]
 
 
-def _check_size(width: int, height: int, name: str) -> None:
+def check_size(width: int, height: int, name: str) -> None:
     if not 1 <= width * height <= MAX_PIXELS or max(width, height) > MAX_SIDE:
         limits = f"1 to {MAX_PIXELS:,} pixels and at most {MAX_SIDE:,} a side"
         raise InputError(f"{name} is {width:,} pixels wide and {height:,} high; it must have {limits}")

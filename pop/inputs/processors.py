@@ -7,14 +7,17 @@ vision tower. The families are in gemma3.py and qwen3_vl.py. Another one needs a
 import hashlib
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
+from typing import ClassVar
 
 import torch
 
-from pop.errors import InputError
+from pop.errors import InputError, check_count
+from pop.inputs.images import Image
 from pop.inputs.tokenizers import Piece
 from pop.inputs.video_files import Video
+from pop.models.config import ImageConfig
 from pop.models.images import TEXT, TextOnly
 from pop.models.vision.qwen3_vl import Grid
 
@@ -32,12 +35,22 @@ class Prepared:
     def sha256(self) -> str:
         return hashlib.sha256(self.pixels.numpy().tobytes()).hexdigest()
 
+    @property
+    def num_tokens(self) -> int:
+        """How many tokens of a prompt stand for it, without texts such as the times of a video."""
+        return sum(len(piece) for piece in self.pieces if not isinstance(piece, str))
+
 
 class Processor:
-    """What all families share. The class itself serves families that take text only."""
+    """What all families share. The class itself serves families that take text only.
 
-    def __init__(self, config):
-        self.config = config
+    `preparation` says how each kind is prepared. A kind that it lacks is prepared as for the published checkpoints.
+    """
+
+    published: ClassVar[dict[str, ImageConfig]] = {}
+
+    def __init__(self, config, preparation: dict[str, ImageConfig]):
+        self.config, self.preparation = config, self.published | preparation
         self.marks: dict[str, str] = {}  # for each kind, the text that marks its place in a prompt
         self.placeholders: dict[str, int] = {}  # for each kind, the token id that stands for its parts
         self.min_chunk_size = 1  # the fewest tokens that prefill may run at once
@@ -47,7 +60,36 @@ class Processor:
         if kind not in self.marks:
             takes = " and ".join(["text", *(f"{taken}s" for taken in self.marks)])
             raise InputError(f"the {self.config.family} family reads {takes} only; leave out the {kind}s")
-        return given if isinstance(given, Prepared) else self._prepare(kind, given)
+        if isinstance(given, Prepared):
+            return given
+        limits = (given.min_pixels, given.max_pixels) if isinstance(given, Image | Video) else (None, None)
+        return self._prepare(kind, given.image if isinstance(given, Image) else given, self.limited(kind, *limits))
+
+    def limited(self, kind: str, min_pixels: int | None, max_pixels: int | None) -> ImageConfig | None:
+        """Return the preparation of a kind within other limits. None keeps a limit, unless the other contradicts it."""
+        config = self.preparation.get(kind)
+        given = {"min_pixels": min_pixels, "max_pixels": max_pixels}
+        least, most = (None if n is None else check_count(name, n) for name, n in given.items())
+        if least is None and most is None:
+            return config
+        if config is None or config.pixels is None:
+            family = self.config.family
+            raise InputError(f"the {family} family cannot choose its images' size; leave out min_pixels and max_pixels")
+        if least is not None and most is not None and least > most:
+            raise InputError(f"min_pixels is {least} and max_pixels is {most}; the first must not exceed the second")
+        least = min(config.pixels[0], most) if least is None else least
+        return replace(config, pixels=(least, max(config.pixels[1], least) if most is None else most))
+
+    def shorten(self, media: Sequence[Prepared]) -> str:
+        """Say what to do about a prompt that is too long, with these images and videos."""
+        if not media:
+            return "shorten it"
+        largest = max(media, key=lambda one: one.num_tokens)
+        found = f"its largest {largest.kind} takes {largest.num_tokens}"
+        if self.preparation[largest.kind].pixels is None:
+            return f"shorten it, or give fewer {largest.kind}s: {found}"
+        where = "in pop.load or pop.Image" if largest.kind == "image" else "in pop.Video"
+        return f"shorten it, or lower max_pixels {where}: {found}"
 
     def images(self, module, rows: list[list[Prepared]], tokens: torch.Tensor, lengths: torch.Tensor) -> TextOnly:
         """Run the vision tower of `module` on the images and videos of each batch row. Without any, return TEXT.
@@ -90,14 +132,16 @@ class Processor:
         return ranges
 
 
-def processor_of(config) -> Processor:
-    """Return the processor of the model with this config."""
+def processor_of(config, preparation=None, min_pixels: int | None = None, max_pixels: int | None = None) -> Processor:
+    """Return the processor of a model with this config, for images within these limits. Arguments as above."""
     from pop.inputs.gemma3 import GemmaProcessor  # here, because these files import this one
     from pop.inputs.qwen3_vl import QwenProcessor
 
-    if getattr(config, "vision", None) is None:
-        return Processor(config)
-    return {"gemma3": GemmaProcessor, "qwen3_vl": QwenProcessor}[config.family](config)
+    families = {"gemma3": GemmaProcessor, "qwen3_vl": QwenProcessor}
+    family = Processor if getattr(config, "vision", None) is None else families[config.family]
+    processor = family(config, preparation or {})
+    processor.preparation["image"] = processor.limited("image", min_pixels, max_pixels)
+    return processor
 
 
 def as_list(kind: str, given) -> list:

@@ -1,4 +1,4 @@
-"""Qwen3-VL's images and videos: patches that keep the image's shape, and a frame rate that is reduced to two a second.
+"""Qwen3-VL's images and videos: patches that keep the image's shape, and a few frames of each second.
 
 Pixels equal those of the reference's processors, which resize bytes and round. Resizing floats would differ.
 """
@@ -7,6 +7,7 @@ import math
 import os
 from collections.abc import Sequence
 from numbers import Real
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -14,70 +15,67 @@ import torch.nn.functional as F
 
 from pop.errors import InputError
 from pop.inputs import images, video_files
+from pop.inputs.images import normalise
 from pop.inputs.processors import Prepared, Processor
 from pop.inputs.video_files import Video
-from pop.models.config import Qwen3VisionConfig, Qwen3VLConfig
+from pop.models.config import ImageConfig, Qwen3VisionConfig, Qwen3VLConfig, VideoConfig
 from pop.models.images import TEXT, Images
 from pop.models.qwen3_vl import image_positions
 from pop.models.vision.qwen3_vl import Grid
 
 MAX_RATIO = 200  # of an image's longer side to its shorter one
-# The fewest and the most pixels of an image, and of all frames of a video, from the published preprocessor configs.
-IMAGE_PIXELS = (256**2, 4096**2)
-VIDEO_PIXELS = (4096, 24 * 2**20)
-FRAMES_PER_SECOND = 2.0
-VIDEO_FRAMES = (4, 768)  # the fewest and the most
+PUBLISHED = {"image": ImageConfig((256**2, 4096**2)), "video": VideoConfig((4096, 24 * 2**20))}
 
 
-def qwen_image(image, config: Qwen3VisionConfig, pixels: tuple[int, int] = IMAGE_PIXELS) -> tuple:
-    """Return an image's patches and their grid. It is resized to the limits of `pixels`, nearly in shape."""
-    frame = _resize(images.load_image(image), config, 1, pixels)
-    return _patches(frame.expand(config.frames, -1, -1, -1), config)  # one frame pair: the image twice
+def qwen_image(image, vision: Qwen3VisionConfig, config: ImageConfig = PUBLISHED["image"]) -> tuple:
+    """Return an image's patches and their grid. It is resized to the limits on pixels, nearly in shape."""
+    frame = normalise(_resize(images.load_image(image), vision, 1, config), config)
+    return _patches(frame.expand(vision.frames, -1, -1, -1), vision)  # one frame pair: the image twice
 
 
-def qwen_video(video, config: Qwen3VisionConfig, pixels: tuple[int, int] = VIDEO_PIXELS) -> tuple:
+def qwen_video(video, vision: Qwen3VisionConfig, config: VideoConfig = PUBLISHED["video"]) -> tuple:
     """Return a video's patches, frame pair by frame pair, their grid, and the time of each frame pair in seconds.
 
-    Frames are read and resized one at a time. All frames together have the limits of `pixels`.
+    Frames are read and resized one at a time.
     """
     video, fps = (video.frames, video.fps) if isinstance(video, Video) else (video, None)
     is_path = isinstance(video, (str, os.PathLike))
     is_rate = isinstance(fps, Real) and not isinstance(fps, bool) and 1e-6 <= fps <= 1e6
     if fps is not None and (is_path or not is_rate):
         raise InputError(f"fps is {fps!r}; it must be a number from 1e-6 to 1e6, or None for a file, which has its own")
-    if not (is_path or isinstance(video, (np.ndarray, Sequence))) or isinstance(video, bytes):
+    if not (is_path or isinstance(video, (np.ndarray, torch.Tensor, Sequence))) or isinstance(video, bytes):
         raise InputError(f"a video is of type {type(video).__name__}; give a path, an array or a list of images")
-    if isinstance(video, np.ndarray) and video.ndim != 4:
-        raise InputError(f"a video array has shape {video.shape}; it must be TxHxWx3, uint8")
+    if isinstance(video, (np.ndarray, torch.Tensor)) and video.ndim != 4:
+        raise InputError(f"a video array has shape {tuple(video.shape)}; it must be TxHxWx3, uint8")
     count, fps = video_files.measure(video) if is_path else (len(video), fps and float(fps))
     if count < 2:
         raise InputError(f"the video has {count} frames; give at least two, or pass the one as an image")
-    kept = range(count) if fps is None else _sampled(count, fps)
+    kept = range(count) if fps is None or config.fps is None else _sampled(count, fps, config)
     frames = video_files.frames(video, kept) if is_path else (video[index] for index in kept)
     shape, resized = None, []
     for frame in map(images.load_image, frames):
         shape = shape or frame.shape
         if frame.shape != shape:
             raise InputError(f"the video's frames differ in size: {tuple(shape)} and {tuple(frame.shape)}")
-        resized.append(_resize(frame, config, len(kept), pixels))
-    missing = -len(kept) % config.frames  # the last pair is filled with the last frame
-    patches, grid = _patches(torch.cat(resized + resized[-1:] * missing), config)
-    pairs = np.reshape([*kept, *[kept[-1]] * missing], (-1, config.frames))  # frame numbers
+        resized.append(_resize(frame, vision, len(kept), config))
+    missing = -len(kept) % vision.frames  # the last pair is filled with the last frame
+    patches, grid = _patches(normalise(torch.cat(resized + resized[-1:] * missing), config), vision)
+    pairs = np.reshape([*kept, *[kept[-1]] * missing], (-1, vision.frames))  # frame numbers
     return patches, grid, (pairs[:, [0, -1]] / (fps or 24)).mean(1).tolist()
 
 
-def _sampled(count: int, fps: float) -> list[int]:
+def _sampled(count: int, fps: float, config: VideoConfig) -> list[int]:
     """Return the numbers of the frames that are kept of `count`."""
-    least, most = VIDEO_FRAMES
-    kept = min(max(int(count / fps * FRAMES_PER_SECOND), least), most, count)
+    least, most = config.frames
+    kept = min(max(int(count / fps * config.fps), least), most, count)
     return np.linspace(0, count - 1, kept).round().astype(int).tolist()
 
 
-def _resize(frame, config, num_frames: int, pixels: tuple[int, int]) -> torch.Tensor:
+def _resize(frame, vision: Qwen3VisionConfig, num_frames: int, config: ImageConfig) -> torch.Tensor:
     """Resize an image or one of a video's frames [3, H, W] to whole squares of merged patches, [1, 3, h, w] uint8."""
-    (height, width), (least, most) = frame.shape[1:], pixels
-    unit = config.patch_size * config.merge_size
-    depth = config.frames if num_frames > 1 else 1
+    (height, width), (least, most) = frame.shape[1:], config.pixels
+    unit = vision.patch_size * vision.merge_size
+    depth = vision.frames if num_frames > 1 else 1
     if depth > 1 and min(height, width) < unit:  # the reference enlarges small frames of videos only
         scale = max(unit / height, unit / width)
         height, width = int(height * scale), int(width * scale)
@@ -91,30 +89,33 @@ def _resize(frame, config, num_frames: int, pixels: tuple[int, int]) -> torch.Te
     elif counted * size[0] * size[1] < least:
         scale = math.sqrt(least / (num_frames * height * width))
         size = [math.ceil(side * scale / unit) * unit for side in (height, width)]
+    images.check_size(size[1], size[0], "a resized image")
     return F.interpolate(frame[None], size, mode="bicubic", antialias=True)
 
 
 def _patches(frames: torch.Tensor, config: Qwen3VisionConfig) -> tuple[torch.Tensor, Grid]:
-    """Cut frames [T, 3, H, W] uint8 into patches [P, 3 * frames * size * size] float32 from -1 to 1, by squares."""
+    """Cut frames [T, 3, H, W] into patches [P, 3 * frames * size * size], by squares."""
     size, merge = config.patch_size, config.merge_size
     parts = frames.unflatten(3, (-1, merge, size)).unflatten(2, (-1, merge, size)).unflatten(0, (-1, config.frames))
     # [pair, frame, 3, row, row in square, y, column, column in square, x]: each patch by channel, then by frame
     parts = parts.permute(0, 3, 6, 4, 7, 2, 1, 5, 8)
     grid = Grid(parts.shape[0], parts.shape[1] * merge, parts.shape[2] * merge)
-    return (parts.flatten(5).flatten(0, 4).float() - 127.5) / 127.5, grid  # [P, 3 * frames * size * size]
+    return parts.flatten(5).flatten(0, 4), grid  # [P, 3 * frames * size * size]
 
 
 class QwenProcessor(Processor):
     """Lays out an image as its tokens, and a video as frame pairs with their times, between two more tokens."""
 
-    def __init__(self, config: Qwen3VLConfig):
-        super().__init__(config)
+    published: ClassVar = PUBLISHED
+
+    def __init__(self, config: Qwen3VLConfig, preparation: dict[str, ImageConfig]):
+        super().__init__(config, preparation)
         self.marks = {kind: f"<|vision_start|><|{kind}_pad|><|vision_end|>" for kind in ("image", "video")}
         self.placeholders = {"image": config.image_id, "video": config.video_id}
 
-    def _prepare(self, kind, given):
+    def _prepare(self, kind, given, preparation):
         config, prepare = self.config, qwen_video if kind == "video" else qwen_image
-        pixels, grid, *times = prepare(given, config.vision)
+        pixels, grid, *times = prepare(given, config.vision, preparation)
         count = grid.rows * grid.columns // config.vision.merge_size**2
         ids = [config.start_id, *[self.placeholders[kind]] * count, config.end_id]
         pieces = [ids]

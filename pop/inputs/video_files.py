@@ -25,11 +25,14 @@ class Video:
     """A video and its frame rate.
 
     With a rate, the model gets two frames of each second. Without one it gets all frames, and assumes 24 per second as
-    the reference does. A file has its own rate.
+    the reference does. A file has its own rate. The limits on pixels are those of all frames that the model gets; see
+    `pop.Image`.
     """
 
-    frames: np.ndarray | Sequence | str | os.PathLike  # [T, H, W, 3] uint8, a list of images of one size, or a path
+    frames: object  # an array or tensor of T images, uint8, a list of images of one size, or a path
     fps: float | None = None  # frames per second
+    min_pixels: int | None = None
+    max_pixels: int | None = None
 
 
 def measure(path: str | os.PathLike) -> tuple[int, float]:

@@ -251,11 +251,12 @@ def test_other_files_are_refused(tmp_path):
     refused(write(tmp_path / "a.eps", saved(Image.new("RGB", (4, 4)), "EPS").getvalue()), "not one of BMP, GIF")
     refused(tmp_path / "missing.png", "missing.png' is not a file")
     refused(tmp_path, "is not a file")
-    refused("https://example.org/image.png", "is not a file")
+    for address in ("https://example.org/image.png", "HTTP://example.org/image.png"):
+        refused(address, "is a network address, and pop opens none; download the file")
     refused("a\0b", "is not a file|truncated or broken")
 
 
-@pytest.mark.parametrize("given", [None, 3, b"bytes", [[1, 2]], torch.zeros(4, 4, 3), PanAndScan("a.png")])
+@pytest.mark.parametrize("given", [None, 3, [[1, 2]], memoryview(b"x"), io.StringIO("x"), PanAndScan("a.png")])
 def test_other_types_are_refused(given):
     refused(given, f"type {type(given).__name__}")
 

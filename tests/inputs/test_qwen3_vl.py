@@ -14,14 +14,15 @@ from hypothesis import strategies as st
 from support.tiny_images import image, levels, random_bytes
 
 from pop.errors import InputError
-from pop.inputs import images, qwen3_vl
+from pop.inputs import images
 from pop.inputs.qwen3_vl import qwen_image, qwen_video
 from pop.inputs.video_files import Video
-from pop.models.config import Qwen3VisionConfig
+from pop.models.config import ImageConfig, Qwen3VisionConfig, VideoConfig
 
 GOLDENS = dict(np.load(Path(__file__).parents[1] / "goldens" / "qwen3_vl" / "images.npz"))
 IMAGES = ("tall", "wide", "tiny", "dot", "line", "large", "alpha", "grey")
 IMAGE_PIXELS, VIDEO_PIXELS = (300, 1500), (800, 4000)
+SMALL_IMAGE, SMALL_VIDEO = ImageConfig(IMAGE_PIXELS), VideoConfig(VIDEO_PIXELS)
 SMALL = Qwen3VisionConfig(8, 8, 1, 1, 8, (), patch_size=4)
 PUBLISHED = Qwen3VisionConfig(1152, 4304, 27, 16, 4096, (8, 16, 24))
 # Frames, height, width, and frames per second, as in the tool.
@@ -43,7 +44,7 @@ def video(name: str) -> np.ndarray:
 
 @pytest.mark.parametrize("name", IMAGES)
 def test_images_are_the_references(name):
-    patches, grid = qwen_image(image(name), SMALL, IMAGE_PIXELS)
+    patches, grid = qwen_image(image(name), SMALL, SMALL_IMAGE)
     assert grid == tuple(GOLDENS[f"{name}-grid"])
     assert torch.equal(patches, (torch.from_numpy(GOLDENS[name]).float() - 127.5) / 127.5)
 
@@ -59,11 +60,11 @@ def test_an_image_in_the_published_size():
 
 @pytest.mark.parametrize("name", VIDEOS)
 def test_videos_are_the_references(name):
-    patches, grid, times = qwen_video(Video(video(name), VIDEOS[name][3]), SMALL, VIDEO_PIXELS)
+    patches, grid, times = qwen_video(Video(video(name), VIDEOS[name][3]), SMALL, SMALL_VIDEO)
     assert grid == tuple(GOLDENS[f"video-{name}-grid"])
     assert np.array_equal(levels(patches), GOLDENS[f"video-{name}"])
     assert times == pytest.approx(GOLDENS[f"video-{name}-times"])
-    from_list = qwen_video(Video(list(video(name)), VIDEOS[name][3]), SMALL, VIDEO_PIXELS)
+    from_list = qwen_video(Video(list(video(name)), VIDEOS[name][3]), SMALL, SMALL_VIDEO)
     assert torch.equal(from_list[0], patches) and from_list[1:] == (grid, times)
 
 
@@ -73,9 +74,9 @@ def test_images_of_any_size(height, width):
     picture = np.zeros((height, width, 3), np.uint8)
     if max(height, width) > 200 * min(height, width):
         with pytest.raises(InputError, match=f"{width} x {height} pixels .* 200 times"):
-            qwen_image(picture, SMALL, IMAGE_PIXELS)
+            qwen_image(picture, SMALL, SMALL_IMAGE)
         return
-    patches, (_, rows, columns) = qwen_image(picture, SMALL, IMAGE_PIXELS)
+    patches, (_, rows, columns) = qwen_image(picture, SMALL, SMALL_IMAGE)
     assert rows % 2 == columns % 2 == 0 and patches.shape == (rows * columns, 96)
     assert rows * columns * 16 >= IMAGE_PIXELS[0]
     if min(rows, columns) > 2:
@@ -86,7 +87,7 @@ def test_images_of_any_size(height, width):
 def test_an_image_of_an_allowed_size_is_cut_into_patches_in_squares():
     """Squares come row by row, and so do the patches of a square. Both frames of a patch are the image itself."""
     picture = random_bytes(16, 24, 3, seed=1)
-    patches, grid = qwen_image(picture, SMALL, IMAGE_PIXELS)
+    patches, grid = qwen_image(picture, SMALL, SMALL_IMAGE)
     assert grid == (1, 4, 6)
     corners = [(y + dy, x + dx) for y in (0, 8) for x in (0, 8, 16) for dy in (0, 4) for dx in (0, 4)]
     for values, (y, x) in zip(levels(patches), corners, strict=True):
@@ -131,5 +132,4 @@ def test_a_video_of_many_frames_is_sampled_before_it_is_read(monkeypatch):
     video = list(np.zeros((90, 8, 8, 3), np.uint8))
     _, grid, _ = qwen_video(Video(video, 30), SMALL)
     assert len(read) == 6 and grid.frames == 3
-    monkeypatch.setattr(qwen3_vl, "VIDEO_FRAMES", (4, 5))
-    assert len(qwen_video(Video(video, 30), SMALL)[2]) == 3
+    assert len(qwen_video(Video(video, 30), SMALL, VideoConfig(VIDEO_PIXELS, frames=(4, 5)))[2]) == 3

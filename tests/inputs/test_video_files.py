@@ -13,7 +13,7 @@ from pop.errors import InputError, MissingExtra
 from pop.inputs import images, qwen3_vl, video_files
 from pop.inputs.qwen3_vl import qwen_video
 from pop.inputs.video_files import Video
-from pop.models.config import Qwen3VisionConfig
+from pop.models.config import Qwen3VisionConfig, VideoConfig
 
 SMALL = Qwen3VisionConfig(8, 8, 1, 1, 8, (), patch_size=4)
 
@@ -68,8 +68,8 @@ KEPT = {
 
 @pytest.mark.parametrize(("count", "rate"), KEPT)
 def test_two_frames_a_second_are_kept(count, rate):
-    assert qwen3_vl._sampled(count, rate) == KEPT[count, rate]
-    assert len(qwen3_vl._sampled(10**6, rate)) == 768
+    assert qwen3_vl._sampled(count, rate, VideoConfig()) == KEPT[count, rate]
+    assert len(qwen3_vl._sampled(10**6, rate, VideoConfig())) == 768
 
 
 def test_frames_are_held_one_at_a_time(av, tmp_path, monkeypatch):
