@@ -47,26 +47,21 @@ def load_image(image) -> torch.Tensor:
     Transparent pixels show a white background, as in the reference's `convert_to_rgb`. Of 16 bits, the high 8 are
     kept. Colour profiles are ignored, and the EXIF orientation is applied. Of several frames the first is read.
     """
-    if isinstance(image, torch.Tensor):
-        image = _from_tensor(image)
-    if isinstance(image, np.ndarray):
-        if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
-            raise InputError(f"an image array has shape {image.shape} and dtype {image.dtype}; it must be HxWx3, uint8")
-        check_size(image.shape[1], image.shape[0], "an image array")
-        return torch.from_numpy(np.array(image, order="C")).permute(2, 0, 1)  # [3, H, W], a copy
-    pillow = import_extra("PIL.Image", "pillow", "images")
-    name, is_path = f"an image of type {type(image).__name__}", False
-    if isinstance(image, str) and image[:5].lower() == "data:":
-        name = "an image as a data URL"
-    elif isinstance(image, (str, os.PathLike)):
-        name, is_path = f"the image {str(image)!r:.200}", True
-    with reading(name, FORMATS):
+    is_url = isinstance(image, str) and image[:5].lower() == "data:"
+    is_path = isinstance(image, (str, os.PathLike)) and not is_url
+    name = f"the image {str(image)!r:.200}" if is_path else f"an image of type {type(image).__name__}"
+    with reading("a data URL" if is_url else name, FORMATS):
+        if isinstance(image, torch.Tensor):
+            image = _from_tensor(image)
+        if isinstance(image, np.ndarray):
+            return _from_array(image)
+        pillow = import_extra("PIL.Image", "pillow", "images")
         if isinstance(image, pillow.Image):
             return _from_pillow(image, name)
         if is_path:
             check_file(image, name, MAX_BYTES)
         else:
-            image = io.BytesIO(_file_content(image, name))
+            image = io.BytesIO(_file_content(image))
         with pillow.open(image, formats=FORMATS) as opened:  # refuses an image with more than 178 megapixels
             return _from_pillow(opened, name)
 
@@ -87,7 +82,7 @@ def import_extra(module: str, package: str, extra: str):
 
 def check_file(path: str | os.PathLike, name: str, max_bytes: int) -> None:
     """Raise InputError unless `path` is a file of at most `max_bytes`."""
-    if re.match("https?://", os.fspath(path), re.IGNORECASE):
+    if re.match("https?://", os.fsdecode(path), re.IGNORECASE):
         raise InputError(f"{name} is a network address, and pop opens none; download the file, and give its path")
     if not os.path.isfile(path):
         raise InputError(f"{name} is not a file; give the path of a file")
@@ -116,19 +111,26 @@ def _from_tensor(image: torch.Tensor) -> np.ndarray:
     return (image.permute(1, 2, 0) if image.shape[0] == 3 else image).cpu().numpy()
 
 
-def _file_content(image, name: str) -> bytes:
+def _from_array(image: np.ndarray) -> torch.Tensor:
+    if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
+        raise InputError(f"an image array has shape {image.shape} and dtype {image.dtype}; it must be HxWx3, uint8")
+    check_size(image.shape[1], image.shape[0], "an image array")
+    return torch.from_numpy(np.array(image, order="C")).permute(2, 0, 1)  # [3, H, W], a copy
+
+
+def _file_content(image) -> bytes:
     """Return the content of a file that is given as bytes, a BytesIO or a data URL."""
     if isinstance(image, str):
         header = re.match(r"data:image/[\w.+-]{1,99};base64,", image, re.IGNORECASE)
         if header is None:
-            raise InputError(f"{name} begins with {image[:40]!r}; it must begin with data:image/TYPE;base64,")
-        _check_bytes((len(image) - header.end()) * 3 // 4, name, MAX_BYTES)
+            raise InputError(f"a data URL begins with {image[:40]!r}; it must begin with data:image/TYPE;base64,")
+        _check_bytes((len(image) - header.end()) * 3 // 4, "a data URL", MAX_BYTES)
         return base64.b64decode(image[header.end() :], validate=True)
     image = image.getvalue() if isinstance(image, io.BytesIO) else image  # all of it, whatever has been read
     if not isinstance(image, (bytes, bytearray)):
         known = "a path, bytes, a BytesIO, a data URL, a PIL image, or a uint8 array or tensor [H, W, 3]"
         raise InputError(f"an image is of type {type(image).__name__}; give {known}")
-    _check_bytes(len(image), name, MAX_BYTES)
+    _check_bytes(len(image), "an image", MAX_BYTES)
     return image
 
 
