@@ -37,7 +37,8 @@ def load(
     """Load a model by its registry name, or from a directory in the Hugging Face or in Meta's layout.
 
     Args:
-        name_or_path: A name that `list_models` gives, or a directory. A name comes first; ./NAME is a directory.
+        name_or_path: A name that `list_models` gives, a repository that `pop download` has fetched or that is in the
+            Hugging Face cache (OWNER/REPOSITORY), or a directory. A name comes first; ./NAME is a directory.
         device: None takes the GPU if there is one, otherwise the CPU.
         dtype: None keeps the checkpoint's.
         prune: "default" (the deepest floor(L/3) layers), None (full depth), a fraction of the layers, or a PrunePlan.
@@ -64,8 +65,7 @@ def load(
         raise InputError(f"dtype is {dtype!r}; give torch.float32, torch.bfloat16, torch.float16, or None")
     if not isinstance(name_or_path, (str, os.PathLike)):
         raise InputError(f"name_or_path is {name_or_path!r}; give a name that pop.list_models() lists, or a directory")
-    is_name = name_or_path in registry.list_models() or not os.path.isdir(name_or_path)
-    folder = registry.find_weights(str(name_or_path)) if is_name else Path(name_or_path)
+    folder = registry.find_folder(name_or_path)
     config = read_config(folder)
     dtype = dtype or config.dtype
     plan, max_seq_len = check_options(config, dtype, prune, max_seq_len, compile)

@@ -8,6 +8,7 @@ their names. A new family needs an entry in `READERS`. `read_llama` reads any co
 import dataclasses
 import logging
 import math
+import os
 from collections.abc import Callable, Container
 from functools import partial
 from pathlib import Path
@@ -15,10 +16,10 @@ from typing import Any, get_type_hints
 
 from pop.checkpoints.fields import Fields
 from pop.checkpoints.meta import read_params
-from pop.checkpoints.weights import stored_dtype
+from pop.checkpoints.weights import instead, stored_dtype
 from pop.errors import ConfigError
 from pop.models import config as configs
-from pop.system.files import read_json
+from pop.system.files import read_json, refuse_pointers
 
 logger = logging.getLogger(__name__)
 
@@ -50,12 +51,14 @@ def read_config(folder: str | Path) -> configs.Config:
     the field.
     """
     folder = Path(folder)
+    refuse_pointers(folder)
     if (folder / "config.json").exists():
         config = _read(folder / "config.json", _read_family, FORWARD_PASS)
     elif (folder / "params.json").exists():
         config = _read(folder / "params.json", read_params, None)
     else:
-        raise ConfigError(f"{folder} is not a checkpoint folder: it holds neither config.json nor params.json")
+        missing = f"it holds neither config.json nor params.json{instead(os.listdir(folder))}"
+        raise ConfigError(f"{folder} is not a checkpoint folder: {missing}")
     if config.dtype is None:
         config = dataclasses.replace(config, dtype=stored_dtype(folder))
     generation = folder / "generation_config.json"
@@ -65,8 +68,9 @@ def read_config(folder: str | Path) -> configs.Config:
 
 
 def _read(path: Path, reader: Callable[[Fields], configs.Config], unsupported: Container[str] | None) -> configs.Config:
+    values = read_json(path)
     try:
-        fields = Fields(read_json(path))
+        fields = Fields(values)
         config = reader(fields)
         ignored = fields.finish(unsupported)
     except (ConfigError, RecursionError) as error:  # deeply nested values can be neither compared nor shown

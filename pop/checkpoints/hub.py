@@ -165,6 +165,9 @@ class Hub:
         if status >= 400 and _origin(answer.url) != self._origin:
             # A signed address has expired. The endpoint will give a new one.
             raise Broken(f"{where}, where {self.name} redirects to, refuses the request ({status})")
+        if headers.get("X-Error-Code") in ("RepoNotFound", "RevisionNotFound"):
+            step = "check the names, or set HF_TOKEN if it is private"
+            raise DownloadError(f"{self.name} has no {self.repository}, or not this revision of it ({status}); {step}")
         if status not in (401, 403):
             raise DownloadError(f"{self.name} refuses {path} ({status}); check POP_ENDPOINT, or try later")
         token = "is not valid, or does not open it" if self._token else "is not set, or not sent over plain http"

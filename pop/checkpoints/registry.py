@@ -1,15 +1,17 @@
 """The models that have a name: what each one is, where its files come from, and where to look for them.
 
 The files of a model are in a folder with its name. `find_weights` looks in $POP_WEIGHTS, in weights/ of the checkout
-that pop runs from, and in the user's cache folder. Checkpoints without a name are loaded by their path.
+that pop runs from, in the user's cache folder, and in the cache of Hugging Face's own library. A repository on the hub
+is a model whose name is OWNER/REPOSITORY. Other checkpoints are loaded by their path.
 """
 
 import difflib
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from pop.errors import UnknownModel, WeightsNotFound
+from pop.errors import CheckpointError, UnknownModel, WeightsNotFound
 
 
 @dataclass(frozen=True)
@@ -65,28 +67,78 @@ def list_models() -> tuple[str, ...]:
 
 
 def lookup(name: str) -> Entry:
-    """Return the entry of a name. Raises UnknownModel, which lists the known names, the closest first."""
+    """Return the entry of a name, or of a repository. Raises UnknownModel, which lists the names, the closest first."""
     if name in MODELS:
         return MODELS[name]
+    if _is_repository(name):
+        source = name.lower().replace("meta-llama/meta-llama-", "meta-llama/llama-")  # an older name
+        return next((entry for entry in ENTRIES if entry.source.lower() == source), Entry(name, "", 0, name))
     known = difflib.get_close_matches(str(name).lower(), MODELS, n=len(MODELS), cutoff=0)
     close = difflib.get_close_matches(str(name).lower(), MODELS, n=1)
     guess = f" (did you mean {close[0]}?)" if close else ""
     raise UnknownModel(f"{name!r} is neither a directory nor a known model{guess}; known are {', '.join(known)}")
 
 
+def _is_repository(name: str) -> bool:
+    return bool(re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", name, re.ASCII)) and "--" not in name
+
+
+def find_folder(name_or_path: str | os.PathLike) -> Path:
+    """Return the folder of a model, given by name or as a directory. A name comes first; ~ is the home directory."""
+    name = os.fspath(name_or_path)
+    path = Path(os.path.expanduser(name))
+    if name not in MODELS and os.path.isdir(path):
+        return path
+    if os.path.isfile(path):
+        raise CheckpointError(f"{path} is a file; give the folder that holds it, or convert it with `pop import-gguf`")
+    begins_here = os.path.isdir(name.split(os.sep)[0])
+    if os.sep in name and (not _is_repository(name) or (begins_here and not lookup(name).family)):
+        parent = next(parent for parent in Path(os.path.abspath(path)).parents if os.path.isdir(parent))
+        raise WeightsNotFound(f"there is no directory {path}, but {parent} exists; check the path")
+    return find_weights(name)
+
+
 def find_weights(name: str) -> Path:
     """Return the folder with the files of a known model. Raises WeightsNotFound, which says how to get them."""
     entry = lookup(name)
-    folders = [place / name for place in _places()]
-    for folder in folders:
-        if any((folder / config).is_file() for config in ("config.json", "params.json")):
-            return folder
+    if folder := stored(entry) or _cached(entry.source):
+        return folder
     if entry.embedded:
         step = f"run `pop demo --model {name}`, which fetches them"
     else:
         files = f"config.json, the safetensors files and tokenizer.json of the Hugging Face repository {entry.source}"
-        step = f"run `pop download {name}`, or put {files} into {weights_folder() / name}"
-    raise WeightsNotFound(f"the weights of {name} are in none of {', '.join(map(str, folders))}; {step}")
+        step = f"run `pop download {name}`, or put {files} into {weights_folder() / entry.name}"
+    folders = ", ".join(str(place / entry.name) for place in _places())
+    raise WeightsNotFound(f"the weights of {name} are in none of {folders}; {step}")
+
+
+def stored(entry: Entry) -> Path | None:
+    """Return the folder of a model in the places of `pop`, or None."""
+    folders = (place / entry.name for place in _places())
+    configs = ("config.json", "params.json")
+    return next((folder for folder in folders if any((folder / config).is_file() for config in configs)), None)
+
+
+def _cached(repository: str) -> Path | None:
+    """Return the folder of a repository's main branch in the Hugging Face cache, or None if it lacks weights.
+
+    Its files are links into the repository's folder blobs. Any other link raises CheckpointError.
+    """
+    home = os.environ.get("HF_HOME") or os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "huggingface")
+    cache = os.path.expanduser(os.environ.get("HF_HUB_CACHE") or os.path.join(home, "hub"))
+    folder = Path(cache, f"models--{repository.replace('/', '--')}").resolve()
+    try:
+        commit = (folder / "refs" / "main").read_text(encoding="ascii").strip()
+        snapshot = folder / "snapshots" / commit
+        paths = sorted(snapshot.iterdir()) if re.fullmatch("[0-9a-f]{40}", commit) else []
+    except (OSError, ValueError):
+        return None
+    if not (snapshot / "config.json").is_file() or not any(path.suffix == ".safetensors" for path in paths):
+        return None
+    for path in (snapshot, *paths):
+        if path.resolve() != path and path.resolve().parent != folder / "blobs":
+            raise CheckpointError(f"{path} leads out of {folder / 'blobs'}; remove {folder}, and download it again")
+    return snapshot
 
 
 def weights_folder() -> Path:

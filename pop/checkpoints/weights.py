@@ -11,8 +11,9 @@ import os
 import pickle
 import re
 import zipfile
-from collections.abc import Iterator, Set
+from collections.abc import Iterable, Iterator, Set
 from dataclasses import dataclass, field, replace
+from fnmatch import fnmatch
 from pathlib import Path, PureWindowsPath
 from typing import Any
 
@@ -38,6 +39,13 @@ VISION = ("vision_tower.", "multi_modal_projector.", "model.visual.")
 EMBEDDING, HEAD = "embed_tokens.weight", "lm_head.weight"  # a prefix may precede the former
 EXPERT_MATRICES = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
 SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_heads", "num_kv_heads", "head_dim")  # for messages
+# What a folder or a repository may hold instead of weights: a pattern for the name, and what to do.
+OTHERS = {
+    "adapter_config.json": "a LoRA adapter, which pop.load(BASE, adapter=FOLDER) merges into its base model",
+    "*.bin": "a pickle, which can run code when it is read; convert it to safetensors",
+    "*.gguf": "which `pop import-gguf` converts",
+}
+QUANTISED = (".qweight", ".qzeros", ".absmax", ".SCB", ".weight_packed", ".weight_scale", ".weight_scale_inv")
 BAR_FROM = 2**30  # bytes; fewer load too quickly for a progress bar
 
 
@@ -97,6 +105,12 @@ def load_weights(
             raise CheckpointError(f"{folder}: {name} has NaN or infinite values in {dtype}; fetch it again")
     module.load_state_dict(weights, assign=True)
     module.requires_grad_(False)
+
+
+def instead(names: Iterable[str]) -> str:
+    """The end of a message about names of files that are not enough: which of them is something else."""
+    found = ((name, what) for pattern, what in OTHERS.items() for name in sorted(names) if fnmatch(name, pattern))
+    return next((f"; it holds {name!r:.200}, {what}" for name, what in found), "")
 
 
 def stored_dtype(folder: Path) -> torch.dtype:
@@ -217,6 +231,8 @@ def _survey(folder: Path, config: Config, shapes: dict[str, tuple[int, ...]]) ->
         layers = {m[0] for name in stored if not name.startswith(VISION) and (m := re.match(r".*?layers\.\d+\.", name))}
         if len(layers) != config.num_layers:
             reasons.append(f"num_hidden_layers is {config.num_layers} but {len(layers)} layers are stored")
+        if any(name.endswith(QUANTISED) for name in surplus):
+            reasons.append("they are quantised, so take the original ones")
         if HEAD in missing:
             reasons.append("tie_word_embeddings is false")
         if misfits:
@@ -293,7 +309,8 @@ def _weight_files(folder: Path) -> dict[Path, set[str] | None]:
         if file.name != f"consolidated.{rank:02d}.pth":
             raise CheckpointError(f"{folder} holds {file.name}, but no consolidated.{rank:02d}.pth; fetch it")
     if not files:
-        raise CheckpointError(f"{folder} holds no weights, such as model.safetensors or consolidated.00.pth")
+        kinds = f"such as model.safetensors or consolidated.00.pth{instead(os.listdir(folder))}"
+        raise CheckpointError(f"{folder} holds no weights, {kinds}")
     return dict.fromkeys(files)
 
 

@@ -194,12 +194,12 @@ def models(args) -> None:
 
 
 def download(args) -> None:
-    folder = downloads.download(args.model)
+    folder = downloads.download(args.model, args.revision)
     print(f'{args.model} is in {folder}. Try: pop generate {args.model} "Once upon a time"')
 
 
 def verify(args) -> None:
-    folder = args.model if os.path.isdir(args.model) else registry.find_weights(args.model)
+    folder = registry.find_folder(args.model)
     manifest = downloads.verify(folder)
     size = f"{len(manifest.files)} files, {sum(file.size for file in manifest.files.values()):,} bytes"
     print(f"{folder}: {size}, unchanged since their download: {manifest.repository}, commit {manifest.commit}.")
@@ -278,7 +278,7 @@ def _parser() -> argparse.ArgumentParser:
         option("--prune", text, default="default", metavar="P")
 
     def model_options(option) -> None:
-        option("model", "a name that `pop models` lists, or a directory", metavar="NAME_OR_DIR")
+        option("model", "a name that `pop models` lists, OWNER/REPOSITORY, or a directory", metavar="NAME_OR_DIR")
         option("--dtype", "default: the checkpoint's", choices=("float32", "bfloat16", "float16"))
         option("--device", "cpu, cuda, cuda:1 ...; default: the GPU if there is one")
         option("--quantize", "int8 rounds the weights to 8 bits (needs torchao)", metavar="KIND")
@@ -339,7 +339,8 @@ def _parser() -> argparse.ArgumentParser:
     command(models, "List the known models and where their weights are.")
 
     option = command(download, "Download a model from the Hugging Face Hub. Gated models need HF_TOKEN.")
-    option("model", "a name that `pop models` lists", metavar="NAME")
+    option("model", "a name that `pop models` lists, or a repository with a supported architecture", metavar="NAME")
+    option("--revision", "a branch, tag or commit; default: the newest commit", metavar="REV")
 
     option = command(verify, "Compare a model's files with the hashes that were kept at their download.")
     option("model", "a name that `pop models` lists, or a directory", metavar="NAME_OR_DIR")

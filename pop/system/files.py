@@ -16,7 +16,7 @@ from typing import IO, Any
 
 from safetensors import SafetensorError, safe_open
 
-from pop.errors import CheckpointError, ConfigError, PopError
+from pop.errors import CheckpointError, ConfigError, PopError, some
 
 
 @contextlib.contextmanager
@@ -114,6 +114,15 @@ def read_json(path: str | os.PathLike, error: type[PopError] = ConfigError) -> d
     if not isinstance(value, dict):
         raise error(f"{path} holds a JSON {type(value).__name__} instead of an object; replace the file")
     return value
+
+
+def refuse_pointers(folder: Path) -> None:
+    """Raise CheckpointError if files in a folder are pointers of Git LFS, which a clone without it leaves."""
+    small = [path for path in sorted(folder.glob("*")) if path.is_file() and path.stat().st_size < 1024]
+    names = [path.name for path in small if path.read_bytes().startswith(b"version https://git-lfs.github.com/spec/")]
+    if names:
+        step = "run `git lfs pull` in it, or fetch the files anew"
+        raise CheckpointError(f"{folder}: {some(names)} are pointers of Git LFS instead of the files; {step}")
 
 
 def read_tensors(path: str | os.PathLike) -> tuple[dict[str, Any], dict[str, str]]:

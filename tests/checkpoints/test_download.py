@@ -17,10 +17,10 @@ import pytest
 import torch
 from support import hub_server
 from support.downloads import NEEDED, ONE, TWO, assert_right, fetch, partial, refused
-from support.hub_server import COMMIT, LISTING, REPOSITORY, cut, other, page, redirect, stall, status
+from support.hub_server import COMMIT, LISTING, OTHER_LISTING, REPOSITORY, cut, other, page, redirect, stall, status
 
 import pop
-from pop.checkpoints import hub
+from pop.checkpoints import hub, registry
 from pop.checkpoints.download import INDEX, MANIFEST, download, verify
 from pop.cli.commands import main
 from pop.errors import CheckpointError, DownloadError, WeightsNotFound
@@ -95,6 +95,56 @@ def test_a_folder_from_elsewhere_is_left_unchanged(server, folder):
         fetch()
     assert [path.name for path in folder.iterdir()] == ["notes.txt"]
     assert [path.name for path in folder.parent.iterdir()] == ["tiny"]
+
+
+# ---- Repositories without a name of their own
+
+
+def test_a_repository_is_downloaded_and_loaded_by_its_own_name(server, tmp_path, capsys):
+    del registry.MODELS["tiny"]
+    server.files["preprocessor_config.json"] = b"{}"
+    with pytest.raises(WeightsNotFound, match=f"pop download {REPOSITORY}"):
+        pop.load(REPOSITORY)
+    assert main(["download", REPOSITORY]) == 0
+    folder = tmp_path / "weights" / REPOSITORY
+    assert {path.name for path in folder.iterdir()} == {*NEEDED, "preprocessor_config.json", MANIFEST}
+    assert pop.load(REPOSITORY).config.num_layers == 2
+    assert main(["verify", REPOSITORY]) == 0
+    assert f"{folder}: 8 files" in capsys.readouterr().out
+
+
+def test_a_revision(server, folder):
+    server.commit = "f" * 40
+    assert main(["download", "tiny", "--revision", "refs/pr/1"]) == 0
+    assert server.requests[0][0] == OTHER_LISTING
+    assert verify(folder).commit == "f" * 40
+    assert download("tiny", "refs/pr/1", progress=False) == download("tiny", progress=False) == folder
+    server.commit = COMMIT
+    with pytest.raises(DownloadError, match=f"another revision than {COMMIT}"):
+        download("tiny", "main", progress=False)
+
+
+def test_another_architecture_is_refused_before_its_weights(server, folder):
+    server.files["config.json"] = b'{"model_type": "mistral"}'
+    with pytest.raises(pop.ConfigError, match="model_type must be one of .* not 'mistral'"):
+        fetch()
+    assert not server.asked(ONE) and not server.asked(TWO)
+    assert not [*folder.parent.iterdir()]
+
+
+@pytest.mark.parametrize(
+    ("lacks", "holds", "said"),
+    [
+        ("config.json", "adapter_config.json", "'adapter_config.json', a LoRA adapter"),
+        (INDEX, "pytorch_model.bin", "'pytorch_model.bin', a pickle"),
+        ("config.json", "tiny-Q4_K_M.gguf", "`pop import-gguf`"),
+    ],
+)
+def test_a_repository_that_holds_something_else(server, folder, lacks, holds, said):
+    del server.files[lacks]
+    server.files[holds] = b"x"
+    refused(REPOSITORY, said)
+    assert len(server.requests) == 1
 
 
 # ---- Interruptions
@@ -235,13 +285,13 @@ def test_a_damaged_partial_folder(server, folder, tmp_path, damage):
 
 
 def test_a_complete_file_is_only_hashed(server, folder):
-    server.files["generation_config.json"] = b""
+    server.files["tokenizer_config.json"] = b""
     server.faults[ONE] = [status(404)]
     refused("404")
     (partial(folder) / ONE).write_bytes(server.files[ONE])
     fetch()
     assert_right(folder, server)
-    assert len(server.asked(ONE)) == 1 and not server.asked("generation_config.json")
+    assert len(server.asked(ONE)) == 1 and not server.asked("tokenizer_config.json")
 
 
 def test_a_new_commit_replaces_the_changed_files(server, folder):

@@ -112,7 +112,8 @@ def test_a_compressed_answer_is_refused(server, folder, name, said):
     [
         (INDEX, status(401, X_Error_Code="GatedRepo"), "", f"{REPOSITORY} is gated (401)"),
         (LISTING, status(401), "", f"/{REPOSITORY}, and set HF_TOKEN"),
-        (LISTING, status(401, X_Error_Code="RepoNotFound"), "", f"{REPOSITORY} is gated (401)"),
+        (LISTING, status(401, X_Error_Code="RepoNotFound"), "", f"has no {REPOSITORY}"),
+        (LISTING, status(404, X_Error_Code="RevisionNotFound"), TOKEN, "not this revision of it (404)"),
         (ONE, status(403, X_Error_Code="GatedRepo"), "", "HF_TOKEN is not set"),
         (LISTING, status(401), TOKEN, "(401), and HF_TOKEN is not valid"),
         (ONE, status(403), TOKEN, f"{REPOSITORY} is gated (403)"),

@@ -6,8 +6,8 @@ import pytest
 
 from pop.checkpoints import registry
 from pop.checkpoints.embedded import EMBEDDED
-from pop.checkpoints.registry import find_weights, list_models, lookup, weights_folder
-from pop.errors import PopError, UnknownModel, WeightsNotFound
+from pop.checkpoints.registry import find_folder, find_weights, list_models, lookup, weights_folder
+from pop.errors import CheckpointError, PopError, UnknownModel, WeightsNotFound
 
 
 @pytest.fixture
@@ -20,6 +20,8 @@ def places(tmp_path, monkeypatch):
     monkeypatch.setattr(registry, "__file__", str(checkout / "pop" / "checkpoints" / "registry.py"))
     monkeypatch.setenv("POP_WEIGHTS", str(tmp_path / "mine"))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    for name in ("HF_HOME", "HF_HUB_CACHE"):
+        monkeypatch.delenv(name, raising=False)
     return [tmp_path / "mine", checkout / "weights", tmp_path / "cache" / "pop"]
 
 
@@ -135,3 +137,116 @@ def test_home_is_expanded(places, monkeypatch, tmp_path):
     monkeypatch.delenv("XDG_CACHE_HOME")
     (places[1].parent / "setup.py").unlink()
     assert weights_folder() == tmp_path / ".cache" / "pop"
+
+
+# ---- Repositories and paths
+
+
+@pytest.mark.parametrize(
+    ("repository", "name"),
+    [
+        ("meta-llama/Llama-3.1-8B-Instruct", "llama3.1-8b-instruct"),
+        ("meta-llama/Meta-Llama-3.1-8B-Instruct", "llama3.1-8b-instruct"),
+        ("meta-llama/llama-3.1-8b", "llama3.1-8b"),
+        ("google/gemma-3-12b-pt", "gemma3-12b"),
+        ("Qwen/Qwen3-VL-8B-Instruct", "qwen3-vl-8b"),
+        ("somebody/Llama-3.1-8B", "somebody/Llama-3.1-8B"),
+    ],
+)
+def test_a_repository_is_a_known_model_or_has_its_own_name(places, repository, name):
+    assert lookup(repository).name == name
+    put(places[1] / name)
+    assert find_folder(repository) == find_weights(repository) == places[1] / name
+
+
+def test_a_repository_that_is_nowhere(places):
+    with pytest.raises(WeightsNotFound, match=f"pop download a/b`, .* repository a/b into {places[0] / 'a/b'}"):
+        find_folder("a/b")
+
+
+@pytest.mark.parametrize("path", ["./a/b", "~/nowhere", "/no/such/folder", "a/b/c", "here/b", "../x", "a--b/c"])
+def test_a_path_that_does_not_exist_names_what_does(places, tmp_path, monkeypatch, path):
+    (tmp_path / "here").mkdir()
+    monkeypatch.setenv("HOME", str(tmp_path / "here"))
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(WeightsNotFound) as caught:
+        find_folder(path)
+    assert "smollm2" not in str(caught.value) and "there is no directory" in str(caught.value)
+    exists = {"~": tmp_path / "here", "h": tmp_path / "here", "/": "/", "..": tmp_path.parent}
+    assert f"{exists.get(path[:2], exists.get(path[0], tmp_path))} exists" in str(caught.value)
+
+
+def test_a_directory_may_be_in_the_home_directory(places, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    mine = put(tmp_path / "mine")
+    assert find_folder("~/mine") == find_folder(Path("~/mine")) == mine
+    (tmp_path / "model.gguf").touch()
+    with pytest.raises(CheckpointError, match="is a file; .*import-gguf"):
+        find_folder("~/model.gguf")
+
+
+# ---- The cache of Hugging Face's library
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+def put_in_cache(cache: Path, repository: str) -> Path:
+    """As huggingface_hub keeps a repository: blobs, links to them in a snapshot, and the commit of main."""
+    folder = cache / f"models--{repository.replace('/', '--')}"
+    snapshot = folder / "snapshots" / COMMIT
+    for part in (folder / "refs", folder / "blobs", snapshot):
+        part.mkdir(parents=True)
+    (folder / "refs" / "main").write_text(COMMIT)
+    for name in ("config.json", "model.safetensors"):
+        put(folder / "blobs", f"blob of {name}")
+        (snapshot / name).symlink_to(Path("../../blobs") / f"blob of {name}")
+    return snapshot
+
+
+@pytest.mark.parametrize("variable", ["XDG_CACHE_HOME", "HF_HOME", "HF_HUB_CACHE"])
+def test_the_hugging_face_cache_is_read_last(places, tmp_path, monkeypatch, variable):
+    monkeypatch.setenv(variable, str(tmp_path / "there"))
+    hub = {"XDG_CACHE_HOME": "there/huggingface/hub", "HF_HOME": "there/hub", "HF_HUB_CACHE": "there"}[variable]
+    one, two = (put_in_cache(tmp_path / hub, name) for name in ("google/gemma-3-4b-it", "a/b"))
+    assert find_weights("gemma3-4b-it") == find_folder("google/gemma-3-4b-it") == one
+    assert find_folder("a/b") == two
+    assert find_folder("a/b") != put(places[0] / "a/b") == find_folder("a/b")
+
+
+@pytest.mark.parametrize(
+    "missing", ["refs/main", f"snapshots/{COMMIT}/config.json", f"snapshots/{COMMIT}/model.safetensors"]
+)
+def test_what_is_incomplete_in_the_cache_is_not_there(places, tmp_path, missing):
+    snapshot = put_in_cache(tmp_path / "cache/huggingface/hub", "a/b")
+    (snapshot.parents[1] / missing).unlink()
+    with pytest.raises(WeightsNotFound):
+        find_folder("a/b")
+
+
+@pytest.mark.parametrize("commit", ["../..", "main", "", "\udcff", f"{COMMIT}/../{COMMIT}"])
+def test_the_commit_in_the_cache_is_no_path(places, tmp_path, commit):
+    snapshot = put_in_cache(tmp_path / "cache/huggingface/hub", "a/b")
+    (snapshot.parents[1] / "refs/main").write_bytes(commit.encode(errors="surrogateescape"))
+    with pytest.raises(WeightsNotFound):
+        find_folder("a/b")
+
+
+@pytest.mark.parametrize("target", ["/etc/passwd", "../../../secret", "../../blobs/../../secret", "../../blobs/link"])
+@pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json"])
+def test_a_link_in_the_cache_leads_to_a_blob_of_its_repository(places, tmp_path, name, target):
+    snapshot = put_in_cache(tmp_path / "cache/huggingface/hub", "a/b")
+    put(snapshot.parents[2], "secret")
+    (snapshot.parents[1] / "blobs/link").symlink_to(snapshot.parents[2] / "secret")
+    (snapshot / name).unlink(missing_ok=True)
+    (snapshot / name).symlink_to(target)
+    with pytest.raises(CheckpointError, match=f"{name} leads out of"):
+        find_folder("a/b")
+
+
+@pytest.mark.parametrize("part", ["blobs", "snapshots"])
+def test_the_cache_of_a_repository_is_its_own(places, tmp_path, part):
+    snapshot = put_in_cache(tmp_path / "cache/huggingface/hub", "a/b")
+    folder = (snapshot.parents[1] / part).rename(tmp_path / part)
+    (snapshot.parents[1] / part).symlink_to(folder)
+    with pytest.raises((CheckpointError, WeightsNotFound)):
+        find_folder("a/b")

@@ -15,9 +15,10 @@ from safetensors.torch import load_file, save_file
 from support.meta_files import assert_same, load, meta_name, refused, shell, write_meta
 from support.tiny import tiny_config, write_checkpoint
 
+import pop
 from pop.checkpoints import weights as checkpoint
 from pop.checkpoints.weights import load_weights
-from pop.errors import CheckpointError
+from pop.errors import CheckpointError, ConfigError
 from pop.models.config import LlamaConfig
 
 INDEX = "model.safetensors.index.json"
@@ -218,6 +219,42 @@ def test_a_norm_that_overflows_the_models_dtype(tmp_path):
 
 
 # ---- what is refused: files ----
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("pytorch_model.bin", "'pytorch_model.bin', a pickle, which can run code"),
+        ("adapter_config.json", "a LoRA adapter, which pop.load(BASE, adapter=FOLDER)"),
+        ("x.Q8_0.gguf", "`pop import-gguf`"),
+    ],
+)
+def test_what_is_there_instead_of_weights_is_named(tmp_path, name, said):
+    folder = write_checkpoint(tmp_path / "tiny")
+    (folder / "model.safetensors").rename(folder / name)
+    for _ in range(2):  # without weights, and without a config
+        with pytest.raises((CheckpointError, ConfigError)) as caught:
+            pop.load(folder)
+        assert said in str(caught.value)
+        (folder / "config.json").unlink(missing_ok=True)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json", "config.json"])
+def test_a_pointer_of_git_lfs_is_named(tmp_path, name):
+    folder = write_checkpoint(tmp_path / "tiny")
+    (folder / name).write_text(f"version https://git-lfs.github.com/spec/v1\noid sha256:{'0' * 64}\nsize 12345\n")
+    with pytest.raises(CheckpointError, match=f"{name} are pointers of Git LFS .*git lfs pull"):
+        pop.load(folder)
+
+
+@pytest.mark.parametrize("kind", ["qweight", "SCB", "weight_scale"])
+def test_quantised_weights_are_named(tmp_path, kind):
+    folder = write_checkpoint(tmp_path / "tiny")
+    weights = load_file(folder / "model.safetensors")
+    weights[f"model.layers.0.mlp.up_proj.{kind}"] = torch.zeros(3, dtype=torch.int32)
+    save_file(weights, folder / "model.safetensors")
+    with pytest.raises(CheckpointError, match="they are quantised, so take the original ones"):
+        pop.load(folder)
 
 
 def test_a_folder_without_weights(tmp_path):

@@ -15,6 +15,7 @@ from pathlib import Path
 REPOSITORY = "owner/tiny"
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 LISTING = f"/api/models/{REPOSITORY}/revision/main?blobs=true"
+OTHER_LISTING = LISTING.replace("main", "refs%2Fpr%2F1")  # of the same files at another revision
 
 
 class HubServer(ThreadingHTTPServer):
@@ -74,10 +75,10 @@ class Handler(BaseHTTPRequestHandler):
     def do_GET(self):
         self.server.requests.append((self.path, dict(self.headers)))
         self.path = re.sub("^http://[^/]*", "", self.path)  # as a proxy is asked
-        name = LISTING if self.path == LISTING else self.path.rsplit("/", 1)[-1]
+        name = self.path if self.path in (LISTING, OTHER_LISTING) else self.path.rsplit("/", 1)[-1]
         if self.server.faults.get(name):
             self.server.faults[name].pop(0)(self)
-        elif name == LISTING:
+        elif name in (LISTING, OTHER_LISTING):
             self.answer(json.dumps(self.server.listing()).encode(), {"Content-Type": "application/json"})
         elif name in self.server.files and self.path == f"/{REPOSITORY}/resolve/{self.server.commit}/{name}":
             self.file()
