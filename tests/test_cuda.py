@@ -149,7 +149,7 @@ def test_images_are_the_references(family, plan, dtype, device):
 @pytest.mark.parametrize("settings", [{}, {"top_k": 5}, {"top_p": 0.8}, {"top_k": 9, "top_p": 0.9}])
 def test_draws_do_not_depend_on_the_device(settings, device):
     logits = 3 * torch.randn(3, 200, generator=torch.Generator().manual_seed(0))
-    here, there = (Sampler(3, SamplingParams(temperature=0.8, seed=5, **settings)) for _ in range(2))
+    here, there = (Sampler(SamplingParams(temperature=0.8, **settings), [5, 6, 7]) for _ in range(2))
     for _ in range(20):
         assert there(logits.to(device)).tolist() == here(logits).tolist()
     for sampler in (here, there):
