@@ -25,7 +25,8 @@ PROCESSORS = {
     ("qwen3_vl", "image"): ("Qwen2VLImageProcessor", ImageConfig((56**2, 1280 * 28**2), **CLIP)),
     ("qwen3_vl", "video"): ("Qwen3VLVideoProcessor", VideoConfig((128 * 32**2, 768 * 32**2))),
 }
-OLDER = {"shortest_edge": "min_pixels", "longest_edge": "max_pixels"}  # outside of `size`, for images
+# The fields of `size`. For images, they have older names outside of it, which take precedence. Logarithms of the most.
+EDGES = {"shortest_edge": ("min_pixels", 26), "longest_edge": ("max_pixels", 31)}
 FILES = {"image": "preprocessor_config.json", "video": "video_preprocessor_config.json"}
 
 
@@ -55,7 +56,7 @@ def _fields(path: Path) -> Iterator[Fields]:
     fields = Fields(read_json(path) if path.exists() else {})
     try:
         yield fields
-        ignored = fields.finish({"num_frames"})
+        ignored = fields.finish(())
     except (ConfigError, RecursionError) as error:
         raise ConfigError(f"{path}: {error}; correct the file, or remove it to take the published values") from None
     if ignored:
@@ -75,20 +76,20 @@ def _read(fields: Fields, config: Config, kind: str) -> ImageConfig:
         return ImageConfig(None, rescale, *colours)
     fields.fixed(patch_size=vision.patch_size, merge_size=vision.merge_size, temporal_patch_size=vision.frames)
     pixels, defaults = [], (MISSING, MISSING) if size.left else default.pixels
-    for name, limit in zip(OLDER, defaults, strict=True):
-        is_older = kind == "image" and OLDER[name] in fields.left  # takes precedence
-        pixels.append(_area(fields, OLDER[name]) if is_older else _area(size, name, limit))
+    for name, (older, most), limit in zip(EDGES, EDGES.values(), defaults, strict=True):
+        is_older = kind == "image" and older in fields.left
+        pixels.append(_area(fields, older, most) if is_older else _area(size, name, most, limit))
     if kind == "image":
         return ImageConfig(tuple(pixels), rescale, *colours)
-    fields.fixed(cap_pixels_per_frame=False)
+    fields.fixed(cap_pixels_per_frame=False, num_frames=None)
     least, most = fields.integer("min_frames", default.frames[0]), fields.integer("max_frames", default.frames[1], 2)
     fps = _number(fields, "fps", default.fps)
     fps = fps if fields.boolean("do_sample_frames", True) else None
     return VideoConfig(tuple(pixels), rescale, *colours, fps, (max(least, 2), most))
 
 
-def _area(fields: Fields, name: str, default=MISSING) -> int:
-    return fields.take(name, "an integer from 1 to 2**31", lambda v: type(v) is int and 1 <= v <= 2**31, default)
+def _area(fields: Fields, name: str, most: int, default=MISSING) -> int:
+    return fields.take(name, f"an integer from 1 to 2**{most}", lambda v: type(v) is int and 1 <= v <= 2**most, default)
 
 
 def _number(fields: Fields, name: str, default: float) -> float:

@@ -1,5 +1,6 @@
 """Reading images: every kind of file and array, and the errors for files that are broken or too large."""
 
+import base64
 import io
 import os
 import re
@@ -162,6 +163,84 @@ def test_big_endian_sixteen_bits():
     assert load_image(picture)[0, 0].tolist() == [0x12, 0xFF]
 
 
+# ---- files in memory, and tensors ----
+
+
+def data_url(content: bytes, kind="png") -> str:
+    return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
+
+
+def test_files_in_memory():
+    """Bytes, a BytesIO at any position, and a data URL are what a file with this content is."""
+    picture = random_bytes(11, 6, 3, seed=2)
+    content = saved(Image.fromarray(picture), "PNG").getvalue()
+    stream = io.BytesIO(content)
+    stream.read(7)
+    for form in (content, bytearray(content), stream, stream, data_url(content), data_url(content, "X-any+1")):
+        assert torch.equal(load_image(form), channels_first(picture))
+    assert stream.tell() == 7
+    assert torch.equal(load_image(data_url(content).replace("data:image", "DATA:Image")), channels_first(picture))
+
+
+def test_tensors():
+    picture = random_bytes(11, 6, 3, seed=2)
+    last = torch.from_numpy(picture)
+    for tensor in (last, last.permute(2, 0, 1), last.permute(2, 0, 1).contiguous(), last.flip(0).flip(0)):
+        loaded = load_image(tensor)
+        assert loaded.dtype == torch.uint8 and torch.equal(loaded, channels_first(picture))
+    loaded = load_image(last)
+    last.zero_()
+    assert loaded.any(), "it shares the caller's memory"
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        torch.rand(3, 8, 8),
+        torch.zeros(8, 8, 3, dtype=torch.int64),
+        torch.zeros(8, 8, dtype=torch.uint8),
+        torch.zeros(4, 8, 8, dtype=torch.uint8),
+        torch.zeros(1, 3, 8, 8, dtype=torch.uint8),
+        torch.zeros(3, 8, 3, dtype=torch.uint8),  # either layout
+    ],
+)
+def test_other_tensors_are_refused(given):
+    shape = re.escape(f"shape {tuple(given.shape)} and dtype {given.dtype}")
+    refused(given, rf"{shape}; it must be uint8, .*\[3, H, W\] or \[H, W, 3\]; .* \(255 \* image\).round\(\).byte\(\)")
+
+
+def test_tensors_without_values_and_of_many_pixels_are_refused(monkeypatch):
+    refused(torch.zeros(3, 8, 8, dtype=torch.uint8, device="meta"), "image of type Tensor is .*broken")
+    refused(torch.zeros(3, 0, 8, dtype=torch.uint8), "8 pixels wide and 0 high")
+    monkeypatch.setattr(images, "MAX_PIXELS", 63)
+    refused(torch.zeros(3, 8, 8, dtype=torch.uint8), "1 to 63 pixels")
+
+
+CONTENT = base64.b64encode(b"GIF89a").decode()
+
+
+@pytest.mark.parametrize(
+    ("url", "message"),
+    [
+        (f"data:image/png,{CONTENT}", "must begin with data:image/TYPE;base64,"),
+        (f"data:;base64,{CONTENT}", "must begin with data:image/TYPE;base64,"),
+        (f"data:text/plain;base64,{CONTENT}", "must begin with data:image/TYPE;base64,"),
+        (f"data:image/png;charset=utf-8;base64,{CONTENT}", "must begin with data:image/TYPE;base64,"),
+        (f"data:image/{'x' * 10**6};base64,{CONTENT}", "must begin with data:image/TYPE;base64,"),
+        ("data:", "must begin with data:image/TYPE;base64,"),
+        (f"data:image/png;base64,{CONTENT}!", "a data URL is truncated or broken"),
+        (f"data:image/png;base64,{CONTENT[:-1]}", "a data URL is truncated or broken"),
+        (f"data:image/png;base64,{CONTENT[:4]}\n{CONTENT[4:]}", "a data URL is truncated or broken"),
+        (f"data:image/png;base64, {CONTENT}", "a data URL is truncated or broken"),
+        ("data:image/png;base64,", "a data URL is truncated or broken"),
+        ("data:image/png;base64,äöü=", "a data URL is truncated or broken"),
+        (data_url(b"<svg xmlns='http://www.w3.org/2000/svg'/>", "svg+xml"), "not one of BMP"),
+    ],
+)
+def test_other_data_urls_are_refused(url, message):
+    refused(url, message)
+
+
 # ---- errors ----
 
 
@@ -193,7 +272,8 @@ def test_bombs_are_refused_by_their_header(tmp_path, monkeypatch, width, height)
 
     monkeypatch.setattr(ImageFile.ImageFile, "load", never)
     path = write(tmp_path / "bomb.png", png(width, height, b"\0" * 100_000))
-    refused(path, f"{width:,} pixels wide|{width * height} pixels")
+    for form in (path, path.read_bytes(), io.BytesIO(path.read_bytes()), data_url(path.read_bytes())):
+        refused(form, f"{width:,} pixels wide|{width * height} pixels")
     if width * height < 2**27:  # Pillow itself refuses to open the others
         refused(Image.open(path), "pixels wide")
 
@@ -222,15 +302,20 @@ def test_files_of_many_bytes_are_refused_unread(tmp_path, monkeypatch):
     monkeypatch.setattr(images, "MAX_BYTES", size)
     assert load_image(path).shape == (3, 4, 4)
     os.truncate(path, size + 1)
+    content = path.read_bytes()
     monkeypatch.setattr(Image, "open", None)
+    monkeypatch.setattr(images.base64, "b64decode", None)
     refused(path, f"has {size + 1} bytes; at most {size} are read")
+    refused(content, f"has {size + 1} bytes; at most {size} are read")
+    refused(data_url(content + b"xxx"), rf"has {size + 4} bytes; at most {size} are read")
 
 
 @pytest.mark.parametrize("format", ["PNG", "JPEG", "GIF", "BMP", "TIFF", "WEBP", "PPM"])
 def test_truncated_files(tmp_path, format):
     whole = saved(Image.fromarray(random_bytes(64, 64, 3, seed=7)), format).getvalue()
     for size in (0, 1, 10, len(whole) // 2, len(whole) * 3 // 4):
-        refused(write(tmp_path / "image", whole[:size]), "broken")
+        for form in (write(tmp_path / "image", whole[:size]), whole[:size], data_url(whole[:size])):
+            refused(form, "broken")
 
 
 @given(st.binary(max_size=200), st.sampled_from(["PNG", "JPEG", "GIF", "BMP", "TIFF", "WEBP", "PPM"]), st.data())

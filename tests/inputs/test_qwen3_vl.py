@@ -133,3 +133,19 @@ def test_a_video_of_many_frames_is_sampled_before_it_is_read(monkeypatch):
     _, grid, _ = qwen_video(Video(video, 30), SMALL)
     assert len(read) == 6 and grid.frames == 3
     assert len(qwen_video(Video(video, 30), SMALL, VideoConfig(VIDEO_PIXELS, frames=(4, 5)))[2]) == 3
+
+
+def test_videos_as_tensors():
+    film = random_bytes(5 * 24, 16, 3, 0).reshape(5, 24, 16, 3)
+    expected = qwen_video(Video(film, 4), SMALL)
+    last = torch.from_numpy(film)
+    for tensor in (last, last.permute(0, 3, 1, 2)):
+        found = qwen_video(Video(tensor, 4), SMALL)
+        assert torch.equal(found[0], expected[0]) and found[1:] == expected[1:]
+    with pytest.raises(InputError, match=r"a video array has shape \(24, 16, 3\)"):
+        qwen_video(last[0], SMALL)
+
+
+def test_an_image_is_never_enlarged_beyond_what_is_read():
+    with pytest.raises(InputError, match="a resized image .* must have 1 to 67,108,864 pixels"):
+        qwen_image(np.zeros((8, 8, 3), np.uint8), SMALL, ImageConfig((2**31, 2**31)))

@@ -142,6 +142,11 @@ def test_files_that_are_too_large(av, tmp_path, monkeypatch):
         qwen_video(path, SMALL)
 
 
+def test_network_addresses_are_never_opened(av):
+    with pytest.raises(InputError, match="network address, and pop opens none; download"):
+        qwen_video("https://example.org/film.mp4", SMALL)
+
+
 def test_without_pyav_a_path_says_what_to_install(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "av", None)
     (tmp_path / "film.mp4").write_bytes(b"x")

@@ -1,0 +1,218 @@
+"""How many pixels, and so tokens, an image may have: in pop.load, for one image, and in errors about a full context.
+
+The tiny Qwen3-VL of tests/support has patches of 16 pixels a side, so 32 x 32 pixels are a token.
+"""
+
+import base64
+import dataclasses
+import io
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from support.text import GOLDENS
+from support.tiny import random_model, tiny_config, tiny_gemma3_vl_config, write_checkpoint, write_weights
+from support.tiny_images import random_bytes
+from support.tiny_qwen3_vl import FILM, IMAGE, IMAGE_MARK, VIDEO_MARK, A, B, seeing_model
+
+import pop
+from pop.checkpoints.config_json import read_config
+from pop.errors import ConfigError, ContextOverflow, InputError
+
+
+@pytest.fixture(scope="module")
+def model():
+    return seeing_model()
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A checkpoint with patches of 4 pixels a side, so 8 x 8 pixels are a token."""
+    shutil.copy(GOLDENS.parent / "qwen3_vl" / "untied" / "config.json", tmp_path)
+    write_weights(tmp_path, read_config(tmp_path), seed=7)
+    return tmp_path
+
+
+def tokens_of(model, image):
+    pieces = model.vision.prepare("image", image).pieces
+    return sum(piece.count(model.config.image_id) for piece in pieces if not isinstance(piece, str))
+
+
+def test_load_reads_the_checkpoints_files_and_takes_limits(folder):
+    picture = random_bytes(80, 160, 3, seed=1)  # 12,800 pixels
+    assert tokens_of(pop.load(folder, progress=False), picture) >= 65536 // 64
+    files = {"patch_size": 4, "merge_size": 2, "min_pixels": 640, "max_pixels": 6400}
+    (folder / "preprocessor_config.json").write_text(json.dumps(files))
+    model = pop.load(folder, progress=False)
+    assert tokens_of(model, picture) == 7 * 14  # at most 6,400 pixels in the same shape: 56 x 112
+    assert tokens_of(pop.load(folder, max_pixels=1600), picture) == 3 * 7
+    assert tokens_of(pop.load(folder, min_pixels=20_000, max_pixels=30_000), picture) == 13 * 25
+    assert tokens_of(pop.load(folder, min_pixels=20_000), picture) == 13 * 25  # the checkpoint's limit is lower
+    assert tokens_of(pop.load(folder, max_pixels=320), picture) == 1 * 3
+    tokens = [5, 62, *[60] * 98, 63, 7]
+    assert model.generate(tokens, images=[picture], max_new_tokens=2).prompt_tokens == len(tokens)
+
+
+def test_a_wrong_file_or_limit_is_refused_before_the_weights_are_read(folder):
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(InputError, match="max_pixels is 'many'"):
+        pop.load(folder, max_pixels="many")
+    (folder / "video_preprocessor_config.json").write_text('{"patch_size": 14}')
+    with pytest.raises(ConfigError, match=r"video_preprocessor_config.json: patch_size must be 4, not 14"):
+        pop.load(folder)
+
+
+def test_an_image_may_have_its_own_limits(model):
+    """In a list, and in a message. What it costs and shows is what a model with these limits gets."""
+    big = random_bytes(320, 640, 3, seed=4)  # 10 x 20 tokens
+    counts = [tokens_of(model, image) for image in (big, pop.Image(big), pop.Image(big, max_pixels=80_000))]
+    assert counts == [200, 200, 6 * 12]
+    assert tokens_of(model, pop.Image(big, min_pixels=400_000)) == 14 * 28
+    assert tokens_of(model, pop.Image(big, 10_000, 20_000)) == 3 * 6
+    small = dataclasses.replace(model.vision.preparation["image"], pixels=(1024, 80_000))
+    other = pop.inputs.processors.processor_of(model.config, {"image": small})
+    found = model.vision.prepare("image", pop.Image(big, max_pixels=80_000))
+    assert torch.equal(found.pixels, other.prepare("image", big).pixels)
+    part = {"type": "image", "image": big, "max_pixels": 80_000}
+    tokens = model.chat_tokens([{"role": "user", "content": [part, {"type": "text", "text": "What?"}]}])
+    assert tokens.count(IMAGE) == 72
+    answer = model.generate(
+        f"{IMAGE_MARK}a{IMAGE_MARK}", images=[pop.Image(big, max_pixels=80_000), A], max_new_tokens=1
+    )
+    assert answer.prompt_tokens == 72 + 64 + 4 + len(model.tokenizer.encode("a"))
+
+
+def test_the_frames_of_a_video_have_limits_together(model):
+    film = np.repeat(FILM, 2, 0).repeat(8, 1).repeat(8, 2)  # 10 frames of 192 x 128 pixels
+    grid = model.vision.prepare("video", pop.Video(film)).grid
+    assert grid == (5, 12, 8)
+    found = model.vision.prepare("video", pop.Video(film, max_pixels=100_000))
+    assert found.grid == (5, 6, 4)  # 10 frames of 96 x 64 pixels: at most 100,000, in the same shape
+
+
+@pytest.mark.parametrize(
+    ("limits", "message"),
+    [
+        ({"min_pixels": 0}, "min_pixels is 0"),
+        ({"max_pixels": -5}, "max_pixels is -5"),
+        ({"max_pixels": 1e6}, "max_pixels is 1000000.0"),
+        ({"max_pixels": True}, "max_pixels is True"),
+        ({"min_pixels": "9"}, "min_pixels is '9'"),
+        ({"max_pixels": [1, 2]}, r"max_pixels is \[1, 2\]"),
+        ({"min_pixels": 5000, "max_pixels": 4000}, "min_pixels is 5000 and max_pixels is 4000"),
+    ],
+)
+def test_wrong_limits_are_refused_everywhere(model, folder, limits, message):
+    part = {"type": "image", "image": A} | limits
+    for call in (
+        lambda: pop.load(folder, **limits),
+        lambda: model.generate(IMAGE_MARK, images=[pop.Image(A, **limits)]),
+        lambda: model.generate(VIDEO_MARK, videos=[pop.Video(FILM, **limits)]),
+        lambda: model.chat_tokens([{"role": "user", "content": [part]}]),
+    ):
+        with pytest.raises(InputError, match=message):
+            call()
+
+
+def test_families_without_limits_say_so(tmp_path):
+    config = tiny_gemma3_vl_config()
+    model = pop.Model(random_model(config), config, compile=False)
+    with pytest.raises(InputError, match="gemma3 family .* leave out min_pixels and max_pixels"):
+        model.vision.prepare("image", pop.Image(A, max_pixels=5000))
+    assert tokens_of(model, pop.Image(A)) == tokens_of(model, A) == 4
+    with pytest.raises(InputError, match="llama family .* leave out min_pixels and max_pixels"):
+        pop.load(write_checkpoint(tmp_path), max_pixels=5000)
+    text = pop.Model(random_model(tiny_config()), tiny_config(), compile=False)
+    with pytest.raises(InputError, match="llama family reads text only"):
+        text.generate([2], images=[pop.Image(A)])
+
+
+def test_limits_of_other_parts_are_refused(model):
+    for part in (
+        {"type": "text", "text": "a", "max_pixels": 9},
+        {"type": "video", "video": FILM, "max_pixels": 9},
+        {"type": "image", "max_pixels": 9},
+        {"type": "image", "image": A, "pixels": 9},
+    ):
+        with pytest.raises(InputError, match="a part must be like"):
+            model.chat_tokens([{"role": "user", "content": [part]}])
+
+
+# ---- a full context ----
+
+
+def test_an_image_that_overflows_the_context_says_so(model):
+    """It names the tokens of the largest image, and what lowers their number."""
+    small = pop.Model(model.module, model.config, model.tokenizer, max_seq_len=100, compile=False)
+    message = r"has 1\d\d tokens, but the model takes 100; .*lower max_pixels in pop.load or pop.Image.* image takes 74"
+    two = {"images": [A, B]}  # 64 and 72 tokens, each between two more
+    content = [{"type": "image", "image": A}, {"type": "image", "image": B}]
+    for call in (
+        lambda: small.generate(IMAGE_MARK * 2, **two),
+        lambda: small.generate([[2], IMAGE_MARK * 2], images=[None, [A, B]]),
+        lambda: [*small.stream(IMAGE_MARK * 2, **two)],
+        lambda: small.chat([{"role": "user", "content": content}]),
+        lambda: small.start_chat().send(content),
+        lambda: small.prefix(IMAGE_MARK * 2, **two),
+        lambda: small.prefix("a").generate(IMAGE_MARK * 2, **two),
+        lambda: small.score(IMAGE_MARK * 2, "a", **two),
+        lambda: pop.calibrate(small, [IMAGE_MARK * 2], model.plan, images=[[A, B]], progress=False),
+    ):
+        with pytest.raises(ContextOverflow, match=message):
+            call()
+    fits = {"images": [pop.Image(A, max_pixels=32_000), pop.Image(B, max_pixels=32_000)], "max_new_tokens": 1}
+    assert small.generate(IMAGE_MARK * 2, **fits).prompt_tokens < 70
+
+
+def test_videos_and_images_of_one_size_that_overflow_the_context_say_so(model):
+    small = pop.Model(model.module, model.config, model.tokenizer, max_seq_len=20, compile=False)
+    with pytest.raises(ContextOverflow, match=r"lower max_pixels in pop.Video: its largest video takes 14"):
+        small.generate(f"{VIDEO_MARK}", videos=[FILM])
+    with pytest.raises(ContextOverflow, match="takes 20; shorten it$"):
+        small.generate([5] * 30)
+    config = tiny_gemma3_vl_config()
+    gemma = pop.Model(random_model(config), config, max_seq_len=8, compile=False)
+    with pytest.raises(ContextOverflow, match="takes 8; shorten it, or give fewer images: its largest image takes 6"):
+        gemma.generate([2, 64, 66, 66, 66, 66, 65, 64, 66, 66, 66, 66, 65], images=[A, B])
+
+
+# ---- conversations ----
+
+
+def png(picture):
+    file = io.BytesIO()
+    Image.fromarray(picture).save(file, "PNG")
+    return file.getvalue()
+
+
+def test_conversations_take_images_in_memory(model, tmp_path):
+    """Their hashes are those of the prepared pixels, in whatever form an image is given."""
+    content, hashes, answers = png(A), set(), set()
+    (tmp_path / "a.png").write_bytes(content)
+    url = f"data:image/png;base64,{base64.b64encode(content).decode()}"
+    for form in (tmp_path / "a.png", A, content, io.BytesIO(content), url, torch.from_numpy(A), pop.Image(content)):
+        chat = model.start_chat()
+        chat.send("What?", images=[form], max_new_tokens=2)
+        hashes.add(tuple(chat.turns[0].media))
+        answers.add(tuple(chat.send("And?", max_new_tokens=2).tokens))
+        if form is url or not isinstance(form, bytes | np.ndarray | torch.Tensor | io.BytesIO | pop.Image):
+            chat.save(tmp_path / "chat.json")
+            again = model.load_chat(tmp_path / "chat.json")
+            assert again.turns[0].media == chat.turns[0].media
+        else:
+            with pytest.raises(InputError, match="without a path; it cannot be saved"):
+                chat.save(tmp_path / "other.json")
+    assert len(hashes) == len(answers) == 1 and not (tmp_path / "other.json").exists()
+
+
+def test_a_saved_conversation_keeps_the_limits_of_an_image(model, tmp_path):
+    (tmp_path / "a.png").write_bytes(png(A))
+    chat = model.start_chat()
+    part = {"type": "image", "image": str(tmp_path / "a.png"), "max_pixels": 20_000}
+    chat.send([part, {"type": "text", "text": "What?"}], max_new_tokens=2)
+    chat.save(tmp_path / "chat.json")
+    again = model.load_chat(tmp_path / "chat.json")
+    assert again.tokens == chat.tokens and chat.tokens.count(IMAGE) == 16
