@@ -79,9 +79,9 @@ def attend_cache(
     q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, at: AttentionMetadata, scale: float
 ) -> torch.Tensor:
     """Like pop.engine.attention.attend_cache. When compiled, one token a row reads K and V once, in place."""
-    if q.shape[1] == 1 and q.device.type == "cpu" and torch.compiler.is_compiling():
-        N = at.mask.shape[-1]
-        return one_token_attention(q, keys[:, :N], values[:, :N], at.mask, scale)
+    if q.shape[1] == 1 and at.held is not None and q.device.type == "cpu" and torch.compiler.is_compiling():
+        k, v = attention.read(keys, values, at)
+        return one_token_attention(q, k, v, attention.attended(at.held, at.spans), scale)
     return attention.attend_cache(q, keys, values, at, scale)
 
 

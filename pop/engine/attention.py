@@ -11,6 +11,7 @@ import torch
 from pop.models.layers import Rope, causal_attention, masked_attention
 
 QUERY_BLOCK = 256  # tokens; smaller blocks waste less on keys outside the window, larger ones have less overhead
+UNBOUNDED = 2**31  # tokens: more than any sequence has
 
 
 class AttentionMetadata(NamedTuple):
@@ -18,18 +19,22 @@ class AttentionMetadata(NamedTuple):
 
     Example: a layer's cache is a ring of 6 slots, its window is 3, and the tokens are at positions 6 and 7.
 
-        slots       [[0, 1]]                     position p is in slot p % 6
-        key_slots   [[4, 5, 0, 1]]               positions 4 to 7 in order: all that the two tokens attend
-        mask        [[[1, 1, 1, 0],              position 6 attends 4, 5, 6
-                      [0, 1, 1, 1]]]             position 7 attends 5, 6, 7
-        band        [2, 2, 0]                    key number 2 is the first token's own
+        slots       [[0, 1]]             position p is in slot p % 6
+        key_slots   [[4, 5, 0, 1]]       the keys are read in the order of their positions,
+        held        [[4, 5, 6, 7]]       which are 4 to 7: all that the two tokens attend
+        spans       [[[4, 6], [5, 7]]]   position 6 attends 4 to 6, and position 7 attends 5 to 7
+        band        [2, 2, 0, 1]         key number 2 is the first token's own
+
+    Tokens that fill an empty cache and are causal need none of the last four.
     """
 
     rope: Rope  # the tokens' rotary tables
     slots: torch.Tensor  # [B, T] int64, where their own K and V go; the spare slot S takes tokens that are not kept
-    mask: torch.Tensor | None = None  # [B, T, N] bool; None: the tokens fill an empty cache and are causal
+    spans: torch.Tensor | None = None  # [B, T, 2] int32, the first and the last position that each token attends
+    held: torch.Tensor | None = None  # [B, N] int32, the keys' positions, negative for none; None: see `attend_slots`
     key_slots: torch.Tensor | None = None  # [B, N] int64, the slots of the keys; None: the first N, in order
-    # [3] int64 on the CPU: which key is the first token's own, and how many keys before and after its own each attends
+    # [4] int64 on the CPU: which key is the first token's own, how many keys before and after its own each token
+    # attends at most, and 1 if it attends all of these, so that the band says what the spans say
     band: torch.Tensor | None = None
 
 
@@ -47,39 +52,71 @@ def attend_cache(
 
     Even fresh tokens are read back from the cache: padded positions of k and v may hold NaN, cache slots never do.
     """
-    T, mask = q.shape[1], at.mask
-    if at.key_slots is None:
-        N = T if mask is None else mask.shape[-1]
-        k, v = keys[:, :N], values[:, :N]  # [B, N, K, E]
-    else:
-        rows = torch.arange(len(at.key_slots), device=q.device)[:, None]  # [B, 1]
-        k, v = keys[rows, at.key_slots], values[rows, at.key_slots]  # [B, N, K, E]
-    if mask is None:
-        return causal_attention(q, k, v, scale, None)
+    T = q.shape[1]
+    if at.spans is None:
+        return causal_attention(q, keys[:, :T], values[:, :T], scale, None)
+    if at.held is None:
+        return attend_slots(q, keys, values, at.spans, scale)
+    k, v = read(keys, values, at)
     if T == 1:
-        return masked_attention(q, k, v, mask, scale)
-    return attention_by_blocks(q, k, v, mask, at.band, scale)
+        return masked_attention(q, k, v, attended(at.held, at.spans), scale)
+    return attention_by_blocks(q, k, v, at.held, at.spans, at.band, scale)
+
+
+def read(keys: torch.Tensor, values: torch.Tensor, at: AttentionMetadata) -> tuple[torch.Tensor, torch.Tensor]:
+    """The N keys and values that `at` numbers, each [B, N, K, E]."""
+    if at.key_slots is None:
+        N = at.held.shape[1]
+        return keys[:, :N], values[:, :N]
+    rows = torch.arange(len(at.key_slots), device=keys.device)[:, None]  # [B, 1]
+    return keys[rows, at.key_slots], values[rows, at.key_slots]
+
+
+def attended(held: torch.Tensor, spans: torch.Tensor) -> torch.Tensor:
+    """Which of the keys at positions `held` [B, N] are in the spans [B, T, 2]: a mask [B, T, N]."""
+    first, last = spans.unbind(-1)  # [B, T] each
+    return (first[..., None] <= held[:, None]) & (held[:, None] <= last[..., None])
 
 
 @torch.library.custom_op("pop::attention_by_blocks", mutates_args=())
 def attention_by_blocks(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor, band: torch.Tensor, scale: float
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    held: torch.Tensor,
+    spans: torch.Tensor,
+    band: torch.Tensor,
+    scale: float,
 ) -> torch.Tensor:
     """masked_attention for consecutive tokens, QUERY_BLOCK queries at a time over the keys of their band.
 
-    So T tokens with a window cost T * (window + QUERY_BLOCK) products, whatever N is. It is a custom operator because
-    the number of blocks depends on lengths.
+    So T tokens with a window cost T * (window + QUERY_BLOCK) products, whatever N is, and no mask has T rows. It is a
+    custom operator because the number of blocks depends on lengths.
     """
     B, T, H, E = q.shape
-    own, before, after = band.tolist()
+    own, before, after, _ = band.tolist()
     out = q.new_empty(B, T, H * E)
     for begin in range(0, T, QUERY_BLOCK):
         end = min(begin + QUERY_BLOCK, T)
         keys = slice(max(0, own + begin - before), own + end + after)
-        out[:, begin:end] = masked_attention(q[:, begin:end], k[:, keys], v[:, keys], mask[:, begin:end, keys], scale)
+        mask = attended(held[:, keys], spans[:, begin:end])
+        out[:, begin:end] = masked_attention(q[:, begin:end], k[:, keys], v[:, keys], mask, scale)
     return out
 
 
 @attention_by_blocks.register_fake
-def _(q, k, v, mask, band, scale):
+def _(q, k, v, held, spans, band, scale):
     return q.new_empty(*q.shape[:2], q.shape[2] * q.shape[3])
+
+
+def attend_slots(
+    q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, spans: torch.Tensor, scale: float
+) -> torch.Tensor:
+    """One token a row attends slots of the cache: q [B, 1, H, E], keys and values [B, S + 1, K, E] -> [B, 1, H * E].
+
+    No length is known to the host. A ring's slot s of S holds the latest position up to the row's own, `last`, that is
+    s modulo S: last - (last - s) % S. Negative numbers stand for empty slots.
+    """
+    S, last = keys.shape[1] - 1, spans[:, :, 1]  # [B, 1]
+    held = last - (last - torch.arange(S, dtype=last.dtype, device=q.device)) % S  # [B, S]
+    return masked_attention(q, keys[:, :S], values[:, :S], attended(held, spans), scale)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 
 from pop.errors import CacheMemoryError, check_count
-from pop.system.memory import free_bytes
+from pop.system.memory import free_bytes, to_device
 
 CHUNK_SIZE = 2048  # tokens of a row that prefill runs at once by default
 
@@ -27,6 +27,7 @@ class KVCache:
     previous_hidden: The hidden state of each row's latest token as it entered each layer, [L, B, D]; zero in an empty
         row. Refit projections with two taps read it at the next token.
     rope_offsets: Each row's next rotary position minus its length, [B] int64 on the CPU. Not zero after images.
+    step: The decode step that was captured for this cache's tensors, if any.
     intact: False if a prefill has failed midway and has overwritten tokens in a ring.
 
     Of `config` it reads num_layers, windows, hidden_size, num_kv_heads and head_dim. Raises CacheMemoryError if the
@@ -57,6 +58,7 @@ class KVCache:
         self.lengths = torch.zeros(batch_size, dtype=torch.int64)
         self.rope_offsets = torch.zeros(batch_size, dtype=torch.int64)
         self.intact = True
+        self.step = None  # see decode_step.py
 
         slots = [self.slots(window) for window in config.windows]
         try:
@@ -80,6 +82,10 @@ class KVCache:
     @property
     def batch_size(self) -> int:
         return self.lengths.shape[0]
+
+    @property
+    def device(self) -> torch.device:
+        return self.previous_hidden.device
 
     @property
     def nbytes(self) -> int:
@@ -114,11 +120,15 @@ class KVCache:
 
     def keep_rows(self, rows: torch.Tensor) -> None:
         """Keep `rows` [R] of the batch, in that order, and free the memory of the others."""
-        device_rows = rows.to(self.previous_hidden.device, non_blocking=True)
+        (device_rows,) = to_device([rows], self.device)
         for slots in (self.keys, self.values):
             for index, tensor in enumerate(slots):  # one layer at a time, so the copies need little memory
                 slots[index] = tensor.transpose(1, 2)[device_rows].transpose(1, 2)  # laid out as before
         self.restore((self.lengths[rows], self.previous_hidden[:, device_rows], self.rope_offsets[rows]))
+        self.step = None
+
+    def __getstate__(self) -> dict:
+        return self.__dict__ | {"step": None}  # a copy has other tensors
 
     def slots(self, window: int | None) -> int:
         """S of a layer with this window."""

@@ -46,7 +46,7 @@ class Compiled:
     def __init__(self, module, stages: Stages, *, required: bool, progress: bool):
         self.module, self.required, self.progress = module, required, progress
         self._eager = stages
-        self._compiled: Stages | None = Stages(*map(_CompiledStage, stages))  # None once compiling has failed
+        self._compiled: Stages | None = compiled(stages)  # None once compiling has failed
         self._vision_block = _CompiledStage(vision_block)
         self._warm: set[tuple] = set()
         self._lock = threading.Lock()
@@ -128,15 +128,23 @@ class Compiled:
         cache = prefill(first, PrunePlan.none(), first)
         forward.extend(self.module, prompt(second), cache, self._compiled)
 
+        if self._compiled.replay is not None:
+            return
         # A decode step on a long cache, in one layer of each kind.
         h = self.module.embed(prompt(1))  # [B, 1, D]
         positions = torch.full((rows, 1), long - 1, device=h.device)
         keys, values = (empty_slots(config, rows, long + 1, h.dtype, h.device) for _ in range(2))
-        mask = torch.ones(rows, 1, long, dtype=torch.bool, device=h.device)
-        ropes, band = self.module.rope(positions), torch.zeros(3, dtype=torch.int64)
+        held = torch.arange(long, dtype=torch.int32, device=h.device).repeat(rows, 1)
+        spans = torch.tensor([[[0, long - 1]]], dtype=torch.int32, device=h.device).repeat(rows, 1, 1)
+        ropes = self.module.rope(positions)
         for layer in {_kind(layer, stages.full_layer): layer for layer in self.module.layers}.values():
-            at = AttentionMetadata(ropes[layer.window], positions, mask, None, band)
+            at = AttentionMetadata(ropes[layer.window], positions, spans, held)
             self._compiled.full_layer(layer, h, keys, values, at)
+
+
+def compiled(stages: Stages) -> Stages:
+    """The stages, each of which compiles at its first call on each kind of input."""
+    return Stages(*map(_CompiledStage, stages[:-1]), stages.replay)
 
 
 def _unlike(taken: set[int], least: int) -> int:
@@ -183,8 +191,8 @@ class _CompiledStage:
 
     def __call__(self, layer, h, *args):
         if self.function is stages.full_layer:
-            mask = args[2].mask
-            if mask is not None and mask.shape[-1] == 1:  # the first token of a cache
+            held = args[2].held
+            if held is not None and held.shape[-1] == 1:  # the first token of a cache
                 return self.eager(layer, h, *args)
         elif self.function in (stages.pruned_layer, stages.refit_layer):
             *inputs, keys, values = args

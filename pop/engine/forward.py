@@ -18,6 +18,7 @@ from collections.abc import Iterator
 import torch
 
 from pop.engine.cache import KVCache
+from pop.engine.decode_step import decode_step
 from pop.engine.layout import Chunk, Tokens, attention_metadata, chunk_bounds
 from pop.engine.stages import EAGER, Stages
 from pop.models.images import TEXT, TextOnly
@@ -76,9 +77,11 @@ def decode(module, tokens: torch.Tensor, cache: KVCache, stages: Stages = EAGER)
 
     A full row may be decoded with the others. Its token goes to the spare slot, and its logits are meaningless.
     """
+    if stages.replay is not None:
+        return decode_step(module, tokens, cache, stages)
     ends = (cache.lengths + 1).clamp(max=cache.max_seq_len)  # [B]
-    places = cache.lengths, cache.lengths + cache.rope_offsets
-    positions, rotary = (x[:, None].to(tokens.device) for x in places)  # [B, 1]
+    positions = cache.lengths[:, None]  # [B, 1]
+    rotary = positions + cache.rope_offsets[:, None]
     step = Tokens(positions, positions < cache.max_seq_len, positions, rotary)  # nothing reads its index
     metadata = attention_metadata(module, cache, step, ends)
     h, hidden = module.embed(tokens[:, None]), []  # [B, 1, D]
@@ -100,18 +103,18 @@ def _chunks(
     overwrites = int(lengths.max()) > chunk_size and bool(cache.lengths.any()) and cache.has_windows
     cache.intact = not overwrites
     for begin, end in chunk_bounds(lengths, chunk_size, images):
-        chunk = Chunk.of(cache, lengths, begin, end, plan, images, boundary, tokens.device)
-        h, hidden = _run_chunk(module, tokens, cache, hidden, chunk, stages)
+        chunk = Chunk.of(cache, tokens, lengths, begin, end, plan, images, boundary)
+        h, hidden = _run_chunk(module, cache, hidden, chunk, stages)
         yield chunk, h, hidden
 
 
-def _run_chunk(module, tokens, cache: KVCache, hidden, chunk: Chunk, stages: Stages):
+def _run_chunk(module, cache: KVCache, hidden, chunk: Chunk, stages: Stages):
     """One chunk through all layers -> its h [B, C, D] after the last layer, and new hidden states [L, B, D]."""
-    h = chunk.images.place(module.embed(tokens.gather(1, chunk.tokens.index)))  # [B, C, D]
-    metadata = chunk.metadata(module, cache)
-    rows = chunk.full_depth.index[..., None].expand(-1, -1, h.shape[2])  # [B, W, D]
-    W = rows.shape[1]
-    rows_metadata = attention_metadata(module, cache, chunk.full_depth, chunk.ends) if W else {}
+    h, in_slots = chunk.images.place(module.embed(chunk.ids)), stages.replay is not None  # [B, C, D]
+    metadata = chunk.metadata(module, cache, in_slots)
+    rows = chunk.rows[..., None].expand(-1, -1, h.shape[2])  # [B, W, D]
+    W, full_depth = rows.shape[1], (chunk.full_depth, chunk.ends)
+    rows_metadata = attention_metadata(module, cache, *full_depth, in_slots=in_slots) if W else {}
     new_hidden = []
     for is_pruned, group in chunk.plan.groups(len(module.layers), module.deepstack_layers):
         if is_pruned:
@@ -122,7 +125,7 @@ def _run_chunk(module, tokens, cache: KVCache, hidden, chunk: Chunk, stages: Sta
                 if W:
                     layer = module.layers[index]
                     f = stages.full_layer(layer, f, *cache.layer(index), rows_metadata[layer.window])
-            h = h.scatter(1, rows, f.where(chunk.full_depth.valid[..., None], before))
+            h = h.scatter(1, rows, f.where(chunk.rows_valid[..., None], before))
         else:
             for index in group:
                 new_hidden.append(chunk.latest(h, hidden[index]))

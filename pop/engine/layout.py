@@ -1,6 +1,6 @@
 """Which tokens a chunk has, which of them run at full depth, and what each attends.
 
-All indices are computed on the CPU and moved to the device once, without waiting for it. Shape letters:
+All indices are computed on the CPU, and copied to the device without waiting for it. Shape letters:
 pop/models/layers.py; C is the number of columns of a chunk, and W that of its full-depth rows.
 """
 
@@ -11,17 +11,16 @@ from collections.abc import Iterator
 
 import torch
 
-from pop.engine.attention import AttentionMetadata
+from pop.engine.attention import UNBOUNDED, AttentionMetadata
 from pop.engine.cache import KVCache
 from pop.models.images import TextOnly
 from pop.pruning.plan import PrunePlan
-
-UNBOUNDED = 2**31  # tokens: more than any sequence has
+from pop.system.memory import to_device
 
 
 @dataclasses.dataclass(frozen=True)
 class Tokens:
-    """Tokens [B, C] of a batch: those of a chunk, or its full-depth rows."""
+    """Tokens [B, C] of a batch: those of a chunk, or its full-depth rows. All tensors are on the CPU."""
 
     index: torch.Tensor  # [B, C] int64, where each is in its prompt; for full-depth rows, in which column of the chunk
     valid: torch.Tensor  # [B, C] bool, false for padding
@@ -37,10 +36,6 @@ class Tokens:
 
         return Tokens(columns, valid, *(gather(x) for x in (self.positions, self.rotary, self.last_attended)))
 
-    def to(self, device: torch.device) -> Tokens:
-        moved = {name: None if x is None else x.to(device) for name, x in vars(self).items()}
-        return Tokens(**moved)
-
 
 @dataclasses.dataclass(frozen=True)
 class Chunk:
@@ -52,11 +47,16 @@ class Chunk:
     full_depth: Tokens  # the full-depth rows; a batch row with fewer than W is filled up with invalid ones
     ends: torch.Tensor  # [B] on the CPU, the length of each row after the chunk
     first_position: int  # the largest position at which a row of the chunk begins
+    is_aligned: bool  # all rows with tokens begin there, and all tokens are causal
     look_ahead: int  # how many tokens after itself a token attends at most
     is_fresh: bool  # the cache is empty and all tokens are causal, so they attend the chunk only
     # The first column of the prompt's last full-depth tokens. A layer with a window needs the window - 1 columns before
     # it, and no earlier ones.
     needed_from: int
+    # On the device:
+    ids: torch.Tensor  # [B, C], what `tokens` are
+    rows: torch.Tensor  # [B, W], the columns of the full-depth rows
+    rows_valid: torch.Tensor  # [B, W] bool
     last: torch.Tensor  # [B], the column of each row's last token
     last_row: torch.Tensor  # [B], the number of that token among the full-depth rows, or -1
     has_tokens: torch.Tensor  # [B], false for a row that ended in an earlier chunk
@@ -65,18 +65,19 @@ class Chunk:
     def of(
         cls,
         cache: KVCache,
+        ids: torch.Tensor,
         lengths: torch.Tensor,
         begin: torch.Tensor,
         end: torch.Tensor,
         plan: PrunePlan,
         images: TextOnly,
         boundary: bool,
-        device: torch.device,
     ) -> Chunk:
-        """Tokens `begin` to `end` [B] of prompts of `lengths` [B], to be appended to the cache.
+        """Tokens `begin` to `end` [B] of prompts `ids` [B, T] of `lengths` [B], to be appended to the cache.
 
         A row with begin = end is all padding. Without a boundary, more of the prompts follows in a later call.
         """
+        device = cache.device
         full_depth_last = plan.full_depth_last if boundary else 0
         C = int((end - begin).max())
         start, lengths, begin, end = (x[:, None] for x in (cache.lengths, lengths, begin, end))  # [B, 1]
@@ -98,28 +99,37 @@ class Chunk:
 
         last = (end - begin)[:, 0] - 1  # [B], -1 for a row that has ended
         last_is_full = full_depth.gather(1, last.clamp(min=0)[:, None])[:, 0] & bool(W)
+        last_row = (count - 1).where(last_is_full, -1)
         needed_from = int((lengths - begin)[end > begin].min()) - full_depth_last
         if last_attended is not None and (valid & is_first & (last_attended >= plan.full_depth_first)).any():
             needed_from = 0  # the first tokens are in an image, and attend the rest of it
+        starts = positions[last >= 0, 0]  # of the rows with tokens
+        rows = tokens.take(columns, full_depth.gather(1, columns))
+        if ids.device == device:
+            (index,) = to_device([tokens.index], device)
+            ids = ids.gather(1, index)
+        else:
+            (ids,) = to_device([ids.gather(1, tokens.index)], device)
+        moved = to_device([rows.index, rows.valid, last.clamp(min=0), last_row, last >= 0], device)
         return cls(
             plan=plan,
             images=images,
-            tokens=tokens.to(device),
-            full_depth=tokens.take(columns, full_depth.gather(1, columns)).to(device),
+            tokens=tokens,
+            full_depth=rows,
             ends=(start + end)[:, 0],
-            first_position=int(positions[:, 0].max()),
+            first_position=int(starts.max()),
+            is_aligned=last_attended is None and bool((starts == starts[0]).all()),
             look_ahead=0 if last_attended is None else int((last_attended - positions).max()),
             is_fresh=last_attended is None and not positions[:, 0].any(),
             needed_from=needed_from,
-            last=last.clamp(min=0).to(device),
-            last_row=(count - 1).where(last_is_full, -1).to(device),
-            has_tokens=(last >= 0).to(device),
+            ids=ids,
+            **dict(zip(("rows", "rows_valid", "last", "last_row", "has_tokens"), moved, strict=True)),
         )
 
-    def metadata(self, module, cache: KVCache) -> dict[int | None, AttentionMetadata]:
+    def metadata(self, module, cache: KVCache, in_slots: bool = False) -> dict[int | None, AttentionMetadata]:
         """The metadata of all tokens of the chunk, by the layers' window."""
         has_band = self.tokens.index.shape[1] > 1
-        return attention_metadata(module, cache, self.tokens, self.ends, self if has_band else None)
+        return attention_metadata(module, cache, self.tokens, self.ends, self if has_band else None, in_slots)
 
     def latest(self, h: torch.Tensor, before: torch.Tensor, f: torch.Tensor | None = None) -> torch.Tensor:
         """The hidden state [B, D] of each row's last token so far.
@@ -134,40 +144,52 @@ class Chunk:
 
 
 def attention_metadata(
-    module, cache: KVCache, tokens: Tokens, ends: torch.Tensor, chunk: Chunk | None = None
+    module, cache: KVCache, tokens: Tokens, ends: torch.Tensor, chunk: Chunk | None = None, in_slots: bool = False
 ) -> dict[int | None, AttentionMetadata]:
     """How tokens [B, T] attend the cache, for each window that the layers have.
 
-    Rows have lengths `ends` [B], on the CPU, once the tokens are in the cache. `chunk` is given if the tokens are
-    consecutive in each row. Then only the keys in their band are read.
+    Args:
+        tokens: They are in the cache once `ends` [B], on the CPU, are the rows' lengths.
+        chunk: Given if the tokens are consecutive in each row. Then only the keys in their band are read.
+        in_slots: Whether a single causal token a row is attended by `attend_slots`.
     """
-    filled = int(ends.max())
-    ends = ends.to(tokens.positions.device)[:, None]  # [B, 1]
+    T, filled, ends = tokens.positions.shape[1], int(ends.max()), ends[:, None]  # [B, 1]
     # A full row may be decoded. Its token attends what the row's last token attends, so the softmax is not empty.
     own = torch.minimum(tokens.positions, ends - 1)
     last = own if tokens.last_attended is None else torch.minimum(tokens.last_attended, ends - 1)
-    by_window = {}
-    for window, rope in module.rope(tokens.rotary).items():
+    on_device = {"rotary": tokens.rotary}
+    bands = {}
+    for window in dict.fromkeys(module.config.windows):
         ring = cache.slots(window)
         slots = torch.where(tokens.valid, tokens.positions % ring, ring)  # padding goes to the spare slot
+        on_device[window, "slots"] = slots
         if chunk is not None and chunk.is_fresh and (window is None or filled <= window):
-            by_window[window] = AttentionMetadata(rope, slots)
             continue
-        key_slots, before = None, UNBOUNDED if window is None else window - 1
+        before = UNBOUNDED if window is None else window - 1
+        first = (own - before).clamp(min=0)
+        on_device[window, "spans"] = torch.stack((first, last), dim=-1).to(torch.int32)
+        if in_slots and T == 1 and tokens.last_attended is None:
+            continue
         if chunk is None or chunk.is_fresh or window is None:
-            slot = torch.arange(min(filled, ring), device=slots.device)
+            slot = torch.arange(min(filled, ring))
             held = ends - 1 - (ends - 1 - slot) % ring  # [B, N], the latest position in each slot; negative: none
-            band = (0, UNBOUNDED, UNBOUNDED) if chunk is None else (chunk.first_position, before, chunk.look_ahead)
+            own_key = chunk.first_position if chunk else 0
         else:  # the ring is not in the order of positions, which a band needs
             own_key = min(chunk.first_position, before)
-            held = tokens.positions[:, :1] - own_key + torch.arange(own_key + slots.shape[1], device=slots.device)
-            key_slots = held % ring  # [B, N]
-            band = (own_key, before, chunk.look_ahead)
-        mask = (held >= 0)[:, None] & (held[:, None] <= last[..., None])  # [B, T, N]
-        if window is not None:
-            mask &= held[:, None] > own[..., None] - window
-        by_window[window] = AttentionMetadata(rope, slots, mask, key_slots, torch.tensor(band))
-    return by_window
+            held = tokens.positions[:, :1] - own_key + torch.arange(own_key + T)
+            on_device[window, "key_slots"] = held % ring
+        on_device[window, "held"] = held.to(torch.int32)
+        band = (0, UNBOUNDED, UNBOUNDED, 0) if chunk is None else (own_key, before, chunk.look_ahead, chunk.is_aligned)
+        bands[window] = torch.tensor(band)
+    moved = dict(zip(on_device, to_device(list(on_device.values()), cache.device), strict=True))
+    return {
+        window: AttentionMetadata(
+            rope,
+            band=bands.get(window),
+            **{name: moved[window, name] for name in AttentionMetadata._fields if (window, name) in moved},
+        )
+        for window, rope in module.rope(moved.pop("rotary")).items()
+    }
 
 
 def chunk_bounds(

@@ -1,14 +1,16 @@
 """Attention over a cache: what is written, what is read, and the band of keys that a block of queries attends."""
 
+import hypothesis.strategies as st
 import pytest
 import torch
+from hypothesis import given, settings
 from support.cases import NONE, new_cache, prefill
 from support.tiny import random_model, tiny_gemma3_config
 
 from pop import engine
 from pop.engine import attention
 from pop.engine.attention import attention_by_blocks
-from pop.engine.layout import Chunk
+from pop.engine.layout import Chunk, chunk_bounds
 from pop.models.images import TEXT
 from pop.models.layers import masked_attention
 
@@ -22,14 +24,15 @@ def test_tokens_are_written_to_their_slots_and_read_from_them():
     k, v = randn(2, 2, 1, 3), randn(2, 2, 1, 3, seed=1)
     slots = torch.tensor([[3, 0], [1, 4]])
     attention.write(keys, values, slots, k, v)
-    for stored, given in ((keys, k), (values, v)):
+    for stored, written in ((keys, k), (values, v)):
         expected = torch.zeros(2, 5, 1, 3)
-        expected[0, 3], expected[0, 0], expected[1, 1], expected[1, 4] = *given[0], *given[1]
+        expected[0, 3], expected[0, 0], expected[1, 1], expected[1, 4] = *written[0], *written[1]
         assert torch.equal(stored, expected)
 
     q, mask = randn(2, 1, 2, 3, seed=2), torch.ones(2, 1, 2, dtype=torch.bool)
+    held, spans = torch.arange(2).repeat(2, 1), torch.tensor([[[0, 1]]]).repeat(2, 1, 1)
     for key_slots, read in ((slots, (k, v)), (None, (keys[:, :2], values[:, :2]))):
-        at = attention.AttentionMetadata((), slots, mask, key_slots)
+        at = attention.AttentionMetadata((), slots, spans, held, key_slots)
         assert torch.equal(attention.attend_cache(q, keys, values, at, 0.3), masked_attention(q, *read, mask, 0.3))
     assert not torch.equal(k, keys[:, :2])
 
@@ -41,27 +44,78 @@ def test_the_example_in_the_docstring_of_attention_metadata():
     assert cache.slots(3) == 6
     cache.lengths[:] = 6
     begin, end = torch.tensor([0]), torch.tensor([2])
-    chunk = Chunk.of(cache, end, begin, end, NONE, TEXT, True, torch.device("cpu"))
+    chunk = Chunk.of(cache, torch.tensor([[7, 8]]), end, begin, end, NONE, TEXT, True)
     at = chunk.metadata(module, cache)[3]
     assert at.slots.tolist() == [[0, 1]]
     assert at.key_slots.tolist() == [[4, 5, 0, 1]]
-    assert at.mask.int().tolist() == [[[1, 1, 1, 0], [0, 1, 1, 1]]]
-    assert at.band.tolist() == [2, 2, 0]
+    assert at.held.tolist() == [[4, 5, 6, 7]]
+    assert at.spans.tolist() == [[[4, 6], [5, 7]]]
+    assert attention.attended(at.held, at.spans).int().tolist() == [[[1, 1, 1, 0], [0, 1, 1, 1]]]
+    assert at.band.tolist() == [2, 2, 0, 1]
+
+
+@settings(max_examples=100)
+@given(st.data())
+def test_a_full_band_is_aligned_at_the_lower_right(data):
+    """A band that is all that the spans say can be attended without a mask, by its window alone."""
+    windows = (data.draw(st.sampled_from([2, 3, 7]), "window"), None)
+    module, B = random_model(tiny_gemma3_config(windows=windows)), data.draw(st.integers(1, 3), "rows")
+    chunk_size, held = data.draw(st.sampled_from([2, 4, 7, 64]), "chunk"), data.draw(st.integers(0, 30), "held")
+    cache = new_cache(module, B, slots=70, chunk=chunk_size)
+    cache.lengths[:] = held
+    if data.draw(st.booleans(), "rows differ"):
+        cache.lengths[0] = data.draw(st.integers(0, 30))
+    lengths = torch.tensor(data.draw(st.lists(st.integers(1, 35), min_size=B, max_size=B), "lengths"))
+    ids = torch.zeros(B, int(lengths.max()), dtype=torch.int64)
+    for begin, end in chunk_bounds(lengths, chunk_size, TEXT):
+        chunk = Chunk.of(cache, ids, lengths, begin, end, NONE, TEXT, True)
+        with_tokens = end > begin
+        same = len(set((cache.lengths + begin)[with_tokens].tolist())) == 1
+        for window, at in chunk.metadata(module, cache).items():
+            if at.band is None or chunk.ids.shape[1] == 1:
+                continue
+            own, _, after, is_full = at.band.tolist()
+            assert (bool(is_full), after) == (same, 0)
+            if not is_full:
+                continue
+            T = chunk.ids.shape[1]
+            distance = torch.arange(own + T) - own - torch.arange(T)[:, None]  # [T, keys]
+            band = (distance <= 0) & (distance > -(window or 10**9))
+            mask = attention.attended(at.held, at.spans)
+            assert torch.equal(mask[..., own + T :].any(-1) & chunk.tokens.valid, torch.zeros_like(chunk.tokens.valid))
+            assert ((mask[..., : own + T] == band) | ~chunk.tokens.valid[..., None]).all()
 
 
 @pytest.mark.parametrize("block", [1, 2, 3, 11, 50])
 @pytest.mark.parametrize("own", [0, 4])
 @pytest.mark.parametrize(("before", "after"), [(0, 0), (2, 0), (2, 3), (99, 0), (99, 99)])
 def test_attention_by_blocks_leaves_nothing_out(monkeypatch, block, own, before, after):
-    """Each token attends itself, and at random any of the keys that its band allows. More keys follow all bands."""
+    """Each token attends some of the keys that its band allows, and itself. More keys follow all bands."""
     monkeypatch.setattr(attention, "QUERY_BLOCK", block)
-    T, N = 11, own + 13
+    T, N, random = 11, own + 13, torch.Generator().manual_seed(3)
     q, k, v = randn(2, T, 6, 4), randn(2, N, 3, 4, seed=1), randn(2, N, 3, 4, seed=2)
-    distance = torch.arange(N) - own - torch.arange(T)[:, None]  # [T, N]
-    drawn = randn(2, T, N, seed=3) > 0
-    mask = ((-before <= distance) & (distance <= after) & drawn) | (distance == 0)
-    found = attention_by_blocks(q, k, v, mask, torch.tensor([own, before, after]), 0.3)
+    held, mine = torch.arange(N).repeat(2, 1), own + torch.arange(T)
+    first = mine - torch.randint(0, before + 1, (2, T), generator=random)
+    last = mine + torch.randint(0, after + 1, (2, T), generator=random)
+    spans, band = torch.stack((first, last), dim=-1), torch.tensor([own, before, after, 0])
+    mask = (first[..., None] <= torch.arange(N)) & (torch.arange(N) <= last[..., None])
+    found = attention_by_blocks(q, k, v, held, spans, band, 0.3)
     torch.testing.assert_close(found, masked_attention(q, k, v, mask, 0.3))
+
+
+@pytest.mark.parametrize("window", [None, 2, 5, 8, 20])
+def test_attending_slots_is_attending_the_latest_positions(window):
+    """Rows at several positions in a ring of eight slots, against a list of what each row still holds."""
+    S, last = 8, torch.tensor([0, 3, 7, 8, 12, 29])
+    q, cache = randn(6, 1, 4, 5), randn(2, 6, S + 1, 2, 5, seed=1)
+    first = torch.zeros_like(last) if window is None else (last - window + 1).clamp(min=0)
+    spans = torch.stack((first, last), dim=-1)[:, None].to(torch.int32)
+    found = attention.attend_slots(q, *cache, spans, 0.3)
+    for row, position in enumerate(last.tolist()):
+        attended = range(max(0, position - S + 1, position - (window or 99) + 1), position + 1)
+        k, v = cache[:, row : row + 1, [p % S for p in attended]]
+        mask = torch.ones(1, 1, len(attended), dtype=torch.bool)
+        torch.testing.assert_close(found[row : row + 1], masked_attention(q[row : row + 1], k, v, mask, 0.3))
 
 
 @pytest.mark.usefixtures("small_query_blocks")

@@ -27,7 +27,7 @@ def test_text_prompts_keep_to_causal_attention_without_a_mask(monkeypatch):
     module, masked = random_model(tiny_gemma3_config(windows=(None,)), seed=3), []
 
     def watched(layer, h, keys, values, at):
-        masked.append(at.mask is not None)
+        masked.append(at.spans is not None)
         return full_layer(layer, h, keys, values, at)
 
     stages = engine.Stages(full_layer=watched)
@@ -42,9 +42,9 @@ def test_text_prompts_keep_to_causal_attention_without_a_mask(monkeypatch):
 def test_full_depth_rows_by_hand():
     """Two rows of 7 and 4 tokens in chunks of 5, one first and two last tokens of each at full depth."""
     module, plan = random_model(tiny_config()), PrunePlan((2,), full_depth_last=2, full_depth_first=1)
-    cache, lengths, cpu = new_cache(module, 2), torch.tensor([7, 4]), torch.device("cpu")
+    cache, lengths, ids = new_cache(module, 2), torch.tensor([7, 4]), torch.zeros(2, 7, dtype=torch.int64)
     first, second = (
-        Chunk.of(cache, lengths, begin, end, plan, TEXT, True, cpu) for begin, end in chunk_bounds(lengths, 5, TEXT)
+        Chunk.of(cache, ids, lengths, begin, end, plan, TEXT, True) for begin, end in chunk_bounds(lengths, 5, TEXT)
     )
 
     def rows(chunk):

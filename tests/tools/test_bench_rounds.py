@@ -189,7 +189,7 @@ def test_attention_is_that_of_the_full_prefill(monkeypatch):
     model = pop.Model(random_model(config), config, compile=False, chunk_size=4)
 
     def attend(q, keys, values, at, scale):
-        calls.append((q.shape[1], q.shape[1] if at.mask is None else at.mask.shape[-1]))
+        calls.append((q.shape[1], q.shape[1] if at.held is None else at.held.shape[1]))
 
     monkeypatch.setattr(turns, "attend_cache", attend)
     assert turns.attention_turn(model, 10)()["attention_s"] > 0

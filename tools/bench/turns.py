@@ -39,8 +39,9 @@ def attention_turn(model: pop.Model, num_tokens: int) -> Turn:
     H, E = model.config.num_heads, model.config.head_dim
     q = torch.randn(1, num_tokens, H, E, device=model.device).to(model.dtype)
     cache, lengths, chunks = model.new_cache(1, num_tokens), torch.tensor([num_tokens]), []
+    ids = torch.zeros(1, num_tokens, dtype=torch.int64)
     for begin, end in chunk_bounds(lengths, cache.chunk_size, TEXT):
-        chunk = Chunk.of(cache, lengths, begin, end, pop.PrunePlan.none(), TEXT, True, model.device)
+        chunk = Chunk.of(cache, ids, lengths, begin, end, pop.PrunePlan.none(), TEXT, True)
         chunks.append((q[:, begin:end], chunk.metadata(model.module, cache)))
 
     def attend():

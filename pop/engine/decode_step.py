@@ -1,0 +1,90 @@
+"""A decode step on fixed memory, laid out on the device, so that a CUDA graph can replay it.
+
+    tokens [B], positions [B], offsets [B]  ──step──►  logits [B, V], hidden [L, B, D], and positions + 1
+
+The step takes no number from the host: slots, rotary tables and spans follow from `positions`. The host counts
+cache.lengths by itself. Results are those of `decode` in forward.py. Shape letters: pop/models/layers.py.
+"""
+
+import torch
+
+from pop.engine.attention import AttentionMetadata
+from pop.engine.cache import KVCache
+from pop.engine.stages import Stages
+from pop.system.memory import to_device
+
+
+def decode_step(module, tokens: torch.Tensor, cache: KVCache, stages: Stages) -> torch.Tensor:
+    """Append one token a row by the cache's step: tokens [B] -> logits [B, V] float32."""
+    if cache.step is None or not cache.step.serves(module, cache, stages):
+        cache.step = DecodeStep(module, cache, stages)
+    return cache.step(tokens, cache)
+
+
+class DecodeStep:
+    """The step of one cache. It owns the memory of its inputs, and `stages.replay` that of its outputs."""
+
+    def __init__(self, module, cache: KVCache, stages: Stages):
+        self.module, self.stages = module, stages
+        # The tensors and not the cache, which holds the step: a cycle would delay freeing them.
+        self.layers = list(zip(cache.keys, cache.values, strict=True))
+        self.max_seq_len = cache.max_seq_len
+        self.rings = {window: cache.slots(window) for window in module.config.windows}
+        B = cache.batch_size
+        self.tokens, self.positions, self.offsets = torch.zeros(3, B, dtype=torch.int64, device=cache.device).unbind()
+        self.snapshot: tuple[torch.Tensor, torch.Tensor] | None = None  # cache.lengths and rope_offsets as of now
+        self.replay = stages.replay(self.step, (self.positions,))
+
+    def serves(self, module, cache: KVCache, stages: Stages) -> bool:
+        """Whether it was made for this module, these stages and the tensors that the cache has now."""
+        same = all(mine[0] is keys for mine, keys in zip(self.layers, cache.keys, strict=True))
+        return same and module is self.module and stages is self.stages
+
+    def __call__(self, tokens: torch.Tensor, cache: KVCache) -> torch.Tensor:
+        lengths, offsets = cache.lengths, cache.rope_offsets
+        if self.snapshot is None or self.snapshot[0] is not lengths or self.snapshot[1] is not offsets:
+            positions, offsets_there = to_device([lengths, offsets], cache.device)
+            self.positions.copy_(positions)
+            self.offsets.copy_(offsets_there)
+        self.tokens.copy_(tokens, non_blocking=True)
+        self.snapshot = None  # if the step fails, its positions are unknown
+        logits, hidden = self.replay()
+        cache.restore((lengths + 1, hidden, offsets))
+        self.snapshot = cache.lengths, offsets
+        return logits
+
+    def step(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Run one token a row: -> logits [B, V] and hidden states [L, B, D]."""
+        module, positions = self.module, self.positions[:, None]  # [B, 1]
+        last = positions.clamp(max=self.max_seq_len - 1)
+        ropes, metadata = module.rope(positions + self.offsets[:, None]), {}
+        for window, ring in self.rings.items():
+            slots = torch.where(positions < self.max_seq_len, positions % ring, ring)  # full rows: to the spare slot
+            first = torch.zeros_like(last) if window is None else (last - window + 1).clamp(min=0)
+            spans = torch.stack((first, last), dim=-1).to(torch.int32)  # [B, 1, 2]
+            metadata[window] = AttentionMetadata(ropes[window], slots, spans)
+        h, hidden = module.embed(self.tokens[:, None]), []  # [B, 1, D]
+        for layer, (keys, values) in zip(module.layers, self.layers, strict=True):
+            hidden.append(h[:, 0])
+            h = self.stages.full_layer(layer, h, keys, values, metadata[layer.window])
+        logits, hidden = self.stages.head(module, h)[:, 0], torch.stack(hidden)
+        self.positions.add_(1)
+        return logits, hidden
+
+
+class Replay:
+    """What a CUDA graph does, without one: each call overwrites the memory of the call before. For tests.
+
+    The caller gets copies, as from pop.backends.cuda_graph.Graph.
+    """
+
+    def __init__(self, step, accumulated):
+        self.step, self.outputs = step, None
+
+    def __call__(self) -> tuple[torch.Tensor, ...]:
+        if self.outputs is None:
+            self.outputs = self.step()
+        else:
+            for memory, output in zip(self.outputs, self.step(), strict=True):
+                memory.copy_(output)
+        return tuple(output.clone() for output in self.outputs)

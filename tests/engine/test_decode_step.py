@@ -1,0 +1,95 @@
+"""The decode step on fixed memory gives what `decode` gives, and hands out no tensor that it overwrites."""
+
+import copy
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from support.cases import cases, new_cache
+from support.tiny import random_model, tiny_config
+
+from pop import engine
+from pop.engine.decode_step import Replay
+from pop.engine.stages import Stages
+
+REPLAYED = Stages(replay=Replay)
+CLOSE = {"rtol": 0, "atol": 1e-5}
+
+
+def assert_same_state(cache, other, live):
+    """The same lengths, and for the rows `live` the same hidden states, keys and values, up to rounding errors."""
+    assert torch.equal(cache.lengths, other.lengths) and torch.equal(cache.rope_offsets, other.rope_offsets)
+    torch.testing.assert_close(cache.previous_hidden[:, live], other.previous_hidden[:, live], **CLOSE)
+    for mine, others in zip(cache.keys + cache.values, other.keys + other.values, strict=True):
+        torch.testing.assert_close(mine[live, :-1], others[live, :-1], **CLOSE)  # the spare slot may differ
+
+
+@given(cases(), st.data())
+def test_replayed_steps_are_decode(case, data):
+    """Any family, plan and ragged rows; rows fill up, and rows leave; a snapshot is restored in the middle."""
+    module, plan, tokens, lengths, chunk_size = case
+    slots = int(lengths.max()) + data.draw(st.integers(1, 12), "room")
+    caches, stages = [new_cache(module, len(tokens), slots, chunk=chunk_size) for _ in range(2)], (Stages(), REPLAYED)
+    for cache, of_cache in zip(caches, stages, strict=True):
+        logits = engine.prefill(module, tokens, cache, lengths, plan, chunk_size, of_cache)
+        cache.rope_offsets = torch.arange(len(tokens))  # as after images
+    handed_out, rewind = [(logits, logits.clone())], min(chunk_size, 3)
+    random = torch.Generator().manual_seed(0)
+    snapshots = []
+    for number in range(8):
+        token = torch.randint(module.config.vocab_size, (caches[0].batch_size,), generator=random)
+        snapshots.append([cache.snapshot() for cache in caches])
+        expected, found = (
+            engine.decode(module, token, cache, of_cache) for cache, of_cache in zip(caches, stages, strict=True)
+        )
+        live = caches[0].lengths <= slots
+        torch.testing.assert_close(found[live], expected[live], **CLOSE)
+        assert_same_state(caches[1], caches[0], live)
+        handed_out += [(tensor, tensor.clone()) for tensor in (found, caches[1].previous_hidden)]
+        if number == 3:
+            for cache, snapshot in zip(caches, snapshots[-rewind], strict=True):
+                cache.restore(snapshot)
+        if number == 5 and len(live) > 1:
+            kept = torch.tensor([len(live) - 1, 0])
+            for cache in caches:
+                cache.keep_rows(kept)
+            snapshots.clear()
+    assert all(torch.equal(now, then) for now, then in handed_out)
+
+
+def test_a_step_serves_one_cache_as_long_as_its_tensors_stay():
+    module = random_model(tiny_config())
+    cache, token = new_cache(module, 2), torch.tensor([1, 2])
+    engine.decode(module, token, cache, REPLAYED)
+    step = cache.step
+    engine.decode(module, token, cache, REPLAYED)
+    cache.reset()
+    engine.decode(module, token, cache, REPLAYED)
+    assert cache.step is step
+    assert copy.deepcopy(cache).step is None
+    engine.decode(module, token, cache, Stages(replay=lambda *args: Replay(*args)))
+    assert cache.step is not step
+    cache.keep_rows(torch.tensor([1]))
+    assert cache.step is None
+
+
+def test_a_step_that_failed_midway_is_laid_out_anew():
+    module, fails = random_model(tiny_config()), []
+
+    class Failing(Replay):
+        def __call__(self):
+            outputs = super().__call__()
+            if fails:
+                raise RuntimeError(fails.pop())
+            return outputs
+
+    stages, token = Stages(replay=Failing), torch.tensor([3])
+    caches = new_cache(module, 1), new_cache(module, 1)
+    engine.decode(module, token, caches[0], stages)
+    engine.decode(module, token, caches[1])
+    fails.append("no memory")
+    with pytest.raises(RuntimeError, match="no memory"):
+        engine.decode(module, token, caches[0], stages)
+    found, expected = engine.decode(module, token, caches[0], stages), engine.decode(module, token, caches[1])
+    torch.testing.assert_close(found, expected, **CLOSE)
