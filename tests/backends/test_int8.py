@@ -21,7 +21,7 @@ import pop
 from pop import engine
 from pop.backends import int8
 from pop.backends.int8 import Int8Linear, check_quantize, quantize_module
-from pop.engine.compile import compiled
+from pop.engine import compile
 
 requires_torchao = pytest.mark.skipif(importlib.util.find_spec("torchao") is None, reason="needs torchao")
 WIDE = {"hidden_size": 64, "intermediate_size": 96, "head_dim": 16, "num_heads": 4, "num_kv_heads": 2}
@@ -149,7 +149,7 @@ def test_compiled_equals_eager_and_compiles_nothing_again():
     module = random_model(CONFIGS["llama"], seed=2)
     quantize_module(module)
     model, plan = pop.Model(module, module.config, compile=False), pop.PrunePlan((2, 3))
-    stages = compiled(engine.EAGER)
+    stages = compile.compiled(engine.EAGER)
 
     def run(stages, tokens):
         cache = model.new_cache(1, 40)

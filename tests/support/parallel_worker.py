@@ -16,7 +16,7 @@ import pop
 from pop import engine
 from pop.backends.tensor_parallel import end
 from pop.checkpoints import weights as checkpoint
-from pop.engine.compile import compiled
+from pop.engine import compile
 
 THOROUGH = os.environ.get("HYPOTHESIS_PROFILE") == "nightly"  # compiling takes most of the time
 PROMPT = [[5, 12, 44, 3, 60, 8, 33, 2, 19], [7, 1, 50, 21, 4, 0, 0, 0, 0]]
@@ -53,7 +53,7 @@ def run(model: pop.Model) -> dict[str, torch.Tensor]:
 
 def compiled(model: pop.Model) -> torch.Tensor:
     """A step of a batch through torch.compile. A thorough run also compiles its calibrated prefill."""
-    stages = compiled(engine.EAGER)
+    stages = compile.compiled(engine.EAGER)
     cache, tokens, lengths = model.new_cache(2, 16), torch.tensor(PROMPT), torch.tensor(LENGTHS)
     prefill_stages = stages if THOROUGH else engine.EAGER
     engine.prefill(model.module, tokens, cache, lengths, model.resolve(None), 16, prefill_stages)
