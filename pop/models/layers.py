@@ -157,13 +157,18 @@ def causal_attention(
     """
     T = q.shape[1]
     if last_attended is not None or (window is not None and window < T):
-        key = torch.arange(T, device=q.device)
-        query = key[None, :, None]  # [1, T, 1]
-        mask = key <= (query if last_attended is None else last_attended[..., None])  # [1, T, T], or [B, T, T]
-        return masked_attention(q, k, v, mask if window is None else mask & (key > query - window), scale)
+        return masked_attention(q, k, v, causal_mask(T, window, last_attended, q.device), scale)
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # heads before tokens
     out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True)
     return out.transpose(1, 2).flatten(2)
+
+
+def causal_mask(T: int, window: int | None, last_attended: torch.Tensor | None, device: torch.device) -> torch.Tensor:
+    """What each of T tokens attends, as in `causal_attention`: [1, T, T] bool, or [B, T, T] with last_attended."""
+    key = torch.arange(T, device=device)
+    query = key[None, :, None]  # [1, T, 1]
+    mask = key <= (query if last_attended is None else last_attended[..., None])
+    return mask if window is None else mask & (key > query - window)
 
 
 def masked_attention(

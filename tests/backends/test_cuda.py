@@ -1,0 +1,261 @@
+"""Attention of several tokens on CUDA, on a CPU: stand-ins of the two kernels compute by their definition.
+
+The stand-ins check what the real kernels demand of their arguments. On the device "meta", whose tensors lack memory,
+the real operators check the arguments themselves.
+"""
+
+import types
+from functools import partial
+
+import pytest
+import torch
+import torch.nn.functional as F
+from support.cases import assert_close, new_cache
+from support.tiny import random_model, tiny_gemma3_config
+
+from pop import engine
+from pop.backends import cuda
+from pop.engine import attention
+from pop.engine.attention import UNBOUNDED, AttentionMetadata
+from pop.engine.stages import EAGER, full_layer
+from pop.models import layers
+from pop.pruning.plan import PrunePlan
+
+
+def randn(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def by_definition(q, k, v, scale, seen, bias=None):
+    """q [B, T, H, E] attends k and v [B, N, K, E] where seen [T, N] is true."""
+    k, v = (x.repeat_interleave(q.shape[2] // x.shape[2], dim=2) for x in (k, v))
+    scores = torch.einsum("bthe,bnhe->bhtn", q, k) * scale
+    scores = (scores if bias is None else scores + bias).masked_fill(~seen, -torch.inf)
+    return torch.einsum("bhtn,bnhe->bthe", scores.softmax(-1), v)
+
+
+def distances(q, k):
+    """How many keys after each token's own a key is, [T, N], if the last key is the last token's own."""
+    T, N = q.shape[1], k.shape[1]
+    return torch.arange(N) - torch.arange(T)[:, None] - (N - T)
+
+
+def flash(q, k, v, seqs_q, seqs_k, T, N, dropout, causal, debug, *, scale, window_size_left, window_size_right):
+    assert seqs_q is seqs_k is None and dropout == 0 and not debug
+    assert q.dtype.itemsize == 2 and q.shape[-1] % 8 == 0 and q.shape[-1] <= 256 and q.stride(-1) == k.stride(-1) == 1
+    assert q.shape[1] == T and k.shape[1] == N and q.shape[2] % k.shape[2] == 0
+    assert T > 1 or window_size_left is None  # otherwise one token's grouped heads run one by one
+    distance, right = distances(q, k), 0 if causal else window_size_right
+    seen = distance >= -(UNBOUNDED if window_size_left is None else window_size_left)
+    seen &= distance <= (UNBOUNDED if right is None else right)
+    CALLS.append("flash")
+    return by_definition(q.float(), k.float(), v.float(), scale, seen).to(q.dtype), None
+
+
+def efficient(q, k, v, bias, seqs_q, seqs_k, max_q, max_k, dropout, kind, log_sums, *, scale, window_size):
+    assert seqs_q is seqs_k is max_q is max_k is None and dropout == 0 and kind in (0, 2)
+    assert q.shape[2:] == k.shape[2:] and all(x.stride(-1) == 1 and x.shape[-1] % 8 == 0 for x in (q, k, v))
+    assert log_sums == torch.is_grad_enabled()
+    if bias is not None:
+        assert bias.dtype == q.dtype and bias.shape == (len(q), k.shape[2], q.shape[1], k.shape[1])
+        assert all(stride % 8 == 0 for stride in bias.stride()[:3]) and bias.stride(3) == 1
+    assert window_size is None or (kind == 2 and not torch.is_grad_enabled())  # no gradient formula has the window
+    distance = distances(q, k)
+    seen = (distance <= (0 if kind else UNBOUNDED)) & (distance > -(window_size or UNBOUNDED))
+    CALLS.append("efficient")
+    x = (x.float() for x in (q, k, v))
+    return by_definition(*x, scale, seen, bias).to(q.dtype), None
+
+
+CALLS = []
+KERNELS = types.SimpleNamespace(_flash_attention_forward=flash, _efficient_attention_forward=efficient)
+
+
+@pytest.fixture(autouse=True)
+def kernels(monkeypatch):
+    """The stand-ins, on a recent GPU. Returns the names of those that were called."""
+    monkeypatch.setattr(cuda, "is_supported", lambda q: True)
+    monkeypatch.setattr(cuda, "_is_recent", lambda q: True)
+    monkeypatch.setattr(cuda, "aten", KERNELS)
+    CALLS.clear()
+    return CALLS
+
+
+def slots(K, E, dtype=torch.float32, B=2, S=40):
+    """Keys and values as a cache has them, [B, S + 1, K, E]."""
+    return [randn(B, K, S + 1, E, seed=seed).to(dtype).transpose(1, 2) for seed in (1, 2)]
+
+
+def metadata(own, T, before, *, is_exact, after=0, key_slots=None):
+    """Two rows whose first tokens are at position `own`, or, if the band is not exact, one of them at 0."""
+    begin = torch.tensor([own, own if is_exact else 0])[:, None]
+    positions = begin + torch.arange(T)  # [B, T]
+    spans = torch.stack(((positions - before).clamp(min=0), positions + after), dim=-1).to(torch.int32)
+    held = (begin - own + torch.arange(own + T + after)).to(torch.int32)  # negative: no key
+    return AttentionMetadata((), None, spans, held, key_slots, torch.tensor((own, before, after, is_exact)))
+
+
+@pytest.mark.parametrize("E", [8, 10])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("tokens", [1, 7])
+@torch.no_grad()
+def test_a_chunk_attends_what_the_general_function_attends(monkeypatch, kernels, tokens, dtype, E):
+    monkeypatch.setattr(cuda, "QUERY_BLOCK", 3)
+    q, (keys, values) = randn(2, tokens, 6, E).to(dtype), slots(3, E, dtype)
+    anywhere = torch.stack([torch.randperm(40, generator=torch.Generator().manual_seed(row)) for row in (1, 2)])
+    cases = [(AttentionMetadata((), None), True)]
+    for own, before in ((0, UNBOUNDED), (9, UNBOUNDED), (9, 4), (4, 4), (9, 20)):
+        key_slots = anywhere[:, : own + tokens]
+        cases.append((metadata(own, tokens, before, is_exact=True), True))
+        cases.append((metadata(own, tokens, before, is_exact=True, key_slots=key_slots), True))
+        cases.append((metadata(own, tokens, before, is_exact=False, key_slots=key_slots), False))
+        cases.append((metadata(own, tokens, before, is_exact=False, after=2), False))
+    for at, is_band in cases:
+        kernels.clear()
+        found = cuda.attend_cache(q, keys, values, at, 0.3)
+        wanted = attention.attend_cache(q, keys, values, at, 0.3)
+        assert found.dtype == dtype and found.shape == wanted.shape
+        torch.testing.assert_close(found, wanted, rtol=0, atol=1e-5 if dtype == torch.float32 else 2e-3)
+        assert set(kernels) == {"flash" if is_band and dtype == torch.float16 else "efficient"}
+
+
+@pytest.mark.parametrize("lengths", [(13, 13), (13, 2)])
+@torch.no_grad()
+def test_a_prefill_in_chunks_is_that_of_the_general_function(kernels, lengths):
+    """A ring that is reused, prompts that go on, full-depth rows at both ends, and a row that ends before the other."""
+    module = random_model(tiny_gemma3_config(windows=(3, None, 3)), seed=4)
+    plan = PrunePlan((1, 2), full_depth_last=2, full_depth_first=1)
+    tokens, logits = torch.arange(26).view(2, 13), {}
+    for function in (cuda.attend_cache, attention.attend_cache):
+        stages = EAGER._replace(full_layer=partial(full_layer, attention=function))
+        cache = new_cache(module, 2, chunk=5)
+        calls = [tokens[:, :3], torch.tensor([3, 3])], [tokens, torch.tensor(lengths)]
+        logits[function] = [engine.prefill(module, t, cache, n, plan, 5, stages) for t, n in calls]
+    for found, wanted in zip(*logits.values(), strict=True):
+        assert_close(found, wanted)
+    assert set(kernels) == {"efficient"}
+
+
+def test_tokens_that_are_not_consecutive_have_no_band(kernels):
+    q, (keys, values) = randn(2, 3, 6, 8), slots(3, 8)
+    spans = torch.tensor([[[0, 0], [2, 9], [5, 30]], [[0, 4], [1, 1], [30, 31]]], dtype=torch.int32)
+    held = torch.arange(35, dtype=torch.int32).expand(2, -1)
+    found = cuda.attend_cache(q, keys, values, AttentionMetadata((), None, spans, held), 0.3)
+    wanted = layers.masked_attention(q, keys[:, :35], values[:, :35], attention.attended(held, spans), 0.3)
+    torch.testing.assert_close(found, wanted)
+
+
+def test_one_token_without_positions_of_keys_attends_slots(monkeypatch, kernels):
+    q, (keys, values) = randn(2, 1, 6, 8), slots(3, 8)
+    at = AttentionMetadata((), None, torch.tensor([[[0, 3]], [[50, 60]]], dtype=torch.int32))
+    wanted = attention.attend_slots(q, keys, values, at.spans, 0.3)
+    torch.testing.assert_close(cuda.attend_cache(q, keys, values, at, 0.3), wanted)
+    assert not kernels
+
+
+@pytest.mark.parametrize("E", [8, 10])
+@pytest.mark.parametrize("window", [None, 1, 3, 7, 9])
+@pytest.mark.parametrize("look_ahead", [False, True])
+def test_the_plain_pass_and_its_gradients(kernels, window, look_ahead, E):
+    T, last_attended = 7, torch.tensor([[2, 2, 2, 3, 4, 5, 6], [0, 1, 4, 4, 4, 6, 6]]) if look_ahead else None
+    for grown in (False, True):
+        wanted = [randn(2, T, heads, E, seed=heads).requires_grad_(grown) for heads in (6, 3, 3)]
+        found = [x.detach().clone().requires_grad_(grown) for x in wanted]
+        with torch.set_grad_enabled(grown):
+            results = [
+                function(*x, 0.3, window, last_attended)
+                for function, x in ((cuda.causal_attention, found), (layers.causal_attention, wanted))
+            ]
+        torch.testing.assert_close(*results)
+        if grown:
+            gradients = [torch.autograd.grad(results[i].square().sum(), x) for i, x in enumerate((found, wanted))]
+            torch.testing.assert_close(*gradients)
+    assert set(kernels) == {"efficient"}
+    kernels.clear()
+    half = cuda.causal_attention(*(x.detach().half() for x in wanted), 0.3, window, last_attended)
+    torch.testing.assert_close(half.float(), results[1].detach(), rtol=0, atol=2e-3)
+    assert set(kernels) == {"efficient" if look_ahead else "flash"}
+
+
+def test_a_vision_tower(kernels):
+    for dtype, name in ((torch.float32, "efficient"), (torch.float16, "flash")):
+        kernels.clear()
+        q, k, v = (randn(2, 5, 3, 12, seed=seed).transpose(1, 2).to(dtype) for seed in range(3))  # [N, H, P, E]
+        found = cuda.attention(q, k, v)
+        torch.testing.assert_close(found, F.scaled_dot_product_attention(q, k, v), rtol=0, atol=2e-3)
+        assert kernels == [name]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "E", "recent", "training", "expected"),
+    [
+        (torch.bfloat16, 128, True, False, True),
+        (torch.float16, 256, True, False, True),
+        (torch.float16, 256, True, True, False),
+        (torch.float16, 192, True, True, True),
+        (torch.float16, 288, True, False, False),
+        (torch.float16, 128, False, False, False),
+        (torch.float32, 128, True, False, False),
+    ],
+)
+def test_which_heads_flash_attention_takes(monkeypatch, dtype, E, recent, training, expected):
+    monkeypatch.setattr(cuda, "_is_recent", lambda q: recent)
+    with torch.set_grad_enabled(training):
+        assert cuda.has_flash(torch.empty(1, 1, 1, E, dtype=dtype)) is expected
+
+
+@pytest.mark.parametrize(
+    ("dtype", "recent", "expected"),
+    [
+        (torch.bfloat16, True, True),
+        (torch.bfloat16, False, False),
+        (torch.float16, False, True),
+        (torch.float32, False, True),
+        (torch.float64, True, False),
+    ],
+)
+def test_what_the_kernels_support(monkeypatch, dtype, recent, expected):
+    monkeypatch.undo()
+    monkeypatch.setattr(cuda, "HAS_KERNELS", True)
+    monkeypatch.setattr(cuda, "_is_recent", lambda q: recent)
+    q = types.SimpleNamespace(is_cuda=True, dtype=dtype)
+    assert cuda.is_supported(q) is expected
+    assert not cuda.is_supported(types.SimpleNamespace(is_cuda=False, dtype=dtype))
+    monkeypatch.setattr(cuda, "HAS_KERNELS", False)
+    assert not cuda.is_supported(q)
+
+
+def test_tensors_that_no_kernel_takes_go_the_general_way(monkeypatch, kernels):
+    monkeypatch.setattr(cuda, "is_supported", lambda q: False)
+    q, (keys, values) = randn(2, 5, 6, 8), slots(3, 8)
+    at = metadata(9, 5, 4, is_exact=False)
+    torch.testing.assert_close(
+        cuda.attend_cache(q, keys, values, at, 0.3), attention.attend_cache(q, keys, values, at, 0.3)
+    )
+    k, v = keys[:, :5], values[:, :5]
+    torch.testing.assert_close(cuda.causal_attention(q, k, v, 0.3, 2), layers.causal_attention(q, k, v, 0.3, 2))
+    torch.testing.assert_close(cuda.attention(q, q, q), F.scaled_dot_product_attention(q, q, q))
+    assert not kernels
+
+
+def test_torchs_own_operators_take_these_arguments_and_have_gradients(monkeypatch):
+    monkeypatch.setattr(cuda, "aten", torch.ops.aten)
+    assert all(cuda.has_arguments(*item) for item in cuda.ARGUMENTS.items())
+    assert not cuda.has_arguments("_flash_attention_forward", "query value key")
+    assert not cuda.has_arguments("_of_another_version", "query key value")
+    for dtype, name in ((torch.bfloat16, "Flash"), (torch.float32, "Efficient")):
+        q, k, v = (torch.empty(2, 7, heads, 16, dtype=dtype, device="meta", requires_grad=True) for heads in (6, 3, 3))
+        out = cuda.causal_attention(q, k, v, 0.3, 3)
+        assert out.shape == (2, 7, 96) and out.dtype == dtype
+        assert f"{name}AttentionBackward0" in gradient_formulas(out)
+        with torch.no_grad():
+            assert cuda.attend(q, k, v, 0.3, before=3).shape == q.shape
+
+
+def gradient_formulas(out):
+    names, nodes = set(), [out.grad_fn]
+    while nodes:
+        node = nodes.pop()
+        names.add(type(node).__name__)
+        nodes += [following for following, _ in node.next_functions if following is not None]
+    return names
