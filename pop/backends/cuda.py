@@ -60,20 +60,19 @@ def attend_cache(
 
 @torch.library.custom_op("pop::attend_spans", mutates_args=())
 def attend_spans(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, held: torch.Tensor, spans: torch.Tensor,
-    band: torch.Tensor | None, scale: float,
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, held: torch.Tensor, spans: torch.Tensor, band: torch.Tensor,
+    scale: float,
 ) -> torch.Tensor:  # fmt: skip
     """Like pop.engine.attention.attention_by_blocks. Without a mask, if the spans are a band of the keys.
 
     It is a custom operator because compiled code must not depend on the numbers in a band.
     """
-    (B, T, H, E), unknown = q.shape, (0, UNBOUNDED, UNBOUNDED, 0)
-    own, before, after, is_exact = unknown if band is None else band.tolist()
+    T, (own, before, after, is_exact) = q.shape[1], band.tolist()
     if is_exact:
         seen = slice(max(0, own - before), own + T)
         before = before if T > 1 else UNBOUNDED  # one token attends all of these
         return attend(q, k[:, seen], v[:, seen], scale, before=before).flatten(2)
-    out = q.new_empty(B, T, H, E)
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
     for begin in range(0, T, QUERY_BLOCK):
         end = min(begin + QUERY_BLOCK, T)
         seen = slice(max(0, own + begin - before), own + end + after)
