@@ -28,7 +28,10 @@ FEWER = {  # option -> what to give instead of what is printed
 }
 # Options that follow the printed ones and so replace them.
 SHORT = "--text a=TEXT --calibration OTHER --windows 2 --prompt-tokens 64 --continuation-tokens 8 --runs 1"
-ALSO = {"tools.evaluate": shlex.split(f"{SHORT} --lengths 800 --questions 1")}
+ALSO = {
+    "tools.evaluate": shlex.split(f"{SHORT} --lengths 800 --questions 1"),
+    "tools.gpu_report": shlex.split("prefill --device cpu --layers 4 --lengths 8"),
+}
 NARROW = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2, "num_key_value_heads": 1}
 NARROW_TOWER = {"hidden_size": 32, "intermediate_size": 48, "num_heads": 2, "out_hidden_size": 32}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from statistics import median
 
 import torch
@@ -131,7 +132,7 @@ def _rival_figures(record: Record, N: int, name: str, plans: dict[str, pop.Prune
     }
 
 
-def measure_cold(model: pop.Model, lengths: list[int], steps: int) -> dict[int, dict]:
+def measure_cold(model: pop.Model, lengths: Sequence[int], steps: int) -> dict[int, dict]:
     """Prefill and decode at lengths that this process has not met before, and then the same again.
 
     Whatever is compiled or chosen for a length makes the first time slow. As in `generate`, each cache has its
