@@ -1,6 +1,6 @@
 """What must hold on a GPU: the naive reference on the CPU in float32, at any chunk, row, step and image.
 
-    pytest -m cuda        the tests on a GPU; each is skipped where there is none
+    pytest -m cuda        the tests on a GPU, which are skipped without one
 
 Most tests also run on the CPU, so that they can fail on any machine. The models are tiny, and their sizes are multiples
 of 16, as fast kernels require.
@@ -25,6 +25,8 @@ from support.tiny import (
 from support.tiny_images import picture
 
 import pop
+from pop import engine
+from pop.engine.decode_step import Replay
 from pop.generation.sampling import Sampler, SamplingParams
 from pop.inputs.processors import Prepared
 from pop.models.config import ExpertsConfig
@@ -85,15 +87,15 @@ def assert_equal(found: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype
         assert (found - expected).norm() <= 4e-2 * expected.norm()
 
 
-def by_reference(naive, tokens: torch.Tensor, turns: list[int], plan, images=TEXT) -> torch.Tensor:
-    """tokens [T] -> logits [T, V]. Prompts of these lengths come first, one after the other, and then an answer."""
-    position, begin = torch.arange(len(tokens)), 0
-    full_depth = position >= sum(turns)
-    for length in turns:
-        last = (position >= begin + length - plan.full_depth_last) & (position < begin + length)
-        full_depth |= last | (position < plan.full_depth_first)
-        begin += length
-    return reference.forward(naive, tokens, full_depth, plan, images)[0]
+def by_reference(naive, plan: pop.PrunePlan, prompts, answer: torch.Tensor, *later, images=TEXT) -> torch.Tensor:
+    """Logits [T, V] of prompts, an answer at full depth, and prompts after it. Each of them is [N] ids."""
+    pruned, tokens = [], []
+    for part in (*prompts, answer, *later):
+        index = torch.arange(len(part))
+        first, last = plan.full_depth_first - sum(map(len, tokens)), len(part) - plan.full_depth_last
+        pruned.append((index >= first) & (index < last) & (part is not answer))
+        tokens.append(part)
+    return reference.forward(naive, torch.cat(tokens), ~torch.cat(pruned), plan, images)[0]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -109,10 +111,48 @@ def test_two_prompts_and_an_answer_are_the_references(family, plan, lengths, dty
     found = [model.prefill(tokens, cache, lengths=row, plan=plan) for tokens, row in zip(prompts, lengths, strict=True)]
     found = torch.stack(found + [model.decode(token, cache) for token in answer.T], dim=1)  # [B, 2 + 4, V]
     for row in range(B):
-        turns = [one[row] for one in lengths]
-        parts = [tokens[row, :length] for tokens, length in zip(prompts, turns, strict=True)]
-        logits = by_reference(naive, torch.cat((*parts, answer[row])), turns, plan)
-        assert_equal(found[row], logits[[turns[0] - 1, *range(sum(turns) - 1, len(logits))]], dtype)
+        first, second = (tokens[row, : one[row]] for tokens, one in zip(prompts, lengths, strict=True))
+        logits = by_reference(naive, plan, (first, second), answer[row])
+        assert_equal(found[row], logits[[len(first) - 1, *range(-5, 0)]], dtype)
+
+
+# Replayed steps
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("family", TEXT_FAMILIES)
+def test_replayed_steps_are_the_references(family, dtype, device):
+    """50 steps of three rows, of which one fills up; a rewind, rows that leave, and a prompt that reads the states.
+
+    On the CPU, a stand-in for a CUDA graph overwrites its outputs. All logits are compared in the end.
+    """
+    model, naive = make(family, dtype, device)
+    plan, lengths, answer = plan_of(model, "two taps"), (50, 9, 1), random_tokens(3, 50)
+    stages, cache, prompts = model._stages(3), model.new_cache(3, 66), random_tokens(3, 50)
+    stages = stages if device.type == "cuda" else stages._replace(replay=Replay)
+    model.prefill(prompts, cache, lengths=lengths, plan=plan)
+
+    def decode(tokens):
+        return engine.decode(model.module, tokens.to(device), cache, stages)
+
+    found = [decode(token) for token in answer.T[:20]]  # the first row is full after 16
+    snapshot = cache.snapshot()
+    for token in answer.T[:6]:
+        decode(token)
+    cache.restore(snapshot)
+    found += [decode(token) for token in answer.T[20:30]]
+    cache.keep_rows(torch.tensor([2, 1]))
+    found += [decode(token) for token in answer.T[30:, [2, 1]]]
+    turn = random_tokens(2, 6)
+    after = model.prefill(turn, cache, plan=plan)
+
+    for row, steps in enumerate((16, 50, 50)):
+        prompt = prompts[row, : lengths[row]]
+        logits = by_reference(naive, plan, (prompt,), answer[row, :steps], *([turn[2 - row]] if row else []))
+        rows = [found[step][row if step < 30 else 2 - row] for step in range(steps)]
+        assert_equal(torch.stack(rows), logits[lengths[row] : lengths[row] + steps], dtype)
+        if row:
+            assert_equal(after[2 - row], logits[-1], dtype)
 
 
 # Images
@@ -137,10 +177,8 @@ def test_images_are_the_references(family, plan, dtype, device):
     cache = model.new_cache(1, 48)
     found = [model.prefill(prompt[None], cache, images=[[image, image]], plan=plan)]
     found = torch.cat(found + [model.decode(token[None], cache) for token in answer])
-    n = len(prompt)
-    images = model.vision.images(naive, [[image, image]], prompt[None], torch.tensor([n]))
-    logits = by_reference(naive, torch.cat((prompt, answer)), [n], plan, images)
-    assert_equal(found, logits[n - 1 :], dtype)
+    images = model.vision.images(naive, [[image, image]], prompt[None], torch.tensor([len(prompt)]))
+    assert_equal(found, by_reference(naive, plan, (prompt,), answer, images=images)[-4:], dtype)
 
 
 # Sampling
@@ -222,5 +260,4 @@ def test_compiled_stages_are_the_references(family):
     cache = model.new_cache(1, 48)
     found = [model.prefill(prompt[None], cache, plan=plan)]
     found = torch.cat(found + [model.decode(token[None], cache) for token in answer])
-    logits = by_reference(naive, torch.cat((prompt, answer)), [23], plan)
-    assert_equal(found, logits[22:], torch.bfloat16)
+    assert_equal(found, by_reference(naive, plan, (prompt,), answer)[-13:], torch.bfloat16)
