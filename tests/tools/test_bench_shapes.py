@@ -63,14 +63,14 @@ def test_windows_in_bytes_by_hand(monkeypatch):
     assert shapes.decode_bytes(config, 9, torch.bfloat16) == read + (5 + 5 + 9) * of_layer
     assert shapes.decode_bytes(config, 4, torch.bfloat16) == read + 3 * 4 * of_layer
     monkeypatch.setattr(shapes, "CHUNK_SIZE", 70)
-    for tokens, chunk, masks, in_order, block in (
-        (4, 4, 0, 0, 0),
-        (30, 30, 30 * 30, 0, 30 * 30),  # the window's alone
-        (200, 70, 70 * (74 + 200), 74, 70 * 200),
+    for tokens, chunk, in_order, block in (
+        (4, 4, 0, 0),
+        (30, 30, 0, 30 * 30),  # the window's alone
+        (200, 70, 74, 70 * 200),
     ):
         cache = shapes.KVCache.size_in_bytes(config, 1, tokens, torch.bfloat16)
-        attention = ((chunk + in_order) * 2 * 20 + block) * 2
-        more = masks + max(attention, chunk * 3 * 44 * 2)
+        attention = (chunk + in_order) * 2 * 20 * 2 + block * (1 + 2)  # a mask in one and in two bytes
+        more = max(attention, chunk * 3 * 44 * 2)
         expected = read + cache + chunk * (3 * 30 + 2 * 60) * 2 + more
         assert shapes.prefill_memory(config, tokens, torch.bfloat16) == expected
 

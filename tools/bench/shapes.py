@@ -84,10 +84,10 @@ def prefill_memory(config, num_tokens: int, dtype: torch.dtype, widened: bool = 
     """Bytes at the peak of a full prefill of one prompt into a cache of its size.
 
     Counts weights, cache and activations. Activations are those of one chunk of C tokens in one layer. All layers
-    need h before and after attention's update, the normalised h, q, and the attended values. Masks are needed if the
-    chunk is not the first or is longer than a window, one for each window size. To this, add the larger of two parts.
-    In the MLP, that is gate, up and their product. In attention, it is k, v, the keys and values of a window in order,
-    and the mask of one block of queries in the model's dtype.
+    need h before and after attention's update, the normalised h, q, and the attended values. To this, add the larger of
+    two parts. In the MLP, that is gate, up and their product. In attention, it is k, v, the keys and values of a window
+    in order, and the mask of one block of queries, in bytes and in the model's dtype. A mask is needed if the chunk is
+    not the first or is longer than a window.
 
     Args:
         config: the model's config.
@@ -101,12 +101,11 @@ def prefill_memory(config, num_tokens: int, dtype: torch.dtype, widened: bool = 
     C, size = min(num_tokens, CHUNK_SIZE), dtype.itemsize
     later = num_tokens > C
     keys = {w: min(num_tokens, (w or num_tokens) - 1 + C) for w in set(config.windows)}  # that a chunk may attend
-    masks = C * sum(keys[w] for w in keys if later or (w or C) < C)
     mlp = C * 3 * I * size + (4 * (D * I + C * (D + I)) if widened else 0)
     in_order = max(keys[w] for w in keys if w) if later and any(keys) else 0
-    block = min(C, QUERY_BLOCK) * max(keys.values()) if masks else 0
-    attention = ((C + in_order) * 2 * K * E + block) * size
-    activations = C * (3 * D + 2 * H * E) * size + masks + max(mlp, attention)
+    masked = max((keys[w] for w in keys if later or (w or C) < C), default=0)  # keys of a block of queries
+    attention = (C + in_order) * 2 * K * E * size + min(C, QUERY_BLOCK) * masked * (1 + size)
+    activations = C * (3 * D + 2 * H * E) * size + max(mlp, attention)
     cache = KVCache.size_in_bytes(config, 1, num_tokens, dtype)
     return weight_bytes(config, dtype) + cache + activations
 
