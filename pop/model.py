@@ -70,7 +70,8 @@ class Model:
         size = sum(weight.numel() for weight in module.parameters()) if part is None else part.num_parameters
         compiles = compile is True or (compile == "auto" and size >= SMALLEST)
         accelerate(module)
-        self._compiled = Compiled(module, STAGES, required=compile is True, progress=progress) if compiles else None
+        options = {"required": compile is True, "progress": progress, "add_up": part and part.add_up}
+        self._compiled = Compiled(module, STAGES, **options) if compiles else None
         keep_freed_memory()
 
     @property

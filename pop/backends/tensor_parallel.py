@@ -29,6 +29,7 @@ from pop.backends.experts import Experts
 from pop.checkpoints.weights import VISION, Shard
 from pop.engine.cache import KVCache
 from pop.errors import InputError
+from pop.system.memory import to_device
 
 
 def launched() -> tuple[int, int]:
@@ -43,26 +44,43 @@ def join(device) -> tuple[int, int, torch.device | str | None]:
 
     They are the ranks of the process group if there is one, and otherwise those that torchrun has started. The latter
     get a group: NCCL's on GPUs, gloo's on CPUs. With several GPUs, a process takes the one with its local rank. Raises
-    InputError if there are too few GPUs, or if the ranks cannot reach each other.
+    InputError if there are too few GPUs, if the group does not serve the device, or if the ranks cannot reach each
+    other.
     """
     if not (dist.is_available() and (dist.is_initialized() or launched()[1] > 1)):
         return 0, 1, device
-    if device in (None, "cuda") and (device or torch.cuda.is_available()):
+    has_gpus = torch.cuda.is_available()
+    if device in (None, "cuda") and (device or has_gpus):
         number = int(os.environ.get("LOCAL_RANK", dist.get_rank() if dist.is_initialized() else 0))
         if number >= (count := torch.cuda.device_count()):
             raise InputError(f"process {number + 1} of a machine with {count} GPUs has none; give device='cpu'")
         device = torch.device("cuda", number)
+    on_gpu = has_gpus and str(device).startswith("cuda")  # an invalid device is refused later
+    backend = "nccl" if on_gpu else "gloo"
+    if on_gpu:
+        device = torch.device(device)
+        torch.cuda.set_device(device)
     if not dist.is_initialized():
-        backend = "nccl" if str(device).startswith("cuda") else "gloo"  # an invalid device is refused later
-        if backend == "nccl":
-            torch.cuda.set_device(device)
+        # Other ranks may read or compile more slowly.
+        options = {"timeout": timedelta(minutes=10), "device_id": device if on_gpu else None}
         try:
-            dist.init_process_group(backend, timeout=timedelta(minutes=10))  # others may read or compile more slowly
+            dist.init_process_group(backend, **options)
         except (RuntimeError, ValueError) as error:
             reason = str(error).split("\n")[0]
             raise InputError(f"the processes cannot form a group ({reason}); start them with torchrun") from None
-        atexit.register(_leave)
+        atexit.register(_at_exit)
+    config = dist.get_backend_config()  # such as "cpu:gloo,cuda:nccl"
+    found = dict(pair.split(":") for pair in config.split(",")).get("cuda" if on_gpu else "cpu")
+    if found is None or (on_gpu and found == "gloo"):
+        advice = f"make it with torch.distributed.init_process_group('{backend}')"
+        raise InputError(f"the process group has backends {config}, none of which serves {device or 'cpu'}; {advice}")
     return dist.get_rank(), dist.get_world_size(), device
+
+
+def _at_exit() -> None:
+    if hasattr(sys, "last_value"):  # Python has printed an exception that nothing caught
+        end(1)
+    _leave()
 
 
 def _leave() -> None:
@@ -76,12 +94,22 @@ def end(status: int = 0) -> NoReturn:
 
     In that shutdown, a thread of the group that waits for Python can abort a process that has succeeded. This was seen
     with gloo under load. Other functions that are registered with atexit do not run.
+
+    A process that has failed does not leave the group: NCCL would wait for the others, which may wait for this process
+    in a collective. Once it has ended, torchrun ends them.
     """
-    _leave()
+    if status == 0:
+        _leave()
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError):  # the reader may be gone
             stream.flush()
     os._exit(status)
+
+
+def add_up(numbers: torch.Tensor) -> torch.Tensor:
+    """Replace numbers by their sums over the ranks, and return them. All sums over ranks are made here."""
+    dist.all_reduce(numbers)
+    return numbers
 
 
 class Part:
@@ -161,13 +189,11 @@ class Part:
         mine = index[shard.axis] >= 0
         return parameter[tuple(along_axis[mine] for along_axis in index)], numbers[mine] // step
 
-    def add_up(self, numbers: torch.Tensor) -> None:
-        """Replace numbers by their sums over the ranks."""
-        dist.all_reduce(numbers)
+    add_up = staticmethod(add_up)
 
     def agree(self, seeds: list[int], device: torch.device) -> list[int]:
         """The first rank's seeds. With them all ranks sample the same tokens, since they have the same logits."""
-        numbers = torch.tensor(seeds, device=device)
+        (numbers,) = to_device([torch.tensor(seeds)], device)
         dist.broadcast(numbers, 0)
         return numbers.tolist()
 
@@ -185,8 +211,7 @@ class RowParallelLinear(Linear):
     """A linear layer with some columns of the matrix. The ranks' products are summed. Each rank has the whole bias."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        out = linear(x, self.weight)
-        dist.all_reduce(out)
+        out = add_up(linear(x, self.weight))
         return out if self.bias is None else out + self.bias
 
 
@@ -194,9 +219,7 @@ class ParallelExperts(Experts):
     """Experts with a share of their widths. The ranks' results are summed."""
 
     def forward(self, x: torch.Tensor, chosen: torch.Tensor, shares: torch.Tensor) -> torch.Tensor:
-        out = super().forward(x, chosen, shares)
-        dist.all_reduce(out)
-        return out
+        return add_up(super().forward(x, chosen, shares))
 
 
 class VocabularyParallelHead(Linear):
@@ -212,9 +235,7 @@ class VocabularyParallelEmbedding(Embedding):
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         rows = tokens - self.first
         here = (rows >= 0) & (rows < len(self.weight))
-        h = super().forward(rows.where(here, 0)) * here[..., None]  # [B, T, D]; zero for other ranks' tokens
-        dist.all_reduce(h)
-        return h
+        return add_up(super().forward(rows.where(here, 0)) * here[..., None])  # [B, T, D]; zero for others' tokens
 
     def unembed(self, x: torch.Tensor) -> torch.Tensor:
         return _gather_logits(super().unembed(x), self.vocab_size)

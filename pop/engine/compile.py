@@ -41,10 +41,11 @@ class Compiled:
     """The compiled stages of one model. `stages` returns them once they are warm for the call at hand.
 
     If compiling fails, `required` raises UnsupportedError. Otherwise a warning is logged, and the model runs eagerly.
+    If several processes share the model, `add_up` sums a tensor over them. Then all of them compile or none.
     """
 
-    def __init__(self, module, stages: Stages, *, required: bool, progress: bool):
-        self.module, self.required, self.progress = module, required, progress
+    def __init__(self, module, stages: Stages, *, required: bool, progress: bool, add_up=None):
+        self.module, self.required, self.progress, self.add_up = module, required, progress, add_up
         self._eager = stages
         self._compiled: Stages | None = compiled(stages)  # None once compiling has failed
         self._vision_block = _CompiledStage(vision_block)
@@ -79,6 +80,8 @@ class Compiled:
         if self.progress and not self._warm:
             print("... compiling prefill and decode, up to a minute the first time", file=sys.stderr, flush=True)
         try:
+            if self.add_up is not None and not self._warm:
+                self._check_compilers()
             with torch._dynamo.config.patch(specialize_float=True):  # otherwise each call makes tensors of floats
                 self._run(several, refit)
         except Exception as error:  # no compiler, no headers, no Triton ...: each has its own exception
@@ -87,6 +90,16 @@ class Compiled:
                 raise UnsupportedError(f"the model cannot be compiled here ({reason}); use compile='auto'") from error
             logger.warning("pop runs without torch.compile, which fails here: %s", reason)
             self._compiled = None
+
+    def _check_compilers(self) -> None:
+        """Compile a small function, and raise in all processes if one fails. In the warm-up, the others would wait."""
+        failures, reason = torch.zeros(2, device=next(self.module.parameters()).device), None
+        try:
+            torch.compile(lambda x: x + 1)(failures)
+        except Exception as error:
+            reason, failures = error, failures + 1
+        if self.add_up(failures).any():
+            raise reason or UnsupportedError("another process cannot compile")
 
     @torch.no_grad()
     def _run(self, several: bool, refit: PrunePlan | None) -> None:

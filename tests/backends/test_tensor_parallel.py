@@ -12,7 +12,9 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file
+from support.compiler import requires_compiler
 from support.meta_files import from_meta
 from support.meta_files import load as load_whole
 from support.parallel_worker import LENGTHS, PROMPT, THOROUGH, run
@@ -21,7 +23,7 @@ from support.tiny import hf_config, tiny_config, write_weights
 from support.tiny_chat import write_chat_checkpoint
 
 import pop
-from pop.backends.tensor_parallel import Part, bytes_per_device
+from pop.backends.tensor_parallel import Part, bytes_per_device, join
 from pop.checkpoints.config_json import read_config
 from pop.checkpoints.registry import lookup
 from pop.checkpoints.weights import VISION, load_weights
@@ -96,8 +98,9 @@ TABLE = re.findall(
 )
 
 
-def start(command: list) -> subprocess.Popen:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+def start(command: list, **variables) -> subprocess.Popen:
+    variables = {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path), **variables}
+    environment = os.environ | {name: str(value) for name, value in variables.items()}
     command = [str(word) for word in command]
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
@@ -106,7 +109,12 @@ def launch(count: int, *command) -> tuple[int, str]:
     """Run a program in `count` processes. Returns the exit status and what they write to stderr."""
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", count]
     process = start([*torchrun, *command])
-    said = process.communicate(timeout=200)[1]
+    try:
+        said = process.communicate(timeout=200)[1]
+    except subprocess.TimeoutExpired:
+        process.terminate()  # torchrun ends the others
+        process.communicate(timeout=60)
+        raise
     return process.returncode, said
 
 
@@ -144,6 +152,7 @@ def test_several_processes_compute_what_one_computes(name, ranks, folder):
         if name == "conversation":
             assert torch.equal(found["chat"], expected["chat"])
         assert torch.equal(found["tokens"], _of(name, ranks[0])["tokens"])  # the last row is sampled
+        assert found["agreed"] == (6 if name == "conversation" else 2)  # on seeds, once for each batch
 
 
 @pytest.mark.parametrize("name", ["gemma3 with images", "qwen3-vl"])
@@ -253,27 +262,127 @@ def test_what_needs_one_process_is_refused(words, said, folder, monkeypatch, cap
     assert said in capsys.readouterr().err
 
 
-DYING = """
+@pytest.fixture
+def alone(monkeypatch):
+    """What `join` asks of torch in the first of two processes that torchrun has started, on a machine with two GPUs.
+
+    The group that it gets has one process.
+    """
+    asked, init = {}, dist.init_process_group
+    environment = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "TORCHELASTIC_RUN_ID": "none"}
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    for name, value in {"is_available": lambda: True, "device_count": lambda: 2}.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: asked.update(device=device))
+    monkeypatch.setattr("atexit.register", lambda function: asked.update(at_exit=function))
+
+    def stand_in(backend, **options):
+        asked.update(options, backend=backend)
+        init("gloo", store=dist.HashStore(), rank=0, world_size=1)
+
+    monkeypatch.setattr(dist, "init_process_group", stand_in)
+    monkeypatch.setattr(dist, "get_backend_config", lambda: "cpu:gloo,cuda:nccl")
+    yield asked
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def test_a_group_is_made_for_the_device(alone):
+    gpu = torch.device("cuda", 0)
+    assert join(None) == (0, 1, gpu)
+    assert (alone["backend"], alone["device_id"], alone["device"]) == ("nccl", gpu, gpu)
+    alone.clear()
+    assert join("cuda:1") == (0, 1, torch.device("cuda:1"))  # the group is there already
+    assert alone == {"device": torch.device("cuda:1")}
+
+
+def test_on_cpus_a_group_is_gloos(alone):
+    assert join("cpu") == (0, 1, "cpu")
+    assert (alone["backend"], alone["device_id"]) == ("gloo", None)
+    assert "device" not in alone
+
+
+@pytest.mark.parametrize(
+    ("backends", "device", "needed"), [("cpu:gloo,cuda:gloo", None, "nccl"), ("cuda:nccl", "cpu", "gloo")]
+)
+def test_a_group_that_does_not_serve_the_device_is_refused(backends, device, needed, alone, monkeypatch):
+    join(device)
+    monkeypatch.setattr(dist, "get_backend_config", lambda: backends)
+    with pytest.raises(pop.InputError, match=rf"{backends}, .*init_process_group\('{needed}'\)"):
+        join(device)
+
+
+COMPILING = """
 import os, sys
-import pop
-from pop.generation.batch import Batch
-from pop.generation.sampling import SamplingParams
+if os.environ["RANK"] == "1":
+    os.environ["CXX"] = "/no/compiler"
+import pop, pop.model
+from pop.backends.tensor_parallel import end
+pop.model.SMALLEST = 0
 model = pop.load(sys.argv[1], parallel="auto")
-for count, _ in enumerate(Batch(model, [[1, 2, 3]], [[]], SamplingParams(max_new_tokens=400)).steps()):
-    if model.part.rank == 1 and count == 5:
-        os.kill(os.getpid(), 9)
+print(model.compiled, model.generate([1, 2, 3], max_new_tokens=4).tokens, model.compiled)
+try:
+    pop.load(sys.argv[1], parallel="auto", compile=True).warmup()
+except pop.UnsupportedError as error:
+    print(error)
+end()
 """
 
 
-def test_a_rank_that_dies_ends_the_others(folder, tmp_path):
-    """torchrun ends the other rank, which waits for the sums of the one that is killed during a generation."""
-    script = tmp_path / "dying.py"
-    script.write_text(DYING)
-    began = time.monotonic()
-    status, said = launch(2, script, folder / "llama")
+@requires_compiler
+def test_all_processes_compile_or_none(folder, tmp_path):
+    """The second one cannot. Both generate what one eager process does, and both refuse if compiling is required."""
+    script = tmp_path / "compiling.py"
+    script.write_text(COMPILING)
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    common = {"TORCHELASTIC_RUN_ID": "none", "WORLD_SIZE": 2, "MASTER_ADDR": "localhost", "MASTER_PORT": port}
+    common["TORCHINDUCTOR_CACHE_DIR"] = tmp_path / "cache"  # so that nothing is compiled already
+    started = [start([sys.executable, script, folder / "llama"], RANK=rank, **common) for rank in range(2)]
+    try:
+        outputs = [process.communicate(timeout=100) for process in started]
+    finally:
+        for process in started:
+            process.kill()
+    expected = f"True {pop.load(folder / 'llama').generate([1, 2, 3], max_new_tokens=4).tokens} False"
+    for (said, warned), reason in zip(outputs, ("another process cannot compile", "/no/compiler"), strict=True):
+        first, second = said.splitlines()
+        assert first == expected, warned
+        assert "cannot be compiled here" in second and reason in second
+        assert "runs without torch.compile" in warned
+
+
+FAILING = """
+import os, sys, time
+import torch.distributed as dist
+import pop
+from pop.backends.tensor_parallel import end
+from pop.generation.batch import Batch
+from pop.generation.sampling import SamplingParams
+dist.destroy_process_group = lambda: time.sleep(600)  # as with NCCL, while another process waits in a collective
+model = pop.load(sys.argv[1], parallel="auto")
+for count, _ in enumerate(Batch(model, [[1, 2, 3]], [[]], SamplingParams(max_new_tokens=400)).steps()):
+    if model.part.rank == 1 and count == 5:
+        print(f"failed at {time.time()}", file=sys.stderr, flush=True)
+        if sys.argv[2] == "killed":
+            os.kill(os.getpid(), 9)
+        if sys.argv[2] == "ended":
+            end(2)
+        raise RuntimeError("broken on purpose")
+"""
+
+
+@pytest.mark.parametrize(("how", "shown"), [("killed", "Signal 9"), ("ended", "exitcode"), ("raised", "on purpose")])
+def test_a_rank_that_fails_ends_the_others(how, shown, folder, tmp_path):
+    """Within seconds, although they wait for its sums during a generation."""
+    script = tmp_path / "failing.py"
+    script.write_text(FAILING)
+    status, said = launch(2, script, folder / "llama", how)
     assert status != 0
-    assert "Signal 9" in said
-    assert time.monotonic() - began < 60
+    assert shown in said
+    assert time.time() - float(re.search(r"failed at (\S+)", said)[1]) < 20
 
 
 @pytest.mark.parametrize("row", TABLE, ids=[" ".join(row[:2]) for row in TABLE])

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from safetensors.torch import save_file
 
 import pop
@@ -70,14 +71,18 @@ def main(folder: Path) -> None:
             yield piece, row, source
 
     checkpoint._steps = counted
+    agreed, broadcast = [], dist.broadcast
+    dist.broadcast = lambda *args: agreed.append(args) or broadcast(*args)
     found = {}
     cases = json.loads((folder / "cases.json").read_text())
     for name, case in cases.items():
         prune = pop.PrunePlan.load(folder / case["plan"]) if "plan" in case else "default"
         read.clear()
+        agreed.clear()
         model = pop.load(folder / case["checkpoint"], prune=prune, parallel="auto", compile=False)
         found |= {f"{name}/{what}": tensor.contiguous() for what, tensor in run(model).items()}
         found[f"{name}/read"] = torch.tensor([sum(read)])
+        found[f"{name}/agreed"] = torch.tensor([len(agreed)])
         if case.get("compile") and (model.part.size == 2 or THOROUGH):
             found[f"{name}/compiled"] = compiled(model)
         if case.get("calibrate"):
