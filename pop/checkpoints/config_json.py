@@ -53,31 +53,32 @@ def read_config(folder: str | Path) -> configs.Config:
     folder = Path(folder)
     refuse_pointers(folder)
     if (folder / "config.json").exists():
-        config = _read(folder / "config.json", _read_family, FORWARD_PASS)
+        config = read_fields(folder / "config.json", _read_family, FORWARD_PASS)
     elif (folder / "params.json").exists():
-        config = _read(folder / "params.json", read_params, None)
+        config = read_fields(folder / "params.json", read_params, None)
     else:
         missing = f"it holds neither config.json nor params.json{instead(os.listdir(folder))}"
         raise ConfigError(f"{folder} is not a checkpoint folder: {missing}")
     if config.dtype is None:
         config = dataclasses.replace(config, dtype=stored_dtype(folder))
-    generation = folder / "generation_config.json"
-    if generation.exists():
-        config = _read(generation, lambda f: dataclasses.replace(config, eos_ids=_read_ends(f, config.eos_ids)), ())
+    path = folder / "generation_config.json"
+    if path.exists():
+        config = read_fields(path, lambda f: dataclasses.replace(config, eos_ids=_read_ends(f, config.eos_ids)), ())
     return config
 
 
-def _read(path: Path, reader: Callable[[Fields], configs.Config], unsupported: Container[str] | None) -> configs.Config:
+def read_fields(path: Path, reader: Callable[[Fields], Any], unsupported: Container[str] | None, advice="") -> Any:
+    """Return what `reader` makes of the fields of a file. Errors name the file, and `advice` ends them."""
     values = read_json(path)
     try:
         fields = Fields(values)
-        config = reader(fields)
+        result = reader(fields)
         ignored = fields.finish(unsupported)
     except (ConfigError, RecursionError) as error:  # deeply nested values can be neither compared nor shown
-        raise ConfigError(f"{path}: {error}") from None
+        raise ConfigError(f"{path}: {error}{advice}") from None
     if ignored:
         logger.info("%s: ignored %s", path, ignored)
-    return config
+    return result
 
 
 def _read_family(fields: Fields) -> configs.Config:

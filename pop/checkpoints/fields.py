@@ -57,8 +57,8 @@ class Fields:
             raise ConfigError(f"{self.called(name)} must be {kind}, not {value!r:.80}")
         return value
 
-    def integer(self, name: str, default: Any = MISSING, least: int = 1) -> int:
-        most = MOST_MODULES if name in MODULES else MOST
+    def integer(self, name: str, default: Any = MISSING, least: int = 1, most: int | None = None) -> int:
+        most = most or (MOST_MODULES if name in MODULES else MOST)
         return self.take(name, f"an integer from {least} to {most}", lambda v: _fits(v, least, most), default)
 
     def integers(self, name: str, default: Any = MISSING) -> tuple[int, ...]:

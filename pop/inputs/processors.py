@@ -67,18 +67,19 @@ class Processor:
 
     def limited(self, kind: str, min_pixels: int | None, max_pixels: int | None) -> ImageConfig | None:
         """Return the preparation of a kind within other limits. None keeps a limit, unless the other contradicts it."""
+        limits = {"min_pixels": min_pixels, "max_pixels": max_pixels}
+        given = {name: check_count(name, limit) for name, limit in limits.items() if limit is not None}
         config = self.preparation.get(kind)
-        given = {"min_pixels": min_pixels, "max_pixels": max_pixels}
-        least, most = (None if n is None else check_count(name, n) for name, n in given.items())
-        if least is None and most is None:
+        if not given:
             return config
         if config is None or config.pixels is None:
             family = self.config.family
             raise InputError(f"the {family} family cannot choose its images' size; leave out min_pixels and max_pixels")
-        if least is not None and most is not None and least > most:
+        least = given.get("min_pixels", min(config.pixels[0], given.get("max_pixels", config.pixels[0])))
+        most = given.get("max_pixels", max(config.pixels[1], least))
+        if least > most:
             raise InputError(f"min_pixels is {least} and max_pixels is {most}; the first must not exceed the second")
-        least = min(config.pixels[0], most) if least is None else least
-        return replace(config, pixels=(least, max(config.pixels[1], least) if most is None else most))
+        return replace(config, pixels=(least, most))
 
     def shorten(self, media: Sequence[Prepared]) -> str:
         """Say what to do about a prompt that is too long, with these images and videos."""

@@ -113,6 +113,8 @@ REFUSED = [
     ("image-pixels", IMAGES, "min_pixels", 2**27),
     ("image-pixels", IMAGES, "max_pixels", 0),
     ("image-colours", IMAGES, "image_mean", [0.5, 0.5]),
+    ("image-colours", IMAGES, "image_mean", [0.5, 0.5, 0.5, "x"]),
+    ("image-colours", IMAGES, "image_mean", [0.5, 0.5, True]),
     ("image-colours", IMAGES, "image_std", [0.5, 0, 0.5]),
     ("image-colours", IMAGES, "rescale_factor", 0),
     ("video-size", VIDEOS, "cap_pixels_per_frame", True),

@@ -66,7 +66,7 @@ def test_a_wrong_file_or_limit_is_refused_before_the_weights_are_read(folder):
 
 
 def test_an_image_may_have_its_own_limits(model):
-    """In a list, and in a message. What it costs and shows is what a model with these limits gets."""
+    """In a list, and in a message. It is prepared as by a model with these limits."""
     big = random_bytes(320, 640, 3, seed=4)  # 10 x 20 tokens
     counts = [tokens_of(model, image) for image in (big, pop.Image(big), pop.Image(big, max_pixels=80_000))]
     assert counts == [200, 200, 6 * 12]
