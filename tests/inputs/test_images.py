@@ -216,7 +216,7 @@ def test_tensors_without_values_and_of_many_pixels_are_refused(monkeypatch):
     refused(torch.zeros(3, 8, 8, dtype=torch.uint8), "1 to 63 pixels")
 
 
-CONTENT = base64.b64encode(b"GIF89a").decode()
+CONTENT = data_url(saved(Image.new("RGB", (3, 3)), "PNG").getvalue()).partition(",")[2]
 
 
 @pytest.mark.parametrize(
