@@ -28,6 +28,7 @@ from pop.inputs.processors import Prepared, Processor, processor_of
 from pop.inputs.tokenizers import row_lengths, token_ids
 from pop.models.images import TextOnly
 from pop.pruning.plan import PrunePlan
+from pop.system.memory import to_device
 
 SCORED_AT_ONCE = 256  # continuation tokens whose logits [T, V] are in memory together
 
@@ -130,7 +131,6 @@ class Model:
         chunk_size = self.chunk_size if chunk_size is None else self._chunk_size(chunk_size)
         stages = self._stages(len(tokens), plan)
         images = self._images(self._vision_module, images, videos, tokens, lengths)
-        tokens = self._on_device(tokens)
         return engine.prefill(self.module, tokens, cache, lengths, plan, chunk_size, stages, images, boundary)
 
     def decode(self, tokens, cache: KVCache) -> torch.Tensor:
@@ -139,7 +139,7 @@ class Model:
         Ids on a GPU are not checked here, since reading them would wait for it. The embedding's own assertion refuses
         an id outside the vocabulary, as a CUDA error, which ends all work of the process on the GPU.
         """
-        tokens = self._on_device(token_ids(tokens, 1, self.config.vocab_size, wait=False))
+        tokens = token_ids(tokens, 1, self.config.vocab_size, wait=False).to(self.device, non_blocking=True)
         self._check_cache(cache, torch.ones(tokens.shape[0], dtype=torch.int64))
         return engine.decode(self.module, tokens, cache, self._stages(len(tokens)))
 
@@ -152,7 +152,7 @@ class Model:
         tokens = token_ids(tokens, 2, self.config.vocab_size)
         self.check_fits(tokens.shape[1])
         images = self._images(self.module, images, videos, tokens, row_lengths(None, tokens))
-        return self.module(self._on_device(tokens), images)
+        return self.module(*to_device([tokens], self.device), images)
 
     def warmup(self, batch_size: int = 1, plans: Sequence[PrunePlan] = ()) -> None:
         """Compile what prefill and decode need, unless the model runs eagerly.
@@ -265,7 +265,7 @@ class Model:
         self.check_fits(length, "context plus continuation", media)
         cache = self.new_cache(1, length)
         logits = self.prefill([context], cache, images=[media], plan=plan)  # [1, V]
-        targets = self._on_device(torch.tensor(targets))
+        (targets,) = to_device([torch.tensor(targets)], self.device)
         losses = [F.cross_entropy(logits, targets[:1], reduction="none")]
         for begin in range(0, len(targets) - 1, SCORED_AT_ONCE):
             part = targets[begin : begin + SCORED_AT_ONCE + 1]  # each token predicts the next one
@@ -343,10 +343,6 @@ class Model:
 
     def _chunk_size(self, chunk_size) -> int:
         return max(check_count("chunk_size", chunk_size), self.vision.min_chunk_size)
-
-    def _on_device(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Copy token ids to the model's device without waiting for it."""
-        return tokens.to(self.device, non_blocking=True)
 
     @property
     def _vision_module(self):

@@ -95,6 +95,7 @@ class GemmaProcessor(Processor):
             return TEXT
         weight = next(module.parameters())
         pixels = torch.cat([one.pixels for media in rows for one in media])  # [N, 3, S, S]
-        features = torch.cat([module.image_features(part.to(weight)) for part in pixels.split(IMAGES_AT_ONCE)])
+        parts = (part.to(weight, non_blocking=True) for part in pixels.split(IMAGES_AT_ONCE))
+        features = torch.cat([*map(module.image_features, parts)])
         look_ahead = (M - 1 - feature_index % M).where(is_image, 0)
         return Images(features.flatten(0, 1), feature_index.where(is_image, -1), look_ahead)  # features [N * M, D]

@@ -80,7 +80,7 @@ class Images(TextOnly):
 
     def _at_image_tokens(self, h: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
         """h [B, T, D], with features [M, D] in place of the tokens that stand for images."""
-        index = self.feature_index.to(h.device)
+        index = self.feature_index.to(h.device, non_blocking=True)
         return torch.where((index >= 0)[..., None], features[index.clamp(min=0)], h)
 
     def last_attended(self, positions):

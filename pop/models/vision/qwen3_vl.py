@@ -141,7 +141,7 @@ class VisionTower(nn.Module):
             of_size = [place for place, other in enumerate(sizes) if other == size]
             count = max(1, PATCHES_AT_ONCE // (size[0] * size[1]))
             for places in (of_size[begin : begin + count] for begin in range(0, len(of_size), count)):
-                batch = torch.stack([pairs[place] for place in places]).to(self.pos_embed.weight)
+                batch = torch.stack([pairs[place] for place in places]).to(self.pos_embed.weight, non_blocking=True)
                 for place, of_pair in zip(places, self.frame_pairs(batch, *size).unbind(1), strict=True):
                     features[place] = of_pair  # [1 + DeepStack's layers, M, D]
         features, *deepstack = torch.cat(features, dim=1)
