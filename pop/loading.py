@@ -33,6 +33,7 @@ def load(
     parallel: str | None = None,
     quantize: str | None = None,
     tokenizer="auto",
+    chat_format=None,
 ) -> Model:
     """Load a model by its registry name, or from a directory in the Hugging Face or in Meta's layout.
 
@@ -54,6 +55,9 @@ def load(
         tokenizer: "auto" reads the checkpoint's, if there is one. None loads the model without: prompts are token ids
             then. Otherwise the path of a tokenizer, or an object with encode(text) -> ids, without BOS, and
             decode(ids) -> text.
+        chat_format: None finds the format that the checkpoint's chat_template spells, or refuses to chat. Otherwise
+            the name of a format in pop/inputs/chat_formats.py, "template" for the checkpoint's own template, rendered
+            by jinja2, or a subclass of pop.ChatFormat.
 
     Raises a PopError of pop/errors.py, if possible before it reads the weights.
     """
@@ -80,8 +84,8 @@ def load(
     load_weights(folder, module, dtype=dtype, device=device, progress=progress, shards=shards)
     if quantize is not None:
         quantize_module(module)
-    options = {"plan": plan, "max_seq_len": max_seq_len, "compile": compile, "progress": progress}
-    return Model(module.eval(), config, tokenizer, vision=vision, part=part, **options)
+    options = {"plan": plan, "max_seq_len": max_seq_len, "compile": compile, "progress": progress, "vision": vision}
+    return Model(module.eval(), config, tokenizer, part=part, chat_format=chat_format, **options)
 
 
 def _tokenizer(given, folder: Path) -> Tokenizer | None:

@@ -23,7 +23,8 @@ from pop.generation.batch import Batch, as_prompts
 from pop.generation.conversation import Conversation
 from pop.generation.prefix import Prefix
 from pop.generation.sampling import SamplingParams
-from pop.inputs.chat import ChatFormat, chat_format
+from pop.inputs.chat import ChatFormat
+from pop.inputs.chat_templates import chat_format
 from pop.inputs.processors import Prepared, Processor, processor_of
 from pop.inputs.tokenizers import row_lengths, token_ids
 from pop.models.images import TextOnly
@@ -47,6 +48,7 @@ class Model:
         chunk_size: How many tokens of a prompt prefill runs at once.
         vision: The processor of images and videos (pop/inputs/processors.py). None takes the family's.
         part: A pop.backends.tensor_parallel.Part if the module is one process's part of the model.
+        chat_format: As in `load`.
     """
 
     def __init__(
@@ -62,9 +64,13 @@ class Model:
         progress: bool = False,
         vision: Processor | None = None,
         part=None,
+        chat_format=None,
     ):
         self.module, self.config, self.tokenizer, self.part = module, config, tokenizer, part
         self.vision = processor_of(config) if vision is None else vision
+        self._chat_format = chat_format
+        if chat_format is not None and tokenizer is not None:
+            self.chat_format()  # raises if it cannot be
         self.plan, self.max_seq_len = check_options(config, self.dtype, plan, max_seq_len, compile)
         self.resolve(self.plan)  # raises if it does not fit the weights
         self.chunk_size = self._chunk_size(chunk_size)
@@ -214,28 +220,37 @@ class Model:
         prompts = [self.encode(prompt, media=row) for prompt, row in zip(prompts, media, strict=True)]
         return Batch(self, prompts, media, params, plan=plan, is_list=is_list)
 
-    def chat(self, messages, **options) -> Generation:
-        """Answer a conversation in the family's chat format. No text of a message can become a control token.
+    def chat(self, messages, *, tools=None, enable_thinking: bool = True, **options) -> Generation:
+        """Answer a conversation in the checkpoint's chat format. No text of a message can become a control token.
 
         Args:
             messages: [{"role": "system" | "user" | "assistant", "content": text}, ...]. A user's content may also be a
                 list of {"type": "text", "text": ...}, {"type": "image", "image": ...}, {"type": "video", "video": ...}.
-                An image may have "min_pixels" and "max_pixels".
+                With tools: also {"role": "assistant", "content": text, "tool_calls": [...]} and {"role": "tool", ...}.
+            tools: The functions that the model may call, as a list of JSON schemas. See `parse_tool_calls`.
+            enable_thinking: False asks a model that may think to answer at once.
             options: Those of `generate`, except images and videos.
         """
         if options.keys() & {"images", "videos"}:
             raise InputError("chat takes images and videos in its messages, as {'type': 'image', 'image': ...}")
-        tokens, media = self.chat_format().prompt(messages)
+        tokens, media = self.chat_format().prompt(messages, tools=tools, enable_thinking=enable_thinking)
         return self.generate(tokens, images=media, **options)
 
-    def chat_tokens(self, messages) -> list[int]:
-        """The token ids of a conversation in the family's chat format, up to where the answer begins."""
-        return self.chat_format().encode(messages)
+    def chat_tokens(self, messages, *, tools=None, enable_thinking: bool = True) -> list[int]:
+        """The token ids of a conversation, up to where the answer begins. Arguments as in `chat`."""
+        return self.chat_format().encode(messages, tools=tools, enable_thinking=enable_thinking)
+
+    def parse_tool_calls(self, text: str) -> list[dict]:
+        """The tool calls in an answer, as a message takes them: {"role": "assistant", "tool_calls": [...]}."""
+        return self.chat_format().parse_tool_calls(text)
 
     def chat_format(self) -> ChatFormat:
-        """The family's chat format, with the images and videos that this model takes."""
+        """The checkpoint's chat format, with the images and videos that this model takes.
+
+        Raises UnsupportedError if it has none (a base model), or another one than pop's. `load(chat_format=)` helps.
+        """
         self.need_tokenizer("chat")
-        return chat_format(self.tokenizer, self.vision)
+        return chat_format(self.tokenizer, self.vision, self._chat_format)
 
     def start_chat(self, system: str | None = None, *, plan: PrunePlan | None = None) -> Conversation:
         """A conversation with this system message. Its turns prefill only what is new. `plan` is as in `generate`."""

@@ -116,7 +116,7 @@ def test_no_hugging_face_library():
 #     FAMILIES   models/__init__.py            from the config's family to the class
 #     READERS    checkpoints/config_json.py    from the model_type in config.json to the config
 #     MODELS     checkpoints/registry.py       names and sources, to be found and fetched by name
-#     FORMATS    inputs/chat.py                a chat format, if it is a new one
+#     FORMATS    inputs/chat_formats.py        a chat format, if it is a new one
 
 
 @dataclass(frozen=True)

@@ -35,17 +35,18 @@ real_load = functools.cache(functools.partial(pop.load, compile=False))  # compi
 
 @functools.cache
 def qwen3_vl() -> pop.Model:
-    """Stands for any Qwen3-VL: random weights, a real tokenizer."""
+    """Stands for any Qwen3 and Qwen3-VL: random weights, a real tokenizer."""
     ids = {"image_id": 912, "video_id": 913, "start_id": 909, "end_id": 910}  # the tokenizer's
     vision = dataclasses.replace(tiny_qwen3_vl_config().vision, patch_size=16)
     config = tiny_qwen3_vl_config(vocab_size=926, max_positions=4096, vision=vision, **ids)
     tokenizer = pop.load_tokenizer(ROOT / "tests/goldens/tokenizers/qwen3")
+    tokenizer.chat_format = "qwen3-instruct"
     return pop.Model(random_model(config), config, tokenizer, plan=0.5, compile=False)
 
 
 def load(name, **options) -> pop.Model:
     """pop.load, uncompiled: each model is loaded once, and small models stand for those whose weights are not here."""
-    if str(name).startswith("qwen3-vl"):
+    if str(name).startswith("qwen3"):
         inspect.signature(pop.load).bind(name, **options)
         return copy.copy(qwen3_vl())
     return copy.copy(real_load(name, **options))  # a block may set its plan

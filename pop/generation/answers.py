@@ -5,8 +5,8 @@ import math
 from collections.abc import Sequence
 from contextlib import suppress
 
-from pop.errors import UnsupportedError
-from pop.inputs.chat import chat_format
+from pop.errors import PopError
+from pop.inputs.chat_formats import split_thoughts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,6 +24,16 @@ class Generation:
     def tokens_per_s(self) -> float:
         """Decode speed after the first token; nan for an answer of fewer than two tokens."""
         return (len(self.tokens) - 1) / self.decode_s if len(self.tokens) > 1 else math.nan
+
+    @property
+    def thoughts(self) -> str:
+        """What the model wrote before </think>; "" without thoughts."""
+        return split_thoughts(self.text or "")[0]
+
+    @property
+    def answer(self) -> str | None:
+        """The text after the thoughts."""
+        return self.text and split_thoughts(self.text)[1]
 
 
 class Answer:
@@ -68,6 +78,6 @@ def end_ids(model) -> frozenset[int]:
     """The tokens that end an answer: the checkpoint's, and those that end a turn in its chat format."""
     ids = set(model.config.eos_ids)
     if model.tokenizer is not None:
-        with suppress(UnsupportedError):  # the tokenizer lacks a chat format
-            ids.update(chat_format(model.tokenizer).end_ids)
+        with suppress(PopError):  # the checkpoint lacks a chat format
+            ids.update(model.chat_format().end_ids)
     return frozenset(ids)

@@ -112,7 +112,9 @@ def from_tiktoken_file(data: bytes) -> BytePairTokenizer:
     special = {f"<|{name}|>": len(ranks) + n for n, name in enumerate(names)}
     bytes_of = {rank: token for token, rank in ranks.items()}
     options = {"special_tokens": special, "added": {}, "bytes_of": bytes_of, "bos_id": len(ranks)}
-    return BytePairTokenizer(ranks, range(len(ranks)), _LLAMA3_PATTERN, **options)
+    tokenizer = BytePairTokenizer(ranks, range(len(ranks)), _LLAMA3_PATTERN, **options)
+    tokenizer.chat_format = "llama-3.1"  # Meta's files have no template, and do not tell instruct from base models
+    return tokenizer
 
 
 # All that a tokenizer.json may set. Other settings must be off. Truncation and padding do not change a text's ids.

@@ -1,97 +1,191 @@
 """Chat formats: conversations to token ids, as each family of instruct models was trained on them.
 
 Each format is written by hand. Control tokens come from its own strings only. The text of a message is encoded as
-text, so nothing that a user writes can become a control token.
-To add a family, write a subclass of ChatFormat and list it in FORMATS.
+text, so nothing that a user writes can become a control token. chat_templates.py finds the format that a checkpoint's
+chat_template spells, and can render a template of another format.
+To add a family, write a subclass of ChatFormat and list it in FORMATS of chat_formats.py.
 """
 
+import json
 import re
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 from pop.errors import InputError, UnsupportedError
 from pop.inputs.images import Image
 from pop.inputs.processors import Prepared, Processor
-from pop.inputs.tokenizers import Piece, Tokenizer
+from pop.inputs.tokenizers import Tokenizer
 
-Turn = tuple[str, list[str | Prepared]]  # a message's role, and its texts, images and videos
+# What messages may have besides a role and their content. Templates ignore a result's name and id.
+_RESULT = {"name", "tool_call_id"}
+KEYS = {"assistant": {"tool_calls", "reasoning_content"}, "tool": _RESULT, "ipython": _RESULT}
+
+
+class Control(str):
+    """The name of a control token, from a format's own strings."""
+
+
+class Turn(NamedTuple):
+    """A message: who speaks, and the texts, images and videos in order."""
+
+    role: str
+    parts: list[str | Prepared]
+    calls: Sequence[tuple[str, dict]] = ()  # the names and arguments of tools that the model calls
+    thoughts: str | None = None  # what the model thought before it answered, if the caller keeps this apart
+
+    @property
+    def text(self) -> str:
+        return "".join(part for part in self.parts if isinstance(part, str))
 
 
 class ChatFormat:
     """One family's format. Without a `vision` processor, it takes text only.
 
-    Each format has `arrange`, which returns the turns that are written: with default messages, and without whitespace
-    that the format drops.
+    A subclass is a format in Python: it has at least `family`, `ends`, `before` and `after`. In these strings <...> is
+    a control token. `arrange` returns the turns that are written: with default messages, and without whitespace that
+    the format drops.
     """
 
     family: str
     ends: tuple[str, ...]  # the tokens that may end the model's turn
-    # What the format writes at the beginning and around each message. In these strings <...> is a control token.
+    # What the format writes at the beginning and around each message.
     bos = ""
-    before: str  # with {} for the role; its first control token identifies the family
+    before: str  # with {} for the role
     after: str
     assistant = "assistant"  # the name of the model's role
     opening = ""  # the text in the prompt that opens the model's turn
+    without_thoughts: str | None = ""  # if the model is not to think; None: it always thinks
+    tools = False  # whether `arrange` takes tools, turns with calls, and turns with the role tool
 
     def __init__(self, tokenizer: Tokenizer, vision: Processor | None = None):
-        self.tokenizer, self.vision = tokenizer, vision
-        self.end_ids = tuple(tokenizer.special_tokens[name] for name in self.ends if name in tokenizer.special_tokens)
+        names = re.findall("<.*?>", self.bos + self.before + self.after)
+        self.tokenizer, self.vision = tokenizer and tokenizer.reserving([*names, *self.ends]), vision
 
-    def encode(self, messages: list[dict], add_generation_prompt: bool = True) -> list[int]:
-        """Return the token ids of a conversation. Arguments as for `prompt`."""
-        return self.prompt(messages, add_generation_prompt)[0]
+    def arrange(self, turns: list[Turn], tools: list[dict]) -> list[Turn]:
+        return turns
 
-    def prompt(self, messages: list[dict], add_generation_prompt: bool = True) -> tuple[list[int], list[Prepared]]:
-        """Return the token ids of a conversation, with BOS if the family has one, and its images and videos in order.
+    def parse_tool_calls(self, text: str) -> list[dict]:
+        """Return the calls in an answer, as a message has them under "tool_calls"."""
+        raise UnsupportedError(f"the {self.family} chat format has no tools")
 
-        Args:
-            messages: As in `pop.Model.chat`. Only the first may be a system message.
-            add_generation_prompt: Open the model's turn at the end.
-        """
-        pieces, media = self._control(self.bos), []
-        for role, parts in self.arrange(self._turns(messages)):
-            pieces += self._control(self.before.format(self.assistant if role == "assistant" else role))
-            for part in parts:
-                pieces += [part] if isinstance(part, str) else part.pieces
-            media += [part for part in parts if isinstance(part, Prepared)]
-            pieces += self._control(self.after)
-        if add_generation_prompt:
-            pieces += [*self._control(self.before.format(self.assistant)), self.opening]
-        return self.tokenizer.encode_pieces(pieces, bos=False), media
+    @property
+    def end_ids(self) -> tuple[int, ...]:
+        ids = self.tokenizer.special_tokens
+        return tuple(ids[name] for name in self.ends if name in ids)
+
+    def encode(self, messages: list[dict], add_generation_prompt: bool = True, **options) -> list[int]:
+        """Return the token ids of a conversation. Arguments as for `spell`."""
+        return self.prompt(messages, add_generation_prompt, **options)[0]
+
+    def prompt(self, messages, add_generation_prompt: bool = True, **options) -> tuple[list[int], list[Prepared]]:
+        """Return a conversation's token ids and its images and videos in order. Arguments as for `spell`."""
+        return self._encode(self.spell(messages, add_generation_prompt, **options))
 
     def next_prompt(self, content) -> tuple[list[int], list[Prepared]]:
         """Return what `prompt` adds after an answer: the turn's end, the user's message, and the next turn's opening.
 
         A control token follows an answer, so no text is encoded across this boundary, and these ids can be appended.
         """
-        asked = [{"role": "user", "content": "x"}]
-        answered = [*asked, {"role": "assistant", "content": self.opening}, {"role": "user", "content": content}]
-        tokens, media = self.prompt(answered)
-        return tokens[len(self.encode(asked)) :], media
+        turns = self.arrange(self._turns([{"role": "user", "content": content}]), [])
+        return self._encode([*split_control(self.after), *self._write(turns[-1]), *self._open(True)])
 
-    def _control(self, text: str) -> list[Piece]:
-        """Replace the names of control tokens in one of the format's strings by their ids."""
-        pieces, ids = re.split("(<.*?>)", text), self.tokenizer.special_tokens
-        if lacking := set(pieces[1::2]) - ids.keys():
-            raise UnsupportedError(f"the tokenizer lacks the token {min(lacking)} of the {self.family} chat format.")
-        return [[ids[piece]] if n % 2 else piece for n, piece in enumerate(pieces)]
+    def spell(
+        self,
+        messages: list[dict],
+        add_generation_prompt: bool = True,
+        tools: list[dict] | None = None,
+        enable_thinking: bool = True,
+    ) -> list[str | Prepared]:
+        """Return a conversation in pieces: control tokens, texts, images and videos.
+
+        Args:
+            messages: As in `pop.Model.chat`. Only the first may be a system message.
+            add_generation_prompt: Open the model's turn at the end.
+            tools: The JSON schemas of functions that the model may call.
+            enable_thinking: False opens the model's turn after an empty thought, if the model can do without.
+        """
+        turns, tools = self._turns(messages), self._tools(tools)
+        pieces = split_control(self.bos)
+        for turn in self.arrange(turns, tools):
+            pieces += self._write(turn)
+        return pieces + (self._open(enable_thinking) if add_generation_prompt else [])
+
+    def _write(self, turn: Turn) -> list[str | Prepared]:
+        role = self.assistant if turn.role == "assistant" else turn.role
+        return [*split_control(self.before.format(role)), *turn.parts, *split_control(self.after)]
+
+    def _open(self, enable_thinking: bool) -> list[str]:
+        opening = self.opening if enable_thinking else self.without_thoughts
+        if opening is None:
+            raise UnsupportedError(f"{self.family} always thinks; leave out enable_thinking=False")
+        return [*split_control(self.before.format(self.assistant)), opening]
+
+    def _encode(self, pieces: list) -> tuple[list[int], list[Prepared]]:
+        ids, media, encoded = self.tokenizer.special_tokens, [], []
+        for piece in pieces:
+            if isinstance(piece, Prepared):
+                media.append(piece)
+                encoded += piece.pieces
+            elif isinstance(piece, Control):
+                if piece not in ids:
+                    raise UnsupportedError(f"the tokenizer lacks the token {piece} of the {self.family} chat format.")
+                encoded.append([ids[piece]])
+            else:
+                encoded.append(piece)
+        return self.tokenizer.encode_pieces(encoded, bos=False), media
+
+    def _tools(self, tools: list[dict] | None) -> list[dict]:
+        if not tools:
+            return []
+        if not self.tools:
+            own = "pass chat_format='template' to pop.load for the checkpoint's own template"
+            raise UnsupportedError(f"the {self.family} chat format of this checkpoint has no tools; {own}")
+        if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+            raise InputError(f"tools must be a list of dicts, the JSON schemas of functions, got {tools!r:.80}")
+        to_json(tools)  # raises
+        return tools
 
     def _turns(self, messages: list[dict]) -> list[Turn]:
-        """Check all messages and return their roles and parts."""
+        """Check all messages and return their turns."""
         if not isinstance(messages, list) or not messages:
             raise InputError("messages must be a list with at least one {'role': ..., 'content': ...}.")
-        turns = []
+        turns, results = [], ("tool", "ipython") if self.tools else ()
         for n, message in enumerate(messages):
-            if not isinstance(message, dict) or message.keys() != {"role", "content"}:
+            role = message.get("role") if isinstance(message, dict) else None
+            known = {"role", "content"} | (KEYS.get(role, set()) if isinstance(role, str) else set())
+            needed = {"role"} if role == "assistant" and message.get("tool_calls") else {"role", "content"}
+            if not isinstance(message, dict) or not needed <= message.keys() <= known:
                 raise InputError(f"message {n} must be a dict of 'role' and 'content', got {message!r:.80}.")
-            role, parts = message["role"], self._parts(message["content"], f"message {n}")
-            if role not in ("user", "assistant") and (role != "system" or n):
+            calls = self._calls(message.get("tool_calls"), f"message {n}")
+            content, thoughts = message.get("content"), message.get("reasoning_content")
+            parts = self._parts("" if calls and content is None else content, f"message {n}")
+            if role not in ("user", "assistant", *results) and (role != "system" or n):
                 raise InputError(f"message {n} has the role {role!r}; use user, assistant or, for the first, system.")
             if role != "user" and any(isinstance(part, Prepared) for part in parts):
                 raise InputError(f"message {n} has an image or video; only messages with the role user may have one.")
             if role == "user" and not any(isinstance(part, Prepared) or part.strip() for part in parts):
                 raise InputError(f"message {n} has the role user, but it is empty.")
-            turns.append((role, parts))
+            if not isinstance(thoughts, str | None):
+                raise InputError(f"message {n}: reasoning_content must be text, got {thoughts!r:.80}.")
+            turns.append(Turn("tool" if role in results else role, parts, calls, thoughts))
         return turns
+
+    def _calls(self, calls: list[dict] | None, where: str) -> list[tuple[str, dict]]:
+        """Return the names and arguments of a message's tool calls."""
+        if not calls:
+            return []
+        if not self.tools:
+            raise UnsupportedError(f"{where} calls tools, but the {self.family} format of this checkpoint has none")
+        try:
+            calls = [call.get("function", call) for call in calls]
+            calls = [(call["name"], call["arguments"]) for call in calls]
+            calls = [(name, json.loads(given) if isinstance(given, str) else given) for name, given in calls]
+        except (KeyError, TypeError, ValueError, AttributeError):
+            calls = [(None, None)]
+        if not all(isinstance(name, str) and isinstance(given, dict) for name, given in calls):
+            like = "{'type': 'function', 'function': {'name': 'f', 'arguments': {'x': 1}}}"
+            raise InputError(f"{where}: tool_calls must be a list of dicts like {like}")
+        return calls
 
     def _parts(self, content: str | list[dict[str, Any]], where: str) -> list[str | Prepared]:
         """Return a message's images and videos, prepared, and the texts between them."""
@@ -119,78 +213,13 @@ class ChatFormat:
         return parts
 
 
-class Llama3(ChatFormat):
-    """Llama-3 and 3.1. In 3.1 there is always a system message, which begins with two dates."""
-
-    family = "Llama-3"
-    ends = ("<|eot_id|>", "<|end_of_text|>", "<|eom_id|>")
-    bos = "<|begin_of_text|>"
-    before = "<|start_header_id|>{}<|end_header_id|>\n\n"
-    after = "<|eot_id|>"
-    dates = "Cutting Knowledge Date: December 2023\nToday Date: 26 Jul 2024\n\n"
-
-    def arrange(self, turns):
-        turns = [(role, ["".join(parts).strip()]) for role, parts in turns]
-        template = self.tokenizer.chat_template  # None with Meta's own files, which are those of 3.1
-        if template is None or "Cutting Knowledge Date" in template:
-            system = turns.pop(0)[1] if turns[0][0] == "system" else []
-            turns.insert(0, ("system", [self.dates, *system]))
-        return turns
+def split_control(text: str) -> list[str]:
+    """Split one of a format's strings into control tokens and texts."""
+    return [Control(piece) if n % 2 else piece for n, piece in enumerate(re.split("(<.*?>)", text))]
 
 
-class ChatML(ChatFormat):
-    """SmolLM2, Qwen3 and others.
-
-    SmolLM2 adds a default system message to a conversation without one.
-    Some models always think first. Their template opens the model's turn with <think>. The thoughts, up to </think>,
-    are part of the answer and stay in the conversation. To Qwen's tokenizer, these tags are ordinary tokens.
-    """
-
-    family = "ChatML"
-    ends = ("<|im_end|>", "<|endoftext|>")
-    before = "<|im_start|>{}\n"
-    after = "<|im_end|>\n"
-    smollm2_system = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
-    thinks = re.compile(r"""assistant(\\n|\n)<think>(\\n|\n)['"]""")  # the end of a string literal in the template
-
-    @property
-    def opening(self) -> str:
-        return "<think>\n" if self.thinks.search(self.tokenizer.chat_template or "") else ""
-
-    def arrange(self, turns):
-        if turns[0][0] != "system" and self.smollm2_system in (self.tokenizer.chat_template or ""):
-            turns = [("system", [self.smollm2_system]), *turns]
-        return turns
-
-
-class Gemma(ChatFormat):
-    """Gemma-3. It does not know the role system, so the system's text goes before the user's first message."""
-
-    family = "Gemma"
-    ends = ("<end_of_turn>", "<eos>")
-    bos = "<bos>"
-    before = "<start_of_turn>{}\n"
-    after = "<end_of_turn>\n"
-    assistant = "model"
-
-    def arrange(self, turns):
-        system = []
-        if turns[0][0] == "system":
-            system, turns = [*turns[0][1], "\n\n"], turns[1:]
-        roles = [role for role, _ in turns]
-        if not roles or roles != [("user", "assistant")[n % 2] for n in range(len(roles))]:
-            raise InputError(f"Gemma takes turns of user and assistant, not of {', '.join(roles) or 'system'}.")
-        turns = [(role, [part.strip() if isinstance(part, str) else part for part in parts]) for role, parts in turns]
-        return [("user", [*system, *turns[0][1]]), *turns[1:]]
-
-
-FORMATS = (Llama3, ChatML, Gemma)
-
-
-def chat_format(tokenizer: Tokenizer, vision: Processor | None = None) -> ChatFormat:
-    """Choose the chat format by the tokenizer's control tokens. Arguments and errors as for ChatFormat."""
-    marks = [form.before.partition("{}")[0] for form in FORMATS]
-    for form, mark in zip(FORMATS, marks, strict=True):
-        if mark in tokenizer.special_tokens:
-            return form(tokenizer, vision)
-    raise UnsupportedError(f"no chat format is known for this tokenizer: it has none of the tokens {', '.join(marks)}.")
+def to_json(value: Any, indent: int | None = None) -> str:
+    try:
+        return json.dumps(value, ensure_ascii=False, indent=indent)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise InputError(f"a tool, or a call of one, cannot be written as JSON: {error}") from None

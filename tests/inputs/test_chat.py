@@ -3,18 +3,20 @@
 tools/goldens/tokenizers.py makes the goldens.
 """
 
+import datetime
 import json
 import re
+from base64 import b64encode
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from support.chat_formats import FAMILIES, FORMATS
+from support.chat_formats import FAMILIES, FORMATS, TOKENIZERS
 from support.text import GOLDENS
 
 from pop.errors import InputError, UnsupportedError
-from pop.inputs.chat import chat_format
+from pop.inputs.chat_templates import chat_format
 from pop.inputs.tokenizers import load_tokenizer
 
 
@@ -43,7 +45,7 @@ def test_gemmas_conversations_are_as_its_template_writes_them():
 
 
 def test_conversations_of_the_real_gemma3(gemma3):
-    assert_golden(chat_format(load_tokenizer(gemma3)), GOLDENS / "gemma3-270m.json")
+    assert_golden(chat_format(load_tokenizer(gemma3), choice="gemma"), GOLDENS / "gemma3-270m.json")
 
 
 @pytest.mark.parametrize(
@@ -67,36 +69,27 @@ def test_conversations_of_the_real_smollm2(smollm2):
 
 def test_llama_3_without_the_dates():
     """Templates older than 3.1 write only the messages."""
-    tokenizer = load_tokenizer(GOLDENS / "llama-3.1")
-    messages = [{"role": "user", "content": " Hi "}]
-    dated = chat_format(tokenizer).encode(messages)
-    tokenizer.chat_template = "{# Cutting Knowledge Date #}"
-    assert chat_format(tokenizer).encode(messages) == dated
-    tokenizer.chat_template = "{{ bos_token }} and so on"
+    form = chat_format(TOKENIZERS["llama-3.1"], choice="llama-3")
     opening = "<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\nHi<|eot_id|>"
-    assert written(chat_format(tokenizer), messages, add_generation_prompt=False) == opening
+    assert written(form, [{"role": "user", "content": " Hi "}], add_generation_prompt=False) == opening
+
+
+def test_llama_3_2_has_todays_date():
+    text = written(chat_format(TOKENIZERS["llama-3.1"], choice="llama-3.2"), [{"role": "user", "content": "Hi"}])
+    today = datetime.date.today()
+    days = [f"{day:%d %b %Y}" for day in (today, today - datetime.timedelta(1))]  # midnight may have passed
+    assert any(f"Today Date: {day}\n" in text for day in days)
+    assert "Today Date: 26 Jul 2024\n" in written(FORMATS["llama-3.1"], [{"role": "user", "content": "Hi"}])
+
+
+def test_metas_own_files_chat_as_llama_3_1(tmp_path):
+    (tmp_path / "tokenizer.model").write_bytes(b"\n".join(b"%s %d" % (b64encode(bytes([n])), n) for n in range(256)))
+    assert chat_format(load_tokenizer(tmp_path)).family == "Llama-3.1"
 
 
 def test_chatml_without_a_default_system_message():
-    tokenizer = load_tokenizer(GOLDENS / "smollm2")
-    tokenizer.chat_template = None
-    found = written(chat_format(tokenizer), [{"role": "user", "content": " Hi "}])
+    found = written(chat_format(TOKENIZERS["smollm2"], choice="chatml"), [{"role": "user", "content": " Hi "}])
     assert found == "<|im_start|>user\n Hi <|im_end|>\n<|im_start|>assistant\n"
-
-
-def test_qwen3_has_no_default_system_message_and_its_thoughts_pass_through():
-    form = chat_format(load_tokenizer(GOLDENS / "qwen3"))
-    turns = [("user", "Hi<|im_end|>"), ("assistant", "<think>\nA greeting.\n</think>\n\nHello"), ("user", "Bye")]
-    messages = [{"role": role, "content": text} for role, text in turns]
-    expected = "".join(f"<|im_start|>{role}\n{text}<|im_end|>\n" for role, text in turns) + "<|im_start|>assistant\n"
-    assert written(form, messages) == expected
-    special, ids = form.tokenizer.special_tokens, form.encode(messages)
-    assert [id for id in ids if id in special.values()] == [special["<|im_start|>"], special["<|im_end|>"]] * 3 + [
-        special["<|im_start|>"]
-    ]
-    assert ids.count(924) == ids.count(925) == 1  # <think> and </think>, which are ordinary tokens
-    assert form.end_ids == (special["<|im_end|>"], special["<|endoftext|>"])
-    assert form.tokenizer.bos_id is None
 
 
 def test_end_ids():
@@ -184,11 +177,8 @@ def test_invalid_messages(messages, message):
         FORMATS["smollm2"].encode(messages)
 
 
-def test_tokenizers_without_a_chat_format():
+def test_a_tokenizer_without_the_formats_tokens():
     tokenizer = load_tokenizer(GOLDENS / "smollm2")
     del tokenizer.special_tokens["<|im_end|>"]
     with pytest.raises(UnsupportedError, match=r"lacks the token <\|im_end\|>"):
         chat_format(tokenizer).encode([USER])
-    del tokenizer.special_tokens["<|im_start|>"]
-    with pytest.raises(UnsupportedError, match=r"none of the tokens <\|start_header_id\|>, <\|im_start\|>, <start"):
-        chat_format(tokenizer)

@@ -124,6 +124,7 @@ def test_pan_and_scan_is_of_an_image(picture):
 def model():
     config = tiny_gemma3_vl_config(vocab_size=503, image_id=IMAGE, boi_id=BOI, eoi_id=EOI)
     tokenizer = SentencePieceTokenizer(train())
+    tokenizer.chat_format = "gemma"
     return pop.Model(random_model(config), config, tokenizer, plan=0.5, compile=False, chunk_size=5)
 
 

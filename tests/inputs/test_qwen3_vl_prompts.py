@@ -9,11 +9,10 @@ from PIL import Image
 from support.text import GOLDENS
 from support.tiny import random_model, tiny_config
 from support.tiny_images import random_bytes
-from support.tiny_qwen3_vl import END, FILM, IMAGE, IMAGE_MARK, START, TOKENIZER, VIDEO, VIDEO_MARK, A, B, seeing_model
+from support.tiny_qwen3_vl import END, FILM, IMAGE, IMAGE_MARK, START, VIDEO, VIDEO_MARK, A, B, seeing_model
 
 import pop
 from pop.errors import InputError, UnsupportedError
-from pop.inputs.tokenizers import load_tokenizer
 
 LAYOUTS = json.loads((GOLDENS.parent / "qwen3_vl" / "layouts.json").read_bytes())["cases"]
 
@@ -131,21 +130,19 @@ def test_a_conversation_has_them_anywhere_in_a_turn(model):
     assert answer.tokens == model.generate(expected, images=[A, B], videos=[FILM], max_new_tokens=5).tokens
 
 
-@pytest.mark.parametrize("opening", [r"'<|im_start|>assistant\n<think>\n'", '"<|im_start|>assistant\n<think>\n"'])
-def test_the_turn_of_a_model_that_always_thinks_is_opened_with_a_tag(model, opening):
-    tokenizer = load_tokenizer(TOKENIZER)
-    tokenizer.chat_template = "{{- " + opening + " }}"
-    thinking = pop.Model(model.module, model.config, tokenizer, compile=False)
+def test_the_turn_of_a_model_that_always_thinks_is_opened_with_a_tag(model):
+    options = {"compile": False, "chat_format": "qwen3-thinking"}
+    thinking = pop.Model(model.module, model.config, model.tokenizer, **options)
     messages = [{"role": "user", "content": "Hi"}]
-    assert thinking.chat_tokens(messages) == model.chat_tokens(messages) + tokenizer.encode("<think>\n")
+    encode = model.tokenizer.encode
+    assert thinking.chat_tokens(messages) == model.chat_tokens(messages) + encode("<think>\n")
     chat = thinking.start_chat()
     chat.send("Hi", max_new_tokens=4)
     assert chat.messages[-1]["content"].startswith("<think>\n")
     chat.send("And?", max_new_tokens=4)
-    assert chat.turns[1].prompt[-2:] == tokenizer.encode("<think>\n")
-    # Qwen3's template opens a turn with an empty thought if a caller asks for that. Such a model need not think.
-    tokenizer.chat_template = r"{{- '<|im_start|>assistant\n' }}{{- '<think>\n\n</think>\n\n' }}"
-    assert thinking.chat_tokens(messages) == model.chat_tokens(messages)
+    assert chat.turns[1].prompt[-2:] == encode("<think>\n")
+    with pytest.raises(UnsupportedError, match="always thinks"):
+        thinking.chat(messages, enable_thinking=False)
 
 
 @pytest.mark.parametrize("plan", [pop.PrunePlan.none(), pop.PrunePlan((0, 3, 4), full_depth_last=3)])

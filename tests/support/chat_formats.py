@@ -2,10 +2,12 @@
 
 from support.text import GOLDENS, train
 
-from pop.inputs.chat import chat_format
+from pop.inputs.chat_templates import chat_format
 from pop.inputs.sentence_piece import SentencePieceTokenizer
 from pop.inputs.tokenizers import load_tokenizer
 
-FORMATS = {family: chat_format(load_tokenizer(GOLDENS / family)) for family in ("llama-3.1", "smollm2")}
-FORMATS["gemma3"] = chat_format(SentencePieceTokenizer(train()))  # a tokenizer like Gemma's
+TOKENIZERS = {family: load_tokenizer(GOLDENS / family) for family in ("llama-3.1", "smollm2")}
+TOKENIZERS["gemma3"] = SentencePieceTokenizer(train())  # a tokenizer like Gemma's
+NAMES = {"llama-3.1": "llama-3.1", "smollm2": "smollm2", "gemma3": "gemma"}
+FORMATS = {family: chat_format(tokenizer, choice=NAMES[family]) for family, tokenizer in TOKENIZERS.items()}
 FAMILIES = tuple(FORMATS)

@@ -8,6 +8,7 @@ class Letters(Tokenizer):
 
     def __init__(self, special_tokens=None, bos_id=None):
         super().__init__(special_tokens or {"<end>": 255}, {}, {id: bytes([id]) for id in range(256)}, bos_id)
+        self.chat_format = "chatml"  # if it has the tokens
 
     def _encode_text(self, text):
         return list(text.encode())

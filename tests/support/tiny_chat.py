@@ -29,6 +29,7 @@ def write_chat_checkpoint(folder: Path, **overrides) -> Path:
         },
     }
     (folder / "tokenizer.json").write_text(json.dumps(tokenizer), encoding="utf-8")
-    template = "{% for message in messages %}<|im_start|>{{ message['role'] }}<|im_end|>{% endfor %}"
+    template = "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n"
+    template += "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
     (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": template}), encoding="utf-8")
     return folder

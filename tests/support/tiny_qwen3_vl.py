@@ -21,4 +21,6 @@ def seeing_model() -> pop.Model:
     ids = {"image_id": IMAGE, "video_id": VIDEO, "start_id": START, "end_id": END}
     vision = dataclasses.replace(tiny_qwen3_vl_config().vision, patch_size=16)
     config = tiny_qwen3_vl_config(vocab_size=926, max_positions=2048, vision=vision, **ids)
-    return pop.Model(random_model(config, seed=1), config, load_tokenizer(TOKENIZER), plan=0.5, compile=False)
+    tokenizer = load_tokenizer(TOKENIZER)
+    tokenizer.chat_format = "qwen3-instruct"
+    return pop.Model(random_model(config, seed=1), config, tokenizer, plan=0.5, compile=False)

@@ -16,7 +16,6 @@ import torch
 
 import pop
 from pop.errors import InputError, check_count
-from pop.inputs.chat import chat_format
 from tools.evaluate.scoring import Request, rolling_windows, score
 
 logger = logging.getLogger("lm_eval.pop")  # below the harness's own logger, whose handlers show it
@@ -147,8 +146,8 @@ class PopAdapter:
 
     def apply_chat_template(self, chat_history: list[dict], add_generation_prompt: bool = True) -> ChatPrompt:
         """A conversation as a prompt. Without add_generation_prompt, its last turn stays open for a continuation."""
-        tokenizer = self.model.tokenizer
-        chat = chat_format(tokenizer)
+        chat = self.model.chat_format()
+        tokenizer = chat.tokenizer
         self._mark = chat.before.partition("{}")[0]
         try:
             ids = chat.encode(chat_history, add_generation_prompt)
@@ -165,12 +164,12 @@ class PopAdapter:
         return ChatPrompt(tokenizer.decode(ids, special=True), ids[:cut], tokenizer.decode(ids[cut:]))
 
     def chat_template(self, chat_template: bool | str = False) -> str | None:
-        """What the harness writes into its results. Each model has one format, see pop/inputs/chat.py."""
+        """What the harness writes into its results. Each model has one format, see pop/inputs/chat_formats.py."""
         if isinstance(chat_template, str):
             raise InputError(
                 f"--apply_chat_template is {chat_template!r}, but there is one template only; give no name"
             )
-        return f"{chat_format(self.model.tokenizer).family}, as in pop/inputs/chat.py" if chat_template else None
+        return f"{self.model.chat_format().family}, as in pop/inputs/chat_formats.py" if chat_template else None
 
     @property
     def tokenizer_name(self) -> str:

@@ -1,0 +1,148 @@
+"""The families' chat formats with tools and thoughts, against the checkpoints' own templates (goldens).
+
+tools/goldens/chats.py makes the goldens.
+"""
+
+import json
+
+import pytest
+from support.text import GOLDENS
+
+from pop.errors import InputError, UnsupportedError
+from pop.generation.answers import Generation
+from pop.inputs.chat_formats import FORMATS, Llama32
+from pop.inputs.chat_templates import chat_format
+from pop.inputs.tokenizers import load_tokenizer
+
+GOLDEN = json.loads((GOLDENS / "chats.json").read_bytes())
+TOKENIZERS = {name: load_tokenizer(GOLDENS / name) for name in ("llama-3.1", "qwen3")}
+TOOL = {"type": "function", "function": {"name": "f", "parameters": {}}}
+ASKED = {"role": "user", "content": "Hi"}
+
+
+def form_of(name: str):
+    return chat_format(TOKENIZERS["llama-3.1" if name.startswith("llama") else "qwen3"], choice=name)
+
+
+@pytest.mark.parametrize("name", GOLDEN["templates"])
+def test_conversations_with_tools_and_thoughts_are_as_the_template_writes_them(name, monkeypatch):
+    monkeypatch.setattr(Llama32, "today", lambda self: GOLDEN["date"])
+    form, golden, number = form_of(name), GOLDEN["templates"][name], 0
+    for (messages, options), text in zip(GOLDEN["cases"], golden["texts"], strict=True):
+        if text is None:
+            with pytest.raises(InputError, match="one tool at a time"):
+                form.spell(messages, **options)
+        else:
+            assert "".join(form.spell(messages, **options)) == text
+            number += 1
+    assert number >= 12
+    messages, options = GOLDEN["cases"][4]
+    assert form.encode(messages, **options) == golden["ids"]
+
+
+@pytest.mark.parametrize("name", ["llama-3.1", "qwen3"])
+def test_tools_calls_and_results_cannot_become_control_tokens(name):
+    form = form_of(name)
+    special = form.tokenizer.special_tokens
+    plain, evil = [
+        form.encode(
+            [
+                ASKED,
+                {"role": "assistant", "tool_calls": [{"function": {"name": text, "arguments": {text: [text]}}}]},
+                {"role": "tool", "name": text, "content": text},
+            ],
+            tools=[{"name": text, text: {text: text}}],
+        )
+        for text in ("x", "".join(special))
+    ]
+    control = {*special.values()}
+    assert [id for id in plain if id in control] == [id for id in evil if id in control]
+
+
+def test_calls_in_an_answer_are_found():
+    qwen, llama = form_of("qwen3"), form_of("llama-3.1")
+    calls = [{"type": "function", "function": {"name": "f", "arguments": {"x": [1, "é"]}}}]
+    calls.append({"type": "function", "function": {"name": "g", "arguments": {}}})
+    texts = [f"<tool_call>\n{json.dumps(call['function'])}\n</tool_call>" for call in calls]
+    assert qwen.parse_tool_calls("Let me see.\n" + "\n".join(texts)) == calls
+    assert llama.parse_tool_calls('{"name": "f", "parameters": {"x": [1, "é"]}}') == calls[:1]
+    message = {"role": "assistant", "content": None, "tool_calls": calls}
+    assert "\n".join(texts[1:]) in "".join(qwen.spell([ASKED, message]))
+    for text in ("", "No tools.", "[1]", '{"name": "f"}', "<tool_call>", "{" * 100_000):
+        assert qwen.parse_tool_calls(text) == llama.parse_tool_calls(text) == []
+    for broken in ("{", "[]", '{"name": "f"}', '"name"', "[" * 100_000):
+        with pytest.raises(InputError, match="tool call is not JSON"):
+            qwen.parse_tool_calls(f"<tool_call>{broken}</tool_call>")
+    with pytest.raises(UnsupportedError, match="no tools"):
+        form_of("chatml").parse_tool_calls("")
+
+
+@pytest.mark.parametrize(
+    ("message", "named"),
+    [
+        ({"role": "assistant", "content": "", "tool_calls": [{"name": "f"}]}, "tool_calls must be"),
+        ({"role": "assistant", "content": "", "tool_calls": [{"name": "f", "arguments": "["}]}, "tool_calls must be"),
+        ({"role": "assistant", "content": "", "tool_calls": [{"name": "f", "arguments": "[]"}]}, "tool_calls must be"),
+        ({"role": "assistant", "content": "", "tool_calls": ["f"]}, "tool_calls must be"),
+        ({"role": "assistant", "content": "", "tool_calls": 3}, "tool_calls must be"),
+        ({"role": "assistant", "content": "", "tool_calls": [{"name": 3, "arguments": {}}]}, "tool_calls must be"),
+        ({"role": "assistant", "content": "", "reasoning_content": 3}, "reasoning_content must be"),
+        ({"role": "assistant", "tool_calls": []}, "must be a dict"),
+        ({"role": "user", "content": "", "tool_calls": []}, "must be a dict"),
+        ({"role": "tool"}, "must be a dict"),
+        ({"role": "tool", "content": {"a": 1}}, "content must be"),
+        ({"role": ["tool"], "content": ""}, "has the role"),
+        ({"role": "assistant", "tool_calls": [{"name": "f", "arguments": {"x": {1, 2}}}]}, "cannot be written as JSON"),
+    ],
+)
+def test_messages_that_are_refused(message, named):
+    with pytest.raises(InputError, match=named):
+        form_of("qwen3").encode([ASKED, message])
+
+
+@pytest.mark.parametrize("tools", [3, {"name": "f"}, ["f"], [{"f": {1}}], [{"f": float}]])
+def test_tools_that_are_refused(tools):
+    for name in ("qwen3", "llama-3.1"):
+        with pytest.raises(InputError, match="tool"):
+            form_of(name).encode([ASKED], tools=tools)
+
+
+def test_llama_needs_a_users_message_for_its_tools():
+    with pytest.raises(InputError, match="user's first message"):
+        form_of("llama-3.1").encode([{"role": "assistant", "content": "x"}], tools=[TOOL])
+    assert form_of("llama-3.1").encode([ASKED], tools=[]) == form_of("llama-3.1").encode([ASKED])
+
+
+def test_arguments_may_be_json():
+    calls = [{"name": "f", "arguments": given} for given in ({"x": 1}, '{"x": 1}')]
+    for name in ("qwen3", "llama-3.1"):
+        texts = ["".join(form_of(name).spell([ASKED, {"role": "assistant", "tool_calls": [call]}])) for call in calls]
+        assert texts[0] == texts[1]
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_the_next_prompt_is_what_the_conversation_adds(name):
+    if name == "gemma":
+        tokenizer = load_tokenizer(GOLDENS / "gemma3")
+    else:
+        tokenizer = TOKENIZERS["llama-3.1" if name.startswith("llama") else "qwen3"]
+    form = chat_format(tokenizer, choice=name)
+    answer = {"role": "assistant", "content": "x"}
+    whole = form.encode([ASKED, answer, {"role": "user", "content": " And\n"}])
+    assert whole[-len(form.next_prompt(" And\n")[0]) :] == form.next_prompt(" And\n")[0]
+    assert form.tokenizer.decode(form.next_prompt(" And\n")[0], special=True).startswith(form.after)
+
+
+@pytest.mark.parametrize(
+    ("text", "thoughts", "answer"),
+    [
+        ("<think>\nHm.\n</think>\n\nYes.", "Hm.", "Yes."),
+        ("Hm.\n</think>\n\nYes.", "Hm.", "Yes."),
+        ("Yes.", "", "Yes."),
+        ("<think>\n\n</think>\n\nYes.", "", "Yes."),
+        (None, "", None),
+    ],
+)
+def test_thoughts_are_apart_from_the_answer(text, thoughts, answer):
+    generation = Generation(text, [1], 1, 0.0, 0.0, "stop")
+    assert (generation.thoughts, generation.answer) == (thoughts, answer)

@@ -1,0 +1,313 @@
+"""Which format a checkpoint has, and the checkpoint's own template as a format, with texts and templates that do harm.
+
+The judge is jinja2, which renders the template with the texts as they are.
+"""
+
+import json
+import re
+import sys
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+from support.chat_templates import NAMES, OTHERS, PLAIN_CHATML, tokenizer_with
+from support.text import GOLDENS
+
+import pop
+from pop.errors import InputError, MissingExtra, PopError, UnsupportedError
+from pop.inputs.chat_formats import FORMATS
+from pop.inputs.chat_templates import chat_format
+from pop.inputs.tokenizers import load_tokenizer
+
+ASKED = {"role": "user", "content": "Hi"}
+CONVERSATION = [{"role": "system", "content": " Be\nbrief. "}, ASKED]
+CONVERSATION += [{"role": "assistant", "content": "Hello. "}, {"role": "user", "content": "  Bye\n"}]
+
+
+def rendered(template: str, messages, **options) -> str:
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+    template = template.replace("{% generation %}", "").replace("{% endgeneration %}", "")
+    options = {"add_generation_prompt": True, "bos_token": "<s>", "eos_token": "</s>"} | options
+    return environment.from_string(template).render(messages=messages, **options)
+
+
+# ---- which format ----
+
+FORMAT_OF = {"smollm2": load_tokenizer(GOLDENS / "smollm2").chat_template, "chatml": PLAIN_CHATML}
+
+
+@pytest.mark.parametrize("name", FORMAT_OF)
+def test_a_template_is_recognised_by_what_it_writes(tmp_path, name):
+    for template in (FORMAT_OF[name], "{# A comment #}" + FORMAT_OF[name].replace("%}", " %}")):
+        assert type(chat_format(tokenizer_with(template, tmp_path))) is FORMATS[name]
+
+
+def test_formats_differ_in_what_the_probes_write():
+    """So none of them is taken for another: each writes some probe in its own way."""
+    from pop.inputs import chat_templates
+
+    probes = [*chat_templates._PROBES, *chat_templates._NO_THOUGHT, *chat_templates._TOOL_PROBES]
+    written = []
+    for form in FORMATS.values():
+        texts = []
+        for messages, options in probes:
+            try:
+                texts.append("".join(form(None).spell(messages, **options)))
+            except PopError as error:
+                texts.append(type(error))
+        written.append(tuple(texts))
+    assert len({*written}) == len(FORMATS)
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_another_template_is_refused_with_the_ways_out(tmp_path, name):
+    tokenizer = tokenizer_with(OTHERS[name], tmp_path)
+    with pytest.raises(UnsupportedError, match=r"'llama-3\.1'.*'template'.*pop\.ChatFormat"):
+        chat_format(tokenizer)
+    assert isinstance(chat_format(tokenizer, choice="chatml"), FORMATS["chatml"])
+
+
+def test_a_model_without_a_template_is_a_base_model(tmp_path):
+    tokenizer = tokenizer_with(None, tmp_path)
+    for choice in (None, "template"):
+        with pytest.raises(UnsupportedError, match="base model"):
+            chat_format(tokenizer, choice=choice)
+    assert chat_format(tokenizer, choice="llama-3.1").family == "Llama-3.1"
+    for choice in ("gpt-4", 3, object(), str):
+        with pytest.raises(InputError, match="chat_format is"):
+            chat_format(tokenizer, choice=choice)
+
+
+def test_tools_are_refused_where_the_template_writes_them_in_another_way(tmp_path):
+    tokenizer = tokenizer_with(PLAIN_CHATML, tmp_path)
+    with pytest.raises(UnsupportedError, match="no tools; pass chat_format='template'"):
+        chat_format(tokenizer).encode([ASKED], tools=[{"name": "f"}])
+    with pytest.raises(UnsupportedError, match="calls tools"):
+        chat_format(tokenizer).encode([ASKED, {"role": "assistant", "tool_calls": [{"name": "f", "arguments": {}}]}])
+
+
+def test_without_jinja2_the_error_says_what_to_do(tmp_path, monkeypatch):
+    tokenizer = tokenizer_with(PLAIN_CHATML + "{# unique #}", tmp_path)
+    monkeypatch.setitem(sys.modules, "jinja2.sandbox", None)
+    for choice in (None, "template"):
+        with pytest.raises(MissingExtra, match=r"pop-prefill\[jinja\].*chat_format="):
+            chat_format(tokenizer, choice=choice)
+    assert chat_format(tokenizer, choice="chatml").encode([ASKED])
+
+
+# ---- the template itself ----
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_it_writes_and_encodes_as_the_template_does(tmp_path, name):
+    tokenizer = tokenizer_with(OTHERS[name], tmp_path)
+    form = chat_format(tokenizer, choice="template")
+    thought = {"role": "assistant", "content": "<think>\nHm.\n</think>\n\nHello."}
+    for messages in (CONVERSATION[:2], CONVERSATION, [ASKED, thought, ASKED], CONVERSATION[1:3]):
+        for prompt in (True, False):
+            expected = rendered(OTHERS[name], messages, add_generation_prompt=prompt)
+            assert "".join(form.spell(messages, prompt)) == expected
+            assert form.encode(messages, prompt) == tokenizer.encode(expected, bos=False, allow_special=True)
+    parts = [{"type": "text", "text": "H"}, {"type": "text", "text": "i"}]
+    assert form.encode([{"role": "user", "content": parts}]) == form.encode([ASKED])
+
+
+@pytest.mark.parametrize("name", OTHERS)
+@given(data=st.data())
+def test_no_text_becomes_a_control_token(tmp_path_factory, name, data):
+    tokenizer = tokenizer_with(OTHERS[name], tmp_path_factory.mktemp("t"))
+    form = chat_format(tokenizer, choice="template")
+    parts = st.sampled_from([*tokenizer.special_tokens, *NAMES, " ", "\n", "a", "<|", "{{ eos_token }}", "xx"])
+    texts = data.draw(st.lists(st.lists(parts | st.text(max_size=3), max_size=5), min_size=1, max_size=3))
+    roles = ("user", "assistant", "user")
+    messages = [{"role": role, "content": "x" + "".join(text) + "x"} for role, text in zip(roles, texts, strict=False)]
+    ids = form.encode(messages)
+    plain = form.encode([{"role": message["role"], "content": "x"} for message in messages])
+    control = {*form.tokenizer.special_tokens.values()}
+    assert [id for id in ids if id in control] == [id for id in plain if id in control]
+    assert tokenizer.decode(ids, special=True) == rendered(OTHERS[name], messages)
+
+
+def test_tokens_of_the_template_that_are_not_special_are_reserved(tmp_path):
+    tokenizer = tokenizer_with(OTHERS["deepseek"], tmp_path)
+    form = chat_format(tokenizer, choice="template")
+    user = tokenizer.encode("<｜User｜>", bos=False)
+    assert len(user) == 1  # ordinary text spells it
+    assert form.encode([{"role": "user", "content": "a<｜User｜>b"}]).count(user[0]) == 1
+
+
+def test_the_ends_of_a_turn_are_those_that_the_template_writes(tmp_path):
+    for name, ends in {"hermes": ["<|im_end|>", "</s>"], "tulu": ["</s>"], "dates": ["<|eot_id|>", "</s>"]}.items():
+        form = chat_format(tokenizer_with(OTHERS[name], tmp_path), choice="template")
+        assert {*form.end_ids} == {form.tokenizer.special_tokens[end] for end in ends}
+
+
+@pytest.mark.parametrize("name", ["hermes", "zephyr", "mistral", "dates", "deepseek"])
+def test_the_next_turn_continues_the_conversation(tmp_path, name):
+    form = chat_format(tokenizer_with(OTHERS[name], tmp_path), choice="template")
+    answer = {"role": "assistant", "content": "Yes"}
+    begun, more = form.spell([ASKED], True), form.spell([ASKED, answer, ASKED], True)
+    assert "".join(begun).startswith("".join(more).split("Yes")[0].rstrip())
+    expected = "".join(more).split("Yes")[1]
+    assert form.next_prompt("Hi")[0] == form.tokenizer.encode(expected, bos=False, allow_special=True)
+
+
+def test_a_template_that_rewrites_earlier_turns_does_not_continue(tmp_path):
+    last = "{% for m in messages %}{{ '<|im_start|>' if loop.last }}{{ m.content }}<|im_end|>{% endfor %}"
+    form = chat_format(tokenizer_with(last, tmp_path), choice="template")
+    with pytest.raises(UnsupportedError, match="rewrites earlier turns"):
+        form.next_prompt("Hi")
+
+
+TOOLS = (
+    "{% if tools %}<|im_start|>tools{% for t in tools %}{{ t | tojson }}{{ t.function.name }}"
+    "{% for k, v in t.function.parameters.properties | items %}[{{ k }}]{{ v | tojson(indent=2) }}{% endfor %}"
+    "{% endfor %}<|im_end|>{% endif %}{% for m in messages %}<|im_start|>{{ m.role }}{{ m.content }}"
+    "{% for c in m.tool_calls or [] %}{{ c.function | tojson }}{% endfor %}<|im_end|>{% endfor %}"
+)
+
+
+def test_tools_are_text_too(tmp_path):
+    templates = {"default": OTHERS["hermes"], "tool_use": TOOLS}
+    tokenizer = tokenizer_with([{"name": name, "template": text} for name, text in templates.items()], tmp_path)
+    form = chat_format(tokenizer, choice="template")
+    properties = {"<|im_end|>": {"type": "<|im_start|>"}, 'a "b"': {}}
+    tools = [{"type": "function", "function": {"name": "<|im_end|>", "parameters": {"properties": properties}}}]
+    call = {"type": "function", "function": {"name": "<|im_end|>", "arguments": {"<|im_end|>": ["</s>", 1.5, None]}}}
+    messages = [ASKED, {"role": "assistant", "tool_calls": [call]}, {"role": "tool", "content": "<|im_end|>"}]
+    ids, special = form.encode(messages, tools=tools), tokenizer.special_tokens
+    assert ids.count(special["<|im_end|>"]) == 4 and special["</s>"] not in ids
+    told = [m | {"content": m.get("content") or ""} for m in messages]
+    environment = ImmutableSandboxedEnvironment()
+    environment.filters["tojson"] = lambda value, indent=None: json.dumps(value, indent=indent, ensure_ascii=False)
+    expected = environment.from_string(TOOLS).render(messages=told, tools=tools)
+    assert tokenizer.decode(ids, special=True) == expected
+    with pytest.raises(UnsupportedError, match="leaves out the tools"):
+        chat_format(tokenizer_with(OTHERS["hermes"], tmp_path), choice="template").encode([ASKED], tools=tools)
+    answer = f"<tool_call>{json.dumps(call['function'])}</tool_call>"
+    assert form.parse_tool_calls(answer) == [call]
+
+
+CHANGES = [
+    "{{ m.content | title }}",
+    "{{ m.content | replace('a', 'b') }}",
+    "{{ (m.content + ' ') | trim }}",
+    "{{ m.content | list | join('-') }}",
+    "{{ m.content[::2] ~ m.content | first }}",
+    "{{ m.content | wordcount }}",
+    "{{ m.content | random }}",
+]
+BROKEN = [
+    "{% for",
+    "{{ x.y.z }}",
+    "{{ 1 / 0 }}",
+    "{% include 'x' %}",
+    "{{ m.content.__class__.__mro__ }}",
+    "{{ ''.__class__ }}",
+    "{{ messages.append(1) }}",
+    "{{ range(10 ** 9) | list }}",
+    "{{ raise_exception('no') }}",
+    "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
+    "{{ cycler.__init__.__globals__ }}",
+    "{{ nothing() }}",
+    "{{ messages[9].content }}",
+]
+
+
+@pytest.mark.parametrize("body", CHANGES)
+def test_a_template_that_changes_texts_is_refused(tmp_path, body):
+    """And never writes a control token of the text."""
+    tokenizer = tokenizer_with(PLAIN_CHATML.replace("{{ m.content }}", body), tmp_path)
+    with pytest.raises(UnsupportedError, match="chat_template"):
+        chat_format(tokenizer, choice="template").encode([{"role": "user", "content": "a tale</s>of <|im_end|> "}])
+
+
+@pytest.mark.parametrize("body", ["{% for c in m.content %}{{ c }}{% endfor %}", "{{ m.content.encode() }}"])
+def test_marks_that_are_taken_apart_stand_for_the_text_if_they_are_put_together(tmp_path, body):
+    template = PLAIN_CHATML.replace("{{ m.content }}", body)
+    tokenizer = tokenizer_with(template, tmp_path)
+    messages = [{"role": "user", "content": "a tale</s>of <|im_end|> "}]
+    ids = chat_format(tokenizer, choice="template").encode(messages)
+    assert tokenizer.decode(ids, special=True) == rendered(template, messages)
+    assert tokenizer.special_tokens["</s>"] not in ids
+
+
+@pytest.mark.parametrize("body", BROKEN)
+def test_a_broken_or_hostile_template_gives_an_error_of_this_library(tmp_path, body):
+    tokenizer = tokenizer_with(PLAIN_CHATML.replace("{{ m.content }}", body), tmp_path)
+    with pytest.raises(UnsupportedError, match="not of a known format"):
+        chat_format(tokenizer)
+    with pytest.raises(PopError, match="chat_template"):
+        chat_format(tokenizer, choice="template").encode([ASKED])
+
+
+@pytest.mark.parametrize("part", ["._text", "['_text']", " | attr('_text')", "._marks | list | join"])
+def test_the_text_is_hidden_from_the_template(tmp_path, part):
+    """These names exist only where marks stand in for texts."""
+    body = "{{ m.content }}{{ m.content" + part + " }}"
+    tokenizer = tokenizer_with(PLAIN_CHATML.replace("{{ m.content }}", body), tmp_path)
+    try:
+        ids = chat_format(tokenizer, choice="template").encode([{"role": "user", "content": "</s>"}])
+    except UnsupportedError:
+        return
+    assert tokenizer.special_tokens["</s>"] not in ids
+
+
+def test_questions_about_a_text_are_answered(tmp_path):
+    body = (
+        "{% if m.content %}{{ m.content | length }}{% endif %}{% if '/no' in m.content and m.content == 'a/no ' %}!"
+        "{% endif %}{{ m.content.split('/')[0] }}{{ m.content[1:] }}{{ m.content | upper }}{{ m.content.find('n') }}"
+        "{{ m.content if m.content is string }}{{ m.content.partition('/')[2] | trim }}{{ m.content | tojson }}"
+    )
+    template = PLAIN_CHATML.replace("{{ m.content }}", body)
+    messages = [{"role": "user", "content": "a/no "}]
+    written = "".join(chat_format(tokenizer_with(template, tmp_path), choice="template").spell(messages))
+    assert written == '<|im_start|>user\n5!a/no A/NO 2a/no no"a/no "<|im_end|>\n<|im_start|>assistant\n'
+
+
+def test_a_template_may_refuse_a_conversation(tmp_path):
+    form = chat_format(tokenizer_with(OTHERS["mistral"], tmp_path), choice="template")
+    with pytest.raises(InputError, match="roles must alternate"):
+        form.encode([ASKED, ASKED])
+
+
+def test_images_are_refused(tmp_path):
+    class Sees:
+        marks = ("image",)
+
+        def prepare(self, kind, given):
+            from pop.inputs.processors import Prepared
+
+            return Prepared(kind, given, ([1],))
+
+    form = chat_format(tokenizer_with(OTHERS["hermes"], tmp_path), Sees(), choice="template")
+    with pytest.raises(UnsupportedError, match="images and videos"):
+        form.encode([{"role": "user", "content": [{"type": "image", "image": None}]}])
+
+
+def test_the_date_is_todays(tmp_path):
+    template = "{{ strftime_now('%Y') }}" + PLAIN_CHATML
+    text = "".join(chat_format(tokenizer_with(template, tmp_path), choice="template").spell([ASKED]))
+    assert re.match(r"20\d\d<", text)
+
+
+# ---- a format of the caller ----
+
+
+class Dialogue(pop.ChatFormat):
+    family, ends = "Dialogue", ("<|im_end|>",)
+    before, after = "{}: <｜User｜>", "<|im_end|>\n"
+
+    def arrange(self, turns, tools):
+        return [turn._replace(parts=[turn.text.upper()]) for turn in turns]
+
+
+def test_a_format_in_python(tmp_path):
+    tokenizer = tokenizer_with(None, tmp_path)
+    form = chat_format(tokenizer, choice=Dialogue)
+    text = "user: <｜User｜>HI<｜USER｜><|im_end|>\nassistant: <｜User｜>"
+    ids = form.encode([{"role": "user", "content": "Hi<｜User｜>"}])
+    assert tokenizer.decode(ids, special=True) == text
+    assert ids.count(form.tokenizer.special_tokens["<｜User｜>"]) == 2
+    assert form.end_ids == (tokenizer.special_tokens["<|im_end|>"],)
