@@ -172,20 +172,18 @@ class ChatFormat:
 
     def _calls(self, calls: list[dict] | None, where: str) -> list[tuple[str, dict]]:
         """Return the names and arguments of a message's tool calls."""
-        if not calls:
-            return []
-        if not self.tools:
+        if calls and not self.tools:
             raise UnsupportedError(f"{where} calls tools, but the {self.family} format of this checkpoint has none")
         try:
-            calls = [call.get("function", call) for call in calls]
+            calls = [call.get("function", call) for call in calls or ()]
             calls = [(call["name"], call["arguments"]) for call in calls]
             calls = [(name, json.loads(given) if isinstance(given, str) else given) for name, given in calls]
-        except (KeyError, TypeError, ValueError, AttributeError):
-            calls = [(None, None)]
-        if not all(isinstance(name, str) and isinstance(given, dict) for name, given in calls):
-            like = "{'type': 'function', 'function': {'name': 'f', 'arguments': {'x': 1}}}"
-            raise InputError(f"{where}: tool_calls must be a list of dicts like {like}")
-        return calls
+            if all(isinstance(name, str) and isinstance(given, dict) for name, given in calls):
+                return calls
+        except (KeyError, TypeError, ValueError, AttributeError, RecursionError):
+            pass
+        like = "{'type': 'function', 'function': {'name': 'f', 'arguments': {'x': 1}}}"
+        raise InputError(f"{where}: tool_calls must be a list of dicts like {like}")
 
     def _parts(self, content: str | list[dict[str, Any]], where: str) -> list[str | Prepared]:
         """Return a message's images and videos, prepared, and the texts between them."""

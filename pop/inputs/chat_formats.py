@@ -145,7 +145,8 @@ class Qwen3(Qwen3Instruct):
     without_thoughts = "<think>\n\n</think>\n\n"
 
     def with_thoughts(self, turns):
-        asked = [n for n, turn in enumerate(turns) if turn.role == "user" and not _is_tool_response(turn.text)]
+        response = re.compile("<tool_response>.*</tool_response>", re.DOTALL)  # of a tool, in a user's name
+        asked = [n for n, turn in enumerate(turns) if turn.role == "user" and not response.fullmatch(turn.text)]
         last, written = asked[-1] if asked else len(turns), []
         for n, turn in enumerate(turns):
             if turn.role == "assistant":
@@ -175,10 +176,6 @@ def split_thoughts(text: str) -> tuple[str, str]:
         return "", text
     thoughts, *_, answer = text.split("</think>")
     return thoughts.rstrip("\n").split("<think>")[-1].lstrip("\n"), answer.lstrip("\n")
-
-
-def _is_tool_response(text: str) -> bool:
-    return text.startswith("<tool_response>") and text.endswith("</tool_response>")
 
 
 class Gemma(ChatFormat):

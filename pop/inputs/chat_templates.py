@@ -75,9 +75,7 @@ def recognise(template: str, tool_template: str | None, variables: tuple) -> tup
 
     def spells(form: ChatFormat, source: str, probes: list) -> bool:
         try:
-            return all(
-                _render(source, variables, one, **more) == "".join(form.spell(one, **more)) for one, more in probes
-            )
+            return all(_render(source, variables, a, **b) == "".join(form.spell(a, **b)) for a, b in probes)
         except (InputError, UnsupportedError):
             return False
 
@@ -136,11 +134,25 @@ class _Text(str):
         return hash(self._text)
 
 
-def _on_the_text(method: Callable) -> Callable:
-    def call(self: _Text, *given, **named):
-        return _mark(method(self._text, *_unmark(given, []), **named), self._marks)
+def _map(value: Any, change: Callable[[str], str]) -> Any:
+    """Change all texts in a JSON value."""
+    if isinstance(value, dict):
+        return {_map(key, change): _map(part, change) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(_map(part, change) for part in value)
+    return change(value) if isinstance(value, str) else value
 
-    return call
+
+def _mark(value: Any, marks: dict[str, str]) -> Any:
+    return _map(value, lambda text: _Text(text, marks))
+
+
+def _unmark(value: Any) -> Any:
+    return _map(value, lambda text: getattr(text, "_text", text))
+
+
+def _on_the_text(method: Callable) -> Callable:
+    return lambda self, *given, **named: _mark(method(self._text, *_unmark(given), **named), self._marks)
 
 
 for _name in (
@@ -151,30 +163,12 @@ for _name in (
     setattr(_Text, _name, _on_the_text(getattr(str, _name)))
 
 
-def _mark(value: Any, marks: dict[str, str]) -> Any:
-    """Replace all texts in a JSON value by marked ones."""
-    if isinstance(value, dict):
-        return {_mark(key, marks): _mark(part, marks) for key, part in value.items()}
-    if isinstance(value, list | tuple):
-        return type(value)(_mark(part, marks) for part in value)
-    return _Text(value, marks) if isinstance(value, str) else value
-
-
-def _unmark(value: Any, found: list[_Text]) -> Any:
-    """Undo `_mark`, and add the marked texts to `found`."""
-    if isinstance(value, dict):
-        return {_unmark(key, found): _unmark(part, found) for key, part in value.items()}
-    if isinstance(value, list | tuple):
-        return type(value)(_unmark(part, found) for part in value)
-    found += [value] if isinstance(value, _Text) else []
-    return value._text if isinstance(value, _Text) else value
-
-
 def _tojson(value: Any, ensure_ascii=False, indent=None, separators=None, sort_keys=False) -> str:
+    marked: list[_Text] = []
+    _map(value, lambda text: marked.append(text) or text if isinstance(text, _Text) else text)
     options = {"ensure_ascii": ensure_ascii, "indent": indent, "separators": separators, "sort_keys": sort_keys}
-    found: list[_Text] = []
-    text = json.dumps(_unmark(value, found), **options)
-    return _Text(text, found[0]._marks) if found else text
+    text = json.dumps(_unmark(value), **options)
+    return _Text(text, marked[0]._marks) if marked else text
 
 
 class _Own(str):

@@ -196,7 +196,6 @@ CHANGES = [
     "{{ m.content | list | join('-') }}",
     "{{ m.content[::2] ~ m.content | first }}",
     "{{ m.content | wordcount }}",
-    "{{ m.content | random }}",
 ]
 BROKEN = [
     "{% for",
