@@ -12,10 +12,10 @@ import torch
 import torch.nn.functional as F
 
 from pop import engine
-from pop.backends import STAGES, accelerate
+from pop.backends import accelerate, chunk_size_of, stages_of
 from pop.backends.cpu import keep_freed_memory
 from pop.checkpoints.fingerprint import fingerprint
-from pop.engine.cache import CHUNK_SIZE, KVCache
+from pop.engine.cache import KVCache
 from pop.engine.compile import SMALLEST, Compiled
 from pop.errors import ContextOverflow, InputError, PlanError, TokenizerError, check_count
 from pop.generation.answers import Generation
@@ -45,7 +45,7 @@ class Model:
         tokenizer: None if the checkpoint lacks one.
         plan: The plan of every prefill that is given no other; takes the values of `prune` in `load`.
         max_seq_len, compile, progress: As in `load`.
-        chunk_size: How many tokens of a prompt prefill runs at once.
+        chunk_size: How many tokens of a prompt prefill runs at once. None: what suits the device.
         vision: The processor of images and videos (pop/inputs/processors.py). None takes the family's.
         part: A pop.backends.tensor_parallel.Part if the module is one process's part of the model.
         chat_format: As in `load`.
@@ -59,7 +59,7 @@ class Model:
         *,
         plan=None,
         max_seq_len=None,
-        chunk_size: int = CHUNK_SIZE,
+        chunk_size: int | None = None,
         compile="auto",
         progress: bool = False,
         vision: Processor | None = None,
@@ -73,12 +73,12 @@ class Model:
             self.chat_format()  # raises if it cannot be
         self.plan, self.max_seq_len = check_options(config, self.dtype, plan, max_seq_len, compile)
         self.resolve(self.plan)  # raises if it does not fit the weights
-        self.chunk_size = self._chunk_size(chunk_size)
+        self.chunk_size = self._chunk_size(chunk_size_of(module) if chunk_size is None else chunk_size)
         size = sum(weight.numel() for weight in module.parameters()) if part is None else part.num_parameters
         compiles = compile is True or (compile == "auto" and size >= SMALLEST)
         accelerate(module)
         options = {"required": compile is True, "progress": progress, "add_up": part and part.add_up}
-        self._compiled = Compiled(module, STAGES, **options) if compiles else None
+        self._compiled = Compiled(module, stages_of(module), **options) if compiles else None
         keep_freed_memory()
 
     @property
@@ -369,7 +369,7 @@ class Model:
         return self.vision.images(module, self.vision.prepare_batch(images, videos, len(tokens)), tokens, lengths)
 
     def _stages(self, rows: int, plan: PrunePlan = PrunePlan.none()) -> engine.Stages:  # noqa: B008 (it is frozen)
-        return self._compiled.stages(rows, plan) if self._compiled else STAGES
+        return self._compiled.stages(rows, plan) if self._compiled else stages_of(self.module)
 
     def __getstate__(self) -> dict:
         return self.__dict__ | {"_compiled": None}  # a copy runs eagerly

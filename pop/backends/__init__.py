@@ -5,23 +5,61 @@ The models and the engine do not depend on them. May import pop.engine, pop.chec
 
 from functools import partial
 
+import torch
 from torch import nn
 
-from pop.backends import cpu, experts
+from pop.backends import cpu, cuda, experts
+from pop.backends.cuda_graph import Graph
+from pop.engine.cache import CHUNK_SIZE
 from pop.engine.stages import Stages, full_layer, refit_layer
 from pop.models.experts import Experts
 from pop.models.layers import Embedding
+from pop.models.vision import qwen3_vl, siglip
+from pop.system.memory import free_bytes
 
-STAGES = Stages(
+CPU = Stages(
     full_layer=partial(full_layer, attention=cpu.attend_cache), refit_layer=partial(refit_layer, linear=cpu.linear)
 )
+CUDA = Stages(full_layer=partial(full_layer, attention=cuda.attend_cache), replay=Graph)
 FASTER = {nn.Linear: cpu.Linear, Embedding: cpu.Embedding, Experts: experts.Experts}
+CUDA_CHUNK_SIZE = 8192  # so most prompts run in one causal pass
 
 
 def accelerate(module: nn.Module) -> None:
     """Give the parts of a module their faster classes, in place. Weights, names and results stay the same.
 
-    Only parts of exactly these classes change: a subclass, such as an adapter's layer, keeps its own `forward`.
+    Only parts of exactly these classes change: a subclass, such as an adapter's layer, keeps its own `forward`. On a
+    GPU, the attention of the plain pass and of vision towers is replaced as well.
     """
+    is_cuda = _device(module).type == "cuda"
+    if is_cuda:
+        module.causal_attention = cuda.causal_attention
     for part in module.modules():
         part.__class__ = FASTER.get(type(part), type(part))
+        if is_cuda and isinstance(part, siglip.Attention | qwen3_vl.Attention):
+            part.attention = cuda.attention
+
+
+def stages_of(module: nn.Module) -> Stages:
+    """The stages for the module's device."""
+    return CUDA if _device(module).type == "cuda" else CPU
+
+
+def chunk_size_of(module: nn.Module) -> int:
+    """How many tokens of a prompt to run at once.
+
+    On a GPU, 8192 tokens, or fewer if their activations need more than an eighth of the memory that is free. Models
+    with sliding windows keep the usual size, because the rings of their caches grow with it.
+    """
+    weight, config = next(module.parameters()), module.config
+    size, free = CUDA_CHUNK_SIZE, free_bytes(weight.device)
+    if weight.device.type != "cuda" or any(config.windows):
+        return CHUNK_SIZE
+    activations = 5 * config.intermediate_size * weight.itemsize  # bytes a token, about
+    while free is not None and size > CHUNK_SIZE and size * activations > free / 8:
+        size //= 2
+    return size
+
+
+def _device(module: nn.Module) -> torch.device:
+    return next(module.parameters()).device

@@ -52,7 +52,8 @@ def prefill(
     """
     images, out = images or TEXT, None  # out: [B, D], each row's h after the last layer, at its last token so far
     for chunk, h, hidden in _chunks(module, tokens, cache, lengths, plan, chunk_size, stages, images, boundary):  # noqa: B007
-        out = chunk.latest(h, h[:, 0] if out is None else out)  # every row has tokens in the first chunk
+        latest = chunk.latest(h)
+        out = latest if out is None else latest.where(chunk.has_tokens[:, None], out)  # all have tokens in the first
     logits = stages.head(module, out)
     cache.restore((cache.lengths + lengths, hidden, cache.rope_offsets + images.rope_offset(lengths)))
     cache.intact = True
@@ -121,18 +122,18 @@ def _run_chunk(module, cache: KVCache, hidden, chunk: Chunk, stages: Stages):
             _write_pruned(module, group, h, hidden[group[0]], cache, chunk, metadata, stages)
             f = before = h.gather(1, rows)
             for index in group:
-                new_hidden.append(chunk.latest(h, hidden[index], f if W else None))
+                new_hidden.append(chunk.latest(h, f if W else None))
                 if W:
                     layer = module.layers[index]
                     f = stages.full_layer(layer, f, *cache.layer(index), rows_metadata[layer.window])
             h = h.scatter(1, rows, f.where(chunk.rows_valid[..., None], before))
         else:
             for index in group:
-                new_hidden.append(chunk.latest(h, hidden[index]))
+                new_hidden.append(chunk.latest(h))
                 layer = module.layers[index]
                 h = stages.full_layer(layer, h, *cache.layer(index), metadata[layer.window])
         h = chunk.images.add_deepstack(h, group[-1])
-    return h, torch.stack(new_hidden)
+    return h, torch.stack(new_hidden).where(chunk.has_tokens[:, None], hidden)
 
 
 def _write_pruned(module, group, h, previous, cache: KVCache, chunk: Chunk, metadata, stages: Stages) -> None:

@@ -131,16 +131,18 @@ class Chunk:
         has_band = self.tokens.index.shape[1] > 1
         return attention_metadata(module, cache, self.tokens, self.ends, self if has_band else None, in_slots)
 
-    def latest(self, h: torch.Tensor, before: torch.Tensor, f: torch.Tensor | None = None) -> torch.Tensor:
-        """The hidden state [B, D] of each row's last token so far.
+    def latest(self, h: torch.Tensor, f: torch.Tensor | None = None) -> torch.Tensor:
+        """The hidden state [B, D] of each row's last token: in h [B, C, D], or in f [B, W, D] if it is at full depth.
 
-        It is in h [B, C, D], or in f [B, W, D] if that token is at full depth. Rows without tokens keep `before`.
+        For a row without tokens it is meaningless.
         """
-        rows = torch.arange(len(self.last), device=h.device)
-        out = h[rows, self.last]
-        if f is not None:
-            out = torch.where((self.last_row >= 0)[:, None], f[rows, self.last_row], out)
-        return torch.where(self.has_tokens[:, None], out, before)
+        out = _column(h, self.last)
+        return out if f is None else _column(f, self.last_row.clamp(min=0)).where(self.last_row[:, None] >= 0, out)
+
+
+def _column(h: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """h [B, C, D] at column index [B] of each row: [B, D]."""
+    return h.gather(1, index[:, None, None].expand(-1, -1, h.shape[2]))[:, 0]
 
 
 def attention_metadata(
