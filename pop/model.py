@@ -20,6 +20,7 @@ from pop.engine.compile import SMALLEST, Compiled
 from pop.errors import ContextOverflow, InputError, PlanError, TokenizerError, check_count
 from pop.generation.answers import Generation
 from pop.generation.batch import Batch, as_prompts
+from pop.generation.caches import Caches
 from pop.generation.conversation import Conversation
 from pop.generation.prefix import Prefix
 from pop.generation.sampling import SamplingParams
@@ -31,6 +32,7 @@ from pop.models.images import TextOnly
 from pop.pruning.plan import PrunePlan
 from pop.system.memory import to_device
 
+SPARE_CACHES = 2  # kept for later answers, with their captured decode steps
 SCORED_AT_ONCE = 256  # continuation tokens whose logits [T, V] are in memory together
 
 
@@ -79,6 +81,7 @@ class Model:
         accelerate(module)
         options = {"required": compile is True, "progress": progress, "add_up": part and part.add_up}
         self._compiled = Compiled(module, stages_of(module), **options) if compiles else None
+        self.caches = Caches(0 if stages_of(module).replay is None else SPARE_CACHES)  # of its answers
         keep_freed_memory()
 
     @property
@@ -163,7 +166,7 @@ class Model:
     def warmup(self, batch_size: int = 1, plans: Sequence[PrunePlan] = ()) -> None:
         """Compile what prefill and decode need, unless the model runs eagerly.
 
-        Nothing compiles again while torch.set_num_threads and torch.inference_mode stay the same.
+        Nothing compiles again while torch.set_num_threads stays the same.
 
         Args:
             batch_size: 1 for one prompt at a time. A larger number covers every batch size.
@@ -363,6 +366,7 @@ class Model:
     def _vision_module(self):
         return self.module if self._compiled is None else self._compiled.vision_module
 
+    @torch.inference_mode(False)  # as the engine
     @torch.no_grad()
     def _images(self, module, images, videos, tokens: torch.Tensor, lengths: torch.Tensor) -> TextOnly:
         """What images and videos bring to tokens [B, T], by the vision tower of a module. Tokens are on the CPU."""

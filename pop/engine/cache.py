@@ -34,6 +34,7 @@ class KVCache:
     device lacks the memory.
     """
 
+    @torch.inference_mode(False)  # so that it can be used in that mode and outside of it
     def __init__(
         self,
         config,

@@ -70,7 +70,7 @@ class Compiled:
         taps = None if plan.projections is None else plan.projections.taps
         with self._lock:
             for wanted in ((rows > 1, None), (rows > 1, taps)):
-                wanted = (*wanted, *_circumstances())
+                wanted = (*wanted, torch.get_num_threads())  # whose change makes torch compile again
                 if wanted not in self._warm and self.works:
                     self._warm_up(rows > 1, plan if wanted[1] else None)
                     self._warm.add(wanted)
@@ -101,6 +101,7 @@ class Compiled:
         if self.add_up(failures).any():
             raise reason or UnsupportedError("another process cannot compile")
 
+    @torch.inference_mode(False)  # as the engine
     @torch.no_grad()
     def _run(self, several: bool, refit: PrunePlan | None) -> None:
         """Run all stages on all kinds of input. With `refit`, run only the stages that a calibrated plan adds."""
@@ -181,11 +182,6 @@ def _with_replaced(module: torch.nn.Module, path: str, new) -> torch.nn.Module:
     return shallow
 
 
-def _circumstances() -> tuple:
-    """Settings whose change makes torch compile again."""
-    return torch.get_num_threads(), torch.is_inference_mode_enabled()
-
-
 class _CompiledStage:
     """A stage, compiled separately for one token and for several.
 
@@ -215,7 +211,7 @@ class _CompiledStage:
             h, *args = (_as_owner(x) for x in (h, *args))
         if layer not in self.kinds:
             self.kinds[layer] = self.known.setdefault(_kind(layer, self.function), len(self.known))
-        key = (self.kinds[layer], h.shape[-2] == 1, *_circumstances())
+        key = (self.kinds[layer], h.shape[-2] == 1, torch.get_num_threads())
         if key not in self.compiled:
             code, name = self.function.__code__.replace(), self.function.__name__
             copied = types.FunctionType(code, self.function.__globals__, name, self.defaults)

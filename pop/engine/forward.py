@@ -25,6 +25,7 @@ from pop.models.images import TEXT, TextOnly
 from pop.pruning.plan import PrunePlan
 
 
+@torch.inference_mode(False)
 @torch.no_grad()
 def prefill(
     module,
@@ -60,6 +61,7 @@ def prefill(
     return logits
 
 
+@torch.inference_mode(False)
 @torch.no_grad()
 def extend(module, tokens: torch.Tensor, cache: KVCache, stages: Stages = EAGER) -> torch.Tensor:
     """Append tokens [B, T] at full depth, as decode would one by one. Returns logits [B, T, V] at every position."""
@@ -72,6 +74,7 @@ def extend(module, tokens: torch.Tensor, cache: KVCache, stages: Stages = EAGER)
     return torch.cat(logits, dim=1)
 
 
+@torch.inference_mode(False)
 @torch.no_grad()
 def decode(module, tokens: torch.Tensor, cache: KVCache, stages: Stages = EAGER) -> torch.Tensor:
     """Append one token a row at full depth: tokens [B] -> logits [B, V] float32.

@@ -56,6 +56,7 @@ class Batch:
         self.max_seq_len = self.num_earlier - 1 + max(len(p) + limit for p, limit in zip(prompts, limits, strict=True))
         ends = end_ids(model)
         self.answers = [Answer(model.tokenizer, ends, params.stop, limit) for limit in limits]
+        self.cache: KVCache | None = None  # made by `prefill`
 
     def generate(self, began: float) -> Generation | list[Generation]:
         """Generate all answers. Seconds count from `began`, a time.perf_counter()."""
@@ -82,6 +83,18 @@ class Batch:
 
     def steps(self) -> Iterator[list[str]]:
         """Generate. After each token of the batch, yield the text that the token has settled in each row."""
+        try:
+            yield from self._steps()
+        finally:
+            if self.cache is not None:
+                self.model.caches.give(self.take_cache())
+
+    def take_cache(self) -> KVCache:
+        """The cache, which the caller keeps from now on."""
+        cache, self.cache = self.cache, None
+        return cache
+
+    def _steps(self) -> Iterator[list[str]]:
         logits = self.prefill()
         rows = list(range(len(self.answers)))  # the answer that each row of the cache belongs to
         while True:
@@ -94,7 +107,9 @@ class Batch:
             unfinished = [number for number, row in enumerate(rows) if not self.answers[row].finish_reason]
             if not unfinished:
                 return
-            if len(unfinished) < len(rows):  # the finished rows leave the batch
+            is_full = bool((self.cache.lengths == self.cache.max_seq_len).any())
+            # The finished rows leave the batch. A captured step stays as long as half of its rows are unfinished.
+            if len(unfinished) < len(rows) and (self.cache.step is None or 2 * len(unfinished) <= len(rows) or is_full):
                 kept = torch.tensor(unfinished)
                 rows = [rows[number] for number in unfinished]
                 tokens = tokens[to_device([kept], tokens.device)[0]]
@@ -105,7 +120,7 @@ class Batch:
     def prefill(self) -> torch.Tensor:
         """Make the cache and fill it with the prompts. Returns the logits [B, V] of each prompt's boundary token."""
         B, lengths = len(self.prompts), [len(prompt) for prompt in self.prompts]
-        self.cache = self.model.new_cache(B, self.max_seq_len)
+        self.cache = self.model.caches.take(self.model, B, self.max_seq_len)
         if self.earlier is not None:
             self.cache.copy_from(self.earlier)
         if self.leading:

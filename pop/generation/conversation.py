@@ -148,6 +148,7 @@ class Conversation:
         if "plan" in options:
             raise InputError("a conversation keeps its plan; start another conversation for another plan")
         state, content = self._state, _content(message, images, videos)
+        _, earlier = state
         prompt, media = self._prompt(content)
 
         def after_step(batch: Batch) -> None:
@@ -156,7 +157,9 @@ class Conversation:
             (answer,) = batch.answers
             if answer.finish_reason:
                 turn = Turn(content, answer.text, prompt, answer.tokens, [one.sha256 for one in media])
-                self._state = ((*self.turns, turn), batch.cache)
+                self._state = ((*self.turns, turn), batch.take_cache())
+                if earlier is not None:
+                    self.model.caches.give(earlier)
 
         return self._batch(prompt, media, SamplingParams(**options), after_step=after_step)
 

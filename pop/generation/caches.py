@@ -1,0 +1,52 @@
+"""Caches for answers, which may be used again: their captured decode steps are worth keeping on a GPU."""
+
+import threading
+
+from pop.engine.cache import KVCache
+from pop.errors import CacheMemoryError
+
+SMALLEST, GROWTH = 256, 1.25  # tokens; sizes go up in steps, so that a kept cache fits many answers
+
+
+class Caches:
+    """Makes the caches of a model's answers, and keeps up to `kept` of those that answers are finished with."""
+
+    def __init__(self, kept: int):
+        self.kept, self._spare, self._lock = kept, [], threading.Lock()
+
+    def __getstate__(self) -> dict:
+        return {"kept": self.kept}  # a copy of the model makes caches of its own
+
+    def __setstate__(self, state: dict) -> None:
+        self.__init__(**state)
+
+    def take(self, model, batch_size: int, max_seq_len: int) -> KVCache:
+        """An empty cache, as from `model.new_cache`. It may have room for more than max_seq_len tokens a row."""
+        if not self.kept:
+            return model.new_cache(batch_size, max_seq_len)
+        size = min(stepped(max_seq_len), model.max_seq_len)
+        with self._lock:
+            for cache in self._spare:
+                if (cache.batch_size, cache.max_seq_len) == (batch_size, size) and cache.device == model.device:
+                    self._spare.remove(cache)
+                    cache.reset()
+                    return cache
+        try:
+            return model.new_cache(batch_size, size)
+        except CacheMemoryError:
+            with self._lock:
+                self._spare.clear()
+            return model.new_cache(batch_size, max_seq_len)
+
+    def give(self, cache: KVCache) -> None:
+        """Take back a cache that nobody uses any more."""
+        with self._lock:
+            self._spare = [cache, *self._spare][: self.kept]
+
+
+def stepped(max_seq_len: int) -> int:
+    """The next size from max_seq_len on: a multiple of 256 tokens, each about a quarter larger than the one before."""
+    size = SMALLEST
+    while size < max_seq_len:
+        size = -(-int(size * GROWTH) // SMALLEST) * SMALLEST
+    return size

@@ -1,0 +1,145 @@
+"""Caches that are used again: the same answers, no tokens of an earlier one, and one captured step for many answers."""
+
+import copy
+import threading
+from itertools import pairwise
+
+import pytest
+import torch
+from support.tiny import random_model, tiny_gemma3_config
+from support.tiny_chat import write_chat_checkpoint
+
+import pop
+from pop.engine.decode_step import Replay
+from pop.engine.stages import Stages
+from pop.generation.caches import Caches, stepped
+
+PROMPTS = [[5, 9, 20], list(range(40, 60)), [17]]
+
+
+@pytest.fixture
+def steps(monkeypatch):
+    """Models that replay decode steps and keep caches, as on a GPU. The list gets each step that is made."""
+    made = []
+
+    def replay(*arguments):
+        made.append(Replay(*arguments))
+        return made[-1]
+
+    stages = Stages(replay=replay)
+    monkeypatch.setattr("pop.model.stages_of", lambda module: stages)
+    return made
+
+
+def answers(chat):
+    return [turn.answer for turn in chat.turns]
+
+
+def test_sizes_go_up_in_steps():
+    sizes = sorted({stepped(tokens) for tokens in range(1, 40_000)})
+    assert all(stepped(size) == size and size % 256 == 0 for size in sizes)
+    assert sizes[0] == 256 and len(sizes) < 30
+    assert all(after <= max(before + 256, 1.25 * before + 256) for before, after in pairwise(sizes))
+    assert all(stepped(tokens) >= tokens for tokens in range(1, 40_000, 7))
+
+
+def test_answers_in_a_kept_cache_are_those_in_a_new_one(steps):
+    config = tiny_gemma3_config(max_positions=512)
+    module = random_model(config, seed=3)
+    module.model.norm.weight.data += 1  # larger logits, so that answers differ
+    model, other = (pop.Model(module, config, plan=pop.PrunePlan((1, 2)), chunk_size=4) for _ in range(2))
+    other.caches = Caches(0)
+    for prompt in [*PROMPTS, PROMPTS, PROMPTS[:2], PROMPTS[1]]:
+        for options in ({}, {"temperature": 1.0, "seed": 4}):
+            found, expected = (m.generate(prompt, max_new_tokens=12, **options) for m in (model, other))
+            found, expected = ([one] if hasattr(one, "tokens") else one for one in (found, expected))
+            assert [one.tokens for one in found] == [one.tokens for one in expected]
+
+
+def test_many_answers_need_one_step(steps, tmp_path):
+    model = pop.load(write_chat_checkpoint(tmp_path), progress=False)
+    for prompt in PROMPTS:
+        model.generate(prompt, max_new_tokens=5)
+    assert len(steps) == 1
+    next(model.stream([5, 9, 20], max_new_tokens=5))  # an abandoned stream gives its cache back
+    model.generate([7], max_new_tokens=5)
+    assert len(steps) == 1
+    steps.clear()
+    chat = model.start_chat("Be brief.")
+    for _ in range(4):
+        chat.send("Hello", max_new_tokens=3)
+    assert len(steps) <= 2  # a turn works on a copy
+
+
+def test_a_turn_that_fails_leaves_the_conversation_as_it_was(steps, tmp_path):
+    model = pop.load(write_chat_checkpoint(tmp_path), progress=False)
+    chat, other = model.start_chat(), model.start_chat()
+    for turn in range(3):
+        stream = chat.stream("Hello", max_new_tokens=8)
+        for _ in range(turn):  # not read to its end
+            next(stream)
+        stream.close()
+        model.generate([1, 2, 3, turn], max_new_tokens=4)
+        chat.send(f"Hello {turn}", max_new_tokens=4)
+        other.send(f"Hello {turn}", max_new_tokens=4)
+    model.caches = Caches(0)
+    alone = model.start_chat()
+    for turn in range(3):
+        alone.send(f"Hello {turn}", max_new_tokens=4)
+    assert answers(chat) == answers(other) == answers(alone)
+
+
+def test_threads_never_share_a_cache(steps):
+    config = tiny_gemma3_config(max_positions=512)
+    model = pop.Model(random_model(config, seed=3), config)
+    expected = {tuple(prompt): model.generate(prompt, max_new_tokens=20).tokens for prompt in PROMPTS}
+    wrong = []
+
+    def run(prompt):
+        for _ in range(5):
+            if model.generate(prompt, max_new_tokens=20).tokens != expected[tuple(prompt)]:
+                wrong.append(prompt)
+
+    threads = [threading.Thread(target=run, args=(prompt,)) for prompt in PROMPTS]
+    [thread.start() for thread in threads]
+    [thread.join() for thread in threads]
+    assert wrong == []
+
+
+def test_kept_caches_give_way_if_memory_is_short(monkeypatch):
+    config = tiny_gemma3_config(max_positions=512)
+    model, kept = pop.Model(random_model(config), config), Caches(2)
+    kept.give(kept.take(model, 1, 300))
+    tried = []
+
+    def new_cache(batch_size, max_seq_len):
+        tried.append((max_seq_len, len(kept._spare)))
+        if kept._spare:
+            raise pop.CacheMemoryError("full")
+        return "new"
+
+    monkeypatch.setattr(model, "new_cache", new_cache)
+    assert kept.take(model, 1, 100) == "new"
+    assert tried == [(256, 1), (100, 0)]
+
+
+def test_a_copy_of_a_model_shares_no_cache(steps):
+    config = tiny_gemma3_config(max_positions=512)
+    model = pop.Model(random_model(config), config)
+    model.generate([1], max_new_tokens=2)
+    assert model.caches._spare
+    assert copy.deepcopy(model).caches._spare == []
+
+
+def test_a_cache_may_change_between_inference_mode_and_none():
+    config = tiny_gemma3_config(max_positions=512)
+    model = pop.Model(random_model(config), config)
+    with torch.inference_mode():
+        cache = model.new_cache(1, 50)
+        token = model.prefill([[1, 2, 3]], cache).argmax(-1)
+    first = model.decode(token, cache)
+    with torch.inference_mode():
+        model.decode(first.argmax(-1), cache)
+    cache.keep_rows(torch.tensor([0]))
+    cache.reset()
+    assert model.prefill([[1, 2, 3]], cache).isfinite().all()
