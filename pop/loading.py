@@ -9,6 +9,7 @@ from pop import models
 from pop.backends.int8 import check_quantize, quantize_module
 from pop.backends.tensor_parallel import Part, join
 from pop.checkpoints import registry
+from pop.checkpoints.adapters import merge_adapter, read_adapter
 from pop.checkpoints.config_json import read_config
 from pop.checkpoints.processor_json import read_preparation
 from pop.checkpoints.weights import load_weights
@@ -34,6 +35,7 @@ def load(
     quantize: str | None = None,
     tokenizer="auto",
     chat_format=None,
+    adapter: str | os.PathLike | None = None,
 ) -> Model:
     """Load a model by its registry name, or from a directory in the Hugging Face or in Meta's layout.
 
@@ -58,6 +60,8 @@ def load(
         chat_format: None finds the format that the checkpoint's chat_template spells, or refuses to chat. Otherwise
             the name of a format in pop/inputs/chat_formats.py, "template" for the checkpoint's own template, rendered
             by jinja2, or a subclass of pop.ChatFormat.
+        adapter: The folder of a LoRA adapter that PEFT has saved, which is merged into the weights
+            (pop/checkpoints/adapters.py).
 
     Raises a PopError of pop/errors.py, if possible before it reads the weights.
     """
@@ -69,6 +73,8 @@ def load(
         raise InputError(f"dtype is {dtype!r}; give torch.float32, torch.bfloat16, torch.float16, or None")
     if not isinstance(name_or_path, (str, os.PathLike)):
         raise InputError(f"name_or_path is {name_or_path!r}; give a name that pop.list_models() lists, or a directory")
+    if adapter is not None and not isinstance(adapter, (str, os.PathLike)):
+        raise InputError(f"adapter is {adapter!r}; give the folder of a LoRA adapter")
     folder = registry.find_folder(name_or_path)
     config = read_config(folder)
     dtype = dtype or config.dtype
@@ -81,7 +87,9 @@ def load(
     check_quantize(quantize, module, device, ranks)
     progress = progress and rank == 0
     shards = {} if part is None else part.shards
+    updates = {} if adapter is None else read_adapter(Path(adapter).expanduser(), module, shards)
     load_weights(folder, module, dtype=dtype, device=device, progress=progress, shards=shards)
+    merge_adapter(updates, module, shards)
     if quantize is not None:
         quantize_module(module)
     options = {"plan": plan, "max_seq_len": max_seq_len, "compile": compile, "progress": progress, "vision": vision}

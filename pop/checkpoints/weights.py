@@ -61,6 +61,10 @@ class Shard:
     def whole_shape(self, part: tuple[int, ...]) -> tuple[int, ...]:
         return (*part[: self.axis], self.whole, *part[self.axis + 1 :])
 
+    def cut(self, whole: torch.Tensor) -> torch.Tensor:
+        """The part of a whole parameter."""
+        return torch.cat([whole.narrow(self.axis, begin, end - begin) for begin, end in self.spans], self.axis)
+
     def places(self) -> torch.Tensor:
         """Return [whole]: each index's position in the part, or -1 if another process owns it."""
         places, at = torch.full((self.whole,), -1), 0

@@ -1,0 +1,102 @@
+"""LoRA adapters as PEFT saves them, merged into the linear layers of a model: W becomes W + s B A (Hu et al. 2021).
+
+Everything that is not plain LoRA is refused by name: a field of adapter_config.json that asks for more, and a tensor
+that is not the A or the B of a linear layer.
+"""
+
+import math
+import re
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from torch import nn
+
+from pop.checkpoints.fields import Fields
+from pop.checkpoints.weights import FLOATS, Shard, published_name
+from pop.errors import CheckpointError, ConfigError, some
+from pop.system.files import read_json, read_tensors, refuse_pointers
+
+# Fields about training, and about which layers have an A and a B. The tensors say the latter. Other fields must be off.
+UNUSED = """
+    peft_version auto_mapping base_model_name_or_path revision task_type inference_mode target_modules exclude_modules
+    layers_to_transform layers_pattern lora_dropout loftq_config eva_config corda_config megatron_core
+    qalora_group_size runtime_config
+""".split()  # noqa: SIM905
+INITS = (True, "gaussian", "eva", "orthogonal")  # others change the base model's weights as well
+Adapter = dict[str, tuple[torch.Tensor, torch.Tensor, float]]  # by parameter: A [r, in], B [out, r] and s
+
+
+def read_adapter(folder: Path, module: nn.Module, shards: dict[str, Shard]) -> Adapter:
+    """Read the adapter in a folder for a module, which may be on the meta device. `shards` is as in `load_weights`.
+
+    Raises ConfigError or CheckpointError, which names what is not plain LoRA or does not fit the module.
+    """
+    refuse_pointers(folder)
+    config, file = folder / "adapter_config.json", folder / "adapter_model.safetensors"
+    values = read_json(config)
+    try:
+        fields = Fields({name: value for name, value in values.items() if value and name not in UNUSED})
+        fields.fixed(peft_type="LORA", bias="none")
+        if fields.left.get("init_lora_weights", True) in INITS:
+            fields.left.pop("init_lora_weights", None)
+        rank, alpha, root = fields.integer("r"), fields.number("lora_alpha"), fields.boolean("use_rslora")
+        ranks, alphas = fields.part("rank_pattern"), fields.part("alpha_pattern")
+        ranks = {name: ranks.integer(name) for name in list(ranks.left)}
+        alphas = {name: alphas.number(name) for name in list(alphas.left)}
+        fields.finish()
+        if patterns := [name for name in (*ranks, *alphas) if not re.fullmatch(r"[\w.]+", name)]:
+            raise ConfigError(f"rank_pattern or alpha_pattern has {some(patterns)}; only names of layers are supported")
+    except ConfigError as error:
+        raise ConfigError(f"{config}: {error}; merge the adapter with PEFT, and load the result") from None
+    try:
+        tensors, _ = read_tensors(file)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{file} cannot be read ({error}); fetch the adapter again") from None
+
+    def chosen(patterns: dict, name: str, default):
+        return next((value for key, value in patterns.items() if f".{name}".endswith(f".{key}")), default)
+
+    adapter, faults = {}, []
+    for name in sorted(tensors):
+        layer, _, kind = name.removeprefix("base_model.model.").rpartition(".lora_")
+        linear = _find_linear(module, layer)
+        if linear is None or kind not in ("A.weight", "B.weight"):
+            faults.append(f"{name} is not of a linear layer of this model")
+            continue
+        parameter = f"{linear}.weight"
+        shape = tuple(module.get_parameter(parameter).shape)  # [out, in]
+        shape = shards[parameter].whole_shape(shape) if parameter in shards else shape
+        r, size = chosen(ranks, layer, rank), list(tensors[name].shape)
+        wanted = [r, shape[1]] if kind == "A.weight" else [shape[0], r]
+        if size != wanted:
+            faults.append(f"{name} is {size}, not {wanted}")
+        elif tensors[name].dtype not in FLOATS or not tensors[name].isfinite().all():
+            faults.append(f"{name} does not hold finite floating-point numbers")
+        elif (other := f"base_model.model.{layer}.lora_{'B' if kind[0] == 'A' else 'A'}.weight") not in tensors:
+            faults.append(f"{name} comes without {other}")
+        elif kind == "B.weight":
+            a = tensors[other]
+            adapter[parameter] = a, tensors[name], chosen(alphas, layer, alpha) / (math.sqrt(r) if root else r)
+    if faults or not adapter:
+        step = "give the base model that it was trained on, or merge it with PEFT and load the result"
+        raise CheckpointError(f"{file} does not fit this model: {some(faults or ['it is empty'], '; ')}; {step}")
+    return adapter
+
+
+def _find_linear(module: nn.Module, layer: str) -> str | None:
+    """Return the name of a linear layer, which newer releases of transformers may call otherwise, or None."""
+    modules = dict(module.named_modules())
+    names = (layer, published_name(f"{layer}.weight").removesuffix(".weight"))
+    return next((name for name in names if isinstance(modules.get(name), nn.Linear)), None)
+
+
+@torch.no_grad()
+def merge_adapter(adapter: Adapter, module: nn.Module, shards: dict[str, Shard]) -> None:
+    """Add s B A to the weights in place. The sum is computed in float32 and rounded to the weights' dtype."""
+    for name, (a, b, scale) in adapter.items():
+        weight = module.get_parameter(name)
+        update = scale * (b.to(weight.device, torch.float32) @ a.to(weight.device, torch.float32))
+        if name in shards:
+            update = shards[name].cut(update)
+        weight.copy_(weight.float() + update)
