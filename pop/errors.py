@@ -11,6 +11,10 @@ from operator import index
 class PopError(Exception):
     """Base class of all errors of this library."""
 
+    def __str__(self) -> str:
+        """The message in printable characters: what it quotes from a file or a server could drive a terminal."""
+        return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in super().__str__())
+
 
 class InputError(PopError, ValueError):
     """A prompt, message, token id, length or option that the call cannot take."""

@@ -44,7 +44,8 @@ def load(
             Hugging Face cache (OWNER/REPOSITORY), or a directory. A name comes first; ./NAME is a directory.
         device: None takes the GPU if there is one, otherwise the CPU.
         dtype: None keeps the checkpoint's.
-        prune: "default" (the deepest floor(L/3) layers), None (full depth), a fraction of the layers, or a PrunePlan.
+        prune: "default" (the deepest floor(L/3) layers), None (full depth), a fraction of the layers, a PrunePlan, or
+            the path of a saved one.
         max_seq_len: The most tokens that a cache may hold for each row. None takes the model's full context.
         min_pixels, max_pixels: To how many pixels an image is resized, if the family keeps its shape. None takes the
             checkpoint's limits. A pop.Image has its own.

@@ -15,3 +15,9 @@ def test_every_error_is_a_pop_error_and_the_fitting_builtin():
     for error, builtin in pairs.items():
         assert issubclass(error, pop.PopError)
         assert issubclass(error, builtin)
+
+
+def test_what_a_message_quotes_cannot_drive_a_terminal():
+    hostile = "\x1b]0;title\x07 \x9b2J \r\n \u202e \udc80 é 漢 \t"
+    for error in (pop.InputError(hostile), pop.WeightsNotFound(hostile), pop.UnknownModel(hostile)):
+        assert str(error) == r"\x1b]0;title\x07 \x9b2J \r\n \u202e \udc80 é 漢 \t"

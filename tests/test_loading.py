@@ -52,7 +52,7 @@ def test_a_name_is_looked_up_in_the_weights_folders(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     ("prune", "layers"),
-    [("default", (4,)), (None, ()), (0, ()), (0.5, (3, 4)), (1, (0, 1, 2, 3, 4)), (pop.PrunePlan((1,)), (1,))],
+    [("default", (4,)), (None, ()), ("none", ()), (0.5, (3, 4)), (1.0, (0, 1, 2, 3, 4)), (pop.PrunePlan((1,)), (1,))],
 )
 def test_prune_takes_every_form(folder, prune, layers):
     assert pop.load(folder, prune=prune).plan.layers == layers
@@ -68,6 +68,7 @@ def test_dtype_none_keeps_the_checkpoints(tmp_path):
     ("options", "error", "named"),
     [
         ({"prune": "much"}, pop.PlanError, "plan.*'much'"),
+        ({"prune": 1}, pop.PlanError, "plan is 1;.*1.0 for all"),
         ({"prune": 1.5}, pop.PlanError, r"fraction.*1\.5"),
         ({"prune": pop.PrunePlan((5,))}, pop.PlanError, "layer 5.*0 to 4"),
         ({"dtype": "bfloat16"}, pop.InputError, "dtype.*'bfloat16'"),

@@ -126,7 +126,7 @@ COMMANDS = sorted({line for line in re.findall(r"`pop ([^`]+)`", TEXT) if " " in
 def test_the_commands_in_the_text_are_ones(line):
     """Their words are understood; other tests run them, with models and files that exist."""
     args = _parser().parse_args(shlex.split(line.replace(" ...", "")))
-    assert args.__dict__.get("model", REAL) in pop.list_models()
+    assert args.__dict__.get("model", REAL) in (*pop.list_models(), "OWNER/REPOSITORY")
 
 
 def test_the_python_in_the_text_fits_what_it_names(tmp_path):
@@ -149,6 +149,16 @@ def test_the_extras_in_the_text_are_ones():
     setup = (ROOT / "setup.py").read_text(encoding="utf-8")
     extras = re.findall(r"`pip install [^`]*\[(\w+)\]'`", "\n".join(READMES.values()))
     assert extras and all(f'"{extra}": ' in setup for extra in extras)
+
+
+def test_every_file_of_data_is_packaged():
+    """setup.py lists patterns of files that are not Python."""
+    setup = (ROOT / "setup.py").read_text(encoding="utf-8")
+    patterns = re.findall(r'"([^"]+)"', re.search(r'package_data=\{"pop": \[(.*?)\]', setup)[1])
+    packaged = {path for pattern in patterns for path in (ROOT / "pop").glob(pattern)}
+    others = (path for path in (ROOT / "pop").rglob("*.*") if path.suffix not in (".py", ".md", ".pyc"))
+    assert set(others) == packaged
+    assert ROOT / "pop/py.typed" in packaged
 
 
 def test_ci_runs_the_two_commands_as_printed():

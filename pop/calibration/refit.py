@@ -59,7 +59,7 @@ def calibrate(
         model: A pop.Model.
         texts: Strings or lists of token ids that resemble the prompts to come. Some 50,000 tokens suffice; a wide model
             needs more. None takes a small built-in set of English and Python.
-        plan: A PrunePlan, or a list of them. Several plans share the pass over the texts.
+        plan: A PrunePlan or another value of `prune` in `load`, or a list. Several plans share the pass over the texts.
         images, videos: A list for each text, as in `Model.generate`. All are in memory at the same time.
         taps: 2 also gives the projections the previous token, and 1 does not.
         window: The tokens of a window, ideally as many as in a typical prompt. Texts with images stay whole.
@@ -111,9 +111,8 @@ def builtin_texts() -> list[str]:
 
 
 def _checked(model, plan) -> PrunePlan:
-    if not isinstance(plan, PrunePlan):
-        raise PlanError(f"plan is {plan!r}; give a pop.PrunePlan, such as pop.PrunePlan.deepest(num_layers, 1 / 2)")
-    if not plan.check(model.config.num_layers).layers:
+    plan = PrunePlan.of(plan, model.config.num_layers)
+    if not plan.layers:
         raise PlanError("the plan prunes no layers, so there is nothing to calibrate; give its layers")
     return dataclasses.replace(plan, full_depth_first=max(1, plan.full_depth_first), projections=None)
 

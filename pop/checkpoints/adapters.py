@@ -18,11 +18,11 @@ from pop.errors import CheckpointError, ConfigError, some
 from pop.system.files import read_json, read_tensors, refuse_pointers
 
 # Fields about training, and about which layers have an A and a B. The tensors say the latter. Other fields must be off.
-UNUSED = """
-    peft_version auto_mapping base_model_name_or_path revision task_type inference_mode target_modules exclude_modules
-    layers_to_transform layers_pattern lora_dropout loftq_config eva_config corda_config megatron_core
-    qalora_group_size runtime_config
-""".split()  # noqa: SIM905
+UNUSED = (
+    *("peft_version", "auto_mapping", "base_model_name_or_path", "revision", "task_type", "inference_mode"),
+    *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "lora_dropout", "runtime_config"),
+    *("loftq_config", "eva_config", "corda_config", "megatron_core", "qalora_group_size"),
+)
 INITS = (True, "gaussian", "eva", "orthogonal")  # others change the base model's weights as well
 Adapter = dict[str, tuple[torch.Tensor, torch.Tensor, float]]  # by parameter: A [r, in], B [out, r] and s
 
@@ -38,12 +38,11 @@ def read_adapter(folder: Path, module: nn.Module, shards: dict[str, Shard]) -> A
     try:
         fields = Fields({name: value for name, value in values.items() if value and name not in UNUSED})
         fields.fixed(peft_type="LORA", bias="none")
-        if fields.left.get("init_lora_weights", True) in INITS:
-            fields.left.pop("init_lora_weights", None)
+        if fields.left.get("init_lora_weights") in INITS:
+            del fields.left["init_lora_weights"]
         rank, alpha, root = fields.integer("r"), fields.number("lora_alpha"), fields.boolean("use_rslora")
         ranks, alphas = fields.part("rank_pattern"), fields.part("alpha_pattern")
-        ranks = {name: ranks.integer(name) for name in list(ranks.left)}
-        alphas = {name: alphas.number(name) for name in list(alphas.left)}
+        ranks, alphas = ({n: part.number(n) for n in list(part.left)} for part in (ranks, alphas))
         fields.finish()
         if patterns := [name for name in (*ranks, *alphas) if not re.fullmatch(r"[\w.]+", name)]:
             raise ConfigError(f"rank_pattern or alpha_pattern has {some(patterns)}; only names of layers are supported")
@@ -53,42 +52,34 @@ def read_adapter(folder: Path, module: nn.Module, shards: dict[str, Shard]) -> A
         tensors, _ = read_tensors(file)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{file} cannot be read ({error}); fetch the adapter again") from None
-
-    def chosen(patterns: dict, name: str, default):
-        return next((value for key, value in patterns.items() if f".{name}".endswith(f".{key}")), default)
-
+    linears = {name: part for name, part in module.named_modules() if isinstance(part, nn.Linear)}
     adapter, faults = {}, []
-    for name in sorted(tensors):
+    for name, tensor in sorted(tensors.items()):
         layer, _, kind = name.removeprefix("base_model.model.").rpartition(".lora_")
-        linear = _find_linear(module, layer)
-        if linear is None or kind not in ("A.weight", "B.weight"):
+        published = published_name(f"{layer}.weight").removesuffix(".weight")  # of transformers 4
+        linear = layer if layer in linears else published
+        if linear not in linears or kind not in ("A.weight", "B.weight"):
             faults.append(f"{name} is not of a linear layer of this model")
             continue
-        parameter = f"{linear}.weight"
-        shape = tuple(module.get_parameter(parameter).shape)  # [out, in]
-        shape = shards[parameter].whole_shape(shape) if parameter in shards else shape
-        r, size = chosen(ranks, layer, rank), list(tensors[name].shape)
+        parameter, shape = f"{linear}.weight", tuple(linears[linear].weight.shape)
+        shape = shards[parameter].whole_shape(shape) if parameter in shards else shape  # [out, in]
+        r, s = (
+            next((value for key, value in patterns.items() if f".{layer}".endswith(f".{key}")), default)
+            for patterns, default in ((ranks, rank), (alphas, alpha))
+        )
         wanted = [r, shape[1]] if kind == "A.weight" else [shape[0], r]
-        if size != wanted:
-            faults.append(f"{name} is {size}, not {wanted}")
-        elif tensors[name].dtype not in FLOATS or not tensors[name].isfinite().all():
+        other = f"base_model.model.{layer}.lora_{'B' if kind == 'A.weight' else 'A'}.weight"
+        if list(tensor.shape) != wanted:
+            faults.append(f"{name} is {list(tensor.shape)}, not {wanted}")
+        elif tensor.dtype not in FLOATS or not tensor.isfinite().all():
             faults.append(f"{name} does not hold finite floating-point numbers")
-        elif (other := f"base_model.model.{layer}.lora_{'B' if kind[0] == 'A' else 'A'}.weight") not in tensors:
+        elif other not in tensors:
             faults.append(f"{name} comes without {other}")
-        elif kind == "B.weight":
-            a = tensors[other]
-            adapter[parameter] = a, tensors[name], chosen(alphas, layer, alpha) / (math.sqrt(r) if root else r)
+        adapter[parameter] = tensors.get(other), tensor, s / (math.sqrt(r) if root else r)  # the last one is B's
     if faults or not adapter:
         step = "give the base model that it was trained on, or merge it with PEFT and load the result"
         raise CheckpointError(f"{file} does not fit this model: {some(faults or ['it is empty'], '; ')}; {step}")
     return adapter
-
-
-def _find_linear(module: nn.Module, layer: str) -> str | None:
-    """Return the name of a linear layer, which newer releases of transformers may call otherwise, or None."""
-    modules = dict(module.named_modules())
-    names = (layer, published_name(f"{layer}.weight").removesuffix(".weight"))
-    return next((name for name in names if isinstance(modules.get(name), nn.Linear)), None)
 
 
 @torch.no_grad()

@@ -10,6 +10,7 @@ import dataclasses
 import os
 import shlex
 import sys
+import unicodedata
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -24,12 +25,15 @@ from pop.calibration.scores import check_plot
 from pop.checkpoints import download as downloads
 from pop.checkpoints import gguf, registry
 from pop.cli.demo import run as run_demo
-from pop.errors import ContextOverflow, InputError, PlanError, PopError, WeightsNotFound, check_count
+from pop.errors import ContextOverflow, InputError, PopError, WeightsNotFound, check_count
 from pop.generation.sampling import SamplingParams
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command and return the exit status. argv: without the program's name; None takes sys.argv."""
+    for name, mode in {"stdin": "r", "stdout": "w", "stderr": "w"}.items():
+        if getattr(sys, name) is None:  # the caller has closed it
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115
     args = _parse(argv)
     if hasattr(sys.stdout, "reconfigure"):  # a terminal that lacks a character shows "?" for it
         sys.stdout.reconfigure(errors="replace")
@@ -43,6 +47,8 @@ def main(argv: list[str] | None = None) -> int:
             if rank > 0:  # only the first process prints
                 silence = stack.enter_context(open(os.devnull, "w", encoding="utf-8"))
                 stack.enter_context(contextlib.redirect_stdout(silence))
+            elif sys.stdout.isatty():
+                stack.enter_context(contextlib.redirect_stdout(_Terminal(sys.stdout)))
             args.run(args)
             sys.stdout.flush()
         return 0
@@ -62,6 +68,21 @@ def main(argv: list[str] | None = None) -> int:
         return 2
 
 
+class _Terminal:
+    """A terminal for answers of models and texts of files. It gets no control characters, which could drive it."""
+
+    def __init__(self, stream):
+        self._stream = stream
+
+    def __getattr__(self, name: str):
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        return self._stream.write(
+            "".join(char for char in text if char in "\n\t" or unicodedata.category(char) != "Cc")
+        )
+
+
 def _parse(argv: list[str] | None) -> argparse.Namespace:
     """Parse the arguments. Python before 3.12 leaves positional arguments after an option to us."""
     parser = _parser()
@@ -79,8 +100,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
 
 def demo(args) -> None:
     text = None if args.prompt_file is None else _read_file(args.prompt_file)
-    prune, options = parse_prune(args.prune), {"max_new_tokens": args.max_new_tokens, "runs": args.runs}
-    run_demo(args.model, text, prune, as_json=args.json, **options)
+    run_demo(args.model, text, args.prune, max_new_tokens=args.max_new_tokens, runs=args.runs, as_json=args.json)
 
 
 def generate(args) -> None:
@@ -211,21 +231,9 @@ def import_gguf(args) -> None:
     print(f'Try: pop generate {shlex.quote(str(folder.resolve()))} "Once upon a time"')
 
 
-def parse_prune(text: str):
-    """The value of --prune as `pop.load` takes it: "default", None, a fraction, or the PrunePlan in a file."""
-    if text in ("default", "none"):
-        return None if text == "none" else text
-    with contextlib.suppress(ValueError):
-        if 0 <= float(text) <= 1:
-            return float(text)
-    if not os.path.isfile(text):
-        raise PlanError(f"--prune is {text!r}; give default, none, a fraction such as 0.5, or the path of a saved plan")
-    return pop.PrunePlan.load(text)
-
-
 def _load(args):
     options = {"device": args.device, "dtype": args.dtype and getattr(torch, args.dtype), "quantize": args.quantize}
-    return pop.load(args.model, prune=parse_prune(args.prune), parallel="auto", **options)
+    return pop.load(args.model, prune=args.prune, parallel="auto", **options)
 
 
 def _media(args, model) -> dict:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -46,7 +47,7 @@ class PrunePlan:
             raise PlanError(f"layers names a layer twice: {layers}")
         object.__setattr__(self, "layers", layers)
         for name, least in (("full_depth_last", 1), ("full_depth_first", 0)):
-            object.__setattr__(self, name, check_count(name, getattr(self, name), least, error=PlanError))
+            object.__setattr__(self, name, check_count(name, getattr(self, name), least, 2**31 - 1, PlanError))
         if self.projections is None:
             return
         if not isinstance(self.projections, KVProjections):
@@ -76,16 +77,27 @@ class PrunePlan:
 
     @classmethod
     def of(cls, prune, num_layers: int) -> PrunePlan:
-        """The plan that `pop.load` takes as `prune`: "default", None, a fraction of the layers, or a plan that fits."""
-        if prune is None:
+        """The plan for "default", None, a fraction of the layers, the path of a saved plan, or a plan that fits.
+
+        As on the command line, "none" stands for None, and a number may be text. An integer other than 0 is refused:
+        1 could mean one layer or all layers.
+        """
+        for number in (int, float) if isinstance(prune, str) else ():
+            with contextlib.suppress(ValueError):
+                prune = number(prune)
+                break
+        if prune is None or prune == "none":
             return cls.none()
         if isinstance(prune, PrunePlan):
             return prune.check(num_layers)
         if isinstance(prune, str) and prune == "default":
             return cls.deepest(num_layers, 1 / 3)
-        if isinstance(prune, (int, float)):
+        if isinstance(prune, float) or (type(prune) is int and prune == 0):
             return cls.deepest(num_layers, prune)
-        raise PlanError(f"the plan is {prune!r}; it must be 'default', None, a fraction of the layers, or a PrunePlan")
+        if isinstance(prune, (str, os.PathLike)) and os.path.isfile(os.path.expanduser(prune)):
+            return cls.load(prune).check(num_layers)
+        kinds = "'default', 'none', a share of the layers (1/3, or 1.0 for all), a saved plan's path, or a PrunePlan"
+        raise PlanError(f"the plan is {prune!r:.200}; it must be {kinds}")
 
     def check(self, num_layers: int) -> PrunePlan:
         """Return the plan itself if it fits a model of `num_layers` layers, and raise PlanError otherwise."""
@@ -120,7 +132,7 @@ class PrunePlan:
     @classmethod
     def load(cls, path: str | os.PathLike) -> PrunePlan:
         """Read a plan that `save` has written, with projections on the CPU. Raises PlanError for any other file."""
-        if not isinstance(path, (str, os.PathLike)) or not os.path.isfile(path):
+        if not isinstance(path, (str, os.PathLike)) or not os.path.isfile(path := os.path.expanduser(path)):
             raise PlanError(f"there is no plan file {path}; write one with plan.save(path)")
         try:
             try:

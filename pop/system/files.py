@@ -62,7 +62,7 @@ def staged(folder: str | Path, *, keep: bool = False) -> Iterator[Path]:
 @contextlib.contextmanager
 def replaced(path: str | os.PathLike) -> Iterator[Path]:
     """Yield a hidden sibling of the file `path` to write to. It replaces `path` only when the block succeeds."""
-    path = Path(os.path.realpath(path))  # replaces the target of a link, not the link
+    path = Path(os.path.realpath(os.path.expanduser(path)))  # replaces the target of a link, not the link
     draft = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}.tmp")
     try:
         yield draft
@@ -108,7 +108,7 @@ def read_json(path: str | os.PathLike, error: type[PopError] = ConfigError) -> d
         raise ValueError(f"{constant} is not a JSON number")
 
     try:
-        value = json.loads(Path(path).read_text(encoding="utf-8"), parse_constant=refuse)
+        value = json.loads(Path(os.path.expanduser(path)).read_text(encoding="utf-8"), parse_constant=refuse)
     except (OSError, ValueError, RecursionError) as problem:
         raise error(f"{path} is not readable JSON ({problem}); replace the file") from None
     if not isinstance(value, dict):

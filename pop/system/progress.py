@@ -1,29 +1,47 @@
-"""Progress bars on stderr, where tqdm is installed."""
+"""Progress on stderr: a bar where tqdm is installed, otherwise a line every few seconds."""
 
 import contextlib
+import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
+
+EVERY = 5  # seconds between lines
 
 
 @contextlib.contextmanager
 def progress_bar(label: str, total: int, unit: str, wanted: bool = True) -> Iterator[Callable[[int], object]]:
-    """Show a bar while the block runs; yield a function that takes the number of units completed since its last call.
+    """Show progress while the block runs; yield a function that takes the units completed since its last call.
 
     Every thread may call the function. A negative number takes units back. The `label` says what takes time, and
     `total` is the number of units that complete it. A bar in bytes ("B") shows kB, MB and GB.
     """
-    try:
-        from tqdm import tqdm
-    except ImportError:
-        wanted = False
     if not wanted:
         yield lambda count: None
         return
+    try:
+        from tqdm import tqdm as make
+    except ImportError:
+        make = _Lines
     lock = threading.Lock()
 
     def step(count: int) -> None:
         with lock:
             bar.update(count)
 
-    with tqdm(total=total, desc=label, unit=unit if unit == "B" else f" {unit}", unit_scale=unit == "B") as bar:
+    with make(total=total, desc=label, unit=unit if unit == "B" else f" {unit}", unit_scale=unit == "B") as bar:
         yield step
+
+
+class _Lines(contextlib.nullcontext):
+    """What is needed of tqdm's bar, in plain lines."""
+
+    def __init__(self, total: int, desc: str, **units):
+        super().__init__(self)
+        self.total, self.label, self.done, self.due = total, desc, 0, time.monotonic() + EVERY
+
+    def update(self, count: int) -> None:
+        self.done += count
+        if time.monotonic() >= self.due:
+            print(f"{self.label}: {self.done / self.total:.0%}", file=sys.stderr, flush=True)
+            self.due = time.monotonic() + EVERY

@@ -368,7 +368,7 @@ def test_bad_input_is_refused(model, texts, options, message):
         calibrate(model, texts, PrunePlan((2, 3)), progress=False, **options)
 
 
-@pytest.mark.parametrize("plan", [PrunePlan.none(), PrunePlan((7,)), None, 0.5, [], [PrunePlan((2,)), PrunePlan()]])
+@pytest.mark.parametrize("plan", [PrunePlan.none(), PrunePlan((7,)), None, 0.0, 1, [], [PrunePlan((2,)), PrunePlan()]])
 def test_a_plan_that_cannot_be_calibrated_is_refused(model, plan):
     with pytest.raises(PlanError):
         calibrate(model, TEXTS, plan, progress=False)

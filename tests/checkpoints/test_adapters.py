@@ -199,7 +199,7 @@ def test_int8_rounds_the_merged_weights(tmp_path):
         ({"r": 0}, "r is missing"),
         ({"r": "3"}, "r must be"),
         ({"lora_alpha": -1}, "lora_alpha must be"),
-        ({"rank_pattern": {"q_proj": 2.5}}, "rank_pattern.q_proj must be"),
+        ({"rank_pattern": {"q_proj": "2"}}, "rank_pattern.q_proj must be"),
         ({"alpha_pattern": {"q_proj": "9"}}, "alpha_pattern.q_proj must be"),
         ({"rank_pattern": {"(a+)+$": 2}}, "rank_pattern or alpha_pattern has (a+)+$"),
         ({"rank_pattern": [2]}, "rank_pattern must be an object"),

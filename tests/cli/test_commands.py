@@ -2,7 +2,10 @@
 
 import dataclasses
 import io
+import json
 import os
+import shlex
+import shutil
 import subprocess
 import sys
 
@@ -13,7 +16,7 @@ from support.tiny_chat import write_chat_checkpoint
 
 import pop
 from pop.checkpoints import registry
-from pop.cli.commands import excerpts, main, parse_prune
+from pop.cli.commands import excerpts, main
 
 
 @pytest.fixture(scope="module")
@@ -245,24 +248,6 @@ def test_import_gguf_gets_its_paths(tmp_path, monkeypatch, capsys):
     assert str(tmp_path / "out" / "a.gguf") in capsys.readouterr().out
 
 
-# ---- --prune ----
-
-
-def test_prune_values(tmp_path):
-    plan = pop.PrunePlan(layers=(1, 3), full_depth_last=4)
-    plan.save(tmp_path / "plan.json")
-    assert parse_prune("default") == "default"
-    assert parse_prune("none") is None
-    assert [parse_prune(text) for text in ("0", "0.33", ".5", "1")] == [0, 0.33, 0.5, 1]
-    assert parse_prune(str(tmp_path / "plan.json")) == plan
-
-
-@pytest.mark.parametrize("text", ["", "33", "-0.1", "1.01", "nan", "inf", "third", "missing.json", ".", "x" * 5000])
-def test_bad_prune_values_are_refused(text):
-    with pytest.raises(pop.PlanError, match="--prune is "):
-        parse_prune(text)
-
-
 # ---- Errors: one sentence on stderr, status 2 ----
 
 
@@ -281,14 +266,14 @@ def test_bad_prune_values_are_refused(text):
         ("generate CHAT Hello --max-new-tokens 0", "max_new_tokens"),
         ("generate CHAT Hello --temperature -1", "temperature"),
         ("generate CHAT Hello --top-p 2", "top_p"),
-        ("generate CHAT Hello --prune 3", "--prune is '3'"),
+        ("generate CHAT Hello --prune 3", "the plan is 3"),
         ("generate CHAT Hello --prune TEXT", "pruning plan"),
         ("generate CHAT Hello --prune PLAN", "the model's layers are 0 to 5"),
         ("generate CHAT Hello --device teapot", "teapot"),
         ("generate IDS Hello", "the checkpoint has none"),
         ("generate TMP Hello", "config.json"),
         ("chat IDS", "the checkpoint has none"),
-        ("chat CHAT --prune 3", "--prune is '3'"),
+        ("chat CHAT --prune 3", "the plan is 3"),
         ("import-gguf TMP/missing.gguf TMP/new", "missing.gguf"),
         ("import-gguf IMAGE TMP/new", "picture.png"),
         ("demo", "could not be fetched; connect"),
@@ -296,7 +281,7 @@ def test_bad_prune_values_are_refused(text):
         ("demo --model smollm3", "smollm2-135m"),
         ("demo --model CHAT --runs 0", "runs is 0"),
         ("demo --model CHAT --max-new-tokens 0", "max_new_tokens is 0"),
-        ("demo --model CHAT --prune half", "--prune is 'half'"),
+        ("demo --model CHAT --prune half", "the plan is 'half'"),
         ("demo --model CHAT --prompt-file LONG --json", "tokens, but the model takes 1024"),
         ("demo --model CHAT --prompt-file EMPTY --json", "empty"),
         ("demo --model IDS --json", "the checkpoint has none"),
@@ -352,6 +337,50 @@ def test_a_closed_pipe_ends_the_program_quietly():
     program.stdout.close()
     assert program.stderr.read() == b""
     assert program.wait() == 141
+
+
+@pytest.mark.parametrize(
+    ("closed", "arguments", "status", "said"),
+    [
+        ("<&-", ["generate", "FOLDER", "-"], 2, "the prompt is empty"),
+        ("<&-", ["chat", "FOLDER"], 0, "/quit ends"),
+        (">&-", ["models"], 0, ""),
+        (">&-", ["generate", "FOLDER", "Hello", "--max-new-tokens", "2"], 0, ""),
+        ("2>&-", ["generate", "no-such-model", "Hello"], 2, ""),
+        ("<&- >&- 2>&-", ["generate", "FOLDER", "-"], 2, ""),
+    ],
+)
+def test_closed_standard_streams_give_no_traceback(folder, closed, arguments, status, said):
+    command = shlex.join([sys.executable, "-m", "pop", *arguments]).replace("FOLDER", shlex.quote(folder))
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(["bash", "-c", f"{command} {closed}"], env=environment, capture_output=True, text=True)
+    assert done.returncode == status
+    assert said in done.stderr and "Traceback" not in done.stdout + done.stderr
+    assert not done.stdout
+
+
+class FakeTerminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_an_answer_cannot_drive_the_terminal(folder, model, monkeypatch):
+    pieces = ["a\x1b[2Jb\x9b1m", "\x07c\r\n\td", "é漢👩\u200d🚀\x7f\0"]
+    monkeypatch.setattr(pop.Model, "stream", lambda self, *args, **options: iter(pieces))
+    for stream, expected in ((FakeTerminal(), "a[2Jb1mc\n\tdé漢👩\u200d🚀\n"), (io.StringIO(), "".join(pieces) + "\n")):
+        monkeypatch.setattr(sys, "stdout", stream)
+        assert main(["generate", folder, "Hello"]) == 0
+        assert stream.getvalue() == expected
+
+
+def test_a_hostile_name_in_a_config_cannot_drive_the_terminal(folder, tmp_path, capsys):
+    shutil.copytree(folder, tmp_path / "copy")
+    config = json.loads((tmp_path / "copy/config.json").read_text())
+    (tmp_path / "copy/config.json").write_text(json.dumps(config | {"model_type": "\x1b[2J", "dtype\x1b]0;x\x07": 1}))
+    assert main(["generate", str(tmp_path / "copy"), "Hello"]) == 2
+    assert main(["generate", str(tmp_path / "\x1b[2J"), "Hello"]) == 2
+    err = capsys.readouterr().err
+    assert "\x1b" not in err and "\\x1b[2J" in err
 
 
 # ---- Chat ----

@@ -52,6 +52,8 @@ def test_groups_end_where_the_plan_changes_and_after_each_deepstack_layer():
         {"layers": 3},
         {"full_depth_last": 0},
         {"full_depth_last": 1.5},
+        {"full_depth_last": 10**20},
+        {"full_depth_first": 2**31},
         {"full_depth_first": -1},
         {"full_depth_first": None},
     ],
@@ -79,14 +81,42 @@ def test_a_plan_for_a_deeper_model_is_refused():
     assert PrunePlan((4,)).check(5) == PrunePlan((4,))
 
 
-def test_what_pop_load_takes_as_a_plan():
+def test_what_stands_for_a_plan(tmp_path, monkeypatch):
     plan = PrunePlan((1,), 3)
+    plan.save(tmp_path / "mine.json")
+    monkeypatch.setenv("HOME", str(tmp_path))
     assert PrunePlan.of(plan, 6) is plan
-    assert PrunePlan.of(None, 6) == PrunePlan.of(0, 6) == PrunePlan.none()
-    assert PrunePlan.of("default", 6).layers == PrunePlan.of(1 / 3, 6).layers == (4, 5)
-    for wrong in (PrunePlan((6,)), "deepest", [1], True):
-        with pytest.raises(PlanError):
-            PrunePlan.of(wrong, 6)
+    for path in (tmp_path / "mine.json", str(tmp_path / "mine.json"), "~/mine.json"):
+        assert PrunePlan.of(path, 6) == PrunePlan.load(path) == plan
+    plan.save("~/too.json")
+    assert (tmp_path / "too.json").is_file()
+    for nothing in (None, "none", 0, "0", 0.0, "0.0"):
+        assert PrunePlan.of(nothing, 6) == PrunePlan.none()
+    for third in ("default", 1 / 3, "0.34", ".34"):
+        assert PrunePlan.of(third, 6).layers == (4, 5)
+    for everything in (1.0, "1.0"):
+        assert PrunePlan.of(everything, 6).layers == tuple(range(6))
+
+
+@pytest.mark.parametrize(
+    "wrong", ["deepest", "", "33", "-0.1", "1.01", "nan", "inf", ".", "x" * 5000, "a\0b", [1], b"none"]
+)
+def test_what_does_not_stand_for_a_plan_is_refused(wrong):
+    with pytest.raises(PlanError):
+        PrunePlan.of(wrong, 6)
+
+
+@pytest.mark.parametrize("one", [1, "1", 2, -1, True, False])
+def test_an_integer_is_no_share(one):
+    with pytest.raises(PlanError, match=f"the plan is {int(one) if isinstance(one, str) else one}; .*1.0 for all"):
+        PrunePlan.of(one, 6)
+
+
+def test_a_plan_for_a_deeper_model_is_refused_in_each_form(tmp_path):
+    PrunePlan((6,)).save(tmp_path / "plan.json")
+    for plan in (PrunePlan((6,)), tmp_path / "plan.json"):
+        with pytest.raises(PlanError, match="layer 6.* 0 to 5"):
+            PrunePlan.of(plan, 6)
 
 
 def test_a_saved_plan_comes_back(tmp_path):

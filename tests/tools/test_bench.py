@@ -159,7 +159,7 @@ def test_the_children_measure_in_their_process(folder, capsys):
         (["--model", "FOLDER", "--quantize", "int4"], "quantize='int4' is not offered"),
         (["--shape", "FOLDER", "--quantize", "int8", "--device", "cpu"], "30"),
         (["--quantize", "int8", "--against", "transformers"], "--against .* --quantize"),
-        (["--model", "FOLDER", "--prune", "x"], "--prune is 'x'"),
+        (["--model", "FOLDER", "--prune", "x"], "the plan is 'x'"),
         (["--model", "FOLDER", "--prune", "none"], "prunes none"),
         (["--model", "FOLDER", "--against", "llama.cpp"], "llama-cpp-python"),
     ],

@@ -82,7 +82,7 @@ def test_calibrated_contenders_carry_projections(model):
         (["--text", "x=/nowhere.txt"], "/nowhere.txt cannot be read"),
         (["--prompt-tokens", "900"], "a window has 1028 tokens"),
         (["--prune", "0.4", "--prune", "0.4"], "the same name"),
-        (["--prune", "nonsense"], "--prune is 'nonsense'"),
+        (["--prune", "nonsense"], "the plan is 'nonsense'"),
         (["--baselines", "nonsense"], "it knows shortgpt"),
         (["--baselines", "no-kv:x"], "write NAME or NAME:FRACTION"),
         (["--tasks", "needle", "--lengths", "long"], "--lengths is 'long'"),

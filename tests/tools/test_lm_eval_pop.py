@@ -30,7 +30,7 @@ SMOLLM2 = ROOT / "tests" / "goldens" / "tokenizers" / "smollm2"
 
 def test_model_args(chat_folder, tmp_path):
     pop.PrunePlan((2,)).save(tmp_path / "plan.json")
-    for prune, layers in ((None, ()), ("default", (4,)), (0.4, (3, 4)), (1, tuple(range(5))), ("plan", (2,))):
+    for prune, layers in ((None, ()), ("default", (4,)), (0.4, (3, 4)), (1.0, tuple(range(5))), ("plan", (2,))):
         prune = str(tmp_path / "plan.json") if prune == "plan" else prune
         assert tool.load_model(chat_folder, prune=prune).plan == pop.PrunePlan(layers)
     model = tool.load_model(chat_folder, full_depth_last=3, dtype="bfloat16", device="cpu", max_seq_len=50)
@@ -52,7 +52,7 @@ def test_model_args(chat_folder, tmp_path):
     [
         ({"name": None}, InputError, "name=NAME_OR_DIR"),
         ({"prune": "some"}, PlanError, "'some'"),
-        ({"prune": True}, PlanError, "'True'"),
+        ({"prune": True}, PlanError, "True"),
         ({"full_depth_last": 0}, PlanError, "full_depth_last is 0"),
         ({"dtype": "int3"}, InputError, "dtype is 'int3'"),
         ({"max_seq_len": 0}, InputError, "max_seq_len is 0"),

@@ -17,7 +17,6 @@ from pop import models
 from pop.backends.int8 import check_quantize, quantize_module
 from pop.checkpoints import registry
 from pop.checkpoints.config_json import read_config
-from pop.cli.commands import parse_prune
 from pop.errors import InputError
 from pop.loading import usable_device
 from pop.models.config import DTYPES
@@ -93,7 +92,7 @@ def random_module(config, dtype: torch.dtype, device: torch.device):
 def parse_plan(text: str, model: pop.Model) -> pop.PrunePlan:
     """The plan of one --prune value: [taps1: or taps2:] PLAN [:LAST], see the help text of tools.bench."""
     taps, what, last = re.fullmatch(r"(?:taps([12]):)?(.*?)(?::(\d+))?", text, re.S).groups()
-    plan = model.resolve(parse_prune(what) or pop.PrunePlan.none())
+    plan = model.resolve(what)
     if not plan.layers:
         raise InputError(f"--prune {text} prunes none of the {model.config.num_layers} layers; give a larger fraction")
     if last:

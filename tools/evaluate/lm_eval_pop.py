@@ -16,7 +16,6 @@ from dataclasses import replace
 import torch
 
 import pop
-from pop.cli.commands import parse_prune
 from pop.errors import InputError, MissingExtra
 from pop.models.config import DTYPES
 from tools.common import exit_status
@@ -31,7 +30,7 @@ def load_model(
         raise InputError("--model_args has no name; write name=NAME_OR_DIR, with a name that `pop models` lists")
     model = pop.load(
         str(name),
-        prune=parse_prune("none" if prune is None else str(prune)),
+        prune=prune,
         dtype=DTYPES.get(dtype, dtype),
         device=device,
         max_seq_len=max_seq_len,

@@ -11,7 +11,6 @@ import torch
 
 import pop
 from pop.calibration.refit import builtin_texts
-from pop.cli.commands import parse_prune
 from pop.errors import InputError
 from tools.evaluate.baselines import calibration_windows, deepest_dropped, no_boundary, no_kv, shortgpt
 from tools.evaluate.contender import Contender
@@ -78,7 +77,7 @@ def make_contenders(
 def _plan_contender(model: pop.Model, prune: str) -> Contender:
     """The contender of one --prune value. One that is to be calibrated still has its plain plan."""
     calibrated, what, last = re.fullmatch(r"(calibrated:)?(.*?)(?::(\d+))?", prune, re.S).groups()
-    plan = model.resolve(parse_prune(what) or pop.PrunePlan.none())
+    plan = model.resolve(what)
     name = f"calibrated {Path(what).name}" if calibrated else Path(what).name
     method = "calibrated" if calibrated or plan.projections else "plain pruning, the paper's method"
     if last:
