@@ -34,7 +34,7 @@ def progress_bar(label: str, total: int, unit: str, wanted: bool = True) -> Iter
 
 
 class _Lines(contextlib.nullcontext):
-    """What is needed of tqdm's bar, in plain lines."""
+    """The part of tqdm's bar that `progress_bar` uses, in plain lines."""
 
     def __init__(self, total: int, desc: str, **units):
         super().__init__(self)
