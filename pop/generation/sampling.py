@@ -92,7 +92,7 @@ class Sampler:
         sums = (below.neg().exp() * 2**34).long().cumsum(-1)  # [B, k]
         total = sums[:, -1:].double()
         if self.top_p < 1:  # the sum of the fewest tokens that reach top_p
-            total = sums.gather(-1, torch.searchsorted(sums, (total * self.top_p).ceil().long())).double()
+            total = sums.gather(-1, torch.searchsorted(sums, (total * self.top_p).long())).double()
         drawn = torch.searchsorted(sums, (numbers * (total / 2**53)).long(), right=True)
         return drawn if order is None else order.gather(-1, drawn)
 
