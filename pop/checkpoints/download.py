@@ -33,6 +33,7 @@ MANIFEST = "pop-download.json"
 PROCESSORS = ("preprocessor_config.json", "video_preprocessor_config.json", "processor_config.json")
 CONFIGS = ("config.json", "generation_config.json", *PROCESSORS)
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "chat_template.jinja", "chat_template.json")
+TOKENIZERS += ("added_tokens.json", "special_tokens_map.json")
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 SHARD = r"model-[0-9]{5}-of-[0-9]{5}\.safetensors"
 MOST_JSON = 2**24  # bytes of a listing

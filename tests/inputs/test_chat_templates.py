@@ -11,13 +11,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from jinja2.sandbox import ImmutableSandboxedEnvironment
-from support.chat_templates import NAMES, OTHERS, PLAIN_CHATML, tokenizer_with
+from support.chat_templates import LLAMA_31, NAMES, OTHERS, PLAIN_CHATML, tokenizer_with
 from support.text import GOLDENS
 
 import pop
 from pop.errors import InputError, MissingExtra, PopError, UnsupportedError
 from pop.inputs.chat_formats import FORMATS
-from pop.inputs.chat_templates import chat_format
+from pop.inputs.chat_templates import _Text, chat_format
 from pop.inputs.tokenizers import load_tokenizer
 
 ASKED = {"role": "user", "content": "Hi"}
@@ -85,6 +85,13 @@ def test_tools_are_refused_where_the_template_writes_them_in_another_way(tmp_pat
         chat_format(tokenizer).encode([ASKED], tools=[{"name": "f"}])
     with pytest.raises(UnsupportedError, match="calls tools"):
         chat_format(tokenizer).encode([ASKED, {"role": "assistant", "tool_calls": [{"name": "f", "arguments": {}}]}])
+
+
+def test_a_format_loses_its_tools_if_the_template_lacks_them(tmp_path):
+    form = chat_format(tokenizer_with(LLAMA_31, tmp_path, bos_token="<|begin_of_text|>"))
+    assert type(form) is FORMATS["llama-3.1"] and form.encode([ASKED])
+    with pytest.raises(UnsupportedError, match="no tools"):
+        form.encode([ASKED], tools=[{"name": "f"}])
 
 
 def test_without_jinja2_the_error_says_what_to_do(tmp_path, monkeypatch):
@@ -251,6 +258,11 @@ def test_the_text_is_hidden_from_the_template(tmp_path, part):
     except UnsupportedError:
         return
     assert tokenizer.special_tokens["</s>"] not in ids
+
+
+def test_all_that_a_template_sees_of_a_text_are_the_names_of_str():
+    public, of_str = ({name for name in dir(seen) if name[0] != "_"} for seen in (_Text("a", {}), "a"))
+    assert public == of_str
 
 
 def test_questions_about_a_text_are_answered(tmp_path):
