@@ -97,6 +97,16 @@ def test_a_known_name_wins_over_a_directory_of_that_name(tmp_path, monkeypatch):
     assert pop.load("./smollm2-135m").config.num_layers == 4
 
 
+def test_the_home_directory_is_expanded(folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    plan = pop.PrunePlan((2,))
+    plan.save("~/plan.json")
+    assert pop.load("~/tiny", prune="~/plan.json").plan == plan
+    (tmp_path / "tokenizer.json").write_text("{")
+    with pytest.raises(pop.TokenizerError, match=str(tmp_path / "tokenizer.json")):
+        pop.load_tokenizer("~/tokenizer.json")
+
+
 @pytest.mark.parametrize("name", [None, 5, b"bytes"])
 def test_what_is_neither_name_nor_path_is_refused(name):
     with pytest.raises(pop.PopError):

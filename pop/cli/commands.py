@@ -233,7 +233,7 @@ def import_gguf(args) -> None:
 
 def _load(args):
     options = {"device": args.device, "dtype": args.dtype and getattr(torch, args.dtype), "quantize": args.quantize}
-    return pop.load(args.model, prune=args.prune, parallel="auto", **options)
+    return pop.load(args.model, prune=args.prune, adapter=args.adapter, parallel="auto", **options)
 
 
 def _media(args, model) -> dict:
@@ -289,6 +289,7 @@ def _parser() -> argparse.ArgumentParser:
         option("model", "a name that `pop models` lists, OWNER/REPOSITORY, or a directory", metavar="NAME_OR_DIR")
         option("--dtype", "default: the checkpoint's", choices=("float32", "bfloat16", "float16"))
         option("--device", "cpu, cuda, cuda:1 ...; default: the GPU if there is one")
+        option("--adapter", "merge the LoRA adapter in this folder into the weights", metavar="DIR")
         option("--quantize", "int8 rounds the weights to 8 bits (needs torchao)", metavar="KIND")
 
     def generation_options(option, media_place: str) -> None:

@@ -8,7 +8,6 @@ After an untimed turn, the plans take turns. KL(full || pruned) averages the las
 import contextlib
 import dataclasses
 import json
-import os
 import platform
 import re
 import sys
@@ -23,7 +22,7 @@ import torch
 
 import pop
 from pop.calibration.refit import JUDGED, Judge
-from pop.checkpoints import embedded
+from pop.checkpoints import embedded, registry
 from pop.errors import PlanError, check_count
 from pop.pruning.cost import prefill_flops, speedup_limit
 
@@ -46,8 +45,7 @@ def run(name: str, text: str | None, prune, *, max_new_tokens: int, runs: int, a
     if text is None:
         text = f"{story}\n\nQuestion: {QUESTION}"
         about = f"the opening of Alice's Adventures in Wonderland, and a question: {QUESTION}"
-    is_name = name in pop.list_models() or not os.path.isdir(name)
-    folder = embedded.fetch(name) if is_name else name
+    folder = embedded.fetch(name) if name in embedded.EMBEDDED else registry.find_folder(name)
     model = pop.load(folder, dtype=torch.float32, prune=prune)
     if model.tokenizer is not None and model.tokenizer.chat_template is None:
         prompt = model.encode(f"{text.strip()}\n\nAnswer:")

@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from itertools import chain, groupby
 from os import PathLike
+from os.path import expanduser
 from pathlib import Path
 from typing import Any
 
@@ -192,7 +193,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     """
     from pop.inputs import byte_pair, sentence_piece  # here, because they import this file
 
-    path = Path(path)
+    path = Path(expanduser(path))
     folder = path if path.is_dir() else path.parent
     files = [folder / "tokenizer.json", folder / "tokenizer.model"] if path.is_dir() else [path]
     files = [file for file in files if file.is_file()]

@@ -231,14 +231,15 @@ def test_the_prompt_comes_from_a_file_or_from_stdin(folder, tmp_path, monkeypatc
     assert outputs[0] == outputs[1] == outputs[2]
 
 
-def test_dtype_device_and_quantize_reach_the_model(folder, monkeypatch, capsys):
+def test_options_reach_the_model(folder, monkeypatch, capsys):
     def load(name, **options):
         assert (name, options["dtype"], options["device"]) == (folder, torch.bfloat16, "cpu")
-        assert options["quantize"] == "int8"
+        assert (options["quantize"], options["adapter"]) == ("int8", "lora")
         raise pop.CheckpointError("enough")
 
     monkeypatch.setattr(pop, "load", load)
-    assert main(["generate", folder, "x", "--dtype", "bfloat16", "--device", "cpu", "--quantize", "int8"]) == 2
+    arguments = ["--dtype", "bfloat16", "--device", "cpu", "--quantize", "int8", "--adapter", "lora"]
+    assert main(["generate", folder, "x", *arguments]) == 2
     assert capsys.readouterr().err == "pop: enough\n"
 
 

@@ -195,7 +195,7 @@ def test_the_report_is_readable(arguments, capsys):
     assert len({len(row) for row in rows}) == 1  # aligned
 
 
-@pytest.mark.parametrize("plan", ["none", "1"])
+@pytest.mark.parametrize("plan", ["none", "1.0"])
 def test_pruning_nothing_or_everything_and_a_single_token(plan, arguments, capsys):
     assert main([*arguments, "--prune", plan, "--max-new-tokens", "1", "--runs", "1", "--json"]) == 0
     rows = json.loads(capsys.readouterr().out)["rows"]
