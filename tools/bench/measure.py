@@ -135,8 +135,8 @@ def _rival_figures(record: Record, N: int, name: str, plans: dict[str, pop.Prune
 def measure_cold(model: pop.Model, lengths: Sequence[int], steps: int) -> dict[int, dict]:
     """Prefill and decode at lengths that this process has not met before, and then the same again.
 
-    Whatever is compiled or chosen for a length makes the first time slow. As in `generate`, each cache has its
-    prompt's size.
+    Whatever is compiled or chosen for a length makes the first time slow. Each cache has its prompt's size, and
+    therefore new strides.
     """
     result = {}
     for N in lengths:
