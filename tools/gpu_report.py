@@ -207,7 +207,7 @@ def kernels(setup: Setup) -> Iterator[Figure]:
 
 def tests(setup: Setup) -> Iterator[Figure]:
     """The tests on the GPU."""
-    command = [sys.executable, "-m", "pytest", "-n", "0", "-m", "cuda"]
+    command = [sys.executable, "-m", "pytest", "-n", "0", "-m", "cuda", "tests/test_cuda.py"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     yield "pytest -m cuda", (done.stdout or done.stderr).strip().splitlines()[-1], ""
 
