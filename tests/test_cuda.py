@@ -254,10 +254,16 @@ def test_no_kernel_multiplies_in_float32_and_none_is_cudnns(family):
 @pytest.mark.cuda
 @pytest.mark.parametrize("family", TEXT_FAMILIES)
 def test_compiled_stages_are_the_references(family):
+    """After the warm-up, no length compiles again."""
     model, naive = make(family, torch.bfloat16, torch.device("cuda"))
     model = pop.Model(model.module, model.config, compile=True, chunk_size=CHUNK)
     prompt, answer, plan = random_tokens(23), random_tokens(12), pop.PrunePlan(LAYERS)
-    cache = model.new_cache(1, 48)
-    found = [model.prefill(prompt[None], cache, plan=plan)]
-    found = torch.cat(found + [model.decode(token[None], cache) for token in answer])
+    model.warmup()
+    torch.compiler.set_stance("fail_on_recompile")
+    try:
+        cache = model.new_cache(1, 48)
+        found = [model.prefill(prompt[None], cache, plan=plan)]
+        found = torch.cat(found + [model.decode(token[None], cache) for token in answer])
+    finally:
+        torch.compiler.set_stance("default")
     assert_equal(found, by_reference(naive, plan, (prompt,), answer)[-13:], torch.bfloat16)

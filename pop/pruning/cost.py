@@ -126,17 +126,14 @@ def _layer(config, window: int | None, is_sparse: bool, positions: Sequence[int]
     """
     if not positions:
         return 0, 0
-    T, D, E = len(positions), config.hidden_size, config.head_dim
-    H, K = config.num_heads, config.num_kv_heads
-    used = held = 2 * D * H * E + 2 * D * K * E  # weights that a token uses, and that all tokens together use
+    D, E, H, K = config.hidden_size, config.head_dim, config.num_heads, config.num_kv_heads
+    T, X, k, inner = len(positions), 1, 1, config.intermediate_size  # a dense MLP is the only expert
     if is_sparse:
-        X, k, expert = config.experts.count, config.experts.per_token, 3 * D * config.experts.width
-        used, held = used + D * X + k * expert, held + D * X + min(X, k * T) * expert
-    else:
-        used, held = (weights + 3 * D * config.intermediate_size for weights in (used, held))
+        X, k, inner = config.experts.count, config.experts.per_token, config.experts.width
+    expert, shared = 3 * D * inner, 2 * D * H * E + 2 * D * K * E + is_sparse * D * X
     attended = sum(min(p + 1, window or p + 1) for p in positions)
     keys = sum(min(p - before, window or p + 1) for before, p in pairwise((-1, *positions)))  # each once
-    return 2 * (T * used + attended * 2 * H * E), held + keys * 2 * K * E
+    return 2 * (T * (shared + k * expert) + attended * 2 * H * E), shared + min(X, k * T) * expert + keys * 2 * K * E
 
 
 def _vision(config, patches: Sequence[int]) -> tuple[int, int]:

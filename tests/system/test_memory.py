@@ -1,0 +1,22 @@
+"""Copies of indices to a device. The `meta` device shows how a copy is made where there is no GPU."""
+
+import pytest
+import torch
+
+from pop.system.memory import to_device
+
+NUMBERS = [torch.arange(6).view(2, 3), torch.tensor([True, False, True]), torch.tensor([[7]], dtype=torch.int32)]
+
+
+def test_indices_arrive_as_they_are(device):
+    for found, expected in zip(to_device(NUMBERS, device), NUMBERS, strict=True):
+        assert found.device.type == device.type and torch.equal(found.cpu(), expected)
+        assert found.dtype == expected.dtype
+
+
+@pytest.mark.parametrize("place", ["meta", pytest.param("cuda", marks=pytest.mark.cuda)])
+def test_no_copy_is_a_view(place):
+    """Code that is compiled for a view compiles again when the size of its base changes."""
+    for found, expected in zip(to_device(NUMBERS, torch.device(place)), NUMBERS, strict=True):
+        assert not found._is_view() and found.is_contiguous()
+        assert (found.shape, found.dtype) == (expected.shape, expected.dtype)
