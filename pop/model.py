@@ -9,7 +9,6 @@ import time
 from collections.abc import Iterator, Sequence
 
 import torch
-import torch.nn.functional as F
 
 from pop import engine
 from pop.backends import accelerate, chunk_size_of, stages_of
@@ -24,6 +23,7 @@ from pop.generation.caches import Caches
 from pop.generation.conversation import Conversation
 from pop.generation.prefix import Prefix
 from pop.generation.sampling import SamplingParams
+from pop.generation.scoring import score
 from pop.inputs.chat import ChatFormat
 from pop.inputs.chat_templates import chat_format
 from pop.inputs.processors import Prepared, Processor, processor_of
@@ -33,7 +33,6 @@ from pop.pruning.plan import PrunePlan
 from pop.system.memory import to_device
 
 SPARE_CACHES = 2  # kept for later answers, with their captured decode steps
-SCORED_AT_ONCE = 256  # continuation tokens whose logits [T, V] are in memory together
 
 
 class Model:
@@ -152,6 +151,12 @@ class Model:
         self._check_cache(cache, torch.ones(tokens.shape[0], dtype=torch.int64))
         return engine.decode(self.module, tokens, cache, self._stages(len(tokens)))
 
+    def extend(self, tokens, cache: KVCache) -> torch.Tensor:
+        """Append tokens [B, T] at full depth, as `decode` would one by one. Returns their logits [B, T, V] float32."""
+        tokens = token_ids(tokens, 2, self.config.vocab_size, wait=False).to(self.device, non_blocking=True)
+        self._check_cache(cache, torch.full((len(tokens),), tokens.shape[1]))
+        return engine.extend(self.module, tokens, cache, self._stages(len(tokens)))
+
     @torch.no_grad()
     def logits(self, tokens, images=None, videos=None) -> torch.Tensor:
         """The plain unpruned forward pass: tokens [B, T] without padding -> logits [B, T, V] float32.
@@ -267,29 +272,25 @@ class Model:
         """Encode once what many prompts begin with; then call `prefix.generate(rest)`. Arguments as in `generate`."""
         return Prefix(self, prompt, images=images, videos=videos, plan=plan)
 
-    def score(self, context, continuation, *, images=None, videos=None, plan: PrunePlan | None = None) -> float:
+    def score(
+        self, context, continuation, *, images=None, videos=None, plan: PrunePlan | None = None
+    ) -> float | list[float]:
         """log p(continuation | context): the natural logarithm, summed over the continuation's tokens.
 
         The context is pruned. Its last token and the continuation run at full depth, as decode would run them.
 
         Args:
-            context, continuation: Text or token ids. They are tokenized apart, and only the context gets BOS.
+            context, continuation: Text or token ids, tokenized apart; only the context gets BOS. For a list of
+                continuations, the result is a list, and the context is one for all or a list of one for each.
             images, videos, plan: As in `generate`, for the context.
+
+        Raises:
+            InputError: An argument cannot be used, or the logits overflow. ContextOverflow: A row is too long.
         """
-        (media,) = self.vision.prepare_batch(images, videos, 1)
-        context = self.encode(context, "context", media=media)
-        targets = self.encode(continuation, "continuation", bos=False)
-        length = len(context) + len(targets) - 1
-        self.check_fits(length, "context plus continuation", media)
-        cache = self.new_cache(1, length)
-        logits = self.prefill([context], cache, images=[media], plan=plan)  # [1, V]
-        (targets,) = to_device([torch.tensor(targets)], self.device)
-        losses = [F.cross_entropy(logits, targets[:1], reduction="none")]
-        for begin in range(0, len(targets) - 1, SCORED_AT_ONCE):
-            part = targets[begin : begin + SCORED_AT_ONCE + 1]  # each token predicts the next one
-            logits = engine.extend(self.module, part[None, :-1], cache, self._stages(1))[0]  # [T, V]
-            losses.append(F.cross_entropy(logits, part[1:], reduction="none"))
-        return -torch.cat(losses).double().sum().item()
+        contexts, is_list = as_prompts(context, "context")
+        media = self.vision.prepare_batch(images, videos, len(contexts))
+        contexts = [self.encode(one, "context", media=row) for one, row in zip(contexts, media, strict=True)]
+        return score(self, contexts, continuation, media, plan, is_list=is_list)
 
     # Checks
 

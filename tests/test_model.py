@@ -30,6 +30,18 @@ def test_prefill_and_decode_by_hand(model):
     assert torch.equal(model.prefill(tokens, cache, lengths=torch.tensor([3, 4])), logits)
 
 
+def test_extend_is_decode_token_by_token(model):
+    cache, other = (model.new_cache(2, 12) for _ in range(2))
+    for each in (cache, other):
+        model.prefill([[5, 9, 200], [17, 18, 0]], each, lengths=[3, 2])
+    tokens = torch.tensor([[7, 8, 9], [1, 2, 3]])
+    expected = torch.stack([model.decode(tokens[:, n], other) for n in range(3)], dim=1)
+    torch.testing.assert_close(model.extend(tokens, cache), expected)
+    assert cache.lengths.tolist() == [6, 5]
+    with pytest.raises(pop.ContextOverflow, match="row 0 of the cache would hold 13"):
+        model.extend([[1] * 7, [2] * 7], cache)
+
+
 def test_chunks_do_not_change_the_result(model):
     tokens = torch.arange(100, 131)[None]
     expected = model.prefill(tokens, model.new_cache(1, 40))

@@ -125,8 +125,8 @@ class Batch:
             self.cache.copy_from(self.earlier)
         if self.leading:
             self.model.prefill([self.leading] * B, self.cache, plan=PrunePlan.none())
-        padded = [prompt + [0] * (max(lengths) - len(prompt)) for prompt in self.prompts]
-        return self.model.prefill(padded, self.cache, lengths=lengths, images=self.media, plan=self.plan)
+        options = {"lengths": lengths, "images": self.media, "plan": self.plan}
+        return self.model.prefill(padded(self.prompts), self.cache, **options)
 
     def _sample(self, logits: torch.Tensor) -> torch.Tensor:
         """logits [B, V] -> tokens [B]. Never picks an image's placeholder, or an id without text."""
@@ -135,11 +135,17 @@ class Batch:
         return self.sampler(logits[:, : self.known])
 
 
-def as_prompts(prompt) -> tuple[list, bool]:
-    """The prompts that a caller has given, and whether it was a list of prompts rather than one."""
+def padded(rows: list[list[int]]) -> list[list[int]]:
+    """The rows, padded with zeros on the right."""
+    longest = max(map(len, rows))
+    return [row + [0] * (longest - len(row)) for row in rows]
+
+
+def as_prompts(prompt, what: str = "prompt") -> tuple[list, bool]:
+    """The prompts that a caller has given, and whether it was a list of prompts rather than one. `what` names them."""
     prompt = prompt.tolist() if hasattr(prompt, "tolist") else prompt
     if not isinstance(prompt, Sequence):
-        raise InputError(f"the prompt is a {type(prompt).__name__}; give text, token ids, or a list of either")
+        raise InputError(f"the {what} is a {type(prompt).__name__}; give text, token ids, or a list of either")
     first = None if isinstance(prompt, str) or not prompt else prompt[0]
     is_list = isinstance(first, Sequence) or getattr(first, "ndim", 0) > 0
     return (prompt if is_list else [prompt]), is_list

@@ -7,6 +7,7 @@ from pop.errors import InputError
 from pop.generation.answers import Generation
 from pop.generation.batch import Batch, as_prompts
 from pop.generation.sampling import SamplingParams
+from pop.generation.scoring import score
 from pop.pruning.plan import PrunePlan
 
 
@@ -14,8 +15,8 @@ class Prefix:
     """The beginning of many prompts, made by `model.prefix`. No call changes it, so threads may share it.
 
     The answers are those of `model.generate(prefix.tokens + rest, plan=prefix.plan)`, with the images and videos of
-    both. The last full_depth_last - 1 tokens of a prefix may be at full depth, so they are encoded with each prompt. If
-    an image or a video would be cut there, all of it is encoded with each prompt.
+    both. The last full_depth_last tokens of a prefix may be at full depth, so they are encoded with each prompt. If an
+    image or a video would be cut there, all of it is encoded with each prompt.
     """
 
     def __init__(self, model, prompt, *, images=None, videos=None, plan: PrunePlan | None = None):
@@ -24,7 +25,7 @@ class Prefix:
         self.tokens = model.encode(prompt, "prefix", media=media)
         model.check_fits(len(self.tokens), "the prefix", media)
         ranges = model.vision.locate(self.tokens, media)
-        cut = max(0, len(self.tokens) - self.plan.full_depth_last + 1)
+        cut = max(0, len(self.tokens) - self.plan.full_depth_last)
         cut = min([cut, *(tokens[0] for tokens in ranges if cut in tokens)])  # what follows is left to each prompt
         self._left_tokens = self.tokens[cut:]
         self._left_media = [one for one, tokens in zip(media, ranges, strict=True) if tokens[0] >= cut]
@@ -47,6 +48,10 @@ class Prefix:
     def stream(self, rest, *, images=None, videos=None, **options) -> Iterator[str]:
         """Like `generate` for one rest, but yields the answer in pieces of whole characters, as they come."""
         return self._batch(rest, images, videos, options).stream()
+
+    def score(self, continuation) -> float | list[float]:
+        """log p(continuation | prefix), as `Model.score`; for a list of continuations, a list."""
+        return score(self.model, [self._left_tokens], continuation, [self._left_media], self.plan, earlier=self._cache)
 
     def _batch(self, rest, images, videos, options: dict) -> Batch:
         if "plan" in options:

@@ -19,7 +19,7 @@ def model(request):
 def test_a_prefix_and_a_rest_are_one_prompt(model, length, monkeypatch):
     tokens = [(7 * n + 3) % 250 for n in range(length)]
     prefix = model.prefix(tokens)
-    ahead = max(0, length - model.plan.full_depth_last + 1)
+    ahead = max(0, length - model.plan.full_depth_last)
     rests = [[9], list(range(40, 61)), [5, 6, 7]]
     expected = [model.generate(tokens + rest, max_new_tokens=8).tokens for rest in rests]
     logits, pick = [], Sampler.__call__
@@ -58,7 +58,7 @@ def test_prefixes_of_text_and_what_they_refuse():
         model.prefix("")
     with pytest.raises(pop.InputError, match="one prompt"):
         prefix.stream(["a", "b"])
-    with pytest.raises(pop.ContextOverflow, match=r"\b31 tokens .*\b10 earlier .*\b41 .*\b40\b"):
+    with pytest.raises(pop.ContextOverflow, match=r"\b32 tokens .*\b9 earlier .*\b41 .*\b40\b"):
         prefix.generate("a" * 31)
     with pytest.raises(pop.ContextOverflow, match="prefix has 41"):
         model.prefix("a" * 40)

@@ -25,6 +25,23 @@ def contenders(model):
     return [Contender("full", model, pop.PrunePlan.none()), Contender("pruned", model, PLAN)]
 
 
+@pytest.mark.parametrize("broken", [float("nan"), float("inf")])
+def test_logits_that_are_not_finite_are_refused(model, contenders, broken, monkeypatch):
+    head = type(model.module).head
+    monkeypatch.setattr(
+        type(model.module), "head", lambda self, h: head(self, h).index_fill(-1, torch.tensor([9]), broken)
+    )
+    question = tasks.Question([3, 4, 5], [[6, 7], [8]], 3, 0.0)
+    calls = (
+        lambda: contenders[1].logits([3, 4], [5, 6]),
+        lambda: tasks.evaluate_retrieval(contenders, [question]),
+        lambda: tasks.evaluate_generation(contenders, [[3, 4]], 2),
+    )
+    for call in calls:
+        with pytest.raises(pop.InputError, match="logits are not finite"):
+            call()
+
+
 def test_generation_agreement_counts_leading_tokens(model, contenders):
     prompts = np.random.default_rng(5).integers(3, 259, size=(4, 20)).tolist()
     result = tasks.evaluate_generation(contenders, prompts, 6)

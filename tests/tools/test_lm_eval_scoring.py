@@ -71,6 +71,14 @@ def test_a_long_continuation_leaves_the_context_to_the_next_one():
         assert [total for total, _ in scores] == pytest.approx(expected, abs=1e-3)
 
 
+def test_logits_that_are_not_finite_are_refused(make, monkeypatch):
+    adapter, head = make(), type(make().model.module).head
+    broken = lambda self, h: head(self, h).index_fill(-1, torch.tensor([9]), float("nan"))  # noqa: E731
+    monkeypatch.setattr(type(adapter.model.module), "head", broken)
+    with pytest.raises(InputError, match="logits are not finite"):
+        adapter.loglikelihood(instances(("Once", " upon")))
+
+
 def test_a_context_is_prefilled_once_for_all_its_choices(make, monkeypatch):
     pairs = [(context, choice) for choice in CHOICES for context in CONTEXTS]
     for batch_size, rows in ((1, [1, 1, 1]), (2, [2, 1]), (8, [3])):

@@ -9,6 +9,7 @@ import torch
 
 import pop
 from pop import engine
+from pop.generation.sampling import check_finite
 from pop.pruning.cost import prefill_flops
 
 
@@ -41,10 +42,13 @@ class Contender:
         return prefill_flops(self.model.config, num_tokens, self.plan)
 
     def logits(self, prompt: list[int], continuation: list[int]) -> torch.Tensor:
-        """Prefill `prompt`, then append `continuation` [C]. Returns the logits [C, V] that predict its tokens."""
+        """Prefill `prompt`, then append `continuation` [C]. Returns the logits [C, V] that predict its tokens.
+
+        Raises InputError if they overflow, as `generate` does.
+        """
         cache = self.model.new_cache(1, len(prompt) + len(continuation) - 1)
         logits = self.prefill(prompt, cache)[None]
-        return torch.cat((logits, self.extend(continuation[:-1], cache))) if len(continuation) > 1 else logits
+        return finite(torch.cat((logits, self.extend(continuation[:-1], cache))) if len(continuation) > 1 else logits)
 
     def generate(self, prompt: list[int], count: int, until: Callable[[list[int]], bool] | None = None) -> list[int]:
         """The greedy answer.
@@ -56,7 +60,13 @@ class Contender:
         cache = self.model.new_cache(1, len(prompt) + count - 1)
         logits, tokens = self.prefill(prompt, cache), []
         while True:
-            tokens.append(int(logits[:known].argmax()))
+            tokens.append(int(finite(logits)[:known].argmax()))
             if len(tokens) == count or tokens[-1] in ends or (until and until(tokens)):
                 return tokens
             logits = self.extend(tokens[-1:], cache)[0]
+
+
+def finite(logits: torch.Tensor) -> torch.Tensor:
+    """Return logits [..., V]. Raise InputError if the largest of a row is infinite or NaN, as `model.generate` does."""
+    check_finite(logits.amax(-1), "logits")
+    return logits

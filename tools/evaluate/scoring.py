@@ -10,6 +10,7 @@ import torch.nn.functional as F
 
 import pop
 from pop import engine
+from pop.generation.sampling import check_finite
 
 LOGITS_AT_ONCE = 512  # rows of logits [V] that scoring keeps in memory together
 
@@ -31,6 +32,8 @@ def score(
 
     Returns:
         For each context, a pair for each of its continuations.
+
+    Raises InputError if the logits overflow.
     """
     lengths = [len(context) for context in contexts]
     longest = max(len(continuation) for group in continuations for continuation in group)
@@ -76,6 +79,7 @@ def _score_turn(model, boundary: torch.Tensor, cache, continuations) -> list[tup
         log_probs -= losses.where(counts, 0).sum(1)
         greedy &= ((logits.argmax(-1) == target) | ~counts).all(1)
         if end == T:
+            check_finite(log_probs, "logits")
             return list(zip(log_probs.tolist(), greedy.tolist(), strict=True))
         begin = end
         logits = engine.extend(model.module, targets[:, begin - 1 : T - 1][:, :step], cache)

@@ -22,7 +22,7 @@ import torch
 
 from pop.errors import InputError, MissingExtra
 from tools.evaluate import sandbox
-from tools.evaluate.contender import Contender
+from tools.evaluate.contender import Contender, finite
 
 DISTRACTORS = 7  # wrong candidates for each right one
 DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)  # where a needle lies: 0 is the beginning of the text
@@ -175,7 +175,7 @@ def _answer(contender: Contender, question: Question) -> tuple[bool, float]:
             logits = torch.cat((logits, contender.extend(candidate[:-1], cache)))  # [C, V]
             cache.lengths = held.clone()  # forget the candidate: slots beyond the length are never read
         targets = torch.tensor(candidate, device=logits.device)
-        scores.append(logits.double().log_softmax(-1).gather(1, targets[:, None]).mean().item())
+        scores.append(finite(logits).double().log_softmax(-1).gather(1, targets[:, None]).mean().item())
         if candidate is right:  # greedy decoding gives it exactly if each of its tokens is the likeliest
             exact = bool((logits.argmax(-1) == targets).all())
     better = sum(score > scores[0] for score in scores[1:])
