@@ -47,9 +47,8 @@ def test_generate_shows_images(command, model):
 
 
 def test_generate_shows_videos(command, model, monkeypatch):
-    monkeypatch.setattr(
-        model.vision, "_prepare", lambda kind, given, real=model.vision._prepare: real(kind, FILMS[given])
-    )
+    prepare = model.vision._prepare
+    monkeypatch.setattr(model.vision, "_prepare", lambda kind, given, limits: prepare(kind, FILMS[given], limits))
     status, out, _ = command("generate", "m", "What?", "--video", "film.mp4", "--image", "picture")
     prompt = f"{IMAGE_MARK}{VIDEO_MARK}What?"
     monkeypatch.undo()
