@@ -156,7 +156,7 @@ def decode(setup: Setup) -> Iterator[Figure]:
     model.prefill([random_prompt(model.config, position)], cache)
     end_of_prompt, stages = cache.snapshot(), model._stages(1)
     size, rate = decode_bytes(model.config, position + 25, model.dtype), bandwidth_turn(setup.device)()["bytes_per_s"]
-    for name, chosen in (("uncaptured", stages._replace(replay=lambda step, _: step)), ("captured", stages)):
+    for name, chosen in (("uncaptured", stages._replace(replay=lambda _: lambda run: run())), ("captured", stages)):
         cache.restore(end_of_prompt)
         step = lambda: int(engine.decode(model.module, token, cache, chosen).argmax())  # noqa: B023, E731
         second = median([seconds(step, setup.device) for _ in range(40)][10:])

@@ -33,7 +33,7 @@ class DecodeStep:
         B = cache.batch_size
         self.tokens, self.positions, self.offsets = torch.zeros(3, B, dtype=torch.int64, device=cache.device).unbind()
         self.snapshot: tuple[torch.Tensor, torch.Tensor] | None = None  # cache.lengths and rope_offsets as of now
-        self.replay = stages.replay(self.step, (self.positions,))
+        self.replay = stages.replay((self.positions,))  # it does not hold the step: that would be a cycle
 
     def serves(self, module, cache: KVCache, stages: Stages) -> bool:
         """Whether it was made for this module, these stages and the tensors that the cache has now."""
@@ -48,7 +48,7 @@ class DecodeStep:
             self.offsets.copy_(offsets_there)
         self.tokens.copy_(tokens, non_blocking=True)
         self.snapshot = None  # if the step fails, its positions are unknown
-        logits, hidden = self.replay()
+        logits, hidden = self.replay(self.step)
         cache.restore((lengths + 1, hidden, offsets))
         self.snapshot = cache.lengths, offsets
         return logits
@@ -78,13 +78,13 @@ class Replay:
     The caller gets copies, as from pop.backends.cuda_graph.Graph.
     """
 
-    def __init__(self, step, accumulated):
-        self.step, self.outputs = step, None
+    def __init__(self, accumulated):
+        self.outputs = None
 
-    def __call__(self) -> tuple[torch.Tensor, ...]:
+    def __call__(self, step) -> tuple[torch.Tensor, ...]:
         if self.outputs is None:
-            self.outputs = self.step()
+            self.outputs = step()
         else:
-            for memory, output in zip(self.outputs, self.step(), strict=True):
+            for memory, output in zip(self.outputs, step(), strict=True):
                 memory.copy_(output)
         return tuple(output.clone() for output in self.outputs)

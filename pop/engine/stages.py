@@ -45,15 +45,15 @@ def head(module, h):
 class Stages(NamedTuple):
     """The functions that a call uses: those of this file, or replacements such as compiled ones.
 
-    With `replay`, decode runs on fixed memory (decode_step.py). `replay(step, accumulated)` then returns what runs the
-    step, which takes no arguments and adds to the tensors `accumulated`.
+    With `replay`, decode runs on fixed memory (decode_step.py). `replay(accumulated)` then returns what runs a step: a
+    function that is called with it. The step takes no arguments and adds to the tensors `accumulated`.
     """
 
     full_layer: Callable[..., torch.Tensor] = full_layer
     pruned_layer: Callable[..., None] = pruned_layer
     refit_layer: Callable[..., None] = refit_layer
     head: Callable[..., torch.Tensor] = head
-    replay: Callable[..., Callable[[], tuple[torch.Tensor, ...]]] | None = None
+    replay: Callable[..., Callable[[Callable], tuple[torch.Tensor, ...]]] | None = None
 
 
 EAGER = Stages()

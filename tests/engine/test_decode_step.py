@@ -1,6 +1,8 @@
 """The decode step on fixed memory gives what `decode` gives, and hands out no tensor that it overwrites."""
 
 import copy
+import gc
+import weakref
 
 import pytest
 import torch
@@ -74,12 +76,26 @@ def test_a_step_serves_one_cache_as_long_as_its_tensors_stay():
     assert cache.step is None
 
 
+def test_a_dropped_cache_is_freed_at_once():
+    """On a GPU, its memory must not wait for the garbage collector."""
+    module = random_model(tiny_config())
+    cache = new_cache(module, 1)
+    engine.decode(module, torch.tensor([3]), cache, REPLAYED)
+    keys = weakref.ref(cache.keys[0])
+    gc.disable()
+    try:
+        del cache
+        assert keys() is None
+    finally:
+        gc.enable()
+
+
 def test_a_step_that_failed_midway_is_laid_out_anew():
     module, fails = random_model(tiny_config()), []
 
     class Failing(Replay):
-        def __call__(self):
-            outputs = super().__call__()
+        def __call__(self, step):
+            outputs = super().__call__(step)
             if fails:
                 raise RuntimeError(fails.pop())
             return outputs
