@@ -14,14 +14,14 @@ import torch
 
 from pop.engine.cache import KVCache
 from pop.errors import InputError, PlanError
-from pop.generation.answers import Generation
+from pop.generation.answers import Generation, answer_text
 from pop.generation.batch import Batch
 from pop.generation.sampling import SamplingParams
 from pop.inputs.processors import Prepared, as_list
 from pop.pruning.plan import PrunePlan
 from pop.system.files import read_json, write_whole
 
-FORMAT = 2  # of saved conversations
+FORMATS = (2, 3)  # of saved conversations; the first lacks what a stop string has cut off an answer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,6 +47,7 @@ class Conversation:
         self._format = model.chat_format()
         # The turns and their cache, which a finished turn replaces together.
         self._state: tuple[tuple[Turn, ...], KVCache | None] = ((), None)
+        self._is_shared = False  # whether a fork may have the same cache
         self._prompt("Hello")  # an error in the system message shows now
 
     @property
@@ -82,18 +83,37 @@ class Conversation:
         """Like `send`, but yields the answer in pieces. The turn counts once the last piece has been read."""
         return self._next_turn(message, images, videos, options).stream()
 
+    def fork(self) -> Conversation:
+        """A second conversation with the same turns. Both go on independently, and share the model and the cache."""
+        other = object.__new__(type(self))
+        self._is_shared = True
+        vars(other).update(vars(self))
+        return other
+
+    def __copy__(self) -> Conversation:
+        return self.fork()
+
+    def __deepcopy__(self, memo) -> Conversation:  # a turn changes neither the model nor the cache
+        return self.fork()
+
     def save(self, path: str | os.PathLike) -> None:
         """Write texts and the answers' tokens, but not the cache, to a JSON file. It appears whole or not at all.
 
         Raises InputError if the file cannot be written, or if an image or a video was not given as a path.
         """
         content = {
-            "pop_conversation": FORMAT,
+            "pop_conversation": FORMATS[-1],
             "model": self.model.fingerprint,
             "plan": _describe(self.plan, self.model.part),
             "system": self.system,
             "turns": [
-                {"user": turn.user, "assistant": turn.assistant, "answer": turn.answer, "seen": turn.media}
+                {
+                    "user": turn.user,
+                    "assistant": turn.assistant,
+                    "cut": answer_text(self.model.tokenizer, turn.answer)[len(turn.assistant) :],
+                    "answer": turn.answer,
+                    "seen": turn.media,
+                }
                 for turn in self.turns
             ],
         }
@@ -108,15 +128,17 @@ class Conversation:
         """Read a conversation that `save` has written with this model and plan, and encode it again, turn by turn.
 
         Raises:
-            InputError: The file is not a saved conversation of this model. PlanError: It has another plan.
+            InputError: The file is not a saved conversation of this model, or the text of an answer was edited.
+            PlanError: It has another plan.
         """
         try:
             content = read_json(path, InputError)
             fingerprint, description, system = (content[name] for name in ("model", "plan", "system"))
-            turns = [(turn["user"], turn["assistant"], turn["answer"], turn["seen"]) for turn in content["turns"]]
-            if content["pop_conversation"] != FORMAT:
-                raise ValueError(f"its format is {content['pop_conversation']}, not {FORMAT}")
-            if not all(isinstance(text, str) and isinstance(answer, list) for _, text, answer, _ in turns):
+            if (saved_as := content["pop_conversation"]) not in FORMATS:
+                raise ValueError(f"its format is {saved_as}, not one of {FORMATS}")
+            names = ("user", "assistant", "answer", "seen", *(["cut"] if saved_as > 2 else []))
+            turns = [[turn[name] for name in names] for turn in content["turns"]]
+            if not all(isinstance(text, str) and isinstance(answer, list) for _, text, answer, *_ in turns):
                 raise ValueError("an answer is not text and a list of token ids")
         except (ValueError, TypeError, KeyError) as error:
             raise InputError(f"{path} is not a saved conversation ({error}); write one with chat.save(path)") from None
@@ -158,18 +180,23 @@ class Conversation:
             if answer.finish_reason:
                 turn = Turn(content, answer.text, prompt, answer.tokens, [one.sha256 for one in media])
                 self._state = ((*self.turns, turn), batch.take_cache())
-                if earlier is not None:
+                if earlier is not None and not self._is_shared:
                     self.model.caches.give(earlier)
+                self._is_shared = False
 
         return self._batch(prompt, media, SamplingParams(**options), after_step=after_step)
 
-    def _replay(self, user, assistant: str, answer: list, hashes: list[str]) -> None:
-        """Add a turn of a saved conversation."""
+    def _replay(self, user, assistant: str, answer: list, hashes: list[str], cut: str | None = None) -> None:
+        """Add a turn of a saved conversation. `cut` is what a stop string has cut off its answer, if that is known."""
         prompt, media = self._prompt(user)
         if [one.sha256 for one in media] != hashes:
             raise InputError("an image or a video of the saved conversation has changed since; restore its file")
         answer = self.model.encode(answer, "answer") if answer else []
         self.model.check_fits(len(self.tokens) + len(prompt + answer[:-1]), "the saved conversation")
+        text = answer_text(self.model.tokenizer, answer)
+        if not (text.startswith(assistant) if cut is None else text == f"{assistant}{cut}"):
+            what = f"the answer of turn {len(self.turns) + 1} of the saved conversation is {assistant!r:.80}"
+            raise InputError(f"{what}, but its tokens are {text!r:.80}; undo the edit, or delete the turn")
         batch = self._batch(prompt, media, SamplingParams(max_new_tokens=max(1, len(answer))))
         batch.prefill()
         if answer[:-1]:  # the next turn runs the last token, as after a truncated answer

@@ -89,6 +89,27 @@ def test_a_turn_that_fails_leaves_the_conversation_as_it_was(steps, tmp_path):
     assert answers(chat) == answers(other) == answers(alone)
 
 
+def test_a_cache_that_a_fork_has_is_never_used_again(steps, tmp_path):
+    """A turn gives its conversation's old cache back, for answers that overwrite it."""
+    model = pop.load(write_chat_checkpoint(tmp_path), progress=False)
+    chat, twin = model.start_chat(), model.start_chat()
+    for each in (chat, twin):
+        each.send("Hello", max_new_tokens=4)
+    begun = chat.stream("Before the fork", max_new_tokens=4)
+    fork, other = chat.fork(), copy.copy(chat)
+    list(begun)
+    fork.send("No", max_new_tokens=4)
+    shared = other._state[1]
+    assert shared not in model.caches._spare
+    for n in range(3):
+        model.generate([1, 2, 3, n], max_new_tokens=4)
+    assert answers(other) == answers(twin)
+    assert other.send("Go on", max_new_tokens=6).tokens == twin.send("Go on", max_new_tokens=6).tokens
+    kept, spare = fork._state[1], len(model.caches._spare)
+    fork.send("Yes", max_new_tokens=4)  # the fork's own cache is given back as before
+    assert kept in model.caches._spare and spare <= 2
+
+
 def test_threads_never_share_a_cache(steps):
     config = tiny_gemma3_config(max_positions=512)
     model = pop.Model(random_model(config, seed=3), config)

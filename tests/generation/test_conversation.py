@@ -4,6 +4,7 @@ Answers are scripted, so that they end in every way there is; the logits that th
 compared with pop/pruning/reference.py, given which tokens of the whole sequence are at full depth.
 """
 
+import copy
 import json
 import threading
 import types
@@ -193,6 +194,29 @@ def test_a_turn_that_fails_leaves_the_conversation_as_it_was(model, script, monk
     assert chat.tokens == twin.tokens
 
 
+@pytest.mark.parametrize("duplicate", [pop.Conversation.fork, copy.copy, copy.deepcopy])
+def test_a_fork_and_its_origin_go_on_independently(model, script, duplicate):
+    def say(chat, message, says):
+        script.says[:] = [*says, END]
+        return chat.send(message)
+
+    chat, twin = (model.start_chat("Be brief.") for _ in range(2))
+    for each in (chat, twin):
+        say(each, "Hi, and some more, so that windows are left behind", b"Hello")
+    fork = duplicate(chat)
+    assert (fork.model, fork.turns, fork.tokens) == (chat.model, chat.turns, chat.tokens)
+    assert fork._state[1] is chat._state[1]  # nothing is copied
+    say(fork, "A question that is long enough to tell", b"An answer")
+    assert (len(fork.turns), len(chat.turns)) == (2, 1)
+    logits = []
+    for each in (chat, twin):
+        script.logits[:] = []
+        say(each, "And?", b"Yes")
+        logits.append(torch.cat(script.logits))
+    assert torch.equal(*logits) and chat.tokens == twin.tokens
+    assert fork.turns[1].answer == [*b"An answer"]
+
+
 def test_the_turn_counts_from_its_last_piece_on(script):
     model = make("llama", pop.PrunePlan((3, 4)))
     chat = model.start_chat()
@@ -268,6 +292,50 @@ def test_a_restored_conversation_goes_on_as_the_kept_one(model, script, tmp_path
             assert_close(logits[0], expected[len(expected) - len(last.answer) - 1 + n])
         assert_close(held(model.module, restored._state[1], 0), seen(model.module, kv))
     assert not list(tmp_path.glob(".*"))
+
+
+def test_an_edited_answer_is_refused_and_an_edited_message_is_encoded(script, tmp_path):
+    """Also an answer that a stop string has cut: what is cut off is in the file."""
+    model, path = make("llama", pop.PrunePlan((3, 4))), tmp_path / "chat.json"
+    chat = model.start_chat()
+    for says, options in (([*b"Hello", END], {}), ([*b"I stop", END], {"stop": "st"}), ([*b"\xc3\xa9\xc3", END], {})):
+        script.says[:] = says
+        chat.send("Hi", **options)
+    chat.save(path)
+    good = json.loads(path.read_text())
+    assert [(turn["assistant"], turn["cut"]) for turn in good["turns"]] == [
+        ("Hello", ""),
+        ("I ", "st"),
+        ("é\ufffd", ""),
+    ]
+
+    def edited(n, **changes):
+        turns = [turn | changes if k == n else turn for k, turn in enumerate(good["turns"])]
+        path.write_text(json.dumps(good | {"turns": turns}))
+        return path
+
+    for n, changes in (
+        (0, {"assistant": "Hello!"}),
+        (0, {"assistant": "Hell"}),
+        (0, {"answer": [*b"Hallo"]}),
+        (0, {"answer": []}),
+        (1, {"assistant": "I st"}),
+        (1, {"assistant": "I"}),
+        (1, {"cut": ""}),
+        (2, {"assistant": ""}),
+    ):
+        with pytest.raises(pop.InputError, match=rf"answer of turn {n + 1} .*but its tokens are .*undo the edit"):
+            model.load_chat(edited(n, **changes))
+    restored = model.load_chat(edited(1, user="How are you?"))
+    assert restored.turns[1].prompt == [END, *b"\n", *chatml(("user", "How are you?"))]
+    for turn in good["turns"]:
+        del turn["cut"]
+    with pytest.raises(pop.InputError, match="not a saved conversation"):
+        model.load_chat(edited(0))
+    good["pop_conversation"] = 2  # files of that format have answers that were cut off, too
+    assert model.load_chat(edited(0)).turns == chat.turns
+    with pytest.raises(pop.InputError, match="turn 2"):
+        model.load_chat(edited(1, assistant="I think"))
 
 
 def test_an_empty_conversation_is_saved_too(tmp_path):

@@ -5,7 +5,7 @@
 The files in the repository come from the commit that facts.json names, which is older than the present layout of the
 package. They stand for files that users have: do not make them anew because a test fails. Run this script only after a
 format has changed on purpose, and keep the older files under test beside the new ones. Its "picks" are newer: since one
-number a token decides, a seed samples other tokens.
+number a token decides, a seed samples other tokens. And chat-cut.json has the later format 3 of conversations.
 """
 
 import json
@@ -53,6 +53,7 @@ def make(made_with: str) -> None:
     plan.save(FOLDER / "calibrated.plan")
     talk(model, PLAN).save(FOLDER / "chat.json")
     talk(model, plan).save(FOLDER / "chat-calibrated.json")
+    cut_short(model).save(FOLDER / "chat-cut.json")
     scores = pop.importance(model, [text[:20] for text in texts[:4]], response_tokens=4, branches=True, progress=False)
     scores.save(FOLDER / "importance.json")
     facts = {
@@ -71,10 +72,18 @@ def chat_model(folder: Path) -> pop.Model:
     return pop.load(folder, prune=None)
 
 
-def talk(model, plan) -> pop.Conversation:
+def talk(model, plan, messages=MESSAGES) -> pop.Conversation:
     chat = model.start_chat("Be brief.", plan=plan)
-    for message, max_new_tokens, options in MESSAGES:
+    for message, max_new_tokens, options in messages:
         chat.send(message, max_new_tokens=max_new_tokens, **options)
+    return chat
+
+
+def cut_short(model) -> pop.Conversation:
+    """A conversation whose second answer ends at a stop string, a character that it would have had."""
+    chat = talk(model, PLAN, MESSAGES[:1])
+    whole = chat.fork().send("What next?", max_new_tokens=7).text
+    chat.send("What next?", max_new_tokens=7, stop=whole[2])
     return chat
 
 
