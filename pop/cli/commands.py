@@ -7,6 +7,7 @@ It is 130 after Ctrl-C, and 141 if the reader of the output is gone.
 import argparse
 import contextlib
 import dataclasses
+import inspect
 import os
 import shlex
 import sys
@@ -27,6 +28,10 @@ from pop.checkpoints import gguf, registry
 from pop.cli.demo import run as run_demo
 from pop.errors import ContextOverflow, InputError, PopError, WeightsNotFound, check_count
 from pop.generation.sampling import SamplingParams
+
+# The options of the command line that have the names of arguments are handed on.
+LOADING, SAMPLING = (inspect.signature(call).parameters for call in (pop.load, SamplingParams))
+HELP = "/new starts a new conversation, /quit ends, // begins a message with a slash, Ctrl-C stops an answer."
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -89,7 +94,8 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     args, rest = parser.parse_known_args(argv)
     after_dashes = rest[:1] == ["--"]
     rest = rest[after_dashes:]
-    if len(rest) == 1 and getattr(args, "prompt", "") is None and (after_dashes or not rest[0].startswith("-")):
+    is_text = after_dashes or rest[:1] == ["-"] or not "".join(rest).startswith("-")
+    if len(rest) == 1 and getattr(args, "prompt", "") is None and is_text:
         args.prompt = rest.pop()
     if hasattr(args, "files") and not any(word.startswith("-") for word in rest):
         args.files, rest = args.files + rest, []
@@ -106,34 +112,36 @@ def demo(args) -> None:
 def generate(args) -> None:
     if (args.prompt is None) == (args.prompt_file is None):
         raise InputError("give either a prompt or --prompt-file, but not both")
-    prompt = args.prompt if args.prompt_file is None else _read_file(args.prompt_file)
-    if args.prompt == "-":
-        if launched()[1] > 1:
-            raise InputError("only one process can read the standard input; use --prompt-file")
-        prompt = _readable(sys.stdin.read, "the standard input")
-    model = _load(args)
+    prompt = _given(args.prompt) if args.prompt_file is None else _read_file(args.prompt_file)
+    sampling, model = _sampling(args), _load(args)
     media = _media(args, model)
     for kind, mark in reversed(model.vision.marks.items()):
         if mark not in prompt:
             prompt = mark * len(media[f"{kind}s"]) + prompt
-    _print_answer(model.stream(prompt, **media, **_sampling(args)))
+    _print_answer(model.stream(prompt, **media, **sampling))
 
 
 def chat(args) -> None:
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401  (gives input() line editing)
-    model = _load(args)
+    message, sampling, model = _given(args.prompt), _sampling(args), _load(args)
     media = first = _media(args, model)
     conversation = model.start_chat(args.system)
-    print("/new starts a new conversation, /quit ends, Ctrl-C stops an answer.", file=sys.stderr)
+    if message is not None:
+        _print_answer(conversation.stream(message, **media, **sampling))
+        return
     sign = "> " if sys.stdin.isatty() else ""
+    if sign:
+        print(HELP, file=sys.stderr)
     with contextlib.suppress(EOFError):
         while (line := _readable(lambda: input(sign), "the standard input").strip()) != "/quit":
             if line == "/new":
                 conversation, media = model.start_chat(args.system), first
+            elif line.startswith("/") and not line.startswith("//"):  # /help, or an unknown command
+                print(HELP, file=sys.stderr)
             elif line:
                 try:
-                    _print_answer(conversation.stream(line, **media, **_sampling(args)))
+                    _print_answer(conversation.stream(line.removeprefix("/"), **media, **sampling))
                     media = {}
                 except KeyboardInterrupt:
                     print("\n(stopped, and forgotten)", flush=True)
@@ -183,9 +191,7 @@ def calibrate(args) -> None:
     texts = [_read_file(path) for path in args.files] or None
     _check_folders(args.out)
     model = _load(args)
-    last = model.plan.full_depth_last if args.full_depth_last is None else args.full_depth_last
-    plan = dataclasses.replace(model.plan, full_depth_last=last)
-    plan = pop.calibrate(model, texts, plan, taps=args.taps, window=args.window, seed=args.seed)
+    plan = pop.calibrate(model, texts, model.plan, taps=args.taps, window=args.window, seed=args.seed)
     if launched()[0] == 0:
         plan.save(args.out)
     print(f"Saved to {args.out}. Try: pop generate {shlex.quote(args.model)} --prune {shlex.quote(args.out)} PROMPT")
@@ -232,8 +238,12 @@ def import_gguf(args) -> None:
 
 
 def _load(args):
-    options = {"device": args.device, "dtype": args.dtype and getattr(torch, args.dtype), "quantize": args.quantize}
-    return pop.load(args.model, prune=args.prune, adapter=args.adapter, parallel="auto", **options)
+    options = {name: value for name, value in vars(args).items() if name in LOADING}
+    options["dtype"] = args.dtype and getattr(torch, args.dtype)
+    model = pop.load(args.model, parallel="auto", **options)
+    if getattr(args, "full_depth_last", None) is not None:
+        model.plan = dataclasses.replace(model.plan, full_depth_last=args.full_depth_last)
+    return model
 
 
 def _media(args, model) -> dict:
@@ -243,13 +253,24 @@ def _media(args, model) -> dict:
 
 
 def _sampling(args) -> dict:
-    return {field.name: getattr(args, field.name) for field in dataclasses.fields(SamplingParams)}
+    options = {name: value for name, value in vars(args).items() if name in SAMPLING}
+    SamplingParams(**options)  # raises before the weights are read
+    return options
 
 
 def _print_answer(stream) -> None:
     for piece in stream:
         print(piece, end="", flush=True)
     print(flush=True)
+
+
+def _given(text: str | None) -> str | None:
+    """A text of the command line. In its place, - stands for the standard input."""
+    if text != "-":
+        return text
+    if launched()[1] > 1:
+        raise InputError("only one process can read the standard input; use --prompt-file")
+    return _readable(sys.stdin.read, "the standard input")
 
 
 def _read_file(path: str) -> str:
@@ -272,89 +293,99 @@ def _parser() -> argparse.ArgumentParser:
     parser.set_defaults(run=lambda args: parser.print_help())
     commands = parser.add_subparsers(metavar="COMMAND")
 
-    def command(run, text: str) -> Callable:
-        """Add a command; return what adds an argument to it: option("--name", "help text", ...)."""
+    def command(run, text: str) -> argparse.ArgumentParser:
         added = commands.add_parser(run.__name__.replace("_", "-"), help=text, description=text)
         added.set_defaults(run=run)
-        return lambda *names, **settings: added.add_argument(*names[:-1], help=names[-1], **settings)
+        return added
 
-    def integer(option, name: str, text: str, default: int | None = None) -> None:
-        option(name, text if default is None else f"{text} ({default})", type=int, default=default, metavar="N")
+    def integer(add, name: str, text: str, default: int | None = None) -> None:
+        text = text if default is None else f"{text} ({default})"
+        add(name, help=text, type=int, default=default, metavar="N")
 
-    def prune_option(option) -> None:
-        text = "layers to prune: default (the deepest third), none, a fraction, or the path of a saved plan"
-        option("--prune", text, default="default", metavar="P")
+    def model_options(add) -> None:
+        add("model", help="a name in `pop models`, OWNER/REPOSITORY, or a directory", metavar="NAME_OR_DIR")
+        add("--dtype", help="default: the checkpoint's", choices=("float32", "bfloat16", "float16"))
+        add("--device", help="cpu, cuda, cuda:1 ...; default: the GPU if there is one")
+        add("--adapter", help="merge the LoRA adapter in this folder into the weights", metavar="DIR")
+        add("--quantize", help="int8 rounds the weights to 8 bits (needs torchao)", metavar="KIND")
+        add("--no-compile", help="run eagerly", dest="compile", action="store_const", const=False, default="auto")
 
-    def model_options(option) -> None:
-        option("model", "a name that `pop models` lists, OWNER/REPOSITORY, or a directory", metavar="NAME_OR_DIR")
-        option("--dtype", "default: the checkpoint's", choices=("float32", "bfloat16", "float16"))
-        option("--device", "cpu, cuda, cuda:1 ...; default: the GPU if there is one")
-        option("--adapter", "merge the LoRA adapter in this folder into the weights", metavar="DIR")
-        option("--quantize", "int8 rounds the weights to 8 bits (needs torchao)", metavar="KIND")
+    def prune_options(add, with_last: bool = True) -> None:
+        text = "the layers that prefill skips: default (the deepest third), none, a fraction, or a saved plan's path"
+        add("--prune", help=text, default="default", metavar="P")
+        if with_last:
+            integer(add, "--full-depth-last", "how many last tokens of a prompt run all layers; default: the plan's")
 
-    def generation_options(option, media_place: str) -> None:
-        integer(option, "--max-new-tokens", "the most tokens of an answer", 256)
-        option("--temperature", "0, the default, is greedy decoding", type=float, default=0.0, metavar="T")
-        option("--top-k", "sample from the K likeliest tokens", type=int, metavar="K")
-        option("--top-p", "sample from the likeliest tokens whose probabilities sum to P", type=float, metavar="P")
-        integer(option, "--seed", "the same seed gives the same text")
-        option("--stop", "end the answer before this text; may be repeated", action="append", metavar="TEXT")
-        prune_option(option)
+    def generation_options(parser, media_place: str) -> Callable:
+        """Add what `generate` and `chat` share; return what adds more about the prompt."""
+        model_options(parser.add_argument_group("model").add_argument)
+        prune_options(parser.add_argument_group("pruning").add_argument)
+        add = parser.add_argument_group("answer").add_argument
+        integer(add, "--max-new-tokens", "the most tokens of an answer", 256)
+        add("--temperature", help="0, the default, is greedy decoding", type=float, default=0.0, metavar="T")
+        add("--top-k", help="sample from the K likeliest tokens", type=int, metavar="K")
+        add("--top-p", help="sample from the likeliest tokens whose probabilities sum to P", type=float, metavar="P")
+        integer(add, "--seed", "the same seed gives the same text")
+        add("--stop", help="end the answer before this text; may be repeated", action="append", metavar="TEXT")
+        add = parser.add_argument_group("prompt").add_argument
         for kind in ("image", "video"):
-            option(f"--{kind}", f"show this {kind} {media_place}; may be repeated", action="append", metavar="FILE")
+            add(f"--{kind}", help=f"show this {kind} {media_place}; may be repeated", action="append", metavar="FILE")
+        integer(add, "--min-pixels", "enlarge images to this many pixels; default: the checkpoint's limit")
+        integer(add, "--max-pixels", "shrink images to this many pixels; default: the checkpoint's limit")
+        integer(add, "--max-seq-len", "the most tokens of prompt and answer together; default: the full context")
+        return add
 
-    option = command(demo, "Compare full and pruned prefill on a real model, which is downloaded the first time.")
-    option("--model", "default: smollm2-135m", default="smollm2-135m", metavar="NAME_OR_DIR")
-    option("--prompt-file", "use the text in this file instead of the built-in story and question", metavar="F")
-    prune_option(option)
-    integer(option, "--max-new-tokens", "the most tokens of an answer", 48)
-    integer(option, "--runs", "how often each plan is timed", 3)
-    option("--json", "print one JSON object instead of the table", action="store_true")
+    add = command(demo, "Compare full and pruned prefill on a real model, which is downloaded once.").add_argument
+    add("--model", help="default: smollm2-135m", default="smollm2-135m", metavar="NAME_OR_DIR")
+    add("--prompt-file", help="use the text in this file instead of the built-in story and question", metavar="F")
+    prune_options(add, with_last=False)
+    integer(add, "--max-new-tokens", "the most tokens of an answer", 48)
+    integer(add, "--runs", "how often each plan is timed", 3)
+    add("--json", help="print one JSON object instead of the table", action="store_true")
 
-    option = command(generate, "Continue a text, and print the continuation as it comes.")
-    model_options(option)
-    generation_options(option, "at the family's mark in the text, or before the text")
-    option("prompt", "the text, or - for the standard input", nargs="?", metavar="PROMPT")
-    option("--prompt-file", "read the text from this file", metavar="F")
+    added = command(generate, "Continue a text, and print the continuation as it comes.")
+    add = generation_options(added, "at the family's mark in the text, or before the text")
+    add("prompt", help="the text, or - for the standard input", nargs="?", metavar="PROMPT")
+    add("--prompt-file", help="read the text from this file", metavar="F")
 
-    option = command(chat, "Talk to an instruct model.")
-    model_options(option)
-    generation_options(option, "before the first message")
-    option("--system", "the system message", metavar="TEXT")
+    added = command(chat, "Talk to an instruct model. Without a MESSAGE, each line of the standard input is one.")
+    add = generation_options(added, "before the first message")
+    add("prompt", help="answer this and end; - reads the whole standard input", nargs="?", metavar="MESSAGE")
+    add("--system", help="the system message", metavar="TEXT")
+    add("--chat-format", help="its name, or template for the checkpoint's own; default: found out", metavar="NAME")
 
-    option = command(importance, "Measure with virtual gates how much prefill and decode need each layer.")
-    model_options(option)
-    option("files", "texts from which prompts are cut; default: a built-in set", nargs="*", metavar="FILE")
-    integer(option, "--samples", "number of prompts", 200)
-    integer(option, "--prompt-tokens", "tokens of a prompt", 256)
-    integer(option, "--response-tokens", "the most tokens of a sampled response", 64)
-    integer(option, "--batch-size", "prompts in one batch", 8)
-    integer(option, "--seed", "the same seed gives the same scores", 0)
-    option("--branches", "also score attention and MLP separately, for --out", action="store_true")
-    option("--resume", "keep unfinished work in this file, and continue from it", metavar="FILE")
-    option("--out", "write the scores to this JSON file", metavar="FILE")
-    option("--plot", "draw the scores into this .svg or .png file (needs matplotlib)", metavar="FILE")
+    add = command(importance, "Measure with virtual gates how much prefill and decode need each layer.").add_argument
+    model_options(add)
+    add("files", help="texts from which prompts are cut; default: a built-in set", nargs="*", metavar="FILE")
+    integer(add, "--samples", "number of prompts", 200)
+    integer(add, "--prompt-tokens", "tokens of a prompt", 256)
+    integer(add, "--response-tokens", "the most tokens of a sampled response", 64)
+    integer(add, "--batch-size", "prompts in one batch", 8)
+    integer(add, "--seed", "the same seed gives the same scores", 0)
+    add("--branches", help="also score attention and MLP separately, for --out", action="store_true")
+    add("--resume", help="keep unfinished work in this file, and continue from it", metavar="FILE")
+    add("--out", help="write the scores to this JSON file", metavar="FILE")
+    add("--plot", help="draw the scores into this .svg or .png file (needs matplotlib)", metavar="FILE")
 
-    option = command(calibrate, "Refit the K and V projections of pruned layers to texts, and save the plan.")
-    model_options(option)
-    option("files", "texts that resemble the prompts to come; default: a built-in set", nargs="*", metavar="FILE")
-    option("--out", "write the plan to this file", required=True, metavar="FILE")
-    prune_option(option)
-    integer(option, "--full-depth-last", "how many last tokens of a prompt run all layers; default: the plan's")
-    integer(option, "--taps", "2 gives a projection the previous token as a second input, 1 does not", 2)
-    integer(option, "--window", "tokens of a window of text", 1024)
-    integer(option, "--seed", "chooses the windows that are held out", 0)
+    add = command(calibrate, "Refit the K and V projections of pruned layers to texts, and save the plan.").add_argument
+    model_options(add)
+    prune_options(add)
+    add("files", help="texts that resemble the prompts to come; default: a built-in set", nargs="*", metavar="FILE")
+    add("--out", help="write the plan to this file", required=True, metavar="FILE")
+    integer(add, "--taps", "2 gives a projection the previous token as a second input, 1 does not", 2)
+    integer(add, "--window", "tokens of a window of text", 1024)
+    integer(add, "--seed", "chooses the windows that are held out", 0)
 
     command(models, "List the known models and where their weights are.")
 
-    option = command(download, "Download a model from the Hugging Face Hub. Gated models need HF_TOKEN.")
-    option("model", "a name that `pop models` lists, or a repository with a supported architecture", metavar="NAME")
-    option("--revision", "a branch, tag or commit; default: the newest commit", metavar="REV")
+    add = command(download, "Download a model from the Hugging Face Hub. Gated models need HF_TOKEN.").add_argument
+    add("model", help="a name that `pop models` lists, or a repository with a supported architecture", metavar="NAME")
+    add("--revision", help="a branch, tag or commit; default: the newest commit", metavar="REV")
 
-    option = command(verify, "Compare a model's files with the hashes that were kept at their download.")
-    option("model", "a name that `pop models` lists, or a directory", metavar="NAME_OR_DIR")
+    add = command(verify, "Compare a model's files with the hashes that were kept at their download.").add_argument
+    add("model", help="a name that `pop models` lists, or a directory", metavar="NAME_OR_DIR")
 
-    option = command(import_gguf, "Convert a GGUF file into a checkpoint directory.")
-    option("file", "the GGUF file", metavar="FILE", type=Path)
-    option("folder", "the directory to make", metavar="DIR", type=Path)
+    add = command(import_gguf, "Convert a GGUF file into a checkpoint directory.").add_argument
+    add("file", help="the GGUF file", metavar="FILE", type=Path)
+    add("folder", help="the directory to make", metavar="DIR", type=Path)
     return parser

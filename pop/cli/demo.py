@@ -23,7 +23,7 @@ import torch
 import pop
 from pop.calibration.refit import JUDGED, Judge
 from pop.checkpoints import embedded, registry
-from pop.errors import PlanError, check_count
+from pop.errors import PlanError, UnsupportedError, check_count
 from pop.pruning.cost import prefill_flops, speedup_limit
 
 STORY = Path(__file__).parents[1] / "data" / "alice.txt"
@@ -47,10 +47,10 @@ def run(name: str, text: str | None, prune, *, max_new_tokens: int, runs: int, a
         about = f"the opening of Alice's Adventures in Wonderland, and a question: {QUESTION}"
     folder = embedded.fetch(name) if name in embedded.EMBEDDED else registry.find_folder(name)
     model = pop.load(folder, dtype=torch.float32, prune=prune)
-    if model.tokenizer is not None and model.tokenizer.chat_template is None:
-        prompt = model.encode(f"{text.strip()}\n\nAnswer:")
-    else:
+    try:
         prompt = model.chat_tokens([{"role": "user", "content": text}])
+    except UnsupportedError:  # a base model, or a chat template of another format
+        prompt, about = model.encode(f"{text.strip()}\n\nAnswer:"), f"{about}, as plain text to continue"
     model.check_fits(len(prompt))
     result = {"model": name, "machine": machine(model.device), "num_layers": model.config.num_layers}
     result |= {"dtype": str(model.dtype).removeprefix("torch."), "prompt_tokens": len(prompt), "runs": runs}

@@ -1,6 +1,7 @@
 """The `pop` command: what it prints where, what it refuses, and how it ends."""
 
 import dataclasses
+import inspect
 import io
 import json
 import os
@@ -69,6 +70,7 @@ def test_models_are_listed_with_where_they_are(capsys, tmp_path, monkeypatch):
         ([], {}),
         (["--prune", "none"], {"plan": pop.PrunePlan.none()}),
         (["--prune", "0.8"], {"plan": pop.PrunePlan(layers=(2, 3, 4, 5))}),
+        (["--prune", "1.0", "--full-depth-last", "4"], {"plan": pop.PrunePlan(tuple(range(6)), full_depth_last=4)}),
         (["--temperature", "2", "--seed", "3"], {"temperature": 2.0, "seed": 3}),
         (["--temperature", "2", "--seed", "3", "--top-k", "5"], {"temperature": 2.0, "seed": 3, "top_k": 5}),
         (
@@ -231,16 +233,47 @@ def test_the_prompt_comes_from_a_file_or_from_stdin(folder, tmp_path, monkeypatc
     assert outputs[0] == outputs[1] == outputs[2]
 
 
-def test_options_reach_the_model(folder, monkeypatch, capsys):
-    def load(name, **options):
-        assert (name, options["dtype"], options["device"]) == (folder, torch.bfloat16, "cpu")
-        assert (options["quantize"], options["adapter"]) == ("int8", "lora")
+MODEL = ["--dtype", "bfloat16", "--device", "cpu", "--quantize", "int8", "--adapter", "lora", "--no-compile"]
+LOADED = {"dtype": torch.bfloat16, "device": "cpu", "quantize": "int8", "adapter": "lora", "compile": False}
+PROMPT = ["--prune", "0.5", "--max-seq-len", "99", "--min-pixels", "8", "--max-pixels", "9"]
+SHOWN = {"prune": "0.5", "max_seq_len": 99, "min_pixels": 8, "max_pixels": 9}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options"),
+    [
+        (["generate", "FOLDER", "x", *MODEL, *PROMPT], {**LOADED, **SHOWN}),
+        (["chat", "FOLDER", *MODEL, *PROMPT, "--chat-format", "gemma"], {**LOADED, **SHOWN, "chat_format": "gemma"}),
+        (["calibrate", "FOLDER", "--out", "plan", *MODEL, "--prune", "0.5"], {**LOADED, "prune": "0.5"}),
+        (["importance", "FOLDER", *MODEL], {**LOADED, "prune": "none"}),
+    ],
+)
+def test_options_reach_the_model(arguments, options, folder, monkeypatch, capsys):
+    signature, calls = inspect.signature(pop.load), []
+
+    def load(*args, **given):
+        calls.append(signature.bind(*args, **given))
         raise pop.CheckpointError("enough")
 
     monkeypatch.setattr(pop, "load", load)
-    arguments = ["--dtype", "bfloat16", "--device", "cpu", "--quantize", "int8", "--adapter", "lora"]
-    assert main(["generate", folder, "x", *arguments]) == 2
+    assert main([folder if word == "FOLDER" else word for word in arguments]) == 2
     assert capsys.readouterr().err == "pop: enough\n"
+    expected = signature.bind(folder, parallel="auto", **options)
+    for bound in (expected, *calls):
+        bound.apply_defaults()
+    assert calls == [expected]
+
+
+@pytest.mark.parametrize("command", ["demo", "generate", "chat", "calibrate"])
+def test_the_help_says_what_prune_takes(command, capsys):
+    with pytest.raises(SystemExit) as exit:
+        main([command, "--help"])
+    words = " ".join(capsys.readouterr().out.split())
+    assert exit.value.code == 0
+    assert "default (the deepest third), none, a fraction, or a saved plan's path" in words
+    if command in ("generate", "chat"):  # they have many options: in groups, what is meant first
+        titles = [words.index(f" {title}: ") for title in ("model", "pruning", "answer", "prompt")]
+        assert titles == sorted(titles) and words.index("NAME_OR_DIR a name") > titles[0]
 
 
 def test_import_gguf_gets_its_paths(tmp_path, monkeypatch, capsys):
@@ -267,6 +300,10 @@ def test_import_gguf_gets_its_paths(tmp_path, monkeypatch, capsys):
         ("generate CHAT Hello --max-new-tokens 0", "max_new_tokens"),
         ("generate CHAT Hello --temperature -1", "temperature"),
         ("generate CHAT Hello --top-p 2", "top_p"),
+        ("generate CHAT Hello --full-depth-last 0", "full_depth_last is 0"),
+        ("generate CHAT Hello --max-seq-len 2000", "max_seq_len is 2000"),
+        ("generate CHAT Hello --max-seq-len 4", "5 tokens, but the model takes 4"),
+        ("generate CHAT Hello --max-pixels 9", "leave out min_pixels and max_pixels"),
         ("generate CHAT Hello --prune 3", "the plan is 3"),
         ("generate CHAT Hello --prune TEXT", "pruning plan"),
         ("generate CHAT Hello --prune PLAN", "the model's layers are 0 to 5"),
@@ -275,6 +312,9 @@ def test_import_gguf_gets_its_paths(tmp_path, monkeypatch, capsys):
         ("generate TMP Hello", "config.json"),
         ("chat IDS", "the checkpoint has none"),
         ("chat CHAT --prune 3", "the plan is 3"),
+        ("chat CHAT --temperature -1", "temperature"),
+        ("chat CHAT --chat-format teapot", "chat_format is 'teapot'"),
+        ("chat CHAT Hi --max-seq-len 4", "but the model takes 4"),
         ("import-gguf TMP/missing.gguf TMP/new", "missing.gguf"),
         ("import-gguf IMAGE TMP/new", "picture.png"),
         ("demo", "could not be fetched; connect"),
@@ -344,8 +384,8 @@ def test_a_closed_pipe_ends_the_program_quietly():
     ("closed", "arguments", "status", "said"),
     [
         ("<&-", ["generate", "FOLDER", "-"], 2, "the prompt is empty"),
-        ("<&-", ["chat", "FOLDER"], 0, "/quit ends"),
-        (">&-", ["models"], 0, ""),
+        ("<&-", ["chat", "FOLDER"], 0, ""),
+        ("<&- >&-", ["chat", "FOLDER", "Hi", "--max-new-tokens", "2"], 0, ""),
         (">&-", ["generate", "FOLDER", "Hello", "--max-new-tokens", "2"], 0, ""),
         ("2>&-", ["generate", "no-such-model", "Hello"], 2, ""),
         ("<&- >&- 2>&-", ["generate", "FOLDER", "-"], 2, ""),
@@ -391,7 +431,7 @@ def test_a_hostile_name_in_a_config_cannot_drive_the_terminal(folder, tmp_path, 
 def talk(folder, monkeypatch, capsys):
     """talk(lines, *arguments) -> (status, stdout, stderr, the messages of the conversations that were held)."""
 
-    def run(lines, *arguments):
+    def run(lines, *arguments, folder=folder, terminal=io.StringIO):
         chats = []
         start_chat = pop.Model.start_chat
 
@@ -400,7 +440,7 @@ def talk(folder, monkeypatch, capsys):
             return chats[-1]
 
         monkeypatch.setattr(pop.Model, "start_chat", kept)
-        monkeypatch.setattr(sys, "stdin", io.StringIO("".join(f"{line}\n" for line in lines)))
+        monkeypatch.setattr(sys, "stdin", terminal("".join(f"{line}\n" for line in lines)))
         status = main(["chat", folder, "--max-new-tokens", "6", *arguments])
         return status, *capsys.readouterr(), [chat.messages for chat in chats]
 
@@ -423,6 +463,52 @@ def test_a_conversation_remembers(talk, model):
     status, out, _, held = talk(["Hi", "", " And? ", "/new", "And?", "/quit", "Hi"])
     assert (status, out) == (0, f"{first}\n{second}\n{fresh}\n")
     assert held == [[*turn("Hi", first), *turn("And?", second)], turn("And?", fresh)]
+
+
+def test_commands_are_no_messages(talk, model):
+    """A message that begins with a slash has two."""
+    expected = answers(model, "/etc/passwd?", "Hi")
+    status, out, err, held = talk(["/help", "/exit now", "//etc/passwd?", "/", "Hi", "/quit"])
+    assert (status, out) == (0, "".join(f"{text}\n" for text in expected))
+    assert [turn["content"] for turn in held[0][::2]] == ["/etc/passwd?", "Hi"]
+    assert len(err.splitlines()) == 3 and len(set(err.splitlines())) == 1
+    assert all(f"{command} " in err for command in ("/new", "/quit", "//"))
+
+
+def test_the_commands_are_shown_in_a_terminal_only(talk, monkeypatch):
+    assert talk(["/quit"])[1:3] == ("", "")
+    assert "/quit ends" in talk(["/quit"], terminal=FakeTerminal)[2]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "typed", "message"),
+    [
+        (["Hi"], ["And?"], "Hi"),
+        (["--seed", "1", "Hi"], [], "Hi"),
+        (["/help"], [], "/help"),
+        (["-"], ["Hi", "", "/quit"], "Hi\n\n/quit\n"),
+    ],
+)
+def test_one_message_gets_one_answer(arguments, typed, message, talk, model):
+    (answer,) = answers(model, message, system="Be short.")
+    status, out, err, held = talk(typed, "--system", "Be short.", *arguments)
+    assert (status, out, err) == (0, f"{answer}\n", "")
+    assert held == [[{"role": "system", "content": "Be short."}, *turn(message, answer)]]
+
+
+def test_an_empty_input_is_no_message(talk):
+    status, out, err, _ = talk([], "-")
+    assert (status, out) == (2, "") and "empty" in err
+    assert talk([])[:3] == (0, "", "")
+
+
+def test_a_chat_in_a_format_by_name(talk, model, folder, tmp_path):
+    """Of a checkpoint without a template."""
+    shutil.copytree(folder, tmp_path / "base")
+    (tmp_path / "base/tokenizer_config.json").unlink()
+    for name in (folder, str(tmp_path / "base")):
+        status, out, _, _ = talk([], "Hi", "--chat-format", "chatml", folder=name)
+        assert (status, out) == (0, f"{answers(model, 'Hi')[0]}\n")
 
 
 def test_the_system_message_stays(talk, model):

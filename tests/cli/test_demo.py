@@ -217,13 +217,15 @@ def test_the_story_fills_the_prompt(folder, tmp_path, capsys, monkeypatch):
     assert demo.QUESTION in capsys.readouterr().out
 
 
-def test_a_base_model_continues_the_text(tmp_path, arguments, capsys, monkeypatch):
-    """Its tokenizer has no chat template."""
+@pytest.mark.parametrize("template", [None, "{% for message in messages %}[{{ message['content'] }}]{% endfor %}"])
+def test_a_model_without_a_known_chat_format_continues_the_text(template, tmp_path, arguments, capsys, monkeypatch):
+    """A base model has no chat template, and other models have one that pop does not know."""
     folder = write_chat_checkpoint(tmp_path / "base")
-    (folder / "tokenizer_config.json").unlink()
+    (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": template} if template else {}))
     asked, generate = [], pop.Model.generate
     monkeypatch.setattr(
         pop.Model, "generate", lambda self, prompt, **options: asked.append(prompt) or generate(self, prompt, **options)
     )
     assert main(["demo", "--model", str(folder), *arguments[3:], "--runs", "1"]) == 0
     assert asked[0] == pop.load_tokenizer(folder).encode("Why is the sky blue?\n\nAnswer:")
+    assert "the given text, as plain text to continue\n" in capsys.readouterr().out
