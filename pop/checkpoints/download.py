@@ -101,22 +101,23 @@ def download(name: str, revision: str | None = None, *, progress: bool = True) -
     entry = lookup(name)
     if entry.embedded and revision is None:
         return embedded.fetch(name, progress=progress)
-    if (found := stored(entry)) and revision is None:
-        return _downloaded(found)
-    hub = Hub(entry.source, progress)
-    manifest = _plan(hub, "main" if revision is None else revision)
-    if found and Manifest.load(_downloaded(found)).commit != manifest.commit:
-        raise DownloadError(f"{found} holds another revision than {manifest.commit}; remove it to download this one")
-    if found:
+    found = stored(entry)
+    if found and not (found / MANIFEST).is_file():
+        raise DownloadError(f"{found} exists, but `pop download` has not made it; remove it to download the model")
+    if found and revision is None:
         return found
-    folder = weights_folder() / entry.name
-    try:
-        with staged(folder, keep=True) as partial:
-            _fetch_all(hub, manifest, partial, progress)
-    except CheckpointError:
-        if found := stored(entry):  # another process may have been faster
-            return _downloaded(found)
-        raise
+    hub = Hub(entry.source, progress)
+    manifest = _plan(hub, revision or "main")
+    folder = found or weights_folder() / entry.name
+    if found and Manifest.load(found).commit != manifest.commit:
+        raise DownloadError(f"{found} holds another revision than {manifest.commit}; remove it to download this one")
+    if not found:
+        try:
+            with staged(folder, keep=True) as partial:
+                _fetch_all(hub, manifest, partial, progress)
+        except CheckpointError:
+            if not (folder / MANIFEST).is_file():  # another process may have been faster
+                raise
     return folder
 
 
@@ -147,12 +148,6 @@ def verify(folder: str | Path) -> Manifest:
     if faults:
         raise CheckpointError(f"{folder}: {some(faults, '; ')}; remove the folder, and download it again")
     return manifest
-
-
-def _downloaded(folder: Path) -> Path:
-    if not (folder / MANIFEST).is_file():
-        raise DownloadError(f"{folder} exists, but `pop download` has not made it; remove it to download the model")
-    return folder
 
 
 def _plan(hub: Hub, revision: str) -> Manifest:
@@ -190,69 +185,61 @@ def _is_needed(name: str) -> bool:
 
 def _fetch_all(hub: Hub, manifest: Manifest, partial: Path, progress: bool) -> None:
     """Bring all files into `partial`, where an earlier run may have left some."""
+    present = 0  # bytes
     for path in partial.iterdir():
-        if path.name not in {*manifest.files, ".lock"} or path.is_symlink() or not path.is_file():
+        size = path.stat().st_size if path.is_file() and not path.is_symlink() else None
+        if path.name not in manifest.files or size is None or size > manifest.files[path.name].size:
             remove(path)
-    files = [_File(hub, manifest, name, partial) for name in manifest.files]
-    small = [file for file in files if file.name.endswith(".json")]
+        else:
+            present += size
     total = sum(file.size for file in manifest.files.values())
-    missing = total - sum(file.size for file in files)
-    if missing > (free := shutil.disk_usage(partial).free):
-        room = f"{missing / 1e9:,.1f} GB more, but {partial.parent} has {free / 1e9:,.1f} GB of free space"
+    if total - present > (free := shutil.disk_usage(partial).free):
+        room = f"{(total - present) / 1e9:,.1f} GB more, but {partial.parent} has {free / 1e9:,.1f} GB of free space"
         raise DownloadError(f"{hub.repository} needs {room}; make room, or set POP_WEIGHTS to a folder elsewhere")
+    small = [name for name in manifest.files if name.endswith(".json")]
     with progress_bar(hub.repository, total, "B", progress) as step:
-        step(total - missing)
-        hub.together([functools.partial(file.fetch, step) for file in small])
+        step(present)
+        hub.together([functools.partial(_fetch, hub, manifest, name, partial, step) for name in small])
         try:
             read_config(partial)  # refuses an architecture before its weights are fetched
         except ConfigError:
-            for file in small:
-                file.path.unlink()
+            for name in small:
+                (partial / name).unlink()
             raise
-        hub.together([functools.partial(file.fetch, step) for file in files if file not in small])
+        large = manifest.files.keys() - small
+        hub.together([functools.partial(_fetch, hub, manifest, name, partial, step) for name in large])
     manifest.save(partial)
 
 
-class _File:
-    """One file that is being fetched. It continues what an earlier run has begun."""
+def _fetch(hub: Hub, manifest: Manifest, name: str, folder: Path, step: Callable[[int], object]) -> None:
+    """Fetch what is missing of a file and check its hash; call `step` with the number of bytes that come."""
+    path, expected = folder / name, manifest.files[name]
+    with path.open("ab") as file:
 
-    def __init__(self, hub: Hub, manifest: Manifest, name: str, folder: Path):
-        self.hub, self.name, self.expected = hub, name, manifest.files[name]
-        self.address = f"/{manifest.repository}/resolve/{manifest.commit}/{name}"
-        self.path = folder / name
-        size = self.path.stat().st_size if self.path.exists() else 0
-        self.size = size if size <= self.expected.size else 0  # valid bytes on the disk
+        def restart() -> None:
+            step(-file.tell())
+            file.seek(0)
+            file.truncate()
 
-    def fetch(self, step: Callable[[int], object]) -> None:
-        """Fetch what is missing and check the hash; call `step` with the number of bytes that come."""
-        self._step = step
-        with self.path.open("ab") as self._file:
-            self._file.truncate(self.size)
-            for _ in range(2):
-                self.hub.persist(self.name, self._attempt, lambda: self.size)
-                if self.expected.matches(self.path):
-                    return
-                self._restart()
-        fault = f"{self.name} from {self.hub.name} does not have the listed hash {self.expected.digest}"
-        raise DownloadError(f"{fault}; try another network")
+        def attempt() -> None:
+            size = file.tell()
+            if size == expected.size:
+                return
+            with hub.get(f"/{manifest.repository}/resolve/{manifest.commit}/{name}", size) as answer:
+                place = answer.headers.get("Content-Range", "")
+                if answer.status != 206 or not place.startswith(f"bytes {size}-"):
+                    restart()  # the server ignores Range, or sends another part of the file
+                    if answer.status != 200:
+                        raise Broken("the server does not continue where the file ended")
+                for block in hub.blocks(answer, expected.size - file.tell()):
+                    file.write(block)
+                    file.flush()
+                    step(len(block))
 
-    def _restart(self) -> None:
-        self._step(-self.size)
-        self._file.truncate(0)
-        self.size = 0
-
-    def _attempt(self) -> None:
-        """Fetch what follows the first `size` bytes."""
-        if self.size == self.expected.size:
-            return
-        with self.hub.get(self.address, self.size) as answer:
-            place = answer.headers.get("Content-Range", "")
-            if answer.status != 206 or not place.startswith(f"bytes {self.size}-"):
-                self._restart()  # the server ignores Range, or sends another part of the file
-                if answer.status != 200:
-                    raise Broken("the server does not continue where the file ended")
-            for block in self.hub.blocks(answer, self.expected.size - self.size):
-                self._file.write(block)
-                self._file.flush()
-                self.size += len(block)
-                self._step(len(block))
+        for _ in range(2):
+            hub.persist(name, attempt, file.tell)
+            if expected.matches(path):
+                return
+            restart()
+    fault = f"{name} from {hub.name} does not have the listed hash {expected.digest}"
+    raise DownloadError(f"{fault}; try another network")

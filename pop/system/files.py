@@ -23,34 +23,29 @@ from pop.errors import CheckpointError, ConfigError, PopError, some
 def staged(folder: str | Path, *, keep: bool = False) -> Iterator[Path]:
     """Yield a hidden, empty sibling of `folder`, which gets the name of `folder` when the block succeeds.
 
-    A file lock in the sibling makes a second process wait. The system releases the lock of a killed process.
-    So the process that holds the lock may empty the sibling. `keep` leaves the files of a failed block in place,
-    for the next block with `keep`. Raises CheckpointError if something could not be written (every OSError), or if
-    `folder` exists and is not an empty directory.
+    `keep` leaves the files of a failed block in place, for the next block with `keep`. Raises CheckpointError if
+    something could not be written (every OSError), or if `folder` exists and is not an empty directory.
     """
     folder = Path(folder).resolve()
     if not folder.name or folder == Path.cwd():  # neither can be replaced
         raise CheckpointError(f"{folder} cannot be replaced by a new folder; choose another one")
     partial = folder.with_name(f".{folder.name}.partial")
     try:
-        lock = _lock(partial)
-        try:
+        with _locked(folder):
             if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
                 raise CheckpointError(f"{folder} exists already; remove it, or choose another folder")
-            for path in partial.iterdir():
-                if path.name != ".lock" and not keep:
-                    remove(path)
-            yield partial
-            for path in [*partial.iterdir(), partial]:
-                _sync(path)
-            os.replace(partial, folder)  # fails unless `folder` is missing or an empty directory
-        except BaseException:  # includes KeyboardInterrupt
-            if not keep or os.listdir(partial) == [".lock"]:
-                shutil.rmtree(partial, ignore_errors=True)
-            raise
-        finally:
-            lock.close()
-        (folder / ".lock").unlink(missing_ok=True)  # before the rename, this would let a second process in
+            if partial.exists() and not keep:
+                shutil.rmtree(partial)
+            partial.mkdir(exist_ok=True)
+            try:
+                yield partial
+                for path in [*partial.iterdir(), partial]:
+                    _sync(path)
+                os.replace(partial, folder)  # fails unless `folder` is missing or an empty directory
+            except BaseException:  # includes KeyboardInterrupt
+                if not keep or not any(partial.iterdir()):
+                    shutil.rmtree(partial, ignore_errors=True)
+                raise
         _sync(folder.parent)
     except PopError:
         raise
@@ -131,25 +126,28 @@ def read_tensors(path: str | os.PathLike) -> tuple[dict[str, Any], dict[str, str
         return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
 
 
-def _lock(partial: Path) -> IO:
-    """Create `partial`, wait for its file lock, and return the open lock file. Closing that file releases the lock."""
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Hold a lock on the name of a folder, which need not exist. The system releases that of a killed process."""
     import fcntl  # exists on POSIX only, and only folders need it
 
-    path = partial / ".lock"
-    partial.parent.mkdir(parents=True, exist_ok=True)
-    while True:
-        with contextlib.suppress(FileExistsError):
-            partial.mkdir()
-        with contextlib.suppress(FileNotFoundError):  # another process may remove or rename `partial` at any moment
-            lock = open(path, "ab")  # noqa: SIM115 (the caller closes it)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    path = folder.with_name(f".{folder.name}.lock")
+    is_held = False
+    while not is_held:
+        with open(path, "ab") as lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                print(f"Waiting for another process that writes {partial} ...", file=sys.stderr)
+                print(f"Waiting for another process that writes {folder} ...", file=sys.stderr)
                 fcntl.flock(lock, fcntl.LOCK_EX)
-            if path.exists() and os.path.samestat(os.fstat(lock.fileno()), path.stat()):
-                return lock
-            lock.close()
+            with contextlib.suppress(FileNotFoundError):
+                is_held = os.path.samestat(os.fstat(lock.fileno()), path.stat())  # not if its last holder removed it
+            if is_held:
+                try:
+                    yield
+                finally:
+                    path.unlink()
 
 
 def _sync(path: Path) -> None:
