@@ -119,6 +119,16 @@ def _build_decoder(config: type, fields: Fields, **given: Any) -> Any:
     return _build(config, fields, **given)
 
 
+def _build_full_attention(config: type, fields: Fields, num_layers: int, **given: Any) -> Any:
+    """Make a config like Llama's or Qwen3's, whose layers have one RoPE and no windows."""
+    fields.fixed(hidden_act="silu", layer_types=[GLOBAL] * num_layers)
+    if fields.left.get("use_sliding_window") is False:
+        fields.left.pop("sliding_window", None)
+    if "rope" not in given:
+        given["rope"] = _read_rope(_rope_fields(fields), config.rope.base)
+    return _build_decoder(config, fields, num_layers=num_layers, **given)
+
+
 def _read_ends(fields: Fields, default: tuple[int, ...]) -> tuple[int, ...]:
     """Read the end tokens: one token id, or a list of them."""
     if isinstance(fields.left.get("eos_token_id"), list):
@@ -129,30 +139,14 @@ def _read_ends(fields: Fields, default: tuple[int, ...]) -> tuple[int, ...]:
 
 def read_llama(fields: Fields, config: type, architecture: str) -> configs.LlamaConfig:
     """Read a config.json with Llama's fields into LlamaConfig, or into a class like it."""
-    num_layers = _read_full_attention(fields, architectures=[architecture])
+    fields.fixed(architectures=[architecture])
     hidden_size, num_heads = fields.integer("hidden_size"), fields.integer("num_attention_heads")
-    head_dim = fields.integer("head_dim", None)
+    num_kv_heads, head_dim = fields.integer("num_key_value_heads", num_heads), fields.integer("head_dim", None)
     if head_dim is None and hidden_size % num_heads:
         raise ConfigError(f"hidden_size {hidden_size} is not a multiple of num_attention_heads {num_heads}")
-    return _build_decoder(
-        config,
-        fields,
-        num_layers=num_layers,
-        hidden_size=hidden_size,
-        num_heads=num_heads,
-        num_kv_heads=fields.integer("num_key_value_heads", num_heads),
-        head_dim=head_dim or hidden_size // num_heads,
-        rope=_read_rope(_rope_fields(fields), config.rope.base),
-    )
-
-
-def _read_full_attention(fields: Fields, **only: Any) -> int:
-    """Check what Llama and Qwen3 have in common. Return the number of layers."""
+    sizes = {"num_heads": num_heads, "num_kv_heads": num_kv_heads, "head_dim": head_dim or hidden_size // num_heads}
     num_layers = fields.integer("num_hidden_layers")
-    fields.fixed(hidden_act="silu", layer_types=[GLOBAL] * num_layers, **only)
-    if fields.left.get("use_sliding_window") is False:
-        fields.left.pop("sliding_window", None)
-    return num_layers
+    return _build_full_attention(config, fields, num_layers, hidden_size=hidden_size, **sizes)
 
 
 def _read_gemma3_text(fields: Fields, **given: Any) -> configs.Gemma3Config:
@@ -160,8 +154,8 @@ def _read_gemma3_text(fields: Fields, **given: Any) -> configs.Gemma3Config:
     gelu = "gelu_pytorch_tanh"
     fields.fixed(architectures=["Gemma3ForCausalLM"], hidden_activation=gelu, hidden_act=gelu, tie_word_embeddings=True)
     ropes = fields.part("rope_parameters")  # transformers 5
-    rope = _merge(fields, "rope_theta", ropes.object(GLOBAL), fields.object("rope_scaling"))
-    local_rope = _merge(fields, "rope_local_base_freq", ropes.object(LOCAL))
+    rope = _rope_fields(fields, "rope_theta", ropes.object(GLOBAL), fields.object("rope_scaling"))
+    local_rope = _rope_fields(fields, "rope_local_base_freq", ropes.object(LOCAL))
     ropes.finish()
     return _build_decoder(
         configs.Gemma3Config,
@@ -209,8 +203,7 @@ def _read_windows(fields: Fields) -> tuple[int | None, ...]:
 
 def _read_qwen3(fields: Fields, experts: bool = False) -> configs.Qwen3Config:
     fields.fixed(architectures=["Qwen3MoeForCausalLM" if experts else "Qwen3ForCausalLM"])
-    rope = _read_rope(_rope_fields(fields), configs.Qwen3Config.rope.base)
-    return _build_qwen3(configs.Qwen3Config, fields, experts, rope=rope)
+    return _build_qwen3(configs.Qwen3Config, fields, experts)
 
 
 def _read_qwen3_vl(fields: Fields, experts: bool = False) -> configs.Qwen3VLConfig:
@@ -242,14 +235,14 @@ def _read_qwen3_vl(fields: Fields, experts: bool = False) -> configs.Qwen3VLConf
 
 def _build_qwen3(config: type, fields: Fields, experts: bool, **given: Any) -> Any:
     """Make a config of Qwen3's text model, whose MLPs may be mixtures of experts."""
-    num_layers = _read_full_attention(fields)
+    num_layers = fields.integer("num_hidden_layers")
     fields.integer("sliding_window", None, least=0)  # the reference uses it only with use_sliding_window
     if experts:
         step, dense = fields.integer("decoder_sparse_step", 1), fields.integers("mlp_only_layers", ())
-        layers = tuple(layer for layer in range(num_layers) if (layer + 1) % step == 0 and layer not in dense)
+        layers = tuple(layer for layer in range(step - 1, num_layers, step) if layer not in dense)
         normalised = fields.boolean("norm_topk_prob")
         given["experts"] = _build(configs.ExpertsConfig, fields, layers=layers, normalised=normalised)
-    return _build_decoder(config, fields, num_layers=num_layers, **given)
+    return _build_full_attention(config, fields, num_layers, **given)
 
 
 def read_siglip(fields: Fields, tokens_per_image: int) -> configs.SiglipConfig:
@@ -283,17 +276,13 @@ def _read_qwen3_vision(fields: Fields) -> configs.Qwen3VisionConfig:
     )
 
 
-def _rope_fields(fields: Fields) -> Fields:
-    return _merge(fields, "rope_theta", fields.object("rope_parameters"), fields.object("rope_scaling"))
-
-
-def _merge(fields: Fields, base: str, *objects: dict[str, Any]) -> Fields:
+def _rope_fields(fields: Fields, base: str = "rope_theta", *objects: dict[str, Any]) -> Fields:
     """Collect a RoPE's fields from objects. `base` names the outer field in which transformers 4 states its base."""
-    merged = Fields({"rope_theta": fields.left.pop(base, None)}, fields.place)
-    for values in objects:
+    rope = Fields({"rope_theta": fields.left.pop(base, None)}, fields.place)
+    for values in objects or (fields.object("rope_parameters"), fields.object("rope_scaling")):
         for name, value in values.items():
-            merged.add("rope_type" if name == "type" else name, value)  # `type` is the older name
-    return merged
+            rope.add("rope_type" if name == "type" else name, value)  # `type` is the older name
+    return rope
 
 
 def _read_rope(rope: Fields, default_base: float) -> configs.RopeConfig:
