@@ -12,10 +12,11 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
+from pop.checkpoints.config_json import read_fields
 from pop.checkpoints.fields import Fields
 from pop.checkpoints.weights import FLOATS, Shard, published_name
 from pop.errors import CheckpointError, ConfigError, some
-from pop.system.files import read_json, read_tensors, refuse_pointers
+from pop.system.files import read_tensors, refuse_pointers
 
 # Fields about training, and about which layers have an A and a B. The tensors say the latter. Other fields must be off.
 UNUSED = (
@@ -33,21 +34,9 @@ def read_adapter(folder: Path, module: nn.Module, shards: dict[str, Shard]) -> A
     Raises ConfigError or CheckpointError, which names what is not plain LoRA or does not fit the module.
     """
     refuse_pointers(folder)
-    config, file = folder / "adapter_config.json", folder / "adapter_model.safetensors"
-    values = read_json(config)
-    try:
-        fields = Fields({name: value for name, value in values.items() if value and name not in UNUSED})
-        fields.fixed(peft_type="LORA", bias="none")
-        if fields.left.get("init_lora_weights") in INITS:
-            del fields.left["init_lora_weights"]
-        rank, alpha, root = fields.integer("r"), fields.number("lora_alpha"), fields.boolean("use_rslora")
-        ranks, alphas = fields.part("rank_pattern"), fields.part("alpha_pattern")
-        ranks, alphas = ({n: part.number(n) for n in list(part.left)} for part in (ranks, alphas))
-        fields.finish()
-        if patterns := [name for name in (*ranks, *alphas) if not re.fullmatch(r"[\w.]+", name)]:
-            raise ConfigError(f"rank_pattern or alpha_pattern has {some(patterns)}; only names of layers are supported")
-    except ConfigError as error:
-        raise ConfigError(f"{config}: {error}; merge the adapter with PEFT, and load the result") from None
+    advice = "; merge the adapter with PEFT, and load the result"
+    ranks, alphas, root = read_fields(folder / "adapter_config.json", _read_ranks, None, advice)
+    file = folder / "adapter_model.safetensors"
     try:
         tensors, _ = read_tensors(file)
     except (OSError, SafetensorError) as error:
@@ -64,8 +53,7 @@ def read_adapter(folder: Path, module: nn.Module, shards: dict[str, Shard]) -> A
         parameter, shape = f"{linear}.weight", tuple(linears[linear].weight.shape)
         shape = shards[parameter].whole_shape(shape) if parameter in shards else shape  # [out, in]
         r, s = (
-            next((value for key, value in patterns.items() if f".{layer}".endswith(f".{key}")), default)
-            for patterns, default in ((ranks, rank), (alphas, alpha))
+            next(value for key, value in patterns.items() if f".{layer}".endswith(key)) for patterns in (ranks, alphas)
         )
         wanted = [r, shape[1]] if kind == "A.weight" else [shape[0], r]
         other = f"base_model.model.{layer}.lora_{'B' if kind == 'A.weight' else 'A'}.weight"
@@ -80,6 +68,20 @@ def read_adapter(folder: Path, module: nn.Module, shards: dict[str, Shard]) -> A
         step = "give the base model that it was trained on, or merge it with PEFT and load the result"
         raise CheckpointError(f"{file} does not fit this model: {some(faults or ['it is empty'], '; ')}; {step}")
     return adapter
+
+
+def _read_ranks(fields: Fields) -> tuple[dict[str, float], dict[str, float], bool]:
+    """Read r and alpha, by the end of a layer's name (the first that fits), and whether s is alpha / √r."""
+    fields.left = {name: value for name, value in fields.left.items() if value and name not in UNUSED}
+    fields.fixed(peft_type="LORA", bias="none")
+    if fields.left.get("init_lora_weights") in INITS:
+        del fields.left["init_lora_weights"]
+    parts = fields.part("rank_pattern"), fields.part("alpha_pattern")
+    if patterns := [name for part in parts for name in part.left if not re.fullmatch(r"[\w.]+", name)]:
+        raise ConfigError(f"rank_pattern or alpha_pattern has {some(patterns)}; only names of layers are supported")
+    ranks, alphas = ({f".{name}": part.number(name) for name in list(part.left)} for part in parts)
+    ranks[""], alphas[""] = fields.integer("r"), fields.number("lora_alpha")
+    return ranks, alphas, fields.boolean("use_rslora")
 
 
 @torch.no_grad()

@@ -9,7 +9,6 @@
 The hashes stay in pop-download.json for `verify`. hub.py does the HTTP, files.py the hidden folder.
 """
 
-import functools
 import hashlib
 import json
 import re
@@ -30,10 +29,11 @@ from pop.system.files import hash_file, read_json, remove, staged, write_json
 from pop.system.progress import progress_bar
 
 MANIFEST = "pop-download.json"
-PROCESSORS = ("preprocessor_config.json", "video_preprocessor_config.json", "processor_config.json")
-CONFIGS = ("config.json", "generation_config.json", *PROCESSORS)
-TOKENIZERS = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "chat_template.jinja", "chat_template.json")
-TOKENIZERS += ("added_tokens.json", "special_tokens_map.json")
+CONFIGS = """
+    config.json generation_config.json preprocessor_config.json video_preprocessor_config.json processor_config.json
+    tokenizer.json tokenizer.model tokenizer_config.json chat_template.jinja chat_template.json added_tokens.json
+    special_tokens_map.json
+""".split()  # noqa: SIM905
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 SHARD = r"model-[0-9]{5}-of-[0-9]{5}\.safetensors"
 MOST_JSON = 2**24  # bytes of a listing
@@ -142,7 +142,7 @@ def verify(folder: str | Path) -> Manifest:
     with ThreadPoolExecutor() as pool:
         faults = [fault for fault in pool.map(fault, manifest.files) if fault]
     for path in sorted(folder.iterdir()):
-        is_read = path.name in (*CONFIGS, *TOKENIZERS, "params.json") or path.suffix in (".safetensors", ".pth")
+        is_read = path.name in (*CONFIGS, "params.json") or path.suffix in (".safetensors", ".pth")
         if is_read and path.name not in manifest.files:
             faults.append(f"{path.name} is not from the download")
     if faults:
@@ -180,7 +180,7 @@ def _plan(hub: Hub, revision: str) -> Manifest:
 
 
 def _is_needed(name: str) -> bool:
-    return name in (*CONFIGS, *TOKENIZERS, WEIGHTS, INDEX) or bool(re.fullmatch(SHARD, name))
+    return name in (*CONFIGS, WEIGHTS, INDEX) or bool(re.fullmatch(SHARD, name))
 
 
 def _fetch_all(hub: Hub, manifest: Manifest, partial: Path, progress: bool) -> None:
@@ -199,21 +199,20 @@ def _fetch_all(hub: Hub, manifest: Manifest, partial: Path, progress: bool) -> N
     small = [name for name in manifest.files if name.endswith(".json")]
     with progress_bar(hub.repository, total, "B", progress) as step:
         step(present)
-        hub.together([functools.partial(_fetch, hub, manifest, name, partial, step) for name in small])
+        hub.together(lambda name: _fetch(hub, manifest, partial / name, step), small)
         try:
             read_config(partial)  # refuses an architecture before its weights are fetched
         except ConfigError:
             for name in small:
                 (partial / name).unlink()
             raise
-        large = manifest.files.keys() - small
-        hub.together([functools.partial(_fetch, hub, manifest, name, partial, step) for name in large])
+        hub.together(lambda name: _fetch(hub, manifest, partial / name, step), manifest.files.keys() - small)
     manifest.save(partial)
 
 
-def _fetch(hub: Hub, manifest: Manifest, name: str, folder: Path, step: Callable[[int], object]) -> None:
+def _fetch(hub: Hub, manifest: Manifest, path: Path, step: Callable[[int], object]) -> None:
     """Fetch what is missing of a file and check its hash; call `step` with the number of bytes that come."""
-    path, expected = folder / name, manifest.files[name]
+    name, expected = path.name, manifest.files[path.name]
     with path.open("ab") as file:
 
         def restart() -> None:

@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import CancelledError, ThreadPoolExecutor, as_completed
 from http.client import HTTPException, HTTPResponse
 from typing import Any
@@ -69,11 +69,11 @@ class Hub:
         self._stop = threading.Event()
         self._opener = urllib.request.build_opener(urllib.request.ProxyHandler(proxies), _Redirects)
 
-    def together(self, tasks: list[Callable[[], Any]]) -> None:
-        """Run `tasks` in threads. The first exception stops all of them."""
+    def together(self, task: Callable[[str], Any], names: Iterable[str]) -> None:
+        """Run a task for each name, in threads. The first exception stops all of them."""
         with ThreadPoolExecutor(THREADS) as pool:
             try:
-                for future in as_completed([pool.submit(task) for task in tasks]):
+                for future in as_completed([pool.submit(task, name) for name in names]):
                     future.result()
             except BaseException:  # includes KeyboardInterrupt
                 self._stop.set()
