@@ -1,45 +1,59 @@
 """CUDA graphs: a function on fixed memory is captured once, and then replayed with one launch."""
 
+import functools
+import logging
+import math
+import threading
 from collections.abc import Callable
+from contextlib import suppress
 
 import torch
 
 CAPTURE_AT = 8  # calls; capturing takes the host as long as a few calls, so a short answer does without
 
+logger = logging.getLogger(__name__)
+_capturing = threading.Lock()  # a capture begins with torch.cuda.synchronize, which CUDA refuses during another one
+_stream = functools.cache(torch.cuda.Stream)  # one for a device: cuBLAS keeps 32 MiB for each stream that it has used
+
 
 class Graph:
-    """Runs a function, the same one at each call, and from the eighth call on replays it.
+    """Runs a function, the same one at each call. It is captured at the eighth call, and replayed from then on.
 
-    The caller gets tensors of its own. The function takes no arguments and no numbers from the host. Of the tensors
-    that it changes, it may add to those in `accumulated` only; the others get the same values each time that it runs on
-    the same inputs.
+    The caller gets tensors of its own. The function takes no arguments and no numbers from the host. Each call runs it
+    once, so processes that communicate in it may capture at different calls. A function that cannot be captured, such
+    as one that waits for the device, runs as it is.
     """
 
-    def __init__(self, accumulated: tuple[torch.Tensor, ...]):
-        self.accumulated = accumulated
-        self.calls, self.graph, self.outputs = 0, None, ()
+    def __init__(self, device: torch.device):
+        self.device, self.calls, self.graph, self.outputs = device, 0, None, ()
 
     def __call__(self, function: Callable[[], tuple[torch.Tensor, ...]]) -> tuple[torch.Tensor, ...]:
         self.calls += 1
         if self.calls < CAPTURE_AT or torch.cuda.is_current_stream_capturing():
             return function()
         if self.graph is None:
-            self._capture(function)
+            return self._capture(function)
         self.graph.replay()
         return tuple(output.clone() for output in self.outputs)
 
-    def _capture(self, function) -> None:
-        with torch.cuda.device(self.accumulated[0].device):
-            before = [tensor.clone() for tensor in self.accumulated]
-            stream, current = torch.cuda.Stream(), torch.cuda.current_stream()
+    def _capture(self, function) -> tuple[torch.Tensor, ...]:
+        """Run the function, capture it, and return the results of the run."""
+        with _capturing, torch.cuda.device(self.device):
+            stream, current = _stream(self.device), torch.cuda.current_stream()
             stream.wait_stream(current)
-            with torch.cuda.stream(stream):
-                function()  # libraries allocate their workspaces for this stream now
+            with torch.cuda.stream(stream):  # where libraries allocate their workspaces now
+                results = function()
             current.wait_stream(stream)
-            for tensor, old in zip(self.accumulated, before, strict=True):
-                tensor.copy_(old)
-            graph = torch.cuda.CUDAGraph()
-            # "thread_local": NCCL's watchdog thread queries events meanwhile.
-            with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
-                self.outputs = function()  # is recorded and does not run
-        self.graph = graph
+            results = tuple(result.clone() for result in results)
+            graph, pool = torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle()
+            try:
+                # "thread_local": NCCL's watchdog thread queries events meanwhile.
+                with torch.cuda.graph(graph, pool, stream, capture_error_mode="thread_local"):
+                    self.outputs = function()  # is recorded and does not run
+                self.graph = graph
+            except RuntimeError as error:
+                logger.warning("decode runs without a CUDA graph: %s", str(error.__context__ or error).split("\n")[0])
+                self.calls = -math.inf
+                with suppress(AttributeError, RuntimeError):  # some versions of torch have not ended this
+                    torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), pool)
+        return results

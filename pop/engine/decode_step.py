@@ -33,12 +33,18 @@ class DecodeStep:
         B = cache.batch_size
         self.tokens, self.positions, self.offsets = torch.zeros(3, B, dtype=torch.int64, device=cache.device).unbind()
         self.snapshot: tuple[torch.Tensor, torch.Tensor] | None = None  # cache.lengths and rope_offsets as of now
-        self.replay = stages.replay((self.positions,))  # it does not hold the step: that would be a cycle
+        self.replay = stages.replay(cache.device)  # it does not hold the step: that would be a cycle
+        self.weights = list(module.parameters())
+        self.addresses = self._addresses()
 
     def serves(self, module, cache: KVCache, stages: Stages) -> bool:
-        """Whether it was made for this module, these stages and the tensors that the cache has now."""
+        """Whether it was made for this module, these stages, and the tensors that both have now."""
         same = all(mine[0] is keys for mine, keys in zip(self.layers, cache.keys, strict=True))
-        return same and module is self.module and stages is self.stages
+        return same and module is self.module and stages is self.stages and self._addresses() == self.addresses
+
+    def _addresses(self) -> list[int]:
+        """Where the weights are: a module may have moved to another device and back."""
+        return [weight.data_ptr() for weight in self.weights]
 
     def __call__(self, tokens: torch.Tensor, cache: KVCache) -> torch.Tensor:
         lengths, offsets = cache.lengths, cache.rope_offsets
@@ -78,7 +84,7 @@ class Replay:
     The caller gets copies, as from pop.backends.cuda_graph.Graph.
     """
 
-    def __init__(self, accumulated):
+    def __init__(self, device):
         self.outputs = None
 
     def __call__(self, step) -> tuple[torch.Tensor, ...]:

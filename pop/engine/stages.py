@@ -45,8 +45,8 @@ def head(module, h):
 class Stages(NamedTuple):
     """The functions that a call uses: those of this file, or replacements such as compiled ones.
 
-    With `replay`, decode runs on fixed memory (decode_step.py). `replay(accumulated)` then returns what runs a step: a
-    function that is called with it. The step takes no arguments and adds to the tensors `accumulated`.
+    With `replay`, decode runs on fixed memory (decode_step.py). `replay(device)` then returns what runs a step: a
+    function that is called with it, and that runs it once. The step takes no arguments.
     """
 
     full_layer: Callable[..., torch.Tensor] = full_layer
