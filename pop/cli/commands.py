@@ -54,6 +54,10 @@ def main(argv: list[str] | None = None) -> int:
                 stack.enter_context(contextlib.redirect_stdout(silence))
             elif sys.stdout.isatty():
                 stack.enter_context(contextlib.redirect_stdout(_Terminal(sys.stdout)))
+            if getattr(args, "prompt", None) == "-":
+                if ranks > 1:
+                    raise InputError("only one process can read the standard input; use --prompt-file")
+                args.prompt = _readable(sys.stdin.read, "the standard input")
             args.run(args)
             sys.stdout.flush()
         return 0
@@ -112,7 +116,7 @@ def demo(args) -> None:
 def generate(args) -> None:
     if (args.prompt is None) == (args.prompt_file is None):
         raise InputError("give either a prompt or --prompt-file, but not both")
-    prompt = _given(args.prompt) if args.prompt_file is None else _read_file(args.prompt_file)
+    prompt = args.prompt if args.prompt_file is None else _read_file(args.prompt_file)
     sampling, model = _sampling(args), _load(args)
     media = _media(args, model)
     for kind, mark in reversed(model.vision.marks.items()):
@@ -124,12 +128,11 @@ def generate(args) -> None:
 def chat(args) -> None:
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401  (gives input() line editing)
-    message, sampling, model = _given(args.prompt), _sampling(args), _load(args)
+    sampling, model = _sampling(args), _load(args)
     media = first = _media(args, model)
     conversation = model.start_chat(args.system)
-    if message is not None:
-        _print_answer(conversation.stream(message, **media, **sampling))
-        return
+    if args.prompt is not None:
+        return _print_answer(conversation.stream(args.prompt, **media, **sampling))
     sign = "> " if sys.stdin.isatty() else ""
     if sign:
         print(HELP, file=sys.stderr)
@@ -253,7 +256,7 @@ def _media(args, model) -> dict:
 
 
 def _sampling(args) -> dict:
-    options = {name: value for name, value in vars(args).items() if name in SAMPLING}
+    options = {name: value for name, value in vars(args).items() if name in SAMPLING and value is not None}
     SamplingParams(**options)  # raises before the weights are read
     return options
 
@@ -262,15 +265,6 @@ def _print_answer(stream) -> None:
     for piece in stream:
         print(piece, end="", flush=True)
     print(flush=True)
-
-
-def _given(text: str | None) -> str | None:
-    """A text of the command line. In its place, - stands for the standard input."""
-    if text != "-":
-        return text
-    if launched()[1] > 1:
-        raise InputError("only one process can read the standard input; use --prompt-file")
-    return _readable(sys.stdin.read, "the standard input")
 
 
 def _read_file(path: str) -> str:
@@ -322,7 +316,7 @@ def _parser() -> argparse.ArgumentParser:
         prune_options(parser.add_argument_group("pruning").add_argument)
         add = parser.add_argument_group("answer").add_argument
         integer(add, "--max-new-tokens", "the most tokens of an answer", 256)
-        add("--temperature", help="0, the default, is greedy decoding", type=float, default=0.0, metavar="T")
+        add("--temperature", help="0, the default, is greedy decoding", type=float, metavar="T")
         add("--top-k", help="sample from the K likeliest tokens", type=int, metavar="K")
         add("--top-p", help="sample from the likeliest tokens whose probabilities sum to P", type=float, metavar="P")
         integer(add, "--seed", "the same seed gives the same text")
