@@ -5,6 +5,7 @@ lengths. Shape letters: pop/models/layers.py.
 """
 
 import importlib.util
+import logging
 
 import torch
 
@@ -16,6 +17,8 @@ PROGRAMS = 2  # to each multiprocessor, if the cache has enough slots
 BLOCKS_PER_PART = 4  # at least, in a full cache
 MOST_PARTS = 64
 
+logger = logging.getLogger(__name__)
+_failed: set[tuple] = set()  # devices, dtypes and head widths for which Triton could not build the kernels
 HAS_TRITON = torch.version.cuda is not None and importlib.util.find_spec("triton") is not None
 
 
@@ -23,7 +26,9 @@ HAS_TRITON = torch.version.cuda is not None and importlib.util.find_spec("triton
 def attend_slots(
     q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, spans: torch.Tensor, scale: float
 ) -> torch.Tensor:
-    """Like pop.engine.attention.attend_slots, which it calls on devices that Triton does not support.
+    """Like pop.engine.attention.attend_slots, which it calls where Triton cannot build the kernels.
+
+    That takes a GPU of sm_80 or newer, a C compiler, and enough shared memory.
 
     Args:
         q: [B, 1, H, E].
@@ -33,15 +38,30 @@ def attend_slots(
 
     Returns: [B, 1, H * E].
     """
-    device = torch.cuda.get_device_properties(q.device) if q.is_cuda and HAS_TRITON else None
-    if device is None or device.major < 8:
-        return attention.attend_slots(q, keys, values, spans, scale)
-    return attend_parts(q, keys, values, spans, scale, *parts_and_block(keys, device.multi_processor_count))
+    kind = q.device, q.dtype, q.shape[-1]
+    if kind not in _failed and (processors := _processors(q)):
+        try:
+            return attend_parts(q, keys, values, spans, scale, *parts_and_block(keys, processors))
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # no compiler, no headers, too little shared memory ...: each has its own exception
+            reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+            logger.warning("one-token attention runs without Triton, which fails here: %s", reason)
+            _failed.add(kind)
+    return attention.attend_slots(q, keys, values, spans, scale)
 
 
 @attend_slots.register_fake
 def _(q, keys, values, spans, scale):
     return q.new_empty(q.shape[0], 1, q.shape[2] * q.shape[3])
+
+
+def _processors(q: torch.Tensor) -> int:
+    """How many multiprocessors q's device has, or 0 if Triton does not support it."""
+    if not (q.is_cuda and HAS_TRITON):
+        return 0
+    device = torch.cuda.get_device_properties(q.device)
+    return device.multi_processor_count if device.major >= 8 else 0
 
 
 def parts_and_block(keys: torch.Tensor, processors: int) -> tuple[int, int]:

@@ -12,7 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from pop.backends import slot_attention
 from pop.backends.slot_attention import MOST_PARTS, attend_parts, attend_slots, parts_and_block
+from pop.engine import attention
 
 requires_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 DTYPES = {torch.float32: 1e-5, torch.float16: 2e-3}  # the interpreter's product of bfloat16 numbers is wrong
@@ -69,6 +71,26 @@ def test_on_a_cpu_it_is_the_general_function(case, dtype):
     found = attend_slots(q, keys, values, spans, 0.3)
     assert found.dtype == dtype
     assert error(found, by_definition(q, keys, values, spans, 0.3)) < DTYPES[dtype]
+
+
+def test_without_a_compiler_it_is_the_general_function(monkeypatch, caplog):
+    """Triton needs one. Without, a model on a GPU must answer nevertheless, and say why it is slower."""
+    tried = []
+
+    def attend_parts(*arguments):
+        tried.append(arguments)
+        raise RuntimeError("Failed to find C compiler.")
+
+    monkeypatch.setattr(slot_attention, "_processors", lambda q: 132)
+    monkeypatch.setattr(slot_attention, "_failed", set())
+    monkeypatch.setattr(slot_attention, "attend_parts", attend_parts)
+    q, keys, values = torch.randn(1, 1, 4, 16), torch.randn(1, 9, 2, 16), torch.randn(1, 9, 2, 16)
+    spans = torch.tensor([[[0, 5]]], dtype=torch.int32)
+    for _ in range(2):
+        assert torch.equal(
+            attend_slots(q, keys, values, spans, 0.3), attention.attend_slots(q, keys, values, spans, 0.3)
+        )
+    assert len(tried) == len(caplog.records) == 1 and "Failed to find C compiler" in caplog.text
 
 
 def test_it_is_an_operator_that_the_compiler_knows():
