@@ -4,6 +4,7 @@
 a tokenizer_config.json. The pre-tokenizer, which splits text before BPE, is only a name in `tokenizer.ggml.pre`.
 """
 
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,9 @@ from sentencepiece import SentencePieceProcessor
 
 from pop.errors import CheckpointError, UnsupportedError
 from pop.system.files import write_json
-from pop.system.sentencepiece import CONTROL, NORMAL, UNUSED, USER_DEFINED, write_model
 
+# The types of tokens, in GGUF as in sentencepiece
+NORMAL, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 3, 4, 5, 6
 _BYTES = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
 _GPT2 = _BYTES | {"use_regex": True}  # splits by GPT-2's own pattern first
 
@@ -105,13 +107,39 @@ def _byte_level_bpe(source, tokens: list, types: list, pre: str | None, bos_id: 
 
 
 def _sentencepiece_model(source, tokens: list, types: list, special: dict[str, int | None]) -> bytes:
-    """Return the contents of tokenizer.model."""
+    """Return the contents of tokenizer.model: sentencepiece's ModelProto in the wire format of protobuf."""
     scores = source.get("tokenizer.ggml.scores", list)
     # llama.cpp's converter replaces sentencepiece's mark by a blank in user-defined pieces.
     tokens = [t.replace(" ", "\u2581") if kind == USER_DEFINED else t for t, kind in zip(tokens, types, strict=True)]
-    return write_model(
-        zip(tokens, scores, types, strict=True),
-        list(special.values()),
-        add_dummy_prefix=source.get("tokenizer.ggml.add_space_prefix", bool, True),
-        remove_extra_whitespaces=source.get("tokenizer.ggml.remove_extra_whitespaces", bool, False),
-    )
+    pieces = [
+        _field(1, _field(1, token) + _field(2, float(score)) + _field(3, kind))
+        for token, score, kind in zip(tokens, scores, types, strict=True)
+    ]
+    trainer = _field(3, 2) + _field(4, len(tokens))  # model_type = BPE, vocab_size
+    trainer += _field(35, BYTE in types)  # byte_fallback
+    for n, token_id in enumerate(special.values()):
+        trainer += _field(40 + n, -1 if token_id is None else token_id)  # unk_id, bos_id, eos_id, pad_id
+        if token_id is not None:
+            trainer += _field(45 + n, tokens[token_id])  # unk_piece ... pad_piece
+    normalizer = _field(1, "identity")
+    normalizer += _field(3, source.get("tokenizer.ggml.add_space_prefix", bool, True))  # add_dummy_prefix
+    normalizer += _field(4, source.get("tokenizer.ggml.remove_extra_whitespaces", bool, False))
+    return b"".join(pieces) + _field(2, trainer) + _field(3, normalizer)
+
+
+def _field(number: int, value: int | float | str | bytes) -> bytes:
+    """Return one protobuf field: a number as a varint, a float as four bytes, text after its length."""
+    if isinstance(value, float):
+        return _varint(number << 3 | 5) + struct.pack("<f", value)
+    if isinstance(value, int):
+        return _varint(number << 3) + _varint(value % (1 << 64))  # two's complement for negative numbers
+    data = value.encode() if isinstance(value, str) else value
+    return _varint(number << 3 | 2) + _varint(len(data)) + data
+
+
+def _varint(value: int) -> bytes:
+    digits = bytearray()
+    while value > 127:
+        digits.append(value & 127 | 128)
+        value >>= 7
+    return bytes([*digits, value])

@@ -53,31 +53,28 @@ def _tiktoken(ranks: dict[bytes, int], pattern: str):
 
 
 class BytePairTokenizer(Tokenizer):
-    """Byte-level BPE, with pre-tokens by `pattern`, of texts in NFC if `nfc`. The options are those of Tokenizer."""
+    """BPE of bytes, with pre-tokens by `pattern`. The options are those of Tokenizer."""
 
-    def __init__(self, ranks: dict[bytes, int], ids: Sequence[int | None], pattern: str, *, nfc=False, **options):
-        self._nfc = nfc
+    def __init__(self, ranks: dict[bytes, int], ids: Sequence[Sequence[int]], pattern: str, **options):
         super().__init__(**options)
         self._bpe = _tiktoken(ranks, pattern)  # neighbours merge if the result has a rank, lowest rank first
-        self._ids = ids  # of each rank; None for a byte that the vocabulary lacks and that texts lose
-        self._lacking = bytes(token[0] for token, rank in ranks.items() if ids[rank] is None)
+        self._ids = ids  # of each rank; none for a byte that the vocabulary lacks and that texts lose
+        self._lacking = bytes(token[0] for token, rank in ranks.items() if not ids[rank])
         if self._lacking:
             digit = _DIGIT if pattern == _DIGITS_GPT2_PATTERN else r"\p{N}"
             every_byte = {bytes([byte]): byte for byte in range(256)}
             self._symbols = _tiktoken(every_byte, rf"[^\s\p{{L}}{digit}]")
 
-    def _normalize(self, text: str) -> str:
-        return "".join(unicodedata.normalize("NFC", part) for part in _NEWER.split(text)) if self._nfc else text
-
     def _encode_text(self, text: str) -> list[int]:
         longest = max(map(len, re.findall(r"\s+", text)), default=0) if len(text) > _MAX_WHITESPACE else 0
         if longest > _MAX_WHITESPACE:
             raise InputError(f"the text has {longest} whitespace characters in a row; the limit is {_MAX_WHITESPACE}.")
-        ids = [self._ids[rank] for rank in self._bpe.encode_ordinary(text)]
-        return self._encode_without_lacking(text) if self._lacking and None in ids else ids
+        lacks = self._lacking and not {*self._lacking}.isdisjoint(text.encode())
+        ranks = self._ranks_without_lacking(text) if lacks else self._bpe.encode_ordinary(text)
+        return [id for rank in ranks for id in self._ids[rank]]
 
-    def _encode_without_lacking(self, text: str) -> list[int]:
-        """Return the ids of a text that has bytes which the vocabulary lacks.
+    def _ranks_without_lacking(self, text: str) -> list[int]:
+        """Return the ranks of a text that has bytes which the vocabulary lacks.
 
         The original leaves them out after splitting and before merging. They occur in symbols only, that is, not in
         letters, digits or whitespace. GPT-2's pattern makes consecutive symbols one pre-token, with the space before
@@ -95,8 +92,11 @@ class BytePairTokenizer(Tokenizer):
                     ranks += self._bpe.encode_ordinary(before)
                 ranks += self._bpe._encode_single_piece(kept) if kept else []
                 start = match.end()
-        ranks += self._bpe.encode_ordinary(text[start:])
-        return [self._ids[rank] for rank in ranks]
+        return ranks + self._bpe.encode_ordinary(text[start:])
+
+
+def _nfc(text: str) -> str:
+    return "".join(unicodedata.normalize("NFC", part) for part in _NEWER.split(text))
 
 
 def from_tiktoken_file(data: bytes) -> BytePairTokenizer:
@@ -112,7 +112,7 @@ def from_tiktoken_file(data: bytes) -> BytePairTokenizer:
     special = {f"<|{name}|>": len(ranks) + n for n, name in enumerate(names)}
     bytes_of = {rank: token for token, rank in ranks.items()}
     options = {"special_tokens": special, "added": {}, "bytes_of": bytes_of, "bos_id": len(ranks)}
-    tokenizer = BytePairTokenizer(ranks, range(len(ranks)), _LLAMA3_PATTERN, **options)
+    tokenizer = BytePairTokenizer(ranks, [(rank,) for rank in range(len(ranks))], _LLAMA3_PATTERN, **options)
     tokenizer.chat_format = "llama-3.1"  # Meta's files have no template, and do not tell instruct from base models
     return tokenizer
 
@@ -125,7 +125,7 @@ _MODEL_SETTINGS = {"type", "unk_token", "ignore_merges", "vocab", "merges"}
 
 def from_tokenizer_json(spec: dict[str, Any]) -> BytePairTokenizer:
     """Build a tokenizer from the contents of a tokenizer.json."""
-    model, nfc = spec["model"], spec.get("normalizer") is not None
+    model = spec["model"]
     for part, known in ((spec, _SETTINGS), (model, _MODEL_SETTINGS)):
         for name in part.keys() - known:
             check(f"the setting {name}", part[name] or None, None)
@@ -135,16 +135,16 @@ def from_tokenizer_json(spec: dict[str, Any]) -> BytePairTokenizer:
     vocab = model["vocab"]
     special, added, normalized = sort_added(spec["added_tokens"], vocab)
 
-    merges = [tuple(merge.split(" ") if isinstance(merge, str) else merge) for merge in model["merges"]]
-    ranked = [*_CHARS, *_reachable(merges, vocab)]
+    ranked = [*_CHARS, *reachable(model["merges"], vocab)]
     if spelt := special.keys() & {*ranked}:
         raise TokenizerError(f"ordinary text merges into the special token {min(spelt)!r}.")
     ranks = {_to_bytes(token): rank for rank, token in enumerate(ranked)}
-    ids = [vocab.get(token, vocab.get(model.get("unk_token"))) for token in ranked]
+    found = (vocab.get(token, vocab.get(model.get("unk_token"))) for token in ranked)
+    ids = [[] if id is None else [id] for id in found]
     bytes_of = {id: _to_bytes(token) for token, id in vocab.items() if token not in special and token not in added}
     pattern, whole = _pattern(spec["pre_tokenizer"]), model.get("ignore_merges", False)
     may_lack = set() if whole or pattern in (_LLAMA3_PATTERN, _QWEN_PATTERN) else _MAY_LACK
-    if lacking := {byte for byte in range(256) if ids[byte] is None} - may_lack:
+    if lacking := {byte for byte in range(256) if not ids[byte]} - may_lack:
         raise TokenizerError(f"its vocabulary lacks the single byte {min(lacking)}.")
     if whole:
         # With ignore_merges a pre-token in the vocabulary becomes that token. tiktoken looks up whole pre-tokens first.
@@ -156,10 +156,11 @@ def from_tokenizer_json(spec: dict[str, Any]) -> BytePairTokenizer:
             if len(bpe._encode_single_piece(text)) == 2:
                 raise TokenizerError(f"ignore_merges is set, but no merge makes the token {text!r}.")
             ranks[text] = len(ids)
-            ids.append(id)
+            ids.append([id])
     options = {"special_tokens": special, "added": added, "bytes_of": bytes_of, "normalized": normalized}
     options["bos_id"] = bos_id_of(spec.get("post_processor"), special)
-    return BytePairTokenizer(ranks, ids, pattern, nfc=nfc, **options)
+    options["normalize"] = None if spec.get("normalizer") is None else _nfc
+    return BytePairTokenizer(ranks, ids, pattern, **options)
 
 
 def check(name: str, value, *supported) -> None:
@@ -179,14 +180,19 @@ def _to_bytes(token: str) -> bytes:
     return bytes([_BYTES[char] for char in token])
 
 
-def _reachable(merges: list[tuple[str, str]], vocab: dict[str, int]) -> list[str]:
+def reachable(merges: list, vocab: dict[str, int]) -> list[str]:
     """Return the tokens whose own text merges into them, in the order of their last merges.
+
+    Args:
+        merges: Pairs of tokens, or texts of two tokens with a space between them.
+        vocab: The id of each token.
 
     tiktoken merges any two neighbours whose concatenation has a rank. The original merges listed pairs only. Both give
     the same tokens if exactly these tokens have ranks, in this order. The reason: between two boundaries that no merge
     crosses, merging does not depend on the text outside. So the last merge of a token is always the same pair, and this
     pair's place in the list is the token's rank.
     """
+    merges = [tuple(merge.split(" ") if isinstance(merge, str) else merge) for merge in merges]
     places = {pair: n for n, pair in enumerate(merges)}
     never = len(merges)
 

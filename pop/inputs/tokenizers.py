@@ -1,7 +1,6 @@
 """Tokenizers: text to token ids and back, with exactly the ids of the original tokenizers; and token ids as tensors.
 
-Byte-level BPE (Llama-3, Qwen, SmolLM2, GPT-2) is in byte_pair.py and uses tiktoken. Gemma's BPE is in sentence_piece.py
-and uses sentencepiece.
+Byte-level BPE (Llama-3, Qwen, SmolLM2, GPT-2) is in byte_pair.py, and Gemma's BPE of characters in sentence_piece.py.
 """
 
 import codecs
@@ -35,6 +34,7 @@ class Tokenizer:
         added: dict[str, int],
         bytes_of: dict[int, bytes],
         bos_id: int | None = None,
+        normalize: Callable[[str], str] | None = None,  # what happens to a text first
         normalized: Iterable[str] = (),  # the tokens that are searched for in the normalised text
     ):
         self.special_tokens = special_tokens  # ids by name; text spells these tokens only if the caller allows it
@@ -44,7 +44,8 @@ class Tokenizer:
         self.template_variables: dict[str, str] = {}  # what templates call bos_token and the like
         self.chat_format: str | None = None  # the name of the format if files of this kind never have a template
         self._added, self._normalized = added, {*normalized}  # ordinary text spells added tokens, but BPE lacks them
-        self._bytes_of = bytes_of | {id: name.encode() for name, id in added.items()}
+        self._normalize = normalize or (lambda text: text)
+        self._bytes_of = {id: name.encode() for name, id in added.items()} | bytes_of
         self._bytes_of |= dict.fromkeys(special_tokens.values(), b"")
         self.vocab_size = max(self._bytes_of) + 1
         self.unused_ids = sorted({*range(self.vocab_size)} - self._bytes_of.keys())
@@ -98,9 +99,6 @@ class Tokenizer:
             for m, rest in enumerate(normal.split(part) if normal else [part]):
                 if rest:
                     yield [normal_ids[rest]] if m % 2 else rest
-
-    def _normalize(self, text: str) -> str:
-        return text
 
     def encode_pieces(self, pieces: Iterable[Piece], bos: bool = True) -> list[int]:
         """Return the ids of texts and lists of ids in order. Adjacent texts are encoded as one text."""
@@ -171,8 +169,12 @@ class ForeignTokenizer(Tokenizer):
 
 def _splitter(names: Iterable[str]) -> re.Pattern | None:
     """A pattern that splits a text at any of the names and keeps them. Of two at one place, the longer one counts."""
-    longest_first = sorted(names, key=len, reverse=True)
-    return re.compile("(" + "|".join(map(re.escape, longest_first)) + ")") if longest_first else None
+    longest_first = sorted(names, key=lambda name: (name[0], -len(name)))
+    by_first = [
+        re.escape(first) + "(?:" + "|".join(re.escape(name[1:]) for name in group) + ")"  # quicker than one long list
+        for first, group in groupby(longest_first, lambda name: name[0])
+    ]
+    return re.compile("(" + "|".join(by_first) + ")") if by_first else None
 
 
 def as_tokenizer(given) -> Tokenizer:
@@ -206,7 +208,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         variables = {key: _content(token) for key, token in variables.items() if key.endswith("_token") and token}
         added = _added_tokens(folder, config, {} if spec is None else spec, {*variables.values()})
         if files[-1].suffix != ".json" and data[:1] == b"\n":  # the first tag of a sentencepiece model
-            tokenizer = sentence_piece.SentencePieceTokenizer(data, added)
+            tokenizer = sentence_piece.from_tokenizer_model(data, added)
         elif spec is None:
             tokenizer = byte_pair.from_tiktoken_file(data)
         else:

@@ -23,7 +23,7 @@ from pop.inputs import gemma3
 from pop.inputs.gemma3 import PanAndScan, _crops, gemma_pixels
 from pop.inputs.images import load_image
 from pop.inputs.processors import processor_of
-from pop.inputs.sentence_piece import SentencePieceTokenizer
+from pop.inputs.sentence_piece import from_tokenizer_model
 from pop.models.config import SiglipConfig
 
 GOLDENS = Path(__file__).parents[1] / "goldens" / "vision"
@@ -123,7 +123,7 @@ def test_pan_and_scan_is_of_an_image(picture):
 @pytest.fixture(scope="module")
 def model():
     config = tiny_gemma3_vl_config(vocab_size=503, image_id=IMAGE, boi_id=BOI, eoi_id=EOI)
-    tokenizer = SentencePieceTokenizer(train())
+    tokenizer = from_tokenizer_model(train())
     tokenizer.chat_format = "gemma"
     return pop.Model(random_model(config), config, tokenizer, plan=0.5, compile=False, chunk_size=5)
 

@@ -261,6 +261,18 @@ def test_other_sentencepiece_models_are_refused(tmp_path, settings, message):
         load_tokenizer(tmp_path)
 
 
+def test_pieces_that_merge_in_another_way_than_ranks_say_are_refused(tmp_path):
+    model = train()
+    newlines, kind = model.index(b"\n\x02\n\n\x15"), len(b"\n\x02\n\n\x15\0\0\0\0\x18")
+    unused = model[: newlines + kind] + b"\x05" + model[newlines + kind + 1 :]
+    er, score = model.index(b"\x02er\x15") + 4, model.index(b"\x02in\x15") + 4
+    equal = model[:er] + model[score : score + 4] + model[er + 4 :]
+    for changed, message in ((unused, r"the unused piece '\\n\\n'"), (equal, "the same score")):
+        (tmp_path / "tokenizer.model").write_bytes(changed)
+        with pytest.raises(TokenizerError, match=message):
+            load_tokenizer(tmp_path)
+
+
 @given(cut=st.floats(0, 1, exclude_max=True))
 def test_a_truncated_sentencepiece_model(gemma, tmp_path_factory, cut):
     model = gemma[1].serialized_model_proto()

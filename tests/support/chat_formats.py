@@ -3,11 +3,11 @@
 from support.text import GOLDENS, train
 
 from pop.inputs.chat_templates import chat_format
-from pop.inputs.sentence_piece import SentencePieceTokenizer
+from pop.inputs.sentence_piece import from_tokenizer_model
 from pop.inputs.tokenizers import load_tokenizer
 
 TOKENIZERS = {family: load_tokenizer(GOLDENS / family) for family in ("llama-3.1", "smollm2")}
-TOKENIZERS["gemma3"] = SentencePieceTokenizer(train())  # a tokenizer like Gemma's
+TOKENIZERS["gemma3"] = from_tokenizer_model(train())  # a tokenizer like Gemma's
 NAMES = {"llama-3.1": "llama-3.1", "smollm2": "smollm2", "gemma3": "gemma"}
 FORMATS = {family: chat_format(tokenizer, choice=NAMES[family]) for family, tokenizer in TOKENIZERS.items()}
 FAMILIES = tuple(FORMATS)
