@@ -59,8 +59,9 @@ def from_tokenizer_model(data: bytes, added: Iterable[dict] = ()) -> BytePairTok
         raise TokenizerError("two sentencepiece pieces have the same score.")
     bos_id = trainer.get(41, 1)
     bos_id = bos_id if bos_id in special.values() else None
-    for text in ids[UNUSED]:  # sentencepiece would make it and take it apart again
-        if any(text[:n] in vocab and text[n:] in vocab for n in range(1, len(text))):
+    for text in ids[UNUSED]:  # sentencepiece would make it of pieces or characters, and take it apart again
+        parts = [(text[:n], text[n:]) for n in range(1, len(text))]
+        if any(all(len(part) == 1 or part in vocab for part in pair) for pair in parts):
             raise TokenizerError(f"pieces merge into the unused piece {text!r}, which is not supported.")
     best_first = sorted(scores, key=scores.get, reverse=True)
     return _build(vocab, best_first, special, other, {*special, *other}, bos_id)
