@@ -16,7 +16,7 @@ from pop.backends.cpu import keep_freed_memory
 from pop.checkpoints.fingerprint import fingerprint
 from pop.engine.cache import KVCache
 from pop.engine.compile import SMALLEST, Compiled
-from pop.errors import ContextOverflow, InputError, PlanError, TokenizerError, check_count
+from pop.errors import CacheMemoryError, ContextOverflow, InputError, PlanError, TokenizerError, check_count
 from pop.generation.answers import Generation
 from pop.generation.batch import Batch, as_prompts
 from pop.generation.caches import Caches
@@ -104,7 +104,7 @@ class Model:
     # Tensors in, tensors out
 
     def new_cache(self, batch_size: int = 1, max_seq_len: int | None = None) -> KVCache:
-        """An empty KV cache. Raises CacheMemoryError if it does not fit into the device's memory.
+        """An empty KV cache, for which caches kept for answers give way. Raises CacheMemoryError if it does not fit.
 
         Args:
             batch_size: The number of rows.
@@ -113,6 +113,11 @@ class Model:
         max_seq_len = self.max_seq_len if max_seq_len is None else check_count("max_seq_len", max_seq_len)
         self.check_fits(max_seq_len, "a row of the cache")
         options = {"dtype": self.dtype, "device": self.device, "chunk_size": self.chunk_size}
+        try:
+            return KVCache(self.module.config, batch_size, max_seq_len, **options)
+        except CacheMemoryError:
+            if not self.caches.clear():
+                raise
         return KVCache(self.module.config, batch_size, max_seq_len, **options)
 
     def prefill(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 
 import torch
 
@@ -83,11 +84,10 @@ class Batch:
 
     def steps(self) -> Iterator[list[str]]:
         """Generate. After each token of the batch, yield the text that the token has settled in each row."""
-        try:
+        with suppress(GeneratorExit):  # of a stream that nobody reads to its end
             yield from self._steps()
-        finally:
-            if self.cache is not None:
-                self.model.caches.give(self.take_cache())
+        if self.cache is not None:  # not after an error, which may leave it with fewer rows in some layers
+            self.model.caches.give(self.take_cache())
 
     def take_cache(self) -> KVCache:
         """The cache, which the caller keeps from now on."""
@@ -107,7 +107,7 @@ class Batch:
             unfinished = [number for number, row in enumerate(rows) if not self.answers[row].finish_reason]
             if not unfinished:
                 return
-            is_full = bool((self.cache.lengths == self.cache.max_seq_len).any())
+            is_full = bool((self.cache.lengths >= self.max_seq_len).any())  # the cache may have more room
             # The finished rows leave the batch. A captured step stays as long as half of its rows are unfinished.
             if len(unfinished) < len(rows) and (self.cache.step is None or 2 * len(unfinished) <= len(rows) or is_full):
                 kept = torch.tensor(unfinished)

@@ -10,6 +10,7 @@ from support.tiny import random_model, tiny_gemma3_config
 from support.tiny_chat import write_chat_checkpoint
 
 import pop
+from pop.engine.cache import KVCache
 from pop.engine.decode_step import Replay
 from pop.engine.stages import Stages
 from pop.generation.caches import Caches, stepped
@@ -127,21 +128,70 @@ def test_threads_never_share_a_cache(steps):
     assert wrong == []
 
 
-def test_kept_caches_give_way_if_memory_is_short(monkeypatch):
+def test_kept_caches_give_way_if_memory_is_short(steps, monkeypatch):
     config = tiny_gemma3_config(max_positions=512)
-    model, kept = pop.Model(random_model(config), config), Caches(2)
-    kept.give(kept.take(model, 1, 300))
-    tried = []
+    model = pop.Model(random_model(config), config)
+    size = {tokens: model.new_cache(1, tokens).nbytes for tokens in (256, 400, 512)}
+    room = size[512]  # of a device that holds nothing but the kept caches
+    monkeypatch.setattr("pop.generation.caches.free_bytes", lambda device: 2**30)
+    monkeypatch.setattr(
+        "pop.engine.cache.free_bytes", lambda device: room - sum(cache.nbytes for cache in model.caches._spare)
+    )
+    for make in (model.new_cache, lambda *sizes: model.caches.take(model, *sizes)):
+        model.generate([1], max_new_tokens=2)
+        assert [cache.max_seq_len for cache in model.caches._spare] == [256]
+        assert make(1, 500).max_seq_len >= 500
+        assert model.caches._spare == []
+    room = size[400]
+    assert model.caches.take(model, 1, 400).max_seq_len == 400  # for a step further there is too little
+    with pytest.raises(pop.CacheMemoryError):
+        model.new_cache(1, 500)
 
-    def new_cache(batch_size, max_seq_len):
-        tried.append((max_seq_len, len(kept._spare)))
-        if kept._spare:
-            raise pop.CacheMemoryError("full")
-        return "new"
 
-    monkeypatch.setattr(model, "new_cache", new_cache)
-    assert kept.take(model, 1, 100) == "new"
-    assert tried == [(256, 1), (100, 0)]
+def test_kept_caches_take_a_quarter_of_the_memory_at_most(monkeypatch):
+    config = tiny_gemma3_config(max_positions=512)
+    model, kept, free = pop.Model(random_model(config), config), Caches(2), [0]
+    monkeypatch.setattr("pop.generation.caches.free_bytes", lambda device: free[0])
+    small, large = kept.take(model, 1, 256), kept.take(model, 1, 400)
+    for free[0], expected in (
+        (4 * (small.nbytes + large.nbytes), [large, small]),
+        (3 * large.nbytes, [large]),
+        (0, []),
+    ):
+        kept.clear()
+        kept.give(small)
+        kept.give(large)
+        assert kept._spare == expected
+
+
+def test_a_cache_is_kept_for_models_and_answers_that_it_fits(steps):
+    config = tiny_gemma3_config(max_positions=512)
+    module = random_model(config, seed=3)
+    model = pop.Model(module, config)
+    model.generate([1], max_new_tokens=2)
+    module.double()
+    assert len(model.generate([1], max_new_tokens=2).tokens) == 2
+    model.chunk_size = 16
+    model.generate([1], max_new_tokens=2)
+    assert [(cache.previous_hidden.dtype, cache.chunk_size) for cache in model.caches._spare] == [
+        (torch.float64, 16), (torch.float64, 2048)
+    ]  # fmt: skip
+
+
+def test_the_cache_of_an_answer_that_failed_is_not_kept(steps, monkeypatch):
+    """An error in the middle of keep_rows leaves fewer rows in some of the layers."""
+    config = tiny_gemma3_config(max_positions=512)
+    model = pop.Model(random_model(config, seed=3), config)
+
+    def keep_rows(cache, rows):
+        cache.keys[0] = cache.keys[0][rows]
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(KVCache, "keep_rows", keep_rows)
+        model.generate([[1, 2] * 250, [2]], max_new_tokens=20)  # the context ends the first row's answer
+    assert model.caches._spare == []
+    assert len(model.generate([[1, 2] * 250, [2]], max_new_tokens=20)) == 2
 
 
 def test_a_copy_of_a_model_shares_no_cache(steps):
