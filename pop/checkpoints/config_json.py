@@ -100,13 +100,13 @@ NAMES = {
 LOCAL, GLOBAL = "sliding_attention", "full_attention"  # values of layer_types
 
 
-def _build(config: type, fields: Fields, **given: Any) -> Any:
+def _build(config: type, fields: Fields, names: dict[str, str] = NAMES, **given: Any) -> Any:
     """Make a config. Read its integers, numbers and booleans, unless given. Those without a default are required."""
     readers = {int: fields.integer, float: fields.number, bool: fields.boolean}
     types = get_type_hints(config)
     for field in dataclasses.fields(config):
         if field.name not in given and types[field.name] in readers:
-            given[field.name] = readers[types[field.name]](NAMES.get(field.name, field.name), field.default)
+            given[field.name] = readers[types[field.name]](names.get(field.name, field.name), field.default)
     return config(**given)
 
 
@@ -248,8 +248,8 @@ def _build_qwen3(config: type, fields: Fields, experts: bool, **given: Any) -> A
 def read_siglip(fields: Fields, tokens_per_image: int) -> configs.SiglipConfig:
     """Read the vision_config of Gemma-3; mm_tokens_per_image lies outside of it."""
     fields.fixed(model_type="siglip_vision_model", hidden_act="gelu_pytorch_tanh", num_channels=3)
-    norm_eps = fields.number("layer_norm_eps", configs.SiglipConfig.norm_eps)
-    return _build(configs.SiglipConfig, fields, norm_eps=norm_eps, tokens_per_image=tokens_per_image)
+    names = NAMES | {"norm_eps": "layer_norm_eps"}
+    return _build(configs.SiglipConfig, fields, names, tokens_per_image=tokens_per_image)
 
 
 def _read_qwen3_vision(fields: Fields) -> configs.Qwen3VisionConfig:
@@ -265,15 +265,10 @@ def _read_qwen3_vision(fields: Fields) -> configs.Qwen3VisionConfig:
     rope.fixed(rope_type="axial")
     rope_base = rope.number("rope_theta", configs.Qwen3VisionConfig.rope_base)
     rope.finish()
-    return _build(
-        configs.Qwen3VisionConfig,
-        fields,
-        num_layers=fields.integer("depth"),
-        num_heads=fields.integer("num_heads"),
-        deepstack=fields.integers("deepstack_visual_indexes"),
-        position_side=side,
-        rope_base=rope_base,
-    )
+    names = NAMES | {"num_layers": "depth", "num_heads": "num_heads"}
+    deepstack = fields.integers("deepstack_visual_indexes")
+    given = {"deepstack": deepstack, "position_side": side, "rope_base": rope_base}
+    return _build(configs.Qwen3VisionConfig, fields, names, **given)
 
 
 def _rope_fields(fields: Fields, base: str = "rope_theta", *objects: dict[str, Any]) -> Fields:
