@@ -147,7 +147,7 @@ def _locked(folder: Path) -> Iterator[None]:
                 try:
                     yield
                 finally:
-                    path.unlink()
+                    path.unlink(missing_ok=True)
 
 
 def _sync(path: Path) -> None:

@@ -53,6 +53,14 @@ def test_leftovers_of_a_killed_process(tmp_path):
     assert names(tmp_path) == ["model"]
 
 
+def test_the_lock_is_removed_or_already_gone(tmp_path):
+    with staged(tmp_path / "model") as partial:
+        (partial / "file").touch()
+        assert names(tmp_path) == [".model.lock", ".model.partial"]
+        (tmp_path / ".model.lock").unlink()
+    assert names(tmp_path) == ["model"]
+
+
 def test_folders_that_cannot_be_replaced(tmp_path, monkeypatch):
     """The shell would stay in a deleted current folder, and the root has no name."""
     (tmp_path / "here").mkdir()
