@@ -56,8 +56,10 @@ def by_expert(
 ) -> torch.Tensor:
     """Each expert on its tokens: x [N, D], chosen and shares [N, k], gate_up [X, 2 * I, D], down [X, D, I] -> [N, D]"""
     k = chosen.shape[1]
-    order = chosen.flatten().argsort(stable=True)  # [N * k] pairs of a token and an expert, sorted by expert
-    counts = chosen.flatten().bincount(minlength=len(gate_up)).tolist()
+    chosen = chosen.flatten()  # [N * k] pairs of a token and an expert
+    order = chosen.argsort(stable=True)  # by expert
+    # On a GPU, tolist waits for it; bincount would do so twice more.
+    counts = chosen.new_zeros(len(gate_up)).index_add(0, chosen, torch.ones_like(chosen)).tolist()
     outputs = []
     for expert, tokens in enumerate(x[order // k].split(counts)):
         if len(tokens):

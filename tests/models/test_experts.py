@@ -79,6 +79,20 @@ def test_layers_without_experts_are_dense():
     assert kinds == [True, False, True, True, False]
 
 
+def test_a_layer_waits_once_for_a_gpu():
+    """torch documents that bincount waits, which tolist does anyway."""
+    called = []
+
+    class Watch(TorchFunctionMode):
+        def __torch_function__(self, function, types, args=(), kwargs=None):
+            called.append(getattr(function, "__name__", ""))
+            return function(*args, **(kwargs or {}))
+
+    with Watch():
+        by_expert(*draw_tokens(20, 5, 2))
+    assert [name for name in called if name in ("tolist", "item", "bincount", "nonzero", "unique")] == ["tolist"]
+
+
 def test_an_expert_that_no_token_takes_is_not_read():
     """Prefill reads the experts that its tokens choose. Decode reads k experts."""
     x, chosen, shares, gate_up, down = draw_tokens(4, 9, 2)
