@@ -176,7 +176,7 @@ class Model:
     def warmup(self, batch_size: int = 1, plans: Sequence[PrunePlan] = ()) -> None:
         """Compile what prefill and decode need, unless the model runs eagerly.
 
-        Nothing compiles again while torch.set_num_threads stays the same.
+        Nothing compiles again while torch.set_num_threads and the module stay the same.
 
         Args:
             batch_size: 1 for one prompt at a time. A larger number covers every batch size.
@@ -378,8 +378,8 @@ class Model:
         """What images and videos bring to tokens [B, T], by the vision tower of a module. Tokens are on the CPU."""
         return self.vision.images(module, self.vision.prepare_batch(images, videos, len(tokens)), tokens, lengths)
 
-    def _stages(self, rows: int, plan: PrunePlan = PrunePlan.none()) -> engine.Stages:  # noqa: B008 (it is frozen)
-        return self._compiled.stages(rows, plan) if self._compiled else stages_of(self.module)
+    def _stages(self, rows: int, plan: PrunePlan = PrunePlan.none(), look: bool = True) -> engine.Stages:  # noqa: B008 (it is frozen)
+        return self._compiled.stages(rows, plan, look) if self._compiled else stages_of(self.module)
 
     def __getstate__(self) -> dict:
         return self.__dict__ | {"_compiled": None}  # a copy runs eagerly

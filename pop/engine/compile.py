@@ -11,6 +11,7 @@ are arguments, and sizes are symbols. torch compiles a size of 1 as a special ca
 
 They serve every length of prompts, batches and caches, every size of images, and every set of pruned layers. A warm-up
 runs each of them, before the first call that needs it. All that depends on how torch.compile behaves is in this file.
+Compiled code does not look at its layer again, so each call first looks for changes (parts.py).
 """
 
 import copy
@@ -27,11 +28,13 @@ import torch
 from pop.engine import forward, stages
 from pop.engine.attention import AttentionMetadata
 from pop.engine.cache import KVCache, empty_slots
+from pop.engine.parts import Seen
 from pop.engine.stages import Stages
 from pop.errors import UnsupportedError
 from pop.pruning.plan import PrunePlan
 
 LONG = 4096  # filled slots, see above
+MOST_KINDS = 64  # of layers that a model compiles, so that endless changes do not compile endlessly
 SMALLEST = 50_000_000  # parameters; a smaller model would answer before compilation ends
 
 logger = logging.getLogger(__name__)
@@ -47,8 +50,9 @@ class Compiled:
     def __init__(self, module, stages: Stages, *, required: bool, progress: bool, add_up=None):
         self.module, self.required, self.progress, self.add_up = module, required, progress, add_up
         self._eager = stages
-        self._compiled: Stages | None = compiled(stages)  # None once compiling has failed
-        self._vision_block = _CompiledStage(vision_block)
+        self._seen = Seen()
+        self._compiled: Stages | None = compiled(stages, self._seen)  # None once compiling has failed
+        self._vision_block = _CompiledStage(vision_block, self._seen)
         self._warm: set[tuple] = set()
         self._lock = threading.Lock()
 
@@ -61,19 +65,25 @@ class Compiled:
         """The module, with its vision tower's layers compiled."""
         if self.module.vision_blocks is None or not self.works:
             return self.module
-        blocks = self.module.get_submodule(self.module.vision_blocks)
-        compiled = [functools.partial(self._vision_block, block) for block in blocks]
+        compiled = [functools.partial(self._vision_block, block) for block in self.module.tower]
         return _with_replaced(self.module, self.module.vision_blocks, compiled)
 
-    def stages(self, rows: int, plan: PrunePlan = PrunePlan.none()) -> Stages:  # noqa: B008 (it is frozen)
-        """Stages with every graph that `rows` batch rows and this kind of plan need. The first call compiles."""
+    def stages(self, rows: int, plan: PrunePlan = PrunePlan.none(), look: bool = True) -> Stages:  # noqa: B008 (frozen)
+        """Stages with every graph that `rows` batch rows and this kind of plan need. The first call compiles.
+
+        Unless `look`, the module is taken to be as it was at the latest call.
+        """
         taps = None if plan.projections is None else plan.projections.taps
         with self._lock:
-            for wanted in ((rows > 1, None), (rows > 1, taps)):
-                wanted = (*wanted, torch.get_num_threads())  # whose change makes torch compile again
-                if wanted not in self._warm and self.works:
-                    self._warm_up(rows > 1, plan if wanted[1] else None)
-                    self._warm.add(wanted)
+            if look and self.works and not self._seen.unchanged():
+                self._seen.look((self.module, *self.module.layers, *self.module.tower))
+            kinds = set(self._seen.values()) - {None}
+            for refit in (None, taps):
+                # torch compiles again for other numbers of threads.
+                wanted = {(rows > 1, refit, torch.get_num_threads(), kind) for kind in kinds}
+                if not wanted <= self._warm and self.works:
+                    self._warm_up(rows > 1, plan if refit else None)
+                    self._warm |= wanted
         return self._compiled or self._eager
 
     def _warm_up(self, several: bool, refit: PrunePlan | None) -> None:
@@ -82,6 +92,8 @@ class Compiled:
         try:
             if self.add_up is not None and not self._warm:
                 self._check_compilers()
+            if len(self._seen.kinds) > MOST_KINDS:
+                raise UnsupportedError(f"its layers have been of {len(self._seen.kinds)} kinds")
             with torch._dynamo.config.patch(specialize_float=True):  # otherwise each call makes tensors of floats
                 self._run(several, refit)
         except Exception as error:  # no compiler, no headers, no Triton ...: each has its own exception
@@ -106,6 +118,7 @@ class Compiled:
     def _run(self, several: bool, refit: PrunePlan | None) -> None:
         """Run all stages on all kinds of input. With `refit`, run only the stages that a calibrated plan adds."""
         config, weight = self.module.config, next(self.module.parameters())
+        warming = Stages(*(stage.warm_up for stage in self._compiled[:-1]), self._compiled.replay)
         # torch takes two sizes that are equal now to be equal always. So no two sizes below are equal.
         taken = {3, config.hidden_size, config.num_kv_heads, config.head_dim, config.head_dim // 2}
         rows = _unlike(taken, 2) if several else 1
@@ -119,7 +132,7 @@ class Compiled:
         def prefill(tokens: int, plan: PrunePlan, chunk_size: int) -> KVCache:
             cache = KVCache(config, rows, slots, dtype=weight.dtype, device=weight.device)
             lengths = torch.full((rows,), tokens)
-            forward.prefill(self.module, prompt(tokens), cache, lengths, plan, chunk_size, self._compiled)
+            forward.prefill(self.module, prompt(tokens), cache, lengths, plan, chunk_size, warming)
             return cache
 
         if refit is not None:
@@ -127,22 +140,21 @@ class Compiled:
             prefill(first, refit, first)
             prefill(3, refit, 1)  # token by token
             return
-        if self.module.vision_blocks is not None:
-            block = self.module.get_submodule(self.module.vision_blocks)[0]
+        for block in {self._seen[block]: block for block in self.module.tower}.values():
             taken = {size for tensor in self.module.vision_block_inputs(1, 1) for size in tensor.shape}
             for N in (1, _unlike(taken, 2)):  # one image, and several
-                self._vision_block(block, *self.module.vision_block_inputs(N, _unlike(taken, 4)))
+                self._vision_block.warm_up(block, *self.module.vision_block_inputs(N, _unlike(taken, 4)))
         # The first decode step has many slots to attend, since the compiler tunes its loops to the first sizes.
         cache = KVCache(config, rows, slots, dtype=weight.dtype, device=weight.device)
         cache.lengths = torch.full((rows,), usual - 1)
-        forward.decode(self.module, prompt(1)[:, 0], cache, self._compiled)
+        forward.decode(self.module, prompt(1)[:, 0], cache, warming)
         everything = PrunePlan(tuple(range(config.num_layers)))
         prefill(first, everything, first)
         prefill(2, everything, 1)
         cache = prefill(first, PrunePlan.none(), first)
-        forward.extend(self.module, prompt(second), cache, self._compiled)
+        forward.extend(self.module, prompt(second), cache, warming)
 
-        if self._compiled.replay is not None:
+        if warming.replay is not None:
             return
         # A decode step on a long cache, in one layer of each kind.
         h = self.module.embed(prompt(1))  # [B, 1, D]
@@ -151,14 +163,14 @@ class Compiled:
         held = torch.arange(long, dtype=torch.int32, device=h.device).repeat(rows, 1)
         spans = torch.tensor([[[0, long - 1]]], dtype=torch.int32, device=h.device).repeat(rows, 1, 1)
         ropes = self.module.rope(positions)
-        for layer in {_kind(layer, stages.full_layer): layer for layer in self.module.layers}.values():
+        for layer in {self._seen[layer]: layer for layer in self.module.layers}.values():
             at = AttentionMetadata(ropes[layer.window], positions, spans, held)
-            self._compiled.full_layer(layer, h, keys, values, at)
+            warming.full_layer(layer, h, keys, values, at)
 
 
-def compiled(stages: Stages) -> Stages:
-    """The stages, each of which compiles at its first call on each kind of input."""
-    return Stages(*map(_CompiledStage, stages[:-1]), stages.replay)
+def compiled(stages: Stages, seen: Seen) -> Stages:
+    """The stages, each of which compiles at its first call on each kind of layer and input."""
+    return Stages(*(_CompiledStage(stage, seen) for stage in stages[:-1]), stages.replay)
 
 
 def _unlike(taken: set[int], least: int) -> int:
@@ -189,16 +201,21 @@ class _CompiledStage:
     has its own copy of the code.
     """
 
-    def __init__(self, stage):
-        self.eager = stage
+    def __init__(self, stage, seen: Seen):
+        self.eager, self.seen = stage, seen
         is_partial = isinstance(stage, functools.partial)
         self.function = stage.func if is_partial else stage
         self.defaults = tuple(stage.keywords.values()) if is_partial else stage.__defaults__
         self.compiled: dict[tuple, object] = {}
-        self.kinds: dict[torch.nn.Module, int] = {}  # layers that differ in weights only have the same number
-        self.known: dict[tuple, int] = {}
+
+    def warm_up(self, layer, h, *args):
+        """A call that no hook sees: layers that run as they are are left out."""
+        return h if self.seen[layer] is None else self(layer, h, *args)
 
     def __call__(self, layer, h, *args):
+        kind = self.seen[layer]
+        if kind is None:
+            return self.eager(layer, h, *args)
         if self.function is stages.full_layer:
             held = args[2].held
             if held is not None and held.shape[-1] == 1:  # the first token of a cache
@@ -209,9 +226,7 @@ class _CompiledStage:
             args = (*inputs, keys, values)
         else:
             h, *args = (_as_owner(x) for x in (h, *args))
-        if layer not in self.kinds:
-            self.kinds[layer] = self.known.setdefault(_kind(layer, self.function), len(self.known))
-        key = (self.kinds[layer], h.shape[-2] == 1, torch.get_num_threads())
+        key = (kind, h.shape[-2] == 1, torch.get_num_threads())
         if key not in self.compiled:
             code, name = self.function.__code__.replace(), self.function.__name__
             copied = types.FunctionType(code, self.function.__globals__, name, self.defaults)
@@ -235,19 +250,6 @@ def _as_owner(x):
         return x
     strides = [x.shape[axis + 1 :].numel() for axis in range(x.dim())]
     return x.new_empty(0).set_(x.untyped_storage(), x.storage_offset(), x.shape, strides)
-
-
-def _kind(layer: torch.nn.Module, function) -> tuple:
-    """What compiled code depends on in a layer. No stage reads the window, and a pruned layer does not use the MLP."""
-    is_pruned = function in (stages.pruned_layer, stages.refit_layer)
-    parts = []
-    for name, module in layer.named_modules():
-        if is_pruned and name.split(".")[0] == "mlp":
-            continue
-        settings = {k: v for k, v in vars(module).items() if isinstance(v, (bool, int, float, str)) and k != "window"}
-        weights = {k: (v.shape, v.dtype, v.device) for k, v in module.named_parameters(recurse=False)}
-        parts.append((name, type(module), tuple(sorted(settings.items())), tuple(sorted(weights.items()))))
-    return tuple(parts)
 
 
 def _on_tensors(guards) -> list[bool]:

@@ -10,6 +10,7 @@ import torch
 
 from pop.engine.attention import AttentionMetadata
 from pop.engine.cache import KVCache
+from pop.engine.parts import Seen
 from pop.engine.stages import Stages
 from pop.system.memory import to_device
 
@@ -34,17 +35,15 @@ class DecodeStep:
         self.tokens, self.positions, self.offsets = torch.zeros(3, B, dtype=torch.int64, device=cache.device).unbind()
         self.snapshot: tuple[torch.Tensor, torch.Tensor] | None = None  # cache.lengths and rope_offsets as of now
         self.replay = stages.replay(cache.device)  # it does not hold the step: that would be a cycle
-        self.weights = list(module.parameters())
-        self.addresses = self._addresses()
+        self.seen = Seen()
+        self.seen.look((module, *module.layers))
+        if None in self.seen.values():  # there are hooks, for example, which a graph would leave out
+            self.replay = lambda step: step()
 
     def serves(self, module, cache: KVCache, stages: Stages) -> bool:
-        """Whether it was made for this module, these stages, and the tensors that both have now."""
+        """Whether it was made for this module as it is now, these stages, and the tensors that the cache has now."""
         same = all(mine[0] is keys for mine, keys in zip(self.layers, cache.keys, strict=True))
-        return same and module is self.module and stages is self.stages and self._addresses() == self.addresses
-
-    def _addresses(self) -> list[int]:
-        """Where the weights are: a module may have moved to another device and back."""
-        return [weight.data_ptr() for weight in self.weights]
+        return same and module is self.module and stages is self.stages and self.seen.unchanged()
 
     def __call__(self, tokens: torch.Tensor, cache: KVCache) -> torch.Tensor:
         lengths, offsets = cache.lengths, cache.rope_offsets

@@ -9,6 +9,7 @@ from contextlib import suppress
 
 import torch
 
+from pop import engine
 from pop.engine.cache import KVCache
 from pop.errors import InputError
 from pop.generation.answers import Answer, Generation, end_ids
@@ -115,7 +116,9 @@ class Batch:
                 tokens = tokens[to_device([kept], tokens.device)[0]]
                 self.cache.keep_rows(kept)
                 self.sampler.keep_rows(unfinished)
-            logits = self.model.decode(tokens, self.cache)
+            # Like model.decode, without its checks of the arguments, and of the module for changes since the prefill.
+            stages = self.model._stages(len(rows), look=False)
+            logits = engine.decode(self.model.module, tokens, self.cache, stages)
 
     def prefill(self) -> torch.Tensor:
         """Make the cache and fill it with the prompts. Returns the logits [B, V] of each prompt's boundary token."""

@@ -68,6 +68,11 @@ class PrunableModel(nn.Module):
     vision_blocks: str | None = None
     causal_attention = staticmethod(causal_attention)
 
+    @property
+    def tower(self) -> Sequence[nn.Module]:
+        """The layers of the vision tower, if there is one."""
+        return () if self.vision_blocks is None else self.get_submodule(self.vision_blocks)
+
     def embed(self, tokens: torch.Tensor) -> torch.Tensor:
         """tokens [B, T] int -> h [B, T, D]."""
         raise NotImplementedError

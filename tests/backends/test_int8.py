@@ -149,7 +149,7 @@ def test_compiled_equals_eager_and_compiles_nothing_again():
     module = random_model(CONFIGS["llama"], seed=2)
     quantize_module(module)
     model, plan = pop.Model(module, module.config, compile=False), pop.PrunePlan((2, 3))
-    stages = compile.compiled(engine.EAGER)
+    stages = compile.compiled(engine.EAGER, compile.Seen())
 
     def run(stages, tokens):
         cache = model.new_cache(1, 40)

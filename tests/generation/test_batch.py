@@ -9,6 +9,7 @@ from support.letters import Letters
 from support.tiny import random_model, tiny_config
 
 import pop
+from pop import engine
 from pop.generation.batch import Batch
 from pop.generation.sampling import SamplingParams
 from pop.pruning import reference
@@ -133,14 +134,14 @@ def test_what_is_never_picked_stays_in_the_callers_logits(model, monkeypatch):
 @pytest.mark.parametrize("options", [{}, {"temperature": 1.0}])
 def test_logits_that_are_not_finite_end_a_batch(model, options, monkeypatch):
     """In one row, at the third token. The rows' tokens so far have come out."""
-    calls, decode = [], model.decode
+    calls, decode = [], engine.decode
 
-    def broken(tokens, cache):
-        logits = decode(tokens, cache)
+    def broken(module, tokens, cache, stages):
+        logits = decode(module, tokens, cache, stages)
         calls.append(tokens)
         return logits.index_fill(0, torch.tensor([1]), np.inf) if len(calls) == 2 else logits
 
-    monkeypatch.setattr(model, "decode", broken)
+    monkeypatch.setattr(engine, "decode", broken)
     steps = Batch(model, PROMPTS, [[]] * 3, SamplingParams(max_new_tokens=9, **options)).steps()
     assert len([next(steps), next(steps)]) == 2
     with pytest.raises(pop.InputError, match="logits are not finite"):

@@ -19,6 +19,7 @@ from support.chat_models import CONFIGS, END, OTHER_END, PLANS, START, make
 from support.letters import Letters
 
 import pop
+from pop import engine
 from pop.generation.sampling import Sampler
 from pop.pruning import reference
 from pop.pruning.projections import KVProjections
@@ -155,16 +156,16 @@ def test_a_turn_that_fails_leaves_the_conversation_as_it_was(model, script, monk
     for each in (chat, twin):
         script.says[:] = [*b"Hello"]
         each.send("Hi", max_new_tokens=5)
-    before, decode = chat.tokens, type(model).decode
+    before, decode = chat.tokens, engine.decode
 
-    def broken(self, tokens, cache):
+    def broken(module, tokens, cache, stages):
         if cache.lengths[0] > len(before) + 60:
             raise Broken
-        return decode(self, tokens, cache)
+        return decode(module, tokens, cache, stages)
 
     script.says[:] = [*b"and" * 60]
     with monkeypatch.context() as patch:
-        patch.setattr(type(model), "decode", broken)
+        patch.setattr(engine, "decode", broken)
         with pytest.raises(Broken):
             chat.send("Something else", max_new_tokens=60)
     stream = chat.stream("Something else", max_new_tokens=60)

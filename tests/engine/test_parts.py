@@ -1,0 +1,297 @@
+"""Changes of a module take effect in compiled code and in a captured decode step, as they do in a model run eagerly."""
+
+import contextlib
+import copy
+from functools import partial
+
+import pytest
+import torch
+from support.cases import new_cache
+from support.compiler import requires_compiler
+from support.tiny import random_model, tiny_config
+from torch import nn
+from torch.nn.modules.module import register_module_forward_hook
+from torch.nn.utils import parametrize
+
+import pop
+from pop import engine
+from pop.engine.decode_step import DecodeStep
+from pop.engine.stages import Stages
+
+PRUNED = pop.PrunePlan((1,))
+
+
+class Adapter(nn.Module):
+    """A LoRA layer around a linear one, with its factor as a number, or in a dict as in PEFT."""
+
+    def __init__(self, base, factor):
+        super().__init__()
+        self.base, self.factor = base, factor
+        self.down = nn.Parameter(torch.randn(3, base.in_features) / 5)
+        self.up = nn.Parameter(torch.randn(base.out_features, 3) / 5)
+
+    def forward(self, x):
+        factor = self.factor["default"] if isinstance(self.factor, dict) else self.factor
+        return self.base(x) + x @ self.down.T @ self.up.T * factor
+
+
+class AdapterWithWeight(Adapter):
+    @property
+    def weight(self):
+        return self.base.weight
+
+
+class Negative(nn.Module):
+    def __init__(self, part):
+        super().__init__()
+        self.part = part
+
+    def forward(self, x):
+        return -self.part(x)
+
+
+class Doubled(nn.Module):
+    def forward(self, weight):
+        return 2 * weight
+
+
+def before(part, args):
+    return args[0].roll(1, -1), *args[1:]
+
+
+def after(part, args, out):
+    return out.roll(1, -1)
+
+
+def after_mlp(part, args, out):
+    return out.roll(1, -1) if type(part).__name__ == "MLP" else None
+
+
+def setting(part, name, value):
+    """Set an attribute, and return what undoes it."""
+    missing = object()
+    old = getattr(part, name) if name in part._parameters or name in part._modules else vars(part).get(name, missing)
+    setattr(part, name, value)
+    return lambda: delattr(part, name) if old is missing else setattr(part, name, old)
+
+
+def hooked(handle):
+    return handle.remove
+
+
+def parametrized(part):
+    parametrize.register_parametrization(part, "weight", Doubled())
+    return lambda: parametrize.remove_parametrizations(part, "weight", leave_parametrized=False)
+
+
+def narrowed(mlp):
+    """Fewer inner numbers, in views of the same memory."""
+    parts = (mlp.gate_proj, slice(7)), (mlp.up_proj, slice(7)), (mlp.down_proj, (..., slice(7)))
+    undo = [setting(part, "weight", nn.Parameter(part.weight.detach()[kept])) for part, kept in parts]
+    return lambda: [one() for one in undo]
+
+
+def with_data(weight, values):
+    old, weight.data = weight.data, values
+    return lambda: setattr(weight, "data", old)
+
+
+def in_place(weight):
+    weight.detach().mul_(2)
+    return lambda: weight.detach().div_(2)
+
+
+def another_layer(layers):
+    old, layers[1] = layers[1], random_model(tiny_config(), seed=8).layers[1]
+    return lambda: layers.__setitem__(1, old)
+
+
+def of_class(part, kind):
+    old, part.__class__ = part.__class__, kind
+    return lambda: setattr(part, "__class__", old)
+
+
+class NegativeMLP(pop.models.layers.MLP):
+    def forward(self, x):
+        return -super().forward(x)
+
+
+# Each takes a layer, the list of layers and the last norm, and returns a function that undoes it.
+CHANGES = {
+    "adapter": lambda layer, *_: setting(layer.self_attn, "v_proj", Adapter(layer.self_attn.v_proj, 0.5)),
+    "weight": lambda layer, *_: setting(layer.self_attn, "v_proj", AdapterWithWeight(layer.self_attn.v_proj, 0.5)),
+    "dict": lambda layer, *_: setting(layer.self_attn, "v_proj", Adapter(layer.self_attn.v_proj, {"default": 0.5})),
+    "forward": lambda layer, *_: setting(layer.mlp, "forward", lambda x: x * 0.5),
+    "method": lambda layer, *_: setting(layer, "mlp_update", lambda h: h * 0.5),
+    "hook on layer": lambda layer, *_: hooked(layer.register_forward_hook(after)),
+    "hook before layer": lambda layer, *_: hooked(layer.register_forward_pre_hook(before)),
+    "hook on mlp": lambda layer, *_: hooked(layer.mlp.register_forward_hook(after)),
+    "hook on norm": lambda layer, *_: hooked(layer.input_layernorm.register_forward_hook(after)),
+    "hook on last norm": lambda layer, layers, norm: hooked(norm.register_forward_hook(after)),
+    "hook on all": lambda *_: hooked(register_module_forward_hook(after_mlp)),
+    "eps": lambda layer, *_: setting(layer.input_layernorm, "eps", 0.7),
+    "eps of last norm": lambda layer, layers, norm: setting(norm, "eps", 0.7),
+    "weight replaced": lambda layer, *_: setting(
+        layer.self_attn.v_proj, "weight", nn.Parameter(2 * layer.self_attn.v_proj.weight.detach())
+    ),
+    "data replaced": lambda layer, *_: with_data(layer.mlp.up_proj.weight, 2 * layer.mlp.up_proj.weight.data),
+    "in place": lambda layer, *_: in_place(layer.mlp.up_proj.weight),
+    "bias": lambda layer, *_: setting(layer.self_attn.v_proj, "bias", nn.Parameter(torch.ones(20))),
+    "narrow": lambda layer, *_: narrowed(layer.mlp),
+    "strides": lambda layer, *_: setting(
+        layer.self_attn.o_proj, "weight", nn.Parameter(torch.randn(60, 30).T / 5, requires_grad=False)
+    ),
+    "class": lambda layer, *_: of_class(layer.mlp, NegativeMLP),
+    "parametrization": lambda layer, *_: parametrized(layer.self_attn.v_proj),
+    "another layer": lambda layer, layers, norm: another_layer(layers),
+    "compiled part": lambda layer, *_: setting(layer, "mlp", torch.compile(Negative(layer.mlp), backend="eager")),
+}
+
+
+@contextlib.contextmanager
+def changed(module, name):
+    undo = CHANGES[name](module.layers[1], module.layers, module.model.norm)
+    try:
+        yield
+    finally:
+        undo()
+
+
+def logits(model, plan=PRUNED):
+    """Of a prefill and of a decode step."""
+    cache = model.new_cache(1, 20)
+    return torch.stack([model.prefill([[1, 2, 3, 4, 5]], cache, plan=plan), model.decode([6], cache)])
+
+
+def assert_close(found, expected):
+    assert (found - expected).abs().max() < 1e-4 * expected.std()
+
+
+@contextlib.contextmanager
+def counted_compilations():
+    """A list that grows with each graph. No code comes from the graphs, since that would take most of the time."""
+    compilations = []
+
+    def backend(graph, inputs):
+        compilations.append(graph)
+        return graph
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "compile", partial(torch.compile, backend=backend))
+        yield compilations
+
+
+@pytest.fixture(scope="module")
+def shared():
+    """A compiled and an eager model of one module, the module, and the compilations so far. Without a warm-up."""
+    with counted_compilations() as compilations, torch._dynamo.config.patch(specialize_float=True):
+        module = random_model(tiny_config(num_layers=2), seed=1)
+        compiled, eager = (pop.Model(module, module.config, compile=it) for it in (True, False))
+        compiled._compiled._run = lambda *_: None
+        yield compiled, eager, module, compilations
+
+
+@requires_compiler
+@pytest.mark.parametrize("name", CHANGES)
+def test_compiled_code_follows_a_change_and_back(shared, name):
+    """The change has the effect that it has eagerly. The first call compiles it, and undoing it compiles nothing."""
+    compiled, eager, module, compilations = shared
+    original = logits(compiled)
+    with changed(module, name):
+        expected = logits(eager)
+        assert (expected - original).abs().max() > 1e-2
+        assert_close(logits(compiled), expected)
+        number = len(compilations)
+        assert_close(logits(compiled), expected)
+    assert_close(logits(compiled), original)
+    assert len(compilations) == number
+    assert number  # so these are compiled models
+
+
+@requires_compiler
+def test_a_changed_setting_in_a_dict_takes_effect(shared):
+    compiled, eager, module, _ = shared
+    factor = {"default": 0.5}
+    undo = setting(module.layers[1].self_attn, "v_proj", Adapter(module.layers[1].self_attn.v_proj, factor))
+    for factor["default"] in (0.5, 3.0):
+        assert_close(logits(compiled), logits(eager))
+    undo()
+
+
+@requires_compiler
+def test_changes_without_end_are_refused(shared, monkeypatch):
+    compiled, eager, module, compilations = shared
+    norm, original = module.layers[1].input_layernorm, logits(compiled)
+    monkeypatch.setattr("pop.engine.compile.MOST_KINDS", 1 + len(compiled._compiled._seen.kinds))
+    for eps in (1.0, 1.1):
+        with monkeypatch.context() as patch:
+            patch.setattr(norm, "eps", eps)
+            if eps == 1.0:
+                assert_close(logits(compiled), logits(eager))
+                number = len(compilations)
+            else:
+                with pytest.raises(pop.UnsupportedError, match="kinds"):
+                    logits(compiled)
+    assert_close(logits(compiled), original)
+    assert len(compilations) == number
+
+
+@requires_compiler
+def test_hooks_see_each_call_once_and_no_warm_up():
+    """A hook on a layer sees the tokens that run at full depth. One on a projection sees those of a pruned layer, too.
+
+    Afterwards a warm-up compiles the layer without its hooks and with a new setting.
+    """
+    module = random_model(tiny_config(num_layers=2), seed=1)
+    compiled, eager = (pop.Model(module, module.config, compile=it) for it in (True, False))
+    seen = []
+    parts = (module.layers[1], module.layers[1].self_attn.k_proj)
+    handles = [part.register_forward_hook(lambda part, args, out: seen.append(args[0].shape[1])) for part in parts]
+    with counted_compilations() as compilations:
+        compiled.warmup()
+        assert not seen
+        for model in (compiled, eager):
+            logits(model)
+            assert seen == [5, 1, 1, 1, 1]  # the projection: the prompt; then both: its last token, and the next one
+            seen.clear()
+        for handle in handles:
+            handle.remove()
+        module.layers[1].input_layernorm.eps = 0.5
+        compiled.warmup()
+        number = len(compilations)
+        for plan in (PRUNED, None):
+            assert_close(logits(compiled, plan), logits(eager, plan))
+        assert len(compilations) == number
+    assert not seen
+
+
+class Captured:
+    """Does what a CUDA graph does: runs the module as it was, at the addresses that its weights had."""
+
+    def __init__(self, accumulated):
+        self.owner = None
+
+    def __call__(self, step):
+        if self.owner is None:
+            self.owner = copy.copy(step.__self__)
+            weights = {id(weight): weight.detach() for weight in self.owner.module.parameters()}
+            self.owner.module = copy.deepcopy(self.owner.module, weights)
+        return tuple(output.clone() for output in DecodeStep.step(self.owner))
+
+
+@pytest.mark.parametrize("name", CHANGES.keys() - {"parametrization"})  # undoing it breaks copies of the part
+def test_a_captured_step_follows_a_change_and_back(name):
+    module = random_model(tiny_config(num_layers=2), seed=1)
+    captured, plain = new_cache(module, 1), new_cache(module, 1)
+    stages = Stages(replay=Captured)
+
+    def assert_same():
+        for token in torch.tensor([[3], [4]]):
+            found = engine.decode(module, token, captured, stages)
+            torch.testing.assert_close(found, engine.decode(module, token, plain), rtol=0, atol=1e-5)
+            assert torch.equal(captured.lengths, plain.lengths)
+
+    assert_same()
+    with changed(module, name):
+        assert_same()
+    assert_same()
