@@ -58,9 +58,8 @@ def load(
         tokenizer: "auto" reads the checkpoint's, if there is one. None loads the model without: prompts are token ids
             then. Otherwise the path of a tokenizer, or an object with encode(text) -> ids, without BOS, and
             decode(ids) -> text.
-        chat_format: None finds the format that the checkpoint's chat_template spells, or refuses to chat. Otherwise
-            the name of a format in pop/inputs/chat_formats.py, "template" for the checkpoint's own template, rendered
-            by jinja2, or a subclass of pop.ChatFormat.
+        chat_format: None takes the checkpoint's chat_template. Otherwise "llama-3.1", "chatml" or "gemma", another
+            template in Jinja as text, or a subclass of pop.ChatFormat.
         adapter: The folder of a LoRA adapter that PEFT has saved, which is merged into the weights
             (pop/checkpoints/adapters.py).
 

@@ -69,7 +69,7 @@ class Model:
     ):
         self.module, self.config, self.tokenizer, self.part = module, config, tokenizer, part
         self.vision = processor_of(config) if vision is None else vision
-        self._chat_format = chat_format
+        self._chat_format, self._found_format = chat_format, None
         if chat_format is not None and tokenizer is not None:
             self.chat_format()  # raises if it cannot be
         self.plan, self.max_seq_len = check_options(config, self.dtype, plan, max_seq_len, compile)
@@ -260,10 +260,11 @@ class Model:
     def chat_format(self) -> ChatFormat:
         """The checkpoint's chat format, with the images and videos that this model takes.
 
-        Raises UnsupportedError if it has none (a base model), or another one than pop's. `load(chat_format=)` helps.
+        Raises UnsupportedError if it has none, because it is a base model. `load(chat_format=)` helps.
         """
         self.need_tokenizer("chat")
-        return chat_format(self.tokenizer, self.vision, self._chat_format)
+        self._found_format = self._found_format or chat_format(self.tokenizer, self.vision, self._chat_format)
+        return self._found_format
 
     def start_chat(self, system: str | None = None, *, plan: PrunePlan | None = None) -> Conversation:
         """A conversation with this system message. Its turns prefill only what is new. `plan` is as in `generate`."""

@@ -111,12 +111,11 @@ def test_no_hugging_face_library():
 
 
 # A new family: a Llama with LayerNorm in place of RMSNorm. These four classes are its source, one file in models/.
-# Elsewhere it needs an entry in each of four tables, and the last test adds the first two:
+# Elsewhere it needs an entry in each of three tables, and the last test adds the first two:
 #
 #     FAMILIES   models/__init__.py            from the config's family to the class
 #     READERS    checkpoints/config_json.py    from the model_type in config.json to the config
 #     MODELS     checkpoints/registry.py       names and sources, to be found and fetched by name
-#     FORMATS    inputs/chat_formats.py        a chat format, if it is a new one
 
 
 @dataclass(frozen=True)

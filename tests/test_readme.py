@@ -19,6 +19,7 @@ import sys
 import pytest
 import torch
 from hypothesis import settings
+from support.chat_templates import QWEN3
 from support.readme import README, READMES, ROOT, TEXT, blocks, prose
 from support.tiny import random_model, tiny_qwen3_vl_config
 from support.tiny_chat import write_chat_checkpoint
@@ -40,7 +41,7 @@ def qwen3_vl() -> pop.Model:
     vision = dataclasses.replace(tiny_qwen3_vl_config().vision, patch_size=16)
     config = tiny_qwen3_vl_config(vocab_size=926, max_positions=4096, vision=vision, **ids)
     tokenizer = pop.load_tokenizer(ROOT / "tests/goldens/tokenizers/qwen3")
-    tokenizer.chat_format = "qwen3-instruct"
+    tokenizer.chat_template = QWEN3
     return pop.Model(random_model(config), config, tokenizer, plan=0.5, compile=False)
 
 

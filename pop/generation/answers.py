@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 
 from pop.errors import PopError
-from pop.inputs.chat_formats import split_thoughts
+from pop.inputs.chat import split_thoughts
 
 
 @dataclasses.dataclass(frozen=True)

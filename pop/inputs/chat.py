@@ -1,9 +1,8 @@
 """Chat formats: conversations to token ids, as each family of instruct models was trained on them.
 
-Each format is written by hand. Control tokens come from its own strings only. The text of a message is encoded as
-text, so nothing that a user writes can become a control token. chat_templates.py finds the format that a checkpoint's
-chat_template spells, and can render a template of another format.
-To add a family, write a subclass of ChatFormat and list it in FORMATS of chat_formats.py.
+Control tokens come from a format's own strings only. The text of a message is encoded as text, so nothing that a user
+writes can become a control token. The format is a checkpoint's chat_template (chat_templates.py), or a subclass of
+ChatFormat that the caller writes.
 """
 
 import json
@@ -54,19 +53,31 @@ class ChatFormat:
     after: str
     assistant = "assistant"  # the name of the model's role
     opening = ""  # the text in the prompt that opens the model's turn
-    without_thoughts: str | None = ""  # if the model is not to think; None: it always thinks
     tools = False  # whether `arrange` takes tools, turns with calls, and turns with the role tool
 
     def __init__(self, tokenizer: Tokenizer, vision: Processor | None = None):
         names = re.findall("<.*?>", self.bos + self.before + self.after)
-        self.tokenizer, self.vision = tokenizer and tokenizer.reserving([*names, *self.ends]), vision
+        self.tokenizer, self.vision = tokenizer.reserving([*names, *self.ends]), vision
 
     def arrange(self, turns: list[Turn], tools: list[dict]) -> list[Turn]:
         return turns
 
     def parse_tool_calls(self, text: str) -> list[dict]:
-        """Return the calls in an answer, as a message has them under "tool_calls"."""
-        raise UnsupportedError(f"the {self.family} chat format has no tools")
+        """Return the calls in an answer, as a message has them under "tool_calls".
+
+        A call is JSON: in Qwen3 between tags, with "arguments", and in Llama the whole answer, with "parameters".
+        """
+        if not self.tools:
+            raise UnsupportedError(f"the {self.family} chat format has no tools")
+        tagged, calls = re.findall(r"<tool_call>(.*?)</tool_call>", text, re.DOTALL), []
+        for found in tagged or [text]:
+            try:
+                call = json.loads(found)
+                calls.append(tool_call(call["name"], call["arguments" if tagged else "parameters"]))
+            except (ValueError, LookupError, TypeError, RecursionError):
+                if tagged:
+                    raise InputError(f"a tool call is not JSON with a name and arguments: {found!r:.80}") from None
+        return calls  # none in an answer in words
 
     @property
     def end_ids(self) -> tuple[int, ...]:
@@ -87,7 +98,7 @@ class ChatFormat:
         A control token follows an answer, so no text is encoded across this boundary, and these ids can be appended.
         """
         turns = self.arrange(self._turns([{"role": "user", "content": content}]), [])
-        return self._encode([*split_control(self.after), *self._write(turns[-1]), *self._open(True)])
+        return self._encode([*split_control(self.after), *self._write(turns[-1]), *self._open()])
 
     def spell(
         self,
@@ -102,23 +113,20 @@ class ChatFormat:
             messages: As in `pop.Model.chat`. Only the first may be a system message.
             add_generation_prompt: Open the model's turn at the end.
             tools: The JSON schemas of functions that the model may call.
-            enable_thinking: False opens the model's turn after an empty thought, if the model can do without.
+            enable_thinking: False asks a model that may think to answer at once.
         """
         turns, tools = self._turns(messages), self._tools(tools)
         pieces = split_control(self.bos)
         for turn in self.arrange(turns, tools):
             pieces += self._write(turn)
-        return pieces + (self._open(enable_thinking) if add_generation_prompt else [])
+        return pieces + (self._open() if add_generation_prompt else [])
 
     def _write(self, turn: Turn) -> list[str | Prepared]:
         role = self.assistant if turn.role == "assistant" else turn.role
         return [*split_control(self.before.format(role)), *turn.parts, *split_control(self.after)]
 
-    def _open(self, enable_thinking: bool) -> list[str]:
-        opening = self.opening if enable_thinking else self.without_thoughts
-        if opening is None:
-            raise UnsupportedError(f"{self.family} always thinks; leave out enable_thinking=False")
-        return [*split_control(self.before.format(self.assistant)), opening]
+    def _open(self) -> list[str]:
+        return [*split_control(self.before.format(self.assistant)), self.opening]
 
     def _encode(self, pieces: list) -> tuple[list[int], list[Prepared]]:
         ids, media, encoded = self.tokenizer.special_tokens, [], []
@@ -138,11 +146,10 @@ class ChatFormat:
         if not tools:
             return []
         if not self.tools:
-            own = "pass chat_format='template' to pop.load for the checkpoint's own template"
-            raise UnsupportedError(f"the {self.family} chat format of this checkpoint has no tools; {own}")
+            raise UnsupportedError(f"the {self.family} chat format has no tools; put them into a message")
         if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
             raise InputError(f"tools must be a list of dicts, the JSON schemas of functions, got {tools!r:.80}")
-        to_json(tools)  # raises
+        _check_json(tools, "tools")
         return tools
 
     def _turns(self, messages: list[dict]) -> list[Turn]:
@@ -173,13 +180,16 @@ class ChatFormat:
     def _calls(self, calls: list[dict] | None, where: str) -> list[tuple[str, dict]]:
         """Return the names and arguments of a message's tool calls."""
         if calls and not self.tools:
-            raise UnsupportedError(f"{where} calls tools, but the {self.family} format of this checkpoint has none")
+            raise UnsupportedError(f"{where} calls tools, but the {self.family} chat format has none")
         try:
             calls = [call.get("function", call) for call in calls or ()]
             calls = [(call["name"], call["arguments"]) for call in calls]
             calls = [(name, json.loads(given) if isinstance(given, str) else given) for name, given in calls]
             if all(isinstance(name, str) and isinstance(given, dict) for name, given in calls):
+                _check_json(calls, f"{where}: tool_calls")
                 return calls
+        except InputError:
+            raise
         except (KeyError, TypeError, ValueError, AttributeError, RecursionError):
             pass
         like = "{'type': 'function', 'function': {'name': 'f', 'arguments': {'x': 1}}}"
@@ -216,8 +226,20 @@ def split_control(text: str) -> list[str]:
     return [Control(piece) if n % 2 else piece for n, piece in enumerate(re.split("(<.*?>)", text))]
 
 
-def to_json(value: Any, indent: int | None = None) -> str:
+def _check_json(value: Any, what: str) -> None:
     try:
-        return json.dumps(value, ensure_ascii=False, indent=indent)
+        json.dumps(value)
     except (TypeError, ValueError, RecursionError) as error:
-        raise InputError(f"a tool, or a call of one, cannot be written as JSON: {error}") from None
+        raise InputError(f"{what} cannot be written as JSON: {error}") from None
+
+
+def tool_call(name: str, arguments: Any) -> dict:
+    return {"type": "function", "function": {"name": name, "arguments": arguments}}
+
+
+def split_thoughts(text: str) -> tuple[str, str]:
+    """Return the thoughts and the answer of a text with <think>...</think>, whose first tag may be in the prompt."""
+    if "</think>" not in text:
+        return "", text
+    thoughts, *_, answer = text.split("</think>")
+    return thoughts.rstrip("\n").split("<think>")[-1].lstrip("\n"), answer.lstrip("\n")

@@ -43,7 +43,8 @@ class Tokenizer:
         self.tool_template: str | None = None  # another one for conversations with tools
         self.template_variables: dict[str, str] = {}  # what templates call bos_token and the like
         self.chat_format: str | None = None  # the name of the format if files of this kind never have a template
-        self._added, self._normalized = added, {*normalized}  # ordinary text spells added tokens, but BPE lacks them
+        self.added_tokens = added  # ordinary text spells these, but BPE lacks them
+        self._normalized = {*normalized}
         self._normalize = normalize or (lambda text: text)
         self._bytes_of = {id: name.encode() for name, id in added.items()} | bytes_of
         self._bytes_of |= dict.fromkeys(special_tokens.values(), b"")
@@ -54,18 +55,18 @@ class Tokenizer:
     def _index(self) -> None:
         """Prepare the search for added tokens, without and with special ones."""
         self._searches = []
-        for ids in (self._added, self._added | self.special_tokens):
+        for ids in (self.added_tokens, self.added_tokens | self.special_tokens):
             raw = {name: id for name, id in ids.items() if name not in self._normalized}
             normal = {self._normalize(name): id for name, id in ids.items() if name in self._normalized}
             self._searches.append([(_splitter(names), names) for names in (raw, normal)])
 
     def reserving(self, names: Iterable[str]) -> "Tokenizer":
         """Return a tokenizer to which these added tokens are special, so that ordinary text cannot spell them."""
-        if not (names := self._added.keys() & {*names}):
+        if not (names := self.added_tokens.keys() & {*names}):
             return self
         other = copy.copy(self)
-        other.special_tokens = self.special_tokens | {name: self._added[name] for name in names}
-        other._added = {name: id for name, id in self._added.items() if name not in names}
+        other.special_tokens = self.special_tokens | {name: self.added_tokens[name] for name in names}
+        other.added_tokens = {name: id for name, id in self.added_tokens.items() if name not in names}
         other._index()
         return other
 

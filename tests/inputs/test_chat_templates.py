@@ -6,19 +6,18 @@ The judge is jinja2, which renders the template with the texts as they are.
 import json
 import re
 import sys
+from typing import ClassVar
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from jinja2.sandbox import ImmutableSandboxedEnvironment
-from support.chat_templates import LLAMA_31, NAMES, OTHERS, PLAIN_CHATML, tokenizer_with
-from support.text import GOLDENS
+from support.chat_templates import NAMES, OTHERS, PLAIN_CHATML, tokenizer_with
 
 import pop
 from pop.errors import InputError, MissingExtra, PopError, UnsupportedError
-from pop.inputs.chat_formats import FORMATS
 from pop.inputs.chat_templates import _Text, chat_format
-from pop.inputs.tokenizers import load_tokenizer
+from pop.inputs.processors import Prepared
 
 ASKED = {"role": "user", "content": "Hi"}
 CONVERSATION = [{"role": "system", "content": " Be\nbrief. "}, ASKED]
@@ -34,73 +33,38 @@ def rendered(template: str, messages, **options) -> str:
 
 # ---- which format ----
 
-FORMAT_OF = {"smollm2": load_tokenizer(GOLDENS / "smollm2").chat_template, "chatml": PLAIN_CHATML}
-
-
-@pytest.mark.parametrize("name", FORMAT_OF)
-def test_a_template_is_recognised_by_what_it_writes(tmp_path, name):
-    for template in (FORMAT_OF[name], "{# A comment #}" + FORMAT_OF[name].replace("%}", " %}")):
-        assert type(chat_format(tokenizer_with(template, tmp_path))) is FORMATS[name]
-
-
-def test_formats_differ_in_what_the_probes_write():
-    """So none of them is taken for another: each writes some probe in its own way."""
-    from pop.inputs import chat_templates
-
-    probes = [*chat_templates._PROBES, *chat_templates._NO_THOUGHT, *chat_templates._TOOL_PROBES]
-    written = []
-    for form in FORMATS.values():
-        texts = []
-        for messages, options in probes:
-            try:
-                texts.append("".join(form(None).spell(messages, **options)))
-            except PopError as error:
-                texts.append(type(error))
-        written.append(tuple(texts))
-    assert len({*written}) == len(FORMATS)
-
-
-@pytest.mark.parametrize("name", OTHERS)
-def test_another_template_is_refused_with_the_ways_out(tmp_path, name):
-    tokenizer = tokenizer_with(OTHERS[name], tmp_path)
-    with pytest.raises(UnsupportedError, match=r"'llama-3\.1'.*'template'.*pop\.ChatFormat"):
-        chat_format(tokenizer)
-    assert isinstance(chat_format(tokenizer, choice="chatml"), FORMATS["chatml"])
-
 
 def test_a_model_without_a_template_is_a_base_model(tmp_path):
     tokenizer = tokenizer_with(None, tmp_path)
-    for choice in (None, "template"):
-        with pytest.raises(UnsupportedError, match="base model"):
-            chat_format(tokenizer, choice=choice)
-    assert chat_format(tokenizer, choice="llama-3.1").family == "Llama-3.1"
+    with pytest.raises(UnsupportedError, match=r"base model.*'llama-3\.1'.*pop\.ChatFormat"):
+        chat_format(tokenizer)
+    assert chat_format(tokenizer, choice="llama-3.1").encode([ASKED])
+    assert chat_format(tokenizer, choice=PLAIN_CHATML).encode([ASKED])
     for choice in ("gpt-4", 3, object(), str):
         with pytest.raises(InputError, match="chat_format is"):
             chat_format(tokenizer, choice=choice)
 
 
-def test_tools_are_refused_where_the_template_writes_them_in_another_way(tmp_path):
-    tokenizer = tokenizer_with(PLAIN_CHATML, tmp_path)
-    with pytest.raises(UnsupportedError, match="no tools; pass chat_format='template'"):
-        chat_format(tokenizer).encode([ASKED], tools=[{"name": "f"}])
-    with pytest.raises(UnsupportedError, match="calls tools"):
-        chat_format(tokenizer).encode([ASKED, {"role": "assistant", "tool_calls": [{"name": "f", "arguments": {}}]}])
-
-
-def test_a_format_loses_its_tools_if_the_template_lacks_them(tmp_path):
-    form = chat_format(tokenizer_with(LLAMA_31, tmp_path, bos_token="<|begin_of_text|>"))
-    assert type(form) is FORMATS["llama-3.1"] and form.encode([ASKED])
-    with pytest.raises(UnsupportedError, match="no tools"):
+def test_tools_and_calls_are_refused_where_the_template_leaves_them_out(tmp_path):
+    form = chat_format(tokenizer_with(PLAIN_CHATML, tmp_path))
+    with pytest.raises(UnsupportedError, match="leaves out the tools"):
         form.encode([ASKED], tools=[{"name": "f"}])
+    with pytest.raises(UnsupportedError, match="leaves out the tool calls"):
+        form.encode([ASKED, {"role": "assistant", "tool_calls": [{"name": "f", "arguments": {}}]}])
+
+
+def test_the_callers_choice_comes_first(tmp_path):
+    tokenizer = tokenizer_with(OTHERS["zephyr"], tmp_path)
+    chosen = "".join(chat_format(tokenizer, choice="chatml").spell([ASKED]))
+    assert chosen == "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
 
 
 def test_without_jinja2_the_error_says_what_to_do(tmp_path, monkeypatch):
     tokenizer = tokenizer_with(PLAIN_CHATML + "{# unique #}", tmp_path)
     monkeypatch.setitem(sys.modules, "jinja2.sandbox", None)
-    for choice in (None, "template"):
-        with pytest.raises(MissingExtra, match=r"pop-prefill\[jinja\].*chat_format="):
-            chat_format(tokenizer, choice=choice)
-    assert chat_format(tokenizer, choice="chatml").encode([ASKED])
+    with pytest.raises(MissingExtra, match=r"pop-prefill\[jinja\].*chat_format="):
+        chat_format(tokenizer)
+    assert chat_format(tokenizer, choice=Dialogue).encode([ASKED])
 
 
 # ---- the template itself ----
@@ -109,7 +73,7 @@ def test_without_jinja2_the_error_says_what_to_do(tmp_path, monkeypatch):
 @pytest.mark.parametrize("name", OTHERS)
 def test_it_writes_and_encodes_as_the_template_does(tmp_path, name):
     tokenizer = tokenizer_with(OTHERS[name], tmp_path)
-    form = chat_format(tokenizer, choice="template")
+    form = chat_format(tokenizer)
     thought = {"role": "assistant", "content": "<think>\nHm.\n</think>\n\nHello."}
     for messages in (CONVERSATION[:2], CONVERSATION, [ASKED, thought, ASKED], CONVERSATION[1:3]):
         for prompt in (True, False):
@@ -124,7 +88,7 @@ def test_it_writes_and_encodes_as_the_template_does(tmp_path, name):
 @given(data=st.data())
 def test_no_text_becomes_a_control_token(tmp_path_factory, name, data):
     tokenizer = tokenizer_with(OTHERS[name], tmp_path_factory.mktemp("t"))
-    form = chat_format(tokenizer, choice="template")
+    form = chat_format(tokenizer)
     parts = st.sampled_from([*tokenizer.special_tokens, *NAMES, " ", "\n", "a", "<|", "{{ eos_token }}", "xx"])
     texts = data.draw(st.lists(st.lists(parts | st.text(max_size=3), max_size=5), min_size=1, max_size=3))
     roles = ("user", "assistant", "user")
@@ -138,7 +102,7 @@ def test_no_text_becomes_a_control_token(tmp_path_factory, name, data):
 
 def test_tokens_of_the_template_that_are_not_special_are_reserved(tmp_path):
     tokenizer = tokenizer_with(OTHERS["deepseek"], tmp_path)
-    form = chat_format(tokenizer, choice="template")
+    form = chat_format(tokenizer)
     user = tokenizer.encode("<｜User｜>", bos=False)
     assert len(user) == 1  # ordinary text spells it
     assert form.encode([{"role": "user", "content": "a<｜User｜>b"}]).count(user[0]) == 1
@@ -146,13 +110,14 @@ def test_tokens_of_the_template_that_are_not_special_are_reserved(tmp_path):
 
 def test_the_ends_of_a_turn_are_those_that_the_template_writes(tmp_path):
     for name, ends in {"hermes": ["<|im_end|>", "</s>"], "tulu": ["</s>"], "dates": ["<|eot_id|>", "</s>"]}.items():
-        form = chat_format(tokenizer_with(OTHERS[name], tmp_path), choice="template")
+        form = chat_format(tokenizer_with(OTHERS[name], tmp_path))
+        ends += ["<|end_of_text|>", "<|eom_id|>"]  # the tokenizer's, after which no answer goes on
         assert {*form.end_ids} == {form.tokenizer.special_tokens[end] for end in ends}
 
 
 @pytest.mark.parametrize("name", ["hermes", "zephyr", "mistral", "dates", "deepseek"])
 def test_the_next_turn_continues_the_conversation(tmp_path, name):
-    form = chat_format(tokenizer_with(OTHERS[name], tmp_path), choice="template")
+    form = chat_format(tokenizer_with(OTHERS[name], tmp_path))
     answer = {"role": "assistant", "content": "Yes"}
     begun, more = form.spell([ASKED], True), form.spell([ASKED, answer, ASKED], True)
     assert "".join(begun).startswith("".join(more).split("Yes")[0].rstrip())
@@ -162,7 +127,7 @@ def test_the_next_turn_continues_the_conversation(tmp_path, name):
 
 def test_a_template_that_rewrites_earlier_turns_does_not_continue(tmp_path):
     last = "{% for m in messages %}{{ '<|im_start|>' if loop.last }}{{ m.content }}<|im_end|>{% endfor %}"
-    form = chat_format(tokenizer_with(last, tmp_path), choice="template")
+    form = chat_format(tokenizer_with(last, tmp_path))
     with pytest.raises(UnsupportedError, match="rewrites earlier turns"):
         form.next_prompt("Hi")
 
@@ -178,7 +143,7 @@ TOOLS = (
 def test_tools_are_text_too(tmp_path):
     templates = {"default": OTHERS["hermes"], "tool_use": TOOLS}
     tokenizer = tokenizer_with([{"name": name, "template": text} for name, text in templates.items()], tmp_path)
-    form = chat_format(tokenizer, choice="template")
+    form = chat_format(tokenizer)
     properties = {"<|im_end|>": {"type": "<|im_start|>"}, 'a "b"': {}}
     tools = [{"type": "function", "function": {"name": "<|im_end|>", "parameters": {"properties": properties}}}]
     call = {"type": "function", "function": {"name": "<|im_end|>", "arguments": {"<|im_end|>": ["</s>", 1.5, None]}}}
@@ -191,7 +156,7 @@ def test_tools_are_text_too(tmp_path):
     expected = environment.from_string(TOOLS).render(messages=told, tools=tools)
     assert tokenizer.decode(ids, special=True) == expected
     with pytest.raises(UnsupportedError, match="leaves out the tools"):
-        chat_format(tokenizer_with(OTHERS["hermes"], tmp_path), choice="template").encode([ASKED], tools=tools)
+        chat_format(tokenizer_with(OTHERS["hermes"], tmp_path)).encode([ASKED], tools=tools)
     answer = f"<tool_call>{json.dumps(call['function'])}</tool_call>"
     assert form.parse_tool_calls(answer) == [call]
 
@@ -226,7 +191,7 @@ def test_a_template_that_changes_texts_is_refused(tmp_path, body):
     """And never writes a control token of the text."""
     tokenizer = tokenizer_with(PLAIN_CHATML.replace("{{ m.content }}", body), tmp_path)
     with pytest.raises(UnsupportedError, match="chat_template"):
-        chat_format(tokenizer, choice="template").encode([{"role": "user", "content": "a tale</s>of <|im_end|> "}])
+        chat_format(tokenizer).encode([{"role": "user", "content": "a tale</s>of <|im_end|> "}])
 
 
 @pytest.mark.parametrize("body", ["{% for c in m.content %}{{ c }}{% endfor %}", "{{ m.content.encode() }}"])
@@ -234,7 +199,7 @@ def test_marks_that_are_taken_apart_stand_for_the_text_if_they_are_put_together(
     template = PLAIN_CHATML.replace("{{ m.content }}", body)
     tokenizer = tokenizer_with(template, tmp_path)
     messages = [{"role": "user", "content": "a tale</s>of <|im_end|> "}]
-    ids = chat_format(tokenizer, choice="template").encode(messages)
+    ids = chat_format(tokenizer).encode(messages)
     assert tokenizer.decode(ids, special=True) == rendered(template, messages)
     assert tokenizer.special_tokens["</s>"] not in ids
 
@@ -242,10 +207,8 @@ def test_marks_that_are_taken_apart_stand_for_the_text_if_they_are_put_together(
 @pytest.mark.parametrize("body", BROKEN)
 def test_a_broken_or_hostile_template_gives_an_error_of_this_library(tmp_path, body):
     tokenizer = tokenizer_with(PLAIN_CHATML.replace("{{ m.content }}", body), tmp_path)
-    with pytest.raises(UnsupportedError, match="not of a known format"):
-        chat_format(tokenizer)
     with pytest.raises(PopError, match="chat_template"):
-        chat_format(tokenizer, choice="template").encode([ASKED])
+        chat_format(tokenizer).encode([ASKED])
 
 
 @pytest.mark.parametrize("part", ["._text", "['_text']", " | attr('_text')", "._marks | list | join"])
@@ -254,7 +217,7 @@ def test_the_text_is_hidden_from_the_template(tmp_path, part):
     body = "{{ m.content }}{{ m.content" + part + " }}"
     tokenizer = tokenizer_with(PLAIN_CHATML.replace("{{ m.content }}", body), tmp_path)
     try:
-        ids = chat_format(tokenizer, choice="template").encode([{"role": "user", "content": "</s>"}])
+        ids = chat_format(tokenizer).encode([{"role": "user", "content": "</s>"}])
     except UnsupportedError:
         return
     assert tokenizer.special_tokens["</s>"] not in ids
@@ -273,33 +236,65 @@ def test_questions_about_a_text_are_answered(tmp_path):
     )
     template = PLAIN_CHATML.replace("{{ m.content }}", body)
     messages = [{"role": "user", "content": "a/no "}]
-    written = "".join(chat_format(tokenizer_with(template, tmp_path), choice="template").spell(messages))
+    written = "".join(chat_format(tokenizer_with(template, tmp_path)).spell(messages))
     assert written == '<|im_start|>user\n5!a/no A/NO 2a/no no"a/no "<|im_end|>\n<|im_start|>assistant\n'
 
 
 def test_a_template_may_refuse_a_conversation(tmp_path):
-    form = chat_format(tokenizer_with(OTHERS["mistral"], tmp_path), choice="template")
+    form = chat_format(tokenizer_with(OTHERS["mistral"], tmp_path))
     with pytest.raises(InputError, match="roles must alternate"):
         form.encode([ASKED, ASKED])
 
 
-def test_images_are_refused(tmp_path):
-    class Sees:
-        marks = ("image",)
+class Sees:
+    marks: ClassVar = {"image": "<s></s>"}
 
-        def prepare(self, kind, given):
-            from pop.inputs.processors import Prepared
+    def prepare(self, kind, given):
+        return Prepared(kind, given, ([given],))
 
-            return Prepared(kind, given, ([1],))
 
-    form = chat_format(tokenizer_with(OTHERS["hermes"], tmp_path), Sees(), choice="template")
-    with pytest.raises(UnsupportedError, match="images and videos"):
-        form.encode([{"role": "user", "content": [{"type": "image", "image": None}]}])
+SEEING = PLAIN_CHATML.replace(
+    "{{ m.content }}",
+    "{% if m.content is string %}{{ m.content }}{% else %}{% for part in m.content %}"
+    "{{ '<s></s>' if 'image' == part.type else part.text }}{% endfor %}{% endif %}",
+)
+SHOWN = [{"role": "user", "content": [{"type": "text", "text": "<s></s>"}, {"type": "image", "image": 7}]}]
+SHOWN += [{"role": "assistant", "content": "<s></s>"}, {"role": "user", "content": [{"type": "image", "image": 8}]}]
+
+
+def test_images_take_the_places_of_the_marks_that_the_template_writes(tmp_path):
+    """Marks in texts stay text."""
+    form = chat_format(tokenizer_with(SEEING, tmp_path), Sees())
+    ids, media = form.prompt(SHOWN)
+    assert [one.pixels for one in media] == [7, 8] and [id for id in ids if id in (7, 8)] == [7, 8]
+    special = form.tokenizer.special_tokens
+    assert not {special["<s>"], special["</s>"]} & {*ids}
+    assert form.tokenizer.decode(ids[: ids.index(7)], special=True) == "<|im_start|>user\n<s></s>"
+    rest, (one,) = form.next_prompt(SHOWN[2]["content"])
+    assert one.pixels == 8 and ids[-len(rest) :] == rest
+
+
+def test_images_are_refused_where_the_template_leaves_them_out(tmp_path):
+    for template in (SEEING.replace("'<s></s>' if", "'' if"), SEEING.replace("'<s></s>' if", "'<s></s><s></s>' if")):
+        with pytest.raises(UnsupportedError, match="each image and video"):
+            chat_format(tokenizer_with(template, tmp_path), Sees()).encode(SHOWN)
+
+
+def test_questions_about_what_a_macro_writes_of_a_text_are_answered(tmp_path):
+    """Only if it writes nothing else: its own control tokens remain control tokens."""
+    template = (
+        "{% macro of(text) %}{{ text }}{% endmacro %}{% macro own(text) %}{{ text }}</s>{% endmacro %}"
+        + PLAIN_CHATML.replace("{{ m.content }}", "{{ of(m.content).split('~')[-1] }}{{ own(m.content) }}")
+    )
+    tokenizer = tokenizer_with(template, tmp_path)
+    ids = chat_format(tokenizer).encode([{"role": "user", "content": "a~b</s>"}])
+    assert tokenizer.decode(ids, special=True).startswith("<|im_start|>user\nb</s>a~b</s></s><|im_end|>")
+    assert ids.count(tokenizer.special_tokens["</s>"]) == 1
 
 
 def test_the_date_is_todays(tmp_path):
     template = "{{ strftime_now('%Y') }}" + PLAIN_CHATML
-    text = "".join(chat_format(tokenizer_with(template, tmp_path), choice="template").spell([ASKED]))
+    text = "".join(chat_format(tokenizer_with(template, tmp_path)).spell([ASKED]))
     assert re.match(r"20\d\d<", text)
 
 

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from support.chat_templates import QWEN3_THINKING
 from support.text import GOLDENS
 from support.tiny import random_model, tiny_config
 from support.tiny_images import random_bytes
@@ -131,7 +132,7 @@ def test_a_conversation_has_them_anywhere_in_a_turn(model):
 
 
 def test_the_turn_of_a_model_that_always_thinks_is_opened_with_a_tag(model):
-    options = {"compile": False, "chat_format": "qwen3-thinking"}
+    options = {"compile": False, "chat_format": QWEN3_THINKING}
     thinking = pop.Model(model.module, model.config, model.tokenizer, **options)
     messages = [{"role": "user", "content": "Hi"}]
     encode = model.tokenizer.encode

@@ -8,6 +8,6 @@ from pop.inputs.tokenizers import load_tokenizer
 
 TOKENIZERS = {family: load_tokenizer(GOLDENS / family) for family in ("llama-3.1", "smollm2")}
 TOKENIZERS["gemma3"] = from_tokenizer_model(train())  # a tokenizer like Gemma's
-NAMES = {"llama-3.1": "llama-3.1", "smollm2": "smollm2", "gemma3": "gemma"}
+NAMES = {"llama-3.1": "llama-3.1", "smollm2": None, "gemma3": "gemma"}
 FORMATS = {family: chat_format(tokenizer, choice=NAMES[family]) for family, tokenizer in TOKENIZERS.items()}
 FAMILIES = tuple(FORMATS)

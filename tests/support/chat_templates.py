@@ -11,13 +11,42 @@ PLAIN_CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-LLAMA_31 = (  # without its tools
-    "{{ bos_token }}{% if messages[0].role == 'system' %}{% set system, messages = messages[0].content, messages[1:] %}"
-    "{% endif %}<|start_header_id|>system<|end_header_id|>\n\nCutting Knowledge Date: December 2023\n"
-    "Today Date: 26 Jul 2024\n\n{{ system | trim }}<|eot_id|>{% for m in messages %}<|start_header_id|>{{ m.role }}"
-    "<|end_header_id|>\n\n{{ m.content | trim }}<|eot_id|>{% endfor %}{% if add_generation_prompt %}"
-    "<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}"
+# What Qwen3's template writes, with tools and thoughts; QWEN3_INSTRUCT never thinks, QWEN3_THINKING always does.
+QWEN3 = (
+    "{% macro written(content) %}{% if content is string %}{{ content }}{% else %}{% for part in content %}"
+    "{{ part.text if part.type == 'text' else '<|vision_start|><|' ~ part.type ~ '_pad|><|vision_end|>' }}"
+    "{% endfor %}{% endif %}{% endmacro %}"
+    "{% if tools %}<|im_start|>system\n{{ messages[0].content ~ '\n\n' if messages[0].role == 'system' }}# Tools\n\n"
+    "You may call one or more functions to assist with the user query.\n\nYou are provided with function signatures "
+    "within <tools></tools> XML tags:\n<tools>{% for tool in tools %}{{ '\n' ~ (tool | tojson) }}{% endfor %}"
+    "{{ '\n' }}</tools>\n\n"
+    "For each function call, return a json object with function name and arguments within <tool_call></tool_call> XML "
+    'tags:\n<tool_call>\n{"name": <function-name>, "arguments": <args-json-object>}\n</tool_call><|im_end|>\n'
+    "{% set messages = messages[1:] if messages[0].role == 'system' else messages %}{% endif %}"
+    "{% set asked = namespace(last=messages | length) %}{% for m in messages if m.role == 'user' %}"
+    "{% set content = written(m.content) %}"
+    "{% if not (content.startswith('<tool_response>') and content.endswith('</tool_response>')) %}"
+    "{% set asked.last = messages.index(m) %}{% endif %}{% endfor %}"
+    "{% for m in messages %}{% set content = written(m.content) %}{% if m.role == 'assistant' %}<|im_start|>assistant\n"
+    "{% if thinks %}{% set thoughts = m.reasoning_content or '' %}{% if '</think>' in content and not thoughts %}"
+    "{% set thoughts = content.split('</think>')[0].rstrip('\n').split('<think>')[-1].lstrip('\n') %}"
+    "{% set content = content.split('</think>')[-1].lstrip('\n') %}{% endif %}"
+    "{% if loop.index0 > asked.last and (loop.last or thoughts) %}<think>\n{{ thoughts.strip('\n') }}\n</think>\n\n"
+    "{% set content = content.lstrip('\n') %}{% endif %}{% endif %}{{ content }}{% for call in m.tool_calls or [] %}"
+    "{{ '\n' if content or not loop.first }}<tool_call>\n"
+    '{"name": "{{ call.function.name }}", "arguments": {{ call.function.arguments | tojson }}}\n</tool_call>'
+    "{% endfor %}<|im_end|>\n{% elif m.role == 'tool' %}"
+    "{{ '<|im_start|>user' if (loop.previtem or {}).role != 'tool' }}\n"
+    "<tool_response>\n{{ content }}\n</tool_response>{{ '<|im_end|>\n' if (loop.nextitem or {}).role != 'tool' }}"
+    "{% else %}<|im_start|>{{ m.role }}\n{{ content }}<|im_end|>\n{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% if thinks and enable_thinking is false %}"
+    "<think>\n\n</think>\n\n{% endif %}{% endif %}"
 )
+QWEN3_INSTRUCT = "{% set thinks = false %}" + QWEN3
+QWEN3_THINKING = "{% set thinks = true %}" + QWEN3.replace("<think>\n\n</think>\n\n{% endif", "{% endif").replace(
+    "assistant\n{% if thinks and enable_thinking is false %}", "assistant\n<think>\n{% if false %}"
+)
+QWEN3 = "{% set thinks = true %}" + QWEN3
 OTHERS = {
     # Hermes-3: ChatML with a default system message
     "hermes": "{{ bos_token }}{% if messages[0].role != 'system' %}<|im_start|>system\nYou are Hermes.<|im_end|>\n"

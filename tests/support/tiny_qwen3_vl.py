@@ -2,6 +2,7 @@
 
 import dataclasses
 
+from support.chat_templates import QWEN3_INSTRUCT
 from support.text import GOLDENS
 from support.tiny import random_model, tiny_qwen3_vl_config
 from support.tiny_images import random_bytes
@@ -22,5 +23,5 @@ def seeing_model() -> pop.Model:
     vision = dataclasses.replace(tiny_qwen3_vl_config().vision, patch_size=16)
     config = tiny_qwen3_vl_config(vocab_size=926, max_positions=2048, vision=vision, **ids)
     tokenizer = load_tokenizer(TOKENIZER)
-    tokenizer.chat_format = "qwen3-instruct"
+    tokenizer.chat_template = QWEN3_INSTRUCT
     return pop.Model(random_model(config, seed=1), config, tokenizer, plan=0.5, compile=False)

@@ -164,12 +164,12 @@ class PopAdapter:
         return ChatPrompt(tokenizer.decode(ids, special=True), ids[:cut], tokenizer.decode(ids[cut:]))
 
     def chat_template(self, chat_template: bool | str = False) -> str | None:
-        """What the harness writes into its results. Each model has one format, see pop/inputs/chat_formats.py."""
+        """What the harness writes into its results. Each model has one format, see pop/inputs/chat_templates.py."""
         if isinstance(chat_template, str):
             raise InputError(
                 f"--apply_chat_template is {chat_template!r}, but there is one template only; give no name"
             )
-        return f"{self.model.chat_format().family}, as in pop/inputs/chat_formats.py" if chat_template else None
+        return f"{self.model.chat_format().family} chat format" if chat_template else None
 
     @property
     def tokenizer_name(self) -> str:

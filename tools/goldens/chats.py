@@ -2,9 +2,9 @@
 
     python -m tools.goldens.chats FORMAT=FOLDER ...
 
-Makes tests/goldens/tokenizers/chats.json. FORMAT is a name in pop/inputs/chat_formats.py. FOLDER holds a published
-tokenizer_config.json, or a chat_template.jinja. The ids are those of the reduced tokenizers that tokenizers.py and
-added_tokens.py make.
+Makes tests/goldens/tokenizers/chats.json. FORMAT is llama-3.1, llama-3.2, qwen3 or qwen3-instruct. FOLDER holds a
+published tokenizer_config.json, or a chat_template.jinja. The ids are those of the reduced tokenizers that
+tokenizers.py and added_tokens.py make.
 """
 
 import hashlib
