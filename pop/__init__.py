@@ -33,7 +33,6 @@ from pop.errors import (
 from pop.generation.answers import Generation
 from pop.generation.conversation import Conversation
 from pop.generation.prefix import Prefix
-from pop.inputs.chat import ChatFormat
 from pop.inputs.gemma3 import PanAndScan
 from pop.inputs.images import Image
 from pop.inputs.tokenizers import load_tokenizer
@@ -50,7 +49,7 @@ for _name, _module in (("cost", cost), ("parallel", parallel), ("reference", ref
     sys.modules[f"pop.{_name}"] = _module
 
 __all__ = [
-    "CacheMemoryError", "ChatFormat", "CheckpointError", "ConfigError", "ContextOverflow", "Conversation",
+    "CacheMemoryError", "CheckpointError", "ConfigError", "ContextOverflow", "Conversation",
     "DownloadError", "Generation", "Image", "Importance", "InputError", "KVCache", "MissingExtra", "Model",
     "PanAndScan", "PlanError", "PopError", "Prefix", "PrunePlan", "TokenizerError", "UnknownModel",
     "UnsupportedError", "Video", "WeightsNotFound", "calibrate", "cost", "engine", "importance", "list_models",

@@ -59,7 +59,7 @@ def load(
             then. Otherwise the path of a tokenizer, or an object with encode(text) -> ids, without BOS, and
             decode(ids) -> text.
         chat_format: None takes the checkpoint's chat_template. Otherwise "llama-3.1", "chatml" or "gemma", another
-            template in Jinja as text, or a subclass of pop.ChatFormat.
+            template in Jinja as text, or a function that writes a conversation (pop/inputs/README.md).
         adapter: The folder of a LoRA adapter that PEFT has saved, which is merged into the weights
             (pop/checkpoints/adapters.py).
 

@@ -24,8 +24,7 @@ from pop.generation.conversation import Conversation
 from pop.generation.prefix import Prefix
 from pop.generation.sampling import SamplingParams
 from pop.generation.scoring import score
-from pop.inputs.chat import ChatFormat
-from pop.inputs.chat_templates import chat_format
+from pop.inputs.chat import ChatFormat, chat_format
 from pop.inputs.processors import Prepared, Processor, processor_of
 from pop.inputs.tokenizers import row_lengths, token_ids
 from pop.models.images import TextOnly

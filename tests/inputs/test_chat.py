@@ -16,8 +16,8 @@ from support.chat_formats import FAMILIES, FORMATS, TOKENIZERS
 from support.text import GOLDENS
 
 from pop.errors import InputError, UnsupportedError
-from pop.inputs.chat import ChatFormat
-from pop.inputs.chat_templates import TEMPLATES, chat_format
+from pop.inputs.chat import chat_format
+from pop.inputs.chat_templates import TEMPLATES
 from pop.inputs.tokenizers import load_tokenizer
 
 
@@ -155,10 +155,6 @@ def test_images_and_videos_are_not_for_text_models(kind):
 USER = {"role": "user", "content": "x"}
 
 
-class Plain(ChatFormat):
-    family, ends, before, after = "Plain", ("<|im_end|>",), "<|im_start|>{}", "<|im_end|>"
-
-
 @pytest.mark.parametrize(
     ("messages", "message"),
     [
@@ -190,8 +186,5 @@ def test_invalid_messages(messages, message):
 
 
 def test_a_tokenizer_without_the_formats_tokens():
-    with pytest.raises(UnsupportedError, match=r"lacks the token <bos> .*'gemma'"):
+    with pytest.raises(UnsupportedError, match="'gemma' ends an answer with no token"):
         chat_format(TOKENIZERS["smollm2"], choice="gemma")
-    form = Plain(TOKENIZERS["llama-3.1"])
-    with pytest.raises(UnsupportedError, match=r"lacks the token <\|im_start\|>"):
-        form.encode([USER])

@@ -9,10 +9,10 @@ import pytest
 from support.chat_templates import QWEN3, QWEN3_INSTRUCT, QWEN3_THINKING
 from support.text import GOLDENS
 
-from pop.errors import InputError, UnsupportedError
+from pop.errors import InputError
 from pop.generation.answers import Generation
-from pop.inputs.chat import ChatFormat
-from pop.inputs.chat_templates import TEMPLATES, chat_format
+from pop.inputs.chat import chat_format
+from pop.inputs.chat_templates import TEMPLATES
 from pop.inputs.tokenizers import load_tokenizer
 
 GOLDEN = json.loads((GOLDENS / "chats.json").read_bytes())
@@ -21,10 +21,6 @@ TOOL = {"type": "function", "function": {"name": "f", "parameters": {}}}
 ASKED = {"role": "user", "content": "Hi"}
 WRITTEN = TEMPLATES | {"qwen3": QWEN3, "qwen3-instruct": QWEN3_INSTRUCT, "qwen3-thinking": QWEN3_THINKING}
 WRITTEN["llama-3.2"] = TEMPLATES["llama-3.1"].replace("26 Jul 2024", GOLDEN["date"])
-
-
-class Plain(ChatFormat):
-    family, ends, before, after = "Plain", ("<|im_end|>",), "<|im_start|>{}", "<|im_end|>"
 
 
 def form_of(name: str):
@@ -79,8 +75,6 @@ def test_calls_in_an_answer_are_found():
     for broken in ("{", "[]", '{"name": "f"}', '"name"', "[" * 100_000):
         with pytest.raises(InputError, match="tool call is not JSON"):
             qwen.parse_tool_calls(f"<tool_call>{broken}</tool_call>")
-    with pytest.raises(UnsupportedError, match="no tools"):
-        Plain(TOKENIZERS["qwen3"]).parse_tool_calls("")
 
 
 @pytest.mark.parametrize(

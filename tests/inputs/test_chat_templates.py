@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from support.chat_templates import NAMES, OTHERS, PLAIN_CHATML, tokenizer_with
 
-import pop
 from pop.errors import InputError, MissingExtra, PopError, UnsupportedError
-from pop.inputs.chat_templates import _Text, chat_format
-from pop.inputs.processors import Prepared
+from pop.inputs.chat import chat_format
+from pop.inputs.chat_templates import _Text
+from pop.inputs.processors import Prepared, Processor
 
 ASKED = {"role": "user", "content": "Hi"}
 CONVERSATION = [{"role": "system", "content": " Be\nbrief. "}, ASKED]
@@ -36,7 +36,7 @@ def rendered(template: str, messages, **options) -> str:
 
 def test_a_model_without_a_template_is_a_base_model(tmp_path):
     tokenizer = tokenizer_with(None, tmp_path)
-    with pytest.raises(UnsupportedError, match=r"base model.*'llama-3\.1'.*pop\.ChatFormat"):
+    with pytest.raises(UnsupportedError, match=r"base model.*'llama-3\.1'.*a function"):
         chat_format(tokenizer)
     assert chat_format(tokenizer, choice="llama-3.1").encode([ASKED])
     assert chat_format(tokenizer, choice=PLAIN_CHATML).encode([ASKED])
@@ -64,7 +64,7 @@ def test_without_jinja2_the_error_says_what_to_do(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "jinja2.sandbox", None)
     with pytest.raises(MissingExtra, match=r"pop-prefill\[jinja\].*chat_format="):
         chat_format(tokenizer)
-    assert chat_format(tokenizer, choice=Dialogue).encode([ASKED])
+    assert chat_format(tokenizer, choice=dialogue).encode([ASKED])
 
 
 # ---- the template itself ----
@@ -249,6 +249,8 @@ def test_a_template_may_refuse_a_conversation(tmp_path):
 class Sees:
     marks: ClassVar = {"image": "<s></s>"}
 
+    split_at_marks = Processor.split_at_marks
+
     def prepare(self, kind, given):
         return Prepared(kind, given, ([given],))
 
@@ -276,7 +278,7 @@ def test_images_take_the_places_of_the_marks_that_the_template_writes(tmp_path):
 
 def test_images_are_refused_where_the_template_leaves_them_out(tmp_path):
     for template in (SEEING.replace("'<s></s>' if", "'' if"), SEEING.replace("'<s></s>' if", "'<s></s><s></s>' if")):
-        with pytest.raises(UnsupportedError, match="each image and video"):
+        with pytest.raises(InputError, match="chat_template has <s></s> [04] times"):
             chat_format(tokenizer_with(template, tmp_path), Sees()).encode(SHOWN)
 
 
@@ -301,19 +303,20 @@ def test_the_date_is_todays(tmp_path):
 # ---- a format of the caller ----
 
 
-class Dialogue(pop.ChatFormat):
-    family, ends = "Dialogue", ("<|im_end|>",)
-    before, after = "{}: <｜User｜>", "<|im_end|>\n"
-
-    def arrange(self, turns, tools):
-        return [turn._replace(parts=[turn.text.upper()]) for turn in turns]
+def dialogue(messages, add_generation_prompt=True, **variables):
+    turns = [f"{message['role']}: <｜User｜>{message['content'].upper()}<|im_end|>\n" for message in messages]
+    return "".join(turns) + "assistant: <｜User｜>" * add_generation_prompt
 
 
 def test_a_format_in_python(tmp_path):
     tokenizer = tokenizer_with(None, tmp_path)
-    form = chat_format(tokenizer, choice=Dialogue)
+    form = chat_format(tokenizer, choice=dialogue)
     text = "user: <｜User｜>HI<｜USER｜><|im_end|>\nassistant: <｜User｜>"
     ids = form.encode([{"role": "user", "content": "Hi<｜User｜>"}])
     assert tokenizer.decode(ids, special=True) == text
     assert ids.count(form.tokenizer.special_tokens["<｜User｜>"]) == 2
-    assert form.end_ids == (tokenizer.special_tokens["<|im_end|>"],)
+    assert form.end_ids[0] == tokenizer.special_tokens["<|im_end|>"]
+    rest, _ = form.next_prompt("Hi<|im_end|>")
+    assert rest.count(form.end_ids[0]) == 2
+    with pytest.raises(UnsupportedError, match="changes texts"):
+        chat_format(tokenizer, choice=lambda messages, **_: messages[0]["content"].swapcase() + dialogue(messages))

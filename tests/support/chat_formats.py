@@ -2,7 +2,7 @@
 
 from support.text import GOLDENS, train
 
-from pop.inputs.chat_templates import chat_format
+from pop.inputs.chat import chat_format
 from pop.inputs.sentence_piece import from_tokenizer_model
 from pop.inputs.tokenizers import load_tokenizer
 

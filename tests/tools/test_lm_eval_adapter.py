@@ -143,7 +143,7 @@ def test_a_prompt_that_is_no_conversation(make):
 def test_what_the_harness_writes_down_about_chat(make):
     adapter = make()
     assert adapter.chat_template() is None
-    assert adapter.chat_template(True) == "checkpoint's own chat format"
+    assert adapter.chat_template(True) == "the checkpoint's own chat format"
     with pytest.raises(InputError, match="--apply_chat_template is 'tools'"):
         adapter.chat_template("tools")
     assert PopAdapter(adapter.model, name="a/b").tokenizer_name == "pop__a__b"

@@ -175,7 +175,7 @@ def test_a_local_task_end_to_end(harness, chat_folder, tmp_path, chat):
     results = json.loads(file.read_text(encoding="utf-8"))
     assert results["results"].keys() == {*tasks}
     assert results["config"]["pruned_layers"] == [3, 4]
-    assert results["chat_template"] == ("checkpoint's own chat format" if chat else None)
+    assert results["chat_template"] == ("the checkpoint's own chat format" if chat else None)
 
     adapter = PopAdapter(tool.load_model(chat_folder, prune=0.4), 2)
     (file,) = (tmp_path / "out").rglob("samples_tiny_choice_*.jsonl")

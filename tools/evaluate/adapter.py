@@ -148,7 +148,7 @@ class PopAdapter:
         """A conversation as a prompt. Without add_generation_prompt, its last turn stays open for a continuation."""
         chat = self.model.chat_format()
         tokenizer = chat.tokenizer
-        self._mark = chat.before.partition("{}")[0]
+        self._mark = chat.before
         try:
             ids = chat.encode(chat_history, add_generation_prompt)
         except InputError as error:
@@ -164,12 +164,12 @@ class PopAdapter:
         return ChatPrompt(tokenizer.decode(ids, special=True), ids[:cut], tokenizer.decode(ids[cut:]))
 
     def chat_template(self, chat_template: bool | str = False) -> str | None:
-        """What the harness writes into its results. Each model has one format, see pop/inputs/chat_templates.py."""
+        """What the harness writes into its results. Each model has one format, see pop/inputs/chat.py."""
         if isinstance(chat_template, str):
             raise InputError(
                 f"--apply_chat_template is {chat_template!r}, but there is one template only; give no name"
             )
-        return f"{self.model.chat_format().family} chat format" if chat_template else None
+        return "the checkpoint's own chat format" if chat_template else None
 
     @property
     def tokenizer_name(self) -> str:
