@@ -10,7 +10,7 @@ from pop.backends.int8 import check_quantize, quantize_module
 from pop.backends.tensor_parallel import Part, join
 from pop.checkpoints import registry
 from pop.checkpoints.adapters import merge_adapter, read_adapter
-from pop.checkpoints.config_json import read_config
+from pop.checkpoints.config_json import read_config, read_sampling
 from pop.checkpoints.processor_json import read_preparation
 from pop.checkpoints.weights import load_weights
 from pop.errors import InputError, TokenizerError
@@ -93,7 +93,8 @@ def load(
     if quantize is not None:
         quantize_module(module)
     options = {"plan": plan, "max_seq_len": max_seq_len, "compile": compile, "progress": progress, "vision": vision}
-    return Model(module.eval(), config, tokenizer, part=part, chat_format=chat_format, **options)
+    options |= {"chat_format": chat_format, "sampling": read_sampling(folder), "name": folder.name}
+    return Model(module.eval(), config, tokenizer, part=part, **options)
 
 
 def _tokenizer(given, folder: Path) -> Tokenizer | None:

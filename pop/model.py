@@ -6,7 +6,7 @@ This file checks what comes in and turns text into tensors. pop/engine computes,
 import dataclasses
 import functools
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 
@@ -18,11 +18,11 @@ from pop.engine.cache import KVCache
 from pop.engine.compile import SMALLEST, Compiled
 from pop.errors import CacheMemoryError, ContextOverflow, InputError, PlanError, TokenizerError, check_count
 from pop.generation.answers import Generation
-from pop.generation.batch import Batch, as_prompts
+from pop.generation.batch import Batch, Stream, as_prompts
 from pop.generation.caches import Caches
 from pop.generation.conversation import Conversation
+from pop.generation.options import sampling_params, takes_options
 from pop.generation.prefix import Prefix
-from pop.generation.sampling import SamplingParams
 from pop.generation.scoring import score
 from pop.inputs.chat import ChatFormat, chat_format
 from pop.inputs.processors import Prepared, Processor, processor_of
@@ -49,6 +49,8 @@ class Model:
         vision: The processor of images and videos (pop/inputs/processors.py). None takes the family's.
         part: A pop.backends.tensor_parallel.Part if the module is one process's part of the model.
         chat_format: As in `load`.
+        sampling: What generation_config.json states about sampling; see `generate`. None without that file.
+        name: For repr.
     """
 
     def __init__(
@@ -65,17 +67,21 @@ class Model:
         vision: Processor | None = None,
         part=None,
         chat_format=None,
+        sampling: dict | None = None,
+        name: str = "pop.Model",
     ):
         self.module, self.config, self.tokenizer, self.part = module, config, tokenizer, part
         self.vision = processor_of(config) if vision is None else vision
         self._chat_format, self._found_format = chat_format, None
+        self.sampling, self.name = sampling, name
         if chat_format is not None and tokenizer is not None:
             self.chat_format()  # raises if it cannot be
         self.plan, self.max_seq_len = check_options(config, self.dtype, plan, max_seq_len, compile)
         self.resolve(self.plan)  # raises if it does not fit the weights
         self.chunk_size = self._chunk_size(chunk_size_of(module) if chunk_size is None else chunk_size)
-        size = sum(weight.numel() for weight in module.parameters()) if part is None else part.num_parameters
-        compiles = compile is True or (compile == "auto" and size >= SMALLEST)
+        sizes = (weight.numel() for weight in module.parameters())
+        self.num_parameters = sum(sizes) if part is None else part.num_parameters
+        compiles = compile is True or (compile == "auto" and self.num_parameters >= SMALLEST)
         accelerate(module)
         options = {"required": compile is True, "progress": progress, "add_up": part and part.add_up}
         self._compiled = Compiled(module, stages_of(module), **options) if compiles else None
@@ -94,6 +100,11 @@ class Model:
     def compiled(self) -> bool:
         """Whether prefill and decode run compiled, or will try to from the first use on."""
         return self._compiled is not None and self._compiled.works
+
+    def __repr__(self) -> str:
+        size, limit = self.num_parameters / 1e6, self.plan.speedup(self, min(2048, self.max_seq_len))
+        plan = f"prefill skips {len(self.plan.layers)} of {self.config.num_layers} layers, at most {limit:.2f}x as fast"
+        return f"<{self.name}: {size:,.0f} M parameters, {self.dtype} on {self.device}, {plan}>"
 
     @functools.cached_property
     def fingerprint(self) -> str:
@@ -187,19 +198,9 @@ class Model:
 
     # Text in, text out
 
+    @takes_options
     def generate(
-        self,
-        prompt,
-        *,
-        images=None,
-        videos=None,
-        max_new_tokens: int = 256,
-        temperature: float = 0.0,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        seed: int | None = None,
-        stop: str | Sequence[str] | None = None,
-        plan: PrunePlan | None = None,
+        self, prompt, *, images=None, videos=None, plan: PrunePlan | None = None, **options
     ) -> Generation | list[Generation]:
         """Continue a prompt, or a list of prompts as one batch, which returns a list.
 
@@ -211,28 +212,35 @@ class Model:
             images, videos: A list for one prompt, a list of lists for a batch. An image is a path, bytes, a PIL image,
                 a uint8 array [H, W, 3], or a pop.Image. A video is a path, a uint8 array [T, H, W, 3], a list of
                 images, or a pop.Video. pop/inputs/README.md has all forms.
-            max_new_tokens: The most tokens of an answer.
-            temperature, top_k, top_p, seed, stop: See SamplingParams in pop/generation/sampling.py.
             plan: The PrunePlan of this call; None takes the model's.
+            options: max_new_tokens=256, temperature=0.0 (greedy), top_k, top_p, seed, stop, and the other fields of
+                SamplingParams in pop/generation/sampling.py. sampling="checkpoint" takes those that the checkpoint's
+                generation_config.json states, in place of those that are not given.
 
         Raises:
             InputError: An argument cannot be used, or the logits overflow. ContextOverflow: A prompt is too long.
         """
         began = time.perf_counter()
-        params = SamplingParams(max_new_tokens, temperature, top_k, top_p, seed, stop)
-        return self._batch(prompt, images, videos, params, plan).generate(began)
+        return self._batch(prompt, images, videos, options, plan).generate(began)
 
-    def stream(self, prompt, *, images=None, videos=None, plan: PrunePlan | None = None, **sampling) -> Iterator[str]:
-        """Like `generate` for one prompt, but yields the answer in pieces of whole characters, as they come."""
-        return self._batch(prompt, images, videos, SamplingParams(**sampling), plan).stream()
+    @takes_options
+    def stream(self, prompt, *, images=None, videos=None, plan: PrunePlan | None = None, **options) -> Stream:
+        """Like `generate` for one prompt, but yields the answer in pieces of whole characters, as they come.
 
-    def _batch(self, prompt, images, videos, params: SamplingParams, plan) -> Batch:
+        From the last piece on, the stream's `generation` is the Generation.
+        """
+        began = time.perf_counter()
+        return self._batch(prompt, images, videos, options, plan).stream(began)
+
+    def _batch(self, prompt, images, videos, options: dict, plan) -> Batch:
+        params = sampling_params(self, options)
         prompts, is_list = as_prompts(prompt)
         media = self.vision.prepare_batch(images, videos, len(prompts))
         prompts = [self.encode(prompt, media=row) for prompt, row in zip(prompts, media, strict=True)]
         return Batch(self, prompts, media, params, plan=plan, is_list=is_list)
 
-    def chat(self, messages, *, tools=None, enable_thinking: bool = True, **options) -> Generation:
+    @takes_options
+    def chat(self, messages, *, tools=None, enable_thinking: bool = True, plan=None, **options) -> Generation:
         """Answer a conversation in the checkpoint's chat format. No text of a message can become a control token.
 
         Args:
@@ -241,12 +249,12 @@ class Model:
                 With tools: also {"role": "assistant", "content": text, "tool_calls": [...]} and {"role": "tool", ...}.
             tools: The functions that the model may call, as a list of JSON schemas. See `parse_tool_calls`.
             enable_thinking: False asks a model that may think to answer at once.
-            options: Those of `generate`, except images and videos.
+            plan, options: As in `generate`.
         """
         if options.keys() & {"images", "videos"}:
             raise InputError("chat takes images and videos in its messages, as {'type': 'image', 'image': ...}")
         tokens, media = self.chat_format().prompt(messages, tools=tools, enable_thinking=enable_thinking)
-        return self.generate(tokens, images=media, **options)
+        return self.generate(tokens, images=media, plan=plan, **options)
 
     def chat_tokens(self, messages, *, tools=None, enable_thinking: bool = True) -> list[int]:
         """The token ids of a conversation, up to where the answer begins. Arguments as in `chat`."""
@@ -348,22 +356,7 @@ class Model:
         """Raise InputError unless `cache` belongs to this model and has room for `added` [B] more tokens."""
         if not isinstance(cache, KVCache):
             raise InputError(f"the cache is a {type(cache).__name__}; make one with model.new_cache()")
-        K, E = self.module.config.num_kv_heads, self.config.head_dim
-        shapes = [(cache.batch_size, cache.slots(window) + 1, K, E) for window in self.config.windows]
-        found = [keys.shape for keys in cache.keys], cache.keys[0].dtype, cache.keys[0].device
-        if found != (shapes, self.dtype, self.device):
-            raise InputError("the cache was made for another model, dtype or device; make one with model.new_cache()")
-        if not cache.intact:
-            raise InputError("a prefill that failed has overwritten tokens of the cache; empty it with cache.reset()")
-        if cache.batch_size != len(added):
-            raise InputError(f"tokens has {len(added)} rows, but the cache has {cache.batch_size}")
-        if cache.chunk_size < (least := self._chunk_size(1)):
-            raise InputError(f"the cache takes {cache.chunk_size} tokens at once, but an image has {least}; enlarge it")
-        total = cache.lengths + added
-        row = int(total.argmax())
-        if total[row] > cache.max_seq_len:
-            numbers = f"{total[row]} tokens, {added[row]} of them new, but its max_seq_len is {cache.max_seq_len}"
-            raise ContextOverflow(f"row {row} of the cache would hold {numbers}; make it larger or the prompt shorter")
+        cache.check(self.module.config, self.dtype, self.device, self._chunk_size(1), added)
 
     def _chunk_size(self, chunk_size) -> int:
         return max(check_count("chunk_size", chunk_size), self.vision.min_chunk_size)

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from support.tiny import random_model, tiny_config
+from support.tiny import random_model, tiny_config, write_checkpoint
 
 import pop
 from pop import engine
@@ -77,6 +77,16 @@ def test_bfloat16_stays_close_to_float32(model):
     rounded = half.prefill(tokens, half.new_cache(1, 64))
     assert rounded.dtype == torch.float32
     assert (rounded - exact).pow(2).mean().sqrt() < 0.05 * exact.std()
+
+
+def test_a_model_says_what_it_is(model, tmp_path):
+    limit = pop.cost.speedup_limit(model.config, 128, model.plan)
+    size = sum(weight.numel() for weight in model.module.parameters()) / 1e6
+    plan = f"prefill skips 3 of 5 layers, at most {limit:.2f}x as fast"
+    assert repr(model) == f"<pop.Model: {size:.0f} M parameters, torch.float32 on cpu, {plan}>"
+    loaded = pop.load(write_checkpoint(tmp_path / "tiny"), dtype=torch.bfloat16, prune=None)
+    assert repr(loaded).startswith("<tiny: ")
+    assert "torch.bfloat16 on cpu, prefill skips 0 of 5 layers, at most 1.00x" in repr(loaded)
 
 
 # Refusals

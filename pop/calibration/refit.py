@@ -83,11 +83,12 @@ def calibrate(
         raise PlanError("the list of plans is empty; give at least one plan")
     taps = check_count("taps", taps, least=1, most=2)
     seed = check_count("seed", seed, least=-(2**63), most=2**63 - 1)
-    window = check_count("window", window, least=SHORTEST)
+    window = min(check_count("window", window, least=SHORTEST), model.max_seq_len)
     held_out = check_count("held_out", held_out)
-    windows = _windows(model, texts, images, videos, min(window, model.max_seq_len))
+    windows = _windows(model, texts, images, videos, window)
     if len(windows) < 2:
-        raise InputError(f"texts have fewer than two windows of {SHORTEST} tokens; give more text or a smaller window")
+        needed = f"calibration needs two windows of {SHORTEST} to {window} tokens, but the texts have {len(windows)}"
+        raise InputError(f"{needed}; give several texts, {window + SHORTEST} tokens in one text, or a smaller window")
     random.Random(seed).shuffle(windows)
     held_out = min(held_out, max(1, len(windows) // 5))
     judge, windows = windows[:held_out], windows[held_out:]

@@ -67,6 +67,17 @@ def read_config(folder: str | Path) -> configs.Config:
     return config
 
 
+def read_sampling(folder: Path) -> dict[str, Any] | None:
+    """Return the options of sampling that generation_config.json states, unchecked. None if it is missing."""
+    path = folder / "generation_config.json"
+    if not path.exists():
+        return None
+    stated, drawn = read_json(path), ("temperature", "top_k", "top_p", "min_p")
+    names = ("repetition_penalty", *(drawn if stated.get("do_sample") else ()))
+    options = {name: stated[name] for name in names if stated.get(name) not in (None, 0)}  # a top_k of 0 is none
+    return ({"temperature": 1.0} if stated.get("do_sample") else {}) | options
+
+
 def read_fields(path: Path, reader: Callable[[Fields], Any], unsupported: Container[str] | None, advice="") -> Any:
     """Return what `reader` makes of the fields of a file. Errors name the file, and `advice` ends them."""
     values = read_json(path)

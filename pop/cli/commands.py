@@ -27,10 +27,11 @@ from pop.checkpoints import download as downloads
 from pop.checkpoints import gguf, registry
 from pop.cli.demo import run as run_demo
 from pop.errors import ContextOverflow, InputError, PopError, WeightsNotFound, check_count
+from pop.generation.options import OPTIONS
 from pop.generation.sampling import SamplingParams
 
 # The options of the command line that have the names of arguments are handed on.
-LOADING, SAMPLING = (inspect.signature(call).parameters for call in (pop.load, SamplingParams))
+LOADING, SAMPLING = inspect.signature(pop.load).parameters, [option.name for option in OPTIONS]
 HELP = "/new starts a new conversation, /quit ends, // begins a message with a slash, Ctrl-C stops an answer."
 
 
@@ -256,9 +257,9 @@ def _media(args, model) -> dict:
 
 
 def _sampling(args) -> dict:
-    options = {name: value for name, value in vars(args).items() if name in SAMPLING and value is not None}
-    SamplingParams(**options)  # raises before the weights are read
-    return options
+    given = {name: value for name, value in vars(args).items() if name in SAMPLING and value is not None}
+    SamplingParams(**{name: value for name, value in given.items() if name != "sampling"})  # raises before loading
+    return given
 
 
 def _print_answer(stream) -> None:
@@ -319,6 +320,9 @@ def _parser() -> argparse.ArgumentParser:
         add("--temperature", help="0, the default, is greedy decoding", type=float, metavar="T")
         add("--top-k", help="sample from the K likeliest tokens", type=int, metavar="K")
         add("--top-p", help="sample from the likeliest tokens whose probabilities sum to P", type=float, metavar="P")
+        add("--min-p", help="sample from tokens of at least P times the best probability", type=float, metavar="P")
+        add("--repetition-penalty", help="above 1: tokens that occurred are less likely", type=float, metavar="R")
+        add("--sampling", help="take what is not given from generation_config.json", choices=("checkpoint",))
         integer(add, "--seed", "the same seed gives the same text")
         add("--stop", help="end the answer before this text; may be repeated", action="append", metavar="TEXT")
         add = parser.add_argument_group("prompt").add_argument

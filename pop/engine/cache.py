@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from pop.errors import CacheMemoryError, check_count
+from pop.errors import CacheMemoryError, ContextOverflow, InputError, check_count
 from pop.system.memory import free_bytes, to_device
 
 CHUNK_SIZE = 2048  # tokens of a row that prefill runs at once by default
@@ -79,6 +79,28 @@ class KVCache:
         slots = sum(_slots(window, max_seq_len, chunk_size) + 1 for window in config.windows)
         numbers = 2 * slots * config.num_kv_heads * config.head_dim + config.num_layers * config.hidden_size
         return batch_size * numbers * dtype.itemsize
+
+    def check(self, config, dtype: torch.dtype, device: torch.device, chunk_size: int, added: torch.Tensor) -> None:
+        """Raise a PopError unless it is intact, and has B rows of such a model with room for `added` [B] more tokens.
+
+        It must also take chunks of `chunk_size` tokens.
+        """
+        shape = config.num_kv_heads, config.head_dim
+        shapes = [(self.batch_size, self.slots(window) + 1, *shape) for window in config.windows]
+        if ([keys.shape for keys in self.keys], self.keys[0].dtype, self.keys[0].device) != (shapes, dtype, device):
+            raise InputError("the cache was made for another model, dtype or device; make one with model.new_cache()")
+        if not self.intact:
+            raise InputError("a prefill that failed has overwritten tokens of the cache; empty it with cache.reset()")
+        if self.batch_size != len(added):
+            raise InputError(f"tokens has {len(added)} rows, but the cache has {self.batch_size}")
+        if self.chunk_size < chunk_size:
+            takes = f"the cache takes {self.chunk_size} tokens at once"
+            raise InputError(f"{takes}, but an image has {chunk_size}; enlarge it")
+        total = self.lengths + added
+        row = int(total.argmax())
+        if total[row] > self.max_seq_len:
+            numbers = f"{total[row]} tokens, {added[row]} of them new, but its max_seq_len is {self.max_seq_len}"
+            raise ContextOverflow(f"row {row} of the cache would hold {numbers}; make it larger or the prompt shorter")
 
     @property
     def batch_size(self) -> int:

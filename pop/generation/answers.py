@@ -19,6 +19,7 @@ class Generation:
     ttft_s: float  # seconds from the call to the batch's first token, including tokenization
     decode_s: float  # seconds from the first token to the last
     finish_reason: str  # "stop": an end token or a stop string; "length": max_new_tokens or a full context
+    logprobs: list[float] | None = None  # log p of each token by the model's own softmax(logits), with logprobs=True
 
     @property
     def tokens_per_s(self) -> float:
@@ -44,18 +45,20 @@ class Answer:
         self.end_ids, self.stop, self.max_new_tokens = end_ids, stop, max_new_tokens
         self.text_of = None if tokenizer is None else tokenizer.text_stream()  # holds back incomplete characters
         self.tokens: list[int] = []
+        self.logprobs: list[float | None] = []
         self.text = ""  # settled: no later token changes it
         self.pending = ""  # may still turn out to be the beginning of a stop string
         self.finish_reason: str | None = None
 
-    def push(self, token: int) -> str:
-        """Take the next token and return the text that it settles. A finished answer takes nothing more."""
+    def push(self, token: int, logprob: float | None = None) -> str:
+        """Take the next token, and return the text that it settles. A finished answer takes nothing more."""
         if self.finish_reason:
             return ""
         if token in self.end_ids:
             self.finish_reason, token = "stop", None
         else:
             self.tokens.append(token)
+            self.logprobs.append(logprob)
             if len(self.tokens) == self.max_new_tokens:
                 self.finish_reason = "length"
         if self.text_of is not None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
@@ -13,8 +12,10 @@ from pop import engine
 from pop.engine.cache import KVCache
 from pop.errors import InputError
 from pop.generation.answers import Answer, Generation, end_ids
+from pop.generation.logits import LogitsRules
 from pop.generation.sampling import Sampler, SamplingParams, read_tokens
 from pop.inputs.processors import Prepared
+from pop.inputs.tokenizers import token_ids
 from pop.pruning.plan import PrunePlan
 from pop.system.memory import to_device
 
@@ -32,23 +33,23 @@ class Batch:
         plan: PrunePlan | None = None,
         is_list: bool = False,  # whether `generate` returns a list
         earlier: KVCache | None = None,  # a cache of one row, which all prompts continue and none changes
-        leading: Sequence[int] = (),  # token ids that run at full depth before the prompts
+        earlier_tokens: Sequence[int] = (),  # what all prompts continue: the cache's tokens, and some that never ran
         after_step: Callable[[Batch], None] = lambda batch: None,  # called after each token of the batch
     ):
         self.model, self.prompts, self.media, self.plan = model, prompts, media, model.resolve(plan)
-        self.is_list, self.earlier, self.leading, self.after_step = is_list, earlier, list(leading), after_step
+        self.is_list, self.earlier, self.earlier_tokens, self.after_step = is_list, earlier, earlier_tokens, after_step
         if params.stop:
             model.need_tokenizer("stop")
+        ends = end_ids(model)
+        if params.stop_token_ids:
+            ends |= {*token_ids(list(params.stop_token_ids), 1, model.config.vocab_size).tolist()}
         seeds = params.seeds(len(prompts))
         if model.part is not None:  # several processes must continue with the same tokens
             seeds = model.part.agree(seeds, model.device)
         self.sampler = Sampler(params, seeds)
-        without_text = [*model.vision.placeholders.values(), *(model.tokenizer.unused_ids if model.tokenizer else ())]
-        # The embedding may be padded beyond the tokenizer's vocabulary.
-        self.known = model.config.vocab_size if model.tokenizer is None else model.tokenizer.vocab_size
-        without_text = [token for token in without_text if token < min(self.known, model.config.vocab_size)]
-        (self.without_text,) = to_device([torch.tensor(without_text, dtype=torch.int64)], model.device)
-        self.num_earlier = len(leading) + (0 if earlier is None else int(earlier.lengths[0]))
+        self.rules = LogitsRules(model, params, [[*earlier_tokens, *prompt] for prompt in prompts], ends)
+        self.logprobs = params.logprobs
+        self.num_earlier = len(earlier_tokens)
         longest, row = max((len(prompt), row) for row, prompt in enumerate(prompts))
         note = f" ({longest} tokens after {self.num_earlier} earlier ones)" if self.num_earlier else ""
         model.check_fits(self.num_earlier + longest, f"the prompt{note}", media[row])
@@ -56,33 +57,39 @@ class Batch:
         left = model.max_seq_len + 1 - self.num_earlier
         limits = [min(params.max_new_tokens, left - len(prompt)) for prompt in prompts]
         self.max_seq_len = self.num_earlier - 1 + max(len(p) + limit for p, limit in zip(prompts, limits, strict=True))
-        ends = end_ids(model)
         self.answers = [Answer(model.tokenizer, ends, params.stop, limit) for limit in limits]
         self.cache: KVCache | None = None  # made by `prefill`
+        self.times: list[float] = []  # when each token of the batch was there, by time.perf_counter()
 
     def generate(self, began: float) -> Generation | list[Generation]:
         """Generate all answers. Seconds count from `began`, a time.perf_counter()."""
-        seconds = [time.perf_counter() - began for _ in self.steps()]
-        generations = [
-            Generation(
-                text=None if self.model.tokenizer is None else answer.text,
-                tokens=answer.tokens,
-                prompt_tokens=self.num_earlier + len(prompt),
-                ttft_s=seconds[0],
-                decode_s=seconds[max(len(answer.tokens) - 1, 0)] - seconds[0],
-                finish_reason=answer.finish_reason,
-            )
-            for prompt, answer in zip(self.prompts, self.answers, strict=True)
-        ]
+        for _ in self.steps():
+            pass
+        generations = [self.generation(row, began) for row in range(len(self.answers))]
         return generations if self.is_list else generations[0]
 
-    def stream(self) -> Iterator[str]:
+    def generation(self, row: int, began: float) -> Generation:
+        """The finished answer of a row."""
+        answer = self.answers[row]
+        return Generation(
+            text=None if self.model.tokenizer is None else answer.text,
+            tokens=answer.tokens,
+            prompt_tokens=self.num_earlier + len(self.prompts[row]),
+            ttft_s=self.times[0] - began,
+            decode_s=self.times[max(len(answer.tokens) - 1, 0)] - self.times[0],
+            finish_reason=answer.finish_reason,
+            logprobs=answer.logprobs if self.logprobs else None,
+        )
+
+    def stream(self, began: float) -> Stream:
         """Generate the only answer in pieces of whole characters, as they come."""
         self.model.need_tokenizer("stream")
         if self.is_list:
             raise InputError("stream takes one prompt; use generate for a batch, or one stream for each prompt")
-        return (piece for (piece,) in self.steps() if piece)
+        return Stream(self, began)
 
+    @torch.inference_mode(False)  # as the engine: the caller may leave that mode between two pieces
+    @torch.no_grad()
     def steps(self) -> Iterator[list[str]]:
         """Generate. After each token of the batch, yield the text that the token has settled in each row."""
         with suppress(GeneratorExit):  # of a stream that nobody reads to its end
@@ -99,10 +106,13 @@ class Batch:
         logits = self.prefill()
         rows = list(range(len(self.answers)))  # the answer that each row of the cache belongs to
         while True:
-            tokens = self._sample(logits)
+            tokens, logprobs = self._sample(logits, [self.answers[row] for row in rows])
             pieces = [""] * len(self.answers)
-            for row, token in zip(rows, read_tokens(tokens), strict=True):  # the only wait for the device
-                pieces[row] = self.answers[row].push(token)
+            picked = read_tokens(tokens)  # the only wait for the device
+            self.times.append(time.perf_counter())
+            logprobs = [None] * len(rows) if logprobs is None else logprobs.tolist()
+            for row, token, logprob in zip(rows, picked, logprobs, strict=True):
+                pieces[row] = self.answers[row].push(token, logprob)
             self.after_step(self)
             yield pieces
             unfinished = [number for number, row in enumerate(rows) if not self.answers[row].finish_reason]
@@ -113,9 +123,11 @@ class Batch:
             if len(unfinished) < len(rows) and (self.cache.step is None or 2 * len(unfinished) <= len(rows) or is_full):
                 kept = torch.tensor(unfinished)
                 rows = [rows[number] for number in unfinished]
-                tokens = tokens[to_device([kept], tokens.device)[0]]
+                (kept_there,) = to_device([kept], tokens.device)
+                tokens = tokens[kept_there]
                 self.cache.keep_rows(kept)
                 self.sampler.keep_rows(unfinished)
+                self.rules.keep_rows(kept_there)
             # Like model.decode, without its checks of the arguments, and of the module for changes since the prefill.
             stages = self.model._stages(len(rows), look=False)
             logits = engine.decode(self.model.module, tokens, self.cache, stages)
@@ -126,16 +138,39 @@ class Batch:
         self.cache = self.model.caches.take(self.model, B, self.max_seq_len)
         if self.earlier is not None:
             self.cache.copy_from(self.earlier)
-        if self.leading:
-            self.model.prefill([self.leading] * B, self.cache, plan=PrunePlan.none())
+        # The last token of a truncated answer was sampled but never run, so it is not in the cache.
+        if leading := self.earlier_tokens[0 if self.earlier is None else int(self.earlier.lengths[0]) :]:
+            self.model.prefill([leading] * B, self.cache, plan=PrunePlan.none())
         options = {"lengths": lengths, "images": self.media, "plan": self.plan}
         return self.model.prefill(padded(self.prompts), self.cache, **options)
 
-    def _sample(self, logits: torch.Tensor) -> torch.Tensor:
-        """logits [B, V] -> tokens [B]. Never picks an image's placeholder, or an id without text."""
-        if len(self.without_text):  # a copy: the caller's logits stay as they are
-            logits = logits.index_fill(-1, self.without_text, -math.inf)
-        return self.sampler(logits[:, : self.known])
+    def _sample(self, logits: torch.Tensor, answers: list[Answer]) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """logits [B, V] of these answers -> tokens [B] and, if wanted, their log-probabilities [B]."""
+        tokens = self.sampler(self.rules(logits, answers))
+        self.rules.took(tokens)
+        if not self.logprobs:
+            return tokens, None
+        return tokens, logits.gather(-1, tokens.clamp(min=0)[:, None])[:, 0] - logits.logsumexp(-1)
+
+
+class Stream(Iterator[str]):
+    """The pieces of an answer, as they come. `generation` is the finished answer, from the last piece on."""
+
+    def __init__(self, batch: Batch, began: float):
+        self.generation: Generation | None = None
+        self._batch, self._began, self._steps = batch, began, batch.steps()
+
+    def __next__(self) -> str:
+        for (piece,) in self._steps:
+            if self._batch.answers[0].finish_reason:
+                self.generation = self._batch.generation(0, self._began)
+            if piece:
+                return piece
+        raise StopIteration
+
+    def close(self) -> None:
+        """End the answer here."""
+        self._steps.close()
 
 
 def padded(rows: list[list[int]]) -> list[list[int]]:

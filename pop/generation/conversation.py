@@ -8,14 +8,14 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Iterator
 
 import torch
 
 from pop.engine.cache import KVCache
 from pop.errors import InputError, PlanError
 from pop.generation.answers import Generation, answer_text
-from pop.generation.batch import Batch
+from pop.generation.batch import Batch, Stream
+from pop.generation.options import sampling_params, takes_options
 from pop.generation.sampling import SamplingParams
 from pop.inputs.processors import Prepared, as_list
 from pop.pruning.plan import PrunePlan
@@ -68,6 +68,7 @@ class Conversation:
         """The token ids of all prompts and answers, in order."""
         return [token for turn in self.turns for token in turn.prompt + turn.answer]
 
+    @takes_options
     def send(self, message, *, images=(), videos=(), **options) -> Generation:
         """Answer one more message.
 
@@ -79,12 +80,14 @@ class Conversation:
         began = time.perf_counter()
         return self._next_turn(message, images, videos, options).generate(began)
 
-    def stream(self, message, *, images=(), videos=(), **options) -> Iterator[str]:
-        """Like `send`, but yields the answer in pieces. The turn counts once the last piece has been read."""
-        return self._next_turn(message, images, videos, options).stream()
+    @takes_options
+    def stream(self, message, *, images=(), videos=(), **options) -> Stream:
+        """Like `send`, but yields pieces, as `Model.stream`. The turn counts once the last one has been read."""
+        began = time.perf_counter()
+        return self._next_turn(message, images, videos, options).stream(began)
 
     def fork(self) -> Conversation:
-        """A second conversation with the same turns. Both go on independently, and share the model and the cache."""
+        """A second conversation with the same turns. They continue independently, and share the model."""
         other = object.__new__(type(self))
         self._is_shared = True
         vars(other).update(vars(self))
@@ -160,9 +163,7 @@ class Conversation:
     def _batch(self, prompt: list[int], media: list[Prepared], params: SamplingParams, **options) -> Batch:
         """A batch of one prompt, which continues from the cache."""
         _, cache = self._state
-        # The last token of a truncated answer was sampled but never run, so it is not in the cache.
-        missing = [] if cache is None else self.tokens[int(cache.lengths[0]) :]
-        options |= {"plan": self.plan, "earlier": cache, "leading": missing}
+        options |= {"plan": self.plan, "earlier": cache, "earlier_tokens": self.tokens}
         return Batch(self.model, [prompt], [media], params, **options)
 
     def _next_turn(self, message, images, videos, options: dict) -> Batch:
@@ -184,7 +185,7 @@ class Conversation:
                     self.model.caches.give(earlier)
                 self._is_shared = False
 
-        return self._batch(prompt, media, SamplingParams(**options), after_step=after_step)
+        return self._batch(prompt, media, sampling_params(self.model, options), after_step=after_step)
 
     def _replay(self, user, assistant: str, answer: list, hashes: list[str], cut: str | None = None) -> None:
         """Add a turn of a saved conversation. `cut` is what a stop string has cut off its answer, if that is known."""

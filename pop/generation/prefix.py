@@ -1,12 +1,11 @@
 """Prefixes: what many prompts begin with, encoded once."""
 
 import time
-from collections.abc import Iterator
 
 from pop.errors import InputError
 from pop.generation.answers import Generation
-from pop.generation.batch import Batch, as_prompts
-from pop.generation.sampling import SamplingParams
+from pop.generation.batch import Batch, Stream, as_prompts
+from pop.generation.options import sampling_params, takes_options
 from pop.generation.scoring import score
 from pop.pruning.plan import PrunePlan
 
@@ -35,6 +34,7 @@ class Prefix:
             self._cache = model.new_cache(1, cut)
             model.prefill([self.tokens[:cut]], self._cache, images=[encoded], plan=self.plan, boundary=False)
 
+    @takes_options
     def generate(self, rest, *, images=None, videos=None, **options) -> Generation | list[Generation]:
         """Continue the prefix and a rest, or a list of rests as one batch, which returns a list.
 
@@ -45,9 +45,11 @@ class Prefix:
         began = time.perf_counter()
         return self._batch(rest, images, videos, options).generate(began)
 
-    def stream(self, rest, *, images=None, videos=None, **options) -> Iterator[str]:
-        """Like `generate` for one rest, but yields the answer in pieces of whole characters, as they come."""
-        return self._batch(rest, images, videos, options).stream()
+    @takes_options
+    def stream(self, rest, *, images=None, videos=None, **options) -> Stream:
+        """Like `generate` for one rest, but yields the answer in pieces, as `Model.stream` does."""
+        began = time.perf_counter()
+        return self._batch(rest, images, videos, options).stream(began)
 
     def score(self, continuation) -> float | list[float]:
         """log p(continuation | prefix), as `Model.score`; for a list of continuations, a list."""
@@ -56,10 +58,11 @@ class Prefix:
     def _batch(self, rest, images, videos, options: dict) -> Batch:
         if "plan" in options:
             raise InputError("a prefix keeps its plan; make another prefix for another plan")
-        params = SamplingParams(**options)
+        params = sampling_params(self.model, options)
         rests, is_list = as_prompts(rest)
         rows = self.model.vision.prepare_batch(images, videos, len(rests))
         rests = [self.model.encode(rest, bos=False, media=row) for rest, row in zip(rests, rows, strict=True)]
         prompts = [self._left_tokens + rest for rest in rests]
         media = [self._left_media + row for row in rows]
-        return Batch(self.model, prompts, media, params, plan=self.plan, is_list=is_list, earlier=self._cache)
+        earlier = {"earlier": self._cache, "earlier_tokens": self.tokens[: len(self.tokens) - len(self._left_tokens)]}
+        return Batch(self.model, prompts, media, params, plan=self.plan, is_list=is_list, **earlier)

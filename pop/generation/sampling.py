@@ -22,6 +22,12 @@ class SamplingParams:
     top_p: float | None = None  # draw from the fewest likeliest tokens that sum to p or more; None: from all
     seed: int | None = None  # makes the draws repeatable; None: every call draws anew
     stop: str | Sequence[str] | None = None  # an answer ends before the first of these strings that it contains
+    min_p: float | None = None  # draw from tokens of at least p times the likeliest one's probability; None: from all
+    repetition_penalty: float = 1.0  # divides positive logits of tokens in the prompt or the answer, multiplies others
+    stop_token_ids: Sequence[int] = ()  # these tokens end an answer as the end tokens do
+    min_new_tokens: int = 0  # no token ends an answer before it has as many tokens; a stop string may
+    logits_processor: Callable[[list[int], torch.Tensor], torch.Tensor] | None = None  # see logits.py
+    logprobs: bool = False  # whether a Generation has the log-probabilities of its tokens
 
     def __post_init__(self):
         check_count("max_new_tokens", self.max_new_tokens)
@@ -30,6 +36,18 @@ class SamplingParams:
             check_count("top_k", self.top_k)
         if self.top_p is not None:
             _check_number("top_p", self.top_p, lambda x: 0 < x <= 1, "a number above 0 and at most 1, or None")
+        if self.min_p is not None:
+            _check_number("min_p", self.min_p, lambda x: 0 <= x <= 1, "a number from 0 to 1, or None")
+        _check_number("repetition_penalty", self.repetition_penalty, lambda x: 0 < x < math.inf, "a number above 0")
+        check_count("min_new_tokens", self.min_new_tokens, 0, self.max_new_tokens)
+        if not isinstance(self.stop_token_ids, Sequence) or isinstance(self.stop_token_ids, str):
+            raise InputError(f"stop_token_ids is {self.stop_token_ids!r}; it must be a list of token ids")
+        for token in self.stop_token_ids:
+            check_count("a token of stop_token_ids", token, least=0)
+        if not (self.logits_processor is None or callable(self.logits_processor)):
+            raise InputError(f"logits_processor is {self.logits_processor!r}; it must be a function, or None")
+        if not isinstance(self.logprobs, bool):
+            raise InputError(f"logprobs is {self.logprobs!r}; it must be True or False")
         if self.seed is not None:
             check_count("seed", self.seed, least=0, most=2**63 - 1)
         stop = [self.stop] if isinstance(self.stop, str) else self.stop or ()
@@ -53,6 +71,7 @@ class Sampler:
         limits = torch.finfo(torch.float32)  # a number outside would be rounded to 0 or to infinity
         self.temperature = params.temperature and min(max(float(params.temperature), limits.tiny), limits.max)
         self.top_k, self.top_p = params.top_k, 1.0 if params.top_p is None else float(params.top_p)
+        self.min_p = float(params.min_p or 0)
         self.generators = [torch.Generator().manual_seed(seed) for seed in seeds]
 
     def keep_rows(self, rows: list[int]) -> None:
@@ -89,10 +108,14 @@ class Sampler:
             order, below = keys & (2**32 - 1), (keys >> 32).int().view(torch.float32)
         # Integers have the same sum in any order. So all devices and processes agree, and a sum does not grow at a
         # weight of 0, which is thus never drawn. The largest weight is 2**34: float64 can hold the sum of 2**18.
-        sums = (below.neg().exp() * 2**34).long().cumsum(-1)  # [B, k]
+        weights = (below.neg().exp() * 2**34).long()
+        sums = weights.cumsum(-1)  # [B, k]
         total = sums[:, -1:].double()
         if self.top_p < 1:  # the sum of the fewest tokens that reach top_p
             total = sums.gather(-1, torch.searchsorted(sums, (total * self.top_p).long())).double()
+        if self.min_p:
+            sums = weights.where(weights >= self.min_p * 2**34, 0).cumsum(-1)
+            total = total.minimum(sums[:, -1:])
         drawn = torch.searchsorted(sums, (numbers * (total / 2**53)).long(), right=True)
         return drawn if order is None else order.gather(-1, drawn)
 

@@ -107,6 +107,17 @@ class PrunePlan:
             )
         return self
 
+    def speedup(self, model, prompt_tokens: int) -> float:
+        """The most that a prefill of `prompt_tokens` tokens of text can gain: F(none) / F(plan), see cost.py.
+
+        Args:
+            model: A pop.Model.
+        """
+        from pop.pruning.cost import speedup_limit  # here, because it imports this file
+
+        plan = self.check(model.config.num_layers)
+        return speedup_limit(model.config, check_count("prompt_tokens", prompt_tokens), plan)
+
     def groups(self, num_layers: int, deepstack_layers: int = 0) -> list[tuple[bool, list[int]]]:
         """Split layers 0 to num_layers - 1 into groups of consecutive layers, each (pruned?, indices).
 

@@ -77,6 +77,11 @@ def test_models_are_listed_with_where_they_are(capsys, tmp_path, monkeypatch):
             ["--temperature", "2", "--seed", "3", "--top-p", ".2"],
             {"temperature": 2.0, "seed": 3, "top_p": 0.2},
         ),
+        (
+            ["--temperature", "2", "--seed", "3", "--min-p", ".9"],
+            {"temperature": 2.0, "seed": 3, "min_p": 0.9},
+        ),
+        (["--repetition-penalty", "2"], {"repetition_penalty": 2.0}),
     ],
 )
 def test_generate_prints_what_the_model_generates(arguments, options, folder, model, capsys):
@@ -85,6 +90,20 @@ def test_generate_prints_what_the_model_generates(arguments, options, folder, mo
     assert capsys.readouterr().out == expected + "\n"
     if options:  # they matter here
         assert expected != model.generate("Hello", max_new_tokens=12).text
+
+
+def test_the_checkpoints_sampling_gives_way_to_options(tmp_path, capsys):
+    folder = str(write_chat_checkpoint(tmp_path))
+    (tmp_path / "generation_config.json").write_text('{"do_sample": true, "temperature": 5.0, "top_k": 9}')
+    model, line = pop.load(folder), ["generate", folder, "Hello", "--max-new-tokens", "12", "--seed", "3"]
+    for arguments, options in (
+        ([], {}),
+        (["--sampling", "checkpoint"], {"temperature": 5.0, "top_k": 9}),
+        (["--sampling", "checkpoint", "--temperature", "0"], {"temperature": 0}),
+        (["--sampling", "checkpoint", "--top-k", "2"], {"temperature": 5.0, "top_k": 2}),
+    ):
+        assert main([*line, *arguments]) == 0
+        assert capsys.readouterr().out == model.generate("Hello", max_new_tokens=12, seed=3, **options).text + "\n"
 
 
 @pytest.mark.parametrize(

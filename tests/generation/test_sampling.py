@@ -27,7 +27,7 @@ def shares(logits, count, **settings) -> torch.Tensor:
     return torch.bincount(picked, minlength=len(logits))
 
 
-def expected_probabilities(logits, temperature, top_k=None, top_p=1.0) -> torch.Tensor:
+def expected_probabilities(logits, temperature, top_k=None, top_p=1.0, min_p=0.0) -> torch.Tensor:
     """From the definitions, in float64. Of equally likely tokens, the one with the smaller id comes first."""
     probs = (logits.double() / temperature).softmax(-1)
     order = sorted(range(len(logits)), key=lambda token: (-logits[token].item(), token))
@@ -36,6 +36,7 @@ def expected_probabilities(logits, temperature, top_k=None, top_p=1.0) -> torch.
         if total < (top_p - 1e-7) * probs[order[:top_k]].sum():
             kept.append(token)
             total += probs[token].item()
+    kept = [token for token in kept if probs[token] >= min_p * probs.max()]
     return torch.zeros_like(probs).index_copy(0, torch.tensor(kept), probs[kept] / probs[kept].sum())
 
 
@@ -46,19 +47,20 @@ def expected_probabilities(logits, temperature, top_k=None, top_p=1.0) -> torch.
     st.lists(st.sampled_from([-math.inf, -2.0, -1.0, 0.0, 0.5, 0.75, 3.0]), min_size=1, max_size=12),
     st.none() | st.integers(1, 14),
     st.none() | st.floats(0.05, 1.0),
+    st.none() | st.floats(0.01, 1.0),
     st.floats(0.2, 3.0),
 )
-def test_every_token_has_its_share_of_the_random_numbers(values, top_k, top_p, temperature):
+def test_every_token_has_its_share_of_the_random_numbers(values, top_k, top_p, min_p, temperature):
     """Also among ties and impossible tokens. A token of probability p gets p of the numbers, up to one at each end."""
     logits = torch.tensor([*values, 0.25])
-    settings = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
+    settings = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
     found = shares(logits, 1000, **settings)
-    expected = expected_probabilities(logits, temperature, top_k, top_p or 1.0)
+    expected = expected_probabilities(logits, temperature, top_k, top_p or 1.0, min_p or 0.0)
     assert (found - 1000 * expected).abs().max() <= 1.01
     assert not found[expected == 0].any()
 
 
-@pytest.mark.parametrize("settings", [{}, {"top_k": 20}, {"top_p": 0.8}, {"top_k": 30, "top_p": 0.7}])
+@pytest.mark.parametrize("settings", [{}, {"top_k": 20}, {"top_p": 0.8}, {"top_k": 30, "top_p": 0.7}, {"min_p": 0.1}])
 def test_drawn_frequencies_are_the_probabilities(settings):
     """A chi-square test. The bound is that of one test in a hundred thousand, about."""
     settings, count = {"temperature": 0.7, **settings}, 20_000
@@ -148,7 +150,7 @@ def test_a_row_that_is_not_finite_gets_no_token_and_raises_when_read(broken, set
 
 
 @pytest.mark.parametrize(
-    "settings", [{"temperature": 0.0}, {}, {"top_k": 5}, {"top_p": 0.5}, {"top_k": 5, "top_p": 0.5}]
+    "settings", [{"temperature": 0.0}, {}, {"top_k": 5}, {"top_p": 0.5}, {"top_k": 5, "top_p": 0.5}, {"min_p": 0.1}]
 )
 def test_nothing_waits_for_the_device(settings):
     sampler = make(2, **{"temperature": 1.0, **settings})
@@ -176,6 +178,19 @@ def test_nothing_waits_for_the_device(settings):
         ("seed", -1),
         ("seed", 0.5),
         ("seed", 2**63),
+        ("min_p", 1.1),
+        ("min_p", -0.1),
+        ("min_p", math.nan),
+        ("repetition_penalty", 0),
+        ("repetition_penalty", None),
+        ("repetition_penalty", math.inf),
+        ("min_new_tokens", -1),
+        ("min_new_tokens", 257),
+        ("min_new_tokens", 1.5),
+        ("stop_token_ids", 5),
+        ("stop_token_ids", "5"),
+        ("logits_processor", 5),
+        ("logprobs", 5),
         ("stop", ""),
         ("stop", ["x", ""]),
         ("stop", [3]),
@@ -185,6 +200,12 @@ def test_nothing_waits_for_the_device(settings):
 def test_settings_out_of_range_are_refused_by_name(name, value):
     with pytest.raises(pop.InputError, match=rf"{name} is {re.escape(repr(value))};"):
         SamplingParams(**{name: value})
+
+
+def test_a_stop_token_that_is_no_id_is_refused():
+    for token in (-1, 1.5, True, "a", None):
+        with pytest.raises(pop.InputError, match=rf"stop_token_ids is {re.escape(repr(token))};"):
+            SamplingParams(stop_token_ids=[3, token])
 
 
 def test_stop_strings_come_alone_or_in_a_list():

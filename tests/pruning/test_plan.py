@@ -2,12 +2,14 @@
 
 import json
 import os
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from support.tiny import tiny_config
 
-from pop import PlanError, PrunePlan
+from pop import InputError, PlanError, PrunePlan, cost
 from pop.pruning.projections import KVProjections
 
 
@@ -30,6 +32,19 @@ def test_layers_are_stored_sorted_as_python_integers():
     assert plan == PrunePlan(layers=[2, 4], full_depth_last=3)
     assert all(type(layer) is int for layer in plan.layers)
     assert hash(plan) == hash(PrunePlan((2, 4), 3))
+
+
+@pytest.mark.parametrize("tokens", [1, 16, 2048])
+def test_speedup_is_that_of_the_cost_model(tokens):
+    config = tiny_config(max_positions=4096)
+    model, plan = SimpleNamespace(config=config), PrunePlan((2, 4), full_depth_last=3)
+    flops = [cost.prefill_flops(config, tokens, each) for each in (PrunePlan.none(), plan)]
+    assert plan.speedup(model, tokens) == flops[0] / flops[1] >= 1
+    assert PrunePlan.none().speedup(model, tokens) == 1
+    with pytest.raises(PlanError, match="layer 9"):
+        PrunePlan((9,)).speedup(model, tokens)
+    with pytest.raises(InputError, match="prompt_tokens is 0"):
+        plan.speedup(model, 0)
 
 
 def test_groups_end_where_the_plan_changes_and_after_each_deepstack_layer():

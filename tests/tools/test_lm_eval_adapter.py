@@ -77,6 +77,8 @@ def test_samples_differ_and_follow_the_harness_seed(make):
         ({"do_sample": False, "temperature": 0.7, "top_p": 0.0, "num_beams": 1}, {"temperature": 0.0}),
         ({"temperature": 0.7, "top_p": 0.9}, {"temperature": 0.7, "top_p": 0.9, "top_k": None}),
         ({"do_sample": True, "top_k": 5}, {"temperature": 1.0, "top_k": 5}),
+        ({"repetition_penalty": 1.2, "min_p": 0.1}, {"temperature": 0.0, "repetition_penalty": 1.2}),
+        ({"temperature": 0.7, "min_p": 0.1}, {"min_p": 0.1, "repetition_penalty": 1.0}),
         ({"do_sample": True, "top_k": -1}, {"temperature": 1.0, "top_k": None}),
     ],
 )
@@ -87,7 +89,7 @@ def test_generation_options(given, expected):
 
 
 def test_generation_options_that_pop_lacks():
-    for option in ({"num_beams": 4}, {"repetition_penalty": 1.2}, {"typical_p": 1}):
+    for option in ({"num_beams": 4}, {"typical_p": 1}):
         with pytest.raises(InputError, match=str(option)):
             generation_options(option)
 

@@ -307,20 +307,21 @@ def generation_options(gen_kwargs: dict) -> dict:
     if do_sample is None:
         do_sample = bool(temperature)
     top_k, top_p = given.pop("top_k", None), given.pop("top_p", None)
-    for name, neutral in (("num_beams", 1), ("repetition_penalty", 1), ("min_p", 0)):
-        if given.get(name) == neutral:
-            del given[name]
+    penalty, min_p = given.pop("repetition_penalty", None), given.pop("min_p", None)
+    if given.get("num_beams") == 1:
+        del given["num_beams"]
     if given:
         raise InputError(f"pop does not have the generation options {given}; remove them from the task or --gen_kwargs")
     options = {
         "max_new_tokens": int(lengths[0]) if lengths else MAX_GEN_TOKS,
         "stop": [text for text in ([until] if isinstance(until, str) else until) if text],
         "temperature": 0.0,
+        "repetition_penalty": 1.0 if penalty is None else penalty,
     }
     if do_sample:
         options["temperature"] = 1.0 if temperature is None else float(temperature)
         options["top_k"] = top_k if top_k and top_k > 0 else None  # 0 and -1 mean all tokens
-        options["top_p"] = top_p
+        options |= {"top_p": top_p, "min_p": min_p}
     return options
 
 

@@ -1,0 +1,146 @@
+"""Options of public methods: their signatures, names that do not exist, and the checkpoint's own sampling."""
+
+import dataclasses
+import inspect
+import json
+
+import pytest
+import torch
+from support.chat_models import make
+from support.tiny_chat import write_chat_checkpoint
+
+import pop
+from pop.generation.options import sampling_params
+from pop.generation.sampling import SamplingParams
+
+FIELDS = {field.name: field.default for field in dataclasses.fields(SamplingParams)} | {"sampling": None}
+MESSAGES = [{"role": "user", "content": "Hi"}]
+
+
+@pytest.fixture(scope="module")
+def model():
+    return make("llama", pop.PrunePlan((3, 4)))
+
+
+def methods(model):
+    """Each method that takes options, with its other arguments."""
+    chat, prefix = model.start_chat(), model.prefix("Once")
+    yield from (("Model.generate", model.generate, "a"), ("Model.stream", model.stream, "a"))
+    yield from (("Model.chat", model.chat, MESSAGES), ("Conversation.send", chat.send, "Hi"))
+    yield from (("Conversation.stream", chat.stream, "Hi"), ("Prefix.generate", prefix.generate, " a"))
+    yield "Prefix.stream", prefix.stream, " a"
+
+
+def test_an_option_that_does_not_exist_is_an_error_of_the_method(model):
+    for name, method, given in methods(model):
+        with pytest.raises(TypeError, match=rf"^{name}\(\) got an unexpected keyword argument 'temprature'$"):
+            method(given, temprature=1)
+
+
+def test_signatures_show_all_options(model):
+    for _, method, _ in methods(model):
+        shown = {name: parameter.default for name, parameter in inspect.signature(method).parameters.items()}
+        assert FIELDS.items() <= shown.items()
+        assert "options" not in shown
+
+
+def test_what_a_method_cannot_take_is_said_by_a_sentence(model):
+    for method, given, options, words in (
+        (model.start_chat().send, "Hi", {"plan": None}, "keeps its plan"),
+        (model.prefix("Once").stream, "Hi", {"plan": None}, "keeps its plan"),
+        (model.chat, MESSAGES, {"images": []}, "images and videos in its messages"),
+    ):
+        with pytest.raises(pop.InputError, match=words):
+            method(given, **options)
+
+
+def test_a_stream_ends_with_the_generation(model):
+    """With the last piece on, for a prompt, a conversation and a prefix; None before, or if the stream is closed."""
+    for stream, generate, prompt in (
+        (model.stream, model.generate, "abc"),
+        (model.start_chat().stream, model.start_chat().send, "abc"),
+        (model.prefix("x").stream, model.prefix("x").generate, "abc"),
+    ):
+        options = {"max_new_tokens": 12, "temperature": 1.0, "seed": 2, "logprobs": True}
+        expected = generate(prompt, **options)
+        pieces = stream(prompt, **options)
+        first = next(pieces)
+        assert pieces.generation is None
+        assert first + "".join(pieces) == expected.text
+        times = {"ttft_s": 0, "decode_s": 0}
+        assert dataclasses.replace(pieces.generation, **times) == dataclasses.replace(expected, **times)
+        assert pieces.generation.decode_s > 0 < pieces.generation.ttft_s
+        cut = stream(prompt, **options)
+        next(cut)
+        cut.close()
+        assert list(cut) == [] and cut.generation is None
+
+
+def test_a_stream_may_change_the_mode_of_inference_midway(model):
+    """As a notebook does that makes a stream in a cell with torch.inference_mode() and reads it in another."""
+    options = {"max_new_tokens": 9, "repetition_penalty": 1.2, "min_new_tokens": 3}
+    expected = model.generate("abc", **options).text
+    with torch.inference_mode():
+        pieces = model.stream("abc", **options)
+        text = next(pieces)
+    text += next(pieces)
+    with torch.inference_mode():
+        text += next(pieces)
+    assert text + "".join(pieces) == expected
+    with torch.inference_mode():
+        prefix, chat = model.prefix("ab"), model.start_chat()
+        begun = chat.send("Hi", max_new_tokens=3).tokens
+    assert prefix.generate("c", **options).text == expected
+    twin = model.start_chat()
+    assert twin.send("Hi", max_new_tokens=3).tokens == begun
+    assert chat.send("And?", max_new_tokens=4).tokens == twin.send("And?", max_new_tokens=4).tokens
+
+
+def test_rows_leave_a_batch_in_another_mode_than_it_began_in(model):
+    batch = model._batch([[3] * 5, [4] * 9], None, None, {"max_new_tokens": 250}, None)
+    batch.answers[0].max_new_tokens = 2
+    steps = batch.steps()
+    next(steps)
+    with torch.inference_mode():
+        next(steps)
+        next(steps)  # one row is left
+    cache = batch.cache
+    assert cache.batch_size == 1
+    steps.close()
+    assert not any(x.is_inference() for x in (*cache.keys, cache.previous_hidden))
+
+
+@pytest.mark.parametrize(
+    ("stated", "expected"),
+    [
+        ({"do_sample": True, "temperature": 0.6, "top_p": 0.9}, {"temperature": 0.6, "top_p": 0.9}),
+        ({"do_sample": True, "top_k": 20, "min_p": 0.0}, {"temperature": 1.0, "top_k": 20}),
+        ({"do_sample": True, "top_k": 0, "temperature": None}, {"temperature": 1.0}),
+        ({"do_sample": False, "temperature": 0.6, "top_k": 3}, {}),
+        ({"temperature": 0.6, "repetition_penalty": 1.1, "eos_token_id": 2}, {"repetition_penalty": 1.1}),
+        ({}, {}),
+    ],
+)
+def test_the_checkpoints_sampling_is_applied_only_if_asked_for(stated, expected, tmp_path):
+    (write_chat_checkpoint(tmp_path) / "generation_config.json").write_text(json.dumps(stated))
+    model = pop.load(tmp_path)
+    assert sampling_params(model, {"sampling": "checkpoint", "seed": 1}) == SamplingParams(**expected, seed=1)
+    assert sampling_params(model, {"seed": 1}) == SamplingParams(seed=1)
+    given = {"temperature": 0.3, "max_new_tokens": 4}
+    assert sampling_params(model, {"sampling": "checkpoint"} | given) == SamplingParams(**(expected | given))
+    options = {"max_new_tokens": 8, "seed": 3}
+    assert model.generate("Hi", sampling="checkpoint", **options).tokens == (
+        model.generate("Hi", **expected, **options).tokens
+    )
+
+
+def test_sampling_needs_a_file_and_values_that_can_be_used(tmp_path):
+    model = pop.load(write_chat_checkpoint(tmp_path))
+    for sampling, words in (("checkpoint", "no generation_config.json"), ("greedy", "sampling is 'greedy'")):
+        with pytest.raises(pop.InputError, match=words):
+            model.generate("Hi", sampling=sampling)
+    (tmp_path / "generation_config.json").write_text('{"do_sample": true, "top_p": 7}')
+    model = pop.load(tmp_path)  # a model whose file cannot be used loads
+    assert model.generate("Hi", max_new_tokens=2).tokens
+    with pytest.raises(pop.InputError, match="top_p is 7"):
+        model.generate("Hi", sampling="checkpoint")

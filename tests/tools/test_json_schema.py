@@ -1,0 +1,54 @@
+"""tools/examples/json_schema.py: answers parse, and have the schema's keys, types and values."""
+
+import json
+import sys
+
+import pytest
+from support.tiny_chat import write_chat_checkpoint
+
+import pop
+from tools.examples.json_schema import JsonSchema, main
+
+SCHEMA = {
+    "type": "object",
+    "properties": {"kind": {"enum": ["é", "cat"]}, "young": {"type": "boolean"}, "legs": {"enum": [2, 4]}},
+    "required": ["kind", "young", "legs"],
+    "additionalProperties": False,
+    "x-guidance": {"whitespace_flexible": False},
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return write_chat_checkpoint(tmp_path_factory.mktemp("models") / "chat", vocab_size=270, eos_ids=(0,))
+
+
+def test_answers_follow_the_schema_alone_and_in_a_batch(folder):
+    pytest.importorskip("llguidance", reason="llguidance is not installed (pip install llguidance)")
+    model = pop.load(folder)
+    schema, found = JsonSchema(model, SCHEMA), set()
+    for seed in range(8):
+        options = {"temperature": 3.0, "seed": seed, "max_new_tokens": 60, "logits_processor": schema}
+        answers = model.generate(["A cat: ", "A bird, which has wings: "], **options)
+        assert [answer.tokens for answer in answers[:1]] == [model.generate("A cat: ", **options).tokens]
+        for answer in answers:
+            assert answer.finish_reason == "stop"
+            value = json.loads(answer.text)
+            assert list(value) == ["kind", "young", "legs"]
+            assert value["kind"] in ("é", "cat") and value["young"] in (True, False) and value["legs"] in (2, 4)
+            found.add(answer.text)
+    assert len(found) > 2
+    with pytest.raises(pop.InputError, match="JSON schema cannot be used"):
+        JsonSchema(model, {"type": "nothing"})
+
+
+def test_the_command_prints_json(folder, capsys):
+    pytest.importorskip("llguidance", reason="llguidance is not installed (pip install llguidance)")
+    assert main(["A cat: ", "--model", str(folder), "--schema", json.dumps(SCHEMA)]) == 0
+    assert json.loads(capsys.readouterr().out).keys() == {"kind", "young", "legs"}
+
+
+def test_a_missing_library_is_said(folder, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "llguidance", None)
+    assert main(["A cat: ", "--model", str(folder)]) == 2
+    assert "pip install llguidance" in capsys.readouterr().err

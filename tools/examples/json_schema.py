@@ -1,0 +1,89 @@
+"""Answers that follow a JSON schema: a `logits_processor` made with llguidance, which knows grammars and schemas.
+
+pip install llguidance
+python -m tools.examples.json_schema "The capital of France, as JSON:"
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+
+import torch
+
+import pop
+from pop.errors import InputError, MissingExtra
+from pop.generation.answers import end_ids
+from tools.common import exit_status
+
+SCHEMA = {
+    "type": "object",
+    "properties": {"city": {"type": "string", "maxLength": 20}, "population": {"type": "integer"}},
+    "required": ["city", "population"],
+    "additionalProperties": False,
+}
+
+
+class JsonSchema:
+    """A `logits_processor` that leaves the tokens by which an answer can become JSON of a schema.
+
+    It keeps nothing between two calls, so all rows of a batch may share it.
+
+    Args:
+        model: a model with a tokenizer.
+        schema: a JSON schema, as a dict.
+    """
+
+    def __init__(self, model: pop.Model, schema: dict):
+        try:
+            from llguidance import LLMatcher, LLTokenizer, TokenizerWrapper
+        except ImportError:
+            raise MissingExtra("a JSON schema needs llguidance; install it: `pip install llguidance`") from None
+        model.need_tokenizer("a JSON schema")
+        self.vocabulary = _Vocabulary(model)
+        ends = sorted(end_ids(model))
+        tokenizer = LLTokenizer(TokenizerWrapper(self.vocabulary), n_vocab=model.config.vocab_size, eos_token=ends)
+        self.start = LLMatcher(tokenizer, LLMatcher.grammar_from_json_schema(schema))
+        if self.start.is_error():
+            raise InputError(f"the JSON schema cannot be used: {self.start.get_error()}")
+
+    def __call__(self, tokens: list[int], logits: torch.Tensor) -> torch.Tensor:
+        matcher = self.start.deep_copy()
+        matcher.consume_tokens(tokens)
+        allowed = torch.frombuffer(bytearray(matcher.compute_logit_bias()), dtype=torch.uint8)[: len(logits)] > 0
+        return logits.masked_fill(~allowed.to(logits.device), -torch.inf)
+
+
+class _Vocabulary:
+    """What llguidance asks of a tokenizer: the bytes of all tokens, and the ids of a text."""
+
+    def __init__(self, model: pop.Model):
+        self.tokenizer = tokenizer = model.tokenizer
+        unused = {*tokenizer.unused_ids, *range(tokenizer.vocab_size, model.config.vocab_size)}
+        ids = range(model.config.vocab_size)
+        # A token without text, such as an end token, is a name after the byte 255, which no text has.
+        self.tokens = [b"" if id in unused else tokenizer.token_bytes(id) or b"\xff<%d>" % id for id in ids]
+        self.special_token_ids = [id for id in ids if self.tokens[id][:1] == b"\xff"]
+        self.bos_token_id, self.eos_token_id = tokenizer.bos_id, min(end_ids(model))
+
+    def __call__(self, text: str) -> list[int]:
+        return self.tokenizer.encode(text, bos=False)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="json_schema", description="Continue a text with JSON of a schema.")
+    parser.add_argument("prompt", metavar="PROMPT")
+    parser.add_argument("--model", default="smollm2-135m", metavar="NAME_OR_DIR")
+    parser.add_argument("--schema", type=json.loads, default=SCHEMA, metavar="JSON", help="default: a city")
+    args = parser.parse_args(argv)
+
+    def run():
+        model = pop.load(args.model)
+        print(model.generate(args.prompt, max_new_tokens=64, logits_processor=JsonSchema(model, args.schema)).text)
+
+    return exit_status("json_schema", run)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
