@@ -350,7 +350,7 @@ def _parser() -> argparse.ArgumentParser:
     add = generation_options(added, "before the first message")
     add("prompt", help="answer this and end; - reads the whole standard input", nargs="?", metavar="MESSAGE")
     add("--system", help="the system message", metavar="TEXT")
-    add("--chat-format", help="its name, or template for the checkpoint's own; default: found out", metavar="NAME")
+    add("--chat-format", help="llama-3.1, chatml, gemma, or a template; default: the checkpoint's", metavar="FORMAT")
 
     add = command(importance, "Measure with virtual gates how much prefill and decode need each layer.").add_argument
     model_options(add)

@@ -49,7 +49,7 @@ def run(name: str, text: str | None, prune, *, max_new_tokens: int, runs: int, a
     model = pop.load(folder, dtype=torch.float32, prune=prune)
     try:
         prompt = model.chat_tokens([{"role": "user", "content": text}])
-    except UnsupportedError:  # a base model, or a chat template of another format
+    except UnsupportedError:  # a base model, or a chat template that fails
         prompt, about = model.encode(f"{text.strip()}\n\nAnswer:"), f"{about}, as plain text to continue"
     model.check_fits(len(prompt))
     result = {"model": name, "machine": machine(model.device), "num_layers": model.config.num_layers}

@@ -217,9 +217,9 @@ def test_the_story_fills_the_prompt(folder, tmp_path, capsys, monkeypatch):
     assert demo.QUESTION in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("template", [None, "{% for message in messages %}[{{ message['content'] }}]{% endfor %}"])
-def test_a_model_without_a_known_chat_format_continues_the_text(template, tmp_path, arguments, capsys, monkeypatch):
-    """A base model has no chat template, and other models have one that pop does not know."""
+@pytest.mark.parametrize("template", [None, "{% unknown %}", "{{ 1 / 0 }}", "no messages"])
+def test_a_model_without_a_chat_format_continues_the_text(template, tmp_path, arguments, capsys, monkeypatch):
+    """A base model has no chat template, and others have one that cannot be used."""
     folder = write_chat_checkpoint(tmp_path / "base")
     (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": template} if template else {}))
     asked, generate = [], pop.Model.generate
