@@ -11,50 +11,16 @@ import json
 import re
 import secrets
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
 from pop.errors import InputError, MissingExtra, PopError, UnsupportedError
 
 Template = Callable[..., str]  # called with messages, tools and other variables by name
 
-_CONTENT = (
-    "{% macro written(content) %}{% if content is string %}{{ content }}{% else %}{% for part in content %}"
-    "{{ part.text if part.type == 'text' else marks[part.type] }}{% endfor %}{% endif %}{% endmacro %}"
-)
-_LLAMA_31 = (
-    "<|begin_of_text|>{% if messages[0].role == 'system' %}{% set system = messages[0].content | trim %}"
-    "{% set messages = messages[1:] %}{% endif %}<|start_header_id|>system<|end_header_id|>\n\n"
-    "{{ 'Environment: ipython\n' if tools }}Cutting Knowledge Date: December 2023\nToday Date: 26 Jul 2024\n\n"
-    "{{ system }}<|eot_id|>{% if tools %}{% if not messages or messages[0].role != 'user' %}"
-    "{{ raise_exception('the tools stand in the user\\'s first message, but it begins otherwise') }}{% endif %}"
-    "<|start_header_id|>user<|end_header_id|>\n\nGiven the following functions, please respond with a JSON for a "
-    "function call with its proper arguments that best answers the given prompt.\n\nRespond in the format "
-    '{"name": function name, "parameters": dictionary of argument name and its value}.Do not use variables.\n\n'
-    "{% for tool in tools %}{{ tool | tojson(indent=4) }}\n\n{% endfor %}{{ messages[0].content | trim }}<|eot_id|>"
-    "{% set messages = messages[1:] %}{% endif %}{% for m in messages %}<|start_header_id|>"
-    "{{ 'ipython' if m.role == 'tool' else m.role }}<|end_header_id|>\n\n{% if m.tool_calls %}"
-    "{% if m.tool_calls | length > 1 %}{{ raise_exception('Llama calls one tool at a time') }}{% endif %}"
-    '{"name": "{{ m.tool_calls[0].function.name }}", "parameters": {{ m.tool_calls[0].function.arguments | tojson }}}'
-    "{% else %}{{ m.content | tojson if m.role in ('tool', 'ipython') else m.content | trim }}{% endif %}<|eot_id|>"
-    "{% endfor %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' if add_generation_prompt }}"
-)
-_CHATML = _CONTENT + (
-    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ written(m.content) }}<|im_end|>\n{% endfor %}"
-    "{{ '<|im_start|>assistant\n' if add_generation_prompt }}"
-)
-_GEMMA = (
-    "<bos>{% if messages[0].role == 'system' %}{% set system = messages[0].content ~ '\n\n' %}"
-    "{% set messages = messages[1:] %}{% endif %}{% for m in messages or [{}] %}"
-    "{% if m.role != ('user', 'assistant')[loop.index0 % 2] %}"
-    "{{ raise_exception('Gemma takes turns of user and assistant, not of ' ~ "
-    "(messages | map(attribute='role') | join(', ') or 'system')) }}{% endif %}"
-    "<start_of_turn>{{ 'model' if m.role == 'assistant' else m.role }}\n{{ system if loop.first }}"
-    "{% for part in ([{'type': 'text', 'text': m.content}] if m.content is string else m.content) %}"
-    "{{ part.text | trim if part.type == 'text' else marks[part.type] }}{% endfor %}<end_of_turn>\n{% endfor %}"
-    "{{ '<start_of_turn>model\n' if add_generation_prompt }}"
-)
-# For checkpoints without a template: what `chat_format` of `pop.load` may name. `marks` are the family's for images.
-TEMPLATES = {"llama-3.1": _LLAMA_31, "chatml": _CHATML, "gemma": _GEMMA}
+# For checkpoints without a template: what `chat_format` of `pop.load` may name.
+FOLDER = Path(__file__).parents[1] / "data" / "chat"
+TEMPLATES = {path.stem: path.read_text(encoding="utf-8") for path in sorted(FOLDER.glob("*.jinja"))}
 
 
 def write(template: Template, messages: list[dict], tools: list[dict], **variables) -> list[str]:

@@ -3,7 +3,6 @@
 Byte-level BPE (Llama-3, Qwen, SmolLM2, GPT-2) is in byte_pair.py, and Gemma's BPE of characters in sentence_piece.py.
 """
 
-import codecs
 import copy
 import json
 import re
@@ -129,8 +128,18 @@ class Tokenizer:
 
     def text_stream(self) -> Callable[[int | None, bool], str]:
         """Return a function that takes an answer's next id and whether it is the last. It returns whole characters."""
-        decoder = codecs.getincrementaldecoder("utf-8")("replace")  # holds back incomplete characters
-        return lambda id, last: decoder.decode(b"" if id is None else self.token_bytes(id), last)
+        ids, start, end = [], 0, 0  # ids[start:end] have been returned; the text of an id may depend on those before
+
+        def push(id: int | None, last: bool) -> str:
+            nonlocal start, end
+            ids.extend([] if id is None else [id])
+            before, text = self.decode(ids[start:end]), self.decode(ids[start:])
+            if text.endswith("\ufffd") and not last:
+                return ""
+            start, end = end, len(ids)
+            return text[len(before) :]
+
+        return push
 
 
 class ForeignTokenizer(Tokenizer):
@@ -152,20 +161,6 @@ class ForeignTokenizer(Tokenizer):
 
     def decode(self, ids: Iterable[int], special: bool = False) -> str:
         return self._source.decode(ids.tolist() if hasattr(ids, "tolist") else list(ids))
-
-    def text_stream(self) -> Callable[[int | None, bool], str]:
-        ids, start, end = [], 0, 0  # ids[start:end] have been returned; the text of an id may depend on those before
-
-        def push(id: int | None, last: bool) -> str:
-            nonlocal start, end
-            ids.extend([] if id is None else [id])
-            before, text = self.decode(ids[start:end]), self.decode(ids[start:])
-            if text.endswith("\ufffd") and not last:
-                return ""
-            start, end = end, len(ids)
-            return text[len(before) :]
-
-        return push
 
 
 def _splitter(names: Iterable[str]) -> re.Pattern | None:

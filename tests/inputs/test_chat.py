@@ -80,7 +80,7 @@ def test_llama_3_without_the_dates():
 
 
 def test_llama_3_2_has_todays_date():
-    template = TEMPLATES["llama-3.1"].replace("26 Jul 2024", "{{ strftime_now('%d %b %Y') }}")
+    template = TEMPLATES["llama-3.1"].replace("26 Jul 2024", "' + strftime_now('%d %b %Y') + '")
     text = written(chat_format(TOKENIZERS["llama-3.1"], choice=template), [{"role": "user", "content": "Hi"}])
     today = datetime.date.today()
     days = [f"{day:%d %b %Y}" for day in (today, today - datetime.timedelta(1))]  # midnight may have passed
