@@ -1,7 +1,7 @@
 """Templates write a conversation as text: programs in Jinja, run in jinja2's sandbox, or functions of the caller.
 
-A template is run twice: with the texts of a conversation, and with a random mark in place of each text. What stands
-between the marks is the template's own, and only there do names of control tokens become ids. Both must write the same
+A template is run twice: with the texts of a conversation, and with a random mark in place of each text. Between the
+marks, the text is the template's own, and only there do names of control tokens become ids. Both must write the same
 conversation, so a template that changes texts in a way that `_Text` does not follow is refused.
 """
 
