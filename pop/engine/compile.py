@@ -240,16 +240,17 @@ class _CompiledStage:
 def _as_owner(x):
     """The same values as contiguous tensors that are not views. A contiguous view's memory is shared.
 
-    Compiled code is specialised to the strides of its inputs, and to the size of a view's base.
+    Compiled code is specialised to the strides of its inputs, to the size of a view's base, and to an offset in memory
+    that happens to equal a size.
     """
     if isinstance(x, tuple):
         return tuple(map(_as_owner, x))
-    if not x.is_contiguous():
-        return x.contiguous()
+    if not x.is_contiguous() or x.storage_offset():
+        return x.clone(memory_format=torch.contiguous_format)
     if not x._is_view():
         return x
     strides = [x.shape[axis + 1 :].numel() for axis in range(x.dim())]
-    return x.new_empty(0).set_(x.untyped_storage(), x.storage_offset(), x.shape, strides)
+    return x.new_empty(0).set_(x.untyped_storage(), 0, x.shape, strides)
 
 
 def _on_tensors(guards) -> list[bool]:

@@ -170,7 +170,7 @@ def attention_metadata(
         before = UNBOUNDED if window is None else window - 1
         first = (own - before).clamp(min=0)
         on_device[window, "spans"] = torch.stack((first, last), dim=-1).to(torch.int32)
-        if in_slots and T == 1 and tokens.last_attended is None:
+        if in_slots and T == 1 and ((last == own) | ~tokens.valid).all():
             continue
         if chunk is None or chunk.is_fresh or window is None:
             slot = torch.arange(min(filled, ring))

@@ -1,7 +1,5 @@
 """How much memory a device has left, and copies to it."""
 
-from itertools import accumulate
-
 import torch
 
 
@@ -29,8 +27,6 @@ def to_device(tensors: list[torch.Tensor], device: torch.device) -> list[torch.T
     numbers = torch.cat([tensor.flatten().to(torch.int64) for tensor in tensors])
     if device.type == "cuda":
         numbers = numbers.pin_memory()  # torch keeps it until the copy has ended
-    numbers, ends = numbers.to(device, non_blocking=True), accumulate(tensor.numel() for tensor in tensors)
-    parts = [(tensor, end - tensor.numel()) for tensor, end in zip(tensors, ends, strict=True)]
-    # Not views: compiled code would be specialised to the size of their base.
-    storage = numbers.untyped_storage()
-    return [numbers.new_empty(0).set_(storage, begin, x.shape).to(x.dtype) for x, begin in parts]
+    parts = numbers.to(device, non_blocking=True).split([tensor.numel() for tensor in tensors])
+    # Copies, not views: compiled code would be specialised to the size of their base, and to where they are in it.
+    return [part.view(x.shape).to(x.dtype, copy=True) for part, x in zip(parts, tensors, strict=True)]

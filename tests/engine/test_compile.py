@@ -28,7 +28,7 @@ from support.tiny_images import both_ways, random_bytes
 
 import pop
 from pop import engine
-from pop.engine.compile import Compiled
+from pop.engine.compile import Compiled, _as_owner
 from pop.inputs.processors import Prepared
 from pop.models.images import Images
 from pop.models.vision.qwen3_vl import Grid
@@ -101,6 +101,17 @@ def test_compiled_equals_eager_and_never_compiles_again(pair, data):
             results.append(torch.stack(logits))
     error = (results[0] - results[1]).abs().max() / results[1].std()
     assert error < 1e-4
+
+
+def test_inputs_of_compiled_code_are_laid_out_alike():
+    """Strides, the size of a base, or an offset that happens to equal a size would each need another graph."""
+    x = torch.arange(24).view(1, 6, 4)
+    for taken in (x, x[:, 2:], x[:, :2], x.transpose(1, 2), x[..., 1]):
+        found = _as_owner(taken)
+        assert torch.equal(found, taken) and found.is_contiguous()
+        assert not found._is_view() and found.storage_offset() == 0
+    whole = x[:, :]
+    assert _as_owner(whole).data_ptr() == whole.data_ptr()  # copies only what it must
 
 
 @requires_compiler

@@ -16,6 +16,7 @@ from support.tiny import random_model, tiny_gemma3_config
 from support.tiny_images import both_ways
 
 from pop import engine
+from pop.engine.decode_step import Replay
 from pop.models.images import Images
 from pop.pruning import reference
 from pop.pruning.plan import PrunePlan
@@ -86,14 +87,14 @@ def of_row(images, row, length, before=0):
     )
 
 
-@given(image_cases(), st.integers(0, 3))
-def test_images_are_the_references(case, steps):
-    """Prefill, cache and decode, for any plan, window, batch and chunking."""
+@given(image_cases(), st.integers(0, 3), st.sampled_from([engine.EAGER, engine.Stages(replay=Replay)]))
+def test_images_are_the_references(case, steps, stages):
+    """Prefill, cache and decode, for any plan, window, batch and chunking, also with decode steps on fixed memory."""
     module, plan, tokens, lengths, chunk, images = case
     cache = new_cache(module, len(tokens), slots=128, chunk=chunk)
-    logits = [engine.prefill(module, tokens, cache, lengths, plan, chunk, images=images)]
+    logits = [engine.prefill(module, tokens, cache, lengths, plan, chunk, stages, images)]
     answer = torch.randint(module.config.vocab_size, (len(tokens), steps), generator=torch.Generator().manual_seed(1))
-    logits = torch.stack(logits + [engine.decode(module, token, cache) for token in answer.T], dim=1)
+    logits = torch.stack(logits + [engine.decode(module, token, cache, stages) for token in answer.T], dim=1)
     for row, n in enumerate(lengths.tolist()):
         whole = torch.cat((tokens[row, :n], answer[row]))
         full_depth = reference.full_depth_tokens(n, len(whole), plan)

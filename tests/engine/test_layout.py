@@ -6,7 +6,7 @@ from support.tiny import random_model, tiny_config, tiny_gemma3_config
 from support.tiny_images import both_ways
 
 from pop import engine
-from pop.engine.layout import Chunk, chunk_bounds
+from pop.engine.layout import Chunk, attention_metadata, chunk_bounds
 from pop.engine.stages import full_layer
 from pop.models.images import TEXT
 from pop.pruning.plan import PrunePlan
@@ -37,6 +37,18 @@ def test_text_prompts_keep_to_causal_attention_without_a_mask(monkeypatch):
         engine.prefill(module, tokens, new_cache(module, 1), lengths, NONE, 1000, stages, images)
         assert masked == expected
         masked.clear()
+
+
+def test_the_boundary_token_after_an_image_is_attended_in_slots():
+    """It attends no token after itself. So compiled models need no other graph for it, and GPUs no other kernel."""
+    module, plan = random_model(tiny_gemma3_config()), PrunePlan((2,))
+    images = both_ways(torch.zeros(1, 4, 30), torch.tensor([[-1, 0, 1, 2, 3, -1]]))
+    (bounds,) = chunk_bounds(torch.tensor([6]), 9, images)
+    chunk = Chunk.of(new_cache(module, 1), torch.zeros(1, 6).long(), torch.tensor([6]), *bounds, plan, images, True)
+    for column, in_slots in ((5, True), (4, True), (1, False)):  # the boundary, the image's last token and its first
+        token = chunk.tokens.take(torch.tensor([[column]]), torch.tensor([[True]]))
+        found = attention_metadata(module, new_cache(module, 1), token, chunk.ends, in_slots=True)
+        assert {at.held is None for at in found.values()} == {in_slots}
 
 
 def test_full_depth_rows_by_hand():
