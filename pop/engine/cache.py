@@ -141,6 +141,7 @@ class KVCache:
         B = self.batch_size
         self.restore((other.lengths.repeat(B), other.previous_hidden.repeat(1, B, 1), other.rope_offsets.repeat(B)))
 
+    @torch.inference_mode(False)  # as above
     def keep_rows(self, rows: torch.Tensor) -> None:
         """Keep `rows` [R] of the batch, in that order, and free the memory of the others."""
         (device_rows,) = to_device([rows], self.device)

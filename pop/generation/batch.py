@@ -88,8 +88,6 @@ class Batch:
             raise InputError("stream takes one prompt; use generate for a batch, or one stream for each prompt")
         return Stream(self, began)
 
-    @torch.inference_mode(False)  # as the engine: the caller may leave that mode between two pieces
-    @torch.no_grad()
     def steps(self) -> Iterator[list[str]]:
         """Generate. After each token of the batch, yield the text that the token has settled in each row."""
         with suppress(GeneratorExit):  # of a stream that nobody reads to its end

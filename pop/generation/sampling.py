@@ -4,12 +4,35 @@ import dataclasses
 import math
 import secrets
 from collections.abc import Callable, Sequence
-from numbers import Real
+from numbers import Integral, Real
 
 import torch
 
 from pop.errors import InputError, check_count
 from pop.system.memory import to_device
+
+
+def _is_number(x) -> bool:
+    return isinstance(x, Real) and not isinstance(x, bool)
+
+
+def _is_list(x, kind: type, accepts: Callable) -> bool:
+    return isinstance(x, Sequence) and all(
+        isinstance(one, kind) and not isinstance(one, bool) and accepts(one) for one in x
+    )
+
+
+# What an option accepts, and in words.
+ACCEPTED = {
+    "temperature": (lambda x: _is_number(x) and 0 <= x < math.inf, "a number from 0 (greedy) up"),
+    "top_p": (lambda x: x is None or (_is_number(x) and 0 < x <= 1), "a number above 0 and at most 1, or None"),
+    "min_p": (lambda x: x is None or (_is_number(x) and 0 <= x <= 1), "a number from 0 to 1, or None"),
+    "repetition_penalty": (lambda x: _is_number(x) and 0 < x < math.inf, "a number above 0"),
+    "stop": (lambda x: x is None or (x != "" and _is_list(x, str, bool)), "a string or a list of them, none empty"),
+    "stop_token_ids": (lambda x: _is_list(x, Integral, lambda token: token >= 0), "a list of token ids"),
+    "logits_processor": (lambda x: x is None or callable(x), "a function, or None"),
+    "logprobs": (lambda x: isinstance(x, bool), "True or False"),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,29 +54,15 @@ class SamplingParams:
 
     def __post_init__(self):
         check_count("max_new_tokens", self.max_new_tokens)
-        _check_number("temperature", self.temperature, lambda x: 0 <= x < math.inf, "a number from 0 (greedy) up")
+        check_count("min_new_tokens", self.min_new_tokens, 0, self.max_new_tokens)
         if self.top_k is not None:
             check_count("top_k", self.top_k)
-        if self.top_p is not None:
-            _check_number("top_p", self.top_p, lambda x: 0 < x <= 1, "a number above 0 and at most 1, or None")
-        if self.min_p is not None:
-            _check_number("min_p", self.min_p, lambda x: 0 <= x <= 1, "a number from 0 to 1, or None")
-        _check_number("repetition_penalty", self.repetition_penalty, lambda x: 0 < x < math.inf, "a number above 0")
-        check_count("min_new_tokens", self.min_new_tokens, 0, self.max_new_tokens)
-        if not isinstance(self.stop_token_ids, Sequence) or isinstance(self.stop_token_ids, str):
-            raise InputError(f"stop_token_ids is {self.stop_token_ids!r}; it must be a list of token ids")
-        for token in self.stop_token_ids:
-            check_count("a token of stop_token_ids", token, least=0)
-        if not (self.logits_processor is None or callable(self.logits_processor)):
-            raise InputError(f"logits_processor is {self.logits_processor!r}; it must be a function, or None")
-        if not isinstance(self.logprobs, bool):
-            raise InputError(f"logprobs is {self.logprobs!r}; it must be True or False")
         if self.seed is not None:
             check_count("seed", self.seed, least=0, most=2**63 - 1)
-        stop = [self.stop] if isinstance(self.stop, str) else self.stop or ()
-        if not isinstance(stop, Sequence) or not all(isinstance(text, str) and text for text in stop):
-            raise InputError(f"stop is {self.stop!r}; it must be a string or a list of strings, none of them empty")
-        object.__setattr__(self, "stop", tuple(stop))
+        for name, (accepts, wanted) in ACCEPTED.items():
+            if not accepts(getattr(self, name)):
+                raise InputError(f"{name} is {getattr(self, name)!r}; it must be {wanted}")
+        object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ()))
 
     def seeds(self, batch_size: int) -> list[int]:
         """A seed for each batch row: the given one in all of them, or a random one in each."""
@@ -136,8 +145,3 @@ def check_finite(numbers: torch.Tensor, what: str) -> None:
 
 def _not_finite(what: str) -> InputError:
     return InputError(f"the {what} are not finite; load with torch.bfloat16 or torch.float32, or check the weights")
-
-
-def _check_number(name: str, value, accepts: Callable[[float], bool], wanted: str) -> None:
-    if isinstance(value, bool) or not isinstance(value, Real) or not accepts(value):
-        raise InputError(f"{name} is {value!r}; it must be {wanted}")
