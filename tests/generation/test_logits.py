@@ -224,7 +224,8 @@ def test_rules_do_not_wait_for_the_device(model):
 def test_log_probabilities_are_the_models_own(model, plan):
     """Whatever temperature, penalties and functions do: summed, they are the score of the answer."""
     options = {"max_new_tokens": 9, "plan": plan, "logprobs": True, "seed": 3}
-    for more in ({}, {"temperature": 2.0, "top_k": 9}, {"repetition_penalty": 1.5, "temperature": 1.0}):
+    in_place = {"logits_processor": lambda tokens, logits: logits.mul_(0.5)}
+    for more in ({}, {"temperature": 2.0, "top_k": 9}, {"repetition_penalty": 1.5, "temperature": 1.0}, in_place):
         answers = model.generate(PROMPTS, **options, **more)
         for prompt, answer in zip(PROMPTS, answers, strict=True):
             assert len(answer.logprobs) == len(answer.tokens) > 0
