@@ -13,6 +13,7 @@ import warnings
 import pytest
 import torch
 from support.cases import assert_close
+from support.replay import Replay
 from support.tiny import (
     random_model,
     random_patches,
@@ -26,7 +27,6 @@ from support.tiny_images import picture
 
 import pop
 from pop import engine
-from pop.engine.decode_step import Replay
 from pop.generation.sampling import Sampler, SamplingParams
 from pop.inputs.processors import Prepared
 from pop.models.config import ExpertsConfig

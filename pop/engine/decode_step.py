@@ -75,21 +75,3 @@ class DecodeStep:
         logits, hidden = self.stages.head(module, h)[:, 0], torch.stack(hidden)
         self.positions.add_(1)
         return logits, hidden
-
-
-class Replay:
-    """What a CUDA graph does, without one: each call overwrites the memory of the call before. For tests.
-
-    The caller gets copies, as from pop.backends.cuda_graph.Graph.
-    """
-
-    def __init__(self, device):
-        self.outputs = None
-
-    def __call__(self, step) -> tuple[torch.Tensor, ...]:
-        if self.outputs is None:
-            self.outputs = step()
-        else:
-            for memory, output in zip(self.outputs, step(), strict=True):
-                memory.copy_(output)
-        return tuple(output.clone() for output in self.outputs)

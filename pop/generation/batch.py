@@ -106,7 +106,8 @@ class Batch:
         while True:
             tokens, logprobs = self._sample(logits, [self.answers[row] for row in rows])
             pieces = [""] * len(self.answers)
-            picked = read_tokens(tokens)  # the only wait for the device
+            ended = [number for number, row in enumerate(rows) if self.answers[row].finish_reason]
+            picked = read_tokens(tokens, ended)  # the only wait for the device
             self.times.append(time.perf_counter())
             logprobs = [None] * len(rows) if logprobs is None else logprobs.tolist()
             for row, token, logprob in zip(rows, picked, logprobs, strict=True):
@@ -117,8 +118,10 @@ class Batch:
             if not unfinished:
                 return
             is_full = bool((self.cache.lengths >= self.max_seq_len).any())  # the cache may have more room
-            # The finished rows leave the batch. A captured step stays as long as half of its rows are unfinished.
-            if len(unfinished) < len(rows) and (self.cache.step is None or 2 * len(unfinished) <= len(rows) or is_full):
+            # The finished rows leave the batch. A captured step stays while more than half of its rows are unfinished,
+            # unless the caller's function would get finished answers.
+            stay = self.cache.step is not None and 2 * len(unfinished) > len(rows) and not is_full
+            if len(unfinished) < len(rows) and not (stay and self.rules.params.logits_processor is None):
                 kept = torch.tensor(unfinished)
                 rows = [rows[number] for number in unfinished]
                 (kept_there,) = to_device([kept], tokens.device)
@@ -128,6 +131,7 @@ class Batch:
                 self.rules.keep_rows(kept_there)
             # Like model.decode, without its checks of the arguments, and of the module for changes since the prefill.
             stages = self.model._stages(len(rows), look=False)
+            tokens = tokens.clamp(min=0)  # a finished row may have -1
             logits = engine.decode(self.model.module, tokens, self.cache, stages)
 
     def prefill(self) -> torch.Tensor:

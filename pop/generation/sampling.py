@@ -129,10 +129,13 @@ class Sampler:
         return drawn if order is None else order.gather(-1, drawn)
 
 
-def read_tokens(tokens: torch.Tensor) -> list[int]:
-    """Wait for the tokens [B] of a Sampler. Raises InputError if a row's largest logit was infinite or NaN."""
+def read_tokens(tokens: torch.Tensor, unused: Sequence[int] = ()) -> list[int]:
+    """Wait for the tokens [B] of a Sampler. Raises InputError if a row's largest logit was infinite or NaN.
+
+    unused: Rows whose tokens nobody reads.
+    """
     ids = tokens.tolist()
-    if min(ids) < 0:
+    if any(token < 0 for row, token in enumerate(ids) if row not in unused):
         raise _not_finite("logits")
     return ids
 

@@ -9,10 +9,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from support.cases import cases, new_cache
+from support.replay import Replay
 from support.tiny import random_model, tiny_config
 
 from pop import engine
-from pop.engine.decode_step import Replay
 from pop.engine.stages import Stages
 
 REPLAYED = Stages(replay=Replay)

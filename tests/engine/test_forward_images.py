@@ -12,11 +12,11 @@ import torch.nn.functional as F
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from support.cases import NONE, assert_close, experts, held, new_cache, plans, qwen3_vl_config, seen, stacked
+from support.replay import Replay
 from support.tiny import random_model, tiny_gemma3_config
 from support.tiny_images import both_ways
 
 from pop import engine
-from pop.engine.decode_step import Replay
 from pop.models.images import Images
 from pop.pruning import reference
 from pop.pruning.plan import PrunePlan

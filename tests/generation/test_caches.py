@@ -6,12 +6,13 @@ from itertools import pairwise
 
 import pytest
 import torch
+from support.replay import Replay
 from support.tiny import random_model, tiny_gemma3_config
 from support.tiny_chat import write_chat_checkpoint
 
 import pop
+from pop import engine
 from pop.engine.cache import KVCache
-from pop.engine.decode_step import Replay
 from pop.engine.stages import Stages
 from pop.generation.caches import Caches, stepped
 
@@ -70,6 +71,46 @@ def test_many_answers_need_one_step(steps, tmp_path):
     for _ in range(4):
         chat.send("Hello", max_new_tokens=3)
     assert len(steps) <= 2  # a turn works on a copy
+
+
+@pytest.fixture
+def ended(steps):
+    """A model, and options with which the first of PROMPTS ends early and the others do not."""
+    config = tiny_gemma3_config(max_positions=512)
+    model = pop.Model(random_model(config, seed=3), config)
+    options = {"max_new_tokens": 12, "temperature": 1.0, "seed": 4}
+    first, *others = (set(one.tokens) for one in model.generate(PROMPTS, **options))
+    stop = min(first - others[0] - others[1])
+    expected = [model.generate(prompt, stop_token_ids=[stop], **options).tokens for prompt in PROMPTS]
+    assert len(expected[0]) < 11 and len(expected[1]) == len(expected[2]) == 12
+    return model, options | {"stop_token_ids": [stop]}, expected
+
+
+def test_a_row_that_has_ended_and_stays_cannot_fail_the_batch(ended, monkeypatch):
+    model, options, expected = ended
+    decode, calls = engine.decode, []
+
+    def overflowing(module, tokens, cache, stages):
+        logits = decode(module, tokens, cache, stages)
+        calls.append(len(tokens))
+        return logits.index_fill(0, torch.tensor(0), torch.nan) if len(calls) > len(expected[0]) else logits
+
+    monkeypatch.setattr("pop.engine.decode", overflowing)
+    assert [one.tokens for one in model.generate(PROMPTS, **options)] == expected
+    assert calls == [3] * 11  # no row has left
+
+
+def test_a_function_of_the_caller_gets_no_finished_answer(ended):
+    model, options, expected = ended
+    asked = []
+
+    def processor(tokens, logits):
+        asked.append(len(tokens))
+        return logits
+
+    found = model.generate(PROMPTS, logits_processor=processor, **options)
+    assert [one.tokens for one in found] == expected
+    assert len(asked) == len(expected[0]) + 1 + 12 + 12  # and the first row's end token
 
 
 def test_a_turn_that_fails_leaves_the_conversation_as_it_was(steps, tmp_path):

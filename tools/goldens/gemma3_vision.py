@@ -89,8 +89,8 @@ LAYOUT_SIZES = ((100, 20), (20, 20), (9, 30))  # width and height of its images
 LAYOUT_OPTIONS = {"min_crop_size": 8, "max_num_crops": 3, "min_ratio_to_activate": 1.2}
 
 
-def make_layouts() -> None:
-    """LAYOUT with two tokens in place of each image, with and without pan-and-scan."""
+def processor_with_words(image_processor: Gemma3ImageProcessor, image_seq_length: int) -> Gemma3Processor:
+    """A processor with a tokenizer of whole words, which knows the tokens of images only."""
     names = {"boi_token": "<start_of_image>", "image_token": "<image_soft_token>", "eoi_token": "<end_of_image>"}
     vocabulary = {name: index for index, name in enumerate([*names.values(), "<pad>", "?"])}
     tokenizer = transformers.PreTrainedTokenizerFast(
@@ -98,9 +98,13 @@ def make_layouts() -> None:
         pad_token="<pad>",
         extra_special_tokens=names,
     )
-    processor = Gemma3Processor(
-        Gemma3ImageProcessor(size={"height": TINY_SIZE, "width": TINY_SIZE}), tokenizer, image_seq_length=2
-    )
+    return Gemma3Processor(image_processor, tokenizer, image_seq_length=image_seq_length)
+
+
+def make_layouts() -> None:
+    """LAYOUT with two tokens in place of each image, with and without pan-and-scan."""
+    image_processor = Gemma3ImageProcessor(size={"height": TINY_SIZE, "width": TINY_SIZE})
+    processor = processor_with_words(image_processor, image_seq_length=2)
     pictures = [Image.fromarray(random_bytes(height, width, 3, seed=0)) for width, height in LAYOUT_SIZES]
     options = {f"pan_and_scan_{key}": value for key, value in LAYOUT_OPTIONS.items()}
     result = {"made_with": MADE_WITH, "text": LAYOUT, "sizes": LAYOUT_SIZES, "options": LAYOUT_OPTIONS}

@@ -18,15 +18,15 @@ from tools.goldens import files
 from tools.goldens.files import MISSING, write_json
 
 try:
-    import tokenizers
     import torchvision
     import transformers
     from transformers.models.gemma3.image_processing_gemma3 import Gemma3ImageProcessor
-    from transformers.models.gemma3.processing_gemma3 import Gemma3Processor
     from transformers.models.qwen2_vl.image_processing_qwen2_vl import Qwen2VLImageProcessor
     from transformers.models.qwen3_vl.processing_qwen3_vl import Qwen3VLProcessor
     from transformers.models.qwen3_vl.video_processing_qwen3_vl import Qwen3VLVideoProcessor
     from transformers.video_utils import VideoMetadata
+
+    from tools.goldens.gemma3_vision import processor_with_words
 except ImportError:
     sys.exit(MISSING.format("transformers and torchvision"))
 
@@ -81,14 +81,7 @@ CASES = {
 def prepare(name: str, folder: Path, given: np.ndarray, fps: float | None) -> tuple[np.ndarray, dict]:
     """The pixels, and the rest of a case's golden."""
     if name.startswith("gemma"):
-        words = {"boi_token": "<start_of_image>", "image_token": "<image_soft_token>", "eoi_token": "<end_of_image>"}
-        vocabulary = {word: index for index, word in enumerate([*words.values(), "<pad>", "?"])}
-        tokenizer = transformers.PreTrainedTokenizerFast(
-            tokenizer_object=tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="?")),
-            pad_token="<pad>",
-            extra_special_tokens=words,
-        )
-        processor = Gemma3Processor(Gemma3ImageProcessor.from_pretrained(folder), tokenizer, image_seq_length=4)
+        processor = processor_with_words(Gemma3ImageProcessor.from_pretrained(folder), image_seq_length=4)
         out = processor(images=given, text="<start_of_image>", return_tensors="np", input_data_format="channels_last")
         return out["pixel_values"], {}
     if fps is None:

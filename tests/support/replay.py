@@ -1,0 +1,21 @@
+"""What a CUDA graph does to a decode step, without one."""
+
+import torch
+
+
+class Replay:
+    """Runs a step as pop.backends.cuda_graph.Graph does: each call overwrites the memory of the call before.
+
+    The caller gets copies.
+    """
+
+    def __init__(self, device):
+        self.outputs = None
+
+    def __call__(self, step) -> tuple[torch.Tensor, ...]:
+        if self.outputs is None:
+            self.outputs = step()
+        else:
+            for memory, output in zip(self.outputs, step(), strict=True):
+                memory.copy_(output)
+        return tuple(output.clone() for output in self.outputs)
