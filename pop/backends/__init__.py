@@ -51,11 +51,11 @@ def chunk_size_of(module: nn.Module) -> int:
     On a GPU, 8192 tokens, or fewer if their activations need more than an eighth of the memory that is free. Models
     with sliding windows keep the usual size, because the rings of their caches grow with it.
     """
-    weight, config = next(module.parameters()), module.config
-    size, free = CUDA_CHUNK_SIZE, free_bytes(weight.device)
-    if weight.device.type != "cuda" or any(config.windows):
+    device, config = _device(module), module.config
+    if device.type != "cuda" or any(config.windows):
         return CHUNK_SIZE
-    activations = 5 * config.intermediate_size * weight.itemsize  # bytes a token, about
+    size, free = CUDA_CHUNK_SIZE, free_bytes(device)
+    activations = 5 * config.intermediate_size * next(module.parameters()).itemsize  # bytes a token, about
     while free is not None and size > CHUNK_SIZE and size * activations > free / 8:
         size //= 2
     return size
