@@ -149,11 +149,12 @@ class Model:
         """
         tokens = token_ids(tokens, 2, self.config.vocab_size)
         lengths = row_lengths(lengths, tokens)
-        self._check_cache(cache, lengths)
+        media = self.vision.prepare_batch(images, videos, len(tokens))
+        self._check_cache(cache, lengths, media)
         plan = self.resolve(plan)
         chunk_size = self.chunk_size if chunk_size is None else self._chunk_size(chunk_size)
         stages = self._stages(len(tokens), plan)
-        images = self._images(self._vision_module, images, videos, tokens, lengths)
+        images = self._images(self._vision_module, media, tokens, lengths)
         return engine.prefill(self.module, tokens, cache, lengths, plan, chunk_size, stages, images, boundary)
 
     def decode(self, tokens, cache: KVCache) -> torch.Tensor:
@@ -179,8 +180,9 @@ class Model:
         images, videos: As in `prefill`.
         """
         tokens = token_ids(tokens, 2, self.config.vocab_size)
-        self.check_fits(tokens.shape[1])
-        images = self._images(self.module, images, videos, tokens, row_lengths(None, tokens))
+        media = self.vision.prepare_batch(images, videos, len(tokens))
+        self.check_fits(tokens.shape[1], media=[one for row in media for one in row])
+        images = self._images(self.module, media, tokens, row_lengths(None, tokens))
         return self.module(*to_device([tokens], self.device), images)
 
     def warmup(self, batch_size: int = 1, plans: Sequence[PrunePlan] = ()) -> None:
@@ -273,9 +275,11 @@ class Model:
         self._found_format = self._found_format or chat_format(self.tokenizer, self.vision, self._chat_format)
         return self._found_format
 
-    def start_chat(self, system: str | None = None, *, plan: PrunePlan | None = None) -> Conversation:
-        """A conversation with this system message. Its turns prefill only what is new. `plan` is as in `generate`."""
-        return Conversation(self, system, plan=plan)
+    def start_chat(
+        self, system: str | None = None, *, enable_thinking: bool = True, plan: PrunePlan | None = None
+    ) -> Conversation:
+        """A conversation with this system message, whose turns prefill only what is new. Arguments as in `chat`."""
+        return Conversation(self, system, enable_thinking=enable_thinking, plan=plan)
 
     def load_chat(self, path, *, plan: PrunePlan | None = None) -> Conversation:
         """A conversation that `Conversation.save` has written. `plan` is as in `generate`, errors as in its `load`."""
@@ -352,11 +356,15 @@ class Model:
             limit = f"the model takes {self.max_seq_len}; {self.vision.shorten(media)}"
             raise ContextOverflow(f"{what} has {num_tokens} tokens, but {limit}")
 
-    def _check_cache(self, cache: KVCache, added: torch.Tensor) -> None:
-        """Raise InputError unless `cache` belongs to this model and has room for `added` [B] more tokens."""
+    def _check_cache(self, cache: KVCache, added: torch.Tensor, media: Sequence[Sequence[Prepared]] = ()) -> None:
+        """Raise InputError unless `cache` belongs to this model and has room for `added` [B] more tokens.
+
+        Some of the tokens may be those of images and videos, a list for each row.
+        """
         if not isinstance(cache, KVCache):
             raise InputError(f"the cache is a {type(cache).__name__}; make one with model.new_cache()")
-        cache.check(self.module.config, self.dtype, self.device, self._chunk_size(1), added)
+        advice = self.vision.shorten([one for row in media for one in row], "the prompt")
+        cache.check(self.module.config, self.dtype, self.device, self._chunk_size(1), added, advice)
 
     def _chunk_size(self, chunk_size) -> int:
         return max(check_count("chunk_size", chunk_size), self.vision.min_chunk_size)
@@ -367,9 +375,9 @@ class Model:
 
     @torch.inference_mode(False)  # as the engine
     @torch.no_grad()
-    def _images(self, module, images, videos, tokens: torch.Tensor, lengths: torch.Tensor) -> TextOnly:
-        """What images and videos bring to tokens [B, T], by the vision tower of a module. Tokens are on the CPU."""
-        return self.vision.images(module, self.vision.prepare_batch(images, videos, len(tokens)), tokens, lengths)
+    def _images(self, module, media, tokens: torch.Tensor, lengths: torch.Tensor) -> TextOnly:
+        """What each row's images and videos bring to tokens [B, T] on the CPU, by the vision tower of a module."""
+        return self.vision.images(module, media, tokens, lengths)
 
     def _stages(self, rows: int, plan: PrunePlan = PrunePlan.none(), look: bool = True) -> engine.Stages:  # noqa: B008 (it is frozen)
         return self._compiled.stages(rows, plan, look) if self._compiled else stages_of(self.module)

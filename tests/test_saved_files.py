@@ -64,8 +64,9 @@ def test_a_conversation_loads_and_continues(name, model, calibrated, tmp_path):
     assert [(turn.user, turn.assistant, turn.answer) for turn in chat.turns] == [
         (turn["user"], turn["assistant"], turn["answer"]) for turn in turns
     ]
-    chat.save(tmp_path / name)  # in today's format, which also has what a stop string has cut off
-    content = json.loads((saved.FOLDER / name).read_text(encoding="utf-8")) | {"pop_conversation": 3}
+    chat.save(tmp_path / name)  # in today's format, which has more fields
+    content = json.loads((saved.FOLDER / name).read_text(encoding="utf-8"))
+    content |= {"pop_conversation": 4, "enable_thinking": True}
     content["turns"] = [{"cut": ""} | turn for turn in turns]
     assert json.loads((tmp_path / name).read_text(encoding="utf-8")) == content
     held_today = model.start_chat(chat.system, plan=plan)  # the same messages give the same answers

@@ -25,7 +25,8 @@ UNUSED = (
     *("loftq_config", "eva_config", "corda_config", "megatron_core", "qalora_group_size"),
 )
 INITS = (True, "gaussian", "eva", "orthogonal")  # others change the base model's weights as well
-Adapter = dict[str, tuple[torch.Tensor, torch.Tensor, float]]  # by parameter: A [r, in], B [out, r] and s
+# By parameter: A [r, in], B [out, r], the base model's matrix [out, in], which PEFT stores of a head only, and s.
+Adapter = dict[str, tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, float]]
 
 
 def read_adapter(folder: Path, module: nn.Module, shards: dict[str, Shard]) -> Adapter:
@@ -44,26 +45,28 @@ def read_adapter(folder: Path, module: nn.Module, shards: dict[str, Shard]) -> A
     linears = {name: part for name, part in module.named_modules() if isinstance(part, nn.Linear)}
     adapter, faults = {}, []
     for name, tensor in sorted(tensors.items()):
-        layer, _, kind = name.removeprefix("base_model.model.").rpartition(".lora_")
+        match = re.fullmatch(r"base_model\.model\.(.+)\.(lora_A|lora_B|base_layer)\.weight", name)
+        layer, kind = match.groups() if match else ("", "")
         published = published_name(f"{layer}.weight").removesuffix(".weight")  # of transformers 4
         linear = layer if layer in linears else published
-        if linear not in linears or kind not in ("A.weight", "B.weight"):
-            faults.append(f"{name} is not of a linear layer of this model")
+        if linear not in linears:
+            tied = " (its head is its embedding: tie_word_embeddings)" if layer.endswith("lm_head") else ""
+            faults.append(f"{name} is not of a linear layer of this model{tied}")
             continue
         parameter, shape = f"{linear}.weight", tuple(linears[linear].weight.shape)
         shape = shards[parameter].whole_shape(shape) if parameter in shards else shape  # [out, in]
         r, s = (
             next(value for key, value in patterns.items() if f".{layer}".endswith(key)) for patterns in (ranks, alphas)
         )
-        wanted = [r, shape[1]] if kind == "A.weight" else [shape[0], r]
-        other = f"base_model.model.{layer}.lora_{'B' if kind == 'A.weight' else 'A'}.weight"
-        if list(tensor.shape) != wanted:
-            faults.append(f"{name} is {list(tensor.shape)}, not {wanted}")
+        wanted = {"lora_A": [r, shape[1]], "lora_B": [shape[0], r], "base_layer": list(shape)}
+        a, b, whole = (tensors.get(f"base_model.model.{layer}.{other}.weight") for other in wanted)
+        if list(tensor.shape) != wanted[kind]:
+            faults.append(f"{name} is {list(tensor.shape)}, not {wanted[kind]}")
         elif tensor.dtype not in FLOATS or not tensor.isfinite().all():
             faults.append(f"{name} does not hold finite floating-point numbers")
-        elif other not in tensors:
-            faults.append(f"{name} comes without {other}")
-        adapter[parameter] = tensors.get(other), tensor, s / (math.sqrt(r) if root else r)  # the last one is B's
+        elif a is None or b is None:
+            faults.append(f"{name} comes without its lora_{'A' if a is None else 'B'}")
+        adapter[parameter] = a, b, whole, s / (math.sqrt(r) if root else r)
     if faults or not adapter:
         step = "give the base model that it was trained on, or merge it with PEFT and load the result"
         raise CheckpointError(f"{file} does not fit this model: {some(faults or ['it is empty'], '; ')}; {step}")
@@ -87,9 +90,10 @@ def _read_ranks(fields: Fields) -> tuple[dict[str, float], dict[str, float], boo
 @torch.no_grad()
 def merge_adapter(adapter: Adapter, module: nn.Module, shards: dict[str, Shard]) -> None:
     """Add s B A to the weights in place. The sum is computed in float32 and rounded to the weights' dtype."""
-    for name, (a, b, scale) in adapter.items():
+    for name, (a, b, whole, scale) in adapter.items():
         weight = module.get_parameter(name)
+        cut = shards[name].cut if name in shards else (lambda matrix: matrix)
+        if whole is not None:
+            weight.copy_(cut(whole))
         update = scale * (b.to(weight.device, torch.float32) @ a.to(weight.device, torch.float32))
-        if name in shards:
-            update = shards[name].cut(update)
-        weight.copy_(weight.float() + update)
+        weight.copy_(weight.float() + cut(update))

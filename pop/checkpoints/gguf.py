@@ -30,7 +30,6 @@ from pop.system.files import staged, write_json
 from pop.system.progress import progress_bar
 
 _HARMLESS = ("vocab_size", "rope.scaling.finetuned", "rope.scaling.original_context_length")
-_SHARD_BYTES = 4 << 30  # larger weights are written as several files with an index
 _CHUNK_ELEMENTS = 1 << 24  # dequantised at a time, 64 MiB of float32
 
 
@@ -257,27 +256,14 @@ def _tensors(source: GGUFFile, arch: str, config: dict[str, Any]) -> dict[str, s
 
 
 def _write_weights(source: GGUFFile, folder: Path, config: dict, tensors: dict[str, str], progress: bool) -> None:
-    """Write model.safetensors, or shards with an index. Only one shard at a time is in memory."""
-    nbytes = {hf_name: 2 * math.prod(source.shapes[name]) for hf_name, name in tensors.items()}
-    shards: list[list[str]] = [[]]
-    for hf_name in tensors:
-        if shards[-1] and sum(nbytes[other] for other in shards[-1]) + nbytes[hf_name] > _SHARD_BYTES:
-            shards.append([])
-        shards[-1].append(hf_name)
-    weight_map = {}
+    """Write model.safetensors. The whole model is in memory meanwhile, as it is when it runs."""
+    weights = {}
     with progress_bar(f"converting {source.path.name}", len(tensors), "tensors", progress) as step:
-        for n, hf_names in enumerate(shards, start=1):
-            file = "model.safetensors" if len(shards) == 1 else f"model-{n:05}-of-{len(shards):05}.safetensors"
-            weights = {}
-            for hf_name in hf_names:
-                weights[hf_name] = _hf_weight(source, config, tensors[hf_name], hf_name)
-                step(1)
-            save_file(weights, folder / file, metadata={"format": "pt"})
-            shutil.copymode(folder / "config.json", folder / file)  # safetensors lets only the owner read it
-            weight_map |= dict.fromkeys(weights, file)
-    if len(shards) > 1:
-        index = {"metadata": {"total_size": sum(nbytes.values())}, "weight_map": weight_map}
-        write_json(folder / "model.safetensors.index.json", index)
+        for hf_name, name in tensors.items():
+            weights[hf_name] = _hf_weight(source, config, name, hf_name)
+            step(1)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    shutil.copymode(folder / "config.json", folder / "model.safetensors")  # safetensors lets only the owner read it
 
 
 def _hf_weight(source: GGUFFile, config: dict[str, Any], name: str, hf_name: str) -> torch.Tensor:

@@ -7,6 +7,7 @@ It is 130 after Ctrl-C, and 141 if the reader of the output is gone.
 import argparse
 import contextlib
 import dataclasses
+import functools
 import inspect
 import os
 import shlex
@@ -92,6 +93,11 @@ class _Terminal:
             "".join(char for char in text if char in "\n\t" or unicodedata.category(char) != "Cc")
         )
 
+    def dim(self, text: str) -> None:
+        self._stream.write("\x1b[2m")
+        self.write(text)
+        self._stream.write("\x1b[0m")
+
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
     """Parse the arguments. Python before 3.12 leaves positional arguments after an option to us."""
@@ -131,21 +137,22 @@ def chat(args) -> None:
         import readline  # noqa: F401  (gives input() line editing)
     sampling, model = _sampling(args), _load(args)
     media = first = _media(args, model)
-    conversation = model.start_chat(args.system)
+    start = functools.partial(model.start_chat, args.system, enable_thinking=args.enable_thinking)
+    conversation, opening = start(), model.chat_format().opening
     if args.prompt is not None:
-        return _print_answer(conversation.stream(args.prompt, **media, **sampling))
+        return _print_answer(conversation.stream(args.prompt, **media, **sampling), opening)
     sign = "> " if sys.stdin.isatty() else ""
     if sign:
         print(HELP, file=sys.stderr)
     with contextlib.suppress(EOFError):
         while (line := _readable(lambda: input(sign), "the standard input").strip()) != "/quit":
             if line == "/new":
-                conversation, media = model.start_chat(args.system), first
+                conversation, media = start(), first
             elif line.startswith("/") and not line.startswith("//"):  # /help, or an unknown command
                 print(HELP, file=sys.stderr)
             elif line:
                 try:
-                    _print_answer(conversation.stream(line.removeprefix("/"), **media, **sampling))
+                    _print_answer(conversation.stream(line.removeprefix("/"), **media, **sampling), opening)
                     media = {}
                 except KeyboardInterrupt:
                     print("\n(stopped, and forgotten)", flush=True)
@@ -209,17 +216,15 @@ def _check_folders(*paths: str | None) -> None:
 
 
 def models(args) -> None:
-    rows = [("name", "family", "parameters", "weights")]
+    line = "{:28}  {:8}  {:>16}  {}"
+    print(line.format("name", "family", "parameters", "weights"))
     for name in pop.list_models():
         entry = registry.lookup(name)
         try:
             where = str(registry.find_weights(name))
         except WeightsNotFound:
             where = f"not here (pop demo --model {name} fetches them)" if entry.embedded else "not here"
-        rows.append((name, entry.family, f"{entry.parameters:,}", where))
-    widths = [max(len(row[column]) for row in rows) for column in range(3)]
-    for name, family, parameters, where in rows:
-        print(f"{name:{widths[0]}}  {family:{widths[1]}}  {parameters:>{widths[2]}}  {where}")
+        print(line.format(name, entry.family, f"{entry.parameters:,}", where))
     print(f"\nNew weights go into {registry.weights_folder()}/NAME; `pop download NAME` fetches them.")
 
 
@@ -262,9 +267,14 @@ def _sampling(args) -> dict:
     return given
 
 
-def _print_answer(stream) -> None:
+def _print_answer(stream, text: str = "") -> None:
+    """Print an answer as it comes; a terminal dims thoughts. `text` is what the prompt already has of the answer."""
     for piece in stream:
-        print(piece, end="", flush=True)
+        thinks = (text + piece).lstrip().startswith("<think>") and "</think>" not in text
+        text += piece
+        write = sys.stdout.dim if thinks and isinstance(sys.stdout, _Terminal) else sys.stdout.write
+        write(piece)
+        sys.stdout.flush()
     print(flush=True)
 
 
@@ -294,8 +304,7 @@ def _parser() -> argparse.ArgumentParser:
         return added
 
     def integer(add, name: str, text: str, default: int | None = None) -> None:
-        text = text if default is None else f"{text} ({default})"
-        add(name, help=text, type=int, default=default, metavar="N")
+        add(name, help=text if default is None else f"{text} ({default})", type=int, default=default, metavar="N")
 
     def model_options(add) -> None:
         add("model", help="a name in `pop models`, OWNER/REPOSITORY, or a directory", metavar="NAME_OR_DIR")
@@ -350,6 +359,7 @@ def _parser() -> argparse.ArgumentParser:
     add = generation_options(added, "before the first message")
     add("prompt", help="answer this and end; - reads the whole standard input", nargs="?", metavar="MESSAGE")
     add("--system", help="the system message", metavar="TEXT")
+    add("--no-thinking", help="ask a model to answer at once", dest="enable_thinking", action="store_false")
     add("--chat-format", help="llama-3.1, chatml, gemma, or a template; default: the checkpoint's", metavar="FORMAT")
 
     add = command(importance, "Measure with virtual gates how much prefill and decode need each layer.").add_argument

@@ -80,10 +80,12 @@ class KVCache:
         numbers = 2 * slots * config.num_kv_heads * config.head_dim + config.num_layers * config.hidden_size
         return batch_size * numbers * dtype.itemsize
 
-    def check(self, config, dtype: torch.dtype, device: torch.device, chunk_size: int, added: torch.Tensor) -> None:
+    def check(
+        self, config, dtype: torch.dtype, device: torch.device, chunk_size: int, added: torch.Tensor, advice: str
+    ) -> None:
         """Raise a PopError unless it is intact, and has B rows of such a model with room for `added` [B] more tokens.
 
-        It must also take chunks of `chunk_size` tokens.
+        It must also take chunks of `chunk_size` tokens. `advice` says what else to do about a prompt that is too long.
         """
         shape = config.num_kv_heads, config.head_dim
         shapes = [(self.batch_size, self.slots(window) + 1, *shape) for window in config.windows]
@@ -100,7 +102,7 @@ class KVCache:
         row = int(total.argmax())
         if total[row] > self.max_seq_len:
             numbers = f"{total[row]} tokens, {added[row]} of them new, but its max_seq_len is {self.max_seq_len}"
-            raise ContextOverflow(f"row {row} of the cache would hold {numbers}; make it larger or the prompt shorter")
+            raise ContextOverflow(f"row {row} of the cache would hold {numbers}; make it larger, or {advice}")
 
     @property
     def batch_size(self) -> int:

@@ -21,7 +21,7 @@ from pop.inputs.processors import Prepared, as_list
 from pop.pruning.plan import PrunePlan
 from pop.system.files import read_json, write_whole
 
-FORMATS = (2, 3)  # of saved conversations; the first lacks what a stop string has cut off an answer
+FORMATS = (2, 3, 4)  # of saved conversations; the first lacks what a stop string has cut off an answer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,8 +42,11 @@ class Conversation:
     conversation stays as it was. Only one thread at a time may use a conversation.
     """
 
-    def __init__(self, model, system: str | None = None, *, plan: PrunePlan | None = None):
+    def __init__(
+        self, model, system: str | None = None, *, enable_thinking: bool = True, plan: PrunePlan | None = None
+    ):
         self.model, self.system, self.plan = model, system, model.resolve(plan)
+        self.enable_thinking = enable_thinking
         self._format = model.chat_format()
         # The turns and their cache, which a finished turn replaces together.
         self._state: tuple[tuple[Turn, ...], KVCache | None] = ((), None)
@@ -109,6 +112,7 @@ class Conversation:
             "model": self.model.fingerprint,
             "plan": _describe(self.plan, self.model.part),
             "system": self.system,
+            "enable_thinking": self.enable_thinking,
             "turns": [
                 {
                     "user": turn.user,
@@ -139,6 +143,7 @@ class Conversation:
             fingerprint, description, system = (content[name] for name in ("model", "plan", "system"))
             if (saved_as := content["pop_conversation"]) not in FORMATS:
                 raise ValueError(f"its format is {saved_as}, not one of {FORMATS}")
+            thinks = content["enable_thinking"] if saved_as > 3 else True
             names = ("user", "assistant", "answer", "seen", *(["cut"] if saved_as > 2 else []))
             turns = [[turn[name] for name in names] for turn in content["turns"]]
             if not all(isinstance(text, str) and isinstance(answer, list) for _, text, answer, *_ in turns):
@@ -147,7 +152,7 @@ class Conversation:
             raise InputError(f"{path} is not a saved conversation ({error}); write one with chat.save(path)") from None
         if fingerprint != model.fingerprint:
             raise InputError(f"{path} is a conversation with another model; load that model, or start a new one")
-        chat = cls(model, system, plan=plan)
+        chat = cls(model, system, enable_thinking=thinks, plan=plan)
         if description != _describe(chat.plan, model.part):
             raise PlanError(f"{path} was held with another plan, {description}; pass that plan as plan=")
         for turn in turns:
@@ -157,8 +162,9 @@ class Conversation:
     def _prompt(self, content) -> tuple[list[int], list[Prepared]]:
         """The ids of the next turn's prompt, and the images and videos of its message."""
         if self.turns:
-            return self._format.next_prompt(content)
-        return self._format.prompt([*self.messages, {"role": "user", "content": content}])
+            return self._format.next_prompt(content, self.enable_thinking)
+        messages = [*self.messages, {"role": "user", "content": content}]
+        return self._format.prompt(messages, enable_thinking=self.enable_thinking)
 
     def _batch(self, prompt: list[int], media: list[Prepared], params: SamplingParams, **options) -> Batch:
         """A batch of one prompt, which continues from the cache."""

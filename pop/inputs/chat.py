@@ -83,14 +83,14 @@ class ChatFormat:
         """Return a conversation's token ids and its images and videos in order. Arguments as for `spell`."""
         return self._encode(self.spell(messages, add_generation_prompt, **options))
 
-    def next_prompt(self, content) -> tuple[list[int], list[Prepared]]:
+    def next_prompt(self, content, enable_thinking: bool = True) -> tuple[list[int], list[Prepared]]:
         """Return what `prompt` adds after an answer: the turn's end, the user's message, and the next turn's opening.
 
         A control token follows an answer, so no text is encoded across this boundary, and these ids can be appended.
         """
         told, media = self._told([{"role": "user", "content": content}])
-        begun = [_ASKED, _ANSWER]
-        pieces, longer = self._write([*begun, *told]), self._write([*begun, *begun, *told])
+        begun, options = [_ASKED, _ANSWER], _thinking(enable_thinking)
+        pieces, longer = self._write([*begun, *told], **options), self._write([*begun, *begun, *told], **options)
         n = _answer_in(pieces)
         if not self._continues or longer[n - len(pieces) :] != pieces[n:]:
             raise UnsupportedError("the chat_template rewrites earlier turns; answer whole lists of messages with chat")
@@ -118,8 +118,7 @@ class ChatFormat:
             json.dumps([told, tools])
         except (TypeError, ValueError, RecursionError) as error:
             raise InputError(f"a tool, or a call of one, cannot be written as JSON: {error}") from None
-        tools, options = tools or [], {"add_generation_prompt": add_generation_prompt}
-        options |= {} if enable_thinking else {"enable_thinking": False}
+        tools, options = tools or [], {"add_generation_prompt": add_generation_prompt, **_thinking(enable_thinking)}
         pieces = self._write(told, tools, **options)
         uncalled = [{key: value for key, value in message.items() if key != "tool_calls"} for message in told]
         for what, less in (("tools", (told, [])), ("tool calls", (uncalled, tools))):
@@ -227,6 +226,11 @@ class ChatFormat:
             else:
                 parts.append(part["text"])
         return parts
+
+
+def _thinking(enable: bool) -> dict[str, bool]:
+    """Return the template's variable, which stays undefined by default."""
+    return {} if enable else {"enable_thinking": False}
 
 
 def _answer_in(pieces: list[str]) -> int:

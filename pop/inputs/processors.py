@@ -81,16 +81,16 @@ class Processor:
             raise InputError(f"min_pixels is {least} and max_pixels is {most}; the first must not exceed the second")
         return replace(config, pixels=(least, most))
 
-    def shorten(self, media: Sequence[Prepared]) -> str:
-        """Say what to do about a prompt that is too long, with these images and videos."""
+    def shorten(self, media: Sequence[Prepared], what: str = "it") -> str:
+        """Say what to do about a prompt that is too long, with these images and videos. `what` names it."""
         if not media:
-            return "shorten it"
+            return f"shorten {what}"
         largest = max(media, key=lambda one: one.num_tokens)
         found = f"its largest {largest.kind} takes {largest.num_tokens}"
         if self.preparation[largest.kind].pixels is None:
-            return f"shorten it, or give fewer {largest.kind}s: {found}"
+            return f"shorten {what}, or give fewer {largest.kind}s: {found}"
         where = "in pop.load or pop.Image" if largest.kind == "image" else "in pop.Video"
-        return f"shorten it, or lower max_pixels {where}: {found}"
+        return f"shorten {what}, or lower max_pixels {where}: {found}"
 
     def images(self, module, rows: list[list[Prepared]], tokens: torch.Tensor, lengths: torch.Tensor) -> TextOnly:
         """Run the vision tower of `module` on the images and videos of each batch row. Without any, return TEXT.

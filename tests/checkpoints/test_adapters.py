@@ -140,6 +140,32 @@ def test_every_family_under_the_names_of_the_reference(tmp_path, config, prefix)
         torch.testing.assert_close(found, wanted, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_head_is_merged_into_its_matrix_in_the_adapter(base, tmp_path, ranks):
+    """PEFT stores the base model's head with the adapter of a head, since it may have been resized or trained."""
+    config, sizes = tiny_config(vocab_size=68), {"dtype": torch.float32, "device": "cpu", "progress": False}
+    base = write_checkpoint(tmp_path / "head", seed=4, vocab_size=68)
+    head = torch.randn(68, 30, generator=torch.Generator().manual_seed(1))
+    change = lambda tensors: tensors.update({"base_model.model.lm_head.base_layer.weight": head})  # noqa: E731
+    module = random_model(config, seed=4)
+    ((a, b),) = write_adapter(tmp_path / "adapter", module, [3], "", ["lm_head"], change=change).values()
+    expected = head + 2 * b @ a
+    for rank in range(ranks):
+        part = Part(config, rank, ranks)
+        found, cut = part.build(), lambda whole, part=part: part.shards["lm_head.weight"].cut(whole)
+        adapter = read_adapter(tmp_path / "adapter", found, part.shards)
+        load_weights(base, found, shards=part.shards, **sizes)
+        merge_adapter(adapter, found, part.shards)
+        torch.testing.assert_close(found.lm_head.weight.data, cut(expected), rtol=1e-6, atol=1e-6)
+
+
+def test_a_tied_head_takes_no_adapter(tmp_path):
+    base = write_checkpoint(tmp_path / "base", tie_embeddings=True)
+    write_adapter(tmp_path / "adapter", random_model(tiny_config()), [3], "", ["lm_head"])
+    with pytest.raises(CheckpointError, match=r"lm_head.lora_A.weight is not .* \(its head is its embedding: tie_"):
+        pop.load(base, adapter=tmp_path / "adapter")
+
+
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_the_parts_of_several_processes_are_those_of_the_merged_model(base, tmp_path, ranks):
     config = tiny_config(num_heads=4, num_kv_heads=2)
@@ -235,8 +261,8 @@ POINTER = "version https://git-lfs.github.com/spec/v1"
             lambda t: t.update({"base_model.model.model.layers.9.mlp.up_proj.lora_A.weight": torch.zeros(3)}),
             "layers.9.",
         ),
-        (lambda t: t.pop(f"{Q}.lora_A.weight"), "lora_B.weight comes without"),
-        (lambda t: t.pop(f"{Q}.lora_B.weight"), "lora_A.weight comes without"),
+        (lambda t: t.pop(f"{Q}.lora_A.weight"), "lora_B.weight comes without its lora_A"),
+        (lambda t: t.pop(f"{Q}.lora_B.weight"), "lora_A.weight comes without its lora_B"),
         (lambda t: t.update({f"{Q}.lora_A.weight": torch.zeros(2, 30)}), "lora_A.weight is [2, 30], not [3, 30]"),
         (lambda t: t.update({f"{Q}.lora_B.weight": torch.zeros(3, 3)}), "lora_B.weight is [3, 3], not"),
         (lambda t: t[f"{Q}.lora_B.weight"].fill_(math.nan), "lora_B.weight does not hold finite"),

@@ -11,7 +11,6 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from safetensors import safe_open
 
 import pop
 from pop.checkpoints import gguf as gguf_import
@@ -158,24 +157,6 @@ def test_gemma3(tmp_path):
     loaded = model.module.model.norm.weight
     assert torch.equal(loaded, (torch.from_numpy(tensors["output_norm.weight"][0]) - 1).bfloat16().float())
     assert model.logits([[1, 2, 3]]).isfinite().all()
-
-
-def test_shards(tmp_path, monkeypatch):
-    whole = imported(tmp_path)[1]
-    monkeypatch.setattr(gguf_import, "_SHARD_BYTES", 30_000)
-    (tmp_path / "sharded").mkdir()
-    _, weights = imported(tmp_path / "sharded")
-    folder = tmp_path / "sharded/model"
-    assert not (folder / "model.safetensors").exists()
-    index = json.loads((folder / "model.safetensors.index.json").read_text())
-    assert index["metadata"]["total_size"] == sum(w.nbytes for w in weights.values())
-    assert len(set(index["weight_map"].values())) > 2
-    for file in set(index["weight_map"].values()):
-        with safe_open(folder / file, "pt") as shard:
-            assert set(shard.keys()) == {name for name, place in index["weight_map"].items() if place == file}
-            assert shard.metadata() == {"format": "pt"}
-            assert sum(shard.get_tensor(name).nbytes for name in shard.keys()) <= 30_000  # noqa: SIM118
-    assert whole.keys() == weights.keys() and all(torch.equal(whole[name], weights[name]) for name in whole)
 
 
 # ---- config.json

@@ -446,6 +446,46 @@ def test_a_hostile_name_in_a_config_cannot_drive_the_terminal(folder, tmp_path, 
 # ---- Chat ----
 
 
+THOUGHTS = ["<think>", "\nHm.\n", "</think>\n\n", "Yes", "."]
+
+
+@pytest.mark.parametrize("template", ["", "<think>\n"])  # the latter opens the turn of a model that always thinks
+def test_a_terminal_dims_thoughts(folder, tmp_path, monkeypatch, template):
+    shutil.copytree(folder, tmp_path / "copy")
+    path = tmp_path / "copy/tokenizer_config.json"
+    path.write_text(path.read_text().replace("assistant\\n", "assistant\\n" + template.replace("\n", "\\n")))
+    pieces = THOUGHTS[1 if template else 0 :]
+    monkeypatch.setattr(pop.Conversation, "stream", lambda *args, **options: iter(pieces))
+    text = "".join(pieces)
+    dimmed = "".join(f"\x1b[2m{piece}\x1b[0m" for piece in pieces[:-2]) + "Yes."
+    for stream, expected in ((FakeTerminal(), dimmed), (io.StringIO(), text)):
+        monkeypatch.setattr(sys, "stdout", stream)
+        assert main(["chat", str(tmp_path / "copy"), "Hi"]) == 0
+        assert stream.getvalue() == expected + "\n"
+
+
+def test_a_terminal_is_as_before_when_ctrl_c_ends_thoughts(talk, monkeypatch):
+    def stream(*args, **options):
+        yield from THOUGHTS[:2]
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(pop.Conversation, "stream", stream)
+    monkeypatch.setattr(sys, "stdout", terminal := FakeTerminal())
+    assert talk(["Hi", "/quit"])[0] == 0
+    assert "\nHm.\n\x1b[0m\n(stopped" in terminal.getvalue()
+
+
+def test_no_thinking_reaches_the_conversation(folder, monkeypatch, capsys):
+    given = {}
+    start_chat = pop.Model.start_chat
+    monkeypatch.setattr(
+        pop.Model, "start_chat", lambda self, *args, **options: given.update(options) or start_chat(self, *args)
+    )
+    for arguments, wanted in (([], True), (["--no-thinking"], False)):
+        assert main(["chat", folder, "Hi", "--max-new-tokens", "1", *arguments]) == 0
+        assert given == {"enable_thinking": wanted}
+
+
 @pytest.fixture
 def talk(folder, monkeypatch, capsys):
     """talk(lines, *arguments) -> (status, stdout, stderr, the messages of the conversations that were held)."""
@@ -454,8 +494,8 @@ def talk(folder, monkeypatch, capsys):
         chats = []
         start_chat = pop.Model.start_chat
 
-        def kept(self, *args):
-            chats.append(start_chat(self, *args))
+        def kept(self, *args, **options):
+            chats.append(start_chat(self, *args, **options))
             return chats[-1]
 
         monkeypatch.setattr(pop.Model, "start_chat", kept)

@@ -339,6 +339,28 @@ def test_an_edited_answer_is_refused_and_an_edited_message_is_encoded(script, tm
         model.load_chat(edited(1, assistant="I think"))
 
 
+def thinking(messages, add_generation_prompt=True, enable_thinking=True, **variables):
+    """ChatML, whose turns begin with empty thoughts if thinking is off, as Qwen3's."""
+    turns = [f"<|im_start|>{message['role']}\n{message['content']}<|im_end|>\n" for message in messages]
+    thoughts = "" if enable_thinking else "<think>\n\n</think>\n\n"
+    return "".join(turns) + f"<|im_start|>assistant\n{thoughts}" * add_generation_prompt
+
+
+def test_a_conversation_without_thinking_stays_without(script, tmp_path):
+    model = make("llama", pop.PrunePlan((3, 4)), chat_format=thinking)
+    chat = model.start_chat("Be brief.", enable_thinking=False)
+    script.says[:] = [*b"Yes", END] * 5
+    chat.send("Hi")
+    chat.save(tmp_path / "chat.json")
+    no_thoughts = [*b"<think>\n\n</think>\n\n"]
+    first = [*chatml(("system", "Be brief."), ("user", "Hi")), *no_thoughts]
+    later = [END, *b"\n", *chatml(("user", "And?")), *no_thoughts]
+    for one in (chat, chat.fork(), copy.deepcopy(chat), model.load_chat(tmp_path / "chat.json")):
+        one.send("And?")
+        assert [turn.prompt for turn in one.turns] == [first, later]
+        assert first == model.chat_tokens([*chat.messages[:2]], enable_thinking=False)
+
+
 def test_an_empty_conversation_is_saved_too(tmp_path):
     model = make("llama", pop.PrunePlan((4,)))
     model.start_chat("é").save(tmp_path / "chat.json")
@@ -365,6 +387,7 @@ def test_what_is_no_saved_conversation_of_this_model_and_plan(tmp_path):
         [],
         {},
         {**good, "pop_conversation": 1},
+        {name: value for name, value in good.items() if name != "enable_thinking"},
         {**good, "turns": None},
         {**good, "turns": [{"user": "Hi"}]},
         {**good, "turns": [{**turn, "assistant": 3}]},

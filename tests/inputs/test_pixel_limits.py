@@ -163,6 +163,12 @@ def test_an_image_that_overflows_the_context_says_so(model):
     ):
         with pytest.raises(ContextOverflow, match=message):
             call()
+    tokens = model.encode(IMAGE_MARK * 2, media=model.vision.prepare_batch([A, B], None, 1)[0])
+    advice = r"row 0 of the cache would hold 1\d\d tokens.* shorten the prompt, or lower max_pixels .* image takes 74"
+    with pytest.raises(ContextOverflow, match=advice):
+        small.prefill([tokens], small.new_cache(), images=[[A, B]])
+    with pytest.raises(ContextOverflow, match=message):
+        small.logits([tokens], images=[[A, B]])
     fits = {"images": [pop.Image(A, max_pixels=32_000), pop.Image(B, max_pixels=32_000)], "max_new_tokens": 1}
     assert small.generate(IMAGE_MARK * 2, **fits).prompt_tokens < 70
 
