@@ -26,7 +26,7 @@ from pop.generation.prefix import Prefix
 from pop.generation.scoring import score
 from pop.inputs.chat import ChatFormat, chat_format
 from pop.inputs.processors import Prepared, Processor, processor_of
-from pop.inputs.tokenizers import row_lengths, token_ids
+from pop.inputs.tokenizers import row_lengths, token_ids, token_mask
 from pop.models.images import TextOnly
 from pop.pruning.plan import PrunePlan
 from pop.system.memory import to_device
@@ -131,8 +131,8 @@ class Model:
         return KVCache(self.module.config, batch_size, max_seq_len, **options)
 
     def prefill(
-        self, tokens, cache, *, lengths=None, images=None, videos=None, plan=None, chunk_size=None, boundary=True
-    ) -> torch.Tensor:
+        self, tokens, cache, *, lengths=None, images=None, videos=None, plan=None, chunk_size=None, boundary=True,
+        full_depth=None) -> torch.Tensor:  # fmt: skip
         """Append prompts to what the cache holds. Returns logits [B, V] float32 of each row's boundary token.
 
         Args:
@@ -142,7 +142,8 @@ class Model:
             images, videos: A list for each row, whose placeholders are among the tokens.
             plan: The PrunePlan of this call; None takes the model's.
             chunk_size: How many tokens run at once, at most the cache's chunk_size. None takes the model's.
-            boundary: False if more of the same prompts follows. The logits are then meaningless.
+            boundary: False if more of the same prompts follows: the logits are meaningless, and no token is selected.
+            full_depth: A bool tensor [B, T], true for tokens that run at full depth besides the plan's. None: none.
 
         Raises:
             InputError, PlanError: An argument does not fit the model. ContextOverflow: The cache is too small.
@@ -153,9 +154,9 @@ class Model:
         self._check_cache(cache, lengths, media)
         plan = self.resolve(plan)
         chunk_size = self.chunk_size if chunk_size is None else self._chunk_size(chunk_size)
-        stages = self._stages(len(tokens), plan)
-        images = self._images(self._vision_module, media, tokens, lengths)
-        return engine.prefill(self.module, tokens, cache, lengths, plan, chunk_size, stages, images, boundary)
+        stages, full_depth = self._stages(len(tokens), plan), token_mask(full_depth, tokens)
+        options = stages, self._images(self._vision_module, media, tokens, lengths), boundary, full_depth
+        return engine.prefill(self.module, tokens, cache, lengths, plan, chunk_size, *options)
 
     def decode(self, tokens, cache: KVCache) -> torch.Tensor:
         """Append one token a row, at full depth: tokens [B] -> logits [B, V] float32.

@@ -7,6 +7,7 @@ from support.tiny import random_model, tiny_config, write_checkpoint
 
 import pop
 from pop import engine
+from pop.pruning import reference
 
 PROMPTS = [[5, 9, 200], [17], list(range(40, 70))]
 
@@ -52,6 +53,16 @@ def test_chunks_do_not_change_the_result(model):
         torch.testing.assert_close(model.prefill(tokens, model.new_cache(1, 40), chunk_size=size), expected)
         assert widths == chunks
     hook.remove()
+
+
+def test_tokens_that_the_caller_chooses_run_at_full_depth(model):
+    tokens, mask = torch.arange(60).view(2, 30), torch.zeros(2, 30, dtype=torch.bool)
+    mask[0, [3, 11]] = mask[1, 4:20] = True
+    found = model.prefill(tokens, model.new_cache(2, 40), full_depth=mask)
+    for row in (0, 1):
+        full_depth = reference.full_depth_tokens(30, 30, model.plan) | mask[row]
+        expected, _ = reference.forward(model.module, tokens[row], full_depth, model.plan)
+        torch.testing.assert_close(found[row], expected[-1])
 
 
 def test_the_size_of_a_cache_is_known_before_it_is_made(model):
@@ -136,6 +147,10 @@ def test_a_model_says_what_it_is(model, tmp_path):
         (lambda m: m.prefill([[1, 2]], m.new_cache(1), lengths=[1, 1]), pop.InputError, ["lengths", "[1, 1]"]),
         (lambda m: m.prefill([[1, 2]], m.new_cache(1), lengths=[1.0]), pop.InputError, ["lengths", "[1.0]"]),
         (lambda m: m.prefill([[1, 2]], m.new_cache(1), chunk_size=0), pop.InputError, ["chunk_size", "0"]),
+        *(
+            (lambda m, it=it: m.prefill([[1, 2]], m.new_cache(1), full_depth=it), pop.InputError, ["bool", "[1, 2]"])
+            for it in ([[True, False]], torch.tensor([[0, 1]]), torch.tensor([[True]]))
+        ),
         (lambda m: m.prefill([[1, 2]], m.new_cache(2)), pop.InputError, ["1 rows", "2"]),
         (lambda m: m.prefill([[1] * 5], m.new_cache(1, 4)), pop.ContextOverflow, ["row 0", "5 tokens", "4"]),
         (lambda m: m.prefill([[1]], None), pop.InputError, ["cache", "NoneType"]),

@@ -152,6 +152,7 @@ class Part:
         """Build the rank's model on the meta device, and fill `shards` and `num_parameters`."""
         with torch.device("meta"):
             model = models.build(self.config)
+        model.sum_over_processes = add_up
         for name, module in model.named_modules():
             kind = name.rpartition(".")[2]
             if kind not in PARALLEL or name.startswith(VISION):

@@ -100,12 +100,19 @@ class _Terminal:
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
-    """Parse the arguments. Those without a name may also follow options, which a subparser by itself does not take."""
-    argv = sys.argv[1:] if argv is None else argv
-    parser, commands = _parser()
-    if argv and argv[0] in commands:
-        return commands[argv[0]].parse_intermixed_args(argv[1:])
-    return parser.parse_args(argv)
+    """Parse the arguments. Python before 3.12 leaves positional arguments after an option to us."""
+    parser = _parser()
+    args, rest = parser.parse_known_args(argv)
+    after_dashes = rest[:1] == ["--"]
+    rest = rest[after_dashes:]
+    is_text = after_dashes or rest[:1] == ["-"] or not "".join(rest).startswith("-")
+    if len(rest) == 1 and getattr(args, "prompt", "") is None and is_text:
+        args.prompt = rest.pop()
+    if hasattr(args, "files") and not any(word.startswith("-") for word in rest):
+        args.files, rest = args.files + rest, []
+    if rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    return args
 
 
 def demo(args) -> None:
@@ -243,8 +250,8 @@ def _load(args):
     options = {name: value for name, value in vars(args).items() if name in LOADING}
     options["dtype"] = args.dtype and getattr(torch, args.dtype)
     model = pop.load(args.model, parallel="auto", **options)
-    if getattr(args, "full_depth_last", None) is not None:
-        model.plan = dataclasses.replace(model.plan, full_depth_last=args.full_depth_last)
+    given = {name: getattr(args, name, None) for name in ("full_depth_last", "full_depth_selected")}
+    model.plan = dataclasses.replace(model.plan, **{name: value for name, value in given.items() if value is not None})
     return model
 
 
@@ -285,8 +292,7 @@ def _readable(read: Callable[[], str], source: str) -> str:
         raise InputError(f"{source} cannot be read ({error.strerror}); check the path") from None
 
 
-def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
-    """The parser of the whole command line, and that of each command."""
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="pop", description="Language models with prefill-only pruning.")
     parser.add_argument("--version", action="version", version=f"pop {pop.__version__}")
     parser.set_defaults(run=lambda args: parser.print_help())
@@ -313,6 +319,7 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
         add("--prune", help=text, default="default", metavar="P")
         if with_last:
             integer(add, "--full-depth-last", "how many last tokens of a prompt run all layers; default: the plan's")
+            add("--full-depth-selected", help="the share of others to run all layers", type=float, metavar="SHARE")
 
     def generation_options(parser, media_place: str) -> Callable:
         """Add what `generate` and `chat` share; return what adds more about the prompt."""
@@ -390,4 +397,4 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
     add = command(import_gguf, "Convert a GGUF file into a checkpoint directory.").add_argument
     add("file", help="the GGUF file", metavar="FILE", type=Path)
     add("folder", help="the directory to make", metavar="DIR", type=Path)
-    return parser, commands.choices
+    return parser

@@ -136,7 +136,7 @@ class Compiled:
             return cache
 
         if refit is not None:
-            refit = dataclasses.replace(refit, full_depth_first=1, full_depth_last=1)
+            refit = dataclasses.replace(refit, full_depth_first=1, full_depth_last=1, full_depth_selected=0.0)
             prefill(first, refit, first)
             prefill(3, refit, 1)  # token by token
             return

@@ -19,7 +19,8 @@ import torch
 
 from pop.engine.cache import KVCache
 from pop.engine.decode_step import decode_step
-from pop.engine.layout import Chunk, Tokens, attention_metadata, chunk_bounds
+from pop.engine.layout import Chunk, Tokens, attention_metadata, chunk_bounds, full_depth_tokens
+from pop.engine.selection import select
 from pop.engine.stages import EAGER, Stages
 from pop.models.images import TEXT, TextOnly
 from pop.pruning.plan import PrunePlan
@@ -37,6 +38,7 @@ def prefill(
     stages: Stages = EAGER,
     images: TextOnly = TEXT,
     boundary: bool = True,
+    full_depth: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Append prompts to the cache. Returns logits [B, V] float32 of each row's boundary token.
 
@@ -49,10 +51,13 @@ def prefill(
         chunk_size: Tokens of a row that run at once, at most cache.chunk_size. Bounds the memory for activations.
         stages: The functions to call, eager or compiled.
         images: What images bring to these prompts. A chunk must be able to hold an image with look-ahead.
-        boundary: False if more of the same prompts follows in a later call. The logits are then meaningless.
+        boundary: False if more of the same prompts follows in a later call. The logits are then meaningless, and the
+            plan selects no tokens.
+        full_depth: Which tokens run at full depth besides those of the plan: [B, T] bool on the CPU.
     """
     images, out = images or TEXT, None  # out: [B, D], each row's h after the last layer, at its last token so far
-    for chunk, h, hidden in _chunks(module, tokens, cache, lengths, plan, chunk_size, stages, images, boundary):  # noqa: B007
+    options = stages, images, boundary, full_depth
+    for chunk, h, hidden in _chunks(module, tokens, cache, lengths, plan, chunk_size, *options):  # noqa: B007
         latest = chunk.latest(h)
         out = latest if out is None else latest.where(chunk.has_tokens[:, None], out)  # all have tokens in the first
     logits = stages.head(module, out)
@@ -98,44 +103,70 @@ def decode(module, tokens: torch.Tensor, cache: KVCache, stages: Stages = EAGER)
 
 
 def _chunks(
-    module, tokens, cache: KVCache, lengths, plan, chunk_size, stages, images=TEXT, boundary=True
+    module, tokens, cache: KVCache, lengths, plan, chunk_size, stages, images=TEXT, boundary=True, full_depth=None
 ) -> Iterator[tuple[Chunk, torch.Tensor, torch.Tensor]]:
-    """Yield each chunk, its h [B, C, D] after the last layer, and the rows' latest hidden states [L, B, D]."""
+    """Yield each chunk, its h [B, C, D] after the last layer, and the rows' latest hidden states [L, B, D].
+
+    A plan that selects tokens needs the last token's state at the first pruned layer. So all chunks run up to that
+    layer before the first one runs on.
+    """
     chunk_size = min(chunk_size, cache.chunk_size)
     hidden = cache.previous_hidden
     # Chunks after the first overwrite slots of a ring, so a call that fails midway loses tokens that the cache counts.
     overwrites = int(lengths.max()) > chunk_size and bool(cache.lengths.any()) and cache.has_windows
     cache.intact = not overwrites
-    for begin, end in chunk_bounds(lengths, chunk_size, images):
-        chunk = Chunk.of(cache, tokens, lengths, begin, end, plan, images, boundary)
-        h, hidden = _run_chunk(module, cache, hidden, chunk, stages)
+    by_position = full_depth_tokens(cache, lengths, plan, boundary)  # [B, T]
+    full_depth = by_position if full_depth is None else by_position | full_depth[:, : by_position.shape[1]]
+    counts = [plan.num_selected(others) if boundary else 0 for others in (~full_depth).sum(1).tolist()]
+    L, bounds = len(module.layers), list(chunk_bounds(lengths, chunk_size, images))
+    first, selection, entering = 0, (), None
+    if any(counts):
+        (B, T), first = full_depth.shape, plan.layers[0]
+        rows = torch.arange(B, device=cache.device)[:, None]
+        for begin, end in bounds:
+            chunk = Chunk.of(cache, tokens, lengths, begin, end, PrunePlan.none(), images, full_depth)
+            h, hidden = _run_chunk(module, cache, hidden, chunk, stages, range(first))
+            entering = h.new_zeros(B, T + 1, h.shape[2]) if entering is None else entering
+            entering[rows, chunk.index] = h
+        rotary = (cache.lengths + cache.rope_offsets)[:, None] + images.rotary(torch.arange(T).expand(B, T))
+        counts = torch.tensor(counts)
+        selected = select(module, plan, entering[:, :T], rotary, lengths, ~full_depth, counts)
+        if len(bounds) == 1:
+            selection = selected, counts
+        else:  # only the device knows how many of them each chunk has
+            full_depth = full_depth | selected.cpu()
+    for begin, end in bounds:
+        chunk = Chunk.of(cache, tokens, lengths, begin, end, plan, images, full_depth, *selection)
+        h = None if entering is None else entering[rows, chunk.index]
+        h, hidden = _run_chunk(module, cache, hidden, chunk, stages, range(first, L), h)
         yield chunk, h, hidden
 
 
-def _run_chunk(module, cache: KVCache, hidden, chunk: Chunk, stages: Stages):
-    """One chunk through all layers -> its h [B, C, D] after the last layer, and new hidden states [L, B, D]."""
-    h, in_slots = chunk.images.place(module.embed(chunk.ids)), stages.replay is not None  # [B, C, D]
+def _run_chunk(module, cache: KVCache, hidden, chunk: Chunk, stages: Stages, layers: range, h=None):
+    """One chunk, its h or None at first, through some layers -> h [B, C, D], and new hidden states [L, B, D]."""
+    h, in_slots = chunk.images.place(module.embed(chunk.ids)) if h is None else h, stages.replay is not None
     metadata = chunk.metadata(module, cache, in_slots)
     rows = chunk.rows[..., None].expand(-1, -1, h.shape[2])  # [B, W, D]
     W, full_depth = rows.shape[1], (chunk.full_depth, chunk.ends)
     rows_metadata = attention_metadata(module, cache, *full_depth, in_slots=in_slots) if W else {}
-    new_hidden = []
+    new_hidden = list(hidden)
     for is_pruned, group in chunk.plan.groups(len(module.layers), module.deepstack_layers):
-        if is_pruned:
+        group = [index for index in group if index in layers]
+        if is_pruned and group:
             _write_pruned(module, group, h, hidden[group[0]], cache, chunk, metadata, stages)
             f = before = h.gather(1, rows)
             for index in group:
-                new_hidden.append(chunk.latest(h, f if W else None))
+                new_hidden[index] = chunk.latest(h, f if W else None)
                 if W:
                     layer = module.layers[index]
                     f = stages.full_layer(layer, f, *cache.layer(index), rows_metadata[layer.window])
             h = h.scatter(1, rows, f.where(chunk.rows_valid[..., None], before))
         else:
             for index in group:
-                new_hidden.append(chunk.latest(h))
+                new_hidden[index] = chunk.latest(h)
                 layer = module.layers[index]
                 h = stages.full_layer(layer, h, *cache.layer(index), metadata[layer.window])
-        h = chunk.images.add_deepstack(h, group[-1])
+        h = chunk.images.add_deepstack(h, group[-1]) if group else h
     return h, torch.stack(new_hidden).where(chunk.has_tokens[:, None], hidden)
 
 

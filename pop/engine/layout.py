@@ -1,7 +1,8 @@
 """Which tokens a chunk has, which of them run at full depth, and what each attends.
 
-All indices are computed on the CPU, and copied to the device without waiting for it. Shape letters:
-pop/models/layers.py; C is the number of columns of a chunk, and W that of its full-depth rows.
+All indices are computed on the CPU, and copied to the device without waiting for it. Those of full-depth rows that are
+selected (selection.py) are computed on the device. Shape letters: pop/models/layers.py; C is the number of columns of a
+chunk, and W that of its full-depth rows.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from pop.system.memory import to_device
 
 @dataclasses.dataclass(frozen=True)
 class Tokens:
-    """Tokens [B, C] of a batch: those of a chunk, or its full-depth rows. All tensors are on the CPU."""
+    """Tokens [B, C] of a batch: those of a chunk, or its full-depth rows. All tensors are on one device."""
 
     index: torch.Tensor  # [B, C] int64, where each is in its prompt; for full-depth rows, in which column of the chunk
     valid: torch.Tensor  # [B, C] bool, false for padding
@@ -29,10 +30,11 @@ class Tokens:
     last_attended: torch.Tensor | None = None  # [B, C] int64, the last position that each attends; None: its own
 
     def take(self, columns: torch.Tensor, valid: torch.Tensor) -> Tokens:
-        """The tokens in columns [B, W], of which some are valid [B, W]."""
+        """The tokens in columns [B, W], of which some are valid [B, W]. They are where the columns are."""
 
         def gather(x):
-            return None if x is None else x.gather(-1, columns.expand(*x.shape[:-1], -1))
+            if x is not None:
+                return to_device([x], columns.device)[0].gather(-1, columns.expand(*x.shape[:-1], -1))
 
         return Tokens(columns, valid, *(gather(x) for x in (self.positions, self.rotary, self.last_attended)))
 
@@ -50,11 +52,12 @@ class Chunk:
     is_aligned: bool  # all rows with tokens begin there, and all tokens are causal
     look_ahead: int  # how many tokens after itself a token attends at most
     is_fresh: bool  # the cache is empty and all tokens are causal, so they attend the chunk only
-    # The first column of the prompt's last full-depth tokens. A layer with a window needs the window - 1 columns before
-    # it, and no earlier ones.
+    # The first column that may have a full-depth token, or the one after the prompt, those of full_depth_first aside. A
+    # layer with a window needs the window - 1 columns before it, and no earlier ones.
     needed_from: int
     # On the device:
     ids: torch.Tensor  # [B, C], what `tokens` are
+    index: torch.Tensor  # [B, C], where they are in their prompts; T for padding
     rows: torch.Tensor  # [B, W], the columns of the full-depth rows
     rows_valid: torch.Tensor  # [B, W] bool
     last: torch.Tensor  # [B], the column of each row's last token
@@ -71,14 +74,16 @@ class Chunk:
         end: torch.Tensor,
         plan: PrunePlan,
         images: TextOnly,
-        boundary: bool,
+        full_depth: torch.Tensor,
+        selected: torch.Tensor | None = None,
+        counts: torch.Tensor | int = 0,
     ) -> Chunk:
         """Tokens `begin` to `end` [B] of prompts `ids` [B, T] of `lengths` [B], to be appended to the cache.
 
-        A row with begin = end is all padding. Without a boundary, more of the prompts follows in a later call.
+        A row with begin = end is all padding. full_depth [B, T], on the CPU, says which tokens run at full depth, and
+        `selected` [B, T], on the device, which `counts` [B] others. With it, the chunk must have all of the prompts.
         """
         device = cache.device
-        full_depth_last = plan.full_depth_last if boundary else 0
         C = int((end - begin).max())
         start, lengths, begin, end = (x[:, None] for x in (cache.lengths, lengths, begin, end))  # [B, 1]
         index = begin + torch.arange(C)  # [B, C]
@@ -88,29 +93,34 @@ class Chunk:
         last_attended = images.last_attended(positions)
         tokens = Tokens(index.minimum(lengths - 1), valid, positions, rotary, last_attended)
 
-        is_first = positions < plan.full_depth_first
-        full_depth = is_first | (index >= lengths - full_depth_last)
-        if (full_depth | ~valid).all():
+        is_full = full_depth.gather(1, tokens.index) & valid  # [B, C]
+        count, last = is_full.sum(1) + counts, (end - begin)[:, 0] - 1  # [B]; last is -1 for a row that has ended
+        last_is_full = is_full.gather(1, last.clamp(min=0)[:, None])[:, 0]
+        if selected is not None:
+            is_full, at = to_device([is_full, tokens.index], device)
+            is_full = is_full | selected.gather(1, at)  # the last token, which padding repeats, is not among them
+        if (count == valid.sum(1)).all():
             plan = PrunePlan.none()  # nothing is left to prune
-        full_depth &= valid
-        count = full_depth.sum(1)  # [B]
         W = int(count.max()) if plan.layers else 0
-        columns = (~full_depth).to(torch.uint8).argsort(dim=1, stable=True)[:, :W]  # full-depth tokens first, in order
-
-        last = (end - begin)[:, 0] - 1  # [B], -1 for a row that has ended
-        last_is_full = full_depth.gather(1, last.clamp(min=0)[:, None])[:, 0] & bool(W)
-        last_row = (count - 1).where(last_is_full, -1)
-        needed_from = int((lengths - begin)[end > begin].min()) - full_depth_last
+        columns = (~is_full).to(torch.uint8).argsort(dim=1, stable=True)[:, :W]  # full-depth tokens first, in order
+        last_row = (count - 1).where(last_is_full & bool(W), -1)
+        needed_from = 0
+        if selected is None:
+            at = torch.arange(full_depth.shape[1])
+            attends = full_depth & (at >= begin) & (start + at >= plan.full_depth_first)  # others before itself
+            needed_from = int((at.where(attends, lengths) - begin)[last >= 0].min())
+        is_first = positions < plan.full_depth_first
         if last_attended is not None and (valid & is_first & (last_attended >= plan.full_depth_first)).any():
             needed_from = 0  # the first tokens are in an image, and attend the rest of it
         starts = positions[last >= 0, 0]  # of the rows with tokens
-        rows = tokens.take(columns, full_depth.gather(1, columns))
+        rows = tokens.take(columns, is_full.gather(1, columns))
         if ids.device == device:
-            (index,) = to_device([tokens.index], device)
-            ids = ids.gather(1, index)
+            (at,) = to_device([tokens.index], device)
+            ids = ids.gather(1, at)
         else:
             (ids,) = to_device([ids.gather(1, tokens.index)], device)
-        moved = to_device([rows.index, rows.valid, last.clamp(min=0), last_row, last >= 0], device)
+        in_prompt = index.where(valid, full_depth.shape[1])
+        moved = to_device([in_prompt, rows.index, rows.valid, last.clamp(min=0), last_row, last >= 0], device)
         return cls(
             plan=plan,
             images=images,
@@ -123,7 +133,7 @@ class Chunk:
             is_fresh=last_attended is None and not positions[:, 0].any(),
             needed_from=needed_from,
             ids=ids,
-            **dict(zip(("rows", "rows_valid", "last", "last_row", "has_tokens"), moved, strict=True)),
+            **dict(zip(("index", "rows", "rows_valid", "last", "last_row", "has_tokens"), moved, strict=True)),
         )
 
     def metadata(self, module, cache: KVCache, in_slots: bool = False) -> dict[int | None, AttentionMetadata]:
@@ -157,8 +167,9 @@ def attention_metadata(
     """
     T, filled, ends = tokens.positions.shape[1], int(ends.max()), ends[:, None]  # [B, 1]
     # A full row may be decoded. Its token attends what the row's last token attends, so the softmax is not empty.
-    own = torch.minimum(tokens.positions, ends - 1)
-    last = own if tokens.last_attended is None else torch.minimum(tokens.last_attended, ends - 1)
+    (final,) = to_device([ends - 1], tokens.positions.device)
+    own = torch.minimum(tokens.positions, final)
+    last = own if tokens.last_attended is None else torch.minimum(tokens.last_attended, final)
     on_device = {"rotary": tokens.rotary}
     bands = {}
     for window in dict.fromkeys(module.config.windows):
@@ -192,6 +203,15 @@ def attention_metadata(
         )
         for window, rope in module.rope(moved.pop("rotary")).items()
     }
+
+
+def full_depth_tokens(cache: KVCache, lengths: torch.Tensor, plan: PrunePlan, boundary: bool) -> torch.Tensor:
+    """Which tokens of prompts of `lengths` [B] are at full depth by their position: [B, T] bool, where padding is.
+
+    Without a boundary, more of the prompts follows in a later call.
+    """
+    index, last = torch.arange(int(lengths.max())), plan.full_depth_last if boundary else 0
+    return (cache.lengths[:, None] + index < plan.full_depth_first) | (index >= lengths[:, None] - last)
 
 
 def chunk_bounds(

@@ -222,7 +222,7 @@ def _content(message, images, videos) -> str | list[dict]:
 
 def _describe(plan: PrunePlan, part) -> dict:
     """A plan for JSON. Its projections become a hash, which is the same in every dtype."""
-    described = vars(plan) | {"layers": list(plan.layers), "projections": None}
+    described = plan.fields() | {"layers": list(plan.layers), "projections": None}
     if plan.projections is not None:
         weight = plan.projections.weight if part is None else part.gather_heads(plan.projections.weight)
         bits = weight.to(torch.bfloat16).cpu().view(torch.int16).numpy().tobytes()

@@ -14,8 +14,9 @@ class Prefix:
     """The beginning of many prompts, made by `model.prefix`. No call changes it, so threads may share it.
 
     The answers are those of `model.generate(prefix.tokens + rest, plan=prefix.plan)`, with the images and videos of
-    both. The last full_depth_last tokens of a prefix may be at full depth, so they are encoded with each prompt. If an
-    image or a video would be cut there, all of it is encoded with each prompt.
+    both, unless the plan selects tokens: it selects among those that are encoded with each prompt. The last
+    full_depth_last tokens of a prefix may be at full depth, so they are encoded with each prompt. If an image or a
+    video would be cut there, all of it is encoded with each prompt.
     """
 
     def __init__(self, model, prompt, *, images=None, videos=None, plan: PrunePlan | None = None):

@@ -304,6 +304,13 @@ def row_lengths(lengths, tokens: torch.Tensor) -> torch.Tensor:
     return found
 
 
+def token_mask(mask, tokens: torch.Tensor) -> torch.Tensor | None:
+    """Return a bool tensor [B, T], as the tokens, on the CPU. None stays None, and anything else is an InputError."""
+    if mask is not None and (getattr(mask, "dtype", None) != torch.bool or mask.shape != tokens.shape):
+        raise InputError(f"full_depth is {mask!r:.80}; it must be a bool tensor {list(tokens.shape)}, as tokens are")
+    return None if mask is None else mask.cpu()
+
+
 def _integers(values) -> torch.Tensor | None:
     """Return an int64 tensor, or None for anything that is not integers in the form of a tensor."""
     try:

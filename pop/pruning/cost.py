@@ -16,10 +16,13 @@ attend a band of it. Products that an implementation computes outside of these a
 
 In a pruned layer only the W full-depth tokens do all of this. P of the other tokens do k and v: once from one input
 (taps = 1), or from two inputs with the refit projections of two taps. P is N - W. With a window, P is the window - 1
-tokens before the prompt's last full-depth tokens, since no later token attends the rest.
+tokens before the prompt's last full-depth tokens, since no later token attends the rest. If the plan selects tokens,
+they are counted as if they were evenly spread, and P is N - W with a window as well. To select them, the last Q tokens
+attend all at the first pruned layer, by its own projections: of q, and with refit projections also of k.
 
     F(plan) = 2 · [ sum over kept layers    (N·(qo + kv + mlp) + attention of all N)
                   + sum over pruned layers  (P·taps·kv + W·(qo + kv + mlp) + attention of the W)
+                  + selection               (Q·D·H·E + Q·N·H·E, and N·D·K·E)
                   + D·V ]
 
 Images come first, and no plan makes them cheaper. A vision tower of width C with L' layers turns the P patches of each
@@ -52,7 +55,7 @@ from itertools import pairwise
 from typing import NamedTuple
 
 from pop.models.config import Qwen3VisionConfig
-from pop.pruning.plan import PrunePlan
+from pop.pruning.plan import SELECTING, PrunePlan
 
 
 class Machine(NamedTuple):
@@ -104,16 +107,25 @@ def _parts(
     taps = 1 if plan.projections is None else plan.projections.taps
     refit = taps * 2 * config.hidden_size * config.num_kv_heads * config.head_dim  # weights of K and V
     last = num_tokens - plan.full_depth_last  # the first of the prompt's last full-depth tokens
+    others = range(num_tokens)[plan.full_depth_first : max(last, 0)]
+    count = plan.num_selected(len(others))
+    selected = {others[(2 * number + 1) * len(others) // (2 * count)] for number in range(count)}
     for begin in range(0, num_tokens, chunk_size or num_tokens):
         tokens = range(num_tokens)[begin:][:chunk_size]
-        full_depth = [p for p in tokens if p < plan.full_depth_first or p >= last]
+        full_depth = [p for p in tokens if p < plan.full_depth_first or p >= last or p in selected]
         for (pruned, window, is_sparse), count in layers.items():
             flops, numbers = _layer(config, window, is_sparse, full_depth if pruned else tokens)
             yield count * flops, count * numbers
             if pruned:
-                begins = begin if window is None else last - window + 1  # what the last full-depth tokens attend
+                # With a window, only what the last full-depth tokens attend.
+                begins = begin if window is None or selected else last - window + 1
                 projected = sum(p >= begins for p in tokens) - sum(p >= begins for p in full_depth)
                 yield count * 2 * projected * refit, count * refit * bool(projected)
+    if selected:
+        D, queries = config.hidden_size, config.num_heads * config.head_dim
+        keys = D * config.num_kv_heads * config.head_dim * (plan.projections is not None)
+        Q = min(SELECTING, num_tokens)
+        yield 2 * (Q * queries * (D + num_tokens) + num_tokens * keys), D * queries + keys
     head = config.hidden_size * config.vocab_size
     yield 2 * head, head
     yield _vision(config, patches)

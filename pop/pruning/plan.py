@@ -16,6 +16,9 @@ from pop.errors import PlanError, check_count
 from pop.pruning.projections import KVProjections
 from pop.system import files
 
+SELECTING = 8  # the last tokens of a prompt, which select others by their attention
+POOLED = 7  # neighbouring tokens that share their scores
+
 
 @dataclasses.dataclass(frozen=True)
 class PrunePlan:
@@ -37,6 +40,7 @@ class PrunePlan:
     full_depth_last: int = 1
     full_depth_first: int = 0
     projections: KVProjections | None = None
+    full_depth_selected: float = 0.0
 
     def __post_init__(self):
         try:
@@ -48,6 +52,8 @@ class PrunePlan:
         object.__setattr__(self, "layers", layers)
         for name, least in (("full_depth_last", 1), ("full_depth_first", 0)):
             object.__setattr__(self, name, check_count(name, getattr(self, name), least, 2**31 - 1, PlanError))
+        share = _share("full_depth_selected", self.full_depth_selected, "the prompt's tokens to run at full depth")
+        object.__setattr__(self, "full_depth_selected", share)
         if self.projections is None:
             return
         if not isinstance(self.projections, KVProjections):
@@ -69,10 +75,7 @@ class PrunePlan:
     def deepest(cls, num_layers: int, fraction: float) -> PrunePlan:
         """Prune the deepest floor(num_layers * fraction) layers; 0 <= fraction <= 1."""
         num_layers = check_count("num_layers", num_layers, 0, error=PlanError)
-        if isinstance(fraction, bool) or not isinstance(fraction, (int, float)) or not 0 <= fraction <= 1:
-            raise PlanError(f"fraction is {fraction!r}; it is the share of the layers to prune, from 0 to 1")
-        # The small term keeps 100 * 0.29 = 28.999999999999996 from losing a layer.
-        count = math.floor(num_layers * fraction + 1e-9)
+        count = _floor(num_layers * _share("fraction", fraction, "the layers to prune"))
         return cls(layers=tuple(range(num_layers - count, num_layers)))
 
     @classmethod
@@ -118,6 +121,10 @@ class PrunePlan:
         plan = self.check(model.config.num_layers)
         return speedup_limit(model.config, check_count("prompt_tokens", prompt_tokens), plan)
 
+    def num_selected(self, others: int) -> int:
+        """How many of the `others`, a prompt's tokens that are not at full depth by their position, are selected."""
+        return _floor(others * self.full_depth_selected) if self.layers else 0
+
     def groups(self, num_layers: int, deepstack_layers: int = 0) -> list[tuple[bool, list[int]]]:
         """Split layers 0 to num_layers - 1 into groups of consecutive layers, each (pruned?, indices).
 
@@ -128,9 +135,14 @@ class PrunePlan:
         groups = groupby(range(num_layers), key=lambda layer: (layer in pruned, min(layer, deepstack_layers)))
         return [(is_pruned, list(group)) for (is_pruned, _), group in groups]
 
+    def fields(self) -> dict:
+        """All but the projections, for files. A share of 0 is left out, as in files from before there was one."""
+        selected = {"full_depth_selected": self.full_depth_selected} if self.full_depth_selected else {}
+        return {name: getattr(self, name) for name in ("layers", "full_depth_last", "full_depth_first")} | selected
+
     def save(self, path: str | os.PathLike) -> None:
         """Write the plan to a file, whole or not at all: JSON, or safetensors if it has projections."""
-        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)[:-1]}
+        fields = self.fields()
         if self.projections is None:
             content = json.dumps(fields, indent=2) + "\n"
         else:
@@ -160,3 +172,14 @@ class PrunePlan:
             return cls(**fields)
         except (PlanError, OSError, ValueError, TypeError, KeyError, RecursionError) as error:
             raise PlanError(f"{path} is not a pruning plan ({error}); write one with plan.save(path)") from None
+
+
+def _share(name: str, value, of_what: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1:
+        raise PlanError(f"{name} is {value!r}; it is the share of {of_what}, from 0 to 1")
+    return float(value)
+
+
+def _floor(number: float) -> int:
+    """The small term keeps 100 * 0.29 = 28.999999999999996 from losing one."""
+    return math.floor(number + 1e-9)

@@ -7,22 +7,56 @@ and keeps the second:
 - A *pruned* token skips the layers of the plan. Its h passes through unchanged, but each skipped layer's K and V are
   still computed from that h ("independent KV projections").
 - A *full-depth* token runs every layer. These are the last prompt token, whose logits predict the first new token
-  ("boundary handling"), and every generated token.
+  ("boundary handling"), and every generated token. A plan may add others: by position, or by the attention they get.
 
 Each token has one residual stream, so the method is one `torch.where`. The engine (pop/engine) computes the same
 numbers without the wasted work, with a cache, in chunks and in ragged batches. The property tests hold it to this page.
 """
 
 import torch
+import torch.nn.functional as F
 
 from pop.models.images import TEXT, TextOnly
-from pop.pruning.plan import PrunePlan
+from pop.pruning.plan import POOLED, SELECTING, PrunePlan
 
 
-def full_depth_tokens(prompt_length: int, num_tokens: int, plan: PrunePlan) -> torch.Tensor:
-    """Which of `num_tokens` tokens run at full depth, [T] bool. The first `prompt_length` of them are the prompt."""
+def full_depth_tokens(
+    prompt_length: int, num_tokens: int, plan: PrunePlan, scores: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Which of `num_tokens` tokens run at full depth, [T] bool. The first `prompt_length` of them are the prompt.
+
+    A plan that selects tokens needs the prompt's `attention_scores`.
+    """
     position = torch.arange(num_tokens)
-    return (position < plan.full_depth_first) | (position >= prompt_length - plan.full_depth_last)
+    full_depth = (position < plan.full_depth_first) | (position >= prompt_length - plan.full_depth_last)
+    if count := plan.num_selected(int((~full_depth).sum())):
+        full_depth[scores.masked_fill(full_depth[:prompt_length], -1).topk(count).indices] = True
+    return full_depth
+
+
+@torch.no_grad()
+def attention_scores(module, prompt: torch.Tensor, plan: PrunePlan, images: TextOnly = TEXT) -> torch.Tensor | None:
+    """How much a prompt's last tokens attend each of its N tokens at the first pruned layer: [N], or None.
+
+    The softmax is over all tokens up to the query, even in a layer with a window. Its values are summed over queries
+    and heads, and averaged over neighbours, so that words and numbers stay whole (FastKV, Jo et al. 2025).
+    """
+    if not plan.full_depth_selected or not plan.layers:
+        return None
+    entering = []
+
+    def step(index, layer, h, rope, attend):
+        entering.append((layer, h, rope))
+        return layer(h, rope, attend)  # below the first pruned layer, this is the plain pass
+
+    module.through_layers(prompt[None], images, step)
+    layer, h, rope = entering[plan.layers[0]]
+    q, k, _ = layer.queries_keys_values(h, rope)  # [1, N, H, E] and [1, N, K, E]
+    k = k.repeat_interleave(q.shape[2] // k.shape[2], dim=2)  # [1, N, H, E]
+    products = layer.scale * torch.einsum("nhe,mhe->hnm", q[0].float(), k[0].float())  # [H, N, N]
+    later = torch.ones_like(products, dtype=torch.bool).triu(1)
+    received = products.masked_fill(later, -torch.inf).softmax(-1)[:, -SELECTING:].sum((0, 1))  # [N]
+    return F.avg_pool1d(received[None], POOLED, stride=1, padding=POOLED // 2)[0].cpu()
 
 
 @torch.no_grad()
@@ -80,15 +114,17 @@ def refit(layer, plan: PrunePlan, index: int, h: torch.Tensor, rope) -> tuple[to
 
 def prefill(module, prompt: torch.Tensor, plan: PrunePlan, images: TextOnly = TEXT) -> torch.Tensor:
     """prompt [T] -> logits [V] of its boundary token."""
-    logits, _ = forward(module, prompt, full_depth_tokens(len(prompt), len(prompt), plan), plan, images)
+    scores = attention_scores(module, prompt, plan, images)
+    full_depth = full_depth_tokens(len(prompt), len(prompt), plan, scores)
+    logits, _ = forward(module, prompt, full_depth, plan, images)
     return logits[-1]
 
 
 def generate(module, prompt: torch.Tensor, plan: PrunePlan, count: int, images: TextOnly = TEXT) -> list[int]:
     """The greedy continuation of prompt [T] by `count` tokens. Every step runs everything again."""
-    tokens = prompt
+    tokens, scores = prompt, attention_scores(module, prompt, plan, images)
     for _ in range(count):
-        full_depth = full_depth_tokens(len(prompt), len(tokens), plan)
+        full_depth = full_depth_tokens(len(prompt), len(tokens), plan, scores)
         logits, _ = forward(module, tokens, full_depth, plan, images)
         tokens = torch.cat((tokens, logits[-1].argmax()[None]))
     return tokens[len(prompt) :].tolist()

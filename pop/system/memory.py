@@ -21,12 +21,14 @@ def free_bytes(device: torch.device) -> int | None:
 
 
 def to_device(tensors: list[torch.Tensor], device: torch.device) -> list[torch.Tensor]:
-    """Copy integer and boolean tensors from the CPU to `device`: all in one transfer, which nothing waits for."""
-    if device.type == "cpu":
+    """Integer and boolean tensors, those on the CPU copied to `device` in one transfer, which nothing waits for."""
+    away = [tensor for tensor in tensors if tensor.device.type != device.type]
+    if not away:
         return tensors
-    numbers = torch.cat([tensor.flatten().to(torch.int64) for tensor in tensors])
+    numbers = torch.cat([tensor.flatten().to(torch.int64) for tensor in away])
     if device.type == "cuda":
         numbers = numbers.pin_memory()  # torch keeps it until the copy has ended
-    parts = numbers.to(device, non_blocking=True).split([tensor.numel() for tensor in tensors])
+    parts = numbers.to(device, non_blocking=True).split([tensor.numel() for tensor in away])
     # Copies, not views: compiled code would be specialised to the size of their base, and to where they are in it.
-    return [part.view(x.shape).to(x.dtype, copy=True) for part, x in zip(parts, tensors, strict=True)]
+    copies = (part.view(x.shape).to(x.dtype, copy=True) for part, x in zip(parts, away, strict=True))
+    return [tensor if tensor.device.type == device.type else next(copies) for tensor in tensors]

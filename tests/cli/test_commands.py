@@ -71,6 +71,10 @@ def test_models_are_listed_with_where_they_are(capsys, tmp_path, monkeypatch):
         (["--prune", "none"], {"plan": pop.PrunePlan.none()}),
         (["--prune", "0.8"], {"plan": pop.PrunePlan(layers=(2, 3, 4, 5))}),
         (["--prune", "1.0", "--full-depth-last", "4"], {"plan": pop.PrunePlan(tuple(range(6)), full_depth_last=4)}),
+        (
+            ["--prune", "1.0", "--full-depth-selected", "0.5"],
+            {"plan": pop.PrunePlan(tuple(range(6)), full_depth_selected=0.5)},
+        ),
         (["--temperature", "2", "--seed", "3"], {"temperature": 2.0, "seed": 3}),
         (["--temperature", "2", "--seed", "3", "--top-k", "5"], {"temperature": 2.0, "seed": 3, "top_k": 5}),
         (
@@ -320,6 +324,7 @@ def test_import_gguf_gets_its_paths(tmp_path, monkeypatch, capsys):
         ("generate CHAT Hello --temperature -1", "temperature"),
         ("generate CHAT Hello --top-p 2", "top_p"),
         ("generate CHAT Hello --full-depth-last 0", "full_depth_last is 0"),
+        ("generate CHAT Hello --full-depth-selected 2", "full_depth_selected is 2.0"),
         ("generate CHAT Hello --max-seq-len 2000", "max_seq_len is 2000"),
         ("generate CHAT Hello --max-seq-len 4", "5 tokens, but the model takes 4"),
         ("generate CHAT Hello --max-pixels 9", "leave out min_pixels and max_pixels"),

@@ -8,7 +8,22 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from support.cases import NONE, assert_close, batches, cases, held, models, new_cache, plans, prefill, seen, stacked
+from support.cases import (
+    NONE,
+    assert_close,
+    batches,
+    by_position,
+    cases,
+    full_depth_tokens,
+    held,
+    models,
+    new_cache,
+    plans,
+    prefill,
+    prefill_with_choice,
+    seen,
+    stacked,
+)
 from support.naive_method import token_by_token
 from support.tiny import random_model, tiny_config, tiny_gemma3_config, tiny_qwen3_config
 
@@ -21,10 +36,10 @@ pytestmark = pytest.mark.usefixtures("small_query_blocks")
 # Against the reference
 
 
-def by_reference(module, row_tokens, plan):
+def by_reference(module, row_tokens, plan, chosen):
     """The reference's logits [V], and the K and V [2, L, N, K, E] that the next token can attend."""
     n = len(row_tokens)
-    logits, kv = reference.forward(module, row_tokens, reference.full_depth_tokens(n, n, plan), plan)
+    logits, kv = reference.forward(module, row_tokens, full_depth_tokens(plan, n, n, chosen), plan)
     return logits[-1], seen(module, stacked(kv))
 
 
@@ -32,10 +47,10 @@ def by_reference(module, row_tokens, plan):
 def test_prefill_is_the_reference(case):
     """Logits and cache, for any plan, window, batch, padding and chunking."""
     module, plan, tokens, lengths, chunk = case
-    logits, cache = prefill(module, tokens, lengths, plan, chunk)
+    logits, cache, chosen = prefill_with_choice(module, tokens, lengths, plan, chunk)
     assert cache.lengths.tolist() == lengths.tolist()
     for row, n in enumerate(lengths):
-        expected_logits, expected_kv = by_reference(module, tokens[row, :n], plan)
+        expected_logits, expected_kv = by_reference(module, tokens[row, :n], plan, chosen[row])
         assert_close(logits[row], expected_logits)
         assert_close(held(module, cache, row), expected_kv)
 
@@ -43,12 +58,12 @@ def test_prefill_is_the_reference(case):
 @given(cases(), st.integers(1, 5))
 def test_decode_is_teacher_forcing_by_the_reference(case, steps):
     module, plan, tokens, lengths, chunk = case
-    _, cache = prefill(module, tokens, lengths, plan, chunk)
+    _, cache, chosen = prefill_with_choice(module, tokens, lengths, plan, chunk)
     answer = torch.randint(module.config.vocab_size, (len(tokens), steps), generator=torch.Generator().manual_seed(1))
     stepwise = torch.stack([engine.decode(module, answer[:, step], cache) for step in range(steps)], dim=1)
     for row, n in enumerate(lengths.tolist()):
         whole = torch.cat((tokens[row, :n], answer[row]))
-        full_depth = reference.full_depth_tokens(n, len(whole), plan)
+        full_depth = full_depth_tokens(plan, n, len(whole), chosen[row])
         logits, kv = reference.forward(module, whole, full_depth, plan)
         assert_close(stepwise[row], logits[n:])
         assert_close(held(module, cache, row), seen(module, stacked(kv)))
@@ -58,18 +73,19 @@ def test_decode_is_teacher_forcing_by_the_reference(case, steps):
 def test_a_second_turn_appends_to_the_first(case, data):
     """Prompt, answer, prompt. The second prompt is pruned except for its boundary, and what was there stays."""
     module, plan, tokens, lengths, chunk = case
-    _, cache = prefill(module, tokens, lengths, plan, chunk)
+    _, cache, chosen = prefill_with_choice(module, tokens, lengths, plan, chunk)
     answer = torch.zeros(len(tokens), dtype=torch.int64)
     engine.decode(module, answer, cache)
     turn, _ = data.draw(batches(module.config.vocab_size, max_rows=1))
     turn = turn.expand(len(tokens), -1)
     added = torch.tensor(data.draw(st.lists(st.integers(1, turn.shape[1]), min_size=len(tokens), max_size=len(tokens))))
-    logits, _ = prefill(module, turn, added, plan, chunk, cache)
+    logits, _, chosen_later = prefill_with_choice(module, turn, added, plan, chunk, cache)
     for row, (n, m) in enumerate(zip(lengths.tolist(), added.tolist(), strict=True)):
         whole = torch.cat((tokens[row, :n], answer[:1], turn[row, :m]))
         position = torch.arange(len(whole))
-        full_depth = reference.full_depth_tokens(n, n + 1, plan)
+        full_depth = full_depth_tokens(plan, n, n + 1, chosen[row])
         later = (position[n + 1 :] >= len(whole) - plan.full_depth_last) | (position[n + 1 :] < plan.full_depth_first)
+        later |= chosen_later[row, :m]
         expected, kv = reference.forward(module, whole, torch.cat((full_depth, later)), plan)
         assert_close(logits[row], expected[-1])
         assert_close(held(module, cache, row), seen(module, stacked(kv)))
@@ -99,10 +115,12 @@ def test_a_conversation_may_change_its_plan_with_every_turn(module, data):
         width, random = data.draw(st.integers(1, 8)), torch.Generator().manual_seed(data.draw(st.integers(0, 10**6)))
         lengths = torch.tensor(data.draw(st.lists(st.integers(1, width), min_size=rows, max_size=rows)))
         turn = torch.randint(module.config.vocab_size, (rows, width), generator=random)
-        logits, _ = prefill(module, turn, lengths, plan, data.draw(st.sampled_from([1, 3, 1000])), cache)
+        chunk = data.draw(st.sampled_from([1, 3, 1000]))
+        logits, _, chosen = prefill_with_choice(module, turn, lengths, plan, chunk, cache)
         for row, m in enumerate(lengths.tolist()):
             held_before = len(said[row])
             full_depth = [held_before + i < plan.full_depth_first or i >= m - plan.full_depth_last for i in range(m)]
+            full_depth = [full or bool(selected) for full, selected in zip(full_depth, chosen[row, :m], strict=True)]
             append(row, turn[row, :m], [NONE if full else plan for full in full_depth], logits[row : row + 1])
         answer = torch.randint(module.config.vocab_size, (rows, data.draw(st.integers(0, 3))), generator=random)
         for step in answer.T:
@@ -152,10 +170,12 @@ def test_extend_is_decode_in_one_go(case):
 
 @given(cases())
 def test_a_ragged_batch_is_its_rows_alone(case):
+    """The tokens that it has selected are given to the rows alone, as a caller would who selects by other means."""
     module, plan, tokens, lengths, chunk = case
-    logits, cache = prefill(module, tokens, lengths, plan, chunk)
+    logits, cache, chosen = prefill_with_choice(module, tokens, lengths, plan, chunk)
     for row, n in enumerate(lengths.tolist()):
-        alone, alone_cache = prefill(module, tokens[row : row + 1, :n], lengths[row : row + 1], plan)
+        own, given = (tokens[row : row + 1, :n], lengths[row : row + 1]), chosen[row : row + 1, :n]
+        alone, alone_cache = prefill(module, *own, by_position(plan), full_depth=given)
         assert_close(logits[row], alone[0])
         assert_close(held(module, cache, row), held(module, alone_cache, 0))
 
@@ -179,7 +199,9 @@ def test_padding_and_stale_slots_do_not_matter(case, garbage):
 
 @given(cases(), st.data())
 def test_nothing_changes_before_a_changed_token(case, data):
+    """A plan that selects tokens is left out: the prompt's last tokens choose which tokens before them are pruned."""
     module, plan, tokens, lengths, chunk = case
+    plan = by_position(plan)
     row = data.draw(st.integers(0, len(tokens) - 1))
     changed = data.draw(st.integers(0, int(lengths[row]) - 1))
     _, before = prefill(module, tokens, lengths, plan, chunk)

@@ -11,7 +11,19 @@ import torch
 import torch.nn.functional as F
 from hypothesis import assume, given
 from hypothesis import strategies as st
-from support.cases import NONE, assert_close, experts, held, new_cache, plans, qwen3_vl_config, seen, stacked
+from support.cases import (
+    NONE,
+    assert_close,
+    experts,
+    full_depth_tokens,
+    held,
+    new_cache,
+    plans,
+    qwen3_vl_config,
+    recorded_choices,
+    seen,
+    stacked,
+)
 from support.replay import Replay
 from support.tiny import random_model, tiny_gemma3_config
 from support.tiny_images import both_ways
@@ -92,12 +104,14 @@ def test_images_are_the_references(case, steps, stages):
     """Prefill, cache and decode, for any plan, window, batch and chunking, also with decode steps on fixed memory."""
     module, plan, tokens, lengths, chunk, images = case
     cache = new_cache(module, len(tokens), slots=128, chunk=chunk)
-    logits = [engine.prefill(module, tokens, cache, lengths, plan, chunk, stages, images)]
+    with recorded_choices() as choices:
+        logits = [engine.prefill(module, tokens, cache, lengths, plan, chunk, stages, images)]
+    chosen = choices[0] if choices else torch.zeros(tokens.shape, dtype=torch.bool)
     answer = torch.randint(module.config.vocab_size, (len(tokens), steps), generator=torch.Generator().manual_seed(1))
     logits = torch.stack(logits + [engine.decode(module, token, cache, stages) for token in answer.T], dim=1)
     for row, n in enumerate(lengths.tolist()):
         whole = torch.cat((tokens[row, :n], answer[row]))
-        full_depth = reference.full_depth_tokens(n, len(whole), plan)
+        full_depth = full_depth_tokens(plan, n, len(whole), chosen[row])
         expected, kv = reference.forward(module, whole, full_depth, plan, of_row(images, row, n))
         assert_close(logits[row], expected[n - 1 :])
         assert_close(held(module, cache, row), seen(module, stacked(kv)))
@@ -120,11 +134,14 @@ def test_a_second_turn_may_have_images(case, data):
     held_before = torch.tensor(data.draw(st.lists(st.integers(1, 9), min_size=len(tokens), max_size=len(tokens))))
     cache = new_cache(module, len(tokens), slots=128, chunk=chunk)
     engine.prefill(module, first, cache, held_before, NONE, chunk)
-    logits = engine.prefill(module, tokens, cache, lengths, plan, chunk, images=images)
+    with recorded_choices() as choices:
+        logits = engine.prefill(module, tokens, cache, lengths, plan, chunk, images=images)
     for row, (n, m) in enumerate(zip(held_before.tolist(), lengths.tolist(), strict=True)):
         whole = torch.cat((first[row, :n], tokens[row, :m]))
         position = torch.arange(n + m)
         full_depth = (position < n) | (position >= n + m - plan.full_depth_last)
+        if choices:
+            full_depth[n:] |= choices[0][row, :m]
         expected, kv = reference.forward(module, whole, full_depth, plan, of_row(images, row, m, before=n))
         assert_close(logits[row], expected[-1])
         assert_close(held(module, cache, row), seen(module, stacked(kv)))

@@ -6,7 +6,7 @@ from support.tiny import random_model, tiny_config, tiny_gemma3_config
 from support.tiny_images import both_ways
 
 from pop import engine
-from pop.engine.layout import Chunk, attention_metadata, chunk_bounds
+from pop.engine.layout import Chunk, attention_metadata, chunk_bounds, full_depth_tokens
 from pop.engine.stages import full_layer
 from pop.models.images import TEXT
 from pop.pruning.plan import PrunePlan
@@ -43,8 +43,10 @@ def test_the_boundary_token_after_an_image_is_attended_in_slots():
     """It attends no token after itself. So compiled models need no other graph for it, and GPUs no other kernel."""
     module, plan = random_model(tiny_gemma3_config()), PrunePlan((2,))
     images = both_ways(torch.zeros(1, 4, 30), torch.tensor([[-1, 0, 1, 2, 3, -1]]))
-    (bounds,) = chunk_bounds(torch.tensor([6]), 9, images)
-    chunk = Chunk.of(new_cache(module, 1), torch.zeros(1, 6).long(), torch.tensor([6]), *bounds, plan, images, True)
+    cache, lengths = new_cache(module, 1), torch.tensor([6])
+    (bounds,) = chunk_bounds(lengths, 9, images)
+    full_depth = full_depth_tokens(cache, lengths, plan, True)
+    chunk = Chunk.of(cache, torch.zeros(1, 6).long(), lengths, *bounds, plan, images, full_depth)
     for column, in_slots in ((5, True), (4, True), (1, False)):  # the boundary, the image's last token and its first
         token = chunk.tokens.take(torch.tensor([[column]]), torch.tensor([[True]]))
         found = attention_metadata(module, new_cache(module, 1), token, chunk.ends, in_slots=True)
@@ -55,9 +57,9 @@ def test_full_depth_rows_by_hand():
     """Two rows of 7 and 4 tokens in chunks of 5, one first and two last tokens of each at full depth."""
     module, plan = random_model(tiny_config()), PrunePlan((2,), full_depth_last=2, full_depth_first=1)
     cache, lengths, ids = new_cache(module, 2), torch.tensor([7, 4]), torch.zeros(2, 7, dtype=torch.int64)
-    first, second = (
-        Chunk.of(cache, ids, lengths, begin, end, plan, TEXT, True) for begin, end in chunk_bounds(lengths, 5, TEXT)
-    )
+    full_depth = full_depth_tokens(cache, lengths, plan, True)
+    bounds = chunk_bounds(lengths, 5, TEXT)
+    first, second = (Chunk.of(cache, ids, lengths, *chunk, plan, TEXT, full_depth) for chunk in bounds)
 
     def rows(chunk):
         """The columns of each row's full-depth tokens."""

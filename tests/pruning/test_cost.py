@@ -66,10 +66,15 @@ def test_limits_are_those_of_the_method_at_2048_tokens(config, pruned, limit, di
         PrunePlan(layers=(0, 2), full_depth_last=5),
         PrunePlan(layers=(1, 2, 3), full_depth_last=4, full_depth_first=6),
         PrunePlan(layers=range(5), full_depth_last=60, full_depth_first=2),
+        PrunePlan(layers=(2, 4), full_depth_last=3, full_depth_selected=0.25),
+        PrunePlan(layers=(1, 3), full_depth_first=1, full_depth_selected=1.0),
     ],
 )
 def test_count_equals_what_torch_counts_in_the_engine(config, tokens, plan):
-    """Matrix products as torch counts them; attention (torch counts the whole square) in closed form."""
+    """Matrix products as torch counts them; attention (torch counts the whole square) in closed form.
+
+    Selected tokens are counted in the middles of as many equal parts of the tokens among which they are.
+    """
     module = random_model(config)
     cache = KVCache(config, 1, tokens, dtype=torch.float32, device=torch.device("cpu"))
     with FlopCounterMode(display=False) as counter:
@@ -78,18 +83,34 @@ def test_count_equals_what_torch_counts_in_the_engine(config, tokens, plan):
     linear = sum(flops for op, flops in counts.items() if str(op) in ("aten.mm", "aten.addmm"))
 
     positions = {*range(tokens)[: plan.full_depth_first], *range(tokens)[-plan.full_depth_last :]}
-    attended = again = 0
+    attended = again = selection = 0
+    others = sorted({*range(tokens)} - positions)
+    if count := int(len(others) * plan.full_depth_selected):
+        positions |= {others[int((number + 0.5) * len(others) / count)] for number in range(count)}
+        # The engine projects K and V for the selection, although the cache gets the same K, and V has no part in it.
+        again += tokens + min(8, tokens)
+        selection = min(8, tokens) * tokens * 2 * config.num_heads * config.head_dim
     for layer, window in enumerate(config.windows):
         attending = positions if layer in plan.layers else range(tokens)
         attended += sum(min(p + 1, window or tokens) for p in attending)
         # The engine projects K and V of full-depth rows twice, with the pruned tokens and at full depth. If no token is
         # left to prune, it runs the layers as if they were kept.
         if layer in plan.layers and len(positions) < tokens:
-            begin = 0 if window is None else tokens - plan.full_depth_last - window + 1
+            begin = 0 if window is None or count else tokens - plan.full_depth_last - window + 1
             again += sum(p >= begin for p in positions)
     attention = attended * 2 * 2 * config.num_heads * config.head_dim
     again *= 2 * 2 * config.hidden_size * config.num_kv_heads * config.head_dim
-    assert prefill_flops(config, tokens, plan) == linear - again + attention
+    assert prefill_flops(config, tokens, plan) == linear - again + attention + selection
+
+
+def test_refit_projections_need_other_keys_for_the_selection():
+    """Half of SmolLM2, with a tenth of the tokens at full depth by choice."""
+    weight = torch.zeros(15, 2, 3 * 64, 576)
+    plan = PrunePlan(range(15, 30), 1, 1, KVProjections(range(15, 30), weight, weight[..., 0], "", 1))
+    plain, refit = (dataclasses.replace(plan, full_depth_selected=0.1, **one) for one in ({"projections": None}, {}))
+    difference = prefill_flops(SMOLLM2, 1024, refit) - prefill_flops(SMOLLM2, 1024, plain)
+    assert difference == 2 * 1024 * 576 * 3 * 64
+    assert [round(speedup_limit(SMOLLM2, 1024, one), 2) for one in (plan, plain, refit)] == [1.89, 1.74, 1.74]
 
 
 def test_nothing_to_gain():

@@ -11,9 +11,10 @@ import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from support.cases import NONE, assert_close, batches, cases, held, models, plain, plans, prefill
-from support.naive_method import token_by_token
+from support.naive_method import attention_received, token_by_token
 
 from pop.pruning import reference
+from pop.pruning.plan import PrunePlan
 
 pytestmark = pytest.mark.usefixtures("small_query_blocks")
 
@@ -22,14 +23,27 @@ pytestmark = pytest.mark.usefixtures("small_query_blocks")
 def test_the_reference_is_the_paper_read_literally(module, data):
     """One pass encodes the prompt without its last w tokens, pruned. Another decodes these w at full depth, one by one.
 
-    The first tokens of a plan with sinks run at full depth.
+    The first tokens of a plan with sinks run at full depth, and so do those that it selects.
     """
     plan = data.draw(plans(module.config))
     tokens, _ = data.draw(batches(module.config.vocab_size, max_rows=1))
-    n = tokens.shape[1]
+    n, scores = tokens.shape[1], reference.attention_scores(module, tokens[0], plan)
+    chosen = reference.full_depth_tokens(n, n, plan, scores).tolist()
     pruned = range(plan.full_depth_first, n - plan.full_depth_last)
-    logits, _ = token_by_token(module, tokens[0], [plan if position in pruned else NONE for position in range(n)])
+    assert sum(chosen) == n - len(pruned) + int(len(pruned) * plan.full_depth_selected + 1e-9) * bool(plan.layers)
+    assert all(chosen[position] for position in range(n) if position not in pruned)
+    logits, _ = token_by_token(module, tokens[0], [NONE if is_full else plan for is_full in chosen])
     assert_close(reference.prefill(module, tokens[0], plan), logits[-1])
+
+
+@given(models(), st.data())
+def test_scores_are_the_attention_of_the_last_tokens(module, data):
+    """A loop over queries and heads, then the mean of seven neighbours. Those outside of the prompt count as 0."""
+    tokens, _ = data.draw(batches(module.config.vocab_size, max_rows=1))
+    plan = PrunePlan((data.draw(st.integers(0, module.config.num_layers - 1)),), full_depth_selected=0.5)
+    received = attention_received(module, tokens[0], plan.layers[0])
+    shared = [sum(received[max(0, i - 3) : i + 4]) / 7 for i in range(len(received))]
+    torch.testing.assert_close(reference.attention_scores(module, tokens[0], plan), torch.stack(shared))
 
 
 # Where pruning changes nothing
@@ -103,7 +117,8 @@ def test_pruning_shows_in_the_cache(case):
     assume(module.config.num_layers > 1 and lengths[0] > 2 and not any(module.config.windows))
     if not plan.layers or plan.layers[0] == module.config.num_layers - 1:
         plan = plain(plan, layers=(module.config.num_layers // 2 - 1,))
-    plan = dataclasses.replace(plan, full_depth_last=1, full_depth_first=min(1, plan.full_depth_first))
+    first = min(1, plan.full_depth_first)
+    plan = dataclasses.replace(plan, full_depth_last=1, full_depth_first=first, full_depth_selected=0.4)
     _, cache = prefill(module, tokens, lengths, plan, chunk)
     _, full = prefill(module, tokens, lengths, NONE, chunk)
     above = plan.layers[0] + 1

@@ -47,6 +47,13 @@ def test_speedup_is_that_of_the_cost_model(tokens):
         plan.speedup(model, 0)
 
 
+def test_the_share_of_selected_tokens_is_rounded_down():
+    plan = PrunePlan((2,), full_depth_selected=0.29)
+    assert [plan.num_selected(others) for others in (0, 3, 4, 100)] == [0, 0, 1, 29]
+    assert PrunePlan((2,), full_depth_selected=1).num_selected(7) == 7
+    assert PrunePlan(full_depth_selected=0.5).num_selected(100) == 0  # nothing is pruned
+
+
 def test_groups_end_where_the_plan_changes_and_after_each_deepstack_layer():
     assert PrunePlan((0, 3, 4)).groups(6) == [(True, [0]), (False, [1, 2]), (True, [3, 4]), (False, [5])]
     assert PrunePlan.none().groups(2) == [(False, [0, 1])]
@@ -71,6 +78,11 @@ def test_groups_end_where_the_plan_changes_and_after_each_deepstack_layer():
         {"full_depth_first": 2**31},
         {"full_depth_first": -1},
         {"full_depth_first": None},
+        {"full_depth_selected": -0.1},
+        {"full_depth_selected": 8},
+        {"full_depth_selected": float("nan")},
+        {"full_depth_selected": True},
+        {"full_depth_selected": None},
     ],
 )
 def test_a_plan_that_makes_no_sense_is_refused(fields):
@@ -135,7 +147,7 @@ def test_a_plan_for_a_deeper_model_is_refused_in_each_form(tmp_path):
 
 
 def test_a_saved_plan_comes_back(tmp_path):
-    plan = PrunePlan((3, 1), full_depth_last=8, full_depth_first=1)
+    plan = PrunePlan((3, 1), full_depth_last=8, full_depth_first=1, full_depth_selected=0.25)
     plan.save(tmp_path / "plan.json")
     assert PrunePlan.load(tmp_path / "plan.json") == plan
     assert [file.name for file in tmp_path.iterdir()] == ["plan.json"]
@@ -172,7 +184,7 @@ def test_a_saved_plan_may_be_read_by_others_and_a_link_is_followed(tmp_path):
     refit = KVProjections((1,), torch.zeros(1, 2, 3, 4), torch.zeros(1, 2, 3), "", 2)
     (tmp_path / "link").symlink_to(tmp_path / "plan")
     os.umask(umask := os.umask(0))
-    for plan in (PrunePlan((1,)), PrunePlan((1,), 1, 1, refit)):
+    for plan in (PrunePlan((1,)), PrunePlan((1,), 1, 1, refit), PrunePlan((1,), 1, 1, refit, 0.25)):
         plan.save(tmp_path / "link")
         assert (tmp_path / "link").is_symlink()
         assert PrunePlan.load(tmp_path / "plan") == plan

@@ -1,14 +1,18 @@
 """Random models, plans and batches for property-based tests, and the parts of a run that tests compare."""
 
 import dataclasses
+from contextlib import contextmanager
+from unittest.mock import patch
 
 import torch
 from hypothesis import strategies as st
 from support.tiny import random_model, tiny_config, tiny_gemma3_config, tiny_qwen3_config, tiny_qwen3_vl_config
 
 from pop import engine
+from pop.engine import forward
 from pop.engine.cache import KVCache
 from pop.models.config import ExpertsConfig, RopeConfig
+from pop.pruning import reference
 from pop.pruning.plan import PrunePlan
 from pop.pruning.projections import KVProjections
 
@@ -90,15 +94,16 @@ def qwen3_vl_config(draw, **sizes):
 def plans(draw, config):
     """Any layers and full-depth tokens, half of them with (random) refit projections of one or two taps."""
     layers = tuple(sorted(draw(st.sets(st.integers(0, config.num_layers - 1)))))
-    last = draw(st.sampled_from([1, 1, 2, 3, 7, 40]))
+    last, selected = draw(st.sampled_from([1, 1, 2, 3, 7, 40])), draw(st.sampled_from([0.0, 0.0, 0.1, 0.4, 1.0]))
     if not draw(st.booleans()):
-        return PrunePlan(layers, last, draw(st.sampled_from([0, 0, 1, 4])))
+        return PrunePlan(layers, last, draw(st.sampled_from([0, 0, 1, 4])), full_depth_selected=selected)
     taps = draw(st.sampled_from([1, 2]))
     shape = (len(layers), 2, config.num_kv_heads * config.head_dim, taps * config.hidden_size)
     random = torch.Generator().manual_seed(draw(st.integers(0, 10**6)))
     weight = torch.randn(shape, generator=random) / shape[-1] ** 0.5
     bias = 0.1 * torch.randn(shape[:3], generator=random)
-    return PrunePlan(layers, last, draw(st.sampled_from([1, 1, 4])), KVProjections(layers, weight, bias, "", taps))
+    refit = KVProjections(layers, weight, bias, "", taps)
+    return PrunePlan(layers, last, draw(st.sampled_from([1, 1, 4])), refit, selected)
 
 
 def plain(plan, **fields):
@@ -130,9 +135,40 @@ def new_cache(module, rows, slots=64, chunk=1000):
     return KVCache(module.config, rows, slots, **options)
 
 
-def prefill(module, tokens, lengths, plan, chunk=1000, cache=None):
+def prefill(module, tokens, lengths, plan, chunk=1000, cache=None, full_depth=None):
     cache = new_cache(module, len(tokens), chunk=chunk) if cache is None else cache
-    return engine.prefill(module, tokens, cache, lengths, plan, chunk), cache
+    return engine.prefill(module, tokens, cache, lengths, plan, chunk, full_depth=full_depth), cache
+
+
+@contextmanager
+def recorded_choices():
+    """A list of what the engine's prefills select meanwhile, each [B, T] bool."""
+    found, select = [], forward.select
+    with patch.object(forward, "select", lambda *args: found.append(select(*args)) or found[-1]):
+        yield found
+
+
+def by_position(plan):
+    """The plan without selection."""
+    return dataclasses.replace(plan, full_depth_selected=0.0)
+
+
+def prefill_with_choice(module, tokens, lengths, plan, chunk=1000, cache=None):
+    """As `prefill`, and also returns which tokens were selected, [B, T] bool.
+
+    Scores can be equal up to rounding, which then decides. So tests compare all else for the engine's choice.
+    tests/engine/test_selection.py compares the choice.
+    """
+    with recorded_choices() as found:
+        logits, cache = prefill(module, tokens, lengths, plan, chunk, cache)
+    return logits, cache, found[0] if found else torch.zeros(tokens.shape, dtype=torch.bool)
+
+
+def full_depth_tokens(plan, n, num_tokens, chosen):
+    """The reference's, for a prompt of n tokens of which `chosen` [T] were selected."""
+    full_depth = reference.full_depth_tokens(n, num_tokens, by_position(plan))
+    full_depth[:n] |= chosen[:n]
+    return full_depth
 
 
 def seen(module, kv):

@@ -51,3 +51,26 @@ def token_by_token(module, tokens, plans):
         logits.append(module.head(h[0, 0]))
     kept = [[torch.cat(x, dim=1)[0] for x in zip(*pairs, strict=True)] for pairs in kv]  # [L][2] of [T, K, E]
     return torch.stack(logits), torch.stack([torch.stack(pair) for pair in kept], dim=1)
+
+
+@torch.no_grad()
+def attention_received(module, tokens, index, begin=0):
+    """The attention that tokens `begin` and later receive from the last 8, at a layer of the plain model, over heads.
+
+    A list of numbers. The last 8 are among these tokens, and earlier ones do not count in the softmax.
+    """
+    states, ropes = [], module.rope(torch.arange(len(tokens))[None])
+
+    def step(_, layer, h, rope, attend):
+        states.append(h)
+        return layer(h, rope, attend)
+
+    module.through_layers(tokens[None], step=step)
+    layer = module.layers[index]
+    q, k, _ = layer.queries_keys_values(states[index], ropes[layer.window])
+    received = torch.zeros(len(tokens) - begin)
+    for query in range(max(begin, len(tokens) - 8), len(tokens)):
+        for head in range(q.shape[2]):
+            keys = k[0, begin : query + 1, head * k.shape[2] // q.shape[2]]
+            received[: len(keys)] += (keys @ q[0, query, head] * layer.scale).softmax(0)
+    return received

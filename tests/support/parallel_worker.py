@@ -33,6 +33,8 @@ def run(model: pop.Model) -> dict[str, torch.Tensor]:
     cache = model.new_cache(2, 40)
     prefilled = model.prefill(PROMPT, cache, lengths=LENGTHS, chunk_size=4)
     found["steps"] = torch.stack([prefilled, *(model.decode(step, cache) for step in STEPS)])
+    selecting = pop.PrunePlan((1,), full_depth_selected=0.25)
+    found["selected"] = model.prefill([list(range(40))], model.new_cache(1, 40), plan=selecting)
     answers = model.generate([PROMPT[0], PROMPT[1][:5]], max_new_tokens=6)
     sampled = model.generate(PROMPT[0], max_new_tokens=6, temperature=2.0)  # unseeded: each rank would draw its own
     found["tokens"] = torch.tensor([(answer.tokens + [-1] * 6)[:6] for answer in (*answers, sampled)])
@@ -63,13 +65,14 @@ def compiled(model: pop.Model) -> torch.Tensor:
 
 def main(folder: Path) -> None:
     read = []
-    read_parts = checkpoint._read
+    steps = checkpoint._steps
 
-    def counted(*args):
-        read.append((source := read_parts(*args)).nbytes)
-        return source
+    def counted(*args, **options):
+        for piece, row, source in steps(*args, **options):
+            read.append(source.nbytes)
+            yield piece, row, source
 
-    checkpoint._read = counted
+    checkpoint._steps = counted
     agreed, broadcast = [], dist.broadcast
     dist.broadcast = lambda *args: agreed.append(args) or broadcast(*args)
     found = {}
