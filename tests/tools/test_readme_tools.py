@@ -17,6 +17,7 @@ from support.readme import READMES, blocks
 from support.tiny import hf_config, tiny_config
 from support.tiny_chat import write_chat_checkpoint
 
+from tools import transformers_check
 from tools.bench import __main__ as bench
 from tools.bench import measure, rivals, shapes
 from tools.checkpoints import make_random
@@ -116,6 +117,11 @@ def run(script: str, words: list[str], monkeypatch, capsys) -> None:
         monkeypatch.delitem(sys.modules, script, raising=False)
         with pytest.raises(SystemExit, match="transformers"):
             importlib.import_module(script)
+        return
+    if script == "tools.transformers_pop":  # likewise
+        monkeypatch.setitem(sys.modules, "transformers", None)
+        assert transformers_check.main(words) == 2
+        assert "transformers" in capsys.readouterr().err
         return
     if script.startswith("tools.examples."):
         runpy.run_module(script, run_name="__main__")

@@ -1,0 +1,264 @@
+"""tools/transformers_pop.py without transformers: on a decoder that is called as those of transformers are.
+
+`python -m tools.transformers_pop --check` compares the models of transformers themselves.
+"""
+
+import copy
+import json
+import sys
+import types
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from support.cases import assert_close
+from support.tiny import hf_config, tiny_config
+from torch import nn
+
+import pop
+from pop import InputError, PlanError, PrunePlan
+from pop.errors import MissingExtra, UnsupportedError
+from pop.models import llama
+from pop.models.layers import rope_frequencies
+from pop.pruning import reference
+from pop.pruning.projections import KVProjections
+from tools import transformers_check
+from tools.transformers_pop import Prompt, as_pop, calibrate, library, positions, pruned
+
+CONFIG = tiny_config()
+TURNS = [[3, 12, 7], [5, 2, 9]]  # lengths of the rows' messages
+
+
+class Layer(llama.DecoderLayer):
+    """A layer with the arguments that layers have in transformers."""
+
+    def forward(self, hidden_states, attention_mask=None, position_embeddings=None, cache=None, **_):
+        rope = tuple(table[:, :, None, : CONFIG.head_dim // 2] for table in position_embeddings)
+        q, k, v = (x.transpose(1, 2) for x in self.queries_keys_values(hidden_states, rope))
+        k, v = (k, v) if cache is None else cache.update(k, v, self.index)
+        attended = F.scaled_dot_product_attention(q, k, v, attention_mask, scale=self.scale, enable_gqa=True)
+        h = hidden_states + self.attention_update(attended.transpose(1, 2).flatten(2))
+        return h + self.mlp_update(h)
+
+
+class Decoder(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed_tokens = nn.Embedding(CONFIG.vocab_size, CONFIG.hidden_size)
+        self.layers = nn.ModuleList(Layer(CONFIG, index) for index in range(CONFIG.num_layers))
+        for index, layer in enumerate(self.layers):
+            layer.index = index
+        self.norm = pop.models.layers.RMSNorm(CONFIG.hidden_size, CONFIG.norm_eps)
+        self.config = types.SimpleNamespace(_attn_implementation="sdpa")
+
+    def forward(self, input_ids=None, attention_mask=None, cache=None, **kwargs):
+        B, T = input_ids.shape
+        past = 0 if cache is None else cache.get_seq_length()
+        mask = torch.ones(B, past + T) if attention_mask is None else attention_mask
+        angles = (mask.cumsum(1) - 1)[:, -T:, None] * rope_frequencies(CONFIG.rope, CONFIG.head_dim, "cpu")
+        angles = torch.cat((angles, angles), dim=-1)
+        seen = torch.ones(past + T, past + T).tril()[-T:] * mask[:, None] + torch.eye(past + T)[-T:]  # [B, T, N]
+        h = self.embed_tokens(input_ids)
+        for layer in self.layers:
+            tables = angles.cos(), angles.sin()
+            h = layer(h, attention_mask=seen[:, None] > 0, position_embeddings=tables, cache=cache, **kwargs)
+        return self.norm(h)
+
+
+def write_config(folder):
+    (Path(folder) / "config.json").write_text(json.dumps(hf_config(CONFIG)))
+
+
+class LlamaForCausalLM(nn.Module):
+    device, dtype = torch.device("cpu"), torch.float32
+
+    def __init__(self):
+        super().__init__()
+        self.model, self.lm_head = Decoder(), nn.Linear(CONFIG.hidden_size, CONFIG.vocab_size, bias=False)
+        self.config = types.SimpleNamespace(save_pretrained=write_config)
+        self.generation_config = types.SimpleNamespace(use_mtp=False)
+
+    def forward(self, input_ids, **kwargs):
+        return self.lm_head(self.model(input_ids=input_ids, **kwargs)[:, -1])
+
+    def generate(self, input_ids, **kwargs):
+        return self(input_ids, **kwargs).argmax(-1)
+
+
+class Cache:
+    def __init__(self):
+        self.keys, self.values = {}, {}
+
+    def get_seq_length(self, index=0):
+        return self.keys[index].shape[2] if index in self.keys else 0
+
+    def update(self, k, v, index):
+        for held, new in ((self.keys, k), (self.values, v)):
+            held[index] = torch.cat((held[index], new), dim=2) if index in held else new
+        return self.keys[index], self.values[index]
+
+
+@pytest.fixture(autouse=True)
+def stand_in(monkeypatch):
+    library = types.ModuleType("transformers")
+    library.__version__ = "5.24.0"
+    library.LlamaForCausalLM, library.Qwen3ForCausalLM, library.Gemma3ForCausalLM = LlamaForCausalLM, int, str
+    monkeypatch.setitem(sys.modules, "transformers", library)
+    return library
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    model = LlamaForCausalLM().eval().requires_grad_(False)
+    for weight in model.parameters():
+        weight.mul_(3 if weight.dim() == 2 else 1).add_(0.1 * torch.randn_like(weight))
+    return model
+
+
+def plan_of(model, taps):
+    if taps == 0:
+        return PrunePlan((1, 2, 4), full_depth_last=2, full_depth_first=1)
+    torch.manual_seed(taps)
+    layers, KE = (1, 3, 4), CONFIG.num_kv_heads * CONFIG.head_dim
+    weight = torch.randn(3, 2, KE, taps * CONFIG.hidden_size) / 6
+    projections = KVProjections(layers, weight, torch.randn(3, 2, KE), as_pop(model).fingerprint, taps)
+    return PrunePlan(layers, 3, 2, projections)
+
+
+def padded(rows, left):
+    T = max(map(len, rows))
+    return torch.tensor([[0] * (T - len(row)) + row if left else row + [0] * (T - len(row)) for row in rows])
+
+
+@pytest.mark.parametrize("taps", [0, 1, 2])
+def test_turns_of_a_ragged_batch_equal_the_engine(model, taps):
+    twin, plan, cache = as_pop(model), plan_of(model, taps), Cache()
+    other, mask, last = twin.new_cache(3, 40), torch.zeros(3, 0, dtype=torch.int64), [[]] * 3
+    for turn in TURNS:
+        rows = [old + torch.randint(3, CONFIG.vocab_size, (n,)).tolist() for old, n in zip(last, turn, strict=True)]
+        lengths = torch.tensor([len(row) for row in rows])
+        with pruned(model, plan):
+            ids = padded(rows, left=True)
+            mask = torch.cat((mask, (torch.arange(ids.shape[1]) >= ids.shape[1] - lengths[:, None]).long()), dim=1)
+            found = [model(ids, attention_mask=mask, cache=cache)]
+            token = found[0].argmax(-1)
+            mask = torch.cat((mask, torch.ones(3, 1, dtype=torch.int64)), dim=1)
+            found.append(model(token[:, None], attention_mask=mask, cache=cache))
+        expected = twin.prefill(padded(rows, left=False), other, lengths=lengths, plan=plan)
+        assert_close(found[0], expected)
+        assert_close(found[1], twin.decode(token, other))
+        last = found[1].argmax(-1)[:, None].tolist()
+
+
+def test_a_prompt_without_a_mask_equals_the_reference(model):
+    plan, ids = plan_of(model, 2), torch.randint(3, CONFIG.vocab_size, (2, 11))
+    with pruned(model, plan):
+        found = model(ids, cache=Cache())
+    module = as_pop(model).module
+    assert_close(found, torch.stack([reference.prefill(module, row, plan) for row in ids]))
+    assert not torch.allclose(found, model(ids), atol=1e-3)
+
+
+def test_leaving_restores_the_model_after_an_exception_too(model):
+    before = {part: dict(vars(part)) for part in model.modules()}
+    context = pruned(model, PrunePlan((3,)))
+    for _ in range(2):
+        with pytest.raises(ZeroDivisionError), context:
+            assert "forward" in vars(model.model.layers[3])
+            assert "forward" not in vars(model.model.layers[2])
+            with pytest.raises(UnsupportedError, match="pruned already"), context:
+                pass
+            1 / 0  # noqa: B018
+        assert all(vars(part) == before[part] for part in model.modules())
+
+
+def test_what_is_refused(model):
+    ids, plan, cache = torch.ones(1, 4, dtype=torch.int64), PrunePlan((3,)), Cache()
+    with pytest.raises(UnsupportedError, match="Linear"):
+        pruned(nn.Linear(1, 1), plan)
+    with pytest.raises(PlanError, match="layer 9"):
+        pruned(model, PrunePlan((9,)))
+    changed = copy.deepcopy(model)
+    changed.lm_head.weight += 1
+    with pytest.raises(PlanError, match="another model"):
+        pruned(changed, plan_of(model, 1))
+    with pytest.raises(UnsupportedError, match="train"), pruned(copy.deepcopy(model).train(), plan):
+        pass
+    with pruned(model, plan):
+        with pytest.raises(UnsupportedError, match="prompt_lookup_num_tokens"):
+            model.generate(ids, prompt_lookup_num_tokens=2)
+        with pytest.raises(UnsupportedError, match="prefill_chunk_size"):
+            model.generate(ids, generation_config=types.SimpleNamespace(prefill_chunk_size=2))
+        with pytest.raises(InputError, match="use_cache"):
+            model(ids)
+        with pytest.raises(InputError, match="left"):
+            model(ids, attention_mask=torch.tensor([[1, 1, 1, 0]]), cache=cache)
+    model(ids, cache=cache)
+    for _ in range(2):
+        with pytest.raises(InputError, match="two taps"), pruned(model, plan_of(model, 2)):
+            model(ids, cache=cache)
+
+
+def test_a_context_that_ends_during_a_prompt_is_noticed(model):
+    ids, layer, context = torch.ones(1, 4, dtype=torch.int64), model.model.layers[0], pruned(model, PrunePlan((3,)))
+    handle = layer.register_forward_hook(lambda *_: context.__exit__())
+    context.__enter__()
+    with pytest.raises(InputError, match="ended"):
+        model(ids, cache=Cache())
+    handle.remove()
+
+
+def test_calibrates_the_model_itself(model):
+    texts = [torch.randint(3, CONFIG.vocab_size, (90,)).tolist() for _ in range(4)]
+    plan = calibrate(model, texts, PrunePlan((3, 4)), taps=1, window=48, progress=False)
+    expected = pop.calibrate(as_pop(model), texts, PrunePlan((3, 4)), taps=1, window=48, progress=False)
+    assert plan == expected
+    pruned(model, plan)
+
+
+MASK = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]])
+
+
+def test_positions_from_both_kinds_of_masks():
+    expected = [[-1, -1, 0, 1, 2], [0, 1, 2, 3, 4]]
+    assert positions(2, 5, None, MASK, None).tolist() == expected
+    counted = (MASK.cumsum(1) - 1).clamp(min=0)  # as generate numbers them
+    assert positions(2, 5, None, {"full_attention": None}, counted).tolist() == expected
+    assert positions(2, 3, None, None, None).tolist() == [[0, 1, 2]] * 2
+    with pytest.raises(InputError, match="position_ids"):
+        positions(2, 5, None, {"full_attention": None}, None)
+    with pytest.raises(InputError, match="left"):
+        positions(2, 5, None, {}, torch.tensor([[0, 1, 2, 0, 0], [0, 1, 2, 3, 4]]))
+
+
+@pytest.mark.parametrize("full_depth", [(1, 0), (2, 1), (1, 3), (9, 0)])
+def test_rows_are_those_of_the_reference(full_depth):
+    plan = PrunePlan((1,), *full_depth)
+    rows = Prompt(positions(2, 5, None, MASK, None), plan).rows
+    for row, length in zip(rows, (3, 5), strict=True):
+        expected = reference.full_depth_tokens(length, length, plan).nonzero()[:, 0] + 5 - length
+        assert row.unique().tolist() == expected.tolist()
+
+
+@pytest.mark.parametrize(("version", "takes"), [("5.6.0", True), ("5.24.9", True), ("5.25.0.dev0", False)])
+def test_versions(stand_in, version, takes):
+    stand_in.__version__ = version
+    if takes:
+        assert library() is stand_in
+    else:
+        with pytest.raises(UnsupportedError, match="5.25"):
+            library()
+    for other in ("4.57.6", "5.5.4", "6.0"):
+        stand_in.__version__ = other
+        with pytest.raises(UnsupportedError, match=other):
+            library()
+
+
+def test_the_check_says_that_transformers_is_missing(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(MissingExtra, match="pip install"):
+        library()
+    assert transformers_check.main(["--check"]) == 2
+    assert "pip install 'transformers" in capsys.readouterr().err
