@@ -187,10 +187,13 @@ def test_the_demo_prints_what_the_readme_shows(uncompiled, monkeypatch, capsys):
     for row in rows:
         label = demo.describe(row) + "  "
         (line,) = (line for line in numbers.splitlines() if line.startswith(label))
-        *_, speedup, limit, kl = line.split()
+        *_, speedup, limit, kl, repeated, copied = line.split()
         assert speedup.endswith("x")
         assert limit == f"{row['speedup_limit']:.2f}x"
-        assert float(kl) == pytest.approx(row["kl_nats"], rel=0.05 if row["taps"] else 0, abs=0.001)
+        near = {"rel": 0.05 if row["taps"] else 0, "abs": 0.001}
+        found = (row["kl_nats"], row["repetition_kl_nats"], row["copied"])
+        assert (float(kl), float(repeated)) == pytest.approx(found[:2], **near)
+        assert float(copied[:-1]) == pytest.approx(100 * found[2], abs=2 if row["taps"] else 0.6)
         (line,) = (line for line in answers.splitlines() if line.startswith(label))
         assert row["taps"] or line.removeprefix(label).strip() == row["answer"]
 

@@ -20,10 +20,9 @@ from itertools import islice
 import torch
 import torch.nn.functional as F
 
-from pop import engine
+from pop.calibration.judge import Judge, Window
 from pop.errors import InputError, PlanError, check_count
 from pop.generation.sampling import check_finite
-from pop.inputs.processors import Prepared
 from pop.model import Model
 from pop.pruning.plan import PrunePlan
 from pop.pruning.projections import KVProjections
@@ -33,10 +32,7 @@ RIDGES = (1e-2, 1e-1, 1.0)  # candidates for lambda
 DAMPINGS = (1.0, 0.85)  # candidates for d, of V and of K
 TRIALS = len(RIDGES) + 2 * (len(DAMPINGS) - 1) + 1  # the most settings (lambda, dampings) that are tried for a plan
 SHORTEST = 16  # tokens; a shorter window is left out
-JUDGED = 384  # the most tokens of a held-out window that are used
 TOKENS_AT_ONCE = 4096  # the most tokens in one forward pass
-
-Window = tuple[list[int], list[Prepared]]  # token ids, and the images and videos among them
 
 
 @torch.no_grad()
@@ -64,7 +60,8 @@ def calibrate(
         taps: 2 also gives the projections the previous token, and 1 does not.
         window: The tokens of a window, ideally as many as in a typical prompt. Texts with images stay whole.
         held_out: The number of windows, at most a fifth of all, that choose lambda and the dampings but are not fitted.
-            A plan is judged by the 128 tokens after their first 256, or after their last image.
+            A plan is judged by the 128 tokens after their first 256, or after their last image, and by a passage of
+            these 256 that is repeated after them.
         seed: Decides which windows are held out.
         progress: Show a bar on stderr, if tqdm is installed.
 
@@ -230,39 +227,6 @@ def _accumulate(model, batch: list[Window], fits: list[_Fit]) -> None:
     model.module.through_layers(tokens.to(model.device), images, step)
     for fit, mask in zip(fits, fitted, strict=True):
         fit.count += int(mask.sum())
-
-
-class Judge:
-    """KL(full || pruned) of a plan on windows, in nats a token.
-
-    The prompt is two thirds of a window's first 384 tokens, or more up to its last image. The next 128 tokens count.
-    """
-
-    def __init__(self, model, windows: list[Window]):
-        self.model, self.cases = model, []
-        for tokens, media in windows:
-            images = model.vision.locate(tokens, media)
-            cut = max([min(len(tokens), JUDGED) * 2 // 3, *(image[-1] + 1 for image in images)])
-            prompt, continuation = tokens[:cut], tokens[cut : max(JUDGED, cut + JUDGED // 3)]
-            full = self._log_probs(prompt, continuation, media, PrunePlan.none())
-            self.cases.append((prompt, continuation, media, full))
-
-    def _log_probs(self, prompt, continuation, media, plan) -> torch.Tensor:
-        """Log-probabilities [N + 1, V] of the N tokens of the continuation and of the next one."""
-        cache = self.model.new_cache(1, len(prompt) + len(continuation))
-        first = self.model.prefill([prompt], cache, images=[media], plan=plan)  # [1, V]
-        if not continuation:
-            return first.log_softmax(-1)
-        rest = engine.extend(self.model.module, torch.tensor([continuation], device=self.model.device), cache)[0]
-        return torch.cat((first, rest)).log_softmax(-1)
-
-    def __call__(self, plan: PrunePlan) -> float:
-        total = count = 0
-        for prompt, continuation, media, full in self.cases:
-            pruned = self._log_probs(prompt, continuation, media, plan)
-            total += F.kl_div(pruned, full, log_target=True, reduction="sum").item()
-            count += len(full)
-        return total / count
 
 
 def _choose(fit: _Fit, judge: Judge, step) -> PrunePlan:

@@ -18,11 +18,13 @@ from pop.checkpoints.weights import FLOATS, Shard, published_name
 from pop.errors import CheckpointError, ConfigError, some
 from pop.system.files import read_tensors, refuse_pointers
 
-# Fields about training, and about which layers have an A and a B. The tensors say the latter. Other fields must be off.
+# Fields about training, and about which layers have an A and a B, and of which rank, which the tensors say as well.
+# Other fields must be off.
 UNUSED = (
     *("peft_version", "auto_mapping", "base_model_name_or_path", "revision", "task_type", "inference_mode"),
-    *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "lora_dropout", "runtime_config"),
-    *("loftq_config", "eva_config", "corda_config", "megatron_core", "qalora_group_size"),
+    *("r", "rank_pattern", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"),
+    *("lora_dropout", "runtime_config", "loftq_config", "eva_config", "corda_config", "megatron_core"),
+    "qalora_group_size",
 )
 INITS = (True, "gaussian", "eva", "orthogonal")  # others change the base model's weights as well
 # By parameter: A [r, in], B [out, r], the base model's matrix [out, in], which PEFT stores of a head only, and s.
@@ -36,7 +38,7 @@ def read_adapter(folder: Path, module: nn.Module, shards: dict[str, Shard]) -> A
     """
     refuse_pointers(folder)
     advice = "; merge the adapter with PEFT, and load the result"
-    ranks, alphas, root = read_fields(folder / "adapter_config.json", _read_ranks, None, advice)
+    alphas, root = read_fields(folder / "adapter_config.json", _read_alphas, None, advice)
     file = folder / "adapter_model.safetensors"
     try:
         tensors, _ = read_tensors(file)
@@ -55,36 +57,35 @@ def read_adapter(folder: Path, module: nn.Module, shards: dict[str, Shard]) -> A
             continue
         parameter, shape = f"{linear}.weight", tuple(linears[linear].weight.shape)
         shape = shards[parameter].whole_shape(shape) if parameter in shards else shape  # [out, in]
-        r, s = (
-            next(value for key, value in patterns.items() if f".{layer}".endswith(key)) for patterns in (ranks, alphas)
-        )
+        alpha = next(alpha for end, alpha in alphas.items() if f".{layer}".endswith(end))
+        a, b, whole = (tensors.get(f"base_model.model.{layer}.{k}.weight") for k in ("lora_A", "lora_B", "base_layer"))
+        r = (a.shape[0] if a is not None and a.dim() else 0) or 1
         wanted = {"lora_A": [r, shape[1]], "lora_B": [shape[0], r], "base_layer": list(shape)}
-        a, b, whole = (tensors.get(f"base_model.model.{layer}.{other}.weight") for other in wanted)
-        if list(tensor.shape) != wanted[kind]:
+        if a is None or b is None:
+            faults.append(f"{name} comes without its lora_{'A' if a is None else 'B'}")
+        elif list(tensor.shape) != wanted[kind]:
             faults.append(f"{name} is {list(tensor.shape)}, not {wanted[kind]}")
         elif tensor.dtype not in FLOATS or not tensor.isfinite().all():
             faults.append(f"{name} does not hold finite floating-point numbers")
-        elif a is None or b is None:
-            faults.append(f"{name} comes without its lora_{'A' if a is None else 'B'}")
-        adapter[parameter] = a, b, whole, s / (math.sqrt(r) if root else r)
+        else:
+            adapter[parameter] = a, b, whole, alpha / (math.sqrt(r) if root else r)
     if faults or not adapter:
         step = "give the base model that it was trained on, or merge it with PEFT and load the result"
         raise CheckpointError(f"{file} does not fit this model: {some(faults or ['it is empty'], '; ')}; {step}")
     return adapter
 
 
-def _read_ranks(fields: Fields) -> tuple[dict[str, float], dict[str, float], bool]:
-    """Read r and alpha, by the end of a layer's name (the first that fits), and whether s is alpha / √r."""
+def _read_alphas(fields: Fields) -> tuple[dict[str, float], bool]:
+    """Read alpha, by the end of a layer's name (the first that fits), and whether s is alpha / √r."""
     fields.left = {name: value for name, value in fields.left.items() if value and name not in UNUSED}
     fields.fixed(peft_type="LORA", bias="none")
     if fields.left.get("init_lora_weights") in INITS:
         del fields.left["init_lora_weights"]
-    parts = fields.part("rank_pattern"), fields.part("alpha_pattern")
-    if patterns := [name for part in parts for name in part.left if not re.fullmatch(r"[\w.]+", name)]:
-        raise ConfigError(f"rank_pattern or alpha_pattern has {some(patterns)}; only names of layers are supported")
-    ranks, alphas = ({f".{name}": part.number(name) for name in list(part.left)} for part in parts)
-    ranks[""], alphas[""] = fields.integer("r"), fields.number("lora_alpha")
-    return ranks, alphas, fields.boolean("use_rslora")
+    part = fields.part("alpha_pattern")
+    if patterns := [name for name in part.left if not re.fullmatch(r"[\w.]+", name)]:
+        raise ConfigError(f"alpha_pattern has {some(patterns)}; only names of layers are supported")
+    alphas = {f".{name}": part.number(name) for name in list(part.left)}
+    return alphas | {"": fields.number("lora_alpha")}, fields.boolean("use_rslora")
 
 
 @torch.no_grad()

@@ -30,7 +30,6 @@ from pop.system.files import staged, write_json
 from pop.system.progress import progress_bar
 
 _HARMLESS = ("vocab_size", "rope.scaling.finetuned", "rope.scaling.original_context_length")
-_CHUNK_ELEMENTS = 1 << 24  # dequantised at a time, 64 MiB of float32
 
 
 def import_gguf(file: str | Path, folder: str | Path, *, progress: bool = True) -> Path:
@@ -134,15 +133,11 @@ class GGUFFile:
         return _decimal(value) if kind is float else value
 
     def values(self, name: str, dtype: torch.dtype) -> torch.Tensor:
-        """Return a tensor, dequantised and cast to `dtype` a few rows at a time, to save memory."""
-        dequantize = require_gguf().quants.dequantize
-        shape, kind = self.shapes[name], self._tensors[name].tensor_type
+        """Return a tensor, dequantised and cast to `dtype`."""
+        tensor = self._tensors[name]
         with self.sound():
-            values = torch.empty(shape, dtype=dtype)
-            stored, rows = np.atleast_2d(self._tensors[name].data), values.view(-1, shape[-1])
-            step = max(1, _CHUNK_ELEMENTS // shape[-1])
-            for i in range(0, len(rows), step):
-                rows[i : i + step] = torch.from_numpy(np.array(dequantize(stored[i : i + step], kind)))
+            values = require_gguf().quants.dequantize(tensor.data, tensor.tensor_type)
+            values = torch.from_numpy(np.array(values)).to(dtype).view(self.shapes[name])
             if not values.isfinite().all():
                 raise ValueError(f"{name} has values that are not finite")
         return values

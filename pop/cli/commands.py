@@ -100,19 +100,12 @@ class _Terminal:
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
-    """Parse the arguments. Python before 3.12 leaves positional arguments after an option to us."""
-    parser = _parser()
-    args, rest = parser.parse_known_args(argv)
-    after_dashes = rest[:1] == ["--"]
-    rest = rest[after_dashes:]
-    is_text = after_dashes or rest[:1] == ["-"] or not "".join(rest).startswith("-")
-    if len(rest) == 1 and getattr(args, "prompt", "") is None and is_text:
-        args.prompt = rest.pop()
-    if hasattr(args, "files") and not any(word.startswith("-") for word in rest):
-        args.files, rest = args.files + rest, []
-    if rest:
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
-    return args
+    """Parse the arguments. Those without a name may also follow options, which a subparser by itself does not take."""
+    argv = sys.argv[1:] if argv is None else argv
+    parser, commands = _parser()
+    if argv and argv[0] in commands:
+        return commands[argv[0]].parse_intermixed_args(argv[1:])
+    return parser.parse_args(argv)
 
 
 def demo(args) -> None:
@@ -292,7 +285,8 @@ def _readable(read: Callable[[], str], source: str) -> str:
         raise InputError(f"{source} cannot be read ({error.strerror}); check the path") from None
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
+    """The parser of the whole command line, and that of each command."""
     parser = argparse.ArgumentParser(prog="pop", description="Language models with prefill-only pruning.")
     parser.add_argument("--version", action="version", version=f"pop {pop.__version__}")
     parser.set_defaults(run=lambda args: parser.print_help())
@@ -397,4 +391,4 @@ def _parser() -> argparse.ArgumentParser:
     add = command(import_gguf, "Convert a GGUF file into a checkpoint directory.").add_argument
     add("file", help="the GGUF file", metavar="FILE", type=Path)
     add("folder", help="the directory to make", metavar="DIR", type=Path)
-    return parser
+    return parser, commands.choices

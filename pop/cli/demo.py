@@ -2,7 +2,7 @@
 
 The rows are the full model, the paper's plan (a third of the layers), and calibrated plans of a third, half and two
 thirds of the layers. Calibrated plans run the prompt's last 32 tokens at full depth, and are kept beside the weights.
-After an untimed turn, the plans take turns. KL(full || pruned) averages the last third of each window of the story.
+After an untimed turn, the plans take turns. The losses are those of pop/calibration/judge.py, on windows of the story.
 """
 
 import contextlib
@@ -21,7 +21,7 @@ from textwrap import shorten
 import torch
 
 import pop
-from pop.calibration.refit import JUDGED, Judge
+from pop.calibration.judge import JUDGED, Judge
 from pop.checkpoints import embedded, registry
 from pop.errors import PlanError, UnsupportedError, check_count
 from pop.pruning.cost import prefill_flops, speedup_limit
@@ -123,6 +123,7 @@ def compare(model, prompt: list[int], plans: list, story: str, *, max_new_tokens
     judge = Judge(model, [(tokens[begin : begin + size], []) for begin in range(0, len(tokens) - size + 1, size)])
     rows = []
     for plan, answer, ttft, decode in zip(plans, answers, ttfts, step_times, strict=True):
+        losses = judge.losses(plan)
         pairs = zip(answers[0].tokens, answer.tokens, strict=False)
         row = {
             "layers": list(plan.layers),
@@ -136,7 +137,9 @@ def compare(model, prompt: list[int], plans: list, story: str, *, max_new_tokens
             "speedup": median(ttfts[0]) / median(ttft),
             "speedup_limit": speedup_limit(model.config, len(prompt), plan),
             "decode_tokens_per_s": 1 / median(decode) if steps else None,
-            "kl_nats": max(judge(plan), 0.0),  # rounding can leave a sum just below zero
+            "kl_nats": max(losses.continuation, 0.0),  # rounding can leave a sum just below zero
+            "repetition_kl_nats": max(losses.repetition, 0.0),
+            "copied": losses.copied,
             "agreeing_tokens": len(list(takewhile(lambda pair: pair[0] == pair[1], pairs))),
             "answer": answer.text,
             "answer_tokens": len(answer.tokens),
@@ -205,11 +208,13 @@ def describe(row: dict) -> str:
 
 
 def _report(result: dict) -> str:
-    table = [f"{'prompt encoded by':58}{'TTFT*, ms':>11}{'speedup':>11}{'limit':>11}{'KL, nats':>11}"]
+    heads = ("TTFT*, ms", "speedup", "limit", "KL, nats", "repeated", "copied")
+    table = [f"{'prompt encoded by':58}" + "".join(f"{head:>10}" for head in heads)]
     answers = []
     for row in result["rows"]:
-        speedup, limit = (f"{row[name]:.2f}x" for name in ("speedup", "speedup_limit"))
-        table.append(f"{describe(row):58}{row['ttft_s'] * 1e3:11,.0f}{speedup:>11}{limit:>11}{row['kl_nats']:11.3f}")
+        cells = [f"{row['ttft_s'] * 1e3:,.0f}", f"{row['speedup']:.2f}x", f"{row['speedup_limit']:.2f}x"]
+        cells += [f"{row['kl_nats']:.3f}", f"{row['repetition_kl_nats']:.3f}", f"{row['copied']:.0%}"]
+        table.append(f"{describe(row):58}" + "".join(f"{cell:>10}" for cell in cells))
         answers.append(f"{describe(row):58}  {shorten(row['answer'], 68, placeholder=' ...')}")
     table, answers = "\n".join(table), "\n".join(answers)
     speeds = [row["decode_tokens_per_s"] for row in result["rows"] if row["decode_tokens_per_s"]]
@@ -218,7 +223,8 @@ def _report(result: dict) -> str:
 {table}
 
 * time to first token, median of {result["runs"]} runs in turn, without tokenization and cache allocation;
-  limit: the speedup that the shapes allow; KL(full || pruned): how much the predictions differ from the full model's
+  limit: the speedup that the shapes allow; KL(full || pruned): how much the predictions differ from the full model's,
+  for text that continues and for a passage of the prompt that is repeated, and the share of its tokens that are copied
 
 answers
 {answers}

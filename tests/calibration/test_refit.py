@@ -10,12 +10,13 @@ import torch.nn.functional as F
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from support.cases import assert_close, cases, held, models, plain, prefill
-from support.naive_fit import naive_fit, naive_kl
+from support.naive_fit import naive_fit
 from support.tiny import random_model, tiny_config, tiny_gemma3_config, tiny_qwen3_moe_config
 
 import pop
 from pop import PlanError, PrunePlan, calibrate
-from pop.calibration.refit import DAMPINGS, RIDGES, Judge, _accumulate, _batches, _Fit, _windows, builtin_texts
+from pop.calibration.judge import Judge
+from pop.calibration.refit import DAMPINGS, RIDGES, _accumulate, _batches, _Fit, _windows, builtin_texts
 from pop.checkpoints.fingerprint import fingerprint
 from pop.pruning.cost import prefill_flops
 from pop.pruning.projections import KVProjections
@@ -123,14 +124,6 @@ def test_batches_hold_every_window_once_and_no_more_tokens_than_allowed():
     assert sorted(window for batch in batches for window in batch) == sorted(windows)
     assert all(len(batch) == 1 or len(batch) * len(batch[0]) <= 4096 for batch in batches)
     assert all(len(batch[0]) == max(map(len, batch)) for batch in batches)
-
-
-def test_the_judge_is_the_kl_over_the_last_third(each_family):
-    model = each_family
-    windows, plan = random_texts(2, 60, 31), PrunePlan((2, 3), full_depth_first=1)
-    sums, counts = zip(*[naive_kl(model, plan, window) for window in windows], strict=True)
-    assert Judge(model, text_windows(windows))(plan) == pytest.approx(sum(sums) / sum(counts), rel=1e-4)
-    assert Judge(model, text_windows(windows))(PrunePlan.none()) == 0
 
 
 @pytest.mark.parametrize("winner", [(1e-2, 0.85, 1.0), (1.0, 1.0, 0.85), (1e-2, 1.0, 1.0), (1e-1, 0.0, 0.0)])
@@ -292,7 +285,7 @@ def test_the_pass_runs_no_layer_twice_or_in_vain(model, monkeypatch):
         assert runs == expected
 
 
-def test_held_out_windows_are_not_fitted_to_and_judged_by_their_beginning(monkeypatch):
+def test_held_out_windows_are_not_fitted_to(monkeypatch):
     model = make_model(max_positions=512)
     fitted, judged = [], []
     monkeypatch.setattr("pop.calibration.refit._accumulate", record(fitted, _accumulate))
@@ -303,10 +296,6 @@ def test_held_out_windows_are_not_fitted_to_and_judged_by_their_beginning(monkey
     ((held_out, _),) = judged[0][2]
     assert tuple(held_out) not in fitted
     assert max(map(len, fitted)) == 512  # the model's limit
-    judge = Judge(model, text_windows([held_out]))
-    plan = PrunePlan((2, 3), full_depth_first=1)
-    total, count = naive_kl(model, plan, held_out[:384])
-    assert judge(plan) == pytest.approx(total / count, rel=1e-4)
 
 
 def test_the_model_keeps_its_plan_as_given():

@@ -13,7 +13,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import pop
-from pop.checkpoints import gguf as gguf_import
 from pop.checkpoints.config_json import read_config
 from pop.checkpoints.gguf import import_gguf
 from pop.errors import CheckpointError, MissingExtra, PopError, UnsupportedError
@@ -44,9 +43,8 @@ from support.gguf_files import (  # noqa: E402
 
 
 @pytest.mark.parametrize("kind", [Q.F32, Q.F16, Q.BF16, Q.Q8_0, Q.Q4_0, Q.Q4_1, Q.Q5_1, Q.Q4_K, Q.Q6_K])
-def test_tensor_types(tmp_path, kind, monkeypatch):
-    """Every value is what `gguf` dequantises, in bfloat16, though it is done a few rows at a time."""
-    monkeypatch.setattr(gguf_import, "_CHUNK_ELEMENTS", 1000)
+def test_tensor_types(tmp_path, kind):
+    """Every value is what `gguf` dequantises, in bfloat16."""
     tensors = make_tensors(width=256, quantised=kind)
     _, weights = imported(tmp_path, tensors, {"llama.embedding_length": 256})
     assert {tensor.dtype for tensor in weights.values()} == {torch.bfloat16}

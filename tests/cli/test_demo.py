@@ -9,6 +9,7 @@ import torch
 from support.tiny_chat import write_chat_checkpoint
 
 import pop
+from pop.calibration.judge import Judge, Losses
 from pop.cli import demo
 from pop.cli.commands import main
 from pop.pruning import cost, reference
@@ -61,7 +62,8 @@ def test_json_is_one_object_with_true_numbers(folder, arguments, capsys):
         while agreeing < 12 and answer.tokens[: agreeing + 1] == full_answer.tokens[: agreeing + 1]:
             agreeing += 1
         assert row["agreeing_tokens"] == agreeing
-        assert row["kl_nats"] == pytest.approx(kl_on(model, story, plan), rel=1e-3, abs=1e-6)
+        found = (row["kl_nats"], row["repetition_kl_nats"], row["copied"])
+        assert found == pytest.approx(losses_on(model, story, plan), rel=1e-3, abs=1e-6)
         assert row["prefill_flops"] == cost.prefill_flops(model.config, len(prompt), plan)
         assert 0 < row["ttft_fastest_s"] <= row["ttft_s"] <= row["ttft_slowest_s"]
         assert row["decode_tokens_per_s"] > 0
@@ -74,18 +76,22 @@ def calibrated_plan(folder):
     return pop.PrunePlan.load(path)
 
 
-def kl_on(model, tokens, plan):
-    """KL(full || pruned) over the last 128 tokens of windows of 384, by the naive page."""
-    total = count = 0
-    for window in tokens.split(384):
-        if len(window) == 384:
-            full_depth = reference.full_depth_tokens(256, 384, plan)
-            p, q = (
-                reference.forward(model.module, window, full_depth, one)[0][255:].double().log_softmax(-1)
-                for one in (pop.PrunePlan(), plan)
-            )
-            total, count = total + float((p.exp() * (p - q)).sum()), count + len(p)
-    return total / count
+def losses_on(model, tokens, plan):
+    """On windows of 384 tokens, by the naive page: KL of the last 128, and of a passage that follows again."""
+    windows = [window.tolist() for window in tokens.split(384) if len(window) == 384]
+    continuations, passages, copied = [], [], []
+    for window, (*_, passage, _, _) in zip(windows, Judge(model, [(w, []) for w in windows]).cases, strict=True):
+        text = torch.tensor(window + passage)
+        full_depth = reference.full_depth_tokens(256, len(text), plan)
+        p, q = (
+            reference.forward(model.module, text, full_depth, one)[0].double().log_softmax(-1)
+            for one in (pop.PrunePlan(), plan)
+        )
+        kl, answers = (p.exp() * (p - q)).sum(-1), q.argmax(-1)
+        continuations.append(kl[255:384])
+        passages.append(kl[384 + 7 : -1])  # after a cue of 8 tokens
+        copied.append((answers[384 + 7 : -1] == text[384 + 8 :]).double())
+    return tuple(float(torch.cat(parts).mean()) for parts in (continuations, passages, copied))
 
 
 def test_calibrated_plans_are_kept_beside_the_weights(folder, monkeypatch, capsys, tmp_path):
@@ -157,7 +163,7 @@ def test_the_clock_runs_from_the_token_ids_to_the_first_token(folder, monkeypatc
     monkeypatch.setattr(pop.Model, "prefill", slow(prefill, lambda plan: 5.0 if plan.layers else 8.0))
     monkeypatch.setattr(pop.Model, "decode", slow(decode, lambda plan: 2.0))
     monkeypatch.setattr(pop.KVCache, "reset", slow(reset, lambda plan: 100.0))  # outside of what is timed
-    monkeypatch.setattr(demo, "Judge", lambda model, windows: lambda plan: 0.0)
+    monkeypatch.setattr(demo.Judge, "losses", lambda self, plan: Losses(0.0, 0.0, 1.0))
     model = pop.load(folder, prune=0.6)
     plans = [pop.PrunePlan(), model.plan]
     full, pruned = demo.compare(model, [5, 6, 7], plans, "text", max_new_tokens=4, runs=2)
@@ -173,7 +179,7 @@ def test_agreement_ends_at_the_first_difference(folder, monkeypatch):
         return pop.Generation("", tokens, len(prompt), 0.0, 0.0, "length")
 
     monkeypatch.setattr(pop.Model, "generate", generate)
-    monkeypatch.setattr(demo, "Judge", lambda model, windows: lambda plan: 0.0)
+    monkeypatch.setattr(demo.Judge, "losses", lambda self, plan: Losses(0.0, 0.0, 1.0))
     model = pop.load(folder, prune=0.6)
     rows = demo.compare(model, [5, 6], [pop.PrunePlan(), model.plan], "text", max_new_tokens=4, runs=1)
     assert [row["agreeing_tokens"] for row in rows] == [4, 2]
@@ -186,7 +192,7 @@ def test_the_report_is_readable(arguments, capsys):
     assert "some of its 5 layers skipped" in first
     assert "README" in last
     assert "float32" in out
-    rows = [line for line in out.splitlines() if re.search(r"  \d\.\d{3}$", line)]
+    rows = [line for line in out.splitlines() if re.search(r"  \d\.\d{3} +\d\.\d{3} +\d+%$", line)]
     assert [row[:58].strip() for row in rows] == [
         "the whole model",
         "without layers 2 to 4, last 3 tokens whole",

@@ -11,7 +11,8 @@ from support.tiny_images import picture
 
 import pop
 from pop.calibration.gates import gate_gradients
-from pop.calibration.refit import Judge, _accumulate, _batches, _Fit, _windows
+from pop.calibration.judge import Judge
+from pop.calibration.refit import _accumulate, _batches, _Fit, _windows
 from pop.errors import ContextOverflow, InputError
 from pop.inputs.processors import Prepared
 from pop.models.vision.qwen3_vl import Grid
@@ -185,19 +186,26 @@ def test_the_normal_equations_with_images_give_the_naive_fit(model, layers, taps
 
 def test_the_judge_continues_after_the_last_image(model):
     a, b = prepared(model, 0), prepared(model, 1)
-    plan, sums, counts = pop.PrunePlan((1, 3), full_depth_first=1), [], []
+    plan, texts, passages = pop.PrunePlan((1, 3), full_depth_first=1), [], []
     windows = [
         (tokens_of(2, a, *range(3, 21)), [a]),
         (tokens_of(2, *range(3, 21), b, 5, 6), [b]),
         (tokens_of(2, b), [b]),
     ]
-    for number, (window, ones) in enumerate(windows):
+    judge = Judge(model, windows)
+    for number, ((window, ones), (prompt, _, passage, *_)) in enumerate(zip(windows, judge.cases, strict=True)):
         cut = [len(window) * 2 // 3, 19 + len(tokens_of(b)) - 1, len(window) - 1][number]
-        images = images_of(model, window, ones)
-        total, count = naive_kl(model, plan, window, cut, images)
-        sums.append(total)
-        counts.append(count)
-    assert Judge(model, windows)(plan) == pytest.approx(sum(sums) / sum(counts), rel=1e-4)
+        assert prompt == window[:cut]
+        kl = naive_kl(model, plan, window + passage, cut, images_of(model, window, ones))
+        texts.append(kl[: len(window) - cut + 1])
+        passages.append(kl[len(window) - cut + 1 : -1])
+        assert len(passages[-1]) == max(0, len(passage) - 1)  # short passages: a cue of one token
+    expected = float(torch.cat(texts).mean()), float(torch.cat(passages).mean())
+    assert [len(passage) > 1 for _, _, passage, *_ in judge.cases] == [True, True, False]
+    assert judge.losses(plan)[:2] == pytest.approx(expected, rel=1e-4)
+    tight = pop.Model(model.module, model.config, max_seq_len=len(windows[1][0]), compile=False)
+    ((prompt, continuation, passage, *_),) = Judge(tight, windows[1:2]).cases
+    assert (prompt + continuation, passage) == (windows[1][0], [])  # the image leaves no room for the passage
 
 
 def test_the_judge_continues_after_an_image_that_follows_a_video():

@@ -70,11 +70,11 @@ def recorded(module, layers, function, *args):
     return found
 
 
-def naive_kl(model, plan, window, cut=None, images=TEXT):
-    """KL(full || pruned) summed over the window's last third, or from `cut` on, and the number of its tokens."""
-    tokens, cut = torch.tensor(window), cut or len(window) * 2 // 3
-    full_depth = reference.full_depth_tokens(cut, len(window), plan)
+def naive_kl(model, plan, tokens, cut, images=TEXT):
+    """KL(full || pruned) [len(tokens) - cut + 1] of each prediction after a prompt of the first `cut` tokens."""
+    tokens = torch.tensor(tokens)
+    full_depth = reference.full_depth_tokens(cut, len(tokens), plan)
     full, _ = reference.forward(model.module, tokens, full_depth, PrunePlan.none(), images)
     pruned, _ = reference.forward(model.module, tokens, full_depth, plan, images)
     p, q = (logits[cut - 1 :].double().log_softmax(-1) for logits in (full, pruned))
-    return float((p.exp() * (p - q)).sum()), len(p)
+    return (p.exp() * (p - q)).sum(-1)

@@ -1,0 +1,114 @@
+"""The loss by which calibration chooses: KL(full || pruned) on held-out text, of its continuation and of a repetition.
+
+A low KL of a continuation does not show that a model can still look things up in its prompt. A repeated passage shows
+it: the full model copies it from the prompt almost surely, whatever the text is.
+
+    prompt: passage inside            continuation      the passage again
+    ─────────[///////]─────────────┊────────────────┊[cue][//counted//]
+           by the plan             ┊           at full depth
+"""
+
+import random
+from collections.abc import Sequence
+from itertools import chain
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+from pop import engine
+from pop.inputs.processors import Prepared
+from pop.pruning.plan import PrunePlan
+
+JUDGED = 384  # the most tokens of a held-out window that are used: two thirds as the prompt
+PASSAGE = 64  # the most tokens of a repeated passage
+CUE = 8  # an eighth of a passage is its cue, after which the model can know what follows
+
+Window = tuple[list[int], list[Prepared]]  # token ids, and the images and videos among them
+
+
+class Losses(NamedTuple):
+    """What a plan loses, over all tokens of all windows."""
+
+    continuation: float  # KL(full || pruned), in nats a token
+    repetition: float  # likewise, of repeated passages after their cues; 0 if no window is long enough
+    copied: float  # the share of these tokens that are the pruned model's likeliest
+
+    @property
+    def mean(self) -> float:
+        """The loss to minimise: both kinds of text weigh the same."""
+        return (self.continuation + self.repetition) / 2
+
+
+class Judge:
+    """The losses of plans on windows of text.
+
+    The prompt is two thirds of a window's first 384 tokens, or more up to its last image. The next 128 tokens are the
+    continuation. A passage of the prompt follows, again.
+    """
+
+    def __init__(self, model, windows: list[Window]):
+        self.model, self.cases = model, []
+        rng = random.Random(0)
+        for tokens, media in windows:
+            images = model.vision.locate(tokens, media)
+            cut = max([min(len(tokens), JUDGED) * 2 // 3, *(image[-1] + 1 for image in images)])
+            prompt, continuation = tokens[:cut], tokens[cut : max(JUDGED, cut + JUDGED // 3)]
+            passage = repeated_passage(prompt, images, rng)
+            if (room := model.max_seq_len - cut - len(passage)) < 0:  # after an image
+                passage, room = [], len(continuation)
+            continuation = continuation[:room]
+            full = self._log_probs(prompt, continuation + passage[:-1], media, PrunePlan.none())
+            self.cases.append((prompt, continuation, passage, media, full))
+
+    def __call__(self, plan: PrunePlan) -> float:
+        return self.losses(plan).mean
+
+    def losses(self, plan: PrunePlan) -> Losses:
+        continuations, repetitions, copied = [], [], []
+        for prompt, continuation, passage, media, full in self.cases:
+            pruned = self._log_probs(prompt, continuation + passage[:-1], media, plan)
+            kl = F.kl_div(pruned, full, log_target=True, reduction="none").sum(-1)  # [N + 1]
+            cue = cue_tokens(passage)
+            at = len(continuation) + cue  # where the first token to copy is predicted
+            targets = torch.tensor(passage[cue:], dtype=torch.int64, device=pruned.device)
+            continuations.append(kl[: len(continuation) + 1])
+            repetitions.append(kl[at : at + len(targets)])
+            copied.append(pruned[at : at + len(targets)].argmax(-1) == targets)
+        pooled = (torch.cat(parts).double() for parts in (continuations, repetitions, copied))
+        return Losses(*(part.sum().item() / max(1, len(part)) for part in pooled))
+
+    def _log_probs(self, prompt, continuation, media, plan) -> torch.Tensor:
+        """Log-probabilities [N + 1, V] of the N tokens of the continuation and of the next one."""
+        cache = self.model.new_cache(1, len(prompt) + len(continuation))
+        first = self.model.prefill([prompt], cache, images=[media], plan=plan)  # [1, V]
+        if not continuation:
+            return first.log_softmax(-1)
+        rest = engine.extend(self.model.module, torch.tensor([continuation], device=self.model.device), cache)[0]
+        return torch.cat((first, rest)).log_softmax(-1)
+
+
+def repeated_passage(prompt: Sequence[int], images: Sequence[range], rng: random.Random) -> list[int]:
+    """A passage of a prompt that can follow it again, to test or to train copying from the prompt.
+
+    It is a quarter of the prompt's longest stretch of text, at most 64 tokens, or empty if that has less than 8 tokens.
+    It comes from the stretch's first half, far from a long prompt's last tokens, which may run at full depth.
+
+    Args:
+        prompt: Token ids.
+        images: Where each image and video is in the prompt, from `Processor.locate`.
+        rng: Decides where the passage begins.
+    """
+    ends = chain.from_iterable((image.start, image.stop) for image in sorted(images, key=lambda image: image.start))
+    edges = [0, *ends, len(prompt)]
+    begin, end = max(zip(edges[::2], edges[1::2], strict=True), key=lambda text: text[1] - text[0])
+    size = min(PASSAGE, (end - begin) // 4)
+    if size < 2:
+        return []
+    begin += rng.randint(1, (end - begin) // 2 - size)  # not the first token, which may be BOS
+    return list(prompt[begin : begin + size])
+
+
+def cue_tokens(passage: Sequence[int]) -> int:
+    """How many tokens of a repeated passage are its cue. The others can be copied."""
+    return max(1, len(passage) // CUE)

@@ -1,0 +1,85 @@
+"""The loss by which calibration chooses: against the naive page, and where a repeated passage comes from."""
+
+import random
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from support.naive_fit import naive_kl
+from support.tiny import random_model, tiny_config, tiny_gemma3_config, tiny_qwen3_moe_config
+
+import pop
+from pop import PrunePlan
+from pop.calibration.judge import CUE, Judge, repeated_passage
+
+PLAN = PrunePlan((2, 3), full_depth_first=1)
+
+
+def random_windows(*lengths):
+    drawn = torch.Generator().manual_seed(2)
+    return [(torch.randint(67, (length,), generator=drawn).tolist(), []) for length in lengths]
+
+
+@pytest.mark.parametrize("config", [tiny_config(), tiny_gemma3_config(), tiny_qwen3_moe_config()])
+@pytest.mark.parametrize("lengths", [(60, 31, 16), (100,), (400, 5)])
+def test_the_losses_are_those_of_the_continuation_and_of_the_repeated_passage(config, lengths):
+    """By the naive page; the prompt is two thirds of the first 384 tokens, and a passage of it comes again."""
+    model = pop.Model(random_model(config), config)
+    windows = random_windows(*lengths)
+    judge, texts, passages = Judge(model, windows), [], []
+    for (window, _), (_, _, passage, *_) in zip(windows, judge.cases, strict=True):
+        window = window[:384]
+        cut, cue = len(window) * 2 // 3, max(1, len(passage) // CUE)
+        assert len(passage) == (min(64, cut // 4) if cut >= 8 else 0)
+        kl = naive_kl(model, PLAN, window + passage, cut)
+        texts.append(kl[: len(window) - cut + 1])
+        passages.append(kl[len(window) - cut + cue : -1])
+        assert len(passages[-1]) == max(0, len(passage) - cue)
+    losses = judge.losses(PLAN)
+    texts, passages = torch.cat(texts).mean(), torch.cat(passages).mean()
+    assert (losses.continuation, losses.repetition) == pytest.approx((float(texts), float(passages)), rel=1e-4)
+    assert judge(PLAN) == losses.mean == pytest.approx(float(texts + passages) / 2, rel=1e-4)
+    assert judge.losses(PrunePlan.none())[:2] == (0, 0)
+
+
+def test_tokens_are_copied_if_they_are_the_likeliest(model):
+    windows = [*random_windows(60, 45), ([30] * 70, [])]  # this model repeats token 30
+    right = total = 0
+    judge = Judge(model, windows)
+    for prompt, continuation, passage, *_ in judge.cases:
+        tokens, cue = prompt + continuation + passage, max(1, len(passage) // CUE)
+        answers = model.logits([tokens])[0].argmax(-1)[len(tokens) - len(passage) + cue - 1 : -1]
+        right += sum(int(a == b) for a, b in zip(answers, passage[cue:], strict=True))
+        total += len(answers)
+    assert 0 < right < total
+    assert judge.losses(PrunePlan.none()).copied == right / total
+
+
+@pytest.mark.parametrize("spare", [0, 3, 10, 30])
+def test_a_continuation_leaves_room_for_the_passage(spare):
+    config = tiny_config()
+    model = pop.Model(random_model(config), config, max_seq_len=60 + spare)
+    ((prompt, continuation, passage, _, full),) = Judge(model, random_windows(60)).cases
+    assert (len(prompt), len(continuation), len(passage)) == (40, min(20, 10 + spare), 10)
+    assert len(full) == len(continuation) + len(passage)
+
+
+@given(st.lists(st.tuples(st.integers(0, 40), st.integers(1, 20)), max_size=3), st.integers(0, 99), st.integers(0, 9))
+def test_a_passage_comes_from_the_first_half_of_the_longest_stretch_of_text(images, rest, seed):
+    prompt, ranges, stretches = [], [], []
+    for text, image in images:
+        stretches.append(range(len(prompt), len(prompt) + text))
+        prompt += range(len(prompt), len(prompt) + text + image)
+        ranges.append(range(len(prompt) - image, len(prompt)))
+    stretches.append(range(len(prompt), len(prompt) + rest))
+    prompt += stretches[-1]  # each token is its position
+    ranges = ranges[::-1]  # videos may follow images that come later
+    passage = repeated_passage(prompt, ranges, random.Random(seed))
+    longest = max(map(len, stretches))
+    assert len(passage) == (min(64, longest // 4) if longest >= 8 else 0)
+    if passage:
+        assert passage == list(range(passage[0], passage[-1] + 1))
+        (home,) = [stretch for stretch in stretches if passage[0] in stretch]
+        assert len(home) == longest
+        assert home.start < passage[0] and passage[-1] < home.start + longest // 2
