@@ -1,0 +1,266 @@
+"""The engine of tools/serve: what its caches hold, who is in its batch, and what it does about errors."""
+
+import pytest
+import torch
+from support.cases import assert_close
+from support.chat_models import CONFIGS, PLANS, make
+
+import pop
+from pop.generation.sampling import SamplingParams
+from pop.pruning import reference
+from tools.serve import engine as engines
+from tools.serve.engine import Engine
+from tools.serve.rows import Busy, Job, Row
+
+
+@pytest.fixture(params=[(family, name) for family in CONFIGS for name in PLANS], ids=lambda case: ", ".join(case))
+def model(request):
+    return make(request.param[0], PLANS[request.param[1]])
+
+
+@pytest.fixture
+def logits(monkeypatch):
+    """The logits from which each job has drawn its tokens, by job."""
+    seen, draw = {}, Row.draw
+    monkeypatch.setattr(Row, "draw", lambda row: seen.setdefault(row.job, []).append(row.logits[0]) or draw(row))
+    return seen
+
+
+def new_job(tokens, **options):
+    """A greedy job, whose events are in job.events."""
+    events = []
+    job = Job(0, list(tokens), [], SamplingParams(**{"max_new_tokens": 6, "min_new_tokens": 3, **options}), 0, events.append)
+    job.events = events
+    return job
+
+
+def new_engine(model, most_rows=3, most_waiting=9, kept_bytes=2**22):
+    return Engine(model, most_rows, most_waiting, kept_bytes)
+
+
+def work(engine):
+    """Until there is nothing left to do."""
+    while engine.waiting or engine.rows:
+        engine.turn()
+
+
+def answer(engine, job):
+    """The tokens of a job's answer, with byte tokens."""
+    engine.submit([job])
+    work(engine)
+    assert job.events[-1].finish_reason, job.events[-1]
+    return engine.kept.caches[0].keys[len(job.tokens) :]
+
+
+def prompt(length, seed):
+    return [(7 * n * seed + 3 * seed) % 250 for n in range(length)]
+
+
+def expected(model, tokens, full_depth):
+    """The naive reference's logits [V] after tokens, of which some were at full depth."""
+    return reference.forward(model.module, torch.tensor(tokens), torch.tensor(full_depth), model.plan)[0][-1]
+
+
+def depths(plan, length, start=0):
+    """Whether each token of a prompt, of which the first `start` are cached, runs at full depth."""
+    return [n < plan.full_depth_first or n >= length - plan.full_depth_last for n in range(start, length)]
+
+
+def test_a_prompt_is_prefilled_after_what_a_cache_holds(model, logits, monkeypatch):
+    monkeypatch.setattr(engines, "WORTH_KEEPING", 4)
+    engine, plan = new_engine(model), model.plan
+    ran, prefill = [], type(model).prefill
+    monkeypatch.setattr(pop.Model, "prefill", lambda self, *a, **k: ran.append(len(a[0][0])) or prefill(self, *a, **k))
+    windows, again = any(model.config.windows), 1 if plan.projections else 0
+    first = prompt(30, 1)
+
+    job = new_job(first)
+    answered = answer(engine, job)
+    assert job.cached_tokens == 0
+    assert_close(logits[job][0], reference.prefill(model.module, torch.tensor(first), plan))
+
+    turn = new_job([*first, *answered, *prompt(9, 2)])  # the next turn of a conversation
+    answer(engine, turn)
+    held = turn.cached_tokens
+    assert held == 30 + len(answered)
+    depth = depths(plan, 30) + [True] * len(answered) + depths(plan, len(turn.tokens), held)
+    assert_close(logits[turn][0], expected(model, turn.tokens, depth))
+
+    ran.clear()
+    job = new_job(first)  # once more
+    assert answer(engine, job)[: len(answered)] == answered
+    assert job.cached_tokens in (30 - plan.full_depth_last, 0)
+    assert_close(logits[job][0], reference.prefill(model.module, torch.tensor(first), plan))
+
+    for number in range(2):  # other prompts that begin in the same way
+        ran.clear()
+        job = new_job([*first[:20], *prompt(11, 3 + number)])
+        answer(engine, job)
+        assert job.cached_tokens == (20 if number or not windows else 0)
+        assert sum(ran) == len(job.tokens) - job.cached_tokens + (again if job.cached_tokens and not windows else 0)
+        assert_close(logits[job][0], reference.prefill(model.module, torch.tensor(job.tokens), plan))
+
+
+def test_rows_join_and_leave_and_none_changes_another(model, logits):
+    engine = new_engine(model)
+    options = [
+        {"max_new_tokens": 12},
+        {"max_new_tokens": 3, "temperature": 1.0, "seed": 5},
+        {"max_new_tokens": 30, "temperature": 0.7, "top_k": 9, "seed": 6, "repetition_penalty": 1.3},
+        {"max_new_tokens": 5, "min_p": 0.1, "logprobs": True},
+    ]
+    jobs = [new_job(prompt(8 + 9 * n, n + 2), **one) for n, one in enumerate(options)]
+    engine.submit(jobs)
+    sizes = set()
+    while engine.waiting or engine.rows:
+        engine.turn()
+        sizes.add(len(engine.rows))
+    assert len(sizes) > 2
+    for job, one in zip(jobs, options, strict=True):
+        alone = model.generate(job.tokens, min_new_tokens=3, **one)
+        text = "".join(event.text for event in job.events)
+        assert (text, job.events[-1].finish_reason) == (alone.text, alone.finish_reason)
+        assert job.answer_tokens == len(alone.tokens)
+    assert [event.logprobs[0][0] for event in jobs[3].events] == alone.tokens
+    assert [event.logprobs[0][1] for event in jobs[3].events] == pytest.approx(alone.logprobs, abs=1e-4)
+
+
+def test_a_row_is_a_source_for_others():
+    model = make("llama", PLANS["first 2, last 3"])
+    engine, jobs = new_engine(model), [new_job([*prompt(20, 1), 9, 9, 9]), new_job([*prompt(20, 1), 8, 8, 8])]
+    engine.submit(jobs)
+    work(engine)
+    assert [job.cached_tokens for job in jobs] == [0, 20]
+    assert "".join(event.text for event in jobs[1].events) == model.generate(jobs[1].tokens, max_new_tokens=6).text
+
+
+def test_kept_caches_take_a_bounded_memory():
+    model = make("llama", PLANS["the paper's"])
+    per_token = model.new_cache(1, 101).nbytes - model.new_cache(1, 100).nbytes
+    engine = new_engine(model, kept_bytes=100 * per_token)
+    for seed in range(1, 9):
+        answer(engine, new_job(prompt(30, seed)))
+        assert sum(one.cache.nbytes for one in engine.kept.caches) <= 100 * per_token
+    assert [len(one.keys) for one in engine.kept.caches] == [35, 35]
+    answer_of_the_latest = new_job(prompt(30, 8) + [1, 2])
+    engine.submit([answer_of_the_latest])
+    work(engine)
+    assert answer_of_the_latest.cached_tokens == 30
+    long = new_job(prompt(150, 1))  # is not kept, and drives out no other
+    engine.submit([long])
+    work(engine)
+    assert len(engine.kept.caches) == 2
+
+
+def test_a_cache_that_lacks_memory_takes_that_of_kept_ones(monkeypatch):
+    model = make("llama", PLANS["the paper's"])
+    engine, new_cache = new_engine(model), model.new_cache
+    for seed in (1, 2, 3):
+        answer(engine, new_job(prompt(30, seed)))
+
+    def scarce(rows, size):
+        if size > 200 and (engine.kept.caches or rows > 1):
+            raise pop.CacheMemoryError("no memory")
+        return new_cache(rows, size)
+
+    monkeypatch.setattr(model, "new_cache", scarce)
+    assert answer(engine, new_job(prompt(30, 4)))
+    assert len(engine.kept.caches) == 1
+    jobs = [new_job(prompt(30, n), max_new_tokens=30, min_new_tokens=30) for n in (5, 6)]  # two rows are too many: the newer one fails
+    engine.submit(jobs)
+    work(engine)
+    assert jobs[0].events[-1].finish_reason
+    assert isinstance(jobs[1].events[-1].error, pop.CacheMemoryError)
+
+
+def test_the_queue_is_bounded_and_a_cancelled_job_leaves_it():
+    model = make("llama", PLANS["the paper's"])
+    engine, jobs = new_engine(model, most_rows=1, most_waiting=3), [new_job(prompt(9, n + 1)) for n in range(4)]
+    engine.submit(jobs[:2])
+    with pytest.raises(Busy):
+        engine.submit(jobs[2:])
+    assert list(engine.waiting) == jobs[:2]
+    engine.cancel(jobs[1:2])
+    engine.submit(jobs[2:])
+    engine.turn()
+    assert [row.job for row in engine.rows] == jobs[:1]
+    engine.cancel(jobs[:1])
+    engine.turn()
+    assert [row.job for row in engine.rows] in ([], jobs[2:3])
+    work(engine)
+    assert [bool(job.events and job.events[-1].finish_reason) for job in jobs] == [False, False, True, True]
+
+
+def test_a_cancelled_prompt_is_not_prefilled_to_its_end(monkeypatch):
+    model = make("llama", PLANS["the paper's"])
+    engine, long, other = new_engine(model), new_job(prompt(100, 1)), new_job(prompt(5, 2), max_new_tokens=100)
+    engine.submit([other])
+    engine.turn()
+    ran, prefill = [], type(model).prefill
+
+    def cancelling(self, tokens, *args, **options):
+        ran.append(len(tokens[0]))
+        engine.cancel([long])
+        return prefill(self, tokens, *args, **options)
+
+    monkeypatch.setattr(pop.Model, "prefill", cancelling)
+    engine.submit([long])
+    engine.turn()
+    assert ran == [7]
+    assert len(engine.rows) == 1 and not long.events
+
+
+def test_others_get_tokens_during_a_long_prefill():
+    model = make("gemma3", PLANS["two taps"])
+    engine, other, long = new_engine(model), new_job(prompt(5, 2), max_new_tokens=100), new_job(prompt(100, 1))
+    engine.submit([other])
+    engine.turn()
+    before = other.answer_tokens
+    engine.submit([long])
+    engine.turn()
+    assert other.answer_tokens - before == (100 - 2) // 7 + 1
+    work(engine)
+    for job, most in ((other, 100), (long, 6)):
+        assert "".join(event.text for event in job.events) == model.generate(job.tokens, max_new_tokens=most).text
+
+
+def test_errors_reach_those_whom_they_concern(monkeypatch, capsys):
+    model = make("llama", PLANS["the paper's"])
+    engine, prefill, decode = new_engine(model), pop.Model.prefill, pop.Model.decode
+    jobs = [new_job(prompt(9, n + 1)) for n in range(3)]
+
+    def failing(self, tokens, *args, **options):
+        if tokens[0][0] == jobs[1].tokens[0]:
+            raise RuntimeError("prefill")
+        return prefill(self, tokens, *args, **options)
+
+    monkeypatch.setattr(pop.Model, "prefill", failing)
+    engine.submit(jobs)
+    work(engine)
+    assert [str(job.events[-1].error) for job in jobs] == ["None", "prefill", "None"]
+    monkeypatch.setattr(pop.Model, "prefill", prefill)
+    monkeypatch.setattr(pop.Model, "decode", lambda *_: 1 / 0)
+    jobs = [new_job(prompt(9, n + 5)) for n in range(2)]
+    engine.submit(jobs)
+    work(engine)
+    assert all(isinstance(job.events[-1].error, ZeroDivisionError) for job in jobs)
+    monkeypatch.setattr(pop.Model, "decode", lambda self, tokens, cache: decode(self, tokens, cache) * torch.nan)
+    jobs = [new_job(prompt(9, 8))]
+    engine.submit(jobs)
+    work(engine)
+    assert isinstance(jobs[0].events[-1].error, pop.InputError)
+    monkeypatch.undo()
+    assert answer(engine, new_job(prompt(9, 9)))
+    assert "ZeroDivisionError" in capsys.readouterr().err
+
+
+def test_an_answer_ends_with_the_context():
+    model = make("llama", PLANS["the paper's"], max_seq_len=40)
+    engine = new_engine(model)
+    for length in (38, 40):
+        job = new_job(prompt(length, 1), max_new_tokens=50)
+        engine.submit([job])
+        work(engine)
+        alone = model.generate(job.tokens, max_new_tokens=50)
+        assert (job.answer_tokens, job.events[-1].finish_reason) == (len(alone.tokens), alone.finish_reason)
+        assert job.answer_tokens == 41 - length or alone.finish_reason == "stop"

@@ -1,0 +1,188 @@
+"""The server's engine: one thread, which gives all answers of a batch their next token, again and again.
+
+    waiting ──prefill──► row ──joins──► batch ──decode──► a token for each row ──► events
+                 ▲                                                │
+                 └──────────────── kept caches ◄──────── an answer has ended
+
+Rows join and leave the batch between two tokens, and each has its own options of sampling. A prompt is prefilled from
+where its longest common prefix with a filled cache ends: one that is kept, or one of a row.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from contextlib import suppress
+from itertools import pairwise
+
+import torch
+
+import pop
+from pop.engine.cache import KVCache
+from pop.errors import CacheMemoryError, InputError
+from pop.generation.caches import stepped
+from tools.serve.kept import Filled, Kept, keys_of, row_of
+from tools.serve.rows import Busy, Job, Row
+
+WORTH_KEEPING = 64  # tokens that two prompts must share to get a cache of their own, where layers have windows
+
+
+class Engine:
+    """Answers jobs. Other threads may call `submit` and `cancel`.
+
+    Args:
+        model: A model with a tokenizer.
+        most_rows: The most answers in a batch.
+        most_waiting: The most jobs in the queue.
+        kept_bytes: The most memory that kept caches take.
+    """
+
+    def __init__(self, model: pop.Model, most_rows: int, most_waiting: int, kept_bytes: int):
+        self.model, self.most_rows, self.most_waiting = model, most_rows, most_waiting
+        self.waiting: deque[Job] = deque()
+        self.wake = threading.Condition()  # guards `waiting`
+        # Only the engine's thread uses the rest.
+        self.kept = Kept(model, kept_bytes)
+        self.rows: list[Row] = []
+        self.cache: KVCache | None = None  # of the batch
+        self.is_current = True  # whether the batch has all rows and no others
+
+    def submit(self, jobs: list[Job]) -> None:
+        """Put jobs into the queue, all or none. Raises Busy if they do not fit."""
+        with self.wake:
+            if len(self.waiting) + len(jobs) > self.most_waiting:
+                raise Busy
+            self.waiting.extend(jobs)
+            self.wake.notify()
+
+    def cancel(self, jobs: list[Job]) -> None:
+        """End jobs, unless they have ended. They leave the queue at once, and the batch before its next token."""
+        with self.wake:
+            for job in jobs:
+                job.cancelled = True
+                with suppress(ValueError):
+                    self.waiting.remove(job)
+
+    def run(self) -> None:
+        """Work for ever."""
+        while True:
+            self.turn()
+
+    def turn(self) -> None:
+        """Wait for work. Then admit a job, if there is one and a place for it, and give each row its next token."""
+        with self.wake:
+            self.wake.wait_for(lambda: self.rows or self.waiting)
+            job = self.waiting.popleft() if self.waiting and len(self.rows) < self.most_rows else None
+        if job is not None and not job.cancelled:
+            try:
+                self._admit(job)
+            except Exception as error:  # torch may raise nearly anything, and the others must go on
+                job.fail(error)
+        self._step()
+
+    def _admit(self, job: Job) -> None:
+        """Prefill a job's prompt. It becomes a row, whose first token is drawn with the other rows' next one."""
+        model, tokens, end = self.model, job.tokens, len(job.tokens)
+        images = model.vision.locate(tokens, job.media)
+        keys, last = keys_of(tokens, job.media, images), end - model.plan.full_depth_last
+        row = Row(model, job, keys, images, self._new_cache(1, end))
+        sources = [*self.kept.caches, *map(self._filled, self.rows)]
+        n, source = max(((one.usable(keys, last), one) for one in sources), key=lambda pair: pair[0], default=(0, None))
+        if n:
+            source.copy_to(row.cache, model, n)
+            self.kept.touch(source)
+        job.cached_tokens = n
+        # Where a cache with windows shares more tokens but cannot be rewound to them, they get a cache of their own.
+        shared = max((one.common(keys) for one in sources if one.floor), default=0)
+        shared = shared if shared >= n + WORTH_KEEPING else 0
+        cuts = sorted({*range(n + model.chunk_size, last + 1, model.chunk_size), shared})
+        cuts = [cut for cut in cuts if n < cut <= last and not any(one.start < cut < one.stop for one in images)]
+        for begin, cut in pairwise([n, *cuts, end]):
+            fresh = [one for one, at in zip(job.media, images, strict=True) if begin <= at.start < cut]
+            row.logits = model.prefill([tokens[begin:cut]], row.cache, images=[fresh], boundary=cut == end)
+            if cut == shared:
+                self.kept.add(Filled.of(keys[:cut], row.cache, images, floor=cut))
+            if cut < end:
+                self._step()  # the others do not wait for all of a long prompt
+            if job.cancelled:
+                return
+        self.rows.append(row)
+        self.is_current = False
+
+    def _step(self) -> None:
+        """Give each row its next token."""
+        try:
+            for row in [row for row in self.rows if row.job.cancelled]:
+                self._leave(row)
+            if self.rows:
+                self._next_tokens()
+        except Exception as error:  # as above
+            for row in self.rows:
+                row.job.fail(error)
+            self.rows, self.cache = [], None
+
+    def _next_tokens(self) -> None:
+        tokens = torch.cat([row.draw() for row in self.rows]).tolist()  # the only wait for the device
+        for row, token in zip(list(self.rows), tokens, strict=True):
+            if token < 0:
+                row.job.fail(InputError("the logits are not finite; load the model in another dtype"))
+                self.rows.remove(row)
+                self.is_current = False
+                continue
+            row.push(token)
+            if row.answer.finish_reason:
+                self._leave(row)
+        is_full = self.cache is not None and int(self.cache.lengths.max()) >= self.cache.max_seq_len
+        if is_full or not self.is_current:
+            self._regroup()
+        if self.rows:
+            latest = torch.tensor([row.answer.tokens[-1] for row in self.rows])
+            for row, logits in zip(self.rows, self.model.decode(latest, self.cache).split(1), strict=True):
+                row.logits = logits
+
+    def _leave(self, row: Row) -> None:
+        """End a row, and keep its cache."""
+        self.kept.add(self._filled(row))
+        self.rows.remove(row)
+        self.is_current = False
+
+    def _filled(self, row: Row) -> Filled:
+        """A row's cache, and what its tokens are."""
+        cache, floor, model = row.cache or row_of(self.cache, row.place), 0, self.model
+        held = int(cache.lengths[0])
+        if cache.has_windows:
+            # The ring lacks older tokens, and pruned layers lack those that no full-depth token of the prompt attends.
+            floor = max(len(row.job.tokens) - model.plan.full_depth_last, held - model.chunk_size)
+            floor += model.plan.projections is not None  # `Filled.copy_to` goes back by one more
+        return Filled.of((row.keys + row.answer.tokens)[:held], cache, row.images, floor)
+
+    def _regroup(self) -> None:
+        """Make the cache of the batch anew: with all rows, and with room for their next tokens."""
+        old, caches = self.cache, [row.cache or row_of(self.cache, row.place) for row in self.rows]
+        self.cache = None
+        while caches and self.cache is None:
+            try:
+                self.cache = self._new_cache(len(caches), 1 + max(int(one.lengths[0]) for one in caches))
+            except CacheMemoryError as error:
+                caches.pop()
+                self.rows.pop().job.fail(error)
+        for place, (row, cache) in enumerate(zip(self.rows, caches, strict=True)):
+            row_of(self.cache, place).copy_from(cache)
+            row.cache, row.place = None, place
+        if caches:
+            lengths, hidden, offsets = zip(*(one.snapshot() for one in caches), strict=True)
+            self.cache.restore((torch.cat(lengths), torch.cat(hidden, dim=1), torch.cat(offsets)))
+        if old is not None:
+            self.model.caches.give(old)
+        self.is_current = True
+
+    def _new_cache(self, rows: int, tokens: int) -> KVCache:
+        """An empty cache, for which kept ones give way. It has room for more tokens, so that it is not soon full."""
+        size = min(stepped(tokens), self.model.max_seq_len)
+        while True:
+            try:
+                return self.model.caches.take(self.model, rows, size)
+            except CacheMemoryError:
+                if not self.kept.caches:
+                    raise
+            self.kept.caches.pop()

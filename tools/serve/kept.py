@@ -1,0 +1,118 @@
+"""Filled caches that are kept for later prompts, which begin with the same tokens."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Sequence
+
+import torch
+
+import pop
+from pop.engine.cache import KVCache
+from pop.errors import CacheMemoryError
+from pop.inputs.processors import Prepared
+
+
+@dataclasses.dataclass(eq=False)
+class Filled:
+    """A cache of one row, and what its tokens are.
+
+    Full attention needs no more than that to go on from any earlier token. A layer with a sliding window has forgotten
+    what was outside of the window, so such a cache serves only prompts that share all tokens up to its `floor`.
+    """
+
+    keys: list[int | str]  # its token ids, with a hash of the image in place of each of its placeholders
+    cache: KVCache
+    media: range  # from its first image's first placeholder to its last image's last one
+    floor: int  # the fewest tokens to which it can be rewound
+
+    @classmethod
+    def of(cls, keys: list[int | str], cache: KVCache, images: Sequence[range], floor: int) -> Filled:
+        """images: where the prompt's images are, of which some may be after these keys."""
+        held = [one for one in images if one.stop <= len(keys)]
+        return cls(keys, cache, range(held[0].start, held[-1].stop) if held else range(0), floor)
+
+    def common(self, keys: list[int | str]) -> int:
+        """How many first tokens a prompt has in common with it."""
+        pairs = enumerate(zip(self.keys, keys, strict=False))
+        return next((n for n, (mine, other) in pairs if mine != other), min(len(self.keys), len(keys)))
+
+    def usable(self, keys: list[int | str], most: int) -> int:
+        """How many first tokens of a prompt it can replace, at most `most`. Its images count together or not at all."""
+        n = min(self.common(keys), most)
+        if n <= self.media.stop:
+            n = min(n, self.media.start)
+        return n if n >= self.floor else 0
+
+    def covers(self, other: Filled) -> bool:
+        """Whether it serves every prompt as well as the other."""
+        return self.floor <= other.floor and other.keys == self.keys[: len(other.keys)]
+
+    def copy_to(self, cache: KVCache, model: pop.Model, n: int) -> None:
+        """Copy the first n tokens into an empty cache of one row."""
+        view, hidden, refit = row_of(self.cache, 0), None, model.plan.projections
+        if n < len(self.keys):
+            if n <= self.media.start:
+                view.rope_offsets = torch.zeros_like(view.rope_offsets)
+            if refit is not None and refit.taps > 1:
+                # The next token reads the hidden states of token n - 1, which runs again for them. Its own keys and
+                # values would need those of token n - 2, so they are copied.
+                view.lengths = torch.tensor([n - 1])
+                cache.copy_from(view)
+                model.prefill([[self.keys[n - 1]]], cache, boundary=False)
+                hidden = cache.previous_hidden
+            view.lengths = torch.tensor([n])
+        cache.copy_from(view)
+        if hidden is not None:
+            cache.previous_hidden = hidden
+
+
+class Kept:
+    """Filled caches of at most `most_bytes`, the latest used first. The others give way."""
+
+    def __init__(self, model: pop.Model, most_bytes: int):
+        self.model, self.most_bytes = model, most_bytes
+        self.caches: list[Filled] = []
+
+    def touch(self, filled: Filled) -> None:
+        """Note that it was used."""
+        if filled in self.caches:
+            self.caches.remove(filled)
+            self.caches.insert(0, filled)
+
+    def add(self, filled: Filled) -> None:
+        """Keep a copy, which takes no more memory than its tokens need, unless another cache serves as well."""
+        model = self.model
+        for one in self.caches:
+            if one.covers(filled):
+                return self.touch(one)
+        self.caches = [one for one in self.caches if not filled.covers(one)]
+        tokens = len(filled.keys)
+        size = KVCache.size_in_bytes(model.config, 1, tokens, model.dtype, model.chunk_size)
+        if size > self.most_bytes:
+            return
+        while sum(one.cache.nbytes for one in self.caches) + size > self.most_bytes:
+            self.caches.pop()
+        try:
+            cache = model.new_cache(1, tokens)
+        except CacheMemoryError:
+            return
+        cache.copy_from(filled.cache)
+        self.caches.insert(0, dataclasses.replace(filled, cache=cache))
+
+
+def keys_of(tokens: list[int], media: Sequence[Prepared], images: Sequence[range]) -> list[int | str]:
+    """The keys of a prompt whose images are at these tokens."""
+    keys = list(tokens)
+    for one, at in zip(media, images, strict=True):
+        keys[at.start : at.stop] = [one.sha256] * len(at)
+    return keys
+
+
+def row_of(cache: KVCache, row: int) -> KVCache:
+    """One row of a cache, as a cache of one row with the same memory."""
+    view, rows = copy.copy(cache), slice(row, row + 1)
+    view.keys, view.values = [keys[rows] for keys in cache.keys], [values[rows] for values in cache.values]
+    view.restore((cache.lengths[rows], cache.previous_hidden[:, rows], cache.rope_offsets[rows]))
+    return view

@@ -1,0 +1,114 @@
+"""The answers of the OpenAI protocol: from events to their JSON, whole or in chunks, and the objects of errors."""
+
+from __future__ import annotations
+
+import json
+import secrets
+import time
+from collections import defaultdict
+from collections.abc import AsyncIterator
+
+import pop
+from pop.errors import CacheMemoryError, ContextOverflow, InputError
+from tools.serve.requests import Asked, Wrong
+from tools.serve.rows import Busy, Event
+
+
+def whole(asked: Asked, events: list[Event]) -> dict:
+    """The object of a finished answer."""
+    by_index = defaultdict(list)
+    for event in events:
+        by_index[event.index].append(event)
+    choices = [_choice(asked, by_index[job.index]) for job in asked.jobs]
+    return _named(asked, "chat.completion") | {"choices": choices, "usage": _usage(asked)}
+
+
+async def chunks_of(asked: Asked, events: AsyncIterator[Event]) -> AsyncIterator[dict]:
+    """The objects of a stream. With tools, an answer comes as one: only its end shows whether it is a call."""
+    named, held = _named(asked, "chat.completion.chunk"), {}  # events that wait, by index
+    async for event in events:
+        if asked.is_chat and event.index not in held:
+            begins = {"delta": {"role": "assistant", "content": ""}, "logprobs": None, "finish_reason": None}
+            yield named | {"choices": [{"index": event.index, **begins}]}
+        held.setdefault(event.index, []).append(event)
+        if event.finish_reason or not asked.has_tools:
+            yield named | {"choices": [_choice(asked, held[event.index], streamed=True)]}
+            held[event.index] = []
+    if asked.include_usage:
+        yield named | {"choices": [], "usage": _usage(asked)}
+
+
+def _named(asked: Asked, kind: str) -> dict:
+    """What an answer's object, or all chunks of one, begin with."""
+    kind, prefix = (kind, "chatcmpl") if asked.is_chat else ("text_completion", "cmpl")
+    return {"id": f"{prefix}-{secrets.token_hex(12)}", "object": kind, "created": int(time.time()), "model": asked.name}
+
+
+def _usage(asked: Asked) -> dict:
+    prompts = asked.jobs[:: asked.answers]
+    prompt, answer = sum(len(job.tokens) for job in prompts), sum(job.answer_tokens for job in asked.jobs)
+    counts = {"prompt_tokens": prompt, "completion_tokens": answer, "total_tokens": prompt + answer}
+    return counts | {"prompt_tokens_details": {"cached_tokens": sum(job.cached_tokens for job in prompts)}}
+
+
+def _choice(asked: Asked, events: list[Event], streamed: bool = False) -> dict:
+    """What some events of an answer have brought."""
+    text, reason = "".join(event.text for event in events), events[-1].finish_reason
+    entries = [event.logprobs for event in events if event.logprobs]
+    logprobs = _logprobs(asked, entries) if entries else None
+    if not asked.is_chat:
+        return {"index": events[0].index, "text": text, "logprobs": logprobs, "finish_reason": reason}
+    message = ({} if streamed else {"role": "assistant"}) | {"content": text}
+    if calls := _tool_calls(asked, text, streamed):
+        message |= {"content": text.partition("<tool_call>")[0].strip() if "<tool_call>" in text else None}
+        message["tool_calls"], reason = calls, "tool_calls"
+    named = {"delta" if streamed else "message": message}
+    return {"index": events[0].index, **named, "logprobs": logprobs, "finish_reason": reason}
+
+
+def _tool_calls(asked: Asked, text: str, streamed: bool) -> list[dict]:
+    """The tool calls in a finished answer, as the protocol has them."""
+    try:
+        calls = asked.model.parse_tool_calls(text) if asked.has_tools else []
+    except InputError:  # it begins like a call, but is none
+        return []
+    found = []
+    for index, call in enumerate(calls):
+        function = call["function"] | {"arguments": json.dumps(call["function"]["arguments"])}
+        named = {"id": f"call_{secrets.token_hex(12)}", "type": "function", "function": function}
+        found.append(({"index": index} if streamed else {}) | named)
+    return found
+
+
+def _logprobs(asked: Asked, entries: list[list[tuple[int, float]]]) -> dict:
+    """Log-probabilities: of each token, and of the likeliest ones in its place."""
+    decode = asked.model.tokenizer.decode
+
+    def named(token: int, logprob: float) -> dict:
+        spelt = asked.model.tokenizer.token_bytes(token)
+        return {"token": decode([token], special=True), "logprob": max(logprob, -9999.0), "bytes": list(spelt)}
+
+    tokens = [[named(*pair) for pair in pairs] for pairs in entries]
+    if asked.is_chat:
+        return {"content": [own | {"top_logprobs": top} for own, *top in tokens]}
+    return {
+        "tokens": [own["token"] for own, *_ in tokens],
+        "token_logprobs": [own["logprob"] for own, *_ in tokens],
+        "top_logprobs": [{one["token"]: one["logprob"] for one in top} for _, *top in tokens],
+    }
+
+
+def error_object(error: Exception) -> tuple[int, dict]:
+    """The status and the object of an error. What is unexpected is not described to the client."""
+    status, code, param, message = 500, None, None, "the server failed; its log says why"
+    if isinstance(error, Wrong):
+        status, code, param, message = error.status, error.code, error.param, str(error)
+    elif isinstance(error, Busy):
+        status, code, message = 429, "queue_full", "the queue is full; try again later"
+    elif isinstance(error, CacheMemoryError):
+        status, message = 503, str(error)
+    elif isinstance(error, pop.PopError):
+        status, message = 400, str(error)
+        code = "context_length_exceeded" if isinstance(error, ContextOverflow) else None
+    kind = "server_error" if status >= 500 else "rate_limit_error" if status == 429 else "invalid_request_error"
+    return status, {"error": {"message": message[:500], "type": kind, "param": param, "code": code}}

@@ -1,0 +1,192 @@
+"""The requests of the OpenAI protocol: from their JSON to jobs.
+
+Nothing in a request is trusted. Images are data URLs only: the server opens no file and no address that a client names.
+Texts cannot spell control tokens.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from typing import Any
+
+import pop
+from pop.errors import ContextOverflow, check_count
+from pop.generation.batch import as_prompts
+from pop.generation.sampling import SamplingParams
+from tools.serve.rows import Event, Job
+
+MAX_BYTES = 2**24  # of a request
+BYTES_A_TOKEN = 64  # of a request without its images, more than any text has
+MAX_MESSAGES, MAX_TOOLS, MAX_IMAGES, MAX_ANSWERS = 2048, 128, 8, 8  # of a request
+MAX_STOPS, MAX_STOP = 4, 200  # stop strings, and characters of one
+PIXELS = {"low": 2**18, "high": 2**20, "auto": 2**20}  # to which an image is resized, if its family chooses its size
+
+SAMPLING = {"temperature", "top_p", "top_k", "min_p", "repetition_penalty", "seed", "stop"}
+BOTH = SAMPLING | {"model", "stream", "stream_options", "n", "max_tokens", "logprobs"}
+TEXT = BOTH | {"prompt"}
+CHAT = BOTH | {"messages", "max_completion_tokens", "top_logprobs", "tools", "tool_choice", "chat_template_kwargs"}
+ONLY = {  # what this server does not do: only the value that asks for nothing is accepted
+    "frequency_penalty": 0,
+    "presence_penalty": 0,
+    "logit_bias": {},
+    "best_of": 1,
+    "echo": False,
+    "suffix": "",
+    "response_format": {"type": "text"},
+    "modalities": ["text"],
+}
+UNREAD = {"user", "metadata", "store", "service_tier", "parallel_tool_calls", "safety_identifier", "prompt_cache_key"}
+
+
+class Wrong(Exception):
+    """A request that gets an error object."""
+
+    def __init__(self, message: str, status: int = 400, param: str | None = None, code: str | None = None):
+        super().__init__(message)
+        self.status, self.param, self.code = status, param, code
+
+
+@dataclasses.dataclass
+class Asked:
+    """A request that has been understood."""
+
+    model: pop.Model
+    name: str  # of the model
+    is_chat: bool
+    jobs: list[Job]
+    answers: int  # for each prompt
+    stream: bool
+    include_usage: bool
+    has_tools: bool
+
+
+def understand(model: pop.Model, name: str, raw: bytes, is_chat: bool, emit: Callable[[Event], object]) -> Asked:
+    """Check a request, and encode its prompts. Raises Wrong or a PopError. `emit` gets its events."""
+    try:
+        return _understand(model, name, json.loads(raw), is_chat, emit, len(raw))
+    except RecursionError:
+        raise Wrong("the request is nested too deeply") from None
+    except ValueError as error:
+        if isinstance(error, pop.PopError):
+            raise
+        raise Wrong("the request is not JSON in UTF-8") from None
+
+
+def _understand(model, name: str, body: Any, is_chat: bool, emit, size: int) -> Asked:
+    if not isinstance(body, dict):
+        raise Wrong("the request must be a JSON object")
+    body = {key: value for key, value in body.items() if value is not None}
+    for key, value in body.items():
+        if key in ONLY and value != ONLY[key]:
+            raise Wrong(f"{key} is {value!r:.80}; this server takes {ONLY[key]!r} only", param=key)
+        if key not in ONLY and key not in UNREAD and key not in (CHAT if is_chat else TEXT):
+            raise Wrong(f"there is no argument {key!r:.80}", param=key[:80])
+    for key in ("model", "messages" if is_chat else "prompt"):
+        if key not in body:
+            raise Wrong(f"{key} is missing", param=key)
+    if body["model"] != name:
+        raise Wrong(
+            f"there is no model {body['model']!r:.80}; this server has {name!r}", 404, "model", "model_not_found"
+        )
+    stream, options = _typed(body, "stream", bool, False), _typed(body, "stream_options", dict, {})
+    answers = check_count("n", body.get("n", 1), 1, MAX_ANSWERS)
+    params, top_logprobs = _sampling(model, body, is_chat)
+    tools = None
+    if is_chat:
+        messages, characters = _messages(model, _typed(body, "messages", list, []))
+        _check_size(model, size - characters)
+        tools, choice = _typed(body, "tools", list, []), body.get("tool_choice", "auto")
+        if len(tools) > MAX_TOOLS or choice not in ("auto", "none"):
+            raise Wrong(f"tool_choice must be 'auto' or 'none', and there may be {MAX_TOOLS} tools", param="tools")
+        tools = None if choice == "none" else tools or None
+        template = _typed(body, "chat_template_kwargs", dict, {"enable_thinking": True})
+        if template.keys() != {"enable_thinking"}:
+            raise Wrong("chat_template_kwargs may have enable_thinking only", param="chat_template_kwargs")
+        thinks = _typed(template, "enable_thinking", bool, True)
+        prompts = [model.chat_format().prompt(messages, tools=tools, enable_thinking=thinks)]
+    else:
+        _check_size(model, size)
+        prompts, _ = as_prompts(body["prompt"])
+        if len(prompts) * answers > MAX_ANSWERS:
+            raise Wrong(f"there are {len(prompts)} prompts; a request may have {MAX_ANSWERS} answers", param="prompt")
+        prompts = [(model.encode(prompt), []) for prompt in prompts]
+    jobs = []
+    for tokens, media in prompts:
+        model.check_fits(len(tokens), "the prompt", media)
+        for number in range(answers):
+            seed = None if params.seed is None else (params.seed + number) % 2**63
+            one = dataclasses.replace(params, seed=seed)
+            jobs.append(Job(len(jobs), tokens, media, one, top_logprobs, emit))
+    include_usage = _typed(options, "include_usage", bool, False)
+    return Asked(model, name, is_chat, jobs, answers, stream, include_usage, bool(tools))
+
+
+def _typed(values: dict, key: str, kind: type, default):
+    value = values.get(key, default)
+    if not isinstance(value, kind):
+        raise Wrong(f"{key} is {value!r:.80}; it must be of the type {kind.__name__}", param=key)
+    return value
+
+
+def _check_size(model: pop.Model, size: int) -> None:
+    """Refuse at once what would take long to encode, and could not fit."""
+    if size > BYTES_A_TOKEN * model.max_seq_len + 2**16:
+        raise ContextOverflow(f"the request has {size:,} bytes, but the model takes {model.max_seq_len:,} tokens")
+
+
+def _sampling(model: pop.Model, body: dict, is_chat: bool) -> tuple[SamplingParams, int]:
+    """The options of sampling, and how many of the likeliest tokens an answer lists."""
+    stops = body.get("stop", [])
+    stops = [stops] if isinstance(stops, str) else stops
+    if isinstance(stops, list) and (len(stops) > MAX_STOPS or any(len(str(stop)) > MAX_STOP for stop in stops)):
+        raise Wrong(f"there may be {MAX_STOPS} stop strings of {MAX_STOP} characters", param="stop")
+    if is_chat:
+        logprobs, top = _typed(body, "logprobs", bool, False), body.get("top_logprobs", 0)
+    else:
+        logprobs, top = "logprobs" in body, body.get("logprobs", 0)
+    top = check_count("top_logprobs" if is_chat else "logprobs", top, 0, 20 if is_chat else 5)
+    if top and not logprobs:
+        raise Wrong("top_logprobs needs logprobs to be true", param="top_logprobs")
+    limits = [name for name in ("max_completion_tokens", "max_tokens") if name in body]
+    limits = [check_count(name, body[name]) for name in limits] or [model.max_seq_len if is_chat else 16]
+    # The protocol's temperature is 1, unless the checkpoint states another.
+    options = {"temperature": 1.0} | (model.sampling or {}) | {name: body[name] for name in SAMPLING & body.keys()}
+    return SamplingParams(**options, max_new_tokens=min(limits), logprobs=logprobs), top
+
+
+def _messages(model: pop.Model, messages: list) -> tuple[list, int]:
+    """The messages as `pop.Model.chat` takes them, and the characters of their images."""
+    if len(messages) > MAX_MESSAGES:
+        raise Wrong(f"there are {len(messages)} messages; at most {MAX_MESSAGES} are read", param="messages")
+    read, urls = [], []
+    for number, message in enumerate(messages):
+        if not isinstance(message, dict):
+            raise Wrong(f"message {number} is not an object", param="messages")
+        # What the client library adds to an answer, and None in place of what is missing.
+        message = {k: v for k, v in message.items() if v is not None and k not in ("refusal", "annotations", "audio")}
+        if message.get("role") == "developer":
+            message["role"] = "system"
+        if isinstance(message.get("content"), list):
+            message["content"] = [_part(model, part, urls) for part in message["content"]]
+        read.append(message)
+    if len(urls) > MAX_IMAGES:
+        raise Wrong(f"there are {len(urls)} images; at most {MAX_IMAGES} are read", param="messages")
+    return read, sum(map(len, urls))
+
+
+def _part(model: pop.Model, part: Any, urls: list[str]) -> dict:
+    kind = part.get("type") if isinstance(part, dict) else None
+    if kind == "text":
+        return part
+    image = part.get("image_url") if kind == "image_url" else None
+    if not isinstance(image, dict) or image.get("detail", "auto") not in (*PIXELS, None):
+        raise Wrong("a part of a message must be a text or an image_url", param="messages")
+    url = image.get("url")
+    if not isinstance(url, str) or url[:5].lower() != "data:":
+        raise Wrong("an image must be a data URL; this server opens no addresses and no files", param="messages")
+    urls.append(url)
+    config = model.vision.preparation.get("image")
+    limits = {"max_pixels": PIXELS[image.get("detail") or "auto"]} if config is not None and config.pixels else {}
+    return {"type": "image", "image": url, **limits}

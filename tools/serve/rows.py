@@ -1,0 +1,84 @@
+"""What the server's engine works on: jobs, their events, and the answers in progress."""
+
+from __future__ import annotations
+
+import dataclasses
+import traceback
+from collections.abc import Callable
+
+import torch
+
+import pop
+from pop.engine.cache import KVCache
+from pop.generation.answers import Answer, end_ids
+from pop.generation.logits import LogitsRules
+from pop.generation.sampling import Sampler, SamplingParams
+from pop.inputs.processors import Prepared
+
+
+class Busy(Exception):
+    """The queue is full."""
+
+
+@dataclasses.dataclass
+class Event:
+    """What a token adds to an answer."""
+
+    index: int  # of the answer in its request
+    text: str = ""
+    logprobs: list[tuple[int, float]] = dataclasses.field(default_factory=list)  # of the token, then of the likeliest
+    finish_reason: str | None = None  # "stop" or "length", in the answer's last event
+    error: Exception | None = None  # ends the request
+
+
+@dataclasses.dataclass(eq=False)
+class Job:
+    """An answer that a request asks for."""
+
+    index: int  # in its request
+    tokens: list[int]
+    media: list[Prepared]
+    params: SamplingParams
+    top_logprobs: int
+    emit: Callable[[Event], object]  # called in the engine's thread
+    cancelled: bool = False
+    cached_tokens: int = 0  # of the prompt, taken from a filled cache
+    answer_tokens: int = 0
+
+    def fail(self, error: Exception) -> None:
+        if not isinstance(error, pop.PopError):
+            traceback.print_exception(error)
+        self.emit(Event(self.index, error=error))
+
+
+class Row:
+    """An answer in progress."""
+
+    def __init__(self, model: pop.Model, job: Job, keys: list[int | str], images: list[range], cache: KVCache):
+        self.job, self.keys, self.images = job, keys, images
+        self.cache: KVCache | None = cache  # its own, until it joins the batch
+        self.place: int | None = None  # in the batch
+        self.logits: torch.Tensor | None = None  # [1, V], of its next token
+        ends, params = end_ids(model), job.params
+        limit = min(params.max_new_tokens, model.max_seq_len + 1 - len(job.tokens))
+        self.answer = Answer(model.tokenizer, ends, params.stop, limit)
+        self.sampler, self.rules = Sampler(params, params.seeds(1)), LogitsRules(model, params, [job.tokens], ends)
+
+    def draw(self) -> torch.Tensor:
+        """The next token [1]. Nothing waits for it."""
+        token = self.sampler(self.rules(self.logits, [self.answer]))
+        self.rules.took(token)
+        return token
+
+    def push(self, token: int) -> None:
+        """Append the token to the answer, and emit what it adds."""
+        count = len(self.answer.tokens)
+        event = Event(self.job.index, self.answer.push(token), finish_reason=self.answer.finish_reason)
+        self.job.answer_tokens = len(self.answer.tokens)
+        if self.job.params.logprobs and len(self.answer.tokens) > count:  # not for an end token
+            logprobs = self.logits[0].log_softmax(-1)
+            likeliest = logprobs.topk(self.job.top_logprobs)
+            pairs = zip(likeliest.indices.tolist(), likeliest.values.tolist(), strict=True)
+            event.logprobs = [(token, float(logprobs[token])), *pairs]
+        if event.text or event.logprobs or event.finish_reason:
+            self.job.emit(event)
