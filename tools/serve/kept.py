@@ -47,7 +47,8 @@ class Filled:
 
     def covers(self, other: Filled) -> bool:
         """Whether it serves every prompt as well as the other."""
-        return self.floor <= other.floor and other.keys == self.keys[: len(other.keys)]
+        is_as_good = self.floor <= other.floor and self.media == other.media
+        return is_as_good and self.keys[: len(other.keys)] == other.keys
 
     def copy_to(self, cache: KVCache, model: pop.Model, n: int) -> None:
         """Copy the first n tokens into an empty cache of one row."""

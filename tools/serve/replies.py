@@ -82,11 +82,14 @@ def _tool_calls(asked: Asked, text: str, streamed: bool) -> list[dict]:
 
 def _logprobs(asked: Asked, entries: list[list[tuple[int, float]]]) -> dict:
     """Log-probabilities: of each token, and of the likeliest ones in its place."""
-    decode = asked.model.tokenizer.decode
+    tokenizer = asked.model.tokenizer
 
     def named(token: int, logprob: float) -> dict:
-        spelt = asked.model.tokenizer.token_bytes(token)
-        return {"token": decode([token], special=True), "logprob": max(logprob, -9999.0), "bytes": list(spelt)}
+        try:
+            text, spelt = tokenizer.decode([token], special=True), list(tokenizer.token_bytes(token))
+        except InputError:  # the model has more embeddings than the tokenizer has tokens
+            text, spelt = f"<{token}>", []
+        return {"token": text, "logprob": max(logprob, -9999.0), "bytes": spelt}
 
     tokens = [[named(*pair) for pair in pairs] for pairs in entries]
     if asked.is_chat:

@@ -21,6 +21,7 @@ MAX_BYTES = 2**24  # of a request
 BYTES_A_TOKEN = 64  # of a request without its images, more than any text has
 MAX_MESSAGES, MAX_TOOLS, MAX_IMAGES, MAX_ANSWERS = 2048, 128, 8, 8  # of a request
 MAX_STOPS, MAX_STOP = 4, 200  # stop strings, and characters of one
+MAX_LOGPROBS = 2**16  # of all answers together
 PIXELS = {"low": 2**18, "high": 2**20, "auto": 2**20}  # to which an image is resized, if its family chooses its size
 
 SAMPLING = {"temperature", "top_p", "top_k", "min_p", "repetition_penalty", "seed", "stop"}
@@ -65,13 +66,13 @@ class Asked:
 def understand(model: pop.Model, name: str, raw: bytes, is_chat: bool, emit: Callable[[Event], object]) -> Asked:
     """Check a request, and encode its prompts. Raises Wrong or a PopError. `emit` gets its events."""
     try:
-        return _understand(model, name, json.loads(raw), is_chat, emit, len(raw))
+        try:
+            body = json.loads(raw)
+        except ValueError:
+            raise Wrong("the request is not JSON in UTF-8") from None
+        return _understand(model, name, body, is_chat, emit, len(raw))
     except RecursionError:
         raise Wrong("the request is nested too deeply") from None
-    except ValueError as error:
-        if isinstance(error, pop.PopError):
-            raise
-        raise Wrong("the request is not JSON in UTF-8") from None
 
 
 def _understand(model, name: str, body: Any, is_chat: bool, emit, size: int) -> Asked:
@@ -87,9 +88,8 @@ def _understand(model, name: str, body: Any, is_chat: bool, emit, size: int) -> 
         if key not in body:
             raise Wrong(f"{key} is missing", param=key)
     if body["model"] != name:
-        raise Wrong(
-            f"there is no model {body['model']!r:.80}; this server has {name!r}", 404, "model", "model_not_found"
-        )
+        found = f"there is no model {body['model']!r:.80}; this server has {name!r}"
+        raise Wrong(found, 404, "model", "model_not_found")
     stream, options = _typed(body, "stream", bool, False), _typed(body, "stream_options", dict, {})
     answers = check_count("n", body.get("n", 1), 1, MAX_ANSWERS)
     params, top_logprobs = _sampling(model, body, is_chat)
@@ -119,6 +119,9 @@ def _understand(model, name: str, body: Any, is_chat: bool, emit, size: int) -> 
             seed = None if params.seed is None else (params.seed + number) % 2**63
             one = dataclasses.replace(params, seed=seed)
             jobs.append(Job(len(jobs), tokens, media, one, top_logprobs, emit))
+    most = sum(min(params.max_new_tokens, model.max_seq_len - len(job.tokens)) for job in jobs)
+    if params.logprobs and most * (top_logprobs + 1) > MAX_LOGPROBS:
+        raise Wrong(f"there may be {MAX_LOGPROBS} logprobs; lower max_tokens or top_logprobs", param="logprobs")
     include_usage = _typed(options, "include_usage", bool, False)
     return Asked(model, name, is_chat, jobs, answers, stream, include_usage, bool(tools))
 

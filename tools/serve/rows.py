@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import traceback
+import logging
 from collections.abc import Callable
 
 import torch
@@ -14,6 +14,8 @@ from pop.generation.answers import Answer, end_ids
 from pop.generation.logits import LogitsRules
 from pop.generation.sampling import Sampler, SamplingParams
 from pop.inputs.processors import Prepared
+
+logger = logging.getLogger(__name__)
 
 
 class Busy(Exception):
@@ -47,7 +49,7 @@ class Job:
 
     def fail(self, error: Exception) -> None:
         if not isinstance(error, pop.PopError):
-            traceback.print_exception(error)
+            logger.error("an answer has failed", exc_info=error)
         self.emit(Event(self.index, error=error))
 
 
