@@ -1,4 +1,4 @@
-"""Servers of tools/serve for tests: in this process, or in one of their own."""
+"""Servers of tools/serve for tests: in this process, or in another one."""
 
 import contextlib
 import os
@@ -25,6 +25,7 @@ def serving(model, name="tiny", key=None, port=0, **options):
     server = Server(engine, name, key)
     config = uvicorn.Config(server.app, port=port, log_level="warning", lifespan="off")
     with config.bind_socket() as listener:
+        listener.listen()
         http = uvicorn.Server(config)
         thread = threading.Thread(target=http.run, args=([listener],), daemon=True)
         thread.start()
@@ -32,7 +33,7 @@ def serving(model, name="tiny", key=None, port=0, **options):
             yield server, f"http://127.0.0.1:{listener.getsockname()[1]}/v1"
         finally:
             http.should_exit = http.force_exit = True
-            thread.join(10)
+            thread.join(100)
 
 
 @contextlib.contextmanager
@@ -47,10 +48,10 @@ def process(*words, **environment):
             yield server, line.split()[-1]
         finally:
             server.terminate()
-            server.wait(20)
+            server.wait(100)
 
 
-def until(condition, seconds=20.0):
+def until(condition, seconds=600.0):
     """Wait until the condition holds."""
     ends = time.monotonic() + seconds
     while not condition():

@@ -55,6 +55,7 @@ def serve(args: argparse.Namespace) -> None:
     options |= {"limit_concurrency": MOST_CONNECTIONS, "timeout_graceful_shutdown": 5}
     config = uvicorn.Config(app, args.host, args.port, **options)
     with config.bind_socket() as listener:
+        listener.listen()  # from now on clients may connect
         host = f"[{args.host}]" if ":" in args.host else args.host
         print(f"{name} is served at http://{host}:{listener.getsockname()[1]}/v1", flush=True)
         uvicorn.Server(config).run([listener])

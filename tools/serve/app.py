@@ -107,7 +107,7 @@ class Server:
             async with aclosing(found):
                 return json_response(whole(asked, [event async for event in found]))
         chunks = chunks_of(asked, found)
-        first = await anext(chunks)  # an error so far has a status of its own
+        first = await anext(chunks)  # an error up to here still has a status
         return StreamingResponse(stream(first, chunks, found), media_type="text/event-stream")
 
     async def events(self, request: Request, asked: Asked, events: asyncio.Queue) -> AsyncIterator[Event]:

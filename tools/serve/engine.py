@@ -24,7 +24,7 @@ from pop.generation.caches import stepped
 from tools.serve.kept import Filled, Kept, keys_of, row_of
 from tools.serve.rows import Busy, Job, Row
 
-WORTH_KEEPING = 64  # tokens that two prompts must share to get a cache of their own, where layers have windows
+WORTH_KEEPING = 64  # tokens that two prompts must share for a separate cache, see `_admit`
 
 
 class Engine:
@@ -76,7 +76,7 @@ class Engine:
         if job is not None and not job.cancelled:
             try:
                 self._admit(job)
-            except Exception as error:  # torch may raise nearly anything, and the others must go on
+            except Exception as error:  # torch may raise nearly anything, and the other rows must continue
                 job.fail(error)
         self._step()
 
@@ -92,7 +92,7 @@ class Engine:
             source.copy_to(row.cache, model, n)
             self.kept.touch(source)
         job.cached_tokens = n
-        # Where a cache with windows shares more tokens but cannot be rewound to them, they get a cache of their own.
+        # A cache with windows may share more tokens and not be usable. A separate cache keeps these for later prompts.
         shared = max((one.common(keys) for one in sources if one.floor), default=0)
         shared = shared if shared >= n + WORTH_KEEPING else 0
         cuts = sorted({*range(n + model.chunk_size, last + 1, model.chunk_size), shared})

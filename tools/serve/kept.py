@@ -18,8 +18,8 @@ from pop.inputs.processors import Prepared
 class Filled:
     """A cache of one row, and what its tokens are.
 
-    Full attention needs no more than that to go on from any earlier token. A layer with a sliding window has forgotten
-    what was outside of the window, so such a cache serves only prompts that share all tokens up to its `floor`.
+    With full attention, a prompt can continue from any of its tokens. A layer with a sliding window lacks what was
+    outside of the window, so such a cache serves only prompts that share the tokens up to its `floor`.
     """
 
     keys: list[int | str]  # its token ids, with a hash of the image in place of each of its placeholders
@@ -83,7 +83,7 @@ class Kept:
             self.caches.insert(0, filled)
 
     def add(self, filled: Filled) -> None:
-        """Keep a copy, which takes no more memory than its tokens need, unless another cache serves as well."""
+        """Keep a copy, which takes no more memory than its tokens need, unless another cache covers it."""
         model = self.model
         for one in self.caches:
             if one.covers(filled):

@@ -60,8 +60,8 @@ def _choice(asked: Asked, events: list[Event], streamed: bool = False) -> dict:
         return {"index": events[0].index, "text": text, "logprobs": logprobs, "finish_reason": reason}
     message = ({} if streamed else {"role": "assistant"}) | {"content": text}
     if calls := _tool_calls(asked, text, streamed):
-        message |= {"content": text.partition("<tool_call>")[0].strip() if "<tool_call>" in text else None}
-        message["tool_calls"], reason = calls, "tool_calls"
+        before = text.partition("<tool_call>")[0] if "<tool_call>" in text else ""
+        message, reason = message | {"content": before.strip() or None, "tool_calls": calls}, "tool_calls"
     named = {"delta" if streamed else "message": message}
     return {"index": events[0].index, **named, "logprobs": logprobs, "finish_reason": reason}
 
@@ -70,7 +70,7 @@ def _tool_calls(asked: Asked, text: str, streamed: bool) -> list[dict]:
     """The tool calls in a finished answer, as the protocol has them."""
     try:
         calls = asked.model.parse_tool_calls(text) if asked.has_tools else []
-    except InputError:  # it begins like a call, but is none
+    except InputError:  # it begins like a call and is broken
         return []
     found = []
     for index, call in enumerate(calls):
@@ -102,7 +102,7 @@ def _logprobs(asked: Asked, entries: list[list[tuple[int, float]]]) -> dict:
 
 
 def error_object(error: Exception) -> tuple[int, dict]:
-    """The status and the object of an error. What is unexpected is not described to the client."""
+    """The status and the object of an error. The client learns nothing about unexpected errors."""
     status, code, param, message = 500, None, None, "the server failed; its log says why"
     if isinstance(error, Wrong):
         status, code, param, message = error.status, error.code, error.param, str(error)

@@ -167,7 +167,7 @@ def _messages(model: pop.Model, messages: list) -> tuple[list, int]:
     for number, message in enumerate(messages):
         if not isinstance(message, dict):
             raise Wrong(f"message {number} is not an object", param="messages")
-        # What the client library adds to an answer, and None in place of what is missing.
+        # The client library adds these keys to an answer, and None for each key without a value.
         message = {k: v for k, v in message.items() if v is not None and k not in ("refusal", "annotations", "audio")}
         if message.get("role") == "developer":
             message["role"] = "system"
