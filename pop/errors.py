@@ -4,8 +4,10 @@ Each is a `PopError` and also the built-in it refines, so both `except pop.PopEr
 do what a caller expects. A message is one sentence: what is wrong, where, and what to do about it.
 """
 
+from importlib import import_module
 from math import inf
 from operator import index
+from types import ModuleType
 
 
 class PopError(Exception):
@@ -80,3 +82,11 @@ def some(items: list[str], separator: str = ", ") -> str:
     """Return the first five items, escaped because names in a file may hold anything, and how many more there are."""
     named = separator.join(ascii(item)[1:-1][:200] for item in items[:5])
     return named + (f" and {len(items) - 5} more" if len(items) > 5 else "")
+
+
+def import_extra(module: str, package: str, extra: str) -> ModuleType:
+    """Import a module of an optional package. Raises MissingExtra with the command that installs it."""
+    try:
+        return import_module(module)
+    except ImportError:
+        raise MissingExtra(f"this needs the package {package}; run `pip install 'pop-prefill[{extra}]'`") from None

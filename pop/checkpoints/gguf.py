@@ -12,6 +12,7 @@ import contextlib
 import math
 import shutil
 from collections.abc import Iterator
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from safetensors.torch import save_file
 from pop.checkpoints.config_json import READERS
 from pop.checkpoints.fields import Fields
 from pop.checkpoints.gguf_tokenizer import write_tokenizer
-from pop.errors import CheckpointError, ConfigError, MissingExtra, PopError, UnsupportedError, some
+from pop.errors import CheckpointError, ConfigError, MissingExtra, PopError, UnsupportedError, import_extra, some
 from pop.models import build
 from pop.models.config import RopeConfig
 from pop.models.layers import rope_frequencies
@@ -74,13 +75,9 @@ def convert(file: Path, folder: Path, *, progress: bool = True) -> None:
 
 def require_gguf() -> Any:
     """Return the `gguf` package, or raise MissingExtra."""
-    try:
-        import gguf
-
-        gguf.MODEL_ARCH["GEMMA3"]  # since 0.16.2
-    except (ModuleNotFoundError, KeyError) as error:
-        command = "pip install 'pop-prefill[gguf]' (in a checkout, pip install -e '.[gguf]')"
-        raise MissingExtra(f"reading GGUF files needs the package gguf >= 0.16.2; run {command}") from error
+    gguf = import_extra("gguf", "gguf >= 0.16.2", "gguf")
+    if not hasattr(gguf.MODEL_ARCH, "GEMMA3"):
+        raise MissingExtra(f"gguf {version('gguf')} is too old; run `pip install 'pop-prefill[gguf]'`")
     return gguf
 
 

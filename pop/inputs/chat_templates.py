@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from pop.errors import InputError, MissingExtra, PopError, UnsupportedError
+from pop.errors import InputError, PopError, UnsupportedError, import_extra
 
 Template = Callable[..., str]  # called with messages, tools and other variables by name
 
@@ -45,13 +45,9 @@ def jinja(source: str) -> Template:
 
     Whatever its program raises becomes an UnsupportedError.
     """
-    try:
-        from jinja2.sandbox import ImmutableSandboxedEnvironment
-    except ImportError:
-        wanted = "pip install 'pop-prefill[jinja]', or pass chat_format= a function"
-        raise MissingExtra(f"to run the checkpoint's chat_template, jinja2 is missing; {wanted}") from None
+    sandbox = import_extra("jinja2.sandbox", "jinja2, or a function as chat_format=", "jinja")
     options = {"trim_blocks": True, "lstrip_blocks": True, "extensions": ["jinja2.ext.loopcontrols"]}
-    environment = ImmutableSandboxedEnvironment(**options)
+    environment = sandbox.ImmutableSandboxedEnvironment(**options)
     environment.filters["tojson"], environment.concat = _tojson, _concat
     # {% generation %} marks answers for training.
     source = re.sub(r"({%-?\s*)(end)?generation(?=\s*-?%})", lambda m: m[1] + ("endif" if m[2] else "if true"), source)

@@ -6,7 +6,6 @@ before it decodes anything. Pillow, an optional extra, reads files; arrays do no
 
 import base64
 import contextlib
-import importlib
 import io
 import os
 import re
@@ -16,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from pop.errors import InputError, MissingExtra, PopError
+from pop.errors import InputError, PopError, import_extra
 from pop.models.config import ImageConfig
 
 MAX_PIXELS = 2**26  # 67 megapixels, 0.2 GB in RGB
@@ -70,14 +69,6 @@ def normalise(pixels: torch.Tensor, config: ImageConfig) -> torch.Tensor:
     """Return pixels [N, 3, H, W] uint8 as the vision tower's float32 input."""
     mean, std = (torch.tensor(values)[:, None, None] * (1 / config.rescale) for values in (config.mean, config.std))
     return (pixels - mean) / std
-
-
-def import_extra(module: str, package: str, extra: str):
-    """Import a module of an optional package. Raises MissingExtra with the command that installs it."""
-    try:
-        return importlib.import_module(module)
-    except ImportError:
-        raise MissingExtra(f"this needs the package {package}; run `pip install 'pop-prefill[{extra}]'`") from None
 
 
 def check_file(path: str | os.PathLike, name: str, max_bytes: int) -> None:

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from pop.errors import InputError, TokenizerError
+from pop.system.files import read_json
 
 Piece = str | list[int]  # a part of a prompt: text, or token ids that no text can spell
 
@@ -221,10 +222,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
 
 
 def _read(folder: Path, name: str) -> dict[str, Any]:
-    content = json.loads((folder / name).read_bytes()) if (folder / name).is_file() else {}
-    if not isinstance(content, dict):
-        raise TokenizerError(f"{name} is not a JSON object.")
-    return content
+    return read_json(folder / name, TokenizerError) if (folder / name).is_file() else {}
 
 
 def _content(token: str | dict) -> str:

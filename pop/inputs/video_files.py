@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pop.errors import InputError
+from pop.errors import InputError, import_extra
 from pop.inputs import images
 
 FORMATS = ("avi", "matroska", "mov")  # FFmpeg's names: WebM is Matroska, MP4 is MOV
@@ -68,7 +68,7 @@ def frames(path: str | os.PathLike, wanted: Sequence[int]) -> Iterator[np.ndarra
 @contextlib.contextmanager
 def _opened(path: str | os.PathLike) -> Iterator[tuple]:
     """Yield the file's container, its video stream, and its name for error messages."""
-    av = images.import_extra("av", "av", "videos")
+    av = import_extra("av", "av", "videos")
     name, max_pixels = f"the video {os.fspath(path)!r:.200}", images.MAX_PIXELS
     images.check_file(path, name, MAX_BYTES)
     # FFmpeg decodes some frames to identify the file, so it must know the limit when it opens the file.
