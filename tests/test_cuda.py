@@ -12,7 +12,7 @@ import warnings
 
 import pytest
 import torch
-from support.cases import assert_close
+from support.cases import assert_close, full_depth_tokens, recorded_choices
 from support.replay import Replay
 from support.tiny import (
     random_model,
@@ -114,6 +114,27 @@ def test_two_prompts_and_an_answer_are_the_references(family, plan, lengths, dty
         first, second = (tokens[row, : one[row]] for tokens, one in zip(prompts, lengths, strict=True))
         logits = by_reference(naive, plan, (first, second), answer[row])
         assert_equal(found[row], logits[[len(first) - 1, *range(-5, 0)]], dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("family", TEXT_FAMILIES)
+def test_tokens_that_the_device_selects_are_at_full_depth(family, dtype, device):
+    """In one chunk, which waits for nothing, and in several."""
+    model, naive = make(family, dtype, device)
+    plan, tokens, lengths = pop.PrunePlan(LAYERS, 2, 1, full_depth_selected=0.3), random_tokens(2, 40), [40, 12]
+    for model.chunk_size in (64, CHUNK):
+        cache = model.new_cache(2, 48)
+        waits = torch.cuda.set_sync_debug_mode if device.type == "cuda" and model.chunk_size == 64 else lambda _: None
+        with recorded_choices() as found:
+            waits("error")
+            try:
+                logits = model.prefill(tokens, cache, lengths=lengths, plan=plan)
+            finally:
+                waits("default")
+        for row, n in enumerate(lengths):
+            full_depth = full_depth_tokens(plan, n, n, found[0][row].cpu())
+            assert full_depth.sum() == 3 + int(0.3 * (n - 3))
+            assert_equal(logits[row], reference.forward(naive, tokens[row, :n], full_depth, plan)[0][-1], dtype)
 
 
 # Replayed steps

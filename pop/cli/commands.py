@@ -313,7 +313,8 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
         add("--prune", help=text, default="default", metavar="P")
         if with_last:
             integer(add, "--full-depth-last", "how many last tokens of a prompt run all layers; default: the plan's")
-            add("--full-depth-selected", help="the share of others to run all layers", type=float, metavar="SHARE")
+            text = "the share of the other tokens that also run all layers, chosen by attention; default: the plan's"
+            add("--full-depth-selected", help=text, type=float, metavar="SHARE")
 
     def generation_options(parser, media_place: str) -> Callable:
         """Add what `generate` and `chat` share; return what adds more about the prompt."""

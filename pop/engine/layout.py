@@ -206,7 +206,7 @@ def attention_metadata(
 
 
 def full_depth_tokens(cache: KVCache, lengths: torch.Tensor, plan: PrunePlan, boundary: bool) -> torch.Tensor:
-    """Which tokens of prompts of `lengths` [B] are at full depth by their position: [B, T] bool, where padding is.
+    """Which tokens of prompts of `lengths` [B] are at full depth by their position: [B, T] bool, true for padding.
 
     Without a boundary, more of the prompts follows in a later call.
     """

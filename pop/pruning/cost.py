@@ -16,9 +16,11 @@ attend a band of it. Products that an implementation computes outside of these a
 
 In a pruned layer only the W full-depth tokens do all of this. P of the other tokens do k and v: once from one input
 (taps = 1), or from two inputs with the refit projections of two taps. P is N - W. With a window, P is the window - 1
-tokens before the prompt's last full-depth tokens, since no later token attends the rest. If the plan selects tokens,
-they are counted as if they were evenly spread, and P is N - W with a window as well. To select them, the last Q tokens
-attend all at the first pruned layer, by its own projections: of q, and with refit projections also of k.
+tokens before the prompt's last full-depth tokens, since no later token attends the rest.
+
+Tokens that the plan selects are counted as if they were evenly spread. With them, P is N - W in all pruned layers. To
+select them, the last Q tokens attend all tokens at the first pruned layer, by its own q and k. With refit projections,
+these k are not among those of the P tokens.
 
     F(plan) = 2 · [ sum over kept layers    (N·(qo + kv + mlp) + attention of all N)
                   + sum over pruned layers  (P·taps·kv + W·(qo + kv + mlp) + attention of the W)

@@ -1,4 +1,4 @@
-"""Which tokens a plan selects is what pop/pruning/reference.py selects, and callers may give tokens of their own.
+"""Which tokens a plan selects is what pop/pruning/reference.py selects, and callers may give their own tokens.
 
 That the selected tokens run at full depth, exactly, is in test_forward.py and test_forward_images.py.
 """
@@ -131,7 +131,7 @@ def test_without_a_boundary_nothing_is_selected(case):
 
 @pytest.mark.parametrize("config", [tiny_config(), tiny_gemma3_config()])
 def test_nothing_waits_for_the_device(config):
-    """A tensor on the meta device has no values, so reading one would raise."""
+    """Reading a tensor on the meta device would raise, because it has no values."""
     with META:
         module = build(config)
     tokens, lengths = torch.zeros(2, 30, dtype=torch.int64), torch.tensor([30, 12])
