@@ -155,7 +155,8 @@ class Model:
         plan = self.resolve(plan)
         chunk_size = self.chunk_size if chunk_size is None else self._chunk_size(chunk_size)
         stages, full_depth = self._stages(len(tokens), plan), token_mask(full_depth, tokens)
-        options = stages, self._images(self._vision_module, media, tokens, lengths), boundary, full_depth
+        module = self.module if self._compiled is None else self._compiled.vision_module
+        options = stages, self._images(module, media, tokens, lengths), boundary, full_depth
         return engine.prefill(self.module, tokens, cache, lengths, plan, chunk_size, *options)
 
     def decode(self, tokens, cache: KVCache) -> torch.Tensor:
@@ -358,10 +359,7 @@ class Model:
             raise ContextOverflow(f"{what} has {num_tokens} tokens, but {limit}")
 
     def _check_cache(self, cache: KVCache, added: torch.Tensor, media: Sequence[Sequence[Prepared]] = ()) -> None:
-        """Raise InputError unless `cache` belongs to this model and has room for `added` [B] more tokens.
-
-        Some of the tokens may be those of images and videos, a list for each row.
-        """
+        """Raise InputError unless `cache` is one of this model with room for `added` [B] tokens, `media` included."""
         if not isinstance(cache, KVCache):
             raise InputError(f"the cache is a {type(cache).__name__}; make one with model.new_cache()")
         advice = self.vision.shorten([one for row in media for one in row], "the prompt")
@@ -369,10 +367,6 @@ class Model:
 
     def _chunk_size(self, chunk_size) -> int:
         return max(check_count("chunk_size", chunk_size), self.vision.min_chunk_size)
-
-    @property
-    def _vision_module(self):
-        return self.module if self._compiled is None else self._compiled.vision_module
 
     @torch.inference_mode(False)  # as the engine
     @torch.no_grad()

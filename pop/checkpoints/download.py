@@ -25,7 +25,7 @@ from pop.checkpoints.hub import Broken, Hub
 from pop.checkpoints.registry import lookup, stored, weights_folder
 from pop.checkpoints.weights import instead
 from pop.errors import CheckpointError, ConfigError, DownloadError, some
-from pop.system.files import hash_file, read_json, remove, staged, write_json
+from pop.system.files import hash_file, read_json, staged, write_json
 from pop.system.progress import progress_bar
 
 MANIFEST = "pop-download.json"
@@ -189,7 +189,7 @@ def _fetch_all(hub: Hub, manifest: Manifest, partial: Path, progress: bool) -> N
     for path in partial.iterdir():
         size = path.stat().st_size if path.is_file() and not path.is_symlink() else None
         if path.name not in manifest.files or size is None or size > manifest.files[path.name].size:
-            remove(path)
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
         else:
             present += size
     total = sum(file.size for file in manifest.files.values())

@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 
 from pop.errors import CheckpointError, PlanError
 from pop.system import files
-from pop.system.files import read_json, read_tensors, replaced, staged
+from pop.system.files import read_json, read_tensors, staged, write_whole
 
 
 def write(folder, text="whole"):
@@ -119,15 +119,15 @@ def test_a_second_writer_waits(tmp_path, monkeypatch, first_fails):
     assert names(tmp_path) == ["model"] and names(tmp_path / "model") == ["file"]
 
 
-def test_replaced_follows_a_link_and_keeps_the_old_file_on_failure(tmp_path):
+def test_a_file_is_written_through_a_link_and_the_old_one_is_kept_on_failure(tmp_path, monkeypatch):
     (tmp_path / "target").write_text("old")
     (tmp_path / "link").symlink_to("target")
-    with pytest.raises(ValueError), replaced(tmp_path / "link") as draft:
-        draft.write_text("half")
-        raise ValueError
-    assert (tmp_path / "target").read_text() == "old"
-    with replaced(tmp_path / "link") as draft:
-        draft.write_text("new")
+    with monkeypatch.context() as full_disk:
+        full_disk.setattr(files, "_sync", lambda path: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+        with pytest.raises(PlanError, match=r"the plan cannot be written to .*link \(No space left"):
+            write_whole(tmp_path / "link", "half", "the plan", PlanError)
+    assert (tmp_path / "target").read_text() == "old" and names(tmp_path) == ["link", "target"]
+    write_whole(tmp_path / "link", "new", "the plan", PlanError)
     assert os.path.islink(tmp_path / "link") and (tmp_path / "target").read_text() == "new"
     assert names(tmp_path) == ["link", "target"]
 
