@@ -52,16 +52,15 @@ def library():
 
 
 class pruned:
-    """A context in which a model's prompts skip the layers of a plan. It may be entered again, but not nested.
-
-    The plan is a pop.PrunePlan, or another value of `prune` in pop.load. Projections must be fitted to this model.
-    """
+    """A context in which a model's prompts skip the layers of a plan. It may be entered again, but not nested."""
 
     def __init__(self, model, plan):
         if type(model) not in [getattr(library(), name) for name in FAMILIES]:
             raise UnsupportedError(f"the model is a {type(model).__name__}; pruned takes {', '.join(FAMILIES)}")
         self.model, self.decoder, self.layers = model, model.model, model.model.layers
         self.plan = pop.PrunePlan.of(plan, len(self.layers))
+        if self.plan.full_depth_selected:
+            raise UnsupportedError("the plan selects tokens by attention, which pruned cannot; give another plan")
         refit = self.plan.projections
         if refit is not None and refit.fingerprint != as_pop(model).fingerprint:
             raise PlanError("the plan was calibrated for another model; calibrate it for this one")
@@ -70,8 +69,8 @@ class pruned:
     def __enter__(self):
         for name, part in self.model.named_modules():
             if vars(part).keys() & {"forward", "generate"} or part._compiled_call_impl is not None:
-                reason = "it is pruned already, compiled, or spread over devices"
-                raise UnsupportedError(f"{name or 'the model'} has a forward of its own: {reason}; give a plain model")
+                found = "is pruned already, compiled, or spread over devices"
+                raise UnsupportedError(f"{name or 'the model'} {found}, as its own forward shows; give a plain model")
         if self.model.training or (getattr(self.model, "_tp_size", None) or 1) > 1:
             raise UnsupportedError("the model is in mode train or in tensor parallel; give a whole one in mode eval")
         self.model.generate = partial(self._generate, self.model.generate)

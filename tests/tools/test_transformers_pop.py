@@ -161,6 +161,17 @@ def test_a_prompt_without_a_mask_equals_the_reference(model):
     assert not torch.allclose(found, model(ids), atol=1e-3)
 
 
+def test_a_copied_cache_goes_on_without_an_answer_between_the_prompts(model):
+    plan, ids, cache = plan_of(model, 2), torch.randint(3, CONFIG.vocab_size, (2, 11)), Cache()
+    twin = as_pop(model)
+    other = twin.new_cache(2, 20)
+    with pruned(model, plan):
+        model(ids[:, :6], cache=cache)
+        found = model(ids[:, 6:], cache=copy.deepcopy(cache))
+    twin.prefill(ids[:, :6], other, plan=plan)
+    assert_close(found, twin.prefill(ids[:, 6:], other, plan=plan))
+
+
 def test_leaving_restores_the_model_after_an_exception_too(model):
     before = {part: dict(vars(part)) for part in model.modules()}
     context = pruned(model, PrunePlan((3,)))
@@ -180,6 +191,8 @@ def test_what_is_refused(model):
         pruned(nn.Linear(1, 1), plan)
     with pytest.raises(PlanError, match="layer 9"):
         pruned(model, PrunePlan((9,)))
+    with pytest.raises(UnsupportedError, match="selects"):
+        pruned(model, PrunePlan((3,), full_depth_selected=0.1))
     changed = copy.deepcopy(model)
     changed.lm_head.weight += 1
     with pytest.raises(PlanError, match="another model"):
