@@ -41,8 +41,7 @@ from pop.loading import load
 from pop.model import Model
 from pop.pruning import cost, reference
 from pop.pruning.plan import PrunePlan
-
-__version__ = "0.1.0"
+from pop.system import __version__ as __version__
 
 # Short aliases, such as pop.parallel, for modules that other code bases import.
 for _name, _module in (("cost", cost), ("parallel", parallel), ("reference", reference)):

@@ -26,6 +26,7 @@ from pop.generation.sampling import check_finite
 from pop.model import Model
 from pop.pruning.plan import PrunePlan
 from pop.pruning.projections import KVProjections
+from pop.system import __version__
 from pop.system.progress import progress_bar
 
 RIDGES = (1e-2, 1e-1, 1.0)  # candidates for lambda
@@ -33,6 +34,7 @@ DAMPINGS = (1.0, 0.85)  # candidates for d, of V and of K
 TRIALS = len(RIDGES) + 2 * (len(DAMPINGS) - 1) + 1  # the most settings (lambda, dampings) that are tried for a plan
 SHORTEST = 16  # tokens; a shorter window is left out
 TOKENS_AT_ONCE = 4096  # the most tokens in one forward pass
+LENGTHS = (512, 2048, 8192)  # prompt lengths for which a plan records its speedup
 
 
 @torch.no_grad()
@@ -66,7 +68,8 @@ def calibrate(
         progress: Show a bar on stderr, if tqdm is installed.
 
     Returns:
-        The plan with projections, and with a full_depth_first of at least 1. For a list of plans, a list.
+        The plan with projections, and with a full_depth_first of at least 1. For a list of plans, a list. Its `about`
+        records the model, the texts, the options and the loss on held-out windows.
 
     Raises:
         InputError: The texts are too short, or an option is out of range.
@@ -82,6 +85,7 @@ def calibrate(
     seed = check_count("seed", seed, least=-(2**63), most=2**63 - 1)
     window = min(check_count("window", window, least=SHORTEST), model.max_seq_len)
     held_out = check_count("held_out", held_out)
+    texts = _texts(texts)
     windows = _windows(model, texts, images, videos, window)
     if len(windows) < 2:
         needed = f"calibration needs two windows of {SHORTEST} to {window} tokens, but the texts have {len(windows)}"
@@ -99,6 +103,9 @@ def calibrate(
     loss = Judge(model, judge)
     with progress_bar("choosing lambda", len(fits) * TRIALS, "trials", progress) as step:
         results = [_choose(fit, loss, step) for fit in fits]
+    tokens = sum(len(tokens) for tokens, _ in windows)
+    about = {"texts": len(texts), "windows": len(windows), "held_out": held_out, "window": window, "tokens": tokens}
+    results = [_recorded(model, one, loss, about | {"seed": seed}) for one in results]
     return results if several else results[0]
 
 
@@ -115,11 +122,15 @@ def _checked(model, plan) -> PrunePlan:
     return dataclasses.replace(plan, full_depth_first=max(1, plan.full_depth_first), projections=None)
 
 
-def _windows(model, texts, images, videos, size: int) -> list[Window]:
-    """Cut the texts into windows of at most `size` token ids. Where a text begins with BOS, so do its windows."""
+def _texts(texts) -> list:
     if isinstance(texts, str) or not isinstance(texts, Iterable | None):
         raise InputError(f"texts is a {type(texts).__name__}; give a list of strings or of lists of token ids")
-    texts, windows = builtin_texts() if texts is None else list(texts), []
+    return builtin_texts() if texts is None else list(texts)
+
+
+def _windows(model, texts, images, videos, size: int) -> list[Window]:
+    """Cut the texts into windows of at most `size` token ids. Where a text begins with BOS, so do its windows."""
+    windows = []
     for text, media in zip(texts, model.vision.prepare_batch(images, videos, len(texts)), strict=True):
         if isinstance(text, int):
             raise InputError(f"texts holds {text}; give strings or lists of token ids")
@@ -256,3 +267,12 @@ def _choose(fit: _Fit, judge: Judge, step) -> PrunePlan:
     damp_k = min(DAMPINGS, key=lambda damp: loss(ridge, damp, damp_v))
     best = min([(ridge, damp_k, damp_v), (ridge, 0.0, 0.0)], key=lambda settings: loss(*settings))
     return refit(*best)
+
+
+def _recorded(model, plan: PrunePlan, judge: Judge, about: dict) -> PrunePlan:
+    """The plan with a record of how it was made, its loss on the windows that chose it, and the speedups it allows."""
+    loss = {name: max(0.0, round(value, 6)) for name, value in judge.losses(plan)._asdict().items()}
+    lengths = sorted({min(length, model.config.max_positions) for length in LENGTHS})
+    limits = {f"{length} tokens": round(plan.speedup(model, length), 3) for length in lengths}
+    about = {"model": model.name, "version": __version__, **about, "full_depth_last": plan.full_depth_last}
+    return dataclasses.replace(plan, about=about | {"loss": loss, "speedup_limit": limits})

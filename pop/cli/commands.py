@@ -1,4 +1,4 @@
-"""The `pop` command: demo, generate, chat, importance, calibrate, models, download, verify, import-gguf.
+"""The `pop` command: demo, generate, chat, importance, calibrate, plans, models, download, verify, import-gguf.
 
 Answers go to stdout, notes and errors to stderr. An error is one sentence. The exit status is 0, or 2 after an error.
 It is 130 after Ctrl-C, and 141 if the reader of the output is gone.
@@ -12,7 +12,6 @@ import inspect
 import os
 import shlex
 import sys
-import unicodedata
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -27,6 +26,8 @@ from pop.calibration.scores import check_plot
 from pop.checkpoints import download as downloads
 from pop.checkpoints import gguf, registry
 from pop.cli.demo import run as run_demo
+from pop.cli.plans import plans
+from pop.cli.terminal import Terminal
 from pop.errors import ContextOverflow, InputError, PopError, WeightsNotFound, check_count
 from pop.generation.options import OPTIONS
 from pop.generation.sampling import SamplingParams
@@ -55,7 +56,7 @@ def main(argv: list[str] | None = None) -> int:
                 silence = stack.enter_context(open(os.devnull, "w", encoding="utf-8"))
                 stack.enter_context(contextlib.redirect_stdout(silence))
             elif sys.stdout.isatty():
-                stack.enter_context(contextlib.redirect_stdout(_Terminal(sys.stdout)))
+                stack.enter_context(contextlib.redirect_stdout(Terminal(sys.stdout)))
             if getattr(args, "prompt", None) == "-":
                 if ranks > 1:
                     raise InputError("only one process can read the standard input; use --prompt-file")
@@ -77,26 +78,6 @@ def main(argv: list[str] | None = None) -> int:
             return 141  # the shell's status for a closed pipe
         print(f"pop: the output cannot be written ({error.strerror}); free space, or write elsewhere", file=sys.stderr)
         return 2
-
-
-class _Terminal:
-    """A terminal for answers of models and texts of files. It gets no control characters, which could drive it."""
-
-    def __init__(self, stream):
-        self._stream = stream
-
-    def __getattr__(self, name: str):
-        return getattr(self._stream, name)
-
-    def write(self, text: str) -> int:
-        return self._stream.write(
-            "".join(char for char in text if char in "\n\t" or unicodedata.category(char) != "Cc")
-        )
-
-    def dim(self, text: str) -> None:
-        self._stream.write("\x1b[2m")
-        self.write(text)
-        self._stream.write("\x1b[0m")
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
@@ -265,7 +246,7 @@ def _print_answer(stream, text: str = "") -> None:
     for piece in stream:
         thinks = (text + piece).lstrip().startswith("<think>") and "</think>" not in text
         text += piece
-        write = sys.stdout.dim if thinks and isinstance(sys.stdout, _Terminal) else sys.stdout.write
+        write = sys.stdout.dim if thinks and isinstance(sys.stdout, Terminal) else sys.stdout.write
         write(piece)
         sys.stdout.flush()
     print(flush=True)
@@ -379,6 +360,9 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
     integer(add, "--taps", "2 gives a projection the previous token as a second input, 1 does not", 2)
     integer(add, "--window", "tokens of a window of text", 1024)
     integer(add, "--seed", "chooses the windows that are held out", 0)
+
+    add = command(plans, "Print saved plans: how they were calibrated, their loss and their speedup.").add_argument
+    add("files", help="saved plans", nargs="+", metavar="FILE")
 
     command(models, "List the known models and where their weights are.")
 

@@ -204,6 +204,7 @@ def describe(row: dict) -> str:
     consecutive = layers[-1] - layers[0] + 1 == len(layers)
     text = f"without layers {layers[0]} to {layers[-1]}" if consecutive else f"without {len(layers)} layers"
     text += f", last {row['full_depth_last']} tokens whole" if row["full_depth_last"] > 1 else ""
+    text += f", {share:.0%} of the others selected" if (share := row.get("full_depth_selected", 0)) else ""
     return text + (", calibrated" if row["taps"] else "")
 
 

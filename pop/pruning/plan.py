@@ -12,12 +12,13 @@ from itertools import groupby
 from safetensors import SafetensorError
 from safetensors.torch import save
 
-from pop.errors import PlanError, check_count
+from pop.errors import PlanError, check_count, some
 from pop.pruning.projections import KVProjections
-from pop.system import files
+from pop.system import __version__, files
 
 SELECTING = 8  # the last tokens of a prompt, which select others by their attention
 POOLED = 7  # neighbouring tokens that share their scores
+RECORD = 10_000  # the most characters of `about` as JSON
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,6 +32,7 @@ class PrunePlan:
         full_depth_first: the first s tokens of the sequence, the attention sinks, also run it. The paper has s = 0.
         projections: refit K and V projections for the pruned layers, made by pop.calibrate. None: the layers' own, as
             in the paper. Refit projections need full_depth_first >= 1, since they are not fitted to the first token.
+        about: a record for readers, as a small object of JSON. pop.calibrate fills it. It is not compared.
 
     Raises:
         PlanError: any other value.
@@ -41,6 +43,7 @@ class PrunePlan:
     full_depth_first: int = 0
     projections: KVProjections | None = None
     full_depth_selected: float = 0.0
+    about: dict = dataclasses.field(default_factory=dict, compare=False, repr=False)
 
     def __post_init__(self):
         try:
@@ -54,6 +57,7 @@ class PrunePlan:
             object.__setattr__(self, name, check_count(name, getattr(self, name), least, 2**31 - 1, PlanError))
         share = _share("full_depth_selected", self.full_depth_selected, "the prompt's tokens to run at full depth")
         object.__setattr__(self, "full_depth_selected", share)
+        object.__setattr__(self, "about", _copied(self.about))
         if self.projections is None:
             return
         if not isinstance(self.projections, KVProjections):
@@ -136,13 +140,13 @@ class PrunePlan:
         return [(is_pruned, list(group)) for (is_pruned, _), group in groups]
 
     def fields(self) -> dict:
-        """All but the projections, for files. A share of 0 is left out, as in files from before there was one."""
+        """All but the projections and the record. A share of 0 is left out, as in files from before there was one."""
         selected = {"full_depth_selected": self.full_depth_selected} if self.full_depth_selected else {}
         return {name: getattr(self, name) for name in ("layers", "full_depth_last", "full_depth_first")} | selected
 
     def save(self, path: str | os.PathLike) -> None:
-        """Write the plan to a file, whole or not at all: JSON, or safetensors if it has projections."""
-        fields = self.fields()
+        """Write plan and version to a file, whole or not at all: JSON, or safetensors if it has projections."""
+        fields = self.fields() | {"about": _copied({"version": __version__} | self.about)}
         if self.projections is None:
             content = json.dumps(fields, indent=2) + "\n"
         else:
@@ -170,8 +174,17 @@ class PrunePlan:
             if "layers" not in fields:
                 raise PlanError("it names no layers")
             return cls(**fields)
-        except (PlanError, OSError, ValueError, TypeError, KeyError, RecursionError) as error:
-            raise PlanError(f"{path} is not a pruning plan ({error}); write one with plan.save(path)") from None
+        except (PlanError, OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+            said = some([str(error)])  # escaped: it may quote the file
+            raise PlanError(f"{path} is not a pruning plan ({said}); write one with plan.save(path)") from None
+
+
+def _copied(about) -> dict:
+    """A copy of a plan's record, as its file would give it back."""
+    with contextlib.suppress(ValueError, TypeError, RecursionError):
+        if isinstance(about, dict) and len(text := json.dumps(about, allow_nan=False)) <= RECORD:
+            return json.loads(text)
+    raise PlanError(f"about is a {type(about).__name__}; give a dict, of at most {RECORD:,} characters as JSON")
 
 
 def _share(name: str, value, of_what: str) -> float:

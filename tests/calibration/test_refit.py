@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import math
+import random
 
 import pytest
 import torch
@@ -207,6 +208,24 @@ def test_a_calibrated_plan_can_be_calibrated_again_and_the_seed_decides(model):
     plan = calibrate(model, TEXTS, PrunePlan((2, 3)), window=20, seed=1, progress=False)
     assert calibrate(model, TEXTS, plan, window=20, seed=1, progress=False) == plan
     assert calibrate(model, TEXTS, plan, window=20, seed=2, progress=False) != plan
+
+
+def test_a_plan_records_how_it_was_made_and_what_it_costs(model, tmp_path):
+    plan = calibrate(model, TEXTS, PrunePlan((2, 3), full_depth_last=4), window=100, seed=5, progress=False)
+    windows = _windows(model, TEXTS, None, None, 100)  # 3 of 300 tokens, 40, 17, 5 of 500, 90
+    assert len(windows) == 11
+    random.Random(5).shuffle(windows)
+    loss = Judge(model, windows[:2]).losses(plan)._asdict()
+    flops = [prefill_flops(model.config, 512, one) for one in (PrunePlan.none(), plan)]
+    plan.save(tmp_path / "plan")
+    for about in (plan.about, PrunePlan.load(tmp_path / "plan").about):
+        assert about.pop("loss") == {name: pytest.approx(value, abs=1e-6) for name, value in loss.items()}
+        assert about.pop("speedup_limit") == {"512 tokens": pytest.approx(flops[0] / flops[1], abs=1e-3)}
+        fitted = sum(len(tokens) for tokens, _ in windows[2:])
+        assert about == {
+            "model": model.name, "version": pop.__version__, "texts": 5, "windows": 9, "held_out": 2, "window": 100,
+            "tokens": fitted, "seed": 5, "full_depth_last": 4,
+        }  # fmt: skip
 
 
 def test_a_saved_plan_comes_back_and_generates_the_same(each_family, tmp_path):

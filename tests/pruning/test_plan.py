@@ -1,6 +1,8 @@
 """Pruning plans: what they take, how they split the layers, and their files."""
 
+import dataclasses
 import json
+import math
 import os
 from types import SimpleNamespace
 
@@ -9,6 +11,7 @@ import pytest
 import torch
 from support.tiny import tiny_config
 
+import pop
 from pop import InputError, PlanError, PrunePlan, cost
 from pop.pruning.projections import KVProjections
 
@@ -153,6 +156,40 @@ def test_a_saved_plan_comes_back(tmp_path):
     assert [file.name for file in tmp_path.iterdir()] == ["plan.json"]
 
 
+def test_a_record_is_kept_and_changes_nothing(tmp_path):
+    about = {"model": "mine", "loss": {"copied": 0.5}, "texts": [1, None]}
+    plan = PrunePlan((1,), about=about)
+    about["loss"]["copied"] = 1.0
+    assert plan.about == {"model": "mine", "loss": {"copied": 0.5}, "texts": [1, None]}
+    assert plan == PrunePlan((1,)) and hash(plan) == hash(PrunePlan((1,))) and repr(plan) == repr(PrunePlan((1,)))
+    refit = KVProjections((1,), torch.zeros(1, 2, 3, 4), torch.zeros(1, 2, 3), "", 2)
+    for made in (plan, dataclasses.replace(plan, full_depth_first=1, projections=refit)):
+        made.save(tmp_path / "plan")
+        assert PrunePlan.load(tmp_path / "plan").about == {"version": pop.__version__} | plan.about
+    PrunePlan((1,), about={"version": "0.0"}).save(tmp_path / "plan")
+    assert PrunePlan.load(tmp_path / "plan").about == {"version": "0.0"}
+    (tmp_path / "old").write_text('{"layers": [1]}')
+    assert PrunePlan.load(tmp_path / "old").about == PrunePlan().about == {}
+
+
+@pytest.mark.parametrize(
+    "about",
+    [None, [], "text", {"a": math.nan}, {"a": 1j}, {(1, 2): 3}, {"a": "x" * 10_000}, {"a": {"b": object()}}],
+)
+def test_a_record_that_is_no_small_object_of_json_is_refused(about, tmp_path):
+    with pytest.raises(PlanError, match="about is a"):
+        PrunePlan((1,), about=about)
+    with pytest.raises(PlanError, match="about is a"):  # it fits only without the version
+        PrunePlan((1,), about={"a": "x" * 9_980}).save(tmp_path / "plan")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_record_may_not_be_nested_without_end(tmp_path):
+    (tmp_path / "plan").write_text('{"layers": [1], "about": ' + '{"a":' * 10**5 + "0" + "}" * 10**5 + "}")
+    with pytest.raises(PlanError, match="not a pruning plan"):
+        PrunePlan.load(tmp_path / "plan")
+
+
 @pytest.mark.parametrize(
     "content", ["", "{", "[]", "{}", '{"layers": [1], "gates": 2}', '{"layers": [0.5]}', b"\xff\xfe", "[" * 10**5]
 )
@@ -194,8 +231,9 @@ def test_a_saved_plan_may_be_read_by_others_and_a_link_is_followed(tmp_path):
 def test_a_failed_save_leaves_the_old_plan(tmp_path, monkeypatch):
     path = tmp_path / "plan.json"
     PrunePlan((1,)).save(path)
-    monkeypatch.setattr(json, "dumps", lambda *args, **kwargs: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        PrunePlan((2,)).save(path)
+    plan = PrunePlan((2,))
+    with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
+        patch.setattr(json, "dumps", lambda *args, **kwargs: 1 / 0)
+        plan.save(path)
     assert PrunePlan.load(path) == PrunePlan((1,))
     assert len(list(tmp_path.iterdir())) == 1

@@ -105,7 +105,7 @@ def test_projections_of_wrong_numbers_are_refused(name, value):
         KVProjections((2, 3), **{"weight": good.weight, "bias": good.bias, name: value}, fingerprint="", taps=2)
 
 
-@pytest.mark.parametrize("broken", range(9))
+@pytest.mark.parametrize("broken", range(12))
 def test_a_broken_plan_file_is_refused(tmp_path, broken):
     path = tmp_path / "plan"
     plan = PrunePlan((2, 3), full_depth_first=1, projections=random_projections(2, (2, 3)))
@@ -127,6 +127,9 @@ def test_a_broken_plan_file_is_refused(tmp_path, broken):
         lambda: rewrite(taps=0),
         lambda: rewrite(layers=[2]),
         lambda: rewrite(gates=3),
+        lambda: rewrite(about=[1]),
+        lambda: rewrite(about={"a": math.nan}),
+        lambda: save_file(tensors, path, metadata={"pop_plan": '"text"'}),
     ][broken]()
     with pytest.raises(PlanError, match=str(path)):
         PrunePlan.load(path)

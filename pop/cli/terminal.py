@@ -1,0 +1,23 @@
+"""Output that is safe to show."""
+
+import unicodedata
+
+
+class Terminal:
+    """A terminal for answers of models and texts of files. It gets no control characters, which could drive it."""
+
+    def __init__(self, stream):
+        self._stream = stream
+
+    def __getattr__(self, name: str):
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        return self._stream.write(
+            "".join(char for char in text if char in "\n\t" or unicodedata.category(char) != "Cc")
+        )
+
+    def dim(self, text: str) -> None:
+        self._stream.write("\x1b[2m")
+        self.write(text)
+        self._stream.write("\x1b[0m")

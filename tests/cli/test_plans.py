@@ -1,0 +1,66 @@
+"""`pop plans`: what it prints of saved plans, and what it refuses."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import pop
+from pop.cli.commands import main
+from pop.pruning.projections import KVProjections
+
+REFIT = KVProjections((1, 3), torch.zeros(2, 2, 3, 4), torch.zeros(2, 2, 3), "", 1)
+RECORD = {
+    "model": "mine",
+    "tokens": 1234,
+    "loss": {"continuation": 0.05, "copied": 0.5},
+    "speedup_limit": {"512 tokens": 1.5},
+}
+
+
+def test_each_plan_is_printed_with_its_record(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    pop.PrunePlan((2, 3), full_depth_last=8, full_depth_selected=0.25).save("plain")
+    pop.PrunePlan((1, 3), full_depth_first=1, projections=REFIT, about=RECORD).save("refit")
+    (tmp_path / "old").write_text('{"layers": []}')
+    assert main(["plans", "plain", "refit", "old"]) == 0
+    assert capsys.readouterr().out.splitlines() == [
+        "plain: without layers 2 to 3, last 8 tokens whole, 25% of the others selected",
+        f"  version          {pop.__version__}",
+        "refit: without 2 layers, calibrated",
+        f"  version          {pop.__version__}",
+        "  model            mine",
+        "  tokens           1234",
+        "  loss             continuation 0.05, copied 0.5",
+        "  speedup_limit    512 tokens 1.5",
+        "old: the whole model",
+    ]
+
+
+@pytest.mark.parametrize(
+    "content", [None, b"", b"{}", b'{"layers": [1], "about": []}', b'{"layers":[1],"\\u001b[2J":1}']
+)
+def test_a_file_that_is_no_plan_is_refused_in_a_sentence(content, tmp_path, capsys):
+    path = tmp_path / "plan"
+    if content is not None:
+        path.write_bytes(content)
+    assert main(["plans", str(path)]) == 2
+    out, err = capsys.readouterr()
+    assert (out, len(err.splitlines())) == ("", 1)
+    assert str(path) in err and err.strip().isprintable()
+
+
+HOSTILE = "\x1b]0;x\a\n\x9b2J\u202e\ud800" + "x" * 5000
+
+
+@pytest.mark.parametrize("about", [{HOSTILE: HOSTILE}, {"a": {HOSTILE: [HOSTILE]}}, {"": None}])
+def test_a_record_cannot_drive_a_terminal(about, tmp_path, capsys):
+    fields = {"layers": [1, 3], "full_depth_last": 1, "full_depth_first": 1, "taps": 1, "fingerprint": ""}
+    if len(json.dumps(about)) > 10_000:
+        about = json.loads(json.dumps(about).replace("x" * 5000, "x" * 4000))
+    metadata = {"pop_plan": json.dumps(fields | {"about": about})}
+    save_file({"weight": REFIT.weight, "bias": REFIT.bias}, tmp_path / "plan", metadata=metadata)
+    assert main(["plans", str(tmp_path / "plan")]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 2 and all(line.isprintable() and line.isascii() and len(line) < 500 for line in lines)
