@@ -65,8 +65,15 @@ class Judge:
         return self.losses(plan).mean
 
     def losses(self, plan: PrunePlan) -> Losses:
+        return self._losses(plan, self.cases)
+
+    def each(self, plan: PrunePlan) -> list[Losses]:
+        """The losses on each window."""
+        return [self._losses(plan, [case]) for case in self.cases]
+
+    def _losses(self, plan: PrunePlan, cases) -> Losses:
         continuations, repetitions, copied = [], [], []
-        for prompt, continuation, passage, media, full in self.cases:
+        for prompt, continuation, passage, media, full in cases:
             pruned = self._log_probs(prompt, continuation + passage[:-1], media, plan)
             kl = F.kl_div(pruned, full, log_target=True, reduction="none").sum(-1)  # [N + 1]
             cue = cue_tokens(passage)

@@ -12,6 +12,7 @@ damping d. README.md in this folder derives this.
 
 import dataclasses
 import functools
+import os
 import random
 from collections.abc import Iterable, Iterator, Sequence
 from importlib.resources import files
@@ -20,8 +21,9 @@ from itertools import islice
 import torch
 import torch.nn.functional as F
 
+from pop.calibration.distill import distill
 from pop.calibration.judge import Judge, Window
-from pop.errors import InputError, PlanError, check_count
+from pop.errors import InputError, PlanError, UnsupportedError, check_count
 from pop.generation.sampling import check_finite
 from pop.model import Model
 from pop.pruning.plan import PrunePlan
@@ -48,6 +50,8 @@ def calibrate(
     taps: int = 2,
     window: int = 1024,
     held_out: int = 8,
+    steps: int = 0,
+    resume: str | os.PathLike | None = None,
     seed: int = 0,
     progress: bool = True,
 ) -> PrunePlan | list[PrunePlan]:
@@ -64,7 +68,9 @@ def calibrate(
         held_out: The number of windows, at most a fifth of all, that choose lambda and the dampings but are not fitted.
             A plan is judged by the 128 tokens after their first 256, or after their last image, and by a passage of
             these 256 that is repeated after them.
-        seed: Decides which windows are held out.
+        steps: Steps of distillation after the closed form (distill.py), such as 150. 0: none.
+        resume: A file that keeps the unfinished work of these steps. If it exists, they continue from it.
+        seed: Decides which windows are held out, and what the steps train on.
         progress: Show a bar on stderr, if tqdm is installed.
 
     Returns:
@@ -74,6 +80,7 @@ def calibrate(
     Raises:
         InputError: The texts are too short, or an option is out of range.
         PlanError: A plan does not fit the model, or prunes nothing.
+        UnsupportedError: Several processes share the model, and steps is not 0.
     """
     if not isinstance(model, Model):
         raise InputError(f"the model is a {type(model).__name__}; load one with pop.load")
@@ -85,6 +92,11 @@ def calibrate(
     seed = check_count("seed", seed, least=-(2**63), most=2**63 - 1)
     window = min(check_count("window", window, least=SHORTEST), model.max_seq_len)
     held_out = check_count("held_out", held_out)
+    steps = check_count("steps", steps, least=0)
+    if steps and model.part is not None:
+        raise UnsupportedError(f"steps is {steps}, but distillation works in one process only; give 0, or one process")
+    if resume is not None and (not steps or len(plans) > 1):
+        raise InputError(f"resume keeps the steps for one plan, but {steps} steps and {len(plans)} plans are given")
     texts = _texts(texts)
     windows = _windows(model, texts, images, videos, window)
     if len(windows) < 2:
@@ -103,9 +115,12 @@ def calibrate(
     loss = Judge(model, judge)
     with progress_bar("choosing lambda", len(fits) * TRIALS, "trials", progress) as step:
         results = [_choose(fit, loss, step) for fit in fits]
+    if steps:
+        with progress_bar("distilling", len(fits) * steps, "steps", progress) as step:
+            results = [distill(model, result, windows, loss, steps, seed, resume, step) for result in results]
     tokens = sum(len(tokens) for tokens, _ in windows)
     about = {"texts": len(texts), "windows": len(windows), "held_out": held_out, "window": window, "tokens": tokens}
-    results = [_recorded(model, one, loss, about | {"seed": seed}) for one in results]
+    results = [_recorded(model, one, loss, about | {"steps": steps, "seed": seed}) for one in results]
     return results if several else results[0]
 
 

@@ -174,9 +174,10 @@ def excerpts(tokenizer, texts: dict[str, str], count: int, length: int, seed: in
 
 def calibrate(args) -> None:
     texts = [_read_file(path) for path in args.files] or None
-    _check_folders(args.out)
+    _check_folders(args.out, args.resume)
     model = _load(args)
-    plan = pop.calibrate(model, texts, model.plan, taps=args.taps, window=args.window, seed=args.seed)
+    options = {name: getattr(args, name) for name in ("taps", "window", "steps", "resume", "seed")}
+    plan = pop.calibrate(model, texts, model.plan, **options)
     if launched()[0] == 0:
         plan.save(args.out)
     print(f"Saved to {args.out}. Try: pop generate {shlex.quote(args.model)} --prune {shlex.quote(args.out)} PROMPT")
@@ -359,7 +360,9 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
     add("--out", help="write the plan to this file", required=True, metavar="FILE")
     integer(add, "--taps", "2 gives a projection the previous token as a second input, 1 does not", 2)
     integer(add, "--window", "tokens of a window of text", 1024)
-    integer(add, "--seed", "chooses the windows that are held out", 0)
+    integer(add, "--steps", "steps of distillation after the closed form, such as 150", 0)
+    add("--resume", help="keep unfinished steps in this file, and continue from it", metavar="FILE")
+    integer(add, "--seed", "chooses the windows that are held out, and what the steps train on", 0)
 
     add = command(plans, "Print saved plans: how they were calibrated, their loss and their speedup.").add_argument
     add("files", help="saved plans", nargs="+", metavar="FILE")

@@ -208,11 +208,13 @@ def test_calibrate_saves_a_plan_that_generate_takes(folder, model, capsys, tmp_p
     text.write_text("".join(map(chr, range(33, 123))) * 4)
     out = str(tmp_path / "plan.safetensors")
     options = ["--prune", "0.5", "--full-depth-last", "4", "--taps", "1", "--window", "60", "--seed", "3"]
+    options += ["--steps", "2", "--resume", str(tmp_path / "record")]
     assert main(["calibrate", folder, str(text), *options, "--dtype", "float32", "--out", out]) == 0
     assert out in capsys.readouterr().out
     half = pop.load(folder, dtype=torch.float32, prune=0.5)
     plan = dataclasses.replace(half.plan, full_depth_last=4)
-    expected = pop.calibrate(half, [text.read_text()], plan, taps=1, window=60, seed=3, progress=False)
+    expected = pop.calibrate(half, [text.read_text()], plan, taps=1, window=60, steps=2, seed=3, progress=False)
+    assert (tmp_path / "record").exists()
     assert pop.PrunePlan.load(out) == expected
     assert main(["generate", folder, "Hello", "--prune", out, "--max-new-tokens", "3"]) == 0
     assert main(["calibrate", folder, str(text), *options, "--prune", out, "--out", out]) == 0  # again
@@ -226,6 +228,8 @@ def test_calibrate_saves_a_plan_that_generate_takes(folder, model, capsys, tmp_p
         (["--taps", "3"], "taps is 3"),
         (["--window", "0"], "window is 0"),
         (["--out", "missing/plan"], "missing/plan cannot be written"),
+        (["--resume", "missing/record"], "missing/record cannot be written"),
+        (["--steps", "-1"], "steps is -1"),
         (["EMPTY"], "the text is empty"),
     ],
 )

@@ -1,21 +1,26 @@
 """Images in answers, prefixes, importance and calibration, in both families."""
 
 import dataclasses
+import random
 
 import pytest
 import torch
 from support.cases import assert_close
-from support.naive_fit import naive_fit, naive_kl
+from support.naive_fit import naive_fit, naive_gradients, naive_kl
 from support.tiny import random_model, random_patches, tiny_gemma3_vl_config, tiny_qwen3_vl_config
 from support.tiny_images import picture
 
 import pop
+from pop.calibration.exercises import CONTINUATION, Exercise
+from pop.calibration.exercises import exercise as make_exercise
 from pop.calibration.gates import gate_gradients
 from pop.calibration.judge import Judge
 from pop.calibration.refit import _accumulate, _batches, _Fit, _windows
+from pop.calibration.student import distillation_loss
 from pop.errors import ContextOverflow, InputError
 from pop.inputs.processors import Prepared
 from pop.models.vision.qwen3_vl import Grid
+from pop.pruning.projections import KVProjections
 
 FAMILIES = {"gemma3": tiny_gemma3_vl_config, "qwen3_vl": tiny_qwen3_vl_config}
 
@@ -238,3 +243,51 @@ def test_calibration_with_images(model, monkeypatch):
     short = pop.Model(model.module, model.config, max_seq_len=20, compile=False)
     with pytest.raises(ContextOverflow, match="has 2. tokens, .* 20"):
         pop.calibrate(short, windows, plan, images=rows, progress=False)
+
+
+# ---- Distillation ----
+
+
+@pytest.mark.parametrize("layers", [(0, 1, 2, 4), (1, 3), (4,)])
+@pytest.mark.parametrize("first", [1, 4])
+def test_the_loss_of_distillation_with_images_is_the_naive_one(model, layers, first):
+    """And so are its gradients. The full-depth tokens may begin and end in an image."""
+    a, b = prepared(model, 0), prepared(model, 2)
+    rows = [tokens_of(2, a, 5, 6, b, *range(7, 15)), tokens_of(2, b, 9, 8, a, *range(20, 28))]
+    media, cut = [[a, b], [b, a]], len(rows[0]) - 9
+    images = [images_of(model, *pair) for pair in zip(rows, media, strict=True)]
+    shape = (len(layers), 2, 20, 60)
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(0)) / 60**0.5
+    bias = torch.randn(shape[:3], generator=torch.Generator().manual_seed(1)) / 10
+    plan = pop.PrunePlan(layers, 3, first, KVProjections(layers, weight, bias, "", 2))
+    expected, gradients = naive_gradients(model.module, plan, rows, cut, images)
+    leaves, rng = [weight.clone().requires_grad_(), bias.clone().requires_grad_()], random.Random(0)
+    rng.choice = max  # as many last tokens as the plan says
+    exercise = Exercise(torch.tensor(rows), cut, media)
+    loss = distillation_loss(model.module, model.vision, plan, *leaves, exercise, rng)
+    assert loss.item() == pytest.approx(expected, rel=1e-3)
+    for found, naive in zip(torch.autograd.grad(loss, leaves), gradients, strict=True):
+        assert_close(found, naive)
+
+
+def test_exercises_with_images(model):
+    """A text with images is whole and alone. Passages of its text follow it, or what follows its last image."""
+    a = prepared(model, 0)
+    window = tokens_of(2, *range(3, 40), a, *range(40, 50))
+    for number in range(5):
+        tokens, cut, media = make_exercise(model, [(window, [a])], number, random.Random(0))
+        (row,) = tokens.tolist()
+        assert media == [[a]]
+        assert cut == model.vision.locate(window, [a])[0].stop
+        if number in (0, 3):
+            assert row == window
+        else:
+            assert row[:cut] == window[:cut] and len(row) == cut + CONTINUATION
+            assert set(row[cut:]) <= set(range(3, 50))
+
+
+def test_distillation_with_images(model):
+    windows, rows = texts(model)
+    plan = pop.calibrate(model, windows, pop.PrunePlan((0, 1, 3)), images=rows, steps=3, progress=False)
+    prompt = tokens_of(2, rows[1][0], 5, 6)
+    assert model.generate(prompt, images=rows[1][:1], max_new_tokens=2, plan=plan).tokens

@@ -1,5 +1,6 @@
-"""Calibration's fit and loss, computed naively."""
+"""Calibration's fit and losses, computed naively."""
 
+import dataclasses
 import math
 from itertools import repeat
 
@@ -9,6 +10,7 @@ import torch
 from pop import PrunePlan
 from pop.models.images import TEXT
 from pop.pruning import reference
+from pop.pruning.projections import KVProjections
 
 RECORDED = ("input_layernorm", "self_attn.k_proj", "self_attn.v_proj")
 
@@ -78,3 +80,25 @@ def naive_kl(model, plan, tokens, cut, images=TEXT):
     pruned, _ = reference.forward(model.module, tokens, full_depth, plan, images)
     p, q = (logits[cut - 1 :].double().log_softmax(-1) for logits in (full, pruned))
     return (p.exp() * (p - q)).sum(-1)
+
+
+def naive_gradients(module, plan, rows, cut, images=None):
+    """KL(full || pruned) at the tokens from `cut` on, a token, and its gradients for the projections of the plan.
+
+    It runs pop/pruning/reference.py row by row, with autograd.
+
+    Args:
+        rows: token ids, as long as each other.
+        images: the Images of each row, or None for text.
+    """
+    refit = plan.projections
+    leaves = [tensor.clone().requires_grad_() for tensor in (refit.weight, refit.bias)]
+    plan = dataclasses.replace(plan, projections=KVProjections(plan.layers, *leaves, refit.fingerprint, refit.taps))
+    total = count = 0
+    for row, shown in zip(rows, images or repeat(TEXT, len(rows)), strict=True):
+        tokens, full_depth = torch.as_tensor(row), reference.full_depth_tokens(cut, len(row), plan)
+        forward = reference.forward.__wrapped__  # without its no_grad
+        full, pruned = (forward(module, tokens, full_depth, one, shown)[0] for one in (PrunePlan.none(), plan))
+        p, q = (logits[cut - 1 :].double().log_softmax(-1) for logits in (full, pruned))
+        total, count = total + (p.exp() * (p - q)).sum(), count + len(p)
+    return total.item() / count, torch.autograd.grad(total / count, leaves)

@@ -1,0 +1,162 @@
+"""Distillation: improve a plan's refit projections by gradients of the loss itself.
+
+The closed form (refit.py) brings each layer's K and V close to the full model's. What counts is what the model then
+predicts. So from the closed form on, and with everything else frozen, Adam minimises KL(full || pruned) of exercises
+(exercises.py) over the projections (student.py). README.md in this folder has the derivation.
+"""
+
+import copy
+import dataclasses
+import hashlib
+import math
+import os
+import random
+from collections.abc import Callable
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save
+
+from pop.backends.cpu import WIDENED
+from pop.calibration.exercises import exercise
+from pop.calibration.judge import Judge, Window
+from pop.calibration.student import distillation_loss
+from pop.errors import InputError
+from pop.generation.sampling import check_finite
+from pop.pruning.plan import PrunePlan
+from pop.pruning.projections import KVProjections
+from pop.system import files
+
+RATE = 0.1  # the share by which a step may change what a projection computes, see `learning_rate`
+WARM_UP, LEAST = 20, 0.02  # steps up to the full rate, and the share of it at the last step
+BETAS, EPSILON = (0.9, 0.95), 1e-8  # Adam's
+LARGEST = 1.0  # the norm to which larger gradients are cut
+CHECKS = 8  # how often the held-out windows are judged
+
+
+@torch.inference_mode(False)  # whatever the caller's mode is
+@torch.enable_grad()
+def distill(
+    model,
+    plan: PrunePlan,
+    windows: list[Window],
+    judge: Judge,
+    steps: int,
+    seed: int = 0,
+    resume: str | os.PathLike | None = None,
+    progress: Callable[[int], object] = lambda count: None,
+) -> PrunePlan:
+    """Distil the projections of a plan. Returns the best plan by the judge, which may be the given one.
+
+    A plan by which the continuation of any held-out window is predicted worse than by the given plan is not taken.
+
+    Args:
+        windows: Of the texts to make exercises of. The judge's are others.
+        seed: Decides the exercises.
+        resume: A file that keeps unfinished work. If it exists, the run continues from it.
+        progress: Is called with the number of steps done since its last call.
+
+    Raises:
+        InputError: The gradients are not finite, or the resume file cannot be used.
+    """
+    given = judge.each(plan)
+    state = {"steps": torch.tensor(0), "least": _total(given)}  # all that a run needs to go on
+    for name in ("weight", "bias"):
+        tensor = getattr(plan.projections, name).to(model.device, torch.float32)
+        state |= {name: tensor.clone(), f"best {name}": tensor.clone()}
+        state |= {f"{moment} {name}": torch.zeros_like(tensor) for moment in ("mean", "square")}
+    run = _identity(model, plan, windows, steps, seed)
+    if resume is not None:
+        _read(resume, run, state)
+        _write(resume, run, state)  # before the work, in case the path cannot be written
+    module, rate = _working_copy(model), learning_rate(plan.projections.weight.float())
+    progress(done := int(state["steps"]))
+    for number in range(done, steps):
+        rng = random.Random(f"{seed} {number}")
+        batch = exercise(model, windows, number, rng)
+        projections = [state[name].requires_grad_() for name in ("weight", "bias")]
+        loss = distillation_loss(module, model.vision, plan, *projections, batch, rng)
+        adam_step(state, torch.autograd.grad(loss, projections), rate * schedule(number, steps))
+        if (number + 1) % max(1, steps // CHECKS) == 0 or number + 1 == steps:
+            losses = judge.each(_plan(model, plan, state))
+            is_worse = any(new.continuation > old.continuation for new, old in zip(losses, given, strict=True))
+            if _total(losses) < state["least"] and not is_worse:
+                state["least"] = _total(losses)
+                state |= {f"best {name}": state[name].detach().clone() for name in ("weight", "bias")}
+            if resume is not None:
+                _write(resume, run, state)
+        progress(1)
+    return _plan(model, plan, state, "best ")
+
+
+def _working_copy(model) -> torch.nn.Module:
+    """The module in bfloat16, or in float32 on a CPU without fast products in bfloat16."""
+    is_slow = model.device.type == "cpu" and torch.bfloat16 in WIDENED
+    dtype = torch.float32 if is_slow else torch.bfloat16
+    return model.module if model.dtype == dtype else copy.deepcopy(model.module).to(dtype)
+
+
+def _plan(model, plan: PrunePlan, state: dict[str, torch.Tensor], which: str = "") -> PrunePlan:
+    """The plan with the projections of a state, the latest ones or the best ones."""
+    weight, bias = (state[which + name].detach().to(model.dtype, copy=True) for name in ("weight", "bias"))
+    refit = KVProjections(plan.layers, weight, bias, plan.projections.fingerprint, plan.projections.taps)
+    return dataclasses.replace(plan, projections=refit)
+
+
+def _total(losses) -> torch.Tensor:
+    return torch.tensor([window.mean for window in losses], dtype=torch.float64).sum()
+
+
+def learning_rate(weight: torch.Tensor) -> float:
+    """The largest learning rate for projections [n, 2, K * E, taps * D].
+
+    A step of Adam changes each weight by up to about the learning rate. Inputs x have a mean square of 1. So it changes
+    w x, whose size is about |w|, by up to about taps * D times the learning rate.
+    """
+    return RATE * float(weight.square().sum(-1).mean().sqrt()) / weight.shape[-1]
+
+
+def schedule(number: int, steps: int) -> float:
+    """The share of the largest learning rate at a step: a linear rise under half a cosine."""
+    return min((number + 1) / WARM_UP, LEAST + (1 - LEAST) * (1 + math.cos(math.pi * number / steps)) / 2)
+
+
+@torch.no_grad()
+def adam_step(state: dict[str, torch.Tensor], gradients: tuple[torch.Tensor, torch.Tensor], rate: float) -> None:
+    """A step of Adam (Kingma and Ba 2015) with gradients of the weight and the bias, in place."""
+    norm = torch.stack([gradient.norm() for gradient in gradients]).norm()
+    check_finite(norm, "gradients of the projections")
+    state["steps"] += 1
+    mean_share, square_share = (1 - beta ** int(state["steps"]) for beta in BETAS)
+    for name, gradient in zip(("weight", "bias"), gradients, strict=True):
+        gradient = gradient * (LARGEST / norm).clamp(max=1)
+        mean = state[f"mean {name}"].lerp_(gradient, 1 - BETAS[0]) / mean_share
+        square = state[f"square {name}"].lerp_(gradient.square(), 1 - BETAS[1]) / square_share
+        state[name] -= rate * mean / (square.sqrt() + EPSILON)
+
+
+def _identity(model, plan: PrunePlan, windows: list[Window], steps: int, seed: int) -> dict[str, str]:
+    """What tells a run from others."""
+    texts = [(tokens, [one.sha256 for one in media]) for tokens, media in windows]
+    settings = (plan.layers, plan.full_depth_last, plan.full_depth_first, plan.projections.taps, steps, seed)
+    return {"run": hashlib.sha256(repr((model.fingerprint, settings, texts)).encode()).hexdigest()}
+
+
+def _write(path, run: dict[str, str], state: dict[str, torch.Tensor]) -> None:
+    tensors = {name: tensor.detach().cpu() for name, tensor in state.items()}
+    files.write_whole(path, save(tensors, metadata=run), "the record of the distillation", InputError)
+
+
+def _read(path, run: dict[str, str], state: dict[str, torch.Tensor]) -> None:
+    """Fill the state from the record of an interrupted run, if there is one. Raises InputError for other files."""
+    if not os.path.exists(path):
+        return
+    advice = "give another path, or remove the file to start anew"
+    try:
+        tensors, saved = files.read_tensors(path)
+        for name, tensor in state.items() if saved == run else ():
+            tensor.copy_(tensors[name])
+    except (OSError, SafetensorError, KeyError, RuntimeError) as error:
+        raise InputError(f"{path} is not the record of a distillation ({error!r}); {advice}") from None
+    if saved != run:
+        raise InputError(f"{path} does not belong to this run, its model, plan, texts, steps and seed; {advice}")

@@ -1,0 +1,114 @@
+"""The loss of distillation: KL(full || pruned) of continuations, with gradients for the refit projections only.
+
+One full pass gives p, the teacher's predictions. It also gives h at the first pruned layer r, which is the same in a
+pruned pass. From there on the student carries only the full-depth rows f through the pruned layers:
+
+    h, all tokens     ──── layers before r ────┬──── layers from r on ─────────────────► p      no gradients
+                                               └── x ── W_l, b_l ── K, V of layer l
+                                                                         │
+    full-depth rows   f ── layer r ── ... ─────────────────────────── layer l ── ... ──► q      gradients
+"""
+
+import dataclasses
+import functools
+import random
+
+import torch
+import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
+
+from pop.calibration.exercises import Exercise
+from pop.models.images import TextOnly
+from pop.models.layers import causal_mask, masked_attention
+from pop.pruning.plan import PrunePlan
+from pop.pruning.reference import full_depth_tokens
+
+# The backward pass recomputes the activations inside a checkpointed function, so they need not be kept.
+_checkpoint = functools.partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
+
+
+def distillation_loss(module, vision, plan: PrunePlan, weight, bias, batch: Exercise, rng: random.Random):
+    """KL(full || pruned) of the continuations of a batch, in nats a token.
+
+    Args:
+        module: A PrunableModel.
+        vision: Its Processor.
+        plan: With projections, of which only the taps count here.
+        weight, bias: The projections to differentiate, as in KVProjections, in any dtype.
+        rng: Decides whether as many tokens as the plan says or only the last of the prompts run at full depth.
+    """
+    (B, T), cut, device = batch.tokens.shape, batch.cut, weight.device
+    plan = dataclasses.replace(plan, full_depth_last=rng.choice((1, plan.full_depth_last)))
+    rows = full_depth_tokens(cut, T, plan).nonzero().T.expand(B, -1).to(device)  # [B, R]
+    with torch.no_grad():
+        images = vision.images(module, batch.media, batch.tokens, torch.full((B,), T))
+        h, full = teacher(module, batch.tokens.to(device), images, plan.layers[0])
+    pruned = student(module, plan, weight, bias, h, rows, images)
+
+    def divergence(full, pruned):  # [N, D] each. So the logits [N, V] of one prompt are in memory, not those of all
+        p, q = (module.head(x).log_softmax(-1) for x in (full, pruned))
+        return F.kl_div(q, p, log_target=True, reduction="sum")
+
+    predicted = T - cut + 1  # tokens: the continuation, and the one after it
+    pairs = zip(full[:, -predicted:], pruned[:, -predicted:], strict=True)
+    return sum(_checkpoint(divergence, *pair) for pair in pairs) / (B * predicted)
+
+
+def teacher(module, tokens: torch.Tensor, images: TextOnly, first: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The full pass: tokens [B, T] -> h [B, T, D] at layer `first` and after the last layer."""
+    entering = None
+
+    def step(index, layer, h, rope, attend):
+        nonlocal entering
+        entering = h if index == first else entering
+        return layer(h, rope, attend)
+
+    h = module.through_layers(tokens, images, step)
+    return entering, h
+
+
+def student(module, plan: PrunePlan, weight, bias, h, rows, images: TextOnly) -> torch.Tensor:
+    """The pass of pop/pruning/reference.py from the first pruned layer on, in the dtype of h.
+
+    Args:
+        module, plan, weight, bias: As above.
+        h: [B, T, D], enters the first pruned layer.
+        rows: [B, R] int64, which tokens run at full depth, in order.
+
+    Returns:
+        [B, R, D] after the last layer.
+    """
+    B, T, _ = h.shape
+    at = torch.arange(B, device=h.device)[:, None], rows
+    positions = torch.arange(T, device=h.device).expand(B, -1)  # [B, T]
+    last_attended, ropes = images.last_attended(positions), module.rope(images.rotary(positions))
+    masks = {window: causal_mask(T, window, last_attended, h.device).expand(B, -1, -1)[at] for window in ropes}
+    weights, biases = (x.to(h.dtype).flatten(1, 2).unbind() for x in (weight, bias))  # [2 * K * E, ...] by pruned layer
+
+    def attend(layer, q, k, v):
+        return module.causal_attention(q, k, v, layer.scale, layer.window, last_attended)
+
+    def attend_rows(layer, q, k, v, *, of_prompt):
+        k, v = (old.index_put(at, new) for old, new in zip(of_prompt, (k, v), strict=True))  # [B, T, K, E]
+        return masked_attention(q, k, v, masks[layer.window], layer.scale)
+
+    for is_pruned, group in plan.groups(len(module.layers), module.deepstack_layers):
+        if group[0] < plan.layers[0]:
+            continue
+        if is_pruned:
+            x = module.layers[group[0]].normalised(h)
+            x = plan.projections.inputs(x, torch.zeros_like(x[:, 0]))  # [B, T, taps * D]
+            f = h[at]  # [B, R, D]
+            for index in group:
+                layer, number = module.layers[index], plan.layers.index(index)
+                rope = ropes[layer.window]
+                k, v = F.linear(x, weights[number], biases[number]).chunk(2, dim=-1)  # [B, T, K * E] each
+                attend_pruned = functools.partial(attend_rows, of_prompt=layer.placed(k, v, rope))
+                f = layer(f, tuple(table[at] for table in rope), attend_pruned)
+            h = h.index_put(at, f)
+        else:
+            for index in group:
+                layer = module.layers[index]
+                h = _checkpoint(layer, h, ropes[layer.window], attend)
+        h = images.add_deepstack(h, group[-1])
+    return h[at]

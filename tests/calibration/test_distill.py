@@ -1,0 +1,294 @@
+"""Distillation: its loss and gradients against the naive method, its steps, what it keeps, and unfinished work."""
+
+import copy
+import dataclasses
+import random
+
+import pytest
+import torch
+from hypothesis import assume, given
+from hypothesis import strategies as st
+from support.cases import assert_close, models, plans
+from support.naive_fit import naive_gradients
+from support.tiny import random_model, tiny_config, tiny_gemma3_config
+
+import pop
+from pop import InputError, PrunePlan, calibrate
+from pop.calibration import distill as distillation
+from pop.calibration.distill import BETAS, EPSILON, adam_step, distill, learning_rate, schedule
+from pop.calibration.exercises import Exercise
+from pop.calibration.judge import Judge, Losses
+from pop.calibration.student import distillation_loss, student, teacher
+from pop.inputs.processors import processor_of
+from pop.models.images import TEXT
+from pop.pruning import reference
+
+
+def random_texts(seed: int, *lengths: int) -> list[list[int]]:
+    """Texts of 60 tokens, in which each token decides the next one up to chance."""
+    rng = random.Random(seed)
+    texts = [[rng.randrange(60)] for _ in lengths]
+    for text, length in zip(texts, lengths, strict=True):
+        while len(text) < length:
+            text.append((7 * text[-1] + rng.randrange(3)) % 60)
+    return texts
+
+
+TEXTS = random_texts(0, *[70] * 20)
+PLAN = PrunePlan((1, 3, 4), full_depth_last=2)
+
+
+@pytest.fixture(scope="module")
+def closed(model):
+    """The closed form."""
+    return calibrate(model, TEXTS, PLAN, progress=False)
+
+
+def windows_of(texts):
+    return [(text, []) for text in texts]
+
+
+class MadeUp:
+    """A judge whose favourite comes after about half of the steps: its weights are slightly larger than at first."""
+
+    first = None
+
+    def each(self, plan):
+        size = float(plan.projections.weight.double().square().sum())
+        self.first = size if self.first is None else self.first
+        return [Losses(continuation=0.0, repetition=abs(size / self.first - 1.0005), copied=0.0)]
+
+
+# ---- The loss ----
+
+
+@st.composite
+def students(draw):
+    """(module, plan with projections, tokens [B, T], cut)"""
+    module = draw(models())
+    plan = draw(plans(module.config))
+    assume(plan.projections is not None and plan.layers)
+    B, T = draw(st.integers(1, 3)), draw(st.integers(2, 20))
+    tokens = torch.randint(60, (B, T), generator=torch.Generator().manual_seed(draw(st.integers(0, 10**6))))
+    return module, plan, tokens, draw(st.integers(1, T))
+
+
+@given(students())
+def test_the_student_is_the_reference(case):
+    """Its logits at the full-depth tokens, for any plan, windows, and kept layers between pruned ones."""
+    module, plan, tokens, cut = case
+    full_depth = reference.full_depth_tokens(cut, tokens.shape[1], plan)
+    rows = full_depth.nonzero().T.expand(len(tokens), -1)
+    h, _ = teacher(module, tokens, TEXT, plan.layers[0])
+    f = student(module, plan, plan.projections.weight, plan.projections.bias, h, rows, TEXT)
+    for row, found in zip(tokens, module.head(f), strict=True):
+        expected, _ = reference.forward(module, row, full_depth, plan)
+        assert_close(found, expected[full_depth])
+
+
+@given(students(), st.booleans())
+def test_the_loss_and_its_gradients_are_the_references(case, only_last):
+    module, plan, tokens, cut = case
+    weight, bias = (x.clone().requires_grad_() for x in (plan.projections.weight, plan.projections.bias))
+    rng = random.Random(0)
+    rng.choice = lambda choices: choices[0 if only_last else 1]
+    vision = processor_of(tiny_config())  # for text
+    loss = distillation_loss(module, vision, plan, weight, bias, Exercise(tokens, cut, [[]] * len(tokens)), rng)
+    used = dataclasses.replace(plan, full_depth_last=1) if only_last else plan
+    expected, gradients = naive_gradients(module, used, tokens, cut)
+    assert loss.item() == pytest.approx(expected, rel=1e-3, abs=1e-6)
+    for found, naive in zip(torch.autograd.grad(loss, (weight, bias)), gradients, strict=True):
+        assert (found - naive).abs().max() <= 1e-3 * naive.abs().max() + 1e-7
+
+
+# ---- The steps ----
+
+
+def test_a_step_is_torchs_adam():
+    """With gradients that are cut and gradients that are not."""
+    shapes, random = {"weight": (3, 2, 4, 5), "bias": (3, 2, 4)}, torch.Generator().manual_seed(0)
+    leaves = [torch.randn(shape, generator=random).requires_grad_() for shape in shapes.values()]
+    state = {"steps": torch.tensor(0)}
+    for name, leaf in zip(shapes, leaves, strict=True):
+        state |= {name: leaf.detach().clone(), f"mean {name}": torch.zeros(shapes[name])}
+        state[f"square {name}"] = torch.zeros(shapes[name])
+    optimizer = torch.optim.Adam(leaves, betas=BETAS, eps=EPSILON)
+    for size, rate in ((10.0, 0.3), (0.01, 0.2), (1.0, 0.1)):
+        gradients = [size * torch.randn(leaf.shape, generator=random) for leaf in leaves]
+        adam_step(state, tuple(gradients), rate)
+        for leaf, gradient in zip(leaves, gradients, strict=True):
+            leaf.grad = gradient.clone()
+        torch.nn.utils.clip_grad_norm_(leaves, 1.0)
+        optimizer.param_groups[0]["lr"] = rate
+        optimizer.step()
+        for name, leaf in zip(shapes, leaves, strict=True):
+            assert_close(state[name], leaf.detach())
+
+
+def test_the_rate_rises_and_falls():
+    shares = [schedule(number, 150) for number in range(150)]
+    assert shares[0] == 1 / 20
+    assert shares.index(max(shares)) in range(18, 22) and max(shares) > 0.95
+    assert shares[19:] == sorted(shares[19:], reverse=True)
+    assert 0.02 < shares[-1] < 0.03
+    assert 0 < schedule(0, 1) <= 1
+
+
+@pytest.mark.parametrize("scale", [1.0, 100.0])
+def test_a_step_changes_what_is_computed_by_a_tenth(scale):
+    """At most, for inputs with a mean square of 1: all weights change by the rate, and each in the worst direction."""
+    weight = scale * torch.randn(2, 2, 10, 600, generator=torch.Generator().manual_seed(0))
+    x = torch.randn(600, generator=torch.Generator().manual_seed(1))
+    change = learning_rate(weight) * x.abs().sum()
+    assert 0.05 < change / (weight @ x).square().mean().sqrt() < 0.1
+
+
+# ---- The plan that comes out ----
+
+
+@pytest.mark.parametrize("config", [tiny_config(), tiny_gemma3_config()], ids=["llama", "gemma3"])
+def test_distillation_lowers_the_loss_on_held_out_text(config):
+    model, texts = pop.Model(random_model(config, 1), config), random_texts(1, *[384] * 12)
+    closed, distilled = (calibrate(model, texts, PLAN, steps=steps, progress=False) for steps in (0, 16))
+    judge = Judge(model, windows_of(random_texts(2, *[384] * 4)))
+    assert judge(distilled) < 0.9 * judge(closed)
+    assert (distilled.layers, distilled.full_depth_last, distilled.full_depth_first) == ((1, 3, 4), 2, 1)
+    assert distilled.projections.weight.dtype == torch.float32
+    assert distilled.projections.fingerprint == model.fingerprint
+
+
+def test_no_steps_are_the_closed_form(model, closed):
+    assert calibrate(model, TEXTS, PLAN, steps=0, progress=False) == closed
+
+
+def test_steps_that_harm_are_not_taken(model, closed, monkeypatch):
+    monkeypatch.setattr(distillation, "RATE", 100.0)
+    assert calibrate(model, TEXTS, PLAN, steps=8, progress=False) == closed
+
+
+def test_a_plan_that_harms_one_text_is_not_taken(model, closed, monkeypatch):
+    """The made-up losses fall at each check. But at the last ones, that of one continuation is higher than at first."""
+    checked, each = [], Judge.each
+
+    def made_up(self, plan):
+        first, *others = each(self, plan)
+        number = len(checked)
+        checked.append(plan)
+        losses = [one._replace(continuation=1.0, repetition=2.0 - number / 10) for one in (first, *others)]
+        losses[-1] = losses[-1]._replace(continuation=1.0 if number < 3 else 1.01)
+        return losses
+
+    monkeypatch.setattr(Judge, "each", made_up)
+    found = calibrate(model, TEXTS, PLAN, steps=16, progress=False)
+    assert len(checked) == 9 and checked[0] == closed
+    assert found == checked[2]
+
+
+@pytest.mark.parametrize("trainable", [False, True])
+def test_the_model_stays_as_it_is(trainable):
+    module = random_model(tiny_config()).requires_grad_(trainable)
+    before = copy.deepcopy(module.state_dict())
+    with torch.inference_mode():
+        plan = calibrate(pop.Model(module, tiny_config()), TEXTS, PLAN, steps=2, progress=False)
+    assert not plan.projections.weight.requires_grad and not plan.projections.weight.is_inference()
+    for name, parameter in module.named_parameters():
+        assert torch.equal(parameter, before[name])
+        assert (parameter.grad, parameter.requires_grad, parameter.dtype) == (None, trainable, torch.float32)
+
+
+def test_bfloat16_models_keep_float32_projections_only_while_distilling(model, closed):
+    half = pop.Model(random_model(tiny_config()).to(torch.bfloat16), tiny_config(dtype=torch.bfloat16))
+    plan = calibrate(half, TEXTS, PLAN, steps=3, progress=False)
+    assert plan.projections.weight.dtype == torch.bfloat16
+
+
+def test_the_seed_decides(model, closed):
+    plans = [distill(model, closed, windows_of(TEXTS), MadeUp(), 10, seed) for seed in (1, 1, 2)]
+    assert plans[0] == plans[1] != plans[2]
+    assert plans[0] != closed
+
+
+def test_several_plans_come_out_as_they_do_apart(model):
+    several = [PLAN, PrunePlan((2,))]
+    together = calibrate(model, TEXTS, several, steps=3, progress=False)
+    assert together == [calibrate(model, TEXTS, plan, steps=3, progress=False) for plan in several]
+
+
+# ---- Unfinished work ----
+
+
+def test_a_run_goes_on_where_it_was_interrupted(model, closed, tmp_path):
+    """And leaves nothing but the record."""
+    judge, windows, path = MadeUp(), windows_of(TEXTS), tmp_path / "record"
+    counted = []
+    expected = distill(model, closed, windows, judge, 16, progress=counted.append)
+    assert sum(counted) == 16 and expected != closed
+
+    def interrupt(count):
+        counted.append(count)
+        if sum(counted) == 11:
+            raise KeyboardInterrupt
+
+    counted.clear()
+    with pytest.raises(KeyboardInterrupt):
+        distill(model, closed, windows, judge, 16, resume=path, progress=interrupt)
+    assert [file.name for file in tmp_path.iterdir()] == ["record"]
+    counted.clear()
+    assert distill(model, closed, windows, judge, 16, resume=path, progress=counted.append) == expected
+    assert counted == [10, 1, 1, 1, 1, 1, 1]
+    assert distill(model, closed, windows, judge, 16, resume=path) == expected
+
+
+def test_a_record_of_another_run_is_refused(model, tmp_path):
+    path, texts = tmp_path / "record", random_texts(9, *[70] * 20)
+    calibrate(model, TEXTS, PLAN, steps=2, resume=path, progress=False)
+    content = path.read_bytes()
+    for changed, options in ((TEXTS, {"steps": 3}), (TEXTS, {"seed": 1}), (texts, {}), (TEXTS, {"taps": 1})):
+        with pytest.raises(InputError, match="does not belong to this run"):
+            calibrate(model, changed, PLAN, resume=path, progress=False, **{"steps": 2, **options})
+    with pytest.raises(InputError, match="does not belong to this run"):
+        calibrate(model, TEXTS, PrunePlan((1, 3, 4)), steps=2, resume=path, progress=False)
+    assert path.read_bytes() == content
+
+
+def test_a_file_that_is_no_record_is_refused(model, tmp_path):
+    path = tmp_path / "record"
+    for content in (b"", b"no record"):
+        path.write_bytes(content)
+        with pytest.raises(InputError, match="not the record of a distillation"):
+            calibrate(model, TEXTS, PLAN, steps=2, resume=path, progress=False)
+        assert path.read_bytes() == content
+    with pytest.raises(InputError, match="cannot be written"):
+        calibrate(model, TEXTS, PLAN, steps=2, resume=tmp_path / "missing" / "record", progress=False)
+
+
+# ---- Errors ----
+
+
+@pytest.mark.parametrize(
+    ("plan", "options", "message"),
+    [
+        (PLAN, {"steps": -1}, "steps is -1"),
+        (PLAN, {"steps": 1.5}, "steps is 1.5"),
+        (PLAN, {"steps": True}, "steps is True"),
+        (PLAN, {"resume": "record"}, "0 steps"),
+        ([PLAN, PLAN], {"steps": 2, "resume": "record"}, "2 plans"),
+    ],
+)
+def test_bad_options_are_refused(model, plan, options, message):
+    with pytest.raises(InputError, match=message):
+        calibrate(model, TEXTS, plan, progress=False, **options)
+
+
+def test_a_model_in_several_processes_is_refused(model, monkeypatch):
+    monkeypatch.setattr(model, "part", object())
+    with pytest.raises(pop.UnsupportedError, match="one process"):
+        calibrate(model, TEXTS, PLAN, steps=2, progress=False)
+
+
+def test_gradients_that_are_not_finite_are_refused(model, closed):
+    broken = copy.copy(model)
+    broken.module = copy.deepcopy(model.module)
+    broken.module.layers[4].mlp.up_proj.weight[0, 0] = torch.nan
+    with pytest.raises(InputError, match="gradients of the projections"):
+        distill(broken, closed, windows_of(TEXTS), MadeUp(), 2)

@@ -1,0 +1,103 @@
+"""Exercises for distillation: what is repeated or asked for stands in the prompt."""
+
+import random
+import re
+from itertools import pairwise
+
+import pytest
+from support.chat_formats import TOKENIZERS
+from support.tiny import random_model, tiny_config
+
+import pop
+from pop.calibration.exercises import CONTINUATION, FORMS, KINDS, PROMPTS, ROWS, exercise
+
+WORDS = "alpha bravo charlie delta echo foxtrot golf hotel india juliet kilo lima mike november oscar papa quebec romeo"
+TEXT, REPETITION, TABLE = (KINDS.index(kind) for kind in ("text", "repetition", "table"))
+
+
+def texts(*lengths, first=5):
+    """Windows in which each token is the one before it plus one, modulo 60."""
+    return [([(first + index) % 60 for index in range(length)], []) for length in lengths]
+
+
+@pytest.fixture(scope="module")
+def bare():
+    """A model without a tokenizer."""
+    return pop.Model(random_model(tiny_config(bos_id=3)), tiny_config(bos_id=3))
+
+
+@pytest.fixture(scope="module")
+def model():
+    config = tiny_config(vocab_size=TOKENIZERS["smollm2"].vocab_size, hidden_size=6)
+    return pop.Model(random_model(config), config, TOKENIZERS["smollm2"])
+
+
+def is_part(part, whole) -> bool:
+    return any(whole[begin : begin + len(part)] == part for begin in range(len(whole) - len(part) + 1))
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_text_is_a_part_of_a_window(bare, seed):
+    windows = texts(700, 900, 20)
+    tokens, cut, media = exercise(bare, windows, TEXT, random.Random(seed))
+    assert (tokens.shape[0], media) == (ROWS, [[]] * ROWS) or tokens.shape == (ROWS, 20)
+    assert (cut in PROMPTS and tokens.shape[1] == cut + CONTINUATION) or (cut, tokens.shape[1]) == (14, 20)
+    assert all(is_part(row, windows[1][0]) for row in tokens.tolist())
+
+
+@pytest.mark.parametrize("number", range(5))
+def test_short_texts_give_short_exercises_of_every_kind(bare, number):
+    tokens, cut, _ = exercise(bare, texts(30, 30), number, random.Random(0))
+    assert (tokens.shape, cut) == ((ROWS, 30), 20)
+
+
+@pytest.mark.parametrize("number", range(5))
+def test_a_prompt_begins_with_bos_where_its_text_does(bare, number):
+    windows = [([3, *window], []) for window, _ in texts(700, 800, first=4)]
+    for seed in range(3):
+        rows = exercise(bare, windows, number, random.Random(seed)).tokens.tolist()
+        assert all(row[0] == 3 for row in rows)
+        assert len({row[1] for row in rows}) > 1
+
+
+@pytest.mark.parametrize("number", [REPETITION, TABLE])
+def test_passages_are_repeated(bare, number):
+    """Without a tokenizer a table becomes a repetition. What follows a token in a passage did so in the prompt."""
+    tokens, cut, _ = exercise(bare, texts(500, 500), number, random.Random(1))
+    for row in tokens.tolist():
+        follow = set(pairwise(row[:cut]))
+        breaks = sum(pair not in follow for pair in pairwise(row[cut:]))
+        assert breaks <= CONTINUATION / 14
+
+
+def test_a_table_has_each_fact_that_it_asks_for(model):
+    """The values of the continuation stand in the prompt, with the same two words. The prompt keeps its length."""
+    rng, found = random.Random(0), 0
+    window = model.encode(" ".join(rng.choice(WORDS.split()) for _ in range(3000)), bos=False)
+    patterns = [re.escape(form).replace(r"\{0\}", r"(\w+)").replace(r"\{1\}", r"(\w+)") for form in FORMS]
+    patterns = [pattern.replace(r"\{2\}", r"([0-9a-f.]*[0-9a-f])") for pattern in patterns]
+    for _ in range(12):
+        tokens, cut, _ = exercise(model, [(window, [])], TABLE, rng)
+        assert cut in PROMPTS and tokens.shape == (ROWS, cut + CONTINUATION)
+        for row in tokens.tolist():
+            prompt, rest = (model.tokenizer.decode(part) for part in (row[:cut], row[cut:]))
+            rest = rest.rpartition("\n")[0]  # the last line may be cut
+            stated, asked = (
+                {tuple(sorted(fact)) for pattern in patterns for fact in re.findall(pattern, text)}
+                for text in (prompt, rest)
+            )
+            assert asked <= stated
+            found += len(asked)
+    assert found > 50
+
+
+def test_a_text_without_words_stays_as_it_is(model):
+    window = model.encode("1 + 2 = 3; " * 300, bos=False)
+    tokens, _, _ = exercise(model, [(window, [])], TABLE, random.Random(0))
+    assert all(is_part(row, window) for row in tokens.tolist())
+
+
+def test_the_seed_decides(model):
+    windows = [(model.encode(WORDS * 9, bos=False), [])]
+    first, again, other = (exercise(model, windows, TABLE, random.Random(seed)).tokens.tolist() for seed in (1, 1, 2))
+    assert first == again != other
