@@ -138,7 +138,7 @@ def adam_step(state: dict[str, torch.Tensor], gradients: tuple[torch.Tensor, tor
 def _identity(model, plan: PrunePlan, windows: list[Window], steps: int, seed: int) -> dict[str, str]:
     """What tells a run from others."""
     texts = [(tokens, [one.sha256 for one in media]) for tokens, media in windows]
-    settings = (plan.layers, plan.full_depth_last, plan.full_depth_first, plan.projections.taps, steps, seed)
+    settings = (plan.fields(), plan.projections.taps, steps, seed)
     return {"run": hashlib.sha256(repr((model.fingerprint, settings, texts)).encode()).hexdigest()}
 
 

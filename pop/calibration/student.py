@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from pop.calibration.exercises import Exercise
+from pop.engine.selection import select
 from pop.models.images import TextOnly
 from pop.models.layers import causal_mask, masked_attention
 from pop.pruning.plan import PrunePlan
@@ -35,14 +36,14 @@ def distillation_loss(module, vision, plan: PrunePlan, weight, bias, batch: Exer
         vision: Its Processor.
         plan: With projections, of which only the taps count here.
         weight, bias: The projections to differentiate, as in KVProjections, in any dtype.
-        rng: Decides whether as many tokens as the plan says or only the last of the prompts run at full depth.
+        rng: Decides whether the plan's full-depth tokens or only the prompt's last one and first ones are used.
     """
-    (B, T), cut, device = batch.tokens.shape, batch.cut, weight.device
-    plan = dataclasses.replace(plan, full_depth_last=rng.choice((1, plan.full_depth_last)))
-    rows = full_depth_tokens(cut, T, plan).nonzero().T.expand(B, -1).to(device)  # [B, R]
+    (B, T), cut = batch.tokens.shape, batch.cut
+    plan = rng.choice((plan, dataclasses.replace(plan, full_depth_last=1, full_depth_selected=0.0)))
     with torch.no_grad():
         images = vision.images(module, batch.media, batch.tokens, torch.full((B,), T))
-        h, full = teacher(module, batch.tokens.to(device), images, plan.layers[0])
+        h, full = teacher(module, batch.tokens.to(weight.device), images, plan.layers[0])
+        rows = full_depth_rows(module, plan, h, cut, images)
     pruned = student(module, plan, weight, bias, h, rows, images)
 
     def divergence(full, pruned):  # [N, D] each. So the logits [N, V] of one prompt are in memory, not those of all
@@ -65,6 +66,20 @@ def teacher(module, tokens: torch.Tensor, images: TextOnly, first: int) -> tuple
 
     h = module.through_layers(tokens, images, step)
     return entering, h
+
+
+def full_depth_rows(module, plan: PrunePlan, h: torch.Tensor, cut: int, images: TextOnly) -> torch.Tensor:
+    """Which tokens run at full depth, [B, R] int64 in order: those of the plan in the prompts, and what follows `cut`.
+
+    h [B, T, D] enters the first pruned layer.
+    """
+    B, T, _ = h.shape
+    full_depth = full_depth_tokens(cut, T, dataclasses.replace(plan, full_depth_selected=0.0)).expand(B, -1)
+    others = ~full_depth[:, :cut]
+    count = plan.num_selected(int(others[0].sum()))
+    rotary = images.rotary(torch.arange(cut).expand(B, -1))
+    selected = select(module, plan, h[:, :cut], rotary, torch.full((B,), cut), others, torch.full((B,), count))
+    return (full_depth.to(h.device) | F.pad(selected, (0, T - cut))).nonzero()[:, 1].view(B, -1)
 
 
 def student(module, plan: PrunePlan, weight, bias, h, rows, images: TextOnly) -> torch.Tensor:

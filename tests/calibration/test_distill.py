@@ -18,10 +18,11 @@ from pop.calibration import distill as distillation
 from pop.calibration.distill import BETAS, EPSILON, adam_step, distill, learning_rate, schedule
 from pop.calibration.exercises import Exercise
 from pop.calibration.judge import Judge, Losses
-from pop.calibration.student import distillation_loss, student, teacher
+from pop.calibration.student import distillation_loss, full_depth_rows, student, teacher
 from pop.inputs.processors import processor_of
 from pop.models.images import TEXT
 from pop.pruning import reference
+from pop.pruning.reference import attention_scores, full_depth_tokens
 
 
 def random_texts(seed: int, *lengths: int) -> list[list[int]]:
@@ -35,7 +36,7 @@ def random_texts(seed: int, *lengths: int) -> list[list[int]]:
 
 
 TEXTS = random_texts(0, *[70] * 20)
-PLAN = PrunePlan((1, 3, 4), full_depth_last=2)
+PLAN = PrunePlan((1, 3, 4), full_depth_last=2, full_depth_selected=0.1)
 
 
 @pytest.fixture(scope="module")
@@ -49,14 +50,13 @@ def windows_of(texts):
 
 
 class MadeUp:
-    """A judge whose favourite comes after about half of the steps: its weights are slightly larger than at first."""
+    """A judge with given losses, one for each plan that it sees."""
 
-    first = None
+    def __init__(self, *losses):
+        self.losses = iter(losses)
 
     def each(self, plan):
-        size = float(plan.projections.weight.double().square().sum())
-        self.first = size if self.first is None else self.first
-        return [Losses(continuation=0.0, repetition=abs(size / self.first - 1.0005), copied=0.0)]
+        return [Losses(continuation=0.0, repetition=next(self.losses), copied=0.0)]
 
 
 # ---- The loss ----
@@ -73,29 +73,55 @@ def students(draw):
     return module, plan, tokens, draw(st.integers(1, T))
 
 
+def rows_of(module, plan, tokens, cut):
+    """h [B, T, D] at the first pruned layer, and the full-depth tokens as rows [B, R] and as a mask [B, T]."""
+    h, _ = teacher(module, tokens, TEXT, plan.layers[0])
+    rows = full_depth_rows(module, plan, h, cut, TEXT)
+    return h, rows, torch.zeros_like(tokens, dtype=torch.bool).scatter(1, rows, True)
+
+
 @given(students())
 def test_the_student_is_the_reference(case):
     """Its logits at the full-depth tokens, for any plan, windows, and kept layers between pruned ones."""
     module, plan, tokens, cut = case
-    full_depth = reference.full_depth_tokens(cut, tokens.shape[1], plan)
-    rows = full_depth.nonzero().T.expand(len(tokens), -1)
-    h, _ = teacher(module, tokens, TEXT, plan.layers[0])
+    h, rows, full_depth = rows_of(module, plan, tokens, cut)
     f = student(module, plan, plan.projections.weight, plan.projections.bias, h, rows, TEXT)
-    for row, found in zip(tokens, module.head(f), strict=True):
-        expected, _ = reference.forward(module, row, full_depth, plan)
-        assert_close(found, expected[full_depth])
+    for row, mask, found in zip(tokens, full_depth, module.head(f), strict=True):
+        expected, _ = reference.forward(module, row, mask, plan)
+        assert_close(found, expected[mask])
+
+
+@given(students())
+def test_the_full_depth_tokens_are_as_many_as_the_references(case):
+    module, plan, tokens, cut = case
+    _, rows, found = rows_of(module, plan, tokens, cut)
+    by_position = full_depth_tokens(cut, tokens.shape[1], dataclasses.replace(plan, full_depth_selected=0.0))
+    assert found[:, by_position].all()
+    assert (found.sum(1) == by_position.sum() + plan.num_selected(int((~by_position).sum()))).all()
+    assert torch.equal(rows, rows.sort(dim=1).values)
+
+
+@pytest.mark.parametrize("config", [tiny_config(), tiny_gemma3_config()], ids=["llama", "gemma3"])
+def test_the_full_depth_tokens_are_the_references(config):
+    module, tokens = random_model(config), torch.tensor(random_texts(3, 40, 40))
+    plan = PrunePlan((2, 4), 3, 1, full_depth_selected=0.4)
+    _, _, found = rows_of(module, plan, tokens, 31)
+    for row, mask in zip(tokens, found, strict=True):
+        assert torch.equal(mask, full_depth_tokens(31, 40, plan, attention_scores(module, row[:31], plan)))
 
 
 @given(students(), st.booleans())
-def test_the_loss_and_its_gradients_are_the_references(case, only_last):
+def test_the_loss_and_its_gradients_are_the_references(case, bare):
+    """With the plan's full-depth tokens, and with only the last and the first ones."""
     module, plan, tokens, cut = case
     weight, bias = (x.clone().requires_grad_() for x in (plan.projections.weight, plan.projections.bias))
     rng = random.Random(0)
-    rng.choice = lambda choices: choices[0 if only_last else 1]
+    rng.choice = lambda choices: choices[bare]
     vision = processor_of(tiny_config())  # for text
     loss = distillation_loss(module, vision, plan, weight, bias, Exercise(tokens, cut, [[]] * len(tokens)), rng)
-    used = dataclasses.replace(plan, full_depth_last=1) if only_last else plan
-    expected, gradients = naive_gradients(module, used, tokens, cut)
+    used = dataclasses.replace(plan, full_depth_last=1, full_depth_selected=0.0) if bare else plan
+    _, _, full_depth = rows_of(module, used, tokens, cut)
+    expected, gradients = naive_gradients(module, used, tokens, full_depth, cut)
     assert loss.item() == pytest.approx(expected, rel=1e-3, abs=1e-6)
     for found, naive in zip(torch.autograd.grad(loss, (weight, bias)), gradients, strict=True):
         assert (found - naive).abs().max() <= 1e-3 * naive.abs().max() + 1e-7
@@ -203,7 +229,7 @@ def test_bfloat16_models_keep_float32_projections_only_while_distilling(model, c
 
 
 def test_the_seed_decides(model, closed):
-    plans = [distill(model, closed, windows_of(TEXTS), MadeUp(), 10, seed) for seed in (1, 1, 2)]
+    plans = [distill(model, closed, windows_of(TEXTS), MadeUp(*range(20, 0, -1)), 8, seed) for seed in (1, 1, 2)]
     assert plans[0] == plans[1] != plans[2]
     assert plans[0] != closed
 
@@ -218,10 +244,10 @@ def test_several_plans_come_out_as_they_do_apart(model):
 
 
 def test_a_run_goes_on_where_it_was_interrupted(model, closed, tmp_path):
-    """And leaves nothing but the record."""
-    judge, windows, path = MadeUp(), windows_of(TEXTS), tmp_path / "record"
-    counted = []
-    expected = distill(model, closed, windows, judge, 16, progress=counted.append)
+    """The best plan is that of the check before the interruption. Nothing but the record is left."""
+    windows, path, counted = windows_of(TEXTS), tmp_path / "record", []
+    losses = [9, 8, 7, 6, 5, 4, 5, 6, 7]  # of the given plan, and at every second step
+    expected = distill(model, closed, windows, MadeUp(*losses), 16, progress=counted.append)
     assert sum(counted) == 16 and expected != closed
 
     def interrupt(count):
@@ -231,12 +257,27 @@ def test_a_run_goes_on_where_it_was_interrupted(model, closed, tmp_path):
 
     counted.clear()
     with pytest.raises(KeyboardInterrupt):
-        distill(model, closed, windows, judge, 16, resume=path, progress=interrupt)
+        distill(model, closed, windows, MadeUp(*losses), 16, resume=path, progress=interrupt)
     assert [file.name for file in tmp_path.iterdir()] == ["record"]
     counted.clear()
+    judge = MadeUp(losses[0], *losses[6:])
     assert distill(model, closed, windows, judge, 16, resume=path, progress=counted.append) == expected
     assert counted == [10, 1, 1, 1, 1, 1, 1]
-    assert distill(model, closed, windows, judge, 16, resume=path) == expected
+    assert distill(model, closed, windows, MadeUp(9), 16, resume=path) == expected  # nothing is left to do
+
+
+def test_the_steps_after_an_interruption_are_the_same(model, closed, tmp_path):
+    """The last plan is the best one, so it needs the moments of the steps before."""
+    windows, path = windows_of(TEXTS), tmp_path / "record"
+
+    def interrupt(count):
+        raise KeyboardInterrupt
+
+    expected = distill(model, closed, windows, MadeUp(*range(9, 0, -1)), 8)
+    for done in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            distill(model, closed, windows, MadeUp(9, 8 - done), 8, resume=path, progress=lambda n: n and interrupt(n))
+    assert distill(model, closed, windows, MadeUp(9, *range(8, 0, -1)), 8, resume=path) == expected
 
 
 def test_a_record_of_another_run_is_refused(model, tmp_path):
@@ -247,7 +288,7 @@ def test_a_record_of_another_run_is_refused(model, tmp_path):
         with pytest.raises(InputError, match="does not belong to this run"):
             calibrate(model, changed, PLAN, resume=path, progress=False, **{"steps": 2, **options})
     with pytest.raises(InputError, match="does not belong to this run"):
-        calibrate(model, TEXTS, PrunePlan((1, 3, 4)), steps=2, resume=path, progress=False)
+        calibrate(model, TEXTS, PrunePlan((1, 3, 4), full_depth_last=2), steps=2, resume=path, progress=False)
     assert path.read_bytes() == content
 
 
@@ -291,4 +332,4 @@ def test_gradients_that_are_not_finite_are_refused(model, closed):
     broken.module = copy.deepcopy(model.module)
     broken.module.layers[4].mlp.up_proj.weight[0, 0] = torch.nan
     with pytest.raises(InputError, match="gradients of the projections"):
-        distill(broken, closed, windows_of(TEXTS), MadeUp(), 2)
+        distill(broken, closed, windows_of(TEXTS), MadeUp(1), 2)

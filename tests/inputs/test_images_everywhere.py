@@ -21,6 +21,7 @@ from pop.errors import ContextOverflow, InputError
 from pop.inputs.processors import Prepared
 from pop.models.vision.qwen3_vl import Grid
 from pop.pruning.projections import KVProjections
+from pop.pruning.reference import attention_scores, full_depth_tokens
 
 FAMILIES = {"gemma3": tiny_gemma3_vl_config, "qwen3_vl": tiny_qwen3_vl_config}
 
@@ -259,11 +260,17 @@ def test_the_loss_of_distillation_with_images_is_the_naive_one(model, layers, fi
     shape = (len(layers), 2, 20, 60)
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(0)) / 60**0.5
     bias = torch.randn(shape[:3], generator=torch.Generator().manual_seed(1)) / 10
-    plan = pop.PrunePlan(layers, 3, first, KVProjections(layers, weight, bias, "", 2))
-    expected, gradients = naive_gradients(model.module, plan, rows, cut, images)
+    plan, rows = pop.PrunePlan(layers, 3, first, KVProjections(layers, weight, bias, "", 2), 0.3), torch.tensor(rows)
+    full_depth = []
+    for row, shown in zip(rows, images, strict=True):
+        scores = attention_scores(
+            model.module, row[:cut], plan, shown.select(torch.arange(cut)[None], torch.tensor(True))
+        )
+        full_depth.append(full_depth_tokens(cut, len(row), plan, scores))
+    expected, gradients = naive_gradients(model.module, plan, rows, full_depth, cut, images)
     leaves, rng = [weight.clone().requires_grad_(), bias.clone().requires_grad_()], random.Random(0)
-    rng.choice = max  # as many last tokens as the plan says
-    exercise = Exercise(torch.tensor(rows), cut, media)
+    rng.choice = lambda choices: choices[0]  # the plan's full-depth tokens
+    exercise = Exercise(rows, cut, media)
     loss = distillation_loss(model.module, model.vision, plan, *leaves, exercise, rng)
     assert loss.item() == pytest.approx(expected, rel=1e-3)
     for found, naive in zip(torch.autograd.grad(loss, leaves), gradients, strict=True):

@@ -82,23 +82,23 @@ def naive_kl(model, plan, tokens, cut, images=TEXT):
     return (p.exp() * (p - q)).sum(-1)
 
 
-def naive_gradients(module, plan, rows, cut, images=None):
+def naive_gradients(module, plan, rows, full_depth, cut, images=None):
     """KL(full || pruned) at the tokens from `cut` on, a token, and its gradients for the projections of the plan.
 
     It runs pop/pruning/reference.py row by row, with autograd.
 
     Args:
-        rows: token ids, as long as each other.
+        rows: token ids [B, T].
+        full_depth: [B, T] bool.
         images: the Images of each row, or None for text.
     """
     refit = plan.projections
     leaves = [tensor.clone().requires_grad_() for tensor in (refit.weight, refit.bias)]
     plan = dataclasses.replace(plan, projections=KVProjections(plan.layers, *leaves, refit.fingerprint, refit.taps))
     total = count = 0
-    for row, shown in zip(rows, images or repeat(TEXT, len(rows)), strict=True):
-        tokens, full_depth = torch.as_tensor(row), reference.full_depth_tokens(cut, len(row), plan)
+    for row, mask, shown in zip(rows, full_depth, images or repeat(TEXT, len(rows)), strict=True):
         forward = reference.forward.__wrapped__  # without its no_grad
-        full, pruned = (forward(module, tokens, full_depth, one, shown)[0] for one in (PrunePlan.none(), plan))
+        full, pruned = (forward(module, row, mask, one, shown)[0] for one in (PrunePlan.none(), plan))
         p, q = (logits[cut - 1 :].double().log_softmax(-1) for logits in (full, pruned))
         total, count = total + (p.exp() * (p - q)).sum(), count + len(p)
     return total.item() / count, torch.autograd.grad(total / count, leaves)
