@@ -224,7 +224,7 @@ def test_a_plan_records_how_it_was_made_and_what_it_costs(model, tmp_path):
         fitted = sum(len(tokens) for tokens, _ in windows[2:])
         assert about == {
             "model": model.name, "version": pop.__version__, "texts": 5, "windows": 9, "held_out": 2, "window": 100,
-            "tokens": fitted, "seed": 5, "full_depth_last": 4,
+            "tokens": fitted, "steps": 0, "seed": 5, "full_depth_last": 4,
         }  # fmt: skip
 
 
