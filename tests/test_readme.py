@@ -29,7 +29,7 @@ from support.tiny_images import picture
 import pop
 from pop.calibration import refit
 from pop.cli import demo
-from pop.cli.commands import _parser, main
+from pop.cli.commands import _parse, main
 
 REAL = "smollm2-135m"
 real_load = functools.cache(functools.partial(pop.load, compile=False))  # compiling would take most of the time
@@ -127,7 +127,7 @@ COMMANDS = sorted({line for line in re.findall(r"`pop ([^`]+)`", TEXT) if " " in
 @pytest.mark.parametrize("line", COMMANDS)
 def test_the_commands_in_the_text_are_ones(line):
     """Their words are understood; other tests run them, with models and files that exist."""
-    args = _parser().parse_args(shlex.split(line.replace(" ...", "")))
+    args = _parse(shlex.split(line.replace(" ...", "")))
     assert args.__dict__.get("model", REAL) in (*pop.list_models(), "OWNER/REPOSITORY")
 
 

@@ -110,6 +110,7 @@ def run(args) -> dict:
         "num_layers": model.config.num_layers,
         "dtype": str(model.dtype).removeprefix("torch.") + (f", {args.quantize}" if args.quantize else ""),
         "machine": machine(model.device),
+        "version": pop.__version__,
         "seed": args.seed,
         "tokens": {"prompt": args.prompt_tokens, "continuation": args.continuation_tokens, "new": args.new_tokens},
         "text_files": {name: [path.name for path in paths] for name, paths in domains.items()},
