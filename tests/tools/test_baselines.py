@@ -3,12 +3,14 @@
 import numpy as np
 import pytest
 import torch
+from support.naive_fit import recorded
 from support.tiny import random_model, tiny_config
 
 import pop
 from pop.models.layers import causal_attention
 from pop.pruning import reference
-from tools.evaluate import baselines
+from pop.pruning.projections import KVProjections
+from tools.evaluate import baselines, controls
 from tools.evaluate.contender import Contender
 from tools.evaluate.selection import BASELINES
 from tools.evaluate.slicegpt import principal_bases, slicegpt
@@ -201,17 +203,18 @@ def test_slicegpt_refuses_what_it_cannot_cut(monkeypatch):
 
 
 @pytest.mark.parametrize("layers", [(3, 4), (1, 2, 4), (0, 1, 2, 3, 4), ()])
-def test_without_kv_pruned_layers_attend_nothing_before_the_boundary(layers):
+@pytest.mark.parametrize("kind", [baselines.NoKV, baselines.FirstKV])
+def test_without_kv_pruned_layers_attend_nothing_before_the_boundary_but_the_first_token(layers, kind):
     model = tiny_model()
-    contender = baselines.NoKV("no-kv", model, pop.PrunePlan(layers))
+    contender = kind("no-kv", model, pop.PrunePlan(layers))
     position = torch.arange(len(TOKENS))
-    causal = position[:, None] >= position
+    causal, without = position[:, None] >= position, (position < N - 1) & (position >= kind.first)
 
     def visible(layer):  # a token always attends itself: the row of one that skips the layer is not used
-        hidden = (position < N - 1) if layer in layers else torch.zeros(len(TOKENS), dtype=torch.bool)
+        hidden = without if layer in layers else torch.zeros(len(TOKENS), dtype=torch.bool)
         return causal & ~hidden | torch.eye(len(TOKENS), dtype=torch.bool)
 
-    naive = naive_forward(model.module, TOKENS, lambda layer: (position < N - 1) & (layer in layers), visible)
+    naive = naive_forward(model.module, TOKENS, lambda layer: without & (layer in layers), visible)
     torch.testing.assert_close(contender.logits(PROMPT, CONTINUATION), predicted(naive), rtol=1e-4, atol=1e-4)
 
 
@@ -221,6 +224,44 @@ def test_without_boundary_handling_the_whole_prompt_is_pruned(layers):
     contender = baselines.NoBoundary("no-boundary", model, pop.PrunePlan(layers))
     naive, _ = reference.forward(model.module, TOKENS, torch.arange(len(TOKENS)) >= N, pop.PrunePlan(layers))
     torch.testing.assert_close(contender.logits(PROMPT, CONTINUATION), predicted(naive), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("make", [controls.constant_kv, controls.embedding_kv])
+def test_controls_are_plans_whose_projections_see_the_embedding(make):
+    """With all layers pruned, the embedding is the state that enters the group. So the engine can run the same plan."""
+    model, layers = tiny_model(num_layers=3), (0, 1, 2)
+    contender = make(model, 1.0, WINDOWS)
+    weight = torch.stack([contender.weights[index][0].T.unflatten(0, (2, -1)) for index in layers])
+    bias = torch.stack([contender.weights[index][1].unflatten(0, (2, -1)) for index in layers])
+    assert bool(weight.any()) == (make is controls.embedding_kv)
+    refit = pop.PrunePlan(
+        layers, full_depth_first=1, projections=KVProjections(layers, weight, bias, model.fingerprint, 1)
+    )
+    expected = Contender("plan", model, refit).logits(PROMPT, CONTINUATION)
+    torch.testing.assert_close(contender.logits(PROMPT, CONTINUATION), expected, rtol=1e-4, atol=1e-4)
+    with pytest.raises(pop.InputError, match="at least 2 tokens"):
+        contender.logits(PROMPT[:1], [1])
+
+
+def test_controls_are_fitted_to_the_full_models_keys_and_values():
+    """By lstsq with an intercept that is not pulled. Constant K and V are the means."""
+    model = tiny_model()
+    constant, embedding = (make(model, 0.4, WINDOWS) for make in (controls.constant_kv, controls.embedding_kv))
+    found = [recorded(model.module, (0, 3, 4), model.module, window[None]) for window in WINDOWS]
+    h = torch.cat([f[0, "input_layernorm"][0][1:] for f in found]).double()
+    X = (h / (h.square().mean(-1, keepdim=True) + model.config.norm_eps).sqrt()).numpy()
+    n, D = X.shape
+    pull = np.concatenate([np.sqrt(controls.RIDGE * n) * np.eye(D), np.zeros((D, 1))], axis=1)
+    rows = np.concatenate([np.concatenate([X, np.ones((n, 1))], axis=1), pull])
+    assert list(constant.weights) == list(embedding.weights) == [3, 4]
+    for index in (3, 4):
+        names = ("self_attn.k_proj", "self_attn.v_proj")
+        Y = np.concatenate([np.concatenate([f[index, name][1][1:] for f in found]) for name in names], axis=1)
+        solution = np.linalg.lstsq(rows, np.concatenate([Y, np.zeros((D, Y.shape[1]))]), rcond=None)[0]
+        W, b = embedding.weights[index]
+        np.testing.assert_allclose(W, solution[:-1], rtol=1e-3, atol=1e-4)
+        np.testing.assert_allclose(b, solution[-1], rtol=1e-3, atol=1e-4)
+        np.testing.assert_allclose(constant.weights[index][1], Y.mean(0), rtol=1e-3, atol=1e-5)
 
 
 def test_every_baseline_can_be_made_by_its_name_and_generates():

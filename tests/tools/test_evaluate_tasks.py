@@ -11,6 +11,8 @@ import pop
 from pop.pruning import reference
 from tools.evaluate import sandbox, tasks
 from tools.evaluate.contender import Contender
+from tools.evaluate.questions import Question
+from tools.evaluate.retrieval import evaluate_retrieval
 
 PLAN = pop.PrunePlan((2, 3, 4))
 
@@ -31,10 +33,10 @@ def test_logits_that_are_not_finite_are_refused(model, contenders, broken, monke
     monkeypatch.setattr(
         type(model.module), "head", lambda self, h: head(self, h).index_fill(-1, torch.tensor([9]), broken)
     )
-    question = tasks.Question([3, 4, 5], [[6, 7], [8]], 3, 0.0)
+    questions = {3: [Question("codes", [3, 4, 5], [6, 7])]}
     calls = (
         lambda: contenders[1].logits([3, 4], [5, 6]),
-        lambda: tasks.evaluate_retrieval(contenders, [question]),
+        lambda: evaluate_retrieval(contenders, questions),
         lambda: tasks.evaluate_generation(contenders, [[3, 4]], 2),
     )
     for call in calls:
@@ -52,68 +54,6 @@ def test_generation_agreement_counts_leading_tokens(model, contenders):
         shares.append([*same, False].index(False) / 6)
     assert result["pruned"] == {"prompts": 4, "leading": pytest.approx(np.mean(shares)), "exact": shares.count(1) / 4}
     assert result["full"] == {"prompts": 4, "leading": 1.0, "exact": 1.0}
-
-
-def test_a_needle_lies_at_its_depth_in_a_prompt_of_the_asked_length(model):
-    tokenizer = model.tokenizer
-    haystack = tokenizer.encode("hay " * 90)
-    questions = tasks.needle_questions(tokenizer, haystack, [200, 300], 2, seed=0)
-    assert len(questions) == 2 * 2 * len(tasks.DEPTHS)
-    assert questions == tasks.needle_questions(tokenizer, haystack, [200, 300], 2, seed=0)
-    assert questions != tasks.needle_questions(tokenizer, haystack, [200, 300], 2, seed=1)
-    for question in questions:
-        text = tokenizer.decode(question.prompt)
-        answer = tokenizer.decode(question.candidates[0])
-        needle = f"\nThe secret number is{answer}.\n"
-        before, after = text.split(needle)
-        after, _ = after.split("\n\nQuestion")
-        assert len(question.prompt) == question.length
-        assert len(before) == pytest.approx(question.depth * len(before + after), abs=1)
-        assert len({tuple(candidate) for candidate in question.candidates}) == 1 + tasks.DISTRACTORS
-    with pytest.raises(pop.InputError, match="too short"):
-        tasks.needle_questions(tokenizer, haystack, [20], 1, seed=0)
-
-
-def test_a_question_about_documents_is_answered_by_one_of_them(model):
-    tokenizer = model.tokenizer
-    questions = tasks.document_questions(tokenizer, tokenizer.encode("filler "), [1100, 1500], 2, seed=0)
-    for question in questions:
-        text = tokenizer.decode(question.prompt)
-        answer, *others = map(tokenizer.decode, question.candidates)
-        name = text.split("does ")[-1].split(" live")[0]
-        assert text.count(f"{name} lives in the town of{answer}.") == 1
-        assert text.endswith(f"{name} lives in the town of")
-        assert all(text.count(f"lives in the town of{other}.") == 1 for other in others)
-        assert len(question.prompt) == question.length
-    assert {question.depth for question in questions} == {index / 7 for index in range(8)}
-
-
-def test_retrieval_scores_equal_the_plain_model(model, contenders):
-    """Random candidates of unequal lengths: the mean log-probability of each by the cache-free forward pass."""
-    rng = np.random.default_rng(3)
-    questions = []
-    for length in (20, 20, 25):
-        candidates = [rng.integers(259, size=size).tolist() for size in (2, 3, 1, 4)]
-        questions.append(tasks.Question(rng.integers(259, size=length).tolist(), candidates, length, 0.5))
-    greedy = reference.generate(model.module, torch.tensor(questions[0].prompt), pop.PrunePlan.none(), 2)
-    questions[0].candidates[0] = greedy
-    half_right = reference.generate(model.module, torch.tensor(questions[1].prompt), pop.PrunePlan.none(), 2)
-    questions[1].candidates[0] = [half_right[0], (half_right[1] + 1) % 259]
-
-    ranks = []
-    for question in questions:
-        scores = []
-        for candidate in question.candidates:
-            log_probs = model.logits([question.prompt + candidate])[0].double().log_softmax(-1)
-            at = range(len(question.prompt) - 1, len(question.prompt) + len(candidate) - 1)
-            scores.append(np.mean([float(log_probs[p, t]) for p, t in zip(at, candidate, strict=True)]))
-        ranks.append(1 + sum(score > scores[0] for score in scores))
-    result = tasks.evaluate_retrieval(contenders, questions)["full"]
-    assert result["all"]["questions"] == 3 and result["all"]["rank"] == pytest.approx(np.mean(ranks))
-    assert result["all"]["exact"] == pytest.approx(1 / 3)
-    assert result["all"]["top"] == pytest.approx(ranks.count(1) / 3)
-    assert result["25"] == {"questions": 1, "exact": 0.0, "top": float(ranks[2] == 1), "rank": ranks[2]}
-    assert result["20"]["exact"] == 0.5 and ranks[0] == 1
 
 
 # ---- HumanEval ----

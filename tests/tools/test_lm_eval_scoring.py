@@ -114,6 +114,18 @@ def test_context_and_continuation_are_encoded_together(make, loaded):
     adapter.model.tokenizer = loaded.tokenizer
 
 
+def test_contexts_in_which_the_plan_prunes_nothing_are_counted(make, caplog):
+    """A task of short questions says nothing about a plan with many tokens at full depth."""
+    requests = instances(*[(context, " yes") for context in ("ab", "abcdef", "abcdefghijkl")])
+    with caplog.at_level(logging.WARNING, "lm_eval.pop"):
+        make(plan=pop.PrunePlan.none()).loglikelihood(requests, disable_tqdm=True)
+        make(plan=pop.PrunePlan((3, 4))).loglikelihood(requests, disable_tqdm=True)
+        assert not caplog.records
+        plan = pop.PrunePlan((3, 4), full_depth_last=6, full_depth_first=1)  # with BOS, 3, 7 and 13 tokens
+        make(plan=plan).loglikelihood(requests, disable_tqdm=True)
+    assert "prunes nothing in 2 of 3 contexts" in caplog.text
+
+
 def test_too_long_a_context_is_cut_on_the_left_and_this_is_said_once(make, caplog):
     adapter = make(batch_size=2, max_seq_len=16)
     context = "0123456789abcdefghij"

@@ -84,6 +84,7 @@ def harness():
     parser = argparse.ArgumentParser()
     for option in ("--model", "--model_args", "--tasks", "--batch_size"):
         parser.add_argument(option, required=True)
+    parser.add_argument("--include_path")
     for option in ("--apply_chat_template", "--confirm_run_unsafe_code"):
         parser.add_argument(option, action="store_true")
     args = parser.parse_args()

@@ -1,7 +1,7 @@
 """Measure what a pruned prefill loses and what it gains: plans and other methods, in one run and one table.
 
     python -m tools.evaluate --prune default --prune 0.5 --prune calibrated:0.5 --baselines shortgpt,slicegpt
-    python -m tools.evaluate --model DIR --text prose=a.txt,b.txt --text code=c.py --tasks text,needle --json r.json
+    python -m tools.evaluate --model DIR --text prose=a.txt,b.txt --text code=c.py --tasks text,ruler --json r.json
 
 Each contender reads the prompt. All that follows runs at full depth, except in methods that make the whole model
 smaller. --prune takes none, default, a fraction of the layers, or the file of a saved plan. `calibrated:` before it
@@ -23,14 +23,17 @@ from pop.cli.demo import machine, progress
 from pop.errors import InputError, check_count
 from tools.common import ROOT, check_writable, exit_status, integers_in, names_in, write_figures, write_plot
 from tools.evaluate import tasks
+from tools.evaluate.questions import Writer, codes, documents, make_questions, needle, quotes
 from tools.evaluate.report import plot, report
+from tools.evaluate.retrieval import evaluate_retrieval
+from tools.evaluate.ruler import RULER
 from tools.evaluate.selection import BASELINES, make_contenders
 from tools.evaluate.text import evaluate_text, read_domains, read_text, spread_windows
 from tools.evaluate.timing import measure_ttft
 
 # The texts that pop.calibrate takes by default: test text must not be among them.
 BUILTIN = list((ROOT / "pop/data/calibration").iterdir())
-TASKS = ("text", "ttft", "generation", "needle", "documents", "human-eval")
+TASKS = ("text", "retrieval", "ruler", "ttft", "generation", "human-eval")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -50,6 +53,8 @@ def _evaluate_and_print(args) -> None:
 def check(args) -> None:
     """Parse the lists among the options, in place. Raises InputError for what cannot be evaluated."""
     args.tasks = names_in("--tasks", args.tasks, TASKS)
+    if "text" in args.tasks and not {"retrieval", "ruler"} & set(args.tasks):
+        args.tasks.append("retrieval")  # KL does not show what can be looked up, so it never stands alone
     if "human-eval" in args.tasks and not args.run_generated_code:
         raise InputError(
             "human-eval runs programs that the model wrote on this machine, in a sandbox that does not stop malice; "
@@ -86,7 +91,7 @@ def run(args) -> dict:
     model.need_tokenizer("evaluate")
     size = args.prompt_tokens + args.continuation_tokens
     model.check_fits(size, "a window")
-    if {"needle", "documents"} & set(args.tasks):
+    if {"retrieval", "ruler"} & set(args.tasks):
         model.check_fits(max(args.lengths) + 64, "a prompt of --lengths, with its answer,")
     encoded = {name: model.tokenizer.encode(read_text(paths), bos=False) for name, paths in domains.items()}
     windows = {
@@ -121,20 +126,18 @@ def run(args) -> dict:
         },
     }
     prompts = [window[: args.prompt_tokens] for some in windows.values() for window in some]
-    haystack = [token for tokens in encoded.values() for token in tokens]
     if "text" in args.tasks:
         result["text"] = evaluate_text(contenders, windows, args.prompt_tokens, seed=args.seed, progress=progress)
     if "ttft" in args.tasks:
         result["ttft"] = measure_ttft(contenders, prompts[0], args.runs, progress=progress)
     if "generation" in args.tasks:
         result["generation"] = tasks.evaluate_generation(contenders, prompts, args.new_tokens, progress=progress)
-    makers = {"needle": tasks.needle_questions, "documents": tasks.document_questions}
-    for task, make in makers.items():
-        if task in args.tasks:
-            questions = make(model.tokenizer, haystack, args.lengths, args.questions, args.seed)
-            result[task] = tasks.evaluate_retrieval(
-                contenders, questions, lambda text, t=task: progress(f"{t}, {text}")
-            )
+    makers = [codes, needle, documents, *map(quotes, encoded)] if "retrieval" in args.tasks else []
+    makers += RULER if "ruler" in args.tasks else []
+    if makers:
+        writer = Writer(model.tokenizer, encoded, args.seed)
+        questions = make_questions(writer, makers, args.lengths, args.questions)
+        result["retrieval"] = evaluate_retrieval(contenders, questions, seed=args.seed, progress=progress)
     if "human-eval" in args.tasks:
         result["human-eval"] = tasks.evaluate_human_eval(contenders, problems, progress=progress)
     return result
@@ -150,7 +153,8 @@ def _parser() -> argparse.ArgumentParser:
     option("--dtype", help="default: the checkpoint's", choices=("float32", "bfloat16", "float16"))
     option("--device", help="cpu, cuda ...; default: a GPU if there is one")
     option("--quantize", help="int8: round the weights of the full model and of all plans", metavar="KIND")
-    option("--tasks", help=f"any of {','.join(TASKS)} (text,ttft)", default="text,ttft", metavar="TASK,...")
+    some = "text,retrieval,ttft"
+    option("--tasks", help=f"any of {','.join(TASKS)} ({some})", default=some, metavar="TASK,...")
     option("--prune", help="a plan, see above; repeatable (default)", action="append", metavar="P")
     option(
         "--baselines", help=f"any of {','.join(BASELINES)}, as NAME or NAME:FRACTION", default="", metavar="NAME,..."
@@ -165,12 +169,12 @@ def _parser() -> argparse.ArgumentParser:
     option("--continuation-tokens", help="(128)", type=int, default=128, metavar="N")
     option("--runs", help="timed prefills of each contender (5)", type=int, default=5, metavar="N")
     option("--new-tokens", help="length of generated answers (32)", type=int, default=32, metavar="N")
-    option("--lengths", help="prompt lengths of needle and documents (512,1024)", default="512,1024", metavar="N,...")
-    option("--questions", help="questions for each length and depth (2)", type=int, default=2, metavar="N")
+    option("--lengths", help="prompt lengths of retrieval and ruler (512)", default="512", metavar="N,...")
+    option("--questions", help="questions of each kind and length (10)", type=int, default=10, metavar="N")
     option("--human-eval", help="problems of HumanEval (164, which is all)", type=int, default=164, metavar="N")
     option("--run-generated-code", help="agree that human-eval executes what the model wrote", action="store_true")
     option("--json", help="also write all figures to this file", metavar="FILE")
-    option("--plot", help="also draw KL over speedup: FILE.svg or FILE.png", metavar="FILE")
+    option("--plot", help="also draw KL and retrieval over speedup: FILE.svg or FILE.png", metavar="FILE")
     return parser
 
 

@@ -76,6 +76,10 @@ class PopAdapter:
         """
         requests = [request.args for request in requests]
         pairs = [self.encode_pair(context, continuation) for context, continuation in requests]
+        plan = self.model.plan
+        whole = sum(len(context) <= plan.full_depth_first + plan.full_depth_last for context, _ in pairs)
+        if plan.layers and whole:
+            self._warn_once("the plan prunes nothing in %d of %d contexts: they are too short", whole, len(pairs))
 
         def remember(index: int, result: tuple[float, bool]) -> None:
             self.cache_hook.add_partial("loglikelihood", requests[index], result)

@@ -4,7 +4,9 @@
 `deepest-dropped` removes the deepest layers from both stages.
 `slicegpt` cuts the least principal components of hidden states (Ashkboos et al. 2024), see slicegpt.py.
 `no-kv` is POP without K/V projections: in pruned layers, decode attends only the last prompt token.
+`first-kv` is the same with the first token, the attention sink, run at full depth and attended too.
 `no-boundary` is POP without boundary handling: the last prompt token is pruned like all others.
+`constant-kv` and `embedding-kv` take K and V from too little, see controls.py.
 
 All are contenders. They are written to be read, not to be fast. Shape letters: pop/models/layers.py.
 """
@@ -24,7 +26,7 @@ import pop
 from pop.engine.attention import write
 from pop.errors import InputError
 from pop.models.layers import causal_attention, masked_attention
-from tools.evaluate.contender import Contender
+from tools.evaluate.contender import Contender, OneByOne
 
 # ---- Layers removed from both stages ----
 
@@ -72,7 +74,7 @@ def without_layers(model: pop.Model, layers: Iterable[int]) -> pop.Model:
 # ---- POP with a part taken out ----
 
 
-class NoBoundary(Contender):
+class NoBoundary(OneByOne):
     """Every prompt token is pruned, even the last one: the first new token is predicted from its pruned state."""
 
     @torch.no_grad()
@@ -84,7 +86,7 @@ class NoBoundary(Contender):
             if index in self.plan.layers:
                 write(*cache.layer(index), slots, *layer.keys_values(h, rope[layer.window]))
             else:
-                h = layer(h, rope[layer.window], _write_and_attend(cache, index, slots))
+                h = layer(h, rope[layer.window], write_and_attend(cache, index, slots))
         cache.lengths += len(tokens)
         return module.head(h[0, -1])
 
@@ -92,22 +94,24 @@ class NoBoundary(Contender):
         return None
 
 
-class NoKV(Contender):
+class NoKV(OneByOne):
     """In pruned layers, only the boundary token writes K and V. It attends itself; decode attends it and new tokens."""
+
+    first = 0  # leading tokens of the prompt that also run at full depth, and that all others attend
 
     @torch.no_grad()
     def prefill(self, tokens: list[int], cache: pop.KVCache) -> torch.Tensor:
-        module = self.model.module
-        everyone, boundary = slice(None), slice(len(tokens) - 1, None)
+        module, boundary = self.model.module, len(tokens) - 1
+        everyone, kept = slice(None), [*range(min(self.first, boundary)), boundary]
         h, rope = embed(module, torch.tensor(tokens, device=self.model.device))
         h = h.clone()
         slots = torch.arange(len(tokens), device=h.device)[None]  # [1, T]
         for index, layer in enumerate(module.layers):
-            rows = boundary if index in self.plan.layers else everyone
+            rows = kept if index in self.plan.layers else everyone
             tables = [table[:, rows] for table in rope[layer.window]]
-            h[:, rows] = layer(h[:, rows], tables, _write_and_attend(cache, index, slots[:, rows]))
+            h[:, rows] = layer(h[:, rows], tables, write_and_attend(cache, index, slots[:, rows]))
         cache.lengths += len(tokens)
-        cache.boundary = len(tokens) - 1  # for `extend`: in pruned layers, earlier slots are empty
+        cache.boundary = boundary  # for `extend`: in pruned layers, earlier slots are empty
         return module.head(h[0, -1])
 
     @torch.no_grad()
@@ -117,11 +121,12 @@ class NoKV(Contender):
         positions = torch.arange(begin, end, device=self.model.device)[None]  # [1, T]
         slots = torch.arange(end, device=self.model.device)  # [S]
         visible = slots <= positions[..., None]  # [1, T, S]
+        filled = (slots >= cache.boundary) | (slots < self.first)  # [S]
         h = module.embed(torch.tensor([tokens], device=self.model.device))
         rope = module.rope(positions)
         for index, layer in enumerate(module.layers):
-            mask = visible & (slots >= cache.boundary) if index in self.plan.layers else visible
-            h = layer(h, rope[layer.window], _write_and_attend(cache, index, positions, mask))
+            mask = visible & filled if index in self.plan.layers else visible
+            h = layer(h, rope[layer.window], write_and_attend(cache, index, positions, mask))
         cache.lengths += len(tokens)
         return module.head(h[0])
 
@@ -129,7 +134,13 @@ class NoKV(Contender):
         return None
 
 
-def _write_and_attend(cache: pop.KVCache, index: int, slots: torch.Tensor, mask: torch.Tensor | None = None):
+class FirstKV(NoKV):
+    """As NoKV, but the first token also runs at full depth, and is attended."""
+
+    first = 1
+
+
+def write_and_attend(cache: pop.KVCache, index: int, slots: torch.Tensor, mask: torch.Tensor | None = None):
     """An `attend` for layer `index`, which also writes K and V into slots [1, T] of the cache.
 
     mask: [1, T, S], which of the first S slots each token attends. None: the tokens attend each other causally.
@@ -151,12 +162,17 @@ def no_boundary(model: pop.Model, fraction: float, windows=None) -> Contender:
     return NoBoundary("no-boundary", model, pop.PrunePlan.deepest(model.config.num_layers, fraction))
 
 
+def first_kv(model: pop.Model, fraction: float, windows=None) -> Contender:
+    """POP on the deepest layers without K/V projections, except for the first token."""
+    return FirstKV("first-kv", model, pop.PrunePlan.deepest(model.config.num_layers, fraction))
+
+
 def no_kv(model: pop.Model, fraction: float, windows=None) -> Contender:
     """POP on the deepest layers without K/V projections."""
     return NoKV("no-kv", model, pop.PrunePlan.deepest(model.config.num_layers, fraction))
 
 
-# ---- Shared with slicegpt.py ----
+# ---- Shared with slicegpt.py and controls.py ----
 
 
 def calibration_windows(model: pop.Model, texts: list, length: int = 512, most: int = 16) -> list[torch.Tensor]:

@@ -50,6 +50,17 @@ class Contender:
         logits = self.prefill(prompt, cache)[None]
         return finite(torch.cat((logits, self.extend(continuation[:-1], cache))) if len(continuation) > 1 else logits)
 
+    def batch_logits(self, prompts: list[list[int]], continuations: list[list[int]]) -> list[torch.Tensor]:
+        """`logits` of several prompts and their continuations, as one batch."""
+        lengths, longest = [len(prompt) for prompt in prompts], max(map(len, continuations))
+        cache = self.model.new_cache(len(prompts), max(lengths) + longest - 1)
+        logits = self.model.prefill(_padded(prompts), cache, lengths=lengths, plan=self.plan)[:, None]  # [B, 1, V]
+        if longest > 1:
+            # Rows are padded on the right: under a causal mask, padding changes nothing before it.
+            tokens = torch.tensor(_padded([tokens[:-1] for tokens in continuations]), device=self.model.device)
+            logits = torch.cat((logits, engine.extend(self.model.module, tokens, cache)), dim=1)
+        return [finite(row[: len(tokens)]) for row, tokens in zip(logits, continuations, strict=True)]
+
     def generate(self, prompt: list[int], count: int, until: Callable[[list[int]], bool] | None = None) -> list[int]:
         """The greedy answer.
 
@@ -64,6 +75,18 @@ class Contender:
             if len(tokens) == count or tokens[-1] in ends or (until and until(tokens)):
                 return tokens
             logits = self.extend(tokens[-1:], cache)[0]
+
+
+class OneByOne(Contender):
+    """A contender whose `prefill` and `extend` are its own, for one row."""
+
+    def batch_logits(self, prompts: list[list[int]], continuations: list[list[int]]) -> list[torch.Tensor]:
+        return [self.logits(*pair) for pair in zip(prompts, continuations, strict=True)]
+
+
+def _padded(rows: list[list[int]]) -> list[list[int]]:
+    longest = max(map(len, rows))
+    return [row + [0] * (longest - len(row)) for row in rows]
 
 
 def finite(logits: torch.Tensor) -> torch.Tensor:

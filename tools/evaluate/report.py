@@ -6,7 +6,6 @@ import io
 from collections.abc import Callable
 
 from tools.common import table
-from tools.evaluate.tasks import DISTRACTORS
 
 
 def report(result: dict) -> str:
@@ -19,28 +18,40 @@ machine   {computer["device"]}, {computer["threads"]} threads, torch {computer["
 windows   {counts["prompt"]} prompt + {counts["continuation"]} continuation tokens; \
 intervals: 95 %, bootstrap over windows"""
     ]
-    ttft = result.get("ttft", {})
-    for number, (name, domain) in enumerate(result.get("text", {}).items()):
+    parts += [table(_summary_rows(result))] if {"text", "retrieval", "ttft"} & set(result) else []
+    for name, domain in result.get("text", {}).items():
         title = f"{name}: {domain['windows']} windows, {domain['continuation_tokens']:,} continuation tokens"
-        parts.append(f"{title}\n{table(_text_rows(domain['rows'], ttft if number == 0 else {}))}")
-    if ttft and "text" not in result:
-        parts.append(table([["", *_TTFT_HEADS], *([name, *_ttft_cells(row)] for name, row in ttft.items())]))
+        parts.append(f"{title}\n{table(_text_rows(domain['rows']))}")
+    if "retrieval" in result:
+        parts.append(_retrieval_report(result["retrieval"]))
     if "generation" in result:
         rows = [["", "leading tokens equal", "answers equal"]]
         for name, row in result["generation"].items():
             rows.append([name, f"{row['leading']:.1%}", f"{row['exact']:.1%}"])
         count = next(iter(result["generation"].values()))["prompts"]
         parts.append(f"generation: greedy, {count} prompts, {counts['new']} tokens each\n{table(rows)}")
-    for task in ("needle", "documents"):
-        if task in result:
-            parts.append(_retrieval_report(task, result[task]))
     if "human-eval" in result:
         rows = [[name, f"{row['passed']} of {row['problems']}"] for name, row in result["human-eval"].items()]
         parts.append(f"human-eval: greedy, problems passed\n{table(rows)}")
     return "\n\n".join(parts)
 
 
+def _summary_rows(result: dict) -> list[list[str]]:
+    """KL, retrieval and speed beside each other, of all domains and all questions."""
+    text = next(iter(result.get("text", {}).values()), {"rows": {}})["rows"]
+    retrieval, ttft = result.get("retrieval", {"rows": {}})["rows"], result.get("ttft", {})
+    heads = ["", *_TEXT_HEADS[:2] * bool(text), *_RETRIEVAL_HEADS * bool(retrieval), *_TTFT_HEADS * bool(ttft)]
+    lines = [heads]
+    for number, name in enumerate(text or retrieval or ttft):
+        cells = _text_cells(text[name], number)[:2] if text else []
+        cells += _retrieval_cells(retrieval[name], number) if retrieval else []
+        lines.append([name, *cells, *(_ttft_cells(ttft[name]) if ttft else [])])
+    return lines
+
+
 _TTFT_HEADS = ["TTFT ms", "speedup", "limit"]
+_TEXT_HEADS = ["perplexity", "KL", "same top", "KL first", "first"]
+_RETRIEVAL_HEADS = ["retrieved", "of full", "nats an answer"]
 
 
 def _ttft_cells(row: dict) -> list[str]:
@@ -48,37 +59,38 @@ def _ttft_cells(row: dict) -> list[str]:
     return [f"{row['median_s'] * 1e3:,.0f}", f"{row['speedup']:.2f}x", limit]
 
 
-def _text_rows(rows: dict[str, dict], ttft: dict[str, dict]) -> list[list[str]]:
-    heads = ["", "perplexity", "change", "KL", "KL first", "same top", "first", *(_TTFT_HEADS if ttft else [])]
-    lines = [heads]
-    for number, (name, row) in enumerate(rows.items()):
-        cells = [name, _number(row["perplexity"])]
-        if number == 0:
-            cells += [""] * 5
-        else:
-            cells += [
-                _with_interval(row["perplexity_change"], _change),
-                _with_interval(row["kl"], "{:.3f}".format),
-                f"{row['kl_first']['value']:.3f}",
-                _with_interval(row["same"], "{:.1%}".format),
-                f"{row['same_first']['value']:.0%}",
-            ]
-        lines.append(cells + (_ttft_cells(ttft[name]) if ttft else []))
-    return lines
+def _text_rows(rows: dict[str, dict]) -> list[list[str]]:
+    return [["", *_TEXT_HEADS], *([name, *_text_cells(row, n)] for n, (name, row) in enumerate(rows.items()))]
 
 
-def _retrieval_report(task: str, rows: dict[str, dict]) -> str:
-    groups = next(iter(rows.values()))
-    heads = ["", *(f"{group} {what}" for group in groups for what in ("exact", "top", "rank"))]
-    lines = [heads]
-    for name, row in rows.items():
-        cells = [(f"{cell['exact']:.0%}", f"{cell['top']:.0%}", f"{cell['rank']:.1f}") for cell in row.values()]
-        lines.append([name, *(value for cell in cells for value in cell)])
-    sizes = ", ".join(f"{group}: {cell['questions']}" for group, cell in groups.items())
-    chance = 1 + DISTRACTORS
-    return f"{task}: questions by prompt length ({sizes}); chance: top {1 / chance:.0%}, rank {(chance + 1) / 2}\n" + (
-        table(lines)
-    )
+def _text_cells(row: dict, number: int) -> list[str]:
+    if number == 0:  # the full model
+        return [_number(row["perplexity"]), *[""] * 4]
+    return [
+        _with_interval(row["perplexity_change"], _change),
+        _with_interval(row["kl"], "{:.3f}".format),
+        _with_interval(row["same"], "{:.1%}".format),
+        f"{row['kl_first']['value']:.3f}",
+        f"{row['same_first']['value']:.0%}",
+    ]
+
+
+def _retrieval_cells(row: dict, number: int) -> list[str]:
+    if number == 0:
+        return [f"{row['exact']:.0%}", "", f"{row['log_prob']:.2f}"]
+    share = "-" if row["share"] is None else _with_interval(row["share"], "{:.0%}".format)
+    return [f"{row['exact']:.0%}", share, _with_interval(row["difference"], "{:+.2f}".format)]
+
+
+def _retrieval_report(retrieval: dict) -> str:
+    """Exact answers and log-probabilities of each kind of question."""
+    rows = retrieval["rows"]
+    kinds = next(iter(rows.values()))["kinds"]
+    lines = [["exact, nats an answer", *rows]]
+    for kind, cell in kinds.items():
+        cells = (row["kinds"][kind] for row in rows.values())
+        lines.append([f"{kind} ({cell['questions']})", *(f"{c['exact']:.0%} {c['log_prob']:6.1f}" for c in cells)])
+    return f"retrieval: {retrieval['questions']} questions by kind and prompt length\n{table(lines)}"
 
 
 def _with_interval(figure: dict, show: Callable[[float], str]) -> str:
@@ -96,7 +108,7 @@ def _number(x: float) -> str:
 
 
 def plot(result: dict, kind: str) -> bytes:
-    """KL over speedup, both measured: a line for each method, a point with its 95 % interval for each contender.
+    """KL, and retrieval where it was measured, over speedup: a line for each method, a point for each contender.
 
     Args:
         result: the figures of a run with the tasks text and ttft.
@@ -104,37 +116,37 @@ def plot(result: dict, kind: str) -> bytes:
     """
     import matplotlib
     from matplotlib.figure import Figure
-    from matplotlib.ticker import LogLocator, NullFormatter
+    from matplotlib.ticker import LogLocator, NullFormatter, PercentFormatter
 
     domain, text = next(iter(result["text"].items()))
-    lines = {}
-    for name, row in list(text["rows"].items())[1:]:
-        contender = result["contenders"][name]
-        point = (result["ttft"][name]["speedup"], row["kl"], contender["pruned_layers"])
-        lines.setdefault(contender["method"], []).append(point)
+    retrieval = result.get("retrieval", {"rows": {}})
     settings = {"font.size": 10, "font.family": "sans-serif", "svg.fonttype": "none", "svg.hashsalt": "pop"}
     with matplotlib.rc_context(settings):
-        figure = Figure(figsize=(7, 4.6), layout="constrained")
-        axes = figure.add_subplot()
-        for number, (method, points) in enumerate(lines.items()):
-            _draw_line(axes, method, sorted(points, key=lambda point: point[0]), number)
-        axes.axvline(1, color="gray", linewidth=0.8, linestyle="--")
+        shares = {name: row["share"] for name, row in retrieval["rows"].items()}
+        two = any(shares.values())
+        figure = Figure(figsize=(7, 7 if two else 4.6), layout="constrained")
+        panels = figure.subplots(1 + two, sharex=True, squeeze=False)[:, 0]
+        _draw(panels[0], result, {name: row["kl"] for name, row in text["rows"].items()})
+        panels[0].set(yscale="log", ylabel="KL(full || pruned), nats a token")
+        panels[0].yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        panels[0].yaxis.set_major_formatter("{x:g}")
+        panels[0].yaxis.set_minor_formatter(NullFormatter())
+        if two:
+            _draw(panels[1], result, shares)
+            panels[1].set_ylabel(f"exact answers to {retrieval['questions']} questions,\nof the full model's")
+            panels[1].yaxis.set_major_formatter(PercentFormatter(1))
         computer = result["machine"]
         speed = f"speedup of the time to first token, on {computer['device']} with {computer['threads']} threads"
-        axes.set(yscale="log", xlabel=speed)
-        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axes.yaxis.set_major_formatter("{x:g}")
-        axes.yaxis.set_minor_formatter(NullFormatter())
-        axes.set_ylabel("KL(full || pruned), nats a token")
-        axes.grid(True, alpha=0.25)
+        panels[-1].set_xlabel(speed)
         where = f"{text['windows']} windows" + ("" if domain == "all" else f" of {domain}")
         prompt = result["tokens"]["prompt"]
-        axes.set_title(
+        panels[0].set_title(
             f"{result['model']}, {result['num_layers']} layers, {result['dtype']}: {where} with {prompt:,} prompt "
-            "tokens.\nNumbers at points: pruned layers. Lower and further right is better.",
+            "tokens.\nNumbers at points: pruned layers. Further right is better, as is a lower KL.",
             fontsize=10,
         )
-        figure.legend(loc="outside lower center", ncols=2, frameon=False)
+        handles = panels[0].get_legend_handles_labels()
+        figure.legend(*handles, loc="outside lower center", ncols=2, frameon=False)
         drawn = io.BytesIO()
         figure.savefig(drawn, format=kind, dpi=144, metadata={"Date": None} if kind == "svg" else None)
         return drawn.getvalue()
@@ -144,14 +156,27 @@ _COLOURS = ("#d1495b", "#00798c", "#2e4057", "#edae49", "#8d6a9f", "#66a182", "#
 _MARKERS = "osD^vPX"
 
 
+def _draw(axes, result: dict, values: dict[str, dict]) -> None:
+    """Draw each contender's value over its speedup, but not the full model's."""
+    lines = {}
+    for name in list(values)[1:]:
+        contender = result["contenders"][name]
+        point = (result["ttft"][name]["speedup"], values[name], contender["pruned_layers"])
+        lines.setdefault(contender["method"], []).append(point)
+    for number, (method, points) in enumerate(lines.items()):
+        _draw_line(axes, method, sorted(points, key=lambda point: point[0]), number)
+    axes.axvline(1, color="gray", linewidth=0.8, linestyle="--")
+    axes.grid(True, alpha=0.25)
+
+
 def _draw_line(axes, method: str, points: list[tuple], number: int) -> None:
-    """Join one method's points (speedup, KL, pruned layers), and draw each one's interval and number of layers."""
+    """Join one method's points (speedup, value, pruned layers), and draw each one's interval and number of layers."""
     colour, marker = _COLOURS[number % len(_COLOURS)], _MARKERS[number % len(_MARKERS)]
-    speedups, losses = [speedup for speedup, _, _ in points], [kl["value"] for _, kl, _ in points]
-    axes.plot(speedups, losses, marker=marker, color=colour, markersize=6, linewidth=1.5, label=method)
-    for speedup, kl, layers in points:
-        if kl["low"] is not None:
-            axes.vlines(speedup, kl["low"], kl["high"], color=colour, alpha=0.5)
+    speedups, heights = [speedup for speedup, _, _ in points], [figure["value"] for _, figure, _ in points]
+    axes.plot(speedups, heights, marker=marker, color=colour, markersize=6, linewidth=1.5, label=method)
+    for speedup, figure, layers in points:
+        if figure["low"] is not None:
+            axes.vlines(speedup, figure["low"], figure["high"], color=colour, alpha=0.5)
         if layers:
             place = {"xytext": (-5, 5), "textcoords": "offset points", "horizontalalignment": "right"}
-            axes.annotate(str(layers), (speedup, kl["value"]), color=colour, **place)
+            axes.annotate(str(layers), (speedup, figure["value"]), color=colour, **place)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,8 +13,9 @@ import torch
 import pop
 from pop.calibration.refit import builtin_texts
 from pop.errors import InputError
-from tools.evaluate.baselines import calibration_windows, deepest_dropped, no_boundary, no_kv, shortgpt
+from tools.evaluate.baselines import calibration_windows, deepest_dropped, first_kv, no_boundary, no_kv, shortgpt
 from tools.evaluate.contender import Contender
+from tools.evaluate.controls import constant_kv, embedding_kv
 from tools.evaluate.slicegpt import slicegpt
 
 # Each takes a model, the fraction to cut and calibration windows (token ids, each [T]).
@@ -23,13 +25,20 @@ BASELINES: dict[str, Callable[[pop.Model, float, list[torch.Tensor]], Contender]
     "slicegpt": slicegpt,
     "no-kv": no_kv,
     "no-boundary": no_boundary,
+    "first-kv": first_kv,
+    "constant-kv": constant_kv,
+    "embedding-kv": embedding_kv,
 }
+FITTED = ("constant-kv", "embedding-kv")  # to all calibration text; others need a few windows
 TITLES = {
     "shortgpt": "ShortGPT",
     "deepest-dropped": "deepest layers removed",
     "slicegpt": "SliceGPT",
     "no-kv": "plain pruning without K and V",
     "no-boundary": "plain pruning without boundary handling",
+    "first-kv": "K and V of the first token only",
+    "constant-kv": "constant K and V",
+    "embedding-kv": "K and V from the embedding",
 }
 
 
@@ -55,8 +64,6 @@ def make_contenders(
         plans = pop.calibrate(model, calibration, [contender.plan for contender in waiting], taps=taps, seed=seed)
         for contender, plan in zip(waiting, plans, strict=True):
             contender.plan = plan
-    if baselines:
-        windows = calibration_windows(model, calibration or builtin_texts())
     for baseline in baselines:
         name, _, share = baseline.partition(":")
         if name not in BASELINES:
@@ -65,7 +72,8 @@ def make_contenders(
             share = float(share) if share else fraction
         except ValueError:
             raise InputError(f"--baselines holds {baseline!r}; write NAME or NAME:FRACTION") from None
-        contender = BASELINES[name](model, share, windows)
+        most = {"most": sys.maxsize} if name in FITTED else {}
+        contender = BASELINES[name](model, share, calibration_windows(model, calibration or builtin_texts(), **most))
         method = f"{TITLES[name]}, {100 * share:.0f} %"
         contenders.append(dataclasses.replace(contender, name=f"{name} {share:g}", method=method))
     names = [contender.name for contender in contenders]

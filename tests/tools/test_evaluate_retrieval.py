@@ -1,0 +1,181 @@
+"""Retrieval in tools/evaluate: questions as described, and scores as of the plain model."""
+
+import re
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+from support.tiny_chat import write_chat_checkpoint
+
+import pop
+from pop.pruning import reference
+from tools.evaluate import baselines
+from tools.evaluate.contender import Contender, OneByOne
+from tools.evaluate.questions import CUE, QUOTED, Question, Writer, codes, documents, make_questions, needle, quotes
+from tools.evaluate.retrieval import evaluate_retrieval
+from tools.evaluate.ruler import HOPS, RULER, VALUES
+
+PLAN = pop.PrunePlan((2, 3, 4), full_depth_last=2)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return pop.load(write_chat_checkpoint(tmp_path_factory.mktemp("models") / "tiny"))
+
+
+@pytest.fixture(scope="module")
+def contenders(model):
+    return [Contender("full", model, pop.PrunePlan.none()), Contender("pruned", model, PLAN)]
+
+
+@pytest.fixture
+def writer(model):
+    texts = {"hay": model.tokenizer.encode("hay " * 90, bos=False), "code": [*range(40, 120)]}
+    return Writer(model.tokenizer, texts, 0)
+
+
+def asked(writer, make, length=900, count=4):
+    """(prompt, answer) as text, of `count` questions that have the asked length."""
+    questions = make_questions(writer, [make], [length], count)[length]
+    assert [len(question.prompt) for question in questions] == [length] * count
+    decode = writer.tokenizer.decode
+    return [(decode(question.prompt), decode(question.answer), question) for question in questions]
+
+
+def test_a_code_is_that_of_the_one_thing_that_is_asked_for(writer):
+    for prompt, answer, question in asked(writer, codes, count=6):
+        name = re.search(r"What is the code of the (.+)\?", prompt)[1]
+        found = dict(re.findall(r"The code of the ([\w ]+) is (\d{5})\.", prompt))
+        assert len(found) == 6 and f" {found[name]}" == answer
+        assert prompt.endswith(f"The code of the {name} is") and question.counted is None
+
+
+def test_a_needle_lies_at_its_depth(writer):
+    for number, (prompt, answer, _) in enumerate(asked(writer, needle)):
+        before, after = prompt.split(f"\nThe secret number is{answer}.\n")
+        after, _ = after.split("\n\nQuestion")
+        assert len(before) == pytest.approx((number + 0.5) / 4 * len(before + after), abs=1)
+
+
+def test_a_question_about_documents_is_answered_by_one_of_them(writer):
+    places = []
+    for prompt, answer, _ in asked(writer, documents, count=8):
+        name = prompt.split("does ")[-1].split(" live")[0]
+        places.append(int(re.search(rf"Document (\d)\n{name} lives in the town of{answer}\.", prompt)[1]))
+        assert prompt.endswith(f"{name} lives in the town of") and prompt.count(answer) == 1
+    assert places == sorted(places) and (places[0], places[-1]) == (1, 8)
+
+
+def test_a_quotation_is_in_the_prompt_and_begins_as_the_prompt_ends(writer):
+    asking = writer.encode("\n\nThe same passage again:\n")
+    for number, (_, _, question) in enumerate(asked(writer, quotes("code"), length=300)):
+        text, cue = question.prompt[: -CUE - len(asking)], question.prompt[-CUE:]
+        begin = round((number + 0.5) / 4 * (len(text) - len(writer.head) - CUE - QUOTED)) + len(writer.head)
+        assert question.prompt == text + asking + cue
+        assert text[begin : begin + CUE + QUOTED] == cue + question.answer
+        assert len(question.answer) == QUOTED and set(text[len(writer.head) :]) <= set(range(40, 120))
+
+
+def test_the_questions_of_ruler_have_the_answers_that_the_prompt_holds(writer):
+    multikey, multivalue, multiquery, variables, common, frequent = RULER
+    for prompt, answer, _ in asked(writer, multikey):
+        found = dict(re.findall(r"The secret number of (\w+) is (\d{5})\.", prompt))
+        key = re.search(r"What is the secret number of (\w+)", prompt)[1]
+        assert f" {found[key]}" == answer and len(found) > 5
+        assert prompt.count("hay") < 20  # little but needles
+    for make in (multivalue, multiquery):
+        for prompt, answer, question in asked(writer, make):
+            found = re.findall(r"secret number of (\w+) is (\d{5})\.", prompt)
+            names = re.search(r"What are the secret numbers of (.+)\?", prompt)[1].split(", ")
+            assert answer == " " + ", ".join(number for name in names for key, number in found if key == name)
+            assert len(found) == VALUES == answer.count(",") + 1
+            counted = [t for t, counts in zip(question.answer, question.counted, strict=True) if counts]
+            assert writer.tokenizer.decode(counted) == answer.replace(",", "")
+    for prompt, answer, _ in asked(writer, variables):
+        value = re.search(r"have the value (\d+)\?", prompt)[1]
+        found = dict(re.findall(r"VAR (\w+) = (\w+)", prompt))
+        chain = [next(name for name, given in found.items() if given == value)]
+        while len(chain) <= HOPS:
+            chain.append(next(name for name, given in found.items() if given == chain[-1]))
+        assert answer == " " + ", ".join(chain)
+    for make in (common, frequent):
+        for prompt, answer, _ in asked(writer, make):
+            words = Counter(re.findall(r" ([A-Z][a-z]{5}[lnrs])\b", prompt.split("\nQuestion")[0]))
+            (best, count), (_, second) = words.most_common(2)
+            assert f" {best}" == answer and count > second
+
+
+def test_the_seed_decides_and_short_prompts_are_refused(model, writer):
+    again, other = (Writer(model.tokenizer, writer.texts, seed) for seed in (0, 1))
+    makers = [codes, needle, documents, quotes("hay"), *RULER]
+    first, second, third = (make_questions(w, makers, [900, 1000], 2) for w in (writer, again, other))
+    assert first == second and first != third
+    assert {length: len(group) for length, group in first.items()} == {900: 20, 1000: 20}
+    for make in makers:
+        with pytest.raises(pop.InputError, match="too short"):
+            make_questions(writer, [make], [20], 1)
+
+
+def naive_mark(model, plan, question):
+    """Exact and log-probability by the naive reference."""
+    tokens, N = torch.tensor(question.prompt + question.answer), len(question.prompt)
+    full_depth = reference.full_depth_tokens(N, len(tokens), plan)
+    log_probs = reference.forward(model.module, tokens, full_depth, plan)[0][N - 1 : -1].double().log_softmax(-1)
+    exact, total = True, 0.0
+    for row, token, counts in zip(log_probs, question.answer, question.counted or [True] * 99, strict=False):
+        if counts:
+            exact, total = exact and int(row.argmax()) == token, total + float(row[token])
+    return exact, total
+
+
+def test_scores_equal_the_naive_page(model, contenders):
+    """Answers of unequal lengths in one batch. Some are greedy, and in some only the counted tokens are."""
+    rng = np.random.default_rng(3)
+    questions = {20: [], 25: []}
+    for length, count in ((20, 7), (25, 5)):
+        for number in range(count):
+            prompt = rng.integers(3, 259, size=length).tolist()
+            answer = reference.generate(model.module, torch.tensor(prompt), pop.PrunePlan.none(), 2 + number % 3)
+            if number % 3 == 0:
+                answer[-1] = (answer[-1] + 1) % 259
+            counted = [True] * (len(answer) - 1) + [number % 2 == 1]
+            questions[length].append(Question("odd" if number % 2 else "even", prompt, answer, counted))
+    result = evaluate_retrieval(contenders, questions, samples=200)
+    everything = [question for group in questions.values() for question in group]
+    marks = {c.name: np.array([naive_mark(model, c.plan, q) for q in everything]) for c in contenders}
+    assert result["questions"] == 12
+    assert 5 <= marks["full"][:, 0].sum() < 12
+    for name, found in marks.items():
+        row = result["rows"][name]
+        assert (row["exact"], row["log_prob"]) == pytest.approx(tuple(found.mean(0)), rel=1e-4)
+        share, difference = row["share"], row["difference"]
+        assert share["value"] == pytest.approx(found[:, 0].sum() / marks["full"][:, 0].sum())
+        assert difference["value"] == pytest.approx((found - marks["full"])[:, 1].mean(), abs=1e-4)
+        assert share["low"] <= share["value"] <= share["high"]
+        assert difference["low"] <= difference["value"] <= difference["high"]
+        cell = row["kinds"]["odd 20"]
+        chosen = found[[n for n, q in enumerate(everything[:7]) if q.kind == "odd"]]
+        assert cell["questions"] == 3
+        assert (cell["exact"], cell["log_prob"]) == pytest.approx(tuple(chosen.mean(0)), rel=1e-4)
+    assert result["rows"]["full"]["share"] == {"value": 1, "low": 1, "high": 1}
+
+
+def test_a_full_model_with_few_or_no_exact_answers_gives_no_interval_or_no_share(model, contenders):
+    prompts = np.random.default_rng(4).integers(3, 259, size=(6, 9)).tolist()
+    greedy = [int(model.logits([prompt])[0, -1].argmax()) for prompt in prompts]
+    wrong = [Question("x", prompt, [(token + 1) % 259]) for prompt, token in zip(prompts, greedy, strict=True)]
+    rows = evaluate_retrieval(contenders, {9: wrong})["rows"]
+    assert rows["pruned"]["share"] is None and rows["pruned"]["difference"]["low"] is not None
+    right = [Question("x", prompts[0], [greedy[0]])]
+    rows = evaluate_retrieval(contenders, {9: right + wrong[1:]})["rows"]
+    assert rows["full"]["share"] == {"value": 1.0, "low": None, "high": None}
+
+
+def test_a_batch_gives_what_its_rows_give_apart(model):
+    prompts = [np.random.default_rng(n).integers(3, 259, size=9 + 4 * n).tolist() for n in range(3)]
+    answers = [[5, 6, 7], [8], [9, 10]]
+    for contender in (Contender("x", model, PLAN), baselines.NoKV("x", model, PLAN)):
+        assert isinstance(contender, OneByOne) == (type(contender) is baselines.NoKV)
+        for logits, *pair in zip(contender.batch_logits(prompts, answers), prompts, answers, strict=True):
+            torch.testing.assert_close(logits, contender.logits(*pair), rtol=1e-4, atol=1e-4)

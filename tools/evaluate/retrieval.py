@@ -1,0 +1,96 @@
+"""How many questions about a prompt contenders answer, many at a time, compared with the full model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import torch
+
+from tools.evaluate.contender import Contender
+from tools.evaluate.questions import Question
+from tools.evaluate.text import LEAST, interval
+
+TOKENS_AT_ONCE = 4096  # the most prompt tokens of a batch
+
+
+def evaluate_retrieval(
+    contenders: list[Contender],
+    questions: dict[int, list[Question]],
+    *,
+    samples: int = 1000,
+    seed: int = 0,
+    progress: Callable[[str], None] = lambda text: None,
+) -> dict:
+    """Score every contender on all questions, and compare it with the first one, the full model.
+
+    An answer is exact if greedy decoding gives each of its tokens that count, after the right tokens before it. Its
+    log-probability is the sum over these tokens, in nats.
+
+    Args:
+        contenders: the contenders, the full model first.
+        questions: by prompt length in tokens.
+        samples: the number of bootstrap samples.
+        seed: the seed of the bootstrap.
+        progress: receives a line for each batch.
+
+    Returns:
+        {"questions", "rows": {contender: figures}}. The figures are exact and log_prob, means over all questions; share
+        and difference, which compare these two with the full model's as {"value", "low", "high"}; and kinds, with
+        {"questions", "exact", "log_prob"} for each pair "KIND LENGTH". The share is None if the full model has no
+        exact answer.
+    """
+    marks = {contender.name: [] for contender in contenders}
+    batches = list(_batches(questions))
+    for number, batch in enumerate(batches):
+        progress(f"retrieval, batch {number + 1} of {len(batches)}")
+        for contender in contenders:
+            logits = contender.batch_logits([q.prompt for q in batch], [q.answer for q in batch])
+            marks[contender.name] += [_mark(*pair) for pair in zip(logits, batch, strict=True)]
+    names = [f"{question.kind} {length}" for length, group in questions.items() for question in group]
+    full = np.array(marks[contenders[0].name])  # [N, 2]: exact and log-probability
+    rows = {}
+    for contender in contenders:
+        values = np.array(marks[contender.name])
+        rows[contender.name] = {
+            **_means(values),
+            "share": _share(values[:, 0], full[:, 0], samples, seed),
+            "difference": interval(values[:, 1] - full[:, 1], samples, seed),
+            "kinds": {
+                name: {"questions": names.count(name), **_means(values[[name == other for other in names]])}
+                for name in dict.fromkeys(names)
+            },
+        }
+    return {"questions": len(names), "rows": rows}
+
+
+def _batches(questions: dict[int, list[Question]]) -> Iterator[list[Question]]:
+    for length, group in questions.items():
+        step = max(1, TOKENS_AT_ONCE // length)
+        for begin in range(0, len(group), step):
+            yield group[begin : begin + step]
+
+
+def _mark(logits: torch.Tensor, question: Question) -> tuple[float, float]:
+    """Whether an answer is exact, and its log-probability, from the logits [C, V] that predict its tokens."""
+    targets = torch.tensor(question.answer, device=logits.device)
+    counted = torch.tensor(question.counted or [True] * len(targets), device=logits.device)
+    log_probs = logits.double().log_softmax(-1).gather(1, targets[:, None])[:, 0]
+    return float((logits.argmax(-1) == targets)[counted].all()), float(log_probs[counted].sum())
+
+
+def _means(values: np.ndarray) -> dict:
+    exact, log_prob = values.mean(axis=0)
+    return {"exact": float(exact), "log_prob": float(log_prob)}
+
+
+def _share(exact: np.ndarray, full: np.ndarray, samples: int, seed: int) -> dict | None:
+    """The exact answers of a contender over the full model's. Few of these give no interval."""
+    if full.sum() < LEAST:
+        return {"value": float(exact.sum() / full.sum()), "low": None, "high": None} if full.any() else None
+    return interval(np.stack((exact, full), axis=1), samples, seed, _ratio)
+
+
+def _ratio(means: np.ndarray) -> np.ndarray:
+    """Means [..., 2] -> [...]. NaN for a sample in which the full model answers nothing."""
+    return means[..., 0] / np.where(means[..., 1] > 0, means[..., 1], np.nan)
