@@ -178,6 +178,7 @@ def test_a_ragged_batch_is_its_rows_alone(case):
         alone, alone_cache = prefill(module, *own, by_position(plan), full_depth=given)
         assert_close(logits[row], alone[0])
         assert_close(held(module, cache, row), held(module, alone_cache, 0))
+        assert_close(cache.previous_hidden[:, row], alone_cache.previous_hidden[:, 0])
 
 
 @given(cases(), st.sampled_from([1e4, -1e4, 1e-30]))

@@ -50,20 +50,25 @@ def selecting(plan, last_layer):
     """The plan, which now selects tokens."""
     if not plan.layers:
         plan = dataclasses.replace(plan, layers=(last_layer,), projections=None)
-    return dataclasses.replace(plan, full_depth_selected=plan.full_depth_selected or 0.3)
+    share, last = plan.full_depth_selected or 0.3, plan.full_depth_last % 40  # 40 is more than a prompt has
+    return dataclasses.replace(plan, full_depth_selected=share, full_depth_last=max(1, last))
 
 
 @given(cases())
 def test_the_choice_is_the_references(case):
-    """For any plan, batch, padding and chunks."""
+    """For any plan, batch, padding and chunks. Given by the caller, the same tokens have the same effect."""
     module, plan, tokens, lengths, chunk = case
     plan = selecting(plan, module.config.num_layers - 1)
-    _, _, chosen = prefill_with_choice(module, tokens, lengths, plan, chunk)
+    logits, cache, chosen = prefill_with_choice(module, tokens, lengths, plan, chunk)
+    expected, other = prefill(module, tokens, lengths, by_position(plan), full_depth=chosen)
+    assert_close(logits, expected)
+    assert_close(cache.previous_hidden, other.previous_hidden)
     for row, n in enumerate(lengths.tolist()):
         scores = reference.attention_scores(module, tokens[row, :n], plan)
         others = ~reference.full_depth_tokens(n, n, by_position(plan))
         assert_chosen(chosen[row, :n], scores, others, plan)
         assert not chosen[row, n:].any()
+        assert_close(held(module, cache, row), held(module, other, row))
 
 
 @given(cases(), st.data())

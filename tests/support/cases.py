@@ -93,8 +93,9 @@ def qwen3_vl_config(draw, **sizes):
 @st.composite
 def plans(draw, config):
     """Any layers and full-depth tokens, half of them with (random) refit projections of one or two taps."""
-    layers = tuple(sorted(draw(st.sets(st.integers(0, config.num_layers - 1)))))
-    last, selected = draw(st.sampled_from([1, 1, 2, 3, 7, 40])), draw(st.sampled_from([0.0, 0.0, 0.1, 0.4, 1.0]))
+    pruned = draw(st.lists(st.booleans(), min_size=config.num_layers, max_size=config.num_layers))
+    layers = tuple(index for index, is_pruned in enumerate(pruned) if is_pruned)
+    last, selected = draw(st.sampled_from([1, 1, 2, 3, 7, 40])), draw(st.sampled_from([0.0, 0.4, 0.1, 1.0]))
     if not draw(st.booleans()):
         return PrunePlan(layers, last, draw(st.sampled_from([0, 0, 1, 4])), full_depth_selected=selected)
     taps = draw(st.sampled_from([1, 2]))
