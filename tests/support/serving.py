@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -47,8 +48,9 @@ def process(*words, **environment):
             assert " is served at http://127.0.0.1:" in line, line
             yield server, line.split()[-1]
         finally:
-            server.terminate()
-            server.wait(100)
+            server.send_signal(signal.SIGINT)
+            status = server.wait(100)
+    assert status == 130
 
 
 def until(condition, seconds=600.0):

@@ -165,6 +165,20 @@ def test_rows_join_and_leave_and_none_changes_another(family, plan):
     assert [event.logprobs[0][1] for event in jobs[3].events] == pytest.approx(alone.logprobs, abs=1e-4)
 
 
+def test_the_cache_of_a_batch_grows():
+    model = make("llama", PLANS["the paper's"])
+    engine, jobs = new_engine(model), [new_job(prompt(length, length), max_new_tokens=20) for length in (250, 9)]
+    engine.submit(jobs)
+    engine.turn()
+    before = engine.cache.max_seq_len
+    work(engine)
+    assert before == 256
+    for job in jobs:
+        alone = model.generate(job.tokens, max_new_tokens=20, min_new_tokens=3)
+        assert "".join(event.text for event in job.events) == alone.text
+        assert job.answer_tokens == 20
+
+
 def test_a_row_is_a_source_for_others():
     model = make("llama", PLANS["first 2, last 3"])
     engine, jobs = new_engine(model), [new_job([*prompt(20, 1), 9, 9, 9]), new_job([*prompt(20, 1), 8, 8, 8])]

@@ -75,7 +75,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--quantize", choices=["int8"], help="as in pop.load")
     parser.add_argument("--no-compile", dest="compile", action="store_const", const=False, default="auto")
     args = parser.parse_args(argv)
-    return exit_status("tools.serve", lambda: serve(args))
+    try:
+        return exit_status("tools.serve", lambda: serve(args))
+    except KeyboardInterrupt:
+        return 130  # the shell's status after Ctrl-C
 
 
 if __name__ == "__main__":

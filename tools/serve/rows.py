@@ -79,7 +79,7 @@ class Row:
         self.job.answer_tokens = len(self.answer.tokens)
         if self.job.params.logprobs and len(self.answer.tokens) > count:  # not for an end token
             logprobs = self.logits[0].log_softmax(-1)
-            likeliest = logprobs.topk(self.job.top_logprobs)
+            likeliest = logprobs.topk(min(self.job.top_logprobs, len(logprobs)))
             pairs = zip(likeliest.indices.tolist(), likeliest.values.tolist(), strict=True)
             event.logprobs = [(token, float(logprobs[token])), *pairs]
         if event.text or event.logprobs or event.finish_reason:
