@@ -33,6 +33,7 @@ openai = pytest.importorskip("openai")
 pytest.importorskip("uvicorn")
 app = pytest.importorskip("tools.serve.app")
 
+README = "tools/serve/README.md"
 MANY = os.environ.get("HYPOTHESIS_PROFILE") == "nightly"
 HELLO = [{"role": "user", "content": "Hello"}]
 CHAT, TEXT = {"model": "tiny", "messages": HELLO}, {"model": "tiny", "prompt": "Hello"}
@@ -57,6 +58,18 @@ def url(server):
 @pytest.fixture(scope="module")
 def client(url):
     return client_of(url)
+
+
+@pytest.fixture(scope="module")
+def started(tmp_path_factory):
+    """A process that the command in the README has started, and its address."""
+    weights = tmp_path_factory.mktemp("weights")
+    write_chat_checkpoint(weights / "smollm2-135m")
+    command = blocks("bash", README)[0]
+    assert command.startswith("python -m tools.serve smollm2-135m ")
+    options = ("--no-compile", "--cache-mb", "1", "--queue", "8")
+    with process(*shlex.split(command)[3:], *options, POP_WEIGHTS=str(weights)) as running:
+        yield running
 
 
 def client_of(url, key="none"):
@@ -279,19 +292,14 @@ def test_tool_calls(monkeypatch):
         assert create(**asked).usage.prompt_tokens > 0
 
 
-def test_the_readme_runs_as_printed(tmp_path, capsys):
-    path = "tools/serve/README.md"
-    command, asked = blocks("bash", path)
-    (code,) = blocks("python", path)
-    write_chat_checkpoint(tmp_path / "smollm2-135m")
-    assert command.startswith("python -m tools.serve ")
-    with process(*shlex.split(command)[3:], "--no-compile", POP_WEIGHTS=str(tmp_path)) as (_, url):
-        code, asked = (text.replace("http://127.0.0.1:8000/v1", url) for text in (code, asked))
-        exec(compile(code, path, "exec"), {})
-        assert capsys.readouterr().out
-        if shutil.which("curl"):
-            ran = subprocess.run(["bash", "-c", asked], capture_output=True, check=True)
-            assert json.loads(ran.stdout)["usage"]["completion_tokens"] <= 24
+def test_the_readme_runs_as_printed(started, capsys):
+    (_, asked), (code,) = blocks("bash", README), blocks("python", README)
+    code, asked = (text.replace("http://127.0.0.1:8000/v1", started[1]) for text in (code, asked))
+    exec(compile(code, README, "exec"), {})
+    assert capsys.readouterr().out
+    if shutil.which("curl"):
+        ran = subprocess.run(["bash", "-c", asked], capture_output=True, check=True)
+        assert json.loads(ran.stdout)["usage"]["completion_tokens"] <= 24
 
 
 # ---- Wrong requests ----
@@ -406,30 +414,29 @@ def spoil(random, value):
     return junk(random)
 
 
-def test_nothing_that_a_client_sends_stops_the_server(tmp_path):
+def test_nothing_that_a_client_sends_stops_the_server(started):
     """It runs in another process, whose memory stays flat."""
     count, settled = (1000, 200) if MANY else (60, 20)
     chance, asked = random.Random(1), {"temperature": 0.5, "seed": 3, "stop": ["a"], "n": 1, "stream": False}
     asked |= {"max_tokens": 2, "stream_options": {}, "tools": [], "logprobs": True, "top_p": 0.5}
     parts = [{"type": "text", "text": "a"}, {"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}]
     messages = [{"role": "system", "content": "b"}, {"role": "user", "content": parts[:1]}, *HELLO]
-    folder = write_chat_checkpoint(tmp_path / "tiny")
-    options = ("--no-compile", "--cache-mb", 1, "--queue", 8)
-    with process(folder, *options) as (server, url):
-        statuses = []
-        for n in range(count):
-            body = CHAT | {"messages": messages} | asked if n % 2 else TEXT | asked | {"logprobs": 1}
-            data = json.dumps(spoil(chance, {name: part for name, part in body.items() if name != "tools" or n % 2}))
-            data = data[: chance.randrange(len(data))] if chance.random() < 0.2 else data
-            status, answer = ask(url, "/chat/completions" if n % 2 else "/completions", data.encode())
-            statuses.append(status)
-            assert status in (200, 400, 404) and ("error" in answer) == (status != 200), (data, status, answer)
-            if n == settled:
-                before = resident_of(server)
-        assert statuses.count(200) < count / 2
-        assert client_of(url).chat.completions.create(**CHAT, max_tokens=3).usage.completion_tokens
-        assert resident_of(server) - before < 20 * 2**20
-        hang_up(url, server, *((100, 20) if MANY else (10, 5)))
+    server, url = started
+    chat, text = (body | {"model": "smollm2-135m"} for body in (CHAT, TEXT))
+    statuses = []
+    for n in range(count):
+        body = chat | {"messages": messages} | asked if n % 2 else text | asked | {"logprobs": 1}
+        data = json.dumps(spoil(chance, {name: part for name, part in body.items() if name != "tools" or n % 2}))
+        data = data[: chance.randrange(len(data))] if chance.random() < 0.2 else data
+        status, answer = ask(url, "/chat/completions" if n % 2 else "/completions", data.encode())
+        statuses.append(status)
+        assert status in (200, 400, 404) and ("error" in answer) == (status != 200), (data, status, answer)
+        if n == settled:
+            before = resident_of(server)
+    assert statuses.count(200) < count / 2
+    assert client_of(url).chat.completions.create(**chat, max_tokens=3).usage.completion_tokens
+    assert resident_of(server) - before < 20 * 2**20
+    hang_up(chat, url, server, *((100, 20) if MANY else (10, 5)))
 
 
 def resident_of(server):
@@ -437,21 +444,21 @@ def resident_of(server):
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmRSS"))
 
 
-def hang_up(url, server, count, settled):
+def hang_up(chat, url, server, count, settled):
     """Clients that leave: before their request is there, while they wait, and during a stream."""
     client = client_of(url)
     for n in range(count):
         if n % 3 == 0:
-            stream = client.chat.completions.create(**CHAT, max_tokens=900, temperature=1, stream=True)
+            stream = client.chat.completions.create(**chat, max_tokens=900, temperature=1, stream=True)
             next(iter(stream))
             stream.close()
         else:
-            send(url, "/chat/completions", CHAT | {"max_tokens": 900, "stream": n % 2 == 0}, missing=n % 3 - 1).close()
+            send(url, "/chat/completions", chat | {"max_tokens": 900, "stream": n % 2 == 0}, missing=n % 3 - 1).close()
         if n == settled:
             before = resident_of(server)
     until(lambda: health(url) == {"status": "ok", "running": 0, "waiting": 0})
     assert resident_of(server) - before < 20 * 2**20
-    assert client.chat.completions.create(**CHAT, max_tokens=3).usage.completion_tokens
+    assert client.chat.completions.create(**chat, max_tokens=3).usage.completion_tokens
 
 
 # ---- Clients ----
