@@ -32,16 +32,18 @@ FIGURES = {
         },
         "a": {},
     },
-    "needle": {name: {"all": {"exact": share}, "512": {"exact": 0}} for name, share in (("full", 0.98), ("half", 0.5))},
+    "retrieval": {
+        "rows": {"full": {"exact": 0.98, "share": {"value": 1}}, "half": {"exact": 0.5, "share": {"value": 0.51}}},
+    },
     "ttft": {"full": {"speedup": 1, "limit": 1}, "half": {"speedup": 1.5, "limit": None}},
 }
-EMPTY = ("text", "needle", "ttft")
+EMPTY = ("text", "retrieval", "ttft")
 
 
 @pytest.mark.parametrize(
     ("left_out", "full", "half"),
     [
-        ((), "18.28 | | | 98 % | | 1.00x | 1.00x", "+9.4 % | 0.050 | 90.0 % | 50 % | | 1.50x |"),
+        ((), "18.28 | | | 98 % | 100 % | 1.00x | 1.00x", "+9.4 % | 0.050 | 90.0 % | 50 % | 51 % | 1.50x |"),
         (EMPTY, "| | | | | |", "| | | | | |"),
     ],
 )

@@ -1,6 +1,6 @@
 """Turn the figures of `tools.evaluate --json` into rows of the tables in README.md.
 
-python -m tools.evaluate --prune default --tasks text,ttft,needle --json mine.json
+python -m tools.evaluate --prune default --tasks text,ttft --json mine.json
 python -m tools.results.rows mine.json
 """
 
@@ -37,7 +37,7 @@ def rows(path: str) -> list[str]:
 
 
 def _cells(result: dict, name: str) -> list[str]:
-    """Plan, perplexity, KL, same top token, needle, documents, speedup and limit. Empty: not measured."""
+    """Plan, perplexity, KL, same top token, retrieved, of full, speedup and limit. Empty: not measured."""
     contender = result["contenders"][name]
     layers, method = contender["pruned_layers"], contender["method"]
     plan = f"{layers} of {result['num_layers']} layers: {method}" if layers else method or "the full model"
@@ -46,8 +46,9 @@ def _cells(result: dict, name: str) -> list[str]:
     if "kl" in text:
         cells = [f"{text['perplexity_change']['value']:+.1%}", f"{text['kl']['value']:.3f}"]
         cells.append(f"{text['same']['value']:.1%}")
-    for task in ("needle", "documents"):  # the first group is all lengths, or the only one
-        cells.append(f"{next(iter(result[task][name].values()))['exact']:.0%}" if task in result else "")
+    retrieval = result["retrieval"]["rows"][name] if "retrieval" in result else {}
+    cells.append(f"{retrieval['exact']:.0%}" if retrieval else "")
+    cells.append(f"{retrieval['share']['value']:.0%}" if retrieval and retrieval["share"] else "")
     for figure in ("speedup", "limit"):
         value = result["ttft"][name][figure] if "ttft" in result else None
         cells.append("" if value is None else f"{value:.2f}x")
