@@ -12,7 +12,7 @@ from itertools import groupby
 from safetensors import SafetensorError
 from safetensors.torch import save
 
-from pop.errors import PlanError, check_count, some
+from pop.errors import PlanError, check_count
 from pop.pruning.projections import KVProjections
 from pop.system import __version__, files
 
@@ -175,8 +175,7 @@ class PrunePlan:
                 raise PlanError("it names no layers")
             return cls(**fields)
         except (PlanError, OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-            said = some([str(error)])  # escaped: it may quote the file
-            raise PlanError(f"{path} is not a pruning plan ({said}); write one with plan.save(path)") from None
+            raise PlanError(f"{path} is not a pruning plan ({error}); write one with plan.save(path)") from None
 
 
 def _copied(about) -> dict:
