@@ -27,7 +27,7 @@ from pop.pruning.plan import PrunePlan
 from pop.pruning.projections import KVProjections
 from pop.system import files
 
-RATE = 0.1  # the share by which a step may change what a projection computes, see `learning_rate`
+RATE = 0.25  # the share by which a step may change what a projection computes, see `learning_rate`
 WARM_UP, LEAST = 20, 0.02  # steps up to the full rate, and the share of it at the last step
 BETAS, EPSILON = (0.9, 0.95), 1e-8  # Adam's
 LARGEST = 1.0  # the norm to which larger gradients are cut
@@ -149,7 +149,7 @@ def _write(path, run: dict[str, str], state: dict[str, torch.Tensor]) -> None:
 
 def _read(path, run: dict[str, str], state: dict[str, torch.Tensor]) -> None:
     """Fill the state from the record of an interrupted run, if there is one. Raises InputError for other files."""
-    if not os.path.exists(path):
+    if not os.path.exists(path := os.path.expanduser(path)):
         return
     advice = "give another path, or remove the file to start anew"
     try:

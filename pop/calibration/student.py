@@ -79,7 +79,8 @@ def full_depth_rows(module, plan: PrunePlan, h: torch.Tensor, cut: int, images: 
     count = plan.num_selected(int(others[0].sum()))
     rotary = images.rotary(torch.arange(cut).expand(B, -1))
     selected = select(module, plan, h[:, :cut], rotary, torch.full((B,), cut), others, torch.full((B,), count))
-    return (full_depth.to(h.device) | F.pad(selected, (0, T - cut))).nonzero()[:, 1].view(B, -1)
+    R, full_depth = int(full_depth[0].sum()) + count, full_depth.to(h.device) | F.pad(selected, (0, T - cut))
+    return (~full_depth).to(torch.uint8).argsort(dim=1, stable=True)[:, :R]  # full-depth tokens first, in order
 
 
 def student(module, plan: PrunePlan, weight, bias, h, rows, images: TextOnly) -> torch.Tensor:

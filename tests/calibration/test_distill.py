@@ -161,12 +161,12 @@ def test_the_rate_rises_and_falls():
 
 
 @pytest.mark.parametrize("scale", [1.0, 100.0])
-def test_a_step_changes_what_is_computed_by_a_tenth(scale):
+def test_a_step_changes_what_is_computed_by_a_quarter(scale):
     """At most, for inputs with a mean square of 1: all weights change by the rate, and each in the worst direction."""
     weight = scale * torch.randn(2, 2, 10, 600, generator=torch.Generator().manual_seed(0))
     x = torch.randn(600, generator=torch.Generator().manual_seed(1))
     change = learning_rate(weight) * x.abs().sum()
-    assert 0.05 < change / (weight @ x).square().mean().sqrt() < 0.1
+    assert 0.1 < change / (weight @ x).square().mean().sqrt() < 0.25
 
 
 # ---- The plan that comes out ----
@@ -174,10 +174,10 @@ def test_a_step_changes_what_is_computed_by_a_tenth(scale):
 
 @pytest.mark.parametrize("config", [tiny_config(), tiny_gemma3_config()], ids=["llama", "gemma3"])
 def test_distillation_lowers_the_loss_on_held_out_text(config):
-    model, texts = pop.Model(random_model(config, 1), config), random_texts(1, *[384] * 12)
-    closed, distilled = (calibrate(model, texts, PLAN, steps=steps, progress=False) for steps in (0, 16))
-    judge = Judge(model, windows_of(random_texts(2, *[384] * 4)))
-    assert judge(distilled) < 0.9 * judge(closed)
+    model, texts = pop.Model(random_model(config, 1), config), random_texts(1, *[384] * 8)
+    closed, distilled = (calibrate(model, texts, PLAN, steps=steps, progress=False) for steps in (0, 12))
+    judge = Judge(model, windows_of(random_texts(2, *[384] * 3)))
+    assert judge(distilled) < 0.95 * judge(closed)
     assert (distilled.layers, distilled.full_depth_last, distilled.full_depth_first) == ((1, 3, 4), 2, 1)
     assert distilled.projections.weight.dtype == torch.float32
     assert distilled.projections.fingerprint == model.fingerprint
@@ -236,8 +236,8 @@ def test_the_seed_decides(model, closed):
 
 def test_several_plans_come_out_as_they_do_apart(model):
     several = [PLAN, PrunePlan((2,))]
-    together = calibrate(model, TEXTS, several, steps=3, progress=False)
-    assert together == [calibrate(model, TEXTS, plan, steps=3, progress=False) for plan in several]
+    together = calibrate(model, TEXTS, several, steps=1, progress=False)
+    assert together == [calibrate(model, TEXTS, plan, steps=1, progress=False) for plan in several]
 
 
 # ---- Unfinished work ----
