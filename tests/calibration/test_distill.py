@@ -22,6 +22,7 @@ from pop.calibration.student import distillation_loss, full_depth_rows, student,
 from pop.inputs.processors import processor_of
 from pop.models.images import TEXT
 from pop.pruning import reference
+from pop.pruning.projections import KVProjections
 from pop.pruning.reference import attention_scores, full_depth_tokens
 
 
@@ -102,12 +103,18 @@ def test_the_full_depth_tokens_are_as_many_as_the_references(case):
 
 
 @pytest.mark.parametrize("config", [tiny_config(), tiny_gemma3_config()], ids=["llama", "gemma3"])
-def test_the_full_depth_tokens_are_the_references(config):
-    module, tokens = random_model(config), torch.tensor(random_texts(3, 40, 40))
-    plan = PrunePlan((2, 4), 3, 1, full_depth_selected=0.4)
-    _, _, found = rows_of(module, plan, tokens, 31)
-    for row, mask in zip(tokens, found, strict=True):
-        assert torch.equal(mask, full_depth_tokens(31, 40, plan, attention_scores(module, row[:31], plan)))
+def test_prompts_longer_than_the_windows_are_the_references(config):
+    """The tokens that are selected, and the student's logits."""
+    module, tokens, random = random_model(config), torch.tensor(random_texts(3, 40, 40)), torch.Generator()
+    weight = torch.randn(3, 2, 20, 60, generator=random.manual_seed(0)) / 60**0.5
+    refit = KVProjections((1, 3, 4), weight, torch.randn(3, 2, 20, generator=random), "", 2)
+    plan = PrunePlan((1, 3, 4), 3, 1, refit, full_depth_selected=0.4)
+    h, rows, full_depth = rows_of(module, plan, tokens, 31)
+    f = student(module, plan, refit.weight, refit.bias, h, rows, TEXT)
+    for row, mask, found in zip(tokens, full_depth, module.head(f), strict=True):
+        expected = full_depth_tokens(31, 40, plan, attention_scores(module, row[:31], plan))
+        assert torch.equal(mask, expected)
+        assert_close(found, reference.forward(module, row, expected, plan)[0][expected])
 
 
 @given(students(), st.booleans())
