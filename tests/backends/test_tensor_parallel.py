@@ -144,7 +144,7 @@ def test_several_processes_compute_what_one_computes(name, ranks, folder):
     case = CASES[name]
     expected = run(pop.load(folder / case["checkpoint"], prune=_plan(folder, case)))
     for found in (_of(name, rank) for rank in ranks):
-        for what in ("logits", "steps"):
+        for what in ("logits", "steps", "selected"):
             torch.testing.assert_close(found[what], expected[what], rtol=0, atol=2e-5)
             assert torch.equal(found[what], _of(name, ranks[0])[what])  # bit for bit among themselves
         assert torch.equal(found["fingerprint"], expected["fingerprint"])
