@@ -1,7 +1,7 @@
 """Distillation: improve a plan's refit projections by gradients of the loss itself.
 
-The closed form (refit.py) brings each layer's K and V close to the full model's. What counts is what the model then
-predicts. So from the closed form on, and with everything else frozen, Adam minimises KL(full || pruned) of exercises
+The closed form (refit.py) brings each layer's K and V close to the full model's. But the loss depends on the model's
+predictions. So from the closed form on, with everything else frozen, Adam minimises KL(full || pruned) of exercises
 (exercises.py) over the projections (student.py). README.md in this folder has the derivation.
 """
 
@@ -19,7 +19,7 @@ from safetensors.torch import save
 
 from pop.backends.cpu import WIDENED
 from pop.calibration.exercises import exercise
-from pop.calibration.judge import Judge, Window
+from pop.calibration.judge import Compared, Judge, Window, pooled
 from pop.calibration.student import distillation_loss
 from pop.errors import InputError
 from pop.generation.sampling import check_finite
@@ -32,6 +32,7 @@ WARM_UP, LEAST = 20, 0.02  # steps up to the full rate, and the share of it at t
 BETAS, EPSILON = (0.9, 0.95), 1e-8  # Adam's
 LARGEST = 1.0  # the norm to which larger gradients are cut
 CHECKS = 8  # how often the held-out windows are judged
+ERRORS = 2  # standard errors of a mean that chance explains
 
 
 @torch.inference_mode(False)  # whatever the caller's mode is
@@ -48,7 +49,7 @@ def distill(
 ) -> PrunePlan:
     """Distil the projections of a plan. Returns the best plan by the judge, which may be the given one.
 
-    A plan by which the continuation of any held-out window is predicted worse than by the given plan is not taken.
+    A plan that is worse than the given one on the continuation of any held-out window is not taken, see `is_worse`.
 
     Args:
         windows: Of the texts to make exercises of. The judge's are others.
@@ -59,8 +60,8 @@ def distill(
     Raises:
         InputError: The gradients are not finite, or the resume file cannot be used.
     """
-    given = judge.each(plan)
-    state = {"steps": torch.tensor(0), "least": _total(given)}  # all that a run needs to go on
+    given = judge.compare(plan)
+    state = {"steps": torch.tensor(0), "least": torch.tensor(pooled(given).mean)}  # all that a run needs to continue
     for name in ("weight", "bias"):
         tensor = getattr(plan.projections, name).to(model.device, torch.float32)
         state |= {name: tensor.clone(), f"best {name}": tensor.clone()}
@@ -78,10 +79,9 @@ def distill(
         loss = distillation_loss(module, model.vision, plan, *projections, batch, rng)
         adam_step(state, torch.autograd.grad(loss, projections), rate * schedule(number, steps))
         if (number + 1) % max(1, steps // CHECKS) == 0 or number + 1 == steps:
-            losses = judge.each(_plan(model, plan, state))
-            is_worse = any(new.continuation > old.continuation for new, old in zip(losses, given, strict=True))
-            if _total(losses) < state["least"] and not is_worse:
-                state["least"] = _total(losses)
+            found = judge.compare(_plan(model, plan, state))
+            if pooled(found).mean < state["least"] and not is_worse(found, given):
+                state["least"] = torch.tensor(pooled(found).mean)
                 state |= {f"best {name}": state[name].detach().clone() for name in ("weight", "bias")}
             if resume is not None:
                 _write(resume, run, state)
@@ -103,8 +103,12 @@ def _plan(model, plan: PrunePlan, state: dict[str, torch.Tensor], which: str = "
     return dataclasses.replace(plan, projections=refit)
 
 
-def _total(losses) -> torch.Tensor:
-    return torch.tensor([window.mean for window in losses], dtype=torch.float64).sum()
+def is_worse(found: list[Compared], given: list[Compared]) -> bool:
+    """Whether continuations are predicted worse on average, or those of any window, by more than chance explains."""
+    if pooled(found).continuation > pooled(given).continuation:
+        return True
+    changes = (new[0].double() - old[0].double() for new, old in zip(found, given, strict=True))  # of KL, by token
+    return any(change.mean() > ERRORS * change.std(correction=0) / len(change) ** 0.5 for change in changes)
 
 
 def learning_rate(weight: torch.Tensor) -> float:

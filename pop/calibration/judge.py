@@ -25,6 +25,8 @@ PASSAGE = 64  # the most tokens of a repeated passage
 CUE = 8  # an eighth of a passage is its cue, after which the model can know what follows
 
 Window = tuple[list[int], list[Prepared]]  # token ids, and the images and videos among them
+# KL at each token of a window's continuation, and of its repetition, and whether each of the latter is copied
+Compared = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 class Losses(NamedTuple):
@@ -65,25 +67,20 @@ class Judge:
         return self.losses(plan).mean
 
     def losses(self, plan: PrunePlan) -> Losses:
-        return self._losses(plan, self.cases)
+        return pooled(self.compare(plan))
 
-    def each(self, plan: PrunePlan) -> list[Losses]:
-        """The losses on each window."""
-        return [self._losses(plan, [case]) for case in self.cases]
-
-    def _losses(self, plan: PrunePlan, cases) -> Losses:
-        continuations, repetitions, copied = [], [], []
-        for prompt, continuation, passage, media, full in cases:
+    def compare(self, plan: PrunePlan) -> list[Compared]:
+        """The tokens of each window by a plan."""
+        compared = []
+        for prompt, continuation, passage, media, full in self.cases:
             pruned = self._log_probs(prompt, continuation + passage[:-1], media, plan)
             kl = F.kl_div(pruned, full, log_target=True, reduction="none").sum(-1)  # [N + 1]
             cue = cue_tokens(passage)
             at = len(continuation) + cue  # where the first token to copy is predicted
             targets = torch.tensor(passage[cue:], dtype=torch.int64, device=pruned.device)
-            continuations.append(kl[: len(continuation) + 1])
-            repetitions.append(kl[at : at + len(targets)])
-            copied.append(pruned[at : at + len(targets)].argmax(-1) == targets)
-        pooled = (torch.cat(parts).double() for parts in (continuations, repetitions, copied))
-        return Losses(*(part.sum().item() / max(1, len(part)) for part in pooled))
+            copied = pruned[at : at + len(targets)].argmax(-1) == targets
+            compared.append((kl[: len(continuation) + 1], kl[at : at + len(targets)], copied))
+        return compared
 
     def _log_probs(self, prompt, continuation, media, plan) -> torch.Tensor:
         """Log-probabilities [N + 1, V] of the N tokens of the continuation and of the next one."""
@@ -93,6 +90,12 @@ class Judge:
             return first.log_softmax(-1)
         rest = engine.extend(self.model.module, torch.tensor([continuation], device=self.model.device), cache)[0]
         return torch.cat((first, rest)).log_softmax(-1)
+
+
+def pooled(compared: Sequence[Compared]) -> Losses:
+    """The means over all tokens of all windows."""
+    parts = (torch.cat(part).double() for part in zip(*compared, strict=True))
+    return Losses(*(part.sum().item() / max(1, len(part)) for part in parts))
 
 
 def repeated_passage(prompt: Sequence[int], images: Sequence[range], rng: random.Random) -> list[int]:

@@ -15,9 +15,9 @@ from support.tiny import random_model, tiny_config, tiny_gemma3_config
 import pop
 from pop import InputError, PrunePlan, calibrate
 from pop.calibration import distill as distillation
-from pop.calibration.distill import BETAS, EPSILON, adam_step, distill, learning_rate, schedule
+from pop.calibration.distill import BETAS, EPSILON, adam_step, distill, is_worse, learning_rate, schedule
 from pop.calibration.exercises import Exercise
-from pop.calibration.judge import Judge, Losses
+from pop.calibration.judge import Judge
 from pop.calibration.student import distillation_loss, full_depth_rows, student, teacher
 from pop.inputs.processors import processor_of
 from pop.models.images import TEXT
@@ -56,8 +56,13 @@ class MadeUp:
     def __init__(self, *losses):
         self.losses = iter(losses)
 
-    def each(self, plan):
-        return [Losses(continuation=0.0, repetition=next(self.losses), copied=0.0)]
+    def compare(self, plan):
+        return [compared([0.0], next(self.losses))]
+
+
+def compared(continuation, repetition=1.0):
+    """A window with these KLs at the tokens of its continuation, and of a repetition with one token."""
+    return torch.tensor(continuation), torch.tensor([float(repetition)]), torch.tensor([True])
 
 
 # ---- The loss ----
@@ -200,21 +205,37 @@ def test_steps_that_harm_are_not_taken(model, closed, monkeypatch):
 
 
 def test_a_plan_that_harms_one_text_is_not_taken(model, closed, monkeypatch):
-    """The made-up losses fall at each check. But at the last ones, that of one continuation is higher than at first."""
-    checked, each = [], Judge.each
+    """The made-up losses fall at each check. But from the third one on, one text is predicted worse than at first."""
+    checked = []
 
     def made_up(self, plan):
-        first, *others = each(self, plan)
         number = len(checked)
         checked.append(plan)
-        losses = [one._replace(continuation=1.0, repetition=2.0 - number / 10) for one in (first, *others)]
-        losses[-1] = losses[-1]._replace(continuation=1.0 if number < 3 else 1.01)
-        return losses
+        harmed = [1.0] * 10 if number < 3 else [1.2] * 10
+        return [compared([1.0] * 10, 9 - number), compared([0.5 + 1 / (number + 2)] * 10), compared(harmed)]
 
-    monkeypatch.setattr(Judge, "each", made_up)
-    found = calibrate(model, TEXTS, PLAN, steps=16, progress=False)
+    monkeypatch.setattr(Judge, "compare", made_up)
+    found = distill(model, closed, windows_of(TEXTS), Judge(model, []), 16)
     assert len(checked) == 9 and checked[0] == closed
     assert found == checked[2]
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ([[-0.1, 0.0, 0.1], [0.0, 0.0, 0.0]], False),
+        ([[0.1, 0.1, 0.1], [-0.2, -0.2, -0.2]], True),  # a window, beyond any doubt
+        ([[0.4, 0.1, -0.2], [-0.2, -0.2, -0.2]], False),  # a window, but by chance: 0.1 with an error of 0.14
+        ([[0.2, 0.1, 0.0], [-0.2, -0.2, -0.2]], True),  # 0.1 with an error of 0.047
+        ([[0.4, 0.1, -0.2], [-0.05, -0.05, -0.05]], True),  # on average
+        ([[0.1], [-0.2, -0.2]], True),
+        ([[-0.1], [0.0]], False),
+    ],
+)
+def test_worse_is_worse_by_more_than_chance(changes, expected):
+    given = [compared([1.0] * len(change)) for change in changes]
+    found = [compared([1.0 + x for x in change]) for change in changes]
+    assert is_worse(found, given) == expected
 
 
 @pytest.mark.parametrize("trainable", [False, True])
