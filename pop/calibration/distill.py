@@ -11,7 +11,6 @@ import hashlib
 import math
 import os
 import random
-from collections.abc import Callable
 
 import torch
 from safetensors import SafetensorError
@@ -38,24 +37,18 @@ ERRORS = 2  # standard errors of a mean that chance explains
 @torch.inference_mode(False)  # whatever the caller's mode is
 @torch.enable_grad()
 def distill(
-    model,
-    plan: PrunePlan,
-    windows: list[Window],
-    judge: Judge,
-    steps: int,
-    seed: int = 0,
-    resume: str | os.PathLike | None = None,
-    progress: Callable[[int], object] = lambda count: None,
+    model, plan: PrunePlan, windows: list[Window], judge: Judge, steps: int, seed=0, resume=None, progress=int
 ) -> PrunePlan:
     """Distil the projections of a plan. Returns the best plan by the judge, which may be the given one.
 
     A plan that is worse than the given one on the continuation of any held-out window is not taken, see `is_worse`.
 
     Args:
+        plan: With projections.
         windows: Of the texts to make exercises of. The judge's are others.
         seed: Decides the exercises.
         resume: A file that keeps unfinished work. If it exists, the run continues from it.
-        progress: Is called with the number of steps done since its last call.
+        progress: Is called with the number of steps done since its last call. By default nothing happens.
 
     Raises:
         InputError: The gradients are not finite, or the resume file cannot be used.
