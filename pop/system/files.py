@@ -54,18 +54,25 @@ def staged(folder: str | Path, *, keep: bool = False) -> Iterator[Path]:
         raise CheckpointError(f"{folder} could not be written, and {rest}: {error}") from error
 
 
+@contextlib.contextmanager
+def replaced(path: str | os.PathLike) -> Iterator[Path]:
+    """Yield a hidden sibling of the file `path` to write to. It replaces `path` only when the block succeeds."""
+    path = Path(os.path.realpath(os.path.expanduser(path)))  # replaces the target of a link, not the link
+    draft = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}.tmp")
+    try:
+        yield draft
+        _sync(draft)
+        os.replace(draft, path)
+    finally:
+        with contextlib.suppress(OSError):
+            draft.unlink()
+
+
 def write_whole(path: str | os.PathLike, data: str | bytes, what: str, error: type[PopError]) -> None:
     """Write a file whole or not at all. Raises `error`, which names `what` was to be written and why it was not."""
     try:
-        target = Path(os.path.realpath(os.path.expanduser(path)))  # replaces the target of a link, not the link
-        draft = target.with_name(f".{target.name}.{os.getpid()}.{threading.get_ident()}.tmp")
-        try:
+        with replaced(path) as draft:
             draft.write_bytes(data.encode() if isinstance(data, str) else data)
-            _sync(draft)
-            os.replace(draft, target)
-        finally:
-            with contextlib.suppress(OSError):
-                draft.unlink()
     except (OSError, ValueError, TypeError) as problem:
         reason = getattr(problem, "strerror", None) or problem
         raise error(f"{what} cannot be written to {path} ({reason}); choose another path") from None

@@ -44,7 +44,8 @@ def test_the_example_in_the_docstring_of_attention_metadata():
     assert cache.slots(3) == 6
     cache.lengths[:] = 6
     begin, end = torch.tensor([0]), torch.tensor([2])
-    chunk = Chunk.of(cache, torch.tensor([[7, 8]]), end, begin, end, NONE, TEXT, True)
+    none = torch.tensor([[False, False]])  # at full depth
+    chunk = Chunk.of(cache, torch.tensor([[7, 8]]), end, begin, end, NONE, TEXT, none)
     at = chunk.metadata(module, cache)[3]
     assert at.slots.tolist() == [[0, 1]]
     assert at.key_slots.tolist() == [[4, 5, 0, 1]]
@@ -68,7 +69,7 @@ def test_a_full_band_is_aligned_at_the_lower_right(data):
     lengths = torch.tensor(data.draw(st.lists(st.integers(1, 35), min_size=B, max_size=B), "lengths"))
     ids = torch.zeros(B, int(lengths.max()), dtype=torch.int64)
     for begin, end in chunk_bounds(lengths, chunk_size, TEXT):
-        chunk = Chunk.of(cache, ids, lengths, begin, end, NONE, TEXT, True)
+        chunk = Chunk.of(cache, ids, lengths, begin, end, NONE, TEXT, ids > 0)
         with_tokens = end > begin
         same = len(set((cache.lengths + begin)[with_tokens].tolist())) == 1
         for window, at in chunk.metadata(module, cache).items():

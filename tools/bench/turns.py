@@ -39,9 +39,9 @@ def attention_turn(model: pop.Model, num_tokens: int) -> Turn:
     H, E = model.config.num_heads, model.config.head_dim
     q = torch.randn(1, num_tokens, H, E, device=model.device).to(model.dtype)
     cache, lengths, chunks = model.new_cache(1, num_tokens), torch.tensor([num_tokens]), []
-    ids = torch.zeros(1, num_tokens, dtype=torch.int64)
+    ids, full_depth = torch.zeros(1, num_tokens, dtype=torch.int64), torch.zeros(1, num_tokens, dtype=torch.bool)
     for begin, end in chunk_bounds(lengths, cache.chunk_size, TEXT):
-        chunk = Chunk.of(cache, ids, lengths, begin, end, pop.PrunePlan.none(), TEXT, True)
+        chunk = Chunk.of(cache, ids, lengths, begin, end, pop.PrunePlan.none(), TEXT, full_depth)
         chunks.append((q[:, begin:end], chunk.metadata(model.module, cache)))
 
     def attend():
@@ -55,7 +55,8 @@ def attention_turn(model: pop.Model, num_tokens: int) -> Turn:
 def tower_turn(model: pop.Model, prompt: list[int], images: list) -> Turn:
     """Seconds from prepared images to the features that the language model receives."""
     tokens, lengths = torch.tensor([prompt], device=model.device), torch.tensor([len(prompt)])
-    call = partial(model._images, model._vision_module, [images], None, tokens, lengths)
+    module = model.module if model._compiled is None else model._compiled.vision_module
+    call = partial(model._images, module, model.vision.prepare_batch([images], None, 1), tokens, lengths)
     return lambda: {"tower_s": seconds(call, model.device)}
 
 
