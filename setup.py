@@ -6,7 +6,7 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 here = Path(__file__).parent
-version = re.search(r'^__version__ = "(.+)"$', (here / "pop/system/__init__.py").read_text(encoding="utf-8"), re.M)[1]
+version = re.search(r'^__version__ = "(.+?)"', (here / "pop/system/__init__.py").read_text(encoding="utf-8"), re.M)[1]
 
 gguf = ["gguf>=0.16.2,<0.20"]  # 0.16.2 added gemma3; below 0.20 because pop overrides a method of its reader
 images = ["pillow>=10.4"]  # before, 16-bit grey PNG files had no mode of their own
