@@ -65,6 +65,7 @@ class pruned:
         if refit is not None and refit.fingerprint != as_pop(model).fingerprint:
             raise PlanError("the plan was calibrated for another model; calibrate it for this one")
         self.refit = None if refit is None else refit.to(model.device, model.dtype)
+        self.two_taps = refit is not None and refit.taps == 2
 
     def __enter__(self):
         for name, part in self.model.named_modules():
@@ -91,7 +92,7 @@ class pruned:
         for options in (kwargs, vars(self.model.generation_config), {} if config is None else vars(config)):
             if found := [name for name in REFUSED if options.get(name)]:
                 raise UnsupportedError(f"generate has {found[0]}, whose calls look like prompts; leave it out")
-        if self.refit is not None and self.refit.taps == 2:
+        if self.two_taps:
             kwargs["disable_compile"] = True  # decode keeps states beside the cache; see `latest`
         return generate(*args, **kwargs)
 
@@ -101,9 +102,9 @@ class pruned:
             return forward(input_ids, **kwargs)
         if self.decoder.config._attn_implementation not in ("sdpa", "eager"):
             raise UnsupportedError("pruned takes attention of the kinds sdpa and eager; see set_attn_implementation")
-        position = positions(B, T, _cache(kwargs), kwargs.get("attention_mask"), kwargs.get("position_ids"))
-        prompt = Prompt(position.to(self.model.device), self.plan)
-        out = forward(input_ids, **kwargs, pruned_prompt=prompt)  # which passes it on to all layers
+        masks = kwargs.get("attention_mask"), kwargs.get("position_ids"), self.two_taps
+        prompt = Prompt(positions(B, T, _cache(kwargs), *masks).to(self.model.device), self.plan)
+        out = forward(input_ids, **kwargs, pruned_prompt=prompt)  # passed on to all layers
         if prompt.layers_run != len(self.plan.layers):
             raise InputError("the context ended during a prompt; leave it after all calls have returned")
         return out
@@ -111,7 +112,7 @@ class pruned:
     def _run_layer(self, forward, layer, index, start, hidden_states, *, pruned_prompt=None, **kwargs):
         h, prompt, cache = hidden_states, pruned_prompt, _cache(kwargs)
         if prompt is None:
-            if index == start and self.refit is not None and self.refit.taps == 2 and cache is not None:
+            if index == start and self.two_taps and cache is not None:
                 latest(cache, start, normalised(h, layer.input_layernorm))  # keeps it for the next prompt
             return forward(h, **kwargs)
         if cache is None:
@@ -133,7 +134,7 @@ class pruned:
     def _refit_inputs(self, layer, h, prompt, cache, start):
         """What the group's refit projections take, [B, T, taps * D]."""
         x = normalised(h, layer.input_layernorm)
-        previous = latest(cache, start, x) if self.refit.taps == 2 else torch.zeros_like(x[:, 0])  # [B, D]
+        previous = latest(cache, start, x) if self.two_taps else torch.zeros_like(x[:, 0])  # [B, D]
         x = x.where(prompt.valid[..., None], previous[:, None])  # padding precedes a row's first token
         return self.refit.inputs(x, previous)
 
@@ -181,21 +182,21 @@ def _cache(kwargs):
     return next((kwargs[name] for name in CACHES if kwargs.get(name) is not None), None)
 
 
-def positions(B: int, T: int, cache, mask, position_ids) -> torch.Tensor:
-    """The position of each new token in its sequence, -1 for padding: [B, T].
+def positions(B: int, T: int, cache, mask, position_ids, two_taps: bool = False) -> torch.Tensor:
+    """The position of each new token in its sequence, -1 for padding: [B, T], as a mask of padding states it.
 
-    A mask of padding states it. For a static cache, `generate` makes another kind of mask of it. Then its position_ids
-    count the tokens of a row, and are 0 for padding.
-    """
+    For a static cache, `generate` gives position_ids instead, which are 0 for padding."""
     past = 0 if cache is None else int(cache.get_seq_length())
     if mask is None:
         return past + torch.arange(T).expand(B, -1)
     if isinstance(mask, torch.Tensor) and mask.dim() == 2:
+        if two_taps and past and not mask[:, past - 1].all():
+            raise InputError("two taps need the cache's last token, which a row's mask hides; encode the row again")
         found = (mask.long().cumsum(1) - 1).masked_fill(mask == 0, -1)[:, past : past + T]
     elif position_ids is not None:
         found = position_ids.expand(B, -1)
         counted = found[:, -1:] - torch.arange(T, device=found.device).flip(0)
-        is_token = ((found == counted) & (found >= 0)).long().flip(1).cumprod(1).flip(1)
+        is_token = ((found == counted) & (found >= min(past, 1))).long().flip(1).cumprod(1).flip(1)
         found = found.masked_fill((is_token == 0) | (found > found[:, -1:]).any(1, keepdim=True), -1)
     else:
         raise InputError("the mask is one of attention; give the mask of padding [B, T], or position_ids as well")

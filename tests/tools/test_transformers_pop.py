@@ -3,6 +3,7 @@
 `python -m tools.transformers_pop --check` compares the models of transformers themselves.
 """
 
+import contextlib
 import copy
 import json
 import sys
@@ -244,6 +245,20 @@ def test_positions_from_both_kinds_of_masks():
         positions(2, 5, None, {"full_attention": None}, None)
     with pytest.raises(InputError, match="left"):
         positions(2, 5, None, {}, torch.tensor([[0, 1, 2, 0, 0], [0, 1, 2, 3, 4]]))
+
+
+@pytest.mark.parametrize("two_taps", [True, False])
+def test_a_mask_that_hides_the_last_token_of_the_cache(two_taps):
+    """Such as padding after an answer that ended early. Two taps would take it for the token before the next turn."""
+    cache, mask = types.SimpleNamespace(get_seq_length=lambda: 3), torch.tensor([[1, 1, 0, 1, 1], [1, 1, 1, 1, 1]])
+    with pytest.raises(InputError, match="two taps") if two_taps else contextlib.nullcontext():
+        assert positions(2, 2, cache, mask, None, two_taps).tolist() == [[2, 3], [3, 4]]
+
+
+def test_padding_before_a_turn_is_no_first_token():
+    """Padding has position 0. So has a row's first token, but not on a filled cache."""
+    cache, counted = types.SimpleNamespace(get_seq_length=lambda: 3), torch.tensor([[0, 0, 1], [3, 4, 5]])
+    assert positions(2, 3, cache, {}, counted).tolist() == [[-1, -1, 1], [3, 4, 5]]
 
 
 @pytest.mark.parametrize("full_depth", [(1, 0), (2, 1), (1, 3), (9, 0)])
