@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import secrets
+import sys
 from collections.abc import Callable, Sequence
 from numbers import Integral, Real
 
@@ -24,10 +25,10 @@ def _is_list(x, kind: type, accepts: Callable) -> bool:
 
 # What an option accepts, and in words.
 ACCEPTED = {
-    "temperature": (lambda x: _is_number(x) and 0 <= x < math.inf, "a number from 0 (greedy) up"),
+    "temperature": (lambda x: _is_number(x) and 0 <= x <= sys.float_info.max, "a number from 0 (greedy) up"),
     "top_p": (lambda x: x is None or (_is_number(x) and 0 < x <= 1), "a number above 0 and at most 1, or None"),
     "min_p": (lambda x: x is None or (_is_number(x) and 0 <= x <= 1), "a number from 0 to 1, or None"),
-    "repetition_penalty": (lambda x: _is_number(x) and 0 < x < math.inf, "a number above 0"),
+    "repetition_penalty": (lambda x: _is_number(x) and 0 < x <= sys.float_info.max, "a number above 0"),
     "stop": (lambda x: x is None or (x != "" and _is_list(x, str, bool)), "a string or a list of them, none empty"),
     "stop_token_ids": (lambda x: _is_list(x, Integral, lambda token: token >= 0), "a list of token ids"),
     "logits_processor": (lambda x: x is None or callable(x), "a function, or None"),

@@ -9,8 +9,11 @@ from support.tiny_images import random_bytes
 
 import pop
 from pop.generation.sampling import SamplingParams
+from pop.inputs.processors import Prepared
+from pop.models.vision.qwen3_vl import Grid
 from pop.pruning import reference
 from tools.serve import engine as engines
+from tools.serve import kept
 from tools.serve.engine import Engine
 from tools.serve.rows import Busy, Job, Row
 
@@ -203,6 +206,39 @@ def test_kept_caches_take_a_bounded_memory():
     engine.submit([long])
     work(engine)
     assert len(engine.kept.caches) == 2
+
+
+def test_the_number_of_kept_caches_is_bounded(monkeypatch):
+    monkeypatch.setattr(kept, "MOST", 2)
+    engine = new_engine(make("llama", PLANS["the paper's"]))
+    for seed in (1, 2, 3):
+        answer(engine, new_job(prompt(30, seed)))
+    assert [one.keys[:30] for one in engine.kept.caches] == [prompt(30, 3), prompt(30, 2)]
+
+
+def test_a_plan_that_selects_tokens_selects_among_all_that_are_new():
+    model = make("llama", pop.PrunePlan((2, 3), full_depth_selected=0.3))
+    job = new_job(prompt(100, 1))
+    assert len(job.tokens) > model.chunk_size
+    answer(new_engine(model), job)
+    assert "".join(event.text for event in job.events) == model.generate(job.tokens, max_new_tokens=6).text
+
+
+def test_the_cache_of_a_batch_whose_rows_were_all_cancelled_is_freed():
+    engine, job = new_engine(make("llama", PLANS["the paper's"])), new_job(prompt(5, 1), max_new_tokens=50)
+    engine.submit([job])
+    engine.turn()
+    assert engine.cache is not None
+    engine.cancel([job])
+    engine.turn()
+    assert engine.rows == [] and engine.cache is None
+
+
+def test_images_of_other_sizes_are_not_the_same_image():
+    """Even if their pixels are the same bytes, as those of blank pages are."""
+    one, other = (Prepared("image", torch.ones(6, 4), (), Grid(1, *size)) for size in ((2, 3), (3, 2)))
+    assert one.sha256 == other.sha256
+    assert kept.keys_of([5, 6], [one], [range(1, 2)]) != kept.keys_of([5, 6], [other], [range(1, 2)])
 
 
 def test_a_cache_that_lacks_memory_takes_that_of_kept_ones(monkeypatch):

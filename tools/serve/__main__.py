@@ -78,7 +78,9 @@ def main(argv: list[str] | None = None) -> int:
     try:
         return exit_status("tools.serve", lambda: serve(args))
     except KeyboardInterrupt:
-        return 130  # the shell's status after Ctrl-C
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(130)  # the shell's status after Ctrl-C. Nothing waits for the engine's thread, which may be in torch
 
 
 if __name__ == "__main__":

@@ -95,7 +95,10 @@ class Engine:
         # A cache with windows may share more tokens and not be usable. A separate cache keeps these for later prompts.
         shared = max((one.common(keys) for one in sources if one.floor), default=0)
         shared = shared if shared >= n + WORTH_KEEPING else 0
+        del sources, source  # so that caches can give way
         cuts = sorted({*range(n + model.chunk_size, last + 1, model.chunk_size), shared})
+        if model.plan.full_depth_selected:  # the plan selects among the tokens of one call
+            cuts = []
         cuts = [cut for cut in cuts if n < cut <= last and not any(one.start < cut < one.stop for one in images)]
         for begin, cut in pairwise([n, *cuts, end]):
             fresh = [one for one, at in zip(job.media, images, strict=True) if begin <= at.start < cut]
@@ -116,6 +119,8 @@ class Engine:
                 self._leave(row)
             if self.rows:
                 self._next_tokens()
+            elif self.cache is not None:
+                self._regroup()  # which frees it
         except Exception as error:  # as above
             for row in self.rows:
                 row.job.fail(error)

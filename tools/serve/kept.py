@@ -13,6 +13,8 @@ from pop.engine.cache import KVCache
 from pop.errors import CacheMemoryError
 from pop.inputs.processors import Prepared
 
+MOST = 256  # caches, since each answer is compared with all of them
+
 
 @dataclasses.dataclass(eq=False)
 class Filled:
@@ -70,7 +72,7 @@ class Filled:
 
 
 class Kept:
-    """Filled caches of at most `most_bytes`, the latest used first. The others give way."""
+    """At most MOST filled caches of at most `most_bytes` in all, the latest used first. The others give way."""
 
     def __init__(self, model: pop.Model, most_bytes: int):
         self.model, self.most_bytes = model, most_bytes
@@ -93,6 +95,7 @@ class Kept:
         size = KVCache.size_in_bytes(model.config, 1, tokens, model.dtype, model.chunk_size)
         if size > self.most_bytes:
             return
+        del self.caches[MOST - 1 :]
         while sum(one.cache.nbytes for one in self.caches) + size > self.most_bytes:
             self.caches.pop()
         try:
@@ -107,7 +110,7 @@ def keys_of(tokens: list[int], media: Sequence[Prepared], images: Sequence[range
     """The keys of a prompt whose images are at these tokens."""
     keys = list(tokens)
     for one, at in zip(media, images, strict=True):
-        keys[at.start : at.stop] = [one.sha256] * len(at)
+        keys[at.start : at.stop] = [f"{one.kind} {one.grid} {one.sha256}"] * len(at)
     return keys
 
 
