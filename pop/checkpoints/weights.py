@@ -11,10 +11,11 @@ import os
 import pickle
 import re
 import zipfile
-from collections.abc import Iterable, Set
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Set
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatch
 from pathlib import Path, PureWindowsPath
+from typing import Any
 
 import torch
 from torch import nn
@@ -91,24 +92,18 @@ def load_weights(
     folder, shards = Path(folder), shards or {}
     shapes = {name: tuple(parameter.shape) for name, parameter in module.named_parameters()}
     whole = {name: shards[name].whole_shape(s) if name in shards else s for name, s in shapes.items()}
-    survey = _survey(folder, module.config, whole, shards)
+    survey = _survey(folder, module.config, whole)
+    pieces = [cut for piece in survey for cut in _cut(piece, shards.get(piece.parameter))]
     weights = {name: torch.empty(shape, dtype=dtype, device=device) for name, shape in shapes.items()}
     size = sum(weight.nbytes for weight in weights.values())
-    files, touched = {}, 0
     with progress_bar("loading weights", size, "B", progress and size >= BAR_FROM) as advance:
-        for parts, target in sorted(survey, key=lambda pair: (pair[1].repeats, pair[0][0].file)):
-            # A page of a mapped file counts as resident memory until the file is unmapped.
-            if touched >= max(size // 50, 2**20):
-                files, touched = {}, 0
-            source = _read(parts, target, module.config.head_dim, files)
-            weight = target.slice_of(weights[target.parameter])
-            touched += source.nbytes
-            if not target.repeats:
-                weight.copy_(source)
-                advance(weight.nbytes)
-            elif not torch.equal(weight, source.to(weight)):
-                where = f"{parts[0].file}: {parts[0].name}"
-                raise CheckpointError(f"{where} should repeat {target.parameter}, but differs")
+        for piece, row, source in _steps(pieces, step=max(size // 50, 2**20)):
+            target = _slice(weights[piece.parameter], piece.target_at)[row : row + len(source)]
+            if not piece.repeats:
+                target.copy_(source)
+                advance(target.nbytes)
+            elif not torch.equal(target, source.to(target)):
+                raise CheckpointError(f"{piece.file}: {piece.name} should repeat {piece.parameter}, but differs")
     for name, weight in weights.items():
         if weight.dim() == 1 and not weight.isfinite().all():
             raise CheckpointError(f"{folder}: {name} has NaN or infinite values in {dtype}; fetch it again")
@@ -132,54 +127,67 @@ def stored_dtype(folder: Path) -> torch.dtype:
 
 
 @dataclass(frozen=True)
-class _Stored:
-    """A tensor in a file. `like` has its shape and dtype, and no values."""
+class _Piece:
+    """A slice of a stored tensor, and the slice of a parameter that it fills. Both give a range for some axes."""
 
     file: Path
     name: str
-    like: torch.Tensor
-
-
-@dataclass(frozen=True)
-class _Target:
-    """What a stored tensor fills: a parameter, or the matrix of one expert in it."""
-
     parameter: str
-    shape: tuple[int, ...]  # of the stored tensor
-    shard: Shard | None
-    matrix: tuple[int, int, int] | None = None  # the expert, and which of how many matrices; None: all of the parameter
-    repeats: bool = False  # another tensor fills the parameter, and this one must be equal
+    source_at: dict[int, slice] = field(default_factory=dict)
+    target_at: dict[int, slice] = field(default_factory=dict)
+    repeats: bool = False  # another piece fills the parameter, and this one must be equal
+    interleaved: int = 0  # the head width E of Meta's Q and K
+    one_expert: bool = False  # one expert's matrix; the parameter has those of all experts
+    transposed: bool = False  # all experts' matrices, transposed
 
-    def slice_of(self, parameter: torch.Tensor) -> torch.Tensor:
-        if self.matrix is None:
-            return parameter
-        expert, number, count = self.matrix
-        return parameter[expert].chunk(count)[number]
-
-
-def _read(parts: list[_Stored], target: _Target, head_dim: int, files: dict[Path, dict]) -> torch.Tensor:
-    """Return what parts of a tensor hold for a target. `files` keeps the tensors of files that are mapped."""
-    for file in {part.file for part in parts} - files.keys():
-        files[file] = _map(file)
-    whole = _joined([files[part.file][part.name] for part in parts], target.shape)
-    if parts[0].name.endswith(meta.INTERLEAVED):  # RoPE rotates rows (2i, 2i + 1) there, (i, E/2 + i) here
-        whole = whole.unflatten(0, (-1, head_dim // 2, 2)).transpose(1, 2).flatten(0, 2)
-    return whole if target.shard is None else target.shard.cut(whole)
+    def source(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The part of the tensor to copy, laid out like the parameter."""
+        if self.one_expert:
+            tensor = tensor[None]
+        if self.transposed:
+            tensor = tensor.transpose(1, 2)
+        tensor = _slice(tensor, self.source_at)
+        if self.interleaved:  # RoPE rotates rows (2i, 2i + 1) of a head in Meta's files, (i, E/2 + i) in ours
+            tensor = tensor.unflatten(0, (-1, self.interleaved // 2, 2)).transpose(1, 2).flatten(0, 2)
+        return tensor
 
 
-def _joined(parts: list[torch.Tensor], shape: tuple[int, ...]) -> torch.Tensor | None:
-    """Return the tensor of a shape that parts make: the only one, or those of Meta's files side by side.
+def _slice(tensor: torch.Tensor, ranges: dict[int, slice]) -> torch.Tensor:
+    return tensor[tuple(ranges.get(axis, slice(None)) for axis in range(tensor.dim()))]
 
-    The published experts of Qwen3-VL are transposed. None means that the parts do not fit.
+
+def _cut(piece: _Piece, shard: Shard | None) -> Iterator[_Piece]:
+    """Yield what a piece and a shard of its parameter have in common."""
+    if shard is None:
+        yield piece
+        return
+    axis, at = shard.axis, 0
+    filled = piece.target_at.get(axis, slice(0, shard.whole))
+    for first, last in shard.spans:
+        low, high = max(filled.start, first), min(filled.stop, last)
+        if low < high:
+            source_at = {axis: slice(low - filled.start, high - filled.start)}
+            target_at = piece.target_at | {axis: slice(at + low - first, at + high - first)}
+            yield replace(piece, source_at=source_at, target_at=target_at)
+        at += last - first
+
+
+def _steps(pieces: list[_Piece], step: int) -> Iterator[tuple[_Piece, int, torch.Tensor]]:
+    """Yield each piece in slices (piece, first row, rows), with about `step` bytes of the files resident.
+
+    A page of a mapped file counts as resident memory until the file is unmapped, so the files are mapped anew.
     """
-    first = parts[0]
-    if first.dim() != len(shape) or any(part.shape != first.shape for part in parts):
-        return None
-    if len(parts) > 1:
-        joined = (torch.cat(parts, axis) for axis in range(len(shape)))
-    else:
-        joined = (first, first.mT if len(shape) == 3 else first)
-    return next((whole for whole in joined if whole.shape == shape), None)
+    file, touched = None, 0
+    for piece in pieces:
+        row, rows = 0, 1
+        while row < rows:
+            if piece.file != file or touched >= step:
+                file, tensors, touched = piece.file, _map(piece.file), 0
+            source = piece.source(tensors[piece.name])
+            rows = len(source)
+            part = source[row : row + max(1, (step - touched) // source[0].nbytes)]
+            yield piece, row, part
+            row, touched = row + len(part), touched + part.nbytes
 
 
 def _map(file: Path, checksums: bool = False) -> dict[str, torch.Tensor]:
@@ -204,29 +212,24 @@ def _map(file: Path, checksums: bool = False) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def _survey(
-    folder: Path, config: Config, shapes: dict[str, tuple[int, ...]], shards: dict[str, Shard]
-) -> list[tuple[list[_Stored], _Target]]:
+def _survey(folder: Path, config: Config, shapes: dict[str, tuple[int, ...]]) -> list[_Piece]:
     """Match the stored tensors with the parameters, given by name and shape. One error names all differences."""
-    stored = _stored(folder, shapes.keys())
-    wanted = _wanted(shapes, shards, stored.keys())
+    stored = _stored(folder, config.head_dim, shapes.keys())
+    wanted = _wanted(shapes, stored.keys())
     if config.tie_embeddings and HEAD in stored:
         embedding = next(name for name in shapes if name.endswith(EMBEDDING))
-        wanted[HEAD] = replace(wanted[embedding], repeats=True)
-    found, dtypes, misfits = [], [], []
+        wanted[HEAD] = shapes[embedding], {"parameter": embedding, "repeats": True}
+    pieces, dtypes, misfits = [], [], []
     surplus = [name for name in stored if name not in wanted]
     missing = [name for name in wanted if name not in stored]
     for name in [name for name in stored if name in wanted]:
-        parts, target = stored[name], wanted[name]
-        dtypes += [f"{name} ({part.like.dtype})" for part in parts if part.like.dtype not in FLOATS]
-        likes = [part.like for part in parts]
-        if all(like.shape == target.shape for like in likes):  # several of Meta's files have the same norms
-            found += [([part], replace(target, repeats=target.repeats or part != parts[0])) for part in parts]
-        elif _joined(likes, target.shape) is not None:
-            found.append((parts, target))
-        else:
-            sizes = " + ".join(str(list(like.shape)) for like in likes)
-            misfits.append(f"{name} is {sizes}, not {list(target.shape)}")
+        parts, (shape, special) = stored[name], wanted[name]
+        dtypes += [f"{name} ({tensor.dtype})" for _, tensor in parts if tensor.dtype not in FLOATS]
+        fitting = _fit(parts, shape)
+        if not fitting:
+            found = " + ".join(str(list(tensor.shape)) for _, tensor in parts)
+            misfits.append(f"{name} is {found}, not {list(shape)}")
+        pieces += [replace(piece, **special) for piece in fitting]
     if missing or surplus or dtypes or misfits:
         reasons = []
         layers = {m[0] for name in stored if not name.startswith(VISION) and (m := re.match(r".*?layers\.\d+\.", name))}
@@ -239,35 +242,37 @@ def _survey(
         if misfits:
             sizes = [f"{name} {getattr(config, name)}" for name in SIZES if hasattr(config, name)]
             reasons.append(f"the config has {', '.join(sizes)}")
-        files = {part.file for parts in stored.values() for part in parts if part.file.suffix == ".pth"}
+        files = {piece.file for parts in stored.values() for piece, _ in parts if piece.file.suffix == ".pth"}
         if misfits and files:  # each file has a part of each matrix
             reasons.append(f"there are {len(files)} files consolidated.*.pth, perhaps not all")
         faults = {"missing": missing, "surplus": surplus, "of a wrong dtype": dtypes, "of a wrong shape": misfits}
         reasons += [f"{fault}: {some(names)}" for fault, names in faults.items() if names]
         raise CheckpointError(f"the weights in {folder} are not those of its config: {'; '.join(reasons)}")
-    return found
+    return sorted(pieces, key=lambda piece: (piece.repeats, piece.file))
 
 
-def _wanted(shapes: dict[str, tuple[int, ...]], shards: dict[str, Shard], stored: Set[str]) -> dict[str, _Target]:
-    """Return what each tensor to look for fills: a parameter, or one expert's matrix if they are stored one by one."""
+def _wanted(shapes: dict[str, tuple[int, ...]], stored: Set[str]) -> dict[str, tuple[tuple[int, ...], dict[str, Any]]]:
+    """Return the shape of each tensor to look for, and the fields of its `_Piece` that are special.
+
+    These are the parameters. A parameter that holds all experts is replaced if the experts are stored one by one.
+    """
     wanted = {}
     for name, shape in shapes.items():
         experts, _, kind = name.rpartition(".")
-        matrices, shard = EXPERT_MATRICES.get(kind, ()), shards.get(name)
+        matrices = EXPERT_MATRICES.get(kind, ())
         if not any(f"{experts}.0.{matrix}.weight" in stored for matrix in matrices):
-            wanted[name] = _Target(name, shape, shard)
+            wanted[name] = shape, {}
             continue
-        if shard is not None:  # it has the same rows of gate and of up
-            shard = replace(shard, axis=shard.axis - 1, spans=shard.spans[:1])
-        size = shape[1] // len(matrices), shape[2]
+        rows = shape[1] // len(matrices)
         for expert in range(shape[0]):
             for number, matrix in enumerate(matrices):
-                target = _Target(name, size, shard, (expert, number, len(matrices)))
-                wanted[f"{experts}.{expert}.{matrix}.weight"] = target
+                target_at = {0: slice(expert, expert + 1), 1: slice(number * rows, (number + 1) * rows)}
+                special = {"parameter": name, "target_at": target_at, "one_expert": True}
+                wanted[f"{experts}.{expert}.{matrix}.weight"] = (rows, shape[2]), special
     return wanted
 
 
-def _stored(folder: Path, parameters: Set[str]) -> dict[str, list[_Stored]]:
+def _stored(folder: Path, head_dim: int, parameters: Set[str]) -> dict[str, list[tuple[_Piece, torch.Tensor]]]:
     """Collect what is stored for each parameter: one tensor, or in Meta's layout one from each file."""
     stored = {}
     for file, names in _weight_files(folder).items():
@@ -275,13 +280,15 @@ def _stored(folder: Path, parameters: Set[str]) -> dict[str, list[_Stored]]:
         if names is not None and (astray := tensors.keys() ^ names):
             raise CheckpointError(f"{file} and the index beside it disagree about {some(sorted(astray))}")
         for name, tensor in tensors.items():
+            parameter, interleaved = name, 0
             if file.suffix == ".pth":
                 parameter = meta.parameter_name(name)
-            else:
-                parameter = name if name in parameters else published_name(name)
+                interleaved = head_dim if name.endswith(meta.INTERLEAVED) else 0
+            elif name not in parameters:
+                parameter = published_name(name)
             if not name.endswith(ROPE_TABLES):
-                part = _Stored(file, name, torch.empty_like(tensor, device="meta"))
-                stored.setdefault(parameter, []).append(part)
+                piece = _Piece(file, name, parameter, interleaved=interleaved)
+                stored.setdefault(parameter, []).append((piece, tensor))
     return stored
 
 
@@ -301,7 +308,10 @@ def _weight_files(folder: Path) -> dict[Path, set[str] | None]:
             if not os.path.isfile(folder / shard):
                 raise CheckpointError(f"{folder} lacks the shard {shard!r:.200}; fetch it")
         return {folder / shard: {name for name in index if index[name] == shard} for shard in shards}
-    files = sorted(folder.glob("consolidated.*.pth"))  # if one is missing, the parts of matrices do not fit
+    files = sorted(folder.glob("consolidated.*.pth"))
+    for rank, file in enumerate(files):
+        if file.name != f"consolidated.{rank:02d}.pth":
+            raise CheckpointError(f"{folder} holds {file.name}, but no consolidated.{rank:02d}.pth; fetch it")
     if not files:
         kinds = f"such as model.safetensors or consolidated.00.pth{instead(os.listdir(folder))}"
         raise CheckpointError(f"{folder} holds no weights, {kinds}")
@@ -313,3 +323,19 @@ def published_name(name: str) -> str:
     for pattern, replacement in RENAMED.items():
         name = re.sub(rf"^{pattern}", replacement, name)
     return name
+
+
+def _fit(parts: list[tuple[_Piece, torch.Tensor]], whole: tuple[int, ...]) -> list[_Piece]:
+    """Make parts fill a whole: side by side, as Meta cuts matrices, or as copies. [] means that they do not fit."""
+    shapes = {tuple(tensor.shape) for _, tensor in parts}
+    part, ranks = shapes.pop(), len(parts)
+    if shapes or not part or (parts[0][0].interleaved and part[0] % parts[0][0].interleaved):
+        return []
+    if part == whole:
+        return [replace(piece, repeats=rank > 0) for rank, (piece, _) in enumerate(parts)]
+    if len(part) == 3 and (part[0], part[2], part[1]) == whole:
+        return [replace(parts[0][0], transposed=True)]  # experts of Qwen3-VL, as published
+    for axis, size in enumerate(part):
+        if (*part[:axis], size * ranks, *part[axis + 1 :]) == whole:
+            return [replace(p, target_at={axis: slice(r * size, (r + 1) * size)}) for r, (p, _) in enumerate(parts)]
+    return []

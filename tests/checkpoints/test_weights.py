@@ -388,12 +388,12 @@ load_weights(Path("{folder}"), module, dtype=dtype, device="cpu", progress=False
 size = sum(p.nbytes for p in module.parameters())
 print((kilobytes("VmHWM") - before) * 1024 / size, size)
 """
-SIZES = (3_000, 1024, 2816, 10, 16, 4, 64)  # 119 million weights, of which the largest matrix has 3 million
+SIZES = (16_000, 1024, 2816, 8, 16, 4, 64)  # 122 million weights
 
 
 @pytest.fixture(scope="module")
 def large(tmp_path_factory):
-    """Folders with the same 239 MB of bfloat16 weights: a single file, shards, Meta's files of two ranks."""
+    """Folders with the same 244 MB of bfloat16 weights: a single file, shards, Meta's files of two ranks."""
     root = tmp_path_factory.mktemp("large")
     for layout in ("single", "sharded", "meta"):
         (root / layout).mkdir()

@@ -65,13 +65,14 @@ def compiled(model: pop.Model) -> torch.Tensor:
 
 def main(folder: Path) -> None:
     read = []
-    read_parts = checkpoint._read
+    steps = checkpoint._steps
 
-    def counted(*args):
-        read.append((source := read_parts(*args)).nbytes)
-        return source
+    def counted(*args, **options):
+        for piece, row, source in steps(*args, **options):
+            read.append(source.nbytes)
+            yield piece, row, source
 
-    checkpoint._read = counted
+    checkpoint._steps = counted
     agreed, broadcast = [], dist.broadcast
     dist.broadcast = lambda *args: agreed.append(args) or broadcast(*args)
     found = {}
