@@ -101,6 +101,8 @@ def download(name: str, revision: str | None = None, *, progress: bool = True) -
     entry = lookup(name)
     if entry.embedded and revision is None:
         return embedded.fetch(name, progress=progress)
+    if "/" not in entry.source:
+        raise DownloadError(f"revision is {revision!r}, but {name} is {entry.source}, which has none; leave it out")
     found = stored(entry)
     if found and not (found / MANIFEST).is_file():
         raise DownloadError(f"{found} exists, but `pop download` has not made it; remove it to download the model")
@@ -128,7 +130,7 @@ def verify(folder: str | Path) -> Manifest:
     """
     folder = Path(folder)
     if not (folder / MANIFEST).is_file():
-        raise CheckpointError(f"{folder} has no {MANIFEST}; only what `pop download` has fetched can be verified")
+        raise CheckpointError(f"{folder} has no {MANIFEST}; only a download from the hub can be verified")
     manifest = Manifest.load(folder)
 
     def fault(name: str) -> str | None:

@@ -21,8 +21,8 @@ class Entry:
     name: str
     family: str
     parameters: int  # including a vision tower; tied weights count once
-    source: str  # the repository on the Hugging Face Hub, or the package that `pop demo` fetches
-    embedded: bool = False  # whether `pop demo` can fetch the files from a package (pop/checkpoints/embedded.py)
+    source: str  # the repository on the Hugging Face Hub, or the package on the package index
+    embedded: bool = False  # whether the files come from a package (pop/checkpoints/embedded.py)
 
 
 def _two(family: str, name: str, parameters: int, source: str, first: str, second: str, **options) -> list[Entry]:
@@ -103,11 +103,10 @@ def find_weights(name: str) -> Path:
     entry = lookup(name)
     if folder := stored(entry) or _cached(entry.source):
         return folder
-    if entry.embedded:
-        step = f"run `pop demo --model {name}`, which fetches them"
-    else:
+    step = f"run `pop download {name}`"
+    if not entry.embedded:
         files = f"config.json, the safetensors files and tokenizer.json of the Hugging Face repository {entry.source}"
-        step = f"run `pop download {name}`, or put {files} into {weights_folder() / entry.name}"
+        step += f", or put {files} into {weights_folder() / entry.name}"
     folders = ", ".join(str(place / entry.name) for place in _places())
     raise WeightsNotFound(f"the weights of {name} are in none of {folders}; {step}")
 

