@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 
 from pop.calibration.distill import distill
-from pop.calibration.judge import Judge, Window
+from pop.calibration.judge import JUDGED, PASSAGE, Judge, Window
 from pop.errors import InputError, PlanError, UnsupportedError, check_count
 from pop.generation.sampling import check_finite
 from pop.model import Model
@@ -106,15 +106,16 @@ def calibrate(
     held_out = min(held_out, max(1, len(windows) // 5))
     judge, windows = windows[:held_out], windows[held_out:]
     fits = [_Fit(model, one, taps) for one in plans]
-    with progress_bar("calibrating", sum(len(tokens) for tokens, _ in windows), "tokens", progress) as step:
+    trial = sum(min(len(tokens), JUDGED) + PASSAGE for tokens, _ in judge)  # tokens that judging a plan runs
+    total = sum(len(tokens) for tokens, _ in windows) + len(fits) * TRIALS * trial
+    with progress_bar("calibrating", total, "tokens", progress) as step:
         for batch in _batches(windows):
             _accumulate(model, batch, fits)
             step(sum(len(tokens) for tokens, _ in batch))
-    if not all(fit.count for fit in fits):
-        raise InputError("full_depth_first leaves no token to fit to; make it smaller, or give longer texts")
-    loss = Judge(model, judge)
-    with progress_bar("choosing lambda", len(fits) * TRIALS, "trials", progress) as step:
-        results = [_choose(fit, loss, step) for fit in fits]
+        if not all(fit.count for fit in fits):
+            raise InputError("full_depth_first leaves no token to fit to; make it smaller, or give longer texts")
+        loss = Judge(model, judge)
+        results = [_choose(fit, loss, lambda trials: step(trials * trial)) for fit in fits]
     if steps:
         with progress_bar("distilling", len(fits) * steps, "steps", progress) as step:
             results = [distill(model, result, windows, loss, steps, seed, resume, step) for result in results]

@@ -1,5 +1,6 @@
 """The closed-form refit of K and V: against a naive fit, what must follow from it, and bad input."""
 
+import contextlib
 import copy
 import dataclasses
 import math
@@ -16,6 +17,7 @@ from support.tiny import random_model, tiny_config, tiny_gemma3_config, tiny_qwe
 
 import pop
 from pop import PlanError, PrunePlan, calibrate
+from pop.calibration import refit
 from pop.calibration.judge import Judge
 from pop.calibration.refit import DAMPINGS, RIDGES, _accumulate, _batches, _Fit, _windows, builtin_texts
 from pop.checkpoints.fingerprint import fingerprint
@@ -151,6 +153,22 @@ def test_the_best_of_what_is_tried_is_taken(model, winner, monkeypatch):
         expected = expected[..., : model.config.hidden_size]
     assert_close(result.projections.weight, expected.float())
     assert len(tried) <= len(RIDGES) + 2 * (len(DAMPINGS) - 1) + 1
+
+
+def test_one_bar_shows_all_of_the_work(monkeypatch):
+    """Its unit is the tokens that are run: those of the texts, and in each trial those of the held-out windows."""
+    bars = []
+
+    @contextlib.contextmanager
+    def bar(label, total, unit, wanted):
+        bars.append((total, []))
+        yield bars[-1][1].append
+
+    monkeypatch.setattr(refit, "progress_bar", bar)
+    texts, plans = random_texts(0, *[500] * 5), [PrunePlan((2, 3)), PrunePlan((1, 2, 3))]
+    calibrate(make_model(max_positions=512), texts, plans)
+    ((total, steps),) = bars
+    assert total == sum(steps) == 4 * 500 + 2 * refit.TRIALS * (384 + 64)
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=["llama", "gemma3", "qwen3"])
