@@ -1,4 +1,4 @@
-"""Helpers that several tools share: options, files, tables and memory. Their clock is in pop/cli/demo.py.
+"""Helpers that several tools share: options, files, tables, a clock and memory.
 
 A tool is run as `python -m tools.NAME` from the root of the repository. It may import `pop`, this file and its own
 package.
@@ -9,7 +9,9 @@ from __future__ import annotations
 import json
 import os
 import sys
+import time
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from pathlib import Path
 
 from pop.errors import InputError, PopError
@@ -86,6 +88,25 @@ def table(rows: Sequence[Sequence[str]], words: Sequence[int] = (0,)) -> str:
         ]
         lines.append("  ".join(cells).rstrip())
     return "\n".join(lines)
+
+
+# ---- Time ----
+
+
+def timed(first: Callable[[], int], step: Callable[[int], int], steps: int) -> tuple[float, list[float]]:
+    """Seconds of a prefill, and of each decode step after it, without the allocation of a cache.
+
+    `first` returns the first new token's id, and `step` maps an id to the next. Both return a Python integer, so they
+    wait for the device.
+    """
+    times = [time.perf_counter()]
+    token = first()
+    times.append(time.perf_counter())
+    for _ in range(steps):
+        token = step(token)
+        times.append(time.perf_counter())
+    ttft, *decode = (after - before for before, after in pairwise(times))
+    return ttft, decode
 
 
 # ---- Memory ----

@@ -73,7 +73,7 @@ class Judge:
         """The tokens of each window by a plan."""
         compared = []
         for prompt, continuation, passage, media, full in self.cases:
-            pruned = self._log_probs(prompt, continuation + passage[:-1], media, plan)
+            pruned = self._log_probs(prompt, continuation + passage[:-1], media, plan) if plan.layers else full
             kl = F.kl_div(pruned, full, log_target=True, reduction="none").sum(-1)  # [N + 1]
             cue = cue_tokens(passage)
             at = len(continuation) + cue  # where the first token to copy is predicted

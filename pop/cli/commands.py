@@ -328,8 +328,8 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
     add("--model", help="default: smollm2-135m", default="smollm2-135m", metavar="NAME_OR_DIR")
     add("--prompt-file", help="use the text in this file instead of the built-in story and question", metavar="F")
     prune_options(add, with_last=False)
-    integer(add, "--max-new-tokens", "the most tokens of an answer", 48)
-    integer(add, "--runs", "how often each plan is timed", 3)
+    integer(add, "--max-new-tokens", "the most tokens of an answer", 24)
+    integer(add, "--runs", "the most often that a plan is timed, if its times differ", 3)
     add("--json", help="print one JSON object instead of the table", action="store_true")
 
     added = command(generate, "Continue a text, and print the continuation as it comes.")

@@ -1,21 +1,22 @@
 """`pop demo`: one prompt, prefilled by the whole model and with pruned layers, side by side.
 
 The rows are the full model, the paper's plan (a third of the layers), and calibrated plans of a third, half and two
-thirds of the layers. Calibrated plans run the prompt's last 32 tokens at full depth, and are kept beside the weights.
-After an untimed turn, the plans take turns. The losses are those of pop/calibration/judge.py, on windows of the story.
+thirds of the layers. Calibrated plans run the prompt's last 32 tokens at full depth. Those that neither ship with the
+package nor lie beside the weights are made, and kept beside the weights. The losses are those of
+pop/calibration/judge.py, on windows of the story.
+
+On a CPU the model runs uncompiled: compiling takes longer than a row, and makes a prefill of this length no faster.
 """
 
 import contextlib
 import dataclasses
+import functools
 import json
 import platform
 import re
 import sys
-import time
-from collections.abc import Callable
-from itertools import pairwise, takewhile
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from statistics import median
 from textwrap import shorten
 
 import torch
@@ -26,11 +27,13 @@ from pop.checkpoints import embedded, registry
 from pop.errors import PlanError, UnsupportedError, check_count
 from pop.pruning.cost import prefill_flops, speedup_limit
 
-STORY = Path(__file__).parents[1] / "data" / "alice.txt"
+DATA = Path(__file__).parents[1] / "data"
+STORY = DATA / "alice.txt"
 QUESTION = "What is the title of Chapter I?"
-DECODE_STEPS = 8  # timed in each run
 FRACTIONS = (1 / 3, 1 / 2, 2 / 3)  # of the layers, in calibrated plans
 FULL_DEPTH_LAST = 32  # in calibrated plans: enough for the question
+CLOSE = 1.05  # two times whose ratio is smaller need no third
+WINDOWS = 2  # of the story, for the losses
 
 
 def run(name: str, text: str | None, prune, *, max_new_tokens: int, runs: int, as_json: bool) -> None:
@@ -46,123 +49,106 @@ def run(name: str, text: str | None, prune, *, max_new_tokens: int, runs: int, a
         text = f"{story}\n\nQuestion: {QUESTION}"
         about = f"the opening of Alice's Adventures in Wonderland, and a question: {QUESTION}"
     folder = embedded.fetch(name) if name in embedded.EMBEDDED else registry.find_folder(name)
-    model = pop.load(folder, dtype=torch.float32, prune=prune)
+    compile = "auto" if torch.cuda.is_available() else False
+    model = pop.load(folder, dtype=torch.float32, prune=prune, compile=compile)
     try:
         prompt = model.chat_tokens([{"role": "user", "content": text}])
     except UnsupportedError:  # a base model, or a chat template that fails
         prompt, about = model.encode(f"{text.strip()}\n\nAnswer:"), f"{about}, as plain text to continue"
     model.check_fits(len(prompt))
     result = {"model": name, "machine": machine(model.device), "num_layers": model.config.num_layers}
-    result |= {"dtype": str(model.dtype).removeprefix("torch."), "prompt_tokens": len(prompt), "runs": runs}
-    if not as_json:
-        print(_introduction(result, model, about), flush=True)
-    plans = list(dict.fromkeys([pop.PrunePlan.none(), model.plan]))
+    result |= {"dtype": str(model.dtype).removeprefix("torch."), "prompt_tokens": len(prompt), "rows": []}
+    show = (lambda text: None) if as_json else functools.partial(print, flush=True)
+    show(_introduction(result, model, about))
+    show(TABLE)
+    plans = plans_to_show(model, prune, Path(folder))
+    for row in compare(model, prompt, plans, story, max_new_tokens=max_new_tokens, runs=runs):
+        result["rows"].append(row)
+        show(_line(row))
+    print(json.dumps(result, ensure_ascii=False) if as_json else _conclusion(result))
+
+
+def plans_to_show(model, prune, folder: Path) -> Iterator[pop.PrunePlan]:
+    """Yield the plans of the rows. Calibrated ones come last, and are made no sooner than the first of them is due."""
+    yield pop.PrunePlan.none()
+    if model.plan.layers:
+        yield model.plan
     if model.plan.layers and model.plan.projections is None:
         deepest = [pop.PrunePlan.deepest(model.config.num_layers, fraction).layers for fraction in FRACTIONS]
         wanted = [pop.PrunePlan(layers, FULL_DEPTH_LAST) for layers in deepest] if prune == "default" else [model.plan]
-        plans += calibrated([plan for plan in dict.fromkeys(wanted) if plan.layers], model, Path(folder))
-    result["rows"] = compare(model, prompt, plans, story, max_new_tokens=max_new_tokens, runs=runs)
-    print(json.dumps(result, ensure_ascii=False) if as_json else _report(result))
+        yield from calibrated([plan for plan in dict.fromkeys(wanted) if plan.layers], model, folder)
 
 
 def calibrated(plans: list, model, folder: Path) -> list:
-    """The plans, calibrated on the built-in texts: read from `folder`, or made now and kept there."""
-    paths = {plan: folder / f"calibrated-{_name(plan)}.plan" for plan in plans}
-    kept = {}
-    for plan, path in paths.items():
-        with contextlib.suppress(PlanError):  # missing, broken, or made for other weights or layers
-            loaded = pop.PrunePlan.load(path)
-            model.resolve(loaded)
-            first = max(1, plan.full_depth_first)
-            wanted = dataclasses.replace(plan, full_depth_first=first, projections=loaded.projections)
-            if loaded.projections and loaded == wanted:
-                kept[plan] = loaded
-    if missing := [plan for plan in paths if plan not in kept]:
+    """The plans, calibrated on the built-in texts: found ready, or made now and kept in `folder`."""
+    ready = {plan: ready_plan(plan, model, folder) for plan in plans}
+    if missing := [plan for plan, found in ready.items() if found is None]:
         progress("calibrating, some minutes, once")
         for plan, result in zip(missing, pop.calibrate(model, None, missing), strict=True):
-            kept[plan] = result
+            ready[plan] = result
             try:
-                result.save(paths[plan])
+                result.save(folder / _file(plan))
             except PlanError as error:
                 progress(f"calibrated, but not kept: {error}")
-    return [kept[plan] for plan in plans]
+    return [ready[plan] for plan in plans]
 
 
-def _name(plan) -> str:
-    """A plan in a file's name, such as 20-29 or 0-3+20-29-last32."""
+def ready_plan(plan: pop.PrunePlan, model, folder: Path) -> pop.PrunePlan | None:
+    """The plan, calibrated for these weights, from the package or from `folder`. None: neither has it."""
+    for path in (*sorted((DATA / "plans").glob(f"{model.name}-*.plan")), folder / _file(plan)):
+        with contextlib.suppress(PlanError):  # missing, broken, or made for other weights or layers
+            found = pop.PrunePlan.load(path)
+            model.resolve(found)
+            first = max(1, plan.full_depth_first)
+            wanted = dataclasses.replace(plan, full_depth_first=first, projections=found.projections)
+            if found.projections and found == wanted:
+                return found
+    return None
+
+
+def _file(plan) -> str:
+    """The name of a plan's file, such as calibrated-20-29.plan or calibrated-0-3+20-29-last32.plan."""
     groups = [group for pruned, group in plan.groups(max(plan.layers) + 1) if pruned]
     name = "+".join(f"{group[0]}-{group[-1]}" for group in groups)
     name += f"-last{plan.full_depth_last}" if plan.full_depth_last > 1 else ""
-    return name + (f"-first{plan.full_depth_first}" if plan.full_depth_first > 1 else "")
+    name += f"-first{plan.full_depth_first}" if plan.full_depth_first > 1 else ""
+    return f"calibrated-{name}.plan"
 
 
-def compare(model, prompt: list[int], plans: list, story: str, *, max_new_tokens: int, runs: int) -> list[dict]:
-    """A row for each plan: its answer to a prompt of token ids, its times, and its loss on the story.
+def compare(model, prompt: list[int], plans: Iterable, story: str, *, max_new_tokens: int, runs: int) -> Iterator[dict]:
+    """Yield a row for each plan: its answer to a prompt of token ids, its fastest prefill, and its loss on the story.
 
-    The first plan prunes nothing.
+    The first plan prunes nothing. A prefill is timed up to `runs` times, until two of the times are close.
     """
-    progress("answering")  # also warms up
-    answers = [model.generate(prompt, max_new_tokens=max_new_tokens, plan=plan) for plan in plans]
-    steps = min(DECODE_STEPS, max_new_tokens - 1, model.max_seq_len - len(prompt))
-    cache = model.new_cache(1, len(prompt) + steps)
-    ttfts, step_times = [[] for _ in plans], [[] for _ in plans]
-    for number in range(1, runs + 1):
-        progress(f"timing, run {number} of {runs}")
-        for row, plan in enumerate(plans):
-            cache.reset()
-            ttft, decode = timed(
-                lambda plan=plan: int(model.prefill([prompt], cache, plan=plan).argmax()),
-                lambda token: int(model.decode([token], cache).argmax()),
-                steps,
-            )
-            ttfts[row].append(ttft)
-            step_times[row] += decode
-    progress("measuring the loss")
-    tokens = model.encode(story)
-    size = min(JUDGED, model.max_seq_len)
-    judge = Judge(model, [(tokens[begin : begin + size], []) for begin in range(0, len(tokens) - size + 1, size)])
-    rows = []
-    for plan, answer, ttft, decode in zip(plans, answers, ttfts, step_times, strict=True):
+    tokens, size = model.encode(story), min(JUDGED, model.max_seq_len)
+    windows = [(tokens[begin : begin + size], []) for begin in range(0, len(tokens) - size + 1, size)]
+    judge = None
+    for plan in plans:
+        model.generate(prompt[:64], max_new_tokens=2, plan=plan)  # warms up
+        answer = model.generate(prompt, max_new_tokens=max_new_tokens, plan=plan)
+        times = [answer.ttft_s]
+        while len(times) < runs and (len(times) < 2 or times[1] > CLOSE * times[0]):
+            times = sorted([*times, model.generate(prompt, max_new_tokens=1, plan=plan).ttft_s])
+        if judge is None:
+            full_s, judge = times[0], Judge(model, windows[:WINDOWS])
         losses = judge.losses(plan)
-        pairs = zip(answers[0].tokens, answer.tokens, strict=False)
-        row = {
+        yield {
             "layers": list(plan.layers),
             "full_depth_last": plan.full_depth_last,
             "full_depth_first": plan.full_depth_first,
             "taps": plan.projections.taps if plan.projections else None,
             "prefill_flops": prefill_flops(model.config, len(prompt), plan),
-            "ttft_s": median(ttft),
-            "ttft_fastest_s": min(ttft),
-            "ttft_slowest_s": max(ttft),
-            "speedup": median(ttfts[0]) / median(ttft),
+            "ttft_s": times[0],
+            "runs": len(times),
+            "speedup": full_s / times[0],
             "speedup_limit": speedup_limit(model.config, len(prompt), plan),
-            "decode_tokens_per_s": 1 / median(decode) if steps else None,
             "kl_nats": max(losses.continuation, 0.0),  # rounding can leave a sum just below zero
             "repetition_kl_nats": max(losses.repetition, 0.0),
             "copied": losses.copied,
-            "agreeing_tokens": len(list(takewhile(lambda pair: pair[0] == pair[1], pairs))),
             "answer": answer.text,
             "answer_tokens": len(answer.tokens),
             "finish_reason": answer.finish_reason,
         }
-        rows.append(row)
-    return rows
-
-
-def timed(first: Callable[[], int], step: Callable[[int], int], steps: int) -> tuple[float, list[float]]:
-    """Seconds of a prefill, and of each decode step after it, without the allocation of a cache.
-
-    `first` returns the first new token's id, and `step` maps an id to the next. Both return a Python integer, so they
-    wait for the device.
-    """
-    times = [time.perf_counter()]
-    token = first()
-    times.append(time.perf_counter())
-    for _ in range(steps):
-        token = step(token)
-        times.append(time.perf_counter())
-    ttft, *decode = (after - before for before, after in pairwise(times))
-    return ttft, decode
 
 
 def machine(device: torch.device) -> dict:
@@ -186,13 +172,13 @@ def progress(text: str) -> None:
 
 
 def _introduction(result: dict, model, about: str) -> str:
-    computer = result["machine"]
+    computer, compiled = result["machine"], "" if model.compiled else ", uncompiled"
     parameters = sum(parameter.numel() for parameter in model.module.parameters())
     return f"""\
 One prompt, encoded by the whole model, and with some of its {result["num_layers"]} layers skipped in prefill only.
 
 model    {result["model"]}, {parameters:,} parameters, in float32, so that the KL below comes from pruning only
-machine  {computer["device"]}, {computer["threads"]} threads, torch {computer["torch"]}
+machine  {computer["device"]}, {computer["threads"]} threads, torch {computer["torch"]}{compiled}
 prompt   {result["prompt_tokens"]:,} tokens: {about}"""
 
 
@@ -208,26 +194,28 @@ def describe(row: dict) -> str:
     return text + (", calibrated" if row["taps"] else "")
 
 
-def _report(result: dict) -> str:
-    heads = ("TTFT*, ms", "speedup", "limit", "KL, nats", "repeated", "copied")
-    table = [f"{'prompt encoded by':58}" + "".join(f"{head:>10}" for head in heads)]
-    answers = []
-    for row in result["rows"]:
-        cells = [f"{row['ttft_s'] * 1e3:,.0f}", f"{row['speedup']:.2f}x", f"{row['speedup_limit']:.2f}x"]
-        cells += [f"{row['kl_nats']:.3f}", f"{row['repetition_kl_nats']:.3f}", f"{row['copied']:.0%}"]
-        table.append(f"{describe(row):58}" + "".join(f"{cell:>10}" for cell in cells))
-        answers.append(f"{describe(row):58}  {shorten(row['answer'], 68, placeholder=' ...')}")
-    table, answers = "\n".join(table), "\n".join(answers)
-    speeds = [row["decode_tokens_per_s"] for row in result["rows"] if row["decode_tokens_per_s"]]
-    decode = f"Decode runs all layers whatever the plan: {median(speeds):.1f} tokens/s here.\n\n" if speeds else ""
-    return f"""
-{table}
+HEADS = ("TTFT*, ms", "speedup", "limit", "KL, nats", "repeated", "copied")
+TABLE = f"\n{'prompt encoded by':58}" + "".join(f"{head:>10}" for head in HEADS)
 
-* time to first token, median of {result["runs"]} runs in turn, without tokenization and cache allocation;
-  limit: the speedup that the shapes allow; KL(full || pruned): how much the predictions differ from the full model's,
-  for text that continues and for a passage of the prompt that is repeated, and the share of its tokens that are copied
+
+def _line(row: dict) -> str:
+    """A row of the table."""
+    cells = [f"{row['ttft_s'] * 1e3:,.0f}", f"{row['speedup']:.2f}x", f"{row['speedup_limit']:.2f}x"]
+    cells += [f"{row['kl_nats']:.3f}", f"{row['repetition_kl_nats']:.3f}", f"{row['copied']:.0%}"]
+    return f"{describe(row):58}" + "".join(f"{cell:>10}" for cell in cells)
+
+
+def _conclusion(result: dict) -> str:
+    answers = [f"{describe(row):58}  {shorten(row['answer'], 68, placeholder=' ...')}" for row in result["rows"]]
+    answers = "\n".join(answers)
+    return f"""
+* time to first token, of the fastest run; limit: the speedup that the shapes allow; KL(full || pruned): how much the
+  predictions differ from the full model's, for text that continues and for a passage of the prompt that is repeated,
+  and the share of its tokens that are copied
 
 answers
 {answers}
 
-{decode}Next: `pop chat {result["model"]}`, `pop demo --prune 0.5`, or the ten lines of Python in README.md."""
+Decode runs all layers, whatever the plan.
+
+Next: `pop chat {result["model"]}`, `pop demo --prune 0.5`, or the ten lines of Python in README.md."""

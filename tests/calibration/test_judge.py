@@ -43,6 +43,12 @@ def test_the_losses_are_those_of_the_continuation_and_of_the_repeated_passage(co
     assert judge.losses(PrunePlan.none())[:2] == (0, 0)
 
 
+def test_the_full_model_is_not_run_again(model, monkeypatch):
+    judge = Judge(model, random_windows(60))
+    monkeypatch.delattr(pop.Model, "prefill")
+    assert judge.losses(PrunePlan.none())[:2] == (0, 0)
+
+
 def test_tokens_are_copied_if_they_are_the_likeliest(model):
     windows = [*random_windows(60, 45), ([30] * 70, [])]  # this model repeats token 30
     right = total = 0

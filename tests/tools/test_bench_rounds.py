@@ -9,10 +9,10 @@ import torch
 from support.tiny import random_model, tiny_config, tiny_gemma3_config
 
 import pop
-from pop.cli.demo import timed
 from pop.pruning import cost
 from tools.bench import __main__ as bench
 from tools.bench import measure, rivals, rounds, shapes, turns
+from tools.common import timed
 
 
 @pytest.fixture

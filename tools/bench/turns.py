@@ -11,12 +11,12 @@ from statistics import median
 import torch
 
 import pop
-from pop.cli.demo import timed
 from pop.engine.attention import attend_cache
 from pop.engine.layout import Chunk, chunk_bounds
 from pop.models.images import TEXT
 from tools.bench.rounds import Turn, device_seconds, seconds
 from tools.bench.shapes import bandwidth_bytes
+from tools.common import timed
 
 
 def peak_turn(device: torch.device, dtype: torch.dtype) -> Turn:

@@ -19,10 +19,9 @@ from statistics import mean, median
 import torch
 
 import pop
-from pop.cli.demo import timed
 from pop.errors import InputError, check_count
 from pop.pruning.cost import speedup_limit
-from tools.common import exit_status, integers_in, resident
+from tools.common import exit_status, integers_in, resident, timed
 
 SAMPLE = 2 * 2**30  # bytes of the files that are read to measure the disk's speed
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from statistics import median
 
-from pop.cli.demo import timed
+from tools.common import timed
 from tools.evaluate.contender import Contender
 
 
