@@ -321,8 +321,9 @@ class Model:
             return plan
         if refit.fingerprint != self.fingerprint:
             raise PlanError("the plan's projections were fitted to another model's weights; use pop.calibrate again")
-        shape, KE = list(refit.weight.shape), self.config.num_kv_heads * self.config.head_dim
-        needed = [len(refit.layers), 2, KE, refit.taps * self.config.hidden_size]
+        n, KE, width = len(refit.layers), self.config.num_kv_heads * self.config.head_dim, self.config.hidden_size
+        inputs = refit.weight if refit.shared is None else refit.shared  # its last axis
+        shape, needed = [*refit.weight.shape[:3], inputs.shape[-1]], [n, 2, KE, refit.taps * width]
         if refit.rows is None and shape != needed:
             raise PlanError(f"the plan's projections are {shape}, but this model needs {needed}; calibrate again")
         rows = None if self.part is None else self.part.kv_rows

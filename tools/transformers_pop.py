@@ -118,9 +118,9 @@ class pruned:
         if cache is None:
             raise InputError("pruned prefill writes a cache, but use_cache is off; turn it on")
         if index == start:
-            prompt.entering = h if self.refit is None else self._refit_inputs(layer, h, prompt, cache, start)
+            prompt.entering = h, None if self.refit is None else self._refit_inputs(layer, h, prompt, cache, start)
         rows, mask, tables = prompt.rows, kwargs.pop("attention_mask"), kwargs.pop("position_embeddings")
-        k, v = self._keys_values(layer, index, prompt.entering, tables)
+        k, v = self._keys_values(layer, index, *prompt.entering, tables)
         filled = h.shape[1] if mask is None else None
         causal = torch.arange(h.shape[1], device=h.device) <= rows[..., None]  # for an empty cache without padding
         row_mask = causal[:, None] if mask is None else torch.take_along_dim(mask, rows[:, None, :, None], dim=2)
@@ -132,21 +132,20 @@ class pruned:
         return h.scatter(1, at, f)
 
     def _refit_inputs(self, layer, h, prompt, cache, start):
-        """What the group's refit projections take, [B, T, taps * D]."""
+        """What the group's refit projections take, as KVProjections.inputs returns it."""
         x = normalised(h, layer.input_layernorm)
         previous = latest(cache, start, x) if self.two_taps else torch.zeros_like(x[:, 0])  # [B, D]
         x = x.where(prompt.valid[..., None], previous[:, None])  # padding precedes a row's first token
         return self.refit.inputs(x, previous)
 
-    def _keys_values(self, layer, index, x, tables):
-        """K and V [B, K, T, E] of a layer, as the cache holds them. x: what entered its group."""
-        attention = layer.self_attn
-        if self.refit is None:
-            x = layer.input_layernorm(x)
-            k, v = attention.k_proj(x), attention.v_proj(x)
-        else:
-            n = self.plan.layers.index(index)
-            k, v = F.linear(x, self.refit.weight[n].flatten(0, 1), self.refit.bias[n].flatten()).chunk(2, dim=-1)
+    def _keys_values(self, layer, index, h, inputs, tables):
+        """K and V [B, K, T, E] of a layer as the cache holds them, from the h and the refit's inputs of its group."""
+        attention, refit, x, n = layer.self_attn, self.refit, layer.input_layernorm(h), self.plan.layers.index(index)
+        is_whole = refit is not None and refit.shared is None  # otherwise the layer's own projections have a part in it
+        k, v = (0, 0) if is_whole else (attention.k_proj(x), attention.v_proj(x))
+        if refit is not None:
+            fitted = F.linear(inputs, refit.weight[n].flatten(0, 1), refit.bias[n].flatten()).chunk(2, dim=-1)
+            k, v = k + fitted[0], v + fitted[1]
         k, v = (x.unflatten(-1, (-1, attention.head_dim)) for x in (k, v))  # [B, T, K, E]
         k = attention.k_norm(k) if hasattr(attention, "k_norm") else k
         k = rotate(k, tuple(table[:, :, None, : k.shape[-1] // 2] for table in tables))  # both halves are the same

@@ -23,7 +23,6 @@ from pop.calibration.student import distillation_loss
 from pop.errors import InputError
 from pop.generation.sampling import check_finite
 from pop.pruning.plan import PrunePlan
-from pop.pruning.projections import KVProjections
 from pop.system import files
 
 RATE = 0.25  # the share by which a step may change what a projection computes, see `learning_rate`
@@ -55,27 +54,31 @@ def distill(
     """
     given = judge.compare(plan)
     state = {"steps": torch.tensor(0), "least": torch.tensor(pooled(given).mean)}  # all that a run needs to continue
-    for name in ("weight", "bias"):
-        tensor = getattr(plan.projections, name).to(model.device, torch.float32)
+    names, rates = tuple(plan.projections.tensors), {}
+    for name, tensor in plan.projections.tensors.items():
+        tensor = tensor.to(model.device, torch.float32)
+        rates[name] = rates["weight"] if name == "bias" else learning_rate(tensor)
         state |= {name: tensor.clone(), f"best {name}": tensor.clone()}
         state |= {f"{moment} {name}": torch.zeros_like(tensor) for moment in ("mean", "square")}
     run = _identity(model, plan, windows, steps, seed)
     if resume is not None:
         _read(resume, run, state)
         _write(resume, run, state)  # before the work, in case the path cannot be written
-    module, rate = _working_copy(model), learning_rate(plan.projections.weight.float())
+    module = _working_copy(model)
     progress(done := int(state["steps"]))
     for number in range(done, steps):
         rng = random.Random(f"{seed} {number}")
         batch = exercise(model, windows, number, rng)
-        projections = [state[name].requires_grad_() for name in ("weight", "bias")]
-        loss = distillation_loss(module, model.vision, plan, *projections, batch, rng)
-        adam_step(state, torch.autograd.grad(loss, projections), rate * schedule(number, steps))
+        trained = {name: state[name].requires_grad_() for name in names}
+        student = dataclasses.replace(plan, projections=plan.projections.replaced(trained))
+        loss = distillation_loss(module, model.vision, student, batch, rng)
+        gradients = dict(zip(names, torch.autograd.grad(loss, [*trained.values()]), strict=True))
+        adam_step(state, gradients, {name: rate * schedule(number, steps) for name, rate in rates.items()})
         if (number + 1) % max(1, steps // CHECKS) == 0 or number + 1 == steps:
             found = judge.compare(_plan(model, plan, state))
             if pooled(found).mean < state["least"] and not is_worse(found, given):
                 state["least"] = torch.tensor(pooled(found).mean)
-                state |= {f"best {name}": state[name].detach().clone() for name in ("weight", "bias")}
+                state |= {f"best {name}": state[name].detach().clone() for name in names}
             if resume is not None:
                 _write(resume, run, state)
         progress(1)
@@ -91,9 +94,8 @@ def _working_copy(model) -> torch.nn.Module:
 
 def _plan(model, plan: PrunePlan, state: dict[str, torch.Tensor], which: str = "") -> PrunePlan:
     """The plan with the projections of a state, the latest ones or the best ones."""
-    weight, bias = (state[which + name].detach().to(model.dtype, copy=True) for name in ("weight", "bias"))
-    refit = KVProjections(plan.layers, weight, bias, plan.projections.fingerprint, plan.projections.taps)
-    return dataclasses.replace(plan, projections=refit)
+    tensors = {name: state[which + name].detach().to(model.dtype, copy=True) for name in plan.projections.tensors}
+    return dataclasses.replace(plan, projections=plan.projections.replaced(tensors))
 
 
 def is_worse(found: list[Compared], given: list[Compared]) -> bool:
@@ -105,10 +107,10 @@ def is_worse(found: list[Compared], given: list[Compared]) -> bool:
 
 
 def learning_rate(weight: torch.Tensor) -> float:
-    """The largest learning rate for projections [n, 2, K * E, taps * D].
+    """The largest learning rate for a matrix of projections [..., I].
 
     A step of Adam changes each weight by up to about the learning rate. Inputs x have a mean square of 1. So it changes
-    w x, whose size is about |w|, by up to about taps * D times the learning rate.
+    w x, whose size is about |w|, by up to about I times the learning rate.
     """
     return RATE * float(weight.square().sum(-1).mean().sqrt()) / weight.shape[-1]
 
@@ -119,23 +121,23 @@ def schedule(number: int, steps: int) -> float:
 
 
 @torch.no_grad()
-def adam_step(state: dict[str, torch.Tensor], gradients: tuple[torch.Tensor, torch.Tensor], rate: float) -> None:
-    """A step of Adam (Kingma and Ba 2015) with gradients of the weight and the bias, in place."""
-    norm = torch.stack([gradient.norm() for gradient in gradients]).norm()
+def adam_step(state: dict[str, torch.Tensor], gradients: dict[str, torch.Tensor], rates: dict[str, float]) -> None:
+    """A step of Adam (Kingma and Ba 2015) with gradients and learning rates by name, in place."""
+    norm = torch.stack([gradient.norm() for gradient in gradients.values()]).norm()
     check_finite(norm, "gradients of the projections")
     state["steps"] += 1
     mean_share, square_share = (1 - beta ** int(state["steps"]) for beta in BETAS)
-    for name, gradient in zip(("weight", "bias"), gradients, strict=True):
+    for name, gradient in gradients.items():
         gradient = gradient * (LARGEST / norm).clamp(max=1)
         mean = state[f"mean {name}"].lerp_(gradient, 1 - BETAS[0]) / mean_share
         square = state[f"square {name}"].lerp_(gradient.square(), 1 - BETAS[1]) / square_share
-        state[name] -= rate * mean / (square.sqrt() + EPSILON)
+        state[name] -= rates[name] * mean / (square.sqrt() + EPSILON)
 
 
 def _identity(model, plan: PrunePlan, windows: list[Window], steps: int, seed: int) -> dict[str, str]:
     """What tells a run from others."""
     texts = [(tokens, [one.sha256 for one in media]) for tokens, media in windows]
-    settings = (plan.fields(), plan.projections.taps, steps, seed)
+    settings = (plan.fields(), plan.projections.taps, plan.projections.rank, steps, seed)
     return {"run": hashlib.sha256(repr((model.fingerprint, settings, texts)).encode()).hexdigest()}
 
 

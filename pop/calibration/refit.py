@@ -48,6 +48,7 @@ def calibrate(
     images=None,
     videos=None,
     taps: int = 2,
+    rank: int | None = None,
     window: int = 1024,
     held_out: int = 8,
     steps: int = 0,
@@ -64,6 +65,8 @@ def calibrate(
         plan: A PrunePlan or another value of `prune` in `load`, or a list. Several plans share the pass over the texts.
         images, videos: A list for each text, as in `Model.generate`. All are in memory at the same time.
         taps: 2 also gives the projections the previous token, and 1 does not.
+        rank: Store corrections of this rank in all, such as a quarter of taps * D, for one group of pruned layers. The
+            plan is smaller, and two taps cost less. None: whole projections.
         window: The tokens of a window, ideally as many as in a typical prompt. Texts with images stay whole.
         held_out: The number of windows, at most a fifth of all, that choose lambda and the dampings but are not fitted.
             A plan is judged by the 128 tokens after their first 256, or after their last image, and by a passage of
@@ -89,6 +92,8 @@ def calibrate(
     if not plans:
         raise PlanError("the list of plans is empty; give at least one plan")
     taps = check_count("taps", taps, least=1, most=2)
+    if rank is not None:
+        rank = check_count("rank", rank, least=1, most=taps * model.config.hidden_size)
     seed = check_count("seed", seed, least=-(2**63), most=2**63 - 1)
     window = min(check_count("window", window, least=SHORTEST), model.max_seq_len)
     held_out = check_count("held_out", held_out)
@@ -105,7 +110,7 @@ def calibrate(
     random.Random(seed).shuffle(windows)
     held_out = min(held_out, max(1, len(windows) // 5))
     judge, windows = windows[:held_out], windows[held_out:]
-    fits = [_Fit(model, one, taps) for one in plans]
+    fits = [_Fit(model, one, taps, rank) for one in plans]
     trial = sum(min(len(tokens), JUDGED) + PASSAGE for tokens, _ in judge)  # tokens that judging a plan runs
     total = sum(len(tokens) for tokens, _ in windows) + len(fits) * TRIALS * trial
     with progress_bar("calibrating", total, "tokens", progress) as step:
@@ -171,19 +176,26 @@ def _batches(windows: list[Window]) -> Iterator[list[Window]]:
 class _Fit:
     """The normal equations of one plan."""
 
-    def __init__(self, model, plan: PrunePlan, taps: int):
-        self.model, self.plan, self.taps = model, plan, taps
+    def __init__(self, model, plan: PrunePlan, taps: int, rank: int | None = None):
+        self.model, self.plan, self.taps, self.rank = model, plan, taps, rank
         self.count = 0  # n, the number of tokens
         groups = plan.groups(model.config.num_layers, model.module.deepstack_layers)
         self.groups = [group for is_pruned, group in groups if is_pruned]
+        if rank is not None and len(self.groups) > 1:
+            raise PlanError(
+                f"rank is {rank}, but {plan.layers} are {len(self.groups)} groups of layers; prune one group"
+            )
         zeros = functools.partial(torch.zeros, dtype=torch.float64, device=model.device)
         width, KE = taps * model.config.hidden_size, model.module.config.num_kv_heads * model.config.head_dim
         self.xx = {group[0]: zeros(width, width) for group in self.groups}  # X' X, by the first layer of a group
         self.x = {group[0]: zeros(width) for group in self.groups}  # the sum of X over the tokens, likewise
         self.xy = {index: zeros(width, 2 * KE) for index in plan.layers}  # X' Y, by pruned layer
 
-    def solve(self, ridge: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """W0 [n, 2, K * E, taps * D], D of the same shape, and b0 [n, 2, K * E], in float64. ridge: lambda."""
+    def solve(self, ridge: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """W0 [n, 2, K * E, taps * D], D of the same shape, b0 [n, 2, K * E], and L of the last group, in float64.
+
+        ridge: lambda. L [taps * D, taps * D] is the Cholesky factor of X' X / n + lambda I.
+        """
         solutions = []
         for group in self.groups:
             xx, x = self.xx[group[0]], self.x[group[0]]
@@ -198,20 +210,41 @@ class _Fit:
                 correction = torch.cholesky_solve(residual, factor)  # D'
                 solutions.append((own, correction.T.unflatten(0, own.shape[:2]), bias))
         own, correction, bias = map(torch.stack, zip(*solutions, strict=True))
-        return own, correction, bias
+        return own, correction, bias, factor / self.count**0.5
 
-    def refit(self, own, correction, bias, damp_k: float, damp_v: float) -> PrunePlan:
+    def refit(self, own, correction, bias, factor, damp_k: float, damp_v: float) -> PrunePlan:
         """Return the plan with the projections of a solution, given the dampings of K and V."""
-        taps = self.taps
-        if damp_k == damp_v == 0:  # plain pruning does not use the previous token
+        taps, shared = self.taps, None
+        if damp_k == damp_v == 0 and self.rank is None:  # plain pruning does not use the previous token
             taps, D = 1, self.model.config.hidden_size
             own, correction = own[..., :D], correction[..., :D]
-        weight = own + own.new_tensor([damp_k, damp_v])[:, None, None] * correction
-        weight, bias = weight.to(self.model.dtype), bias.to(self.model.dtype)
-        if self.model.part is not None:  # each rank has fitted those of its heads
+        correction = own.new_tensor([damp_k, damp_v])[:, None, None] * correction
+        weight = own + correction if self.rank is None else correction
+        if self.model.part is not None:  # each process has fitted those of its heads
             weight, bias = (self.model.part.gather_heads(x) for x in (weight, bias))
-        projections = KVProjections(self.plan.layers, weight, bias, self.model.fingerprint, taps)
+        if self.rank is not None:
+            weight, shared = low_rank(weight, factor, self.rank)
+            bias, shared = torch.zeros_like(bias), shared.to(self.model.dtype)
+        weight, bias = weight.to(self.model.dtype), bias.to(self.model.dtype)
+        projections = KVProjections(self.plan.layers, weight, bias, self.model.fingerprint, taps, shared)
         return dataclasses.replace(self.plan, projections=projections)
+
+
+def low_rank(corrections: torch.Tensor, factor: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The U [n, 2, K * E, R] and V [R, taps * D] that minimise the sum of |(D_l - U_l V) L|² over all layers.
+
+    So they change K and V of the calibration text least. V x has a mean square of about 1.
+
+    Args:
+        corrections: D [n, 2, K * E, taps * D].
+        factor: L [taps * D, taps * D], lower triangular. L L' is the mean of x x', plus lambda.
+        rank: R.
+    """
+    scaled = corrections @ factor
+    rows = scaled.flatten(0, 2)
+    basis = torch.linalg.eigh(rows.T @ rows).eigenvectors[:, -rank:]  # of the largest eigenvalues
+    shared = torch.linalg.solve_triangular(factor, basis.T, upper=False, left=False)
+    return scaled @ basis, shared.contiguous()
 
 
 def _accumulate(model, batch: list[Window], fits: list[_Fit]) -> None:

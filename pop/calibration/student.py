@@ -28,23 +28,22 @@ from pop.pruning.reference import full_depth_tokens
 _checkpoint = functools.partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
 
 
-def distillation_loss(module, vision, plan: PrunePlan, weight, bias, batch: Exercise, rng: random.Random):
+def distillation_loss(module, vision, plan: PrunePlan, batch: Exercise, rng: random.Random):
     """KL(full || pruned) of the continuations of a batch, in nats a token.
 
     Args:
         module: A PrunableModel.
         vision: Its Processor.
-        plan: With projections, of which only the taps count here.
-        weight, bias: The projections to differentiate, as in KVProjections, in any dtype.
+        plan: With the projections to differentiate, in any dtype.
         rng: Decides whether the plan's full-depth tokens or only the prompt's last one and first ones are used.
     """
     (B, T), cut = batch.tokens.shape, batch.cut
     plan = rng.choice((plan, dataclasses.replace(plan, full_depth_last=1, full_depth_selected=0.0)))
     with torch.no_grad():
         images = vision.images(module, batch.media, batch.tokens, torch.full((B,), T))
-        h, full = teacher(module, batch.tokens.to(weight.device), images, plan.layers[0])
+        h, full = teacher(module, batch.tokens.to(plan.projections.weight.device), images, plan.layers[0])
         rows = full_depth_rows(module, plan, h, cut, images)
-    pruned = student(module, plan, weight, bias, h, rows, images)
+    pruned = student(module, plan, h, rows, images)
 
     def divergence(full, pruned):  # [N, D] each. So the logits [N, V] of one prompt are in memory, not those of all
         p, q = (module.head(x).log_softmax(-1) for x in (full, pruned))
@@ -83,11 +82,11 @@ def full_depth_rows(module, plan: PrunePlan, h: torch.Tensor, cut: int, images: 
     return (~full_depth).to(torch.uint8).argsort(dim=1, stable=True)[:, :R]  # full-depth tokens first, in order
 
 
-def student(module, plan: PrunePlan, weight, bias, h, rows, images: TextOnly) -> torch.Tensor:
+def student(module, plan: PrunePlan, h, rows, images: TextOnly) -> torch.Tensor:
     """The pass of pop/pruning/reference.py from the first pruned layer on, in the dtype of h.
 
     Args:
-        module, plan, weight, bias: As above.
+        module, plan: As above.
         h: [B, T, D], enters the first pruned layer.
         rows: [B, R] int64, which tokens run at full depth, in order.
 
@@ -99,7 +98,7 @@ def student(module, plan: PrunePlan, weight, bias, h, rows, images: TextOnly) ->
     positions = torch.arange(T, device=h.device).expand(B, -1)  # [B, T]
     last_attended, ropes = images.last_attended(positions), module.rope(images.rotary(positions))
     masks = {window: causal_mask(T, window, last_attended, h.device).expand(B, -1, -1)[at] for window in ropes}
-    weights, biases = (x.to(h.dtype).flatten(1, 2).unbind() for x in (weight, bias))  # [2 * K * E, ...] by pruned layer
+    refit = plan.projections.replaced({name: x.to(h.dtype) for name, x in plan.projections.tensors.items()})
 
     def attend(layer, q, k, v):
         return module.causal_attention(q, k, v, layer.scale, layer.window, last_attended)
@@ -113,12 +112,14 @@ def student(module, plan: PrunePlan, weight, bias, h, rows, images: TextOnly) ->
             continue
         if is_pruned:
             x = module.layers[group[0]].normalised(h)
-            x = plan.projections.inputs(x, torch.zeros_like(x[:, 0]))  # [B, T, taps * D]
+            x = refit.inputs(x, torch.zeros_like(x[:, 0]))
             f = h[at]  # [B, R, D]
             for index in group:
                 layer, number = module.layers[index], plan.layers.index(index)
                 rope = ropes[layer.window]
-                k, v = F.linear(x, weights[number], biases[number]).chunk(2, dim=-1)  # [B, T, K * E] each
+                k, v = F.linear(x, refit.weight[number].flatten(0, 1), refit.bias[number].flatten()).chunk(2, dim=-1)
+                if refit.shared is not None:
+                    k, v = (own + correction for own, correction in zip(layer.projected(h), (k, v), strict=True))
                 attend_pruned = functools.partial(attend_rows, of_prompt=layer.placed(k, v, rope))
                 f = layer(f, tuple(table[at] for table in rope), attend_pruned)
             h = h.index_put(at, f)

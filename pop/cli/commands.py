@@ -177,7 +177,7 @@ def calibrate(args) -> None:
     texts = [_read_file(path) for path in args.files] or None
     _check_folders(args.out, args.resume)
     model = _load(args)
-    options = {name: getattr(args, name) for name in ("taps", "window", "steps", "resume", "seed")}
+    options = {name: getattr(args, name) for name in ("taps", "rank", "window", "steps", "resume", "seed")}
     plan = pop.calibrate(model, texts, model.plan, **options)
     if launched()[0] == 0:
         plan.save(args.out)
@@ -363,6 +363,7 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
     add("files", help="texts that resemble the prompts to come; default: a built-in set", nargs="*", metavar="FILE")
     add("--out", help="write the plan to this file", required=True, metavar="FILE")
     integer(add, "--taps", "2 gives a projection the previous token as a second input, 1 does not", 2)
+    integer(add, "--rank", "store corrections of this rank in all, which is smaller; default: whole projections")
     integer(add, "--window", "tokens of a window of text", 1024)
     integer(add, "--steps", "steps of distillation after the closed form, such as 150", 0)
     add("--resume", help="keep unfinished steps in this file, and continue from it", metavar="FILE")

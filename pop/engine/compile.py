@@ -73,12 +73,12 @@ class Compiled:
 
         Unless `look`, the module is taken to be as it was at the latest call.
         """
-        taps = None if plan.projections is None else plan.projections.taps
+        form = None if plan.projections is None else (plan.projections.taps, plan.projections.rank)
         with self._lock:
             if look and self.works and not self._seen.unchanged():
                 self._seen.look((self.module, *self.module.layers, *self.module.tower))
             kinds = set(self._seen.values()) - {None}
-            for refit in (None, taps):
+            for refit in (None, form):
                 # torch compiles again for other numbers of threads.
                 wanted = {(rows > 1, refit, torch.get_num_threads(), kind) for kind in kinds}
                 if not wanted <= self._warm and self.works:
@@ -220,7 +220,7 @@ class _CompiledStage:
             held = args[2].held
             if held is not None and held.shape[-1] == 1:  # the first token of a cache
                 return self.eager(layer, h, *args)
-        elif self.function in (stages.pruned_layer, stages.refit_layer):
+        elif self.function in (stages.pruned_layer, stages.refit_layer, stages.corrected_layer):
             *inputs, keys, values = args
             h, *inputs = (_as_owner(x) for x in (h, *inputs))
             args = (*inputs, keys, values)

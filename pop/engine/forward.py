@@ -176,9 +176,12 @@ def _write_pruned(module, group, h, previous, cache: KVCache, chunk: Chunk, meta
     previous: [B, D], the h that entered the group at the token before the chunk.
     """
     refit = chunk.plan.projections
+    stage, tokens = stages.pruned_layer, (h,)
     if refit is not None:
         normalised = module.layers[group[0]].normalised
-        h = refit.inputs(normalised(h), normalised(previous))  # [B, C, taps * D]
+        inputs = refit.inputs(normalised(h), normalised(previous))  # [B, C, taps * D], or the code [B, C, R]
+        is_whole = refit.shared is None
+        stage, tokens = (stages.refit_layer, (inputs,)) if is_whole else (stages.corrected_layer, (h, inputs))
     for number, index in enumerate(group, start=chunk.plan.layers.index(group[0])):
         layer = module.layers[index]
         at = metadata[layer.window]
@@ -186,10 +189,9 @@ def _write_pruned(module, group, h, previous, cache: KVCache, chunk: Chunk, meta
         first = 0 if layer.window is None else max(0, chunk.needed_from - layer.window + 1)
         if first >= h.shape[1]:
             continue
-        x, slots, rope = h, at.slots, at.rope
+        x, slots, rope = tokens, at.slots, at.rope
         if first:
-            x, slots, rope = h[:, first:], slots[:, first:], tuple(table[:, first:] for table in rope)
-        if refit is None:
-            stages.pruned_layer(layer, x, rope, slots, *cache.layer(index))
-        else:
-            stages.refit_layer(layer, x, refit.weight[number], refit.bias[number], rope, slots, *cache.layer(index))
+            *x, slots = (tensor[:, first:] for tensor in (*x, slots))
+            rope = tuple(table[:, first:] for table in rope)
+        fitted = () if refit is None else (refit.weight[number], refit.bias[number])
+        stage(layer, *x, *fitted, rope, slots, *cache.layer(index))

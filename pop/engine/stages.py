@@ -37,6 +37,16 @@ def refit_layer(layer, inputs, weight, bias, rope, slots, keys, values, linear: 
     write(keys, values, slots, *layer.placed(k, v, rope))
 
 
+def corrected_layer(layer, h, z, weight, bias, rope, slots, keys, values, linear: Callable = F.linear):
+    """A pruned layer with corrections of low rank: its own K and V of h [B, T, D], plus products of z [B, T, R].
+
+    weight is [2, K * E, R], bias is [2, K * E].
+    """
+    corrections = linear(z, weight.flatten(0, 1), bias.flatten()).chunk(2, dim=-1)  # [B, T, K * E] each
+    k, v = (own + correction for own, correction in zip(layer.projected(h), corrections, strict=True))
+    write(keys, values, slots, *layer.placed(k, v, rope))
+
+
 def head(module, h):
     """h [..., D] after the last layer -> logits [..., V]."""
     return module.head(h)
@@ -52,6 +62,7 @@ class Stages(NamedTuple):
     full_layer: Callable[..., torch.Tensor] = full_layer
     pruned_layer: Callable[..., None] = pruned_layer
     refit_layer: Callable[..., None] = refit_layer
+    corrected_layer: Callable[..., None] = corrected_layer
     head: Callable[..., torch.Tensor] = head
     replay: Callable[..., Callable[[Callable], tuple[torch.Tensor, ...]]] | None = None
 

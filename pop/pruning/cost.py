@@ -15,8 +15,9 @@ In a kept layer all N tokens do all of this. They attend N(N+1)/2 positions, the
 attend a band of it. Products that an implementation computes outside of these are not counted.
 
 In a pruned layer only the W full-depth tokens do all of this. P of the other tokens do k and v: once from one input
-(taps = 1), or from two inputs with the refit projections of two taps. P is N - W. With a window, P is the window - 1
-tokens before the prompt's last full-depth tokens, since no later token attends the rest.
+(taps = 1), or from two inputs with the refit projections of two taps. With corrections of rank R, these k and v are
+2 · K·E·(D + R), and in each group of pruned layers, all N tokens need taps·D·R more. P is N - W. With a window, P is
+the window - 1 tokens before the prompt's last full-depth tokens, since no later token attends the rest.
 
 Tokens that the plan selects are counted as if they were evenly spread. With them, P is N - W in all pruned layers. To
 select them, the last Q tokens attend all tokens at the first pruned layer, by its own q and k. With refit projections,
@@ -106,8 +107,11 @@ def _parts(
     experts = getattr(config, "experts", None)
     sparse = () if experts is None else experts.layers
     layers = Counter((n in plan.layers, window, n in sparse) for n, window in enumerate(config.windows))
-    taps = 1 if plan.projections is None else plan.projections.taps
-    refit = taps * 2 * config.hidden_size * config.num_kv_heads * config.head_dim  # weights of K and V
+    D, KV, refit = config.hidden_size, 2 * config.num_kv_heads * config.head_dim, plan.projections
+    rank = 0 if refit is None else refit.rank or 0
+    taps = 1 if refit is None else refit.taps
+    codes = taps * D * rank * sum(layer - 1 not in plan.layers for layer in plan.layers)  # weights, by group
+    refit = KV * (D + rank if rank else taps * D)  # weights of a pruned layer
     last = num_tokens - plan.full_depth_last  # the first of the prompt's last full-depth tokens
     others = range(num_tokens)[plan.full_depth_first : max(last, 0)]
     count = plan.num_selected(len(others))
@@ -115,6 +119,8 @@ def _parts(
     for begin in range(0, num_tokens, chunk_size or num_tokens):
         tokens = range(num_tokens)[begin:][:chunk_size]
         full_depth = [p for p in tokens if p < plan.full_depth_first or p >= last or p in selected]
+        if codes and len(full_depth) < len(tokens):
+            yield 2 * len(tokens) * codes, codes
         for (pruned, window, is_sparse), count in layers.items():
             flops, numbers = _layer(config, window, is_sparse, full_depth if pruned else tokens)
             yield count * flops, count * numbers
@@ -124,7 +130,7 @@ def _parts(
                 projected = sum(p >= begins for p in tokens) - sum(p >= begins for p in full_depth)
                 yield count * 2 * projected * refit, count * refit * bool(projected)
     if selected:
-        D, queries = config.hidden_size, config.num_heads * config.head_dim
+        queries = config.num_heads * config.head_dim
         keys = D * config.num_kv_heads * config.head_dim * (plan.projections is not None)
         Q = min(SELECTING, num_tokens)
         yield 2 * (Q * queries * (D + num_tokens) + num_tokens * keys), D * queries + keys

@@ -152,7 +152,7 @@ class PrunePlan:
         else:
             refit = self.projections
             fields |= {"taps": refit.taps, "fingerprint": refit.fingerprint}
-            tensors = {"weight": refit.weight.cpu(), "bias": refit.bias.cpu()}
+            tensors = {name: tensor.cpu() for name, tensor in refit.tensors.items()}
             content = save(tensors, metadata={"pop_plan": json.dumps(fields)})
         files.write_whole(path, content, "the plan", PlanError)
 
@@ -169,8 +169,7 @@ class PrunePlan:
             else:
                 fields = json.loads(metadata["pop_plan"])
                 fingerprint, taps = str(fields.pop("fingerprint")), fields.pop("taps")
-                refit = KVProjections(fields["layers"], tensors["weight"], tensors["bias"], fingerprint, taps)
-                fields["projections"] = refit
+                fields["projections"] = KVProjections(fields["layers"], fingerprint=fingerprint, taps=taps, **tensors)
             if "layers" not in fields:
                 raise PlanError("it names no layers")
             return cls(**fields)

@@ -8,11 +8,17 @@ without a weight,
     two taps    k_t = W [x_t ; x_{t-1}] + b         x_{-1} = 0, before the sequence's first token
 
 and likewise v_t. K's norm, where the family has one, and the rotary position follow as always.
+
+Corrections of low rank are smaller. All pruned layers share a code z of R numbers, and keep their own projections W0
+and b0, with their norm weights folded in:
+
+    z_t = V [x_t ; x_{t-1}]         k_t = W0 x_t + b0 + U z_t + b
 """
 
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 
 from pop.errors import PlanError, check_count
 from pop.models.config import DTYPES
@@ -23,45 +29,57 @@ class KVProjections:
 
     Args:
         layers: the layers' indices, in order.
-        weight: [n, 2, K * E, taps * D], K's and then V's. This token's input comes first, then the previous token's.
+        weight: W [n, 2, K * E, taps * D], or U [n, 2, K * E, R], K's and then V's. W takes this token's input first.
         bias: [n, 2, K * E].
         fingerprint: of the model that they were fitted to (pop/checkpoints/fingerprint.py).
         taps: 1 or 2.
+        shared: V [R, taps * D], for corrections of low rank. Otherwise None.
 
     Raises:
         PlanError: the arguments do not fit each other.
     """
 
-    def __init__(self, layers, weight: torch.Tensor, bias: torch.Tensor, fingerprint: str, taps: int):
+    def __init__(self, layers, weight: torch.Tensor, bias: torch.Tensor, fingerprint: str, taps: int, shared=None):
         taps = check_count("taps", taps, most=2, error=PlanError)
-        for tensor in (weight, bias):
+        self.tensors = {"weight": weight, "bias": bias} | ({} if shared is None else {"shared": shared})
+        for tensor in self.tensors.values():
             if not isinstance(tensor, torch.Tensor) or tensor.dtype not in DTYPES.values():
                 raise PlanError("projections are tensors of float32, bfloat16 or float16; calibrate again")
-        if (weight.dtype, weight.device) != (bias.dtype, bias.device):
-            raise PlanError("the projections' weight and bias differ in dtype or device; calibrate again")
-        n, shapes = len(layers), (list(weight.shape), list(bias.shape))
-        if weight.dim() != 4 or weight.shape[3] % taps or shapes[0][:2] != [n, 2] or shapes[1] != shapes[0][:3]:
-            wanted = f"[{n}, 2, K * E, {taps} * D] and [{n}, 2, K * E]"
-            raise PlanError(f"weight and bias have the shapes {shapes[0]} and {shapes[1]}, not {wanted}")
-        if not (weight.isfinite().all() and bias.isfinite().all()):
+            if (tensor.dtype, tensor.device) != (weight.dtype, weight.device):
+                raise PlanError("the projections differ in dtype or device; calibrate again")
+        n, shapes = len(layers), {name: list(tensor.shape) for name, tensor in self.tensors.items()}
+        fits = weight.dim() == 4 and shapes["weight"][:2] == [n, 2] and shapes["bias"] == shapes["weight"][:3]
+        inputs = shapes["weight"] if shared is None else shapes["shared"]  # the last number is taps * D
+        if shared is not None:
+            fits = fits and shared.dim() == 2 and shapes["weight"][3:] == shapes["shared"][:1]
+        if not fits or inputs[-1] % taps:
+            raise PlanError(f"the projections of {n} layers with {taps} taps have the shapes {shapes}; calibrate again")
+        if not all(tensor.isfinite().all() for tensor in self.tensors.values()):
             raise PlanError(f"the projections are not finite in {weight.dtype}; calibrate again, or use another dtype")
         self.layers = tuple(layers)
-        self.weight, self.bias, self.fingerprint, self.taps = weight, bias, fingerprint, taps
+        self.weight, self.bias, self.shared, self.fingerprint, self.taps = weight, bias, shared, fingerprint, taps
         self.rows: list[int] | None = None  # which of the K * E rows these are; None: all
         self._copy: KVProjections | None = None  # the latest result of `to`
 
+    @property
+    def rank(self) -> int | None:
+        """R, or None if the projections are whole."""
+        return None if self.shared is None else len(self.shared)
+
     def __repr__(self) -> str:
-        return f"KVProjections(layers={len(self.layers)}, taps={self.taps})"
+        rank = "" if self.rank is None else f", rank={self.rank}"
+        return f"KVProjections(layers={len(self.layers)}, taps={self.taps}{rank})"
 
     def __eq__(self, other) -> bool:
         if not isinstance(other, KVProjections):
             return NotImplemented
-        same = (self.layers, self.fingerprint, self.taps) == (other.layers, other.fingerprint, other.taps)
-        pairs = ((self.weight, other.weight), (self.bias, other.bias))
-        return same and all(a.dtype == b.dtype and torch.equal(a.cpu(), b.cpu()) for a, b in pairs)
+        if hash(self) != hash(other):  # of all but the values
+            return False
+        pairs = ((tensor.cpu(), other.tensors[name].cpu()) for name, tensor in self.tensors.items())
+        return all(mine.dtype == its.dtype and torch.equal(mine, its) for mine, its in pairs)
 
     def __hash__(self) -> int:
-        return hash((self.layers, self.fingerprint, self.taps))
+        return hash((self.layers, self.fingerprint, self.taps, *self.tensors))
 
     def __getstate__(self) -> dict:
         return self.__dict__ | {"_copy": None}
@@ -75,15 +93,22 @@ class KVProjections:
         for ready in (self, self._copy):
             if ready is not None and (ready.weight.device, ready.weight.dtype, ready.rows) == wanted:
                 return ready
-        weight, bias = ((x if rows is None else x[:, :, rows]).to(device, dtype) for x in (self.weight, self.bias))
-        copy = KVProjections(self.layers, weight, bias, self.fingerprint, self.taps)
+        tensors = {name: x if rows is None or name == "shared" else x[:, :, rows] for name, x in self.tensors.items()}
+        copy = self.replaced({name: x.to(device, dtype) for name, x in tensors.items()})
         copy.rows = rows
         self._copy = copy  # set last, since another thread may read it
         return copy
 
+    def replaced(self, tensors: dict[str, torch.Tensor]) -> KVProjections:
+        """Projections of the same layers and model, with other tensors of the same names."""
+        return KVProjections(layers=self.layers, fingerprint=self.fingerprint, taps=self.taps, **tensors)
+
     def inputs(self, x: torch.Tensor, previous: torch.Tensor) -> torch.Tensor:
-        """The input of all projections of a group: x [B, T, D] and the x before it [B, D] -> [B, T, taps * D]."""
-        if self.taps == 1:
-            return x
-        before = torch.cat((previous[:, None], x[:, :-1]), dim=1)  # [B, T, D]
-        return torch.cat((x, before), dim=-1)
+        """What `weight` multiplies in all layers of a group: x [B, T, D] and the x before it [B, D] -> [B, T, _].
+
+        These are the taps * D values of the tokens, or their code of R numbers.
+        """
+        if self.taps == 2:
+            before = torch.cat((previous[:, None], x[:, :-1]), dim=1)  # [B, T, D]
+            x = torch.cat((x, before), dim=-1)
+        return x if self.shared is None else F.linear(x, self.shared)

@@ -109,6 +109,9 @@ def refit(layer, plan: PrunePlan, index: int, h: torch.Tensor, rope) -> tuple[to
         previous = torch.cat((torch.zeros_like(x[:, :1]), x[:, :-1]), dim=1)
         x = torch.cat((x, previous), dim=-1)
     weight, bias = plan.projections.weight[number], plan.projections.bias[number]  # K's and V's
+    if plan.projections.shared is not None:
+        z, own = x @ plan.projections.shared.T, layer.projected(h)
+        return layer.placed(own[0] + z @ weight[0].T + bias[0], own[1] + z @ weight[1].T + bias[1], rope)
     return layer.placed(x @ weight[0].T + bias[0], x @ weight[1].T + bias[1], rope)
 
 

@@ -219,6 +219,17 @@ def test_several_processes_calibrate_as_one_does(ranks, folder):
         torch.testing.assert_close(_of("calibrated", rank)["refit"], expected, rtol=0, atol=1e-4)
 
 
+def test_several_processes_find_and_use_the_low_rank_corrections_of_one(ranks, folder):
+    model = pop.load(folder / "llama")
+    texts = torch.randint(67, (6, 40), generator=torch.Generator().manual_seed(0)).tolist()
+    plan = pop.calibrate(model, texts, pop.PrunePlan((2, 3, 4)), rank=9, progress=False)
+    logits = model.prefill([texts[0]], model.new_cache(1, 40), plan=plan)
+    for found in (_of("calibrated", rank) for rank in ranks):
+        corrections = plan.projections.weight @ plan.projections.shared
+        torch.testing.assert_close(found["corrections"], corrections, rtol=0, atol=1e-4)
+        torch.testing.assert_close(found["low rank"], logits, rtol=0, atol=1e-4)
+
+
 def test_a_number_of_processes_that_does_not_divide_the_heads_is_refused(folder):
     with pytest.raises(pop.InputError, match="8 query heads"):
         Part(read_config(folder / "llama"), 0, 3)

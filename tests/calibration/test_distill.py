@@ -91,7 +91,7 @@ def test_the_student_is_the_reference(case):
     """Its logits at the full-depth tokens, for any plan, windows, and kept layers between pruned ones."""
     module, plan, tokens, cut = case
     h, rows, full_depth = rows_of(module, plan, tokens, cut)
-    f = student(module, plan, plan.projections.weight, plan.projections.bias, h, rows, TEXT)
+    f = student(module, plan, h, rows, TEXT)
     for row, mask, found in zip(tokens, full_depth, module.head(f), strict=True):
         expected, _ = reference.forward(module, row, mask, plan)
         assert_close(found, expected[mask])
@@ -115,7 +115,7 @@ def test_prompts_longer_than_the_windows_are_the_references(config):
     refit = KVProjections((1, 3, 4), weight, torch.randn(3, 2, 20, generator=random), "", 2)
     plan = PrunePlan((1, 3, 4), 3, 1, refit, full_depth_selected=0.4)
     h, rows, full_depth = rows_of(module, plan, tokens, 31)
-    f = student(module, plan, refit.weight, refit.bias, h, rows, TEXT)
+    f = student(module, plan, h, rows, TEXT)
     for row, mask, found in zip(tokens, full_depth, module.head(f), strict=True):
         expected = full_depth_tokens(31, 40, plan, attention_scores(module, row[:31], plan))
         assert torch.equal(mask, expected)
@@ -126,16 +126,18 @@ def test_prompts_longer_than_the_windows_are_the_references(config):
 def test_the_loss_and_its_gradients_are_the_references(case, bare):
     """With the plan's full-depth tokens, and with only the last and the first ones."""
     module, plan, tokens, cut = case
-    weight, bias = (x.clone().requires_grad_() for x in (plan.projections.weight, plan.projections.bias))
+    leaves = {name: tensor.clone().requires_grad_() for name, tensor in plan.projections.tensors.items()}
     rng = random.Random(0)
     rng.choice = lambda choices: choices[bare]
     vision = processor_of(tiny_config())  # for text
-    loss = distillation_loss(module, vision, plan, weight, bias, Exercise(tokens, cut, [[]] * len(tokens)), rng)
+    exercise = Exercise(tokens, cut, [[]] * len(tokens))
+    trained = dataclasses.replace(plan, projections=plan.projections.replaced(leaves))
+    loss = distillation_loss(module, vision, trained, exercise, rng)
     used = dataclasses.replace(plan, full_depth_last=1, full_depth_selected=0.0) if bare else plan
     _, _, full_depth = rows_of(module, used, tokens, cut)
     expected, gradients = naive_gradients(module, used, tokens, full_depth, cut)
     assert loss.item() == pytest.approx(expected, rel=1e-3, abs=1e-6)
-    for found, naive in zip(torch.autograd.grad(loss, (weight, bias)), gradients, strict=True):
+    for found, naive in zip(torch.autograd.grad(loss, [*leaves.values()]), gradients, strict=True):
         assert (found - naive).abs().max() <= 1e-3 * naive.abs().max() + 1e-7
 
 
@@ -153,7 +155,7 @@ def test_a_step_is_torchs_adam():
     optimizer = torch.optim.Adam(leaves, betas=BETAS, eps=EPSILON)
     for size, rate in ((10.0, 0.3), (0.01, 0.2), (1.0, 0.1)):
         gradients = [size * torch.randn(leaf.shape, generator=random) for leaf in leaves]
-        adam_step(state, tuple(gradients), rate)
+        adam_step(state, dict(zip(shapes, gradients, strict=True)), dict.fromkeys(shapes, rate))
         for leaf, gradient in zip(leaves, gradients, strict=True):
             leaf.grad = gradient.clone()
         torch.nn.utils.clip_grad_norm_(leaves, 1.0)

@@ -6,6 +6,7 @@ import dataclasses
 import math
 import random
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -75,13 +76,48 @@ def test_the_normal_equations_give_the_naive_fit(module, data):
     fit = _Fit(model, plan, taps)
     for batch in _batches(text_windows(windows)):
         _accumulate(model, batch, [fit])
-    own, correction, bias = fit.solve(ridge)
+    own, correction, bias, _ = fit.solve(ridge)
     expected = naive_fit(model, windows, plan, taps, ridge)
     assert_close((own + correction).float(), expected.float())
     for index, layer_bias in zip(plan.layers, bias, strict=True):
         for linear, own_bias in zip(("k_proj", "v_proj"), layer_bias, strict=True):
             linear = module.layers[index].self_attn.get_submodule(linear)
             assert_close(own_bias.float(), torch.zeros(len(own_bias)) if linear.bias is None else linear.bias.detach())
+
+
+@pytest.mark.parametrize("taps", [1, 2])
+def test_low_rank_corrections_are_the_best_of_their_rank(each_family, taps):
+    """By the squared change of what they compute on the texts, and of what lambda adds, in numpy."""
+    model, plan, rank = each_family, PrunePlan((2, 3), full_depth_first=1), 9
+    fit = _Fit(model, plan, taps, rank)
+    for batch in _batches(text_windows(TEXTS)):
+        _accumulate(model, batch, [fit])
+    solution = fit.solve(0.1)
+    refit = fit.refit(*solution, 1.0, 0.5).projections
+    corrections = solution[1] * torch.tensor([1.0, 0.5])[:, None, None]
+    metric = (fit.xx[2] / fit.count + 0.1 * torch.eye(taps * 30)).numpy()
+    error = (corrections - refit.weight.double() @ refit.shared.double()).flatten(0, 2).numpy()
+    values, vectors = np.linalg.eigh(metric)
+    root = vectors * values**0.5 @ vectors.T
+    singular = np.linalg.svd(corrections.flatten(0, 2).numpy() @ root, compute_uv=False)
+    least = (singular[rank:] ** 2).sum()
+    assert np.trace(error @ metric @ error.T) == pytest.approx(least, rel=1e-3, abs=1e-6 * (singular**2).sum())
+    codes = np.trace(refit.shared.double().numpy() @ metric @ refit.shared.double().numpy().T)
+    assert codes == pytest.approx(rank, rel=1e-3)
+    assert not refit.bias.any()
+
+
+def test_corrections_of_full_rank_are_the_whole_projections():
+    """In the logits of a prefill."""
+    model = make_model()
+    whole, low = (calibrate(model, TEXTS, PrunePlan((2, 3)), rank=rank, progress=False) for rank in (None, 60))
+    assert (low.projections.rank, low.projections.taps) == (60, 2)
+    logits = [model.prefill([TEXTS[0]], model.new_cache(1, 300), plan=plan) for plan in (whole, low)]
+    assert_close(logits[1], logits[0])
+    with pytest.raises(PlanError, match="2 groups"):
+        calibrate(model, TEXTS, PrunePlan((1, 3)), rank=4, progress=False)
+    with pytest.raises(pop.InputError, match="rank is 61"):
+        calibrate(model, TEXTS, PrunePlan((2, 3)), rank=61, progress=False)
 
 
 @given(cases())
@@ -108,7 +144,7 @@ def test_the_last_layer_needs_no_correction(each_family):
     fit = _Fit(model, PrunePlan((4,), full_depth_first=1), 2)
     for batch in _batches(text_windows(TEXTS)):
         _accumulate(model, batch, [fit])
-    own, correction, _ = fit.solve(1e-3)
+    own, correction, *_ = fit.solve(1e-3)
     assert correction.abs().max() < 1e-5 * own.abs().max()
 
 
@@ -136,7 +172,7 @@ def test_the_best_of_what_is_tried_is_taken(model, winner, monkeypatch):
     monkeypatch.setattr(_Fit, "__init__", record(fits, _Fit.__init__))
 
     def best() -> torch.Tensor:
-        own, correction, _ = fits[0][0].solve(winner[0])
+        own, correction, *_ = fits[0][0].solve(winner[0])
         return own + dampings * correction
 
     def judge(self, plan):
@@ -352,7 +388,7 @@ def test_the_sums_are_float64():
     fit = _Fit(model, plan, 2)
     for batch in _batches(text_windows(windows)):
         _accumulate(model, batch, [fit])
-    own, correction, _ = fit.solve(1e-9)
+    own, correction, *_ = fit.solve(1e-9)
     expected = naive_fit(model, windows, plan, 2, 1e-9)
     assert_close((own + correction).float(), expected.float())
 

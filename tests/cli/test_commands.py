@@ -209,13 +209,26 @@ def test_calibrate_saves_a_plan_that_generate_takes(folder, model, capsys, tmp_p
     text = tmp_path / "text.txt"
     text.write_text("".join(map(chr, range(33, 123))) * 4)
     out = str(tmp_path / "plan.safetensors")
-    options = ["--prune", "0.5", "--full-depth-last", "4", "--taps", "1", "--window", "60", "--seed", "3"]
+    options = [
+        "--prune",
+        "0.5",
+        "--full-depth-last",
+        "4",
+        "--taps",
+        "1",
+        "--rank",
+        "5",
+        "--window",
+        "60",
+        "--seed",
+        "3",
+    ]
     options += ["--steps", "2", "--resume", str(tmp_path / "record")]
     assert main(["calibrate", folder, str(text), *options, "--dtype", "float32", "--out", out]) == 0
     assert out in capsys.readouterr().out
     half = pop.load(folder, dtype=torch.float32, prune=0.5)
     plan = dataclasses.replace(half.plan, full_depth_last=4)
-    expected = pop.calibrate(half, [text.read_text()], plan, taps=1, window=60, steps=2, seed=3, progress=False)
+    expected = pop.calibrate(half, [text.read_text()], plan, taps=1, rank=5, window=60, steps=2, seed=3, progress=False)
     assert (tmp_path / "record").exists()
     assert pop.PrunePlan.load(out) == expected
     assert main(["generate", folder, "Hello", "--prune", out, "--max-new-tokens", "3"]) == 0

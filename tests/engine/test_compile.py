@@ -14,7 +14,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from support.cases import batches, plans
+from support.cases import batches, plans, random_refit
 from support.compiler import requires_compiler
 from support.tiny import (
     EXPERTS,
@@ -54,15 +54,12 @@ def pair(request):
     plain = pop.PrunePlan((0,))
     compiled, eager = (pop.Model(module, module.config, plan=plain, compile=it, chunk_size=16) for it in (True, False))
     rows = 4 if THOROUGH or module.config.family == "qwen3_vl" else 1
-    compiled.warmup(rows, [refit(module, compiled.fingerprint, taps) for taps in (1, 2)])
+    compiled.warmup(rows, [refit(module, compiled.fingerprint, *form) for form in ((1,), (2,), (2, 9))])
     return compiled, eager, rows
 
 
-def refit(module, fingerprint, taps):
-    config, drawn = module.config, torch.Generator().manual_seed(taps)
-    shape = (2, 2, config.num_kv_heads * config.head_dim, taps * config.hidden_size)
-    weight = torch.randn(shape, generator=drawn) / shape[-1] ** 0.5
-    projections = pop.pruning.projections.KVProjections((1, 3), weight, weight[..., 0].clone(), fingerprint, taps)
+def refit(module, fingerprint, taps, rank=None):
+    projections = random_refit(module.config, (1, 3), taps, taps, rank, fingerprint)
     return pop.PrunePlan((1, 3), full_depth_first=1, projections=projections)
 
 
@@ -89,7 +86,9 @@ def test_compiled_equals_eager_and_never_compiles_again(pair, data):
     compiled, eager, max_rows = pair
     plan = data.draw(plans(compiled.config))
     if plan.projections is not None:
-        plan.projections.fingerprint = compiled.fingerprint
+        taps, rank = (2, 9) if plan.projections.rank else (plan.projections.taps, None)  # what is warm
+        projections = random_refit(compiled.config, plan.layers, 0, taps, rank, compiled.fingerprint)
+        plan = dataclasses.replace(plan, projections=projections)
     tokens, lengths = data.draw(batches(60, max_rows=max_rows, max_tokens=PROMPT))  # ids that are text
     slots = PROMPT + 8 + data.draw(st.integers(0, 9))
     chunk = data.draw(st.sampled_from([1, 2, 7, 16, 100]))

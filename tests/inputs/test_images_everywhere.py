@@ -185,7 +185,7 @@ def test_the_normal_equations_with_images_give_the_naive_fit(model, layers, taps
     fit = _Fit(model, plan, taps)
     for batch in _batches(_windows(model, windows, rows, None, 1024)):
         _accumulate(model, batch, [fit])
-    own, correction, _ = fit.solve(0.1)
+    own, correction, *_ = fit.solve(0.1)
     images = [images_of(model, *pair) for pair in zip(windows, rows, strict=True)]
     assert_close((own + correction).float(), naive_fit(model, windows, plan, taps, 0.1, images).float())
 
@@ -268,12 +268,13 @@ def test_the_loss_of_distillation_with_images_is_the_naive_one(model, layers, fi
         )
         full_depth.append(full_depth_tokens(cut, len(row), plan, scores))
     expected, gradients = naive_gradients(model.module, plan, rows, full_depth, cut, images)
-    leaves, rng = [weight.clone().requires_grad_(), bias.clone().requires_grad_()], random.Random(0)
+    leaves, rng = {name: x.clone().requires_grad_() for name, x in plan.projections.tensors.items()}, random.Random(0)
     rng.choice = lambda choices: choices[0]  # the plan's full-depth tokens
     exercise = Exercise(rows, cut, media)
-    loss = distillation_loss(model.module, model.vision, plan, *leaves, exercise, rng)
+    trained = dataclasses.replace(plan, projections=plan.projections.replaced(leaves))
+    loss = distillation_loss(model.module, model.vision, trained, exercise, rng)
     assert loss.item() == pytest.approx(expected, rel=1e-3)
-    for found, naive in zip(torch.autograd.grad(loss, leaves), gradients, strict=True):
+    for found, naive in zip(torch.autograd.grad(loss, [*leaves.values()]), gradients, strict=True):
         assert_close(found, naive)
 
 

@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from support.cases import random_refit
 from support.published_vl import published
 from support.tiny import (
     random_model,
@@ -113,11 +114,29 @@ def test_refit_projections_need_other_keys_for_the_selection():
     assert [round(speedup_limit(SMOLLM2, 1024, one), 2) for one in (plan, plain, refit)] == [1.89, 1.74, 1.74]
 
 
+@pytest.mark.parametrize("layers", [(3, 4), (0, 2, 3)])
+@pytest.mark.parametrize("taps", [1, 2])
+def test_corrections_of_low_rank_cost_what_torch_counts_in_the_engine(layers, taps):
+    """Beside plain pruning. The engine also corrects K and V of the three full-depth tokens, which it then replaces."""
+    config, T = tiny_config(), 20
+    module, counted = random_model(config), []
+    plan = PrunePlan(layers, 2, 1, random_refit(config, layers, 0, taps, rank=7))
+    for one in (plan, dataclasses.replace(plan, projections=None)):
+        cache = KVCache(config, 1, T, dtype=torch.float32, device=torch.device("cpu"))
+        with FlopCounterMode(display=False) as counter:
+            engine.prefill(module, torch.ones(1, T, dtype=torch.int64), cache, torch.tensor([T]), one, 2048)
+        counted.append(counter.get_total_flops() - prefill_flops(config, T, one))
+    KV = 2 * config.num_kv_heads * config.head_dim
+    assert counted[0] - counted[1] == 2 * 3 * KV * 7 * len(layers)
+
+
 def test_nothing_to_gain():
     config = tiny_config()
     assert speedup_limit(config, 100, PrunePlan()) == 1
     assert speedup_limit(config, 1, PrunePlan(layers=(2, 3))) == 1  # the boundary token is the whole prompt
     assert speedup_limit(config, 9, PrunePlan(layers=(2, 3), full_depth_last=9)) == 1
+    refit = random_refit(config, (2, 3), 0, 2, rank=4)
+    assert speedup_limit(config, 9, PrunePlan((2, 3), 9, 1, refit)) == 1
 
 
 # Memory reads

@@ -7,6 +7,8 @@ import pickle
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from support.cases import random_refit
+from support.tiny import tiny_config
 
 from pop import PlanError, PrunePlan
 from pop.pruning.projections import KVProjections
@@ -27,6 +29,15 @@ def test_one_tap_reads_the_token_and_two_taps_also_the_one_before():
     assert torch.equal(found[:, 1:, 5:], x[:, :-1]) and torch.equal(found[:, 0, 5:], previous)
 
 
+@pytest.mark.parametrize("taps", [1, 2])
+def test_a_code_is_a_product_of_the_taps(taps):
+    refit, shared = random_projections(taps), torch.randn(3, taps * 5)
+    low = KVProjections(refit.layers, refit.weight[..., :3].clone(), refit.bias, "", taps, shared)
+    x, previous = torch.randn(2, 3, 5), torch.randn(2, 5)
+    torch.testing.assert_close(low.inputs(x, previous), refit.inputs(x, previous) @ shared.T)
+    assert (low.rank, refit.rank) == (3, None)
+
+
 def test_a_copy_has_the_chosen_rows_and_dtype_and_is_kept():
     refit, cpu = random_projections(2), torch.device("cpu")
     pickled = len(pickle.dumps(refit))
@@ -39,6 +50,27 @@ def test_a_copy_has_the_chosen_rows_and_dtype_and_is_kept():
     assert refit.to(cpu, torch.bfloat16) is not part
     assert pickle.loads(pickle.dumps(refit)) == refit
     assert len(pickle.dumps(refit)) == pickled  # without the copy
+
+
+def test_low_rank_projections_are_copied_compared_and_saved_with_their_code(tmp_path):
+    refit = random_refit(tiny_config(), (1, 3), 0, 2, rank=7)
+    part = refit.to(torch.device("cpu"), torch.bfloat16, [4, 1])
+    assert torch.equal(part.weight, refit.weight[:, :, [4, 1]].bfloat16())
+    assert torch.equal(part.shared, refit.shared.bfloat16())
+    assert refit != refit.replaced(refit.tensors | {"shared": refit.shared + 1})
+    whole = KVProjections(refit.layers, refit.weight, refit.bias, refit.fingerprint, 1)
+    assert refit != whole and whole != refit
+    plan = PrunePlan((1, 3), full_depth_first=1, projections=refit)
+    plan.save(tmp_path / "plan")
+    assert PrunePlan.load(tmp_path / "plan") == plan
+
+
+@pytest.mark.parametrize("shape", [(7,), (6, 60), (7, 61), (7, 60, 1)])
+def test_a_code_of_the_wrong_shape_is_refused(shape):
+    weight = torch.zeros(2, 2, 20, 7)
+    KVProjections((2, 3), weight, weight[..., 0], "", 2, torch.zeros(7, 60))
+    with pytest.raises(PlanError, match="shared"):
+        KVProjections((2, 3), weight, weight[..., 0], "", 2, torch.zeros(shape))
 
 
 def zeros_projections(weight=(2, 2, 20, 60), bias=(2, 2, 20), taps=2):
@@ -105,7 +137,7 @@ def test_projections_of_wrong_numbers_are_refused(name, value):
         KVProjections((2, 3), **{"weight": good.weight, "bias": good.bias, name: value}, fingerprint="", taps=2)
 
 
-@pytest.mark.parametrize("broken", range(12))
+@pytest.mark.parametrize("broken", range(14))
 def test_a_broken_plan_file_is_refused(tmp_path, broken):
     path = tmp_path / "plan"
     plan = PrunePlan((2, 3), full_depth_first=1, projections=random_projections(2, (2, 3)))
@@ -123,6 +155,8 @@ def test_a_broken_plan_file_is_refused(tmp_path, broken):
         lambda: save_file(tensors, path),
         lambda: rewrite({"weight": tensors["weight"]}),
         lambda: rewrite(tensors | {"weight": tensors["weight"].long()}),
+        lambda: rewrite(tensors | {"other": tensors["bias"] + 1}),
+        lambda: rewrite(tensors | {"shared": tensors["bias"] + 1}),
         lambda: rewrite(tensors | {"weight": tensors["weight"] * math.inf}),
         lambda: rewrite(taps=0),
         lambda: rewrite(layers=[2]),

@@ -92,19 +92,24 @@ def qwen3_vl_config(draw, **sizes):
 
 @st.composite
 def plans(draw, config):
-    """Any layers and full-depth tokens, half of them with (random) refit projections of one or two taps."""
+    """Any layers and full-depth tokens, half of them with random projections of one or two taps, whole or low-rank."""
     pruned = draw(st.lists(st.booleans(), min_size=config.num_layers, max_size=config.num_layers))
     layers = tuple(index for index, is_pruned in enumerate(pruned) if is_pruned)
     last, selected = draw(st.sampled_from([1, 1, 2, 3, 7, 40])), draw(st.sampled_from([0.0, 0.4, 0.1, 1.0]))
     if not draw(st.booleans()):
         return PrunePlan(layers, last, draw(st.sampled_from([0, 0, 1, 4])), full_depth_selected=selected)
-    taps = draw(st.sampled_from([1, 2]))
-    shape = (len(layers), 2, config.num_kv_heads * config.head_dim, taps * config.hidden_size)
-    random = torch.Generator().manual_seed(draw(st.integers(0, 10**6)))
+    options = draw(st.integers(0, 10**6)), draw(st.sampled_from([1, 2])), draw(st.sampled_from([None, None, 1, 3, 9]))
+    return PrunePlan(layers, last, draw(st.sampled_from([1, 1, 4])), random_refit(config, layers, *options), selected)
+
+
+def random_refit(config, layers, seed: int, taps: int, rank: int | None = None, fingerprint: str = "") -> KVProjections:
+    """Random projections for layers of a model, with inputs and outputs of about the same size."""
+    random, inputs = torch.Generator().manual_seed(seed), taps * config.hidden_size
+    shape = (len(layers), 2, config.num_kv_heads * config.head_dim, rank or inputs)
     weight = torch.randn(shape, generator=random) / shape[-1] ** 0.5
     bias = 0.1 * torch.randn(shape[:3], generator=random)
-    refit = KVProjections(layers, weight, bias, "", taps)
-    return PrunePlan(layers, last, draw(st.sampled_from([1, 1, 4])), refit, selected)
+    shared = None if rank is None else torch.randn(rank, inputs, generator=random) / inputs**0.5
+    return KVProjections(layers, weight, bias, fingerprint, taps, shared)
 
 
 def plain(plan, **fields):

@@ -10,7 +10,6 @@ import torch
 from pop import PrunePlan
 from pop.models.images import TEXT
 from pop.pruning import reference
-from pop.pruning.projections import KVProjections
 
 RECORDED = ("input_layernorm", "self_attn.k_proj", "self_attn.v_proj")
 
@@ -93,12 +92,12 @@ def naive_gradients(module, plan, rows, full_depth, cut, images=None):
         images: the Images of each row, or None for text.
     """
     refit = plan.projections
-    leaves = [tensor.clone().requires_grad_() for tensor in (refit.weight, refit.bias)]
-    plan = dataclasses.replace(plan, projections=KVProjections(plan.layers, *leaves, refit.fingerprint, refit.taps))
+    leaves = {name: tensor.clone().requires_grad_() for name, tensor in refit.tensors.items()}
+    plan = dataclasses.replace(plan, projections=refit.replaced(leaves))
     total = count = 0
     for row, mask, shown in zip(rows, full_depth, images or repeat(TEXT, len(rows)), strict=True):
         forward = reference.forward.__wrapped__  # without its no_grad
         full, pruned = (forward(module, row, mask, one, shown)[0] for one in (PrunePlan.none(), plan))
         p, q = (logits[cut - 1 :].double().log_softmax(-1) for logits in (full, pruned))
         total, count = total + (p.exp() * (p - q)).sum(), count + len(p)
-    return total.item() / count, torch.autograd.grad(total / count, leaves)
+    return total.item() / count, torch.autograd.grad(total / count, [*leaves.values()])
