@@ -202,7 +202,8 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         config, data = _read(folder, "tokenizer_config.json"), files[-1].read_bytes()
         spec = json.loads(files[0].read_bytes()) if files[0].suffix == ".json" else None
         variables = _read(folder, "special_tokens_map.json") | config
-        variables = {key: _content(token) for key, token in variables.items() if key.endswith("_token") and token}
+        # add_bos_token and its like are true or false, not tokens.
+        variables = {key: _content(x) for key, x in variables.items() if key.endswith("_token") and x and x is not True}
         added = _added_tokens(folder, config, {} if spec is None else spec, {*variables.values()})
         if files[-1].suffix != ".json" and data[:1] == b"\n":  # the first tag of a sentencepiece model
             tokenizer = sentence_piece.from_tokenizer_model(data, added)

@@ -149,7 +149,8 @@ def test_the_chat_template_comes_with_the_tokenizer(tmp_path):
     (tmp_path / "additional_chat_templates/tool_use.jinja").write_text("four")
     assert load_tokenizer(tmp_path).tool_template == "four"
     (tmp_path / "chat_template.jinja").unlink()
-    config.write_text('{"eos_token": {"content": "<e>"}, "bos_token": null, "chat_template": null}')
+    flags = '"add_bos_token": true, "add_eos_token": false'
+    config.write_text(f'{{"eos_token": {{"content": "<e>"}}, "bos_token": null, "chat_template": null, {flags}}}')
     for name in ("processor_config.json", "chat_template.json"):
         (tmp_path / name).write_text(f'{{"chat_template": "{name}"}}')
         assert load_tokenizer(tmp_path).chat_template == name
