@@ -1,24 +1,30 @@
-"""CPUs: faster matrix products, attention for one token, and memory that is reused.
+"""CPUs: faster matrix products, faster attention, and memory that is reused.
 
 `accelerate` gives the linear layers of a finished module a faster `forward`. `attend_cache` replaces the function of
-the same name in pop/engine/attention.py. The results are those of PyTorch's own operators, up to rounding. README.md in
-this folder says in which cases the general product is slow.
+the same name in pop/engine/attention.py, and `attention` that of vision towers. The results are those of PyTorch's own
+operators, up to rounding. README.md in this folder says in which cases the general product is slow.
 """
 
+import itertools
 import math
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from pop.engine import attention
-from pop.engine.attention import AttentionMetadata
+from pop.engine import attention as engine
+from pop.engine.attention import UNBOUNDED, AttentionMetadata
 from pop.models import layers
 
 # Dtypes without fast products: float16 on all CPUs, and bfloat16 on those that have no more than AVX2.
 WIDENED = {torch.float16} | ({torch.bfloat16} if torch.backends.cpu.get_cpu_capability() == "AVX2" else set())
 WIDENED_AT_ONCE = 2**26  # weights that are copied to float32 at a time
 STREAMS = 4  # blocks of a matrix that a core reads at once; with a single block, memory bandwidth stays unused
+# Dtypes with fast products that torch's attention does not use. It uses those of AMX.
+_bf16, _amx = (getattr(torch.cpu, f"_is_{name}_supported", bool)() for name in ("avx512_bf16", "amx_tile"))
+MULTIPLIED = {torch.bfloat16} if _bf16 and not _amx else set()
+QUERY_BLOCK, SCORES_AT_ONCE = 128, 2**22  # tokens, and numbers, which bound how many heads run together
+FEWEST_QUERIES, FEWEST_SCORES = 32, 2**15  # of a head; with fewer, calls would take longer than torch's attention
 TEMPORARY = 31 * 2**20  # bytes; glibc adapts to freed blocks of at most 32 MiB, headers included
 
 
@@ -79,10 +85,67 @@ def attend_cache(
     q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, at: AttentionMetadata, scale: float
 ) -> torch.Tensor:
     """Like pop.engine.attention.attend_cache. When compiled, one token a row reads K and V once, in place."""
-    if q.shape[1] == 1 and at.held is not None and q.device.type == "cpu" and torch.compiler.is_compiling():
-        k, v = attention.read(keys, values, at)
-        return one_token_attention(q, k, v, attention.attended(at.held, at.spans), scale)
-    return attention.attend_cache(q, keys, values, at, scale)
+    T, on_cpu = q.shape[1], q.device.type == "cpu"
+    if T == 1 and at.held is not None and on_cpu and torch.compiler.is_compiling():
+        k, v = engine.read(keys, values, at)
+        return one_token_attention(q, k, v, engine.attended(at.held, at.spans), scale)
+    if T == 1 or not on_cpu or q.dtype not in MULTIPLIED:
+        return engine.attend_cache(q, keys, values, at, scale)
+    k, v = (keys[:, :T], values[:, :T]) if at.spans is None else engine.read(keys, values, at)
+    return attention_by_products(q, k, v, at.held, at.spans, at.band, scale)
+
+
+def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """Like F.scaled_dot_product_attention(q, k, v) in a vision tower: each [N, H, P, E]."""
+    if q.device.type != "cpu" or q.dtype not in MULTIPLIED or any(x.requires_grad for x in (q, k, v)):
+        return F.scaled_dot_product_attention(q, k, v)
+    q, k, v, everything = *(x.transpose(1, 2) for x in (q, k, v)), torch.tensor((0, UNBOUNDED, UNBOUNDED, 1))
+    return attention_by_products(q, k, v, None, None, everything, q.shape[-1] ** -0.5).view(q.shape).transpose(1, 2)
+
+
+@torch.library.custom_op("pop::attention_by_products", mutates_args=())
+def attention_by_products(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, held: torch.Tensor | None, spans: torch.Tensor | None,
+    band: torch.Tensor | None, scale: float,
+) -> torch.Tensor:  # fmt: skip
+    """Like pop.engine.attention.attention_by_blocks, by two products for a block. Without a band, it is causal.
+
+    Scores have the dtype of q. The softmax is float32 inside. Only a band that is not exact needs `held` and `spans`.
+    """
+    (B, T, H, E), (N, K) = q.shape, k.shape[1:3]
+    is_small = T < FEWEST_QUERIES or T * N < FEWEST_SCORES
+    if is_small and band is None:
+        return layers.causal_attention(q, k, v, scale, None)
+    if is_small and held is not None:
+        return engine.attention_by_blocks(q, k, v, held, spans, band, scale)
+    own, before, after, is_exact = (0, UNBOUNDED, 0, 1) if band is None else band.tolist()
+    if is_exact:
+        mine = own + torch.arange(T)
+        held, spans = torch.arange(N)[None], torch.stack((mine - before, mine + after), dim=-1)[None]
+    out = q.new_empty(B, T, K, H // K, E)
+    q = (q * scale).view(out.shape).transpose(1, 2)  # [B, K, T, G, E]
+    k, v = k.permute(0, 2, 3, 1), v.transpose(1, 2)  # [B, K, E, N] and [B, K, N, E]
+    for begin in range(0, T, QUERY_BLOCK):
+        end = min(begin + QUERY_BLOCK, T)
+        keys = slice(max(0, own + begin - before), min(N, own + end + after))
+        # The whole block attends the keys from `left` to `right`, so only the edges need a mask.
+        left, right = (own + end - 1 - before, own + begin + after + 1) if is_exact else (keys.stop, keys.stop)
+        edges = slice(max(0, left - keys.start)), slice(right - keys.start, None)
+        masks = [engine.attended(held[:, keys][:, edge], spans[:, begin:end]) for edge in edges]
+        biases = [torch.where(mask, 0.0, -math.inf).to(q.dtype).expand(B, -1, -1) for mask in masks]
+        step = max(1, SCORES_AT_ONCE // ((end - begin) * H // K * (keys.stop - keys.start)))
+        for row, head in itertools.product(range(B), range(0, K, step)):
+            heads = slice(head, head + step)
+            x = q[row, heads, begin:end]  # [heads, t, G, E]
+            scores = (x.flatten(1, 2) @ k[row, heads, :, keys]).unflatten(1, x.shape[1:3])  # [heads, t, G, keys]
+            for edge, bias in zip(edges, biases, strict=True):
+                scores[..., edge] += bias[row, :, None]
+            attended = scores.softmax(-1).flatten(1, 2) @ v[row, heads, keys]  # [heads, t * G, E]
+            out[row, begin:end, heads] = attended.view(x.shape).transpose(0, 1)
+    return out.flatten(2)
+
+
+attention_by_products.register_fake(lambda q, *_: q.new_empty(*q.shape[:2], q.shape[2] * q.shape[3]))
 
 
 def one_token_attention(

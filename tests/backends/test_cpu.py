@@ -1,11 +1,25 @@
-"""The CPU's products and one-token attention against float64."""
+"""The CPU's products and attention against float64."""
+
+import math
+from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given
+from support.cases import assert_close, by_position, cases, new_cache
 from support.compiler import requires_compiler
+from support.tiny import random_model, tiny_gemma3_config, tiny_gemma3_vl_config
 
+import pop
+from pop import engine
 from pop.backends import cpu
+from pop.engine.attention import UNBOUNDED
 from pop.models import layers
+
+
+def normal(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (3, 1), (1, 5), (2, 5), (4,), ()])
@@ -52,3 +66,129 @@ def test_one_token_attention_is_attention(dtype, rows):
     wanted = layers.masked_attention(q.double(), k.double(), v.double(), mask, 0.3)
     assert written_out.dtype == dtype
     assert (written_out.double() - wanted).abs().max() < tolerance
+
+
+# The first token's own key, how many keys there are, how many of them each token may attend before and after its own,
+# and whether it attends all of these. None: it does, and this needs no band.
+KINDS = {
+    "causal": (0, 300, UNBOUNDED, 0, None),
+    "all": (0, 300, UNBOUNDED, UNBOUNDED, True),
+    "filled cache": (77, 377, UNBOUNDED, 0, True),
+    "window": (150, 460, 139, 0, True),
+    "narrow window": (0, 300, 4, 0, True),
+    "both ways": (20, 320, 15, 30, True),
+    "ragged": (90, 390, UNBOUNDED, 0, False),
+    "ragged window": (90, 390, 80, 0, False),
+    "look-ahead": (20, 330, UNBOUNDED, 40, False),
+    "scattered": (0, 500, UNBOUNDED, UNBOUNDED, False),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("H", "K", "E"), [(2, 2, 64), (6, 2, 128), (8, 1, 256)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_attention_by_products_is_attention(monkeypatch, kind, H, K, E, dtype):
+    """Three blocks of queries, the last of which is smaller, and some keys or all heads at once."""
+    (own, N, before, after, is_exact), B, T, scale = KINDS[kind], 2, 300, 2 * E**-0.5
+    q, k, v = normal(B, T, H, E), normal(B, N, K, E, seed=1), normal(B, N + 1, K, E, seed=2)[:, 1:]
+    q, k, v = (x.to(dtype) for x in (q, k, v))
+    drawn, key, mine = torch.Generator().manual_seed(3), torch.arange(N), own + torch.arange(T)
+    first, last = (mine - before).expand(B, -1), (mine + after).expand(B, -1)
+    if is_exact is False:  # each token attends some of the keys that its band allows, and its own
+        first = mine - torch.randint(0, min(before, N) + 1, (B, T), generator=drawn)
+        last = mine + torch.randint(0, min(after, N) + 1, (B, T), generator=drawn)
+    mask = (first[..., None] <= key) & (key <= last[..., None])
+    held, spans = (None, None) if is_exact in (None, True) else (key.repeat(B, 1), torch.stack((first, last), dim=-1))
+    band = None if is_exact is None else torch.tensor([own, before, after, is_exact])
+    wanted = naive(q, k, v, mask, scale)
+    for at_once in (1, 2**22):
+        monkeypatch.setattr(cpu, "SCORES_AT_ONCE", at_once)
+        found = cpu.attention_by_products(q, k, v, held, spans, band, scale)
+        assert found.dtype == dtype
+        assert (found.double() - wanted).abs().max() < {torch.float32: 1e-5, torch.bfloat16: 0.06}[dtype]
+
+
+def naive(q, k, v, mask, scale):
+    """q [B, T, H, E] attends k and v [B, N, K, E] where mask [B, T, N] is true -> [B, T, H * E], all in float64."""
+    G = q.shape[2] // k.shape[2]
+    q, k, v = q.double(), *(x.double().repeat_interleave(G, dim=2) for x in (k, v))
+    scores = torch.einsum("bthe,bnhe->bhtn", q, k) * scale
+    weights = scores.masked_fill(~mask[:, None], -math.inf).softmax(-1)
+    return torch.einsum("bhtn,bnhe->bthe", weights, v).flatten(2)
+
+
+@pytest.mark.parametrize("T", [2, 31, 32, 182])
+def test_few_scores_are_left_to_torch(monkeypatch, T):
+    """Two products pay from 32 queries on, if there are 2 ** 15 scores."""
+    by_torch, attend = [], torch.nn.functional.scaled_dot_product_attention
+    monkeypatch.setattr(layers.F, "scaled_dot_product_attention", lambda *a, **b: by_torch.append(a) or attend(*a, **b))
+    N = 1100
+    q, k, v = normal(1, T, 6, 8), normal(1, N, 2, 8, seed=1), normal(1, N, 2, 8, seed=2)
+    found = cpu.attention_by_products(q, k[:, :T], v[:, :T], None, None, None, 0.3)
+    assert bool(by_torch) == (T < 182)
+    torch.testing.assert_close(found, naive(q, k[:, :T], v[:, :T], torch.ones(1, T, T).tril().bool(), 0.3).float())
+    by_torch.clear()
+    mine = (N - T + torch.arange(T))[None]
+    spans, band = torch.stack((0 * mine, mine), dim=-1), torch.tensor([N - T, UNBOUNDED, 0, 1])
+    found = cpu.attention_by_products(q, k, v, torch.arange(N)[None], spans, band, 0.3)
+    assert bool(by_torch) == (T < 32)
+    torch.testing.assert_close(found, naive(q, k, v, torch.arange(N) <= mine[..., None], 0.3).float())
+
+
+def test_products_are_chosen_by_the_processor():
+    """On Linux, the flags of the processor say what its instructions are."""
+    try:
+        flags = set(Path("/proc/cpuinfo").read_text().split())
+    except OSError:
+        pytest.skip("no /proc/cpuinfo")
+    assert (torch.bfloat16 in cpu.MULTIPLIED) == ("avx512_bf16" in flags and "amx_tile" not in flags)
+    assert torch.float32 not in cpu.MULTIPLIED
+
+
+@pytest.mark.usefixtures("float32_products")
+@given(cases())
+def test_prefill_by_products_is_prefill(case):
+    """Logits and cache, for any plan, window, batch, padding and chunking."""
+    module, plan, tokens, lengths, chunk = case
+    plan, results = by_position(plan), []
+    for stages in (engine.EAGER, pop.backends.CPU):
+        cache = new_cache(module, len(tokens), chunk=chunk)
+        logits = engine.prefill(module, tokens, cache, lengths, plan, chunk, stages)
+        results.append((logits, *(x[:, :-1] for x in (*cache.keys, *cache.values))))
+    for wanted, found in zip(*results, strict=True):
+        assert_close(found, wanted)
+
+
+@requires_compiler
+@pytest.mark.usefixtures("float32_products")
+def test_products_need_no_new_graph(monkeypatch):
+    """After the warm-up, no prompt, chunk, batch or cache compiles again, and all are as in the eager model."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))  # graphs, but no code from them
+    module = random_model(tiny_gemma3_config(windows=(30,) * 2), seed=4)
+    compiled = pop.Model(module, module.config, compile=True, plan=0.5, chunk_size=16)
+    compiled.warmup(2)
+    torch.compiler.set_stance("fail_on_recompile")
+    try:
+        for lengths in ([1], [2], [33], [9, 30], [40, 3]):
+            cache, wanted = compiled.new_cache(len(lengths), 90), new_cache(module, len(lengths), 90, chunk=16)
+            tokens, lengths = torch.arange(len(lengths) * 40).view(-1, 40) % 60, torch.tensor(lengths)
+            for _ in range(2):
+                found = compiled.prefill(tokens, cache, lengths=lengths)
+                assert_close(found, engine.prefill(module, tokens, wanted, lengths, compiled.plan, 16))
+    finally:
+        torch.compiler.set_stance("default")
+
+
+@pytest.mark.usefixtures("float32_products")
+def test_towers_attend_by_products(monkeypatch):
+    """As before `accelerate`, and with gradients as before."""
+    module = random_model(tiny_gemma3_vl_config(), seed=3)
+    block, (h, *rope) = module.tower[0], module.vision_block_inputs(2, 7)
+    h = normal(*h.shape)
+    wanted, calls, attend = block(h, *rope), [], cpu.attention_by_products
+    pop.backends.accelerate(module)
+    monkeypatch.setattr(cpu, "attention_by_products", lambda *args: calls.append(args) or attend(*args))
+    assert_close(block(h, *rope), wanted)
+    assert len(calls) == 1
+    block(h.requires_grad_(), *rope).sum().backward()
+    assert len(calls) == 1 and h.grad.isfinite().all()

@@ -29,11 +29,12 @@ from support.tiny import random_model, tiny_gemma3_config
 from support.tiny_images import both_ways
 
 from pop import engine
+from pop.backends import CPU
 from pop.models.images import Images
 from pop.pruning import reference
 from pop.pruning.plan import PrunePlan
 
-pytestmark = pytest.mark.usefixtures("small_query_blocks")
+pytestmark = pytest.mark.usefixtures("small_query_blocks", "float32_products")
 
 
 @st.composite
@@ -99,9 +100,12 @@ def of_row(images, row, length, before=0):
     )
 
 
-@given(image_cases(), st.integers(0, 3), st.sampled_from([engine.EAGER, engine.Stages(replay=Replay)]))
+@given(image_cases(), st.integers(0, 3), st.sampled_from([engine.EAGER, engine.Stages(replay=Replay), CPU]))
 def test_images_are_the_references(case, steps, stages):
-    """Prefill, cache and decode, for any plan, window, batch and chunking, also with decode steps on fixed memory."""
+    """Prefill, cache and decode, for any plan, window, batch and chunking.
+
+    Also with decode steps on fixed memory, and with the CPU's attention by products.
+    """
     module, plan, tokens, lengths, chunk, images = case
     cache = new_cache(module, len(tokens), slots=128, chunk=chunk)
     with recorded_choices() as choices:
