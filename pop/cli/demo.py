@@ -5,7 +5,7 @@ thirds of the layers. Calibrated plans run the prompt's last 32 tokens at full d
 package nor lie beside the weights are made, and kept beside the weights. The losses are those of
 pop/calibration/judge.py, on windows of the story.
 
-On a CPU the model runs uncompiled: compiling takes longer than a row, and makes a prefill of this length no faster.
+On a CPU the model runs uncompiled: compiling takes longer than a row, and saves a tenth of such a long prefill at most.
 """
 
 import contextlib
