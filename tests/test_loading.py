@@ -88,6 +88,22 @@ def test_a_bad_option_is_refused_before_weights_are_read(folder, options, error,
         pop.load(folder, **options)
 
 
+@pytest.mark.parametrize(("rank", "progress"), [(0, True), (1, False)])
+def test_only_the_first_of_several_processes_shows_progress(rank, progress, folder, monkeypatch):
+    wanted = []
+
+    def load_weights(*args, progress, **options):
+        wanted.append(progress)
+        raise pop.CheckpointError("far enough")
+
+    monkeypatch.setattr("pop.loading.join", lambda device: (rank, 2, device))
+    monkeypatch.setattr("pop.loading.load_weights", load_weights)
+    for choice in (True, False):
+        with pytest.raises(pop.CheckpointError, match="far enough"):
+            pop.load(folder, parallel="auto", progress=choice)
+    assert wanted == [progress, False]
+
+
 def test_a_known_name_wins_over_a_directory_of_that_name(tmp_path, monkeypatch):
     write_checkpoint(tmp_path / "weights/smollm2-135m", num_layers=3)
     write_checkpoint(tmp_path / "smollm2-135m", num_layers=4)
