@@ -2,7 +2,7 @@
 
 The closed form (refit.py) brings each layer's K and V close to the full model's. But the loss depends on the model's
 predictions. So from the closed form on, with everything else frozen, Adam minimises KL(full || pruned) of exercises
-(exercises.py) over the projections (student.py). README.md in this folder has the derivation.
+(exercises.py) over the projections. README.md in this folder has the derivation.
 """
 
 import copy
@@ -13,13 +13,14 @@ import os
 import random
 
 import torch
+import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import save
 
 from pop.backends.cpu import WIDENED
-from pop.calibration.exercises import exercise
+from pop.calibration.exercises import Exercise, exercise
 from pop.calibration.judge import Compared, Judge, Window, pooled
-from pop.calibration.student import distillation_loss
+from pop.calibration.student import checkpointed, full_depth_rows, student, teacher
 from pop.errors import InputError
 from pop.generation.sampling import check_finite
 from pop.pruning.plan import PrunePlan
@@ -70,8 +71,8 @@ def distill(
         rng = random.Random(f"{seed} {number}")
         batch = exercise(model, windows, number, rng)
         trained = {name: state[name].requires_grad_() for name in names}
-        student = dataclasses.replace(plan, projections=plan.projections.replaced(trained))
-        loss = distillation_loss(module, model.vision, student, batch, rng)
+        trainee = dataclasses.replace(plan, projections=plan.projections.replaced(trained))
+        loss = distillation_loss(module, model.vision, trainee, batch, rng)
         gradients = dict(zip(names, torch.autograd.grad(loss, [*trained.values()]), strict=True))
         adam_step(state, gradients, {name: rate * schedule(number, steps) for name, rate in rates.items()})
         if (number + 1) % max(1, steps // CHECKS) == 0 or number + 1 == steps:
@@ -83,6 +84,32 @@ def distill(
                 _write(resume, run, state)
         progress(1)
     return _plan(model, plan, state, "best ")
+
+
+def distillation_loss(module, vision, plan: PrunePlan, batch: Exercise, rng: random.Random):
+    """KL(full || pruned) of the continuations of a batch, in nats a token.
+
+    Args:
+        module: A PrunableModel.
+        vision: Its Processor.
+        plan: With the projections to differentiate, in any dtype.
+        rng: Decides whether the plan's full-depth tokens or only the prompt's last one and first ones are used.
+    """
+    (B, T), cut = batch.tokens.shape, batch.cut
+    plan = rng.choice((plan, dataclasses.replace(plan, full_depth_last=1, full_depth_selected=0.0)))
+    with torch.no_grad():
+        images = vision.images(module, batch.media, batch.tokens, torch.full((B,), T))
+        states, full = teacher(module, batch.tokens.to(plan.projections.weight.device), images, plan.layers[:1])
+        rows = full_depth_rows(module, plan, h := states[plan.layers[0]], cut, images)
+    pruned = student(module, plan, h, rows, images)
+
+    def divergence(full, pruned):  # [N, D] each. So the logits [N, V] of one prompt are in memory, not those of all
+        p, q = (module.head(x).log_softmax(-1) for x in (full, pruned))
+        return F.kl_div(q, p, log_target=True, reduction="sum")
+
+    predicted = T - cut + 1  # tokens: the continuation, and the one after it
+    pairs = zip(full[:, -predicted:], pruned[:, -predicted:], strict=True)
+    return sum(checkpointed(divergence, *pair) for pair in pairs) / (B * predicted)
 
 
 def _working_copy(model) -> torch.nn.Module:

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from pop import engine
+from pop.calibration.student import full_depth_rows, student, teacher
 from pop.inputs.processors import Prepared
 from pop.pruning.plan import PrunePlan
 
@@ -47,9 +47,12 @@ class Judge:
 
     The prompt is two thirds of a window's first 384 tokens, or more up to its last image. The next 128 tokens are the
     continuation. A passage of the prompt follows, again.
+
+    The h that enters a plan's first pruned layer is kept. One full pass gives it for `plans`; others need one each.
     """
 
-    def __init__(self, model, windows: list[Window]):
+    @torch.no_grad()
+    def __init__(self, model, windows: list[Window], plans: Sequence[PrunePlan] = ()):
         self.model, self.cases = model, []
         rng = random.Random(0)
         for tokens, media in windows:
@@ -60,8 +63,11 @@ class Judge:
             if (room := model.max_seq_len - cut - len(passage)) < 0:  # after an image
                 passage, room = [], len(continuation)
             continuation = continuation[:room]
-            full = self._log_probs(prompt, continuation + passage[:-1], media, PrunePlan.none())
-            self.cases.append((prompt, continuation, passage, media, full))
+            tokens = torch.tensor([prompt + continuation + passage[:-1]])
+            shown = model.vision.images(model.module, [media], tokens, torch.tensor([tokens.shape[1]]))
+            entering, h = teacher(model.module, tokens.to(model.device), shown, {plan.layers[0] for plan in plans})
+            full = model.module.head(h[0, cut - 1 :]).log_softmax(-1)
+            self.cases.append((prompt, continuation, passage, (tokens, shown, entering), full))
 
     def __call__(self, plan: PrunePlan) -> float:
         return self.losses(plan).mean
@@ -69,11 +75,12 @@ class Judge:
     def losses(self, plan: PrunePlan) -> Losses:
         return pooled(self.compare(plan))
 
+    @torch.no_grad()
     def compare(self, plan: PrunePlan) -> list[Compared]:
         """The tokens of each window by a plan."""
-        compared = []
-        for prompt, continuation, passage, media, full in self.cases:
-            pruned = self._log_probs(prompt, continuation + passage[:-1], media, plan) if plan.layers else full
+        compared, plan = [], self.model.resolve(plan)
+        for prompt, continuation, passage, shared, full in self.cases:
+            pruned = self._log_probs(plan, len(prompt), *shared) if plan.layers else full
             kl = F.kl_div(pruned, full, log_target=True, reduction="none").sum(-1)  # [N + 1]
             cue = cue_tokens(passage)
             at = len(continuation) + cue  # where the first token to copy is predicted
@@ -82,14 +89,14 @@ class Judge:
             compared.append((kl[: len(continuation) + 1], kl[at : at + len(targets)], copied))
         return compared
 
-    def _log_probs(self, prompt, continuation, media, plan) -> torch.Tensor:
-        """Log-probabilities [N + 1, V] of the N tokens of the continuation and of the next one."""
-        cache = self.model.new_cache(1, len(prompt) + len(continuation))
-        first = self.model.prefill([prompt], cache, images=[media], plan=plan)  # [1, V]
-        if not continuation:
-            return first.log_softmax(-1)
-        rest = engine.extend(self.model.module, torch.tensor([continuation], device=self.model.device), cache)[0]
-        return torch.cat((first, rest)).log_softmax(-1)
+    def _log_probs(self, plan: PrunePlan, cut: int, tokens, images, entering: dict[int, torch.Tensor]) -> torch.Tensor:
+        """Log-probabilities [N + 1, V] of the N tokens after the prompt, and of the next one."""
+        module, first = self.model.module, plan.layers[0]
+        if first not in entering:
+            entering |= teacher(module, tokens.to(self.model.device), images, [first])[0]
+        rows = full_depth_rows(module, plan, entering[first], cut, images)
+        h = student(module, plan, entering[first], rows, images)
+        return module.head(h[0, cut - 1 - tokens.shape[1] :]).log_softmax(-1)
 
 
 def pooled(compared: Sequence[Compared]) -> Losses:

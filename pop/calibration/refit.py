@@ -32,8 +32,8 @@ from pop.system import __version__
 from pop.system.progress import progress_bar
 
 RIDGES = (1e-2, 1e-1, 1.0)  # candidates for lambda
-DAMPINGS = (1.0, 0.85)  # candidates for d, of V and of K
-TRIALS = len(RIDGES) + 2 * (len(DAMPINGS) - 1) + 1  # the most settings (lambda, dampings) that are tried for a plan
+DAMPINGS = (1.0, 0.85)  # candidates for d, of V only: damped K has never lowered the loss
+TRIALS = len(RIDGES) + len(DAMPINGS)  # the most settings (lambda, dampings) that are tried for a plan
 SHORTEST = 16  # tokens; a shorter window is left out
 TOKENS_AT_ONCE = 4096  # the most tokens in one forward pass
 LENGTHS = (512, 2048, 8192)  # prompt lengths for which a plan records its speedup
@@ -68,7 +68,7 @@ def calibrate(
         rank: Store corrections of this rank in all, such as a quarter of taps * D, for one group of pruned layers. The
             plan is smaller, and two taps cost less. None: whole projections.
         window: The tokens of a window, ideally as many as in a typical prompt. Texts with images stay whole.
-        held_out: The number of windows, at most a fifth of all, that choose lambda and the dampings but are not fitted.
+        held_out: The number of windows, at most a fifth of all, that choose lambda and the damping but are not fitted.
             A plan is judged by the 128 tokens after their first 256, or after their last image, and by a passage of
             these 256 that is repeated after them.
         steps: Steps of distillation after the closed form (distill.py), such as 150. 0: none.
@@ -119,7 +119,7 @@ def calibrate(
             step(sum(len(tokens) for tokens, _ in batch))
         if not all(fit.count for fit in fits):
             raise InputError("full_depth_first leaves no token to fit to; make it smaller, or give longer texts")
-        loss = Judge(model, judge)
+        loss = Judge(model, judge, plans)
         results = [_choose(fit, loss, lambda trials: step(trials * trial)) for fit in fits]
     if steps:
         with progress_bar("distilling", len(fits) * steps, "steps", progress) as step:
@@ -290,7 +290,7 @@ def _accumulate(model, batch: list[Window], fits: list[_Fit]) -> None:
 
 
 def _choose(fit: _Fit, judge: Judge, step) -> PrunePlan:
-    """Choose lambda, then the damping of V, then that of K, or plain pruning if it is better than all of them."""
+    """Choose lambda, then the damping of V, or plain pruning if it is better than all of them."""
     solved = {}
 
     def refit(ridge: float, damp_k: float, damp_v: float) -> PrunePlan:
@@ -313,8 +313,7 @@ def _choose(fit: _Fit, judge: Judge, step) -> PrunePlan:
             break
         ridge = larger
     damp_v = min(DAMPINGS, key=lambda damp: loss(ridge, 1.0, damp))
-    damp_k = min(DAMPINGS, key=lambda damp: loss(ridge, damp, damp_v))
-    best = min([(ridge, damp_k, damp_v), (ridge, 0.0, 0.0)], key=lambda settings: loss(*settings))
+    best = min([(ridge, 1.0, damp_v), (ridge, 0.0, 0.0)], key=lambda settings: loss(*settings))
     return refit(*best)
 
 

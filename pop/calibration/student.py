@@ -1,4 +1,4 @@
-"""The loss of distillation: KL(full || pruned) of continuations, with gradients for the refit projections only.
+"""The full pass and the pruned one, teacher and student, with all that many pruned passes of one text share.
 
 One full pass gives p, the teacher's predictions. It also gives h at the first pruned layer r, which is the same in a
 pruned pass. From there on the student carries only the full-depth rows f through the pruned layers:
@@ -6,18 +6,16 @@ pruned pass. From there on the student carries only the full-depth rows f throug
     h, all tokens     ──── layers before r ────┬──── layers from r on ─────────────────► p      no gradients
                                                └── x ── W_l, b_l ── K, V of layer l
                                                                          │
-    full-depth rows   f ── layer r ── ... ─────────────────────────── layer l ── ... ──► q      gradients
+    full-depth rows   f ── layer r ── ... ─────────────────────────── layer l ── ... ──► q      gradients of W_l and b_l
 """
 
 import dataclasses
 import functools
-import random
 
 import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from pop.calibration.exercises import Exercise
 from pop.engine.selection import select
 from pop.models.images import TextOnly
 from pop.models.layers import causal_mask, masked_attention
@@ -25,42 +23,16 @@ from pop.pruning.plan import PrunePlan
 from pop.pruning.reference import full_depth_tokens
 
 # The backward pass recomputes the activations inside a checkpointed function, so they need not be kept.
-_checkpoint = functools.partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
+checkpointed = functools.partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
 
 
-def distillation_loss(module, vision, plan: PrunePlan, batch: Exercise, rng: random.Random):
-    """KL(full || pruned) of the continuations of a batch, in nats a token.
-
-    Args:
-        module: A PrunableModel.
-        vision: Its Processor.
-        plan: With the projections to differentiate, in any dtype.
-        rng: Decides whether the plan's full-depth tokens or only the prompt's last one and first ones are used.
-    """
-    (B, T), cut = batch.tokens.shape, batch.cut
-    plan = rng.choice((plan, dataclasses.replace(plan, full_depth_last=1, full_depth_selected=0.0)))
-    with torch.no_grad():
-        images = vision.images(module, batch.media, batch.tokens, torch.full((B,), T))
-        h, full = teacher(module, batch.tokens.to(plan.projections.weight.device), images, plan.layers[0])
-        rows = full_depth_rows(module, plan, h, cut, images)
-    pruned = student(module, plan, h, rows, images)
-
-    def divergence(full, pruned):  # [N, D] each. So the logits [N, V] of one prompt are in memory, not those of all
-        p, q = (module.head(x).log_softmax(-1) for x in (full, pruned))
-        return F.kl_div(q, p, log_target=True, reduction="sum")
-
-    predicted = T - cut + 1  # tokens: the continuation, and the one after it
-    pairs = zip(full[:, -predicted:], pruned[:, -predicted:], strict=True)
-    return sum(_checkpoint(divergence, *pair) for pair in pairs) / (B * predicted)
-
-
-def teacher(module, tokens: torch.Tensor, images: TextOnly, first: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The full pass: tokens [B, T] -> h [B, T, D] at layer `first` and after the last layer."""
-    entering = None
+def teacher(module, tokens: torch.Tensor, images: TextOnly, layers) -> tuple[dict[int, torch.Tensor], torch.Tensor]:
+    """The full pass: tokens [B, T] -> h [B, T, D] that enters each of `layers`, and h after the last layer."""
+    entering = {}
 
     def step(index, layer, h, rope, attend):
-        nonlocal entering
-        entering = h if index == first else entering
+        if index in layers:
+            entering[index] = h
         return layer(h, rope, attend)
 
     h = module.through_layers(tokens, images, step)
@@ -86,7 +58,7 @@ def student(module, plan: PrunePlan, h, rows, images: TextOnly) -> torch.Tensor:
     """The pass of pop/pruning/reference.py from the first pruned layer on, in the dtype of h.
 
     Args:
-        module, plan: As above.
+        module, plan: As above. The projections may be in any dtype.
         h: [B, T, D], enters the first pruned layer.
         rows: [B, R] int64, which tokens run at full depth, in order.
 
@@ -98,7 +70,8 @@ def student(module, plan: PrunePlan, h, rows, images: TextOnly) -> torch.Tensor:
     positions = torch.arange(T, device=h.device).expand(B, -1)  # [B, T]
     last_attended, ropes = images.last_attended(positions), module.rope(images.rotary(positions))
     masks = {window: causal_mask(T, window, last_attended, h.device).expand(B, -1, -1)[at] for window in ropes}
-    refit = plan.projections.replaced({name: x.to(h.dtype) for name, x in plan.projections.tensors.items()})
+    if (refit := plan.projections) is not None:
+        refit = refit.replaced({name: x.to(h.dtype) for name, x in refit.tensors.items()})
 
     def attend(layer, q, k, v):
         return module.causal_attention(q, k, v, layer.scale, layer.window, last_attended)
@@ -111,21 +84,23 @@ def student(module, plan: PrunePlan, h, rows, images: TextOnly) -> torch.Tensor:
         if group[0] < plan.layers[0]:
             continue
         if is_pruned:
-            x = module.layers[group[0]].normalised(h)
-            x = refit.inputs(x, torch.zeros_like(x[:, 0]))
+            if refit is not None:
+                x = module.layers[group[0]].normalised(h)
+                x = refit.inputs(x, torch.zeros_like(x[:, 0]))
             f = h[at]  # [B, R, D]
             for index in group:
                 layer, number = module.layers[index], plan.layers.index(index)
                 rope = ropes[layer.window]
-                k, v = F.linear(x, refit.weight[number].flatten(0, 1), refit.bias[number].flatten()).chunk(2, dim=-1)
-                if refit.shared is not None:
-                    k, v = (own + correction for own, correction in zip(layer.projected(h), (k, v), strict=True))
+                k, v = layer.projected(h) if refit is None or refit.shared is not None else (0, 0)  # [B, T, K * E] each
+                if refit is not None:
+                    found = F.linear(x, refit.weight[number].flatten(0, 1), refit.bias[number].flatten())
+                    k, v = map(torch.add, found.chunk(2, dim=-1), (k, v))
                 attend_pruned = functools.partial(attend_rows, of_prompt=layer.placed(k, v, rope))
                 f = layer(f, tuple(table[at] for table in rope), attend_pruned)
             h = h.index_put(at, f)
         else:
             for index in group:
                 layer = module.layers[index]
-                h = _checkpoint(layer, h, ropes[layer.window], attend)
+                h = checkpointed(layer, h, ropes[layer.window], attend)
         h = images.add_deepstack(h, group[-1])
     return h[at]

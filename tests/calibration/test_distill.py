@@ -15,10 +15,19 @@ from support.tiny import random_model, tiny_config, tiny_gemma3_config
 import pop
 from pop import InputError, PrunePlan, calibrate
 from pop.calibration import distill as distillation
-from pop.calibration.distill import BETAS, EPSILON, adam_step, distill, is_worse, learning_rate, schedule
+from pop.calibration.distill import (
+    BETAS,
+    EPSILON,
+    adam_step,
+    distill,
+    distillation_loss,
+    is_worse,
+    learning_rate,
+    schedule,
+)
 from pop.calibration.exercises import Exercise
 from pop.calibration.judge import Judge
-from pop.calibration.student import distillation_loss, full_depth_rows, student, teacher
+from pop.calibration.student import full_depth_rows, student, teacher
 from pop.inputs.processors import processor_of
 from pop.models.images import TEXT
 from pop.pruning import reference
@@ -81,7 +90,8 @@ def students(draw):
 
 def rows_of(module, plan, tokens, cut):
     """h [B, T, D] at the first pruned layer, and the full-depth tokens as rows [B, R] and as a mask [B, T]."""
-    h, _ = teacher(module, tokens, TEXT, plan.layers[0])
+    entering, _ = teacher(module, tokens, TEXT, plan.layers[:1])
+    h = entering[plan.layers[0]]
     rows = full_depth_rows(module, plan, h, cut, TEXT)
     return h, rows, torch.zeros_like(tokens, dtype=torch.bool).scatter(1, rows, True)
 

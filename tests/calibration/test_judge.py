@@ -49,6 +49,22 @@ def test_the_full_model_is_not_run_again(model, monkeypatch):
     assert judge.losses(PrunePlan.none())[:2] == (0, 0)
 
 
+@pytest.mark.parametrize("announced", [True, False])
+def test_the_layers_below_the_pruned_ones_run_once(model, announced, monkeypatch):
+    """In the full pass, or, for a plan that was not announced, in one more."""
+    judge, runs, layer_class = Judge(model, random_windows(60), [PLAN] * announced), [], type(model.module.layers[0])
+    forward = layer_class.forward
+
+    def counted(self, *args):
+        runs.append([*model.module.layers].index(self))
+        return forward(self, *args)
+
+    monkeypatch.setattr(layer_class, "forward", counted)
+    losses = [judge.losses(PLAN) for _ in range(2)]
+    assert runs == ([] if announced else [0, 1, 2, 3, 4]) + 2 * [2, 3, 4]
+    assert losses[0] == losses[1] == Judge(model, random_windows(60)).losses(PLAN)
+
+
 def test_tokens_are_copied_if_they_are_the_likeliest(model):
     windows = [*random_windows(60, 45), ([30] * 70, [])]  # this model repeats token 30
     right = total = 0

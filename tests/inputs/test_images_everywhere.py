@@ -11,12 +11,12 @@ from support.tiny import random_model, random_patches, tiny_gemma3_vl_config, ti
 from support.tiny_images import picture
 
 import pop
+from pop.calibration.distill import distillation_loss
 from pop.calibration.exercises import CONTINUATION, Exercise
 from pop.calibration.exercises import exercise as make_exercise
 from pop.calibration.gates import gate_gradients
 from pop.calibration.judge import Judge
 from pop.calibration.refit import _accumulate, _batches, _Fit, _windows
-from pop.calibration.student import distillation_loss
 from pop.errors import ContextOverflow, InputError
 from pop.inputs.processors import Prepared
 from pop.models.vision.qwen3_vl import Grid
@@ -231,7 +231,7 @@ def test_calibration_with_images(model, monkeypatch):
     """The plan runs, and on held-out texts with images it is not worse than plain pruning."""
     windows, rows = texts(model)
     judged, original = [], Judge.__init__
-    monkeypatch.setattr(Judge, "__init__", lambda self, m, w: judged.extend(w) or original(self, m, w))
+    monkeypatch.setattr(Judge, "__init__", lambda self, m, w, *p: judged.extend(w) or original(self, m, w, *p))
     plan = pop.PrunePlan((2, 3))
     result = pop.calibrate(model, windows, plan, images=rows, progress=False, seed=1)
     assert any(ones for _, ones in judged)
