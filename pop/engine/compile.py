@@ -4,7 +4,7 @@ A decoder has many layers of one kind, so the layer is compiled, not the model. 
 are arguments, and sizes are symbols. torch compiles a size of 1 as a special case, so each stage has a few graphs:
 
     one batch row, or several
-    one token, or several                 of a chunk, or of its full-depth rows
+    one token, or several                 of a chunk, or of its full-depth rows, at full depth
     an empty cache, or a filled one       with several tokens
     up to 4096 filled slots, or more      with one token: Inductor splits longer sums
     one image, or several of one size     in a vision tower
@@ -138,7 +138,6 @@ class Compiled:
         if refit is not None:
             refit = dataclasses.replace(refit, full_depth_first=1, full_depth_last=1, full_depth_selected=0.0)
             prefill(first, refit, first)
-            prefill(3, refit, 1)  # token by token
             return
         for block in {self._seen[block]: block for block in self.module.tower}.values():
             taken = {size for tensor in self.module.vision_block_inputs(1, 1) for size in tensor.shape}
@@ -150,7 +149,6 @@ class Compiled:
         forward.decode(self.module, prompt(1)[:, 0], cache, warming)
         everything = PrunePlan(tuple(range(config.num_layers)))
         prefill(first, everything, first)
-        prefill(2, everything, 1)
         cache = prefill(first, PrunePlan.none(), first)
         forward.extend(self.module, prompt(second), cache, warming)
 
@@ -213,8 +211,10 @@ class _CompiledStage:
         return h if self.seen[layer] is None else self(layer, h, *args)
 
     def __call__(self, layer, h, *args):
-        kind = self.seen[layer]
-        if kind is None:
+        kind, one_token = self.seen[layer], h.shape[-2] == 1
+        # Compiling takes longer than it saves for logits of several tokens, and for chunks of one pruned token.
+        rare = (stages.head,) if not one_token else (stages.pruned_layer, stages.refit_layer, stages.corrected_layer)
+        if kind is None or self.function in rare:
             return self.eager(layer, h, *args)
         if self.function is stages.full_layer:
             held = args[2].held
@@ -226,7 +226,7 @@ class _CompiledStage:
             args = (*inputs, keys, values)
         else:
             h, *args = (_as_owner(x) for x in (h, *args))
-        key = (kind, h.shape[-2] == 1, torch.get_num_threads())
+        key = (kind, one_token, torch.get_num_threads())
         if key not in self.compiled:
             code, name = self.function.__code__.replace(), self.function.__name__
             copied = types.FunctionType(code, self.function.__globals__, name, self.defaults)
