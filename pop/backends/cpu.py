@@ -23,7 +23,7 @@ STREAMS = 4  # blocks of a matrix that a core reads at once; with a single block
 # Dtypes with fast products that torch's attention does not use. It uses those of AMX.
 _bf16, _amx = (getattr(torch.cpu, f"_is_{name}_supported", bool)() for name in ("avx512_bf16", "amx_tile"))
 MULTIPLIED = {torch.bfloat16} if _bf16 and not _amx else set()
-QUERY_BLOCK, SCORES_AT_ONCE = 128, 2**22  # tokens, and numbers, which bound how many heads run together
+QUERY_BLOCK, SCORES_AT_ONCE = 128, 2**20  # tokens, and numbers, which bound how many heads run together
 FEWEST_QUERIES, FEWEST_SCORES = 32, 2**15  # of a head; with fewer, calls would take longer than torch's attention
 TEMPORARY = 31 * 2**20  # bytes; glibc adapts to freed blocks of at most 32 MiB, headers included
 
