@@ -16,6 +16,7 @@ from typing import NamedTuple
 import torch
 
 from pop.calibration.judge import Window, repeated_passage
+from pop.errors import InputError
 from pop.inputs.processors import Prepared
 
 KINDS = ("text", "repetition", "table", "text", "table")
@@ -64,8 +65,8 @@ def _choose(windows: Sequence[Window], count: int, rng: random.Random) -> list[W
 def _row(model, kind: str, text: list[int], cut: int, length: int, images: Sequence[range], rng) -> list[int]:
     """The text, or its first `cut` tokens with `length` tokens to look up in them."""
     prompt, found = text[:cut], []
-    if kind == "table" and model.tokenizer is not None and not images:
-        prompt, found = _table(model, prompt, rng)
+    if kind == "table" and not images and (words := _words(model, prompt)) is not None:
+        prompt, found = _table(model, prompt, words, rng)
     elif kind != "text":
         newline = [] if model.tokenizer is None else model.encode("\n", bos=False)
         while len(found) < length and (passage := repeated_passage(prompt, images, rng)):
@@ -73,10 +74,18 @@ def _row(model, kind: str, text: list[int], cut: int, length: int, images: Seque
     return prompt + list(islice(cycle(found), length)) if found else text
 
 
-def _table(model, prompt: list[int], rng) -> tuple[list[int], list[int]]:
+def _words(model, prompt: list[int]) -> list[str] | None:
+    """A prompt's different words of medium length. None if there is no tokenizer, or it lacks a token of the prompt."""
+    try:
+        words = None if model.tokenizer is None else dict.fromkeys(model.tokenizer.decode(prompt).split())
+    except InputError:  # there may be more embeddings than tokens
+        words = None
+    return words and [word for word in words if word.isalpha() and 3 < len(word) < 10]
+
+
+def _table(model, prompt: list[int], words: list[str], rng) -> tuple[list[int], list[int]]:
     """A prompt with facts in place of its end, and what asks for them, which is empty if it has too few words."""
-    words, count = dict.fromkeys(model.tokenizer.decode(prompt).split()), rng.randint(*FACTS)
-    words = [word for word in words if word.isalpha() and 3 < len(word) < 10]
+    count = rng.randint(*FACTS)
     if len(words) < 2 * count:
         return prompt, []
     words, forms = rng.sample(words, 2 * count), rng.choices(FORMS, k=2)

@@ -63,11 +63,25 @@ def test_a_prompt_begins_with_bos_where_its_text_does(bare, number):
 @pytest.mark.parametrize("number", [REPETITION, TABLE])
 def test_passages_are_repeated(bare, number):
     """Without a tokenizer a table becomes a repetition. What follows a token in a passage did so in the prompt."""
-    tokens, cut, _ = exercise(bare, texts(500, 500), number, random.Random(1))
-    for row in tokens.tolist():
-        follow = set(pairwise(row[:cut]))
-        breaks = sum(pair not in follow for pair in pairwise(row[cut:]))
-        assert breaks <= CONTINUATION / 14
+    check_repetition(exercise(bare, texts(500, 500), number, random.Random(1)))
+
+
+def test_a_prompt_with_tokens_that_the_tokenizer_lacks_is_repeated_not_made_a_table():
+    """As where the embedding is padded."""
+    tokenizer = TOKENIZERS["smollm2"]
+    config = tiny_config(vocab_size=tokenizer.vocab_size + 8, hidden_size=6)
+    window = random.Random(0).choices(range(tokenizer.vocab_size), k=700)
+    window[::30] = [tokenizer.vocab_size + 2] * len(window[::30])
+    check_repetition(
+        exercise(pop.Model(random_model(config), config, tokenizer), [(window, [])], TABLE, random.Random(1))
+    )
+
+
+def check_repetition(exercise):
+    for row in exercise.tokens.tolist():
+        follow = set(pairwise(row[: exercise.cut]))
+        breaks = sum(pair not in follow for pair in pairwise(row[exercise.cut :]))
+        assert breaks <= 2 * CONTINUATION / 14  # before and after a newline, if there is one
 
 
 def test_a_table_has_each_fact_that_it_asks_for(model):
