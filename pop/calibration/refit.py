@@ -103,7 +103,7 @@ def calibrate(
     if resume is not None and (not steps or len(plans) > 1):
         raise InputError(f"resume keeps the steps for one plan, but {steps} steps and {len(plans)} plans are given")
     texts = _texts(texts)
-    windows = _windows(model, texts, images, videos, window)
+    windows = text_windows(model, texts, images, videos, window)
     if len(windows) < 2:
         needed = f"calibration needs two windows of {SHORTEST} to {window} tokens, but the texts have {len(windows)}"
         raise InputError(f"{needed}; give several texts, {window + SHORTEST} tokens in one text, or a smaller window")
@@ -149,7 +149,7 @@ def _texts(texts) -> list:
     return builtin_texts() if texts is None else list(texts)
 
 
-def _windows(model, texts, images, videos, size: int) -> list[Window]:
+def text_windows(model, texts, images, videos, size: int) -> list[Window]:
     """Cut the texts into windows of at most `size` token ids. Where a text begins with BOS, so do its windows."""
     windows = []
     for text, media in zip(texts, model.vision.prepare_batch(images, videos, len(texts)), strict=True):

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from support.naive_fit import recorded
-from support.tiny import random_model, tiny_config
+from support.tiny import random_model, tiny_config, tiny_gemma3_config
 
 import pop
 from pop.models.layers import causal_attention
@@ -25,6 +25,12 @@ WINDOWS = [torch.from_numpy(np.random.default_rng(n).integers(67, size=40)) for 
 def tiny_model(**overrides) -> pop.Model:
     config = tiny_config(**overrides)
     return pop.Model(random_model(config, seed=3), config)
+
+
+def tiny_windows() -> pop.Model:
+    """A model whose prompts exceed its windows of 5 tokens, and the rings in which its caches keep them."""
+    config = tiny_gemma3_config()
+    return pop.Model(random_model(config, seed=3), config, chunk_size=8)
 
 
 def predicted(logits: torch.Tensor) -> torch.Tensor:
@@ -204,13 +210,16 @@ def test_slicegpt_refuses_what_it_cannot_cut(monkeypatch):
 
 @pytest.mark.parametrize("layers", [(3, 4), (1, 2, 4), (0, 1, 2, 3, 4), ()])
 @pytest.mark.parametrize("kind", [baselines.NoKV, baselines.FirstKV])
-def test_without_kv_pruned_layers_attend_nothing_before_the_boundary_but_the_first_token(layers, kind):
-    model = tiny_model()
+@pytest.mark.parametrize("windows", [False, True])
+def test_without_kv_pruned_layers_attend_nothing_before_the_boundary_but_the_first_token(layers, kind, windows):
+    model = tiny_windows() if windows else tiny_model()
     contender = kind("no-kv", model, pop.PrunePlan(layers))
     position = torch.arange(len(TOKENS))
-    causal, without = position[:, None] >= position, (position < N - 1) & (position >= kind.first)
+    without = (position < N - 1) & (position >= kind.first)
 
     def visible(layer):  # a token always attends itself: the row of one that skips the layer is not used
+        window = model.module.layers[layer].window or len(TOKENS)
+        causal = (position[:, None] >= position) & (position[:, None] - position < window)
         hidden = without if layer in layers else torch.zeros(len(TOKENS), dtype=torch.bool)
         return causal & ~hidden | torch.eye(len(TOKENS), dtype=torch.bool)
 
@@ -219,17 +228,20 @@ def test_without_kv_pruned_layers_attend_nothing_before_the_boundary_but_the_fir
 
 
 @pytest.mark.parametrize("layers", [(3, 4), (1, 2, 4), ()])
-def test_without_boundary_handling_the_whole_prompt_is_pruned(layers):
-    model = tiny_model()
+@pytest.mark.parametrize("windows", [False, True])
+def test_without_boundary_handling_the_whole_prompt_is_pruned(layers, windows):
+    model = tiny_windows() if windows else tiny_model()
     contender = baselines.NoBoundary("no-boundary", model, pop.PrunePlan(layers))
     naive, _ = reference.forward(model.module, TOKENS, torch.arange(len(TOKENS)) >= N, pop.PrunePlan(layers))
     torch.testing.assert_close(contender.logits(PROMPT, CONTINUATION), predicted(naive), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("make", [controls.constant_kv, controls.embedding_kv])
-def test_controls_are_plans_whose_projections_see_the_embedding(make):
+@pytest.mark.parametrize("windows", [False, True])
+def test_controls_are_plans_whose_projections_see_the_embedding(make, windows):
     """With all layers pruned, the embedding is the state that enters the group. So the engine can run the same plan."""
-    model, layers = tiny_model(num_layers=3), (0, 1, 2)
+    model = tiny_windows() if windows else tiny_model()
+    layers = tuple(range(5))
     contender = make(model, 1.0, WINDOWS)
     weight = torch.stack([contender.weights[index][0].T.unflatten(0, (2, -1)) for index in layers])
     bias = torch.stack([contender.weights[index][1].unflatten(0, (2, -1)) for index in layers])
@@ -277,19 +289,21 @@ def test_every_baseline_can_be_made_by_its_name_and_generates():
 
 
 def test_calibration_windows_hold_the_texts_in_order_or_an_even_share_of_them():
-    model = tiny_model()
-    windows = baselines.calibration_windows(model, [list(range(50)), list(range(7))], length=20)
+    """Where a text begins with BOS, so do its windows. As in calibration, a rest of less than 16 tokens is left out."""
+    model = tiny_model(bos_id=66)
+    windows = baselines.calibration_windows(model, [list(range(50)), list(range(15)), [66, *range(60)]], length=20)
     assert [window.tolist() for window in windows] == [
         list(range(20)),
         list(range(20, 40)),
-        list(range(40, 50)),
-        list(range(7)),
+        [66, *range(19)],
+        [66, *range(19, 38)],
+        [66, *range(38, 57)],
     ]
-    few = baselines.calibration_windows(model, [list(range(60))], length=10, most=3)
-    assert [int(window[0]) for window in few] == [0, 20, 40]
-    few = baselines.calibration_windows(model, [list(range(60))], length=12, most=3)
-    assert [int(window[0]) for window in few] == [0, 24, 48]  # of 5 every second
+    few = baselines.calibration_windows(model, [list(range(66)) * 3], length=33, most=3)
+    assert [int(window[0]) for window in few] == [0, 0, 0]
+    few = baselines.calibration_windows(model, [list(range(60))], length=20, most=2)
+    assert [int(window[0]) for window in few] == [0, 40]
     short = pop.Model(model.module, model.config, max_seq_len=16)
-    assert [len(window) for window in baselines.calibration_windows(short, [list(range(40))])] == [16, 16, 8]
-    with pytest.raises(pop.InputError, match="calibration texts"):
-        baselines.calibration_windows(model, [[]])
+    assert [len(window) for window in baselines.calibration_windows(short, [list(range(40))])] == [16, 16]
+    with pytest.raises(pop.InputError, match="calibration text"):
+        baselines.calibration_windows(model, [list(range(15))])

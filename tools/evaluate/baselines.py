@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import pop
+from pop.calibration.refit import SHORTEST, text_windows
 from pop.engine.attention import write
 from pop.errors import InputError
 from pop.models.layers import causal_attention, masked_attention
@@ -107,9 +108,11 @@ class NoKV(OneByOne):
         h = h.clone()
         slots = torch.arange(len(tokens), device=h.device)[None]  # [1, T]
         for index, layer in enumerate(module.layers):
-            rows = kept if index in self.plan.layers else everyone
+            pruned = index in self.plan.layers
+            rows = kept if pruned else everyone
             tables = [table[:, rows] for table in rope[layer.window]]
-            h[:, rows] = layer(h[:, rows], tables, write_and_attend(cache, index, slots[:, rows]))
+            mask = self.visible(slots[:, rows], boundary, layer.window) if pruned else None
+            h[:, rows] = layer(h[:, rows], tables, write_and_attend(cache, index, slots[:, rows], mask))
         cache.lengths += len(tokens)
         cache.boundary = boundary  # for `extend`: in pruned layers, earlier slots are empty
         return module.head(h[0, -1])
@@ -117,18 +120,25 @@ class NoKV(OneByOne):
     @torch.no_grad()
     def extend(self, tokens: list[int], cache: pop.KVCache) -> torch.Tensor:
         module, begin = self.model.module, int(cache.lengths[0])
-        end = begin + len(tokens)
-        positions = torch.arange(begin, end, device=self.model.device)[None]  # [1, T]
-        slots = torch.arange(end, device=self.model.device)  # [S]
-        visible = slots <= positions[..., None]  # [1, T, S]
-        filled = (slots >= cache.boundary) | (slots < self.first)  # [S]
+        positions = torch.arange(begin, begin + len(tokens), device=self.model.device)[None]  # [1, T]
         h = module.embed(torch.tensor([tokens], device=self.model.device))
         rope = module.rope(positions)
         for index, layer in enumerate(module.layers):
-            mask = visible & filled if index in self.plan.layers else visible
+            boundary = cache.boundary if index in self.plan.layers else 0
+            mask = self.visible(positions, boundary, layer.window)
             h = layer(h, rope[layer.window], write_and_attend(cache, index, positions, mask))
         cache.lengths += len(tokens)
         return module.head(h[0])
+
+    def visible(self, positions: torch.Tensor, boundary: int, window: int | None) -> torch.Tensor:
+        """Which slots tokens at increasing positions [1, T] attend, if those before the boundary are empty.
+
+        Returns [1, T, S], where slot S - 1 is the last token's own.
+        """
+        slots = torch.arange(int(positions[0, -1]) + 1, device=positions.device)  # [S]
+        distance = positions[..., None] - slots  # [1, T, S]
+        filled = (slots >= boundary) | (slots < self.first)  # [S]
+        return (distance >= 0) & (distance < (window or len(slots))) & filled
 
     def flops(self, num_tokens: int) -> None:
         return None
@@ -176,7 +186,7 @@ def no_kv(model: pop.Model, fraction: float, windows=None) -> Contender:
 
 
 def calibration_windows(model: pop.Model, texts: list, length: int = 512, most: int = 16) -> list[torch.Tensor]:
-    """Cut texts into windows of token ids, each [T].
+    """Cut texts into windows of token ids, each [T], as `pop.calibrate` does.
 
     Args:
         model: its tokenizer encodes strings.
@@ -184,15 +194,11 @@ def calibration_windows(model: pop.Model, texts: list, length: int = 512, most: 
         length: the most tokens of a window.
         most: the most windows. From more, evenly spread ones are taken.
     """
-    windows = []
-    for text in texts:
-        tokens = model.tokenizer.encode(text) if isinstance(text, str) else text
-        tokens = torch.as_tensor(tokens, dtype=torch.int64, device=model.device)
-        windows += tokens.split(min(length, model.max_seq_len))
-    if not sum(map(len, windows)):
-        raise InputError("the calibration texts are empty; give at least one text with content")
+    windows = text_windows(model, texts, None, None, min(length, model.max_seq_len))
+    if not windows:
+        raise InputError(f"no calibration text has {SHORTEST} tokens; give a longer one")
     step = max(1, math.ceil(len(windows) / most))
-    return windows[::step]
+    return [torch.tensor(tokens, device=model.device) for tokens, _ in windows[::step]]
 
 
 def embed(module: nn.Module, tokens: torch.Tensor):

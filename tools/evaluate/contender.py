@@ -41,19 +41,23 @@ class Contender:
         """The FLOPs of a prefill, counted from shapes. None if pop/pruning/cost.py cannot count them."""
         return prefill_flops(self.model.config, num_tokens, self.plan)
 
+    def new_cache(self, batch_size: int, max_seq_len: int) -> pop.KVCache:
+        """An empty cache for `prefill` and `extend`."""
+        return self.model.new_cache(batch_size, max_seq_len)
+
     def logits(self, prompt: list[int], continuation: list[int]) -> torch.Tensor:
         """Prefill `prompt`, then append `continuation` [C]. Returns the logits [C, V] that predict its tokens.
 
         Raises InputError if they overflow, as `generate` does.
         """
-        cache = self.model.new_cache(1, len(prompt) + len(continuation) - 1)
+        cache = self.new_cache(1, len(prompt) + len(continuation) - 1)
         logits = self.prefill(prompt, cache)[None]
         return finite(torch.cat((logits, self.extend(continuation[:-1], cache))) if len(continuation) > 1 else logits)
 
     def batch_logits(self, prompts: list[list[int]], continuations: list[list[int]]) -> list[torch.Tensor]:
         """`logits` of several prompts and their continuations, as one batch."""
         lengths, longest = [len(prompt) for prompt in prompts], max(map(len, continuations))
-        cache = self.model.new_cache(len(prompts), max(lengths) + longest - 1)
+        cache = self.new_cache(len(prompts), max(lengths) + longest - 1)
         logits = self.model.prefill(_padded(prompts), cache, lengths=lengths, plan=self.plan)[:, None]  # [B, 1, V]
         if longest > 1:
             # Rows are padded on the right: under a causal mask, padding changes nothing before it.
@@ -68,7 +72,7 @@ class Contender:
         """
         tokenizer, ends = self.model.tokenizer, self.model.config.eos_ids
         known = None if tokenizer is None else tokenizer.vocab_size  # the embedding may be padded beyond it
-        cache = self.model.new_cache(1, len(prompt) + count - 1)
+        cache = self.new_cache(1, len(prompt) + count - 1)
         logits, tokens = self.prefill(prompt, cache), []
         while True:
             tokens.append(int(finite(logits)[:known].argmax()))
@@ -78,7 +82,14 @@ class Contender:
 
 
 class OneByOne(Contender):
-    """A contender whose `prefill` and `extend` are its own, for one row."""
+    """A contender whose `prefill` and `extend` are its own, for one row. They write position p to slot p."""
+
+    def new_cache(self, batch_size: int, max_seq_len: int) -> pop.KVCache:
+        """An empty cache that has a slot for each position, even in layers with a sliding window."""
+        model = self.model
+        model.check_fits(max_seq_len, "a row of the cache")
+        options = {"dtype": model.dtype, "device": model.device, "chunk_size": max_seq_len}
+        return pop.KVCache(model.module.config, batch_size, max_seq_len, **options)
 
     def batch_logits(self, prompts: list[list[int]], continuations: list[list[int]]) -> list[torch.Tensor]:
         return [self.logits(*pair) for pair in zip(prompts, continuations, strict=True)]

@@ -30,7 +30,7 @@ def measure_ttft(
     for number in range(runs + 1):
         progress(f"ttft, run {number} of {runs}" if number else "ttft, warm-up")
         for contender in contenders:
-            cache = contender.model.new_cache(1, len(prompt))
+            cache = contender.new_cache(1, len(prompt))
             ttft, _ = timed(lambda run=contender, cache=cache: int(run.prefill(prompt, cache).argmax()), int, 0)
             if number:
                 seconds[contender.name].append(ttft)
