@@ -58,6 +58,10 @@ def test_contenders_are_named_and_planned_as_the_command_line_says(model, tmp_pa
     }
     plans = [pop.PrunePlan((3, 4), full_depth_last=3), pop.PrunePlan((4,))]
     assert calls == [(["text " * 9], plans, 1, 7), (["text " * 9], {}), (["text " * 9], {})]
+    pop.PrunePlan((3, 4), full_depth_last=2, full_depth_selected=0.1).save(tmp_path / "selected.json")
+    _, selected = selection.make_contenders(model, [str(tmp_path / "selected.json")], [])
+    paper, last = "plain pruning, the paper's method", "last 2 tokens at full depth"
+    assert (made[2].method, selected.method) == (f"{paper}, {last}", f"{paper}, 10 % of the tokens selected, {last}")
     assert [contender.name for contender in made[6:]] == ["shortgpt 0.2", "no-kv 0.4"]
     assert len(made[6].model.module.layers) == 4 and made[7].plan.layers == (3, 4)
 

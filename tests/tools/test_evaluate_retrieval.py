@@ -44,11 +44,15 @@ def asked(writer, make, length=900, count=4):
 
 
 def test_a_code_is_that_of_the_one_thing_that_is_asked_for(writer):
+    places = []
     for prompt, answer, question in asked(writer, codes, count=6):
         name = re.search(r"What is the code of the (.+)\?", prompt)[1]
         found = dict(re.findall(r"The code of the ([\w ]+) is (\d{5})\.", prompt))
         assert len(found) == 6 and f" {found[name]}" == answer
         assert prompt.endswith(f"The code of the {name} is") and question.counted is None
+        places.append(list(found).index(name))
+        assert prompt.index("The code") < 100  # the first of six that are spread over 900
+    assert places == [0, 1, 2, 3, 4, 5]
 
 
 def test_a_needle_lies_at_its_depth(writer):
@@ -64,10 +68,12 @@ def test_a_question_about_documents_is_answered_by_one_of_them(writer):
         name = prompt.split("does ")[-1].split(" live")[0]
         places.append(int(re.search(rf"Document (\d)\n{name} lives in the town of{answer}\.", prompt)[1]))
         assert prompt.endswith(f"{name} lives in the town of") and prompt.count(answer) == 1
+        assert prompt.index("Document 1") < 20
     assert places == sorted(places) and (places[0], places[-1]) == (1, 8)
 
 
 def test_a_quotation_is_in_the_prompt_and_begins_as_the_prompt_ends(writer):
+    writer.texts["code"] = np.random.default_rng(0).integers(40, 120, size=400).tolist()
     asking = writer.encode("\n\nThe same passage again:\n")
     for number, (_, _, question) in enumerate(asked(writer, quotes("code"), length=300)):
         text, cue = question.prompt[: -CUE - len(asking)], question.prompt[-CUE:]
@@ -77,13 +83,48 @@ def test_a_quotation_is_in_the_prompt_and_begins_as_the_prompt_ends(writer):
         assert len(question.answer) == QUOTED and set(text[len(writer.head) :]) <= set(range(40, 120))
 
 
+def test_a_quotation_is_the_only_passage_that_follows_its_cue(model):
+    """The text has few phrases, in random order."""
+    rng = np.random.default_rng(0)
+    phrases = rng.integers(40, 120, size=(16, 12))
+    writer = Writer(model.tokenizer, {"code": phrases[rng.integers(16, size=80)].flatten().tolist()}, 0)
+    for question in make_questions(writer, [quotes("code")], [500], 40)[500]:
+        prompt, cue = question.prompt, question.prompt[-CUE:]
+        places = [at + CUE for at in range(len(prompt) - CUE) if prompt[at : at + CUE] == cue]
+        assert places and all(prompt[at : at + QUOTED] == question.answer for at in places)
+    writer.texts["code"] = [40]
+    with pytest.raises(pop.InputError, match="'code' only repeats itself"):
+        quotes("code")(writer, 500, 0.5)
+
+
+def test_keys_of_unequal_lengths_leave_room_for_the_question(model):
+    """Each key may be asked for. Half of them have one token, and the others 35."""
+    writer = Writer(model.tokenizer, {"hay": [*range(40, 120)]}, 0)
+    encode = model.tokenizer.encode
+    size = {True: "X", False: 35 * "X"}
+    writer.encode = lambda text: encode(
+        re.sub(r"\b[A-Z][a-z]{5}[lnrs]\b", lambda word: size[word[0] < "M"], text), bos=False
+    )
+    for seed in range(5):
+        writer.rng.seed(seed)
+        asked(writer, RULER[0], length=600)
+
+
 def test_the_questions_of_ruler_have_the_answers_that_the_prompt_holds(writer):
     multikey, multivalue, multiquery, variables, common, frequent = RULER
+    places = []
     for prompt, answer, _ in asked(writer, multikey):
         found = dict(re.findall(r"The secret number of (\w+) is (\d{5})\.", prompt))
         key = re.search(r"What is the secret number of (\w+)", prompt)[1]
         assert f" {found[key]}" == answer and len(found) > 5
         assert prompt.count("hay") < 20  # little but needles
+        places.append(list(found).index(key) / (len(found) - 1))
+    assert places == pytest.approx([0.125, 0.375, 0.625, 0.875], abs=0.1)
+    for make in (multivalue, multiquery, variables):
+        places = [
+            re.search(r"secret number|VAR ", prompt).start() / len(prompt) for prompt, *_ in asked(writer, make, 2000)
+        ]
+        assert min(places) < 0.3 and len(set(places)) == 4
     for make in (multivalue, multiquery):
         for prompt, answer, question in asked(writer, make):
             found = re.findall(r"secret number of (\w+) is (\d{5})\.", prompt)
@@ -108,7 +149,7 @@ def test_the_questions_of_ruler_have_the_answers_that_the_prompt_holds(writer):
 
 def test_the_seed_decides_and_short_prompts_are_refused(model, writer):
     again, other = (Writer(model.tokenizer, writer.texts, seed) for seed in (0, 1))
-    makers = [codes, needle, documents, quotes("hay"), *RULER]
+    makers = [codes, needle, documents, quotes("code"), *RULER]
     first, second, third = (make_questions(w, makers, [900, 1000], 2) for w in (writer, again, other))
     assert first == second and first != third
     assert {length: len(group) for length, group in first.items()} == {900: 20, 1000: 20}

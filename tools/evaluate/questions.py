@@ -134,7 +134,7 @@ def documents(writer: Writer, length: int, depth: float) -> Question:
 
 
 def quotes(domain: str) -> Maker:
-    """Quotations from the text of a domain."""
+    """Quotations from the text of a domain: the passage nearest to the depth that its cue decides."""
 
     def quote(writer: Writer, length: int, depth: float) -> Question:
         asking = writer.encode("\n\nThe same passage again:\n")
@@ -142,11 +142,21 @@ def quotes(domain: str) -> Maker:
         room = len(text) - CUE - QUOTED
         if room < 0:
             writer.cut(text, -1)
-        begin = round(depth * room)
+        nearest = sorted(range(room + 1), key=lambda begin: abs(begin - round(depth * room)))
+        begin = next((begin for begin in nearest if _is_clear(text, begin)), None)
+        if begin is None:
+            raise InputError(f"the text {domain!r} only repeats itself, so nothing in it can be quoted; give another")
         passage = text[begin : begin + CUE + QUOTED]
         return Question(f"quotes-{domain}", writer.head + text + asking + passage[:CUE], passage[CUE:])
 
     return quote
+
+
+def _is_clear(text: list[int], begin: int) -> bool:
+    """Whether the passage from `begin` on follows its cue wherever `text` has the cue."""
+    passage = text[begin : begin + CUE + QUOTED]
+    same = [at for at, token in enumerate(text) if token == passage[0] and text[at : at + CUE] == passage[:CUE]]
+    return all(text[at : at + CUE + QUOTED] == passage for at in same)
 
 
 def make_questions(writer: Writer, makers: list[Maker], lengths: list[int], per_kind: int) -> dict[int, list[Question]]:

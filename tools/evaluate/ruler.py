@@ -29,7 +29,8 @@ def multikey(writer: Writer, length: int, depth: float) -> Question:
     words, facts, total = writer.words(length // 8), [], 0
     keys = dict(zip(words, writer.numbers(len(words)), strict=True))
     asking = "\nQuestion: What is the secret number of {0}?\nAnswer: The secret number of {0} is"
-    room = length - len(writer.head) - len(writer.encode(asking.format(words[0]))) - 4
+    longest = max((len(writer.encode(asking.format(word))) for word in words), default=0)
+    room = length - len(writer.head) - longest - 4
     for word, number in keys.items():
         fact = f"The secret number of {word} is {number}.\n"
         total += len(writer.encode(fact))

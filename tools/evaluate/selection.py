@@ -90,6 +90,8 @@ def _plan_contender(model: pop.Model, prune: str) -> Contender:
     method = "calibrated" if calibrated or plan.projections else "plain pruning, the paper's method"
     if last:
         plan, name = dataclasses.replace(plan, full_depth_last=int(last)), f"{name} w={int(last)}"
+    if plan.full_depth_selected:
+        method += f", {100 * plan.full_depth_selected:g} % of the tokens selected"
     if plan.full_depth_last > 1:
         method += f", last {plan.full_depth_last} tokens at full depth"
     return Contender(name, model, plan, method)
