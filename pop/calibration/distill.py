@@ -65,7 +65,7 @@ def distill(
     if resume is not None:
         _read(resume, run, state)
         _write(resume, run, state)  # before the work, in case the path cannot be written
-    module = _working_copy(model)
+    module = working_copy(model)
     progress(done := int(state["steps"]))
     for number in range(done, steps):
         rng = random.Random(f"{seed} {number}")
@@ -112,7 +112,7 @@ def distillation_loss(module, vision, plan: PrunePlan, batch: Exercise, rng: ran
     return sum(checkpointed(divergence, *pair) for pair in pairs) / (B * predicted)
 
 
-def _working_copy(model) -> torch.nn.Module:
+def working_copy(model) -> torch.nn.Module:
     """The module in bfloat16, or in float32 on a CPU without fast products in bfloat16."""
     is_slow = model.device.type == "cpu" and torch.bfloat16 in WIDENED
     dtype = torch.float32 if is_slow else torch.bfloat16

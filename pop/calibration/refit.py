@@ -21,8 +21,9 @@ from itertools import islice
 import torch
 import torch.nn.functional as F
 
-from pop.calibration.distill import distill
+from pop.calibration.distill import distill, working_copy
 from pop.calibration.judge import JUDGED, PASSAGE, Judge, Window
+from pop.engine.compile import SMALLEST
 from pop.errors import InputError, PlanError, UnsupportedError, check_count
 from pop.generation.sampling import check_finite
 from pop.model import Model
@@ -111,14 +112,17 @@ def calibrate(
     held_out = min(held_out, max(1, len(windows) // 5))
     judge, windows = windows[:held_out], windows[held_out:]
     fits = [_Fit(model, one, taps, rank) for one in plans]
+    # Passes in bfloat16 leave the loss as it is. A small model, or a part of one, need not be copied.
+    module = working_copy(model) if model.num_parameters >= SMALLEST and model.part is None else model.module
     trial = sum(min(len(tokens), JUDGED) + PASSAGE for tokens, _ in judge)  # tokens that judging a plan runs
     total = sum(len(tokens) for tokens, _ in windows) + len(fits) * TRIALS * trial
     with progress_bar("calibrating", total, "tokens", progress) as step:
         for batch in _batches(windows):
-            _accumulate(model, batch, fits)
+            _accumulate(model, batch, fits, module)
             step(sum(len(tokens) for tokens, _ in batch))
         if not all(fit.count for fit in fits):
             raise InputError("full_depth_first leaves no token to fit to; make it smaller, or give longer texts")
+        del module
         loss = Judge(model, judge, plans)
         results = [_choose(fit, loss, lambda trials: step(trials * trial)) for fit in fits]
     if steps:
@@ -247,15 +251,18 @@ def low_rank(corrections: torch.Tensor, factor: torch.Tensor, rank: int) -> tupl
     return scaled @ basis, shared.contiguous()
 
 
-def _accumulate(model, batch: list[Window], fits: list[_Fit]) -> None:
+def _accumulate(model, batch: list[Window], fits: list[_Fit], module=None) -> None:
     """Add the tokens of a batch of windows to the sums of each fit.
 
     One full forward pass gives the targets. Beside it, each plan has a stream from its first to its last pruned layer,
     in which tokens skip the plan's layers. The first tokens run at full depth, and are not fitted to.
+
+    module: Runs in place of the model's own.
     """
+    module = model.module if module is None else module
     lengths = torch.tensor([len(tokens) for tokens, _ in batch])
     tokens = torch.nn.utils.rnn.pad_sequence([torch.tensor(tokens) for tokens, _ in batch], batch_first=True)
-    images = model.vision.images(model.module, [media for _, media in batch], tokens, lengths)
+    images = model.vision.images(module, [media for _, media in batch], tokens, lengths)
     position = torch.arange(tokens.shape[1], device=model.device)
     inside = position < lengths.to(model.device)[:, None]  # [B, T], not padding
     fitted = [inside & (position >= fit.plan.full_depth_first) for fit in fits]  # [B, T] each
@@ -284,7 +291,7 @@ def _accumulate(model, batch: list[Window], fits: list[_Fit]) -> None:
             streams[number] = images.add_deepstack(stream, index)
         return full
 
-    model.module.through_layers(tokens.to(model.device), images, step)
+    module.through_layers(tokens.to(model.device), images, step)
     for fit, mask in zip(fits, fitted, strict=True):
         fit.count += int(mask.sum())
 

@@ -358,6 +358,20 @@ def test_the_pass_runs_no_layer_twice_or_in_vain(model, monkeypatch):
         assert runs == expected
 
 
+def test_a_large_float32_model_is_fitted_in_bfloat16(monkeypatch):
+    """Where the processor has fast products for it, see working_copy. The sums and the plan are as exact as before."""
+    model, passes = make_model(), []
+    expected = calibrate(model, TEXTS, PrunePlan((2, 3)), progress=False).projections
+    monkeypatch.setattr("pop.calibration.refit.SMALLEST", 1)
+    monkeypatch.setattr("pop.calibration.distill.WIDENED", set())
+    monkeypatch.setattr("pop.calibration.refit._accumulate", record(passes, _accumulate))
+    found = calibrate(model, TEXTS, PrunePlan((2, 3)), progress=False).projections
+    assert {parameter.dtype for *_, module in passes for parameter in module.parameters()} == {torch.bfloat16}
+    assert {parameter.dtype for parameter in model.module.parameters()} == {torch.float32}
+    assert found.weight.dtype == torch.float32
+    assert 0 < (found.weight - expected.weight).norm() < 0.02 * expected.weight.norm()
+
+
 def test_held_out_windows_are_not_fitted_to(monkeypatch):
     model = make_model(max_positions=512)
     fitted, judged = [], []
@@ -365,7 +379,7 @@ def test_held_out_windows_are_not_fitted_to(monkeypatch):
     monkeypatch.setattr(Judge, "__init__", record(judged, Judge.__init__))
     texts = random_texts(3, *[500] * 5, 2000)
     calibrate(model, texts, PrunePlan((2, 3)), window=4096, progress=False)
-    fitted = [tuple(window) for _, batch, _ in fitted for window, _ in batch]
+    fitted = [tuple(window) for _, batch, *_ in fitted for window, _ in batch]
     ((held_out, _),) = judged[0][2]
     assert tuple(held_out) not in fitted
     assert max(map(len, fitted)) == 512  # the model's limit
