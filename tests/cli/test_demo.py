@@ -147,9 +147,9 @@ def test_the_default_rows_are_the_frontier(folder, monkeypatch):
     first = [next(rows), next(rows)]
     assert asked == []  # the first rows wait for no calibration
     plans = [*first, *rows]
-    assert [plan.layers for plan in plans] == [(), (4,), (4,), (3, 4), (2, 3, 4)]
+    assert [plan.layers for plan in plans] == [(), (4,), (4,), (3, 4)]
     assert asked == [plans[2:]]
-    assert [plan.full_depth_last for plan in plans] == [1, 1, 32, 32, 32]
+    assert [plan.full_depth_last for plan in plans] == [1, 1, 32, 32]
 
 
 def test_a_row_is_printed_before_the_next_is_measured(arguments, monkeypatch, capsys):
