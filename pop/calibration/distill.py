@@ -61,11 +61,12 @@ def distill(
         rates[name] = rates["weight"] if name == "bias" else learning_rate(tensor)
         state |= {name: tensor.clone(), f"best {name}": tensor.clone()}
         state |= {f"{moment} {name}": torch.zeros_like(tensor) for moment in ("mean", "square")}
-    run = _identity(model, plan, windows, steps, seed)
+    run = _identity(model, plan, windows, judge, steps, seed)
     if resume is not None:
         _read(resume, run, state)
         _write(resume, run, state)  # before the work, in case the path cannot be written
     module = working_copy(model)
+    checks = {(count * steps) // min(CHECKS, steps) for count in range(1, CHECKS + 1)}  # evenly spread up to the end
     progress(done := int(state["steps"]))
     for number in range(done, steps):
         rng = random.Random(f"{seed} {number}")
@@ -75,7 +76,7 @@ def distill(
         loss = distillation_loss(module, model.vision, trainee, batch, rng)
         gradients = dict(zip(names, torch.autograd.grad(loss, [*trained.values()]), strict=True))
         adam_step(state, gradients, {name: rate * schedule(number, steps) for name, rate in rates.items()})
-        if (number + 1) % max(1, steps // CHECKS) == 0 or number + 1 == steps:
+        if number + 1 in checks:
             found = judge.compare(_plan(model, plan, state))
             if pooled(found).mean < state["least"] and not is_worse(found, given):
                 state["least"] = torch.tensor(pooled(found).mean)
@@ -110,6 +111,12 @@ def distillation_loss(module, vision, plan: PrunePlan, batch: Exercise, rng: ran
     predicted = T - cut + 1  # tokens: the continuation, and the one after it
     pairs = zip(full[:, -predicted:], pruned[:, -predicted:], strict=True)
     return sum(checkpointed(divergence, *pair) for pair in pairs) / (B * predicted)
+
+
+def check_gradients(model) -> None:
+    """Raise InputError if autograd cannot use the weights."""
+    if any(parameter.is_inference() for parameter in model.module.parameters()):
+        raise InputError("the model was loaded under torch.inference_mode, which rules out gradients; load it outside")
 
 
 def working_copy(model) -> torch.nn.Module:
@@ -161,11 +168,13 @@ def adam_step(state: dict[str, torch.Tensor], gradients: dict[str, torch.Tensor]
         state[name] -= rates[name] * mean / (square.sqrt() + EPSILON)
 
 
-def _identity(model, plan: PrunePlan, windows: list[Window], steps: int, seed: int) -> dict[str, str]:
+def _identity(model, plan: PrunePlan, windows: list[Window], judge: Judge, steps: int, seed: int) -> dict[str, str]:
     """What tells a run from others."""
-    texts = [(tokens, [one.sha256 for one in media]) for tokens, media in windows]
+    texts = [[(tokens, [one.sha256 for one in media]) for tokens, media in some] for some in (windows, judge.windows)]
     settings = (plan.fields(), plan.projections.taps, plan.projections.rank, steps, seed)
-    return {"run": hashlib.sha256(repr((model.fingerprint, settings, texts)).encode()).hexdigest()}
+    run = (model.fingerprint, model.dtype, model.max_seq_len, settings, texts)
+    start = save({name: tensor.contiguous() for name, tensor in plan.projections.tensors.items()})
+    return {"run": hashlib.sha256(repr(run).encode() + start).hexdigest()}
 
 
 def _write(path, run: dict[str, str], state: dict[str, torch.Tensor]) -> None:

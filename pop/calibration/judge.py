@@ -53,7 +53,7 @@ class Judge:
 
     @torch.no_grad()
     def __init__(self, model, windows: list[Window], plans: Sequence[PrunePlan] = ()):
-        self.model, self.cases = model, []
+        self.model, self.windows, self.cases = model, windows, []
         rng = random.Random(0)
         for tokens, media in windows:
             images = model.vision.locate(tokens, media)

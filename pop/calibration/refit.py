@@ -17,11 +17,12 @@ import random
 from collections.abc import Iterable, Iterator, Sequence
 from importlib.resources import files
 from itertools import islice
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
-from pop.calibration.distill import distill, working_copy
+from pop.calibration.distill import check_gradients, distill, working_copy
 from pop.calibration.judge import JUDGED, PASSAGE, Judge, Window
 from pop.engine.compile import SMALLEST
 from pop.errors import InputError, PlanError, UnsupportedError, check_count
@@ -103,6 +104,10 @@ def calibrate(
         raise UnsupportedError(f"steps is {steps}, but distillation works in one process only; give 0, or one process")
     if resume is not None and (not steps or len(plans) > 1):
         raise InputError(f"resume keeps the steps for one plan, but {steps} steps and {len(plans)} plans are given")
+    if steps:
+        check_gradients(model)
+    if resume is not None and not (isinstance(resume, str | os.PathLike) and Path(resume).expanduser().parent.is_dir()):
+        raise InputError(f"resume is {resume!r:.200}, which cannot be written; give a file in a folder that exists")
     texts = _texts(texts)
     windows = text_windows(model, texts, images, videos, window)
     if len(windows) < 2:
@@ -111,7 +116,7 @@ def calibrate(
     random.Random(seed).shuffle(windows)
     held_out = min(held_out, max(1, len(windows) // 5))
     judge, windows = windows[:held_out], windows[held_out:]
-    fits = [_Fit(model, one, taps, rank) for one in plans]
+    fits = [_Fit(model, one, taps, rank, bool(steps)) for one in plans]
     # Passes in bfloat16 leave the loss as it is. A small model, or a part of one, need not be copied.
     module = working_copy(model) if model.num_parameters >= SMALLEST and model.part is None else model.module
     trial = sum(min(len(tokens), JUDGED) + PASSAGE for tokens, _ in judge)  # tokens that judging a plan runs
@@ -180,8 +185,8 @@ def _batches(windows: list[Window]) -> Iterator[list[Window]]:
 class _Fit:
     """The normal equations of one plan."""
 
-    def __init__(self, model, plan: PrunePlan, taps: int, rank: int | None = None):
-        self.model, self.plan, self.taps, self.rank = model, plan, taps, rank
+    def __init__(self, model, plan: PrunePlan, taps: int, rank: int | None = None, keep_taps: bool = False):
+        self.model, self.plan, self.taps, self.rank, self.keep_taps = model, plan, taps, rank, keep_taps
         self.count = 0  # n, the number of tokens
         groups = plan.groups(model.config.num_layers, model.module.deepstack_layers)
         self.groups = [group for is_pruned, group in groups if is_pruned]
@@ -219,7 +224,9 @@ class _Fit:
     def refit(self, own, correction, bias, factor, damp_k: float, damp_v: float) -> PrunePlan:
         """Return the plan with the projections of a solution, given the dampings of K and V."""
         taps, shared = self.taps, None
-        if damp_k == damp_v == 0 and self.rank is None:  # plain pruning does not use the previous token
+        if (
+            damp_k == damp_v == 0 and self.rank is None and not self.keep_taps
+        ):  # plain pruning does not use the previous token
             taps, D = 1, self.model.config.hidden_size
             own, correction = own[..., :D], correction[..., :D]
         correction = own.new_tensor([damp_k, damp_v])[:, None, None] * correction

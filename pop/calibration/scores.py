@@ -18,6 +18,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save
 
+from pop.calibration.distill import check_gradients
 from pop.calibration.gates import gate_gradients, sample_responses
 from pop.errors import InputError, MissingExtra, PlanError, PopError, UnsupportedError, check_count
 from pop.generation.batch import as_prompts
@@ -158,8 +159,7 @@ def importance(
         raise InputError(f"the model is a {type(model).__name__}; load one with pop.load")
     if model.part is not None:
         raise UnsupportedError("importance does not run in several processes; load the model in one process")
-    if any(parameter.is_inference() for parameter in model.module.parameters()):
-        raise InputError("the model was loaded under torch.inference_mode, which rules out gradients; load it outside")
+    check_gradients(model)
     response_tokens = check_count("response_tokens", response_tokens)
     batch_size = check_count("batch_size", batch_size)
     seed = check_count("seed", seed, least=0, most=2**63 - 1)

@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import random
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from support.tiny import random_model, tiny_config, tiny_gemma3_config
 import pop
 from pop import InputError, PrunePlan, calibrate
 from pop.calibration import distill as distillation
+from pop.calibration import refit
 from pop.calibration.distill import (
     BETAS,
     EPSILON,
@@ -63,7 +65,7 @@ class MadeUp:
     """A judge with given losses, one for each plan that it sees."""
 
     def __init__(self, *losses):
-        self.losses = iter(losses)
+        self.windows, self.losses = [], iter(losses)
 
     def compare(self, plan):
         return [compared([0.0], next(self.losses))]
@@ -332,13 +334,52 @@ def test_a_record_of_another_run_is_refused(model, tmp_path):
     assert path.read_bytes() == content
 
 
-def test_a_file_that_is_no_record_is_refused(model, tmp_path):
+def test_all_that_decides_a_run_tells_it_from_others(model, closed):
+    def run(model=model, plan=closed, texts=TEXTS, held_out=TEXTS[:1], media=None):
+        judge = MadeUp()
+        judge.windows = windows_of(held_out)
+        windows = [(text, [SimpleNamespace(sha256=media)] * bool(media)) for text in texts]
+        return distillation._identity(model, plan, windows, judge, 8, 0)["run"]
+
+    config = tiny_config()
+    half = pop.Model(random_model(config).to(torch.bfloat16), tiny_config(dtype=torch.bfloat16))
+    other, short = pop.Model(random_model(config, 1), config), pop.Model(model.module, config, max_seq_len=75)
+    weight = closed.projections.tensors["weight"] * 0.85
+    damped = dataclasses.replace(
+        closed, projections=closed.projections.replaced(closed.projections.tensors | {"weight": weight})
+    )
+    runs = [run(), run(half), run(other), run(short), run(plan=damped), run(texts=TEXTS[1:])]
+    runs += [run(held_out=TEXTS[1:2]), run(media="a"), run(media="b")]
+    assert run() == run() and len(set(runs)) == 9
+
+
+@pytest.mark.parametrize(("steps", "checks"), [(3, 3), (8, 8), (15, 8), (150, 8)])
+def test_the_held_out_windows_are_judged_eight_times(model, closed, monkeypatch, steps, checks):
+    """At most, after the given plan, and at last after the last step."""
+    judged, judge, counted = [], MadeUp(), []
+    monkeypatch.setattr(distillation, "distillation_loss", lambda m, v, plan, *_: plan.projections.weight.sum())
+    monkeypatch.setattr(distillation, "exercise", lambda model, windows, *_: counted.append(windows))
+    judge.compare = lambda plan: judged.append(len(counted)) or [compared([0.0])]
+    monkeypatch.setattr(torch.autograd, "grad", lambda loss, leaves: [torch.ones_like(leaf) for leaf in leaves])
+    distill(model, closed, windows_of(TEXTS[1:]), judge, steps)
+    assert len(judged) == 1 + checks and judged[-1] == steps
+    assert all(windows == windows_of(TEXTS[1:]) for windows in counted)
+
+
+@pytest.mark.parametrize("resume", [5, []])
+def test_a_resume_that_is_no_path_is_refused(model, resume):
+    with pytest.raises(InputError, match="resume is .*, which cannot be written"):
+        calibrate(model, TEXTS, PLAN, steps=2, resume=resume, progress=False)
+
+
+def test_a_file_that_is_no_record_is_refused(model, tmp_path, monkeypatch):
     path = tmp_path / "record"
     for content in (b"", b"no record"):
         path.write_bytes(content)
         with pytest.raises(InputError, match="not the record of a distillation"):
             calibrate(model, TEXTS, PLAN, steps=2, resume=path, progress=False)
         assert path.read_bytes() == content
+    monkeypatch.setattr(refit, "_accumulate", None)  # before the work
     with pytest.raises(InputError, match="cannot be written"):
         calibrate(model, TEXTS, PLAN, steps=2, resume=tmp_path / "missing" / "record", progress=False)
 
@@ -359,6 +400,26 @@ def test_a_file_that_is_no_record_is_refused(model, tmp_path):
 def test_bad_options_are_refused(model, plan, options, message):
     with pytest.raises(InputError, match=message):
         calibrate(model, TEXTS, plan, progress=False, **options)
+
+
+def test_a_model_without_gradients_is_refused():
+    with torch.inference_mode():
+        model = pop.Model(random_model(tiny_config()), tiny_config())
+    with pytest.raises(InputError, match="inference_mode"):
+        calibrate(model, TEXTS, PLAN, steps=2, progress=False)
+
+
+def test_plain_pruning_keeps_its_taps_for_distillation(model, monkeypatch):
+    def distill(model, plan, windows, judge, *_):
+        assert len(windows) == 16 and len(judge.windows) == 4
+        assert not any(window in windows for window in judge.windows)  # nothing is trained on what judges
+        return plan
+
+    monkeypatch.setattr(refit, "distill", distill)
+    monkeypatch.setattr(refit, "RIDGES", (1e9,))
+    monkeypatch.setattr(refit._Fit, "refit", lambda self, *args, plain=refit._Fit.refit: plain(self, *args[:-2], 0, 0))
+    taps = [calibrate(model, TEXTS, PLAN, steps=steps, progress=False).projections.taps for steps in (0, 2)]
+    assert taps == [1, 2]
 
 
 def test_a_model_in_several_processes_is_refused(model, monkeypatch):
