@@ -174,7 +174,7 @@ def test_ci_runs_the_two_commands_as_printed():
 def test_the_demo_prints_what_the_readme_shows(uncompiled, monkeypatch, capsys):
     """All but the times: these are of a machine that the README names.
 
-    The answers of calibrated plans are left out: they turn on the last digits of a fit, which differ by machine.
+    The answers of calibrated plans are left out: they turn on the last digits, which differ by machine.
     """
     assert main(["demo", "--runs", "1", "--max-new-tokens", "48", "--json"]) == 0
     result = json.loads(capsys.readouterr().out)
@@ -182,7 +182,7 @@ def test_the_demo_prints_what_the_readme_shows(uncompiled, monkeypatch, capsys):
     (shown,) = blocks("text", "pop/calibration/README.md")
     numbers, answers = shown.split("answers\n")
     assert f"{result['prompt_tokens']:,} tokens" in READMES["pop/calibration/README.md"]
-    assert len(rows) == 5
+    assert len(rows) == 4
     assert (rows[0]["answer"], rows[0]["finish_reason"]) == ('Chapter I is "Down the Rabbit-Hole"', "stop")
     for row in rows:
         label = demo.describe(row) + "  "
@@ -190,7 +190,7 @@ def test_the_demo_prints_what_the_readme_shows(uncompiled, monkeypatch, capsys):
         *_, speedup, limit, kl, repeated, copied = line.split()
         assert speedup.endswith("x")
         assert limit == f"{row['speedup_limit']:.2f}x"
-        near = {"rel": 0.05 if row["taps"] else 0, "abs": 0.001}
+        near = {"rel": 0.02 if row["taps"] else 0, "abs": 0.001}
         found = (row["kl_nats"], row["repetition_kl_nats"], row["copied"])
         assert (float(kl), float(repeated)) == pytest.approx(found[:2], **near)
         assert float(copied[:-1]) == pytest.approx(100 * found[2], abs=2 if row["taps"] else 0.6)
