@@ -43,7 +43,7 @@ def _cells(result: dict, name: str) -> list[str]:
     plan = f"{layers} of {result['num_layers']} layers: {method}" if layers else method or "the full model"
     text = next(iter(result["text"].values()))["rows"][name] if "text" in result else {}
     cells = [f"{text['perplexity']:.2f}", "", ""] if text else ["", "", ""]
-    if "kl" in text:
+    if "kl" in text and method:  # the full model's is 0
         cells = [f"{text['perplexity_change']['value']:+.1%}", f"{text['kl']['value']:.3f}"]
         cells.append(f"{text['same']['value']:.1%}")
     retrieval = result["retrieval"]["rows"][name] if "retrieval" in result else {}
