@@ -20,7 +20,7 @@ import pop
 from pop import PlanError, PrunePlan, calibrate
 from pop.calibration import refit
 from pop.calibration.judge import Judge
-from pop.calibration.refit import _accumulate, _batches, _Fit, _windows, builtin_texts
+from pop.calibration.refit import _accumulate, _batches, _Fit, builtin_texts, text_windows
 from pop.checkpoints.fingerprint import fingerprint
 from pop.pruning.cost import prefill_flops
 from pop.pruning.projections import KVProjections
@@ -45,7 +45,7 @@ def each_family(request):
     return pop.Model(random_model(request.param), request.param)
 
 
-def text_windows(texts):
+def windows_of(texts):
     """Windows without images."""
     return [(text, []) for text in texts]
 
@@ -74,7 +74,7 @@ def test_the_normal_equations_give_the_naive_fit(module, data):
     windows = [[token % 60 for token in window] for window in windows]  # none that stands for an image
     assume(max(map(len, windows)) > plan.full_depth_first)
     fit = _Fit(model, plan, taps)
-    for batch in _batches(text_windows(windows)):
+    for batch in _batches(windows_of(windows)):
         _accumulate(model, batch, [fit])
     own, correction, bias, _ = fit.solve(ridge)
     expected = naive_fit(model, windows, plan, taps, ridge)
@@ -90,7 +90,7 @@ def test_low_rank_corrections_are_the_best_of_their_rank(each_family, taps):
     """By the squared change of what they compute on the texts, and of what lambda adds, in numpy."""
     model, plan, rank = each_family, PrunePlan((2, 3), full_depth_first=1), 9
     fit = _Fit(model, plan, taps, rank)
-    for batch in _batches(text_windows(TEXTS)):
+    for batch in _batches(windows_of(TEXTS)):
         _accumulate(model, batch, [fit])
     solution = fit.solve(0.1)
     refit = fit.refit(*solution, 1.0, 0.5).projections
@@ -142,7 +142,7 @@ def test_the_last_layer_needs_no_correction(each_family):
     """Its K and V come from the very state that the full model has there: the residual is zero."""
     model = each_family
     fit = _Fit(model, PrunePlan((4,), full_depth_first=1), 2)
-    for batch in _batches(text_windows(TEXTS)):
+    for batch in _batches(windows_of(TEXTS)):
         _accumulate(model, batch, [fit])
     own, correction, *_ = fit.solve(1e-3)
     assert correction.abs().max() < 1e-5 * own.abs().max()
@@ -152,14 +152,14 @@ def test_windows_cover_the_texts_and_each_begins_like_its_text():
     model = make_model(bos_id=3)
     text, bare = [3, *range(4, 44)], list(range(4, 44))
     cut = [[3, *range(4, 20)], [3, *range(20, 36)]]  # 9 tokens are left out
-    assert _windows(model, [text], None, None, 17) == text_windows(cut)
-    assert _windows(model, [bare], None, None, 20) == text_windows([list(range(4, 24)), list(range(24, 44))])
-    assert _windows(model, [text, bare], None, None, 100) == text_windows([text, bare])
+    assert text_windows(model, [text], None, None, 17) == windows_of(cut)
+    assert text_windows(model, [bare], None, None, 20) == windows_of([list(range(4, 24)), list(range(24, 44))])
+    assert text_windows(model, [text, bare], None, None, 100) == windows_of([text, bare])
 
 
 def test_batches_hold_every_window_once_and_no_more_tokens_than_allowed():
     windows = random_texts(1, *[3, 1500, 2000, 9000, 4096, 700, 20, 1500])
-    batches = [[window for window, _ in batch] for batch in _batches(text_windows(windows))]
+    batches = [[window for window, _ in batch] for batch in _batches(windows_of(windows))]
     assert sorted(window for batch in batches for window in batch) == sorted(windows)
     assert all(len(batch) == 1 or len(batch) * len(batch[0]) <= 4096 for batch in batches)
     assert all(len(batch[0]) == max(map(len, batch)) for batch in batches)
@@ -266,7 +266,7 @@ def test_a_calibrated_plan_can_be_calibrated_again_and_the_seed_decides(model):
 
 def test_a_plan_records_how_it_was_made_and_what_it_costs(model, tmp_path):
     plan = calibrate(model, TEXTS, PrunePlan((2, 3), full_depth_last=4), window=100, seed=5, progress=False)
-    windows = _windows(model, TEXTS, None, None, 100)  # 3 of 300 tokens, 40, 17, 5 of 500, 90
+    windows = text_windows(model, TEXTS, None, None, 100)  # 3 of 300 tokens, 40, 17, 5 of 500, 90
     assert len(windows) == 11
     random.Random(5).shuffle(windows)
     loss = Judge(model, windows[:2]).losses(plan)._asdict()
@@ -354,7 +354,7 @@ def test_the_pass_runs_no_layer_twice_or_in_vain(model, monkeypatch):
     monkeypatch.setattr(layer_class, "forward", counted)
     for layers, expected in (((4,), [0, 1, 2, 3]), ((1,), [0]), ((3, 4), [0, 1, 2, 3]), ((1, 4), [0, 1, 2, 2, 3, 3])):
         runs.clear()
-        _accumulate(model, text_windows(TEXTS[:1]), [_Fit(model, PrunePlan(layers, full_depth_first=1), 2)])
+        _accumulate(model, windows_of(TEXTS[:1]), [_Fit(model, PrunePlan(layers, full_depth_first=1), 2)])
         assert runs == expected
 
 
@@ -400,7 +400,7 @@ def test_the_sums_are_float64():
     plan = PrunePlan((1,), full_depth_first=1)
     windows = random_texts(8, *[200] * 40)
     fit = _Fit(model, plan, 2)
-    for batch in _batches(text_windows(windows)):
+    for batch in _batches(windows_of(windows)):
         _accumulate(model, batch, [fit])
     own, correction, *_ = fit.solve(1e-9)
     expected = naive_fit(model, windows, plan, 2, 1e-9)

@@ -16,7 +16,7 @@ from pop.calibration.exercises import CONTINUATION, Exercise
 from pop.calibration.exercises import exercise as make_exercise
 from pop.calibration.gates import gate_gradients
 from pop.calibration.judge import Judge
-from pop.calibration.refit import _accumulate, _batches, _Fit, _windows
+from pop.calibration.refit import _accumulate, _batches, _Fit, text_windows
 from pop.errors import ContextOverflow, InputError
 from pop.inputs.processors import Prepared
 from pop.models.vision.qwen3_vl import Grid
@@ -183,7 +183,7 @@ def test_the_normal_equations_with_images_give_the_naive_fit(model, layers, taps
     windows, rows = texts(model)
     plan = pop.PrunePlan(layers, full_depth_first=1)
     fit = _Fit(model, plan, taps)
-    for batch in _batches(_windows(model, windows, rows, None, 1024)):
+    for batch in _batches(text_windows(model, windows, rows, None, 1024)):
         _accumulate(model, batch, [fit])
     own, correction, *_ = fit.solve(0.1)
     images = [images_of(model, *pair) for pair in zip(windows, rows, strict=True)]
