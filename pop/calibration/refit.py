@@ -34,7 +34,7 @@ from pop.system import __version__
 from pop.system.progress import progress_bar
 
 RIDGES = (1e-2, 1e-1, 1.0)  # candidates for lambda
-DAMPINGS = (1.0, 0.85)  # candidates for d, of V only: damped K has never lowered the loss
+DAMPINGS = (1.0, 0.85)  # candidates for d, of V only: damping K gains nothing (tools/evaluate/README.md)
 TRIALS = len(RIDGES) + len(DAMPINGS)  # the most settings (lambda, dampings) that are tried for a plan
 SHORTEST = 16  # tokens; a shorter window is left out
 TOKENS_AT_ONCE = 4096  # the most tokens in one forward pass
@@ -224,9 +224,8 @@ class _Fit:
     def refit(self, own, correction, bias, factor, damp_k: float, damp_v: float) -> PrunePlan:
         """Return the plan with the projections of a solution, given the dampings of K and V."""
         taps, shared = self.taps, None
-        if (
-            damp_k == damp_v == 0 and self.rank is None and not self.keep_taps
-        ):  # plain pruning does not use the previous token
+        # Plain pruning does not use the previous token.
+        if damp_k == damp_v == 0 and self.rank is None and not self.keep_taps:
             taps, D = 1, self.model.config.hidden_size
             own, correction = own[..., :D], correction[..., :D]
         correction = own.new_tensor([damp_k, damp_v])[:, None, None] * correction

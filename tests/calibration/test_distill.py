@@ -264,10 +264,27 @@ def test_the_model_stays_as_it_is(trainable):
         assert (parameter.grad, parameter.requires_grad, parameter.dtype) == (None, trainable, torch.float32)
 
 
-def test_bfloat16_models_keep_float32_projections_only_while_distilling(model, closed):
+def test_bfloat16_models_keep_float32_projections_only_while_distilling(monkeypatch):
+    """The rates are those of the schedule, and passes run in bfloat16 where the processor is fast at it."""
     half = pop.Model(random_model(tiny_config()).to(torch.bfloat16), tiny_config(dtype=torch.bfloat16))
+    start, rates, dtypes = calibrate(half, TEXTS, PLAN, progress=False).projections.weight.float(), [], set()
+
+    def step(state, gradients, rates_now):
+        rates.append(rates_now["weight"])
+        dtypes.update(tensor.dtype for name, tensor in state.items() if name not in ("steps", "least"))
+        adam_step(state, gradients, rates_now)
+
+    monkeypatch.setattr(distillation, "adam_step", step)
     plan = calibrate(half, TEXTS, PLAN, steps=3, progress=False)
     assert plan.projections.weight.dtype == torch.bfloat16
+    assert dtypes == {torch.float32}
+    assert rates == pytest.approx([learning_rate(start) * schedule(number, 3) for number in range(3)])
+
+
+@pytest.mark.parametrize(("slow", "dtype"), [(set(), torch.bfloat16), ({torch.bfloat16}, torch.float32)])
+def test_the_passes_run_in_the_dtype_that_the_processor_is_fast_at(model, slow, dtype, monkeypatch):
+    monkeypatch.setattr(distillation, "WIDENED", slow)
+    assert {parameter.dtype for parameter in distillation.working_copy(model).parameters()} == {dtype}
 
 
 def test_the_seed_decides(model, closed):

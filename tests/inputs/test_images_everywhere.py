@@ -17,6 +17,7 @@ from pop.calibration.exercises import exercise as make_exercise
 from pop.calibration.gates import gate_gradients
 from pop.calibration.judge import Judge
 from pop.calibration.refit import _accumulate, _batches, _Fit, text_windows
+from pop.calibration.student import full_depth_rows, teacher
 from pop.errors import ContextOverflow, InputError
 from pop.inputs.processors import Prepared
 from pop.models.vision.qwen3_vl import Grid
@@ -276,6 +277,18 @@ def test_the_loss_of_distillation_with_images_is_the_naive_one(model, layers, fi
     assert loss.item() == pytest.approx(expected, rel=1e-3)
     for found, naive in zip(torch.autograd.grad(loss, [*leaves.values()]), gradients, strict=True):
         assert_close(found, naive)
+
+
+def test_distillation_selects_the_references_tokens_among_images(model):
+    """Attention depends on the rotary positions of M-RoPE, which differ from the tokens' numbers."""
+    plan = pop.PrunePlan((1, 3), full_depth_selected=0.3)
+    for window, media in zip(*texts(model), strict=True):
+        tokens, images = torch.tensor(window), images_of(model, window, media)
+        entering, _ = teacher(model.module, tokens[None], images, plan.layers[:1])
+        (rows,) = full_depth_rows(model.module, plan, entering[1], len(window), images)
+        scores = attention_scores(model.module, tokens, plan, images)
+        expected = full_depth_tokens(len(window), len(window), plan, scores)
+        assert rows.tolist() == expected.nonzero()[:, 0].tolist()
 
 
 def test_exercises_with_images(model):
