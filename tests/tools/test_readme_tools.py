@@ -17,6 +17,7 @@ from support.readme import READMES, blocks
 from support.tiny import hf_config, tiny_config
 from support.tiny_chat import write_chat_checkpoint
 
+from pop import PrunePlan
 from tools import transformers_check
 from tools.bench import __main__ as bench
 from tools.bench import measure, rivals, shapes
@@ -57,6 +58,9 @@ def tiny_world(tmp_path, monkeypatch):
     (tmp_path / "TEXT").write_text("".join(f"Sentence {n} is about the number {n * n}. " for n in range(60)))
     (tmp_path / "OTHER").write_text("Calibrated on this. " * 60)
     (tmp_path / "tools" / "figures").mkdir(parents=True)
+    (tmp_path / "pop" / "data" / "plans").mkdir(parents=True)
+    for name in ("third", "13"):  # the plans that ship do not fit the tiny model
+        PrunePlan.deepest(5, 1 / 5).save(tmp_path / "pop" / "data" / "plans" / f"smollm2-135m-{name}.plan")
     tensors = gguf_files.make_tensors()
     gguf_files.write_gguf("SmolLM2-135M-Instruct.Q4_1.gguf", tensors, gguf_files.LLAMA_KEYS)
     monkeypatch.setattr(make_random, "_llama_config", lambda *_: hf_config(tiny_config()))
