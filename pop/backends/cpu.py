@@ -5,6 +5,7 @@ the same name in pop/engine/attention.py, and `attention` that of vision towers.
 operators, up to rounding. README.md in this folder says in which cases the general product is slow.
 """
 
+import functools
 import itertools
 import math
 
@@ -119,31 +120,42 @@ def attention_by_products(
     if is_small and held is not None:
         return engine.attention_by_blocks(q, k, v, held, spans, band, scale)
     own, before, after, is_exact = (0, UNBOUNDED, 0, 1) if band is None else band.tolist()
-    if is_exact:
-        mine = own + torch.arange(T)
-        held, spans = torch.arange(N)[None], torch.stack((mine - before, mine + after), dim=-1)[None]
     out = q.new_empty(B, T, K, H // K, E)
-    q = (q * scale).view(out.shape).transpose(1, 2)  # [B, K, T, G, E]
-    # Contiguous, since products of strided matrices are up to a third slower: [B, K, E, N] and [B, K, N, E].
+    q = (q * scale).view(out.shape).transpose(1, 2).contiguous()  # [B, K, T, G, E]
+    # Contiguous, since products of strided matrices are up to a third slower: [B, K, E, N] and [B, K, N, E]
     k, v = k.permute(0, 2, 3, 1).contiguous(), v.transpose(1, 2).contiguous()
     for begin in range(0, T, QUERY_BLOCK):
         end = min(begin + QUERY_BLOCK, T)
-        keys = slice(max(0, own + begin - before), min(N, own + end + after))
-        # The whole block attends the keys from `left` to `right`, so only the edges need a mask.
-        left, right = (own + end - 1 - before, own + begin + after + 1) if is_exact else (keys.stop, keys.stop)
-        edges = slice(max(0, left - keys.start)), slice(right - keys.start, None)
-        masks = [engine.attended(held[:, keys][:, edge], spans[:, begin:end]) for edge in edges]
-        biases = [torch.where(mask, 0.0, -math.inf).to(q.dtype).expand(B, -1, -1) for mask in masks]
-        step = max(1, SCORES_AT_ONCE // ((end - begin) * H // K * (keys.stop - keys.start)))
+        first, stop = max(0, own + begin - before), min(N, own + end + after)
+        if is_exact:  # the whole block attends the keys from `left` to `right`, so only the edges need a mask
+            left, right = max(first, own + end - 1 - before), min(stop, own + begin + after + 1)
+            edges = [edge for edge in ((first, left), (right, stop)) if edge[0] < edge[1]]
+            offsets = [(edge[0] - own - begin, edge[1] - own - begin) for edge in edges]
+            biases = [_band_bias(end - begin, *offset, before, after, q.dtype).expand(B, -1, -1) for offset in offsets]
+        else:
+            edges, biases = [(first, stop)], [_bias(engine.attended(held[:, first:stop], spans[:, begin:end]), q.dtype)]
+        at_once = max(1, SCORES_AT_ONCE // ((end - begin) * H // K * (stop - first)))
+        step = math.ceil(K / math.ceil(K / at_once))  # heads, as evenly as possible
         for row, head in itertools.product(range(B), range(0, K, step)):
             heads = slice(head, head + step)
             x = q[row, heads, begin:end]  # [heads, t, G, E]
-            scores = (x.flatten(1, 2) @ k[row, heads, :, keys]).unflatten(1, x.shape[1:3])  # [heads, t, G, keys]
+            scores = torch.bmm(x.flatten(1, 2), k[row, heads, :, first:stop])  # [heads, t * G, keys]
             for edge, bias in zip(edges, biases, strict=True):
-                scores[..., edge] += bias[row, :, None]
-            attended = scores.softmax(-1).flatten(1, 2) @ v[row, heads, keys]  # [heads, t * G, E]
+                scores.unflatten(1, x.shape[1:3])[..., edge[0] - first : edge[1] - first] += bias[row, :, None]
+            attended = torch.bmm(scores.softmax(-1), v[row, heads, first:stop])  # [heads, t * G, E]
             out[row, begin:end, heads] = attended.view(x.shape).transpose(0, 1)
     return out.flatten(2)
+
+
+def _bias(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    return torch.where(mask, 0.0, -math.inf).to(dtype)
+
+
+@functools.lru_cache(64)  # all layers and most blocks have the same
+def _band_bias(T: int, first: int, stop: int, before: int, after: int, dtype: torch.dtype) -> torch.Tensor:
+    """What to add to the scores [T, keys] of keys from `first` to `stop`, counted from the first query's own key."""
+    own, key = torch.arange(T, device="cpu")[:, None], torch.arange(first, stop, device="cpu")
+    return _bias((own - before <= key) & (key <= own + after), dtype)
 
 
 attention_by_products.register_fake(lambda q, *_: q.new_empty(*q.shape[:2], q.shape[2] * q.shape[3]))
