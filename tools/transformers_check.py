@@ -68,7 +68,7 @@ def plans(twin: pop.Model) -> Iterator[PrunePlan]:
     D, KE = twin.config.hidden_size, twin.config.num_kv_heads * twin.config.head_dim
     for taps, layers, rank in ((1, (3, 4, 5), None), (2, (1, 2, 4), None), (2, (3, 4, 5), 7)):
         weight = torch.randn(len(layers), 2, KE, rank or taps * D) / (rank or D) ** 0.5
-        shared = None if rank is None else torch.randn(rank, taps * D) / (taps * D) ** 0.5
+        shared = None if rank is None else torch.randn(1, rank, taps * D) / (taps * D) ** 0.5
         biases = torch.randn(len(layers), 2, KE) / 10
         projections = KVProjections(layers, weight, biases, twin.fingerprint, taps, shared)
         yield PrunePlan(layers, full_depth_last=taps, full_depth_first=taps, projections=projections)

@@ -79,7 +79,7 @@ class pruned:
         for is_pruned, group in self.plan.groups(len(self.layers)):
             for index in group if is_pruned else ():
                 layer = self.layers[index]
-                layer.forward = partial(self._run_layer, layer.forward, layer, index, group[0])
+                layer.forward = partial(self._run_layer, layer.forward, layer, index, group)
         return self.model
 
     def __exit__(self, *_):
@@ -109,8 +109,8 @@ class pruned:
             raise InputError("the context ended during a prompt; leave it after all calls have returned")
         return out
 
-    def _run_layer(self, forward, layer, index, start, hidden_states, *, pruned_prompt=None, **kwargs):
-        h, prompt, cache = hidden_states, pruned_prompt, _cache(kwargs)
+    def _run_layer(self, forward, layer, index, group, hidden_states, *, pruned_prompt=None, **kwargs):
+        h, prompt, cache, start = hidden_states, pruned_prompt, _cache(kwargs), group[0]
         if prompt is None:
             if index == start and self.two_taps and cache is not None:
                 latest(cache, start, normalised(h, layer.input_layernorm))  # keeps it for the next prompt
@@ -129,6 +129,8 @@ class pruned:
         at = rows[..., None].expand(-1, -1, h.shape[2])  # [B, W, D]
         f = forward(h.gather(1, at), attention_mask=row_mask, position_embeddings=row_tables, **kwargs)
         prompt.layers_run += 1
+        if index == group[-1] and self.refit is not None:
+            h = self.refit.passed(h, prompt.entering[1], index)
         return h.scatter(1, at, f)
 
     def _refit_inputs(self, layer, h, prompt, cache, start):
@@ -136,7 +138,7 @@ class pruned:
         x = normalised(h, layer.input_layernorm)
         previous = latest(cache, start, x) if self.two_taps else torch.zeros_like(x[:, 0])  # [B, D]
         x = x.where(prompt.valid[..., None], previous[:, None])  # padding precedes a row's first token
-        return self.refit.inputs(x, previous)
+        return self.refit.inputs(x, previous, start)
 
     def _keys_values(self, layer, index, h, inputs, tables):
         """K and V [B, K, T, E] of a layer as the cache holds them, from the h and the refit's inputs of its group."""

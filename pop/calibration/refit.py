@@ -7,7 +7,8 @@ linear. Ridge regression toward the layer's own projection W0 removes it:
     W = W0 + d D,   D = R' X (X' X + lambda n I)^-1,   R = Y - b0 - X W0',   d = 1
 
 x_t is the normalised state of token t, and y_t the full model's K or V of it. Held-out windows choose lambda and the
-damping d. README.md in this folder derives this.
+damping d. If kept layers follow a group of pruned ones, the same regression also predicts what the group would have
+added to h. README.md in this folder derives this.
 """
 
 import dataclasses
@@ -18,6 +19,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from importlib.resources import files
 from itertools import islice
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -58,16 +60,17 @@ def calibrate(
     seed: int = 0,
     progress: bool = True,
 ) -> PrunePlan | list[PrunePlan]:
-    """Refit the pruned layers' K and V projections to texts.
+    """Refit the pruned layers' K and V projections to texts, and updates of h after groups that kept layers follow.
 
     Args:
         model: A pop.Model.
         texts: Strings or lists of token ids that resemble the prompts to come. Some 50,000 tokens suffice; a wide model
             needs more. None takes a small built-in set of English and Python.
-        plan: A PrunePlan or another value of `prune` in `load`, or a list. Several plans share the pass over the texts.
+        plan: A PrunePlan or another value of `prune` in `load`, or a list. Several plans share the passes over the
+            texts, one for each group of pruned layers.
         images, videos: A list for each text, as in `Model.generate`. All are in memory at the same time.
         taps: 2 also gives the projections the previous token, and 1 does not.
-        rank: Store corrections of this rank in all, such as a quarter of taps * D, for one group of pruned layers. The
+        rank: Store corrections of this rank in all, such as a quarter of taps * D, for each group of pruned layers. The
             plan is smaller, and two taps cost less. None: whole projections.
         window: The tokens of a window, ideally as many as in a typical prompt. Texts with images stay whole.
         held_out: The number of windows, at most a fifth of all, that choose lambda and the damping but are not fitted.
@@ -120,20 +123,23 @@ def calibrate(
     # Passes in bfloat16 leave the loss as it is. A small model, or a part of one, need not be copied.
     module = working_copy(model) if model.num_parameters >= SMALLEST and model.part is None else model.module
     trial = sum(min(len(tokens), JUDGED) + PASSAGE for tokens, _ in judge)  # tokens that judging a plan runs
-    total = sum(len(tokens) for tokens, _ in windows) + len(fits) * TRIALS * trial
-    with progress_bar("calibrating", total, "tokens", progress) as step:
-        for batch in _batches(windows):
-            _accumulate(model, batch, fits, module)
-            step(sum(len(tokens) for tokens, _ in batch))
-        if not all(fit.count for fit in fits):
-            raise InputError("full_depth_first leaves no token to fit to; make it smaller, or give longer texts")
+    passes, tokens = max(len(fit.groups) for fit in fits), sum(len(tokens) for tokens, _ in windows)
+    with progress_bar("calibrating", passes * tokens + len(fits) * TRIALS * trial, "tokens", progress) as step:
+        for number in range(passes):
+            due = [fit for fit in fits if number < len(fit.groups)]
+            for batch in _batches(windows):
+                _accumulate(model, batch, due, number, module)
+                step(sum(len(tokens) for tokens, _ in batch))
+            if not all(fit.count for fit in fits):
+                raise InputError("full_depth_first leaves no token to fit to; make it smaller, or give longer texts")
+            for fit in due:
+                fit.finish(number)
         del module
         loss = Judge(model, judge, plans)
         results = [_choose(fit, loss, lambda trials: step(trials * trial)) for fit in fits]
     if steps:
         with progress_bar("distilling", len(fits) * steps, "steps", progress) as step:
             results = [distill(model, result, windows, loss, steps, seed, resume, step) for result in results]
-    tokens = sum(len(tokens) for tokens, _ in windows)
     about = {"texts": len(texts), "windows": len(windows), "held_out": held_out, "window": window, "tokens": tokens}
     results = [_recorded(model, one, loss, about | {"steps": steps, "seed": seed}) for one in results]
     return results if several else results[0]
@@ -182,86 +188,115 @@ def _batches(windows: list[Window]) -> Iterator[list[Window]]:
         yield [first, *islice(queue, max(0, TOKENS_AT_ONCE // len(first[0]) - 1))]
 
 
+class _Solution(NamedTuple):
+    """What solves the normal equations of a group of n layers, in float64. I is taps * D."""
+
+    own: torch.Tensor  # W0 [n, 2, K * E, I]
+    correction: torch.Tensor  # D of the same shape, or U [n, 2, K * E, R]
+    bias: torch.Tensor  # b0 [n, 2, K * E]
+    shared: torch.Tensor | None  # V [R, I]
+    update: torch.Tensor | None  # A [D, I], or [D, R]
+
+
 class _Fit:
-    """The normal equations of one plan."""
+    """The normal equations of one plan, by group of pruned layers.
+
+    A later group's inputs depend on the updates of h after earlier groups. So each group needs its own pass.
+    """
 
     def __init__(self, model, plan: PrunePlan, taps: int, rank: int | None = None, keep_taps: bool = False):
         self.model, self.plan, self.taps, self.rank, self.keep_taps = model, plan, taps, rank, keep_taps
         self.count = 0  # n, the number of tokens
-        groups = plan.groups(model.config.num_layers, model.module.deepstack_layers)
+        groups = plan.groups(L := model.config.num_layers, model.module.deepstack_layers)
         self.groups = [group for is_pruned, group in groups if is_pruned]
-        if rank is not None and len(self.groups) > 1:
-            raise PlanError(
-                f"rank is {rank}, but {plan.layers} are {len(self.groups)} groups of layers; prune one group"
-            )
+        updated = [group[-1] for group in self.groups if group[-1] + 1 not in (*plan.layers, L)]
+        if rank is not None and any(group[0] - 1 in plan.layers for group in self.groups):
+            raise PlanError(f"rank is {rank}, but DeepStack features come between {plan.layers}; prune others")
         zeros = functools.partial(torch.zeros, dtype=torch.float64, device=model.device)
-        width, KE = taps * model.config.hidden_size, model.module.config.num_kv_heads * model.config.head_dim
-        self.xx = {group[0]: zeros(width, width) for group in self.groups}  # X' X, by the first layer of a group
-        self.x = {group[0]: zeros(width) for group in self.groups}  # the sum of X over the tokens, likewise
-        self.xy = {index: zeros(width, 2 * KE) for index in plan.layers}  # X' Y, by pruned layer
+        D, KE = model.config.hidden_size, model.module.config.num_kv_heads * model.module.config.head_dim
+        self.xx = {group[0]: zeros(taps * D, taps * D) for group in self.groups}  # X' X, by the first layer of a group
+        self.x = {group[0]: zeros(taps * D) for group in self.groups}  # the sum of X over the tokens, likewise
+        self.xy = {index: zeros(taps * D, 2 * KE) for index in plan.layers}  # X' Y, by pruned layer
+        self.xu = {index: zeros(taps * D, D) for index in updated}  # X' times what a group adds, by its last layer
+        self.updates: dict[int, torch.Tensor] = {}  # A [D, taps * D], likewise
+        self.solved: dict[int, _Solution] = {}  # groups whose solution others depend on, by number
 
-    def solve(self, ridge: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        """W0 [n, 2, K * E, taps * D], D of the same shape, b0 [n, 2, K * E], and L of the last group, in float64.
+    def finish(self, number: int) -> None:
+        """Solve a group for good if h is updated after it."""
+        if (last := self.groups[number][-1]) in self.xu:
+            self.solved[number] = solution = self._solve(number, RIDGES[0])
+            shared = solution.shared
+            self.updates[last] = solution.update if shared is None else solution.update @ shared
 
-        ridge: lambda. L [taps * D, taps * D] is the Cholesky factor of X' X / n + lambda I.
-        """
-        solutions = []
-        for group in self.groups:
-            xx, x = self.xx[group[0]], self.x[group[0]]
-            for sums in (xx, *(self.xy[index] for index in group)):
-                check_finite(sums, "hidden states of the texts")
-            identity = torch.eye(len(xx), dtype=xx.dtype, device=xx.device)
-            factor = torch.linalg.cholesky(xx + ridge * self.count * identity)
-            for index in group:
-                own, bias = self.model.module.layers[index].folded_projections()
-                own = F.pad(own, (0, len(xx) - own.shape[2]))  # the layer's own projection ignores the previous token
-                residual = self.xy[index] - xx @ own.flatten(0, 1).T - x[:, None] * bias.flatten()  # X' R
-                correction = torch.cholesky_solve(residual, factor)  # D'
-                solutions.append((own, correction.T.unflatten(0, own.shape[:2]), bias))
-        own, correction, bias = map(torch.stack, zip(*solutions, strict=True))
-        return own, correction, bias, factor / self.count**0.5
+    def depth(self, number: int) -> int:
+        """How many layers run to get the targets of a group: all before its last, and that one if h is updated."""
+        return (last := self.groups[number][-1]) + (last in self.xu)
 
-    def refit(self, own, correction, bias, factor, damp_k: float, damp_v: float) -> PrunePlan:
-        """Return the plan with the projections of a solution, given the dampings of K and V."""
-        taps, shared = self.taps, None
-        # Plain pruning does not use the previous token.
-        if damp_k == damp_v == 0 and self.rank is None and not self.keep_taps:
-            taps, D = 1, self.model.config.hidden_size
-            own, correction = own[..., :D], correction[..., :D]
-        correction = own.new_tensor([damp_k, damp_v])[:, None, None] * correction
-        weight = own + correction if self.rank is None else correction
+    def solve(self, ridge: float) -> list[_Solution]:
+        """The solution of each group for lambda = ridge."""
+        return [self.solved.get(number) or self._solve(number, ridge) for number in range(len(self.groups))]
+
+    def _solve(self, number: int, ridge: float) -> _Solution:
+        group, KV = self.groups[number], []
+        xx, x = self.xx[group[0]], self.x[group[0]]
+        for sums in (xx, *(self.xy[index] for index in group)):
+            check_finite(sums, "hidden states of the texts")
+        factor = torch.linalg.cholesky(xx + ridge * self.count * torch.eye(len(xx), dtype=xx.dtype, device=xx.device))
+        for index in group:
+            own, bias = self.model.module.layers[index].folded_projections()
+            own = F.pad(own, (0, len(xx) - own.shape[2]))  # the layer's own projection ignores the previous token
+            residual = self.xy[index] - xx @ own.flatten(0, 1).T - x[:, None] * bias.flatten()  # X' R
+            KV.append((own, torch.cholesky_solve(residual, factor).T.unflatten(0, own.shape[:2]), bias))
+        own, correction, bias = map(torch.stack, zip(*KV, strict=True))
         if self.model.part is not None:  # each process has fitted those of its heads
-            weight, bias = (self.model.part.gather_heads(x) for x in (weight, bias))
+            own, correction, bias = (self.model.part.gather_heads(x) for x in (own, correction, bias))
+        update = None if group[-1] not in self.xu else torch.cholesky_solve(self.xu[group[-1]], factor).T
+        if self.rank is None:
+            return _Solution(own, correction, bias, None, update)
+        rows = [correction.flatten(0, 2)] + ([] if update is None else [update])
+        codes, shared = low_rank(torch.cat(rows), factor / self.count**0.5, self.rank)
+        KV, *update = codes.split([len(x) for x in rows])
+        return _Solution(own, KV.unflatten(0, correction.shape[:3]), bias, shared, update[0] if update else None)
+
+    def refit(self, solutions: list[_Solution], damp_k: float, damp_v: float) -> PrunePlan:
+        """Return the plan with the projections of all groups, given the dampings of K and V."""
+        own, correction, bias, shared, update = zip(*solutions, strict=True)
+        weight, bias = torch.cat(correction), torch.cat(bias)
+        weight, taps = weight.new_tensor([damp_k, damp_v])[:, None, None] * weight, self.taps
+        is_plain = damp_k == damp_v == 0  # then h passes unchanged, too
+        tensors = {"shared": shared, "update": [x * (not is_plain) for x in update if x is not None]}
+        tensors = {name: torch.stack(x) for name, x in tensors.items() if len(x) and x[0] is not None}
         if self.rank is not None:
-            weight, shared = low_rank(weight, factor, self.rank)
-            bias, shared = torch.zeros_like(bias), shared.to(self.model.dtype)
-        weight, bias = weight.to(self.model.dtype), bias.to(self.model.dtype)
-        projections = KVProjections(self.plan.layers, weight, bias, self.model.fingerprint, taps, shared)
+            bias = torch.zeros_like(bias)
+        else:
+            weight = torch.cat(own) + weight
+            if is_plain and not self.keep_taps:  # without updates, and without the previous token
+                taps, weight, tensors = 1, weight[..., : self.model.config.hidden_size], {}
+        tensors = {name: x.to(self.model.dtype) for name, x in (tensors | {"weight": weight, "bias": bias}).items()}
+        projections = KVProjections(self.plan.layers, fingerprint=self.model.fingerprint, taps=taps, **tensors)
         return dataclasses.replace(self.plan, projections=projections)
 
 
 def low_rank(corrections: torch.Tensor, factor: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The U [n, 2, K * E, R] and V [R, taps * D] that minimise the sum of |(D_l - U_l V) L|² over all layers.
+    """The U [M, R] and V [R, taps * D] that minimise |(D - U V) L|², so that D x changes least on the calibration text.
 
-    So they change K and V of the calibration text least. V x has a mean square of about 1.
+    V x has a mean square of about 1.
 
     Args:
-        corrections: D [n, 2, K * E, taps * D].
+        corrections: D [M, taps * D], of all layers of a group.
         factor: L [taps * D, taps * D], lower triangular. L L' is the mean of x x', plus lambda.
         rank: R.
     """
     scaled = corrections @ factor
-    rows = scaled.flatten(0, 2)
-    basis = torch.linalg.eigh(rows.T @ rows).eigenvectors[:, -rank:]  # of the largest eigenvalues
-    shared = torch.linalg.solve_triangular(factor, basis.T, upper=False, left=False)
-    return scaled @ basis, shared.contiguous()
+    basis = torch.linalg.eigh(scaled.T @ scaled).eigenvectors[:, -rank:]  # of the largest eigenvalues
+    return scaled @ basis, torch.linalg.solve_triangular(factor, basis.T, upper=False, left=False)
 
 
-def _accumulate(model, batch: list[Window], fits: list[_Fit], module=None) -> None:
-    """Add the tokens of a batch of windows to the sums of each fit.
+def _accumulate(model, batch: list[Window], fits: list[_Fit], number: int, module=None) -> None:
+    """Add the tokens of a batch of windows to the sums of group `number` of each fit.
 
-    One full forward pass gives the targets. Beside it, each plan has a stream from its first to its last pruned layer,
-    in which tokens skip the plan's layers. The first tokens run at full depth, and are not fitted to.
+    One full forward pass gives the targets. Beside it, each plan has a stream from its first pruned layer to this
+    group, in which tokens skip the plan's layers. The first tokens run at full depth, and are not fitted to.
 
     module: Runs in place of the model's own.
     """
@@ -272,34 +307,41 @@ def _accumulate(model, batch: list[Window], fits: list[_Fit], module=None) -> No
     position = torch.arange(tokens.shape[1], device=model.device)
     inside = position < lengths.to(model.device)[:, None]  # [B, T], not padding
     fitted = [inside & (position >= fit.plan.full_depth_first) for fit in fits]  # [B, T] each
-    deepest = max(fit.plan.layers[-1] for fit in fits)  # no layer after it is run
-    streams, inputs = {}, {}  # by number of the fit: h [B, T, D], and X [N, taps * D] of the group
+    depth = max(fit.depth(number) for fit in fits)
+    # By number of the fit: h [B, T, D], the group's inputs [B, T, taps * D], and X [N, taps * D], those of some tokens.
+    streams, inputs, fitted_inputs = {}, {}, {}
 
     def step(index, layer, h, rope, attend):
-        full = layer(h, rope, attend) if index < deepest else h
-        targets = torch.cat(layer.projected(h), dim=-1) if any(index in fit.xy for fit in fits) else None
-        for number, fit in enumerate(fits):
-            first, last = fit.plan.layers[0], fit.plan.layers[-1]
-            if not first <= index <= last:
+        full = layer(h, rope, attend) if index < depth else h
+        targets = torch.cat(layer.projected(h), dim=-1) if any(index in fit.groups[number] for fit in fits) else None
+        for this, fit in enumerate(fits):
+            if not fit.plan.layers[0] <= index <= fit.groups[number][-1]:
                 continue
-            stream = h if index == first else streams[number]
+            stream = h if index == fit.plan.layers[0] else streams[this]
             if index in fit.xx:
                 x = layer.normalised(stream)
-                x = torch.cat((x, F.pad(x, (0, 0, 1, -1))), dim=-1) if fit.taps == 2 else x
-                X = inputs[number] = x[fitted[number]].double()
-                fit.xx[index] += X.T @ X
-                fit.x[index] += X.sum(0)
-            if index in fit.xy:
-                fit.xy[index] += inputs[number].T @ targets[fitted[number]].double()
+                inputs[this] = torch.cat((x, F.pad(x, (0, 0, 1, -1))), dim=-1) if fit.taps == 2 else x
+                if index in fit.groups[number]:
+                    X = fitted_inputs[this] = inputs[this][fitted[this]].double()
+                    fit.xx[index] += X.T @ X
+                    fit.x[index] += X.sum(0)
+            if index in fit.groups[number]:
+                X = fitted_inputs[this]
+                fit.xy[index] += X.T @ targets[fitted[this]].double()
+                if index in fit.xu:
+                    fit.xu[index] += X.T @ (full - stream)[fitted[this]].double()
+            elif index in fit.updates:
+                stream = stream + F.linear(inputs[this], fit.updates[index].to(stream.dtype))
+            if index in fit.plan.layers:
                 stream = torch.where((position < fit.plan.full_depth_first)[:, None], full, stream)
             else:
                 stream = layer(stream, rope, attend)
-            streams[number] = images.add_deepstack(stream, index)
+            streams[this] = images.add_deepstack(stream, index)
         return full
 
     module.through_layers(tokens.to(model.device), images, step)
     for fit, mask in zip(fits, fitted, strict=True):
-        fit.count += int(mask.sum())
+        fit.count += int(mask.sum()) if number == 0 else 0
 
 
 def _choose(fit: _Fit, judge: Judge, step) -> PrunePlan:
@@ -310,7 +352,7 @@ def _choose(fit: _Fit, judge: Judge, step) -> PrunePlan:
         if ridge not in solved:
             solved.clear()  # solutions are large, so only one is kept
             solved[ridge] = fit.solve(ridge)
-        return fit.refit(*solved[ridge], damp_k, damp_v)
+        return fit.refit(solved[ridge], damp_k, damp_v)
 
     @functools.cache
     def loss(*settings: float) -> float:

@@ -7,6 +7,8 @@ pruned pass. From there on the student carries only the full-depth rows f throug
                                                └── x ── W_l, b_l ── K, V of layer l
                                                                          │
     full-depth rows   f ── layer r ── ... ─────────────────────────── layer l ── ... ──► q      gradients of W_l and b_l
+
+Kept layers among the pruned ones run all tokens.
 """
 
 import dataclasses
@@ -86,8 +88,8 @@ def student(module, plan: PrunePlan, h, rows, images: TextOnly) -> torch.Tensor:
         if is_pruned:
             if refit is not None:
                 x = module.layers[group[0]].normalised(h)
-                x = refit.inputs(x, torch.zeros_like(x[:, 0]))
-            f = h[at]  # [B, R, D]
+                x = refit.inputs(x, torch.zeros_like(x[:, 0]), group[0])
+            f, passed = h[at], h if refit is None else refit.passed(h, x, group[-1])  # [B, R, D] and [B, T, D]
             for index in group:
                 layer, number = module.layers[index], plan.layers.index(index)
                 rope = ropes[layer.window]
@@ -97,7 +99,7 @@ def student(module, plan: PrunePlan, h, rows, images: TextOnly) -> torch.Tensor:
                     k, v = map(torch.add, found.chunk(2, dim=-1), (k, v))
                 attend_pruned = functools.partial(attend_rows, of_prompt=layer.placed(k, v, rope))
                 f = layer(f, tuple(table[at] for table in rope), attend_pruned)
-            h = h.index_put(at, f)
+            h = passed.index_put(at, f)
         else:
             for index in group:
                 layer = module.layers[index]

@@ -1,9 +1,9 @@
 """`pop demo`: one prompt, prefilled by the whole model and with pruned layers, side by side.
 
-The rows are the full model, the paper's plan (a third of the layers), and calibrated plans of a third and of 45 % of
-the layers. Calibrated plans run the prompt's last 32 tokens at full depth. Those that neither ship with the
-package nor lie beside the weights are made, and kept beside the weights. The losses are those of
-pop/calibration/judge.py, on windows of the story.
+The rows are the full model, the paper's plan (a third of the layers), and the calibrated plans that ship with the
+package. For other models these are plans of a third and of 45 % of the layers, with the prompt's last 32 tokens at full
+depth. They are made once, and kept beside the weights. The losses are those of pop/calibration/judge.py, on windows of
+the story.
 
 On a CPU the model runs uncompiled: compiling takes longer than a row, and saves a tenth of such a long prefill at most.
 """
@@ -30,7 +30,7 @@ from pop.pruning.cost import prefill_flops, speedup_limit
 DATA = Path(__file__).parents[1] / "data"
 STORY = DATA / "alice.txt"
 QUESTION = "What is the title of Chapter I?"
-FRACTIONS = (1 / 3, 0.45)  # of the layers, in calibrated plans; with more, SmolLM2 looks nothing up in its prompt
+FRACTIONS = (1 / 3, 0.45)  # of the layers, in calibrated plans
 FULL_DEPTH_LAST = 32  # in calibrated plans: enough for the question
 CLOSE = 1.05  # two times whose ratio is smaller need no third
 WINDOWS = 2  # of the story, for the losses
@@ -76,7 +76,15 @@ def plans_to_show(model, prune, folder: Path) -> Iterator[pop.PrunePlan]:
     if model.plan.layers and model.plan.projections is None:
         deepest = [pop.PrunePlan.deepest(model.config.num_layers, fraction).layers for fraction in FRACTIONS]
         wanted = [pop.PrunePlan(layers, FULL_DEPTH_LAST) for layers in deepest] if prune == "default" else [model.plan]
-        yield from calibrated([plan for plan in dict.fromkeys(wanted) if plan.layers], model, folder)
+        shipped = shipped_plans(model) if prune == "default" else []
+        yield from shipped or calibrated([plan for plan in dict.fromkeys(wanted) if plan.layers], model, folder)
+
+
+def shipped_plans(model) -> list[pop.PrunePlan]:
+    """The plans of the package for these weights, from fewer layers to more."""
+    found = map(pop.PrunePlan.load, (DATA / "plans").glob(f"{model.name}-*.plan"))
+    plans = [plan for plan in found if plan.projections.fingerprint == model.fingerprint]
+    return sorted(plans, key=lambda plan: len(plan.layers))
 
 
 def calibrated(plans: list, model, folder: Path) -> list:
@@ -94,16 +102,13 @@ def calibrated(plans: list, model, folder: Path) -> list:
 
 
 def ready_plan(plan: pop.PrunePlan, model, folder: Path) -> pop.PrunePlan | None:
-    """The plan, calibrated for these weights, from the package or from `folder`. None: neither has it."""
-    for path in (*sorted((DATA / "plans").glob(f"{model.name}-*.plan")), folder / _file(plan)):
-        with contextlib.suppress(PlanError):  # missing, broken, or made for other weights or layers
-            found = pop.PrunePlan.load(path)
-            model.resolve(found)
-            first = max(1, plan.full_depth_first)
-            wanted = dataclasses.replace(plan, full_depth_first=first, projections=found.projections)
-            if found.projections and found == wanted:
-                return found
-    return None
+    """The plan, calibrated for these weights, from its file in `folder`, or None."""
+    with contextlib.suppress(PlanError):  # missing, broken, or made for other weights or layers
+        found = pop.PrunePlan.load(folder / _file(plan))
+        model.resolve(found)
+        first = max(1, plan.full_depth_first)
+        wanted = dataclasses.replace(plan, full_depth_first=first, projections=found.projections)
+        return found if found.projections and found == wanted else None
 
 
 def _file(plan) -> str:

@@ -153,14 +153,14 @@ def _run_chunk(module, cache: KVCache, hidden, chunk: Chunk, stages: Stages, lay
     for is_pruned, group in chunk.plan.groups(len(module.layers), module.deepstack_layers):
         group = [index for index in group if index in layers]
         if is_pruned and group:
-            _write_pruned(module, group, h, hidden[group[0]], cache, chunk, metadata, stages)
-            f = before = h.gather(1, rows)
+            passed = _write_pruned(module, group, h, hidden[group[0]], cache, chunk, metadata, stages)
+            f = h.gather(1, rows)
             for index in group:
                 new_hidden[index] = chunk.latest(h, f if W else None)
                 if W:
                     layer = module.layers[index]
                     f = stages.full_layer(layer, f, *cache.layer(index), rows_metadata[layer.window])
-            h = h.scatter(1, rows, f.where(chunk.rows_valid[..., None], before))
+            h = passed.scatter(1, rows, f.where(chunk.rows_valid[..., None], passed.gather(1, rows)))
         else:
             for index in group:
                 new_hidden[index] = chunk.latest(h)
@@ -170,17 +170,17 @@ def _run_chunk(module, cache: KVCache, hidden, chunk: Chunk, stages: Stages, lay
     return h, torch.stack(new_hidden).where(chunk.has_tokens[:, None], hidden)
 
 
-def _write_pruned(module, group, h, previous, cache: KVCache, chunk: Chunk, metadata, stages: Stages) -> None:
-    """Write K and V of a group of pruned layers, all from the h [B, C, D] that enters it.
+def _write_pruned(module, group, h, previous, cache: KVCache, chunk: Chunk, metadata, stages: Stages) -> torch.Tensor:
+    """Write K and V of a group of pruned layers, all from the h [B, C, D] that enters it. Returns the h that leaves it.
 
     previous: [B, D], the h that entered the group at the token before the chunk.
     """
     refit = chunk.plan.projections
-    stage, tokens = stages.pruned_layer, (h,)
+    stage, tokens, passed = stages.pruned_layer, (h,), h
     if refit is not None:
         normalised = module.layers[group[0]].normalised
-        inputs = refit.inputs(normalised(h), normalised(previous))  # [B, C, taps * D], or the code [B, C, R]
-        is_whole = refit.shared is None
+        inputs = refit.inputs(normalised(h), normalised(previous), group[0])  # [B, C, taps * D], or codes [B, C, R]
+        is_whole, passed = refit.shared is None, refit.passed(h, inputs, group[-1])
         stage, tokens = (stages.refit_layer, (inputs,)) if is_whole else (stages.corrected_layer, (h, inputs))
     for number, index in enumerate(group, start=chunk.plan.layers.index(group[0])):
         layer = module.layers[index]
@@ -195,3 +195,4 @@ def _write_pruned(module, group, h, previous, cache: KVCache, chunk: Chunk, meta
             rope = tuple(table[:, first:] for table in rope)
         fitted = () if refit is None else (refit.weight[number], refit.bias[number])
         stage(layer, *x, *fitted, rope, slots, *cache.layer(index))
+    return passed

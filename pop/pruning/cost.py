@@ -16,8 +16,9 @@ attend a band of it. Products that an implementation computes outside of these a
 
 In a pruned layer only the W full-depth tokens do all of this. P of the other tokens do k and v: once from one input
 (taps = 1), or from two inputs with the refit projections of two taps. With corrections of rank R, these k and v are
-2 · K·E·(D + R), and in each group of pruned layers, all N tokens need taps·D·R more. P is N - W. With a window, P is
-the window - 1 tokens before the prompt's last full-depth tokens, since no later token attends the rest.
+2 · K·E·(D + R), and in each group of pruned layers, all N tokens need taps·D·R more. An update of h after a group is
+taps·D·D, or R·D, for all N tokens. P is N - W. With a window, P is the window - 1 tokens before the prompt's last
+full-depth tokens, since no later token attends the rest.
 
 Tokens that the plan selects are counted as if they were evenly spread. With them, P is N - W in all pruned layers. To
 select them, the last Q tokens attend all tokens at the first pruned layer, by its own q and k. With refit projections,
@@ -110,7 +111,9 @@ def _parts(
     D, KV, refit = config.hidden_size, 2 * config.num_kv_heads * config.head_dim, plan.projections
     rank = 0 if refit is None else refit.rank or 0
     taps = 1 if refit is None else refit.taps
-    codes = taps * D * rank * sum(layer - 1 not in plan.layers for layer in plan.layers)  # weights, by group
+    by_group = (
+        0 if refit is None else sum(tensor.numel() for tensor in (refit.shared, refit.update) if tensor is not None)
+    )
     refit = KV * (D + rank if rank else taps * D)  # weights of a pruned layer
     last = num_tokens - plan.full_depth_last  # the first of the prompt's last full-depth tokens
     others = range(num_tokens)[plan.full_depth_first : max(last, 0)]
@@ -119,8 +122,8 @@ def _parts(
     for begin in range(0, num_tokens, chunk_size or num_tokens):
         tokens = range(num_tokens)[begin:][:chunk_size]
         full_depth = [p for p in tokens if p < plan.full_depth_first or p >= last or p in selected]
-        if codes and len(full_depth) < len(tokens):
-            yield 2 * len(tokens) * codes, codes
+        if by_group and len(full_depth) < len(tokens):
+            yield 2 * len(tokens) * by_group, by_group
         for (pruned, window, is_sparse), count in layers.items():
             flops, numbers = _layer(config, window, is_sparse, full_depth if pruned else tokens)
             yield count * flops, count * numbers

@@ -5,7 +5,8 @@ later tokens to attend. Prefill-only pruning (He et al., Findings of ACL 2026) d
 and keeps the second:
 
 - A *pruned* token skips the layers of the plan. Its h passes through unchanged, but each skipped layer's K and V are
-  still computed from that h ("independent KV projections").
+  still computed from that h ("independent KV projections"). A calibrated plan has its own matrices for these, and may
+  approximate by another what skipped layers would have added to h.
 - A *full-depth* token runs every layer. These are the last prompt token, whose logits predict the first new token
   ("boundary handling"), and every generated token. A plan may add others: by position, or by the attention they get.
 
@@ -92,7 +93,8 @@ def forward(
             cache.append((k[0], v[0]))
             return attend(layer, q, k, v)
 
-        return torch.where(skips[:, None], h, layer(h, rope, attend_pruned))  # the method
+        passed = h if plan.projections is None else updated(layer, plan, index, h, entering)
+        return torch.where(skips[:, None], passed, layer(h, rope, attend_pruned))  # the method
 
     h = module.through_layers(tokens[None], (images or TEXT).extended(len(tokens)), step)  # [1, T, D]
     return module.head(h[0]), cache
@@ -103,16 +105,31 @@ def refit(layer, plan: PrunePlan, index: int, h: torch.Tensor, rope) -> tuple[to
 
     h entered the group of pruned layers that the layer belongs to; see projections.py.
     """
-    number = plan.layers.index(index)
-    x = layer.normalised(h)
-    if plan.projections.taps == 2:
+    inputs, number = refit_inputs(layer, plan, index, h), plan.layers.index(index)
+    weight, bias = plan.projections.weight[number], plan.projections.bias[number]  # K's and V's
+    k, v = inputs @ weight[0].T + bias[0], inputs @ weight[1].T + bias[1]
+    if plan.projections.shared is not None:
+        own = layer.projected(h)
+        k, v = own[0] + k, own[1] + v
+    return layer.placed(k, v, rope)
+
+
+def refit_inputs(layer, plan: PrunePlan, index: int, h: torch.Tensor) -> torch.Tensor:
+    """What a calibrated plan's matrices multiply: h [1, T, D] -> [1, T, taps * D], or [1, T, R] with codes."""
+    x, refit = layer.normalised(h), plan.projections
+    if refit.taps == 2:
         previous = torch.cat((torch.zeros_like(x[:, :1]), x[:, :-1]), dim=1)
         x = torch.cat((x, previous), dim=-1)
-    weight, bias = plan.projections.weight[number], plan.projections.bias[number]  # K's and V's
-    if plan.projections.shared is not None:
-        z, own = x @ plan.projections.shared.T, layer.projected(h)
-        return layer.placed(own[0] + z @ weight[0].T + bias[0], own[1] + z @ weight[1].T + bias[1], rope)
-    return layer.placed(x @ weight[0].T + bias[0], x @ weight[1].T + bias[1], rope)
+    return x if refit.shared is None else x @ refit.shared[refit.group[plan.layers.index(index)]].T
+
+
+def updated(layer, plan: PrunePlan, index: int, h: torch.Tensor, entering: torch.Tensor) -> torch.Tensor:
+    """A pruned token's h [1, T, D] after a layer. After the last layer of a group, a calibrated plan may update it."""
+    refit = plan.projections
+    if index not in plan.layers or index + 1 in plan.layers or refit.update is None:
+        return h
+    group = refit.group[plan.layers.index(index)]
+    return h if group >= len(refit.update) else h + refit_inputs(layer, plan, index, entering) @ refit.update[group].T
 
 
 def prefill(module, prompt: torch.Tensor, plan: PrunePlan, images: TextOnly = TEXT) -> torch.Tensor:

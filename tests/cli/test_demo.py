@@ -127,17 +127,20 @@ def test_calibrated_plans_are_kept_beside_the_weights(folder, monkeypatch, capsy
 
 
 def test_plans_of_the_package_come_first(folder, monkeypatch, tmp_path):
-    model = pop.load(folder, dtype=torch.float32, prune=None)
-    wanted = [pop.PrunePlan((3, 4)), pop.PrunePlan((2, 3, 4), full_depth_last=2)]
+    model = pop.load(folder, dtype=torch.float32)
+    wanted = [pop.PrunePlan((1, 3, 4), full_depth_last=2), pop.PrunePlan((3, 4))]
     made = pop.calibrate(model, None, wanted, progress=False)
     monkeypatch.setattr(demo, "DATA", tmp_path)
     (tmp_path / "plans").mkdir()
     for name, plan in zip(("0.4", "0.6"), made, strict=True):
         plan.save(tmp_path / "plans" / f"{model.name}-{name}.plan")
-    assert [demo.ready_plan(plan, model, tmp_path) for plan in wanted] == made
-    assert demo.ready_plan(pop.PrunePlan((2, 3, 4)), model, tmp_path) is None
+    rows = list(demo.plans_to_show(model, "default", tmp_path / "missing"))
+    assert rows[2:] == made[::-1]
+    other = pop.load(folder, dtype=torch.float32, prune=None)
+    other.module.layers[0].mlp.up_proj.weight.data += 1
+    assert demo.shipped_plans(other) == []
     monkeypatch.setattr(model, "name", "another")
-    assert demo.ready_plan(wanted[0], model, tmp_path) is None
+    assert demo.shipped_plans(model) == []
 
 
 def test_the_default_rows_are_the_frontier(folder, monkeypatch):

@@ -6,7 +6,7 @@ import random
 import pytest
 import torch
 from support.cases import assert_close
-from support.naive_fit import naive_fit, naive_gradients, naive_kl
+from support.naive_fit import fitted, naive_fit, naive_gradients, naive_kl
 from support.tiny import random_model, random_patches, tiny_gemma3_vl_config, tiny_qwen3_vl_config
 from support.tiny_images import picture
 
@@ -16,7 +16,7 @@ from pop.calibration.exercises import CONTINUATION, Exercise
 from pop.calibration.exercises import exercise as make_exercise
 from pop.calibration.gates import gate_gradients
 from pop.calibration.judge import Judge
-from pop.calibration.refit import _accumulate, _batches, _Fit, text_windows
+from pop.calibration.refit import text_windows
 from pop.calibration.student import full_depth_rows, teacher
 from pop.errors import ContextOverflow, InputError
 from pop.inputs.processors import Prepared
@@ -183,12 +183,12 @@ def test_the_normal_equations_with_images_give_the_naive_fit(model, layers, taps
     """A group of pruned layers ends at a layer after which DeepStack adds features."""
     windows, rows = texts(model)
     plan = pop.PrunePlan(layers, full_depth_first=1)
-    fit = _Fit(model, plan, taps)
-    for batch in _batches(text_windows(model, windows, rows, None, 1024)):
-        _accumulate(model, batch, [fit])
-    own, correction, *_ = fit.solve(0.1)
+    fit = fitted(model, text_windows(model, windows, rows, None, 1024), plan, taps)
     images = [images_of(model, *pair) for pair in zip(windows, rows, strict=True)]
-    assert_close((own + correction).float(), naive_fit(model, windows, plan, taps, 0.1, images).float())
+    found = fit.refit(fit.solve(0.1), 1.0, 1.0)
+    weight, update = naive_fit(model, windows, found, taps, 0.1, images)
+    assert_close(found.projections.weight, weight.float())
+    assert_close(torch.zeros(0) if found.projections.update is None else found.projections.update, update.float())
 
 
 def test_the_judge_continues_after_the_last_image(model):

@@ -23,18 +23,18 @@ def random_projections(taps: int, layers=(1, 3)) -> KVProjections:
 
 def test_one_tap_reads_the_token_and_two_taps_also_the_one_before():
     x, previous = torch.arange(15.0).view(1, 3, 5), torch.full((1, 5), -1.0)
-    assert random_projections(1).inputs(x, previous) is x
-    found = random_projections(2).inputs(x, previous)  # [1, 3, 10]
+    assert random_projections(1).inputs(x, previous, 1) is x
+    found = random_projections(2).inputs(x, previous, 1)  # [1, 3, 10]
     assert torch.equal(found[..., :5], x)
     assert torch.equal(found[:, 1:, 5:], x[:, :-1]) and torch.equal(found[:, 0, 5:], previous)
 
 
 @pytest.mark.parametrize("taps", [1, 2])
 def test_a_code_is_a_product_of_the_taps(taps):
-    refit, shared = random_projections(taps), torch.randn(3, taps * 5)
+    refit, shared = random_projections(taps), torch.randn(2, 3, taps * 5)
     low = KVProjections(refit.layers, refit.weight[..., :3].clone(), refit.bias, "", taps, shared)
     x, previous = torch.randn(2, 3, 5), torch.randn(2, 5)
-    torch.testing.assert_close(low.inputs(x, previous), refit.inputs(x, previous) @ shared.T)
+    torch.testing.assert_close(low.inputs(x, previous, 3), refit.inputs(x, previous, 3) @ shared[1].T)
     assert (low.rank, refit.rank) == (3, None)
 
 
@@ -68,7 +68,7 @@ def test_low_rank_projections_are_copied_compared_and_saved_with_their_code(tmp_
 @pytest.mark.parametrize("shape", [(7,), (6, 60), (7, 61), (7, 60, 1)])
 def test_a_code_of_the_wrong_shape_is_refused(shape):
     weight = torch.zeros(2, 2, 20, 7)
-    KVProjections((2, 3), weight, weight[..., 0], "", 2, torch.zeros(7, 60))
+    KVProjections((2, 3), weight, weight[..., 0], "", 2, torch.zeros(1, 7, 60))
     with pytest.raises(PlanError, match="shared"):
         KVProjections((2, 3), weight, weight[..., 0], "", 2, torch.zeros(shape))
 

@@ -8,51 +8,74 @@ import numpy as np
 import torch
 
 from pop import PrunePlan
+from pop.calibration.refit import RIDGES, _accumulate, _batches, _Fit
 from pop.models.images import TEXT
 from pop.pruning import reference
 
-RECORDED = ("input_layernorm", "self_attn.k_proj", "self_attn.v_proj")
+RECORDED = ("input_layernorm", "self_attn.k_proj", "self_attn.v_proj", "")
+
+
+def fitted(model, windows, plan, taps, rank=None) -> _Fit:
+    """The library's fit to windows, with its passes over them."""
+    fit = _Fit(model, plan, taps, rank)
+    for number in range(len(fit.groups)):
+        for batch in _batches(windows):
+            _accumulate(model, batch, [fit], number)
+        fit.finish(number)
+    return fit
 
 
 def naive_fit(model, windows, plan, taps, ridge, images=None):
     """Ridge regression toward the layers' own projections by lstsq, from what hooks record in naive passes.
 
     Args:
+        plan: its projections' updates of h are used. The fit of each depends on those before it only.
         images: the Images of each window, or None for text.
 
     Returns:
-        W [n, 2, K * E, taps * D].
+        W [n, 2, K * E, taps * D], and A [g, D, taps * D] if h needs updates, or else [0].
     """
     module, first = model.module, plan.full_depth_first
-    xs, ys = {index: [] for index in plan.layers}, {(index, i): [] for index in plan.layers for i in (0, 1)}
+    ends = [index for index in plan.layers if index + 1 not in (*plan.layers, len(module.layers))]
+
+    def start(index):  # of the group of pruned layers
+        return start(index - 1) if index - 1 in plan.layers and index > module.deepstack_layers else index
+
+    final = {start(end) for end in ends}  # groups that are solved before the judge chooses lambda
+    targets = [(index, i) for index in plan.layers for i in (0, 1)] + [(index, "update") for index in ends]
+    xs, ys = {index: [] for index in plan.layers}, {target: [] for target in targets}
     for window, shown in zip(windows, images or repeat(TEXT, len(windows)), strict=True):
         tokens = torch.tensor(window)
         full_depth = torch.arange(len(window)) < first
         pruned = recorded(module, plan.layers, reference.forward, module, tokens, full_depth, plan, shown)
         full = recorded(module, plan.layers, module, tokens[None], shown)
         for index in plan.layers:
-            start = index
-            while start - 1 in plan.layers and start > module.deepstack_layers:
-                start -= 1
-            h = pruned[start, "input_layernorm"][0].double().numpy()
+            h = pruned[start(index), "input_layernorm"][0].double().numpy()
             x = h / np.sqrt((h**2).mean(-1, keepdims=True) + module.config.norm_eps)
             if taps == 2:
                 x = np.concatenate([x, np.concatenate([np.zeros_like(x[:1]), x[:-1]])], axis=1)
             xs[index].append(x[first:])
             for i, name in enumerate(("self_attn.k_proj", "self_attn.v_proj")):
                 ys[index, i].append(full[index, name][1].double().numpy()[first:])
-    out = []
+            if index in ends:
+                ys[index, "update"].append(full[index, ""][1].double().numpy()[first:] - h[first:])
+    out, updates = [], []
     for index in plan.layers:
         layer, x = module.layers[index], np.concatenate(xs[index])
+        pull = math.sqrt((RIDGES[0] if start(index) in final else ridge) * len(x))
+        rows = np.concatenate([x, pull * np.eye(x.shape[1])])
         gain = layer.input_layernorm.weight.detach().double().numpy() + (module.config.family == "gemma3")
         for i, linear in enumerate((layer.self_attn.k_proj, layer.self_attn.v_proj)):
             own = linear.weight.detach().double().numpy() * gain
             own = np.concatenate([own, np.zeros((len(own), (taps - 1) * own.shape[1]))], axis=1)
             y = np.concatenate(ys[index, i]) - (0 if linear.bias is None else linear.bias.detach().double().numpy())
-            pull = math.sqrt(ridge * len(x))
-            rows = np.concatenate([x, pull * np.eye(x.shape[1])])
             out.append(np.linalg.lstsq(rows, np.concatenate([y, pull * own.T]), rcond=None)[0].T)
-    return torch.tensor(np.stack(out)).unflatten(0, (len(plan.layers), 2))
+        if index in ends:
+            y = np.concatenate(ys[index, "update"])
+            padded = np.concatenate([y, np.zeros((x.shape[1], y.shape[1]))])
+            updates.append(torch.tensor(np.linalg.lstsq(rows, padded, rcond=None)[0].T))
+    weight = torch.tensor(np.stack(out)).unflatten(0, (len(plan.layers), 2))
+    return weight, torch.stack(updates) if updates else torch.zeros(0)
 
 
 def recorded(module, layers, function, *args):

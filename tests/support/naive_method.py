@@ -39,10 +39,13 @@ def token_by_token(module, tokens, plans):
                 x = torch.cat(taps[: plan.projections.taps], dim=-1)  # position 0 is never pruned
                 number = plan.layers.index(index)
                 weight, bias = plan.projections.weight[number], plan.projections.bias[number]
-                own = (0, 0)
+                own, group = (0, 0), sum(other - 1 not in plan.layers for other in plan.layers[: number + 1]) - 1
                 if plan.projections.shared is not None:
-                    x, own = plan.projections.shared @ x[0, 0], layer.projected(entered[start][-1])
+                    x, own = plan.projections.shared[group] @ x[0, 0], layer.projected(entered[start][-1])
                 k, v = layer.placed(*(own[i] + F.linear(x, weight[i], bias[i]) for i in (0, 1)), rope[layer.window])
+                updates = [] if plan.projections.update is None else plan.projections.update
+                if index + 1 not in plan.layers and group < len(updates):
+                    h = h + F.linear(x, updates[group])
             kv[index].append((k, v))
             if index not in plan.layers:
                 keys, values = (torch.cat(x, dim=1) for x in zip(*kv[index], strict=True))
