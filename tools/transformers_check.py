@@ -70,7 +70,8 @@ def plans(twin: pop.Model) -> Iterator[PrunePlan]:
         weight = torch.randn(len(layers), 2, KE, rank or taps * D) / (rank or D) ** 0.5
         shared = None if rank is None else torch.randn(1, rank, taps * D) / (taps * D) ** 0.5
         biases = torch.randn(len(layers), 2, KE) / 10
-        projections = KVProjections(layers, weight, biases, twin.fingerprint, taps, shared)
+        update = torch.randn(2, D, taps * D) / D if layers == (1, 2, 4) else None  # h is updated after both groups
+        projections = KVProjections(layers, weight, biases, twin.fingerprint, taps, shared, update)
         yield PrunePlan(layers, full_depth_last=taps, full_depth_first=taps, projections=projections)
 
 
