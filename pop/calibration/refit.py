@@ -239,7 +239,7 @@ class _Fit:
     def _solve(self, number: int, ridge: float) -> _Solution:
         group, KV = self.groups[number], []
         xx, x = self.xx[group[0]], self.x[group[0]]
-        for sums in (xx, *(self.xy[index] for index in group)):
+        for sums in (xx, *(sums[index] for sums in (self.xy, self.xu) for index in group if index in sums)):
             check_finite(sums, "hidden states of the texts")
         factor = torch.linalg.cholesky(xx + ridge * self.count * torch.eye(len(xx), dtype=xx.dtype, device=xx.device))
         for index in group:

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from support.cases import assert_close, cases, held, models, plain, prefill
-from support.naive_fit import fitted, naive_fit
+from support.naive_fit import assert_fit, fitted, naive_fit
 from support.tiny import random_model, tiny_config, tiny_gemma3_config, tiny_qwen3_moe_config
 
 import pop
@@ -75,9 +75,7 @@ def test_the_normal_equations_give_the_naive_fit(module, data):
     assume(max(map(len, windows)) > plan.full_depth_first)
     fit = fitted(model, windows_of(windows), plan, taps)
     found = fit.refit(fit.solve(ridge), 1.0, 1.0)
-    weight, update = naive_fit(model, windows, found, taps, ridge)
-    assert_close(found.projections.weight, weight.float())
-    assert_close(torch.zeros(0) if found.projections.update is None else found.projections.update, update.float())
+    assert_fit(found.projections, *naive_fit(model, windows, found, taps, ridge))
     for index, layer_bias in zip(plan.layers, found.projections.bias, strict=True):
         for linear, own_bias in zip(("k_proj", "v_proj"), layer_bias, strict=True):
             linear = module.layers[index].self_attn.get_submodule(linear)
@@ -106,10 +104,11 @@ def test_low_rank_corrections_are_the_best_of_their_rank(each_family, taps):
     assert torch.equal(found.shared[0], best.shared.float()) and torch.equal(found.update[0], best.update.float())
 
 
-def test_corrections_of_full_rank_are_the_whole_projections():
+@pytest.mark.parametrize("layers", [(2, 3), (1, 3, 4)])
+def test_corrections_of_full_rank_are_the_whole_projections(layers):
     """In the logits of a prefill."""
     model = make_model()
-    whole, low = (calibrate(model, TEXTS, PrunePlan((2, 3)), rank=rank, progress=False) for rank in (None, 60))
+    whole, low = (calibrate(model, TEXTS, PrunePlan(layers), rank=rank, progress=False) for rank in (None, 60))
     assert (low.projections.rank, low.projections.taps) == (60, 2)
     logits = [model.prefill([TEXTS[0]], model.new_cache(1, 300), plan=plan) for plan in (whole, low)]
     assert_close(logits[1], logits[0])

@@ -6,7 +6,7 @@ import random
 import pytest
 import torch
 from support.cases import assert_close
-from support.naive_fit import fitted, naive_fit, naive_gradients, naive_kl
+from support.naive_fit import assert_fit, fitted, naive_fit, naive_gradients, naive_kl
 from support.tiny import random_model, random_patches, tiny_gemma3_vl_config, tiny_qwen3_vl_config
 from support.tiny_images import picture
 
@@ -186,9 +186,10 @@ def test_the_normal_equations_with_images_give_the_naive_fit(model, layers, taps
     fit = fitted(model, text_windows(model, windows, rows, None, 1024), plan, taps)
     images = [images_of(model, *pair) for pair in zip(windows, rows, strict=True)]
     found = fit.refit(fit.solve(0.1), 1.0, 1.0)
-    weight, update = naive_fit(model, windows, found, taps, 0.1, images)
-    assert_close(found.projections.weight, weight.float())
-    assert_close(torch.zeros(0) if found.projections.update is None else found.projections.update, update.float())
+    assert_fit(found.projections, *naive_fit(model, windows, found, taps, 0.1, images))
+    if {0, 1} <= {*layers} and model.module.deepstack_layers:
+        with pytest.raises(pop.PlanError, match="DeepStack"):
+            fitted(model, [], plan, taps, rank=4)
 
 
 def test_the_judge_continues_after_the_last_image(model):

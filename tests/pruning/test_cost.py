@@ -116,11 +116,12 @@ def test_refit_projections_need_other_keys_for_the_selection():
 
 @pytest.mark.parametrize("layers", [(3, 4), (0, 2, 3)])
 @pytest.mark.parametrize("taps", [1, 2])
-def test_corrections_of_low_rank_cost_what_torch_counts_in_the_engine(layers, taps):
+@pytest.mark.parametrize("seed", range(3))  # which decides after how many groups h is updated
+def test_corrections_of_low_rank_cost_what_torch_counts_in_the_engine(layers, taps, seed):
     """Beside plain pruning. The engine also corrects K and V of the three full-depth tokens, which it then replaces."""
     config, T = tiny_config(), 20
     module, counted = random_model(config), []
-    plan = PrunePlan(layers, 2, 1, random_refit(config, layers, 0, taps, rank=7))
+    plan = PrunePlan(layers, 2, 1, random_refit(config, layers, seed, taps, rank=7))
     for one in (plan, dataclasses.replace(plan, projections=None)):
         cache = KVCache(config, 1, T, dtype=torch.float32, device=torch.device("cpu"))
         with FlopCounterMode(display=False) as counter:

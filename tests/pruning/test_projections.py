@@ -73,6 +73,14 @@ def test_a_code_of_the_wrong_shape_is_refused(shape):
         KVProjections((2, 3), weight, weight[..., 0], "", 2, torch.zeros(shape))
 
 
+@pytest.mark.parametrize("shape", [(2, 30, 7), (1, 31, 7), (1, 30, 60), (30, 7)])
+def test_updates_of_the_wrong_shape_are_refused(shape):
+    weight, shared = torch.zeros(2, 2, 20, 7), torch.zeros(1, 7, 60)
+    KVProjections((2, 3), weight, weight[..., 0], "", 2, shared, torch.zeros(1, 30, 7))
+    with pytest.raises(PlanError, match="update"):
+        KVProjections((2, 3), weight, weight[..., 0], "", 2, shared, torch.zeros(shape))
+
+
 def zeros_projections(weight=(2, 2, 20, 60), bias=(2, 2, 20), taps=2):
     return KVProjections((2, 3), torch.zeros(weight), torch.zeros(bias), "", taps)
 

@@ -6,6 +6,7 @@ from itertools import repeat
 
 import numpy as np
 import torch
+from support.cases import assert_close
 
 from pop import PrunePlan
 from pop.calibration.refit import RIDGES, _accumulate, _batches, _Fit
@@ -25,6 +26,14 @@ def fitted(model, windows, plan, taps, rank=None) -> _Fit:
     return fit
 
 
+def assert_fit(found, weight, update):
+    """Compare KVProjections with a naive fit."""
+    assert_close(found.weight, weight.float())
+    assert (found.update is None) == (update is None)
+    if update is not None:
+        assert_close(found.update, update.float())
+
+
 def naive_fit(model, windows, plan, taps, ridge, images=None):
     """Ridge regression toward the layers' own projections by lstsq, from what hooks record in naive passes.
 
@@ -33,7 +42,7 @@ def naive_fit(model, windows, plan, taps, ridge, images=None):
         images: the Images of each window, or None for text.
 
     Returns:
-        W [n, 2, K * E, taps * D], and A [g, D, taps * D] if h needs updates, or else [0].
+        W [n, 2, K * E, taps * D], and A [g, D, taps * D], or None if h needs no updates.
     """
     module, first = model.module, plan.full_depth_first
     ends = [index for index in plan.layers if index + 1 not in (*plan.layers, len(module.layers))]
@@ -75,7 +84,7 @@ def naive_fit(model, windows, plan, taps, ridge, images=None):
             padded = np.concatenate([y, np.zeros((x.shape[1], y.shape[1]))])
             updates.append(torch.tensor(np.linalg.lstsq(rows, padded, rcond=None)[0].T))
     weight = torch.tensor(np.stack(out)).unflatten(0, (len(plan.layers), 2))
-    return weight, torch.stack(updates) if updates else torch.zeros(0)
+    return weight, torch.stack(updates) if updates else None
 
 
 def recorded(module, layers, function, *args):
