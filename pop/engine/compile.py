@@ -10,7 +10,7 @@ are arguments, and sizes are symbols. torch compiles a size of 1 as a special ca
     one image, or several of one size     in a vision tower
 
 They serve every length of prompts, batches and caches, every size of images, and every set of pruned layers. A warm-up
-runs each of them, before the first call that needs it. All that depends on how torch.compile behaves is in this file.
+runs each of them, before the first call that may need it. All that depends on how torch.compile behaves is in this file.
 Compiled code does not look at its layer again, so each call first looks for changes (parts.py).
 """
 
@@ -68,25 +68,29 @@ class Compiled:
         compiled = [functools.partial(self._vision_block, block) for block in self.module.tower]
         return _with_replaced(self.module, self.module.vision_blocks, compiled)
 
-    def stages(self, rows: int, plan: PrunePlan = PrunePlan.none(), look: bool = True) -> Stages:  # noqa: B008 (frozen)
-        """Stages with every graph that `rows` batch rows and this kind of plan need. The first call compiles.
+    def stages(self, rows: int, slots: int, plan=PrunePlan.none(), look: bool = True) -> Stages:  # noqa: B008 (frozen)
+        """Stages with every graph that `rows` batch rows of `slots` slots and this kind of plan need.
 
-        Unless `look`, the module is taken to be as it was at the latest call.
+        The first call compiles. Unless `look`, the module is taken to be as it was at the latest call.
         """
-        form = None if plan.projections is None else (plan.projections.taps, plan.projections.rank)
+        forms = {"usual": None}
+        if plan.projections is not None:
+            forms[plan.projections.taps, plan.projections.rank] = plan
+        if slots > LONG and self._eager.replay is None:
+            forms["long"] = None
         with self._lock:
             if look and self.works and not self._seen.unchanged():
                 self._seen.look((self.module, *self.module.layers, *self.module.tower))
             kinds = set(self._seen.values()) - {None}
-            for refit in (None, form):
+            for form, refit in forms.items():
                 # torch compiles again for other numbers of threads.
-                wanted = {(rows > 1, refit, torch.get_num_threads(), kind) for kind in kinds}
+                wanted = {(rows > 1, form, torch.get_num_threads(), kind) for kind in kinds}
                 if not wanted <= self._warm and self.works:
-                    self._warm_up(rows > 1, plan if refit else None)
+                    self._warm_up(rows > 1, form, refit)
                     self._warm |= wanted
         return self._compiled or self._eager
 
-    def _warm_up(self, several: bool, refit: PrunePlan | None) -> None:
+    def _warm_up(self, several: bool, form, refit: PrunePlan | None) -> None:
         if self.progress and not self._warm:
             print("... compiling prefill and decode, up to a minute the first time", file=sys.stderr, flush=True)
         try:
@@ -95,7 +99,7 @@ class Compiled:
             if len(self._seen.kinds) > MOST_KINDS:
                 raise UnsupportedError(f"its layers have been of {len(self._seen.kinds)} kinds")
             with torch._dynamo.config.patch(specialize_float=True):  # otherwise each call makes tensors of floats
-                self._run(several, refit)
+                self._run(several, form, refit)
         except Exception as error:  # no compiler, no headers, no Triton ...: each has its own exception
             reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
             if self.required:
@@ -115,8 +119,8 @@ class Compiled:
 
     @torch.inference_mode(False)  # as the engine
     @torch.no_grad()
-    def _run(self, several: bool, refit: PrunePlan | None) -> None:
-        """Run all stages on all kinds of input. With `refit`, run only the stages that a calibrated plan adds."""
+    def _run(self, several: bool, form, refit: PrunePlan | None) -> None:
+        """Run all stages on the usual kinds of input, or a decode step on a long cache, or the stages of a refit."""
         config, weight = self.module.config, next(self.module.parameters())
         warming = Stages(*(stage.warm_up for stage in self._compiled[:-1]), self._compiled.replay)
         # torch takes two sizes that are equal now to be equal always. So no two sizes below are equal.
@@ -124,7 +128,7 @@ class Compiled:
         rows = _unlike(taken, 2) if several else 1
         pairs = ((a, b) for a in count(4) for b in range(a + 2, 2 * a) if not {a, b, a + b, a + b + 1} & taken)
         first, second = next(pairs)
-        usual, slots, long = _unlike(taken, 1000), _unlike(taken, 1100), _unlike(taken, LONG + 1)
+        usual, slots = _unlike(taken, 1000), _unlike(taken, 1100)
 
         def prompt(tokens: int) -> torch.Tensor:
             return torch.zeros(rows, tokens, dtype=torch.int64, device=weight.device)
@@ -139,6 +143,17 @@ class Compiled:
             refit = dataclasses.replace(refit, full_depth_first=1, full_depth_last=1, full_depth_selected=0.0)
             prefill(first, refit, first)
             return
+        if form == "long":  # in one layer of each kind
+            h, long = self.module.embed(prompt(1)), _unlike(taken, LONG + 1)  # [B, 1, D]
+            positions = torch.full((rows, 1), long - 1, device=h.device)
+            keys, values = (empty_slots(config, rows, long + 1, h.dtype, h.device) for _ in range(2))
+            held = torch.arange(long, dtype=torch.int32, device=h.device).repeat(rows, 1)
+            spans = torch.tensor([[[0, long - 1]]], dtype=torch.int32, device=h.device).repeat(rows, 1, 1)
+            ropes = self.module.rope(positions)
+            for layer in {self._seen[layer]: layer for layer in self.module.layers}.values():
+                at = AttentionMetadata(ropes[layer.window], positions, spans, held)
+                warming.full_layer(layer, h, keys, values, at)
+            return
         for block in {self._seen[block]: block for block in self.module.tower}.values():
             taken = {size for tensor in self.module.vision_block_inputs(1, 1) for size in tensor.shape}
             for N in (1, _unlike(taken, 2)):  # one image, and several
@@ -151,19 +166,6 @@ class Compiled:
         prefill(first, everything, first)
         cache = prefill(first, PrunePlan.none(), first)
         forward.extend(self.module, prompt(second), cache, warming)
-
-        if warming.replay is not None:
-            return
-        # A decode step on a long cache, in one layer of each kind.
-        h = self.module.embed(prompt(1))  # [B, 1, D]
-        positions = torch.full((rows, 1), long - 1, device=h.device)
-        keys, values = (empty_slots(config, rows, long + 1, h.dtype, h.device) for _ in range(2))
-        held = torch.arange(long, dtype=torch.int32, device=h.device).repeat(rows, 1)
-        spans = torch.tensor([[[0, long - 1]]], dtype=torch.int32, device=h.device).repeat(rows, 1, 1)
-        ropes = self.module.rope(positions)
-        for layer in {self._seen[layer]: layer for layer in self.module.layers}.values():
-            at = AttentionMetadata(ropes[layer.window], positions, spans, held)
-            warming.full_layer(layer, h, keys, values, at)
 
 
 def compiled(stages: Stages, seen: Seen) -> Stages:

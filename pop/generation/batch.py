@@ -130,7 +130,7 @@ class Batch:
                 self.sampler.keep_rows(unfinished)
                 self.rules.keep_rows(kept_there)
             # Like model.decode, without its checks of the arguments, and of the module for changes since the prefill.
-            stages = self.model._stages(len(rows), look=False)
+            stages = self.model._stages(len(rows), self.cache.max_seq_len, look=False)
             tokens = tokens.clamp(min=0)  # a finished row may have -1
             logits = engine.decode(self.model.module, tokens, self.cache, stages)
 

@@ -137,6 +137,21 @@ def test_a_long_cache_needs_no_new_graph(pair, nothing_compiles):
         assert (logits[0] - logits[1]).abs().max() < 1e-4 * logits[1].std()
 
 
+def test_only_a_long_cache_compiles_the_graph_of_long_caches(monkeypatch):
+    """A model that never meets more than 4096 slots does not wait for that graph."""
+    monkeypatch.setattr(torch, "compile", lambda function, **options: function)
+    forms = []
+    monkeypatch.setattr(Compiled, "_run", lambda self, several, form, refit: forms.append(form))
+    module = random_model(tiny_config(max_positions=6000), seed=1)
+    model = pop.Model(module, module.config, compile=True)
+    for slots in (4096, 4097, 4096):
+        model.decode([5], model.new_cache(1, slots))
+    assert forms == ["usual", "long"]
+    forms.clear()
+    pop.Model(module, module.config, compile=True).warmup()  # for all caches
+    assert forms == ["usual", "long"]
+
+
 @requires_compiler
 def test_generate_compiles_nothing_for_any_prompt_or_setting(pair, nothing_compiles):
     """Rows differ in length and their answers end at different times, sampled or greedy, as in the eager model."""

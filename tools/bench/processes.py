@@ -52,11 +52,15 @@ def measure_memory(args) -> dict:
 
 
 def measure_compile(args) -> dict:
-    """Seconds of `model.warmup` in this process."""
-    model = load_subject(args).model
-    plans = [parse_plan(text, model) for text in args.prune]
+    """Seconds of the first prefill of the first length by each plan, and of the first decode step, in this process."""
+    model, N = load_subject(args).model, args.lengths[0]
+    plans, prompt = [parse_plan(text, model) for text in args.prune], random_prompt(model.config, N)
+    cache = model.new_cache(1, N + 1)
     began = time.perf_counter()
-    model.warmup(plans=plans)
+    for plan in plans:
+        cache.reset()
+        model.prefill([prompt], cache, plan=plan)
+    model.decode(prompt[:1], cache)
     return {"seconds": time.perf_counter() - began, "compiled": model.compiled}
 
 
