@@ -10,7 +10,7 @@ are arguments, and sizes are symbols. torch compiles a size of 1 as a special ca
     one image, or several of one size     in a vision tower
 
 They serve every length of prompts, batches and caches, every size of images, and every set of pruned layers. A warm-up
-runs each of them, before the first call that may need it. All that depends on how torch.compile behaves is in this file.
+runs each of them, before the first call that may need it. What depends on how torch.compile behaves is in this file.
 Compiled code does not look at its layer again, so each call first looks for changes (parts.py).
 """
 
