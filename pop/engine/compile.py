@@ -149,9 +149,8 @@ class Compiled:
             keys, values = (empty_slots(config, rows, long + 1, h.dtype, h.device) for _ in range(2))
             held = torch.arange(long, dtype=torch.int32, device=h.device).repeat(rows, 1)
             spans = torch.tensor([[[0, long - 1]]], dtype=torch.int32, device=h.device).repeat(rows, 1, 1)
-            ropes = self.module.rope(positions)
             for layer in {self._seen[layer]: layer for layer in self.module.layers}.values():
-                at = AttentionMetadata(ropes[layer.window], positions, spans, held)
+                at = AttentionMetadata(self.module.rope(positions)[layer.window], positions, spans, held)
                 warming.full_layer(layer, h, keys, values, at)
             return
         for block in {self._seen[block]: block for block in self.module.tower}.values():
@@ -162,8 +161,7 @@ class Compiled:
         cache = KVCache(config, rows, slots, dtype=weight.dtype, device=weight.device)
         cache.lengths = torch.full((rows,), usual - 1)
         forward.decode(self.module, prompt(1)[:, 0], cache, warming)
-        everything = PrunePlan(tuple(range(config.num_layers)))
-        prefill(first, everything, first)
+        prefill(first, PrunePlan(tuple(range(config.num_layers))), first)
         cache = prefill(first, PrunePlan.none(), first)
         forward.extend(self.module, prompt(second), cache, warming)
 
