@@ -21,6 +21,7 @@ CPU = Stages(
     full_layer=partial(full_layer, attention=cpu.attend_cache),
     refit_layer=partial(refit_layer, linear=cpu.linear),
     corrected_layer=partial(corrected_layer, linear=cpu.linear),
+    linear=cpu.linear,
 )
 CUDA = Stages(full_layer=partial(full_layer, attention=cuda.attend_cache), replay=Graph)
 FASTER = {nn.Linear: cpu.Linear, Embedding: cpu.Embedding, Experts: experts.Experts}

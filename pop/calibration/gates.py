@@ -9,14 +9,13 @@ A layer's prefill gate acts on the prompt without its last token. Its decode gat
 response. The importance of layer l for a stage is E[(dL/dg_l)^2] (README.md in this folder).
 """
 
-import functools
 from collections.abc import Sequence
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch.utils.checkpoint import checkpoint
 
+from pop.calibration.student import checkpointed
 from pop.generation.answers import end_ids
 from pop.generation.sampling import Sampler, SamplingParams, check_finite, read_tokens
 from pop.inputs.processors import Prepared
@@ -25,8 +24,6 @@ from pop.models.layers import Rope
 from pop.pruning.plan import PrunePlan
 
 LOGITS_AT_ONCE = 256  # response tokens whose logits [N, V] are in memory together
-# The backward pass recomputes the activations inside a checkpointed function, so they need not be kept.
-_checkpoint = functools.partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
 
 
 def sample_responses(
@@ -84,14 +81,14 @@ def gate_gradients(
     gates = torch.ones(len(module.layers), len(rows), 2, 2, device=device, requires_grad=True)
 
     def gated(index, layer, h, rope, attend):
-        return _checkpoint(_gated_layer, layer, h, rope, attend, gates[index], decode)
+        return checkpointed(_gated_layer, layer, h, rope, attend, gates[index], decode)
 
     def negative_log_likelihood(h, targets):
         return F.cross_entropy(module.head(h), targets, reduction="sum")
 
     h = module.through_layers(tokens, images, gated)[predicts]  # [N, D], in the order of the targets
     pieces = zip(h.split(LOGITS_AT_ONCE), targets.split(LOGITS_AT_ONCE), strict=True)
-    loss = sum(_checkpoint(negative_log_likelihood, *piece) for piece in pieces)
+    loss = sum(checkpointed(negative_log_likelihood, *piece) for piece in pieces)
     (gradients,) = torch.autograd.grad(loss, gates)  # [L, B, 2, 2]
     check_finite(gradients, "gradients of the gates")
     return gradients.permute(1, 2, 3, 0).double().cpu()

@@ -15,9 +15,10 @@ import dataclasses
 import functools
 import os
 import random
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from importlib.resources import files
-from itertools import islice
+from itertools import islice, product
 from pathlib import Path
 from typing import NamedTuple
 
@@ -36,7 +37,7 @@ from pop.system import __version__
 from pop.system.progress import progress_bar
 
 RIDGES = (1e-2, 1e-1, 1.0)  # candidates for lambda
-DAMPINGS = (1.0, 0.85)  # candidates for d, of V only: damping K gains nothing (tools/evaluate/README.md)
+DAMPINGS = (1.0, 0.85)  # candidates for d, of V only: damping K gains nothing
 TRIALS = len(RIDGES) + len(DAMPINGS)  # the most settings (lambda, dampings) that are tried for a plan
 SHORTEST = 16  # tokens; a shorter window is left out
 TOKENS_AT_ONCE = 4096  # the most tokens in one forward pass
@@ -119,7 +120,7 @@ def calibrate(
     random.Random(seed).shuffle(windows)
     held_out = min(held_out, max(1, len(windows) // 5))
     judge, windows = windows[:held_out], windows[held_out:]
-    fits = [_Fit(model, one, taps, rank, bool(steps)) for one in plans]
+    fits = [_Fit(model, one, taps, rank) for one in plans]
     # Passes in bfloat16 leave the loss as it is. A small model, or a part of one, need not be copied.
     module = working_copy(model) if model.num_parameters >= SMALLEST and model.part is None else model.module
     trial = sum(min(len(tokens), JUDGED) + PASSAGE for tokens, _ in judge)  # tokens that judging a plan runs
@@ -136,7 +137,7 @@ def calibrate(
                 fit.finish(number)
         del module
         loss = Judge(model, judge, plans)
-        results = [_choose(fit, loss, lambda trials: step(trials * trial)) for fit in fits]
+        results = [_choose(fit, loss, not steps, lambda trials: step(trials * trial)) for fit in fits]
     if steps:
         with progress_bar("distilling", len(fits) * steps, "steps", progress) as step:
             results = [distill(model, result, windows, loss, steps, seed, resume, step) for result in results]
@@ -201,36 +202,42 @@ class _Solution(NamedTuple):
 class _Fit:
     """The normal equations of one plan, by group of pruned layers.
 
-    A later group's inputs depend on the updates of h after earlier groups. So each group needs its own pass.
+    A later group's inputs depend on the updates of h after earlier groups. So each group needs its own pass, and sums
+    exist from this pass on, until a group is solved for good.
     """
 
-    def __init__(self, model, plan: PrunePlan, taps: int, rank: int | None = None, keep_taps: bool = False):
-        self.model, self.plan, self.taps, self.rank, self.keep_taps = model, plan, taps, rank, keep_taps
+    def __init__(self, model, plan: PrunePlan, taps: int, rank: int | None = None):
+        self.model, self.plan, self.taps, self.rank = model, plan, taps, rank
         self.count = 0  # n, the number of tokens
         groups = plan.groups(L := model.config.num_layers, model.module.deepstack_layers)
         self.groups = [group for is_pruned, group in groups if is_pruned]
-        updated = [group[-1] for group in self.groups if group[-1] + 1 not in (*plan.layers, L)]
-        if rank is not None and any(group[0] - 1 in plan.layers for group in self.groups):
+        self.starts = {group[0] for group in self.groups}
+        self.updated = {group[-1] for group in self.groups if group[-1] + 1 not in (*plan.layers, L)}
+        if rank is not None and any(index - 1 in plan.layers for index in self.starts):
             raise PlanError(f"rank is {rank}, but DeepStack features come between {plan.layers}; prune others")
-        zeros = functools.partial(torch.zeros, dtype=torch.float64, device=model.device)
         D, KE = model.config.hidden_size, model.module.config.num_kv_heads * model.module.config.head_dim
-        self.xx = {group[0]: zeros(taps * D, taps * D) for group in self.groups}  # X' X, by the first layer of a group
-        self.x = {group[0]: zeros(taps * D) for group in self.groups}  # the sum of X over the tokens, likewise
-        self.xy = {index: zeros(taps * D, 2 * KE) for index in plan.layers}  # X' Y, by pruned layer
-        self.xu = {index: zeros(taps * D, D) for index in updated}  # X' times what a group adds, by its last layer
-        self.updates: dict[int, torch.Tensor] = {}  # A [D, taps * D], likewise
+
+        def sums(*shape: int) -> defaultdict[int, torch.Tensor]:
+            return defaultdict(lambda: torch.zeros(shape, dtype=torch.float64, device=model.device))
+
+        self.xx, self.x = sums(taps * D, taps * D), sums(taps * D)  # X' X, and the sum of X, by a group's first layer
+        self.xy, self.xu = sums(taps * D, 2 * KE), sums(taps * D, D)  # X' Y, and X' times updates of h, by layer
+        self.updates: dict[int, torch.Tensor] = {}  # A [D, taps * D], by a group's last layer
         self.solved: dict[int, _Solution] = {}  # groups whose solution others depend on, by number
 
     def finish(self, number: int) -> None:
         """Solve a group for good if h is updated after it."""
-        if (last := self.groups[number][-1]) in self.xu:
+        group = self.groups[number]
+        if (last := group[-1]) in self.updated:
             self.solved[number] = solution = self._solve(number, RIDGES[0])
             shared = solution.shared
             self.updates[last] = solution.update if shared is None else solution.update @ shared
+            for sums, index in product((self.xx, self.x, self.xy, self.xu), group):
+                sums.pop(index, None)
 
     def depth(self, number: int) -> int:
         """How many layers run to get the targets of a group: all before its last, and that one if h is updated."""
-        return (last := self.groups[number][-1]) + (last in self.xu)
+        return (last := self.groups[number][-1]) + (last in self.updated)
 
     def solve(self, ridge: float) -> list[_Solution]:
         """The solution of each group for lambda = ridge."""
@@ -250,7 +257,7 @@ class _Fit:
         own, correction, bias = map(torch.stack, zip(*KV, strict=True))
         if self.model.part is not None:  # each process has fitted those of its heads
             own, correction, bias = (self.model.part.gather_heads(x) for x in (own, correction, bias))
-        update = None if group[-1] not in self.xu else torch.cholesky_solve(self.xu[group[-1]], factor).T
+        update = torch.cholesky_solve(self.xu[group[-1]], factor).T if group[-1] in self.updated else None
         if self.rank is None:
             return _Solution(own, correction, bias, None, update)
         rows = [correction.flatten(0, 2)] + ([] if update is None else [update])
@@ -258,21 +265,19 @@ class _Fit:
         KV, *update = codes.split([len(x) for x in rows])
         return _Solution(own, KV.unflatten(0, correction.shape[:3]), bias, shared, update[0] if update else None)
 
-    def refit(self, solutions: list[_Solution], damp_k: float, damp_v: float) -> PrunePlan:
-        """Return the plan with the projections of all groups, given the dampings of K and V."""
+    def refit(self, solutions: list[_Solution], damp_v: float | None) -> PrunePlan:
+        """The plan with projections, given the damping of V. None: with the layers' own ones, as in plain pruning."""
         own, correction, bias, shared, update = zip(*solutions, strict=True)
-        weight, bias = torch.cat(correction), torch.cat(bias)
-        weight, taps = weight.new_tensor([damp_k, damp_v])[:, None, None] * weight, self.taps
-        is_plain = damp_k == damp_v == 0  # then h passes unchanged, too
-        tensors = {"shared": shared, "update": [x * (not is_plain) for x in update if x is not None]}
-        tensors = {name: torch.stack(x) for name, x in tensors.items() if len(x) and x[0] is not None}
-        if self.rank is not None:
-            bias = torch.zeros_like(bias)
+        weight, correction, bias, taps = torch.cat(own), torch.cat(correction), torch.cat(bias), self.taps
+        if damp_v is None:  # no updates, and nothing of the previous token
+            weight, taps, others = weight[..., : self.model.config.hidden_size], 1, {}
         else:
-            weight = torch.cat(own) + weight
-            if is_plain and not self.keep_taps:  # without updates, and without the previous token
-                taps, weight, tensors = 1, weight[..., : self.model.config.hidden_size], {}
-        tensors = {name: x.to(self.model.dtype) for name, x in (tensors | {"weight": weight, "bias": bias}).items()}
+            correction = correction * correction.new_tensor([1.0, damp_v])[:, None, None]
+            weight, bias = (weight + correction, bias) if self.rank is None else (correction, torch.zeros_like(bias))
+            others = {"shared": shared, "update": [x for x in update if x is not None]}
+            others = {name: torch.stack(x) for name, x in others.items() if x and x[0] is not None}
+        tensors = {"weight": weight, "bias": bias, **others}
+        tensors = {name: x.to(self.model.dtype) for name, x in tensors.items()}
         projections = KVProjections(self.plan.layers, fingerprint=self.model.fingerprint, taps=taps, **tensors)
         return dataclasses.replace(self.plan, projections=projections)
 
@@ -318,7 +323,7 @@ def _accumulate(model, batch: list[Window], fits: list[_Fit], number: int, modul
             if not fit.plan.layers[0] <= index <= fit.groups[number][-1]:
                 continue
             stream = h if index == fit.plan.layers[0] else streams[this]
-            if index in fit.xx:
+            if index in fit.starts:
                 x = layer.normalised(stream)
                 inputs[this] = torch.cat((x, F.pad(x, (0, 0, 1, -1))), dim=-1) if fit.taps == 2 else x
                 if index in fit.groups[number]:
@@ -328,7 +333,7 @@ def _accumulate(model, batch: list[Window], fits: list[_Fit], number: int, modul
             if index in fit.groups[number]:
                 X = fitted_inputs[this]
                 fit.xy[index] += X.T @ targets[fitted[this]].double()
-                if index in fit.xu:
+                if index in fit.updated:
                     fit.xu[index] += X.T @ (full - stream)[fitted[this]].double()
             elif index in fit.updates:
                 stream = stream + F.linear(inputs[this], fit.updates[index].to(stream.dtype))
@@ -344,31 +349,34 @@ def _accumulate(model, batch: list[Window], fits: list[_Fit], number: int, modul
         fit.count += int(mask.sum()) if number == 0 else 0
 
 
-def _choose(fit: _Fit, judge: Judge, step) -> PrunePlan:
-    """Choose lambda, then the damping of V, or plain pruning if it is better than all of them."""
+def _choose(fit: _Fit, judge: Judge, may_be_plain: bool, step) -> PrunePlan:
+    """Choose lambda, then the damping of V, or plain pruning if it is better than all of them.
+
+    Distillation cannot start from plain pruning: a step changes a matrix in proportion to its size, which is zero.
+    """
     solved = {}
 
-    def refit(ridge: float, damp_k: float, damp_v: float) -> PrunePlan:
+    def refit(ridge: float, damp_v: float | None) -> PrunePlan:
         if ridge not in solved:
             solved.clear()  # solutions are large, so only one is kept
             solved[ridge] = fit.solve(ridge)
-        return fit.refit(solved[ridge], damp_k, damp_v)
+        return fit.refit(solved[ridge], damp_v)
 
     @functools.cache
-    def loss(*settings: float) -> float:
+    def loss(*settings: float | None) -> float:
         found = judge(refit(*settings))
         check_finite(torch.tensor(found), "predictions on the texts")
         step(1)
         return found
 
     ridge = RIDGES[0]
-    for larger in RIDGES[1:]:  # the loss has one valley, so stop where it rises
-        if loss(larger, 1.0, 1.0) >= loss(ridge, 1.0, 1.0):
-            step(len(RIDGES) - 1 - RIDGES.index(larger))
+    for larger in RIDGES[1:] if len(fit.solved) < len(fit.groups) else ():
+        if loss(larger, 1.0) >= loss(ridge, 1.0):  # the loss has one valley, so stop where it rises
             break
         ridge = larger
-    damp_v = min(DAMPINGS, key=lambda damp: loss(ridge, 1.0, damp))
-    best = min([(ridge, 1.0, damp_v), (ridge, 0.0, 0.0)], key=lambda settings: loss(*settings))
+    candidates = [(ridge, damp_v) for damp_v in DAMPINGS] + [(ridge, None)] * may_be_plain
+    best = min(candidates, key=lambda settings: loss(*settings))
+    step(TRIALS - loss.cache_info().currsize)
     return refit(*best)
 
 

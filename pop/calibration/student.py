@@ -8,7 +8,7 @@ pruned pass. From there on the student carries only the full-depth rows f throug
                                                                          │
     full-depth rows   f ── layer r ── ... ─────────────────────────── layer l ── ... ──► q      gradients of W_l and b_l
 
-Kept layers among the pruned ones run all tokens.
+Kept layers after pruned ones run all tokens, from an h that a linear map A has updated. A also has gradients.
 """
 
 import dataclasses

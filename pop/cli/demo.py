@@ -112,12 +112,8 @@ def ready_plan(plan: pop.PrunePlan, model, folder: Path) -> pop.PrunePlan | None
 
 
 def _file(plan) -> str:
-    """The name of a plan's file, such as calibrated-20-29.plan or calibrated-0-3+20-29-last32.plan."""
-    groups = [group for pruned, group in plan.groups(max(plan.layers) + 1) if pruned]
-    name = "+".join(f"{group[0]}-{group[-1]}" for group in groups)
-    name += f"-last{plan.full_depth_last}" if plan.full_depth_last > 1 else ""
-    name += f"-first{plan.full_depth_first}" if plan.full_depth_first > 1 else ""
-    return f"calibrated-{name}.plan"
+    """The name of a plan's file. Plans that share it replace each other, see `ready_plan`."""
+    return f"calibrated-{plan.layers[0]}-{plan.layers[-1]}-last{plan.full_depth_last}.plan"
 
 
 def compare(model, prompt: list[int], plans: Iterable, story: str, *, max_new_tokens: int, runs: int) -> Iterator[dict]:

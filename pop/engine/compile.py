@@ -122,7 +122,7 @@ class Compiled:
     def _run(self, several: bool, form, refit: PrunePlan | None) -> None:
         """Run all stages on the usual kinds of input, or a decode step on a long cache, or the stages of a refit."""
         config, weight = self.module.config, next(self.module.parameters())
-        warming = Stages(*(stage.warm_up for stage in self._compiled[:-1]), self._compiled.replay)
+        warming = Stages(*(stage.warm_up for stage in self._compiled[:-2]), *self._compiled[-2:])
         # torch takes two sizes that are equal now to be equal always. So no two sizes below are equal.
         taken = {3, config.hidden_size, config.num_kv_heads, config.head_dim, config.head_dim // 2}
         rows = _unlike(taken, 2) if several else 1
@@ -168,7 +168,7 @@ class Compiled:
 
 def compiled(stages: Stages, seen: Seen) -> Stages:
     """The stages, each of which compiles at its first call on each kind of layer and input."""
-    return Stages(*(_CompiledStage(stage, seen) for stage in stages[:-1]), stages.replay)
+    return Stages(*(_CompiledStage(stage, seen) for stage in stages[:-2]), *stages[-2:])
 
 
 def _unlike(taken: set[int], least: int) -> int:

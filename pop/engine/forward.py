@@ -8,6 +8,7 @@ Read literally, the method runs the prompt without the pruned layers, and then t
 reads all weights again. Here both happen in one pass (`fused boundary`). At a group of pruned layers, all tokens write
 their K and V, computed from the h that enters the group: by the layers' own projections, or by a calibrated plan's.
 Then only the full-depth rows f go through the group's layers. They overwrite their K and V, and attend the cache.
+After the group, a calibrated plan may update the other tokens' h, for kept layers that follow.
 
 The only state is the cache. Its lengths count tokens only once their logits exist. `pop.Model` checks the arguments.
 Shape letters: pop/models/layers.py.
@@ -179,8 +180,10 @@ def _write_pruned(module, group, h, previous, cache: KVCache, chunk: Chunk, meta
     stage, tokens, passed = stages.pruned_layer, (h,), h
     if refit is not None:
         normalised = module.layers[group[0]].normalised
-        inputs = refit.inputs(normalised(h), normalised(previous), group[0])  # [B, C, taps * D], or codes [B, C, R]
-        is_whole, passed = refit.shared is None, refit.passed(h, inputs, group[-1])
+        inputs = refit.inputs(
+            normalised(h), normalised(previous), group[0], stages.linear
+        )  # [B, C, taps * D], or codes [B, C, R]
+        is_whole, passed = refit.shared is None, refit.passed(h, inputs, group[-1], stages.linear)
         stage, tokens = (stages.refit_layer, (inputs,)) if is_whole else (stages.corrected_layer, (h, inputs))
     for number, index in enumerate(group, start=chunk.plan.layers.index(group[0])):
         layer = module.layers[index]

@@ -55,8 +55,9 @@ def head(module, h):
 class Stages(NamedTuple):
     """The functions that a call uses: those of this file, or replacements such as compiled ones.
 
-    With `replay`, decode runs on fixed memory (decode_step.py). `replay(device)` then returns what runs a step: a
-    function that is called with it, and that runs it once. The step takes no arguments.
+    `linear` computes what the layers of a group have in common in a calibrated plan: codes, and the update of h. With
+    `replay`, decode runs on fixed memory (decode_step.py). `replay(device)` then returns what runs a step: a function
+    that is called with it, and that runs it once. The step takes no arguments.
     """
 
     full_layer: Callable[..., torch.Tensor] = full_layer
@@ -64,6 +65,7 @@ class Stages(NamedTuple):
     refit_layer: Callable[..., None] = refit_layer
     corrected_layer: Callable[..., None] = corrected_layer
     head: Callable[..., torch.Tensor] = head
+    linear: Callable[..., torch.Tensor] = F.linear
     replay: Callable[..., Callable[[Callable], tuple[torch.Tensor, ...]]] | None = None
 
 

@@ -224,7 +224,9 @@ def _describe(plan: PrunePlan, part) -> dict:
     """A plan for JSON. Its projections become a hash, which is the same in every dtype."""
     described = plan.fields() | {"layers": list(plan.layers), "projections": None}
     if plan.projections is not None:
-        weight = plan.projections.weight if part is None else part.gather_heads(plan.projections.weight)
-        bits = weight.to(torch.bfloat16).cpu().view(torch.int16).numpy().tobytes()
-        described["projections"] = hashlib.sha256(bits).hexdigest()
+        hashed = hashlib.sha256()
+        for name, tensor in plan.projections.tensors.items():
+            whole = tensor if part is None or name in ("shared", "update") else part.gather_heads(tensor)
+            hashed.update(name.encode() + whole.to(torch.bfloat16).cpu().view(torch.int16).numpy().tobytes())
+        described["projections"] = hashed.hexdigest()
     return described

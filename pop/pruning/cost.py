@@ -26,6 +26,7 @@ these k are not among those of the P tokens.
 
     F(plan) = 2 · [ sum over kept layers    (N·(qo + kv + mlp) + attention of all N)
                   + sum over pruned layers  (P·taps·kv + W·(qo + kv + mlp) + attention of the W)
+                  + sum over their groups   (N·(codes + update))
                   + selection               (Q·D·H·E + Q·N·H·E, and N·D·K·E)
                   + D·V ]
 
@@ -43,7 +44,8 @@ reads its matrices and the K and V that its tokens attend. Activations and write
 
     a kept layer, or the full-depth         qo + kv + mlp. T tokens read min(X, k·T) experts, on the assumption that no
     tokens of a pruned layer                two of them choose the same expert while others are left
-    k and v of a pruned layer               taps · kv
+    k and v of a pruned layer               taps · kv, or D·K·E + R·K·E twice
+    codes and update of a group             taps·D·R and D·R, or taps·D·D
     the output head, the vision tower       their matrices
 
     T(plan) = sum over parts of max(FLOPs / FLOPs per second, bytes / bytes per second)

@@ -30,8 +30,10 @@ class PrunePlan:
         full_depth_last: the last w tokens of every prompt run the whole model. w is at least 1, since the boundary
             token predicts the first new token. The paper has w = 1.
         full_depth_first: the first s tokens of the sequence, the attention sinks, also run it. The paper has s = 0.
-        projections: refit K and V projections for the pruned layers, made by pop.calibrate. None: the layers' own, as
-            in the paper. Refit projections need full_depth_first >= 1, since they are not fitted to the first token.
+        projections: refit K and V projections for the pruned layers, and updates of h, made by pop.calibrate. None: the
+            layers' own, as in the paper. They need full_depth_first >= 1, since they are not fitted to the first token.
+        full_depth_selected: the share of a prompt's other tokens that run at full depth: those that its last tokens
+            attend most at the first pruned layer.
         about: a record for readers, as a small object of JSON. pop.calibrate fills it. It is not compared.
 
     Raises:

@@ -116,7 +116,7 @@ class KVProjections:
         """Projections of the same layers and model, with other tensors of the same names."""
         return KVProjections(layers=self.layers, fingerprint=self.fingerprint, taps=self.taps, **tensors)
 
-    def inputs(self, x: torch.Tensor, previous: torch.Tensor, layer: int) -> torch.Tensor:
+    def inputs(self, x: torch.Tensor, previous: torch.Tensor, layer: int, linear=F.linear) -> torch.Tensor:
         """What `weight` and `update` multiply in the group of `layer`: x [B, T, D] and the x before it [B, D].
 
         Returns the taps * D values of each token, or its code of R numbers.
@@ -124,10 +124,10 @@ class KVProjections:
         if self.taps == 2:
             before = torch.cat((previous[:, None], x[:, :-1]), dim=1)  # [B, T, D]
             x = torch.cat((x, before), dim=-1)
-        return x if self.shared is None else F.linear(x, self.shared[self.group[self.layers.index(layer)]])
+        return x if self.shared is None else linear(x, self.shared[self.group[self.layers.index(layer)]])
 
-    def passed(self, h: torch.Tensor, inputs: torch.Tensor, layer: int) -> torch.Tensor:
+    def passed(self, h: torch.Tensor, inputs: torch.Tensor, layer: int, linear=F.linear) -> torch.Tensor:
         """h [B, T, D] after the group that ends with `layer`, from the h that entered it and its inputs [B, T, _]."""
         group = self.group[self.layers.index(layer)]
         has_update = self.update is not None and group < len(self.update) and layer + 1 not in self.layers
-        return h + F.linear(inputs, self.update[group]) if has_update else h
+        return h + linear(inputs, self.update[group]) if has_update else h

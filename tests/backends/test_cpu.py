@@ -7,14 +7,15 @@ from pathlib import Path
 import pytest
 import torch
 from hypothesis import given
-from support.cases import assert_close, by_position, cases, new_cache
+from support.cases import assert_close, by_position, cases, new_cache, random_refit
 from support.compiler import requires_compiler
-from support.tiny import random_model, tiny_gemma3_config, tiny_gemma3_vl_config
+from support.tiny import random_model, tiny_config, tiny_gemma3_config, tiny_gemma3_vl_config
 
 import pop
 from pop import engine
-from pop.backends import cpu
+from pop.backends import CPU, cpu
 from pop.engine.attention import UNBOUNDED
+from pop.engine.stages import corrected_layer
 from pop.models import layers
 
 
@@ -50,6 +51,23 @@ def test_a_compiled_product_with_one_token_is_the_product(dtype, height, width):
     wanted = x.double() @ weight.double().T
     assert out.dtype == dtype and out.shape == wanted.shape
     assert (out.double() - wanted).abs().max() < {torch.float32: 1e-5, torch.bfloat16: 0.005}[dtype] * width**0.5
+
+
+def test_all_matrices_of_a_calibrated_plan_use_the_backends_product():
+    """Two groups: each has a code, the corrections of its layer, and an update of h."""
+    module, multiplied = random_model(tiny_config()), []
+
+    def linear(x, weight, *bias):
+        multiplied.append(tuple(weight.shape))
+        return cpu.linear(x, weight, *bias)
+
+    refit = random_refit(module.config, (1, 3), -1, 2, rank=7)
+    plan, D, KE = pop.PrunePlan((1, 3), 1, 1, refit), module.config.hidden_size, refit.weight.shape[2]
+    stages = CPU._replace(corrected_layer=partial(corrected_layer, linear=linear), linear=linear)
+    cache, tokens = new_cache(module, 1, 9), torch.ones(1, 9, dtype=torch.int64)
+    engine.prefill(module, tokens, cache, torch.tensor([9]), plan, 9, stages)
+    assert multiplied == [(7, 2 * D), (D, 7), (2 * KE, 7)] * 2
+    assert CPU.linear is CPU.corrected_layer.keywords["linear"] is CPU.refit_layer.keywords["linear"] is cpu.linear
 
 
 @requires_compiler

@@ -214,9 +214,10 @@ def test_a_compiled_step_is_the_eager_one(ranks, folder):
 
 
 def test_several_processes_calibrate_as_one_does(ranks, folder):
-    expected = pop.PrunePlan.load(folder / "plan").projections.weight
-    for rank in ranks:
-        torch.testing.assert_close(_of("calibrated", rank)["refit"], expected, rtol=0, atol=1e-4)
+    expected = pop.PrunePlan.load(folder / "plan").projections
+    for found in (_of("calibrated", rank) for rank in ranks):
+        torch.testing.assert_close(found["refit"], expected.weight, rtol=0, atol=1e-4)
+        torch.testing.assert_close(found["update"], expected.update, rtol=0, atol=1e-4)
 
 
 def test_several_processes_find_and_use_the_low_rank_corrections_of_one(ranks, folder):

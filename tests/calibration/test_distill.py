@@ -427,17 +427,14 @@ def test_a_model_without_gradients_is_refused():
         calibrate(model, TEXTS, PLAN, steps=2, progress=False)
 
 
-def test_plain_pruning_keeps_its_taps_for_distillation(model, monkeypatch):
+def test_nothing_is_distilled_on_what_judges(model, monkeypatch):
     def distill(model, plan, windows, judge, *_):
         assert len(windows) == 16 and len(judge.windows) == 4
-        assert not any(window in windows for window in judge.windows)  # nothing is trained on what judges
+        assert not any(window in windows for window in judge.windows)
         return plan
 
     monkeypatch.setattr(refit, "distill", distill)
-    monkeypatch.setattr(refit, "RIDGES", (1e9,))
-    monkeypatch.setattr(refit._Fit, "refit", lambda self, *args, plain=refit._Fit.refit: plain(self, *args[:-2], 0, 0))
-    taps = [calibrate(model, TEXTS, PLAN, steps=steps, progress=False).projections.taps for steps in (0, 2)]
-    assert taps == [1, 2]
+    calibrate(model, TEXTS, PLAN, steps=2, progress=False)
 
 
 def test_a_model_in_several_processes_is_refused(model, monkeypatch):

@@ -80,7 +80,7 @@ def test_a_sample_does_not_depend_on_the_others_of_its_batch(model, samples, alo
 
 def test_computing_activations_again_changes_no_gradient(model, samples, monkeypatch):
     expected = gradients(model, samples)
-    monkeypatch.setattr(gates, "_checkpoint", lambda function, *args: function(*args))
+    monkeypatch.setattr(gates, "checkpointed", lambda function, *args: function(*args))
     assert torch.equal(gradients(model, samples), expected)
 
 
@@ -93,7 +93,7 @@ def test_activations_inside_a_layer_are_not_kept(model, samples, monkeypatch):
 
     between = 5 * 12 * 30  # rows, tokens a row, width: what one layer hands to the next
     assert kept() < (5 + 1) * between
-    monkeypatch.setattr(gates, "_checkpoint", lambda function, *args: function(*args))
+    monkeypatch.setattr(gates, "checkpointed", lambda function, *args: function(*args))
     assert kept() > 5 * (5 + 1) * between
 
 

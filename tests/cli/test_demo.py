@@ -103,18 +103,18 @@ def test_calibrated_plans_are_kept_beside_the_weights(folder, monkeypatch, capsy
     assert [plan.layers for plan in first] == [plan.layers for plan in plans]
     assert all(plan.projections is not None for plan in first)
     assert {path.name for path in tmp_path.iterdir()} == {
-        "calibrated-3-4.plan",
-        "calibrated-1-2+4-4-last8.plan",
+        "calibrated-3-4-last1.plan",
+        "calibrated-1-4-last8.plan",
     }
     assert demo.calibrated(plans, model, tmp_path) == first
     assert len(made) == 1  # read, not made again
 
-    for broken in (b"broken", b'{"layers": [3, 4]}', (tmp_path / "calibrated-1-2+4-4-last8.plan").read_bytes()):
-        (tmp_path / "calibrated-3-4.plan").write_bytes(broken)
+    for broken in (b"broken", b'{"layers": [3, 4]}', (tmp_path / "calibrated-1-4-last8.plan").read_bytes()):
+        (tmp_path / "calibrated-3-4-last1.plan").write_bytes(broken)
         assert demo.calibrated(plans[:1], model, tmp_path) == first[:1]
     assert made[1:] == [plans[:1]] * 3
     del made[1:]
-    (tmp_path / "calibrated-3-4.plan").write_bytes(b"broken")
+    (tmp_path / "calibrated-3-4-last1.plan").write_bytes(b"broken")
     other = pop.load(folder, dtype=torch.float32, prune=None)
     other.module.layers[0].mlp.up_proj.weight.data += 1  # of other weights
     assert demo.calibrated(plans[:2], model, tmp_path) == first[:2]

@@ -87,7 +87,7 @@ def test_compiled_equals_eager_and_never_compiles_again(pair, data):
     plan = data.draw(plans(compiled.config))
     if plan.projections is not None:
         taps, rank = (2, 9) if plan.projections.rank else (plan.projections.taps, None)  # what is warm
-        projections = random_refit(compiled.config, plan.layers, 0, taps, rank, compiled.fingerprint)
+        projections = random_refit(compiled.config, plan.layers, -1, taps, rank, compiled.fingerprint)
         plan = dataclasses.replace(plan, projections=projections)
     tokens, lengths = data.draw(batches(60, max_rows=max_rows, max_tokens=PROMPT))  # ids that are text
     slots = PROMPT + 8 + data.draw(st.integers(0, 9))

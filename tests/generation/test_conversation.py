@@ -5,6 +5,7 @@ compared with pop/pruning/reference.py, given which tokens of the whole sequence
 """
 
 import copy
+import dataclasses
 import json
 import threading
 import types
@@ -22,7 +23,6 @@ import pop
 from pop import engine
 from pop.generation.sampling import Sampler
 from pop.pruning import reference
-from pop.pruning.projections import KVProjections
 
 
 @pytest.fixture(params=[(family, name) for family in CONFIGS for name in PLANS], ids=lambda case: ", ".join(case))
@@ -377,9 +377,9 @@ def test_what_is_no_saved_conversation_of_this_model_and_plan(tmp_path):
     good = json.loads(path.read_text())
     with pytest.raises(pop.InputError, match="another model"):
         make("gemma3", pop.PrunePlan((4,))).load_chat(path)
-    projections = model.plan.projections
-    other = KVProjections(projections.layers, 2 * projections.weight, projections.bias, projections.fingerprint, 2)
-    for plan in (pop.PrunePlan((4,)), pop.PrunePlan(projections.layers, 2, 1, other)):
+    tensors = model.plan.projections.tensors
+    others = [model.plan.projections.replaced(tensors | {name: tensors[name] + 1}) for name in tensors]
+    for plan in (pop.PrunePlan((4,)), *(dataclasses.replace(model.plan, projections=other) for other in others)):
         with pytest.raises(pop.PlanError, match="another plan"):
             model.load_chat(path, plan=plan)
     turn = good["turns"][0]

@@ -185,7 +185,7 @@ def test_the_normal_equations_with_images_give_the_naive_fit(model, layers, taps
     plan = pop.PrunePlan(layers, full_depth_first=1)
     fit = fitted(model, text_windows(model, windows, rows, None, 1024), plan, taps)
     images = [images_of(model, *pair) for pair in zip(windows, rows, strict=True)]
-    found = fit.refit(fit.solve(0.1), 1.0, 1.0)
+    found = fit.refit(fit.solve(0.1), 1.0)
     assert_fit(found.projections, *naive_fit(model, windows, found, taps, 0.1, images))
     if {0, 1} <= {*layers} and model.module.deepstack_layers:
         with pytest.raises(pop.PlanError, match="DeepStack"):

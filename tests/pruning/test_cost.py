@@ -116,19 +116,21 @@ def test_refit_projections_need_other_keys_for_the_selection():
 
 @pytest.mark.parametrize("layers", [(3, 4), (0, 2, 3)])
 @pytest.mark.parametrize("taps", [1, 2])
+@pytest.mark.parametrize("rank", [None, 7])
 @pytest.mark.parametrize("seed", range(3))  # which decides after how many groups h is updated
-def test_corrections_of_low_rank_cost_what_torch_counts_in_the_engine(layers, taps, seed):
-    """Beside plain pruning. The engine also corrects K and V of the three full-depth tokens, which it then replaces."""
+def test_a_refit_costs_what_torch_counts_in_the_engine(layers, taps, rank, seed):
+    """Beside plain pruning. The engine also refits K and V of the three full-depth tokens, which it then replaces."""
     config, T = tiny_config(), 20
     module, counted = random_model(config), []
-    plan = PrunePlan(layers, 2, 1, random_refit(config, layers, seed, taps, rank=7))
+    plan = PrunePlan(layers, 2, 1, random_refit(config, layers, seed, taps, rank))
     for one in (plan, dataclasses.replace(plan, projections=None)):
         cache = KVCache(config, 1, T, dtype=torch.float32, device=torch.device("cpu"))
         with FlopCounterMode(display=False) as counter:
             engine.prefill(module, torch.ones(1, T, dtype=torch.int64), cache, torch.tensor([T]), one, 2048)
         counted.append(counter.get_total_flops() - prefill_flops(config, T, one))
     KV = 2 * config.num_kv_heads * config.head_dim
-    assert counted[0] - counted[1] == 2 * 3 * KV * 7 * len(layers)
+    more = 7 if rank else (taps - 1) * config.hidden_size  # inputs of each of these, beside the layer's own
+    assert counted[0] - counted[1] == 2 * 3 * KV * more * len(layers)
 
 
 def test_nothing_to_gain():

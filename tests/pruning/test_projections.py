@@ -53,11 +53,12 @@ def test_a_copy_has_the_chosen_rows_and_dtype_and_is_kept():
 
 
 def test_low_rank_projections_are_copied_compared_and_saved_with_their_code(tmp_path):
-    refit = random_refit(tiny_config(), (1, 3), 0, 2, rank=7)
+    refit = random_refit(tiny_config(), (1, 3), -1, 2, rank=7)
     part = refit.to(torch.device("cpu"), torch.bfloat16, [4, 1])
     assert torch.equal(part.weight, refit.weight[:, :, [4, 1]].bfloat16())
-    assert torch.equal(part.shared, refit.shared.bfloat16())
-    assert refit != refit.replaced(refit.tensors | {"shared": refit.shared + 1})
+    for name in ("shared", "update"):
+        assert torch.equal(part.tensors[name], refit.tensors[name].bfloat16())
+        assert refit != refit.replaced(refit.tensors | {name: refit.tensors[name] + 1})
     whole = KVProjections(refit.layers, refit.weight, refit.bias, refit.fingerprint, 1)
     assert refit != whole and whole != refit
     plan = PrunePlan((1, 3), full_depth_first=1, projections=refit)

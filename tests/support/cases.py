@@ -103,7 +103,10 @@ def plans(draw, config):
 
 
 def random_refit(config, layers, seed: int, taps: int, rank: int | None = None, fingerprint: str = "") -> KVProjections:
-    """Random projections and updates for layers of a model, with inputs and outputs of about the same size."""
+    """Random projections and updates for layers of a model, with inputs and outputs of about the same size.
+
+    seed: also decides after how many of the groups h is updated. -1: after all of them.
+    """
     random, inputs = torch.Generator().manual_seed(seed), taps * config.hidden_size
     shape = (len(layers), 2, config.num_kv_heads * config.head_dim, rank or inputs)
     weight = torch.randn(shape, generator=random) / shape[-1] ** 0.5
@@ -111,7 +114,7 @@ def random_refit(config, layers, seed: int, taps: int, rank: int | None = None, 
     groups = max(1, sum(layer - 1 not in layers for layer in layers))
     shared = None if rank is None else torch.randn(groups, rank, inputs, generator=random) / inputs**0.5
     update = torch.randn(groups, config.hidden_size, shape[-1], generator=random) / shape[-1] ** 0.5
-    update = update[: seed % (groups + 1)]  # h is updated after all groups, some or none
+    update = update[: seed % (groups + 1)]
     return KVProjections(layers, weight, bias, fingerprint, taps, shared, update if len(update) else None)
 
 

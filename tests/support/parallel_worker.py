@@ -90,7 +90,7 @@ def main(folder: Path) -> None:
         if case.get("calibrate"):
             texts = torch.randint(67, (6, 40), generator=torch.Generator().manual_seed(0)).tolist()
             plan = pop.calibrate(model, texts, pop.PrunePlan((1, 3, 4)), progress=False)
-            found[f"{name}/refit"] = plan.projections.weight
+            found[f"{name}/refit"], found[f"{name}/update"] = plan.projections.weight, plan.projections.update
             low = pop.calibrate(model, texts, pop.PrunePlan((2, 3, 4)), rank=9, progress=False)
             found[f"{name}/corrections"] = low.projections.weight @ low.projections.shared
             found[f"{name}/low rank"] = model.prefill([texts[0]], model.new_cache(1, 40), plan=low)

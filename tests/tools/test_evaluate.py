@@ -1,5 +1,6 @@
 """`python -m tools.evaluate`: contenders from options, the command line end to end, the report and the plot."""
 
+import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -66,10 +67,14 @@ def test_contenders_are_named_and_planned_as_the_command_line_says(model, tmp_pa
     assert len(made[6].model.module.layers) == 4 and made[7].plan.layers == (3, 4)
 
 
-def test_calibrated_contenders_carry_projections(model):
+def test_calibrated_contenders_carry_projections(model, tmp_path):
     full, made = selection.make_contenders(model, ["calibrated:0.6"], [], calibration=[list(range(3, 200)) * 12])
     assert made.plan.projections.taps == 2 and made.plan.layers == (2, 3, 4)
     assert made.flops(64) < full.flops(64)
+    for steps, method in ((0, "calibrated"), (3, "distilled")):
+        dataclasses.replace(made.plan, about={"steps": steps}).save(tmp_path / "saved.plan")
+        _, saved = selection.make_contenders(model, [str(tmp_path / "saved.plan")], [])
+        assert (saved.method, saved.plan) == (method, made.plan)
 
 
 @pytest.mark.parametrize(

@@ -124,7 +124,8 @@ def plan_of(model, taps):
     torch.manual_seed(taps)
     layers, KE = (1, 3, 4), CONFIG.num_kv_heads * CONFIG.head_dim
     weight = torch.randn(3, 2, KE, taps * CONFIG.hidden_size) / 6
-    projections = KVProjections(layers, weight, torch.randn(3, 2, KE), as_pop(model).fingerprint, taps)
+    bias, update = torch.randn(3, 2, KE), torch.randn(1, CONFIG.hidden_size, weight.shape[-1]) / 6
+    projections = KVProjections(layers, weight, bias, as_pop(model).fingerprint, taps, update=update)
     return PrunePlan(layers, 3, 2, projections)
 
 
