@@ -80,7 +80,13 @@ def test_a_conversation_loads_and_continues(name, model, calibrated, tmp_path):
     content = json.loads((saved.FOLDER / name).read_text(encoding="utf-8"))
     content |= {"pop_conversation": 4, "enable_thinking": True}
     content["turns"] = [{"cut": ""} | turn for turn in turns]
-    assert json.loads((tmp_path / name).read_text(encoding="utf-8")) == content
+    today = json.loads((tmp_path / name).read_text(encoding="utf-8"))
+    if (
+        hashes := today["plan"]["projections"]
+    ) is not None:  # one hash for each tensor, where the weight's was the only
+        assert {*hashes} == {"weight", "bias"}
+        today["plan"]["projections"] = hashes["weight"]
+    assert today == content
     held_today = model.start_chat(chat.system, plan=plan)  # the same messages give the same answers
     message, max_new_tokens, _ = saved.MESSAGES[0]  # greedy; the next one is sampled, from other random numbers today
     held_today.send(message, max_new_tokens=max_new_tokens)

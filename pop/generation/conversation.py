@@ -153,7 +153,9 @@ class Conversation:
         if fingerprint != model.fingerprint:
             raise InputError(f"{path} is a conversation with another model; load that model, or start a new one")
         chat = cls(model, system, enable_thinking=thinks, plan=plan)
-        if description != _describe(chat.plan, model.part):
+        described = _describe(chat.plan, model.part)
+        earlier = described | {"projections": (described["projections"] or {}).get("weight")}  # until version 0.1.0
+        if description not in (described, earlier):
             raise PlanError(f"{path} was held with another plan, {description}; pass that plan as plan=")
         for turn in turns:
             chat._replay(*turn)
@@ -221,12 +223,12 @@ def _content(message, images, videos) -> str | list[dict]:
 
 
 def _describe(plan: PrunePlan, part) -> dict:
-    """A plan for JSON. Its projections become a hash, which is the same in every dtype."""
+    """A plan for JSON. Its projections become hashes, which are the same in every dtype."""
     described = plan.fields() | {"layers": list(plan.layers), "projections": None}
     if plan.projections is not None:
-        hashed = hashlib.sha256()
+        described["projections"] = {}
         for name, tensor in plan.projections.tensors.items():
             whole = tensor if part is None or name in ("shared", "update") else part.gather_heads(tensor)
-            hashed.update(name.encode() + whole.to(torch.bfloat16).cpu().view(torch.int16).numpy().tobytes())
-        described["projections"] = hashed.hexdigest()
+            bits = whole.to(torch.bfloat16).cpu().view(torch.int16).numpy().tobytes()
+            described["projections"][name] = hashlib.sha256(bits).hexdigest()
     return described

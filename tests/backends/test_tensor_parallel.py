@@ -24,6 +24,7 @@ from support.tiny_chat import write_chat_checkpoint
 
 import pop
 from pop.backends.tensor_parallel import Part, bytes_per_device, join
+from pop.calibration.refit import Judge
 from pop.checkpoints.config_json import read_config
 from pop.checkpoints.registry import lookup
 from pop.checkpoints.weights import VISION, load_weights
@@ -220,7 +221,8 @@ def test_several_processes_calibrate_as_one_does(ranks, folder):
         torch.testing.assert_close(found["update"], expected.update, rtol=0, atol=1e-4)
 
 
-def test_several_processes_find_and_use_the_low_rank_corrections_of_one(ranks, folder):
+def test_several_processes_find_and_use_the_low_rank_corrections_of_one(ranks, folder, monkeypatch):
+    monkeypatch.setattr(Judge, "__call__", lambda self, plan: -plan.projections.taps)  # as in the processes
     model = pop.load(folder / "llama")
     texts = torch.randint(67, (6, 40), generator=torch.Generator().manual_seed(0)).tolist()
     plan = pop.calibrate(model, texts, pop.PrunePlan((2, 3, 4)), rank=9, progress=False)

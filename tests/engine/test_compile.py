@@ -189,7 +189,7 @@ def test_images_need_no_new_graph(pair, nothing_compiles):
             images = Images(features, numbers, rope_positions=positions, deepstack=tuple(deepstack))
         logits = []
         for model in (compiled, eager):
-            cache, stages = model.new_cache(rows, 64), model._stages(rows, plan)
+            cache, stages = model.new_cache(rows, 64), model._stages(rows, 64, plan)
             logits.append(engine.prefill(model.module, tokens, cache, lengths, plan, 16, stages, images))
             logits.append(model.decode([5] * rows, cache))
         for ours, expected in zip(logits[:2], logits[2:], strict=True):

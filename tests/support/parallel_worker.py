@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 import pop
 from pop import engine
 from pop.backends.tensor_parallel import end
+from pop.calibration.refit import Judge
 from pop.checkpoints import weights as checkpoint
 from pop.engine import compile
 
@@ -91,6 +92,7 @@ def main(folder: Path) -> None:
             texts = torch.randint(67, (6, 40), generator=torch.Generator().manual_seed(0)).tolist()
             plan = pop.calibrate(model, texts, pop.PrunePlan((1, 3, 4)), progress=False)
             found[f"{name}/refit"], found[f"{name}/update"] = plan.projections.weight, plan.projections.update
+            Judge.__call__ = lambda self, plan: -plan.projections.taps  # plain pruning would have one tap, and no codes
             low = pop.calibrate(model, texts, pop.PrunePlan((2, 3, 4)), rank=9, progress=False)
             found[f"{name}/corrections"] = low.projections.weight @ low.projections.shared
             found[f"{name}/low rank"] = model.prefill([texts[0]], model.new_cache(1, 40), plan=low)

@@ -21,7 +21,7 @@ import pop
 from pop.engine.cache import KVCache
 from pop.errors import CacheMemoryError, InputError
 from pop.generation.caches import stepped
-from tools.serve.kept import Filled, Kept, keys_of, row_of
+from tools.serve.kept import Filled, Kept, keys_of, rerun, row_of
 from tools.serve.rows import Busy, Job, Row
 
 WORTH_KEEPING = 64  # tokens that two prompts must share for a separate cache, see `_admit`
@@ -158,7 +158,7 @@ class Engine:
         if cache.has_windows:
             # The ring lacks older tokens, and pruned layers lack those that no full-depth token of the prompt attends.
             floor = max(len(row.job.tokens) - model.plan.full_depth_last, held - model.chunk_size)
-            floor += model.plan.projections is not None  # `Filled.copy_to` goes back by one more
+            floor += rerun(model.plan)  # `Filled.copy_to` goes back by as many more
         return Filled.of((row.keys + row.answer.tokens)[:held], cache, row.images, floor)
 
     def _regroup(self) -> None:

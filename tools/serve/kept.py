@@ -54,21 +54,27 @@ class Filled:
 
     def copy_to(self, cache: KVCache, model: pop.Model, n: int) -> None:
         """Copy the first n tokens into an empty cache of one row."""
-        view, hidden, refit = row_of(self.cache, 0), None, model.plan.projections
+        view = row_of(self.cache, 0)
         if n < len(self.keys):
             if n <= self.media.start:
                 view.rope_offsets = torch.zeros_like(view.rope_offsets)
-            if refit is not None and refit.taps > 1:
-                # The next token reads the hidden states of token n - 1, which runs again for them. Its own keys and
-                # values would need those of token n - 2, so they are copied.
-                view.lengths = torch.tensor([n - 1])
+            # The next token may read the hidden states of token n - 1, which runs again for them. They are right up to
+            # the first update of h, which needs those of token n - 2, and so on. Keys and values need no second run.
+            for token in range(max(0, n - rerun(model.plan)), n):
+                view.lengths = torch.tensor([token])
                 cache.copy_from(view)
-                model.prefill([[self.keys[n - 1]]], cache, boundary=False)
-                hidden = cache.previous_hidden
+                model.prefill([[self.keys[token]]], cache, boundary=False)
+                view.previous_hidden = cache.previous_hidden
             view.lengths = torch.tensor([n])
         cache.copy_from(view)
-        if hidden is not None:
-            cache.previous_hidden = hidden
+
+
+def rerun(plan: pop.PrunePlan) -> int:
+    """How many tokens run again for the hidden states that a rewound cache needs."""
+    refit = plan.projections
+    if refit is None or refit.taps == 1:
+        return 0
+    return 1 if refit.update is None else 1 + len(refit.update)
 
 
 class Kept:
