@@ -144,9 +144,9 @@ def test_only_a_long_cache_compiles_the_graph_of_long_caches(monkeypatch):
     monkeypatch.setattr(Compiled, "_run", lambda self, several, form, refit: forms.append(form))
     module = random_model(tiny_config(max_positions=6000), seed=1)
     model = pop.Model(module, module.config, compile=True)
-    for slots in (4096, 4097, 4096):
+    for slots, ran in ((4096, ["usual"]), (4097, ["usual", "long"]), (4096, ["usual", "long"])):
         model.decode([5], model.new_cache(1, slots))
-    assert forms == ["usual", "long"]
+        assert forms == ran
     forms.clear()
     pop.Model(module, module.config, compile=True).warmup()  # for all caches
     assert forms == ["usual", "long"]
