@@ -180,9 +180,8 @@ def _write_pruned(module, group, h, previous, cache: KVCache, chunk: Chunk, meta
     stage, tokens, passed = stages.pruned_layer, (h,), h
     if refit is not None:
         normalised = module.layers[group[0]].normalised
-        inputs = refit.inputs(
-            normalised(h), normalised(previous), group[0], stages.linear
-        )  # [B, C, taps * D], or codes [B, C, R]
+        current, before = normalised(h), normalised(previous)
+        inputs = refit.inputs(current, before, group[0], stages.linear)  # [B, C, taps * D], or codes [B, C, R]
         is_whole, passed = refit.shared is None, refit.passed(h, inputs, group[-1], stages.linear)
         stage, tokens = (stages.refit_layer, (inputs,)) if is_whole else (stages.corrected_layer, (h, inputs))
     for number, index in enumerate(group, start=chunk.plan.layers.index(group[0])):
