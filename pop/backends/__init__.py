@@ -32,15 +32,14 @@ def accelerate(module: nn.Module) -> None:
     """Give the parts of a module their faster classes, in place. Weights, names and results stay the same.
 
     Only parts of exactly these classes change: a subclass, such as an adapter's layer, keeps its own `forward`. The
-    attention of vision towers is replaced, and on a GPU that of the plain pass.
+    attention of the plain pass and of vision towers is replaced.
     """
-    is_cuda = _device(module).type == "cuda"
-    if is_cuda:
-        module.causal_attention = cuda.causal_attention
+    backend = cuda if _device(module).type == "cuda" else cpu
+    module.causal_attention = backend.causal_attention
     for part in module.modules():
         part.__class__ = FASTER.get(type(part), type(part))
         if isinstance(part, siglip.Attention | qwen3_vl.Attention):
-            part.attention = (cuda if is_cuda else cpu).attention
+            part.attention = backend.attention
 
 
 def stages_of(module: nn.Module) -> Stages:

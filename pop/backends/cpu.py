@@ -1,8 +1,9 @@
 """CPUs: faster matrix products, faster attention, and memory that is reused.
 
 `accelerate` gives the linear layers of a finished module a faster `forward`. `attend_cache` replaces the function of
-the same name in pop/engine/attention.py, and `attention` that of vision towers. The results are those of PyTorch's own
-operators, up to rounding. README.md in this folder says in which cases the general product is slow.
+the same name in pop/engine/attention.py, `causal_attention` that of the plain pass, and `attention` that of vision
+towers. The results are those of PyTorch's own operators, up to rounding. README.md in this folder says in which cases
+the general product is slow.
 """
 
 import functools
@@ -96,12 +97,29 @@ def attend_cache(
     return attention_by_products(q, k, v, at.held, at.spans, at.band, scale)
 
 
+def causal_attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, window: int | None,
+    last_attended: torch.Tensor | None = None,
+) -> torch.Tensor:  # fmt: skip
+    """Like pop.models.layers.causal_attention."""
+    if last_attended is not None or not _is_multiplied(q, k, v):
+        return layers.causal_attention(q, k, v, scale, window, last_attended)
+    band = None if window is None else torch.tensor((0, window - 1, 0, 1), device="cpu")
+    return attention_by_products(q, k, v, None, None, band, scale)
+
+
 def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
     """Like F.scaled_dot_product_attention(q, k, v) in a vision tower: each [N, H, P, E]."""
-    if q.device.type != "cpu" or q.dtype not in MULTIPLIED or any(x.requires_grad for x in (q, k, v)):
+    if not _is_multiplied(q, k, v):
         return F.scaled_dot_product_attention(q, k, v)
     q, k, v, everything = *(x.transpose(1, 2) for x in (q, k, v)), torch.tensor((0, UNBOUNDED, UNBOUNDED, 1))
     return attention_by_products(q, k, v, None, None, everything, q.shape[-1] ** -0.5).view(q.shape).transpose(1, 2)
+
+
+def _is_multiplied(*inputs: torch.Tensor) -> bool:
+    """Whether attention_by_products is faster than torch's attention, and no gradients are wanted, which it lacks."""
+    q = inputs[0]
+    return q.device.type == "cpu" and q.dtype in MULTIPLIED and not any(x.requires_grad for x in inputs)
 
 
 @torch.library.custom_op("pop::attention_by_products", mutates_args=())

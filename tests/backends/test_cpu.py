@@ -210,3 +210,24 @@ def test_towers_attend_by_products(monkeypatch):
     assert len(calls) == 1
     block(h.requires_grad_(), *rope).sum().backward()
     assert len(calls) == 1 and h.grad.isfinite().all()
+
+
+@pytest.mark.usefixtures("float32_products")
+@pytest.mark.parametrize("config", [tiny_config(), tiny_gemma3_config()], ids=["causal", "windows"])
+def test_the_plain_pass_attends_by_products(monkeypatch, config):
+    """As before `accelerate`. For gradients, or where images set what is attended, torch's attention runs."""
+    module, calls, attend = random_model(config, seed=3), [], cpu.attention_by_products
+    tokens = torch.arange(2 * 23).view(2, 23) % config.vocab_size
+    wanted = module(tokens)
+    pop.backends.accelerate(module)
+    monkeypatch.setattr(cpu, "attention_by_products", lambda *args: calls.append(args) or attend(*args))
+    with torch.no_grad():
+        assert_close(module(tokens), wanted)
+    assert len(calls) == config.num_layers
+    q, k, v = normal(1, 7, 2, 8).requires_grad_(), normal(1, 7, 2, 8, seed=1), normal(1, 7, 2, 8, seed=2)
+    wanted = layers.causal_attention(q, k, v, 0.3, 3)
+    assert_close(cpu.causal_attention(q, k, v, 0.3, 3), wanted)
+    last_attended = torch.tensor([[0, 3, 3, 3, 4, 5, 6]])
+    wanted = layers.causal_attention(q, k, v, 0.3, 5, last_attended)
+    assert_close(cpu.causal_attention(q.detach(), k, v, 0.3, 5, last_attended), wanted)
+    assert len(calls) == config.num_layers
