@@ -9,22 +9,20 @@ import copy
 import dataclasses
 import hashlib
 import math
-import os
 import random
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
 from safetensors.torch import save
 
 from pop.backends.cpu import WIDENED
 from pop.calibration.exercises import Exercise, exercise
 from pop.calibration.judge import Compared, Judge, Window, pooled
+from pop.calibration.record import Record
 from pop.calibration.student import checkpointed, full_depth_rows, student, teacher
 from pop.errors import InputError
 from pop.generation.sampling import check_finite
 from pop.pruning.plan import PrunePlan
-from pop.system import files
 
 RATE = 0.25  # the share by which a step may change what a projection computes, see `learning_rate`
 WARM_UP, LEAST = 20, 0.02  # steps up to the full rate, and the share of it at the last step
@@ -61,10 +59,11 @@ def distill(
         rates[name] = rates["weight"] if name == "bias" else learning_rate(tensor)
         state |= {name: tensor.clone(), f"best {name}": tensor.clone()}
         state |= {f"{moment} {name}": torch.zeros_like(tensor) for moment in ("mean", "square")}
-    run = _identity(model, plan, windows, judge, steps, seed)
     if resume is not None:
-        _read(resume, run, state)
-        _write(resume, run, state)  # before the work, in case the path cannot be written
+        record = Record(resume, _identity(model, plan, windows, judge, steps, seed))
+        for tensor, kept in zip(state.values(), record.read(state), strict=False):  # nothing, in a new run
+            tensor.copy_(kept)
+        record.write(state)  # before the work, in case the path cannot be written
     module = working_copy(model)
     checks = {(count * steps) // min(CHECKS, steps) for count in range(1, CHECKS + 1)}  # evenly spread up to the end
     progress(done := int(state["steps"]))
@@ -82,7 +81,7 @@ def distill(
                 state["least"] = torch.tensor(pooled(found).mean)
                 state |= {f"best {name}": state[name].detach().clone() for name in names}
             if resume is not None:
-                _write(resume, run, state)
+                record.write(state)
         progress(1)
     return _plan(model, plan, state, "best ")
 
@@ -171,27 +170,12 @@ def adam_step(state: dict[str, torch.Tensor], gradients: dict[str, torch.Tensor]
 def _identity(model, plan: PrunePlan, windows: list[Window], judge: Judge, steps: int, seed: int) -> dict[str, str]:
     """What tells a run from others."""
     texts = [[(tokens, [one.sha256 for one in media]) for tokens, media in some] for some in (windows, judge.windows)]
-    settings = (plan.fields(), plan.projections.taps, plan.projections.rank, steps, seed)
-    run = (model.fingerprint, model.dtype, model.max_seq_len, settings, texts)
     start = save({name: tensor.contiguous() for name, tensor in plan.projections.tensors.items()})
-    return {"run": hashlib.sha256(repr(run).encode() + start).hexdigest()}
-
-
-def _write(path, run: dict[str, str], state: dict[str, torch.Tensor]) -> None:
-    tensors = {name: tensor.detach().cpu() for name, tensor in state.items()}
-    files.write_whole(path, save(tensors, metadata=run), "the record of the distillation", InputError)
-
-
-def _read(path, run: dict[str, str], state: dict[str, torch.Tensor]) -> None:
-    """Fill the state from the record of an interrupted run, if there is one. Raises InputError for other files."""
-    if not os.path.exists(path := os.path.expanduser(path)):
-        return
-    advice = "give another path, or remove the file to start anew"
-    try:
-        tensors, saved = files.read_tensors(path)
-        for name, tensor in state.items() if saved == run else ():
-            tensor.copy_(tensors[name])
-    except (OSError, SafetensorError, KeyError, RuntimeError) as error:
-        raise InputError(f"{path} is not the record of a distillation ({error!r}); {advice}") from None
-    if saved != run:
-        raise InputError(f"{path} does not belong to this run, its model, plan, texts, steps and seed; {advice}")
+    fields = repr((plan.fields(), plan.projections.taps, plan.projections.rank)).encode()
+    return {
+        "model": f"{model.fingerprint} {model.dtype} {model.max_seq_len}",
+        "plan": hashlib.sha256(fields + start).hexdigest(),
+        "texts": hashlib.sha256(repr(texts).encode()).hexdigest(),
+        "steps": str(steps),
+        "seed": str(seed),
+    }

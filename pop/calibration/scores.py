@@ -15,11 +15,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save
 
 from pop.calibration.distill import check_gradients
 from pop.calibration.gates import gate_gradients, sample_responses
+from pop.calibration.record import Record
 from pop.errors import InputError, MissingExtra, PlanError, PopError, UnsupportedError, check_count
 from pop.generation.batch import as_prompts
 from pop.inputs.processors import Prepared
@@ -177,8 +176,10 @@ def importance(
             "seed": str(seed),
             "branches": str(branches),
         }
-        scores = _read_record(resume, run, scores, len(samples))
-        _write_record(resume, run, scores)  # before the work, in case the path cannot be written
+        record = Record(resume, run)
+        if kept := record.read(["scores"]):
+            (scores,) = kept
+        record.write({"scores": scores})  # before the work, in case the path cannot be written
     with progress_bar("importance", len(samples), "samples", progress) as step:
         step(len(scores))
         for begin in range(len(scores), len(samples), batch_size):
@@ -195,7 +196,7 @@ def importance(
             whole = gradients.sum(1, keepdim=True)
             scores = torch.cat((scores, torch.cat((whole, gradients), dim=1)[:, :gates].square()))
             if resume is not None:
-                _write_record(resume, run, scores)
+                record.write({"scores": scores})
             step(len(prompts))
     mean, n = scores.mean(0), len(scores)
     error = ((scores - mean).square().sum(0) / (n - 1) / n).sqrt()  # NaN for one sample
@@ -224,28 +225,6 @@ def _parse(model, samples, images, videos, response_tokens: int) -> list[Sample]
     if not parsed:
         raise InputError("samples is empty; give at least one prompt")
     return parsed
-
-
-def _write_record(path, run: dict[str, str], scores: torch.Tensor) -> None:
-    files.write_whole(path, save({"scores": scores}, metadata=run), "the record of the run", InputError)
-
-
-def _read_record(path, run: dict[str, str], empty: torch.Tensor, num_samples: int) -> torch.Tensor:
-    """Return the scores of an interrupted run, or `empty` if the file is missing. Raises InputError for other files."""
-    if not os.path.exists(path):
-        return empty
-    advice = "give another path, or remove the file to start anew"
-    try:
-        tensors, saved = files.read_tensors(path)
-        scores, other = tensors["scores"], [name for name in run if saved[name] != run[name]]
-    except (OSError, SafetensorError, KeyError) as error:
-        raise InputError(f"{path} is not the record of an importance run ({error!r}); {advice}") from None
-    if other:
-        raise InputError(f"{path} belongs to a run with another {' and another '.join(other)}; {advice}")
-    fits = (scores.dtype, scores.shape[1:]) == (empty.dtype, empty.shape[1:]) and len(scores) <= num_samples
-    if not fits or not (scores.isfinite() & (scores >= 0)).all():
-        raise InputError(f"{path} is not the record of an importance run: its scores are broken; {advice}")
-    return scores
 
 
 def check_plot(path: str | os.PathLike) -> str:

@@ -344,10 +344,15 @@ def test_a_record_of_another_run_is_refused(model, tmp_path):
     path, texts = tmp_path / "record", random_texts(9, *[70] * 20)
     calibrate(model, TEXTS, PLAN, steps=2, resume=path, progress=False)
     content = path.read_bytes()
-    for changed, options in ((TEXTS, {"steps": 3}), (TEXTS, {"seed": 1}), (texts, {}), (TEXTS, {"taps": 1})):
-        with pytest.raises(InputError, match="does not belong to this run"):
+    for changed, options, said in (
+        (TEXTS, {"steps": 3}, "another steps;"),
+        (TEXTS, {"seed": 1}, "another seed;"),
+        (texts, {}, "another plan and another texts;"),
+        (TEXTS, {"taps": 1}, "another plan;"),
+    ):
+        with pytest.raises(InputError, match=said):
             calibrate(model, changed, PLAN, resume=path, progress=False, **{"steps": 2, **options})
-    with pytest.raises(InputError, match="does not belong to this run"):
+    with pytest.raises(InputError, match="another plan;"):
         calibrate(model, TEXTS, PrunePlan((1, 3, 4), full_depth_last=2), steps=2, resume=path, progress=False)
     assert path.read_bytes() == content
 
@@ -357,7 +362,7 @@ def test_all_that_decides_a_run_tells_it_from_others(model, closed):
         judge = MadeUp()
         judge.windows = windows_of(held_out)
         windows = [(text, [SimpleNamespace(sha256=media)] * bool(media)) for text in texts]
-        return distillation._identity(model, plan, windows, judge, 8, 0)["run"]
+        return tuple(distillation._identity(model, plan, windows, judge, 8, 0).values())
 
     config = tiny_config()
     half = pop.Model(random_model(config).to(torch.bfloat16), tiny_config(dtype=torch.bfloat16))
@@ -394,7 +399,7 @@ def test_a_file_that_is_no_record_is_refused(model, tmp_path, monkeypatch):
     path = tmp_path / "record"
     for content in (b"", b"no record"):
         path.write_bytes(content)
-        with pytest.raises(InputError, match="not the record of a distillation"):
+        with pytest.raises(InputError, match="not the record of such a run"):
             calibrate(model, TEXTS, PLAN, steps=2, resume=path, progress=False)
         assert path.read_bytes() == content
     monkeypatch.setattr(refit, "_accumulate", None)  # before the work
