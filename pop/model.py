@@ -83,7 +83,7 @@ class Model:
         self.num_parameters = sum(sizes) if part is None else part.num_parameters
         compiles = compile is True or (compile == "auto" and self.num_parameters >= SMALLEST)
         accelerate(module)
-        options = {"required": compile is True, "progress": progress, "add_up": part and part.add_up}
+        options = {"required": compile is True, "progress": progress, "add_up": part and module.sum_over_processes}
         self._compiled = Compiled(module, stages_of(module), **options) if compiles else None
         self.caches = Caches(0 if stages_of(module).replay is None else SPARE_CACHES)  # of its answers
         keep_freed_memory()

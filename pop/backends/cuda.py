@@ -81,9 +81,7 @@ def attend_spans(
     return out.flatten(2)
 
 
-@attend_spans.register_fake
-def _(q, k, v, held, spans, band, scale):
-    return q.new_empty(*q.shape[:2], q.shape[2] * q.shape[3])
+attend_spans.register_fake(lambda q, *_: q.new_empty(*q.shape[:2], q.shape[2] * q.shape[3]))
 
 
 def causal_attention(

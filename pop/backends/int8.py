@@ -5,13 +5,11 @@ Norms, the embedding, a head tied to it and a vision tower stay as they are. tor
 decode multiplies by the integers as they are, and prefill copies some rows at a time to the dtype of the inputs.
 """
 
-import importlib.util
-
 import torch
 from torch import nn
 
 from pop.backends.cpu import linear
-from pop.errors import InputError, MissingExtra, UnsupportedError
+from pop.errors import InputError, UnsupportedError, import_extra
 
 COPIED_AT_ONCE = 2**23  # numbers; the allocator reuses blocks of this size, but gets larger ones from the system anew
 LANES = 32  # torch's int8 kernel reads out of bounds unless the width is a multiple of this
@@ -56,9 +54,7 @@ def product_by_copies(x: torch.Tensor, integers: torch.Tensor, scale: torch.Tens
     return torch.cat([(linear(wide, block.to(wide.dtype)) * scales).to(x.dtype) for block, scales in blocks], dim=-1)
 
 
-@product_by_copies.register_fake
-def _(x, integers, scale):
-    return x.new_empty(*x.shape[:-1], len(integers))
+product_by_copies.register_fake(lambda x, integers, scale: x.new_empty(*x.shape[:-1], len(integers)))
 
 
 def check_quantize(quantize, module, device: torch.device, ranks: int = 1) -> None:
@@ -77,8 +73,7 @@ def check_quantize(quantize, module, device: torch.device, ranks: int = 1) -> No
         raise UnsupportedError("int8 does not support mixtures of experts; leave out quantize")
     if unfit := {child.in_features for _, _, child in _linears(module) if child.in_features % LANES}:
         raise UnsupportedError(f"int8 needs multiples of {LANES}, but a width of {min(unfit)} is not; omit quantize")
-    if importlib.util.find_spec("torchao") is None:
-        raise MissingExtra("quantize needs the package torchao; run `pip install 'pop-prefill[quantize]'`")
+    import_extra("torchao", "torchao", "quantize")
 
 
 def quantize_module(module) -> None:

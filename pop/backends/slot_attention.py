@@ -51,9 +51,7 @@ def attend_slots(
     return attention.attend_slots(q, keys, values, spans, scale)
 
 
-@attend_slots.register_fake
-def _(q, keys, values, spans, scale):
-    return q.new_empty(q.shape[0], 1, q.shape[2] * q.shape[3])
+attend_slots.register_fake(lambda q, *_: q.new_empty(q.shape[0], 1, q.shape[2] * q.shape[3]))
 
 
 def _processors(q: torch.Tensor) -> int:

@@ -190,8 +190,6 @@ class Part:
         mine = index[shard.axis] >= 0
         return parameter[tuple(along_axis[mine] for along_axis in index)], numbers[mine] // step
 
-    add_up = staticmethod(add_up)
-
     def agree(self, seeds: list[int], device: torch.device) -> list[int]:
         """The first rank's seeds. With them all ranks sample the same tokens, since they have the same logits."""
         (numbers,) = to_device([torch.tensor(seeds)], device)

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 
 from pop.calibration.student import checkpointed
 from pop.generation.answers import end_ids
+from pop.generation.batch import padded
 from pop.generation.sampling import Sampler, SamplingParams, check_finite, read_tokens
 from pop.inputs.processors import Prepared
 from pop.models.base import Attend
@@ -40,9 +41,8 @@ def sample_responses(
     states = [np.random.SeedSequence(seed).generate_state(1) for seed in seeds]
     sampler = Sampler(SamplingParams(temperature=1.0), [int(state[0]) for state in states])
     lengths = [len(prompt) for prompt in prompts]
-    padded = [prompt + [0] * (max(lengths) - len(prompt)) for prompt in prompts]
     cache = model.new_cache(len(prompts), max(lengths) + count - 1)
-    logits = model.prefill(padded, cache, lengths=lengths, images=media, plan=PrunePlan.none())
+    logits = model.prefill(padded(prompts), cache, lengths=lengths, images=media, plan=PrunePlan.none())
     responses = [[] for _ in prompts]
     while True:
         tokens = sampler(logits)
@@ -66,9 +66,8 @@ def gate_gradients(
     """
     module, device = model.module, model.device
     rows = [prompt + response[:-1] for prompt, response in zip(prompts, responses, strict=True)]
-    T = max(map(len, rows))
-    tokens = torch.tensor([row + [0] * (T - len(row)) for row in rows], device=device)  # [B, T], padded on the right
-    index = torch.arange(T, device=device)
+    tokens = torch.tensor(padded(rows), device=device)  # [B, T], padded on the right
+    index = torch.arange(tokens.shape[1], device=device)
     boundary = torch.tensor([[len(prompt) - 1] for prompt in prompts], device=device)  # [B, 1]
     lengths = torch.tensor([[len(row)] for row in rows], device=device)
     decode = index >= boundary  # [B, T], padding included: no gradient reaches it

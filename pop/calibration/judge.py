@@ -82,7 +82,7 @@ class Judge:
         for prompt, continuation, passage, shared, full in self.cases:
             pruned = self._log_probs(plan, len(prompt), *shared) if plan.layers else full
             kl = F.kl_div(pruned, full, log_target=True, reduction="none").sum(-1)  # [N + 1]
-            cue = cue_tokens(passage)
+            cue = max(1, len(passage) // CUE)
             at = len(continuation) + cue  # where the first token to copy is predicted
             targets = torch.tensor(passage[cue:], dtype=torch.int64, device=pruned.device)
             copied = pruned[at : at + len(targets)].argmax(-1) == targets
@@ -124,8 +124,3 @@ def repeated_passage(prompt: Sequence[int], images: Sequence[range], rng: random
         return []
     begin += rng.randint(1, (end - begin) // 2 - size)  # not the first token, which may be BOS
     return list(prompt[begin : begin + size])
-
-
-def cue_tokens(passage: Sequence[int]) -> int:
-    """How many tokens of a repeated passage are its cue. The others can be copied."""
-    return max(1, len(passage) // CUE)

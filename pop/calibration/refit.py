@@ -94,9 +94,12 @@ def calibrate(
     if not isinstance(model, Model):
         raise InputError(f"the model is a {type(model).__name__}; load one with pop.load")
     several = isinstance(plan, (list, tuple))
-    plans = [_checked(model, one) for one in (plan if several else [plan])]
+    plans = [PrunePlan.of(one, model.config.num_layers) for one in (plan if several else [plan])]
     if not plans:
         raise PlanError("the list of plans is empty; give at least one plan")
+    if not all(one.layers for one in plans):
+        raise PlanError("the plan prunes no layers, so there is nothing to calibrate; give its layers")
+    plans = [dataclasses.replace(one, full_depth_first=max(1, one.full_depth_first), projections=None) for one in plans]
     taps = check_count("taps", taps, least=1, most=2)
     if rank is not None:
         rank = check_count("rank", rank, least=1, most=taps * model.config.hidden_size)
@@ -112,7 +115,9 @@ def calibrate(
         check_gradients(model)
     if resume is not None and not (isinstance(resume, str | os.PathLike) and Path(resume).expanduser().parent.is_dir()):
         raise InputError(f"resume is {resume!r:.200}, which cannot be written; give a file in a folder that exists")
-    texts = _texts(texts)
+    if isinstance(texts, str) or not isinstance(texts, Iterable | None):
+        raise InputError(f"texts is a {type(texts).__name__}; give a list of strings or of lists of token ids")
+    texts = builtin_texts() if texts is None else list(texts)
     windows = text_windows(model, texts, images, videos, window)
     if len(windows) < 2:
         needed = f"calibration needs two windows of {SHORTEST} to {window} tokens, but the texts have {len(windows)}"
@@ -150,19 +155,6 @@ def builtin_texts() -> list[str]:
     """The texts for texts=None: public-domain English of five kinds, and some Python of this package."""
     folder = files("pop").joinpath("data", "calibration")
     return [file.read_text(encoding="utf-8") for file in sorted(folder.iterdir(), key=lambda file: file.name)]
-
-
-def _checked(model, plan) -> PrunePlan:
-    plan = PrunePlan.of(plan, model.config.num_layers)
-    if not plan.layers:
-        raise PlanError("the plan prunes no layers, so there is nothing to calibrate; give its layers")
-    return dataclasses.replace(plan, full_depth_first=max(1, plan.full_depth_first), projections=None)
-
-
-def _texts(texts) -> list:
-    if isinstance(texts, str) or not isinstance(texts, Iterable | None):
-        raise InputError(f"texts is a {type(texts).__name__}; give a list of strings or of lists of token ids")
-    return builtin_texts() if texts is None else list(texts)
 
 
 def text_windows(model, texts, images, videos, size: int) -> list[Window]:

@@ -19,7 +19,7 @@ import torch
 from pop.calibration.distill import check_gradients
 from pop.calibration.gates import gate_gradients, sample_responses
 from pop.calibration.record import Record
-from pop.errors import InputError, MissingExtra, PlanError, PopError, UnsupportedError, check_count
+from pop.errors import InputError, PlanError, PopError, UnsupportedError, check_count, import_extra
 from pop.generation.batch import as_prompts
 from pop.inputs.processors import Prepared
 from pop.model import Model
@@ -232,10 +232,7 @@ def check_plot(path: str | os.PathLike) -> str:
     kind = Path(path).suffix.lower().removeprefix(".")
     if kind not in ("svg", "png"):
         raise InputError(f"the plot cannot be written as {path}; give a path that ends in .svg or .png")
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError:
-        raise MissingExtra("a plot needs the package matplotlib; run `pip install 'pop-prefill[plot]'`") from None
+    import_extra("matplotlib", "matplotlib", "plot")
     return kind
 
 

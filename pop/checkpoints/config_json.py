@@ -186,7 +186,11 @@ def _read_gemma3(fields: Fields) -> configs.Gemma3Config:
     text.fixed(model_type="gemma3_text")
     _pass_on(fields, text, "dtype", "bos_token_id", "eos_token_id", "image_token_id", "boi_token_id", "eoi_token_id")
     tokens_per_image = fields.integer("mm_tokens_per_image", configs.SiglipConfig.tokens_per_image)
-    return _read_gemma3_text(text, vision=read_siglip(fields.part("vision_config"), tokens_per_image))
+    vision = fields.part("vision_config")
+    vision.fixed(model_type="siglip_vision_model", hidden_act="gelu_pytorch_tanh", num_channels=3)
+    names = NAMES | {"norm_eps": "layer_norm_eps"}
+    siglip = _build(configs.SiglipConfig, vision, names, tokens_per_image=tokens_per_image)
+    return _read_gemma3_text(text, vision=siglip)
 
 
 def _pass_on(whole: Fields, text: Fields, *names: str) -> None:
@@ -254,13 +258,6 @@ def _build_qwen3(config: type, fields: Fields, experts: bool, **given: Any) -> A
         normalised = fields.boolean("norm_topk_prob")
         given["experts"] = _build(configs.ExpertsConfig, fields, layers=layers, normalised=normalised)
     return _build_full_attention(config, fields, num_layers, **given)
-
-
-def read_siglip(fields: Fields, tokens_per_image: int) -> configs.SiglipConfig:
-    """Read the vision_config of Gemma-3; mm_tokens_per_image lies outside of it."""
-    fields.fixed(model_type="siglip_vision_model", hidden_act="gelu_pytorch_tanh", num_channels=3)
-    names = NAMES | {"norm_eps": "layer_norm_eps"}
-    return _build(configs.SiglipConfig, fields, names, tokens_per_image=tokens_per_image)
 
 
 def _read_qwen3_vision(fields: Fields) -> configs.Qwen3VisionConfig:

@@ -115,7 +115,7 @@ def stored(entry: Entry) -> Path | None:
     """Return the folder of a model in the places of `pop`, or None."""
     folders = (place / entry.name for place in _places())
     configs = ("config.json", "params.json")
-    return next((folder for folder in folders if any((folder / config).is_file() for config in configs)), None)
+    return next((folder for folder in folders if any(os.path.isfile(folder / config) for config in configs)), None)
 
 
 def _cached(repository: str) -> Path | None:
@@ -143,11 +143,9 @@ def _cached(repository: str) -> Path | None:
 def weights_folder() -> Path:
     """Return the folder for new weights, which need not exist: $POP_WEIGHTS, or the first writable one of `_places`."""
     places = _places()
-    if os.environ.get("POP_WEIGHTS"):
-        return places[0]
     for place in places:
         existing = next(parent for parent in (place, *place.absolute().parents) if parent.exists())
-        if os.access(existing, os.W_OK):
+        if os.environ.get("POP_WEIGHTS") or os.access(existing, os.W_OK):
             return place
     return places[0]
 

@@ -187,7 +187,7 @@ def calibrate(args) -> None:
 def _check_folders(*paths: str | None) -> None:
     """Raise InputError, before the work begins, for a file whose folder is missing."""
     for path in paths:
-        if path is not None and not Path(path).resolve().parent.is_dir():
+        if path is not None and not Path(path).expanduser().resolve().parent.is_dir():
             raise InputError(f"{path} cannot be written, because its folder is missing; make it, or choose another")
 
 
@@ -199,8 +199,8 @@ def models(args) -> None:
         try:
             where = registry.find_weights(name)
             size = sum(path.stat().st_size for path in where.iterdir() if path.is_file())
-        except WeightsNotFound:
-            where = "not here"
+        except PopError as error:
+            where = "not here" if isinstance(error, WeightsNotFound) else error
             size = EMBEDDED[name].megabytes * 1e6 if entry.embedded else 2 * entry.parameters
         print(line.format(name, entry.family, f"{entry.parameters:,}", f"{size / 1e9:,.2f}", where))
     print(f"\nNew weights go into {registry.weights_folder()}/NAME; `pop download NAME` fetches them.")

@@ -1,6 +1,6 @@
 """Output that is safe to show."""
 
-import unicodedata
+CONTROL = dict.fromkeys({*range(0x20), *range(0x7F, 0xA0)} - {*b"\n\t"})  # for str.translate: these characters go
 
 
 class Terminal:
@@ -13,9 +13,7 @@ class Terminal:
         return getattr(self._stream, name)
 
     def write(self, text: str) -> int:
-        return self._stream.write(
-            "".join(char for char in text if char in "\n\t" or unicodedata.category(char) != "Cc")
-        )
+        return self._stream.write(text.translate(CONTROL))
 
     def dim(self, text: str) -> None:
         self._stream.write("\x1b[2m")

@@ -56,7 +56,7 @@ def prefill(
             plan selects no tokens.
         full_depth: Which tokens run at full depth besides those of the plan: [B, T] bool on the CPU.
     """
-    images, out = images or TEXT, None  # out: [B, D], each row's h after the last layer, at its last token so far
+    out = None  # [B, D], each row's h after the last layer, at its last token so far
     options = stages, images, boundary, full_depth
     for chunk, h, hidden in _chunks(module, tokens, cache, lengths, plan, chunk_size, *options):  # noqa: B007
         latest = chunk.latest(h)

@@ -114,11 +114,7 @@ class Chunk:
             needed_from = 0  # the first tokens are in an image, and attend the rest of it
         starts = positions[last >= 0, 0]  # of the rows with tokens
         rows = tokens.take(columns, is_full.gather(1, columns))
-        if ids.device == device:
-            (at,) = to_device([tokens.index], device)
-            ids = ids.gather(1, at)
-        else:
-            (ids,) = to_device([ids.gather(1, tokens.index)], device)
+        ids, at = to_device([ids, tokens.index], device)
         in_prompt = index.where(valid, full_depth.shape[1])
         moved = to_device([in_prompt, rows.index, rows.valid, last.clamp(min=0), last_row, last >= 0], device)
         return cls(
@@ -132,7 +128,7 @@ class Chunk:
             look_ahead=0 if last_attended is None else int((last_attended - positions).max()),
             is_fresh=last_attended is None and not positions[:, 0].any(),
             needed_from=needed_from,
-            ids=ids,
+            ids=ids.gather(1, at),
             **dict(zip(("index", "rows", "rows_valid", "last", "last_row", "has_tokens"), moved, strict=True)),
         )
 

@@ -104,12 +104,15 @@ class Batch:
         logits = self.prefill()
         rows = list(range(len(self.answers)))  # the answer that each row of the cache belongs to
         while True:
-            tokens, logprobs = self._sample(logits, [self.answers[row] for row in rows])
+            tokens = self.sampler(self.rules(logits, [self.answers[row] for row in rows]))
+            self.rules.took(tokens)
             pieces = [""] * len(self.answers)
             ended = [number for number, row in enumerate(rows) if self.answers[row].finish_reason]
             picked = read_tokens(tokens, ended)  # the only wait for the device
             self.times.append(time.perf_counter())
-            logprobs = [None] * len(rows) if logprobs is None else logprobs.tolist()
+            logprobs = [None] * len(rows)
+            if self.logprobs:
+                logprobs = (logits.gather(-1, tokens.clamp(min=0)[:, None])[:, 0] - logits.logsumexp(-1)).tolist()
             for row, token, logprob in zip(rows, picked, logprobs, strict=True):
                 pieces[row] = self.answers[row].push(token, logprob)
             self.after_step(self)
@@ -145,14 +148,6 @@ class Batch:
             self.model.prefill([leading] * B, self.cache, plan=PrunePlan.none())
         options = {"lengths": lengths, "images": self.media, "plan": self.plan}
         return self.model.prefill(padded(self.prompts), self.cache, **options)
-
-    def _sample(self, logits: torch.Tensor, answers: list[Answer]) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """logits [B, V] of these answers -> tokens [B] and, if wanted, their log-probabilities [B]."""
-        tokens = self.sampler(self.rules(logits, answers))
-        self.rules.took(tokens)
-        if not self.logprobs:
-            return tokens, None
-        return tokens, logits.gather(-1, tokens.clamp(min=0)[:, None])[:, 0] - logits.logsumexp(-1)
 
 
 class Stream(Iterator[str]):

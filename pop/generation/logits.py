@@ -48,7 +48,10 @@ class LogitsRules:
         penalty, process = float(self.params.repetition_penalty), self.params.logits_processor
         if penalty != 1:
             if self.used is None:
-                self.used = self._used(logits)
+                places = [(row, token) for row, tokens in enumerate(self.rows) for token in tokens]
+                (at,) = to_device([torch.tensor(places).T], logits.device)  # [2, all tokens]
+                self.used = torch.zeros_like(logits, dtype=torch.bool)
+                self.used.index_put_(tuple(at), self.used.new_ones(()))
             logits = torch.where(self.used, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
         if process is not None:
             check_finite(logits.amax(-1), "logits")
@@ -62,13 +65,6 @@ class LogitsRules:
             wanted = "it must leave a token that may be picked, and no infinite or NaN logit"
             raise InputError(f"logits_processor returned logits whose largest is not finite; {wanted}")
         return logits
-
-    def _used(self, logits: torch.Tensor) -> torch.Tensor:
-        lengths = torch.tensor([len(row) for row in self.rows])
-        tokens = torch.tensor([token for row in self.rows for token in row])
-        rows, tokens = to_device([torch.arange(len(lengths)).repeat_interleave(lengths), tokens], logits.device)
-        used = torch.zeros_like(logits, dtype=torch.bool)
-        return used.index_put((rows, tokens), used.new_ones(()))
 
 
 def _processed(process, logits: torch.Tensor, answer: Answer) -> torch.Tensor:

@@ -34,6 +34,7 @@ ACCEPTED = {
     "logits_processor": (lambda x: x is None or callable(x), "a function, or None"),
     "logprobs": (lambda x: isinstance(x, bool), "True or False"),
 }
+NOT_FINITE = "the {} are not finite; load with torch.bfloat16 or torch.float32, or check the weights"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,15 +138,11 @@ def read_tokens(tokens: torch.Tensor, unused: Sequence[int] = ()) -> list[int]:
     """
     ids = tokens.tolist()
     if any(token < 0 for row, token in enumerate(ids) if row not in unused):
-        raise _not_finite("logits")
+        raise InputError(NOT_FINITE.format("logits"))
     return ids
 
 
 def check_finite(numbers: torch.Tensor, what: str) -> None:
     """Raise InputError if numbers that a model has computed are infinite or NaN; `what` names them."""
     if not numbers.isfinite().all():
-        raise _not_finite(what)
-
-
-def _not_finite(what: str) -> InputError:
-    return InputError(f"the {what} are not finite; load with torch.bfloat16 or torch.float32, or check the weights")
+        raise InputError(NOT_FINITE.format(what))

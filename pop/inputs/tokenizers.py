@@ -152,7 +152,7 @@ class ForeignTokenizer(Tokenizer):
 
     def __init__(self, source):
         super().__init__(dict(getattr(source, "special_tokens", {})), {}, {0: b""}, getattr(source, "bos_id", None))
-        self._source, self.vocab_size = source, sys.maxsize
+        self._source, self.vocab_size, self.unused_ids = source, sys.maxsize, []
         self.chat_template = getattr(source, "chat_template", None)
         if self._encode_text(""):
             raise InputError("tokenizer.encode('') gives token ids; it must add none, such as BOS, to a text")
@@ -161,7 +161,10 @@ class ForeignTokenizer(Tokenizer):
         return list(self._source.encode(text))
 
     def decode(self, ids: Iterable[int], special: bool = False) -> str:
-        return self._source.decode(ids.tolist() if hasattr(ids, "tolist") else list(ids))
+        ids = ids.tolist() if hasattr(ids, "tolist") else ids
+        names = {id: name for name, id in self.special_tokens.items()} if special else {}
+        groups = ((name, list(group)) for name, group in groupby(ids, names.get))
+        return "".join(self._source.decode(group) if name is None else name * len(group) for name, group in groups)
 
 
 def _splitter(names: Iterable[str]) -> re.Pattern | None:
@@ -203,7 +206,8 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         spec = json.loads(files[0].read_bytes()) if files[0].suffix == ".json" else None
         variables = _read(folder, "special_tokens_map.json") | config
         # add_bos_token and its like are true or false, not tokens.
-        variables = {key: _content(x) for key, x in variables.items() if key.endswith("_token") and x and x is not True}
+        variables = {key: x for key, x in variables.items() if key.endswith("_token") and x and x is not True}
+        variables = {key: x if isinstance(x, str) else x["content"] for key, x in variables.items()}
         added = _added_tokens(folder, config, {} if spec is None else spec, {*variables.values()})
         if files[-1].suffix != ".json" and data[:1] == b"\n":  # the first tag of a sentencepiece model
             tokenizer = sentence_piece.from_tokenizer_model(data, added)
@@ -224,10 +228,6 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
 
 def _read(folder: Path, name: str) -> dict[str, Any]:
     return read_json(folder / name, TokenizerError) if (folder / name).is_file() else {}
-
-
-def _content(token: str | dict) -> str:
-    return token if isinstance(token, str) else token["content"]
 
 
 def _added_tokens(folder: Path, config: dict[str, Any], spec: dict[str, Any], special: set[str]) -> list[dict]:

@@ -94,7 +94,6 @@ class PrunableModel(nn.Module):
 
         `step(index, layer, h, rope, attend)` runs a layer and returns the next h. By default it is the layer itself.
         """
-        images = images or TEXT
         positions = torch.arange(tokens.shape[1], device=tokens.device).expand(len(tokens), -1)  # [B, T]
         last_attended = images.last_attended(positions)
         ropes = self.rope(images.rotary(positions))

@@ -96,7 +96,7 @@ def forward(
         passed = h if plan.projections is None else updated(layer, plan, index, h, entering)
         return torch.where(skips[:, None], passed, layer(h, rope, attend_pruned))  # the method
 
-    h = module.through_layers(tokens[None], (images or TEXT).extended(len(tokens)), step)  # [1, T, D]
+    h = module.through_layers(tokens[None], images.extended(len(tokens)), step)  # [1, T, D]
     return module.head(h[0]), cache
 
 

@@ -108,7 +108,8 @@ def read_json(path: str | os.PathLike, error: type[PopError] = ConfigError) -> d
 
 def refuse_pointers(folder: Path) -> None:
     """Raise CheckpointError if files in a folder are pointers of Git LFS, which a clone without it leaves."""
-    small = [path for path in sorted(folder.glob("*")) if path.is_file() and path.stat().st_size < 1024]
+    readable = [path for path in sorted(folder.glob("*")) if path.is_file() and os.access(path, os.R_OK)]
+    small = [path for path in readable if path.stat().st_size < 1024]
     names = [path.name for path in small if path.read_bytes().startswith(b"version https://git-lfs.github.com/spec/")]
     if names:
         step = "run `git lfs pull` in it, or fetch the files anew"

@@ -1,5 +1,7 @@
 """How much memory a device has left, and copies to it."""
 
+from contextlib import suppress
+
 import torch
 
 
@@ -10,13 +12,8 @@ def free_bytes(device: torch.device) -> int | None:
         reusable = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return free + reusable
     if device.type == "cpu":
-        try:
-            with open("/proc/meminfo", encoding="ascii") as lines:
-                for line in lines:
-                    if line.startswith("MemAvailable:"):
-                        return int(line.split()[1]) * 1024
-        except OSError:
-            pass
+        with suppress(OSError), open("/proc/meminfo", encoding="ascii") as lines:
+            return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)
     return None
 
 

@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import importlib.util
+import sys
 
 import pytest
 import torch
@@ -187,7 +188,7 @@ def test_without_torchao_on_a_gpu_or_in_several_processes_it_is_refused(monkeypa
         check_quantize("int8", module, torch.device("cuda"))
     with pytest.raises(pop.UnsupportedError, match="mixtures of experts"):
         check_quantize("int8", random_model(tiny_qwen3_moe_config(**WIDE)), torch.device("cpu"))
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setitem(sys.modules, "torchao", None)
     with pytest.raises(pop.MissingExtra, match=r"pip install 'pop-prefill\[quantize\]'"):
         check_quantize("int8", module, torch.device("cpu"))
     check_quantize(None, module, torch.device("cuda"), 2)

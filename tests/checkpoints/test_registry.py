@@ -185,6 +185,21 @@ def test_a_directory_may_be_in_the_home_directory(places, tmp_path, monkeypatch)
         find_folder("~/model.gguf")
 
 
+def test_a_folder_that_cannot_be_read_holds_no_weights(places, monkeypatch):
+    """Path.is_file raises PermissionError in it, os.path.isfile does not."""
+
+    is_file = Path.is_file
+
+    def refuse(path):
+        if path.name == "config.json":
+            raise PermissionError(13, "Permission denied", str(path))
+        return is_file(path)
+
+    monkeypatch.setattr(Path, "is_file", refuse)
+    with pytest.raises(WeightsNotFound):
+        find_weights("llama3.1-8b")
+
+
 # ---- The cache of Hugging Face's library
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"

@@ -66,6 +66,20 @@ def test_models_are_listed_with_where_they_are_and_their_size(capsys, tmp_path, 
     assert len({lines[name].index(f" {family} ") for name, family in families.items()}) == 1
 
 
+def test_models_go_on_after_one_that_cannot_be_used(capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(registry, "_places", lambda: [tmp_path])
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
+    snapshot = tmp_path / "hub/models--meta-llama--Llama-3.2-1B/snapshots" / ("a" * 40)
+    write_checkpoint(snapshot)
+    (snapshot.parents[1] / "refs").mkdir()
+    (snapshot.parents[1] / "refs/main").write_text("a" * 40)
+    (snapshot / "tokenizer.json").symlink_to("/etc/passwd")
+    assert main(["models"]) == 0
+    lines = {line.split()[0]: line for line in capsys.readouterr().out.splitlines() if line}
+    assert "tokenizer.json leads out of" in lines["llama3.2-1b"]
+    assert set(pop.list_models()) < lines.keys()
+
+
 @pytest.mark.parametrize(
     ("arguments", "options"),
     [
@@ -205,10 +219,11 @@ def test_importance_refuses_at_once(arguments, said, folder, capsys, tmp_path, m
     assert said in err
 
 
-def test_calibrate_saves_a_plan_that_generate_takes(folder, model, capsys, tmp_path):
+def test_calibrate_saves_a_plan_that_generate_takes(folder, model, capsys, tmp_path, monkeypatch):
     text = tmp_path / "text.txt"
     text.write_text("".join(map(chr, range(33, 123))) * 4)
-    out = str(tmp_path / "plan.safetensors")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    out = "~/plan.safetensors"
     options = [
         "--prune",
         "0.5",

@@ -127,7 +127,7 @@ def test_what_is_never_picked_stays_in_the_callers_logits(model, monkeypatch):
     batch = Batch(model, PROMPTS[:1], [[]], SamplingParams())
     logits = torch.zeros(1, 256).index_fill(1, torch.tensor([7]), 5.0)
     before = logits.clone()
-    assert batch._sample(logits, batch.answers)[0].item() != 7
+    assert batch.sampler(batch.rules(logits, batch.answers)).item() != 7
     assert torch.equal(logits, before)
 
 

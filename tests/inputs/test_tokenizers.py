@@ -23,6 +23,7 @@ from support.text import (
 
 from pop.errors import InputError, TokenizerError
 from pop.generation.answers import Answer
+from pop.inputs.chat import chat_format
 from pop.inputs.tokenizers import as_tokenizer, load_tokenizer, token_ids
 
 TOKENIZERS = {family: load_tokenizer(GOLDENS / family) for family in BYTE_PAIR_FAMILIES}
@@ -188,6 +189,23 @@ def test_an_object_with_encode_and_decode(text):
     assert ids == Units().encode(text) and tokenizer.decode(torch.tensor(ids, dtype=torch.int64)) == text
     assert "".join(streamed(tokenizer, ids)) == text
     assert as_tokenizer(tokenizer) is tokenizer
+
+
+def test_special_tokens_of_a_callers_tokenizer():
+    """Its decode leaves them out. All other ids are ordinary ones."""
+
+    class WithSpecial(Units):
+        def decode(self, ids):
+            return super().decode(id for id in ids if id < 70000)
+
+    WithSpecial.special_tokens = {"<|im_start|>": 70000, "<|im_end|>": 70001}
+    tokenizer = as_tokenizer(WithSpecial())
+    ids = [70000, 104, 105, 70001, 70001, 33]
+    text = "<|im_start|>hi<|im_end|><|im_end|>!"
+    assert tokenizer.encode(text, allow_special=True) == ids
+    assert tokenizer.decode(ids) == "hi!" and tokenizer.decode(ids, special=True) == text
+    assert tokenizer.unused_ids == []
+    assert chat_format(tokenizer, choice="chatml").end_ids == (70001,)
 
 
 def test_other_objects_are_no_tokenizers():
