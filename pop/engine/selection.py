@@ -22,7 +22,7 @@ def select(module, plan: PrunePlan, h, rotary, lengths, others, counts) -> torch
     rotary, lengths, others, counts = to_device([rotary, lengths, others, counts], h.device)
     layer = module.layers[plan.layers[0]]
     received = module.sum_over_processes(attention_received(layer, h, module.rope(rotary)[layer.window], lengths))
-    scores = F.avg_pool1d(received[:, None], POOLED, stride=1, padding=POOLED // 2)[:, 0]  # [B, T]
+    scores = F.avg_pool1d(F.pad(received[:, None], (POOLED - 1, 0)), POOLED, stride=1)[:, 0]  # [B, T]
     ranked = scores.masked_fill(~others, -1).argsort(dim=1, descending=True, stable=True)
     return torch.zeros_like(others).scatter(1, ranked, torch.arange(h.shape[1], device=h.device) < counts[:, None])
 

@@ -17,7 +17,7 @@ from pop.pruning.projections import KVProjections
 from pop.system import __version__, files
 
 SELECTING = 8  # the last tokens of a prompt, which select others by their attention
-POOLED = 7  # neighbouring tokens that share their scores
+POOLED = 12  # tokens whose scores are averaged: a token and those before it
 RECORD = 10_000  # the most characters of `about` as JSON
 
 

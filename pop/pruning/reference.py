@@ -40,7 +40,8 @@ def attention_scores(module, prompt: torch.Tensor, plan: PrunePlan, images: Text
     """How much a prompt's last tokens attend each of its N tokens at the first pruned layer: [N], or None.
 
     The softmax is over all tokens up to the query, even in a layer with a window. Its values are summed over queries
-    and heads, and averaged over neighbours, so that words and numbers stay whole (FastKV, Jo et al. 2025).
+    and heads, and averaged over a token and those before it. FastKV (Jo et al. 2025) averages over both sides, but what
+    follows a place that is attended is what the answer needs next.
     """
     if not plan.full_depth_selected or not plan.layers:
         return None
@@ -57,7 +58,7 @@ def attention_scores(module, prompt: torch.Tensor, plan: PrunePlan, images: Text
     products = layer.scale * torch.einsum("nhe,mhe->hnm", q[0].float(), k[0].float())  # [H, N, N]
     later = torch.ones_like(products, dtype=torch.bool).triu(1)
     received = products.masked_fill(later, -torch.inf).softmax(-1)[:, -SELECTING:].sum((0, 1))  # [N]
-    return F.avg_pool1d(received[None], POOLED, stride=1, padding=POOLED // 2)[0].cpu()
+    return F.avg_pool1d(F.pad(received[None], (POOLED - 1, 0)), POOLED, stride=1)[0].cpu()
 
 
 @torch.no_grad()

@@ -83,7 +83,7 @@ def test_a_later_prompt_selects_among_its_own_tokens(case, data):
     for row, (n, m) in enumerate(zip(lengths.tolist(), added.tolist(), strict=True)):
         whole = torch.cat((tokens[row, :n], turn[row, :m]))
         received = attention_received(module, whole, plan.layers[0], begin=n)
-        scores = F.avg_pool1d(received[None], 7, stride=1, padding=3)[0]
+        scores = F.avg_pool1d(F.pad(received[None], (11, 0)), 12, stride=1)[0]
         assert_chosen(chosen[row, :m], scores, torch.arange(m) < m - plan.full_depth_last, plan)
 
 

@@ -38,11 +38,11 @@ def test_the_reference_is_the_paper_read_literally(module, data):
 
 @given(models(), st.data())
 def test_scores_are_the_attention_of_the_last_tokens(module, data):
-    """A loop over queries and heads, then the mean of seven neighbours. Those outside of the prompt count as 0."""
+    """A loop over queries and heads, then the mean of a token and the eleven before it. Before the prompt it is 0."""
     tokens, _ = data.draw(batches(module.config.vocab_size, max_rows=1))
     plan = PrunePlan((data.draw(st.integers(0, module.config.num_layers - 1)),), full_depth_selected=0.5)
     received = attention_received(module, tokens[0], plan.layers[0])
-    shared = [sum(received[max(0, i - 3) : i + 4]) / 7 for i in range(len(received))]
+    shared = [sum(received[max(0, i - 11) : i + 1]) / 12 for i in range(len(received))]
     torch.testing.assert_close(reference.attention_scores(module, tokens[0], plan), torch.stack(shared))
 
 
