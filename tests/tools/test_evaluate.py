@@ -61,6 +61,10 @@ def test_contenders_are_named_and_planned_as_the_command_line_says(model, tmp_pa
     assert calls == [(["text " * 9], plans, 1, 7), (["text " * 9], {}), (["text " * 9], {})]
     pop.PrunePlan((3, 4), full_depth_last=2, full_depth_selected=0.1).save(tmp_path / "selected.json")
     _, selected = selection.make_contenders(model, [str(tmp_path / "selected.json")], [])
+    _, chosen = selection.make_contenders(model, ["0.4:2:0.1"], [])
+    assert (chosen.name, chosen.plan) == ("0.4 w=2 s=0.1", selected.plan)
+    _, without = selection.make_contenders(model, [f"{tmp_path / 'selected.json'}:3:0"], [])
+    assert without.plan == pop.PrunePlan((3, 4), full_depth_last=3)
     paper, last = "plain pruning, the paper's method", "last 2 tokens at full depth"
     assert (made[2].method, selected.method) == (f"{paper}, {last}", f"{paper}, 10 % of the tokens selected, {last}")
     assert [contender.name for contender in made[6:]] == ["shortgpt 0.2", "no-kv 0.4"]
