@@ -137,6 +137,7 @@ def compare(model, prompt: list[int], plans: Iterable, story: str, *, max_new_to
             "layers": list(plan.layers),
             "full_depth_last": plan.full_depth_last,
             "full_depth_first": plan.full_depth_first,
+            "full_depth_selected": plan.full_depth_selected,
             "taps": plan.projections.taps if plan.projections else None,
             "prefill_flops": prefill_flops(model.config, len(prompt), plan),
             "ttft_s": times[0],
@@ -190,8 +191,8 @@ def describe(row: dict) -> str:
         return "the whole model"
     consecutive = layers[-1] - layers[0] + 1 == len(layers)
     text = f"without layers {layers[0]} to {layers[-1]}" if consecutive else f"without {len(layers)} layers"
-    text += f", last {row['full_depth_last']} tokens whole" if row["full_depth_last"] > 1 else ""
-    text += f", {share:.0%} of the others selected" if (share := row.get("full_depth_selected", 0)) else ""
+    last, share = row["full_depth_last"], row.get("full_depth_selected")
+    text += f", last {last} {f'and {share:.0%}' if share else 'tokens'} whole" if last > 1 or share else ""
     return text + (", calibrated" if row["taps"] else "")
 
 
@@ -212,7 +213,7 @@ def _conclusion(result: dict) -> str:
     return f"""
 * time to first token, of the fastest run; limit: the speedup that the shapes allow; KL(full || pruned): how much the
   predictions differ from the full model's, for text that continues and for a passage of the prompt that is repeated,
-  and the share of its tokens that are copied
+  and the share of its tokens that are copied; a percentage in a row's name: tokens that the prompt's end attends to most
 
 answers
 {answers}

@@ -13,4 +13,4 @@ def plans(args) -> None:
         for name, value in plan.about.items():
             if isinstance(value, dict):
                 value = ", ".join(f"{key} {number}" for key, number in value.items())
-            print(f"  {some([name]):16} {some([str(value)])}")
+            print(f"  {some([name]):19} {some([str(value)])}")

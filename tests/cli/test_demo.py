@@ -52,6 +52,7 @@ def test_json_is_one_object_with_true_numbers(folder, arguments, capsys):
     for row, plan in zip(result["rows"], plans, strict=True):
         assert row["layers"] == list(plan.layers)
         assert (row["full_depth_last"], row["full_depth_first"]) == (plan.full_depth_last, plan.full_depth_first)
+        assert row["full_depth_selected"] == plan.full_depth_selected
         answer = model.generate(prompt, max_new_tokens=12, plan=plan)
         assert (row["answer"], row["answer_tokens"]) == (answer.text, len(answer.tokens))
         assert row["finish_reason"] == answer.finish_reason
