@@ -24,7 +24,7 @@ class Record(NamedTuple):
         files.write_whole(self.path, save(tensors, metadata=self.run), "the record of the run", InputError)
 
     def read(self, names: Iterable[str]) -> list[torch.Tensor]:
-        """The tensors of these names, on the CPU. None at all if there is no file. Another run's raises an error."""
+        """The tensors of these names, on the CPU: an empty list without a file. Another run's file raises an error."""
         if not os.path.exists(path := os.path.expanduser(self.path)):
             return []
         advice = "give another path, or remove the file to start anew"
