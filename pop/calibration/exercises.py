@@ -22,9 +22,9 @@ from pop.inputs.processors import Prepared
 KINDS = ("text", "repetition", "table", "text", "table")
 ROWS = 4  # prompts in a batch; a prompt with images is alone
 PROMPTS = (256, 320, 384, 448)  # tokens
-CONTINUATION = 96  # tokens; a third of a text that is too short for both
+CONTINUATION = 160  # tokens; a third of a text that is too short for both
 PASSAGE = (14, 40)  # tokens, from and to
-FACTS = (4, 8)  # in a table, from and to: two words of the prompt and a random value each
+FACTS = (5, 12)  # in a table, from and to: two words of the prompt and a random value each
 FORMS = (
     "The {0} of {1} is {2}.", "{0} {1} = {2}", "| {0} | {1} | {2} |", "{1}.{0}: {2}", "For {1}, set {0} to {2}.",
     '"{0} {1}": {2},', "Q: What is the {0} of {1}?\nA: {2}",

@@ -60,7 +60,7 @@ def tiny_world(tmp_path, monkeypatch):
     (tmp_path / "tools" / "figures").mkdir(parents=True)
     (tmp_path / "pop" / "data" / "plans").mkdir(parents=True)
     (tmp_path / "tools" / "evaluate").mkdir()
-    for name in ("third", "13"):  # the plans of SmolLM2's layers do not fit the tiny model
+    for name in ("third", "14"):  # the plans of SmolLM2's layers do not fit the tiny model
         PrunePlan.deepest(5, 1 / 5).save(tmp_path / "pop" / "data" / "plans" / f"smollm2-135m-{name}.plan")
     for name in ("spread", "gemma"):
         PrunePlan((1, 3, 4)).save(tmp_path / "tools" / "evaluate" / f"{name}.plan")
