@@ -121,7 +121,7 @@ def test_two_prompts_and_an_answer_are_the_references(family, plan, lengths, dty
 def test_tokens_that_the_device_selects_are_at_full_depth(family, dtype, device):
     """In one chunk, which waits for nothing, and in several."""
     model, naive = make(family, dtype, device)
-    plan, tokens, lengths = pop.PrunePlan(LAYERS, 2, 1, full_depth_selected=0.3), random_tokens(2, 40), [40, 12]
+    plan, tokens, lengths = pop.PrunePlan(LAYERS, 2, 1, full_depth_selected=0.3), random_tokens(2, 43), [43, 12]
     for model.chunk_size in (64, CHUNK):
         cache = model.new_cache(2, 48)
         waits = torch.cuda.set_sync_debug_mode if device.type == "cuda" and model.chunk_size == 64 else lambda _: None

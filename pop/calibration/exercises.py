@@ -22,7 +22,7 @@ from pop.inputs.processors import Prepared
 KINDS = ("text", "repetition", "table", "text", "table")
 ROWS = 4  # prompts in a batch; a prompt with images is alone
 PROMPTS = (256, 320, 384, 448)  # tokens
-CONTINUATION = 160  # tokens; a third of a text that is too short for both
+CONTINUATION = 160  # tokens; at most a third of prompt and continuation
 PASSAGE = (14, 40)  # tokens, from and to
 FACTS = (5, 12)  # in a table, from and to: two words of the prompt and a random value each
 FORMS = (
