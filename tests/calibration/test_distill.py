@@ -200,7 +200,7 @@ def test_a_step_changes_what_is_computed_by_a_quarter(scale):
 
 @pytest.mark.parametrize("config", [tiny_config(), tiny_gemma3_config()], ids=["llama", "gemma3"])
 def test_distillation_lowers_the_loss_on_held_out_text(config, monkeypatch):
-    """With these exercises of random text, from which little can be learnt: with others, the closed form often stays."""
+    """Of random text little can be learnt: with longer exercises, the closed form often stays the best."""
     monkeypatch.setattr("pop.calibration.exercises.CONTINUATION", 96)
     model, texts = pop.Model(random_model(config, 1), config), random_texts(1, *[384] * 8)
     plan = dataclasses.replace(PLAN, layers=(2, 3, 4))
