@@ -177,8 +177,11 @@ def importance(
             "branches": str(branches),
         }
         record = Record(resume, run)
-        if kept := record.read(["scores"]):
-            (scores,) = kept
+        for kept in record.read(["scores"]):
+            fits = (kept.dtype, kept.shape[1:]) == (scores.dtype, scores.shape[1:]) and len(kept) <= len(samples)
+            if not fits or not (kept.isfinite() & (kept >= 0)).all():
+                raise InputError(f"{resume} is not the record of such a run: its scores are broken; remove it")
+            scores = kept
         record.write({"scores": scores})  # before the work, in case the path cannot be written
     with progress_bar("importance", len(samples), "samples", progress) as step:
         step(len(scores))

@@ -3,6 +3,7 @@
 import math
 import os
 import sys
+from functools import partial
 
 import numpy as np
 import pytest
@@ -240,7 +241,14 @@ def test_a_run_continues_with_another_batch_size(model, prompts, tmp_path, monke
     assert_close(actual.prefill, importance(model, prompts, response_tokens=3, progress=False).prefill, 1e-5)
 
 
-@pytest.mark.parametrize("broken", range(7))
+def bad_scores(good):
+    """Not finite, negative, of more samples, of other layers, and integers."""
+    first = torch.zeros_like(good).index_put((torch.tensor(0),), torch.tensor(1.0, dtype=good.dtype)) > 0
+    yield from (good.masked_fill(first, value) for value in (math.nan, math.inf, -1.0))
+    yield from (torch.cat((good, good)), good[..., 1:], good.long())
+
+
+@pytest.mark.parametrize("broken", range(13))
 def test_a_broken_record_is_refused(model, tmp_path, broken):
     path = tmp_path / "run.scores"
     arguments = {"samples": [[1, 2], [3, 4]], "response_tokens": 2, "resume": path, "progress": False}
@@ -256,6 +264,7 @@ def test_a_broken_record_is_refused(model, tmp_path, broken):
         lambda: save_file({"other": good}, path, metadata=run),
         lambda: save_file({"scores": good}, path),
         lambda: save_file({"scores": good}, path, metadata={"model": run["model"]}),
+        *(partial(save_file, {"scores": bad.contiguous()}, path, metadata=run) for bad in bad_scores(good)),
     ][broken]()
     with pytest.raises(InputError, match="run.scores is not the record"):
         importance(model, **arguments)
