@@ -93,7 +93,7 @@ def attend_cache(
         return one_token_attention(q, k, v, engine.attended(at.held, at.spans), scale)
     if T == 1 or not on_cpu or q.dtype not in MULTIPLIED:
         return engine.attend_cache(q, keys, values, at, scale)
-    k, v = (keys[:, :T], values[:, :T]) if at.spans is None else engine.read(keys, values, at)
+    k, v = engine.read(keys, values, at)
     return attention_by_products(q, k, v, at.held, at.spans, at.band, scale)
 
 

@@ -50,9 +50,6 @@ def attend_cache(
     """Like pop.engine.attention.attend_cache."""
     if not is_supported(q):
         return engine.attend_cache(q, keys, values, at, scale)
-    if at.spans is None:
-        T = q.shape[1]
-        return attend(q, keys[:, :T], values[:, :T], scale).flatten(2)
     if at.held is None:
         return attend_slots(q, keys, values, at.spans, scale)
     return attend_spans(q, *engine.read(keys, values, at), at.held, at.spans, at.band, scale)

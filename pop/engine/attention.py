@@ -25,12 +25,12 @@ class AttentionMetadata(NamedTuple):
         spans       [[[4, 6], [5, 7]]]   position 6 attends 4 to 6, and position 7 attends 5 to 7
         band        [2, 2, 0, 1]         key number 2 is the first token's own
 
-    Tokens that fill an empty cache and are causal need none of the last four.
+    One token a row on a GPU needs none of the last three.
     """
 
     rope: Rope  # the tokens' rotary tables
     slots: torch.Tensor  # [B, T] int64, where their own K and V go; the spare slot S takes tokens that are not kept
-    spans: torch.Tensor | None = None  # [B, T, 2] int32, the first and the last position that each token attends
+    spans: torch.Tensor  # [B, T, 2] int32, the first and the last position that each token attends
     held: torch.Tensor | None = None  # [B, N] int32, the keys' positions, negative for none; None: see `attend_slots`
     key_slots: torch.Tensor | None = None  # [B, N] int64, the slots of the keys; None: the first N, in order
     # [4] int64 on the CPU: which key is the first token's own, how many keys before and after its own each token
@@ -52,13 +52,10 @@ def attend_cache(
 
     Even fresh tokens are read back from the cache: padded positions of k and v may hold NaN, cache slots never do.
     """
-    T = q.shape[1]
-    if at.spans is None:
-        return causal_attention(q, keys[:, :T], values[:, :T], scale, None)
     if at.held is None:
         return attend_slots(q, keys, values, at.spans, scale)
     k, v = read(keys, values, at)
-    if T == 1:
+    if q.shape[1] == 1:
         return masked_attention(q, k, v, attended(at.held, at.spans), scale)
     return attention_by_blocks(q, k, v, at.held, at.spans, at.band, scale)
 
@@ -94,7 +91,9 @@ def attention_by_blocks(
     custom operator because the number of blocks depends on lengths.
     """
     B, T, H, E = q.shape
-    own, before, after, _ = band.tolist()
+    own, before, after, is_exact = band.tolist()
+    if is_exact and not own and before >= T - 1:  # the first tokens, which need no mask
+        return causal_attention(q, k[:, :T], v[:, :T], scale, None)
     out = q.new_empty(B, T, H * E)
     for begin in range(0, T, QUERY_BLOCK):
         end = min(begin + QUERY_BLOCK, T)

@@ -5,7 +5,6 @@ are arguments, and sizes are symbols. torch compiles a size of 1 as a special ca
 
     one batch row, or several
     one token, or several                 of a chunk, or of its full-depth rows, at full depth
-    an empty cache, or a filled one       with several tokens
     up to 4096 filled slots, or more      with one token: Inductor splits longer sums
     one image, or several of one size     in a vision tower
 
@@ -133,15 +132,13 @@ class Compiled:
         def prompt(tokens: int) -> torch.Tensor:
             return torch.zeros(rows, tokens, dtype=torch.int64, device=weight.device)
 
-        def prefill(tokens: int, plan: PrunePlan, chunk_size: int) -> KVCache:
+        def prefill(plan: PrunePlan) -> None:
             cache = KVCache(config, rows, slots, dtype=weight.dtype, device=weight.device)
-            lengths = torch.full((rows,), tokens)
-            forward.prefill(self.module, prompt(tokens), cache, lengths, plan, chunk_size, warming)
-            return cache
+            forward.prefill(self.module, prompt(first), cache, torch.full((rows,), first), plan, first, warming)
 
         if refit is not None:
             refit = dataclasses.replace(refit, full_depth_first=1, full_depth_last=1, full_depth_selected=0.0)
-            prefill(first, refit, first)
+            prefill(refit)
             return
         if form == "long":  # in one layer of each kind
             h, long = self.module.embed(prompt(1)), _unlike(taken, LONG + 1)  # [B, 1, D]
@@ -161,8 +158,8 @@ class Compiled:
         cache = KVCache(config, rows, slots, dtype=weight.dtype, device=weight.device)
         cache.lengths = torch.full((rows,), usual - 1)
         forward.decode(self.module, prompt(1)[:, 0], cache, warming)
-        prefill(first, PrunePlan(tuple(range(config.num_layers))), first)
-        cache = prefill(first, PrunePlan.none(), first)
+        prefill(PrunePlan(tuple(range(config.num_layers))))
+        cache.lengths = torch.full((rows,), first)
         forward.extend(self.module, prompt(second), cache, warming)
 
 

@@ -61,7 +61,7 @@ def prefill(
     for chunk, h, hidden in _chunks(module, tokens, cache, lengths, plan, chunk_size, *options):  # noqa: B007
         latest = chunk.latest(h)
         out = latest if out is None else latest.where(chunk.has_tokens[:, None], out)  # all have tokens in the first
-    logits = stages.head(module, out)
+    logits = stages.head(module, out[:, None])[:, 0]  # of decode's shape
     cache.restore((cache.lengths + lengths, hidden, cache.rope_offsets + images.rope_offset(lengths)))
     cache.intact = True
     return logits

@@ -51,7 +51,6 @@ class Chunk:
     first_position: int  # the largest position at which a row of the chunk begins
     is_aligned: bool  # all rows with tokens begin there, and all tokens are causal
     look_ahead: int  # how many tokens after itself a token attends at most
-    is_fresh: bool  # the cache is empty and all tokens are causal, so they attend the chunk only
     # The first column that may have a full-depth token, or the one after the prompt, those of full_depth_first aside. A
     # layer with a window needs the window - 1 columns before it, and no earlier ones.
     needed_from: int
@@ -126,7 +125,6 @@ class Chunk:
             first_position=int(starts.max()),
             is_aligned=last_attended is None and bool((starts == starts[0]).all()),
             look_ahead=0 if last_attended is None else int((last_attended - positions).max()),
-            is_fresh=last_attended is None and not positions[:, 0].any(),
             needed_from=needed_from,
             ids=ids.gather(1, at),
             **dict(zip(("index", "rows", "rows_valid", "last", "last_row", "has_tokens"), moved, strict=True)),
@@ -172,14 +170,12 @@ def attention_metadata(
         ring = cache.slots(window)
         slots = torch.where(tokens.valid, tokens.positions % ring, ring)  # padding goes to the spare slot
         on_device[window, "slots"] = slots
-        if chunk is not None and chunk.is_fresh and (window is None or filled <= window):
-            continue
         before = UNBOUNDED if window is None else window - 1
         first = (own - before).clamp(min=0)
         on_device[window, "spans"] = torch.stack((first, last), dim=-1).to(torch.int32)
         if in_slots and T == 1 and ((last == own) | ~tokens.valid).all():
             continue
-        if chunk is None or chunk.is_fresh or window is None:
+        if chunk is None or window is None:
             slot = torch.arange(min(filled, ring))
             held = ends - 1 - (ends - 1 - slot) % ring  # [B, N], the latest position in each slot; negative: none
             own_key = chunk.first_position if chunk else 0

@@ -27,7 +27,7 @@ def test_text_prompts_keep_to_causal_attention_without_a_mask(monkeypatch):
     module, masked = random_model(tiny_gemma3_config(windows=(None,)), seed=3), []
 
     def watched(layer, h, keys, values, at):
-        masked.append(at.spans is not None)
+        masked.append(not at.band[-1])
         return full_layer(layer, h, keys, values, at)
 
     stages = engine.Stages(full_layer=watched)
@@ -69,7 +69,7 @@ def test_full_depth_rows_by_hand():
     assert rows(first) == [[0], [0, 2, 3]]
     assert first.tokens.valid.tolist() == [[True] * 5, [True] * 4 + [False]]
     assert (first.last.tolist(), first.last_row.tolist(), first.ends.tolist()) == ([4, 3], [-1, 2], [5, 4])
-    assert first.is_fresh and first.needed_from == 2
+    assert first.needed_from == 2
     # Nothing is left to prune in the second chunk, so its tokens run as in a kept layer.
     assert second.plan == NONE and second.full_depth.index.shape == (2, 0)
     assert second.tokens.positions[0].tolist() == [5, 6] and second.has_tokens.tolist() == [True, False]
