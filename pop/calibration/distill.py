@@ -19,7 +19,7 @@ from pop.backends.cpu import WIDENED
 from pop.calibration.exercises import Exercise, exercise
 from pop.calibration.judge import Compared, Judge, Window, pooled
 from pop.calibration.record import Record
-from pop.calibration.student import checkpointed, full_depth_rows, student, teacher
+from pop.calibration.student import full_depth_rows, student, teacher
 from pop.errors import InputError
 from pop.generation.sampling import check_finite
 from pop.pruning.plan import PrunePlan
@@ -102,14 +102,29 @@ def distillation_loss(module, vision, plan: PrunePlan, batch: Exercise, rng: ran
         states, full = teacher(module, batch.tokens.to(plan.projections.weight.device), images, plan.layers[:1])
         rows = full_depth_rows(module, plan, h := states[plan.layers[0]], cut, images)
     pruned = student(module, plan, h, rows, images)
-
-    def divergence(full, pruned):  # [N, D] each. So the logits [N, V] of one prompt are in memory, not those of all
-        p, q = (module.head(x).log_softmax(-1) for x in (full, pruned))
-        return F.kl_div(q, p, log_target=True, reduction="sum")
-
     predicted = T - cut + 1  # tokens: the continuation, and the one after it
     pairs = zip(full[:, -predicted:], pruned[:, -predicted:], strict=True)
-    return sum(checkpointed(divergence, *pair) for pair in pairs) / (B * predicted)
+    return sum(_Divergence.apply(module.head, *pair) for pair in pairs) / (B * predicted)
+
+
+class _Divergence(torch.autograd.Function):
+    """KL(full || pruned) of one prompt's hidden states [N, D] each, summed over its tokens.
+
+    The gradient is computed with the loss. So logits [N, V] are computed once, and those of one prompt are in memory.
+    """
+
+    @staticmethod
+    def forward(ctx, head, full, pruned):
+        p = head(full).log_softmax(-1)
+        with torch.enable_grad():
+            pruned = pruned.detach().requires_grad_()
+            loss = F.kl_div(head(pruned).log_softmax(-1), p, log_target=True, reduction="sum")
+        ctx.save_for_backward(*torch.autograd.grad(loss, pruned))
+        return loss.detach()
+
+    @staticmethod
+    def backward(ctx, upstream):
+        return None, None, upstream * ctx.saved_tensors[0]
 
 
 def check_gradients(model) -> None:
