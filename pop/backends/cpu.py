@@ -87,11 +87,10 @@ def attend_cache(
     q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, at: AttentionMetadata, scale: float
 ) -> torch.Tensor:
     """Like pop.engine.attention.attend_cache. When compiled, one token a row reads K and V once, in place."""
-    T, on_cpu = q.shape[1], q.device.type == "cpu"
-    if T == 1 and at.held is not None and on_cpu and torch.compiler.is_compiling():
+    if q.device.type == "cpu" and q.shape[1] == 1 and at.held is not None and torch.compiler.is_compiling():
         k, v = engine.read(keys, values, at)
         return one_token_attention(q, k, v, engine.attended(at.held, at.spans), scale)
-    if T == 1 or not on_cpu or q.dtype not in MULTIPLIED:
+    if q.shape[1] == 1 or q.device.type != "cpu" or q.dtype not in MULTIPLIED:
         return engine.attend_cache(q, keys, values, at, scale)
     k, v = engine.read(keys, values, at)
     return attention_by_products(q, k, v, at.held, at.spans, at.band, scale)

@@ -69,9 +69,6 @@ class Judge:
             full = model.module.head(h[0, cut - 1 :]).log_softmax(-1)
             self.cases.append((prompt, continuation, passage, (tokens, shown, entering), full))
 
-    def __call__(self, plan: PrunePlan) -> float:
-        return self.losses(plan).mean
-
     def losses(self, plan: PrunePlan) -> Losses:
         return pooled(self.compare(plan))
 

@@ -356,7 +356,7 @@ def _choose(fit: _Fit, judge: Judge, may_be_plain: bool, step) -> PrunePlan:
 
     @functools.cache
     def loss(*settings: float | None) -> float:
-        found = judge(refit(*settings))
+        found = judge.losses(refit(*settings)).mean
         check_finite(torch.tensor(found), "predictions on the texts")
         step(1)
         return found
