@@ -110,7 +110,7 @@ def distillation_loss(module, vision, plan: PrunePlan, batch: Exercise, rng: ran
 class _Divergence(torch.autograd.Function):
     """KL(full || pruned) of one prompt's hidden states [N, D] each, summed over its tokens.
 
-    The gradient is computed with the loss. So logits [N, V] are computed once, and those of one prompt are in memory.
+    The gradient is found with the loss, so logits [N, V] are computed once, and freed after each prompt.
     """
 
     @staticmethod

@@ -293,7 +293,8 @@ def _accumulate(model, batch: list[Window], fits: list[_Fit], number: int, modul
     """Add the tokens of a batch of windows to the sums of group `number` of each fit.
 
     One full forward pass gives the targets. Beside it, each plan has a stream from its first pruned layer to this
-    group, in which tokens skip the plan's layers. The first tokens run at full depth, and are not fitted to.
+    group, in which tokens skip the plan's layers. The first tokens run at full depth, and are not fitted to. In a pass
+    of 16-bit numbers, whose products are exact in float32, the sums of one batch are float32.
 
     module: Runs in place of the model's own.
     """
@@ -304,12 +305,12 @@ def _accumulate(model, batch: list[Window], fits: list[_Fit], number: int, modul
     position = torch.arange(tokens.shape[1], device=model.device)
     inside = position < lengths.to(model.device)[:, None]  # [B, T], not padding
     fitted = [inside & (position >= fit.plan.full_depth_first) for fit in fits]  # [B, T] each
-    depth = max(fit.depth(number) for fit in fits)
+    wide = torch.float32 if next(module.parameters()).dtype.itemsize == 2 else torch.float64
     # By number of the fit: h [B, T, D], the group's inputs [B, T, taps * D], and X [N, taps * D], those of some tokens.
     streams, inputs, fitted_inputs = {}, {}, {}
 
     def step(index, layer, h, rope, attend):
-        full = layer(h, rope, attend) if index < depth else h
+        full = layer(h, rope, attend) if any(index < fit.depth(number) for fit in fits) else h
         targets = torch.cat(layer.projected(h), dim=-1) if any(index in fit.groups[number] for fit in fits) else None
         for this, fit in enumerate(fits):
             if not fit.plan.layers[0] <= index <= fit.groups[number][-1]:
@@ -319,14 +320,15 @@ def _accumulate(model, batch: list[Window], fits: list[_Fit], number: int, modul
                 x = layer.normalised(stream)
                 inputs[this] = torch.cat((x, F.pad(x, (0, 0, 1, -1))), dim=-1) if fit.taps == 2 else x
                 if index in fit.groups[number]:
-                    X = fitted_inputs[this] = inputs[this][fitted[this]].double()
+                    X = fitted_inputs[this] = inputs[this][fitted[this]].to(wide)
                     fit.xx[index] += X.T @ X
                     fit.x[index] += X.sum(0)
+                    fit.count += len(X) if number == 0 else 0
             if index in fit.groups[number]:
                 X = fitted_inputs[this]
-                fit.xy[index] += X.T @ targets[fitted[this]].double()
+                fit.xy[index] += X.T @ targets[fitted[this]].to(wide)
                 if index in fit.updated:
-                    fit.xu[index] += X.T @ (full - stream)[fitted[this]].double()
+                    fit.xu[index] += X.T @ (full - stream)[fitted[this]].to(wide)
             elif index in fit.updates:
                 stream = stream + F.linear(inputs[this], fit.updates[index].to(stream.dtype))
             if index in fit.plan.layers:
@@ -337,8 +339,6 @@ def _accumulate(model, batch: list[Window], fits: list[_Fit], number: int, modul
         return full
 
     module.through_layers(tokens.to(model.device), images, step)
-    for fit, mask in zip(fits, fitted, strict=True):
-        fit.count += int(mask.sum()) if number == 0 else 0
 
 
 def _choose(fit: _Fit, judge: Judge, may_be_plain: bool, step) -> PrunePlan:
