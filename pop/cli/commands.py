@@ -295,7 +295,7 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
         add("--no-compile", help="run eagerly", dest="compile", action="store_const", const=False, default="auto")
 
     def prune_options(add, with_last: bool = True) -> None:
-        text = "the layers that prefill skips: default (the deepest third), none, a fraction, or a saved plan's path"
+        text = "the layers prefill skips: default (the deepest third), none, a fraction, or a saved plan's path or name"
         add("--prune", help=text, default="default", metavar="P")
         if with_last:
             integer(add, "--full-depth-last", "how many last tokens of a prompt run all layers; default: the plan's")

@@ -8,6 +8,7 @@ import json
 import math
 import os
 from itertools import groupby
+from pathlib import Path
 
 from safetensors import SafetensorError
 from safetensors.torch import save
@@ -19,6 +20,7 @@ from pop.system import __version__, files
 SELECTING = 8  # the last tokens of a prompt, which select others by their attention
 POOLED = 12  # tokens whose scores are averaged: a token and those before it
 RECORD = 10_000  # the most characters of `about` as JSON
+SHIPPED = Path(__file__).parents[1] / "data/plans"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,7 +88,7 @@ class PrunePlan:
 
     @classmethod
     def of(cls, prune, num_layers: int) -> PrunePlan:
-        """The plan for "default", None, a fraction of the layers, the path of a saved plan, or a plan that fits.
+        """The plan for "default", None, a fraction of the layers, a saved plan as in `load`, or a plan that fits.
 
         As on the command line, "none" stands for None, and a number may be text. An integer other than 0 is refused:
         1 could mean one layer or all layers.
@@ -103,9 +105,9 @@ class PrunePlan:
             return cls.deepest(num_layers, 1 / 3)
         if isinstance(prune, float) or (type(prune) is int and prune == 0):
             return cls.deepest(num_layers, prune)
-        if isinstance(prune, (str, os.PathLike)) and os.path.isfile(os.path.expanduser(prune)):
-            return cls.load(prune).check(num_layers)
-        kinds = "'default', 'none', a share of the layers (1/3, or 1.0 for all), a saved plan's path, or a PrunePlan"
+        if isinstance(prune, (str, os.PathLike)) and os.path.isfile(path := _saved(prune)):
+            return cls.load(path).check(num_layers)
+        kinds = "'default', 'none', a share of layers (1/3, or 1.0 for all), a saved plan's path or name, a PrunePlan"
         raise PlanError(f"the plan is {prune!r:.200}; it must be {kinds}")
 
     def check(self, num_layers: int) -> PrunePlan:
@@ -160,8 +162,11 @@ class PrunePlan:
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> PrunePlan:
-        """Read a plan that `save` has written, with projections on the CPU. Raises PlanError for any other file."""
-        if not isinstance(path, (str, os.PathLike)) or not os.path.isfile(path := os.path.expanduser(path)):
+        """Read a plan that `save` has written, with projections on the CPU. Raises PlanError for any other file.
+
+        path: A file, or the name of a plan that ships with the package, such as "smollm2-135m-third".
+        """
+        if not isinstance(path, (str, os.PathLike)) or not os.path.isfile(path := _saved(path)):
             raise PlanError(f"there is no plan file {path}; write one with plan.save(path)")
         try:
             try:
@@ -177,6 +182,12 @@ class PrunePlan:
             return cls(**fields)
         except (PlanError, OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             raise PlanError(f"{path} is not a pruning plan ({error}); write one with plan.save(path)") from None
+
+
+def _saved(path: str | os.PathLike) -> str | Path:
+    """The path of a saved plan. A name without a file stands for a plan that ships with the package."""
+    path, shipped = os.path.expanduser(path), SHIPPED / f"{path}.plan"
+    return path if os.path.isfile(path) or os.path.dirname(path) or not os.path.isfile(shipped) else shipped
 
 
 def _copied(about) -> dict:

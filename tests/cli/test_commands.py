@@ -327,7 +327,7 @@ def test_the_help_says_what_prune_takes(command, capsys):
         main([command, "--help"])
     words = " ".join(capsys.readouterr().out.split())
     assert exit.value.code == 0
-    assert "default (the deepest third), none, a fraction, or a saved plan's path" in words
+    assert "default (the deepest third), none, a fraction, or a saved plan's path or name" in words
     if command in ("generate", "chat"):  # they have many options: in groups, what is meant first
         titles = [words.index(f" {title}: ") for title in ("model", "pruning", "answer", "prompt")]
         assert titles == sorted(titles) and words.index("NAME_OR_DIR a name") > titles[0]

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import os
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -134,6 +135,22 @@ def test_what_stands_for_a_plan(tmp_path, monkeypatch):
 def test_what_does_not_stand_for_a_plan_is_refused(wrong):
     with pytest.raises(PlanError):
         PrunePlan.of(wrong, 6)
+
+
+def test_a_plan_that_ships_with_the_package_is_known_by_its_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    name, plan = "smollm2-135m-third", PrunePlan((1,))
+    shipped = PrunePlan.load(name)
+    assert shipped.layers == (*range(20, 30),)
+    assert PrunePlan.of(name, 30) == PrunePlan.of(Path(name), 30) == shipped
+    plan.save("here.plan")
+    for path in (f"./{name}", f"{name}.plan", "here"):
+        with pytest.raises(PlanError):
+            PrunePlan.load(path)
+        with pytest.raises(PlanError):
+            PrunePlan.of(path, 30)
+    plan.save(name)  # a file of the user's comes first
+    assert PrunePlan.load(name) == PrunePlan.of(name, 30) == plan
 
 
 @pytest.mark.parametrize("one", [1, "1", 2, -1, True, False])

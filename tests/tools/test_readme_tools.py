@@ -60,6 +60,7 @@ def tiny_world(tmp_path, monkeypatch):
     (tmp_path / "tools" / "figures").mkdir(parents=True)
     (tmp_path / "pop" / "data" / "plans").mkdir(parents=True)
     (tmp_path / "tools" / "evaluate").mkdir()
+    monkeypatch.setattr("pop.pruning.plan.SHIPPED", tmp_path / "pop" / "data" / "plans")
     for name in ("third", "14"):  # the plans of SmolLM2's layers do not fit the tiny model
         PrunePlan.deepest(5, 1 / 5).save(tmp_path / "pop" / "data" / "plans" / f"smollm2-135m-{name}.plan")
     for name in ("spread", "gemma"):
