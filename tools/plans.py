@@ -1,4 +1,4 @@
-"""Make the plans of SmolLM2-135M that ship with the package: `python -m tools.plans third`, or `14`.
+"""Make distilled plans of SmolLM2-135M: `python -m tools.plans third`, or `14`, which ship with the package, or `18`.
 
 They are distilled on the built-in texts, and on parts of Python's documentation and standard library as the running
 interpreter has them. So another version of Python gives other plans. --resume keeps unfinished work.
@@ -21,7 +21,11 @@ HELD_OUT = 16  # windows
 CHARACTERS = 4000  # of each text of Python's
 DOCUMENTS, MODULES = 24, 36
 # name: the pruned layers, the rank, steps of distillation, and then the share of selected tokens
-PLANS = {"third": (tuple(range(20, 30)), 240, 400, 0.1), "14": ((10, 12, 14, *range(19, 30)), 128, 350, 0.07)}
+PLANS = {
+    "third": (tuple(range(20, 30)), 240, 400, 0.1),
+    "14": ((10, 12, 14, *range(19, 30)), 128, 350, 0.07),
+    "18": ((5, 6, 8, 9, 11, 12, 14, *range(19, 30)), 160, 350, 0.0),
+}
 
 
 def python_texts(seed: int = 0) -> list[str]:
