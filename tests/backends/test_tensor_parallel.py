@@ -17,14 +17,14 @@ from safetensors.torch import load_file
 from support.compiler import requires_compiler
 from support.meta_files import from_meta
 from support.meta_files import load as load_whole
-from support.parallel_worker import LENGTHS, PROMPT, THOROUGH, run
+from support.parallel_worker import LENGTHS, PROMPT, THOROUGH, lost_by_taps, run
 from support.readme import READMES, blocks
 from support.tiny import hf_config, tiny_config, write_weights
 from support.tiny_chat import write_chat_checkpoint
 
 import pop
 from pop.backends.tensor_parallel import Part, bytes_per_device, join
-from pop.calibration.refit import Judge
+from pop.calibration.judge import Judge
 from pop.checkpoints.config_json import read_config
 from pop.checkpoints.registry import lookup
 from pop.checkpoints.weights import VISION, load_weights
@@ -222,7 +222,7 @@ def test_several_processes_calibrate_as_one_does(ranks, folder):
 
 
 def test_several_processes_find_and_use_the_low_rank_corrections_of_one(ranks, folder, monkeypatch):
-    monkeypatch.setattr(Judge, "__call__", lambda self, plan: -plan.projections.taps)  # as in the processes
+    monkeypatch.setattr(Judge, "losses", lost_by_taps)  # as in the processes
     model = pop.load(folder / "llama")
     texts = torch.randint(67, (6, 40), generator=torch.Generator().manual_seed(0)).tolist()
     plan = pop.calibrate(model, texts, pop.PrunePlan((2, 3, 4)), rank=9, progress=False)

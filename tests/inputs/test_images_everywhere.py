@@ -238,7 +238,8 @@ def test_calibration_with_images(model, monkeypatch):
     result = pop.calibrate(model, windows, plan, images=rows, progress=False, seed=1)
     assert any(ones for _, ones in judged)
     judge = Judge(model, list(judged))
-    assert judge(result) <= judge(dataclasses.replace(plan, full_depth_first=1)) * (1 + 1e-4)
+    plain = judge.losses(dataclasses.replace(plan, full_depth_first=1)).mean
+    assert judge.losses(result).mean <= plain * (1 + 1e-4)
     answer = model.generate(windows[2], images=rows[2], plan=result, max_new_tokens=3)
     assert len(answer.tokens) == 3
     with pytest.raises(InputError, match="the text has tokens"):

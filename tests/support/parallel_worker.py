@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 import pop
 from pop import engine
 from pop.backends.tensor_parallel import end
-from pop.calibration.refit import Judge
+from pop.calibration.judge import Judge, Losses
 from pop.checkpoints import weights as checkpoint
 from pop.engine import compile
 
@@ -64,6 +64,11 @@ def compiled(model: pop.Model) -> torch.Tensor:
     return engine.decode(model.module, torch.tensor([3, 8]), cache, stages)
 
 
+def lost_by_taps(judge: Judge, plan: pop.PrunePlan) -> Losses:
+    """Two taps are better than one. Plain pruning would have one, and no codes."""
+    return Losses(-plan.projections.taps, -plan.projections.taps, 0.0)
+
+
 def main(folder: Path) -> None:
     read = []
     steps = checkpoint._steps
@@ -92,7 +97,7 @@ def main(folder: Path) -> None:
             texts = torch.randint(67, (6, 40), generator=torch.Generator().manual_seed(0)).tolist()
             plan = pop.calibrate(model, texts, pop.PrunePlan((1, 3, 4)), progress=False)
             found[f"{name}/refit"], found[f"{name}/update"] = plan.projections.weight, plan.projections.update
-            Judge.__call__ = lambda self, plan: -plan.projections.taps  # plain pruning would have one tap, and no codes
+            Judge.losses = lost_by_taps
             low = pop.calibrate(model, texts, pop.PrunePlan((2, 3, 4)), rank=9, progress=False)
             found[f"{name}/corrections"] = low.projections.weight @ low.projections.shared
             found[f"{name}/low rank"] = model.prefill([texts[0]], model.new_cache(1, 40), plan=low)
