@@ -124,7 +124,7 @@ def plot(result: dict, kind: str) -> bytes:
     with matplotlib.rc_context(settings):
         shares = {name: row["share"] for name, row in retrieval["rows"].items()}
         two = any(shares.values())
-        figure = Figure(figsize=(7, 7 if two else 4.6), layout="constrained")
+        figure = Figure(figsize=(7, 7.6 if two else 5), layout="constrained")
         panels = figure.subplots(1 + two, sharex=True, squeeze=False)[:, 0]
         _draw(panels[0], result, {name: row["kl"] for name, row in text["rows"].items()})
         panels[0].set(yscale="log", ylabel="KL(full || pruned), nats a token")
@@ -146,7 +146,7 @@ def plot(result: dict, kind: str) -> bytes:
             fontsize=10,
         )
         handles = panels[0].get_legend_handles_labels()
-        figure.legend(*handles, loc="outside lower center", ncols=2, frameon=False)
+        figure.legend(*handles, loc="outside lower center", frameon=False)
         drawn = io.BytesIO()
         figure.savefig(drawn, format=kind, dpi=144, metadata={"Date": None} if kind == "svg" else None)
         return drawn.getvalue()
