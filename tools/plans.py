@@ -59,7 +59,7 @@ def main() -> None:
     model = pop.load("smollm2-135m", compile=False, prune=None)
     plan, texts = pop.PrunePlan(layers, full_depth_last=LAST), builtin_texts() + python_texts()
     plan = pop.calibrate(model, texts, plan, rank=rank, steps=steps, held_out=HELD_OUT, resume=options.resume)
-    plan = selecting(model, plan, selected)
+    plan = selecting(model, plan, selected) if selected else plan
     plan.save(options.out or ROOT / f"pop/data/plans/smollm2-135m-{options.plan}.plan")
     print(plan.about)
 

@@ -102,29 +102,16 @@ def distillation_loss(module, vision, plan: PrunePlan, batch: Exercise, rng: ran
         states, full = teacher(module, batch.tokens.to(plan.projections.weight.device), images, plan.layers[:1])
         rows = full_depth_rows(module, plan, h := states[plan.layers[0]], cut, images)
     pruned = student(module, plan, h, rows, images)
+
+    def divergence(full, pruned):  # [N, D] each. The gradient comes with the loss, so no logits [N, V] are kept for it
+        x, p = pruned.detach().requires_grad_(), module.head(full).log_softmax(-1)
+        loss = F.kl_div(module.head(x).log_softmax(-1), p, log_target=True, reduction="sum")
+        (gradient,) = torch.autograd.grad(loss, x)
+        return loss.detach() + (gradient * (pruned - x.detach())).sum()  # 0, with this gradient
+
     predicted = T - cut + 1  # tokens: the continuation, and the one after it
     pairs = zip(full[:, -predicted:], pruned[:, -predicted:], strict=True)
-    return sum(_Divergence.apply(module.head, *pair) for pair in pairs) / (B * predicted)
-
-
-class _Divergence(torch.autograd.Function):
-    """KL(full || pruned) of one prompt's hidden states [N, D] each, summed over its tokens.
-
-    The gradient is found with the loss, so logits [N, V] are computed once, and freed after each prompt.
-    """
-
-    @staticmethod
-    def forward(ctx, head, full, pruned):
-        p = head(full).log_softmax(-1)
-        with torch.enable_grad():
-            pruned = pruned.detach().requires_grad_()
-            loss = F.kl_div(head(pruned).log_softmax(-1), p, log_target=True, reduction="sum")
-        ctx.save_for_backward(*torch.autograd.grad(loss, pruned))
-        return loss.detach()
-
-    @staticmethod
-    def backward(ctx, upstream):
-        return None, None, upstream * ctx.saved_tensors[0]
+    return sum(divergence(*pair) for pair in pairs) / (B * predicted)
 
 
 def check_gradients(model) -> None:

@@ -8,7 +8,6 @@ import json
 import math
 import os
 from itertools import groupby
-from pathlib import Path
 
 from safetensors import SafetensorError
 from safetensors.torch import save
@@ -20,7 +19,7 @@ from pop.system import __version__, files
 SELECTING = 8  # the last tokens of a prompt, which select others by their attention
 POOLED = 12  # tokens whose scores are averaged: a token and those before it
 RECORD = 10_000  # the most characters of `about` as JSON
-SHIPPED = Path(__file__).parents[1] / "data/plans"
+SHIPPED = os.path.join(os.path.dirname(os.path.dirname(__file__)), "data", "plans")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -184,9 +183,9 @@ class PrunePlan:
             raise PlanError(f"{path} is not a pruning plan ({error}); write one with plan.save(path)") from None
 
 
-def _saved(path: str | os.PathLike) -> str | Path:
+def _saved(path: str | os.PathLike) -> str:
     """The path of a saved plan. A name without a file stands for a plan that ships with the package."""
-    path, shipped = os.path.expanduser(path), SHIPPED / f"{path}.plan"
+    path, shipped = os.path.expanduser(path), os.path.join(SHIPPED, f"{path}.plan")
     return path if os.path.isfile(path) or os.path.dirname(path) or not os.path.isfile(shipped) else shipped
 
 
