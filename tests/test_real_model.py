@@ -111,9 +111,9 @@ def test_cost_of_pruning_a_third(model):
 # The largest change of perplexity, the largest KL in nats, and the least share of equal likeliest tokens, by the number
 # of pruned layers: as the plan ships, and with nothing but the first and the last token at full depth.
 BOUNDS = {
-    (10, "as it ships"): (0.01, 0.012, 0.94),
+    (10, "as it ships"): (0.01, 0.009, 0.95),
     (10, "bare"): (0.015, 0.02, 0.92),
-    (14, "as it ships"): (0.02, 0.033, 0.89),
+    (14, "as it ships"): (0.01, 0.026, 0.9),
     (14, "bare"): (0.03, 0.053, 0.86),
 }
 WINDOWS = 2  # of each domain
@@ -122,7 +122,7 @@ WINDOWS = 2  # of each domain
 def test_cost_of_the_plans_that_ship(model):
     """The bounds hold over all windows of prose, speech and code that calibration never saw.
 
-    In the order of BOUNDS, perplexity changes by 0.0, 0.1, 0.0 and 1.4 %, and the KLs are 0.009, 0.016, 0.028 and
+    In the order of BOUNDS, perplexity changes by 0.1, 0.1, -0.2 and 1.4 %, and the KLs are 0.007, 0.016, 0.022 and
     0.045. Without refit projections, a third has a KL of 0.126.
     """
     contenders = [Contender("full", model, pop.PrunePlan.none())]

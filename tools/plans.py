@@ -16,15 +16,15 @@ import pop
 from pop.calibration.refit import LENGTHS, builtin_texts
 from tools.common import ROOT, exit_status
 
-LAST = 32  # tokens at full depth
+LAST = 32  # tokens at full depth in distillation
 HELD_OUT = 16  # windows
 CHARACTERS = 4000  # of each text of Python's
 DOCUMENTS, MODULES = 24, 36
-# name: the pruned layers, the rank, steps of distillation, and then the share of selected tokens
+# name: the pruned layers, the rank, steps of distillation, and then the last tokens and the share of selected ones
 PLANS = {
-    "third": (tuple(range(20, 30)), 240, 400, 0.1),
-    "14": ((10, 12, 14, *range(19, 30)), 128, 350, 0.07),
-    "18": ((5, 6, 8, 9, 11, 12, 14, *range(19, 30)), 160, 350, 0.0),
+    "third": (tuple(range(20, 30)), 240, 400, 96, 0.06),
+    "14": ((10, 12, 14, *range(19, 30)), 128, 350, 64, 0.05),
+    "18": ((5, 6, 8, 9, 11, 12, 14, *range(19, 30)), 160, 350, 64, 0.01),
 }
 
 
@@ -40,12 +40,12 @@ def python_texts(seed: int = 0) -> list[str]:
     return texts
 
 
-def selecting(model, plan: pop.PrunePlan, share: float) -> pop.PrunePlan:
-    """The plan with a share of selected tokens. Its record keeps the loss without them."""
-    plan = dataclasses.replace(plan, full_depth_selected=share)
+def with_full_depth(model, plan: pop.PrunePlan, last: int, share: float) -> pop.PrunePlan:
+    """The plan with more last tokens and a share of selected ones. Its record keeps the loss without them."""
+    plan = dataclasses.replace(plan, full_depth_last=last, full_depth_selected=share)
     limits = {f"{length} tokens": round(plan.speedup(model, length), 3) for length in LENGTHS}
-    about = plan.about | {"full_depth_selected": f"{share}, since the loss was measured", "speedup_limit": limits}
-    return dataclasses.replace(plan, about=about)
+    changed = f"last {last} tokens and a share of {share}, since the loss was measured"
+    return dataclasses.replace(plan, about=plan.about | {"full_depth": changed, "speedup_limit": limits})
 
 
 def main() -> None:
@@ -55,11 +55,11 @@ def main() -> None:
     parser.add_argument("--out", help="default: its place in the package")
     parser.add_argument("--resume", help="a file that keeps unfinished work")
     options = parser.parse_args()
-    layers, rank, steps, selected = PLANS[options.plan]
+    layers, rank, steps, last, share = PLANS[options.plan]
     model = pop.load("smollm2-135m", compile=False, prune=None)
     plan, texts = pop.PrunePlan(layers, full_depth_last=LAST), builtin_texts() + python_texts()
     plan = pop.calibrate(model, texts, plan, rank=rank, steps=steps, held_out=HELD_OUT, resume=options.resume)
-    plan = selecting(model, plan, selected) if selected else plan
+    plan = with_full_depth(model, plan, last, share)
     plan.save(options.out or ROOT / f"pop/data/plans/smollm2-135m-{options.plan}.plan")
     print(plan.about)
 
