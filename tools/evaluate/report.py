@@ -152,8 +152,8 @@ def plot(result: dict, kind: str) -> bytes:
         return drawn.getvalue()
 
 
-_COLOURS = ("#d1495b", "#00798c", "#2e4057", "#edae49", "#8d6a9f", "#66a182", "#888888")
-_MARKERS = "osD^vPX"
+_COLOURS = ("#d1495b", "#00798c", "#2e4057", "#edae49", "#8d6a9f", "#66a182", "#888888", "#a0522d")
+_MARKERS = "osD^vPX*<"  # one more than colours: pairs come back late
 
 
 def _draw(axes, result: dict, values: dict[str, dict]) -> None:
