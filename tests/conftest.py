@@ -44,6 +44,15 @@ def small_query_blocks():
         yield
 
 
+@pytest.fixture(scope="module")
+def short_averages():
+    """Scores for selecting tokens are averages over three tokens, so that those of a tiny prompt differ."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("engine.selection", "pruning.reference"):
+            patch.setattr(f"pop.{name}.POOLED", 3)
+        yield
+
+
 @pytest.fixture
 def float32_products(monkeypatch):
     """The CPU's attention_by_products also for float32, on all processors, in blocks of three queries and few heads."""

@@ -122,6 +122,7 @@ def test_tokens_that_the_device_selects_are_at_full_depth(family, dtype, device)
     """In one chunk, which waits for nothing, and in several."""
     model, naive = make(family, dtype, device)
     plan, tokens, lengths = pop.PrunePlan(LAYERS, 2, 1, full_depth_selected=0.3), random_tokens(2, 43), [43, 12]
+    plan = dataclasses.replace(plan, selecting_layer=LAYERS[-1] - 1)
     for model.chunk_size in (64, CHUNK):
         cache = model.new_cache(2, 48)
         waits = torch.cuda.set_sync_debug_mode if device.type == "cuda" and model.chunk_size == 64 else lambda _: None
@@ -133,7 +134,7 @@ def test_tokens_that_the_device_selects_are_at_full_depth(family, dtype, device)
                 waits("default")
         for row, n in enumerate(lengths):
             full_depth = full_depth_tokens(plan, n, n, found[0][row].cpu())
-            assert full_depth.sum() == 3 + int(0.3 * (n - 3))
+            assert full_depth[-1].sum() == 3 + int(0.3 * (n - 3))
             assert_equal(logits[row], reference.forward(naive, tokens[row, :n], full_depth, plan)[0][-1], dtype)
 
 

@@ -112,6 +112,12 @@ def add_up(numbers: torch.Tensor) -> torch.Tensor:
     return numbers
 
 
+def largest(numbers: torch.Tensor) -> torch.Tensor:
+    """Replace numbers by their maxima over the ranks, and return them."""
+    dist.all_reduce(numbers, dist.ReduceOp.MAX)
+    return numbers
+
+
 class Part:
     """The part of a model that one rank holds: `rank` of `size`. Raises InputError if `size` does not divide H."""
 
@@ -152,7 +158,7 @@ class Part:
         """Build the rank's model on the meta device, and fill `shards` and `num_parameters`."""
         with torch.device("meta"):
             model = models.build(self.config)
-        model.sum_over_processes = add_up
+        model.sum_over_processes, model.largest_of_processes = add_up, largest
         for name, module in model.named_modules():
             kind = name.rpartition(".")[2]
             if kind not in PARALLEL or name.startswith(VISION):

@@ -19,7 +19,7 @@ from pop.backends.cpu import WIDENED
 from pop.calibration.exercises import Exercise, exercise
 from pop.calibration.judge import Compared, Judge, Window, pooled
 from pop.calibration.record import Record
-from pop.calibration.student import full_depth_rows, student, teacher
+from pop.calibration.student import first_layer, student, teacher
 from pop.errors import InputError
 from pop.generation.sampling import check_finite
 from pop.pruning.plan import PrunePlan
@@ -99,9 +99,8 @@ def distillation_loss(module, vision, plan: PrunePlan, batch: Exercise, rng: ran
     plan = rng.choice((plan, dataclasses.replace(plan, full_depth_last=1, full_depth_selected=0.0)))
     with torch.no_grad():
         images = vision.images(module, batch.media, batch.tokens, torch.full((B,), T))
-        states, full = teacher(module, batch.tokens.to(plan.projections.weight.device), images, plan.layers[:1])
-        rows = full_depth_rows(module, plan, h := states[plan.layers[0]], cut, images)
-    pruned = student(module, plan, h, rows, images)
+        states, full = teacher(module, batch.tokens.to(plan.projections.weight.device), images, [first_layer(plan)])
+    pruned = student(module, plan, states[first_layer(plan)], cut, images)
 
     def divergence(full, pruned):  # [N, D] each. The gradient comes with the loss, so no logits [N, V] are kept for it
         x, p = pruned.detach().requires_grad_(), module.head(full).log_softmax(-1)

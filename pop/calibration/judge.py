@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from pop.calibration.student import full_depth_rows, student, teacher
+from pop.calibration.student import first_layer, student, teacher
 from pop.inputs.processors import Prepared
 from pop.pruning.plan import PrunePlan
 
@@ -48,7 +48,7 @@ class Judge:
     The prompt is two thirds of a window's first 384 tokens, or more up to its last image. The next 128 tokens are the
     continuation. A passage of the prompt follows, again.
 
-    The h that enters a plan's first pruned layer is kept. One full pass gives it for `plans`; others need one each.
+    The h that enters a plan's `first_layer` is kept. One full pass gives it for `plans`; others need one each.
     """
 
     @torch.no_grad()
@@ -65,7 +65,7 @@ class Judge:
             continuation = continuation[:room]
             tokens = torch.tensor([prompt + continuation + passage[:-1]])
             shown = model.vision.images(model.module, [media], tokens, torch.tensor([tokens.shape[1]]))
-            entering, h = teacher(model.module, tokens.to(model.device), shown, {plan.layers[0] for plan in plans})
+            entering, h = teacher(model.module, tokens.to(model.device), shown, {first_layer(plan) for plan in plans})
             full = model.module.head(h[0, cut - 1 :]).log_softmax(-1)
             self.cases.append((prompt, continuation, passage, (tokens, shown, entering), full))
 
@@ -88,12 +88,11 @@ class Judge:
 
     def _log_probs(self, plan: PrunePlan, cut: int, tokens, images, entering: dict[int, torch.Tensor]) -> torch.Tensor:
         """Log-probabilities [N + 1, V] of the N tokens after the prompt, and of the next one."""
-        module, first = self.model.module, plan.layers[0]
+        module, first = self.model.module, first_layer(plan)
         if first not in entering:
             entering |= teacher(module, tokens.to(self.model.device), images, [first])[0]
-        rows = full_depth_rows(module, plan, entering[first], cut, images)
-        h = student(module, plan, entering[first], rows, images)
-        return module.head(h[0, cut - 1 - tokens.shape[1] :]).log_softmax(-1)
+        h = student(module, plan, entering[first], cut, images)
+        return module.head(h[0, cut - 1 :]).log_softmax(-1)
 
 
 def pooled(compared: Sequence[Compared]) -> Losses:

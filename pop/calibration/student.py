@@ -1,7 +1,8 @@
 """The full pass and the pruned one, teacher and student, with all that many pruned passes of one text share.
 
-One full pass gives p, the teacher's predictions. It also gives h at the first pruned layer r, which is the same in a
-pruned pass. From there on the student carries only the full-depth rows f through the pruned layers:
+One full pass gives p, the teacher's predictions. It also gives h at layer r: the first pruned layer, or the selecting
+layer if that is below it. This h is the same in a pruned pass. From there on the student carries only the full-depth
+rows f through the pruned layers:
 
     h, all tokens     ──── layers before r ────┬──── layers from r on ─────────────────► p      no gradients
                                                └── x ── W_l, b_l ── K, V of layer l
@@ -41,37 +42,27 @@ def teacher(module, tokens: torch.Tensor, images: TextOnly, layers) -> tuple[dic
     return entering, h
 
 
-def full_depth_rows(module, plan: PrunePlan, h: torch.Tensor, cut: int, images: TextOnly) -> torch.Tensor:
-    """Which tokens run at full depth, [B, R] int64 in order: those of the plan in the prompts, and what follows `cut`.
-
-    h [B, T, D] enters the first pruned layer.
-    """
-    B, T, _ = h.shape
-    full_depth = full_depth_tokens(cut, T, dataclasses.replace(plan, full_depth_selected=0.0)).expand(B, -1)
-    others = ~full_depth[:, :cut]
-    count = plan.num_selected(int(others[0].sum()))
-    rotary = images.rotary(torch.arange(cut).expand(B, -1))
-    selected = select(module, plan, h[:, :cut], rotary, torch.full((B,), cut), others, torch.full((B,), count))
-    R, full_depth = int(full_depth[0].sum()) + count, full_depth.to(h.device) | F.pad(selected, (0, T - cut))
-    return (~full_depth).to(torch.uint8).argsort(dim=1, stable=True)[:, :R]  # full-depth tokens first, in order
+def first_layer(plan: PrunePlan) -> int:
+    """Where the student begins: at the first pruned layer, or at the selecting layer if that is below it."""
+    return min(plan.layers[0], plan.selects_at)
 
 
-def student(module, plan: PrunePlan, h, rows, images: TextOnly) -> torch.Tensor:
-    """The pass of pop/pruning/reference.py from the first pruned layer on, in the dtype of h.
+def student(module, plan: PrunePlan, h, cut: int, images: TextOnly) -> torch.Tensor:
+    """The pass of pop/pruning/reference.py from `first_layer` on, in the dtype of h.
 
     Args:
         module, plan: As above. The projections may be in any dtype.
-        h: [B, T, D], enters the first pruned layer.
-        rows: [B, R] int64, which tokens run at full depth, in order.
+        h: [B, T, D], enters `first_layer`.
+        cut: The length of the prompts. All later tokens run at full depth.
 
     Returns:
-        [B, R, D] after the last layer.
+        [B, T, D] after the last layer, meaningless at pruned tokens.
     """
     B, T, _ = h.shape
-    at = torch.arange(B, device=h.device)[:, None], rows
     positions = torch.arange(T, device=h.device).expand(B, -1)  # [B, T]
     last_attended, ropes = images.last_attended(positions), module.rope(images.rotary(positions))
-    masks = {window: causal_mask(T, window, last_attended, h.device).expand(B, -1, -1)[at] for window in ropes}
+    by_position = full_depth_tokens(cut, T, dataclasses.replace(plan, full_depth_selected=0.0)).expand(B, -1)
+    full_depth = by_position.to(h.device)  # [B, T]
     if (refit := plan.projections) is not None:
         refit = refit.replaced({name: x.to(h.dtype) for name, x in refit.tensors.items()})
 
@@ -82,10 +73,23 @@ def student(module, plan: PrunePlan, h, rows, images: TextOnly) -> torch.Tensor:
         k, v = (old.index_put(at, new) for old, new in zip(of_prompt, (k, v), strict=True))  # [B, T, K, E]
         return masked_attention(q, k, v, masks[layer.window], layer.scale)
 
+    @torch.no_grad()
+    def chosen(index, h):  # [B, T] bool, the full-depth tokens from a layer on
+        if index != plan.selects_at:
+            return full_depth
+        rotary, others = images.rotary(torch.arange(cut).expand(B, -1)), ~by_position[:, :cut]
+        count = torch.full((B,), plan.num_selected(int(others[0].sum())))
+        selected = select(module, plan, h[:, :cut], rotary, torch.full((B,), cut), others, count)
+        return full_depth | F.pad(selected, (0, T - cut))
+
     for is_pruned, group in plan.groups(len(module.layers), module.deepstack_layers):
-        if group[0] < plan.layers[0]:
+        group = [index for index in group if index >= first_layer(plan)]
+        if not group:
             continue
         if is_pruned:
+            full_depth = chosen(group[0], h)
+            at = full_depth.nonzero().view(B, -1, 2).unbind(-1)  # [B, R] each: as many in each row
+            masks = {window: causal_mask(T, window, last_attended, h.device).expand(B, -1, -1)[at] for window in ropes}
             if refit is not None:
                 x = module.layers[group[0]].normalised(h)
                 x = refit.inputs(x, torch.zeros_like(x[:, 0]), group[0])
@@ -102,7 +106,7 @@ def student(module, plan: PrunePlan, h, rows, images: TextOnly) -> torch.Tensor:
             h = passed.index_put(at, f)
         else:
             for index in group:
-                layer = module.layers[index]
+                full_depth, layer = chosen(index, h), module.layers[index]
                 h = checkpointed(layer, h, ropes[layer.window], attend)
         h = images.add_deepstack(h, group[-1])
-    return h[at]
+    return h

@@ -138,6 +138,7 @@ def compare(model, prompt: list[int], plans: Iterable, story: str, *, max_new_to
             "full_depth_last": plan.full_depth_last,
             "full_depth_first": plan.full_depth_first,
             "full_depth_selected": plan.full_depth_selected,
+            "selecting_layer": plan.selecting_layer,
             "taps": plan.projections.taps if plan.projections else None,
             "prefill_flops": prefill_flops(model.config, len(prompt), plan),
             "ttft_s": times[0],

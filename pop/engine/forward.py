@@ -108,8 +108,8 @@ def _chunks(
 ) -> Iterator[tuple[Chunk, torch.Tensor, torch.Tensor]]:
     """Yield each chunk, its h [B, C, D] after the last layer, and the rows' latest hidden states [L, B, D].
 
-    A plan that selects tokens needs the last token's state at the first pruned layer. So all chunks run up to that
-    layer before the first one runs on.
+    A plan that selects tokens needs the last token's state at the selecting layer. So all chunks run up to that layer
+    before the first one runs on.
     """
     chunk_size = min(chunk_size, cache.chunk_size)
     hidden = cache.previous_hidden
@@ -122,10 +122,11 @@ def _chunks(
     L, bounds = len(module.layers), list(chunk_bounds(lengths, chunk_size, images))
     first, selection, entering = 0, (), None
     if any(counts):
-        (B, T), first = full_depth.shape, plan.layers[0]
+        (B, T), first = full_depth.shape, plan.selects_at
+        below = plan if first > plan.layers[0] else PrunePlan.none()
         rows = torch.arange(B, device=cache.device)[:, None]
         for begin, end in bounds:
-            chunk = Chunk.of(cache, tokens, lengths, begin, end, PrunePlan.none(), images, full_depth)
+            chunk = Chunk.of(cache, tokens, lengths, begin, end, below, images, full_depth)
             h, hidden = _run_chunk(module, cache, hidden, chunk, stages, range(first))
             entering = h.new_zeros(B, T + 1, h.shape[2]) if entering is None else entering
             entering[rows, chunk.index] = h

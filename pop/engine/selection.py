@@ -16,19 +16,19 @@ from pop.system.memory import to_device
 def select(module, plan: PrunePlan, h, rotary, lengths, others, counts) -> torch.Tensor:
     """Select `counts` [B] of the tokens `others` [B, T] bool of prompts: [B, T] bool, on the device of h.
 
-    h [B, T, D] enters the first pruned layer. `rotary` are the rotary positions [B, T], or [3, B, T] by axis. These and
+    h [B, T, D] enters the selecting layer. `rotary` are the rotary positions [B, T], or [3, B, T] by axis. These and
     the prompts' `lengths` [B] are on the CPU.
     """
     rotary, lengths, others, counts = to_device([rotary, lengths, others, counts], h.device)
-    layer = module.layers[plan.layers[0]]
-    received = module.sum_over_processes(attention_received(layer, h, module.rope(rotary)[layer.window], lengths))
+    layer = module.layers[plan.selects_at]
+    received = module.largest_of_processes(attention_received(layer, h, module.rope(rotary)[layer.window], lengths))
     scores = F.avg_pool1d(F.pad(received[:, None], (POOLED - 1, 0)), POOLED, stride=1)[:, 0]  # [B, T]
     ranked = scores.masked_fill(~others, -1).argsort(dim=1, descending=True, stable=True)
     return torch.zeros_like(others).scatter(1, ranked, torch.arange(h.shape[1], device=h.device) < counts[:, None])
 
 
 def attention_received(layer, h: torch.Tensor, rope: Rope, lengths: torch.Tensor) -> torch.Tensor:
-    """The attention [B, T] that tokens of h [B, T, D] get from the last Q of `lengths` [B], over queries and heads."""
+    """The most attention [B, T] that tokens of h [B, T, D] get from one of the last Q of `lengths` [B], in any head."""
     rows = torch.arange(len(h), device=h.device)[:, None]
     query = lengths[:, None] + torch.arange(-min(SELECTING, h.shape[1]), 0, device=h.device)  # [B, Q]
     at = query.clamp(min=0)  # a short prompt has fewer queries
@@ -38,4 +38,4 @@ def attention_received(layer, h: torch.Tensor, rope: Rope, lengths: torch.Tensor
     products = layer.scale * torch.einsum("bqkge,btke->bkgqt", q.float(), k.float())
     attended = (torch.arange(h.shape[1], device=h.device) <= query[..., None])[:, None, None]  # [B, 1, 1, Q, T]
     weights = products.masked_fill(~attended, torch.finfo(products.dtype).min).softmax(-1)
-    return weights.where(attended, 0).sum((1, 2, 3))
+    return weights.where(attended, 0).amax((1, 2, 3))

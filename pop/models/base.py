@@ -60,7 +60,8 @@ class PrunableModel(nn.Module):
     each of the first `deepstack_layers` layers, features of images are added to h. `vision_blocks` names the list of
     the vision tower's layers, if there is a tower. Then `vision_block_inputs(N, P)` gives zeros in the shape of what
     such a layer takes for N images of P patches. A backend may give a model another `causal_attention`. If processes
-    share the heads of a model, its `sum_over_processes` adds up what each of them has computed from its heads.
+    share the heads of a model, its `sum_over_processes` adds up what each of them has computed from its heads, and its
+    `largest_of_processes` takes their maxima.
     """
 
     config: object
@@ -68,7 +69,7 @@ class PrunableModel(nn.Module):
     deepstack_layers: int = 0
     vision_blocks: str | None = None
     causal_attention = staticmethod(causal_attention)
-    sum_over_processes = staticmethod(lambda x: x)
+    sum_over_processes = largest_of_processes = staticmethod(lambda x: x)
 
     @property
     def tower(self) -> Sequence[nn.Module]:

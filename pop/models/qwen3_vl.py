@@ -80,10 +80,7 @@ def image_positions(
     each merged patch of the grid. Raises InputError if runs and grids do not match.
     """
     merge = config.vision.merge_size
-    left = {
-        config.image_id: iter(images),
-        config.video_id: (grid for grid in videos for _ in range(grid.frames)),
-    }
+    left = {config.image_id: iter(images), config.video_id: (grid for grid in videos for _ in range(grid.frames))}
     names = {config.image_id: "image", config.video_id: "video frame"}
     blocks, position = [], 0
     for token, run in groupby(tokens, lambda token: token if token in left else None):

@@ -20,9 +20,9 @@ In a pruned layer only the W full-depth tokens do all of this. P of the other to
 taps·D·D, or R·D, for all N tokens. P is N - W. With a window, P is the window - 1 tokens before the prompt's last
 full-depth tokens, since no later token attends the rest.
 
-Tokens that the plan selects are counted as if they were evenly spread. With them, P is N - W in all pruned layers. To
-select them, the last Q tokens attend all tokens at the first pruned layer, by its own q and k. With refit projections,
-these k are not among those of the P tokens.
+Tokens that the plan selects are counted as if they were evenly spread. From the selecting layer on, they are among the
+W tokens, and P is N - W with a window too. To select them, the last Q tokens attend all tokens at that layer, by its
+own q and k. If it is pruned and has refit projections, these k are not among those of the P tokens.
 
     F(plan) = 2 · [ sum over kept layers    (N·(qo + kv + mlp) + attention of all N)
                   + sum over pruned layers  (P·taps·kv + W·(qo + kv + mlp) + attention of the W)
@@ -98,24 +98,21 @@ def speedup_limit(
     return cost(config, num_tokens, PrunePlan.none(), patches=patches) / cost(config, num_tokens, plan, patches=patches)
 
 
-def vision_flops(config, patches: Sequence[int]) -> int:
-    """FLOPs of the vision tower and the projector after it. `patches`: of each image, or frame pair of a video."""
-    return _vision(config, patches)[0]
-
-
 def _parts(
     config, num_tokens: int, plan: PrunePlan, patches: Sequence[int], chunk_size: int | None = None
 ) -> Iterator[tuple[int, int]]:
     """The parts of a prefill, each with its FLOPs and the numbers that it reads: weights, K and V."""
     experts = getattr(config, "experts", None)
     sparse = () if experts is None else experts.layers
-    layers = Counter((n in plan.layers, window, n in sparse) for n, window in enumerate(config.windows))
+    late = [n for n in plan.layers if n >= plan.selects_at]  # they run selected tokens too
+    layers = Counter(((n in plan.layers) + (n in late), window, n in sparse) for n, window in enumerate(config.windows))
     D, KV, refit = config.hidden_size, 2 * config.num_kv_heads * config.head_dim, plan.projections
     rank = 0 if refit is None else refit.rank or 0
     taps = 1 if refit is None else refit.taps
-    by_group = (
-        0 if refit is None else sum(tensor.numel() for tensor in (refit.shared, refit.update) if tensor is not None)
-    )
+    by_group = []  # of each group of pruned layers: the first one, and the weights of its codes and its update
+    for group in range(0 if refit is None else refit.group[-1] + 1):
+        tensors = [x[group] for x in (refit.shared, refit.update) if x is not None and group < len(x)]
+        by_group.append((refit.layers[refit.group.index(group)], sum(tensor.numel() for tensor in tensors)))
     refit = KV * (D + rank if rank else taps * D)  # weights of a pruned layer
     last = num_tokens - plan.full_depth_last  # the first of the prompt's last full-depth tokens
     others = range(num_tokens)[plan.full_depth_first : max(last, 0)]
@@ -123,20 +120,23 @@ def _parts(
     selected = {others[(2 * number + 1) * len(others) // (2 * count)] for number in range(count)}
     for begin in range(0, num_tokens, chunk_size or num_tokens):
         tokens = range(num_tokens)[begin:][:chunk_size]
-        full_depth = [p for p in tokens if p < plan.full_depth_first or p >= last or p in selected]
-        if by_group and len(full_depth) < len(tokens):
-            yield 2 * len(tokens) * by_group, by_group
-        for (pruned, window, is_sparse), count in layers.items():
-            flops, numbers = _layer(config, window, is_sparse, full_depth if pruned else tokens)
+        by_position = [p for p in tokens if p < plan.full_depth_first or p >= last]
+        runs = tokens, by_position, sorted({*by_position, *selected.intersection(tokens)})
+        for first, weights in by_group:
+            if len(runs[1 + (first in late)]) < len(tokens):
+                yield 2 * len(tokens) * weights, weights
+        for (kind, window, is_sparse), count in layers.items():
+            flops, numbers = _layer(config, window, is_sparse, runs[kind])
             yield count * flops, count * numbers
-            if pruned:
+            if kind:
                 # With a window, only what the last full-depth tokens attend.
-                begins = begin if window is None or selected else last - window + 1
-                projected = sum(p >= begins for p in tokens) - sum(p >= begins for p in full_depth)
+                begins = begin if window is None or (selected and kind == 2) else last - window + 1
+                projected = sum(p >= begins for p in tokens) - sum(p >= begins for p in runs[kind])
                 yield count * 2 * projected * refit, count * refit * bool(projected)
     if selected:
         queries = config.num_heads * config.head_dim
-        keys = D * config.num_kv_heads * config.head_dim * (plan.projections is not None)
+        is_extra = plan.projections is not None and plan.selects_at in plan.layers
+        keys = D * config.num_kv_heads * config.head_dim * is_extra
         Q = min(SELECTING, num_tokens)
         yield 2 * (Q * queries * (D + num_tokens) + num_tokens * keys), D * queries + keys
     head = config.hidden_size * config.vocab_size

@@ -16,8 +16,8 @@ from pop.errors import PlanError, check_count
 from pop.pruning.projections import KVProjections
 from pop.system import __version__, files
 
-SELECTING = 8  # the last tokens of a prompt, which select others by their attention
-POOLED = 12  # tokens whose scores are averaged: a token and those before it
+SELECTING = 16  # the last tokens of a prompt, which select others by their attention
+POOLED = 20  # tokens whose scores are averaged: a token and those before it
 RECORD = 10_000  # the most characters of `about` as JSON
 SHIPPED = os.path.join(os.path.dirname(os.path.dirname(__file__)), "data", "plans")
 
@@ -34,7 +34,9 @@ class PrunePlan:
         projections: refit K and V projections for the pruned layers, and updates of h, made by pop.calibrate. None: the
             layers' own, as in the paper. They need full_depth_first >= 1, since they are not fitted to the first token.
         full_depth_selected: the share of a prompt's other tokens that run at full depth: those that its last tokens
-            attend most at the first pruned layer.
+            attend most at the selecting layer. They skip the pruned layers before it, as other tokens do.
+        selecting_layer: a kept layer before pruned ones, or the first of consecutive pruned layers. None: the first
+            pruned layer.
         about: a record for readers, as a small object of JSON. pop.calibrate fills it. It is not compared.
 
     Raises:
@@ -46,6 +48,7 @@ class PrunePlan:
     full_depth_first: int = 0
     projections: KVProjections | None = None
     full_depth_selected: float = 0.0
+    selecting_layer: int | None = None
     about: dict = dataclasses.field(default_factory=dict, compare=False, repr=False)
 
     def __post_init__(self):
@@ -60,6 +63,11 @@ class PrunePlan:
             object.__setattr__(self, name, check_count(name, getattr(self, name), least, 2**31 - 1, PlanError))
         share = _share("full_depth_selected", self.full_depth_selected, "the prompt's tokens to run at full depth")
         object.__setattr__(self, "full_depth_selected", share)
+        if (at := self.selecting_layer) is not None:
+            object.__setattr__(self, "selecting_layer", check_count("selecting_layer", at, 0, error=PlanError))
+            if at > max(layers, default=-1) or {at - 1, at} <= set(layers):
+                which = "a kept layer before a pruned one, or the first of consecutive pruned layers"
+                raise PlanError(f"selecting_layer is {at}; it must be {which}, and the plan prunes {layers}")
         object.__setattr__(self, "about", _copied(self.about))
         if self.projections is None:
             return
@@ -128,6 +136,11 @@ class PrunePlan:
         plan = self.check(model.config.num_layers)
         return speedup_limit(model.config, check_count("prompt_tokens", prompt_tokens), plan)
 
+    @property
+    def selects_at(self) -> int:
+        """The layer that selects tokens, of a plan with layers. Selected tokens run each pruned layer from it on."""
+        return self.layers[0] if self.selecting_layer is None else self.selecting_layer
+
     def num_selected(self, others: int) -> int:
         """How many of the `others`, a prompt's tokens that are not at full depth by their position, are selected."""
         return _floor(others * self.full_depth_selected) if self.layers else 0
@@ -143,8 +156,9 @@ class PrunePlan:
         return [(is_pruned, list(group)) for (is_pruned, _), group in groups]
 
     def fields(self) -> dict:
-        """All but the projections and the record. A share of 0 is left out, as in files from before there was one."""
-        selected = {"full_depth_selected": self.full_depth_selected} if self.full_depth_selected else {}
+        """All but the projections and the record. Without selection, the fields are those of files from before it."""
+        selected = {"full_depth_selected": self.full_depth_selected or None, "selecting_layer": self.selecting_layer}
+        selected = {name: value for name, value in selected.items() if value is not None}
         return {name: getattr(self, name) for name in ("layers", "full_depth_last", "full_depth_first")} | selected
 
     def save(self, path: str | os.PathLike) -> None:

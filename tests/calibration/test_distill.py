@@ -9,7 +9,8 @@ import pytest
 import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
-from support.cases import assert_close, models, plans
+from support.cases import assert_close, models, plans, recorded_choices
+from support.cases import full_depth_tokens as chosen_tokens
 from support.naive_fit import naive_gradients
 from support.tiny import random_model, tiny_config, tiny_gemma3_config
 
@@ -17,6 +18,7 @@ import pop
 from pop import InputError, PrunePlan, calibrate
 from pop.calibration import distill as distillation
 from pop.calibration import refit
+from pop.calibration import student as student_file
 from pop.calibration.distill import (
     BETAS,
     EPSILON,
@@ -29,12 +31,14 @@ from pop.calibration.distill import (
 )
 from pop.calibration.exercises import Exercise
 from pop.calibration.judge import Judge
-from pop.calibration.student import full_depth_rows, student, teacher
+from pop.calibration.student import first_layer, student, teacher
 from pop.inputs.processors import processor_of
 from pop.models.images import TEXT
 from pop.pruning import reference
 from pop.pruning.projections import KVProjections
 from pop.pruning.reference import attention_scores, full_depth_tokens
+
+pytestmark = pytest.mark.usefixtures("short_averages")
 
 
 def random_texts(seed: int, *lengths: int) -> list[list[int]]:
@@ -90,48 +94,44 @@ def students(draw):
     return module, plan, tokens, draw(st.integers(1, T))
 
 
-def rows_of(module, plan, tokens, cut):
-    """h [B, T, D] at the first pruned layer, and the full-depth tokens as rows [B, R] and as a mask [B, T]."""
-    entering, _ = teacher(module, tokens, TEXT, plan.layers[:1])
-    h = entering[plan.layers[0]]
-    rows = full_depth_rows(module, plan, h, cut, TEXT)
-    return h, rows, torch.zeros_like(tokens, dtype=torch.bool).scatter(1, rows, True)
+def of_student(module, plan, tokens, cut):
+    """The student's logits [B, T, V], and which of the prompts' tokens it selects, [B, cut] bool."""
+    entering, _ = teacher(module, tokens, TEXT, [first_layer(plan)])
+    with recorded_choices(student_file) as found:
+        h = student(module, plan, entering[first_layer(plan)], cut, TEXT)
+    return module.head(h), found[0]
 
 
 @given(students())
 def test_the_student_is_the_reference(case):
-    """Its logits at the full-depth tokens, for any plan, windows, and kept layers between pruned ones."""
+    """Its logits, for any plan, windows, and kept layers between pruned ones."""
     module, plan, tokens, cut = case
-    h, rows, full_depth = rows_of(module, plan, tokens, cut)
-    f = student(module, plan, h, rows, TEXT)
-    for row, mask, found in zip(tokens, full_depth, module.head(f), strict=True):
-        expected, _ = reference.forward(module, row, mask, plan)
-        assert_close(found, expected[mask])
+    for row, found, chosen in zip(tokens, *of_student(module, plan, tokens, cut), strict=True):
+        full_depth = chosen_tokens(plan, cut, len(row), chosen)
+        assert_close(found, reference.forward(module, row, full_depth, plan)[0])
 
 
 @given(students())
-def test_the_full_depth_tokens_are_as_many_as_the_references(case):
+def test_as_many_tokens_are_selected_as_by_the_reference(case):
     module, plan, tokens, cut = case
-    _, rows, found = rows_of(module, plan, tokens, cut)
-    by_position = full_depth_tokens(cut, tokens.shape[1], dataclasses.replace(plan, full_depth_selected=0.0))
-    assert found[:, by_position].all()
-    assert (found.sum(1) == by_position.sum() + plan.num_selected(int((~by_position).sum()))).all()
-    assert torch.equal(rows, rows.sort(dim=1).values)
+    _, chosen = of_student(module, plan, tokens, cut)
+    others = ~full_depth_tokens(cut, cut, dataclasses.replace(plan, full_depth_selected=0.0))
+    assert not chosen[:, ~others].any()
+    assert (chosen.sum(1) == plan.num_selected(int(others.sum()))).all()
 
 
 @pytest.mark.parametrize("config", [tiny_config(), tiny_gemma3_config()], ids=["llama", "gemma3"])
-def test_prompts_longer_than_the_windows_are_the_references(config):
+@pytest.mark.parametrize("layer", [None, 0, 2, 3])
+def test_prompts_longer_than_the_windows_are_the_references(config, layer):
     """The tokens that are selected, and the student's logits."""
     module, tokens, random = random_model(config), torch.tensor(random_texts(3, 40, 40)), torch.Generator()
     weight = torch.randn(3, 2, 20, 60, generator=random.manual_seed(0)) / 60**0.5
     refit = KVProjections((1, 3, 4), weight, torch.randn(3, 2, 20, generator=random), "", 2)
-    plan = PrunePlan((1, 3, 4), 3, 1, refit, full_depth_selected=0.4)
-    h, rows, full_depth = rows_of(module, plan, tokens, 31)
-    f = student(module, plan, h, rows, TEXT)
-    for row, mask, found in zip(tokens, full_depth, module.head(f), strict=True):
+    plan = PrunePlan((1, 3, 4), 3, 1, refit, full_depth_selected=0.4, selecting_layer=layer)
+    for row, found, chosen in zip(tokens, *of_student(module, plan, tokens, 31), strict=True):
         expected = full_depth_tokens(31, 40, plan, attention_scores(module, row[:31], plan))
-        assert torch.equal(mask, expected)
-        assert_close(found, reference.forward(module, row, expected, plan)[0][expected])
+        assert torch.equal(chosen_tokens(plan, 31, 40, chosen), expected)
+        assert_close(found, reference.forward(module, row, expected, plan)[0])
 
 
 @given(students(), st.booleans())
@@ -144,9 +144,10 @@ def test_the_loss_and_its_gradients_are_the_references(case, bare):
     vision = processor_of(tiny_config())  # for text
     exercise = Exercise(tokens, cut, [[]] * len(tokens))
     trained = dataclasses.replace(plan, projections=plan.projections.replaced(leaves))
-    loss = distillation_loss(module, vision, trained, exercise, rng)
+    with recorded_choices(student_file) as choices:
+        loss = distillation_loss(module, vision, trained, exercise, rng)
     used = dataclasses.replace(plan, full_depth_last=1, full_depth_selected=0.0) if bare else plan
-    _, _, full_depth = rows_of(module, used, tokens, cut)
+    full_depth = [chosen_tokens(used, cut, tokens.shape[1], chosen) for chosen in choices[0]]
     expected, gradients = naive_gradients(module, used, tokens, full_depth, cut)
     assert loss.item() == pytest.approx(expected, rel=1e-3, abs=1e-6)
     for found, naive in zip(torch.autograd.grad(loss, [*leaves.values()]), gradients, strict=True):

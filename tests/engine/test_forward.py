@@ -12,6 +12,7 @@ from support.cases import (
     NONE,
     assert_close,
     batches,
+    by_layer,
     by_position,
     cases,
     full_depth_tokens,
@@ -83,10 +84,11 @@ def test_a_second_turn_appends_to_the_first(case, data):
     for row, (n, m) in enumerate(zip(lengths.tolist(), added.tolist(), strict=True)):
         whole = torch.cat((tokens[row, :n], answer[:1], turn[row, :m]))
         position = torch.arange(len(whole))
-        full_depth = full_depth_tokens(plan, n, n + 1, chosen[row])
+        full_depth = reference.full_depth_tokens(n, n + 1, by_position(plan))
         later = (position[n + 1 :] >= len(whole) - plan.full_depth_last) | (position[n + 1 :] < plan.full_depth_first)
-        later |= chosen_later[row, :m]
-        expected, kv = reference.forward(module, whole, torch.cat((full_depth, later)), plan)
+        selected = torch.cat((chosen[row, :n], torch.tensor([False]), chosen_later[row, :m]))
+        full_depth = by_layer(plan, torch.cat((full_depth, later)), selected)
+        expected, kv = reference.forward(module, whole, full_depth, plan)
         assert_close(logits[row], expected[-1])
         assert_close(held(module, cache, row), seen(module, stacked(kv)))
 
@@ -101,7 +103,7 @@ def test_a_conversation_may_change_its_plan_with_every_turn(module, data):
     rows = data.draw(st.integers(1, 2))
     cache = new_cache(module, rows)
     said = [torch.zeros(0, dtype=torch.int64) for _ in range(rows)]  # each row's tokens, [N]
-    applied = [[] for _ in range(rows)]  # each token's plan: its turn's, or NONE at full depth
+    applied = [[] for _ in range(rows)]  # each token's plan, its turn's or NONE, and the layer that ends it
     predicted = [{} for _ in range(rows)]  # logits [V] by position
 
     def append(row, tokens, plans, logits):
@@ -120,17 +122,18 @@ def test_a_conversation_may_change_its_plan_with_every_turn(module, data):
         for row, m in enumerate(lengths.tolist()):
             held_before = len(said[row])
             full_depth = [held_before + i < plan.full_depth_first or i >= m - plan.full_depth_last for i in range(m)]
-            full_depth = [full or bool(selected) for full, selected in zip(full_depth, chosen[row, :m], strict=True)]
-            append(row, turn[row, :m], [NONE if full else plan for full in full_depth], logits[row : row + 1])
+            ends = [plan.selects_at if selected else module.config.num_layers for selected in chosen[row, :m]]
+            used = [(NONE if full else plan, end) for full, end in zip(full_depth, ends, strict=True)]
+            append(row, turn[row, :m], used, logits[row : row + 1])
         answer = torch.randint(module.config.vocab_size, (rows, data.draw(st.integers(0, 3))), generator=random)
         for step in answer.T:
             logits = engine.decode(module, step, cache)
             for row in range(rows):
-                append(row, step[row : row + 1], [NONE], logits[row : row + 1])
+                append(row, step[row : row + 1], [(NONE, 0)], logits[row : row + 1])
 
     for row in range(rows):
         assert cache.lengths[row] == len(said[row])
-        logits, kv = token_by_token(module, said[row], applied[row])
+        logits, kv = token_by_token(module, said[row], *zip(*applied[row], strict=True))
         assert_close(torch.stack(list(predicted[row].values())), logits[list(predicted[row])])
         assert_close(held(module, cache, row), seen(module, kv))
 
@@ -170,12 +173,12 @@ def test_extend_is_decode_in_one_go(case):
 
 @given(cases())
 def test_a_ragged_batch_is_its_rows_alone(case):
-    """The tokens that it has selected are given to the rows alone, as a caller would who selects by other means."""
+    """The rows alone select the same tokens."""
     module, plan, tokens, lengths, chunk = case
     logits, cache, chosen = prefill_with_choice(module, tokens, lengths, plan, chunk)
     for row, n in enumerate(lengths.tolist()):
         own, given = (tokens[row : row + 1, :n], lengths[row : row + 1]), chosen[row : row + 1, :n]
-        alone, alone_cache = prefill(module, *own, by_position(plan), full_depth=given)
+        alone, alone_cache = prefill(module, *own, plan, chosen=given)
         assert_close(logits[row], alone[0])
         assert_close(held(module, cache, row), held(module, alone_cache, 0))
         assert_close(cache.previous_hidden[:, row], alone_cache.previous_hidden[:, 0])

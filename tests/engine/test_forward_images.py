@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from support.cases import (
     NONE,
     assert_close,
+    by_layer,
     experts,
     full_depth_tokens,
     held,
@@ -145,7 +146,7 @@ def test_a_second_turn_may_have_images(case, data):
         position = torch.arange(n + m)
         full_depth = (position < n) | (position >= n + m - plan.full_depth_last)
         if choices:
-            full_depth[n:] |= choices[0][row, :m]
+            full_depth = by_layer(plan, full_depth, F.pad(choices[0][row, :m], (n, 0)))
         expected, kv = reference.forward(module, whole, full_depth, plan, of_row(images, row, m, before=n))
         assert_close(logits[row], expected[-1])
         assert_close(held(module, cache, row), seen(module, stacked(kv)))

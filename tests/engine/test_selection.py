@@ -14,9 +14,9 @@ from support.cases import (
     NONE,
     assert_close,
     batches,
+    by_layer,
     by_position,
     cases,
-    full_depth_tokens,
     held,
     new_cache,
     prefill,
@@ -26,7 +26,7 @@ from support.cases import (
     stacked,
 )
 from support.meta_device import META
-from support.naive_method import attention_received
+from support.naive_method import selection_scores
 from support.tiny import random_model, tiny_config, tiny_gemma3_config, tiny_qwen3_vl_config
 
 from pop import engine
@@ -35,7 +35,7 @@ from pop.models.images import Images
 from pop.pruning import reference
 from pop.pruning.plan import PrunePlan
 
-pytestmark = pytest.mark.usefixtures("small_query_blocks")
+pytestmark = pytest.mark.usefixtures("small_query_blocks", "short_averages")
 
 
 def assert_chosen(chosen, scores, others, plan):
@@ -49,26 +49,31 @@ def assert_chosen(chosen, scores, others, plan):
 def selecting(plan, last_layer):
     """The plan, which now selects tokens."""
     if not plan.layers:
-        plan = dataclasses.replace(plan, layers=(last_layer,), projections=None)
+        plan = dataclasses.replace(plan, layers=(last_layer,), projections=None, selecting_layer=None)
     share, last = plan.full_depth_selected or 0.3, plan.full_depth_last % 40  # 40 is more than a prompt has
     return dataclasses.replace(plan, full_depth_selected=share, full_depth_last=max(1, last))
 
 
 @given(cases())
 def test_the_choice_is_the_references(case):
-    """For any plan, batch, padding and chunks. Given by the caller, the same tokens have the same effect."""
+    """For any plan, batch, padding and chunks. Given by the caller, the same tokens have the same effect.
+
+    Tokens given by the caller run at full depth in all layers.
+    """
     module, plan, tokens, lengths, chunk = case
     plan = selecting(plan, module.config.num_layers - 1)
     logits, cache, chosen = prefill_with_choice(module, tokens, lengths, plan, chunk)
-    expected, other = prefill(module, tokens, lengths, by_position(plan), full_depth=chosen)
-    assert_close(logits, expected)
-    assert_close(cache.previous_hidden, other.previous_hidden)
+    if plan.selects_at <= plan.layers[0]:
+        expected, other = prefill(module, tokens, lengths, by_position(plan), full_depth=chosen)
+        assert_close(logits, expected)
+        assert_close(cache.previous_hidden, other.previous_hidden)
     for row, n in enumerate(lengths.tolist()):
         scores = reference.attention_scores(module, tokens[row, :n], plan)
         others = ~reference.full_depth_tokens(n, n, by_position(plan))
         assert_chosen(chosen[row, :n], scores, others, plan)
         assert not chosen[row, n:].any()
-        assert_close(held(module, cache, row), held(module, other, row))
+        if plan.selects_at <= plan.layers[0]:
+            assert_close(held(module, cache, row), held(module, other, row))
 
 
 @given(cases(), st.data())
@@ -76,15 +81,17 @@ def test_a_later_prompt_selects_among_its_own_tokens(case, data):
     """Its last tokens choose, and what the cache holds counts neither as a choice nor in the softmax."""
     module, plan, tokens, lengths, chunk = case
     plan = dataclasses.replace(selecting(plan, module.config.num_layers - 1), full_depth_first=1)
-    _, cache = prefill(module, tokens, lengths, plan, chunk)
+    _, cache, before = prefill_with_choice(module, tokens, lengths, plan, chunk)
     turn, added = data.draw(batches(module.config.vocab_size, max_rows=1))
     turn, added = turn.expand(len(tokens), -1), added.expand(len(tokens))
     _, _, chosen = prefill_with_choice(module, turn, added, plan, chunk, cache)
     for row, (n, m) in enumerate(zip(lengths.tolist(), added.tolist(), strict=True)):
-        whole = torch.cat((tokens[row, :n], turn[row, :m]))
-        received = attention_received(module, whole, plan.layers[0], begin=n)
-        scores = F.avg_pool1d(F.pad(received[None], (11, 0)), 12, stride=1)[0]
-        assert_chosen(chosen[row, :m], scores, torch.arange(m) < m - plan.full_depth_last, plan)
+        whole, entering = torch.cat((tokens[row, :n], turn[row, :m])), []
+        others = torch.arange(m) < m - plan.full_depth_last
+        full_depth = torch.cat((reference.full_depth_tokens(n, n, by_position(plan)), ~others))
+        full_depth = by_layer(plan, full_depth, F.pad(before[row, :n], (0, m)))
+        reference.forward(module, whole, full_depth, plan, entering=entering)
+        assert_chosen(chosen[row, :m], selection_scores(entering, plan.selects_at, begin=n), others, plan)
 
 
 def test_rotary_positions_of_images_count():
@@ -113,11 +120,12 @@ def test_given_tokens_run_at_full_depth(case, data):
     with recorded_choices() as found:
         logits, cache = prefill(module, tokens, lengths, plan, chunk, full_depth=given_tokens)
     for row, n in enumerate(lengths.tolist()):
-        full_depth = full_depth_tokens(plan, n, n, given_tokens[row])
+        full_depth = reference.full_depth_tokens(n, n, by_position(plan)) | given_tokens[row, :n]
         if found:
-            scores = reference.attention_scores(module, tokens[row, :n], plan)
-            assert_chosen(found[0][row, :n], scores, ~full_depth, plan)
-            full_depth |= found[0][row, :n]
+            entering = []
+            reference.forward(module, tokens[row, :n], full_depth, plan, entering=entering)
+            assert_chosen(found[0][row, :n], selection_scores(entering, plan.selects_at), ~full_depth, plan)
+            full_depth = by_layer(plan, full_depth, found[0][row, :n])
         expected, kv = reference.forward(module, tokens[row, :n], full_depth, plan)
         assert_close(logits[row], expected[-1])
         assert_close(held(module, cache, row), seen(module, stacked(kv)))
@@ -140,7 +148,8 @@ def test_nothing_waits_for_the_device(config):
     with META:
         module = build(config)
     tokens, lengths = torch.zeros(2, 30, dtype=torch.int64), torch.tensor([30, 12])
-    for plan in (PrunePlan((2, 4), 2, 1, full_depth_selected=0.2), PrunePlan((0,), full_depth_selected=1.0), NONE):
+    late = PrunePlan((2, 4), 2, 1, full_depth_selected=0.2, selecting_layer=3)
+    for plan in (late, dataclasses.replace(late, selecting_layer=None), PrunePlan((0,), full_depth_selected=1.0), NONE):
         cache = engine.cache.KVCache(config, 2, 40, dtype=torch.float32, device=META)
         logits = engine.prefill(module, tokens, cache, lengths, plan, 64)
         assert logits.shape == (2, config.vocab_size)

@@ -5,25 +5,27 @@ import random
 
 import pytest
 import torch
-from support.cases import assert_close
+from support.cases import assert_close, recorded_choices
 from support.naive_fit import assert_fit, fitted, naive_fit, naive_gradients, naive_kl
 from support.tiny import random_model, random_patches, tiny_gemma3_vl_config, tiny_qwen3_vl_config
 from support.tiny_images import picture
 
 import pop
+from pop.calibration import student as student_file
 from pop.calibration.distill import distillation_loss
 from pop.calibration.exercises import CONTINUATION, Exercise
 from pop.calibration.exercises import exercise as make_exercise
 from pop.calibration.gates import gate_gradients
 from pop.calibration.judge import Judge
 from pop.calibration.refit import text_windows
-from pop.calibration.student import full_depth_rows, teacher
+from pop.calibration.student import student, teacher
 from pop.errors import ContextOverflow, InputError
 from pop.inputs.processors import Prepared
 from pop.models.vision.qwen3_vl import Grid
 from pop.pruning.projections import KVProjections
 from pop.pruning.reference import attention_scores, full_depth_tokens
 
+pytestmark = pytest.mark.usefixtures("short_averages")
 FAMILIES = {"gemma3": tiny_gemma3_vl_config, "qwen3_vl": tiny_qwen3_vl_config}
 
 
@@ -287,10 +289,11 @@ def test_distillation_selects_the_references_tokens_among_images(model):
     for window, media in zip(*texts(model), strict=True):
         tokens, images = torch.tensor(window), images_of(model, window, media)
         entering, _ = teacher(model.module, tokens[None], images, plan.layers[:1])
-        (rows,) = full_depth_rows(model.module, plan, entering[1], len(window), images)
+        with recorded_choices(student_file) as found:
+            student(model.module, plan, entering[1], len(window), images)
         scores = attention_scores(model.module, tokens, plan, images)
         expected = full_depth_tokens(len(window), len(window), plan, scores)
-        assert rows.tolist() == expected.nonzero()[:, 0].tolist()
+        assert torch.equal(found[0][0], expected[-1] & (torch.arange(len(window)) < len(window) - 1))
 
 
 def test_exercises_with_images(model):

@@ -23,7 +23,7 @@ from pop import engine
 from pop.engine.cache import KVCache
 from pop.models.config import Gemma3Config, LlamaConfig
 from pop.models.vision.qwen3_vl import Grid
-from pop.pruning.cost import Machine, prefill_flops, prefill_seconds, speedup_limit, vision_flops
+from pop.pruning.cost import Machine, prefill_flops, prefill_seconds, speedup_limit
 from pop.pruning.plan import PrunePlan
 from pop.pruning.projections import KVProjections
 
@@ -69,6 +69,9 @@ def test_limits_are_those_of_the_method_at_2048_tokens(config, pruned, limit, di
         PrunePlan(layers=range(5), full_depth_last=60, full_depth_first=2),
         PrunePlan(layers=(2, 4), full_depth_last=3, full_depth_selected=0.25),
         PrunePlan(layers=(1, 3), full_depth_first=1, full_depth_selected=1.0),
+        PrunePlan(layers=(0, 3), full_depth_last=3, full_depth_selected=0.25, selecting_layer=2),
+        PrunePlan(layers=(0, 2, 3), full_depth_first=1, full_depth_selected=0.5, selecting_layer=2),
+        PrunePlan(layers=(3, 4), full_depth_selected=0.25, selecting_layer=1),
     ],
 )
 def test_count_equals_what_torch_counts_in_the_engine(config, tokens, plan):
@@ -83,21 +86,23 @@ def test_count_equals_what_torch_counts_in_the_engine(config, tokens, plan):
     counts = counter.get_flop_counts()["Global"]
     linear = sum(flops for op, flops in counts.items() if str(op) in ("aten.mm", "aten.addmm"))
 
-    positions = {*range(tokens)[: plan.full_depth_first], *range(tokens)[-plan.full_depth_last :]}
-    attended = again = selection = 0
-    others = sorted({*range(tokens)} - positions)
+    by_position = {*range(tokens)[: plan.full_depth_first], *range(tokens)[-plan.full_depth_last :]}
+    selected, attended, again, selection = set(), 0, 0, 0
+    others = sorted({*range(tokens)} - by_position)
     if count := int(len(others) * plan.full_depth_selected):
-        positions |= {others[int((number + 0.5) * len(others) / count)] for number in range(count)}
+        selected = {others[int((number + 0.5) * len(others) / count)] for number in range(count)}
         # The engine projects K and V for the selection, although the cache gets the same K, and V has no part in it.
-        again += tokens + min(8, tokens)
-        selection = min(8, tokens) * tokens * 2 * config.num_heads * config.head_dim
+        again += tokens + min(16, tokens)
+        selection = min(16, tokens) * tokens * 2 * config.num_heads * config.head_dim
     for layer, window in enumerate(config.windows):
+        selects = plan.layers and layer >= plan.selects_at
+        positions = by_position | selected if selects else by_position
         attending = positions if layer in plan.layers else range(tokens)
         attended += sum(min(p + 1, window or tokens) for p in attending)
         # The engine projects K and V of full-depth rows twice, with the pruned tokens and at full depth. If no token is
         # left to prune, it runs the layers as if they were kept.
         if layer in plan.layers and len(positions) < tokens:
-            begin = 0 if window is None or count else tokens - plan.full_depth_last - window + 1
+            begin = 0 if window is None or (count and selects) else tokens - plan.full_depth_last - window + 1
             again += sum(p >= begin for p in positions)
     attention = attended * 2 * 2 * config.num_heads * config.head_dim
     again *= 2 * 2 * config.hidden_size * config.num_kv_heads * config.head_dim
@@ -131,6 +136,20 @@ def test_a_refit_costs_what_torch_counts_in_the_engine(layers, taps, rank, seed)
     KV = 2 * config.num_kv_heads * config.head_dim
     more = 7 if rank else (taps - 1) * config.hidden_size  # inputs of each of these, beside the layer's own
     assert counted[0] - counted[1] == 2 * 3 * KV * more * len(layers)
+
+
+@pytest.mark.parametrize("share", [0.3, 1.0])  # with 1.0, nothing is pruned from the selecting layer on
+def test_a_refit_below_the_selecting_layer_costs_what_torch_counts(share):
+    config, layers, counted = tiny_config(), (0, 3), []
+    module, refit = random_model(config), random_refit(config, layers, -1, 2, 7)
+    plan = PrunePlan(layers, 2, 1, refit, share, selecting_layer=2)
+    for one in (plan, dataclasses.replace(plan, projections=None)):
+        cache = KVCache(config, 1, 20, dtype=torch.float32, device=torch.device("cpu"))
+        with FlopCounterMode(display=False) as counter:
+            engine.prefill(module, torch.ones(1, 20, dtype=torch.int64), cache, torch.tensor([20]), one, 2048)
+        counted.append(counter.get_total_flops() - prefill_flops(config, 20, one))
+    again = {0.3: 3 + 3 + 5, 1.0: 3}[share]  # full-depth tokens that the engine also refits, in both layers
+    assert counted[0] - counted[1] == 2 * again * 2 * config.num_kv_heads * config.head_dim * 7
 
 
 def test_nothing_to_gain():
@@ -225,6 +244,12 @@ def test_a_tower_is_read_once():
 
 
 # Images
+
+
+def vision_flops(config, patches):
+    """What images add to a prompt."""
+    text, whole = (prefill_flops(config, 9, PrunePlan.none(), shown) for shown in ((), patches))
+    return whole - text
 
 
 def test_the_tower_is_counted_as_torch_counts_it():

@@ -10,13 +10,12 @@ import pytest
 import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
-from support.cases import NONE, assert_close, batches, cases, held, models, plain, plans, prefill
-from support.naive_method import attention_received, token_by_token
+from support.cases import NONE, assert_close, batches, by_position, cases, held, models, plain, plans, prefill
+from support.naive_method import selection_scores, token_by_token
 
 from pop.pruning import reference
-from pop.pruning.plan import PrunePlan
 
-pytestmark = pytest.mark.usefixtures("small_query_blocks")
+pytestmark = pytest.mark.usefixtures("small_query_blocks", "short_averages")
 
 
 @given(models(), st.data())
@@ -28,22 +27,29 @@ def test_the_reference_is_the_paper_read_literally(module, data):
     plan = data.draw(plans(module.config))
     tokens, _ = data.draw(batches(module.config.vocab_size, max_rows=1))
     n, scores = tokens.shape[1], reference.attention_scores(module, tokens[0], plan)
-    chosen = reference.full_depth_tokens(n, n, plan, scores).tolist()
+    by_layer = reference.full_depth_tokens(n, n, plan, scores).expand(len(plan.layers), -1)  # [pruned layers, T]
     pruned = range(plan.full_depth_first, n - plan.full_depth_last)
-    assert sum(chosen) == n - len(pruned) + int(len(pruned) * plan.full_depth_selected + 1e-9) * bool(plan.layers)
-    assert all(chosen[position] for position in range(n) if position not in pruned)
-    logits, _ = token_by_token(module, tokens[0], [NONE if is_full else plan for is_full in chosen])
+    for layer, chosen in zip(plan.layers, by_layer.tolist(), strict=True):
+        selected = int(len(pruned) * plan.full_depth_selected + 1e-9) if layer >= plan.selects_at else 0
+        assert sum(chosen) == n - len(pruned) + selected
+        assert all(chosen[position] for position in range(n) if position not in pruned)
+    plans_of_tokens = [plan if position in pruned else NONE for position in range(n)]
+    skipped = (~by_layer).sum(0).tolist()  # the first layers of the plan
+    ends = [module.config.num_layers if k == len(plan.layers) else plan.layers[k] for k in skipped]
+    logits, _ = token_by_token(module, tokens[0], plans_of_tokens, ends)
     assert_close(reference.prefill(module, tokens[0], plan), logits[-1])
 
 
 @given(models(), st.data())
 def test_scores_are_the_attention_of_the_last_tokens(module, data):
-    """A loop over queries and heads, then the mean of a token and the eleven before it. Before the prompt it is 0."""
+    """At the selecting layer, in a pass in which all tokens of the plan but the selected ones run at full depth."""
     tokens, _ = data.draw(batches(module.config.vocab_size, max_rows=1))
-    plan = PrunePlan((data.draw(st.integers(0, module.config.num_layers - 1)),), full_depth_selected=0.5)
-    received = attention_received(module, tokens[0], plan.layers[0])
-    shared = [sum(received[max(0, i - 11) : i + 1]) / 12 for i in range(len(received))]
-    torch.testing.assert_close(reference.attention_scores(module, tokens[0], plan), torch.stack(shared))
+    plan, n, entering = data.draw(plans(module.config)), tokens.shape[1], []
+    assume(plan.layers)
+    full_depth = reference.full_depth_tokens(n, n, by_position(plan))
+    reference.forward(module, tokens[0], full_depth, plan, entering=entering)
+    scores = reference.attention_scores(module, tokens[0], dataclasses.replace(plan, full_depth_selected=0.5))
+    torch.testing.assert_close(scores, selection_scores(entering, plan.selects_at))
 
 
 # Where pruning changes nothing

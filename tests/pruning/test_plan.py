@@ -58,6 +58,11 @@ def test_the_share_of_selected_tokens_is_rounded_down():
     assert PrunePlan(full_depth_selected=0.5).num_selected(100) == 0  # nothing is pruned
 
 
+def test_tokens_are_selected_at_the_given_layer_or_the_first_pruned_one():
+    assert PrunePlan((1, 3, 4)).selects_at == 1
+    assert [PrunePlan((1, 3, 4), selecting_layer=layer).selects_at for layer in (0, 1, 2, 3)] == [0, 1, 2, 3]
+
+
 def test_groups_end_where_the_plan_changes_and_after_each_deepstack_layer():
     assert PrunePlan((0, 3, 4)).groups(6) == [(True, [0]), (False, [1, 2]), (True, [3, 4]), (False, [5])]
     assert PrunePlan.none().groups(2) == [(False, [0, 1])]
@@ -87,6 +92,11 @@ def test_groups_end_where_the_plan_changes_and_after_each_deepstack_layer():
         {"full_depth_selected": float("nan")},
         {"full_depth_selected": True},
         {"full_depth_selected": None},
+        {"layers": (2, 3), "selecting_layer": 3},  # not the first of consecutive pruned layers
+        {"layers": (2, 3), "selecting_layer": 4},  # no pruned layer follows
+        {"layers": (2, 3), "selecting_layer": -1},
+        {"layers": (2, 3), "selecting_layer": 1.0},
+        {"selecting_layer": 0},
     ],
 )
 def test_a_plan_that_makes_no_sense_is_refused(fields):
@@ -167,7 +177,7 @@ def test_a_plan_for_a_deeper_model_is_refused_in_each_form(tmp_path):
 
 
 def test_a_saved_plan_comes_back(tmp_path):
-    plan = PrunePlan((3, 1), full_depth_last=8, full_depth_first=1, full_depth_selected=0.25)
+    plan = PrunePlan((3, 1), full_depth_last=8, full_depth_first=1, full_depth_selected=0.25, selecting_layer=0)
     plan.save(tmp_path / "plan.json")
     assert PrunePlan.load(tmp_path / "plan.json") == plan
     assert [file.name for file in tmp_path.iterdir()] == ["plan.json"]

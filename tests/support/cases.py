@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from unittest.mock import patch
 
 import torch
+import torch.nn.functional as F
 from hypothesis import strategies as st
 from support.tiny import random_model, tiny_config, tiny_gemma3_config, tiny_qwen3_config, tiny_qwen3_vl_config
 
@@ -96,10 +97,12 @@ def plans(draw, config):
     pruned = draw(st.lists(st.booleans(), min_size=config.num_layers, max_size=config.num_layers))
     layers = tuple(index for index, is_pruned in enumerate(pruned) if is_pruned)
     last, selected = draw(st.sampled_from([1, 1, 2, 3, 7, 40])), draw(st.sampled_from([0.0, 0.4, 0.1, 1.0]))
+    at = [layer for layer in range(max(layers, default=-1) + 1) if not {layer - 1, layer} <= {*layers}]
+    selected = {"full_depth_selected": selected, "selecting_layer": draw(st.sampled_from([None, *at]))}
     if not draw(st.booleans()):
-        return PrunePlan(layers, last, draw(st.sampled_from([0, 0, 1, 4])), full_depth_selected=selected)
+        return PrunePlan(layers, last, draw(st.sampled_from([0, 0, 1, 4])), **selected)
     options = draw(st.integers(0, 10**6)), draw(st.sampled_from([1, 2])), draw(st.sampled_from([None, None, 1, 3, 9]))
-    return PrunePlan(layers, last, draw(st.sampled_from([1, 1, 4])), random_refit(config, layers, *options), selected)
+    return PrunePlan(layers, last, draw(st.sampled_from([1, 1, 4])), random_refit(config, layers, *options), **selected)
 
 
 def random_refit(config, layers, seed: int, taps: int, rank: int | None = None, fingerprint: str = "") -> KVProjections:
@@ -119,8 +122,8 @@ def random_refit(config, layers, seed: int, taps: int, rank: int | None = None, 
 
 
 def plain(plan, **fields):
-    """The plan without projections, with any other field replaced."""
-    return dataclasses.replace(plan, projections=None, **fields)
+    """The plan without projections and selecting layer, with any other field replaced."""
+    return dataclasses.replace(plan, projections=None, selecting_layer=None, **fields)
 
 
 @st.composite
@@ -147,16 +150,19 @@ def new_cache(module, rows, slots=64, chunk=1000):
     return KVCache(module.config, rows, slots, **options)
 
 
-def prefill(module, tokens, lengths, plan, chunk=1000, cache=None, full_depth=None):
+def prefill(module, tokens, lengths, plan, chunk=1000, cache=None, full_depth=None, chosen=None):
+    """Logits and cache. `chosen` [B, T] replaces what the plan would select."""
     cache = new_cache(module, len(tokens), chunk=chunk) if cache is None else cache
-    return engine.prefill(module, tokens, cache, lengths, plan, chunk, full_depth=full_depth), cache
+    select = forward.select if chosen is None else lambda *_: chosen
+    with patch.object(forward, "select", select):
+        return engine.prefill(module, tokens, cache, lengths, plan, chunk, full_depth=full_depth), cache
 
 
 @contextmanager
-def recorded_choices():
-    """A list of what the engine's prefills select meanwhile, each [B, T] bool."""
-    found, select = [], forward.select
-    with patch.object(forward, "select", lambda *args: found.append(select(*args)) or found[-1]):
+def recorded_choices(where=forward):
+    """A list of what the engine's prefills, or another file's passes, select meanwhile, each [B, T] bool."""
+    found, select = [], where.select
+    with patch.object(where, "select", lambda *args: found.append(select(*args)) or found[-1]):
         yield found
 
 
@@ -179,8 +185,13 @@ def prefill_with_choice(module, tokens, lengths, plan, chunk=1000, cache=None):
 def full_depth_tokens(plan, n, num_tokens, chosen):
     """The reference's, for a prompt of n tokens of which `chosen` [T] were selected."""
     full_depth = reference.full_depth_tokens(n, num_tokens, by_position(plan))
-    full_depth[:n] |= chosen[:n]
-    return full_depth
+    return by_layer(plan, full_depth, F.pad(chosen[:n], (0, num_tokens - n)))
+
+
+def by_layer(plan, full_depth, chosen):
+    """Which tokens run at full depth, [n, T] for each pruned layer: `full_depth` [T], and `chosen` [T] later on."""
+    late = torch.tensor([layer >= plan.selects_at for layer in plan.layers], dtype=torch.bool)
+    return full_depth | chosen & late[:, None]
 
 
 def seen(module, kv):

@@ -120,7 +120,7 @@ def naive_gradients(module, plan, rows, full_depth, cut, images=None):
 
     Args:
         rows: token ids [B, T].
-        full_depth: [B, T] bool.
+        full_depth: of each row, as the reference takes it.
         images: the Images of each row, or None for text.
     """
     refit = plan.projections
@@ -129,7 +129,8 @@ def naive_gradients(module, plan, rows, full_depth, cut, images=None):
     total = count = 0
     for row, mask, shown in zip(rows, full_depth, images or repeat(TEXT, len(rows)), strict=True):
         forward = reference.forward.__wrapped__  # without its no_grad
-        full, pruned = (forward(module, row, mask, one, shown)[0] for one in (PrunePlan.none(), plan))
+        full, _ = forward(module, row, torch.ones_like(row).bool(), PrunePlan.none(), shown)
+        pruned, _ = forward(module, row, mask, plan, shown)
         p, q = (logits[cut - 1 :].double().log_softmax(-1) for logits in (full, pruned))
         total, count = total + (p.exp() * (p - q)).sum(), count + len(p)
     return total.item() / count, torch.autograd.grad(total / count, [*leaves.values()])

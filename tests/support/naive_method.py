@@ -7,7 +7,7 @@ from pop.models.layers import masked_attention
 
 
 @torch.no_grad()
-def token_by_token(module, tokens, plans):
+def token_by_token(module, tokens, plans, ends=None):
     """Run tokens one after the other. Each token has a plan and skips its layers.
 
     Refit projections take the state that entered the group of pruned layers at this token. With two taps they also take
@@ -17,6 +17,7 @@ def token_by_token(module, tokens, plans):
         module: a PrunableModel.
         tokens: [T] ids.
         plans: a plan for each token. A plan without layers stands for full depth.
+        ends: the layer from which on each token runs at full depth. None: no layer.
 
     Returns:
         logits [T, V], and K and V [2, L, T, K, E].
@@ -24,13 +25,14 @@ def token_by_token(module, tokens, plans):
     kv = [[] for _ in module.layers]  # a list of (k, v), one a token, for each layer
     entered = [[] for _ in module.layers]  # a list of h, one a token, for each layer
     logits = []
-    for position, plan in enumerate(plans):
+    for position, (plan, end) in enumerate(zip(plans, ends or [len(module.layers)] * len(plans), strict=True)):
         h = module.embed(tokens[None, position : position + 1])
         rope = module.rope(torch.tensor([[position]]))
         for index, layer in enumerate(module.layers):
             entered[index].append(h)
             q, k, v = layer.queries_keys_values(h, rope[layer.window])
-            if index in plan.layers and plan.projections is not None:
+            is_pruned = index in plan.layers and index < end
+            if is_pruned and plan.projections is not None:
                 start = index
                 while start - 1 in plan.layers and start > module.deepstack_layers:
                     start -= 1
@@ -47,7 +49,7 @@ def token_by_token(module, tokens, plans):
                 if index + 1 not in plan.layers and group < len(updates):
                     h = h + F.linear(x, updates[group])
             kv[index].append((k, v))
-            if index not in plan.layers:
+            if not is_pruned:
                 keys, values = (torch.cat(x, dim=1) for x in zip(*kv[index], strict=True))
                 window = module.config.windows[index] or position + 1
                 keys, values = keys[:, -window:], values[:, -window:]
@@ -59,24 +61,23 @@ def token_by_token(module, tokens, plans):
     return torch.stack(logits), torch.stack([torch.stack(pair) for pair in kept], dim=1)
 
 
-@torch.no_grad()
-def attention_received(module, tokens, index, begin=0):
-    """The attention that tokens `begin` and later receive from the last 8, at a layer of the plain model, over heads.
+def selection_scores(entering, index, begin=0, averaged=3):
+    """What decides which of the tokens `begin` and later a plan selects, token by token: [N].
 
-    A list of numbers. The last 8 are among these tokens, and earlier ones do not count in the softmax.
+    A token's score is the most attention that it, or on average the `averaged` tokens up to it, receive from any of the
+    last 16 tokens in any head. Tokens before `begin` do not count in the softmax, and lower the first averages.
+
+    Args:
+        entering: the layers, and the h and the rotation that enter them, from reference.forward.
+        index: the layer.
     """
-    states, ropes = [], module.rope(torch.arange(len(tokens))[None])
-
-    def step(_, layer, h, rope, attend):
-        states.append(h)
-        return layer(h, rope, attend)
-
-    module.through_layers(tokens[None], step=step)
-    layer = module.layers[index]
-    q, k, _ = layer.queries_keys_values(states[index], ropes[layer.window])
-    received = torch.zeros(len(tokens) - begin)
-    for query in range(max(begin, len(tokens) - 8), len(tokens)):
+    layer, h, rope = entering[index]
+    q, k, _ = layer.queries_keys_values(h, rope)
+    received = torch.zeros(h.shape[1] - begin)
+    for query in range(max(begin, h.shape[1] - 16), h.shape[1]):
         for head in range(q.shape[2]):
             keys = k[0, begin : query + 1, head * k.shape[2] // q.shape[2]]
-            received[: len(keys)] += (keys @ q[0, query, head] * layer.scale).softmax(0)
-    return received
+            weights = (keys @ q[0, query, head] * layer.scale).softmax(0)
+            received[: len(keys)] = received[: len(keys)].maximum(weights)
+    averages = [sum(received[max(0, i - averaged + 1) : i + 1]) / averaged for i in range(len(received))]
+    return torch.stack(averages).detach()

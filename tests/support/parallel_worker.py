@@ -7,6 +7,7 @@ import json
 import os
 import sys
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -18,7 +19,7 @@ from pop import engine
 from pop.backends.tensor_parallel import end
 from pop.calibration.judge import Judge, Losses
 from pop.checkpoints import weights as checkpoint
-from pop.engine import compile
+from pop.engine import compile, selection
 
 THOROUGH = os.environ.get("HYPOTHESIS_PROFILE") == "nightly"  # compiling takes most of the time
 PROMPT = [[5, 12, 44, 3, 60, 8, 33, 2, 19], [7, 1, 50, 21, 4, 0, 0, 0, 0]]
@@ -35,7 +36,8 @@ def run(model: pop.Model) -> dict[str, torch.Tensor]:
     prefilled = model.prefill(PROMPT, cache, lengths=LENGTHS, chunk_size=4)
     found["steps"] = torch.stack([prefilled, *(model.decode(step, cache) for step in STEPS)])
     selecting = pop.PrunePlan((1,), full_depth_selected=0.25)
-    found["selected"] = model.prefill([list(range(40))], model.new_cache(1, 40), plan=selecting)
+    with patch.object(selection, "POOLED", 1):  # so that it matters which heads attend a token
+        found["selected"] = model.prefill([list(range(40))], model.new_cache(1, 40), plan=selecting)
     answers = model.generate([PROMPT[0], PROMPT[1][:5]], max_new_tokens=6)
     sampled = model.generate(PROMPT[0], max_new_tokens=6, temperature=2.0)  # unseeded: each rank would draw its own
     found["tokens"] = torch.tensor([(answer.tokens + [-1] * 6)[:6] for answer in (*answers, sampled)])

@@ -60,7 +60,8 @@ def test_prompts_may_begin_with_an_image(seeing, capsys):
     assert "vision tower, an image of 256 x 256 pixels" in printed
     figures = json.loads(printed.splitlines()[-1])["prefill"]["80"]
     config, none = read_config(Path(seeing)), pop.PrunePlan.none()
-    full, tower = cost.prefill_flops(config, 80, none, [256]), cost.vision_flops(config, [256])
+    full = cost.prefill_flops(config, 80, none, [256])
+    tower = full - cost.prefill_flops(config, 80, none)
     assert figures["tower"]["flops_share"] == tower / full
     limit = full / (cost.prefill_flops(config, 80, pop.PrunePlan((2, 3))) + tower)
     assert figures["plans"]["0.5"]["limit"] == pytest.approx(limit)

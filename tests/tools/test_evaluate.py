@@ -63,6 +63,8 @@ def test_contenders_are_named_and_planned_as_the_command_line_says(model, tmp_pa
     _, selected = selection.make_contenders(model, [str(tmp_path / "selected.json")], [])
     _, chosen = selection.make_contenders(model, ["0.4:2:0.1"], [])
     assert (chosen.name, chosen.plan) == ("0.4 w=2 s=0.1", selected.plan)
+    _, at = selection.make_contenders(model, ["0.4:2:0.1:1"], [])
+    assert (at.name, at.plan) == ("0.4 w=2 s=0.1 at 1", dataclasses.replace(selected.plan, selecting_layer=1))
     _, without = selection.make_contenders(model, [f"{tmp_path / 'selected.json'}:3:0"], [])
     assert without.plan == pop.PrunePlan((3, 4), full_depth_last=3)
     paper, last = "plain pruning, the paper's method", "last 2 tokens at full depth"

@@ -13,8 +13,8 @@ from tools.common import ROOT
 def test_the_plans_that_ship_are_these(name):
     plan = pop.PrunePlan.load(ROOT / f"pop/data/plans/smollm2-135m-{name}.plan")
     layers, rank, steps, last, share = plans.PLANS[name]
-    found = (plan.layers, plan.full_depth_last, plan.projections.rank, plan.full_depth_selected)
-    assert found == (layers, last, rank, share)
+    found = (plan.layers, plan.full_depth_last, plan.projections.rank, plan.full_depth_selected, plan.selecting_layer)
+    assert found == (layers, last, rank, share, plans.SELECTING)
     assert (plan.about["steps"], plan.about["held_out"]) == (steps, plans.HELD_OUT)
     assert plan.about["texts"] == plans.DOCUMENTS + plans.MODULES + len(plans.builtin_texts())
 
@@ -30,6 +30,7 @@ def test_a_plan_is_made_and_saved(monkeypatch, tmp_path, chat_folder):
     """With a tiny model, one step, and one of the texts."""
     monkeypatch.setattr(pop, "load", lambda name, *, load=pop.load, **options: load(chat_folder, **options))
     monkeypatch.setitem(plans.PLANS, "third", ((3, 4), 8, 1, 5, 0.2))
+    monkeypatch.setattr(plans, "SELECTING", 2)
     monkeypatch.setattr(plans, "builtin_texts", list)
     texts = plans.python_texts()
     monkeypatch.setattr(plans, "python_texts", lambda: texts[:1])
@@ -37,6 +38,6 @@ def test_a_plan_is_made_and_saved(monkeypatch, tmp_path, chat_folder):
     monkeypatch.setattr(sys, "argv", ["plans", "third", "--out", str(out), "--resume", str(record)])
     plans.main()
     plan = pop.PrunePlan.load(out)
-    assert (plan.layers, plan.full_depth_last, plan.full_depth_selected) == ((3, 4), 5, 0.2)
+    assert (plan.layers, plan.full_depth_last, plan.full_depth_selected, plan.selecting_layer) == ((3, 4), 5, 0.2, 2)
     assert (plan.projections.rank, plan.about["steps"]) == (8, 1) and record.exists()
     assert plan.about["speedup_limit"]["512 tokens"] == round(plan.speedup(pop.load("tiny"), 512), 3)

@@ -28,11 +28,13 @@ BLOCKS = [(path, block) for path, block in BLOCKS if "tools.serve " not in block
 FEWER = {  # option -> what to give instead of what is printed
     "--lengths": lambda text: re.sub(r"\d{4}|512", lambda number: str(int(number[0]) // 64), text),
     "--runs": lambda _: "1",
+    "--prune": lambda text: re.sub(r":(1\d|5)$", ":1", text),  # the selecting layer
 }
 # Options that follow the printed ones and so replace them.
 SHORT = "--text a=TEXT --calibration OTHER --windows 2 --prompt-tokens 64 --continuation-tokens 8 --runs 1"
 ALSO = {
     "tools.evaluate": shlex.split(f"{SHORT} --lengths 800 --questions 1"),
+    "tools.evaluate.lookup": shlex.split("--text a=TEXT --lengths 800 --questions 1"),
     "tools.gpu_report": shlex.split("prefill --device cpu --layers 4 --lengths 8"),
 }
 NARROW = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2, "num_key_value_heads": 1}

@@ -11,7 +11,7 @@ import pop
 from pop.backends.cpu import WIDENED
 from pop.engine.cache import KVCache
 from pop.errors import CacheMemoryError
-from pop.pruning.cost import Machine, prefill_flops, speedup_limit, vision_flops
+from pop.pruning.cost import Machine, prefill_flops, speedup_limit
 from tools.bench.rounds import Turn, ratio, run_rounds, seconds, spread
 from tools.bench.shapes import decode_bytes, saved_bytes
 from tools.bench.subject import random_image, random_prompt
@@ -87,7 +87,8 @@ def _rest_per_token(record: Record, N: int) -> list[float]:
 
 def _tower_figures(model: pop.Model, record: Record, N: int, patches: list[int]) -> dict:
     """The vision tower's share of TTFT, and the ratio of that share to its share of the FLOPs."""
-    share = vision_flops(model.config, patches) / prefill_flops(model.config, N, pop.PrunePlan.none(), patches)
+    text, whole = (prefill_flops(model.config, N, pop.PrunePlan.none(), shown) for shown in ((), patches))
+    share = (whole - text) / whole
     tower, ttft = record[N, "tower", "tower_s"], record[N, "full", "ttft_s"]
     return {
         "seconds": spread(tower),
@@ -105,6 +106,8 @@ def _plan_figures(model: pop.Model, record: Record, N: int, name: str, plan: pop
         "layers": len(plan.layers),
         "taps": plan.projections.taps if plan.projections else None,
         "full_depth_last": plan.full_depth_last,
+        "full_depth_selected": plan.full_depth_selected,
+        "selecting_layer": plan.selecting_layer,
         "ttft_s": spread(times),
         "speedup": ratio(ttft, times),
         "limit": limit,

@@ -5,8 +5,8 @@
 
 Each contender reads the prompt. All that follows runs at full depth, except in methods that make the whole model
 smaller. --prune takes none, default, a fraction of the layers, or the file of a saved plan. `calibrated:` before it
-refits the K/V projections first. `:32` after it runs the last 32 prompt tokens at full depth, and `:32:0.1` also a
-tenth of the others, which the plan selects.
+refits the K/V projections first. `:32` after it runs the last 32 prompt tokens at full depth, `:32:0.1` also a tenth of
+the others, which the plan selects, and `:32:0.1:18` lets layer 18 select them.
 tools/evaluate/README.md defines every figure.
 """
 

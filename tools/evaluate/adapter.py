@@ -189,6 +189,8 @@ class PopAdapter:
             "pruned_layers": list(plan.layers),
             "full_depth_last": plan.full_depth_last,
             "full_depth_first": plan.full_depth_first,
+            "full_depth_selected": plan.full_depth_selected,
+            "selecting_layer": plan.selecting_layer,
             "calibrated": plan.projections is not None,
         }
 

@@ -49,7 +49,7 @@ def make_contenders(
 
     Args:
         model: the full model.
-        prunes: values of --prune, [calibrated:] PLAN [:LAST [:SHARE]]; "none" adds nothing.
+        prunes: values of --prune, [calibrated:] PLAN [:LAST [:SHARE [:LAYER]]]; "none" adds nothing.
         baselines: values of --baselines, NAME or NAME:FRACTION.
         fraction: the default fraction of baselines.
         calibration: texts for calibration and baselines. None takes the built-in ones.
@@ -84,8 +84,8 @@ def make_contenders(
 
 def _plan_contender(model: pop.Model, prune: str) -> Contender:
     """The contender of one --prune value. One that is to be calibrated still has its plain plan."""
-    pattern = r"(calibrated:)?(.*?)(?::(\d+)(?::(\d+(?:\.\d+)?))?)?"
-    calibrated, what, last, share = re.fullmatch(pattern, prune, re.S).groups()
+    pattern = r"(calibrated:)?(.*?)(?::(\d+)(?::(\d+(?:\.\d+)?)(?::(\d+))?)?)?"
+    calibrated, what, last, share, layer = re.fullmatch(pattern, prune, re.S).groups()
     plan = model.resolve(what)
     name = f"calibrated {Path(what).name}" if calibrated else Path(what).name
     method = "calibrated" if calibrated or plan.projections else "plain pruning, the paper's method"
@@ -94,6 +94,8 @@ def _plan_contender(model: pop.Model, prune: str) -> Contender:
         plan, name = dataclasses.replace(plan, full_depth_last=int(last)), f"{name} w={int(last)}"
     if share:
         plan, name = dataclasses.replace(plan, full_depth_selected=float(share)), f"{name} s={float(share):g}"
+    if layer:
+        plan, name = dataclasses.replace(plan, selecting_layer=int(layer)), f"{name} at {int(layer)}"
     if plan.full_depth_selected:
         method += f", {100 * plan.full_depth_selected:g} % of the tokens selected"
     if plan.full_depth_last > 1:
