@@ -229,7 +229,7 @@ def _load(args):
     options = {name: value for name, value in vars(args).items() if name in LOADING}
     options["dtype"] = args.dtype and getattr(torch, args.dtype)
     model = pop.load(args.model, parallel="auto", **options)
-    given = {name: getattr(args, name, None) for name in ("full_depth_last", "full_depth_selected")}
+    given = {name: getattr(args, name, None) for name in ("full_depth_last", "full_depth_selected", "selecting_layer")}
     model.plan = dataclasses.replace(model.plan, **{name: value for name, value in given.items() if value is not None})
     return model
 
@@ -299,8 +299,9 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
         add("--prune", help=text, default="default", metavar="P")
         if with_last:
             integer(add, "--full-depth-last", "how many last tokens of a prompt run all layers; default: the plan's")
-            text = "the share of the other tokens that also run all layers, chosen by attention; default: the plan's"
+            text = "the share of the other tokens to select, which skip fewer layers or none; default: the plan's"
             add("--full-depth-selected", help=text, type=float, metavar="SHARE")
+            integer(add, "--selecting-layer", "the layer whose attention selects them; default: the plan's")
 
     def generation_options(parser, media_place: str) -> Callable:
         """Add what `generate` and `chat` share; return what adds more about the prompt."""

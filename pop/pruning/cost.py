@@ -21,7 +21,7 @@ taps·D·D, or R·D, for all N tokens. P is N - W. With a window, P is the windo
 full-depth tokens, since no later token attends the rest.
 
 Tokens that the plan selects are counted as if they were evenly spread. From the selecting layer on, they are among the
-W tokens, and P is N - W with a window too. To select them, the last Q tokens attend all tokens at that layer, by its
+W tokens, and P is N - W, even with a window. To select them, the last Q tokens attend all tokens at that layer, by its
 own q and k. If it is pruned and has refit projections, these k are not among those of the P tokens.
 
     F(plan) = 2 · [ sum over kept layers    (N·(qo + kv + mlp) + attention of all N)

@@ -91,6 +91,10 @@ def test_models_go_on_after_one_that_cannot_be_used(capsys, tmp_path, monkeypatc
             ["--prune", "1.0", "--full-depth-selected", "0.5"],
             {"plan": pop.PrunePlan(tuple(range(6)), full_depth_selected=0.5)},
         ),
+        (
+            ["--prune", "0.5", "--full-depth-selected", "0.5", "--selecting-layer", "1"],
+            {"plan": pop.PrunePlan((3, 4, 5), full_depth_selected=0.5, selecting_layer=1)},
+        ),
         (["--temperature", "2", "--seed", "3"], {"temperature": 2.0, "seed": 3}),
         (["--temperature", "2", "--seed", "3", "--top-k", "5"], {"temperature": 2.0, "seed": 3, "top_k": 5}),
         (

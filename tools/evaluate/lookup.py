@@ -1,7 +1,7 @@
 """Find the layer that should select tokens: `python -m tools.evaluate.lookup`, see README.md in this folder.
 
 It asks the full model questions of retrieval: codes, documents and quotations. Each layer selects a share of a prompt's
-tokens. What counts is how many of the answer's tokens are among them. Chance finds as many as the share.
+tokens, and the table says how many of the answer's tokens are among them. Chance finds as many as the share.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def found_by_layer(model: pop.Model, question: Question, share: float, last: int
     """The share of an answer's tokens that each layer would select, [L]. None: it is not before the prompt's end.
 
     Args:
-        model: The model. Its plan has no part in this.
+        model: A pop.Model. Its plan plays no part.
         question: Its prompt holds its answer.
         share: Of the tokens to select from: all but the first one and the last ones.
         last: How many tokens the prompt's end has. They are at full depth anyway.
