@@ -14,6 +14,7 @@ from support.cases import NONE, assert_close, batches, by_position, cases, held,
 from support.naive_method import selection_scores, token_by_token
 
 from pop.pruning import reference
+from pop.pruning.plan import PrunePlan
 
 pytestmark = pytest.mark.usefixtures("small_query_blocks", "short_averages")
 
@@ -38,6 +39,15 @@ def test_the_reference_is_the_paper_read_literally(module, data):
     ends = [module.config.num_layers if k == len(plan.layers) else plan.layers[k] for k in skipped]
     logits, _ = token_by_token(module, tokens[0], plans_of_tokens, ends)
     assert_close(reference.prefill(module, tokens[0], plan), logits[-1])
+
+
+def test_selected_tokens_run_the_pruned_layers_from_the_selecting_one_on():
+    plan, scores = (
+        PrunePlan((1, 3, 4), full_depth_selected=0.5, selecting_layer=3),
+        torch.tensor([0.1, 0.4, 0.3, 0.2, 0.9]),
+    )
+    by_layer = reference.full_depth_tokens(5, 6, plan, scores)  # four tokens, the boundary token, and a generated one
+    assert by_layer.int().tolist() == [[0, 0, 0, 0, 1, 1], [0, 1, 1, 0, 1, 1], [0, 1, 1, 0, 1, 1]]
 
 
 @given(models(), st.data())
