@@ -166,10 +166,10 @@ def limited_files(most: int):
 
 
 def kills(call):
-    """Run `call` to its end. Then run it in one process after the other, each killed at another line."""
+    """Run `call` to its end. Then run it in one process after the other, each killed at another line, up to the last."""
     with failing_at(None) as places:
         call()
-    for line in range(0, len(places), max(1, len(places) // POINTS)):
+    for line in sorted({*range(0, len(places), max(1, len(places) // POINTS)), len(places) - 1}):
         child = os.fork()
         if child == 0:
             with failing_at(line, lambda: os.kill(os.getpid(), signal.SIGKILL)):

@@ -43,6 +43,8 @@ def test_model_args(chat_folder, tmp_path):
         "pruned_layers": [4],
         "full_depth_last": 3,
         "full_depth_first": 0,
+        "full_depth_selected": 0.0,
+        "selecting_layer": None,
         "calibrated": False,
     }
 
