@@ -166,7 +166,7 @@ def limited_files(most: int):
 
 
 def kills(call):
-    """Run `call` to its end. Then run it in one process after the other, each killed at another line, up to the last."""
+    """Run `call` to its end. Then run it in one process after the other, each killed at another line; the last is one."""
     with failing_at(None) as places:
         call()
     for line in sorted({*range(0, len(places), max(1, len(places) // POINTS)), len(places) - 1}):
