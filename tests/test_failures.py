@@ -166,7 +166,7 @@ def limited_files(most: int):
 
 
 def kills(call):
-    """Run `call` to its end. Then run it in one process after the other, each killed at another line; the last is one."""
+    """Run `call` to its end. Then run it again and again in other processes, each killed at another line."""
     with failing_at(None) as places:
         call()
     for line in sorted({*range(0, len(places), max(1, len(places) // POINTS)), len(places) - 1}):
