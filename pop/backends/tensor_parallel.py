@@ -106,15 +106,9 @@ def end(status: int = 0) -> NoReturn:
     os._exit(status)
 
 
-def add_up(numbers: torch.Tensor) -> torch.Tensor:
-    """Replace numbers by their sums over the ranks, and return them. All sums over ranks are made here."""
-    dist.all_reduce(numbers)
-    return numbers
-
-
-def largest(numbers: torch.Tensor) -> torch.Tensor:
-    """Replace numbers by their maxima over the ranks, and return them."""
-    dist.all_reduce(numbers, dist.ReduceOp.MAX)
+def add_up(numbers: torch.Tensor, **options) -> torch.Tensor:
+    """Replace numbers by their sums over the ranks, or by what else the `op` says, and return them."""
+    dist.all_reduce(numbers, **options)
     return numbers
 
 
@@ -158,7 +152,8 @@ class Part:
         """Build the rank's model on the meta device, and fill `shards` and `num_parameters`."""
         with torch.device("meta"):
             model = models.build(self.config)
-        model.sum_over_processes, model.largest_of_processes = add_up, largest
+        model.sum_over_processes = add_up
+        model.largest_of_processes = lambda numbers: add_up(numbers, op=dist.ReduceOp.MAX)
         for name, module in model.named_modules():
             kind = name.rpartition(".")[2]
             if kind not in PARALLEL or name.startswith(VISION):

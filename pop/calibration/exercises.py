@@ -53,8 +53,7 @@ def exercise(model, windows: Sequence[Window], number: int, rng: random.Random) 
     long = [window for window in windows if len(window[0]) >= size and not window[1]]
     for tokens, _ in [window, *_choose(long, ROWS - 1, rng)]:
         begin, bos = rng.randint(0, len(tokens) - size), int(tokens[0] == model.config.bos_id)
-        text = tokens[:bos] + tokens[begin + bos : begin + size]
-        rows.append(_row(model, kind, text, cut, size - cut, [], rng))
+        rows.append(_row(model, kind, tokens[:bos] + tokens[begin + bos : begin + size], cut, size - cut, [], rng))
     return Exercise(torch.tensor(rows), cut, [[]] * ROWS)
 
 

@@ -91,8 +91,7 @@ class Judge:
         module, first = self.model.module, first_layer(plan)
         if first not in entering:
             entering |= teacher(module, tokens.to(self.model.device), images, [first])[0]
-        h = student(module, plan, entering[first], cut, images)
-        return module.head(h[0, cut - 1 :]).log_softmax(-1)
+        return module.head(student(module, plan, entering[first], cut, images)[0, cut - 1 :]).log_softmax(-1)
 
 
 def pooled(compared: Sequence[Compared]) -> Losses:

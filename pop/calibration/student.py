@@ -38,8 +38,7 @@ def teacher(module, tokens: torch.Tensor, images: TextOnly, layers) -> tuple[dic
             entering[index] = h
         return layer(h, rope, attend)
 
-    h = module.through_layers(tokens, images, step)
-    return entering, h
+    return entering, module.through_layers(tokens, images, step)
 
 
 def first_layer(plan: PrunePlan) -> int:

@@ -70,7 +70,13 @@ def convert(file: Path, folder: Path, *, progress: bool = True) -> None:
     write_json(folder / "generation_config.json", token_ids | {"_from_model_config": True})
     with source.sound():
         write_tokenizer(source, folder, config)
-    _write_weights(source, folder, config, tensors, progress)
+    weights = {}  # the whole model is in memory meanwhile, as it is when it runs
+    with progress_bar(f"converting {source.path.name}", len(tensors), "tensors", progress) as step:
+        for hf_name, name in tensors.items():
+            weights[hf_name] = _hf_weight(source, config, name, hf_name)
+            step(1)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    shutil.copymode(folder / "config.json", folder / "model.safetensors")  # safetensors lets only the owner read it
 
 
 def require_gguf() -> Any:
@@ -245,17 +251,6 @@ def _tensors(source: GGUFFile, arch: str, config: dict[str, Any]) -> dict[str, s
         if found != shape:
             raise CheckpointError(f"{source.path}: {name} has the shape {found}, but the metadata imply {shape}")
     return tensors
-
-
-def _write_weights(source: GGUFFile, folder: Path, config: dict, tensors: dict[str, str], progress: bool) -> None:
-    """Write model.safetensors. The whole model is in memory meanwhile, as it is when it runs."""
-    weights = {}
-    with progress_bar(f"converting {source.path.name}", len(tensors), "tensors", progress) as step:
-        for hf_name, name in tensors.items():
-            weights[hf_name] = _hf_weight(source, config, name, hf_name)
-            step(1)
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    shutil.copymode(folder / "config.json", folder / "model.safetensors")  # safetensors lets only the owner read it
 
 
 def _hf_weight(source: GGUFFile, config: dict[str, Any], name: str, hf_name: str) -> torch.Tensor:

@@ -152,11 +152,9 @@ def weights_folder() -> Path:
 
 def _places() -> list[Path]:
     """Return the folders that may hold models, in search order."""
-    places = []
-    if set_by_user := os.environ.get("POP_WEIGHTS"):
-        places.append(Path(set_by_user).expanduser())
+    set_by_user = os.environ.get("POP_WEIGHTS")
+    places = [Path(set_by_user).expanduser()] if set_by_user else []
     checkout = Path(__file__).resolve().parents[2]
     if (checkout / "setup.py").is_file() and (checkout / "weights").is_dir():
         places.append(checkout / "weights")
-    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    return [*places, Path(cache) / "pop"]
+    return [*places, Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "pop")]

@@ -137,8 +137,7 @@ class Compiled:
             forward.prefill(self.module, prompt(first), cache, torch.full((rows,), first), plan, first, warming)
 
         if refit is not None:
-            refit = dataclasses.replace(refit, full_depth_first=1, full_depth_last=1, full_depth_selected=0.0)
-            prefill(refit)
+            prefill(dataclasses.replace(refit, full_depth_first=1, full_depth_last=1, full_depth_selected=0.0))
             return
         if form == "long":  # in one layer of each kind
             h, long = self.module.embed(prompt(1)), _unlike(taken, LONG + 1)  # [B, 1, D]

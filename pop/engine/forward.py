@@ -111,8 +111,7 @@ def _chunks(
     A plan that selects tokens needs the last token's state at the selecting layer. So all chunks run up to that layer
     before the first one runs on.
     """
-    chunk_size = min(chunk_size, cache.chunk_size)
-    hidden = cache.previous_hidden
+    chunk_size, hidden = min(chunk_size, cache.chunk_size), cache.previous_hidden
     # Chunks after the first overwrite slots of a ring, so a call that fails midway loses tokens that the cache counts.
     overwrites = int(lengths.max()) > chunk_size and bool(cache.lengths.any()) and cache.has_windows
     cache.intact = not overwrites

@@ -73,8 +73,7 @@ class GemmaProcessor(Processor):
         config = self.config
         pixels = gemma_pixels(given, config.vision.image_size, preparation)  # [1 + crops, 3, S, S]
         ids = [config.boi_id, *[config.image_id] * config.vision.tokens_per_image, config.eoi_id]
-        one = ("\n\n", ids, "\n\n")
-        pieces = one
+        pieces = one = ("\n\n", ids, "\n\n")
         if len(pixels) > 1:
             pieces = ("Here is the original image ", *one, " and here are some crops to help you see better")
             pieces += (" ", *one) * (len(pixels) - 1)

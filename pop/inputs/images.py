@@ -53,7 +53,11 @@ def load_image(image) -> torch.Tensor:
         if isinstance(image, torch.Tensor):
             image = _from_tensor(image)
         if isinstance(image, np.ndarray):
-            return _from_array(image)
+            if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
+                found = f"an image array has shape {image.shape} and dtype {image.dtype}"
+                raise InputError(f"{found}; it must be HxWx3, uint8")
+            check_size(image.shape[1], image.shape[0], "an image array")
+            return torch.from_numpy(np.array(image, order="C")).permute(2, 0, 1)  # [3, H, W], a copy
         pillow = import_extra("PIL.Image", "pillow", "images")
         if isinstance(image, pillow.Image):
             return _from_pillow(image, name)
@@ -100,13 +104,6 @@ def _from_tensor(image: torch.Tensor) -> np.ndarray:
         advice = "turn floats from 0 to 1 into bytes with (255 * image).round().byte()"
         raise InputError(f"{found}; it must be uint8, and either [3, H, W] or [H, W, 3]; {advice}")
     return (image.permute(1, 2, 0) if image.shape[0] == 3 else image).cpu().numpy()
-
-
-def _from_array(image: np.ndarray) -> torch.Tensor:
-    if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
-        raise InputError(f"an image array has shape {image.shape} and dtype {image.dtype}; it must be HxWx3, uint8")
-    check_size(image.shape[1], image.shape[0], "an image array")
-    return torch.from_numpy(np.array(image, order="C")).permute(2, 0, 1)  # [3, H, W], a copy
 
 
 def _file_content(image) -> bytes:

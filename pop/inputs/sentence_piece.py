@@ -63,8 +63,7 @@ def from_tokenizer_model(data: bytes, added: Iterable[dict] = ()) -> BytePairTok
         parts = [(text[:n], text[n:]) for n in range(1, len(text))]
         if any(all(len(part) == 1 or part in vocab for part in pair) for pair in parts):
             raise TokenizerError(f"pieces merge into the unused piece {text!r}, which is not supported.")
-    best_first = sorted(scores, key=scores.get, reverse=True)
-    return _build(vocab, best_first, special, other, {*special, *other}, bos_id)
+    return _build(vocab, sorted(scores, key=scores.get, reverse=True), special, other, {*special, *other}, bos_id)
 
 
 def _build(vocab, merged: list[str], special: dict, added: dict, normalized: set, bos_id: int | None):

@@ -60,8 +60,7 @@ class PrunableModel(nn.Module):
     each of the first `deepstack_layers` layers, features of images are added to h. `vision_blocks` names the list of
     the vision tower's layers, if there is a tower. Then `vision_block_inputs(N, P)` gives zeros in the shape of what
     such a layer takes for N images of P patches. A backend may give a model another `causal_attention`. If processes
-    share the heads of a model, its `sum_over_processes` adds up what each of them has computed from its heads, and its
-    `largest_of_processes` takes their maxima.
+    share a model's heads, `sum_over_processes` and `largest_of_processes` reduce what each has computed from its own.
     """
 
     config: object

@@ -210,9 +210,7 @@ class Qwen3VisionConfig:
 
     def __post_init__(self):
         C, H, L, layers = self.hidden_size, self.num_heads, self.num_layers, list(self.deepstack)
-        _check(
-            C % (4 * H) == 0, f"hidden_size ({C}) over num_heads ({H}) is not a multiple of 4, as two-axis RoPE needs"
-        )
+        _check(C % (4 * H) == 0, f"hidden_size ({C}) over num_heads ({H}) is not a multiple of 4, as its RoPE needs")
         ascending = layers == sorted({*layers} & {*range(L)})
         _check(ascending, f"deepstack_visual_indexes must be ascending layers from 0 to {L - 1}, not {layers}")
 

@@ -9,8 +9,7 @@ def free_bytes(device: torch.device) -> int | None:
     """Bytes that can be allocated on `device` right now. None: unknown."""
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
-        reusable = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return free + reusable
+        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     if device.type == "cpu":
         with suppress(OSError), open("/proc/meminfo", encoding="ascii") as lines:
             return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)

@@ -113,8 +113,7 @@ class Merger(nn.Module):
         """h [N, P, C] -> [N, M, D]. Patches come square by square, so those to merge are neighbours."""
         h = h if self.norm_merged else self.norm(h)
         h = h.unflatten(1, (-1, self.merged)).flatten(2)  # [N, M, merged * C]
-        h = self.norm(h) if self.norm_merged else h
-        return self.linear_fc2(F.gelu(self.linear_fc1(h)))
+        return self.linear_fc2(F.gelu(self.linear_fc1(self.norm(h) if self.norm_merged else h)))
 
 
 class VisionTower(nn.Module):
