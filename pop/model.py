@@ -167,7 +167,7 @@ class Model:
         """
         tokens = token_ids(tokens, 1, self.config.vocab_size, wait=False).to(self.device, non_blocking=True)
         self._check_cache(cache, torch.ones(tokens.shape[0], dtype=torch.int64))
-        return engine.decode(self.module, tokens, cache, self._stages(len(tokens), cache.max_seq_len))
+        return engine.decode(self.module, tokens, cache, self._stages(len(tokens), cache.max_seq_len, look=False))
 
     def extend(self, tokens, cache: KVCache) -> torch.Tensor:
         """Append tokens [B, T] at full depth, as `decode` would one by one. Returns their logits [B, T, V] float32."""

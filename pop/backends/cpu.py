@@ -21,7 +21,7 @@ from pop.models import layers
 # Dtypes without fast products: float16 on all CPUs, and bfloat16 on those that have no more than AVX2.
 WIDENED = {torch.float16} | ({torch.bfloat16} if torch.backends.cpu.get_cpu_capability() == "AVX2" else set())
 WIDENED_AT_ONCE = 2**26  # weights that are copied to float32 at a time
-STREAMS = 4  # blocks of a matrix that a core reads at once; with a single block, memory bandwidth stays unused
+STREAMS = 2  # blocks of a matrix that a core reads at once; one or four are up to a tenth slower
 # Dtypes with fast products that torch's attention does not use. It uses those of AMX.
 _bf16, _amx = (getattr(torch.cpu, f"_is_{name}_supported", bool)() for name in ("avx512_bf16", "amx_tile"))
 MULTIPLIED = {torch.bfloat16} if _bf16 and not _amx else set()
@@ -59,9 +59,7 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
     if rows.shape[0] > 1:
         out = (weight @ rows.T).T.contiguous()  # [B, out]
     elif torch.compiler.is_compiling() and (parts := _parts(rows.shape[1])):
-        streams = STREAMS if weight.shape[0] % STREAMS == 0 else 1
-        out = torch.cat([_fused_product(block, rows[0], parts) for block in weight.chunk(streams)])  # [out]
-        out = out.to(x.dtype)[None]  # [1, out]
+        out = torch.cat([_fused_product(w, rows[0], parts) for w in weight.chunk(STREAMS)]).to(x.dtype)[None]
     else:
         out = F.linear(rows, weight)
     out = out if bias is None else out + bias
@@ -73,7 +71,7 @@ def _parts(length: int) -> int | None:
 
     Inductor compiles longer sums to slower code. None: no number of parts up to 32 fits.
     """
-    return next((parts for parts in range(1, 33) if length % parts == 0 and length // parts <= 4096), None)
+    return ([parts for parts in range(1, 33) if length % parts == 0 and length // parts <= 4096] or [None])[0]
 
 
 def _fused_product(weight: torch.Tensor, x: torch.Tensor, parts: int) -> torch.Tensor:

@@ -15,11 +15,11 @@ Compiled code does not look at its layer again, so each call first looks for cha
 
 import copy
 import dataclasses
-import functools
 import logging
 import sys
 import threading
 import types
+from functools import partial
 from itertools import count
 
 import torch
@@ -64,13 +64,13 @@ class Compiled:
         """The module, with its vision tower's layers compiled."""
         if self.module.vision_blocks is None or not self.works:
             return self.module
-        compiled = [functools.partial(self._vision_block, block) for block in self.module.tower]
+        compiled = [partial(self._vision_block, block) for block in self.module.tower]
         return _with_replaced(self.module, self.module.vision_blocks, compiled)
 
     def stages(self, rows: int, slots: int, plan=PrunePlan.none(), look: bool = True) -> Stages:  # noqa: B008 (frozen)
         """Stages with every graph that `rows` batch rows of `slots` slots and this kind of plan need.
 
-        The first call compiles. Unless `look`, the module is taken to be as it was at the latest call.
+        The first call compiles. Unless `look`, only new hooks are looked for in the module.
         """
         forms = {"usual": None}
         if plan.projections is not None:
@@ -78,7 +78,7 @@ class Compiled:
         if slots > LONG and self._eager.replay is None:
             forms["long"] = None
         with self._lock:
-            if look and self.works and not self._seen.unchanged():
+            if self.works and not self._seen.unchanged(look):
                 self._seen.look((self.module, *self.module.layers, *self.module.tower))
             kinds = set(self._seen.values()) - {None}
             for form, refit in forms.items():
@@ -97,7 +97,10 @@ class Compiled:
                 self._check_compilers()
             if len(self._seen.kinds) > MOST_KINDS:
                 raise UnsupportedError(f"its layers have been of {len(self._seen.kinds)} kinds")
-            with torch._dynamo.config.patch(specialize_float=True):  # otherwise each call makes tensors of floats
+            # Otherwise each call would make tensors of floats, and x * y + z would be two operations.
+            flag = "cpp.enable_floating_point_contract_flag"  # a bool in older versions of torch
+            fused = {flag: type(getattr(torch._inductor.config, flag))("fast")}
+            with torch._dynamo.config.patch(specialize_float=True), torch._inductor.config.patch(fused):
                 self._run(several, form, refit)
         except Exception as error:  # no compiler, no headers, no Triton ...: each has its own exception
             reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
@@ -197,40 +200,47 @@ class _CompiledStage:
 
     def __init__(self, stage, seen: Seen):
         self.eager, self.seen = stage, seen
-        is_partial = isinstance(stage, functools.partial)
-        self.function = stage.func if is_partial else stage
-        self.defaults = tuple(stage.keywords.values()) if is_partial else stage.__defaults__
+        self.function = stage.func if isinstance(stage, partial) else stage
+        self.defaults = stage.__defaults__ if self.function is stage else tuple(stage.keywords.values())
         self.compiled: dict[tuple, object] = {}
 
     def warm_up(self, layer, h, *args):
-        """A call that no hook sees: layers that run as they are are left out."""
-        return h if self.seen[layer] is None else self(layer, h, *args)
+        """A call that no hook sees: layers that run as they are are left out. Its sizes are unlike each other."""
+        return h if self.seen[layer] is None else self(layer, h, *args, warming=True)
 
-    def __call__(self, layer, h, *args):
+    def __call__(self, layer, h, *args, warming: bool = False):
         kind, one_token = self.seen[layer], h.shape[-2] == 1
         # Compiling takes longer than it saves for logits of several tokens, and for chunks of one pruned token.
         rare = (stages.head,) if not one_token else (stages.pruned_layer, stages.refit_layer, stages.corrected_layer)
         if kind is None or self.function in rare:
             return self.eager(layer, h, *args)
+        key = kind, one_token, torch.get_num_threads()
         if self.function is stages.full_layer:
             held = args[2].held
             if held is not None and held.shape[-1] == 1:  # the first token of a cache
                 return self.eager(layer, h, *args)
+            if one_token and held is not None:
+                key += (h.shape[0] > 1, held.shape[-1] > LONG)  # so it has all that torch would check
         elif self.function in (stages.pruned_layer, stages.refit_layer, stages.corrected_layer):
             *inputs, keys, values = args
             h, *inputs = (_as_owner(x) for x in (h, *inputs))
             args = (*inputs, keys, values)
         else:
             h, *args = (_as_owner(x) for x in (h, *args))
-        key = (kind, one_token, torch.get_num_threads())
-        if key not in self.compiled:
-            code, name = self.function.__code__.replace(), self.function.__name__
-            copied = types.FunctionType(code, self.function.__globals__, name, self.defaults)
-            # A new dictionary each time: torch.compile empties it. Older versions cannot filter guards and check all.
-            can_filter = hasattr(torch.compiler, "skip_guard_on_inbuilt_nn_modules_unsafe")
-            options = {"guard_filter_fn": _on_tensors} if can_filter else None
-            self.compiled[key] = torch.compile(copied, fullgraph=True, dynamic=True, options=options)
-        return self.compiled[key](layer, h, *args)
+        return (self.compiled.get(key) or partial(self._compile, key, warming))(layer, h, *args)
+
+    def _compile(self, key: tuple, warming: bool, *args):
+        """The first call of its kind."""
+        code, name, generated = self.function.__code__.replace(), self.function.__name__, []
+        function = types.FunctionType(code, self.function.__globals__, name, self.defaults)
+        compiled = torch.compile(function, fullgraph=True, dynamic=True)
+        noted = torch._dynamo.convert_frame.register_bytecode_hook
+        with noted(lambda old, new: generated.append(new) if old is code else None):
+            out = compiled(*args)
+        if warming and len(key) > 3 and generated:  # torch's checks would take a tenth of a small model's decode
+            compiled = types.FunctionType(*generated, function.__globals__, name, self.defaults)
+        self.compiled[key] = compiled
+        return out
 
 
 def _as_owner(x):
@@ -247,11 +257,3 @@ def _as_owner(x):
         return x
     strides = [x.shape[axis + 1 :].numel() for axis in range(x.dim())]
     return x.new_empty(0).set_(x.untyped_storage(), 0, x.shape, strides)
-
-
-def _on_tensors(guards) -> list[bool]:
-    """Which of torch's guards to check on each call: not those on the layer, whose kind is part of the key above.
-
-    Checking them would take a tenth of a small layer's decode step.
-    """
-    return [not guard.is_global and not guard.name.startswith("layer") for guard in guards]

@@ -72,9 +72,9 @@ class Seen(dict[nn.Module, int | None]):
                 self[layer] = self.kinds.setdefault(parts.kind, len(self.kinds))
         return self[layer]
 
-    def unchanged(self) -> bool:
-        """Whether the layers are as they were. The number of hooks grows with each that this process registers."""
-        return self.hooks == RemovableHandle.next_id and all(parts.unchanged() for parts in self.parts)
+    def unchanged(self, look: bool = True) -> bool:
+        """Whether the layers, or unless `look`, their hooks are as before. Each new hook of a process has a new id."""
+        return self.hooks == RemovableHandle.next_id and (not look or all(parts.unchanged() for parts in self.parts))
 
 
 def _settings(attributes: dict) -> dict:

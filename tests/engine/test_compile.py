@@ -30,7 +30,7 @@ from support.tiny_images import both_ways, random_bytes
 import pop
 from pop import engine
 from pop.engine import forward
-from pop.engine.compile import Compiled, _as_owner
+from pop.engine.compile import Compiled, _as_owner, _CompiledStage
 from pop.inputs.processors import Prepared
 from pop.models.images import Images
 from pop.models.vision.qwen3_vl import Grid
@@ -43,18 +43,28 @@ THOROUGH = os.environ.get("HYPOTHESIS_PROFILE") == "nightly"
 MIXED = EXPERTS if THOROUGH else dataclasses.replace(EXPERTS, layers=(0, 1, 2, 3, 4))
 
 
+QWEN = partial(tiny_qwen3_vl_config, experts=MIXED)
+
+
 @pytest.fixture(
     scope="module",
-    params=[partial(tiny_qwen3_vl_config, experts=MIXED), tiny_gemma3_config],
-    ids=["qwen3-vl", "gemma3"],
+    params=[(QWEN, True), (tiny_gemma3_config, False), *[(tiny_gemma3_config, True), (QWEN, False)][: 2 * THOROUGH]],
+    ids=lambda param: f"{param[0](max_positions=6000).family}-{'with' if param[1] else 'without'}-checks",
 )
 def pair(request):
-    """One model twice, compiled and eager, and how many rows the compiled one is warm for."""
-    module = random_model(request.param(max_positions=6000), seed=5)
+    """One model twice, compiled and eager, and how many rows the compiled one is warm for.
+
+    With torch's checks in all calls, decode compiles again where another graph is needed. Usually, decode has none.
+    """
+    config, checks = request.param
+    module = random_model(config(max_positions=6000), seed=5)
     plain = pop.PrunePlan((0,))
     compiled, eager = (pop.Model(module, module.config, plan=plain, compile=it, chunk_size=16) for it in (True, False))
     rows = 4 if THOROUGH or module.config.family == "qwen3_vl" else 1
-    compiled.warmup(rows, [refit(module, compiled.fingerprint, *form) for form in ((1,), (2,), (2, 9))])
+    with pytest.MonkeyPatch.context() as patch:
+        if checks:
+            patch.setattr(_CompiledStage, "warm_up", _CompiledStage.__call__)
+        compiled.warmup(rows, [refit(module, compiled.fingerprint, *form) for form in ((1,), (2,), (2, 9))])
     return compiled, eager, rows
 
 

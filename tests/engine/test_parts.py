@@ -219,6 +219,18 @@ def test_a_changed_setting_in_a_dict_takes_effect(shared):
 
 
 @requires_compiler
+def test_decode_sees_a_hook_that_is_new_since_the_prefill(shared):
+    compiled, eager, module, _ = shared
+    caches = [model.new_cache(1, 20) for model in (compiled, eager)]
+    for model, cache in zip((compiled, eager), caches, strict=True):
+        model.prefill([[1, 2, 3]], cache)
+        model.decode([4], cache)
+    undo = CHANGES["hook on mlp"](module.layers[1])
+    assert_close(*(model.decode([5], cache) for model, cache in zip((compiled, eager), caches, strict=True)))
+    undo()
+
+
+@requires_compiler
 def test_changes_without_end_are_refused(shared, monkeypatch):
     compiled, eager, module, compilations = shared
     norm, original = module.layers[1].input_layernorm, logits(compiled)
