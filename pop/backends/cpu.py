@@ -58,7 +58,7 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
     rows = x.reshape(-1, x.shape[-1])  # [B, in]
     if rows.shape[0] > 1:
         out = (weight @ rows.T).T.contiguous()  # [B, out]
-    elif torch.compiler.is_compiling() and (parts := _parts(rows.shape[1])):
+    elif torch.compiler.is_compiling() and (parts := _parts(weight.shape[1])):
         out = torch.cat([_fused_product(w, rows[0], parts) for w in weight.chunk(STREAMS)]).to(x.dtype)[None]
     else:
         out = F.linear(rows, weight)
