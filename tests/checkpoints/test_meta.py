@@ -216,7 +216,7 @@ def test_tensors_without_storage_or_layout(tmp_path):
     nested = torch.nested.as_nested_tensor([ones])
     for odd in (ones.to("meta"), ones.to_sparse(), nested, ones.to(torch.complex64)):
         torch.save({**weights, "norm.weight": odd}, tmp_path / "consolidated.00.pth")
-        refused(tmp_path, "dense tensors|complex64", config=config)
+        refused(tmp_path, "dense tensors|complex64|more than tensors", config=config)  # the last since torch 2.15
     expanded = {**weights, "norm.weight": torch.ones(1).expand(60)}
     torch.save(expanded, tmp_path / "consolidated.00.pth")
     assert load(tmp_path, config=config)["model.norm.weight"].is_contiguous()

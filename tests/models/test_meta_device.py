@@ -79,7 +79,7 @@ REJECTED = {
     "a list": lambda x: x.tolist(),
     "a condition": lambda x: bool(x.any()),
     "a boolean index": lambda x: x[x > 0],
-    "an assignment by a boolean index": lambda x: x.__setitem__(x > 0, 1),
+    "an assignment by a boolean index": lambda x: x.__setitem__(x > 0, x[:1].expand(2)),
     "a search": lambda x: x.nonzero(),
     "a count": lambda x: x.bincount(),
 }
