@@ -67,10 +67,7 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
 
 
 def _parts(length: int) -> int | None:
-    """The smallest number of equal parts, of at most 4096 numbers each, in which to sum `length` numbers.
-
-    Inductor compiles longer sums to slower code. None: no number of parts up to 32 fits.
-    """
+    """How many equal parts of at most 4096 numbers a sum has: longer ones compile to slower code. None: over 32."""
     return ([parts for parts in range(1, 33) if length % parts == 0 and length // parts <= 4096] or [None])[0]
 
 

@@ -233,12 +233,15 @@ class _CompiledStage:
         """The first call of its kind."""
         code, name, generated = self.function.__code__.replace(), self.function.__name__, []
         function = types.FunctionType(code, self.function.__globals__, name, self.defaults)
-        compiled = torch.compile(function, fullgraph=True, dynamic=True)
-        noted = torch._dynamo.convert_frame.register_bytecode_hook
-        with noted(lambda old, new: generated.append(new) if old is code else None):
+        # No checks of layers, whose kind is in the key. Older versions of torch cannot leave them out.
+        options = {"guard_filter_fn": lambda guards: [not g.is_global and g.name[:5] != "layer" for g in guards]}
+        can_filter = hasattr(torch.compiler, "skip_guard_on_inbuilt_nn_modules_unsafe")
+        compiled = torch.compile(function, fullgraph=True, dynamic=True, options=options if can_filter else None)
+        frames = torch._dynamo.convert_frame
+        with frames.compile_lock, frames.register_bytecode_hook(lambda old, new: generated.append(new)):
             out = compiled(*args)
-        if warming and len(key) > 3 and generated:  # torch's checks would take a tenth of a small model's decode
-            compiled = types.FunctionType(*generated, function.__globals__, name, self.defaults)
+        if warming and len(key) > 3 and len(generated) == 1:  # torch's checks would take a tenth of a decode step
+            compiled = types.FunctionType(*generated, self.function.__globals__, name, self.defaults)
         self.compiled[key] = compiled
         return out
 

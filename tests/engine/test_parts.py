@@ -231,6 +231,18 @@ def test_decode_sees_a_hook_that_is_new_since_the_prefill(shared):
 
 
 @requires_compiler
+def test_layers_may_differ_in_which_weights_are_trained(shared):
+    compiled, _, module, compilations = shared
+    original, number = logits(compiled), len(compilations)
+    for layer, part in zip(module.layers, ("mlp", "self_attn"), strict=True):
+        layer.requires_grad_(False)
+        layer.get_submodule(part).requires_grad_(True)
+    assert_close(logits(compiled), original)
+    assert len(compilations) == number
+    module.requires_grad_(True)
+
+
+@requires_compiler
 def test_changes_without_end_are_refused(shared, monkeypatch):
     compiled, eager, module, compilations = shared
     norm, original = module.layers[1].input_layernorm, logits(compiled)
