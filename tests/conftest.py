@@ -53,14 +53,6 @@ def short_averages():
         yield
 
 
-@pytest.fixture
-def float32_products(monkeypatch):
-    """The CPU's attention_by_products also for float32, on all processors, in blocks of three queries and few heads."""
-    small = {"QUERY_BLOCK": 3, "SCORES_AT_ONCE": 99, "FEWEST_QUERIES": 2, "FEWEST_SCORES": 0}
-    for name, value in (("MULTIPLIED", {torch.float32}), *small.items()):
-        monkeypatch.setattr(f"pop.backends.cpu.{name}", value)
-
-
 @pytest.fixture(scope="session")
 def gemma3():
     """The folder of the real Gemma-3-270M. Without it a test is skipped: the README's demo does not fetch it."""

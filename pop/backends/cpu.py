@@ -6,9 +6,11 @@ towers. The results are those of PyTorch's own operators, up to rounding. README
 the general product is slow.
 """
 
+import ctypes
 import functools
-import itertools
+import logging
 import math
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -19,15 +21,18 @@ from pop.engine.attention import UNBOUNDED, AttentionMetadata
 from pop.models import layers
 
 # Dtypes without fast products: float16 on all CPUs, and bfloat16 on those that have no more than AVX2.
-WIDENED = {torch.float16} | ({torch.bfloat16} if torch.backends.cpu.get_cpu_capability() == "AVX2" else set())
+_capability = torch.backends.cpu.get_cpu_capability()
+WIDENED = {torch.float16} | ({torch.bfloat16} if _capability == "AVX2" else set())
 WIDENED_AT_ONCE = 2**26  # weights that are copied to float32 at a time
 STREAMS = 2  # blocks of a matrix that a core reads at once; one or four are up to a tenth slower
-# Dtypes with fast products that torch's attention does not use. It uses those of AMX.
+# Dtypes in which attention.cpp is faster than torch's attention. For bfloat16, torch uses AMX where there is one.
 _bf16, _amx = (getattr(torch.cpu, f"_is_{name}_supported", bool)() for name in ("avx512_bf16", "amx_tile"))
-MULTIPLIED = {torch.bfloat16} if _bf16 and not _amx else set()
-QUERY_BLOCK, SCORES_AT_ONCE = 128, 2**20  # tokens, and numbers, which bound how many heads run together
-FEWEST_QUERIES, FEWEST_SCORES = 32, 2**15  # of a head; with fewer, calls would take longer than torch's attention
+FUSED = {torch.float32} | (set() if _amx else {torch.bfloat16}) if _capability in ("AVX2", "AVX512") else set()
+MOST_E = 256  # numbers of a head in attention.cpp
 TEMPORARY = 31 * 2**20  # bytes; glibc adapts to freed blocks of at most 32 MiB, headers included
+
+
+logger = logging.getLogger(__name__)
 
 
 class Linear(nn.Linear):
@@ -85,10 +90,9 @@ def attend_cache(
     if q.device.type == "cpu" and q.shape[1] == 1 and at.held is not None and torch.compiler.is_compiling():
         k, v = engine.read(keys, values, at)
         return one_token_attention(q, k, v, engine.attended(at.held, at.spans), scale)
-    if q.shape[1] == 1 or q.device.type != "cpu" or q.dtype not in MULTIPLIED:
+    if q.shape[1] == 1 or not _is_fused(q):
         return engine.attend_cache(q, keys, values, at, scale)
-    k, v = engine.read(keys, values, at)
-    return attention_by_products(q, k, v, at.held, at.spans, at.band, scale)
+    return fused_attention(q, *engine.read(keys, values, at), at.held, at.spans, at.band, scale)
 
 
 def causal_attention(
@@ -96,81 +100,70 @@ def causal_attention(
     last_attended: torch.Tensor | None = None,
 ) -> torch.Tensor:  # fmt: skip
     """Like pop.models.layers.causal_attention."""
-    if last_attended is not None or not _is_multiplied(q, k, v):
+    if not _is_fused(q, k, v):
         return layers.causal_attention(q, k, v, scale, window, last_attended)
-    band = None if window is None else torch.tensor((0, window - 1, 0, 1), device="cpu")
-    return attention_by_products(q, k, v, None, None, band, scale)
+    own = torch.arange(q.shape[1], device="cpu").expand(q.shape[:2])
+    first = torch.zeros_like(own) if window is None else own - window + 1
+    last = own if last_attended is None else last_attended
+    band = torch.tensor((0, window - 1 if window else UNBOUNDED, UNBOUNDED, 0), device="cpu")
+    return fused_attention(q, k, v, own, torch.stack((first, last), dim=-1), band, scale)
 
 
 def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
     """Like F.scaled_dot_product_attention(q, k, v) in a vision tower: each [N, H, P, E]."""
-    if not _is_multiplied(q, k, v):
+    if not _is_fused(q, k, v):
         return F.scaled_dot_product_attention(q, k, v)
-    q, k, v, everything = *(x.transpose(1, 2) for x in (q, k, v)), torch.tensor((0, UNBOUNDED, UNBOUNDED, 1))
-    return attention_by_products(q, k, v, None, None, everything, q.shape[-1] ** -0.5).view(q.shape).transpose(1, 2)
+    (N, H, P, E), (q, k, v) = q.shape, (x.transpose(1, 2) for x in (q, k, v))
+    every = torch.arange(P, device="cpu").expand(N, P)
+    spans, band = torch.tensor((0, P - 1)).expand(N, P, 2), torch.tensor((0, UNBOUNDED, UNBOUNDED, 0))
+    return fused_attention(q, k, v, every, spans, band, E**-0.5).view(N, P, H, E).transpose(1, 2)
 
 
-def _is_multiplied(*inputs: torch.Tensor) -> bool:
-    """Whether attention_by_products is faster than torch's attention, and no gradients are wanted, which it lacks."""
-    q = inputs[0]
-    return q.device.type == "cpu" and q.dtype in MULTIPLIED and not any(x.requires_grad for x in inputs)
+def _is_fused(*inputs: torch.Tensor) -> bool:
+    """Whether fused_attention takes q, and k and v if they may want gradients, which it lacks."""
+    q, E = inputs[0], inputs[0].shape[-1]
+    fits = q.device.type == "cpu" and q.dtype in FUSED and E % 2 == 0 and E <= MOST_E
+    return fits and not any(x.requires_grad for x in inputs)
 
 
-@torch.library.custom_op("pop::attention_by_products", mutates_args=())
-def attention_by_products(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, held: torch.Tensor | None, spans: torch.Tensor | None,
-    band: torch.Tensor | None, scale: float,
+@torch.library.custom_op("pop::fused_attention", mutates_args=())
+def fused_attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, held: torch.Tensor, spans: torch.Tensor, band: torch.Tensor,
+    scale: float,
 ) -> torch.Tensor:  # fmt: skip
-    """Like pop.engine.attention.attention_by_blocks, by two products for a block. Without a band, it is causal.
+    """Like pop.engine.attention.attention_by_blocks, by attention.cpp, which does not need the band.
 
-    Scores have the dtype of q. The softmax is float32 inside. Only a band that is not exact needs `held` and `spans`.
+    Only the keys that a block of queries attends are read, and no mask is in memory.
     """
-    (B, T, H, E), (N, K) = q.shape, k.shape[1:3]
-    is_small = T < FEWEST_QUERIES or T * N < FEWEST_SCORES
-    if is_small and band is None:
-        return layers.causal_attention(q, k, v, scale, None)
-    if is_small and held is not None:
+    if (kernel := _kernel()) is None:
         return engine.attention_by_blocks(q, k, v, held, spans, band, scale)
-    own, before, after, is_exact = (0, UNBOUNDED, 0, 1) if band is None else band.tolist()
-    out = q.new_empty(B, T, K, H // K, E)
-    q = (q * scale).view(out.shape).transpose(1, 2).contiguous()  # [B, K, T, G, E]
-    # Contiguous, since products of strided matrices are up to a third slower: [B, K, E, N] and [B, K, N, E]
-    k, v = k.permute(0, 2, 3, 1).contiguous(), v.transpose(1, 2).contiguous()
-    for begin in range(0, T, QUERY_BLOCK):
-        end = min(begin + QUERY_BLOCK, T)
-        first, stop = max(0, own + begin - before), min(N, own + end + after)
-        if is_exact:  # the whole block attends the keys from `left` to `right`, so only the edges need a mask
-            left, right = max(first, own + end - 1 - before), min(stop, own + begin + after + 1)
-            edges = [edge for edge in ((first, left), (right, stop)) if edge[0] < edge[1]]
-            offsets = [(edge[0] - own - begin, edge[1] - own - begin) for edge in edges]
-            biases = [_band_bias(end - begin, *offset, before, after, q.dtype).expand(B, -1, -1) for offset in offsets]
-        else:
-            edges, biases = [(first, stop)], [_bias(engine.attended(held[:, first:stop], spans[:, begin:end]), q.dtype)]
-        at_once = max(1, SCORES_AT_ONCE // ((end - begin) * H // K * (stop - first)))
-        step = math.ceil(K / math.ceil(K / at_once))  # heads, as evenly as possible
-        for row, head in itertools.product(range(B), range(0, K, step)):
-            heads = slice(head, head + step)
-            x = q[row, heads, begin:end]  # [heads, t, G, E]
-            scores = torch.bmm(x.flatten(1, 2), k[row, heads, :, first:stop])  # [heads, t * G, keys]
-            for edge, bias in zip(edges, biases, strict=True):
-                scores.unflatten(1, x.shape[1:3])[..., edge[0] - first : edge[1] - first] += bias[row, :, None]
-            attended = torch.bmm(scores.softmax(-1), v[row, heads, first:stop])  # [heads, t * G, E]
-            out[row, begin:end, heads] = attended.view(x.shape).transpose(0, 1)
-    return out.flatten(2)
+    (B, T, H, E), (N, K) = q.shape, k.shape[1:3]
+    q, k, v = (x.to(q.dtype) for x in (q, k, v))
+    # The kernel reads two bfloat16 at once.
+    q, k, v = (x if x.stride(-1) == 1 and not any(s % 2 for s in x.stride()[:3]) else x.contiguous() for x in (q, k, v))
+    held, spans, out = held.int().contiguous(), spans.int().contiguous(), q.new_empty(B, T, H * E)
+    sizes = (ctypes.c_int64 * 15)(B, T, H, E, N, K, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3])
+    run = kernel.attend_bfloat16 if q.dtype == torch.bfloat16 else kernel.attend_float32
+    pointers = [ctypes.c_void_p(x.data_ptr()) for x in (q, k, v, held, spans, out)]
+    run(*pointers, sizes, ctypes.c_float(scale), torch.get_num_threads())
+    return out
 
 
-def _bias(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    return torch.where(mask, 0.0, -math.inf).to(dtype)
+fused_attention.register_fake(lambda q, *_: q.new_empty(*q.shape[:2], q.shape[2] * q.shape[3]))
 
 
-@functools.lru_cache(64)  # all layers and most blocks have the same
-def _band_bias(T: int, first: int, stop: int, before: int, after: int, dtype: torch.dtype) -> torch.Tensor:
-    """What to add to the scores [T, keys] of keys from `first` to `stop`, counted from the first query's own key."""
-    own, key = torch.arange(T, device="cpu")[:, None], torch.arange(first, stop, device="cpu")
-    return _bias((own - before <= key) & (key <= own + after), dtype)
+@functools.cache
+def _kernel() -> ctypes.CDLL | None:
+    """attention.cpp, compiled for this processor and kept with the other files of torch.compile. None if that fails."""
+    try:
+        from torch._inductor.codecache import CppCodeCache  # takes a second to import
 
-
-attention_by_products.register_fake(lambda q, *_: q.new_empty(*q.shape[:2], q.shape[2] * q.shape[3]))
+        source = Path(__file__).with_name("attention.cpp").read_text(encoding="utf-8")
+        processor = f"\n// {_capability} {_bf16}"  # a cache of files may be shared with other processors
+        return CppCodeCache.load_async(source + processor, extra_flags=["-ffp-contract=fast"])()
+    except Exception as error:  # no compiler, no headers, no place to write to ...
+        logger.info("torch's attention runs, as pop's cannot be compiled: %s", error)
+        return None
 
 
 def one_token_attention(

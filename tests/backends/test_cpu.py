@@ -1,5 +1,6 @@
 """The CPU's products and attention against float64."""
 
+import functools
 import math
 from functools import partial
 from pathlib import Path
@@ -7,9 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 from hypothesis import given
+from hypothesis import strategies as st
 from support.cases import assert_close, by_position, cases, new_cache, random_refit
 from support.compiler import requires_compiler
 from support.tiny import random_model, tiny_config, tiny_gemma3_config, tiny_gemma3_vl_config
+from torch._inductor.codecache import CppCodeCache
 
 import pop
 from pop import engine
@@ -86,44 +89,100 @@ def test_one_token_attention_is_attention(dtype, rows):
     assert (written_out.double() - wanted).abs().max() < tolerance
 
 
-# The first token's own key, how many keys there are, how many of them each token may attend before and after its own,
-# and whether it attends all of these. None: it does, and this needs no band.
+# The first token's own key, how many keys there are, and how many of them each token may attend before and after its
+# own. False: it attends some of these, and its own.
 KINDS = {
-    "causal": (0, 300, UNBOUNDED, 0, None),
-    "all": (0, 300, UNBOUNDED, UNBOUNDED, True),
-    "filled cache": (77, 377, UNBOUNDED, 0, True),
+    "causal": (0, 300, 999, 0, True),
+    "all": (0, 300, 999, 999, True),
+    "filled cache": (77, 377, 999, 0, True),
     "window": (150, 460, 139, 0, True),
     "narrow window": (0, 300, 4, 0, True),
     "both ways": (20, 320, 15, 30, True),
-    "ragged": (90, 390, UNBOUNDED, 0, False),
-    "ragged window": (90, 390, 80, 0, False),
-    "look-ahead": (20, 330, UNBOUNDED, 40, False),
-    "scattered": (0, 500, UNBOUNDED, UNBOUNDED, False),
+    "ragged": (90, 390, 999, 0, False),
+    "ragged window": (90, 391, 80, 0, False),
+    "look-ahead": (20, 330, 999, 40, False),
+    "scattered": (0, 501, 999, 999, False),
 }
 
 
+@functools.cache
+def portable_kernel():
+    flags = ["-ffp-contract=fast", "-U__AVX512F__", "-U__AVX512BF16__"]
+    return CppCodeCache.load_async(Path(cpu.__file__).with_name("attention.cpp").read_text(), extra_flags=flags)()
+
+
+@pytest.fixture(params=["this processor", "any processor"])
+def kernel(request, monkeypatch):
+    """The kernel as it runs here, and as it runs on processors without AVX-512."""
+    if request.param == "any processor":
+        monkeypatch.setattr(cpu, "_kernel", portable_kernel)
+
+
+@requires_compiler
+@pytest.mark.usefixtures("kernel")
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize(("H", "K", "E"), [(2, 2, 64), (6, 2, 128), (8, 1, 256)])
+@pytest.mark.parametrize(("H", "K", "E"), [(2, 2, 10), (6, 2, 64), (7, 1, 256)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_attention_by_products_is_attention(monkeypatch, kind, H, K, E, dtype):
-    """Three blocks of queries, the last of which is smaller, and some keys or all heads at once."""
+def test_fused_attention_is_attention(kind, H, K, E, dtype):
+    """Of keys in order, and of keys that lie anywhere, of which some are empty slots."""
     (own, N, before, after, is_exact), B, T, scale = KINDS[kind], 2, 300, 2 * E**-0.5
     q, k, v = normal(B, T, H, E), normal(B, N, K, E, seed=1), normal(B, N + 1, K, E, seed=2)[:, 1:]
     q, k, v = (x.to(dtype) for x in (q, k, v))
     drawn, key, mine = torch.Generator().manual_seed(3), torch.arange(N), own + torch.arange(T)
     first, last = (mine - before).expand(B, -1), (mine + after).expand(B, -1)
-    if is_exact is False:  # each token attends some of the keys that its band allows, and its own
+    if not is_exact:
         first = mine - torch.randint(0, min(before, N) + 1, (B, T), generator=drawn)
         last = mine + torch.randint(0, min(after, N) + 1, (B, T), generator=drawn)
+    held, spans = key.repeat(B, 1), torch.stack((first, last), dim=-1)
     mask = (first[..., None] <= key) & (key <= last[..., None])
-    held, spans = (None, None) if is_exact in (None, True) else (key.repeat(B, 1), torch.stack((first, last), dim=-1))
-    band = None if is_exact is None else torch.tensor([own, before, after, is_exact])
-    wanted = naive(q, k, v, mask, scale)
-    for at_once in (1, 2**22):
-        monkeypatch.setattr(cpu, "SCORES_AT_ONCE", at_once)
-        found = cpu.attention_by_products(q, k, v, held, spans, band, scale)
-        assert found.dtype == dtype
-        assert (found.double() - wanted).abs().max() < {torch.float32: 1e-5, torch.bfloat16: 0.06}[dtype]
+    found = cpu.fused_attention(q, k, v, held, spans, BAND, scale)
+    assert found.dtype == dtype
+    assert (found.double() - naive(q, k, v, mask, scale)).abs().max() < TOLERANCES[dtype]
+
+    order = torch.randperm(N, generator=drawn)
+    empty = (torch.rand(B, N, generator=drawn) < 0.1) & (order < own)
+    held, mask = order.where(~empty, -1).to(torch.int32), mask[..., order] & ~empty[:, None]
+    spans = spans.clamp(min=0).to(torch.int32)
+    found = cpu.fused_attention(q, k[:, order], v[:, order], held, spans, BAND, scale)
+    assert (found.double() - naive(q, k[:, order], v[:, order], mask, scale)).abs().max() < TOLERANCES[dtype]
+
+
+TOLERANCES, BAND = {torch.float32: 1e-5, torch.bfloat16: 0.02}, torch.tensor((0, UNBOUNDED, UNBOUNDED, 0))
+
+
+@requires_compiler
+@pytest.mark.usefixtures("kernel")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@given(st.integers(1, 3), st.integers(1, 150), st.integers(0, 150), st.integers(1, 3), st.integers(1, 9), st.data())
+def test_any_sizes_and_strides_are_attended(dtype, B, T, filled, K, G, data):
+    """Views whose numbers or rows lie apart, or begin at an odd place."""
+    E, N, seed = data.draw(st.sampled_from([2, 8, 72])), T + filled, data.draw(st.integers(0, 9))
+    wide = data.draw(st.integers(0, 3))
+    q, k, v = (normal(B, n, h, E + wide, seed=seed).to(dtype)[..., wide:] for n, h in ((T, K * G), (N, K), (N, K)))
+    if data.draw(st.booleans()):
+        k, v = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in (k, v))
+    mine = filled + torch.arange(T).expand(B, T)
+    window = data.draw(st.integers(1, N))
+    spans = torch.stack((mine - window + 1, mine), dim=-1)
+    found = cpu.fused_attention(q, k, v, torch.arange(N).expand(B, N), spans, BAND, 0.3)
+    key = torch.arange(N)
+    mask = (key <= mine[..., None]) & (key > mine[..., None] - window)
+    assert (found.double() - naive(q, k, v, mask, 0.3)).abs().max() < TOLERANCES[dtype]
+
+
+@requires_compiler
+@pytest.mark.usefixtures("kernel")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_large_scores_are_exact_and_overflow_is_seen(dtype):
+    """Scores of +-10,000 are a softmax as any other. Infinite ones give NaN, as in torch."""
+    q, k, v = (normal(1, 60, 2, 64, seed=seed).to(dtype) for seed in range(3))
+    own = torch.arange(60)[None]
+    spans, mask = torch.stack((0 * own, own), dim=-1), torch.ones(1, 60, 60).tril().bool()
+    found = cpu.fused_attention(q, k, v, own, spans, BAND, 500.0)
+    assert (found.double() - naive(q, k, v, mask, 500.0)).abs().max() < 10 * TOLERANCES[dtype]
+    k[0, 30] = math.inf
+    found = cpu.fused_attention(q, k, v, own, spans, BAND, 1.0)
+    assert found[0, :30].isfinite().all() and found[0, 30:].isnan().all()
 
 
 def naive(q, k, v, mask, scale):
@@ -135,37 +194,33 @@ def naive(q, k, v, mask, scale):
     return torch.einsum("bhtn,bnhe->bthe", weights, v).flatten(2)
 
 
-@pytest.mark.parametrize("T", [2, 31, 32, 182])
-def test_few_scores_are_left_to_torch(monkeypatch, T):
-    """Two products pay from 32 queries on, if there are 2 ** 15 scores."""
-    by_torch, attend = [], torch.nn.functional.scaled_dot_product_attention
-    monkeypatch.setattr(layers.F, "scaled_dot_product_attention", lambda *a, **b: by_torch.append(a) or attend(*a, **b))
-    N = 1100
-    q, k, v = normal(1, T, 6, 8), normal(1, N, 2, 8, seed=1), normal(1, N, 2, 8, seed=2)
-    found = cpu.attention_by_products(q, k[:, :T], v[:, :T], None, None, None, 0.3)
-    assert bool(by_torch) == (T < 182)
-    torch.testing.assert_close(found, naive(q, k[:, :T], v[:, :T], torch.ones(1, T, T).tril().bool(), 0.3).float())
-    by_torch.clear()
-    mine = (N - T + torch.arange(T))[None]
-    spans, band = torch.stack((0 * mine, mine), dim=-1), torch.tensor([N - T, UNBOUNDED, 0, 1])
-    found = cpu.attention_by_products(q, k, v, torch.arange(N)[None], spans, band, 0.3)
-    assert bool(by_torch) == (T < 32)
-    torch.testing.assert_close(found, naive(q, k, v, torch.arange(N) <= mine[..., None], 0.3).float())
-
-
-def test_products_are_chosen_by_the_processor():
+def test_fused_attention_is_chosen_by_the_processor():
     """On Linux, the flags of the processor say what its instructions are."""
     try:
         flags = set(Path("/proc/cpuinfo").read_text().split())
     except OSError:
         pytest.skip("no /proc/cpuinfo")
-    assert (torch.bfloat16 in cpu.MULTIPLIED) == ("avx512_bf16" in flags and "amx_tile" not in flags)
-    assert torch.float32 not in cpu.MULTIPLIED
+    assert (torch.float32 in cpu.FUSED) == ("avx2" in flags)
+    assert (torch.bfloat16 in cpu.FUSED) == ("avx2" in flags and "amx_tile" not in flags)
+    assert torch.float16 not in cpu.FUSED
 
 
-@pytest.mark.usefixtures("float32_products")
+def test_without_a_compiler_torchs_attention_runs(monkeypatch):
+    def fail(*args, **options):
+        raise OSError("no compiler")
+
+    monkeypatch.setattr(CppCodeCache, "load_async", fail)
+    assert cpu._kernel.__wrapped__() is None
+    monkeypatch.setattr(cpu, "_kernel", lambda: None)
+    q, k, v = (normal(2, 7, 2, 8, seed=seed) for seed in range(3))
+    looked_at = torch.tensor([0, 3, 3, 3, 4, 5, 6]).expand(2, -1)
+    for options in ((3,), (None,), (5, looked_at)):
+        assert_close(cpu.causal_attention(q, k, v, 0.3, *options), layers.causal_attention(q, k, v, 0.3, *options))
+    assert_close(cpu.attention(q, k, v), torch.nn.functional.scaled_dot_product_attention(q, k, v))
+
+
 @given(cases())
-def test_prefill_by_products_is_prefill(case):
+def test_prefill_with_fused_attention_is_prefill(case):
     """Logits and cache, for any plan, window, batch, padding and chunking."""
     module, plan, tokens, lengths, chunk = case
     plan, results = by_position(plan), []
@@ -178,8 +233,7 @@ def test_prefill_by_products_is_prefill(case):
 
 
 @requires_compiler
-@pytest.mark.usefixtures("float32_products")
-def test_products_need_no_new_graph(monkeypatch):
+def test_fused_attention_needs_no_new_graph(monkeypatch):
     """After the warm-up, no prompt, chunk, batch or cache compiles again, and all are as in the eager model."""
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))  # graphs, but no code from them
     module = random_model(tiny_gemma3_config(windows=(30,) * 2), seed=4)
@@ -197,30 +251,30 @@ def test_products_need_no_new_graph(monkeypatch):
         torch.compiler.set_stance("default")
 
 
-@pytest.mark.usefixtures("float32_products")
-def test_towers_attend_by_products(monkeypatch):
+@requires_compiler
+def test_towers_have_fused_attention(monkeypatch):
     """As before `accelerate`, and with gradients as before."""
     module = random_model(tiny_gemma3_vl_config(), seed=3)
     block, (h, *rope) = module.tower[0], module.vision_block_inputs(2, 7)
     h = normal(*h.shape)
-    wanted, calls, attend = block(h, *rope), [], cpu.attention_by_products
+    wanted, calls, attend = block(h, *rope), [], cpu.fused_attention
     pop.backends.accelerate(module)
-    monkeypatch.setattr(cpu, "attention_by_products", lambda *args: calls.append(args) or attend(*args))
+    monkeypatch.setattr(cpu, "fused_attention", lambda *args: calls.append(args) or attend(*args))
     assert_close(block(h, *rope), wanted)
     assert len(calls) == 1
     block(h.requires_grad_(), *rope).sum().backward()
     assert len(calls) == 1 and h.grad.isfinite().all()
 
 
-@pytest.mark.usefixtures("float32_products")
+@requires_compiler
 @pytest.mark.parametrize("config", [tiny_config(), tiny_gemma3_config()], ids=["causal", "windows"])
-def test_the_plain_pass_attends_by_products(monkeypatch, config):
-    """As before `accelerate`. For gradients, or where images set what is attended, torch's attention runs."""
-    module, calls, attend = random_model(config, seed=3), [], cpu.attention_by_products
+def test_the_plain_pass_has_fused_attention(monkeypatch, config):
+    """As before `accelerate`, also where images set what is attended. For gradients, torch's attention runs."""
+    module, calls, attend = random_model(config, seed=3), [], cpu.fused_attention
     tokens = torch.arange(2 * 23).view(2, 23) % config.vocab_size
     wanted = module(tokens)
     pop.backends.accelerate(module)
-    monkeypatch.setattr(cpu, "attention_by_products", lambda *args: calls.append(args) or attend(*args))
+    monkeypatch.setattr(cpu, "fused_attention", lambda *args: calls.append(args) or attend(*args))
     with torch.no_grad():
         assert_close(module(tokens), wanted)
     assert len(calls) == config.num_layers
@@ -229,5 +283,6 @@ def test_the_plain_pass_attends_by_products(monkeypatch, config):
     assert_close(cpu.causal_attention(q, k, v, 0.3, 3), wanted)
     last_attended = torch.tensor([[0, 3, 3, 3, 4, 5, 6]])
     wanted = layers.causal_attention(q, k, v, 0.3, 5, last_attended)
-    assert_close(cpu.causal_attention(q.detach(), k, v, 0.3, 5, last_attended), wanted)
     assert len(calls) == config.num_layers
+    assert_close(cpu.causal_attention(q.detach(), k, v, 0.3, 5, last_attended), wanted)
+    assert len(calls) == config.num_layers + 1

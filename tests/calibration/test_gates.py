@@ -165,6 +165,7 @@ def test_an_end_token_ends_a_response_and_is_part_of_it():
 
 
 def test_trainable_parameters_change_no_gradient_and_get_none(model, samples):
+    """Up to rounding: attention without gradients has another order of sums."""
     trainable = pop.Model(random_model(tiny_config()).requires_grad_(True), tiny_config())
-    assert torch.equal(gradients(trainable, samples), gradients(model, samples))
+    torch.testing.assert_close(gradients(trainable, samples), gradients(model, samples), rtol=0, atol=3e-5)
     assert all(parameter.requires_grad and parameter.grad is None for parameter in trainable.module.parameters())

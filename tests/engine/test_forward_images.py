@@ -35,7 +35,7 @@ from pop.models.images import Images
 from pop.pruning import reference
 from pop.pruning.plan import PrunePlan
 
-pytestmark = pytest.mark.usefixtures("small_query_blocks", "float32_products")
+pytestmark = pytest.mark.usefixtures("small_query_blocks")
 
 
 @st.composite

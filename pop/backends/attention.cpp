@@ -1,0 +1,212 @@
+// Attention of several tokens on CPUs: softmax(q k^T) v for a block of queries and a block of keys at a time.
+//
+// A vector holds one number of each of WIDTH queries, so that no sum or maximum runs within a vector:
+//
+//     scores[key][query]  =  sum over e    of k[key][e] times q[e][query]
+//     sums[e][query]     +=  sum over keys of v[key][e] times weights[key][query]
+//
+// Both are `multiply`: numbers on the left, which are broadcast, times vectors on the right. The softmax follows the
+// keys with a running maximum (online softmax, Milakov and Gimelshein 2018), so only one block of scores exists.
+//
+// A 32-bit word holds one float32, or two bfloat16 that are neighbours along the axis that is summed over. AVX-512 BF16
+// multiplies both and adds the products in one instruction. Scores, softmax and sums are float32.
+//
+// pop.backends.cpu compiles this file for the processor that it runs on, and says what `attend` takes.
+
+#include <algorithm>
+#include <climits>
+#include <cmath>
+#include <cstdint>
+#include <memory>
+#ifdef __AVX512BF16__
+#include <immintrin.h>
+#endif
+
+// ROWS times VECTORS vectors are summed up at once, in as many registers.
+#ifdef __AVX512F__
+constexpr int WIDTH = 16, VECTORS = 3, ROWS = 8;
+#else
+constexpr int WIDTH = 8, VECTORS = 3, ROWS = 4;
+#endif
+constexpr int QUERIES = WIDTH * VECTORS, KEYS = 128, MOST_E = 256;  // of a block; pop.backends.cpu knows MOST_E
+
+typedef float floats __attribute__((vector_size(4 * WIDTH)));
+typedef int32_t ints __attribute__((vector_size(4 * WIDTH)));
+typedef uint32_t words __attribute__((vector_size(4 * WIDTH)));
+typedef uint32_t word __attribute__((aligned(2), may_alias));  // as it lies in q, k or out
+
+constexpr floats ZERO = {}, LEAST = ZERO - 1e30f;  // less than any score, but finite, so that differences are
+
+struct Sizes {
+  int64_t B, T, H, E, N, K;              // shape letters of pop/models/layers.py
+  int64_t qb, qt, qh, kb, kn, kh, vb, vn, vh;  // strides of q, k and v, in numbers; that of E is 1
+};
+
+// sum + a * b, for PER products in each word
+template <int PER>
+static inline floats dot(floats sum, words a, words b) {
+  if constexpr (PER == 1) return sum + (floats)a * (floats)b;
+#ifdef __AVX512BF16__
+  return (floats)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
+#else
+  return sum + (floats)(a << 16) * (floats)(b << 16) + (floats)(a & 0xffff0000u) * (floats)(b & 0xffff0000u);
+#endif
+}
+
+// The words of one vector, or of two that become neighbours, rounded to the nearest bfloat16.
+template <int PER>
+static inline words join(const floats *x) {
+  if constexpr (PER == 1) return (words)x[0];
+  else return (((words)x[0] + 0x8000) >> 16) | (((words)x[1] + 0x8000) & 0xffff0000u);
+}
+
+// 2^x for x <= 0: a polynomial for the fraction, from -1/2 to 1/2, whose exponent is then raised. 2^-126 below -126.
+static inline floats exp2(floats x) {
+  x = x < -126.0f ? ZERO - 126.0f : x;
+  floats shifted = x + 12582912.0f;  // 1.5 * 2^23: the integer is now in the lowest bits
+  floats f = x - (shifted - 12582912.0f);
+  floats y = f * 0.00133952f + 0.00961833f;
+  y = y * f + 0.05550327f;
+  y = y * f + 0.24022651f;
+  y = y * f + 0.69314718f;
+  y = y * f + 1.0f;
+  return (floats)((ints)y + ((ints)shifted << 23));
+}
+
+// c[r] = sum over p of a[r * row + p * step] * b[p], or += if `add`. c and b have VECTORS vectors in a row. c has room
+// for a multiple of ROWS.
+template <int PER>
+static inline void multiply(floats *c, const word *a, long row, long step, const words *b, long rows, long P, bool add) {
+  for (long r = 0; r < rows; r += ROWS) {
+    const word *from[ROWS];
+    floats sums[ROWS][VECTORS];
+    for (int i = 0; i < ROWS; i++) {
+      from[i] = a + std::min(r + i, rows - 1) * row;
+      for (int j = 0; j < VECTORS; j++) sums[i][j] = add ? c[(r + i) * VECTORS + j] : ZERO;
+    }
+    for (long p = 0; p < P; p++) {
+      words right[VECTORS];
+      for (int j = 0; j < VECTORS; j++) right[j] = b[p * VECTORS + j];
+#pragma GCC unroll 8
+      for (int i = 0; i < ROWS; i++) {
+        words left = words{} + from[i][p * step];
+#pragma GCC unroll 3
+        for (int j = 0; j < VECTORS; j++) sums[i][j] = dot<PER>(sums[i][j], left, right[j]);
+      }
+    }
+    for (int i = 0; i < ROWS; i++)
+      for (int j = 0; j < VECTORS; j++) c[(r + i) * VECTORS + j] = sums[i][j];
+  }
+}
+
+// One block of queries: QUERIES of the T * G queries of a key-value head, in the order of their tokens. k is that head's,
+// held and spans are the batch row's, and v has words of PER keys: [N / PER, E].
+template <typename number>
+static void attend_block(const number *const *q, const number *k, const word *v, const int32_t *held,
+                         const int32_t *const *spans, number *const *out, long count, const Sizes &s, float scale) {
+  constexpr int PER = 4 / sizeof(number);
+  floats scores[KEYS * VECTORS], sums[MOST_E * VECTORS], most[VECTORS], total[VECTORS], x[PER];
+  words queries[MOST_E / PER * VECTORS], weights[KEYS / PER * VECTORS];
+  ints first[VECTORS], last[VECTORS];
+  int least_first = INT_MAX, most_first = INT_MIN, least_last = INT_MAX, most_last = INT_MIN;
+  for (long i = 0; i < QUERIES; i++) {  // the last query fills the block
+    const int32_t *span = spans[std::min(i, count - 1)];
+    const word *from = (const word *)q[std::min(i, count - 1)];
+    first[i / WIDTH][i % WIDTH] = span[0], last[i / WIDTH][i % WIDTH] = span[1];
+    least_first = std::min(least_first, span[0]), most_first = std::max(most_first, span[0]);
+    least_last = std::min(least_last, span[1]), most_last = std::max(most_last, span[1]);
+    for (long p = 0; p < s.E / PER; p++) ((word *)queries)[p * QUERIES + i] = from[p];
+  }
+  std::fill(most, most + VECTORS, LEAST), std::fill(total, total + VECTORS, ZERO);
+  std::fill(sums, sums + MOST_E * VECTORS, ZERO);
+  const float c = scale * 1.44269504f;  // exp(x) = 2^(x / log(2))
+  const auto is_needed = [&](long n) { return held[n] >= least_first && held[n] <= most_last; };
+
+  for (long n = 0, keys; n < s.N; n += keys) {
+    keys = 1;
+    if (!is_needed(n)) continue;
+    n -= n % PER;  // where a word of v begins
+    keys = std::min<long>(KEYS, s.N - n);
+    while (!is_needed(n + keys - 1)) keys--;
+    multiply<PER>(scores, (const word *)(k + n * s.kn), s.kn / PER, 1, queries, keys, s.E / PER, false);
+
+    floats before[VECTORS];
+    std::copy(most, most + VECTORS, before);
+    for (long r = 0; r < keys; r++) {
+      floats *row = scores + r * VECTORS;
+      int32_t at = held[n + r];
+      if (at < most_first || at > least_last)
+        for (int j = 0; j < VECTORS; j++) row[j] = (first[j] <= at) & (at <= last[j]) ? row[j] : ZERO - INFINITY;
+      for (int j = 0; j < VECTORS; j++) most[j] = row[j] > most[j] ? row[j] : most[j];
+    }
+    if (keys % PER) std::fill(scores + keys * VECTORS, scores + (keys + 1) * VECTORS, ZERO - INFINITY);
+
+    const long P = (keys + PER - 1) / PER;
+    for (int j = 0; j < VECTORS; j++) {
+      const floats factor = exp2((before[j] - most[j]) * c), shift = most[j] * c;
+      total[j] *= factor;
+      for (long e = 0; e < s.E; e++) sums[e * VECTORS + j] *= factor;
+      for (long p = 0; p < P; p++) {
+        for (int i = 0; i < PER; i++) total[j] += x[i] = exp2(scores[(p * PER + i) * VECTORS + j] * c - shift);
+        weights[p * VECTORS + j] = join<PER>(x);
+      }
+    }
+    multiply<PER>(sums, v + n / PER * s.E, 1, s.E, weights, s.E, P, true);
+  }
+
+  for (long p = 0; p < s.E / PER; p++)
+    for (int j = 0; j < VECTORS; j++) {
+      for (int i = 0; i < PER; i++) x[i] = sums[(p * PER + i) * VECTORS + j] / total[j];
+      queries[p * VECTORS + j] = join<PER>(x);
+    }
+  for (long i = 0; i < count; i++)
+    for (long p = 0; p < s.E / PER; p++) ((word *)out[i])[p] = ((word *)queries)[p * QUERIES + i];
+}
+
+template <typename number>
+static void attend(const number *q, const number *k, const number *v, const int32_t *held, const int32_t *spans,
+                   number *out, const Sizes &s, float scale, int threads) {
+  constexpr int PER = 4 / sizeof(number);
+  const long G = s.H / s.K, P = (s.N + PER - 1) / PER, blocks = (s.T * G + QUERIES - 1) / QUERIES;
+  std::unique_ptr<word[]> packed(new word[s.B * s.K * P * s.E]);
+#pragma omp parallel num_threads(threads)
+  {
+#pragma omp for collapse(3)
+    for (long b = 0; b < s.B; b++)
+      for (long head = 0; head < s.K; head++)
+        for (long p = 0; p < P; p++) {
+          const number *from = v + b * s.vb + head * s.vh + p * PER * s.vn;
+          number *to = (number *)(packed.get() + ((b * s.K + head) * P + p) * s.E);
+          for (long i = 0; i < PER; i++)
+            for (long e = 0; e < s.E; e++) to[e * PER + i] = p * PER + i < s.N ? from[i * s.vn + e] : 0;
+        }
+#pragma omp for collapse(3) schedule(dynamic)
+    for (long block = blocks - 1; block >= 0; block--)  // the longest first
+      for (long b = 0; b < s.B; b++)
+        for (long head = 0; head < s.K; head++) {
+          const number *rows[QUERIES];
+          const int32_t *of[QUERIES];
+          number *to[QUERIES];
+          const long count = std::min<long>(QUERIES, s.T * G - block * QUERIES);
+          for (long i = 0; i < count; i++) {
+            const long t = (block * QUERIES + i) / G, h = head * G + (block * QUERIES + i) % G;
+            rows[i] = q + b * s.qb + t * s.qt + h * s.qh;
+            of[i] = spans + (b * s.T + t) * 2;
+            to[i] = out + ((b * s.T + t) * s.H + h) * s.E;
+          }
+          const word *words_of_v = packed.get() + (b * s.K + head) * P * s.E;
+          attend_block(rows, k + b * s.kb + head * s.kh, words_of_v, held + b * s.N, of, to, count, s, scale);
+        }
+  }
+}
+
+extern "C" {
+void attend_bfloat16(const uint16_t *q, const uint16_t *k, const uint16_t *v, const int32_t *held, const int32_t *spans,
+                     uint16_t *out, const Sizes *s, float scale, int threads) {
+  attend(q, k, v, held, spans, out, *s, scale, threads);
+}
+void attend_float32(const float *q, const float *k, const float *v, const int32_t *held, const int32_t *spans,
+                    float *out, const Sizes *s, float scale, int threads) {
+  attend(q, k, v, held, spans, out, *s, scale, threads);
+}
+}
