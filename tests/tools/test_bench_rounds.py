@@ -3,12 +3,14 @@
 import itertools
 import sys
 import types
+from functools import partial
 
 import pytest
 import torch
 from support.tiny import random_model, tiny_config, tiny_gemma3_config
 
 import pop
+from pop.engine.stages import full_layer
 from pop.pruning import cost
 from tools.bench import __main__ as bench
 from tools.bench import measure, rivals, rounds, shapes, turns
@@ -191,7 +193,8 @@ def test_attention_is_that_of_the_full_prefill(monkeypatch):
     def attend(q, keys, values, at, scale):
         calls.append((q.shape[1], q.shape[1] if at.held is None else at.held.shape[1]))
 
-    monkeypatch.setattr(turns, "attend_cache", attend)
+    stages = pop.backends.CPU._replace(full_layer=partial(full_layer, attention=attend))
+    monkeypatch.setattr(turns, "stages_of", lambda module: stages)
     assert turns.attention_turn(model, 10)()["attention_s"] > 0
     assert calls == [(4, 4), (4, 4), (4, 4), (4, 6), (4, 8), (4, 8), (2, 4), (2, 6), (2, 10)]
 

@@ -11,7 +11,7 @@ from statistics import median
 import torch
 
 import pop
-from pop.engine.attention import attend_cache
+from pop.backends import stages_of
 from pop.engine.layout import Chunk, chunk_bounds
 from pop.models.images import TEXT
 from tools.bench.rounds import Turn, device_seconds, seconds
@@ -37,6 +37,7 @@ def bandwidth_turn(device: torch.device) -> Turn:
 def attention_turn(model: pop.Model, num_tokens: int) -> Turn:
     """Seconds of the attention of all layers in a full prefill, over the same chunks as in the engine."""
     H, E = model.config.num_heads, model.config.head_dim
+    attend_cache = stages_of(model.module).full_layer.keywords["attention"]
     q = torch.randn(1, num_tokens, H, E, device=model.device).to(model.dtype)
     cache, lengths, chunks = model.new_cache(1, num_tokens), torch.tensor([num_tokens]), []
     ids, full_depth = torch.zeros(1, num_tokens, dtype=torch.int64), torch.zeros(1, num_tokens, dtype=torch.bool)
