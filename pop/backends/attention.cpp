@@ -14,6 +14,7 @@
 // pop.backends.cpu compiles this file for the processor that it runs on, and says what `attend` takes.
 
 #include <algorithm>
+#include <cfloat>
 #include <climits>
 #include <cmath>
 #include <cstdint>
@@ -35,7 +36,7 @@ typedef int32_t ints __attribute__((vector_size(4 * WIDTH)));
 typedef uint32_t words __attribute__((vector_size(4 * WIDTH)));
 typedef uint32_t word __attribute__((aligned(2), may_alias));  // as it lies in q, k or out
 
-constexpr floats ZERO = {}, LEAST = ZERO - 1e30f;  // less than any score, but finite, so that differences are
+constexpr floats ZERO = {}, LEAST = ZERO - FLT_MAX;  // no score is less; finite, so that LEAST - LEAST is 0
 
 struct Sizes {
   int64_t B, T, H, E, N, K;              // shape letters of pop/models/layers.py
@@ -60,17 +61,17 @@ static inline words join(const floats *x) {
   else return (((words)x[0] + 0x8000) >> 16) | (((words)x[1] + 0x8000) & 0xffff0000u);
 }
 
-// 2^x for x <= 0: a polynomial for the fraction, from -1/2 to 1/2, whose exponent is then raised. 2^-126 below -126.
+// 2^x for x <= 0: a polynomial for the fraction, from -1/2 to 1/2, times the power of the integer. 0 below 2^-126.
 static inline floats exp2(floats x) {
-  x = x < -126.0f ? ZERO - 126.0f : x;
-  floats shifted = x + 12582912.0f;  // 1.5 * 2^23: the integer is now in the lowest bits
-  floats f = x - (shifted - 12582912.0f);
-  floats y = f * 0.00133952f + 0.00961833f;
-  y = y * f + 0.05550327f;
-  y = y * f + 0.24022651f;
-  y = y * f + 0.69314718f;
+  const floats shifted = x + 12582912.0f;  // 1.5 * 2^23: the integer is now in the lowest bits
+  const floats f = x - (shifted - 12582912.0f);
+  floats y = f * 0.00132647f + 0.00967151f;
+  y = y * f + 0.05550734f;
+  y = y * f + 0.24022242f;
+  y = y * f + 0.69314698f;
   y = y * f + 1.0f;
-  return (floats)((ints)y + ((ints)shifted << 23));
+  y *= (floats)(((ints)shifted << 23) + (127 << 23));
+  return x < -126.0f ? ZERO : y;
 }
 
 // c[r] = sum over p of a[r * row + p * step] * b[p], or += if `add`. c and b have VECTORS vectors in a row. c has room
@@ -143,17 +144,18 @@ static void attend_block(const number *const *q, const number *k, const word *v,
 
     const long P = (keys + PER - 1) / PER;
     for (int j = 0; j < VECTORS; j++) {
-      const floats factor = exp2((before[j] - most[j]) * c), shift = most[j] * c;
+      const floats factor = exp2((before[j] - most[j]) * c);
       total[j] *= factor;
       for (long e = 0; e < s.E; e++) sums[e * VECTORS + j] *= factor;
       for (long p = 0; p < P; p++) {
-        for (int i = 0; i < PER; i++) total[j] += x[i] = exp2(scores[(p * PER + i) * VECTORS + j] * c - shift);
+        for (int i = 0; i < PER; i++) total[j] += x[i] = exp2((scores[(p * PER + i) * VECTORS + j] - most[j]) * c);
         weights[p * VECTORS + j] = join<PER>(x);
       }
     }
     multiply<PER>(sums, v + n / PER * s.E, 1, s.E, weights, s.E, P, true);
   }
 
+  for (int j = 0; j < VECTORS; j++) total[j] = total[j] == 0 ? ZERO + 1.0f : total[j];  // of a query without keys
   for (long p = 0; p < s.E / PER; p++)
     for (int j = 0; j < VECTORS; j++) {
       for (int i = 0; i < PER; i++) x[i] = sums[(p * PER + i) * VECTORS + j] / total[j];

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from pop.engine import attention as engine
-from pop.engine.attention import UNBOUNDED, AttentionMetadata
+from pop.engine.attention import AttentionMetadata
 from pop.models import layers
 
 # Dtypes without fast products: float16 on all CPUs, and bfloat16 on those that have no more than AVX2.
@@ -30,7 +30,6 @@ _bf16, _amx = (getattr(torch.cpu, f"_is_{name}_supported", bool)() for name in (
 FUSED = {torch.float32} | (set() if _amx else {torch.bfloat16}) if _capability in ("AVX2", "AVX512") else set()
 MOST_E = 256  # numbers of a head in attention.cpp
 TEMPORARY = 31 * 2**20  # bytes; glibc adapts to freed blocks of at most 32 MiB, headers included
-
 
 logger = logging.getLogger(__name__)
 
@@ -92,7 +91,7 @@ def attend_cache(
         return one_token_attention(q, k, v, engine.attended(at.held, at.spans), scale)
     if q.shape[1] == 1 or not _is_fused(q):
         return engine.attend_cache(q, keys, values, at, scale)
-    return fused_attention(q, *engine.read(keys, values, at), at.held, at.spans, at.band, scale)
+    return fused_attention(q, *engine.read(keys, values, at), at.held, at.spans, scale)
 
 
 def causal_attention(
@@ -103,10 +102,9 @@ def causal_attention(
     if not _is_fused(q, k, v):
         return layers.causal_attention(q, k, v, scale, window, last_attended)
     own = torch.arange(q.shape[1], device="cpu").expand(q.shape[:2])
-    first = torch.zeros_like(own) if window is None else own - window + 1
+    first = torch.zeros_like(own) if window is None else (own - window + 1).clamp(min=0)
     last = own if last_attended is None else last_attended
-    band = torch.tensor((0, window - 1 if window else UNBOUNDED, UNBOUNDED, 0), device="cpu")
-    return fused_attention(q, k, v, own, torch.stack((first, last), dim=-1), band, scale)
+    return fused_attention(q, k, v, own, torch.stack((first, last), dim=-1), scale)
 
 
 def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
@@ -115,41 +113,49 @@ def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor
         return F.scaled_dot_product_attention(q, k, v)
     (N, H, P, E), (q, k, v) = q.shape, (x.transpose(1, 2) for x in (q, k, v))
     every = torch.arange(P, device="cpu").expand(N, P)
-    spans, band = torch.tensor((0, P - 1)).expand(N, P, 2), torch.tensor((0, UNBOUNDED, UNBOUNDED, 0))
-    return fused_attention(q, k, v, every, spans, band, E**-0.5).view(N, P, H, E).transpose(1, 2)
+    spans = torch.tensor((0, P - 1), device="cpu").expand(N, P, 2)
+    return fused_attention(q, k, v, every, spans, E**-0.5).view(N, P, H, E).transpose(1, 2)
 
 
 def _is_fused(*inputs: torch.Tensor) -> bool:
     """Whether fused_attention takes q, and k and v if they may want gradients, which it lacks."""
     q, E = inputs[0], inputs[0].shape[-1]
     fits = q.device.type == "cpu" and q.dtype in FUSED and E % 2 == 0 and E <= MOST_E
-    return fits and not any(x.requires_grad for x in inputs)
+    return fits and not any(x.requires_grad for x in inputs) and _has_kernel()
 
 
 @torch.library.custom_op("pop::fused_attention", mutates_args=())
 def fused_attention(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, held: torch.Tensor, spans: torch.Tensor, band: torch.Tensor,
-    scale: float,
-) -> torch.Tensor:  # fmt: skip
-    """Like pop.engine.attention.attention_by_blocks, by attention.cpp, which does not need the band.
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, held: torch.Tensor, spans: torch.Tensor, scale: float
+) -> torch.Tensor:
+    """masked_attention by attention.cpp: q [B, T, H, E] attends k and v [B, N, K, E] -> [B, T, H * E].
 
-    Only the keys that a block of queries attends are read, and no mask is in memory.
+    held [B, N] are the keys' positions, and spans [B, T, 2] the first and the last position that each query attends.
+    Only the keys that a block of queries needs are read, and no mask is in memory.
     """
-    if (kernel := _kernel()) is None:
-        return engine.attention_by_blocks(q, k, v, held, spans, band, scale)
     (B, T, H, E), (N, K) = q.shape, k.shape[1:3]
+    if (k.shape, v.shape, held.shape, spans.shape) != ((B, N, K, E), (B, N, K, E), (B, N), (B, T, 2)) or H % K:
+        raise ValueError(f"q {q.shape}, k {k.shape}, v {v.shape}, held {held.shape}, spans {spans.shape}")  # a bug
     q, k, v = (x.to(q.dtype) for x in (q, k, v))
     # The kernel reads two bfloat16 at once.
     q, k, v = (x if x.stride(-1) == 1 and not any(s % 2 for s in x.stride()[:3]) else x.contiguous() for x in (q, k, v))
     held, spans, out = held.int().contiguous(), spans.int().contiguous(), q.new_empty(B, T, H * E)
     sizes = (ctypes.c_int64 * 15)(B, T, H, E, N, K, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3])
-    run = kernel.attend_bfloat16 if q.dtype == torch.bfloat16 else kernel.attend_float32
+    run = _kernel().attend_bfloat16 if q.dtype == torch.bfloat16 else _kernel().attend_float32
     pointers = [ctypes.c_void_p(x.data_ptr()) for x in (q, k, v, held, spans, out)]
     run(*pointers, sizes, ctypes.c_float(scale), torch.get_num_threads())
     return out
 
 
 fused_attention.register_fake(lambda q, *_: q.new_empty(*q.shape[:2], q.shape[2] * q.shape[3]))
+
+
+def _has_kernel() -> bool:
+    return _kernel() is not None
+
+
+# What torch.compiler.assume_constant_result does, but without importing the compiler with pop.
+_has_kernel._dynamo_marked_constant = True
 
 
 @functools.cache
@@ -160,7 +166,8 @@ def _kernel() -> ctypes.CDLL | None:
 
         source = Path(__file__).with_name("attention.cpp").read_text(encoding="utf-8")
         processor = f"\n// {_capability} {_bf16}"  # a cache of files may be shared with other processors
-        return CppCodeCache.load_async(source + processor, extra_flags=["-ffp-contract=fast"])()
+        flags = ["-ffp-contract=fast", "-fno-unsafe-math-optimizations", "-fno-finite-math-only"]
+        return CppCodeCache.load_async(source + processor, extra_flags=flags)()
     except Exception as error:  # no compiler, no headers, no place to write to ...
         logger.info("torch's attention runs, as pop's cannot be compiled: %s", error)
         return None
