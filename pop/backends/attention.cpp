@@ -170,7 +170,7 @@ static void attend(const number *q, const number *k, const number *v, const int3
                    number *out, const Sizes &s, float scale, int threads) {
   constexpr int PER = 4 / sizeof(number);
   const long G = s.H / s.K, P = (s.N + PER - 1) / PER, blocks = (s.T * G + QUERIES - 1) / QUERIES;
-  std::unique_ptr<word[]> packed(new word[s.B * s.K * P * s.E]);
+  std::unique_ptr<uint32_t[]> packed(new uint32_t[s.B * s.K * P * s.E]);
 #pragma omp parallel num_threads(threads)
   {
 #pragma omp for collapse(3)
