@@ -8,6 +8,7 @@ the general product is slow.
 
 import ctypes
 import functools
+import inspect
 import logging
 import math
 from pathlib import Path
@@ -30,7 +31,6 @@ _bf16, _amx = (getattr(torch.cpu, f"_is_{name}_supported", bool)() for name in (
 FUSED = {torch.float32} | (set() if _amx else {torch.bfloat16}) if _capability in ("AVX2", "AVX512") else set()
 MOST_E = 256  # numbers of a head in attention.cpp
 TEMPORARY = 31 * 2**20  # bytes; glibc adapts to freed blocks of at most 32 MiB, headers included
-
 logger = logging.getLogger(__name__)
 
 
@@ -136,8 +136,7 @@ def fused_attention(
     (B, T, H, E), (N, K) = q.shape, k.shape[1:3]
     if (k.shape, v.shape, held.shape, spans.shape) != ((B, N, K, E), (B, N, K, E), (B, N), (B, T, 2)) or H % K:
         raise ValueError(f"q {q.shape}, k {k.shape}, v {v.shape}, held {held.shape}, spans {spans.shape}")  # a bug
-    q, k, v = (x.to(q.dtype) for x in (q, k, v))
-    # The kernel reads two bfloat16 at once.
+    q, k, v = (x.to(q.dtype) for x in (q, k, v))  # of which the kernel reads two bfloat16 at once
     q, k, v = (x if x.stride(-1) == 1 and not any(s % 2 for s in x.stride()[:3]) else x.contiguous() for x in (q, k, v))
     held, spans, out = held.int().contiguous(), spans.int().contiguous(), q.new_empty(B, T, H * E)
     sizes = (ctypes.c_int64 * 15)(B, T, H, E, N, K, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3])
@@ -167,7 +166,8 @@ def _kernel() -> ctypes.CDLL | None:
         source = Path(__file__).with_name("attention.cpp").read_text(encoding="utf-8")
         processor = f"\n// {_capability} {_bf16}"  # a cache of files may be shared with other processors
         flags = ["-ffp-contract=fast", "-fno-unsafe-math-optimizations", "-fno-finite-math-only"]
-        return CppCodeCache.load_async(source + processor, extra_flags=flags)()
+        unneeded = {"needs_vec_isa"} & inspect.signature(CppCodeCache.load_async).parameters.keys()  # takes a second
+        return CppCodeCache.load_async(source + processor, extra_flags=flags, **dict.fromkeys(unneeded, False))()
     except Exception as error:  # no compiler, no headers, no place to write to ...
         logger.info("torch's attention runs, as pop's cannot be compiled: %s", error)
         return None

@@ -156,8 +156,8 @@ def test_an_output_that_is_full_is_said(folder):
     with open("/dev/full", "w") as full:
         done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
     assert done.returncode == 2
-    assert done.stderr.startswith("pop: the output cannot be written")
-    assert len(done.stderr.splitlines()) == 1
+    said = [line for line in done.stderr.splitlines() if "CUDA" not in line]  # torch may miss a GPU
+    assert len(said) == 1 and said[0].startswith("pop: the output cannot be written")
 
 
 IMPORTANCE = ("--samples", "5", "--prompt-tokens", "20", "--response-tokens", "3", "--batch-size", "2", "--seed", "7")
