@@ -39,7 +39,7 @@ typedef uint32_t word __attribute__((aligned(2), may_alias));  // as it lies in 
 constexpr floats ZERO = {}, LEAST = ZERO - FLT_MAX;  // no score is less; finite, so that LEAST - LEAST is 0
 
 struct Sizes {
-  int64_t B, T, H, E, N, K;              // shape letters of pop/models/layers.py
+  int64_t B, T, H, E, N, K;                    // shape letters of pop/models/layers.py
   int64_t qb, qt, qh, kb, kn, kh, vb, vn, vh;  // strides of q, k and v, in numbers; that of E is 1
 };
 
@@ -119,7 +119,7 @@ static void attend_block(const number *const *q, const number *k, const word *v,
     for (long p = 0; p < s.E / PER; p++) ((word *)queries)[p * QUERIES + i] = from[p];
   }
   std::fill(most, most + VECTORS, LEAST), std::fill(total, total + VECTORS, ZERO);
-  std::fill(sums, sums + MOST_E * VECTORS, ZERO);
+  std::fill(sums, sums + (s.E + ROWS - 1) / ROWS * ROWS * VECTORS, ZERO);
   const float c = scale * 1.44269504f;  // exp(x) = 2^(x / log(2))
   const auto is_needed = [&](long n) { return held[n] >= least_first && held[n] <= most_last; };
 

@@ -21,8 +21,8 @@ from pop.engine import attention as engine
 from pop.engine.attention import AttentionMetadata
 from pop.models import layers
 
-# Dtypes without fast products: float16 on all CPUs, and bfloat16 on those that have no more than AVX2.
 _capability = torch.backends.cpu.get_cpu_capability()
+# Dtypes without fast products: float16 on all CPUs, and bfloat16 on those that have no more than AVX2.
 WIDENED = {torch.float16} | ({torch.bfloat16} if _capability == "AVX2" else set())
 WIDENED_AT_ONCE = 2**26  # weights that are copied to float32 at a time
 STREAMS = 2  # blocks of a matrix that a core reads at once; one or four are up to a tenth slower
@@ -31,7 +31,6 @@ _bf16, _amx = (getattr(torch.cpu, f"_is_{name}_supported", bool)() for name in (
 FUSED = {torch.float32} | (set() if _amx else {torch.bfloat16}) if _capability in ("AVX2", "AVX512") else set()
 MOST_E = 256  # numbers of a head in attention.cpp
 TEMPORARY = 31 * 2**20  # bytes; glibc adapts to freed blocks of at most 32 MiB, headers included
-logger = logging.getLogger(__name__)
 
 
 class Linear(nn.Linear):
@@ -134,9 +133,10 @@ def fused_attention(
     Only the keys that a block of queries needs are read, and no mask is in memory.
     """
     (B, T, H, E), (N, K) = q.shape, k.shape[1:3]
-    if (k.shape, v.shape, held.shape, spans.shape) != ((B, N, K, E), (B, N, K, E), (B, N), (B, T, 2)) or H % K:
-        raise ValueError(f"q {q.shape}, k {k.shape}, v {v.shape}, held {held.shape}, spans {spans.shape}")  # a bug
-    q, k, v = (x.to(q.dtype) for x in (q, k, v))  # of which the kernel reads two bfloat16 at once
+    shapes_differ = (k.shape, v.shape, held.shape, spans.shape) != ((B, N, K, E), (B, N, K, E), (B, N), (B, T, 2))
+    if shapes_differ or H % K or not q.dtype == k.dtype == v.dtype:  # the kernel would read other memory
+        raise ValueError(", ".join(f"{x.dtype} {tuple(x.shape)}" for x in (q, k, v, held, spans)))
+    # It reads two bfloat16 at once.
     q, k, v = (x if x.stride(-1) == 1 and not any(s % 2 for s in x.stride()[:3]) else x.contiguous() for x in (q, k, v))
     held, spans, out = held.int().contiguous(), spans.int().contiguous(), q.new_empty(B, T, H * E)
     sizes = (ctypes.c_int64 * 15)(B, T, H, E, N, K, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3])
@@ -169,7 +169,7 @@ def _kernel() -> ctypes.CDLL | None:
         unneeded = {"needs_vec_isa"} & inspect.signature(CppCodeCache.load_async).parameters.keys()  # takes a second
         return CppCodeCache.load_async(source + processor, extra_flags=flags, **dict.fromkeys(unneeded, False))()
     except Exception as error:  # no compiler, no headers, no place to write to ...
-        logger.info("torch's attention runs, as pop's cannot be compiled: %s", error)
+        logging.getLogger(__name__).info("torch's attention runs, as pop's cannot be compiled: %s", error)
         return None
 
 
