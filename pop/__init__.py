@@ -15,21 +15,11 @@ from pop.calibration.refit import calibrate
 from pop.calibration.scores import Importance, importance
 from pop.checkpoints.registry import list_models
 from pop.engine.cache import KVCache
-from pop.errors import (
-    CacheMemoryError,
-    CheckpointError,
-    ConfigError,
-    ContextOverflow,
-    DownloadError,
-    InputError,
-    MissingExtra,
-    PlanError,
-    PopError,
-    TokenizerError,
-    UnknownModel,
-    UnsupportedError,
-    WeightsNotFound,
-)
+
+from pop.errors import (  # isort: skip
+    CacheMemoryError, CheckpointError, ConfigError, ContextOverflow, DownloadError, InputError, MissingExtra, PlanError,
+    PopError, TokenizerError, UnknownModel, UnsupportedError, WeightsNotFound,
+)  # fmt: skip
 from pop.generation.answers import Generation
 from pop.generation.conversation import Conversation
 from pop.generation.prefix import Prefix

@@ -78,9 +78,7 @@ def join(device) -> tuple[int, int, torch.device | str | None]:
 
 
 def _at_exit() -> None:
-    if hasattr(sys, "last_value"):  # Python has printed an exception that nothing caught
-        end(1)
-    _leave()
+    end(1) if hasattr(sys, "last_value") else _leave()  # Python has printed an exception that nothing caught
 
 
 def _leave() -> None:

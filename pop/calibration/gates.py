@@ -82,12 +82,9 @@ def gate_gradients(
     def gated(index, layer, h, rope, attend):
         return checkpointed(_gated_layer, layer, h, rope, attend, gates[index], decode)
 
-    def negative_log_likelihood(h, targets):
-        return F.cross_entropy(module.head(h), targets, reduction="sum")
-
     h = module.through_layers(tokens, images, gated)[predicts]  # [N, D], in the order of the targets
     pieces = zip(h.split(LOGITS_AT_ONCE), targets.split(LOGITS_AT_ONCE), strict=True)
-    loss = sum(checkpointed(negative_log_likelihood, *piece) for piece in pieces)
+    loss = sum(checkpointed(lambda h, to: F.cross_entropy(module.head(h), to, reduction="sum"), *one) for one in pieces)
     (gradients,) = torch.autograd.grad(loss, gates)  # [L, B, 2, 2]
     check_finite(gradients, "gradients of the gates")
     return gradients.permute(1, 2, 3, 0).double().cpu()

@@ -64,7 +64,9 @@ def run(name: str, text: str | None, prune, *, max_new_tokens: int, runs: int, a
     plans = plans_to_show(model, prune, Path(folder))
     for row in compare(model, prompt, plans, story, max_new_tokens=max_new_tokens, runs=runs):
         result["rows"].append(row)
-        show(_line(row))
+        cells = [f"{row['ttft_s'] * 1e3:,.0f}", f"{row['speedup']:.2f}x", f"{row['speedup_limit']:.2f}x"]
+        cells += [f"{row['kl_nats']:.3f}", f"{row['repetition_kl_nats']:.3f}", f"{row['copied']:.0%}"]
+        show(f"{describe(row):58}" + "".join(f"{cell:>10}" for cell in cells))
     print(json.dumps(result, ensure_ascii=False) if as_json else _conclusion(result))
 
 
@@ -199,13 +201,6 @@ def describe(row: dict) -> str:
 
 HEADS = ("TTFT*, ms", "speedup", "limit", "KL, nats", "repeated", "copied")
 TABLE = f"\n{'prompt encoded by':58}" + "".join(f"{head:>10}" for head in HEADS)
-
-
-def _line(row: dict) -> str:
-    """A row of the table."""
-    cells = [f"{row['ttft_s'] * 1e3:,.0f}", f"{row['speedup']:.2f}x", f"{row['speedup_limit']:.2f}x"]
-    cells += [f"{row['kl_nats']:.3f}", f"{row['repetition_kl_nats']:.3f}", f"{row['copied']:.0%}"]
-    return f"{describe(row):58}" + "".join(f"{cell:>10}" for cell in cells)
 
 
 def _conclusion(result: dict) -> str:

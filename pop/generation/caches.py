@@ -16,11 +16,8 @@ class Caches:
     def __init__(self, kept: int):
         self.kept, self._spare, self._lock = kept, [], threading.Lock()
 
-    def __getstate__(self) -> dict:
-        return {"kept": self.kept}  # a copy of the model makes caches of its own
-
-    def __setstate__(self, state: dict) -> None:
-        self.__init__(**state)
+    def __reduce__(self) -> tuple:
+        return Caches, (self.kept,)  # a copy of the model makes caches of its own
 
     def take(self, model, batch_size: int, max_seq_len: int) -> KVCache:
         """An empty cache, as from `model.new_cache`. It may have room for more than max_seq_len tokens a row."""

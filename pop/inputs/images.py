@@ -51,7 +51,11 @@ def load_image(image) -> torch.Tensor:
     name = f"the image {str(image)!r:.200}" if is_path else f"an image of type {type(image).__name__}"
     with reading("a data URL" if is_url else name, FORMATS):
         if isinstance(image, torch.Tensor):
-            image = _from_tensor(image)
+            if image.dtype != torch.uint8 or image.ndim != 3 or (image.shape[0] == 3) == (image.shape[2] == 3):
+                found = f"an image tensor has shape {tuple(image.shape)} and dtype {image.dtype}"
+                advice = "turn floats from 0 to 1 into bytes with (255 * image).round().byte()"
+                raise InputError(f"{found}; it must be uint8, and either [3, H, W] or [H, W, 3]; {advice}")
+            image = (image.permute(1, 2, 0) if image.shape[0] == 3 else image).cpu().numpy()
         if isinstance(image, np.ndarray):
             if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
                 found = f"an image array has shape {image.shape} and dtype {image.dtype}"
@@ -95,15 +99,6 @@ def reading(name: str, formats: tuple[str, ...]) -> Iterator[None]:
         reason = f"{type(error).__name__}: {error}".split("\n")[0]
         known = ", ".join(formats)
         raise InputError(f"{name} is truncated or broken, or not one of {known} ({reason:.200})") from None
-
-
-def _from_tensor(image: torch.Tensor) -> np.ndarray:
-    """Return a tensor [3, H, W] or [H, W, 3] uint8 as an array [H, W, 3]."""
-    if image.dtype != torch.uint8 or image.ndim != 3 or (image.shape[0] == 3) == (image.shape[2] == 3):
-        found = f"an image tensor has shape {tuple(image.shape)} and dtype {image.dtype}"
-        advice = "turn floats from 0 to 1 into bytes with (255 * image).round().byte()"
-        raise InputError(f"{found}; it must be uint8, and either [3, H, W] or [H, W, 3]; {advice}")
-    return (image.permute(1, 2, 0) if image.shape[0] == 3 else image).cpu().numpy()
 
 
 def _file_content(image) -> bytes:

@@ -13,6 +13,8 @@ It differs from Llama (llama.py) in these points:
 Attribute names are the checkpoint's names. Shape letters: layers.py.
 """
 
+from collections import OrderedDict
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -20,7 +22,7 @@ from torch import nn
 from pop.models import base, layers
 from pop.models.config import Gemma3Config
 from pop.models.layers import Attention, GemmaRMSNorm, rope_tables
-from pop.models.vision.siglip import Projector, VisionTower
+from pop.models.vision.siglip import Projector, VisionModel
 
 
 class MLP(layers.MLP):
@@ -56,7 +58,7 @@ class Gemma3(base.DecoderModel):
         decoder = base.Decoder(config, DecoderLayer, GemmaRMSNorm)
         super().__init__(config, decoder if config.vision is None else None)
         if config.vision is not None:  # checkpoints with images name the decoder language_model.model
-            self.vision_tower = VisionTower(config.vision)
+            self.vision_tower = nn.Sequential(OrderedDict(vision_model=VisionModel(config.vision)))
             self.multi_modal_projector = Projector(config.vision, config.hidden_size)
             self.language_model = nn.Module()
             self.language_model.model = decoder

@@ -13,18 +13,18 @@ import math
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from pop.models.config import RopeConfig
 
-Rope = tuple[torch.Tensor, ...]  # what a layer needs of its tokens' positions: cos and sin, each [B, T, 1, E/2] float32
+Rope = tuple[Tensor, ...]  # what a layer needs of its tokens' positions: cos and sin, each [B, T, 1, E/2] float32
 Ropes = dict[int | None, Rope]  # by the layers' window; None: layers without a window
 
 
 class Embedding(nn.Embedding):
     """nn.Embedding that can also serve as the output head (tied)."""
 
-    def unembed(self, x: torch.Tensor) -> torch.Tensor:
+    def unembed(self, x: Tensor) -> Tensor:
         """x [..., D] -> logits [..., V]."""
         return F.linear(x, self.weight)
 
@@ -37,16 +37,16 @@ class RMSNorm(nn.Module):
         self.eps = eps
         self.weight = nn.Parameter(torch.ones(dim))
 
-    def gain(self) -> torch.Tensor:
+    def gain(self) -> Tensor:
         """The factor [dim] on the normalised values, in float64."""
         return self.weight.double()
 
-    def normalise(self, x: torch.Tensor) -> torch.Tensor:
+    def normalise(self, x: Tensor) -> Tensor:
         """x [..., dim] / rms(x), without the weight: the same shape and dtype."""
         x32 = x.float()
         return (x32 * torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + self.eps)).to(x.dtype)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         """x [..., dim] -> the same shape and dtype."""
         return self.weight * self.normalise(x)  # cast first, scale after, as the reference implementation does
 
@@ -61,7 +61,7 @@ class GemmaRMSNorm(RMSNorm):
         return (self.normalise(x.float()) * (1 + self.weight.float())).to(x.dtype)
 
 
-def rope_frequencies(rope: RopeConfig, head_dim: int, device: torch.device) -> torch.Tensor:
+def rope_frequencies(rope: RopeConfig, head_dim: int, device: torch.device) -> Tensor:
     """The angle per position of each rotated pair: [E/2] float32 (Su et al. 2021, with Llama-3.1's scaling).
 
     "linear" divides all frequencies by `factor`. "llama3" divides those whose wavelength exceeds the original context
@@ -81,13 +81,13 @@ def rope_frequencies(rope: RopeConfig, head_dim: int, device: torch.device) -> t
     return frequencies
 
 
-def rope_tables(positions: torch.Tensor, frequencies: torch.Tensor) -> Rope:
+def rope_tables(positions: Tensor, frequencies: Tensor) -> Rope:
     """positions [B, T] -> cos and sin, each [B, T, 1, E/2]. Float32: bfloat16 cannot tell position 1000 from 1001."""
     angles = positions[:, :, None, None].float() * frequencies  # [B, T, 1, E/2]
     return angles.cos(), angles.sin()
 
 
-def rotate(x: torch.Tensor, rope: Rope) -> torch.Tensor:
+def rotate(x: Tensor, rope: Rope) -> Tensor:
     """Turn each pair (x[i], x[i + E/2]) of x [B, T, heads, E] by its token's angle."""
     cos, sin = (table.to(x.dtype) for table in rope)
     first, second = x.chunk(2, dim=-1)
@@ -112,14 +112,14 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(config.num_heads * E, D, bias=bias)
         self.q_norm, self.k_norm = norm(E, config.norm_eps), norm(E, config.norm_eps)
 
-    def queries(self, x: torch.Tensor, rope: Rope) -> torch.Tensor:
+    def queries(self, x: Tensor, rope: Rope) -> Tensor:
         q = self.q_proj(x).unflatten(-1, (-1, self.head_dim))  # [B, T, H, E]
         return rotate(self.q_norm(q), rope)
 
-    def keys_values(self, x: torch.Tensor, rope: Rope) -> tuple[torch.Tensor, torch.Tensor]:
+    def keys_values(self, x: Tensor, rope: Rope) -> tuple[Tensor, Tensor]:
         return self.placed(self.k_proj(x), self.v_proj(x), rope)
 
-    def placed(self, k: torch.Tensor, v: torch.Tensor, rope: Rope) -> tuple[torch.Tensor, torch.Tensor]:
+    def placed(self, k: Tensor, v: Tensor, rope: Rope) -> tuple[Tensor, Tensor]:
         k = k.unflatten(-1, (-1, self.head_dim))  # [B, T, K, E]
         v = v.unflatten(-1, (-1, self.head_dim))  # [B, T, K, E]
         return rotate(self.k_norm(k), rope), v
@@ -135,21 +135,21 @@ class MLP(nn.Module):
         self.up_proj = nn.Linear(D, inner, bias=bias)
         self.down_proj = nn.Linear(inner, D, bias=bias)
 
-    def activation(self, x: torch.Tensor) -> torch.Tensor:
+    def activation(self, x: Tensor) -> Tensor:
         return F.silu(x)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(self.activation(self.gate_proj(x)) * self.up_proj(x))
 
 
 def causal_attention(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
     scale: float,
     window: int | None,
-    last_attended: torch.Tensor | None = None,
-) -> torch.Tensor:
+    last_attended: Tensor | None = None,
+) -> Tensor:
     """Attention over the tokens themselves: q [B, T, H, E], k and v [B, T, K, E] -> [B, T, H * E].
 
     A token attends itself and all tokens before it, or, with a window, the window - 1 tokens before it. last_attended
@@ -163,7 +163,7 @@ def causal_attention(
     return out.transpose(1, 2).flatten(2)
 
 
-def causal_mask(T: int, window: int | None, last_attended: torch.Tensor | None, device: torch.device) -> torch.Tensor:
+def causal_mask(T: int, window: int | None, last_attended: Tensor | None, device: torch.device) -> Tensor:
     """What each of T tokens attends, as in `causal_attention`: [1, T, T] bool, or [B, T, T] with last_attended."""
     key = torch.arange(T, device=device)
     query = key[None, :, None]  # [1, T, 1]
@@ -171,9 +171,7 @@ def causal_mask(T: int, window: int | None, last_attended: torch.Tensor | None, 
     return mask if window is None else mask & (key > query - window)
 
 
-def masked_attention(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor, scale: float
-) -> torch.Tensor:
+def masked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> Tensor:
     """q [B, T, H, E] attends the keys of k and v [B, N, K, E] where mask [B, T, N] is true -> [B, T, H * E]."""
     B, T, H, E = q.shape
     k, v, mask = k.transpose(1, 2), v.transpose(1, 2), mask[:, None]  # [B, K, N, E] and [B, 1, T, N]

@@ -16,6 +16,7 @@ Attribute names are the checkpoint's names. Shape letters of this file:
     C width of the tower        H heads            E head width          D width of the language model
 """
 
+from collections import OrderedDict
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -71,23 +72,14 @@ class Attention(nn.Module):
         return self.proj(attended.transpose(1, 2).flatten(2))
 
 
-class MLP(nn.Module):
-    def __init__(self, config: Qwen3VisionConfig):
-        super().__init__()
-        self.linear_fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
-        self.linear_fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.linear_fc2(F.gelu(self.linear_fc1(x), approximate="tanh"))
-
-
 class Block(nn.Module):
     def __init__(self, config: Qwen3VisionConfig):
         super().__init__()
-        self.norm1 = nn.LayerNorm(config.hidden_size, NORM_EPS)
-        self.norm2 = nn.LayerNorm(config.hidden_size, NORM_EPS)
+        C, inner = config.hidden_size, config.intermediate_size
+        self.norm1, self.norm2 = nn.LayerNorm(C, NORM_EPS), nn.LayerNorm(C, NORM_EPS)
         self.attn = Attention(config)
-        self.mlp = MLP(config)
+        fc1, fc2 = nn.Linear(C, inner), nn.Linear(inner, C)
+        self.mlp = nn.Sequential(OrderedDict(linear_fc1=fc1, gelu=nn.GELU("tanh"), linear_fc2=fc2))
 
     def forward(self, h: torch.Tensor, *rope: torch.Tensor) -> torch.Tensor:
         h = h + self.attn(self.norm1(h), rope)

@@ -12,6 +12,8 @@ Attribute names are the checkpoint's names. Shape letters of this file:
     C width of the tower            H heads, E head width  D width of the language model
 """
 
+from collections import OrderedDict
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -59,57 +61,33 @@ class Attention(nn.Module):
         return self.out_proj(attended.transpose(1, 2).flatten(2))  # [N, P, C]
 
 
-class MLP(nn.Module):
-    def __init__(self, config: SiglipConfig):
-        super().__init__()
-        self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
-        self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
-
-
 class EncoderLayer(nn.Module):
     def __init__(self, config: SiglipConfig):
         super().__init__()
-        self.layer_norm1 = nn.LayerNorm(config.hidden_size, config.norm_eps)
+        C, inner = config.hidden_size, config.intermediate_size
+        self.layer_norm1 = nn.LayerNorm(C, config.norm_eps)
         self.self_attn = Attention(config)
-        self.layer_norm2 = nn.LayerNorm(config.hidden_size, config.norm_eps)
-        self.mlp = MLP(config)
+        self.layer_norm2 = nn.LayerNorm(C, config.norm_eps)
+        self.mlp = nn.Sequential(OrderedDict(fc1=nn.Linear(C, inner), gelu=nn.GELU("tanh"), fc2=nn.Linear(inner, C)))
 
     def forward(self, h: torch.Tensor) -> torch.Tensor:
         h = h + self.self_attn(self.layer_norm1(h))
         return h + self.mlp(self.layer_norm2(h))
 
 
-class Encoder(nn.Module):
-    def __init__(self, config: SiglipConfig):
-        super().__init__()
-        self.layers = nn.ModuleList(EncoderLayer(config) for _ in range(config.num_layers))
-
-
 class VisionModel(nn.Module):
     def __init__(self, config: SiglipConfig):
         super().__init__()
         self.embeddings = Embeddings(config)
-        self.encoder = Encoder(config)
+        self.encoder = nn.ModuleDict({"layers": nn.ModuleList(EncoderLayer(config) for _ in range(config.num_layers))})
         self.post_layernorm = nn.LayerNorm(config.hidden_size, config.norm_eps)
 
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+        """pixels [N, 3, S, S] from -1 to 1, in the weights' dtype -> a vector for each patch [N, P, C]."""
         h = self.embeddings(pixels)
-        for layer in self.encoder.layers:
+        for layer in self.encoder["layers"]:
             h = layer(h)
         return self.post_layernorm(h)
-
-
-class VisionTower(nn.Module):
-    def __init__(self, config: SiglipConfig):
-        super().__init__()
-        self.vision_model = VisionModel(config)
-
-    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
-        """pixels [N, 3, S, S] from -1 to 1, in the weights' dtype -> a vector for each patch [N, P, C]."""
-        return self.vision_model(pixels)
 
 
 class Projector(nn.Module):

@@ -17,7 +17,7 @@ from torch import nn
 from pop.checkpoints.config_json import read_config
 from pop.errors import ConfigError
 from pop.models.config import SiglipConfig
-from pop.models.vision.siglip import Projector, VisionTower
+from pop.models.vision.siglip import Projector, VisionModel
 
 CASES = json.loads((GOLDENS / "vision" / "towers.json").read_bytes())["cases"]
 FEATURES = np.load(GOLDENS / "vision" / "towers.npz")
@@ -28,7 +28,7 @@ class Vision(nn.Module):
 
     def __init__(self, config: SiglipConfig, hidden_size: int):
         super().__init__()
-        self.vision_tower = VisionTower(config)
+        self.vision_tower = VisionModel(config)
         self.multi_modal_projector = Projector(config, hidden_size)
 
 
