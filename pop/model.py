@@ -13,6 +13,7 @@ import torch
 from pop import engine
 from pop.backends import accelerate, chunk_size_of, stages_of
 from pop.backends.cpu import keep_freed_memory
+from pop.backends.cpu_graph import Graph
 from pop.checkpoints.fingerprint import fingerprint
 from pop.engine.cache import KVCache
 from pop.engine.compile import SMALLEST, Compiled
@@ -84,8 +85,10 @@ class Model:
         compiles = compile is True or (compile == "auto" and self.num_parameters >= SMALLEST)
         accelerate(module)
         options = {"required": compile is True, "progress": progress, "add_up": part and module.sum_over_processes}
-        self._compiled = Compiled(module, stages_of(module), **options) if compiles else None
-        self.caches = Caches(0 if stages_of(module).replay is None else SPARE_CACHES)  # of its answers
+        stages, device = stages_of(module), self.device.type
+        options["replay"] = Graph if device == "cpu" else stages.replay
+        self._compiled = Compiled(module, stages, **options) if compiles else None
+        self.caches = Caches(SPARE_CACHES if device == "cuda" else 0)  # of its answers
         keep_freed_memory()
 
     @property
@@ -154,7 +157,7 @@ class Model:
         self._check_cache(cache, lengths, media)
         plan = self.resolve(plan)
         chunk_size = self.chunk_size if chunk_size is None else self._chunk_size(chunk_size)
-        stages, full_depth = self._stages(len(tokens), cache.max_seq_len, plan), token_mask(full_depth, tokens)
+        stages, full_depth = self._stages(len(tokens), plan), token_mask(full_depth, tokens)
         module = self.module if self._compiled is None else self._compiled.vision_module
         options = stages, self._images(module, media, tokens, lengths), boundary, full_depth
         return engine.prefill(self.module, tokens, cache, lengths, plan, chunk_size, *options)
@@ -167,13 +170,13 @@ class Model:
         """
         tokens = token_ids(tokens, 1, self.config.vocab_size, wait=False).to(self.device, non_blocking=True)
         self._check_cache(cache, torch.ones(tokens.shape[0], dtype=torch.int64))
-        return engine.decode(self.module, tokens, cache, self._stages(len(tokens), cache.max_seq_len, look=False))
+        return engine.decode(self.module, tokens, cache, self._stages(len(tokens), look=False))
 
     def extend(self, tokens, cache: KVCache) -> torch.Tensor:
         """Append tokens [B, T] at full depth, as `decode` would one by one. Returns their logits [B, T, V] float32."""
         tokens = token_ids(tokens, 2, self.config.vocab_size, wait=False).to(self.device, non_blocking=True)
         self._check_cache(cache, torch.full((len(tokens),), tokens.shape[1]))
-        return engine.extend(self.module, tokens, cache, self._stages(len(tokens), cache.max_seq_len))
+        return engine.extend(self.module, tokens, cache, self._stages(len(tokens)))
 
     @torch.no_grad()
     def logits(self, tokens, images=None, videos=None) -> torch.Tensor:
@@ -198,7 +201,7 @@ class Model:
         """
         for rows in (1, 2)[: check_count("batch_size", batch_size)]:
             for plan in (self.plan, *plans):
-                self._stages(rows, self.max_seq_len, self.resolve(plan))
+                self._stages(rows, self.resolve(plan))
 
     # Text in, text out
 
@@ -375,8 +378,8 @@ class Model:
         """What each row's images and videos bring to tokens [B, T] on the CPU, by the vision tower of a module."""
         return self.vision.images(module, media, tokens, lengths)
 
-    def _stages(self, rows: int, slots: int, plan=PrunePlan.none(), look: bool = True) -> engine.Stages:  # noqa: B008 (frozen)
-        return self._compiled.stages(rows, slots, plan, look) if self._compiled else stages_of(self.module)
+    def _stages(self, rows: int, plan=PrunePlan.none(), look: bool = True) -> engine.Stages:  # noqa: B008 (frozen)
+        return self._compiled.stages(rows, plan, look) if self._compiled else stages_of(self.module)
 
     def __getstate__(self) -> dict:
         return self.__dict__ | {"_compiled": None}  # a copy runs eagerly

@@ -150,7 +150,7 @@ def test_replayed_steps_are_the_references(family, dtype, device):
     """
     model, naive = make(family, dtype, device)
     plan, lengths, answer = plan_of(model, "two taps"), (50, 9, 1), random_tokens(3, 50)
-    stages, cache, prompts = model._stages(3, 66), model.new_cache(3, 66), random_tokens(3, 50)
+    stages, cache, prompts = model._stages(3), model.new_cache(3, 66), random_tokens(3, 50)
     stages = stages if device.type == "cuda" else stages._replace(replay=Replay)
     model.prefill(prompts, cache, lengths=lengths, plan=plan)
 

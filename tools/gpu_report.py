@@ -154,7 +154,7 @@ def decode(setup: Setup) -> Iterator[Figure]:
     model, position = setup.model, 1000
     cache, token = model.new_cache(1, 2048), torch.zeros(1, dtype=torch.int64, device=setup.device)
     model.prefill([random_prompt(model.config, position)], cache)
-    end_of_prompt, stages = cache.snapshot(), model._stages(1, cache.max_seq_len)
+    end_of_prompt, stages = cache.snapshot(), model._stages(1)
     size, rate = decode_bytes(model.config, position + 25, model.dtype), bandwidth_turn(setup.device)()["bytes_per_s"]
     for name, chosen in (("uncaptured", stages._replace(replay=lambda _: lambda run: run())), ("captured", stages)):
         cache.restore(end_of_prompt)

@@ -1,6 +1,6 @@
-// Attention of several tokens on CPUs: softmax(q k^T) v for a block of queries and a block of keys at a time.
+// Attention on CPUs: softmax(q k^T) v for a block of queries and a block of keys at a time.
 //
-// A vector holds one number of each of WIDTH queries, so that no sum or maximum runs within a vector:
+// With several tokens, a vector holds one number of each of WIDTH queries, so that no sum or maximum runs within it:
 //
 //     scores[key][query]  =  sum over e    of k[key][e] times q[e][query]
 //     sums[e][query]     +=  sum over keys of v[key][e] times weights[key][query]
@@ -11,14 +11,18 @@
 // A 32-bit word holds one float32, or two bfloat16 that are neighbours along the axis that is summed over. AVX-512 BF16
 // multiplies both and adds the products in one instruction. Scores, softmax and sums are float32.
 //
-// pop.backends.cpu compiles this file for the processor that it runs on, and says what `attend` takes.
+// One token has too few queries for that. There a vector holds neighbours along E, as they lie in memory.
+//
+// pop.backends.cpu compiles this file for the processor that it runs on, and says what its functions take.
 
 #include <algorithm>
 #include <cfloat>
 #include <climits>
 #include <cmath>
 #include <cstdint>
+#include <cstring>
 #include <memory>
+#include <utility>
 #ifdef __AVX512BF16__
 #include <immintrin.h>
 #endif
@@ -70,7 +74,7 @@ static inline floats exp2(floats x) {
   y = y * f + 0.24022242f;
   y = y * f + 0.69314698f;
   y = y * f + 1.0f;
-  y *= (floats)(((ints)shifted << 23) + (127 << 23));
+  y *= (floats)(((words)shifted << 23) + (127u << 23));
   return x < -126.0f ? ZERO : y;
 }
 
@@ -202,6 +206,153 @@ static void attend(const number *q, const number *k, const number *v, const int3
   }
 }
 
+// In lane l, the sum of a's lanes l and l ^ W, or if l has the bit W, of b's.
+template <int W, int... LANE>
+static inline floats sum_pairs(floats a, floats b, std::integer_sequence<int, LANE...>) {
+  return floats{(LANE & W ? b : a)[LANE]...} + floats{(LANE & W ? b : a)[LANE ^ W]...};
+}
+
+// Lane l of the result is the sum of the lanes of x[l].
+template <int W = 1>
+static inline floats sum_lanes(floats *x) {
+  if constexpr (W == WIDTH) return x[0];
+  else {
+    for (int i = 0; i < WIDTH; i += 2 * W) x[i] = sum_pairs<W>(x[i], x[i + W], std::make_integer_sequence<int, WIDTH>());
+    return sum_lanes<2 * W>(x);
+  }
+}
+
+// Words from memory, zeros after `count` numbers.
+template <typename number>
+static inline words load(const number *from, long count) {
+  words x = {};
+  if (count >= long(sizeof(x) / sizeof(number))) memcpy(&x, from, sizeof(x));
+  else memcpy(&x, from, count * sizeof(number));
+  return x;
+}
+
+template <typename number>
+static inline void store(words x, number *to, long count) {
+  memcpy(to, &x, std::min<long>(count * sizeof(number), sizeof(x)));
+}
+
+// Number i of each word.
+template <int PER>
+static inline floats number_of(words x, int i) {
+  if constexpr (PER == 1) return (floats)x;
+  else return (floats)(i ? x & 0xffff0000u : x << 16);
+}
+
+// What one query has of some of its keys. A vector of words has PER vectors of sums.
+struct Part {
+  float most, total;
+  floats sums[MOST_E / WIDTH];
+};
+
+// G queries of one token attend the keys at positions `first` to `last`; position p is in slot p % s.N.
+template <int G, typename number>
+__attribute__((noinline)) static void attend_part(const number *q, const number *keys, const number *values, long first, long last,
+                        const Sizes &s, float scale, Part *parts) {
+  constexpr int PER = 4 / sizeof(number), IN_VECTOR = WIDTH * PER;  // numbers
+  const float c = scale * 1.44269504f;  // exp(x) = 2^(x / log(2))
+  floats scores[G][KEYS / WIDTH];
+  for (int g = 0; g < G; g++) {
+    parts[g].most = -FLT_MAX, parts[g].total = 0;
+    std::fill(parts[g].sums, parts[g].sums + MOST_E / WIDTH, ZERO);
+  }
+  for (long begin = first; begin <= last; begin += KEYS) {
+    const long count = std::min<long>(KEYS, last + 1 - begin);
+    const number *k[KEYS], *v[KEYS];
+    for (long n = 0, slot = begin % s.N; n < KEYS; n++) {  // the last key fills the block
+      k[n] = keys + slot * s.kn, v[n] = values + slot * s.vn;
+      if (n < count - 1 && ++slot == s.N) slot = 0;
+    }
+    for (long n = 0; n < count; n += WIDTH) {
+      for (int j = 0; j < WIDTH; j++)
+        for (long e = 0; e < s.E; e += IN_VECTOR)  // the next keys, and the values
+          __builtin_prefetch(k[n + j] + 2 * WIDTH * s.kn + e), __builtin_prefetch(v[n + j] + e);
+      for (int g = 0; g < G; g++) {
+        floats x[WIDTH] = {};
+        for (long e = 0; e < s.E; e += IN_VECTOR) {
+          const words mine = load(q + g * s.qh + e, s.E - e);
+#pragma GCC unroll 16
+          for (int j = 0; j < WIDTH; j++) x[j] = dot<PER>(x[j], load(k[n + j] + e, s.E - e), mine);
+        }
+        scores[g][n / WIDTH] = sum_lanes(x);
+      }
+    }
+    for (int g = 0; g < G; g++) {
+      float *all = (float *)scores[g], total = 0;
+      const float before = parts[g].most, now = std::max(before, *std::max_element(all, all + count));
+      std::fill(all + count, all + (count + WIDTH - 1) / WIDTH * WIDTH, -INFINITY);
+      for (long n = 0; n < count; n += WIDTH) scores[g][n / WIDTH] = exp2((scores[g][n / WIDTH] - now) * c);
+      for (long n = 0; n < count; n++) total += all[n];
+      const float factor = exp2(ZERO + (before - now) * c)[0];
+      parts[g].most = now, parts[g].total = parts[g].total * factor + total;
+      for (int i = 0; i < MOST_E / WIDTH; i++) parts[g].sums[i] *= factor;
+    }
+    for (long e = 0; e < s.E; e += IN_VECTOR) {
+      floats sums[G][PER];
+      for (int g = 0; g < G; g++) std::copy(parts[g].sums + e / WIDTH, parts[g].sums + e / WIDTH + PER, sums[g]);
+      for (long n = 0; n < count; n++) {
+        const words x = load(v[n] + e, s.E - e);
+        for (int i = 0; i < PER; i++)
+          for (int g = 0; g < G; g++) sums[g][i] += number_of<PER>(x, i) * ((float *)scores[g])[n];
+      }
+      for (int g = 0; g < G; g++) std::copy(sums[g], sums[g] + PER, parts[g].sums + e / WIDTH);
+    }
+  }
+}
+
+template <typename number>
+static void attend_token(const number *q, const number *keys, const number *values, const int32_t *spans, number *out,
+                         const Sizes &s, float scale, int threads) {
+  constexpr int PER = 4 / sizeof(number), IN_VECTOR = WIDTH * PER;
+  const long G = s.H / s.K, groups = (G + 3) / 4;  // of up to 4 queries
+  long longest = 1;
+  for (long b = 0; b < s.B; b++) longest = std::max<long>(longest, spans[2 * b + 1] + 1 - spans[2 * b]);
+  const long P = std::min((4 * threads + s.B * s.K - 1) / (s.B * s.K), (longest + KEYS - 1) / KEYS);
+  std::unique_ptr<Part[]> parts(new Part[s.B * P * s.H]);
+#pragma omp parallel num_threads(threads)
+  {
+#pragma omp for collapse(4) schedule(dynamic)
+    for (long b = 0; b < s.B; b++)
+      for (long p = 0; p < P; p++)
+        for (long head = 0; head < s.K; head++)
+          for (long group = 0; group < groups; group++) {
+            const long h = head * G + group * 4, all = spans[2 * b + 1] + 1 - spans[2 * b], each = (all + P - 1) / P;
+            const long first = spans[2 * b] + p * each, last = std::min<long>(first + each - 1, spans[2 * b + 1]);
+            const auto run = [&](auto attend) {
+              attend(q + b * s.qb + h * s.qh, keys + b * s.kb + head * s.kh, values + b * s.vb + head * s.vh, first,
+                     last, s, scale, parts.get() + (b * P + p) * s.H + h);
+            };
+            switch (std::min(4L, G - group * 4)) {
+              case 1: run(attend_part<1, number>); break;
+              case 2: run(attend_part<2, number>); break;
+              case 3: run(attend_part<3, number>); break;
+              default: run(attend_part<4, number>);
+            }
+          }
+#pragma omp for collapse(2)
+    for (long b = 0; b < s.B; b++)
+      for (long h = 0; h < s.H; h++) {
+        const Part *part = parts.get() + b * P * s.H + h;
+        float most = -FLT_MAX, total = 0;
+        floats sums[MOST_E / WIDTH] = {};
+        for (long p = 0; p < P; p++) most = std::max(most, part[p * s.H].most);
+        for (long p = 0; p < P; p++) {
+          const float factor = exp2(ZERO + (part[p * s.H].most - most) * scale * 1.44269504f)[0];
+          total += part[p * s.H].total * factor;
+          for (int i = 0; i < MOST_E / WIDTH; i++) sums[i] += part[p * s.H].sums[i] * factor;
+        }
+        for (long e = 0; e < s.E; e += IN_VECTOR) {
+          for (int i = 0; i < PER; i++) sums[e / WIDTH + i] /= total == 0 ? 1 : total;  // 0 without keys
+          store(join<PER>(sums + e / WIDTH), out + (b * s.H + h) * s.E + e, s.E - e);
+        }
+      }
+  }
+}
+
 extern "C" {
 void attend_bfloat16(const uint16_t *q, const uint16_t *k, const uint16_t *v, const int32_t *held, const int32_t *spans,
                      uint16_t *out, const Sizes *s, float scale, int threads) {
@@ -210,5 +361,13 @@ void attend_bfloat16(const uint16_t *q, const uint16_t *k, const uint16_t *v, co
 void attend_float32(const float *q, const float *k, const float *v, const int32_t *held, const int32_t *spans,
                     float *out, const Sizes *s, float scale, int threads) {
   attend(q, k, v, held, spans, out, *s, scale, threads);
+}
+void attend_token_bfloat16(const uint16_t *q, const uint16_t *keys, const uint16_t *values, const int32_t *spans,
+                           uint16_t *out, const Sizes *s, float scale, int threads) {
+  attend_token(q, keys, values, spans, out, *s, scale, threads);
+}
+void attend_token_float32(const float *q, const float *keys, const float *values, const int32_t *spans, float *out,
+                          const Sizes *s, float scale, int threads) {
+  attend_token(q, keys, values, spans, out, *s, scale, threads);
 }
 }

@@ -10,12 +10,12 @@ import ctypes
 import functools
 import inspect
 import logging
-import math
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from pop.engine import attention as engine
 from pop.engine.attention import AttentionMetadata
@@ -26,9 +26,10 @@ _capability = torch.backends.cpu.get_cpu_capability()
 WIDENED = {torch.float16} | ({torch.bfloat16} if _capability == "AVX2" else set())
 WIDENED_AT_ONCE = 2**26  # weights that are copied to float32 at a time
 STREAMS = 2  # blocks of a matrix that a core reads at once; one or four are up to a tenth slower
-# Dtypes in which attention.cpp is faster than torch's attention. For bfloat16, torch uses AMX where there is one.
+# Dtypes in which attention.cpp is faster than torch's attention. With several tokens, torch's uses AMX for bfloat16.
 _bf16, _amx = (getattr(torch.cpu, f"_is_{name}_supported", bool)() for name in ("avx512_bf16", "amx_tile"))
-FUSED = {torch.float32} | (set() if _amx else {torch.bfloat16}) if _capability in ("AVX2", "AVX512") else set()
+FUSED_TOKEN = {torch.float32, torch.bfloat16} if _capability in ("AVX2", "AVX512") else set()
+FUSED = FUSED_TOKEN - ({torch.bfloat16} if _amx else set())
 MOST_E = 256  # numbers of a head in attention.cpp
 TEMPORARY = 31 * 2**20  # bytes; glibc adapts to freed blocks of at most 32 MiB, headers included
 
@@ -36,18 +37,18 @@ TEMPORARY = 31 * 2**20  # bytes; glibc adapts to freed blocks of at most 32 MiB,
 class Linear(nn.Linear):
     """nn.Linear with the fastest product."""
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         return linear(x, self.weight, self.bias)
 
 
 class Embedding(layers.Embedding):
     """An embedding whose tied head uses the fastest product."""
 
-    def unembed(self, x: torch.Tensor) -> torch.Tensor:
+    def unembed(self, x: Tensor) -> Tensor:
         return linear(x, self.weight)
 
 
-def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Like F.linear. x is [B, T, in], or [B, in] and [in] for one token a row."""
     if x.device.type != "cpu":
         return F.linear(x, weight, bias)
@@ -61,42 +62,36 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
     rows = x.reshape(-1, x.shape[-1])  # [B, in]
     if rows.shape[0] > 1:
         out = (weight @ rows.T).T.contiguous()  # [B, out]
-    elif torch.compiler.is_compiling() and (parts := _parts(weight.shape[1])):
-        out = torch.cat([_fused_product(w, rows[0], parts) for w in weight.chunk(STREAMS)]).to(x.dtype)[None]
+    elif torch.compiler.is_compiling():
+        out = torch.cat([_fused_product(w, rows[0]) for w in weight.chunk(STREAMS)]).to(x.dtype)[None]
     else:
         out = F.linear(rows, weight)
     out = out if bias is None else out + bias
     return out.reshape(*x.shape[:-1], -1)
 
 
-def _parts(length: int) -> int | None:
-    """How many equal parts of at most 4096 numbers a sum has: longer ones compile to slower code. None: over 32."""
-    return ([parts for parts in range(1, 33) if length % parts == 0 and length // parts <= 4096] or [None])[0]
-
-
-def _fused_product(weight: torch.Tensor, x: torch.Tensor, parts: int) -> torch.Tensor:
-    """weight [out, in] times x [in] -> [out] float32, each sum in `parts` parts, which the compiler fuses."""
+def _fused_product(weight: Tensor, x: Tensor) -> Tensor:
+    """weight [out, in] times x [in] -> [out] float32, which the compiler fuses. Sums over 4096 numbers are in parts."""
+    length = len(x)
+    parts = ([parts for parts in range(1, 33) if length % parts == 0 and length // parts <= 4096] or [1])[0]
     if parts == 1:  # a second sum, even of one number, would need a buffer
         return (weight * x).sum(-1, dtype=torch.float32)
     return (weight * x).unflatten(-1, (parts, -1)).sum(-1, dtype=torch.float32).sum(-1)
 
 
-def attend_cache(
-    q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, at: AttentionMetadata, scale: float
-) -> torch.Tensor:
-    """Like pop.engine.attention.attend_cache. When compiled, one token a row reads K and V once, in place."""
-    if q.device.type == "cpu" and q.shape[1] == 1 and at.held is not None and torch.compiler.is_compiling():
-        k, v = engine.read(keys, values, at)
-        return one_token_attention(q, k, v, engine.attended(at.held, at.spans), scale)
-    if q.shape[1] == 1 or not _is_fused(q):
+def attend_cache(q: Tensor, keys: Tensor, values: Tensor, at: AttentionMetadata, scale: float) -> Tensor:
+    """Like pop.engine.attention.attend_cache."""
+    if at.held is None and q.device.type == "cpu":
+        return attend_filled_slots(q, keys, values, at.spans, scale)
+    if not _is_fused(q):
         return engine.attend_cache(q, keys, values, at, scale)
     return fused_attention(q, *engine.read(keys, values, at), at.held, at.spans, scale)
 
 
 def causal_attention(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, window: int | None,
-    last_attended: torch.Tensor | None = None,
-) -> torch.Tensor:  # fmt: skip
+    q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None,
+    last_attended: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """Like pop.models.layers.causal_attention."""
     if not _is_fused(q, k, v):
         return layers.causal_attention(q, k, v, scale, window, last_attended)
@@ -106,7 +101,7 @@ def causal_attention(
     return fused_attention(q, k, v, own, torch.stack((first, last), dim=-1), scale)
 
 
-def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Like F.scaled_dot_product_attention(q, k, v) in a vision tower: each [N, H, P, E]."""
     if not _is_fused(q, k, v):
         return F.scaled_dot_product_attention(q, k, v)
@@ -116,17 +111,18 @@ def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor
     return fused_attention(q, k, v, every, spans, E**-0.5).view(N, P, H, E).transpose(1, 2)
 
 
-def _is_fused(*inputs: torch.Tensor) -> bool:
+def _is_fused(*inputs: Tensor) -> bool:
     """Whether fused_attention takes q, and k and v if they may want gradients, which it lacks."""
-    q, E = inputs[0], inputs[0].shape[-1]
-    fits = q.device.type == "cpu" and q.dtype in FUSED and E % 2 == 0 and E <= MOST_E
-    return fits and not any(x.requires_grad for x in inputs) and _has_kernel()
+    return _fits(inputs[0], FUSED) and not any(x.requires_grad for x in inputs)
+
+
+def _fits(q: Tensor, dtypes: set[torch.dtype]) -> bool:
+    E = q.shape[-1]
+    return q.device.type == "cpu" and q.dtype in dtypes and E % 2 == 0 and E <= MOST_E and _has_kernel()
 
 
 @torch.library.custom_op("pop::fused_attention", mutates_args=())
-def fused_attention(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, held: torch.Tensor, spans: torch.Tensor, scale: float
-) -> torch.Tensor:
+def fused_attention(q: Tensor, k: Tensor, v: Tensor, held: Tensor, spans: Tensor, scale: float) -> Tensor:
     """masked_attention by attention.cpp: q [B, T, H, E] attends k and v [B, N, K, E] -> [B, T, H * E].
 
     held [B, N] are the keys' positions, and spans [B, T, 2] the first and the last position that each query attends.
@@ -139,14 +135,47 @@ def fused_attention(
     # It reads two bfloat16 at once.
     q, k, v = (x if x.stride(-1) == 1 and not any(s % 2 for s in x.stride()[:3]) else x.contiguous() for x in (q, k, v))
     held, spans, out = held.int().contiguous(), spans.int().contiguous(), q.new_empty(B, T, H * E)
-    sizes = (ctypes.c_int64 * 15)(B, T, H, E, N, K, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3])
-    run = _kernel().attend_bfloat16 if q.dtype == torch.bfloat16 else _kernel().attend_float32
-    pointers = [ctypes.c_void_p(x.data_ptr()) for x in (q, k, v, held, spans, out)]
-    run(*pointers, sizes, ctypes.c_float(scale), torch.get_num_threads())
+    _call("attend", out, q, k, v, (held, spans), N, scale)()
     return out
 
 
 fused_attention.register_fake(lambda q, *_: q.new_empty(*q.shape[:2], q.shape[2] * q.shape[3]))
+
+
+@torch.library.custom_op("pop::attend_filled_slots", mutates_args=())
+def attend_filled_slots(q: Tensor, keys: Tensor, values: Tensor, spans: Tensor, scale: float) -> Tensor:
+    """engine.attend_slots for q [B, 1, H, E] -> [B, 1, H * E], which reads no slots but the spans'."""
+    out = q.new_empty(q.shape[0], 1, q.shape[2] * q.shape[3])
+    if call := slots_call(out, q, keys, values, spans, scale):
+        call()
+        return out
+    filled = min(int(spans.max()) + 1, keys.shape[1] - 1)
+    return engine.attend_slots(q, keys[:, : filled + 1], values[:, : filled + 1], spans, scale)
+
+
+attend_filled_slots.register_fake(lambda q, *_: q.new_empty(q.shape[0], 1, q.shape[2] * q.shape[3]))
+
+
+def slots_call(out: Tensor, q, keys, values, spans, scale: float) -> Callable | None:
+    """A call of attention.cpp for attend_filled_slots, which writes to `out`. None if it cannot take these tensors."""
+    (B, T, H, E), K = q.shape, keys.shape[2]
+    shapes = (T, keys.shape, keys.shape[::3], H % K, spans.shape) == (1, values.shape, (B, E), 0, (B, 1, 2))
+    alike = q.dtype == keys.dtype == values.dtype and spans.dtype == torch.int32 and spans.is_contiguous()
+    if not (shapes and alike and _fits(q, FUSED_TOKEN) and all(x.stride(-1) == 1 for x in (q, keys, values))):
+        return None
+    return _call("attend_token", out, q, keys, values, (spans,), keys.shape[1] - 1, scale)
+
+
+def _call(name: str, out: Tensor, q, k, v, others, N: int, scale: float) -> Callable:
+    """A call of a function of attention.cpp."""
+    strides = (size for x in (q, k, v) for size in x.stride()[:3])
+    sizes = (ctypes.c_int64 * 15)(*q.shape, N, k.shape[2], *strides)
+    tensors = (q, k, v, *others, out)
+    pointers = [ctypes.c_void_p(x.data_ptr()) for x in tensors]
+    function = getattr(_kernel(), f"{name}_{str(q.dtype).removeprefix('torch.')}")
+    call = functools.partial(function, *pointers, sizes, ctypes.c_float(scale), torch.get_num_threads())
+    call.tensors = tensors  # whose memory it uses
+    return call
 
 
 def _has_kernel() -> bool:
@@ -171,22 +200,6 @@ def _kernel() -> ctypes.CDLL | None:
     except Exception as error:  # no compiler, no headers, no place to write to ...
         logging.getLogger(__name__).info("torch's attention runs, as pop's cannot be compiled: %s", error)
         return None
-
-
-def one_token_attention(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor, scale: float
-) -> torch.Tensor:
-    """masked_attention for T = 1 as multiply-and-sum: q [B, 1, H, E], k and v [B, N, K, E] -> [B, 1, H * E]."""
-    (B, N, K, E), dtype = k.shape, v.dtype
-    k, v = (x.transpose(1, 2).float() for x in (k, v))  # [B, K, N, E]
-    q = q.view(B, K, -1, 1, E).float() * scale  # [B, K, G, 1, E]
-    groups = range(q.shape[2])
-    scores = torch.stack([(q[:, :, g] * k).sum(-1) for g in groups])  # [G, B, K, N]
-    scores = scores.masked_fill(~mask.view(B, 1, N), -math.inf)
-    weights = (scores - scores.amax(-1, keepdim=True)).exp()
-    total = weights.sum(-1)[..., None]  # [G, B, K, 1]
-    out = torch.stack([(weights[g, ..., None] * v).sum(-2) / total[g] for g in groups], dim=2)  # [B, K, G, E]
-    return out.reshape(B, 1, -1).to(dtype)
 
 
 def keep_freed_memory() -> None:

@@ -5,6 +5,7 @@ The number of tokens of an expert is data. A loop waits for these numbers. Group
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from pop.backends.cpu import linear
 from pop.models import experts
@@ -35,9 +36,7 @@ def fastest(x, chosen, shares, gate_up, down):
 
 
 @torch.library.custom_op("pop::by_expert", mutates_args=())
-def by_expert(
-    x: torch.Tensor, chosen: torch.Tensor, shares: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor
-) -> torch.Tensor:
+def by_expert(x: Tensor, chosen: Tensor, shares: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
     """`fastest` as one operator."""
     return fastest(x, chosen, shares, gate_up, down)
 
@@ -45,9 +44,7 @@ def by_expert(
 by_expert.register_fake(lambda x, chosen, shares, gate_up, down: torch.empty_like(x))
 
 
-def few_tokens(
-    x: torch.Tensor, chosen: torch.Tensor, shares: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor
-) -> torch.Tensor:
+def few_tokens(x: Tensor, chosen: Tensor, shares: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
     """`by_expert` as multiply-and-sum. Compiled, it reads the weights of the chosen experts once, in place."""
     gate, up = (gate_up[chosen] * x[:, None, None]).sum(-1, dtype=torch.float32).to(x.dtype).chunk(2, dim=-1)
     inner = F.silu(gate) * up  # [N, k, I]
@@ -55,7 +52,7 @@ def few_tokens(
     return (out * shares[..., None]).sum(1).to(x.dtype)  # [N, D]
 
 
-def can_group(x: torch.Tensor, *weights: torch.Tensor) -> bool:
+def can_group(x: Tensor, *weights: Tensor) -> bool:
     """Whether torch has a grouped product for these tensors that does not wait for the device (torch 2.10 to 2.13)."""
     aligned = all(weight.shape[-1] * weight.element_size() % 16 == 0 for weight in weights)
     if not (x.is_cuda and x.dtype == torch.bfloat16 and aligned and hasattr(F, "grouped_mm")):
@@ -63,9 +60,7 @@ def can_group(x: torch.Tensor, *weights: torch.Tensor) -> bool:
     return torch.cuda.get_device_capability(x.device)[0] in (9, 10)
 
 
-def grouped(
-    x: torch.Tensor, chosen: torch.Tensor, shares: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor
-) -> torch.Tensor:
+def grouped(x: Tensor, chosen: Tensor, shares: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
     """`by_expert` as two grouped products, over tokens sorted by expert."""
     k = chosen.shape[1]
     # [N * k] pairs of a token and an expert, sorted by expert. A GPU's radix sort is faster for small integers.

@@ -4,7 +4,8 @@ Reading order: cache.py, stages.py, forward.py; layout.py and attention.py are i
 the stages through torch.compile. May import pop.models, pop.pruning and what these import.
 """
 
-from pop.engine.forward import decode, extend, prefill
+from pop.engine.decode_step import decode
+from pop.engine.forward import extend, prefill
 from pop.engine.stages import EAGER, Stages
 
 __all__ = ["EAGER", "Stages", "decode", "extend", "prefill"]

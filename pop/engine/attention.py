@@ -7,6 +7,7 @@ signature to `full_layer` (stages.py). Shape letters: pop/models/layers.py; N is
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from pop.models.layers import Rope, causal_attention, masked_attention
 
@@ -25,42 +26,37 @@ class AttentionMetadata(NamedTuple):
         spans       [[[4, 6], [5, 7]]]   position 6 attends 4 to 6, and position 7 attends 5 to 7
         band        [2, 2, 0, 1]         key number 2 is the first token's own
 
-    One token a row on a GPU needs none of the last three.
+    One token a row needs none of the last three: see `attend_slots`.
     """
 
     rope: Rope  # the tokens' rotary tables
-    slots: torch.Tensor  # [B, T] int64, where their own K and V go; the spare slot S takes tokens that are not kept
-    spans: torch.Tensor  # [B, T, 2] int32, the first and the last position that each token attends
-    held: torch.Tensor | None = None  # [B, N] int32, the keys' positions, negative for none; None: see `attend_slots`
-    key_slots: torch.Tensor | None = None  # [B, N] int64, the slots of the keys; None: the first N, in order
+    slots: Tensor  # [B, T] int64, where their own K and V go; the spare slot S takes tokens that are not kept
+    spans: Tensor  # [B, T, 2] int32, the first and the last position that each token attends
+    held: Tensor | None = None  # [B, N] int32, the keys' positions, negative for none
+    key_slots: Tensor | None = None  # [B, N] int64, the slots of the keys; None: the first N, in order
     # [4] int64 on the CPU: which key is the first token's own, how many keys before and after its own each token
     # attends at most, and 1 if it attends all of these, so that the band says what the spans say
-    band: torch.Tensor | None = None
+    band: Tensor | None = None
 
 
-def write(keys: torch.Tensor, values: torch.Tensor, slots: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
+def write(keys: Tensor, values: Tensor, slots: Tensor, k: Tensor, v: Tensor) -> None:
     """Write k and v [B, T, K, E] into slots [B, T] of keys and values [B, S + 1, K, E], in place."""
     rows = torch.arange(slots.shape[0], device=slots.device)[:, None]  # [B, 1]
     keys[rows, slots] = k.to(keys.dtype)
     values[rows, slots] = v.to(values.dtype)
 
 
-def attend_cache(
-    q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, at: AttentionMetadata, scale: float
-) -> torch.Tensor:
+def attend_cache(q: Tensor, keys: Tensor, values: Tensor, at: AttentionMetadata, scale: float) -> Tensor:
     """q [B, T, H, E] attends keys and values [B, S + 1, K, E], which hold its own tokens -> [B, T, H * E].
 
     Even fresh tokens are read back from the cache: padded positions of k and v may hold NaN, cache slots never do.
     """
     if at.held is None:
         return attend_slots(q, keys, values, at.spans, scale)
-    k, v = read(keys, values, at)
-    if q.shape[1] == 1:
-        return masked_attention(q, k, v, attended(at.held, at.spans), scale)
-    return attention_by_blocks(q, k, v, at.held, at.spans, at.band, scale)
+    return attention_by_blocks(q, *read(keys, values, at), at.held, at.spans, at.band, scale)
 
 
-def read(keys: torch.Tensor, values: torch.Tensor, at: AttentionMetadata) -> tuple[torch.Tensor, torch.Tensor]:
+def read(keys: Tensor, values: Tensor, at: AttentionMetadata) -> tuple[Tensor, Tensor]:
     """The N keys and values that `at` numbers, each [B, N, K, E]."""
     if at.key_slots is None:
         N = at.held.shape[1]
@@ -69,7 +65,7 @@ def read(keys: torch.Tensor, values: torch.Tensor, at: AttentionMetadata) -> tup
     return keys[rows, at.key_slots], values[rows, at.key_slots]
 
 
-def attended(held: torch.Tensor, spans: torch.Tensor) -> torch.Tensor:
+def attended(held: Tensor, spans: Tensor) -> Tensor:
     """Which of the keys at positions `held` [B, N] are in the spans [B, T, 2]: a mask [B, T, N]."""
     first, last = spans.unbind(-1)  # [B, T] each
     return (first[..., None] <= held[:, None]) & (held[:, None] <= last[..., None])
@@ -77,14 +73,14 @@ def attended(held: torch.Tensor, spans: torch.Tensor) -> torch.Tensor:
 
 @torch.library.custom_op("pop::attention_by_blocks", mutates_args=())
 def attention_by_blocks(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    held: torch.Tensor,
-    spans: torch.Tensor,
-    band: torch.Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    held: Tensor,
+    spans: Tensor,
+    band: Tensor,
     scale: float,
-) -> torch.Tensor:
+) -> Tensor:
     """masked_attention for consecutive tokens, QUERY_BLOCK queries at a time over the keys of their band.
 
     So T tokens with a window cost T * (window + QUERY_BLOCK) products, whatever N is, and no mask has T rows. It is a
@@ -106,9 +102,7 @@ def attention_by_blocks(
 attention_by_blocks.register_fake(lambda q, *_: q.new_empty(*q.shape[:2], q.shape[2] * q.shape[3]))
 
 
-def attend_slots(
-    q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, spans: torch.Tensor, scale: float
-) -> torch.Tensor:
+def attend_slots(q: Tensor, keys: Tensor, values: Tensor, spans: Tensor, scale: float) -> Tensor:
     """One token a row attends slots of the cache: q [B, 1, H, E], keys and values [B, S + 1, K, E] -> [B, 1, H * E].
 
     No length is known to the host. A ring's slot s of S holds the latest position up to the row's own, `last`, that is

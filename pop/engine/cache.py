@@ -123,6 +123,8 @@ class KVCache:
 
     def restore(self, snapshot: Snapshot) -> None:
         """Rewind to a snapshot; with sliding-window layers, by at most `chunk_size` tokens."""
+        if self.step is not None:
+            self.step.snapshot = None
         self.lengths, self.previous_hidden, self.rope_offsets = snapshot
 
     def reset(self) -> None:

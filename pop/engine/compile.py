@@ -5,7 +5,6 @@ are arguments, and sizes are symbols. torch compiles a size of 1 as a special ca
 
     one batch row, or several
     one token, or several                 of a chunk, or of its full-depth rows, at full depth
-    up to 4096 filled slots, or more      with one token: Inductor splits longer sums
     one image, or several of one size     in a vision tower
 
 They serve every length of prompts, batches and caches, every size of images, and every set of pruned layers. A warm-up
@@ -25,14 +24,13 @@ from itertools import count
 import torch
 
 from pop.engine import forward, stages
-from pop.engine.attention import AttentionMetadata
-from pop.engine.cache import KVCache, empty_slots
+from pop.engine.cache import KVCache
+from pop.engine.decode_step import decode
 from pop.engine.parts import Seen
 from pop.engine.stages import Stages
 from pop.errors import UnsupportedError
 from pop.pruning.plan import PrunePlan
 
-LONG = 4096  # filled slots, see above
 MOST_KINDS = 64  # of layers that a model compiles, so that endless changes do not compile endlessly
 SMALLEST = 50_000_000  # parameters; a smaller model would answer before compilation ends
 
@@ -42,15 +40,16 @@ logger = logging.getLogger(__name__)
 class Compiled:
     """The compiled stages of one model. `stages` returns them once they are warm for the call at hand.
 
-    If compiling fails, `required` raises UnsupportedError. Otherwise a warning is logged, and the model runs eagerly.
-    If several processes share the model, `add_up` sums a tensor over them. Then all of them compile or none.
+    They get `replay`. If compiling fails, `required` raises UnsupportedError. Otherwise a warning is logged, and the
+    model runs eagerly. If several processes share the model, `add_up` sums a tensor over them: all compile or none.
     """
 
-    def __init__(self, module, stages: Stages, *, required: bool, progress: bool, add_up=None):
+    def __init__(self, module, stages: Stages, *, replay=None, required: bool, progress: bool, add_up=None):
         self.module, self.required, self.progress, self.add_up = module, required, progress, add_up
         self._eager = stages
         self._seen = Seen()
-        self._compiled: Stages | None = compiled(stages, self._seen)  # None once compiling has failed
+        compiled = (_CompiledStage(stage, self._seen) for stage in stages[:-2])
+        self._compiled: Stages | None = Stages(*compiled, stages.linear, replay)  # None once compiling has failed
         self._vision_block = _CompiledStage(vision_block, self._seen)
         self._warm: set[tuple] = set()
         self._lock = threading.Lock()
@@ -67,29 +66,22 @@ class Compiled:
         compiled = [partial(self._vision_block, block) for block in self.module.tower]
         return _with_replaced(self.module, self.module.vision_blocks, compiled)
 
-    def stages(self, rows: int, slots: int, plan=PrunePlan.none(), look: bool = True) -> Stages:  # noqa: B008 (frozen)
-        """Stages with every graph that `rows` batch rows of `slots` slots and this kind of plan need.
-
-        The first call compiles. Unless `look`, only new hooks are looked for in the module.
-        """
-        forms = {"usual": None}
-        if plan.projections is not None:
-            forms[plan.projections.taps, plan.projections.rank] = plan
-        if slots > LONG and self._eager.replay is None:
-            forms["long"] = None
+    def stages(self, rows: int, plan=PrunePlan.none(), look: bool = True) -> Stages:  # noqa: B008 (frozen)
+        """Stages that are warm for these rows and this kind of plan. Unless `look`, only new hooks are looked for."""
         with self._lock:
             if self.works and not self._seen.unchanged(look):
                 self._seen.look((self.module, *self.module.layers, *self.module.tower))
             kinds = set(self._seen.values()) - {None}
-            for form, refit in forms.items():
+            for refit in (None, plan.projections):
                 # torch compiles again for other numbers of threads.
-                wanted = {(rows > 1, form, torch.get_num_threads(), kind) for kind in kinds}
+                form = rows > 1, torch.get_num_threads(), refit and (refit.taps, refit.rank)
+                wanted = {(*form, kind) for kind in kinds}
                 if not wanted <= self._warm and self.works:
-                    self._warm_up(rows > 1, form, refit)
+                    self._warm_up(rows > 1, refit and plan)
                     self._warm |= wanted
         return self._compiled or self._eager
 
-    def _warm_up(self, several: bool, form, refit: PrunePlan | None) -> None:
+    def _warm_up(self, several: bool, refit: PrunePlan | None) -> None:
         if self.progress and not self._warm:
             print("... compiling prefill and decode, up to a minute the first time", file=sys.stderr, flush=True)
         try:
@@ -101,7 +93,7 @@ class Compiled:
             flag = "cpp.enable_floating_point_contract_flag"  # a bool in older versions of torch
             fused = {flag: type(getattr(torch._inductor.config, flag))("fast")}
             with torch._dynamo.config.patch(specialize_float=True), torch._inductor.config.patch(fused):
-                self._run(several, form, refit)
+                self._run(several, refit)
         except Exception as error:  # no compiler, no headers, no Triton ...: each has its own exception
             reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
             if self.required:
@@ -121,8 +113,8 @@ class Compiled:
 
     @torch.inference_mode(False)  # as the engine
     @torch.no_grad()
-    def _run(self, several: bool, form, refit: PrunePlan | None) -> None:
-        """Run all stages on the usual kinds of input, or a decode step on a long cache, or the stages of a refit."""
+    def _run(self, several: bool, refit: PrunePlan | None) -> None:
+        """Run all stages on all kinds of input, or those of a calibrated plan."""
         config, weight = self.module.config, next(self.module.parameters())
         warming = Stages(*(stage.warm_up for stage in self._compiled[:-2]), *self._compiled[-2:])
         # torch takes two sizes that are equal now to be equal always. So no two sizes below are equal.
@@ -130,44 +122,26 @@ class Compiled:
         rows = _unlike(taken, 2) if several else 1
         pairs = ((a, b) for a in count(4) for b in range(a + 2, 2 * a) if not {a, b, a + b, a + b + 1} & taken)
         first, second = next(pairs)
-        usual, slots = _unlike(taken, 1000), _unlike(taken, 1100)
+        slots = _unlike(taken, 1000)
 
         def prompt(tokens: int) -> torch.Tensor:
             return torch.zeros(rows, tokens, dtype=torch.int64, device=weight.device)
 
-        def prefill(plan: PrunePlan) -> None:
+        def prefill(plan: PrunePlan) -> KVCache:
             cache = KVCache(config, rows, slots, dtype=weight.dtype, device=weight.device)
             forward.prefill(self.module, prompt(first), cache, torch.full((rows,), first), plan, first, warming)
+            return cache
 
         if refit is not None:
             prefill(dataclasses.replace(refit, full_depth_first=1, full_depth_last=1, full_depth_selected=0.0))
-            return
-        if form == "long":  # in one layer of each kind
-            h, long = self.module.embed(prompt(1)), _unlike(taken, LONG + 1)  # [B, 1, D]
-            positions = torch.full((rows, 1), long - 1, device=h.device)
-            keys, values = (empty_slots(config, rows, long + 1, h.dtype, h.device) for _ in range(2))
-            held = torch.arange(long, dtype=torch.int32, device=h.device).repeat(rows, 1)
-            spans = torch.tensor([[[0, long - 1]]], dtype=torch.int32, device=h.device).repeat(rows, 1, 1)
-            for layer in {self._seen[layer]: layer for layer in self.module.layers}.values():
-                at = AttentionMetadata(self.module.rope(positions)[layer.window], positions, spans, held)
-                warming.full_layer(layer, h, keys, values, at)
             return
         for block in {self._seen[block]: block for block in self.module.tower}.values():
             taken = {size for tensor in self.module.vision_block_inputs(1, 1) for size in tensor.shape}
             for N in (1, _unlike(taken, 2)):  # one image, and several
                 self._vision_block.warm_up(block, *self.module.vision_block_inputs(N, _unlike(taken, 4)))
-        # The first decode step has many slots to attend, since the compiler tunes its loops to the first sizes.
-        cache = KVCache(config, rows, slots, dtype=weight.dtype, device=weight.device)
-        cache.lengths = torch.full((rows,), usual - 1)
-        forward.decode(self.module, prompt(1)[:, 0], cache, warming)
-        prefill(PrunePlan(tuple(range(config.num_layers))))
-        cache.lengths = torch.full((rows,), first)
+        cache = prefill(PrunePlan(tuple(range(config.num_layers))))
         forward.extend(self.module, prompt(second), cache, warming)
-
-
-def compiled(stages: Stages, seen: Seen) -> Stages:
-    """The stages, each of which compiles at its first call on each kind of layer and input."""
-    return Stages(*(_CompiledStage(stage, seen) for stage in stages[:-2]), *stages[-2:])
+        decode(self.module, prompt(1)[:, 0], cache, warming)
 
 
 def _unlike(taken: set[int], least: int) -> int:
@@ -206,44 +180,33 @@ class _CompiledStage:
 
     def warm_up(self, layer, h, *args):
         """A call that no hook sees: layers that run as they are are left out. Its sizes are unlike each other."""
-        return h if self.seen[layer] is None else self(layer, h, *args, warming=True)
+        return h if self.seen[layer] is None else self(layer, h, *args)
 
-    def __call__(self, layer, h, *args, warming: bool = False):
+    def __call__(self, layer, h, *args):
         kind, one_token = self.seen[layer], h.shape[-2] == 1
         # Compiling takes longer than it saves for logits of several tokens, and for chunks of one pruned token.
         rare = (stages.head,) if not one_token else (stages.pruned_layer, stages.refit_layer, stages.corrected_layer)
         if kind is None or self.function in rare:
             return self.eager(layer, h, *args)
         key = kind, one_token, torch.get_num_threads()
-        if self.function is stages.full_layer:
-            held = args[2].held
-            if held is not None and held.shape[-1] == 1:  # the first token of a cache
-                return self.eager(layer, h, *args)
-            if one_token and held is not None:
-                key += (h.shape[0] > 1, held.shape[-1] > LONG)  # so it has all that torch would check
-        elif self.function in (stages.pruned_layer, stages.refit_layer, stages.corrected_layer):
+        if self.function in (stages.pruned_layer, stages.refit_layer, stages.corrected_layer):
             *inputs, keys, values = args
             h, *inputs = (_as_owner(x) for x in (h, *inputs))
             args = (*inputs, keys, values)
-        else:
+        elif self.function is not stages.full_layer:
             h, *args = (_as_owner(x) for x in (h, *args))
-        return (self.compiled.get(key) or partial(self._compile, key, warming))(layer, h, *args)
+        return (self.compiled.get(key) or partial(self._compile, key))(layer, h, *args)
 
-    def _compile(self, key: tuple, warming: bool, *args):
+    def _compile(self, key: tuple, *args):
         """The first call of its kind."""
-        code, name, generated = self.function.__code__.replace(), self.function.__name__, []
+        code, name = self.function.__code__.replace(), self.function.__name__
         function = types.FunctionType(code, self.function.__globals__, name, self.defaults)
         # No checks of layers, whose kind is in the key. Older versions of torch cannot leave them out.
         options = {"guard_filter_fn": lambda guards: [not g.is_global and g.name[:5] != "layer" for g in guards]}
         can_filter = hasattr(torch.compiler, "skip_guard_on_inbuilt_nn_modules_unsafe")
-        compiled = torch.compile(function, fullgraph=True, dynamic=True, options=options if can_filter else None)
-        frames = torch._dynamo.convert_frame
-        with frames.compile_lock, frames.register_bytecode_hook(lambda old, new: generated.append(new)):
-            out = compiled(*args)
-        if warming and len(key) > 3 and len(generated) == 1:  # torch's checks would take a tenth of a decode step
-            compiled = types.FunctionType(*generated, self.function.__globals__, name, self.defaults)
-        self.compiled[key] = compiled
-        return out
+        options = options if can_filter else None
+        self.compiled[key] = torch.compile(function, fullgraph=True, dynamic=True, options=options)
+        return self.compiled[key](*args)
 
 
 def _as_owner(x):

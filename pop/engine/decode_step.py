@@ -1,9 +1,9 @@
-"""A decode step on fixed memory, laid out on the device, so that a CUDA graph can replay it.
+"""A decode step on fixed memory, laid out on the device, so that a graph can replay it.
 
     tokens [B], positions [B], offsets [B]  ──step──►  logits [B, V], hidden [L, B, D], and positions + 1
 
 The step takes no number from the host: slots, rotary tables and spans follow from `positions`. The host counts
-cache.lengths by itself. Results are those of `decode` in forward.py. Shape letters: pop/models/layers.py.
+cache.lengths by itself. Shape letters: pop/models/layers.py.
 """
 
 import torch
@@ -11,12 +11,19 @@ import torch
 from pop.engine.attention import AttentionMetadata
 from pop.engine.cache import KVCache
 from pop.engine.parts import Seen
-from pop.engine.stages import Stages
+from pop.engine.stages import EAGER, Stages
 from pop.system.memory import to_device
 
 
-def decode_step(module, tokens: torch.Tensor, cache: KVCache, stages: Stages) -> torch.Tensor:
-    """Append one token a row by the cache's step: tokens [B] -> logits [B, V] float32."""
+@torch.inference_mode(False)
+@torch.no_grad()
+def decode(module, tokens: torch.Tensor, cache: KVCache, stages: Stages = EAGER) -> torch.Tensor:
+    """Append one token a row at full depth: tokens [B] -> logits [B, V] float32.
+
+    A full row may be decoded with the others. Its token goes to the spare slot, and its logits are meaningless.
+    """
+    if stages.replay is None:
+        return DecodeStep(module, cache, stages)(tokens, cache)
     if cache.step is None or not cache.step.serves(module, cache, stages):
         cache.step = DecodeStep(module, cache, stages)
     return cache.step(tokens, cache)
@@ -34,28 +41,29 @@ class DecodeStep:
         B = cache.batch_size
         self.tokens, self.positions, self.offsets = torch.zeros(3, B, dtype=torch.int64, device=cache.device).unbind()
         self.snapshot: tuple[torch.Tensor, torch.Tensor] | None = None  # cache.lengths and rope_offsets as of now
-        self.replay = stages.replay(cache.device)  # it does not hold the step: that would be a cycle
-        self.seen = Seen()
-        self.seen.look((module, *module.layers))
-        if None in self.seen.values():  # there are hooks, for example, which a graph would leave out
-            self.replay = lambda step: step()
+        self.replay, self.seen = None, Seen()
+        if stages.replay is not None:
+            self.seen.look((module, *module.layers))
+            if None not in self.seen.values():  # otherwise there are hooks, for example, which a graph would leave out
+                self.replay = stages.replay(cache.device)  # it does not hold the step: that would be a cycle
 
     def serves(self, module, cache: KVCache, stages: Stages) -> bool:
         """Whether it was made for this module as it is now, these stages, and the tensors that the cache has now."""
         same = all(mine[0] is keys for mine, keys in zip(self.layers, cache.keys, strict=True))
-        return same and module is self.module and stages is self.stages and self.seen.unchanged()
+        look = self.snapshot is None or not getattr(stages.replay, "keeps_memory", False)  # a tenth of a small step
+        return same and module is self.module and stages is self.stages and self.seen.unchanged(look)
 
     def __call__(self, tokens: torch.Tensor, cache: KVCache) -> torch.Tensor:
         lengths, offsets = cache.lengths, cache.rope_offsets
-        if self.snapshot is None or self.snapshot[0] is not lengths or self.snapshot[1] is not offsets:
+        if self.snapshot is None or not all(map(torch.equal, self.snapshot, (lengths, offsets))):
             positions, offsets_there = to_device([lengths, offsets], cache.device)
             self.positions.copy_(positions)
             self.offsets.copy_(offsets_there)
         self.tokens.copy_(tokens, non_blocking=True)
         self.snapshot = None  # if the step fails, its positions are unknown
-        logits, hidden = self.replay(self.step)
+        logits, hidden = self.step() if self.replay is None else self.replay(self.step)
         cache.restore((lengths + 1, hidden, offsets))
-        self.snapshot = cache.lengths, offsets
+        self.snapshot = cache.lengths.clone(), offsets.clone()
         return logits
 
     def step(self) -> tuple[torch.Tensor, torch.Tensor]:

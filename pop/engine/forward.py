@@ -1,4 +1,4 @@
-"""Pruned prefill and full-depth decode on a static KV cache.
+"""Pruned prefill, and several tokens at full depth, on a static KV cache.
 
     h, all prompt tokens     ──layer 0──layer 1── ... ──┬── K, V only of every pruned layer ──► cache
                                                         │
@@ -19,8 +19,7 @@ from collections.abc import Iterator
 import torch
 
 from pop.engine.cache import KVCache
-from pop.engine.decode_step import decode_step
-from pop.engine.layout import Chunk, Tokens, attention_metadata, chunk_bounds, full_depth_tokens
+from pop.engine.layout import Chunk, attention_metadata, chunk_bounds, full_depth_tokens
 from pop.engine.selection import select
 from pop.engine.stages import EAGER, Stages
 from pop.models.images import TEXT, TextOnly
@@ -30,17 +29,9 @@ from pop.pruning.plan import PrunePlan
 @torch.inference_mode(False)
 @torch.no_grad()
 def prefill(
-    module,
-    tokens: torch.Tensor,
-    cache: KVCache,
-    lengths: torch.Tensor,
-    plan: PrunePlan,
-    chunk_size: int,
-    stages: Stages = EAGER,
-    images: TextOnly = TEXT,
-    boundary: bool = True,
-    full_depth: torch.Tensor | None = None,
-) -> torch.Tensor:
+    module, tokens: torch.Tensor, cache: KVCache, lengths: torch.Tensor, plan: PrunePlan, chunk_size: int,
+    stages: Stages = EAGER, images: TextOnly = TEXT, boundary: bool = True, full_depth: torch.Tensor | None = None,
+) -> torch.Tensor:  # fmt: skip
     """Append prompts to the cache. Returns logits [B, V] float32 of each row's boundary token.
 
     Args:
@@ -78,29 +69,6 @@ def extend(module, tokens: torch.Tensor, cache: KVCache, stages: Stages = EAGER)
     cache.restore((cache.lengths + lengths, hidden, cache.rope_offsets))
     cache.intact = True
     return torch.cat(logits, dim=1)
-
-
-@torch.inference_mode(False)
-@torch.no_grad()
-def decode(module, tokens: torch.Tensor, cache: KVCache, stages: Stages = EAGER) -> torch.Tensor:
-    """Append one token a row at full depth: tokens [B] -> logits [B, V] float32.
-
-    A full row may be decoded with the others. Its token goes to the spare slot, and its logits are meaningless.
-    """
-    if stages.replay is not None:
-        return decode_step(module, tokens, cache, stages)
-    ends = (cache.lengths + 1).clamp(max=cache.max_seq_len)  # [B]
-    positions = cache.lengths[:, None]  # [B, 1]
-    rotary = positions + cache.rope_offsets[:, None]
-    step = Tokens(positions, positions < cache.max_seq_len, positions, rotary)  # nothing reads its index
-    metadata = attention_metadata(module, cache, step, ends)
-    h, hidden = module.embed(tokens[:, None]), []  # [B, 1, D]
-    for index, layer in enumerate(module.layers):
-        hidden.append(h[:, 0])
-        h = stages.full_layer(layer, h, *cache.layer(index), metadata[layer.window])
-    logits = stages.head(module, h)[:, 0]  # [B, V]
-    cache.restore((cache.lengths + 1, torch.stack(hidden), cache.rope_offsets))
-    return logits
 
 
 def _chunks(
@@ -145,11 +113,11 @@ def _chunks(
 
 def _run_chunk(module, cache: KVCache, hidden, chunk: Chunk, stages: Stages, layers: range, h=None):
     """One chunk, its h or None at first, through some layers -> h [B, C, D], and new hidden states [L, B, D]."""
-    h, in_slots = chunk.images.place(module.embed(chunk.ids)) if h is None else h, stages.replay is not None
-    metadata = chunk.metadata(module, cache, in_slots)
+    h = chunk.images.place(module.embed(chunk.ids)) if h is None else h
+    metadata = attention_metadata(module, cache, chunk.tokens, chunk.ends, chunk)
     rows = chunk.rows[..., None].expand(-1, -1, h.shape[2])  # [B, W, D]
-    W, full_depth = rows.shape[1], (chunk.full_depth, chunk.ends)
-    rows_metadata = attention_metadata(module, cache, *full_depth, in_slots=in_slots) if W else {}
+    W = rows.shape[1]
+    rows_metadata = attention_metadata(module, cache, chunk.full_depth, chunk.ends) if W else {}
     new_hidden = list(hidden)
     for is_pruned, group in chunk.plan.groups(len(module.layers), module.deepstack_layers):
         group = [index for index in group if index in layers]

@@ -65,18 +65,10 @@ class Chunk:
 
     @classmethod
     def of(
-        cls,
-        cache: KVCache,
-        ids: torch.Tensor,
-        lengths: torch.Tensor,
-        begin: torch.Tensor,
-        end: torch.Tensor,
-        plan: PrunePlan,
-        images: TextOnly,
-        full_depth: torch.Tensor,
-        selected: torch.Tensor | None = None,
-        counts: torch.Tensor | int = 0,
-    ) -> Chunk:
+        cls, cache: KVCache, ids: torch.Tensor, lengths: torch.Tensor, begin: torch.Tensor, end: torch.Tensor,
+        plan: PrunePlan, images: TextOnly, full_depth: torch.Tensor,
+        selected: torch.Tensor | None = None, counts: torch.Tensor | int = 0,
+    ) -> Chunk:  # fmt: skip
         """Tokens `begin` to `end` [B] of prompts `ids` [B, T] of `lengths` [B], to be appended to the cache.
 
         A row with begin = end is all padding. full_depth [B, T], on the CPU, says which tokens run at full depth, and
@@ -130,11 +122,6 @@ class Chunk:
             **dict(zip(("index", "rows", "rows_valid", "last", "last_row", "has_tokens"), moved, strict=True)),
         )
 
-    def metadata(self, module, cache: KVCache, in_slots: bool = False) -> dict[int | None, AttentionMetadata]:
-        """The metadata of all tokens of the chunk, by the layers' window."""
-        has_band = self.tokens.index.shape[1] > 1
-        return attention_metadata(module, cache, self.tokens, self.ends, self if has_band else None, in_slots)
-
     def latest(self, h: torch.Tensor, f: torch.Tensor | None = None) -> torch.Tensor:
         """The hidden state [B, D] of each row's last token: in h [B, C, D], or in f [B, W, D] if it is at full depth.
 
@@ -150,14 +137,13 @@ def _column(h: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
 
 
 def attention_metadata(
-    module, cache: KVCache, tokens: Tokens, ends: torch.Tensor, chunk: Chunk | None = None, in_slots: bool = False
+    module, cache: KVCache, tokens: Tokens, ends: torch.Tensor, chunk: Chunk | None = None
 ) -> dict[int | None, AttentionMetadata]:
     """How tokens [B, T] attend the cache, for each window that the layers have.
 
     Args:
         tokens: They are in the cache once `ends` [B], on the CPU, are the rows' lengths.
         chunk: Given if the tokens are consecutive in each row. Then only the keys in their band are read.
-        in_slots: Whether a single causal token a row is attended by `attend_slots`.
     """
     T, filled, ends = tokens.positions.shape[1], int(ends.max()), ends[:, None]  # [B, 1]
     # A full row may be decoded. Its token attends what the row's last token attends, so the softmax is not empty.
@@ -173,7 +159,7 @@ def attention_metadata(
         before = UNBOUNDED if window is None else window - 1
         first = (own - before).clamp(min=0)
         on_device[window, "spans"] = torch.stack((first, last), dim=-1).to(torch.int32)
-        if in_slots and T == 1 and ((last == own) | ~tokens.valid).all():
+        if T == 1:
             continue
         if chunk is None or window is None:
             slot = torch.arange(min(filled, ring))

@@ -55,9 +55,9 @@ def head(module, h):
 class Stages(NamedTuple):
     """The functions that a call uses: those of this file, or replacements such as compiled ones.
 
-    `linear` computes what the layers of a group have in common in a calibrated plan: codes, and the update of h. With
-    `replay`, decode runs on fixed memory (decode_step.py). `replay(device)` then returns what runs a step: a function
-    that is called with it, and that runs it once. The step takes no arguments.
+    `linear` computes what the layers of a group have in common in a calibrated plan: codes, and the update of h.
+    `replay(device)` returns a function that takes a decode step without arguments (decode_step.py), runs it once at
+    each call, and may record it. If its attribute `keeps_memory` is true, what it has recorded stays in memory.
     """
 
     full_layer: Callable[..., torch.Tensor] = full_layer

@@ -123,7 +123,8 @@ class Batch:
             is_full = bool((self.cache.lengths >= self.max_seq_len).any())  # the cache may have more room
             # The finished rows leave the batch. A captured step stays while more than half of its rows are unfinished,
             # unless the caller's function would get finished answers.
-            stay = self.cache.step is not None and 2 * len(unfinished) > len(rows) and not is_full
+            is_captured = bool(self.model.caches.kept) and self.cache.step is not None
+            stay = is_captured and 2 * len(unfinished) > len(rows) and not is_full
             if len(unfinished) < len(rows) and not (stay and self.rules.params.logits_processor is None):
                 kept = torch.tensor(unfinished)
                 rows = [rows[number] for number in unfinished]
@@ -133,7 +134,7 @@ class Batch:
                 self.sampler.keep_rows(unfinished)
                 self.rules.keep_rows(kept_there)
             # Like model.decode, without its checks of the arguments, and of the module for changes since the prefill.
-            stages = self.model._stages(len(rows), self.cache.max_seq_len, look=False)
+            stages = self.model._stages(len(rows), look=False)
             tokens = tokens.clamp(min=0)  # a finished row may have -1
             logits = engine.decode(self.model.module, tokens, self.cache, stages)
 

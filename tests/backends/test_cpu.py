@@ -17,6 +17,7 @@ from torch._inductor.codecache import CppCodeCache
 import pop
 from pop import engine
 from pop.backends import CPU, cpu
+from pop.engine.attention import attend_slots
 from pop.engine.stages import corrected_layer
 from pop.models import layers
 
@@ -70,22 +71,6 @@ def test_all_matrices_of_a_calibrated_plan_use_the_backends_product():
     engine.prefill(module, tokens, cache, torch.tensor([9]), plan, 9, stages)
     assert multiplied == [(7, 2 * D), (D, 7), (2 * KE, 7)] * 2
     assert CPU.linear is CPU.corrected_layer.keywords["linear"] is CPU.refit_layer.keywords["linear"] is cpu.linear
-
-
-@requires_compiler
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("rows", [1, 3])
-def test_one_token_attention_is_attention(dtype, rows):
-    """Written out for the compiler, attention of one token is scaled_dot_product_attention's."""
-    drawn = torch.Generator().manual_seed(1)
-    q = torch.randn(rows, 1, 6, 10, generator=drawn).to(dtype)
-    k, v = (torch.randn(rows, 7, 2, 10, generator=drawn).to(dtype) for _ in range(2))
-    mask = torch.arange(7) <= torch.tensor([3, 0, 6])[:rows, None, None]
-    written_out = torch.compile(cpu.one_token_attention)(q, k, v, mask, 0.3)
-    tolerance = 1e-5 if dtype == torch.float32 else 0.03
-    wanted = layers.masked_attention(q.double(), k.double(), v.double(), mask, 0.3)
-    assert written_out.dtype == dtype
-    assert (written_out.double() - wanted).abs().max() < tolerance
 
 
 # The first token's own key, how many keys there are, and how many of them each token may attend before and after its
@@ -204,6 +189,53 @@ def test_keys_that_are_not_attended_count_for_nothing(dtype):
             cpu.fused_attention(*wrong, 0.3)
 
 
+@requires_compiler
+@pytest.mark.usefixtures("kernel")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@given(
+    B=st.integers(1, 3), S=st.sampled_from([1, 5, 40, 700]), K=st.integers(1, 3), G=st.integers(1, 9), data=st.data()
+)
+def test_one_token_attends_the_slots_of_its_span(dtype, B, S, K, G, data):
+    """Of a ring that was filled any number of times. Other slots may hold anything."""
+    E = data.draw(st.sampled_from([2, 10, 32, 64, 96, 256]))
+    last = torch.tensor(data.draw(st.lists(st.integers(0, 2 * S), min_size=B, max_size=B)))
+    first = last - torch.tensor(data.draw(st.lists(st.integers(0, S - 1), min_size=B, max_size=B)))
+    spans = torch.stack((first.clamp(min=0), last), dim=-1)[:, None].int()
+    q, (keys, values) = normal(B, 1, K * G, E), (normal(B, K, S + 1, E, seed=seed).transpose(1, 2) for seed in (1, 2))
+    q, keys, values = (x.to(dtype) for x in (q, keys, values))
+    wanted = attend_slots(q.double(), keys.double(), values.double(), spans, 2 * E**-0.5)
+    for b in range(B):
+        attended = torch.arange(int(spans[b, 0, 0]), int(last[b]) + 1) % S
+        others = torch.ones(S + 1, dtype=torch.bool).index_fill(0, attended, False)
+        keys[b, others] = values[b, others] = torch.nan
+    found = cpu.attend_filled_slots(q, keys, values, spans, 2 * E**-0.5)
+    assert (found.shape, found.dtype) == ((B, 1, K * G * E), dtype)
+    assert (found.double() - wanted).abs().max() < (1e-5 if dtype == torch.float32 else 0.04)
+
+
+@pytest.mark.parametrize(("dtype", "E"), [(torch.float16, 8), (torch.float32, 7), (torch.float32, 8)])
+@pytest.mark.parametrize("last", [3, 11, 30])
+def test_what_the_kernel_does_not_take_attends_as_well(monkeypatch, dtype, E, last):
+    """Other dtypes, odd heads, and anything where nothing compiles. Rings may be filled once, twice or never."""
+    monkeypatch.setattr(cpu, "_kernel", lambda: None)
+    spans = torch.tensor([[[0, 2]], [[max(0, last - 6), last]]], dtype=torch.int32)
+    q, (keys, values) = normal(2, 1, 4, E).to(dtype), (normal(2, 13, 2, E, seed=seed).to(dtype) for seed in (1, 2))
+    wanted = attend_slots(q.double(), keys.double(), values.double(), spans, 0.4)
+    assert (cpu.attend_filled_slots(q, keys, values, spans, 0.4).double() - wanted).abs().max() < 3e-3
+
+
+@requires_compiler
+def test_the_kernel_for_one_token_refuses_what_would_lead_it_to_other_memory():
+    q, keys, spans = normal(2, 1, 4, 8), normal(2, 13, 2, 8, seed=1), torch.zeros(2, 1, 2, dtype=torch.int32)
+    good = torch.empty(2, 1, 32), q, keys, keys, spans, 0.4
+    assert cpu.slots_call(*good)
+    others = {1: (q[:1], q.repeat(1, 2, 1, 1), q[:, :, :3], q[..., :6], q.double()), 2: (keys[:, 1:], keys[..., ::2])}
+    others |= {3: (keys[:, 1:], keys.bfloat16()), 4: (spans[:1], spans.long(), spans.expand(2, 3, 2))}
+    for place, tensors in others.items():
+        for tensor in tensors:
+            assert cpu.slots_call(*good[:place], tensor, *good[place + 1 :]) is None
+
+
 def naive(q, k, v, mask, scale):
     """q [B, T, H, E] attends k and v [B, N, K, E] where mask [B, T, N] is true -> [B, T, H * E], all in float64."""
     G = q.shape[2] // k.shape[2]
@@ -221,6 +253,7 @@ def test_fused_attention_is_chosen_by_the_processor():
         pytest.skip("no /proc/cpuinfo")
     assert (torch.float32 in cpu.FUSED) == ("avx2" in flags)
     assert (torch.bfloat16 in cpu.FUSED) == ("avx2" in flags and "amx_tile" not in flags)
+    assert ({torch.float32, torch.bfloat16} if "avx2" in flags else set()) == cpu.FUSED_TOKEN
     assert torch.float16 not in cpu.FUSED
 
 

@@ -150,7 +150,7 @@ def test_compiled_equals_eager_and_compiles_nothing_again():
     module = random_model(CONFIGS["llama"], seed=2)
     quantize_module(module)
     model, plan = pop.Model(module, module.config, compile=False), pop.PrunePlan((2, 3))
-    stages = compile.compiled(engine.EAGER, compile.Seen())
+    stages = compile.Compiled(module, engine.EAGER, required=True, progress=False)._compiled
 
     def run(stages, tokens):
         cache = model.new_cache(1, 40)

@@ -10,7 +10,7 @@ from support.tiny import random_model, tiny_gemma3_config
 from pop import engine
 from pop.engine import attention
 from pop.engine.attention import UNBOUNDED, attention_by_blocks
-from pop.engine.layout import Chunk, chunk_bounds
+from pop.engine.layout import Chunk, attention_metadata, chunk_bounds
 from pop.models.images import TEXT
 from pop.models.layers import masked_attention
 
@@ -31,8 +31,9 @@ def test_tokens_are_written_to_their_slots_and_read_from_them():
 
     q, mask = randn(2, 1, 2, 3, seed=2), torch.ones(2, 1, 2, dtype=torch.bool)
     held, spans = torch.arange(2).repeat(2, 1), torch.tensor([[[0, 1]]]).repeat(2, 1, 1)
+    band = torch.tensor((0, attention.UNBOUNDED, attention.UNBOUNDED, 0))
     for key_slots, read in ((slots, (k, v)), (None, (keys[:, :2], values[:, :2]))):
-        at = attention.AttentionMetadata((), slots, spans, held, key_slots)
+        at = attention.AttentionMetadata((), slots, spans, held, key_slots, band)
         assert torch.equal(attention.attend_cache(q, keys, values, at, 0.3), masked_attention(q, *read, mask, 0.3))
     assert not torch.equal(k, keys[:, :2])
 
@@ -46,7 +47,7 @@ def test_the_example_in_the_docstring_of_attention_metadata():
     begin, end = torch.tensor([0]), torch.tensor([2])
     none = torch.tensor([[False, False]])  # at full depth
     chunk = Chunk.of(cache, torch.tensor([[7, 8]]), end, begin, end, NONE, TEXT, none)
-    at = chunk.metadata(module, cache)[3]
+    at = attention_metadata(module, cache, chunk.tokens, chunk.ends, chunk)[3]
     assert at.slots.tolist() == [[0, 1]]
     assert at.key_slots.tolist() == [[4, 5, 0, 1]]
     assert at.held.tolist() == [[4, 5, 6, 7]]
@@ -72,7 +73,7 @@ def test_a_full_band_is_aligned_at_the_lower_right(data):
         chunk = Chunk.of(cache, ids, lengths, begin, end, NONE, TEXT, ids > 0)
         with_tokens = end > begin
         same = len(set((cache.lengths + begin)[with_tokens].tolist())) == 1
-        for window, at in chunk.metadata(module, cache).items():
+        for window, at in attention_metadata(module, cache, chunk.tokens, chunk.ends, chunk).items():
             if at.band is None or chunk.ids.shape[1] == 1:
                 continue
             own, _, after, is_full = at.band.tolist()

@@ -3,19 +3,22 @@
 import copy
 import gc
 import weakref
+from itertools import pairwise
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from support.cases import cases, new_cache
 from support.replay import Replay
 from support.tiny import random_model, tiny_config
 
 from pop import engine
+from pop.backends import CPU
+from pop.backends.cpu_graph import Graph, _Record
 from pop.engine.stages import Stages
 
-REPLAYED = Stages(replay=Replay)
+REPLAYED, RECORDED = Stages(replay=Replay), CPU._replace(replay=Graph)
 CLOSE = {"rtol": 0, "atol": 1e-5}
 
 
@@ -27,12 +30,24 @@ def assert_same_state(cache, other, live):
         torch.testing.assert_close(mine[live, :-1], others[live, :-1], **CLOSE)  # the spare slot may differ
 
 
+@pytest.fixture
+def all_is_recorded(monkeypatch):
+    """Also code that is not compiled. That of these models reads no numbers."""
+    monkeypatch.setattr(_Record, "is_compiled", True)
+
+
+@pytest.mark.usefixtures("all_is_recorded")
+@pytest.mark.parametrize("replaying", [REPLAYED, RECORDED], ids=["as a CUDA graph", "on a CPU"])
 @given(cases(), st.data())
-def test_replayed_steps_are_decode(case, data):
+def test_replayed_steps_are_decode(replaying, case, data):
     """Any family, plan and ragged rows; rows fill up, and rows leave; a snapshot is restored in the middle."""
     module, plan, tokens, lengths, chunk_size = case
+    assume(replaying is REPLAYED or getattr(module.config, "experts", None) is None)  # whose loop reads numbers
     slots = int(lengths.max()) + data.draw(st.integers(1, 12), "room")
-    caches, stages = [new_cache(module, len(tokens), slots, chunk=chunk_size) for _ in range(2)], (Stages(), REPLAYED)
+    caches, stages = (
+        [new_cache(module, len(tokens), slots, chunk=chunk_size) for _ in range(2)],
+        (replaying._replace(replay=None), replaying),
+    )
     for cache, of_cache in zip(caches, stages, strict=True):
         logits = engine.prefill(module, tokens, cache, lengths, plan, chunk_size, of_cache)
         cache.rope_offsets = torch.arange(len(tokens))  # as after images
@@ -89,6 +104,30 @@ def test_a_step_does_not_outlive_the_memory_of_a_weight():
     weight.data = weight.data.clone()
     engine.decode(module, token, cache, REPLAYED)
     assert cache.step is not step
+
+
+@pytest.mark.usefixtures("all_is_recorded")
+def test_a_recorded_step_follows_its_weights():
+    """It reads them in place. New memory and new tensors are found after anything but a decode step."""
+    module, token = random_model(tiny_config()), torch.tensor([3])
+    layer, found = module.layers[2].mlp.up_proj, []
+    caches = {stages: new_cache(module, 1) for stages in (RECORDED, Stages())}
+
+    def decode():
+        recorded, expected = (engine.decode(module, token, cache, stages) for stages, cache in caches.items())
+        torch.testing.assert_close(recorded, expected, **CLOSE)
+        found.append(recorded)
+
+    for _ in range(3):
+        decode()
+    layer.weight.data.mul_(9)
+    decode()
+    for owner, name, new in ((layer.weight, "data", lambda x: x), (layer, "weight", torch.nn.Parameter)):
+        setattr(owner, name, new(layer.weight.detach() / 3))
+        for cache in caches.values():
+            cache.restore((cache.lengths.clone(), *cache.snapshot()[1:]))
+        decode()
+    assert all((after - before).abs().max() > 1e-3 for before, after in pairwise(found[2:]))
 
 
 def test_a_dropped_cache_is_freed_at_once():

@@ -1,14 +1,16 @@
 """Which tokens make a chunk, which of them run at full depth, and when attention needs no mask."""
 
 import torch
-from support.cases import NONE, new_cache
+from support.cases import NONE, assert_close, new_cache
 from support.tiny import random_model, tiny_config, tiny_gemma3_config
 from support.tiny_images import both_ways
 
 from pop import engine
+from pop.engine.attention import attend_cache
 from pop.engine.layout import Chunk, attention_metadata, chunk_bounds, full_depth_tokens
 from pop.engine.stages import full_layer
 from pop.models.images import TEXT
+from pop.models.layers import masked_attention
 from pop.pruning.plan import PrunePlan
 
 
@@ -39,18 +41,28 @@ def test_text_prompts_keep_to_causal_attention_without_a_mask(monkeypatch):
         masked.clear()
 
 
-def test_the_boundary_token_after_an_image_is_attended_in_slots():
-    """It attends no token after itself. So compiled models need no other graph for it, and GPUs no other kernel."""
-    module, plan = random_model(tiny_gemma3_config()), PrunePlan((2,))
+def test_one_token_of_any_kind_attends_by_slots():
+    """So compiled models need no other graph for it, and GPUs no other kernel. Here rings have been filled twice."""
+    module, plan = random_model(tiny_gemma3_config(windows=(5, None))), PrunePlan((1,))
     images = both_ways(torch.zeros(1, 4, 30), torch.tensor([[-1, 0, 1, 2, 3, -1]]))
-    cache, lengths = new_cache(module, 1), torch.tensor([6])
+    cache, lengths, drawn = new_cache(module, 1, chunk=6), torch.tensor([6]), torch.Generator().manual_seed(1)
+    cache.lengths[:] = 20
+    for part in (*cache.keys, *cache.values):
+        part[:, :26] = torch.randn(part[:, :26].shape, generator=drawn)
     (bounds,) = chunk_bounds(lengths, 9, images)
     full_depth = full_depth_tokens(cache, lengths, plan, True)
     chunk = Chunk.of(cache, torch.zeros(1, 6).long(), lengths, *bounds, plan, images, full_depth)
-    for column, in_slots in ((5, True), (4, True), (1, False)):  # the boundary, the image's last token and its first
+    q = torch.randn(1, 1, module.config.num_heads, module.config.head_dim, generator=drawn)
+    for column in (5, 4, 1):  # the boundary, the image's last token and its first, which attends the others
         token = chunk.tokens.take(torch.tensor([[column]]), torch.tensor([[True]]))
-        found = attention_metadata(module, new_cache(module, 1), token, chunk.ends, in_slots=True)
-        assert {at.held is None for at in found.values()} == {in_slots}
+        metadata = attention_metadata(module, cache, token, chunk.ends)
+        for layer, window in enumerate(module.config.windows):
+            first, last = 0 if window is None else 21 + column - window, 25 if column == 5 else 24
+            slots = torch.arange(first, last + 1) % cache.slots(window)
+            k, v = (part[:, slots] for part in cache.layer(layer))
+            wanted = masked_attention(q, k, v, torch.ones(1, 1, len(slots), dtype=torch.bool), 0.3)
+            assert metadata[window].held is None
+            assert_close(attend_cache(q, *cache.layer(layer), metadata[window], 0.3), wanted)
 
 
 def test_full_depth_rows_by_hand():

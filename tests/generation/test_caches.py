@@ -15,6 +15,7 @@ from pop import engine
 from pop.engine.cache import KVCache
 from pop.engine.stages import Stages
 from pop.generation.caches import Caches, stepped
+from pop.model import SPARE_CACHES
 
 PROMPTS = [[5, 9, 20], list(range(40, 60)), [17]]
 
@@ -30,6 +31,7 @@ def steps(monkeypatch):
 
     stages = Stages(replay=replay)
     monkeypatch.setattr("pop.model.stages_of", lambda module: stages)
+    monkeypatch.setattr("pop.model.Caches", lambda kept: Caches(SPARE_CACHES))
     return made
 
 

@@ -59,7 +59,7 @@ def run(model: pop.Model) -> dict[str, torch.Tensor]:
 
 def compiled(model: pop.Model) -> torch.Tensor:
     """A step of a batch through torch.compile. A thorough run also compiles its calibrated prefill."""
-    stages = compile.compiled(engine.EAGER, compile.Seen())
+    stages = compile.Compiled(model.module, engine.EAGER, required=True, progress=False)._compiled
     cache, tokens, lengths = model.new_cache(2, 16), torch.tensor(PROMPT), torch.tensor(LENGTHS)
     prefill_stages = stages if THOROUGH else engine.EAGER
     engine.prefill(model.module, tokens, cache, lengths, model.resolve(None), 16, prefill_stages)

@@ -12,7 +12,7 @@ import torch
 
 import pop
 from pop.backends import stages_of
-from pop.engine.layout import Chunk, chunk_bounds
+from pop.engine.layout import Chunk, attention_metadata, chunk_bounds
 from pop.models.images import TEXT
 from tools.bench.rounds import Turn, device_seconds, seconds
 from tools.bench.shapes import bandwidth_bytes
@@ -43,7 +43,8 @@ def attention_turn(model: pop.Model, num_tokens: int) -> Turn:
     ids, full_depth = torch.zeros(1, num_tokens, dtype=torch.int64), torch.zeros(1, num_tokens, dtype=torch.bool)
     for begin, end in chunk_bounds(lengths, cache.chunk_size, TEXT):
         chunk = Chunk.of(cache, ids, lengths, begin, end, pop.PrunePlan.none(), TEXT, full_depth)
-        chunks.append((q[:, begin:end], chunk.metadata(model.module, cache)))
+        metadata = attention_metadata(model.module, cache, chunk.tokens, chunk.ends, chunk)
+        chunks.append((q[:, begin:end], metadata))
 
     def attend():
         for queries, metadata in chunks:
