@@ -2,8 +2,7 @@
 
 `accelerate` gives the linear layers of a finished module a faster `forward`. `attend_cache` replaces the function of
 the same name in pop/engine/attention.py, `causal_attention` that of the plain pass, and `attention` that of vision
-towers. The results are those of PyTorch's own operators, up to rounding. README.md in this folder says in which cases
-the general product is slow.
+towers. The results are those of PyTorch's own operators, up to rounding. The reasons: README.md in this folder.
 """
 
 import ctypes
@@ -31,6 +30,7 @@ _bf16, _amx = (getattr(torch.cpu, f"_is_{name}_supported", bool)() for name in (
 FUSED_TOKEN = {torch.float32, torch.bfloat16} if _capability in ("AVX2", "AVX512") else set()
 FUSED = FUSED_TOKEN - ({torch.bfloat16} if _amx else set())
 MOST_E = 256  # numbers of a head in attention.cpp
+ROWS_FIRST = {torch.bfloat16} if _bf16 and not _amx else set()  # dtypes in which x W' is faster than (W x')'
 TEMPORARY = 31 * 2**20  # bytes; glibc adapts to freed blocks of at most 32 MiB, headers included
 
 
@@ -60,9 +60,9 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if not one_token or x.dtype == torch.float16:
         return F.linear(x, weight, bias)
     rows = x.reshape(-1, x.shape[-1])  # [B, in]
-    if rows.shape[0] > 1:
+    if rows.shape[0] > 1 and x.dtype not in ROWS_FIRST:
         out = (weight @ rows.T).T.contiguous()  # [B, out]
-    elif torch.compiler.is_compiling():
+    elif rows.shape[0] == 1 and torch.compiler.is_compiling():
         out = torch.cat([_fused_product(w, rows[0]) for w in weight.chunk(STREAMS)]).to(x.dtype)[None]
     else:
         out = F.linear(rows, weight)

@@ -146,7 +146,7 @@ def attention_metadata(
         chunk: Given if the tokens are consecutive in each row. Then only the keys in their band are read.
     """
     T, filled, ends = tokens.positions.shape[1], int(ends.max()), ends[:, None]  # [B, 1]
-    # A full row may be decoded. Its token attends what the row's last token attends, so the softmax is not empty.
+    # Padding attends what the row's last token attends, so no softmax is empty.
     (final,) = to_device([ends - 1], tokens.positions.device)
     own = torch.minimum(tokens.positions, final)
     last = own if tokens.last_attended is None else torch.minimum(tokens.last_attended, final)

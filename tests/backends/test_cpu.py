@@ -3,6 +3,7 @@
 import functools
 import math
 from functools import partial
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -36,8 +37,9 @@ def test_every_product_is_the_same_product(monkeypatch, shape, dtype, biased):
     weight, bias = torch.randn(10, 24, generator=drawn).to(dtype), torch.randn(10, generator=drawn).to(dtype)
     wanted = x.double() @ weight.double().T + (bias.double() if biased else 0)
     tolerance = {torch.float32: 1e-5, torch.bfloat16: 0.05, torch.float16: 0.01}[dtype]
-    for widened in ({dtype}, set()):
+    for widened, rows_first in product(({dtype}, set()), repeat=2):
         monkeypatch.setattr(cpu, "WIDENED", widened)
+        monkeypatch.setattr(cpu, "ROWS_FIRST", rows_first)
         out = cpu.linear(x, weight, bias if biased else None)
         assert out.dtype == dtype and out.shape == wanted.shape
         assert (out.double() - wanted).abs().max() < tolerance
