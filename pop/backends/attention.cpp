@@ -284,7 +284,6 @@ __attribute__((noinline)) static void attend_part(const number *q, const number 
     for (int g = 0; g < G; g++) {
       float *all = (float *)scores[g], total = 0;
       const float before = parts[g].most, now = std::max(before, *std::max_element(all, all + count));
-      std::fill(all + count, all + (count + WIDTH - 1) / WIDTH * WIDTH, -INFINITY);
       for (long n = 0; n < count; n += WIDTH) scores[g][n / WIDTH] = exp2((scores[g][n / WIDTH] - now) * c);
       for (long n = 0; n < count; n++) total += all[n];
       const float factor = exp2(ZERO + (before - now) * c)[0];

@@ -107,6 +107,20 @@ def test_a_step_does_not_outlive_the_memory_of_a_weight():
 
 
 @pytest.mark.usefixtures("all_is_recorded")
+@pytest.mark.parametrize("replaying", [REPLAYED, RECORDED], ids=["as a CUDA graph", "on a CPU"])
+def test_lengths_that_change_in_place_are_followed(replaying):
+    module = random_model(tiny_config())
+    caches = {stages: new_cache(module, 2) for stages in (replaying, replaying._replace(replay=None))}
+    for number, change in enumerate(("nothing", "nothing", "nothing", "lengths", "rope_offsets")):
+        token = torch.tensor([3 + number, 9 * number])  # equal ones would give equal logits anywhere
+        for cache in caches.values():
+            if change != "nothing":
+                getattr(cache, change).sub_(torch.tensor([1, 2]))
+        found, expected = (engine.decode(module, token, cache, stages) for stages, cache in caches.items())
+        torch.testing.assert_close(found, expected, **CLOSE)
+
+
+@pytest.mark.usefixtures("all_is_recorded")
 def test_a_recorded_step_follows_its_weights():
     """It reads them in place. New memory and new tensors are found after anything but a decode step."""
     module, token = random_model(tiny_config()), torch.tensor([3])
