@@ -26,8 +26,8 @@ class Graph:
     """Runs a function, the same one at each call. It is recorded at the second call, and repeated from then on.
 
     The caller gets copies. The function takes no arguments, and its Python reads no number of a tensor: the record has
-    those of one call. A function runs as it is if it has no compiled code, if an operator gives a number, or if the
-    first repetition of a record of its kind differs from the function.
+    those of one call. Without compiled code, or if an operator gives a number, the function runs as it is. It also does
+    if the first repetition of a record with its compiled code differs from it.
     """
 
     keeps_memory = True  # as it holds tensors, and not addresses

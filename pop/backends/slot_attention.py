@@ -33,7 +33,7 @@ def attend_slots(
     Args:
         q: [B, 1, H, E].
         keys, values: [B, S + 1, K, E], with any strides; fastest if these are multiples of 16 elements.
-        spans: [B, 1, 2] int32, the first position that each row attends, and the last, which is its own.
+        spans: [B, 1, 2] int32, the first position that each row attends, and the last.
         scale: The factor on q . k.
 
     Returns: [B, 1, H * E].

@@ -105,7 +105,7 @@ attention_by_blocks.register_fake(lambda q, *_: q.new_empty(*q.shape[:2], q.shap
 def attend_slots(q: Tensor, keys: Tensor, values: Tensor, spans: Tensor, scale: float) -> Tensor:
     """One token a row attends slots of the cache: q [B, 1, H, E], keys and values [B, S + 1, K, E] -> [B, 1, H * E].
 
-    No length is known to the host. A ring's slot s of S holds the latest position up to the row's own, `last`, that is
+    No length is known to the host. A ring's slot s of S holds the latest position up to the last attended one that is
     s modulo S: last - (last - s) % S. Negative numbers stand for empty slots.
     """
     S, last = keys.shape[1] - 1, spans[:, :, 1]  # [B, 1]
