@@ -24,13 +24,12 @@ _capability = torch.backends.cpu.get_cpu_capability()
 # Dtypes without fast products: float16 on all CPUs, and bfloat16 on those that have no more than AVX2.
 WIDENED = {torch.float16} | ({torch.bfloat16} if _capability == "AVX2" else set())
 WIDENED_AT_ONCE = 2**26  # weights that are copied to float32 at a time
-STREAMS = 2  # blocks of a matrix that a core reads at once; one or four are up to a tenth slower
-# Dtypes in which attention.cpp is faster than torch's attention. With several tokens, torch's uses AMX for bfloat16.
+STREAMS = 2  # blocks of a matrix that compiled code reads at once; one or four are up to a tenth slower
+# Dtypes in which kernels.cpp is faster than torch's attention. With several tokens, torch's uses AMX for bfloat16.
 _bf16, _amx = (getattr(torch.cpu, f"_is_{name}_supported", bool)() for name in ("avx512_bf16", "amx_tile"))
 FUSED_TOKEN = {torch.float32, torch.bfloat16} if _capability in ("AVX2", "AVX512") else set()
 FUSED = FUSED_TOKEN - ({torch.bfloat16} if _amx else set())
-MOST_E = 256  # numbers of a head in attention.cpp
-ROWS_FIRST = {torch.bfloat16} if _bf16 and not _amx else set()  # dtypes in which x W' is faster than (W x')'
+MOST_E, MOST_ROWS = 256, 16  # numbers of a head, and rows of a product, in kernels.cpp
 TEMPORARY = 31 * 2**20  # bytes; glibc adapts to freed blocks of at most 32 MiB, headers included
 
 
@@ -57,17 +56,15 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         blocks = weight.split(max(1, WIDENED_AT_ONCE // weight.shape[1]))  # an output head is too large to copy whole
         out = torch.cat([F.linear(x.float(), block.float()) for block in blocks], dim=-1)
         return (out if bias is None else out + bias.float()).to(x.dtype)
-    if not one_token or x.dtype == torch.float16:
+    is_plain = type(weight) in (Tensor, nn.Parameter) and not (torch.is_grad_enabled() and weight.requires_grad)
+    if not one_token or x.dtype == torch.float16 or not is_plain or x.requires_grad:
         return F.linear(x, weight, bias)
     rows = x.reshape(-1, x.shape[-1])  # [B, in]
-    if rows.shape[0] > 1 and x.dtype not in ROWS_FIRST:
-        out = (weight @ rows.T).T.contiguous()  # [B, out]
-    elif rows.shape[0] == 1 and torch.compiler.is_compiling():
-        out = torch.cat([_fused_product(w, rows[0]) for w in weight.chunk(STREAMS)]).to(x.dtype)[None]
+    if rows.shape[0] == 1 and torch.compiler.is_compiling():
+        out = torch.cat([_fused_product(w, rows[0]) for w in weight.chunk(STREAMS)]).to(x.dtype)
     else:
-        out = F.linear(rows, weight)
-    out = out if bias is None else out + bias
-    return out.reshape(*x.shape[:-1], -1)
+        out = multiply_rows(rows, weight)
+    return (out if bias is None else out + bias).reshape(*x.shape[:-1], -1)
 
 
 def _fused_product(weight: Tensor, x: Tensor) -> Tensor:
@@ -77,6 +74,28 @@ def _fused_product(weight: Tensor, x: Tensor) -> Tensor:
     if parts == 1:  # a second sum, even of one number, would need a buffer
         return (weight * x).sum(-1, dtype=torch.float32)
     return (weight * x).unflatten(-1, (parts, -1)).sum(-1, dtype=torch.float32).sum(-1)
+
+
+@torch.library.custom_op("pop::multiply_rows", mutates_args=())
+def multiply_rows(x: Tensor, weight: Tensor) -> Tensor:
+    """F.linear of x [B, in]. With at most MOST_ROWS rows, it takes about as long as reading the weights."""
+    out = x.new_empty(x.shape[0], weight.shape[0])
+    if call := rows_call(out, x, weight):
+        call()
+        return out
+    return (weight @ x.T).T.contiguous()  # faster in this order
+
+
+multiply_rows.register_fake(lambda x, weight: x.new_empty(x.shape[0], weight.shape[0]))
+
+
+def rows_call(out: Tensor, x: Tensor, weight: Tensor) -> Callable | None:
+    """A call of kernels.cpp for multiply_rows, which writes to `out`. None if it cannot take these tensors."""
+    (rows, width), alike = x.shape, x.dtype == weight.dtype and x.shape[1] == weight.shape[1]
+    whole_vectors = width % (64 // x.itemsize) == 0 and x.is_contiguous() and weight.is_contiguous()
+    if not (alike and 0 < rows <= MOST_ROWS and whole_vectors and x.dtype in FUSED_TOKEN and _has_kernel()):
+        return None
+    return _call("multiply_rows", (x, weight, out), (rows, width, len(weight)))
 
 
 def attend_cache(q: Tensor, keys: Tensor, values: Tensor, at: AttentionMetadata, scale: float) -> Tensor:
@@ -89,9 +108,8 @@ def attend_cache(q: Tensor, keys: Tensor, values: Tensor, at: AttentionMetadata,
 
 
 def causal_attention(
-    q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None,
-    last_attended: Tensor | None = None,
-) -> Tensor:  # fmt: skip
+    q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None, last_attended: Tensor | None = None
+) -> Tensor:
     """Like pop.models.layers.causal_attention."""
     if not _is_fused(q, k, v):
         return layers.causal_attention(q, k, v, scale, window, last_attended)
@@ -123,7 +141,7 @@ def _fits(q: Tensor, dtypes: set[torch.dtype]) -> bool:
 
 @torch.library.custom_op("pop::fused_attention", mutates_args=())
 def fused_attention(q: Tensor, k: Tensor, v: Tensor, held: Tensor, spans: Tensor, scale: float) -> Tensor:
-    """masked_attention by attention.cpp: q [B, T, H, E] attends k and v [B, N, K, E] -> [B, T, H * E].
+    """masked_attention by kernels.cpp: q [B, T, H, E] attends k and v [B, N, K, E] -> [B, T, H * E].
 
     held [B, N] are the keys' positions, and spans [B, T, 2] the first and the last position that each query attends.
     Only the keys that a block of queries needs are read, and no mask is in memory.
@@ -135,7 +153,7 @@ def fused_attention(q: Tensor, k: Tensor, v: Tensor, held: Tensor, spans: Tensor
     # It reads two bfloat16 at once.
     q, k, v = (x if x.stride(-1) == 1 and not any(s % 2 for s in x.stride()[:3]) else x.contiguous() for x in (q, k, v))
     held, spans, out = held.int().contiguous(), spans.int().contiguous(), q.new_empty(B, T, H * E)
-    _call("attend", out, q, k, v, (held, spans), N, scale)()
+    _attention_call("attend", out, q, k, v, (held, spans), N, scale)()
     return out
 
 
@@ -157,23 +175,26 @@ attend_filled_slots.register_fake(lambda q, *_: q.new_empty(q.shape[0], 1, q.sha
 
 
 def slots_call(out: Tensor, q, keys, values, spans, scale: float) -> Callable | None:
-    """A call of attention.cpp for attend_filled_slots, which writes to `out`. None if it cannot take these tensors."""
+    """A call of kernels.cpp for attend_filled_slots, which writes to `out`. None if it cannot take these tensors."""
     (B, T, H, E), K = q.shape, keys.shape[2]
     shapes = (T, keys.shape, keys.shape[::3], H % K, spans.shape) == (1, values.shape, (B, E), 0, (B, 1, 2))
     alike = q.dtype == keys.dtype == values.dtype and spans.dtype == torch.int32 and spans.is_contiguous()
     if not (shapes and alike and _fits(q, FUSED_TOKEN) and all(x.stride(-1) == 1 for x in (q, keys, values))):
         return None
-    return _call("attend_token", out, q, keys, values, (spans,), keys.shape[1] - 1, scale)
+    return _attention_call("attend_token", out, q, keys, values, (spans,), keys.shape[1] - 1, scale)
 
 
-def _call(name: str, out: Tensor, q, k, v, others, N: int, scale: float) -> Callable:
-    """A call of a function of attention.cpp."""
+def _attention_call(name: str, out: Tensor, q, k, v, others, N: int, scale: float) -> Callable:
     strides = (size for x in (q, k, v) for size in x.stride()[:3])
-    sizes = (ctypes.c_int64 * 15)(*q.shape, N, k.shape[2], *strides)
-    tensors = (q, k, v, *others, out)
-    pointers = [ctypes.c_void_p(x.data_ptr()) for x in tensors]
-    function = getattr(_kernel(), f"{name}_{str(q.dtype).removeprefix('torch.')}")
-    call = functools.partial(function, *pointers, sizes, ctypes.c_float(scale), torch.get_num_threads())
+    return _call(name, (q, k, v, *others, out), (*q.shape, N, k.shape[2], *strides), ctypes.c_float(scale))
+
+
+def _call(name: str, tensors: tuple[Tensor, ...], sizes: tuple[int, ...], *numbers) -> Callable:
+    """A call of a function of kernels.cpp."""
+    function = getattr(_kernel(), f"{name}_{str(tensors[0].dtype).removeprefix('torch.')}")
+    pointers = (ctypes.c_void_p(x.data_ptr()) for x in tensors)
+    sizes = (ctypes.c_int64 * len(sizes))(*sizes)
+    call = functools.partial(function, *pointers, sizes, *numbers, torch.get_num_threads())
     call.tensors = tensors  # whose memory it uses
     return call
 
@@ -188,11 +209,11 @@ _has_kernel._dynamo_marked_constant = True
 
 @functools.cache
 def _kernel() -> ctypes.CDLL | None:
-    """attention.cpp, compiled for this processor and kept with the other files of torch.compile. None if that fails."""
+    """kernels.cpp, compiled for this processor and kept with the other files of torch.compile. None if that fails."""
     try:
         from torch._inductor.codecache import CppCodeCache  # takes a second to import
 
-        source = Path(__file__).with_name("attention.cpp").read_text(encoding="utf-8")
+        source = Path(__file__).with_name("kernels.cpp").read_text(encoding="utf-8")
         processor = f"\n// {_capability} {_bf16}"  # a cache of files may be shared with other processors
         flags = ["-ffp-contract=fast", "-fno-unsafe-math-optimizations", "-fno-finite-math-only"]
         unneeded = {"needs_vec_isa"} & inspect.signature(CppCodeCache.load_async).parameters.keys()  # takes a second

@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 from pop.backends import cpu
 
 CAN_RECORD = torch.__version__ >= "2.13"  # in 2.6, code compiles again in a record; those between are not tested
-SLOTS = torch.ops.pop.attend_filled_slots.default
+CALLS = {torch.ops.pop.attend_filled_slots.default: cpu.slots_call, torch.ops.pop.multiply_rows.default: cpu.rows_call}
 
 logger = logging.getLogger(__name__)
 _patching = threading.Lock()
@@ -109,7 +109,7 @@ class _Record(TorchDispatchMode):
         if operator.namespace not in ("aten", "pop") or not gives_tensors:  # a sum over processes, for example
             logger.info("decode steps are not recorded, as %s cannot be repeated", operator)
             self.calls = None
-        elif operator is SLOTS and (call := cpu.slots_call(results, *arguments)):
+        elif (kernel := CALLS.get(operator)) and (call := kernel(results, *arguments)):
             self.calls.append((call, ()))
         elif operator._schema.is_mutable:
             self.calls.append((partial(operator, **options), arguments))

@@ -125,7 +125,7 @@ def compare(model, prompt: list[int], plans: Iterable, story: str, *, max_new_to
     """
     tokens, size = model.encode(story), min(JUDGED, model.max_seq_len)
     windows = [(tokens[begin : begin + size], []) for begin in range(0, len(tokens) - size + 1, size)]
-    judge = None
+    judge, fields = None, ("full_depth_last", "full_depth_first", "full_depth_selected", "selecting_layer")
     for plan in plans:
         model.generate(prompt[:64], max_new_tokens=2, plan=plan)  # warms up
         answer = model.generate(prompt, max_new_tokens=max_new_tokens, plan=plan)
@@ -137,10 +137,7 @@ def compare(model, prompt: list[int], plans: Iterable, story: str, *, max_new_to
         losses = judge.losses(plan)
         yield {
             "layers": list(plan.layers),
-            "full_depth_last": plan.full_depth_last,
-            "full_depth_first": plan.full_depth_first,
-            "full_depth_selected": plan.full_depth_selected,
-            "selecting_layer": plan.selecting_layer,
+            **{name: getattr(plan, name) for name in fields},
             "taps": plan.projections.taps if plan.projections else None,
             "prefill_flops": prefill_flops(model.config, len(prompt), plan),
             "ttft_s": times[0],

@@ -73,13 +73,7 @@ def attended(held: Tensor, spans: Tensor) -> Tensor:
 
 @torch.library.custom_op("pop::attention_by_blocks", mutates_args=())
 def attention_by_blocks(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    held: Tensor,
-    spans: Tensor,
-    band: Tensor,
-    scale: float,
+    q: Tensor, k: Tensor, v: Tensor, held: Tensor, spans: Tensor, band: Tensor, scale: float
 ) -> Tensor:
     """masked_attention for consecutive tokens, QUERY_BLOCK queries at a time over the keys of their band.
 

@@ -178,8 +178,13 @@ class Conversation:
         """Check everything. Returns a batch that adds its turn to the conversation when its answer ends."""
         if "plan" in options:
             raise InputError("a conversation keeps its plan; start another conversation for another plan")
-        state, content = self._state, _content(message, images, videos)
+        state, given = self._state, {"image": images, "video": videos}
         _, earlier = state
+        content = [{"type": kind, kind: one} for kind in given for one in as_list(kind, given[kind])]
+        if isinstance(message, list):
+            content += map(copy.copy, message)  # copies: the caller may change the parts later
+        else:
+            content = [*content, {"type": "text", "text": message}] if content else message
         prompt, media = self._prompt(content)
 
         def after_step(batch: Batch) -> None:
@@ -211,15 +216,6 @@ class Conversation:
         if answer[:-1]:  # the next turn runs the last token, as after a truncated answer
             self.model.prefill([answer[:-1]], batch.cache, plan=PrunePlan.none())
         self._state = ((*self.turns, Turn(user, assistant, prompt, answer, hashes)), batch.cache)
-
-
-def _content(message, images, videos) -> str | list[dict]:
-    """The content of a user's message: images, videos, and then the message."""
-    given = {"image": images, "video": videos}
-    media = [{"type": kind, kind: one} for kind in given for one in as_list(kind, given[kind])]
-    if isinstance(message, list):
-        return [*media, *map(copy.copy, message)]  # copies: the caller may change the parts later
-    return [*media, {"type": "text", "text": message}] if media else message
 
 
 def _describe(plan: PrunePlan, part) -> dict:

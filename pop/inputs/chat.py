@@ -196,7 +196,8 @@ class ChatFormat:
                 raise InputError(f"message {n} has the role user, but it is empty.")
             if not isinstance(thoughts, str | None):
                 raise InputError(f"message {n}: reasoning_content must be text, got {thoughts!r:.80}.")
-            content = [_part(part) for part in parts] if shown else "".join(parts)
+            typed = [{"type": Own("text"), "text": x} if isinstance(x, str) else {"type": Own(x.kind)} for x in parts]
+            content = typed if shown else "".join(parts)
             rest = {key: value for key, value in message.items() if key != "tool_calls"}
             told.append(rest | {"role": Own(role), "content": content} | ({"tool_calls": calls} if calls else {}))
             media += shown
@@ -239,10 +240,6 @@ def _answer_in(pieces: list[str]) -> int:
         return [piece.lower() for piece in pieces].index("b")
     except ValueError:
         raise UnsupportedError("the chat_template does not write the messages; pass another chat_format=") from None
-
-
-def _part(part: str | Prepared) -> dict:
-    return {"type": Own("text"), "text": part} if isinstance(part, str) else {"type": Own(part.kind)}
 
 
 def _calls(calls: list[dict] | None, where: str) -> list[dict]:

@@ -143,12 +143,7 @@ class MLP(nn.Module):
 
 
 def causal_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    scale: float,
-    window: int | None,
-    last_attended: Tensor | None = None,
+    q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None, last_attended: Tensor | None = None
 ) -> Tensor:
     """Attention over the tokens themselves: q [B, T, H, E], k and v [B, T, K, E] -> [B, T, H * E].
 

@@ -30,19 +30,21 @@ def normal(*shape, seed=0):
 @pytest.mark.parametrize("shape", [(1, 1), (3, 1), (1, 5), (2, 5), (4,), ()])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("biased", [True, False])
-def test_every_product_is_the_same_product(monkeypatch, shape, dtype, biased):
+@pytest.mark.parametrize("width", [24, 64])  # kernels.cpp takes multiples of 32
+def test_every_product_is_the_same_product(monkeypatch, shape, dtype, biased, width):
     """`linear` picks between products by shape, dtype and processor; float64 says what they all are."""
     drawn = torch.Generator().manual_seed(1)
-    x = torch.randn(*shape, 24, generator=drawn).to(dtype)
-    weight, bias = torch.randn(10, 24, generator=drawn).to(dtype), torch.randn(10, generator=drawn).to(dtype)
-    wanted = x.double() @ weight.double().T + (bias.double() if biased else 0)
-    tolerance = {torch.float32: 1e-5, torch.bfloat16: 0.05, torch.float16: 0.01}[dtype]
-    for widened, rows_first in product(({dtype}, set()), repeat=2):
+    x = torch.randn(*shape, width, generator=drawn).to(dtype)
+    weight, bias = torch.randn(10, width, generator=drawn).to(dtype), torch.randn(10, generator=drawn).to(dtype)
+    multiplied = x.double() @ weight.double().T
+    wanted = multiplied + (bias.double() if biased else 0)
+    rounding = torch.finfo(dtype).eps / 2 * 1.01 * (multiplied.abs() + wanted.abs()) + 1e-5  # of both, and of sums
+    for widened, kernel in product(({dtype}, set()), (cpu._kernel, lambda: None)):
         monkeypatch.setattr(cpu, "WIDENED", widened)
-        monkeypatch.setattr(cpu, "ROWS_FIRST", rows_first)
+        monkeypatch.setattr(cpu, "_kernel", kernel)
         out = cpu.linear(x, weight, bias if biased else None)
         assert out.dtype == dtype and out.shape == wanted.shape
-        assert (out.double() - wanted).abs().max() < tolerance
+        assert ((out.double() - wanted).abs() < rounding).all()
 
 
 @requires_compiler
@@ -94,7 +96,7 @@ KINDS = {
 @functools.cache
 def portable_kernel():
     flags = ["-ffp-contract=fast", "-U__AVX512F__", "-U__AVX512BF16__"]
-    return CppCodeCache.load_async(Path(cpu.__file__).with_name("attention.cpp").read_text(), extra_flags=flags)()
+    return CppCodeCache.load_async(Path(cpu.__file__).with_name("kernels.cpp").read_text(), extra_flags=flags)()
 
 
 @pytest.fixture(params=["this processor", "any processor"])
@@ -102,6 +104,51 @@ def kernel(request, monkeypatch):
     """The kernel as it runs here, and as it runs on processors without AVX-512."""
     if request.param == "any processor":
         monkeypatch.setattr(cpu, "_kernel", portable_kernel)
+
+
+@requires_compiler
+@pytest.mark.usefixtures("kernel")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@given(rows=st.integers(1, cpu.MOST_ROWS), height=st.integers(1, 200), data=st.data())
+def test_a_few_rows_are_multiplied_as_in_float64(dtype, rows, height, data):
+    """Where a matrix ends within a tile, and a row within a part of it. Nothing around the output is written."""
+    width = data.draw(st.sampled_from([32, 96, 1024, 1056, 2592]))
+    x, weight, memory = normal(rows, width), normal(height, width, seed=1), torch.full((rows + 2, height), torch.nan)
+    x, weight, memory = (tensor.to(dtype) for tensor in (x, weight, memory))
+    cpu.rows_call(memory[1:-1], x, weight)()
+    assert memory[[0, -1]].isnan().all()
+    error = (memory[1:-1].double() - x.double() @ weight.double().T).abs().max()
+    assert error < {torch.float32: 1e-6, torch.bfloat16: 0.02}[dtype] * width**0.5
+
+
+@requires_compiler
+def test_the_kernel_for_a_few_rows_refuses_what_would_lead_it_to_other_memory():
+    x, weight = normal(3, 64), normal(5, 64)
+    assert cpu.rows_call(torch.empty(3, 5), x, weight)
+    others = [(normal(cpu.MOST_ROWS + 1, 64), weight), (x[:0], weight), (x, normal(5, 96)), (x.bfloat16(), weight)]
+    others += [(normal(64, 3).T, weight), (x, normal(64, 5).T), (normal(3, 24), normal(5, 24))]
+    others += [(x.half(), weight.half())]
+    for tensors in others:
+        assert cpu.rows_call(torch.empty(len(tensors[0]), 5), *tensors) is None
+
+
+def test_weights_that_want_gradients_or_are_of_another_class_get_torchs_product():
+    class Weight(torch.Tensor):
+        @classmethod
+        def __torch_function__(cls, function, *args, **options):
+            called.append(function)
+            return super().__torch_function__(function, *args, **options)
+
+    x, weight = normal(2, 1, 64), normal(5, 64)
+    trained = weight.clone().requires_grad_()
+    cpu.linear(x, trained).sum().backward()
+    assert_close(trained.grad, x.sum((0, 1)).expand(5, -1))
+    seen = x.clone().requires_grad_()
+    cpu.linear(seen, weight).sum().backward()
+    assert_close(seen.grad, weight.sum(0).expand(2, 1, -1))
+    called = []
+    assert_close(cpu.linear(x, weight.as_subclass(Weight)).as_subclass(torch.Tensor), cpu.linear(x, weight))
+    assert torch.nn.functional.linear in called
 
 
 @requires_compiler

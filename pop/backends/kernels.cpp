@@ -1,6 +1,7 @@
-// Attention on CPUs: softmax(q k^T) v for a block of queries and a block of keys at a time.
+// For CPUs: attention, and products of a few rows with a matrix (`multiply_rows`, at the end).
 //
-// With several tokens, a vector holds one number of each of WIDTH queries, so that no sum or maximum runs within it:
+// Attention is softmax(q k^T) v, for a block of queries and a block of keys at a time. With several tokens, a vector
+// holds one number of each of WIDTH queries, so that no sum or maximum runs within it:
 //
 //     scores[key][query]  =  sum over e    of k[key][e] times q[e][query]
 //     sums[e][query]     +=  sum over keys of v[key][e] times weights[key][query]
@@ -33,7 +34,8 @@ constexpr int WIDTH = 16, VECTORS = 3, ROWS = 8;
 #else
 constexpr int WIDTH = 8, VECTORS = 3, ROWS = 4;
 #endif
-constexpr int QUERIES = WIDTH * VECTORS, KEYS = 128, MOST_E = 256;  // of a block; pop.backends.cpu knows MOST_E
+constexpr int QUERIES = WIDTH * VECTORS, KEYS = 128;  // of a block
+constexpr int MOST_E = 256, MOST_ROWS = 16;  // as in pop.backends.cpu
 
 typedef float floats __attribute__((vector_size(4 * WIDTH)));
 typedef int32_t ints __attribute__((vector_size(4 * WIDTH)));
@@ -352,7 +354,66 @@ static void attend_token(const number *q, const number *keys, const number *valu
   }
 }
 
+// out[r][o] = sum over i of x[r][i] * w[o][i]. With few rows, reading w takes most of the time.
+//
+// R rows of x times O rows of w are a tile. Its sums are as many vectors as a vector has lanes, so `sum_lanes` sums them
+// all at once. PART numbers of each row of x at a time stay in the first cache. A processor that has much to multiply
+// does not fetch w early enough by itself, hence the prefetch.
+template <int R, typename number>
+static void multiply_tiles(const number *x, const number *w, number *out, long rows, long in, long outs, int threads) {
+  constexpr int PER = 4 / sizeof(number), IN_VECTOR = WIDTH * PER, O = WIDTH / R, TILES = 4;
+  constexpr long PART = 2048 / sizeof(number), AHEAD = 16384 / sizeof(number);
+  const long tiles = (outs + O - 1) / O, groups = (rows + R - 1) / R;
+#pragma omp parallel for num_threads(threads)
+  for (long first = 0; first < tiles; first += TILES) {
+    floats totals[TILES][MOST_ROWS / R] = {};
+    for (long begin = 0; begin < in; begin += PART)
+      for (long tile = 0; tile < TILES; tile++)
+        for (long group = 0; group < groups; group++) {
+          const number *a[R], *b[O];
+          for (int r = 0; r < R; r++) a[r] = x + std::min(group * R + r, rows - 1) * in;
+          for (int o = 0; o < O; o++) b[o] = w + std::min((first + tile) * O + o, outs - 1) * in;
+          floats sums[WIDTH] = {};
+          for (long i = begin; i < std::min(in, begin + PART); i += IN_VECTOR) {
+            words left, right[O];
+#pragma GCC unroll 16
+            for (int o = 0; o < O; o++) memcpy(&right[o], b[o] + i, sizeof(words)), __builtin_prefetch(b[o] + i + AHEAD);
+#pragma GCC unroll 16
+            for (int r = 0; r < R; r++) {
+              memcpy(&left, a[r] + i, sizeof(words));
+#pragma GCC unroll 16
+              for (int o = 0; o < O; o++) sums[r * O + o] = dot<PER>(sums[r * O + o], left, right[o]);
+            }
+          }
+          totals[tile][group] += sum_lanes(sums);
+        }
+    for (long tile = 0; tile < TILES; tile++)
+      for (long row = 0; row < rows; row++) {
+        const floats sums[PER] = {totals[tile][row / R]};
+        const words rounded = join<PER>(sums);  // the first numbers of its words
+        const long o = (first + tile) * O;
+        for (int j = 0; j < O && o + j < outs; j++)
+          memcpy(out + row * outs + o + j, (const char *)&rounded + (row % R * O + j) * 4, sizeof(number));
+      }
+  }
+}
+
+template <typename number>
+static void multiply_rows(const number *x, const number *w, number *out, const int64_t *sizes, int threads) {
+  const long rows = sizes[0], in = sizes[1], outs = sizes[2];
+  if (rows == 1) multiply_tiles<1>(x, w, out, rows, in, outs, threads);
+  else if (rows == 2) multiply_tiles<2>(x, w, out, rows, in, outs, threads);
+  else if (rows <= 4) multiply_tiles<4>(x, w, out, rows, in, outs, threads);
+  else multiply_tiles<8>(x, w, out, rows, in, outs, threads);
+}
+
 extern "C" {
+void multiply_rows_bfloat16(const uint16_t *x, const uint16_t *w, uint16_t *out, const int64_t *sizes, int threads) {
+  multiply_rows(x, w, out, sizes, threads);
+}
+void multiply_rows_float32(const float *x, const float *w, float *out, const int64_t *sizes, int threads) {
+  multiply_rows(x, w, out, sizes, threads);
+}
 void attend_bfloat16(const uint16_t *q, const uint16_t *k, const uint16_t *v, const int32_t *held, const int32_t *spans,
                      uint16_t *out, const Sizes *s, float scale, int threads) {
   attend(q, k, v, held, spans, out, *s, scale, threads);
