@@ -30,6 +30,7 @@ _bf16, _amx = (getattr(torch.cpu, f"_is_{name}_supported", bool)() for name in (
 FUSED_TOKEN = {torch.float32, torch.bfloat16} if _capability in ("AVX2", "AVX512") else set()
 FUSED = FUSED_TOKEN - ({torch.bfloat16} if _amx else set())
 MOST_E, MOST_ROWS = 256, 16  # numbers of a head, and rows of a product, in kernels.cpp
+ROWS_FIRST = {torch.bfloat16} if _bf16 and not _amx else set()  # dtypes in which torch's x W' is faster than (W x')'
 TEMPORARY = 31 * 2**20  # bytes; glibc adapts to freed blocks of at most 32 MiB, headers included
 
 
@@ -56,8 +57,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         blocks = weight.split(max(1, WIDENED_AT_ONCE // weight.shape[1]))  # an output head is too large to copy whole
         out = torch.cat([F.linear(x.float(), block.float()) for block in blocks], dim=-1)
         return (out if bias is None else out + bias.float()).to(x.dtype)
-    is_plain = type(weight) in (Tensor, nn.Parameter) and not (torch.is_grad_enabled() and weight.requires_grad)
-    if not one_token or x.dtype == torch.float16 or not is_plain or x.requires_grad:
+    needs_operators = torch.is_grad_enabled() or type(weight) not in (Tensor, nn.Parameter)
+    if needs_operators or not one_token or x.dtype == torch.float16:
         return F.linear(x, weight, bias)
     rows = x.reshape(-1, x.shape[-1])  # [B, in]
     if rows.shape[0] == 1 and torch.compiler.is_compiling():
@@ -78,12 +79,12 @@ def _fused_product(weight: Tensor, x: Tensor) -> Tensor:
 
 @torch.library.custom_op("pop::multiply_rows", mutates_args=())
 def multiply_rows(x: Tensor, weight: Tensor) -> Tensor:
-    """F.linear of x [B, in]. With at most MOST_ROWS rows, it takes about as long as reading the weights."""
+    """F.linear of x [B, in], without gradients. For a few rows, kernels.cpp takes little longer than to read W."""
     out = x.new_empty(x.shape[0], weight.shape[0])
     if call := rows_call(out, x, weight):
         call()
         return out
-    return (weight @ x.T).T.contiguous()  # faster in this order
+    return F.linear(x, weight) if x.dtype in ROWS_FIRST else (weight @ x.T).T.contiguous()
 
 
 multiply_rows.register_fake(lambda x, weight: x.new_empty(x.shape[0], weight.shape[0]))
@@ -192,11 +193,11 @@ def _attention_call(name: str, out: Tensor, q, k, v, others, N: int, scale: floa
 def _call(name: str, tensors: tuple[Tensor, ...], sizes: tuple[int, ...], *numbers) -> Callable:
     """A call of a function of kernels.cpp."""
     function = getattr(_kernel(), f"{name}_{str(tensors[0].dtype).removeprefix('torch.')}")
-    pointers = (ctypes.c_void_p(x.data_ptr()) for x in tensors)
-    sizes = (ctypes.c_int64 * len(sizes))(*sizes)
-    call = functools.partial(function, *pointers, sizes, *numbers, torch.get_num_threads())
-    call.tensors = tensors  # whose memory it uses
-    return call
+
+    def run(*others):  # on the memory that the tensors have now: assigning a weight's `data` frees the old one
+        function(*(ctypes.c_void_p(x.data_ptr()) for x in tensors), *others)
+
+    return functools.partial(run, (ctypes.c_int64 * len(sizes))(*sizes), *numbers, torch.get_num_threads())
 
 
 def _has_kernel() -> bool:
@@ -219,7 +220,7 @@ def _kernel() -> ctypes.CDLL | None:
         unneeded = {"needs_vec_isa"} & inspect.signature(CppCodeCache.load_async).parameters.keys()  # takes a second
         return CppCodeCache.load_async(source + processor, extra_flags=flags, **dict.fromkeys(unneeded, False))()
     except Exception as error:  # no compiler, no headers, no place to write to ...
-        logging.getLogger(__name__).info("torch's attention runs, as pop's cannot be compiled: %s", error)
+        logging.getLogger(__name__).info("torch's kernels run, as pop's cannot be compiled: %s", error)
         return None
 
 

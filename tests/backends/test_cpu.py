@@ -30,7 +30,7 @@ def normal(*shape, seed=0):
 @pytest.mark.parametrize("shape", [(1, 1), (3, 1), (1, 5), (2, 5), (4,), ()])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("biased", [True, False])
-@pytest.mark.parametrize("width", [24, 64])  # kernels.cpp takes multiples of 32
+@pytest.mark.parametrize("width", [24, 64])  # kernels.cpp takes multiples of 32, or of 16 in float32
 def test_every_product_is_the_same_product(monkeypatch, shape, dtype, biased, width):
     """`linear` picks between products by shape, dtype and processor; float64 says what they all are."""
     drawn = torch.Generator().manual_seed(1)
@@ -42,7 +42,8 @@ def test_every_product_is_the_same_product(monkeypatch, shape, dtype, biased, wi
     for widened, kernel in product(({dtype}, set()), (cpu._kernel, lambda: None)):
         monkeypatch.setattr(cpu, "WIDENED", widened)
         monkeypatch.setattr(cpu, "_kernel", kernel)
-        out = cpu.linear(x, weight, bias if biased else None)
+        with torch.no_grad():
+            out = cpu.linear(x, weight, bias if biased else None)
         assert out.dtype == dtype and out.shape == wanted.shape
         assert ((out.double() - wanted).abs() < rounding).all()
 
@@ -54,7 +55,8 @@ def test_every_product_is_the_same_product(monkeypatch, shape, dtype, biased, wi
 def test_a_compiled_product_with_one_token_is_the_product(dtype, height, width):
     drawn = torch.Generator().manual_seed(1)
     x, weight = (torch.randn(*shape, width, generator=drawn).to(dtype) for shape in ((1, 1), (height,)))
-    out = torch.compile(cpu.linear, fullgraph=True)(x, weight)
+    with torch.no_grad():
+        out = torch.compile(cpu.linear, fullgraph=True)(x, weight)
     wanted = x.double() @ weight.double().T
     assert out.dtype == dtype and out.shape == wanted.shape
     assert (out.double() - wanted).abs().max() < {torch.float32: 1e-5, torch.bfloat16: 0.005}[dtype] * width**0.5
@@ -146,9 +148,13 @@ def test_weights_that_want_gradients_or_are_of_another_class_get_torchs_product(
     seen = x.clone().requires_grad_()
     cpu.linear(seen, weight).sum().backward()
     assert_close(seen.grad, weight.sum(0).expand(2, 1, -1))
+    _, forward = torch.func.jvp(partial(cpu.linear, weight=weight), (x,), (torch.ones_like(x),))
+    assert_close(forward, weight.sum(1).expand(2, 1, -1))
     called = []
-    assert_close(cpu.linear(x, weight.as_subclass(Weight)).as_subclass(torch.Tensor), cpu.linear(x, weight))
-    assert torch.nn.functional.linear in called
+    with torch.no_grad():
+        found = cpu.linear(x, weight.as_subclass(Weight)).as_subclass(torch.Tensor)
+        assert torch.nn.functional.linear in called
+        assert_close(found, cpu.linear(x, weight))
 
 
 @requires_compiler

@@ -14,7 +14,7 @@ from support.replay import Replay
 from support.tiny import random_model, tiny_config
 
 from pop import engine
-from pop.backends import CPU
+from pop.backends import CPU, accelerate
 from pop.backends.cpu_graph import Graph, _Record
 from pop.engine.stages import Stages
 
@@ -142,6 +142,21 @@ def test_a_recorded_step_follows_its_weights():
             cache.restore((cache.lengths.clone(), *cache.snapshot()[1:]))
         decode()
     assert all((after - before).abs().max() > 1e-3 for before, after in pairwise(found[2:]))
+
+
+@pytest.mark.usefixtures("all_is_recorded")
+def test_recorded_products_read_the_memory_that_weights_have_now():
+    """kernels.cpp gets addresses. Assigning `data` frees the old memory, between two steps."""
+    module = random_model(tiny_config(hidden_size=64, intermediate_size=96, head_dim=16, num_heads=4, num_kv_heads=2))
+    accelerate(module)
+    caches = {stages: new_cache(module, 2) for stages in (RECORDED, Stages())}
+    for number in range(6):
+        if number == 4:
+            for weight in module.parameters():
+                weight.data = weight.data * 1.5
+        token = torch.tensor([3 + number, 9 * number])
+        recorded, expected = (engine.decode(module, token, cache, stages) for stages, cache in caches.items())
+        torch.testing.assert_close(recorded, expected, **CLOSE)
 
 
 def test_a_dropped_cache_is_freed_at_once():
