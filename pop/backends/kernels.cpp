@@ -83,7 +83,8 @@ static inline floats exp2(floats x) {
 // c[r] = sum over p of a[r * row + p * step] * b[p], or += if `add`. c and b have VECTORS vectors in a row. c has room
 // for a multiple of ROWS.
 template <int PER>
-static inline void multiply(floats *c, const word *a, long row, long step, const words *b, long rows, long P, bool add) {
+static inline void multiply(floats *c, const word *a, long row, long step, const words *b, long rows, long P,
+                            bool add) {
   for (long r = 0; r < rows; r += ROWS) {
     const word *from[ROWS];
     floats sums[ROWS][VECTORS];
@@ -106,8 +107,8 @@ static inline void multiply(floats *c, const word *a, long row, long step, const
   }
 }
 
-// One block of queries: QUERIES of the T * G queries of a key-value head, in the order of their tokens. k is that head's,
-// held and spans are the batch row's, and v has words of PER keys: [N / PER, E].
+// One block of queries: QUERIES of the T * G queries of a key-value head, in the order of their tokens. k is that
+// head's, held and spans are the batch row's, and v has words of PER keys: [N / PER, E].
 template <typename number>
 static void attend_block(const number *const *q, const number *k, const word *v, const int32_t *held,
                          const int32_t *const *spans, number *const *out, long count, const Sizes &s, float scale) {
@@ -219,7 +220,8 @@ template <int W = 1>
 static inline floats sum_lanes(floats *x) {
   if constexpr (W == WIDTH) return x[0];
   else {
-    for (int i = 0; i < WIDTH; i += 2 * W) x[i] = sum_pairs<W>(x[i], x[i + W], std::make_integer_sequence<int, WIDTH>());
+    const std::make_integer_sequence<int, WIDTH> lanes;
+    for (int i = 0; i < WIDTH; i += 2 * W) x[i] = sum_pairs<W>(x[i], x[i + W], lanes);
     return sum_lanes<2 * W>(x);
   }
 }
@@ -253,8 +255,8 @@ struct Part {
 
 // G queries of one token attend the keys at positions `first` to `last`; position p is in slot p % s.N.
 template <int G, typename number>
-__attribute__((noinline)) static void attend_part(const number *q, const number *keys, const number *values, long first, long last,
-                        const Sizes &s, float scale, Part *parts) {
+__attribute__((noinline)) static void attend_part(const number *q, const number *keys, const number *values,
+                                                  long first, long last, const Sizes &s, float scale, Part *parts) {
   constexpr int PER = 4 / sizeof(number), IN_VECTOR = WIDTH * PER;  // numbers
   const float c = scale * 1.44269504f;  // exp(x) = 2^(x / log(2))
   floats scores[G][KEYS / WIDTH];
@@ -356,9 +358,9 @@ static void attend_token(const number *q, const number *keys, const number *valu
 
 // out[r][o] = sum over i of x[r][i] * w[o][i]. With few rows, reading w takes most of the time.
 //
-// R rows of x times O rows of w are a tile. Its sums are as many vectors as a vector has lanes, so `sum_lanes` sums them
-// all at once. PART numbers of each row of x at a time stay in the first cache. A processor that has much to multiply
-// does not fetch w early enough by itself, hence the prefetch.
+// R rows of x times O rows of w are a tile. Its sums are as many vectors as a vector has lanes, so `sum_lanes` sums
+// them all at once. PART numbers of each row of x at a time stay in the first cache. A processor that has much to
+// multiply does not fetch w early enough by itself, hence the prefetch.
 template <int R, typename number>
 static void multiply_tiles(const number *x, const number *w, number *out, long rows, long in, long outs, int threads) {
   constexpr int PER = 4 / sizeof(number), IN_VECTOR = WIDTH * PER, O = WIDTH / R, TILES = 4;
@@ -377,7 +379,10 @@ static void multiply_tiles(const number *x, const number *w, number *out, long r
           for (long i = begin; i < std::min(in, begin + PART); i += IN_VECTOR) {
             words left, right[O];
 #pragma GCC unroll 16
-            for (int o = 0; o < O; o++) memcpy(&right[o], b[o] + i, sizeof(words)), __builtin_prefetch(b[o] + i + AHEAD);
+            for (int o = 0; o < O; o++) {
+              memcpy(&right[o], b[o] + i, sizeof(words));
+              __builtin_prefetch(b[o] + i + AHEAD);
+            }
 #pragma GCC unroll 16
             for (int r = 0; r < R; r++) {
               memcpy(&left, a[r] + i, sizeof(words));
