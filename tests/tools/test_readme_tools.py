@@ -61,12 +61,10 @@ def tiny_world(tmp_path, monkeypatch):
     (tmp_path / "OTHER").write_text("Calibrated on this. " * 60)
     (tmp_path / "tools" / "figures").mkdir(parents=True)
     (tmp_path / "pop" / "data" / "plans").mkdir(parents=True)
-    (tmp_path / "tools" / "evaluate").mkdir()
     monkeypatch.setattr("pop.pruning.plan.SHIPPED", tmp_path / "pop" / "data" / "plans")
     for name in ("third", "14"):  # the plans of SmolLM2's layers do not fit the tiny model
         PrunePlan.deepest(5, 1 / 5).save(tmp_path / "pop" / "data" / "plans" / f"smollm2-135m-{name}.plan")
-    for path in ("tools/evaluate/spread.plan", "tools/evaluate/gemma.plan", "18.plan"):
-        PrunePlan((1, 3, 4)).save(tmp_path / path)
+    PrunePlan((1, 3, 4)).save(tmp_path / "18.plan")
     tensors = gguf_files.make_tensors()
     gguf_files.write_gguf("SmolLM2-135M-Instruct.Q4_1.gguf", tensors, gguf_files.LLAMA_KEYS)
     monkeypatch.setattr(make_random, "_llama_config", lambda *_: hf_config(tiny_config()))

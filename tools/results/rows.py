@@ -1,4 +1,4 @@
-"""Turn the figures of `tools.evaluate --json` into rows of the tables in README.md.
+"""Turn the figures of `tools.evaluate --json` into a table for README.md.
 
 python -m tools.evaluate --prune default --tasks text,ttft --json mine.json
 python -m tools.results.rows mine.json
@@ -14,49 +14,87 @@ from pop.errors import InputError
 from pop.system.files import read_json
 from tools.common import exit_status
 
+COLUMNS = ("plan", "perplexity", "KL, nats", "same top token", "retrieved", "of full", "speedup", "limit")
+
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tools.results.rows", description=__doc__.splitlines()[0])
-    parser.add_argument("files", help="written by tools.evaluate --json; the name is that of the run", nargs="+")
+    parser.add_argument("files", help="written by tools.evaluate --json", nargs="+")
     args = parser.parse_args(argv)
-    return exit_status("results", lambda: [print("\n".join(rows(path))) for path in args.files])
+
+    def work() -> None:
+        for path in args.files:
+            print(section(path))
+
+    return exit_status("results", work)
 
 
-def rows(path: str) -> list[str]:
-    """The row of a run, which lacks its command, and the rows of its contenders. Raises InputError for other files."""
-    result, run = read_json(path, InputError), Path(path).stem
+def section(path: str) -> str:
+    """A file's figures as a section of README.md, which lacks its command. Raises InputError for other files."""
+    result = read_json(path, InputError)
     try:
-        computer = result["machine"]
-        machine = f"{computer['device']}, {computer['threads']} threads, torch {computer['torch']}"
-        lines = [_row(run, machine, result["version"], "COMMAND")]
-        for name in result["contenders"]:
-            lines.append(_row(run, result["model"], result["tokens"]["prompt"], *_cells(result, name)))
+        return _section(Path(path).stem, result)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise InputError(f"{path} lacks figures ({error!r}); write it with python -m tools.evaluate --json") from None
-    return lines
+
+
+def _section(title: str, result: dict) -> str:
+    computer = result["machine"]
+    lines = [
+        f"## {title}: {result['model']}, prompts of {result['tokens']['prompt']:,} tokens",
+        "",
+        f"{computer['device']}, {computer['threads']} threads, torch {computer['torch']}, pop {result['version']}",
+        "",
+        "```bash",
+        "COMMAND",
+        "```",
+        "",
+        _row(COLUMNS),
+        _row("---" for _ in COLUMNS),
+    ]
+    lines += [_row(_cells(result, name)) for name in result["contenders"]]
+    return "\n".join(lines)
 
 
 def _cells(result: dict, name: str) -> list[str]:
-    """Plan, perplexity, KL, same top token, retrieved, of full, speedup and limit. Empty: not measured."""
-    contender = result["contenders"][name]
-    layers, method = contender["pruned_layers"], contender["method"]
-    plan = f"{layers} of {result['num_layers']} layers: {method}" if layers else method or "the full model"
-    text = next(iter(result["text"].values()))["rows"][name] if "text" in result else {}
-    cells = [f"{text['perplexity']:.2f}", "", ""] if text else ["", "", ""]
-    if "kl" in text and method:  # the full model's is 0
-        cells = [f"{text['perplexity_change']['value']:+.1%}", f"{text['kl']['value']:.3f}"]
-        cells.append(f"{text['same']['value']:.1%}")
-    retrieval = result["retrieval"]["rows"][name] if "retrieval" in result else {}
-    cells.append(f"{retrieval['exact']:.0%}" if retrieval else "")
-    cells.append(f"{retrieval['share']['value']:.0%}" if retrieval and retrieval["share"] else "")
+    """The cells of COLUMNS for one contender. A figure that was not measured is an empty cell."""
+    cells = [_plan(result, name)]
+    cells += _text_cells(result, name)
+    cells += _retrieval_cells(result, name)
     for figure in ("speedup", "limit"):
         value = result["ttft"][name][figure] if "ttft" in result else None
         cells.append("" if value is None else f"{value:.2f}x")
-    return [plan, *(cell.replace("%", " %") for cell in cells)]
+    return [cell.replace("%", " %") for cell in cells]
 
 
-def _row(*cells) -> str:
-    return f"| {' | '.join(str(cell).replace('|', '/') for cell in cells)} |"
+def _plan(result: dict, name: str) -> str:
+    contender = result["contenders"][name]
+    method = contender["method"]
+    if not contender["pruned_layers"]:
+        return method or "the full model"
+    return f"{contender['pruned_layers']} of {result['num_layers']} layers: {method}"
+
+
+def _text_cells(result: dict, name: str) -> list[str]:
+    if "text" not in result:
+        return [""] * 3
+    domain = next(iter(result["text"].values()))
+    row = domain["rows"][name]
+    if not result["contenders"][name]["method"]:  # the full model
+        return [f"{row['perplexity']:.2f}", "", ""]
+    return [f"{row['perplexity_change']['value']:+.1%}", f"{row['kl']['value']:.3f}", f"{row['same']['value']:.1%}"]
+
+
+def _retrieval_cells(result: dict, name: str) -> list[str]:
+    if "retrieval" not in result:
+        return [""] * 2
+    row = result["retrieval"]["rows"][name]
+    share = f"{row['share']['value']:.0%}" if row["share"] else ""
+    return [f"{row['exact']:.0%}", share]
+
+
+def _row(cells) -> str:
+    return f"| {' | '.join(cell.replace('|', '/') for cell in cells)} |"
 
 
 if __name__ == "__main__":
