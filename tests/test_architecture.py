@@ -19,7 +19,7 @@ from support.tiny import hf_config, random_model, tiny_config, write_weights
 
 import pop
 from pop import engine
-from pop.calibration.gates import gate_gradients
+from pop.calibration.importance import gate_gradients
 from pop.checkpoints import config_json
 from pop.models import FAMILIES, base, llama
 from pop.models.config import LlamaConfig
@@ -172,7 +172,7 @@ def test_a_new_family_runs_everywhere(tmp_path, monkeypatch):
         assert_close(engine.decode(model.module, answer, cache)[0], expected[-1])
 
     gradients = gate_gradients(model, [prompt.tolist()], [answer.tolist()], [[]])
-    assert gradients.shape == (1, 2, 2, 5)  # attention and MLP, prefill and decode, by layer
-    assert gradients[:, :, 0, :-1].all() and not gradients[:, :, 0, -1].any()  # no later token reads the last layer
+    assert gradients.shape == (1, 2, 5)  # prefill and decode, by layer
+    assert gradients[:, 0, :-1].all() and not gradients[:, 0, -1].any()  # no later token reads the last layer
     other = random_model(tiny_config(), seed=1)  # the same weights as a Llama
     assert not torch.allclose(other(prompt[None]), model.module(prompt[None]), atol=0.1)

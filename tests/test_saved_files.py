@@ -61,9 +61,8 @@ def test_importance_scores_load(tmp_path):
     scores = pop.Importance.load(saved.FOLDER / "importance.json")
     fields = json.loads((saved.FOLDER / "importance.json").read_text())
     assert scores.num_samples == fields["num_samples"] == 4
-    for part, expected in ((scores, fields), (scores.attention, fields["attention"]), (scores.mlp, fields["mlp"])):
-        for name in ("prefill", "decode", "prefill_error", "decode_error"):
-            assert getattr(part, name).tolist() == expected[name]
+    for name in ("prefill", "decode", "prefill_error", "decode_error"):
+        assert getattr(scores, name).tolist() == fields[name]
     scores.save(tmp_path / "importance.json")
     assert (tmp_path / "importance.json").read_bytes() == (saved.FOLDER / "importance.json").read_bytes()
 

@@ -17,8 +17,8 @@ from safetensors.torch import save
 
 from pop.backends.cpu import WIDENED
 from pop.calibration.exercises import Exercise, exercise
-from pop.calibration.judge import Compared, Judge, Window, pooled
-from pop.calibration.record import Record
+from pop.calibration.held_out import Compared, Judge, Window, pooled
+from pop.calibration.resume import SavedProgress
 from pop.calibration.student import first_layer, student, teacher
 from pop.errors import InputError
 from pop.generation.sampling import check_finite
@@ -60,9 +60,10 @@ def distill(
         state |= {name: tensor.clone(), f"best {name}": tensor.clone()}
         state |= {f"{moment} {name}": torch.zeros_like(tensor) for moment in ("mean", "square")}
     if resume is not None:
-        record = Record(resume, _identity(model, plan, windows, judge, steps, seed))
-        for tensor, kept in zip(state.values(), record.read(state), strict=False):  # nothing, in a new run
-            tensor.copy_(kept)
+        record = SavedProgress(resume, _identity(model, plan, windows, judge, steps, seed))
+        kept = record.read(state)
+        for name, tensor in (kept or {}).items():
+            state[name].copy_(tensor)
         record.write(state)  # before the work, in case the path cannot be written
     module = working_copy(model)
     checks = {(count * steps) // min(CHECKS, steps) for count in range(1, CHECKS + 1)}  # evenly spread up to the end

@@ -1,11 +1,11 @@
 """Exercises for distillation: prompts, and continuations that often have to be looked up in them.
 
-In plain text most tokens follow from the few before them, so it teaches little about looking things up. There are
-three kinds of exercises, in turn:
+In plain text most tokens follow from the few before them. So plain text teaches little about looking things up. Three
+kinds of exercises take turns:
 
     text          a part of the user's texts
-    repetition    a prompt of these texts, and then passages of it again, a line each
-    table         a prompt with facts among the text, and then the facts again, in another order and often another form
+    repetition    a prompt from these texts, followed by passages of it, a line each
+    table         a prompt with facts among its text, followed by the facts in another order and often another form
 """
 
 import random
@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import torch
 
-from pop.calibration.judge import Window, repeated_passage
+from pop.calibration.held_out import Window, repeated_passage
 from pop.errors import InputError
 from pop.inputs.processors import Prepared
 
@@ -24,7 +24,7 @@ ROWS = 4  # prompts in a batch; a prompt with images is alone
 PROMPTS = (256, 320, 384, 448)  # tokens
 CONTINUATION = 160  # tokens; at most a third of prompt and continuation
 PASSAGE = (14, 40)  # tokens, from and to
-FACTS = (5, 12)  # in a table, from and to: two words of the prompt and a random value each
+FACTS = (5, 12)  # facts in a table, from and to; a fact is two words of the prompt and a random value
 FORMS = (
     "The {0} of {1} is {2}.", "{0} {1} = {2}", "| {0} | {1} | {2} |", "{1}.{0}: {2}", "For {1}, set {0} to {2}.",
     '"{0} {1}": {2},', "Q: What is the {0} of {1}?\nA: {2}",
@@ -40,66 +40,102 @@ class Exercise(NamedTuple):
 
 
 def exercise(model, windows: Sequence[Window], number: int, rng: random.Random) -> Exercise:
-    """Make exercise `number` from random parts of windows of text. A prompt that is unfit for its kind stays text."""
-    kind, size = KINDS[number % len(KINDS)], rng.choice(PROMPTS) + CONTINUATION
+    """Make exercise `number` from random parts of windows of text. A prompt too short for its kind stays text."""
+    kind = KINDS[number % len(KINDS)]
+    size = rng.choice(PROMPTS) + CONTINUATION
     (window,) = _choose(windows, 1, rng)
-    if window[1]:
-        tokens, images = window[0], model.vision.locate(*window)
-        cut = max(len(tokens) - CONTINUATION, *(image.stop for image in images))
-        rows = [_row(model, kind, tokens, cut, min(CONTINUATION, model.max_seq_len - cut), images, rng)]
-        return Exercise(torch.tensor(rows), cut, [window[1]])
-    size = min(size, len(window[0]))
-    cut, rows = size - min(CONTINUATION, size // 3), []
+    tokens, media = window
+    if media:
+        return _with_images(model, kind, tokens, media, rng)
+    size = min(size, len(tokens))
+    cut = size - min(CONTINUATION, size // 3)
     long = [window for window in windows if len(window[0]) >= size and not window[1]]
+    rows = []
     for tokens, _ in [window, *_choose(long, ROWS - 1, rng)]:
-        begin, bos = rng.randint(0, len(tokens) - size), int(tokens[0] == model.config.bos_id)
-        rows.append(_row(model, kind, tokens[:bos] + tokens[begin + bos : begin + size], cut, size - cut, [], rng))
+        begin = rng.randint(0, len(tokens) - size)
+        bos = tokens[:1] if tokens[0] == model.config.bos_id else []
+        text = bos + tokens[begin + len(bos) : begin + size]
+        row = _lookup(model, kind, text[:cut], size - cut, [], rng)
+        rows.append(text if row is None else row)
     return Exercise(torch.tensor(rows), cut, [[]] * ROWS)
 
 
+def _with_images(model, kind: str, tokens: list[int], media: list[Prepared], rng: random.Random) -> Exercise:
+    """An exercise of one whole window, whose continuation begins after its last image."""
+    images = model.vision.locate(tokens, media)
+    cut = max(len(tokens) - CONTINUATION, *(image.stop for image in images))
+    length = min(CONTINUATION, model.max_seq_len - cut)
+    row = _lookup(model, kind, tokens[:cut], length, images, rng)
+    return Exercise(torch.tensor([tokens if row is None else row]), cut, [media])
+
+
 def _choose(windows: Sequence[Window], count: int, rng: random.Random) -> list[Window]:
+    """Choose windows at random. A longer window is chosen more often."""
     return rng.choices(windows, [len(tokens) for tokens, _ in windows], k=count)
 
 
-def _row(model, kind: str, text: list[int], cut: int, length: int, images: Sequence[range], rng) -> list[int]:
-    """The text, or its first `cut` tokens with `length` tokens to look up in them."""
-    prompt, found = text[:cut], []
-    if kind == "table" and not images and (words := _words(model, prompt)) is not None:
-        prompt, found = _table(model, prompt, words, rng)
-    elif kind != "text":
-        newline = [] if model.tokenizer is None else model.encode("\n", bos=False)
-        while len(found) < length and (passage := repeated_passage(prompt, images, rng)):
-            found += newline + passage[: rng.randint(*PASSAGE)]
-    return prompt + list(islice(cycle(found), length)) if found else text
+def _lookup(model, kind: str, prompt: list[int], length: int, images: Sequence[range], rng) -> list[int] | None:
+    """A prompt, and `length` tokens that can be looked up in it. None if the kind is text, or the prompt is too short.
+
+    A prompt with images, or with too few words for a table, becomes a repetition.
+    """
+    if kind == "text":
+        return None
+    asked = []
+    if kind == "table" and not images:
+        prompt, asked = _table(model, prompt, rng)
+    if not asked:
+        asked = _repetition(model, prompt, length, images, rng)
+    return prompt + list(islice(cycle(asked), length)) if asked else None
 
 
-def _words(model, prompt: list[int]) -> list[str] | None:
-    """A prompt's different words of medium length. None if there is no tokenizer, or it lacks a token of the prompt."""
+def _repetition(model, prompt: list[int], length: int, images: Sequence[range], rng) -> list[int]:
+    """At least `length` tokens of passages of a prompt, a line each. Empty if the prompt is too short."""
+    newline = [] if model.tokenizer is None else model.encode("\n", bos=False)
+    lines = []
+    while len(lines) < length:
+        passage = repeated_passage(prompt, images, rng)
+        if not passage:
+            return []
+        lines += newline + passage[: rng.randint(*PASSAGE)]
+    return lines
+
+
+def _words(model, prompt: list[int]) -> list[str]:
+    """A prompt's different words of medium length. Empty without a tokenizer, or if it lacks a token of the prompt."""
+    if model.tokenizer is None:
+        return []
     try:
-        words = None if model.tokenizer is None else dict.fromkeys(model.tokenizer.decode(prompt).split())
+        text = model.tokenizer.decode(prompt)
     except InputError:  # there may be more embeddings than tokens
-        words = None
-    return words and [word for word in words if word.isalpha() and 3 < len(word) < 10]
+        return []
+    return [word for word in dict.fromkeys(text.split()) if word.isalpha() and 3 < len(word) < 10]
 
 
-def _table(model, prompt: list[int], words: list[str], rng) -> tuple[list[int], list[int]]:
-    """A prompt with facts in place of its end, and what asks for them, which is empty if it has too few words."""
+def _table(model, prompt: list[int], rng) -> tuple[list[int], list[int]]:
+    """A prompt with facts in place of its end, and tokens that ask for them: none if it has too few words."""
+    words = _words(model, prompt)
     count = rng.randint(*FACTS)
     if len(words) < 2 * count:
         return prompt, []
-    words, forms = rng.sample(words, 2 * count), rng.choices(FORMS, k=2)
-    facts = [(*pair, _value(rng)) for pair in zip(words[::2], words[1::2], strict=True)]
+    chosen = rng.sample(words, 2 * count)
+    forms = rng.choices(FORMS, k=2)
+    facts = [(*pair, _value(rng)) for pair in zip(chosen[::2], chosen[1::2], strict=True)]
     lines = [model.encode(f"\n{forms[0].format(*fact)}\n", bos=False) for fact in facts]
     kept = len(prompt) - sum(map(len, lines))
     if kept < 1:
         return prompt, []
-    places = [rng.randint(1, kept) for _ in facts] if rng.random() < 0.6 else [rng.randint(1, kept)] * count
+    if rng.random() < 0.6:
+        places = [rng.randint(1, kept) for _ in facts]
+    else:
+        places = [rng.randint(1, kept)] * count
     text = prompt[:kept]
     for place, line in sorted(zip(places, lines, strict=True), reverse=True):
         text[place:place] = line
     form = rng.choice(forms)
-    asked = [f"\n{form.format(*fact)}" for fact in rng.sample(facts, count)]
-    return text, [token for line in asked for token in model.encode(line, bos=False)]
+    questions = [f"\n{form.format(*fact)}" for fact in rng.sample(facts, count)]
+    asked = [token for question in questions for token in model.encode(question, bos=False)]
+    return text, asked
 
 
 def _value(rng) -> str:

@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 
 from pop.calibration.distill import check_gradients, distill, working_copy
-from pop.calibration.judge import JUDGED, PASSAGE, Judge, Window
+from pop.calibration.held_out import JUDGED, PASSAGE, Judge, Window
 from pop.engine.compile import SMALLEST
 from pop.errors import InputError, PlanError, UnsupportedError, check_count
 from pop.generation.sampling import check_finite

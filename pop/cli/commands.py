@@ -21,8 +21,8 @@ import torch
 
 import pop
 from pop.backends.tensor_parallel import launched
+from pop.calibration.importance import check_plot
 from pop.calibration.refit import builtin_texts
-from pop.calibration.scores import check_plot
 from pop.checkpoints import download as downloads
 from pop.checkpoints import gguf, registry
 from pop.checkpoints.embedded import EMBEDDED
@@ -146,7 +146,7 @@ def importance(args) -> None:
     model.need_tokenizer("importance")
     prompts = excerpts(model.tokenizer, texts, args.samples, args.prompt_tokens, args.seed)
     options = {"response_tokens": args.response_tokens, "batch_size": args.batch_size, "seed": args.seed}
-    result = pop.importance(model, prompts, branches=args.branches, resume=args.resume, **options)
+    result = pop.importance(model, prompts, **options)
     print(f"layer  {'prefill':>22}  {'decode':>22}")
     columns = (result.prefill, result.prefill_error, result.decode, result.decode_error)
     for layer, row in enumerate(torch.stack(columns, 1).tolist()):
@@ -353,8 +353,6 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
     integer(add, "--response-tokens", "the most tokens of a sampled response", 64)
     integer(add, "--batch-size", "prompts in one batch", 8)
     integer(add, "--seed", "the same seed gives the same scores", 0)
-    add("--branches", help="also score attention and MLP separately, for --out", action="store_true")
-    add("--resume", help="keep unfinished work in this file, and continue from it", metavar="FILE")
     add("--out", help="write the scores to this JSON file", metavar="FILE")
     add("--plot", help="draw the scores into this .svg or .png file (needs matplotlib)", metavar="FILE")
 

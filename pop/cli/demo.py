@@ -22,7 +22,7 @@ from textwrap import shorten
 import torch
 
 import pop
-from pop.calibration.judge import JUDGED, Judge
+from pop.calibration.held_out import JUDGED, Judge
 from pop.checkpoints import embedded, registry
 from pop.errors import PlanError, UnsupportedError, check_count
 from pop.pruning.cost import prefill_flops, speedup_limit

@@ -24,7 +24,7 @@ from support.tiny_chat import write_chat_checkpoint
 
 import pop
 from pop.backends.tensor_parallel import Part, bytes_per_device, join
-from pop.calibration.judge import Judge
+from pop.calibration.held_out import Judge
 from pop.checkpoints.config_json import read_config
 from pop.checkpoints.registry import lookup
 from pop.checkpoints.weights import VISION, load_weights

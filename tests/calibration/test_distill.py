@@ -30,7 +30,7 @@ from pop.calibration.distill import (
     schedule,
 )
 from pop.calibration.exercises import Exercise
-from pop.calibration.judge import Judge
+from pop.calibration.held_out import Judge
 from pop.calibration.student import first_layer, student, teacher
 from pop.inputs.processors import processor_of
 from pop.models.images import TEXT
@@ -402,7 +402,7 @@ def test_a_file_that_is_no_record_is_refused(model, tmp_path, monkeypatch):
     path = tmp_path / "record"
     for content in (b"", b"no record"):
         path.write_bytes(content)
-        with pytest.raises(InputError, match="not the record of such a run"):
+        with pytest.raises(InputError, match="does not hold the progress"):
             calibrate(model, TEXTS, PLAN, steps=2, resume=path, progress=False)
         assert path.read_bytes() == content
     monkeypatch.setattr(refit, "_accumulate", None)  # before the work

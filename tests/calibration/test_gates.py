@@ -10,19 +10,21 @@ from support.tiny import random_model, tiny_config, tiny_gemma3_config, tiny_qwe
 
 import pop
 from pop.backends import cpu
-from pop.calibration import gates
+from pop.calibration.importance import _gated_layer, gate_gradients, sample_responses
 from pop.models import layers
+
+CHECKPOINTED = "pop.calibration.importance.checkpointed"
 
 
 def gradients(model, samples):
     """Of samples (prompt, response) without images."""
     prompts, responses = map(list, zip(*samples, strict=True))
-    return gates.gate_gradients(model, prompts, responses, [[] for _ in prompts])
+    return gate_gradients(model, prompts, responses, [[] for _ in prompts])
 
 
 def sampled(model, prompts, seeds, count):
     """Responses to prompts without images."""
-    return gates.sample_responses(model, prompts, [[] for _ in prompts], seeds, count)
+    return sample_responses(model, prompts, [[] for _ in prompts], seeds, count)
 
 
 @st.composite
@@ -81,7 +83,7 @@ def test_a_sample_does_not_depend_on_the_others_of_its_batch(model, samples, alo
 
 def test_computing_activations_again_changes_no_gradient(model, samples, monkeypatch):
     expected = gradients(model, samples)
-    monkeypatch.setattr(gates, "checkpointed", lambda function, *args: function(*args))
+    monkeypatch.setattr(CHECKPOINTED, lambda function, *args: function(*args))
     assert torch.equal(gradients(model, samples), expected)
 
 
@@ -94,7 +96,7 @@ def test_activations_inside_a_layer_are_not_kept(model, samples, monkeypatch):
 
     between = 5 * 12 * 30  # rows, tokens a row, width: what one layer hands to the next
     assert kept() < (5 + 1) * between
-    monkeypatch.setattr(gates, "checkpointed", lambda function, *args: function(*args))
+    monkeypatch.setattr(CHECKPOINTED, lambda function, *args: function(*args))
     assert kept() > 5 * (5 + 1) * between
 
 
@@ -103,7 +105,7 @@ def test_logits_are_computed_for_the_response_only_and_in_pieces(samples, monkey
     model = pop.Model(random_model(tiny_config()), tiny_config())
     rows, head = [], model.module.head
     monkeypatch.setattr(model.module, "head", lambda h: rows.append(h.shape[0]) or head(h))
-    monkeypatch.setattr(gates, "LOGITS_AT_ONCE", at_once)
+    monkeypatch.setattr("pop.calibration.importance.LOGITS_AT_ONCE", at_once)
     found = gradients(model, samples)
     assert sum(rows) == 2 * sum(len(response) for _, response in samples)  # forward, and again for the backward
     assert max(rows) <= at_once
@@ -126,9 +128,7 @@ def test_gates_of_one_change_no_bit(config, dtype):
 
     for layer in module.layers:
         rope = ropes[layer.window]
-        assert torch.equal(
-            gates._gated_layer(layer, h, rope, attend, torch.ones(2, 2, 2), stage), layer(h, rope, attend)
-        )
+        assert torch.equal(_gated_layer(layer, h, rope, attend, torch.ones(2, 2), stage), layer(h, rope, attend))
 
 
 # ---- Sampled responses ----

@@ -1,4 +1,4 @@
-"""`pop.Importance`: plans made from scores, files, and figures."""
+"""`pop.importance` and `pop.Importance`: scores, samples, plans made from scores, files, and figures."""
 
 import json
 import math
@@ -6,18 +6,214 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from support.gated_loss import assert_close, slopes
 from support.importances import assert_same
+from support.tiny import random_model, tiny_config
+from support.tiny_chat import write_chat_checkpoint
 
 import pop
 from pop import InputError, PlanError, PrunePlan
-from pop.calibration.scores import SCORES, Importance, importance
+from pop.calibration.importance import SCORES, Importance, gate_gradients, importance, sample_responses
 
 
-def scores(prefill, decode=None, n=4, **branches):
+def test_scores_are_mean_squared_slopes_with_their_standard_errors(model, samples):
+    samples = samples[1:]
+    result = importance(model, samples, batch_size=3, progress=False)
+    slope = np.stack([slopes(model.module, *pair) for pair in samples])  # [n, 2, L]
+    errors = (slope**2).std(axis=0, ddof=1) / np.sqrt(len(samples))
+    for stage, name in enumerate(("prefill", "decode")):
+        assert_close(getattr(result, name), (slope**2).mean(0)[stage])
+        assert_close(getattr(result, f"{name}_error"), errors[stage])
+    assert result.num_samples == len(samples)
+    assert result.prefill.dtype == result.decode_error.dtype == torch.float64
+
+
+# ---- What must be exactly zero ----
+
+
+def test_a_layer_that_adds_nothing_scores_zero(samples):
+    module = random_model(tiny_config())
+    for projection in (module.layers[2].self_attn.o_proj, module.layers[2].mlp.down_proj):
+        projection.weight.zero_()
+    result = importance(pop.Model(module, tiny_config()), samples, progress=False)
+    assert all(getattr(result, name)[2] == 0 for name in SCORES)
+    assert (result.decode[[0, 1, 3, 4]] > 0).all()
+
+
+def test_prefill_needs_neither_the_last_layer_nor_any_layer_for_a_prompt_of_one_token(model, samples):
+    result = importance(model, samples, progress=False)
+    assert result.prefill[-1] == 0
+    assert (result.prefill[:-1] > 0).all()
+    assert (importance(model, [([3], [1, 2])], progress=False).prefill == 0).all()
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 3, 100])
+def test_scores_do_not_depend_on_batches_or_order(model, samples, batch_size):
+    expected = importance(model, samples, progress=False)
+    for order in (samples, samples[::-1]):
+        actual = importance(model, order, batch_size=batch_size, progress=False)
+        for name in SCORES:
+            assert_close(getattr(actual, name), getattr(expected, name), 1e-5)
+
+
+def test_bfloat16_gives_the_scores_of_its_weights(samples):
+    config = tiny_config(dtype=torch.bfloat16)
+    module = random_model(config).bfloat16()
+    low = importance(pop.Model(module, config), samples, progress=False)
+    high = importance(pop.Model(module.float(), config), samples, progress=False)
+    assert_close(low.prefill, high.prefill, 0.1)
+    assert_close(low.decode, high.decode, 0.1)
+
+
+# ---- What the call leaves as it was ----
+
+
+def test_parameters_and_grad_mode_are_left_alone(samples):
+    module = random_model(tiny_config())
+    module.layers[1].requires_grad_(True)
+    before = [parameter.requires_grad for parameter in module.parameters()]
+    model = pop.Model(module, tiny_config())
+    expected = importance(model, samples, progress=False)
+    for mode in (torch.no_grad, torch.inference_mode, torch.enable_grad):
+        with mode():
+            assert_same(importance(model, samples, progress=False), expected)
+            assert torch.is_grad_enabled() == (mode is torch.enable_grad)
+            assert torch.is_inference_mode_enabled() == (mode is torch.inference_mode)
+    module.model.norm.weight.data.fill_(math.nan)
+    with pytest.raises(InputError, match="not finite"):
+        importance(model, samples, progress=False)
+    assert [parameter.requires_grad for parameter in module.parameters()] == before
+    assert all(parameter.grad is None for parameter in module.parameters())
+
+
+def test_sampling_depends_on_the_seed_and_the_sample_not_on_the_batch(model, prompts, monkeypatch):
+    def responses(batch_size, seed=0, prompts=prompts):
+        found = []
+        with monkeypatch.context() as patched:
+            recorded = lambda *args: found.extend(args[2]) or gate_gradients(*args)  # noqa: E731
+            patched.setattr("pop.calibration.importance.gate_gradients", recorded)
+            importance(model, prompts, batch_size=batch_size, response_tokens=9, seed=seed, progress=False)
+        return found
+
+    expected = responses(8)
+    assert [len(response) for response in expected] == [9] * 5
+    for batch_size in (1, 2, 3):
+        assert responses(batch_size) == expected
+    assert responses(8, seed=1) != expected
+    same = responses(8, prompts=[[1, 2, 3]] * 3)
+    assert same[0] != same[1] != same[2]
+    mixed = [prompts[0], (prompts[1], [4, 4]), prompts[2], prompts[3], prompts[4]]
+    assert responses(8, prompts=mixed) == [expected[0], [4, 4], *expected[2:]]
+
+
+def test_sampled_responses_score_as_given_ones(model, prompts):
+    sampled = sample_responses(model, prompts, [[]] * 5, [(3, n) for n in range(5)], 6)
+    expected = importance(model, list(zip(prompts, sampled, strict=True)), progress=False)
+    assert_same(importance(model, iter(prompts), response_tokens=6, seed=3, progress=False), expected)
+
+
+def test_text_samples_are_tokenized(tmp_path):
+    model = pop.load(write_chat_checkpoint(tmp_path))
+    model.tokenizer.bos_id = 2  # begins a prompt, and no response
+    encode = model.tokenizer.encode
+    assert encode("H") == [2, *encode("H", bos=False)]
+    expected = importance(model, [(encode("Hello"), encode("you", bos=False)), encode("Hi")], response_tokens=3)
+    assert_same(importance(model, [("Hello", "you"), "Hi"], response_tokens=3), expected)
+    assert_same(importance(model, [["Hello", "you"], torch.tensor(encode("Hi"))], response_tokens=3), expected)
+
+
+def test_two_token_ids_are_a_prompt(model):
+    for sample in ([4, 5], (4, 5), torch.tensor([4, 5]), np.array([4, 5]), [torch.tensor(4), torch.tensor(5)]):
+        expected = importance(model, [([4, 5], None)], response_tokens=2, progress=False)
+        assert_same(importance(model, [sample], response_tokens=2, progress=False), expected)
+
+
+# ---- Mistakes ----
+
+
+@pytest.mark.parametrize(
+    ("samples", "said"),
+    [
+        ([], "samples is empty"),
+        ("a text", "samples is a str"),
+        (b"bytes", "samples is a bytes"),
+        ({"a": 1}, "samples is a dict"),
+        (None, "samples is a NoneType"),
+        (7, "samples is a int"),
+        ([1, 2, 3], "sample 0 cannot be used: tokens must be integers"),
+        ([[1], []], "sample 1 cannot be used: the prompt is empty"),
+        ([[1], ([], [1])], "sample 1 cannot be used: the prompt is empty"),
+        ([[1], ([1], [])], "sample 1 cannot be used: the response is empty"),
+        ([[1], ([1], 3)], "sample 1 cannot be used: tokens must be integers"),
+        ([[1], ([1], [2], [3])], "sample 1 cannot be used: tokens must be"),
+        ([[1.5]], "sample 0 cannot be used: tokens must be integers"),
+        ([[67]], "sample 0 cannot be used: token id 67 is not in the vocabulary"),
+        ([([1], [-1])], "sample 0 cannot be used: token id -1"),
+        ([None], "sample 0 cannot be used"),
+        ([[1], "text"], "sample 1 cannot be used: text needs a tokenizer"),
+        ([([1] * 500, [1] * 14)], "sample 0 cannot be used: prompt plus response has 513 tokens"),
+        ([[1] * 509], "sample 0 cannot be used: prompt plus response has 513 tokens"),
+    ],
+)
+def test_samples_that_cannot_be_used_are_refused(model, samples, said):
+    with pytest.raises(pop.PopError, match=said):
+        importance(model, samples, response_tokens=5, progress=False)
+
+
+def test_a_full_context_can_be_used(model):
+    result = importance(model, [([1] * 500, [1] * 13), [1] * 508], response_tokens=5, progress=False)
+    assert result.num_samples == 2
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"response_tokens": 0}, {"response_tokens": 1.5}, {"batch_size": 0}, {"batch_size": True}, {"seed": -1},
+     {"seed": 2**63}, {"seed": None}, {"seed": True}],
+)  # fmt: skip
+def test_options_out_of_range_are_refused(model, options):
+    with pytest.raises(InputError, match=f"{next(iter(options))} is"):
+        importance(model, [[1, 2]], **options)
+
+
+def test_a_model_without_gradients_is_refused(model):
+    for other in ("smollm2-135m", model.module, None):
+        with pytest.raises(InputError, match=f"the model is a {type(other).__name__}; load one"):
+            importance(other, [[1]])
+    with torch.inference_mode():
+        module = random_model(tiny_config())
+    with pytest.raises(InputError, match="torch.inference_mode"):
+        importance(pop.Model(module, tiny_config()), [[1]])
+
+
+def test_numbers_that_overflow_are_refused(samples, prompts):
+    module = random_model(tiny_config())
+    module.layers[3].mlp.down_proj.weight[0, 0] = math.inf
+    model = pop.Model(module, tiny_config())
+    with pytest.raises(InputError, match="gradients of the gates"):
+        importance(model, samples, progress=False)
+    with pytest.raises(InputError, match="logits"):
+        importance(model, prompts, progress=False)
+
+
+def test_progress_is_shown_where_tqdm_is(model, capsys, monkeypatch):
+    pytest.importorskip("tqdm")
+    importance(model, [[1], [2], [3]], batch_size=2, response_tokens=1)
+    assert "3/3" in capsys.readouterr().err
+    importance(model, [[1]], response_tokens=1, progress=False)
+    monkeypatch.setitem(sys.modules, "tqdm", None)
+    importance(model, [[1]], response_tokens=1)
+    assert capsys.readouterr() == ("", "")
+
+
+# ---- Plans and files ----
+
+
+def scores(prefill, decode=None, n=4):
     decode = prefill if decode is None else decode
-    return Importance(prefill, decode, [0.1] * len(prefill), [0.2] * len(decode), n, **branches)
+    return Importance(prefill, decode, [0.1] * len(prefill), [0.2] * len(decode), n)
 
 
 @given(st.lists(st.sampled_from([0.0, 1e-300, 0.5, 1.0, 2.0]) | st.floats(0, 1e10), min_size=1, max_size=9), st.data())
@@ -43,8 +239,8 @@ def test_a_plan_of_a_count_out_of_range_is_refused(count):
 
 def test_saved_scores_come_back(model, samples, tmp_path):
     path = tmp_path / "scores.json"
-    for chosen, branches in ((samples, False), (samples, True), (samples[:1], True)):
-        result = importance(model, chosen, branches=branches, progress=False)
+    for chosen in (samples, samples[:1]):
+        result = importance(model, chosen, progress=False)
         result.save(path)
         assert_same(Importance.load(path), result)
     assert result.prefill_error.isnan().all()  # of one sample
@@ -86,17 +282,12 @@ def corrupted(change):
         corrupted(lambda fields: fields.update(num_samples=0)),
         corrupted(lambda fields: fields.update(num_samples=2.5)),
         corrupted(lambda fields: fields.update(num_samples=1)),
-        corrupted(lambda fields: fields.update(mlp={})),
-        corrupted(lambda fields: fields.update(mlp=[1])),
-        corrupted(lambda fields: fields["attention"].update(num_samples=3)),
-        corrupted(lambda fields: fields["attention"]["prefill"].append(1.0)),
-        corrupted(lambda fields: fields.update(attention={name: [1.0] for name in SCORES} | {"num_samples": 4})),
     ],
 )
 def test_a_file_that_holds_no_scores_is_refused(tmp_path, corrupt):
     path = tmp_path / "scores.json"
-    scores([1.5, 2.5], attention=scores([1.0, 2.0])).save(path)
-    assert Importance.load(path).attention.prefill.tolist() == [1.0, 2.0]
+    scores([1.5, 2.5]).save(path)
+    assert Importance.load(path).prefill.tolist() == [1.5, 2.5]
     path.write_text(corrupt(path.read_text()))
     with pytest.raises(InputError, match="scores.json"):
         Importance.load(path)
@@ -109,7 +300,7 @@ def test_scores_that_cannot_be_written_are_refused(tmp_path):
         scores([1.0]).save(tmp_path / "missing" / "scores.json")
 
 
-# ---- The figure, the bar ----
+# ---- The figure ----
 
 
 @pytest.mark.parametrize("prefill", [[1.0, 1e-5, 0.0], [0.0, 0.0, 0.0]])

@@ -19,7 +19,7 @@ from support.tiny import random_model, tiny_config, tiny_gemma3_config, tiny_qwe
 import pop
 from pop import PlanError, PrunePlan, calibrate
 from pop.calibration import refit
-from pop.calibration.judge import Judge, Losses
+from pop.calibration.held_out import Judge, Losses
 from pop.calibration.refit import _accumulate, _batches, _Fit, builtin_texts, text_windows
 from pop.checkpoints.fingerprint import fingerprint
 from pop.pruning.cost import prefill_flops

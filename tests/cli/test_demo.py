@@ -9,7 +9,7 @@ import torch
 from support.tiny_chat import write_chat_checkpoint
 
 import pop
-from pop.calibration.judge import Judge, Losses
+from pop.calibration.held_out import Judge, Losses
 from pop.cli import demo
 from pop.cli.commands import main
 from pop.pruning import cost, reference

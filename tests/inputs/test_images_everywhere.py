@@ -15,8 +15,8 @@ from pop.calibration import student as student_file
 from pop.calibration.distill import distillation_loss
 from pop.calibration.exercises import CONTINUATION, Exercise
 from pop.calibration.exercises import exercise as make_exercise
-from pop.calibration.gates import gate_gradients
-from pop.calibration.judge import Judge
+from pop.calibration.held_out import Judge
+from pop.calibration.importance import gate_gradients
 from pop.calibration.refit import text_windows
 from pop.calibration.student import student, teacher
 from pop.errors import ContextOverflow, InputError
@@ -111,13 +111,13 @@ def test_prompts_that_a_prefix_refuses(model):
 
 
 def gated_loss(model, prompt, response, ones, gates):
-    """The response's negative log-likelihood. gates [2, 2, L] scale the updates by attention and MLP, by stage."""
+    """The response's negative log-likelihood. gates [2, L] scale the updates of each layer, by stage."""
     tokens, layers = prompt + response[:-1], model.module.layers
     stage = (torch.arange(len(tokens)) >= len(prompt) - 1).long()
     with pytest.MonkeyPatch.context() as patch:
-        for branch, name in enumerate(("attention_update", "mlp_update")):
+        for name in ("attention_update", "mlp_update"):
             for index, layer in enumerate(layers):
-                scale, update = gates[branch, :, index][stage][None, :, None], getattr(layer, name)
+                scale, update = gates[:, index][stage][None, :, None], getattr(layer, name)
                 patch.setattr(layer, name, lambda x, scale=scale, update=update: scale * update(x))
         images = images_of(model, prompt, ones)
         images = images.extended(len(tokens))
@@ -144,21 +144,22 @@ def test_gradients_with_images_are_the_slopes_of_the_gated_loss(model):
         assert (slopes - expected).abs().max() < 5e-3 * expected.abs().max()
 
 
-def test_importance_of_samples_with_images(model, tmp_path):
-    """Scores are mean squares, sampled responses depend on the images, and a record identifies its images."""
+def test_importance_of_samples_with_images(model):
+    """Scores are mean squares, and sampled responses depend on the images."""
     a, b = prepared(model, 0), prepared(model, 2)
     samples, rows = [tokens_of(2, a, 9), ([2, 7], [8]), (tokens_of(2, 5, b, 9), [11, 12])], [[a], None, [b]]
-    options = {"response_tokens": 3, "progress": False, "resume": tmp_path / "sums"}
+    options = {"response_tokens": 3, "progress": False}
     scores = pop.importance(model, samples, images=rows, **options)
     assert (scores.prefill[:-1] > 0).all() and scores.num_samples == 3
     given = pop.importance(model, samples[1:], images=rows[1:], response_tokens=3, progress=False)
     by_hand = [
-        gate_gradients(model, [prompt], [response], [row or []])[0].sum(0)
+        gate_gradients(model, [prompt], [response], [row or []])[0]
         for (prompt, response), row in zip(samples[1:], rows[1:], strict=True)
     ]
     assert_close(torch.stack([given.prefill, given.decode]), torch.stack(by_hand).square().mean(0))
-    with pytest.raises(InputError, match="another samples"):
-        pop.importance(model, samples, images=[[b if one is a else a for one in row or []] for row in rows], **options)
+    swapped = [[b if one is a else a for one in row or []] for row in rows]
+    others = pop.importance(model, samples, images=swapped, **options)
+    assert not torch.equal(others.prefill, scores.prefill)
     with pytest.raises(InputError, match="sample 0 .* the prompt has tokens"):
         pop.importance(model, samples[:1])
     with pytest.raises(InputError, match="images must be a list of 3 lists"):

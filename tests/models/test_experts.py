@@ -23,7 +23,7 @@ from torch.overrides import TorchFunctionMode
 import pop
 from pop.backends.experts import few_tokens
 from pop.backends.tensor_parallel import Part
-from pop.calibration.gates import gate_gradients
+from pop.calibration.importance import gate_gradients
 from pop.checkpoints.weights import load_weights
 from pop.models.config import ExpertsConfig
 from pop.models.experts import MixtureOfExperts, by_expert
@@ -158,16 +158,19 @@ def test_gates_have_gradients_through_experts():
     module = random_model(config, seed=4)
     prompt, response = [5, 9, 12, 33, 2], [7, 8, 40]
     model = pop.Model(module, config, compile=False)
-    gradients = gate_gradients(model, [prompt], [response], [[]])[0]  # [2, 2, L]
+    gradients = gate_gradients(model, [prompt], [response], [[]])[0]  # [2, L]
 
     def loss(scale):
         layer = module.layers[2]
-        plain = layer.mlp.forward
-        layer.mlp.forward = lambda x: plain(x) * scale
+        attention = layer.self_attn.o_proj.forward
+        mlp = layer.mlp.forward
+        layer.self_attn.o_proj.forward = lambda x: attention(x) * scale
+        layer.mlp.forward = lambda x: mlp(x) * scale
         logits = module(torch.tensor([prompt + response[:-1]]))[0, len(prompt) - 1 :].double()
-        layer.mlp.forward = plain
+        layer.self_attn.o_proj.forward = attention
+        layer.mlp.forward = mlp
         return F.cross_entropy(logits, torch.tensor(response), reduction="sum").item()
 
     step = 1e-3
     expected = (loss(1 + step) - loss(1 - step)) / (2 * step)
-    assert gradients[1, :, 2].sum().item() == pytest.approx(expected, rel=2e-2, abs=2e-3)
+    assert gradients[:, 2].sum().item() == pytest.approx(expected, rel=2e-2, abs=2e-3)

@@ -7,7 +7,7 @@ import torch
 
 
 def gated_loss(config, weights, prompt, response, gate):
-    """The negative log-likelihood of a response, with gate [2 (attention, MLP), 2 (prefill, decode), L] float64."""
+    """The negative log-likelihood of a response, with gate [2 (prefill, decode), L] float64."""
     E, G = config.head_dim, config.num_heads // config.num_kv_heads
     gemma = config.family == "gemma3"
     scale = config.query_pre_attn_scalar**-0.5 if gemma else E**-0.5
@@ -46,7 +46,7 @@ def gated_loss(config, weights, prompt, response, gate):
                 weight = np.exp(scores - scores.max())
                 heads.append(weight / weight.sum() @ np.array([value[head // G] for value in values[attended]]))
             update = linear(np.concatenate(heads), f"{name}.self_attn.o_proj")
-            h = h + gate[0, stage, index] * (norm(update, f"{name}.post_attention_layernorm") if gemma else update)
+            h = h + gate[stage, index] * (norm(update, f"{name}.post_attention_layernorm") if gemma else update)
             x = norm(h, f"{name}.{'pre_feedforward' if gemma else 'post_attention'}_layernorm")
             inner, up = linear(x, f"{name}.mlp.gate_proj"), linear(x, f"{name}.mlp.up_proj")
             if gemma:
@@ -54,7 +54,7 @@ def gated_loss(config, weights, prompt, response, gate):
             else:
                 inner = inner / (1 + np.exp(-inner))
             update = linear(inner * up, f"{name}.mlp.down_proj")
-            h = h + gate[1, stage, index] * (norm(update, f"{name}.post_feedforward_layernorm") if gemma else update)
+            h = h + gate[stage, index] * (norm(update, f"{name}.post_feedforward_layernorm") if gemma else update)
         if stage:
             head = "model.embed_tokens.weight" if config.tie_embeddings else "lm_head.weight"
             logits = norm(h, "model.norm") @ weights[head].T
@@ -62,19 +62,16 @@ def gated_loss(config, weights, prompt, response, gate):
     return loss
 
 
-def slopes(module, prompt, response, together=False, step=1e-4):
-    """Central differences of the gated loss by each gate, [2 (attention, MLP), 2, L].
-
-    With `together`, a gate of a layer multiplies both branches: [1, 2, L].
-    """
+def slopes(module, prompt, response, step=1e-4):
+    """Central differences of the gated loss by each gate, [2 (prefill, decode), L]."""
     weights = {name: value.double().numpy() for name, value in module.state_dict().items()}
-    shape = (1 if together else 2, 2, module.config.num_layers)
-    result = np.zeros(shape)
-    for index in np.ndindex(shape):
-        change = np.zeros((2, *shape[1:]))
-        change[(slice(None), *index[1:]) if together else index] = step
-        high, low = (gated_loss(module.config, weights, prompt, response, 1 + sign * change) for sign in (1, -1))
-        result[index] = (high - low) / (2 * step)
+    result = np.zeros((2, module.config.num_layers))
+    for gate in np.ndindex(result.shape):
+        change = np.zeros(result.shape)
+        change[gate] = step
+        high = gated_loss(module.config, weights, prompt, response, 1 + change)
+        low = gated_loss(module.config, weights, prompt, response, 1 - change)
+        result[gate] = (high - low) / (2 * step)
     return result
 
 

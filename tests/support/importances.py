@@ -2,7 +2,7 @@
 
 import torch
 
-from pop.calibration.scores import SCORES
+from pop.calibration.importance import SCORES
 
 
 def assert_same(actual, expected):
@@ -10,7 +10,3 @@ def assert_same(actual, expected):
     assert actual.num_samples == expected.num_samples
     for name in SCORES:
         assert torch.equal(getattr(actual, name).nan_to_num(-1), getattr(expected, name).nan_to_num(-1)), name
-    for name in ("attention", "mlp"):
-        assert (getattr(actual, name) is None) == (getattr(expected, name) is None)
-        if getattr(actual, name) is not None:
-            assert_same(getattr(actual, name), getattr(expected, name))

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 import pop
 from pop import engine
 from pop.backends.tensor_parallel import end
-from pop.calibration.judge import Judge, Losses
+from pop.calibration.held_out import Judge, Losses
 from pop.checkpoints import weights as checkpoint
 from pop.engine import compile, selection
 

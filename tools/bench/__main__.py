@@ -19,7 +19,7 @@ import sys
 import tempfile
 
 import pop
-from pop.calibration.scores import check_plot
+from pop.calibration.importance import check_plot
 from pop.cli.demo import machine, progress
 from pop.errors import InputError, check_count
 from pop.models.config import DTYPES

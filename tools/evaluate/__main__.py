@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 import pop
-from pop.calibration.scores import check_plot
+from pop.calibration.importance import check_plot
 from pop.cli.demo import machine, progress
 from pop.errors import InputError, check_count
 from tools.common import ROOT, check_writable, exit_status, integers_in, names_in, write_figures, write_plot

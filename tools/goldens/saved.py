@@ -54,7 +54,7 @@ def make(made_with: str) -> None:
     talk(model, PLAN).save(FOLDER / "chat.json")
     talk(model, plan).save(FOLDER / "chat-calibrated.json")
     cut_short(model).save(FOLDER / "chat-cut.json")
-    scores = pop.importance(model, [text[:20] for text in texts[:4]], response_tokens=4, branches=True, progress=False)
+    scores = pop.importance(model, [text[:20] for text in texts[:4]], response_tokens=4, progress=False)
     scores.save(FOLDER / "importance.json")
     facts = {
         "made_with": made_with,

@@ -11,7 +11,7 @@ from support.tiny import random_model, tiny_config, tiny_gemma3_config, tiny_qwe
 
 import pop
 from pop import PrunePlan
-from pop.calibration.judge import CUE, Judge, repeated_passage
+from pop.calibration.held_out import CUE, Judge, repeated_passage
 
 PLAN = PrunePlan((2, 3), full_depth_first=1)
 

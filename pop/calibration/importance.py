@@ -1,0 +1,343 @@
+"""Importance scores: how much prefill and decode need each layer, by virtual gates.
+
+A scalar gate g_l = 1 multiplies what layer l adds to the residual stream (He et al., Findings of ACL 2026):
+
+    h = h + g_l * attention_update(h)
+    h = h + g_l * mlp_update(h)
+
+Each layer has two gates. Its prefill gate acts on the prompt without the last token. Its decode gate acts on that token
+and on the response. The importance of layer l for a stage is E[(dL/dg_l)^2], where L is the negative log-likelihood of
+a response that the model sampled itself. One forward and one backward pass gives all gates of a sample. README.md in
+this folder derives the score.
+"""
+
+import dataclasses
+import io
+import json
+import math
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from pop.calibration.distill import check_gradients
+from pop.calibration.student import checkpointed
+from pop.errors import InputError, PlanError, PopError, UnsupportedError, check_count, import_extra
+from pop.generation.answers import end_ids
+from pop.generation.batch import as_prompts, padded
+from pop.generation.sampling import Sampler, SamplingParams, check_finite, read_tokens
+from pop.inputs.processors import Prepared
+from pop.model import Model
+from pop.models.base import Attend
+from pop.models.layers import Rope
+from pop.pruning.plan import PrunePlan
+from pop.system import files
+from pop.system.progress import progress_bar
+
+LOGITS_AT_ONCE = 256  # response tokens whose logits [N, V] are in memory together
+SCORES = ("prefill", "decode", "prefill_error", "decode_error")
+COLORS = {"prefill": "tab:blue", "decode": "tab:orange"}
+MARKERS = {"prefill": "o", "decode": "s"}
+
+
+class Sample(NamedTuple):
+    """A prompt, and the response whose likelihood counts."""
+
+    prompt: list[int]
+    response: list[int] | None  # None: the model samples one
+    media: list[Prepared]  # the prompt's images and videos
+
+
+def importance(
+    model,
+    samples: Iterable,
+    *,
+    images=None,
+    videos=None,
+    response_tokens: int = 64,
+    batch_size: int = 8,
+    seed: int = 0,
+    progress: bool = True,
+) -> "Importance":
+    """Score how much each stage needs each layer.
+
+    Args:
+        model: A pop.Model. The full model is scored, whatever its plan is.
+        samples: Prompts, as texts or token ids, or pairs (prompt, response). The model samples the missing responses,
+            at full depth and temperature 1.
+        images, videos: A list for each sample's prompt, as in `Model.generate`. All are in memory at the same time.
+        response_tokens: The most tokens of a sampled response. An end token ends it earlier, and counts in the loss.
+        batch_size: How many samples run at once. It changes speed, memory and rounding only.
+        seed: Sample i has a random generator seeded with (seed, i).
+        progress: Show a bar on stderr, if tqdm is installed.
+
+    Raises:
+        InputError, ContextOverflow, TokenizerError: A sample or an option cannot be used, or numbers overflow.
+        UnsupportedError: Several processes share the model.
+    """
+    if not isinstance(model, Model):
+        raise InputError(f"the model is a {type(model).__name__}; load one with pop.load")
+    if model.part is not None:
+        raise UnsupportedError("importance does not run in several processes; load the model in one process")
+    check_gradients(model)
+    response_tokens = check_count("response_tokens", response_tokens)
+    batch_size = check_count("batch_size", batch_size)
+    seed = check_count("seed", seed, least=0, most=2**63 - 1)
+    samples = _parse(model, samples, images, videos, response_tokens)
+
+    squares = []  # [batch, 2 (prefill, decode), L] each
+    with progress_bar("importance", len(samples), "samples", progress) as step:
+        for begin in range(0, len(samples), batch_size):
+            batch = samples[begin : begin + batch_size]
+            prompts = [sample.prompt for sample in batch]
+            media = [sample.media for sample in batch]
+            responses = _responses(model, batch, begin, seed, response_tokens)
+            squares.append(gate_gradients(model, prompts, responses, media).square())
+            step(len(batch))
+    scores = torch.cat(squares)
+    n = len(scores)
+    mean = scores.mean(0)
+    error = ((scores - mean).square().sum(0) / (n - 1) / n).sqrt()  # NaN for one sample
+    return Importance(*mean, *error, num_samples=n)
+
+
+def _parse(model, samples, images, videos, response_tokens: int) -> list[Sample]:
+    """Encode the samples, and check that each fits the model's context."""
+    if isinstance(samples, (str, bytes, dict)) or not isinstance(samples, Iterable):
+        raise InputError(f"samples is a {type(samples).__name__}; give a list of prompts, or of (prompt, response)")
+    samples = list(samples)
+    rows = model.vision.prepare_batch(images, videos, len(samples))
+    if not samples:
+        raise InputError("samples is empty; give at least one prompt")
+    parsed = []
+    for number, (sample, media) in enumerate(zip(samples, rows, strict=True)):
+        try:
+            parsed.append(_parse_one(model, sample, media, response_tokens))
+        except PopError as error:
+            raise type(error)(f"sample {number} cannot be used: {error}") from None
+    return parsed
+
+
+def _parse_one(model, sample, media: list[Prepared], response_tokens: int) -> Sample:
+    is_pair = isinstance(sample, (tuple, list)) and len(sample) == 2 and as_prompts(sample)[1]
+    prompt, response = sample if is_pair else (sample, None)  # two token ids are a prompt
+    prompt = model.encode(prompt, media=media)
+    if response is not None:
+        response = model.encode(response, "response", bos=False)
+        response_tokens = len(response)
+    model.check_fits(len(prompt) + response_tokens - 1, "prompt plus response")
+    return Sample(prompt, response, media)
+
+
+def _responses(model, batch: list[Sample], begin: int, seed: int, count: int) -> list[list[int]]:
+    """The response of each sample of a batch. The model samples those that are missing."""
+    rows = [row for row, sample in enumerate(batch) if sample.response is None]
+    responses = [sample.response for sample in batch]
+    if not rows:
+        return responses
+    prompts = [batch[row].prompt for row in rows]
+    media = [batch[row].media for row in rows]
+    seeds = [(seed, begin + row) for row in rows]
+    sampled = sample_responses(model, prompts, media, seeds, count)
+    for row, response in zip(rows, sampled, strict=True):
+        responses[row] = response
+    return responses
+
+
+def sample_responses(
+    model, prompts: list[list[int]], media: list[list[Prepared]], seeds: list[Sequence[int]], count: int
+) -> list[list[int]]:
+    """Sample a response of at most `count` tokens to each prompt, at full depth and temperature 1.
+
+    Returns token ids, including the end token. Each row's random generator has its own seed. So a response does not
+    depend on the other rows of the batch, up to rounding in the logits.
+    """
+    ends = end_ids(model)
+    states = [np.random.SeedSequence(seed).generate_state(1) for seed in seeds]
+    sampler = Sampler(SamplingParams(temperature=1.0), [int(state[0]) for state in states])
+    lengths = [len(prompt) for prompt in prompts]
+    cache = model.new_cache(len(prompts), max(lengths) + count - 1)
+    logits = model.prefill(padded(prompts), cache, lengths=lengths, images=media, plan=PrunePlan.none())
+    responses = [[] for _ in prompts]
+    while True:
+        tokens = sampler(logits)
+        for response, token in zip(responses, read_tokens(tokens), strict=True):
+            if not response or response[-1] not in ends:
+                response.append(token)
+        have_ended = all(response[-1] in ends for response in responses)
+        if have_ended or max(map(len, responses)) == count:
+            return responses
+        logits = model.decode(tokens, cache)
+
+
+@torch.inference_mode(False)  # whatever the caller's mode is
+@torch.enable_grad()
+def gate_gradients(
+    model, prompts: list[list[int]], responses: list[list[int]], media: list[list[Prepared]]
+) -> torch.Tensor:
+    """dL/dg of every gate for each sample: [B, 2 (prefill, decode), L] float64 on the CPU.
+
+    Each batch row has its own gates, so one backward pass keeps the samples apart. Autograd keeps h between the layers
+    only; it recomputes the activations inside a layer.
+    """
+    module = model.module
+    device = model.device
+    rows = [prompt + response[:-1] for prompt, response in zip(prompts, responses, strict=True)]
+    tokens = torch.tensor(padded(rows), device=device)  # [B, T], padded on the right
+    index = torch.arange(tokens.shape[1], device=device)
+    boundary = torch.tensor([[len(prompt) - 1] for prompt in prompts], device=device)  # [B, 1]
+    lengths = torch.tensor([[len(row)] for row in rows], device=device)  # [B, 1]
+    decode = index >= boundary  # [B, T], padding included: no gradient reaches it
+    predicts = decode & (index < lengths)  # [B, T], the tokens whose logits are scored
+    targets = torch.tensor([token for response in responses for token in response], device=device)  # [N]
+    with torch.no_grad():
+        shown = tokens.where(index <= boundary, -1)  # a placeholder in a response is not an image
+        images = model.vision.images(module, media, shown.cpu(), lengths[:, 0].cpu())
+
+    gates = torch.ones(len(module.layers), len(rows), 2, device=device, requires_grad=True)
+
+    def gated(index, layer, h, rope, attend):
+        return checkpointed(_gated_layer, layer, h, rope, attend, gates[index], decode)
+
+    h = module.through_layers(tokens, images, gated)[predicts]  # [N, D], in the order of the targets
+
+    def piece_loss(h, targets):
+        return F.cross_entropy(module.head(h), targets, reduction="sum")
+
+    pieces = zip(h.split(LOGITS_AT_ONCE), targets.split(LOGITS_AT_ONCE), strict=True)
+    loss = sum(checkpointed(piece_loss, *piece) for piece in pieces)
+    (gradients,) = torch.autograd.grad(loss, gates)  # [L, B, 2]
+    check_finite(gradients, "gradients of the gates")
+    return gradients.permute(1, 2, 0).double().cpu()
+
+
+def _gated_layer(layer, h: torch.Tensor, rope: Rope, attend: Attend, gates: torch.Tensor, decode: torch.Tensor):
+    """Run one layer at full depth: h [B, T, D] -> [B, T, D]. A gate of 1 changes no bit of h, even in bfloat16.
+
+    gates [B, 2 (prefill, decode)] are float32, and so are the sums of their derivatives. decode [B, T] says which
+    tokens belong to decode.
+    """
+    gate = torch.where(decode, gates[:, 1:], gates[:, :1])[..., None]  # [B, T, 1]
+    attended = attend(layer, *layer.queries_keys_values(h, rope))
+    h = h + (gate * layer.attention_update(attended)).to(h.dtype)
+    return h + (gate * layer.mlp_update(h)).to(h.dtype)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Importance:
+    """Importance scores of all layers for both stages, made by `pop.importance`. Invalid values raise InputError."""
+
+    prefill: torch.Tensor  # [L] float64 on the CPU, in nats squared
+    decode: torch.Tensor
+    prefill_error: torch.Tensor  # standard errors [L] float64; all NaN for a single sample
+    decode_error: torch.Tensor
+    num_samples: int  # the scores are means over these
+
+    def __post_init__(self):
+        object.__setattr__(self, "num_samples", check_count("num_samples", self.num_samples))
+        for name in SCORES:
+            is_unknown = name.endswith("_error") and self.num_samples == 1
+            object.__setattr__(self, name, _checked_scores(name, getattr(self, name), is_unknown))
+        lengths = [len(getattr(self, name)) for name in SCORES]
+        if len(set(lengths)) > 1:
+            raise InputError(f"{', '.join(SCORES)} have {lengths} layers; give scores of one run")
+
+    def plan(self, count: int, **options) -> PrunePlan:
+        """Prune the `count` layers that prefill needs least. Of equal layers, prune the deeper one first.
+
+        `options` are the other fields of PrunePlan. Raises PlanError if a value is out of range.
+        """
+        num_layers = len(self.prefill)
+        count = check_count("count", count, 0, num_layers, PlanError)
+        ranked = sorted(range(num_layers), key=lambda layer: (self.prefill[layer].item(), -layer))
+        return PrunePlan(layers=tuple(ranked[:count]), **options)
+
+    def plot(self, path: str | os.PathLike) -> None:
+        """Draw both stages' scores over the layers, with standard errors, as an SVG or PNG file.
+
+        The axis is logarithmic. A triangle on the lower edge stands for a score of exactly zero. Raises MissingExtra
+        without matplotlib, and InputError for another kind of file or one that cannot be written.
+        """
+        kind = check_plot(path)
+        from matplotlib import style
+        from matplotlib.figure import Figure
+
+        with style.context(["default", {"svg.hashsalt": "pop"}]):  # equal scores give equal files
+            figure = Figure(figsize=(7, 3.6), layout="constrained")
+            self._draw(figure.add_subplot())
+            drawn = io.BytesIO()
+            figure.savefig(drawn, format=kind, dpi=150, metadata={"Date": None} if kind == "svg" else None)
+        files.write_whole(path, drawn.getvalue(), "the plot", InputError)
+
+    def _draw(self, axes) -> None:
+        layers = np.arange(len(self.prefill))
+        for stage, color in COLORS.items():
+            scores = getattr(self, stage).numpy()
+            errors = getattr(self, f"{stage}_error").numpy()
+            shown = np.where(scores > 0, scores, np.nan)
+            zeros = layers[scores == 0]
+            style = {"color": color, "ms": 4}
+            axes.errorbar(layers, shown, errors, marker=MARKERS[stage], lw=1, capsize=2, label=stage, **style)
+            axes.plot(zeros, np.full(len(zeros), 0.03), "v", transform=axes.get_xaxis_transform(), **style)
+        axes.set_yscale("log", nonpositive="clip")
+        scores = torch.cat((self.prefill, self.decode))
+        positive = scores[scores > 0].tolist()
+        if positive:
+            axes.set_ylim(min(positive) / 3, max(positive) * 3)
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.set(xlabel="layer", ylabel="importance, nats²")
+        axes.set_title(f"Virtual gates: mean of {self.num_samples} samples, with standard errors", fontsize=10)
+        axes.grid(alpha=0.3)
+        axes.legend()
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Write the scores as JSON, whole or not at all. Raises InputError if that fails."""
+
+        def listed(scores: torch.Tensor) -> list:
+            return [None] * len(scores) if scores.isnan().any() else scores.tolist()
+
+        content = json.dumps(dataclasses.asdict(self), indent=1, default=listed) + "\n"
+        files.write_whole(path, content, "the importance scores", InputError)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike) -> "Importance":
+        """Read scores that `save` has written. Raises InputError for any other file."""
+        try:
+            return cls(**files.read_json(path, InputError))
+        except (InputError, TypeError) as error:
+            raise InputError(f"{path} does not hold importance scores ({error}); write them with .save(path)") from None
+
+
+def check_plot(path: str | os.PathLike) -> str:
+    """Return "svg" or "png", the kind of plot to write to a path. Raises InputError for others, or MissingExtra."""
+    kind = Path(path).suffix.lower().removeprefix(".")
+    if kind not in ("svg", "png"):
+        raise InputError(f"the plot cannot be written as {path}; give a path that ends in .svg or .png")
+    import_extra("matplotlib", "matplotlib", "plot")
+    return kind
+
+
+def _checked_scores(name: str, values, is_unknown: bool) -> torch.Tensor:
+    """values as [L] float64: finite and at least 0, or all NaN if `is_unknown` (None in a file)."""
+    if hasattr(values, "tolist"):
+        values = values.tolist()
+    is_valid = _is_unknown_score if is_unknown else _is_score
+    if not isinstance(values, (list, tuple)) or not values or not all(map(is_valid, values)):
+        number = "NaN, since there is one sample," if is_unknown else "a number of at least 0"
+        wanted = f"{number} for each layer"
+        raise InputError(f"{name} is {values!r:.80}; it must be a list of {wanted}")
+    if is_unknown:
+        values = [math.nan] * len(values)
+    return torch.tensor(values, dtype=torch.float64)
+
+
+def _is_score(value) -> bool:
+    return type(value) in (int, float) and 0 <= value < math.inf
+
+
+def _is_unknown_score(value) -> bool:
+    return value is None or (isinstance(value, float) and math.isnan(value))
