@@ -23,7 +23,6 @@ from pop.errors import (  # isort: skip
 from pop.generation.answers import Generation
 from pop.generation.conversation import Conversation
 from pop.generation.prefix import Prefix
-from pop.inputs.gemma3 import PanAndScan
 from pop.inputs.images import Image
 from pop.inputs.tokenizers import load_tokenizer
 from pop.inputs.video_files import Video
@@ -40,7 +39,7 @@ for _name, _module in (("cost", cost), ("parallel", parallel), ("reference", ref
 __all__ = [
     "CacheMemoryError", "CheckpointError", "ConfigError", "ContextOverflow", "Conversation",
     "DownloadError", "Generation", "Image", "Importance", "InputError", "KVCache", "MissingExtra", "Model",
-    "PanAndScan", "PlanError", "PopError", "Prefix", "PrunePlan", "TokenizerError", "UnknownModel",
+    "PlanError", "PopError", "Prefix", "PrunePlan", "TokenizerError", "UnknownModel",
     "UnsupportedError", "Video", "WeightsNotFound", "calibrate", "cost", "engine", "importance", "list_models",
     "load", "load_tokenizer", "parallel", "reference",
 ]  # fmt: skip

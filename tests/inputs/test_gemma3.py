@@ -1,4 +1,4 @@
-"""Gemma-3's images: pixels against the reference's image processor, crops, and how a prompt contains them.
+"""Gemma-3's images: pixels against the reference's image processor, and how a prompt contains them.
 
 tools/goldens/gemma3_vision.py makes the goldens.
 """
@@ -10,8 +10,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from PIL import Image
 from support.text import train
 from support.tiny import random_model, tiny_gemma3_config, tiny_gemma3_vl_config
@@ -20,7 +18,7 @@ from support.tiny_images import IMAGES, both_ways, image, levels, random_bytes
 import pop
 from pop.errors import InputError, UnsupportedError
 from pop.inputs import gemma3
-from pop.inputs.gemma3 import PanAndScan, _crops, gemma_pixels
+from pop.inputs.gemma3 import gemma_pixels
 from pop.inputs.images import load_image
 from pop.inputs.processors import processor_of
 from pop.inputs.sentence_piece import from_tokenizer_model
@@ -28,7 +26,6 @@ from pop.models.config import SiglipConfig
 
 GOLDENS = Path(__file__).parents[1] / "goldens" / "vision"
 PIXELS = dict(np.load(GOLDENS / "images.npz"))
-PAN_AND_SCAN = [name for name in PIXELS if name.startswith("pan-") and not name.endswith("-options")]
 IMAGE, BOI, EOI = 500, 501, 502
 ONE = [BOI, *[IMAGE] * 4, EOI]  # an image in a prompt
 A, B = random_bytes(30, 50, 3, seed=1), random_bytes(61, 20, 3, seed=2)
@@ -52,69 +49,10 @@ def test_prepared_in_real_size(name):
     assert np.array_equal(pixels.sum((0, 2, 3), dtype=np.int64), PIXELS[f"{name}-real-sums"])
 
 
-@pytest.mark.parametrize("name", PAN_AND_SCAN)
-def test_pan_and_scan_as_the_reference_does(name):
-    width, height, min_crop_size, max_crops, min_ratio = PIXELS[f"{name}-options"].tolist()
-    picture = random_bytes(int(height), int(width), 3, seed=int(height))
-    picture = PanAndScan(picture, int(min_crop_size), int(max_crops), min_ratio)
-    assert np.array_equal(levels(gemma_pixels(picture, 28)), PIXELS[name])
-
-
-def test_pan_and_scan_defaults_are_the_published_ones():
-    options = PanAndScan(None)
-    published = PIXELS["pan-square-options"][2:].tolist()
-    assert [options.min_crop_size, options.max_crops, options.min_ratio] == published
-
-
-@pytest.mark.parametrize(
-    ("width", "height", "count"),
-    [
-        (480, 300, 0),  # two crops would be 240 wide
-        (600, 250, 0),  # two crops would be 250 high
-        (620, 500, 2),  # the ratio rounds to 1, and 2 is the least
-        (500, 620, 2),
-        (5000, 500, 4),
-    ],
-)
-def test_crops_by_hand(width, height, count):
-    assert len(_crops(torch.empty(3, height, width, dtype=torch.uint8), PanAndScan(None))) == count
-
-
-@given(st.integers(1, 60), st.integers(1, 60), st.integers(1, 12), st.integers(1, 6), st.floats(1, 3))
-def test_crops_tile_the_image(width, height, min_crop_size, max_crops, min_ratio):
-    picture = load_image(random_bytes(height, width, 3, seed=0))
-    crops = _crops(picture, PanAndScan(None, min_crop_size, max_crops, min_ratio))
-    assert len(crops) <= max_crops
-    if crops:
-        assert torch.equal(torch.cat(crops, 2 if width >= height else 1), picture)
-        assert max(width, height) / min(width, height) >= min_ratio
-
-
 def test_pixels_of_a_square_of_the_right_size():
     picture = random_bytes(28, 28, 3, seed=1)
     expected = load_image(picture).float() / 255 * 2 - 1
     assert (gemma_pixels(picture, 28)[0] - expected).abs().max() < 1e-6
-
-
-@pytest.mark.parametrize(
-    ("options", "pattern"),
-    [
-        ({"min_crop_size": 0}, "min_crop_size is 0"),
-        ({"max_crops": 1.5}, "max_crops is 1.5"),
-        ({"min_ratio": 0.9}, "min_ratio is 0.9"),
-        ({"min_ratio": float("nan")}, "min_ratio is nan"),
-        ({"min_ratio": "2"}, "min_ratio is '2'"),
-    ],
-)
-def test_bad_pan_and_scan_options(options, pattern):
-    with pytest.raises(InputError, match=pattern):
-        PanAndScan(None, **options)
-
-
-@pytest.mark.parametrize("picture", [None, PanAndScan(A)])
-def test_pan_and_scan_is_of_an_image(picture):
-    with pytest.raises(InputError, match=f"type {type(picture).__name__}"):
-        gemma_pixels(PanAndScan(picture), 28)
 
 
 # ---- in prompts ----
@@ -167,44 +105,15 @@ def test_a_text_says_where_its_images_are(model):
     assert model.encode("<start_of_image>") == encode("<start_of_image>")  # ordinary text without an image
 
 
-@pytest.mark.parametrize("way", ["whole", "pan_and_scan"])
-def test_a_text_with_images_is_laid_out_as_by_the_reference(way):
+def test_a_text_with_images_is_laid_out_as_by_the_reference():
     golden = json.loads((GOLDENS / "layouts.json").read_text())
-    options = {name: golden["options"][name] for name in ("min_crop_size", "max_num_crops", "min_ratio_to_activate")}
     pictures = [random_bytes(height, width, 3, seed=0) for width, height in golden["sizes"]]
-    if way == "pan_and_scan":
-        pictures = [pop.PanAndScan(picture, *options.values()) for picture in pictures]
     config = tiny_gemma3_vl_config(vision=SiglipConfig(24, 36, 2, 3, 28, 7, tokens_per_image=4))
     vision = processor_of(config)
     names = {config.boi_id: "<start_of_image>", config.image_id: "<image_soft_token>", config.eoi_id: "<end_of_image>"}
     pieces = vision.replace_marks(golden["text"], vision.prepare_batch(pictures, None, 1)[0], "prompt")
     text = "".join(piece if isinstance(piece, str) else "".join(names[token] for token in piece) for piece in pieces)
-    assert text.replace("<image_soft_token>" * 4, "<image_soft_token>" * 2) == golden[way]
-
-
-def test_pan_and_scan_goes_wherever_an_image_does(model):
-    """The whole image and its crops are ordinary images in texts, token ids, batches and conversations."""
-    wide = pop.PanAndScan(random_bytes(20, 60, 3, seed=3), min_crop_size=8)  # three crops
-    text, encode = "Look: <start_of_image>!", lambda text: model.tokenizer.encode(text, bos=False)
-    expected = [2, *encode("Look: Here is the original image \n\n"), *ONE]
-    expected += encode("\n\n and here are some crops to help you see better \n\n")
-    expected += [*ONE, *encode("\n\n \n\n"), *ONE, *encode("\n\n \n\n"), *ONE, *encode("\n\n!")]
-    crops = [np.ascontiguousarray(wide.image[:, begin : begin + 20]) for begin in (0, 20, 40)]
-    answer = model.generate(expected, images=[wide.image, *crops], max_new_tokens=5)
-    assert model.generate(text, images=[wide], max_new_tokens=5).tokens == answer.tokens
-    assert answer.prompt_tokens == len(expected)
-    found = model.prefill([expected], model.new_cache(), images=[[wide]])
-    assert torch.equal(found, model.prefill([expected], model.new_cache(), images=[[wide.image, *crops]]))
-    batch = model.generate([[2, 9], text, "<start_of_image>"], images=[None, [wide], [A]], max_new_tokens=5)
-    assert batch[1].tokens == answer.tokens
-    content = [{"type": "image", "image": wide}, {"type": "text", "text": "What?"}]
-    tokens = model.chat_tokens([{"role": "user", "content": content}])
-    assert sum(token == IMAGE for token in tokens) == 4 * 4
-    assert model.chat([{"role": "user", "content": content}], max_new_tokens=3).prompt_tokens == len(tokens)
-    with pytest.raises(InputError, match="row 0 has 4 tokens 500, .* 4 images"):
-        model.generate([2, *ONE], images=[wide])
-    square = pop.PanAndScan(A, min_ratio=2)
-    assert torch.equal(model.logits([[2, *ONE]], images=[square]), model.logits([[2, *ONE]], images=[A]))
+    assert text.replace("<image_soft_token>" * 4, "<image_soft_token>" * 2) == golden["whole"]
 
 
 def test_a_conversation_has_images_among_its_text(model):
@@ -231,11 +140,10 @@ def test_a_conversation_continues_after_images(model, tmp_path):
     Image.fromarray(A).save(tmp_path / "a.png")
     chat = model.start_chat("Be brief.", plan=pop.PrunePlan.none())
     chat.send("What?", images=[tmp_path / "a.png"], max_new_tokens=3)
-    wide = pop.PanAndScan(B, min_crop_size=8)
-    answer = chat.send([{"type": "text", "text": "And"}, {"type": "image", "image": wide}], max_new_tokens=4)
+    answer = chat.send([{"type": "text", "text": "And"}, {"type": "image", "image": B}], max_new_tokens=4)
     prompt = chat.tokens[: -len(answer.tokens)]
-    again = model.generate(prompt, images=[A, wide], max_new_tokens=4, plan=pop.PrunePlan.none())
-    assert again.tokens == answer.tokens and sum(token == IMAGE for token in prompt) == 4 * (1 + 1 + 3)
+    again = model.generate(prompt, images=[A, B], max_new_tokens=4, plan=pop.PrunePlan.none())
+    assert again.tokens == answer.tokens and sum(token == IMAGE for token in prompt) == 4 * 2
     other = model.start_chat(plan=pop.PrunePlan((1, 3)))
     other.send("What?", images=[tmp_path / "a.png"], max_new_tokens=3)
     other.save(tmp_path / "chat.json")

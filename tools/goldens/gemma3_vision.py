@@ -37,18 +37,6 @@ MADE_WITH = f"transformers {transformers.__version__}, torchvision {torchvision.
 
 TINY_SIZE, REAL_SIZE = 28, 896
 SAMPLES = 2000  # values that are kept of an image of the real size, with the sum of each channel
-# Width, height, and options that differ from the processor's defaults.
-PAN_AND_SCAN = {
-    "landscape": (600, 300, {}),
-    "portrait": (270, 1000, {}),
-    "square": (300, 300, {}),
-    "too-small": (480, 250, {}),
-    "just-below-the-ratio": (609, 512, {}),
-    "half-rounds-up": (250, 100, {"min_crop_size": 50}),
-    "at-most-three": (700, 60, {"min_crop_size": 40, "max_num_crops": 3}),
-    "crops-large-enough": (611, 100, {"min_crop_size": 100, "max_num_crops": 9}),
-    "uneven": (41, 150, {"min_crop_size": 8, "max_num_crops": 20, "min_ratio_to_activate": 3.0}),
-}
 
 
 def exact_levels(pixels: torch.Tensor) -> np.ndarray:
@@ -58,11 +46,11 @@ def exact_levels(pixels: torch.Tensor) -> np.ndarray:
     return found
 
 
-def prepare(picture: Image.Image, size: int, **options) -> np.ndarray:
+def prepare(picture: Image.Image, size: int) -> np.ndarray:
     processor = Gemma3ImageProcessor(
         size={"height": size, "width": size}, image_mean=[0.5] * 3, image_std=[0.5] * 3, resample=2
     )
-    return exact_levels(processor(picture, return_tensors="pt", **options)["pixel_values"])
+    return exact_levels(processor(picture, return_tensors="pt")["pixel_values"])
 
 
 def make_images() -> None:
@@ -72,13 +60,6 @@ def make_images() -> None:
         where = np.random.RandomState(0).choice(real.size, SAMPLES, replace=False)
         arrays[f"{name}-real-samples"] = real.ravel()[where]
         arrays[f"{name}-real-sums"] = real.sum((0, 2, 3), dtype=np.int64)
-    for name, (width, height, changed) in PAN_AND_SCAN.items():
-        options = {"min_crop_size": 256, "max_num_crops": 4, "min_ratio_to_activate": 1.2, **changed}
-        picture = Image.fromarray(random_bytes(height, width, 3, seed=height))
-        options_named = {f"pan_and_scan_{key}": value for key, value in options.items()}
-        arrays[f"pan-{name}"] = prepare(picture, TINY_SIZE, do_pan_and_scan=True, **options_named)
-        arrays[f"pan-{name}-options"] = np.array([width, height, *options.values()])
-        print(f"{name}: {len(arrays[f'pan-{name}']) - 1} crops")
     np.savez_compressed(GOLDENS / "images.npz", **arrays)
 
 
@@ -86,7 +67,6 @@ def make_images() -> None:
 
 LAYOUT = "Compare <start_of_image> to<start_of_image>and <start_of_image>. "
 LAYOUT_SIZES = ((100, 20), (20, 20), (9, 30))  # width and height of its images
-LAYOUT_OPTIONS = {"min_crop_size": 8, "max_num_crops": 3, "min_ratio_to_activate": 1.2}
 
 
 def processor_with_words(image_processor: Gemma3ImageProcessor, image_seq_length: int) -> Gemma3Processor:
@@ -102,17 +82,16 @@ def processor_with_words(image_processor: Gemma3ImageProcessor, image_seq_length
 
 
 def make_layouts() -> None:
-    """LAYOUT with two tokens in place of each image, with and without pan-and-scan."""
+    """LAYOUT with two tokens in place of each image."""
     image_processor = Gemma3ImageProcessor(size={"height": TINY_SIZE, "width": TINY_SIZE})
     processor = processor_with_words(image_processor, image_seq_length=2)
     pictures = [Image.fromarray(random_bytes(height, width, 3, seed=0)) for width, height in LAYOUT_SIZES]
-    options = {f"pan_and_scan_{key}": value for key, value in LAYOUT_OPTIONS.items()}
-    result = {"made_with": MADE_WITH, "text": LAYOUT, "sizes": LAYOUT_SIZES, "options": LAYOUT_OPTIONS}
-    for do_pan_and_scan in (False, True):
-        inputs = processor.image_processor(pictures, do_pan_and_scan=do_pan_and_scan, **options)
-        first, *others = LAYOUT.split(processor.boi_token)
-        layout = [text for n, other in enumerate(others) for text in (processor.replace_image_token(inputs, n), other)]
-        result["pan_and_scan" if do_pan_and_scan else "whole"] = "".join([first, *layout])
+    inputs = processor.image_processor(pictures)
+    first, *others = LAYOUT.split(processor.boi_token)
+    whole = first
+    for n, other in enumerate(others):
+        whole += processor.replace_image_token(inputs, n) + other
+    result = {"made_with": MADE_WITH, "text": LAYOUT, "sizes": LAYOUT_SIZES, "whole": whole}
     (GOLDENS / "layouts.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
 
 
