@@ -23,7 +23,8 @@ import torch.nn.functional as F
 
 import pop
 from pop import engine
-from pop.backends import cuda, slot_attention
+from pop.backends import cuda
+from pop.backends.decode_attention import decode_attention
 from pop.cli.demo import machine, progress
 from pop.errors import InputError
 from tools.bench import __main__ as bench
@@ -127,11 +128,11 @@ def _one_token(keys: int, device: torch.device) -> Iterator[Figure]:
         return F.scaled_dot_product_attention(q.view(1, K, -1, E), k, v, attn_mask=mask)
 
     ways = {
-        "pop": lambda k, v: slot_attention.attend_slots(q, k, v, spans, E**-0.5),
+        "pop": lambda k, v: decode_attention(q, k, v, spans, E**-0.5),
         "flash": lambda k, v: cuda.attend(q, k[:, :-1], v[:, :-1], E**-0.5),
         "torch's choice": by_torch,
     }
-    exact = engine.attention.attend_slots(q.float(), *caches[0].float(), spans, E**-0.5).flatten()
+    exact = engine.attention.decode_attention(q.float(), *caches[0].float(), spans, E**-0.5).flatten()
     for name, way in ways.items():
         what = f"attention of one token, {keys:,} keys: {name}"
         yield what, device_us(lambda: [way(*cache) for cache in caches], device) / count, "us"  # noqa: B023

@@ -18,12 +18,12 @@ from pop.models.vision import qwen3_vl, siglip
 from pop.system.memory import free_bytes
 
 CPU = Stages(
-    full_layer=partial(full_layer, attention=cpu.attend_cache),
+    full_layer=partial(full_layer, attention=cpu.cache_attention),
     refit_layer=partial(refit_layer, linear=cpu.linear),
     corrected_layer=partial(corrected_layer, linear=cpu.linear),
     linear=cpu.linear,
 )
-CUDA = Stages(full_layer=partial(full_layer, attention=cuda.attend_cache), replay=Graph)
+CUDA = Stages(full_layer=partial(full_layer, attention=cuda.cache_attention), replay=Graph)
 FASTER = {nn.Linear: cpu.Linear, Embedding: cpu.Embedding, Experts: experts.Experts}
 CUDA_CHUNK_SIZE = 8192  # so most prompts run in one causal pass
 
@@ -39,7 +39,7 @@ def accelerate(module: nn.Module) -> None:
     for part in module.modules():
         part.__class__ = FASTER.get(type(part), type(part))
         if isinstance(part, siglip.Attention | qwen3_vl.Attention):
-            part.attention = backend.attention
+            part.attention = backend.vision_attention
 
 
 def stages_of(module: nn.Module) -> Stages:

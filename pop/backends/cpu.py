@@ -1,8 +1,9 @@
 """CPUs: faster matrix products, faster attention, and memory that is reused.
 
-`accelerate` gives the linear layers of a finished module a faster `forward`. `attend_cache` replaces the function of
-the same name in pop/engine/attention.py, `causal_attention` that of the plain pass, and `attention` that of vision
-towers. The results are those of PyTorch's own operators, up to rounding. The reasons: README.md in this folder.
+`accelerate` gives the linear layers of a finished module a faster `forward`. `cache_attention` replaces the function
+of the same name in pop/engine/attention.py, `causal_attention` that of the plain pass, and `vision_attention` that
+of vision towers. The results are those of PyTorch's own operators, up to rounding. README.md in this folder gives the
+reasons.
 """
 
 import ctypes
@@ -81,7 +82,7 @@ def _fused_product(weight: Tensor, x: Tensor) -> Tensor:
 def multiply_rows(x: Tensor, weight: Tensor) -> Tensor:
     """F.linear of x [B, in], without gradients. For a few rows, kernels.cpp takes little longer than to read W."""
     out = x.new_empty(x.shape[0], weight.shape[0])
-    if call := rows_call(out, x, weight):
+    if call := multiply_rows_call(out, x, weight):
         call()
         return out
     return F.linear(x, weight) if x.dtype in ROWS_FIRST else (weight @ x.T).T.contiguous()
@@ -90,7 +91,7 @@ def multiply_rows(x: Tensor, weight: Tensor) -> Tensor:
 multiply_rows.register_fake(lambda x, weight: x.new_empty(x.shape[0], weight.shape[0]))
 
 
-def rows_call(out: Tensor, x: Tensor, weight: Tensor) -> Callable | None:
+def multiply_rows_call(out: Tensor, x: Tensor, weight: Tensor) -> Callable | None:
     """A call of kernels.cpp for multiply_rows, which writes to `out`. None if it cannot take these tensors."""
     (rows, width), alike = x.shape, x.dtype == weight.dtype and x.shape[1] == weight.shape[1]
     whole_vectors = width % (64 // x.itemsize) == 0 and x.is_contiguous() and weight.is_contiguous()
@@ -99,12 +100,12 @@ def rows_call(out: Tensor, x: Tensor, weight: Tensor) -> Callable | None:
     return _call("multiply_rows", (x, weight, out), (rows, width, len(weight)))
 
 
-def attend_cache(q: Tensor, keys: Tensor, values: Tensor, at: AttentionMetadata, scale: float) -> Tensor:
-    """Like pop.engine.attention.attend_cache."""
+def cache_attention(q: Tensor, keys: Tensor, values: Tensor, at: AttentionMetadata, scale: float) -> Tensor:
+    """Like pop.engine.attention.cache_attention."""
     if at.held is None and q.device.type == "cpu":
-        return attend_filled_slots(q, keys, values, at.spans, scale)
+        return decode_attention(q, keys, values, at.spans, scale)
     if not _is_fused(q):
-        return engine.attend_cache(q, keys, values, at, scale)
+        return engine.cache_attention(q, keys, values, at, scale)
     return fused_attention(q, *engine.read(keys, values, at), at.held, at.spans, scale)
 
 
@@ -120,7 +121,7 @@ def causal_attention(
     return fused_attention(q, k, v, own, torch.stack((first, last), dim=-1), scale)
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def vision_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Like F.scaled_dot_product_attention(q, k, v) in a vision tower: each [N, H, P, E]."""
     if not _is_fused(q, k, v):
         return F.scaled_dot_product_attention(q, k, v)
@@ -161,22 +162,22 @@ def fused_attention(q: Tensor, k: Tensor, v: Tensor, held: Tensor, spans: Tensor
 fused_attention.register_fake(lambda q, *_: q.new_empty(*q.shape[:2], q.shape[2] * q.shape[3]))
 
 
-@torch.library.custom_op("pop::attend_filled_slots", mutates_args=())
-def attend_filled_slots(q: Tensor, keys: Tensor, values: Tensor, spans: Tensor, scale: float) -> Tensor:
-    """engine.attend_slots for q [B, 1, H, E] -> [B, 1, H * E], which reads no slots but the spans'."""
+@torch.library.custom_op("pop::cpu_decode_attention", mutates_args=())
+def decode_attention(q: Tensor, keys: Tensor, values: Tensor, spans: Tensor, scale: float) -> Tensor:
+    """engine.decode_attention for q [B, 1, H, E] -> [B, 1, H * E], which reads no slots but the spans'."""
     out = q.new_empty(q.shape[0], 1, q.shape[2] * q.shape[3])
-    if call := slots_call(out, q, keys, values, spans, scale):
+    if call := decode_attention_call(out, q, keys, values, spans, scale):
         call()
         return out
     filled = min(int(spans.max()) + 1, keys.shape[1] - 1)
-    return engine.attend_slots(q, keys[:, : filled + 1], values[:, : filled + 1], spans, scale)
+    return engine.decode_attention(q, keys[:, : filled + 1], values[:, : filled + 1], spans, scale)
 
 
-attend_filled_slots.register_fake(lambda q, *_: q.new_empty(q.shape[0], 1, q.shape[2] * q.shape[3]))
+decode_attention.register_fake(lambda q, *_: q.new_empty(q.shape[0], 1, q.shape[2] * q.shape[3]))
 
 
-def slots_call(out: Tensor, q, keys, values, spans, scale: float) -> Callable | None:
-    """A call of kernels.cpp for attend_filled_slots, which writes to `out`. None if it cannot take these tensors."""
+def decode_attention_call(out: Tensor, q, keys, values, spans, scale: float) -> Callable | None:
+    """A call of kernels.cpp for decode_attention, which writes to `out`. None if it cannot take these tensors."""
     (B, T, H, E), K = q.shape, keys.shape[2]
     shapes = (T, keys.shape, keys.shape[::3], H % K, spans.shape) == (1, values.shape, (B, E), 0, (B, 1, 2))
     alike = q.dtype == keys.dtype == values.dtype and spans.dtype == torch.int32 and spans.is_contiguous()

@@ -15,7 +15,10 @@ from torch.utils._pytree import tree_leaves
 from pop.backends import cpu
 
 CAN_RECORD = torch.__version__ >= "2.13"  # in 2.6, code compiles again in a record; those between are not tested
-CALLS = {torch.ops.pop.attend_filled_slots.default: cpu.slots_call, torch.ops.pop.multiply_rows.default: cpu.rows_call}
+CALLS = {
+    torch.ops.pop.cpu_decode_attention.default: cpu.decode_attention_call,
+    torch.ops.pop.multiply_rows.default: cpu.multiply_rows_call,
+}
 
 logger = logging.getLogger(__name__)
 _patching = threading.Lock()

@@ -15,7 +15,7 @@ import math
 import torch
 import torch.nn.functional as F
 
-from pop.backends.slot_attention import attend_slots
+from pop.backends.decode_attention import decode_attention
 from pop.engine import attention as engine
 from pop.engine.attention import UNBOUNDED, AttentionMetadata
 from pop.models import layers
@@ -44,23 +44,23 @@ ALIGNMENT = 8  # numbers in a load of 16 bytes: heads, and rows of a mask, are m
 QUERY_BLOCK = 1024  # tokens; their mask is in memory as numbers that are added to the scores
 
 
-def attend_cache(
+def cache_attention(
     q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, at: AttentionMetadata, scale: float
 ) -> torch.Tensor:
-    """Like pop.engine.attention.attend_cache."""
+    """Like pop.engine.attention.cache_attention."""
     if not is_supported(q):
-        return engine.attend_cache(q, keys, values, at, scale)
+        return engine.cache_attention(q, keys, values, at, scale)
     if at.held is None:
-        return attend_slots(q, keys, values, at.spans, scale)
-    return attend_spans(q, *engine.read(keys, values, at), at.held, at.spans, at.band, scale)
+        return decode_attention(q, keys, values, at.spans, scale)
+    return chunk_attention(q, *engine.read(keys, values, at), at.held, at.spans, at.band, scale)
 
 
-@torch.library.custom_op("pop::attend_spans", mutates_args=())
-def attend_spans(
+@torch.library.custom_op("pop::cuda_chunk_attention", mutates_args=())
+def chunk_attention(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, held: torch.Tensor, spans: torch.Tensor, band: torch.Tensor,
     scale: float,
 ) -> torch.Tensor:  # fmt: skip
-    """Like pop.engine.attention.attention_by_blocks. Without a mask, if the spans are a band of the keys.
+    """Like pop.engine.attention.chunk_attention. Without a mask, if the spans are a band of the keys.
 
     It is a custom operator because compiled code must not depend on the numbers in a band.
     """
@@ -68,17 +68,17 @@ def attend_spans(
     if is_exact:
         seen = slice(max(0, own - before), own + T)
         before = before if T > 1 else UNBOUNDED  # one token attends all of these
-        return attend(q, k[:, seen], v[:, seen], scale, before=before).flatten(2)
+        return fused_attention(q, k[:, seen], v[:, seen], scale, before=before).flatten(2)
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     for begin in range(0, T, QUERY_BLOCK):
         end = min(begin + QUERY_BLOCK, T)
         seen = slice(max(0, own + begin - before), own + end + after)
-        mask = engine.attended(held[:, seen], spans[:, begin:end])
-        out[:, begin:end] = attend(q[:, begin:end], k[:, seen], v[:, seen], scale, mask=mask)
+        mask = engine.span_mask(held[:, seen], spans[:, begin:end])
+        out[:, begin:end] = fused_attention(q[:, begin:end], k[:, seen], v[:, seen], scale, mask=mask)
     return out.flatten(2)
 
 
-attend_spans.register_fake(lambda q, *_: q.new_empty(*q.shape[:2], q.shape[2] * q.shape[3]))
+chunk_attention.register_fake(lambda q, *_: q.new_empty(*q.shape[:2], q.shape[2] * q.shape[3]))
 
 
 def causal_attention(
@@ -91,17 +91,17 @@ def causal_attention(
     T = q.shape[1]
     before = UNBOUNDED if window is None or window >= T else window - 1
     if last_attended is None and (before == UNBOUNDED or has_flash(q)):
-        return attend(q, k, v, scale, before=before).flatten(2)
+        return fused_attention(q, k, v, scale, before=before).flatten(2)
     # The window is in the mask, since the gradients of the memory-efficient kernel ignore its own windows.
-    return attend(q, k, v, scale, mask=layers.causal_mask(T, window, last_attended, q.device)).flatten(2)
+    return fused_attention(q, k, v, scale, mask=layers.causal_mask(T, window, last_attended, q.device)).flatten(2)
 
 
-def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+def vision_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
     """Like F.scaled_dot_product_attention(q, k, v) in a vision tower: each [N, H, P, E]."""
     if not is_supported(q):
         return F.scaled_dot_product_attention(q, k, v)
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # [N, P, H, E]
-    return attend(q, k, v, q.shape[-1] ** -0.5, causal=False).transpose(1, 2)
+    return fused_attention(q, k, v, q.shape[-1] ** -0.5, causal=False).transpose(1, 2)
 
 
 def is_supported(q: torch.Tensor) -> bool:
@@ -121,7 +121,7 @@ def _is_recent(q: torch.Tensor) -> bool:
     return torch.cuda.get_device_properties(q.device).major >= 8
 
 
-def attend(
+def fused_attention(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float,
     *, causal: bool = True, before: int = UNBOUNDED, mask: torch.Tensor | None = None,
 ) -> torch.Tensor:  # fmt: skip

@@ -1,7 +1,9 @@
 """Attention over a KV cache: where keys and values are written, and which of them each token attends.
 
-`attend_cache` is the one place where the kind of attention is chosen. A backend may pass another function of the same
-signature to `full_layer` (stages.py). Shape letters: pop/models/layers.py; N is the number of keys.
+`cache_attention` is the one place where the kind of attention is chosen: `decode_attention` for one token a row, and
+`chunk_attention` for several. A backend may pass another function of its signature to `full_layer` (stages.py).
+
+Shape letters: pop/models/layers.py; N is the number of keys.
 """
 
 from typing import NamedTuple
@@ -26,7 +28,7 @@ class AttentionMetadata(NamedTuple):
         spans       [[[4, 6], [5, 7]]]   position 6 attends 4 to 6, and position 7 attends 5 to 7
         band        [2, 2, 0, 1]         key number 2 is the first token's own
 
-    One token a row needs none of the last three: see `attend_slots`.
+    One token a row needs none of the last three: see `decode_attention`.
     """
 
     rope: Rope  # the tokens' rotary tables
@@ -46,14 +48,14 @@ def write(keys: Tensor, values: Tensor, slots: Tensor, k: Tensor, v: Tensor) -> 
     values[rows, slots] = v.to(values.dtype)
 
 
-def attend_cache(q: Tensor, keys: Tensor, values: Tensor, at: AttentionMetadata, scale: float) -> Tensor:
+def cache_attention(q: Tensor, keys: Tensor, values: Tensor, at: AttentionMetadata, scale: float) -> Tensor:
     """q [B, T, H, E] attends keys and values [B, S + 1, K, E], which hold its own tokens -> [B, T, H * E].
 
     Even fresh tokens are read back from the cache: padded positions of k and v may hold NaN, cache slots never do.
     """
     if at.held is None:
-        return attend_slots(q, keys, values, at.spans, scale)
-    return attention_by_blocks(q, *read(keys, values, at), at.held, at.spans, at.band, scale)
+        return decode_attention(q, keys, values, at.spans, scale)
+    return chunk_attention(q, *read(keys, values, at), at.held, at.spans, at.band, scale)
 
 
 def read(keys: Tensor, values: Tensor, at: AttentionMetadata) -> tuple[Tensor, Tensor]:
@@ -65,16 +67,14 @@ def read(keys: Tensor, values: Tensor, at: AttentionMetadata) -> tuple[Tensor, T
     return keys[rows, at.key_slots], values[rows, at.key_slots]
 
 
-def attended(held: Tensor, spans: Tensor) -> Tensor:
+def span_mask(held: Tensor, spans: Tensor) -> Tensor:
     """Which of the keys at positions `held` [B, N] are in the spans [B, T, 2]: a mask [B, T, N]."""
     first, last = spans.unbind(-1)  # [B, T] each
     return (first[..., None] <= held[:, None]) & (held[:, None] <= last[..., None])
 
 
-@torch.library.custom_op("pop::attention_by_blocks", mutates_args=())
-def attention_by_blocks(
-    q: Tensor, k: Tensor, v: Tensor, held: Tensor, spans: Tensor, band: Tensor, scale: float
-) -> Tensor:
+@torch.library.custom_op("pop::chunk_attention", mutates_args=())
+def chunk_attention(q: Tensor, k: Tensor, v: Tensor, held: Tensor, spans: Tensor, band: Tensor, scale: float) -> Tensor:
     """masked_attention for consecutive tokens, QUERY_BLOCK queries at a time over the keys of their band.
 
     So T tokens with a window cost T * (window + QUERY_BLOCK) products, whatever N is, and no mask has T rows. It is a
@@ -88,15 +88,15 @@ def attention_by_blocks(
     for begin in range(0, T, QUERY_BLOCK):
         end = min(begin + QUERY_BLOCK, T)
         keys = slice(max(0, own + begin - before), own + end + after)
-        mask = attended(held[:, keys], spans[:, begin:end])
+        mask = span_mask(held[:, keys], spans[:, begin:end])
         out[:, begin:end] = masked_attention(q[:, begin:end], k[:, keys], v[:, keys], mask, scale)
     return out
 
 
-attention_by_blocks.register_fake(lambda q, *_: q.new_empty(*q.shape[:2], q.shape[2] * q.shape[3]))
+chunk_attention.register_fake(lambda q, *_: q.new_empty(*q.shape[:2], q.shape[2] * q.shape[3]))
 
 
-def attend_slots(q: Tensor, keys: Tensor, values: Tensor, spans: Tensor, scale: float) -> Tensor:
+def decode_attention(q: Tensor, keys: Tensor, values: Tensor, spans: Tensor, scale: float) -> Tensor:
     """One token a row attends slots of the cache: q [B, 1, H, E], keys and values [B, S + 1, K, E] -> [B, 1, H * E].
 
     No length is known to the host. A ring's slot s of S holds the latest position up to the last attended one that is
@@ -104,4 +104,4 @@ def attend_slots(q: Tensor, keys: Tensor, values: Tensor, spans: Tensor, scale: 
     """
     S, last = keys.shape[1] - 1, spans[:, :, 1]  # [B, 1]
     held = last - (last - torch.arange(S, dtype=last.dtype, device=q.device)) % S  # [B, S]
-    return masked_attention(q, keys[:, :S], values[:, :S], attended(held, spans), scale)
+    return masked_attention(q, keys[:, :S], values[:, :S], span_mask(held, spans), scale)

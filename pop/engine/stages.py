@@ -10,10 +10,10 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from pop.engine.attention import AttentionMetadata, attend_cache, write
+from pop.engine.attention import AttentionMetadata, cache_attention, write
 
 
-def full_layer(layer, h, keys, values, at: AttentionMetadata, attention: Callable = attend_cache):
+def full_layer(layer, h, keys, values, at: AttentionMetadata, attention: Callable = cache_attention):
     """A layer at full depth: h [B, T, D] -> [B, T, D]. Its K and V are written before anything is attended."""
 
     def attend(layer, q, k, v):

@@ -18,7 +18,7 @@ from torch._inductor.codecache import CppCodeCache
 import pop
 from pop import engine
 from pop.backends import CPU, cpu
-from pop.engine.attention import attend_slots
+from pop.engine.attention import decode_attention
 from pop.engine.stages import corrected_layer
 from pop.models import layers
 
@@ -116,7 +116,7 @@ def test_a_few_rows_are_multiplied_as_in_float64(dtype, rows, height, data):
     width = data.draw(st.sampled_from([32, 96, 1024, 1056, 2592]))
     x, weight, memory = normal(rows, width), normal(height, width, seed=1), torch.full((rows + 2, height), torch.nan)
     x, weight, memory = (tensor.to(dtype) for tensor in (x, weight, memory))
-    cpu.rows_call(memory[1:-1], x, weight)()
+    cpu.multiply_rows_call(memory[1:-1], x, weight)()
     assert memory[[0, -1]].isnan().all()
     error = (memory[1:-1].double() - x.double() @ weight.double().T).abs().max()
     assert error < {torch.float32: 1e-6, torch.bfloat16: 0.02}[dtype] * width**0.5
@@ -125,12 +125,12 @@ def test_a_few_rows_are_multiplied_as_in_float64(dtype, rows, height, data):
 @requires_compiler
 def test_the_kernel_for_a_few_rows_refuses_what_would_lead_it_to_other_memory():
     x, weight = normal(3, 64), normal(5, 64)
-    assert cpu.rows_call(torch.empty(3, 5), x, weight)
+    assert cpu.multiply_rows_call(torch.empty(3, 5), x, weight)
     others = [(normal(cpu.MOST_ROWS + 1, 64), weight), (x[:0], weight), (x, normal(5, 96)), (x.bfloat16(), weight)]
     others += [(normal(64, 3).T, weight), (x, normal(64, 5).T), (normal(3, 24), normal(5, 24))]
     others += [(x.half(), weight.half())]
     for tensors in others:
-        assert cpu.rows_call(torch.empty(len(tensors[0]), 5), *tensors) is None
+        assert cpu.multiply_rows_call(torch.empty(len(tensors[0]), 5), *tensors) is None
 
 
 def test_weights_that_want_gradients_or_are_of_another_class_get_torchs_product():
@@ -257,12 +257,12 @@ def test_one_token_attends_the_slots_of_its_span(dtype, B, S, K, G, data):
     spans = torch.stack((first.clamp(min=0), last), dim=-1)[:, None].int()
     q, (keys, values) = normal(B, 1, K * G, E), (normal(B, K, S + 1, E, seed=seed).transpose(1, 2) for seed in (1, 2))
     q, keys, values = (x.to(dtype) for x in (q, keys, values))
-    wanted = attend_slots(q.double(), keys.double(), values.double(), spans, 2 * E**-0.5)
+    wanted = decode_attention(q.double(), keys.double(), values.double(), spans, 2 * E**-0.5)
     for b in range(B):
         attended = torch.arange(int(spans[b, 0, 0]), int(last[b]) + 1) % S
         others = torch.ones(S + 1, dtype=torch.bool).index_fill(0, attended, False)
         keys[b, others] = values[b, others] = torch.nan
-    found = cpu.attend_filled_slots(q, keys, values, spans, 2 * E**-0.5)
+    found = cpu.decode_attention(q, keys, values, spans, 2 * E**-0.5)
     assert (found.shape, found.dtype) == ((B, 1, K * G * E), dtype)
     assert (found.double() - wanted).abs().max() < (1e-5 if dtype == torch.float32 else 0.04)
 
@@ -274,20 +274,20 @@ def test_what_the_kernel_does_not_take_attends_as_well(monkeypatch, dtype, E, la
     monkeypatch.setattr(cpu, "_kernel", lambda: None)
     spans = torch.tensor([[[0, 2]], [[max(0, last - 6), last]]], dtype=torch.int32)
     q, (keys, values) = normal(2, 1, 4, E).to(dtype), (normal(2, 13, 2, E, seed=seed).to(dtype) for seed in (1, 2))
-    wanted = attend_slots(q.double(), keys.double(), values.double(), spans, 0.4)
-    assert (cpu.attend_filled_slots(q, keys, values, spans, 0.4).double() - wanted).abs().max() < 3e-3
+    wanted = decode_attention(q.double(), keys.double(), values.double(), spans, 0.4)
+    assert (cpu.decode_attention(q, keys, values, spans, 0.4).double() - wanted).abs().max() < 3e-3
 
 
 @requires_compiler
 def test_the_kernel_for_one_token_refuses_what_would_lead_it_to_other_memory():
     q, keys, spans = normal(2, 1, 4, 8), normal(2, 13, 2, 8, seed=1), torch.zeros(2, 1, 2, dtype=torch.int32)
     good = torch.empty(2, 1, 32), q, keys, keys, spans, 0.4
-    assert cpu.slots_call(*good)
+    assert cpu.decode_attention_call(*good)
     others = {1: (q[:1], q.repeat(1, 2, 1, 1), q[:, :, :3], q[..., :6], q.double()), 2: (keys[:, 1:], keys[..., ::2])}
     others |= {3: (keys[:, 1:], keys.bfloat16()), 4: (spans[:1], spans.long(), spans.expand(2, 3, 2))}
     for place, tensors in others.items():
         for tensor in tensors:
-            assert cpu.slots_call(*good[:place], tensor, *good[place + 1 :]) is None
+            assert cpu.decode_attention_call(*good[:place], tensor, *good[place + 1 :]) is None
 
 
 def naive(q, k, v, mask, scale):
@@ -322,7 +322,7 @@ def test_without_a_compiler_torchs_attention_runs(monkeypatch):
     looked_at = torch.tensor([0, 3, 3, 3, 4, 5, 6]).expand(2, -1)
     for options in ((3,), (None,), (5, looked_at)):
         assert_close(cpu.causal_attention(q, k, v, 0.3, *options), layers.causal_attention(q, k, v, 0.3, *options))
-    assert_close(cpu.attention(q, k, v), torch.nn.functional.scaled_dot_product_attention(q, k, v))
+    assert_close(cpu.vision_attention(q, k, v), torch.nn.functional.scaled_dot_product_attention(q, k, v))
 
 
 @given(cases())

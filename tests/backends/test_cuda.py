@@ -112,8 +112,8 @@ def test_a_chunk_attends_what_the_general_function_attends(monkeypatch, kernels,
         cases.append((metadata(own, tokens, before, is_exact=False, after=2), False))
     for at, is_band in cases:
         kernels.clear()
-        found = cuda.attend_cache(q, keys, values, at, 0.3)
-        wanted = attention.attend_cache(q, keys, values, at, 0.3)
+        found = cuda.cache_attention(q, keys, values, at, 0.3)
+        wanted = attention.cache_attention(q, keys, values, at, 0.3)
         assert found.dtype == dtype and found.shape == wanted.shape
         torch.testing.assert_close(found, wanted, rtol=0, atol=1e-5 if dtype == torch.float32 else 2e-3)
         assert set(kernels) == {"flash" if is_band and dtype == torch.float16 else "efficient"}
@@ -126,7 +126,7 @@ def test_a_prefill_in_chunks_is_that_of_the_general_function(kernels, lengths):
     module = random_model(tiny_gemma3_config(windows=(3, None, 3)), seed=4)
     plan = PrunePlan((1, 2), full_depth_last=2, full_depth_first=1)
     tokens, logits = torch.arange(26).view(2, 13), {}
-    for function in (cuda.attend_cache, attention.attend_cache):
+    for function in (cuda.cache_attention, attention.cache_attention):
         stages = EAGER._replace(full_layer=partial(full_layer, attention=function))
         cache = new_cache(module, 2, chunk=5)
         calls = [tokens[:, :3], torch.tensor([3, 3])], [tokens, torch.tensor(lengths)]
@@ -141,16 +141,16 @@ def test_tokens_that_are_not_consecutive(kernels):
     spans = torch.tensor([[[0, 0], [2, 9], [5, 30]], [[0, 4], [1, 1], [30, 31]]], dtype=torch.int32)
     held = torch.arange(35, dtype=torch.int32).expand(2, -1)
     at = AttentionMetadata((), None, spans, held, None, torch.tensor((0, UNBOUNDED, UNBOUNDED, 0)))
-    found = cuda.attend_cache(q, keys, values, at, 0.3)
-    wanted = layers.masked_attention(q, keys[:, :35], values[:, :35], attention.attended(held, spans), 0.3)
+    found = cuda.cache_attention(q, keys, values, at, 0.3)
+    wanted = layers.masked_attention(q, keys[:, :35], values[:, :35], attention.span_mask(held, spans), 0.3)
     torch.testing.assert_close(found, wanted)
 
 
 def test_one_token_without_positions_of_keys_attends_slots(monkeypatch, kernels):
     q, (keys, values) = randn(2, 1, 6, 8), slots(3, 8)
     at = AttentionMetadata((), None, torch.tensor([[[0, 3]], [[50, 60]]], dtype=torch.int32))
-    wanted = attention.attend_slots(q, keys, values, at.spans, 0.3)
-    torch.testing.assert_close(cuda.attend_cache(q, keys, values, at, 0.3), wanted)
+    wanted = attention.decode_attention(q, keys, values, at.spans, 0.3)
+    torch.testing.assert_close(cuda.cache_attention(q, keys, values, at, 0.3), wanted)
     assert not kernels
 
 
@@ -182,7 +182,7 @@ def test_a_vision_tower(kernels):
     for dtype, name in ((torch.float32, "efficient"), (torch.float16, "flash")):
         kernels.clear()
         q, k, v = (randn(2, 5, 3, 12, seed=seed).transpose(1, 2).to(dtype) for seed in range(3))  # [N, H, P, E]
-        found = cuda.attention(q, k, v)
+        found = cuda.vision_attention(q, k, v)
         torch.testing.assert_close(found, F.scaled_dot_product_attention(q, k, v), rtol=0, atol=2e-3)
         assert kernels == [name]
 
@@ -231,11 +231,11 @@ def test_tensors_that_no_kernel_takes_go_the_general_way(monkeypatch, kernels):
     q, (keys, values) = randn(2, 5, 6, 8), slots(3, 8)
     at = metadata(9, 5, 4, is_exact=False)
     torch.testing.assert_close(
-        cuda.attend_cache(q, keys, values, at, 0.3), attention.attend_cache(q, keys, values, at, 0.3)
+        cuda.cache_attention(q, keys, values, at, 0.3), attention.cache_attention(q, keys, values, at, 0.3)
     )
     k, v = keys[:, :5], values[:, :5]
     torch.testing.assert_close(cuda.causal_attention(q, k, v, 0.3, 2), layers.causal_attention(q, k, v, 0.3, 2))
-    torch.testing.assert_close(cuda.attention(q, q, q), F.scaled_dot_product_attention(q, q, q))
+    torch.testing.assert_close(cuda.vision_attention(q, q, q), F.scaled_dot_product_attention(q, q, q))
     assert not kernels
 
 
@@ -250,7 +250,7 @@ def test_torchs_own_operators_take_these_arguments_and_have_gradients(monkeypatc
         assert out.shape == (2, 7, 96) and out.dtype == dtype
         assert f"{name}AttentionBackward0" in gradient_formulas(out)
         with torch.no_grad():
-            assert cuda.attend(q, k, v, 0.3, before=3).shape == q.shape
+            assert cuda.fused_attention(q, k, v, 0.3, before=3).shape == q.shape
 
 
 def gradient_formulas(out):

@@ -9,7 +9,7 @@ from support.tiny import random_model, tiny_gemma3_config
 
 from pop import engine
 from pop.engine import attention
-from pop.engine.attention import UNBOUNDED, attention_by_blocks
+from pop.engine.attention import UNBOUNDED, chunk_attention
 from pop.engine.layout import Chunk, attention_metadata, chunk_bounds
 from pop.models.images import TEXT
 from pop.models.layers import masked_attention
@@ -34,7 +34,7 @@ def test_tokens_are_written_to_their_slots_and_read_from_them():
     band = torch.tensor((0, attention.UNBOUNDED, attention.UNBOUNDED, 0))
     for key_slots, read in ((slots, (k, v)), (None, (keys[:, :2], values[:, :2]))):
         at = attention.AttentionMetadata((), slots, spans, held, key_slots, band)
-        assert torch.equal(attention.attend_cache(q, keys, values, at, 0.3), masked_attention(q, *read, mask, 0.3))
+        assert torch.equal(attention.cache_attention(q, keys, values, at, 0.3), masked_attention(q, *read, mask, 0.3))
     assert not torch.equal(k, keys[:, :2])
 
 
@@ -52,7 +52,7 @@ def test_the_example_in_the_docstring_of_attention_metadata():
     assert at.key_slots.tolist() == [[4, 5, 0, 1]]
     assert at.held.tolist() == [[4, 5, 6, 7]]
     assert at.spans.tolist() == [[[4, 6], [5, 7]]]
-    assert attention.attended(at.held, at.spans).int().tolist() == [[[1, 1, 1, 0], [0, 1, 1, 1]]]
+    assert attention.span_mask(at.held, at.spans).int().tolist() == [[[1, 1, 1, 0], [0, 1, 1, 1]]]
     assert at.band.tolist() == [2, 2, 0, 1]
 
 
@@ -83,7 +83,7 @@ def test_a_full_band_is_aligned_at_the_lower_right(data):
             T = chunk.ids.shape[1]
             distance = torch.arange(own + T) - own - torch.arange(T)[:, None]  # [T, keys]
             band = (distance <= 0) & (distance > -(window or 10**9))
-            mask = attention.attended(at.held, at.spans)
+            mask = attention.span_mask(at.held, at.spans)
             assert torch.equal(mask[..., own + T :].any(-1) & chunk.tokens.valid, torch.zeros_like(chunk.tokens.valid))
             assert ((mask[..., : own + T] == band) | ~chunk.tokens.valid[..., None]).all()
 
@@ -101,7 +101,7 @@ def test_attention_by_blocks_leaves_nothing_out(monkeypatch, block, own, before,
     last = mine + torch.randint(0, after + 1, (2, T), generator=random)
     spans, band = torch.stack((first, last), dim=-1), torch.tensor([own, before, after, 0])
     mask = (first[..., None] <= torch.arange(N)) & (torch.arange(N) <= last[..., None])
-    found = attention_by_blocks(q, k, v, held, spans, band, 0.3)
+    found = chunk_attention(q, k, v, held, spans, band, 0.3)
     torch.testing.assert_close(found, masked_attention(q, k, v, mask, 0.3))
 
 
@@ -113,8 +113,8 @@ def test_the_first_tokens_need_no_mask(monkeypatch, own, before):
     q, k, v = randn(2, T, 6, 4), randn(2, N, 3, 4, seed=1), randn(2, N, 3, 4, seed=2)
     held, mine = torch.arange(N).repeat(2, 1), own + torch.arange(T).repeat(2, 1)
     spans = torch.stack(((mine - before).clamp(min=0), mine), dim=-1)
-    found = attention_by_blocks(q, k, v, held, spans, torch.tensor([own, before, 0, 1]), 0.3)
-    torch.testing.assert_close(found, masked_attention(q, k, v, attention.attended(held, spans), 0.3))
+    found = chunk_attention(q, k, v, held, spans, torch.tensor([own, before, 0, 1]), 0.3)
+    torch.testing.assert_close(found, masked_attention(q, k, v, attention.span_mask(held, spans), 0.3))
     assert bool(masks) == (own > 0 or before < T - 1)
 
 
@@ -125,7 +125,7 @@ def test_attending_slots_is_attending_the_latest_positions(window):
     q, cache = randn(6, 1, 4, 5), randn(2, 6, S + 1, 2, 5, seed=1)
     first = torch.zeros_like(last) if window is None else (last - window + 1).clamp(min=0)
     spans = torch.stack((first, last), dim=-1)[:, None].to(torch.int32)
-    found = attention.attend_slots(q, *cache, spans, 0.3)
+    found = attention.decode_attention(q, *cache, spans, 0.3)
     for row, position in enumerate(last.tolist()):
         attended = range(max(0, position - S + 1, position - (window or 99) + 1), position + 1)
         k, v = cache[:, row : row + 1, [p % S for p in attended]]

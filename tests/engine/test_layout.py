@@ -6,7 +6,7 @@ from support.tiny import random_model, tiny_config, tiny_gemma3_config
 from support.tiny_images import both_ways
 
 from pop import engine
-from pop.engine.attention import attend_cache
+from pop.engine.attention import cache_attention
 from pop.engine.layout import Chunk, attention_metadata, chunk_bounds, full_depth_tokens
 from pop.engine.stages import full_layer
 from pop.models.images import TEXT
@@ -62,7 +62,7 @@ def test_one_token_of_any_kind_attends_by_slots():
             k, v = (part[:, slots] for part in cache.layer(layer))
             wanted = masked_attention(q, k, v, torch.ones(1, 1, len(slots), dtype=torch.bool), 0.3)
             assert metadata[window].held is None
-            assert_close(attend_cache(q, *cache.layer(layer), metadata[window], 0.3), wanted)
+            assert_close(cache_attention(q, *cache.layer(layer), metadata[window], 0.3), wanted)
 
 
 def test_full_depth_rows_by_hand():

@@ -37,7 +37,7 @@ def bandwidth_turn(device: torch.device) -> Turn:
 def attention_turn(model: pop.Model, num_tokens: int) -> Turn:
     """Seconds of the attention of all layers in a full prefill, over the same chunks as in the engine."""
     H, E = model.config.num_heads, model.config.head_dim
-    attend_cache = stages_of(model.module).full_layer.keywords["attention"]
+    cache_attention = stages_of(model.module).full_layer.keywords["attention"]
     q = torch.randn(1, num_tokens, H, E, device=model.device).to(model.dtype)
     cache, lengths, chunks = model.new_cache(1, num_tokens), torch.tensor([num_tokens]), []
     ids, full_depth = torch.zeros(1, num_tokens, dtype=torch.int64), torch.zeros(1, num_tokens, dtype=torch.bool)
@@ -49,7 +49,7 @@ def attention_turn(model: pop.Model, num_tokens: int) -> Turn:
     def attend():
         for queries, metadata in chunks:
             for index, layer in enumerate(model.module.layers):
-                attend_cache(queries, *cache.layer(index), metadata[layer.window], layer.scale)
+                cache_attention(queries, *cache.layer(index), metadata[layer.window], layer.scale)
 
     return lambda: {"attention_s": seconds(attend, model.device)}
 

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from pop.backends import slot_attention
-from pop.backends.slot_attention import MOST_PARTS, attend_parts, attend_slots, parts_and_block
+from pop.backends import decode_attention as backend
+from pop.backends.decode_attention import MOST_PARTS, attention_in_parts, decode_attention, parts_and_block
 from pop.engine import attention
 
 requires_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
@@ -68,7 +68,7 @@ def error(found, expected):
 def test_on_a_cpu_it_is_the_general_function(case, dtype):
     q, keys, values, spans = inputs(case, dtype)
     keys, values = keys.nan_to_num(0), values.nan_to_num(0)  # as a cache: its free slots are finite
-    found = attend_slots(q, keys, values, spans, 0.3)
+    found = decode_attention(q, keys, values, spans, 0.3)
     assert found.dtype == dtype
     assert error(found, by_definition(q, keys, values, spans, 0.3)) < DTYPES[dtype]
 
@@ -77,25 +77,25 @@ def test_without_a_compiler_it_is_the_general_function(monkeypatch, caplog):
     """Triton needs one. Without, a model on a GPU must answer nevertheless, and say why it is slower."""
     tried = []
 
-    def attend_parts(*arguments):
+    def attention_in_parts(*arguments):
         tried.append(arguments)
         raise RuntimeError("Failed to find C compiler.")
 
-    monkeypatch.setattr(slot_attention, "_processors", lambda q: 132)
-    monkeypatch.setattr(slot_attention, "_failed", set())
-    monkeypatch.setattr(slot_attention, "attend_parts", attend_parts)
+    monkeypatch.setattr(backend, "_processors", lambda q: 132)
+    monkeypatch.setattr(backend, "_failed", set())
+    monkeypatch.setattr(backend, "attention_in_parts", attention_in_parts)
     q, keys, values = torch.randn(1, 1, 4, 16), torch.randn(1, 9, 2, 16), torch.randn(1, 9, 2, 16)
     spans = torch.tensor([[[0, 5]]], dtype=torch.int32)
     for _ in range(2):
         assert torch.equal(
-            attend_slots(q, keys, values, spans, 0.3), attention.attend_slots(q, keys, values, spans, 0.3)
+            decode_attention(q, keys, values, spans, 0.3), attention.decode_attention(q, keys, values, spans, 0.3)
         )
     assert len(tried) == len(caplog.records) == 1 and "Failed to find C compiler" in caplog.text
 
 
 def test_it_is_an_operator_that_the_compiler_knows():
-    torch.library.opcheck(attend_slots, (*inputs(CASES[0], torch.float32), 0.3), test_utils="test_schema")
-    torch.library.opcheck(attend_slots, (*inputs(CASES[0], torch.float32), 0.3), test_utils="test_faketensor")
+    torch.library.opcheck(decode_attention, (*inputs(CASES[0], torch.float32), 0.3), test_utils="test_schema")
+    torch.library.opcheck(decode_attention, (*inputs(CASES[0], torch.float32), 0.3), test_utils="test_faketensor")
 
 
 def test_there_are_enough_parts_to_fill_the_device_and_a_few_blocks_for_each():
@@ -127,7 +127,7 @@ if __name__ == "__main__":
             q, keys, values, spans = inputs(case, dtype)
             if case == CASES[1]:  # other strides than a cache's, also along the heads
                 q, keys, values = (x.transpose(1, 3).contiguous().transpose(1, 3) for x in (q, keys, values))
-            found = attend_parts(q, keys, values, spans, 0.3, *case[-2:])
+            found = attention_in_parts(q, keys, values, spans, 0.3, *case[-2:])
             assert found.dtype == dtype, case
             assert error(found, by_definition(q, keys, values, spans, 0.3)) < bound, case
             print("ran")

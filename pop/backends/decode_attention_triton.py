@@ -1,9 +1,9 @@
-"""The Triton kernels of slot_attention.py, which imports this file, and with it Triton, on their first launch.
+"""The Triton kernels of decode_attention.py, which imports this file, and with it Triton, on their first launch.
 
-A row attends the positions of its span that are still in the cache, position p in slot p % S. `attend_part` divides
-them among `parts` programs, so that even one row fills the device (flash-decoding: Dao et al. 2023). Each program takes
-the G query heads of one key-value head together. It stores its average of the values, and the logarithm of its
-softmax's sum. `combine_parts` weighs the averages by these sums.
+A row attends the positions of its span that are still in the cache, position p in slot p % S. `attention_of_part`
+divides them among `parts` programs, so that even one row fills the device (flash-decoding: Dao et al. 2023). Each
+program takes the G query heads of one key-value head together. It stores its average of the values, and the
+logarithm of its softmax's sum. `combine_parts` weighs the averages by these sums.
 
 In the names of strides, the first letter is the tensor, and the rest the axis: batch row, slot, head, or element.
 Positions are int32, which saves registers. Addresses are int64.
@@ -14,7 +14,7 @@ import triton.language as tl
 
 
 @triton.jit(do_not_specialize=["S"])  # compiled code is the same for all caches
-def attend_part(
+def attention_of_part(
     Q, Keys, Values, Spans, Averages, LogSums, scale, S,
     q_row, q_head, q_e, k_row, k_slot, k_head, k_e, v_row, v_slot, v_head, v_e,
     G: tl.constexpr, E: tl.constexpr, G2: tl.constexpr, E2: tl.constexpr, BLOCK: tl.constexpr,

@@ -1,7 +1,7 @@
 """CUDA: attention of one token a row over the slots of a cache.
 
-The kernels (slot_kernels.py) read lengths from the device and need no mask. So one captured CUDA graph serves all
-lengths. Shape letters: pop/models/layers.py.
+The kernels (decode_attention_triton.py) read lengths from the device and need no mask. So one captured CUDA graph
+serves all lengths. Shape letters: pop/models/layers.py.
 """
 
 import importlib.util
@@ -22,11 +22,11 @@ _failed: set[tuple] = set()  # devices, dtypes and head widths for which Triton 
 HAS_TRITON = torch.version.cuda is not None and importlib.util.find_spec("triton") is not None
 
 
-@torch.library.custom_op("pop::attend_slots", mutates_args=())
-def attend_slots(
+@torch.library.custom_op("pop::cuda_decode_attention", mutates_args=())
+def decode_attention(
     q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, spans: torch.Tensor, scale: float
 ) -> torch.Tensor:
-    """Like pop.engine.attention.attend_slots, which it calls where Triton cannot build the kernels.
+    """Like pop.engine.attention.decode_attention, which it calls where Triton cannot build the kernels.
 
     That takes a GPU of sm_80 or newer, a C compiler, and enough shared memory.
 
@@ -41,17 +41,17 @@ def attend_slots(
     kind = q.device, q.dtype, q.shape[-1]
     if kind not in _failed and (processors := _processors(q)):
         try:
-            return attend_parts(q, keys, values, spans, scale, *parts_and_block(keys, processors))
+            return attention_in_parts(q, keys, values, spans, scale, *parts_and_block(keys, processors))
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # no compiler, no headers, too little shared memory ...: each has its own exception
             reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
             logger.warning("one-token attention runs without Triton, which fails here: %s", reason)
             _failed.add(kind)
-    return attention.attend_slots(q, keys, values, spans, scale)
+    return attention.decode_attention(q, keys, values, spans, scale)
 
 
-attend_slots.register_fake(lambda q, *_: q.new_empty(q.shape[0], 1, q.shape[2] * q.shape[3]))
+decode_attention.register_fake(lambda q, *_: q.new_empty(q.shape[0], 1, q.shape[2] * q.shape[3]))
 
 
 def _processors(q: torch.Tensor) -> int:
@@ -69,11 +69,11 @@ def parts_and_block(keys: torch.Tensor, processors: int) -> tuple[int, int]:
     return min(-(-PROGRAMS * processors // (B * K)), -(-S // (BLOCKS_PER_PART * block)), MOST_PARTS), block
 
 
-def attend_parts(
+def attention_in_parts(
     q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, spans: torch.Tensor, scale: float, parts: int, block: int
 ) -> torch.Tensor:
-    """`attend_slots` by the two kernels."""
-    from pop.backends.slot_kernels import attend_part, combine_parts  # Triton loads on first use
+    """`decode_attention` by the two kernels."""
+    from pop.backends.decode_attention_triton import attention_of_part, combine_parts  # Triton loads on first use
 
     (B, _, H, E), K = q.shape, keys.shape[2]
     G, E2 = H // K, _power_of_two(E)
@@ -82,7 +82,7 @@ def attend_parts(
     out = q.new_empty(B, 1, H * E)
     strides = (*q.stride()[::2], q.stride(3), *keys.stride(), *values.stride())
     with torch.cuda.device_of(q):
-        attend_part[B, K, parts](
+        attention_of_part[B, K, parts](
             q, keys, values, spans.contiguous(), averages, log_sums, scale, keys.shape[1] - 1, *strides,
             G=G, E=E, G2=_power_of_two(G), E2=E2, BLOCK=block, **LAUNCH,
         )  # fmt: skip
