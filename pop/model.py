@@ -317,20 +317,21 @@ class Model:
     # Checks
 
     def resolve(self, plan) -> PrunePlan:
-        """The plan of a call, with its projections on the model's device in its dtype. None stands for the model's."""
+        """The plan of a call, with its corrections on the model's device in its dtype. None stands for the model's."""
         plan = PrunePlan.of(self.plan if plan is None else plan, self.config.num_layers)
-        refit = plan.projections
-        if refit is None or not plan.layers:
+        corrections = plan.corrections
+        if corrections is None or not plan.layers:
             return plan
-        if refit.fingerprint != self.fingerprint:
-            raise PlanError("the plan's projections were fitted to another model's weights; use pop.calibrate again")
-        n, KE, width = len(refit.layers), self.config.num_kv_heads * self.config.head_dim, self.config.hidden_size
-        inputs = refit.weight if refit.shared is None else refit.shared  # its last axis
-        shape, needed = [*refit.weight.shape[:3], inputs.shape[-1]], [n, 2, KE, refit.taps * width]
-        if refit.rows is None and shape != needed:
-            raise PlanError(f"the plan's projections are {shape}, but this model needs {needed}; calibrate again")
+        if corrections.fingerprint != self.fingerprint:
+            raise PlanError("the plan's corrections were fitted to another model's weights; use pop.calibrate again")
+        KE = self.config.num_kv_heads * self.config.head_dim
+        rows, inputs = corrections.weight.shape[2], corrections.shared.shape[2]
+        if corrections.rows is None and (rows, inputs) != (KE, 2 * self.config.hidden_size):
+            found = f"correct {rows} numbers of K from {inputs} inputs"
+            needed = f"this model needs {KE} and {2 * self.config.hidden_size}"
+            raise PlanError(f"the plan's corrections {found}, but {needed}; calibrate again")
         rows = None if self.part is None else self.part.kv_rows
-        return dataclasses.replace(plan, projections=refit.to(self.device, self.dtype, rows))
+        return dataclasses.replace(plan, corrections=corrections.to(self.device, self.dtype, rows))
 
     def encode(self, prompt, what: str = "prompt", bos: bool = True, media: Sequence[Prepared] = ()) -> list[int]:
         """Text with its images and videos, or token ids in any form, as a list of ids. `what` names it in errors."""

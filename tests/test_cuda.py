@@ -33,7 +33,7 @@ from pop.models.config import ExpertsConfig
 from pop.models.images import TEXT
 from pop.models.vision.qwen3_vl import Grid
 from pop.pruning import reference
-from pop.pruning.projections import KVProjections
+from pop.pruning.corrections import Corrections
 
 CHUNK = 7  # tokens that run at once; with windows of 5 tokens, a ring has 11 slots
 SIZES = {"hidden_size": 32, "intermediate_size": 48, "head_dim": 16}
@@ -70,7 +70,7 @@ def plan_of(model: pop.Model, name: str) -> pop.PrunePlan:
     shape = (len(LAYERS), 2, config.num_kv_heads * config.head_dim, taps * config.hidden_size)
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(0)) / shape[-1] ** 0.5
     weight = weight.to(model.dtype).float()
-    return pop.PrunePlan(LAYERS, last, first, KVProjections(LAYERS, weight, weight[..., 0], model.fingerprint, taps))
+    return pop.PrunePlan(LAYERS, last, first, Corrections(LAYERS, weight, weight[..., 0], model.fingerprint, taps))
 
 
 def random_tokens(*shape: int) -> torch.Tensor:

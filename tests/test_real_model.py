@@ -132,7 +132,7 @@ def test_cost_of_the_plans_that_ship(model):
     shipped = {len(plan.layers): plan for plan in map(pop.PrunePlan.load, paths)}
     for count, form in BOUNDS:
         plan = shipped[count]
-        assert plan.projections.rank and plan.full_depth_selected
+        assert plan.corrections.rank and plan.full_depth_selected
         if form == "bare":
             plan = dataclasses.replace(plan, full_depth_last=1, full_depth_selected=0.0)
         contenders.append(Contender(f"{count} {form}", model, plan))

@@ -23,7 +23,7 @@ import pop
 from pop import PrunePlan
 from pop.checkpoints.registry import find_folder
 from pop.errors import InputError
-from pop.pruning.projections import KVProjections
+from pop.pruning.corrections import Corrections
 from tools.common import exit_status, integers_in, table
 from tools.transformers_pop import FAMILIES, as_pop, library, pruned
 
@@ -71,8 +71,8 @@ def plans(twin: pop.Model) -> Iterator[PrunePlan]:
         shared = None if rank is None else torch.randn(1, rank, taps * D) / (taps * D) ** 0.5
         biases = torch.randn(len(layers), 2, KE) / 10
         update = torch.randn(2, D, taps * D) / D if layers == (1, 2, 4) else None  # h is updated after both groups
-        projections = KVProjections(layers, weight, biases, twin.fingerprint, taps, shared, update)
-        yield PrunePlan(layers, full_depth_last=taps, full_depth_first=taps, projections=projections)
+        projections = Corrections(layers, weight, biases, twin.fingerprint, taps, shared, update)
+        yield PrunePlan(layers, full_depth_last=taps, full_depth_first=taps, corrections=projections)
 
 
 def compare(model, twin: pop.Model, plan: PrunePlan, cache, chat) -> tuple[float, bool]:

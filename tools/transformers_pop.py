@@ -61,7 +61,7 @@ class pruned:
         self.plan = pop.PrunePlan.of(plan, len(self.layers))
         if self.plan.full_depth_selected:
             raise UnsupportedError("the plan selects tokens by attention, which pruned cannot; give another plan")
-        refit = self.plan.projections
+        refit = self.plan.corrections
         if refit is not None and refit.fingerprint != as_pop(model).fingerprint:
             raise PlanError("the plan was calibrated for another model; calibrate it for this one")
         self.refit = None if refit is None else refit.to(model.device, model.dtype)
@@ -134,7 +134,7 @@ class pruned:
         return h.scatter(1, at, f)
 
     def _refit_inputs(self, layer, h, prompt, cache, start):
-        """What the group's refit projections take, as KVProjections.inputs returns it."""
+        """What the group's refit projections take, as Corrections.inputs returns it."""
         x = normalised(h, layer.input_layernorm)
         previous = latest(cache, start, x) if self.two_taps else torch.zeros_like(x[:, 0])  # [B, D]
         x = x.where(prompt.valid[..., None], previous[:, None])  # padding precedes a row's first token

@@ -11,7 +11,7 @@ from torch import nn
 from pop.backends import cpu, cuda, experts
 from pop.backends.cuda_graph import Graph
 from pop.engine.cache import CHUNK_SIZE
-from pop.engine.stages import Stages, corrected_layer, full_layer, refit_layer
+from pop.engine.stages import Stages, corrected_layer, full_layer
 from pop.models.experts import Experts
 from pop.models.layers import Embedding
 from pop.models.vision import qwen3_vl, siglip
@@ -19,7 +19,6 @@ from pop.system.memory import free_bytes
 
 CPU = Stages(
     full_layer=partial(full_layer, attention=cpu.cache_attention),
-    refit_layer=partial(refit_layer, linear=cpu.linear),
     corrected_layer=partial(corrected_layer, linear=cpu.linear),
     linear=cpu.linear,
 )

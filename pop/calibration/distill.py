@@ -53,8 +53,8 @@ def distill(
     """
     given = judge.compare(plan)
     state = {"steps": torch.tensor(0), "least": torch.tensor(pooled(given).mean)}  # all that a run needs to continue
-    names, rates = tuple(plan.projections.tensors), {}
-    for name, tensor in plan.projections.tensors.items():
+    names, rates = tuple(plan.corrections.tensors), {}
+    for name, tensor in plan.corrections.tensors.items():
         tensor = tensor.to(model.device, torch.float32)
         rates[name] = rates["weight"] if name == "bias" else learning_rate(tensor)
         state |= {name: tensor.clone(), f"best {name}": tensor.clone()}
@@ -72,7 +72,7 @@ def distill(
         rng = random.Random(f"{seed} {number}")
         batch = exercise(model, windows, number, rng)
         trained = {name: state[name].requires_grad_() for name in names}
-        trainee = dataclasses.replace(plan, projections=plan.projections.replaced(trained))
+        trainee = dataclasses.replace(plan, corrections=plan.corrections.replaced(trained))
         loss = distillation_loss(module, model.vision, trainee, batch, rng)
         gradients = dict(zip(names, torch.autograd.grad(loss, [*trained.values()]), strict=True))
         adam_step(state, gradients, {name: rate * schedule(number, steps) for name, rate in rates.items()})
@@ -100,7 +100,7 @@ def distillation_loss(module, vision, plan: PrunePlan, batch: Exercise, rng: ran
     plan = rng.choice((plan, dataclasses.replace(plan, full_depth_last=1, full_depth_selected=0.0)))
     with torch.no_grad():
         images = vision.images(module, batch.media, batch.tokens, torch.full((B,), T))
-        states, full = teacher(module, batch.tokens.to(plan.projections.weight.device), images, [first_layer(plan)])
+        states, full = teacher(module, batch.tokens.to(plan.corrections.weight.device), images, [first_layer(plan)])
     pruned = student(module, plan, states[first_layer(plan)], cut, images)
 
     def divergence(full, pruned):  # [N, D] each. The gradient comes with the loss, so no logits [N, V] are kept for it
@@ -129,8 +129,8 @@ def working_copy(model) -> torch.nn.Module:
 
 def _plan(model, plan: PrunePlan, state: dict[str, torch.Tensor], which: str = "") -> PrunePlan:
     """The plan with the projections of a state, the latest ones or the best ones."""
-    tensors = {name: state[which + name].detach().to(model.dtype, copy=True) for name in plan.projections.tensors}
-    return dataclasses.replace(plan, projections=plan.projections.replaced(tensors))
+    tensors = {name: state[which + name].detach().to(model.dtype, copy=True) for name in plan.corrections.tensors}
+    return dataclasses.replace(plan, corrections=plan.corrections.replaced(tensors))
 
 
 def is_worse(found: list[Compared], given: list[Compared]) -> bool:
@@ -172,8 +172,8 @@ def adam_step(state: dict[str, torch.Tensor], gradients: dict[str, torch.Tensor]
 def _identity(model, plan: PrunePlan, windows: list[Window], judge: Judge, steps: int, seed: int) -> dict[str, str]:
     """What tells a run from others."""
     texts = [[(tokens, [one.sha256 for one in media]) for tokens, media in some] for some in (windows, judge.windows)]
-    start = save({name: tensor.contiguous() for name, tensor in plan.projections.tensors.items()})
-    fields = repr((plan.fields(), plan.projections.taps, plan.projections.rank)).encode()
+    start = save({name: tensor.contiguous() for name, tensor in plan.corrections.tensors.items()})
+    fields = repr((plan.fields(), plan.corrections.rank)).encode()
     return {
         "model": f"{model.fingerprint} {model.dtype} {model.max_seq_len}",
         "plan": hashlib.sha256(fields + start).hexdigest(),

@@ -31,8 +31,8 @@ from pop.engine.compile import SMALLEST
 from pop.errors import InputError, PlanError, UnsupportedError, check_count
 from pop.generation.sampling import check_finite
 from pop.model import Model
+from pop.pruning.corrections import Corrections
 from pop.pruning.plan import PrunePlan
-from pop.pruning.projections import KVProjections
 from pop.system import __version__
 from pop.system.progress import progress_bar
 
@@ -99,8 +99,9 @@ def calibrate(
         raise PlanError("the list of plans is empty; give at least one plan")
     if not all(one.layers for one in plans):
         raise PlanError("the plan prunes no layers, so there is nothing to calibrate; give its layers")
-    plans = [dataclasses.replace(one, full_depth_first=max(1, one.full_depth_first), projections=None) for one in plans]
+    plans = [dataclasses.replace(one, full_depth_first=max(1, one.full_depth_first), corrections=None) for one in plans]
     taps = check_count("taps", taps, least=1, most=2)
+    rank = model.config.hidden_size // 2 if rank is None else rank
     if rank is not None:
         rank = check_count("rank", rank, least=1, most=taps * model.config.hidden_size)
     seed = check_count("seed", seed, least=-(2**63), most=2**63 - 1)
@@ -202,7 +203,7 @@ class _Fit:
         self.model, self.plan, self.taps, self.rank = model, plan, taps, rank
         self.count = 0  # n, the number of tokens
         groups = plan.groups(L := model.config.num_layers, model.module.deepstack_layers)
-        self.groups = [group for is_pruned, group in groups if is_pruned]
+        self.groups = [list(group.layers) for group in groups if group.is_pruned]
         self.starts = {group[0] for group in self.groups}
         self.updated = {group[-1] for group in self.groups if group[-1] + 1 not in (*plan.layers, L)}
         if rank is not None and any(index - 1 in plan.layers for index in self.starts):
@@ -260,18 +261,18 @@ class _Fit:
     def refit(self, solutions: list[_Solution], damp_v: float | None) -> PrunePlan:
         """The plan with projections, given the damping of V. None: with the layers' own ones, as in plain pruning."""
         own, correction, bias, shared, update = zip(*solutions, strict=True)
-        weight, correction, bias, taps = torch.cat(own), torch.cat(correction), torch.cat(bias), self.taps
+        weight, correction, bias = torch.cat(own), torch.cat(correction), torch.cat(bias)
         if damp_v is None:  # no updates, and nothing of the previous token
-            weight, taps, others = weight[..., : self.model.config.hidden_size], 1, {}
+            weight, others = weight[..., : self.model.config.hidden_size], {}
         else:
             correction = correction * correction.new_tensor([1.0, damp_v])[:, None, None]
-            weight, bias = (weight + correction, bias) if self.rank is None else (correction, torch.zeros_like(bias))
+            weight, bias = correction, torch.zeros_like(bias)
             others = {"shared": shared, "update": [x for x in update if x is not None]}
             others = {name: torch.stack(x) for name, x in others.items() if x and x[0] is not None}
         tensors = {"weight": weight, "bias": bias, **others}
         tensors = {name: x.to(self.model.dtype) for name, x in tensors.items()}
-        projections = KVProjections(self.plan.layers, fingerprint=self.model.fingerprint, taps=taps, **tensors)
-        return dataclasses.replace(self.plan, projections=projections)
+        corrections = Corrections(self.plan.layers, fingerprint=self.model.fingerprint, **tensors)
+        return dataclasses.replace(self.plan, corrections=corrections)
 
 
 def low_rank(corrections: torch.Tensor, factor: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -366,7 +367,7 @@ def _choose(fit: _Fit, judge: Judge, may_be_plain: bool, step) -> PrunePlan:
         if loss(larger, 1.0) >= loss(ridge, 1.0):  # the loss has one valley, so stop where it rises
             break
         ridge = larger
-    candidates = [(ridge, damp_v) for damp_v in DAMPINGS] + [(ridge, None)] * may_be_plain
+    candidates = [(ridge, damp_v) for damp_v in DAMPINGS] + [(ridge, None)] * False
     best = min(candidates, key=lambda settings: loss(*settings))
     step(TRIALS - loss.cache_info().currsize)
     return refit(*best)

@@ -22,6 +22,7 @@ from torch.utils.checkpoint import checkpoint
 from pop.engine.selection import select
 from pop.models.images import TextOnly
 from pop.models.layers import causal_mask, masked_attention
+from pop.pruning.corrections import corrected_keys_values
 from pop.pruning.plan import PrunePlan
 from pop.pruning.reference import full_depth_tokens
 
@@ -62,8 +63,9 @@ def student(module, plan: PrunePlan, h, cut: int, images: TextOnly) -> torch.Ten
     last_attended, ropes = images.last_attended(positions), module.rope(images.rotary(positions))
     by_position = full_depth_tokens(cut, T, dataclasses.replace(plan, full_depth_selected=0.0)).expand(B, -1)
     full_depth = by_position.to(h.device)  # [B, T]
-    if (refit := plan.projections) is not None:
-        refit = refit.replaced({name: x.to(h.dtype) for name, x in refit.tensors.items()})
+    if plan.corrections is not None:
+        cast = {name: x.to(h.dtype) for name, x in plan.corrections.tensors.items()}
+        plan = dataclasses.replace(plan, corrections=plan.corrections.replaced(cast))
 
     def attend(layer, q, k, v):
         return module.causal_attention(q, k, v, layer.scale, layer.window, last_attended)
@@ -81,26 +83,26 @@ def student(module, plan: PrunePlan, h, cut: int, images: TextOnly) -> torch.Ten
         selected = select(module, plan, h[:, :cut], rotary, torch.full((B,), cut), others, count)
         return full_depth | F.pad(selected, (0, T - cut))
 
-    for is_pruned, group in plan.groups(len(module.layers), module.deepstack_layers):
-        group = [index for index in group if index >= first_layer(plan)]
+    for whole in plan.groups(len(module.layers), module.deepstack_layers):
+        group = [index for index in whole.layers if index >= first_layer(plan)]
         if not group:
             continue
-        if is_pruned:
-            full_depth = chosen(group[0], h)
+        if whole.is_pruned:
+            refit = whole.corrections
             at = full_depth.nonzero().view(B, -1, 2).unbind(-1)  # [B, R] each: as many in each row
             masks = {window: causal_mask(T, window, last_attended, h.device).expand(B, -1, -1)[at] for window in ropes}
             if refit is not None:
                 x = module.layers[group[0]].normalised(h)
-                x = refit.inputs(x, torch.zeros_like(x[:, 0]), group[0])
-            f, passed = h[at], h if refit is None else refit.passed(h, x, group[-1])  # [B, R, D] and [B, T, D]
-            for index in group:
-                layer, number = module.layers[index], plan.layers.index(index)
+                z = refit.code(x, torch.zeros_like(x[:, 0]))
+            f, passed = h[at], h if refit is None else refit.updated(h, z)  # [B, R, D] and [B, T, D]
+            for number, index in enumerate(group):
+                layer = module.layers[index]
                 rope = ropes[layer.window]
-                k, v = layer.projected(h) if refit is None or refit.shared is not None else (0, 0)  # [B, T, K * E] each
-                if refit is not None:
-                    found = F.linear(x, refit.weight[number].flatten(0, 1), refit.bias[number].flatten())
-                    k, v = map(torch.add, found.chunk(2, dim=-1), (k, v))
-                attend_pruned = functools.partial(attend_rows, of_prompt=layer.placed(k, v, rope))
+                if refit is None:
+                    k, v = layer.keys_values(h, rope)
+                else:
+                    k, v = corrected_keys_values(layer, h, z, refit.weight[number], refit.bias[number], rope)
+                attend_pruned = functools.partial(attend_rows, of_prompt=(k, v))
                 f = layer(f, tuple(table[at] for table in rope), attend_pruned)
             h = passed.index_put(at, f)
         else:

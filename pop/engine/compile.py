@@ -72,9 +72,9 @@ class Compiled:
             if self.works and not self._seen.unchanged(look):
                 self._seen.look((self.module, *self.module.layers, *self.module.tower))
             kinds = set(self._seen.values()) - {None}
-            for refit in (None, plan.projections):
+            for refit in (None, plan.corrections):
                 # torch compiles again for other numbers of threads.
-                form = rows > 1, torch.get_num_threads(), refit and (refit.taps, refit.rank)
+                form = rows > 1, torch.get_num_threads(), refit and refit.rank
                 wanted = {(*form, kind) for kind in kinds}
                 if not wanted <= self._warm and self.works:
                     self._warm_up(rows > 1, refit and plan)
@@ -185,11 +185,11 @@ class _CompiledStage:
     def __call__(self, layer, h, *args):
         kind, one_token = self.seen[layer], h.shape[-2] == 1
         # Compiling takes longer than it saves for logits of several tokens, and for chunks of one pruned token.
-        rare = (stages.head,) if not one_token else (stages.pruned_layer, stages.refit_layer, stages.corrected_layer)
+        rare = (stages.head,) if not one_token else (stages.pruned_layer, stages.corrected_layer)
         if kind is None or self.function in rare:
             return self.eager(layer, h, *args)
         key = kind, one_token, torch.get_num_threads()
-        if self.function in (stages.pruned_layer, stages.refit_layer, stages.corrected_layer):
+        if self.function in (stages.pruned_layer, stages.corrected_layer):
             *inputs, keys, values = args
             h, *inputs = (_as_owner(x) for x in (h, *inputs))
             args = (*inputs, keys, values)

@@ -119,10 +119,10 @@ def _run_chunk(module, cache: KVCache, hidden, chunk: Chunk, stages: Stages, lay
     W = rows.shape[1]
     rows_metadata = attention_metadata(module, cache, chunk.full_depth, chunk.ends) if W else {}
     new_hidden = list(hidden)
-    for is_pruned, group in chunk.plan.groups(len(module.layers), module.deepstack_layers):
-        group = [index for index in group if index in layers]
-        if is_pruned and group:
-            passed = _write_pruned(module, group, h, hidden[group[0]], cache, chunk, metadata, stages)
+    for whole in chunk.plan.groups(len(module.layers), module.deepstack_layers):
+        group = [index for index in whole.layers if index in layers]
+        if whole.is_pruned and group:
+            passed = _write_pruned(module, whole, h, hidden[group[0]], cache, chunk, metadata, stages)
             f = h.gather(1, rows)
             for index in group:
                 new_hidden[index] = chunk.latest(h, f if W else None)
@@ -144,15 +144,14 @@ def _write_pruned(module, group, h, previous, cache: KVCache, chunk: Chunk, meta
 
     previous: [B, D], the h that entered the group at the token before the chunk.
     """
-    refit = chunk.plan.projections
+    refit = group.corrections
     stage, tokens, passed = stages.pruned_layer, (h,), h
     if refit is not None:
-        normalised = module.layers[group[0]].normalised
-        current, before = normalised(h), normalised(previous)
-        inputs = refit.inputs(current, before, group[0], stages.linear)  # [B, C, taps * D], or codes [B, C, R]
-        is_whole, passed = refit.shared is None, refit.passed(h, inputs, group[-1], stages.linear)
-        stage, tokens = (stages.refit_layer, (inputs,)) if is_whole else (stages.corrected_layer, (h, inputs))
-    for number, index in enumerate(group, start=chunk.plan.layers.index(group[0])):
+        normalised = module.layers[group.layers[0]].normalised
+        z = refit.code(normalised(h), normalised(previous), stages.linear)  # [B, C, R]
+        passed = refit.updated(h, z, stages.linear)
+        stage, tokens = stages.corrected_layer, (h, z)
+    for number, index in enumerate(group.layers):
         layer = module.layers[index]
         at = metadata[layer.window]
         # With a window, tokens that no later token attends need no K and V.

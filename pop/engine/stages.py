@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from pop.engine.attention import AttentionMetadata, cache_attention, write
+from pop.pruning.corrections import corrected_keys_values
 
 
 def full_layer(layer, h, keys, values, at: AttentionMetadata, attention: Callable = cache_attention):
@@ -28,23 +29,12 @@ def pruned_layer(layer, h, rope, slots, keys, values):
     write(keys, values, slots, *layer.keys_values(h, rope))
 
 
-def refit_layer(layer, inputs, weight, bias, rope, slots, keys, values, linear: Callable = F.linear):
-    """A pruned layer with refit projections: K and V of inputs [B, T, taps * D] in one product.
-
-    weight is [2, K * E, taps * D], bias is [2, K * E].
-    """
-    k, v = linear(inputs, weight.flatten(0, 1), bias.flatten()).chunk(2, dim=-1)  # [B, T, K * E] each
-    write(keys, values, slots, *layer.placed(k, v, rope))
-
-
 def corrected_layer(layer, h, z, weight, bias, rope, slots, keys, values, linear: Callable = F.linear):
-    """A pruned layer with corrections of low rank: its own K and V of h [B, T, D], plus products of z [B, T, R].
+    """A pruned layer of a calibrated plan: its own K and V of h [B, T, D], corrected by products of z [B, T, R].
 
-    weight is [2, K * E, R], bias is [2, K * E].
+    weight is [2 * K * E, R], bias is [2 * K * E].
     """
-    corrections = linear(z, weight.flatten(0, 1), bias.flatten()).chunk(2, dim=-1)  # [B, T, K * E] each
-    k, v = (own + correction for own, correction in zip(layer.projected(h), corrections, strict=True))
-    write(keys, values, slots, *layer.placed(k, v, rope))
+    write(keys, values, slots, *corrected_keys_values(layer, h, z, weight, bias, rope, linear))
 
 
 def head(module, h):
@@ -62,7 +52,6 @@ class Stages(NamedTuple):
 
     full_layer: Callable[..., torch.Tensor] = full_layer
     pruned_layer: Callable[..., None] = pruned_layer
-    refit_layer: Callable[..., None] = refit_layer
     corrected_layer: Callable[..., None] = corrected_layer
     head: Callable[..., torch.Tensor] = head
     linear: Callable[..., torch.Tensor] = F.linear

@@ -104,16 +104,16 @@ def _parts(
     """The parts of a prefill, each with its FLOPs and the numbers that it reads: weights, K and V."""
     experts = getattr(config, "experts", None)
     sparse = () if experts is None else experts.layers
-    late = [n for n in plan.layers if n >= plan.selects_at]  # they run selected tokens too
+    late = [n for n in plan.layers if n > (plan.selects_at or 0)]  # they run selected tokens too
     layers = Counter(((n in plan.layers) + (n in late), window, n in sparse) for n, window in enumerate(config.windows))
-    D, KV, refit = config.hidden_size, 2 * config.num_kv_heads * config.head_dim, plan.projections
-    rank = 0 if refit is None else refit.rank or 0
-    taps = 1 if refit is None else refit.taps
+    D, KV, refit = config.hidden_size, 2 * config.num_kv_heads * config.head_dim, plan.corrections
+    rank = 0 if refit is None else refit.rank
     by_group = []  # of each group of pruned layers: the first one, and the weights of its codes and its update
-    for group in range(0 if refit is None else refit.group[-1] + 1):
-        tensors = [x[group] for x in (refit.shared, refit.update) if x is not None and group < len(x)]
-        by_group.append((refit.layers[refit.group.index(group)], sum(tensor.numel() for tensor in tensors)))
-    refit = KV * (D + rank if rank else taps * D)  # weights of a pruned layer
+    for group in plan.groups(config.num_layers):
+        if group.corrections is not None:
+            update = 0 if group.corrections.update is None else D * rank
+            by_group.append((group.layers[0], 2 * D * rank + update))
+    refit = KV * (D + rank)  # weights of a pruned layer
     last = num_tokens - plan.full_depth_last  # the first of the prompt's last full-depth tokens
     others = range(num_tokens)[plan.full_depth_first : max(last, 0)]
     count = plan.num_selected(len(others))
@@ -135,10 +135,8 @@ def _parts(
                 yield count * 2 * projected * refit, count * refit * bool(projected)
     if selected:
         queries = config.num_heads * config.head_dim
-        is_extra = plan.projections is not None and plan.selects_at in plan.layers
-        keys = D * config.num_kv_heads * config.head_dim * is_extra
         Q = min(SELECTING, num_tokens)
-        yield 2 * (Q * queries * (D + num_tokens) + num_tokens * keys), D * queries + keys
+        yield 2 * (Q * queries * (D + num_tokens)), D * queries
     head = config.hidden_size * config.vocab_size
     yield 2 * head, head
     yield _vision(config, patches)

@@ -8,18 +8,28 @@ import json
 import math
 import os
 from itertools import groupby
+from typing import NamedTuple
 
 from safetensors import SafetensorError
 from safetensors.torch import save
 
 from pop.errors import PlanError, check_count
-from pop.pruning.projections import KVProjections
+from pop.pruning.corrections import Corrections, GroupCorrections
 from pop.system import __version__, files
 
 SELECTING = 16  # the last tokens of a prompt, which select others by their attention
 POOLED = 20  # tokens whose scores are averaged: a token and those before it
 RECORD = 10_000  # the most characters of `about` as JSON
 SHIPPED = os.path.join(os.path.dirname(os.path.dirname(__file__)), "data", "plans")
+FIELDS = ("layers", "full_depth_last", "full_depth_first", "full_depth_selected", "selecting_layer")  # of plain values
+
+
+class Group(NamedTuple):
+    """Consecutive layers that are all pruned or all kept."""
+
+    layers: range
+    is_pruned: bool
+    corrections: GroupCorrections | None = None  # of a pruned group in a calibrated plan
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,59 +37,64 @@ class PrunePlan:
     """Which layers prefill skips, and which tokens run at full depth. Of a skipped layer only K and V are computed.
 
     Args:
-        layers: indices of the pruned layers, 0 <= index < L, stored sorted. Empty: nothing is pruned.
-        full_depth_last: the last w tokens of every prompt run the whole model. w is at least 1, since the boundary
+        layers: The indices of the pruned layers, 0 <= index < L, stored sorted. Empty: nothing is pruned.
+        full_depth_last: The last w tokens of every prompt run the whole model. w is at least 1, since the boundary
             token predicts the first new token. The paper has w = 1.
-        full_depth_first: the first s tokens of the sequence, the attention sinks, also run it. The paper has s = 0.
-        projections: refit K and V projections for the pruned layers, and updates of h, made by pop.calibrate. None: the
-            layers' own, as in the paper. They need full_depth_first >= 1, since they are not fitted to the first token.
-        full_depth_selected: the share of a prompt's other tokens that run at full depth: those that its last tokens
-            attend most at the selecting layer. They skip the pruned layers before it, as other tokens do.
-        selecting_layer: a kept layer before pruned ones, or the first of consecutive pruned layers. None: the first
-            pruned layer.
-        about: a record for readers, as a small object of JSON. pop.calibrate fills it. It is not compared.
+        full_depth_first: The first s tokens of the sequence, the attention sinks, also run it. The paper has s = 0.
+        corrections: What pop.calibrate adds: corrections of the pruned layers' K and V, and updates of h. They need
+            full_depth_first >= 1, since they are not fitted to the first token. None: plain pruning, as in the paper.
+        full_depth_selected: The share of a prompt's other tokens that also run at full depth. These are the tokens that
+            the prompt's last tokens attend most at the selecting layer. They skip the pruned layers before it.
+        selecting_layer: A kept layer with pruned ones after it. None: the layer before the first pruned one.
+        about: A record for readers, as a small object of JSON. pop.calibrate fills it. It is not compared.
 
     Raises:
-        PlanError: any other value.
+        PlanError: A value is out of range, or values do not fit each other.
     """
 
     layers: tuple[int, ...] = ()
     full_depth_last: int = 1
     full_depth_first: int = 0
-    projections: KVProjections | None = None
+    corrections: Corrections | None = None
     full_depth_selected: float = 0.0
     selecting_layer: int | None = None
     about: dict = dataclasses.field(default_factory=dict, compare=False, repr=False)
 
     def __post_init__(self):
-        try:
-            layers = tuple(sorted(check_count("a layer index", layer, 0, error=PlanError) for layer in self.layers))
-        except TypeError:
-            raise PlanError(f"layers is {self.layers!r}; give indices, as in layers=(20, 21)") from None
-        if len(set(layers)) < len(layers):
-            raise PlanError(f"layers names a layer twice: {layers}")
-        object.__setattr__(self, "layers", layers)
-        for name, least in (("full_depth_last", 1), ("full_depth_first", 0)):
-            object.__setattr__(self, name, check_count(name, getattr(self, name), least, 2**31 - 1, PlanError))
+        def store(name: str, value) -> None:  # the class is frozen
+            object.__setattr__(self, name, value)
+
+        store("layers", _checked_layers(self.layers))
+        store("full_depth_last", check_count("full_depth_last", self.full_depth_last, 1, 2**31 - 1, PlanError))
+        store("full_depth_first", check_count("full_depth_first", self.full_depth_first, 0, 2**31 - 1, PlanError))
         share = _share("full_depth_selected", self.full_depth_selected, "the prompt's tokens to run at full depth")
-        object.__setattr__(self, "full_depth_selected", share)
-        if (at := self.selecting_layer) is not None:
-            object.__setattr__(self, "selecting_layer", check_count("selecting_layer", at, 0, error=PlanError))
-            if at > max(layers, default=-1) or {at - 1, at} <= set(layers):
-                which = "a kept layer before a pruned one, or the first of consecutive pruned layers"
-                raise PlanError(f"selecting_layer is {at}; it must be {which}, and the plan prunes {layers}")
-        object.__setattr__(self, "about", _copied(self.about))
-        if self.projections is None:
+        store("full_depth_selected", share)
+        if self.selecting_layer is not None:
+            store("selecting_layer", check_count("selecting_layer", self.selecting_layer, 0, error=PlanError))
+        store("about", _copied(self.about))
+        self._check_selecting_layer()
+        self._check_corrections()
+
+    def _check_selecting_layer(self) -> None:
+        layer = self.selecting_layer
+        if layer is not None and (layer in self.layers or layer > max(self.layers, default=-1)):
+            wanted = "it must be a kept layer with pruned ones after it"
+            raise PlanError(f"selecting_layer is {layer}; {wanted}, and the plan prunes {self.layers}")
+        if self.full_depth_selected and self.selects_at == -1:
+            problem = "no layer before the first pruned one can select tokens"
+            raise PlanError(f"full_depth_selected is {self.full_depth_selected}, but {problem}; keep layer 0")
+
+    def _check_corrections(self) -> None:
+        corrections = self.corrections
+        if corrections is None:
             return
-        if not isinstance(self.projections, KVProjections):
-            raise PlanError(f"projections is a {type(self.projections).__name__}; pop.calibrate makes KVProjections")
-        if self.projections.layers != self.layers:
-            raise PlanError(
-                f"the plan prunes the layers {self.layers}, but its projections are for {self.projections.layers}; "
-                "calibrate again"
-            )
+        if not isinstance(corrections, Corrections):
+            raise PlanError(f"corrections is a {type(corrections).__name__}; pop.calibrate makes Corrections")
+        if corrections.layers != self.layers:
+            fitted = f"its corrections are for {corrections.layers}; calibrate again"
+            raise PlanError(f"the plan prunes the layers {self.layers}, but {fitted}")
         if self.full_depth_first < 1:
-            raise PlanError("full_depth_first is 0, but refit projections are not fitted to the first token; give 1")
+            raise PlanError("full_depth_first is 0, but corrections are not fitted to the first token; give 1")
 
     @classmethod
     def none(cls) -> PrunePlan:
@@ -100,10 +115,8 @@ class PrunePlan:
         As on the command line, "none" stands for None, and a number may be text. An integer other than 0 is refused:
         1 could mean one layer or all layers.
         """
-        for number in (int, float) if isinstance(prune, str) else ():
-            with contextlib.suppress(ValueError):
-                prune = number(prune)
-                break
+        if isinstance(prune, str):
+            prune = _as_number(prune)
         if prune is None or prune == "none":
             return cls.none()
         if isinstance(prune, PrunePlan):
@@ -137,59 +150,62 @@ class PrunePlan:
         return speedup_limit(model.config, check_count("prompt_tokens", prompt_tokens), plan)
 
     @property
-    def selects_at(self) -> int:
-        """The layer that selects tokens, of a plan with layers. Selected tokens run each pruned layer from it on."""
-        return self.layers[0] if self.selecting_layer is None else self.selecting_layer
+    def selects_at(self) -> int | None:
+        """The layer that selects tokens, of a plan that prunes. Selected tokens run each pruned layer after it."""
+        if self.selecting_layer is not None or not self.layers:
+            return self.selecting_layer
+        return self.layers[0] - 1
 
     def num_selected(self, others: int) -> int:
         """How many of the `others`, a prompt's tokens that are not at full depth by their position, are selected."""
         return _floor(others * self.full_depth_selected) if self.layers else 0
 
-    def groups(self, num_layers: int, deepstack_layers: int = 0) -> list[tuple[bool, list[int]]]:
-        """Split layers 0 to num_layers - 1 into groups of consecutive layers, each (pruned?, indices).
+    def groups(self, num_layers: int, deepstack_layers: int = 0) -> list[Group]:
+        """Split layers 0 to num_layers - 1 into groups of consecutive layers.
 
         Features of images are added to h after each of the first `deepstack_layers` layers. So each of these is a group
-        of one layer.
+        by itself.
         """
         pruned = set(self.layers)
-        groups = groupby(range(num_layers), key=lambda layer: (layer in pruned, min(layer, deepstack_layers)))
-        return [(is_pruned, list(group)) for (is_pruned, _), group in groups]
+
+        def kind(index: int) -> tuple[bool, int]:
+            return index in pruned, min(index, deepstack_layers)
+
+        groups = []
+        for (is_pruned, _), members in groupby(range(num_layers), key=kind):
+            indices = list(members)
+            layers = range(indices[0], indices[-1] + 1)
+            is_corrected = is_pruned and self.corrections is not None
+            corrections = self.corrections.group(layers) if is_corrected else None
+            groups.append(Group(layers, is_pruned, corrections))
+        return groups
 
     def fields(self) -> dict:
-        """All but the projections and the record. Without selection, the fields are those of files from before it."""
-        selected = {"full_depth_selected": self.full_depth_selected or None, "selecting_layer": self.selecting_layer}
-        selected = {name: value for name, value in selected.items() if value is not None}
-        return {name: getattr(self, name) for name in ("layers", "full_depth_last", "full_depth_first")} | selected
+        """The plain values: all but the corrections and the record."""
+        return {name: getattr(self, name) for name in FIELDS}
 
     def save(self, path: str | os.PathLike) -> None:
-        """Write plan and version to a file, whole or not at all: JSON, or safetensors if it has projections."""
+        """Write plan and version to a file, whole or not at all: JSON, or safetensors if it has corrections."""
         fields = self.fields() | {"about": _copied({"version": __version__} | self.about)}
-        if self.projections is None:
+        if self.corrections is None:
             content = json.dumps(fields, indent=2) + "\n"
         else:
-            refit = self.projections
-            fields |= {"taps": refit.taps, "fingerprint": refit.fingerprint}
-            tensors = {name: tensor.cpu() for name, tensor in refit.tensors.items()}
+            fields["fingerprint"] = self.corrections.fingerprint
+            tensors = {name: tensor.cpu() for name, tensor in self.corrections.tensors.items()}
             content = save(tensors, metadata={"pop_plan": json.dumps(fields)})
         files.write_whole(path, content, "the plan", PlanError)
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> PrunePlan:
-        """Read a plan that `save` has written, with projections on the CPU. Raises PlanError for any other file.
+        """Read a plan that `save` has written, with corrections on the CPU. Raises PlanError for any other file.
 
-        path: A file, or the name of a plan that ships with the package, such as "smollm2-135m-third".
+        Args:
+            path: A file, or the name of a plan that ships with the package, such as "smollm2-135m-third".
         """
         if not isinstance(path, (str, os.PathLike)) or not os.path.isfile(path := _saved(path)):
             raise PlanError(f"there is no plan file {path}; write one with plan.save(path)")
         try:
-            try:
-                tensors, metadata = files.read_tensors(path)
-            except SafetensorError:
-                fields = files.read_json(path, PlanError)
-            else:
-                fields = json.loads(metadata["pop_plan"])
-                fingerprint, taps = str(fields.pop("fingerprint")), fields.pop("taps")
-                fields["projections"] = KVProjections(fields["layers"], fingerprint=fingerprint, taps=taps, **tensors)
+            fields = _read(path)
             if "layers" not in fields:
                 raise PlanError("it names no layers")
             return cls(**fields)
@@ -197,10 +213,42 @@ class PrunePlan:
             raise PlanError(f"{path} is not a pruning plan ({error}); write one with plan.save(path)") from None
 
 
+def _read(path: str | os.PathLike) -> dict:
+    """The fields of the plan in a file."""
+    try:
+        tensors, metadata = files.read_tensors(path)
+    except SafetensorError:  # a plan without corrections
+        return files.read_json(path, PlanError)
+    fields = json.loads(metadata["pop_plan"])
+    fingerprint = str(fields.pop("fingerprint"))
+    fields["corrections"] = Corrections(fields["layers"], **tensors, fingerprint=fingerprint)
+    return fields
+
+
+def _as_number(text: str) -> str | int | float:
+    """The number that a text spells, or the text."""
+    for number in (int, float):
+        with contextlib.suppress(ValueError):
+            return number(text)
+    return text
+
+
 def _saved(path: str | os.PathLike) -> str:
     """The path of a saved plan. A name without a file stands for a plan that ships with the package."""
-    path, shipped = os.path.expanduser(path), os.path.join(SHIPPED, f"{path}.plan")
-    return path if os.path.isfile(path) or os.path.dirname(path) or not os.path.isfile(shipped) else shipped
+    shipped = os.path.join(SHIPPED, f"{path}.plan")
+    path = os.path.expanduser(path)
+    is_name = not os.path.isfile(path) and not os.path.dirname(path)
+    return shipped if is_name and os.path.isfile(shipped) else path
+
+
+def _checked_layers(layers) -> tuple[int, ...]:
+    try:
+        indices = sorted(check_count("a layer index", layer, 0, error=PlanError) for layer in layers)
+    except TypeError:
+        raise PlanError(f"layers is {layers!r}; give indices, as in layers=(20, 21)") from None
+    if len(set(indices)) < len(indices):
+        raise PlanError(f"layers names a layer twice: {tuple(indices)}")
+    return tuple(indices)
 
 
 def _copied(about) -> dict:

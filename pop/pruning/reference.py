@@ -1,155 +1,192 @@
 """Prefill-only pruning in one page: the method, naive and without a cache. Start reading here.
 
-A transformer layer does two things for a token. It updates the token's residual stream h, and it offers K and V for
-later tokens to attend. Prefill-only pruning (He et al., Findings of ACL 2026) drops the first for most of the prompt,
-and keeps the second:
+A transformer layer does two things for a token. It updates the token's residual stream h, and it offers a key K and a
+value V for later tokens to attend to. Prefill-only pruning (He et al., Findings of ACL 2026) drops the first for most
+of the prompt, and keeps the second:
 
-- A *pruned* token skips the layers of the plan. Its h passes through unchanged, but each skipped layer's K and V are
-  still computed from that h ("independent KV projections"). A calibrated plan has its own matrices for these, and may
-  approximate by another what skipped layers would have added to h.
-- A *full-depth* token runs every layer. These are the last prompt token, whose logits predict the first new token
-  ("boundary handling"), and every generated token. A plan may add others: by position, or by the attention they get.
+- A *pruned* token skips the layers of the plan. Its h passes through them unchanged. Each skipped layer still computes
+  K and V from that h ("independent KV projections"), so that later tokens can attend to it.
+- A *full-depth* token runs every layer. The last prompt token does, because its logits predict the first new token
+  ("boundary handling"). Every generated token does. A plan may add further prompt tokens.
 
 Each token has one residual stream, so the method is one `torch.where`. The engine (pop/engine) computes the same
 numbers without the wasted work, with a cache, in chunks and in ragged batches. The property tests hold it to this page.
 """
 
-import dataclasses
-
 import torch
 import torch.nn.functional as F
 
 from pop.models.images import TEXT, TextOnly
-from pop.pruning.plan import POOLED, SELECTING, PrunePlan
+from pop.pruning.plan import POOLED, SELECTING, Group, PrunePlan
+
+KeysValues = tuple[torch.Tensor, torch.Tensor]  # of one layer, each [T, K, E]
 
 
-def full_depth_tokens(
-    prompt_length: int, num_tokens: int, plan: PrunePlan, scores: torch.Tensor | None = None
-) -> torch.Tensor:
-    """Which of `num_tokens` tokens run at full depth, [T] bool. The first `prompt_length` of them are the prompt.
-
-    A plan that selects tokens needs the prompt's `attention_scores`. Then the result is [n, T], for each pruned layer.
-    """
+def full_depth_tokens(prompt_length: int, num_tokens: int, plan: PrunePlan) -> torch.Tensor:
+    """Which of `num_tokens` tokens run at full depth by their position, [T] bool. The prompt comes first."""
     position = torch.arange(num_tokens)
-    full_depth = (position < plan.full_depth_first) | (position >= prompt_length - plan.full_depth_last)
-    if count := plan.num_selected(int((~full_depth).sum())):
-        selected = torch.zeros_like(full_depth)
-        selected[scores.masked_fill(full_depth[:prompt_length], -1).topk(count).indices] = True
-        full_depth = full_depth | selected & (torch.tensor(plan.layers) >= plan.selects_at)[:, None]
-    return full_depth
+    is_first = position < plan.full_depth_first
+    is_last_or_generated = position >= prompt_length - plan.full_depth_last
+    return is_first | is_last_or_generated
 
 
 @torch.no_grad()
-def attention_scores(module, prompt: torch.Tensor, plan: PrunePlan, images: TextOnly = TEXT) -> torch.Tensor | None:
-    """How much a prompt's last tokens attend each of its N tokens at the selecting layer: [N], or None.
+def run_layers(
+    module, tokens: torch.Tensor, full_depth: torch.Tensor, plan: PrunePlan,
+    images: TextOnly = TEXT, selected: torch.Tensor | None = None, stop: int | None = None,
+) -> tuple[torch.Tensor, list[KeysValues]]:  # fmt: skip
+    """Run one sequence through the layers. Tokens that are not at full depth skip the layers of the plan.
 
-    The softmax is over all tokens up to the query, even in a layer with a window. A token counts by its largest weight
-    over queries and heads, since one head that looks the answer up is enough. These weights are averaged over a token
-    and those before it. FastKV (Jo et al. 2025) averages over both sides, but what follows a place that is attended is
-    what the answer needs next.
+    Args:
+        module: A PrunableModel.
+        tokens: Ids [T].
+        full_depth: The tokens that run every layer, [T] bool.
+        plan: Says which layers the other tokens skip.
+        images: What images bring to the prompt. Tokens after the prompt are text.
+        selected: The tokens that skip only the pruned layers before plan.selects_at, [T] bool. None: no token.
+        stop: The first layer that does not run. None: all layers run.
+
+    Returns:
+        h [1, T, D] after the last layer that has run, and K and V of each of these layers.
     """
-    if not plan.full_depth_selected or not plan.layers:
-        return None
-    entering = []
-    full_depth = full_depth_tokens(len(prompt), len(prompt), dataclasses.replace(plan, full_depth_selected=0.0))
-    forward(module, prompt, full_depth, plan, images, entering)
-    layer, h, rope = entering[plan.selects_at]
-    q, k, _ = layer.queries_keys_values(h, rope)  # [1, N, H, E] and [1, N, K, E]
-    k = k.repeat_interleave(q.shape[2] // k.shape[2], dim=2)  # [1, N, H, E]
-    products = layer.scale * torch.einsum("nhe,mhe->hnm", q[0].float(), k[0].float())  # [H, N, N]
-    later = torch.ones_like(products, dtype=torch.bool).triu(1)
-    received = products.masked_fill(later, -torch.inf).softmax(-1)[:, -SELECTING:].amax((0, 1))  # [N]
-    return F.avg_pool1d(F.pad(received[None], (POOLED - 1, 0)), POOLED, stride=1)[0].cpu()
+    full_depth = full_depth.to(tokens.device)
+    images = images.extended(len(tokens))
+    position = torch.arange(len(tokens), device=tokens.device)[None]  # [1, T]
+    last_attended = images.last_attended(position)
+    ropes = module.rope(images.rotary(position))
+    groups = groups_by_layer(module, plan)
+    keys_values = []
+
+    h = images.place(module.embed(tokens[None]))  # [1, T, D]
+    for index, layer in enumerate(module.layers[:stop]):
+        group = groups[index]
+        rope = ropes[layer.window]
+        skips = ~full_depth & group.is_pruned  # [T]
+        if selected is not None and index > plan.selects_at:
+            skips = skips & ~selected
+        if index == group.layers[0]:
+            z = code(layer, group, h)  # None, unless the plan is calibrated
+
+        q, k, v = layer.queries_keys_values(h, rope)  # [1, T, H, E] and [1, T, K, E]
+        if z is not None:
+            k, v = corrected(layer, group, index, h, z, rope, skips, k, v)
+        keys_values.append((k[0], v[0]))
+        attended = module.causal_attention(q, k, v, layer.scale, layer.window, last_attended)
+        updated = h + layer.attention_update(attended)
+        updated = updated + layer.mlp_update(updated)
+
+        passed = h if z is None or index < group.layers[-1] else with_update(group, h, z)
+        h = torch.where(skips[:, None], passed, updated)  # the method
+        h = images.add_deepstack(h, index)
+    return h, keys_values
+
+
+def groups_by_layer(module, plan: PrunePlan) -> list[Group]:
+    """For each layer, the group of consecutive pruned or kept layers that it belongs to."""
+    groups = plan.groups(len(module.layers), module.deepstack_layers)
+    return [group for group in groups for _ in group.layers]
 
 
 @torch.no_grad()
 def forward(
-    module, tokens: torch.Tensor, full_depth: torch.Tensor, plan: PrunePlan, images: TextOnly = TEXT, entering=None
-) -> tuple[torch.Tensor, list[tuple[torch.Tensor, torch.Tensor]]]:
-    """Run one sequence, in which the tokens that are not at full depth skip the layers of the plan.
-
-    Args:
-        module: a PrunableModel.
-        tokens: [T] ids.
-        full_depth: [T] bool, or [n, T] for each pruned layer.
-        plan: the layers to skip, and where their K and V come from.
-        images: what images bring to the prompt. Tokens after the prompt are text.
-        entering: a list that receives each layer, the h [1, T, D] that enters it, and its rotation.
-
-    Returns:
-        logits [T, V] at every position, meaningless at pruned tokens, and each layer's k and v [T, K, E].
-    """
-    starts = {group[0] for is_pruned, group in plan.groups(len(module.layers), module.deepstack_layers) if is_pruned}
-    full_depth = full_depth.to(tokens.device).expand(len(plan.layers), -1)  # [n, T]
-    entering, cache, entered = [] if entering is None else entering, [], None
-
-    def step(index, layer, h, rope, attend):
-        nonlocal entered
-        entering.append((layer, h, rope))
-        if index in starts:
-            entered = h  # the group of pruned layers that begins here
-        skips = ~full_depth[plan.layers.index(index)] if index in plan.layers else torch.zeros_like(tokens).bool()
-
-        def attend_pruned(layer, q, k, v):
-            if plan.projections is not None and index in plan.layers:
-                refit_k, refit_v = refit(layer, plan, index, entered, rope)
-                k = torch.where(skips[:, None, None], refit_k, k)
-                v = torch.where(skips[:, None, None], refit_v, v)
-            cache.append((k[0], v[0]))
-            return attend(layer, q, k, v)
-
-        passed = h if plan.projections is None else updated(layer, plan, index, h, entered)
-        return torch.where(skips[:, None], passed, layer(h, rope, attend_pruned))  # the method
-
-    h = module.through_layers(tokens[None], images.extended(len(tokens)), step)  # [1, T, D]
-    return module.head(h[0]), cache
-
-
-def refit(layer, plan: PrunePlan, index: int, h: torch.Tensor, rope) -> tuple[torch.Tensor, torch.Tensor]:
-    """K and V of a pruned layer by a calibrated plan's projections: h [1, T, D] -> k and v [1, T, K, E].
-
-    h entered the group of pruned layers that the layer belongs to; see projections.py.
-    """
-    inputs, number = refit_inputs(layer, plan, index, h), plan.layers.index(index)
-    weight, bias = plan.projections.weight[number], plan.projections.bias[number]  # K's and V's
-    k, v = inputs @ weight[0].T + bias[0], inputs @ weight[1].T + bias[1]
-    if plan.projections.shared is not None:
-        own = layer.projected(h)
-        k, v = own[0] + k, own[1] + v
-    return layer.placed(k, v, rope)
-
-
-def refit_inputs(layer, plan: PrunePlan, index: int, h: torch.Tensor) -> torch.Tensor:
-    """What a calibrated plan's matrices multiply: h [1, T, D] -> [1, T, taps * D], or [1, T, R] with codes."""
-    x, refit = layer.normalised(h), plan.projections
-    if refit.taps == 2:
-        previous = torch.cat((torch.zeros_like(x[:, :1]), x[:, :-1]), dim=1)
-        x = torch.cat((x, previous), dim=-1)
-    return x if refit.shared is None else x @ refit.shared[refit.group[plan.layers.index(index)]].T
-
-
-def updated(layer, plan: PrunePlan, index: int, h: torch.Tensor, entered: torch.Tensor) -> torch.Tensor:
-    """A pruned token's h [1, T, D] after a layer. After the last layer of a group, a calibrated plan may update it."""
-    refit = plan.projections
-    if index not in plan.layers or index + 1 in plan.layers or refit.update is None:
-        return h
-    group = refit.group[plan.layers.index(index)]
-    return h if group >= len(refit.update) else h + refit_inputs(layer, plan, index, entered) @ refit.update[group].T
+    module, tokens: torch.Tensor, full_depth: torch.Tensor, plan: PrunePlan,
+    images: TextOnly = TEXT, selected: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, list[KeysValues]]:  # fmt: skip
+    """Logits [T, V] at every position, meaningless at pruned tokens, and each layer's K and V. See `run_layers`."""
+    h, keys_values = run_layers(module, tokens, full_depth, plan, images, selected)
+    return module.head(h[0]), keys_values
 
 
 def prefill(module, prompt: torch.Tensor, plan: PrunePlan, images: TextOnly = TEXT) -> torch.Tensor:
-    """prompt [T] -> logits [V] of its boundary token."""
-    scores = attention_scores(module, prompt, plan, images)
-    full_depth = full_depth_tokens(len(prompt), len(prompt), plan, scores)
-    logits, _ = forward(module, prompt, full_depth, plan, images)
+    """The logits [V] of the boundary token of a prompt [T]."""
+    selected = selected_tokens(module, prompt, plan, images)
+    full_depth = full_depth_tokens(len(prompt), len(prompt), plan)
+    logits, _ = forward(module, prompt, full_depth, plan, images, selected)
     return logits[-1]
 
 
 def generate(module, prompt: torch.Tensor, plan: PrunePlan, count: int, images: TextOnly = TEXT) -> list[int]:
-    """The greedy continuation of prompt [T] by `count` tokens. Every step runs everything again."""
-    tokens, scores = prompt, attention_scores(module, prompt, plan, images)
+    """The greedy continuation of a prompt [T] by `count` tokens. Every step runs everything again."""
+    selected = selected_tokens(module, prompt, plan, images)
+    tokens = prompt
     for _ in range(count):
-        full_depth = full_depth_tokens(len(prompt), len(tokens), plan, scores)
-        logits, _ = forward(module, tokens, full_depth, plan, images)
+        full_depth = full_depth_tokens(len(prompt), len(tokens), plan)
+        logits, _ = forward(module, tokens, full_depth, plan, images, extended(selected, len(tokens)))
         tokens = torch.cat((tokens, logits[-1].argmax()[None]))
     return tokens[len(prompt) :].tolist()
+
+
+# The paper's method ends here. The rest is what calibrated plans and selected tokens add to it.
+
+
+def code(layer, group: Group, h: torch.Tensor) -> torch.Tensor | None:
+    """What a group's corrections multiply: z_t = V [x_t ; x_{t-1}], [1, T, R]. None without corrections.
+
+    Args:
+        layer: The group's first layer.
+        group: The layer's group.
+        h: [1, T, D], enters the layer. x_t is h_t, normalised without a weight, and x_{-1} is zero.
+    """
+    if group.corrections is None:
+        return None
+    x = layer.normalised(h)
+    previous = torch.cat((torch.zeros_like(x[:, :1]), x[:, :-1]), dim=1)  # [1, T, D]
+    return torch.cat((x, previous), dim=-1) @ group.corrections.shared.T
+
+
+def corrected(layer, group: Group, index: int, h, z, rope, skips, k, v) -> KeysValues:
+    """K and V [1, T, K, E] of a layer, in which tokens that skip it have k + U z + b and v + U z + b."""
+    number = index - group.layers[0]
+    correction = z @ group.corrections.weight[number].T + group.corrections.bias[number]  # [1, T, 2 * K * E]
+    correction_k, correction_v = correction.chunk(2, dim=-1)
+    own_k, own_v = layer.projected(h)  # before K's norm and rotary positions
+    pruned_k, pruned_v = layer.placed(own_k + correction_k, own_v + correction_v, rope)
+    is_pruned = skips[:, None, None]
+    return torch.where(is_pruned, pruned_k, k), torch.where(is_pruned, pruned_v, v)
+
+
+def with_update(group: Group, h: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
+    """A pruned token's h [1, T, D] after its group: h + A z if kept layers follow."""
+    update = group.corrections.update
+    return h if update is None else h + z @ update.T
+
+
+@torch.no_grad()
+def selected_tokens(module, prompt: torch.Tensor, plan: PrunePlan, images: TextOnly = TEXT) -> torch.Tensor | None:
+    """Which tokens of a prompt the plan selects by their attention, [N] bool. None if it selects no token."""
+    by_position = full_depth_tokens(len(prompt), len(prompt), plan)
+    count = plan.num_selected(int((~by_position).sum()))
+    if not count:
+        return None
+    scores = attention_scores(module, prompt, plan, images).masked_fill(by_position, -1)
+    selected = torch.zeros_like(by_position)
+    selected[scores.topk(count).indices] = True
+    return selected.to(prompt.device)
+
+
+@torch.no_grad()
+def attention_scores(module, prompt: torch.Tensor, plan: PrunePlan, images: TextOnly = TEXT) -> torch.Tensor:
+    """How much a prompt's last tokens attend to each of its N tokens at the selecting layer, [N] on the CPU.
+
+    The softmax is over all tokens up to the query, even in a layer with a window. A token counts by its largest weight
+    over queries and heads, since one head that looks the answer up is enough. These weights are averaged over a token
+    and those before it. FastKV (Jo et al. 2025) averages over both sides, but what the answer needs next is what
+    follows an attended token.
+    """
+    by_position = full_depth_tokens(len(prompt), len(prompt), plan)
+    h, _ = run_layers(module, prompt, by_position, plan, images, stop=plan.selects_at)
+    layer = module.layers[plan.selects_at]
+    position = torch.arange(len(prompt), device=prompt.device)[None]
+    rope = module.rope(images.rotary(position))[layer.window]
+    q, k, _ = layer.queries_keys_values(h, rope)  # [1, N, H, E] and [1, N, K, E]
+    k = k.repeat_interleave(q.shape[2] // k.shape[2], dim=2)  # [1, N, H, E]
+    products = layer.scale * torch.einsum("nhe,mhe->hnm", q[0].float(), k[0].float())  # [H, N, N]
+    later = torch.ones_like(products, dtype=torch.bool).triu(1)
+    weights = products.masked_fill(later, -torch.inf).softmax(-1)
+    received = weights[:, -SELECTING:].amax((0, 1))  # [N]
+    return F.avg_pool1d(F.pad(received[None], (POOLED - 1, 0)), POOLED, stride=1)[0].cpu()
+
+
+def extended(selected: torch.Tensor | None, num_tokens: int) -> torch.Tensor | None:
+    """The selected tokens of a prompt, followed by generated tokens, up to `num_tokens`."""
+    return None if selected is None else F.pad(selected, (0, num_tokens - len(selected)))

@@ -228,7 +228,7 @@ def test_several_processes_find_and_use_the_low_rank_corrections_of_one(ranks, f
     plan = pop.calibrate(model, texts, pop.PrunePlan((2, 3, 4)), rank=9, progress=False)
     logits = model.prefill([texts[0]], model.new_cache(1, 40), plan=plan)
     for found in (_of("calibrated", rank) for rank in ranks):
-        corrections = plan.projections.weight @ plan.projections.shared
+        corrections = plan.corrections.weight @ plan.corrections.shared
         torch.testing.assert_close(found["corrections"], corrections, rtol=0, atol=1e-4)
         torch.testing.assert_close(found["low rank"], logits, rtol=0, atol=1e-4)
 

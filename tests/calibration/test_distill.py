@@ -35,7 +35,7 @@ from pop.calibration.student import first_layer, student, teacher
 from pop.inputs.processors import processor_of
 from pop.models.images import TEXT
 from pop.pruning import reference
-from pop.pruning.projections import KVProjections
+from pop.pruning.corrections import Corrections
 from pop.pruning.reference import attention_scores, full_depth_tokens
 
 pytestmark = pytest.mark.usefixtures("short_averages")
@@ -88,7 +88,7 @@ def students(draw):
     """(module, plan with projections, tokens [B, T], cut)"""
     module = draw(models())
     plan = draw(plans(module.config))
-    assume(plan.projections is not None and plan.layers)
+    assume(plan.corrections is not None and plan.layers)
     B, T = draw(st.integers(1, 3)), draw(st.integers(2, 20))
     tokens = torch.randint(60, (B, T), generator=torch.Generator().manual_seed(draw(st.integers(0, 10**6))))
     return module, plan, tokens, draw(st.integers(1, T))
@@ -126,7 +126,7 @@ def test_prompts_longer_than_the_windows_are_the_references(config, layer):
     """The tokens that are selected, and the student's logits."""
     module, tokens, random = random_model(config), torch.tensor(random_texts(3, 40, 40)), torch.Generator()
     weight = torch.randn(3, 2, 20, 60, generator=random.manual_seed(0)) / 60**0.5
-    refit = KVProjections((1, 3, 4), weight, torch.randn(3, 2, 20, generator=random), "", 2)
+    refit = Corrections((1, 3, 4), weight, torch.randn(3, 2, 20, generator=random), "", 2)
     plan = PrunePlan((1, 3, 4), 3, 1, refit, full_depth_selected=0.4, selecting_layer=layer)
     for row, found, chosen in zip(tokens, *of_student(module, plan, tokens, 31), strict=True):
         expected = full_depth_tokens(31, 40, plan, attention_scores(module, row[:31], plan))
@@ -138,12 +138,12 @@ def test_prompts_longer_than_the_windows_are_the_references(config, layer):
 def test_the_loss_and_its_gradients_are_the_references(case, bare):
     """With the plan's full-depth tokens, and with only the last and the first ones."""
     module, plan, tokens, cut = case
-    leaves = {name: tensor.clone().requires_grad_() for name, tensor in plan.projections.tensors.items()}
+    leaves = {name: tensor.clone().requires_grad_() for name, tensor in plan.corrections.tensors.items()}
     rng = random.Random(0)
     rng.choice = lambda choices: choices[bare]
     vision = processor_of(tiny_config())  # for text
     exercise = Exercise(tokens, cut, [[]] * len(tokens))
-    trained = dataclasses.replace(plan, projections=plan.projections.replaced(leaves))
+    trained = dataclasses.replace(plan, corrections=plan.corrections.replaced(leaves))
     with recorded_choices(student_file) as choices:
         loss = distillation_loss(module, vision, trained, exercise, rng)
     used = dataclasses.replace(plan, full_depth_last=1, full_depth_selected=0.0) if bare else plan
@@ -262,7 +262,7 @@ def test_the_model_stays_as_it_is(trainable):
     before = copy.deepcopy(module.state_dict())
     with torch.inference_mode():
         plan = calibrate(pop.Model(module, tiny_config()), TEXTS, PLAN, steps=2, progress=False)
-    assert not plan.projections.weight.requires_grad and not plan.projections.weight.is_inference()
+    assert not plan.corrections.weight.requires_grad and not plan.corrections.weight.is_inference()
     for name, parameter in module.named_parameters():
         assert torch.equal(parameter, before[name])
         assert (parameter.grad, parameter.requires_grad, parameter.dtype) == (None, trainable, torch.float32)
@@ -280,7 +280,7 @@ def test_bfloat16_models_keep_float32_projections_only_while_distilling(monkeypa
 
     monkeypatch.setattr(distillation, "adam_step", step)
     plan = calibrate(half, TEXTS, PLAN, steps=3, progress=False)
-    assert plan.projections.weight.dtype == torch.bfloat16
+    assert plan.corrections.weight.dtype == torch.bfloat16
     assert dtypes == {torch.float32}
     assert rates == pytest.approx([learning_rate(start) * schedule(number, 3) for number in range(3)])
 
@@ -372,7 +372,7 @@ def test_all_that_decides_a_run_tells_it_from_others(model, closed):
     other, short = pop.Model(random_model(config, 1), config), pop.Model(model.module, config, max_seq_len=75)
     weight = closed.projections.tensors["weight"] * 0.85
     damped = dataclasses.replace(
-        closed, projections=closed.projections.replaced(closed.projections.tensors | {"weight": weight})
+        closed, corrections=closed.projections.replaced(closed.projections.tensors | {"weight": weight})
     )
     runs = [run(), run(half), run(other), run(short), run(plan=damped), run(texts=TEXTS[1:])]
     runs += [run(held_out=TEXTS[1:2]), run(media="a"), run(media="b")]
@@ -383,7 +383,7 @@ def test_all_that_decides_a_run_tells_it_from_others(model, closed):
 def test_the_held_out_windows_are_judged_eight_times(model, closed, monkeypatch, steps, checks):
     """At most, after the given plan, and at last after the last step."""
     judged, judge, counted = [], MadeUp(), []
-    monkeypatch.setattr(distillation, "distillation_loss", lambda m, v, plan, *_: plan.projections.weight.sum())
+    monkeypatch.setattr(distillation, "distillation_loss", lambda m, v, plan, *_: plan.corrections.weight.sum())
     monkeypatch.setattr(distillation, "exercise", lambda model, windows, *_: counted.append(windows))
     judge.compare = lambda plan: judged.append(len(counted)) or [compared([0.0])]
     monkeypatch.setattr(torch.autograd, "grad", lambda loss, leaves: [torch.ones_like(leaf) for leaf in leaves])

@@ -22,8 +22,8 @@ from pop.calibration import refit
 from pop.calibration.held_out import Judge, Losses
 from pop.calibration.refit import _accumulate, _batches, _Fit, builtin_texts, text_windows
 from pop.checkpoints.fingerprint import fingerprint
+from pop.pruning.corrections import Corrections
 from pop.pruning.cost import prefill_flops
-from pop.pruning.projections import KVProjections
 
 
 def random_texts(seed: int, *lengths: int, vocab_size: int = 67) -> list[list[int]]:
@@ -131,7 +131,7 @@ def test_the_layers_own_projections_are_plain_pruning(case):
     weight, bias = (torch.stack(parts).detach().float() for parts in zip(*folded, strict=True))
     for taps in (1, 2):
         padded = F.pad(weight, (0, (taps - 1) * weight.shape[-1]))
-        refit = dataclasses.replace(plan, projections=KVProjections(plan.layers, padded, bias, "", taps))
+        refit = dataclasses.replace(plan, corrections=Corrections(plan.layers, padded, bias, "", taps))
         expected, expected_cache = prefill(module, tokens, lengths, plan, chunk)
         logits, cache = prefill(module, tokens, lengths, refit, chunk)
         assert_close(logits, expected)
@@ -176,7 +176,7 @@ def test_the_best_of_what_is_tried_is_taken(model, winner, layers, monkeypatch):
 
     def judge(plan):
         tried.append(plan)
-        return 1e6 if plan.projections.taps == 1 else float((plan.projections.weight - best()).square().sum())
+        return 1e6 if plan.corrections.taps == 1 else float((plan.corrections.weight - best()).square().sum())
 
     monkeypatch.setattr(Judge, "losses", lambda self, plan: of_mean(judge(plan)))
     result = calibrate(model, TEXTS, PrunePlan(layers), progress=False)
@@ -187,7 +187,7 @@ def test_the_best_of_what_is_tried_is_taken(model, winner, layers, monkeypatch):
 @pytest.mark.parametrize("rank", [None, 9])
 def test_plain_pruning_is_taken_if_it_is_the_best_and_nothing_follows(model, rank, monkeypatch):
     """As folded projections, without updates or codes, so it is as fast. Distillation does not start there."""
-    monkeypatch.setattr(Judge, "losses", lambda self, plan: of_mean(plan.projections.taps))
+    monkeypatch.setattr(Judge, "losses", lambda self, plan: of_mean(plan.corrections.taps))
     monkeypatch.setattr(refit, "distill", lambda model, plan, *_: plan)
     tokens = torch.tensor([TEXTS[0]])
     found = calibrate(model, TEXTS, PrunePlan((1, 3)), rank=rank, progress=False)
@@ -322,9 +322,9 @@ def test_a_plan_of_another_model_is_refused(model):
     ):
         with pytest.raises(PlanError, match="fitted to another model's weights"):
             call()
-    reshaped = KVProjections((2, 3), torch.zeros(2, 2, 20, 14), torch.zeros(2, 2, 20), model.fingerprint, 2)
+    reshaped = Corrections((2, 3), torch.zeros(2, 2, 20, 14), torch.zeros(2, 2, 20), model.fingerprint, 2)
     with pytest.raises(PlanError, match="this model needs"):
-        model.generate([1, 2, 3], plan=PrunePlan((2, 3), full_depth_first=1, projections=reshaped))
+        model.generate([1, 2, 3], plan=PrunePlan((2, 3), full_depth_first=1, corrections=reshaped))
 
 
 def test_bfloat16_is_close_to_float32(model, tmp_path):
@@ -354,7 +354,7 @@ def test_calibration_of_a_trainable_model_leaves_no_graph():
     model = make_model()
     model.module.requires_grad_(True)
     plan = calibrate(model, TEXTS, PrunePlan((2, 3)), progress=False)
-    assert not plan.projections.weight.requires_grad
+    assert not plan.corrections.weight.requires_grad
     assert copy.deepcopy(plan) == plan == calibrate(make_model(), TEXTS, PrunePlan((2, 3)), progress=False)
 
 

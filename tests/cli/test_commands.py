@@ -88,8 +88,8 @@ def test_models_go_on_after_one_that_cannot_be_used(capsys, tmp_path, monkeypatc
         (["--prune", "0.8"], {"plan": pop.PrunePlan(layers=(2, 3, 4, 5))}),
         (["--prune", "1.0", "--full-depth-last", "4"], {"plan": pop.PrunePlan(tuple(range(6)), full_depth_last=4)}),
         (
-            ["--prune", "1.0", "--full-depth-selected", "0.5"],
-            {"plan": pop.PrunePlan(tuple(range(6)), full_depth_selected=0.5)},
+            ["--prune", "0.9", "--full-depth-selected", "0.5"],
+            {"plan": pop.PrunePlan(tuple(range(1, 6)), full_depth_selected=0.5)},
         ),
         (
             ["--prune", "0.5", "--full-depth-selected", "0.5", "--selecting-layer", "1"],

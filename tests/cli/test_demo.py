@@ -102,7 +102,7 @@ def test_calibrated_plans_are_kept_beside_the_weights(folder, monkeypatch, capsy
     first = demo.calibrated(plans, model, tmp_path)
     assert made == [plans[:2]]
     assert [plan.layers for plan in first] == [plan.layers for plan in plans]
-    assert all(plan.projections is not None for plan in first)
+    assert all(plan.corrections is not None for plan in first)
     assert {path.name for path in tmp_path.iterdir()} == {
         "calibrated-3-4-last1.plan",
         "calibrated-1-4-last8.plan",

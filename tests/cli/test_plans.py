@@ -8,9 +8,9 @@ from safetensors.torch import save_file
 
 import pop
 from pop.cli.commands import main
-from pop.pruning.projections import KVProjections
+from pop.pruning.corrections import Corrections
 
-REFIT = KVProjections((1, 3), torch.zeros(2, 2, 3, 4), torch.zeros(2, 2, 3), "", 1)
+REFIT = Corrections((1, 3), torch.zeros(2, 2, 3, 5), torch.zeros(2, 2, 3), torch.zeros(2, 5, 8), fingerprint="")
 RECORD = {
     "model": "mine",
     "tokens": 1234,
@@ -22,7 +22,7 @@ RECORD = {
 def test_each_plan_is_printed_with_its_record(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     pop.PrunePlan((2, 3), full_depth_last=8, full_depth_selected=0.25).save("plain")
-    pop.PrunePlan((1, 3), full_depth_first=1, projections=REFIT, about=RECORD).save("refit")
+    pop.PrunePlan((1, 3), full_depth_first=1, corrections=REFIT, about=RECORD).save("refit")
     (tmp_path / "old").write_text('{"layers": []}')
     assert main(["plans", "plain", "refit", "old"]) == 0
     assert capsys.readouterr().out.splitlines() == [

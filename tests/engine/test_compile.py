@@ -63,7 +63,7 @@ def pair(request):
 
 def refit(module, fingerprint, taps, rank=None):
     projections = random_refit(module.config, (1, 3), taps, taps, rank, fingerprint)
-    return pop.PrunePlan((1, 3), full_depth_first=1, projections=projections)
+    return pop.PrunePlan((1, 3), full_depth_first=1, corrections=projections)
 
 
 @contextmanager
@@ -88,10 +88,10 @@ def test_compiled_equals_eager_and_never_compiles_again(pair, data):
     """For any plan, batch, padding, chunk and cache, logits are within 1e-4 of their scale, and all graphs exist."""
     compiled, eager, max_rows = pair
     plan = data.draw(plans(compiled.config))
-    if plan.projections is not None:
-        taps, rank = (2, 9) if plan.projections.rank else (plan.projections.taps, None)  # what is warm
+    if plan.corrections is not None:
+        taps, rank = (2, 9) if plan.corrections.rank else (plan.corrections.taps, None)  # what is warm
         projections = random_refit(compiled.config, plan.layers, -1, taps, rank, compiled.fingerprint)
-        plan = dataclasses.replace(plan, projections=projections)
+        plan = dataclasses.replace(plan, corrections=projections)
     tokens, lengths = data.draw(batches(60, max_rows=max_rows, max_tokens=PROMPT))  # ids that are text
     slots = PROMPT + 8 + data.draw(st.integers(0, 9))
     chunk = data.draw(st.sampled_from([1, 2, 7, 16, 100]))

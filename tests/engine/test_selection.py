@@ -49,7 +49,7 @@ def assert_chosen(chosen, scores, others, plan):
 def selecting(plan, last_layer):
     """The plan, which now selects tokens."""
     if not plan.layers:
-        plan = dataclasses.replace(plan, layers=(last_layer,), projections=None, selecting_layer=None)
+        plan = dataclasses.replace(plan, layers=(last_layer,), corrections=None, selecting_layer=None)
     share, last = plan.full_depth_selected or 0.3, plan.full_depth_last % 40  # 40 is more than a prompt has
     return dataclasses.replace(plan, full_depth_selected=share, full_depth_last=max(1, last))
 

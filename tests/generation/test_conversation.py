@@ -377,9 +377,9 @@ def test_what_is_no_saved_conversation_of_this_model_and_plan(tmp_path):
     good = json.loads(path.read_text())
     with pytest.raises(pop.InputError, match="another model"):
         make("gemma3", pop.PrunePlan((4,))).load_chat(path)
-    tensors = model.plan.projections.tensors
-    others = [model.plan.projections.replaced(tensors | {name: tensors[name] + 1}) for name in tensors]
-    for plan in (pop.PrunePlan((4,)), *(dataclasses.replace(model.plan, projections=other) for other in others)):
+    tensors = model.plan.corrections.tensors
+    others = [model.plan.corrections.replaced(tensors | {name: tensors[name] + 1}) for name in tensors]
+    for plan in (pop.PrunePlan((4,)), *(dataclasses.replace(model.plan, corrections=other) for other in others)):
         with pytest.raises(pop.PlanError, match="another plan"):
             model.load_chat(path, plan=plan)
     turn = good["turns"][0]

@@ -22,7 +22,7 @@ from pop.calibration.student import student, teacher
 from pop.errors import ContextOverflow, InputError
 from pop.inputs.processors import Prepared
 from pop.models.vision.qwen3_vl import Grid
-from pop.pruning.projections import KVProjections
+from pop.pruning.corrections import Corrections
 from pop.pruning.reference import attention_scores, full_depth_tokens
 
 pytestmark = pytest.mark.usefixtures("short_averages")
@@ -266,7 +266,7 @@ def test_the_loss_of_distillation_with_images_is_the_naive_one(model, layers, fi
     shape = (len(layers), 2, 20, 60)
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(0)) / 60**0.5
     bias = torch.randn(shape[:3], generator=torch.Generator().manual_seed(1)) / 10
-    plan, rows = pop.PrunePlan(layers, 3, first, KVProjections(layers, weight, bias, "", 2), 0.3), torch.tensor(rows)
+    plan, rows = pop.PrunePlan(layers, 3, first, Corrections(layers, weight, bias, "", 2), 0.3), torch.tensor(rows)
     full_depth = []
     for row, shown in zip(rows, images, strict=True):
         scores = attention_scores(
@@ -274,10 +274,10 @@ def test_the_loss_of_distillation_with_images_is_the_naive_one(model, layers, fi
         )
         full_depth.append(full_depth_tokens(cut, len(row), plan, scores))
     expected, gradients = naive_gradients(model.module, plan, rows, full_depth, cut, images)
-    leaves, rng = {name: x.clone().requires_grad_() for name, x in plan.projections.tensors.items()}, random.Random(0)
+    leaves, rng = {name: x.clone().requires_grad_() for name, x in plan.corrections.tensors.items()}, random.Random(0)
     rng.choice = lambda choices: choices[0]  # the plan's full-depth tokens
     exercise = Exercise(rows, cut, media)
-    trained = dataclasses.replace(plan, projections=plan.projections.replaced(leaves))
+    trained = dataclasses.replace(plan, corrections=plan.corrections.replaced(leaves))
     loss = distillation_loss(model.module, model.vision, trained, exercise, rng)
     assert loss.item() == pytest.approx(expected, rel=1e-3)
     for found, naive in zip(torch.autograd.grad(loss, [*leaves.values()]), gradients, strict=True):

@@ -23,9 +23,9 @@ from pop import engine
 from pop.engine.cache import KVCache
 from pop.models.config import Gemma3Config, LlamaConfig
 from pop.models.vision.qwen3_vl import Grid
+from pop.pruning.corrections import Corrections
 from pop.pruning.cost import Machine, prefill_flops, prefill_seconds, speedup_limit
 from pop.pruning.plan import PrunePlan
-from pop.pruning.projections import KVProjections
 
 LLAMA_8B = LlamaConfig(128_256, 4096, 14_336, num_layers=32, num_heads=32, num_kv_heads=8, head_dim=128)
 SMOLLM2 = LlamaConfig(49_152, 576, 1536, num_layers=30, num_heads=9, num_kv_heads=3, head_dim=64)
@@ -70,7 +70,7 @@ def test_limits_are_those_of_the_method_at_2048_tokens(config, pruned, limit, di
         PrunePlan(layers=(2, 4), full_depth_last=3, full_depth_selected=0.25),
         PrunePlan(layers=(1, 3), full_depth_first=1, full_depth_selected=1.0),
         PrunePlan(layers=(0, 3), full_depth_last=3, full_depth_selected=0.25, selecting_layer=2),
-        PrunePlan(layers=(0, 2, 3), full_depth_first=1, full_depth_selected=0.5, selecting_layer=2),
+        PrunePlan(layers=(0, 2, 3), full_depth_first=1, full_depth_selected=0.5, selecting_layer=1),
         PrunePlan(layers=(3, 4), full_depth_selected=0.25, selecting_layer=1),
     ],
 )
@@ -112,7 +112,7 @@ def test_count_equals_what_torch_counts_in_the_engine(config, tokens, plan):
 def test_refit_projections_need_other_keys_for_the_selection():
     """Half of SmolLM2, with a tenth of the tokens at full depth by choice."""
     weight = torch.zeros(15, 2, 3 * 64, 576)
-    plan = PrunePlan(range(15, 30), 1, 1, KVProjections(range(15, 30), weight, weight[..., 0], "", 1))
+    plan = PrunePlan(range(15, 30), 1, 1, Corrections(range(15, 30), weight, weight[..., 0], "", 1))
     plain, refit = (dataclasses.replace(plan, full_depth_selected=0.1, **one) for one in ({"projections": None}, {}))
     difference = prefill_flops(SMOLLM2, 1024, refit) - prefill_flops(SMOLLM2, 1024, plain)
     assert difference == 2 * 1024 * 576 * 3 * 64
@@ -128,7 +128,7 @@ def test_a_refit_costs_what_torch_counts_in_the_engine(layers, taps, rank, seed)
     config, T = tiny_config(), 20
     module, counted = random_model(config), []
     plan = PrunePlan(layers, 2, 1, random_refit(config, layers, seed, taps, rank))
-    for one in (plan, dataclasses.replace(plan, projections=None)):
+    for one in (plan, dataclasses.replace(plan, corrections=None)):
         cache = KVCache(config, 1, T, dtype=torch.float32, device=torch.device("cpu"))
         with FlopCounterMode(display=False) as counter:
             engine.prefill(module, torch.ones(1, T, dtype=torch.int64), cache, torch.tensor([T]), one, 2048)
@@ -143,7 +143,7 @@ def test_a_refit_below_the_selecting_layer_costs_what_torch_counts(share):
     config, layers, counted = tiny_config(), (0, 3), []
     module, refit = random_model(config), random_refit(config, layers, -1, 2, 7)
     plan = PrunePlan(layers, 2, 1, refit, share, selecting_layer=2)
-    for one in (plan, dataclasses.replace(plan, projections=None)):
+    for one in (plan, dataclasses.replace(plan, corrections=None)):
         cache = KVCache(config, 1, 20, dtype=torch.float32, device=torch.device("cpu"))
         with FlopCounterMode(display=False) as counter:
             engine.prefill(module, torch.ones(1, 20, dtype=torch.int64), cache, torch.tensor([20]), one, 2048)
@@ -207,7 +207,7 @@ class WeightsRead(TorchFunctionMode):
 def test_reads_are_the_matrices_of_the_products_in_the_engine(config, chunk, layers, last, first, taps):
     tokens, KE = 40, config.num_kv_heads * config.head_dim
     weight = torch.zeros(len(layers), 2, KE, max(1, taps) * config.hidden_size)
-    refit = KVProjections(layers, weight, weight[..., 0], "", taps) if taps else None
+    refit = Corrections(layers, weight, weight[..., 0], "", taps) if taps else None
     plan = PrunePlan(layers, last, first, refit)
     cache = KVCache(config, 1, tokens, dtype=torch.float32, device=torch.device("cpu"))
     prompt = torch.ones(1, tokens, dtype=torch.int64)

@@ -14,7 +14,7 @@ from support.tiny import tiny_config
 
 import pop
 from pop import InputError, PlanError, PrunePlan, cost
-from pop.pruning.projections import KVProjections
+from pop.pruning.corrections import Corrections
 
 
 @pytest.mark.parametrize(
@@ -189,8 +189,8 @@ def test_a_record_is_kept_and_changes_nothing(tmp_path):
     about["loss"]["copied"] = 1.0
     assert plan.about == {"model": "mine", "loss": {"copied": 0.5}, "texts": [1, None]}
     assert plan == PrunePlan((1,)) and hash(plan) == hash(PrunePlan((1,))) and repr(plan) == repr(PrunePlan((1,)))
-    refit = KVProjections((1,), torch.zeros(1, 2, 3, 4), torch.zeros(1, 2, 3), "", 2)
-    for made in (plan, dataclasses.replace(plan, full_depth_first=1, projections=refit)):
+    refit = Corrections((1,), torch.zeros(1, 2, 3, 4), torch.zeros(1, 2, 3), "", 2)
+    for made in (plan, dataclasses.replace(plan, full_depth_first=1, corrections=refit)):
         made.save(tmp_path / "plan")
         assert PrunePlan.load(tmp_path / "plan").about == {"version": pop.__version__} | plan.about
     PrunePlan((1,), about={"version": "0.0"}).save(tmp_path / "plan")
@@ -245,7 +245,7 @@ def test_a_path_that_cannot_be_a_file_is_refused(path):
 
 
 def test_a_saved_plan_may_be_read_by_others_and_a_link_is_followed(tmp_path):
-    refit = KVProjections((1,), torch.zeros(1, 2, 3, 4), torch.zeros(1, 2, 3), "", 2)
+    refit = Corrections((1,), torch.zeros(1, 2, 3, 4), torch.zeros(1, 2, 3), "", 2)
     (tmp_path / "link").symlink_to(tmp_path / "plan")
     os.umask(umask := os.umask(0))
     for plan in (PrunePlan((1,)), PrunePlan((1,), 1, 1, refit), PrunePlan((1,), 1, 1, refit, 0.25)):

@@ -14,8 +14,8 @@ from pop.engine import forward
 from pop.engine.cache import KVCache
 from pop.models.config import ExpertsConfig, RopeConfig
 from pop.pruning import reference
+from pop.pruning.corrections import Corrections
 from pop.pruning.plan import PrunePlan
-from pop.pruning.projections import KVProjections
 
 NONE = PrunePlan.none()
 
@@ -105,7 +105,7 @@ def plans(draw, config):
     return PrunePlan(layers, last, draw(st.sampled_from([1, 1, 4])), random_refit(config, layers, *options), **selected)
 
 
-def random_refit(config, layers, seed: int, taps: int, rank: int | None = None, fingerprint: str = "") -> KVProjections:
+def random_refit(config, layers, seed: int, taps: int, rank: int | None = None, fingerprint: str = "") -> Corrections:
     """Random projections and updates for layers of a model, with inputs and outputs of about the same size.
 
     seed: also decides after how many of the groups h is updated. -1: after all of them.
@@ -118,12 +118,12 @@ def random_refit(config, layers, seed: int, taps: int, rank: int | None = None, 
     shared = None if rank is None else torch.randn(groups, rank, inputs, generator=random) / inputs**0.5
     update = torch.randn(groups, config.hidden_size, shape[-1], generator=random) / shape[-1] ** 0.5
     update = update[: seed % (groups + 1)]
-    return KVProjections(layers, weight, bias, fingerprint, taps, shared, update if len(update) else None)
+    return Corrections(layers, weight, bias, fingerprint, taps, shared, update if len(update) else None)
 
 
 def plain(plan, **fields):
     """The plan without projections and selecting layer, with any other field replaced."""
-    return dataclasses.replace(plan, projections=None, selecting_layer=None, **fields)
+    return dataclasses.replace(plan, corrections=None, selecting_layer=None, **fields)
 
 
 @st.composite

@@ -27,7 +27,7 @@ def fitted(model, windows, plan, taps, rank=None) -> _Fit:
 
 
 def assert_fit(found, weight, update):
-    """Compare KVProjections with a naive fit."""
+    """Compare Corrections with a naive fit."""
     assert_close(found.weight, weight.float())
     assert (found.update is None) == (update is None)
     if update is not None:
@@ -123,9 +123,9 @@ def naive_gradients(module, plan, rows, full_depth, cut, images=None):
         full_depth: of each row, as the reference takes it.
         images: the Images of each row, or None for text.
     """
-    refit = plan.projections
+    refit = plan.corrections
     leaves = {name: tensor.clone().requires_grad_() for name, tensor in refit.tensors.items()}
-    plan = dataclasses.replace(plan, projections=refit.replaced(leaves))
+    plan = dataclasses.replace(plan, corrections=refit.replaced(leaves))
     total = count = 0
     for row, mask, shown in zip(rows, full_depth, images or repeat(TEXT, len(rows)), strict=True):
         forward = reference.forward.__wrapped__  # without its no_grad

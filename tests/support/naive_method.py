@@ -32,20 +32,20 @@ def token_by_token(module, tokens, plans, ends=None):
             entered[index].append(h)
             q, k, v = layer.queries_keys_values(h, rope[layer.window])
             is_pruned = index in plan.layers and index < end
-            if is_pruned and plan.projections is not None:
+            if is_pruned and plan.corrections is not None:
                 start = index
                 while start - 1 in plan.layers and start > module.deepstack_layers:
                     start -= 1
                 eps = module.config.norm_eps
                 taps = [x / (x.square().mean(-1, keepdim=True) + eps).sqrt() for x in reversed(entered[start])]
-                x = torch.cat(taps[: plan.projections.taps], dim=-1)  # position 0 is never pruned
+                x = torch.cat(taps[: plan.corrections.taps], dim=-1)  # position 0 is never pruned
                 number = plan.layers.index(index)
-                weight, bias = plan.projections.weight[number], plan.projections.bias[number]
+                weight, bias = plan.corrections.weight[number], plan.corrections.bias[number]
                 own, group = (0, 0), sum(other - 1 not in plan.layers for other in plan.layers[: number + 1]) - 1
-                if plan.projections.shared is not None:
-                    x, own = plan.projections.shared[group] @ x[0, 0], layer.projected(entered[start][-1])
+                if plan.corrections.shared is not None:
+                    x, own = plan.corrections.shared[group] @ x[0, 0], layer.projected(entered[start][-1])
                 k, v = layer.placed(*(own[i] + F.linear(x, weight[i], bias[i]) for i in (0, 1)), rope[layer.window])
-                updates = [] if plan.projections.update is None else plan.projections.update
+                updates = [] if plan.corrections.update is None else plan.corrections.update
                 if index + 1 not in plan.layers and group < len(updates):
                     h = h + F.linear(x, updates[group])
             kv[index].append((k, v))

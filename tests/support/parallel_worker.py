@@ -68,7 +68,7 @@ def compiled(model: pop.Model) -> torch.Tensor:
 
 def lost_by_taps(judge: Judge, plan: pop.PrunePlan) -> Losses:
     """Two taps are better than one. Plain pruning would have one, and no codes."""
-    return Losses(-plan.projections.taps, -plan.projections.taps, 0.0)
+    return Losses(-plan.corrections.taps, -plan.corrections.taps, 0.0)
 
 
 def main(folder: Path) -> None:
@@ -98,7 +98,7 @@ def main(folder: Path) -> None:
         if case.get("calibrate"):
             texts = torch.randint(67, (6, 40), generator=torch.Generator().manual_seed(0)).tolist()
             plan = pop.calibrate(model, texts, pop.PrunePlan((1, 3, 4)), progress=False)
-            found[f"{name}/refit"], found[f"{name}/update"] = plan.projections.weight, plan.projections.update
+            found[f"{name}/refit"], found[f"{name}/update"] = plan.corrections.weight, plan.corrections.update
             Judge.losses = lost_by_taps
             low = pop.calibrate(model, texts, pop.PrunePlan((2, 3, 4)), rank=9, progress=False)
             found[f"{name}/corrections"] = low.projections.weight @ low.projections.shared

@@ -9,7 +9,7 @@ from support.tiny import random_model, tiny_config, tiny_gemma3_config
 import pop
 from pop.models.layers import causal_attention
 from pop.pruning import reference
-from pop.pruning.projections import KVProjections
+from pop.pruning.corrections import Corrections
 from tools.evaluate import baselines, controls
 from tools.evaluate.contender import Contender
 from tools.evaluate.selection import BASELINES
@@ -247,7 +247,7 @@ def test_controls_are_plans_whose_projections_see_the_embedding(make, windows):
     bias = torch.stack([contender.weights[index][1].unflatten(0, (2, -1)) for index in layers])
     assert bool(weight.any()) == (make is controls.embedding_kv)
     refit = pop.PrunePlan(
-        layers, full_depth_first=1, projections=KVProjections(layers, weight, bias, model.fingerprint, 1)
+        layers, full_depth_first=1, corrections=Corrections(layers, weight, bias, model.fingerprint, 1)
     )
     expected = Contender("plan", model, refit).logits(PROMPT, CONTINUATION)
     torch.testing.assert_close(contender.logits(PROMPT, CONTINUATION), expected, rtol=1e-4, atol=1e-4)

@@ -94,7 +94,7 @@ def test_as_many_layers_as_fit(config):
 def test_plans_of_the_command_line(model):
     plan = parse_plan("taps2:0.5:3", model)
     assert (plan.layers, plan.full_depth_last, plan.full_depth_first) == ((3, 4), 3, 1)
-    assert plan.projections.weight.shape == (2, 2, 20, 60)
+    assert plan.corrections.weight.shape == (2, 2, 20, 60)
     assert parse_plan("taps1:0.5", model).projections.weight.shape == (2, 2, 20, 30)
     assert parse_plan("default", model) == pop.PrunePlan((4,))
     assert model.prefill([[1, 2, 3, 4, 5]], model.new_cache(1, 8), plan=plan).isfinite().all()

@@ -75,7 +75,7 @@ def test_contenders_are_named_and_planned_as_the_command_line_says(model, tmp_pa
 
 def test_calibrated_contenders_carry_projections(model, tmp_path):
     full, made = selection.make_contenders(model, ["calibrated:0.6"], [], calibration=[list(range(3, 200)) * 12])
-    assert made.plan.projections.taps == 2 and made.plan.layers == (2, 3, 4)
+    assert made.plan.corrections.taps == 2 and made.plan.layers == (2, 3, 4)
     assert made.flops(64) < full.flops(64)
     for steps, method in ((0, "calibrated"), (3, "distilled")):
         dataclasses.replace(made.plan, about={"steps": steps}).save(tmp_path / "saved.plan")

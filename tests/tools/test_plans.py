@@ -13,7 +13,7 @@ from tools.common import ROOT
 def test_the_plans_that_ship_are_these(name):
     plan = pop.PrunePlan.load(ROOT / f"pop/data/plans/smollm2-135m-{name}.plan")
     layers, rank, steps, last, share = plans.PLANS[name]
-    found = (plan.layers, plan.full_depth_last, plan.projections.rank, plan.full_depth_selected, plan.selecting_layer)
+    found = (plan.layers, plan.full_depth_last, plan.corrections.rank, plan.full_depth_selected, plan.selecting_layer)
     assert found == (layers, last, rank, share, plans.SELECTING)
     assert (plan.about["steps"], plan.about["held_out"]) == (steps, plans.HELD_OUT)
     assert plan.about["texts"] == plans.DOCUMENTS + plans.MODULES + len(plans.builtin_texts())
@@ -39,5 +39,5 @@ def test_a_plan_is_made_and_saved(monkeypatch, tmp_path, chat_folder):
     plans.main()
     plan = pop.PrunePlan.load(out)
     assert (plan.layers, plan.full_depth_last, plan.full_depth_selected, plan.selecting_layer) == ((3, 4), 5, 0.2, 2)
-    assert (plan.projections.rank, plan.about["steps"]) == (8, 1) and record.exists()
+    assert (plan.corrections.rank, plan.about["steps"]) == (8, 1) and record.exists()
     assert plan.about["speedup_limit"]["512 tokens"] == round(plan.speedup(pop.load("tiny"), 512), 3)

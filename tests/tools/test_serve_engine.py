@@ -83,7 +83,7 @@ def test_a_prompt_is_prefilled_after_what_a_cache_holds(model, logits, monkeypat
     engine, plan = new_engine(model), model.plan
     ran, prefill = [], type(model).prefill
     monkeypatch.setattr(pop.Model, "prefill", lambda self, *a, **k: ran.append(len(a[0][0])) or prefill(self, *a, **k))
-    windows, again = any(model.config.windows), 2 if plan.projections else 0  # one more for each update of h
+    windows, again = any(model.config.windows), 2 if plan.corrections else 0  # one more for each update of h
     first = prompt(30, 1)
 
     job = new_job(first)

@@ -23,7 +23,7 @@ from pop.errors import MissingExtra, UnsupportedError
 from pop.models import llama
 from pop.models.layers import rope_frequencies
 from pop.pruning import reference
-from pop.pruning.projections import KVProjections
+from pop.pruning.corrections import Corrections
 from tools import transformers_check
 from tools.transformers_pop import Prompt, as_pop, calibrate, library, positions, pruned
 
@@ -125,7 +125,7 @@ def plan_of(model, taps):
     layers, KE = (1, 3, 4), CONFIG.num_kv_heads * CONFIG.head_dim
     weight = torch.randn(3, 2, KE, taps * CONFIG.hidden_size) / 6
     bias, update = torch.randn(3, 2, KE), torch.randn(1, CONFIG.hidden_size, weight.shape[-1]) / 6
-    projections = KVProjections(layers, weight, bias, as_pop(model).fingerprint, taps, update=update)
+    projections = Corrections(layers, weight, bias, as_pop(model).fingerprint, taps, update=update)
     return PrunePlan(layers, 3, 2, projections)
 
 

@@ -64,7 +64,7 @@ def test_each_point_of_the_frontier_is_of_its_own_plan(short):
     assert list(short["depths"]) == [1, 2, 3, 4]
     for name, plans in short["frontier"].items():
         assert [plan.layers for plan in plans] == list(short["depths"].values())
-        assert {plan.projections and plan.projections.taps for plan in plans} == {
+        assert {plan.corrections and plan.corrections.taps for plan in plans} == {
             {"plain": None, "refit": 1}.get(name, 2)
         }
         assert short["limits"][name] == sorted(short["limits"][name])

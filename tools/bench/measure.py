@@ -104,7 +104,7 @@ def _plan_figures(model: pop.Model, record: Record, N: int, name: str, plan: pop
     limit = speedup_limit(model.config, N, plan, patches, _machine(model, record, N))
     return {
         "layers": len(plan.layers),
-        "taps": plan.projections.taps if plan.projections else None,
+        "taps": plan.corrections.taps if plan.corrections else None,
         "full_depth_last": plan.full_depth_last,
         "full_depth_selected": plan.full_depth_selected,
         "selecting_layer": plan.selecting_layer,

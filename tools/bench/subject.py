@@ -20,7 +20,7 @@ from pop.checkpoints.config_json import read_config
 from pop.errors import InputError
 from pop.loading import usable_device
 from pop.models.config import DTYPES
-from pop.pruning.projections import KVProjections
+from pop.pruning.corrections import Corrections
 from pop.system.memory import free_bytes
 from tools.bench.shapes import SHAPES, fitting_layers, shortened
 
@@ -102,9 +102,9 @@ def parse_plan(text: str, model: pop.Model) -> pop.PrunePlan:
     config = model.config
     shape = (len(plan.layers), 2, config.num_kv_heads * config.head_dim, int(taps) * config.hidden_size)
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(0)).mul(0.02).to(model.device, model.dtype)
-    projections = KVProjections(plan.layers, weight, weight[..., 0].clone(), model.fingerprint, int(taps))
+    projections = Corrections(plan.layers, weight, weight[..., 0].clone(), model.fingerprint, int(taps))
     first = max(1, plan.full_depth_first)
-    return dataclasses.replace(plan, full_depth_first=first, projections=projections)
+    return dataclasses.replace(plan, full_depth_first=first, corrections=projections)
 
 
 def random_image(model: pop.Model, size: tuple[int, int]):

@@ -191,7 +191,7 @@ class PopAdapter:
             "full_depth_first": plan.full_depth_first,
             "full_depth_selected": plan.full_depth_selected,
             "selecting_layer": plan.selecting_layer,
-            "calibrated": plan.projections is not None,
+            "calibrated": plan.corrections is not None,
         }
 
     # Text to token ids

@@ -88,7 +88,7 @@ def _plan_contender(model: pop.Model, prune: str) -> Contender:
     calibrated, what, last, share, layer = re.fullmatch(pattern, prune, re.S).groups()
     plan = model.resolve(what)
     name = f"calibrated {Path(what).name}" if calibrated else Path(what).name
-    method = "calibrated" if calibrated or plan.projections else "plain pruning, the paper's method"
+    method = "calibrated" if calibrated or plan.corrections else "plain pruning, the paper's method"
     method = "distilled" if plan.about.get("steps") and not calibrated else method
     if last:
         plan, name = dataclasses.replace(plan, full_depth_last=int(last)), f"{name} w={int(last)}"

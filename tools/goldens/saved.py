@@ -49,7 +49,7 @@ def make(made_with: str) -> None:
     texts = torch.randint(0, model.config.vocab_size, (60, 60), generator=torch.Generator().manual_seed(0)).tolist()
     plan = pop.PrunePlan((1,), full_depth_last=4)
     plan = pop.calibrate(model, texts, plan, window=60, progress=False)
-    assert plan.projections.taps == 2
+    assert plan.corrections.taps == 2
     plan.save(FOLDER / "calibrated.plan")
     talk(model, PLAN).save(FOLDER / "chat.json")
     talk(model, plan).save(FOLDER / "chat-calibrated.json")
@@ -59,7 +59,7 @@ def make(made_with: str) -> None:
     facts = {
         "made_with": made_with,
         "fingerprints": {name: fingerprint(name) for name in CONFIGS},
-        "calibrated_sums": sums(plan.projections),
+        "calibrated_sums": sums(plan.corrections),
         "picks": [picks(settings) for settings in SETTINGS],
     }
     lines = ",\n".join(f"{json.dumps(name)}: {json.dumps(fact)}" for name, fact in facts.items())

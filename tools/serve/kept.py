@@ -71,7 +71,7 @@ class Filled:
 
 def rerun(plan: pop.PrunePlan) -> int:
     """How many tokens run again for the hidden states that a rewound cache needs."""
-    refit = plan.projections
+    refit = plan.corrections
     if refit is None or refit.taps == 1:
         return 0
     return 1 if refit.update is None else 1 + len(refit.update)

@@ -11,14 +11,14 @@ from support.cases import random_refit
 from support.tiny import tiny_config
 
 from pop import PlanError, PrunePlan
-from pop.pruning.projections import KVProjections
+from pop.pruning.corrections import Corrections
 
 
-def random_projections(taps: int, layers=(1, 3)) -> KVProjections:
+def random_projections(taps: int, layers=(1, 3)) -> Corrections:
     """For a model of width 5 with six rows of K and of V."""
     random = torch.Generator().manual_seed(taps)
     weight, bias = torch.randn(len(layers), 2, 6, taps * 5, generator=random), torch.randn(2, 2, 6, generator=random)
-    return KVProjections(layers, weight, bias, "", taps)
+    return Corrections(layers, weight, bias, "", taps)
 
 
 def test_one_tap_reads_the_token_and_two_taps_also_the_one_before():
@@ -32,7 +32,7 @@ def test_one_tap_reads_the_token_and_two_taps_also_the_one_before():
 @pytest.mark.parametrize("taps", [1, 2])
 def test_a_code_is_a_product_of_the_taps(taps):
     refit, shared = random_projections(taps), torch.randn(2, 3, taps * 5)
-    low = KVProjections(refit.layers, refit.weight[..., :3].clone(), refit.bias, "", taps, shared)
+    low = Corrections(refit.layers, refit.weight[..., :3].clone(), refit.bias, "", taps, shared)
     x, previous = torch.randn(2, 3, 5), torch.randn(2, 5)
     torch.testing.assert_close(low.inputs(x, previous, 3), refit.inputs(x, previous, 3) @ shared[1].T)
     assert (low.rank, refit.rank) == (3, None)
@@ -59,9 +59,9 @@ def test_low_rank_projections_are_copied_compared_and_saved_with_their_code(tmp_
     for name in ("shared", "update"):
         assert torch.equal(part.tensors[name], refit.tensors[name].bfloat16())
         assert refit != refit.replaced(refit.tensors | {name: refit.tensors[name] + 1})
-    whole = KVProjections(refit.layers, refit.weight, refit.bias, refit.fingerprint, 1)
+    whole = Corrections(refit.layers, refit.weight, refit.bias, refit.fingerprint, 1)
     assert refit != whole and whole != refit
-    plan = PrunePlan((1, 3), full_depth_first=1, projections=refit)
+    plan = PrunePlan((1, 3), full_depth_first=1, corrections=refit)
     plan.save(tmp_path / "plan")
     assert PrunePlan.load(tmp_path / "plan") == plan
 
@@ -69,32 +69,32 @@ def test_low_rank_projections_are_copied_compared_and_saved_with_their_code(tmp_
 @pytest.mark.parametrize("shape", [(7,), (6, 60), (7, 61), (7, 60, 1)])
 def test_a_code_of_the_wrong_shape_is_refused(shape):
     weight = torch.zeros(2, 2, 20, 7)
-    KVProjections((2, 3), weight, weight[..., 0], "", 2, torch.zeros(1, 7, 60))
+    Corrections((2, 3), weight, weight[..., 0], "", 2, torch.zeros(1, 7, 60))
     with pytest.raises(PlanError, match="shared"):
-        KVProjections((2, 3), weight, weight[..., 0], "", 2, torch.zeros(shape))
+        Corrections((2, 3), weight, weight[..., 0], "", 2, torch.zeros(shape))
 
 
 @pytest.mark.parametrize("shape", [(2, 30, 7), (1, 31, 7), (1, 30, 60), (30, 7)])
 def test_updates_of_the_wrong_shape_are_refused(shape):
     weight, shared = torch.zeros(2, 2, 20, 7), torch.zeros(1, 7, 60)
-    KVProjections((2, 3), weight, weight[..., 0], "", 2, shared, torch.zeros(1, 30, 7))
+    Corrections((2, 3), weight, weight[..., 0], "", 2, shared, torch.zeros(1, 30, 7))
     with pytest.raises(PlanError, match="update"):
-        KVProjections((2, 3), weight, weight[..., 0], "", 2, shared, torch.zeros(shape))
+        Corrections((2, 3), weight, weight[..., 0], "", 2, shared, torch.zeros(shape))
 
 
 def zeros_projections(weight=(2, 2, 20, 60), bias=(2, 2, 20), taps=2):
-    return KVProjections((2, 3), torch.zeros(weight), torch.zeros(bias), "", taps)
+    return Corrections((2, 3), torch.zeros(weight), torch.zeros(bias), "", taps)
 
 
 def test_equality_compares_every_field():
     one = zeros_projections()
     assert one == zeros_projections()
-    assert one != KVProjections((2, 3), one.weight + 1, one.bias, "", 2)
-    assert one != KVProjections((2, 3), one.weight, one.bias + 1, "", 2)
-    assert one != KVProjections((2, 3), one.weight, one.bias, "other", 2)
-    assert one != KVProjections((2, 3), one.weight, one.bias, "", 1)
-    assert one != KVProjections((2, 4), one.weight, one.bias, "", 2)
-    assert one != KVProjections((2, 3), one.weight.bfloat16(), one.bias.bfloat16(), "", 2)
+    assert one != Corrections((2, 3), one.weight + 1, one.bias, "", 2)
+    assert one != Corrections((2, 3), one.weight, one.bias + 1, "", 2)
+    assert one != Corrections((2, 3), one.weight, one.bias, "other", 2)
+    assert one != Corrections((2, 3), one.weight, one.bias, "", 1)
+    assert one != Corrections((2, 4), one.weight, one.bias, "", 2)
+    assert one != Corrections((2, 3), one.weight.bfloat16(), one.bias.bfloat16(), "", 2)
 
 
 @pytest.mark.parametrize(
@@ -143,13 +143,13 @@ def test_projections_of_wrong_shapes_are_refused(shapes):
 def test_projections_of_wrong_numbers_are_refused(name, value):
     good = zeros_projections()
     with pytest.raises(PlanError, match="again"):
-        KVProjections((2, 3), **{"weight": good.weight, "bias": good.bias, name: value}, fingerprint="", taps=2)
+        Corrections((2, 3), **{"weight": good.weight, "bias": good.bias, name: value}, fingerprint="", taps=2)
 
 
 @pytest.mark.parametrize("broken", range(14))
 def test_a_broken_plan_file_is_refused(tmp_path, broken):
     path = tmp_path / "plan"
-    plan = PrunePlan((2, 3), full_depth_first=1, projections=random_projections(2, (2, 3)))
+    plan = PrunePlan((2, 3), full_depth_first=1, corrections=random_projections(2, (2, 3)))
     plan.save(path)
     assert PrunePlan.load(path) == plan
     tensors, content = load_file(path), path.read_bytes()

@@ -1,0 +1,177 @@
+"""What a calibrated plan adds to plain pruning: corrections of K and V, and updates of h.
+
+A pruned layer projects K and V from a state that its weights were not trained on: the h that enters its group of
+consecutive pruned layers. Calibration (pop/calibration) measures the resulting error and fits a correction to it. With
+x_t the state of token t, normalised without a weight, and x_{-1} = 0,
+
+    z_t = V [x_t ; x_{t-1}]               a code of R numbers for each token, shared by the layers of the group
+    k_t, v_t  =  own projections of h_t  +  U z_t + b
+    h_t  <-  h_t + A z_t                  after the group, if kept layers follow it
+
+K's norm, where the family has one, and the rotary position follow as always. Kept layers after a group need what its
+layers would have added to h. A z_t approximates that.
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+from pop.errors import PlanError
+from pop.models.config import DTYPES
+
+
+class GroupCorrections(NamedTuple):
+    """The corrections of one group of n pruned layers."""
+
+    shared: torch.Tensor  # V [R, 2 * D]
+    weight: torch.Tensor  # U [n, 2 * K * E, R]: K's rows come first, and then V's
+    bias: torch.Tensor  # b [n, 2 * K * E]
+    update: torch.Tensor | None  # A [D, R], or None if no kept layer follows
+
+    def code(self, x: torch.Tensor, previous: torch.Tensor, linear=F.linear) -> torch.Tensor:
+        """The code z [B, T, R] of normalised states x [B, T, D], given the state before each row's first one [B, D]."""
+        before = torch.cat((previous[:, None], x[:, :-1]), dim=1)  # [B, T, D]
+        return linear(torch.cat((x, before), dim=-1), self.shared)
+
+    def updated(self, h: torch.Tensor, z: torch.Tensor, linear=F.linear) -> torch.Tensor:
+        """h [B, T, D] after the group, from the h that entered it and its code z [B, T, R]."""
+        return h if self.update is None else h + linear(z, self.update)
+
+
+def corrected_keys_values(layer, h, z, weight, bias, rope, linear=F.linear) -> tuple[torch.Tensor, torch.Tensor]:
+    """K and V of a pruned layer of a calibrated plan, each [B, T, K, E], as the cache holds them.
+
+    Args:
+        layer: The PrunableLayer.
+        h: [B, T, D], enters the layer's group.
+        z: [B, T, R], the code of h.
+        weight, bias: The layer's U [2 * K * E, R] and b [2 * K * E].
+        rope: The tokens' rotary tables.
+        linear: The function that multiplies.
+    """
+    own_k, own_v = layer.projected(h)  # [B, T, K * E] each
+    k, v = linear(z, weight, bias).chunk(2, dim=-1)  # [B, T, K * E] each
+    return layer.placed(own_k + k, own_v + v, rope)
+
+
+class Corrections:
+    """The corrections of all n pruned layers of a plan, which form G groups of consecutive layers.
+
+    Args:
+        layers: The indices of the layers, in order.
+        weight: U [n, 2, K * E, R], for K and for V.
+        bias: b [n, 2, K * E].
+        shared: V [G, R, 2 * D].
+        update: A [g, D, R] of the first g groups, which kept layers follow. None: no group has one.
+        fingerprint: Of the model that they were fitted to (pop/checkpoints/fingerprint.py).
+
+    Raises:
+        PlanError: The tensors do not fit each other, or are not finite.
+    """
+
+    def __init__(self, layers, weight, bias, shared, update=None, *, fingerprint: str):
+        self.layers = tuple(layers)
+        self.weight = weight
+        self.bias = bias
+        self.shared = shared
+        self.update = update
+        self.fingerprint = fingerprint
+        self.rows: list[int] | None = None  # which of the K * E rows these are; None: all
+        self._copy: Corrections | None = None  # the latest result of `to`
+        self._check()
+
+    def _check(self) -> None:
+        for tensor in self.tensors.values():
+            if not isinstance(tensor, torch.Tensor) or tensor.dtype not in DTYPES.values():
+                raise PlanError("corrections are tensors of float32, bfloat16 or float16; calibrate again")
+            if tensor.dtype != self.weight.dtype or tensor.device != self.weight.device:
+                raise PlanError("the corrections differ in dtype or device; calibrate again")
+        shapes = {name: list(tensor.shape) for name, tensor in self.tensors.items()}
+        if not self._fits(**shapes):
+            raise PlanError(f"the corrections of {len(self.layers)} layers have the shapes {shapes}; calibrate again")
+        if not all(tensor.isfinite().all() for tensor in self.tensors.values()):
+            advice = "calibrate again, or use another dtype"
+            raise PlanError(f"the corrections are not finite in {self.weight.dtype}; {advice}")
+
+    def _fits(self, weight: list[int], bias: list[int], shared: list[int], update: list[int] | None = None) -> bool:
+        if len(weight) != 4 or len(shared) != 3 or weight[:2] != [len(self.layers), 2]:
+            return False
+        num_groups, rank, inputs = shared
+        if bias != weight[:3] or rank != weight[3] or num_groups != len(self._firsts) or inputs % 2:
+            return False
+        return update is None or (update[1:] == [inputs // 2, rank] and 1 <= update[0] <= num_groups)
+
+    @property
+    def _firsts(self) -> list[int]:
+        """The number, in `layers`, of each group's first layer."""
+        breaks = [number for number, (a, b) in enumerate(pairwise(self.layers), 1) if b > a + 1]
+        return [0, *breaks]
+
+    @property
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """The tensors by name, as in a saved plan."""
+        tensors = {"weight": self.weight, "bias": self.bias, "shared": self.shared}
+        return tensors if self.update is None else tensors | {"update": self.update}
+
+    @property
+    def rank(self) -> int:
+        """R, the size of a code."""
+        return self.shared.shape[1]
+
+    def group(self, layers: range) -> GroupCorrections:
+        """The corrections of consecutive pruned layers, all of a group or its part between DeepStack features."""
+        first = self.layers.index(layers[0])
+        number = sum(start <= first for start in self._firsts) - 1  # of the group
+        own = slice(first, first + len(layers))
+        ends = layers[-1] + 1 not in self.layers
+        has_update = self.update is not None and ends and number < len(self.update)
+        return GroupCorrections(
+            shared=self.shared[number],
+            weight=self.weight[own].flatten(1, 2),  # [n, 2 * K * E, R]
+            bias=self.bias[own].flatten(1),  # [n, 2 * K * E]
+            update=self.update[number] if has_update else None,
+        )
+
+    def to(self, device: torch.device, dtype: torch.dtype, rows: list[int] | None = None) -> Corrections:
+        """The same corrections on `device` in `dtype`. The latest copy is kept for the next call that asks for it.
+
+        Args:
+            device, dtype: Of the copy.
+            rows: Which of the K * E rows to take, those of some K/V heads. None: all.
+        """
+        wanted = (device, dtype, rows)
+        for ready in (self, self._copy):
+            if ready is not None and (ready.weight.device, ready.weight.dtype, ready.rows) == wanted:
+                return ready
+        tensors = self.tensors
+        if rows is not None:
+            tensors |= {"weight": self.weight[:, :, rows], "bias": self.bias[:, :, rows]}
+        copy = self.replaced({name: tensor.to(device, dtype) for name, tensor in tensors.items()})
+        copy.rows = rows
+        self._copy = copy  # set last, since another thread may read it
+        return copy
+
+    def replaced(self, tensors: dict[str, torch.Tensor]) -> Corrections:
+        """Corrections of the same layers and model, with other tensors of the same names."""
+        return Corrections(self.layers, fingerprint=self.fingerprint, **tensors)
+
+    def __repr__(self) -> str:
+        return f"Corrections(layers={len(self.layers)}, rank={self.rank})"
+
+    def __eq__(self, other) -> bool:
+        if not isinstance(other, Corrections):
+            return NotImplemented
+        if hash(self) != hash(other):  # of all but the values
+            return False
+        pairs = [(mine.cpu(), other.tensors[name].cpu()) for name, mine in self.tensors.items()]
+        return all(mine.dtype == its.dtype and torch.equal(mine, its) for mine, its in pairs)
+
+    def __hash__(self) -> int:
+        return hash((self.layers, self.fingerprint, *self.tensors))
+
+    def __getstate__(self) -> dict:
+        return self.__dict__ | {"_copy": None}
