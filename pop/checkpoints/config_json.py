@@ -311,4 +311,5 @@ READERS: dict[str, Callable[[Fields], configs.Config]] = {  # by config.json's m
     "qwen3_moe": partial(_read_qwen3, experts=True),
     "qwen3_vl": _read_qwen3_vl,
     "qwen3_vl_moe": partial(_read_qwen3_vl, experts=True),
+    "olmo2": partial(read_llama, config=configs.Olmo2Config, architecture="Olmo2ForCausalLM"),
 }

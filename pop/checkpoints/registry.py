@@ -57,6 +57,8 @@ ENTRIES = [
     *_two("qwen3_vl", "qwen3-vl-32b", 33_357_390_064, "Qwen/Qwen3-VL-32B", "-Instruct", "-Thinking"),
     *_two("qwen3_vl", "qwen3-vl-30b-a3b", 31_070_754_032, "Qwen/Qwen3-VL-30B-A3B", "-Instruct", "-Thinking"),
     *_two("qwen3_vl", "qwen3-vl-235b-a22b", 235_670_022_896, "Qwen/Qwen3-VL-235B-A22B", "-Instruct", "-Thinking"),
+    Entry("olmo2-1b", "olmo2", 1_484_916_736, "allenai/OLMo-2-0425-1B-Instruct"),
+    Entry("olmo2-7b", "olmo2", 7_298_617_344, "allenai/OLMo-2-1124-7B-Instruct"),
 ]
 MODELS = {entry.name: entry for entry in ENTRIES}
 

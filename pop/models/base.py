@@ -1,12 +1,12 @@
-"""The contract between models and everything else: a layer that can be pruned, and a model made of such layers.
+"""The contract between models and the rest of `pop`: a layer that can be pruned, and a model made of such layers.
 
     h ──► queries_keys_values ──► attend ──► attention_update ──► h + ... ──► mlp_update ──► h + ...
                   │
                   └── keys_values: all that a pruned layer computes
 
-The reference, the gates, the calibration and the engine call `PrunableLayer` and `PrunableModel`. A model of another
-code base subclasses them (tools/examples/nano_gpt.py). `DecoderLayer` and `DecoderModel` are what Llama, Gemma-3 and
-Qwen3 have in common. Their attributes have the checkpoint's names. Shape letters: layers.py.
+The reference, the engine and the calibration call only `PrunableLayer` and `PrunableModel`. A model of another code
+base subclasses them (tools/examples/nano_gpt.py). `DecoderLayer` and `DecoderModel` are what the families of this
+folder have in common. Attribute names are the checkpoint's names. Shape letters: layers.py.
 """
 
 from collections.abc import Callable, Sequence
@@ -23,9 +23,11 @@ Attend = Callable[["PrunableLayer", torch.Tensor, torch.Tensor, torch.Tensor], t
 
 
 class PrunableLayer(nn.Module):
-    """A decoder layer in parts, so that a caller can stop after the first, or put a cache between them.
+    """A decoder layer in parts, so that a caller can stop after the first part, or put a cache between two of them.
 
-    `window` is how many tokens a token attends, itself included, or None for all before it. `scale` multiplies q k^T.
+    Attributes:
+        window: how many tokens a token attends, itself included. None: itself and all tokens before it.
+        scale: multiplies q k^T.
     """
 
     window: int | None = None
@@ -49,18 +51,24 @@ class PrunableLayer(nn.Module):
 
     def forward(self, h: torch.Tensor, rope: Rope, attend: Attend) -> torch.Tensor:
         """The whole layer: h [B, T, D] -> h [B, T, D]. `attend` attends the prompt itself, or a cache."""
-        h = h + self.attention_update(attend(self, *self.queries_keys_values(h, rope)))
+        q, k, v = self.queries_keys_values(h, rope)
+        h = h + self.attention_update(attend(self, q, k, v))
         return h + self.mlp_update(h)
 
 
 class PrunableModel(nn.Module):
     """A decoder that prefill can prune.
 
-    `config` has the sizes that a KV cache reads: num_layers, windows, hidden_size, num_kv_heads and head_dim. After
-    each of the first `deepstack_layers` layers, features of images are added to h. `vision_blocks` names the list of
-    the vision tower's layers, if there is a tower. Then `vision_block_inputs(N, P)` gives zeros in the shape of what
-    such a layer takes for N images of P patches. A backend may give a model another `causal_attention`. If processes
-    share a model's heads, `sum_over_processes` and `largest_of_processes` reduce what each has computed from its own.
+    Attributes:
+        config: has the sizes that a KV cache reads: num_layers, windows, hidden_size, num_kv_heads and head_dim.
+        layers: L of them.
+        deepstack_layers: after each of the first this many layers, features of images are added to h.
+        vision_blocks: the name of the submodule that lists the vision tower's layers. None: there is no tower. With a
+            tower, `vision_block_inputs(N, P)` returns zeros in the shapes that such a layer takes for N images of P
+            patches.
+        causal_attention: the attention of the plain pass. A backend may replace it.
+        sum_over_processes, largest_of_processes: if several processes share the model's heads, these reduce the tensors
+            that each process has computed from its own heads.
     """
 
     config: object
@@ -68,19 +76,22 @@ class PrunableModel(nn.Module):
     deepstack_layers: int = 0
     vision_blocks: str | None = None
     causal_attention = staticmethod(causal_attention)
-    sum_over_processes = largest_of_processes = staticmethod(lambda x: x)
+    sum_over_processes = staticmethod(lambda x: x)
+    largest_of_processes = staticmethod(lambda x: x)
 
     @property
     def tower(self) -> Sequence[nn.Module]:
-        """The layers of the vision tower, if there is one."""
-        return () if self.vision_blocks is None else self.get_submodule(self.vision_blocks)
+        """The layers of the vision tower. Empty without a tower."""
+        if self.vision_blocks is None:
+            return ()
+        return self.get_submodule(self.vision_blocks)
 
     def embed(self, tokens: torch.Tensor) -> torch.Tensor:
         """tokens [B, T] int -> h [B, T, D]."""
         raise NotImplementedError
 
     def rope(self, positions: torch.Tensor) -> Ropes:
-        """positions [B, T] int, or [3, B, T] by axis -> the `rope` argument of the layers, by their window."""
+        """positions [B, T] int, or [3, B, T] by axis -> for each window of the layers, their `rope` argument."""
         return {layer.window: () for layer in self.layers}
 
     def head(self, h: torch.Tensor) -> torch.Tensor:
@@ -92,7 +103,10 @@ class PrunableModel(nn.Module):
     ) -> torch.Tensor:
         """The pass over all layers, without a cache: tokens [B, T] int -> h [B, T, D] after the last layer.
 
-        `step(index, layer, h, rope, attend)` runs a layer and returns the next h. By default it is the layer itself.
+        Args:
+            tokens: prompts of one length.
+            images: the images of the prompts.
+            step: step(index, layer, h, rope, attend) runs one layer and returns the next h. None: call the layer.
         """
         positions = torch.arange(tokens.shape[1], device=tokens.device).expand(len(tokens), -1)  # [B, T]
         last_attended = images.last_attended(positions)
@@ -104,7 +118,10 @@ class PrunableModel(nn.Module):
         h = images.place(self.embed(tokens))
         for index, layer in enumerate(self.layers):
             rope = ropes[layer.window]
-            h = layer(h, rope, attend) if step is None else step(index, layer, h, rope, attend)
+            if step is None:
+                h = layer(h, rope, attend)
+            else:
+                h = step(index, layer, h, rope, attend)
             h = images.add_deepstack(h, index)
         return h
 
@@ -114,11 +131,16 @@ class PrunableModel(nn.Module):
 
 
 class DecoderLayer(PrunableLayer):
-    """A layer with norms, attention and an MLP. The last four methods serve calibrated plans (pop/calibration)."""
+    """A layer with norms, attention and an MLP. Families that normalise at other places override methods.
+
+    Calibrated plans (pop/calibration) need the methods from `normalised` on.
+    """
 
     def queries_keys_values(self, h, rope):
         x = self.input_layernorm(h)
-        return self.self_attn.queries(x, rope), *self.self_attn.keys_values(x, rope)
+        q = self.self_attn.queries(x, rope)
+        k, v = self.self_attn.keys_values(x, rope)
+        return q, k, v
 
     def keys_values(self, h, rope):
         return self.self_attn.keys_values(self.input_layernorm(h), rope)
@@ -130,16 +152,16 @@ class DecoderLayer(PrunableLayer):
         return self.mlp(self.post_attention_layernorm(h))
 
     def normalised(self, h: torch.Tensor) -> torch.Tensor:
-        """h [B, T, D] / rms(h), without the norm's weight: the input of refit projections."""
+        """h [B, T, D] / rms(h), without a weight: the state that a calibrated plan reads."""
         return self.input_layernorm.normalise(h)
 
     def projected(self, h: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """h [B, T, D] -> k and v [B, T, K * E] before k's norm and rotary positions: the targets of a refit."""
+        """h [B, T, D] -> k and v [B, T, K * E] before k's norm and rotation: what a calibrated plan corrects."""
         x = self.input_layernorm(h)
         return self.self_attn.k_proj(x), self.self_attn.v_proj(x)
 
     def placed(self, k: torch.Tensor, v: torch.Tensor, rope: Rope) -> tuple[torch.Tensor, torch.Tensor]:
-        """Projected k and v [B, T, K * E] -> k and v [B, T, K, E] as the cache holds them."""
+        """Projected k and v [B, T, K * E] -> k and v [B, T, K, E], as the cache holds them."""
         return self.self_attn.placed(k, v, rope)
 
     def folded_projections(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -152,7 +174,7 @@ class DecoderLayer(PrunableLayer):
 
 
 class Decoder(nn.Module):
-    """The embedding, the layers, each `layer(config, index)`, and the last norm."""
+    """The embedding, the layers and the last norm. `layer` and `norm` are the family's classes."""
 
     def __init__(self, config, layer: type[DecoderLayer], norm: type[RMSNorm] = RMSNorm):
         super().__init__()
@@ -162,14 +184,17 @@ class Decoder(nn.Module):
 
 
 class DecoderModel(PrunableModel):
-    """A language model with one kind of rotary positions, and a head that may be tied.
+    """A language model with one kind of rotary positions, and a head that may be tied to the embedding.
 
-    `model` is what checkpoints name so: a Decoder, or a module that holds one where `decoder` says.
+    Args:
+        config: of the family.
+        model: the module that checkpoints call `model`. It is a Decoder, or `decoder` says where in it the Decoder is.
     """
 
     def __init__(self, config, model: nn.Module | None):
         super().__init__()
-        self.config, self.model = config, model
+        self.config = config
+        self.model = model
         self._frequencies: dict[tuple, torch.Tensor] = {}
         if not config.tie_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
@@ -186,15 +211,19 @@ class DecoderModel(PrunableModel):
         return self.decoder.embed_tokens(tokens)
 
     def frequencies(self, rope: RopeConfig, device: torch.device) -> torch.Tensor:
-        """`rope_frequencies` [E/2], computed once for a device. A captured CUDA graph may keep their address."""
-        if (rope, device) not in self._frequencies:
-            # Two threads may compute them, but keep the same ones.
-            self._frequencies.setdefault((rope, device), rope_frequencies(rope, self.config.head_dim, device))
-        return self._frequencies[rope, device]
+        """`rope_frequencies` [E/2], computed once for each device: a captured CUDA graph keeps their address."""
+        key = (rope, device)
+        if key not in self._frequencies:
+            computed = rope_frequencies(rope, self.config.head_dim, device)
+            self._frequencies.setdefault(key, computed)  # so that two threads end up with the same tensor
+        return self._frequencies[key]
 
     def rope(self, positions):
-        return {None: rope_tables(positions, self.frequencies(self.config.rope, positions.device))}
+        frequencies = self.frequencies(self.config.rope, positions.device)
+        return {None: rope_tables(positions, frequencies)}
 
     def head(self, h):
-        head = self.decoder.embed_tokens.unembed if self.config.tie_embeddings else self.lm_head
-        return head(self.decoder.norm(h)).float()
+        h = self.decoder.norm(h)
+        if self.config.tie_embeddings:
+            return self.decoder.embed_tokens.unembed(h).float()
+        return self.lm_head(h).float()

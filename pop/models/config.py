@@ -1,7 +1,7 @@
 """The sizes of a model: a frozen dataclass for each family. Contradictory sizes raise ConfigError.
 
-They are read from a checkpoint's files by pop/checkpoints. A fingerprint hashes the names and values of the fields, so
-renaming one would invalidate saved plans (fingerprint.py there).
+pop/checkpoints reads them from a checkpoint's files. It also hashes the names and values of the fields into a
+fingerprint, so renaming a field would invalidate saved plans.
 """
 
 import math
@@ -35,7 +35,8 @@ class RopeConfig:
     original_max_positions: int = 8192
 
     def __post_init__(self):
-        low, high = self.low_freq_factor, self.high_freq_factor
+        low = self.low_freq_factor
+        high = self.high_freq_factor
         _check(self.factor >= 1, f"the RoPE factor must be at least 1, not {self.factor}")
         _check(high > low, f"high_freq_factor ({high}) must exceed low_freq_factor ({low})")
 
@@ -48,16 +49,18 @@ class DecoderConfig:
     mlp_bias: ClassVar[bool] = False
 
     def __post_init__(self):
-        H, K, ids = self.num_heads, self.num_kv_heads, (*self.eos_ids, 0 if self.bos_id is None else self.bos_id)
+        H = self.num_heads
+        K = self.num_kv_heads
         _check(H % K == 0, f"num_attention_heads ({H}) is not a multiple of num_key_value_heads ({K})")
         _check(self.head_dim % 2 == 0, f"head_dim ({self.head_dim}) is odd, but RoPE rotates pairs of values")
-        outside = [i for i in ids if not 0 <= i < self.vocab_size]
+        ids = self.eos_ids if self.bos_id is None else (*self.eos_ids, self.bos_id)
+        outside = [token for token in ids if not 0 <= token < self.vocab_size]
         _check(not outside, f"bos_ or eos_token_id {outside} is outside of vocab_size {self.vocab_size}")
 
 
 @dataclass(frozen=True)
 class FullAttentionConfig(DecoderConfig):
-    """What Llama and Qwen3 have in common: a token of any layer attends all tokens before it."""
+    """What Llama, Qwen3 and OLMo-2 have in common: in every layer, a token attends all tokens before it."""
 
     vocab_size: int
     hidden_size: int
@@ -70,6 +73,9 @@ class FullAttentionConfig(DecoderConfig):
     norm_eps: float = 1e-6
     rope: RopeConfig = RopeConfig()
     tie_embeddings: bool = False
+    dtype: torch.dtype = torch.float32  # of the checkpoint's files; the model may be loaded in another
+    bos_id: int | None = None
+    eos_ids: tuple[int, ...] = ()
 
     @property
     def windows(self) -> tuple[None, ...]:
@@ -82,16 +88,22 @@ class LlamaConfig(FullAttentionConfig):
 
     attention_bias: bool = False
     mlp_bias: bool = False
-    dtype: torch.dtype = torch.float32  # of the checkpoint's files; the model may be loaded in another
-    bos_id: int | None = None
-    eos_ids: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Olmo2Config(FullAttentionConfig):
+    family: ClassVar[str] = "olmo2"
+
+    norm_eps: float = 1e-5
+    attention_bias: bool = False
 
 
 @dataclass(frozen=True)
 class SiglipConfig:
     """Gemma-3's vision tower: images of image_size x image_size pixels, cut into square patches.
 
-    Pooling leaves `tokens_per_image` tokens of an image, on a square grid that divides the grid of patches evenly.
+    Pooling leaves `tokens_per_image` tokens of an image. They form a square grid, which must divide the grid of patches
+    evenly.
     """
 
     hidden_size: int
@@ -104,12 +116,17 @@ class SiglipConfig:
     tokens_per_image: int = 256
 
     def __post_init__(self):
-        C, H, size, patch = self.hidden_size, self.num_heads, self.image_size, self.patch_size
+        C = self.hidden_size
+        H = self.num_heads
         _check(C % H == 0, f"hidden_size ({C}) is not a multiple of num_attention_heads ({H})")
+        size = self.image_size
+        patch = self.patch_size
         _check(size % patch == 0, f"image_size ({size}) is not a multiple of patch_size ({patch})")
-        M, side, P = self.tokens_per_image, self.tokens_per_side, self.patches_per_side
-        fits = side**2 == M and P % side == 0
-        _check(fits, f"mm_tokens_per_image ({M}) is not the square of a divisor of image_size / patch_size ({P})")
+        M = self.tokens_per_image
+        side = self.tokens_per_side
+        patches = self.patches_per_side
+        fits = side**2 == M and patches % side == 0
+        _check(fits, f"mm_tokens_per_image ({M}) is not the square of a divisor of image_size / patch_size ({patches})")
 
     @property
     def patches_per_side(self) -> int:
@@ -122,9 +139,9 @@ class SiglipConfig:
 
 @dataclass(frozen=True)
 class Gemma3Config(DecoderConfig):
-    """Layers with a window are the local ones, which have their own RoPE.
+    """Local layers have a window and a RoPE of their own. Global layers have no window.
 
-    In a prompt, the tokens of an image are `image_id`, between one `boi_id` and one `eoi_id`.
+    In a prompt, an image is one `boi_id`, then its tokens, which are all `image_id`, and then one `eoi_id`.
     """
 
     family: ClassVar[str] = "gemma3"
@@ -153,7 +170,9 @@ class Gemma3Config(DecoderConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        for name in ("image_id", "boi_id", "eoi_id") if self.vision else ():
+        if self.vision is None:
+            return
+        for name in ("image_id", "boi_id", "eoi_id"):
             value = getattr(self, name)
             _check(value < self.vocab_size, f"{name} ({value}) is outside of vocab_size {self.vocab_size}")
 
@@ -173,8 +192,8 @@ class ExpertsConfig:
     normalised: bool = True  # whether the shares of a token's experts are normalised to a sum of one
 
     def __post_init__(self):
-        k, X = self.per_token, self.count
-        _check(k <= X, f"num_experts_per_tok ({k}) exceeds num_experts ({X})")
+        fits = self.per_token <= self.count
+        _check(fits, f"num_experts_per_tok ({self.per_token}) exceeds num_experts ({self.count})")
 
 
 @dataclass(frozen=True)
@@ -183,9 +202,6 @@ class Qwen3Config(FullAttentionConfig):
 
     head_dim: int = 128
     max_positions: int = 32_768
-    dtype: torch.dtype = torch.float32  # of the checkpoint's files; the model may be loaded in another
-    bos_id: int | None = None
-    eos_ids: tuple[int, ...] = ()
     experts: ExpertsConfig | None = None  # None: a dense model
 
 
@@ -209,8 +225,11 @@ class Qwen3VisionConfig:
     rope_base: float = 10_000.0
 
     def __post_init__(self):
-        C, H, L, layers = self.hidden_size, self.num_heads, self.num_layers, list(self.deepstack)
+        C = self.hidden_size
+        H = self.num_heads
         _check(C % (4 * H) == 0, f"hidden_size ({C}) over num_heads ({H}) is not a multiple of 4, as its RoPE needs")
+        L = self.num_layers
+        layers = list(self.deepstack)
         ascending = layers == sorted({*layers} & {*range(L)})
         _check(ascending, f"deepstack_visual_indexes must be ascending layers from 0 to {L - 1}, not {layers}")
 
@@ -246,8 +265,8 @@ class VideoConfig(ImageConfig):
 class Qwen3VLConfig(Qwen3Config):
     """The language model, with positions on three axes, and the vision tower.
 
-    In a prompt, tokens of images are `image_id` and tokens of video frames `video_id`. An image or a frame pair stands
-    between one `start_id` and one `end_id`.
+    In a prompt, an image is one `start_id`, then its tokens, which are all `image_id`, and then one `end_id`. A pair of
+    video frames looks the same, with `video_id`.
     """
 
     family: ClassVar[str] = "qwen3_vl"
@@ -261,15 +280,20 @@ class Qwen3VLConfig(Qwen3Config):
 
     def __post_init__(self):
         super().__post_init__()
-        sections, ids = list(self.mrope_sections), [self.image_id, self.video_id, self.start_id, self.end_id]
-        D, E, L, V = self.hidden_size, self.head_dim, self.num_layers, self.vocab_size
-        out, deepstack = self.vision.out_size, len(self.vision.deepstack)
+        E = self.head_dim
+        sections = list(self.mrope_sections)
         _check(sum(sections) == E // 2, f"mrope_section {sections} does not add up to half of head_dim ({E})")
+        D = self.hidden_size
+        out = self.vision.out_size
         _check(out == D, f"out_hidden_size ({out}) of vision_config is not the hidden_size ({D}) of text_config")
+        L = self.num_layers
+        deepstack = len(self.vision.deepstack)
         _check(deepstack <= L, f"deepstack_visual_indexes names {deepstack} layers, but the language model has {L}")
+        V = self.vocab_size
+        ids = [self.image_id, self.video_id, self.start_id, self.end_id]
         distinct = max(ids) < V and len({*ids}) == 4
         names = "image_, video_, vision_start_ and vision_end_token_id"
         _check(distinct, f"{names} {ids} must be four tokens below vocab_size {V}")
 
 
-Config = LlamaConfig | Gemma3Config | Qwen3Config | Qwen3VLConfig
+Config = LlamaConfig | Gemma3Config | Qwen3Config | Qwen3VLConfig | Olmo2Config

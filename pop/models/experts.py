@@ -2,10 +2,10 @@
 
     scores = softmax(gate(x))                 # over all experts, in float32
     shares, chosen = scores.topk(k)           # the shares are normalised to a sum of one if the config says so
-    update = sum of shares[i] * expert chosen[i] of x
+    update = sum over i of shares[i] * experts[chosen[i]](x)
 
-An expert is a SwiGLU MLP as in a dense layer, but narrow. A token costs the work of k experts, although the layer holds
-the weights of all. Attribute names are the checkpoint's names. Shape letters of this file, besides those of layers.py:
+An expert is a SwiGLU MLP as in a dense layer, but narrower. A token costs the work of k experts, although the layer
+holds the weights of all experts. Attribute names are the checkpoint's names. Shape letters, besides those of layers.py:
 
     N tokens    X experts    k experts of a token    I width inside an expert
 """
@@ -18,7 +18,8 @@ from torch import nn
 class MixtureOfExperts(nn.Module):
     def __init__(self, config):
         super().__init__()
-        self.per_token, self.normalised = config.experts.per_token, config.experts.normalised
+        self.per_token = config.experts.per_token
+        self.normalised = config.experts.normalised
         self.gate = nn.Linear(config.hidden_size, config.experts.count, bias=False)  # the router
         self.experts = Experts(config)
 
@@ -28,8 +29,8 @@ class MixtureOfExperts(nn.Module):
         if self.normalised:
             shares = shares / shares.sum(-1, keepdim=True)
         shares = shares.to(x.dtype)
-        tokens = (tensor.flatten(0, 1) for tensor in (x, chosen, shares))  # [N, D], [N, k], [N, k]
-        return self.experts(*tokens).view_as(x)
+        out = self.experts(x.flatten(0, 1), chosen.flatten(0, 1), shares.flatten(0, 1))  # [N, D]
+        return out.view_as(x)
 
 
 class Experts(nn.Module):
@@ -37,7 +38,9 @@ class Experts(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        X, D, inner = config.experts.count, config.hidden_size, config.experts.width
+        X = config.experts.count
+        D = config.hidden_size
+        inner = config.experts.width
         self.gate_up_proj = nn.Parameter(torch.empty(X, 2 * inner, D))
         self.down_proj = nn.Parameter(torch.empty(X, D, inner))
 
@@ -54,16 +57,30 @@ def by_expert(
     down: torch.Tensor,
     linear=F.linear,
 ) -> torch.Tensor:
-    """Each expert on its tokens: x [N, D], chosen and shares [N, k], gate_up [X, 2 * I, D], down [X, D, I] -> [N, D]"""
+    """Run each expert on its tokens: sort the pairs of a token and an expert by expert, and undo the order at the end.
+
+    Args:
+        x: [N, D].
+        chosen: [N, k] int64, the experts of each token.
+        shares: [N, k], their weights in the sum.
+        gate_up: [X, 2 * I, D]. Experts that no token has chosen are not read.
+        down: [X, D, I].
+        linear: the product of tokens [1, n, D] with a matrix.
+
+    Returns:
+        [N, D].
+    """
     k = chosen.shape[1]
-    chosen = chosen.flatten()  # [N * k] pairs of a token and an expert
+    chosen = chosen.flatten()  # [N * k]
     order = chosen.argsort(stable=True)  # by expert
-    # On a GPU, tolist waits for it; bincount would do so twice more.
-    counts = chosen.new_zeros(len(gate_up)).index_add(0, chosen, torch.ones_like(chosen)).tolist()
+    counts = chosen.new_zeros(len(gate_up)).index_add(0, chosen, torch.ones_like(chosen))  # [X]
+    # On a GPU, tolist waits for the device once. torch.bincount would wait twice more.
+    tokens_by_expert = x[order // k].split(counts.tolist())
     outputs = []
-    for expert, tokens in enumerate(x[order // k].split(counts)):
+    for expert, tokens in enumerate(tokens_by_expert):
         if len(tokens):
             gate, up = linear(tokens[None], gate_up[expert]).chunk(2, dim=-1)  # [1, n, I] each
             outputs.append(linear(F.silu(gate) * up, down[expert])[0])  # [n, D]
-    out = torch.cat(outputs)[order.argsort()].unflatten(0, (-1, k))  # [N, k, D]
+    out = torch.cat(outputs)[order.argsort()]  # [N * k, D], in the order of `chosen`
+    out = out.unflatten(0, (-1, k))  # [N, k, D]
     return (out * shares[..., None]).sum(1)

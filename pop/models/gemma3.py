@@ -2,10 +2,10 @@
 
 It differs from Llama (llama.py) in these points:
 
-- Five of six layers are *local*: a token attends a sliding window only. The *global* ones attend everything. Each kind
-  has its own rotary frequencies.
-- A layer has four norms, since the output of attention and of the MLP is normalised before it is added. Norms multiply
-  by 1 + weight.
+- Five of six layers are *local*: a token attends only a sliding window. In the other, *global* layers it attends all
+  tokens before it. Each kind has its own rotary frequencies.
+- A layer has four norms, because the outputs of attention and of the MLP are also normalised before they are added.
+  Norms multiply by 1 + weight.
 - Queries and keys are normalised head by head before they are rotated.
 - Embeddings are multiplied by sqrt(D). They also serve as the output head.
 - The tokens of an image attend each other in both directions.
@@ -52,38 +52,43 @@ class DecoderLayer(base.DecoderLayer):
 
 
 class Gemma3(base.DecoderModel):
-    """The language model, and for a config with images the vision tower and the projector between them."""
+    """The language model. If the config has a vision tower, also the tower and the projector after it."""
 
     def __init__(self, config: Gemma3Config):
         decoder = base.Decoder(config, DecoderLayer, GemmaRMSNorm)
         super().__init__(config, decoder if config.vision is None else None)
-        if config.vision is not None:  # checkpoints with images name the decoder language_model.model
-            self.vision_tower = nn.Sequential(OrderedDict(vision_model=VisionModel(config.vision)))
-            self.multi_modal_projector = Projector(config.vision, config.hidden_size)
-            self.language_model = nn.Module()
-            self.language_model.model = decoder
+        if config.vision is None:
+            return
+        self.vision_tower = nn.Sequential(OrderedDict(vision_model=VisionModel(config.vision)))
+        self.multi_modal_projector = Projector(config.vision, config.hidden_size)
+        self.language_model = nn.Module()  # checkpoints with a tower name the decoder language_model.model
+        self.language_model.model = decoder
 
     @property
     def decoder(self) -> base.Decoder:
-        return (self if self.config.vision is None else self.language_model).model
+        if self.config.vision is None:
+            return self.model
+        return self.language_model.model
 
     @property
     def vision_blocks(self) -> str | None:
-        return None if self.config.vision is None else "vision_tower.vision_model.encoder.layers"
+        if self.config.vision is None:
+            return None
+        return "vision_tower.vision_model.encoder.layers"
 
     def embed(self, tokens):
         h = super().embed(tokens)
         return h * h.new_full((), self.config.hidden_size**0.5)  # the factor is rounded to the weights' dtype
 
     def rope(self, positions):
-        def tables(rope):
-            return rope_tables(positions, self.frequencies(rope, positions.device))
-
-        windows = set(self.config.windows)
-        return {window: tables(self.config.rope if window is None else self.config.local_rope) for window in windows}
+        ropes = {}
+        for window in set(self.config.windows):
+            rope = self.config.rope if window is None else self.config.local_rope
+            ropes[window] = rope_tables(positions, self.frequencies(rope, positions.device))
+        return ropes
 
     def image_features(self, pixels: torch.Tensor) -> torch.Tensor:
-        """pixels [N, 3, S, S] from -1 to 1, in the weights' dtype -> embeddings of the images' tokens [N, M, D]."""
+        """pixels [N, 3, size, size] from -1 to 1, in the weights' dtype -> embeddings of image tokens [N, M, D]."""
         return self.multi_modal_projector(self.vision_tower(pixels))
 
     def vision_block_inputs(self, N, P):

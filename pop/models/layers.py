@@ -1,6 +1,6 @@
-"""The parts that all families share: norms, rotary positions, attention, MLPs. Plain PyTorch, to be read.
+"""The parts that all families share: norms, rotary positions, attention, MLPs. Plain PyTorch, written to be read.
 
-Faster forms of some parts are in pop/backends. Attribute names are the checkpoint's names.
+pop/backends has faster forms of some parts. Attribute names are the checkpoint's names.
 
 Shape letters, here and in the rest of `pop`:
 
@@ -41,14 +41,18 @@ class RMSNorm(nn.Module):
         """The factor [dim] on the normalised values, in float64."""
         return self.weight.double()
 
+    def mean_square(self, x: Tensor) -> Tensor:
+        """x [..., dim] float32 -> [..., 1]."""
+        return x.pow(2).mean(-1, keepdim=True)
+
     def normalise(self, x: Tensor) -> Tensor:
         """x [..., dim] / rms(x), without the weight: the same shape and dtype."""
         x32 = x.float()
-        return (x32 * torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + self.eps)).to(x.dtype)
+        return (x32 * torch.rsqrt(self.mean_square(x32) + self.eps)).to(x.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., dim] -> the same shape and dtype."""
-        return self.weight * self.normalise(x)  # cast first, scale after, as the reference implementation does
+        return self.weight * self.normalise(x)  # rounded before and after, as in the reference implementation
 
 
 class GemmaRMSNorm(RMSNorm):
@@ -64,8 +68,9 @@ class GemmaRMSNorm(RMSNorm):
 def rope_frequencies(rope: RopeConfig, head_dim: int, device: torch.device) -> Tensor:
     """The angle per position of each rotated pair: [E/2] float32 (Su et al. 2021, with Llama-3.1's scaling).
 
-    "linear" divides all frequencies by `factor`. "llama3" divides those whose wavelength exceeds the original context
-    over `low_freq_factor`, keeps those below the context over `high_freq_factor`, and blends those in between.
+    "linear" divides all frequencies by `factor`. "llama3" decides by wavelength. With a context of C original tokens,
+    it divides frequencies whose wavelength is above C / low_freq_factor. It keeps those whose wavelength is below
+    C / high_freq_factor, and blends the rest.
     """
     exponents = torch.arange(0, head_dim, 2, dtype=torch.int64, device=device).float() / head_dim
     frequencies = 1.0 / rope.base**exponents
@@ -73,11 +78,10 @@ def rope_frequencies(rope: RopeConfig, head_dim: int, device: torch.device) -> T
         return frequencies / rope.factor
     if rope.kind == "llama3":
         wavelengths = 2 * math.pi / frequencies
-        blend = (rope.original_max_positions / wavelengths - rope.low_freq_factor) / (
-            rope.high_freq_factor - rope.low_freq_factor
-        )
-        blend = blend.clamp(0, 1)
-        return (1 - blend) * frequencies / rope.factor + blend * frequencies
+        turns = rope.original_max_positions / wavelengths  # in the original context
+        kept = (turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
+        kept = kept.clamp(0, 1)
+        return (1 - kept) * frequencies / rope.factor + kept * frequencies
     return frequencies
 
 
@@ -89,37 +93,45 @@ def rope_tables(positions: Tensor, frequencies: Tensor) -> Rope:
 
 def rotate(x: Tensor, rope: Rope) -> Tensor:
     """Turn each pair (x[i], x[i + E/2]) of x [B, T, heads, E] by its token's angle."""
-    cos, sin = (table.to(x.dtype) for table in rope)
-    first, second = x.chunk(2, dim=-1)
+    cos, sin = rope
+    cos = cos.to(x.dtype)
+    sin = sin.to(x.dtype)
+    first, second = x.chunk(2, dim=-1)  # [B, T, heads, E/2] each
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
 
 
 class Attention(nn.Module):
-    """The four projections of grouped-query attention (Ainslie et al. 2023); the attention itself is elsewhere.
+    """The four projections of grouped-query attention (Ainslie et al. 2023). `causal_attention` does the attending.
 
     Args:
         config: of any family.
-        norm: the class of the norms that a family applies to each head of q and k before they are rotated.
+        norm: the class of the norm that a family applies to each head of q and k before it rotates them.
     """
 
     def __init__(self, config, norm: type[nn.Module] = nn.Identity):
         super().__init__()
-        self.head_dim = config.head_dim
-        D, E, bias = config.hidden_size, config.head_dim, config.attention_bias
+        D = config.hidden_size
+        E = config.head_dim
+        bias = config.attention_bias
+        self.head_dim = E
         self.q_proj = nn.Linear(D, config.num_heads * E, bias=bias)
         self.k_proj = nn.Linear(D, config.num_kv_heads * E, bias=bias)
         self.v_proj = nn.Linear(D, config.num_kv_heads * E, bias=bias)
         self.o_proj = nn.Linear(config.num_heads * E, D, bias=bias)
-        self.q_norm, self.k_norm = norm(E, config.norm_eps), norm(E, config.norm_eps)
+        self.q_norm = norm(E, config.norm_eps)
+        self.k_norm = norm(E, config.norm_eps)
 
     def queries(self, x: Tensor, rope: Rope) -> Tensor:
+        """x [B, T, D] -> q [B, T, H, E], rotated."""
         q = self.q_proj(x).unflatten(-1, (-1, self.head_dim))  # [B, T, H, E]
         return rotate(self.q_norm(q), rope)
 
     def keys_values(self, x: Tensor, rope: Rope) -> tuple[Tensor, Tensor]:
+        """x [B, T, D] -> k and v [B, T, K, E], with k rotated."""
         return self.placed(self.k_proj(x), self.v_proj(x), rope)
 
     def placed(self, k: Tensor, v: Tensor, rope: Rope) -> tuple[Tensor, Tensor]:
+        """Projected k and v [B, T, K * E] -> k and v [B, T, K, E], with k normalised and rotated."""
         k = k.unflatten(-1, (-1, self.head_dim))  # [B, T, K, E]
         v = v.unflatten(-1, (-1, self.head_dim))  # [B, T, K, E]
         return rotate(self.k_norm(k), rope), v
@@ -130,7 +142,9 @@ class MLP(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        D, inner, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
+        D = config.hidden_size
+        inner = config.intermediate_size
+        bias = config.mlp_bias
         self.gate_proj = nn.Linear(D, inner, bias=bias)
         self.up_proj = nn.Linear(D, inner, bias=bias)
         self.down_proj = nn.Linear(inner, D, bias=bias)
@@ -139,6 +153,7 @@ class MLP(nn.Module):
         return F.silu(x)
 
     def forward(self, x: Tensor) -> Tensor:
+        """x [B, T, D] -> [B, T, D]."""
         return self.down_proj(self.activation(self.gate_proj(x)) * self.up_proj(x))
 
 
@@ -147,13 +162,18 @@ def causal_attention(
 ) -> Tensor:
     """Attention over the tokens themselves: q [B, T, H, E], k and v [B, T, K, E] -> [B, T, H * E].
 
-    A token attends itself and all tokens before it, or, with a window, the window - 1 tokens before it. last_attended
-    [B, T] replaces a token's own position as the last one that it attends.
+    Args:
+        scale: multiplies q k^T.
+        window: how many tokens a token attends, itself included. None: itself and all tokens before it.
+        last_attended: [B, T] int, the last position that each token attends. None: the token's own position.
     """
     T = q.shape[1]
     if last_attended is not None or (window is not None and window < T):
-        return masked_attention(q, k, v, causal_mask(T, window, last_attended, q.device), scale)
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # heads before tokens
+        mask = causal_mask(T, window, last_attended, q.device)
+        return masked_attention(q, k, v, mask, scale)
+    q = q.transpose(1, 2)  # [B, H, T, E]
+    k = k.transpose(1, 2)  # [B, K, T, E]
+    v = v.transpose(1, 2)  # [B, K, T, E]
     out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True)
     return out.transpose(1, 2).flatten(2)
 
@@ -162,14 +182,19 @@ def causal_mask(T: int, window: int | None, last_attended: Tensor | None, device
     """What each of T tokens attends, as in `causal_attention`: [1, T, T] bool, or [B, T, T] with last_attended."""
     key = torch.arange(T, device=device)
     query = key[None, :, None]  # [1, T, 1]
-    mask = key <= (query if last_attended is None else last_attended[..., None])
-    return mask if window is None else mask & (key > query - window)
+    last = query if last_attended is None else last_attended[..., None]  # [1 or B, T, 1]
+    mask = key <= last
+    if window is None:
+        return mask
+    return mask & (key > query - window)
 
 
 def masked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> Tensor:
     """q [B, T, H, E] attends the keys of k and v [B, N, K, E] where mask [B, T, N] is true -> [B, T, H * E]."""
     B, T, H, E = q.shape
-    k, v, mask = k.transpose(1, 2), v.transpose(1, 2), mask[:, None]  # [B, K, N, E] and [B, 1, T, N]
+    k = k.transpose(1, 2)  # [B, K, N, E]
+    v = v.transpose(1, 2)  # [B, K, N, E]
+    mask = mask[:, None]  # [B, 1, T, N]
     if T == 1:
         # The G query heads of a group take the place of the tokens, so K and V are not repeated for each query head.
         q = q.view(B, k.shape[1], -1, E)  # [B, K, G, E]

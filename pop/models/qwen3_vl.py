@@ -2,10 +2,10 @@
 
 It adds two things to Qwen3:
 
-- M-RoPE: positions have three axes, time, row and column. Each rotated pair turns by one of them. On text the three are
-  equal, which is plain RoPE. `image_positions` computes them for images and videos.
+- M-RoPE: positions have three axes, which are time, row and column. Each rotated pair turns by one of them. On text the
+  three axes are equal, which is plain RoPE. `image_positions` computes the positions of images and videos.
 - DeepStack (Meng et al. 2024): after each of the first language layers, features from a layer of the vision tower are
-  added at the tokens that stand for images.
+  added to the image tokens.
 
 Attribute names are the checkpoint's names. Shape letters: layers.py.
 """
@@ -25,7 +25,7 @@ from pop.models.vision.qwen3_vl import Grid, VisionTower
 
 
 class Parts(nn.Module):
-    """Checkpoints name the two halves model.language_model and model.visual."""
+    """The two halves of the model. Checkpoints call them model.language_model and model.visual."""
 
     def __init__(self, config: Qwen3VLConfig):
         super().__init__()
@@ -52,55 +52,70 @@ class Qwen3VL(base.DecoderModel):
         return self.model.visual(pixels, grids)
 
     def vision_block_inputs(self, N, P):
-        vision, weight = self.config.vision, self.model.visual.pos_embed.weight
-        tables = (weight.new_zeros(P, 1, vision.head_dim // 2, dtype=torch.float32) for _ in range(2))
-        return weight.new_zeros(N, P, vision.hidden_size), *tables
+        vision = self.config.vision
+        weight = self.model.visual.pos_embed.weight
+        patches = weight.new_zeros(N, P, vision.hidden_size)
+        cos = weight.new_zeros(P, 1, vision.head_dim // 2, dtype=torch.float32)
+        return patches, cos, torch.zeros_like(cos)
 
     def rope(self, positions):
         if positions.dim() == 2:
             return super().rope(positions)
         frequencies = self.frequencies(self.config.rope, positions.device)
-        axes = torch.zeros_like(frequencies, dtype=torch.int64)  # [E / 2], the axis by which each pair turns
+        axes = torch.zeros_like(frequencies, dtype=torch.int64)  # [E/2], the axis by which each pair turns
         for axis in (1, 2):  # interleaved: t h w t h w ..., and t for the rest
             axes[axis : 3 * self.config.mrope_sections[axis] : 3] = axis
-        turns = positions[axes].movedim(0, -1).contiguous()  # [B, T, E/2]
-        angles = turns[:, :, None].float() * frequencies  # [B, T, 1, E/2]
+        by_pair = positions[axes].movedim(0, -1).contiguous()  # [B, T, E/2]
+        angles = by_pair[:, :, None].float() * frequencies  # [B, T, 1, E/2]
         return {None: (angles.cos(), angles.sin())}
 
 
 def image_positions(
     tokens: Sequence[int], config: Qwen3VLConfig, images: Sequence[Grid] = (), videos: Sequence[Grid] = ()
 ) -> tuple[torch.Tensor, int]:
-    """The rotary positions of one prompt, [3, T] int64 by time, row and column, and the position that follows.
+    """The rotary positions of one prompt.
 
     Text advances all three axes by one. An image or a frame pair has one time, and its rows and columns start at the
     current position. After it, positions continue as if it had as many tokens as its longer side.
 
-    `tokens` has a run of image_id for each image, and of video_id for each frame pair of a video. A run has a token for
-    each merged patch of the grid. Raises InputError if runs and grids do not match.
+    Args:
+        tokens: the prompt. It has a run of image_id for each image, and a run of video_id for each frame pair of a
+            video. A run has one token for each merged patch of its grid.
+        config: of the model.
+        images, videos: the grids of patches, in the order of the prompt.
+
+    Returns:
+        The positions by time, row and column, [3, T] int64, and the position that follows them.
+
+    Raises:
+        InputError: if the runs and the grids do not match.
     """
     merge = config.vision.merge_size
-    left = {config.image_id: iter(images), config.video_id: (grid for grid in videos for _ in range(grid.frames))}
+    frames = [grid for grid in videos for _ in range(grid.frames)]
+    grids = {config.image_id: iter(images), config.video_id: iter(frames)}
     names = {config.image_id: "image", config.video_id: "video frame"}
-    blocks, position = [], 0
-    for token, run in groupby(tokens, lambda token: token if token in left else None):
+    blocks = []
+    position = 0
+    for token, run in groupby(tokens, lambda token: token if token in grids else None):
         length = len(list(run))
+        index = torch.arange(length)
         if token is None:
-            blocks.append(position + torch.arange(length).expand(3, -1))
+            blocks.append(position + index.expand(3, -1))
             position += length
             continue
-        grid = next(left[token], None)
+        name = names[token]
+        grid = next(grids[token], None)
         if grid is None:
-            raise InputError(f"the prompt has tokens for more {names[token]}s than are given; remove them")
-        rows, columns = grid.rows // merge, grid.columns // merge
+            raise InputError(f"the prompt has tokens for more {name}s than are given; remove them")
+        rows = grid.rows // merge
+        columns = grid.columns // merge
         if length != rows * columns:
-            raise InputError(
-                f"the prompt has {length} tokens for {'an' if token == config.image_id else 'a'} {names[token]} of "
-                f"{rows} x {columns} tokens; give it {rows * columns}"
-            )
-        index = torch.arange(length)
-        blocks.append(position + torch.stack([torch.zeros_like(index), index // columns, index % columns]))
+            size = f"{rows} x {columns} tokens"
+            raise InputError(f"the prompt has {length} tokens for one {name} of {size}; give it {rows * columns}")
+        block = torch.stack([torch.zeros_like(index), index // columns, index % columns])  # [3, length]
+        blocks.append(position + block)
         position += max(rows, columns)
-    if unused := [names[token] for token in left if next(left[token], None) is not None]:
-        raise InputError(f"the prompt lacks the tokens of at least one {unused[0]} that is given; add them")
+    for token, left in grids.items():
+        if next(left, None) is not None:
+            raise InputError(f"the prompt lacks the tokens of at least one {names[token]} that is given; add them")
     return torch.cat(blocks, dim=1), position

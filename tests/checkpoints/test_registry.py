@@ -38,7 +38,7 @@ def test_names():
     seeing = ("2b", "4b", "8b", "32b", "30b-a3b", "235b-a22b")
     qwens += [f"qwen3-vl-{size}{kind}" for size in seeing for kind in ("", "-thinking")]
     instruct = {*(f"{name}-instruct" for name in llamas), *(f"{name}-it" for name in gemmas)}
-    assert set(list_models()) == {*llamas, *gemmas, *qwens, *instruct, "smollm2-135m"}
+    assert set(list_models()) == {*llamas, *gemmas, *qwens, *instruct, "smollm2-135m", "olmo2-1b", "olmo2-7b"}
     for name in list_models():
         assert lookup(name).name == name
     entry = lookup("llama3.1-8b-instruct")

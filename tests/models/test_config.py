@@ -8,6 +8,7 @@ from support.tiny import (
     tiny_config,
     tiny_gemma3_config,
     tiny_gemma3_vl_config,
+    tiny_olmo2_config,
     tiny_qwen3_config,
     tiny_qwen3_vl_config,
 )
@@ -16,7 +17,7 @@ from pop.errors import ConfigError
 from pop.models.config import RopeConfig
 
 GEMMA3_VL, QWEN3_VL = tiny_gemma3_vl_config(), tiny_qwen3_vl_config()
-ALL = (tiny_config(), tiny_gemma3_config(), tiny_qwen3_config(), QWEN3_VL)
+ALL = (tiny_config(), tiny_gemma3_config(), tiny_qwen3_config(), tiny_olmo2_config(), QWEN3_VL)
 
 
 @pytest.mark.parametrize(

@@ -65,6 +65,9 @@ CASES = (
     "qwen3_vl/untied",
     "qwen3_vl/tied",
     "qwen3_vl/experts",
+    "olmo2/wide-heads",
+    "olmo2/bfloat16",
+    "olmo2/old",
 )
 
 
@@ -113,7 +116,7 @@ def test_prefill_then_decode(golden, model, whole):
         assert cache.lengths + cache.rope_offsets == expected  # after an image, positions continue from its longer side
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma3", "qwen3"])
+@pytest.mark.parametrize("family", ["llama", "gemma3", "qwen3", "olmo2"])
 def test_bfloat16_run(family, tmp_path):
     """Two bfloat16 runs round at different places, so each is judged by its distance from the float32 logits.
 
@@ -182,6 +185,11 @@ LLAMA = {
 }
 QWEN3 = LLAMA | {"self_attn.q_norm.weight": "E", "self_attn.k_norm.weight": "E"}
 GEMMA3 = QWEN3 | {"pre_feedforward_layernorm.weight": "D", "post_feedforward_layernorm.weight": "D"}
+OLMO2 = {name: letters for name, letters in LLAMA.items() if name != "input_layernorm.weight"} | {
+    "self_attn.q_norm.weight": "Q",
+    "self_attn.k_norm.weight": "K",
+    "post_feedforward_layernorm.weight": "D",
+}
 QWEN3_MOE = {name: letters for name, letters in QWEN3.items() if not name.startswith("mlp.")} | {
     "mlp.gate.weight": "XD",
     "mlp.experts.gate_up_proj": "X2WD",
@@ -256,6 +264,7 @@ TENSORS = {
     "qwen3-235b-a22b": decoder("model.", QWEN3_MOE, 94, 151_936, False, D=4096, Q=8192, K=512, E=128, X=128, W=1536),
     "qwen3-vl-8b": qwen3_vl_tower(4096)
     | decoder("model.language_model.", QWEN3, 36, 151_936, False, D=4096, I=12_288, Q=4096, K=1024, E=128),
+    "olmo2-7b": decoder("model.", OLMO2, 32, 100_352, False, D=4096, I=11_008, Q=4096, K=4096),
 }
 
 

@@ -6,6 +6,7 @@ from support.meta_device import META, device_only
 from support.tiny import (
     tiny_config,
     tiny_gemma3_config,
+    tiny_olmo2_config,
     tiny_qwen3_config,
     tiny_qwen3_moe_config,
     tiny_qwen3_vl_config,
@@ -23,6 +24,7 @@ CONFIGS = {
     "qwen3": tiny_qwen3_config(),
     "qwen3_moe": tiny_qwen3_moe_config(),
     "qwen3_vl": tiny_qwen3_vl_config(),
+    "olmo2": tiny_olmo2_config(),
 }
 
 

@@ -254,6 +254,41 @@ QWEN3_VL_8B = {
 }
 
 
+# OLMo-2-1124-7B-Instruct as published (transformers 4), and the 1B as far as it differs.
+OLMO2_7B = {
+    "architectures": ["Olmo2ForCausalLM"],
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "bos_token_id": 100257,
+    "eos_token_id": 100257,
+    "hidden_act": "silu",
+    "hidden_size": 4096,
+    "initializer_range": 0.02,
+    "intermediate_size": 11008,
+    "max_position_embeddings": 4096,
+    "model_type": "olmo2",
+    "num_attention_heads": 32,
+    "num_hidden_layers": 32,
+    "num_key_value_heads": 32,
+    "pad_token_id": 100277,
+    "rms_norm_eps": 1e-06,
+    "rope_scaling": None,
+    "rope_theta": 500000,
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+    "transformers_version": "4.47.0",
+    "use_cache": True,
+    "vocab_size": 100352,
+}
+OLMO2_1B = OLMO2_7B | {
+    "hidden_size": 2048,
+    "intermediate_size": 8192,
+    "num_attention_heads": 16,
+    "num_hidden_layers": 16,
+    "num_key_value_heads": 16,
+}
+
+
 # Qwen3: width, MLP, layers, query heads, key-value heads, tied. The head width and the vocabulary are the same in all.
 QWEN3_SIZES = {
     "0.6b": (1024, 3072, 28, 16, 8, True),
@@ -277,4 +312,6 @@ PUBLISHED = {
     "qwen3-30b-a3b": QWEN3_30B_A3B,
     "qwen3-235b-a22b": QWEN3_235B_A22B,
     "qwen3-vl-8b": QWEN3_VL_8B,
+    "olmo2-1b": OLMO2_1B,
+    "olmo2-7b": OLMO2_7B,
 }

@@ -17,6 +17,7 @@ from pop.models.config import (
     ExpertsConfig,
     Gemma3Config,
     LlamaConfig,
+    Olmo2Config,
     Qwen3Config,
     Qwen3VisionConfig,
     Qwen3VLConfig,
@@ -116,6 +117,10 @@ EXPERTS = ExpertsConfig(count=7, per_token=3, width=14, layers=(0, 2, 3))
 
 def tiny_qwen3_moe_config(**overrides) -> Qwen3Config:
     return tiny_qwen3_config(**{"experts": EXPERTS, **overrides})
+
+
+def tiny_olmo2_config(**overrides) -> Olmo2Config:
+    return Olmo2Config(**{**QWEN3_SIZES, **overrides})
 
 
 def random_weights(shapes: dict[str, tuple[int, ...]], seed: int, family: str = "llama") -> dict[str, torch.Tensor]:

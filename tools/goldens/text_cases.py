@@ -106,6 +106,10 @@ def qwen3_moe_config(*sizes, **options):
     }
 
 
+def olmo2_config(*sizes, **fields) -> dict:
+    return config(*sizes, architectures=["Olmo2ForCausalLM"], model_type="olmo2", **fields)
+
+
 def gemma3_ropes(factor, base=1_000_000.0, local_base=10_000.0) -> dict:
     return {
         GLOBAL: {"rope_type": "linear", "factor": factor, "rope_theta": base},
@@ -381,6 +385,39 @@ CASES = {
             "transformers_version": "4.51.0",
             "use_cache": True,
             "use_sliding_window": False,
+            "vocab_size": 61,
+        },
+        (50,),
+        verbatim=True,
+    ),
+    # OLMo-2. eps is large enough to show where the norms are.
+    "olmo2/wide-heads": Case(olmo2_config(67, 30, 44, 5, 6, 2, 10, rms_norm_eps=1e-2), (21, 1)),
+    "olmo2/bfloat16": Case(olmo2_config(37, 16, 24, 3, 4, 2, 8, dtype="bfloat16"), (280, 7), shard_size="1GB"),
+    # The fields of transformers 4, as OLMo-2-1124-7B was published.
+    "olmo2/old": Case(
+        {
+            "architectures": ["Olmo2ForCausalLM"],
+            "attention_bias": False,
+            "attention_dropout": 0.0,
+            "bos_token_id": None,
+            "eos_token_id": None,
+            "hidden_act": "silu",
+            "hidden_size": 24,
+            "initializer_range": 0.02,
+            "intermediate_size": 36,
+            "max_position_embeddings": 512,
+            "model_type": "olmo2",
+            "num_attention_heads": 4,
+            "num_hidden_layers": 3,
+            "num_key_value_heads": 4,
+            "pad_token_id": 0,
+            "rms_norm_eps": 1e-06,
+            "rope_scaling": None,
+            "rope_theta": 5000,
+            "tie_word_embeddings": False,
+            "torch_dtype": "float32",
+            "transformers_version": "4.47.0",
+            "use_cache": True,
             "vocab_size": 61,
         },
         (50,),
