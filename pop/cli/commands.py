@@ -1,4 +1,4 @@
-"""The `pop` command: demo, generate, chat, importance, calibrate, plans, models, download, verify, import-gguf.
+"""The `pop` command: demo, generate, chat, importance, calibrate, plans, models, download, import-gguf.
 
 Answers go to stdout, notes and errors to stderr. An error is one sentence. The exit status is 0, or 2 after an error.
 It is 130 after Ctrl-C, and 141 if the reader of the output is gone.
@@ -212,13 +212,6 @@ def download(args) -> None:
     print(f'{args.model} is in {folder}. Try: pop generate {args.model} "Once upon a time"')
 
 
-def verify(args) -> None:
-    folder = registry.find_folder(args.model)
-    manifest = downloads.verify(folder)
-    size = f"{len(manifest.files)} files, {sum(file.size for file in manifest.files.values()):,} bytes"
-    print(f"{folder}: {size}, unchanged since their download: {manifest.repository}, commit {manifest.commit}.")
-
-
 def import_gguf(args) -> None:
     folder = gguf.import_gguf(args.file, args.folder)
     print(f"Imported into {folder}.")
@@ -376,9 +369,6 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
     add = command(download, "Download a model. Gated models of the Hugging Face Hub need HF_TOKEN.").add_argument
     add("model", help="a name that `pop models` lists, or a repository with a supported architecture", metavar="NAME")
     add("--revision", help="a branch, tag or commit; default: the newest commit", metavar="REV")
-
-    add = command(verify, "Compare a model's files with the hashes that were kept at their download.").add_argument
-    add("model", help="a name that `pop models` lists, or a directory", metavar="NAME_OR_DIR")
 
     add = command(import_gguf, "Convert a GGUF file into a checkpoint directory.").add_argument
     add("file", help="the GGUF file", metavar="FILE", type=Path)
