@@ -1,25 +1,25 @@
 """Chat formats: conversations to token ids, as each family of instruct models was trained on them.
 
-A format is a checkpoint's chat_template, or the caller's choice (chat_templates.py). Control tokens come from what the
-template writes itself. The text of a message is encoded as text, so nothing that a user writes can become one.
+A format is a checkpoint's chat_template, or the caller's choice (chat_templates.py). Control tokens come only from what
+the template itself writes. The text of a message is encoded as text, so nothing that a user writes can become one.
 """
 
 import json
 import re
-from typing import Any
 
 from pop.errors import InputError, UnsupportedError
-from pop.inputs.chat_templates import TEMPLATES, Own, Template, jinja, write
-from pop.inputs.images import Image
+from pop.inputs.chat_templates import TEMPLATES, StandIns, Template, jinja, masked, write
+from pop.inputs.messages import read_messages, tool_call
 from pop.inputs.processors import Prepared, Processor
 from pop.inputs.tokenizers import Tokenizer
 
-# The roles, and what messages may have besides a role and their content.
-_RESULT = ("name", "tool_call_id")
-KEYS = {"system": (), "user": (), "assistant": ("tool_calls", "reasoning_content"), "tool": _RESULT, "ipython": _RESULT}
 ENDS = ("<|end_of_text|>", "<|eom_id|>", "<|endoftext|>", "<eos>")  # end any answer, if the tokenizer has them
 
-_ASKED, _ANSWER = {"role": Own("user"), "content": "a"}, {"role": Own("assistant"), "content": "b"}
+# The texts of a conversation that shows how a template writes one. No template writes these characters itself.
+_QUESTION = "\U0010fffd"
+_ANSWER = "\U0010fffc"
+_ASKED = {"role": "user", "content": _QUESTION}
+_ANSWERED = {"role": "assistant", "content": _ANSWER}
 
 
 def chat_format(tokenizer: Tokenizer, vision: Processor | None = None, choice=None) -> "ChatFormat":
@@ -29,9 +29,11 @@ def chat_format(tokenizer: Tokenizer, vision: Processor | None = None, choice=No
     """
     if choice is None and tokenizer.chat_template:
         template = jinja(tokenizer.chat_template)
-        return ChatFormat(tokenizer, vision, template, tokenizer.tool_template and jinja(tokenizer.tool_template))
+        tool_template = tokenizer.tool_template and jinja(tokenizer.tool_template)
+        return ChatFormat(tokenizer, vision, template, tool_template)
     choices = f"{', '.join(map(repr, TEMPLATES))}, a template in Jinja as text, or a function"
-    choice = tokenizer.chat_format if choice is None else choice
+    if choice is None:
+        choice = tokenizer.chat_format
     if choice is None:
         base = "the checkpoint has no chat_template, so it is a base model"
         raise UnsupportedError(f"{base}: use generate, or pass chat_format= {choices}")
@@ -48,24 +50,37 @@ def chat_format(tokenizer: Tokenizer, vision: Processor | None = None, choice=No
 
 
 class ChatFormat:
-    """How a template writes conversations. Without a `vision` processor, it takes text only."""
+    """How a template writes conversations.
+
+    Args:
+        tokenizer: Encodes what the template writes.
+        vision: Prepares images and videos. None: the model takes text only.
+        template: Writes conversations.
+        tool_template: Writes conversations with tools. None: `template` does.
+    """
 
     def __init__(
         self,
         tokenizer: Tokenizer,
         vision: Processor | None,
         template: Template,
-        tool_template: Template | None = None,  # where there are tools
+        tool_template: Template | None = None,
     ):
-        self.tokenizer, self.vision = tokenizer, vision
-        self._template, self._tool_template = template, tool_template or template
-        pieces = self._write([_ASKED, _ANSWER, _ASKED])
-        n, names = _answer_in(pieces), [self._names(piece) for piece in pieces]
+        self.tokenizer = tokenizer
+        self.vision = vision
+        self._template = template
+        self._tool_template = tool_template or template
+        text = self._write([_ASKED, _ANSWERED, _ASKED], add_generation_prompt=False)
+        begun, answered, rest = text.partition(_ANSWER)
+        if not answered:
+            raise UnsupportedError("the chat_template does not write the messages; pass another chat_format=")
         # Tokens that are not special, but that the template writes around messages, are reserved for it.
-        self.tokenizer = tokenizer.reserving([name for around in names for name in around])
-        self.before = "".join(names[0][-1:])  # the last control token before a user's message
-        self.ends = ("".join(names[n + 1][:1]), tokenizer.template_variables.get("eos_token", ""), *ENDS)
-        prompt, begun = "".join(self._write([_ASKED])), "".join(pieces[:n])
+        self.tokenizer = tokenizer.reserving(self._names(text))
+        before_question = self._names(begun.partition(_QUESTION)[0])
+        after_answer = self._names(rest.partition(_QUESTION)[0])
+        self.before = "".join(before_question[-1:])  # the last control token before a user's message
+        self.ends = ("".join(after_answer[:1]), tokenizer.template_variables.get("eos_token", ""), *ENDS)
+        prompt = self._write([_ASKED])
         self._continues = prompt.startswith(begun.rstrip())  # up to the answer, it writes a prompt in the same way
         self.opening = prompt[len(begun) :] if self._continues else ""  # the text that opens the model's turn
 
@@ -76,157 +91,130 @@ class ChatFormat:
         return tuple(ids[name] for name in dict.fromkeys(self.ends) if name in ids)
 
     def encode(self, messages: list[dict], add_generation_prompt: bool = True, **options) -> list[int]:
-        """Return the token ids of a conversation. Arguments as for `spell`."""
+        """Return the token ids of a conversation. Arguments as for `prompt`."""
         return self.prompt(messages, add_generation_prompt, **options)[0]
 
-    def prompt(self, messages, add_generation_prompt: bool = True, **options) -> tuple[list[int], list[Prepared]]:
-        """Return a conversation's token ids and its images and videos in order. Arguments as for `spell`."""
-        return self._encode(self.spell(messages, add_generation_prompt, **options))
-
-    def next_prompt(self, content, enable_thinking: bool = True) -> tuple[list[int], list[Prepared]]:
-        """Return what `prompt` adds after an answer: the turn's end, the user's message, and the next turn's opening.
-
-        A control token follows an answer, so no text is encoded across this boundary, and these ids can be appended.
-        """
-        told, media = self._told([{"role": "user", "content": content}])
-        begun, options = [_ASKED, _ANSWER], _thinking(enable_thinking)
-        pieces, longer = self._write([*begun, *told], **options), self._write([*begun, *begun, *told], **options)
-        n = _answer_in(pieces)
-        if not self._continues or longer[n - len(pieces) :] != pieces[n:]:
-            raise UnsupportedError("the chat_template rewrites earlier turns; answer whole lists of messages with chat")
-        return self._encode(self._show(pieces[n + 1 :], media))
-
-    def spell(
+    def prompt(
         self,
         messages: list[dict],
         add_generation_prompt: bool = True,
         tools: list[dict] | None = None,
         enable_thinking: bool = True,
-    ) -> list[str | Prepared]:
-        """Return a conversation in pieces: what the template writes, texts, images and videos.
+    ) -> tuple[list[int], list[Prepared]]:
+        """Return a conversation's token ids and its images and videos in order.
 
         Args:
             messages: As in `pop.Model.chat`. Only the first may be a system message.
             add_generation_prompt: Open the model's turn at the end.
             tools: The JSON schemas of functions that the model may call.
             enable_thinking: False asks a model that may think to answer at once.
+
+        Raises InputError for messages or tools that are wrong, and UnsupportedError for what the template cannot write.
         """
-        told, media = self._told(messages)
+        told, media = read_messages(messages, self.vision)
         if tools and (not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools)):
             raise InputError(f"tools must be a list of dicts, the JSON schemas of functions, got {tools!r:.80}")
-        try:
-            json.dumps([told, tools])
-        except (TypeError, ValueError, RecursionError) as error:
-            raise InputError(f"a tool, or a call of one, cannot be written as JSON: {error}") from None
-        tools, options = tools or [], {"add_generation_prompt": add_generation_prompt, **_thinking(enable_thinking)}
-        pieces = self._write(told, tools, **options)
-        uncalled = [{key: value for key, value in message.items() if key != "tool_calls"} for message in told]
-        for what, less in (("tools", (told, [])), ("tool calls", (uncalled, tools))):
-            if less != (told, tools) and self._write(*less, **options) == pieces:
-                raise UnsupportedError(f"the chat_template leaves out the {what}; put them into a message")
-        if add_generation_prompt and not enable_thinking and pieces[-1].endswith("<think>\n"):
+        tools = tools or []
+        stand_ins = self._stand_ins(told, tools)
+        told = stand_ins.hide(told)
+        tools = stand_ins.hide(tools)
+        options = {"add_generation_prompt": add_generation_prompt} | _thinking(enable_thinking)
+        text = self._write_safely(told, tools, **options)
+        if tools and self._write(told, **options) == text:
+            raise UnsupportedError("the chat_template leaves out the tools; put them into a message")
+        without_calls = [{key: part for key, part in message.items() if key != "tool_calls"} for message in told]
+        if without_calls != told and self._write(without_calls, tools, **options) == text:
+            raise UnsupportedError("the chat_template leaves out the tool calls; put them into a message")
+        if add_generation_prompt and not enable_thinking and text.endswith("<think>\n"):
             raise UnsupportedError("the model always thinks; leave out enable_thinking=False")
-        return self._show(pieces, media)
+        return self._encode(text, media, stand_ins), media
+
+    def next_prompt(self, content, enable_thinking: bool = True) -> tuple[list[int], list[Prepared]]:
+        """Return what `prompt` adds after an answer: the turn's end, the user's message, and the next turn's opening.
+
+        A control token follows an answer, so no text is encoded across this boundary, and these ids can be appended.
+        """
+        told, media = read_messages([{"role": "user", "content": content}], self.vision)
+        stand_ins = self._stand_ins(told, [])
+        told = stand_ins.hide(told)
+        options = _thinking(enable_thinking)
+        text = self._write_safely([_ASKED, _ANSWERED, *told], **options)
+        longer = self._write([_ASKED, _ANSWERED, _ASKED, _ANSWERED, *told], **options)
+        added = text.split(_ANSWER, 1)[-1]
+        if not self._continues or longer.split(_ANSWER, 2)[-1] != added:
+            raise UnsupportedError("the chat_template rewrites earlier turns; answer whole lists of messages with chat")
+        return self._encode(added, media, stand_ins), media
 
     def parse_tool_calls(self, text: str) -> list[dict]:
-        """Return the calls in an answer, as a message has them under "tool_calls".
+        """Return the calls in an answer, as a message has them under "tool_calls". An answer in words has none.
 
         A call is JSON: in Qwen3 between tags, with "arguments", and in Llama the whole answer, with "parameters".
         """
-        tagged, calls = re.findall(r"<tool_call>(.*?)</tool_call>", text, re.DOTALL), []
+        tagged = re.findall(r"<tool_call>(.*?)</tool_call>", text, re.DOTALL)
+        key = "arguments" if tagged else "parameters"
+        calls = []
         for found in tagged or [text]:
             try:
                 call = json.loads(found)
-                calls.append(_call(call["name"], call["arguments" if tagged else "parameters"]))
+                calls.append(tool_call(call["name"], call[key]))
             except (ValueError, LookupError, TypeError, RecursionError):
                 if tagged:
                     raise InputError(f"a tool call is not JSON with a name and arguments: {found!r:.80}") from None
-        return calls  # none in an answer in words
+        return calls
 
-    def _write(self, told: list[dict], tools=(), add_generation_prompt: bool = True, **options) -> list[str]:
+    def _stand_ins(self, told: list[dict], tools: list[dict]) -> StandIns:
+        """Return stand-ins for the names of control tokens, and of images and videos, in these texts."""
+        try:
+            conversation = json.dumps([told, tools], ensure_ascii=False)
+        except (TypeError, ValueError, RecursionError) as error:
+            raise InputError(f"a tool, or a call of one, cannot be written as JSON: {error}") from None
+        return StandIns([*self.tokenizer.special_tokens, *self._marks().values()], conversation)
+
+    def _marks(self) -> dict[str, str]:
+        return {} if self.vision is None else self.vision.marks
+
+    def _write(self, told: list[dict], tools=(), add_generation_prompt: bool = True, **options) -> str:
         template = self._tool_template if tools else self._template
-        variables = {"marks": {} if self.vision is None else self.vision.marks} | self.tokenizer.template_variables
-        return write(template, told, tools, **variables, add_generation_prompt=add_generation_prompt, **options)
+        variables = {"marks": self._marks()} | self.tokenizer.template_variables | options
+        return write(template, told, tools, add_generation_prompt=add_generation_prompt, **variables)
 
-    def _show(self, pieces: list[str], media: list[Prepared]) -> list[str | Prepared]:
-        """Put images and videos in place of the marks that the template writes for them."""
-        if not media:
-            return pieces
-        own = [piece for piece in pieces if isinstance(piece, Own)]
-        split = iter(self.vision.split_at_marks(own, media, "chat_template"))
-        shown = []
-        for piece in pieces:
-            parts = next(split) if isinstance(piece, Own) else [piece]
-            shown += [type(piece)(part) if isinstance(part, str) else part for part in parts]
-        return shown
+    def _write_safely(self, told: list[dict], tools=(), **options) -> str:
+        """Write a conversation whose texts hide the names of control tokens.
 
-    def _encode(self, pieces: list[str | Prepared]) -> tuple[list[int], list[Prepared]]:
-        encoded = []
-        for piece in pieces:
-            if isinstance(piece, Prepared):
-                encoded += piece.pieces
-            else:
-                encoded += self.tokenizer.split(piece, True) if isinstance(piece, Own) else [piece]
-        return self.tokenizer.encode_pieces(encoded, bos=False), [one for one in pieces if isinstance(one, Prepared)]
+        A template could still form a name: from parts of two texts, or from a text and a character of its own. So the
+        control tokens must be the same when none of the texts has a character of a name.
+        """
+        text = self._write(told, tools, **options)
+        without_texts = self._write(masked(told), masked(tools), **options)
+        special = self.tokenizer.special_tokens
+        found = [name for name in self._names(text) if name in special]
+        expected = [name for name in self._names(without_texts) if name in special]
+        if found != expected:
+            raise UnsupportedError("the chat_template forms control tokens from texts; pass another chat_format=")
+        return text
 
-    def _names(self, piece: str) -> list[str]:
-        """Return the names of the tokens that a piece of the template's own spells."""
-        found = self.tokenizer.split(piece, True) if isinstance(piece, Own) else []
-        return [self.tokenizer.decode(part, special=True) for part in found if not isinstance(part, str)]
+    def _encode(self, text: str, media: list[Prepared], stand_ins: StandIns) -> list[int]:
+        """Return the ids of what a template wrote, with images and videos in place of their marks."""
+        special = set(self.tokenizer.special_tokens.values())
+        parts = self.vision.split_at_marks(text, media, "chat_template") if media else [text]
+        pieces = []
+        for part in parts:
+            if isinstance(part, Prepared):
+                pieces += part.pieces
+                continue
+            for piece in self.tokenizer.split(part, allow_special=True):
+                if isinstance(piece, str):
+                    pieces.append(stand_ins.restore(piece))
+                elif special.isdisjoint(piece):
+                    pieces.append(self.tokenizer.decode(piece))  # text spells it, perhaps together with its neighbours
+                else:
+                    pieces.append(piece)
+        return self.tokenizer.encode_pieces(pieces, bos=False)
 
-    def _told(self, messages: list[dict]) -> tuple[list[dict], list[Prepared]]:
-        """Check all messages. Return them as templates take them, and their images and videos in order."""
-        if not isinstance(messages, list) or not messages:
-            raise InputError("messages must be a list with at least one {'role': ..., 'content': ...}.")
-        told, media = [], []
-        for n, message in enumerate(messages):
-            role = message.get("role", "user") if isinstance(message, dict) else "user"
-            if not isinstance(role, str) or role not in KEYS or (role == "system" and n):
-                raise InputError(f"message {n} has the role {role!r}; use user, assistant or, for the first, system.")
-            needed = {"role"} if role == "assistant" and message.get("tool_calls") else {"role", "content"}
-            if not isinstance(message, dict) or not needed <= message.keys() <= {"role", "content", *KEYS[role]}:
-                raise InputError(f"message {n} must be a dict of 'role' and 'content', got {message!r:.80}.")
-            calls = _calls(message.get("tool_calls"), f"message {n}")
-            content, thoughts = message.get("content"), message.get("reasoning_content")
-            parts = self._parts("" if calls and content is None else content, f"message {n}")
-            shown = [part for part in parts if isinstance(part, Prepared)]
-            if shown and role != "user":
-                raise InputError(f"message {n} has an image or video; only messages with the role user may have one.")
-            if role == "user" and not any(isinstance(part, Prepared) or part.strip() for part in parts):
-                raise InputError(f"message {n} has the role user, but it is empty.")
-            if not isinstance(thoughts, str | None):
-                raise InputError(f"message {n}: reasoning_content must be text, got {thoughts!r:.80}.")
-            typed = [{"type": Own("text"), "text": x} if isinstance(x, str) else {"type": Own(x.kind)} for x in parts]
-            content = typed if shown else "".join(parts)
-            rest = {key: value for key, value in message.items() if key != "tool_calls"}
-            told.append(rest | {"role": Own(role), "content": content} | ({"tool_calls": calls} if calls else {}))
-            media += shown
-        return told, media
-
-    def _parts(self, content: str | list[dict[str, Any]], where: str) -> list[str | Prepared]:
-        """Return a message's images and videos, prepared, and the texts between them."""
-        if isinstance(content, str):
-            return [content]
-        if not isinstance(content, list) or not content:
-            raise InputError(f"{where}: the content must be text or a list of parts, got {content!r:.80}.")
-        parts, takes = [], () if self.vision is None else self.vision.marks
-        for part in content:
-            kind = part.get("type") if isinstance(part, dict) else None
-            if kind in ("image", "video") and kind not in takes:
-                takes = " and ".join(["text", *(f"{taken}s" for taken in takes)])
-                raise UnsupportedError(f"{where} has a part of the type {kind!r}, but this model takes {takes} only.")
-            limits = part.keys() & {"min_pixels", "max_pixels"} if kind == "image" else set()
-            known = kind in ("text", "image", "video") and part.keys() - limits == {"type", kind}
-            if not known or (kind == "text" and not isinstance(part["text"], str)):
-                raise InputError(f"{where}: a part must be like {{'type': 'text', 'text': 'Hi'}}, got {part!r:.80}.")
-            if kind != "text":
-                given = Image(part[kind], **{name: part[name] for name in limits}) if limits else part[kind]
-                parts.append(self.vision.prepare(kind, given))
-            elif parts and isinstance(parts[-1], str):
-                parts[-1] += part["text"]
-            else:
-                parts.append(part["text"])
-        return parts
+    def _names(self, text: str) -> list[str]:
+        """Return the names of the added tokens in a text that a template wrote, in order."""
+        found = self.tokenizer.split(text, allow_special=True)
+        return [self.tokenizer.decode(piece, special=True) for piece in found if not isinstance(piece, str)]
 
 
 def _thinking(enable: bool) -> dict[str, bool]:
@@ -234,35 +222,10 @@ def _thinking(enable: bool) -> dict[str, bool]:
     return {} if enable else {"enable_thinking": False}
 
 
-def _answer_in(pieces: list[str]) -> int:
-    """Return where the text of _ANSWER is, which a template may write in upper case."""
-    try:
-        return [piece.lower() for piece in pieces].index("b")
-    except ValueError:
-        raise UnsupportedError("the chat_template does not write the messages; pass another chat_format=") from None
-
-
-def _calls(calls: list[dict] | None, where: str) -> list[dict]:
-    """Return a message's tool calls, with their arguments as dicts."""
-    try:
-        calls = [call.get("function", call) for call in calls or ()]
-        calls = [(call["name"], call["arguments"]) for call in calls]
-        calls = [(name, json.loads(given) if isinstance(given, str) else given) for name, given in calls]
-        if all(isinstance(name, str) and isinstance(given, dict) for name, given in calls):
-            return [_call(name, given) for name, given in calls]
-    except (KeyError, TypeError, ValueError, AttributeError, RecursionError):
-        pass
-    like = _call("f", {"x": 1})
-    raise InputError(f"{where}: tool_calls must be a list of dicts like {like}")
-
-
-def _call(name: str, arguments: Any) -> dict:
-    return {"type": "function", "function": {"name": name, "arguments": arguments}}
-
-
 def split_thoughts(text: str) -> tuple[str, str]:
     """Return the thoughts and the answer of a text with <think>...</think>, whose first tag may be in the prompt."""
     if "</think>" not in text:
         return "", text
     thoughts, *_, answer = text.split("</think>")
-    return thoughts.rstrip("\n").split("<think>")[-1].lstrip("\n"), answer.lstrip("\n")
+    thoughts = thoughts.rstrip("\n").split("<think>")[-1]
+    return thoughts.lstrip("\n"), answer.lstrip("\n")

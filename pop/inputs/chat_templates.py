@@ -1,20 +1,19 @@
 """Templates write a conversation as text: programs in Jinja, run in jinja2's sandbox, or functions of the caller.
 
-A template is run twice: with the texts of a conversation, and with a random mark in place of each text. Between the
-marks, the text is the template's own, and only there do names of control tokens become ids. Both must write the same
-conversation, so a template that changes texts in a way that `_Text` does not follow is refused.
+A template sees ordinary strings. So that a text of the caller never becomes a control token, `StandIns` changes the
+names of control tokens in the texts before the template runs, and restores them in the parts that are not tokens.
 """
 
 import datetime
 import functools
 import json
 import re
-import secrets
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 from pop.errors import InputError, PopError, UnsupportedError, import_extra
+from pop.inputs.tokenizers import splitter
 
 Template = Callable[..., str]  # called with messages, tools and other variables by name
 
@@ -22,17 +21,20 @@ Template = Callable[..., str]  # called with messages, tools and other variables
 FOLDER = Path(__file__).parents[1] / "data" / "chat"
 TEMPLATES = {path.stem: path.read_text(encoding="utf-8") for path in sorted(FOLDER.glob("*.jinja"))}
 
+PRIVATE_USE = range(0x100000, 0x10FFF0)  # code points without a meaning, which text hardly ever has
+MASK = "\U0010fffb"  # for `masked`
 
-def write(template: Template, messages: list[dict], tools: list[dict], **variables) -> list[str]:
-    """Return a conversation in pieces: each text of the caller, and as `Own` what the template writes around them."""
-    marks, now = {}, datetime.datetime.now()
-    variables |= {"strftime_now": now.strftime, "raise_exception": _refuse}
-    text = template(messages=messages, tools=tools or None, **variables)
-    written = template(messages=_mark(messages, marks), tools=_mark(tools, marks) or None, **variables)
-    pieces = [marks.get(piece, Own(piece)) for piece in re.split("(x[0-9a-f]{32}x)", written)]
-    if "".join(pieces) != text:
-        raise UnsupportedError("the chat_template changes texts as pop does not follow; pass another chat_format=")
-    return pieces
+
+def write(template: Template, messages: list[dict], tools: list[dict], **variables) -> str:
+    """Return what a template writes. The variables are those that templates know from transformers."""
+    now = datetime.datetime.now()
+    return template(
+        messages=messages,
+        tools=tools or None,
+        strftime_now=now.strftime,
+        raise_exception=_refuse,
+        **variables,
+    )
 
 
 def _refuse(message: str) -> None:
@@ -43,14 +45,18 @@ def _refuse(message: str) -> None:
 def jinja(source: str) -> Template:
     """Return a template in Jinja as a function, with the settings of transformers. Raises MissingExtra without jinja2.
 
-    Whatever its program raises becomes an UnsupportedError.
+    Every exception that the template raises becomes an UnsupportedError.
     """
     sandbox = import_extra("jinja2.sandbox", "jinja2, or a function as chat_format=", "jinja")
-    options = {"trim_blocks": True, "lstrip_blocks": True, "extensions": ["jinja2.ext.loopcontrols"]}
-    environment = sandbox.ImmutableSandboxedEnvironment(**options)
-    environment.filters["tojson"], environment.concat = _tojson, _concat
-    # {% generation %} marks answers for training.
-    source = re.sub(r"({%-?\s*)(end)?generation(?=\s*-?%})", lambda m: m[1] + ("endif" if m[2] else "if true"), source)
+    environment = sandbox.ImmutableSandboxedEnvironment(
+        trim_blocks=True,
+        lstrip_blocks=True,
+        extensions=["jinja2.ext.loopcontrols"],
+    )
+    environment.filters["tojson"] = _tojson
+    # {% generation %} ... {% endgeneration %} marks answers for training. It changes nothing in what is written.
+    source = re.sub(r"({%-?\s*)generation(?=\s*-?%})", r"\1if true", source)
+    source = re.sub(r"({%-?\s*)endgeneration(?=\s*-?%})", r"\1endif", source)
     compiled = functools.cache(environment.from_string)
 
     def run(**variables) -> str:
@@ -58,7 +64,7 @@ def jinja(source: str) -> Template:
             return compiled(source).render(variables)
         except PopError:
             raise
-        except Exception as error:  # whatever a program may do
+        except Exception as error:  # a template is a program, so it can raise anything
             what = f"{type(error).__name__}: {error!s:.200}"
             message = f"the checkpoint's chat_template fails ({what}); pass another chat_format="
             raise UnsupportedError(message) from error
@@ -66,69 +72,70 @@ def jinja(source: str) -> Template:
     return run
 
 
-class Own(str):
-    """What a template writes itself, or a word of ours in a message."""
+def _tojson(value: Any, ensure_ascii=False, indent=None, separators=None, sort_keys=False) -> str:
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
-class _Text(str):
-    """A text of the caller, as a template sees it. Questions and cuts see the text, and writing it writes a mark.
+class StandIns:
+    """Private-use characters in place of the first characters of control tokens' names in a caller's texts.
 
-    The mark is random, so the template cannot make a control token of the text. The sandbox hides names with _.
+    A text keeps its length and nearly all of its characters, so a template can compare it, cut it and trim it as usual.
+
+    Args:
+        names: The names to hide. They are found in upper and lower case, because templates may change the case.
+        conversation: All texts of the conversation. None of the stand-ins occurs in it.
     """
 
-    def __new__(cls, text: str, marks: dict[str, str]):
-        mark = f"x{secrets.token_hex(16)}x"
-        marks[mark], self = text, super().__new__(cls, mark)
-        self._text, self._marks = text, marks
-        return self
+    def __init__(self, names: Iterable[str], conversation: str):
+        name = splitter(names)
+        # Each character at which a name begins. The names may overlap, so they are only looked ahead at.
+        self._begin = name and re.compile(f"(?={name.pattern}).", re.IGNORECASE | re.DOTALL)
+        self._unused = (char for char in map(chr, PRIVATE_USE) if char not in conversation)
+        self._stand_ins: dict[str, str] = {}  # by the character that they replace
 
-    def __str__(self):
-        return self
+    def hide(self, value: Any) -> Any:
+        """Return a JSON value with stand-ins in its texts and keys."""
+        if self._begin is None:
+            return value
+        if isinstance(value, str):
+            return self._begin.sub(self._stand_in, value)
+        if isinstance(value, dict):
+            return {self.hide(key): self.hide(part) for key, part in value.items()}
+        if isinstance(value, list | tuple):
+            return [self.hide(part) for part in value]
+        return value
 
-    def __hash__(self):
-        return hash(self._text)
+    def _stand_in(self, match: re.Match) -> str:
+        char = match[0]
+        if char not in self._stand_ins:
+            found = next(self._unused, None)
+            if found is None:
+                raise InputError("the conversation has all private-use characters of Unicode's plane 16; remove some")
+            self._stand_ins[char] = found
+        return self._stand_ins[char]
 
-
-def _map(value: Any, change: Callable[[str], str]) -> Any:
-    """Change all texts in a JSON value."""
-    if isinstance(value, dict):
-        return {_map(key, change): _map(part, change) for key, part in value.items()}
-    if isinstance(value, list | tuple):
-        return type(value)(_map(part, change) for part in value)
-    return change(value) if isinstance(value, str) else value
-
-
-def _mark(value: Any, marks: dict[str, str]) -> Any:
-    return _map(value, lambda text: text if isinstance(text, Own) else _Text(text, marks))
-
-
-def _unmark(value: Any) -> Any:
-    return _map(value, lambda text: getattr(text, "_text", text))
-
-
-def _on_the_text(method: Callable) -> Callable:
-    return lambda self, *given, **named: _mark(method(self._text, *_unmark(given), **named), self._marks)
-
-
-for _name in (
-    *("strip", "lstrip", "rstrip", "split", "rsplit", "partition", "rpartition", "removeprefix", "removesuffix"),
-    *("startswith", "endswith", "find", "rfind", "index", "rindex", "count", "isspace", "lower", "upper"),
-    *("__contains__", "__getitem__", "__len__", "__eq__", "__ne__", "__lt__", "__le__", "__gt__", "__ge__"),
-):
-    setattr(_Text, _name, _on_the_text(getattr(str, _name)))
+    def restore(self, text: str) -> str:
+        """Return a text with the characters that `hide` replaced."""
+        for char, stand_in in self._stand_ins.items():
+            text = text.replace(stand_in, char)
+        return text
 
 
-def _concat(parts: Iterable[str]) -> str:
-    """Join what a macro writes. If it writes texts of the caller only, questions about them are still answered."""
-    parts = [part for part in parts if part]
-    whole = "".join(parts)
-    is_text = bool(parts) and all(isinstance(part, _Text) for part in parts)
-    return _Text("".join(part._text for part in parts), parts[0]._marks) if is_text else whole
+def masked(value: Any, visible: str = r"\S") -> Any:
+    """Return a JSON value whose texts have a private-use character in place of every visible one.
 
-
-def _tojson(value: Any, ensure_ascii=False, indent=None, separators=None, sort_keys=False) -> str:
-    marked: list[_Text] = []
-    _map(value, lambda text: marked.append(text) or text if isinstance(text, _Text) else text)
-    options = {"ensure_ascii": ensure_ascii, "indent": indent, "separators": separators, "sort_keys": sort_keys}
-    text = json.dumps(_unmark(value), **options)
-    return _Text(text, marked[0]._marks) if marked else text
+    No part of such a text can belong to a control token. Words stay as they are in keys, which templates look up, and
+    in roles and types, which they compare.
+    """
+    if isinstance(value, str):
+        return re.sub(visible, MASK, value)
+    if isinstance(value, list):
+        return [masked(part, visible) for part in value]
+    if not isinstance(value, dict):
+        return value
+    not_in_words = r"[^\w\s]"
+    result = {}
+    for key, part in value.items():
+        compared = key in ("role", "type")
+        result[masked(key, not_in_words)] = masked(part, not_in_words if compared else visible)
+    return result

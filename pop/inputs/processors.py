@@ -107,21 +107,25 @@ class Processor:
                 row += [self.prepare(kind, one) for one in media]
         return rows
 
-    def split_at_marks(self, texts: Sequence[str], media: Sequence[Prepared], what: str) -> list[list[str | Prepared]]:
-        """Split texts at the marks in them, and put `media` there, each kind in order. `what` names them in errors."""
-        split = [re.split(f"({'|'.join(map(re.escape, self.marks.values()))})", text) for text in texts]
+    def split_at_marks(self, text: str, media: Sequence[Prepared], what: str) -> list[str | Prepared]:
+        """Split a text at the marks in it, and put `media` there, each kind in order. `what` names it in errors."""
+        marks = "|".join(map(re.escape, self.marks.values()))
+        parts = re.split(f"({marks})", text)
         left = {}
         for kind, mark in self.marks.items():
-            of_kind, count = [one for one in media if one.kind == kind], sum(parts.count(mark) for parts in split)
+            of_kind = [one for one in media if one.kind == kind]
+            count = parts.count(mark)
             if count != len(of_kind):
                 raise InputError(f"{len(of_kind)} {kind}s are given, but the {what} has {mark} {count} times")
             left[mark] = iter(of_kind)
-        return [[next(left[part]) if part in left else part for part in parts] for parts in split]
+        return [next(left[part]) if part in left else part for part in parts]
 
     def replace_marks(self, text: str, media: Sequence[Prepared], what: str) -> list[Piece]:
         """Replace a text's marks by the pieces of `media`."""
-        (parts,) = self.split_at_marks([text], media, what)
-        return [piece for part in parts for piece in ([part] if isinstance(part, str) else part.pieces)]
+        pieces = []
+        for part in self.split_at_marks(text, media, what):
+            pieces += [part] if isinstance(part, str) else part.pieces
+        return pieces
 
     def locate(self, tokens: Sequence[int], media: Sequence[Prepared]) -> list[range]:
         """Return where each image and video is in a prompt's tokens: from its first to its last placeholder."""

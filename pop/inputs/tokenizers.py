@@ -58,7 +58,7 @@ class Tokenizer:
         for ids in (self.added_tokens, self.added_tokens | self.special_tokens):
             raw = {name: id for name, id in ids.items() if name not in self._normalized}
             normal = {self._normalize(name): id for name, id in ids.items() if name in self._normalized}
-            self._searches.append([(_splitter(names), names) for names in (raw, normal)])
+            self._searches.append([(splitter(names), names) for names in (raw, normal)])
 
     def reserving(self, names: Iterable[str]) -> "Tokenizer":
         """Return a tokenizer to which these added tokens are special, so that ordinary text cannot spell them."""
@@ -167,7 +167,7 @@ class ForeignTokenizer(Tokenizer):
         return "".join(self._source.decode(group) if name is None else name * len(group) for name, group in groups)
 
 
-def _splitter(names: Iterable[str]) -> re.Pattern | None:
+def splitter(names: Iterable[str]) -> re.Pattern | None:
     """A pattern that splits a text at any of the names and keeps them. Of two at one place, the longer one counts."""
     longest_first = sorted(names, key=lambda name: (name[0], -len(name)))
     by_first = [

@@ -27,15 +27,22 @@ def form_of(name: str):
     return chat_format(TOKENIZERS["llama-3.1" if name.startswith("llama") else "qwen3"], choice=WRITTEN[name])
 
 
+def written(form, messages, **options) -> str:
+    """A conversation as text, with the names of control tokens."""
+    return form.tokenizer.decode(form.encode(messages, **options), special=True)
+
+
 @pytest.mark.parametrize("name", GOLDEN["templates"])
 def test_conversations_with_tools_and_thoughts_are_as_the_template_writes_them(name):
-    form, golden, number = form_of(name), GOLDEN["templates"][name], 0
+    form = form_of(name)
+    golden = GOLDEN["templates"][name]
+    number = 0
     for (messages, options), text in zip(GOLDEN["cases"], golden["texts"], strict=True):
         if text is None:
             with pytest.raises(InputError, match="one tool at a time"):
-                form.spell(messages, **options)
+                form.encode(messages, **options)
         else:
-            assert "".join(form.spell(messages, **options)) == text
+            assert written(form, messages, **options) == text
             number += 1
     assert number >= 12
     messages, options = GOLDEN["cases"][4]
@@ -69,7 +76,7 @@ def test_calls_in_an_answer_are_found():
     assert qwen.parse_tool_calls("Let me see.\n" + "\n".join(texts)) == calls
     assert llama.parse_tool_calls('{"name": "f", "parameters": {"x": [1, "é"]}}') == calls[:1]
     message = {"role": "assistant", "content": None, "tool_calls": calls}
-    assert "\n".join(texts[1:]) in "".join(qwen.spell([ASKED, message]))
+    assert "\n".join(texts[1:]) in written(qwen, [ASKED, message])
     for text in ("", "No tools.", "[1]", '{"name": "f"}', "<tool_call>", "{" * 100_000):
         assert qwen.parse_tool_calls(text) == llama.parse_tool_calls(text) == []
     for broken in ("{", "[]", '{"name": "f"}', '"name"', "[" * 100_000):
@@ -116,8 +123,8 @@ def test_llama_needs_a_users_message_for_its_tools():
 def test_arguments_may_be_json():
     calls = [{"name": "f", "arguments": given} for given in ({"x": 1}, '{"x": 1}')]
     for name in ("qwen3", "llama-3.1"):
-        texts = ["".join(form_of(name).spell([ASKED, {"role": "assistant", "tool_calls": [call]}])) for call in calls]
-        assert texts[0] == texts[1]
+        first, second = [form_of(name).encode([ASKED, {"role": "assistant", "tool_calls": [call]}]) for call in calls]
+        assert first == second
 
 
 @pytest.mark.parametrize("name", WRITTEN)

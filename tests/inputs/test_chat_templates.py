@@ -16,7 +16,7 @@ from support.chat_templates import NAMES, OTHERS, PLAIN_CHATML, tokenizer_with
 
 from pop.errors import InputError, MissingExtra, PopError, UnsupportedError
 from pop.inputs.chat import chat_format
-from pop.inputs.chat_templates import _Text
+from pop.inputs.chat_templates import PRIVATE_USE
 from pop.inputs.processors import Prepared, Processor
 
 ASKED = {"role": "user", "content": "Hi"}
@@ -29,6 +29,16 @@ def rendered(template: str, messages, **options) -> str:
     template = template.replace("{% generation %}", "").replace("{% endgeneration %}", "")
     options = {"add_generation_prompt": True, "bos_token": "<s>", "eos_token": "</s>"} | options
     return environment.from_string(template).render(messages=messages, **options)
+
+
+def written(form, messages, *arguments, **options) -> str:
+    """A conversation as text, with the names of control tokens."""
+    return form.tokenizer.decode(form.encode(messages, *arguments, **options), special=True)
+
+
+def control_tokens(form, messages) -> list[int]:
+    special = set(form.tokenizer.special_tokens.values())
+    return [id for id in form.encode(messages) if id in special]
 
 
 # ---- which format ----
@@ -55,7 +65,7 @@ def test_tools_and_calls_are_refused_where_the_template_leaves_them_out(tmp_path
 
 def test_the_callers_choice_comes_first(tmp_path):
     tokenizer = tokenizer_with(OTHERS["zephyr"], tmp_path)
-    chosen = "".join(chat_format(tokenizer, choice="chatml").spell([ASKED]))
+    chosen = written(chat_format(tokenizer, choice="chatml"), [ASKED])
     assert chosen == "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
 
 
@@ -78,7 +88,7 @@ def test_it_writes_and_encodes_as_the_template_does(tmp_path, name):
     for messages in (CONVERSATION[:2], CONVERSATION, [ASKED, thought, ASKED], CONVERSATION[1:3]):
         for prompt in (True, False):
             expected = rendered(OTHERS[name], messages, add_generation_prompt=prompt)
-            assert "".join(form.spell(messages, prompt)) == expected
+            assert written(form, messages, prompt) == expected
             assert form.encode(messages, prompt) == tokenizer.encode(expected, bos=False, allow_special=True)
     parts = [{"type": "text", "text": "H"}, {"type": "text", "text": "i"}]
     assert form.encode([{"role": "user", "content": parts}]) == form.encode([ASKED])
@@ -119,9 +129,8 @@ def test_the_ends_of_a_turn_are_those_that_the_template_writes(tmp_path):
 def test_the_next_turn_continues_the_conversation(tmp_path, name):
     form = chat_format(tokenizer_with(OTHERS[name], tmp_path))
     answer = {"role": "assistant", "content": "Yes"}
-    begun, more = form.spell([ASKED], True), form.spell([ASKED, answer, ASKED], True)
-    assert "".join(begun).startswith("".join(more).split("Yes")[0].rstrip())
-    expected = "".join(more).split("Yes")[1]
+    begun, expected = written(form, [ASKED, answer, ASKED]).split("Yes")
+    assert written(form, [ASKED]).startswith(begun.rstrip())
     assert form.next_prompt("Hi")[0] == form.tokenizer.encode(expected, bos=False, allow_special=True)
 
 
@@ -163,12 +172,25 @@ def test_tools_are_text_too(tmp_path):
 
 CHANGES = [
     "{{ m.content | title }}",
+    "{{ m.content | upper }}",
     "{{ m.content | replace('a', 'b') }}",
     "{{ (m.content + ' ') | trim }}",
     "{{ m.content | list | join('-') }}",
     "{{ m.content[::2] ~ m.content | first }}",
-    "{{ m.content | wordcount }}",
+    "{{ m.content }}{{ m.content | wordcount }}",
+    "{% for c in m.content %}{{ c }}{% endfor %}",
+    "{{ m.content.split('/')[-1] }}{{ m.content | length }}",
 ]
+# Each forms </s> of its texts, in which it is not.
+FORMS = {
+    "{{ m.content | replace('-', '') }}": "<-/s>",
+    "{{ m.content[::2] }}": "<-/-s->-",
+    "{{ '<' ~ m.content }}": "/s>",
+    "{{ m.content ~ 's>' }}": "</",
+    "<{{ m.content | trim }}>": " /s ",
+    "{{ m.content }}{{ m.content }}": "s></",
+    "{{ m.content.split(',') | join }}": "<,/s,>",
+}
 BROKEN = [
     "{% for",
     "{{ x.y.z }}",
@@ -187,21 +209,48 @@ BROKEN = [
 
 
 @pytest.mark.parametrize("body", CHANGES)
-def test_a_template_that_changes_texts_is_refused(tmp_path, body):
-    """And never writes a control token of the text."""
-    tokenizer = tokenizer_with(PLAIN_CHATML.replace("{{ m.content }}", body), tmp_path)
-    with pytest.raises(UnsupportedError, match="chat_template"):
-        chat_format(tokenizer).encode([{"role": "user", "content": "a tale</s>of <|im_end|> "}])
-
-
-@pytest.mark.parametrize("body", ["{% for c in m.content %}{{ c }}{% endfor %}", "{{ m.content.encode() }}"])
-def test_marks_that_are_taken_apart_stand_for_the_text_if_they_are_put_together(tmp_path, body):
+def test_a_template_may_change_texts(tmp_path, body):
+    """It writes what it does with the texts as they are, and never a control token of theirs."""
     template = PLAIN_CHATML.replace("{{ m.content }}", body)
-    tokenizer = tokenizer_with(template, tmp_path)
+    form = chat_format(tokenizer_with(template, tmp_path))
     messages = [{"role": "user", "content": "a tale</s>of <|im_end|> "}]
-    ids = chat_format(tokenizer).encode(messages)
-    assert tokenizer.decode(ids, special=True) == rendered(template, messages)
-    assert tokenizer.special_tokens["</s>"] not in ids
+    assert written(form, messages) == rendered(template, messages)
+    assert control_tokens(form, messages) == control_tokens(form, [ASKED])
+
+
+@pytest.mark.parametrize("body", FORMS)
+def test_a_template_that_forms_control_tokens_from_texts_is_refused(tmp_path, body):
+    form = chat_format(tokenizer_with(PLAIN_CHATML.replace("{{ m.content }}", body), tmp_path))
+    assert control_tokens(form, [ASKED])
+    with pytest.raises(UnsupportedError, match="forms control tokens"):
+        form.encode([{"role": "user", "content": FORMS[body]}])
+
+
+def test_names_of_tools_in_brackets_form_no_control_token(tmp_path):
+    """As in templates that write XML."""
+    schemas = "{% for t in tools or [] %}<{{ t.name }}>{% for k in t.keywords %}<{{ k }}>{% endfor %}{% endfor %}"
+    template = PLAIN_CHATML + schemas
+    form = chat_format(tokenizer_with(template, tmp_path))
+    assert form.encode([ASKED], tools=[{"name": "f", "keywords": {"a|b": 1}}])
+    for tool in ({"name": "|im_end|", "keywords": {}}, {"name": "f", "keywords": {"|im_end|": 1}}):
+        with pytest.raises(UnsupportedError, match="forms control tokens"):
+            form.encode([ASKED], tools=[tool])
+
+
+def test_names_of_control_tokens_are_hidden_in_any_case(tmp_path):
+    form = chat_format(tokenizer_with(PLAIN_CHATML.replace("{{ m.content }}", "{{ m.content | lower }}"), tmp_path))
+    messages = [{"role": "user", "content": "a<|IM_END|></S>"}]
+    assert "a<|im_end|></s><|im_end|>" in written(form, messages)
+    assert control_tokens(form, messages) == control_tokens(form, [ASKED])
+
+
+def test_stand_ins_are_characters_that_no_text_has(tmp_path):
+    form = chat_format(tokenizer_with(PLAIN_CHATML, tmp_path))
+    first, second = map(chr, PRIVATE_USE[:2])
+    text = f"{first}</s>{second}<|im_end|>"
+    assert f"user\n{text}<|im_end|>\n" in written(form, [{"role": "user", "content": text}])
+    with pytest.raises(InputError, match="private-use"):
+        form.encode([{"role": "user", "content": "</s>" + "".join(map(chr, PRIVATE_USE))}])
 
 
 @pytest.mark.parametrize("body", BROKEN)
@@ -209,23 +258,6 @@ def test_a_broken_or_hostile_template_gives_an_error_of_this_library(tmp_path, b
     tokenizer = tokenizer_with(PLAIN_CHATML.replace("{{ m.content }}", body), tmp_path)
     with pytest.raises(PopError, match="chat_template"):
         chat_format(tokenizer).encode([ASKED])
-
-
-@pytest.mark.parametrize("part", ["._text", "['_text']", " | attr('_text')", "._marks | list | join"])
-def test_the_text_is_hidden_from_the_template(tmp_path, part):
-    """These names exist only where marks stand in for texts."""
-    body = "{{ m.content }}{{ m.content" + part + " }}"
-    tokenizer = tokenizer_with(PLAIN_CHATML.replace("{{ m.content }}", body), tmp_path)
-    try:
-        ids = chat_format(tokenizer).encode([{"role": "user", "content": "</s>"}])
-    except UnsupportedError:
-        return
-    assert tokenizer.special_tokens["</s>"] not in ids
-
-
-def test_all_that_a_template_sees_of_a_text_are_the_names_of_str():
-    public, of_str = ({name for name in dir(seen) if name[0] != "_"} for seen in (_Text("a", {}), "a"))
-    assert public == of_str
 
 
 def test_questions_about_a_text_are_answered(tmp_path):
@@ -236,8 +268,8 @@ def test_questions_about_a_text_are_answered(tmp_path):
     )
     template = PLAIN_CHATML.replace("{{ m.content }}", body)
     messages = [{"role": "user", "content": "a/no "}]
-    written = "".join(chat_format(tokenizer_with(template, tmp_path)).spell(messages))
-    assert written == '<|im_start|>user\n5!a/no A/NO 2a/no no"a/no "<|im_end|>\n<|im_start|>assistant\n'
+    found = written(chat_format(tokenizer_with(template, tmp_path)), messages)
+    assert found == '<|im_start|>user\n5!a/no A/NO 2a/no no"a/no "<|im_end|>\n<|im_start|>assistant\n'
 
 
 def test_a_template_may_refuse_a_conversation(tmp_path):
@@ -283,7 +315,7 @@ def test_images_are_refused_where_the_template_leaves_them_out(tmp_path):
 
 
 def test_questions_about_what_a_macro_writes_of_a_text_are_answered(tmp_path):
-    """Only if it writes nothing else: its own control tokens remain control tokens."""
+    """Its own control tokens remain control tokens."""
     template = (
         "{% macro of(text) %}{{ text }}{% endmacro %}{% macro own(text) %}{{ text }}</s>{% endmacro %}"
         + PLAIN_CHATML.replace("{{ m.content }}", "{{ of(m.content).split('~')[-1] }}{{ own(m.content) }}")
@@ -296,7 +328,7 @@ def test_questions_about_what_a_macro_writes_of_a_text_are_answered(tmp_path):
 
 def test_the_date_is_todays(tmp_path):
     template = "{{ strftime_now('%Y') }}" + PLAIN_CHATML
-    text = "".join(chat_format(tokenizer_with(template, tmp_path)).spell([ASKED]))
+    text = written(chat_format(tokenizer_with(template, tmp_path)), [ASKED])
     assert re.match(r"20\d\d<", text)
 
 
@@ -318,5 +350,6 @@ def test_a_format_in_python(tmp_path):
     assert form.end_ids[0] == tokenizer.special_tokens["<|im_end|>"]
     rest, _ = form.next_prompt("Hi<|im_end|>")
     assert rest.count(form.end_ids[0]) == 2
-    with pytest.raises(UnsupportedError, match="changes texts"):
-        chat_format(tokenizer, choice=lambda messages, **_: messages[0]["content"].swapcase() + dialogue(messages))
+    form = chat_format(tokenizer, choice=lambda messages, **_: messages[0]["content"].swapcase() + dialogue(messages))
+    text = written(form, [{"role": "user", "content": "Hi<｜User｜>"}])
+    assert text.startswith("hI<｜uSER｜>user: <｜User｜>HI<｜USER｜>")

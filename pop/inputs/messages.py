@@ -1,0 +1,145 @@
+"""The messages of a conversation: checks them, and brings them into the form that chat templates take."""
+
+import json
+from typing import Any
+
+from pop.errors import InputError, UnsupportedError
+from pop.inputs.images import Image
+from pop.inputs.processors import Prepared, Processor
+
+# The roles, and what a message may have besides its role and content.
+_RESULT = ("name", "tool_call_id")
+KEYS = {
+    "system": (),
+    "user": (),
+    "assistant": ("tool_calls", "reasoning_content"),
+    "tool": _RESULT,
+    "ipython": _RESULT,
+}
+
+
+def read_messages(messages: list[dict], vision: Processor | None) -> tuple[list[dict], list[Prepared]]:
+    """Check all messages. Return them as templates take them, and their images and videos in order.
+
+    Raises InputError, which names the message, and UnsupportedError for images or videos that the model does not take.
+    """
+    if not isinstance(messages, list) or not messages:
+        raise InputError("messages must be a list with at least one {'role': ..., 'content': ...}.")
+    told = []
+    media = []
+    for n, message in enumerate(messages):
+        checked, shown = _read_message(message, n, vision)
+        told.append(checked)
+        media += shown
+    return told, media
+
+
+def _read_message(message: dict, n: int, vision: Processor | None) -> tuple[dict, list[Prepared]]:
+    where = f"message {n}"
+    _check_keys(message, n)
+    role = message["role"]
+    calls = _read_calls(message.get("tool_calls"), where)
+    content = message.get("content")
+    if calls and content is None:
+        content = ""
+    parts = _read_parts(content, where, vision)
+    shown = [part for part in parts if isinstance(part, Prepared)]
+    if shown and role != "user":
+        raise InputError(f"{where} has an image or video; only messages with the role user may have one.")
+    if role == "user" and not shown and not "".join(parts).strip():
+        raise InputError(f"{where} has the role user, but it is empty.")
+    thoughts = message.get("reasoning_content")
+    if not isinstance(thoughts, str | None):
+        raise InputError(f"{where}: reasoning_content must be text, got {thoughts!r:.80}.")
+    checked = dict(message)
+    checked["content"] = _typed(parts) if shown else "".join(parts)
+    checked.pop("tool_calls", None)
+    if calls:
+        checked["tool_calls"] = calls
+    return checked, shown
+
+
+def _check_keys(message: dict, n: int) -> None:
+    """Check the role of message `n`, and that it has the keys of its role."""
+    refusal = f"message {n} must be a dict of 'role' and 'content', got {message!r:.80}."
+    if not isinstance(message, dict):
+        raise InputError(refusal)
+    role = message.get("role", "user")
+    if not isinstance(role, str) or role not in KEYS or (role == "system" and n > 0):
+        raise InputError(f"message {n} has the role {role!r}; use user, assistant or, for the first, system.")
+    needed = {"role", "content"}
+    if role == "assistant" and message.get("tool_calls"):
+        needed = {"role"}
+    if not needed <= message.keys() <= {"role", "content", *KEYS[role]}:
+        raise InputError(refusal)
+
+
+def _read_parts(content: str | list[dict[str, Any]], where: str, vision: Processor | None) -> list[str | Prepared]:
+    """Return a message's images and videos, prepared, and the texts between them."""
+    if isinstance(content, str):
+        return [content]
+    if not isinstance(content, list) or not content:
+        raise InputError(f"{where}: the content must be text or a list of parts, got {content!r:.80}.")
+    parts = []
+    for part in content:
+        read = _read_part(part, where, vision)
+        if isinstance(read, str) and parts and isinstance(parts[-1], str):
+            parts[-1] += read
+        else:
+            parts.append(read)
+    return parts
+
+
+def _read_part(part: dict[str, Any], where: str, vision: Processor | None) -> str | Prepared:
+    kind = part.get("type") if isinstance(part, dict) else None
+    takes = () if vision is None else vision.marks
+    if kind in ("image", "video") and kind not in takes:
+        known = " and ".join(["text", *(f"{taken}s" for taken in takes)])
+        raise UnsupportedError(f"{where} has a part of the type {kind!r}, but this model takes {known} only.")
+    limits = {}
+    if kind == "image":
+        limits = {name: part[name] for name in ("min_pixels", "max_pixels") if name in part}
+    known = kind in ("text", "image", "video") and part.keys() - limits.keys() == {"type", kind}
+    if not known or (kind == "text" and not isinstance(part["text"], str)):
+        raise InputError(f"{where}: a part must be like {{'type': 'text', 'text': 'Hi'}}, got {part!r:.80}.")
+    given = part[kind]
+    if kind == "text":
+        return given
+    return vision.prepare(kind, Image(given, **limits) if limits else given)
+
+
+def _typed(parts: list[str | Prepared]) -> list[dict]:
+    """Return texts and images as the parts of a message in a template. A template needs no pixels."""
+    typed = []
+    for part in parts:
+        if isinstance(part, str):
+            typed.append({"type": "text", "text": part})
+        else:
+            typed.append({"type": part.kind})
+    return typed
+
+
+def _read_calls(calls: list[dict] | None, where: str) -> list[dict]:
+    """Return a message's tool calls, with their arguments as dicts."""
+    try:
+        return [_read_call(given) for given in calls or ()]
+    except (KeyError, TypeError, ValueError, AttributeError, RecursionError):
+        like = tool_call("f", {"x": 1})
+        raise InputError(f"{where}: tool_calls must be a list of dicts like {like}") from None
+
+
+def _read_call(given: dict) -> dict:
+    """Return one call, given in either of two forms, and with arguments as a dict or as JSON."""
+    function = given.get("function", given)
+    name = function["name"]
+    arguments = function["arguments"]
+    if isinstance(arguments, str):
+        arguments = json.loads(arguments)
+    if not isinstance(name, str) or not isinstance(arguments, dict):
+        raise TypeError
+    return tool_call(name, arguments)
+
+
+def tool_call(name: str, arguments: Any) -> dict:
+    """Return a call in the form that messages and templates have."""
+    return {"type": "function", "function": {"name": name, "arguments": arguments}}
