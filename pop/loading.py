@@ -9,7 +9,6 @@ from pop import models
 from pop.backends.int8 import check_quantize, quantize_module
 from pop.backends.tensor_parallel import Part, join
 from pop.checkpoints import registry
-from pop.checkpoints.adapters import merge_adapter, read_adapter
 from pop.checkpoints.config_json import read_config, read_sampling
 from pop.checkpoints.processor_json import read_preparation
 from pop.checkpoints.weights import load_weights
@@ -35,9 +34,8 @@ def load(
     quantize: str | None = None,
     tokenizer="auto",
     chat_format=None,
-    adapter: str | os.PathLike | None = None,
 ) -> Model:
-    """Load a model by its registry name, or from a directory in the Hugging Face or in Meta's layout.
+    """Load a model by its registry name, or from a directory in the Hugging Face layout.
 
     Args:
         name_or_path: A name that `list_models` gives, a repository that `pop download` has fetched or that is in the
@@ -60,8 +58,6 @@ def load(
             decode(ids) -> text.
         chat_format: None takes the checkpoint's chat_template. Otherwise "llama-3.1", "chatml" or "gemma", another
             template in Jinja as text, or a function that writes a conversation (pop/inputs/README.md).
-        adapter: The folder of a LoRA adapter that PEFT has saved, which is merged into the weights
-            (pop/checkpoints/adapters.py).
 
     Raises a PopError of pop/errors.py, if possible before it reads the weights.
     """
@@ -73,8 +69,6 @@ def load(
         raise InputError(f"dtype is {dtype!r}; give torch.float32, torch.bfloat16, torch.float16, or None")
     if not isinstance(name_or_path, (str, os.PathLike)):
         raise InputError(f"name_or_path is {name_or_path!r}; give a name that pop.list_models() lists, or a directory")
-    if adapter is not None and not isinstance(adapter, (str, os.PathLike)):
-        raise InputError(f"adapter is {adapter!r}; give the folder of a LoRA adapter")
     folder = registry.find_folder(name_or_path)
     config = read_config(folder)
     dtype = dtype or config.dtype
@@ -87,9 +81,7 @@ def load(
     check_quantize(quantize, module, device, ranks)
     progress = progress and rank == 0
     shards = {} if part is None else part.shards
-    updates = {} if adapter is None else read_adapter(Path(adapter).expanduser(), module, shards)
     load_weights(folder, module, dtype=dtype, device=device, progress=progress, shards=shards)
-    merge_adapter(updates, module, shards)
     if quantize is not None:
         quantize_module(module)
     options = {"plan": plan, "max_seq_len": max_seq_len, "compile": compile, "progress": progress, "vision": vision}

@@ -24,10 +24,10 @@ from support.tiny import hf_config, random_model, tiny_config, tiny_gemma3_confi
 from support.tiny_chat import write_chat_checkpoint
 
 import pop
-import pop.checkpoints.gguf
 from pop import PrunePlan
 from pop.checkpoints.download import download
 from tools.checkpoints import make_random as make_random_checkpoint
+from tools.convert import convert
 
 PACKAGE = str(Path(pop.__file__).parent)
 POINTS = int(os.environ.get("POP_FAILURES", 24))  # lines that fail in each test, spread over the run
@@ -202,7 +202,7 @@ def test_a_file_is_the_old_or_the_new_one_after_a_kill(tmp_path):
 
 def imported(tmp_path):
     file = gguf_files.write_gguf(tmp_path / "m.gguf", gguf_files.make_tensors(), gguf_files.LLAMA_KEYS)
-    return lambda folder: pop.checkpoints.gguf.import_gguf(file, folder, progress=False)
+    return lambda folder: convert(file, folder, progress=False)
 
 
 def written_at_random(tmp_path):

@@ -28,8 +28,8 @@ from support.tiny_images import picture
 
 import pop
 from pop.calibration import refit
-from pop.cli import demo
 from pop.cli.commands import _parse, main
+from tools import demo
 
 REAL = "smollm2-135m"
 real_load = functools.cache(functools.partial(pop.load, compile=False))  # compiling would take most of the time
@@ -165,10 +165,10 @@ def test_every_file_of_data_is_packaged():
 
 def test_ci_runs_the_two_commands_as_printed():
     lines = [line for block in blocks("bash", "README.md") for line in block.splitlines() if line.startswith("pip ")]
-    assert lines == ["pip install -e '.[demo]' && pop demo", "pip install -e '.[test]' && pytest"]
+    assert lines == ["pip install -e '.[demo]' && python -m tools.demo", "pip install -e '.[test]' && pytest"]
     script = (ROOT / ".ci/run").read_text(encoding="utf-8")
     assert lines[1] in script
-    assert "pip install --quiet -e '.[demo]' && pop demo" in script
+    assert "pip install --quiet -e '.[demo]' && python -m tools.demo" in script
 
 
 def test_the_demo_prints_what_the_readme_shows(uncompiled, monkeypatch, capsys):
@@ -176,7 +176,8 @@ def test_the_demo_prints_what_the_readme_shows(uncompiled, monkeypatch, capsys):
 
     The answers of calibrated plans are left out: they turn on the last digits, which differ by machine.
     """
-    assert main(["demo", "--runs", "1", "--max-new-tokens", "48", "--json"]) == 0
+    monkeypatch.setattr(sys, "argv", ["demo", "--runs", "1", "--max-new-tokens", "48", "--json"])
+    assert demo.main() == 0
     result = json.loads(capsys.readouterr().out)
     rows = result["rows"]
     (shown,) = blocks("text", "pop/calibration/README.md")
@@ -185,17 +186,17 @@ def test_the_demo_prints_what_the_readme_shows(uncompiled, monkeypatch, capsys):
     assert len(rows) == 4
     assert (rows[0]["answer"], rows[0]["finish_reason"]) == ('Chapter I is "Down the Rabbit-Hole"', "stop")
     for row in rows:
-        label = demo.describe(row) + "  "
+        label = row["plan"] + "  "
         (line,) = (line for line in numbers.splitlines() if line.startswith(label))
         *_, speedup, limit, kl, repeated, copied = line.split()
         assert speedup.endswith("x")
         assert limit == f"{row['speedup_limit']:.2f}x"
-        near = {"rel": 0.02 if row["taps"] else 0, "abs": 0.001}
+        near = {"rel": 0.02 if row["calibrated"] else 0, "abs": 0.001}
         found = (row["kl_nats"], row["repetition_kl_nats"], row["copied"])
         assert (float(kl), float(repeated)) == pytest.approx(found[:2], **near)
-        assert float(copied[:-1]) == pytest.approx(100 * found[2], abs=2 if row["taps"] else 0.6)
+        assert float(copied[:-1]) == pytest.approx(100 * found[2], abs=2 if row["calibrated"] else 0.6)
         (line,) = (line for line in answers.splitlines() if line.startswith(label))
-        assert row["taps"] or line.removeprefix(label).strip() == row["answer"]
+        assert row["calibrated"] or line.removeprefix(label).strip() == row["answer"]
 
 
 def test_the_lines_that_run_tests_run_many_examples_and_one_process(tmp_path, monkeypatch):

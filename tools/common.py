@@ -1,18 +1,22 @@
 """Helpers that several tools share: options, files, tables, a clock and memory.
 
 A tool is run as `python -m tools.NAME` from the root of the repository. It may import `pop`, this file and its own
-package.
+package. The demo also imports the converter.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import platform
+import re
 import sys
 import time
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from pathlib import Path
+
+import torch
 
 from pop.errors import InputError, PopError
 from pop.system.files import write_whole
@@ -107,6 +111,30 @@ def timed(first: Callable[[], int], step: Callable[[int], int], steps: int) -> t
         times.append(time.perf_counter())
     ttft, *decode = (after - before for before, after in pairwise(times))
     return ttft, decode
+
+
+# ---- Machine ----
+
+
+def machine(device: torch.device) -> dict:
+    """What the numbers were measured on: the processor or GPU, torch's threads, and its version."""
+    return {"device": _device_name(device), "threads": torch.get_num_threads(), "torch": torch.__version__}
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    cpus = Path("/proc/cpuinfo")
+    if cpus.exists():
+        found = re.search(r"^model name\s*: (.+)$", cpus.read_text(errors="replace"), re.M)
+        if found:
+            return found[1]
+    return platform.processor() or platform.machine()
+
+
+def progress(text: str) -> None:
+    """Tell the user on stderr what happens now."""
+    print(f"... {text}", file=sys.stderr, flush=True)
 
 
 # ---- Memory ----

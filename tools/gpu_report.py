@@ -25,7 +25,6 @@ import pop
 from pop import engine
 from pop.backends import cuda
 from pop.backends.decode_attention import decode_attention
-from pop.cli.demo import machine, progress
 from pop.errors import InputError
 from tools.bench import __main__ as bench
 from tools.bench.measure import measure_cold, measure_prefill
@@ -33,7 +32,7 @@ from tools.bench.rounds import device_seconds, seconds
 from tools.bench.shapes import decode_bytes
 from tools.bench.subject import load_subject, parse_plan, random_prompt
 from tools.bench.turns import bandwidth_turn, peak_turn
-from tools.common import ROOT, exit_status, names_in, table
+from tools.common import ROOT, exit_status, machine, names_in, progress, table
 
 COLD = 611, 1203, 2222, 5003  # prompt lengths that no other part uses
 PRUNED = "0.3125"  # 10 of 32 layers

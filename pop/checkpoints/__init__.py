@@ -1,4 +1,4 @@
-"""From files to models: configs, weights, GGUF files, the registry of names, and downloads.
+"""From files to models: configs, weights, the registry of names, and downloads.
 
 They may import pop.models, pop.system and pop.errors, and never the engine.
 """

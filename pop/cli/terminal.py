@@ -1,4 +1,12 @@
-"""Output that is safe to show."""
+"""How a command ends, and output that is safe to show."""
+
+import contextlib
+import os
+import sys
+import warnings
+from collections.abc import Callable
+
+from pop.errors import PopError
 
 CONTROL = dict.fromkeys({*range(0x20), *range(0x7F, 0xA0)} - {*b"\n\t"})  # for str.translate: these characters go
 
@@ -19,3 +27,44 @@ class Terminal:
         self._stream.write("\x1b[2m")
         self.write(text)
         self._stream.write("\x1b[0m")
+
+
+def exit_status(program: str, work: Callable[[], object]) -> int:
+    """Run `work`, and return the exit status of the program.
+
+    It is 0, or 2 after an error, which stderr shows in one sentence. It is 130 after Ctrl-C, and 141 if the reader of
+    the output is gone.
+    """
+    _open_closed_streams()
+    if hasattr(sys.stdout, "reconfigure"):  # a terminal that lacks a character shows "?" for it
+        sys.stdout.reconfigure(errors="replace")
+    output = Terminal(sys.stdout) if sys.stdout.isatty() else sys.stdout
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(output):
+            if not sys.warnoptions:
+                warnings.simplefilter("ignore")
+            work()
+            sys.stdout.flush()
+        return 0
+    except PopError as error:
+        print(f"{program}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"\n{program}: interrupted", file=sys.stderr)
+        return 130
+    except OSError as error:
+        if error.filename is not None:  # the error is not about the output
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the flush at exit must not fail again
+        if isinstance(error, BrokenPipeError):
+            return 141  # the shell's status for a closed pipe
+        reason = f"the output cannot be written ({error.strerror})"
+        print(f"{program}: {reason}; free space, or write elsewhere", file=sys.stderr)
+        return 2
+
+
+def _open_closed_streams() -> None:
+    """Replace standard streams that the caller has closed, which Python leaves None."""
+    for name, mode in {"stdin": "r", "stdout": "w", "stderr": "w"}.items():
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115

@@ -183,6 +183,12 @@ def test_command_line(server, folder, capsys):
     assert "did you mean tiny" in capsys.readouterr().err
 
 
+def test_weights_in_a_package_are_not_on_the_hub(server):
+    with pytest.raises(DownloadError, match="python -m tools.demo"):
+        download("smollm2-135m", progress=False)
+    assert server.requests == []
+
+
 def test_a_folder_from_elsewhere_is_left_unchanged(server, folder):
     folder.mkdir(parents=True)
     (folder / "config.json").write_text("mine")

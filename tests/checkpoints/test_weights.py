@@ -225,8 +225,8 @@ def test_a_norm_that_overflows_the_models_dtype(tmp_path):
     ("name", "said"),
     [
         ("pytorch_model.bin", "'pytorch_model.bin', a pickle, which can run code"),
-        ("adapter_config.json", "a LoRA adapter, which pop.load(BASE, adapter=FOLDER)"),
-        ("x.Q8_0.gguf", "`pop import-gguf`"),
+        ("adapter_config.json", "python -m tools.convert BASE DIR --adapter"),
+        ("x.Q8_0.gguf", "python -m tools.convert"),
     ],
 )
 def test_what_is_there_instead_of_weights_is_named(tmp_path, name, said):

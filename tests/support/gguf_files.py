@@ -1,4 +1,4 @@
-"""Small GGUF files, and their import."""
+"""Small GGUF files, and their conversion."""
 
 import contextlib
 import json
@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from safetensors.torch import load_file
 
-from pop.checkpoints.gguf import import_gguf
+from tools.convert import convert
 
 gguf = pytest.importorskip("gguf")
 
@@ -113,11 +113,11 @@ GEMMA3_KEYS = {key.replace("llama", "gemma3"): value for key, value in LLAMA_KEY
 GEMMA3_KEYS |= {"gemma3.rope.freq_base": 1e6, "gemma3.attention.sliding_window": 16}
 
 
-def imported(tmp_path, tensors=None, keys=(), arch="llama"):
-    """Import a file of these tensors and (changed) keys; the folder's config and weights."""
+def converted(tmp_path, tensors=None, keys=(), arch="llama"):
+    """Convert a file of these tensors and (changed) keys; the folder's config and weights."""
     base = LLAMA_KEYS if arch == "llama" else GEMMA3_KEYS
     file = write_gguf(tmp_path / "m.gguf", tensors or make_tensors(arch), base | dict(keys), arch)
-    folder = import_gguf(file, tmp_path / "model", progress=False)
+    folder = convert(file, tmp_path / "model", progress=False)
     weights = {}
     for path in folder.glob("*.safetensors"):
         weights |= load_file(path)

@@ -1,5 +1,6 @@
 """Loading a checkpoint's weights in tests, and checkpoints in Meta's layout."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -87,8 +88,26 @@ def write_meta(folder: Path, weights: dict[str, torch.Tensor], ranks: int = 1) -
         torch.save(part, folder / f"consolidated.{rank:02d}.pth")
 
 
+def write_params(folder: Path, config: LlamaConfig) -> None:
+    """Write the params.json of a config with META's sizes. Its MLP width is one multiple of `multiple_of`."""
+    fields = {
+        "dim": config.hidden_size,
+        "n_layers": config.num_layers,
+        "n_heads": config.num_heads,
+        "n_kv_heads": config.num_kv_heads,
+        "vocab_size": config.vocab_size,
+        "multiple_of": config.intermediate_size,
+        "ffn_dim_multiplier": 0.25,
+        "norm_eps": config.norm_eps,
+        "rope_theta": config.rope.base,
+    }
+    (folder / "params.json").write_text(json.dumps(fields))
+
+
 def from_meta(folder: Path, ranks: int = 1, **overrides):
     config = tiny_config(**{**META, **overrides})
     weights = meta_weights(config)
+    folder.mkdir(exist_ok=True)
     write_meta(folder, weights, ranks)
+    write_params(folder, config)
     return config, weights

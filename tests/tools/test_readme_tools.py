@@ -12,9 +12,10 @@ import types
 from pathlib import Path
 
 import pytest
-from support import gguf_files
+from support import gguf_files, meta_files
+from support.adapters import write_adapter
 from support.readme import READMES, blocks
-from support.tiny import hf_config, tiny_config
+from support.tiny import hf_config, random_model, tiny_config
 from support.tiny_chat import write_chat_checkpoint
 
 from pop import PrunePlan
@@ -24,6 +25,7 @@ from tools.bench import measure, rivals, shapes
 from tools.checkpoints import make_random
 
 BLOCKS = [(path, block) for path in READMES for block in blocks("bash", path) if "python -m tools." in block]
+BLOCKS = [(path, block) for path, block in BLOCKS if not block.startswith("pip install ")]  # .ci/run runs it
 BLOCKS = [(path, block) for path, block in BLOCKS if "tools.serve " not in block]  # test_serve.py runs it
 FEWER = {  # option -> what to give instead of what is printed
     "--lengths": lambda text: re.sub(r"\d{4}|512", lambda number: str(int(number[0]) // 64), text),
@@ -34,6 +36,7 @@ FEWER = {  # option -> what to give instead of what is printed
 SHORT = "--text a=TEXT --calibration OTHER --windows 2 --prompt-tokens 64 --continuation-tokens 8 --runs 1"
 ALSO = {
     "tools.evaluate": shlex.split(f"{SHORT} --lengths 800 --questions 1"),
+    "tools.demo": shlex.split("--runs 1 --max-new-tokens 2 --prompt-file QUESTION"),
     "tools.evaluate.lookup": shlex.split("--text a=TEXT --lengths 800 --questions 1"),
     "tools.gpu_report": shlex.split("prefill --device cpu --layers 4 --lengths 8"),
 }
@@ -54,10 +57,11 @@ def tiny_world(tmp_path, monkeypatch):
     """A folder in which the models and files of the READMEs are tiny, and other libraries have stand-ins."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("POP_WEIGHTS", str(tmp_path / "weights"))
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_heads": 4, "head_dim": 16}
     for name in ("smollm2-135m", "llama3.1-8b", "gemma3-270m"):
-        sizes = {"hidden_size": 64, "intermediate_size": 96, "num_heads": 4, "head_dim": 16}
         write_chat_checkpoint(tmp_path / "weights" / name, **sizes)
     (tmp_path / "TEXT").write_text("".join(f"Sentence {n} is about the number {n * n}. " for n in range(60)))
+    (tmp_path / "QUESTION").write_text("Why is the sky blue?")
     (tmp_path / "OTHER").write_text("Calibrated on this. " * 60)
     (tmp_path / "tools" / "figures").mkdir(parents=True)
     (tmp_path / "pop" / "data" / "plans").mkdir(parents=True)
@@ -67,6 +71,8 @@ def tiny_world(tmp_path, monkeypatch):
     PrunePlan((1, 3, 4)).save(tmp_path / "18.plan")
     tensors = gguf_files.make_tensors()
     gguf_files.write_gguf("SmolLM2-135M-Instruct.Q4_1.gguf", tensors, gguf_files.LLAMA_KEYS)
+    meta_files.from_meta(tmp_path / "Llama3.1-8B")
+    write_adapter(tmp_path / "my-adapter", random_model(tiny_config(vocab_size=259, **sizes)))
     monkeypatch.setattr(make_random, "_llama_config", lambda *_: hf_config(tiny_config()))
     for name, shape in shapes.SHAPES.items():
         monkeypatch.setitem(shapes.SHAPES, name, narrow(shape))
@@ -136,7 +142,7 @@ def run(script: str, words: list[str], monkeypatch, capsys) -> None:
     if script.startswith("tools.examples."):
         runpy.run_module(script, run_name="__main__")
     else:
-        package = script in ("tools.bench", "tools.evaluate")
+        package = script in ("tools.bench", "tools.convert", "tools.evaluate")
         tool = importlib.import_module(f"{script}.__main__" if package else script)
         assert not tool.main(), (words, capsys.readouterr().err)
     assert capsys.readouterr().out.strip() or Path(words[1]).is_file(), words

@@ -20,7 +20,6 @@ import tempfile
 
 import pop
 from pop.calibration.importance import check_plot
-from pop.cli.demo import machine, progress
 from pop.errors import InputError, check_count
 from pop.models.config import DTYPES
 from tools.bench import rivals as libraries
@@ -29,7 +28,16 @@ from tools.bench.processes import CHILDREN, in_child
 from tools.bench.report import plot, report
 from tools.bench.shapes import SHAPES
 from tools.bench.subject import load_subject, parse_plan
-from tools.common import check_writable, exit_status, integers_in, names_in, write_figures, write_plot
+from tools.common import (
+    check_writable,
+    exit_status,
+    integers_in,
+    machine,
+    names_in,
+    progress,
+    write_figures,
+    write_plot,
+)
 
 TASKS = ("compile", "memory", "cold", "prefill", "slots")
 

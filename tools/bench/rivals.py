@@ -22,10 +22,9 @@ from statistics import median
 
 import torch
 
-from pop.cli.demo import progress
 from pop.errors import InputError, MissingExtra
 from tools.bench.rounds import Turn
-from tools.common import timed
+from tools.common import progress, timed
 
 
 def _turn(first: Callable[[], int], step: Callable[[int], int], steps: int) -> dict[str, float]:

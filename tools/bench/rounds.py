@@ -12,7 +12,7 @@ from statistics import median
 
 import torch
 
-from pop.cli.demo import progress
+from tools.common import progress
 
 Turn = Callable[[], dict[str, float]]
 

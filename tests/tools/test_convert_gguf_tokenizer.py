@@ -10,11 +10,11 @@ import pop
 
 pytest.importorskip("gguf")
 
-from support.gguf_files import BYTES, WORDS, bpe_keys, imported, many_tokens, sentencepiece_keys
+from support.gguf_files import BYTES, WORDS, bpe_keys, converted, many_tokens, sentencepiece_keys
 
 
 def test_byte_level_bpe(tmp_path):
-    imported(tmp_path, many_tokens(), bpe_keys())
+    converted(tmp_path, many_tokens(), bpe_keys())
     tokenizer = json.loads((tmp_path / "model/tokenizer.json").read_text(encoding="utf-8"))
     model = tokenizer["model"]
     # In the vocabulary: BPE's tokens and what stands before them. The added tokens at the end are only added.
@@ -46,7 +46,7 @@ def test_byte_level_bpe(tmp_path):
 
 
 def test_llama_bpe(tmp_path):
-    imported(tmp_path, many_tokens(), bpe_keys("llama-bpe"))
+    converted(tmp_path, many_tokens(), bpe_keys("llama-bpe"))
     tokenizer = json.loads((tmp_path / "model/tokenizer.json").read_text(encoding="utf-8"))
     assert tokenizer["model"]["ignore_merges"] is True
     assert r"\p{N}{1,3}|" in tokenizer["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"]
@@ -57,7 +57,7 @@ def test_llama_bpe(tmp_path):
 
 def test_the_library_reads_what_it_writes(tmp_path):
     """From the file to text: the strict loader and the tokenizer take the folder."""
-    imported(tmp_path, many_tokens(), bpe_keys())
+    converted(tmp_path, many_tokens(), bpe_keys())
     model = pop.load(tmp_path / "model", device="cpu", compile=False, progress=False)
     text = "the inn 123 é\n"
     ids = model.tokenizer.encode(text)
@@ -90,7 +90,7 @@ def wire_fields(data):
 def test_sentencepiece(tmp_path, dummy_prefix):
     keys = sentencepiece_keys() | {"tokenizer.ggml.add_space_prefix": dummy_prefix}
     gemma3 = {key: value for key, value in keys.items() if key.startswith("tokenizer")}
-    imported(tmp_path, many_tokens("gemma3"), gemma3, "gemma3")
+    converted(tmp_path, many_tokens("gemma3"), gemma3, "gemma3")
     processor = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "model/tokenizer.model"))
     tokens, types = keys["tokenizer.ggml.tokens"], keys["tokenizer.ggml.token_type"]
     ids = range(len(tokens))
@@ -117,7 +117,7 @@ def test_runs_of_blanks_are_pieces_again(tmp_path):
     keys["tokenizer.ggml.tokens"] = [*keys["tokenizer.ggml.tokens"], "   ", "x y"]
     keys["tokenizer.ggml.token_type"] = [*keys["tokenizer.ggml.token_type"], 4, 1]
     keys["tokenizer.ggml.scores"] = [*keys["tokenizer.ggml.scores"], 0.0, 0.0]
-    imported(tmp_path, many_tokens("gemma3"), keys, "gemma3")
+    converted(tmp_path, many_tokens("gemma3"), keys, "gemma3")
     processor = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "model/tokenizer.model"))
     assert processor.encode("a   b", out_type=str) == ["a", "▁▁▁", "b"]
     assert processor.id_to_piece(processor.get_piece_size() - 1) == "x y"  # a normal piece is left as it is

@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from support.adapters import is_of_decoder, write_adapter
 from support.tiny import (
     random_model,
     tiny_config,
@@ -16,60 +17,10 @@ from support.tiny import (
 )
 
 import pop
-from pop.backends.tensor_parallel import Part
-from pop.checkpoints.adapters import merge_adapter, read_adapter
-from pop.checkpoints.weights import load_weights
-from pop.errors import CheckpointError, ConfigError
-
-# As PEFT 0.21 saves a config, all its fields that are off left out.
-CONFIG = {
-    "peft_type": "LORA",
-    "peft_version": "0.21.2",
-    "auto_mapping": {"base_model_class": "LlamaForCausalLM"},
-    "base_model_name_or_path": "somebody/base",
-    "task_type": "CAUSAL_LM",
-    "inference_mode": True,
-    "bias": "none",
-    "fan_in_fan_out": False,
-    "init_lora_weights": True,
-    "lora_alpha": 6,
-    "lora_bias": False,
-    "lora_dropout": 0.1,
-    "megatron_core": "megatron.core",
-    "qalora_group_size": 16,
-    "r": 3,
-    "rank_pattern": {},
-    "alpha_pattern": {},
-    "modules_to_save": None,
-    "use_dora": False,
-    "use_rslora": False,
-    "target_modules": ["q_proj", "down_proj"],
-    "layers_to_transform": [1, 2],
-}
-TARGETS = ("layers.1.self_attn.q_proj", "layers.1.mlp.down_proj", "layers.2.self_attn.q_proj", "layers.2.mlp.down_proj")
-
-
-def write_adapter(folder, module, ranks=(3, 3, 3, 3), prefix="model.", names=TARGETS, change=None, **fields):
-    """Save an adapter of random numbers for layers of a module. Returns its A and B by the layers' names."""
-    generator = torch.Generator().manual_seed(7)
-    pairs, tensors = {}, {}
-    linears = dict(module.named_modules())
-    for name, rank in zip(names, ranks, strict=True):
-        (found,) = (linear for path, linear in linears.items() if is_of_decoder(path, name))
-        out, width = found.weight.shape
-        pairs[name] = [torch.randn(shape, generator=generator) / 3 for shape in ((rank, width), (out, rank))]
-        for kind, tensor in zip("AB", pairs[name], strict=True):
-            tensors[f"base_model.model.{prefix}{name}.lora_{kind}.weight"] = tensor.clone()
-    if change is not None:
-        change(tensors)
-    folder.mkdir(exist_ok=True)
-    (folder / "adapter_config.json").write_text(json.dumps(CONFIG | fields))
-    save_file(tensors, folder / "adapter_model.safetensors")
-    return pairs
-
-
-def is_of_decoder(path, name):
-    return f".{path}".endswith(f".{name}") and "vision" not in path
+from pop.checkpoints.weights import published_name
+from pop.errors import CheckpointError, ConfigError, PopError
+from tools.convert import convert
+from tools.convert.lora import read_adapter
 
 
 def merged(module, pairs, scales):
@@ -83,6 +34,11 @@ def merged(module, pairs, scales):
 @pytest.fixture
 def base(tmp_path):
     return write_checkpoint(tmp_path / "base", seed=4)
+
+
+def merge(base, tmp_path):
+    """Merge the folder "adapter" into a base model, and return the new checkpoint."""
+    return convert(base, tmp_path / "merged", tmp_path / "adapter", progress=False)
 
 
 @pytest.mark.parametrize(
@@ -99,7 +55,7 @@ def test_the_merged_model_is_that_of_w_plus_s_b_a(base, tmp_path, ranks, fields,
     module = random_model(tiny_config(), seed=4)
     pairs = write_adapter(tmp_path / "adapter", module, ranks, **fields)
     expected = merged(module, pairs, scales)
-    model = pop.load(base, adapter=str(tmp_path / "adapter"))
+    model = pop.load(merge(base, tmp_path))
     for (name, found), (_, wanted) in zip(model.module.named_parameters(), expected.named_parameters(), strict=True):
         torch.testing.assert_close(found, wanted, rtol=1e-6, atol=1e-6, msg=name)
     torch.testing.assert_close(model.logits([[1, 2, 3]]), expected(torch.tensor([[1, 2, 3]])), rtol=1e-4, atol=1e-5)
@@ -111,7 +67,7 @@ def test_the_sum_is_rounded_once(tmp_path, dtype):
     base = write_checkpoint(tmp_path / "base", seed=4, dtype=dtype)
     before = pop.load(base)
     pairs = write_adapter(tmp_path / "adapter", before.module)
-    model = pop.load(base, adapter=tmp_path / "adapter")
+    model = pop.load(merge(base, tmp_path))
     expected = merged(before.module, pairs, (2,) * 4)
     assert model.dtype == dtype
     for found, wanted in zip(model.module.parameters(), expected.parameters(), strict=True):
@@ -130,76 +86,55 @@ def test_the_sum_is_rounded_once(tmp_path, dtype):
     ],
 )
 def test_every_family_under_the_names_of_the_reference(tmp_path, config, prefix):
-    whole = random_model(config, seed=1)
-    pairs = write_adapter(tmp_path, whole, prefix=prefix)
-    adapter = read_adapter(tmp_path, whole, {})
-    assert len(adapter) == 4
+    module = random_model(config, seed=1)
+    pairs = write_adapter(tmp_path, module, prefix=prefix)
+    parameters = {published_name(name): parameter for name, parameter in module.named_parameters()}
+    updates = read_adapter(tmp_path, {name: tuple(parameter.shape) for name, parameter in parameters.items()})
+    assert len(updates) == 4
     expected = merged(random_model(config, seed=1), pairs, (2,) * 4)
-    merge_adapter(adapter, whole, {})
-    for found, wanted in zip(whole.parameters(), expected.parameters(), strict=True):
+    for name, update in updates.items():
+        parameters[name].data = update.merged(parameters[name])
+    for found, wanted in zip(module.parameters(), expected.parameters(), strict=True):
         torch.testing.assert_close(found, wanted, rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_a_head_is_merged_into_its_matrix_in_the_adapter(base, tmp_path, ranks):
+def test_the_other_files_and_the_shards_are_those_of_the_base_model(base, tmp_path):
+    weights = load_file(base / "model.safetensors")
+    (base / "model.safetensors").unlink()
+    files = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
+    weight_map = {name: files[number % 2] for number, name in enumerate(weights)}
+    for file in files:
+        save_file({name: weight for name, weight in weights.items() if weight_map[name] == file}, base / file)
+    (base / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    (base / "tokenizer_config.json").write_text("{}")
+    (base / "third.plan").write_text("of the base model's weights")
+    pairs = write_adapter(tmp_path / "adapter", random_model(tiny_config()))
+    folder = merge(base, tmp_path)
+    names = {*files, "config.json", "model.safetensors.index.json", "tokenizer_config.json"}
+    assert {path.name for path in folder.iterdir()} == names
+    assert len({path.stat().st_mode for path in folder.iterdir()}) == 1
+    for file in files:
+        before = load_file(base / file)
+        changed = {name for name, weight in load_file(folder / file).items() if not torch.equal(weight, before[name])}
+        assert changed == {f"model.{name}.weight" for name in pairs if f"model.{name}.weight" in before}
+    assert pop.load(folder).logits([[1, 2]]).isfinite().all()
+
+
+def test_a_head_is_merged_into_its_matrix_in_the_adapter(base, tmp_path):
     """PEFT stores the base model's head with the adapter of a head, since it may have been resized or trained."""
-    config, sizes = tiny_config(vocab_size=68), {"dtype": torch.float32, "device": "cpu", "progress": False}
-    base = write_checkpoint(tmp_path / "head", seed=4, vocab_size=68)
-    head = torch.randn(68, 30, generator=torch.Generator().manual_seed(1))
+    head = torch.randn(67, 30, generator=torch.Generator().manual_seed(1))
     change = lambda tensors: tensors.update({"base_model.model.lm_head.base_layer.weight": head})  # noqa: E731
-    module = random_model(config, seed=4)
+    module = random_model(tiny_config())
     ((a, b),) = write_adapter(tmp_path / "adapter", module, [3], "", ["lm_head"], change=change).values()
-    expected = head + 2 * b @ a
-    for rank in range(ranks):
-        part = Part(config, rank, ranks)
-        found, cut = part.build(), lambda whole, part=part: part.shards["lm_head.weight"].cut(whole)
-        adapter = read_adapter(tmp_path / "adapter", found, part.shards)
-        load_weights(base, found, shards=part.shards, **sizes)
-        merge_adapter(adapter, found, part.shards)
-        torch.testing.assert_close(found.lm_head.weight.data, cut(expected), rtol=1e-6, atol=1e-6)
+    found = load_file(merge(base, tmp_path) / "model.safetensors")["lm_head.weight"]
+    torch.testing.assert_close(found, head + 2 * b @ a, rtol=1e-6, atol=1e-6)
 
 
 def test_a_tied_head_takes_no_adapter(tmp_path):
     base = write_checkpoint(tmp_path / "base", tie_embeddings=True)
     write_adapter(tmp_path / "adapter", random_model(tiny_config()), [3], "", ["lm_head"])
     with pytest.raises(CheckpointError, match=r"lm_head.lora_A.weight is not .* \(its head is its embedding: tie_"):
-        pop.load(base, adapter=tmp_path / "adapter")
-
-
-@pytest.mark.parametrize("ranks", [2, 4])
-def test_the_parts_of_several_processes_are_those_of_the_merged_model(base, tmp_path, ranks):
-    config = tiny_config(num_heads=4, num_kv_heads=2)
-    base = write_checkpoint(tmp_path / "more", seed=4, num_heads=4, num_kv_heads=2)
-    names = [f"layers.1.{name}_proj" for name in ("self_attn.q", "self_attn.k", "self_attn.v", "self_attn.o")]
-    names += [f"layers.1.mlp.{name}_proj" for name in ("gate", "up", "down")]
-    pairs = write_adapter(tmp_path / "adapter", random_model(config), [3] * 7, names=names)
-    weights = load_file(base / "model.safetensors")
-    for name, (a, b) in pairs.items():
-        weights[f"model.{name}.weight"] += 2 * b @ a
-    (tmp_path / "merged").mkdir()
-    save_file(weights, tmp_path / "merged/model.safetensors")
-    options = {"dtype": torch.float32, "device": "cpu", "progress": False}
-    for rank in range(ranks):
-        part = Part(config, rank, ranks)
-        found, expected = part.build(), part.build()
-        adapter = read_adapter(tmp_path / "adapter", found, part.shards)
-        load_weights(base, found, shards=part.shards, **options)
-        merge_adapter(adapter, found, part.shards)
-        load_weights(tmp_path / "merged", expected, shards=part.shards, **options)
-        for one, other in zip(found.parameters(), expected.parameters(), strict=True):
-            torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-6)
-
-
-def test_int8_rounds_the_merged_weights(tmp_path):
-    pytest.importorskip("torchao")
-    wide = {"hidden_size": 64, "intermediate_size": 96, "head_dim": 16, "num_heads": 4, "num_kv_heads": 2}
-    base = write_checkpoint(tmp_path / "base", seed=4, **wide)
-    module = random_model(tiny_config(**wide), seed=4)
-    pairs = write_adapter(tmp_path / "adapter", module)
-    model = pop.load(base, adapter=tmp_path / "adapter", quantize="int8")
-    expected = merged(module, pairs, (2,) * 4).layers[1].mlp.down_proj.weight
-    error = (model.module.layers[1].mlp.down_proj.weight - expected).abs().amax(1)
-    assert (error <= expected.abs().amax(1) / 250).all()
+        merge(base, tmp_path)
 
 
 # ---- Refusals
@@ -228,12 +163,12 @@ def test_int8_rounds_the_merged_weights(tmp_path):
         ({"alpha_pattern": [2]}, "alpha_pattern must be an object"),
     ],
 )
-def test_what_is_not_plain_lora_is_refused_by_name(base, tmp_path, fields, said, monkeypatch):
-    monkeypatch.setattr("pop.loading.load_weights", lambda *args, **kwargs: pytest.fail("weights were read"))
+def test_what_is_not_plain_lora_is_refused_by_name(base, tmp_path, fields, said):
     write_adapter(tmp_path / "adapter", random_model(tiny_config()), **fields)
     with pytest.raises(ConfigError) as caught:
-        pop.load(base, adapter=tmp_path / "adapter")
+        merge(base, tmp_path)
     assert "adapter_config.json: " in str(caught.value) and said in str(caught.value)
+    assert not (tmp_path / "merged").exists()
 
 
 MODEL = "base_model.model.model"
@@ -272,7 +207,7 @@ POINTER = "version https://git-lfs.github.com/spec/v1"
 def test_every_tensor_must_be_of_a_linear_layer(base, tmp_path, change, said):
     write_adapter(tmp_path / "adapter", random_model(tiny_config()), change=change)
     with pytest.raises(CheckpointError) as caught:
-        pop.load(base, adapter=tmp_path / "adapter")
+        merge(base, tmp_path)
     assert "adapter_model.safetensors" in str(caught.value) and said in str(caught.value)
 
 
@@ -280,8 +215,8 @@ def test_every_tensor_must_be_of_a_linear_layer(base, tmp_path, change, said):
     ("spoil", "error", "said"),
     [
         (lambda folder: (folder / "adapter_config.json").unlink(), ConfigError, "adapter_config.json"),
-        (lambda folder: (folder / "adapter_model.safetensors").unlink(), CheckpointError, "fetch the adapter again"),
-        (lambda folder: (folder / "adapter_model.safetensors").write_bytes(b"x"), CheckpointError, "fetch the adapter"),
+        (lambda folder: (folder / "adapter_model.safetensors").unlink(), CheckpointError, "fetch it again"),
+        (lambda folder: (folder / "adapter_model.safetensors").write_bytes(b"x"), CheckpointError, "fetch it again"),
         (
             lambda folder: (folder / "adapter_model.safetensors").write_text(
                 "version https://git-lfs.github.com/spec/v1"
@@ -294,9 +229,13 @@ def test_a_broken_adapter(base, tmp_path, spoil, error, said):
     write_adapter(tmp_path / "adapter", random_model(tiny_config()))
     spoil(tmp_path / "adapter")
     with pytest.raises(error, match=said):
-        pop.load(base, adapter=tmp_path / "adapter")
+        merge(base, tmp_path)
 
 
-def test_an_adapter_is_a_folder(base):
-    with pytest.raises(pop.InputError, match="adapter is 5"):
-        pop.load(base, adapter=5)
+@pytest.mark.parametrize("missing", ["config.json", "model.safetensors"])
+def test_a_base_model_that_is_not_whole(base, tmp_path, missing):
+    write_adapter(tmp_path / "adapter", random_model(tiny_config()))
+    (base / missing).unlink()
+    with pytest.raises(PopError, match=missing):
+        merge(base, tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"adapter", "base"}

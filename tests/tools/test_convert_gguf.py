@@ -1,4 +1,4 @@
-"""GGUF import: tiny files, written by the `gguf` package, read back as HF checkpoints."""
+"""Converting GGUF files: tiny ones, written by the package `gguf`, become checkpoints that `pop` reads."""
 
 import json
 import math
@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 
 import pop
 from pop.checkpoints.config_json import read_config
-from pop.checkpoints.gguf import import_gguf
 from pop.errors import CheckpointError, MissingExtra, PopError, UnsupportedError
 from pop.models.config import RopeConfig
+from tools.convert import convert
 
 gguf = pytest.importorskip("gguf")
 
@@ -31,7 +31,7 @@ from support.gguf_files import (  # noqa: E402
     WIDTH,
     Q,
     bpe_keys,
-    imported,
+    converted,
     interrupted,
     make_tensors,
     many_tokens,
@@ -46,7 +46,7 @@ from support.gguf_files import (  # noqa: E402
 def test_tensor_types(tmp_path, kind):
     """Every value is what `gguf` dequantises, in bfloat16."""
     tensors = make_tensors(width=256, quantised=kind)
-    _, weights = imported(tmp_path, tensors, {"llama.embedding_length": 256})
+    _, weights = converted(tmp_path, tensors, {"llama.embedding_length": 256})
     assert {tensor.dtype for tensor in weights.values()} == {torch.bfloat16}
     names = {
         "model.embed_tokens.weight": "token_embd.weight",
@@ -75,7 +75,7 @@ def test_block_formulas(tmp_path):
     q4 = np.concatenate([np.frombuffer(scale.tobytes() + offset.tobytes(), np.uint8), low | high << 4])
     tensors["blk.0.attn_v.weight"] = (np.tile(q8, (KV_HEADS * HEAD_DIM, WIDTH // 32)), Q.Q8_0)
     tensors["blk.1.attn_v.weight"] = (np.tile(q4, (KV_HEADS * HEAD_DIM, WIDTH // 32)), Q.Q4_1)
-    _, weights = imported(tmp_path, tensors)
+    _, weights = converted(tmp_path, tensors)
     first = weights["model.layers.0.self_attn.v_proj.weight"].float()
     assert torch.equal(first, torch.tensor([(i - 16) * 0.5 for i in range(32)] * 2).expand_as(first))
     second = weights["model.layers.1.self_attn.v_proj.weight"].float()
@@ -87,7 +87,7 @@ def test_rotary_pairs(tmp_path):
     """GGUF's rows under llama.cpp's rotation of neighbours give the dot products that HF's rows give under
     the rotation of halves: weights and biases, and fewer key-value than query heads."""
     tensors = make_tensors(biases=True, quantised=Q.BF16)
-    _, weights = imported(tmp_path, tensors)
+    _, weights = converted(tmp_path, tensors)
     torch.manual_seed(0)
     x = torch.randn(7, WIDTH, dtype=torch.float64)
     angles = torch.arange(7)[:, None] * 10.0 ** -torch.arange(HEAD_DIM // 2)  # [T, E/2]
@@ -116,11 +116,11 @@ def test_rotary_pairs(tmp_path):
 
 
 def test_tied_and_untied_head(tmp_path):
-    config, weights = imported(tmp_path)
+    config, weights = converted(tmp_path)
     assert config["tie_word_embeddings"] and "lm_head.weight" not in weights
     (tmp_path / "untied").mkdir()
     tensors = make_tensors(tied=False)
-    config, weights = imported(tmp_path / "untied", tensors)
+    config, weights = converted(tmp_path / "untied", tensors)
     assert not config["tie_word_embeddings"]
     assert torch.equal(weights["lm_head.weight"], torch.from_numpy(tensors["output.weight"][0]).bfloat16())
 
@@ -129,7 +129,7 @@ def test_gemma3(tmp_path):
     """Norms lose the 1 that GGUF adds; nothing is permuted; the config is that of the text model."""
     tensors = make_tensors("gemma3")
     keys = {"gemma3.rope.scaling.type": "linear", "gemma3.rope.scaling.factor": 8.0}
-    config, weights = imported(tmp_path, tensors, keys, "gemma3")
+    config, weights = converted(tmp_path, tensors, keys, "gemma3")
     for name, hf_name in {
         "blk.1.attn_norm": "model.layers.1.input_layernorm",
         "blk.1.attn_q_norm": "model.layers.1.self_attn.q_norm",
@@ -161,7 +161,7 @@ def test_gemma3(tmp_path):
 
 
 def test_config(tmp_path):
-    config, _ = imported(tmp_path, make_tensors(biases=True), {"tokenizer.ggml.eos_token_id": 3})
+    config, _ = converted(tmp_path, make_tensors(biases=True), {"tokenizer.ggml.eos_token_id": 3})
     assert config["rms_norm_eps"] == 1e-5  # GGUF stores float32, which is 9.999999747378752e-06
     assert (config["vocab_size"], config["hidden_size"], config["intermediate_size"]) == (VOCAB, WIDTH, MLP)
     read = read_config(tmp_path / "model")
@@ -173,7 +173,7 @@ def test_config(tmp_path):
 
 def test_end_tokens(tmp_path):
     ids = {f"tokenizer.ggml.{name}_token_id": i for name, i in {"bos": 0, "eos": 4, "eot": 2, "eom": 4}.items()}
-    imported(tmp_path, keys=ids)
+    converted(tmp_path, keys=ids)
     generation = json.loads((tmp_path / "model/generation_config.json").read_text())
     assert (generation["bos_token_id"], generation["eos_token_id"]) == (0, [4, 2])
 
@@ -186,7 +186,7 @@ def test_linear_rope(tmp_path):
         )
     ):
         (tmp_path / str(n)).mkdir()
-        assert imported(tmp_path / str(n), keys=keys)[0]["rope_scaling"] == {
+        assert converted(tmp_path / str(n), keys=keys)[0]["rope_scaling"] == {
             "rope_type": "linear",
             "factor": 4.0,
         }
@@ -211,7 +211,7 @@ def llama3_divisors(factor, low, high, original=8192, base=500000.0):
 def test_llama3_rope(tmp_path, factor):
     divisors = llama3_divisors(factor, 1, 4)
     assert len(set(divisors.tolist())) > 2  # one of the interpolated kind is among them
-    config, _ = imported(tmp_path, make_tensors() | {"rope_freqs.weight": (divisors, Q.F32)})
+    config, _ = converted(tmp_path, make_tensors() | {"rope_freqs.weight": (divisors, Q.F32)})
     assert config["rope_scaling"] == {
         "rope_type": "llama3",
         "factor": factor,
@@ -290,7 +290,7 @@ REFUSED = {
 def test_refused_by_name(tmp_path, case):
     keys, tensors, error, words = REFUSED[case]
     with pytest.raises(error) as info:
-        imported(tmp_path, tensors(), keys)
+        converted(tmp_path, tensors(), keys)
     assert words in str(info.value) and "m.gguf" in str(info.value) and "\n" not in str(info.value)
     assert [path.name for path in tmp_path.iterdir()] == ["m.gguf"]
 
@@ -298,7 +298,7 @@ def test_refused_by_name(tmp_path, case):
 def test_other_files_are_refused(tmp_path, monkeypatch):
     def error_of(file):
         with pytest.raises(PopError) as info:
-            import_gguf(file, tmp_path / "model")
+            convert(file, tmp_path / "model")
         assert not (tmp_path / "model").exists()
         return str(info.value)
 
@@ -310,11 +310,12 @@ def test_other_files_are_refused(tmp_path, monkeypatch):
     assert "big-endian" in error_of(big)
     assert "not a sound GGUF file" in error_of(tmp_path / "empty.gguf")
     assert "not a sound GGUF file" in error_of(tmp_path / "text.gguf")
-    assert "no GGUF file" in error_of(tmp_path / "absent.gguf") and "no GGUF file" in error_of(tmp_path)
+    assert "neither a GGUF file" in error_of(tmp_path / "absent.gguf")
+    assert "neither a GGUF file" in error_of(tmp_path)
     for absent_or_old in (None, SimpleNamespace(MODEL_ARCH={"LLAMA": 1})):
         monkeypatch.setitem(sys.modules, "gguf", absent_or_old)
-        with pytest.raises(MissingExtra, match=r"pip install 'pop-prefill\[gguf\]'"):
-            import_gguf(other, tmp_path / "model")
+        with pytest.raises(MissingExtra, match=r"pip install 'pop-prefill\[demo\]'"):
+            convert(other, tmp_path / "model")
 
 
 @pytest.fixture(scope="module")
@@ -323,11 +324,11 @@ def sound_file(tmp_path_factory):
     return write_gguf(file, many_tokens(), LLAMA_KEYS | bpe_keys()).read_bytes()
 
 
-def import_bytes(data, folder):
-    """Import `data`; whether it worked. If not, nothing is left and the error is one of ours."""
+def convert_bytes(data, folder):
+    """Convert `data`; whether it worked. If not, nothing is left and the error is one of ours."""
     (folder / "m.gguf").write_bytes(data)
     try:
-        import_gguf(folder / "m.gguf", folder / "model", progress=False)
+        convert(folder / "m.gguf", folder / "model", progress=False)
     except PopError:
         assert [path.name for path in folder.iterdir()] == ["m.gguf"]
         return False
@@ -335,15 +336,15 @@ def import_bytes(data, folder):
 
 
 def test_sound_file(tmp_path, sound_file):
-    """The file that the tests below damage can be imported."""
-    assert import_bytes(sound_file, tmp_path)
+    """The file that the tests below damage can be converted."""
+    assert convert_bytes(sound_file, tmp_path)
 
 
 @given(st.data())
 def test_truncated(tmp_path_factory, sound_file, data):
     """Cut anywhere, it is refused."""
     length = data.draw(st.integers(0, len(sound_file) - 1) | st.integers(0, 8000))  # the metadata more often
-    assert not import_bytes(sound_file[:length], tmp_path_factory.mktemp("cut"))
+    assert not convert_bytes(sound_file[:length], tmp_path_factory.mktemp("cut"))
 
 
 @given(st.data())
@@ -352,14 +353,14 @@ def test_flipped_bits(tmp_path_factory, sound_file, data):
     changed = bytearray(sound_file)
     for _ in range(data.draw(st.integers(1, 3))):
         changed[data.draw(st.integers(0, 12000))] ^= 1 << data.draw(st.integers(0, 7))
-    import_bytes(bytes(changed), tmp_path_factory.mktemp("flipped"))
+    convert_bytes(bytes(changed), tmp_path_factory.mktemp("flipped"))
 
 
 @pytest.mark.parametrize("size", [2**60, 2**64 - 1, 2**40, 10**6])
 def test_absurd_sizes(tmp_path, sound_file, size):
     """Every length and count in the header, one after the other, claims far more than the file holds."""
-    assert not import_bytes(sound_file[:8] + size.to_bytes(8, "little") + sound_file[16:], tmp_path)  # tensors
-    assert not import_bytes(sound_file[:16] + size.to_bytes(8, "little") + sound_file[24:], tmp_path)  # metadata
+    assert not convert_bytes(sound_file[:8] + size.to_bytes(8, "little") + sound_file[16:], tmp_path)  # tensors
+    assert not convert_bytes(sound_file[:16] + size.to_bytes(8, "little") + sound_file[24:], tmp_path)  # metadata
     keys = [
         b"general.architecture",
         b"tokenizer.ggml.tokens",
@@ -371,12 +372,12 @@ def test_absurd_sizes(tmp_path, sound_file, size):
         # after a key: u32 type, then a string's length; or, of an array, u32 item type and u64 count
         # after a tensor's name: u32 number of dimensions, then each as u64
         at = end + (8 if key.startswith(b"tokenizer") else 4)
-        assert not import_bytes(sound_file[:at] + size.to_bytes(8, "little") + sound_file[at + 8 :], tmp_path)
+        assert not convert_bytes(sound_file[:at] + size.to_bytes(8, "little") + sound_file[at + 8 :], tmp_path)
     scalars = LLAMA_KEYS | {"general.last": [True, False]}  # an array of single bytes as the file's last thing
     last = bytearray(write_gguf(tmp_path / "m.gguf", {}, scalars).read_bytes())
     at = last.index(b"general.last") + len(b"general.last") + 8
     last[at : at + 8] = size.to_bytes(8, "little")
-    assert not import_bytes(bytes(last), tmp_path)
+    assert not convert_bytes(bytes(last), tmp_path)
 
 
 # ---- whole or not at all
@@ -387,9 +388,9 @@ def test_interrupted(tmp_path, monkeypatch, error):
     file = write_gguf(tmp_path / "m.gguf", make_tensors(), LLAMA_KEYS)
     expected = CheckpointError if isinstance(error, OSError) else type(error)
     with interrupted(monkeypatch, error), pytest.raises(expected):
-        import_gguf(file, tmp_path / "model", progress=False)
+        convert(file, tmp_path / "model", progress=False)
     assert [path.name for path in tmp_path.iterdir()] == ["m.gguf"]
-    import_gguf(file, tmp_path / "model", progress=False)
+    convert(file, tmp_path / "model", progress=False)
     names = {"config.json", "generation_config.json", "model.safetensors"}
     assert {path.name for path in (tmp_path / "model").iterdir()} == names
     assert (tmp_path / "model/model.safetensors").stat().st_mode == (tmp_path / "model/config.json").stat().st_mode
@@ -402,7 +403,7 @@ def test_full_disk(tmp_path):
     resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limits[1]))
     try:
         with pytest.raises(CheckpointError, match="could not be written"):
-            import_gguf(file, tmp_path / "model", progress=False)
+            convert(file, tmp_path / "model", progress=False)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert [path.name for path in tmp_path.iterdir()] == ["m.gguf"]

