@@ -56,11 +56,11 @@ HOSTILE = "\x1b]0;x\a\n\x9b2J\u202e\ud800" + "x" * 5000
 
 @pytest.mark.parametrize("about", [{HOSTILE: HOSTILE}, {"a": {HOSTILE: [HOSTILE]}}, {"": None}])
 def test_a_record_cannot_drive_a_terminal(about, tmp_path, capsys):
-    fields = {"layers": [1, 3], "full_depth_last": 1, "full_depth_first": 1, "taps": 1, "fingerprint": ""}
+    fields = {"layers": [1, 3], "full_depth_last": 1, "full_depth_first": 1, "fingerprint": ""}
     if len(json.dumps(about)) > 10_000:
         about = json.loads(json.dumps(about).replace("x" * 5000, "x" * 4000))
     metadata = {"pop_plan": json.dumps(fields | {"about": about})}
-    save_file({"weight": REFIT.weight, "bias": REFIT.bias}, tmp_path / "plan", metadata=metadata)
+    save_file(REFIT.tensors, tmp_path / "plan", metadata=metadata)
     assert main(["plans", str(tmp_path / "plan")]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 2 and all(line.isprintable() and line.isascii() and len(line) < 500 for line in lines)
