@@ -12,7 +12,7 @@ import warnings
 
 import pytest
 import torch
-from support.cases import assert_close, full_depth_tokens, recorded_choices
+from support.cases import assert_close, recorded_choices
 from support.replay import Replay
 from support.tiny import (
     random_model,
@@ -49,7 +49,8 @@ CONFIGS = {
 }
 TEXT_FAMILIES = ("llama", "gemma3", "qwen3", "experts")
 LAYERS = (1, 3, 4)  # of five
-PLANS = {"none": (), "plain": (3, 0, 0), "one tap": (1, 1, 1), "two taps": (2, 1, 2)}  # last, first, taps
+RANK = 16  # of the codes
+PLANS = {"none": (), "plain": (3, 0), "calibrated": (2, 1)}  # tokens at full depth: the last ones and the first ones
 
 
 def make(family: str, dtype: torch.dtype, device: torch.device) -> tuple[pop.Model, torch.nn.Module]:
@@ -60,17 +61,24 @@ def make(family: str, dtype: torch.dtype, device: torch.device) -> tuple[pop.Mod
 
 
 def plan_of(model: pop.Model, name: str) -> pop.PrunePlan:
-    """One of PLANS. Its projections are random numbers that the model's dtype can hold."""
+    """One of PLANS. Its corrections are random numbers that the model's dtype can hold."""
     if name == "none":
         return pop.PrunePlan.none()
-    last, first, taps = PLANS[name]
-    if not taps:
+    last, first = PLANS[name]
+    if name == "plain":
         return pop.PrunePlan(LAYERS, last, first)
-    config = model.config
-    shape = (len(LAYERS), 2, config.num_kv_heads * config.head_dim, taps * config.hidden_size)
-    weight = torch.randn(shape, generator=torch.Generator().manual_seed(0)) / shape[-1] ** 0.5
-    weight = weight.to(model.dtype).float()
-    return pop.PrunePlan(LAYERS, last, first, Corrections(LAYERS, weight, weight[..., 0], model.fingerprint, taps))
+    D = model.config.hidden_size
+    KE = model.config.num_kv_heads * model.config.head_dim
+    random = torch.Generator().manual_seed(0)
+
+    def draw(*shape: int) -> torch.Tensor:
+        return (torch.randn(shape, generator=random) / shape[-1] ** 0.5).to(model.dtype).float()
+
+    weight = draw(len(LAYERS), 2, KE, RANK)
+    shared = draw(2, RANK, 2 * D)  # the layers form two groups, and kept layers follow the first
+    update = draw(1, D, RANK)
+    corrections = Corrections(LAYERS, weight, weight[..., 0], shared, update, fingerprint=model.fingerprint)
+    return pop.PrunePlan(LAYERS, last, first, corrections)
 
 
 def random_tokens(*shape: int) -> torch.Tensor:
@@ -122,7 +130,7 @@ def test_tokens_that_the_device_selects_are_at_full_depth(family, dtype, device)
     """In one chunk, which waits for nothing, and in several."""
     model, naive = make(family, dtype, device)
     plan, tokens, lengths = pop.PrunePlan(LAYERS, 2, 1, full_depth_selected=0.3), random_tokens(2, 43), [43, 12]
-    plan = dataclasses.replace(plan, selecting_layer=LAYERS[-1] - 1)
+    plan = dataclasses.replace(plan, selecting_layer=2)
     for model.chunk_size in (64, CHUNK):
         cache = model.new_cache(2, 48)
         waits = torch.cuda.set_sync_debug_mode if device.type == "cuda" and model.chunk_size == 64 else lambda _: None
@@ -133,9 +141,11 @@ def test_tokens_that_the_device_selects_are_at_full_depth(family, dtype, device)
             finally:
                 waits("default")
         for row, n in enumerate(lengths):
-            full_depth = full_depth_tokens(plan, n, n, found[0][row].cpu())
-            assert full_depth[-1].sum() == 3 + int(0.3 * (n - 3))
-            assert_equal(logits[row], reference.forward(naive, tokens[row, :n], full_depth, plan)[0][-1], dtype)
+            selected = found[0][row, :n].cpu()
+            by_position = reference.full_depth_tokens(n, n, plan)
+            assert (by_position | selected).sum() == 3 + int(0.3 * (n - 3))
+            expected, _ = reference.forward(naive, tokens[row, :n], by_position, plan, selected=selected)
+            assert_equal(logits[row], expected[-1], dtype)
 
 
 # Replayed steps
@@ -149,7 +159,7 @@ def test_replayed_steps_are_the_references(family, dtype, device):
     On the CPU, a stand-in for a CUDA graph overwrites its outputs. All logits are compared in the end.
     """
     model, naive = make(family, dtype, device)
-    plan, lengths, answer = plan_of(model, "two taps"), (50, 9, 1), random_tokens(3, 50)
+    plan, lengths, answer = plan_of(model, "calibrated"), (50, 9, 1), random_tokens(3, 50)
     stages, cache, prompts = model._stages(3), model.new_cache(3, 66), random_tokens(3, 50)
     stages = stages if device.type == "cuda" else stages._replace(replay=Replay)
     model.prefill(prompts, cache, lengths=lengths, plan=plan)

@@ -1,9 +1,9 @@
 """CPUs: faster matrix products, faster attention, and memory that is reused.
 
-`accelerate` gives the linear layers of a finished module a faster `forward`. `cache_attention` replaces the function
-of the same name in pop/engine/attention.py, `causal_attention` that of the plain pass, and `vision_attention` that
-of vision towers. The results are those of PyTorch's own operators, up to rounding. README.md in this folder gives the
-reasons.
+Products: `accelerate` gives the linear layers of a finished module the `forward` of `Linear`.
+Attention: functions replace those of the same name in pop/engine/attention.py and pop/models/layers.py.
+Both use kernels.cpp where it fits, and otherwise torch's operators. The results are equal up to rounding. README.md in
+this folder gives the reasons. Shape letters: pop/models/layers.py; N is the number of keys.
 """
 
 import ctypes
@@ -18,20 +18,32 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pop.engine import attention as engine
-from pop.engine.attention import AttentionMetadata
 from pop.models import layers
 
-_capability = torch.backends.cpu.get_cpu_capability()
+
+def _supports(feature: str) -> bool:
+    """Whether the processor has a feature. A version of torch that does not know the feature does not use it either."""
+    return getattr(torch.cpu, f"_is_{feature}_supported", bool)()
+
+
+CAPABILITY = torch.backends.cpu.get_cpu_capability()
+HAS_BF16 = _supports("avx512_bf16")
+HAS_AMX = _supports("amx_tile")
+
 # Dtypes without fast products: float16 on all CPUs, and bfloat16 on those that have no more than AVX2.
-WIDENED = {torch.float16} | ({torch.bfloat16} if _capability == "AVX2" else set())
+WIDENED = {torch.float16, torch.bfloat16} if CAPABILITY == "AVX2" else {torch.float16}
 WIDENED_AT_ONCE = 2**26  # weights that are copied to float32 at a time
+
+# Dtypes in which kernels.cpp is faster than torch: for one token a row, and for attention of several tokens. With
+# several tokens, torch uses AMX for bfloat16.
+FUSED_TOKEN = {torch.float32, torch.bfloat16} if CAPABILITY in ("AVX2", "AVX512") else set()
+FUSED = FUSED_TOKEN - {torch.bfloat16} if HAS_AMX else FUSED_TOKEN
+MOST_E = 256  # the widest head that kernels.cpp takes
+MOST_ROWS = 16  # the most rows of a product in kernels.cpp
+
 STREAMS = 2  # blocks of a matrix that compiled code reads at once; one or four are up to a tenth slower
-# Dtypes in which kernels.cpp is faster than torch's attention. With several tokens, torch's uses AMX for bfloat16.
-_bf16, _amx = (getattr(torch.cpu, f"_is_{name}_supported", bool)() for name in ("avx512_bf16", "amx_tile"))
-FUSED_TOKEN = {torch.float32, torch.bfloat16} if _capability in ("AVX2", "AVX512") else set()
-FUSED = FUSED_TOKEN - ({torch.bfloat16} if _amx else set())
-MOST_E, MOST_ROWS = 256, 16  # numbers of a head, and rows of a product, in kernels.cpp
-ROWS_FIRST = {torch.bfloat16} if _bf16 and not _amx else set()  # dtypes in which torch's x W' is faster than (W x')'
+LONGEST_SUM = 4096  # numbers that compiled code sums at once; it sums more numbers in parts
+ROWS_FIRST = {torch.bfloat16} if HAS_BF16 and not HAS_AMX else set()  # torch's x W' is faster than (W x')' in these
 TEMPORARY = 31 * 2**20  # bytes; glibc adapts to freed blocks of at most 32 MiB, headers included
 
 
@@ -51,62 +63,76 @@ class Embedding(layers.Embedding):
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Like F.linear. x is [B, T, in], or [B, in] and [in] for one token a row."""
-    if x.device.type != "cpu":
-        return F.linear(x, weight, bias)
     one_token = x.dim() < 3 or x.shape[-2] == 1
-    if not one_token and x.dtype in WIDENED:
-        blocks = weight.split(max(1, WIDENED_AT_ONCE // weight.shape[1]))  # an output head is too large to copy whole
-        out = torch.cat([F.linear(x.float(), block.float()) for block in blocks], dim=-1)
-        return (out if bias is None else out + bias.float()).to(x.dtype)
+    if x.device.type == "cpu" and x.dtype in WIDENED and not one_token:
+        return _widened_product(x, weight, bias)
+    has_kernels = x.device.type == "cpu" and x.dtype != torch.float16
     needs_operators = torch.is_grad_enabled() or type(weight) not in (Tensor, nn.Parameter)
-    if needs_operators or not one_token or x.dtype == torch.float16:
+    if needs_operators or not one_token or not has_kernels:
         return F.linear(x, weight, bias)
     rows = x.reshape(-1, x.shape[-1])  # [B, in]
     if rows.shape[0] == 1 and torch.compiler.is_compiling():
-        out = torch.cat([_fused_product(w, rows[0]) for w in weight.chunk(STREAMS)]).to(x.dtype)
+        out = torch.cat([_fused_product(block, rows[0]) for block in weight.chunk(STREAMS)]).to(x.dtype)
     else:
         out = multiply_rows(rows, weight)
-    return (out if bias is None else out + bias).reshape(*x.shape[:-1], -1)
+    if bias is not None:
+        out = out + bias
+    return out.reshape(*x.shape[:-1], -1)
+
+
+def _widened_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """F.linear in float32. It copies some rows of the matrix at a time, since an output head is too large to copy."""
+    blocks = weight.split(max(1, WIDENED_AT_ONCE // weight.shape[1]))
+    out = torch.cat([F.linear(x.float(), block.float()) for block in blocks], dim=-1)
+    if bias is not None:
+        out = out + bias.float()
+    return out.to(x.dtype)
 
 
 def _fused_product(weight: Tensor, x: Tensor) -> Tensor:
-    """weight [out, in] times x [in] -> [out] float32, which the compiler fuses. Sums over 4096 numbers are in parts."""
+    """weight [out, in] times x [in] -> [out] float32, as a multiply-and-sum that the compiler fuses."""
+    products = weight * x
     length = len(x)
-    parts = ([parts for parts in range(1, 33) if length % parts == 0 and length // parts <= 4096] or [1])[0]
+    parts = next((n for n in range(1, 33) if length % n == 0 and length // n <= LONGEST_SUM), 1)
     if parts == 1:  # a second sum, even of one number, would need a buffer
-        return (weight * x).sum(-1, dtype=torch.float32)
-    return (weight * x).unflatten(-1, (parts, -1)).sum(-1, dtype=torch.float32).sum(-1)
+        return products.sum(-1, dtype=torch.float32)
+    return products.unflatten(-1, (parts, -1)).sum(-1, dtype=torch.float32).sum(-1)
 
 
 @torch.library.custom_op("pop::multiply_rows", mutates_args=())
 def multiply_rows(x: Tensor, weight: Tensor) -> Tensor:
     """F.linear of x [B, in], without gradients. For a few rows, kernels.cpp takes little longer than to read W."""
     out = x.new_empty(x.shape[0], weight.shape[0])
-    if call := multiply_rows_call(out, x, weight):
+    call = multiply_rows_call(out, x, weight)
+    if call is not None:
         call()
         return out
-    return F.linear(x, weight) if x.dtype in ROWS_FIRST else (weight @ x.T).T.contiguous()
+    if x.dtype in ROWS_FIRST:
+        return F.linear(x, weight)
+    return (weight @ x.T).T.contiguous()
 
 
 multiply_rows.register_fake(lambda x, weight: x.new_empty(x.shape[0], weight.shape[0]))
 
 
 def multiply_rows_call(out: Tensor, x: Tensor, weight: Tensor) -> Callable | None:
-    """A call of kernels.cpp for multiply_rows, which writes to `out`. None if it cannot take these tensors."""
-    (rows, width), alike = x.shape, x.dtype == weight.dtype and x.shape[1] == weight.shape[1]
-    whole_vectors = width % (64 // x.itemsize) == 0 and x.is_contiguous() and weight.is_contiguous()
-    if not (alike and 0 < rows <= MOST_ROWS and whole_vectors and x.dtype in FUSED_TOKEN and _has_kernel()):
+    """The call of kernels.cpp that writes multiply_rows(x, weight) to `out`, or None if it cannot take these tensors.
+
+    The kernel reads whole vectors of 64 bytes.
+    """
+    rows, width = x.shape
+    same = x.dtype == weight.dtype and width == weight.shape[1]
+    whole_vectors = width * x.itemsize % 64 == 0 and x.is_contiguous() and weight.is_contiguous()
+    if not (same and whole_vectors and 0 < rows <= MOST_ROWS and x.dtype in FUSED_TOKEN and _has_kernel()):
         return None
     return _call("multiply_rows", (x, weight, out), (rows, width, len(weight)))
 
 
-def cache_attention(q: Tensor, keys: Tensor, values: Tensor, at: AttentionMetadata, scale: float) -> Tensor:
-    """Like pop.engine.attention.cache_attention."""
-    if at.held is None and q.device.type == "cpu":
-        return decode_attention(q, keys, values, at.spans, scale)
+def chunk_attention(q: Tensor, k: Tensor, v: Tensor, held: Tensor, spans: Tensor, band: Tensor, scale: float) -> Tensor:
+    """Like pop.engine.attention.chunk_attention."""
     if not _is_fused(q):
-        return engine.cache_attention(q, keys, values, at, scale)
-    return fused_attention(q, *engine.read(keys, values, at), at.held, at.spans, scale)
+        return engine.chunk_attention(q, k, v, held, spans, band, scale)
+    return fused_attention(q, k, v, held, spans, scale)
 
 
 def causal_attention(
@@ -125,15 +151,16 @@ def vision_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Like F.scaled_dot_product_attention(q, k, v) in a vision tower: each [N, H, P, E]."""
     if not _is_fused(q, k, v):
         return F.scaled_dot_product_attention(q, k, v)
-    (N, H, P, E), (q, k, v) = q.shape, (x.transpose(1, 2) for x in (q, k, v))
-    every = torch.arange(P, device="cpu").expand(N, P)
-    spans = torch.tensor((0, P - 1), device="cpu").expand(N, P, 2)
-    return fused_attention(q, k, v, every, spans, E**-0.5).view(N, P, H, E).transpose(1, 2)
+    N, H, P, E = q.shape
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # [N, P, H, E]
+    last_attended = torch.full((N, P), P - 1, device="cpu")
+    out = causal_attention(q, k, v, E**-0.5, None, last_attended)  # [N, P, H * E]
+    return out.view(N, P, H, E).transpose(1, 2)
 
 
-def _is_fused(*inputs: Tensor) -> bool:
-    """Whether fused_attention takes q, and k and v if they may want gradients, which it lacks."""
-    return _fits(inputs[0], FUSED) and not any(x.requires_grad for x in inputs)
+def _is_fused(q: Tensor, *others: Tensor) -> bool:
+    """Whether fused_attention takes q. It has no gradients, which q or others may need."""
+    return _fits(q, FUSED) and not any(x.requires_grad for x in (q, *others))
 
 
 def _fits(q: Tensor, dtypes: set[torch.dtype]) -> bool:
@@ -143,30 +170,49 @@ def _fits(q: Tensor, dtypes: set[torch.dtype]) -> bool:
 
 @torch.library.custom_op("pop::fused_attention", mutates_args=())
 def fused_attention(q: Tensor, k: Tensor, v: Tensor, held: Tensor, spans: Tensor, scale: float) -> Tensor:
-    """masked_attention by kernels.cpp: q [B, T, H, E] attends k and v [B, N, K, E] -> [B, T, H * E].
+    """masked_attention by kernels.cpp, which reads only the keys that a block of queries needs, and no mask.
 
-    held [B, N] are the keys' positions, and spans [B, T, 2] the first and the last position that each query attends.
-    Only the keys that a block of queries needs are read, and no mask is in memory.
+    Args:
+        q: [B, T, H, E].
+        k, v: [B, N, K, E].
+        held: [B, N], the positions of the keys.
+        spans: [B, T, 2], the first and the last position that each query attends.
+        scale: The factor on q . k.
+
+    Returns: [B, T, H * E].
+    Raises: ValueError if the shapes or the dtypes do not agree. The kernel would read other memory.
     """
-    (B, T, H, E), (N, K) = q.shape, k.shape[1:3]
-    shapes_differ = (k.shape, v.shape, held.shape, spans.shape) != ((B, N, K, E), (B, N, K, E), (B, N), (B, T, 2))
-    if shapes_differ or H % K or not q.dtype == k.dtype == v.dtype:  # the kernel would read other memory
-        raise ValueError(", ".join(f"{x.dtype} {tuple(x.shape)}" for x in (q, k, v, held, spans)))
-    # It reads two bfloat16 at once.
-    q, k, v = (x if x.stride(-1) == 1 and not any(s % 2 for s in x.stride()[:3]) else x.contiguous() for x in (q, k, v))
-    held, spans, out = held.int().contiguous(), spans.int().contiguous(), q.new_empty(B, T, H * E)
-    _attention_call("attend", out, q, k, v, (held, spans), N, scale)()
+    B, T, H, E = q.shape
+    N, K = k.shape[1:3]
+    shapes = [x.shape for x in (q, k, v, held, spans)]
+    agree = shapes == [(B, T, H, E), (B, N, K, E), (B, N, K, E), (B, N), (B, T, 2)] and H % K == 0
+    if not (agree and q.dtype == k.dtype == v.dtype):
+        raise ValueError(f"q, k, v, held and spans do not agree: {shapes}, {q.dtype}, {k.dtype} and {v.dtype}")
+    q, k, v = (_with_even_strides(x) for x in (q, k, v))
+    held = held.int().contiguous()
+    spans = spans.int().contiguous()
+    out = q.new_empty(B, T, H * E)
+    _call("attend", (q, k, v, held, spans, out), _attention_sizes(q, k, v), ctypes.c_float(scale))()
     return out
 
 
 fused_attention.register_fake(lambda q, *_: q.new_empty(*q.shape[:2], q.shape[2] * q.shape[3]))
 
 
+def _with_even_strides(x: Tensor) -> Tensor:
+    """x, or a copy: kernels.cpp reads two neighbouring bfloat16 numbers of a head at once."""
+    *strides, along_head = x.stride()
+    if along_head == 1 and not any(stride % 2 for stride in strides):
+        return x
+    return x.contiguous()
+
+
 @torch.library.custom_op("pop::cpu_decode_attention", mutates_args=())
 def decode_attention(q: Tensor, keys: Tensor, values: Tensor, spans: Tensor, scale: float) -> Tensor:
-    """engine.decode_attention for q [B, 1, H, E] -> [B, 1, H * E], which reads no slots but the spans'."""
+    """Like pop.engine.attention.decode_attention, but it reads no slots after those that are filled."""
     out = q.new_empty(q.shape[0], 1, q.shape[2] * q.shape[3])
-    if call := decode_attention_call(out, q, keys, values, spans, scale):
+    call = decode_attention_call(out, q, keys, values, spans, scale)
+    if call is not None:
         call()
         return out
     filled = min(int(spans.max()) + 1, keys.shape[1] - 1)
@@ -176,29 +222,43 @@ def decode_attention(q: Tensor, keys: Tensor, values: Tensor, spans: Tensor, sca
 decode_attention.register_fake(lambda q, *_: q.new_empty(q.shape[0], 1, q.shape[2] * q.shape[3]))
 
 
-def decode_attention_call(out: Tensor, q, keys, values, spans, scale: float) -> Callable | None:
-    """A call of kernels.cpp for decode_attention, which writes to `out`. None if it cannot take these tensors."""
-    (B, T, H, E), K = q.shape, keys.shape[2]
-    shapes = (T, keys.shape, keys.shape[::3], H % K, spans.shape) == (1, values.shape, (B, E), 0, (B, 1, 2))
-    alike = q.dtype == keys.dtype == values.dtype and spans.dtype == torch.int32 and spans.is_contiguous()
-    if not (shapes and alike and _fits(q, FUSED_TOKEN) and all(x.stride(-1) == 1 for x in (q, keys, values))):
+def decode_attention_call(
+    out: Tensor, q: Tensor, keys: Tensor, values: Tensor, spans: Tensor, scale: float
+) -> Callable | None:
+    """The call of kernels.cpp that writes decode_attention(...) to `out`, or None if it cannot take these tensors."""
+    B, _, H, E = q.shape
+    _, slots, K, _ = keys.shape
+    shapes = [x.shape for x in (q, keys, values, spans)]
+    if shapes != [(B, 1, H, E), (B, slots, K, E), (B, slots, K, E), (B, 1, 2)] or H % K or not _fits(q, FUSED_TOKEN):
         return None
-    return _attention_call("attend_token", out, q, keys, values, (spans,), keys.shape[1] - 1, scale)
+    same = q.dtype == keys.dtype == values.dtype and spans.dtype == torch.int32
+    if not (same and spans.is_contiguous() and q.stride(3) == keys.stride(3) == values.stride(3) == 1):
+        return None
+    sizes = _attention_sizes(q, keys[:, :-1], values)  # without the spare slot
+    return _call("attend_token", (q, keys, values, spans, out), sizes, ctypes.c_float(scale))
 
 
-def _attention_call(name: str, out: Tensor, q, k, v, others, N: int, scale: float) -> Callable:
-    strides = (size for x in (q, k, v) for size in x.stride()[:3])
-    return _call(name, (q, k, v, *others, out), (*q.shape, N, k.shape[2], *strides), ctypes.c_float(scale))
+def _attention_sizes(q: Tensor, k: Tensor, v: Tensor) -> tuple[int, ...]:
+    """The struct Sizes of kernels.cpp: B, T, H, E, N, K, and three strides each of q, k and v."""
+    N, K = k.shape[1:3]
+    return *q.shape, N, K, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3]
 
 
-def _call(name: str, tensors: tuple[Tensor, ...], sizes: tuple[int, ...], *numbers) -> Callable:
-    """A call of a function of kernels.cpp."""
-    function = getattr(_kernel(), f"{name}_{str(tensors[0].dtype).removeprefix('torch.')}")
+def _call(name: str, tensors: tuple[Tensor, ...], sizes: tuple[int, ...], *numbers) -> Callable[[], None]:
+    """A call of a function of kernels.cpp.
 
-    def run(*others):  # on the memory that the tensors have now: assigning a weight's `data` frees the old one
-        function(*(ctypes.c_void_p(x.data_ptr()) for x in tensors), *others)
+    It reads the memory that the tensors have when it is made, because assigning a weight's `data` frees the old memory.
+    """
+    dtype = str(tensors[0].dtype).removeprefix("torch.")
+    function = getattr(_kernel(), f"{name}_{dtype}")
+    sizes = (ctypes.c_int64 * len(sizes))(*sizes)
+    threads = torch.get_num_threads()
 
-    return functools.partial(run, (ctypes.c_int64 * len(sizes))(*sizes), *numbers, torch.get_num_threads())
+    def call():
+        addresses = [ctypes.c_void_p(x.data_ptr()) for x in tensors]
+        function(*addresses, sizes, *numbers, threads)
+
+    return call
 
 
 def _has_kernel() -> bool:
@@ -216,10 +276,11 @@ def _kernel() -> ctypes.CDLL | None:
         from torch._inductor.codecache import CppCodeCache  # takes a second to import
 
         source = Path(__file__).with_name("kernels.cpp").read_text(encoding="utf-8")
-        processor = f"\n// {_capability} {_bf16}"  # a cache of files may be shared with other processors
-        flags = ["-ffp-contract=fast", "-fno-unsafe-math-optimizations", "-fno-finite-math-only"]
-        unneeded = {"needs_vec_isa"} & inspect.signature(CppCodeCache.load_async).parameters.keys()  # takes a second
-        return CppCodeCache.load_async(source + processor, extra_flags=flags, **dict.fromkeys(unneeded, False))()
+        processor = f"\n// {CAPABILITY} {HAS_BF16}"  # several processors may share a cache of files
+        options = {"extra_flags": ["-ffp-contract=fast", "-fno-unsafe-math-optimizations", "-fno-finite-math-only"]}
+        if "needs_vec_isa" in inspect.signature(CppCodeCache.load_async).parameters:
+            options["needs_vec_isa"] = False  # finding it takes a second
+        return CppCodeCache.load_async(source + processor, **options)()
     except Exception as error:  # no compiler, no headers, no place to write to ...
         logging.getLogger(__name__).info("torch's kernels run, as pop's cannot be compiled: %s", error)
         return None

@@ -1,21 +1,24 @@
 """The CPU's form of a CUDA graph: a function on fixed memory is recorded once, and then its work is repeated.
 
-Its work is operators of torch and functions of compiled code. The Python around takes a third of a small model's step.
+A decode step is a fixed list of torch operators and compiled functions. Repeating the list without the Python around it
+saves a third of a small model's step. The engine sees only `Graph`, which it gets as `Stages.replay`.
 """
 
 import logging
 import threading
 from collections.abc import Callable
+from contextlib import ExitStack
 from functools import partial
 
 import torch
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from pop.backends import cpu
 
-CAN_RECORD = torch.__version__ >= "2.13"  # in 2.6, code compiles again in a record; those between are not tested
-CALLS = {
+CAN_RECORD = torch.__version__ >= "2.13"  # in 2.6, code compiles again in a record; the versions between are not tested
+KERNELS = {
     torch.ops.pop.cpu_decode_attention.default: cpu.decode_attention_call,
     torch.ops.pop.multiply_rows.default: cpu.multiply_rows_call,
 }
@@ -28,46 +31,33 @@ _trusted: set[tuple] = set()  # the compiled functions of each record that was c
 class Graph:
     """Runs a function, the same one at each call. It is recorded at the second call, and repeated from then on.
 
-    The caller gets copies. The function takes no arguments, and its Python reads no number of a tensor: the record has
-    those of one call. Without compiled code, or if an operator gives a number, the function runs as it is. It also does
-    if the first repetition of a record with its compiled code differs from it.
+    The function takes no arguments, and its Python reads no number of a tensor: the record has the numbers of one call.
+    The caller gets copies of the results.
+
+    The function runs as it is without compiled code, and if an operator gives a number. At the third call it runs, and
+    its results are compared with those of its record. If they differ, it is not repeated.
     """
 
-    keeps_memory = True  # as it holds tensors, and not addresses
+    keeps_memory = True  # a record holds tensors, and not addresses
 
     def __init__(self, device: torch.device):
-        self.has_run, self.threads, self.calls, self.kinds, self.outputs = False, None, None, (), ()
+        self.has_run = False
+        self.record: _Record | None = None
 
-    def __call__(self, function: Callable[[], tuple[torch.Tensor, ...]]) -> tuple[torch.Tensor, ...]:
-        has_run, self.has_run = self.has_run, True
-        if has_run and CAN_RECORD and self.threads != torch.get_num_threads():  # which recorded calls are for
-            self.threads, record = torch.get_num_threads(), _Record()
-            self.outputs, self.calls = record.of(function), record.calls if record.is_compiled else None
-            self.kinds = tuple(call for call, _ in self.calls or () if not isinstance(call, partial))
-        elif self.calls is None:
+    def __call__(self, function: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+        if not (CAN_RECORD and self.has_run):
+            self.has_run = True
             return function()
-        elif self.kinds not in _trusted:
-            return self._compare(function)
-        else:
-            for call, arguments in self.calls:
-                call(*arguments)
-        return tuple(output.clone() for output in self.outputs)
-
-    def _compare(self, function) -> tuple[torch.Tensor, ...]:
-        changed = [arguments[0] for call, arguments in self.calls if isinstance(call, partial) and arguments]
-        counters = [(x, x.clone()) for x in changed if not x.is_floating_point()]  # other memory is written anew
-        for call, arguments in self.calls:
-            call(*arguments)
-        found = [output.clone() for output in self.outputs]
-        for x, before in counters:
-            x.copy_(before)
-        results = function()
-        if all(map(torch.equal, found, results)):
-            _trusted.add(self.kinds)
-        else:
-            logger.warning("decode steps are not repeated, as a repeated one differs from one that was run")
-            self.calls = None
-        return results
+        if self.record is None or self.record.threads != torch.get_num_threads():
+            record = _Record()
+            results = record.run(function)
+            self.record = record
+            return results
+        if self.record.calls is None:
+            return function()
+        if tuple(self.record.compiled) not in _trusted:
+            return self.record.compare(function)
+        return self.record.repeat()
 
 
 class _Record(TorchDispatchMode):
@@ -75,29 +65,62 @@ class _Record(TorchDispatchMode):
 
     is_compiled = False  # whether there are any of the latter
 
+    def __init__(self):
+        super().__init__()
+        self.threads = torch.get_num_threads()  # which the calls are for
+        self.thread = threading.get_ident()
+        self.calls: list[Callable[[], object]] | None = []  # None if the function cannot be repeated
+        self.compiled: list[Callable] = []  # the compiled functions among the calls
+        self.counters: list[Tensor] = []  # tensors of integers that the calls change in place
+        self.outputs: tuple[Tensor, ...] = ()
+
     @classmethod
     def is_infra_mode(cls) -> bool:
-        return True  # compiled code refuses to run in others
+        return True  # compiled code refuses to run in other modes
 
-    def of(self, function):
+    def run(self, function: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+        """Run the function and record its calls. Returns copies of its results."""
         from torch._inductor.codecache import PyCodeCache
 
-        self.calls, self.thread, patched = [], threading.get_ident(), []
-        with _patching:
-            try:
-                for module in map(vars, PyCodeCache.modules):
-                    for name in [name for name in list(module) if name.startswith("cpp_fused")]:
-                        patched.append((module, name, module[name]))
-                        module[name] = partial(self._compiled_code, module[name])
-                with self:
-                    return function()
-            finally:
-                for module, name, original in patched:
-                    module[name] = original
+        with _patching, ExitStack() as undo:
+            for module in PyCodeCache.modules:
+                for name, original in list(vars(module).items()):
+                    if name.startswith("cpp_fused"):
+                        setattr(module, name, partial(self._run_compiled, original))
+                        undo.callback(setattr, module, name, original)
+            with self:
+                self.outputs = function()
+        if not self.is_compiled:
+            self.calls = None
+        return self._copies()
 
-    def _compiled_code(self, function, *arguments):
+    def repeat(self) -> tuple[Tensor, ...]:
+        """Repeat the calls. Returns copies of the results."""
+        for call in self.calls:
+            call()
+        return self._copies()
+
+    def compare(self, function: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+        """Repeat the calls, and run the function on the same numbers. Returns the results of the latter."""
+        counts = [x.clone() for x in self.counters]  # all other memory is written anew
+        repeated = self.repeat()
+        for x, before in zip(self.counters, counts, strict=True):
+            x.copy_(before)
+        results = function()
+        if all(map(torch.equal, repeated, results)):
+            _trusted.add(tuple(self.compiled))
+        else:
+            logger.warning("decode steps are not repeated, as a repeated one differs from one that was run")
+            self.calls = None
+        return results
+
+    def _copies(self) -> tuple[Tensor, ...]:
+        return tuple(output.clone() for output in self.outputs)
+
+    def _run_compiled(self, function: Callable, *arguments):
         if threading.get_ident() == self.thread and self.calls is not None:
-            self.calls.append((function, arguments))
+            self.calls.append(partial(function, *arguments))
+            self.compiled.append(function)
             self.is_compiled = True
         return function(*arguments)
 
@@ -106,20 +129,21 @@ class _Record(TorchDispatchMode):
         results = operator(*arguments, **options)
         if self.calls is None or operator.is_view:
             return results
-        gives_tensors = all(isinstance(result, torch.Tensor) for result in tree_leaves(results))
+        gives_tensors = all(isinstance(result, Tensor) for result in tree_leaves(results))
         if operator.namespace not in ("aten", "pop") or not gives_tensors:  # a sum over processes, for example
             logger.info("decode steps are not recorded, as %s cannot be repeated", operator)
             self.calls = None
-        elif (kernel := CALLS.get(operator)) and (call := kernel(results, *arguments)):
-            self.calls.append((call, ()))
+        elif operator in KERNELS and (call := KERNELS[operator](results, *arguments)):
+            self.calls.append(call)
         elif operator._schema.is_mutable:
-            self.calls.append((partial(operator, **options), arguments))
+            self.calls.append(partial(operator, *arguments, **options))
+            self.counters += [x for x in arguments[:1] if isinstance(x, Tensor) and not x.is_floating_point()]
         else:
-            self.calls.append((_again, (results, operator, arguments, options)))
+            self.calls.append(partial(_copy_results, results, operator, arguments, options))
         return results
 
 
-def _again(results, operator, arguments, options) -> None:
+def _copy_results(results, operator, arguments, options) -> None:
     """Call an operator that makes new tensors, and copy them to the memory of those that were made first."""
     for memory, new in zip(tree_leaves(results), tree_leaves(operator(*arguments, **options)), strict=True):
         memory.copy_(new)

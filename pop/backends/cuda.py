@@ -1,7 +1,7 @@
 """CUDA: attention of several tokens, by kernels that we choose.
 
-F.scaled_dot_product_attention chooses by sizes. On recent GPUs it takes cuDNN, which builds a plan for each new size
-and stride. On others, a mask and grouped heads lead to plain products in float32. Here the choice is fixed:
+F.scaled_dot_product_attention chooses a kernel by sizes. On recent GPUs it takes cuDNN, which builds a plan for each
+new size and stride. On others, a mask and grouped heads lead to plain products in float32. Here the choice is fixed:
 
     flash attention     16-bit dtypes without a mask: causal, in a sliding window, or all to all
     memory-efficient    masks, float32, wide heads, and GPUs older than sm_80
@@ -14,15 +14,15 @@ import math
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
-from pop.backends.decode_attention import decode_attention
 from pop.engine import attention as engine
-from pop.engine.attention import UNBOUNDED, AttentionMetadata
+from pop.engine.attention import UNBOUNDED
 from pop.models import layers
 
 aten = torch.ops.aten
-# Private operators of torch, which only `_flash` and `_efficient` call. In torch 2.6 and 2.13, these are their first
-# arguments. If another version has others, the choice is left to torch.
+# Private operators of torch, which only `_flash` and `_efficient` call, with their first arguments in torch 2.6 and
+# 2.13. If a version has other arguments, torch chooses the kernel.
 ARGUMENTS = {
     "_flash_attention_forward": "query key value cum_seq_q cum_seq_k max_q max_k dropout_p is_causal return_debug_mask "
     "scale window_size_left window_size_right",
@@ -32,6 +32,7 @@ ARGUMENTS = {
 
 
 def has_arguments(operator: str, names: str) -> bool:
+    """Whether torch has an operator whose arguments begin with these names."""
     if not hasattr(aten, operator):
         return False
     arguments = getattr(aten, operator).default._schema.arguments
@@ -39,42 +40,31 @@ def has_arguments(operator: str, names: str) -> bool:
 
 
 HAS_KERNELS = torch.version.cuda is not None and all(has_arguments(*item) for item in ARGUMENTS.items())
-WIDEST, WIDEST_TRAINED = 256, 192  # heads of flash attention; its gradients exceed the shared memory of some GPUs
-ALIGNMENT = 8  # numbers in a load of 16 bytes: heads, and rows of a mask, are multiples of them
-QUERY_BLOCK = 1024  # tokens; their mask is in memory as numbers that are added to the scores
-
-
-def cache_attention(
-    q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, at: AttentionMetadata, scale: float
-) -> torch.Tensor:
-    """Like pop.engine.attention.cache_attention."""
-    if not is_supported(q):
-        return engine.cache_attention(q, keys, values, at, scale)
-    if at.held is None:
-        return decode_attention(q, keys, values, at.spans, scale)
-    return chunk_attention(q, *engine.read(keys, values, at), at.held, at.spans, at.band, scale)
+WIDEST = 256  # heads that flash attention takes
+WIDEST_TRAINED = 192  # the same with gradients, for which wider heads exceed the shared memory of some GPUs
+ALIGNMENT = 8  # the kernels load 16 bytes at once, so heads and rows of a mask are multiples of 8 numbers
+QUERY_BLOCK = 1024  # tokens whose mask is in memory, as numbers that are added to the scores
 
 
 @torch.library.custom_op("pop::cuda_chunk_attention", mutates_args=())
-def chunk_attention(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, held: torch.Tensor, spans: torch.Tensor, band: torch.Tensor,
-    scale: float,
-) -> torch.Tensor:  # fmt: skip
-    """Like pop.engine.attention.chunk_attention. Without a mask, if the spans are a band of the keys.
+def chunk_attention(q: Tensor, k: Tensor, v: Tensor, held: Tensor, spans: Tensor, band: Tensor, scale: float) -> Tensor:
+    """Like pop.engine.attention.chunk_attention, without a mask if the band says all.
 
     It is a custom operator because compiled code must not depend on the numbers in a band.
     """
-    T, (own, before, after, is_exact) = q.shape[1], band.tolist()
+    if not is_supported(q):
+        return engine.chunk_attention(q, k, v, held, spans, band, scale)
+    T = q.shape[1]
+    own, before, _, is_exact = band.tolist()
     if is_exact:
-        seen = slice(max(0, own - before), own + T)
-        before = before if T > 1 else UNBOUNDED  # one token attends all of these
-        return fused_attention(q, k[:, seen], v[:, seen], scale, before=before).flatten(2)
+        keys = slice(max(0, own - before), own + T)
+        if T == 1:
+            before = UNBOUNDED  # the token attends all of these keys
+        return fused_attention(q, k[:, keys], v[:, keys], scale, before).flatten(2)
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
-    for begin in range(0, T, QUERY_BLOCK):
-        end = min(begin + QUERY_BLOCK, T)
-        seen = slice(max(0, own + begin - before), own + end + after)
-        mask = engine.span_mask(held[:, seen], spans[:, begin:end])
-        out[:, begin:end] = fused_attention(q[:, begin:end], k[:, seen], v[:, seen], scale, mask=mask)
+    for queries, keys in engine.query_blocks(T, band, QUERY_BLOCK):
+        mask = engine.span_mask(held[:, keys], spans[:, queries])
+        out[:, queries] = fused_attention(q[:, queries], k[:, keys], v[:, keys], scale, mask=mask)
     return out.flatten(2)
 
 
@@ -82,89 +72,95 @@ chunk_attention.register_fake(lambda q, *_: q.new_empty(*q.shape[:2], q.shape[2]
 
 
 def causal_attention(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, window: int | None,
-    last_attended: torch.Tensor | None = None,
-) -> torch.Tensor:  # fmt: skip
+    q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None, last_attended: Tensor | None = None
+) -> Tensor:
     """Like pop.models.layers.causal_attention."""
     if not is_supported(q):
         return layers.causal_attention(q, k, v, scale, window, last_attended)
     T = q.shape[1]
-    before = UNBOUNDED if window is None or window >= T else window - 1
-    if last_attended is None and (before == UNBOUNDED or has_flash(q)):
-        return fused_attention(q, k, v, scale, before=before).flatten(2)
-    # The window is in the mask, since the gradients of the memory-efficient kernel ignore its own windows.
-    return fused_attention(q, k, v, scale, mask=layers.causal_mask(T, window, last_attended, q.device)).flatten(2)
+    has_window = window is not None and window < T
+    before = window - 1 if has_window else UNBOUNDED
+    mask = None
+    # The gradients of the memory-efficient kernel ignore its own windows, so the window is in the mask.
+    if last_attended is not None or (has_window and not has_flash(q)):
+        mask = layers.causal_mask(T, window, last_attended, q.device)
+    return fused_attention(q, k, v, scale, before, mask).flatten(2)
 
 
-def vision_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+def vision_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Like F.scaled_dot_product_attention(q, k, v) in a vision tower: each [N, H, P, E]."""
     if not is_supported(q):
         return F.scaled_dot_product_attention(q, k, v)
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # [N, P, H, E]
-    return fused_attention(q, k, v, q.shape[-1] ** -0.5, causal=False).transpose(1, 2)
+    return fused_attention(q, k, v, q.shape[-1] ** -0.5).transpose(1, 2)
 
 
-def is_supported(q: torch.Tensor) -> bool:
+def is_supported(q: Tensor) -> bool:
     """Whether one of the kernels takes q. Those for bfloat16 need sm_80."""
-    if not (HAS_KERNELS and q.is_cuda):
+    if not (HAS_KERNELS and q.is_cuda) or q.shape[-1] % ALIGNMENT:
         return False
     return q.dtype in (torch.float16, torch.float32) or (q.dtype == torch.bfloat16 and _is_recent(q))
 
 
-def has_flash(q: torch.Tensor) -> bool:
+def has_flash(q: Tensor) -> bool:
     """Whether flash attention takes q [B, T, H, E]."""
     widest = WIDEST_TRAINED if torch.is_grad_enabled() else WIDEST
     return q.dtype.itemsize == 2 and q.shape[-1] <= widest and _is_recent(q)
 
 
-def _is_recent(q: torch.Tensor) -> bool:
+def _is_recent(q: Tensor) -> bool:
     return torch.cuda.get_device_properties(q.device).major >= 8
 
 
 def fused_attention(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float,
-    *, causal: bool = True, before: int = UNBOUNDED, mask: torch.Tensor | None = None,
-) -> torch.Tensor:  # fmt: skip
-    """q [B, T, H, E] attends k and v [B, N, K, E] -> [B, T, H, E].
+    q: Tensor, k: Tensor, v: Tensor, scale: float, before: int | None = None, mask: Tensor | None = None
+) -> Tensor:
+    """q [B, T, H, E] attends k and v [B, N, K, E] -> [B, T, H, E], by one of the two kernels.
 
     Args:
-        causal: Each token attends its own key and those before it. The last token's own key is the last one.
-        before: If causal, how many keys before its own a token attends at most.
-        mask: [B or 1, T, N] bool, true where a token attends a key. It replaces `causal` and `before`.
+        before: How many keys before its own a token attends at most. It attends none after its own. The last token's
+            own key is the last one. None: each token attends all keys.
+        mask: [B or 1, T, N] bool, true where a token attends a key. It replaces `before`.
     """
-    E = q.shape[-1]
-    if E % ALIGNMENT:
-        q, k, v = (F.pad(x, (0, -E % ALIGNMENT)) for x in (q, k, v))
-    if mask is None and has_flash(q):
-        out = _flash(q, k, v, scale, causal, before)
-    else:
-        out = _by_groups(q, k, v, scale, causal and mask is None, before, mask)
-    return out[..., :E]
-
-
-def _by_groups(q, k, v, scale, causal, before, mask) -> torch.Tensor:
-    """The memory-efficient kernel knows no groups of query heads, so it runs G times."""
-    (B, T), (N, K), bias = q.shape[:2], k.shape[1:3], None
-    q = q.unflatten(2, (K, -1))  # [B, T, K, G, E]
-    if T == 1:  # the G query heads take the place of the tokens
-        q, causal = q.transpose(1, 3), False  # [B, G, K, 1, E]
     if mask is not None:
-        bias = q.new_full((*mask.shape[:2], N + -N % ALIGNMENT), -math.inf)[..., :N].masked_fill_(mask, 0)
-        bias = bias[:, None].expand(B, K, q.shape[1], N)
-    out = torch.stack([_efficient(heads, k, v, scale, causal, before, bias) for heads in q.unbind(3)], dim=3)
-    return (out.transpose(1, 3) if T == 1 else out).flatten(2, 3)
+        return _efficient(q, k, v, scale, None, mask)
+    if has_flash(q):
+        return _flash(q, k, v, scale, before)
+    return _efficient(q, k, v, scale, before, None)
 
 
-def _flash(q, k, v, scale, causal, before) -> torch.Tensor:
-    left, right = (None, None) if before == UNBOUNDED else (before, 0)
-    options = {"scale": scale, "window_size_left": left, "window_size_right": right}
+def _flash(q: Tensor, k: Tensor, v: Tensor, scale: float, before: int | None) -> Tensor:
+    options = {"scale": scale}
+    if before is not None and before < UNBOUNDED:
+        options |= {"window_size_left": before, "window_size_right": 0}
     T, N = q.shape[1], k.shape[1]
+    causal = before is not None
     return aten._flash_attention_forward(q, k, v, None, None, T, N, 0.0, causal, False, **options)[0]
 
 
-def _efficient(q, k, v, scale, causal, before, bias) -> torch.Tensor:
-    kind = 2 if causal else 0  # 2 aligns queries and keys at the end
-    window = before + 1 if causal and before < UNBOUNDED else None
-    options = {"scale": scale, "window_size": window}
+def _efficient(q: Tensor, k: Tensor, v: Tensor, scale: float, before: int | None, mask: Tensor | None) -> Tensor:
+    """The memory-efficient kernel. It knows no groups of query heads, so it runs once for each of the G in a group."""
+    T = q.shape[1]
+    N, K = k.shape[1:3]
+    groups = q.unflatten(2, (K, -1))  # [B, T, K, G, E]
+    if T == 1:  # the G query heads take the place of the tokens, and attend all keys
+        groups = groups.transpose(1, 3)  # [B, G, K, 1, E]
+        before = None
+    bias = None
+    if mask is not None:
+        # Rows of numbers that are added to the scores, each aligned.
+        bias = q.new_full((*mask.shape[:2], N + -N % ALIGNMENT), -math.inf)[..., :N].masked_fill_(mask, 0)
+        bias = bias[:, None].expand(len(q), K, groups.shape[1], N)
+    causal_type = 0 if before is None else 2  # 2 aligns queries and keys at the end
+    options = {"scale": scale}
+    if before is not None and before < UNBOUNDED:
+        options["window_size"] = before + 1
     gradients = torch.is_grad_enabled()
-    return aten._efficient_attention_forward(q, k, v, bias, *[None] * 4, 0.0, kind, gradients, **options)[0]
+    results = [
+        aten._efficient_attention_forward(heads, k, v, bias, *[None] * 4, 0.0, causal_type, gradients, **options)[0]
+        for heads in groups.unbind(3)
+    ]
+    out = torch.stack(results, dim=3)  # as `groups`
+    if T == 1:
+        out = out.transpose(1, 3)
+    return out.flatten(2, 3)

@@ -1,6 +1,7 @@
 """Mixtures of experts without a loop over the experts: for GPUs, and as one operator for the compiler.
 
-The number of tokens of an expert is data. A loop waits for these numbers. Grouped products read them on the device.
+How many tokens an expert gets is known on the device only, and a loop over the experts waits for these numbers. Grouped
+products read them on the device. A few tokens take copies of their experts' weights. Shapes: pop/models/experts.py.
 """
 
 import torch
@@ -10,21 +11,20 @@ from torch import Tensor
 from pop.backends.cpu import linear
 from pop.models import experts
 
-FEW = 64  # pairs of a token and an expert; for more, copies of the experts' weights take too much memory
+FEW = 64  # pairs of a token and an expert; for more pairs, copies of the experts' weights take too much memory
 
 
 class Experts(experts.Experts):
     """Experts with the fastest products, which can be compiled."""
 
     def forward(self, x, chosen, shares):
-        if not torch.compiler.is_compiling():
-            run = fastest
-        else:
-            run = few_tokens if len(x) == 1 else by_expert
+        run = fastest
+        if torch.compiler.is_compiling():
+            run = few_tokens if len(x) == 1 else fastest_operator
         return run(x, chosen, shares, self.gate_up_proj, self.down_proj)
 
 
-def fastest(x, chosen, shares, gate_up, down):
+def fastest(x: Tensor, chosen: Tensor, shares: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
     """Like pop.models.experts.by_expert. On GPUs, it does not wait for the device where that can be avoided."""
     if x.device.type == "cpu":
         return experts.by_expert(x, chosen, shares, gate_up, down, linear)
@@ -35,18 +35,15 @@ def fastest(x, chosen, shares, gate_up, down):
     return experts.by_expert(x, chosen, shares, gate_up, down)
 
 
-@torch.library.custom_op("pop::by_expert", mutates_args=())
-def by_expert(x: Tensor, chosen: Tensor, shares: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
-    """`fastest` as one operator."""
-    return fastest(x, chosen, shares, gate_up, down)
-
-
-by_expert.register_fake(lambda x, chosen, shares, gate_up, down: torch.empty_like(x))
+# One operator for the compiler, which cannot follow a loop whose lengths are data.
+fastest_operator = torch.library.custom_op("pop::fastest_experts", fastest, mutates_args=())
+fastest_operator.register_fake(lambda x, *_: torch.empty_like(x))
 
 
 def few_tokens(x: Tensor, chosen: Tensor, shares: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
     """`by_expert` as multiply-and-sum. Compiled, it reads the weights of the chosen experts once, in place."""
-    gate, up = (gate_up[chosen] * x[:, None, None]).sum(-1, dtype=torch.float32).to(x.dtype).chunk(2, dim=-1)
+    both = (gate_up[chosen] * x[:, None, None]).sum(-1, dtype=torch.float32)  # [N, k, 2 * I]
+    gate, up = both.to(x.dtype).chunk(2, dim=-1)
     inner = F.silu(gate) * up  # [N, k, I]
     out = (down[chosen] * inner[:, :, None]).sum(-1, dtype=torch.float32)  # [N, k, D]
     return (out * shares[..., None]).sum(1).to(x.dtype)  # [N, D]
@@ -54,10 +51,10 @@ def few_tokens(x: Tensor, chosen: Tensor, shares: Tensor, gate_up: Tensor, down:
 
 def can_group(x: Tensor, *weights: Tensor) -> bool:
     """Whether torch has a grouped product for these tensors that does not wait for the device (torch 2.10 to 2.13)."""
-    aligned = all(weight.shape[-1] * weight.element_size() % 16 == 0 for weight in weights)
-    if not (x.is_cuda and x.dtype == torch.bfloat16 and aligned and hasattr(F, "grouped_mm")):
+    if not (x.is_cuda and x.dtype == torch.bfloat16 and hasattr(F, "grouped_mm")):
         return False
-    return torch.cuda.get_device_capability(x.device)[0] in (9, 10)
+    aligned = all(weight.shape[-1] * weight.itemsize % 16 == 0 for weight in weights)
+    return aligned and torch.cuda.get_device_capability(x.device)[0] in (9, 10)
 
 
 def grouped(x: Tensor, chosen: Tensor, shares: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
@@ -67,7 +64,8 @@ def grouped(x: Tensor, chosen: Tensor, shares: Tensor, gate_up: Tensor, down: Te
     chosen, order = chosen.flatten().to(torch.int16).sort()
     numbers = torch.arange(len(down), dtype=chosen.dtype, device=x.device)
     ends = torch.searchsorted(chosen, numbers, right=True, out_int32=True)  # [X], where each expert's pairs end
-    gate, up = F.grouped_mm(x[order // k], gate_up.transpose(1, 2), offs=ends).chunk(2, dim=-1)  # [N * k, I] each
+    both = F.grouped_mm(x[order // k], gate_up.transpose(1, 2), offs=ends)  # [N * k, 2 * I]
+    gate, up = both.chunk(2, dim=-1)
     out = F.grouped_mm(F.silu(gate) * up, down.transpose(1, 2), offs=ends)  # [N * k, D]
     out = torch.empty_like(out).index_copy(0, order, out).unflatten(0, (-1, k))  # [N, k, D]
     return (out * shares[..., None]).sum(1)

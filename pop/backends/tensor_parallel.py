@@ -20,7 +20,6 @@ from typing import NoReturn
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import nn
 
 from pop import models
@@ -42,43 +41,56 @@ def launched() -> tuple[int, int]:
 def join(device) -> tuple[int, int, torch.device | str | None]:
     """Join the ranks that load a model together. Returns this process's rank, their number, and this process's device.
 
-    They are the ranks of the process group if there is one, and otherwise those that torchrun has started. The latter
-    get a group: NCCL's on GPUs, gloo's on CPUs. With several GPUs, a process takes the one with its local rank. Raises
-    InputError if there are too few GPUs, if the group does not serve the device, or if the ranks cannot reach each
-    other.
+    The ranks are those of the process group if there is one, and otherwise those that torchrun has started. The latter
+    get a group: NCCL's on GPUs, gloo's on CPUs. With several GPUs, a process takes the one with its local rank.
+
+    Raises:
+        InputError: There are too few GPUs, the group does not serve the device, or the ranks cannot reach each other.
     """
     if not (dist.is_available() and (dist.is_initialized() or launched()[1] > 1)):
         return 0, 1, device
-    has_gpus = torch.cuda.is_available()
-    if device in (None, "cuda") and (device or has_gpus):
-        number = int(os.environ.get("LOCAL_RANK", dist.get_rank() if dist.is_initialized() else 0))
-        if number >= (count := torch.cuda.device_count()):
-            raise InputError(f"process {number + 1} of a machine with {count} GPUs has none; give device='cpu'")
-        device = torch.device("cuda", number)
-    on_gpu = has_gpus and str(device).startswith("cuda")  # an invalid device is refused later
-    backend = "nccl" if on_gpu else "gloo"
+    if device == "cuda" or (device is None and torch.cuda.is_available()):
+        device = _local_gpu()
+    on_gpu = torch.cuda.is_available() and str(device).startswith("cuda")  # an invalid device is refused later
     if on_gpu:
         device = torch.device(device)
         torch.cuda.set_device(device)
     if not dist.is_initialized():
-        # Other ranks may read or compile more slowly.
-        options = {"timeout": timedelta(minutes=10), "device_id": device if on_gpu else None}
-        try:
-            dist.init_process_group(backend, **options)
-        except (RuntimeError, ValueError) as error:
-            reason = str(error).split("\n")[0]
-            raise InputError(f"the processes cannot form a group ({reason}); start them with torchrun") from None
-        atexit.register(_at_exit)
+        _form_group(device if on_gpu else None)
     config = dist.get_backend_config()  # such as "cpu:gloo,cuda:nccl"
-    found = dict(pair.split(":") for pair in config.split(",")).get("cuda" if on_gpu else "cpu")
+    backends = dict(pair.split(":") for pair in config.split(","))
+    found = backends.get("cuda" if on_gpu else "cpu")
     if found is None or (on_gpu and found == "gloo"):
-        advice = f"make it with torch.distributed.init_process_group('{backend}')"
+        advice = f"make it with torch.distributed.init_process_group('{'nccl' if on_gpu else 'gloo'}')"
         raise InputError(f"the process group has backends {config}, none of which serves {device or 'cpu'}; {advice}")
     return dist.get_rank(), dist.get_world_size(), device
 
 
+def _local_gpu() -> torch.device:
+    """The GPU of this machine that has this process's local rank."""
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    number = int(os.environ.get("LOCAL_RANK", rank))
+    count = torch.cuda.device_count()
+    if number >= count:
+        raise InputError(f"process {number + 1} of a machine with {count} GPUs has none; give device='cpu'")
+    return torch.device("cuda", number)
+
+
+def _form_group(gpu: torch.device | None) -> None:
+    """Make a process group of the ranks that torchrun has started: for this GPU, or for CPUs."""
+    ten_minutes = timedelta(minutes=10)  # other ranks may read or compile more slowly
+    try:
+        dist.init_process_group("gloo" if gpu is None else "nccl", timeout=ten_minutes, device_id=gpu)
+    except (RuntimeError, ValueError) as error:
+        reason = str(error).split("\n")[0]
+        raise InputError(f"the processes cannot form a group ({reason}); start them with torchrun") from None
+    atexit.register(_at_exit)
+
+
 def _at_exit() -> None:
-    end(1) if hasattr(sys, "last_value") else _leave()  # Python has printed an exception that nothing caught
+    if hasattr(sys, "last_value"):  # Python has printed an exception that nothing caught
+        end(1)
+    _leave()
 
 
 def _leave() -> None:
@@ -111,40 +123,66 @@ def add_up(numbers: torch.Tensor, **options) -> torch.Tensor:
 
 
 class Part:
-    """The part of a model that one rank holds: `rank` of `size`. Raises InputError if `size` does not divide H."""
+    """The part of a model that one rank holds.
+
+    Args:
+        whole: The config of the whole model.
+        rank, size: Of this process, and the number of ranks.
+
+    Raises:
+        InputError: Ranks would hold parts of heads. `size` must divide the number of query heads H, and it must divide
+            the number of key-value heads K or be a multiple of it.
+
+    Attributes:
+        config: Of the rank's own model.
+        kv_rows: The rank's rows of the whole K and V projections. With more ranks than key-value heads, several ranks
+            hold a copy of the same head.
+        shards: By parameter's name, which part the rank has. A parameter without a shard is whole.
+        num_parameters: Of the whole model.
+    """
 
     def __init__(self, whole, rank: int, size: int):
-        self.whole, self.rank, self.size = whole, rank, size
-        H, K, E = whole.num_heads, whole.num_kv_heads, whole.head_dim
-        if H % size:
-            raise InputError(f"{size} processes cannot share {H} query heads evenly; start a number that divides {H}")
-        count, G = H // size, H // K  # query heads of a rank, and of a K/V head
-        block = math.gcd(count, G)  # query heads in a block: the most for which each block has one K/V head
-        blocks = range(rank * count, (rank + 1) * count, block)
-        kv_heads = [first // G for first in blocks]
-        # Its rows of the whole K and V projections. Ranks whose query heads share a K/V head each hold a copy of it.
-        self.kv_rows = [head * E + row for head in kv_heads for row in range(E)]
+        H = whole.num_heads
+        K = whole.num_kv_heads
+        E = whole.head_dim
+        if H % size or (K % size and size % K):
+            heads = f"{H} query heads and {K} key-value heads"
+            raise InputError(f"{size} processes cannot share {heads} evenly; start a number that divides both")
+        self.whole = whole
+        self.rank = rank
+        self.size = size
+        self.shards: dict[str, Shard] = {}  # filled by `build`, as is the next
+        self.num_parameters = 0
+        self.copies = max(1, size // K)  # ranks that hold the same key-value head
+        kv_heads = max(1, K // size)
+        kv_begin = rank // self.copies * kv_heads * E
+        kv_span = (kv_begin, kv_begin + kv_heads * E)
+        self.kv_rows = list(range(*kv_span))
         inner = _share(whole.intermediate_size, rank, size)
-        sizes = {"num_heads": count, "num_kv_heads": len(kv_heads), "intermediate_size": inner[1] - inner[0]}
-        queries = Shard(0, H * E, ((rank * count * E, (rank + 1) * count * E),))
-        owned = tuple(first % G == 0 for first in blocks)
-        keys = Shard(0, K * E, tuple((head * E, (head + 1) * E) for head in kv_heads), owned)
-        width = Shard(0, whole.intermediate_size, (inner,))
+        sizes = {"num_heads": H // size, "num_kv_heads": kv_heads, "intermediate_size": inner[1] - inner[0]}
+
+        queries = (_share(H * E, rank, size),)
+        keys = Shard(0, K * E, (kv_span,), owned=(rank % self.copies == 0,))
         words = Shard(0, whole.vocab_size, (_share(whole.vocab_size, rank, size),))
         self._shards = {
-            "q_proj": queries, "k_proj": keys, "v_proj": keys, "o_proj": dataclasses.replace(queries, axis=1),
-            "gate_proj": width, "up_proj": width, "down_proj": dataclasses.replace(width, axis=1),
-            "embed_tokens": words, "lm_head": words,
-        }  # fmt: skip
-        if (experts := getattr(whole, "experts", None)) is not None:
+            "q_proj": Shard(0, H * E, queries),
+            "k_proj": keys,
+            "v_proj": keys,
+            "o_proj": Shard(1, H * E, queries),
+            "gate_proj": Shard(0, whole.intermediate_size, (inner,)),
+            "up_proj": Shard(0, whole.intermediate_size, (inner,)),
+            "down_proj": Shard(1, whole.intermediate_size, (inner,)),
+            "embed_tokens": words,
+            "lm_head": words,
+        }
+        experts = getattr(whole, "experts", None)
+        if experts is not None:
             begin, end = _share(experts.width, rank, size)
             sizes["experts"] = dataclasses.replace(experts, width=end - begin)
             gate_and_up = (begin, end), (experts.width + begin, experts.width + end)  # gate's rows, then those of up
             self._shards["experts.gate_up_proj"] = Shard(1, 2 * experts.width, gate_and_up)
             self._shards["experts.down_proj"] = Shard(2, experts.width, ((begin, end),))
-        self.config = dataclasses.replace(whole, **sizes)  # of the rank's own model
-        self.shards: dict[str, Shard] = {}  # by parameter's name; a parameter without a shard is whole
-        self.num_parameters = 0  # of the whole model
+        self.config = dataclasses.replace(whole, **sizes)
 
     def build(self) -> nn.Module:
         """Build the rank's model on the meta device, and fill `shards` and `num_parameters`."""
@@ -181,12 +219,14 @@ class Part:
         Returns this rank's values [n], and the index [n] of each among the values of all ranks.
         """
         count = len(parameter)
-        shard = self.shards.get(name) or Shard(0, count, ((0, count),), (self.rank == 0,))  # whole on every rank
+        on_first_rank = Shard(0, count, ((0, count),), owned=(self.rank == 0,))  # of a parameter that each rank has
+        shard = self.shards.get(name, on_first_rank)
         whole = shard.whole_shape(tuple(parameter.shape))
         numbers = torch.arange(0, math.prod(whole), step, device=parameter.device)
         index = list(torch.unravel_index(numbers, whole))
-        index[shard.axis] = shard.places().to(parameter.device)[index[shard.axis]]
-        mine = index[shard.axis] >= 0
+        places = shard.places().to(parameter.device)[index[shard.axis]]
+        index[shard.axis] = places
+        mine = places >= 0
         return parameter[tuple(along_axis[mine] for along_axis in index)], numbers[mine] // step
 
     def agree(self, seeds: list[int], device: torch.device) -> list[int]:
@@ -199,10 +239,7 @@ class Part:
         """Each rank's values for its K/V heads [n, 2, rows, ...] -> those of all heads [n, 2, K * E, ...]."""
         parts = [torch.empty_like(heads, memory_format=torch.contiguous_format) for _ in range(self.size)]
         dist.all_gather(parts, heads.contiguous())
-        out = heads.new_empty(*heads.shape[:2], self.whole.num_kv_heads * self.whole.head_dim, *heads.shape[3:])
-        for rank, part in enumerate(parts):
-            out[:, :, Part(self.whole, rank, self.size).kv_rows] = part
-        return out
+        return torch.cat(parts[:: self.copies], dim=2)
 
 
 class RowParallelLinear(Linear):
@@ -224,7 +261,7 @@ class VocabularyParallelHead(Linear):
     """An output head with the rows of some tokens. The ranks' logits are gathered."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return _gather_logits(super().forward(x), self.vocab_size)
+        return _gather_logits(super().forward(x), self)
 
 
 class VocabularyParallelEmbedding(Embedding):
@@ -236,7 +273,7 @@ class VocabularyParallelEmbedding(Embedding):
         return add_up(super().forward(rows.where(here, 0)) * here[..., None])  # [B, T, D]; zero for others' tokens
 
     def unembed(self, x: torch.Tensor) -> torch.Tensor:
-        return _gather_logits(super().unembed(x), self.vocab_size)
+        return _gather_logits(super().unembed(x), self)
 
 
 PARALLEL = {
@@ -245,14 +282,11 @@ PARALLEL = {
 }  # fmt: skip
 
 
-def _gather_logits(logits: torch.Tensor, vocab_size: int) -> torch.Tensor:
-    """Each rank's logits [..., its tokens] -> all logits [..., V]."""
-    size = dist.get_world_size()
-    shares = [last - first for first, last in (_share(vocab_size, rank, size) for rank in range(size))]
-    padded = F.pad(logits, (0, max(shares) - logits.shape[-1])).contiguous()  # all_gather takes equal sizes
-    parts = [torch.empty_like(padded) for _ in shares]
-    dist.all_gather(parts, padded)
-    return torch.cat([part[..., :share] for part, share in zip(parts, shares, strict=True)], dim=-1)
+def _gather_logits(logits: torch.Tensor, module) -> torch.Tensor:
+    """A rank's logits [..., its tokens] -> all logits [..., V]."""
+    out = logits.new_zeros(*logits.shape[:-1], module.vocab_size)
+    out[..., module.first : module.first + logits.shape[-1]] = logits
+    return add_up(out)
 
 
 def _share(count: int, rank: int, size: int) -> tuple[int, int]:

@@ -1,11 +1,12 @@
 """Attention over a KV cache: where keys and values are written, and which of them each token attends.
 
 `cache_attention` is the one place where the kind of attention is chosen: `decode_attention` for one token a row, and
-`chunk_attention` for several. A backend may pass another function of its signature to `full_layer` (stages.py).
+`chunk_attention` for several. A backend passes it other functions of the same signatures.
 
 Shape letters: pop/models/layers.py; N is the number of keys.
 """
 
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -37,7 +38,7 @@ class AttentionMetadata(NamedTuple):
     held: Tensor | None = None  # [B, N] int32, the keys' positions, negative for none
     key_slots: Tensor | None = None  # [B, N] int64, the slots of the keys; None: the first N, in order
     # [4] int64 on the CPU: which key is the first token's own, how many keys before and after its own each token
-    # attends at most, and 1 if it attends all of these, so that the band says what the spans say
+    # attends at most, and 1 if each token attends all of these keys, so that no mask is needed
     band: Tensor | None = None
 
 
@@ -48,18 +49,8 @@ def write(keys: Tensor, values: Tensor, slots: Tensor, k: Tensor, v: Tensor) -> 
     values[rows, slots] = v.to(values.dtype)
 
 
-def cache_attention(q: Tensor, keys: Tensor, values: Tensor, at: AttentionMetadata, scale: float) -> Tensor:
-    """q [B, T, H, E] attends keys and values [B, S + 1, K, E], which hold its own tokens -> [B, T, H * E].
-
-    Even fresh tokens are read back from the cache: padded positions of k and v may hold NaN, cache slots never do.
-    """
-    if at.held is None:
-        return decode_attention(q, keys, values, at.spans, scale)
-    return chunk_attention(q, *read(keys, values, at), at.held, at.spans, at.band, scale)
-
-
 def read(keys: Tensor, values: Tensor, at: AttentionMetadata) -> tuple[Tensor, Tensor]:
-    """The N keys and values that `at` numbers, each [B, N, K, E]."""
+    """The N keys and values at the positions `at.held`, each [B, N, K, E]."""
     if at.key_slots is None:
         N = at.held.shape[1]
         return keys[:, :N], values[:, :N]
@@ -75,33 +66,54 @@ def span_mask(held: Tensor, spans: Tensor) -> Tensor:
 
 @torch.library.custom_op("pop::chunk_attention", mutates_args=())
 def chunk_attention(q: Tensor, k: Tensor, v: Tensor, held: Tensor, spans: Tensor, band: Tensor, scale: float) -> Tensor:
-    """masked_attention for consecutive tokens, QUERY_BLOCK queries at a time over the keys of their band.
+    """Several consecutive tokens a row attend the keys that `read` returns, one block of queries at a time.
 
-    So T tokens with a window cost T * (window + QUERY_BLOCK) products, whatever N is, and no mask has T rows. It is a
+    With a window, T tokens cost T * (window + QUERY_BLOCK) products, whatever N is, and no mask has T rows. This is a
     custom operator because the number of blocks depends on lengths.
     """
     B, T, H, E = q.shape
-    own, before, after, is_exact = band.tolist()
-    if is_exact and not own and before >= T - 1:  # the first tokens, which need no mask
+    own, before, _, is_exact = band.tolist()
+    if is_exact and own == 0 and before >= T - 1:  # the first tokens, which need no mask
         return causal_attention(q, k[:, :T], v[:, :T], scale, None)
     out = q.new_empty(B, T, H * E)
-    for begin in range(0, T, QUERY_BLOCK):
-        end = min(begin + QUERY_BLOCK, T)
-        keys = slice(max(0, own + begin - before), own + end + after)
-        mask = span_mask(held[:, keys], spans[:, begin:end])
-        out[:, begin:end] = masked_attention(q[:, begin:end], k[:, keys], v[:, keys], mask, scale)
+    for queries, keys in query_blocks(T, band, QUERY_BLOCK):
+        mask = span_mask(held[:, keys], spans[:, queries])
+        out[:, queries] = masked_attention(q[:, queries], k[:, keys], v[:, keys], mask, scale)
     return out
 
 
 chunk_attention.register_fake(lambda q, *_: q.new_empty(*q.shape[:2], q.shape[2] * q.shape[3]))
 
 
+def query_blocks(T: int, band: Tensor, size: int) -> Iterator[tuple[slice, slice]]:
+    """Blocks of at most `size` of T queries, each with the keys that its queries may attend."""
+    own, before, after, _ = band.tolist()
+    for begin in range(0, T, size):
+        end = min(begin + size, T)
+        yield slice(begin, end), slice(max(0, own + begin - before), own + end + after)
+
+
 def decode_attention(q: Tensor, keys: Tensor, values: Tensor, spans: Tensor, scale: float) -> Tensor:
     """One token a row attends slots of the cache: q [B, 1, H, E], keys and values [B, S + 1, K, E] -> [B, 1, H * E].
 
-    No length is known to the host. A ring's slot s of S holds the latest position up to the last attended one that is
-    s modulo S: last - (last - s) % S. Negative numbers stand for empty slots.
+    The host knows no length. Slot s of a ring of S slots holds the latest position that is s modulo S and not after the
+    last attended one: last - (last - s) % S. A negative number is an empty slot.
     """
-    S, last = keys.shape[1] - 1, spans[:, :, 1]  # [B, 1]
+    S = keys.shape[1] - 1
+    last = spans[:, :, 1]  # [B, 1]
     held = last - (last - torch.arange(S, dtype=last.dtype, device=q.device)) % S  # [B, S]
     return masked_attention(q, keys[:, :S], values[:, :S], span_mask(held, spans), scale)
+
+
+def cache_attention(
+    q: Tensor, keys: Tensor, values: Tensor, at: AttentionMetadata, scale: float,
+    *, chunk: Callable = chunk_attention, decode: Callable = decode_attention,
+) -> Tensor:  # fmt: skip
+    """q [B, T, H, E] attends keys and values [B, S + 1, K, E], which hold its own tokens -> [B, T, H * E].
+
+    Even fresh tokens are read back from the cache: padded positions of k and v may hold NaN, cache slots never do.
+    """
+    if at.held is None:
+        return decode(q, keys, values, at.spans, scale)
+    k, v = read(keys, values, at)
+    return chunk(q, k, v, at.held, at.spans, at.band, scale)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from support.cases import assert_close, by_position, cases, new_cache, random_refit
+from support.cases import assert_close, by_position, cases, new_cache
 from support.compiler import requires_compiler
 from support.tiny import random_model, tiny_config, tiny_gemma3_config, tiny_gemma3_vl_config
 from torch._inductor.codecache import CppCodeCache
@@ -21,6 +21,7 @@ from pop.backends import CPU, cpu
 from pop.engine.attention import decode_attention
 from pop.engine.stages import corrected_layer
 from pop.models import layers
+from pop.pruning.corrections import Corrections
 
 
 def normal(*shape, seed=0):
@@ -69,13 +70,15 @@ def test_all_matrices_of_a_calibrated_plan_use_the_backends_product():
         multiplied.append(tuple(weight.shape))
         return cpu.linear(x, weight, *bias)
 
-    refit = random_refit(module.config, (1, 3), -1, 2, rank=7)
-    plan, D, KE = pop.PrunePlan((1, 3), 1, 1, refit), module.config.hidden_size, refit.weight.shape[2]
+    D = module.config.hidden_size
+    KE = module.config.num_kv_heads * module.config.head_dim
+    tensors = {"weight": normal(2, 2, KE, 7), "bias": normal(2, 2, KE), "shared": normal(2, 7, 2 * D)}
+    plan = pop.PrunePlan((1, 3), 1, 1, Corrections((1, 3), **tensors, update=normal(2, D, 7), fingerprint=""))
     stages = CPU._replace(corrected_layer=partial(corrected_layer, linear=linear), linear=linear)
     cache, tokens = new_cache(module, 1, 9), torch.ones(1, 9, dtype=torch.int64)
     engine.prefill(module, tokens, cache, torch.tensor([9]), plan, 9, stages)
     assert multiplied == [(7, 2 * D), (D, 7), (2 * KE, 7)] * 2
-    assert CPU.linear is CPU.corrected_layer.keywords["linear"] is CPU.refit_layer.keywords["linear"] is cpu.linear
+    assert CPU.linear is CPU.corrected_layer.keywords["linear"] is cpu.linear
 
 
 # The first token's own key, how many keys there are, and how many of them each token may attend before and after its

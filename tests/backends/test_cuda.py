@@ -14,7 +14,7 @@ from support.cases import assert_close, new_cache
 from support.tiny import random_model, tiny_gemma3_config
 
 from pop import engine
-from pop.backends import cuda
+from pop.backends import CUDA_ATTENTION, cuda
 from pop.engine import attention
 from pop.engine.attention import UNBOUNDED, AttentionMetadata
 from pop.engine.stages import EAGER, full_layer
@@ -40,7 +40,9 @@ def distances(q, k):
     return torch.arange(N) - torch.arange(T)[:, None] - (N - T)
 
 
-def flash(q, k, v, seqs_q, seqs_k, T, N, dropout, causal, debug, *, scale, window_size_left, window_size_right):
+def flash(
+    q, k, v, seqs_q, seqs_k, T, N, dropout, causal, debug, *, scale, window_size_left=None, window_size_right=None
+):
     assert seqs_q is seqs_k is None and dropout == 0 and not debug
     assert q.dtype.itemsize == 2 and q.shape[-1] % 8 == 0 and q.shape[-1] <= 256 and q.stride(-1) == k.stride(-1) == 1
     assert q.shape[1] == T and k.shape[1] == N and q.shape[2] % k.shape[2] == 0
@@ -52,7 +54,7 @@ def flash(q, k, v, seqs_q, seqs_k, T, N, dropout, causal, debug, *, scale, windo
     return by_definition(q.float(), k.float(), v.float(), scale, seen).to(q.dtype), None
 
 
-def efficient(q, k, v, bias, seqs_q, seqs_k, max_q, max_k, dropout, kind, log_sums, *, scale, window_size):
+def efficient(q, k, v, bias, seqs_q, seqs_k, max_q, max_k, dropout, kind, log_sums, *, scale, window_size=None):
     assert seqs_q is seqs_k is max_q is max_k is None and dropout == 0 and kind in (0, 2)
     assert q.shape[2:] == k.shape[2:] and all(x.stride(-1) == 1 and x.shape[-1] % 8 == 0 for x in (q, k, v))
     assert log_sums == torch.is_grad_enabled()
@@ -95,13 +97,12 @@ def metadata(own, T, before, *, is_exact, after=0, key_slots=None):
     return AttentionMetadata((), None, spans, held, key_slots, torch.tensor((own, before, after, is_exact)))
 
 
-@pytest.mark.parametrize("E", [8, 10])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("tokens", [1, 7])
 @torch.no_grad()
-def test_a_chunk_attends_what_the_general_function_attends(monkeypatch, kernels, tokens, dtype, E):
+def test_a_chunk_attends_what_the_general_function_attends(monkeypatch, kernels, tokens, dtype):
     monkeypatch.setattr(cuda, "QUERY_BLOCK", 3)
-    q, (keys, values) = randn(2, tokens, 6, E).to(dtype), slots(3, E, dtype)
+    q, (keys, values) = randn(2, tokens, 6, 8).to(dtype), slots(3, 8, dtype)
     anywhere = torch.stack([torch.randperm(40, generator=torch.Generator().manual_seed(row)) for row in (1, 2)])
     cases = []
     for own, before in ((0, UNBOUNDED), (9, UNBOUNDED), (9, 4), (4, 4), (9, 20)):
@@ -112,7 +113,7 @@ def test_a_chunk_attends_what_the_general_function_attends(monkeypatch, kernels,
         cases.append((metadata(own, tokens, before, is_exact=False, after=2), False))
     for at, is_band in cases:
         kernels.clear()
-        found = cuda.cache_attention(q, keys, values, at, 0.3)
+        found = CUDA_ATTENTION(q, keys, values, at, 0.3)
         wanted = attention.cache_attention(q, keys, values, at, 0.3)
         assert found.dtype == dtype and found.shape == wanted.shape
         torch.testing.assert_close(found, wanted, rtol=0, atol=1e-5 if dtype == torch.float32 else 2e-3)
@@ -123,10 +124,10 @@ def test_a_chunk_attends_what_the_general_function_attends(monkeypatch, kernels,
 @torch.no_grad()
 def test_a_prefill_in_chunks_is_that_of_the_general_function(kernels, lengths):
     """A ring that is reused, prompts that go on, full-depth rows at both ends, and a row that ends before the other."""
-    module = random_model(tiny_gemma3_config(windows=(3, None, 3)), seed=4)
+    module = random_model(tiny_gemma3_config(windows=(3, None, 3), head_dim=8), seed=4)
     plan = PrunePlan((1, 2), full_depth_last=2, full_depth_first=1)
     tokens, logits = torch.arange(26).view(2, 13), {}
-    for function in (cuda.cache_attention, attention.cache_attention):
+    for function in (CUDA_ATTENTION, attention.cache_attention):
         stages = EAGER._replace(full_layer=partial(full_layer, attention=function))
         cache = new_cache(module, 2, chunk=5)
         calls = [tokens[:, :3], torch.tensor([3, 3])], [tokens, torch.tensor(lengths)]
@@ -141,7 +142,7 @@ def test_tokens_that_are_not_consecutive(kernels):
     spans = torch.tensor([[[0, 0], [2, 9], [5, 30]], [[0, 4], [1, 1], [30, 31]]], dtype=torch.int32)
     held = torch.arange(35, dtype=torch.int32).expand(2, -1)
     at = AttentionMetadata((), None, spans, held, None, torch.tensor((0, UNBOUNDED, UNBOUNDED, 0)))
-    found = cuda.cache_attention(q, keys, values, at, 0.3)
+    found = CUDA_ATTENTION(q, keys, values, at, 0.3)
     wanted = layers.masked_attention(q, keys[:, :35], values[:, :35], attention.span_mask(held, spans), 0.3)
     torch.testing.assert_close(found, wanted)
 
@@ -150,17 +151,16 @@ def test_one_token_without_positions_of_keys_attends_slots(monkeypatch, kernels)
     q, (keys, values) = randn(2, 1, 6, 8), slots(3, 8)
     at = AttentionMetadata((), None, torch.tensor([[[0, 3]], [[50, 60]]], dtype=torch.int32))
     wanted = attention.decode_attention(q, keys, values, at.spans, 0.3)
-    torch.testing.assert_close(cuda.cache_attention(q, keys, values, at, 0.3), wanted)
+    torch.testing.assert_close(CUDA_ATTENTION(q, keys, values, at, 0.3), wanted)
     assert not kernels
 
 
-@pytest.mark.parametrize("E", [8, 10])
 @pytest.mark.parametrize("window", [None, 1, 3, 7, 9])
 @pytest.mark.parametrize("look_ahead", [False, True])
-def test_the_plain_pass_and_its_gradients(kernels, window, look_ahead, E):
+def test_the_plain_pass_and_its_gradients(kernels, window, look_ahead):
     T, last_attended = 7, torch.tensor([[2, 2, 2, 3, 4, 5, 6], [0, 1, 4, 4, 4, 6, 6]]) if look_ahead else None
     for grown in (False, True):
-        wanted = [randn(2, T, heads, E, seed=heads).requires_grad_(grown) for heads in (6, 3, 3)]
+        wanted = [randn(2, T, heads, 8, seed=heads).requires_grad_(grown) for heads in (6, 3, 3)]
         found = [x.detach().clone().requires_grad_(grown) for x in wanted]
         with torch.set_grad_enabled(grown):
             results = [
@@ -181,7 +181,7 @@ def test_the_plain_pass_and_its_gradients(kernels, window, look_ahead, E):
 def test_a_vision_tower(kernels):
     for dtype, name in ((torch.float32, "efficient"), (torch.float16, "flash")):
         kernels.clear()
-        q, k, v = (randn(2, 5, 3, 12, seed=seed).transpose(1, 2).to(dtype) for seed in range(3))  # [N, H, P, E]
+        q, k, v = (randn(2, 5, 3, 24, seed=seed).transpose(1, 2).to(dtype) for seed in range(3))  # [N, H, P, E]
         found = cuda.vision_attention(q, k, v)
         torch.testing.assert_close(found, F.scaled_dot_product_attention(q, k, v), rtol=0, atol=2e-3)
         assert kernels == [name]
@@ -206,20 +206,21 @@ def test_which_heads_flash_attention_takes(monkeypatch, dtype, E, recent, traini
 
 
 @pytest.mark.parametrize(
-    ("dtype", "recent", "expected"),
+    ("dtype", "E", "recent", "expected"),
     [
-        (torch.bfloat16, True, True),
-        (torch.bfloat16, False, False),
-        (torch.float16, False, True),
-        (torch.float32, False, True),
-        (torch.float64, True, False),
+        (torch.bfloat16, 64, True, True),
+        (torch.bfloat16, 60, True, False),
+        (torch.bfloat16, 64, False, False),
+        (torch.float16, 64, False, True),
+        (torch.float32, 64, False, True),
+        (torch.float64, 64, True, False),
     ],
 )
-def test_what_the_kernels_support(monkeypatch, dtype, recent, expected):
+def test_what_the_kernels_support(monkeypatch, dtype, E, recent, expected):
     monkeypatch.undo()
     monkeypatch.setattr(cuda, "HAS_KERNELS", True)
     monkeypatch.setattr(cuda, "_is_recent", lambda q: recent)
-    q = types.SimpleNamespace(is_cuda=True, dtype=dtype)
+    q = types.SimpleNamespace(is_cuda=True, dtype=dtype, shape=(1, 1, 1, E))
     assert cuda.is_supported(q) is expected
     assert not cuda.is_supported(types.SimpleNamespace(is_cuda=False, dtype=dtype))
     monkeypatch.setattr(cuda, "HAS_KERNELS", False)
@@ -231,7 +232,7 @@ def test_tensors_that_no_kernel_takes_go_the_general_way(monkeypatch, kernels):
     q, (keys, values) = randn(2, 5, 6, 8), slots(3, 8)
     at = metadata(9, 5, 4, is_exact=False)
     torch.testing.assert_close(
-        cuda.cache_attention(q, keys, values, at, 0.3), attention.cache_attention(q, keys, values, at, 0.3)
+        CUDA_ATTENTION(q, keys, values, at, 0.3), attention.cache_attention(q, keys, values, at, 0.3)
     )
     k, v = keys[:, :5], values[:, :5]
     torch.testing.assert_close(cuda.causal_attention(q, k, v, 0.3, 2), layers.causal_attention(q, k, v, 0.3, 2))

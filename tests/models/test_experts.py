@@ -116,7 +116,7 @@ def test_an_expert_that_no_token_takes_is_not_read():
 @pytest.mark.parametrize("size", [2, 3])
 def test_each_process_reads_its_part_of_any_layout(tmp_path, layout, size):
     """Of each expert, every process has a share of gate, of up and of down."""
-    config, name = tiny_qwen3_moe_config(), "model.layers.2.mlp.experts"
+    config, name = tiny_qwen3_moe_config(num_kv_heads=6), "model.layers.2.mlp.experts"
     write_weights(tmp_path, config, seed=3)
     before = load_file(tmp_path / "model.safetensors")
     saved = dict(before)
