@@ -27,7 +27,7 @@ from pop.generation.prefix import Prefix
 from pop.generation.scoring import score
 from pop.inputs.chat import ChatFormat, chat_format
 from pop.inputs.processors import Prepared, Processor, processor_of
-from pop.inputs.tokenizers import row_lengths, token_ids, token_mask
+from pop.inputs.tokenizers import row_lengths, token_ids
 from pop.models.images import TextOnly
 from pop.pruning.plan import PrunePlan
 from pop.system.memory import to_device
@@ -135,7 +135,7 @@ class Model:
 
     def prefill(
         self, tokens, cache, *, lengths=None, images=None, videos=None, plan=None, chunk_size=None, boundary=True,
-        full_depth=None) -> torch.Tensor:  # fmt: skip
+    ) -> torch.Tensor:  # fmt: skip
         """Append prompts to what the cache holds. Returns logits [B, V] float32 of each row's boundary token.
 
         Args:
@@ -146,7 +146,6 @@ class Model:
             plan: The PrunePlan of this call; None takes the model's.
             chunk_size: How many tokens run at once, at most the cache's chunk_size. None takes the model's.
             boundary: False if more of the same prompts follows: the logits are meaningless, and no token is selected.
-            full_depth: A bool tensor [B, T], true for tokens that run at full depth besides the plan's. None: none.
 
         Raises:
             InputError, PlanError: An argument does not fit the model. ContextOverflow: The cache is too small.
@@ -157,9 +156,9 @@ class Model:
         self._check_cache(cache, lengths, media)
         plan = self.resolve(plan)
         chunk_size = self.chunk_size if chunk_size is None else self._chunk_size(chunk_size)
-        stages, full_depth = self._stages(len(tokens), plan), token_mask(full_depth, tokens)
+        stages = self._stages(len(tokens), plan)
         module = self.module if self._compiled is None else self._compiled.vision_module
-        options = stages, self._images(module, media, tokens, lengths), boundary, full_depth
+        options = stages, self._images(module, media, tokens, lengths), boundary
         return engine.prefill(self.module, tokens, cache, lengths, plan, chunk_size, *options)
 
     def decode(self, tokens, cache: KVCache) -> torch.Tensor:

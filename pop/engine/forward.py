@@ -5,13 +5,13 @@
     full-depth rows, f                                  └──layer l──layer l+1── ... ──► logits
 
 Read literally, the method runs the prompt without the pruned layers, and then the boundary token as a decode step that
-reads all weights again. Here both happen in one pass (`fused boundary`). At a group of pruned layers, all tokens write
-their K and V, computed from the h that enters the group: by the layers' own projections, or by a calibrated plan's.
-Then only the full-depth rows f go through the group's layers. They overwrite their K and V, and attend the cache.
-After the group, a calibrated plan may update the other tokens' h, for kept layers that follow.
+reads all weights again. Here both happen in one pass (the "fused boundary"). At a group of pruned layers, all tokens
+write their K and V, computed from the h that enters the group. Then only the full-depth rows f go through the group's
+layers. They overwrite their K and V, and attend the cache. After the group, a calibrated plan may update the h of the
+other tokens for the kept layers that follow.
 
-The only state is the cache. Its lengths count tokens only once their logits exist. `pop.Model` checks the arguments.
-Shape letters: pop/models/layers.py.
+The only state is the cache. It counts new tokens only once their logits exist. `pop.Model` checks the arguments. Shape
+letters: pop/models/layers.py.
 """
 
 from collections.abc import Iterator
@@ -19,18 +19,18 @@ from collections.abc import Iterator
 import torch
 
 from pop.engine.cache import KVCache
-from pop.engine.layout import Chunk, attention_metadata, chunk_bounds, full_depth_tokens
+from pop.engine.chunks import Bounds, Chunk, Prompts, Selection, chunk_bounds, full_depth_tokens
 from pop.engine.selection import select
 from pop.engine.stages import EAGER, Stages
 from pop.models.images import TEXT, TextOnly
-from pop.pruning.plan import PrunePlan
+from pop.pruning.plan import Group, PrunePlan
 
 
 @torch.inference_mode(False)
 @torch.no_grad()
 def prefill(
     module, tokens: torch.Tensor, cache: KVCache, lengths: torch.Tensor, plan: PrunePlan, chunk_size: int,
-    stages: Stages = EAGER, images: TextOnly = TEXT, boundary: bool = True, full_depth: torch.Tensor | None = None,
+    stages: Stages = EAGER, images: TextOnly = TEXT, boundary: bool = True,
 ) -> torch.Tensor:  # fmt: skip
     """Append prompts to the cache. Returns logits [B, V] float32 of each row's boundary token.
 
@@ -39,22 +39,21 @@ def prefill(
         tokens: Ids [B, T], right-padded.
         cache: Of B rows, with room for the prompts.
         lengths: The prompts' lengths [B], int64 on the CPU.
-        plan: Its projections are on the module's device, in its dtype.
+        plan: Its corrections are on the module's device, in its dtype.
         chunk_size: Tokens of a row that run at once, at most cache.chunk_size. Bounds the memory for activations.
         stages: The functions to call, eager or compiled.
         images: What images bring to these prompts. A chunk must be able to hold an image with look-ahead.
         boundary: False if more of the same prompts follows in a later call. The logits are then meaningless, and the
             plan selects no tokens.
-        full_depth: Which tokens run at full depth besides those of the plan: [B, T] bool on the CPU.
     """
-    out = None  # [B, D], each row's h after the last layer, at its last token so far
-    options = stages, images, boundary, full_depth
-    for chunk, h, hidden in _chunks(module, tokens, cache, lengths, plan, chunk_size, *options):  # noqa: B007
+    prompts = Prompts(tokens, lengths, images, full_depth_tokens(cache, lengths, plan, boundary))
+    running = Pass(module, cache, plan, stages)
+    last = None  # [B, D], each row's h after the last layer, at its last token so far
+    for chunk, h in running.chunks(prompts, chunk_size, selects=boundary):
         latest = chunk.latest(h)
-        out = latest if out is None else latest.where(chunk.has_tokens[:, None], out)  # all have tokens in the first
-    logits = stages.head(module, out[:, None])[:, 0]  # of decode's shape
-    cache.restore((cache.lengths + lengths, hidden, cache.rope_offsets + images.rope_offset(lengths)))
-    cache.intact = True
+        last = latest if last is None else latest.where(chunk.has_tokens[:, None], last)  # the first has all rows
+    logits = stages.head(module, last[:, None])[:, 0]  # in decode's shape
+    running.count(lengths, images.rope_offset(lengths))
     return logits
 
 
@@ -63,105 +62,163 @@ def prefill(
 def extend(module, tokens: torch.Tensor, cache: KVCache, stages: Stages = EAGER) -> torch.Tensor:
     """Append tokens [B, T] at full depth, as decode would one by one. Returns logits [B, T, V] at every position."""
     B, T = tokens.shape
-    lengths, hidden, logits = torch.full((B,), T), cache.previous_hidden, []
-    for _, h, hidden in _chunks(module, tokens, cache, lengths, PrunePlan.none(), T, stages):  # noqa: B007
-        logits.append(stages.head(module, h))
-    cache.restore((cache.lengths + lengths, hidden, cache.rope_offsets))
-    cache.intact = True
+    lengths = torch.full((B,), T)
+    plan = PrunePlan.none()
+    prompts = Prompts(tokens, lengths, TEXT, full_depth_tokens(cache, lengths, plan, True))
+    running = Pass(module, cache, plan, stages)
+    logits = [stages.head(module, h) for _, h in running.chunks(prompts, T)]
+    running.count(lengths)
     return torch.cat(logits, dim=1)
 
 
-def _chunks(
-    module, tokens, cache: KVCache, lengths, plan, chunk_size, stages, images=TEXT, boundary=True, full_depth=None
-) -> Iterator[tuple[Chunk, torch.Tensor, torch.Tensor]]:
-    """Yield each chunk, its h [B, C, D] after the last layer, and the rows' latest hidden states [L, B, D].
+class Pass:
+    """One call: its chunks run through the layers of a module and fill a cache.
 
-    A plan that selects tokens needs the last token's state at the selecting layer. So all chunks run up to that layer
-    before the first one runs on.
+    `hidden` [L, B, D] is the state of each row's latest token as it entered each layer. The cache gets it at the end.
     """
-    chunk_size, hidden = min(chunk_size, cache.chunk_size), cache.previous_hidden
-    # Chunks after the first overwrite slots of a ring, so a call that fails midway loses tokens that the cache counts.
-    overwrites = int(lengths.max()) > chunk_size and bool(cache.lengths.any()) and cache.has_windows
-    cache.intact = not overwrites
-    by_position = full_depth_tokens(cache, lengths, plan, boundary)  # [B, T]
-    full_depth = by_position if full_depth is None else by_position | full_depth[:, : by_position.shape[1]]
-    counts = [plan.num_selected(others) if boundary else 0 for others in (~full_depth).sum(1).tolist()]
-    L, bounds = len(module.layers), list(chunk_bounds(lengths, chunk_size, images))
-    first, selection, entering = 0, (), None
-    if any(counts):
-        (B, T), first = full_depth.shape, plan.selects_at
-        below = plan if first > plan.layers[0] else PrunePlan.none()
-        rows = torch.arange(B, device=cache.device)[:, None]
-        for begin, end in bounds:
-            chunk = Chunk.of(cache, tokens, lengths, begin, end, below, images, full_depth)
-            h, hidden = _run_chunk(module, cache, hidden, chunk, stages, range(first))
-            entering = h.new_zeros(B, T + 1, h.shape[2]) if entering is None else entering
+
+    def __init__(self, module, cache: KVCache, plan: PrunePlan, stages: Stages):
+        self.module = module
+        self.cache = cache
+        self.plan = plan
+        self.stages = stages
+        self.hidden = cache.previous_hidden
+
+    def count(self, lengths: torch.Tensor, rope_offset: torch.Tensor | int = 0) -> None:
+        """Let the cache count the tokens, `lengths` [B] a row, now that their logits exist."""
+        cache = self.cache
+        cache.restore((cache.lengths + lengths, self.hidden, cache.rope_offsets + rope_offset))
+        cache.intact = True
+
+    def chunks(self, prompts: Prompts, chunk_size: int, selects: bool = False) -> Iterator[tuple[Chunk, torch.Tensor]]:
+        """Run prompts in chunks of at most chunk_size tokens a row. Yield each chunk and its h after the last layer.
+
+        A plan that `selects` tokens needs the last token's state at the selecting layer. So all chunks run up to that
+        layer before the first one continues.
+        """
+        cache = self.cache
+        chunk_size = min(chunk_size, cache.chunk_size)
+        # Chunks after the first overwrite slots of a ring, so a call that fails midway loses tokens that it counts.
+        has_several = int(prompts.lengths.max()) > chunk_size
+        cache.intact = not (has_several and cache.has_windows and cache.lengths.any())
+
+        bounds = list(chunk_bounds(prompts, chunk_size))
+        others = (~prompts.full_depth).sum(1)  # [B]
+        counts = torch.tensor([self.plan.num_selected(number) for number in others.tolist()])
+        if selects and counts.any():
+            entering = self.run_to_selecting_layer(prompts, bounds)
+            selected = self.select_tokens(prompts, entering, counts)
+            yield from self.run_from_selecting_layer(prompts, bounds, entering, Selection(selected, counts))
+            return
+        for edges in bounds:
+            chunk = Chunk.of(self.module, cache, prompts, edges, self.plan)
+            yield chunk, self.run(chunk, self.embed(chunk), range(len(self.module.layers)))
+
+    def run_to_selecting_layer(self, prompts: Prompts, bounds: list[Bounds]) -> torch.Tensor:
+        """The first phase of a plan that selects: h [B, T + 1, D] of all tokens, enters the selecting layer."""
+        first = self.plan.selects_at
+        plan = self.plan if self.plan.layers[0] < first else PrunePlan.none()
+        B, T = prompts.full_depth.shape
+        rows = torch.arange(B, device=self.cache.device)[:, None]
+        entering = None
+        for edges in bounds:
+            chunk = Chunk.of(self.module, self.cache, prompts, edges, plan)
+            h = self.run(chunk, self.embed(chunk), range(first))
+            if entering is None:
+                entering = h.new_zeros(B, T + 1, h.shape[2])  # column T takes padding
             entering[rows, chunk.index] = h
-        rotary = (cache.lengths + cache.rope_offsets)[:, None] + images.rotary(torch.arange(T).expand(B, T))
-        counts = torch.tensor(counts)
-        selected = select(module, plan, entering[:, :T], rotary, lengths, ~full_depth, counts)
-        if len(bounds) == 1:
-            selection = selected, counts
-        else:  # only the device knows how many of them each chunk has
-            full_depth = full_depth | selected.cpu()
-    for begin, end in bounds:
-        chunk = Chunk.of(cache, tokens, lengths, begin, end, plan, images, full_depth, *selection)
-        h = None if entering is None else entering[rows, chunk.index]
-        h, hidden = _run_chunk(module, cache, hidden, chunk, stages, range(first, L), h)
-        yield chunk, h, hidden
+        return entering
 
+    def select_tokens(self, prompts: Prompts, entering: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+        """Which tokens of the prompts are selected, [B, T] bool on the device: counts [B] of each row."""
+        cache = self.cache
+        B, T = prompts.full_depth.shape
+        index = torch.arange(T).expand(B, -1)
+        rotary = (cache.lengths + cache.rope_offsets)[:, None] + prompts.images.rotary(index)
+        others = ~prompts.full_depth
+        return select(self.module, self.plan, entering[:, :T], rotary, prompts.lengths, others, counts)
 
-def _run_chunk(module, cache: KVCache, hidden, chunk: Chunk, stages: Stages, layers: range, h=None):
-    """One chunk, its h or None at first, through some layers -> h [B, C, D], and new hidden states [L, B, D]."""
-    h = chunk.images.place(module.embed(chunk.ids)) if h is None else h
-    metadata = attention_metadata(module, cache, chunk.tokens, chunk.ends, chunk)
-    rows = chunk.rows[..., None].expand(-1, -1, h.shape[2])  # [B, W, D]
-    W = rows.shape[1]
-    rows_metadata = attention_metadata(module, cache, chunk.full_depth, chunk.ends) if W else {}
-    new_hidden = list(hidden)
-    for whole in chunk.plan.groups(len(module.layers), module.deepstack_layers):
-        group = [index for index in whole.layers if index in layers]
-        if whole.is_pruned and group:
-            passed = _write_pruned(module, whole, h, hidden[group[0]], cache, chunk, metadata, stages)
-            f = h.gather(1, rows)
-            for index in group:
-                new_hidden[index] = chunk.latest(h, f if W else None)
-                if W:
-                    layer = module.layers[index]
-                    f = stages.full_layer(layer, f, *cache.layer(index), rows_metadata[layer.window])
-            h = passed.scatter(1, rows, f.where(chunk.rows_valid[..., None], passed.gather(1, rows)))
-        else:
-            for index in group:
-                new_hidden[index] = chunk.latest(h)
-                layer = module.layers[index]
-                h = stages.full_layer(layer, h, *cache.layer(index), metadata[layer.window])
-        h = chunk.images.add_deepstack(h, group[-1]) if group else h
-    return h, torch.stack(new_hidden).where(chunk.has_tokens[:, None], hidden)
+    def run_from_selecting_layer(
+        self, prompts: Prompts, bounds: list[Bounds], entering: torch.Tensor, selection: Selection
+    ) -> Iterator[tuple[Chunk, torch.Tensor]]:
+        """The second phase: from the selecting layer on, the selected tokens run at full depth. Yields as `chunks`."""
+        if len(bounds) > 1:  # only the device knows how many of them each chunk has, so wait for it
+            prompts = prompts._replace(full_depth=prompts.full_depth | selection.tokens.cpu())
+            selection = None
+        rows = torch.arange(len(entering), device=entering.device)[:, None]
+        layers = range(self.plan.selects_at, len(self.module.layers))
+        for edges in bounds:
+            chunk = Chunk.of(self.module, self.cache, prompts, edges, self.plan, selection)
+            yield chunk, self.run(chunk, entering[rows, chunk.index], layers)
 
+    def embed(self, chunk: Chunk) -> torch.Tensor:
+        """h [B, C, D] that enters the first layer."""
+        return chunk.images.place(self.module.embed(chunk.ids))
 
-def _write_pruned(module, group, h, previous, cache: KVCache, chunk: Chunk, metadata, stages: Stages) -> torch.Tensor:
-    """Write K and V of a group of pruned layers, all from the h [B, C, D] that enters it. Returns the h that leaves it.
+    def run(self, chunk: Chunk, h: torch.Tensor, layers: range) -> torch.Tensor:
+        """Run a chunk through some layers: h [B, C, D] -> [B, C, D]. Pruned groups are in `layers` as a whole."""
+        hidden = list(self.hidden)
+        for group in chunk.plan.groups(len(self.module.layers), self.module.deepstack_layers):
+            inside = [index for index in group.layers if index in layers]
+            if not inside:
+                continue
+            if group.is_pruned:
+                h = self.run_pruned(chunk, h, group, hidden)
+            else:
+                h = self.run_kept(chunk, h, inside, hidden)
+            h = chunk.images.add_deepstack(h, inside[-1])
+        self.hidden = torch.stack(hidden).where(chunk.has_tokens[:, None], self.hidden)
+        return h
 
-    previous: [B, D], the h that entered the group at the token before the chunk.
-    """
-    refit = group.corrections
-    stage, tokens, passed = stages.pruned_layer, (h,), h
-    if refit is not None:
-        normalised = module.layers[group.layers[0]].normalised
-        z = refit.code(normalised(h), normalised(previous), stages.linear)  # [B, C, R]
-        passed = refit.updated(h, z, stages.linear)
-        stage, tokens = stages.corrected_layer, (h, z)
-    for number, index in enumerate(group.layers):
-        layer = module.layers[index]
-        at = metadata[layer.window]
-        # With a window, tokens that no later token attends need no K and V.
-        first = 0 if layer.window is None else max(0, chunk.needed_from - layer.window + 1)
-        if first >= h.shape[1]:
-            continue
-        x, slots, rope = tokens, at.slots, at.rope
-        if first:
-            *x, slots = (tensor[:, first:] for tensor in (*x, slots))
-            rope = tuple(table[:, first:] for table in rope)
-        fitted = () if refit is None else (refit.weight[number], refit.bias[number])
-        stage(layer, *x, *fitted, rope, slots, *cache.layer(index))
-    return passed
+    def run_kept(self, chunk: Chunk, h: torch.Tensor, layers: list[int], hidden: list[torch.Tensor]) -> torch.Tensor:
+        """All tokens run the layers: h [B, C, D] -> [B, C, D]. Each row's latest state goes into `hidden`."""
+        for index in layers:
+            layer = self.module.layers[index]
+            hidden[index] = chunk.latest(h)
+            h = self.stages.full_layer(layer, h, *self.cache.layer(index), chunk.attention[layer.window])
+        return h
+
+    def run_pruned(self, chunk: Chunk, h: torch.Tensor, group: Group, hidden: list[torch.Tensor]) -> torch.Tensor:
+        """All tokens write K and V of a group, and the full-depth rows run its layers. Arguments as in `run_kept`."""
+        passed = self.write_keys_values(chunk, h, group)
+        if chunk.rows.shape[1] == 0:
+            for index in group.layers:
+                hidden[index] = chunk.latest(h)
+            return passed
+        rows = chunk.rows[..., None].expand(-1, -1, h.shape[2])  # [B, W, D]
+        f = h.gather(1, rows)
+        for index in group.layers:
+            layer = self.module.layers[index]
+            hidden[index] = chunk.latest(h, f)
+            f = self.stages.full_layer(layer, f, *self.cache.layer(index), chunk.rows_attention[layer.window])
+        f = f.where(chunk.rows_valid[..., None], passed.gather(1, rows))
+        return passed.scatter(1, rows, f)
+
+    def write_keys_values(self, chunk: Chunk, h: torch.Tensor, group: Group) -> torch.Tensor:
+        """Write K and V of pruned layers, all from the h [B, C, D] that enters. Returns the h that leaves the group."""
+        corrections = group.corrections
+        linear = self.stages.linear
+        z = None
+        passed = h
+        if corrections is not None:
+            first = group.layers[0]
+            normalised = self.module.layers[first].normalised
+            z = corrections.code(normalised(h), normalised(self.hidden[first]), linear)  # [B, C, R]
+            passed = corrections.updated(h, z, linear)
+        for number, index in enumerate(group.layers):
+            layer = self.module.layers[index]
+            attention = chunk.attention[layer.window]
+            begin = chunk.first_needed(layer.window)
+            if begin >= h.shape[1]:
+                continue
+            needed = slice(begin, None)
+            rope = tuple(table[:, needed] for table in attention.rope)
+            slots = attention.slots[:, needed]
+            keys, values = self.cache.layer(index)
+            if z is None:
+                self.stages.pruned_layer(layer, h[:, needed], rope, slots, keys, values)
+            else:
+                weight, bias = corrections.weight[number], corrections.bias[number]
+                inputs = (h[:, needed], z[:, needed], weight, bias)
+                self.stages.corrected_layer(layer, *inputs, rope, slots, keys, values)
+        return passed

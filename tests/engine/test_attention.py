@@ -10,7 +10,7 @@ from support.tiny import random_model, tiny_gemma3_config
 from pop import engine
 from pop.engine import attention
 from pop.engine.attention import UNBOUNDED, chunk_attention
-from pop.engine.layout import Chunk, attention_metadata, chunk_bounds
+from pop.engine.chunks import Chunk, attention_metadata, chunk_bounds
 from pop.models.images import TEXT
 from pop.models.layers import masked_attention
 

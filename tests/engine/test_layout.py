@@ -7,7 +7,7 @@ from support.tiny_images import both_ways
 
 from pop import engine
 from pop.engine.attention import cache_attention
-from pop.engine.layout import Chunk, attention_metadata, chunk_bounds, full_depth_tokens
+from pop.engine.chunks import Chunk, attention_metadata, chunk_bounds, full_depth_tokens
 from pop.engine.stages import full_layer
 from pop.models.images import TEXT
 from pop.models.layers import masked_attention

@@ -12,7 +12,7 @@ import torch
 
 import pop
 from pop.backends import stages_of
-from pop.engine.layout import Chunk, attention_metadata, chunk_bounds
+from pop.engine.chunks import Chunk, attention_metadata, chunk_bounds
 from pop.models.images import TEXT
 from tools.bench.rounds import Turn, device_seconds, seconds
 from tools.bench.shapes import bandwidth_bytes
