@@ -14,7 +14,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from support.cases import batches, plans, random_refit
+from support.cases import batches, plans, random_corrections
 from support.compiler import requires_compiler
 from support.tiny import (
     EXPERTS,
@@ -62,7 +62,7 @@ def pair(request):
 
 
 def refit(module, fingerprint, taps, rank=None):
-    projections = random_refit(module.config, (1, 3), taps, taps, rank, fingerprint)
+    projections = random_corrections(module.config, (1, 3), taps, taps, rank, fingerprint)
     return pop.PrunePlan((1, 3), full_depth_first=1, corrections=projections)
 
 
@@ -90,7 +90,7 @@ def test_compiled_equals_eager_and_never_compiles_again(pair, data):
     plan = data.draw(plans(compiled.config))
     if plan.corrections is not None:
         taps, rank = (2, 9) if plan.corrections.rank else (plan.corrections.taps, None)  # what is warm
-        projections = random_refit(compiled.config, plan.layers, -1, taps, rank, compiled.fingerprint)
+        projections = random_corrections(compiled.config, plan.layers, -1, taps, rank, compiled.fingerprint)
         plan = dataclasses.replace(plan, corrections=projections)
     tokens, lengths = data.draw(batches(60, max_rows=max_rows, max_tokens=PROMPT))  # ids that are text
     slots = PROMPT + 8 + data.draw(st.integers(0, 9))

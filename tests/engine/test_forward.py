@@ -12,10 +12,9 @@ from support.cases import (
     NONE,
     assert_close,
     batches,
-    by_layer,
     by_position,
+    by_reference,
     cases,
-    full_depth_tokens,
     held,
     models,
     new_cache,
@@ -24,6 +23,7 @@ from support.cases import (
     prefill_with_choice,
     seen,
     stacked,
+    with_chosen,
 )
 from support.naive_method import token_by_token
 from support.tiny import random_model, tiny_config, tiny_gemma3_config, tiny_qwen3_config
@@ -37,13 +37,6 @@ pytestmark = pytest.mark.usefixtures("small_query_blocks")
 # Against the reference
 
 
-def by_reference(module, row_tokens, plan, chosen):
-    """The reference's logits [V], and the K and V [2, L, N, K, E] that the next token can attend."""
-    n = len(row_tokens)
-    logits, kv = reference.forward(module, row_tokens, full_depth_tokens(plan, n, n, chosen), plan)
-    return logits[-1], seen(module, stacked(kv))
-
-
 @given(cases())
 def test_prefill_is_the_reference(case):
     """Logits and cache, for any plan, window, batch, padding and chunking."""
@@ -51,9 +44,9 @@ def test_prefill_is_the_reference(case):
     logits, cache, chosen = prefill_with_choice(module, tokens, lengths, plan, chunk)
     assert cache.lengths.tolist() == lengths.tolist()
     for row, n in enumerate(lengths):
-        expected_logits, expected_kv = by_reference(module, tokens[row, :n], plan, chosen[row])
-        assert_close(logits[row], expected_logits)
-        assert_close(held(module, cache, row), expected_kv)
+        expected, kv = by_reference(module, tokens[row, :n], plan, n, chosen[row])
+        assert_close(logits[row], expected[-1])
+        assert_close(held(module, cache, row), seen(module, stacked(kv)))
 
 
 @given(cases(), st.integers(1, 5))
@@ -64,8 +57,7 @@ def test_decode_is_teacher_forcing_by_the_reference(case, steps):
     stepwise = torch.stack([engine.decode(module, answer[:, step], cache) for step in range(steps)], dim=1)
     for row, n in enumerate(lengths.tolist()):
         whole = torch.cat((tokens[row, :n], answer[row]))
-        full_depth = full_depth_tokens(plan, n, len(whole), chosen[row])
-        logits, kv = reference.forward(module, whole, full_depth, plan)
+        logits, kv = by_reference(module, whole, plan, n, chosen[row])
         assert_close(stepwise[row], logits[n:])
         assert_close(held(module, cache, row), seen(module, stacked(kv)))
 
@@ -84,11 +76,10 @@ def test_a_second_turn_appends_to_the_first(case, data):
     for row, (n, m) in enumerate(zip(lengths.tolist(), added.tolist(), strict=True)):
         whole = torch.cat((tokens[row, :n], answer[:1], turn[row, :m]))
         position = torch.arange(len(whole))
-        full_depth = reference.full_depth_tokens(n, n + 1, by_position(plan))
+        full_depth = reference.full_depth_tokens(n, n + 1, plan)
         later = (position[n + 1 :] >= len(whole) - plan.full_depth_last) | (position[n + 1 :] < plan.full_depth_first)
         selected = torch.cat((chosen[row, :n], torch.tensor([False]), chosen_later[row, :m]))
-        full_depth = by_layer(plan, torch.cat((full_depth, later)), selected)
-        expected, kv = reference.forward(module, whole, full_depth, plan)
+        expected, kv = with_chosen(module, whole, torch.cat((full_depth, later)), plan, selected)
         assert_close(logits[row], expected[-1])
         assert_close(held(module, cache, row), seen(module, stacked(kv)))
 
@@ -97,7 +88,7 @@ def test_a_second_turn_appends_to_the_first(case, data):
 def test_a_conversation_may_change_its_plan_with_every_turn(module, data):
     """Prompt, answer, prompt, answer: each prompt has its own plan and attends what the others left in the cache.
 
-    Plans are plain, calibrated with one or two taps, or empty. Logits, K and V are those of running the tokens one by
+    Plans are plain, calibrated, or empty. Logits, K and V are those of running the tokens one by
     one, where each token knows the plan of its turn only.
     """
     rows = data.draw(st.integers(1, 2))
@@ -122,7 +113,7 @@ def test_a_conversation_may_change_its_plan_with_every_turn(module, data):
         for row, m in enumerate(lengths.tolist()):
             held_before = len(said[row])
             full_depth = [held_before + i < plan.full_depth_first or i >= m - plan.full_depth_last for i in range(m)]
-            ends = [plan.selects_at if selected else module.config.num_layers for selected in chosen[row, :m]]
+            ends = [plan.selects_at + 1 if selected else module.config.num_layers for selected in chosen[row, :m]]
             used = [(NONE if full else plan, end) for full, end in zip(full_depth, ends, strict=True)]
             append(row, turn[row, :m], used, logits[row : row + 1])
         answer = torch.randint(module.config.vocab_size, (rows, data.draw(st.integers(0, 3))), generator=random)

@@ -14,9 +14,8 @@ from hypothesis import strategies as st
 from support.cases import (
     NONE,
     assert_close,
-    by_layer,
+    by_reference,
     experts,
-    full_depth_tokens,
     held,
     new_cache,
     plans,
@@ -24,6 +23,7 @@ from support.cases import (
     recorded_choices,
     seen,
     stacked,
+    with_chosen,
 )
 from support.replay import Replay
 from support.tiny import random_model, tiny_gemma3_config
@@ -116,8 +116,7 @@ def test_images_are_the_references(case, steps, stages):
     logits = torch.stack(logits + [engine.decode(module, token, cache, stages) for token in answer.T], dim=1)
     for row, n in enumerate(lengths.tolist()):
         whole = torch.cat((tokens[row, :n], answer[row]))
-        full_depth = full_depth_tokens(plan, n, len(whole), chosen[row])
-        expected, kv = reference.forward(module, whole, full_depth, plan, of_row(images, row, n))
+        expected, kv = by_reference(module, whole, plan, n, chosen[row], of_row(images, row, n))
         assert_close(logits[row], expected[n - 1 :])
         assert_close(held(module, cache, row), seen(module, stacked(kv)))
 
@@ -145,9 +144,8 @@ def test_a_second_turn_may_have_images(case, data):
         whole = torch.cat((first[row, :n], tokens[row, :m]))
         position = torch.arange(n + m)
         full_depth = (position < n) | (position >= n + m - plan.full_depth_last)
-        if choices:
-            full_depth = by_layer(plan, full_depth, F.pad(choices[0][row, :m], (n, 0)))
-        expected, kv = reference.forward(module, whole, full_depth, plan, of_row(images, row, m, before=n))
+        chosen = F.pad(choices[0][row, :m], (n, 0)) if choices else torch.zeros(n + m, dtype=torch.bool)
+        expected, kv = with_chosen(module, whole, full_depth, plan, chosen, of_row(images, row, m, before=n))
         assert_close(logits[row], expected[-1])
         assert_close(held(module, cache, row), seen(module, stacked(kv)))
 

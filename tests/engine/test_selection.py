@@ -1,4 +1,4 @@
-"""Which tokens a plan selects is what pop/pruning/reference.py selects, and callers may give their own tokens.
+"""Which tokens a plan selects is what pop/pruning/reference.py selects.
 
 That the selected tokens run at full depth, exactly, is in test_forward.py and test_forward_images.py.
 """
@@ -8,25 +8,21 @@ import dataclasses
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from support.cases import (
     NONE,
-    assert_close,
     batches,
-    by_layer,
     by_position,
     cases,
     held,
     new_cache,
-    prefill,
+    plain,
     prefill_with_choice,
     recorded_choices,
-    seen,
-    stacked,
 )
 from support.meta_device import META
-from support.naive_method import selection_scores
+from support.naive_method import scores_at_selecting_layer
 from support.tiny import random_model, tiny_config, tiny_gemma3_config, tiny_qwen3_vl_config
 
 from pop import engine
@@ -48,50 +44,43 @@ def assert_chosen(chosen, scores, others, plan):
 
 def selecting(plan, last_layer):
     """The plan, which now selects tokens."""
-    if not plan.layers:
-        plan = dataclasses.replace(plan, layers=(last_layer,), corrections=None, selecting_layer=None)
+    if not plan.layers or plan.layers[0] == 0:
+        plan = dataclasses.replace(plain(plan), layers=(last_layer,))
     share, last = plan.full_depth_selected or 0.3, plan.full_depth_last % 40  # 40 is more than a prompt has
     return dataclasses.replace(plan, full_depth_selected=share, full_depth_last=max(1, last))
 
 
 @given(cases())
 def test_the_choice_is_the_references(case):
-    """For any plan, batch, padding and chunks. Given by the caller, the same tokens have the same effect.
-
-    Tokens given by the caller run at full depth in all layers.
-    """
+    """For any plan, batch, padding and chunks."""
     module, plan, tokens, lengths, chunk = case
+    assume(module.config.num_layers > 1)
     plan = selecting(plan, module.config.num_layers - 1)
-    logits, cache, chosen = prefill_with_choice(module, tokens, lengths, plan, chunk)
-    if plan.selects_at <= plan.layers[0]:
-        expected, other = prefill(module, tokens, lengths, by_position(plan), full_depth=chosen)
-        assert_close(logits, expected)
-        assert_close(cache.previous_hidden, other.previous_hidden)
+    _, _, chosen = prefill_with_choice(module, tokens, lengths, plan, chunk)
     for row, n in enumerate(lengths.tolist()):
         scores = reference.attention_scores(module, tokens[row, :n], plan)
-        others = ~reference.full_depth_tokens(n, n, by_position(plan))
+        others = ~reference.full_depth_tokens(n, n, plan)
         assert_chosen(chosen[row, :n], scores, others, plan)
         assert not chosen[row, n:].any()
-        if plan.selects_at <= plan.layers[0]:
-            assert_close(held(module, cache, row), held(module, other, row))
 
 
 @given(cases(), st.data())
 def test_a_later_prompt_selects_among_its_own_tokens(case, data):
     """Its last tokens choose, and what the cache holds counts neither as a choice nor in the softmax."""
     module, plan, tokens, lengths, chunk = case
+    assume(module.config.num_layers > 1)
     plan = dataclasses.replace(selecting(plan, module.config.num_layers - 1), full_depth_first=1)
     _, cache, before = prefill_with_choice(module, tokens, lengths, plan, chunk)
     turn, added = data.draw(batches(module.config.vocab_size, max_rows=1))
     turn, added = turn.expand(len(tokens), -1), added.expand(len(tokens))
     _, _, chosen = prefill_with_choice(module, turn, added, plan, chunk, cache)
     for row, (n, m) in enumerate(zip(lengths.tolist(), added.tolist(), strict=True)):
-        whole, entering = torch.cat((tokens[row, :n], turn[row, :m])), []
+        whole = torch.cat((tokens[row, :n], turn[row, :m]))
         others = torch.arange(m) < m - plan.full_depth_last
-        full_depth = torch.cat((reference.full_depth_tokens(n, n, by_position(plan)), ~others))
-        full_depth = by_layer(plan, full_depth, F.pad(before[row, :n], (0, m)))
-        reference.forward(module, whole, full_depth, plan, entering=entering)
-        assert_chosen(chosen[row, :m], selection_scores(entering, plan.selects_at, begin=n), others, plan)
+        full_depth = torch.cat((reference.full_depth_tokens(n, n, plan), ~others))
+        earlier = F.pad(before[row, :n], (0, m))
+        scores = scores_at_selecting_layer(module, whole, full_depth, plan, earlier, begin=n)
+        assert_chosen(chosen[row, :m], scores, others, plan)
 
 
 def test_rotary_positions_of_images_count():
@@ -109,26 +98,6 @@ def test_rotary_positions_of_images_count():
             engine.prefill(module, tokens, cache, torch.tensor([40]), plan, chunk, images=images)
         scores = reference.attention_scores(module, tokens[0], plan, images)
         assert_chosen(found[0][0], scores, torch.arange(40) < 39, plan)
-
-
-@given(cases(), st.data())
-def test_given_tokens_run_at_full_depth(case, data):
-    """Any of them, besides those of the plan. The plan selects among the rest."""
-    module, plan, tokens, lengths, chunk = case
-    random = torch.Generator().manual_seed(data.draw(st.integers(0, 10**6)))
-    given_tokens = torch.rand(tokens.shape, generator=random) < data.draw(st.sampled_from([0.1, 0.5, 1.0]))
-    with recorded_choices() as found:
-        logits, cache = prefill(module, tokens, lengths, plan, chunk, full_depth=given_tokens)
-    for row, n in enumerate(lengths.tolist()):
-        full_depth = reference.full_depth_tokens(n, n, by_position(plan)) | given_tokens[row, :n]
-        if found:
-            entering = []
-            reference.forward(module, tokens[row, :n], full_depth, plan, entering=entering)
-            assert_chosen(found[0][row, :n], selection_scores(entering, plan.selects_at), ~full_depth, plan)
-            full_depth = by_layer(plan, full_depth, found[0][row, :n])
-        expected, kv = reference.forward(module, tokens[row, :n], full_depth, plan)
-        assert_close(logits[row], expected[-1])
-        assert_close(held(module, cache, row), seen(module, stacked(kv)))
 
 
 @given(cases())
@@ -149,7 +118,7 @@ def test_nothing_waits_for_the_device(config):
         module = build(config)
     tokens, lengths = torch.zeros(2, 30, dtype=torch.int64), torch.tensor([30, 12])
     late = PrunePlan((2, 4), 2, 1, full_depth_selected=0.2, selecting_layer=3)
-    for plan in (late, dataclasses.replace(late, selecting_layer=None), PrunePlan((0,), full_depth_selected=1.0), NONE):
+    for plan in (late, dataclasses.replace(late, selecting_layer=None), PrunePlan((1,), full_depth_selected=1.0), NONE):
         cache = engine.cache.KVCache(config, 2, 40, dtype=torch.float32, device=META)
         logits = engine.prefill(module, tokens, cache, lengths, plan, 64)
         assert logits.shape == (2, config.vocab_size)

@@ -1,5 +1,6 @@
-"""Refit projections: their input, copies, equality and files, and what is refused. tests/calibration fits them."""
+"""Corrections: codes, copies, equality and files, and what is refused. tests/calibration fits them."""
 
+import dataclasses
 import json
 import math
 import pickle
@@ -7,94 +8,87 @@ import pickle
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from support.cases import random_refit
+from support.cases import random_corrections
 from support.tiny import tiny_config
 
 from pop import PlanError, PrunePlan
 from pop.pruning.corrections import Corrections
 
-
-def random_projections(taps: int, layers=(1, 3)) -> Corrections:
-    """For a model of width 5 with six rows of K and of V."""
-    random = torch.Generator().manual_seed(taps)
-    weight, bias = torch.randn(len(layers), 2, 6, taps * 5, generator=random), torch.randn(2, 2, 6, generator=random)
-    return Corrections(layers, weight, bias, "", taps)
+CPU = torch.device("cpu")
 
 
-def test_one_tap_reads_the_token_and_two_taps_also_the_one_before():
-    x, previous = torch.arange(15.0).view(1, 3, 5), torch.full((1, 5), -1.0)
-    assert random_projections(1).inputs(x, previous, 1) is x
-    found = random_projections(2).inputs(x, previous, 1)  # [1, 3, 10]
-    assert torch.equal(found[..., :5], x)
-    assert torch.equal(found[:, 1:, 5:], x[:, :-1]) and torch.equal(found[:, 0, 5:], previous)
+def tensors(**changed):
+    """For layers 2 and 3 of a model of width 30, with 20 rows of K and of V, and codes of 7 numbers."""
+    shapes = {"weight": (2, 2, 20, 7), "bias": (2, 2, 20), "shared": (1, 7, 60), "update": (1, 30, 7)}
+    made = {name: torch.zeros(shape) for name, shape in shapes.items()} | changed
+    return {name: tensor for name, tensor in made.items() if tensor is not None}
 
 
-@pytest.mark.parametrize("taps", [1, 2])
-def test_a_code_is_a_product_of_the_taps(taps):
-    refit, shared = random_projections(taps), torch.randn(2, 3, taps * 5)
-    low = Corrections(refit.layers, refit.weight[..., :3].clone(), refit.bias, "", taps, shared)
-    x, previous = torch.randn(2, 3, 5), torch.randn(2, 5)
-    torch.testing.assert_close(low.inputs(x, previous, 3), refit.inputs(x, previous, 3) @ shared[1].T)
-    assert (low.rank, refit.rank) == (3, None)
+def corrections(layers=(2, 3), fingerprint="", **changed):
+    return Corrections(layers, **tensors(**changed), fingerprint=fingerprint)
+
+
+def test_a_code_is_a_product_of_a_token_and_the_one_before():
+    corrected = random_corrections(tiny_config(), (1, 3), 0, 7)
+    x, previous = torch.randn(2, 3, 30), torch.randn(2, 30)
+    code = corrected.group(range(3, 4)).code(x, previous)  # [2, 3, 7]
+    shared = corrected.shared[1]
+    torch.testing.assert_close(code[:, 0], torch.cat((x[:, 0], previous), -1) @ shared.T)
+    torch.testing.assert_close(code[:, 2], torch.cat((x[:, 2], x[:, 1]), -1) @ shared.T)
+
+
+def test_groups_of_a_plan_have_the_tensors_of_their_layers():
+    layers = (0, 2, 3, 5)
+    corrected = random_corrections(tiny_config(num_layers=6), layers, 2)  # h is updated after two of three groups
+    plan = PrunePlan(layers, full_depth_first=1, corrections=corrected)
+    groups = plan.groups(6)
+    assert [(list(group.layers), group.is_pruned) for group in groups] == [
+        ([0], True), ([1], False), ([2, 3], True), ([4], False), ([5], True),
+    ]  # fmt: skip
+    first, kept, second, _, third = (group.corrections for group in groups)
+    assert kept is None
+    for number, found in enumerate((first, second, third)):
+        assert torch.equal(found.shared, corrected.shared[number])
+    assert torch.equal(second.weight[1], corrected.weight[2].flatten(0, 1))  # [2 * K * E, R]
+    assert torch.equal(second.bias[1], corrected.bias[2].flatten())
+    assert torch.equal(second.update, corrected.update[1]) and third.update is None
+
+
+def test_features_between_pruned_layers_split_their_group_and_not_its_corrections():
+    """Only the last part of such a group updates h."""
+    plan = PrunePlan((0, 1, 2), full_depth_first=1, corrections=random_corrections(tiny_config(), (0, 1, 2), -1))
+    groups = plan.groups(4, deepstack_layers=2)
+    assert [list(group.layers) for group in groups] == [[0], [1], [2], [3]]
+    assert all(torch.equal(group.corrections.shared, plan.corrections.shared[0]) for group in groups[:3])
+    assert [group.corrections.update is not None for group in groups[:3]] == [False, False, True]
 
 
 def test_a_copy_has_the_chosen_rows_and_dtype_and_is_kept():
-    refit, cpu = random_projections(2), torch.device("cpu")
-    pickled = len(pickle.dumps(refit))
-    assert refit.to(cpu, torch.float32) is refit
-    part = refit.to(cpu, torch.bfloat16, [4, 1])
-    assert torch.equal(part.weight, refit.weight[:, :, [4, 1]].bfloat16())
-    assert torch.equal(part.bias, refit.bias[:, :, [4, 1]].bfloat16())
-    assert (part.layers, part.taps, part.rows) == (refit.layers, refit.taps, [4, 1])
-    assert refit.to(cpu, torch.bfloat16, [4, 1]) is part
-    assert refit.to(cpu, torch.bfloat16) is not part
-    assert pickle.loads(pickle.dumps(refit)) == refit
-    assert len(pickle.dumps(refit)) == pickled  # without the copy
-
-
-def test_low_rank_projections_are_copied_compared_and_saved_with_their_code(tmp_path):
-    refit = random_refit(tiny_config(), (1, 3), -1, 2, rank=7)
-    part = refit.to(torch.device("cpu"), torch.bfloat16, [4, 1])
-    assert torch.equal(part.weight, refit.weight[:, :, [4, 1]].bfloat16())
-    for name in ("shared", "update"):
-        assert torch.equal(part.tensors[name], refit.tensors[name].bfloat16())
-        assert refit != refit.replaced(refit.tensors | {name: refit.tensors[name] + 1})
-    whole = Corrections(refit.layers, refit.weight, refit.bias, refit.fingerprint, 1)
-    assert refit != whole and whole != refit
-    plan = PrunePlan((1, 3), full_depth_first=1, corrections=refit)
-    plan.save(tmp_path / "plan")
-    assert PrunePlan.load(tmp_path / "plan") == plan
-
-
-@pytest.mark.parametrize("shape", [(7,), (6, 60), (7, 61), (7, 60, 1)])
-def test_a_code_of_the_wrong_shape_is_refused(shape):
-    weight = torch.zeros(2, 2, 20, 7)
-    Corrections((2, 3), weight, weight[..., 0], "", 2, torch.zeros(1, 7, 60))
-    with pytest.raises(PlanError, match="shared"):
-        Corrections((2, 3), weight, weight[..., 0], "", 2, torch.zeros(shape))
-
-
-@pytest.mark.parametrize("shape", [(2, 30, 7), (1, 31, 7), (1, 30, 60), (30, 7)])
-def test_updates_of_the_wrong_shape_are_refused(shape):
-    weight, shared = torch.zeros(2, 2, 20, 7), torch.zeros(1, 7, 60)
-    Corrections((2, 3), weight, weight[..., 0], "", 2, shared, torch.zeros(1, 30, 7))
-    with pytest.raises(PlanError, match="update"):
-        Corrections((2, 3), weight, weight[..., 0], "", 2, shared, torch.zeros(shape))
-
-
-def zeros_projections(weight=(2, 2, 20, 60), bias=(2, 2, 20), taps=2):
-    return Corrections((2, 3), torch.zeros(weight), torch.zeros(bias), "", taps)
+    corrected = random_corrections(tiny_config(), (1, 3), -1)
+    pickled = len(pickle.dumps(corrected))
+    assert corrected.to(CPU, torch.float32) is corrected
+    part = corrected.to(CPU, torch.bfloat16, [4, 1])
+    assert torch.equal(part.weight, corrected.weight[:, :, [4, 1]].bfloat16())
+    assert torch.equal(part.bias, corrected.bias[:, :, [4, 1]].bfloat16())
+    assert torch.equal(part.shared, corrected.shared.bfloat16()) and torch.equal(
+        part.update, corrected.update.bfloat16()
+    )
+    assert (part.layers, part.rank, part.rows) == (corrected.layers, corrected.rank, [4, 1])
+    assert corrected.to(CPU, torch.bfloat16, [4, 1]) is part
+    assert corrected.to(CPU, torch.bfloat16) is not part
+    assert pickle.loads(pickle.dumps(corrected)) == corrected
+    assert len(pickle.dumps(corrected)) == pickled  # without the copy
 
 
 def test_equality_compares_every_field():
-    one = zeros_projections()
-    assert one == zeros_projections()
-    assert one != Corrections((2, 3), one.weight + 1, one.bias, "", 2)
-    assert one != Corrections((2, 3), one.weight, one.bias + 1, "", 2)
-    assert one != Corrections((2, 3), one.weight, one.bias, "other", 2)
-    assert one != Corrections((2, 3), one.weight, one.bias, "", 1)
-    assert one != Corrections((2, 4), one.weight, one.bias, "", 2)
-    assert one != Corrections((2, 3), one.weight.bfloat16(), one.bias.bfloat16(), "", 2)
+    one = corrections()
+    assert one == corrections()
+    for name, tensor in one.tensors.items():
+        assert one != corrections(**{name: tensor + 1})
+    assert one != corrections(update=None)
+    assert one != corrections(fingerprint="other")
+    assert one != Corrections((3, 4), **one.tensors, fingerprint="")
+    assert one != one.to(CPU, torch.bfloat16)
 
 
 @pytest.mark.parametrize(
@@ -102,32 +96,40 @@ def test_equality_compares_every_field():
     [
         {"full_depth_first": 0},
         {"layers": (2,)},
-        {"layers": (2, 4)},  # those of other layers
-        {"projections": "refit"},
+        {"layers": (3, 4)},  # those of other layers
+        {"corrections": "corrections"},
     ],
 )
-def test_projections_that_do_not_fit_their_plan_are_refused(fields):
-    good = {"layers": (2, 3), "full_depth_first": 1, "projections": zeros_projections()}
+def test_corrections_that_do_not_fit_their_plan_are_refused(fields):
+    good = {"layers": (2, 3), "full_depth_first": 1, "corrections": corrections()}
     PrunePlan(**good)
     with pytest.raises(PlanError):
         PrunePlan(**good | fields)
 
 
 @pytest.mark.parametrize(
-    "shapes",
+    ("name", "shape"),
     [
-        {"weight": (2, 20, 60)},
-        {"weight": (2, 3, 20, 60)},
-        {"weight": (3, 2, 20, 60), "bias": (3, 2, 20)},
-        {"weight": (2, 2, 20, 61)},
-        {"bias": (2, 2)},
-        {"taps": 3},
-        {"taps": True},
+        ("weight", (2, 20, 7)),
+        ("weight", (2, 3, 20, 7)),
+        ("weight", (3, 2, 20, 7)),
+        ("weight", (2, 2, 20, 8)),
+        ("bias", (2, 2)),
+        ("bias", (2, 2, 21)),
+        ("shared", (7,)),
+        ("shared", (1, 6, 60)),
+        ("shared", (2, 7, 60)),
+        ("shared", (1, 7, 61)),
+        ("update", (2, 30, 7)),
+        ("update", (0, 30, 7)),
+        ("update", (1, 31, 7)),
+        ("update", (30, 7)),
     ],
 )
-def test_projections_of_wrong_shapes_are_refused(shapes):
-    with pytest.raises(PlanError):
-        zeros_projections(**shapes)
+def test_tensors_of_wrong_shapes_are_refused(name, shape):
+    corrections()
+    with pytest.raises(PlanError, match=name):
+        corrections(**{name: torch.zeros(shape)})
 
 
 @pytest.mark.parametrize(
@@ -135,44 +137,45 @@ def test_projections_of_wrong_shapes_are_refused(shapes):
     [
         ("bias", torch.zeros(2, 2, 20, dtype=torch.bfloat16)),  # the weight is float32
         ("bias", torch.full((2, 2, 20), math.inf)),
-        ("weight", torch.full((2, 2, 20, 60), math.nan)),
-        ("weight", torch.zeros(2, 2, 20, 60, dtype=torch.int64)),
+        ("weight", torch.full((2, 2, 20, 7), math.nan)),
+        ("weight", torch.zeros(2, 2, 20, 7, dtype=torch.int64)),
         ("bias", [0.0]),
     ],
 )
-def test_projections_of_wrong_numbers_are_refused(name, value):
-    good = zeros_projections()
+def test_tensors_of_wrong_numbers_are_refused(name, value):
     with pytest.raises(PlanError, match="again"):
-        Corrections((2, 3), **{"weight": good.weight, "bias": good.bias, name: value}, fingerprint="", taps=2)
+        corrections(**{name: value})
 
 
-@pytest.mark.parametrize("broken", range(14))
+@pytest.mark.parametrize("broken", range(13))
 def test_a_broken_plan_file_is_refused(tmp_path, broken):
     path = tmp_path / "plan"
-    plan = PrunePlan((2, 3), full_depth_first=1, corrections=random_projections(2, (2, 3)))
+    plan = PrunePlan((2, 3), full_depth_first=1, corrections=corrections())
     plan.save(path)
     assert PrunePlan.load(path) == plan
-    tensors, content = load_file(path), path.read_bytes()
-    fields = {"layers": [2, 3], "full_depth_last": 1, "full_depth_first": 1, "taps": 2, "fingerprint": "0"}
+    assert PrunePlan.load(path) != dataclasses.replace(plan, corrections=None)
+    saved, content = load_file(path), path.read_bytes()
+    fields = {"layers": [2, 3], "full_depth_last": 1, "full_depth_first": 1, "fingerprint": "0"}
 
-    def rewrite(tensors=tensors, **changes):
+    def rewrite(tensors=saved, **changes):
         save_file(tensors, path, metadata={"pop_plan": json.dumps(fields | changes)})
 
+    rewrite()
+    PrunePlan.load(path)
     [
         lambda: path.write_bytes(content[:-1]),
         lambda: path.write_bytes(content[:7]),
-        lambda: save_file(tensors, path),
-        lambda: rewrite({"weight": tensors["weight"]}),
-        lambda: rewrite(tensors | {"weight": tensors["weight"].long()}),
-        lambda: rewrite(tensors | {"other": tensors["bias"] + 1}),
-        lambda: rewrite(tensors | {"shared": tensors["bias"] + 1}),
-        lambda: rewrite(tensors | {"weight": tensors["weight"] * math.inf}),
-        lambda: rewrite(taps=0),
+        lambda: save_file(saved, path),
+        lambda: rewrite({"weight": saved["weight"]}),
+        lambda: rewrite(saved | {"weight": saved["weight"].long()}),
+        lambda: rewrite(saved | {"other": saved["bias"] + 1}),
+        lambda: rewrite(saved | {"shared": saved["bias"] + 1}),
+        lambda: rewrite(saved | {"weight": saved["weight"] + math.inf}),
         lambda: rewrite(layers=[2]),
         lambda: rewrite(gates=3),
         lambda: rewrite(about=[1]),
         lambda: rewrite(about={"a": math.nan}),
-        lambda: save_file(tensors, path, metadata={"pop_plan": '"text"'}),
+        lambda: save_file(saved, path, metadata={"pop_plan": '"text"'}),
     ][broken]()
     with pytest.raises(PlanError, match=str(path)):
         PrunePlan.load(path)

@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from support.cases import random_refit
+from support.cases import random_corrections
 from support.published_vl import published
 from support.tiny import (
     random_model,
@@ -127,7 +127,7 @@ def test_a_refit_costs_what_torch_counts_in_the_engine(layers, taps, rank, seed)
     """Beside plain pruning. The engine also refits K and V of the three full-depth tokens, which it then replaces."""
     config, T = tiny_config(), 20
     module, counted = random_model(config), []
-    plan = PrunePlan(layers, 2, 1, random_refit(config, layers, seed, taps, rank))
+    plan = PrunePlan(layers, 2, 1, random_corrections(config, layers, seed, taps, rank))
     for one in (plan, dataclasses.replace(plan, corrections=None)):
         cache = KVCache(config, 1, T, dtype=torch.float32, device=torch.device("cpu"))
         with FlopCounterMode(display=False) as counter:
@@ -141,7 +141,7 @@ def test_a_refit_costs_what_torch_counts_in_the_engine(layers, taps, rank, seed)
 @pytest.mark.parametrize("share", [0.3, 1.0])  # with 1.0, nothing is pruned from the selecting layer on
 def test_a_refit_below_the_selecting_layer_costs_what_torch_counts(share):
     config, layers, counted = tiny_config(), (0, 3), []
-    module, refit = random_model(config), random_refit(config, layers, -1, 2, 7)
+    module, refit = random_model(config), random_corrections(config, layers, -1, 2, 7)
     plan = PrunePlan(layers, 2, 1, refit, share, selecting_layer=2)
     for one in (plan, dataclasses.replace(plan, corrections=None)):
         cache = KVCache(config, 1, 20, dtype=torch.float32, device=torch.device("cpu"))
@@ -157,7 +157,7 @@ def test_nothing_to_gain():
     assert speedup_limit(config, 100, PrunePlan()) == 1
     assert speedup_limit(config, 1, PrunePlan(layers=(2, 3))) == 1  # the boundary token is the whole prompt
     assert speedup_limit(config, 9, PrunePlan(layers=(2, 3), full_depth_last=9)) == 1
-    refit = random_refit(config, (2, 3), 0, 2, rank=4)
+    refit = random_corrections(config, (2, 3), 0, 2, rank=4)
     assert speedup_limit(config, 9, PrunePlan((2, 3), 9, 1, refit)) == 1
 
 

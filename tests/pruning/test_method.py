@@ -10,8 +10,8 @@ import pytest
 import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
-from support.cases import NONE, assert_close, batches, by_position, cases, held, models, plain, plans, prefill
-from support.naive_method import selection_scores, token_by_token
+from support.cases import NONE, assert_close, batches, cases, held, models, plain, plans, prefill
+from support.naive_method import scores_at_selecting_layer, token_by_token
 
 from pop.pruning import reference
 from pop.pruning.plan import PrunePlan
@@ -27,39 +27,34 @@ def test_the_reference_is_the_paper_read_literally(module, data):
     """
     plan = data.draw(plans(module.config))
     tokens, _ = data.draw(batches(module.config.vocab_size, max_rows=1))
-    n, scores = tokens.shape[1], reference.attention_scores(module, tokens[0], plan)
-    by_layer = reference.full_depth_tokens(n, n, plan, scores).expand(len(plan.layers), -1)  # [pruned layers, T]
+    n = tokens.shape[1]
     pruned = range(plan.full_depth_first, n - plan.full_depth_last)
-    for layer, chosen in zip(plan.layers, by_layer.tolist(), strict=True):
-        selected = int(len(pruned) * plan.full_depth_selected + 1e-9) if layer >= plan.selects_at else 0
-        assert sum(chosen) == n - len(pruned) + selected
-        assert all(chosen[position] for position in range(n) if position not in pruned)
+    full_depth = reference.full_depth_tokens(n, n, plan).tolist()
+    assert full_depth == [position not in pruned for position in range(n)]
+    selected = reference.selected_tokens(module, tokens[0], plan)
+    chosen = [False] * n if selected is None else selected.tolist()
+    assert sum(chosen) == (int(len(pruned) * plan.full_depth_selected + 1e-9) if plan.layers else 0)
+    assert all(position in pruned for position in range(n) if chosen[position])
     plans_of_tokens = [plan if position in pruned else NONE for position in range(n)]
-    skipped = (~by_layer).sum(0).tolist()  # the first layers of the plan
-    ends = [module.config.num_layers if k == len(plan.layers) else plan.layers[k] for k in skipped]
+    ends = [plan.selects_at + 1 if is_chosen else module.config.num_layers for is_chosen in chosen]
     logits, _ = token_by_token(module, tokens[0], plans_of_tokens, ends)
     assert_close(reference.prefill(module, tokens[0], plan), logits[-1])
 
 
-def test_selected_tokens_run_the_pruned_layers_from_the_selecting_one_on():
-    plan, scores = (
-        PrunePlan((1, 3, 4), full_depth_selected=0.5, selecting_layer=3),
-        torch.tensor([0.1, 0.4, 0.3, 0.2, 0.9]),
-    )
-    by_layer = reference.full_depth_tokens(5, 6, plan, scores)  # four tokens, the boundary token, and a generated one
-    assert by_layer.int().tolist() == [[0, 0, 0, 0, 1, 1], [0, 1, 1, 0, 1, 1], [0, 1, 1, 0, 1, 1]]
+def test_generated_tokens_run_at_full_depth():
+    """Four prompt tokens, the boundary token, and a generated one."""
+    assert reference.full_depth_tokens(5, 6, PrunePlan((1,), full_depth_first=1)).int().tolist() == [1, 0, 0, 0, 1, 1]
 
 
 @given(models(), st.data())
 def test_scores_are_the_attention_of_the_last_tokens(module, data):
-    """At the selecting layer, in a pass in which all tokens of the plan but the selected ones run at full depth."""
+    """At the selecting layer, in a pass in which no token has been selected yet."""
     tokens, _ = data.draw(batches(module.config.vocab_size, max_rows=1))
-    plan, n, entering = data.draw(plans(module.config)), tokens.shape[1], []
-    assume(plan.layers)
-    full_depth = reference.full_depth_tokens(n, n, by_position(plan))
-    reference.forward(module, tokens[0], full_depth, plan, entering=entering)
-    scores = reference.attention_scores(module, tokens[0], dataclasses.replace(plan, full_depth_selected=0.5))
-    torch.testing.assert_close(scores, selection_scores(entering, plan.selects_at))
+    plan, n = data.draw(plans(module.config)), tokens.shape[1]
+    assume(plan.layers and plan.selects_at >= 0)
+    full_depth = reference.full_depth_tokens(n, n, plan)
+    expected = scores_at_selecting_layer(module, tokens[0], full_depth, plan)
+    torch.testing.assert_close(reference.attention_scores(module, tokens[0], plan), expected)
 
 
 # Where pruning changes nothing
@@ -134,7 +129,7 @@ def test_pruning_shows_in_the_cache(case):
     if not plan.layers or plan.layers[0] == module.config.num_layers - 1:
         plan = plain(plan, layers=(module.config.num_layers // 2 - 1,))
     first = min(1, plan.full_depth_first)
-    plan = dataclasses.replace(plan, full_depth_last=1, full_depth_first=first, full_depth_selected=0.4)
+    plan = dataclasses.replace(plan, full_depth_last=1, full_depth_first=first)
     _, cache = prefill(module, tokens, lengths, plan, chunk)
     _, full = prefill(module, tokens, lengths, NONE, chunk)
     above = plan.layers[0] + 1

@@ -10,11 +10,11 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from support.cases import random_corrections
 from support.tiny import tiny_config
 
 import pop
 from pop import InputError, PlanError, PrunePlan, cost
-from pop.pruning.corrections import Corrections
 
 
 @pytest.mark.parametrize(
@@ -58,15 +58,25 @@ def test_the_share_of_selected_tokens_is_rounded_down():
     assert PrunePlan(full_depth_selected=0.5).num_selected(100) == 0  # nothing is pruned
 
 
-def test_tokens_are_selected_at_the_given_layer_or_the_first_pruned_one():
-    assert PrunePlan((1, 3, 4)).selects_at == 1
-    assert [PrunePlan((1, 3, 4), selecting_layer=layer).selects_at for layer in (0, 1, 2, 3)] == [0, 1, 2, 3]
+def test_tokens_are_selected_at_the_given_layer_or_the_one_before_the_first_pruned_one():
+    assert PrunePlan((1, 3, 4)).selects_at == 0
+    assert [PrunePlan((1, 3, 4), selecting_layer=layer).selects_at for layer in (0, 2)] == [0, 2]
+    assert PrunePlan.none().selects_at is None
+
+
+@pytest.mark.parametrize(("layers", "layer"), [((1, 3, 4), 1), ((1, 3, 4), 4), ((1, 3), 5), ((), 0), ((0, 1), None)])
+def test_a_selecting_layer_is_a_kept_one_before_a_pruned_one(layers, layer):
+    with pytest.raises(PlanError, match="select"):
+        PrunePlan(layers, full_depth_selected=0.5, selecting_layer=layer)
 
 
 def test_groups_end_where_the_plan_changes_and_after_each_deepstack_layer():
-    assert PrunePlan((0, 3, 4)).groups(6) == [(True, [0]), (False, [1, 2]), (True, [3, 4]), (False, [5])]
-    assert PrunePlan.none().groups(2) == [(False, [0, 1])]
-    assert PrunePlan((0, 1, 2)).groups(5, 2) == [(True, [0]), (True, [1]), (True, [2]), (False, [3, 4])]
+    def groups(plan, *sizes):
+        return [(group.is_pruned, list(group.layers)) for group in plan.groups(*sizes)]
+
+    assert groups(PrunePlan((0, 3, 4)), 6) == [(True, [0]), (False, [1, 2]), (True, [3, 4]), (False, [5])]
+    assert groups(PrunePlan.none(), 2) == [(False, [0, 1])]
+    assert groups(PrunePlan((0, 1, 2)), 5, 2) == [(True, [0]), (True, [1]), (True, [2]), (False, [3, 4])]
 
 
 @pytest.mark.parametrize(
@@ -189,8 +199,8 @@ def test_a_record_is_kept_and_changes_nothing(tmp_path):
     about["loss"]["copied"] = 1.0
     assert plan.about == {"model": "mine", "loss": {"copied": 0.5}, "texts": [1, None]}
     assert plan == PrunePlan((1,)) and hash(plan) == hash(PrunePlan((1,))) and repr(plan) == repr(PrunePlan((1,)))
-    refit = Corrections((1,), torch.zeros(1, 2, 3, 4), torch.zeros(1, 2, 3), "", 2)
-    for made in (plan, dataclasses.replace(plan, full_depth_first=1, corrections=refit)):
+    corrections = random_corrections(tiny_config(), (1,), 0)
+    for made in (plan, dataclasses.replace(plan, full_depth_first=1, corrections=corrections)):
         made.save(tmp_path / "plan")
         assert PrunePlan.load(tmp_path / "plan").about == {"version": pop.__version__} | plan.about
     PrunePlan((1,), about={"version": "0.0"}).save(tmp_path / "plan")
@@ -245,10 +255,10 @@ def test_a_path_that_cannot_be_a_file_is_refused(path):
 
 
 def test_a_saved_plan_may_be_read_by_others_and_a_link_is_followed(tmp_path):
-    refit = Corrections((1,), torch.zeros(1, 2, 3, 4), torch.zeros(1, 2, 3), "", 2)
+    corrections = random_corrections(tiny_config(), (1,), 0)
     (tmp_path / "link").symlink_to(tmp_path / "plan")
     os.umask(umask := os.umask(0))
-    for plan in (PrunePlan((1,)), PrunePlan((1,), 1, 1, refit), PrunePlan((1,), 1, 1, refit, 0.25)):
+    for plan in (PrunePlan((1,)), PrunePlan((1,), 1, 1, corrections), PrunePlan((1,), 1, 1, corrections, 0.25)):
         plan.save(tmp_path / "link")
         assert (tmp_path / "link").is_symlink()
         assert PrunePlan.load(tmp_path / "plan") == plan

@@ -13,6 +13,7 @@ from pop import engine
 from pop.engine import forward
 from pop.engine.cache import KVCache
 from pop.models.config import ExpertsConfig, RopeConfig
+from pop.models.images import TEXT
 from pop.pruning import reference
 from pop.pruning.corrections import Corrections
 from pop.pruning.plan import PrunePlan
@@ -93,37 +94,42 @@ def qwen3_vl_config(draw, **sizes):
 
 @st.composite
 def plans(draw, config):
-    """Any layers and full-depth tokens, half of them with random projections of one or two taps, whole or low-rank."""
+    """Any layers, full-depth tokens and selecting layer, half of them with random corrections."""
     pruned = draw(st.lists(st.booleans(), min_size=config.num_layers, max_size=config.num_layers))
     layers = tuple(index for index, is_pruned in enumerate(pruned) if is_pruned)
-    last, selected = draw(st.sampled_from([1, 1, 2, 3, 7, 40])), draw(st.sampled_from([0.0, 0.4, 0.1, 1.0]))
-    at = [layer for layer in range(max(layers, default=-1) + 1) if not {layer - 1, layer} <= {*layers}]
-    selected = {"full_depth_selected": selected, "selecting_layer": draw(st.sampled_from([None, *at]))}
-    if not draw(st.booleans()):
+    last = draw(st.sampled_from([1, 1, 2, 3, 7, 40]))
+    kept = [layer for layer in range(max(layers, default=-1)) if layer not in layers]
+    default = [] if 0 in layers else [None]
+    selected = {}
+    if kept or default:
+        share = draw(st.sampled_from([0.0, 0.4, 0.1, 1.0]))
+        selected = {"full_depth_selected": share, "selecting_layer": draw(st.sampled_from([*default, *kept]))}
+    if not layers or not draw(st.booleans()):
         return PrunePlan(layers, last, draw(st.sampled_from([0, 0, 1, 4])), **selected)
-    options = draw(st.integers(0, 10**6)), draw(st.sampled_from([1, 2])), draw(st.sampled_from([None, None, 1, 3, 9]))
-    return PrunePlan(layers, last, draw(st.sampled_from([1, 1, 4])), random_refit(config, layers, *options), **selected)
+    seed = draw(st.integers(0, 10**6))
+    corrections = random_corrections(config, layers, seed, draw(st.sampled_from([1, 3, 9, 30])))
+    return PrunePlan(layers, last, draw(st.sampled_from([1, 1, 4])), corrections, **selected)
 
 
-def random_refit(config, layers, seed: int, taps: int, rank: int | None = None, fingerprint: str = "") -> Corrections:
-    """Random projections and updates for layers of a model, with inputs and outputs of about the same size.
+def random_corrections(config, layers, seed: int, rank: int = 9, fingerprint: str = "") -> Corrections:
+    """Random corrections and updates for layers of a model, with codes and outputs of about the size of the inputs.
 
     seed: also decides after how many of the groups h is updated. -1: after all of them.
     """
-    random, inputs = torch.Generator().manual_seed(seed), taps * config.hidden_size
-    shape = (len(layers), 2, config.num_kv_heads * config.head_dim, rank or inputs)
-    weight = torch.randn(shape, generator=random) / shape[-1] ** 0.5
-    bias = 0.1 * torch.randn(shape[:3], generator=random)
+    random = torch.Generator().manual_seed(seed)
+    D, KE = config.hidden_size, config.num_kv_heads * config.head_dim
+    weight = torch.randn(len(layers), 2, KE, rank, generator=random) / rank**0.5
+    bias = 0.1 * torch.randn(len(layers), 2, KE, generator=random)
     groups = max(1, sum(layer - 1 not in layers for layer in layers))
-    shared = None if rank is None else torch.randn(groups, rank, inputs, generator=random) / inputs**0.5
-    update = torch.randn(groups, config.hidden_size, shape[-1], generator=random) / shape[-1] ** 0.5
+    shared = torch.randn(groups, rank, 2 * D, generator=random) / (2 * D) ** 0.5
+    update = torch.randn(groups, D, rank, generator=random) / rank**0.5
     update = update[: seed % (groups + 1)]
-    return Corrections(layers, weight, bias, fingerprint, taps, shared, update if len(update) else None)
+    return Corrections(layers, weight, bias, shared, update if len(update) else None, fingerprint=fingerprint)
 
 
 def plain(plan, **fields):
-    """The plan without projections and selecting layer, with any other field replaced."""
-    return dataclasses.replace(plan, corrections=None, selecting_layer=None, **fields)
+    """The plan without corrections and selection, with any other field replaced."""
+    return dataclasses.replace(plan, corrections=None, selecting_layer=None, full_depth_selected=0.0, **fields)
 
 
 @st.composite
@@ -150,12 +156,12 @@ def new_cache(module, rows, slots=64, chunk=1000):
     return KVCache(module.config, rows, slots, **options)
 
 
-def prefill(module, tokens, lengths, plan, chunk=1000, cache=None, full_depth=None, chosen=None):
+def prefill(module, tokens, lengths, plan, chunk=1000, cache=None, chosen=None):
     """Logits and cache. `chosen` [B, T] replaces what the plan would select."""
     cache = new_cache(module, len(tokens), chunk=chunk) if cache is None else cache
     select = forward.select if chosen is None else lambda *_: chosen
     with patch.object(forward, "select", select):
-        return engine.prefill(module, tokens, cache, lengths, plan, chunk, full_depth=full_depth), cache
+        return engine.prefill(module, tokens, cache, lengths, plan, chunk), cache
 
 
 @contextmanager
@@ -182,16 +188,15 @@ def prefill_with_choice(module, tokens, lengths, plan, chunk=1000, cache=None):
     return logits, cache, found[0] if found else torch.zeros(tokens.shape, dtype=torch.bool)
 
 
-def full_depth_tokens(plan, n, num_tokens, chosen):
-    """The reference's, for a prompt of n tokens of which `chosen` [T] were selected."""
-    full_depth = reference.full_depth_tokens(n, num_tokens, by_position(plan))
-    return by_layer(plan, full_depth, F.pad(chosen[:n], (0, num_tokens - n)))
+def by_reference(module, tokens, plan, n, chosen, images=TEXT):
+    """The reference's logits [T, V], K and V for a prompt of n tokens [T], of which `chosen` [N] were selected."""
+    full_depth = reference.full_depth_tokens(n, len(tokens), plan)
+    return with_chosen(module, tokens, full_depth, plan, F.pad(chosen[:n], (0, len(tokens) - n)), images)
 
 
-def by_layer(plan, full_depth, chosen):
-    """Which tokens run at full depth, [n, T] for each pruned layer: `full_depth` [T], and `chosen` [T] later on."""
-    late = torch.tensor([layer >= plan.selects_at for layer in plan.layers], dtype=torch.bool)
-    return full_depth | chosen & late[:, None]
+def with_chosen(module, tokens, full_depth, plan, chosen, images=TEXT):
+    """reference.forward, in which `chosen` [T] were selected, perhaps none."""
+    return reference.forward(module, tokens, full_depth, plan, images, chosen if chosen.any() else None)
 
 
 def seen(module, kv):

@@ -1,6 +1,6 @@
 """Tiny models that chat, with a tokenizer of single bytes and ChatML's control tokens."""
 
-from support.cases import random_refit
+from support.cases import random_corrections
 from support.letters import Letters
 from support.tiny import random_model, tiny_config, tiny_gemma3_config
 
@@ -23,6 +23,6 @@ def make(family, plan, **options):
     model = pop.Model(random_model(config, seed=3), config, Letters(CONTROL), chunk_size=7, **options)
     if plan == "two taps":
         layers = (1, 3, 4)  # h is updated between them
-        plan = pop.PrunePlan(layers, 2, 1, random_refit(config, layers, 1, 2, fingerprint=model.fingerprint))
+        plan = pop.PrunePlan(layers, 2, 1, random_corrections(config, layers, 1, 2, fingerprint=model.fingerprint))
     model.plan = plan
     return model

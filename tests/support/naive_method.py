@@ -1,17 +1,17 @@
 """The method as the paper states it: token by token, each token through its own layers. Slow, and without a cache."""
 
 import torch
-import torch.nn.functional as F
 
 from pop.models.layers import masked_attention
+from pop.pruning import reference
 
 
 @torch.no_grad()
 def token_by_token(module, tokens, plans, ends=None):
     """Run tokens one after the other. Each token has a plan and skips its layers.
 
-    Refit projections take the state that entered the group of pruned layers at this token. With two taps they also take
-    the state at the token before it, whether or not that token was pruned.
+    Corrections take the state that entered the group of pruned layers at this token, and that of the token before it,
+    whether or not that token was pruned.
 
     Args:
         module: a PrunableModel.
@@ -37,17 +37,16 @@ def token_by_token(module, tokens, plans, ends=None):
                 while start - 1 in plan.layers and start > module.deepstack_layers:
                     start -= 1
                 eps = module.config.norm_eps
-                taps = [x / (x.square().mean(-1, keepdim=True) + eps).sqrt() for x in reversed(entered[start])]
-                x = torch.cat(taps[: plan.corrections.taps], dim=-1)  # position 0 is never pruned
+                x, before = (x / (x.square().mean(-1, keepdim=True) + eps).sqrt() for x in entered[start][-1:-3:-1])
                 number = plan.layers.index(index)
+                group = sum(other - 1 not in plan.layers for other in plan.layers[: number + 1]) - 1
+                z = plan.corrections.shared[group] @ torch.cat((x, before), dim=-1)[0, 0]  # position 0 is never pruned
+                own = layer.projected(entered[start][-1])
                 weight, bias = plan.corrections.weight[number], plan.corrections.bias[number]
-                own, group = (0, 0), sum(other - 1 not in plan.layers for other in plan.layers[: number + 1]) - 1
-                if plan.corrections.shared is not None:
-                    x, own = plan.corrections.shared[group] @ x[0, 0], layer.projected(entered[start][-1])
-                k, v = layer.placed(*(own[i] + F.linear(x, weight[i], bias[i]) for i in (0, 1)), rope[layer.window])
+                k, v = layer.placed(*(own[i] + weight[i] @ z + bias[i] for i in (0, 1)), rope[layer.window])
                 updates = [] if plan.corrections.update is None else plan.corrections.update
                 if index + 1 not in plan.layers and group < len(updates):
-                    h = h + F.linear(x, updates[group])
+                    h = h + updates[group] @ z
             kv[index].append((k, v))
             if not is_pruned:
                 keys, values = (torch.cat(x, dim=1) for x in zip(*kv[index], strict=True))
@@ -61,17 +60,15 @@ def token_by_token(module, tokens, plans, ends=None):
     return torch.stack(logits), torch.stack([torch.stack(pair) for pair in kept], dim=1)
 
 
-def selection_scores(entering, index, begin=0, averaged=3):
+def selection_scores(layer, h, rope, begin=0, averaged=3):
     """What decides which of the tokens `begin` and later a plan selects, token by token: [N].
 
     A token's score is the most attention that it, or on average the `averaged` tokens up to it, receive from any of the
     last 16 tokens in any head. Tokens before `begin` do not count in the softmax, and lower the first averages.
 
     Args:
-        entering: the layers, and the h and the rotation that enter them, from reference.forward.
-        index: the layer.
+        layer: the selecting layer, which h [1, T, D] enters with a rotation.
     """
-    layer, h, rope = entering[index]
     q, k, _ = layer.queries_keys_values(h, rope)
     received = torch.zeros(h.shape[1] - begin)
     for query in range(max(begin, h.shape[1] - 16), h.shape[1]):
@@ -81,3 +78,11 @@ def selection_scores(entering, index, begin=0, averaged=3):
             received[: len(keys)] = received[: len(keys)].maximum(weights)
     averages = [sum(received[max(0, i - averaged + 1) : i + 1]) / averaged for i in range(len(received))]
     return torch.stack(averages).detach()
+
+
+def scores_at_selecting_layer(module, tokens, full_depth, plan, chosen=None, begin=0):
+    """`selection_scores` of the state that reference.run_layers gives, for tokens [T] at full depth by position."""
+    h, _ = reference.run_layers(module, tokens, full_depth, plan, selected=chosen, stop=plan.selects_at)
+    layer = module.layers[plan.selects_at]
+    rope = module.rope(torch.arange(len(tokens))[None])[layer.window]
+    return selection_scores(layer, h, rope, begin)

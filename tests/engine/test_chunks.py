@@ -7,21 +7,30 @@ from support.tiny_images import both_ways
 
 from pop import engine
 from pop.engine.attention import cache_attention
-from pop.engine.chunks import Chunk, attention_metadata, chunk_bounds, full_depth_tokens
+from pop.engine.chunks import Chunk, Prompts, Tokens, attention_metadata, chunk_bounds, full_depth_tokens
 from pop.engine.stages import full_layer
 from pop.models.images import TEXT
 from pop.models.layers import masked_attention
 from pop.pruning.plan import PrunePlan
 
 
+def prompts_of(cache, lengths, plan, images=TEXT):
+    """Prompts of zeros."""
+    tokens = torch.zeros(len(lengths), int(lengths.max()), dtype=torch.int64)
+    return Prompts(tokens, lengths, images, full_depth_tokens(cache, lengths, plan, True))
+
+
 def test_an_image_is_never_cut():
     """Each row has its own borders: here no common border would spare both images."""
     numbers = torch.tensor([[-1, 0, 1, 2, 3, -1, -1, -1, -1], [-1, -1, -1, 4, 5, 6, 7, -1, -1]])
     lengths, images = torch.tensor([9, 8]), both_ways(torch.zeros(2, 4, 5), numbers)
-    chunks = [(begin.tolist(), end.tolist()) for begin, end in chunk_bounds(lengths, 4, images)]
-    assert chunks == [([0, 0], [1, 3]), ([1, 3], [5, 7]), ([5, 7], [9, 8])]
-    text = [(begin.tolist(), end.tolist()) for begin, end in chunk_bounds(lengths, 4, TEXT)]
-    assert text == [([0, 0], [4, 4]), ([4, 4], [8, 8]), ([8, 8], [9, 8])]
+
+    def bounds(images):
+        prompts = Prompts(None, lengths, images, None)
+        return [(begin.tolist(), end.tolist()) for begin, end in chunk_bounds(prompts, 4)]
+
+    assert bounds(images) == [([0, 0], [1, 3]), ([1, 3], [5, 7]), ([5, 7], [9, 8])]
+    assert bounds(TEXT) == [([0, 0], [4, 4]), ([4, 4], [8, 8]), ([8, 8], [9, 8])]
 
 
 def test_text_prompts_keep_to_causal_attention_without_a_mask(monkeypatch):
@@ -43,19 +52,17 @@ def test_text_prompts_keep_to_causal_attention_without_a_mask(monkeypatch):
 
 def test_one_token_of_any_kind_attends_by_slots():
     """So compiled models need no other graph for it, and GPUs no other kernel. Here rings have been filled twice."""
-    module, plan = random_model(tiny_gemma3_config(windows=(5, None))), PrunePlan((1,))
-    images = both_ways(torch.zeros(1, 4, 30), torch.tensor([[-1, 0, 1, 2, 3, -1]]))
-    cache, lengths, drawn = new_cache(module, 1, chunk=6), torch.tensor([6]), torch.Generator().manual_seed(1)
+    module = random_model(tiny_gemma3_config(windows=(5, None)))
+    cache, drawn = new_cache(module, 1, chunk=6), torch.Generator().manual_seed(1)
     cache.lengths[:] = 20
     for part in (*cache.keys, *cache.values):
         part[:, :26] = torch.randn(part[:, :26].shape, generator=drawn)
-    (bounds,) = chunk_bounds(lengths, 9, images)
-    full_depth = full_depth_tokens(cache, lengths, plan, True)
-    chunk = Chunk.of(cache, torch.zeros(1, 6).long(), lengths, *bounds, plan, images, full_depth)
+    positions = torch.arange(20, 26)[None]
+    tokens = Tokens(positions, positions > 0, positions, torch.tensor([[20, 24, 24, 24, 24, 25]]))  # an image of four
     q = torch.randn(1, 1, module.config.num_heads, module.config.head_dim, generator=drawn)
     for column in (5, 4, 1):  # the boundary, the image's last token and its first, which attends the others
-        token = chunk.tokens.take(torch.tensor([[column]]), torch.tensor([[True]]))
-        metadata = attention_metadata(module, cache, token, chunk.ends)
+        token = tokens.take(torch.tensor([[column]]), torch.tensor([[True]]))
+        metadata = attention_metadata(module, cache, token, torch.tensor([26]))
         for layer, window in enumerate(module.config.windows):
             first, last = 0 if window is None else 21 + column - window, 25 if column == 5 else 24
             slots = torch.arange(first, last + 1) % cache.slots(window)
@@ -68,20 +75,14 @@ def test_one_token_of_any_kind_attends_by_slots():
 def test_full_depth_rows_by_hand():
     """Two rows of 7 and 4 tokens in chunks of 5, one first and two last tokens of each at full depth."""
     module, plan = random_model(tiny_config()), PrunePlan((2,), full_depth_last=2, full_depth_first=1)
-    cache, lengths, ids = new_cache(module, 2), torch.tensor([7, 4]), torch.zeros(2, 7, dtype=torch.int64)
-    full_depth = full_depth_tokens(cache, lengths, plan, True)
-    bounds = chunk_bounds(lengths, 5, TEXT)
-    first, second = (Chunk.of(cache, ids, lengths, *chunk, plan, TEXT, full_depth) for chunk in bounds)
-
-    def rows(chunk):
-        """The columns of each row's full-depth tokens."""
-        pairs = zip(chunk.full_depth.index, chunk.full_depth.valid, strict=True)
-        return [index[valid].tolist() for index, valid in pairs]
-
-    assert rows(first) == [[0], [0, 2, 3]]
-    assert first.tokens.valid.tolist() == [[True] * 5, [True] * 4 + [False]]
-    assert (first.last.tolist(), first.last_row.tolist(), first.ends.tolist()) == ([4, 3], [-1, 2], [5, 4])
+    cache = new_cache(module, 2)
+    prompts = prompts_of(cache, torch.tensor([7, 4]), plan)
+    first, second = (Chunk.of(module, cache, prompts, bounds, plan) for bounds in chunk_bounds(prompts, 5))
+    columns = [row[valid].tolist() for row, valid in zip(first.rows, first.rows_valid, strict=True)]
+    assert columns == [[0], [0, 2, 3]]
+    assert first.index.tolist() == [[0, 1, 2, 3, 4], [0, 1, 2, 3, 7]]
+    assert (first.last.tolist(), first.last_row.tolist()) == ([4, 3], [-1, 2])
     assert first.needed_from == 2
     # Nothing is left to prune in the second chunk, so its tokens run as in a kept layer.
-    assert second.plan == NONE and second.full_depth.index.shape == (2, 0)
-    assert second.tokens.positions[0].tolist() == [5, 6] and second.has_tokens.tolist() == [True, False]
+    assert second.plan == NONE and second.rows.shape == (2, 0)
+    assert second.index[0].tolist() == [5, 6] and second.has_tokens.tolist() == [True, False]
