@@ -10,7 +10,7 @@ import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from support.cases import assert_close, models, plans, recorded_choices
-from support.cases import full_depth_tokens as chosen_tokens
+from support.cases import by_reference as chosen_tokens
 from support.naive_fit import naive_gradients
 from support.tiny import random_model, tiny_config, tiny_gemma3_config
 
