@@ -14,7 +14,7 @@ import inspect
 import random
 import time
 from collections.abc import Iterator
-from contextlib import nullcontext
+from itertools import product
 from statistics import median
 
 import torch
@@ -29,6 +29,7 @@ from tools.transformers_pop import FAMILIES, as_pop, library, pruned
 
 TOLERANCE = 1e-4  # of the logits' standard deviation
 STEPS = 4  # tokens of an answer
+RANK = 7  # of random corrections
 SIZES = {
     "vocab_size": 97,
     "hidden_size": 48,
@@ -51,109 +52,191 @@ GEMMA3 = {
     "query_pre_attn_scalar": 14,
 }
 CHAT = [3, 17, 9], [2, 1, 30]  # the lengths of the rows' first and second messages
-EVEN_CHAT = [3, 17, 9], [11, 11, 11]  # where layers have windows, whose places transformers gives to padding between
+# For layers with windows: transformers counts padding between messages as places in the window.
+EVEN_CHAT = [3, 17, 9], [11, 11, 11]
 
 
 def tiny(family: str):
     """A random model of a family."""
-    transformers, is_gemma = library(), family.startswith("Gemma3")
-    config = getattr(transformers, "Gemma3TextConfig" if is_gemma else family.replace("ForCausalLM", "Config"))
-    model = getattr(transformers, family)(config(**SIZES, **(GEMMA3 if is_gemma else {})))
-    return model.eval().requires_grad_(False)
+    transformers = library()
+    if family.startswith("Gemma3"):
+        config = transformers.Gemma3TextConfig(**SIZES, **GEMMA3)
+    else:
+        config = getattr(transformers, family.replace("ForCausalLM", "Config"))(**SIZES)
+    return getattr(transformers, family)(config).eval().requires_grad_(False)
 
 
 def plans(twin: pop.Model) -> Iterator[PrunePlan]:
-    """A plain plan, one with two groups, and those with random projections: of one and two taps, and of low rank."""
+    """A plain plan, and two with random corrections: one of a single group, and one that updates h after two groups."""
     yield PrunePlan((4, 5))
-    D, KE = twin.config.hidden_size, twin.config.num_kv_heads * twin.config.head_dim
-    for taps, layers, rank in ((1, (3, 4, 5), None), (2, (1, 2, 4), None), (2, (3, 4, 5), 7)):
-        weight = torch.randn(len(layers), 2, KE, rank or taps * D) / (rank or D) ** 0.5
-        shared = None if rank is None else torch.randn(1, rank, taps * D) / (taps * D) ** 0.5
-        biases = torch.randn(len(layers), 2, KE) / 10
-        update = torch.randn(2, D, taps * D) / D if layers == (1, 2, 4) else None  # h is updated after both groups
-        projections = Corrections(layers, weight, biases, twin.fingerprint, taps, shared, update)
-        yield PrunePlan(layers, full_depth_last=taps, full_depth_first=taps, corrections=projections)
+    yield _calibrated(twin, (3, 4, 5), num_groups=1, num_updates=0)
+    yield _calibrated(twin, (1, 2, 4), num_groups=2, num_updates=2)
 
 
-def compare(model, twin: pop.Model, plan: PrunePlan, cache, chat) -> tuple[float, bool]:
+def _calibrated(twin: pop.Model, layers: tuple[int, ...], num_groups: int, num_updates: int) -> PrunePlan:
+    D = twin.config.hidden_size
+    KE = twin.config.num_kv_heads * twin.config.head_dim
+    corrections = Corrections(
+        layers,
+        weight=torch.randn(len(layers), 2, KE, RANK) / RANK**0.5,
+        bias=torch.randn(len(layers), 2, KE) / 10,
+        shared=torch.randn(num_groups, RANK, 2 * D) / (2 * D) ** 0.5,
+        update=torch.randn(num_updates, D, RANK) / RANK**0.5 if num_updates else None,
+        fingerprint=twin.fingerprint,
+    )
+    return PrunePlan(layers, full_depth_last=2, full_depth_first=2, corrections=corrections)
+
+
+class Chat:
+    """The turns of a chat with random tokens, padded on the left for transformers and on the right for pop.
+
+    Args:
+        lengths: The lengths of the rows' messages, for each turn.
+    """
+
+    def __init__(self, lengths):
+        self.lengths = lengths
+        self.num_rows = len(lengths[0])
+        self.mask = torch.zeros(self.num_rows, 0, dtype=torch.long)  # of padding, over all turns so far
+        self._random = random.Random(0)
+
+    def turns(self) -> Iterator[list[list[int]]]:
+        """The rows of each message."""
+        for turn in self.lengths:
+            yield [self._random.choices(range(3, 97), k=length) for length in turn]
+
+    def left(self, rows: list[list[int]]) -> torch.Tensor:
+        """The rows [B, T], padded on the left. Extends the mask by them."""
+        T = max(map(len, rows))
+        self.extend_mask([[0] * (T - len(row)) + [1] * len(row) for row in rows])
+        return torch.tensor([[0] * (T - len(row)) + row for row in rows])
+
+    def right(self, rows: list[list[int]]) -> torch.Tensor:
+        """The rows [B, T], padded on the right."""
+        T = max(map(len, rows))
+        return torch.tensor([row + [0] * (T - len(row)) for row in rows])
+
+    def extend_mask(self, columns: list[list[int]]) -> None:
+        self.mask = torch.cat((self.mask, torch.tensor(columns)), dim=1)
+
+
+def compare(model, twin: pop.Model, plan: PrunePlan, cache, lengths) -> tuple[float, bool]:
     """The largest difference of logits, over their standard deviation, and whether the greedy texts are equal."""
-    B, draw = len(chat[0]), random.Random(0)
-    name = "cache" if "cache" in inspect.signature(type(model.model).forward).parameters else "past_key_values"
-    options = {name: cache, "max_new_tokens": STEPS, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
-    options |= {"return_dict_in_generate": True, "output_logits": True}
-    other = twin.new_cache(B, sum(max(turn) + STEPS for turn in chat))
-    answers, masks, worst, same = [[]] * B, [], 0.0, True
-    for turn in chat:
-        rows = [old + draw.choices(range(3, 97), k=length) for old, length in zip(answers, turn, strict=True)]
-        T, lengths = max(map(len, rows)), torch.tensor([len(row) for row in rows])
-        left = torch.tensor([[0] * (T - len(row)) + row for row in rows])
-        right = torch.tensor([row + [0] * (T - len(row)) for row in rows])
-        masks.append((torch.arange(T) >= T - lengths[:, None]).long())
+    chat = Chat(lengths)
+    is_new_name = "cache" in inspect.signature(type(model.model).forward).parameters
+    options = {
+        "cache" if is_new_name else "past_key_values": cache,
+        "max_new_tokens": STEPS,
+        "do_sample": False,
+        "eos_token_id": None,
+        "pad_token_id": 0,
+        "return_dict_in_generate": True,
+        "output_logits": True,
+    }
+    other = twin.new_cache(chat.num_rows, sum(max(turn) + STEPS for turn in lengths))
+    last = [[] for _ in range(chat.num_rows)]  # each answer's last token is encoded with the next message
+    worst = 0.0
+    same = True
+    for message in chat.turns():
+        rows = [token + tokens for token, tokens in zip(last, message, strict=True)]
+        ids = chat.left(rows)
         with pruned(model, plan):
-            out = model.generate(left, attention_mask=torch.cat(masks, dim=1), **options)
-        answer = out.sequences[:, T:]  # [B, STEPS]
-        logits = twin.prefill(right, other, lengths=lengths, plan=plan)
+            out = model.generate(ids, attention_mask=chat.mask, **options)
+        answer = out.sequences[:, ids.shape[1] :]  # [B, STEPS]
+        row_lengths = torch.tensor([len(row) for row in rows])
+        logits = twin.prefill(chat.right(rows), other, lengths=row_lengths, plan=plan)
         for step, found in enumerate(out.logits):
-            worst = max(worst, ((found - logits).abs().max() / logits.std()).item())
+            difference = (found - logits).abs().max() / logits.std()
+            worst = max(worst, difference.item())
             same &= torch.equal(answer[:, step], logits.argmax(-1))
-            if step + 1 < STEPS:  # the last token is encoded with the next turn
+            if step + 1 < STEPS:
                 logits = twin.decode(answer[:, step], other)
-        answers, masks = answer[:, -1:].tolist(), [*masks, torch.ones(B, STEPS - 1, dtype=torch.long)]
+        last = answer[:, -1:].tolist()
+        chat.extend_mask([[1] * (STEPS - 1)] * chat.num_rows)
     return worst, same
 
 
 def check_families() -> bool:
     """Print the largest differences by family, attention and cache. Returns whether all are small enough."""
-    caches, rows, passed = library(), [("model", "attention", "cache", "largest difference", "texts")], True
+    transformers = library()
+    rows = [("model", "attention", "cache", "largest difference", "texts")]
+    passed = True
     torch.manual_seed(0)
     for family in FAMILIES:
         model = tiny(family)
-        twin, chat = as_pop(model), EVEN_CHAT if family.startswith("Gemma3") else CHAT
-        for attention in ("sdpa", "eager"):
+        twin = as_pop(model)
+        lengths = EVEN_CHAT if family.startswith("Gemma3") else CHAT
+        for attention, kind in product(("sdpa", "eager"), ("DynamicCache", "StaticCache")):
             model.set_attn_implementation(attention)
-            for kind in ("DynamicCache", "StaticCache"):
-                size = {"max_cache_len": 80} if kind == "StaticCache" else {}
-                results = [
-                    compare(model, twin, plan, getattr(caches, kind)(config=model.config, **size), chat)
-                    for plan in plans(twin)
-                ]
-                worst, same = max(result[0] for result in results), all(result[1] for result in results)
-                passed &= same and worst < TOLERANCE
-                rows.append((family, attention, kind, f"{worst:.1e}", "equal" if same else "DIFFERENT"))
+            size = {"max_cache_len": 80} if kind == "StaticCache" else {}
+            worst = 0.0
+            same = True
+            for plan in plans(twin):
+                cache = getattr(transformers, kind)(config=model.config, **size)
+                difference, is_same = compare(model, twin, plan, cache, lengths)
+                worst = max(worst, difference)
+                same &= is_same
+            passed &= same and worst < TOLERANCE
+            rows.append((family, attention, kind, f"{worst:.1e}", "equal" if same else "DIFFERENT"))
     print(table(rows, words=(0, 1, 2, 4)))
     return passed
 
 
 def check_checkpoint(args: argparse.Namespace) -> bool:
     """Compare a real model on random tokens, and print its times. Returns whether the difference is small enough."""
-    transformers, folder = library(), find_folder(args.model)
+    transformers = library()
+    folder = find_folder(args.model)
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    twin, full, clock = as_pop(model), PrunePlan.none(), time.process_time if args.cpu_time else time.perf_counter
+    twin = as_pop(model)
     plan = PrunePlan.of(args.prune, twin.config.num_layers)
-    worst, same = compare(model, twin, plan, transformers.DynamicCache(config=model.config), ([70, 200], [50, 50]))
+    cache = transformers.DynamicCache(config=model.config)
+    worst, same = compare(model, twin, plan, cache, ([70, 200], [50, 50]))
     print(f"\n{folder.name}: largest difference {worst:.1e}, texts {'equal' if same else 'DIFFERENT'}")
-
-    def theirs(ids, plan):
-        with contexts[plan]:
-            model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=1, do_sample=False)
-
-    def ours(ids, plan):
-        twin.prefill(ids, twin.new_cache(1, ids.shape[1]), plan=plan)
-
-    contexts = {full: nullcontext(), plan: pruned(model, plan)}
+    clock = time.process_time if args.cpu_time else time.perf_counter
     rows = [("tokens", "transformers, full", "pruned", "speedup", "pop, full", "pruned", "speedup", "ratio")]
     for length in integers_in("--lengths", args.lengths):
-        ids, times = torch.randint(3, twin.config.vocab_size, (1, length)), {}
-        for _ in range(args.rounds + 1):  # the first one warms up
-            for case in ((run, one) for one in (full, plan) for run in (theirs, ours)):
-                begin = clock()
-                case[0](ids, case[1])
-                times.setdefault(case, []).append(clock() - begin)
-        a, b, c, d = (median(times[run, one][1:]) for run in (theirs, ours) for one in (full, plan))
-        numbers = f"{a:.2f} s", f"{b:.2f} s", f"{a / b:.2f}x", f"{c:.2f} s", f"{d:.2f} s", f"{c / d:.2f}x"
-        rows.append((f"{length:,}", *numbers, f"{a / b / (c / d):.2f}"))
+        ids = torch.randint(3, twin.config.vocab_size, (1, length))
+        rows.append((f"{length:,}", *time_prefills(model, twin, plan, ids, args.rounds, clock)))
     print(table(rows, words=()))
     return same and worst < TOLERANCE
+
+
+def time_prefills(model, twin: pop.Model, plan: PrunePlan, ids: torch.Tensor, rounds: int, clock) -> list[str]:
+    """Times of full and pruned prefills in turn, by transformers and by pop, as cells of a table."""
+    context = pruned(model, plan)
+
+    def theirs():
+        model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=1, do_sample=False)
+
+    def theirs_pruned():
+        with context:
+            theirs()
+
+    def ours():
+        twin.prefill(ids, twin.new_cache(1, ids.shape[1]), plan=PrunePlan.none())
+
+    def ours_pruned():
+        twin.prefill(ids, twin.new_cache(1, ids.shape[1]), plan=plan)
+
+    cases = (theirs, theirs_pruned, ours, ours_pruned)
+    times = {case: [] for case in cases}
+    for _ in range(rounds + 1):  # the first one warms up
+        for case in cases:
+            begin = clock()
+            case()
+            times[case].append(clock() - begin)
+    seconds = [median(times[case][1:]) for case in cases]
+    their_speedup = seconds[0] / seconds[1]
+    our_speedup = seconds[2] / seconds[3]
+    return [
+        f"{seconds[0]:.2f} s",
+        f"{seconds[1]:.2f} s",
+        f"{their_speedup:.2f}x",
+        f"{seconds[2]:.2f} s",
+        f"{seconds[3]:.2f} s",
+        f"{our_speedup:.2f}x",
+        f"{their_speedup / our_speedup:.2f}",
+    ]
 
 
 def main(argv: list[str] | None = None) -> int:

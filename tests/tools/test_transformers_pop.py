@@ -3,7 +3,6 @@
 `python -m tools.transformers_pop --check` compares the models of transformers themselves.
 """
 
-import contextlib
 import copy
 import json
 import sys
@@ -25,7 +24,7 @@ from pop.models.layers import rope_frequencies
 from pop.pruning import reference
 from pop.pruning.corrections import Corrections
 from tools import transformers_check
-from tools.transformers_pop import Prompt, as_pop, calibrate, library, positions, pruned
+from tools.transformers_pop import Prompt, as_pop, calibrate, check_last_token, library, positions, pruned
 
 CONFIG = tiny_config()
 TURNS = [[3, 12, 7], [5, 2, 9]]  # lengths of the rows' messages
@@ -118,15 +117,23 @@ def model():
     return model
 
 
-def plan_of(model, taps):
-    if taps == 0:
+def plan_of(model, is_calibrated=True):
+    if not is_calibrated:
         return PrunePlan((1, 2, 4), full_depth_last=2, full_depth_first=1)
-    torch.manual_seed(taps)
-    layers, KE = (1, 3, 4), CONFIG.num_kv_heads * CONFIG.head_dim
-    weight = torch.randn(3, 2, KE, taps * CONFIG.hidden_size) / 6
-    bias, update = torch.randn(3, 2, KE), torch.randn(1, CONFIG.hidden_size, weight.shape[-1]) / 6
-    projections = Corrections(layers, weight, bias, as_pop(model).fingerprint, taps, update=update)
-    return PrunePlan(layers, 3, 2, projections)
+    torch.manual_seed(2)
+    layers = (1, 3, 4)  # h is updated after the first group
+    D = CONFIG.hidden_size
+    KE = CONFIG.num_kv_heads * CONFIG.head_dim
+    R = 7
+    corrections = Corrections(
+        layers,
+        weight=torch.randn(3, 2, KE, R) / R**0.5,
+        bias=torch.randn(3, 2, KE),
+        shared=torch.randn(2, R, 2 * D) / D**0.5,
+        update=torch.randn(1, D, R) / R**0.5,
+        fingerprint=as_pop(model).fingerprint,
+    )
+    return PrunePlan(layers, 3, 2, corrections)
 
 
 def padded(rows, left):
@@ -134,9 +141,9 @@ def padded(rows, left):
     return torch.tensor([[0] * (T - len(row)) + row if left else row + [0] * (T - len(row)) for row in rows])
 
 
-@pytest.mark.parametrize("taps", [0, 1, 2])
-def test_turns_of_a_ragged_batch_equal_the_engine(model, taps):
-    twin, plan, cache = as_pop(model), plan_of(model, taps), Cache()
+@pytest.mark.parametrize("is_calibrated", [False, True])
+def test_turns_of_a_ragged_batch_equal_the_engine(model, is_calibrated):
+    twin, plan, cache = as_pop(model), plan_of(model, is_calibrated), Cache()
     other, mask, last = twin.new_cache(3, 40), torch.zeros(3, 0, dtype=torch.int64), [[]] * 3
     for turn in TURNS:
         rows = [old + torch.randint(3, CONFIG.vocab_size, (n,)).tolist() for old, n in zip(last, turn, strict=True)]
@@ -155,7 +162,7 @@ def test_turns_of_a_ragged_batch_equal_the_engine(model, taps):
 
 
 def test_a_prompt_without_a_mask_equals_the_reference(model):
-    plan, ids = plan_of(model, 2), torch.randint(3, CONFIG.vocab_size, (2, 11))
+    plan, ids = plan_of(model), torch.randint(3, CONFIG.vocab_size, (2, 11))
     with pruned(model, plan):
         found = model(ids, cache=Cache())
     module = as_pop(model).module
@@ -164,7 +171,7 @@ def test_a_prompt_without_a_mask_equals_the_reference(model):
 
 
 def test_a_copied_cache_goes_on_without_an_answer_between_the_prompts(model):
-    plan, ids, cache = plan_of(model, 2), torch.randint(3, CONFIG.vocab_size, (2, 11)), Cache()
+    plan, ids, cache = plan_of(model), torch.randint(3, CONFIG.vocab_size, (2, 11)), Cache()
     twin = as_pop(model)
     other = twin.new_cache(2, 20)
     with pruned(model, plan):
@@ -198,7 +205,7 @@ def test_what_is_refused(model):
     changed = copy.deepcopy(model)
     changed.lm_head.weight += 1
     with pytest.raises(PlanError, match="another model"):
-        pruned(changed, plan_of(model, 1))
+        pruned(changed, plan_of(model))
     with pytest.raises(UnsupportedError, match="train"), pruned(copy.deepcopy(model).train(), plan):
         pass
     with pruned(model, plan):
@@ -212,7 +219,7 @@ def test_what_is_refused(model):
             model(ids, attention_mask=torch.tensor([[1, 1, 1, 0]]), cache=cache)
     model(ids, cache=cache)
     for _ in range(2):
-        with pytest.raises(InputError, match="two taps"), pruned(model, plan_of(model, 2)):
+        with pytest.raises(InputError, match="without this calibrated plan"), pruned(model, plan_of(model)):
             model(ids, cache=cache)
 
 
@@ -227,8 +234,8 @@ def test_a_context_that_ends_during_a_prompt_is_noticed(model):
 
 def test_calibrates_the_model_itself(model):
     texts = [torch.randint(3, CONFIG.vocab_size, (90,)).tolist() for _ in range(4)]
-    plan = calibrate(model, texts, PrunePlan((3, 4)), taps=1, window=48, progress=False)
-    expected = pop.calibrate(as_pop(model), texts, PrunePlan((3, 4)), taps=1, window=48, progress=False)
+    plan = calibrate(model, texts, PrunePlan((3, 4)), rank=8, window=48, progress=False)
+    expected = pop.calibrate(as_pop(model), texts, PrunePlan((3, 4)), rank=8, window=48, progress=False)
     assert plan == expected
     pruned(model, plan)
 
@@ -248,12 +255,14 @@ def test_positions_from_both_kinds_of_masks():
         positions(2, 5, None, {}, torch.tensor([[0, 1, 2, 0, 0], [0, 1, 2, 3, 4]]))
 
 
-@pytest.mark.parametrize("two_taps", [True, False])
-def test_a_mask_that_hides_the_last_token_of_the_cache(two_taps):
-    """Such as padding after an answer that ended early. Two taps would take it for the token before the next turn."""
-    cache, mask = types.SimpleNamespace(get_seq_length=lambda: 3), torch.tensor([[1, 1, 0, 1, 1], [1, 1, 1, 1, 1]])
-    with pytest.raises(InputError, match="two taps") if two_taps else contextlib.nullcontext():
-        assert positions(2, 2, cache, mask, None, two_taps).tolist() == [[2, 3], [3, 4]]
+def test_a_mask_that_hides_the_last_token_of_the_cache():
+    """Such as padding after an answer that ended early. A code would take it for the token before the next turn."""
+    cache = types.SimpleNamespace(get_seq_length=lambda: 3)
+    mask = torch.tensor([[1, 1, 0, 1, 1], [1, 1, 1, 1, 1]])
+    assert positions(2, 2, cache, mask, None).tolist() == [[2, 3], [3, 4]]
+    with pytest.raises(InputError, match="last token"):
+        check_last_token(cache, mask)
+    check_last_token(cache, torch.ones(2, 5))
 
 
 def test_padding_before_a_turn_is_no_first_token():
