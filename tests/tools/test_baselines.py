@@ -238,17 +238,27 @@ def test_without_boundary_handling_the_whole_prompt_is_pruned(layers, windows):
 
 @pytest.mark.parametrize("make", [controls.constant_kv, controls.embedding_kv])
 @pytest.mark.parametrize("windows", [False, True])
-def test_controls_are_plans_whose_projections_see_the_embedding(make, windows):
+def test_controls_are_plans_whose_codes_are_the_embedding(make, windows):
     """With all layers pruned, the embedding is the state that enters the group. So the engine can run the same plan."""
     model = tiny_windows() if windows else tiny_model()
     layers = tuple(range(5))
     contender = make(model, 1.0, WINDOWS)
-    weight = torch.stack([contender.weights[index][0].T.unflatten(0, (2, -1)) for index in layers])
-    bias = torch.stack([contender.weights[index][1].unflatten(0, (2, -1)) for index in layers])
-    assert bool(weight.any()) == (make is controls.embedding_kv)
-    refit = pop.PrunePlan(
-        layers, full_depth_first=1, corrections=Corrections(layers, weight, bias, model.fingerprint, 1)
+    D = model.config.hidden_size
+    weight = []
+    for index in layers:
+        W = contender.weights[index][0].T  # [2 * K * E, D]
+        assert bool(W.any()) == (make is controls.embedding_kv)
+        # A projection is linear in the normalised state, which is e_i sqrt(D) for a multiple of a unit vector e_i.
+        own = torch.cat(model.module.layers[index].projected(1e4 * torch.eye(D)[None]), dim=-1)[0].T / D**0.5
+        weight.append((W - own).unflatten(0, (2, -1)))
+    corrections = Corrections(
+        layers,
+        weight=torch.stack(weight),
+        bias=torch.stack([contender.weights[index][1].unflatten(0, (2, -1)) for index in layers]),
+        shared=torch.eye(D, 2 * D)[None],  # the code of a token is its own state
+        fingerprint=model.fingerprint,
     )
+    refit = pop.PrunePlan(layers, full_depth_first=1, corrections=corrections)
     expected = Contender("plan", model, refit).logits(PROMPT, CONTINUATION)
     torch.testing.assert_close(contender.logits(PROMPT, CONTINUATION), expected, rtol=1e-4, atol=1e-4)
     with pytest.raises(pop.InputError, match="at least 2 tokens"):

@@ -34,8 +34,8 @@ def model(folder):
 def test_contenders_are_named_and_planned_as_the_command_line_says(model, tmp_path, monkeypatch):
     calls = []
 
-    def calibrate(model, texts, plans, *, taps, seed):
-        calls.append((texts, plans, taps, seed))
+    def calibrate(model, texts, plans, *, seed):
+        calls.append((texts, plans, seed))
         return [pop.PrunePlan(plan.layers, plan.full_depth_last, full_depth_first=1) for plan in plans]
 
     def windows(model, texts, **most):
@@ -47,7 +47,7 @@ def test_contenders_are_named_and_planned_as_the_command_line_says(model, tmp_pa
     PLAN.save(tmp_path / "plan.json")
     prunes = ["none", "default", "0.4:2", str(tmp_path / "plan.json"), "calibrated:0.4:3", "calibrated:default"]
     made = selection.make_contenders(
-        model, prunes, ["shortgpt", "no-kv:0.4"], fraction=0.2, calibration=["text " * 9], taps=1, seed=7
+        model, prunes, ["shortgpt", "no-kv:0.4"], fraction=0.2, calibration=["text " * 9], seed=7
     )
     assert {contender.name: contender.plan for contender in made[:6]} == {
         "full": pop.PrunePlan.none(),
@@ -58,7 +58,7 @@ def test_contenders_are_named_and_planned_as_the_command_line_says(model, tmp_pa
         "calibrated default": pop.PrunePlan((4,), full_depth_first=1),
     }
     plans = [pop.PrunePlan((3, 4), full_depth_last=3), pop.PrunePlan((4,))]
-    assert calls == [(["text " * 9], plans, 1, 7), (["text " * 9], {}), (["text " * 9], {})]
+    assert calls == [(["text " * 9], plans, 7), (["text " * 9], {}), (["text " * 9], {})]
     pop.PrunePlan((3, 4), full_depth_last=2, full_depth_selected=0.1).save(tmp_path / "selected.json")
     _, selected = selection.make_contenders(model, [str(tmp_path / "selected.json")], [])
     _, chosen = selection.make_contenders(model, ["0.4:2:0.1"], [])
@@ -73,9 +73,9 @@ def test_contenders_are_named_and_planned_as_the_command_line_says(model, tmp_pa
     assert len(made[6].model.module.layers) == 4 and made[7].plan.layers == (3, 4)
 
 
-def test_calibrated_contenders_carry_projections(model, tmp_path):
+def test_calibrated_contenders_carry_corrections(model, tmp_path):
     full, made = selection.make_contenders(model, ["calibrated:0.6"], [], calibration=[list(range(3, 200)) * 12])
-    assert made.plan.corrections.taps == 2 and made.plan.layers == (2, 3, 4)
+    assert made.plan.corrections.layers == made.plan.layers == (2, 3, 4)
     assert made.flops(64) < full.flops(64)
     for steps, method in ((0, "calibrated"), (3, "distilled")):
         dataclasses.replace(made.plan, about={"steps": steps}).save(tmp_path / "saved.plan")
@@ -397,11 +397,11 @@ def test_the_contenders_are_made_as_the_command_line_asks(folder, text_file, tmp
     options = ["--model", folder, "--text", f"a={text_file}", "--prompt-tokens", "32", "--continuation-tokens", "8"]
     with pytest.raises(Made) as made:
         evaluate.main(options)
-    assert made.value.args == (["default"], [], {"fraction": 0.25, "calibration": None, "taps": 2, "seed": 0})
+    assert made.value.args == (["default"], [], {"fraction": 0.25, "calibration": None, "seed": 0})
     options += ["--prune", "0.4", "--baselines", "no-kv,shortgpt", "--baseline-fraction", "0.5", "--seed", "3"]
     with pytest.raises(Made) as made:
-        evaluate.main([*options, "--taps", "1", "--calibration", *map(str, files)])
-    expected = {"fraction": 0.5, "calibration": ["one", "two"], "taps": 1, "seed": 3}
+        evaluate.main([*options, "--calibration", *map(str, files)])
+    expected = {"fraction": 0.5, "calibration": ["one", "two"], "seed": 3}
     assert made.value.args == (["0.4"], ["no-kv", "shortgpt"], expected)
     assert text.read_text(files) == "one\n\ntwo"
 

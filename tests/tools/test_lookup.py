@@ -24,7 +24,8 @@ def test_each_layer_finds_what_the_reference_selects(loaded, begin):
     prompt[begin : begin + 10] = answer = list(range(60, 70))
     found = lookup.found_by_layer(loaded, Question("made up", prompt, answer), 0.25, 4)
     for layer, share in enumerate(found):
-        scores = attention_scores(loaded.module, torch.tensor(prompt), pop.PrunePlan((layer,), full_depth_selected=1.0))
+        plan = pop.PrunePlan((layer + 1,), full_depth_selected=1.0)  # the layer before it selects
+        scores = attention_scores(loaded.module, torch.tensor(prompt), plan)
         best = 1 + scores[1:-4].topk(13).indices  # of 55
         assert share == pytest.approx(sum(begin <= at < begin + 10 for at in best.tolist()) / 10)
 

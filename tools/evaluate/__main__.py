@@ -3,10 +3,10 @@
     python -m tools.evaluate --prune default --prune 0.5 --prune calibrated:0.5 --baselines shortgpt,slicegpt
     python -m tools.evaluate --model DIR --text prose=a.txt,b.txt --text code=c.py --tasks text,ruler --json r.json
 
-Each contender reads the prompt. All that follows runs at full depth, except in methods that make the whole model
-smaller. --prune takes none, default, a fraction of the layers, or the file of a saved plan. `calibrated:` before it
-refits the K/V projections first. `:32` after it runs the last 32 prompt tokens at full depth, `:32:0.1` also a tenth of
-the others, which the plan selects, and `:32:0.1:18` lets layer 18 select them.
+The contenders differ in how they read the prompt. Everything after it runs at full depth, except in methods that make
+the whole model smaller. --prune takes none, default, a fraction of the layers, or the file of a saved plan.
+`calibrated:` before it calibrates the plan first. `:32` after it runs the last 32 prompt tokens at full depth,
+`:32:0.1` also a tenth of the others, which the plan selects, and `:32:0.1:18` lets layer 18 select them.
 tools/evaluate/README.md defines every figure.
 """
 
@@ -33,7 +33,8 @@ from tools.common import (
     write_plot,
 )
 from tools.evaluate import tasks
-from tools.evaluate.questions import Writer, codes, documents, make_questions, needle, quotes
+from tools.evaluate.contender import Contender
+from tools.evaluate.questions import Maker, Writer, codes, documents, make_questions, needle, quotes
 from tools.evaluate.report import plot, report
 from tools.evaluate.retrieval import evaluate_retrieval
 from tools.evaluate.ruler import RULER
@@ -70,8 +71,6 @@ def check(args) -> None:
             "human-eval runs programs that the model wrote on this machine, in a sandbox that does not stop malice; "
             "if you agree, add --run-generated-code"
         )
-    if args.quantize and args.baselines:
-        raise InputError("--baselines change unquantised weights; leave out --baselines or --quantize")
     if args.plot and not {"text", "ttft"} <= set(args.tasks):
         raise InputError("--plot draws the figures of text over those of ttft; have both in --tasks")
     for path in filter(None, (args.json, args.plot)):
@@ -89,27 +88,11 @@ def run(args) -> dict:
     """Evaluate as the command line asks. Returns what --json writes."""
     check(args)
     domains = read_domains(args.text)
-    # Test text must not be calibration text. A saved plan may come from the built-in texts, so these always count.
-    seen = {Path(path).resolve() for path in [*args.calibration, *BUILTIN]}
-    if shared := seen & {path.resolve() for paths in domains.values() for path in paths}:
-        raise InputError(f"{shared.pop()} is both calibration and test text; give other text to one of them")
-    calibration = [read_text([Path(path)]) for path in args.calibration] or None
+    calibration = _read_calibration(args.calibration, domains)
     problems = tasks.read_human_eval(args.human_eval) if "human-eval" in args.tasks else []
-
-    dtype = args.dtype and getattr(torch, args.dtype)
-    model = pop.load(args.model, device=args.device, dtype=dtype, prune=None, quantize=args.quantize)
-    model.need_tokenizer("evaluate")
-    size = args.prompt_tokens + args.continuation_tokens
-    model.check_fits(size, "a window")
-    if {"retrieval", "ruler"} & set(args.tasks):
-        model.check_fits(max(args.lengths) + 64, "a prompt of --lengths, with its answer,")
+    model = _load(args)
     encoded = {name: model.tokenizer.encode(read_text(paths), bos=False) for name, paths in domains.items()}
-    windows = {
-        name: spread_windows(tokens, size, args.windows, model.tokenizer.bos_id) for name, tokens in encoded.items()
-    }
-    for name in domains:
-        if not windows[name]:
-            raise InputError(f"the domain {name} has {len(encoded[name])} tokens, less than a window of {size}")
+    windows = _cut_windows(args, model, encoded)
     progress("making the contenders")
     contenders = make_contenders(
         model,
@@ -117,13 +100,74 @@ def run(args) -> dict:
         args.baselines.split(",") if args.baselines else [],
         fraction=args.baseline_fraction,
         calibration=calibration,
-        taps=args.taps,
         seed=args.seed,
     )
-    result = {
+    result = _settings(args, model, domains, contenders)
+    prompts = [window[: args.prompt_tokens] for group in windows.values() for window in group]
+    if "text" in args.tasks:
+        result["text"] = evaluate_text(contenders, windows, args.prompt_tokens, seed=args.seed, progress=progress)
+    if "ttft" in args.tasks:
+        result["ttft"] = measure_ttft(contenders, prompts[0], args.runs, progress=progress)
+    if "generation" in args.tasks:
+        result["generation"] = tasks.evaluate_generation(contenders, prompts, args.new_tokens, progress=progress)
+    makers = _makers(args.tasks, encoded)
+    if makers:
+        writer = Writer(model.tokenizer, encoded, args.seed)
+        questions = make_questions(writer, makers, args.lengths, args.questions)
+        result["retrieval"] = evaluate_retrieval(contenders, questions, seed=args.seed, progress=progress)
+    if "human-eval" in args.tasks:
+        result["human-eval"] = tasks.evaluate_human_eval(contenders, problems, progress=progress)
+    return result
+
+
+def _read_calibration(files: list[str], domains: dict[str, list[Path]]) -> list[str] | None:
+    """The calibration texts, or None for the built-in ones. Raises InputError for a text that is also test text."""
+    tested = {path.resolve() for paths in domains.values() for path in paths}
+    fitted = {Path(path).resolve() for path in [*files, *BUILTIN]}  # a saved plan may come from the built-in texts
+    shared = fitted & tested
+    if shared:
+        raise InputError(f"{shared.pop()} is both calibration and test text; give other text to one of them")
+    return [read_text([Path(path)]) for path in files] or None
+
+
+def _load(args) -> pop.Model:
+    dtype = args.dtype and getattr(torch, args.dtype)
+    model = pop.load(args.model, device=args.device, dtype=dtype, prune=None)
+    model.need_tokenizer("evaluate")
+    model.check_fits(args.prompt_tokens + args.continuation_tokens, "a window")
+    if {"retrieval", "ruler"} & set(args.tasks):
+        model.check_fits(max(args.lengths) + 64, "a prompt of --lengths, with its answer,")
+    return model
+
+
+def _cut_windows(args, model: pop.Model, encoded: dict[str, list[int]]) -> dict[str, list[list[int]]]:
+    """The windows of each domain. Raises InputError for a domain that is shorter than a window."""
+    size = args.prompt_tokens + args.continuation_tokens
+    windows = {}
+    for name, tokens in encoded.items():
+        windows[name] = spread_windows(tokens, size, args.windows, model.tokenizer.bos_id)
+        if not windows[name]:
+            raise InputError(f"the domain {name} has {len(tokens)} tokens, less than a window of {size}")
+    return windows
+
+
+def _makers(chosen: list[str], encoded: dict[str, list[int]]) -> list[Maker]:
+    """The kinds of questions that the tasks ask."""
+    makers = []
+    if "retrieval" in chosen:
+        makers += [codes, needle, documents]
+        makers += [quotes(name) for name in encoded]
+    if "ruler" in chosen:
+        makers += RULER
+    return makers
+
+
+def _settings(args, model: pop.Model, domains: dict[str, list[Path]], contenders: list[Contender]) -> dict:
+    """What --json states beside the figures."""
+    return {
         "model": args.model,
         "num_layers": model.config.num_layers,
-        "dtype": str(model.dtype).removeprefix("torch.") + (f", {args.quantize}" if args.quantize else ""),
+        "dtype": str(model.dtype).removeprefix("torch."),
         "machine": machine(model.device),
         "version": pop.__version__,
         "seed": args.seed,
@@ -135,22 +179,6 @@ def run(args) -> dict:
             for contender in contenders
         },
     }
-    prompts = [window[: args.prompt_tokens] for some in windows.values() for window in some]
-    if "text" in args.tasks:
-        result["text"] = evaluate_text(contenders, windows, args.prompt_tokens, seed=args.seed, progress=progress)
-    if "ttft" in args.tasks:
-        result["ttft"] = measure_ttft(contenders, prompts[0], args.runs, progress=progress)
-    if "generation" in args.tasks:
-        result["generation"] = tasks.evaluate_generation(contenders, prompts, args.new_tokens, progress=progress)
-    makers = [codes, needle, documents, *map(quotes, encoded)] if "retrieval" in args.tasks else []
-    makers += RULER if "ruler" in args.tasks else []
-    if makers:
-        writer = Writer(model.tokenizer, encoded, args.seed)
-        questions = make_questions(writer, makers, args.lengths, args.questions)
-        result["retrieval"] = evaluate_retrieval(contenders, questions, seed=args.seed, progress=progress)
-    if "human-eval" in args.tasks:
-        result["human-eval"] = tasks.evaluate_human_eval(contenders, problems, progress=progress)
-    return result
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -162,7 +190,6 @@ def _parser() -> argparse.ArgumentParser:
     option("--model", help="a name that `pop models` lists, or a directory (smollm2-135m)", default="smollm2-135m")
     option("--dtype", help="default: the checkpoint's", choices=("float32", "bfloat16", "float16"))
     option("--device", help="cpu, cuda ...; default: a GPU if there is one")
-    option("--quantize", help="int8: round the weights of the full model and of all plans", metavar="KIND")
     some = "text,retrieval,ttft"
     option("--tasks", help=f"any of {','.join(TASKS)} ({some})", default=some, metavar="TASK,...")
     option("--prune", help="a plan, see above; repeatable (default)", action="append", metavar="P")
@@ -171,7 +198,6 @@ def _parser() -> argparse.ArgumentParser:
     )
     option("--baseline-fraction", help="what baselines cut by default (0.25)", type=float, default=0.25, metavar="F")
     option("--calibration", help="texts to calibrate on; default: built-in ones", nargs="+", default=[], metavar="FILE")
-    option("--taps", help="inputs of calibrated projections, 1 or 2 (2)", type=int, default=2, metavar="N")
     option("--seed", help="the seed of calibration, bootstrap and questions (0)", type=int, default=0, metavar="N")
     option("--text", help="a domain: NAME=FILE[,FILE...]; repeatable", action="append", default=[], metavar="NAME=FILE")
     option("--windows", help="windows in each domain (8)", type=int, default=8, metavar="N")

@@ -56,8 +56,10 @@ def block_influence(model: pop.Model, windows: list[torch.Tensor]) -> torch.Tens
     for window in windows:
         h, rope = embed(module, window)
         for index, layer in enumerate(module.layers):
-            before, h = h, layer(h, rope[layer.window], attend_prompt)
-            totals[index] += (1 - F.cosine_similarity(before.double(), h.double(), dim=-1)).sum().cpu()
+            after = layer(h, rope[layer.window], attend_prompt)
+            similar = F.cosine_similarity(h.double(), after.double(), dim=-1)  # [1, T]
+            totals[index] += (1 - similar).sum().cpu()
+            h = after
     return totals / sum(map(len, windows))
 
 
@@ -102,8 +104,10 @@ class NoKV(OneByOne):
 
     @torch.no_grad()
     def prefill(self, tokens: list[int], cache: pop.KVCache) -> torch.Tensor:
-        module, boundary = self.model.module, len(tokens) - 1
-        everyone, kept = slice(None), [*range(min(self.first, boundary)), boundary]
+        module = self.model.module
+        boundary = len(tokens) - 1
+        everyone = slice(None)
+        kept = [*range(min(self.first, boundary)), boundary]
         h, rope = embed(module, torch.tensor(tokens, device=self.model.device))
         h = h.clone()
         slots = torch.arange(len(tokens), device=h.device)[None]  # [1, T]
@@ -119,7 +123,8 @@ class NoKV(OneByOne):
 
     @torch.no_grad()
     def extend(self, tokens: list[int], cache: pop.KVCache) -> torch.Tensor:
-        module, begin = self.model.module, int(cache.lengths[0])
+        module = self.model.module
+        begin = int(cache.lengths[0])
         positions = torch.arange(begin, begin + len(tokens), device=self.model.device)[None]  # [1, T]
         h = module.embed(torch.tensor([tokens], device=self.model.device))
         rope = module.rope(positions)
@@ -203,7 +208,8 @@ def calibration_windows(model: pop.Model, texts: list, length: int = 512, most: 
 
 def embed(module: nn.Module, tokens: torch.Tensor):
     """tokens [T] -> h [1, T, D] and the rotary tables of their positions."""
-    return module.embed(tokens[None]), module.rope(torch.arange(len(tokens), device=tokens.device)[None])
+    positions = torch.arange(len(tokens), device=tokens.device)[None]  # [1, T]
+    return module.embed(tokens[None]), module.rope(positions)
 
 
 def attend_prompt(layer, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:

@@ -51,12 +51,15 @@ class Contender:
         Raises InputError if they overflow, as `generate` does.
         """
         cache = self.new_cache(1, len(prompt) + len(continuation) - 1)
-        logits = self.prefill(prompt, cache)[None]
-        return finite(torch.cat((logits, self.extend(continuation[:-1], cache))) if len(continuation) > 1 else logits)
+        logits = self.prefill(prompt, cache)[None]  # [1, V]
+        if len(continuation) > 1:
+            logits = torch.cat((logits, self.extend(continuation[:-1], cache)))
+        return finite(logits)
 
     def batch_logits(self, prompts: list[list[int]], continuations: list[list[int]]) -> list[torch.Tensor]:
         """`logits` of several prompts and their continuations, as one batch."""
-        lengths, longest = [len(prompt) for prompt in prompts], max(map(len, continuations))
+        lengths = [len(prompt) for prompt in prompts]
+        longest = max(len(tokens) for tokens in continuations)
         cache = self.new_cache(len(prompts), max(lengths) + longest - 1)
         logits = self.model.prefill(_padded(prompts), cache, lengths=lengths, plan=self.plan)[:, None]  # [B, 1, V]
         if longest > 1:
@@ -70,15 +73,18 @@ class Contender:
 
         It ends after `count` tokens, after an end token, or as soon as `until(tokens)` is true.
         """
-        tokenizer, ends = self.model.tokenizer, self.model.config.eos_ids
+        tokenizer = self.model.tokenizer
         known = None if tokenizer is None else tokenizer.vocab_size  # the embedding may be padded beyond it
         cache = self.new_cache(1, len(prompt) + count - 1)
-        logits, tokens = self.prefill(prompt, cache), []
+        logits = self.prefill(prompt, cache)  # [V]
+        tokens = []
         while True:
-            tokens.append(int(finite(logits)[:known].argmax()))
-            if len(tokens) == count or tokens[-1] in ends or (until and until(tokens)):
+            token = int(finite(logits)[:known].argmax())
+            tokens.append(token)
+            is_end = token in self.model.config.eos_ids
+            if len(tokens) == count or is_end or (until and until(tokens)):
                 return tokens
-            logits = self.extend(tokens[-1:], cache)[0]
+            logits = self.extend([token], cache)[0]
 
 
 class OneByOne(Contender):

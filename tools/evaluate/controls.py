@@ -1,10 +1,10 @@
-"""Controls for refit projections: K and V of pruned layers from inputs that say little about the prompt.
+"""Controls for calibrated plans: K and V of pruned layers from inputs that say little about the prompt.
 
 `constant-kv` gives all tokens the same K and V: the full model's mean. K differs between tokens by its position only.
 `embedding-kv` fits K and V to the tokens' embeddings, so they say which tokens there are, but not what came before.
 
-What a refit gains beyond these comes from the hidden state. Like the refit, both run the first token at full depth and
-choose K and V in closed form. Their pull is toward the mean, not toward the layers' own projections.
+What a calibrated plan gains beyond these comes from the hidden state. Both controls also run the first token at full
+depth and choose K and V in closed form. They shrink toward the mean, not toward the layers' own projections.
 """
 
 from __future__ import annotations
@@ -37,16 +37,18 @@ class FromEmbedding(OneByOne):
         h, rope = embed(module, torch.tensor(tokens[:-1], device=self.model.device))
         h = h.clone()
         x = normalised(module, h)[:, 1:]  # [1, T - 1, D], of the tokens that are neither first nor last
-        slots = torch.arange(len(tokens) - 1, device=h.device)[None]
+        slots = torch.arange(len(tokens) - 1, device=h.device)[None]  # [1, T - 1]
         for index, layer in enumerate(module.layers):
             tables = rope[layer.window]
-            if index in self.weights:
-                W, b = self.weights[index]
-                first, rest = ([table[:, rows] for table in tables] for rows in (slice(1), slice(1, None)))
-                h[:, :1] = layer(h[:, :1], first, write_and_attend(cache, index, slots[:, :1]))
-                write(*cache.layer(index), slots[:, 1:], *layer.placed(*(x @ W + b).chunk(2, dim=-1), rest))
-            else:
+            if index not in self.weights:
                 h = layer(h, tables, write_and_attend(cache, index, slots))
+                continue
+            first = [table[:, :1] for table in tables]
+            rest = [table[:, 1:] for table in tables]
+            h[:, :1] = layer(h[:, :1], first, write_and_attend(cache, index, slots[:, :1]))
+            W, b = self.weights[index]
+            k, v = (x @ W + b).chunk(2, dim=-1)  # [1, T - 2, K * E] each
+            write(*cache.layer(index), slots[:, 1:], *layer.placed(k, v, rest))
         cache.lengths += len(tokens) - 1
         return self.extend(tokens[-1:], cache)[0]  # the boundary token
 
@@ -66,25 +68,34 @@ def embedding_kv(model: pop.Model, fraction: float, windows: list[torch.Tensor])
 
 @torch.no_grad()
 def _fitted(name: str, model: pop.Model, fraction: float, windows: list[torch.Tensor], constant: bool) -> Contender:
-    plan, module = pop.PrunePlan.deepest(model.config.num_layers, fraction), model.module
-    D, n = model.config.hidden_size, sum(len(window) - 1 for window in windows)
-    x, xx = torch.zeros(D, dtype=torch.float64), torch.zeros(D, D, dtype=torch.float64)  # sums over tokens
-    sums = {}  # of y and x'y, by pruned layer
+    plan = pop.PrunePlan.deepest(model.config.num_layers, fraction)
+    module = model.module
+    D = model.config.hidden_size
+    n = sum(len(window) - 1 for window in windows)
+    x = torch.zeros(D, dtype=torch.float64)  # sums over tokens
+    xx = torch.zeros(D, D, dtype=torch.float64)
+    y = dict.fromkeys(plan.layers, 0)
+    xy = dict.fromkeys(plan.layers, 0)
     for window in windows:
         h, rope = embed(module, window)
-        X = normalised(module, h)[0, 1:].double().cpu()
-        x, xx = x + X.sum(0), xx + X.T @ X
+        X = normalised(module, h)[0, 1:].double().cpu()  # [T - 1, D]
+        x += X.sum(0)
+        xx += X.T @ X
         for index, layer in enumerate(module.layers):
-            if index in plan.layers:
-                Y = torch.cat(layer.projected(h), dim=-1)[0, 1:].double().cpu()
-                y, xy = sums.get(index, (0, 0))
-                sums[index] = y + Y.sum(0), xy + X.T @ Y
+            if index in y:
+                Y = torch.cat(layer.projected(h), dim=-1)[0, 1:].double().cpu()  # [T - 1, 2 * K * E]
+                y[index] = y[index] + Y.sum(0)
+                xy[index] = xy[index] + X.T @ Y
             h = layer(h, rope[layer.window], attend_prompt)
-    factor = torch.linalg.cholesky(xx - x[:, None] * x / n + RIDGE * n * torch.eye(D))
+    covariance = xx - x[:, None] * x / n
+    factor = torch.linalg.cholesky(covariance + RIDGE * n * torch.eye(D))
     weights = {}
-    for index, (y, xy) in sums.items():
-        W = torch.cholesky_solve(xy - x[:, None] * y / n, factor) * (not constant)
-        weights[index] = tuple(part.to(model.device, model.dtype) for part in (W, (y - x @ W) / n))
+    for index in plan.layers:
+        W = torch.cholesky_solve(xy[index] - x[:, None] * y[index] / n, factor)
+        if constant:
+            W = torch.zeros_like(W)
+        b = (y[index] - x @ W) / n
+        weights[index] = (W.to(model.device, model.dtype), b.to(model.device, model.dtype))
     return FromEmbedding(name, model, plan, weights=weights)
 
 

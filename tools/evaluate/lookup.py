@@ -21,7 +21,7 @@ from tools.evaluate.text import read_domains, read_text
 
 @torch.no_grad()
 def found_by_layer(model: pop.Model, question: Question, share: float, last: int) -> torch.Tensor | None:
-    """The share of an answer's tokens that each layer would select, [L]. None: it is not before the prompt's end.
+    """The share of an answer's tokens that each layer would select, [L]. None if the answer is in the prompt's end.
 
     Args:
         model: A pop.Model. Its plan plays no part.
@@ -29,23 +29,25 @@ def found_by_layer(model: pop.Model, question: Question, share: float, last: int
         share: Of the tokens to select from: all but the first one and the last ones.
         last: How many tokens the prompt's end has. They are at full depth anyway.
     """
-    prompt, size = question.prompt, len(question.answer)
-    begin = next((at for at in range(len(prompt) - last - size + 1) if prompt[at : at + size] == question.answer), None)
+    prompt = question.prompt
+    T = len(prompt)
+    size = len(question.answer)
+    begins = range(T - last - size + 1)
+    begin = next((begin for begin in begins if prompt[begin : begin + size] == question.answer), None)
     if begin is None:
         return None
-    tokens, position = torch.tensor([prompt], device=model.device), torch.arange(len(prompt))[None]
-    others, states = (position > 0) & (position < len(prompt) - last), []
+    position = torch.arange(T)[None]
+    others = (position > 0) & (position < T - last)  # [1, T]
+    count = torch.tensor([int(others.sum() * share)])
+    found = []
 
     def step(index, layer, h, rope, attend):
-        states.append(h)
+        plan = pop.PrunePlan((index + 1,), selecting_layer=index)
+        selected = select(model.module, plan, h, position, torch.tensor([T]), others, count)
+        found.append(selected[0, begin : begin + size].float().mean())
         return layer(h, rope, attend)
 
-    model.module.through_layers(tokens, step=step)
-    found, count = [], torch.tensor([int(others.sum() * share)])
-    for layer, h in enumerate(states):
-        plan = pop.PrunePlan((layer,))
-        selected = select(model.module, plan, h, position, torch.tensor([len(prompt)]), others, count)
-        found.append(selected[0, begin : begin + size].float().mean())
+    model.module.through_layers(torch.tensor([prompt], device=model.device), step=step)
     return torch.stack(found).cpu()
 
 
@@ -53,21 +55,22 @@ def run(args) -> dict[str, torch.Tensor]:
     """By kind of question: the mean of `found_by_layer` over its questions, [L]."""
     if not 0 < args.share <= 1:
         raise InputError(f"--share is {args.share}; it must be above 0 and at most 1")
-    last, count = check_count("--last", args.last), check_count("--questions", args.questions)
+    last = check_count("--last", args.last)
+    count = check_count("--questions", args.questions)
     lengths = integers_in("--lengths", args.lengths)
     model = pop.load(args.model, compile=False, prune=None)
     model.need_tokenizer("look up")
     model.check_fits(max(lengths), "a prompt of --lengths")
-    encoded = {
-        name: model.tokenizer.encode(read_text(paths), bos=False) for name, paths in read_domains(args.text).items()
-    }
+    domains = read_domains(args.text)
+    encoded = {name: model.tokenizer.encode(read_text(paths), bos=False) for name, paths in domains.items()}
     writer = Writer(model.tokenizer, encoded, args.seed)
-    questions = make_questions(writer, [codes, documents, *map(quotes, encoded)], lengths, count)
+    makers = [codes, documents, *map(quotes, encoded)]
     found: dict[str, list[torch.Tensor]] = {}
-    for question in (question for group in questions.values() for question in group):
-        by_layer = found_by_layer(model, question, args.share, last)
-        if by_layer is not None:
-            found.setdefault(question.kind, []).append(by_layer)
+    for questions in make_questions(writer, makers, lengths, count).values():
+        for question in questions:
+            by_layer = found_by_layer(model, question, args.share, last)
+            if by_layer is not None:
+                found.setdefault(question.kind, []).append(by_layer)
     if not found:
         raise InputError(f"every answer is among the last {last} tokens; give a smaller --last or longer --lengths")
     return {kind: torch.stack(rows).mean(0) for kind, rows in found.items()}
@@ -88,8 +91,11 @@ def main(argv: list[str] | None = None) -> int:
     def work():
         found = run(args)
         found["mean"] = torch.stack([*found.values()]).mean(0)
-        rows = [[f"{share:.0%}" for share in row] for row in torch.stack([*found.values()], dim=1).tolist()]
-        print(table([["layer", *found], *([str(layer), *row] for layer, row in enumerate(rows))]))
+        shares = torch.stack([*found.values()], dim=1)  # [L, kinds]
+        rows = [["layer", *found]]
+        for layer, row in enumerate(shares.tolist()):
+            rows.append([str(layer), *(f"{share:.0%}" for share in row)])
+        print(table(rows))
 
     return exit_status("lookup", work)
 

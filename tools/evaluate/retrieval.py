@@ -46,8 +46,9 @@ def evaluate_retrieval(
         progress(f"retrieval, batch {number + 1} of {len(batches)}")
         for contender in contenders:
             logits = contender.batch_logits([q.prompt for q in batch], [q.answer for q in batch])
-            marks[contender.name] += [_mark(*pair) for pair in zip(logits, batch, strict=True)]
-    names = [f"{question.kind} {length}" for length, group in questions.items() for question in group]
+            for row, question in zip(logits, batch, strict=True):
+                marks[contender.name].append(_mark(row, question))
+    kinds = [f"{question.kind} {length}" for length, group in questions.items() for question in group]
     full = np.array(marks[contenders[0].name])  # [N, 2]: exact and log-probability
     rows = {}
     for contender in contenders:
@@ -56,12 +57,18 @@ def evaluate_retrieval(
             **_means(values),
             "share": _share(values[:, 0], full[:, 0], samples, seed),
             "difference": interval(values[:, 1] - full[:, 1], samples, seed),
-            "kinds": {
-                name: {"questions": names.count(name), **_means(values[[name == other for other in names]])}
-                for name in dict.fromkeys(names)
-            },
+            "kinds": _by_kind(values, kinds),
         }
-    return {"questions": len(names), "rows": rows}
+    return {"questions": len(kinds), "rows": rows}
+
+
+def _by_kind(values: np.ndarray, kinds: list[str]) -> dict[str, dict]:
+    """The means of values [N, 2] by the kinds [N] of the questions."""
+    found = {}
+    for kind in dict.fromkeys(kinds):
+        is_kind = np.array([kind == other for other in kinds])
+        found[kind] = {"questions": int(is_kind.sum()), **_means(values[is_kind])}
+    return found
 
 
 def _batches(questions: dict[int, list[Question]]) -> Iterator[list[Question]]:
@@ -75,8 +82,9 @@ def _mark(logits: torch.Tensor, question: Question) -> tuple[float, float]:
     """Whether an answer is exact, and its log-probability, from the logits [C, V] that predict its tokens."""
     targets = torch.tensor(question.answer, device=logits.device)
     counted = torch.tensor(question.counted or [True] * len(targets), device=logits.device)
+    is_exact = (logits.argmax(-1) == targets)[counted].all()
     log_probs = logits.double().log_softmax(-1).gather(1, targets[:, None])[:, 0]
-    return float((logits.argmax(-1) == targets)[counted].all()), float(log_probs[counted].sum())
+    return float(is_exact), float(log_probs[counted].sum())
 
 
 def _means(values: np.ndarray) -> dict:

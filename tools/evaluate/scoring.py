@@ -61,7 +61,8 @@ def _score_turn(model, boundary: torch.Tensor, cache, continuations) -> list[tup
 
     boundary: the logits [B, V] that predict the first tokens.
     """
-    B, T = len(continuations), max(len(continuation) for continuation in continuations)
+    B = len(continuations)
+    T = max(len(continuation) for continuation in continuations)
     device = boundary.device
     # Rows are padded on the right: under a causal mask, padding changes nothing before it.
     targets = [tokens + [0] * (T - len(tokens)) for tokens in continuations]
@@ -71,12 +72,14 @@ def _score_turn(model, boundary: torch.Tensor, cache, continuations) -> list[tup
     log_probs = torch.zeros(B, dtype=torch.float64, device=device)
     greedy = torch.ones(B, dtype=torch.bool, device=device)
     logits = boundary[:, None]  # [B, C, V], of the C targets from `begin` on
-    begin, step = 0, max(1, LOGITS_AT_ONCE // B)
+    begin = 0
+    step = max(1, LOGITS_AT_ONCE // B)
     while True:
         end = begin + logits.shape[1]
-        target, counts = targets[:, begin:end], real[:, begin:end]  # [B, C]
-        losses = F.cross_entropy(logits.flatten(0, 1), target.flatten(), reduction="none").view_as(target).double()
-        log_probs -= losses.where(counts, 0).sum(1)
+        target = targets[:, begin:end]  # [B, C]
+        counts = real[:, begin:end]
+        losses = F.cross_entropy(logits.flatten(0, 1), target.flatten(), reduction="none").view_as(target)
+        log_probs -= losses.double().where(counts, 0).sum(1)
         greedy &= ((logits.argmax(-1) == target) | ~counts).all(1)
         if end == T:
             check_finite(log_probs, "logits")

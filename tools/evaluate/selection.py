@@ -43,7 +43,7 @@ TITLES = {
 
 
 def make_contenders(
-    model: pop.Model, prunes: list[str], baselines: list[str], *, fraction=0.25, calibration=None, taps=2, seed=0
+    model: pop.Model, prunes: list[str], baselines: list[str], *, fraction=0.25, calibration=None, seed=0
 ) -> list[Contender]:
     """The full model, then one contender for each value of --prune and --baselines.
 
@@ -53,29 +53,17 @@ def make_contenders(
         baselines: values of --baselines, NAME or NAME:FRACTION.
         fraction: the default fraction of baselines.
         calibration: texts for calibration and baselines. None takes the built-in ones.
-        taps: inputs of calibrated projections, 1 or 2.
         seed: the seed of the calibration.
     """
-    contenders = [Contender("full", model, pop.PrunePlan.none())]
     prunes = [prune for prune in prunes if prune != "none"]
-    contenders += [_plan_contender(model, prune) for prune in prunes]
-    pairs = zip(contenders[1:], prunes, strict=True)
-    if waiting := [contender for contender, prune in pairs if prune.startswith("calibrated:")]:
-        plans = pop.calibrate(model, calibration, [contender.plan for contender in waiting], taps=taps, seed=seed)
+    pruned = [_plan_contender(model, prune) for prune in prunes]
+    waiting = [contender for contender, prune in zip(pruned, prunes, strict=True) if prune.startswith("calibrated:")]
+    if waiting:
+        plans = pop.calibrate(model, calibration, [contender.plan for contender in waiting], seed=seed)
         for contender, plan in zip(waiting, plans, strict=True):
             contender.plan = plan
-    for baseline in baselines:
-        name, _, share = baseline.partition(":")
-        if name not in BASELINES:
-            raise InputError(f"--baselines holds {name!r}; it knows {', '.join(BASELINES)}")
-        try:
-            share = float(share) if share else fraction
-        except ValueError:
-            raise InputError(f"--baselines holds {baseline!r}; write NAME or NAME:FRACTION") from None
-        most = {"most": sys.maxsize} if name in FITTED else {}
-        contender = BASELINES[name](model, share, calibration_windows(model, calibration or builtin_texts(), **most))
-        method = f"{TITLES[name]}, {100 * share:.0f} %"
-        contenders.append(dataclasses.replace(contender, name=f"{name} {share:g}", method=method))
+    contenders = [Contender("full", model, pop.PrunePlan.none()), *pruned]
+    contenders += [_baseline_contender(model, baseline, fraction, calibration) for baseline in baselines]
     names = [contender.name for contender in contenders]
     if len(set(names)) < len(names):
         raise InputError(f"two contenders have the same name, of {', '.join(names)}; leave one out, or rename its file")
@@ -87,17 +75,45 @@ def _plan_contender(model: pop.Model, prune: str) -> Contender:
     pattern = r"(calibrated:)?(.*?)(?::(\d+)(?::(\d+(?:\.\d+)?)(?::(\d+))?)?)?"
     calibrated, what, last, share, layer = re.fullmatch(pattern, prune, re.S).groups()
     plan = model.resolve(what)
-    name = f"calibrated {Path(what).name}" if calibrated else Path(what).name
-    method = "calibrated" if calibrated or plan.corrections else "plain pruning, the paper's method"
-    method = "distilled" if plan.about.get("steps") and not calibrated else method
+    name = Path(what).name
+    method = _method(plan)
+    if calibrated:
+        name = f"calibrated {name}"
+        method = "calibrated"
+    changes = {}
     if last:
-        plan, name = dataclasses.replace(plan, full_depth_last=int(last)), f"{name} w={int(last)}"
+        changes["full_depth_last"] = int(last)
+        name += f" w={int(last)}"
     if share:
-        plan, name = dataclasses.replace(plan, full_depth_selected=float(share)), f"{name} s={float(share):g}"
+        changes["full_depth_selected"] = float(share)
+        name += f" s={float(share):g}"
     if layer:
-        plan, name = dataclasses.replace(plan, selecting_layer=int(layer)), f"{name} at {int(layer)}"
+        changes["selecting_layer"] = int(layer)
+        name += f" at {int(layer)}"
+    plan = dataclasses.replace(plan, **changes)
     if plan.full_depth_selected:
         method += f", {100 * plan.full_depth_selected:g} % of the tokens selected"
     if plan.full_depth_last > 1:
         method += f", last {plan.full_depth_last} tokens at full depth"
     return Contender(name, model, plan, method)
+
+
+def _method(plan: pop.PrunePlan) -> str:
+    if plan.about.get("steps"):
+        return "distilled"
+    return "calibrated" if plan.corrections else "plain pruning, the paper's method"
+
+
+def _baseline_contender(model: pop.Model, baseline: str, fraction: float, calibration) -> Contender:
+    """The contender of one --baselines value."""
+    name, _, share = baseline.partition(":")
+    if name not in BASELINES:
+        raise InputError(f"--baselines holds {name!r}; it knows {', '.join(BASELINES)}")
+    try:
+        share = float(share) if share else fraction
+    except ValueError:
+        raise InputError(f"--baselines holds {baseline!r}; write NAME or NAME:FRACTION") from None
+    most = {"most": sys.maxsize} if name in FITTED else {}
+    windows = calibration_windows(model, calibration or builtin_texts(), **most)
+    contender = BASELINES[name](model, share, windows)
+    return dataclasses.replace(contender, name=f"{name} {share:g}", method=f"{TITLES[name]}, {100 * share:.0f} %")

@@ -51,9 +51,14 @@ def principal_bases(model: pop.Model, width: int, windows: list[torch.Tensor]) -
 
     They are fitted in order. Each basis is fitted to the states that remain after the cuts before it.
     """
-    module, bases = model.module, []
-    inputs = [embed(module, window) for window in windows]
-    states, ropes = [h for h, _ in inputs], [rope for _, rope in inputs]
+    module = model.module
+    bases = []
+    states = []
+    ropes = []
+    for window in windows:
+        h, rope = embed(module, window)
+        states.append(h)
+        ropes.append(rope)
     for layer in module.layers:
         states = _cut(states, width, bases)
         for index, (h, rope) in enumerate(zip(states, ropes, strict=True)):
@@ -81,9 +86,10 @@ class SlicedModule(PrunableModel):
         self.dense = dense  # its rotary tables, final norm and head are used as they are
         table = dense.model.embed_tokens.weight
         self.table = _frozen(table.float() @ bases[0], table.dtype)  # [V, width]
-        self.sliced = nn.ModuleList(
-            SlicedLayer(layer, *bases[2 * index : 2 * index + 3]) for index, layer in enumerate(dense.layers)
-        )
+        self.sliced = nn.ModuleList()
+        for index, layer in enumerate(dense.layers):
+            enter, middle, leave = bases[2 * index : 2 * index + 3]
+            self.sliced.append(SlicedLayer(layer, enter, middle, leave))
 
     @property
     def layers(self) -> nn.ModuleList:
@@ -104,15 +110,21 @@ class SlicedLayer(PrunableLayer):
 
     def __init__(self, layer: nn.Module, enter: torch.Tensor, middle: torch.Tensor, leave: torch.Tensor):
         super().__init__()
-        self.layer, self.scale, self.window = shared_copy(layer), layer.scale, layer.window
-        attention, mlp, dtype = self.layer.self_attn, self.layer.mlp, layer.self_attn.q_proj.weight.dtype
+        self.layer = shared_copy(layer)
+        self.scale = layer.scale
+        self.window = layer.window
+        attention = self.layer.self_attn
+        mlp = self.layer.mlp
+        dtype = layer.self_attn.q_proj.weight.dtype
         for name in ("q_proj", "k_proj", "v_proj"):
             setattr(attention, name, _reading(getattr(attention, name), layer.input_layernorm.weight, enter))
         for name in ("gate_proj", "up_proj"):
             setattr(mlp, name, _reading(getattr(mlp, name), layer.post_attention_layernorm.weight, middle))
-        attention.o_proj, mlp.down_proj = _writing(attention.o_proj, middle), _writing(mlp.down_proj, leave)
-        norms = layer.input_layernorm, layer.post_attention_layernorm
-        self.layer.input_layernorm, self.layer.post_attention_layernorm = (SlicedNorm(len(enter), n.eps) for n in norms)
+        attention.o_proj = _writing(attention.o_proj, middle)
+        mlp.down_proj = _writing(mlp.down_proj, leave)
+        D = len(enter)
+        self.layer.input_layernorm = SlicedNorm(D, layer.input_layernorm.eps)
+        self.layer.post_attention_layernorm = SlicedNorm(D, layer.post_attention_layernorm.eps)
         self.attention_shortcut = _frozen(enter.T @ middle, dtype)
         self.mlp_shortcut = _frozen(middle.T @ leave, dtype)
 
@@ -136,11 +148,13 @@ class SlicedNorm(nn.Module):
 
     def __init__(self, width: int, eps: float):
         super().__init__()
-        self.width, self.eps = width, eps
+        self.width = width
+        self.eps = eps
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x32 = x.float()
-        return (x32 * torch.rsqrt(x32.pow(2).sum(-1, keepdim=True) / self.width + self.eps)).to(x.dtype)
+        mean_square = x32.pow(2).sum(-1, keepdim=True) / self.width
+        return (x32 * torch.rsqrt(mean_square + self.eps)).to(x.dtype)
 
 
 def _reading(linear: nn.Linear, norm: torch.Tensor, basis: torch.Tensor) -> nn.Linear:

@@ -37,7 +37,8 @@ def measure_ttft(
     full = contenders[0]
     result = {}
     for contender in contenders:
-        times, flops = seconds[contender.name], contender.flops(len(prompt))
+        times = seconds[contender.name]
+        flops = contender.flops(len(prompt))
         result[contender.name] = {
             "median_s": median(times),
             "fastest_s": min(times),
