@@ -128,7 +128,7 @@ def _one_token(keys: int, device: torch.device) -> Iterator[Figure]:
 
     ways = {
         "pop": lambda k, v: decode_attention(q, k, v, spans, E**-0.5),
-        "flash": lambda k, v: cuda.attend(q, k[:, :-1], v[:, :-1], E**-0.5),
+        "flash": lambda k, v: cuda.fused_attention(q, k[:, :-1], v[:, :-1], E**-0.5),
         "torch's choice": by_torch,
     }
     exact = engine.attention.decode_attention(q.float(), *caches[0].float(), spans, E**-0.5).flatten()

@@ -1,20 +1,20 @@
-// For CPUs: attention, and products of a few rows with a matrix (`multiply_rows`, at the end).
+// CPU kernels: attention of chunks (`attend`), attention of one token a row (`attend_token`), and products of a few
+// rows with a matrix (`multiply_rows`). pop.backends.cpu compiles this file for the processor that it runs on, and says
+// what each function takes.
 //
 // Attention is softmax(q k^T) v, for a block of queries and a block of keys at a time. With several tokens, a vector
-// holds one number of each of WIDTH queries, so that no sum or maximum runs within it:
+// holds one number of each of WIDTH queries, so no sum or maximum runs across the lanes of a vector:
 //
 //     scores[key][query]  =  sum over e    of k[key][e] times q[e][query]
 //     sums[e][query]     +=  sum over keys of v[key][e] times weights[key][query]
 //
-// Both are `multiply`: numbers on the left, which are broadcast, times vectors on the right. The softmax follows the
-// keys with a running maximum (online softmax, Milakov and Gimelshein 2018), so only one block of scores exists.
+// `multiply` computes both: it broadcasts numbers on the left and multiplies them by vectors on the right. The softmax
+// keeps a running maximum (online softmax, Milakov and Gimelshein 2018), so only one block of scores is in memory.
 //
-// A 32-bit word holds one float32, or two bfloat16 that are neighbours along the axis that is summed over. AVX-512 BF16
-// multiplies both and adds the products in one instruction. Scores, softmax and sums are float32.
+// A 32-bit word holds one float32 number, or two bfloat16 numbers that are neighbours along the summed axis. AVX-512
+// BF16 multiplies both and adds the products in one instruction. Scores, softmax and sums are float32.
 //
-// One token has too few queries for that. There a vector holds neighbours along E, as they lie in memory.
-//
-// pop.backends.cpu compiles this file for the processor that it runs on, and says what its functions take.
+// One token has too few queries for such blocks. There, a vector holds neighbouring numbers of a head, as in memory.
 
 #include <algorithm>
 #include <cfloat>
@@ -28,7 +28,7 @@
 #include <immintrin.h>
 #endif
 
-// ROWS times VECTORS vectors are summed up at once, in as many registers.
+// `multiply` sums ROWS times VECTORS vectors at once, each in a register.
 #ifdef __AVX512F__
 constexpr int WIDTH = 16, VECTORS = 3, ROWS = 8;
 #else
@@ -40,7 +40,7 @@ constexpr int MOST_E = 256, MOST_ROWS = 16;  // as in pop.backends.cpu
 typedef float floats __attribute__((vector_size(4 * WIDTH)));
 typedef int32_t ints __attribute__((vector_size(4 * WIDTH)));
 typedef uint32_t words __attribute__((vector_size(4 * WIDTH)));
-typedef uint32_t word __attribute__((aligned(2), may_alias));  // as it lies in q, k or out
+typedef uint32_t word __attribute__((aligned(2), may_alias));  // a word of q, k or out, which may be unaligned
 
 constexpr floats ZERO = {}, LEAST = ZERO - FLT_MAX;  // no score is less; finite, so that LEAST - LEAST is 0
 
@@ -49,7 +49,7 @@ struct Sizes {
   int64_t qb, qt, qh, kb, kn, kh, vb, vn, vh;  // strides of q, k and v, in numbers; that of E is 1
 };
 
-// sum + a * b, for PER products in each word
+// sum + a * b, where each word holds PER numbers
 template <int PER>
 static inline floats dot(floats sum, words a, words b) {
   if constexpr (PER == 1) return sum + (floats)a * (floats)b;
@@ -60,14 +60,14 @@ static inline floats dot(floats sum, words a, words b) {
 #endif
 }
 
-// The words of one vector, or of two that become neighbours, rounded to the nearest bfloat16.
+// Float32 vectors as words: one vector as it is, or two vectors rounded to bfloat16, whose numbers share words.
 template <int PER>
 static inline words join(const floats *x) {
   if constexpr (PER == 1) return (words)x[0];
   else return (((words)x[0] + 0x8000) >> 16) | (((words)x[1] + 0x8000) & 0xffff0000u);
 }
 
-// 2^x for x <= 0: a polynomial for the fraction, from -1/2 to 1/2, times the power of the integer. 0 below 2^-126.
+// 2^x for x <= 0: a polynomial for the fraction, which is from -1/2 to 1/2, times 2^integer. 0 if x < -126.
 static inline floats exp2(floats x) {
   const floats shifted = x + 12582912.0f;  // 1.5 * 2^23: the integer is now in the lowest bits
   const floats f = x - (shifted - 12582912.0f);
@@ -80,8 +80,8 @@ static inline floats exp2(floats x) {
   return x < -126.0f ? ZERO : y;
 }
 
-// c[r] = sum over p of a[r * row + p * step] * b[p], or += if `add`. c and b have VECTORS vectors in a row. c has room
-// for a multiple of ROWS.
+// c[r] = sum over p of a[r * row + p * step] * b[p]; if `add`, c[r] += that sum. A row of c and of b has VECTORS
+// vectors. c has room for a multiple of ROWS rows.
 template <int PER>
 static inline void multiply(floats *c, const word *a, long row, long step, const words *b, long rows, long P,
                             bool add) {
@@ -107,8 +107,8 @@ static inline void multiply(floats *c, const word *a, long row, long step, const
   }
 }
 
-// One block of queries: QUERIES of the T * G queries of a key-value head, in the order of their tokens. k is that
-// head's, held and spans are the batch row's, and v has words of PER keys: [N / PER, E].
+// One block of queries: up to QUERIES of the T * G queries of a key-value head, in the order of their tokens. k belongs
+// to that head, held and spans to the batch row. Each word of v holds the numbers of PER keys: [N / PER, E].
 template <typename number>
 static void attend_block(const number *const *q, const number *k, const word *v, const int32_t *held,
                          const int32_t *const *spans, number *const *out, long count, const Sizes &s, float scale) {
@@ -117,7 +117,7 @@ static void attend_block(const number *const *q, const number *k, const word *v,
   words queries[MOST_E / PER * VECTORS], weights[KEYS / PER * VECTORS];
   ints first[VECTORS], last[VECTORS];
   int least_first = INT_MAX, most_first = INT_MIN, least_last = INT_MAX, most_last = INT_MIN;
-  for (long i = 0; i < QUERIES; i++) {  // the last query fills the block
+  for (long i = 0; i < QUERIES; i++) {  // a partial block repeats its last query
     const int32_t *span = spans[std::min(i, count - 1)];
     const word *from = (const word *)q[std::min(i, count - 1)];
     first[i / WIDTH][i % WIDTH] = span[0], last[i / WIDTH][i % WIDTH] = span[1];
@@ -133,7 +133,7 @@ static void attend_block(const number *const *q, const number *k, const word *v,
   for (long n = 0, keys; n < s.N; n += keys) {
     keys = 1;
     if (!is_needed(n)) continue;
-    n -= n % PER;  // where a word of v begins
+    n -= n % PER;  // a word of v begins there
     keys = std::min<long>(KEYS, s.N - n);
     while (!is_needed(n + keys - 1)) keys--;
     multiply<PER>(scores, (const word *)(k + n * s.kn), s.kn / PER, 1, queries, keys, s.E / PER, false);
@@ -162,7 +162,7 @@ static void attend_block(const number *const *q, const number *k, const word *v,
     multiply<PER>(sums, v + n / PER * s.E, 1, s.E, weights, s.E, P, true);
   }
 
-  for (int j = 0; j < VECTORS; j++) total[j] = total[j] == 0 ? ZERO + 1.0f : total[j];  // of a query without keys
+  for (int j = 0; j < VECTORS; j++) total[j] = total[j] == 0 ? ZERO + 1.0f : total[j];  // a query may attend no key
   for (long p = 0; p < s.E / PER; p++)
     for (int j = 0; j < VECTORS; j++) {
       for (int i = 0; i < PER; i++) x[i] = sums[(p * PER + i) * VECTORS + j] / total[j];
@@ -190,7 +190,7 @@ static void attend(const number *q, const number *k, const number *v, const int3
             for (long e = 0; e < s.E; e++) to[e * PER + i] = p * PER + i < s.N ? from[i * s.vn + e] : 0;
         }
 #pragma omp for collapse(3) schedule(dynamic)
-    for (long block = blocks - 1; block >= 0; block--)  // the longest first
+    for (long block = blocks - 1; block >= 0; block--)  // the blocks with most keys first
       for (long b = 0; b < s.B; b++)
         for (long head = 0; head < s.K; head++) {
           const number *rows[QUERIES];
@@ -209,7 +209,7 @@ static void attend(const number *q, const number *k, const number *v, const int3
   }
 }
 
-// In lane l, the sum of a's lanes l and l ^ W, or if l has the bit W, of b's.
+// Lane l of the result is the sum of the lanes l and l ^ W: of b if l has the bit W, and otherwise of a.
 template <int W, int... LANE>
 static inline floats sum_pairs(floats a, floats b, std::integer_sequence<int, LANE...>) {
   return floats{(LANE & W ? b : a)[LANE]...} + floats{(LANE & W ? b : a)[LANE ^ W]...};
@@ -226,7 +226,7 @@ static inline floats sum_lanes(floats *x) {
   }
 }
 
-// Words from memory, zeros after `count` numbers.
+// A vector of words whose first `count` numbers come from memory. The other numbers are zero.
 template <typename number>
 static inline words load(const number *from, long count) {
   words x = {};
@@ -240,14 +240,15 @@ static inline void store(words x, number *to, long count) {
   memcpy(to, &x, std::min<long>(count * sizeof(number), sizeof(x)));
 }
 
-// Number i of each word.
+// Number i of each word, as float32.
 template <int PER>
 static inline floats number_of(words x, int i) {
   if constexpr (PER == 1) return (floats)x;
   else return (floats)(i ? x & 0xffff0000u : x << 16);
 }
 
-// What one query has of some of its keys. A vector of words has PER vectors of sums.
+// The attention of one query to some of its keys: the largest score, the sum of the weights, and the weighted sum of
+// the values. Each vector of words of a value takes PER vectors of `sums`.
 struct Part {
   float most, total;
   floats sums[MOST_E / WIDTH];
@@ -267,13 +268,13 @@ __attribute__((noinline)) static void attend_part(const number *q, const number 
   for (long begin = first; begin <= last; begin += KEYS) {
     const long count = std::min<long>(KEYS, last + 1 - begin);
     const number *k[KEYS], *v[KEYS];
-    for (long n = 0, slot = begin % s.N; n < KEYS; n++) {  // the last key fills the block
+    for (long n = 0, slot = begin % s.N; n < KEYS; n++) {  // a partial block repeats its last key
       k[n] = keys + slot * s.kn, v[n] = values + slot * s.vn;
       if (n < count - 1 && ++slot == s.N) slot = 0;
     }
     for (long n = 0; n < count; n += WIDTH) {
       for (int j = 0; j < WIDTH; j++)
-        for (long e = 0; e < s.E; e += IN_VECTOR)  // the next keys, and the values
+        for (long e = 0; e < s.E; e += IN_VECTOR)  // of the next keys, and of these values
           __builtin_prefetch(k[n + j] + 2 * WIDTH * s.kn + e), __builtin_prefetch(v[n + j] + e);
       for (int g = 0; g < G; g++) {
         floats x[WIDTH] = {};
@@ -358,9 +359,9 @@ static void attend_token(const number *q, const number *keys, const number *valu
 
 // out[r][o] = sum over i of x[r][i] * w[o][i]. With few rows, reading w takes most of the time.
 //
-// R rows of x times O rows of w are a tile. Its sums are as many vectors as a vector has lanes, so `sum_lanes` sums
-// them all at once. PART numbers of each row of x at a time stay in the first cache. A processor that has much to
-// multiply does not fetch w early enough by itself, hence the prefetch.
+// A tile is R rows of x times O rows of w. It has R * O = WIDTH sums, each a vector, so one call of `sum_lanes` reduces
+// them all. The outer loop takes PART numbers of each row at a time, so that x stays in the first-level cache. With
+// much to multiply, the processor fetches w too late by itself, so the code prefetches it.
 template <int R, typename number>
 static void multiply_tiles(const number *x, const number *w, number *out, long rows, long in, long outs, int threads) {
   constexpr int PER = 4 / sizeof(number), IN_VECTOR = WIDTH * PER, O = WIDTH / R, TILES = 4;
@@ -395,7 +396,7 @@ static void multiply_tiles(const number *x, const number *w, number *out, long r
     for (long tile = 0; tile < TILES; tile++)
       for (long row = 0; row < rows; row++) {
         const floats sums[PER] = {totals[tile][row / R]};
-        const words rounded = join<PER>(sums);  // the first numbers of its words
+        const words rounded = join<PER>(sums);  // the first number of each word is a rounded sum
         const long o = (first + tile) * O;
         for (int j = 0; j < O && o + j < outs; j++)
           memcpy(out + row * outs + o + j, (const char *)&rounded + (row % R * O + j) * 4, sizeof(number));
