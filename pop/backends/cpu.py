@@ -42,7 +42,7 @@ MOST_E = 256  # the widest head that kernels.cpp takes
 MOST_ROWS = 16  # the most rows of a product in kernels.cpp
 
 STREAMS = 2  # blocks of a matrix that compiled code reads at once; one or four are up to a tenth slower
-LONGEST_SUM = 4096  # numbers that compiled code sums at once; it sums more numbers in parts
+LONGEST_SUM = 4096  # numbers that compiled code sums at once; a longer sum is a sum of up to 32 parts
 ROWS_FIRST = {torch.bfloat16} if HAS_BF16 and not HAS_AMX else set()  # torch's x W' is faster than (W x')' in these
 TEMPORARY = 31 * 2**20  # bytes; glibc adapts to freed blocks of at most 32 MiB, headers included
 
@@ -93,10 +93,10 @@ def _fused_product(weight: Tensor, x: Tensor) -> Tensor:
     """weight [out, in] times x [in] -> [out] float32, as a multiply-and-sum that the compiler fuses."""
     products = weight * x
     length = len(x)
-    parts = next((n for n in range(1, 33) if length % n == 0 and length // n <= LONGEST_SUM), 1)
-    if parts == 1:  # a second sum, even of one number, would need a buffer
+    parts = [n for n in range(1, 33) if length % n == 0 and length // n <= LONGEST_SUM]
+    if not parts or parts[0] == 1:  # a second sum, even of one number, would need a buffer
         return products.sum(-1, dtype=torch.float32)
-    return products.unflatten(-1, (parts, -1)).sum(-1, dtype=torch.float32).sum(-1)
+    return products.unflatten(-1, (parts[0], -1)).sum(-1, dtype=torch.float32).sum(-1)
 
 
 @torch.library.custom_op("pop::multiply_rows", mutates_args=())

@@ -1,4 +1,4 @@
-"""One-token attention over slots, by its definition in float64: the general function, and the kernels on the CPU.
+"""One-token attention over slots, by its definition in float64: the engine's function, and the kernels on the CPU.
 
 Triton's interpreter runs the kernels with numpy. It needs its own process, in which this file is a script.
 """
@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -91,6 +92,15 @@ def test_without_a_compiler_it_is_the_general_function(monkeypatch, caplog):
             decode_attention(q, keys, values, spans, 0.3), attention.decode_attention(q, keys, values, spans, 0.3)
         )
     assert len(tried) == len(caplog.records) == 1 and "Failed to find C compiler" in caplog.text
+
+
+@pytest.mark.parametrize(("E", "major", "expected"), [(128, 8, 132), (72, 8, 0), (8, 8, 0), (128, 7, 0)])
+def test_the_kernels_take_heads_of_powers_of_two_on_recent_gpus(monkeypatch, E, major, expected):
+    properties = SimpleNamespace(multi_processor_count=132, major=major)
+    monkeypatch.setattr(backend, "HAS_TRITON", True)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    q = SimpleNamespace(is_cuda=True, device=None, shape=(1, 1, 4, E))
+    assert backend._processors(q) == expected
 
 
 def test_it_is_an_operator_that_the_compiler_knows():

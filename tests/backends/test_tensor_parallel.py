@@ -15,19 +15,16 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
 from support.compiler import requires_compiler
-from support.meta_files import from_meta
-from support.meta_files import load as load_whole
-from support.parallel_worker import LENGTHS, PROMPT, THOROUGH, lost_by_taps, run
+from support.parallel_worker import LENGTHS, PROMPT, THOROUGH, corrections, run
 from support.readme import READMES, blocks
 from support.tiny import hf_config, tiny_config, write_weights
 from support.tiny_chat import write_chat_checkpoint
 
 import pop
 from pop.backends.tensor_parallel import Part, bytes_per_device, join
-from pop.calibration.held_out import Judge
 from pop.checkpoints.config_json import read_config
 from pop.checkpoints.registry import lookup
-from pop.checkpoints.weights import VISION, load_weights
+from pop.checkpoints.weights import VISION
 from pop.cli.commands import main
 from tools.checkpoints.make_random import config_of
 
@@ -183,25 +180,6 @@ def test_a_rank_holds_and_reads_its_part(name, ranks, folder):
         assert found["read"].item() == pytest.approx(expected, rel=0.03)  # 67 tokens, 46 wide: no even shares
 
 
-@pytest.mark.parametrize("files", [1, 2])
-@pytest.mark.parametrize("size", [2, 6])
-def test_a_rank_takes_its_part_of_metas_files(size, files, tmp_path):
-    """Meta's files are cut for other ranks, and have the rows of Q and K in another order."""
-    config, _ = from_meta(tmp_path, files)
-    whole = load_whole(tmp_path, config=config)
-    for rank in range(size):
-        part = Part(config, rank, size)
-        module = part.build()
-        load_weights(tmp_path, module, dtype=torch.float32, device="cpu", progress=False, shards=part.shards)
-        for name, weight in module.named_parameters():
-            expected = whole[name]
-            if name in part.shards:
-                shard = part.shards[name]
-                kept = [expected.narrow(shard.axis, begin, end - begin) for begin, end in shard.spans]
-                expected = torch.cat(kept, shard.axis)
-            assert torch.equal(weight, expected), name
-
-
 def test_a_compiled_step_is_the_eager_one(ranks, folder):
     """After a calibrated prefill of two rows."""
     if len(ranks) > 2 and not THOROUGH:
@@ -215,22 +193,11 @@ def test_a_compiled_step_is_the_eager_one(ranks, folder):
 
 
 def test_several_processes_calibrate_as_one_does(ranks, folder):
-    expected = pop.PrunePlan.load(folder / "plan").projections
+    """The corrections and the updates are compared, since other codes may give the same ones."""
+    expected = corrections(pop.PrunePlan.load(folder / "plan"))
     for found in (_of("calibrated", rank) for rank in ranks):
-        torch.testing.assert_close(found["refit"], expected.weight, rtol=0, atol=1e-4)
-        torch.testing.assert_close(found["update"], expected.update, rtol=0, atol=1e-4)
-
-
-def test_several_processes_find_and_use_the_low_rank_corrections_of_one(ranks, folder, monkeypatch):
-    monkeypatch.setattr(Judge, "losses", lost_by_taps)  # as in the processes
-    model = pop.load(folder / "llama")
-    texts = torch.randint(67, (6, 40), generator=torch.Generator().manual_seed(0)).tolist()
-    plan = pop.calibrate(model, texts, pop.PrunePlan((2, 3, 4)), rank=9, progress=False)
-    logits = model.prefill([texts[0]], model.new_cache(1, 40), plan=plan)
-    for found in (_of("calibrated", rank) for rank in ranks):
-        corrections = plan.corrections.weight @ plan.corrections.shared
-        torch.testing.assert_close(found["corrections"], corrections, rtol=0, atol=1e-4)
-        torch.testing.assert_close(found["low rank"], logits, rtol=0, atol=1e-4)
+        for name, tensor in expected.items():
+            torch.testing.assert_close(found[name], tensor, rtol=0, atol=1e-4)
 
 
 def test_a_number_of_processes_that_does_not_divide_the_heads_is_refused(folder):

@@ -10,7 +10,7 @@ from support.tiny import random_model, tiny_gemma3_config
 from pop import engine
 from pop.engine import attention
 from pop.engine.attention import UNBOUNDED, chunk_attention
-from pop.engine.chunks import Chunk, attention_metadata, chunk_bounds
+from pop.engine.chunks import Chunk, Prompts, chunk_bounds
 from pop.models.images import TEXT
 from pop.models.layers import masked_attention
 
@@ -44,10 +44,9 @@ def test_the_example_in_the_docstring_of_attention_metadata():
     cache = new_cache(module, 1, chunk=4)
     assert cache.slots(3) == 6
     cache.lengths[:] = 6
-    begin, end = torch.tensor([0]), torch.tensor([2])
-    none = torch.tensor([[False, False]])  # at full depth
-    chunk = Chunk.of(cache, torch.tensor([[7, 8]]), end, begin, end, NONE, TEXT, none)
-    at = attention_metadata(module, cache, chunk.tokens, chunk.ends, chunk)[3]
+    lengths = torch.tensor([2])
+    prompts = Prompts(torch.tensor([[7, 8]]), lengths, TEXT, torch.tensor([[False, False]]))
+    at = Chunk.of(module, cache, prompts, (torch.tensor([0]), lengths), NONE).attention[3]
     assert at.slots.tolist() == [[0, 1]]
     assert at.key_slots.tolist() == [[4, 5, 0, 1]]
     assert at.held.tolist() == [[4, 5, 6, 7]]
@@ -69,11 +68,13 @@ def test_a_full_band_is_aligned_at_the_lower_right(data):
         cache.lengths[0] = data.draw(st.integers(0, 30))
     lengths = torch.tensor(data.draw(st.lists(st.integers(1, 35), min_size=B, max_size=B), "lengths"))
     ids = torch.zeros(B, int(lengths.max()), dtype=torch.int64)
-    for begin, end in chunk_bounds(lengths, chunk_size, TEXT):
-        chunk = Chunk.of(cache, ids, lengths, begin, end, NONE, TEXT, ids > 0)
+    prompts = Prompts(ids, lengths, TEXT, ids > 0)
+    for begin, end in chunk_bounds(prompts, chunk_size):
+        chunk = Chunk.of(module, cache, prompts, (begin, end), NONE)
+        valid = chunk.index < ids.shape[1]
         with_tokens = end > begin
         same = len(set((cache.lengths + begin)[with_tokens].tolist())) == 1
-        for window, at in attention_metadata(module, cache, chunk.tokens, chunk.ends, chunk).items():
+        for window, at in chunk.attention.items():
             if at.band is None or chunk.ids.shape[1] == 1:
                 continue
             own, _, after, is_full = at.band.tolist()
@@ -84,8 +85,8 @@ def test_a_full_band_is_aligned_at_the_lower_right(data):
             distance = torch.arange(own + T) - own - torch.arange(T)[:, None]  # [T, keys]
             band = (distance <= 0) & (distance > -(window or 10**9))
             mask = attention.span_mask(at.held, at.spans)
-            assert torch.equal(mask[..., own + T :].any(-1) & chunk.tokens.valid, torch.zeros_like(chunk.tokens.valid))
-            assert ((mask[..., : own + T] == band) | ~chunk.tokens.valid[..., None]).all()
+            assert not (mask[..., own + T :].any(-1) & valid).any()
+            assert ((mask[..., : own + T] == band) | ~valid[..., None]).all()
 
 
 @pytest.mark.parametrize("block", [1, 2, 3, 11, 50])
@@ -116,21 +117,6 @@ def test_the_first_tokens_need_no_mask(monkeypatch, own, before):
     found = chunk_attention(q, k, v, held, spans, torch.tensor([own, before, 0, 1]), 0.3)
     torch.testing.assert_close(found, masked_attention(q, k, v, attention.span_mask(held, spans), 0.3))
     assert bool(masks) == (own > 0 or before < T - 1)
-
-
-@pytest.mark.parametrize("window", [None, 2, 5, 8, 20])
-def test_attending_slots_is_attending_the_latest_positions(window):
-    """Rows at several positions in a ring of eight slots, against a list of what each row still holds."""
-    S, last = 8, torch.tensor([0, 3, 7, 8, 12, 29])
-    q, cache = randn(6, 1, 4, 5), randn(2, 6, S + 1, 2, 5, seed=1)
-    first = torch.zeros_like(last) if window is None else (last - window + 1).clamp(min=0)
-    spans = torch.stack((first, last), dim=-1)[:, None].to(torch.int32)
-    found = attention.decode_attention(q, *cache, spans, 0.3)
-    for row, position in enumerate(last.tolist()):
-        attended = range(max(0, position - S + 1, position - (window or 99) + 1), position + 1)
-        k, v = cache[:, row : row + 1, [p % S for p in attended]]
-        mask = torch.ones(1, 1, len(attended), dtype=torch.bool)
-        torch.testing.assert_close(found[row : row + 1], masked_attention(q[row : row + 1], k, v, mask, 0.3))
 
 
 @pytest.mark.usefixtures("small_query_blocks")

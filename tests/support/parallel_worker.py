@@ -17,7 +17,6 @@ from safetensors.torch import save_file
 import pop
 from pop import engine
 from pop.backends.tensor_parallel import end
-from pop.calibration.held_out import Judge, Losses
 from pop.checkpoints import weights as checkpoint
 from pop.engine import compile, selection
 
@@ -66,9 +65,11 @@ def compiled(model: pop.Model) -> torch.Tensor:
     return engine.decode(model.module, torch.tensor([3, 8]), cache, stages)
 
 
-def lost_by_taps(judge: Judge, plan: pop.PrunePlan) -> Losses:
-    """Two taps are better than one. Plain pruning would have one, and no codes."""
-    return Losses(-plan.corrections.taps, -plan.corrections.taps, 0.0)
+def corrections(plan: pop.PrunePlan) -> dict[str, torch.Tensor]:
+    """What is added to K and V of layers 1, 3 and 4, and to h after layer 1, as products with the states."""
+    found = plan.corrections
+    shared = found.shared[[0, 1, 1]][:, None]  # [3, 1, R, 2 * D]
+    return {"corrections": found.weight @ shared, "update": found.update @ found.shared[:1]}
 
 
 def main(folder: Path) -> None:
@@ -98,11 +99,7 @@ def main(folder: Path) -> None:
         if case.get("calibrate"):
             texts = torch.randint(67, (6, 40), generator=torch.Generator().manual_seed(0)).tolist()
             plan = pop.calibrate(model, texts, pop.PrunePlan((1, 3, 4)), progress=False)
-            found[f"{name}/refit"], found[f"{name}/update"] = plan.corrections.weight, plan.corrections.update
-            Judge.losses = lost_by_taps
-            low = pop.calibrate(model, texts, pop.PrunePlan((2, 3, 4)), rank=9, progress=False)
-            found[f"{name}/corrections"] = low.projections.weight @ low.projections.shared
-            found[f"{name}/low rank"] = model.prefill([texts[0]], model.new_cache(1, 40), plan=low)
+            found |= {f"{name}/{what}": tensor for what, tensor in corrections(plan).items()}
     save_file(found, folder / f"rank-{model.part.rank}.safetensors")
 
 
