@@ -6,11 +6,13 @@ Answers go to stdout, notes and errors to stderr (terminal.py).
 import argparse
 import contextlib
 import dataclasses
+import functools
 import inspect
+import itertools
 import os
 import shlex
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from random import Random
 
@@ -23,7 +25,7 @@ from pop.calibration.refit import builtin_texts
 from pop.checkpoints import download as downloads
 from pop.checkpoints import registry
 from pop.cli.plans import plans
-from pop.cli.terminal import Terminal, exit_status
+from pop.cli.terminal import exit_status
 from pop.errors import ContextOverflow, InputError, PopError, WeightsNotFound, check_count
 from pop.generation.options import OPTIONS
 from pop.generation.sampling import SamplingParams
@@ -84,60 +86,41 @@ def chat(args) -> None:
     prompt = _prompt(args)
     sampling = _sampling(args)
     model = _load(args)
-    talk = _Talk(model, args, sampling)
+    first_media = _media(args, model)
+    start = functools.partial(model.start_chat, args.system, enable_thinking=args.enable_thinking)
+    conversation = start()
+    media = first_media
     if prompt is not None:
-        talk.answer(prompt)
+        _print_answer(conversation.stream(prompt, **media, **sampling))
         return
+    for line in _typed_lines():
+        if line == "/new":
+            conversation = start()
+            media = first_media
+        elif line.startswith("/") and not line.startswith("//"):  # /help, or an unknown command
+            print(HELP, file=sys.stderr)
+        else:
+            message = line.removeprefix("/")
+            try:
+                _print_answer(conversation.stream(message, **media, **sampling))
+                media = {}  # the first message has shown the images and videos
+            except KeyboardInterrupt:
+                print("\n(stopped, and forgotten)", flush=True)
+            except ContextOverflow as error:
+                print(f"pop: {error}; or start a new conversation with /new", file=sys.stderr)
+            except InputError as error:
+                print(f"pop: {error}", file=sys.stderr)
+
+
+def _typed_lines() -> Iterator[str]:
+    """Yield the lines of the standard input that are not blank, until it ends or one is /quit."""
     sign = "> " if sys.stdin.isatty() else ""
     if sign:
         print(HELP, file=sys.stderr)
-    while True:
-        try:
-            line = _readable(lambda: input(sign), "the standard input").strip()
-        except EOFError:
-            return
-        if line == "/quit":
-            return
-        talk.take(line)
-
-
-class _Talk:
-    """A conversation in the terminal, which /new replaces."""
-
-    def __init__(self, model, args, sampling: dict):
-        self._model = model
-        self._args = args
-        self._sampling = sampling
-        self._opening = model.chat_format().opening
-        self._first_media = _media(args, model)
-        self._restart()
-
-    def _restart(self) -> None:
-        self._chat = self._model.start_chat(self._args.system, enable_thinking=self._args.enable_thinking)
-        self._media = self._first_media
-
-    def answer(self, message: str) -> None:
-        """Print the answer to a message. The first one of a conversation shows the images and videos."""
-        _print_answer(self._chat.stream(message, **self._media, **self._sampling), self._opening)
-        self._media = {}
-
-    def take(self, line: str) -> None:
-        """Do what a line of the user asks for. An error is printed, and does not end the conversation."""
-        if not line:
-            return
-        if line == "/new":
-            self._restart()
-            return
-        if line.startswith("/") and not line.startswith("//"):  # /help, or an unknown command
-            print(HELP, file=sys.stderr)
-            return
-        try:
-            self.answer(line.removeprefix("/"))
-        except KeyboardInterrupt:
-            print("\n(stopped, and forgotten)", flush=True)
-        except InputError as error:
-            advice = "; or start a new conversation with /new" if isinstance(error, ContextOverflow) else ""
-            print(f"pop: {error}{advice}", file=sys.stderr)
+    with contextlib.suppress(EOFError):
+        while (line := _readable(lambda: input(sign), "the standard input").strip()) != "/quit":
+            if line:
+                yield line
 
 
 def importance(args) -> None:
@@ -168,13 +151,17 @@ def excerpts(tokenizer, texts: dict[str, str], count: int, length: int, seed: in
     check_count("--samples", count)
     check_count("--prompt-tokens", length)
     random = Random(seed)
-    tokens = [tokenizer.encode(text, bos=False) for text in texts.values()]
-    if [] in tokens:
-        raise InputError(f"{list(texts)[tokens.index([])]} holds no text; give another file")
     bos = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
-    chosen = [tokens[number % len(tokens)] for number in range(count)]
-    begins = [random.randrange(max(1, len(text) - length + 1)) for text in chosen]
-    return [bos + text[begin : begin + length] for text, begin in zip(chosen, begins, strict=True)]
+    tokens = []
+    for name, text in texts.items():
+        tokens.append(tokenizer.encode(text, bos=False))
+        if not tokens[-1]:
+            raise InputError(f"{name} holds no text; give another file")
+    prompts = []
+    for ids in itertools.islice(itertools.cycle(tokens), count):
+        begin = random.randrange(max(1, len(ids) - length + 1))
+        prompts.append(bos + ids[begin : begin + length])
+    return prompts
 
 
 def calibrate(args) -> None:
@@ -196,20 +183,17 @@ def _check_folders(*paths: str | None) -> None:
 
 
 def models(args) -> None:
-    line = "{:28}  {:8}  {:>16}  {:>8}  {}"
-    print(line.format("name", "family", "parameters", "GB", "weights"))
+    line = "{:28}  {:8}  {:>16}  {}"
+    print(line.format("name", "family", "parameters", "weights"))
     for entry in registry.MODELS.values():
-        size = 2 * entry.parameters
         try:
             where = registry.find_weights(entry.name)
-            size = sum(path.stat().st_size for path in where.iterdir() if path.is_file())
         except WeightsNotFound:
             where = "not here"
         except PopError as error:
             where = error
-        print(line.format(entry.name, entry.family, f"{entry.parameters:,}", f"{size / 1e9:,.2f}", where))
+        print(line.format(entry.name, entry.family, f"{entry.parameters:,}", where))
     print(f"\nNew weights go into {registry.weights_folder()}/NAME; `pop download NAME` fetches them.")
-    print("GB: on disk; for weights that are not here, an estimate in bfloat16.")
 
 
 def download(args) -> None:
@@ -246,14 +230,10 @@ def _sampling(args) -> dict:
     return given
 
 
-def _print_answer(stream, text: str = "") -> None:
-    """Print an answer as it comes; a terminal dims thoughts. `text` is what the prompt already has of the answer."""
+def _print_answer(stream) -> None:
+    """Print an answer as it comes."""
     for piece in stream:
-        thinks = (text + piece).lstrip().startswith("<think>") and "</think>" not in text
-        text += piece
-        write = sys.stdout.dim if thinks and isinstance(sys.stdout, Terminal) else sys.stdout.write
-        write(piece)
-        sys.stdout.flush()
+        print(piece, end="", flush=True)
     print(flush=True)
 
 
@@ -292,10 +272,10 @@ def model_options(add) -> None:
 
 def prune_options(add) -> None:
     text = "the layers prefill skips: default (the deepest third), none, a fraction, or a saved plan's path or name"
-    add("--prune", help=text, default="default", metavar="P")
+    add("--prune", help=text, default="default")
     integer(add, "--full-depth-last", "how many last tokens of a prompt run all layers; default: the plan's")
     text = "the share of the other tokens to select, which skip fewer layers or none; default: the plan's"
-    add("--full-depth-selected", help=text, type=float, metavar="SHARE")
+    add("--full-depth-selected", help=text, type=float)
     integer(add, "--selecting-layer", "the layer whose attention selects them; default: the plan's")
 
 
@@ -305,14 +285,14 @@ def generation_options(parser, media_place: str) -> Callable:
     prune_options(parser.add_argument_group("pruning").add_argument)
     add = parser.add_argument_group("answer").add_argument
     integer(add, "--max-new-tokens", "the most tokens of an answer", 256)
-    add("--temperature", help="0, the default, is greedy decoding", type=float, metavar="T")
-    add("--top-k", help="sample from the K likeliest tokens", type=int, metavar="K")
-    add("--top-p", help="sample from the likeliest tokens whose probabilities sum to P", type=float, metavar="P")
-    add("--min-p", help="sample from tokens of at least P times the best probability", type=float, metavar="P")
-    add("--repetition-penalty", help="above 1: tokens that occurred are less likely", type=float, metavar="R")
+    add("--temperature", help="0, the default, is greedy decoding", type=float)
+    add("--top-k", help="sample from this many of the likeliest tokens", type=int)
+    add("--top-p", help="sample from the likeliest tokens whose probabilities sum to this", type=float)
+    add("--min-p", help="sample from tokens of at least this many times the best probability", type=float)
+    add("--repetition-penalty", help="above 1: tokens that occurred are less likely", type=float)
     add("--sampling", help="take what is not given from generation_config.json", choices=("checkpoint",))
     integer(add, "--seed", "the same seed gives the same text")
-    add("--stop", help="end the answer before this text; may be repeated", action="append", metavar="TEXT")
+    add("--stop", help="end the answer before this text; may be repeated", action="append")
     add = parser.add_argument_group("prompt").add_argument
     for kind in ("image", "video"):
         add(f"--{kind}", help=f"show this {kind} {media_place}; may be repeated", action="append", metavar="FILE")
@@ -337,14 +317,14 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
     added = command(generate, "Continue a text, and print the continuation as it comes.")
     add = generation_options(added, "at the family's mark in the text, or before the text")
     add("prompt", help="the text, or - for the standard input", nargs="?", metavar="PROMPT")
-    add("--prompt-file", help="read the text from this file", metavar="F")
+    add("--prompt-file", help="read the text from this file")
 
     added = command(chat, "Talk to an instruct model. Without a MESSAGE, each line of the standard input is one.")
     add = generation_options(added, "before the first message")
     add("prompt", help="answer this and end; - reads the whole standard input", nargs="?", metavar="MESSAGE")
-    add("--system", help="the system message", metavar="TEXT")
+    add("--system", help="the system message")
     add("--no-thinking", help="ask a model to answer at once", dest="enable_thinking", action="store_false")
-    add("--chat-format", help="llama-3.1, chatml, gemma, or a template; default: the checkpoint's", metavar="FORMAT")
+    add("--chat-format", help="llama-3.1, chatml, gemma, or a template; default: the checkpoint's")
 
     add = command(importance, "Measure with virtual gates how much prefill and decode need each layer.").add_argument
     model_options(add)
@@ -376,5 +356,5 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
 
     add = command(download, "Download a model. Gated models of the Hugging Face Hub need HF_TOKEN.").add_argument
     add("model", help="a name that `pop models` lists, or a repository with a supported architecture", metavar="NAME")
-    add("--revision", help="a branch, tag or commit; default: the newest commit", metavar="REV")
+    add("--revision", help="a branch, tag or commit; default: the newest commit")
     return parser, commands.choices

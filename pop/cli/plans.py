@@ -10,9 +10,7 @@ def plans(args) -> None:
         plan = PrunePlan.load(path)
         print(f"{path}: {describe(plan)}")
         for name, value in plan.about.items():
-            if isinstance(value, dict):
-                value = ", ".join(f"{key} {number}" for key, number in value.items())
-            print(f"  {some([name]):19} {some([str(value)])}")
+            print(f"  {some([f'{name}: {value}'])}")
 
 
 def describe(plan: PrunePlan) -> str:

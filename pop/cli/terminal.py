@@ -23,11 +23,6 @@ class Terminal:
     def write(self, text: str) -> int:
         return self._stream.write(text.translate(CONTROL))
 
-    def dim(self, text: str) -> None:
-        self._stream.write("\x1b[2m")
-        self.write(text)
-        self._stream.write("\x1b[0m")
-
 
 def exit_status(program: str, work: Callable[[], object]) -> int:
     """Run `work`, and return the exit status of the program.
@@ -35,7 +30,6 @@ def exit_status(program: str, work: Callable[[], object]) -> int:
     It is 0, or 2 after an error, which stderr shows in one sentence. It is 130 after Ctrl-C, and 141 if the reader of
     the output is gone.
     """
-    _open_closed_streams()
     if hasattr(sys.stdout, "reconfigure"):  # a terminal that lacks a character shows "?" for it
         sys.stdout.reconfigure(errors="replace")
     output = Terminal(sys.stdout) if sys.stdout.isatty() else sys.stdout
@@ -61,10 +55,3 @@ def exit_status(program: str, work: Callable[[], object]) -> int:
         reason = f"the output cannot be written ({error.strerror})"
         print(f"{program}: {reason}; free space, or write elsewhere", file=sys.stderr)
         return 2
-
-
-def _open_closed_streams() -> None:
-    """Replace standard streams that the caller has closed, which Python leaves None."""
-    for name, mode in {"stdin": "r", "stdout": "w", "stderr": "w"}.items():
-        if getattr(sys, name) is None:
-            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115

@@ -5,7 +5,6 @@ import inspect
 import io
 import json
 import os
-import shlex
 import shutil
 import subprocess
 import sys
@@ -45,18 +44,15 @@ def test_version(capsys):
     assert (exit.value.code, capsys.readouterr().out) == (0, f"pop {pop.__version__}\n")
 
 
-def test_models_are_listed_with_where_they_are_and_their_size(capsys, tmp_path, monkeypatch):
+def test_models_are_listed_with_where_they_are(capsys, tmp_path, monkeypatch):
     monkeypatch.setattr(registry, "_places", lambda: [tmp_path])
     here = write_checkpoint(tmp_path / "llama3.2-1b")
-    with open(here / "model.safetensors", "ab") as file:
-        file.truncate(1_230_000_000)  # sparse
     assert main(["models"]) == 0
     out = capsys.readouterr().out
     lines = {line.split()[0]: line for line in out.splitlines() if line}
     assert set(pop.list_models()) < lines.keys()
-    assert lines["llama3.2-1b"].split() == ["llama3.2-1b", "llama", "1,235,814,400", "1.23", str(here)]
-    assert lines["llama3.1-8b"].split() == ["llama3.1-8b", "llama", "8,030,261,248", "16.06", "not", "here"]
-    assert lines["smollm2-135m"].split() == ["smollm2-135m", "llama", "134,515,008", "0.27", "not", "here"]
+    assert lines["llama3.2-1b"].split() == ["llama3.2-1b", "llama", "1,235,814,400", str(here)]
+    assert lines["llama3.1-8b"].split() == ["llama3.1-8b", "llama", "8,030,261,248", "not", "here"]
     assert "pop download NAME" in out
     families = {name: registry.lookup(name).family for name in pop.list_models()}
     assert len({lines[name].index(f" {family} ") for name, family in families.items()}) == 1
@@ -418,26 +414,6 @@ def test_a_closed_pipe_ends_the_program_quietly():
     assert program.wait() == 141
 
 
-@pytest.mark.parametrize(
-    ("closed", "arguments", "status", "said"),
-    [
-        ("<&-", ["generate", "FOLDER", "-"], 2, "the prompt is empty"),
-        ("<&-", ["chat", "FOLDER"], 0, ""),
-        ("<&- >&-", ["chat", "FOLDER", "Hi", "--max-new-tokens", "2"], 0, ""),
-        (">&-", ["generate", "FOLDER", "Hello", "--max-new-tokens", "2"], 0, ""),
-        ("2>&-", ["generate", "no-such-model", "Hello"], 2, ""),
-        ("<&- >&- 2>&-", ["generate", "FOLDER", "-"], 2, ""),
-    ],
-)
-def test_closed_standard_streams_give_no_traceback(folder, closed, arguments, status, said):
-    command = shlex.join([sys.executable, "-m", "pop", *arguments]).replace("FOLDER", shlex.quote(folder))
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    done = subprocess.run(["bash", "-c", f"{command} {closed}"], env=environment, capture_output=True, text=True)
-    assert done.returncode == status
-    assert said in done.stderr and "Traceback" not in done.stdout + done.stderr
-    assert not done.stdout
-
-
 class FakeTerminal(io.StringIO):
     def isatty(self):
         return True
@@ -463,35 +439,6 @@ def test_a_hostile_name_in_a_config_cannot_drive_the_terminal(folder, tmp_path, 
 
 
 # ---- Chat ----
-
-
-THOUGHTS = ["<think>", "\nHm.\n", "</think>\n\n", "Yes", "."]
-
-
-@pytest.mark.parametrize("template", ["", "<think>\n"])  # the latter opens the turn of a model that always thinks
-def test_a_terminal_dims_thoughts(folder, tmp_path, monkeypatch, template):
-    shutil.copytree(folder, tmp_path / "copy")
-    path = tmp_path / "copy/tokenizer_config.json"
-    path.write_text(path.read_text().replace("assistant\\n", "assistant\\n" + template.replace("\n", "\\n")))
-    pieces = THOUGHTS[1 if template else 0 :]
-    monkeypatch.setattr(pop.Conversation, "stream", lambda *args, **options: iter(pieces))
-    text = "".join(pieces)
-    dimmed = "".join(f"\x1b[2m{piece}\x1b[0m" for piece in pieces[:-2]) + "Yes."
-    for stream, expected in ((FakeTerminal(), dimmed), (io.StringIO(), text)):
-        monkeypatch.setattr(sys, "stdout", stream)
-        assert main(["chat", str(tmp_path / "copy"), "Hi"]) == 0
-        assert stream.getvalue() == expected + "\n"
-
-
-def test_a_terminal_is_as_before_when_ctrl_c_ends_thoughts(talk, monkeypatch):
-    def stream(*args, **options):
-        yield from THOUGHTS[:2]
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(pop.Conversation, "stream", stream)
-    monkeypatch.setattr(sys, "stdout", terminal := FakeTerminal())
-    assert talk(["Hi", "/quit"])[0] == 0
-    assert "\nHm.\n\x1b[0m\n(stopped" in terminal.getvalue()
 
 
 def test_no_thinking_reaches_the_conversation(folder, monkeypatch, capsys):

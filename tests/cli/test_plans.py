@@ -27,13 +27,13 @@ def test_each_plan_is_printed_with_its_record(tmp_path, monkeypatch, capsys):
     assert main(["plans", "plain", "refit", "old"]) == 0
     assert capsys.readouterr().out.splitlines() == [
         "plain: without layers 2 to 3, last 8 and 25% whole",
-        f"  version             {pop.__version__}",
+        f"  version: {pop.__version__}",
         "refit: without 2 layers, calibrated",
-        f"  version             {pop.__version__}",
-        "  model               mine",
-        "  tokens              1234",
-        "  loss                continuation 0.05, copied 0.5",
-        "  speedup_limit       512 tokens 1.5",
+        f"  version: {pop.__version__}",
+        "  model: mine",
+        "  tokens: 1234",
+        "  loss: {'continuation': 0.05, 'copied': 0.5}",
+        "  speedup_limit: {'512 tokens': 1.5}",
         "old: the whole model",
     ]
 
