@@ -28,6 +28,8 @@ from pop.backends.experts import Experts
 from pop.checkpoints.weights import VISION, Shard
 from pop.engine.cache import KVCache
 from pop.errors import InputError
+from pop.models.config import Olmo2Config
+from pop.models.olmo2 import HeadsNorm
 from pop.system.memory import to_device
 
 
@@ -182,6 +184,9 @@ class Part:
             gate_and_up = (begin, end), (experts.width + begin, experts.width + end)  # gate's rows, then those of up
             self._shards["experts.gate_up_proj"] = Shard(1, 2 * experts.width, gate_and_up)
             self._shards["experts.down_proj"] = Shard(2, experts.width, ((begin, end),))
+        if isinstance(whole, Olmo2Config):
+            self._shards["q_norm"] = Shard(0, H * E, queries)
+            self._shards["k_norm"] = keys
         self.config = dataclasses.replace(whole, **sizes)
 
     def build(self) -> nn.Module:
@@ -192,6 +197,8 @@ class Part:
         model.largest_of_processes = lambda numbers: add_up(numbers, op=dist.ReduceOp.MAX)
         for name, module in model.named_modules():
             kind = name.rpartition(".")[2]
+            if isinstance(module, HeadsNorm):
+                module.__class__ = ParallelHeadsNorm
             if kind not in PARALLEL or name.startswith(VISION):
                 continue
             module.__class__ = PARALLEL[kind]
@@ -248,6 +255,16 @@ class RowParallelLinear(Linear):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         out = add_up(linear(x, self.weight))
         return out if self.bias is None else out + self.bias
+
+
+class ParallelHeadsNorm(HeadsNorm):
+    """OLMo-2's norm over all heads, of which a rank has some.
+
+    Every head is on the same number of ranks, so the mean over all heads is the mean of the ranks' means.
+    """
+
+    def mean_square(self, x: torch.Tensor) -> torch.Tensor:
+        return add_up(super().mean_square(x)) / dist.get_world_size()
 
 
 class ParallelExperts(Experts):

@@ -58,6 +58,8 @@ CONFIGS = {
         **TEXT_SIZES, "model_type": "qwen3_moe", "num_attention_heads": 8, "num_key_value_heads": 2,
         "num_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 62, "mlp_only_layers": [1],
     },
+    # Its norms of q and k span the heads of all ranks, which include copies of K/V heads.
+    "olmo2": {**TEXT_SIZES, "model_type": "olmo2", "num_attention_heads": 8, "num_key_value_heads": 2},
     "qwen3-vl": {
         "model_type": "qwen3_vl",
         "text_config": {
@@ -79,6 +81,7 @@ HELD = {
     "gemma3": (1, 1),
     "gemma3 with images": (1, 1),
     "experts": (1, 1),
+    "olmo2": (1, 1),
     "qwen3-vl": (1, 1),
 }
 CASES = {

@@ -13,7 +13,7 @@ import pop
 from pop.engine.stages import full_layer
 from pop.pruning import cost
 from tools.bench import __main__ as bench
-from tools.bench import measure, rivals, rounds, shapes, turns
+from tools.bench import measure, rivals, roofline, rounds, shapes, turns
 from tools.common import timed
 
 
@@ -140,17 +140,26 @@ def test_cold_lengths_are_met_twice_with_new_caches(model, monkeypatch):
     assert all(row[time].keys() == times for row in result.values() for time in ("first", "second"))
 
 
-@pytest.mark.parametrize(("device", "chunks"), [("cuda", 2), ("cpu", None)])
-def test_a_limit_counts_reads_on_a_gpu(device, chunks):
+@pytest.mark.parametrize("device", ["cuda", "cpu"])
+def test_a_limit_counts_reads_on_a_gpu(device):
     """By the medians of the measured rates, for the model's dtype and chunks."""
-    config, plan = tiny_config(), pop.PrunePlan((3, 4))
+    config = tiny_config()
+    plan = pop.PrunePlan((3, 4))
     model = types.SimpleNamespace(config=config, device=torch.device(device), dtype=torch.bfloat16, chunk_size=10)
-    record = {(20, "full", "ttft_s"): [3.0, 3.0, 3.0], (20, "p", "ttft_s"): [2.0, 2.0, 2.0]}
-    record |= {(20, "peak", "flops_per_s"): [5e9, 1e9, 1e10], (20, "bandwidth", "bytes_per_s"): [1e8, 5e8, 4e8]}
+    record = {
+        (20, "full", "ttft_s"): [3.0, 3.0, 3.0],
+        (20, "p", "ttft_s"): [2.0, 2.0, 2.0],
+        (20, "peak", "flops_per_s"): [5e9, 1e9, 1e10],
+        (20, "bandwidth", "bytes_per_s"): [1e8, 5e8, 4e8],
+    }
     row = measure._plan_figures(model, record, 20, "p", plan, [])
-    machine = chunks and cost.Machine(5e9, 4e8, 2, 10)
-    limit = cost.speedup_limit(config, 20, plan, (), machine)
-    assert row["limit"] == limit and row["efficiency"]["median"] == pytest.approx(1.5 / limit)
+    limits = {
+        "cuda": roofline.speedup_limit(config, 20, plan, roofline.Machine(5e9, 4e8, 2, 10)),
+        "cpu": cost.speedup_limit(config, 20, plan),
+    }
+    assert limits["cuda"] != limits["cpu"]
+    assert row["limit"] == limits[device]
+    assert row["efficiency"]["median"] == pytest.approx(1.5 / limits[device])
 
 
 def test_a_gpus_bandwidth_is_measured_on_more_memory(monkeypatch):

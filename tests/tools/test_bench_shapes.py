@@ -81,7 +81,7 @@ def test_as_many_layers_as_fit(config):
         shorter = shapes.shortened(config, layers)
         assert shorter.windows == config.windows[:layers]
         prefill = shapes.prefill_memory(shorter, 20, torch.float32, True)
-        return prefill + layers * 2 * 20 * 60 * 4 + shapes.BIG  # projections of two taps
+        return prefill + (layers * 2 * 20 * 15 + 2 * 30 * 15) * 4 + shapes.BIG  # corrections with codes of 15
 
     assert shapes.fitting_layers(config, 20, torch.float32, 10**12) == 9
     for layers in (1, 4, 8):
@@ -92,10 +92,9 @@ def test_as_many_layers_as_fit(config):
 
 
 def test_plans_of_the_command_line(model):
-    plan = parse_plan("taps2:0.5:3", model)
+    plan = parse_plan("corrected:0.5:3", model)
     assert (plan.layers, plan.full_depth_last, plan.full_depth_first) == ((3, 4), 3, 1)
-    assert plan.corrections.weight.shape == (2, 2, 20, 60)
-    assert parse_plan("taps1:0.5", model).projections.weight.shape == (2, 2, 20, 30)
+    assert plan.corrections.weight.shape == (2, 2, 20, 15) and plan.corrections.update is None
     assert parse_plan("default", model) == pop.PrunePlan((4,))
     assert model.prefill([[1, 2, 3, 4, 5]], model.new_cache(1, 8), plan=plan).isfinite().all()
     with pytest.raises(pop.InputError, match="--prune 0.1 prunes none of the 5 layers"):

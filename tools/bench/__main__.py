@@ -1,11 +1,11 @@
 """Measure how fast `pop` is: against the limit that the shapes set, against the machine, and against other libraries.
 
     python -m tools.bench --model smollm2-135m --lengths 512,1024,2048 --against transformers
-    python -m tools.bench --shape llama3.1-8b --layers 16 --prune 0.3125 --prune taps1:0.5 --json r.json
+    python -m tools.bench --shape llama3.1-8b --layers 16 --prune 0.3125 --prune corrected:0.5 --json r.json
 
 --model measures a checkpoint. --shape measures random weights of a known shape or of a config.json.
---prune takes default, a fraction of the layers, or the file of a saved plan. `taps1:` or `taps2:` before it adds
-random K/V projections, as fast as calibrated ones. `:32` after it runs the last 32 tokens at full depth.
+--prune takes default, a fraction of the layers, or a saved plan. `corrected:` before it adds random corrections, which
+are as fast as those of a calibrated plan. `:32` after it runs the last 32 tokens at full depth.
 tools/bench/README.md defines every figure. The last line of the output is one JSON object.
 """
 
@@ -91,7 +91,7 @@ def run(args, argv: list[str]) -> dict:
         "weights": "real" if args.model else "random",
         "layers": model.config.num_layers,
         "all_layers": subject.all_layers,
-        "dtype": str(model.dtype).removeprefix("torch.") + (f", {args.quantize}" if args.quantize else ""),
+        "dtype": str(model.dtype).removeprefix("torch."),
         "compiled": model.compiled,
         "machine": machine(model.device),
         "versions": {"pop": pop.__version__, "python": platform.python_version(), **libraries.versions(rivals)},
@@ -112,34 +112,41 @@ def run(args, argv: list[str]) -> dict:
 
 def check(args) -> None:
     """Parse the lists among the options, in place. Raises InputError for what cannot be measured."""
-    args.model = args.model or (None if args.shape else "smollm2-135m")
     if args.model and args.shape:
         raise InputError("--model and --shape are both given; leave out one")
+    if not args.shape:
+        args.model = args.model or "smollm2-135m"
     if args.model and args.layers is not None:
         raise InputError("--layers shortens a --shape, not a --model; leave it out")
-    for name in ("runs", "decode_steps", "layers"):
-        if getattr(args, name) is not None:
-            check_count(f"--{name.replace('_', '-')}", getattr(args, name))
+    check_count("--runs", args.runs)
+    check_count("--decode-steps", args.decode_steps)
+    if args.layers is not None:
+        check_count("--layers", args.layers)
     args.lengths = sorted(set(integers_in("--lengths", args.lengths)))
     check_count("the shortest of --lengths", args.lengths[0])
     args.tasks = names_in("--tasks", args.tasks, TASKS)
     args.against = names_in("--against", args.against, tuple(libraries.RIVALS))
+    args.prune = args.prune or ["default", "corrected:0.5"]
     if args.image is not None:
-        sides = re.fullmatch(r"([1-9]\d{0,4})x([1-9]\d{0,4})", args.image)
-        if not sides:
-            raise InputError(f"--image is {args.image!r}; write width and height in pixels, as in 640x480")
-        args.image = tuple(map(int, sides.groups()))
+        args.image = _image_size(args.image)
         if args.against:
             raise InputError("--against compares text prompts; leave out --against or --image")
-    if args.quantize and args.against:
-        raise InputError("--against compares the same weights; leave out --against or --quantize")
-    args.prune = args.prune or ["default", "taps1:0.5", "taps2:0.5"]
-    for path in filter(None, (args.json, args.plot)):
-        check_writable(path)
+    if args.json:
+        check_writable(args.json)
     if args.plot:
+        check_writable(args.plot)
         check_plot(args.plot)
         if "prefill" not in args.tasks:
             raise InputError("--plot draws the figures of the task prefill; add prefill to --tasks")
+
+
+def _image_size(text: str) -> tuple[int, int]:
+    """Width and height, in pixels."""
+    sides = re.fullmatch(r"([1-9]\d{0,4})x([1-9]\d{0,4})", text)
+    if not sides:
+        raise InputError(f"--image is {text!r}; write width and height in pixels, as in 640x480")
+    width, height = sides.groups()
+    return int(width), int(height)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -153,11 +160,10 @@ def _parser() -> argparse.ArgumentParser:
     option("--dtype", help="default: the checkpoint's", choices=tuple(DTYPES))
     option("--device", help="cpu, cuda ...; default: a GPU if there is one")
     option("--compile", help="(auto)", choices=("auto", "true", "false"), default="auto")
-    option("--quantize", help="int8: round the weights, as pop.load does", metavar="KIND")
     option("--tasks", help=f"any of {','.join(TASKS)} (all)", default=",".join(TASKS), metavar="TASK,...")
     option("--lengths", help="prompt lengths in tokens (512,1024,2048)", default="512,1024,2048", metavar="N,...")
     option("--image", help="begin the prompts with an image of this size in pixels, as in 640x480", metavar="WxH")
-    option("--prune", help="a plan; repeatable (default, taps1:0.5, taps2:0.5)", action="append", metavar="P")
+    option("--prune", help="a plan; repeatable (default, corrected:0.5)", action="append", metavar="P")
     option("--runs", help="timed rounds (5)", type=int, default=5, metavar="N")
     option("--decode-steps", help="decode steps in each round (16)", type=int, default=16, metavar="N")
     option("--against", help=f"rivals: {', '.join(libraries.RIVALS)}", default="", metavar="NAME,...")

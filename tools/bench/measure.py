@@ -11,9 +11,10 @@ import pop
 from pop.backends.cpu import WIDENED
 from pop.engine.cache import KVCache
 from pop.errors import CacheMemoryError
-from pop.pruning.cost import Machine, prefill_flops, speedup_limit
+from pop.pruning import cost
+from tools.bench import roofline
 from tools.bench.rounds import Turn, ratio, run_rounds, seconds, spread
-from tools.bench.shapes import decode_bytes, saved_bytes
+from tools.bench.shapes import decode_bytes
 from tools.bench.subject import random_image, random_prompt
 from tools.bench.turns import attention_turn, bandwidth_turn, peak_turn, pop_turn, tower_turn
 
@@ -33,38 +34,52 @@ def measure_prefill(model: pop.Model, plans: dict[str, pop.PrunePlan], rivals: l
     Returns:
         {prompt length: figures}, each figure that varies as {"median", "low", "high"}.
     """
-    full, steps = pop.PrunePlan.none(), args.decode_steps
-    peak_dtype = torch.float32 if model.dtype in WIDENED and model.device.type == "cpu" else model.dtype
-    peak, bandwidth = peak_turn(model.device, peak_dtype), bandwidth_turn(model.device)
-    image, patches = random_image(model, args.image) if args.image else (None, [])
-    images, turns = [image] if image else [], {}
+    full = pop.PrunePlan.none()
+    steps = args.decode_steps
+    is_widened = model.dtype in WIDENED and model.device.type == "cpu"
+    peak = peak_turn(model.device, torch.float32 if is_widened else model.dtype)
+    bandwidth = bandwidth_turn(model.device)
+    images = []
+    patches = []
+    if args.image:
+        image, patches = random_image(model, args.image)
+        images.append(image)
+    turns = {}
     for N in args.lengths:
-        prompt, cache = random_prompt(model.config, N, image), model.new_cache(1, N + steps)
-        turns |= {(N, "peak"): peak, (N, "bandwidth"): bandwidth, (N, "attention"): attention_turn(model, N)}
-        if image:
+        prompt = random_prompt(model.config, N, *images)
+        cache = model.new_cache(1, N + steps)
+        turns[N, "peak"] = peak
+        turns[N, "bandwidth"] = bandwidth
+        turns[N, "attention"] = attention_turn(model, N)
+        if images:
             turns[N, "tower"] = tower_turn(model, prompt, images)
         turns[N, "full"] = pop_turn(model, prompt, cache, full, steps, images)
-        turns |= {(N, name): pop_turn(model, prompt, cache, plan, 0, images) for name, plan in plans.items()}
-        turns |= {(N, rival.name): rival.turn(prompt, steps) for rival in rivals}
+        for name, plan in plans.items():
+            turns[N, name] = pop_turn(model, prompt, cache, plan, 0, images)
+        for rival in rivals:
+            turns[N, rival.name] = rival.turn(prompt, steps)
     with torch.no_grad():
         record = run_rounds(turns, args.runs, "prefill and decode")
     result = {}
     for N in args.lengths:
-        result[N] = _full_figures(model, record, N, min(args.lengths), steps, patches)
-        if image:
-            result[N]["tower"] = _tower_figures(model, record, N, patches)
-        result[N]["plans"] = {name: _plan_figures(model, record, N, name, plans[name], patches) for name in plans}
-        result[N]["rivals"] = {rival.name: _rival_figures(record, N, rival.name, plans) for rival in rivals}
+        figures = _full_figures(model, record, N, min(args.lengths), steps, patches)
+        if images:
+            figures["tower"] = _tower_figures(model, record, N, patches)
+        figures["plans"] = {name: _plan_figures(model, record, N, name, plans[name], patches) for name in plans}
+        figures["rivals"] = {rival.name: _rival_figures(record, N, rival.name, plans) for rival in rivals}
+        result[N] = figures
     return result
 
 
 def _full_figures(model: pop.Model, record: Record, N: int, shortest: int, steps: int, patches: list[int]) -> dict:
     """The full model after N tokens: its times, and how much of the machine's peak and bandwidth they reach."""
-    ttft, step = record[N, "full", "ttft_s"], record[N, "full", "step_s"]
-    peak, bandwidth = record[N, "peak", "flops_per_s"], record[N, "bandwidth", "bytes_per_s"]
-    work = prefill_flops(model.config, N, pop.PrunePlan.none(), patches)
+    ttft = record[N, "full", "ttft_s"]
+    step = record[N, "full", "step_s"]
+    peak = record[N, "peak", "flops_per_s"]
+    bandwidth = record[N, "bandwidth", "bytes_per_s"]
+    work = cost.prefill_flops(model.config, N, pop.PrunePlan.none(), patches)
     filled = N + (steps + 1) / 2  # slots that a step reads, on average
-    read = decode_bytes(model.config, round(filled), model.dtype) - saved_bytes(model)
+    read = decode_bytes(model.config, round(filled), model.dtype)
     return {
         "peak_flops_per_s": spread(peak),
         "bandwidth_bytes_per_s": spread(bandwidth),
@@ -87,9 +102,11 @@ def _rest_per_token(record: Record, N: int) -> list[float]:
 
 def _tower_figures(model: pop.Model, record: Record, N: int, patches: list[int]) -> dict:
     """The vision tower's share of TTFT, and the ratio of that share to its share of the FLOPs."""
-    text, whole = (prefill_flops(model.config, N, pop.PrunePlan.none(), shown) for shown in ((), patches))
-    share = (whole - text) / whole
-    tower, ttft = record[N, "tower", "tower_s"], record[N, "full", "ttft_s"]
+    share = cost.vision_flops(model.config, patches) / cost.prefill_flops(
+        model.config, N, pop.PrunePlan.none(), patches
+    )
+    tower = record[N, "tower", "tower_s"]
+    ttft = record[N, "full", "ttft_s"]
     return {
         "seconds": spread(tower),
         "share": ratio(tower, ttft),
@@ -100,11 +117,12 @@ def _tower_figures(model: pop.Model, record: Record, N: int, patches: list[int])
 
 def _plan_figures(model: pop.Model, record: Record, N: int, name: str, plan: pop.PrunePlan, patches: list[int]) -> dict:
     """A pruned prefill against the full one and against the limit."""
-    ttft, times = record[N, "full", "ttft_s"], record[N, name, "ttft_s"]
-    limit = speedup_limit(model.config, N, plan, patches, _machine(model, record, N))
+    ttft = record[N, "full", "ttft_s"]
+    times = record[N, name, "ttft_s"]
+    limit = _limit(model, record, N, plan, patches)
     return {
         "layers": len(plan.layers),
-        "taps": plan.corrections.taps if plan.corrections else None,
+        "rank": plan.corrections.rank if plan.corrections else None,
         "full_depth_last": plan.full_depth_last,
         "full_depth_selected": plan.full_depth_selected,
         "selecting_layer": plan.selecting_layer,
@@ -115,17 +133,23 @@ def _plan_figures(model: pop.Model, record: Record, N: int, name: str, plan: pop
     }
 
 
-def _machine(model: pop.Model, record: Record, N: int) -> Machine | None:
-    """The rates by which a limit counts memory reads. None on CPUs, where nearly all of the time is arithmetic."""
+def _limit(model: pop.Model, record: Record, N: int, plan: pop.PrunePlan, patches: list[int]) -> float:
+    """The limit of the speedup: by FLOPs on CPUs, where nearly all of the time is arithmetic; by reads too on GPUs."""
     if model.device.type != "cuda":
-        return None
-    peak, bandwidth = median(record[N, "peak", "flops_per_s"]), median(record[N, "bandwidth", "bytes_per_s"])
-    return Machine(peak, bandwidth, model.dtype.itemsize, model.chunk_size)
+        return cost.speedup_limit(model.config, N, plan, patches)
+    machine = roofline.Machine(
+        flops_per_s=median(record[N, "peak", "flops_per_s"]),
+        bytes_per_s=median(record[N, "bandwidth", "bytes_per_s"]),
+        itemsize=model.dtype.itemsize,
+        chunk_size=model.chunk_size,
+    )
+    return roofline.speedup_limit(model.config, N, plan, machine, patches)
 
 
 def _rival_figures(record: Record, N: int, name: str, plans: dict[str, pop.PrunePlan]) -> dict:
     """Another library's times, and how many times as fast `pop` is."""
-    ttft, steps = record[N, name, "ttft_s"], record[N, name, "step_s"]
+    ttft = record[N, name, "ttft_s"]
+    steps = record[N, name, "step_s"]
     return {
         "ttft_s": spread(ttft),
         "step_s": spread(steps),
@@ -141,18 +165,22 @@ def measure_cold(model: pop.Model, lengths: Sequence[int], steps: int) -> dict[i
     Whatever is compiled or chosen for a length makes the first time slow. Each cache has its prompt's size, and
     therefore new strides.
     """
+    full = pop.PrunePlan.none()
     result = {}
     for N in lengths:
-        prompt, full = random_prompt(model.config, N), pop.PrunePlan.none()
-        times = (pop_turn(model, prompt, model.new_cache(1, N + steps), full, steps, [])() for _ in range(2))
-        result[N] = dict(zip(("first", "second"), times, strict=True))
+        prompt = random_prompt(model.config, N)
+        result[N] = {}
+        for time in ("first", "second"):
+            turn = pop_turn(model, prompt, model.new_cache(1, N + steps), full, steps, [])
+            result[N][time] = turn()
     return result
 
 
 def measure_slots(model: pop.Model, num_tokens: int, steps: int, runs: int) -> dict:
     """Decode after the same prompt in a short cache and in a long, mostly empty one."""
-    prompt, turns = random_prompt(model.config, num_tokens), {}
+    prompt = random_prompt(model.config, num_tokens)
     sizes = [max(size, num_tokens + steps) for size in SLOTS]
+    turns = {}
 
     def turn_of(cache: KVCache) -> Turn:
         model.prefill([prompt], cache)

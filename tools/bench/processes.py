@@ -18,7 +18,7 @@ import torch
 
 from pop.backends.cpu import WIDENED
 from pop.errors import InputError
-from tools.bench.shapes import prefill_memory, saved_bytes
+from tools.bench.shapes import prefill_memory
 from tools.bench.subject import load_subject, parse_plan, random_prompt
 from tools.common import ROOT, resident
 
@@ -29,32 +29,42 @@ def measure_memory(args) -> dict:
     On a CPU, the peak is the bytes of the weights plus the rise of the high-water mark during the prefill. This
     leaves out Python, libraries, the tokenizer and compiled code. "process_bytes" includes them.
     """
-    model, N = load_subject(args).model, args.lengths[0]
+    model = load_subject(args).model
+    N = args.lengths[0]
     on_gpu = model.device.type == "cuda"
     if not on_gpu and sys.platform != "linux":
         raise InputError("memory is measured on GPUs and under Linux only; leave it out of --tasks")
-    weights = sum(weight.nbytes for weight in model.module.parameters())
     model.warmup()
     short = min(16, N)
     model.prefill([random_prompt(model.config, short)], model.new_cache(1, short))  # loads the libraries it uses
+
+    def prefill():
+        model.prefill([random_prompt(model.config, N)], model.new_cache(1, N))
+
     if on_gpu:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(model.device)
+        prefill()
+        process = torch.cuda.max_memory_allocated(model.device)
+        peak = process
     else:
         ctypes.CDLL(None).malloc_trim(0)
         Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
         before = resident("VmRSS")
-    model.prefill([random_prompt(model.config, N)], model.new_cache(1, N))
-    process = torch.cuda.max_memory_allocated(model.device) if on_gpu else resident("VmHWM")
-    peak = process if on_gpu else weights + process - before
-    formula = prefill_memory(model.config, N, model.dtype, model.dtype in WIDENED and not on_gpu) - saved_bytes(model)
+        prefill()
+        process = resident("VmHWM")
+        weights = sum(weight.nbytes for weight in model.module.parameters())
+        peak = weights + process - before
+    formula = prefill_memory(model.config, N, model.dtype, model.dtype in WIDENED and not on_gpu)
     return {"peak_bytes": peak, "formula_bytes": formula, "ratio": peak / formula, "process_bytes": process}
 
 
 def measure_compile(args) -> dict:
     """Seconds of the first prefill of the first length by each plan, and of the first decode step, in this process."""
-    model, N = load_subject(args).model, args.lengths[0]
-    plans, prompt = [parse_plan(text, model) for text in args.prune], random_prompt(model.config, N)
+    model = load_subject(args).model
+    N = args.lengths[0]
+    plans = [parse_plan(text, model) for text in args.prune]
+    prompt = random_prompt(model.config, N)
     cache = model.new_cache(1, N + 1)
     began = time.perf_counter()
     for plan in plans:

@@ -82,7 +82,7 @@ def _prefill_rows(lengths: dict) -> Iterator[list[str]]:
     for tokens, full in lengths.items():
         yield [f"{tokens:,}", "all layers", *_ms(full["ttft_s"]), "", "", "", _percent(full["mfu"])]
         for name, row in full["plans"].items():
-            label = f"{name}, without {row['layers']} layers" + (f", {row['taps']} taps" if row["taps"] else "")
+            label = f"{name}, without {row['layers']} layers" + (f", codes of {row['rank']}" if row["rank"] else "")
             speeds = [f"{row['speedup']['median']:.2f}x", f"{row['limit']:.2f}x", f"{row['efficiency']['median']:.3f}"]
             yield ["", label, *_ms(row["ttft_s"]), *speeds, ""]
         for name, row in full["rivals"].items():

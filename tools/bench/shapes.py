@@ -10,7 +10,6 @@ from bisect import bisect_right
 
 import torch
 
-import pop
 from pop import models
 from pop.engine.attention import QUERY_BLOCK
 from pop.engine.cache import CHUNK_SIZE, KVCache
@@ -18,7 +17,8 @@ from pop.errors import InputError
 from pop.system.memory import free_bytes
 
 # Bytes of the matrix that measures the bandwidth: far more than a CPU's cache holds, and 1 ms of a GPU's reads.
-BIG, BIG_ON_GPU = 2**28, 2**32
+BIG = 2**28
+BIG_ON_GPU = 2**32
 
 # The config.json of each known shape, as in the Hugging Face layout: --shape NAME needs no file.
 _LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
@@ -67,27 +67,26 @@ def weight_bytes(config, dtype: torch.dtype) -> int:
         return sum(weight.numel() for weight in models.build(config).parameters()) * dtype.itemsize
 
 
-def saved_bytes(model: pop.Model) -> int:
-    """Bytes that quantisation saves: how much smaller the weights are than in the model's dtype."""
-    return weight_bytes(model.config, model.dtype) - sum(weight.nbytes for weight in model.module.parameters())
-
-
 def decode_bytes(config, filled: int, dtype: torch.dtype) -> int:
     """Bytes that one decode step of one row must read when `filled` slots of the cache are filled."""
-    unread = 0 if config.tie_embeddings else (config.vocab_size - 1) * config.hidden_size * dtype.itemsize
     slots = sum(min(filled, window or filled) for window in config.windows)
-    cache = slots * 2 * config.num_kv_heads * config.head_dim * dtype.itemsize
-    return weight_bytes(config, dtype) - unread + cache
+    total = weight_bytes(config, dtype) + slots * 2 * config.num_kv_heads * config.head_dim * dtype.itemsize
+    if not config.tie_embeddings:
+        total -= (config.vocab_size - 1) * config.hidden_size * dtype.itemsize  # it reads one row of the embedding
+    return total
 
 
 def prefill_memory(config, num_tokens: int, dtype: torch.dtype, widened: bool = False) -> int:
-    """Bytes at the peak of a full prefill of one prompt into a cache of its size.
+    """Bytes at the peak of a full prefill of one prompt into a cache of its size: weights, cache and activations.
 
-    Counts weights, cache and activations. Activations are those of one chunk of C tokens in one layer. All layers
-    need h before and after attention's update, the normalised h, q, and the attended values. To this, add the larger of
-    two parts. In the MLP, that is gate, up and their product. In attention, it is k, v, the keys and values of a window
-    in order, and the mask of one block of queries, in bytes and in the model's dtype. A mask is needed if the chunk is
-    not the first or is longer than a window.
+    The activations are those of a chunk of C tokens in one layer:
+
+        everywhere      h before and after attention's update, the normalised h, q, and the attended values
+        in the MLP      gate, up and their product
+        in attention    k, v, the keys and values of a window in order, and the mask of one block of queries, in bytes
+                        and in the model's dtype. A mask is needed if the chunk is not the first or exceeds a window.
+
+    The larger of the last two counts, because they do not exist at the same time.
 
     Args:
         config: the model's config.
@@ -96,18 +95,32 @@ def prefill_memory(config, num_tokens: int, dtype: torch.dtype, widened: bool = 
         widened: whether products run in float32. Then the largest product also has its weights, its input and its
             output in float32.
     """
-    D, I = config.hidden_size, config.intermediate_size  # noqa: E741 (the papers' name)
-    H, K, E = config.num_heads, config.num_kv_heads, config.head_dim
-    C, size = min(num_tokens, CHUNK_SIZE), dtype.itemsize
-    later = num_tokens > C
-    keys = {w: min(num_tokens, (w or num_tokens) - 1 + C) for w in set(config.windows)}  # that a chunk may attend
-    mlp = C * 3 * I * size + (4 * (D * I + C * (D + I)) if widened else 0)
-    in_order = max(keys[w] for w in keys if w) if later and any(keys) else 0
-    masked = max((keys[w] for w in keys if later or (w or C) < C), default=0)  # keys of a block of queries
+    D = config.hidden_size
+    inner = config.intermediate_size
+    H = config.num_heads
+    K = config.num_kv_heads
+    E = config.head_dim
+    C = min(num_tokens, CHUNK_SIZE)
+    size = dtype.itemsize
+
+    everywhere = C * (3 * D + 2 * H * E) * size
+    mlp = C * 3 * inner * size
+    if widened:
+        mlp += 4 * (D * inner + C * (D + inner))
+
+    has_later_chunks = num_tokens > C
+    in_order = 0  # keys of a window, of a later chunk
+    masked = 0  # keys of a block of queries, in a chunk that needs a mask
+    for window in set(config.windows):
+        keys = min(num_tokens, (window or num_tokens) - 1 + C)  # that a chunk may attend
+        if has_later_chunks and window:
+            in_order = max(in_order, keys)
+        if has_later_chunks or (window and window < C):
+            masked = max(masked, keys)
     attention = (C + in_order) * 2 * K * E * size + min(C, QUERY_BLOCK) * masked * (1 + size)
-    activations = C * (3 * D + 2 * H * E) * size + max(mlp, attention)
+
     cache = KVCache.size_in_bytes(config, 1, num_tokens, dtype)
-    return weight_bytes(config, dtype) + cache + activations
+    return weight_bytes(config, dtype) + cache + everywhere + max(mlp, attention)
 
 
 def bandwidth_bytes(device: torch.device) -> int:
@@ -121,14 +134,16 @@ def bandwidth_bytes(device: torch.device) -> int:
 def fitting_layers(config, num_tokens: int, dtype: torch.dtype, free: int) -> int:
     """The largest number of layers, at most all, that fits into nine tenths of `free` bytes.
 
-    This counts weights, cache, activations, the projections of a plan with two taps, and the matrix that measures the
+    This counts weights, cache, activations, the corrections of a calibrated plan, and the matrix that measures the
     bandwidth. Raises InputError if not even one layer fits.
     """
 
     def needed(layers: int) -> int:
         shorter = shortened(config, layers)
-        projections = layers * 4 * config.num_kv_heads * config.head_dim * config.hidden_size * dtype.itemsize
-        return prefill_memory(shorter, num_tokens, dtype, True) + projections + BIG
+        D = config.hidden_size
+        rank = D // 2
+        corrections = layers * 2 * config.num_kv_heads * config.head_dim * rank + 2 * D * rank
+        return prefill_memory(shorter, num_tokens, dtype, True) + corrections * dtype.itemsize + BIG
 
     fitting = bisect_right(range(1, config.num_layers + 1), 0.9 * free, key=needed)
     if not fitting:

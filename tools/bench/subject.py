@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
-import os
 import re
 import tempfile
 from pathlib import Path
@@ -14,7 +13,6 @@ import torch
 
 import pop
 from pop import models
-from pop.backends.int8 import check_quantize, quantize_module
 from pop.checkpoints import registry
 from pop.checkpoints.config_json import read_config
 from pop.errors import InputError
@@ -27,14 +25,11 @@ from tools.bench.shapes import SHAPES, fitting_layers, shortened
 
 @dataclasses.dataclass(frozen=True)
 class Subject:
-    """The model, the fields of its config.json, and the number of layers that the whole model has.
-
-    fields is None for a model without config.json. Some rivals need one.
-    """
+    """The model that is measured."""
 
     model: pop.Model
-    fields: dict | None
-    all_layers: int
+    fields: dict  # of its config.json, for rivals
+    all_layers: int  # of the whole model, which --layers may shorten
 
 
 def load_subject(args) -> Subject:
@@ -42,24 +37,26 @@ def load_subject(args) -> Subject:
     compile = {"auto": "auto", "true": True, "false": False}[args.compile]
     dtype = DTYPES.get(args.dtype)
     if args.model:
-        options = {"dtype": dtype, "prune": None, "compile": compile, "progress": False, "quantize": args.quantize}
-        model = pop.load(args.model, device=args.device, **options)
-        named = args.model in registry.list_models() or not os.path.isdir(args.model)
-        path = (registry.find_weights(args.model) if named else Path(args.model)) / "config.json"
-        return Subject(model, json.loads(path.read_text()) if path.exists() else None, model.config.num_layers)
+        model = pop.load(args.model, device=args.device, dtype=dtype, prune=None, compile=compile, progress=False)
+        fields = json.loads((registry.find_folder(args.model) / "config.json").read_text())
+        return Subject(model, fields, model.config.num_layers)
     config, fields = _read_shape(args.shape)
-    device, dtype = usable_device(args.device), dtype or config.dtype
-    free = free_bytes(device)
-    layers = args.layers or (fitting_layers(config, max(args.lengths), dtype, free) if free else config.num_layers)
+    device = usable_device(args.device)
+    dtype = dtype or config.dtype
+    layers = args.layers or _fitting(config, args, dtype, device)
     if layers > config.num_layers:
         raise InputError(f"--layers is {layers}, but {args.shape} has {config.num_layers}")
     shorter = shortened(config, layers)
-    module = random_module(shorter, dtype, device)
-    check_quantize(args.quantize, module, device)
-    if args.quantize:
-        quantize_module(module)
-    model = pop.Model(module, shorter, compile=compile)
+    model = pop.Model(random_module(shorter, dtype, device), shorter, compile=compile)
     return Subject(model, fields | {"num_hidden_layers": layers}, config.num_layers)
+
+
+def _fitting(config, args, dtype: torch.dtype, device: torch.device) -> int:
+    """The number of layers that fit into memory. All of them, if the free memory is not known."""
+    free = free_bytes(device)
+    if not free:
+        return config.num_layers
+    return fitting_layers(config, max(args.lengths), dtype, free)
 
 
 def _read_shape(shape: str) -> tuple:
@@ -90,21 +87,39 @@ def random_module(config, dtype: torch.dtype, device: torch.device):
 
 
 def parse_plan(text: str, model: pop.Model) -> pop.PrunePlan:
-    """The plan of one --prune value: [taps1: or taps2:] PLAN [:LAST], see the help text of tools.bench."""
-    taps, what, last = re.fullmatch(r"(?:taps([12]):)?(.*?)(?::(\d+))?", text, re.S).groups()
+    """The plan of one --prune value: [corrected:] PLAN [:LAST], see the help text of tools.bench."""
+    corrected, what, last = re.fullmatch(r"(corrected:)?(.*?)(?::(\d+))?", text, re.S).groups()
     plan = model.resolve(what)
     if not plan.layers:
         raise InputError(f"--prune {text} prunes none of the {model.config.num_layers} layers; give a larger fraction")
     if last:
         plan = dataclasses.replace(plan, full_depth_last=int(last))
-    if not taps:
+    if not corrected:
         return plan
-    config = model.config
-    shape = (len(plan.layers), 2, config.num_kv_heads * config.head_dim, int(taps) * config.hidden_size)
-    weight = torch.randn(shape, generator=torch.Generator().manual_seed(0)).mul(0.02).to(model.device, model.dtype)
-    projections = Corrections(plan.layers, weight, weight[..., 0].clone(), model.fingerprint, int(taps))
+    corrections = random_corrections(model, plan)
     first = max(1, plan.full_depth_first)
-    return dataclasses.replace(plan, full_depth_first=first, corrections=projections)
+    return dataclasses.replace(plan, full_depth_first=first, corrections=corrections)
+
+
+def random_corrections(model: pop.Model, plan: pop.PrunePlan) -> Corrections:
+    """Random corrections for the layers of a plan, as fast as calibrated ones: codes of half the model's width."""
+    config = model.config
+    rank = config.hidden_size // 2
+    groups = [group for group in plan.groups(config.num_layers) if group.is_pruned]
+    updates = [group for group in groups if group.layers[-1] + 1 < config.num_layers]
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator).mul(0.02).to(model.device, model.dtype)
+
+    return Corrections(
+        plan.layers,
+        weight=draw(len(plan.layers), 2, config.num_kv_heads * config.head_dim, rank),
+        bias=draw(len(plan.layers), 2, config.num_kv_heads * config.head_dim),
+        shared=draw(len(groups), rank, 2 * config.hidden_size),
+        update=draw(len(updates), config.hidden_size, rank) if updates else None,
+        fingerprint=model.fingerprint,
+    )
 
 
 def random_image(model: pop.Model, size: tuple[int, int]):

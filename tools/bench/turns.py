@@ -22,14 +22,16 @@ from tools.common import timed
 def peak_turn(device: torch.device, dtype: torch.dtype) -> Turn:
     """FLOPs per second of a large matrix product."""
     n = 8192 if device.type == "cuda" else 2048
-    a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
+    a = torch.randn(n, n, device=device).to(dtype)
+    b = torch.randn(n, n, device=device).to(dtype)
     return lambda: {"flops_per_s": 2 * n**3 / device_seconds(lambda: a @ b, device, 3)}
 
 
 def bandwidth_turn(device: torch.device) -> Turn:
     """Bytes per second of memory: the fastest of a sum, a matrix-vector product, and a copy from half to half."""
     size = bandwidth_bytes(device)
-    big, vector = torch.ones(2, size // 8 // 4096, 4096, device=device), torch.ones(4096, device=device)
+    big = torch.ones(2, size // 8 // 4096, 4096, device=device)
+    vector = torch.ones(4096, device=device)
     moves = (lambda: big.sum(), lambda: big.view(-1, 4096) @ vector, lambda: big[0].copy_(big[1]))
     return lambda: {"bytes_per_s": size / min(device_seconds(move, device, 3) for move in moves)}
 
