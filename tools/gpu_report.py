@@ -34,11 +34,11 @@ from tools.bench.subject import load_subject, parse_plan, random_prompt
 from tools.bench.turns import bandwidth_turn, peak_turn
 from tools.common import ROOT, exit_status, machine, names_in, progress, table
 
-COLD = 611, 1203, 2222, 5003  # prompt lengths that no other part uses
+COLD = (611, 1203, 2222, 5003)  # prompt lengths that no other part uses
 PRUNED = "0.3125"  # 10 of 32 layers
-L2 = 2**28  # bytes: more than the cache of any GPU holds, so that what is read again comes from memory
+L2 = 2**28  # bytes: more than the cache of any GPU, so that matrices that take turns are read from memory
 
-# Estimates for one H100 (3.0 TB/s, 640 TFLOP/s), all 32 layers, bfloat16. They follow from shapes, not from a run.
+# Estimates for one H100 (3.0 TB/s, 640 TFLOP/s), all 32 layers, bfloat16. They are computed from shapes, not measured.
 ESTIMATES = {
     "matrix product": "640 TFLOP/s",
     "memory": "3.0 TB/s",
@@ -47,7 +47,8 @@ ESTIMATES = {
     "attention of one token, 32,768 keys: torch's choice": "250 to 700 us",
     "matrix 4,096 x 4,096 and one token: cuBLAS": "2.2 TB/s",
     "matrix 4,096 x 4,096 and one token: Inductor": "2.6 TB/s",
-    **{f"matrix 28,672 x 4,096 and one token: {by}": "2.8 TB/s" for by in ("cuBLAS", "Inductor")},
+    "matrix 28,672 x 4,096 and one token: cuBLAS": "2.8 TB/s",
+    "matrix 28,672 x 4,096 and one token: Inductor": "2.8 TB/s",
     **{f"{length:,} tokens: first TTFT / second": "1" for length in COLD},
     "decode step at position 1,000, uncaptured": "7 to 8 ms",
     "decode step at position 1,000, captured": "6.2 to 6.6 ms",
@@ -65,12 +66,14 @@ Figure = tuple[str, float | str, str]  # what was measured, the value, and its u
 
 
 class Setup:
-    """What the parts share: the options and, once a part asks for it, the model."""
+    """What the parts share: the options of tools.bench and, once a part asks for it, the model."""
 
     def __init__(self, args):
         options = ["--shape", args.shape, "--device", args.device, "--lengths", args.lengths, "--prune", PRUNED]
-        options += ["--layers", str(args.layers)] if args.layers is not None else []
-        self.args, self.device = bench._parser().parse_args(options), torch.device(args.device)
+        if args.layers is not None:
+            options += ["--layers", str(args.layers)]
+        self.args = bench.parser().parse_args(options)
+        self.device = torch.device(args.device)
         bench.check(self.args)
 
     @functools.cached_property
@@ -82,7 +85,7 @@ class Setup:
 
 
 def device_us(function: Callable, device: torch.device) -> float:
-    """Microseconds of a call on the device: replayed as a CUDA graph, so that no launch is waited for."""
+    """Microseconds of a call on the device. A CUDA graph replays the call, so the time includes no launches."""
     if device.type != "cuda":
         return seconds(function, device, 2) * 1e6
     with torch.cuda.stream(torch.cuda.Stream()):
@@ -103,8 +106,9 @@ def rates(setup: Setup) -> Iterator[Figure]:
 def cold(setup: Setup) -> Iterator[Figure]:
     """Lengths that the process has not met before."""
     for length, row in measure_cold(setup.model, COLD, 8).items():
-        yield f"{length:,} tokens: first TTFT / second", row["first"]["ttft_s"] / row["second"]["ttft_s"], ""
-        yield f"{length:,} tokens: first decode steps", row["first"]["step_s"] * 1e3, "ms"
+        first = row["first"]
+        yield f"{length:,} tokens: first TTFT / second", first["ttft_s"] / row["second"]["ttft_s"], ""
+        yield f"{length:,} tokens: first decode steps", first["step_s"] * 1e3, "ms"
 
 
 def attention(setup: Setup) -> Iterator[Figure]:
@@ -115,7 +119,9 @@ def attention(setup: Setup) -> Iterator[Figure]:
 
 def _one_token(keys: int, device: torch.device) -> Iterator[Figure]:
     """The ways to attend. Caches take turns, so that each is read from memory."""
-    H, K, E = 32, 8, 128
+    H = 32
+    K = 8
+    E = 128
     count = max(1, L2 // (4 * keys * K * E))
     caches = torch.randn(count, 2, 1, K, keys + 1, E, device=device).bfloat16().transpose(3, 4)
     q = torch.randn(1, 1, H, E, device=device).bfloat16()
@@ -123,8 +129,10 @@ def _one_token(keys: int, device: torch.device) -> Iterator[Figure]:
     mask = torch.ones(1, 1, 1, keys, dtype=torch.bool, device=device)
 
     def by_torch(k, v):
-        k, v = (x[:, :-1].transpose(1, 2) for x in (k, v))  # [1, K, N, E]; the heads of a group are the tokens
-        return F.scaled_dot_product_attention(q.view(1, K, -1, E), k, v, attn_mask=mask)
+        k = k[:, :-1].transpose(1, 2)  # [1, K, N, E]
+        v = v[:, :-1].transpose(1, 2)  # [1, K, N, E]
+        groups = q.view(1, K, -1, E)  # the heads of a group take the place of tokens
+        return F.scaled_dot_product_attention(groups, k, v, attn_mask=mask)
 
     ways = {
         "pop": lambda k, v: decode_attention(q, k, v, spans, E**-0.5),
@@ -142,7 +150,8 @@ def products(setup: Setup) -> Iterator[Figure]:
     """A matrix and one token, by cuBLAS and by Inductor. The matrices take turns, as above."""
     inductor = torch.compile(lambda x, w: F.linear(x, w), options={"coordinate_descent_tuning": True}, dynamic=False)
     for out, inner in ((4096, 4096), (1024, 4096), (14_336, 4096), (28_672, 4096), (4096, 14_336)):
-        matrices = torch.randn(max(1, L2 // (2 * out * inner)), out, inner, device=setup.device).bfloat16()
+        count = max(1, L2 // (2 * out * inner))
+        matrices = torch.randn(count, out, inner, device=setup.device).bfloat16()
         x = torch.randn(1, inner, device=setup.device).bfloat16()
         for name, product in (("cuBLAS", F.linear), ("Inductor", inductor)):
             us = device_us(lambda: [product(x, matrix) for matrix in matrices], setup.device)  # noqa: B023
@@ -151,11 +160,15 @@ def products(setup: Setup) -> Iterator[Figure]:
 
 def decode(setup: Setup) -> Iterator[Figure]:
     """A decode step, launch by launch and as one captured graph."""
-    model, position = setup.model, 1000
-    cache, token = model.new_cache(1, 2048), torch.zeros(1, dtype=torch.int64, device=setup.device)
+    model = setup.model
+    position = 1000
+    cache = model.new_cache(1, 2048)
+    token = torch.zeros(1, dtype=torch.int64, device=setup.device)
     model.prefill([random_prompt(model.config, position)], cache)
-    end_of_prompt, stages = cache.snapshot(), model._stages(1)
-    size, rate = decode_bytes(model.config, position + 25, model.dtype), bandwidth_turn(setup.device)()["bytes_per_s"]
+    end_of_prompt = cache.snapshot()
+    stages = model._stages(1)
+    size = decode_bytes(model.config, position + 25, model.dtype)
+    rate = bandwidth_turn(setup.device)()["bytes_per_s"]
     for name, chosen in (("uncaptured", stages._replace(replay=lambda _: lambda run: run())), ("captured", stages)):
         cache.restore(end_of_prompt)
         step = lambda: int(engine.decode(model.module, token, cache, chosen).argmax())  # noqa: B023, E731
@@ -191,7 +204,8 @@ def waits(setup: Setup) -> Iterator[Figure]:
 
 def kernels(setup: Setup) -> Iterator[Figure]:
     """The kernels of a pruned prefill and of decode steps, by name."""
-    model, plan = setup.model, parse_plan(PRUNED, setup.model)
+    model = setup.model
+    plan = parse_plan(PRUNED, model)
     cache = model.new_cache(1, 1024)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         token = model.prefill([random_prompt(model.config, 512)], cache, plan=plan).argmax(-1)
@@ -231,15 +245,16 @@ def _measure(args) -> None:
     parts = names_in("parts", ",".join(args.parts or PARTS), tuple(PARTS))
     if args.device.startswith("cuda") and not torch.cuda.is_available():
         raise InputError("this machine has no GPU that torch can use; run gpu_report where there is one")
-    setup, rows = Setup(args), [["", "estimate for an H100", "measured"]]
+    setup = Setup(args)
+    rows = [["", "estimate for an H100", "measured"]]
     print(json.dumps({"machine": machine(setup.device), "pop": pop.__version__}), flush=True)
     for name in parts:
         progress(name)
         try:
             for what, value, unit in PARTS[name](setup):
-                estimate = ESTIMATES.get(what, "")
                 print(json.dumps({"part": name, "what": what, "value": value, "unit": unit}), flush=True)
-                rows.append([what, estimate, f"{value:,.4g} {unit}" if isinstance(value, (int, float)) else value])
+                shown = value if isinstance(value, str) else f"{value:,.4g} {unit}"
+                rows.append([what, ESTIMATES.get(what, ""), shown])
         except Exception as error:  # the other parts can still be measured
             print(json.dumps({"part": name, "failed": f"{type(error).__name__}: {error}"[:500]}), flush=True)
             rows.append([name, "", f"failed: {type(error).__name__}"])

@@ -24,7 +24,7 @@ def model():
 
 
 def arguments(*argv):
-    args = bench._parser().parse_args(list(argv))
+    args = bench.parser().parse_args(list(argv))
     bench.check(args)
     return args
 

@@ -35,7 +35,7 @@ def names(texts) -> set[str]:
 
 def test_the_parts_measure_what_was_estimated(argv, capsys, monkeypatch):
     """Those that need no GPU, and attention with a stand-in for the kernel that does."""
-    monkeypatch.setattr(gpu_report.cuda, "attend", lambda q, k, v, scale: torch.zeros(q.shape))
+    monkeypatch.setattr(gpu_report.cuda, "fused_attention", lambda q, k, v, scale: torch.zeros(q.shape))
     parts = ["rates", "cold", "decode", "prefill", "attention"]
     assert gpu_report.main([*parts, *argv]) == 0
     out = capsys.readouterr().out
