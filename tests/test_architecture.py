@@ -18,8 +18,6 @@ from support.cases import assert_close
 from support.tiny import hf_config, random_model, tiny_config, write_weights
 
 import pop
-from pop import engine
-from pop.calibration.importance import gate_gradients
 from pop.checkpoints import config_json
 from pop.models import FAMILIES, base, llama
 from pop.models.config import LlamaConfig
@@ -143,7 +141,7 @@ class Centred(base.DecoderModel):
 
 
 def test_a_new_family_runs_everywhere(tmp_path, monkeypatch):
-    """It is loaded, pruned, decoded, gated and calibrated, and its norm is torch's."""
+    """It is loaded, pruned and calibrated. The engine computes what the reference computes."""
     monkeypatch.setitem(FAMILIES, "centred", Centred)
     reader = partial(config_json.read_llama, config=CentredConfig, architecture="CentredForCausalLM")
     monkeypatch.setitem(config_json.READERS, "centred", reader)
@@ -154,25 +152,11 @@ def test_a_new_family_runs_everywhere(tmp_path, monkeypatch):
     model = pop.load(tmp_path, prune=0.5, progress=False)
     assert model.config == config and isinstance(model.module, Centred)
 
-    layer, h = model.module.layers[0], torch.randn(2, 3, 30, generator=torch.Generator().manual_seed(1))
-    norm = layer.input_layernorm
-    assert_close(norm(h), torch.nn.functional.layer_norm(h, (30,), norm.weight, eps=config.norm_eps))
-    weight, _ = layer.folded_projections()
-    assert_close(layer.normalised(h) @ weight[0].T.float(), layer.projected(h)[0])
-
-    prompt, answer = torch.arange(20), torch.tensor([3])
+    prompt = torch.arange(20)
     texts = [[(n * k) % 67 for n in range(40)] for k in range(1, 12)]
     calibrated = pop.calibrate(model, texts, model.plan, window=40, progress=False)
     for plan in (model.plan, calibrated):
-        cache = model.new_cache()
-        logits = engine.prefill(model.module, prompt[None], cache, torch.tensor([20]), plan, 7)
+        logits = model.prefill(prompt[None], model.new_cache(), plan=plan)
         assert_close(logits[0], reference.prefill(model.module, prompt, plan))
-        tokens, full_depth = torch.cat((prompt, answer)), reference.full_depth_tokens(20, 21, plan)
-        expected, _ = reference.forward(model.module, tokens, full_depth, plan)
-        assert_close(engine.decode(model.module, answer, cache)[0], expected[-1])
-
-    gradients = gate_gradients(model, [prompt.tolist()], [answer.tolist()], [[]])
-    assert gradients.shape == (1, 2, 5)  # prefill and decode, by layer
-    assert gradients[:, 0, :-1].all() and not gradients[:, 0, -1].any()  # no later token reads the last layer
-    other = random_model(tiny_config(), seed=1)  # the same weights as a Llama
-    assert not torch.allclose(other(prompt[None]), model.module(prompt[None]), atol=0.1)
+    as_llama = random_model(tiny_config(), seed=1)  # the same weights
+    assert not torch.allclose(as_llama(prompt[None]), model.module(prompt[None]), atol=0.1)

@@ -12,43 +12,52 @@ GB = 1e9
 
 def report(result: dict) -> str:
     """All figures of a run as text."""
-    computer = result["machine"]
-    layers = f"{result['layers']} layers"
-    if result["layers"] < result["all_layers"]:
-        layers += f" of {result['all_layers']}, as asked for, or as many as fit into memory"
-    versions = ", ".join(f"{name} {number}" for name, number in result["versions"].items())
-    parts = [
-        f"""\
-model     {result["model"]}, {result["weights"]} weights, {layers}, {result["dtype"]}, \
-{"compiled" if result["compiled"] else "eager"}
-machine   {computer["device"]}, {computer["threads"]} threads, torch {computer["torch"]}, {versions}
-runs      {result["runs"]} rounds in turn: medians, lowest .. highest; ratios are taken round by round"""
-    ]
+    parts = [_heading(result)]
     if "prefill" in result:
-        parts.append("prefill\n" + _numbers(_prefill_rows(result["prefill"])))
-        parts.append("decode, and prefill without attention\n" + _numbers(_decode_rows(result["prefill"])))
-        if result["image"]:
-            parts.append(_tower(result))
-        if any(figures["rivals"] for figures in result["prefill"].values()):
-            parts.append("pop's speed over the rivals'\n" + _numbers(_rival_rows(result["prefill"])))
+        parts += _prefill_tables(result)
     if "cold" in result:
         parts.append("lengths met for the first time, and again\n" + _numbers(_cold_rows(result["cold"])))
     if "slots" in result:
         parts.append(_slots(result["slots"]))
     if "memory" in result:
-        rows = [["tokens", "peak, GB", "formula, GB", "peak / formula"]]
-        for tokens, row in result["memory"].items():
-            sizes = [f"{row[name] / GB:.3f}" for name in ("peak_bytes", "formula_bytes")]
-            rows.append([f"{tokens:,}", *sizes, f"{row['ratio']:.3f}"])
-        parts.append("memory of a full prefill\n" + _numbers(rows))
+        parts.append("memory of a full prefill\n" + _numbers(_memory_rows(result["memory"])))
     if "compile" in result:
-        cold, warm = (result["compile"][name] for name in ("cold", "warm"))
-        parts.append(
-            f"compile   {cold['seconds']:.1f} s cold, {warm['seconds']:.1f} s in a second process"
-            if cold["compiled"]
-            else "compile   nothing was compiled"
-        )
+        parts.append(_compile(result["compile"]))
     return "\n\n".join(parts)
+
+
+def _heading(result: dict) -> str:
+    computer = result["machine"]
+    layers = f"{result['layers']} layers"
+    if result["layers"] < result["all_layers"]:
+        layers += f" of {result['all_layers']}, as asked for, or as many as fit into memory"
+    mode = "compiled" if result["compiled"] else "eager"
+    versions = ", ".join(f"{name} {number}" for name, number in result["versions"].items())
+    lines = (
+        f"model     {result['model']}, {result['weights']} weights, {layers}, {result['dtype']}, {mode}",
+        f"machine   {computer['device']}, {computer['threads']} threads, torch {computer['torch']}, {versions}",
+        f"runs      {result['runs']} rounds in turn: medians, lowest .. highest; ratios are taken round by round",
+    )
+    return "\n".join(lines)
+
+
+def _prefill_tables(result: dict) -> Iterator[str]:
+    lengths = result["prefill"]
+    yield "prefill\n" + _numbers(_prefill_rows(lengths))
+    yield "decode, and prefill without attention\n" + _numbers(_decode_rows(lengths))
+    if result["image"]:
+        width, height = result["image"]
+        yield f"vision tower, an image of {width} x {height} pixels\n" + _numbers(_tower_rows(lengths))
+    if any(figures["rivals"] for figures in lengths.values()):
+        yield "pop's speed over the rivals'\n" + _numbers(_rival_rows(lengths))
+
+
+def _compile(times: dict) -> str:
+    if not times["cold"]["compiled"]:
+        return "compile   nothing was compiled"
+    cold = times["cold"]["seconds"]
+    warm = times["warm"]["seconds"]
+    return f"compile   {cold:.1f} s cold, {warm:.1f} s in a second process"
 
 
 def plot(result: dict, kind: str) -> bytes:
@@ -65,9 +74,10 @@ def plot(result: dict, kind: str) -> bytes:
             lines[name] = [row[group][name]["ttft_s"] for row in lengths.values()]
     for name, times in lines.items():
         middles = [time["median"] for time in times]
-        errors = [[time["median"] - time["low"] for time in times], [time["high"] - time["median"] for time in times]]
+        below = [time["median"] - time["low"] for time in times]
+        above = [time["high"] - time["median"] for time in times]
         style = "--" if name in first["rivals"] else "-"
-        axes.errorbar(list(lengths), middles, errors, fmt="o" + style, markersize=3, capsize=2, label=name)
+        axes.errorbar(list(lengths), middles, [below, above], fmt="o" + style, markersize=3, capsize=2, label=name)
     axes.set(xscale="log", yscale="log", xlabel="prompt tokens", ylabel="time to first token, seconds")
     axes.set_xticks(list(lengths), [f"{tokens:,}" for tokens in lengths], minor=False)
     axes.set_title(f"{result['model']}, {result['layers']} layers, {result['dtype']}, {result['machine']['device']}")
@@ -82,7 +92,9 @@ def _prefill_rows(lengths: dict) -> Iterator[list[str]]:
     for tokens, full in lengths.items():
         yield [f"{tokens:,}", "all layers", *_ms(full["ttft_s"]), "", "", "", _percent(full["mfu"])]
         for name, row in full["plans"].items():
-            label = f"{name}, without {row['layers']} layers" + (f", codes of {row['rank']}" if row["rank"] else "")
+            label = f"{name}, without {row['layers']} layers"
+            if row["rank"]:
+                label += f", codes of {row['rank']}"
             speeds = [f"{row['speedup']['median']:.2f}x", f"{row['limit']:.2f}x", f"{row['efficiency']['median']:.3f}"]
             yield ["", label, *_ms(row["ttft_s"]), *speeds, ""]
         for name, row in full["rivals"].items():
@@ -131,25 +143,35 @@ def _rival_rows(lengths: dict) -> Iterator[list[str]]:
             yield [f"{tokens:,}", name, *speeds, f"{1 / row['step_s']['median']:.1f}"]
 
 
-def _tower(result: dict) -> str:
-    rows = [["tokens", "tower, ms", "lowest .. highest", "of TTFT", "of FLOPs", "share / share"]]
-    for tokens, figures in result["prefill"].items():
+def _tower_rows(lengths: dict) -> Iterator[list[str]]:
+    yield ["tokens", "tower, ms", "lowest .. highest", "of TTFT", "of FLOPs", "share / share"]
+    for tokens, figures in lengths.items():
         row = figures["tower"]
         shares = [_percent(row["share"]), f"{row['flops_share']:.1%}", f"{row['ratio']['median']:.2f}"]
-        rows.append([f"{tokens:,}", *_ms(row["seconds"]), *shares])
-    return "vision tower, an image of {} x {} pixels\n".format(*result["image"]) + _numbers(rows)
+        yield [f"{tokens:,}", *_ms(row["seconds"]), *shares]
+
+
+def _memory_rows(lengths: dict) -> Iterator[list[str]]:
+    yield ["tokens", "peak, GB", "formula, GB", "peak / formula"]
+    for tokens, row in lengths.items():
+        peak = row["peak_bytes"] / GB
+        formula = row["formula_bytes"] / GB
+        yield [f"{tokens:,}", f"{peak:.3f}", f"{formula:.3f}", f"{row['ratio']:.3f}"]
 
 
 def _slots(row: dict) -> str:
     short, long = row["slots"]
     text = f"slots     decode at position {row['position']:,} with {long:,} slots against {short:,}: "
-    return text + (row["left_out"] if "left_out" in row else f"{row['ratio']['median']:.3f} of the time")
+    if "left_out" in row:
+        return text + row["left_out"]
+    return text + f"{row['ratio']['median']:.3f} of the time"
 
 
 def _numbers(rows) -> str:
     """A table whose cells align right, except for the names of plans and rivals."""
     rows = list(rows)
-    return table(rows, [column for column, head in enumerate(rows[0]) if head in ("prompt encoded by", "rival")])
+    names = [column for column, heading in enumerate(rows[0]) if heading in ("prompt encoded by", "rival")]
+    return table(rows, names)
 
 
 def _ms(times: dict) -> list[str]:

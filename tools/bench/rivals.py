@@ -1,7 +1,7 @@
 """What tools/bench compares `pop` with: other libraries, with the same weights.
 
-RIVALS maps a name of --against to a function of the model, the fields of its config.json and a GGUF file. It returns
-configurations with a `name` and a method `turn(prompt, steps)`: a turn of the rounds, see rounds.py.
+RIVALS maps a name of --against to a function. The function takes the model, the fields of its config.json and a GGUF
+file. It returns configurations with a `name` and a method `turn(prompt, steps)`, which makes a turn (rounds.py).
 
 transformers            The weights are the tensors of pop's model, the cache is a DynamicCache, and attention is
                         "sdpa" and "eager".
@@ -36,17 +36,18 @@ def _import(module: str, package: str):
     try:
         return importlib.import_module(module)
     except ImportError:
-        raise MissingExtra(
-            f"--against needs the package {package}; install it next to pop, or leave out --against"
-        ) from None
+        advice = "install it next to pop, or leave out --against"
+        raise MissingExtra(f"--against needs the package {package}; {advice}") from None
 
 
 class Transformers:
     """A model of transformers with the weights of `model`, a pop.Model of the architecture that `fields` describe."""
 
     def __init__(self, library, model, fields: dict, attention: str, compiled: bool):
-        self.name = f"transformers {attention}" + (" compiled" if compiled else "")
-        self.library, self.device, self.compiled = library, model.device, compiled
+        self.name = f"transformers {attention} compiled" if compiled else f"transformers {attention}"
+        self.library = library
+        self.device = model.device
+        self.compiled = compiled
         kept = {name: value for name, value in fields.items() if name not in ("dtype", "torch_dtype")}
         config = library.AutoConfig.for_model(**kept)
         with torch.device("meta"):
@@ -59,9 +60,11 @@ class Transformers:
             raise InputError(f"transformers' {type(module).__name__} has weights that pop's model lacks")
         self.module = module.requires_grad_(False).eval()
         self.cache_argument = "cache" if "cache" in inspect.signature(module.forward).parameters else "past_key_values"
-        self.prefill = self.decode = self.module.forward
-        if compiled:  # separately: prefill would otherwise be compiled again for decode's length of 1
-            self.prefill, self.decode = (torch.compile(_copy(self.module.forward)) for _ in range(2))
+        self.prefill = self.module.forward
+        self.decode = self.module.forward
+        if compiled:  # each by itself: a shared one would be compiled again for decode's length of 1
+            self.prefill = torch.compile(_copy(self.module.forward))
+            self.decode = torch.compile(_copy(self.module.forward))
 
     def turn(self, prompt: list[int], steps: int) -> Turn:
         tokens = torch.tensor([prompt], device=self.device)
@@ -73,8 +76,13 @@ class Transformers:
             if static is not None:
                 for layer in static.layers:
                     layer.cumulative_length.fill_(len(prompt))  # rewinds to the end of the prompt
-            first = lambda: self._call(self.prefill, tokens, cache)  # noqa: E731
-            step = lambda token: self._call(self.decode, tokens.new_tensor([[token]]), static or cache)  # noqa: E731
+
+            def first() -> int:
+                return self._call(self.prefill, tokens, cache)
+
+            def step(token: int) -> int:
+                return self._call(self.decode, tokens.new_tensor([[token]]), static or cache)
+
             return _turn(first, step, steps)
 
         return turn
@@ -96,13 +104,11 @@ def _copy(forward: Callable) -> Callable:
     return lambda **arguments: forward(**arguments)
 
 
-def transformers(model, fields: dict | None, gguf: str | None, compiled: bool = False) -> list[Transformers]:
-    """Both kinds of attention. Raises MissingExtra without the library, InputError without a config.json."""
+def transformers(model, fields: dict, gguf: str | None, compiled: bool = False) -> list[Transformers]:
+    """Both kinds of attention. Raises MissingExtra without the library, InputError for an old version of it."""
     library = _import("transformers", "transformers")
     if int(library.__version__.split(".")[0]) < 5:
         raise InputError(f"transformers is {library.__version__}; --against transformers needs version 5 or newer")
-    if fields is None:
-        raise InputError("--against transformers needs a config.json, and this model's directory has none")
     rivals = []
     for attention in ("sdpa", "eager"):
         rival = Transformers(library, model, fields, attention, compiled)
@@ -117,7 +123,7 @@ def transformers(model, fields: dict | None, gguf: str | None, compiled: bool = 
     return rivals
 
 
-def transformers_compiled(model, fields: dict | None, gguf: str | None) -> list[Transformers]:
+def transformers_compiled(model, fields: dict, gguf: str | None) -> list[Transformers]:
     return transformers(model, fields, gguf, compiled=True)
 
 
@@ -127,13 +133,19 @@ class LlamaCpp:
     name = "llama.cpp"
 
     def __init__(self, library, gguf: str):
-        threads = torch.get_num_threads()
-        self.open = lambda size: library.Llama(
-            gguf, n_ctx=size, n_batch=2048, n_threads=threads, n_threads_batch=threads, verbose=False
-        )
+        self.library = library
+        self.gguf = gguf
 
     def turn(self, prompt: list[int], steps: int) -> Turn:
-        context = self.open(len(prompt) + steps + 1)
+        threads = torch.get_num_threads()
+        context = self.library.Llama(
+            self.gguf,
+            n_ctx=len(prompt) + steps + 1,
+            n_batch=2048,
+            n_threads=threads,
+            n_threads_batch=threads,
+            verbose=False,
+        )
 
         def feed(tokens: list[int]) -> int:
             context.eval(tokens)
@@ -146,7 +158,7 @@ class LlamaCpp:
         return turn
 
 
-def llama_cpp(model, fields: dict | None, gguf: str | None) -> list[LlamaCpp]:
+def llama_cpp(model, fields: dict, gguf: str | None) -> list[LlamaCpp]:
     library = _import("llama_cpp", "llama-cpp-python")
     if gguf is None or not os.path.isfile(gguf):
         raise InputError(f"--against llama.cpp needs --gguf with a GGUF file of the same weights, not {gguf}")

@@ -69,7 +69,8 @@ def device_seconds(function: Callable, device: torch.device, times: int = 1) -> 
         return seconds(function, device, times)
     taken = []
     for _ in range(times):
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin = torch.cuda.Event(enable_timing=True)
+        end = torch.cuda.Event(enable_timing=True)
         begin.record()
         function()
         end.record()
