@@ -12,7 +12,7 @@ import torch
 
 import pop
 from pop.backends import stages_of
-from pop.engine.chunks import Chunk, attention_metadata, chunk_bounds
+from pop.engine.chunks import Chunk, Prompts, chunk_bounds
 from pop.models.images import TEXT
 from tools.bench.rounds import Turn, device_seconds, seconds
 from tools.bench.shapes import bandwidth_bytes
@@ -38,27 +38,34 @@ def bandwidth_turn(device: torch.device) -> Turn:
 
 def attention_turn(model: pop.Model, num_tokens: int) -> Turn:
     """Seconds of the attention of all layers in a full prefill, over the same chunks as in the engine."""
-    H, E = model.config.num_heads, model.config.head_dim
+    config = model.config
     cache_attention = stages_of(model.module).full_layer.keywords["attention"]
-    q = torch.randn(1, num_tokens, H, E, device=model.device).to(model.dtype)
-    cache, lengths, chunks = model.new_cache(1, num_tokens), torch.tensor([num_tokens]), []
-    ids, full_depth = torch.zeros(1, num_tokens, dtype=torch.int64), torch.zeros(1, num_tokens, dtype=torch.bool)
-    for begin, end in chunk_bounds(lengths, cache.chunk_size, TEXT):
-        chunk = Chunk.of(cache, ids, lengths, begin, end, pop.PrunePlan.none(), TEXT, full_depth)
-        metadata = attention_metadata(model.module, cache, chunk.tokens, chunk.ends, chunk)
-        chunks.append((q[:, begin:end], metadata))
+    q = torch.randn(1, num_tokens, config.num_heads, config.head_dim, device=model.device).to(model.dtype)
+    cache = model.new_cache(1, num_tokens)
+    none = pop.PrunePlan.none()
+    prompts = Prompts(
+        tokens=torch.zeros(1, num_tokens, dtype=torch.int64),
+        lengths=torch.tensor([num_tokens]),
+        images=TEXT,
+        full_depth=torch.zeros(1, num_tokens, dtype=torch.bool),
+    )
+    chunks = []
+    for begin, end in chunk_bounds(prompts, cache.chunk_size):
+        chunk = Chunk.of(model.module, cache, prompts, (begin, end), none)
+        chunks.append((q[:, begin:end], chunk.attention))
 
     def attend():
-        for queries, metadata in chunks:
+        for queries, attention in chunks:
             for index, layer in enumerate(model.module.layers):
-                cache_attention(queries, *cache.layer(index), metadata[layer.window], layer.scale)
+                cache_attention(queries, *cache.layer(index), attention[layer.window], layer.scale)
 
     return lambda: {"attention_s": seconds(attend, model.device)}
 
 
 def tower_turn(model: pop.Model, prompt: list[int], images: list) -> Turn:
     """Seconds from prepared images to the features that the language model receives."""
-    tokens, lengths = torch.tensor([prompt], device=model.device), torch.tensor([len(prompt)])
+    tokens = torch.tensor([prompt], device=model.device)
+    lengths = torch.tensor([len(prompt)])
     module = model.module if model._compiled is None else model._compiled.vision_module
     call = partial(model._images, module, model.vision.prepare_batch([images], None, 1), tokens, lengths)
     return lambda: {"tower_s": seconds(call, model.device)}
@@ -76,6 +83,8 @@ def pop_turn(
             lambda token: int(model.decode([token], cache).argmax()),
             steps,
         )
-        return {"ttft_s": ttft} | ({"step_s": median(steps_s)} if steps else {})
+        if not steps:
+            return {"ttft_s": ttft}
+        return {"ttft_s": ttft, "step_s": median(steps_s)}
 
     return turn
