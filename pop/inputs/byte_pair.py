@@ -66,11 +66,15 @@ class BytePairTokenizer(Tokenizer):
             self._symbols = _tiktoken(every_byte, rf"[^\s\p{{L}}{digit}]")
 
     def _encode_text(self, text: str) -> list[int]:
-        longest = max(map(len, re.findall(r"\s+", text)), default=0) if len(text) > _MAX_WHITESPACE else 0
-        if longest > _MAX_WHITESPACE:
-            raise InputError(f"the text has {longest} whitespace characters in a row; the limit is {_MAX_WHITESPACE}.")
-        lacks = self._lacking and not {*self._lacking}.isdisjoint(text.encode())
-        ranks = self._ranks_without_lacking(text) if lacks else self._bpe.encode_ordinary(text)
+        if len(text) > _MAX_WHITESPACE:
+            longest = max(map(len, re.findall(r"\s+", text)), default=0)
+            if longest > _MAX_WHITESPACE:
+                found = f"the text has {longest} whitespace characters in a row"
+                raise InputError(f"{found}; the limit is {_MAX_WHITESPACE}.")
+        if self._lacking and not set(self._lacking).isdisjoint(text.encode()):
+            ranks = self._ranks_without_lacking(text)
+        else:
+            ranks = self._bpe.encode_ordinary(text)
         return [id for rank in ranks for id in self._ids[rank]]
 
     def _ranks_without_lacking(self, text: str) -> list[int]:
@@ -106,16 +110,27 @@ def from_tiktoken_file(data: bytes) -> BytePairTokenizer:
     in_order = sorted(ranks.values()) == list(range(len(lines)))
     if not in_order or b"" in ranks or any(bytes([byte]) not in ranks for byte in range(256)):
         raise TokenizerError("a token or a rank is missing or appears twice, or a single byte is not a token.")
-    names = ["begin_of_text", "end_of_text", "reserved_special_token_0", "reserved_special_token_1"]
-    names += ["finetune_right_pad_id", "reserved_special_token_2", "start_header_id", "end_header_id"]
-    names += ["eom_id", "eot_id", "python_tag", *(f"reserved_special_token_{n}" for n in range(3, 248))]
-    special = {f"<|{name}|>": len(ranks) + n for n, name in enumerate(names)}
-    bytes_of = {rank: token for token, rank in ranks.items()}
-    options = {"special_tokens": special, "added": {}, "bytes_of": bytes_of, "bos_id": len(ranks)}
-    tokenizer = BytePairTokenizer(ranks, [(rank,) for rank in range(len(ranks))], _LLAMA3_PATTERN, **options)
+    special = {f"<|{name}|>": len(ranks) + n for n, name in enumerate(_META_SPECIAL)}
+    tokenizer = BytePairTokenizer(
+        ranks,
+        [[rank] for rank in range(len(ranks))],
+        _LLAMA3_PATTERN,
+        special_tokens=special,
+        added={},
+        bytes_of={rank: token for token, rank in ranks.items()},
+        bos_id=len(ranks),
+    )
     tokenizer.chat_format = "llama-3.1"  # Meta's files have no template, and do not tell instruct from base models
     return tokenizer
 
+
+# The special tokens that Llama-3.1 has after those of its tokenizer.model
+_META_SPECIAL = [
+    *("begin_of_text", "end_of_text", "reserved_special_token_0", "reserved_special_token_1"),
+    *("finetune_right_pad_id", "reserved_special_token_2", "start_header_id", "end_header_id"),
+    *("eom_id", "eot_id", "python_tag"),
+    *(f"reserved_special_token_{n}" for n in range(3, 248)),
+]
 
 # All that a tokenizer.json may set. Other settings must be off. Truncation and padding do not change a text's ids.
 _SETTINGS = {"version", "added_tokens", "normalizer", "pre_tokenizer", "post_processor", "decoder", "model"}
@@ -126,9 +141,8 @@ _MODEL_SETTINGS = {"type", "unk_token", "ignore_merges", "vocab", "merges"}
 def from_tokenizer_json(spec: dict[str, Any]) -> BytePairTokenizer:
     """Build a tokenizer from the contents of a tokenizer.json."""
     model = spec["model"]
-    for part, known in ((spec, _SETTINGS), (model, _MODEL_SETTINGS)):
-        for name in part.keys() - known:
-            check(f"the setting {name}", part[name] or None, None)
+    _check_settings(spec, _SETTINGS)
+    _check_settings(model, _MODEL_SETTINGS)
     check("the model type", model["type"], "BPE")
     check("the decoder", spec["decoder"]["type"], "ByteLevel")
     check("the normalizer", spec.get("normalizer"), None, {"type": "NFC"})
@@ -136,31 +150,53 @@ def from_tokenizer_json(spec: dict[str, Any]) -> BytePairTokenizer:
     special, added, normalized = sort_added(spec["added_tokens"], vocab)
 
     ranked = [*_CHARS, *reachable(model["merges"], vocab)]
-    if spelt := special.keys() & {*ranked}:
+    if spelt := special.keys() & set(ranked):
         raise TokenizerError(f"ordinary text merges into the special token {min(spelt)!r}.")
     ranks = {_to_bytes(token): rank for rank, token in enumerate(ranked)}
-    found = (vocab.get(token, vocab.get(model.get("unk_token"))) for token in ranked)
+    unknown_id = vocab.get(model.get("unk_token"))
+    found = [vocab.get(token, unknown_id) for token in ranked]
     ids = [[] if id is None else [id] for id in found]
     bytes_of = {id: _to_bytes(token) for token, id in vocab.items() if token not in special and token not in added}
-    pattern, whole = _pattern(spec["pre_tokenizer"]), model.get("ignore_merges", False)
-    may_lack = set() if whole or pattern in (_LLAMA3_PATTERN, _QWEN_PATTERN) else _MAY_LACK
+    pattern = _pattern(spec["pre_tokenizer"])
+    ignore_merges = model.get("ignore_merges", False)
+    may_lack = _MAY_LACK
+    if ignore_merges or pattern in (_LLAMA3_PATTERN, _QWEN_PATTERN):
+        may_lack = set()
     if lacking := {byte for byte in range(256) if not ids[byte]} - may_lack:
         raise TokenizerError(f"its vocabulary lacks the single byte {min(lacking)}.")
-    if whole:
-        # With ignore_merges a pre-token in the vocabulary becomes that token. tiktoken looks up whole pre-tokens first.
-        # So each token gets a rank. The rank changes other texts only if it lets tiktoken merge two tokens.
-        bpe = _tiktoken(ranks, pattern)
-        for id, text in bytes_of.items():
-            if text in ranks:
-                continue
-            if len(bpe._encode_single_piece(text)) == 2:
-                raise TokenizerError(f"ignore_merges is set, but no merge makes the token {text!r}.")
-            ranks[text] = len(ids)
-            ids.append([id])
-    options = {"special_tokens": special, "added": added, "bytes_of": bytes_of, "normalized": normalized}
-    options["bos_id"] = bos_id_of(spec.get("post_processor"), special)
-    options["normalize"] = None if spec.get("normalizer") is None else _nfc
-    return BytePairTokenizer(ranks, ids, pattern, **options)
+    if ignore_merges:
+        _rank_whole_pre_tokens(ranks, ids, pattern, bytes_of)
+    return BytePairTokenizer(
+        ranks,
+        ids,
+        pattern,
+        special_tokens=special,
+        added=added,
+        bytes_of=bytes_of,
+        bos_id=bos_id_of(spec.get("post_processor"), special),
+        normalize=None if spec.get("normalizer") is None else _nfc,
+        normalized=normalized,
+    )
+
+
+def _check_settings(part: dict[str, Any], known: set[str]) -> None:
+    for name in part.keys() - known:
+        check(f"the setting {name}", part[name] or None, None)
+
+
+def _rank_whole_pre_tokens(ranks: dict[bytes, int], ids: list, pattern: str, bytes_of: dict[int, bytes]) -> None:
+    """Give every token a rank, in place. With ignore_merges, a pre-token in the vocabulary becomes that token.
+
+    tiktoken looks up whole pre-tokens first. The rank changes other texts only if it lets tiktoken merge two tokens.
+    """
+    bpe = _tiktoken(ranks, pattern)
+    for id, text in bytes_of.items():
+        if text in ranks:
+            continue
+        if len(bpe._encode_single_piece(text)) == 2:
+            raise TokenizerError(f"ignore_merges is set, but no merge makes the token {text!r}.")
+        ranks[text] = len(ids)
+        ids.append([id])
 
 
 def check(name: str, value, *supported) -> None:
@@ -197,7 +233,9 @@ def reachable(merges: list, vocab: dict[str, int]) -> list[str]:
     never = len(merges)
 
     def last_merge(token: str) -> int:
-        parts, place = list(token), 0
+        """Return the place of the pair that is merged last when merging starts from the token's characters."""
+        parts = list(token)
+        place = 0
         while len(parts) > 1 and place < never:
             candidates = [places.get(pair, never) for pair in pairwise(parts)]
             place = min(candidates)
@@ -205,29 +243,39 @@ def reachable(merges: list, vocab: dict[str, int]) -> list[str]:
             parts[n : n + 2] = [parts[n] + parts[n + 1]]
         return place
 
-    ranked: dict[str, int] = {}
+    ranks: dict[str, int] = {}
     for n, (left, right) in enumerate(merges):
         token = left + right
-        if not (left in vocab and right in vocab and token in vocab and places[left, right] == n):
+        if not {left, right, token} <= vocab.keys() or places[left, right] != n:
             raise TokenizerError(f"the merge of {left!r} and {right!r} appears twice or is not of tokens.")
-        if token not in ranked:
-            ranked[token] = last_merge(token)
-    return sorted((token for token, place in ranked.items() if place < never), key=ranked.get)
+        if token not in ranks:
+            ranks[token] = last_merge(token)
+    found = [token for token, rank in ranks.items() if rank < never]
+    return sorted(found, key=ranks.get)
+
+
+def _split_by(regex: str) -> dict[str, Any]:
+    return {"type": "Split", "pattern": {"Regex": regex}, "behavior": "Isolated", "invert": False}
+
+
+# The steps before byte-level encoding for each pattern, and whether the last step splits by GPT-2's pattern.
+_STEPS = {
+    _GPT2_PATTERN: ([], True),
+    _DIGITS_GPT2_PATTERN: ([{"type": "Digits", "individual_digits": True}], True),
+    _LLAMA3_PATTERN: ([_split_by(_LLAMA3_PATTERN)], False),
+    _QWEN_PATTERN: ([_split_by(_QWEN_PATTERN)], False),
+}
 
 
 def _pattern(pre_tokenizer: dict[str, Any]) -> str:
     """Return the regular expression of pre-tokens."""
     steps = pre_tokenizer["pretokenizers"] if pre_tokenizer["type"] == "Sequence" else [pre_tokenizer]
-    match steps:
-        case [*before, {"type": "ByteLevel", "add_prefix_space": False, **options}]:
-            match before, options.get("use_regex", True):  # older files lack use_regex
-                case [], True:
-                    return _GPT2_PATTERN
-                case [{"type": "Digits", "individual_digits": True}], True:
-                    return _DIGITS_GPT2_PATTERN
-                case [{"type": "Split", "pattern": {"Regex": regex}, "behavior": "Isolated", "invert": False}], False:
-                    if regex in (_LLAMA3_PATTERN, _QWEN_PATTERN):
-                        return regex
+    *before, last = steps
+    uses_regex = last.get("use_regex", True)  # older files lack use_regex
+    if last["type"] == "ByteLevel" and last["add_prefix_space"] is False:
+        for pattern, known in _STEPS.items():
+            if known == (before, uses_regex):
+                return pattern
     raise TokenizerError(f"the pre_tokenizer {steps} is not supported, only Llama-3's, Qwen's, SmolLM2's and GPT-2's.")
 
 

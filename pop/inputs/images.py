@@ -51,17 +51,9 @@ def load_image(image) -> torch.Tensor:
     name = f"the image {str(image)!r:.200}" if is_path else f"an image of type {type(image).__name__}"
     with reading("a data URL" if is_url else name, FORMATS):
         if isinstance(image, torch.Tensor):
-            if image.dtype != torch.uint8 or image.ndim != 3 or (image.shape[0] == 3) == (image.shape[2] == 3):
-                found = f"an image tensor has shape {tuple(image.shape)} and dtype {image.dtype}"
-                advice = "turn floats from 0 to 1 into bytes with (255 * image).round().byte()"
-                raise InputError(f"{found}; it must be uint8, and either [3, H, W] or [H, W, 3]; {advice}")
-            image = (image.permute(1, 2, 0) if image.shape[0] == 3 else image).cpu().numpy()
+            image = _tensor_to_array(image)
         if isinstance(image, np.ndarray):
-            if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
-                found = f"an image array has shape {image.shape} and dtype {image.dtype}"
-                raise InputError(f"{found}; it must be HxWx3, uint8")
-            check_size(image.shape[1], image.shape[0], "an image array")
-            return torch.from_numpy(np.array(image, order="C")).permute(2, 0, 1)  # [3, H, W], a copy
+            return _from_array(image)
         pillow = import_extra("PIL.Image", "pillow", "images")
         if isinstance(image, pillow.Image):
             return _from_pillow(image, name)
@@ -73,9 +65,30 @@ def load_image(image) -> torch.Tensor:
             return _from_pillow(opened, name)
 
 
+def _tensor_to_array(image: torch.Tensor) -> np.ndarray:
+    """Return a tensor [H, W, 3] or [3, H, W] as an array [H, W, 3]."""
+    if image.dtype != torch.uint8 or image.ndim != 3 or (image.shape[0] == 3) == (image.shape[2] == 3):
+        found = f"an image tensor has shape {tuple(image.shape)} and dtype {image.dtype}"
+        advice = "turn floats from 0 to 1 into bytes with (255 * image).round().byte()"
+        raise InputError(f"{found}; it must be uint8, and either [3, H, W] or [H, W, 3]; {advice}")
+    if image.shape[0] == 3:
+        image = image.permute(1, 2, 0)
+    return image.cpu().numpy()
+
+
+def _from_array(image: np.ndarray) -> torch.Tensor:
+    if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
+        found = f"an image array has shape {image.shape} and dtype {image.dtype}"
+        raise InputError(f"{found}; it must be HxWx3, uint8")
+    height, width, _ = image.shape
+    check_size(width, height, "an image array")
+    return torch.from_numpy(np.array(image, order="C")).permute(2, 0, 1)  # [3, H, W], a copy
+
+
 def normalise(pixels: torch.Tensor, config: ImageConfig) -> torch.Tensor:
     """Return pixels [N, 3, H, W] uint8 as the vision tower's float32 input."""
-    mean, std = (torch.tensor(values)[:, None, None] * (1 / config.rescale) for values in (config.mean, config.std))
+    mean = torch.tensor(config.mean)[:, None, None] * (1 / config.rescale)
+    std = torch.tensor(config.std)[:, None, None] * (1 / config.rescale)
     return (pixels - mean) / std
 
 
@@ -109,7 +122,8 @@ def _file_content(image) -> bytes:
             raise InputError(f"a data URL begins with {image[:40]!r}; it must begin with data:image/TYPE;base64,")
         _check_bytes((len(image) - header.end()) * 3 // 4, "a data URL", MAX_BYTES)
         return base64.b64decode(image[header.end() :], validate=True)
-    image = image.getvalue() if isinstance(image, io.BytesIO) else image  # all of it, whatever has been read
+    if isinstance(image, io.BytesIO):
+        image = image.getvalue()  # all of it, whatever has been read
     if not isinstance(image, (bytes, bytearray)):
         known = "a path, bytes, a BytesIO, a data URL, a PIL image, or a uint8 array or tensor [H, W, 3]"
         raise InputError(f"an image is of type {type(image).__name__}; give {known}")
@@ -128,11 +142,12 @@ def _from_pillow(image, name: str) -> torch.Tensor:
     check_size(*image.size, name)  # the header has the size, so nothing is decoded yet
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I;16"):  # Pillow would clip the values at 255
-        values, transparent = np.asarray(image), image.info.get("transparency", -1)
+        values = np.asarray(image)
+        transparent = image.info.get("transparency", -1)
         image = Image.fromarray(np.where(values == transparent, 255, values >> 8).astype(np.uint8))
     if image.mode in ("I", "F"):
         raise InputError(f"{name} has pixels of 32 bits, whose range is unknown; convert them to 8 bits")
-    if {"A", "a"} & {*image.getbands()} or image.info.get("transparency") is not None:
+    if {"A", "a"} & set(image.getbands()) or image.info.get("transparency") is not None:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)  # [3, H, W]

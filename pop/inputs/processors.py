@@ -38,7 +38,7 @@ class Prepared:
     @property
     def num_tokens(self) -> int:
         """How many tokens of a prompt stand for it, without texts such as the times of a video."""
-        return sum(len(piece) for piece in self.pieces if not isinstance(piece, str))
+        return sum(len(piece) for piece in self.pieces if isinstance(piece, list))
 
 
 class Processor:
@@ -50,7 +50,8 @@ class Processor:
     published: ClassVar[dict[str, ImageConfig]] = {}
 
     def __init__(self, config, preparation: dict[str, ImageConfig]):
-        self.config, self.preparation = config, self.published | preparation
+        self.config = config
+        self.preparation = self.published | preparation
         self.marks: dict[str, str] = {}  # for each kind, the text that marks its place in a prompt
         self.placeholders: dict[str, int] = {}  # for each kind, the token id that stands for its parts
         self.min_chunk_size = 1  # the fewest tokens that prefill may run at once
@@ -62,21 +63,30 @@ class Processor:
             raise InputError(f"the {self.config.family} family reads {takes} only; leave out the {kind}s")
         if isinstance(given, Prepared):
             return given
-        limits = (given.min_pixels, given.max_pixels) if isinstance(given, Image | Video) else (None, None)
-        return self._prepare(kind, given.image if isinstance(given, Image) else given, self.limited(kind, *limits))
+        preparation = self.preparation.get(kind)
+        if isinstance(given, Image | Video):
+            preparation = self.limited(kind, given.min_pixels, given.max_pixels)
+        if isinstance(given, Image):
+            given = given.image
+        return self._prepare(kind, given, preparation)
 
     def limited(self, kind: str, min_pixels: int | None, max_pixels: int | None) -> ImageConfig | None:
         """Return the preparation of a kind within other limits. None keeps a limit, unless the other contradicts it."""
-        limits = {"min_pixels": min_pixels, "max_pixels": max_pixels}
-        given = {name: check_count(name, limit) for name, limit in limits.items() if limit is not None}
         config = self.preparation.get(kind)
-        if not given:
+        if min_pixels is None and max_pixels is None:
             return config
         if config is None or config.pixels is None:
             family = self.config.family
             raise InputError(f"the {family} family cannot choose its images' size; leave out min_pixels and max_pixels")
-        least = given.get("min_pixels", min(config.pixels[0], given.get("max_pixels", config.pixels[0])))
-        most = given.get("max_pixels", max(config.pixels[1], least))
+        least, most = config.pixels
+        if min_pixels is not None:
+            least = check_count("min_pixels", min_pixels)
+        if max_pixels is not None:
+            most = check_count("max_pixels", max_pixels)
+        if min_pixels is None:
+            least = min(least, most)
+        if max_pixels is None:
+            most = max(least, most)
         if least > most:
             raise InputError(f"min_pixels is {least} and max_pixels is {most}; the first must not exceed the second")
         return replace(config, pixels=(least, most))
@@ -129,12 +139,13 @@ class Processor:
 
     def locate(self, tokens: Sequence[int], media: Sequence[Prepared]) -> list[range]:
         """Return where each image and video is in a prompt's tokens: from its first to its last placeholder."""
-        ranges, left = [], {}
+        left = {}
         for kind, placeholder in self.placeholders.items():
             left[kind] = iter([index for index, token in enumerate(tokens) if token == placeholder])
+        ranges = []
         for one in media:
             placeholder = self.placeholders[one.kind]
-            count = sum(piece.count(placeholder) for piece in one.pieces if not isinstance(piece, str))
+            count = sum(piece.count(placeholder) for piece in one.pieces if isinstance(piece, list))
             found = list(islice(left[one.kind], count))
             if len(found) < count:
                 raise InputError(f"{one.kind}s are given for which the prompt lacks tokens {placeholder}; add them")
@@ -147,8 +158,9 @@ def processor_of(config, preparation=None, min_pixels: int | None = None, max_pi
     from pop.inputs.gemma3 import GemmaProcessor  # here, because these files import this one
     from pop.inputs.qwen3_vl import QwenProcessor
 
-    families = {"gemma3": GemmaProcessor, "qwen3_vl": QwenProcessor}
-    family = Processor if getattr(config, "vision", None) is None else families[config.family]
+    family = Processor
+    if getattr(config, "vision", None) is not None:
+        family = {"gemma3": GemmaProcessor, "qwen3_vl": QwenProcessor}[config.family]
     processor = family(config, preparation or {})
     processor.preparation["image"] = processor.limited("image", min_pixels, max_pixels)
     return processor

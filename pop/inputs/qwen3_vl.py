@@ -27,41 +27,59 @@ MAX_RATIO = 200  # of an image's longer side to its shorter one
 PUBLISHED = {"image": ImageConfig((256**2, 4096**2)), "video": VideoConfig((4096, 24 * 2**20))}
 
 
-def qwen_image(image, vision: Qwen3VisionConfig, config: ImageConfig = PUBLISHED["image"]) -> tuple:
+def qwen_image(image, vision: Qwen3VisionConfig, config: ImageConfig = PUBLISHED["image"]) -> tuple[torch.Tensor, Grid]:
     """Return an image's patches and their grid. It is resized to the limits on pixels, nearly in shape."""
     frame = normalise(_resize(images.load_image(image), vision, 1, config), config)
     return _patches(frame.expand(vision.frames, -1, -1, -1), vision)  # one frame pair: the image twice
 
 
-def qwen_video(video, vision: Qwen3VisionConfig, config: VideoConfig = PUBLISHED["video"]) -> tuple:
+def qwen_video(
+    video, vision: Qwen3VisionConfig, config: VideoConfig = PUBLISHED["video"]
+) -> tuple[torch.Tensor, Grid, list[float]]:
     """Return a video's patches, frame pair by frame pair, their grid, and the time of each frame pair in seconds.
 
     Frames are read and resized one at a time.
     """
-    video, fps = (video.frames, video.fps) if isinstance(video, Video) else (video, None)
+    fps = None
+    if isinstance(video, Video):
+        fps = video.fps
+        video = video.frames
     is_path = isinstance(video, (str, os.PathLike))
-    is_rate = isinstance(fps, Real) and not isinstance(fps, bool) and 1e-6 <= fps <= 1e6
-    if fps is not None and (is_path or not is_rate):
-        raise InputError(f"fps is {fps!r}; it must be a number from 1e-6 to 1e6, or None for a file, which has its own")
-    if not (is_path or isinstance(video, (np.ndarray, torch.Tensor, Sequence))) or isinstance(video, bytes):
-        raise InputError(f"a video is of type {type(video).__name__}; give a path, an array or a list of images")
-    if isinstance(video, (np.ndarray, torch.Tensor)) and video.ndim != 4:
-        raise InputError(f"a video array has shape {tuple(video.shape)}; it must be TxHxWx3, uint8")
-    count, fps = video_files.measure(video) if is_path else (len(video), fps and float(fps))
+    _check_video(video, fps, is_path)
+    if is_path:
+        count, fps = video_files.measure(video)
+    else:
+        count = len(video)
+        fps = None if fps is None else float(fps)
     if count < 2:
         raise InputError(f"the video has {count} frames; give at least two, or pass the one as an image")
     kept = range(count) if fps is None or config.fps is None else _sampled(count, fps, config)
     frames = video_files.frames(video, kept) if is_path else (video[index] for index in kept)
-    shape, resized = None, []
+    shape = None
+    resized = []
     for frame in map(images.load_image, frames):
         shape = shape or frame.shape
         if frame.shape != shape:
             raise InputError(f"the video's frames differ in size: {tuple(shape)} and {tuple(frame.shape)}")
         resized.append(_resize(frame, vision, len(kept), config))
     missing = -len(kept) % vision.frames  # the last pair is filled with the last frame
-    patches, grid = _patches(normalise(torch.cat(resized + resized[-1:] * missing), config), vision)
-    pairs = np.reshape([*kept, *[kept[-1]] * missing], (-1, vision.frames))  # frame numbers
-    return patches, grid, (pairs[:, [0, -1]] / (fps or 24)).mean(1).tolist()
+    pixels = torch.cat(resized + resized[-1:] * missing)
+    patches, grid = _patches(normalise(pixels, config), vision)
+    numbers = [*kept, *[kept[-1]] * missing]
+    pairs = np.reshape(numbers, (-1, vision.frames))
+    times = (pairs[:, [0, -1]] / (fps or 24)).mean(1)
+    return patches, grid, times.tolist()
+
+
+def _check_video(video, fps: float | None, is_path: bool) -> None:
+    is_rate = isinstance(fps, Real) and not isinstance(fps, bool) and 1e-6 <= fps <= 1e6
+    if fps is not None and (is_path or not is_rate):
+        raise InputError(f"fps is {fps!r}; it must be a number from 1e-6 to 1e6, or None for a file, which has its own")
+    is_array = isinstance(video, (np.ndarray, torch.Tensor))
+    if not (is_path or is_array or isinstance(video, Sequence)) or isinstance(video, bytes):
+        raise InputError(f"a video is of type {type(video).__name__}; give a path, an array or a list of images")
+    if is_array and video.ndim != 4:
+        raise InputError(f"a video array has shape {tuple(video.shape)}; it must be TxHxWx3, uint8")
 
 
 def _sampled(count: int, fps: float, config: VideoConfig) -> list[int]:
@@ -73,24 +91,29 @@ def _sampled(count: int, fps: float, config: VideoConfig) -> list[int]:
 
 def _resize(frame, vision: Qwen3VisionConfig, num_frames: int, config: ImageConfig) -> torch.Tensor:
     """Resize an image or one of a video's frames [3, H, W] to whole squares of merged patches, [1, 3, h, w] uint8."""
-    (height, width), (least, most) = frame.shape[1:], config.pixels
+    height, width = frame.shape[1:]
+    least, most = config.pixels
     unit = vision.patch_size * vision.merge_size
     depth = vision.frames if num_frames > 1 else 1
     if depth > 1 and min(height, width) < unit:  # the reference enlarges small frames of videos only
         scale = max(unit / height, unit / width)
-        height, width = int(height * scale), int(width * scale)
+        height = int(height * scale)
+        width = int(width * scale)
     if max(height, width) > MAX_RATIO * min(height, width):
         raise InputError(f"{width} x {height} pixels are too long; a side may be at most {MAX_RATIO} times the other")
-    counted = round(num_frames / depth) * depth
-    size = [round(side / unit) * unit for side in (height, width)]
-    if counted * size[0] * size[1] > most:
+    rows = round(height / unit)  # of merged patches
+    columns = round(width / unit)
+    counted = round(num_frames / depth) * depth * rows * columns * unit**2
+    if counted > most:
         scale = math.sqrt(num_frames * height * width / most)
-        size = [max(unit, math.floor(side / scale / unit) * unit) for side in (height, width)]
-    elif counted * size[0] * size[1] < least:
+        rows = max(1, math.floor(height / scale / unit))
+        columns = max(1, math.floor(width / scale / unit))
+    elif counted < least:
         scale = math.sqrt(least / (num_frames * height * width))
-        size = [math.ceil(side * scale / unit) * unit for side in (height, width)]
-    images.check_size(size[1], size[0], "a resized image")
-    return F.interpolate(frame[None], size, mode="bicubic", antialias=True)
+        rows = math.ceil(height * scale / unit)
+        columns = math.ceil(width * scale / unit)
+    images.check_size(columns * unit, rows * unit, "a resized image")
+    return F.interpolate(frame[None], (rows * unit, columns * unit), mode="bicubic", antialias=True)
 
 
 def _patches(frames: torch.Tensor, config: Qwen3VisionConfig) -> tuple[torch.Tensor, Grid]:
@@ -114,32 +137,41 @@ class QwenProcessor(Processor):
         self.placeholders = {"image": config.image_id, "video": config.video_id}
 
     def _prepare(self, kind, given, preparation):
-        config, prepare = self.config, qwen_video if kind == "video" else qwen_image
-        pixels, grid, *times = prepare(given, config.vision, preparation)
-        count = grid.rows * grid.columns // config.vision.merge_size**2
-        ids = [config.start_id, *[self.placeholders[kind]] * count, config.end_id]
-        pieces = [ids]
+        config = self.config
         if kind == "video":
-            pairs = [piece for time in times[0] for piece in (f"<{time:.1f} seconds>", ids)]
-            pieces = [[config.start_id], *pairs, [config.end_id]]
+            pixels, grid, times = qwen_video(given, config.vision, preparation)
+        else:
+            pixels, grid = qwen_image(given, config.vision, preparation)
+        num_tokens = grid.rows * grid.columns // config.vision.merge_size**2  # of an image, or of a frame pair
+        ids = [config.start_id, *[self.placeholders[kind]] * num_tokens, config.end_id]
+        if kind == "image":
+            return Prepared(kind, pixels, (ids,), grid)
+        pieces = [[config.start_id]]
+        for time in times:
+            pieces += [f"<{time:.1f} seconds>", ids]
+        pieces.append([config.end_id])
         return Prepared(kind, pixels, tuple(pieces), grid)
 
     def images(self, module, rows, tokens, lengths):
         tokens = tokens.cpu()
-        rope_positions = torch.zeros(3, *tokens.shape, dtype=torch.int64)
+        B, T = tokens.shape
+        rope_positions = torch.zeros(3, B, T, dtype=torch.int64)
         for row, (media, length) in enumerate(zip(rows, lengths.tolist(), strict=True)):
-            grids = [[one.grid for one in media if one.kind == kind] for kind in ("image", "video")]
+            image_grids = [one.grid for one in media if one.kind == "image"]
+            video_grids = [one.grid for one in media if one.kind == "video"]
+            ids = tokens[row, :length].tolist()
             try:
-                positions, _ = image_positions(tokens[row, :length].tolist(), self.config, *grids)
+                rope_positions[:, row, :length], _ = image_positions(ids, self.config, image_grids, video_grids)
             except InputError as error:
                 raise InputError(f"row {row}: {error}") from None
-            rope_positions[:, row, :length] = positions
         if not any(rows):
             return TEXT
-        feature_index, media = torch.full_like(tokens, -1), []
+        is_prompt = torch.arange(T) < lengths[:, None]  # [B, T]
+        feature_index = torch.full_like(tokens, -1)
+        media = []
         for kind, token in self.placeholders.items():  # the features are those of all images, then of all videos
             media += [one for row in rows for one in row if one.kind == kind]
-            found = (tokens == token) & (torch.arange(tokens.shape[1]) < lengths[:, None])  # [B, T]
+            found = (tokens == token) & is_prompt
             feature_index[found] = feature_index.max() + 1 + torch.arange(int(found.sum()))
         pixels = torch.cat([one.pixels for one in media])  # [P, ...]
         features, deepstack = module.image_features(pixels, [one.grid for one in media])

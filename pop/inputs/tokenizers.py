@@ -26,6 +26,14 @@ class Tokenizer:
     """What all kinds share: added tokens, the beginning-of-text token (BOS), and decoding.
 
     Each kind has `_encode_text`, which returns the ids of a non-empty text without looking for added tokens.
+
+    Args:
+        special_tokens: Ids by name. Text spells these tokens only if the caller allows it.
+        added: The ids of other tokens that BPE lacks. Ordinary text spells them.
+        bytes_of: The bytes of each token, which may be part of a character.
+        bos_id: The token that begins a text, if the family has one.
+        normalize: What happens to a text first.
+        normalized: The names that are searched for in the normalised text. The others are searched for before.
     """
 
     def __init__(
@@ -34,40 +42,43 @@ class Tokenizer:
         added: dict[str, int],
         bytes_of: dict[int, bytes],
         bos_id: int | None = None,
-        normalize: Callable[[str], str] | None = None,  # what happens to a text first
-        normalized: Iterable[str] = (),  # the tokens that are searched for in the normalised text
+        normalize: Callable[[str], str] | None = None,
+        normalized: Iterable[str] = (),
     ):
-        self.special_tokens = special_tokens  # ids by name; text spells these tokens only if the caller allows it
+        self.special_tokens = special_tokens
+        self.added_tokens = added
         self.bos_id = bos_id
         self.chat_template: str | None = None  # as it is in the checkpoint's files
         self.tool_template: str | None = None  # another one for conversations with tools
         self.template_variables: dict[str, str] = {}  # what templates call bos_token and the like
         self.chat_format: str | None = None  # the name of the format if files of this kind never have a template
-        self.added_tokens = added  # ordinary text spells these, but BPE lacks them
-        self._normalized = {*normalized}
+        self._normalized = set(normalized)
         self._normalize = normalize or (lambda text: text)
         self._bytes_of = {id: name.encode() for name, id in added.items()} | bytes_of
         self._bytes_of |= dict.fromkeys(special_tokens.values(), b"")
         self.vocab_size = max(self._bytes_of) + 1
-        self.unused_ids = sorted({*range(self.vocab_size)} - self._bytes_of.keys())
-        self._index()
+        self.unused_ids = sorted(set(range(self.vocab_size)) - self._bytes_of.keys())
+        self._prepare_search()
 
-    def _index(self) -> None:
-        """Prepare the search for added tokens, without and with special ones."""
-        self._searches = []
-        for ids in (self.added_tokens, self.added_tokens | self.special_tokens):
-            raw = {name: id for name, id in ids.items() if name not in self._normalized}
-            normal = {self._normalize(name): id for name, id in ids.items() if name in self._normalized}
-            self._searches.append([(splitter(names), names) for names in (raw, normal)])
+    def _prepare_search(self) -> None:
+        self._ordinary = self._finders(self.added_tokens)
+        self._with_special = self._finders(self.added_tokens | self.special_tokens)
+
+    def _finders(self, ids: dict[str, int]) -> "tuple[_Finder, _Finder]":
+        """Return what finds these tokens in a text before and after it is normalised."""
+        raw = {name: id for name, id in ids.items() if name not in self._normalized}
+        normal = {self._normalize(name): id for name, id in ids.items() if name in self._normalized}
+        return _Finder(raw), _Finder(normal)
 
     def reserving(self, names: Iterable[str]) -> "Tokenizer":
         """Return a tokenizer to which these added tokens are special, so that ordinary text cannot spell them."""
-        if not (names := self.added_tokens.keys() & {*names}):
+        reserved = {name: self.added_tokens[name] for name in names if name in self.added_tokens}
+        if not reserved:
             return self
         other = copy.copy(self)
-        other.special_tokens = self.special_tokens | {name: self.added_tokens[name] for name in names}
-        other.added_tokens = {name: id for name, id in self.added_tokens.items() if name not in names}
-        other._index()
+        other.special_tokens = self.special_tokens | reserved
+        other.added_tokens = {name: id for name, id in self.added_tokens.items() if name not in reserved}
+        other._prepare_search()
         return other
 
     def encode(self, text: str, bos: bool = True, allow_special: bool = False) -> list[int]:
@@ -84,29 +95,30 @@ class Tokenizer:
             text.encode()
         except UnicodeEncodeError as error:
             raise InputError(f"the text has a lone surrogate at character {error.start}; remove it.") from None
-        ids = [self.bos_id] if bos and self.bos_id is not None else []
-        for part in self.split(text, allow_special):
-            ids += self._encode_text(part) if isinstance(part, str) else part
+        ids = []
+        if bos and self.bos_id is not None:
+            ids.append(self.bos_id)
+        for piece in self.split(text, allow_special):
+            ids += self._encode_text(piece) if isinstance(piece, str) else piece
         return ids
 
     def split(self, text: str, allow_special: bool) -> Iterator[Piece]:
         """Split a text at its added tokens: yield the normalised texts between them, and their ids."""
-        (raw, raw_ids), (normal, normal_ids) = self._searches[allow_special]
-        for n, part in enumerate(raw.split(text) if raw else [text]):
-            if n % 2:  # every second part is a token's name
-                yield [raw_ids[part]]
-                continue
-            part = self._normalize(part)
-            for m, rest in enumerate(normal.split(part) if normal else [part]):
-                if rest:
-                    yield [normal_ids[rest]] if m % 2 else rest
+        raw, normal = self._with_special if allow_special else self._ordinary
+        for piece in raw.split(text):
+            if isinstance(piece, str):
+                yield from normal.split(self._normalize(piece))
+            else:
+                yield piece
 
     def encode_pieces(self, pieces: Iterable[Piece], bos: bool = True) -> list[int]:
         """Return the ids of texts and lists of ids in order. Adjacent texts are encoded as one text."""
         ids = self.encode("", bos=bos)
-        for is_text, group in groupby(pieces, lambda piece: isinstance(piece, str)):
-            pieces = list(group)
-            ids += self.encode("".join(pieces), bos=False) if is_text else chain.from_iterable(pieces)
+        for kind, group in groupby(pieces, type):
+            if kind is str:
+                ids += self.encode("".join(group), bos=False)
+            else:
+                ids += chain.from_iterable(group)
         return ids
 
     def decode(self, ids: Iterable[int], special: bool = False) -> str:
@@ -116,9 +128,12 @@ class Tokenizer:
             ids: A list, a tensor or an array.
             special: Write the names of special tokens. By default they are left out.
         """
-        ids = ids.tolist() if hasattr(ids, "tolist") else ids
-        names = {id: name for name, id in self.special_tokens.items()} if special else {}
-        return b"".join(self.token_bytes(id) or names.get(id, "").encode() for id in ids).decode("utf-8", "replace")
+        names = self._special_names() if special else {}
+        found = [self.token_bytes(id) or names.get(id, "").encode() for id in _as_list(ids)]
+        return b"".join(found).decode("utf-8", "replace")
+
+    def _special_names(self) -> dict[int, str]:
+        return {id: name for name, id in self.special_tokens.items()}
 
     def token_bytes(self, id: int) -> bytes:
         """Return the bytes of a token, which may be part of a character. For a special token they are b""."""
@@ -129,15 +144,20 @@ class Tokenizer:
 
     def text_stream(self) -> Callable[[int | None, bool], str]:
         """Return a function that takes an answer's next id and whether it is the last. It returns whole characters."""
-        ids, start, end = [], 0, 0  # ids[start:end] have been returned; the text of an id may depend on those before
+        ids = []
+        start = 0
+        end = 0  # ids[start:end] have been returned; the text of an id may depend on those before
 
         def push(id: int | None, last: bool) -> str:
             nonlocal start, end
-            ids.extend([] if id is None else [id])
-            before, text = self.decode(ids[start:end]), self.decode(ids[start:])
+            if id is not None:
+                ids.append(id)
+            before = self.decode(ids[start:end])
+            text = self.decode(ids[start:])
             if text.endswith("\ufffd") and not last:
                 return ""
-            start, end = end, len(ids)
+            start = end
+            end = len(ids)
             return text[len(before) :]
 
         return push
@@ -151,8 +171,11 @@ class ForeignTokenizer(Tokenizer):
     """
 
     def __init__(self, source):
-        super().__init__(dict(getattr(source, "special_tokens", {})), {}, {0: b""}, getattr(source, "bos_id", None))
-        self._source, self.vocab_size, self.unused_ids = source, sys.maxsize, []
+        special_tokens = dict(getattr(source, "special_tokens", {}))
+        super().__init__(special_tokens, {}, {0: b""}, getattr(source, "bos_id", None))
+        self._source = source
+        self.vocab_size = sys.maxsize
+        self.unused_ids = []
         self.chat_template = getattr(source, "chat_template", None)
         if self._encode_text(""):
             raise InputError("tokenizer.encode('') gives token ids; it must add none, such as BOS, to a text")
@@ -161,20 +184,43 @@ class ForeignTokenizer(Tokenizer):
         return list(self._source.encode(text))
 
     def decode(self, ids: Iterable[int], special: bool = False) -> str:
-        ids = ids.tolist() if hasattr(ids, "tolist") else ids
-        names = {id: name for name, id in self.special_tokens.items()} if special else {}
-        groups = ((name, list(group)) for name, group in groupby(ids, names.get))
-        return "".join(self._source.decode(group) if name is None else name * len(group) for name, group in groups)
+        names = self._special_names() if special else {}
+        text = ""
+        for name, group in groupby(_as_list(ids), names.get):
+            group = list(group)
+            text += self._source.decode(group) if name is None else name * len(group)
+        return text
+
+
+class _Finder:
+    """Finds the names of tokens in a text, from left to right. Of two names at one place, the longer one counts."""
+
+    def __init__(self, ids: dict[str, int]):
+        self._ids = ids
+        self._pattern = splitter(ids)
+
+    def split(self, text: str) -> Iterator[Piece]:
+        """Yield the texts between tokens, and the tokens' ids."""
+        parts = [text] if self._pattern is None else self._pattern.split(text)
+        for n, part in enumerate(parts):
+            if n % 2:  # every second part is a token's name
+                yield [self._ids[part]]
+            elif part:
+                yield part
 
 
 def splitter(names: Iterable[str]) -> re.Pattern | None:
-    """A pattern that splits a text at any of the names and keeps them. Of two at one place, the longer one counts."""
+    """Return a pattern that splits a text at any of the names, the longest first, and keeps them. None: no names."""
     longest_first = sorted(names, key=lambda name: (name[0], -len(name)))
-    by_first = [
-        re.escape(first) + "(?:" + "|".join(re.escape(name[1:]) for name in group) + ")"  # quicker than one long list
-        for first, group in groupby(longest_first, lambda name: name[0])
-    ]
-    return re.compile("(" + "|".join(by_first) + ")") if by_first else None
+    alternatives = []
+    for first, group in groupby(longest_first, lambda name: name[0]):  # quicker than one list of thousands of names
+        rests = "|".join(re.escape(name[1:]) for name in group)
+        alternatives.append(f"{re.escape(first)}(?:{rests})")
+    return re.compile(f"({'|'.join(alternatives)})") if alternatives else None
+
+
+def _as_list(ids: Iterable[int]) -> Iterable[int]:
+    return ids.tolist() if hasattr(ids, "tolist") else ids
 
 
 def as_tokenizer(given) -> Tokenizer:
@@ -193,67 +239,95 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
 
     Raises TokenizerError if it is missing or broken, or has a feature that we do not reproduce exactly.
     """
-    from pop.inputs import byte_pair, sentence_piece  # here, because they import this file
-
     path = Path(expanduser(path))
-    folder = path if path.is_dir() else path.parent
-    files = [folder / "tokenizer.json", folder / "tokenizer.model"] if path.is_dir() else [path]
+    files = [path]
+    if path.is_dir():
+        files = [path / "tokenizer.json", path / "tokenizer.model"]
     files = [file for file in files if file.is_file()]
     if not files:
         raise TokenizerError(f"{path}: there is no tokenizer.json and no tokenizer.model here.")
     try:
-        config, data = _read(folder, "tokenizer_config.json"), files[-1].read_bytes()
-        spec = json.loads(files[0].read_bytes()) if files[0].suffix == ".json" else None
-        variables = _read(folder, "special_tokens_map.json") | config
-        # add_bos_token and its like are true or false, not tokens.
-        variables = {key: x for key, x in variables.items() if key.endswith("_token") and x and x is not True}
-        variables = {key: x if isinstance(x, str) else x["content"] for key, x in variables.items()}
-        added = _added_tokens(folder, config, {} if spec is None else spec, {*variables.values()})
-        if files[-1].suffix != ".json" and data[:1] == b"\n":  # the first tag of a sentencepiece model
-            tokenizer = sentence_piece.from_tokenizer_model(data, added)
-        elif spec is None:
-            tokenizer = byte_pair.from_tiktoken_file(data)
-        else:
-            replaces = (spec.get("normalizer") or {}).get("type") == "Replace"  # spaces, by sentencepiece's mark
-            kind = sentence_piece if replaces else byte_pair
-            tokenizer = kind.from_tokenizer_json(spec | {"added_tokens": added})
-        tokenizer.template_variables = variables
-        templates = _chat_templates(folder, config)
-        tokenizer.chat_template, tokenizer.tool_template = templates.get("default"), templates.get("tool_use")
+        return _load(files)
     except (ValueError, LookupError, TypeError, AttributeError, RuntimeError, OSError) as error:
         reason = "" if isinstance(error, TokenizerError) else f"not a tokenizer, {type(error).__name__}: "
         raise TokenizerError(f"{path}: {reason}{error}") from error
+
+
+def _load(files: list[Path]) -> Tokenizer:
+    """Load a tokenizer.json, a tokenizer.model, or both in this order, with the other files of their folder."""
+    from pop.inputs import byte_pair, sentence_piece  # here, because they import this file
+
+    folder = files[0].parent
+    spec = {}
+    if files[0].suffix == ".json":
+        spec = json.loads(files[0].read_bytes())
+    config = _read(folder, "tokenizer_config.json")
+    variables = _template_variables(_read(folder, "special_tokens_map.json") | config)
+    added = _added_tokens(folder, config, spec, set(variables.values()))
+    data = files[-1].read_bytes()
+    if files[-1].suffix != ".json" and data[:1] == b"\n":  # the first tag of a sentencepiece model
+        tokenizer = sentence_piece.from_tokenizer_model(data, added)
+    elif files[0].suffix != ".json":
+        tokenizer = byte_pair.from_tiktoken_file(data)
+    else:
+        normalizer = spec.get("normalizer") or {}
+        replaces_spaces = normalizer.get("type") == "Replace"  # by sentencepiece's mark
+        kind = sentence_piece if replaces_spaces else byte_pair
+        tokenizer = kind.from_tokenizer_json(spec | {"added_tokens": added})
+    templates = _chat_templates(folder, config)
+    tokenizer.template_variables = variables
+    tokenizer.chat_template = templates.get("default")
+    tokenizer.tool_template = templates.get("tool_use")
     return tokenizer
 
 
 def _read(folder: Path, name: str) -> dict[str, Any]:
-    return read_json(folder / name, TokenizerError) if (folder / name).is_file() else {}
+    file = folder / name
+    return read_json(file, TokenizerError) if file.is_file() else {}
+
+
+def _template_variables(config: dict[str, Any]) -> dict[str, str]:
+    """Return the texts of bos_token, eos_token and the like, each given as a text or as a dict."""
+    variables = {}
+    for key, token in config.items():
+        if not key.endswith("_token") or not token or token is True:  # add_bos_token and its like are true or false
+            continue
+        variables[key] = token if isinstance(token, str) else token["content"]
+    return variables
 
 
 def _added_tokens(folder: Path, config: dict[str, Any], spec: dict[str, Any], special: set[str]) -> list[dict]:
-    """Return the added tokens of all files, in the form of tokenizer.json, whose own entries come first."""
-    older = _read(folder, "added_tokens.json")
-    tokens = {name: {"id": id, "content": name, "special": name in special} for name, id in older.items()}
-    in_config = config.get("added_tokens_decoder", {})
-    tokens |= {token["content"]: {"id": int(id)} | token for id, token in in_config.items()}
-    return list((tokens | {token["content"]: token for token in spec.get("added_tokens", ())}).values())
+    """Return the added tokens of all files, in the form of tokenizer.json. Its own entries count most."""
+    tokens = {}
+    for name, id in _read(folder, "added_tokens.json").items():
+        tokens[name] = {"id": id, "content": name, "special": name in special}
+    for id, token in config.get("added_tokens_decoder", {}).items():
+        tokens[token["content"]] = {"id": int(id)} | token
+    for token in spec.get("added_tokens", ()):
+        tokens[token["content"]] = token
+    return list(tokens.values())
 
 
 def sort_added(tokens: list[dict], vocab: dict[str, int]) -> tuple[dict, dict, set[str]]:
     """Return the ids of special and of other added tokens, and the names that are sought in the normalised text."""
-    special, added, normalized = {}, {}, set()
+    special = {}
+    added = {}
+    normalized = set()
     for token in tokens:
-        name, id = token["content"], token["id"]
+        name = token["content"]
+        id = token["id"]
         for flag in ("single_word", "lstrip", "rstrip"):
             if token.get(flag, False):
                 raise TokenizerError(f"{flag} of the added token {name!r} is set, which is not supported.")
         if not name.encode() or vocab.get(name, id) != id:
             raise TokenizerError(f"the added token {name!r} has two ids or no text.")
-        (special if token["special"] else added)[name] = id
+        kind = special if token["special"] else added
+        kind[name] = id
         if token.get("normalized", False):
             normalized.add(name)
     ids = list({**vocab, **special, **added}.values())
-    if not all(type(id) is int and 0 <= id < 2**24 for id in ids) or len({*ids}) < len(ids) or "" in vocab:
+    are_ids = all(type(id) is int and 0 <= id < 2**24 for id in ids)
+    if not are_ids or len(set(ids)) < len(ids) or "" in vocab:
         raise TokenizerError("an id appears twice, is not a non-negative integer or is too large, or lacks a text.")
     return special, added, normalized
 
@@ -265,9 +339,12 @@ def _chat_templates(folder: Path, config: dict[str, Any]) -> dict[str, str]:
         template = template or _read(folder, name).get("chat_template")
     if (folder / "chat_template.jinja").is_file():
         template = (folder / "chat_template.jinja").read_text(encoding="utf-8")
-    if isinstance(template, list):  # several templates by name
-        template = {entry["name"]: entry["template"] for entry in template}
-    templates = dict(template) if isinstance(template, dict) else {"default": template} if template else {}
+    if isinstance(template, list):
+        templates = {entry["name"]: entry["template"] for entry in template}
+    elif isinstance(template, dict):
+        templates = dict(template)
+    else:
+        templates = {"default": template} if template else {}
     for file in sorted((folder / "additional_chat_templates").glob("*.jinja")):
         templates.setdefault(file.stem, file.read_text(encoding="utf-8"))
     if not all(isinstance(template, str) for template in templates.values()):

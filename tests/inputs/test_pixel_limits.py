@@ -194,31 +194,20 @@ def png(picture):
     return file.getvalue()
 
 
-def test_conversations_take_images_in_memory(model, tmp_path):
-    """Their hashes are those of the prepared pixels, in whatever form an image is given."""
-    content, hashes, answers = png(A), set(), set()
+def test_conversations_take_images_in_any_form(model, tmp_path):
+    content = png(A)
     (tmp_path / "a.png").write_bytes(content)
     url = f"data:image/png;base64,{base64.b64encode(content).decode()}"
+    answers = set()
     for form in (tmp_path / "a.png", A, content, io.BytesIO(content), url, torch.from_numpy(A), pop.Image(content)):
         chat = model.start_chat()
         chat.send("What?", images=[form], max_new_tokens=2)
-        hashes.add(tuple(chat.turns[0].media))
         answers.add(tuple(chat.send("And?", max_new_tokens=2).tokens))
-        if form is url or not isinstance(form, bytes | np.ndarray | torch.Tensor | io.BytesIO | pop.Image):
-            chat.save(tmp_path / "chat.json")
-            again = model.load_chat(tmp_path / "chat.json")
-            assert again.turns[0].media == chat.turns[0].media
-        else:
-            with pytest.raises(InputError, match="without a path; it cannot be saved"):
-                chat.save(tmp_path / "other.json")
-    assert len(hashes) == len(answers) == 1 and not (tmp_path / "other.json").exists()
+    assert len(answers) == 1
 
 
-def test_a_saved_conversation_keeps_the_limits_of_an_image(model, tmp_path):
-    (tmp_path / "a.png").write_bytes(png(A))
+def test_a_conversation_has_the_limits_of_an_image(model):
     chat = model.start_chat()
-    part = {"type": "image", "image": str(tmp_path / "a.png"), "max_pixels": 20_000}
+    part = {"type": "image", "image": A, "max_pixels": 20_000}
     chat.send([part, {"type": "text", "text": "What?"}], max_new_tokens=2)
-    chat.save(tmp_path / "chat.json")
-    again = model.load_chat(tmp_path / "chat.json")
-    assert again.tokens == chat.tokens and chat.tokens.count(IMAGE) == 16
+    assert chat.tokens.count(IMAGE) == 16

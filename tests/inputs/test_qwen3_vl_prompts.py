@@ -5,7 +5,6 @@ import json
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from support.chat_templates import QWEN3_THINKING
 from support.text import GOLDENS
 from support.tiny import random_model, tiny_config
@@ -165,22 +164,6 @@ def test_turns_continue_where_images_end(model, plan):
         again = model.generate(prompt, images=[A, B], videos=[FILM], max_new_tokens=4, plan=plan)
         assert again.tokens == answers[-1].tokens
         assert cache.rope_offsets.item() < 0  # an image of 8 x 8 tokens is eight positions
-
-
-def test_a_conversation_with_images_is_saved_by_their_paths(model, tmp_path):
-    Image.fromarray(A).save(tmp_path / "a.png")
-    chat = model.start_chat()
-    chat.send("What?", images=[tmp_path / "a.png"], max_new_tokens=3)
-    chat.save(tmp_path / "chat.json")
-    again = model.load_chat(tmp_path / "chat.json")
-    assert again.send("And?", max_new_tokens=4).tokens == chat.send("And?", max_new_tokens=4).tokens
-    Image.fromarray(A[::-1].copy()).save(tmp_path / "a.png")
-    with pytest.raises(InputError, match="image or a video.*changed"):
-        model.load_chat(tmp_path / "chat.json")
-    chat.send("This?", images=[B], max_new_tokens=1)
-    with pytest.raises(InputError, match="image or a video.*path"):
-        chat.save(tmp_path / "other.json")
-    assert not (tmp_path / "other.json").exists()
 
 
 def test_bfloat16(model):
