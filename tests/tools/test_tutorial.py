@@ -7,9 +7,9 @@ import json
 import os
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from support.naive_fit import naive_fit
 from support.tiny_chat import write_chat_checkpoint
 
 import pop
@@ -53,20 +53,50 @@ def test_the_method_in_ten_lines_is_the_references(short, pruned):
     torch.testing.assert_close(short["pruned_pass"](tokens, full_depth, pruned), expected)
 
 
-@pytest.mark.parametrize("taps", [1, 2])
-def test_the_fit_by_hand_is_the_naive_one(short, taps):
-    plan = pop.PrunePlan(short["half"], full_depth_first=1)
-    expected = naive_fit(short["model"], short["train"].tolist(), plan, taps, ridge=0.1)[0].flatten(1, 2)
-    torch.testing.assert_close(short["refit"](plan.layers, taps), expected.float(), rtol=1e-3, atol=1e-4)
+@pytest.mark.parametrize("previous", [False, True])
+def test_the_fit_by_hand_is_ridge_regression(short, previous):
+    """By lstsq, with the pull toward zero as further rows."""
+    h = short["entering"][short["half"][0]]
+    X = short["inputs"](h, previous)[:, 1:].flatten(0, 1).double().numpy()
+    pull = np.sqrt(0.1 * len(X)) * np.eye(X.shape[1])
+    for found, index in zip(short["fit"](short["half"], previous), short["half"], strict=True):
+        own = torch.cat(short["module"].layers[index].projected(h), dim=-1)
+        R = (short["targets"][index] - own)[:, 1:].flatten(0, 1).double().numpy()
+        rows = np.concatenate([R, np.zeros((X.shape[1], R.shape[1]))])
+        expected = np.linalg.lstsq(np.concatenate([X, pull]), rows, rcond=None)[0].T
+        np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("previous", [False, True])
+def test_no_other_code_of_its_size_changes_the_corrections_less(short, previous, monkeypatch):
+    """A code of full size changes nothing. A smaller one beats codes that are perturbed."""
+    half = short["half"]
+    corrections = short["fit"](half, previous)
+    X = short["inputs"](short["entering"][half[0]], previous)[:, 1:].flatten(0, 1).double()
+    monkeypatch.setitem(short, "RANK", X.shape[1])
+    U, V = short["share"](corrections, half, previous)
+    torch.testing.assert_close(U.double() @ V.double(), corrections, rtol=1e-3, atol=1e-4)
+    monkeypatch.setitem(short, "RANK", 4)
+    U, V = short["share"](corrections, half, previous)
+
+    def change(V) -> float:
+        """The mean square change of the corrections, and lambda's share of it, for the best U."""
+        C = torch.linalg.cholesky(X.T @ X / len(X) + 0.1 * torch.eye(X.shape[1]))
+        scaled = corrections.flatten(0, 1) @ C
+        code = V.double() @ C
+        return (scaled - scaled @ torch.linalg.pinv(code) @ code).square().sum().item()
+
+    least = change(V)
+    for seed in range(5):
+        generator = torch.Generator().manual_seed(seed)
+        assert change(V + 0.1 * V.std() * torch.randn(V.shape, generator=generator)) > least
 
 
 def test_each_point_of_the_frontier_is_of_its_own_plan(short):
     assert list(short["depths"]) == [1, 2, 3, 4]
     for name, plans in short["frontier"].items():
         assert [plan.layers for plan in plans] == list(short["depths"].values())
-        assert {plan.corrections and plan.corrections.taps for plan in plans} == {
-            {"plain": None, "refit": 1}.get(name, 2)
-        }
+        assert {plan.corrections is None for plan in plans} == {name == "plain"}
         assert short["limits"][name] == sorted(short["limits"][name])
         assert short["losses"][name][2] == short["judge"].losses(plans[2])
 

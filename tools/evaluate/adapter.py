@@ -21,6 +21,7 @@ from tools.evaluate.scoring import Request, rolling_windows, score
 logger = logging.getLogger("lm_eval.pop")  # below the harness's own logger, whose handlers show it
 
 MAX_GEN_TOKS = 256  # the harness's default
+LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")  # the first one given counts
 
 Group = tuple[list[int], list[tuple[int, list[int]]]]  # a context, and (number of the request, continuation) of each
 
@@ -40,7 +41,8 @@ class ChatPrompt(str):
 
     def __new__(cls, shown: str, head: Iterable[int] = (), text: str = ""):
         prompt = super().__new__(cls, shown)
-        prompt.head, prompt.text = list(head), text
+        prompt.head = list(head)
+        prompt.text = text
         return prompt
 
 
@@ -59,9 +61,10 @@ class PopAdapter:
 
     def __init__(self, model: pop.Model, batch_size: int | str = 1, name: str = "model"):
         model.need_tokenizer("evaluation")
-        text = str(batch_size)
-        self.batch_size = check_count("batch_size", int(text) if text.isdecimal() else batch_size)
-        self.model, self.name = model, name
+        is_text = isinstance(batch_size, str) and batch_size.isdecimal()  # as --model_args give it
+        self.batch_size = check_count("batch_size", int(batch_size) if is_text else batch_size)
+        self.model = model
+        self.name = name
         self._mark = None  # the control token that opens a message, once the harness has asked for a conversation
         self._warned: set[str] = set()
 
@@ -97,7 +100,8 @@ class PopAdapter:
         if self.model.plan.layers:
             self._warn_once("loglikelihood_rolling prunes (almost) nothing: its contexts are single tokens")
         requests = [request.args for request in requests]
-        owners, windows = [], []
+        owners = []  # the number of the request, for each window
+        windows = []
         for index, (text,) in enumerate(requests):
             tokens = self.model.tokenizer.encode(text, bos=False)
             for window in rolling_windows(tokens, self.prefix_id, self.model.max_seq_len):
@@ -132,18 +136,17 @@ class PopAdapter:
         with _progress(len(requests), "generate_until", disable_tqdm) as bar:
             for (options, _), members in groups.items():
                 options = json.loads(options)
-                members.sort(
-                    key=lambda member: -len(member[1])
-                )  # the longest first, so that memory runs out early or never
+                # The longest first, so that memory runs out early or never.
+                members.sort(key=lambda member: len(member[1]), reverse=True)
                 for begin in range(0, len(members), self.batch_size):
-                    indices, prompts = zip(*members[begin : begin + self.batch_size], strict=True)
+                    batch = members[begin : begin + self.batch_size]
                     if options["temperature"] > 0:
                         options["seed"] = int(torch.randint(2**62, ()))
-                    answers = self.model.generate(list(prompts), **options)
-                    for index, answer in zip(indices, answers, strict=True):
+                    answers = self.model.generate([prompt for _, prompt in batch], **options)
+                    for (index, _), answer in zip(batch, answers, strict=True):
                         results[index] = answer.text
                         self.cache_hook.add_partial("generate_until", requests[index], answer.text)
-                    bar.update(len(prompts))
+                    bar.update(len(batch))
         return results
 
     # Conversations
@@ -290,14 +293,20 @@ class PopAdapter:
 
         A batch is a rectangle, so its longest continuation must fit after its longest context.
         """
-        sized = [(len(context), max(len(c) for _, c in members), (context, members)) for context, members in groups]
+
+        def sizes(group: Group) -> tuple[int, int]:
+            context, members = group
+            return len(context), max(len(continuation) for _, continuation in members)
+
         batch: list[Group] = []
         room = 0  # tokens of a continuation that fit after the batch's longest context, which is its first
-        for length, longest, group in sorted(sized, key=lambda entry: entry[:2], reverse=True):
+        for group in sorted(groups, key=sizes, reverse=True):
+            length, longest = sizes(group)
             if len(batch) == self.batch_size or longest > room:
                 if batch:
                     yield batch
-                batch, room = [], self.model.max_seq_len + 1 - length
+                batch = []
+                room = self.model.max_seq_len + 1 - length
             batch.append(group)
         if batch:
             yield batch
@@ -307,20 +316,25 @@ def generation_options(gen_kwargs: dict) -> dict:
     """The harness's gen_kwargs as options of `model.generate`. Raises InputError for an option that `pop` lacks."""
     given = dict(gen_kwargs)
     until = given.pop("until", None) or []
-    names = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")  # the first one given counts
-    lengths = [value for name in names if (value := given.pop(name, None)) is not None]
-    temperature, do_sample = given.pop("temperature", None), given.pop("do_sample", None)
+    lengths = [given.pop(name, None) for name in LENGTHS]
+    lengths = [length for length in lengths if length is not None]
+    temperature = given.pop("temperature", None)
+    do_sample = given.pop("do_sample", None)
     if do_sample is None:
         do_sample = bool(temperature)
-    top_k, top_p = given.pop("top_k", None), given.pop("top_p", None)
-    penalty, min_p = given.pop("repetition_penalty", None), given.pop("min_p", None)
+    top_k = given.pop("top_k", None)
+    top_p = given.pop("top_p", None)
+    min_p = given.pop("min_p", None)
+    penalty = given.pop("repetition_penalty", None)
     if given.get("num_beams") == 1:
         del given["num_beams"]
     if given:
         raise InputError(f"pop does not have the generation options {given}; remove them from the task or --gen_kwargs")
+    if isinstance(until, str):
+        until = [until]
     options = {
         "max_new_tokens": int(lengths[0]) if lengths else MAX_GEN_TOKS,
-        "stop": [text for text in ([until] if isinstance(until, str) else until) if text],
+        "stop": [text for text in until if text],
         "temperature": 0.0,
         "repetition_penalty": 1.0 if penalty is None else penalty,
     }

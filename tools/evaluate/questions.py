@@ -19,7 +19,8 @@ from pop.errors import InputError
 
 CODES = 6  # sentences with a code in a prompt
 DOCUMENTS = 8
-CUE, QUOTED = 8, 16  # tokens of a quoted passage: those that the prompt repeats, and those that are asked for
+CUE = 8  # tokens of a quoted passage that the prompt repeats
+QUOTED = 16  # tokens after them that are asked for
 COLOURS = ["red", "blue", "green", "black", "white", "grey", "pink", "brown"]
 THINGS = ["box", "door", "car", "shelf", "safe", "drawer"]
 
@@ -51,7 +52,9 @@ class Writer:
     """
 
     def __init__(self, tokenizer, texts: dict[str, list[int]], seed: int):
-        self.tokenizer, self.texts, self.rng = tokenizer, texts, random.Random(seed)
+        self.tokenizer = tokenizer
+        self.texts = texts
+        self.rng = random.Random(seed)
         self.filler = [token for tokens in texts.values() for token in tokens]
         self.head = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
 
@@ -67,14 +70,17 @@ class Writer:
 
     def prompt(self, length: int, facts: list[str], asking: str, depths: list[float]) -> list[int]:
         """A prompt of `length` tokens: a long text with facts at increasing depths, from 0 to 1, and then `asking`."""
-        facts, asked = [self.encode(fact) for fact in facts], self.encode(asking)
-        hay = self.cut(self.filler, length - len(self.head) - len(asked) - sum(map(len, facts)))
-        ends = [round(depth * len(hay)) for depth in depths]
-        prompt, begin = list(self.head), 0
-        for fact, end in zip(facts, ends, strict=True):
-            prompt += hay[begin:end] + fact
+        encoded = [self.encode(fact) for fact in facts]
+        question = self.encode(asking)
+        used = len(self.head) + sum(map(len, encoded)) + len(question)
+        text = self.cut(self.filler, length - used)
+        prompt = list(self.head)
+        begin = 0
+        for fact, depth in zip(encoded, depths, strict=True):
+            end = round(depth * len(text))
+            prompt += text[begin:end] + fact
             begin = end
-        return prompt + hay[begin:] + asked
+        return prompt + text[begin:] + question
 
     def numbers(self, count: int) -> list[int]:
         """Distinct numbers of five digits."""
@@ -90,11 +96,16 @@ class Writer:
 
     def listed(self, items: list[str]) -> tuple[list[int], list[bool]]:
         """An answer that lists items, as " a, b, c", and which of its tokens are items."""
-        answer, counted = [], []
+        comma = self.encode(",")
+        answer = []
+        counted = []
         for number, item in enumerate(items):
-            for text, counts in ((",", False),) * bool(number) + ((f" {item}", True),):
-                tokens = self.encode(text)
-                answer, counted = answer + tokens, counted + [counts] * len(tokens)
+            if number:
+                answer += comma
+                counted += [False] * len(comma)
+            tokens = self.encode(f" {item}")
+            answer += tokens
+            counted += [True] * len(tokens)
         return answer, counted
 
 
@@ -104,7 +115,8 @@ Maker = Callable[[Writer, int, float], Question]  # from a writer, a length in t
 def codes(writer: Writer, length: int, depth: float) -> Question:
     """The asked sentence is the one nearest to the depth."""
     everything = [f"{colour} {thing} {n}" for colour in COLOURS for thing in THINGS for n in range(1, 6)]
-    names, numbers = writer.rng.sample(everything, CODES), writer.numbers(CODES)
+    names = writer.rng.sample(everything, CODES)
+    numbers = writer.numbers(CODES)
     asked = round(depth * (CODES - 1))
     facts = [f"\nThe code of the {name} is {number}.\n" for name, number in zip(names, numbers, strict=True)]
     asking = f"\n\nQuestion: What is the code of the {names[asked]}?\nAnswer: The code of the {names[asked]} is"
@@ -123,11 +135,11 @@ def documents(writer: Writer, length: int, depth: float) -> Question:
     """All documents are equally long. The asked one is the one nearest to the depth."""
     words = writer.words(3 * DOCUMENTS)
     names = [" ".join(words[n : n + 2]) for n in range(0, 2 * DOCUMENTS, 2)]
-    towns, asked = words[2 * DOCUMENTS :], round(depth * (DOCUMENTS - 1))
-    facts = [
-        f"\n\nDocument {n}\n{name} lives in the town of {town}.\n"
-        for n, (name, town) in enumerate(zip(names, towns, strict=True), 1)
-    ]
+    towns = words[2 * DOCUMENTS :]
+    asked = round(depth * (DOCUMENTS - 1))
+    facts = []
+    for number, (name, town) in enumerate(zip(names, towns, strict=True), start=1):
+        facts.append(f"\n\nDocument {number}\n{name} lives in the town of {town}.\n")
     asking = f"\n\nQuestion: In which town does {names[asked]} live?\nAnswer: {names[asked]} lives in the town of"
     prompt = writer.prompt(length, facts, asking, [n / DOCUMENTS for n in range(DOCUMENTS)])
     return Question("documents", prompt, writer.encode(f" {towns[asked]}"))
@@ -162,4 +174,7 @@ def _is_clear(text: list[int], begin: int) -> bool:
 def make_questions(writer: Writer, makers: list[Maker], lengths: list[int], per_kind: int) -> dict[int, list[Question]]:
     """`per_kind` questions of each kind at each length, with answers from the beginning of the prompt to its end."""
     depths = [(n + 0.5) / per_kind for n in range(per_kind)]
-    return {length: [make(writer, length, depth) for make in makers for depth in depths] for length in lengths}
+    questions = {}
+    for length in lengths:
+        questions[length] = [make(writer, length, depth) for make in makers for depth in depths]
+    return questions

@@ -10,7 +10,8 @@ from tools.common import table
 
 def report(result: dict) -> str:
     """All figures of a run as text."""
-    computer, counts = result["machine"], result["tokens"]
+    computer = result["machine"]
+    counts = result["tokens"]
     parts = [
         f"""\
 model     {result["model"]}, {result["num_layers"]} layers, {result["dtype"]}, seed {result["seed"]}
@@ -18,7 +19,8 @@ machine   {computer["device"]}, {computer["threads"]} threads, torch {computer["
 windows   {counts["prompt"]} prompt + {counts["continuation"]} continuation tokens; \
 intervals: 95 %, bootstrap over windows"""
     ]
-    parts += [table(_summary_rows(result))] if {"text", "retrieval", "ttft"} & set(result) else []
+    if {"text", "retrieval", "ttft"} & set(result):
+        parts.append(table(_summary_rows(result)))
     for name, domain in result.get("text", {}).items():
         title = f"{name}: {domain['windows']} windows, {domain['continuation_tokens']:,} continuation tokens"
         parts.append(f"{title}\n{table(_text_rows(domain['rows']))}")
@@ -39,13 +41,22 @@ intervals: 95 %, bootstrap over windows"""
 def _summary_rows(result: dict) -> list[list[str]]:
     """KL, retrieval and speed beside each other, of all domains and all questions."""
     text = next(iter(result.get("text", {}).values()), {"rows": {}})["rows"]
-    retrieval, ttft = result.get("retrieval", {"rows": {}})["rows"], result.get("ttft", {})
-    heads = ["", *_TEXT_HEADS[:2] * bool(text), *_RETRIEVAL_HEADS * bool(retrieval), *_TTFT_HEADS * bool(ttft)]
-    lines = [heads]
-    for number, name in enumerate(text or retrieval or ttft):
-        cells = _text_cells(text[name], number)[:2] if text else []
-        cells += _retrieval_cells(retrieval[name], number) if retrieval else []
-        lines.append([name, *cells, *(_ttft_cells(ttft[name]) if ttft else [])])
+    retrieval = result.get("retrieval", {"rows": {}})["rows"]
+    ttft = result.get("ttft", {})
+    names = list(text or retrieval or ttft)
+    lines = [[""], *([name] for name in names)]
+    if text:
+        lines[0] += _TEXT_HEADS[:2]
+        for number, name in enumerate(names):
+            lines[number + 1] += _text_cells(text[name], number)[:2]
+    if retrieval:
+        lines[0] += _RETRIEVAL_HEADS
+        for number, name in enumerate(names):
+            lines[number + 1] += _retrieval_cells(retrieval[name], number)
+    if ttft:
+        lines[0] += _TTFT_HEADS
+        for number, name in enumerate(names):
+            lines[number + 1] += _ttft_cells(ttft[name])
     return lines
 
 
@@ -60,7 +71,10 @@ def _ttft_cells(row: dict) -> list[str]:
 
 
 def _text_rows(rows: dict[str, dict]) -> list[list[str]]:
-    return [["", *_TEXT_HEADS], *([name, *_text_cells(row, n)] for n, (name, row) in enumerate(rows.items()))]
+    lines = [["", *_TEXT_HEADS]]
+    for number, (name, row) in enumerate(rows.items()):
+        lines.append([name, *_text_cells(row, number)])
+    return lines
 
 
 def _text_cells(row: dict, number: int) -> list[str]:
@@ -88,8 +102,11 @@ def _retrieval_report(retrieval: dict) -> str:
     kinds = next(iter(rows.values()))["kinds"]
     lines = [["exact, nats an answer", *rows]]
     for kind, cell in kinds.items():
-        cells = (row["kinds"][kind] for row in rows.values())
-        lines.append([f"{kind} ({cell['questions']})", *(f"{c['exact']:.0%} {c['log_prob']:6.1f}" for c in cells)])
+        line = [f"{kind} ({cell['questions']})"]
+        for row in rows.values():
+            found = row["kinds"][kind]
+            line.append(f"{found['exact']:.0%} {found['log_prob']:6.1f}")
+        lines.append(line)
     return f"retrieval: {retrieval['questions']} questions by kind and prompt length\n{table(lines)}"
 
 
@@ -171,8 +188,10 @@ def _draw(axes, result: dict, values: dict[str, dict]) -> None:
 
 def _draw_line(axes, method: str, points: list[tuple], number: int) -> None:
     """Join one method's points (speedup, value, pruned layers), and draw each one's interval and number of layers."""
-    colour, marker = _COLOURS[number % len(_COLOURS)], _MARKERS[number % len(_MARKERS)]
-    speedups, heights = [speedup for speedup, _, _ in points], [figure["value"] for _, figure, _ in points]
+    colour = _COLOURS[number % len(_COLOURS)]
+    marker = _MARKERS[number % len(_MARKERS)]
+    speedups = [speedup for speedup, _, _ in points]
+    heights = [figure["value"] for _, figure, _ in points]
     axes.plot(speedups, heights, marker=marker, color=colour, markersize=6, linewidth=1.5, label=method)
     for speedup, figure, layers in points:
         if figure["low"] is not None:

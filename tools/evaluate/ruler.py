@@ -16,8 +16,8 @@ from tools.evaluate.questions import Question, Writer
 VALUES = 4  # numbers of a key in `multivalue`, and keys that `multiquery` asks for
 HOPS = 3  # variables after the first in `variables`
 ZIPF = 2.0  # the frequency of the n-th word in `frequent` is proportional to n^-ZIPF
-RARE = 3  # how often words of `common` occur, and
-COMMON = 8  # times as often the one that is asked for
+RARE = 3  # how often words of `common` occur
+COMMON = 8  # the word that is asked for occurs so many times as often
 
 
 def spread(writer: Writer, count: int) -> list[float]:
@@ -26,11 +26,13 @@ def spread(writer: Writer, count: int) -> list[float]:
 
 
 def multikey(writer: Writer, length: int, depth: float) -> Question:
-    words, facts, total = writer.words(length // 8), [], 0
+    words = writer.words(length // 8)
     keys = dict(zip(words, writer.numbers(len(words)), strict=True))
     asking = "\nQuestion: What is the secret number of {0}?\nAnswer: The secret number of {0} is"
     longest = max((len(writer.encode(asking.format(word))) for word in words), default=0)
     room = length - len(writer.head) - longest - 4
+    facts = []
+    total = 0
     for word, number in keys.items():
         fact = f"The secret number of {word} is {number}.\n"
         total += len(writer.encode(fact))
@@ -43,7 +45,8 @@ def multikey(writer: Writer, length: int, depth: float) -> Question:
 
 
 def multivalue(writer: Writer, length: int, depth: float) -> Question:
-    (word,), numbers = writer.words(1), writer.numbers(VALUES)
+    (word,) = writer.words(1)
+    numbers = writer.numbers(VALUES)
     facts = [f"\nA secret number of {word} is {number}.\n" for number in numbers]
     asking = f"\n\nQuestion: What are the secret numbers of {word}?\nAnswer: The secret numbers of {word} are"
     prompt = writer.prompt(length, facts, asking, spread(writer, VALUES))
@@ -51,7 +54,8 @@ def multivalue(writer: Writer, length: int, depth: float) -> Question:
 
 
 def multiquery(writer: Writer, length: int, depth: float) -> Question:
-    words, numbers = writer.words(VALUES), writer.numbers(VALUES)
+    words = writer.words(VALUES)
+    numbers = writer.numbers(VALUES)
     facts = [f"\nThe secret number of {word} is {number}.\n" for word, number in zip(words, numbers, strict=True)]
     named = ", ".join(words)
     asking = f"\n\nQuestion: What are the secret numbers of {named}?\nAnswer: The secret numbers of {named} are"
@@ -60,7 +64,8 @@ def multiquery(writer: Writer, length: int, depth: float) -> Question:
 
 
 def variables(writer: Writer, length: int, depth: float) -> Question:
-    names, (number,) = [word.upper() for word in writer.words(1 + HOPS)], writer.numbers(1)
+    names = [word.upper() for word in writer.words(1 + HOPS)]
+    (number,) = writer.numbers(1)
     values = [str(number), *names[:-1]]
     facts = [f"\nVAR {name} = {value}\n" for name, value in zip(names, values, strict=True)]
     asking = f"\n\nQuestion: Which variables have the value {number}?\nAnswer: {len(names)} variables have it:"
@@ -84,10 +89,15 @@ def _most_frequent(kind: str, writer: Writer, length: int, asking: str, words: l
     room = length - len(writer.head) - len(writer.encode(asking)) - 2
     weights = [weight(n) for n in range(len(words))]
     drawn = writer.rng.choices(words, weights, k=max(1, room))
-    sizes, total, count = {word: len(writer.encode(f" {word}")) for word in words}, 0, 0
-    while count < len(drawn) and (total := total + sizes[drawn[count]]) <= room:
-        count += 1
-    prompt = writer.prompt(length, ["".join(f" {word}" for word in drawn[:count])], asking, [1.0])
+    sizes = {word: len(writer.encode(f" {word}")) for word in words}
+    listed = ""
+    total = 0
+    for word in drawn:
+        total += sizes[word]
+        if total > room:
+            break
+        listed += f" {word}"
+    prompt = writer.prompt(length, [listed], asking, [1.0])
     return Question(kind, prompt, writer.encode(f" {words[0]}"))
 
 

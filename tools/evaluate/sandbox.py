@@ -27,7 +27,8 @@ DONE = b"done\n"  # reported after the program's last line: a program that leave
 MEMORY = 1 << 30  # bytes of address space
 OUTPUT = 1 << 20  # bytes of any file, and of what the program prints
 NOBODY = 65534
-NEW_USER, NEW_NETWORK = 0x10000000, 0x40000000  # flags of unshare(2)
+NEW_USER = 0x10000000  # flags of unshare(2)
+NEW_NETWORK = 0x40000000
 
 REFUSED = (
     *("os.fork", "os.exec", "os.posix_spawn", "os.spawn", "os.system", "os.startfile", "pty.", "subprocess."),
@@ -57,11 +58,8 @@ def run(program: str, *, seconds: float = 5.0) -> tuple[bool, str]:
         try:
             with suppress(subprocess.TimeoutExpired):
                 process.communicate(program.encode("utf-8", "replace"), timeout=seconds)
-            timed_out = process.poll() in (
-                None,
-                -signal.SIGKILL,
-                -signal.SIGXCPU,
-            )  # by the CPU limit
+            # None: it still runs. The signals are those of the CPU limit.
+            timed_out = process.poll() in (None, -signal.SIGKILL, -signal.SIGXCPU)
         finally:
             with suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
@@ -76,7 +74,9 @@ def run(program: str, *, seconds: float = 5.0) -> tuple[bool, str]:
         return True, ""
     if timed_out:
         return False, f"stopped after {seconds:g} s"
-    return False, said.splitlines()[-1][:200] if said else f"ended with status {process.returncode} before its end"
+    if said:
+        return False, said.splitlines()[-1][:200]
+    return False, f"ended with status {process.returncode} before its end"
 
 
 # ---- Inside ----
@@ -126,7 +126,8 @@ def _refuse(event: str, arguments: tuple, _folder: str = os.getcwd()) -> None:
 
 
 def main() -> None:
-    seconds, report = float(sys.argv[1]), int(sys.argv[2])
+    seconds = float(sys.argv[1])
+    report = int(sys.argv[2])
     del sys.argv[1:]  # the program must not find the file that reports success
     program = compile(sys.stdin.buffer.read(), "program.py", "exec")
     confine(seconds)

@@ -7,7 +7,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from itertools import takewhile
 
 import numpy as np
 
@@ -38,14 +37,21 @@ def evaluate_generation(
     for number, prompt in enumerate(prompts):
         progress(f"generation, prompt {number + 1} of {len(prompts)}")
         reference = contenders[0].generate(prompt, new_tokens)
-        for contender in contenders:
-            answer = reference if contender is contenders[0] else contender.generate(prompt, new_tokens)
-            pairs = zip(reference, answer, strict=False)
-            shares[contender.name].append(len(list(takewhile(lambda p: p[0] == p[1], pairs))) / len(reference))
-    return {
-        name: {"prompts": len(prompts), "leading": float(np.mean(share)), "exact": float(np.mean(np.equal(share, 1)))}
-        for name, share in shares.items()
-    }
+        shares[contenders[0].name].append(1.0)
+        for contender in contenders[1:]:
+            answer = contender.generate(prompt, new_tokens)
+            shares[contender.name].append(_num_equal(reference, answer) / len(reference))
+    result = {}
+    for name, share in shares.items():
+        is_exact = np.equal(share, 1)
+        result[name] = {"prompts": len(prompts), "leading": float(np.mean(share)), "exact": float(np.mean(is_exact))}
+    return result
+
+
+def _num_equal(reference: list[int], answer: list[int]) -> int:
+    """The number of leading tokens that are equal."""
+    pairs = zip(reference, answer, strict=False)
+    return next((n for n, (a, b) in enumerate(pairs) if a != b), min(len(reference), len(answer)))
 
 
 # ---- HumanEval ----
@@ -103,4 +109,5 @@ def complete(contender: Contender, prompt: str, max_new_tokens: int) -> str:
         return any(stop in tokenizer.decode(tokens) for stop in STOPS)
 
     text = tokenizer.decode(contender.generate(tokenizer.encode(prompt), max_new_tokens, stopped))
-    return text[: min((text.index(stop) for stop in STOPS if stop in text), default=len(text))]
+    ends = [text.index(stop) for stop in STOPS if stop in text]
+    return text[: min(ends, default=len(text))]

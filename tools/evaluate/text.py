@@ -99,10 +99,13 @@ def evaluate_text(
     """
     records = {name: [] for name in domains}
     total = sum(map(len, domains.values()))
+    number = 0
     for name, windows in domains.items():
         for window in windows:
-            progress(f"text, window {sum(map(len, records.values())) + 1} of {total}")
-            prompt, continuation = window[:prompt_tokens], window[prompt_tokens:]
+            number += 1
+            progress(f"text, window {number} of {total}")
+            prompt = window[:prompt_tokens]
+            continuation = window[prompt_tokens:]
             full = contenders[0].logits(prompt, continuation).double().log_softmax(-1)  # [C, V]
             rows = [_measure(full, full, continuation)]
             for contender in contenders[1:]:
@@ -166,9 +169,10 @@ def bootstrap(
 
     The same seed resamples the same windows for all values, so the intervals of one table are paired.
     """
-    N, normal = len(values), NormalDist()
+    N = len(values)
     if N < LEAST:
         return None, None
+    normal = NormalDist()
     z = normal.inv_cdf(0.975)
     t = z + (z**3 + z) / (4 * (N - 1)) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * (N - 1) ** 2)
     tail = 100 * normal.cdf(-t * (N / (N - 1)) ** 0.5)
