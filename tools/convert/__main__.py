@@ -7,8 +7,8 @@ import argparse
 import shlex
 import sys
 
+from pop.cli.terminal import exit_status
 from pop.errors import InputError
-from tools.common import exit_status
 from tools.convert import convert
 from tools.convert.packages import PACKAGED, fetch
 

@@ -54,18 +54,25 @@ def write_tokenizer(source, folder: Path, config: dict[str, Any]) -> None:
     special = {name: source.get(f"tokenizer.ggml.{name}_token_id", int, None) for name in SPECIAL}
     pre = source.get("tokenizer.ggml.pre", str, None)
     add_bos = source.get("tokenizer.ggml.add_bos_token", bool, model == "llama" or pre == "llama-bpe")
-    settings = {"add_bos_token": add_bos, "add_eos_token": source.get("tokenizer.ggml.add_eos_token", bool, False)}
-    settings |= {key: tokens[special[name]] for name, key in SPECIAL.items() if special[name] is not None}
-    settings |= {"clean_up_tokenization_spaces": False, "model_max_length": config["max_position_embeddings"]}
-    if template := source.get("tokenizer.chat_template", str, None):
+    settings = {
+        "add_bos_token": add_bos,
+        "add_eos_token": source.get("tokenizer.ggml.add_eos_token", bool, False),
+        "clean_up_tokenization_spaces": False,
+        "model_max_length": config["max_position_embeddings"],
+    }
+    for name, key in SPECIAL.items():
+        if special[name] is not None:
+            settings[key] = tokens[special[name]]
+    template = source.get("tokenizer.chat_template", str, None)
+    if template:
         settings["chat_template"] = template
-
     if model == "gpt2":
         settings["tokenizer_class"] = "PreTrainedTokenizerFast"
         bos_id = special["bos"] if add_bos else None
         write_json(folder / "tokenizer.json", _byte_level_bpe(source, tokens, types, pre, bos_id))
     else:
-        settings["tokenizer_class"] = "LlamaTokenizer" if config["model_type"] == "llama" else "GemmaTokenizer"
+        is_llama = config["model_type"] == "llama"
+        settings["tokenizer_class"] = "LlamaTokenizer" if is_llama else "GemmaTokenizer"
         proto = _sentencepiece_model(source, tokens, types, special)
         SentencePieceProcessor(model_proto=proto)  # raises RuntimeError for a broken model
         (folder / "tokenizer.model").write_bytes(proto)
@@ -78,10 +85,12 @@ def _byte_level_bpe(source, tokens: list, types: list, pre: str | None, bos_id: 
         known = ", ".join(PRE_TOKENIZERS)
         raise UnsupportedError(f"{source.path}: the pre-tokenizer {pre!r} is not supported (supported: {known})")
     normalizer, pre_tokenizer, ignore_merges = PRE_TOKENIZERS[pre]
+    merges = source.get("tokenizer.ggml.merges", list)
     # In published files, the vocabulary ends with the last token of BPE itself. The tokens after it are listed as added
     # tokens only, and the padding at the end (UNUSED) is omitted.
-    end = max((i + 1 for i, kind in enumerate(types) if kind not in (CONTROL, USER_DEFINED, UNUSED)), default=0)
-    vocab, merges = {token: i for i, token in enumerate(tokens[:end])}, source.get("tokenizer.ggml.merges", list)
+    own = [i for i, kind in enumerate(types) if kind not in (CONTROL, USER_DEFINED, UNUSED)]
+    end = max(own, default=-1) + 1
+    vocab = {token: i for i, token in enumerate(tokens[:end])}
     flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
     added = [
         {"id": i, "content": token} | flags | {"special": types[i] == CONTROL}
