@@ -129,7 +129,7 @@ def test_pruning_shows_in_the_cache(case):
     if not plan.layers or plan.layers[0] == module.config.num_layers - 1:
         plan = plain(plan, layers=(module.config.num_layers // 2 - 1,))
     first = min(1, plan.full_depth_first)
-    plan = dataclasses.replace(plan, full_depth_last=1, full_depth_first=first)
+    plan = dataclasses.replace(plan, full_depth_last=1, full_depth_first=first, full_depth_selected=0.0)
     _, cache = prefill(module, tokens, lengths, plan, chunk)
     _, full = prefill(module, tokens, lengths, NONE, chunk)
     above = plan.layers[0] + 1
