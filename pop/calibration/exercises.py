@@ -15,7 +15,8 @@ from typing import NamedTuple
 
 import torch
 
-from pop.calibration.held_out import Window, repeated_passage
+from pop.calibration.held_out import repeated_passage
+from pop.calibration.texts import Window
 from pop.errors import InputError
 from pop.inputs.processors import Prepared
 

@@ -1,7 +1,7 @@
-"""The loss by which calibration chooses: KL(full || pruned) on held-out text, of its continuation and of a repetition.
+"""The loss on held-out text by which calibration chooses: KL(full || pruned) of a continuation and of a repetition.
 
 A low KL of a continuation does not show that a model can still look things up in its prompt. A repeated passage shows
-it: the full model copies it from the prompt almost surely, whatever the text is.
+it, because the full model copies such a passage almost surely, whatever the text is.
 
     prompt: passage inside            continuation      the passage again
     ─────────[///////]─────────────┊────────────────┊[cue][//counted//]
@@ -16,17 +16,21 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from pop.calibration.student import first_layer, student, teacher
-from pop.inputs.processors import Prepared
+from pop.calibration.passes import Pass, first_layer
+from pop.calibration.texts import Window
 from pop.pruning.plan import PrunePlan
 
 JUDGED = 384  # the most tokens of a held-out window that are used: two thirds as the prompt
 PASSAGE = 64  # the most tokens of a repeated passage
 CUE = 8  # an eighth of a passage is its cue, after which the model can know what follows
 
-Window = tuple[list[int], list[Prepared]]  # token ids, and the images and videos among them
-# KL at each token of a window's continuation, and of its repetition, and whether each of the latter is copied
-Compared = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+
+class Compared(NamedTuple):
+    """A plan's predictions on one window, compared with the full model's."""
+
+    continuation: torch.Tensor  # KL at each token of the continuation, in nats
+    repetition: torch.Tensor  # KL at each token of the repeated passage after its cue
+    copied: torch.Tensor  # whether each of the latter is the pruned model's likeliest token
 
 
 class Losses(NamedTuple):
@@ -42,62 +46,94 @@ class Losses(NamedTuple):
         return (self.continuation + self.repetition) / 2
 
 
+class Case(NamedTuple):
+    """A held-out window, and what the full model computes on it."""
+
+    prompt: list[int]
+    continuation: list[int]
+    passage: list[int]  # of the prompt, which is repeated after the continuation; may be empty
+    run: Pass  # over all three, without the passage's last token
+    entering: dict[int, torch.Tensor]  # h [1, T, D] that enters layers, by index
+    full: torch.Tensor  # log-probabilities [N + 1, V] of the N tokens after the prompt, and of the next one
+
+
 class Judge:
     """The losses of plans on windows of text.
 
-    The prompt is two thirds of a window's first 384 tokens, or more up to its last image. The next 128 tokens are the
-    continuation. A passage of the prompt follows, again.
+    The prompt is two thirds of a window's first 384 tokens, or more if its last image ends later. The next 128 tokens
+    are the continuation. Then a passage of the prompt is repeated.
 
-    The h that enters a plan's `first_layer` is kept. One full pass gives it for `plans`; others need one each.
+    Args:
+        model: A pop.Model.
+        windows: Token ids, each with its images and videos.
+        plans: The plans that will be judged most. For other plans, the layers before the first pruned one run again.
     """
 
     @torch.no_grad()
-    def __init__(self, model, windows: list[Window], plans: Sequence[PrunePlan] = ()):
-        self.model, self.windows, self.cases = model, windows, []
+    def __init__(self, model, windows: Sequence[Window], plans: Sequence[PrunePlan] = ()):
+        self.model = model
+        self.windows = windows
         rng = random.Random(0)
-        for tokens, media in windows:
-            images = model.vision.locate(tokens, media)
-            cut = max([min(len(tokens), JUDGED) * 2 // 3, *(image[-1] + 1 for image in images)])
-            prompt, continuation = tokens[:cut], tokens[cut : max(JUDGED, cut + JUDGED // 3)]
-            passage = repeated_passage(prompt, images, rng)
-            if (room := model.max_seq_len - cut - len(passage)) < 0:  # after an image
-                passage, room = [], len(continuation)
-            continuation = continuation[:room]
-            tokens = torch.tensor([prompt + continuation + passage[:-1]])
-            shown = model.vision.images(model.module, [media], tokens, torch.tensor([tokens.shape[1]]))
-            entering, h = teacher(model.module, tokens.to(model.device), shown, {first_layer(plan) for plan in plans})
-            full = model.module.head(h[0, cut - 1 :]).log_softmax(-1)
-            self.cases.append((prompt, continuation, passage, (tokens, shown, entering), full))
+        layers = {first_layer(plan) for plan in plans}
+        self.cases = [self._case(window, layers, rng) for window in windows]
+
+    def _case(self, window: Window, layers: set[int], rng: random.Random) -> Case:
+        model = self.model
+        tokens, media = window
+        images = model.vision.locate(tokens, media)
+        cut = max([min(len(tokens), JUDGED) * 2 // 3, *(image.stop for image in images)])
+        prompt = tokens[:cut]
+        continuation = tokens[cut : max(JUDGED, cut + JUDGED // 3)]
+        passage = repeated_passage(prompt, images, rng)
+        room = model.max_seq_len - cut - len(passage)
+        if room < 0:  # after an image
+            passage = []
+            room = len(continuation)
+        continuation = continuation[:room]
+        tokens = torch.tensor([prompt + continuation + passage[:-1]])
+        shown = model.vision.images(model.module, [media], tokens, torch.tensor([tokens.shape[1]]))
+        run = Pass(model.module, tokens.to(model.device), shown)
+        h, entering = run.full(layers)
+        full = model.module.head(h[0, cut - 1 :]).log_softmax(-1)
+        return Case(prompt, continuation, passage, run, entering, full)
 
     def losses(self, plan: PrunePlan) -> Losses:
+        """The losses of a plan over all windows."""
         return pooled(self.compare(plan))
 
     @torch.no_grad()
     def compare(self, plan: PrunePlan) -> list[Compared]:
-        """The tokens of each window by a plan."""
-        compared, plan = [], self.model.resolve(plan)
-        for prompt, continuation, passage, shared, full in self.cases:
-            pruned = self._log_probs(plan, len(prompt), *shared) if plan.layers else full
-            kl = F.kl_div(pruned, full, log_target=True, reduction="none").sum(-1)  # [N + 1]
-            cue = max(1, len(passage) // CUE)
-            at = len(continuation) + cue  # where the first token to copy is predicted
-            targets = torch.tensor(passage[cue:], dtype=torch.int64, device=pruned.device)
-            copied = pruned[at : at + len(targets)].argmax(-1) == targets
-            compared.append((kl[: len(continuation) + 1], kl[at : at + len(targets)], copied))
+        """The predictions by a plan on each window."""
+        plan = self.model.resolve(plan)
+        compared = []
+        for case in self.cases:
+            pruned = self._log_probs(plan, case) if plan.layers else case.full
+            kl = F.kl_div(pruned, case.full, log_target=True, reduction="none").sum(-1)  # [N + 1]
+            cue = max(1, len(case.passage) // CUE)
+            targets = torch.tensor(case.passage[cue:], dtype=torch.int64, device=pruned.device)
+            begin = len(case.continuation) + cue  # where the first token to copy is predicted
+            counted = slice(begin, begin + len(targets))
+            copied = pruned[counted].argmax(-1) == targets
+            compared.append(Compared(kl[: len(case.continuation) + 1], kl[counted], copied))
         return compared
 
-    def _log_probs(self, plan: PrunePlan, cut: int, tokens, images, entering: dict[int, torch.Tensor]) -> torch.Tensor:
-        """Log-probabilities [N + 1, V] of the N tokens after the prompt, and of the next one."""
-        module, first = self.model.module, first_layer(plan)
-        if first not in entering:
-            entering |= teacher(module, tokens.to(self.model.device), images, [first])[0]
-        return module.head(student(module, plan, entering[first], cut, images)[0, cut - 1 :]).log_softmax(-1)
+    def _log_probs(self, plan: PrunePlan, case: Case) -> torch.Tensor:
+        """As Case.full, by a plan."""
+        first = first_layer(plan)
+        if first not in case.entering:
+            case.entering.update(case.run.full([first])[1])
+        length = len(case.prompt)
+        h = case.run.student(plan, case.entering[first], length)
+        return self.model.module.head(h[0, length - 1 :]).log_softmax(-1)
 
 
 def pooled(compared: Sequence[Compared]) -> Losses:
     """The means over all tokens of all windows."""
-    parts = (torch.cat(part).double() for part in zip(*compared, strict=True))
-    return Losses(*(part.sum().item() / max(1, len(part)) for part in parts))
+    means = []
+    for parts in zip(*compared, strict=True):
+        values = torch.cat(parts).double()
+        means.append(values.sum().item() / max(1, len(values)))
+    return Losses(*means)
 
 
 def repeated_passage(prompt: Sequence[int], images: Sequence[range], rng: random.Random) -> list[int]:
@@ -111,11 +147,13 @@ def repeated_passage(prompt: Sequence[int], images: Sequence[range], rng: random
         images: Where each image and video is in the prompt, from `Processor.locate`.
         rng: Decides where the passage begins.
     """
-    ends = chain.from_iterable((image.start, image.stop) for image in sorted(images, key=lambda image: image.start))
-    edges = [0, *ends, len(prompt)]
-    begin, end = max(zip(edges[::2], edges[1::2], strict=True), key=lambda text: text[1] - text[0])
-    size = min(PASSAGE, (end - begin) // 4)
+    images = sorted(images, key=lambda image: image.start)
+    edges = [0, *chain.from_iterable((image.start, image.stop) for image in images), len(prompt)]
+    stretches = zip(edges[::2], edges[1::2], strict=True)
+    begin, end = max(stretches, key=lambda stretch: stretch[1] - stretch[0])
+    length = end - begin
+    size = min(PASSAGE, length // 4)
     if size < 2:
         return []
-    begin += rng.randint(1, (end - begin) // 2 - size)  # not the first token, which may be BOS
+    begin += rng.randint(1, length // 2 - size)  # not the first token, which may be BOS
     return list(prompt[begin : begin + size])

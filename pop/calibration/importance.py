@@ -24,8 +24,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from pop.calibration.distill import check_gradients
-from pop.calibration.student import checkpointed
+from pop.calibration.passes import check_gradients
+from pop.calibration.passes import Pass, checkpointed
 from pop.errors import InputError, PlanError, PopError, UnsupportedError, check_count, import_extra
 from pop.generation.answers import end_ids
 from pop.generation.batch import as_prompts, padded

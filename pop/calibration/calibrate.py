@@ -1,0 +1,222 @@
+"""`pop.calibrate`: from texts to a plan with corrections.
+
+Some windows of the texts are held out. The others give the closed form (refit.py), and train it further if steps of
+distillation are asked for (distill.py). The held-out windows choose lambda and the best steps (held_out.py).
+"""
+
+import dataclasses
+import os
+import random
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+import torch
+
+from pop.calibration.distill import distill
+from pop.calibration.held_out import JUDGED, PASSAGE, Judge
+from pop.calibration.passes import check_gradients, working_copy
+from pop.calibration.refit import Fit, accumulate
+from pop.calibration.texts import SHORTEST, Window, batches, builtin_texts, text_windows
+from pop.engine.compile import SMALLEST
+from pop.errors import InputError, PlanError, UnsupportedError, check_count
+from pop.generation.sampling import check_finite
+from pop.model import Model
+from pop.pruning.plan import PrunePlan
+from pop.system import __version__
+from pop.system.progress import progress_bar
+
+RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # candidates for lambda
+MIDDLE = 2  # the candidate that is tried first, and that groups with an update of h take
+TRIALS = 5  # the most plans that are judged to choose one: a walk from the middle, and plain pruning
+LENGTHS = (512, 2048, 8192)  # prompt lengths for which a plan records its speedup
+
+
+@torch.no_grad()
+def calibrate(
+    model: Model,
+    texts: Sequence[str | Sequence[int]] | None,
+    plan: PrunePlan | Sequence[PrunePlan],
+    *,
+    images=None,
+    videos=None,
+    rank: int | None = None,
+    window: int = 1024,
+    held_out: int = 8,
+    steps: int = 0,
+    resume: str | os.PathLike | None = None,
+    seed: int = 0,
+    progress: bool = True,
+) -> PrunePlan | list[PrunePlan]:
+    """Fit corrections of the pruned layers' K and V to texts, and updates of h after groups that kept layers follow.
+
+    Args:
+        model: A pop.Model.
+        texts: Strings or lists of token ids that resemble the prompts to come. Some 50,000 tokens suffice; a wide model
+            needs more. None takes a small built-in set of English and Python.
+        plan: A PrunePlan or another value of `prune` in `load`, or a list. Several plans share the passes over the
+            texts, one for each group of pruned layers.
+        images, videos: A list for each text, as in `Model.generate`. All are in memory at the same time.
+        rank: The size of the code that the layers of a group share, from 1 to twice the model's width. A smaller rank
+            is faster and less exact. None: half of the model's width.
+        window: The tokens of a window, ideally as many as in a typical prompt. Texts with images stay whole.
+        held_out: The number of windows, at most a fifth of all, that choose lambda but are not fitted. A plan is judged
+            by the 128 tokens after their first 256, or after their last image, and by a passage of these 256 that is
+            repeated after them.
+        steps: Steps of distillation after the closed form, such as 150. 0: none.
+        resume: A file that keeps the unfinished work of these steps. If it exists, they continue from it.
+        seed: Decides which windows are held out, and what the steps train on.
+        progress: Show a bar on stderr, if tqdm is installed.
+
+    Returns:
+        The plan with corrections, and with a full_depth_first of at least 1. For a list of plans, a list. A plan has no
+        corrections if plain pruning is better on the held-out windows. Its `about` records the model, the texts, the
+        options and the loss on held-out windows.
+
+    Raises:
+        InputError: The texts are too short, or an option is out of range.
+        PlanError: A plan does not fit the model, or prunes nothing.
+        UnsupportedError: Several processes share the model, and steps is not 0.
+    """
+    if not isinstance(model, Model):
+        raise InputError(f"the model is a {type(model).__name__}; load one with pop.load")
+    is_list = isinstance(plan, (list, tuple))
+    plans = [_plain(model, one) for one in (plan if is_list else [plan])]
+    if not plans:
+        raise PlanError("the list of plans is empty; give at least one plan")
+    width = model.config.hidden_size
+    rank = max(1, width // 2) if rank is None else check_count("rank", rank, most=2 * width)
+    seed = check_count("seed", seed, least=-(2**63), most=2**63 - 1)
+    window = min(check_count("window", window, least=SHORTEST), model.max_seq_len)
+    held_out = check_count("held_out", held_out)
+    steps = check_count("steps", steps, least=0)
+    _check_distillation(model, len(plans), steps, resume)
+    texts = _listed(texts)
+
+    windows = text_windows(model, texts, images, videos, window)
+    if len(windows) < 2:
+        needed = f"calibration needs two windows of {SHORTEST} to {window} tokens, but the texts have {len(windows)}"
+        raise InputError(f"{needed}; give several texts, {window + SHORTEST} tokens in one text, or a smaller window")
+    random.Random(seed).shuffle(windows)
+    held_out = min(held_out, max(1, len(windows) // 5))
+    judged = windows[:held_out]
+    windows = windows[held_out:]
+    num_tokens = sum(len(tokens) for tokens, _ in windows)
+    fits = [Fit(model, one, rank) for one in plans]
+    passes = max(len(fit.groups) for fit in fits)
+    trial = sum(min(len(tokens), JUDGED) + PASSAGE for tokens, _ in judged)  # tokens that judging a plan runs
+    with progress_bar("calibrating", passes * num_tokens + len(fits) * TRIALS * trial, "tokens", progress) as step:
+        _fit(model, windows, fits, step)
+        judge = Judge(model, judged, plans)
+        results = [_choose(fit, judge, steps == 0, lambda trials: step(trials * trial)) for fit in fits]
+    if steps:
+        with progress_bar("distilling", len(fits) * steps, "steps", progress) as step:
+            results = [
+                distill(model, result, windows, judge, steps, seed=seed, resume=resume, progress=step)
+                for result in results
+            ]
+    about = {
+        "texts": len(texts),
+        "windows": len(windows),
+        "held_out": held_out,
+        "window": window,
+        "tokens": num_tokens,
+        "rank": rank,
+        "steps": steps,
+        "seed": seed,
+    }
+    results = [_recorded(model, result, judge, about) for result in results]
+    return results if is_list else results[0]
+
+
+def _plain(model, plan) -> PrunePlan:
+    """The plan to calibrate, without corrections."""
+    plan = PrunePlan.of(plan, model.config.num_layers)
+    if not plan.layers:
+        raise PlanError("the plan prunes no layers, so there is nothing to calibrate; give its layers")
+    return dataclasses.replace(plan, full_depth_first=max(1, plan.full_depth_first), corrections=None)
+
+
+def _check_distillation(model, num_plans: int, steps: int, resume) -> None:
+    if resume is not None and (not steps or num_plans > 1):
+        raise InputError(f"resume keeps the steps for one plan, but {steps} steps and {num_plans} plans are given")
+    if not steps:
+        return
+    if model.part is not None:
+        raise UnsupportedError(f"steps is {steps}, but distillation works in one process only; give 0, or one process")
+    check_gradients(model)
+    if resume is None:
+        return
+    if not isinstance(resume, str | os.PathLike) or not Path(resume).expanduser().parent.is_dir():
+        raise InputError(f"resume is {resume!r:.200}, which cannot be written; give a file in a folder that exists")
+
+
+def _listed(texts) -> list:
+    if texts is None:
+        return builtin_texts()
+    if isinstance(texts, str) or not isinstance(texts, Iterable):
+        raise InputError(f"texts is a {type(texts).__name__}; give a list of strings or of lists of token ids")
+    return list(texts)
+
+
+def _fit(model, windows: list[Window], fits: list[Fit], step: Callable[[int], object]) -> None:
+    """Pass over the windows, once for each group of pruned layers of the plan with the most groups."""
+    # Passes in bfloat16 leave the loss as it is. A small model, or a part of one, need not be copied.
+    is_copied = model.num_parameters >= SMALLEST and model.part is None
+    module = working_copy(model) if is_copied else model.module
+    for number in range(max(len(fit.groups) for fit in fits)):
+        due = [fit for fit in fits if number < len(fit.groups)]
+        for fit in due:
+            fit.begin()
+        for batch in batches(windows):
+            accumulate(model, batch, due, module)
+            step(sum(len(tokens) for tokens, _ in batch))
+        if not all(fit.sums.count for fit in due):
+            raise InputError("full_depth_first leaves no token to fit to; make it smaller, or give longer texts")
+        for fit in due:
+            fit.finish(RIDGES[MIDDLE])
+
+
+def _choose(fit: Fit, judge: Judge, may_be_plain: bool, step: Callable[[int], object]) -> PrunePlan:
+    """Choose lambda by the held-out windows. Return the plan without corrections if that is better still.
+
+    The loss has one valley over lambda. So walk from the middle in the direction in which the loss falls. Distillation
+    does not start from plain pruning, where there is nothing to improve.
+    """
+    trials = 0
+
+    def loss(plan: PrunePlan) -> float:
+        nonlocal trials
+        found = judge.losses(plan).mean
+        check_finite(torch.tensor(found), "predictions on the texts")
+        trials += 1
+        step(1)
+        return found
+
+    best = fit.calibrated(RIDGES[MIDDLE])
+    least = loss(best)
+    directions = (RIDGES[MIDDLE - 1 :: -1], RIDGES[MIDDLE + 1 :]) if fit.depends_on_ridge else ()
+    for ridges in directions:
+        start = best
+        for ridge in ridges:
+            plan = fit.calibrated(ridge)
+            found = loss(plan)
+            if found >= least:
+                break
+            best = plan
+            least = found
+        if best is not start:
+            break
+    if may_be_plain and loss(fit.plan) < least:
+        best = fit.plan
+    step(TRIALS - trials)
+    return best
+
+
+def _recorded(model, plan: PrunePlan, judge: Judge, about: dict) -> PrunePlan:
+    """The plan with a record of how it was made, its loss on the windows that chose it, and the speedups it allows."""
+    loss = {name: max(0.0, round(value, 6)) for name, value in judge.losses(plan)._asdict().items()}
+    lengths = sorted({min(length, model.config.max_positions) for length in LENGTHS})
+    limits = {f"{length} tokens": round(plan.speedup(model, length), 3) for length in lengths}
+    record = {"model": model.name, "version": __version__, **about}
+    record |= {"full_depth_last": plan.full_depth_last, "loss": loss, "speedup_limit": limits}
+    return dataclasses.replace(plan, about=record)

@@ -1,0 +1,188 @@
+"""The differentiable pass over hidden states, which importance, refit, held-out loss and distillation share.
+
+A pass takes h [B, T, D] from one layer to another, without a cache. Autograd can record it. At a group of pruned layers
+h splits. All tokens give K and V. Only the full-depth rows f run the layers, and return into h at the end:
+
+    h, all tokens    ────┬── own projections, and code z ──┬── + A z ──────────┬──► h after the group
+                         │                 K, V of each layer                  │
+    full-depth rows      └── f ── layer ── layer ── ... ───────────────────────┘
+
+A pass in which no layer is pruned is the full model. In distillation it is the teacher, and the pruned pass is the
+student. The h that enters the first pruned layer is the same in both, so both can start from it.
+"""
+
+import copy
+import dataclasses
+import functools
+from collections.abc import Callable, Collection
+
+import torch
+import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
+
+from pop.backends.cpu import WIDENED
+from pop.engine.selection import select
+from pop.errors import InputError
+from pop.models.base import PrunableLayer
+from pop.models.images import TEXT, TextOnly
+from pop.models.layers import causal_mask, masked_attention
+from pop.pruning.corrections import corrected_keys_values
+from pop.pruning.plan import Group, PrunePlan
+from pop.pruning.reference import full_depth_tokens
+
+# The backward pass recomputes the activations inside a checkpointed function, so they need not be kept.
+checkpointed = functools.partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
+
+
+class Pass:
+    """Passes over the layers of a model, for one batch of sequences.
+
+    Args:
+        module: A PrunableModel.
+        tokens: [B, T] ids on the module's device, padded on the right.
+        images: What images bring to the tokens.
+    """
+
+    def __init__(self, module, tokens: torch.Tensor, images: TextOnly = TEXT):
+        B, T = tokens.shape
+        positions = torch.arange(T, device=tokens.device).expand(B, -1)  # [B, T]
+        self.module = module
+        self.tokens = tokens
+        self.images = images
+        self.last_attended = images.last_attended(positions)  # [B, T] or None
+        self.ropes = module.rope(images.rotary(positions))
+
+    def embed(self) -> torch.Tensor:
+        """The h [B, T, D] that enters layer 0."""
+        return self.images.place(self.module.embed(self.tokens))
+
+    def layer(self, index: int, h: torch.Tensor, run: Callable = PrunableLayer.__call__) -> torch.Tensor:
+        """Run all tokens through a layer: h [B, T, D] -> h [B, T, D]. `run(layer, h, rope, attend)` computes it."""
+        layer = self.module.layers[index]
+        h = checkpointed(run, layer, h, self.ropes[layer.window], self._attend)
+        return self.images.add_deepstack(h, index)
+
+    def full(self, kept: Collection[int] = ()) -> tuple[torch.Tensor, dict[int, torch.Tensor]]:
+        """Run the full model. Returns h [B, T, D] after the last layer, and the h that entered each layer of `kept`."""
+        h = self.embed()
+        entering = {}
+        for index in range(len(self.module.layers)):
+            if index in kept:
+                entering[index] = h
+            h = self.layer(index, h)
+        return h, entering
+
+    def student(self, plan: PrunePlan, h: torch.Tensor, prompt_length: int) -> torch.Tensor:
+        """Run prompts by a plan, and their continuations at full depth, as in pop/pruning/reference.py.
+
+        Args:
+            plan: With at least one layer.
+            h: [B, T, D], enters layer `first_layer(plan)`.
+            prompt_length: Of all rows. The tokens after it are continuations.
+
+        Returns:
+            [B, T, D] after the last layer, meaningless at pruned tokens.
+        """
+        by_position = dataclasses.replace(plan, full_depth_selected=0.0)
+        full_depth = full_depth_tokens(prompt_length, self.tokens.shape[1], by_position)
+        end = len(self.module.layers)
+        return self.pruned(plan, h, full_depth, first_layer(plan), end, prompt_length)
+
+    def pruned(
+        self, plan: PrunePlan, h: torch.Tensor, full_depth: torch.Tensor, begin: int, end: int, prompt_length: int = 0
+    ) -> torch.Tensor:
+        """Run layers `begin` to `end` - 1 by a plan: h [B, T, D] -> h [B, T, D], in the dtype of h.
+
+        Args:
+            plan: Its corrections may have any dtype. Gradients reach them.
+            h: Enters layer `begin`.
+            full_depth: [T] bool, the tokens that run at full depth by their position, on the CPU.
+            begin, end: Where groups begin or end.
+            prompt_length: The plan also selects some of this many first tokens, at its selecting layer.
+        """
+        if plan.corrections is not None:
+            tensors = {name: tensor.to(h.dtype) for name, tensor in plan.corrections.tensors.items()}
+            plan = dataclasses.replace(plan, corrections=plan.corrections.replaced(tensors))
+        groups = plan.groups(len(self.module.layers), self.module.deepstack_layers)
+        pruned_groups = {group.layers.start: group for group in groups if group.is_pruned}
+        rows = full_depth.expand(len(h), -1).to(h.device)  # [B, T]
+        index = begin
+        while index < end:
+            if index in pruned_groups:
+                group = pruned_groups[index]
+                h = self._pruned_group(group, h, rows)
+                index = group.layers.stop
+            else:
+                if index == plan.selects_at and plan.full_depth_selected:
+                    rows = rows | self._selected(plan, h, full_depth[:prompt_length])
+                h = self.layer(index, h)
+                index += 1
+        return h
+
+    def _attend(self, layer, q, k, v):
+        return self.module.causal_attention(q, k, v, layer.scale, layer.window, self.last_attended)
+
+    @torch.no_grad()
+    def _selected(self, plan: PrunePlan, h: torch.Tensor, full_depth: torch.Tensor) -> torch.Tensor:
+        """The tokens [B, T] bool that a plan selects from prompts. full_depth [prompt_length]: by their position."""
+        B, T, _ = h.shape
+        length = len(full_depth)
+        rotary = self.images.rotary(torch.arange(length).expand(B, -1))
+        others = ~full_depth.expand(B, -1)
+        count = plan.num_selected(int((~full_depth).sum()))
+        lengths = torch.full((B,), length)
+        selected = select(self.module, plan, h[:, :length], rotary, lengths, others, torch.full((B,), count))
+        return F.pad(selected, (0, T - length))
+
+    def _pruned_group(self, group: Group, h: torch.Tensor, full_depth: torch.Tensor) -> torch.Tensor:
+        """Run a group of pruned layers: h [B, T, D] -> h [B, T, D]. Only full_depth [B, T] tokens run its layers."""
+        B, T, _ = h.shape
+        at = full_depth.nonzero().view(B, -1, 2).unbind(-1)  # batch row and position [B, R]: as many in each batch row
+        corrections = group.corrections
+        z = None
+        if corrections is not None:
+            x = self.module.layers[group.layers.start].normalised(h)
+            z = corrections.code(x, torch.zeros_like(x[:, 0]))  # [B, T, rank]
+        masks = {
+            window: causal_mask(T, window, self.last_attended, h.device).expand(B, -1, -1)[at]  # [B, R, T]
+            for window in self.ropes
+        }
+        f = h[at]  # [B, R, D]
+        for number, index in enumerate(group.layers):
+            layer = self.module.layers[index]
+            rope = self.ropes[layer.window]
+            if corrections is None:
+                k, v = layer.keys_values(h, rope)
+            else:
+                weight = corrections.weight[number]
+                k, v = corrected_keys_values(layer, h, z, weight, corrections.bias[number], rope)
+            attend = functools.partial(_attend_prompt, prompt_k=k, prompt_v=v, at=at, mask=masks[layer.window])
+            f = layer(f, tuple(table[at] for table in rope), attend)
+        if corrections is not None:
+            h = corrections.updated(h, z)
+        return self.images.add_deepstack(h.index_put(at, f), group.layers[-1])
+
+
+def _attend_prompt(layer, q, k, v, *, prompt_k, prompt_v, at, mask):
+    """Full-depth rows q, k, v [B, R, heads, E] attend K and V [B, T, K, E] of all tokens, with their own k and v."""
+    return masked_attention(q, prompt_k.index_put(at, k), prompt_v.index_put(at, v), mask, layer.scale)
+
+
+def first_layer(plan: PrunePlan) -> int:
+    """Where a pruned pass begins to differ from the full one: at the first pruned layer, or where tokens are selected."""
+    if plan.full_depth_selected:
+        return min(plan.layers[0], plan.selects_at)
+    return plan.layers[0]
+
+
+def check_gradients(model) -> None:
+    """Raise InputError if autograd cannot use the weights."""
+    if any(parameter.is_inference() for parameter in model.module.parameters()):
+        raise InputError("the model was loaded under torch.inference_mode, which rules out gradients; load it outside")
+
+
+def working_copy(model) -> torch.nn.Module:
+    """The module in bfloat16, or in float32 on a CPU without fast products in bfloat16."""
+    is_slow = model.device.type == "cpu" and torch.bfloat16 in WIDENED
+    dtype = torch.float32 if is_slow else torch.bfloat16
+    return model.module if model.dtype == dtype else copy.deepcopy(model.module).to(dtype)
