@@ -11,8 +11,8 @@ import sys
 
 from pop import engine
 from pop.backends import tensor_parallel as parallel
+from pop.calibration.calibrate import calibrate
 from pop.calibration.importance import Importance, importance
-from pop.calibration.refit import calibrate
 from pop.checkpoints.registry import list_models
 from pop.engine.cache import KVCache
 

@@ -13,7 +13,8 @@ from pathlib import Path
 from pydoc_data.topics import topics
 
 import pop
-from pop.calibration.refit import LENGTHS, builtin_texts
+from pop.calibration.calibrate import LENGTHS
+from pop.calibration.texts import builtin_texts
 from tools.common import ROOT, exit_status
 
 LAST = 32  # tokens at full depth in distillation

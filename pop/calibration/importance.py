@@ -17,6 +17,7 @@ import json
 import math
 import os
 from collections.abc import Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,8 +25,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from pop.calibration.passes import check_gradients
-from pop.calibration.passes import Pass, checkpointed
+from pop.calibration.passes import Pass, check_gradients, checkpointed
 from pop.errors import InputError, PlanError, PopError, UnsupportedError, check_count, import_extra
 from pop.generation.answers import end_ids
 from pop.generation.batch import as_prompts, padded
@@ -200,10 +200,11 @@ def gate_gradients(
 
     gates = torch.ones(len(module.layers), len(rows), 2, device=device, requires_grad=True)
 
-    def gated(index, layer, h, rope, attend):
-        return checkpointed(_gated_layer, layer, h, rope, attend, gates[index], decode)
-
-    h = module.through_layers(tokens, images, gated)[predicts]  # [N, D], in the order of the targets
+    run = Pass(module, tokens, images)
+    h = run.embed()
+    for index, gate in enumerate(gates):
+        h = run.layer(index, h, partial(_gated_layer, gates=gate, decode=decode))
+    h = h[predicts]  # [N, D], in the order of the targets
 
     def piece_loss(h, targets):
         return F.cross_entropy(module.head(h), targets, reduction="sum")

@@ -169,7 +169,7 @@ def _attend_prompt(layer, q, k, v, *, prompt_k, prompt_v, at, mask):
 
 
 def first_layer(plan: PrunePlan) -> int:
-    """Where a pruned pass begins to differ from the full one: at the first pruned layer, or where tokens are selected."""
+    """Where the pass of a plan leaves the full one: at the first pruned layer, or before it where it selects tokens."""
     if plan.full_depth_selected:
         return min(plan.layers[0], plan.selects_at)
     return plan.layers[0]

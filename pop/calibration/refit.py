@@ -37,12 +37,17 @@ class Solution(NamedTuple):
 
 
 class Sums:
-    """Sums over the tokens of the texts, for one group of pruned layers. They are float64."""
+    """Sums over the tokens of the texts, for one group of pruned layers. They are float64.
+
+    The columns of Y are K and V of each layer, and the update of h at the end, if there is one.
+    """
 
     def __init__(self, inputs: int, targets: int, device: torch.device):
         self.count = 0  # n, the number of tokens
         self.xx = torch.zeros(inputs, inputs, dtype=torch.float64, device=device)  # X' X
-        self.xy = torch.zeros(inputs, targets, dtype=torch.float64, device=device)  # X' Y, layer by layer; the update last
+        self.xy = torch.zeros(
+            inputs, targets, dtype=torch.float64, device=device
+        )  # X' Y, layer by layer; the update last
 
 
 class Fit:

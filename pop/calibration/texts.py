@@ -1,8 +1,8 @@
 """The texts of calibration, cut into windows of token ids."""
 
+from collections.abc import Iterator
 from importlib.resources import files
 from itertools import islice
-from collections.abc import Iterator
 
 from pop.errors import InputError
 from pop.inputs.processors import Prepared

@@ -21,7 +21,7 @@ import torch
 import pop
 from pop.backends.tensor_parallel import launched
 from pop.calibration.importance import check_plot
-from pop.calibration.refit import builtin_texts
+from pop.calibration.texts import builtin_texts
 from pop.checkpoints import download as downloads
 from pop.checkpoints import registry
 from pop.cli.plans import plans
@@ -168,7 +168,7 @@ def calibrate(args) -> None:
     texts = [_read_file(path) for path in args.files] or None
     _check_folders(args.out, args.resume)
     model = _load(args)
-    options = {name: getattr(args, name) for name in ("taps", "rank", "window", "steps", "resume", "seed")}
+    options = {name: getattr(args, name) for name in ("rank", "window", "steps", "resume", "seed")}
     plan = pop.calibrate(model, texts, model.plan, **options)
     if launched()[0] == 0:
         plan.save(args.out)
@@ -337,13 +337,12 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
     add("--out", help="write the scores to this JSON file", metavar="FILE")
     add("--plot", help="draw the scores into this .svg or .png file (needs matplotlib)", metavar="FILE")
 
-    add = command(calibrate, "Refit the K and V projections of pruned layers to texts, and save the plan.").add_argument
+    add = command(calibrate, "Fit corrections of the pruned layers to texts, and save the plan.").add_argument
     model_options(add)
     prune_options(add)
     add("files", help="texts that resemble the prompts to come; default: a built-in set", nargs="*", metavar="FILE")
     add("--out", help="write the plan to this file", required=True, metavar="FILE")
-    integer(add, "--taps", "2 gives a projection the previous token as a second input, 1 does not", 2)
-    integer(add, "--rank", "store corrections of this rank in all, which is smaller; default: whole projections")
+    integer(add, "--rank", "numbers in the code of a token; default: half of the model's width")
     integer(add, "--window", "tokens of a window of text", 1024)
     integer(add, "--steps", "steps of distillation after the closed form, such as 150", 0)
     add("--resume", help="keep unfinished steps in this file, and continue from it", metavar="FILE")

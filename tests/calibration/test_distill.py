@@ -9,20 +9,17 @@ import pytest
 import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
-from support.cases import assert_close, models, plans, recorded_choices
-from support.cases import by_reference as chosen_tokens
+from support.cases import assert_close, models, plans, random_corrections, recorded_choices
+from support.cases import full_depth_tokens as chosen_tokens
 from support.naive_fit import naive_gradients
 from support.tiny import random_model, tiny_config, tiny_gemma3_config
 
 import pop
 from pop import InputError, PrunePlan, calibrate
+from pop.calibration import calibrate as calibrate_file
 from pop.calibration import distill as distillation
-from pop.calibration import refit
-from pop.calibration import student as student_file
+from pop.calibration import passes
 from pop.calibration.distill import (
-    BETAS,
-    EPSILON,
-    adam_step,
     distill,
     distillation_loss,
     is_worse,
@@ -30,12 +27,10 @@ from pop.calibration.distill import (
     schedule,
 )
 from pop.calibration.exercises import Exercise
-from pop.calibration.held_out import Judge
-from pop.calibration.student import first_layer, student, teacher
+from pop.calibration.held_out import Compared, Judge
+from pop.calibration.passes import Pass, first_layer
 from pop.inputs.processors import processor_of
-from pop.models.images import TEXT
 from pop.pruning import reference
-from pop.pruning.corrections import Corrections
 from pop.pruning.reference import attention_scores, full_depth_tokens
 
 pytestmark = pytest.mark.usefixtures("short_averages")
@@ -77,7 +72,7 @@ class MadeUp:
 
 def compared(continuation, repetition=1.0):
     """A window with these KLs at the tokens of its continuation, and of a repetition with one token."""
-    return torch.tensor(continuation), torch.tensor([float(repetition)]), torch.tensor([True])
+    return Compared(torch.tensor(continuation), torch.tensor([float(repetition)]), torch.tensor([True]))
 
 
 # ---- The loss ----
@@ -85,7 +80,7 @@ def compared(continuation, repetition=1.0):
 
 @st.composite
 def students(draw):
-    """(module, plan with projections, tokens [B, T], cut)"""
+    """(module, plan with corrections, tokens [B, T], cut)"""
     module = draw(models())
     plan = draw(plans(module.config))
     assume(plan.corrections is not None and plan.layers)
@@ -96,10 +91,11 @@ def students(draw):
 
 def of_student(module, plan, tokens, cut):
     """The student's logits [B, T, V], and which of the prompts' tokens it selects, [B, cut] bool."""
-    entering, _ = teacher(module, tokens, TEXT, [first_layer(plan)])
-    with recorded_choices(student_file) as found:
-        h = student(module, plan, entering[first_layer(plan)], cut, TEXT)
-    return module.head(h), found[0]
+    run = Pass(module, tokens)
+    _, entering = run.full([first_layer(plan)])
+    with recorded_choices(passes) as found:
+        h = run.student(plan, entering[first_layer(plan)], cut)
+    return module.head(h), found[0] if found else torch.zeros(len(tokens), cut, dtype=torch.bool)
 
 
 @given(students())
@@ -121,13 +117,12 @@ def test_as_many_tokens_are_selected_as_by_the_reference(case):
 
 
 @pytest.mark.parametrize("config", [tiny_config(), tiny_gemma3_config()], ids=["llama", "gemma3"])
-@pytest.mark.parametrize("layer", [None, 0, 2, 3])
+@pytest.mark.parametrize("layer", [None, 0, 2])
 def test_prompts_longer_than_the_windows_are_the_references(config, layer):
     """The tokens that are selected, and the student's logits."""
-    module, tokens, random = random_model(config), torch.tensor(random_texts(3, 40, 40)), torch.Generator()
-    weight = torch.randn(3, 2, 20, 60, generator=random.manual_seed(0)) / 60**0.5
-    refit = Corrections((1, 3, 4), weight, torch.randn(3, 2, 20, generator=random), "", 2)
-    plan = PrunePlan((1, 3, 4), 3, 1, refit, full_depth_selected=0.4, selecting_layer=layer)
+    module, tokens = random_model(config), torch.tensor(random_texts(3, 40, 40))
+    corrections = random_corrections(config, (1, 3, 4), seed=0, rank=7)
+    plan = PrunePlan((1, 3, 4), 3, 1, corrections, full_depth_selected=0.4, selecting_layer=layer)
     for row, found, chosen in zip(tokens, *of_student(module, plan, tokens, 31), strict=True):
         expected = full_depth_tokens(31, 40, plan, attention_scores(module, row[:31], plan))
         assert torch.equal(chosen_tokens(plan, 31, 40, chosen), expected)
@@ -144,7 +139,7 @@ def test_the_loss_and_its_gradients_are_the_references(case, bare):
     vision = processor_of(tiny_config())  # for text
     exercise = Exercise(tokens, cut, [[]] * len(tokens))
     trained = dataclasses.replace(plan, corrections=plan.corrections.replaced(leaves))
-    with recorded_choices(student_file) as choices:
+    with recorded_choices(passes) as choices:
         loss = distillation_loss(module, vision, trained, exercise, rng)
     used = dataclasses.replace(plan, full_depth_last=1, full_depth_selected=0.0) if bare else plan
     full_depth = [chosen_tokens(used, cut, tokens.shape[1], chosen) for chosen in choices[0]]
@@ -155,27 +150,6 @@ def test_the_loss_and_its_gradients_are_the_references(case, bare):
 
 
 # ---- The steps ----
-
-
-def test_a_step_is_torchs_adam():
-    """With gradients that are cut and gradients that are not."""
-    shapes, random = {"weight": (3, 2, 4, 5), "bias": (3, 2, 4)}, torch.Generator().manual_seed(0)
-    leaves = [torch.randn(shape, generator=random).requires_grad_() for shape in shapes.values()]
-    state = {"steps": torch.tensor(0)}
-    for name, leaf in zip(shapes, leaves, strict=True):
-        state |= {name: leaf.detach().clone(), f"mean {name}": torch.zeros(shapes[name])}
-        state[f"square {name}"] = torch.zeros(shapes[name])
-    optimizer = torch.optim.Adam(leaves, betas=BETAS, eps=EPSILON)
-    for size, rate in ((10.0, 0.3), (0.01, 0.2), (1.0, 0.1)):
-        gradients = [size * torch.randn(leaf.shape, generator=random) for leaf in leaves]
-        adam_step(state, dict(zip(shapes, gradients, strict=True)), dict.fromkeys(shapes, rate))
-        for leaf, gradient in zip(leaves, gradients, strict=True):
-            leaf.grad = gradient.clone()
-        torch.nn.utils.clip_grad_norm_(leaves, 1.0)
-        optimizer.param_groups[0]["lr"] = rate
-        optimizer.step()
-        for name, leaf in zip(shapes, leaves, strict=True):
-            assert_close(state[name], leaf.detach())
 
 
 def test_the_rate_rises_and_falls():
@@ -209,8 +183,8 @@ def test_distillation_lowers_the_loss_on_held_out_text(config, monkeypatch):
     judge = Judge(model, windows_of(random_texts(2, *[384] * 3)))
     assert judge.losses(distilled).mean < 0.95 * judge.losses(closed).mean
     assert (distilled.layers, distilled.full_depth_last, distilled.full_depth_first) == ((2, 3, 4), 2, 1)
-    assert distilled.projections.weight.dtype == torch.float32
-    assert distilled.projections.fingerprint == model.fingerprint
+    assert distilled.corrections.weight.dtype == torch.float32
+    assert distilled.corrections.fingerprint == model.fingerprint
 
 
 def test_no_steps_are_the_closed_form(model, closed):
@@ -268,17 +242,18 @@ def test_the_model_stays_as_it_is(trainable):
         assert (parameter.grad, parameter.requires_grad, parameter.dtype) == (None, trainable, torch.float32)
 
 
-def test_bfloat16_models_keep_float32_projections_only_while_distilling(monkeypatch):
+def test_bfloat16_models_keep_float32_corrections_only_while_distilling(monkeypatch):
     """The rates are those of the schedule, and passes run in bfloat16 where the processor is fast at it."""
     half = pop.Model(random_model(tiny_config()).to(torch.bfloat16), tiny_config(dtype=torch.bfloat16))
-    start, rates, dtypes = calibrate(half, TEXTS, PLAN, progress=False).projections.weight.float(), [], set()
+    start, rates, dtypes = calibrate(half, TEXTS, PLAN, progress=False).corrections.weight.float(), [], set()
+    step = distillation._Run.step
 
-    def step(state, gradients, rates_now):
-        rates.append(rates_now["weight"])
-        dtypes.update(tensor.dtype for name, tensor in state.items() if name not in ("steps", "least"))
-        adam_step(state, gradients, rates_now)
+    def recorded(run, loss, share):
+        step(run, loss, share)
+        rates.append(run.adam.param_groups[0]["lr"])
+        dtypes.update(tensor.dtype for tensor in run.tensors().values())
 
-    monkeypatch.setattr(distillation, "adam_step", step)
+    monkeypatch.setattr(distillation._Run, "step", recorded)
     plan = calibrate(half, TEXTS, PLAN, steps=3, progress=False)
     assert plan.corrections.weight.dtype == torch.bfloat16
     assert dtypes == {torch.float32}
@@ -287,12 +262,12 @@ def test_bfloat16_models_keep_float32_projections_only_while_distilling(monkeypa
 
 @pytest.mark.parametrize(("slow", "dtype"), [(set(), torch.bfloat16), ({torch.bfloat16}, torch.float32)])
 def test_the_passes_run_in_the_dtype_that_the_processor_is_fast_at(model, slow, dtype, monkeypatch):
-    monkeypatch.setattr(distillation, "WIDENED", slow)
-    assert {parameter.dtype for parameter in distillation.working_copy(model).parameters()} == {dtype}
+    monkeypatch.setattr(passes, "WIDENED", slow)
+    assert {parameter.dtype for parameter in passes.working_copy(model).parameters()} == {dtype}
 
 
 def test_the_seed_decides(model, closed):
-    plans = [distill(model, closed, windows_of(TEXTS), MadeUp(*range(20, 0, -1)), 8, seed) for seed in (1, 1, 2)]
+    plans = [distill(model, closed, windows_of(TEXTS), MadeUp(*range(20, 0, -1)), 8, seed=seed) for seed in (1, 1, 2)]
     assert plans[0] == plans[1] != plans[2]
     assert plans[0] != closed
 
@@ -351,7 +326,7 @@ def test_a_record_of_another_run_is_refused(model, tmp_path):
         (TEXTS, {"steps": 3}, "another steps;"),
         (TEXTS, {"seed": 1}, "another seed;"),
         (texts, {}, "another plan and another texts;"),
-        (TEXTS, {"taps": 1}, "another plan;"),
+        (TEXTS, {"rank": 9}, "another plan;"),
     ):
         with pytest.raises(InputError, match=said):
             calibrate(model, changed, PLAN, resume=path, progress=False, **{"steps": 2, **options})
@@ -365,14 +340,14 @@ def test_all_that_decides_a_run_tells_it_from_others(model, closed):
         judge = MadeUp()
         judge.windows = windows_of(held_out)
         windows = [(text, [SimpleNamespace(sha256=media)] * bool(media)) for text in texts]
-        return tuple(distillation._identity(model, plan, windows, judge, 8, 0).values())
+        return tuple(distillation._settings(model, plan, windows, judge, 8, 0).values())
 
     config = tiny_config()
     half = pop.Model(random_model(config).to(torch.bfloat16), tiny_config(dtype=torch.bfloat16))
     other, short = pop.Model(random_model(config, 1), config), pop.Model(model.module, config, max_seq_len=75)
-    weight = closed.projections.tensors["weight"] * 0.85
+    weight = closed.corrections.tensors["weight"] * 0.85
     damped = dataclasses.replace(
-        closed, corrections=closed.projections.replaced(closed.projections.tensors | {"weight": weight})
+        closed, corrections=closed.corrections.replaced(closed.corrections.tensors | {"weight": weight})
     )
     runs = [run(), run(half), run(other), run(short), run(plan=damped), run(texts=TEXTS[1:])]
     runs += [run(held_out=TEXTS[1:2]), run(media="a"), run(media="b")]
@@ -386,7 +361,6 @@ def test_the_held_out_windows_are_judged_eight_times(model, closed, monkeypatch,
     monkeypatch.setattr(distillation, "distillation_loss", lambda m, v, plan, *_: plan.corrections.weight.sum())
     monkeypatch.setattr(distillation, "exercise", lambda model, windows, *_: counted.append(windows))
     judge.compare = lambda plan: judged.append(len(counted)) or [compared([0.0])]
-    monkeypatch.setattr(torch.autograd, "grad", lambda loss, leaves: [torch.ones_like(leaf) for leaf in leaves])
     distill(model, closed, windows_of(TEXTS[1:]), judge, steps)
     assert len(judged) == 1 + checks and judged[-1] == steps
     assert all(windows == windows_of(TEXTS[1:]) for windows in counted)
@@ -405,7 +379,7 @@ def test_a_file_that_is_no_record_is_refused(model, tmp_path, monkeypatch):
         with pytest.raises(InputError, match="does not hold the progress"):
             calibrate(model, TEXTS, PLAN, steps=2, resume=path, progress=False)
         assert path.read_bytes() == content
-    monkeypatch.setattr(refit, "_accumulate", None)  # before the work
+    monkeypatch.setattr(calibrate_file, "accumulate", None)  # before the work
     with pytest.raises(InputError, match="cannot be written"):
         calibrate(model, TEXTS, PLAN, steps=2, resume=tmp_path / "missing" / "record", progress=False)
 
@@ -436,12 +410,12 @@ def test_a_model_without_gradients_is_refused():
 
 
 def test_nothing_is_distilled_on_what_judges(model, monkeypatch):
-    def distill(model, plan, windows, judge, *_):
+    def distill(model, plan, windows, judge, *_, **__):
         assert len(windows) == 16 and len(judge.windows) == 4
         assert not any(window in windows for window in judge.windows)
         return plan
 
-    monkeypatch.setattr(refit, "distill", distill)
+    monkeypatch.setattr(calibrate_file, "distill", distill)
     calibrate(model, TEXTS, PLAN, steps=2, progress=False)
 
 
@@ -455,5 +429,5 @@ def test_gradients_that_are_not_finite_are_refused(model, closed):
     broken = copy.copy(model)
     broken.module = copy.deepcopy(model.module)
     broken.module.layers[4].mlp.up_proj.weight[0, 0] = torch.nan
-    with pytest.raises(InputError, match="gradients of the projections"):
+    with pytest.raises(InputError, match="gradients of the corrections"):
         distill(broken, closed, windows_of(TEXTS), MadeUp(1), 2)

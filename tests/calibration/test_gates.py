@@ -13,7 +13,10 @@ from pop.backends import cpu
 from pop.calibration.importance import _gated_layer, gate_gradients, sample_responses
 from pop.models import layers
 
-CHECKPOINTED = "pop.calibration.importance.checkpointed"
+
+def keep_activations(monkeypatch):
+    for file in ("importance", "passes"):
+        monkeypatch.setattr(f"pop.calibration.{file}.checkpointed", lambda function, *args: function(*args))
 
 
 def gradients(model, samples):
@@ -83,7 +86,7 @@ def test_a_sample_does_not_depend_on_the_others_of_its_batch(model, samples, alo
 
 def test_computing_activations_again_changes_no_gradient(model, samples, monkeypatch):
     expected = gradients(model, samples)
-    monkeypatch.setattr(CHECKPOINTED, lambda function, *args: function(*args))
+    keep_activations(monkeypatch)
     assert torch.equal(gradients(model, samples), expected)
 
 
@@ -96,7 +99,7 @@ def test_activations_inside_a_layer_are_not_kept(model, samples, monkeypatch):
 
     between = 5 * 12 * 30  # rows, tokens a row, width: what one layer hands to the next
     assert kept() < (5 + 1) * between
-    monkeypatch.setattr(CHECKPOINTED, lambda function, *args: function(*args))
+    keep_activations(monkeypatch)
     assert kept() > 5 * (5 + 1) * between
 
 

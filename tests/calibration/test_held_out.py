@@ -28,7 +28,8 @@ def test_the_losses_are_those_of_the_continuation_and_of_the_repeated_passage(co
     model = pop.Model(random_model(config), config)
     windows = random_windows(*lengths)
     judge, texts, passages = Judge(model, windows), [], []
-    for (window, _), (_, _, passage, *_) in zip(windows, judge.cases, strict=True):
+    for (window, _), case in zip(windows, judge.cases, strict=True):
+        passage = case.passage
         window = window[:384]
         cut, cue = len(window) * 2 // 3, max(1, len(passage) // CUE)
         assert len(passage) == (min(64, cut // 4) if cut >= 8 else 0)

@@ -1,4 +1,4 @@
-"""The closed-form refit of K and V: against a naive fit, what must follow from it, and bad input."""
+"""`pop.calibrate`: the closed form against a naive fit, what must follow from it, and bad input."""
 
 import contextlib
 import copy
@@ -9,18 +9,19 @@ import random
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from hypothesis import assume, given
 from hypothesis import strategies as st
-from support.cases import assert_close, cases, held, models, plain, prefill
-from support.naive_fit import assert_fit, fitted, naive_fit
+from support.cases import held, models, prefill
+from support.naive_fit import assert_fit, fitted, naive_fit, whole_projections
 from support.tiny import random_model, tiny_config, tiny_gemma3_config, tiny_qwen3_moe_config
 
 import pop
 from pop import PlanError, PrunePlan, calibrate
-from pop.calibration import refit
+from pop.calibration import calibrate as calibrate_file
+from pop.calibration.calibrate import RIDGES, TRIALS
 from pop.calibration.held_out import Judge, Losses
-from pop.calibration.refit import _accumulate, _batches, _Fit, builtin_texts, text_windows
+from pop.calibration.refit import Fit, accumulate
+from pop.calibration.texts import batches, builtin_texts, text_windows
 from pop.checkpoints.fingerprint import fingerprint
 from pop.pruning.corrections import Corrections
 from pop.pruning.cost import prefill_flops
@@ -69,81 +70,46 @@ TEXTS = random_texts(0, 300, 40, 17, 500, 90)
 
 @given(models(), st.data())
 def test_the_normal_equations_give_the_naive_fit(module, data):
-    """For any groups of pruned layers, padding, taps and first tokens."""
+    """For any groups of pruned layers, padding and first tokens."""
     model = pop.Model(module, module.config)
     layers = data.draw(st.sets(st.integers(0, module.config.num_layers - 1), min_size=1))
+    assume(not any(index in layers and index + 1 in layers for index in range(module.deepstack_layers)))
     plan = PrunePlan(tuple(layers), full_depth_first=data.draw(st.integers(1, 3)))
-    taps, ridge = data.draw(st.sampled_from([1, 2])), data.draw(st.sampled_from([1e-3, 1e-1, 1.0]))
+    ridge = data.draw(st.sampled_from([1e-3, 1e-1, 1.0]))
     windows = random_texts(data.draw(st.integers(0, 99)), *data.draw(st.lists(st.integers(1, 40), min_size=1)))
     windows = [[token % 60 for token in window] for window in windows]  # none that stands for an image
     assume(max(map(len, windows)) > plan.full_depth_first)
-    fit = fitted(model, windows_of(windows), plan, taps)
-    found = fit.refit(fit.solve(ridge), 1.0)
-    assert_fit(found.projections, *naive_fit(model, windows, found, taps, ridge))
-    for index, layer_bias in zip(plan.layers, found.projections.bias, strict=True):
-        for linear, own_bias in zip(("k_proj", "v_proj"), layer_bias, strict=True):
-            linear = module.layers[index].self_attn.get_submodule(linear)
-            assert_close(own_bias, torch.zeros(len(own_bias)) if linear.bias is None else linear.bias.detach())
+    found = fitted(model, windows_of(windows), plan).calibrated(ridge)
+    assert_fit(model.module, found.corrections, *naive_fit(model, windows, found, ridge))
 
 
-@pytest.mark.parametrize("taps", [1, 2])
-def test_low_rank_corrections_are_the_best_of_their_rank(each_family, taps):
+def test_corrections_are_the_best_of_their_rank(each_family):
     """By the squared change of what they compute on the texts, and of what lambda adds, in numpy. One updates h."""
-    model, plan, rank, ridge = each_family, PrunePlan((2, 3), full_depth_first=1), 9, refit.RIDGES[0]
-    fit = fitted(model, windows_of(TEXTS), plan, taps)
-    low = fitted(model, windows_of(TEXTS), plan, taps, rank)
-    (exact,), (best,) = fit.solve(ridge), low.solve(ridge)
-    corrections = torch.cat((exact.correction.flatten(0, 2), exact.update)).numpy()
-    sums = fitted(model, windows_of(TEXTS), PrunePlan((2, 3, 4), full_depth_first=1), taps)  # kept without an update
-    metric = (sums.xx[2] / fit.count + ridge * torch.eye(taps * 30)).numpy()
-    error = corrections - torch.cat((best.correction.flatten(0, 2), best.update)).numpy() @ best.shared.numpy()
+    model, plan, rank, ridge = each_family, PrunePlan((2, 3), full_depth_first=1), 9, 1e-2
+    windows = windows_of(TEXTS)
+    exact, best = (fitted(model, windows, plan, rank).calibrated(ridge).corrections for rank in (None, rank))
+
+    def rows(found):  # of K and V, and of h
+        return torch.cat((found.weight.flatten(0, 2), found.update[0])).double().numpy()
+
+    corrections = rows(exact) @ exact.shared[0].double().numpy()
+    sums = fitted(model, windows, PrunePlan((2, 3, 4), full_depth_first=1)).sums  # kept without an update
+    metric = (sums.xx / sums.count + ridge * torch.eye(60)).numpy()
+    shared = best.shared[0].double().numpy()
+    error = corrections - rows(best) @ shared
     values, vectors = np.linalg.eigh(metric)
-    root = vectors * values**0.5 @ vectors.T
-    singular = np.linalg.svd(corrections @ root, compute_uv=False)
+    singular = np.linalg.svd(corrections @ (vectors * values**0.5 @ vectors.T), compute_uv=False)
     least = (singular[rank:] ** 2).sum()
     assert np.trace(error @ metric @ error.T) == pytest.approx(least, rel=1e-3, abs=1e-6 * (singular**2).sum())
-    assert np.trace(best.shared.numpy() @ metric @ best.shared.numpy().T) == pytest.approx(rank, rel=1e-3)
-    found = low.refit([best], 0.5).projections
-    assert not found.bias.any()
-    assert_close(found.weight, (best.correction * torch.tensor([1.0, 0.5])[:, None, None]).float())
-    assert torch.equal(found.shared[0], best.shared.float()) and torch.equal(found.update[0], best.update.float())
-
-
-@pytest.mark.parametrize("layers", [(2, 3), (1, 3, 4)])
-def test_corrections_of_full_rank_are_the_whole_projections(layers):
-    """In the logits of a prefill."""
-    model = make_model()
-    whole, low = (calibrate(model, TEXTS, PrunePlan(layers), rank=rank, progress=False) for rank in (None, 60))
-    assert (low.projections.rank, low.projections.taps) == (60, 2)
-    logits = [model.prefill([TEXTS[0]], model.new_cache(1, 300), plan=plan) for plan in (whole, low)]
-    assert_close(logits[1], logits[0])
-    with pytest.raises(pop.InputError, match="rank is 61"):
-        calibrate(model, TEXTS, PrunePlan((2, 3)), rank=61, progress=False)
-
-
-@given(cases())
-def test_the_layers_own_projections_are_plain_pruning(case):
-    """The limit for lambda to infinity: folded weights, and nothing from the previous token."""
-    module, plan, tokens, lengths, chunk = case
-    plan = plain(plan, full_depth_first=max(1, plan.full_depth_first))
-    assume(plan.layers and lengths.max() > plan.full_depth_first + plan.full_depth_last)
-    folded = [module.layers[index].folded_projections() for index in plan.layers]
-    weight, bias = (torch.stack(parts).detach().float() for parts in zip(*folded, strict=True))
-    for taps in (1, 2):
-        padded = F.pad(weight, (0, (taps - 1) * weight.shape[-1]))
-        refit = dataclasses.replace(plan, corrections=Corrections(plan.layers, padded, bias, "", taps))
-        expected, expected_cache = prefill(module, tokens, lengths, plan, chunk)
-        logits, cache = prefill(module, tokens, lengths, refit, chunk)
-        assert_close(logits, expected)
-        for row in range(len(tokens)):
-            assert_close(held(module, cache, row), held(module, expected_cache, row))
+    assert np.trace(shared @ metric @ shared.T) == pytest.approx(rank, rel=1e-3)  # codes have a mean square of 1
 
 
 def test_the_last_layer_needs_no_correction(each_family):
     """Its K and V come from the very state that the full model has there: the residual is zero."""
     model = each_family
-    (found,) = fitted(model, windows_of(TEXTS), PrunePlan((4,), full_depth_first=1), 2).solve(1e-3)
-    assert found.correction.abs().max() < 1e-5 * found.own.abs().max()
+    plan = fitted(model, windows_of(TEXTS), PrunePlan((4,), full_depth_first=1)).calibrated(1e-3)
+    own = model.module.layers[4].self_attn.k_proj.weight
+    assert (plan.corrections.weight @ plan.corrections.shared[0]).abs().max() < 1e-5 * own.abs().max()
 
 
 def test_windows_cover_the_texts_and_each_begins_like_its_text():
@@ -157,51 +123,49 @@ def test_windows_cover_the_texts_and_each_begins_like_its_text():
 
 def test_batches_hold_every_window_once_and_no_more_tokens_than_allowed():
     windows = random_texts(1, *[3, 1500, 2000, 9000, 4096, 700, 20, 1500])
-    batches = [[window for window, _ in batch] for batch in _batches(windows_of(windows))]
-    assert sorted(window for batch in batches for window in batch) == sorted(windows)
-    assert all(len(batch) == 1 or len(batch) * len(batch[0]) <= 4096 for batch in batches)
-    assert all(len(batch[0]) == max(map(len, batch)) for batch in batches)
+    found = [[window for window, _ in batch] for batch in batches(windows_of(windows))]
+    assert sorted(window for batch in found for window in batch) == sorted(windows)
+    assert all(len(batch) == 1 or len(batch) * len(batch[0]) <= 4096 for batch in found)
+    assert all(len(batch[0]) == max(map(len, batch)) for batch in found)
 
 
-@pytest.mark.parametrize("winner", [(1e-2, 0.85), (1.0, 0.85), (1e-2, 1.0)])
+@pytest.mark.parametrize("winner", RIDGES)
 @pytest.mark.parametrize("layers", [(3, 4), (2, 3)])
-def test_the_best_of_what_is_tried_is_taken(model, winner, layers, monkeypatch):
-    """The judge's losses are made up: lower near the winner in each setting. With an update of h, lambda is fixed."""
-    fits, tried, (ridge, damp_v) = [], [], winner
-    monkeypatch.setattr(_Fit, "__init__", record(fits, _Fit.__init__))
+def test_the_best_lambda_is_found(model, winner, layers, monkeypatch):
+    """The held-out losses are made up: lower near the winner. With an update of h, lambda is fixed."""
+    ridges, made = [], {}
 
-    def best() -> torch.Tensor:
-        (found,) = fits[0][0].solve(ridge)
-        return found.own + found.correction * torch.tensor([1.0, damp_v], dtype=torch.float64)[:, None, None]
+    def calibrated(self, ridge):
+        ridges.append(ridge)
+        made[ridge] = dataclasses.replace(self.plan, full_depth_last=len(ridges))
+        return made[ridge]
 
-    def judge(plan):
-        tried.append(plan)
-        return 1e6 if plan.corrections.taps == 1 else float((plan.corrections.weight - best()).square().sum())
+    def losses(self, plan):
+        if plan.full_depth_last == 1 and plan is not made[ridges[0]]:
+            return of_mean(1e6)  # plain pruning
+        return of_mean(abs(math.log(ridges[plan.full_depth_last - 1] / winner)))
 
-    monkeypatch.setattr(Judge, "losses", lambda self, plan: of_mean(judge(plan)))
+    monkeypatch.setattr(Fit, "calibrated", calibrated)
+    monkeypatch.setattr(Judge, "losses", losses)
     result = calibrate(model, TEXTS, PrunePlan(layers), progress=False)
-    assert_close(result.projections.weight, best().float())
-    assert len(tried[:-1]) <= (refit.TRIALS if layers == (3, 4) else 3)  # the last one is the result, for its record
+    assert ridges[result.full_depth_last - 1] == (winner if layers == (3, 4) else 1e-2)
+    assert len(ridges) < TRIALS
 
 
-@pytest.mark.parametrize("rank", [None, 9])
-def test_plain_pruning_is_taken_if_it_is_the_best_and_nothing_follows(model, rank, monkeypatch):
-    """As folded projections, without updates or codes, so it is as fast. Distillation does not start there."""
-    monkeypatch.setattr(Judge, "losses", lambda self, plan: of_mean(plan.corrections.taps))
-    monkeypatch.setattr(refit, "distill", lambda model, plan, *_: plan)
-    tokens = torch.tensor([TEXTS[0]])
-    found = calibrate(model, TEXTS, PrunePlan((1, 3)), rank=rank, progress=False)
-    assert {*found.projections.tensors} == {"weight", "bias"}
-    own, refitted = (model.prefill(tokens, model.new_cache(1, 300), plan=plan) for plan in (plain(found), found))
-    assert_close(refitted, own)
-    start = calibrate(model, TEXTS, PrunePlan((1, 3)), rank=rank, steps=2, progress=False).projections
-    assert (start.taps, start.rank) == (2, rank) and all(tensor.any() for tensor in (start.weight, start.update))
+def test_plain_pruning_is_taken_if_it_is_the_best_and_nothing_follows(model, monkeypatch):
+    """Without corrections, so it is as fast. Distillation does not start there."""
+    monkeypatch.setattr(Judge, "losses", lambda self, plan: of_mean(0.0 if plan.corrections is None else 1.0))
+    monkeypatch.setattr(calibrate_file, "distill", lambda model, plan, *_, **__: plan)
+    found = calibrate(model, TEXTS, PrunePlan((1, 3)), progress=False)
+    assert found.corrections is None and found.full_depth_first == 1 and found.about["texts"] == 5
+    assert calibrate(model, TEXTS, PrunePlan((1, 3)), steps=2, progress=False).corrections is not None
 
 
 def test_sums_are_freed_once_a_group_is_solved(model):
-    """They are large: float64, of all inputs. Groups without an update stay, because lambda is not yet chosen."""
-    fit = fitted(model, windows_of(TEXTS), PrunePlan((0, 1, 3, 4), full_depth_first=1), 2)
-    assert [sorted(sums) for sums in (fit.xx, fit.x, fit.xy, fit.xu)] == [[3], [3], [3, 4], []]
+    """They are large: float64, of all inputs. A group without an update stays, because lambda is not yet chosen."""
+    fit = fitted(model, windows_of(TEXTS), PrunePlan((0, 1, 3, 4), full_depth_first=1))
+    assert len(fit.solved) == 1 and fit.sums.xy.shape == (60, 2 * 2 * 20)
+    assert fitted(model, windows_of(TEXTS), PrunePlan((0, 1), full_depth_first=1)).sums is None
 
 
 def test_one_bar_shows_all_of_the_work(monkeypatch):
@@ -213,21 +177,20 @@ def test_one_bar_shows_all_of_the_work(monkeypatch):
         bars.append((total, []))
         yield bars[-1][1].append
 
-    monkeypatch.setattr(refit, "progress_bar", bar)
+    monkeypatch.setattr(calibrate_file, "progress_bar", bar)
     texts, plans = random_texts(0, *[500] * 5), [PrunePlan((2, 3)), PrunePlan((1, 3, 4))]
     calibrate(make_model(max_positions=512), texts, plans)
     ((total, steps),) = bars
-    assert total == sum(steps) == 2 * 4 * 500 + 2 * refit.TRIALS * (384 + 64)  # two passes for two groups
+    assert total == sum(steps) == 2 * 4 * 500 + 2 * TRIALS * (384 + 64)  # two passes for two groups
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=["llama", "gemma3", "qwen3"])
 @pytest.mark.parametrize("seed", range(2))
-@pytest.mark.parametrize("taps", [1, 2])
-def test_never_worse_than_plain_on_the_held_out_text(config, seed, taps, monkeypatch):
+def test_never_worse_than_plain_on_the_held_out_text(config, seed, monkeypatch):
     model, judged = pop.Model(random_model(config, seed), config), []
     monkeypatch.setattr(Judge, "__init__", record(judged, Judge.__init__))
     texts = random_texts(seed, *[48] * 10)
-    result = calibrate(model, texts, PrunePlan((1, 2, 4)), taps=taps, seed=seed, progress=False)
+    result = calibrate(model, texts, PrunePlan((1, 2, 4)), seed=seed, progress=False)
     ((_, _, windows, _),) = judged
     assert len(windows) == 2  # a fifth of them
     judge = Judge(model, windows)
@@ -242,7 +205,7 @@ def test_a_refit_repairs_a_model_whose_layers_are_linear_in_the_token(layers):
     for layer in model.module.layers:
         layer.self_attn.o_proj.weight.data.zero_()
         layer.mlp.down_proj.weight.data *= 0.3
-    refit = calibrate(model, random_texts(5, *[64] * 60), PrunePlan(layers), taps=1, progress=False)
+    refit = calibrate(model, random_texts(5, *[64] * 60), PrunePlan(layers), rank=60, progress=False)
     tokens, lengths = torch.tensor(random_texts(6, *[60] * 8)), torch.tensor([60] * 8)
 
     def stored(plan) -> torch.Tensor:
@@ -260,9 +223,9 @@ def test_a_refit_repairs_a_model_whose_layers_are_linear_in_the_token(layers):
 def test_the_defaults(model):
     result = calibrate(model, TEXTS, PrunePlan((2, 3), full_depth_last=4), progress=False)
     assert (result.layers, result.full_depth_last, result.full_depth_first) == ((2, 3), 4, 1)
-    assert result.projections.taps == 2
-    assert result.projections.weight.dtype == torch.float32
-    assert result.projections.fingerprint == fingerprint(model.module)
+    assert result.corrections.rank == 15  # half of the width
+    assert result.corrections.weight.dtype == torch.float32
+    assert result.corrections.fingerprint == fingerprint(model.module)
     assert calibrate(model, TEXTS, PrunePlan((2,), full_depth_first=3), progress=False).full_depth_first == 3
 
 
@@ -293,7 +256,7 @@ def test_a_plan_records_how_it_was_made_and_what_it_costs(model, tmp_path):
         fitted = sum(len(tokens) for tokens, _ in windows[2:])
         assert about == {
             "model": model.name, "version": pop.__version__, "texts": 5, "windows": 9, "held_out": 2, "window": 100,
-            "tokens": fitted, "steps": 0, "seed": 5, "full_depth_last": 4,
+            "tokens": fitted, "rank": 15, "steps": 0, "seed": 5, "full_depth_last": 4,
         }  # fmt: skip
 
 
@@ -322,7 +285,8 @@ def test_a_plan_of_another_model_is_refused(model):
     ):
         with pytest.raises(PlanError, match="fitted to another model's weights"):
             call()
-    reshaped = Corrections((2, 3), torch.zeros(2, 2, 20, 14), torch.zeros(2, 2, 20), model.fingerprint, 2)
+    weight = torch.zeros(2, 2, 20, 5)
+    reshaped = Corrections((2, 3), weight, weight[..., 0], torch.zeros(1, 5, 14), fingerprint=model.fingerprint)
     with pytest.raises(PlanError, match="this model needs"):
         model.generate([1, 2, 3], plan=PrunePlan((2, 3), full_depth_first=1, corrections=reshaped))
 
@@ -336,18 +300,9 @@ def test_bfloat16_is_close_to_float32(model, tmp_path):
     full, rounded_full = (m.prefill([prompt], m.new_cache(1, 50), plan=PrunePlan.none()) for m in (model, half))
     assert (rounded - exact).std() < 2 * (rounded_full - full).std()
     own = calibrate(half, TEXTS, PrunePlan((2, 3)), progress=False)
-    assert own.projections.weight.dtype == torch.bfloat16
+    assert own.corrections.weight.dtype == torch.bfloat16
     own.save(tmp_path / "plan")
     assert PrunePlan.load(tmp_path / "plan") == own
-
-
-def test_the_cost_of_the_second_tap_is_counted(model):
-    one, two = (calibrate(model, TEXTS, PrunePlan((3, 4)), taps=taps, progress=False) for taps in (1, 2))
-    config, tokens = model.config, 100
-    product = 2 * 2 * config.hidden_size * config.num_kv_heads * config.head_dim  # K and V of a token
-    difference = prefill_flops(config, tokens, two) - prefill_flops(config, tokens, one)
-    assert difference == 2 * (tokens - 2) * product  # two layers; the first and the last token are at full depth
-    assert prefill_flops(config, tokens, one) == prefill_flops(config, tokens, PrunePlan((3, 4), full_depth_first=1))
 
 
 def test_calibration_of_a_trainable_model_leaves_no_graph():
@@ -371,31 +326,32 @@ def test_the_pass_runs_no_layer_twice_or_in_vain(model, monkeypatch):
         ((4,), [0, 1, 2, 3]),
         ((1,), [0, 1]),
         ((3, 4), [0, 1, 2, 3]),
-        ((1, 4), [0, 1, 0, 1, 2, 2, 3, 3]),
+        ((1, 4), [0, 1, 0, 1, 2, 3, 1, 2, 3]),  # the second pass runs the plan's stream before the full layers
     ):
         runs.clear()
-        fitted(model, windows_of(TEXTS[:1]), PrunePlan(layers, full_depth_first=1), 2)
+        fitted(model, windows_of(TEXTS[:1]), PrunePlan(layers, full_depth_first=1))
         assert runs == expected
 
 
 def test_a_large_float32_model_is_fitted_in_bfloat16(monkeypatch):
     """Where the processor has fast products for it, see working_copy. The sums and the plan are as exact as before."""
     model, passes = make_model(), []
-    expected = calibrate(model, TEXTS, PrunePlan((2, 3)), progress=False).projections
-    monkeypatch.setattr("pop.calibration.refit.SMALLEST", 1)
-    monkeypatch.setattr("pop.calibration.distill.WIDENED", set())
-    monkeypatch.setattr("pop.calibration.refit._accumulate", record(passes, _accumulate))
-    found = calibrate(model, TEXTS, PrunePlan((2, 3)), progress=False).projections
+    expected = calibrate(model, TEXTS, PrunePlan((2, 3)), rank=60, progress=False).corrections
+    monkeypatch.setattr(calibrate_file, "SMALLEST", 1)
+    monkeypatch.setattr("pop.calibration.passes.WIDENED", set())
+    monkeypatch.setattr(calibrate_file, "accumulate", record(passes, accumulate))
+    found = calibrate(model, TEXTS, PrunePlan((2, 3)), rank=60, progress=False).corrections
     assert {parameter.dtype for *_, module in passes for parameter in module.parameters()} == {torch.bfloat16}
     assert {parameter.dtype for parameter in model.module.parameters()} == {torch.float32}
     assert found.weight.dtype == torch.float32
-    assert 0 < (found.weight - expected.weight).norm() < 0.02 * expected.weight.norm()
+    found, expected = (whole_projections(model.module, corrections) for corrections in (found, expected))
+    assert 0 < (found - expected).norm() < 0.02 * expected.norm()
 
 
 def test_held_out_windows_are_not_fitted_to(monkeypatch):
     model = make_model(max_positions=512)
     fitted, judged = [], []
-    monkeypatch.setattr("pop.calibration.refit._accumulate", record(fitted, _accumulate))
+    monkeypatch.setattr(calibrate_file, "accumulate", record(fitted, accumulate))
     monkeypatch.setattr(Judge, "__init__", record(judged, Judge.__init__))
     texts = random_texts(3, *[500] * 5, 2000)
     calibrate(model, texts, PrunePlan((2, 3)), window=4096, progress=False)
@@ -410,7 +366,7 @@ def test_the_model_keeps_its_plan_as_given():
     plan = calibrate(model, TEXTS, PrunePlan((2, 3)), progress=False)
     half = pop.Model(random_model(tiny_config()).to(torch.bfloat16), tiny_config(dtype=torch.bfloat16), plan=plan)
     assert half.plan == plan
-    assert half.resolve(None).projections.weight.dtype == torch.bfloat16
+    assert half.resolve(None).corrections.weight.dtype == torch.bfloat16
 
 
 def test_the_sums_are_float64():
@@ -419,9 +375,8 @@ def test_the_sums_are_float64():
     model.module.model.embed_tokens.weight.data *= torch.logspace(0, -4, 30)
     plan = PrunePlan((1,), full_depth_first=1)
     windows = random_texts(8, *[200] * 40)
-    fit = fitted(model, windows_of(windows), plan, 2)
-    found = fit.refit(fit.solve(1e-9), 1.0)
-    assert_close(found.projections.weight, naive_fit(model, windows, found, 2, 1e-9)[0].float())
+    found = fitted(model, windows_of(windows), plan).calibrated(1e-9)
+    assert_fit(model.module, found.corrections, *naive_fit(model, windows, found, 1e-9))
 
 
 @pytest.mark.parametrize(("held_out", "expected"), [(1, 1), (3, 3), (8, 4)])
@@ -446,9 +401,9 @@ def test_as_many_windows_are_held_out_as_asked_but_a_fifth_at_most(model, held_o
         ([[1] * 100], {}, r"two windows of 16 to 512 tokens, but the texts have 1; .*, 528 tokens in one text,"),
         ([[1] * 100, []], {}, "the text is empty"),
         ([[1] * 100, [67] * 50], {}, "not in the vocabulary"),
-        (TEXTS, {"taps": 3}, "taps is 3"),
-        (TEXTS, {"taps": 1.0}, "taps is 1.0"),
-        (TEXTS, {"taps": True}, "taps is True"),
+        (TEXTS, {"rank": 0}, "rank is 0"),
+        (TEXTS, {"rank": 61}, "rank is 61"),
+        (TEXTS, {"rank": True}, "rank is True"),
         (TEXTS, {"seed": [1]}, r"seed is \[1\]"),
         (TEXTS, {"window": 0}, "window is 0"),
         (TEXTS, {"window": 10}, "window is 10"),

@@ -5,24 +5,23 @@ import random
 
 import pytest
 import torch
-from support.cases import assert_close, recorded_choices
+from support.cases import assert_close, random_corrections, recorded_choices
 from support.naive_fit import assert_fit, fitted, naive_fit, naive_gradients, naive_kl
 from support.tiny import random_model, random_patches, tiny_gemma3_vl_config, tiny_qwen3_vl_config
 from support.tiny_images import picture
 
 import pop
-from pop.calibration import student as student_file
+from pop.calibration import passes
 from pop.calibration.distill import distillation_loss
 from pop.calibration.exercises import CONTINUATION, Exercise
 from pop.calibration.exercises import exercise as make_exercise
 from pop.calibration.held_out import Judge
 from pop.calibration.importance import gate_gradients
-from pop.calibration.refit import text_windows
-from pop.calibration.student import student, teacher
+from pop.calibration.passes import Pass
+from pop.calibration.texts import text_windows
 from pop.errors import ContextOverflow, InputError
 from pop.inputs.processors import Prepared
 from pop.models.vision.qwen3_vl import Grid
-from pop.pruning.corrections import Corrections
 from pop.pruning.reference import attention_scores, full_depth_tokens
 
 pytestmark = pytest.mark.usefixtures("short_averages")
@@ -181,18 +180,17 @@ def texts(model):
 
 
 @pytest.mark.parametrize("layers", [(0, 1, 2, 4), (1, 3), (4,)])
-@pytest.mark.parametrize("taps", [1, 2])
-def test_the_normal_equations_with_images_give_the_naive_fit(model, layers, taps):
+def test_the_normal_equations_with_images_give_the_naive_fit(model, layers):
     """A group of pruned layers ends at a layer after which DeepStack adds features."""
     windows, rows = texts(model)
     plan = pop.PrunePlan(layers, full_depth_first=1)
-    fit = fitted(model, text_windows(model, windows, rows, None, 1024), plan, taps)
-    images = [images_of(model, *pair) for pair in zip(windows, rows, strict=True)]
-    found = fit.refit(fit.solve(0.1), 1.0)
-    assert_fit(found.projections, *naive_fit(model, windows, found, taps, 0.1, images))
     if {0, 1} <= {*layers} and model.module.deepstack_layers:
         with pytest.raises(pop.PlanError, match="DeepStack"):
-            fitted(model, [], plan, taps, rank=4)
+            pop.calibrate(model, windows, plan, images=rows, progress=False)
+        return
+    found = fitted(model, text_windows(model, windows, rows, None, 1024), plan).calibrated(0.1)
+    images = [images_of(model, *pair) for pair in zip(windows, rows, strict=True)]
+    assert_fit(model.module, found.corrections, *naive_fit(model, windows, found, 0.1, images))
 
 
 def test_the_judge_continues_after_the_last_image(model):
@@ -204,7 +202,8 @@ def test_the_judge_continues_after_the_last_image(model):
         (tokens_of(2, b), [b]),
     ]
     judge = Judge(model, windows)
-    for number, ((window, ones), (prompt, _, passage, *_)) in enumerate(zip(windows, judge.cases, strict=True)):
+    for number, ((window, ones), case) in enumerate(zip(windows, judge.cases, strict=True)):
+        prompt, passage = case.prompt, case.passage
         cut = [len(window) * 2 // 3, 19 + len(tokens_of(b)) - 1, len(window) - 1][number]
         assert prompt == window[:cut]
         kl = naive_kl(model, plan, window + passage, cut, images_of(model, window, ones))
@@ -212,7 +211,7 @@ def test_the_judge_continues_after_the_last_image(model):
         passages.append(kl[len(window) - cut + 1 : -1])
         assert len(passages[-1]) == max(0, len(passage) - 1)  # short passages: a cue of one token
     expected = float(torch.cat(texts).mean()), float(torch.cat(passages).mean())
-    assert [len(passage) > 1 for _, _, passage, *_ in judge.cases] == [True, True, False]
+    assert [len(case.passage) > 1 for case in judge.cases] == [True, True, False]
     assert judge.losses(plan)[:2] == pytest.approx(expected, rel=1e-4)
     tight = pop.Model(model.module, model.config, max_seq_len=len(windows[1][0]), compile=False)
     ((prompt, continuation, passage, *_),) = Judge(tight, windows[1:2]).cases
@@ -263,10 +262,10 @@ def test_the_loss_of_distillation_with_images_is_the_naive_one(model, layers, fi
     rows = [tokens_of(2, a, 5, 6, b, *range(7, 15)), tokens_of(2, b, 9, 8, a, *range(20, 28))]
     media, cut = [[a, b], [b, a]], len(rows[0]) - 9
     images = [images_of(model, *pair) for pair in zip(rows, media, strict=True)]
-    shape = (len(layers), 2, 20, 60)
-    weight = torch.randn(shape, generator=torch.Generator().manual_seed(0)) / 60**0.5
-    bias = torch.randn(shape[:3], generator=torch.Generator().manual_seed(1)) / 10
-    plan, rows = pop.PrunePlan(layers, 3, first, Corrections(layers, weight, bias, "", 2), 0.3), torch.tensor(rows)
+    corrections = random_corrections(model.config, layers, seed=0, rank=7)
+    selecting = 3 if 0 in layers else None
+    plan = pop.PrunePlan(layers, 3, first, corrections, full_depth_selected=0.3, selecting_layer=selecting)
+    rows = torch.tensor(rows)
     full_depth = []
     for row, shown in zip(rows, images, strict=True):
         scores = attention_scores(
@@ -289,9 +288,10 @@ def test_distillation_selects_the_references_tokens_among_images(model):
     plan = pop.PrunePlan((1, 3), full_depth_selected=0.3)
     for window, media in zip(*texts(model), strict=True):
         tokens, images = torch.tensor(window), images_of(model, window, media)
-        entering, _ = teacher(model.module, tokens[None], images, plan.layers[:1])
-        with recorded_choices(student_file) as found:
-            student(model.module, plan, entering[1], len(window), images)
+        run = Pass(model.module, tokens[None], images)
+        _, entering = run.full([0])
+        with recorded_choices(passes) as found:
+            run.student(plan, entering[0], len(window))
         scores = attention_scores(model.module, tokens, plan, images)
         expected = full_depth_tokens(len(window), len(window), plan, scores)
         assert torch.equal(found[0][0], expected[-1] & (torch.arange(len(window)) < len(window) - 1))

@@ -9,48 +9,71 @@ import torch
 from support.cases import assert_close
 
 from pop import PrunePlan
-from pop.calibration.refit import RIDGES, _accumulate, _batches, _Fit
+from pop.calibration.calibrate import MIDDLE, RIDGES
+from pop.calibration.refit import Fit, accumulate
+from pop.calibration.texts import batches
 from pop.models.images import TEXT
 from pop.pruning import reference
 
 RECORDED = ("input_layernorm", "self_attn.k_proj", "self_attn.v_proj", "")
 
 
-def fitted(model, windows, plan, taps, rank=None) -> _Fit:
-    """The library's fit to windows, with its passes over them."""
-    fit = _Fit(model, plan, taps, rank)
-    for number in range(len(fit.groups)):
-        for batch in _batches(windows):
-            _accumulate(model, batch, [fit], number)
-        fit.finish(number)
+def fitted(model, windows, plan, rank=None) -> Fit:
+    """The library's fit to windows, with its passes over them. By default its rank is full."""
+    fit = Fit(model, plan, 2 * model.config.hidden_size if rank is None else rank)
+    for _ in fit.groups:
+        fit.begin()
+        for batch in batches(windows):
+            accumulate(model, batch, [fit])
+        fit.finish(RIDGES[MIDDLE])
     return fit
 
 
-def assert_fit(found, weight, update):
-    """Compare Corrections with a naive fit."""
-    assert_close(found.weight, weight.float())
-    assert (found.update is None) == (update is None)
-    if update is not None:
-        assert_close(found.update, update.float())
+def assert_fit(module, found, keys_values, updates):
+    """Compare Corrections of full rank with a naive fit, by the matrices that compute K and V, and updates of h."""
+    own = own_projections(module, found.layers)
+    assert_close(whole_projections(module, found), own + keys_values.float())
+    assert not found.bias.any()
+    assert (found.update is None) == (updates is None)
+    if updates is not None:
+        assert_close(found.update @ found.shared[: len(found.update)], updates.float())
 
 
-def naive_fit(model, windows, plan, taps, ridge, images=None):
-    """Ridge regression toward the layers' own projections by lstsq, from what hooks record in naive passes.
+def own_projections(module, layers):
+    """The matrices [n, 2, K * E, 2 * D] by which layers compute K and V from normalised states x_t and x_{t-1}."""
+    own = []
+    for index in layers:
+        layer = module.layers[index]
+        gain = layer.input_layernorm.weight.detach() + (module.config.family == "gemma3")
+        for linear in (layer.self_attn.k_proj, layer.self_attn.v_proj):
+            weight = linear.weight.detach() * gain
+            own.append(torch.cat((weight, torch.zeros_like(weight)), dim=1))
+    return torch.stack(own).unflatten(0, (-1, 2))
+
+
+def whole_projections(module, corrections):
+    """The same with corrections: the layers' own matrices, and U V."""
+    shared = torch.cat([corrections.group(range(index, index + 1)).shared[None] for index in corrections.layers])
+    return own_projections(module, corrections.layers) + torch.einsum("nkir,nrd->nkid", corrections.weight, shared)
+
+
+def naive_fit(model, windows, plan, ridge, images=None):
+    """Ridge regression toward no correction by lstsq, from what hooks record in naive passes.
 
     Args:
-        plan: its projections' updates of h are used. The fit of each depends on those before it only.
+        plan: its corrections' updates of h are used. The fit of each depends on those before it only.
         images: the Images of each window, or None for text.
 
     Returns:
-        W [n, 2, K * E, taps * D], and A [g, D, taps * D], or None if h needs no updates.
+        The corrections of K and V [n, 2, K * E, 2 * D], and of h [g, D, 2 * D], or None if h needs none.
     """
     module, first = model.module, plan.full_depth_first
     ends = [index for index in plan.layers if index + 1 not in (*plan.layers, len(module.layers))]
 
     def start(index):  # of the group of pruned layers
-        return start(index - 1) if index - 1 in plan.layers and index > module.deepstack_layers else index
+        return start(index - 1) if index - 1 in plan.layers else index
 
-    final = {start(end) for end in ends}  # groups that are solved before the judge chooses lambda
+    final = {start(end) for end in ends}  # groups that are solved before lambda is chosen
     targets = [(index, i) for index in plan.layers for i in (0, 1)] + [(index, "update") for index in ends]
     xs, ys = {index: [] for index in plan.layers}, {target: [] for target in targets}
     for window, shown in zip(windows, images or repeat(TEXT, len(windows)), strict=True):
@@ -61,30 +84,28 @@ def naive_fit(model, windows, plan, taps, ridge, images=None):
         for index in plan.layers:
             h = pruned[start(index), "input_layernorm"][0].double().numpy()
             x = h / np.sqrt((h**2).mean(-1, keepdims=True) + module.config.norm_eps)
-            if taps == 2:
-                x = np.concatenate([x, np.concatenate([np.zeros_like(x[:1]), x[:-1]])], axis=1)
-            xs[index].append(x[first:])
+            previous = np.concatenate([np.zeros_like(x[:1]), x[:-1]])
+            xs[index].append(np.concatenate([x, previous], axis=1)[first:])
+            layer = module.layers[index]
+            gain = layer.input_layernorm.weight.detach().double().numpy() + (module.config.family == "gemma3")
             for i, name in enumerate(("self_attn.k_proj", "self_attn.v_proj")):
-                ys[index, i].append(full[index, name][1].double().numpy()[first:])
+                linear = layer.get_submodule(name)
+                own = x * gain @ linear.weight.detach().double().numpy().T
+                own += 0 if linear.bias is None else linear.bias.detach().double().numpy()
+                ys[index, i].append((full[index, name][1].double().numpy() - own)[first:])
             if index in ends:
                 ys[index, "update"].append(full[index, ""][1].double().numpy()[first:] - h[first:])
-    out, updates = [], []
-    for index in plan.layers:
-        layer, x = module.layers[index], np.concatenate(xs[index])
-        pull = math.sqrt((RIDGES[0] if start(index) in final else ridge) * len(x))
+
+    def solution(index, target):
+        x, y = np.concatenate(xs[index]), np.concatenate(ys[index, target])
+        pull = math.sqrt((RIDGES[MIDDLE] if start(index) in final else ridge) * len(x))
         rows = np.concatenate([x, pull * np.eye(x.shape[1])])
-        gain = layer.input_layernorm.weight.detach().double().numpy() + (module.config.family == "gemma3")
-        for i, linear in enumerate((layer.self_attn.k_proj, layer.self_attn.v_proj)):
-            own = linear.weight.detach().double().numpy() * gain
-            own = np.concatenate([own, np.zeros((len(own), (taps - 1) * own.shape[1]))], axis=1)
-            y = np.concatenate(ys[index, i]) - (0 if linear.bias is None else linear.bias.detach().double().numpy())
-            out.append(np.linalg.lstsq(rows, np.concatenate([y, pull * own.T]), rcond=None)[0].T)
-        if index in ends:
-            y = np.concatenate(ys[index, "update"])
-            padded = np.concatenate([y, np.zeros((x.shape[1], y.shape[1]))])
-            updates.append(torch.tensor(np.linalg.lstsq(rows, padded, rcond=None)[0].T))
-    weight = torch.tensor(np.stack(out)).unflatten(0, (len(plan.layers), 2))
-    return weight, torch.stack(updates) if updates else None
+        padded = np.concatenate([y, np.zeros((x.shape[1], y.shape[1]))])
+        return torch.tensor(np.linalg.lstsq(rows, padded, rcond=None)[0].T)
+
+    keys_values = torch.stack([torch.stack([solution(index, i) for i in (0, 1)]) for index in plan.layers])
+    updates = [solution(index, "update") for index in ends]
+    return keys_values, torch.stack(updates) if updates else None
 
 
 def recorded(module, layers, function, *args):
@@ -114,7 +135,7 @@ def naive_kl(model, plan, tokens, cut, images=TEXT):
 
 
 def naive_gradients(module, plan, rows, full_depth, cut, images=None):
-    """KL(full || pruned) at the tokens from `cut` on, a token, and its gradients for the projections of the plan.
+    """KL(full || pruned) at the tokens from `cut` on, a token, and its gradients for the corrections of the plan.
 
     It runs pop/pruning/reference.py row by row, with autograd.
 
@@ -123,9 +144,8 @@ def naive_gradients(module, plan, rows, full_depth, cut, images=None):
         full_depth: of each row, as the reference takes it.
         images: the Images of each row, or None for text.
     """
-    refit = plan.corrections
-    leaves = {name: tensor.clone().requires_grad_() for name, tensor in refit.tensors.items()}
-    plan = dataclasses.replace(plan, corrections=refit.replaced(leaves))
+    leaves = {name: tensor.clone().requires_grad_() for name, tensor in plan.corrections.tensors.items()}
+    plan = dataclasses.replace(plan, corrections=plan.corrections.replaced(leaves))
     total = count = 0
     for row, mask, shown in zip(rows, full_depth, images or repeat(TEXT, len(rows)), strict=True):
         forward = reference.forward.__wrapped__  # without its no_grad

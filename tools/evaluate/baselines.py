@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import pop
-from pop.calibration.refit import SHORTEST, text_windows
+from pop.calibration.texts import SHORTEST, text_windows
 from pop.engine.attention import write
 from pop.errors import InputError
 from pop.models.layers import causal_attention, masked_attention

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 import pop
-from pop.calibration.refit import builtin_texts
+from pop.calibration.texts import builtin_texts
 from pop.errors import InputError
 from tools.evaluate.baselines import calibration_windows, deepest_dropped, first_kv, no_boundary, no_kv, shortgpt
 from tools.evaluate.contender import Contender
