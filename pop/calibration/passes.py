@@ -83,8 +83,7 @@ class Pass:
         Returns:
             [B, T, D] after the last layer, meaningless at pruned tokens.
         """
-        by_position = dataclasses.replace(plan, full_depth_selected=0.0)
-        full_depth = full_depth_tokens(prompt_length, self.tokens.shape[1], by_position)
+        full_depth = full_depth_tokens(prompt_length, self.tokens.shape[1], plan)
         end = len(self.module.layers)
         return self.pruned(plan, h, full_depth, first_layer(plan), end, prompt_length)
 

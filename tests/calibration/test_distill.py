@@ -9,8 +9,7 @@ import pytest
 import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
-from support.cases import assert_close, models, plans, random_corrections, recorded_choices
-from support.cases import full_depth_tokens as chosen_tokens
+from support.cases import assert_close, by_reference, models, plans, random_corrections, recorded_choices
 from support.naive_fit import naive_gradients
 from support.tiny import random_model, tiny_config, tiny_gemma3_config
 
@@ -30,8 +29,7 @@ from pop.calibration.exercises import Exercise
 from pop.calibration.held_out import Compared, Judge
 from pop.calibration.passes import Pass, first_layer
 from pop.inputs.processors import processor_of
-from pop.pruning import reference
-from pop.pruning.reference import attention_scores, full_depth_tokens
+from pop.pruning.reference import full_depth_tokens, selected_tokens
 
 pytestmark = pytest.mark.usefixtures("short_averages")
 
@@ -103,15 +101,14 @@ def test_the_student_is_the_reference(case):
     """Its logits, for any plan, windows, and kept layers between pruned ones."""
     module, plan, tokens, cut = case
     for row, found, chosen in zip(tokens, *of_student(module, plan, tokens, cut), strict=True):
-        full_depth = chosen_tokens(plan, cut, len(row), chosen)
-        assert_close(found, reference.forward(module, row, full_depth, plan)[0])
+        assert_close(found, by_reference(module, row, plan, cut, chosen)[0])
 
 
 @given(students())
 def test_as_many_tokens_are_selected_as_by_the_reference(case):
     module, plan, tokens, cut = case
     _, chosen = of_student(module, plan, tokens, cut)
-    others = ~full_depth_tokens(cut, cut, dataclasses.replace(plan, full_depth_selected=0.0))
+    others = ~full_depth_tokens(cut, cut, plan)
     assert not chosen[:, ~others].any()
     assert (chosen.sum(1) == plan.num_selected(int(others.sum()))).all()
 
@@ -124,9 +121,8 @@ def test_prompts_longer_than_the_windows_are_the_references(config, layer):
     corrections = random_corrections(config, (1, 3, 4), seed=0, rank=7)
     plan = PrunePlan((1, 3, 4), 3, 1, corrections, full_depth_selected=0.4, selecting_layer=layer)
     for row, found, chosen in zip(tokens, *of_student(module, plan, tokens, 31), strict=True):
-        expected = full_depth_tokens(31, 40, plan, attention_scores(module, row[:31], plan))
-        assert torch.equal(chosen_tokens(plan, 31, 40, chosen), expected)
-        assert_close(found, reference.forward(module, row, expected, plan)[0])
+        assert torch.equal(chosen, selected_tokens(module, row[:31], plan))
+        assert_close(found, by_reference(module, row, plan, 31, chosen)[0])
 
 
 @given(students(), st.booleans())
@@ -142,8 +138,8 @@ def test_the_loss_and_its_gradients_are_the_references(case, bare):
     with recorded_choices(passes) as choices:
         loss = distillation_loss(module, vision, trained, exercise, rng)
     used = dataclasses.replace(plan, full_depth_last=1, full_depth_selected=0.0) if bare else plan
-    full_depth = [chosen_tokens(used, cut, tokens.shape[1], chosen) for chosen in choices[0]]
-    expected, gradients = naive_gradients(module, used, tokens, full_depth, cut)
+    chosen = choices[0] if choices else torch.zeros(len(tokens), cut, dtype=torch.bool)
+    expected, gradients = naive_gradients(module, used, tokens, chosen, cut)
     assert loss.item() == pytest.approx(expected, rel=1e-3, abs=1e-6)
     for found, naive in zip(torch.autograd.grad(loss, [*leaves.values()]), gradients, strict=True):
         assert (found - naive).abs().max() <= 1e-3 * naive.abs().max() + 1e-7

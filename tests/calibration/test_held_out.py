@@ -70,8 +70,9 @@ def test_tokens_are_copied_if_they_are_the_likeliest(model):
     windows = [*random_windows(60, 45), ([30] * 70, [])]  # this model repeats token 30
     right = total = 0
     judge = Judge(model, windows)
-    for prompt, continuation, passage, *_ in judge.cases:
-        tokens, cue = prompt + continuation + passage, max(1, len(passage) // CUE)
+    for case in judge.cases:
+        passage = case.passage
+        tokens, cue = case.prompt + case.continuation + passage, max(1, len(passage) // CUE)
         answers = model.logits([tokens])[0].argmax(-1)[len(tokens) - len(passage) + cue - 1 : -1]
         right += sum(int(a == b) for a, b in zip(answers, passage[cue:], strict=True))
         total += len(answers)
@@ -83,9 +84,9 @@ def test_tokens_are_copied_if_they_are_the_likeliest(model):
 def test_a_continuation_leaves_room_for_the_passage(spare):
     config = tiny_config()
     model = pop.Model(random_model(config), config, max_seq_len=60 + spare)
-    ((prompt, continuation, passage, _, full),) = Judge(model, random_windows(60)).cases
-    assert (len(prompt), len(continuation), len(passage)) == (40, min(20, 10 + spare), 10)
-    assert len(full) == len(continuation) + len(passage)
+    (case,) = Judge(model, random_windows(60)).cases
+    assert (len(case.prompt), len(case.continuation), len(case.passage)) == (40, min(20, 10 + spare), 10)
+    assert len(case.full) == len(case.continuation) + len(case.passage)
 
 
 @given(st.lists(st.tuples(st.integers(0, 40), st.integers(1, 20)), max_size=3), st.integers(0, 99), st.integers(0, 9))

@@ -222,8 +222,6 @@ def test_calibrate_saves_a_plan_that_generate_takes(folder, model, capsys, tmp_p
         "0.5",
         "--full-depth-last",
         "4",
-        "--taps",
-        "1",
         "--rank",
         "5",
         "--window",
@@ -236,7 +234,7 @@ def test_calibrate_saves_a_plan_that_generate_takes(folder, model, capsys, tmp_p
     assert out in capsys.readouterr().out
     half = pop.load(folder, dtype=torch.float32, prune=0.5)
     plan = dataclasses.replace(half.plan, full_depth_last=4)
-    expected = pop.calibrate(half, [text.read_text()], plan, taps=1, rank=5, window=60, steps=2, seed=3, progress=False)
+    expected = pop.calibrate(half, [text.read_text()], plan, rank=5, window=60, steps=2, seed=3, progress=False)
     assert (tmp_path / "record").exists()
     assert pop.PrunePlan.load(out) == expected
     assert main(["generate", folder, "Hello", "--prune", out, "--max-new-tokens", "3"]) == 0
@@ -248,7 +246,7 @@ def test_calibrate_saves_a_plan_that_generate_takes(folder, model, capsys, tmp_p
     [
         (["--prune", "none"], "nothing to calibrate"),
         (["--full-depth-last", "0"], "full_depth_last is 0"),
-        (["--taps", "3"], "taps is 3"),
+        (["--rank", "0"], "rank is 0"),
         (["--window", "0"], "window is 0"),
         (["--out", "missing/plan"], "missing/plan cannot be written"),
         (["--resume", "missing/record"], "missing/record cannot be written"),

@@ -22,7 +22,7 @@ from pop.calibration.texts import text_windows
 from pop.errors import ContextOverflow, InputError
 from pop.inputs.processors import Prepared
 from pop.models.vision.qwen3_vl import Grid
-from pop.pruning.reference import attention_scores, full_depth_tokens
+from pop.pruning.reference import selected_tokens
 
 pytestmark = pytest.mark.usefixtures("short_averages")
 FAMILIES = {"gemma3": tiny_gemma3_vl_config, "qwen3_vl": tiny_qwen3_vl_config}
@@ -214,8 +214,8 @@ def test_the_judge_continues_after_the_last_image(model):
     assert [len(case.passage) > 1 for case in judge.cases] == [True, True, False]
     assert judge.losses(plan)[:2] == pytest.approx(expected, rel=1e-4)
     tight = pop.Model(model.module, model.config, max_seq_len=len(windows[1][0]), compile=False)
-    ((prompt, continuation, passage, *_),) = Judge(tight, windows[1:2]).cases
-    assert (prompt + continuation, passage) == (windows[1][0], [])  # the image leaves no room for the passage
+    (case,) = Judge(tight, windows[1:2]).cases
+    assert (case.prompt + case.continuation, case.passage) == (windows[1][0], [])  # the image leaves no room for the passage
 
 
 def test_the_judge_continues_after_an_image_that_follows_a_video():
@@ -227,8 +227,8 @@ def test_the_judge_continues_after_an_image_that_follows_a_video():
         "video", image.pixels, tuple([61 if p == 60 else p for p in ids] for ids in image.pieces), image.grid
     )
     window = tokens_of(2, film, *range(3, 21), image, 5)
-    ((prompt, continuation, *_),) = Judge(model, [(window, [image, film])]).cases
-    assert (prompt[-1], continuation) == (60, [63, 5])
+    (case,) = Judge(model, [(window, [image, film])]).cases
+    assert (case.prompt[-1], case.continuation) == (60, [63, 5])
 
 
 def test_calibration_with_images(model, monkeypatch):
@@ -266,13 +266,11 @@ def test_the_loss_of_distillation_with_images_is_the_naive_one(model, layers, fi
     selecting = 3 if 0 in layers else None
     plan = pop.PrunePlan(layers, 3, first, corrections, full_depth_selected=0.3, selecting_layer=selecting)
     rows = torch.tensor(rows)
-    full_depth = []
+    chosen = []
     for row, shown in zip(rows, images, strict=True):
-        scores = attention_scores(
-            model.module, row[:cut], plan, shown.select(torch.arange(cut)[None], torch.tensor(True))
-        )
-        full_depth.append(full_depth_tokens(cut, len(row), plan, scores))
-    expected, gradients = naive_gradients(model.module, plan, rows, full_depth, cut, images)
+        prompt_images = shown.select(torch.arange(cut)[None], torch.tensor(True))
+        chosen.append(selected_tokens(model.module, row[:cut], plan, prompt_images))
+    expected, gradients = naive_gradients(model.module, plan, rows, torch.stack(chosen), cut, images)
     leaves, rng = {name: x.clone().requires_grad_() for name, x in plan.corrections.tensors.items()}, random.Random(0)
     rng.choice = lambda choices: choices[0]  # the plan's full-depth tokens
     exercise = Exercise(rows, cut, media)
@@ -292,9 +290,7 @@ def test_distillation_selects_the_references_tokens_among_images(model):
         _, entering = run.full([0])
         with recorded_choices(passes) as found:
             run.student(plan, entering[0], len(window))
-        scores = attention_scores(model.module, tokens, plan, images)
-        expected = full_depth_tokens(len(window), len(window), plan, scores)
-        assert torch.equal(found[0][0], expected[-1] & (torch.arange(len(window)) < len(window) - 1))
+        assert torch.equal(found[0][0], selected_tokens(model.module, tokens, plan, images))
 
 
 def test_exercises_with_images(model):

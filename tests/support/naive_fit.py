@@ -130,27 +130,34 @@ def naive_kl(model, plan, tokens, cut, images=TEXT):
     full_depth = reference.full_depth_tokens(cut, len(tokens), plan)
     full, _ = reference.forward(model.module, tokens, full_depth, PrunePlan.none(), images)
     pruned, _ = reference.forward(model.module, tokens, full_depth, plan, images)
-    p, q = (logits[cut - 1 :].double().log_softmax(-1) for logits in (full, pruned))
+    return kl(full[cut - 1 :], pruned[cut - 1 :])
+
+
+def kl(full, pruned):
+    """KL(full || pruned) [N] of logits [N, V]."""
+    p, q = (logits.double().log_softmax(-1) for logits in (full, pruned))
     return (p.exp() * (p - q)).sum(-1)
 
 
-def naive_gradients(module, plan, rows, full_depth, cut, images=None):
+def naive_gradients(module, plan, rows, chosen, cut, images=None):
     """KL(full || pruned) at the tokens from `cut` on, a token, and its gradients for the corrections of the plan.
 
     It runs pop/pruning/reference.py row by row, with autograd.
 
     Args:
         rows: token ids [B, T].
-        full_depth: of each row, as the reference takes it.
+        chosen: the selected tokens of the prompts [B, cut] bool.
         images: the Images of each row, or None for text.
     """
     leaves = {name: tensor.clone().requires_grad_() for name, tensor in plan.corrections.tensors.items()}
     plan = dataclasses.replace(plan, corrections=plan.corrections.replaced(leaves))
-    total = count = 0
-    for row, mask, shown in zip(rows, full_depth, images or repeat(TEXT, len(rows)), strict=True):
-        forward = reference.forward.__wrapped__  # without its no_grad
-        full, _ = forward(module, row, torch.ones_like(row).bool(), PrunePlan.none(), shown)
-        pruned, _ = forward(module, row, mask, plan, shown)
-        p, q = (logits[cut - 1 :].double().log_softmax(-1) for logits in (full, pruned))
-        total, count = total + (p.exp() * (p - q)).sum(), count + len(p)
-    return total.item() / count, torch.autograd.grad(total / count, [*leaves.values()])
+    run_layers = reference.run_layers.__wrapped__  # without its no_grad
+    losses = []
+    for row, selected, shown in zip(rows, chosen, images or repeat(TEXT, len(rows)), strict=True):
+        full_depth = reference.full_depth_tokens(cut, len(row), plan)
+        selected = reference.extended(selected, len(row)) if selected.any() else None
+        full, _ = run_layers(module, row, full_depth, PrunePlan.none(), shown)
+        pruned, _ = run_layers(module, row, full_depth, plan, shown, selected)
+        losses.append(kl(*(module.head(h[0, cut - 1 :]) for h in (full, pruned))))
+    loss = torch.cat(losses).mean()
+    return loss.item(), torch.autograd.grad(loss, [*leaves.values()])
