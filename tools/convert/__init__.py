@@ -21,8 +21,8 @@ def convert(
     """Write a checkpoint in Hugging Face's layout into a new folder, and return that folder.
 
     Args:
-        source: A GGUF file or a folder in Meta's layout. With an `adapter`, its base model: a folder in Hugging Face's
-            layout, or a name that `pop.load` takes.
+        source: A GGUF file or a folder in Meta's layout. If an `adapter` is given, this is its base model, as a folder
+            in Hugging Face's layout or as a name that `pop.load` takes.
         folder: It must not exist, or be empty.
         adapter: The folder of a LoRA adapter that PEFT has saved, to be merged into the base model.
         progress: Show a bar on stderr.

@@ -37,9 +37,9 @@ def write_config(config: dict[str, Any], folder: Path) -> None:
 
 
 def write_weights(weights: dict[str, torch.Tensor], file: Path) -> None:
-    """Write a safetensors file beside config.json, whose readers may read it too: safetensors admits its owner only."""
+    """Write a safetensors file into a folder that holds config.json."""
     save_file(weights, file, metadata={"format": "pt"})
-    shutil.copymode(file.with_name("config.json"), file)
+    shutil.copymode(file.with_name("config.json"), file)  # safetensors lets only the owner read the file
 
 
 def separated_halves(weight: torch.Tensor, head_dim: int) -> torch.Tensor:

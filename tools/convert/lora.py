@@ -1,7 +1,7 @@
 """LoRA adapters as PEFT saves them, merged into a base model: W becomes W + s B A (Hu et al. 2021).
 
-The result has the files of the base model, with other weights. Everything that is not plain LoRA is refused by name: a
-field of adapter_config.json that asks for more, and a tensor that is not the A or the B of a linear layer.
+The result has the files of the base model, with other weights. Only plain LoRA is supported. A field of
+adapter_config.json that asks for more is refused by name, and so is a tensor that is not the A or the B of a linear layer.
 """
 
 import math
@@ -21,7 +21,7 @@ from pop.system.files import read_tensors, refuse_pointers
 from pop.system.progress import progress_bar
 from tools.convert.checkpoint import write_weights
 
-# Fields about training, and about which layers have an A and a B, and of which rank, which the tensors say as well.
+# These fields are about training, or they repeat what the tensors show: which layers have an A and a B, of which rank.
 # Other fields must be off.
 UNUSED = """
     peft_version auto_mapping base_model_name_or_path revision task_type inference_mode
