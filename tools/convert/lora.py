@@ -1,7 +1,7 @@
 """LoRA adapters as PEFT saves them, merged into a base model: W becomes W + s B A (Hu et al. 2021).
 
 The result has the files of the base model, with other weights. Only plain LoRA is supported. A field of
-adapter_config.json that asks for more is refused by name, and so is a tensor that is not the A or the B of a linear layer.
+adapter_config.json that asks for more is refused by name. So is a tensor that is not the A or the B of a linear layer.
 """
 
 import math
