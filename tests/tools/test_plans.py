@@ -12,10 +12,11 @@ from tools.common import ROOT
 @pytest.mark.parametrize("name", ["third", "14"])
 def test_the_plans_that_ship_are_these(name):
     plan = pop.PrunePlan.load(ROOT / f"pop/data/plans/smollm2-135m-{name}.plan")
-    layers, rank, steps, last, share = plans.PLANS[name]
-    found = (plan.layers, plan.full_depth_last, plan.corrections.rank, plan.full_depth_selected, plan.selecting_layer)
-    assert found == (layers, last, rank, share, plans.SELECTING)
-    assert (plan.about["steps"], plan.about["held_out"]) == (steps, plans.HELD_OUT)
+    found = plans.Recipe(
+        plan.layers, plan.corrections.rank, plan.about["steps"], plan.full_depth_last, plan.full_depth_selected
+    )
+    assert found == plans.PLANS[name]
+    assert (plan.selecting_layer, plan.about["held_out"]) == (plans.SELECTING, plans.HELD_OUT)
     assert plan.about["texts"] == plans.DOCUMENTS + plans.MODULES + len(plans.builtin_texts())
 
 
@@ -29,7 +30,7 @@ def test_texts_are_parts_of_python():
 def test_a_plan_is_made_and_saved(monkeypatch, tmp_path, chat_folder):
     """With a tiny model, one step, and one of the texts."""
     monkeypatch.setattr(pop, "load", lambda name, *, load=pop.load, **options: load(chat_folder, **options))
-    monkeypatch.setitem(plans.PLANS, "third", ((3, 4), 8, 1, 5, 0.2))
+    monkeypatch.setitem(plans.PLANS, "third", plans.Recipe((3, 4), rank=8, steps=1, last=5, share=0.2))
     monkeypatch.setattr(plans, "SELECTING", 2)
     monkeypatch.setattr(plans, "builtin_texts", list)
     texts = plans.python_texts()
