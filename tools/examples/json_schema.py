@@ -26,9 +26,9 @@ SCHEMA = {
 
 
 class JsonSchema:
-    """A `logits_processor` that leaves the tokens by which an answer can become JSON of a schema.
+    """A `logits_processor` that allows only the tokens after which an answer can still become JSON of a schema.
 
-    It keeps nothing between two calls, so all rows of a batch may share it.
+    It keeps no state between calls, so all rows of a batch may share it.
 
     Args:
         model: a model with a tokenizer.
@@ -51,7 +51,8 @@ class JsonSchema:
     def __call__(self, tokens: list[int], logits: torch.Tensor) -> torch.Tensor:
         matcher = self.start.deep_copy()
         matcher.consume_tokens(tokens)
-        allowed = torch.frombuffer(bytearray(matcher.compute_logit_bias()), dtype=torch.uint8)[: len(logits)] > 0
+        bias = torch.frombuffer(bytearray(matcher.compute_logit_bias()), dtype=torch.uint8)  # [V]
+        allowed = bias[: len(logits)] > 0
         return logits.masked_fill(~allowed.to(logits.device), -torch.inf)
 
 
@@ -59,13 +60,18 @@ class _Vocabulary:
     """What llguidance asks of a tokenizer: the bytes of all tokens, and the ids of a text."""
 
     def __init__(self, model: pop.Model):
-        self.tokenizer = tokenizer = model.tokenizer
-        unused = {*tokenizer.unused_ids, *range(tokenizer.vocab_size, model.config.vocab_size)}
-        ids = range(model.config.vocab_size)
-        # A token without text, such as an end token, is a name after the byte 255, which no text has.
-        self.tokens = [b"" if id in unused else tokenizer.token_bytes(id) or b"\xff<%d>" % id for id in ids]
-        self.special_token_ids = [id for id in ids if self.tokens[id][:1] == b"\xff"]
-        self.bos_token_id, self.eos_token_id = tokenizer.bos_id, min(end_ids(model))
+        self.tokenizer = model.tokenizer
+        self.tokens = []
+        padding = range(model.tokenizer.vocab_size, model.config.vocab_size)
+        unused = {*model.tokenizer.unused_ids, *padding}
+        for token in range(model.config.vocab_size):
+            text = b"" if token in unused else model.tokenizer.token_bytes(token)
+            if not text and token not in unused:  # such as an end token
+                text = b"\xff<%d>" % token  # a name after the byte 255, which no text has
+            self.tokens.append(text)
+        self.special_token_ids = [token for token, text in enumerate(self.tokens) if text.startswith(b"\xff")]
+        self.bos_token_id = model.tokenizer.bos_id
+        self.eos_token_id = min(end_ids(model))
 
     def __call__(self, text: str) -> list[int]:
         return self.tokenizer.encode(text, bos=False)
@@ -80,7 +86,8 @@ def main(argv: list[str] | None = None) -> int:
 
     def run():
         model = pop.load(args.model)
-        print(model.generate(args.prompt, max_new_tokens=64, logits_processor=JsonSchema(model, args.schema)).text)
+        processor = JsonSchema(model, args.schema)
+        print(model.generate(args.prompt, max_new_tokens=64, logits_processor=processor).text)
 
     return exit_status("json_schema", run)
 

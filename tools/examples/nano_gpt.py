@@ -3,7 +3,7 @@
 The first half is the other code base: a decoder like GPT-2, with its own attention, learned positions, LayerNorm and
 GELU. It stays as it is. The second half wraps its blocks and the model in `PrunableLayer` and `PrunableModel`
 (pop/models/base.py). Then `engine.prefill` and `engine.decode` run it on a `pop.KVCache`, with any `pop.PrunePlan`
-without projections. Attention, masks, chunks and batches of different lengths are the engine's.
+that is not calibrated. The engine takes care of attention, masks, chunks and batches of different lengths.
 
 Here positions are learned and added to the embedding, so `tokens` carry them: id + vocab_size * position. A model with
 rotary positions takes plain ids, returns cos and sin from `rope`, and rotates in `queries_keys_values`.
@@ -40,8 +40,9 @@ class CausalSelfAttention(nn.Module):
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
 
     def forward(self, x):
-        T, E = x.shape[1], x.shape[2] // self.n_head
-        q, k, v = (part.unflatten(-1, (-1, E)).transpose(1, 2) for part in self.c_attn(x).chunk(3, dim=-1))
+        B, T, D = x.shape
+        E = D // self.n_head
+        q, k, v = (part.view(B, T, self.n_head, E).transpose(1, 2) for part in self.c_attn(x).chunk(3, dim=-1))
         scores = (q @ k.transpose(-2, -1)) / E**0.5  # [B, H, T, T]
         future = torch.ones(T, T, dtype=torch.bool, device=x.device).triu(1)
         weights = scores.masked_fill(future, float("-inf")).softmax(-1)
@@ -51,8 +52,9 @@ class CausalSelfAttention(nn.Module):
 class Block(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
-        self.ln_1, self.ln_2 = nn.LayerNorm(config.n_embd), nn.LayerNorm(config.n_embd)
+        self.ln_1 = nn.LayerNorm(config.n_embd)
         self.attn = CausalSelfAttention(config)
+        self.ln_2 = nn.LayerNorm(config.n_embd)
         self.mlp = nn.Sequential(
             nn.Linear(config.n_embd, 4 * config.n_embd), nn.GELU(), nn.Linear(4 * config.n_embd, config.n_embd)
         )
@@ -88,15 +90,18 @@ class PrunableBlock(PrunableLayer):
 
     def __init__(self, block: Block):
         super().__init__()
-        self.block, self.heads = block, block.attn.n_head
-        self.scale = (block.attn.c_attn.in_features // self.heads) ** -0.5
+        self.block = block
+        self.heads = block.attn.n_head
+        head_dim = block.attn.c_attn.in_features // self.heads
+        self.scale = head_dim**-0.5
 
     def queries_keys_values(self, h, rope):
         projected = self.block.attn.c_attn(self.block.ln_1(h)).chunk(3, dim=-1)
         return tuple(part.unflatten(-1, (self.heads, -1)) for part in projected)  # [B, T, H, E] each
 
     def keys_values(self, h, rope):
-        c_attn, D = self.block.attn.c_attn, h.shape[-1]
+        c_attn = self.block.attn.c_attn
+        D = h.shape[-1]  # the first D rows project q
         projected = F.linear(self.block.ln_1(h), c_attn.weight[D:], c_attn.bias[D:]).chunk(2, dim=-1)
         return tuple(part.unflatten(-1, (self.heads, -1)) for part in projected)  # [B, T, H, E] each
 
@@ -112,9 +117,12 @@ class PrunableGPT(PrunableModel):
 
     def __init__(self, gpt: GPT):
         super().__init__()
-        self.gpt, self.layers = gpt, nn.ModuleList(PrunableBlock(block) for block in gpt.h)
-        self.num_layers, self.windows = len(gpt.h), (None,) * len(gpt.h)
-        self.hidden_size, self.num_kv_heads = gpt.config.n_embd, gpt.config.n_head
+        self.gpt = gpt
+        self.layers = nn.ModuleList(PrunableBlock(block) for block in gpt.h)
+        self.num_layers = len(gpt.h)
+        self.windows = (None,) * len(gpt.h)
+        self.hidden_size = gpt.config.n_embd
+        self.num_kv_heads = gpt.config.n_head
         self.head_dim = self.hidden_size // self.num_kv_heads
 
     @property
@@ -127,7 +135,8 @@ class PrunableGPT(PrunableModel):
 
     def tokens(self, ids, positions):
         """What `embed` takes for ids at positions of the same shape."""
-        return (ids + self.gpt.config.vocab_size * positions.to(ids.device)).to(self.gpt.wte.weight.device)
+        tokens = ids + self.gpt.config.vocab_size * positions.to(ids.device)
+        return tokens.to(self.gpt.wte.weight.device)
 
     def head(self, h):
         return self.gpt.lm_head(self.gpt.ln_f(h))
@@ -136,7 +145,8 @@ class PrunableGPT(PrunableModel):
 @torch.no_grad()
 def generate(gpt: GPT, prompts: list[list[int]], plan: PrunePlan, count: int, chunk_size: int = 2048) -> torch.Tensor:
     """The greedy continuations of the prompts by `count` tokens each: [B, count]."""
-    model, weight = PrunableGPT(gpt), gpt.wte.weight
+    model = PrunableGPT(gpt)
+    weight = gpt.wte.weight
     lengths = torch.tensor([len(prompt) for prompt in prompts])
     longest = int(lengths.max())
     cache = KVCache(model, len(prompts), longest + count, dtype=weight.dtype, device=weight.device)
@@ -154,4 +164,5 @@ if __name__ == "__main__":
     torch.manual_seed(0)
     gpt = GPT(GPTConfig()).eval()
     for plan in (PrunePlan.none(), PrunePlan.deepest(gpt.config.n_layer, 1 / 3)):
-        print(f"prefill without layers {plan.layers}: {generate(gpt, [[1, 2, 3, 4, 5]], plan, 8).tolist()[0]}")
+        answer = generate(gpt, [[1, 2, 3, 4, 5]], plan, 8)[0]
+        print(f"prefill without layers {plan.layers}: {answer.tolist()}")
