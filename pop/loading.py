@@ -15,8 +15,10 @@ from pop.checkpoints.weights import load_weights
 from pop.errors import InputError, TokenizerError
 from pop.inputs.processors import processor_of
 from pop.inputs.tokenizers import Tokenizer, as_tokenizer, load_tokenizer
-from pop.model import Model, check_options
+from pop.model import Model
 from pop.models.config import DTYPES
+from pop.pruning.plan import PrunePlan
+from pop.runner import check_options
 
 
 def load(
@@ -72,7 +74,8 @@ def load(
     folder = registry.find_folder(name_or_path)
     config = read_config(folder)
     dtype = dtype or config.dtype
-    plan, max_seq_len = check_options(config, dtype, prune, max_seq_len, compile)
+    max_seq_len = check_options(config, dtype, max_seq_len, compile)
+    plan = PrunePlan.of(prune, config.num_layers)
     vision = processor_of(config, read_preparation(folder, config), min_pixels, max_pixels)
     tokenizer = _tokenizer(tokenizer, folder)
     part = Part(config, rank, ranks) if ranks > 1 else None

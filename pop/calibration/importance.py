@@ -28,13 +28,14 @@ import torch.nn.functional as F
 from pop.calibration.passes import Pass, check_gradients, checkpointed
 from pop.errors import InputError, PlanError, PopError, UnsupportedError, check_count, import_extra
 from pop.generation.answers import end_ids
-from pop.generation.batch import as_prompts, padded
+from pop.generation.batch import as_prompts
 from pop.generation.sampling import Sampler, SamplingParams, check_finite, read_tokens
 from pop.inputs.processors import Prepared
 from pop.model import Model
 from pop.models.base import Attend
 from pop.models.layers import Rope
 from pop.pruning.plan import PrunePlan
+from pop.runner import padded
 from pop.system import files
 from pop.system.progress import progress_bar
 
@@ -159,9 +160,9 @@ def sample_responses(
     ends = end_ids(model)
     states = [np.random.SeedSequence(seed).generate_state(1) for seed in seeds]
     sampler = Sampler(SamplingParams(temperature=1.0), [int(state[0]) for state in states])
-    lengths = [len(prompt) for prompt in prompts]
-    cache = model.new_cache(len(prompts), max(lengths) + count - 1)
-    logits = model.prefill(padded(prompts), cache, lengths=lengths, images=media, plan=PrunePlan.none())
+    tokens, lengths = padded(prompts)
+    cache = model.new_cache(len(prompts), tokens.shape[1] + count - 1)
+    logits = model.prefill(tokens, cache, lengths=lengths, images=media, plan=PrunePlan.none())
     responses = [[] for _ in prompts]
     while True:
         tokens = sampler(logits)
@@ -187,7 +188,7 @@ def gate_gradients(
     module = model.module
     device = model.device
     rows = [prompt + response[:-1] for prompt, response in zip(prompts, responses, strict=True)]
-    tokens = torch.tensor(padded(rows), device=device)  # [B, T], padded on the right
+    tokens = padded(rows)[0].to(device)  # [B, T], padded on the right
     index = torch.arange(tokens.shape[1], device=device)
     boundary = torch.tensor([[len(prompt) - 1] for prompt in prompts], device=device)  # [B, 1]
     lengths = torch.tensor([[len(row)] for row in rows], device=device)  # [B, 1]

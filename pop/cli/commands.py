@@ -27,13 +27,12 @@ from pop.checkpoints import registry
 from pop.cli.plans import plans
 from pop.cli.terminal import exit_status
 from pop.errors import ContextOverflow, InputError, PopError, WeightsNotFound, check_count
-from pop.generation.options import OPTIONS
-from pop.generation.sampling import SamplingParams
+from pop.generation.sampling import OPTIONS, SamplingParams
 from pop.models.config import DTYPES
 
 # Options of the command line are handed on to the arguments that have their names.
 LOADING = inspect.signature(pop.load).parameters
-SAMPLING = [option.name for option in OPTIONS]
+SAMPLING = [*OPTIONS, "sampling"]
 HELP = "/new starts a new conversation, /quit ends, // begins a message with a slash, Ctrl-C stops an answer."
 
 

@@ -77,12 +77,6 @@ class Answer:
         return piece
 
 
-def answer_text(tokenizer, tokens: list[int]) -> str:
-    """The text of an answer's tokens, with what a stop string would cut off."""
-    answer = Answer(tokenizer, frozenset(), (), len(tokens))
-    return "".join(map(answer.push, tokens))
-
-
 def end_ids(model) -> frozenset[int]:
     """The tokens that end an answer: the checkpoint's, and those that end a turn in its chat format."""
     ids = set(model.config.eos_ids)

@@ -8,38 +8,57 @@ from contextlib import suppress
 
 import torch
 
-from pop import engine
 from pop.engine.cache import KVCache
 from pop.errors import InputError
 from pop.generation.answers import Answer, Generation, end_ids
 from pop.generation.logits import LogitsRules
 from pop.generation.sampling import Sampler, SamplingParams, read_tokens
 from pop.inputs.processors import Prepared
-from pop.inputs.tokenizers import token_ids
 from pop.pruning.plan import PrunePlan
+from pop.runner import FULL_DEPTH, padded, token_ids
 from pop.system.memory import to_device
 
 
 class Batch:
-    """Prompts of different lengths, and their answers."""
+    """Prompts of different lengths, and their answers.
+
+    Args:
+        model: A pop.Model.
+        prompts: The token ids of each prompt.
+        media: The images and videos of each prompt.
+        params: How all answers are sampled, and where they end.
+        plan: The resolved plan of the prompts.
+        is_list: Whether `generate` returns a list.
+        earlier: A cache of one row, which all prompts continue and none changes.
+        earlier_tokens: All tokens before the prompts: those in `earlier`, then any sampled token that has not run yet.
+        after_step: Called after each token of the batch.
+    """
 
     def __init__(
         self,
         model,
         prompts: list[list[int]],
-        media: list[list[Prepared]],  # the images and videos of each prompt
+        media: list[list[Prepared]],
         params: SamplingParams,
+        plan: PrunePlan,
         *,
-        plan: PrunePlan | None = None,
-        is_list: bool = False,  # whether `generate` returns a list
-        earlier: KVCache | None = None,  # a cache of one row, which all prompts continue and none changes
-        earlier_tokens: Sequence[int] = (),  # what all prompts continue: the cache's tokens, and some that never ran
-        after_step: Callable[[Batch], None] = lambda batch: None,  # called after each token of the batch
+        is_list: bool = False,
+        earlier: KVCache | None = None,
+        earlier_tokens: Sequence[int] = (),
+        after_step: Callable[[Batch], None] = lambda batch: None,
     ):
-        self.model, self.prompts, self.media, self.plan = model, prompts, media, model.resolve(plan)
-        self.is_list, self.earlier, self.earlier_tokens, self.after_step = is_list, earlier, earlier_tokens, after_step
+        self.model = model
+        self.prompts = prompts
+        self.media = media
+        self.params = params
+        self.plan = plan
+        self.is_list = is_list
+        self.earlier = earlier
+        self.earlier_tokens = list(earlier_tokens)
+        self.after_step = after_step
         if params.stop:
             model.need_tokenizer("stop")
+
         ends = end_ids(model)
         if params.stop_token_ids:
             ends |= {*token_ids(list(params.stop_token_ids), 1, model.config.vocab_size).tolist()}
@@ -47,19 +66,27 @@ class Batch:
         if model.part is not None:  # several processes must continue with the same tokens
             seeds = model.part.agree(seeds, model.device)
         self.sampler = Sampler(params, seeds)
-        self.rules = LogitsRules(model, params, [[*earlier_tokens, *prompt] for prompt in prompts], ends)
-        self.logprobs = params.logprobs
-        self.num_earlier = len(earlier_tokens)
-        longest, row = max((len(prompt), row) for row, prompt in enumerate(prompts))
-        note = f" ({longest} tokens after {self.num_earlier} earlier ones)" if self.num_earlier else ""
-        model.check_fits(self.num_earlier + longest, f"the prompt{note}", media[row])
-        # A full context ends an answer. Its last token is sampled but never run, so it needs no slot.
-        left = model.max_seq_len + 1 - self.num_earlier
-        limits = [min(params.max_new_tokens, left - len(prompt)) for prompt in prompts]
-        self.max_seq_len = self.num_earlier - 1 + max(len(p) + limit for p, limit in zip(prompts, limits, strict=True))
+        self.rules = LogitsRules(model, params, [self.earlier_tokens + prompt for prompt in prompts], ends)
+
+        limits = self._limits()
         self.answers = [Answer(model.tokenizer, ends, params.stop, limit) for limit in limits]
+        # An answer's last token is sampled but never run, so it needs no slot.
+        longest = max(len(prompt) + limit for prompt, limit in zip(prompts, limits, strict=True))
+        self.max_seq_len = len(self.earlier_tokens) + longest - 1
         self.cache: KVCache | None = None  # made by `prefill`
         self.times: list[float] = []  # when each token of the batch was there, by time.perf_counter()
+
+    def _limits(self) -> list[int]:
+        """The most tokens of each answer: max_new_tokens, or fewer in a full context.
+
+        Raises ContextOverflow if a prompt does not fit.
+        """
+        num_earlier = len(self.earlier_tokens)
+        longest, row = max((len(prompt), row) for row, prompt in enumerate(self.prompts))
+        note = f" ({longest} tokens after {num_earlier} earlier ones)" if num_earlier else ""
+        self.model.check_fits(num_earlier + longest, f"the prompt{note}", self.media[row])
+        left = self.model.max_seq_len + 1 - num_earlier
+        return [min(self.params.max_new_tokens, left - len(prompt)) for prompt in self.prompts]
 
     def generate(self, began: float) -> Generation | list[Generation]:
         """Generate all answers. Seconds count from `began`, a time.perf_counter()."""
@@ -71,14 +98,15 @@ class Batch:
     def generation(self, row: int, began: float) -> Generation:
         """The finished answer of a row."""
         answer = self.answers[row]
+        last = max(len(answer.tokens) - 1, 0)
         return Generation(
             text=None if self.model.tokenizer is None else answer.text,
             tokens=answer.tokens,
-            prompt_tokens=self.num_earlier + len(self.prompts[row]),
+            prompt_tokens=len(self.earlier_tokens) + len(self.prompts[row]),
             ttft_s=self.times[0] - began,
-            decode_s=self.times[max(len(answer.tokens) - 1, 0)] - self.times[0],
+            decode_s=self.times[last] - self.times[0],
             finish_reason=answer.finish_reason,
-            logprobs=answer.logprobs if self.logprobs else None,
+            logprobs=answer.logprobs if self.params.logprobs else None,
         )
 
     def stream(self, began: float) -> Stream:
@@ -97,58 +125,82 @@ class Batch:
 
     def take_cache(self) -> KVCache:
         """The cache, which the caller keeps from now on."""
-        cache, self.cache = self.cache, None
+        cache = self.cache
+        self.cache = None
         return cache
 
     def _steps(self) -> Iterator[list[str]]:
-        logits = self.prefill()
+        logits = self.prefill()  # [B, V]
         rows = list(range(len(self.answers)))  # the answer that each row of the cache belongs to
         while True:
-            tokens = self.sampler(self.rules(logits, [self.answers[row] for row in rows]))
-            self.rules.took(tokens)
-            pieces = [""] * len(self.answers)
-            ended = [number for number, row in enumerate(rows) if self.answers[row].finish_reason]
-            picked = read_tokens(tokens, ended)  # the only wait for the device
-            self.times.append(time.perf_counter())
-            logprobs = [None] * len(rows)
-            if self.logprobs:
-                logprobs = (logits.gather(-1, tokens.clamp(min=0)[:, None])[:, 0] - logits.logsumexp(-1)).tolist()
-            for row, token, logprob in zip(rows, picked, logprobs, strict=True):
-                pieces[row] = self.answers[row].push(token, logprob)
+            tokens = self._sample(logits, rows)  # [B]
+            pieces = self._push(tokens, logits, rows)
             self.after_step(self)
             yield pieces
             unfinished = [number for number, row in enumerate(rows) if not self.answers[row].finish_reason]
             if not unfinished:
                 return
-            is_full = bool((self.cache.lengths >= self.max_seq_len).any())  # the cache may have more room
-            # The finished rows leave the batch. A captured step stays while more than half of its rows are unfinished,
-            # unless the caller's function would get finished answers.
-            is_captured = bool(self.model.caches.kept) and self.cache.step is not None
-            stay = is_captured and 2 * len(unfinished) > len(rows) and not is_full
-            if len(unfinished) < len(rows) and not (stay and self.rules.params.logits_processor is None):
-                kept = torch.tensor(unfinished)
+            if len(unfinished) < len(rows) and not self._finished_rows_stay(len(unfinished), len(rows)):
                 rows = [rows[number] for number in unfinished]
-                (kept_there,) = to_device([kept], tokens.device)
-                tokens = tokens[kept_there]
-                self.cache.keep_rows(kept)
-                self.sampler.keep_rows(unfinished)
-                self.rules.keep_rows(kept_there)
-            # Like model.decode, without its checks of the arguments, and of the module for changes since the prefill.
-            stages = self.model._stages(len(rows), look=False)
+                tokens = self._keep_rows(unfinished, tokens)
             tokens = tokens.clamp(min=0)  # a finished row may have -1
-            logits = engine.decode(self.model.module, tokens, self.cache, stages)
+            logits = self.model.decode_unchecked(tokens, self.cache)
+
+    def _sample(self, logits: torch.Tensor, rows: list[int]) -> torch.Tensor:
+        """Pick the next token of each row: logits [B, V] -> tokens [B], without waiting for the device."""
+        tokens = self.sampler(self.rules(logits, [self.answers[row] for row in rows]))
+        self.rules.took(tokens)
+        return tokens
+
+    def _push(self, tokens: torch.Tensor, logits: torch.Tensor, rows: list[int]) -> list[str]:
+        """Give the answers their next token. Returns the text that is settled by it, for each answer of the batch."""
+        finished = [number for number, row in enumerate(rows) if self.answers[row].finish_reason]
+        picked = read_tokens(tokens, unused=finished)  # the only wait for the device
+        self.times.append(time.perf_counter())
+        logprobs = [None] * len(rows)
+        if self.params.logprobs:
+            chosen = logits.gather(-1, tokens.clamp(min=0)[:, None])[:, 0]  # [B]
+            logprobs = (chosen - logits.logsumexp(-1)).tolist()
+        pieces = [""] * len(self.answers)
+        for row, token, logprob in zip(rows, picked, logprobs, strict=True):
+            pieces[row] = self.answers[row].push(token, logprob)
+        return pieces
+
+    def _finished_rows_stay(self, num_unfinished: int, num_rows: int) -> bool:
+        """Whether finished rows stay in the batch, so that a captured decode step serves on.
+
+        They do while more than half of the rows are unfinished, unless the caller's function would get their logits.
+        """
+        is_captured = self.model.caches.most > 0 and self.cache.step is not None
+        is_full = bool((self.cache.lengths >= self.max_seq_len).any())  # the cache may have more room
+        if not is_captured or is_full or self.params.logits_processor is not None:
+            return False
+        return 2 * num_unfinished > num_rows
+
+    def _keep_rows(self, numbers: list[int], tokens: torch.Tensor) -> torch.Tensor:
+        """Continue with some rows of the cache only. Returns their tokens."""
+        kept = torch.tensor(numbers)
+        (kept_there,) = to_device([kept], tokens.device)
+        self.cache.keep_rows(kept)
+        self.sampler.keep_rows(numbers)
+        self.rules.keep_rows(kept_there)
+        return tokens[kept_there]
 
     def prefill(self) -> torch.Tensor:
         """Make the cache and fill it with the prompts. Returns the logits [B, V] of each prompt's boundary token."""
-        B, lengths = len(self.prompts), [len(prompt) for prompt in self.prompts]
+        B = len(self.prompts)
         self.cache = self.model.caches.take(self.model, B, self.max_seq_len)
+        held = 0
         if self.earlier is not None:
             self.cache.copy_from(self.earlier)
+            held = int(self.earlier.lengths[0])
         # The last token of a truncated answer was sampled but never run, so it is not in the cache.
-        if leading := self.earlier_tokens[0 if self.earlier is None else int(self.earlier.lengths[0]) :]:
-            self.model.prefill([leading] * B, self.cache, plan=PrunePlan.none())
-        options = {"lengths": lengths, "images": self.media, "plan": self.plan}
-        return self.model.prefill(padded(self.prompts), self.cache, **options)
+        left = self.earlier_tokens[held:]
+        if left:
+            tokens, lengths = padded([left] * B)
+            self.model.prefill_checked(tokens, self.cache, lengths, [()] * B, FULL_DEPTH)
+        tokens, lengths = padded(self.prompts)
+        return self.model.prefill_checked(tokens, self.cache, lengths, self.media, self.plan)
 
 
 class Stream(Iterator[str]):
@@ -156,7 +208,9 @@ class Stream(Iterator[str]):
 
     def __init__(self, batch: Batch, began: float):
         self.generation: Generation | None = None
-        self._batch, self._began, self._steps = batch, began, batch.steps()
+        self._batch = batch
+        self._began = began
+        self._steps = batch.steps()
 
     def __next__(self) -> str:
         for (piece,) in self._steps:
@@ -171,17 +225,12 @@ class Stream(Iterator[str]):
         self._steps.close()
 
 
-def padded(rows: list[list[int]]) -> list[list[int]]:
-    """The rows, padded with zeros on the right."""
-    longest = max(map(len, rows))
-    return [row + [0] * (longest - len(row)) for row in rows]
-
-
 def as_prompts(prompt, what: str = "prompt") -> tuple[list, bool]:
     """The prompts that a caller has given, and whether it was a list of prompts rather than one. `what` names them."""
     prompt = prompt.tolist() if hasattr(prompt, "tolist") else prompt
     if not isinstance(prompt, Sequence):
         raise InputError(f"the {what} is a {type(prompt).__name__}; give text, token ids, or a list of either")
-    first = None if isinstance(prompt, str) or not prompt else prompt[0]
-    is_list = isinstance(first, Sequence) or getattr(first, "ndim", 0) > 0
+    if isinstance(prompt, str) or not prompt:
+        return [prompt], False
+    is_list = isinstance(prompt[0], Sequence) or getattr(prompt[0], "ndim", 0) > 0
     return (prompt if is_list else [prompt]), is_list

@@ -24,18 +24,27 @@ class LogitsRules:
     """
 
     def __init__(self, model, params: SamplingParams, rows: list[list[int]], ends: frozenset[int]):
-        self.params, self.rows, self.device = params, rows, model.device
-        V, tokenizer = model.config.vocab_size, model.tokenizer
-        self.known = V if tokenizer is None else min(V, tokenizer.vocab_size)  # the embedding may be padded beyond
-        never = [*model.vision.placeholders.values(), *(tokenizer.unused_ids if tokenizer else ())]
-        self.barred = [[token for token in ids if token < self.known] for ids in (never, [*never, *ends])]
-        self.barred = to_device([torch.tensor(ids, dtype=torch.int64) for ids in self.barred], self.device)
-        self.used = None  # bool [B, V], which tokens a row has; only for repetition_penalty
+        self.params = params
+        self.rows = rows
+        tokenizer = model.tokenizer
+        self.known = model.config.vocab_size  # ids that the tokenizer has; the embedding may be padded beyond
+        never = {*model.vision.placeholders.values()}
+        if tokenizer is not None:
+            self.known = min(self.known, tokenizer.vocab_size)
+            never.update(tokenizer.unused_ids)
+        self.barred = self._on_device(never, model.device)
+        self.barred_at_first = self._on_device(never | ends, model.device)
+        self.used: torch.Tensor | None = None  # [B, V] bool, which tokens a row has; only for repetition_penalty
         self.count = 0  # tokens that each answer has
+
+    def _on_device(self, ids: set[int], device: torch.device) -> torch.Tensor:
+        known = torch.tensor(sorted(token for token in ids if token < self.known), dtype=torch.int64)
+        return to_device([known], device)[0]
 
     def keep_rows(self, rows: torch.Tensor) -> None:
         """Continue with `rows` [R] of the batch; on its device."""
-        self.used = None if self.used is None else self.used[rows]
+        if self.used is not None:
+            self.used = self.used[rows]
 
     def took(self, tokens: torch.Tensor) -> None:
         """Note the tokens [B] that were picked."""
@@ -45,19 +54,14 @@ class LogitsRules:
 
     def __call__(self, logits: torch.Tensor, answers: Sequence[Answer]) -> torch.Tensor:
         """The logits [B, V] of these answers, which stay as they are -> logits [B, V'] of the tokenizer's ids."""
-        penalty, process = float(self.params.repetition_penalty), self.params.logits_processor
-        if penalty != 1:
-            if self.used is None:
-                places = [(row, token) for row, tokens in enumerate(self.rows) for token in tokens]
-                (at,) = to_device([torch.tensor(places).T], logits.device)  # [2, all tokens]
-                self.used = torch.zeros_like(logits, dtype=torch.bool)
-                self.used.index_put_(tuple(at), self.used.new_ones(()))
-            logits = torch.where(self.used, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
+        process = self.params.logits_processor
+        if self.params.repetition_penalty != 1:
+            logits = self._with_penalty(logits)
         if process is not None:
             check_finite(logits.amax(-1), "logits")
             pairs = zip(logits, answers, strict=True)
             logits = torch.stack([_processed(process, row.clone(), answer) for row, answer in pairs])
-        barred = self.barred[self.count < self.params.min_new_tokens]
+        barred = self.barred_at_first if self.count < self.params.min_new_tokens else self.barred
         if len(barred):
             logits = logits.index_fill(-1, barred, -math.inf)
         logits = logits[:, : self.known]
@@ -65,6 +69,16 @@ class LogitsRules:
             wanted = "it must leave a token that may be picked, and no infinite or NaN logit"
             raise InputError(f"logits_processor returned logits whose largest is not finite; {wanted}")
         return logits
+
+    def _with_penalty(self, logits: torch.Tensor) -> torch.Tensor:
+        penalty = float(self.params.repetition_penalty)
+        if self.used is None:
+            places = [(row, token) for row, tokens in enumerate(self.rows) for token in tokens]
+            (places,) = to_device([torch.tensor(places).T], logits.device)  # [2, all tokens]
+            self.used = torch.zeros_like(logits, dtype=torch.bool)
+            self.used.index_put_(tuple(places), self.used.new_ones(()))
+        penalised = torch.where(logits > 0, logits / penalty, logits * penalty)
+        return torch.where(self.used, penalised, logits)
 
 
 def _processed(process, logits: torch.Tensor, answer: Answer) -> torch.Tensor:

@@ -5,9 +5,10 @@ import time
 from pop.errors import InputError
 from pop.generation.answers import Generation
 from pop.generation.batch import Batch, Stream, as_prompts
-from pop.generation.options import sampling_params, takes_options
+from pop.generation.sampling import sampling_params
 from pop.generation.scoring import score
 from pop.pruning.plan import PrunePlan
+from pop.runner import padded
 
 
 class Prefix:
@@ -20,22 +21,26 @@ class Prefix:
     """
 
     def __init__(self, model, prompt, *, images=None, videos=None, plan: PrunePlan | None = None):
-        self.model, self.plan = model, model.resolve(plan)
+        self.model = model
+        self.plan = model.resolve(plan)
         (media,) = model.vision.prepare_batch(images, videos, 1)
         self.tokens = model.encode(prompt, "prefix", media=media)
         model.check_fits(len(self.tokens), "the prefix", media)
-        ranges = model.vision.locate(self.tokens, media)
+
+        ranges = model.vision.locate(self.tokens, media)  # where each image or video is in the tokens
         cut = max(0, len(self.tokens) - self.plan.full_depth_last)
-        cut = min([cut, *(tokens[0] for tokens in ranges if cut in tokens)])  # what follows is left to each prompt
-        self._left_tokens = self.tokens[cut:]
+        for tokens in ranges:
+            if cut in tokens:
+                cut = tokens[0]
+        self._left_tokens = self.tokens[cut:]  # encoded with each prompt
         self._left_media = [one for one, tokens in zip(media, ranges, strict=True) if tokens[0] >= cut]
         self._cache = None
         if cut:
             encoded = [one for one, tokens in zip(media, ranges, strict=True) if tokens[0] < cut]
+            tokens, lengths = padded([self.tokens[:cut]])
             self._cache = model.new_cache(1, cut)
-            model.prefill([self.tokens[:cut]], self._cache, images=[encoded], plan=self.plan, boundary=False)
+            model.prefill_checked(tokens, self._cache, lengths, [encoded], self.plan, boundary=False)
 
-    @takes_options
     def generate(self, rest, *, images=None, videos=None, **options) -> Generation | list[Generation]:
         """Continue the prefix and a rest, or a list of rests as one batch, which returns a list.
 
@@ -46,7 +51,6 @@ class Prefix:
         began = time.perf_counter()
         return self._batch(rest, images, videos, options).generate(began)
 
-    @takes_options
     def stream(self, rest, *, images=None, videos=None, **options) -> Stream:
         """Like `generate` for one rest, but yields the answer in pieces, as `Model.stream` does."""
         began = time.perf_counter()
@@ -54,16 +58,25 @@ class Prefix:
 
     def score(self, continuation) -> float | list[float]:
         """log p(continuation | prefix), as `Model.score`; for a list of continuations, a list."""
-        return score(self.model, [self._left_tokens], continuation, [self._left_media], self.plan, earlier=self._cache)
+        continuations, is_list = self.model.encode_continuations(continuation)
+        contexts = [self._left_tokens]
+        scores = score(self.model, contexts, continuations, [self._left_media], self.plan, earlier=self._cache)
+        return scores if is_list else scores[0]
 
     def _batch(self, rest, images, videos, options: dict) -> Batch:
         if "plan" in options:
             raise InputError("a prefix keeps its plan; make another prefix for another plan")
-        params = sampling_params(self.model, options)
+        params = sampling_params(options, self.model.sampling)
         rests, is_list = as_prompts(rest)
         rows = self.model.vision.prepare_batch(images, videos, len(rests))
         rests = [self.model.encode(rest, bos=False, media=row) for rest, row in zip(rests, rows, strict=True)]
-        prompts = [self._left_tokens + rest for rest in rests]
-        media = [self._left_media + row for row in rows]
-        earlier = {"earlier": self._cache, "earlier_tokens": self.tokens[: len(self.tokens) - len(self._left_tokens)]}
-        return Batch(self.model, prompts, media, params, plan=self.plan, is_list=is_list, **earlier)
+        return Batch(
+            self.model,
+            [self._left_tokens + rest for rest in rests],
+            [self._left_media + row for row in rows],
+            params,
+            self.plan,
+            is_list=is_list,
+            earlier=self._cache,
+            earlier_tokens=self.tokens[: len(self.tokens) - len(self._left_tokens)],
+        )

@@ -17,10 +17,17 @@ def _is_number(x) -> bool:
     return isinstance(x, Real) and not isinstance(x, bool)
 
 
-def _is_list(x, kind: type, accepts: Callable) -> bool:
-    return isinstance(x, Sequence) and all(
-        isinstance(one, kind) and not isinstance(one, bool) and accepts(one) for one in x
-    )
+def _is_strings(x) -> bool:
+    """Whether x is a string that is not empty, or a sequence of such strings."""
+    if isinstance(x, str):
+        return x != ""
+    return isinstance(x, Sequence) and all(isinstance(one, str) and one for one in x)
+
+
+def _is_ids(x) -> bool:
+    if not isinstance(x, Sequence):
+        return False
+    return all(isinstance(one, Integral) and not isinstance(one, bool) and one >= 0 for one in x)
 
 
 # What an option accepts, and in words.
@@ -29,8 +36,8 @@ ACCEPTED = {
     "top_p": (lambda x: x is None or (_is_number(x) and 0 < x <= 1), "a number above 0 and at most 1, or None"),
     "min_p": (lambda x: x is None or (_is_number(x) and 0 <= x <= 1), "a number from 0 to 1, or None"),
     "repetition_penalty": (lambda x: _is_number(x) and 0 < x <= sys.float_info.max, "a number above 0"),
-    "stop": (lambda x: x is None or (x != "" and _is_list(x, str, bool)), "a string or a list of them, none empty"),
-    "stop_token_ids": (lambda x: _is_list(x, Integral, lambda token: token >= 0), "a list of token ids"),
+    "stop": (lambda x: x is None or _is_strings(x), "a string or a list of them, none empty"),
+    "stop_token_ids": (_is_ids, "a list of token ids"),
     "logits_processor": (lambda x: x is None or callable(x), "a function, or None"),
     "logprobs": (lambda x: isinstance(x, bool), "True or False"),
 }
@@ -62,13 +69,42 @@ class SamplingParams:
         if self.seed is not None:
             check_count("seed", self.seed, least=0, most=2**63 - 1)
         for name, (accepts, wanted) in ACCEPTED.items():
-            if not accepts(getattr(self, name)):
-                raise InputError(f"{name} is {getattr(self, name)!r}; it must be {wanted}")
-        object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ()))
+            value = getattr(self, name)
+            if not accepts(value):
+                raise InputError(f"{name} is {value!r}; it must be {wanted}")
+        stops = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+        object.__setattr__(self, "stop", stops)
 
     def seeds(self, batch_size: int) -> list[int]:
         """A seed for each batch row: the given one in all of them, or a random one in each."""
-        return [secrets.randbits(63) if self.seed is None else int(self.seed) for _ in range(batch_size)]
+        if self.seed is None:
+            return [secrets.randbits(63) for _ in range(batch_size)]
+        return [int(self.seed)] * batch_size
+
+
+OPTIONS = [field.name for field in dataclasses.fields(SamplingParams)]
+
+
+def sampling_params(options: dict, stated: dict | None) -> SamplingParams:
+    """Check the options of a call. Raises InputError for an unknown name or a value that cannot be used.
+
+    Args:
+        options: Fields of SamplingParams by name, and perhaps `sampling`. sampling="checkpoint" takes the stated
+            options in place of those that are not given.
+        stated: What the checkpoint's generation_config.json states about sampling. None without that file.
+    """
+    given = dict(options)
+    sampling = given.pop("sampling", None)
+    for name in given:
+        if name not in OPTIONS:
+            raise InputError(f"there is no option {name!r}; the options are {', '.join(OPTIONS)}, sampling")
+    if sampling not in (None, "checkpoint"):
+        raise InputError(f"sampling is {sampling!r}; it must be 'checkpoint' or None")
+    if sampling is None:
+        return SamplingParams(**given)
+    if stated is None:
+        raise InputError("sampling is 'checkpoint', but the checkpoint has no generation_config.json; give the options")
+    return SamplingParams(**(stated | given))
 
 
 class Sampler:
@@ -81,7 +117,8 @@ class Sampler:
     def __init__(self, params: SamplingParams, seeds: Sequence[int]):
         limits = torch.finfo(torch.float32)  # a number outside would be rounded to 0 or to infinity
         self.temperature = params.temperature and min(max(float(params.temperature), limits.tiny), limits.max)
-        self.top_k, self.top_p = params.top_k, 1.0 if params.top_p is None else float(params.top_p)
+        self.top_k = params.top_k
+        self.top_p = 1.0 if params.top_p is None else float(params.top_p)
         self.min_p = float(params.min_p or 0)
         self.generators = [torch.Generator().manual_seed(seed) for seed in seeds]
 
@@ -110,13 +147,15 @@ class Sampler:
 
     def _draw(self, below: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
         """Draw tokens [B, 1] with probabilities proportional to exp(-below), below [B, V] from 0 up."""
-        V, order = below.shape[1], None
+        V = below.shape[1]
         k = min(self.top_k or V, V)
+        order = None  # [B, k], the ids of the likeliest tokens, if the tokens are sorted
         if k < V or self.top_p < 1:
             # Floats from 0 up are ordered like their bits. The token's id in the lower bits decides between equal ones.
             keys = below.view(torch.int32).long() << 32 | torch.arange(V, device=below.device)
             keys = keys.topk(k, largest=False).values if k < V else keys.sort().values  # [B, k], likeliest first
-            order, below = keys & (2**32 - 1), (keys >> 32).int().view(torch.float32)
+            order = keys & (2**32 - 1)
+            below = (keys >> 32).int().view(torch.float32)
         # Integers have the same sum in any order. So all devices and processes agree, and a sum does not grow at a
         # weight of 0, which is thus never drawn. The largest weight is 2**34: float64 can hold the sum of 2**18.
         weights = (below.neg().exp() * 2**34).long()

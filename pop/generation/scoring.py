@@ -4,67 +4,65 @@ import torch
 import torch.nn.functional as F
 
 from pop.engine.cache import KVCache
-from pop.errors import InputError
-from pop.generation.batch import as_prompts, padded
 from pop.generation.sampling import check_finite
 from pop.inputs.processors import Prepared
 from pop.pruning.plan import PrunePlan
+from pop.runner import Runner, padded
 from pop.system.memory import to_device
 
 SCORED_AT_ONCE = 256  # rows of logits [V] that are in memory together
 
 
 def score(
-    model,
+    runner: Runner,
     contexts: list[list[int]],
-    continuation,
+    continuations: list[list[int]],
     media: list[list[Prepared]],
-    plan: PrunePlan | None,
-    *,
-    is_list: bool = False,
+    plan: PrunePlan,
     earlier: KVCache | None = None,
-) -> float | list[float]:
-    """Return log p(continuation | context), or a list of them. The rows of a batch run together.
+) -> list[float]:
+    """Return log p(continuation | context) for each continuation. The rows of a batch run together.
 
     Args:
+        runner: What computes.
         contexts: Token ids, one list for each continuation. A single context serves all continuations.
-        continuation: As in `Model.score`.
+        continuations: Token ids, none of them empty.
         media: The images and videos of each context.
-        plan: The PrunePlan of the contexts.
-        is_list: Whether the caller has given a list of contexts.
+        plan: The resolved plan of the contexts.
         earlier: A cache of one row, which all contexts continue and none changes.
+
+    Raises:
+        ContextOverflow: A row is too long.
+        InputError: The logits are not finite.
     """
-    given, are_several = as_prompts(continuation, "continuation")
-    continuations = [model.encode(one, "continuation", bos=False) for one in given]
-    B, lengths = len(continuations), [len(context) for context in contexts]
-    if is_list and (not are_several or len(contexts) != B):
-        raise InputError(f"there are {len(contexts)} contexts, but {B} continuations; give a list of one for each")
+    B = len(continuations)
     held = 0 if earlier is None else int(earlier.lengths[0])
-    for number, tokens in enumerate(continuations):
-        row = number if is_list else 0
-        model.check_fits(held + lengths[row] + len(tokens) - 1, "context plus continuation", media[row])
-    longest = max(map(len, continuations))
+    for number, continuation in enumerate(continuations):
+        row = number if len(contexts) > 1 else 0
+        runner.check_fits(held + len(contexts[row]) + len(continuation) - 1, "context plus continuation", media[row])
+    tokens, lengths = padded(contexts)
+    targets, ends = padded(continuations)  # [B, T], [B]
+    T = targets.shape[1]
+    room = held + tokens.shape[1] + T - 1  # the padding of the longest row may exceed the model's context
 
-    def new_cache(rows: int) -> KVCache:  # the padding of the longest row may exceed the model's context
-        options = {"dtype": model.dtype, "device": model.device, "chunk_size": model.chunk_size}
-        return KVCache(model.module.config, rows, held + max(lengths) + longest - 1, **options)
-
-    cache = new_cache(len(contexts))
+    cache = runner.unlimited_cache(len(contexts), room)
     if earlier is not None:
         cache.copy_from(earlier)
-    logits = model.prefill(padded(contexts), cache, lengths=lengths, images=media, plan=plan)  # [B, V] or [1, V]
+    logits = runner.prefill_checked(tokens, cache, lengths, media, plan)  # [B, V] or [1, V]
     if len(contexts) < B:
-        context, cache = cache, new_cache(B)
+        context = cache
+        cache = runner.unlimited_cache(B, room)
         cache.copy_from(context)
-    ends = torch.tensor([len(tokens) for tokens in continuations])
-    inside = torch.arange(longest) < ends[:, None]  # [B, T], not padding
-    targets, inside = to_device([torch.tensor(padded(continuations)), inside], model.device)
+
+    is_token = torch.arange(T) < ends[:, None]  # [B, T], false for padding
+    targets, is_token = to_device([targets, is_token], runner.device)
     scores = -F.cross_entropy(logits.expand(B, -1), targets[:, 0], reduction="none").double()  # [B]
     step = max(1, SCORED_AT_ONCE // B)
-    for begin in range(0, longest - 1, step):
-        part = targets[:, begin : begin + step + 1]  # each token predicts the next one
-        logits = model.extend(part[:, :-1], cache)  # [B, C, V]
-        losses = F.cross_entropy(logits.transpose(1, 2), part[:, 1:], reduction="none").double()  # [B, C]
-        scores -= losses.where(inside[:, begin + 1 :][:, :step], 0).sum(1)
+    for begin in range(0, T - 1, step):
+        end = min(begin + step, T - 1)
+        logits = runner.extend(targets[:, begin:end], cache)  # [B, C, V]; each token predicts the next one
+        following = targets[:, begin + 1 : end + 1]
+        losses = F.cross_entropy(logits.transpose(1, 2), following, reduction="none").double()  # [B, C]
+        scores -= losses.where(is_token[:, begin + 1 : end + 1], 0).sum(1)
     check_finite(scores, "logits")
-    return scores.tolist() if are_several else scores.item()
+    return scores.tolist()

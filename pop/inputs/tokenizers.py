@@ -1,4 +1,4 @@
-"""Tokenizers: text to token ids and back, with exactly the ids of the original tokenizers; and token ids as tensors.
+"""Tokenizers: text to token ids and back, with exactly the ids of the original tokenizers.
 
 Byte-level BPE (Llama-3, Qwen, SmolLM2, GPT-2) is in byte_pair.py, and Gemma's BPE of characters in sentence_piece.py.
 """
@@ -13,8 +13,6 @@ from os import PathLike
 from os.path import expanduser
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from pop.errors import InputError, TokenizerError
 from pop.system.files import read_json
@@ -350,48 +348,3 @@ def _chat_templates(folder: Path, config: dict[str, Any]) -> dict[str, str]:
     if not all(isinstance(template, str) for template in templates.values()):
         raise TokenizerError("a chat_template is not text.")
     return templates
-
-
-def token_ids(tokens, dims: int, vocab_size: int, wait: bool = True) -> torch.Tensor:
-    """Return token ids as an int64 tensor on the CPU, [B] or [B, T] by `dims`.
-
-    Ids on another device are read back, which waits for the device. With `wait=False` they stay there, unchecked.
-    """
-    ids = _integers(tokens)
-    if ids is None or ids.dim() != dims or not ids.numel():
-        shape = "[batch]" if dims == 1 else "[batch, tokens]"
-        raise InputError(f"tokens must be integers of shape {shape}, none of them empty, not {tokens!r:.80}")
-    if not wait and ids.device.type != "cpu":
-        return ids
-    ids = ids.cpu()
-    low, high = torch.stack(ids.aminmax()).tolist()
-    if low < 0 or high >= vocab_size:
-        raise InputError(f"token id {low if low < 0 else high} is not in the vocabulary of {vocab_size} tokens")
-    return ids
-
-
-def row_lengths(lengths, tokens: torch.Tensor) -> torch.Tensor:
-    """Return the lengths of right-padded tokens [B, T] as int64 [B] on the CPU. None: no row is padded."""
-    B, T = tokens.shape
-    found = torch.full((B,), T) if lengths is None else _integers(lengths)
-    found = None if found is None else found.cpu()
-    if found is None or found.shape != (B,) or found.min() < 1 or found.max() > T:
-        raise InputError(f"lengths is {lengths!r:.80}; it must hold {B} integers from 1 to {T}, one for each row")
-    return found
-
-
-def token_mask(mask, tokens: torch.Tensor) -> torch.Tensor | None:
-    """Return a bool tensor [B, T], as the tokens, on the CPU. None stays None, and anything else is an InputError."""
-    if mask is not None and (getattr(mask, "dtype", None) != torch.bool or mask.shape != tokens.shape):
-        raise InputError(f"full_depth is {mask!r:.80}; it must be a bool tensor {list(tokens.shape)}, as tokens are")
-    return None if mask is None else mask.cpu()
-
-
-def _integers(values) -> torch.Tensor | None:
-    """Return an int64 tensor, or None for anything that is not integers in the form of a tensor."""
-    try:
-        values = torch.as_tensor(values)
-    except (TypeError, ValueError, RuntimeError):
-        return None
-    other = values.is_floating_point() or values.is_complex() or values.dtype == torch.bool
-    return None if other else values.to(torch.int64)

@@ -305,7 +305,7 @@ if os.environ["RANK"] == "1":
     os.environ["CXX"] = "/no/compiler"
 import pop, pop.model
 from pop.backends.tensor_parallel import end
-pop.model.SMALLEST = 0
+pop.runner.SMALLEST = 0
 model = pop.load(sys.argv[1], parallel="auto")
 print(model.compiled, model.generate([1, 2, 3], max_new_tokens=4).tokens, model.compiled)
 try:
@@ -349,7 +349,8 @@ from pop.generation.batch import Batch
 from pop.generation.sampling import SamplingParams
 dist.destroy_process_group = lambda: time.sleep(600)  # as with NCCL, while another process waits in a collective
 model = pop.load(sys.argv[1], parallel="auto")
-for count, _ in enumerate(Batch(model, [[1, 2, 3]], [[]], SamplingParams(max_new_tokens=400)).steps()):
+params = SamplingParams(max_new_tokens=400)
+for count, _ in enumerate(Batch(model, [[1, 2, 3]], [[]], params, model.resolve(None)).steps()):
     if model.part.rank == 1 and count == 5:
         print(f"failed at {time.time()}", file=sys.stderr, flush=True)
         if sys.argv[2] == "killed":

@@ -124,7 +124,7 @@ def test_ids_beyond_the_tokenizer_are_never_picked(model):
 
 def test_what_is_never_picked_stays_in_the_callers_logits(model, monkeypatch):
     monkeypatch.setattr(model.vision, "placeholders", {"image": 7})
-    batch = Batch(model, PROMPTS[:1], [[]], SamplingParams())
+    batch = Batch(model, PROMPTS[:1], [[]], SamplingParams(), model.plan)
     logits = torch.zeros(1, 256).index_fill(1, torch.tensor([7]), 5.0)
     before = logits.clone()
     assert batch.sampler(batch.rules(logits, batch.answers)).item() != 7
@@ -142,7 +142,7 @@ def test_logits_that_are_not_finite_end_a_batch(model, options, monkeypatch):
         return logits.index_fill(0, torch.tensor([1]), np.inf) if len(calls) == 2 else logits
 
     monkeypatch.setattr(engine, "decode", broken)
-    steps = Batch(model, PROMPTS, [[]] * 3, SamplingParams(max_new_tokens=9, **options)).steps()
+    steps = Batch(model, PROMPTS, [[]] * 3, SamplingParams(max_new_tokens=9, **options), model.plan).steps()
     assert len([next(steps), next(steps)]) == 2
     with pytest.raises(pop.InputError, match="logits are not finite"):
         next(steps)
@@ -190,5 +190,5 @@ def test_stream_refuses_before_it_starts(text_model):
         text_model.stream(["a", "b"])
     with pytest.raises(pop.PlanError, match="'most'"):
         text_model.stream("a", plan="most")
-    with pytest.raises(TypeError, match="temprature"):
+    with pytest.raises(pop.InputError, match="temprature"):
         text_model.stream("a", temprature=1)

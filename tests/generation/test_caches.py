@@ -13,9 +13,9 @@ from support.tiny_chat import write_chat_checkpoint
 import pop
 from pop import engine
 from pop.engine.cache import KVCache
+from pop.engine.spare_caches import SpareCaches, stepped
 from pop.engine.stages import Stages
-from pop.generation.caches import Caches, stepped
-from pop.model import SPARE_CACHES
+from pop.runner import KEPT_CACHES
 
 PROMPTS = [[5, 9, 20], list(range(40, 60)), [17]]
 
@@ -30,8 +30,8 @@ def steps(monkeypatch):
         return made[-1]
 
     stages = Stages(replay=replay)
-    monkeypatch.setattr("pop.model.stages_of", lambda module: stages)
-    monkeypatch.setattr("pop.model.Caches", lambda kept: Caches(SPARE_CACHES))
+    monkeypatch.setattr("pop.runner.stages_of", lambda module: stages)
+    monkeypatch.setattr("pop.runner.SpareCaches", lambda most: SpareCaches(KEPT_CACHES))
     return made
 
 
@@ -52,7 +52,7 @@ def test_answers_in_a_kept_cache_are_those_in_a_new_one(steps):
     module = random_model(config, seed=3)
     module.model.norm.weight.data += 1  # larger logits, so that answers differ
     model, other = (pop.Model(module, config, plan=pop.PrunePlan((1, 2)), chunk_size=4) for _ in range(2))
-    other.caches = Caches(0)
+    other.caches = SpareCaches(0)
     for prompt in [*PROMPTS, PROMPTS, PROMPTS[:2], PROMPTS[1]]:
         for options in ({}, {"temperature": 1.0, "seed": 4}):
             found, expected = (m.generate(prompt, max_new_tokens=12, **options) for m in (model, other))
@@ -126,7 +126,7 @@ def test_a_turn_that_fails_leaves_the_conversation_as_it_was(steps, tmp_path):
         model.generate([1, 2, 3, turn], max_new_tokens=4)
         chat.send(f"Hello {turn}", max_new_tokens=4)
         other.send(f"Hello {turn}", max_new_tokens=4)
-    model.caches = Caches(0)
+    model.caches = SpareCaches(0)
     alone = model.start_chat()
     for turn in range(3):
         alone.send(f"Hello {turn}", max_new_tokens=4)
@@ -143,13 +143,13 @@ def test_a_cache_that_a_fork_has_is_never_used_again(steps, tmp_path):
     fork, other = chat.fork(), copy.copy(chat)
     list(begun)
     fork.send("No", max_new_tokens=4)
-    shared = other._state[1]
+    shared = other._state.cache
     assert shared not in model.caches._spare
     for n in range(3):
         model.generate([1, 2, 3, n], max_new_tokens=4)
     assert answers(other) == answers(twin)
     assert other.send("Go on", max_new_tokens=6).tokens == twin.send("Go on", max_new_tokens=6).tokens
-    kept, spare = fork._state[1], len(model.caches._spare)
+    kept, spare = fork._state.cache, len(model.caches._spare)
     fork.send("Yes", max_new_tokens=4)  # the fork's own cache is given back as before
     assert kept in model.caches._spare and spare <= 2
 
@@ -176,7 +176,7 @@ def test_kept_caches_give_way_if_memory_is_short(steps, monkeypatch):
     model = pop.Model(random_model(config), config)
     size = {tokens: model.new_cache(1, tokens).nbytes for tokens in (256, 400, 512)}
     room = size[512]  # of a device that holds nothing but the kept caches
-    monkeypatch.setattr("pop.generation.caches.free_bytes", lambda device: 2**30)
+    monkeypatch.setattr("pop.engine.spare_caches.free_bytes", lambda device: 2**30)
     monkeypatch.setattr(
         "pop.engine.cache.free_bytes", lambda device: room - sum(cache.nbytes for cache in model.caches._spare)
     )
@@ -193,8 +193,8 @@ def test_kept_caches_give_way_if_memory_is_short(steps, monkeypatch):
 
 def test_kept_caches_take_a_quarter_of_the_memory_at_most(monkeypatch):
     config = tiny_gemma3_config(max_positions=512)
-    model, kept, free = pop.Model(random_model(config), config), Caches(2), [0]
-    monkeypatch.setattr("pop.generation.caches.free_bytes", lambda device: free[0])
+    model, kept, free = pop.Model(random_model(config), config), SpareCaches(2), [0]
+    monkeypatch.setattr("pop.engine.spare_caches.free_bytes", lambda device: free[0])
     small, large = kept.take(model, 1, 256), kept.take(model, 1, 400)
     for free[0], expected in (
         (4 * (small.nbytes + large.nbytes), [large, small]),

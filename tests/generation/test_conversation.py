@@ -5,7 +5,6 @@ compared with pop/pruning/reference.py, given which tokens of the whole sequence
 """
 
 import copy
-import dataclasses
 import json
 import threading
 import types
@@ -73,7 +72,7 @@ def assert_is_reference(model, chat, script, sampled):
             assert_close(next(logits)[0], expected[begin + len(prompt) - 1 + step])
         begin += len(prompt) + len(answer)
     assert next(logits, None) is None
-    cache = chat._state[1]
+    cache = chat._state.cache
     assert_close(held(model.module, cache, 0), seen(model.module, kv[:, :, : int(cache.lengths[0])]))
 
 
@@ -186,7 +185,7 @@ def test_a_turn_that_fails_leaves_the_conversation_as_it_was(model, script, monk
         each.send("And?")
         logits.append(torch.cat(script.logits))
     assert torch.equal(*logits)
-    cache, expected = chat._state[1], twin._state[1]
+    cache, expected = chat._state.cache, twin._state.cache
     assert torch.equal(held(model.module, cache, 0), held(model.module, expected, 0))
     assert torch.equal(cache.previous_hidden, expected.previous_hidden)
     script.says[:] = [*b"No", END]
@@ -206,7 +205,7 @@ def test_a_fork_and_its_origin_go_on_independently(model, script, duplicate):
         say(each, "Hi, and some more, so that windows are left behind", b"Hello")
     fork = duplicate(chat)
     assert (fork.model, fork.turns, fork.tokens) == (chat.model, chat.turns, chat.tokens)
-    assert fork._state[1] is chat._state[1]  # nothing is copied
+    assert fork._state.cache is chat._state.cache  # nothing is copied
     say(fork, "A question that is long enough to tell", b"An answer")
     assert (len(fork.turns), len(chat.turns)) == (2, 1)
     logits = []
@@ -228,16 +227,15 @@ def test_the_turn_counts_from_its_last_piece_on(script):
     assert chat.turns[0].assistant == "abc"
 
 
-def test_a_message_is_kept_as_it_was_sent(script, tmp_path):
+def test_a_message_is_kept_as_it_was_sent(script):
     """Its parts may serve for the next one."""
     model = make("llama", pop.PrunePlan((3, 4)))
-    chat, part = model.start_chat(), {"type": "text", "text": "Hi"}
+    part = {"type": "text", "text": "Hi"}
+    chat = model.start_chat()
     script.says[:] = [*b"abc"]
     chat.send([part], max_new_tokens=3)
     part["text"] = "Bye"
     assert chat.messages[0]["content"] == [{"type": "text", "text": "Hi"}]
-    chat.save(tmp_path / "chat.json")
-    assert model.load_chat(tmp_path / "chat.json").tokens == chat.tokens
 
 
 def test_a_full_context_is_an_error_with_numbers(script):
@@ -269,74 +267,56 @@ def test_conversations_need_a_chat_format():
         pop.Model(model.module, model.config).start_chat()
 
 
-# Saved and restored
+# Continued from messages
 
 
-def test_a_restored_conversation_goes_on_as_the_kept_one(model, script, tmp_path):
-    chat = model.start_chat("Be brief.")
-    for message, says, options in (
-        ("Hi, and some more, so that windows are left behind", [*b"Hello", END], {}),
-        ("How?", [*b"Fin"], {"max_new_tokens": 3}),
-        ("Who?", [END], {}),
-        ("What?", [*b"It", END], {}),
-    ):
-        script.says[:] = says
-        chat.send(message, **options)
-        chat.save(tmp_path / "chat.json")
-        restored = model.load_chat(tmp_path / "chat.json")
-        assert (restored.turns, restored.messages, restored.tokens) == (chat.turns, chat.messages, chat.tokens)
-        script.says[:], script.logits[:] = [*b"ok", END], []
-        restored.send("And?")
-        last = restored.turns[-1]
-        expected, kv = reference_of(model, [(turn.prompt, turn.answer) for turn in restored.turns])
-        for n, logits in enumerate(script.logits):
-            assert_close(logits[0], expected[len(expected) - len(last.answer) - 1 + n])
-        assert_close(held(model.module, restored._state[1], 0), seen(model.module, kv))
-    assert not list(tmp_path.glob(".*"))
-
-
-def test_an_edited_answer_is_refused_and_an_edited_message_is_encoded(script, tmp_path):
-    """Also an answer that a stop string has cut: what is cut off is in the file."""
-    model, path = make("llama", pop.PrunePlan((3, 4))), tmp_path / "chat.json"
-    chat = model.start_chat()
-    for says, options in (([*b"Hello", END], {}), ([*b"I stop", END], {"stop": "st"}), ([*b"\xc3\xa9\xc3", END], {})):
-        script.says[:] = says
-        chat.send("Hi", **options)
-    chat.save(path)
-    good = json.loads(path.read_text())
-    assert [(turn["assistant"], turn["cut"]) for turn in good["turns"]] == [
-        ("Hello", ""),
-        ("I ", "st"),
-        ("é\ufffd", ""),
+def test_a_conversation_continues_from_messages(model, script):
+    """The first turn prefills them, with its own message, as one prompt of the chat format."""
+    told = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": [{"type": "text", "text": "Hi"}]},
+        {"role": "assistant", "content": "Hello"},
     ]
+    chat = model.start_chat(messages=told)
+    told[1]["content"][0]["text"] = "Bye"  # the conversation has a copy
+    told[1]["content"][0] = {"type": "text", "text": "Hi"}
+    assert (chat.messages, chat.turns) == (told, ())
+    script.says[:] = [*b"Fine", END]
+    chat.send("And?")
+    script.says[:] = [*b"ok", END]
+    chat.send("Why?")
+    first = chatml(("system", "Be brief."), ("user", "Hi"), ("assistant", "Hello"), ("user", "And?"))
+    assert [turn.prompt for turn in chat.turns] == [first, [END, *b"\n", *chatml(("user", "Why?"))]]
+    assert [message["content"] for message in chat.messages[3:]] == ["And?", "Fine", "Why?", "ok"]
+    assert_is_reference(model, chat, script, [5, 3])
 
-    def edited(n, **changes):
-        turns = [turn | changes if k == n else turn for k, turn in enumerate(good["turns"])]
-        path.write_text(json.dumps(good | {"turns": turns}))
-        return path
 
-    for n, changes in (
-        (0, {"assistant": "Hello!"}),
-        (0, {"assistant": "Hell"}),
-        (0, {"answer": [*b"Hallo"]}),
-        (0, {"answer": []}),
-        (1, {"assistant": "I st"}),
-        (1, {"assistant": "I"}),
-        (1, {"cut": ""}),
-        (2, {"assistant": ""}),
+def test_a_conversation_goes_on_where_its_messages_end(script):
+    """Where each answer's text encodes to its own tokens, the tokens are those of the conversation that was left."""
+    model = make("llama", pop.PrunePlan((3, 4)))
+    chat = model.start_chat("Be brief.")
+    script.says[:] = [*b"Hello", END]
+    chat.send("Hi")
+    other = model.start_chat(messages=json.loads(json.dumps(chat.messages)))
+    for one in (chat, other):
+        script.says[:] = [*b"ok", END]
+        one.send("And?")
+    assert (other.messages, other.tokens) == (chat.messages, chat.tokens)
+
+
+def test_messages_that_cannot_be_continued_are_refused_at_once():
+    model = make("llama", pop.PrunePlan())
+    system = {"role": "system", "content": "Be brief."}
+    for options, words in (
+        ({"messages": [{"role": "user", "content": "Hi"}]}, "role user"),
+        ({"messages": [{"role": "nobody", "content": "Hi"}]}, "message 0 .*'nobody'"),
+        ({"messages": ["Hi"]}, "message 0 "),
+        ({"messages": [system], "system": "Be long."}, "message 1 .*'system'"),
+        ({"messages": 3}, "messages"),
     ):
-        with pytest.raises(pop.InputError, match=rf"answer of turn {n + 1} .*but its tokens are .*undo the edit"):
-            model.load_chat(edited(n, **changes))
-    restored = model.load_chat(edited(1, user="How are you?"))
-    assert restored.turns[1].prompt == [END, *b"\n", *chatml(("user", "How are you?"))]
-    for turn in good["turns"]:
-        del turn["cut"]
-    with pytest.raises(pop.InputError, match="not a saved conversation"):
-        model.load_chat(edited(0))
-    good["pop_conversation"] = 2  # files of that format have answers that were cut off, too
-    assert model.load_chat(edited(0)).turns == chat.turns
-    with pytest.raises(pop.InputError, match="turn 2"):
-        model.load_chat(edited(1, assistant="I think"))
+        with pytest.raises(pop.InputError, match=words):
+            model.start_chat(**options)
+    assert model.start_chat(messages=[system]).messages == model.start_chat("Be brief.").messages
 
 
 def thinking(messages, add_generation_prompt=True, enable_thinking=True, **variables):
@@ -346,69 +326,18 @@ def thinking(messages, add_generation_prompt=True, enable_thinking=True, **varia
     return "".join(turns) + f"<|im_start|>assistant\n{thoughts}" * add_generation_prompt
 
 
-def test_a_conversation_without_thinking_stays_without(script, tmp_path):
+def test_a_conversation_without_thinking_stays_without(script):
     model = make("llama", pop.PrunePlan((3, 4)), chat_format=thinking)
     chat = model.start_chat("Be brief.", enable_thinking=False)
-    script.says[:] = [*b"Yes", END] * 5
+    script.says[:] = [*b"Yes", END] * 4
     chat.send("Hi")
-    chat.save(tmp_path / "chat.json")
     no_thoughts = [*b"<think>\n\n</think>\n\n"]
     first = [*chatml(("system", "Be brief."), ("user", "Hi")), *no_thoughts]
     later = [END, *b"\n", *chatml(("user", "And?")), *no_thoughts]
-    for one in (chat, chat.fork(), copy.deepcopy(chat), model.load_chat(tmp_path / "chat.json")):
+    for one in (chat, chat.fork(), copy.deepcopy(chat)):
         one.send("And?")
         assert [turn.prompt for turn in one.turns] == [first, later]
         assert first == model.chat_tokens([*chat.messages[:2]], enable_thinking=False)
-
-
-def test_an_empty_conversation_is_saved_too(tmp_path):
-    model = make("llama", pop.PrunePlan((4,)))
-    model.start_chat("é").save(tmp_path / "chat.json")
-    chat = model.load_chat(tmp_path / "chat.json")
-    assert (chat.messages, chat.turns) == ([{"role": "system", "content": "é"}], ())
-    assert chat.send("Hi", max_new_tokens=3).tokens == model.start_chat("é").send("Hi", max_new_tokens=3).tokens
-
-
-def test_what_is_no_saved_conversation_of_this_model_and_plan(tmp_path):
-    model, path = make("llama", "two taps"), tmp_path / "chat.json"
-    chat = model.start_chat()
-    chat.send("Hi", max_new_tokens=3)
-    chat.save(path)
-    good = json.loads(path.read_text())
-    with pytest.raises(pop.InputError, match="another model"):
-        make("gemma3", pop.PrunePlan((4,))).load_chat(path)
-    tensors = model.plan.corrections.tensors
-    others = [model.plan.corrections.replaced(tensors | {name: tensors[name] + 1}) for name in tensors]
-    for plan in (pop.PrunePlan((4,)), *(dataclasses.replace(model.plan, corrections=other) for other in others)):
-        with pytest.raises(pop.PlanError, match="another plan"):
-            model.load_chat(path, plan=plan)
-    turn = good["turns"][0]
-    for content in (
-        [],
-        {},
-        {**good, "pop_conversation": 1},
-        {name: value for name, value in good.items() if name != "enable_thinking"},
-        {**good, "turns": None},
-        {**good, "turns": [{"user": "Hi"}]},
-        {**good, "turns": [{**turn, "assistant": 3}]},
-        {**good, "turns": [{**turn, "answer": "abc"}]},
-        {**good, "turns": [{**turn, "answer": [1.5]}]},
-        {**good, "turns": [{**turn, "answer": [999]}]},
-        {**good, "turns": [{**turn, "user": " "}]},
-        {**good, "system": 3},
-    ):
-        path.write_text(json.dumps(content))
-        with pytest.raises(pop.InputError):
-            model.load_chat(path)
-    path.write_text(json.dumps({**good, "turns": [{**turn, "answer": [7] * 600}]}))
-    with pytest.raises(pop.ContextOverflow, match="saved conversation has 6.. tokens"):
-        model.load_chat(path)
-    path.write_bytes(b"\xff")
-    for missing in (path, tmp_path / "none.json", tmp_path):
-        with pytest.raises(pop.InputError, match="saved conversation"):
-            model.load_chat(missing)
-    with pytest.raises(pop.InputError, match="folder"):
-        chat.save(tmp_path / "no" / "folder")
 
 
 # Threads
@@ -426,7 +355,7 @@ def test_threads_share_a_model():
         options = {"max_new_tokens": 7, "temperature": 1.0, "seed": 4}
         answers = [chat.send(f"{text} {n}", **options).tokens for n in range(3)]
         rows = prefix.generate([text, text * 2], **options)
-        return answers + [row.tokens for row in rows], held(model.module, chat._state[1], 0)
+        return answers + [row.tokens for row in rows], held(model.module, chat._state.cache, 0)
 
     texts = ("Tell me of whales", "No")
     expected = [work(text) for text in texts]

@@ -113,7 +113,7 @@ def test_contexts_and_continuations_must_be_as_many(model):
 
 
 @pytest.mark.parametrize("broken", [float("nan"), float("inf")])
-@pytest.mark.parametrize("where", ["prefill", "extend"])
+@pytest.mark.parametrize("where", ["prefill_checked", "extend"])
 def test_logits_that_are_not_finite_are_no_score(model, where, broken, monkeypatch):
     """In the context's last token, and in the continuation."""
     call = getattr(model, where)

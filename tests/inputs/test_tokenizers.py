@@ -9,7 +9,6 @@ import sentencepiece
 import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
-from support.meta_device import META
 from support.text import (
     BYTE_PAIR_FAMILIES,
     GOLDENS,
@@ -24,7 +23,7 @@ from support.text import (
 from pop.errors import InputError, TokenizerError
 from pop.generation.answers import Answer
 from pop.inputs.chat import chat_format
-from pop.inputs.tokenizers import as_tokenizer, load_tokenizer, token_ids
+from pop.inputs.tokenizers import as_tokenizer, load_tokenizer
 
 TOKENIZERS = {family: load_tokenizer(GOLDENS / family) for family in BYTE_PAIR_FAMILIES}
 
@@ -303,19 +302,3 @@ def test_a_truncated_sentencepiece_model(gemma, tmp_path_factory, cut):
     (folder / "tokenizer.model").write_bytes(model[: int(cut * len(model))])
     with pytest.raises(TokenizerError):
         load_tokenizer(folder)
-
-
-# ---- token ids as tensors ----
-
-
-def test_ids_on_another_device_are_read_only_if_the_caller_can_wait():
-    ids = torch.zeros(3, dtype=torch.int32, device=META)
-    there = token_ids(ids, 1, 10, wait=False)
-    assert (there.device, there.dtype) == (META, torch.int64)
-    with pytest.raises(NotImplementedError, match="copy out of meta"):  # it has nothing to read
-        token_ids(ids, 1, 10)
-    for wait in (False, True):
-        assert token_ids(torch.tensor([3, 9]), 1, 10, wait).tolist() == [3, 9]
-        for id in (-1, 10):
-            with pytest.raises(InputError, match=f"token id {id} "):
-                token_ids([3, id], 1, 10, wait)

@@ -19,8 +19,9 @@ import torch
 
 import pop
 from pop.engine.cache import KVCache
+from pop.engine.spare_caches import stepped
 from pop.errors import CacheMemoryError, InputError
-from pop.generation.caches import stepped
+from pop.runner import padded
 from tools.serve.kept import Filled, Kept, keys_of, rerun, row_of
 from tools.serve.rows import Busy, Job, Row
 
@@ -82,7 +83,10 @@ class Engine:
 
     def _admit(self, job: Job) -> None:
         """Prefill a job's prompt. It becomes a row, whose first token is drawn with the other rows' next one."""
-        model, tokens, end = self.model, job.tokens, len(job.tokens)
+        model = self.model
+        plan = model.resolve(None)
+        tokens = job.tokens
+        end = len(tokens)
         images = model.vision.locate(tokens, job.media)
         keys, last = keys_of(tokens, job.media, images), end - model.plan.full_depth_last
         row = Row(model, job, keys, images, self._new_cache(1, end))
@@ -102,7 +106,8 @@ class Engine:
         cuts = [cut for cut in cuts if n < cut <= last and not any(one.start < cut < one.stop for one in images)]
         for begin, cut in pairwise([n, *cuts, end]):
             fresh = [one for one, at in zip(job.media, images, strict=True) if begin <= at.start < cut]
-            row.logits = model.prefill([tokens[begin:cut]], row.cache, images=[fresh], boundary=cut == end)
+            part, lengths = padded([tokens[begin:cut]])
+            row.logits = model.prefill_checked(part, row.cache, lengths, [fresh], plan, boundary=cut == end)
             if cut == shared:
                 self.kept.add(Filled.of(keys[:cut], row.cache, images, floor=cut))
             if cut < end:

@@ -12,6 +12,7 @@ import pop
 from pop.engine.cache import KVCache
 from pop.errors import CacheMemoryError
 from pop.inputs.processors import Prepared
+from pop.runner import padded
 
 MOST = 256  # caches, since each answer is compared with all of them
 
@@ -63,7 +64,8 @@ class Filled:
             for token in range(max(0, n - rerun(model.plan)), n):
                 view.lengths = torch.tensor([token])
                 cache.copy_from(view)
-                model.prefill([[self.keys[token]]], cache, boundary=False)
+                tokens, lengths = padded([[self.keys[token]]])
+                model.prefill_checked(tokens, cache, lengths, [()], model.resolve(None), boundary=False)
                 view.previous_hidden = cache.previous_hidden
             view.lengths = torch.tensor([n])
         cache.copy_from(view)

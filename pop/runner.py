@@ -1,0 +1,349 @@
+"""The runner: it checks tensors, and runs a module with a plan, compiled stages and caches. It knows no text.
+
+`pop.Model` is a runner with a tokenizer. pop/engine computes.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+
+import torch
+
+from pop import engine
+from pop.backends import accelerate, chunk_size_of, stages_of
+from pop.backends.cpu import keep_freed_memory
+from pop.backends.cpu_graph import Graph
+from pop.checkpoints.fingerprint import fingerprint
+from pop.engine.cache import KVCache
+from pop.engine.compile import SMALLEST, Compiled
+from pop.engine.spare_caches import SpareCaches
+from pop.errors import CacheMemoryError, ContextOverflow, InputError, PlanError, check_count
+from pop.inputs.processors import Prepared, Processor, processor_of
+from pop.models.images import TextOnly
+from pop.pruning.corrections import Corrections
+from pop.pruning.plan import PrunePlan
+from pop.system.memory import to_device
+
+KEPT_CACHES = 2  # spare caches on a GPU, where a new cache needs a new captured decode step
+FULL_DEPTH = PrunePlan.none()
+
+
+class Runner:
+    """Prefill, decode and the plain forward pass of one module.
+
+    Calls change nothing in a runner, so threads may share it, each with its own cache.
+
+    Args:
+        module: A PrunableModel (pop/models). Its weights decide `device` and `dtype`.
+        config: The frozen dataclass of its sizes.
+        plan: The plan of every prefill that is given no other. Takes the values of `prune` in `pop.load`.
+        max_seq_len, compile, progress: As in `pop.load`.
+        chunk_size: How many tokens of a prompt prefill runs at once. None takes what suits the device.
+        vision: The processor of images and videos (pop/inputs/processors.py). None takes the family's.
+        part: A pop.backends.tensor_parallel.Part if the module is one process's part of the model.
+    """
+
+    def __init__(
+        self,
+        module,
+        config,
+        *,
+        plan=None,
+        max_seq_len: int | None = None,
+        chunk_size: int | None = None,
+        compile="auto",
+        progress: bool = False,
+        vision: Processor | None = None,
+        part=None,
+    ):
+        self.module = module
+        self.config = config
+        self.part = part
+        self.vision = processor_of(config) if vision is None else vision
+        self.max_seq_len = check_options(config, self.dtype, max_seq_len, compile)
+        self.plan = PrunePlan.of(plan, config.num_layers)
+        self.resolve(self.plan)  # raises if it does not fit the weights
+        chunk_size = chunk_size_of(module) if chunk_size is None else check_count("chunk_size", chunk_size)
+        self.chunk_size = max(chunk_size, self.vision.min_chunk_size)
+        self.num_parameters = part.num_parameters if part else sum(weight.numel() for weight in module.parameters())
+        self.caches = SpareCaches(KEPT_CACHES if self.device.type == "cuda" else 0)
+        self._must_compile = compile is True
+        self._may_compile = self._must_compile or (compile == "auto" and self.num_parameters >= SMALLEST)
+        self._progress = progress
+        accelerate(module)
+        self.recompile()
+        keep_freed_memory()
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.module.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self.module.parameters()).dtype
+
+    @property
+    def compiled(self) -> bool:
+        """Whether prefill and decode run compiled, or will try to from the first use on."""
+        return self._compiled is not None and self._compiled.works
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """A hash of weights and sizes. It is computed once: after a change of the weights, make a new model."""
+        return fingerprint(self.module, self.part)
+
+    # Calls
+
+    def new_cache(self, batch_size: int = 1, max_seq_len: int | None = None) -> KVCache:
+        """An empty KV cache. Spare caches are freed if it needs their memory.
+
+        Args:
+            batch_size: The number of rows.
+            max_seq_len: Tokens a row; None takes the model's limit.
+
+        Raises:
+            CacheMemoryError: It does not fit into the device's memory.
+            ContextOverflow: max_seq_len exceeds the model's.
+        """
+        max_seq_len = self.max_seq_len if max_seq_len is None else check_count("max_seq_len", max_seq_len)
+        self.check_fits(max_seq_len, "a row of the cache")
+        try:
+            return self.unlimited_cache(batch_size, max_seq_len)
+        except CacheMemoryError:
+            if not self.caches.clear():
+                raise
+        return self.unlimited_cache(batch_size, max_seq_len)
+
+    def unlimited_cache(self, batch_size: int, max_seq_len: int) -> KVCache:
+        """An empty cache that may be longer than the model's context, for the padding of a batch."""
+        sizes = self.module.config  # in one process of several, those of its part
+        return KVCache(sizes, batch_size, max_seq_len, dtype=self.dtype, device=self.device, chunk_size=self.chunk_size)
+
+    def prefill(
+        self, tokens, cache: KVCache, *, lengths=None, images=None, videos=None, plan: PrunePlan | None = None
+    ) -> torch.Tensor:
+        """Append prompts to what the cache holds. Returns logits [B, V] float32 of each row's boundary token.
+
+        Args:
+            tokens: Ids [B, T], right-padded.
+            cache: From `new_cache`, with B rows.
+            lengths: The number of tokens in each row without padding, [B]. None: all T.
+            images, videos: A list for each row, whose placeholders are among the tokens.
+            plan: The PrunePlan of this call; None takes the model's.
+
+        Raises:
+            InputError, PlanError: An argument does not fit the model. ContextOverflow: The cache is too small.
+        """
+        tokens = token_ids(tokens, 2, self.config.vocab_size)
+        lengths = row_lengths(lengths, tokens)
+        media = self.vision.prepare_batch(images, videos, len(tokens))
+        return self.prefill_checked(tokens, cache, lengths, media, self.resolve(plan))
+
+    def prefill_checked(
+        self,
+        tokens: torch.Tensor,
+        cache: KVCache,
+        lengths: torch.Tensor,
+        media: Sequence[Sequence[Prepared]],
+        plan: PrunePlan,
+        boundary: bool = True,
+    ) -> torch.Tensor:
+        """Like `prefill`, for what has been checked and prepared before.
+
+        Args:
+            tokens: Ids [B, T] int64 on the CPU, right-padded. `padded` makes them and their lengths from lists.
+            cache: As in `prefill`. Its room is checked here.
+            lengths: [B] int64 on the CPU.
+            media: The images and videos of each row.
+            plan: From `resolve`.
+            boundary: False if more of the same prompts follows in a later call. Then the logits are meaningless, and
+                the plan selects no tokens.
+        """
+        self._check_cache(cache, lengths, media)
+        stages = self._stages(len(tokens), plan)
+        module = self.module if self._compiled is None else self._compiled.vision_module
+        images = self._images(module, media, tokens, lengths)
+        return engine.prefill(self.module, tokens, cache, lengths, plan, self.chunk_size, stages, images, boundary)
+
+    def decode(self, tokens, cache: KVCache) -> torch.Tensor:
+        """Append one token a row, at full depth: tokens [B] -> logits [B, V] float32.
+
+        Ids on a GPU are not checked here, since reading them would wait for it. The embedding's own assertion refuses
+        an id outside the vocabulary, as a CUDA error, which ends all work of the process on the GPU.
+        """
+        tokens = token_ids(tokens, 1, self.config.vocab_size, wait=False).to(self.device, non_blocking=True)
+        self._check_cache(cache, torch.ones(len(tokens), dtype=torch.int64))
+        return self.decode_unchecked(tokens, cache)
+
+    def decode_unchecked(self, tokens: torch.Tensor, cache: KVCache) -> torch.Tensor:
+        """Like `decode`, for tokens on the device and a cache with room for them."""
+        return engine.decode(self.module, tokens, cache, self._stages(len(tokens), look=False))
+
+    def extend(self, tokens, cache: KVCache) -> torch.Tensor:
+        """Append tokens [B, T] at full depth, as `decode` would one by one. Returns their logits [B, T, V] float32."""
+        tokens = token_ids(tokens, 2, self.config.vocab_size, wait=False).to(self.device, non_blocking=True)
+        B, T = tokens.shape
+        self._check_cache(cache, torch.full((B,), T))
+        return engine.extend(self.module, tokens, cache, self._stages(B))
+
+    @torch.no_grad()
+    def logits(self, tokens, images=None, videos=None) -> torch.Tensor:
+        """The plain unpruned forward pass: tokens [B, T] without padding -> logits [B, T, V] float32.
+
+        images, videos: As in `prefill`.
+        """
+        tokens = token_ids(tokens, 2, self.config.vocab_size)
+        media = self.vision.prepare_batch(images, videos, len(tokens))
+        self.check_fits(tokens.shape[1], media=[one for row in media for one in row])
+        images = self._images(self.module, media, tokens, row_lengths(None, tokens))
+        (tokens,) = to_device([tokens], self.device)
+        return self.module(tokens, images)
+
+    # Compilation
+
+    def warmup(self, batch_size: int = 1, plans: Sequence[PrunePlan] = ()) -> None:
+        """Compile what prefill and decode need, unless the model runs eagerly.
+
+        Nothing compiles again while torch.set_num_threads and the module stay the same.
+
+        Args:
+            batch_size: 1 for one prompt at a time. A larger number covers every batch size.
+            plans: Other plans than the model's that calls will use.
+        """
+        batch_size = check_count("batch_size", batch_size)
+        for rows in (1, 2)[:batch_size]:
+            for plan in (self.plan, *plans):
+                self._stages(rows, self.resolve(plan))
+
+    def recompile(self) -> None:
+        """Make compiled code and captured decode steps look at the module anew.
+
+        Call it after you change an attribute of a layer. New weights, hooks and classes are noticed without it.
+        """
+        stages = stages_of(self.module)
+        self._eager = stages._replace()  # a new tuple, since a captured step serves only the tuple that it was made for
+        self._compiled = None
+        if self._may_compile:
+            self._compiled = Compiled(
+                self.module,
+                stages,
+                replay=Graph if self.device.type == "cpu" else stages.replay,
+                required=self._must_compile,
+                progress=self._progress,
+                add_up=self.module.sum_over_processes if self.part else None,
+            )
+
+    def _stages(self, rows: int, plan: PrunePlan = FULL_DEPTH, look: bool = True) -> engine.Stages:
+        """The stages for a batch of `rows`. Unless `look`, only new hooks are looked for in the module."""
+        if self._compiled is None:
+            return self._eager
+        return self._compiled.stages(rows, plan, look)
+
+    def __getstate__(self) -> dict:
+        return self.__dict__ | {"_compiled": None}  # a copy runs eagerly
+
+    # Checks
+
+    def resolve(self, plan) -> PrunePlan:
+        """The plan of a call, with its corrections on the model's device in its dtype. None stands for the model's."""
+        plan = PrunePlan.of(self.plan if plan is None else plan, self.config.num_layers)
+        corrections = plan.corrections
+        if corrections is None or not plan.layers:
+            return plan
+        if corrections.fingerprint != self.fingerprint:
+            raise PlanError("the plan's corrections were fitted to another model's weights; use pop.calibrate again")
+        rows = None if self.part is None else self.part.kv_rows
+        if corrections.rows is None:
+            self._check_sizes(corrections)
+        return dataclasses.replace(plan, corrections=corrections.to(self.device, self.dtype, rows))
+
+    def _check_sizes(self, corrections: Corrections) -> None:
+        found = (corrections.weight.shape[2], corrections.shared.shape[2])
+        needed = (self.config.num_kv_heads * self.config.head_dim, 2 * self.config.hidden_size)
+        if found != needed:
+            what = f"correct {found[0]} numbers of K from {found[1]} inputs"
+            raise PlanError(
+                f"the plan's corrections {what}, but this model needs {needed[0]} and {needed[1]}; calibrate again"
+            )
+
+    def check_fits(self, num_tokens: int, what: str = "the prompt", media: Sequence[Prepared] = ()) -> None:
+        """Raise ContextOverflow if a sequence of `num_tokens`, with these images and videos, exceeds max_seq_len."""
+        if num_tokens > self.max_seq_len:
+            limit = f"the model takes {self.max_seq_len}; {self.vision.shorten(media)}"
+            raise ContextOverflow(f"{what} has {num_tokens} tokens, but {limit}")
+
+    def _check_cache(self, cache: KVCache, added: torch.Tensor, media: Sequence[Sequence[Prepared]] = ()) -> None:
+        """Raise InputError unless `cache` is one of this model with room for `added` [B] tokens, `media` included."""
+        if not isinstance(cache, KVCache):
+            raise InputError(f"the cache is a {type(cache).__name__}; make one with model.new_cache()")
+        advice = self.vision.shorten([one for row in media for one in row], "the prompt")
+        cache.check(self.module.config, self.dtype, self.device, self.vision.min_chunk_size, added, advice)
+
+    @torch.inference_mode(False)  # as the engine
+    @torch.no_grad()
+    def _images(self, module, media, tokens: torch.Tensor, lengths: torch.Tensor) -> TextOnly:
+        """What each row's images and videos bring to tokens [B, T] on the CPU, by the vision tower of a module."""
+        return self.vision.images(module, media, tokens, lengths)
+
+
+def check_options(config, dtype: torch.dtype, max_seq_len: int | None, compile) -> int:
+    """Raise a PopError for options that a model of `config` cannot take. Returns its max_seq_len."""
+    if not isinstance(compile, bool) and compile != "auto":
+        raise InputError(f"compile is {compile!r}; it must be 'auto', True or False")
+    if dtype == torch.float16 and config.overflows_float16:
+        raise InputError(f"dtype is {dtype}, in which {config.family} overflows; take torch.bfloat16 or torch.float32")
+    limit = config.max_positions
+    if max_seq_len is None:
+        return limit
+    max_seq_len = check_count("max_seq_len", max_seq_len)
+    if max_seq_len > limit:
+        raise ContextOverflow(f"max_seq_len is {max_seq_len}, but the model's context is {limit} tokens")
+    return max_seq_len
+
+
+def token_ids(tokens, dims: int, vocab_size: int, wait: bool = True) -> torch.Tensor:
+    """Return token ids as an int64 tensor on the CPU, [B] or [B, T] by `dims`.
+
+    Ids on another device are read back, which waits for the device. With `wait=False` they stay there, unchecked.
+    """
+    ids = _integers(tokens)
+    if ids is None or ids.dim() != dims or not ids.numel():
+        shape = "[batch]" if dims == 1 else "[batch, tokens]"
+        raise InputError(f"tokens must be integers of shape {shape}, none of them empty, not {tokens!r:.80}")
+    if not wait and ids.device.type != "cpu":
+        return ids
+    ids = ids.cpu()
+    low, high = torch.stack(ids.aminmax()).tolist()
+    if low < 0 or high >= vocab_size:
+        raise InputError(f"token id {low if low < 0 else high} is not in the vocabulary of {vocab_size} tokens")
+    return ids
+
+
+def row_lengths(lengths, tokens: torch.Tensor) -> torch.Tensor:
+    """Return the lengths of right-padded tokens [B, T] as int64 [B] on the CPU. None: no row is padded."""
+    B, T = tokens.shape
+    if lengths is None:
+        return torch.full((B,), T)
+    found = _integers(lengths)
+    if found is None or found.shape != (B,) or found.min() < 1 or found.max() > T:
+        raise InputError(f"lengths is {lengths!r:.80}; it must hold {B} integers from 1 to {T}, one for each row")
+    return found.cpu()
+
+
+def _integers(values) -> torch.Tensor | None:
+    """Return an int64 tensor, or None for anything that is not integers in the form of a tensor."""
+    try:
+        values = torch.as_tensor(values)
+    except (TypeError, ValueError, RuntimeError):
+        return None
+    if values.is_floating_point() or values.is_complex() or values.dtype == torch.bool:
+        return None
+    return values.to(torch.int64)
+
+
+def padded(rows: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return lists of ids as tokens [B, T], padded with zeros on the right, and lengths [B], both int64 on the CPU."""
+    lengths = torch.tensor([len(row) for row in rows])
+    longest = int(lengths.max())
+    tokens = torch.tensor([row + [0] * (longest - len(row)) for row in rows])
+    return tokens, lengths
