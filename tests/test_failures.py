@@ -99,13 +99,6 @@ def saved_plan(tmp_path):
     return plan.save, PrunePlan((1,)).save
 
 
-def saved_conversation(tmp_path):
-    model = pop.load(write_chat_checkpoint(tmp_path / "chat"))
-    one, two = model.start_chat(), model.start_chat("Be brief.")
-    one.send("Hello", max_new_tokens=3)
-    return one.save, two.save
-
-
 def saved_scores(tmp_path):
     config = tiny_config()
     model = pop.Model(random_model(config), config)
@@ -113,7 +106,7 @@ def saved_scores(tmp_path):
     return one.save, two.save
 
 
-@pytest.mark.parametrize("make", [saved_plan, saved_conversation, saved_scores])
+@pytest.mark.parametrize("make", [saved_plan, saved_scores])
 def test_a_file_is_the_old_or_the_new_one(make, tmp_path):
     save_new, save_old = make(tmp_path)
     folder = tmp_path / "out"
@@ -141,7 +134,7 @@ def assert_nothing_else(folder, names, place):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
-@pytest.mark.parametrize("make", [saved_plan, saved_conversation, saved_scores])
+@pytest.mark.parametrize("make", [saved_plan, saved_scores])
 def test_a_full_disk_is_said_and_the_old_file_stays(make, tmp_path):
     """A limit to the size of files makes every library fail that writes, as a full disk does."""
     save_new, save_old = make(tmp_path)
@@ -180,7 +173,7 @@ def kills(call):
 
 
 def test_a_file_is_the_old_or_the_new_one_after_a_kill(tmp_path):
-    save_new, save_old = saved_conversation(tmp_path)
+    save_new, save_old = saved_scores(tmp_path)
     save_old(tmp_path / "file")
     old = (tmp_path / "file").read_bytes()
     save_new(tmp_path / "file")
@@ -301,7 +294,7 @@ def test_loading_leaves_the_files_alone_and_works_the_next_time(tmp_path):
 
 
 # Prompts whose beginning is cached, and decode steps. Layers with a sliding window reuse their slots.
-CALLS = [([5, 12, 44, 3, 60, 8], 4), ([33, 2, 19, 7, 1, 50, 21, 4, 9, 30, 11], 4), (9,), ([40, 2], 4), (17,)]
+CALLS = [[5, 12, 44, 3, 60, 8], [33, 2, 19, 7, 1, 50, 21, 4, 9, 30, 11], 9, [40, 2], 17]
 
 
 @pytest.mark.parametrize("config", [tiny_config(), tiny_gemma3_config()], ids=["llama", "gemma3"])
@@ -309,20 +302,18 @@ def test_after_a_failure_a_cache_works_or_is_refused(config):
     model = pop.Model(random_model(config), config, chunk_size=4, plan=PrunePlan((1, 3, 4)))
     done, refused = {}, 0
 
-    def step(cache, tokens, chunk_size=None):
-        if chunk_size is None:
-            return model.decode([tokens], cache)
-        return model.prefill([tokens], cache, chunk_size=chunk_size)
+    def step(cache, tokens):
+        return model.prefill([tokens], cache) if isinstance(tokens, list) else model.decode([tokens], cache)
 
     def call():
         done.update(cache=model.new_cache(1, 40), number=0)
         for number, arguments in enumerate(CALLS):
-            step(done["cache"], *arguments)
+            step(done["cache"], arguments)
             done["number"] = number + 1
 
     cache, expected, lengths = model.new_cache(1, 40), [], [0]
     for arguments in CALLS:
-        expected.append(step(cache, *arguments))
+        expected.append(step(cache, arguments))
         lengths.append(int(cache.lengths[0]))
     for place in failures(call):
         if "cache" not in done:
@@ -332,13 +323,13 @@ def test_after_a_failure_a_cache_works_or_is_refused(config):
         rest = lengths.index(held)
         try:
             for number in range(rest, len(CALLS)):
-                torch.testing.assert_close(step(cache, *CALLS[number]), expected[number], msg=str(place))
+                torch.testing.assert_close(step(cache, CALLS[number]), expected[number], msg=str(place))
         except pop.InputError as error:
             assert "reset" in str(error)
             refused += 1
             cache.reset()
             for number in range(len(CALLS)):
-                torch.testing.assert_close(step(cache, *CALLS[number]), expected[number], msg=str(place))
+                torch.testing.assert_close(step(cache, CALLS[number]), expected[number], msg=str(place))
         done.clear()
     assert refused < POINTS // 2 if config.windows.count(None) < len(config.windows) else not refused
 

@@ -1,13 +1,16 @@
 """`pop.Model`: tensors in, tensors out, and what it refuses."""
 
+from unittest.mock import patch
+
 import numpy as np
 import pytest
 import torch
+from support.meta_device import META
 from support.tiny import random_model, tiny_config, write_checkpoint
 
 import pop
 from pop import engine
-from pop.pruning import reference
+from pop.runner import token_ids
 
 PROMPTS = [[5, 9, 200], [17], list(range(40, 70))]
 
@@ -50,19 +53,10 @@ def test_chunks_do_not_change_the_result(model):
     hook = model.module.model.embed_tokens.register_forward_hook(lambda _, args, out: widths.append(out.shape[1]))
     for size, chunks in ((1, [1] * 31), (7, [7, 7, 7, 7, 3]), (31, [31])):
         widths.clear()
-        torch.testing.assert_close(model.prefill(tokens, model.new_cache(1, 40), chunk_size=size), expected)
+        with patch.object(model, "chunk_size", size):
+            torch.testing.assert_close(model.prefill(tokens, model.new_cache(1, 40)), expected)
         assert widths == chunks
     hook.remove()
-
-
-def test_tokens_that_the_caller_chooses_run_at_full_depth(model):
-    tokens, mask = torch.arange(60).view(2, 30), torch.zeros(2, 30, dtype=torch.bool)
-    mask[0, [3, 11]] = mask[1, 4:20] = True
-    found = model.prefill(tokens, model.new_cache(2, 40), full_depth=mask)
-    for row in (0, 1):
-        full_depth = reference.full_depth_tokens(30, 30, model.plan) | mask[row]
-        expected, _ = reference.forward(model.module, tokens[row], full_depth, model.plan)
-        torch.testing.assert_close(found[row], expected[-1])
 
 
 def test_the_size_of_a_cache_is_known_before_it_is_made(model):
@@ -146,11 +140,7 @@ def test_a_model_says_what_it_is(model, tmp_path):
         (lambda m: m.prefill([[1, 2]], m.new_cache(1), lengths=[0]), pop.InputError, ["lengths", "[0]"]),
         (lambda m: m.prefill([[1, 2]], m.new_cache(1), lengths=[1, 1]), pop.InputError, ["lengths", "[1, 1]"]),
         (lambda m: m.prefill([[1, 2]], m.new_cache(1), lengths=[1.0]), pop.InputError, ["lengths", "[1.0]"]),
-        (lambda m: m.prefill([[1, 2]], m.new_cache(1), chunk_size=0), pop.InputError, ["chunk_size", "0"]),
-        *(
-            (lambda m, it=it: m.prefill([[1, 2]], m.new_cache(1), full_depth=it), pop.InputError, ["bool", "[1, 2]"])
-            for it in ([[True, False]], torch.tensor([[0, 1]]), torch.tensor([[True]]))
-        ),
+        (lambda m: pop.Model(m.module, m.config, chunk_size=0), pop.InputError, ["chunk_size", "0"]),
         (lambda m: m.prefill([[1, 2]], m.new_cache(2)), pop.InputError, ["1 rows", "2"]),
         (lambda m: m.prefill([[1] * 5], m.new_cache(1, 4)), pop.ContextOverflow, ["row 0", "5 tokens", "4"]),
         (lambda m: m.prefill([[1]], None), pop.InputError, ["cache", "NoneType"]),
@@ -191,3 +181,36 @@ def test_one_model_serves_two_caches(model):
             tokens[i].append(logits[i].argmax().item())
             logits[i] = engine.decode(model.module, logits[i].argmax(-1), caches[i])
     assert tokens == [model.generate(prompt, max_new_tokens=5).tokens for prompt in PROMPTS[1:]]
+
+
+def test_ids_on_another_device_are_read_only_if_the_caller_can_wait():
+    ids = torch.zeros(3, dtype=torch.int32, device=META)
+    there = token_ids(ids, 1, 10, wait=False)
+    assert (there.device, there.dtype) == (META, torch.int64)
+    with pytest.raises(NotImplementedError, match="copy out of meta"):  # it has nothing to read
+        token_ids(ids, 1, 10)
+    for wait in (False, True):
+        assert token_ids(torch.tensor([3, 9]), 1, 10, wait).tolist() == [3, 9]
+        for id in (-1, 10):
+            with pytest.raises(pop.InputError, match=f"token id {id} "):
+                token_ids([3, id], 1, 10, wait)
+
+
+def test_a_changed_attribute_counts_after_recompile(monkeypatch):
+    """`torch.compile` is replaced by a function that remembers the attributes of its first call."""
+    made = []
+
+    def compiled(stage, **_):
+        made.append(stage)
+        return stage
+
+    monkeypatch.setattr(torch, "compile", compiled)
+    config = tiny_config(vocab_size=256)
+    model = pop.Model(random_model(config, seed=5), config, compile=True)
+    before = model.generate([5, 9], max_new_tokens=3).tokens
+    count = len(made)
+    model.generate([5, 9], max_new_tokens=3)
+    assert len(made) == count > 0
+    model.recompile()
+    assert model.generate([5, 9], max_new_tokens=3).tokens == before
+    assert len(made) == 2 * count

@@ -1,4 +1,4 @@
-"""Files that an earlier version has saved still load, with the same content: plans, conversations, importance scores.
+"""Files that an earlier version has saved still load, with the same content: plans and importance scores.
 
 tools/goldens/saved.py says what is in them; tests/goldens/saved/facts.json says which version has made them.
 """
@@ -27,7 +27,7 @@ def calibrated(model):
 
 @pytest.mark.parametrize("family", saved.CONFIGS)
 def test_fingerprints_stay(family):
-    """The fingerprint in a saved plan or conversation is compared with the model's."""
+    """The fingerprint in a saved plan is compared with the model's."""
     assert saved.fingerprint(family) == FACTS["fingerprints"][family]
 
 
@@ -65,30 +65,6 @@ def test_importance_scores_load(tmp_path):
         assert getattr(scores, name).tolist() == fields[name]
     scores.save(tmp_path / "importance.json")
     assert (tmp_path / "importance.json").read_bytes() == (saved.FOLDER / "importance.json").read_bytes()
-
-
-@pytest.mark.parametrize("name", ["chat.json", "chat-calibrated.json", "chat-cut.json"])
-def test_a_conversation_loads_and_continues(name, model, calibrated, tmp_path):
-    plan = calibrated if "calibrated" in name else saved.PLAN
-    chat = model.load_chat(saved.FOLDER / name, plan=plan)
-    turns = json.loads((saved.FOLDER / name).read_text(encoding="utf-8"))["turns"]
-    assert [(turn.user, turn.assistant, turn.answer) for turn in chat.turns] == [
-        (turn["user"], turn["assistant"], turn["answer"]) for turn in turns
-    ]
-    chat.save(tmp_path / name)  # in today's format, which has more fields
-    content = json.loads((saved.FOLDER / name).read_text(encoding="utf-8"))
-    content |= {"pop_conversation": 4, "enable_thinking": True}
-    content["turns"] = [{"cut": ""} | turn for turn in turns]
-    today = json.loads((tmp_path / name).read_text(encoding="utf-8"))
-    if hashes := today["plan"]["projections"]:  # earlier, the weight's was the only one
-        assert {*hashes} == {"weight", "bias"}
-        today["plan"]["projections"] = hashes["weight"]
-    assert today == content
-    held_today = model.start_chat(chat.system, plan=plan)  # the same messages give the same answers
-    message, max_new_tokens, _ = saved.MESSAGES[0]  # greedy; the next one is sampled, from other random numbers today
-    held_today.send(message, max_new_tokens=max_new_tokens)
-    assert held_today.turns == chat.turns[:1]
-    assert chat.send("Go on", max_new_tokens=5).tokens
 
 
 @pytest.mark.parametrize("number", range(len(saved.SETTINGS)))

@@ -7,6 +7,7 @@ generation to the reference's numbers. Only what one family has is in test_exper
 import dataclasses
 import json
 import math
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -109,7 +110,8 @@ def test_prefill_then_decode(golden, model, whole):
     chunk_size = 2048 if whole else getattr(getattr(golden.config, "vision", None), "tokens_per_image", 3)
     for prompt in golden.prompts:
         cache = model.new_cache(1, len(prompt.inputs))
-        steps = [model.prefill([prompt.tokens], cache, chunk_size=chunk_size, **prompt.seen)]
+        with patch.object(model, "chunk_size", chunk_size):
+            steps = [model.prefill([prompt.tokens], cache, **prompt.seen)]
         steps += [model.decode([token], cache) for token in prompt.greedy[:-1]]
         assert error(torch.cat(steps), prompt.logits[len(prompt.tokens) - 1 :]) < TOLERANCE
         expected = len(prompt.inputs) if prompt.next_position is None else prompt.next_position

@@ -32,7 +32,8 @@ def run(model: pop.Model) -> dict[str, torch.Tensor]:
     """Everything that a model computes, on fixed tokens. Also called in one process, for comparison."""
     found = {"logits": model.logits([PROMPT[0]])}
     cache = model.new_cache(2, 40)
-    prefilled = model.prefill(PROMPT, cache, lengths=LENGTHS, chunk_size=4)
+    with patch.object(model, "chunk_size", 4):
+        prefilled = model.prefill(PROMPT, cache, lengths=LENGTHS)
     found["steps"] = torch.stack([prefilled, *(model.decode(step, cache) for step in STEPS)])
     selecting = pop.PrunePlan((1,), full_depth_selected=0.25)
     with patch.object(selection, "POOLED", 1):  # so that it matters which heads attend a token

@@ -5,7 +5,7 @@
 The files in the repository come from the commit that facts.json names, which is older than the present layout of the
 package. They stand for files that users have: do not make them anew because a test fails. Run this script only after a
 format has changed on purpose, and keep the older files under test beside the new ones. Its "picks" are newer: since one
-number a token decides, a seed samples other tokens. And chat-cut.json has the later format 3 of conversations.
+number a token decides, a seed samples other tokens.
 """
 
 import json
@@ -23,7 +23,6 @@ from pop.generation.sampling import Sampler, SamplingParams
 
 FOLDER = Path(__file__).resolve().parents[2] / "tests" / "goldens" / "saved"
 PLAN = pop.PrunePlan((1, 3, 4), full_depth_last=8, full_depth_first=2)
-MESSAGES = [("Hi", 12, {}), ("What next?", 7, {"temperature": 0.9, "seed": 3}), ("And then?", 1, {})]
 SETTINGS = [
     {"temperature": 0.0},
     {"temperature": 1.0},
@@ -51,9 +50,6 @@ def make(made_with: str) -> None:
     plan = pop.calibrate(model, texts, plan, window=60, progress=False)
     assert plan.corrections.taps == 2
     plan.save(FOLDER / "calibrated.plan")
-    talk(model, PLAN).save(FOLDER / "chat.json")
-    talk(model, plan).save(FOLDER / "chat-calibrated.json")
-    cut_short(model).save(FOLDER / "chat-cut.json")
     scores = pop.importance(model, [text[:20] for text in texts[:4]], response_tokens=4, progress=False)
     scores.save(FOLDER / "importance.json")
     facts = {
@@ -70,21 +66,6 @@ def chat_model(folder: Path) -> pop.Model:
     """The model of all files here, in float32, from a checkpoint that is made in `folder`."""
     write_chat_checkpoint(folder, seed=4, attention_bias=True)
     return pop.load(folder, prune=None)
-
-
-def talk(model, plan, messages=MESSAGES) -> pop.Conversation:
-    chat = model.start_chat("Be brief.", plan=plan)
-    for message, max_new_tokens, options in messages:
-        chat.send(message, max_new_tokens=max_new_tokens, **options)
-    return chat
-
-
-def cut_short(model) -> pop.Conversation:
-    """A conversation whose second answer ends at a stop string, a character that it would have had."""
-    chat = talk(model, PLAN, MESSAGES[:1])
-    whole = chat.fork().send("What next?", max_new_tokens=7).text
-    chat.send("What next?", max_new_tokens=7, stop=whole[2])
-    return chat
 
 
 def fingerprint(name: str) -> str:
