@@ -81,8 +81,10 @@ def depths(plan, length, start=0):
 def test_a_prompt_is_prefilled_after_what_a_cache_holds(model, logits, monkeypatch):
     monkeypatch.setattr(engines, "WORTH_KEEPING", 4)
     engine, plan = new_engine(model), model.plan
-    ran, prefill = [], type(model).prefill
-    monkeypatch.setattr(pop.Model, "prefill", lambda self, *a, **k: ran.append(len(a[0][0])) or prefill(self, *a, **k))
+    ran, prefill = [], type(model).prefill_checked
+    monkeypatch.setattr(
+        pop.Model, "prefill_checked", lambda self, *a, **k: ran.append(len(a[0][0])) or prefill(self, *a, **k)
+    )
     windows, again = any(model.config.windows), 2 if plan.corrections else 0  # one more for each update of h
     first = prompt(30, 1)
 
@@ -287,14 +289,14 @@ def test_a_cancelled_prompt_is_not_prefilled_to_its_end(monkeypatch):
     engine, long, other = new_engine(model), new_job(prompt(100, 1)), new_job(prompt(5, 2), max_new_tokens=100)
     engine.submit([other])
     engine.turn()
-    ran, prefill = [], type(model).prefill
+    ran, prefill = [], type(model).prefill_checked
 
     def cancelling(self, tokens, *args, **options):
         ran.append(len(tokens[0]))
         engine.cancel([long])
         return prefill(self, tokens, *args, **options)
 
-    monkeypatch.setattr(pop.Model, "prefill", cancelling)
+    monkeypatch.setattr(pop.Model, "prefill_checked", cancelling)
     engine.submit([long])
     engine.turn()
     assert ran == [7]
@@ -317,7 +319,7 @@ def test_others_get_tokens_during_a_long_prefill():
 
 def test_errors_reach_those_whom_they_concern(monkeypatch, caplog):
     model = make("llama", PLANS["the paper's"])
-    engine, prefill, decode = new_engine(model), pop.Model.prefill, pop.Model.decode
+    engine, prefill, decode = new_engine(model), pop.Model.prefill_checked, pop.Model.decode
     jobs = [new_job(prompt(9, n + 1)) for n in range(3)]
 
     def failing(self, tokens, *args, **options):
@@ -325,11 +327,11 @@ def test_errors_reach_those_whom_they_concern(monkeypatch, caplog):
             raise RuntimeError("prefill")
         return prefill(self, tokens, *args, **options)
 
-    monkeypatch.setattr(pop.Model, "prefill", failing)
+    monkeypatch.setattr(pop.Model, "prefill_checked", failing)
     engine.submit(jobs)
     work(engine)
     assert [str(job.events[-1].error) for job in jobs] == ["None", "prefill", "None"]
-    monkeypatch.setattr(pop.Model, "prefill", prefill)
+    monkeypatch.setattr(pop.Model, "prefill_checked", prefill)
     monkeypatch.setattr(pop.Model, "decode", lambda *_: 1 / 0)
     jobs = [new_job(prompt(9, n + 5)) for n in range(2)]
     engine.submit(jobs)
