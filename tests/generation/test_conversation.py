@@ -345,7 +345,7 @@ def test_a_conversation_without_thinking_stays_without(script):
 
 def test_threads_share_a_model():
     """Two threads, each with its own caches, and one prefix between them."""
-    model = make("gemma3", "two taps")
+    model = make("gemma3", "calibrated")
     prefix = model.prefix("A long story that both of them were told")
     barrier = threading.Barrier(2)
 

@@ -13,7 +13,7 @@ PLANS = {
     "the paper's": pop.PrunePlan((1, 3, 4)),
     "none": pop.PrunePlan.none(),
     "first 2, last 3": pop.PrunePlan((0, 3), full_depth_last=3, full_depth_first=2),
-    "two taps": "two taps",
+    "calibrated": "calibrated",
 }
 
 
@@ -21,8 +21,8 @@ def make(family, plan, **options):
     """A model with a window of 5 if it is Gemma's, whose prompts run in chunks of 7 tokens."""
     config = CONFIGS[family]
     model = pop.Model(random_model(config, seed=3), config, Letters(CONTROL), chunk_size=7, **options)
-    if plan == "two taps":
+    if plan == "calibrated":
         layers = (1, 3, 4)  # h is updated between them
-        plan = pop.PrunePlan(layers, 2, 1, random_corrections(config, layers, 1, 2, fingerprint=model.fingerprint))
+        plan = pop.PrunePlan(layers, 2, 1, random_corrections(config, layers, 1, fingerprint=model.fingerprint))
     model.plan = plan
     return model

@@ -144,7 +144,7 @@ def test_images_are_told_apart_by_what_they_show(config, logits, monkeypatch):
     check([*before, *image, *between, *image, 4, 4], [C, A], [begins])
 
 
-@pytest.mark.parametrize(("family", "plan"), [("llama", "first 2, last 3"), ("gemma3", "two taps")])
+@pytest.mark.parametrize(("family", "plan"), [("llama", "first 2, last 3"), ("gemma3", "calibrated")])
 def test_rows_join_and_leave_and_none_changes_another(family, plan):
     model = make(family, PLANS[plan])
     engine = new_engine(model)
@@ -304,7 +304,7 @@ def test_a_cancelled_prompt_is_not_prefilled_to_its_end(monkeypatch):
 
 
 def test_others_get_tokens_during_a_long_prefill():
-    model = make("gemma3", PLANS["two taps"])
+    model = make("gemma3", PLANS["calibrated"])
     engine, other, long = new_engine(model), new_job(prompt(5, 2), max_new_tokens=100), new_job(prompt(100, 1))
     engine.submit([other])
     engine.turn()

@@ -73,10 +73,10 @@ class Filled:
 
 def rerun(plan: pop.PrunePlan) -> int:
     """How many tokens run again for the hidden states that a rewound cache needs."""
-    refit = plan.corrections
-    if refit is None or refit.taps == 1:
+    if plan.corrections is None:
         return 0
-    return 1 if refit.update is None else 1 + len(refit.update)
+    updates = plan.corrections.update
+    return 1 if updates is None else 1 + len(updates)
 
 
 class Kept:
