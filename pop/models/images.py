@@ -84,7 +84,9 @@ class Images(TextOnly):
         return torch.where((index >= 0)[..., None], features[index.clamp(min=0)], h)
 
     def last_attended(self, positions):
-        return None if self.look_ahead is None else positions + self.look_ahead.to(positions.device)
+        if self.look_ahead is None:
+            return None
+        return positions + self.look_ahead.to(positions.device)
 
     def rotary(self, index):
         if self.rope_positions is None:
@@ -100,14 +102,19 @@ class Images(TextOnly):
 
     def extended(self, num_tokens):
         B, T = self.feature_index.shape
-        more, lengths = num_tokens - T, torch.full((B,), T)
-        following = (lengths + self.rope_offset(lengths))[:, None] + torch.arange(more)  # [B, more]
-        positions = self.rope_positions
+        added = num_tokens - T
+        look_ahead = self.look_ahead
+        if look_ahead is not None:
+            look_ahead = F.pad(look_ahead, (0, added))
+        rope_positions = self.rope_positions
+        if rope_positions is not None:
+            lengths = torch.full((B,), T)
+            first = lengths + self.rope_offset(lengths)
+            following = first[:, None] + torch.arange(added)  # [B, added]
+            rope_positions = torch.cat((rope_positions, following.expand(3, -1, -1)), dim=2)
+        feature_index = F.pad(self.feature_index, (0, added), value=-1)
         return dataclasses.replace(
-            self,
-            feature_index=F.pad(self.feature_index, (0, more), value=-1),
-            look_ahead=None if self.look_ahead is None else F.pad(self.look_ahead, (0, more)),
-            rope_positions=None if positions is None else torch.cat((positions, following.expand(3, -1, -1)), dim=2),
+            self, feature_index=feature_index, look_ahead=look_ahead, rope_positions=rope_positions
         )
 
     def chunk_ends(self, begin, end):
@@ -119,12 +126,15 @@ class Images(TextOnly):
 
     def select(self, index, valid):
         index = index.clamp(max=self.feature_index.shape[1] - 1)
-        chosen = self.feature_index.gather(1, index).where(valid, -1)
-        if not (chosen >= 0).any():
+        feature_index = self.feature_index.gather(1, index).where(valid, -1)
+        if not (feature_index >= 0).any():
             return TEXT
+        look_ahead = self.look_ahead
+        if look_ahead is not None:
+            look_ahead = look_ahead.gather(1, index).where(valid, 0)
+        rope_positions = self.rope_positions
+        if rope_positions is not None:
+            rope_positions = self.rotary(index)
         return dataclasses.replace(
-            self,
-            feature_index=chosen,
-            look_ahead=None if self.look_ahead is None else self.look_ahead.gather(1, index).where(valid, 0),
-            rope_positions=None if self.rope_positions is None else self.rotary(index),
+            self, feature_index=feature_index, look_ahead=look_ahead, rope_positions=rope_positions
         )

@@ -66,19 +66,22 @@ class Attention(nn.Module):
     def forward(self, x: torch.Tensor, rope: Rope) -> torch.Tensor:
         """x [N, P, C] -> [N, P, C]."""
         q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).unbind(2)  # [N, P, H, E] each
-        q, k = (rotate(heads.float(), rope).to(x.dtype) for heads in (q, k))  # in float32: so does the reference
-        q, k, v = (heads.transpose(1, 2) for heads in (q, k, v))  # [N, H, P, E]
-        attended = self.attention(q, k, v)  # scores times E ** -0.5
+        q = rotate(q.float(), rope).to(x.dtype)  # in float32, as in the reference
+        k = rotate(k.float(), rope).to(x.dtype)
+        attended = self.attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))  # scores times E ** -0.5
         return self.proj(attended.transpose(1, 2).flatten(2))
 
 
 class Block(nn.Module):
     def __init__(self, config: Qwen3VisionConfig):
         super().__init__()
-        C, inner = config.hidden_size, config.intermediate_size
-        self.norm1, self.norm2 = nn.LayerNorm(C, NORM_EPS), nn.LayerNorm(C, NORM_EPS)
+        C = config.hidden_size
+        inner = config.intermediate_size
+        self.norm1 = nn.LayerNorm(C, NORM_EPS)
+        self.norm2 = nn.LayerNorm(C, NORM_EPS)
         self.attn = Attention(config)
-        fc1, fc2 = nn.Linear(C, inner), nn.Linear(inner, C)
+        fc1 = nn.Linear(C, inner)
+        fc2 = nn.Linear(inner, C)
         self.mlp = nn.Sequential(OrderedDict(linear_fc1=fc1, gelu=nn.GELU("tanh"), linear_fc2=fc2))
 
     def forward(self, h: torch.Tensor, *rope: torch.Tensor) -> torch.Tensor:
@@ -103,9 +106,12 @@ class Merger(nn.Module):
 
     def forward(self, h: torch.Tensor) -> torch.Tensor:
         """h [N, P, C] -> [N, M, D]. Patches come square by square, so those to merge are neighbours."""
-        h = h if self.norm_merged else self.norm(h)
+        if not self.norm_merged:
+            h = self.norm(h)
         h = h.unflatten(1, (-1, self.merged)).flatten(2)  # [N, M, merged * C]
-        return self.linear_fc2(F.gelu(self.linear_fc1(self.norm(h) if self.norm_merged else h)))
+        if self.norm_merged:
+            h = self.norm(h)
+        return self.linear_fc2(F.gelu(self.linear_fc1(h)))
 
 
 class VisionTower(nn.Module):
@@ -125,16 +131,18 @@ class VisionTower(nn.Module):
         Patches are ordered by image, by frame pair, and by square of merge_size x merge_size patches, as
         pop/inputs/qwen3_vl.py prepares them. There is one grid for each image or video, in the same order.
         """
-        sizes = [grid[1:] for grid in grids for _ in range(grid.frames)]  # of each frame pair
+        sizes = [(grid.rows, grid.columns) for grid in grids for _ in range(grid.frames)]  # of each frame pair
         pairs = patches.split([rows * columns for rows, columns in sizes])
         features = [None] * len(pairs)
-        for size in dict.fromkeys(sizes):
-            of_size = [place for place, other in enumerate(sizes) if other == size]
-            count = max(1, PATCHES_AT_ONCE // (size[0] * size[1]))
-            for places in (of_size[begin : begin + count] for begin in range(0, len(of_size), count)):
-                batch = torch.stack([pairs[place] for place in places]).to(self.pos_embed.weight, non_blocking=True)
-                for place, of_pair in zip(places, self.frame_pairs(batch, *size).unbind(1), strict=True):
-                    features[place] = of_pair  # [1 + DeepStack's layers, M, D]
+        for rows, columns in dict.fromkeys(sizes):
+            of_size = [n for n, size in enumerate(sizes) if size == (rows, columns)]
+            count = max(1, PATCHES_AT_ONCE // (rows * columns))
+            for begin in range(0, len(of_size), count):
+                chosen = of_size[begin : begin + count]
+                batch = torch.stack([pairs[n] for n in chosen])  # [N, P, ...]
+                found = self.frame_pairs(batch.to(self.pos_embed.weight, non_blocking=True), rows, columns)
+                for n, of_pair in zip(chosen, found.unbind(1), strict=True):
+                    features[n] = of_pair  # [1 + DeepStack's layers, M, D]
         features, *deepstack = torch.cat(features, dim=1)
         return features, tuple(deepstack)
 
@@ -144,11 +152,13 @@ class VisionTower(nn.Module):
         table = self.pos_embed.weight.float()
         positions = F.embedding_bag(corners, table, per_sample_weights=shares, mode="sum")  # [P, C]
         h = self.patch_embed(patches)
-        h, deepstack = h + positions.to(h.dtype), []
+        h = h + positions.to(h.dtype)
+        deepstack = []
         for index, block in enumerate(self.blocks):
             h = block(h, *rope)
             if index in self.config.deepstack:
-                deepstack.append(self.deepstack_merger_list[len(deepstack)](h))
+                merger = self.deepstack_merger_list[len(deepstack)]
+                deepstack.append(merger(h))
         return torch.stack([self.merger(h), *deepstack])
 
     def by_square(self, table: torch.Tensor) -> torch.Tensor:
@@ -163,14 +173,18 @@ class VisionTower(nn.Module):
         corners [P, 4] int64 and shares [P, 4] float32 (see `corners`), cos and sin [P, 1, E / 2] float32.
         """
         device = self.pos_embed.weight.device
-        key = rows, columns, device, torch.is_inference_mode_enabled()  # autograd cannot use inference tensors
-        if (found := self._tables.get(key)) is None:
-            angles = self.by_square(self.angles(rows, columns))[:, None]  # [P, 1, E / 2]
-            found = *map(self.by_square, self.corners(rows, columns)), angles.cos(), angles.sin()
-            # Without a lock: two threads may compute the same tables, which does no harm.
-            if sum(r * c for r, c, *_ in list(self._tables)) + rows * columns > PATCHES_KEPT:
-                self._tables.clear()
-            self._tables[key] = found
+        key = (rows, columns, device, torch.is_inference_mode_enabled())  # autograd cannot use inference tensors
+        found = self._tables.get(key)
+        if found is not None:
+            return found
+        angles = self.by_square(self.angles(rows, columns))[:, None]  # [P, 1, E / 2]
+        corners, shares = self.corners(rows, columns)
+        found = self.by_square(corners), self.by_square(shares), angles.cos(), angles.sin()
+        # Without a lock: two threads may compute the same tables, which does no harm.
+        kept = sum(rows * columns for rows, columns, *_ in list(self._tables))
+        if kept + rows * columns > PATCHES_KEPT:
+            self._tables.clear()
+        self._tables[key] = found
         return found
 
     def corners(self, rows: int, columns: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -178,23 +192,27 @@ class VisionTower(nn.Module):
 
         The four table entries around each patch and their shares, both [rows, columns, 4], int64 and float32.
         """
-        side, device = self.config.position_side, self.pos_embed.weight.device
-        axes = []
-        for count in (rows, columns):
-            place = torch.linspace(0, side - 1, count, device=device)
-            low = place.long()
-            high = (low + 1).clamp(max=side - 1)
-            share = place - low
-            axes.append((torch.stack([low, high], -1), torch.stack([1 - share, share], -1)))  # [count, 2] each
-        (row, row_share), (column, column_share) = axes
-        corners = row[:, None, :, None] * side + column[None, :, None]  # [rows, columns, 2, 2]
+        row, row_share = self._neighbours(rows)
+        column, column_share = self._neighbours(columns)
+        corners = row[:, None, :, None] * self.config.position_side + column[None, :, None]  # [rows, columns, 2, 2]
         shares = row_share[:, None, :, None] * column_share[None, :, None]
         return corners.flatten(2), shares.flatten(2)
 
+    def _neighbours(self, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The two table entries around each of `count` patches on an axis, and their shares: [count, 2] each."""
+        last = self.config.position_side - 1
+        place = torch.linspace(0, last, count, device=self.pos_embed.weight.device)
+        low = place.long()
+        high = (low + 1).clamp(max=last)
+        share = place - low
+        return torch.stack([low, high], -1), torch.stack([1 - share, share], -1)
+
     def angles(self, rows: int, columns: int) -> torch.Tensor:
         """The angles of a head's rotated pairs, half by the row, half by the column: [rows, columns, E / 2] float32."""
-        half, device = self.config.head_dim // 2, self.pos_embed.weight.device
-        frequencies = 1 / self.config.rope_base ** (torch.arange(0, half, 2, device=device).float() / half)  # [E / 4]
+        half = self.config.head_dim // 2
+        device = self.pos_embed.weight.device
+        exponents = torch.arange(0, half, 2, device=device).float() / half
+        frequencies = 1 / self.config.rope_base**exponents  # [E / 4]
         by_row = torch.arange(rows, device=device).float()[:, None, None] * frequencies
         by_column = torch.arange(columns, device=device).float()[:, None] * frequencies
         return torch.cat(torch.broadcast_tensors(by_row, by_column[None]), dim=-1)

@@ -27,7 +27,8 @@ class Embeddings(nn.Module):
 
     def __init__(self, config: SiglipConfig):
         super().__init__()
-        C, size = config.hidden_size, config.patch_size
+        C = config.hidden_size
+        size = config.patch_size
         self.patch_embedding = nn.Conv2d(3, C, kernel_size=size, stride=size)
         self.position_embedding = nn.Embedding(config.patches_per_side**2, C)
 
@@ -56,7 +57,9 @@ class Attention(nn.Module):
         return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # [N, P, C] -> [N, H, P, E]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        q, k, v = self.heads(self.q_proj(x)), self.heads(self.k_proj(x)), self.heads(self.v_proj(x))
+        q = self.heads(self.q_proj(x))
+        k = self.heads(self.k_proj(x))
+        v = self.heads(self.v_proj(x))
         attended = self.attention(q, k, v)  # scores times E ** -0.5
         return self.out_proj(attended.transpose(1, 2).flatten(2))  # [N, P, C]
 
@@ -64,7 +67,8 @@ class Attention(nn.Module):
 class EncoderLayer(nn.Module):
     def __init__(self, config: SiglipConfig):
         super().__init__()
-        C, inner = config.hidden_size, config.intermediate_size
+        C = config.hidden_size
+        inner = config.intermediate_size
         self.layer_norm1 = nn.LayerNorm(C, config.norm_eps)
         self.self_attn = Attention(config)
         self.layer_norm2 = nn.LayerNorm(C, config.norm_eps)
