@@ -1,11 +1,10 @@
 """Byte-level BPE tokenizers (Llama-3, Qwen, SmolLM2, GPT-2), with the ids of the originals for every text.
 
 A pattern splits the text into pre-tokens. Within each of them, byte-pair encoding merges neighbouring tokens. tiktoken
-runs both steps. This file translates tokenizer.json and Meta's tokenizer.model for it. It refuses any feature of a
-tokenizer.json that it does not reproduce exactly, and names the feature.
+runs both steps. This file translates tokenizer.json for it. It refuses any feature that it does not reproduce exactly,
+and names the feature.
 """
 
-import base64
 import re
 import unicodedata
 from collections.abc import Sequence
@@ -103,35 +102,6 @@ def _nfc(text: str) -> str:
     return "".join(unicodedata.normalize("NFC", part) for part in _NEWER.split(text))
 
 
-def from_tiktoken_file(data: bytes) -> BytePairTokenizer:
-    """Build Llama-3.1's tokenizer from Meta's tokenizer.model. A line has a token in base64 and its rank, the id."""
-    lines = [line.split() for line in data.splitlines()]
-    ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in lines}
-    in_order = sorted(ranks.values()) == list(range(len(lines)))
-    if not in_order or b"" in ranks or any(bytes([byte]) not in ranks for byte in range(256)):
-        raise TokenizerError("a token or a rank is missing or appears twice, or a single byte is not a token.")
-    special = {f"<|{name}|>": len(ranks) + n for n, name in enumerate(_META_SPECIAL)}
-    tokenizer = BytePairTokenizer(
-        ranks,
-        [[rank] for rank in range(len(ranks))],
-        _LLAMA3_PATTERN,
-        special_tokens=special,
-        added={},
-        bytes_of={rank: token for token, rank in ranks.items()},
-        bos_id=len(ranks),
-    )
-    tokenizer.chat_format = "llama-3.1"  # Meta's files have no template, and do not tell instruct from base models
-    return tokenizer
-
-
-# The special tokens that Llama-3.1 has after those of its tokenizer.model
-_META_SPECIAL = [
-    *("begin_of_text", "end_of_text", "reserved_special_token_0", "reserved_special_token_1"),
-    *("finetune_right_pad_id", "reserved_special_token_2", "start_header_id", "end_header_id"),
-    *("eom_id", "eot_id", "python_tag"),
-    *(f"reserved_special_token_{n}" for n in range(3, 248)),
-]
-
 # All that a tokenizer.json may set. Other settings must be off. Truncation and padding do not change a text's ids.
 _SETTINGS = {"version", "added_tokens", "normalizer", "pre_tokenizer", "post_processor", "decoder", "model"}
 _SETTINGS |= {"truncation", "padding"}
@@ -149,7 +119,7 @@ def from_tokenizer_json(spec: dict[str, Any]) -> BytePairTokenizer:
     vocab = model["vocab"]
     special, added, normalized = sort_added(spec["added_tokens"], vocab)
 
-    ranked = [*_CHARS, *reachable(model["merges"], vocab)]
+    ranked = [*CHARS, *reachable(model["merges"], vocab)]
     if spelt := special.keys() & set(ranked):
         raise TokenizerError(f"ordinary text merges into the special token {min(spelt)!r}.")
     ranks = {_to_bytes(token): rank for rank, token in enumerate(ranked)}
@@ -208,8 +178,8 @@ def check(name: str, value, *supported) -> None:
 # In tokenizer.json a character stands for each byte: itself if visible in Latin-1, otherwise one from U+0100 on.
 _VISIBLE = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
 _OTHERS = map(chr, range(0x100, 0x200))
-_CHARS = [chr(byte) if byte in _VISIBLE else next(_OTHERS) for byte in range(256)]
-_BYTES = {char: byte for byte, char in enumerate(_CHARS)}
+CHARS = [chr(byte) if byte in _VISIBLE else next(_OTHERS) for byte in range(256)]
+_BYTES = {char: byte for byte, char in enumerate(CHARS)}
 
 
 def _to_bytes(token: str) -> bytes:

@@ -33,8 +33,6 @@ def chat_format(tokenizer: Tokenizer, vision: Processor | None = None, choice=No
         return ChatFormat(tokenizer, vision, template, tool_template)
     choices = f"{', '.join(map(repr, TEMPLATES))}, a template in Jinja as text, or a function"
     if choice is None:
-        choice = tokenizer.chat_format
-    if choice is None:
         base = "the checkpoint has no chat_template, so it is a base model"
         raise UnsupportedError(f"{base}: use generate, or pass chat_format= {choices}")
     if isinstance(choice, str) and (choice in TEMPLATES or "{" in choice):

@@ -49,7 +49,6 @@ class Tokenizer:
         self.chat_template: str | None = None  # as it is in the checkpoint's files
         self.tool_template: str | None = None  # another one for conversations with tools
         self.template_variables: dict[str, str] = {}  # what templates call bos_token and the like
-        self.chat_format: str | None = None  # the name of the format if files of this kind never have a template
         self._normalized = set(normalized)
         self._normalize = normalize or (lambda text: text)
         self._bytes_of = {id: name.encode() for name, id in added.items()} | bytes_of
@@ -266,7 +265,8 @@ def _load(files: list[Path]) -> Tokenizer:
     if files[-1].suffix != ".json" and data[:1] == b"\n":  # the first tag of a sentencepiece model
         tokenizer = sentence_piece.from_tokenizer_model(data, added)
     elif files[0].suffix != ".json":
-        tokenizer = byte_pair.from_tiktoken_file(data)
+        advice = "convert the folder first, if it has Meta's files: python -m tools.convert SOURCE DIR"
+        raise TokenizerError(f"tokenizer.model is not sentencepiece's; {advice}")
     else:
         normalizer = spec.get("normalizer") or {}
         replaces_spaces = normalizer.get("type") == "Replace"  # by sentencepiece's mark

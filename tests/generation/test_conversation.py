@@ -261,7 +261,7 @@ def test_conversations_need_a_chat_format():
         model.start_chat(3)
     with pytest.raises(pop.InputError, match="lone surrogate"):
         model.start_chat("\ud800")
-    with pytest.raises(pop.UnsupportedError, match="no token that the tokenizer has"):
+    with pytest.raises(pop.UnsupportedError, match="base model"):
         pop.Model(model.module, model.config, Letters()).start_chat()
     with pytest.raises(pop.TokenizerError, match="tokenizer"):
         pop.Model(model.module, model.config).start_chat()

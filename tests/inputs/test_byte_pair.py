@@ -3,7 +3,6 @@
 tools/goldens/tokenizers.py makes the goldens: real tokenizers cut down to their first tokens.
 """
 
-import base64
 import json
 import re
 from itertools import pairwise
@@ -33,19 +32,6 @@ def test_ids_are_the_originals(family):
 
 def test_ids_of_the_real_smollm2_are_the_originals(smollm2):
     assert_golden(load_tokenizer(smollm2), json.loads((GOLDENS / "smollm2-135m.json").read_bytes()))
-
-
-def test_metas_own_file_gives_the_same_ids(tmp_path):
-    """tokenizer.model lists the same tokens in the same order. A rule gives the ids of special tokens."""
-    llama, spec = TOKENIZERS["llama-3.1"], spec_of("llama-3.1")
-    size = len(spec["model"]["vocab"])
-    lines = [b"%s %d" % (base64.b64encode(llama.token_bytes(id)), id) for id in range(size)]
-    (tmp_path / "tokenizer.model").write_bytes(b"\n".join(lines) + b"\n")
-    tokenizer = load_tokenizer(tmp_path)
-    assert len(tokenizer.special_tokens) == 256 and tokenizer.vocab_size == size + 256
-    assert tokenizer.bos_id == size and tokenizer.special_tokens["<|reserved_special_token_247|>"] == size + 255
-    assert llama.special_tokens.items() <= tokenizer.special_tokens.items()
-    assert_golden(tokenizer, golden("llama-3.1"))
 
 
 @st.composite
@@ -195,17 +181,7 @@ BROKEN_JSON = [
     "[" * 100_000,
     '{"model": {"type": []}}',
 ]
-BROKEN_MODEL = [
-    b"",
-    b"\n",
-    b"\n\x05abc",
-    b"AAAA 0",
-    b"IQ== 0\nIQ== 1\n",
-    b"IQ== x",
-    b"!!!! 0",
-    b"IQ==",
-    b"\xff\xfe 1",
-]
+BROKEN_MODEL = [b"", b"\n", b"\n\x05abc", b"IQ== 0\n", b"\xff\xfe 1"]
 
 
 @pytest.mark.parametrize("content", BROKEN_JSON)

@@ -6,7 +6,6 @@ tools/goldens/tokenizers.py makes the goldens.
 import datetime
 import json
 import re
-from base64 import b64encode
 from pathlib import Path
 
 import pytest
@@ -86,13 +85,6 @@ def test_llama_3_2_has_todays_date():
     days = [f"{day:%d %b %Y}" for day in (today, today - datetime.timedelta(1))]  # midnight may have passed
     assert any(f"Today Date: {day}\n" in text for day in days)
     assert "Today Date: 26 Jul 2024\n" in written(FORMATS["llama-3.1"], [{"role": "user", "content": "Hi"}])
-
-
-def test_metas_own_files_chat_as_llama_3_1(tmp_path):
-    (tmp_path / "tokenizer.model").write_bytes(b"\n".join(b"%s %d" % (b64encode(bytes([n])), n) for n in range(256)))
-    tokenizer = load_tokenizer(tmp_path)
-    text = written(chat_format(tokenizer), [{"role": "user", "content": "Hi"}])
-    assert text == written(FORMATS["llama-3.1"], [{"role": "user", "content": "Hi"}])
 
 
 def test_chatml_without_a_default_system_message():

@@ -18,6 +18,7 @@ from support.tiny_images import IMAGES, both_ways, image, levels, random_bytes
 import pop
 from pop.errors import InputError, UnsupportedError
 from pop.inputs import gemma3
+from pop.inputs.chat_templates import TEMPLATES
 from pop.inputs.gemma3 import gemma_pixels
 from pop.inputs.images import load_image
 from pop.inputs.processors import processor_of
@@ -62,7 +63,7 @@ def test_pixels_of_a_square_of_the_right_size():
 def model():
     config = tiny_gemma3_vl_config(vocab_size=503, image_id=IMAGE, boi_id=BOI, eoi_id=EOI)
     tokenizer = from_tokenizer_model(train())
-    tokenizer.chat_format = "gemma"
+    tokenizer.chat_template = TEMPLATES["gemma"]
     return pop.Model(random_model(config), config, tokenizer, plan=0.5, compile=False, chunk_size=5)
 
 

@@ -1,5 +1,6 @@
 """A tokenizer whose tokens are single bytes."""
 
+from pop.inputs.chat_templates import TEMPLATES
 from pop.inputs.tokenizers import Tokenizer
 
 
@@ -8,7 +9,8 @@ class Letters(Tokenizer):
 
     def __init__(self, special_tokens=None, bos_id=None):
         super().__init__(special_tokens or {"<end>": 255}, {}, {id: bytes([id]) for id in range(256)}, bos_id)
-        self.chat_format = "chatml"  # if it has the tokens
+        if "<|im_end|>" in self.special_tokens:
+            self.chat_template = TEMPLATES["chatml"]
 
     def _encode_text(self, text):
         return list(text.encode())

@@ -1,8 +1,10 @@
-"""Meta's layout: params.json, and the weights in consolidated.NN.pth."""
+"""Meta's layout: params.json, the weights in consolidated.NN.pth, and tokenizer.model."""
 
 import json
 import pickle
+import re
 import zipfile
+from base64 import b64encode
 from pathlib import Path
 
 import pytest
@@ -12,15 +14,19 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from support.meta_files import from_meta, meta_name, write_meta
 from support.published import LLAMA31_8B
+from support.text import GOLDENS, assert_golden, spec_of
 
 import pop
 from pop.checkpoints.config_json import read_config
 from pop.checkpoints.registry import lookup
-from pop.errors import CheckpointError, ConfigError
+from pop.errors import CheckpointError, ConfigError, TokenizerError
+from pop.inputs.chat import chat_format
+from pop.inputs.tokenizers import load_tokenizer
 from pop.models import build
 from pop.models.config import LlamaConfig, RopeConfig
 from tools.convert import convert, meta
 from tools.convert.checkpoint import write_config
+from tools.convert.meta_tokenizer import write_tokenizer
 
 # ---- params.json ----
 
@@ -164,13 +170,46 @@ def test_metas_attention_scores_are_the_same(tmp_path, ranks):
         torch.testing.assert_close(scores, expected, rtol=1e-4, atol=1e-4)
 
 
+# ---- tokenizer.model ----
+
+
 def test_the_files_of_a_converted_folder(tmp_path):
     from_meta(tmp_path / "meta")
-    (tmp_path / "meta/tokenizer.model").write_bytes(b"copied as it is")
     converted(tmp_path)
-    names = {"config.json", "generation_config.json", "model.safetensors", "tokenizer.model"}
-    assert {path.name for path in (tmp_path / "model").iterdir()} == names
-    assert (tmp_path / "model/tokenizer.model").read_bytes() == b"copied as it is"
+    weights = {"config.json", "generation_config.json", "model.safetensors"}
+    assert {path.name for path in (tmp_path / "model").iterdir()} == weights
+    single_bytes = b"".join(b"%s %d\n" % (b64encode(bytes([n])), n) for n in range(256))
+    (tmp_path / "meta/tokenizer.model").write_bytes(single_bytes)
+    convert(tmp_path / "meta", tmp_path / "chats", progress=False)
+    assert {path.name for path in (tmp_path / "chats").iterdir()} == weights | {
+        "tokenizer.json",
+        "tokenizer_config.json",
+    }
+    tokenizer = load_tokenizer(tmp_path / "chats")
+    messages = [{"role": "user", "content": "Hi"}]
+    assert chat_format(tokenizer).encode(messages) == chat_format(tokenizer, choice="llama-3.1").encode(messages)
+
+
+def test_metas_tokenizer_gives_the_same_ids(tmp_path):
+    """tokenizer.model lists the same tokens in the same order."""
+    llama = load_tokenizer(GOLDENS / "llama-3.1")
+    size = len(spec_of("llama-3.1")["model"]["vocab"])
+    lines = [b"%s %d" % (b64encode(llama.token_bytes(id)), id) for id in range(size)]
+    (tmp_path / "tokenizer.model").write_bytes(b"\n".join(lines) + b"\n")
+    write_tokenizer(tmp_path / "tokenizer.model", tmp_path)
+    (tmp_path / "tokenizer.model").unlink()
+    tokenizer = load_tokenizer(tmp_path)
+    assert len(tokenizer.special_tokens) == 256 and tokenizer.vocab_size == size + 256
+    assert tokenizer.bos_id == size and tokenizer.special_tokens["<|reserved_special_token_247|>"] == size + 255
+    assert llama.special_tokens.items() <= tokenizer.special_tokens.items()
+    assert_golden(tokenizer, json.loads((GOLDENS / "llama-3.1/golden.json").read_bytes()))
+
+
+@pytest.mark.parametrize("content", [b"", b"AAAA 0", b"IQ== 0\nIQ== 1\n", b"IQ== x", b"!!!! 0", b"IQ==", b"\xff\xfe 1"])
+def test_a_broken_tokenizer(tmp_path, content):
+    (tmp_path / "tokenizer.model").write_bytes(content)
+    with pytest.raises(TokenizerError, match=re.escape(str(tmp_path))):
+        write_tokenizer(tmp_path / "tokenizer.model", tmp_path)
 
 
 def test_metas_tied_head_and_old_tables(tmp_path, monkeypatch):

@@ -7,7 +7,6 @@ There is one file of weights for each rank of tensor parallelism. params.json le
 
 import pickle
 import re
-import shutil
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from pop.errors import CheckpointError, ConfigError, some
 from pop.system.files import refuse_pointers
 from pop.system.progress import progress_bar
 from tools.convert.checkpoint import parameter_shapes, separated_halves, write_config, write_weights
+from tools.convert.meta_tokenizer import write_tokenizer
 
 # The factor of the scaled RoPE by (dim, n_layers): of Llama-3.1 and 3.3, then of Llama-3.2, which ties its head.
 FACTORS = {(4096, 32): 8.0, (8192, 80): 8.0, (16384, 126): 8.0, (2048, 16): 32.0, (3072, 28): 32.0}
@@ -46,7 +46,8 @@ Parts = list[torch.Tensor]  # one tensor's part in each file, by rank
 def write(source: Path, folder: Path, progress: bool) -> None:
     """Write the checkpoint in the folder `source` into the existing `folder`, with weights in bfloat16.
 
-    Raises ConfigError for params.json, and CheckpointError for weights that are broken or not those of params.json.
+    Raises ConfigError for params.json, CheckpointError for weights that are broken or not those of params.json, and
+    TokenizerError for tokenizer.model.
     """
     refuse_pointers(source)
     config = read_fields(source / "params.json", read_params, None)
@@ -65,7 +66,7 @@ def write(source: Path, folder: Path, progress: bool) -> None:
             step(1)
     write_weights(weights, folder / "model.safetensors")
     if (source / "tokenizer.model").is_file():
-        shutil.copyfile(source / "tokenizer.model", folder / "tokenizer.model")
+        write_tokenizer(source / "tokenizer.model", folder)
 
 
 # ---- params.json ----
