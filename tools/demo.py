@@ -94,13 +94,12 @@ def read_text(path: str) -> str:
 
 
 def plans_to_show(model, prune: str) -> list[pop.PrunePlan]:
-    """The plans of the rows: none, the model's, and by default those of the package for these weights."""
-    plans = [pop.PrunePlan.none()]
-    if model.plan.layers:
-        plans.append(model.plan)
+    """The plans of the rows. The first prunes nothing. By default, the paper's and those of the package follow."""
+    full = pop.PrunePlan.none()
     if prune == "default":
-        plans += shipped_plans(model)
-    return plans
+        third = pop.PrunePlan.deepest(model.config.num_layers, 1 / 3)
+        return [full, third, *shipped_plans(model)]
+    return [full, model.plan] if model.plan.layers else [full]
 
 
 def shipped_plans(model) -> list[pop.PrunePlan]:
