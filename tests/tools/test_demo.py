@@ -70,8 +70,9 @@ def losses_on(model, tokens, plan):
     """On two windows of 384 tokens, by the naive page: KL of the last 128, and of a passage that follows again."""
     windows = [window.tolist() for window in tokens.split(384)[:2]]
     continuations, passages, copied = [], [], []
-    for window, (*_, passage, _, _) in zip(windows, Judge(model, [(w, []) for w in windows]).cases, strict=True):
-        text = torch.tensor(window + passage)
+    judge = Judge(model, [(window, []) for window in windows])
+    for window, case in zip(windows, judge.cases, strict=True):
+        text = torch.tensor(window + case.passage)
         full_depth = reference.full_depth_tokens(256, len(text), plan)
         p, q = (
             reference.forward(model.module, text, full_depth, one)[0].double().log_softmax(-1)
