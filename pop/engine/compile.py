@@ -9,7 +9,7 @@ are arguments, and sizes are symbols. torch compiles a size of 1 as a special ca
 
 They serve every length of prompts, batches and caches, every size of images, and every set of pruned layers. A warm-up
 runs each of them, before the first call that may need it. What depends on how torch.compile behaves is in this file.
-Compiled code does not look at its layer again, so each call first looks for changes (parts.py).
+Compiled code does not look at its layer again, so each call first looks for changes (changes.py).
 """
 
 import copy
@@ -25,8 +25,8 @@ import torch
 
 from pop.engine import forward, stages
 from pop.engine.cache import KVCache
+from pop.engine.changes import Kinds
 from pop.engine.decode_step import decode
-from pop.engine.parts import Seen
 from pop.engine.stages import Stages
 from pop.errors import UnsupportedError
 from pop.pruning.plan import PrunePlan
@@ -34,23 +34,34 @@ from pop.pruning.plan import PrunePlan
 MOST_KINDS = 64  # of layers that a model compiles, so that endless changes do not compile endlessly
 SMALLEST = 50_000_000  # parameters; a smaller model would answer before compilation ends
 
+COMPILED = ("full_layer", "pruned_layer", "corrected_layer", "head")  # stages; the others run as they are
+PRUNED = (stages.pruned_layer, stages.corrected_layer)
+
 logger = logging.getLogger(__name__)
 
 
 class Compiled:
     """The compiled stages of one model. `stages` returns them once they are warm for the call at hand.
 
-    They get `replay`. If compiling fails, `required` raises UnsupportedError. Otherwise a warning is logged, and the
-    model runs eagerly. If several processes share the model, `add_up` sums a tensor over them: all compile or none.
+    Args:
+        module: A PrunableModel.
+        stages: Those to compile, and to run if that fails.
+        replay: What the compiled stages have as `replay` (stages.py).
+        required: Whether a failure raises UnsupportedError. Otherwise a warning is logged, and the model runs eagerly.
+        progress: Whether to print a line before the first compilation.
+        add_up: Sums a tensor over the processes that share the model, so that all of them compile or none does.
     """
 
     def __init__(self, module, stages: Stages, *, replay=None, required: bool, progress: bool, add_up=None):
-        self.module, self.required, self.progress, self.add_up = module, required, progress, add_up
+        self.module = module
+        self.required = required
+        self.progress = progress
+        self.add_up = add_up
+        self._kinds = Kinds()
         self._eager = stages
-        self._seen = Seen()
-        compiled = (_CompiledStage(stage, self._seen) for stage in stages[:-2])
-        self._compiled: Stages | None = Stages(*compiled, stages.linear, replay)  # None once compiling has failed
-        self._vision_block = _CompiledStage(vision_block, self._seen)
+        compiled = {name: _CompiledStage(getattr(stages, name), self._kinds) for name in COMPILED}
+        self._compiled: Stages | None = stages._replace(**compiled, replay=replay)  # None once compiling has failed
+        self._vision_block = _CompiledStage(vision_block, self._kinds)
         self._warm: set[tuple] = set()
         self._lock = threading.Lock()
 
@@ -66,34 +77,47 @@ class Compiled:
         compiled = [partial(self._vision_block, block) for block in self.module.tower]
         return _with_replaced(self.module, self.module.vision_blocks, compiled)
 
+    def forget(self) -> None:
+        """Look at all layers anew before the next call, and record decode steps again."""
+        with self._lock:
+            self._kinds.forget()
+            if self._compiled is not None:
+                self._compiled = self._compiled._replace()  # another object, which no recorded step was made with
+
     def stages(self, rows: int, plan=PrunePlan.none(), look: bool = True) -> Stages:  # noqa: B008 (frozen)
         """Stages that are warm for these rows and this kind of plan. Unless `look`, only new hooks are looked for."""
         with self._lock:
-            if self.works and not self._seen.unchanged(look):
-                self._seen.look((self.module, *self.module.layers, *self.module.tower))
-            kinds = set(self._seen.values()) - {None}
-            for refit in (None, plan.corrections):
-                # torch compiles again for other numbers of threads.
-                form = rows > 1, torch.get_num_threads(), refit and refit.rank
-                wanted = {(*form, kind) for kind in kinds}
-                if not wanted <= self._warm and self.works:
-                    self._warm_up(rows > 1, refit and plan)
-                    self._warm |= wanted
+            if self.works and not self._kinds.unchanged(look):
+                self._kinds.look((self.module, *self.module.layers, *self.module.tower))
+            self._warm_up_once(rows > 1, None)
+            if plan.corrections is not None:
+                self._warm_up_once(rows > 1, plan)
         return self._compiled or self._eager
 
-    def _warm_up(self, several: bool, refit: PrunePlan | None) -> None:
+    def _warm_up_once(self, several: bool, plan: PrunePlan | None) -> None:
+        """Compile what one row or several need, unless it is there: for the model itself, or for a calibrated plan."""
+        rank = None if plan is None else plan.corrections.rank
+        kinds = set(self._kinds.values()) - {None}
+        # torch compiles again for other numbers of threads.
+        wanted = {(several, torch.get_num_threads(), rank, kind) for kind in kinds}
+        if self.works and not wanted <= self._warm:
+            self._warm_up(several, plan)
+            self._warm |= wanted
+
+    def _warm_up(self, several: bool, plan: PrunePlan | None) -> None:
         if self.progress and not self._warm:
             print("... compiling prefill and decode, up to a minute the first time", file=sys.stderr, flush=True)
         try:
             if self.add_up is not None and not self._warm:
                 self._check_compilers()
-            if len(self._seen.kinds) > MOST_KINDS:
-                raise UnsupportedError(f"its layers have been of {len(self._seen.kinds)} kinds")
+            number = len(self._kinds.numbers)
+            if number > MOST_KINDS:
+                raise UnsupportedError(f"its layers have been of {number} kinds")
             # Otherwise each call would make tensors of floats, and x * y + z would be two operations.
             flag = "cpp.enable_floating_point_contract_flag"  # a bool in older versions of torch
             fused = {flag: type(getattr(torch._inductor.config, flag))("fast")}
             with torch._dynamo.config.patch(specialize_float=True), torch._inductor.config.patch(fused):
-                self._run(several, refit)
+                self._run(several, plan)
         except Exception as error:  # no compiler, no headers, no Triton ...: each has its own exception
             reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
             if self.required:
@@ -103,25 +127,30 @@ class Compiled:
 
     def _check_compilers(self) -> None:
         """Compile a small function, and raise in all processes if one fails. In the warm-up, the others would wait."""
-        failures, reason = torch.zeros(2, device=next(self.module.parameters()).device), None
+        failures = torch.zeros(2, device=next(self.module.parameters()).device)
+        reason = UnsupportedError("another process cannot compile")
         try:
             torch.compile(lambda x: x + 1)(failures)
         except Exception as error:
-            reason, failures = error, failures + 1
+            reason = error
+            failures = failures + 1
         if self.add_up(failures).any():
-            raise reason or UnsupportedError("another process cannot compile")
+            raise reason
 
     @torch.inference_mode(False)  # as the engine
     @torch.no_grad()
-    def _run(self, several: bool, refit: PrunePlan | None) -> None:
-        """Run all stages on all kinds of input, or those of a calibrated plan."""
-        config, weight = self.module.config, next(self.module.parameters())
-        warming = Stages(*(stage.warm_up for stage in self._compiled[:-2]), *self._compiled[-2:])
-        # torch takes two sizes that are equal now to be equal always. So no two sizes below are equal.
+    def _run(self, several: bool, plan: PrunePlan | None) -> None:
+        """Run all stages on all kinds of input, or those of a calibrated plan.
+
+        If two sizes are equal at compile time, torch assumes that they always are. So no two sizes here are equal.
+        """
+        config = self.module.config
+        weight = next(self.module.parameters())
+        warming = {name: getattr(self._compiled, name).warm_up for name in COMPILED}
+        stages = self._compiled._replace(**warming)
         taken = {3, config.hidden_size, config.num_kv_heads, config.head_dim, config.head_dim // 2}
         rows = _unlike(taken, 2) if several else 1
-        pairs = ((a, b) for a in count(4) for b in range(a + 2, 2 * a) if not {a, b, a + b, a + b + 1} & taken)
-        first, second = next(pairs)
+        first, second = _two_lengths(taken)
         slots = _unlike(taken, 1000)
 
         def prompt(tokens: int) -> torch.Tensor:
@@ -129,19 +158,34 @@ class Compiled:
 
         def prefill(plan: PrunePlan) -> KVCache:
             cache = KVCache(config, rows, slots, dtype=weight.dtype, device=weight.device)
-            forward.prefill(self.module, prompt(first), cache, torch.full((rows,), first), plan, first, warming)
+            lengths = torch.full((rows,), first)
+            forward.prefill(self.module, prompt(first), cache, lengths, plan, first, stages)
             return cache
 
-        if refit is not None:
-            prefill(dataclasses.replace(refit, full_depth_first=1, full_depth_last=1, full_depth_selected=0.0))
+        if plan is not None:
+            prefill(dataclasses.replace(plan, full_depth_first=1, full_depth_last=1, full_depth_selected=0.0))
             return
-        for block in {self._seen[block]: block for block in self.module.tower}.values():
-            taken = {size for tensor in self.module.vision_block_inputs(1, 1) for size in tensor.shape}
-            for N in (1, _unlike(taken, 2)):  # one image, and several
-                self._vision_block.warm_up(block, *self.module.vision_block_inputs(N, _unlike(taken, 4)))
+        self._run_vision_blocks()
         cache = prefill(PrunePlan(tuple(range(config.num_layers))))
-        forward.extend(self.module, prompt(second), cache, warming)
-        decode(self.module, prompt(1)[:, 0], cache, warming)
+        forward.extend(self.module, prompt(second), cache, stages)
+        decode(self.module, prompt(1)[:, 0], cache, stages)
+
+    def _run_vision_blocks(self) -> None:
+        """Run a layer of each kind of the vision tower, on one image and on several."""
+        for block in {self._kinds[block]: block for block in self.module.tower}.values():
+            taken = {size for tensor in self.module.vision_block_inputs(1, 1) for size in tensor.shape}
+            for images in (1, _unlike(taken, 2)):
+                inputs = self.module.vision_block_inputs(images, _unlike(taken, 4))
+                self._vision_block.warm_up(block, *inputs)
+
+
+def _two_lengths(taken: set[int]) -> tuple[int, int]:
+    """Lengths of a prompt and of what follows it. Neither they nor their sum, nor its successor, are taken."""
+    for first in count(4):
+        for second in range(first + 2, 2 * first):
+            total = first + second
+            if not {first, second, total, total + 1} & taken:
+                return first, second
 
 
 def _unlike(taken: set[int], least: int) -> int:
@@ -172,39 +216,49 @@ class _CompiledStage:
     has its own copy of the code.
     """
 
-    def __init__(self, stage, seen: Seen):
-        self.eager, self.seen = stage, seen
-        self.function = stage.func if isinstance(stage, partial) else stage
-        self.defaults = stage.__defaults__ if self.function is stage else tuple(stage.keywords.values())
+    def __init__(self, stage, kinds: Kinds):
+        self.eager = stage
+        self.kinds = kinds
+        if isinstance(stage, partial):
+            self.function = stage.func
+            self.defaults = tuple(stage.keywords.values())
+        else:
+            self.function = stage
+            self.defaults = stage.__defaults__
         self.compiled: dict[tuple, object] = {}
 
     def warm_up(self, layer, h, *args):
-        """A call that no hook sees: layers that run as they are are left out. Its sizes are unlike each other."""
-        return h if self.seen[layer] is None else self(layer, h, *args)
+        """Run the stage once to compile it. Layers with hooks are skipped, so no hook sees this call."""
+        return h if self.kinds.get(layer) is None else self(layer, h, *args)
 
     def __call__(self, layer, h, *args):
-        kind, one_token = self.seen[layer], h.shape[-2] == 1
+        kind = self.kinds.get(layer)
+        one_token = h.shape[-2] == 1
         # Compiling takes longer than it saves for logits of several tokens, and for chunks of one pruned token.
-        rare = (stages.head,) if not one_token else (stages.pruned_layer, stages.corrected_layer)
-        if kind is None or self.function in rare:
+        is_rare = one_token if self.function in PRUNED else self.function is stages.head and not one_token
+        if kind is None or is_rare:
             return self.eager(layer, h, *args)
         key = kind, one_token, torch.get_num_threads()
-        if self.function in (stages.pruned_layer, stages.corrected_layer):
-            *inputs, keys, values = args
-            h, *inputs = (_as_owner(x) for x in (h, *inputs))
-            args = (*inputs, keys, values)
-        elif self.function is not stages.full_layer:
-            h, *args = (_as_owner(x) for x in (h, *args))
-        return (self.compiled.get(key) or partial(self._compile, key))(layer, h, *args)
+        function = self.compiled.get(key) or partial(self._compile, key)
+        return function(layer, *self._prepared(h, *args))
+
+    def _prepared(self, h, *args):
+        """The arguments as tensors that compiled code need not be specialised to. The cache's are so already."""
+        if self.function is stages.full_layer:
+            return h, *args
+        if self.function not in PRUNED:
+            return map(_as_owner, (h, *args))
+        *inputs, keys, values = args
+        return *map(_as_owner, (h, *inputs)), keys, values
 
     def _compile(self, key: tuple, *args):
         """The first call of its kind."""
-        code, name = self.function.__code__.replace(), self.function.__name__
-        function = types.FunctionType(code, self.function.__globals__, name, self.defaults)
+        code = self.function.__code__.replace()
+        function = types.FunctionType(code, self.function.__globals__, self.function.__name__, self.defaults)
+        options = None
         # No checks of layers, whose kind is in the key. Older versions of torch cannot leave them out.
-        options = {"guard_filter_fn": lambda guards: [not g.is_global and g.name[:5] != "layer" for g in guards]}
-        can_filter = hasattr(torch.compiler, "skip_guard_on_inbuilt_nn_modules_unsafe")
-        options = options if can_filter else None
+        if hasattr(torch.compiler, "skip_guard_on_inbuilt_nn_modules_unsafe"):
+            options = {"guard_filter_fn": lambda guards: [not g.is_global and g.name[:5] != "layer" for g in guards]}
         self.compiled[key] = torch.compile(function, fullgraph=True, dynamic=True, options=options)
         return self.compiled[key](*args)
 

@@ -10,7 +10,7 @@ import torch
 
 from pop.engine.attention import AttentionMetadata
 from pop.engine.cache import KVCache
-from pop.engine.parts import Seen
+from pop.engine.changes import Kinds
 from pop.engine.stages import EAGER, Stages
 from pop.system.memory import to_device
 
@@ -33,28 +33,35 @@ class DecodeStep:
     """The step of one cache. It owns the memory of its inputs, and `stages.replay` that of its outputs."""
 
     def __init__(self, module, cache: KVCache, stages: Stages):
-        self.module, self.stages = module, stages
+        self.module = module
+        self.stages = stages
         # The tensors and not the cache, which holds the step: a cycle would delay freeing them.
         self.layers = list(zip(cache.keys, cache.values, strict=True))
         self.max_seq_len = cache.max_seq_len
         self.rings = {window: cache.slots(window) for window in module.config.windows}
-        B = cache.batch_size
-        self.tokens, self.positions, self.offsets = torch.zeros(3, B, dtype=torch.int64, device=cache.device).unbind()
+        inputs = torch.zeros(3, cache.batch_size, dtype=torch.int64, device=cache.device)
+        self.tokens, self.positions, self.offsets = inputs.unbind()
         self.snapshot: tuple[torch.Tensor, torch.Tensor] | None = None  # cache.lengths and rope_offsets as of now
-        self.replay, self.seen = None, Seen()
+        self.replay = None
+        self.kinds = Kinds()
         if stages.replay is not None:
-            self.seen.look((module, *module.layers))
-            if None not in self.seen.values():  # otherwise there are hooks, for example, which a graph would leave out
+            self.kinds.look((module, *module.layers))
+            if None not in self.kinds.values():  # otherwise there are hooks, for example, which a graph would leave out
                 self.replay = stages.replay(cache.device)  # it does not hold the step: that would be a cycle
 
     def serves(self, module, cache: KVCache, stages: Stages) -> bool:
         """Whether it was made for this module as it is now, these stages, and the tensors that the cache has now."""
-        same = all(mine[0] is keys for mine, keys in zip(self.layers, cache.keys, strict=True))
-        look = self.snapshot is None or not getattr(stages.replay, "keeps_memory", False)  # a tenth of a small step
-        return same and module is self.module and stages is self.stages and self.seen.unchanged(look)
+        if module is not self.module or stages is not self.stages:
+            return False
+        if any(mine is not keys for (mine, _), keys in zip(self.layers, cache.keys, strict=True)):
+            return False
+        # A step that keeps its tensors in memory stays safe between two looks, which take a tenth of a small step.
+        look = self.snapshot is None or not getattr(stages.replay, "keeps_memory", False)
+        return self.kinds.unchanged(look)
 
     def __call__(self, tokens: torch.Tensor, cache: KVCache) -> torch.Tensor:
-        lengths, offsets = cache.lengths, cache.rope_offsets
+        lengths = cache.lengths
+        offsets = cache.rope_offsets
         if self.snapshot is None or not all(map(torch.equal, self.snapshot, (lengths, offsets))):
             positions, offsets_there = to_device([lengths, offsets], cache.device)
             self.positions.copy_(positions)
@@ -63,23 +70,32 @@ class DecodeStep:
         self.snapshot = None  # if the step fails, its positions are unknown
         logits, hidden = self.step() if self.replay is None else self.replay(self.step)
         cache.restore((lengths + 1, hidden, offsets))
-        self.snapshot = cache.lengths.clone(), offsets.clone()
+        self.snapshot = (cache.lengths.clone(), offsets.clone())
         return logits
 
     def step(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Run one token a row: -> logits [B, V] and hidden states [L, B, D]."""
-        module, positions = self.module, self.positions[:, None]  # [B, 1]
-        last = positions.clamp(max=self.max_seq_len - 1)
-        ropes, metadata = module.rope(positions + self.offsets[:, None]), {}
-        for window, ring in self.rings.items():
-            slots = torch.where(positions < self.max_seq_len, positions % ring, ring)  # full rows: to the spare slot
-            first = torch.zeros_like(last) if window is None else (last - window + 1).clamp(min=0)
-            spans = torch.stack((first, last), dim=-1).to(torch.int32)  # [B, 1, 2]
-            metadata[window] = AttentionMetadata(ropes[window], slots, spans)
-        h, hidden = module.embed(self.tokens[:, None]), []  # [B, 1, D]
+        module = self.module
+        metadata = self._attention()
+        h = module.embed(self.tokens[:, None])  # [B, 1, D]
+        hidden = []
         for layer, (keys, values) in zip(module.layers, self.layers, strict=True):
             hidden.append(h[:, 0])
             h = self.stages.full_layer(layer, h, keys, values, metadata[layer.window])
-        logits, hidden = self.stages.head(module, h)[:, 0], torch.stack(hidden)
+        logits = self.stages.head(module, h)[:, 0]
         self.positions.add_(1)
-        return logits, hidden
+        return logits, torch.stack(hidden)
+
+    def _attention(self) -> dict[int | None, AttentionMetadata]:
+        """How the tokens attend, by the layers' window."""
+        positions = self.positions[:, None]  # [B, 1]
+        last = positions.clamp(max=self.max_seq_len - 1)
+        is_full = positions >= self.max_seq_len
+        ropes = self.module.rope(positions + self.offsets[:, None])
+        metadata = {}
+        for window, ring in self.rings.items():
+            slots = torch.where(is_full, ring, positions % ring)  # full rows: to the spare slot
+            first = torch.zeros_like(last) if window is None else (last - window + 1).clamp(min=0)
+            spans = torch.stack((first, last), dim=-1).to(torch.int32)  # [B, 1, 2]
+            metadata[window] = AttentionMetadata(ropes[window], slots, spans)
+        return metadata

@@ -1,0 +1,109 @@
+"""Detects changes to a module: new weights, classes or hooks. Compiled code and captured graphs would ignore them.
+
+Other attributes, such as a norm's eps, are not looked at. After a change of one, call `model.recompile()`.
+"""
+
+from collections.abc import Iterable
+from itertools import chain
+from operator import attrgetter, is_
+
+import torch
+from torch import nn
+from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_hooks
+from torch.utils.hooks import RemovableHandle
+
+from pop.models.base import PrunableModel
+
+
+def parts_of(layer: nn.Module) -> dict[str, nn.Module]:
+    """All modules inside a layer, by name. Of a model: those outside of its layers."""
+    inner = [*layer.layers, *layer.tower] if isinstance(layer, PrunableModel) else []
+    return dict(layer.named_modules(memo={part for other in inner for part in other.modules()}))
+
+
+def hooks_of(parts: Iterable[nn.Module]) -> list[dict]:
+    """The hooks that calls of these modules run, in the dicts that torch keeps."""
+    hooks = [_global_forward_hooks, _global_forward_pre_hooks]
+    for part in parts:
+        hooks += [part._forward_hooks, part._forward_pre_hooks]
+    return hooks
+
+
+class Look:
+    """A layer's weights, classes and hooks at one time."""
+
+    def __init__(self, layer: nn.Module):
+        self.parts = list(parts_of(layer).values())
+        self.hooks = hooks_of(self.parts)
+        self.tables = [table for part in self.parts for table in (part._modules, part._parameters, part._buffers)]
+        self.entries = self._entries()
+        self.weights = [entry for entry in self.entries if type(entry) in (nn.Parameter, torch.Tensor)]
+        self.facts = self._facts()
+
+    def unchanged(self) -> bool:
+        """Whether the layer is as it was, apart from values of weights that changed in place."""
+        entries = self._entries()
+        same = len(entries) == len(self.entries) and all(map(is_, entries, self.entries))
+        return same and self._facts() == self.facts
+
+    def _entries(self) -> list:
+        """All modules and tensors inside."""
+        return list(chain.from_iterable(map(dict.values, self.tables)))
+
+    def _facts(self) -> list:
+        """What may change although the entries are the same objects. Each map is a loop in C."""
+        facts = chain(map(type, self.parts), map(len, self.hooks), map(torch.Tensor.data_ptr, self.weights))
+        return [*facts, *map(attrgetter("dtype"), self.weights), *map(attrgetter("nbytes"), self.weights)]
+
+
+class Kinds(dict[nn.Module, int | None]):
+    """The number of each layer's kind. Layers of one kind differ in the values of their weights only.
+
+    None: the layer has hooks, a `forward` set from outside, or a list, dict or set. It can only run as it is.
+    """
+
+    def __init__(self):
+        self.numbers: dict[tuple, int] = {}
+        self.forget()
+
+    def forget(self) -> None:
+        """Let the next question find a change."""
+        self.looks = []
+        self.newest_hook = None
+
+    def look(self, layers: Iterable[nn.Module]) -> None:
+        """Number the layers as they are now. A kind that has been there before keeps its number."""
+        self.clear()
+        self.newest_hook = RemovableHandle.next_id  # each new hook of the process has a new id
+        self.looks = [Look(layer) for layer in layers]
+        for layer in layers:
+            kind = kind_of(layer)
+            self[layer] = None if kind is None else self.numbers.setdefault(kind, len(self.numbers))
+
+    def unchanged(self, look: bool = True) -> bool:
+        """Whether the layers are as they were. Unless `look`, only new hooks of any module are looked for."""
+        if self.newest_hook != RemovableHandle.next_id:
+            return False
+        return not look or all(one.unchanged() for one in self.looks)
+
+
+def kind_of(layer: nn.Module) -> tuple | None:
+    """All that compiled code depends on in a layer, except for the values of its weights. None as in `Kinds`."""
+    named = parts_of(layer)
+    if any(hooks_of(named.values())) or any("forward" in vars(part) for part in named.values()):
+        return None
+    tied: dict[int, int] = {}  # which tensors are the same one
+    kind = []
+    for name, part in named.items():
+        # Names with an underscore are torch's, or belong to caches. No stage reads the window.
+        settings = {key: value for key, value in vars(part).items() if key[0] != "_" and key != "window"}
+        kind.append((name, type(part), *settings.items()))
+        for key, x in (*part._parameters.items(), *part._buffers.items()):
+            if x is not None:
+                number = tied.setdefault(id(x), len(tied))
+                kind.append((key, type(x), x.shape, x.stride(), x.dtype, x.device, number))
+    try:
+        hash(tuple(kind))
+    except TypeError:  # lists, dicts and sets have no hash
+        return None
+    return tuple(kind)
