@@ -148,13 +148,21 @@ CHANGES = {
 }
 
 
+# Attributes that nobody looks at: after a change of one, users call model.recompile().
+ATTRIBUTES = {"forward", "method", "eps", "eps of last norm"}
+
+
 @contextlib.contextmanager
-def changed(module, name):
+def changed(module, name, model=None):
     undo = CHANGES[name](module.layers[1], module.layers, module.model.norm)
+    if name in ATTRIBUTES:
+        model.recompile()
     try:
         yield
     finally:
         undo()
+        if name in ATTRIBUTES:
+            model.recompile()
 
 
 def logits(model, plan=PRUNED):
@@ -197,7 +205,7 @@ def test_compiled_code_follows_a_change_and_back(shared, name):
     """The change has the effect that it has eagerly. The first call compiles it, and undoing it compiles nothing."""
     compiled, eager, module, compilations = shared
     original = logits(compiled)
-    with changed(module, name):
+    with changed(module, name, compiled):
         expected = logits(eager)
         assert (expected - original).abs().max() > 1e-2
         assert_close(logits(compiled), expected)
@@ -247,18 +255,32 @@ def test_layers_may_differ_in_which_weights_are_trained(shared):
 def test_changes_without_end_are_refused(shared, monkeypatch):
     compiled, eager, module, compilations = shared
     norm, original = module.layers[1].input_layernorm, logits(compiled)
-    monkeypatch.setattr("pop.engine.compile.MOST_KINDS", 1 + len(compiled._compiled._seen.kinds))
+    monkeypatch.setattr("pop.engine.compile.MOST_KINDS", 1 + len(compiled._compiled._kinds.numbers))
     for eps in (1.0, 1.1):
         with monkeypatch.context() as patch:
             patch.setattr(norm, "eps", eps)
+            compiled.recompile()
             if eps == 1.0:
                 assert_close(logits(compiled), logits(eager))
                 number = len(compilations)
             else:
                 with pytest.raises(pop.UnsupportedError, match="kinds"):
                     logits(compiled)
+    compiled.recompile()
     assert_close(logits(compiled), original)
     assert len(compilations) == number
+
+
+@requires_compiler
+def test_an_attribute_takes_effect_after_recompile(shared):
+    compiled, eager, module, _ = shared
+    original = logits(compiled)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module.layers[1].input_layernorm, "eps", 0.3)
+        assert_close(logits(compiled), original)
+        compiled.recompile()
+        assert_close(logits(compiled), logits(eager))
+    compiled.recompile()
 
 
 @requires_compiler
@@ -282,6 +304,7 @@ def test_hooks_see_each_call_once_and_no_warm_up():
         for handle in handles:
             handle.remove()
         module.layers[1].input_layernorm.eps = 0.5
+        compiled.recompile()
         compiled.warmup()
         number = len(compilations)
         for plan in (PRUNED, None):
@@ -304,7 +327,7 @@ class Captured:
         return tuple(output.clone() for output in DecodeStep.step(self.owner))
 
 
-@pytest.mark.parametrize("name", sorted(CHANGES.keys() - {"parametrization"}))  # undoing it breaks copies of the part
+@pytest.mark.parametrize("name", sorted(CHANGES.keys() - ATTRIBUTES - {"parametrization"}))  # undoing it breaks copies
 def test_a_captured_step_follows_a_change_and_back(name):
     module = random_model(tiny_config(num_layers=2), seed=1)
     captured, plain = new_cache(module, 1), new_cache(module, 1)

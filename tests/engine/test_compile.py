@@ -30,6 +30,7 @@ from support.tiny_images import both_ways, random_bytes
 import pop
 from pop import engine
 from pop.engine import forward
+from pop.engine.cache import KVCache
 from pop.engine.compile import Compiled, _as_owner
 from pop.inputs.processors import Prepared
 from pop.models.images import Images
@@ -38,6 +39,7 @@ from pop.models.vision.qwen3_vl import Grid
 pytestmark = pytest.mark.usefixtures("small_query_blocks")
 
 PROMPT = 40  # tokens, at most
+RANK = 9  # of corrections
 # Compiling takes most of the time here, so only nightly runs compile everything that these tests can.
 THOROUGH = os.environ.get("HYPOTHESIS_PROFILE") == "nightly"
 MIXED = EXPERTS if THOROUGH else dataclasses.replace(EXPERTS, layers=(0, 1, 2, 3, 4))
@@ -57,13 +59,9 @@ def pair(request):
     plain = pop.PrunePlan((0,))
     compiled, eager = (pop.Model(module, module.config, plan=plain, compile=it, chunk_size=16) for it in (True, False))
     rows = 4 if THOROUGH or module.config.family == "qwen3_vl" else 1
-    compiled.warmup(rows, [refit(module, compiled.fingerprint, *form) for form in ((1,), (2,), (2, 9))])
+    corrections = random_corrections(module.config, (1, 3), 1, RANK, compiled.fingerprint)
+    compiled.warmup(rows, [pop.PrunePlan((1, 3), full_depth_first=1, corrections=corrections)])
     return compiled, eager, rows
-
-
-def refit(module, fingerprint, taps, rank=None):
-    projections = random_corrections(module.config, (1, 3), taps, taps, rank, fingerprint)
-    return pop.PrunePlan((1, 3), full_depth_first=1, corrections=projections)
 
 
 @contextmanager
@@ -89,9 +87,8 @@ def test_compiled_equals_eager_and_never_compiles_again(pair, data):
     compiled, eager, max_rows = pair
     plan = data.draw(plans(compiled.config))
     if plan.corrections is not None:
-        taps, rank = (2, 9) if plan.corrections.rank else (plan.corrections.taps, None)  # what is warm
-        projections = random_corrections(compiled.config, plan.layers, -1, taps, rank, compiled.fingerprint)
-        plan = dataclasses.replace(plan, corrections=projections)
+        corrections = random_corrections(compiled.config, plan.layers, -1, RANK, compiled.fingerprint)
+        plan = dataclasses.replace(plan, corrections=corrections)
     tokens, lengths = data.draw(batches(60, max_rows=max_rows, max_tokens=PROMPT))  # ids that are text
     slots = PROMPT + 8 + data.draw(st.integers(0, 9))
     chunk = data.draw(st.sampled_from([1, 2, 7, 16, 100]))
@@ -102,9 +99,9 @@ def test_compiled_equals_eager_and_never_compiles_again(pair, data):
 
     with no_compiling(), patch.object(forward, "select", choose):
         for model in (compiled, eager):
-            cache = model.new_cache(len(tokens), slots)
-            with patch.object(model, "chunk_size", min(chunk, 16)):
-                logits = [model.prefill(tokens, cache, lengths=lengths, plan=plan)]
+            options = {"dtype": torch.float32, "device": torch.device("cpu"), "chunk_size": chunk}
+            cache = KVCache(model.config, len(tokens), slots, **options)
+            logits = [model.prefill(tokens, cache, lengths=lengths, plan=plan)]
             logits += [model.decode(tokens[:, 0], cache) for _ in range(4)]  # the third one is repeated work
             logits.append(model.prefill(tokens[:, :3], cache, plan=plan))  # the next turn of a conversation
             results.append(torch.stack(logits))
@@ -257,7 +254,7 @@ def test_where_nothing_compiles_auto_logs_it_once_and_true_is_refused(monkeypatc
         raise RuntimeError("no compiler\n  and a long story")
 
     monkeypatch.setattr(torch, "compile", broken)
-    monkeypatch.setattr("pop.runner.SMALLEST", 0)
+    monkeypatch.setattr("pop.model.SMALLEST", 0)
     module = random_model(tiny_config(), seed=1)
     model, eager = pop.Model(module, module.config), pop.Model(module, module.config, compile=False)
     with caplog.at_level(logging.WARNING):
