@@ -67,11 +67,18 @@ class Runner:
         self.chunk_size = max(chunk_size, self.vision.min_chunk_size)
         self.num_parameters = part.num_parameters if part else sum(weight.numel() for weight in module.parameters())
         self.caches = SpareCaches(KEPT_CACHES if self.device.type == "cuda" else 0)
-        self._must_compile = compile is True
-        self._may_compile = self._must_compile or (compile == "auto" and self.num_parameters >= SMALLEST)
-        self._progress = progress
         accelerate(module)
-        self.recompile()
+        self._eager = stages_of(module)
+        self._compiled = None
+        if compile is True or (compile == "auto" and self.num_parameters >= SMALLEST):
+            self._compiled = Compiled(
+                module,
+                self._eager,
+                replay=Graph if self.device.type == "cpu" else self._eager.replay,
+                required=compile is True,
+                progress=progress,
+                add_up=module.sum_over_processes if part else None,
+            )
         keep_freed_memory()
 
     @property
@@ -220,18 +227,9 @@ class Runner:
 
         Call it after you change an attribute of a layer. New weights, hooks and classes are noticed without it.
         """
-        stages = stages_of(self.module)
-        self._eager = stages._replace()  # a new tuple, since a captured step serves only the tuple that it was made for
-        self._compiled = None
-        if self._may_compile:
-            self._compiled = Compiled(
-                self.module,
-                stages,
-                replay=Graph if self.device.type == "cpu" else stages.replay,
-                required=self._must_compile,
-                progress=self._progress,
-                add_up=self.module.sum_over_processes if self.part else None,
-            )
+        self._eager = self._eager._replace()  # another tuple: a captured step serves only the one it was made for
+        if self._compiled is not None:
+            self._compiled.forget()
 
     def _stages(self, rows: int, plan: PrunePlan = FULL_DEPTH, look: bool = True) -> engine.Stages:
         """The stages for a batch of `rows`. Unless `look`, only new hooks are looked for in the module."""

@@ -25,7 +25,7 @@ class KVCache:
     chunk_size: How many tokens of a row may be written at once.
     lengths: The number of tokens in each row, [B] int64 on the CPU.
     previous_hidden: The hidden state of each row's latest token as it entered each layer, [L, B, D]; zero in an empty
-        row. Refit projections with two taps read it at the next token.
+        row. The codes of calibrated plans read it at the next token.
     rope_offsets: Each row's next rotary position minus its length, [B] int64 on the CPU. Not zero after images.
     step: The decode step that was captured for this cache's tensors, if any.
     intact: False if a prefill has failed midway and has overwritten tokens in a ring.

@@ -1,8 +1,8 @@
-"""Which tokens a plan selects to run at full depth: those that the prompt's last tokens attend most.
+"""Which tokens a plan selects to run at full depth: those that the prompt's last tokens attend to most.
 
-This is `attention_scores` of pop/pruning/reference.py for a batch. How many tokens are selected follows from lengths,
-so the CPU knows it. Which ones, only the device knows, and nothing waits for it. Shape letters: pop/models/layers.py; Q
-is the number of queries, and T that of the longest prompt's tokens.
+This is `attention_scores` of pop/pruning/reference.py for a batch. The number of selected tokens follows from lengths,
+so the CPU knows it. Only the device knows which tokens they are, and nothing waits for it. Shape letters:
+pop/models/layers.py; Q is the number of queries, and T that of the longest prompt's tokens.
 """
 
 import torch
@@ -21,10 +21,12 @@ def select(module, plan: PrunePlan, h, rotary, lengths, others, counts) -> torch
     """
     rotary, lengths, others, counts = to_device([rotary, lengths, others, counts], h.device)
     layer = module.layers[plan.selects_at]
-    received = module.largest_of_processes(attention_received(layer, h, module.rope(rotary)[layer.window], lengths))
+    rope = module.rope(rotary)[layer.window]
+    received = module.largest_of_processes(attention_received(layer, h, rope, lengths))
     scores = F.avg_pool1d(F.pad(received[:, None], (POOLED - 1, 0)), POOLED, stride=1)[:, 0]  # [B, T]
     ranked = scores.masked_fill(~others, -1).argsort(dim=1, descending=True, stable=True)
-    return torch.zeros_like(others).scatter(1, ranked, torch.arange(h.shape[1], device=h.device) < counts[:, None])
+    is_chosen = torch.arange(h.shape[1], device=h.device) < counts[:, None]  # [B, T], by rank
+    return torch.zeros_like(others).scatter(1, ranked, is_chosen)
 
 
 def attention_received(layer, h: torch.Tensor, rope: Rope, lengths: torch.Tensor) -> torch.Tensor:
