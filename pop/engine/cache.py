@@ -7,13 +7,14 @@ layer can write K and V without running, and a full-depth token can overwrite wh
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from pop.errors import CacheMemoryError, ContextOverflow, InputError, check_count
 from pop.system.memory import free_bytes, to_device
 
 CHUNK_SIZE = 2048  # tokens of a row that prefill runs at once by default
 
-Snapshot = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+Snapshot = tuple[Tensor, Tensor, Tensor]
 
 
 class KVCache:
@@ -81,7 +82,7 @@ class KVCache:
         return batch_size * numbers * dtype.itemsize
 
     def check(
-        self, config, dtype: torch.dtype, device: torch.device, chunk_size: int, added: torch.Tensor, advice: str
+        self, config, dtype: torch.dtype, device: torch.device, chunk_size: int, added: Tensor, advice: str
     ) -> None:
         """Raise a PopError unless it is intact, and has B rows of such a model with room for `added` [B] more tokens.
 
@@ -146,7 +147,7 @@ class KVCache:
         self.restore((other.lengths.repeat(B), other.previous_hidden.repeat(1, B, 1), other.rope_offsets.repeat(B)))
 
     @torch.inference_mode(False)  # as above
-    def keep_rows(self, rows: torch.Tensor) -> None:
+    def keep_rows(self, rows: Tensor) -> None:
         """Keep `rows` [R] of the batch, in that order, and free the memory of the others."""
         (device_rows,) = to_device([rows], self.device)
         for slots in (self.keys, self.values):
@@ -162,12 +163,12 @@ class KVCache:
         """S of a layer with this window."""
         return _slots(window, self.max_seq_len, self.chunk_size)
 
-    def layer(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def layer(self, index: int) -> tuple[Tensor, Tensor]:
         """Keys and values of one layer, each [B, S + 1, K, E]."""
         return self.keys[index], self.values[index]
 
 
-def empty_slots(config, batch_size: int, slots: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+def empty_slots(config, batch_size: int, slots: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Keys or values of a layer: zeros [B, S + 1, K, E], in memory [B, K, S + 1, E].
 
     Attention goes through the slots head by head, so it reads contiguous memory.

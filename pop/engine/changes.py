@@ -7,8 +7,7 @@ from collections.abc import Iterable
 from itertools import chain
 from operator import attrgetter, is_
 
-import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_hooks
 from torch.utils.hooks import RemovableHandle
 
@@ -37,7 +36,7 @@ class Look:
         self.hooks = hooks_of(self.parts)
         self.tables = [table for part in self.parts for table in (part._modules, part._parameters, part._buffers)]
         self.entries = self._entries()
-        self.weights = [entry for entry in self.entries if type(entry) in (nn.Parameter, torch.Tensor)]
+        self.weights = [entry for entry in self.entries if type(entry) in (nn.Parameter, Tensor)]
         self.facts = self._facts()
 
     def unchanged(self) -> bool:
@@ -52,7 +51,7 @@ class Look:
 
     def _facts(self) -> list:
         """What may change although the entries are the same objects. Each map is a loop in C."""
-        facts = chain(map(type, self.parts), map(len, self.hooks), map(torch.Tensor.data_ptr, self.weights))
+        facts = chain(map(type, self.parts), map(len, self.hooks), map(Tensor.data_ptr, self.weights))
         return [*facts, *map(attrgetter("dtype"), self.weights), *map(attrgetter("nbytes"), self.weights)]
 
 

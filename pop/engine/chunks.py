@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from pop.engine.attention import UNBOUNDED, AttentionMetadata
 from pop.engine.cache import KVCache
@@ -18,37 +19,37 @@ from pop.models.images import TextOnly
 from pop.pruning.plan import PrunePlan
 from pop.system.memory import to_device
 
-Bounds = tuple[torch.Tensor, torch.Tensor]  # where a chunk begins and ends in each row's prompt, [B] each
+Bounds = tuple[Tensor, Tensor]  # where a chunk begins and ends in each row's prompt, [B] each
 
 
 class Prompts(NamedTuple):
     """What a call appends to the cache: right-padded prompts [B, T]. All tensors are on the CPU, but ids may not be."""
 
-    tokens: torch.Tensor  # [B, T], ids
-    lengths: torch.Tensor  # [B]
+    tokens: Tensor  # [B, T], ids
+    lengths: Tensor  # [B]
     images: TextOnly  # what images bring to these prompts
-    full_depth: torch.Tensor  # [B, T] bool: which tokens run at full depth by their position. True for padding.
+    full_depth: Tensor  # [B, T] bool: which tokens run at full depth by their position. True for padding.
 
 
 class Selection(NamedTuple):
     """The tokens that a plan has selected."""
 
-    tokens: torch.Tensor  # [B, T] bool, on the device
-    counts: torch.Tensor  # [B] on the CPU, how many they are
+    tokens: Tensor  # [B, T] bool, on the device
+    counts: Tensor  # [B] on the CPU, how many they are
 
 
 class Tokens(NamedTuple):
     """Tokens [B, C] of a batch: those of a chunk, or its full-depth rows. All tensors are on one device."""
 
-    positions: torch.Tensor  # [B, C] int64, in the sequence
-    valid: torch.Tensor  # [B, C] bool, false for padding
-    rotary: torch.Tensor  # rotary positions, [B, C] int64, or [3, B, C] by axis
-    last_attended: torch.Tensor | None  # [B, C] int64, the last position that each attends; None: its own
+    positions: Tensor  # [B, C] int64, in the sequence
+    valid: Tensor  # [B, C] bool, false for padding
+    rotary: Tensor  # rotary positions, [B, C] int64, or [3, B, C] by axis
+    last_attended: Tensor | None  # [B, C] int64, the last position that each attends; None: its own
 
-    def take(self, columns: torch.Tensor, valid: torch.Tensor) -> Tokens:
+    def take(self, columns: Tensor, valid: Tensor) -> Tokens:
         """The tokens in columns [B, W], of which some are valid [B, W]. They are where the columns are."""
 
-        def gather(x: torch.Tensor) -> torch.Tensor:
+        def gather(x: Tensor) -> Tensor:
             (moved,) = to_device([x], columns.device)
             return moved.gather(-1, columns.expand(*x.shape[:-1], -1))
 
@@ -64,13 +65,13 @@ class Chunk(NamedTuple):
     attention: dict[int | None, AttentionMetadata]  # how all tokens attend, by the layers' window
     rows_attention: dict[int | None, AttentionMetadata]  # how the full-depth rows attend
     needed_from: int  # see `first_needed`
-    ids: torch.Tensor  # [B, C]
-    index: torch.Tensor  # [B, C], where the tokens are in their prompts; T for padding
-    rows: torch.Tensor  # [B, W], the columns of the full-depth rows; a batch row with fewer has invalid ones as well
-    rows_valid: torch.Tensor  # [B, W] bool
-    last: torch.Tensor  # [B], the column of each row's last token
-    last_row: torch.Tensor  # [B], the number of that token among the full-depth rows, or -1
-    has_tokens: torch.Tensor  # [B], false for a row that ended in an earlier chunk
+    ids: Tensor  # [B, C]
+    index: Tensor  # [B, C], where the tokens are in their prompts; T for padding
+    rows: Tensor  # [B, W], the columns of the full-depth rows; a batch row with fewer has invalid ones as well
+    rows_valid: Tensor  # [B, W] bool
+    last: Tensor  # [B], the column of each row's last token
+    last_row: Tensor  # [B], the number of that token among the full-depth rows, or -1
+    has_tokens: Tensor  # [B], false for a row that ended in an earlier chunk
 
     @classmethod
     def of(
@@ -139,7 +140,7 @@ class Chunk(NamedTuple):
         """
         return 0 if window is None else max(0, self.needed_from - window + 1)
 
-    def latest(self, h: torch.Tensor, f: torch.Tensor | None = None) -> torch.Tensor:
+    def latest(self, h: Tensor, f: Tensor | None = None) -> Tensor:
         """The hidden state [B, D] of each row's last token: in h [B, C, D], or in f [B, W, D] if it is at full depth.
 
         For a row without tokens it is meaningless.
@@ -150,12 +151,12 @@ class Chunk(NamedTuple):
         return _column(f, self.last_row.clamp(min=0)).where(self.last_row[:, None] >= 0, out)
 
 
-def _column(h: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+def _column(h: Tensor, index: Tensor) -> Tensor:
     """h [B, C, D] at column index [B] of each row: [B, D]."""
     return h.gather(1, index[:, None, None].expand(-1, -1, h.shape[2]))[:, 0]
 
 
-def _tokens(cache: KVCache, prompts: Prompts, index: torch.Tensor, valid: torch.Tensor) -> Tokens:
+def _tokens(cache: KVCache, prompts: Prompts, index: Tensor, valid: Tensor) -> Tokens:
     """The prompts' tokens at index [B, C], of which some are valid [B, C]."""
     start = cache.lengths[:, None]  # [B, 1]
     positions = start + index
@@ -193,7 +194,7 @@ class Consecutive(NamedTuple):
 
 
 def attention_metadata(
-    module, cache: KVCache, tokens: Tokens, ends: torch.Tensor, consecutive: Consecutive | None = None
+    module, cache: KVCache, tokens: Tokens, ends: Tensor, consecutive: Consecutive | None = None
 ) -> dict[int | None, AttentionMetadata]:
     """How tokens [B, T] attend the cache, for each window that the layers have.
 
@@ -216,8 +217,8 @@ def attention_metadata(
 
 
 def _tables(
-    cache: KVCache, tokens: Tokens, ends: torch.Tensor, window: int | None, consecutive: Consecutive | None
-) -> dict[str, torch.Tensor]:
+    cache: KVCache, tokens: Tokens, ends: Tensor, window: int | None, consecutive: Consecutive | None
+) -> dict[str, Tensor]:
     """The fields of AttentionMetadata for one window, except `rope`, not yet on the device."""
     T = tokens.positions.shape[1]
     ring = cache.slots(window)
@@ -247,14 +248,14 @@ def _tables(
     return tables | {"held": held.to(torch.int32), "band": torch.tensor(band)}
 
 
-def _held_by_slot(ends: torch.Tensor, ring: int) -> torch.Tensor:
+def _held_by_slot(ends: Tensor, ring: int) -> Tensor:
     """The latest position in each filled slot of a ring, once rows have `ends` [B] tokens: [B, N]; negative: none."""
     latest = ends[:, None] - 1
     slot = torch.arange(min(int(ends.max()), ring))
     return latest - (latest - slot) % ring
 
 
-def full_depth_tokens(cache: KVCache, lengths: torch.Tensor, plan: PrunePlan, boundary: bool) -> torch.Tensor:
+def full_depth_tokens(cache: KVCache, lengths: Tensor, plan: PrunePlan, boundary: bool) -> Tensor:
     """Which tokens of prompts of `lengths` [B] are at full depth by their position: [B, T] bool, true for padding.
 
     Without a boundary, more of the prompts follows in a later call.

@@ -22,6 +22,7 @@ from functools import partial
 from itertools import count
 
 import torch
+from torch import Tensor
 
 from pop.engine import forward, stages
 from pop.engine.cache import KVCache
@@ -153,7 +154,7 @@ class Compiled:
         first, second = _two_lengths(taken)
         slots = _unlike(taken, 1000)
 
-        def prompt(tokens: int) -> torch.Tensor:
+        def prompt(tokens: int) -> Tensor:
             return torch.zeros(rows, tokens, dtype=torch.int64, device=weight.device)
 
         def prefill(plan: PrunePlan) -> KVCache:

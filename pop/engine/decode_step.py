@@ -7,6 +7,7 @@ cache.lengths by itself. Shape letters: pop/models/layers.py.
 """
 
 import torch
+from torch import Tensor
 
 from pop.engine.attention import AttentionMetadata
 from pop.engine.cache import KVCache
@@ -17,7 +18,7 @@ from pop.system.memory import to_device
 
 @torch.inference_mode(False)
 @torch.no_grad()
-def decode(module, tokens: torch.Tensor, cache: KVCache, stages: Stages = EAGER) -> torch.Tensor:
+def decode(module, tokens: Tensor, cache: KVCache, stages: Stages = EAGER) -> Tensor:
     """Append one token a row at full depth: tokens [B] -> logits [B, V] float32.
 
     A full row may be decoded with the others. Its token goes to the spare slot, and its logits are meaningless.
@@ -41,7 +42,7 @@ class DecodeStep:
         self.rings = {window: cache.slots(window) for window in module.config.windows}
         inputs = torch.zeros(3, cache.batch_size, dtype=torch.int64, device=cache.device)
         self.tokens, self.positions, self.offsets = inputs.unbind()
-        self.snapshot: tuple[torch.Tensor, torch.Tensor] | None = None  # cache.lengths and rope_offsets as of now
+        self.snapshot: tuple[Tensor, Tensor] | None = None  # cache.lengths and rope_offsets as of now
         self.replay = None
         self.kinds = Kinds()
         if stages.replay is not None:
@@ -59,7 +60,7 @@ class DecodeStep:
         look = self.snapshot is None or not getattr(stages.replay, "keeps_memory", False)
         return self.kinds.unchanged(look)
 
-    def __call__(self, tokens: torch.Tensor, cache: KVCache) -> torch.Tensor:
+    def __call__(self, tokens: Tensor, cache: KVCache) -> Tensor:
         lengths = cache.lengths
         offsets = cache.rope_offsets
         if self.snapshot is None or not all(map(torch.equal, self.snapshot, (lengths, offsets))):
@@ -73,7 +74,7 @@ class DecodeStep:
         self.snapshot = (cache.lengths.clone(), offsets.clone())
         return logits
 
-    def step(self) -> tuple[torch.Tensor, torch.Tensor]:
+    def step(self) -> tuple[Tensor, Tensor]:
         """Run one token a row: -> logits [B, V] and hidden states [L, B, D]."""
         module = self.module
         metadata = self._attention()

@@ -17,6 +17,7 @@ letters: pop/models/layers.py.
 from collections.abc import Iterator
 
 import torch
+from torch import Tensor
 
 from pop.engine.cache import KVCache
 from pop.engine.chunks import Bounds, Chunk, Prompts, Selection, chunk_bounds, full_depth_tokens
@@ -29,9 +30,9 @@ from pop.pruning.plan import Group, PrunePlan
 @torch.inference_mode(False)
 @torch.no_grad()
 def prefill(
-    module, tokens: torch.Tensor, cache: KVCache, lengths: torch.Tensor, plan: PrunePlan, chunk_size: int,
+    module, tokens: Tensor, cache: KVCache, lengths: Tensor, plan: PrunePlan, chunk_size: int,
     stages: Stages = EAGER, images: TextOnly = TEXT, boundary: bool = True,
-) -> torch.Tensor:  # fmt: skip
+) -> Tensor:  # fmt: skip
     """Append prompts to the cache. Returns logits [B, V] float32 of each row's boundary token.
 
     Args:
@@ -59,7 +60,7 @@ def prefill(
 
 @torch.inference_mode(False)
 @torch.no_grad()
-def extend(module, tokens: torch.Tensor, cache: KVCache, stages: Stages = EAGER) -> torch.Tensor:
+def extend(module, tokens: Tensor, cache: KVCache, stages: Stages = EAGER) -> Tensor:
     """Append tokens [B, T] at full depth, as decode would one by one. Returns logits [B, T, V] at every position."""
     B, T = tokens.shape
     lengths = torch.full((B,), T)
@@ -84,13 +85,13 @@ class Pass:
         self.stages = stages
         self.hidden = cache.previous_hidden
 
-    def count(self, lengths: torch.Tensor, rope_offset: torch.Tensor | int = 0) -> None:
+    def count(self, lengths: Tensor, rope_offset: Tensor | int = 0) -> None:
         """Let the cache count the tokens, `lengths` [B] a row, now that their logits exist."""
         cache = self.cache
         cache.restore((cache.lengths + lengths, self.hidden, cache.rope_offsets + rope_offset))
         cache.intact = True
 
-    def chunks(self, prompts: Prompts, chunk_size: int, selects: bool = False) -> Iterator[tuple[Chunk, torch.Tensor]]:
+    def chunks(self, prompts: Prompts, chunk_size: int, selects: bool = False) -> Iterator[tuple[Chunk, Tensor]]:
         """Run prompts in chunks of at most chunk_size tokens a row. Yield each chunk and its h after the last layer.
 
         A plan that `selects` tokens needs the last token's state at the selecting layer. So all chunks run up to that
@@ -114,7 +115,7 @@ class Pass:
             chunk = Chunk.of(self.module, cache, prompts, edges, self.plan)
             yield chunk, self.run(chunk, self.embed(chunk), range(len(self.module.layers)))
 
-    def run_to_selecting_layer(self, prompts: Prompts, bounds: list[Bounds]) -> torch.Tensor:
+    def run_to_selecting_layer(self, prompts: Prompts, bounds: list[Bounds]) -> Tensor:
         """The first phase of a plan that selects: h [B, T + 1, D] of all tokens, enters the selecting layer."""
         first = self.plan.selects_at
         plan = self.plan if self.plan.layers[0] < first else PrunePlan.none()
@@ -129,7 +130,7 @@ class Pass:
             entering[rows, chunk.index] = h
         return entering
 
-    def select_tokens(self, prompts: Prompts, entering: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+    def select_tokens(self, prompts: Prompts, entering: Tensor, counts: Tensor) -> Tensor:
         """Which tokens of the prompts are selected, [B, T] bool on the device: counts [B] of each row."""
         cache = self.cache
         B, T = prompts.full_depth.shape
@@ -139,8 +140,8 @@ class Pass:
         return select(self.module, self.plan, entering[:, :T], rotary, prompts.lengths, others, counts)
 
     def run_from_selecting_layer(
-        self, prompts: Prompts, bounds: list[Bounds], entering: torch.Tensor, selection: Selection
-    ) -> Iterator[tuple[Chunk, torch.Tensor]]:
+        self, prompts: Prompts, bounds: list[Bounds], entering: Tensor, selection: Selection
+    ) -> Iterator[tuple[Chunk, Tensor]]:
         """The second phase: from the selecting layer on, the selected tokens run at full depth. Yields as `chunks`."""
         if len(bounds) > 1:  # only the device knows how many of them each chunk has, so wait for it
             prompts = prompts._replace(full_depth=prompts.full_depth | selection.tokens.cpu())
@@ -151,11 +152,11 @@ class Pass:
             chunk = Chunk.of(self.module, self.cache, prompts, edges, self.plan, selection)
             yield chunk, self.run(chunk, entering[rows, chunk.index], layers)
 
-    def embed(self, chunk: Chunk) -> torch.Tensor:
+    def embed(self, chunk: Chunk) -> Tensor:
         """h [B, C, D] that enters the first layer."""
         return chunk.images.place(self.module.embed(chunk.ids))
 
-    def run(self, chunk: Chunk, h: torch.Tensor, layers: range) -> torch.Tensor:
+    def run(self, chunk: Chunk, h: Tensor, layers: range) -> Tensor:
         """Run a chunk through some layers: h [B, C, D] -> [B, C, D]. Pruned groups are in `layers` as a whole."""
         hidden = list(self.hidden)
         for group in chunk.plan.groups(len(self.module.layers), self.module.deepstack_layers):
@@ -170,7 +171,7 @@ class Pass:
         self.hidden = torch.stack(hidden).where(chunk.has_tokens[:, None], self.hidden)
         return h
 
-    def run_kept(self, chunk: Chunk, h: torch.Tensor, layers: list[int], hidden: list[torch.Tensor]) -> torch.Tensor:
+    def run_kept(self, chunk: Chunk, h: Tensor, layers: list[int], hidden: list[Tensor]) -> Tensor:
         """All tokens run the layers: h [B, C, D] -> [B, C, D]. Each row's latest state goes into `hidden`."""
         for index in layers:
             layer = self.module.layers[index]
@@ -178,7 +179,7 @@ class Pass:
             h = self.stages.full_layer(layer, h, *self.cache.layer(index), chunk.attention[layer.window])
         return h
 
-    def run_pruned(self, chunk: Chunk, h: torch.Tensor, group: Group, hidden: list[torch.Tensor]) -> torch.Tensor:
+    def run_pruned(self, chunk: Chunk, h: Tensor, group: Group, hidden: list[Tensor]) -> Tensor:
         """All tokens write K and V of a group, and the full-depth rows run its layers. Arguments as in `run_kept`."""
         passed = self.write_keys_values(chunk, h, group)
         if chunk.rows.shape[1] == 0:
@@ -194,7 +195,7 @@ class Pass:
         f = f.where(chunk.rows_valid[..., None], passed.gather(1, rows))
         return passed.scatter(1, rows, f)
 
-    def write_keys_values(self, chunk: Chunk, h: torch.Tensor, group: Group) -> torch.Tensor:
+    def write_keys_values(self, chunk: Chunk, h: Tensor, group: Group) -> Tensor:
         """Write K and V of pruned layers, all from the h [B, C, D] that enters. Returns the h that leaves the group."""
         corrections = group.corrections
         linear = self.stages.linear

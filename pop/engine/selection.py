@@ -7,13 +7,14 @@ pop/models/layers.py; Q is the number of queries, and T that of the longest prom
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from pop.models.layers import Rope
 from pop.pruning.plan import POOLED, SELECTING, PrunePlan
 from pop.system.memory import to_device
 
 
-def select(module, plan: PrunePlan, h, rotary, lengths, others, counts) -> torch.Tensor:
+def select(module, plan: PrunePlan, h, rotary, lengths, others, counts) -> Tensor:
     """Select `counts` [B] of the tokens `others` [B, T] bool of prompts: [B, T] bool, on the device of h.
 
     h [B, T, D] enters the selecting layer. `rotary` are the rotary positions [B, T], or [3, B, T] by axis. These and
@@ -29,7 +30,7 @@ def select(module, plan: PrunePlan, h, rotary, lengths, others, counts) -> torch
     return torch.zeros_like(others).scatter(1, ranked, is_chosen)
 
 
-def attention_received(layer, h: torch.Tensor, rope: Rope, lengths: torch.Tensor) -> torch.Tensor:
+def attention_received(layer, h: Tensor, rope: Rope, lengths: Tensor) -> Tensor:
     """The most attention [B, T] that tokens of h [B, T, D] get from one of the last Q of `lengths` [B], in any head."""
     rows = torch.arange(len(h), device=h.device)[:, None]
     query = lengths[:, None] + torch.arange(-min(SELECTING, h.shape[1]), 0, device=h.device)  # [B, Q]

@@ -7,8 +7,8 @@ serves all layers (compile.py). Lengths enter as tensor shapes, never as Python 
 from collections.abc import Callable
 from typing import NamedTuple
 
-import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from pop.engine.attention import AttentionMetadata, cache_attention, write
 from pop.pruning.corrections import corrected_keys_values
@@ -50,12 +50,12 @@ class Stages(NamedTuple):
     each call, and may record it. If its attribute `keeps_memory` is true, what it has recorded stays in memory.
     """
 
-    full_layer: Callable[..., torch.Tensor] = full_layer
+    full_layer: Callable[..., Tensor] = full_layer
     pruned_layer: Callable[..., None] = pruned_layer
     corrected_layer: Callable[..., None] = corrected_layer
-    head: Callable[..., torch.Tensor] = head
-    linear: Callable[..., torch.Tensor] = F.linear
-    replay: Callable[..., Callable[[Callable], tuple[torch.Tensor, ...]]] | None = None
+    head: Callable[..., Tensor] = head
+    linear: Callable[..., Tensor] = F.linear
+    replay: Callable[..., Callable[[Callable], tuple[Tensor, ...]]] | None = None
 
 
 EAGER = Stages()

@@ -19,6 +19,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from pop.errors import PlanError
 from pop.models.config import DTYPES
@@ -27,22 +28,22 @@ from pop.models.config import DTYPES
 class GroupCorrections(NamedTuple):
     """The corrections of one group of n pruned layers."""
 
-    shared: torch.Tensor  # V [R, 2 * D]
-    weight: torch.Tensor  # U [n, 2 * K * E, R]: K's rows come first, and then V's
-    bias: torch.Tensor  # b [n, 2 * K * E]
-    update: torch.Tensor | None  # A [D, R], or None if no kept layer follows
+    shared: Tensor  # V [R, 2 * D]
+    weight: Tensor  # U [n, 2 * K * E, R]: K's rows come first, and then V's
+    bias: Tensor  # b [n, 2 * K * E]
+    update: Tensor | None  # A [D, R], or None if no kept layer follows
 
-    def code(self, x: torch.Tensor, previous: torch.Tensor, linear=F.linear) -> torch.Tensor:
+    def code(self, x: Tensor, previous: Tensor, linear=F.linear) -> Tensor:
         """The code z [B, T, R] of normalised states x [B, T, D], given the state before each row's first one [B, D]."""
         before = torch.cat((previous[:, None], x[:, :-1]), dim=1)  # [B, T, D]
         return linear(torch.cat((x, before), dim=-1), self.shared)
 
-    def updated(self, h: torch.Tensor, z: torch.Tensor, linear=F.linear) -> torch.Tensor:
+    def updated(self, h: Tensor, z: Tensor, linear=F.linear) -> Tensor:
         """h [B, T, D] after the group, from the h that entered it and its code z [B, T, R]."""
         return h if self.update is None else h + linear(z, self.update)
 
 
-def corrected_keys_values(layer, h, z, weight, bias, rope, linear=F.linear) -> tuple[torch.Tensor, torch.Tensor]:
+def corrected_keys_values(layer, h, z, weight, bias, rope, linear=F.linear) -> tuple[Tensor, Tensor]:
     """K and V of a pruned layer of a calibrated plan, each [B, T, K, E], as the cache holds them.
 
     Args:
@@ -86,7 +87,7 @@ class Corrections:
 
     def _check(self) -> None:
         for tensor in self.tensors.values():
-            if not isinstance(tensor, torch.Tensor) or tensor.dtype not in DTYPES.values():
+            if not isinstance(tensor, Tensor) or tensor.dtype not in DTYPES.values():
                 raise PlanError("corrections are tensors of float32, bfloat16 or float16; calibrate again")
             if tensor.dtype != self.weight.dtype or tensor.device != self.weight.device:
                 raise PlanError("the corrections differ in dtype or device; calibrate again")
@@ -112,7 +113,7 @@ class Corrections:
         return [0, *breaks]
 
     @property
-    def tensors(self) -> dict[str, torch.Tensor]:
+    def tensors(self) -> dict[str, Tensor]:
         """The tensors by name, as in a saved plan."""
         tensors = {"weight": self.weight, "bias": self.bias, "shared": self.shared}
         return tensors if self.update is None else tensors | {"update": self.update}
@@ -155,7 +156,7 @@ class Corrections:
         self._copy = copy  # set last, since another thread may read it
         return copy
 
-    def replaced(self, tensors: dict[str, torch.Tensor]) -> Corrections:
+    def replaced(self, tensors: dict[str, Tensor]) -> Corrections:
         """Corrections of the same layers and model, with other tensors of the same names."""
         return Corrections(self.layers, fingerprint=self.fingerprint, **tensors)
 

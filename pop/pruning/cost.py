@@ -47,6 +47,7 @@ counts the memory reads that bound short prompts on a GPU.
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
 from pop.models.config import Qwen3VisionConfig
 from pop.pruning.plan import SELECTING, Group, PrunePlan
@@ -83,7 +84,7 @@ def prefill_flops(config, num_tokens: int, plan: PrunePlan, patches: Sequence[in
 # ---- Which tokens do what ----
 
 
-def selected_tokens(plan: PrunePlan, num_tokens: int) -> torch.Tensor:
+def selected_tokens(plan: PrunePlan, num_tokens: int) -> Tensor:
     """The positions of selected tokens, as if they were evenly spread over the other tokens: int64."""
     others = torch.arange(num_tokens)[plan.full_depth_first : max(num_tokens - plan.full_depth_last, 0)]
     count = plan.num_selected(len(others))
@@ -118,7 +119,7 @@ def layer_weights(config, index: int, num_tokens: int = 1) -> int:
     return attention + D * experts.count + taken * 3 * D * experts.width
 
 
-def layer_flops(config, index: int, full_depth: torch.Tensor) -> int:
+def layer_flops(config, index: int, full_depth: Tensor) -> int:
     """FLOPs of a whole layer for the tokens in `full_depth` [N] bool."""
     num_tokens = len(full_depth)
     keys = torch.arange(1, num_tokens + 1).clamp(max=config.windows[index] or num_tokens)  # that each token attends

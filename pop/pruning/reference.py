@@ -15,14 +15,15 @@ numbers without the wasted work, with a cache, in chunks and in ragged batches. 
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from pop.models.images import TEXT, TextOnly
 from pop.pruning.plan import POOLED, SELECTING, Group, PrunePlan
 
-KeysValues = tuple[torch.Tensor, torch.Tensor]  # of one layer, each [T, K, E]
+KeysValues = tuple[Tensor, Tensor]  # of one layer, each [T, K, E]
 
 
-def full_depth_tokens(prompt_length: int, num_tokens: int, plan: PrunePlan) -> torch.Tensor:
+def full_depth_tokens(prompt_length: int, num_tokens: int, plan: PrunePlan) -> Tensor:
     """Which of `num_tokens` tokens run at full depth by their position, [T] bool. The prompt comes first."""
     position = torch.arange(num_tokens)
     is_first = position < plan.full_depth_first
@@ -32,9 +33,9 @@ def full_depth_tokens(prompt_length: int, num_tokens: int, plan: PrunePlan) -> t
 
 @torch.no_grad()
 def run_layers(
-    module, tokens: torch.Tensor, full_depth: torch.Tensor, plan: PrunePlan,
-    images: TextOnly = TEXT, selected: torch.Tensor | None = None, stop: int | None = None,
-) -> tuple[torch.Tensor, list[KeysValues]]:  # fmt: skip
+    module, tokens: Tensor, full_depth: Tensor, plan: PrunePlan,
+    images: TextOnly = TEXT, selected: Tensor | None = None, stop: int | None = None,
+) -> tuple[Tensor, list[KeysValues]]:  # fmt: skip
     """Run one sequence through the layers. Tokens that are not at full depth skip the layers of the plan.
 
     Args:
@@ -89,15 +90,15 @@ def groups_by_layer(module, plan: PrunePlan) -> list[Group]:
 
 @torch.no_grad()
 def forward(
-    module, tokens: torch.Tensor, full_depth: torch.Tensor, plan: PrunePlan,
-    images: TextOnly = TEXT, selected: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, list[KeysValues]]:  # fmt: skip
+    module, tokens: Tensor, full_depth: Tensor, plan: PrunePlan,
+    images: TextOnly = TEXT, selected: Tensor | None = None,
+) -> tuple[Tensor, list[KeysValues]]:  # fmt: skip
     """Logits [T, V] at every position, meaningless at pruned tokens, and each layer's K and V. See `run_layers`."""
     h, keys_values = run_layers(module, tokens, full_depth, plan, images, selected)
     return module.head(h[0]), keys_values
 
 
-def prefill(module, prompt: torch.Tensor, plan: PrunePlan, images: TextOnly = TEXT) -> torch.Tensor:
+def prefill(module, prompt: Tensor, plan: PrunePlan, images: TextOnly = TEXT) -> Tensor:
     """The logits [V] of the boundary token of a prompt [T]."""
     selected = selected_tokens(module, prompt, plan, images)
     full_depth = full_depth_tokens(len(prompt), len(prompt), plan)
@@ -105,7 +106,7 @@ def prefill(module, prompt: torch.Tensor, plan: PrunePlan, images: TextOnly = TE
     return logits[-1]
 
 
-def generate(module, prompt: torch.Tensor, plan: PrunePlan, count: int, images: TextOnly = TEXT) -> list[int]:
+def generate(module, prompt: Tensor, plan: PrunePlan, count: int, images: TextOnly = TEXT) -> list[int]:
     """The greedy continuation of a prompt [T] by `count` tokens. Every step runs everything again."""
     selected = selected_tokens(module, prompt, plan, images)
     tokens = prompt
@@ -119,7 +120,7 @@ def generate(module, prompt: torch.Tensor, plan: PrunePlan, count: int, images: 
 # The paper's method ends here. The rest is what calibrated plans and selected tokens add to it.
 
 
-def code(layer, group: Group, h: torch.Tensor) -> torch.Tensor | None:
+def code(layer, group: Group, h: Tensor) -> Tensor | None:
     """What a group's corrections multiply: z_t = V [x_t ; x_{t-1}], [1, T, R]. None without corrections.
 
     Args:
@@ -145,14 +146,14 @@ def corrected(layer, group: Group, index: int, h, z, rope, skips, k, v) -> KeysV
     return torch.where(is_pruned, pruned_k, k), torch.where(is_pruned, pruned_v, v)
 
 
-def with_update(group: Group, h: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
+def with_update(group: Group, h: Tensor, z: Tensor) -> Tensor:
     """A pruned token's h [1, T, D] after its group: h + A z if kept layers follow."""
     update = group.corrections.update
     return h if update is None else h + z @ update.T
 
 
 @torch.no_grad()
-def selected_tokens(module, prompt: torch.Tensor, plan: PrunePlan, images: TextOnly = TEXT) -> torch.Tensor | None:
+def selected_tokens(module, prompt: Tensor, plan: PrunePlan, images: TextOnly = TEXT) -> Tensor | None:
     """Which tokens of a prompt the plan selects by their attention, [N] bool. None if it selects no token."""
     by_position = full_depth_tokens(len(prompt), len(prompt), plan)
     count = plan.num_selected(int((~by_position).sum()))
@@ -165,7 +166,7 @@ def selected_tokens(module, prompt: torch.Tensor, plan: PrunePlan, images: TextO
 
 
 @torch.no_grad()
-def attention_scores(module, prompt: torch.Tensor, plan: PrunePlan, images: TextOnly = TEXT) -> torch.Tensor:
+def attention_scores(module, prompt: Tensor, plan: PrunePlan, images: TextOnly = TEXT) -> Tensor:
     """How much a prompt's last tokens attend to each of its N tokens at the selecting layer, [N] on the CPU.
 
     The softmax is over all tokens up to the query, even in a layer with a window. A token counts by its largest weight
@@ -187,6 +188,6 @@ def attention_scores(module, prompt: torch.Tensor, plan: PrunePlan, images: Text
     return F.avg_pool1d(F.pad(received[None], (POOLED - 1, 0)), POOLED, stride=1)[0].cpu()
 
 
-def extended(selected: torch.Tensor | None, num_tokens: int) -> torch.Tensor | None:
+def extended(selected: Tensor | None, num_tokens: int) -> Tensor | None:
     """The selected tokens of a prompt, followed by generated tokens, up to `num_tokens`."""
     return None if selected is None else F.pad(selected, (0, num_tokens - len(selected)))
