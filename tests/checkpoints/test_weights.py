@@ -12,7 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
-from support.meta_files import assert_same, load, meta_name, refused, shell, write_meta
+from support.meta_files import assert_same, load, refused, shell
 from support.tiny import tiny_config, write_checkpoint
 
 import pop
@@ -330,8 +330,6 @@ def test_files_that_are_something_else(tmp_path, content):
     write_checkpoint(tmp_path)
     (tmp_path / "model.safetensors").write_bytes(content)
     refused(tmp_path, r"model\.safetensors.*corrupt")
-    (tmp_path / "model.safetensors").rename(tmp_path / "consolidated.00.pth")
-    refused(tmp_path, r"consolidated\.00\.pth.*corrupt")
 
 
 def test_truncated_safetensors(tmp_path):
@@ -393,16 +391,15 @@ SIZES = (16_000, 1024, 2816, 8, 16, 4, 64)  # 122 million weights
 
 @pytest.fixture(scope="module")
 def large(tmp_path_factory):
-    """Folders with the same 244 MB of bfloat16 weights: a single file, shards, Meta's files of two ranks."""
+    """Folders with the same 244 MB of bfloat16 weights: a single file, and shards."""
     root = tmp_path_factory.mktemp("large")
-    for layout in ("single", "sharded", "meta"):
+    for layout in ("single", "sharded"):
         (root / layout).mkdir()
     parameters = shell(LlamaConfig(*SIZES)).named_parameters()
     weights = {name: torch.ones(parameter.shape, dtype=torch.bfloat16) for name, parameter in parameters}
     store(root / "single", weights)
     store(root / "sharded", weights)
     shard(root / "sharded")
-    write_meta(root / "meta", {meta_name(name): weight for name, weight in weights.items()}, 2)
     yield root
     shutil.rmtree(root)
 
@@ -410,11 +407,11 @@ def large(tmp_path_factory):
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read from /proc")
 @pytest.mark.parametrize(
     ("layout", "dtype"),
-    [("single", "bfloat16"), ("single", "float32"), ("sharded", "bfloat16"), ("meta", "bfloat16")],
+    [("single", "bfloat16"), ("single", "float32"), ("sharded", "bfloat16")],
 )
 def test_loading_needs_little_more_than_the_weights(large, layout, dtype):
     script = MEASURE.format(sizes=SIZES, dtype=dtype, folder=large / layout)
-    root = Path(checkpoint.__file__).parent.parent
+    root = Path(pop.__file__).parent.parent
     run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=root)
     assert run.returncode == 0, run.stderr
     ratio, size = map(float, run.stdout.split())
