@@ -75,14 +75,14 @@ def corrections(plan: pop.PrunePlan) -> dict[str, torch.Tensor]:
 
 def main(folder: Path) -> None:
     read = []
-    steps = checkpoint._steps
+    slices = checkpoint._slices
 
-    def counted(*args, **options):
-        for piece, row, source in steps(*args, **options):
+    def counted(*args):
+        for piece, source, target in slices(*args):
             read.append(source.nbytes)
-            yield piece, row, source
+            yield piece, source, target
 
-    checkpoint._steps = counted
+    checkpoint._slices = counted
     agreed, broadcast = [], dist.broadcast
     dist.broadcast = lambda *args: agreed.append(args) or broadcast(*args)
     found = {}
