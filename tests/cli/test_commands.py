@@ -72,36 +72,31 @@ def test_models_go_on_after_one_that_cannot_be_used(capsys, tmp_path, monkeypatc
     assert set(pop.list_models()) < lines.keys()
 
 
+PLAN = pop.PrunePlan
+SEEDED = {"temperature": 2.0, "seed": 3}
+
+
 @pytest.mark.parametrize(
     ("arguments", "options"),
     [
-        ([], {}),
-        (["--prune", "none"], {"plan": pop.PrunePlan.none()}),
-        (["--prune", "0.8"], {"plan": pop.PrunePlan(layers=(2, 3, 4, 5))}),
-        (["--prune", "1.0", "--full-depth-last", "4"], {"plan": pop.PrunePlan(tuple(range(6)), full_depth_last=4)}),
+        ("", {}),
+        ("--prune none", {"plan": PLAN.none()}),
+        ("--prune 0.8", {"plan": PLAN((2, 3, 4, 5))}),
+        ("--prune 1.0 --full-depth-last 4", {"plan": PLAN(tuple(range(6)), full_depth_last=4)}),
+        ("--prune 0.9 --full-depth-selected 0.5", {"plan": PLAN(tuple(range(1, 6)), full_depth_selected=0.5)}),
         (
-            ["--prune", "0.9", "--full-depth-selected", "0.5"],
-            {"plan": pop.PrunePlan(tuple(range(1, 6)), full_depth_selected=0.5)},
+            "--prune 0.5 --full-depth-selected 0.5 --selecting-layer 1",
+            {"plan": PLAN((3, 4, 5), full_depth_selected=0.5, selecting_layer=1)},
         ),
-        (
-            ["--prune", "0.5", "--full-depth-selected", "0.5", "--selecting-layer", "1"],
-            {"plan": pop.PrunePlan((3, 4, 5), full_depth_selected=0.5, selecting_layer=1)},
-        ),
-        (["--temperature", "2", "--seed", "3"], {"temperature": 2.0, "seed": 3}),
-        (["--temperature", "2", "--seed", "3", "--top-k", "5"], {"temperature": 2.0, "seed": 3, "top_k": 5}),
-        (
-            ["--temperature", "2", "--seed", "3", "--top-p", ".2"],
-            {"temperature": 2.0, "seed": 3, "top_p": 0.2},
-        ),
-        (
-            ["--temperature", "2", "--seed", "3", "--min-p", ".9"],
-            {"temperature": 2.0, "seed": 3, "min_p": 0.9},
-        ),
-        (["--repetition-penalty", "2"], {"repetition_penalty": 2.0}),
+        ("--temperature 2 --seed 3", SEEDED),
+        ("--temperature 2 --seed 3 --top-k 5", SEEDED | {"top_k": 5}),
+        ("--temperature 2 --seed 3 --top-p .2", SEEDED | {"top_p": 0.2}),
+        ("--temperature 2 --seed 3 --min-p .9", SEEDED | {"min_p": 0.9}),
+        ("--repetition-penalty 2", {"repetition_penalty": 2.0}),
     ],
 )
 def test_generate_prints_what_the_model_generates(arguments, options, folder, model, capsys):
-    assert main(["generate", folder, "Hello", "--max-new-tokens", "12", *arguments]) == 0
+    assert main(["generate", folder, "Hello", "--max-new-tokens", "12", *arguments.split()]) == 0
     expected = model.generate("Hello", max_new_tokens=12, **options).text
     assert capsys.readouterr().out == expected + "\n"
     if options:  # they matter here
@@ -335,29 +330,20 @@ def test_the_help_says_what_prune_takes(command, capsys):
         ("generate CHAT", "either a prompt or --prompt-file"),
         ("generate CHAT Hello --prompt-file TEXT", "not both"),
         ("generate CHAT --prompt-file TMP/missing.txt", "missing.txt cannot be read (No such file"),
-        ("generate CHAT --prompt-file TMP", "cannot be read (Is a directory"),
         ("generate CHAT --prompt-file IMAGE", "picture.png is not text"),
         ("generate CHAT --prompt-file EMPTY", "prompt is empty"),
         ("generate CHAT --prompt-file LONG", "2000 tokens, but the model takes 1024"),
         ("generate CHAT Hello --max-new-tokens 0", "max_new_tokens"),
-        ("generate CHAT Hello --temperature -1", "temperature"),
-        ("generate CHAT Hello --top-p 2", "top_p"),
         ("generate CHAT Hello --full-depth-last 0", "full_depth_last is 0"),
-        ("generate CHAT Hello --full-depth-selected 2", "full_depth_selected is 2.0"),
-        ("generate CHAT Hello --max-seq-len 2000", "max_seq_len is 2000"),
         ("generate CHAT Hello --max-seq-len 4", "5 tokens, but the model takes 4"),
         ("generate CHAT Hello --max-pixels 9", "leave out min_pixels and max_pixels"),
-        ("generate CHAT Hello --prune 3", "the plan is 3"),
         ("generate CHAT Hello --prune TEXT", "pruning plan"),
-        ("generate CHAT Hello --prune PLAN", "the model's layers are 0 to 5"),
         ("generate CHAT Hello --device teapot", "teapot"),
         ("generate IDS Hello", "the checkpoint has none"),
         ("generate TMP Hello", "config.json"),
         ("chat IDS", "the checkpoint has none"),
-        ("chat CHAT --prune 3", "the plan is 3"),
         ("chat CHAT --temperature -1", "temperature"),
         ("chat CHAT --chat-format teapot", "chat_format is 'teapot'"),
-        ("chat CHAT Hi --max-seq-len 4", "but the model takes 4"),
         ("generate smollm2-135m Hello", "python -m tools.demo"),
         ("generate IMAGE Hello", "python -m tools.convert"),
     ],
@@ -367,17 +353,9 @@ def test_an_error_is_one_sentence(arguments, said, folder, tmp_path, monkeypatch
     (tmp_path / "long.txt").write_text("a" * 2000)
     (tmp_path / "text.txt").write_text("some text")
     (tmp_path / "empty.txt").write_text("")
-    pop.PrunePlan(layers=(7,)).save(tmp_path / "plan.json")
     ids = write_checkpoint(tmp_path / "ids")
-    paths = {
-        "IMAGE": "picture.png",
-        "LONG": "long.txt",
-        "TEXT": "text.txt",
-        "EMPTY": "empty.txt",
-        "PLAN": "plan.json",
-    }
-    words = {"CHAT": folder, "IDS": str(ids), "TMP": str(tmp_path)}
-    words |= {word: str(tmp_path / name) for word, name in paths.items()}
+    words = {"CHAT": folder, "IDS": str(ids), "TMP": str(tmp_path), "IMAGE": str(tmp_path / "picture.png")}
+    words |= {name.upper(): str(tmp_path / f"{name}.txt") for name in ("long", "text", "empty")}
     argv = [words.get(word, word.replace("TMP/", f"{tmp_path}/")) for word in arguments.split()]
     monkeypatch.setattr(registry, "_places", lambda: [tmp_path / "weights"])
     assert main(argv) == 2

@@ -154,26 +154,17 @@ def test_a_prefill_is_timed_until_two_times_are_close(runs, seconds, fastest, co
 def test_the_report_is_readable(arguments, capsys):
     assert main([*arguments, "--runs", "1"]) == 0
     out = capsys.readouterr().out
-    first, *_, last = out.strip().splitlines()
-    assert "some of its 5 layers skipped" in first
-    assert "README" in last
-    assert "float32" in out
     rows = [line for line in out.splitlines() if re.search(r"  \d\.\d{3} +\d\.\d{3} +\d+%$", line)]
-    assert [row[:58].strip() for row in rows] == [
-        "the whole model",
-        "without layers 2 to 4, last 3 tokens whole",
-    ]
+    assert [row[:58].strip() for row in rows] == ["the whole model", "without layers 2 to 4, last 3 tokens whole"]
     assert len({len(row) for row in rows}) == 1  # aligned
 
 
-@pytest.mark.parametrize("plan", ["none", "1.0"])
-def test_pruning_nothing_or_everything_and_a_single_token(plan, arguments, capsys):
+@pytest.mark.parametrize(("plan", "rows"), [("none", 1), ("1.0", 2)])
+def test_pruning_nothing_or_everything_and_a_single_token(plan, rows, arguments, capsys):
     assert main([*arguments, "--prune", plan, "--max-new-tokens", "1", "--runs", "1", "--json"]) == 0
-    rows = json.loads(capsys.readouterr().out)["rows"]
-    assert len(rows) == (1 if plan == "none" else 2)
-    if plan == "none":
-        assert [(row["kl_nats"], row["answer_tokens"], row["speedup_limit"]) for row in rows] == [(0, 1, 1)]
-    assert main([*arguments, "--prune", plan, "--max-new-tokens", "1", "--runs", "1"]) == 0
+    first, *others = json.loads(capsys.readouterr().out)["rows"]
+    assert (first["kl_nats"], first["answer_tokens"], first["speedup_limit"]) == (0, 1, 1)
+    assert len(others) == rows - 1
 
 
 def test_the_story_fills_the_prompt(folder, tmp_path, capsys, monkeypatch):
@@ -188,7 +179,7 @@ def test_the_story_fills_the_prompt(folder, tmp_path, capsys, monkeypatch):
     assert demo.QUESTION in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("template", [None, "{% unknown %}", "{{ 1 / 0 }}", "no messages"])
+@pytest.mark.parametrize("template", [None, "{{ 1 / 0 }}"])
 def test_a_model_without_a_chat_format_continues_the_text(template, tmp_path, arguments, capsys, monkeypatch):
     """A base model has no chat template, and others have one that cannot be used."""
     folder = write_chat_checkpoint(tmp_path / "base")
@@ -223,13 +214,8 @@ def test_an_error_is_one_sentence(arguments, said, folder, tmp_path, monkeypatch
 
     (tmp_path / "long.txt").write_text("a" * 2000)
     (tmp_path / "empty.txt").write_text("")
-    words = {
-        "CHAT": folder,
-        "IDS": str(write_checkpoint(tmp_path / "ids")),
-        "LONG": str(tmp_path / "long.txt"),
-        "EMPTY": str(tmp_path / "empty.txt"),
-        "MISSING": str(tmp_path / "missing.txt"),
-    }
+    words = {"CHAT": folder, "IDS": str(write_checkpoint(tmp_path / "ids"))}
+    words |= {name.upper(): str(tmp_path / f"{name}.txt") for name in ("long", "empty", "missing")}
     monkeypatch.setattr("pop.checkpoints.registry._places", lambda: [tmp_path / "weights"])
     monkeypatch.setattr("tools.convert.packages._download", no_network)
     assert main([words.get(word, word) for word in arguments.split()]) == 2

@@ -97,21 +97,26 @@ def _byte_level_bpe(source, tokens: list, types: list, pre: str | None, bos_id: 
         for i, token in enumerate(tokens)
         if types[i] in (CONTROL, USER_DEFINED)
     ]
-    template = None
-    if bos_id is not None:
-        bos = tokens[bos_id]
-        single = [{"SpecialToken": {"id": bos, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
-        second = [{"SpecialToken": {"id": bos, "type_id": 1}}, {"Sequence": {"id": "B", "type_id": 1}}]
-        template = {"type": "TemplateProcessing", "single": single, "pair": single + second}
-        template["special_tokens"] = {bos: {"id": bos, "ids": [bos_id], "tokens": [bos]}}
     return {
         "version": "1.0",
         "added_tokens": added,
         "normalizer": normalizer,
         "pre_tokenizer": pre_tokenizer,
-        "post_processor": template,
+        "post_processor": None if bos_id is None else bos_first(tokens[bos_id], bos_id),
         "decoder": _GPT2,
         "model": {"type": "BPE", "ignore_merges": ignore_merges, "vocab": vocab, "merges": merges},
+    }
+
+
+def bos_first(bos: str, bos_id: int) -> dict[str, Any]:
+    """Return the post_processor of tokenizer.json that puts the token `bos` before each text."""
+    single = [{"SpecialToken": {"id": bos, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
+    second = [{"SpecialToken": {"id": bos, "type_id": 1}}, {"Sequence": {"id": "B", "type_id": 1}}]
+    return {
+        "type": "TemplateProcessing",
+        "single": single,
+        "pair": single + second,
+        "special_tokens": {bos: {"id": bos, "ids": [bos_id], "tokens": [bos]}},
     }
 
 

@@ -13,7 +13,7 @@ from pop.errors import TokenizerError
 from pop.inputs.byte_pair import CHARS
 from pop.inputs.chat_templates import TEMPLATES
 from pop.system.files import write_json
-from tools.convert.gguf_tokenizer import PRE_TOKENIZERS
+from tools.convert.gguf_tokenizer import PRE_TOKENIZERS, bos_first
 
 BOS = "<|begin_of_text|>"
 SPECIAL = [
@@ -51,8 +51,6 @@ def tokenizer_json(ranks: dict[bytes, int]) -> dict[str, Any]:
     added = []
     for n, name in enumerate(SPECIAL):
         added.append({"id": len(ranks) + n, "content": f"<|{name}|>", "special": True} | flags)
-    single = [{"SpecialToken": {"id": BOS, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
-    second = [{"SpecialToken": {"id": BOS, "type_id": 1}}, {"Sequence": {"id": "B", "type_id": 1}}]
     merges = []
     for token in sorted(ranks, key=ranks.get):
         pair = last_merge(token, ranks)
@@ -63,12 +61,7 @@ def tokenizer_json(ranks: dict[bytes, int]) -> dict[str, Any]:
         "added_tokens": added,
         "normalizer": normalizer,
         "pre_tokenizer": pre_tokenizer,
-        "post_processor": {
-            "type": "TemplateProcessing",
-            "single": single,
-            "pair": single + second,
-            "special_tokens": {BOS: {"id": BOS, "ids": [len(ranks)], "tokens": [BOS]}},
-        },
+        "post_processor": bos_first(BOS, len(ranks)),
         "decoder": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True},
         "model": {
             "type": "BPE",
