@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
-from support.goldens import TOLERANCE, Golden, error
+from support.goldens import GOLDENS, TOLERANCE, Golden, error
 from support.published import PUBLISHED, SIGLIP
 from support.published_vl import SIZES as QWEN3_VL_SIZES
 from support.published_vl import published as published_vl
@@ -31,45 +31,18 @@ from pop.checkpoints.config_json import read_config
 from pop.checkpoints.registry import lookup
 from pop.checkpoints.weights import load_weights
 from pop.errors import CheckpointError
-from pop.models import build
+from pop.models import FAMILIES, build
 from pop.models.config import Config
 
-# Against the reference: tiny random models with awkward sizes. The tools that make them say what is in each.
+# Against the reference: tiny random models with awkward sizes. tools/goldens says what is in each.
 
-CASES = (
-    "llama/wide-heads",
-    "llama/mqa-tied",
-    "llama/llama3-rope",
-    "llama/linear-rope",
-    "llama/biases",
-    "llama/sharded",
-    "llama/bfloat16",
-    "llama/old-llama3",
-    "llama/old-linear",
-    "gemma3/window",
-    "gemma3/odd-pattern",
-    "gemma3/mqa",
-    "gemma3/long",
-    "gemma3/bfloat16",
-    "gemma3/old",
-    "gemma3/old-omissions",
-    "gemma3/images",
-    "gemma3/images-beyond-the-window",
-    "gemma3/old-images",
-    "gemma3/images-saved",
-    "qwen3/wide-heads",
-    "qwen3/mqa-tied",
-    "qwen3/bfloat16",
-    "qwen3/old",
-    "qwen3/experts",
-    "qwen3/experts-saved",
-    "qwen3_vl/untied",
-    "qwen3_vl/tied",
-    "qwen3_vl/experts",
-    "olmo2/wide-heads",
-    "olmo2/bfloat16",
-    "olmo2/old",
-)
+CASES = [
+    f"{family}/{path.parent.name}" for family in FAMILIES for path in sorted((GOLDENS / family).glob("*/golden.json"))
+]
+
+
+def test_every_family_has_goldens():
+    assert {case.split("/")[0] for case in CASES} == FAMILIES.keys()
 
 
 @pytest.fixture(scope="module", params=CASES)

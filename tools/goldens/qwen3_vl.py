@@ -142,7 +142,9 @@ CASES = {
 
 def lay_out(prompt, merge: int, random) -> tuple[list[int], list, list]:
     """Token ids, and the grids of images and of videos. Text that gives their times separates the frames of a video."""
-    tokens, images, videos = [], [], []
+    tokens = []
+    images = []
+    videos = []
 
     def text(count):
         tokens.extend(random.randint(0, TEXT_TOKENS, count).tolist())
@@ -151,15 +153,18 @@ def lay_out(prompt, merge: int, random) -> tuple[list[int], list, list]:
         if isinstance(part, int):
             text(part)
             continue
-        frames, rows, columns = part if len(part) == 3 else (1, *part)
-        (videos if len(part) == 3 else images).append([frames, rows, columns])
-        placeholder = VIDEO if len(part) == 3 else IMAGE
+        is_video = len(part) == 3
+        frames, rows, columns = part if is_video else (1, *part)
+        grids = videos if is_video else images
+        grids.append([frames, rows, columns])
+        placeholder = VIDEO if is_video else IMAGE
         for frame in range(frames):
-            if len(part) == 3:
+            if is_video:
                 text(2 + frame % 2)
             run = [placeholder] * (rows * columns // merge**2)
             # An image at either end of a prompt lacks marks, so it includes the very first or last token.
-            tokens.extend(run if part in (prompt[0], prompt[-1]) else [START, *run, END])
+            is_at_an_end = part in (prompt[0], prompt[-1])
+            tokens.extend(run if is_at_an_end else [START, *run, END])
     return tokens, images, videos
 
 
@@ -168,16 +173,20 @@ def run(model, prompt, seed: int) -> tuple[dict, dict, float]:
     vision = model.config.vision_config
     tokens, images, videos = lay_out(prompt, vision.spatial_merge_size, np.random.RandomState(seed))
     values = 3 * vision.temporal_patch_size * vision.patch_size**2
-    inputs, arrays = {}, {}
-    for kind, grids in (("image", images), ("video", videos)):
-        if grids:
-            patches = random_patches(sum(t * h * w for t, h, w in grids), values, seed + len(kind) + (kind == "video"))
-            inputs["pixel_values" + "_videos" * (kind == "video")] = patches
-            inputs[f"{kind}_grid_thw"] = torch.tensor(grids)
-            output = model.model.get_image_features(patches, torch.tensor(grids), return_dict=True)
-            arrays[f"{kind}_features"] = torch.cat(list(output.pooler_output)).numpy()
-            deepstack = [torch.cat(list(features)) for features in output.deepstack_features]
-            arrays[f"{kind}_deepstack"] = torch.stack(deepstack).numpy()
+    inputs = {}
+    arrays = {}
+    of_kind = {"image": ("pixel_values", images, seed + 5), "video": ("pixel_values_videos", videos, seed + 6)}
+    for kind, (argument, grids, seed_of_patches) in of_kind.items():
+        if not grids:
+            continue
+        count = sum(frames * rows * columns for frames, rows, columns in grids)
+        patches = random_patches(count, values, seed_of_patches)
+        inputs[argument] = patches
+        inputs[f"{kind}_grid_thw"] = torch.tensor(grids)
+        output = model.model.get_image_features(patches, torch.tensor(grids), return_dict=True)
+        arrays[f"{kind}_features"] = torch.cat(list(output.pooler_output)).numpy()
+        deepstack = [torch.cat(list(features)) for features in output.deepstack_features]
+        arrays[f"{kind}_deepstack"] = torch.stack(deepstack).numpy()
 
     def full(ids):
         ids = torch.tensor([ids])
@@ -216,17 +225,14 @@ def run(model, prompt, seed: int) -> tuple[dict, dict, float]:
 @torch.no_grad()
 def make(name: str, fields: dict) -> None:
     ids = {"image_token_id": IMAGE, "video_token_id": VIDEO, "vision_start_token_id": START, "vision_end_token_id": END}
-    mixture = "num_experts" in fields["text_config"]
-    config_class, model_class = (
-        (Qwen3VLMoeConfig, Qwen3VLMoeForConditionalGeneration)
-        if mixture
-        else (Qwen3VLConfig, Qwen3VLForConditionalGeneration)
-    )
+    has_experts = "num_experts" in fields["text_config"]
+    config_class = Qwen3VLMoeConfig if has_experts else Qwen3VLConfig
+    model_class = Qwen3VLMoeForConditionalGeneration if has_experts else Qwen3VLForConditionalGeneration
     config = config_class(**fields, **ids)
     config._attn_implementation = "eager"
     model = model_class(config).float().eval()
     model.set_attn_implementation("eager")
-    if mixture:
+    if has_experts:
         model.set_experts_implementation("eager")
     shapes = {parameter: tuple(values.shape) for parameter, values in model.named_parameters()}
     weights = random_weights(shapes, seed=7, family="qwen3_vl")
@@ -237,7 +243,8 @@ def make(name: str, fields: dict) -> None:
     folder.mkdir(parents=True)
     model.config.architectures = [model_class.__name__]
     model.config.save_pretrained(folder)
-    goldens, arrays = {}, {}
+    goldens = {}
+    arrays = {}
     for case in CASES[name]:
         for seed in range(100):
             golden, of_case, margin = run(model, PROMPTS[case], seed)
@@ -258,8 +265,11 @@ def make(name: str, fields: dict) -> None:
 # Images of tests/support/tiny_images.py in a small size. One is also prepared in the published size, and sampled.
 IMAGES = ("tall", "wide", "tiny", "dot", "line", "large", "alpha", "grey")
 SMALL = {"patch_size": 4, "merge_size": 2, "temporal_patch_size": 2, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
-IMAGE_PIXELS, VIDEO_PIXELS = (300, 1500), (800, 4000)
-PUBLISHED_PIXELS, PUBLISHED_VIDEO_PIXELS, SAMPLES = (65536, 16777216), (4096, 25165824), 2000
+IMAGE_PIXELS = (300, 1500)
+VIDEO_PIXELS = (800, 4000)
+PUBLISHED_PIXELS = (65536, 16777216)
+PUBLISHED_VIDEO_PIXELS = (4096, 25165824)
+SAMPLES = 2000  # values that are kept of the image in the published size
 # Frames, height, width, and frames per second, of which two are kept. None keeps all frames.
 VIDEOS = {
     "odd": (5, 20, 31, None),
@@ -284,13 +294,12 @@ def make_images() -> None:
         return {"shortest_edge": pixels[0], "longest_edge": pixels[1]}
 
     arrays = {}
-    small, real = (
-        Qwen2VLImageProcessor(**SMALL | options)
-        for options in ({"size": size(IMAGE_PIXELS)}, {"size": size(PUBLISHED_PIXELS), "patch_size": 16})
-    )
+    small = Qwen2VLImageProcessor(**SMALL, size=size(IMAGE_PIXELS))
+    real = Qwen2VLImageProcessor(**SMALL | {"patch_size": 16}, size=size(PUBLISHED_PIXELS))
     for name in IMAGES:
         out = small(image(name), return_tensors="pt")
-        arrays[name], arrays[f"{name}-grid"] = exact_levels(out["pixel_values"]), out["image_grid_thw"][0].numpy()
+        arrays[name] = exact_levels(out["pixel_values"])
+        arrays[f"{name}-grid"] = out["image_grid_thw"][0].numpy()
     out = real(image("large"), return_tensors="pt")
     pixels = exact_levels(out["pixel_values"])
     where = np.random.RandomState(0).choice(pixels.size, SAMPLES, replace=False)

@@ -40,11 +40,10 @@ def make_tiny(name: str, case: Case) -> None:
     for seed in range(100):
         model = random_reference(case, seed)
         golden, arrays = run_prompts(model, case, seed)
-        ends = getattr(model.config, "eos_token_id", None) or model.config.get_text_config().eos_token_id
-        ends = {*(ends if isinstance(ends, list) else [ends]), *image_ids(model.config)[-1:]}
-        ended = any(ends.intersection(prompt["greedy"]) for prompt in golden["prompts"])
-        varied = golden["fewest_distinct"] >= case.distinct
-        if golden["smallest_margin"] >= MIN_MARGIN and varied and not ended:
+        ends = end_tokens(model.config)
+        has_ended = any(ends.intersection(prompt["greedy"]) for prompt in golden["prompts"])
+        is_varied = golden["fewest_distinct"] >= case.distinct
+        if golden["smallest_margin"] >= MIN_MARGIN and is_varied and not has_ended:
             break
     else:
         sys.exit(f"{name}: no seed below 100 gives varied greedy tokens without ties; change its sizes")
@@ -67,6 +66,13 @@ def make_tiny(name: str, case: Case) -> None:
     np.savez_compressed(folder / "logits.npz", **arrays)
     size = folder_bytes(folder)
     print(f"{name}: seed {seed}, smallest margin {golden['smallest_margin']} std, {size / 1000:.0f} kB")
+
+
+def end_tokens(config) -> set[int | None]:
+    """The tokens at which the reference ends an answer, and the token inside images."""
+    ends = getattr(config, "eos_token_id", None) or config.get_text_config().eos_token_id
+    ends = ends if isinstance(ends, list) else [ends]
+    return {*ends, *image_ids(config)[-1:]}
 
 
 def stored_dtype(case: Case) -> torch.dtype:
@@ -105,7 +111,8 @@ def image_ids(config) -> list[int]:
 def random_prompt(config, layout, random) -> tuple[list[int], int]:
     """Random tokens in a layout of Case.prompt_lengths, and the number of images among them."""
     vocab = config.get_text_config().vocab_size - len(image_ids(config))
-    tokens, images = [], 0
+    tokens = []
+    images = 0
     for part in layout if isinstance(layout, tuple) else (layout,):
         if part == IMAGE:
             boi, eoi, image = image_ids(config)
@@ -127,11 +134,17 @@ def image_inputs(config, tokens: list[int], images: int) -> dict:
 
 def run_prompts(model: torch.nn.Module, case: Case, seed: int) -> tuple[dict, dict]:
     random = np.random.RandomState(seed)
-    prompts, arrays, margins = [], {}, []
+    prompts = []
+    arrays = {}
+    margins = []
     for i, layout in enumerate(case.prompt_lengths):
         tokens, images = random_prompt(model.config, layout, random)
-        greedy, arrays[f"logits_{i}"], lead = greedy_run(model, tokens, GREEDY_TOKENS, images=images)
-        prompts.append({"tokens": tokens, "greedy": greedy} | ({"images": images} if images else {}))
+        greedy, logits, lead = greedy_run(model, tokens, GREEDY_TOKENS, images=images)
+        arrays[f"logits_{i}"] = logits
+        prompt = {"tokens": tokens, "greedy": greedy}
+        if images:
+            prompt["images"] = images
+        prompts.append(prompt)
         margins.append(lead.min())
     golden = {
         "made_with": MADE_WITH,
@@ -213,7 +226,8 @@ def make_real(folder: Path) -> None:
     model = load_reference(folder, torch.float32)
     texts = {"chat": chat, "plain": PLAIN, "long": long_text.read_text(encoding="utf-8")}
     ids = np.sort(np.random.RandomState(0).choice(model.config.vocab_size, SAMPLED_IDS, replace=False))
-    prompts, arrays = {}, {"ids": ids.astype(np.int32)}
+    prompts = {}
+    arrays = {"ids": ids.astype(np.int32)}
     for name, text in texts.items():
         tokens = tokenizer(bos + text, add_special_tokens=False)["input_ids"][:long_tokens]
         greedy, logits, lead = greedy_run(model, tokens, REAL_GREEDY_TOKENS, answer_only=True)
@@ -252,9 +266,9 @@ def main() -> None:
         parser.error(f"{options.real} is not named {' or '.join(REAL)}")
     if options.real:
         make_real(options.real)
-    else:
-        for name in [options.only] if options.only else CASES:
-            make_tiny(name, CASES[name])
+        return
+    for name in [options.only] if options.only else CASES:
+        make_tiny(name, CASES[name])
 
 
 if __name__ == "__main__":
