@@ -4,9 +4,9 @@
                   │
                   └── keys_values: all that a pruned layer computes
 
-The reference, the engine and the calibration call only `PrunableLayer` and `PrunableModel`. A model of another code
-base subclasses them (tools/examples/nano_gpt.py). `DecoderLayer` and `DecoderModel` are what the families of this
-folder have in common. Attribute names are the checkpoint's names. Shape letters: layers.py.
+The reference and the engine call `PrunableLayer` and `PrunableModel`. A model of another code base subclasses them
+(tools/examples/nano_gpt.py). `DecoderLayer` and `DecoderModel` are what the families of this folder have in common.
+Attribute names are the checkpoint's names. Shape letters: layers.py.
 """
 
 from collections.abc import Callable, Sequence
@@ -62,7 +62,7 @@ class PrunableModel(nn.Module):
     Attributes:
         config: has the sizes that a KV cache reads: num_layers, windows, hidden_size, num_kv_heads and head_dim.
         layers: L of them.
-        deepstack_layers: after each of the first this many layers, features of images are added to h.
+        deepstack_layers: how many layers, from the first one, are followed by an addition of image features to h.
         vision_blocks: the name of the submodule that lists the vision tower's layers. None: there is no tower. With a
             tower, `vision_block_inputs(N, P)` returns zeros in the shapes that such a layer takes for N images of P
             patches.
@@ -163,14 +163,6 @@ class DecoderLayer(PrunableLayer):
     def placed(self, k: torch.Tensor, v: torch.Tensor, rope: Rope) -> tuple[torch.Tensor, torch.Tensor]:
         """Projected k and v [B, T, K * E] -> k and v [B, T, K, E], as the cache holds them."""
         return self.self_attn.placed(k, v, rope)
-
-    def folded_projections(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """What maps normalised(h) to projected(h): weight [2, K * E, D] and bias [2, K * E], in float64."""
-        projections = (self.self_attn.k_proj, self.self_attn.v_proj)
-        weight = torch.stack([projection.weight.double() for projection in projections])
-        zero = weight.new_zeros(weight.shape[1])
-        biases = [zero if projection.bias is None else projection.bias.double() for projection in projections]
-        return weight * self.input_layernorm.gain(), torch.stack(biases)
 
 
 class Decoder(nn.Module):

@@ -37,10 +37,6 @@ class RMSNorm(nn.Module):
         self.eps = eps
         self.weight = nn.Parameter(torch.ones(dim))
 
-    def gain(self) -> Tensor:
-        """The factor [dim] on the normalised values, in float64."""
-        return self.weight.double()
-
     def mean_square(self, x: Tensor) -> Tensor:
         """x [..., dim] float32 -> [..., 1]."""
         return x.pow(2).mean(-1, keepdim=True)
@@ -57,9 +53,6 @@ class RMSNorm(nn.Module):
 
 class GemmaRMSNorm(RMSNorm):
     """x / rms(x) * (1 + weight), all in float32."""
-
-    def gain(self):
-        return 1 + self.weight.double()
 
     def forward(self, x):
         return (self.normalise(x.float()) * (1 + self.weight.float())).to(x.dtype)

@@ -1,8 +1,9 @@
 """The OLMo-2 family, from 1B to 32B (OLMo team 2024).
 
-It differs from Llama (llama.py) in where it normalises:
+It differs from Llama (llama.py) in where it normalises. Attention and the MLP read h itself, and their outputs are
+normalised before they are added:
 
-    h = h + norm(o_proj(attention(q, k, v)))     # q, k, v: projections of h itself
+    h = h + norm(o_proj(attention(q, k, v)))     # q, k, v: projections of h
     h = h + norm(down(silu(gate(h)) * up(h)))
 
 Queries and keys are normalised before they are rotated, each over all heads together.
@@ -37,7 +38,7 @@ class DecoderLayer(base.DecoderLayer):
         D = config.hidden_size
         E = config.head_dim
         self.scale = E**-0.5
-        self.input_layernorm = nn.Identity()
+        self.input_layernorm = nn.Identity()  # attention reads h itself
         self.self_attn = Attention(config)
         self.self_attn.q_norm = HeadsNorm(config.num_heads * E, config.norm_eps)
         self.self_attn.k_norm = HeadsNorm(config.num_kv_heads * E, config.norm_eps)
@@ -52,7 +53,7 @@ class DecoderLayer(base.DecoderLayer):
         return self.post_feedforward_layernorm(self.mlp(h))
 
     def normalised(self, h):
-        return self.post_attention_layernorm.normalise(h)  # h itself has no norm, and this one's eps
+        return self.post_attention_layernorm.normalise(h)  # without its weight: any norm of this width would do
 
 
 class Olmo2(base.DecoderModel):

@@ -44,17 +44,6 @@ def test_keys_and_values_are_those_of_the_whole_layer(module, seed):
             assert_close(other, wanted)
 
 
-@given(models(), st.integers(0, 9))
-def test_folded_projections_give_the_projections_of_the_normalised_state(module, seed):
-    """Norms get random weights, so that leaving one out shows."""
-    h, _ = inputs(module, seed)
-    for layer in module.layers:
-        layer.input_layernorm.weight.data.normal_(generator=torch.Generator().manual_seed(seed))
-        weight, bias = layer.folded_projections()
-        found = torch.einsum("btd,pkd->pbtk", layer.normalised(h).double(), weight) + bias[:, None, None]
-        assert_close(found.float(), torch.stack(layer.projected(h)))
-
-
 @given(models())
 def test_the_pass_calls_each_layer_as_a_module(module):
     """So hooks work, and so does a step that skips layers."""

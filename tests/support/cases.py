@@ -7,7 +7,14 @@ from unittest.mock import patch
 import torch
 import torch.nn.functional as F
 from hypothesis import strategies as st
-from support.tiny import random_model, tiny_config, tiny_gemma3_config, tiny_qwen3_config, tiny_qwen3_vl_config
+from support.tiny import (
+    random_model,
+    tiny_config,
+    tiny_gemma3_config,
+    tiny_olmo2_config,
+    tiny_qwen3_config,
+    tiny_qwen3_vl_config,
+)
 
 from pop import engine
 from pop.engine import forward
@@ -19,6 +26,13 @@ from pop.pruning.corrections import Corrections
 from pop.pruning.plan import PrunePlan
 
 NONE = PrunePlan.none()
+FAMILIES = {
+    "llama": tiny_config,
+    "gemma3": tiny_gemma3_config,
+    "qwen3": tiny_qwen3_config,
+    "qwen3_vl": tiny_qwen3_vl_config,
+    "olmo2": tiny_olmo2_config,
+}
 
 
 def assert_close(actual, expected):
@@ -30,7 +44,8 @@ def assert_close(actual, expected):
 @st.composite
 def models(draw):
     """A random model of any family: any head grouping, head width, depth, RoPE; bias and tying; windows."""
-    kv_heads, num_layers = draw(st.integers(1, 3)), draw(st.integers(1, 6))
+    kv_heads = draw(st.integers(1, 3))
+    num_layers = draw(st.integers(1, 6))
     ropes = st.sampled_from(
         [
             RopeConfig(base=10_000.0),
@@ -45,27 +60,22 @@ def models(draw):
         "head_dim": draw(st.sampled_from([2, 6, 10])),
         "rope": draw(ropes),
     }
-    family = draw(st.sampled_from(["llama", "gemma3", "qwen3", "qwen3_vl"]))
+    family = draw(st.sampled_from(sorted(FAMILIES)))
     if family == "gemma3":
         windows = st.sampled_from([draw(st.sampled_from([1, 2, 5, 9, 100])), None])
-        config = tiny_gemma3_config(
-            **sizes,
-            local_rope=draw(ropes),
-            windows=tuple(draw(st.lists(windows, min_size=num_layers, max_size=num_layers))),
-        )
-    elif family == "qwen3":
-        tied, mixture = draw(st.booleans()), draw(experts(num_layers))
-        config = tiny_qwen3_config(**sizes, num_layers=num_layers, tie_embeddings=tied, experts=mixture)
-    elif family == "qwen3_vl":
-        config = qwen3_vl_config(draw, **sizes, num_layers=num_layers, experts=draw(experts(num_layers)))
+        sizes["local_rope"] = draw(ropes)
+        sizes["windows"] = tuple(draw(st.lists(windows, min_size=num_layers, max_size=num_layers)))
     else:
-        config = tiny_config(
-            **sizes,
-            num_layers=num_layers,
-            tie_embeddings=draw(st.booleans()),
-            attention_bias=draw(st.booleans()),
-            mlp_bias=draw(st.booleans()),
-        )
+        sizes["num_layers"] = num_layers
+    if family in ("llama", "qwen3", "olmo2"):
+        sizes["tie_embeddings"] = draw(st.booleans())
+    if family in ("llama", "olmo2"):
+        sizes["attention_bias"] = draw(st.booleans())
+    if family == "llama":
+        sizes["mlp_bias"] = draw(st.booleans())
+    if family in ("qwen3", "qwen3_vl"):
+        sizes["experts"] = draw(experts(num_layers))
+    config = qwen3_vl_config(draw, **sizes) if family == "qwen3_vl" else FAMILIES[family](**sizes)
     return random_model(config, seed=draw(st.integers(0, 9)))
 
 

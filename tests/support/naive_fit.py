@@ -44,11 +44,18 @@ def own_projections(module, layers):
     own = []
     for index in layers:
         layer = module.layers[index]
-        gain = layer.input_layernorm.weight.detach() + (module.config.family == "gemma3")
+        gain = norm_gain(module, index)
         for linear in (layer.self_attn.k_proj, layer.self_attn.v_proj):
             weight = linear.weight.detach() * gain
             own.append(torch.cat((weight, torch.zeros_like(weight)), dim=1))
     return torch.stack(own).unflatten(0, (-1, 2))
+
+
+def norm_gain(module, index):
+    """What the norm before a layer's attention multiplies with, [D]. OLMo-2 has no such norm, so 1 stands for it."""
+    if module.config.family == "olmo2":
+        return torch.ones(module.config.hidden_size)
+    return module.layers[index].input_layernorm.weight.detach() + (module.config.family == "gemma3")
 
 
 def whole_projections(module, corrections):
@@ -87,10 +94,10 @@ def naive_fit(model, windows, plan, ridge, images=None):
             previous = np.concatenate([np.zeros_like(x[:1]), x[:-1]])
             xs[index].append(np.concatenate([x, previous], axis=1)[first:])
             layer = module.layers[index]
-            gain = layer.input_layernorm.weight.detach().double().numpy() + (module.config.family == "gemma3")
+            attended = h if module.config.family == "olmo2" else x * norm_gain(module, index).double().numpy()
             for i, name in enumerate(("self_attn.k_proj", "self_attn.v_proj")):
                 linear = layer.get_submodule(name)
-                own = x * gain @ linear.weight.detach().double().numpy().T
+                own = attended @ linear.weight.detach().double().numpy().T
                 own += 0 if linear.bias is None else linear.bias.detach().double().numpy()
                 ys[index, i].append((full[index, name][1].double().numpy() - own)[first:])
             if index in ends:
