@@ -11,7 +11,7 @@ from pop.errors import InputError, UnsupportedError
 from pop.inputs.chat_templates import TEMPLATES, StandIns, Template, jinja, masked, write
 from pop.inputs.messages import read_messages, tool_call
 from pop.inputs.processors import Prepared, Processor
-from pop.inputs.tokenizers import Tokenizer
+from pop.inputs.tokenizers import Piece, Tokenizer
 
 ENDS = ("<|end_of_text|>", "<|eom_id|>", "<|endoftext|>", "<eos>")  # end any answer, if the tokenizer has them
 
@@ -117,7 +117,7 @@ class ChatFormat:
         told = stand_ins.hide(told)
         tools = stand_ins.hide(tools)
         options = {"add_generation_prompt": add_generation_prompt} | _thinking(enable_thinking)
-        text = self._write_safely(told, tools, **options)
+        text = self._write(told, tools, **options)
         if tools and self._write(told, **options) == text:
             raise UnsupportedError("the chat_template leaves out the tools; put them into a message")
         without_calls = [{key: part for key, part in message.items() if key != "tool_calls"} for message in told]
@@ -125,7 +125,8 @@ class ChatFormat:
             raise UnsupportedError("the chat_template leaves out the tool calls; put them into a message")
         if add_generation_prompt and not enable_thinking and text.endswith("<think>\n"):
             raise UnsupportedError("the model always thinks; leave out enable_thinking=False")
-        return self._encode(text, media, stand_ins), media
+        without_texts = self._write(masked(told), masked(tools), **options)
+        return self._encode(text, without_texts, media, stand_ins), media
 
     def next_prompt(self, content, enable_thinking: bool = True) -> tuple[list[int], list[Prepared]]:
         """Return what `prompt` adds after an answer: the turn's end, the user's message, and the next turn's opening.
@@ -136,12 +137,13 @@ class ChatFormat:
         stand_ins = self._stand_ins(told, [])
         told = stand_ins.hide(told)
         options = _thinking(enable_thinking)
-        text = self._write_safely([_ASKED, _ANSWERED, *told], **options)
-        longer = self._write([_ASKED, _ANSWERED, _ASKED, _ANSWERED, *told], **options)
-        added = text.split(_ANSWER, 1)[-1]
-        if not self._continues or longer.split(_ANSWER, 2)[-1] != added:
+        begun = [_ASKED, _ANSWERED]
+        added = self._write(begun + told, **options).split(_ANSWER, 1)[-1]
+        after_more = self._write(begun + begun + told, **options).split(_ANSWER, 2)[-1]
+        if not self._continues or after_more != added:
             raise UnsupportedError("the chat_template rewrites earlier turns; answer whole lists of messages with chat")
-        return self._encode(added, media, stand_ins), media
+        without_texts = self._write(begun + masked(told), **options).split(_ANSWER, 1)[-1]
+        return self._encode(added, without_texts, media, stand_ins), media
 
     def parse_tool_calls(self, text: str) -> list[dict]:
         """Return the calls in an answer, as a message has them under "tool_calls". An answer in words has none.
@@ -176,38 +178,39 @@ class ChatFormat:
         variables = {"marks": self._marks()} | self.tokenizer.template_variables | options
         return write(template, told, tools, add_generation_prompt=add_generation_prompt, **variables)
 
-    def _write_safely(self, told: list[dict], tools=(), **options) -> str:
-        """Write a conversation whose texts hide the names of control tokens.
+    def _encode(self, text: str, without_texts: str, media: list[Prepared], stand_ins: StandIns) -> list[int]:
+        """Return the ids of what a template wrote, with images and videos in place of their marks.
 
-        A template could still form a name: from parts of two texts, or from a text and a character of its own. So the
-        control tokens must be the same when none of the texts has a character of a name.
+        The texts hide the names of control tokens. A template could still form a name from parts of two texts, or from
+        a text and characters that it adds. So the control tokens must be the same when no text has a character of a
+        name, as in `without_texts`.
         """
-        text = self._write(told, tools, **options)
-        without_texts = self._write(masked(told), masked(tools), **options)
-        special = self.tokenizer.special_tokens
-        found = [name for name in self._names(text) if name in special]
-        expected = [name for name in self._names(without_texts) if name in special]
-        if found != expected:
+        pieces = self._split(text, media)
+        control_tokens = [piece for piece in pieces if isinstance(piece, list)]
+        if control_tokens != [piece for piece in self._split(without_texts, media) if isinstance(piece, list)]:
             raise UnsupportedError("the chat_template forms control tokens from texts; pass another chat_format=")
-        return text
+        encoded = []
+        for piece in pieces:
+            if isinstance(piece, Prepared):
+                encoded += piece.pieces
+            else:
+                encoded.append(stand_ins.restore(piece) if isinstance(piece, str) else piece)
+        return self.tokenizer.encode_pieces(encoded, bos=False)
 
-    def _encode(self, text: str, media: list[Prepared], stand_ins: StandIns) -> list[int]:
-        """Return the ids of what a template wrote, with images and videos in place of their marks."""
+    def _split(self, text: str, media: list[Prepared]) -> list[Piece | Prepared]:
+        """Split what a template wrote into texts, control tokens, and the images and videos at their marks."""
         special = set(self.tokenizer.special_tokens.values())
         parts = self.vision.split_at_marks(text, media, "chat_template") if media else [text]
         pieces = []
         for part in parts:
             if isinstance(part, Prepared):
-                pieces += part.pieces
+                pieces.append(part)
                 continue
             for piece in self.tokenizer.split(part, allow_special=True):
-                if isinstance(piece, str):
-                    pieces.append(stand_ins.restore(piece))
-                elif special.isdisjoint(piece):
-                    pieces.append(self.tokenizer.decode(piece))  # text spells it, perhaps together with its neighbours
-                else:
-                    pieces.append(piece)
-        return self.tokenizer.encode_pieces(pieces, bos=False)
+                if isinstance(piece, list) and special.isdisjoint(piece):
+                    piece = self.tokenizer.decode(piece)  # text spells it, perhaps together with its neighbours
+                pieces.append(piece)
+        return pieces
 
     def _names(self, text: str) -> list[str]:
         """Return the names of the added tokens in a text that a template wrote, in order."""

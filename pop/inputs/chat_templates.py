@@ -1,7 +1,7 @@
 """Templates write a conversation as text: programs in Jinja, run in jinja2's sandbox, or functions of the caller.
 
-A template sees ordinary strings. So that a text of the caller never becomes a control token, `StandIns` changes the
-names of control tokens in the texts before the template runs, and restores them in the parts that are not tokens.
+A template sees ordinary strings. A text of the caller must never become a control token. So `StandIns` changes the
+names of control tokens in the texts before the template runs. Afterwards it restores them in what is encoded as text.
 """
 
 import datetime
@@ -121,8 +121,8 @@ class StandIns:
         return text
 
 
-def masked(value: Any, visible: str = r"\S") -> Any:
-    """Return a JSON value whose texts have a private-use character in place of every visible one.
+def masked(value: Any, visible: str = r"\S+") -> Any:
+    """Return a JSON value whose texts have a private-use character in place of everything between whitespace.
 
     No part of such a text can belong to a control token. Words stay as they are in keys, which templates look up, and
     in roles and types, which they compare.
@@ -133,7 +133,7 @@ def masked(value: Any, visible: str = r"\S") -> Any:
         return [masked(part, visible) for part in value]
     if not isinstance(value, dict):
         return value
-    not_in_words = r"[^\w\s]"
+    not_in_words = r"[^\w\s]+"
     result = {}
     for key, part in value.items():
         compared = key in ("role", "type")

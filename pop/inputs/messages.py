@@ -61,9 +61,8 @@ def _read_message(message: dict, n: int, vision: Processor | None) -> tuple[dict
 
 def _check_keys(message: dict, n: int) -> None:
     """Check the role of message `n`, and that it has the keys of its role."""
-    refusal = f"message {n} must be a dict of 'role' and 'content', got {message!r:.80}."
     if not isinstance(message, dict):
-        raise InputError(refusal)
+        raise InputError(f"message {n} must be a dict of 'role' and 'content', got {message!r:.80}.")
     role = message.get("role", "user")
     if not isinstance(role, str) or role not in KEYS or (role == "system" and n > 0):
         raise InputError(f"message {n} has the role {role!r}; use user, assistant or, for the first, system.")
@@ -71,7 +70,7 @@ def _check_keys(message: dict, n: int) -> None:
     if role == "assistant" and message.get("tool_calls"):
         needed = {"role"}
     if not needed <= message.keys() <= {"role", "content", *KEYS[role]}:
-        raise InputError(refusal)
+        raise InputError(f"message {n} must be a dict of 'role' and 'content', got {message!r:.80}.")
 
 
 def _read_parts(content: str | list[dict[str, Any]], where: str, vision: Processor | None) -> list[str | Prepared]:
