@@ -27,7 +27,7 @@ from support.tiny_chat import write_chat_checkpoint
 from support.tiny_images import picture
 
 import pop
-from pop.calibration import refit
+from pop.calibration import calibrate as calibrate_file
 from pop.cli.commands import _parse, main
 from tools import demo
 
@@ -69,8 +69,8 @@ def folder(uncompiled, tmp_path, monkeypatch):
     for seed, name in enumerate(("cat.jpg", "dog.jpg")):
         Image.fromarray(picture(256, seed)).save(tmp_path / name)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(refit, "RIDGES", refit.RIDGES[:1])  # the search would take most of the time
-    monkeypatch.setattr(refit, "DAMPINGS", refit.DAMPINGS[:1])
+    monkeypatch.setattr(calibrate_file, "RIDGES", (1e-2,))  # the search would take most of the time
+    monkeypatch.setattr(calibrate_file, "MIDDLE", 0)
 
 
 def test_the_readme_is_short():

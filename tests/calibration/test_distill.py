@@ -169,16 +169,18 @@ def test_a_step_changes_what_is_computed_by_a_quarter(scale):
 # ---- The plan that comes out ----
 
 
-@pytest.mark.parametrize("config", [tiny_config(), tiny_gemma3_config()], ids=["llama", "gemma3"])
-def test_distillation_lowers_the_loss_on_held_out_text(config, monkeypatch):
-    """Of random text little can be learnt: with longer exercises, the closed form often stays the best."""
+@pytest.mark.parametrize(
+    ("config", "layers"), [(tiny_config(), (2, 3, 4)), (tiny_gemma3_config(), (3, 4))], ids=["llama", "gemma3"]
+)
+def test_distillation_lowers_the_loss_on_held_out_text(config, layers, monkeypatch):
+    """Random text teaches little. With longer exercises or fewer texts, the closed form often stays the best."""
     monkeypatch.setattr("pop.calibration.exercises.CONTINUATION", 96)
-    model, texts = pop.Model(random_model(config, 1), config), random_texts(1, *[384] * 8)
-    plan = dataclasses.replace(PLAN, layers=(2, 3, 4))
-    closed, distilled = (calibrate(model, texts, plan, steps=steps, progress=False) for steps in (0, 12))
+    model, texts = pop.Model(random_model(config, 1), config), random_texts(1, *[384] * 40)
+    plan = dataclasses.replace(PLAN, layers=layers)
+    closed, distilled = (calibrate(model, texts, plan, steps=steps, progress=False) for steps in (0, 16))
     judge = Judge(model, windows_of(random_texts(2, *[384] * 3)))
     assert judge.losses(distilled).mean < 0.95 * judge.losses(closed).mean
-    assert (distilled.layers, distilled.full_depth_last, distilled.full_depth_first) == ((2, 3, 4), 2, 1)
+    assert (distilled.layers, distilled.full_depth_last, distilled.full_depth_first) == (layers, 2, 1)
     assert distilled.corrections.weight.dtype == torch.float32
     assert distilled.corrections.fingerprint == model.fingerprint
 
