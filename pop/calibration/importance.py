@@ -186,32 +186,30 @@ def gate_gradients(
     only; it recomputes the activations inside a layer.
     """
     module = model.module
-    device = model.device
     rows = [prompt + response[:-1] for prompt, response in zip(prompts, responses, strict=True)]
-    tokens = padded(rows)[0].to(device)  # [B, T], padded on the right
-    index = torch.arange(tokens.shape[1], device=device)
-    boundary = torch.tensor([[len(prompt) - 1] for prompt in prompts], device=device)  # [B, 1]
-    lengths = torch.tensor([[len(row)] for row in rows], device=device)  # [B, 1]
-    decode = index >= boundary  # [B, T], padding included: no gradient reaches it
-    predicts = decode & (index < lengths)  # [B, T], the tokens whose logits are scored
-    targets = torch.tensor([token for response in responses for token in response], device=device)  # [N]
+    tokens, lengths = padded(rows)  # [B, T], padded on the right, and [B]
+    boundary = torch.tensor([[len(prompt) - 1] for prompt in prompts])  # [B, 1]
+    position = torch.arange(tokens.shape[1])
     with torch.no_grad():
-        shown = tokens.where(index <= boundary, -1)  # a placeholder in a response is not an image
-        images = model.vision.images(module, media, shown.cpu(), lengths[:, 0].cpu())
+        shown = tokens.where(position <= boundary, -1)  # a placeholder in a response is not an image
+        images = model.vision.images(module, media, shown, lengths)
+    decode = (position >= boundary).to(model.device)  # [B, T], padding included: no gradient reaches it
+    gates = torch.ones(len(module.layers), len(rows), 2, device=model.device, requires_grad=True)
 
-    gates = torch.ones(len(module.layers), len(rows), 2, device=device, requires_grad=True)
-
-    run = Pass(module, tokens, images)
+    run = Pass(module, tokens.to(model.device), images)
     h = run.embed()
     for index, gate in enumerate(gates):
         h = run.layer(index, h, partial(_gated_layer, gates=gate, decode=decode))
-    h = h[predicts]  # [N, D], in the order of the targets
 
     def piece_loss(h, targets):
         return F.cross_entropy(module.head(h), targets, reduction="sum")
 
-    pieces = zip(h.split(LOGITS_AT_ONCE), targets.split(LOGITS_AT_ONCE), strict=True)
-    loss = sum(checkpointed(piece_loss, *piece) for piece in pieces)
+    loss = 0.0
+    for row, prompt, response in zip(h, prompts, responses, strict=True):
+        predicting = row[len(prompt) - 1 :][: len(response)]  # [N, D]
+        targets = torch.tensor(response, device=model.device)
+        for piece in zip(predicting.split(LOGITS_AT_ONCE), targets.split(LOGITS_AT_ONCE), strict=True):
+            loss = loss + checkpointed(piece_loss, *piece)
     (gradients,) = torch.autograd.grad(loss, gates)  # [L, B, 2]
     check_finite(gradients, "gradients of the gates")
     return gradients.permute(1, 2, 0).double().cpu()
@@ -242,8 +240,7 @@ class Importance:
     def __post_init__(self):
         object.__setattr__(self, "num_samples", check_count("num_samples", self.num_samples))
         for name in SCORES:
-            is_unknown = name.endswith("_error") and self.num_samples == 1
-            object.__setattr__(self, name, _checked_scores(name, getattr(self, name), is_unknown))
+            object.__setattr__(self, name, _checked_scores(name, getattr(self, name)))
         lengths = [len(getattr(self, name)) for name in SCORES]
         if len(set(lengths)) > 1:
             raise InputError(f"{', '.join(SCORES)} have {lengths} layers; give scores of one run")
@@ -323,23 +320,17 @@ def check_plot(path: str | os.PathLike) -> str:
     return kind
 
 
-def _checked_scores(name: str, values, is_unknown: bool) -> torch.Tensor:
-    """values as [L] float64: finite and at least 0, or all NaN if `is_unknown` (None in a file)."""
+def _checked_scores(name: str, values) -> torch.Tensor:
+    """values as [L] float64: finite and at least 0. Standard errors may be unknown: NaN, or None in a file."""
     if hasattr(values, "tolist"):
         values = values.tolist()
-    is_valid = _is_unknown_score if is_unknown else _is_score
+    may_be_unknown = name.endswith("_error")
+
+    def is_valid(value) -> bool:
+        if value is None or value != value:
+            return may_be_unknown
+        return type(value) in (int, float) and 0 <= value < math.inf
+
     if not isinstance(values, (list, tuple)) or not values or not all(map(is_valid, values)):
-        number = "NaN, since there is one sample," if is_unknown else "a number of at least 0"
-        wanted = f"{number} for each layer"
-        raise InputError(f"{name} is {values!r:.80}; it must be a list of {wanted}")
-    if is_unknown:
-        values = [math.nan] * len(values)
-    return torch.tensor(values, dtype=torch.float64)
-
-
-def _is_score(value) -> bool:
-    return type(value) in (int, float) and 0 <= value < math.inf
-
-
-def _is_unknown_score(value) -> bool:
-    return value is None or (isinstance(value, float) and math.isnan(value))
+        raise InputError(f"{name} is {values!r:.80}; it must be a list with a number of at least 0 for each layer")
+    return torch.tensor([math.nan if value is None else value for value in values], dtype=torch.float64)

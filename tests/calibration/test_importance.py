@@ -281,7 +281,6 @@ def corrupted(change):
         corrupted(lambda fields: fields["decode_error"].append(1.0)),
         corrupted(lambda fields: fields.update(num_samples=0)),
         corrupted(lambda fields: fields.update(num_samples=2.5)),
-        corrupted(lambda fields: fields.update(num_samples=1)),
     ],
 )
 def test_a_file_that_holds_no_scores_is_refused(tmp_path, corrupt):
