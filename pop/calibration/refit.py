@@ -19,6 +19,7 @@ import dataclasses
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 
 from pop.calibration.passes import Pass
 from pop.calibration.texts import Window
@@ -26,6 +27,7 @@ from pop.errors import PlanError
 from pop.generation.sampling import check_finite
 from pop.pruning.corrections import Corrections
 from pop.pruning.plan import PrunePlan
+from pop.runner import padded
 
 
 class Solution(NamedTuple):
@@ -172,7 +174,7 @@ class _Stream:
         self.wide = torch.float32 if h.dtype.itemsize == 2 else torch.float64
         self.h = fit.enter(run, h)
         x = run.module.layers[fit.group.start].normalised(self.h)
-        before = torch.nn.functional.pad(x, (0, 0, 1, -1))  # x of the token before, and zero for the first token
+        before = F.pad(x, (0, 0, 1, -1))  # x of the token before, and zero for the first token
         self.x = torch.cat((x, before), dim=-1)[is_fitted].to(self.wide)  # [N, 2 * D]
         fit.sums.xx += self.x.T @ self.x
         fit.sums.count += len(self.x)
@@ -195,8 +197,7 @@ def accumulate(model, windows: list[Window], fits: list[Fit], module=None) -> No
         module: Runs in place of the model's own.
     """
     module = model.module if module is None else module
-    lengths = torch.tensor([len(tokens) for tokens, _ in windows])
-    tokens = torch.nn.utils.rnn.pad_sequence([torch.tensor(tokens) for tokens, _ in windows], batch_first=True)
+    tokens, lengths = padded([tokens for tokens, _ in windows])  # [B, T] and [B]
     images = model.vision.images(module, [media for _, media in windows], tokens, lengths)
     run = Pass(module, tokens.to(model.device), images)
     position = torch.arange(tokens.shape[1], device=model.device)
