@@ -10,6 +10,7 @@ import logging
 import math
 import os
 from collections.abc import Callable, Container
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -55,10 +56,11 @@ def read_config(folder: str | Path) -> configs.Config:
         raise ConfigError(f"{folder} is not a checkpoint folder: it lacks config.json{instead(os.listdir(folder))}")
     config = read_fields(folder / "config.json", _read_family, FORWARD_PASS)
     if config.dtype is None:
-        config = dataclasses.replace(config, dtype=stored_dtype(folder))
+        config = replace(config, dtype=stored_dtype(folder))
     path = folder / "generation_config.json"
     if path.exists():
-        config = read_fields(path, lambda f: dataclasses.replace(config, eos_ids=_read_ends(f, config.eos_ids)), ())
+        # Wrong ids are found when the config is made, and that error names this file.
+        config = read_fields(path, lambda fields: replace(config, eos_ids=_read_ends(fields, config.eos_ids)), ())
     return config
 
 
@@ -67,10 +69,16 @@ def read_sampling(folder: Path) -> dict[str, Any] | None:
     path = folder / "generation_config.json"
     if not path.exists():
         return None
-    stated, drawn = read_json(path), ("temperature", "top_k", "top_p", "min_p")
-    names = ("repetition_penalty", *(drawn if stated.get("do_sample") else ()))
-    options = {name: stated[name] for name in names if stated.get(name) not in (None, 0)}  # a top_k of 0 is none
-    return ({"temperature": 1.0} if stated.get("do_sample") else {}) | options
+    stated = read_json(path)
+    names = ["repetition_penalty"]
+    options = {}
+    if stated.get("do_sample"):
+        names += ["temperature", "top_k", "top_p", "min_p"]
+        options["temperature"] = 1.0
+    for name in names:
+        if stated.get(name) not in (None, 0):  # a top_k of 0 means all tokens
+            options[name] = stated[name]
+    return options
 
 
 def read_fields(path: Path, reader: Callable[[Fields], Any], unsupported: Container[str] | None, advice="") -> Any:
@@ -111,8 +119,9 @@ def _build(config: type, fields: Fields, names: dict[str, str] = NAMES, **given:
     readers = {int: fields.integer, float: fields.number, bool: fields.boolean}
     types = get_type_hints(config)
     for field in dataclasses.fields(config):
-        if field.name not in given and types[field.name] in readers:
-            given[field.name] = readers[types[field.name]](names.get(field.name, field.name), field.default)
+        read = readers.get(types[field.name])
+        if read and field.name not in given:
+            given[field.name] = read(names.get(field.name, field.name), field.default)
     return config(**given)
 
 
@@ -146,13 +155,22 @@ def _read_ends(fields: Fields, default: tuple[int, ...]) -> tuple[int, ...]:
 def read_llama(fields: Fields, config: type, architecture: str) -> configs.LlamaConfig:
     """Read a config.json with Llama's fields into LlamaConfig, or into a class like it."""
     fields.fixed(architectures=[architecture])
-    hidden_size, num_heads = fields.integer("hidden_size"), fields.integer("num_attention_heads")
-    num_kv_heads, head_dim = fields.integer("num_key_value_heads", num_heads), fields.integer("head_dim", None)
-    if head_dim is None and hidden_size % num_heads:
-        raise ConfigError(f"hidden_size {hidden_size} is not a multiple of num_attention_heads {num_heads}")
-    sizes = {"num_heads": num_heads, "num_kv_heads": num_kv_heads, "head_dim": head_dim or hidden_size // num_heads}
-    num_layers = fields.integer("num_hidden_layers")
-    return _build_full_attention(config, fields, num_layers, hidden_size=hidden_size, **sizes)
+    hidden_size = fields.integer("hidden_size")
+    num_heads = fields.integer("num_attention_heads")
+    head_dim = fields.integer("head_dim", None)
+    if head_dim is None:
+        if hidden_size % num_heads:
+            raise ConfigError(f"hidden_size {hidden_size} is not a multiple of num_attention_heads {num_heads}")
+        head_dim = hidden_size // num_heads
+    return _build_full_attention(
+        config,
+        fields,
+        num_layers=fields.integer("num_hidden_layers"),
+        hidden_size=hidden_size,
+        num_heads=num_heads,
+        num_kv_heads=fields.integer("num_key_value_heads", num_heads),
+        head_dim=head_dim,
+    )
 
 
 def _read_gemma3_text(fields: Fields, **given: Any) -> configs.Gemma3Config:
@@ -195,10 +213,13 @@ def _pass_on(whole: Fields, text: Fields, *names: str) -> None:
 
 def _read_windows(fields: Fields) -> tuple[int | None, ...]:
     """Read each layer's window from layer_types (transformers 5) or sliding_window_pattern (4)."""
-    layers, window = fields.integer("num_hidden_layers"), fields.integer("sliding_window")
+    layers = fields.integer("num_hidden_layers")
+    window = fields.integer("sliding_window")
+    default = 6
     if "layer_types" in fields.left:
         fields.left.pop("_sliding_window_pattern", None)  # transformers 5 writes it, but does not read it
-    pattern = fields.integer("sliding_window_pattern", None if "layer_types" in fields.left else 6)
+        default = None
+    pattern = fields.integer("sliding_window_pattern", default)
     if pattern is not None:
         periodic = [LOCAL if n % pattern else GLOBAL for n in range(1, layers + 1)]  # every n-th is global
         if fields.left.setdefault("layer_types", periodic) != periodic:
@@ -248,7 +269,8 @@ def _build_qwen3(config: type, fields: Fields, experts: bool, **given: Any) -> A
     num_layers = fields.integer("num_hidden_layers")
     fields.integer("sliding_window", None, least=0)  # the reference uses it only with use_sliding_window
     if experts:
-        step, dense = fields.integer("decoder_sparse_step", 1), fields.integers("mlp_only_layers", ())
+        step = fields.integer("decoder_sparse_step", 1)
+        dense = fields.integers("mlp_only_layers", ())
         layers = tuple(layer for layer in range(step - 1, num_layers, step) if layer not in dense)
         normalised = fields.boolean("norm_topk_prob")
         given["experts"] = _build(configs.ExpertsConfig, fields, layers=layers, normalised=normalised)
@@ -268,10 +290,14 @@ def _read_qwen3_vision(fields: Fields) -> configs.Qwen3VisionConfig:
     rope.fixed(rope_type="axial")
     rope_base = rope.number("rope_theta", configs.Qwen3VisionConfig.rope_base)
     rope.finish()
-    names = NAMES | {"num_layers": "depth", "num_heads": "num_heads"}
-    deepstack = fields.integers("deepstack_visual_indexes")
-    given = {"deepstack": deepstack, "position_side": side, "rope_base": rope_base}
-    return _build(configs.Qwen3VisionConfig, fields, names, **given)
+    return _build(
+        configs.Qwen3VisionConfig,
+        fields,
+        NAMES | {"num_layers": "depth", "num_heads": "num_heads"},
+        deepstack=fields.integers("deepstack_visual_indexes"),
+        position_side=side,
+        rope_base=rope_base,
+    )
 
 
 def _rope_fields(fields: Fields, base: str = "rope_theta", *objects: dict[str, Any]) -> Fields:
@@ -279,7 +305,9 @@ def _rope_fields(fields: Fields, base: str = "rope_theta", *objects: dict[str, A
     rope = Fields({"rope_theta": fields.left.pop(base, None)}, fields.place)
     for values in objects or (fields.object("rope_parameters"), fields.object("rope_scaling")):
         for name, value in values.items():
-            rope.add("rope_type" if name == "type" else name, value)  # `type` is the older name
+            if name == "type":  # the older name
+                name = "rope_type"
+            rope.add(name, value)
     return rope
 
 

@@ -2,7 +2,8 @@
 
 transformers 5 writes one file, processor_config.json. Before, preprocessor_config.json was for images and
 video_preprocessor_config.json for videos. If a file lacks a field, the default is that of the reference's class, which
-may differ from the published value. Fields without an effect in the reference are ignored, such as do_pan_and_scan.
+may differ from the published value. Fields without an effect in the reference are ignored. Gemma-3's pan-and-scan is
+not supported, so a file that asks for it is refused.
 """
 
 from dataclasses import MISSING
@@ -50,28 +51,36 @@ def read_preparation(folder: Path, config: Config) -> dict[str, ImageConfig]:
 
 
 def _read(fields: Fields, config: Config, kind: str) -> ImageConfig:
-    vision, (known, default) = config.vision, PROCESSORS[config.family, kind]
+    vision = config.vision
+    known, default = PROCESSORS[config.family, kind]
     fields.take(f"{kind}_processor_type", known, lambda v: type(v) is str and v.startswith(known), known)
     fields.fixed(do_resize=True, do_rescale=True, do_normalize=True, resample=2 if config.family == "gemma3" else 3)
     rescale = fields.number("rescale_factor", default.rescale)
-    colours = _colours(fields, "image_mean", -1e6, default.mean), _colours(fields, "image_std", 1e-6, default.std)
+    mean = _colours(fields, "image_mean", -1e6, default.mean)
+    std = _colours(fields, "image_std", 1e-6, default.std)
     size = fields.part("size")
     if config.family == "gemma3":
+        fields.fixed(do_pan_and_scan=False)
         size.fixed(height=vision.image_size, width=vision.image_size)
         size.finish()
-        return ImageConfig(None, rescale, *colours)
+        return ImageConfig(None, rescale, mean, std)
     fields.fixed(patch_size=vision.patch_size, merge_size=vision.merge_size, temporal_patch_size=vision.frames)
-    pixels, defaults = [], (MISSING, MISSING) if size.left else default.pixels
+    defaults = (MISSING, MISSING) if size.left else default.pixels
+    pixels = []
     for (name, older, most), limit in zip(EDGES, defaults, strict=True):
-        is_older = kind == "image" and older in fields.left
-        pixels.append(fields.integer(older, most=most) if is_older else size.integer(name, limit, most=most))
+        if kind == "image" and older in fields.left:
+            pixels.append(fields.integer(older, most=most))
+        else:
+            pixels.append(size.integer(name, limit, most=most))
     if kind == "image":
-        return ImageConfig(tuple(pixels), rescale, *colours)
+        return ImageConfig(tuple(pixels), rescale, mean, std)
     fields.fixed(cap_pixels_per_frame=False, num_frames=None)
-    frames = max(2, fields.integer("min_frames", default.frames[0])), fields.integer("max_frames", default.frames[1], 2)
+    least_frames = fields.integer("min_frames", default.frames[0])
+    most_frames = fields.integer("max_frames", default.frames[1], 2)
     fps = fields.number("fps", default.fps)
-    fps = fps if fields.boolean("do_sample_frames", True) else None
-    return VideoConfig(tuple(pixels), rescale, *colours, fps, frames)
+    if not fields.boolean("do_sample_frames", True):
+        fps = None
+    return VideoConfig(tuple(pixels), rescale, mean, std, fps, (max(2, least_frames), most_frames))
 
 
 def _colours(fields: Fields, name: str, least: float, default: tuple[float, ...]) -> tuple[float, ...]:

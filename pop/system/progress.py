@@ -38,7 +38,10 @@ class _Lines(contextlib.nullcontext):
 
     def __init__(self, total: int, desc: str, **units):
         super().__init__(self)
-        self.total, self.label, self.done, self.due = total, desc, 0, time.monotonic() + EVERY
+        self.total = total
+        self.label = desc
+        self.done = 0
+        self.due = time.monotonic() + EVERY
 
     def update(self, count: int) -> None:
         self.done += count

@@ -179,3 +179,11 @@ def test_files_that_are_not_json_objects_are_named(text, tmp_path):
         with pytest.raises(ConfigError, match=file):
             read_preparation(tmp_path, QWEN)
         (tmp_path / file).unlink()
+
+
+def test_pan_and_scan_is_refused_by_name(tmp_path):
+    config = tiny_gemma3_vl_config(vision=SiglipConfig(24, 36, 2, 3, 896, 14))
+    size = {"size": {"height": 896, "width": 896}}
+    assert read_preparation(write(tmp_path, {IMAGES: size | {"do_pan_and_scan": False}}), config)
+    with pytest.raises(ConfigError, match="do_pan_and_scan"):
+        read_preparation(write(tmp_path, {IMAGES: size | {"do_pan_and_scan": True}}), config)
