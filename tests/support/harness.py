@@ -37,11 +37,12 @@ def close(results, expected) -> bool:
 
 def count_prefills(adapter, monkeypatch) -> list[int]:
     """A list to which each prefill adds its number of rows."""
-    rows, prefill = [], adapter.model.prefill
+    rows = []
+    prefill = adapter.model.prefill_checked  # every prefill ends here
 
     def counted(tokens, *args, **options):
         rows.append(len(tokens))
         return prefill(tokens, *args, **options)
 
-    monkeypatch.setattr(adapter.model, "prefill", counted)
+    monkeypatch.setattr(adapter.model, "prefill_checked", counted)
     return rows
