@@ -3,9 +3,9 @@
 As in Megatron-LM (Shoeybi et al. 2019), a rank holds whole attention heads and a share of each MLP's width. A layer
 needs two sums over the ranks, one after attention and one after the MLP. README.md in this folder has a diagram.
 
-Every rank has the whole residual stream h, all norms and any vision tower. The embedding and the output head are cut by
-vocabulary. A rank's model is an ordinary one (pop/models) with fewer heads and a narrower MLP, in which `Part` swaps
-the modules that communicate. All ranks call it in the same order, and get the same logits to the last bit.
+Every rank has the whole residual stream h, all norms of it and any vision tower. The embedding and the output head are
+cut by vocabulary. A rank's model is an ordinary one (pop/models) with fewer heads and a narrower MLP, in which `Part`
+swaps the modules that communicate. All ranks call it in the same order, and get the same logits to the last bit.
 """
 
 import atexit
