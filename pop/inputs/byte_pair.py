@@ -228,11 +228,14 @@ def _split_by(regex: str) -> dict[str, Any]:
     return {"type": "Split", "pattern": {"Regex": regex}, "behavior": "Isolated", "invert": False}
 
 
+_LLAMA3_SPLIT = _split_by(_LLAMA3_PATTERN)
+# OLMo-2 has Llama-3's pattern, and removes what it does not match. It matches everything, so both are the same.
+_OLMO2_SPLIT = _LLAMA3_SPLIT | {"behavior": "Removed", "invert": True}
 # The steps before byte-level encoding for each pattern, and whether the last step splits by GPT-2's pattern.
 _STEPS = {
     _GPT2_PATTERN: ([], True),
     _DIGITS_GPT2_PATTERN: ([{"type": "Digits", "individual_digits": True}], True),
-    _LLAMA3_PATTERN: ([_split_by(_LLAMA3_PATTERN)], False),
+    _LLAMA3_PATTERN: ([_LLAMA3_SPLIT], False),
     _QWEN_PATTERN: ([_split_by(_QWEN_PATTERN)], False),
 }
 
@@ -241,6 +244,7 @@ def _pattern(pre_tokenizer: dict[str, Any]) -> str:
     """Return the regular expression of pre-tokens."""
     steps = pre_tokenizer["pretokenizers"] if pre_tokenizer["type"] == "Sequence" else [pre_tokenizer]
     *before, last = steps
+    before = [_LLAMA3_SPLIT if step == _OLMO2_SPLIT else step for step in before]
     uses_regex = last.get("use_regex", True)  # older files lack use_regex
     if last["type"] == "ByteLevel" and last["add_prefix_space"] is False:
         for pattern, known in _STEPS.items():

@@ -232,3 +232,13 @@ def test_a_damaged_tokenizer_json_never_ends_in_another_error(tmp_path_factory, 
         tokenizer.decode(tokenizer.encode("The end, the 2nd\x04 <|im_end|>", allow_special=True), special=True)
     except PopError:
         pass
+
+
+def test_olmo2s_way_of_writing_llama3s_pattern_is_the_same(tmp_path):
+    """allenai/OLMo's tokenizer.json removes what the pattern does not match. Nothing is left to remove."""
+    spec = spec_of("llama-3.1")
+    expected = load(spec, tmp_path)
+    split, _ = spec["pre_tokenizer"]["pretokenizers"]
+    split |= {"behavior": "Removed", "invert": True}
+    tokenizer = load(spec, tmp_path)
+    assert [tokenizer.encode(text) for text in TEXTS] == [expected.encode(text) for text in TEXTS]
