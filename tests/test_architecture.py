@@ -72,7 +72,7 @@ def test_the_import_rule():
         part = name.split("/")[0].removesuffix(".py")
         for line, source in imported(path):
             root, _, rest = source.partition(".")
-            if root in ("", "tools"):  # relative imports would escape this test
+            if root in ("", "tools", "pickle"):  # relative imports would escape this test, and a pickle can run code
                 wrong.append(f"{name}:{line} imports {source}")
             if root != "pop":
                 continue

@@ -12,16 +12,48 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
-from support.meta_files import assert_same, load, refused, shell
 from support.tiny import tiny_config, write_checkpoint
 
 import pop
 from pop.checkpoints import weights as checkpoint
+from pop.checkpoints.config_json import read_config
 from pop.checkpoints.weights import load_weights
-from pop.errors import CheckpointError, ConfigError
+from pop.errors import CheckpointError, ConfigError, PopError
+from pop.models import build
 from pop.models.config import LlamaConfig
 
 INDEX = "model.safetensors.index.json"
+
+
+def shell(config: LlamaConfig) -> torch.nn.Module:
+    with torch.device("meta"):
+        return build(config)
+
+
+def load(folder: Path, dtype=torch.float32, config=None, **options) -> dict[str, torch.Tensor]:
+    """Read the config, build the module, load, and return its parameters by name."""
+    module = shell(config or read_config(folder))
+    try:
+        load_weights(folder, module, dtype=dtype, device="cpu", progress=False, **options)
+    except PopError:
+        assert all(p.is_meta for p in module.parameters()), "a failed load must leave the module as it was"
+        raise
+    return dict(module.named_parameters())
+
+
+def refused(folder: Path, pattern: str, **options) -> str:
+    """Check that loading raises a short CheckpointError, and return its message."""
+    with pytest.raises(CheckpointError, match=pattern) as caught:
+        load(folder, **options)
+    message = str(caught.value)
+    assert "\n" not in message and len(message) < 1500
+    return message
+
+
+def assert_same(loaded: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    assert loaded.keys() == expected.keys()
+    for name, parameter in loaded.items():
+        assert torch.equal(parameter, expected[name].to(parameter.dtype)), name
 
 
 def stored(folder: Path) -> dict[str, torch.Tensor]:

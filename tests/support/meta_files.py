@@ -1,51 +1,16 @@
-"""Loading a checkpoint's weights in tests, and checkpoints in Meta's layout."""
+"""Checkpoints in Meta's layout."""
 
 import json
 from pathlib import Path
 
-import pytest
 import torch
 from support.tiny import random_weights, tiny_config
 
-from pop.checkpoints.config_json import read_config
-from pop.checkpoints.weights import load_weights
-from pop.errors import CheckpointError, PopError
 from pop.models import build
 from pop.models.config import LlamaConfig
 
 # Without a bias, with whole heads in each half, all sizes even: what two tensor-parallel ranks can share.
 META = {"vocab_size": 68, "hidden_size": 60, "num_heads": 6, "num_kv_heads": 2, "head_dim": 10}
-
-
-def shell(config: LlamaConfig) -> torch.nn.Module:
-    with torch.device("meta"):
-        return build(config)
-
-
-def load(folder: Path, dtype=torch.float32, config=None, **options) -> dict[str, torch.Tensor]:
-    """Read the config, build the module, load, and return its parameters by name."""
-    module = shell(config or read_config(folder))
-    try:
-        load_weights(folder, module, dtype=dtype, device="cpu", progress=False, **options)
-    except PopError:
-        assert all(p.is_meta for p in module.parameters()), "a failed load must leave the module as it was"
-        raise
-    return dict(module.named_parameters())
-
-
-def refused(folder: Path, pattern: str, **options) -> str:
-    """Check that loading raises a short CheckpointError, and return its message."""
-    with pytest.raises(CheckpointError, match=pattern) as caught:
-        load(folder, **options)
-    message = str(caught.value)
-    assert "\n" not in message and len(message) < 1500
-    return message
-
-
-def assert_same(loaded: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
-    assert loaded.keys() == expected.keys()
-    for name, parameter in loaded.items():
-        assert torch.equal(parameter, expected[name].to(parameter.dtype)), name
 
 
 META_NAMES = {
@@ -74,7 +39,9 @@ def meta_name(name: str) -> str:
 
 def meta_weights(config: LlamaConfig) -> dict[str, torch.Tensor]:
     """Random weights under Meta's names."""
-    shapes = {name: tuple(parameter.shape) for name, parameter in shell(config).named_parameters()}
+    with torch.device("meta"):
+        module = build(config)
+    shapes = {name: tuple(parameter.shape) for name, parameter in module.named_parameters()}
     return {meta_name(name): weight for name, weight in random_weights(shapes, seed=0).items()}
 
 

@@ -2,7 +2,6 @@
 
 import json
 import math
-import resource
 import sys
 from types import SimpleNamespace
 
@@ -178,18 +177,16 @@ def test_end_tokens(tmp_path):
     assert (generation["bos_token_id"], generation["eos_token_id"]) == (0, [4, 2])
 
 
-def test_linear_rope(tmp_path):
-    for n, keys in enumerate(
-        (
-            {"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": 4.0},
-            {"llama.rope.scale_linear": 4.0},
-        )
-    ):
-        (tmp_path / str(n)).mkdir()
-        assert converted(tmp_path / str(n), keys=keys)[0]["rope_scaling"] == {
-            "rope_type": "linear",
-            "factor": 4.0,
-        }
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": 4.0},
+        {"llama.rope.scale_linear": 4.0},  # the older key
+    ],
+)
+def test_linear_rope(tmp_path, keys):
+    config, _ = converted(tmp_path, keys=keys)
+    assert config["rope_scaling"] == {"rope_type": "linear", "factor": 4.0}
 
 
 def llama3_divisors(factor, low, high, original=8192, base=500000.0):
@@ -233,62 +230,46 @@ def without(name):
 
 
 NAN_NORM = np.where(np.arange(WIDTH) == 3, np.nan, 1)
-REFUSED = {
-    "scaling kind": ({"llama.rope.scaling.type": "yarn"}, make_tensors, UnsupportedError, "yarn"),
-    "experts": ({"llama.expert_count": 8}, make_tensors, UnsupportedError, "expert_count"),
-    "unknown key": ({"llama.logit_scale": 2.0}, make_tensors, UnsupportedError, "llama.logit_scale"),
-    "piece of a file": ({"split.count": 3}, make_tensors, UnsupportedError, "merge"),
-    "adapter": ({"general.type": "adapter"}, make_tensors, UnsupportedError, "adapter"),
-    "partial rotary": ({"llama.rope.dimension_count": 12}, make_tensors, UnsupportedError, "dimension_count"),
-    "heads": ({"llama.attention.head_count_kv": 3}, make_tensors, CheckpointError, "num_key_value_heads (3)"),
-    "no heads": ({"llama.attention.head_count": 0}, make_tensors, CheckpointError, "num_attention_heads"),
-    "heads by layer": ({"llama.attention.head_count": [4, 2]}, make_tensors, CheckpointError, "head_count"),
-    "infinite": ({"llama.rope.freq_base": math.inf}, make_tensors, CheckpointError, "freq_base"),
-    "zero base": (
-        {"llama.rope.freq_base": 0.0},
-        replaced("rope_freqs.weight", [8] * 12),
-        UnsupportedError,
-        "RoPE",
-    ),
-    "many layers": ({"llama.block_count": 2**32 - 1}, make_tensors, CheckpointError, "4294967295"),
-    "one layer more": ({"llama.block_count": 3}, make_tensors, CheckpointError, "blk.2.attn_q.weight"),
-    "one layer less": ({"llama.block_count": 1}, make_tensors, CheckpointError, "blk.1.attn"),
-    "shape": ({"llama.feed_forward_length": 95}, make_tensors, CheckpointError, "(96, 64)"),
-    "missing tensor": ({}, without("blk.1.attn_k.weight"), CheckpointError, "blk.1.attn_k.weight"),
-    "no embedding": ({}, without("token_embd.weight"), CheckpointError, "vocab_size"),
-    "surplus tensor": ({}, replaced("blk.0.attn_sub_norm.weight", [1]), CheckpointError, "attn_sub_norm"),
-    "half of the biases": ({}, replaced("blk.0.attn_q.bias", [0] * 96), CheckpointError, "blk.0.attn_k.bias"),
-    "NaN": ({}, replaced("output_norm.weight", NAN_NORM), CheckpointError, "output_norm.weight"),
-    "other rope factors": (
-        {},
-        lambda: make_tensors() | {"rope_freqs.weight": (llama3_divisors(8.0, 1, 8), Q.F32)},
-        UnsupportedError,
-        "rope_freqs.weight",
-    ),
-    "no type": (
-        {},
-        lambda: make_tensors() | {"output_norm.weight": (np.zeros(64), Q.F64)},
-        CheckpointError,
-        "F64",
-    ),
-    "tokenizer": ({"tokenizer.ggml.model": "bert"}, make_tensors, UnsupportedError, "bert"),
-    "pre-tokenizer": (bpe_keys("viking"), many_tokens, UnsupportedError, "viking"),
-    "too many tokens": (bpe_keys(bos_id=None), make_tensors, CheckpointError, "tokens must be at most 50"),
-    "bos": ({"tokenizer.ggml.bos_token_id": 262}, make_tensors, CheckpointError, "262"),
-    "eos": (bpe_keys() | {"tokenizer.ggml.eos_token_id": 999}, many_tokens, CheckpointError, "999"),
-    "types": (bpe_keys() | {"tokenizer.ggml.token_type": [1]}, many_tokens, CheckpointError, "token_type"),
-    "no unknown piece": (
-        sentencepiece_keys() | {"tokenizer.ggml.token_type": [1] * 269},
-        many_tokens,
-        CheckpointError,
-        "unk",
-    ),
-}
+F64_NORM = {"output_norm.weight": (np.zeros(64), Q.F64)}
+OTHER_DIVISORS = {"rope_freqs.weight": (llama3_divisors(8.0, 1, 8), Q.F32)}
+UNSUPPORTED = [
+    ({"llama.rope.scaling.type": "yarn"}, make_tensors, "yarn"),
+    ({"llama.expert_count": 8}, make_tensors, "expert_count"),
+    ({"llama.logit_scale": 2.0}, make_tensors, "llama.logit_scale"),  # a key that nothing reads
+    ({"split.count": 3}, make_tensors, "merge"),
+    ({"general.type": "adapter"}, make_tensors, "adapter"),
+    ({"llama.rope.dimension_count": 12}, make_tensors, "dimension_count"),
+    ({"llama.rope.freq_base": 0.0}, replaced("rope_freqs.weight", [8] * 12), "RoPE"),
+    ({}, lambda: make_tensors() | OTHER_DIVISORS, "rope_freqs.weight"),
+    ({"tokenizer.ggml.model": "bert"}, make_tensors, "bert"),
+    (bpe_keys("viking"), many_tokens, "viking"),
+]
+UNSOUND = [
+    ({"llama.attention.head_count_kv": 3}, make_tensors, "num_key_value_heads (3)"),
+    ({"llama.attention.head_count": 0}, make_tensors, "num_attention_heads"),
+    ({"llama.attention.head_count": [4, 2]}, make_tensors, "head_count"),
+    ({"llama.rope.freq_base": math.inf}, make_tensors, "freq_base"),
+    ({"llama.block_count": 2**32 - 1}, make_tensors, "4294967295"),
+    ({"llama.block_count": 3}, make_tensors, "blk.2.attn_q.weight"),
+    ({"llama.block_count": 1}, make_tensors, "blk.1.attn"),
+    ({"llama.feed_forward_length": 95}, make_tensors, "(96, 64)"),
+    ({}, without("blk.1.attn_k.weight"), "blk.1.attn_k.weight"),
+    ({}, without("token_embd.weight"), "vocab_size"),
+    ({}, replaced("blk.0.attn_sub_norm.weight", [1]), "attn_sub_norm"),
+    ({}, replaced("blk.0.attn_q.bias", [0] * 96), "blk.0.attn_k.bias"),  # half of the biases
+    ({}, replaced("output_norm.weight", NAN_NORM), "output_norm.weight"),
+    ({}, lambda: make_tensors() | F64_NORM, "F64"),
+    (bpe_keys(bos_id=None), make_tensors, "tokens must be at most 50"),
+    ({"tokenizer.ggml.bos_token_id": 262}, make_tensors, "262"),
+    (bpe_keys() | {"tokenizer.ggml.eos_token_id": 999}, many_tokens, "999"),
+    (bpe_keys() | {"tokenizer.ggml.token_type": [1]}, many_tokens, "token_type"),
+    (sentencepiece_keys() | {"tokenizer.ggml.token_type": [1] * 269}, many_tokens, "unk"),  # no unknown piece
+]
+CASES = [(UnsupportedError, *case) for case in UNSUPPORTED] + [(CheckpointError, *case) for case in UNSOUND]
 
 
-@pytest.mark.parametrize("case", REFUSED)
-def test_refused_by_name(tmp_path, case):
-    keys, tensors, error, words = REFUSED[case]
+@pytest.mark.parametrize(("error", "keys", "tensors", "words"), CASES, ids=lambda value: str(value)[:20])
+def test_refused_by_name(tmp_path, error, keys, tensors, words):
     with pytest.raises(error) as info:
         converted(tmp_path, tensors(), keys)
     assert words in str(info.value) and "m.gguf" in str(info.value) and "\n" not in str(info.value)
@@ -394,16 +375,3 @@ def test_interrupted(tmp_path, monkeypatch, error):
     names = {"config.json", "generation_config.json", "model.safetensors"}
     assert {path.name for path in (tmp_path / "model").iterdir()} == names
     assert (tmp_path / "model/model.safetensors").stat().st_mode == (tmp_path / "model/config.json").stat().st_mode
-
-
-def test_full_disk(tmp_path):
-    """The system refuses to let the file of weights grow, as it does on a full disk."""
-    file = write_gguf(tmp_path / "m.gguf", make_tensors(), LLAMA_KEYS)
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limits[1]))
-    try:
-        with pytest.raises(CheckpointError, match="could not be written"):
-            convert(file, tmp_path / "model", progress=False)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert [path.name for path in tmp_path.iterdir()] == ["m.gguf"]
