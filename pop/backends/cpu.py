@@ -112,7 +112,7 @@ def multiply_rows(x: Tensor, weight: Tensor) -> Tensor:
     return (weight @ x.T).T.contiguous()
 
 
-multiply_rows.register_fake(lambda x, weight: x.new_empty(x.shape[0], weight.shape[0]))
+multiply_rows.register_fake(F.linear)
 
 
 def multiply_rows_call(out: Tensor, x: Tensor, weight: Tensor) -> Callable | None:
@@ -191,12 +191,12 @@ def fused_attention(q: Tensor, k: Tensor, v: Tensor, held: Tensor, spans: Tensor
     q, k, v = (_with_even_strides(x) for x in (q, k, v))
     held = held.int().contiguous()
     spans = spans.int().contiguous()
-    out = q.new_empty(B, T, H * E)
+    out = engine.empty_output(q)
     _call("attend", (q, k, v, held, spans, out), _attention_sizes(q, k, v), ctypes.c_float(scale))()
     return out
 
 
-fused_attention.register_fake(lambda q, *_: q.new_empty(*q.shape[:2], q.shape[2] * q.shape[3]))
+fused_attention.register_fake(engine.empty_output)
 
 
 def _with_even_strides(x: Tensor) -> Tensor:
@@ -210,16 +210,16 @@ def _with_even_strides(x: Tensor) -> Tensor:
 @torch.library.custom_op("pop::cpu_decode_attention", mutates_args=())
 def decode_attention(q: Tensor, keys: Tensor, values: Tensor, spans: Tensor, scale: float) -> Tensor:
     """Like pop.engine.attention.decode_attention, but it reads no slots after those that are filled."""
-    out = q.new_empty(q.shape[0], 1, q.shape[2] * q.shape[3])
+    out = engine.empty_output(q)
     call = decode_attention_call(out, q, keys, values, spans, scale)
     if call is not None:
         call()
         return out
-    filled = min(int(spans.max()) + 1, keys.shape[1] - 1)
-    return engine.decode_attention(q, keys[:, : filled + 1], values[:, : filled + 1], spans, scale)
+    filled = slice(int(spans.max()) + 2)  # the slots up to the last position, and one in place of the spare slot
+    return engine.decode_attention(q, keys[:, filled], values[:, filled], spans, scale)
 
 
-decode_attention.register_fake(lambda q, *_: q.new_empty(q.shape[0], 1, q.shape[2] * q.shape[3]))
+decode_attention.register_fake(engine.empty_output)
 
 
 def decode_attention_call(

@@ -61,14 +61,14 @@ def chunk_attention(q: Tensor, k: Tensor, v: Tensor, held: Tensor, spans: Tensor
         if T == 1:
             before = UNBOUNDED  # the token attends all of these keys
         return fused_attention(q, k[:, keys], v[:, keys], scale, before).flatten(2)
-    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    out = engine.empty_output(q)
     for queries, keys in engine.query_blocks(T, band, QUERY_BLOCK):
         mask = engine.span_mask(held[:, keys], spans[:, queries])
-        out[:, queries] = fused_attention(q[:, queries], k[:, keys], v[:, keys], scale, mask=mask)
-    return out.flatten(2)
+        out[:, queries] = fused_attention(q[:, queries], k[:, keys], v[:, keys], scale, mask=mask).flatten(2)
+    return out
 
 
-chunk_attention.register_fake(lambda q, *_: q.new_empty(*q.shape[:2], q.shape[2] * q.shape[3]))
+chunk_attention.register_fake(engine.empty_output)
 
 
 def causal_attention(

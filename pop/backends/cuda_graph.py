@@ -8,6 +8,7 @@ from collections.abc import Callable
 from contextlib import suppress
 
 import torch
+from torch import Tensor
 
 CAPTURE_AT = 8  # calls; capturing takes as long as a few calls, so a short answer is faster without it
 
@@ -28,9 +29,9 @@ class Graph:
         self.device = device
         self.calls = 0
         self.graph: torch.cuda.CUDAGraph | None = None
-        self.outputs: tuple[torch.Tensor, ...] = ()  # which each replay overwrites
+        self.outputs: tuple[Tensor, ...] = ()  # which each replay overwrites
 
-    def __call__(self, function: Callable[[], tuple[torch.Tensor, ...]]) -> tuple[torch.Tensor, ...]:
+    def __call__(self, function: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
         self.calls += 1
         if self.calls < CAPTURE_AT or torch.cuda.is_current_stream_capturing():
             return function()
@@ -39,7 +40,7 @@ class Graph:
         self.graph.replay()
         return tuple(output.clone() for output in self.outputs)
 
-    def _capture(self, function) -> tuple[torch.Tensor, ...]:
+    def _capture(self, function) -> tuple[Tensor, ...]:
         """Run the function, capture it, and return the results of the run."""
         with _capturing, torch.cuda.device(self.device):
             stream = _stream(self.device)

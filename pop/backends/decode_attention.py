@@ -55,7 +55,7 @@ def decode_attention(q: Tensor, keys: Tensor, values: Tensor, spans: Tensor, sca
         return attention.decode_attention(q, keys, values, spans, scale)
 
 
-decode_attention.register_fake(lambda q, *_: q.new_empty(q.shape[0], 1, q.shape[2] * q.shape[3]))
+decode_attention.register_fake(attention.empty_output)
 
 
 def _processors(q: Tensor) -> int:
@@ -89,7 +89,7 @@ def attention_in_parts(
     G2 = max(16, 1 << (G - 1).bit_length())  # the next power of two that tl.dot takes
     averages = q.new_empty(B, K, parts, G, E, dtype=torch.float32)
     log_sums = q.new_empty(B, K, parts, G, dtype=torch.float32)
-    out = q.new_empty(B, 1, H * E)
+    out = attention.empty_output(q)
     inputs = q.contiguous(), keys, values, spans.contiguous()
     with torch.cuda.device_of(q):
         attention_of_part[B, K, parts](

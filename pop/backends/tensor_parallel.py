@@ -20,7 +20,7 @@ from typing import NoReturn
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 
 from pop import models
 from pop.backends.cpu import Embedding, Linear, linear
@@ -118,7 +118,7 @@ def end(status: int = 0) -> NoReturn:
     os._exit(status)
 
 
-def add_up(numbers: torch.Tensor, **options) -> torch.Tensor:
+def add_up(numbers: Tensor, **options) -> Tensor:
     """Replace numbers by their sums over the ranks, or by what else the `op` says, and return them."""
     dist.all_reduce(numbers, **options)
     return numbers
@@ -215,12 +215,12 @@ class Part:
             self.num_parameters += math.prod(self.whole_shape(name, parameter))
         return model
 
-    def whole_shape(self, name: str, parameter: torch.Tensor) -> tuple[int, ...]:
+    def whole_shape(self, name: str, parameter: Tensor) -> tuple[int, ...]:
         """The shape of a parameter in the whole model."""
         shape = tuple(parameter.shape)
         return self.shards[name].whole_shape(shape) if name in self.shards else shape
 
-    def samples(self, name: str, parameter: torch.Tensor, step: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def samples(self, name: str, parameter: Tensor, step: int) -> tuple[Tensor, Tensor]:
         """Take every step-th value of the whole, flattened parameter. Each value comes from exactly one rank.
 
         Returns this rank's values [n], and the index [n] of each among the values of all ranks.
@@ -242,7 +242,7 @@ class Part:
         dist.broadcast(numbers, 0)
         return numbers.tolist()
 
-    def gather_heads(self, heads: torch.Tensor) -> torch.Tensor:
+    def gather_heads(self, heads: Tensor) -> Tensor:
         """Each rank's values for its K/V heads [n, 2, rows, ...] -> those of all heads [n, 2, K * E, ...]."""
         parts = [torch.empty_like(heads, memory_format=torch.contiguous_format) for _ in range(self.size)]
         dist.all_gather(parts, heads.contiguous())
@@ -252,7 +252,7 @@ class Part:
 class RowParallelLinear(Linear):
     """A linear layer with some columns of the matrix. The ranks' products are summed. Each rank has the whole bias."""
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         out = add_up(linear(x, self.weight))
         return out if self.bias is None else out + self.bias
 
@@ -263,33 +263,33 @@ class ParallelHeadsNorm(HeadsNorm):
     Every head is on the same number of ranks, so the mean over all heads is the mean of the ranks' means.
     """
 
-    def mean_square(self, x: torch.Tensor) -> torch.Tensor:
+    def mean_square(self, x: Tensor) -> Tensor:
         return add_up(super().mean_square(x)) / dist.get_world_size()
 
 
 class ParallelExperts(Experts):
     """Experts with a share of their widths. The ranks' results are summed."""
 
-    def forward(self, x: torch.Tensor, chosen: torch.Tensor, shares: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor, chosen: Tensor, shares: Tensor) -> Tensor:
         return add_up(super().forward(x, chosen, shares))
 
 
 class VocabularyParallelHead(Linear):
     """An output head with the rows of some tokens. The ranks' logits are gathered."""
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         return _gather_logits(super().forward(x), self)
 
 
 class VocabularyParallelEmbedding(Embedding):
     """An embedding with the rows of some tokens, which may serve as a tied head. The ranks' embeddings are summed."""
 
-    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+    def forward(self, tokens: Tensor) -> Tensor:
         rows = tokens - self.first
         here = (rows >= 0) & (rows < len(self.weight))
         return add_up(super().forward(rows.where(here, 0)) * here[..., None])  # [B, T, D]; zero for others' tokens
 
-    def unembed(self, x: torch.Tensor) -> torch.Tensor:
+    def unembed(self, x: Tensor) -> Tensor:
         return _gather_logits(super().unembed(x), self)
 
 
@@ -299,7 +299,7 @@ PARALLEL = {
 }  # fmt: skip
 
 
-def _gather_logits(logits: torch.Tensor, module) -> torch.Tensor:
+def _gather_logits(logits: Tensor, module) -> Tensor:
     """A rank's logits [..., its tokens] -> all logits [..., V]."""
     out = logits.new_zeros(*logits.shape[:-1], module.vocab_size)
     out[..., module.first : module.first + logits.shape[-1]] = logits

@@ -64,6 +64,12 @@ def span_mask(held: Tensor, spans: Tensor) -> Tensor:
     return (first[..., None] <= held[:, None]) & (held[:, None] <= last[..., None])
 
 
+def empty_output(q: Tensor, *_) -> Tensor:
+    """Memory for the result of attention: q [B, T, H, E] -> [B, T, H * E]."""
+    B, T, H, E = q.shape
+    return q.new_empty(B, T, H * E)
+
+
 @torch.library.custom_op("pop::chunk_attention", mutates_args=())
 def chunk_attention(q: Tensor, k: Tensor, v: Tensor, held: Tensor, spans: Tensor, band: Tensor, scale: float) -> Tensor:
     """Several consecutive tokens a row attend the keys that `read` returns, one block of queries at a time.
@@ -71,18 +77,18 @@ def chunk_attention(q: Tensor, k: Tensor, v: Tensor, held: Tensor, spans: Tensor
     With a window, T tokens cost T * (window + QUERY_BLOCK) products, whatever N is, and no mask has T rows. This is a
     custom operator because the number of blocks depends on lengths.
     """
-    B, T, H, E = q.shape
+    T = q.shape[1]
     own, before, _, is_exact = band.tolist()
     if is_exact and own == 0 and before >= T - 1:  # the first tokens, which need no mask
         return causal_attention(q, k[:, :T], v[:, :T], scale, None)
-    out = q.new_empty(B, T, H * E)
+    out = empty_output(q)
     for queries, keys in query_blocks(T, band, QUERY_BLOCK):
         mask = span_mask(held[:, keys], spans[:, queries])
         out[:, queries] = masked_attention(q[:, queries], k[:, keys], v[:, keys], mask, scale)
     return out
 
 
-chunk_attention.register_fake(lambda q, *_: q.new_empty(*q.shape[:2], q.shape[2] * q.shape[3]))
+chunk_attention.register_fake(empty_output)
 
 
 def query_blocks(T: int, band: Tensor, size: int) -> Iterator[tuple[slice, slice]]:
