@@ -23,7 +23,8 @@ WORDS += [" ", "  ", "\n", "\n\n", " the", "<table>", "1", "\u4e2d", "<unused1>"
 
 def reduced_gemma(spec: dict, letters: int = 250) -> dict:
     """The tokenizer.json `spec` of Gemma with few pieces, and ids without gaps."""
-    vocab, added = spec["model"]["vocab"], spec["added_tokens"]
+    vocab = spec["model"]["vocab"]
+    added = spec["added_tokens"]
     few = {*range(8), *range(107, 112), *range(138, 142), *range(168, 175)}  # runs of newlines and spaces, tags
     kept = [token for token in added if token["id"] in few or token["special"]]
     names = {token["content"] for token in added}
@@ -48,9 +49,8 @@ def reduced_gemma(spec: dict, letters: int = 250) -> dict:
 def main() -> None:
     if len(sys.argv) > 1:
         folder = Path(sys.argv[1].removeprefix("gemma3="))
-        write(
-            GOLDENS / "gemma3" / "tokenizer.json", reduced_gemma(json.loads((folder / "tokenizer.json").read_bytes()))
-        )
+        spec = json.loads((folder / "tokenizer.json").read_bytes())
+        write(GOLDENS / "gemma3" / "tokenizer.json", reduced_gemma(spec))
     draw = random.Random(1)
     texts = ["".join(draw.choice(WORDS) for _ in range(draw.randint(2, 9))) for _ in range(80)]
     golden = {"made_with": MADE_WITH, "texts": texts}

@@ -30,8 +30,10 @@ def call(name: str, **arguments) -> dict:
 
 
 TOOLS = [function("weather", city="string", days="integer"), function("add", x="number")]
-SYSTEM, HI = {"role": "system", "content": " Be brief. "}, {"role": "user", "content": " Is it warm\nin Paris? "}
-AND, RESULT = {"role": "user", "content": "And now?"}, {"role": "tool", "content": '{"warm": "né"}'}
+SYSTEM = {"role": "system", "content": " Be brief. "}
+HI = {"role": "user", "content": " Is it warm\nin Paris? "}
+AND = {"role": "user", "content": "And now?"}
+RESULT = {"role": "tool", "content": '{"warm": "né"}'}
 ONE = {"role": "assistant", "content": "", "tool_calls": [call("weather", city='Paris "é"', days=2)]}
 TWO = {"role": "assistant", "content": "So:", "tool_calls": [call("add", x=1.5), call("weather", city="", days=None)]}
 THOUGHT = {"role": "assistant", "content": "<think>\nHm.\n</think>\n\nNo.\n"}
@@ -58,8 +60,11 @@ def main() -> None:
     golden = {"made_with": MADE_WITH, "date": DATE, "cases": CONVERSATIONS, "templates": {}}
     for argument in sys.argv[1:]:
         name, _, folder = argument.partition("=")
-        jinja, config = Path(folder) / "chat_template.jinja", Path(folder) / "tokenizer_config.json"
-        template = jinja.read_text() if jinja.is_file() else json.loads(config.read_bytes())["chat_template"]
+        jinja = Path(folder) / "chat_template.jinja"
+        if jinja.is_file():
+            template = jinja.read_text()
+        else:
+            template = json.loads((Path(folder) / "tokenizer_config.json").read_bytes())["chat_template"]
         file = GOLDENS / TOKENIZERS.get(name, "qwen3") / "tokenizer.json"
         bos = {"bos_token": BOS[name]} if name in BOS else {}
         tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_file=str(file), chat_template=template, **bos)

@@ -92,8 +92,8 @@ def reduced(spec: dict) -> dict:
         kept |= {"Ġviá»ĩc", "ektedir", ".:.:.:.:"} & model["vocab"].keys()
     in_vocab = names & model["vocab"].keys() | kept
     vocab = {token: n for n, token in enumerate(sorted(in_vocab, key=model["vocab"].get))}
-    behind = [token["content"] for token in added if token["content"] not in vocab]
-    ids = vocab | {name: len(vocab) + n for n, name in enumerate(behind)}
+    after = [token["content"] for token in added if token["content"] not in vocab]
+    ids = vocab | {name: len(vocab) + n for n, name in enumerate(after)}
     merges = [" ".join(merge) for merge in merges if {*merge, "".join(merge)} <= kept]
 
     post_processor = json.loads(json.dumps(spec["post_processor"]))
