@@ -44,7 +44,8 @@ class Fields:
 
     def called(self, name: str) -> str:
         """Return what messages call a field: its full name, and its other name if it has one."""
-        return self.place + name + (f" ({OTHER_NAMES[name]})" if name in OTHER_NAMES else "")
+        full = self.place + name
+        return f"{full} ({OTHER_NAMES[name]})" if name in OTHER_NAMES else full
 
     def take(self, name: str, kind: str, accepts: Callable[[Any], bool], default: Any = MISSING) -> Any:
         """Remove a field and return its value, which must be of a `kind`. Without a default, the field is required."""
@@ -58,12 +59,15 @@ class Fields:
         return value
 
     def integer(self, name: str, default: Any = MISSING, least: int = 1, most: int | None = None) -> int:
-        most = most or (MOST_MODULES if name in MODULES else MOST)
+        if most is None:
+            most = MOST_MODULES if name in MODULES else MOST
         return self.take(name, f"an integer from {least} to {most}", lambda v: _fits(v, least, most), default)
 
     def integers(self, name: str, default: Any = MISSING) -> tuple[int, ...]:
-        kind = f"a list of integers from 0 to {MOST}"
-        return tuple(self.take(name, kind, lambda v: type(v) is list and all(_fits(n, 0, MOST) for n in v), default))
+        def accepts(value: Any) -> bool:
+            return type(value) is list and all(_fits(number, 0, MOST) for number in value)
+
+        return tuple(self.take(name, f"a list of integers from 0 to {MOST}", accepts, default))
 
     def number(self, name: str, default: Any = MISSING) -> float:
         value = self.take(name, "a positive number", lambda v: type(v) in (int, float) and 0 < v < 1e30, default)
@@ -91,7 +95,8 @@ class Fields:
 
     def finish(self, unsupported: Container[str] | None = None) -> list[str]:
         """Refuse fields left that are `unsupported` (None: all), unless they are off. Return the others' names."""
-        refused, ignored = [], []
+        refused = []
+        ignored = []
         for part in (self, *self.parts):
             for name, value in part.left.items():
                 if unsupported is None or (name in unsupported and value):
@@ -99,8 +104,8 @@ class Fields:
                 else:
                     ignored.append(part.called(name))
         if refused:
-            step = "" if unsupported is None else "; remove what the model was trained without"
-            raise ConfigError(f"not supported: {some(refused)}{step}")
+            advice = "" if unsupported is None else "; remove what the model was trained without"
+            raise ConfigError(f"not supported: {some(refused)}{advice}")
         return ignored
 
 

@@ -26,7 +26,8 @@ def fingerprint(module, part=None) -> str:
     for field in dataclasses.fields(config):
         if field.name not in UNREAD:
             digest.update(f"{field.name} {getattr(config, field.name)}\n".encode())
-    shapes, sums = [], []
+    shapes = []
+    sums = []
     for name, parameter in sorted(module.named_parameters()):
         shape = parameter.shape if part is None else part.whole_shape(name, parameter)
         step = -(-math.prod(shape) // SAMPLES)

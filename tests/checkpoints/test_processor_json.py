@@ -126,6 +126,7 @@ REFUSED = [
     ("gemma", IMAGES, "size", {"height": 224, "width": 28}),
     ("gemma", IMAGES, "size", {"shortest_edge": 28, "longest_edge": 28}),
     ("gemma", IMAGES, "resample", 3),
+    ("gemma", IMAGES, "do_pan_and_scan", True),
     ("gemma", ALL, "image_seq_length", 256),
 ]
 
@@ -179,11 +180,3 @@ def test_files_that_are_not_json_objects_are_named(text, tmp_path):
         with pytest.raises(ConfigError, match=file):
             read_preparation(tmp_path, QWEN)
         (tmp_path / file).unlink()
-
-
-def test_pan_and_scan_is_refused_by_name(tmp_path):
-    config = tiny_gemma3_vl_config(vision=SiglipConfig(24, 36, 2, 3, 896, 14))
-    size = {"size": {"height": 896, "width": 896}}
-    assert read_preparation(write(tmp_path, {IMAGES: size | {"do_pan_and_scan": False}}), config)
-    with pytest.raises(ConfigError, match="do_pan_and_scan"):
-        read_preparation(write(tmp_path, {IMAGES: size | {"do_pan_and_scan": True}}), config)
