@@ -14,6 +14,7 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from safetensors.torch import save
+from torch import Tensor
 
 from pop.calibration.exercises import Exercise, exercise
 from pop.calibration.held_out import Compared, Judge, pooled
@@ -50,7 +51,7 @@ class _Run:
             moments = {"exp_avg": torch.zeros_like(tensor), "exp_avg_sq": torch.zeros_like(tensor)}
             self.adam.state[tensor] = {"step": self.steps.clone(), **moments}
 
-    def tensors(self) -> dict[str, torch.Tensor]:
+    def tensors(self) -> dict[str, Tensor]:
         """All tensors that change, by name."""
         tensors = {"steps": self.steps, "least": self.least}
         for name, tensor in self.trained.items():
@@ -58,7 +59,7 @@ class _Run:
             tensors |= {f"{moment} {name}": value for moment, value in self.adam.state[tensor].items()}
         return tensors
 
-    def restore(self, saved: dict[str, torch.Tensor]) -> None:
+    def restore(self, saved: dict[str, Tensor]) -> None:
         """Continue from saved `tensors`."""
         for name, tensor in self.tensors().items():
             tensor.copy_(saved[name])
@@ -67,7 +68,7 @@ class _Run:
         """The plan with the tensors that are trained."""
         return dataclasses.replace(self.plan, corrections=self.plan.corrections.replaced(self.trained))
 
-    def step(self, loss: torch.Tensor, share: float) -> None:
+    def step(self, loss: Tensor, share: float) -> None:
         """A step of Adam (Kingma and Ba 2015), with a share of the full learning rates."""
         self.adam.zero_grad()
         loss.backward(inputs=list(self.trained.values()))
@@ -78,7 +79,7 @@ class _Run:
         self.adam.step()
         self.steps += 1
 
-    def rounded(self, tensors: dict[str, torch.Tensor]) -> PrunePlan:
+    def rounded(self, tensors: dict[str, Tensor]) -> PrunePlan:
         """The plan with tensors in the model's dtype."""
         tensors = {name: tensor.detach().to(self.model.dtype, copy=True) for name, tensor in tensors.items()}
         return dataclasses.replace(self.plan, corrections=self.plan.corrections.replaced(tensors))
@@ -149,7 +150,7 @@ def distill(
     return run.rounded(run.best)
 
 
-def distillation_loss(module, vision, plan: PrunePlan, batch: Exercise, rng: random.Random) -> torch.Tensor:
+def distillation_loss(module, vision, plan: PrunePlan, batch: Exercise, rng: random.Random) -> Tensor:
     """KL(full || pruned) of the continuations of a batch, in nats a token: a scalar with gradients.
 
     Args:
@@ -173,7 +174,7 @@ def distillation_loss(module, vision, plan: PrunePlan, batch: Exercise, rng: ran
     return sum(_divergence(module, *row) for row in rows) / (B * predicted)
 
 
-def _divergence(module, full: torch.Tensor, pruned: torch.Tensor) -> torch.Tensor:
+def _divergence(module, full: Tensor, pruned: Tensor) -> Tensor:
     """The sum of KL(full || pruned) over N tokens, from h [N, D] after the last layer.
 
     The gradient is computed together with the loss, so that no logits [N, V] are kept for it.
@@ -199,7 +200,7 @@ def is_worse(found: list[Compared], given: list[Compared]) -> bool:
     return False
 
 
-def learning_rate(weight: torch.Tensor) -> float:
+def learning_rate(weight: Tensor) -> float:
     """The largest learning rate for a matrix [..., I].
 
     A step of Adam changes each weight by up to about the learning rate. Inputs x have a mean square of 1. So it changes

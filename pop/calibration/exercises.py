@@ -14,6 +14,7 @@ from itertools import cycle, islice
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from pop.calibration.held_out import repeated_passage
 from pop.calibration.texts import Window
@@ -35,7 +36,7 @@ FORMS = (
 class Exercise(NamedTuple):
     """A batch of prompts of equal lengths, with their continuations."""
 
-    tokens: torch.Tensor  # [B, T] ids, on the CPU
+    tokens: Tensor  # [B, T] ids, on the CPU
     cut: int  # where the continuations begin
     media: list[list[Prepared]]  # the images and videos of each prompt
 

@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from pop.calibration.passes import Pass, first_layer
 from pop.calibration.texts import Window
@@ -28,9 +29,9 @@ CUE = 8  # an eighth of a passage is its cue, after which the model can know wha
 class Compared(NamedTuple):
     """A plan's predictions on one window, compared with the full model's."""
 
-    continuation: torch.Tensor  # KL at each token of the continuation, in nats
-    repetition: torch.Tensor  # KL at each token of the repeated passage after its cue
-    copied: torch.Tensor  # whether each of the latter is the pruned model's likeliest token
+    continuation: Tensor  # KL at each token of the continuation, in nats
+    repetition: Tensor  # KL at each token of the repeated passage after its cue
+    copied: Tensor  # whether each of the latter is the pruned model's likeliest token
 
 
 class Losses(NamedTuple):
@@ -53,8 +54,8 @@ class Case(NamedTuple):
     continuation: list[int]
     passage: list[int]  # of the prompt, which is repeated after the continuation; may be empty
     run: Pass  # over all three, without the passage's last token
-    entering: dict[int, torch.Tensor]  # h [1, T, D] that enters layers, by index
-    full: torch.Tensor  # log-probabilities [N + 1, V] of the N tokens after the prompt, and of the next one
+    entering: dict[int, Tensor]  # h [1, T, D] that enters layers, by index
+    full: Tensor  # log-probabilities [N + 1, V] of the N tokens after the prompt, and of the next one
 
 
 class Judge:
@@ -117,7 +118,7 @@ class Judge:
             compared.append(Compared(kl[: len(case.continuation) + 1], kl[counted], copied))
         return compared
 
-    def _log_probs(self, plan: PrunePlan, case: Case) -> torch.Tensor:
+    def _log_probs(self, plan: PrunePlan, case: Case) -> Tensor:
         """As Case.full, by a plan."""
         first = first_layer(plan)
         if first not in case.entering:

@@ -24,6 +24,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from pop.calibration.passes import Pass, check_gradients, checkpointed
 from pop.errors import InputError, PlanError, PopError, UnsupportedError, check_count, import_extra
@@ -94,10 +95,11 @@ def importance(
     with progress_bar("importance", len(samples), "samples", progress) as step:
         for begin in range(0, len(samples), batch_size):
             batch = samples[begin : begin + batch_size]
-            prompts = [sample.prompt for sample in batch]
-            media = [sample.media for sample in batch]
-            responses = _responses(model, batch, begin, seed, response_tokens)
-            squares.append(gate_gradients(model, prompts, responses, media).square())
+            missing = [row for row, sample in enumerate(batch) if sample.response is None]
+            seeds = [(seed, begin + row) for row in missing]
+            sampled = iter(sample_responses(model, [batch[row] for row in missing], seeds, response_tokens))
+            batch = [sample._replace(response=sample.response or next(sampled)) for sample in batch]
+            squares.append(gate_gradients(model, batch).square())
             step(len(batch))
     scores = torch.cat(squares)
     n = len(scores)
@@ -134,36 +136,22 @@ def _parse_one(model, sample, media: list[Prepared], response_tokens: int) -> Sa
     return Sample(prompt, response, media)
 
 
-def _responses(model, batch: list[Sample], begin: int, seed: int, count: int) -> list[list[int]]:
-    """The response of each sample of a batch. The model samples those that are missing."""
-    rows = [row for row, sample in enumerate(batch) if sample.response is None]
-    responses = [sample.response for sample in batch]
-    if not rows:
-        return responses
-    prompts = [batch[row].prompt for row in rows]
-    media = [batch[row].media for row in rows]
-    seeds = [(seed, begin + row) for row in rows]
-    sampled = sample_responses(model, prompts, media, seeds, count)
-    for row, response in zip(rows, sampled, strict=True):
-        responses[row] = response
-    return responses
-
-
-def sample_responses(
-    model, prompts: list[list[int]], media: list[list[Prepared]], seeds: list[Sequence[int]], count: int
-) -> list[list[int]]:
+def sample_responses(model, samples: list[Sample], seeds: list[Sequence[int]], count: int) -> list[list[int]]:
     """Sample a response of at most `count` tokens to each prompt, at full depth and temperature 1.
 
     Returns token ids, including the end token. Each row's random generator has its own seed. So a response does not
     depend on the other rows of the batch, up to rounding in the logits.
     """
+    if not samples:
+        return []
     ends = end_ids(model)
     states = [np.random.SeedSequence(seed).generate_state(1) for seed in seeds]
     sampler = Sampler(SamplingParams(temperature=1.0), [int(state[0]) for state in states])
-    tokens, lengths = padded(prompts)
-    cache = model.new_cache(len(prompts), tokens.shape[1] + count - 1)
+    tokens, lengths = padded([sample.prompt for sample in samples])
+    media = [sample.media for sample in samples]
+    cache = model.new_cache(len(samples), tokens.shape[1] + count - 1)
     logits = model.prefill(tokens, cache, lengths=lengths, images=media, plan=PrunePlan.none())
-    responses = [[] for _ in prompts]
+    responses = [[] for _ in samples]
     while True:
         tokens = sampler(logits)
         for response, token in zip(responses, read_tokens(tokens), strict=True):
@@ -177,24 +165,21 @@ def sample_responses(
 
 @torch.inference_mode(False)  # whatever the caller's mode is
 @torch.enable_grad()
-def gate_gradients(
-    model, prompts: list[list[int]], responses: list[list[int]], media: list[list[Prepared]]
-) -> torch.Tensor:
+def gate_gradients(model, samples: list[Sample]) -> Tensor:
     """dL/dg of every gate for each sample: [B, 2 (prefill, decode), L] float64 on the CPU.
 
     Each batch row has its own gates, so one backward pass keeps the samples apart. Autograd keeps h between the layers
     only; it recomputes the activations inside a layer.
     """
     module = model.module
-    rows = [prompt + response[:-1] for prompt, response in zip(prompts, responses, strict=True)]
-    tokens, lengths = padded(rows)  # [B, T], padded on the right, and [B]
-    boundary = torch.tensor([[len(prompt) - 1] for prompt in prompts])  # [B, 1]
+    tokens, lengths = padded([sample.prompt + sample.response[:-1] for sample in samples])  # [B, T] and [B]
+    boundary = torch.tensor([[len(sample.prompt) - 1] for sample in samples])  # [B, 1]
     position = torch.arange(tokens.shape[1])
     with torch.no_grad():
         shown = tokens.where(position <= boundary, -1)  # a placeholder in a response is not an image
-        images = model.vision.images(module, media, shown, lengths)
+        images = model.vision.images(module, [sample.media for sample in samples], shown, lengths)
     decode = (position >= boundary).to(model.device)  # [B, T], padding included: no gradient reaches it
-    gates = torch.ones(len(module.layers), len(rows), 2, device=model.device, requires_grad=True)
+    gates = torch.ones(len(module.layers), len(samples), 2, device=model.device, requires_grad=True)
 
     run = Pass(module, tokens.to(model.device), images)
     h = run.embed()
@@ -205,9 +190,9 @@ def gate_gradients(
         return F.cross_entropy(module.head(h), targets, reduction="sum")
 
     loss = 0.0
-    for row, prompt, response in zip(h, prompts, responses, strict=True):
-        predicting = row[len(prompt) - 1 :][: len(response)]  # [N, D]
-        targets = torch.tensor(response, device=model.device)
+    for row, sample in zip(h, samples, strict=True):
+        predicting = row[len(sample.prompt) - 1 :][: len(sample.response)]  # [N, D]
+        targets = torch.tensor(sample.response, device=model.device)
         for piece in zip(predicting.split(LOGITS_AT_ONCE), targets.split(LOGITS_AT_ONCE), strict=True):
             loss = loss + checkpointed(piece_loss, *piece)
     (gradients,) = torch.autograd.grad(loss, gates)  # [L, B, 2]
@@ -215,7 +200,7 @@ def gate_gradients(
     return gradients.permute(1, 2, 0).double().cpu()
 
 
-def _gated_layer(layer, h: torch.Tensor, rope: Rope, attend: Attend, gates: torch.Tensor, decode: torch.Tensor):
+def _gated_layer(layer, h: Tensor, rope: Rope, attend: Attend, gates: Tensor, decode: Tensor):
     """Run one layer at full depth: h [B, T, D] -> [B, T, D]. A gate of 1 changes no bit of h, even in bfloat16.
 
     gates [B, 2 (prefill, decode)] are float32, and so are the sums of their derivatives. decode [B, T] says which
@@ -231,10 +216,10 @@ def _gated_layer(layer, h: torch.Tensor, rope: Rope, attend: Attend, gates: torc
 class Importance:
     """Importance scores of all layers for both stages, made by `pop.importance`. Invalid values raise InputError."""
 
-    prefill: torch.Tensor  # [L] float64 on the CPU, in nats squared
-    decode: torch.Tensor
-    prefill_error: torch.Tensor  # standard errors [L] float64; all NaN for a single sample
-    decode_error: torch.Tensor
+    prefill: Tensor  # [L] float64 on the CPU, in nats squared
+    decode: Tensor
+    prefill_error: Tensor  # standard errors [L] float64; all NaN for a single sample
+    decode_error: Tensor
     num_samples: int  # the scores are means over these
 
     def __post_init__(self):
@@ -296,7 +281,7 @@ class Importance:
     def save(self, path: str | os.PathLike) -> None:
         """Write the scores as JSON, whole or not at all. Raises InputError if that fails."""
 
-        def listed(scores: torch.Tensor) -> list:
+        def listed(scores: Tensor) -> list:
             return [None] * len(scores) if scores.isnan().any() else scores.tolist()
 
         content = json.dumps(dataclasses.asdict(self), indent=1, default=listed) + "\n"
@@ -320,7 +305,7 @@ def check_plot(path: str | os.PathLike) -> str:
     return kind
 
 
-def _checked_scores(name: str, values) -> torch.Tensor:
+def _checked_scores(name: str, values) -> Tensor:
     """values as [L] float64: finite and at least 0. Standard errors may be unknown: NaN, or None in a file."""
     if hasattr(values, "tolist"):
         values = values.tolist()

@@ -18,6 +18,7 @@ from collections.abc import Callable, Collection
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from pop.backends.cpu import WIDENED
@@ -43,7 +44,7 @@ class Pass:
         images: What images bring to the tokens.
     """
 
-    def __init__(self, module, tokens: torch.Tensor, images: TextOnly = TEXT):
+    def __init__(self, module, tokens: Tensor, images: TextOnly = TEXT):
         B, T = tokens.shape
         positions = torch.arange(T, device=tokens.device).expand(B, -1)  # [B, T]
         self.module = module
@@ -52,17 +53,17 @@ class Pass:
         self.last_attended = images.last_attended(positions)  # [B, T] or None
         self.ropes = module.rope(images.rotary(positions))
 
-    def embed(self) -> torch.Tensor:
+    def embed(self) -> Tensor:
         """The h [B, T, D] that enters layer 0."""
         return self.images.place(self.module.embed(self.tokens))
 
-    def layer(self, index: int, h: torch.Tensor, run: Callable = PrunableLayer.__call__) -> torch.Tensor:
+    def layer(self, index: int, h: Tensor, run: Callable = PrunableLayer.__call__) -> Tensor:
         """Run all tokens through a layer: h [B, T, D] -> h [B, T, D]. `run(layer, h, rope, attend)` computes it."""
         layer = self.module.layers[index]
         h = checkpointed(run, layer, h, self.ropes[layer.window], self._attend)
         return self.images.add_deepstack(h, index)
 
-    def full(self, kept: Collection[int] = ()) -> tuple[torch.Tensor, dict[int, torch.Tensor]]:
+    def full(self, kept: Collection[int] = ()) -> tuple[Tensor, dict[int, Tensor]]:
         """Run the full model. Returns h [B, T, D] after the last layer, and the h that entered each layer of `kept`."""
         h = self.embed()
         entering = {}
@@ -72,7 +73,7 @@ class Pass:
             h = self.layer(index, h)
         return h, entering
 
-    def student(self, plan: PrunePlan, h: torch.Tensor, prompt_length: int) -> torch.Tensor:
+    def student(self, plan: PrunePlan, h: Tensor, prompt_length: int) -> Tensor:
         """Run prompts by a plan, and their continuations at full depth, as in pop/pruning/reference.py.
 
         Args:
@@ -88,8 +89,8 @@ class Pass:
         return self.pruned(plan, h, full_depth, first_layer(plan), end, prompt_length)
 
     def pruned(
-        self, plan: PrunePlan, h: torch.Tensor, full_depth: torch.Tensor, begin: int, end: int, prompt_length: int = 0
-    ) -> torch.Tensor:
+        self, plan: PrunePlan, h: Tensor, full_depth: Tensor, begin: int, end: int, prompt_length: int = 0
+    ) -> Tensor:
         """Run layers `begin` to `end` - 1 by a plan: h [B, T, D] -> h [B, T, D], in the dtype of h.
 
         Args:
@@ -122,7 +123,7 @@ class Pass:
         return self.module.causal_attention(q, k, v, layer.scale, layer.window, self.last_attended)
 
     @torch.no_grad()
-    def _selected(self, plan: PrunePlan, h: torch.Tensor, full_depth: torch.Tensor) -> torch.Tensor:
+    def _selected(self, plan: PrunePlan, h: Tensor, full_depth: Tensor) -> Tensor:
         """The tokens [B, T] bool that a plan selects from prompts. full_depth [prompt_length]: by their position."""
         B, T, _ = h.shape
         length = len(full_depth)
@@ -133,7 +134,7 @@ class Pass:
         selected = select(self.module, plan, h[:, :length], rotary, lengths, others, torch.full((B,), count))
         return F.pad(selected, (0, T - length))
 
-    def _pruned_group(self, group: Group, h: torch.Tensor, full_depth: torch.Tensor) -> torch.Tensor:
+    def _pruned_group(self, group: Group, h: Tensor, full_depth: Tensor) -> Tensor:
         """Run a group of pruned layers: h [B, T, D] -> h [B, T, D]. Only full_depth [B, T] tokens run its layers."""
         B, T, _ = h.shape
         at = full_depth.nonzero().view(B, -1, 2).unbind(-1)  # batch row and position [B, R]: as many in each batch row

@@ -20,6 +20,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from pop.calibration.passes import Pass
 from pop.calibration.texts import Window
@@ -33,9 +34,9 @@ from pop.runner import padded
 class Solution(NamedTuple):
     """The corrections of a group of n layers, in float64."""
 
-    weight: torch.Tensor  # U [n, 2, K * E, R]
-    shared: torch.Tensor  # V [R, 2 * D]
-    update: torch.Tensor | None  # A [D, R], if kept layers follow
+    weight: Tensor  # U [n, 2, K * E, R]
+    shared: Tensor  # V [R, 2 * D]
+    update: Tensor | None  # A [D, R], if kept layers follow
 
 
 class Sums:
@@ -111,7 +112,7 @@ class Fit:
             solutions.append(self._solve(ridge))
         return dataclasses.replace(self.plan, corrections=self._corrections(solutions))
 
-    def enter(self, run: Pass, h: torch.Tensor) -> torch.Tensor:
+    def enter(self, run: Pass, h: Tensor) -> Tensor:
         """The h [B, T, D] that enters the group, from the h that enters the first pruned layer.
 
         The first tokens run at full depth. The others run by the groups that are solved.
@@ -168,7 +169,7 @@ class _Stream:
     numbers are exact.
     """
 
-    def __init__(self, fit: Fit, run: Pass, h: torch.Tensor, is_fitted: torch.Tensor):
+    def __init__(self, fit: Fit, run: Pass, h: Tensor, is_fitted: Tensor):
         self.fit = fit
         self.is_fitted = is_fitted  # [B, T], the tokens that count
         self.wide = torch.float32 if h.dtype.itemsize == 2 else torch.float64
@@ -179,7 +180,7 @@ class _Stream:
         fit.sums.xx += self.x.T @ self.x
         fit.sums.count += len(self.x)
 
-    def add(self, begin: int, difference: torch.Tensor) -> None:
+    def add(self, begin: int, difference: Tensor) -> None:
         """Add to X' Y, from column `begin` on: the full model's values minus those from h, [B, T, M]."""
         columns = slice(begin, begin + difference.shape[-1])
         self.fit.sums.xy[:, columns] += self.x.T @ difference[self.is_fitted].to(self.wide)

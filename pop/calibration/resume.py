@@ -4,9 +4,9 @@ import os
 from collections.abc import Iterable
 from typing import NamedTuple
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import save
+from torch import Tensor
 
 from pop.errors import InputError
 from pop.system import files
@@ -18,12 +18,12 @@ class SavedProgress(NamedTuple):
     path: str | os.PathLike
     settings: dict[str, str]  # by name
 
-    def write(self, tensors: dict[str, torch.Tensor]) -> None:
+    def write(self, tensors: dict[str, Tensor]) -> None:
         """Replace the file, whole or not at all."""
         tensors = {name: tensor.detach().cpu() for name, tensor in tensors.items()}
         files.write_whole(self.path, save(tensors, metadata=self.settings), "the run's progress", InputError)
 
-    def read(self, names: Iterable[str]) -> dict[str, torch.Tensor] | None:
+    def read(self, names: Iterable[str]) -> dict[str, Tensor] | None:
         """The tensors of these names, on the CPU. None if there is no file. Refuse the file of another run."""
         path = os.path.expanduser(self.path)
         if not os.path.exists(path):

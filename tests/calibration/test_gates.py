@@ -10,7 +10,7 @@ from support.tiny import random_model, tiny_config, tiny_gemma3_config, tiny_qwe
 
 import pop
 from pop.backends import cpu
-from pop.calibration.importance import _gated_layer, gate_gradients, sample_responses
+from pop.calibration.importance import Sample, _gated_layer, gate_gradients, sample_responses
 from pop.models import layers
 
 
@@ -21,13 +21,12 @@ def keep_activations(monkeypatch):
 
 def gradients(model, samples):
     """Of samples (prompt, response) without images."""
-    prompts, responses = map(list, zip(*samples, strict=True))
-    return gate_gradients(model, prompts, responses, [[] for _ in prompts])
+    return gate_gradients(model, [Sample(prompt, response, []) for prompt, response in samples])
 
 
 def sampled(model, prompts, seeds, count):
     """Responses to prompts without images."""
-    return sample_responses(model, prompts, [[] for _ in prompts], seeds, count)
+    return sample_responses(model, [Sample(prompt, None, []) for prompt in prompts], seeds, count)
 
 
 @st.composite

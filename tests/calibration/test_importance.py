@@ -16,7 +16,7 @@ from support.tiny_chat import write_chat_checkpoint
 
 import pop
 from pop import InputError, PlanError, PrunePlan
-from pop.calibration.importance import SCORES, Importance, gate_gradients, importance, sample_responses
+from pop.calibration.importance import SCORES, Importance, Sample, gate_gradients, importance, sample_responses
 
 
 def test_scores_are_mean_squared_slopes_with_their_standard_errors(model, samples):
@@ -90,13 +90,18 @@ def test_parameters_and_grad_mode_are_left_alone(samples):
 
 
 def test_sampling_depends_on_the_seed_and_the_sample_not_on_the_batch(model, prompts, monkeypatch):
+    found = []
+
+    def recorded(model, samples):
+        found.extend(sample.response for sample in samples)
+        return gate_gradients(model, samples)
+
     def responses(batch_size, seed=0, prompts=prompts):
-        found = []
+        found.clear()
         with monkeypatch.context() as patched:
-            recorded = lambda *args: found.extend(args[2]) or gate_gradients(*args)  # noqa: E731
             patched.setattr("pop.calibration.importance.gate_gradients", recorded)
             importance(model, prompts, batch_size=batch_size, response_tokens=9, seed=seed, progress=False)
-        return found
+        return found.copy()
 
     expected = responses(8)
     assert [len(response) for response in expected] == [9] * 5
@@ -110,7 +115,8 @@ def test_sampling_depends_on_the_seed_and_the_sample_not_on_the_batch(model, pro
 
 
 def test_sampled_responses_score_as_given_ones(model, prompts):
-    sampled = sample_responses(model, prompts, [[]] * 5, [(3, n) for n in range(5)], 6)
+    samples = [Sample(prompt, None, []) for prompt in prompts]
+    sampled = sample_responses(model, samples, [(3, n) for n in range(5)], 6)
     expected = importance(model, list(zip(prompts, sampled, strict=True)), progress=False)
     assert_same(importance(model, iter(prompts), response_tokens=6, seed=3, progress=False), expected)
 

@@ -16,7 +16,7 @@ from pop.calibration.distill import distillation_loss
 from pop.calibration.exercises import CONTINUATION, Exercise
 from pop.calibration.exercises import exercise as make_exercise
 from pop.calibration.held_out import Judge
-from pop.calibration.importance import gate_gradients
+from pop.calibration.importance import Sample, gate_gradients
 from pop.calibration.passes import Pass
 from pop.calibration.texts import text_windows
 from pop.errors import ContextOverflow, InputError
@@ -130,7 +130,7 @@ def test_gradients_with_images_are_the_slopes_of_the_gated_loss(model):
     prompts, rows = [tokens_of(2, a, 5, b, 9), [2, 7, 8]], [[a, b], []]
     responses = [[11, tokens_of(a)[1], 13], [14, 15]]  # in a response, this token is not an image
 
-    found = gate_gradients(model, prompts, responses, rows)
+    found = gate_gradients(model, [Sample(*sample) for sample in zip(prompts, responses, rows, strict=True)])
     for row, slopes in enumerate(found):
         expected = torch.zeros_like(slopes)
         for gate in torch.cartesian_prod(*map(torch.arange, slopes.shape)).tolist():
@@ -152,7 +152,7 @@ def test_importance_of_samples_with_images(model):
     assert (scores.prefill[:-1] > 0).all() and scores.num_samples == 3
     given = pop.importance(model, samples[1:], images=rows[1:], response_tokens=3, progress=False)
     by_hand = [
-        gate_gradients(model, [prompt], [response], [row or []])[0]
+        gate_gradients(model, [Sample(prompt, response, row or [])])[0]
         for (prompt, response), row in zip(samples[1:], rows[1:], strict=True)
     ]
     assert_close(torch.stack([given.prefill, given.decode]), torch.stack(by_hand).square().mean(0))

@@ -21,7 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import pop
-from pop.calibration.importance import gate_gradients
+from pop.calibration.importance import Sample, gate_gradients
 from pop.models import build
 from pop.models.config import RopeConfig
 from pop.models.layers import causal_attention, rope_frequencies
@@ -120,7 +120,7 @@ def test_the_importance_of_a_layer_is_the_slope_of_the_loss(config):
     prompt = [5, 9, 12, 33, 2]
     response = [7, 8, 40]
     model = pop.Model(module, config, compile=False)
-    gradients = gate_gradients(model, [prompt], [response], [[]])[0]  # [2, L]
+    gradients = gate_gradients(model, [Sample(prompt, response, [])])[0]  # [2, L]
     layer = module.layers[2]
     attention = layer.attention_update
     mlp = layer.mlp_update
