@@ -1,4 +1,4 @@
-"""Refit projections, virtual gates and importance scores: what improves or chooses a plan for a loaded model.
+"""Calibration and importance: what improves or chooses a plan for a loaded model.
 
 May import everything but pop.cli. Only pop.cli and pop/__init__.py import it.
 """
