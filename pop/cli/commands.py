@@ -10,7 +10,6 @@ import functools
 import inspect
 import itertools
 import os
-import shlex
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -131,8 +130,13 @@ def importance(args) -> None:
     model = _load(args)
     model.need_tokenizer("importance")
     prompts = excerpts(model.tokenizer, texts, args.samples, args.prompt_tokens, args.seed)
-    options = {"response_tokens": args.response_tokens, "batch_size": args.batch_size, "seed": args.seed}
-    result = pop.importance(model, prompts, **options)
+    result = pop.importance(
+        model,
+        prompts,
+        response_tokens=args.response_tokens,
+        batch_size=args.batch_size,
+        seed=args.seed,
+    )
     print(f"layer  {'prefill':>22}  {'decode':>22}")
     columns = (result.prefill, result.prefill_error, result.decode, result.decode_error)
     for layer, row in enumerate(torch.stack(columns, 1).tolist()):
@@ -171,7 +175,7 @@ def calibrate(args) -> None:
     plan = pop.calibrate(model, texts, model.plan, **options)
     if launched()[0] == 0:
         plan.save(args.out)
-    print(f"Saved to {args.out}. Try: pop generate {shlex.quote(args.model)} --prune {shlex.quote(args.out)} PROMPT")
+    print(f"Saved to {args.out}. Try: pop generate {args.model} --prune {args.out} PROMPT")
 
 
 def _check_folders(*paths: str | None) -> None:

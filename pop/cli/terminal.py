@@ -52,6 +52,5 @@ def exit_status(program: str, work: Callable[[], object]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the flush at exit must not fail again
         if isinstance(error, BrokenPipeError):
             return 141  # the shell's status for a closed pipe
-        reason = f"the output cannot be written ({error.strerror})"
-        print(f"{program}: {reason}; free space, or write elsewhere", file=sys.stderr)
+        print(f"{program}: the output cannot be written ({error.strerror}); free space", file=sys.stderr)
         return 2
