@@ -159,7 +159,7 @@ def vision_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def _is_fused(q: Tensor, *others: Tensor) -> bool:
-    """Whether fused_attention takes q. It has no gradients, which q or others may need."""
+    """Whether fused_attention takes q. It does not support gradients, which q or others may need."""
     return _fits(q, FUSED) and not any(x.requires_grad for x in (q, *others))
 
 

@@ -119,7 +119,7 @@ def end(status: int = 0) -> NoReturn:
 
 
 def add_up(numbers: Tensor, **options) -> Tensor:
-    """Replace numbers by their sums over the ranks, or by what else the `op` says, and return them."""
+    """Replace numbers by their sums over the ranks, or by another reduction `op`, and return them."""
     dist.all_reduce(numbers, **options)
     return numbers
 
