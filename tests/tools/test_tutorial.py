@@ -124,12 +124,13 @@ def test_on_the_real_model_the_numbers_are_as_the_text_says(smollm2):
     at_full_depth, _, no_boundary, dropped = names["later_kl"].values()
     assert max(at_full_depth, no_boundary) < 0.3 and dropped > 10 * at_full_depth
 
-    (own_k, own_v), (refit_k, refit_v), (two_k, two_v) = (curve.mean(-1) for curve in names["curves"].values())
-    assert own_v < own_k < refit_k < two_k and own_v + 0.1 < min(refit_v, two_v)
+    (own_k, own_v), (one_k, one_v), (two_k, two_v) = (curve.mean(-1) for curve in names["curves"].values())
+    assert own_v < own_k < one_k < two_k and own_v + 0.1 < min(one_v, two_v)
     kl = names["half_kl"]
-    assert max(kl["two taps"], kl["refit"]) < kl["plain"] / 5
+    assert max(kl["with the previous token"], kl["corrected"]) < kl["plain"] / 5
 
     third, half = 1, 2  # of the depths
     losses = names["losses"]
-    assert losses["two taps"][half].continuation < losses["plain"][third].continuation
-    assert losses["refit"][half].copied + 0.1 < losses["two taps"][half].copied < losses["plain"][third].copied - 0.1
+    one, two = losses["corrected"][half], losses["with the previous token"][half]
+    assert two.continuation < losses["plain"][third].continuation
+    assert one.copied + 0.1 < two.copied < losses["plain"][third].copied - 0.1
