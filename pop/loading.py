@@ -6,7 +6,6 @@ from pathlib import Path
 import torch
 
 from pop import models
-from pop.backends.int8 import check_quantize, quantize_module
 from pop.backends.tensor_parallel import Part, join
 from pop.checkpoints import registry
 from pop.checkpoints.config_json import read_config, read_sampling
@@ -33,7 +32,6 @@ def load(
     compile="auto",
     progress: bool = True,
     parallel: str | None = None,
-    quantize: str | None = None,
     tokenizer="auto",
     chat_format=None,
 ) -> Model:
@@ -54,7 +52,6 @@ def load(
         progress: Show the progress of loading and compiling on stderr.
         parallel: "auto" splits the model among the ranks of the process group, or of torchrun. All ranks must then make
             the same calls (pop/backends/tensor_parallel.py).
-        quantize: "int8" rounds the decoder's matrices to 8 bits, on a CPU and in one process (pop/backends/int8.py).
         tokenizer: "auto" reads the checkpoint's, if there is one. None loads the model without: prompts are token ids
             then. Otherwise the path of a tokenizer, or an object with encode(text) -> ids, without BOS, and
             decode(ids) -> text.
@@ -71,25 +68,38 @@ def load(
         raise InputError(f"dtype is {dtype!r}; give torch.float32, torch.bfloat16, torch.float16, or None")
     if not isinstance(name_or_path, (str, os.PathLike)):
         raise InputError(f"name_or_path is {name_or_path!r}; give a name that pop.list_models() lists, or a directory")
+
+    # Everything small first, so that errors come before the weights are read.
     folder = registry.find_folder(name_or_path)
     config = read_config(folder)
     dtype = dtype or config.dtype
     max_seq_len = check_options(config, dtype, max_seq_len, compile)
     plan = PrunePlan.of(prune, config.num_layers)
-    vision = processor_of(config, read_preparation(folder, config), min_pixels, max_pixels)
+    preparation = read_preparation(folder, config)
+    vision = processor_of(config, preparation, min_pixels, max_pixels)
     tokenizer = _tokenizer(tokenizer, folder)
+    sampling = read_sampling(folder)
+
     part = Part(config, rank, ranks) if ranks > 1 else None
+    shards = {} if part is None else part.shards
+    progress = progress and rank == 0
     with torch.device("meta"):
         module = models.build(config) if part is None else part.build()
-    check_quantize(quantize, module, device, ranks)
-    progress = progress and rank == 0
-    shards = {} if part is None else part.shards
     load_weights(folder, module, dtype=dtype, device=device, progress=progress, shards=shards)
-    if quantize is not None:
-        quantize_module(module)
-    options = {"plan": plan, "max_seq_len": max_seq_len, "compile": compile, "progress": progress, "vision": vision}
-    options |= {"chat_format": chat_format, "sampling": read_sampling(folder), "name": folder.name}
-    return Model(module.eval(), config, tokenizer, part=part, **options)
+    return Model(
+        module.eval(),
+        config,
+        tokenizer,
+        plan=plan,
+        max_seq_len=max_seq_len,
+        compile=compile,
+        progress=progress,
+        vision=vision,
+        part=part,
+        chat_format=chat_format,
+        sampling=sampling,
+        name=folder.name,
+    )
 
 
 def _tokenizer(given, folder: Path) -> Tokenizer | None:
@@ -97,7 +107,8 @@ def _tokenizer(given, folder: Path) -> Tokenizer | None:
         return None
     if not isinstance(given, str) or given != "auto":
         return as_tokenizer(given)
-    if not any((folder / name).exists() for name in ("tokenizer.json", "tokenizer.model")):
+    files = (folder / "tokenizer.json", folder / "tokenizer.model")
+    if not any(file.exists() for file in files):
         return None
     try:
         return load_tokenizer(folder)

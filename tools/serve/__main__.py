@@ -40,7 +40,7 @@ def serve(args: argparse.Namespace) -> None:
     """Load the model, and answer requests until the process is stopped."""
     for option, least in (("batch", 1), ("queue", MAX_ANSWERS)):
         check_count(f"--{option}", getattr(args, option), least)
-    loading = ("prune", "max_seq_len", "device", "compile", "quantize")
+    loading = ("prune", "max_seq_len", "device", "compile")
     model = pop.load(args.model, **{name: getattr(args, name) for name in loading})
     model.need_tokenizer("the server")
     model.warmup(min(args.batch, 2))
@@ -72,7 +72,6 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--queue", type=int, default=32, help="the most answers that wait; further ones are refused")
     parser.add_argument("--cache-mb", type=int, help="for kept caches (default: a quarter of the free memory)")
     parser.add_argument("--device", help="as in pop.load")
-    parser.add_argument("--quantize", choices=["int8"], help="as in pop.load")
     parser.add_argument("--no-compile", dest="compile", action="store_const", const=False, default="auto")
     args = parser.parse_args(argv)
     try:
