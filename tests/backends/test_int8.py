@@ -1,7 +1,7 @@
 """The recipe for int8 weights: torchao replaces the weights of a model's linear layers, and everything runs on.
 
-Int8 rounds each number of a row to 1/127 of the row's largest. The logits of these models then change by 1 to 4 % of their
-standard deviation.
+Int8 rounds each number of a row to 1/127 of the row's largest. The logits of these models then change by 1 to 4 % of
+their standard deviation.
 """
 
 import copy
