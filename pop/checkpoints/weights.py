@@ -14,7 +14,7 @@ from fnmatch import fnmatch
 from pathlib import Path, PureWindowsPath
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from pop.errors import CheckpointError, some
 from pop.models.config import Config
@@ -59,11 +59,11 @@ class Shard:
         """Return the shape of the whole parameter, given that of the part."""
         return (*part[: self.axis], self.whole, *part[self.axis + 1 :])
 
-    def cut(self, whole: torch.Tensor) -> torch.Tensor:
+    def cut(self, whole: Tensor) -> Tensor:
         """Return the part of a whole parameter."""
         return torch.cat([whole.narrow(self.axis, begin, end - begin) for begin, end in self.spans], self.axis)
 
-    def places(self) -> torch.Tensor:
+    def places(self) -> Tensor:
         """Return [whole]: each index's position in the part, or -1 if another process owns it."""
         places = torch.full((self.whole,), -1)
         owned = self.owned or (True,) * len(self.spans)
@@ -134,7 +134,7 @@ def stored_dtype(folder: Path) -> torch.dtype:
     """Return the dtype of the first file's largest tensor. Without weights, which `load_weights` reports: float32."""
     with contextlib.suppress(CheckpointError, StopIteration):
         file = next(iter(_weight_files(folder)))
-        largest = max(_map(file).values(), key=torch.Tensor.numel, default=torch.empty(0))
+        largest = max(_map(file).values(), key=Tensor.numel, default=torch.empty(0))
         if largest.dtype in FLOATS:
             return largest.dtype
     return torch.float32
@@ -151,13 +151,13 @@ class _Piece:
     file: Path = Path()
     name: str = ""  # in the file
 
-    def fits(self, tensor: torch.Tensor) -> bool:
+    def fits(self, tensor: Tensor) -> bool:
         """Whether a tensor has the shape, or holds the matrices of all experts transposed, as Qwen3-VL's files do."""
         if tensor.dim() == 3 and tensor.transpose(1, 2).shape == self.shape:
             return True
         return tensor.shape == self.shape
 
-    def laid_out(self, tensor: torch.Tensor) -> torch.Tensor:
+    def laid_out(self, tensor: Tensor) -> Tensor:
         """Return a view of a fitting tensor with the axes of the parameter."""
         if tensor.shape != self.shape:
             tensor = tensor.transpose(1, 2)
@@ -167,8 +167,8 @@ class _Piece:
 
 
 def _slices(
-    pieces: list[_Piece], weights: dict[str, torch.Tensor], shards: dict[str, Shard], step: int
-) -> Iterator[tuple[_Piece, torch.Tensor, torch.Tensor]]:
+    pieces: list[_Piece], weights: dict[str, Tensor], shards: dict[str, Shard], step: int
+) -> Iterator[tuple[_Piece, Tensor, Tensor]]:
     """Yield what to copy, in slices of about `step` bytes: a piece, rows of its tensor, and rows of its parameter.
 
     A page of a mapped file counts as resident memory until the file is unmapped. The file is therefore mapped anew when
@@ -210,7 +210,7 @@ def _overlaps(piece: _Piece, shard: Shard | None) -> Iterator[tuple[tuple[slice,
         position += end - begin
 
 
-def _map(file: Path) -> dict[str, torch.Tensor]:
+def _map(file: Path) -> dict[str, Tensor]:
     """Map the tensors of a weight file into memory: a page is read when it is first touched."""
     try:
         tensors, _ = read_tensors(file)
@@ -289,7 +289,7 @@ def _wanted(shapes: dict[str, tuple[int, ...]], stored: Set[str]) -> dict[str, _
     return wanted
 
 
-def _stored(folder: Path, parameters: Set[str]) -> dict[str, tuple[Path, str, torch.Tensor]]:
+def _stored(folder: Path, parameters: Set[str]) -> dict[str, tuple[Path, str, Tensor]]:
     """Return the stored tensors by their published names, each with its file and its name there."""
     stored = {}
     for file, names in _weight_files(folder).items():

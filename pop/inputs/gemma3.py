@@ -7,6 +7,7 @@ from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from pop.errors import InputError
 from pop.inputs.images import load_image, normalise
@@ -18,7 +19,7 @@ IMAGES_AT_ONCE = 8  # in the vision tower
 PUBLISHED = ImageConfig()
 
 
-def gemma_pixels(image, size: int, config: ImageConfig = PUBLISHED) -> torch.Tensor:
+def gemma_pixels(image, size: int, config: ImageConfig = PUBLISHED) -> Tensor:
     """Return an image as the vision tower's input, [1, 3, size, size] float32. For `image`, see `load_image`."""
     whole = load_image(image)
     resized = F.interpolate(whole[None], (size, size), mode="bilinear", antialias=True)

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from pop.errors import InputError, PopError, import_extra
 from pop.models.config import ImageConfig
@@ -37,7 +38,7 @@ class Image:
     max_pixels: int | None = None
 
 
-def load_image(image) -> torch.Tensor:
+def load_image(image) -> Tensor:
     """Return an image as RGB, [3, H, W] uint8 on the CPU.
 
     An image is a file in one of FORMATS, as a path, bytes, a BytesIO or a data URL in base64. Or it is a PIL image, a
@@ -50,7 +51,7 @@ def load_image(image) -> torch.Tensor:
     is_path = isinstance(image, (str, os.PathLike)) and not is_url
     name = f"the image {str(image)!r:.200}" if is_path else f"an image of type {type(image).__name__}"
     with reading("a data URL" if is_url else name, FORMATS):
-        if isinstance(image, torch.Tensor):
+        if isinstance(image, Tensor):
             image = _tensor_to_array(image)
         if isinstance(image, np.ndarray):
             return _from_array(image)
@@ -65,7 +66,7 @@ def load_image(image) -> torch.Tensor:
             return _from_pillow(opened, name)
 
 
-def _tensor_to_array(image: torch.Tensor) -> np.ndarray:
+def _tensor_to_array(image: Tensor) -> np.ndarray:
     """Return a tensor [H, W, 3] or [3, H, W] as an array [H, W, 3]."""
     if image.dtype != torch.uint8 or image.ndim != 3 or (image.shape[0] == 3) == (image.shape[2] == 3):
         found = f"an image tensor has shape {tuple(image.shape)} and dtype {image.dtype}"
@@ -76,7 +77,7 @@ def _tensor_to_array(image: torch.Tensor) -> np.ndarray:
     return image.cpu().numpy()
 
 
-def _from_array(image: np.ndarray) -> torch.Tensor:
+def _from_array(image: np.ndarray) -> Tensor:
     if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
         found = f"an image array has shape {image.shape} and dtype {image.dtype}"
         raise InputError(f"{found}; it must be HxWx3, uint8")
@@ -85,7 +86,7 @@ def _from_array(image: np.ndarray) -> torch.Tensor:
     return torch.from_numpy(np.array(image, order="C")).permute(2, 0, 1)  # [3, H, W], a copy
 
 
-def normalise(pixels: torch.Tensor, config: ImageConfig) -> torch.Tensor:
+def normalise(pixels: Tensor, config: ImageConfig) -> Tensor:
     """Return pixels [N, 3, H, W] uint8 as the vision tower's float32 input."""
     mean = torch.tensor(config.mean)[:, None, None] * (1 / config.rescale)
     std = torch.tensor(config.std)[:, None, None] * (1 / config.rescale)
@@ -136,7 +137,7 @@ def _check_bytes(size: int, name: str, most: int) -> None:
         raise InputError(f"{name} has {size:,} bytes; at most {most:,} are read, so make it smaller first")
 
 
-def _from_pillow(image, name: str) -> torch.Tensor:
+def _from_pillow(image, name: str) -> Tensor:
     from PIL import Image, ImageOps
 
     check_size(*image.size, name)  # the header has the size, so nothing is decoded yet

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from itertools import islice
 from typing import ClassVar
 
-import torch
+from torch import Tensor
 
 from pop.errors import InputError, check_count
 from pop.inputs.images import Image
@@ -27,7 +27,7 @@ class Prepared:
     """A prepared image or video. Callers may give it again in place of the original."""
 
     kind: str  # "image" or "video"
-    pixels: torch.Tensor  # the vision tower's input, float32 on the CPU
+    pixels: Tensor  # the vision tower's input, float32 on the CPU
     pieces: tuple[Piece, ...]  # the texts and token ids that replace it in a prompt
     grid: Grid | None = None  # its size in patches, if the family's images differ in size
 
@@ -102,7 +102,7 @@ class Processor:
         where = "in pop.load or pop.Image" if largest.kind == "image" else "in pop.Video"
         return f"shorten {what}, or lower max_pixels {where}: {found}"
 
-    def images(self, module, rows: list[list[Prepared]], tokens: torch.Tensor, lengths: torch.Tensor) -> TextOnly:
+    def images(self, module, rows: list[list[Prepared]], tokens: Tensor, lengths: Tensor) -> TextOnly:
         """Run the vision tower of `module` on the images and videos of each batch row. Without any, return TEXT.
 
         Raises InputError if tokens [B, T], without the padding after `lengths` [B], have more or fewer placeholders.

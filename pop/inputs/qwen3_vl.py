@@ -12,6 +12,7 @@ from typing import ClassVar
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from pop.errors import InputError
 from pop.inputs import images, video_files
@@ -27,7 +28,7 @@ MAX_RATIO = 200  # of an image's longer side to its shorter one
 PUBLISHED = {"image": ImageConfig((256**2, 4096**2)), "video": VideoConfig((4096, 24 * 2**20))}
 
 
-def qwen_image(image, vision: Qwen3VisionConfig, config: ImageConfig = PUBLISHED["image"]) -> tuple[torch.Tensor, Grid]:
+def qwen_image(image, vision: Qwen3VisionConfig, config: ImageConfig = PUBLISHED["image"]) -> tuple[Tensor, Grid]:
     """Return an image's patches and their grid. It is resized to the limits on pixels, nearly in shape."""
     frame = normalise(_resize(images.load_image(image), vision, 1, config), config)
     return _patches(frame.expand(vision.frames, -1, -1, -1), vision)  # one frame pair: the image twice
@@ -35,7 +36,7 @@ def qwen_image(image, vision: Qwen3VisionConfig, config: ImageConfig = PUBLISHED
 
 def qwen_video(
     video, vision: Qwen3VisionConfig, config: VideoConfig = PUBLISHED["video"]
-) -> tuple[torch.Tensor, Grid, list[float]]:
+) -> tuple[Tensor, Grid, list[float]]:
     """Return a video's patches, frame pair by frame pair, their grid, and the time of each frame pair in seconds.
 
     Frames are read and resized one at a time.
@@ -75,7 +76,7 @@ def _check_video(video, fps: float | None, is_path: bool) -> None:
     is_rate = isinstance(fps, Real) and not isinstance(fps, bool) and 1e-6 <= fps <= 1e6
     if fps is not None and (is_path or not is_rate):
         raise InputError(f"fps is {fps!r}; it must be a number from 1e-6 to 1e6, or None for a file, which has its own")
-    is_array = isinstance(video, (np.ndarray, torch.Tensor))
+    is_array = isinstance(video, (np.ndarray, Tensor))
     if not (is_path or is_array or isinstance(video, Sequence)) or isinstance(video, bytes):
         raise InputError(f"a video is of type {type(video).__name__}; give a path, an array or a list of images")
     if is_array and video.ndim != 4:
@@ -89,7 +90,7 @@ def _sampled(count: int, fps: float, config: VideoConfig) -> list[int]:
     return np.linspace(0, count - 1, kept).round().astype(int).tolist()
 
 
-def _resize(frame, vision: Qwen3VisionConfig, num_frames: int, config: ImageConfig) -> torch.Tensor:
+def _resize(frame, vision: Qwen3VisionConfig, num_frames: int, config: ImageConfig) -> Tensor:
     """Resize an image or one of a video's frames [3, H, W] to whole squares of merged patches, [1, 3, h, w] uint8."""
     height, width = frame.shape[1:]
     least, most = config.pixels
@@ -116,7 +117,7 @@ def _resize(frame, vision: Qwen3VisionConfig, num_frames: int, config: ImageConf
     return F.interpolate(frame[None], (rows * unit, columns * unit), mode="bicubic", antialias=True)
 
 
-def _patches(frames: torch.Tensor, config: Qwen3VisionConfig) -> tuple[torch.Tensor, Grid]:
+def _patches(frames: Tensor, config: Qwen3VisionConfig) -> tuple[Tensor, Grid]:
     """Cut frames [T, 3, H, W] into patches [P, 3 * frames * size * size], by squares."""
     size, merge = config.patch_size, config.merge_size
     parts = frames.unflatten(3, (-1, merge, size)).unflatten(2, (-1, merge, size)).unflatten(0, (-1, config.frames))

@@ -12,14 +12,14 @@ Attribute names are the checkpoint's names. Shape letters: layers.py.
 from collections.abc import Callable, Sequence
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from pop.models.config import RopeConfig
 from pop.models.images import TEXT, TextOnly
 from pop.models.layers import Embedding, RMSNorm, Rope, Ropes, causal_attention, rope_frequencies, rope_tables
 
 # attend(layer, q [B, T, H, E], k [B, T, K, E], v [B, T, K, E]) -> [B, T, H * E]
-Attend = Callable[["PrunableLayer", torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+Attend = Callable[["PrunableLayer", Tensor, Tensor, Tensor], Tensor]
 
 
 class PrunableLayer(nn.Module):
@@ -33,23 +33,23 @@ class PrunableLayer(nn.Module):
     window: int | None = None
     scale: float
 
-    def queries_keys_values(self, h: torch.Tensor, rope: Rope) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def queries_keys_values(self, h: Tensor, rope: Rope) -> tuple[Tensor, Tensor, Tensor]:
         """h [B, T, D] -> q [B, T, H, E], k and v [B, T, K, E], with rotary positions applied."""
         raise NotImplementedError
 
-    def keys_values(self, h: torch.Tensor, rope: Rope) -> tuple[torch.Tensor, torch.Tensor]:
+    def keys_values(self, h: Tensor, rope: Rope) -> tuple[Tensor, Tensor]:
         """h [B, T, D] -> k and v [B, T, K, E]: all that a pruned layer computes."""
         return self.queries_keys_values(h, rope)[1:]
 
-    def attention_update(self, attended: torch.Tensor) -> torch.Tensor:
+    def attention_update(self, attended: Tensor) -> Tensor:
         """The output of attention [B, T, H * E] -> what it adds to h [B, T, D]."""
         raise NotImplementedError
 
-    def mlp_update(self, h: torch.Tensor) -> torch.Tensor:
+    def mlp_update(self, h: Tensor) -> Tensor:
         """h [B, T, D], attention's update included -> what the MLP adds to it [B, T, D]."""
         raise NotImplementedError
 
-    def forward(self, h: torch.Tensor, rope: Rope, attend: Attend) -> torch.Tensor:
+    def forward(self, h: Tensor, rope: Rope, attend: Attend) -> Tensor:
         """The whole layer: h [B, T, D] -> h [B, T, D]. `attend` attends the prompt itself, or a cache."""
         q, k, v = self.queries_keys_values(h, rope)
         h = h + self.attention_update(attend(self, q, k, v))
@@ -86,21 +86,21 @@ class PrunableModel(nn.Module):
             return ()
         return self.get_submodule(self.vision_blocks)
 
-    def embed(self, tokens: torch.Tensor) -> torch.Tensor:
+    def embed(self, tokens: Tensor) -> Tensor:
         """tokens [B, T] int -> h [B, T, D]."""
         raise NotImplementedError
 
-    def rope(self, positions: torch.Tensor) -> Ropes:
+    def rope(self, positions: Tensor) -> Ropes:
         """positions [B, T] int, or [3, B, T] by axis -> for each window of the layers, their `rope` argument."""
         return {layer.window: () for layer in self.layers}
 
-    def head(self, h: torch.Tensor) -> torch.Tensor:
+    def head(self, h: Tensor) -> Tensor:
         """h [..., D] after the last layer -> logits [..., V] float32."""
         raise NotImplementedError
 
     def through_layers(
-        self, tokens: torch.Tensor, images: TextOnly = TEXT, step: Callable[..., torch.Tensor] | None = None
-    ) -> torch.Tensor:
+        self, tokens: Tensor, images: TextOnly = TEXT, step: Callable[..., Tensor] | None = None
+    ) -> Tensor:
         """The pass over all layers, without a cache: tokens [B, T] int -> h [B, T, D] after the last layer.
 
         Args:
@@ -125,7 +125,7 @@ class PrunableModel(nn.Module):
             h = images.add_deepstack(h, index)
         return h
 
-    def forward(self, tokens: torch.Tensor, images: TextOnly = TEXT) -> torch.Tensor:
+    def forward(self, tokens: Tensor, images: TextOnly = TEXT) -> Tensor:
         """The plain, unpruned pass: tokens [B, T] int -> logits [B, T, V] float32 at every position."""
         return self.head(self.through_layers(tokens, images))
 
@@ -151,16 +151,16 @@ class DecoderLayer(PrunableLayer):
     def mlp_update(self, h):
         return self.mlp(self.post_attention_layernorm(h))
 
-    def normalised(self, h: torch.Tensor) -> torch.Tensor:
+    def normalised(self, h: Tensor) -> Tensor:
         """h [B, T, D] / rms(h), without a weight: the state that a calibrated plan reads."""
         return self.input_layernorm.normalise(h)
 
-    def projected(self, h: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def projected(self, h: Tensor) -> tuple[Tensor, Tensor]:
         """h [B, T, D] -> k and v [B, T, K * E] before k's norm and rotation: what a calibrated plan corrects."""
         x = self.input_layernorm(h)
         return self.self_attn.k_proj(x), self.self_attn.v_proj(x)
 
-    def placed(self, k: torch.Tensor, v: torch.Tensor, rope: Rope) -> tuple[torch.Tensor, torch.Tensor]:
+    def placed(self, k: Tensor, v: Tensor, rope: Rope) -> tuple[Tensor, Tensor]:
         """Projected k and v [B, T, K * E] -> k and v [B, T, K, E], as the cache holds them."""
         return self.self_attn.placed(k, v, rope)
 
@@ -187,7 +187,7 @@ class DecoderModel(PrunableModel):
         super().__init__()
         self.config = config
         self.model = model
-        self._frequencies: dict[tuple, torch.Tensor] = {}
+        self._frequencies: dict[tuple, Tensor] = {}
         if not config.tie_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
 
@@ -202,7 +202,7 @@ class DecoderModel(PrunableModel):
     def embed(self, tokens):
         return self.decoder.embed_tokens(tokens)
 
-    def frequencies(self, rope: RopeConfig, device: torch.device) -> torch.Tensor:
+    def frequencies(self, rope: RopeConfig, device: torch.device) -> Tensor:
         """`rope_frequencies` [E/2], computed once for each device: a captured CUDA graph keeps their address."""
         key = (rope, device)
         if key not in self._frequencies:

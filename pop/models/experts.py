@@ -12,7 +12,7 @@ holds the weights of all experts. Attribute names are the checkpoint's names. Sh
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 
 class MixtureOfExperts(nn.Module):
@@ -23,7 +23,7 @@ class MixtureOfExperts(nn.Module):
         self.gate = nn.Linear(config.hidden_size, config.experts.count, bias=False)  # the router
         self.experts = Experts(config)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         """x [B, T, D] -> [B, T, D]."""
         shares, chosen = self.gate(x).float().softmax(-1).topk(self.per_token)  # [B, T, k] each
         if self.normalised:
@@ -44,19 +44,19 @@ class Experts(nn.Module):
         self.gate_up_proj = nn.Parameter(torch.empty(X, 2 * inner, D))
         self.down_proj = nn.Parameter(torch.empty(X, D, inner))
 
-    def forward(self, x: torch.Tensor, chosen: torch.Tensor, shares: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor, chosen: Tensor, shares: Tensor) -> Tensor:
         """x [N, D], the chosen experts [N, k] int64 and their shares [N, k] -> [N, D]."""
         return by_expert(x, chosen, shares, self.gate_up_proj, self.down_proj)
 
 
 def by_expert(
-    x: torch.Tensor,
-    chosen: torch.Tensor,
-    shares: torch.Tensor,
-    gate_up: torch.Tensor,
-    down: torch.Tensor,
+    x: Tensor,
+    chosen: Tensor,
+    shares: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
     linear=F.linear,
-) -> torch.Tensor:
+) -> Tensor:
     """Run each expert on its tokens: sort the pairs of a token and an expert by expert, and undo the order at the end.
 
     Args:

@@ -15,9 +15,8 @@ Attribute names are the checkpoint's names. Shape letters: layers.py.
 
 from collections import OrderedDict
 
-import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from pop.models import base, layers
 from pop.models.config import Gemma3Config
@@ -87,7 +86,7 @@ class Gemma3(base.DecoderModel):
             ropes[window] = rope_tables(positions, self.frequencies(rope, positions.device))
         return ropes
 
-    def image_features(self, pixels: torch.Tensor) -> torch.Tensor:
+    def image_features(self, pixels: Tensor) -> Tensor:
         """pixels [N, 3, size, size] from -1 to 1, in the weights' dtype -> embeddings of image tokens [N, M, D]."""
         return self.multi_modal_projector(self.vision_tower(pixels))
 

@@ -14,28 +14,29 @@ import dataclasses
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 
 class TextOnly:
     """A batch of plain text: nothing is replaced or added, tokens are causal, and positions count tokens."""
 
-    def place(self, h: torch.Tensor) -> torch.Tensor:
+    def place(self, h: Tensor) -> Tensor:
         """Embeddings h [B, T, D] -> the same, with the images' features at their tokens."""
         return h
 
-    def add_deepstack(self, h: torch.Tensor, index: int) -> torch.Tensor:
+    def add_deepstack(self, h: Tensor, index: int) -> Tensor:
         """h [B, T, D] after layer `index` -> the same, plus the features that are added there."""
         return h
 
-    def last_attended(self, positions: torch.Tensor) -> torch.Tensor | None:
+    def last_attended(self, positions: Tensor) -> Tensor | None:
         """Positions [B, T] -> the last position that each token attends. None: its own, as in causal attention."""
         return None
 
-    def rotary(self, index: torch.Tensor) -> torch.Tensor:
+    def rotary(self, index: Tensor) -> Tensor:
         """Indices [B, C] of tokens in their prompts -> rotary positions, [B, C], or [3, B, C] by axis."""
         return index
 
-    def rope_offset(self, lengths: torch.Tensor) -> torch.Tensor:
+    def rope_offset(self, lengths: Tensor) -> Tensor:
         """Prompt lengths [B] -> [B], the next rotary position after each prompt minus its length."""
         return torch.zeros_like(lengths)
 
@@ -43,11 +44,11 @@ class TextOnly:
         """The same, with text after the prompts, up to `num_tokens` tokens a row."""
         return self
 
-    def chunk_ends(self, begin: torch.Tensor, end: torch.Tensor) -> torch.Tensor:
+    def chunk_ends(self, begin: Tensor, end: Tensor) -> Tensor:
         """begin, end [B] of each row's chunk -> ends [B], moved back so that no image is cut."""
         return end
 
-    def select(self, index: torch.Tensor, valid: torch.Tensor) -> TextOnly:
+    def select(self, index: Tensor, valid: Tensor) -> TextOnly:
         """The part of the images at tokens `index` [B, C] of the prompts. Tokens that are not valid [B, C] are text."""
         return self
 
@@ -62,13 +63,13 @@ class Images(TextOnly):
     Features are on the model's device. Other tensors are on the CPU.
     """
 
-    features: torch.Tensor  # [M, D], the embeddings of these tokens
-    feature_index: torch.Tensor  # [B, T] int64, which of the M each token is, or -1 for text
-    look_ahead: torch.Tensor | None = None  # [B, T] int64, how many tokens after itself each attends; None: none
+    features: Tensor  # [M, D], the embeddings of these tokens
+    feature_index: Tensor  # [B, T] int64, which of the M each token is, or -1 for text
+    look_ahead: Tensor | None = None  # [B, T] int64, how many tokens after itself each attends; None: none
     # [3, B, T] int64, rotary positions by time, row and column; None: those of text. Whatever follows the prompt
     # continues from the largest of them.
-    rope_positions: torch.Tensor | None = None
-    deepstack: tuple[torch.Tensor, ...] = ()  # for each of the first layers, features [M, D] to add to h after it
+    rope_positions: Tensor | None = None
+    deepstack: tuple[Tensor, ...] = ()  # for each of the first layers, features [M, D] to add to h after it
 
     def place(self, h):
         return self._at_image_tokens(h, self.features)
@@ -78,7 +79,7 @@ class Images(TextOnly):
             return h
         return h + self._at_image_tokens(torch.zeros_like(h), self.deepstack[index])
 
-    def _at_image_tokens(self, h: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
+    def _at_image_tokens(self, h: Tensor, features: Tensor) -> Tensor:
         """h [B, T, D], with features [M, D] in place of the tokens that stand for images."""
         index = self.feature_index.to(h.device, non_blocking=True)
         return torch.where((index >= 0)[..., None], features[index.clamp(min=0)], h)

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from itertools import groupby
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from pop.errors import InputError
 from pop.models import base
@@ -47,7 +47,7 @@ class Qwen3VL(base.DecoderModel):
     def decoder(self) -> base.Decoder:
         return self.model.language_model
 
-    def image_features(self, pixels: torch.Tensor, grids: Sequence[Grid]) -> tuple[torch.Tensor, tuple]:
+    def image_features(self, pixels: Tensor, grids: Sequence[Grid]) -> tuple[Tensor, tuple]:
         """The features of all image tokens [M, D], and for each DeepStack layer [M, D]. See VisionTower.forward."""
         return self.model.visual(pixels, grids)
 
@@ -72,7 +72,7 @@ class Qwen3VL(base.DecoderModel):
 
 def image_positions(
     tokens: Sequence[int], config: Qwen3VLConfig, images: Sequence[Grid] = (), videos: Sequence[Grid] = ()
-) -> tuple[torch.Tensor, int]:
+) -> tuple[Tensor, int]:
     """The rotary positions of one prompt.
 
     Text advances all three axes by one. An image or a frame pair has one time, and its rows and columns start at the

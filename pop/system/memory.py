@@ -3,6 +3,7 @@
 from contextlib import suppress
 
 import torch
+from torch import Tensor
 
 
 def free_bytes(device: torch.device) -> int | None:
@@ -16,7 +17,7 @@ def free_bytes(device: torch.device) -> int | None:
     return None
 
 
-def to_device(tensors: list[torch.Tensor], device: torch.device) -> list[torch.Tensor]:
+def to_device(tensors: list[Tensor], device: torch.device) -> list[Tensor]:
     """Integer and boolean tensors, those on the CPU copied to `device` in one transfer, which nothing waits for."""
     away = [tensor for tensor in tensors if tensor.device.type != device.type]
     if not away:

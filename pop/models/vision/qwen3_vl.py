@@ -22,7 +22,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from pop.models.config import Qwen3VisionConfig
 from pop.models.layers import Rope, rotate
@@ -48,7 +48,7 @@ class PatchEmbed(nn.Module):
         size = (config.frames, config.patch_size, config.patch_size)
         self.proj = nn.Conv3d(3, config.hidden_size, kernel_size=size, stride=size)
 
-    def forward(self, patches: torch.Tensor) -> torch.Tensor:
+    def forward(self, patches: Tensor) -> Tensor:
         return F.linear(patches, self.proj.weight.flatten(1), self.proj.bias)  # [N, P, C]
 
 
@@ -63,7 +63,7 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(config.hidden_size, 3 * config.hidden_size)
         self.proj = nn.Linear(config.hidden_size, config.hidden_size)
 
-    def forward(self, x: torch.Tensor, rope: Rope) -> torch.Tensor:
+    def forward(self, x: Tensor, rope: Rope) -> Tensor:
         """x [N, P, C] -> [N, P, C]."""
         q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).unbind(2)  # [N, P, H, E] each
         q = rotate(q.float(), rope).to(x.dtype)  # in float32, as in the reference
@@ -84,7 +84,7 @@ class Block(nn.Module):
         fc2 = nn.Linear(inner, C)
         self.mlp = nn.Sequential(OrderedDict(linear_fc1=fc1, gelu=nn.GELU("tanh"), linear_fc2=fc2))
 
-    def forward(self, h: torch.Tensor, *rope: torch.Tensor) -> torch.Tensor:
+    def forward(self, h: Tensor, *rope: Tensor) -> Tensor:
         h = h + self.attn(self.norm1(h), rope)
         return h + self.mlp(self.norm2(h))
 
@@ -104,7 +104,7 @@ class Merger(nn.Module):
         self.linear_fc1 = nn.Linear(size, size)
         self.linear_fc2 = nn.Linear(size, config.out_size)
 
-    def forward(self, h: torch.Tensor) -> torch.Tensor:
+    def forward(self, h: Tensor) -> Tensor:
         """h [N, P, C] -> [N, M, D]. Patches come square by square, so those to merge are neighbours."""
         if not self.norm_merged:
             h = self.norm(h)
@@ -123,9 +123,9 @@ class VisionTower(nn.Module):
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
         self.merger = Merger(config, norm_merged=False)
         self.deepstack_merger_list = nn.ModuleList(Merger(config, norm_merged=True) for _ in config.deepstack)
-        self._tables: dict[tuple, tuple[torch.Tensor, ...]] = {}
+        self._tables: dict[tuple, tuple[Tensor, ...]] = {}
 
-    def forward(self, patches: torch.Tensor, grids: Sequence[Grid]) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
+    def forward(self, patches: Tensor, grids: Sequence[Grid]) -> tuple[Tensor, tuple[Tensor, ...]]:
         """patches [-1, values of a patch] of all images -> features [-1, D] of all tokens, and each DeepStack layer's.
 
         Patches are ordered by image, by frame pair, and by square of merge_size x merge_size patches, as
@@ -146,7 +146,7 @@ class VisionTower(nn.Module):
         features, *deepstack = torch.cat(features, dim=1)
         return features, tuple(deepstack)
 
-    def frame_pairs(self, patches: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
+    def frame_pairs(self, patches: Tensor, rows: int, columns: int) -> Tensor:
         """patches [N, P, ...] of N frame pairs of rows x columns patches -> [1 + DeepStack's layers, N, M, D]."""
         corners, shares, *rope = self.tables(rows, columns)
         table = self.pos_embed.weight.float()
@@ -161,13 +161,13 @@ class VisionTower(nn.Module):
                 deepstack.append(merger(h))
         return torch.stack([self.merger(h), *deepstack])
 
-    def by_square(self, table: torch.Tensor) -> torch.Tensor:
+    def by_square(self, table: Tensor) -> Tensor:
         """A table [rows, columns, ...] in the patches' order [P, ...]."""
         merge = self.config.merge_size
         squares = table.unflatten(1, (-1, merge)).unflatten(0, (-1, merge))  # row, row in it, column, column in it, ...
         return squares.transpose(1, 2).flatten(0, 3)
 
-    def tables(self, rows: int, columns: int) -> tuple[torch.Tensor, ...]:
+    def tables(self, rows: int, columns: int) -> tuple[Tensor, ...]:
         """What depends on the size of a frame pair only, in the patches' order, kept from one call to the next.
 
         corners [P, 4] int64 and shares [P, 4] float32 (see `corners`), cos and sin [P, 1, E / 2] float32.
@@ -187,7 +187,7 @@ class VisionTower(nn.Module):
         self._tables[key] = found
         return found
 
-    def corners(self, rows: int, columns: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def corners(self, rows: int, columns: int) -> tuple[Tensor, Tensor]:
         """Bilinear interpolation of the learned position table to a grid of patches, corners aligned.
 
         The four table entries around each patch and their shares, both [rows, columns, 4], int64 and float32.
@@ -198,7 +198,7 @@ class VisionTower(nn.Module):
         shares = row_share[:, None, :, None] * column_share[None, :, None]
         return corners.flatten(2), shares.flatten(2)
 
-    def _neighbours(self, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def _neighbours(self, count: int) -> tuple[Tensor, Tensor]:
         """The two table entries around each of `count` patches on an axis, and their shares: [count, 2] each."""
         last = self.config.position_side - 1
         place = torch.linspace(0, last, count, device=self.pos_embed.weight.device)
@@ -207,7 +207,7 @@ class VisionTower(nn.Module):
         share = place - low
         return torch.stack([low, high], -1), torch.stack([1 - share, share], -1)
 
-    def angles(self, rows: int, columns: int) -> torch.Tensor:
+    def angles(self, rows: int, columns: int) -> Tensor:
         """The angles of a head's rotated pairs, half by the row, half by the column: [rows, columns, E / 2] float32."""
         half = self.config.head_dim // 2
         device = self.pos_embed.weight.device

@@ -16,7 +16,7 @@ from collections import OrderedDict
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from pop.models.config import SiglipConfig
 from pop.models.layers import GemmaRMSNorm
@@ -32,7 +32,7 @@ class Embeddings(nn.Module):
         self.patch_embedding = nn.Conv2d(3, C, kernel_size=size, stride=size)
         self.position_embedding = nn.Embedding(config.patches_per_side**2, C)
 
-    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+    def forward(self, pixels: Tensor) -> Tensor:
         # By default, cuDNN would round a float32 convolution to TF32, and plan for each number of images.
         matrix = self.patch_embedding
         patches = F.unfold(pixels, matrix.kernel_size, stride=matrix.stride)  # [N, values of a patch, P], row by row
@@ -53,10 +53,10 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(C, C)
         self.out_proj = nn.Linear(C, C)
 
-    def heads(self, x: torch.Tensor) -> torch.Tensor:
+    def heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # [N, P, C] -> [N, H, P, E]
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         q = self.heads(self.q_proj(x))
         k = self.heads(self.k_proj(x))
         v = self.heads(self.v_proj(x))
@@ -74,7 +74,7 @@ class EncoderLayer(nn.Module):
         self.layer_norm2 = nn.LayerNorm(C, config.norm_eps)
         self.mlp = nn.Sequential(OrderedDict(fc1=nn.Linear(C, inner), gelu=nn.GELU("tanh"), fc2=nn.Linear(inner, C)))
 
-    def forward(self, h: torch.Tensor) -> torch.Tensor:
+    def forward(self, h: Tensor) -> Tensor:
         h = h + self.self_attn(self.layer_norm1(h))
         return h + self.mlp(self.layer_norm2(h))
 
@@ -86,7 +86,7 @@ class VisionModel(nn.Module):
         self.encoder = nn.ModuleDict({"layers": nn.ModuleList(EncoderLayer(config) for _ in range(config.num_layers))})
         self.post_layernorm = nn.LayerNorm(config.hidden_size, config.norm_eps)
 
-    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+    def forward(self, pixels: Tensor) -> Tensor:
         """pixels [N, 3, S, S] from -1 to 1, in the weights' dtype -> a vector for each patch [N, P, C]."""
         h = self.embeddings(pixels)
         for layer in self.encoder["layers"]:
@@ -105,12 +105,12 @@ class Projector(nn.Module):
         # Stored as [in, out], unlike nn.Linear, and applied as x @ weight.
         self.mm_input_projection_weight = nn.Parameter(torch.zeros(config.hidden_size, hidden_size))  # [C, D]
 
-    def pool(self, patches: torch.Tensor) -> torch.Tensor:
+    def pool(self, patches: Tensor) -> Tensor:
         """patches [N, P, C] -> the means of square blocks of patches [N, M, C], row by row."""
         tokens, block = self.tokens_per_side, self.block_side
         grid = patches.unflatten(1, (tokens, block, tokens, block))  # [N, row, row in it, column, column in it, C]
         return grid.mean((2, 4)).flatten(1, 2)  # [N, M, C]
 
-    def forward(self, patches: torch.Tensor) -> torch.Tensor:
+    def forward(self, patches: Tensor) -> Tensor:
         """patches [N, P, C] -> tokens [N, M, D] in place of embeddings, but not scaled by sqrt(D)."""
         return self.mm_soft_emb_norm(self.pool(patches)) @ self.mm_input_projection_weight
