@@ -4,7 +4,7 @@
 `deepest-dropped` removes the deepest layers from both stages.
 `slicegpt` cuts the least principal components of hidden states (Ashkboos et al. 2024), see slicegpt.py.
 `no-kv` is POP without K/V projections: in pruned layers, decode attends only the last prompt token.
-`first-kv` is the same with the first token, the attention sink, run at full depth and attended too.
+`first-kv` is the same, but the first token, the attention sink, also runs at full depth and is attended.
 `no-boundary` is POP without boundary handling: the last prompt token is pruned like all others.
 `constant-kv` and `embedding-kv` take K and V from too little, see controls.py.
 

@@ -17,7 +17,7 @@ VALUES = 4  # numbers of a key in `multivalue`, and keys that `multiquery` asks 
 HOPS = 3  # variables after the first in `variables`
 ZIPF = 2.0  # the frequency of the n-th word in `frequent` is proportional to n^-ZIPF
 RARE = 3  # how often words of `common` occur
-COMMON = 8  # the word that is asked for occurs so many times as often
+COMMON = 8  # how many times as often the word that is asked for occurs
 
 
 def spread(writer: Writer, count: int) -> list[float]:

@@ -16,7 +16,7 @@ from tools.evaluate.contender import Contender
 
 CODE = ("argparse", "difflib", "heapq", "statistics")  # modules of Python's library: the default texts of "code"
 MEASURES = ("nll", "kl", "kl_first", "same", "same_first")
-LEAST = 5  # with fewer windows there is no interval
+LEAST = 5  # windows that an interval needs
 
 
 # ---- Domains and windows ----
