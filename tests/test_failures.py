@@ -19,6 +19,7 @@ from pathlib import Path
 import pytest
 import torch
 from support import gguf_files
+from support.cases import random_corrections
 from support.hub_server import REPOSITORY, HubServer
 from support.tiny import hf_config, random_model, tiny_config, tiny_gemma3_config, write_checkpoint
 from support.tiny_chat import write_chat_checkpoint
@@ -88,15 +89,13 @@ def failures(call, errors=(Injected, KeyboardInterrupt, full_disk)):
         yield run[line] if line < len(run) else places[line]  # threads run in any order
 
 
-# Files
+# Files and folders
 
 
 def saved_plan(tmp_path):
     config = tiny_config()
-    model = pop.Model(random_model(config), config)
-    texts = torch.randint(67, (4, 40), generator=torch.Generator().manual_seed(0)).tolist()
-    plan = pop.calibrate(model, texts, PrunePlan((3, 4)), progress=False)
-    return plan.save, PrunePlan((1,)).save
+    corrections = random_corrections(config, (3, 4), seed=-1)
+    return PrunePlan((3, 4), 1, 1, corrections).save, PrunePlan((1,)).save
 
 
 def saved_scores(tmp_path):
@@ -106,45 +105,78 @@ def saved_scores(tmp_path):
     return one.save, two.save
 
 
-@pytest.mark.parametrize("make", [saved_plan, saved_scores])
-def test_a_file_is_the_old_or_the_new_one(make, tmp_path):
-    save_new, save_old = make(tmp_path)
-    folder = tmp_path / "out"
-    folder.mkdir()
-    save_old(folder / "file")
-    old = (folder / "file").read_bytes()
-    save_new(folder / "file")
-    new = (folder / "file").read_bytes()
-    assert old != new
-
-    def save():
-        (folder / "file").write_bytes(old)
-        save_new(folder / "file")
-
-    for place in failures(save):
-        assert (folder / "file").read_bytes() in (old, new), place
-        assert_nothing_else(folder, {"file"}, place)
+def imported(tmp_path):
+    file = gguf_files.write_gguf(tmp_path / "m.gguf", gguf_files.make_tensors(), gguf_files.LLAMA_KEYS)
+    return lambda folder: convert(file, folder, progress=False), None
 
 
-def assert_nothing_else(folder, names, place):
+def written_at_random(tmp_path):
+    fields = hf_config(tiny_config())
+    return lambda folder: make_random_checkpoint.write_checkpoint(fields, folder), None
+
+
+class Written:
+    """A file or a folder that `write` makes. It is `before` and `after` that, as names and bytes."""
+
+    def __init__(self, make, tmp_path):
+        self.write, write_old = make(tmp_path)
+        self.path = tmp_path / "out" / "it"
+        self.path.parent.mkdir()
+        if write_old:
+            write_old(self.path)
+        self.before = self.found()
+        self.call()
+        self.after = self.found()
+        assert self.before != self.after
+
+    def call(self):
+        """Put back what was there before, and write."""
+        if self.path.is_dir():
+            shutil.rmtree(self.path)
+        for data in self.before.values():
+            self.path.write_bytes(data)
+        self.write(self.path)
+
+    def found(self):
+        """A lock may be left: it is the last thing to go."""
+        files = self.path.iterdir() if self.path.is_dir() else self.path.parent.glob("it")
+        return {file.name: file.read_bytes() for file in files if file.name != ".lock"}
+
+    def others(self):
+        return [path for path in self.path.parent.iterdir() if path != self.path]
+
+
+@pytest.fixture
+def written(request, tmp_path):
+    return Written(request.param, tmp_path)
+
+
+EVERYTHING = pytest.mark.parametrize(
+    "written", [saved_plan, saved_scores, imported, written_at_random], indirect=True, ids=lambda make: make.__name__
+)
+
+
+@EVERYTHING
+def test_what_is_written_is_the_old_or_the_new(written):
     """No other file is left there, except a hidden one whose removal has failed."""
-    for path in folder.iterdir():
-        if path.name not in names:
+    for place in failures(written.call):
+        assert written.found() in (written.before, written.after), place
+        for path in written.others():
             assert path.name.startswith(".") and place[0].endswith("pop/system/files.py"), (path, place)
             shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
-@pytest.mark.parametrize("make", [saved_plan, saved_scores])
-def test_a_full_disk_is_said_and_the_old_file_stays(make, tmp_path):
+@EVERYTHING
+def test_a_full_disk_is_said_and_what_was_there_stays(written):
     """A limit to the size of files makes every library fail that writes, as a full disk does."""
-    save_new, save_old = make(tmp_path)
-    save_old(tmp_path / "file")
-    old = (tmp_path / "file").read_bytes()
-    for most in (0, 50):
-        with limited_files(most), pytest.raises(pop.PopError, match=r"cannot be (saved|written)"):
-            save_new(tmp_path / "file")
-        assert (tmp_path / "file").read_bytes() == old
-        assert not list(tmp_path.glob(".*"))
+    written.call()
+    size = max(map(len, written.after.values()))
+    shutil.rmtree(written.path) if written.path.is_dir() else written.path.write_bytes(*written.before.values())
+    for most in (0, size // 2):
+        with limited_files(most), pytest.raises(pop.PopError, match="(cannot|could not) be (saved|written)"):
+            written.write(written.path)
+        assert written.found() == written.before
+        assert not written.others()
 
 
 @contextlib.contextmanager
@@ -172,82 +204,19 @@ def kills(call):
         yield places[line]
 
 
-def test_a_file_is_the_old_or_the_new_one_after_a_kill(tmp_path):
-    save_new, save_old = saved_scores(tmp_path)
-    save_old(tmp_path / "file")
-    old = (tmp_path / "file").read_bytes()
-    save_new(tmp_path / "file")
-    new = (tmp_path / "file").read_bytes()
-
-    def save():
-        (tmp_path / "file").write_bytes(old)
-        save_new(tmp_path / "file")
-
-    found = set()
-    for place in kills(save):
-        found.add((tmp_path / "file").read_bytes())
-        assert found <= {old, new}, place
-    assert found == {old, new}
-
-
-# Folders
-
-
-def imported(tmp_path):
-    file = gguf_files.write_gguf(tmp_path / "m.gguf", gguf_files.make_tensors(), gguf_files.LLAMA_KEYS)
-    return lambda folder: convert(file, folder, progress=False)
-
-
-def written_at_random(tmp_path):
-    fields = hf_config(tiny_config())
-    return lambda folder: make_random_checkpoint.write_checkpoint(fields, folder)
-
-
-def written_once(write, out):
-    """Return `out`, the contents of a folder that `write` made in it, and a function that makes another one."""
-    out.mkdir()
-    write(out / "once")
-
-    def call():
-        shutil.rmtree(out / "model", ignore_errors=True)
-        write(out / "model")
-
-    return out, contents(out / "once"), call
-
-
-@pytest.mark.parametrize("make", [imported, written_at_random])
-def test_a_folder_is_whole_or_not_there(make, tmp_path):
-    out, whole, call = written_once(make(tmp_path), tmp_path / "out")
-    for place in failures(call):
-        if (out / "model").exists():
-            if place[0].endswith("pop/system/files.py"):  # the removal of the lock may have failed
-                (out / "model" / ".lock").unlink(missing_ok=True)
-            assert contents(out / "model") == whole, place
-        assert_nothing_else(out, {"once", "model"}, place)
-
-
-@pytest.mark.parametrize("make", [imported, written_at_random])
-def test_a_full_disk_leaves_no_folder(make, tmp_path):
-    write, out = make(tmp_path), tmp_path / "out"
-    out.mkdir()
-    for most in (0, 1000):
-        with limited_files(most), pytest.raises(pop.PopError, match="could not be written, and nothing is left behind"):
-            write(out / "model")
-        assert not list(out.iterdir())
-
-
-def test_a_folder_is_whole_or_not_there_after_a_kill_and_the_next_run_clears_up(tmp_path):
-    out, whole, call = written_once(written_at_random(tmp_path), tmp_path / "out")
-    left = 0
-    for place in kills(call):
-        if (out / "model").exists():
-            (out / "model" / ".lock").unlink(missing_ok=True)  # the last thing to go
-            assert contents(out / "model") == whole, place
-        left += (out / ".model.partial").exists()
-        call()
-        assert contents(out / "model") == whole, place
-        assert {path.name for path in out.iterdir()} == {"once", "model"}, place
-    assert left
+@pytest.mark.parametrize("written", [saved_scores, written_at_random], indirect=True, ids=lambda make: make.__name__)
+def test_what_is_written_is_the_old_or_the_new_after_a_kill(written):
+    """Of a folder, the next run clears up what the killed one has left."""
+    found = []
+    was_left = False
+    for place in kills(written.call):
+        found.append(written.found())
+        assert found[-1] in (written.before, written.after), place
+        was_left = was_left or bool(written.others())
+        written.call()
+        assert written.found() == written.after, place
+        assert written.path.is_file() or not written.others(), place
+    assert written.before in found and written.after in found and was_left
 
 
 def test_a_download_is_whole_or_not_there_and_the_next_one_goes_on(tmp_path, monkeypatch):

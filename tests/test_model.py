@@ -1,6 +1,7 @@
 """`pop.Model`: tensors in, tensors out, and what it refuses."""
 
 import copy
+from functools import partial
 from unittest.mock import patch
 
 import numpy as np
@@ -10,7 +11,6 @@ from support.meta_device import META
 from support.tiny import random_model, tiny_config, write_checkpoint
 
 import pop
-from pop import engine
 from pop.runner import token_ids
 
 PROMPTS = [[5, 9, 200], [17], list(range(40, 70))]
@@ -31,20 +31,10 @@ def test_prefill_and_decode_by_hand(model):
     assert cache.lengths.tolist() == [3, 4]
     assert model.decode(logits.argmax(-1), cache).shape == (2, 256)
     assert cache.lengths.tolist() == [4, 5]
+    assert model.extend([[7, 8], [1, 2]], cache).shape == (2, 2, 256)
+    assert cache.lengths.tolist() == [6, 7]
     cache.reset()
     assert torch.equal(model.prefill(tokens, cache, lengths=torch.tensor([3, 4])), logits)
-
-
-def test_extend_is_decode_token_by_token(model):
-    cache, other = (model.new_cache(2, 12) for _ in range(2))
-    for each in (cache, other):
-        model.prefill([[5, 9, 200], [17, 18, 0]], each, lengths=[3, 2])
-    tokens = torch.tensor([[7, 8, 9], [1, 2, 3]])
-    expected = torch.stack([model.decode(tokens[:, n], other) for n in range(3)], dim=1)
-    torch.testing.assert_close(model.extend(tokens, cache), expected)
-    assert cache.lengths.tolist() == [6, 5]
-    with pytest.raises(pop.ContextOverflow, match="row 0 of the cache would hold 13"):
-        model.extend([[1] * 7, [2] * 7], cache)
 
 
 def test_chunks_do_not_change_the_result(model):
@@ -58,13 +48,6 @@ def test_chunks_do_not_change_the_result(model):
             torch.testing.assert_close(model.prefill(tokens, model.new_cache(1, 40)), expected)
         assert widths == chunks
     hook.remove()
-
-
-def test_the_size_of_a_cache_is_known_before_it_is_made(model):
-    expected = pop.KVCache.size_in_bytes(model.config, 3, 50, torch.float32)
-    cache = model.new_cache(3, 50)
-    assert cache.nbytes == expected == sum(x.nbytes for x in (*cache.keys, *cache.values, cache.previous_hidden))
-    assert expected == (2 * 5 * 3 * 51 * 2 * 10 + 5 * 3 * 30) * 4
 
 
 def test_a_cache_that_does_not_fit_is_refused_with_its_size(model):
@@ -98,23 +81,28 @@ def test_a_model_says_what_it_is(model, tmp_path):
 # Refusals
 
 
+def generate(prompt, model):
+    model.generate(prompt)
+
+
+def prefill(lengths, model):
+    model.prefill([[1, 2]], model.new_cache(1), lengths=lengths)
+
+
+EMPTY = ([], [[]], [[1], []], torch.zeros(0, dtype=torch.int64), torch.zeros(0, 3, dtype=torch.int64))
+NO_IDS = ([1.5], [True], [[1, 2], ["a"]])
+NO_PROMPTS = ((5, "int"), (torch.tensor(5), "int"), ({"a": 1}, "dict"), (None, "NoneType"))
+WRONG_LENGTHS = (3, [3], [0], [1, 1], [1.0])
+
+
 @pytest.mark.parametrize(
     ("call", "error", "words"),
     [
-        (lambda m: m.generate([]), pop.InputError, ["prompt", "empty"]),
-        (lambda m: m.generate([[]]), pop.InputError, ["prompt", "empty"]),
-        (lambda m: m.generate([[1], []]), pop.InputError, ["prompt", "empty"]),
-        (lambda m: m.generate(torch.zeros(0, dtype=torch.int64)), pop.InputError, ["prompt", "empty"]),
-        (lambda m: m.generate(torch.zeros(0, 3, dtype=torch.int64)), pop.InputError, ["prompt", "empty"]),
+        *((partial(generate, prompt), pop.InputError, ["prompt", "empty"]) for prompt in EMPTY),
         (lambda m: m.generate([1, 256]), pop.InputError, ["token id 256", "256 tokens"]),
         (lambda m: m.generate([-1]), pop.InputError, ["token id -1"]),
-        (lambda m: m.generate([1.5]), pop.InputError, ["tokens", "integers"]),
-        (lambda m: m.generate([True]), pop.InputError, ["tokens", "integers"]),
-        (lambda m: m.generate([[1, 2], ["a"]]), pop.InputError, ["tokens", "integers"]),
-        (lambda m: m.generate(5), pop.InputError, ["prompt", "int"]),
-        (lambda m: m.generate(torch.tensor(5)), pop.InputError, ["prompt", "int"]),
-        (lambda m: m.generate({"a": 1}), pop.InputError, ["prompt", "dict"]),
-        (lambda m: m.generate(None), pop.InputError, ["prompt", "NoneType"]),
+        *((partial(generate, prompt), pop.InputError, ["tokens", "integers"]) for prompt in NO_IDS),
+        *((partial(generate, prompt), pop.InputError, ["prompt", kind]) for prompt, kind in NO_PROMPTS),
         (lambda m: m.generate([1], max_new_tokens=0), pop.InputError, ["max_new_tokens", "0"]),
         (lambda m: m.generate([1], stop=5), pop.InputError, ["stop", "5"]),
         (lambda m: m.generate([1], images=[object()]), pop.InputError, ["llama", "text only", "images"]),
@@ -136,14 +124,11 @@ def test_a_model_says_what_it_is(model, tmp_path):
         (lambda m: m.decode([[1]], m.new_cache(1)), pop.InputError, ["tokens", "[batch]"]),
         (lambda m: m.decode([999], m.new_cache(1)), pop.InputError, ["token id 999"]),
         (lambda m: m.prefill([[]], m.new_cache(1)), pop.InputError, ["tokens", "empty"]),
-        (lambda m: m.prefill([[1]], m.new_cache(1), lengths=3), pop.InputError, ["lengths", "3"]),
-        (lambda m: m.prefill([[1, 2]], m.new_cache(1), lengths=[3]), pop.InputError, ["lengths", "[3]"]),
-        (lambda m: m.prefill([[1, 2]], m.new_cache(1), lengths=[0]), pop.InputError, ["lengths", "[0]"]),
-        (lambda m: m.prefill([[1, 2]], m.new_cache(1), lengths=[1, 1]), pop.InputError, ["lengths", "[1, 1]"]),
-        (lambda m: m.prefill([[1, 2]], m.new_cache(1), lengths=[1.0]), pop.InputError, ["lengths", "[1.0]"]),
+        *((partial(prefill, lengths), pop.InputError, ["lengths", str(lengths)]) for lengths in WRONG_LENGTHS),
         (lambda m: pop.Model(m.module, m.config, chunk_size=0), pop.InputError, ["chunk_size", "0"]),
         (lambda m: m.prefill([[1, 2]], m.new_cache(2)), pop.InputError, ["1 rows", "2"]),
         (lambda m: m.prefill([[1] * 5], m.new_cache(1, 4)), pop.ContextOverflow, ["row 0", "5 tokens", "4"]),
+        (lambda m: m.extend([[1] * 5], m.new_cache(1, 4)), pop.ContextOverflow, ["row 0", "5", "4"]),
         (lambda m: m.prefill([[1]], None), pop.InputError, ["cache", "NoneType"]),
         (lambda m: m.decode([1], cache_of(tiny_config(num_layers=6))), pop.InputError, ["cache", "another model"]),
         (lambda m: m.decode([1], cache_of(m.config, torch.bfloat16)), pop.InputError, ["cache", "dtype"]),
@@ -170,18 +155,6 @@ def test_a_full_cache_is_said_and_left_as_it_was(model):
     with pytest.raises(pop.ContextOverflow, match="5 tokens"):
         model.decode([5], cache)
     assert cache.lengths.tolist() == [4]
-
-
-def test_one_model_serves_two_caches(model):
-    """No state but the cache: interleaved sequences do not see each other."""
-    caches = [model.new_cache(1, 40) for _ in range(2)]
-    logits = [model.prefill([prompt], cache) for prompt, cache in zip(PROMPTS[1:], caches, strict=True)]
-    tokens = [[], []]
-    for _ in range(5):
-        for i in (0, 1):
-            tokens[i].append(logits[i].argmax().item())
-            logits[i] = engine.decode(model.module, logits[i].argmax(-1), caches[i])
-    assert tokens == [model.generate(prompt, max_new_tokens=5).tokens for prompt in PROMPTS[1:]]
 
 
 def test_ids_on_another_device_are_read_only_if_the_caller_can_wait():

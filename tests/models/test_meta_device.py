@@ -2,15 +2,9 @@
 
 import pytest
 import torch
+from support.cases import FAMILIES
 from support.meta_device import META, device_only
-from support.tiny import (
-    tiny_config,
-    tiny_gemma3_config,
-    tiny_olmo2_config,
-    tiny_qwen3_config,
-    tiny_qwen3_moe_config,
-    tiny_qwen3_vl_config,
-)
+from support.tiny import tiny_config, tiny_qwen3_moe_config
 
 from pop.backends import accelerate
 from pop.models import build
@@ -18,13 +12,9 @@ from pop.models.config import RopeConfig
 from pop.models.images import Images
 from pop.models.layers import causal_attention
 
-CONFIGS = {
+CONFIGS = {family: make() for family, make in FAMILIES.items()} | {
     "llama": tiny_config(rope=RopeConfig(kind="llama3", factor=8.0)),
-    "gemma3": tiny_gemma3_config(),
-    "qwen3": tiny_qwen3_config(),
     "qwen3_moe": tiny_qwen3_moe_config(),
-    "qwen3_vl": tiny_qwen3_vl_config(),
-    "olmo2": tiny_olmo2_config(),
 }
 
 

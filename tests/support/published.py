@@ -1,16 +1,23 @@
 """config.json files as published, as Python objects."""
 
-# Qwen3-0.6B as published (transformers 4).
-QWEN3_06B = {
-    "architectures": ["Qwen3ForCausalLM"],
+# The fields that most of the files share.
+COMMON = {
     "attention_bias": False,
     "attention_dropout": 0.0,
+    "initializer_range": 0.02,
+    "rope_scaling": None,
+    "torch_dtype": "bfloat16",
+    "use_cache": True,
+}
+
+# Qwen3-0.6B as published (transformers 4).
+QWEN3_06B = COMMON | {
+    "architectures": ["Qwen3ForCausalLM"],
     "bos_token_id": 151643,
     "eos_token_id": 151645,
     "head_dim": 128,
     "hidden_act": "silu",
     "hidden_size": 1024,
-    "initializer_range": 0.02,
     "intermediate_size": 3072,
     "max_position_embeddings": 40960,
     "max_window_layers": 28,
@@ -19,13 +26,10 @@ QWEN3_06B = {
     "num_hidden_layers": 28,
     "num_key_value_heads": 8,
     "rms_norm_eps": 1e-06,
-    "rope_scaling": None,
     "rope_theta": 1000000,
     "sliding_window": None,
     "tie_word_embeddings": True,
-    "torch_dtype": "bfloat16",
     "transformers_version": "4.51.0",
-    "use_cache": True,
     "use_sliding_window": False,
     "vocab_size": 151936,
 }
@@ -62,15 +66,12 @@ QWEN3_235B_A22B = QWEN3_30B_A3B | {
 
 
 # Llama-3.1-8B-Instruct as published (transformers 4).
-LLAMA31_8B = {
+LLAMA31_8B = COMMON | {
     "architectures": ["LlamaForCausalLM"],
-    "attention_bias": False,
-    "attention_dropout": 0.0,
     "bos_token_id": 128000,
     "eos_token_id": [128001, 128008, 128009],
     "hidden_act": "silu",
     "hidden_size": 4096,
-    "initializer_range": 0.02,
     "intermediate_size": 14336,
     "max_position_embeddings": 131072,
     "mlp_bias": False,
@@ -89,18 +90,14 @@ LLAMA31_8B = {
     },
     "rope_theta": 500000.0,
     "tie_word_embeddings": False,
-    "torch_dtype": "bfloat16",
     "transformers_version": "4.42.3",
-    "use_cache": True,
     "vocab_size": 128256,
 }
 
 
 # Gemma-3-1B-it as published (transformers 4).
-GEMMA3_1B = {
+GEMMA3_1B = COMMON | {
     "architectures": ["Gemma3ForCausalLM"],
-    "attention_bias": False,
-    "attention_dropout": 0.0,
     "attn_logit_softcapping": None,
     "bos_token_id": 2,
     "cache_implementation": "hybrid",
@@ -109,7 +106,6 @@ GEMMA3_1B = {
     "head_dim": 256,
     "hidden_activation": "gelu_pytorch_tanh",
     "hidden_size": 1152,
-    "initializer_range": 0.02,
     "intermediate_size": 6912,
     "max_position_embeddings": 32768,
     "model_type": "gemma3_text",
@@ -120,47 +116,39 @@ GEMMA3_1B = {
     "query_pre_attn_scalar": 256,
     "rms_norm_eps": 1e-06,
     "rope_local_base_freq": 10000,
-    "rope_scaling": None,
     "rope_theta": 1000000,
     "sliding_window": 512,
     "sliding_window_pattern": 6,
-    "torch_dtype": "bfloat16",
     "transformers_version": "4.50.0.dev0",
-    "use_cache": True,
     "vocab_size": 262144,
 }
 # The text_config of the multimodal sizes, as published: most is left to the defaults of transformers.
 EIGHTFOLD = {"factor": 8.0, "rope_type": "linear"}
+GEMMA3_TEXT = {"model_type": "gemma3_text", "rope_scaling": EIGHTFOLD, "sliding_window": 1024}
 GEMMA3_TEXTS = {
-    "4b": {
+    "4b": GEMMA3_TEXT
+    | {
         "hidden_size": 2560,
         "intermediate_size": 10240,
-        "model_type": "gemma3_text",
         "num_hidden_layers": 34,
-        "rope_scaling": EIGHTFOLD,
-        "sliding_window": 1024,
     },
-    "12b": {
+    "12b": GEMMA3_TEXT
+    | {
         "hidden_size": 3840,
         "intermediate_size": 15360,
-        "model_type": "gemma3_text",
         "num_attention_heads": 16,
         "num_hidden_layers": 48,
         "num_key_value_heads": 8,
-        "rope_scaling": EIGHTFOLD,
-        "sliding_window": 1024,
     },
-    "27b": {
+    "27b": GEMMA3_TEXT
+    | {
         "head_dim": 128,
         "hidden_size": 5376,
         "intermediate_size": 21504,
-        "model_type": "gemma3_text",
         "num_attention_heads": 32,
         "num_hidden_layers": 62,
         "num_key_value_heads": 16,
         "query_pre_attn_scalar": 168,
-        "rope_scaling": EIGHTFOLD,
-        "sliding_window": 1024,
     },
 }
 # The sizes of Gemma-3-270M.
@@ -255,15 +243,12 @@ QWEN3_VL_8B = {
 
 
 # OLMo-2-1124-7B-Instruct as published (transformers 4), and the 1B as far as it differs.
-OLMO2_7B = {
+OLMO2_7B = COMMON | {
     "architectures": ["Olmo2ForCausalLM"],
-    "attention_bias": False,
-    "attention_dropout": 0.0,
     "bos_token_id": 100257,
     "eos_token_id": 100257,
     "hidden_act": "silu",
     "hidden_size": 4096,
-    "initializer_range": 0.02,
     "intermediate_size": 11008,
     "max_position_embeddings": 4096,
     "model_type": "olmo2",
@@ -272,12 +257,9 @@ OLMO2_7B = {
     "num_key_value_heads": 32,
     "pad_token_id": 100277,
     "rms_norm_eps": 1e-06,
-    "rope_scaling": None,
     "rope_theta": 500000,
     "tie_word_embeddings": False,
-    "torch_dtype": "bfloat16",
     "transformers_version": "4.47.0",
-    "use_cache": True,
     "vocab_size": 100352,
 }
 OLMO2_1B = OLMO2_7B | {

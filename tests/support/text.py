@@ -15,25 +15,7 @@ TEXTS = json.loads((GOLDENS / "texts.json").read_bytes())["texts"]
 
 # Runs of whitespace, digits, marks, contractions, control tokens and code.
 PIECES = st.sampled_from(
-    [
-        "  ",
-        "\n",
-        " \n",
-        "\t",
-        "\u3000",
-        "'s",
-        "'LL",
-        "1",
-        "٣",
-        "½",
-        "é",
-        "e\u0301",
-        "中",
-        "👍🏽",
-        "!",
-        "the",
-        "ing",
-    ]
+    ["  ", "\n", " \n", "\t", "\u3000", "'s", "'LL", "1", "٣", "½", "é", "e\u0301", "中", "👍🏽", "!", "the", "ing"]
 )
 CONTROL = st.sampled_from(["<|eot_id|>", "<|im_start|>", "<|im_end|>", "<think>", "<repo_name>", "<|", "|>", "\x1c"])
 TRICKY_TEXT = st.lists(PIECES | CONTROL | st.text(st.characters(codec="utf-8")), max_size=12).map("".join)
@@ -59,23 +41,16 @@ def assert_golden(tokenizer: Tokenizer, ids: dict) -> None:
 
 def train(**settings) -> bytes:
     """Train a sentencepiece model like Gemma's on our test texts."""
-    settings = {
-        "vocab_size": 500,
-        "model_type": "bpe",
-        "byte_fallback": True,
+    ids = {"pad_id": 0, "eos_id": 1, "bos_id": 2, "unk_id": 3}
+    pieces = {"pad_piece": "<pad>", "eos_piece": "<eos>", "bos_piece": "<bos>"}
+    kept = {
         "normalization_rule_name": "identity",
         "add_dummy_prefix": False,
         "remove_extra_whitespaces": False,
         "user_defined_symbols": USER_DEFINED,
-        "pad_id": 0,
-        "eos_id": 1,
-        "bos_id": 2,
-        "unk_id": 3,
-        "pad_piece": "<pad>",
-        "eos_piece": "<eos>",
-        "bos_piece": "<bos>",
-        "minloglevel": 2,
-    } | settings
+    }
+    kind = {"vocab_size": 500, "model_type": "bpe", "byte_fallback": True, "minloglevel": 2}
+    settings = kind | kept | ids | pieces | settings
     model, lines = io.BytesIO(), [text for text in TEXTS if text.isprintable()] + ["start of turn <b> user"] * 9
     sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(lines), model_writer=model, **settings)
     return model.getvalue()
