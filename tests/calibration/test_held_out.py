@@ -12,6 +12,7 @@ from support.tiny import random_model, tiny_config, tiny_gemma3_config, tiny_qwe
 import pop
 from pop import PrunePlan
 from pop.calibration.held_out import CUE, Judge, repeated_passage
+from pop.calibration.passes import Pass
 
 PLAN = PrunePlan((2, 3), full_depth_first=1)
 
@@ -46,7 +47,7 @@ def test_the_losses_are_those_of_the_continuation_and_of_the_repeated_passage(co
 
 def test_the_full_model_is_not_run_again(model, monkeypatch):
     judge = Judge(model, random_windows(60))
-    monkeypatch.delattr(pop.Model, "prefill")
+    monkeypatch.delattr(Pass, "layer")
     assert judge.losses(PrunePlan.none())[:2] == (0, 0)
 
 
