@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from pop.errors import InputError, PopError
+from pop.errors import InputError, PopError, import_extra
 from pop.system.files import write_whole
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -35,6 +35,15 @@ def exit_status(program: str, work: Callable[[], object]) -> int:
 
 
 # ---- Options ----
+
+
+def check_plot(path: str | os.PathLike) -> str:
+    """The kind of plot to write to a path, "svg" or "png". Raises InputError for others, or MissingExtra."""
+    kind = Path(path).suffix.lower().removeprefix(".")
+    if kind not in ("svg", "png"):
+        raise InputError(f"the plot cannot be written as {path}; give a path that ends in .svg or .png")
+    import_extra("matplotlib", "matplotlib", "plot")
+    return kind
 
 
 def names_in(option: str, text: str, known: Sequence[str]) -> list[str]:

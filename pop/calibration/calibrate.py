@@ -35,7 +35,7 @@ LENGTHS = (512, 2048, 8192)  # prompt lengths for which a plan records its speed
 def calibrate(
     model: Model,
     texts: Sequence[str | Sequence[int]] | None,
-    plan: PrunePlan | Sequence[PrunePlan],
+    plan: PrunePlan,
     *,
     images=None,
     videos=None,
@@ -46,15 +46,14 @@ def calibrate(
     resume: str | os.PathLike | None = None,
     seed: int = 0,
     progress: bool = True,
-) -> PrunePlan | list[PrunePlan]:
+) -> PrunePlan:
     """Fit corrections of the pruned layers' K and V to texts, and updates of h after groups that kept layers follow.
 
     Args:
         model: A pop.Model.
         texts: Strings or lists of token ids that resemble the prompts to come. Some 50,000 tokens suffice; a wide model
             needs more. None takes a small built-in set of English and Python.
-        plan: A PrunePlan or another value of `prune` in `load`, or a list. Several plans share the passes over the
-            texts, one for each group of pruned layers.
+        plan: A PrunePlan, or another value of `prune` in `load`.
         images, videos: A list for each text, as in `Model.generate`. All are in memory at the same time.
         rank: The size of the code that the layers of a group share, from 1 to twice the model's width. A smaller rank
             is faster and less exact. None: half of the model's width.
@@ -68,28 +67,25 @@ def calibrate(
         progress: Show a bar on stderr, if tqdm is installed.
 
     Returns:
-        The plan with corrections, and with a full_depth_first of at least 1. For a list of plans, a list. A plan has no
-        corrections if plain pruning is better on the held-out windows. Its `about` records the model, the texts, the
-        options and the loss on held-out windows.
+        The plan with corrections, and with a full_depth_first of at least 1. It has no corrections if plain pruning is
+        better on the held-out windows. Its `about` records the model, the texts, the options and the loss on held-out
+        windows.
 
     Raises:
         InputError: The texts are too short, or an option is out of range.
-        PlanError: A plan does not fit the model, or prunes nothing.
+        PlanError: The plan does not fit the model, or prunes nothing.
         UnsupportedError: Several processes share the model, and steps is not 0.
     """
     if not isinstance(model, Model):
         raise InputError(f"the model is a {type(model).__name__}; load one with pop.load")
-    is_list = isinstance(plan, (list, tuple))
-    plans = [_plain(model, one) for one in (plan if is_list else [plan])]
-    if not plans:
-        raise PlanError("the list of plans is empty; give at least one plan")
+    plan = _plain(model, plan)
     width = model.config.hidden_size
     rank = max(1, width // 2) if rank is None else check_count("rank", rank, most=2 * width)
     seed = check_count("seed", seed, least=-(2**63), most=2**63 - 1)
     window = min(check_count("window", window, least=SHORTEST), model.max_seq_len)
     held_out = check_count("held_out", held_out)
     steps = check_count("steps", steps, least=0)
-    _check_distillation(model, len(plans), steps, resume)
+    _check_distillation(model, steps, resume)
     texts = _listed(texts)
 
     windows = text_windows(model, texts, images, videos, window)
@@ -101,19 +97,15 @@ def calibrate(
     judged = windows[:held_out]
     windows = windows[held_out:]
     num_tokens = sum(len(tokens) for tokens, _ in windows)
-    fits = [Fit(model, one, rank) for one in plans]
-    passes = max(len(fit.groups) for fit in fits)
+    fit = Fit(model, plan, rank)
     trial = sum(min(len(tokens), JUDGED) + PASSAGE for tokens, _ in judged)  # tokens that judging a plan runs
-    with progress_bar("calibrating", passes * num_tokens + len(fits) * TRIALS * trial, "tokens", progress) as step:
-        _fit(model, windows, fits, step)
-        judge = Judge(model, judged, plans)
-        results = [_choose(fit, judge, steps == 0, lambda trials: step(trials * trial)) for fit in fits]
+    with progress_bar("calibrating", len(fit.groups) * num_tokens + TRIALS * trial, "tokens", progress) as step:
+        _fit(model, windows, fit, step)
+        judge = Judge(model, judged, plan)
+        plan = _choose(fit, judge, steps == 0, lambda trials: step(trials * trial))
     if steps:
-        with progress_bar("distilling", len(fits) * steps, "steps", progress) as step:
-            results = [
-                distill(model, result, windows, judge, steps, seed=seed, resume=resume, progress=step)
-                for result in results
-            ]
+        with progress_bar("distilling", steps, "steps", progress) as step:
+            plan = distill(model, plan, windows, judge, steps, seed=seed, resume=resume, progress=step)
     about = {
         "texts": len(texts),
         "windows": len(windows),
@@ -124,8 +116,7 @@ def calibrate(
         "steps": steps,
         "seed": seed,
     }
-    results = [_recorded(model, result, judge, about) for result in results]
-    return results if is_list else results[0]
+    return _recorded(model, plan, judge, about)
 
 
 def _plain(model, plan) -> PrunePlan:
@@ -136,9 +127,9 @@ def _plain(model, plan) -> PrunePlan:
     return dataclasses.replace(plan, full_depth_first=max(1, plan.full_depth_first), corrections=None)
 
 
-def _check_distillation(model, num_plans: int, steps: int, resume) -> None:
-    if resume is not None and (not steps or num_plans > 1):
-        raise InputError(f"resume keeps the steps for one plan, but {steps} steps and {num_plans} plans are given")
+def _check_distillation(model, steps: int, resume) -> None:
+    if resume is not None and not steps:
+        raise InputError("resume keeps unfinished steps of distillation, but steps is 0; give their number")
     if not steps:
         return
     if model.part is not None:
@@ -158,22 +149,19 @@ def _listed(texts) -> list:
     return list(texts)
 
 
-def _fit(model, windows: list[Window], fits: list[Fit], step: Callable[[int], object]) -> None:
-    """Pass over the windows, once for each group of pruned layers of the plan with the most groups."""
+def _fit(model, windows: list[Window], fit: Fit, step: Callable[[int], object]) -> None:
+    """Pass over the windows, once for each group of pruned layers."""
     # Passes in bfloat16 leave the loss as it is. A small model, or a part of one, need not be copied.
     is_copied = model.num_parameters >= SMALLEST and model.part is None
     module = working_copy(model) if is_copied else model.module
-    for number in range(max(len(fit.groups) for fit in fits)):
-        due = [fit for fit in fits if number < len(fit.groups)]
-        for fit in due:
-            fit.begin()
+    for _ in fit.groups:
+        fit.begin()
         for batch in batches(windows):
-            accumulate(model, batch, due, module)
+            accumulate(model, batch, fit, module)
             step(sum(len(tokens) for tokens, _ in batch))
-        if not all(fit.sums.count for fit in due):
+        if not fit.sums.count:
             raise InputError("full_depth_first leaves no token to fit to; make it smaller, or give longer texts")
-        for fit in due:
-            fit.finish(RIDGES[MIDDLE])
+        fit.finish(RIDGES[MIDDLE])
 
 
 def _choose(fit: Fit, judge: Judge, may_be_plain: bool, step: Callable[[int], object]) -> PrunePlan:

@@ -67,18 +67,18 @@ class Judge:
     Args:
         model: A pop.Model.
         windows: Token ids, each with its images and videos.
-        plans: The plans that will be judged most. For other plans, the layers before the first pruned one run again.
+        plan: The plan that will be judged most. For other plans, the layers before the first pruned one run again.
     """
 
     @torch.no_grad()
-    def __init__(self, model, windows: Sequence[Window], plans: Sequence[PrunePlan] = ()):
+    def __init__(self, model, windows: Sequence[Window], plan: PrunePlan | None = None):
         self.model = model
         self.windows = windows
         rng = random.Random(0)
-        layers = {first_layer(plan) for plan in plans}
+        layers = [] if plan is None else [first_layer(plan)]
         self.cases = [self._case(window, layers, rng) for window in windows]
 
-    def _case(self, window: Window, layers: set[int], rng: random.Random) -> Case:
+    def _case(self, window: Window, layers: list[int], rng: random.Random) -> Case:
         model = self.model
         tokens, media = window
         images = model.vision.locate(tokens, media)

@@ -12,13 +12,11 @@ this folder derives the score.
 """
 
 import dataclasses
-import io
 import json
 import math
 import os
 from collections.abc import Iterable, Sequence
 from functools import partial
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -27,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pop.calibration.passes import Pass, check_gradients, checkpointed
-from pop.errors import InputError, PlanError, PopError, UnsupportedError, check_count, import_extra
+from pop.errors import InputError, PlanError, PopError, UnsupportedError, check_count
 from pop.generation.answers import end_ids
 from pop.generation.batch import as_prompts
 from pop.generation.sampling import Sampler, SamplingParams, check_finite, read_tokens
@@ -42,8 +40,6 @@ from pop.system.progress import progress_bar
 
 LOGITS_AT_ONCE = 256  # response tokens whose logits [N, V] are in memory together
 SCORES = ("prefill", "decode", "prefill_error", "decode_error")
-COLORS = {"prefill": "tab:blue", "decode": "tab:orange"}
-MARKERS = {"prefill": "o", "decode": "s"}
 
 
 class Sample(NamedTuple):
@@ -240,44 +236,6 @@ class Importance:
         ranked = sorted(range(num_layers), key=lambda layer: (self.prefill[layer].item(), -layer))
         return PrunePlan(layers=tuple(ranked[:count]), **options)
 
-    def plot(self, path: str | os.PathLike) -> None:
-        """Draw both stages' scores over the layers, with standard errors, as an SVG or PNG file.
-
-        The axis is logarithmic. A triangle on the lower edge stands for a score of exactly zero. Raises MissingExtra
-        without matplotlib, and InputError for another kind of file or one that cannot be written.
-        """
-        kind = check_plot(path)
-        from matplotlib import style
-        from matplotlib.figure import Figure
-
-        with style.context(["default", {"svg.hashsalt": "pop"}]):  # equal scores give equal files
-            figure = Figure(figsize=(7, 3.6), layout="constrained")
-            self._draw(figure.add_subplot())
-            drawn = io.BytesIO()
-            figure.savefig(drawn, format=kind, dpi=150, metadata={"Date": None} if kind == "svg" else None)
-        files.write_whole(path, drawn.getvalue(), "the plot", InputError)
-
-    def _draw(self, axes) -> None:
-        layers = np.arange(len(self.prefill))
-        for stage, color in COLORS.items():
-            scores = getattr(self, stage).numpy()
-            errors = getattr(self, f"{stage}_error").numpy()
-            shown = np.where(scores > 0, scores, np.nan)
-            zeros = layers[scores == 0]
-            style = {"color": color, "ms": 4}
-            axes.errorbar(layers, shown, errors, marker=MARKERS[stage], lw=1, capsize=2, label=stage, **style)
-            axes.plot(zeros, np.full(len(zeros), 0.03), "v", transform=axes.get_xaxis_transform(), **style)
-        axes.set_yscale("log", nonpositive="clip")
-        scores = torch.cat((self.prefill, self.decode))
-        positive = scores[scores > 0].tolist()
-        if positive:
-            axes.set_ylim(min(positive) / 3, max(positive) * 3)
-        axes.xaxis.get_major_locator().set_params(integer=True)
-        axes.set(xlabel="layer", ylabel="importance, nats²")
-        axes.set_title(f"Virtual gates: mean of {self.num_samples} samples, with standard errors", fontsize=10)
-        axes.grid(alpha=0.3)
-        axes.legend()
-
     def save(self, path: str | os.PathLike) -> None:
         """Write the scores as JSON, whole or not at all. Raises InputError if that fails."""
 
@@ -294,15 +252,6 @@ class Importance:
             return cls(**files.read_json(path, InputError))
         except (InputError, TypeError) as error:
             raise InputError(f"{path} does not hold importance scores ({error}); write them with .save(path)") from None
-
-
-def check_plot(path: str | os.PathLike) -> str:
-    """Return "svg" or "png", the kind of plot to write to a path. Raises InputError for others, or MissingExtra."""
-    kind = Path(path).suffix.lower().removeprefix(".")
-    if kind not in ("svg", "png"):
-        raise InputError(f"the plot cannot be written as {path}; give a path that ends in .svg or .png")
-    import_extra("matplotlib", "matplotlib", "plot")
-    return kind
 
 
 def _checked_scores(name: str, values) -> Tensor:

@@ -186,15 +186,15 @@ class _Stream:
         self.fit.sums.xy[:, columns] += self.x.T @ difference[self.is_fitted].to(self.wide)
 
 
-def accumulate(model, windows: list[Window], fits: list[Fit], module=None) -> None:
-    """Add the tokens of a batch of windows to the sums of each fit.
+def accumulate(model, windows: list[Window], fit: Fit, module=None) -> None:
+    """Add the tokens of a batch of windows to the sums of a fit.
 
-    One full pass gives the targets. The pass of a fit branches off at its first pruned layer.
+    One full pass gives the targets. The pass by the plan branches off at its first pruned layer.
 
     Args:
         model: A pop.Model.
         windows: Of about equal lengths.
-        fits: Each has begun the sums of a group.
+        fit: It has begun the sums of a group.
         module: Runs in place of the model's own.
     """
     module = model.module if module is None else module
@@ -203,23 +203,19 @@ def accumulate(model, windows: list[Window], fits: list[Fit], module=None) -> No
     run = Pass(module, tokens.to(model.device), images)
     position = torch.arange(tokens.shape[1], device=model.device)
     is_inside = position < lengths.to(model.device)[:, None]  # [B, T], not padding
-    streams = {}
+    is_fitted = is_inside & (position >= fit.plan.full_depth_first)
     h = run.embed()
-    for index in range(max(fit.group.stop for fit in fits)):
+    for index in range(fit.group.stop):
         layer = module.layers[index]
-        for fit in fits:
-            if index == fit.plan.layers[0]:
-                streams[fit] = _Stream(fit, run, h, is_inside & (position >= fit.plan.full_depth_first))
-        fitted = [stream for fit, stream in streams.items() if index in fit.group]
-        if fitted:
+        if index == fit.plan.layers[0]:
+            stream = _Stream(fit, run, h, is_fitted)
+        if index in fit.group:
             full = torch.cat(layer.projected(h), dim=-1)  # [B, T, 2 * K * E]
-        for stream in fitted:
             own = torch.cat(layer.projected(stream.h), dim=-1)
-            stream.add((index - stream.fit.group.start) * full.shape[-1], full - own)
-        if any(index < fit.depth for fit in fits):
+            stream.add((index - fit.group.start) * full.shape[-1], full - own)
+        if index < fit.depth:
             h = run.layer(index, h)
-        for stream in fitted:
-            if stream.fit.has_update and index == stream.fit.group[-1]:
-                # DeepStack may have added features to h, which are no part of what the layers add.
-                passed = images.add_deepstack(stream.h, index)
-                stream.add(len(stream.fit.group) * full.shape[-1], h - passed)
+    if fit.has_update:
+        # DeepStack may have added features to h, which are no part of what the layers add.
+        passed = images.add_deepstack(stream.h, index)
+        stream.add(len(fit.group) * full.shape[-1], h - passed)

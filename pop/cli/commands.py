@@ -19,7 +19,6 @@ import torch
 
 import pop
 from pop.backends.tensor_parallel import launched
-from pop.calibration.importance import check_plot
 from pop.calibration.texts import builtin_texts
 from pop.checkpoints import download as downloads
 from pop.checkpoints import registry
@@ -123,9 +122,7 @@ def _typed_lines() -> Iterator[str]:
 
 def importance(args) -> None:
     texts = {path: _read_file(path) for path in args.files} or dict(enumerate(builtin_texts()))
-    if args.plot is not None:
-        check_plot(args.plot)
-    _check_folders(args.out, args.plot)
+    _check_folders(args.out)
     args.prune = "none"  # the full model is scored
     model = _load(args)
     model.need_tokenizer("importance")
@@ -145,8 +142,6 @@ def importance(args) -> None:
     print(f"\nPrefill needs this third of the layers least: layers {', '.join(map(str, least))}.")
     if args.out is not None:
         result.save(args.out)
-    if args.plot is not None:
-        result.plot(args.plot)
 
 
 def excerpts(tokenizer, texts: dict[str, str], count: int, length: int, seed: int) -> list[list[int]]:
@@ -338,7 +333,6 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
     integer(add, "--batch-size", "prompts in one batch", 8)
     integer(add, "--seed", "the same seed gives the same scores", 0)
     add("--out", help="write the scores to this JSON file", metavar="FILE")
-    add("--plot", help="draw the scores into this .svg or .png file (needs matplotlib)", metavar="FILE")
 
     add = command(calibrate, "Fit corrections of the pruned layers to texts, and save the plan.").add_argument
     model_options(add)

@@ -24,7 +24,7 @@ def fitted(model, windows, plan, rank=None) -> Fit:
     for _ in fit.groups:
         fit.begin()
         for batch in batches(windows):
-            accumulate(model, batch, [fit])
+            accumulate(model, batch, fit)
         fit.finish(RIDGES[MIDDLE])
     return fit
 

@@ -19,7 +19,6 @@ import sys
 import tempfile
 
 import pop
-from pop.calibration.importance import check_plot
 from pop.errors import InputError, check_count
 from pop.models.config import DTYPES
 from tools.bench import rivals as libraries
@@ -29,6 +28,7 @@ from tools.bench.report import plot, report
 from tools.bench.shapes import SHAPES
 from tools.bench.subject import load_subject, parse_plan
 from tools.common import (
+    check_plot,
     check_writable,
     exit_status,
     integers_in,

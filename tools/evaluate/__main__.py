@@ -19,10 +19,10 @@ from pathlib import Path
 import torch
 
 import pop
-from pop.calibration.importance import check_plot
 from pop.errors import InputError, check_count
 from tools.common import (
     ROOT,
+    check_plot,
     check_writable,
     exit_status,
     integers_in,

@@ -57,11 +57,9 @@ def make_contenders(
     """
     prunes = [prune for prune in prunes if prune != "none"]
     pruned = [_plan_contender(model, prune) for prune in prunes]
-    waiting = [contender for contender, prune in zip(pruned, prunes, strict=True) if prune.startswith("calibrated:")]
-    if waiting:
-        plans = pop.calibrate(model, calibration, [contender.plan for contender in waiting], seed=seed)
-        for contender, plan in zip(waiting, plans, strict=True):
-            contender.plan = plan
+    for contender, prune in zip(pruned, prunes, strict=True):
+        if prune.startswith("calibrated:"):
+            contender.plan = pop.calibrate(model, calibration, contender.plan, seed=seed)
     contenders = [Contender("full", model, pop.PrunePlan.none()), *pruned]
     contenders += [_baseline_contender(model, baseline, fraction, calibration) for baseline in baselines]
     names = [contender.name for contender in contenders]

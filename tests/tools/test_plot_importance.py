@@ -1,0 +1,59 @@
+"""Figures of importance scores: they are reproducible, and what cannot be drawn is refused."""
+
+import math
+import sys
+
+import pytest
+
+import pop
+from pop import InputError
+from tools.plot_importance import main, plot
+
+
+def scores(prefill, decode=None):
+    """Made-up scores with errors of a tenth."""
+    decode = prefill if decode is None else decode
+    return pop.Importance(prefill, decode, [x / 10 for x in prefill], [x / 10 for x in decode], 5)
+
+
+@pytest.mark.parametrize("prefill", [[1.0, 1e-5, 0.0], [0.0, 0.0, 0.0]])
+def test_the_figure_is_small_and_the_same_every_time(tmp_path, prefill):
+    matplotlib = pytest.importorskip("matplotlib")
+    settings, result = dict(matplotlib.rcParams), scores(prefill, [0.0, 0.1, 0.2])
+    plot(result, tmp_path / "one.svg")
+    with matplotlib.rc_context({"lines.linewidth": 7, "svg.fonttype": "none"}):
+        plot(result, tmp_path / "two.svg")
+    plot(result, tmp_path / "three.PNG")
+    drawn = (tmp_path / "one.svg").read_bytes()
+    assert drawn == (tmp_path / "two.svg").read_bytes()
+    assert drawn.startswith(b"<?xml") and len(drawn) < 100_000
+    assert (tmp_path / "three.PNG").read_bytes().startswith(b"\x89PNG")
+    assert len(list(tmp_path.iterdir())) == 3
+    assert dict(matplotlib.rcParams) == settings
+
+
+def test_a_figure_of_one_sample_has_no_error_bars(tmp_path):
+    pytest.importorskip("matplotlib")
+    plot(pop.Importance([1.0, 2.0], [2.0, 1.0], [None, None], [math.nan] * 2, 1), tmp_path / "one.svg")
+
+
+def test_a_figure_that_cannot_be_drawn_is_refused(tmp_path, monkeypatch):
+    for name in ("plot", "plot.pdf", ".svg"):
+        with pytest.raises(InputError, match="ends in .svg or .png"):
+            plot(scores([1.0]), tmp_path / name)
+    with monkeypatch.context() as without:
+        without.setitem(sys.modules, "matplotlib", None)
+        with pytest.raises(pop.MissingExtra, match="needs the package matplotlib"):
+            plot(scores([1.0]), tmp_path / "plot.svg")
+    pytest.importorskip("matplotlib")
+    with pytest.raises(InputError, match="cannot be written"):
+        plot(scores([1.0]), tmp_path / "missing" / "plot.svg")
+
+
+def test_a_saved_file_is_drawn(tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    scores([1.0, 0.5]).save(tmp_path / "scores.json")
+    assert main([str(tmp_path / "scores.json"), str(tmp_path / "layers.svg")]) == 0
+    assert (tmp_path / "layers.svg").read_bytes().startswith(b"<?xml")
+    assert main([str(tmp_path / "missing.json"), str(tmp_path / "other.svg")]) == 2
+    assert "missing.json" in capsys.readouterr().err
