@@ -348,16 +348,13 @@ def test_fused_attention_needs_no_new_graph(monkeypatch):
     module = random_model(tiny_gemma3_config(windows=(30,) * 2), seed=4)
     compiled = pop.Model(module, module.config, compile=True, plan=0.5, chunk_size=16)
     compiled.warmup(2)
-    torch.compiler.set_stance("fail_on_recompile")
-    try:
+    with torch.compiler.set_stance("fail_on_recompile"):
         for lengths in ([1], [2], [33], [9, 30], [40, 3]):
             cache, wanted = compiled.new_cache(len(lengths), 90), new_cache(module, len(lengths), 90, chunk=16)
             tokens, lengths = torch.arange(len(lengths) * 40).view(-1, 40) % 60, torch.tensor(lengths)
             for _ in range(2):
                 found = compiled.prefill(tokens, cache, lengths=lengths)
                 assert_close(found, engine.prefill(module, tokens, wanted, lengths, compiled.plan, 16))
-    finally:
-        torch.compiler.set_stance("default")
 
 
 @requires_compiler

@@ -31,24 +31,18 @@ def text_model(model):
 # Greedy
 
 
-def test_greedy_generation_is_the_reference(model):
-    for prompt in PROMPTS:
-        answer = model.generate(prompt, max_new_tokens=9)
-        assert answer.tokens == reference.generate(model.module, torch.tensor(prompt), model.plan, 9)
-        assert (answer.text, answer.prompt_tokens, answer.finish_reason) == (None, len(prompt), "length")
-
-
-def test_a_batch_is_its_prompts_alone(model):
-    together = model.generate(PROMPTS, max_new_tokens=9)
-    assert [answer.tokens for answer in together] == [model.generate(p, max_new_tokens=9).tokens for p in PROMPTS]
+@pytest.mark.parametrize("plan", [None, pop.PrunePlan.none()], ids=["the model's", "of the call"])
+def test_greedy_generation_is_the_reference(model, plan):
+    """Of each prompt by itself, and of a batch."""
+    used = model.plan if plan is None else plan
+    expected = [reference.generate(model.module, torch.tensor(prompt), used, 9) for prompt in PROMPTS]
+    for prompt, tokens in zip(PROMPTS, expected, strict=True):
+        answer = model.generate(prompt, max_new_tokens=9, plan=plan)
+        assert (answer.tokens, answer.text) == (tokens, None)
+        assert (answer.prompt_tokens, answer.finish_reason) == (len(prompt), "length")
+    together = model.generate(PROMPTS, max_new_tokens=9, plan=plan)
+    assert [answer.tokens for answer in together] == expected
     assert [answer.prompt_tokens for answer in together] == [3, 1, 30]
-
-
-def test_the_plan_of_the_call_replaces_the_models(model):
-    prompt = PROMPTS[2]
-    full = model.generate(prompt, max_new_tokens=9, plan=pop.PrunePlan.none())
-    assert full.tokens == reference.generate(model.module, torch.tensor(prompt), pop.PrunePlan.none(), 9)
-    assert full.tokens != model.generate(prompt, max_new_tokens=9).tokens
 
 
 def test_prompts_come_as_lists_tensors_and_batches_of_either(model):
@@ -165,12 +159,6 @@ def test_text_ends_before_a_stop_string(text_model):
     answer = text_model.generate("abc", max_new_tokens=20, stop=stop)
     assert (answer.text, answer.finish_reason) == (free[: free.index(stop)], "stop")
     assert "".join(text_model.stream("abc", max_new_tokens=20, stop=[stop])) == answer.text
-
-
-def test_streamed_pieces_are_the_generated_text(text_model):
-    pieces = list(text_model.stream("abc", max_new_tokens=40))
-    assert "".join(pieces) == text_model.generate("abc", max_new_tokens=40).text
-    assert all(pieces)
 
 
 def test_a_full_context_ends_an_answer_and_only_its_own(model):

@@ -35,6 +35,11 @@ def steps(monkeypatch):
     return made
 
 
+def new_model(**options):
+    config = tiny_gemma3_config(max_positions=512)
+    return pop.Model(random_model(config, seed=3), config, **options)
+
+
 def answers(chat):
     return [turn.answer for turn in chat.turns]
 
@@ -48,10 +53,9 @@ def test_sizes_go_up_in_steps():
 
 
 def test_answers_in_a_kept_cache_are_those_in_a_new_one(steps):
-    config = tiny_gemma3_config(max_positions=512)
-    module = random_model(config, seed=3)
-    module.model.norm.weight.data += 1  # larger logits, so that answers differ
-    model, other = (pop.Model(module, config, plan=pop.PrunePlan((1, 2)), chunk_size=4) for _ in range(2))
+    model, other = (new_model(plan=pop.PrunePlan((1, 2)), chunk_size=4) for _ in range(2))
+    for one in (model, other):
+        one.module.model.norm.weight.data += 1  # larger logits, so that answers differ
     other.caches = SpareCaches(0)
     for prompt in [*PROMPTS, PROMPTS, PROMPTS[:2], PROMPTS[1]]:
         for options in ({}, {"temperature": 1.0, "seed": 4}):
@@ -78,8 +82,7 @@ def test_many_answers_need_one_step(steps, tmp_path):
 @pytest.fixture
 def ended(steps):
     """A model, and options with which the first of PROMPTS ends early and the others do not."""
-    config = tiny_gemma3_config(max_positions=512)
-    model = pop.Model(random_model(config, seed=3), config)
+    model = new_model()
     options = {"max_new_tokens": 12, "temperature": 1.0, "seed": 4}
     first, *others = (set(one.tokens) for one in model.generate(PROMPTS, **options))
     stop = min(first - others[0] - others[1])
@@ -155,8 +158,7 @@ def test_a_cache_that_a_fork_has_is_never_used_again(steps, tmp_path):
 
 
 def test_threads_never_share_a_cache(steps):
-    config = tiny_gemma3_config(max_positions=512)
-    model = pop.Model(random_model(config, seed=3), config)
+    model = new_model()
     expected = {tuple(prompt): model.generate(prompt, max_new_tokens=20).tokens for prompt in PROMPTS}
     wrong = []
 
@@ -172,8 +174,7 @@ def test_threads_never_share_a_cache(steps):
 
 
 def test_kept_caches_give_way_if_memory_is_short(steps, monkeypatch):
-    config = tiny_gemma3_config(max_positions=512)
-    model = pop.Model(random_model(config), config)
+    model = new_model()
     size = {tokens: model.new_cache(1, tokens).nbytes for tokens in (256, 400, 512)}
     room = size[512]  # of a device that holds nothing but the kept caches
     monkeypatch.setattr("pop.engine.spare_caches.free_bytes", lambda device: 2**30)
@@ -192,8 +193,9 @@ def test_kept_caches_give_way_if_memory_is_short(steps, monkeypatch):
 
 
 def test_kept_caches_take_a_quarter_of_the_memory_at_most(monkeypatch):
-    config = tiny_gemma3_config(max_positions=512)
-    model, kept, free = pop.Model(random_model(config), config), SpareCaches(2), [0]
+    model = new_model()
+    kept = SpareCaches(2)
+    free = [0]
     monkeypatch.setattr("pop.engine.spare_caches.free_bytes", lambda device: free[0])
     small, large = kept.take(model, 1, 256), kept.take(model, 1, 400)
     for free[0], expected in (
@@ -208,23 +210,19 @@ def test_kept_caches_take_a_quarter_of_the_memory_at_most(monkeypatch):
 
 
 def test_a_cache_is_kept_for_models_and_answers_that_it_fits(steps):
-    config = tiny_gemma3_config(max_positions=512)
-    module = random_model(config, seed=3)
-    model = pop.Model(module, config)
+    model = new_model()
     model.generate([1], max_new_tokens=2)
-    module.double()
+    model.module.double()
     assert len(model.generate([1], max_new_tokens=2).tokens) == 2
     model.chunk_size = 16
     model.generate([1], max_new_tokens=2)
-    assert [(cache.previous_hidden.dtype, cache.chunk_size) for cache in model.caches._spare] == [
-        (torch.float64, 16), (torch.float64, 2048)
-    ]  # fmt: skip
+    kept = [(cache.previous_hidden.dtype, cache.chunk_size) for cache in model.caches._spare]
+    assert kept == [(torch.float64, 16), (torch.float64, 2048)]
 
 
 def test_the_cache_of_an_answer_that_failed_is_not_kept(steps, monkeypatch):
     """An error in the middle of keep_rows leaves fewer rows in some of the layers."""
-    config = tiny_gemma3_config(max_positions=512)
-    model = pop.Model(random_model(config, seed=3), config)
+    model = new_model()
 
     def keep_rows(cache, rows):
         cache.keys[0] = cache.keys[0][rows]
@@ -238,16 +236,14 @@ def test_the_cache_of_an_answer_that_failed_is_not_kept(steps, monkeypatch):
 
 
 def test_a_copy_of_a_model_shares_no_cache(steps):
-    config = tiny_gemma3_config(max_positions=512)
-    model = pop.Model(random_model(config), config)
+    model = new_model()
     model.generate([1], max_new_tokens=2)
     assert model.caches._spare
     assert copy.deepcopy(model).caches._spare == []
 
 
 def test_a_cache_may_change_between_inference_mode_and_none():
-    config = tiny_gemma3_config(max_positions=512)
-    model = pop.Model(random_model(config), config)
+    model = new_model()
     with torch.inference_mode():
         cache = model.new_cache(1, 50)
         token = model.prefill([[1, 2, 3]], cache).argmax(-1)

@@ -5,7 +5,6 @@ compared with pop/pruning/reference.py, given which tokens of the whole sequence
 """
 
 import copy
-import json
 import threading
 import types
 
@@ -227,17 +226,6 @@ def test_the_turn_counts_from_its_last_piece_on(script):
     assert chat.turns[0].assistant == "abc"
 
 
-def test_a_message_is_kept_as_it_was_sent(script):
-    """Its parts may serve for the next one."""
-    model = make("llama", pop.PrunePlan((3, 4)))
-    part = {"type": "text", "text": "Hi"}
-    chat = model.start_chat()
-    script.says[:] = [*b"abc"]
-    chat.send([part], max_new_tokens=3)
-    part["text"] = "Bye"
-    assert chat.messages[0]["content"] == [{"type": "text", "text": "Hi"}]
-
-
 def test_a_full_context_is_an_error_with_numbers(script):
     model = make("gemma3", pop.PrunePlan((3, 4)), max_seq_len=70)
     chat = model.start_chat()
@@ -271,37 +259,26 @@ def test_conversations_need_a_chat_format():
 
 
 def test_a_conversation_continues_from_messages(model, script):
-    """The first turn prefills them, with its own message, as one prompt of the chat format."""
+    """The first turn prefills them, with its own message, as one prompt of the chat format. Messages are copied."""
     told = [
         {"role": "system", "content": "Be brief."},
         {"role": "user", "content": [{"type": "text", "text": "Hi"}]},
         {"role": "assistant", "content": "Hello"},
     ]
     chat = model.start_chat(messages=told)
-    told[1]["content"][0]["text"] = "Bye"  # the conversation has a copy
-    told[1]["content"][0] = {"type": "text", "text": "Hi"}
     assert (chat.messages, chat.turns) == (told, ())
+    told[1]["content"][0]["text"] = "Bye"
     script.says[:] = [*b"Fine", END]
-    chat.send("And?")
+    part = {"type": "text", "text": "And?"}
+    chat.send([part])
+    part["text"] = "Bye"
     script.says[:] = [*b"ok", END]
     chat.send("Why?")
     first = chatml(("system", "Be brief."), ("user", "Hi"), ("assistant", "Hello"), ("user", "And?"))
     assert [turn.prompt for turn in chat.turns] == [first, [END, *b"\n", *chatml(("user", "Why?"))]]
-    assert [message["content"] for message in chat.messages[3:]] == ["And?", "Fine", "Why?", "ok"]
+    sent = [[{"type": "text", "text": "Hi"}], "Hello", [{"type": "text", "text": "And?"}], "Fine", "Why?", "ok"]
+    assert [message["content"] for message in chat.messages] == ["Be brief.", *sent]
     assert_is_reference(model, chat, script, [5, 3])
-
-
-def test_a_conversation_goes_on_where_its_messages_end(script):
-    """Where each answer's text encodes to its own tokens, the tokens are those of the conversation that was left."""
-    model = make("llama", pop.PrunePlan((3, 4)))
-    chat = model.start_chat("Be brief.")
-    script.says[:] = [*b"Hello", END]
-    chat.send("Hi")
-    other = model.start_chat(messages=json.loads(json.dumps(chat.messages)))
-    for one in (chat, other):
-        script.says[:] = [*b"ok", END]
-        one.send("And?")
-    assert (other.messages, other.tokens) == (chat.messages, chat.tokens)
 
 
 def test_messages_that_cannot_be_continued_are_refused_at_once():

@@ -51,7 +51,9 @@ def test_a_stream_ends_with_the_generation(model):
         pieces = stream(prompt, **options)
         first = next(pieces)
         assert pieces.generation is None
-        assert first + "".join(pieces) == expected.text
+        rest = list(pieces)
+        assert first + "".join(rest) == expected.text
+        assert first and all(rest)
         times = {"ttft_s": 0, "decode_s": 0}
         assert dataclasses.replace(pieces.generation, **times) == dataclasses.replace(expected, **times)
         assert pieces.generation.decode_s > 0 < pieces.generation.ttft_s

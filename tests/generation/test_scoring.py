@@ -1,4 +1,4 @@
-"""`model.score` and `prefix.score` against the log-softmax of the plain forward pass and of the naive reference."""
+"""`model.score` and `prefix.score` against the log-softmax of the naive reference."""
 
 import pytest
 import torch
@@ -8,56 +8,6 @@ from support.tiny import random_model, tiny_config
 
 import pop
 from pop.pruning import reference
-
-
-@pytest.fixture(scope="module")
-def model():
-    config = tiny_config(vocab_size=256, max_positions=128)
-    return pop.Model(random_model(config, seed=5), config, plan=pop.PrunePlan((1, 3, 4)))
-
-
-def test_score_is_the_summed_log_softmax_at_full_depth(model):
-    context, continuation = [5, 9, 200, 31, 8], [77, 3, 150, 9]
-    logits = model.logits([context + continuation])[0].double().log_softmax(-1)
-    expected = sum(logits[len(context) - 1 + i, token].item() for i, token in enumerate(continuation))
-    assert model.score(context, continuation, plan=pop.PrunePlan.none()) == pytest.approx(expected, abs=1e-4)
-
-
-@pytest.mark.parametrize("length", [1, 2, 6])
-def test_score_prunes_the_context_only(model, length):
-    context, continuation = [5, 9, 200, 31, 8], [77, 3, 150, 9, 4, 5][:length]
-    tokens = torch.tensor(context + continuation)
-    full_depth = reference.full_depth_tokens(len(context), len(tokens), model.plan)
-    logits, _ = reference.forward(model.module, tokens, full_depth, model.plan)
-    logprobs = logits.double().log_softmax(-1)
-    expected = sum(logprobs[len(context) - 1 + i, token].item() for i, token in enumerate(continuation))
-    assert model.score(context, continuation) == pytest.approx(expected, abs=1e-4)
-    assert model.score(context, continuation) != pytest.approx(
-        model.score(context, continuation, plan=pop.PrunePlan.none()), abs=1e-4
-    )
-
-
-def test_a_tokenizer_larger_than_the_vocabulary(model):
-    small = pop.Model(model.module, model.config, Letters({"<end>": 255}), plan=model.plan)
-    small.tokenizer._encode_text = lambda text: [300]
-    for call in (lambda: small.score("a", [5]), lambda: small.score([5], "a"), lambda: small.generate("a")):
-        with pytest.raises(pop.InputError, match=r"token 300, but the model has 256"):
-            call()
-
-
-def test_long_continuations_are_scored_in_parts(model, monkeypatch):
-    expected = model.score([5, 9, 200], list(range(40)))
-    monkeypatch.setattr("pop.generation.scoring.SCORED_AT_ONCE", 7)
-    assert model.score([5, 9, 200], list(range(40))) == pytest.approx(expected, abs=1e-4)
-
-
-def test_scored_text_begins_once(model):
-    """Context with the token that begins a text, continuation without."""
-    beginning = pop.Model(model.module, model.config, Letters(bos_id=254), plan=model.plan)
-    assert beginning.score("abc", "de") == model.score([254, *b"abc"], [*b"de"])
-
-
-# Many continuations
 
 
 def naive(model, context, continuation) -> float:
@@ -76,7 +26,8 @@ CONTINUATIONS = [[77, 3, 150, 9], [4], [(7 * n) % 250 for n in range(30)]]
 @pytest.mark.parametrize("at_once", [3, 256])
 @pytest.mark.parametrize("plan", PLANS)
 @pytest.mark.parametrize("family", CONFIGS)
-def test_lists_are_scored_as_pairs(family, plan, at_once, monkeypatch):
+def test_scores_are_the_references(family, plan, at_once, monkeypatch):
+    """Of one pair, of lists, and after a prefix. A long continuation is scored in parts."""
     monkeypatch.setattr("pop.generation.scoring.SCORED_AT_ONCE", at_once)
     model = make(family, PLANS[plan])
     expected = [naive(model, *pair) for pair in zip(CONTEXTS, CONTINUATIONS, strict=True)]
@@ -84,9 +35,30 @@ def test_lists_are_scored_as_pairs(family, plan, at_once, monkeypatch):
     for context in CONTEXTS:
         expected = [naive(model, context, continuation) for continuation in CONTINUATIONS]
         assert model.score(context, CONTINUATIONS) == pytest.approx(expected, abs=1e-3)
+        assert model.score(context, CONTINUATIONS[0]) == pytest.approx(expected[0], abs=1e-4)
         prefix = model.prefix(context)
         assert prefix.score(CONTINUATIONS) == pytest.approx(expected, abs=1e-3)
         assert prefix.score(CONTINUATIONS[0]) == pytest.approx(expected[0], abs=1e-3)
+
+
+@pytest.fixture(scope="module")
+def model():
+    config = tiny_config(vocab_size=256, max_positions=128)
+    return pop.Model(random_model(config, seed=5), config, plan=pop.PrunePlan((1, 3, 4)))
+
+
+def test_a_tokenizer_larger_than_the_vocabulary(model):
+    small = pop.Model(model.module, model.config, Letters({"<end>": 255}), plan=model.plan)
+    small.tokenizer._encode_text = lambda text: [300]
+    for call in (lambda: small.score("a", [5]), lambda: small.score([5], "a"), lambda: small.generate("a")):
+        with pytest.raises(pop.InputError, match=r"token 300, but the model has 256"):
+            call()
+
+
+def test_scored_text_begins_once(model):
+    """Context with the token that begins a text, continuation without."""
+    beginning = pop.Model(model.module, model.config, Letters(bos_id=254), plan=model.plan)
+    assert beginning.score("abc", "de") == model.score([254, *b"abc"], [*b"de"])
 
 
 def test_a_context_runs_once_for_all_its_continuations(monkeypatch):

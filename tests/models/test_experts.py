@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from support.published_vl import published
 from support.tiny import experts_one_by_one, experts_transposed, tiny_qwen3_moe_config, write_weights
-from torch.overrides import TorchFunctionMode
+from support.torch_calls import calls_of
 
 from pop.backends.experts import few_tokens
 from pop.backends.tensor_parallel import Part
@@ -50,23 +50,10 @@ def test_every_token_goes_through_its_experts(count, experts, k, seed):
     assert torch.allclose(few_tokens(*tokens), expected, atol=1e-5)
 
 
-def calls_of(function, *args):
-    """Call function(*args). Returns its result, and the torch functions that it called, with their arguments."""
-    called = []
-
-    class Watch(TorchFunctionMode):
-        def __torch_function__(self, function, types, args=(), kwargs=None):
-            called.append((function, args))
-            return function(*args, **(kwargs or {}))
-
-    with Watch():
-        return function(*args), called
-
-
 def test_a_layer_waits_once_for_a_gpu():
     """torch documents that bincount waits, which tolist does anyway."""
     _, called = calls_of(by_expert, *draw_tokens(20, 5, 2))
-    names = [getattr(function, "__name__", "") for function, _ in called]
+    names = [getattr(function, "__name__", "") for function, *_ in called]
     assert [name for name in names if name in ("tolist", "item", "bincount", "nonzero", "unique")] == ["tolist"]
 
 
@@ -77,7 +64,7 @@ def test_an_expert_that_no_token_takes_is_not_read():
     gate_up[[0, 1, 2, 4, 6, 7, 8]] = float("nan")
     out, called = calls_of(by_expert, x, chosen, shares, gate_up, down)
     assert out.isfinite().all()
-    products = [args[0].shape[-2] for function, args in called if function is F.linear]
+    products = [args[0].shape[-2] for function, args, _ in called if function is F.linear]
     assert products == [4, 4, 4, 4]  # tokens: gate and up, down; twice
     assert few_tokens(x, chosen, shares, gate_up, down).isfinite().all()
 

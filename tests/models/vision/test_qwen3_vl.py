@@ -1,14 +1,14 @@
-"""Qwen3-VL's vision tower: the reference's features, images apart from each other, and tables for any size."""
+"""Qwen3-VL's vision tower: the reference's features, images apart from each other, and tables that are kept."""
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from support.goldens import TOLERANCE, Golden, Qwen3VLCase, error, qwen3_vl_cases
 from support.tiny import random_model, random_patches, random_weights
-from torch import nn
+from support.torch_calls import calls_of
 
 from pop.models.config import Qwen3VisionConfig
-from pop.models.layers import rotate
 from pop.models.vision import qwen3_vl as qwen3_vl_vision
 from pop.models.vision.qwen3_vl import Grid, VisionTower
 
@@ -68,51 +68,12 @@ def test_images_do_not_attend_each_other(tower):
 
 def test_attention_costs_the_sum_of_the_squares(tower):
     """No mask, and no scores between images: frame pairs of one size are a batch."""
-    shapes = []
-
-    class Watch(torch.overrides.TorchFunctionMode):
-        def __torch_function__(self, function, types, args=(), kwargs=None):
-            if function is nn.functional.scaled_dot_product_attention:
-                assert len(args) == 3 and not kwargs
-                shapes.append(tuple(args[0].shape))
-            return function(*args, **(kwargs or {}))
-
     grids = [Grid(3, 4, 6), Grid(1, 6, 4), Grid(1, 2, 2)]
-    with Watch():
-        tower(random_patches(3 * 24 + 24 + 4, tower.config.patch_values, seed=1), grids)
+    _, called = calls_of(tower, random_patches(3 * 24 + 24 + 4, tower.config.patch_values, seed=1), grids)
+    attended = [(args, kwargs) for function, args, kwargs in called if function is F.scaled_dot_product_attention]
+    assert all(len(args) == 3 and not kwargs for args, kwargs in attended)
+    shapes = [args[0].shape for args, _ in attended]
     assert shapes == [shape for shape in [(3, 3, 24, 8), (1, 3, 24, 8), (1, 3, 4, 8)] for _ in range(len(tower.blocks))]
-
-
-def test_patches_are_turned_by_row_and_column(tower):
-    """Scores of two patches depend on how many rows and columns lie between them."""
-    q, k = torch.randn(2, 8, generator=torch.Generator().manual_seed(0))
-    angles = tower.angles(6, 8)[..., None, :]  # [6, 8, 1, E / 2]
-    rope = angles.cos(), angles.sin()
-    q, k = (rotate(x.expand(6, 8, 1, 8), rope)[:, :, 0] for x in (q, k))
-
-    def score(a, b):
-        return float(q[a] @ k[b])
-
-    assert score((0, 0), (2, 3)) == pytest.approx(score((3, 4), (5, 7)), abs=1e-5)
-    assert abs(score((0, 0), (2, 3)) - score((0, 0), (3, 2))) > 1e-3
-
-
-def test_a_tower_of_any_sides():
-    """More columns than learned positions, fewer rows, and a single square."""
-    tower = small_tower()
-    table = tower.pos_embed.weight.unflatten(0, (3, 3))
-
-    def positions(rows, columns):
-        corners, shares = tower.corners(rows, columns)
-        return (tower.pos_embed.weight[corners] * shares[..., None]).sum(2)
-
-    assert torch.allclose(positions(3, 3), table)
-    wide = positions(2, 5)
-    assert torch.allclose(wide[0], torch.stack([table[0, 0], (table[0, 0] + table[0, 1]) / 2, table[0, 1],
-                                                (table[0, 1] + table[0, 2]) / 2, table[0, 2]]), atol=1e-6)  # fmt: skip
-    assert torch.allclose(wide[1, 4], table[2, 2])
-    features, deepstack = tower(random_patches(4, SMALL.patch_values, 0), [Grid(1, 2, 2)])
-    assert features.shape == (1, 6) and deepstack == ()
 
 
 def test_tables_of_a_size_are_kept_and_the_weights_may_change(monkeypatch):
