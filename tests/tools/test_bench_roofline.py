@@ -16,7 +16,6 @@ from pop.pruning.plan import PrunePlan
 from tools.bench.roofline import Machine, prefill_seconds, speedup_limit
 
 LLAMA_8B = LlamaConfig(128_256, 4096, 14_336, num_layers=32, num_heads=32, num_kv_heads=8, head_dim=128)
-
 READS = Machine(flops_per_s=math.inf, bytes_per_s=1, itemsize=1)  # its seconds are the numbers that are read
 
 

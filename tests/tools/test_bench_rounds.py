@@ -52,10 +52,7 @@ def test_figures_follow_from_the_times(model, monkeypatch):
     """Times, peak and bandwidth as given, one round slower than the others by a factor: every figure by hand."""
     factors = [1.0, 4.0, 1.0, 2.0]  # how much slower each of the four rounds is, the first untimed
     now = {"factor": None}
-
-    def pop_turn(model, prompt, cache, plan, steps, images):
-        base = 3.0 if plan.layers else 4.0
-        return lambda: {"ttft_s": base * len(prompt) * now["factor"], "step_s": 0.1 * now["factor"]}
+    original = rounds.run_rounds
 
     def run_rounds(turns, runs, what):
         count = itertools.count()
@@ -69,33 +66,36 @@ def test_figures_follow_from_the_times(model, monkeypatch):
 
         return original({key: slowed(turn) for key, turn in turns.items()}, runs, what)
 
-    original = rounds.run_rounds
+    def turn(**seconds):
+        return lambda: {name: value * now["factor"] for name, value in seconds.items()}
+
+    def pop_turn(model, prompt, cache, plan, steps, images):
+        return turn(ttft_s=(3.0 if plan.layers else 4.0) * len(prompt), step_s=0.1)
+
     monkeypatch.setattr(measure, "run_rounds", run_rounds)
     monkeypatch.setattr(measure, "pop_turn", pop_turn)
     monkeypatch.setattr(measure, "peak_turn", lambda *_: lambda: {"flops_per_s": 1e9 / now["factor"]})
     monkeypatch.setattr(measure, "bandwidth_turn", lambda *_: lambda: {"bytes_per_s": 1e6 / now["factor"]})
-    attention = lambda _, n: lambda: {"attention_s": now["factor"] * n * n / 100}  # noqa: E731
-    monkeypatch.setattr(measure, "attention_turn", attention)
-    slower = lambda prompt, _: lambda: {"ttft_s": 6.0 * len(prompt) * now["factor"], "step_s": 0.3 * now["factor"]}  # noqa: E731
+    monkeypatch.setattr(measure, "attention_turn", lambda _, n: turn(attention_s=n * n / 100))
+    slower = lambda prompt, _: turn(ttft_s=6.0 * len(prompt), step_s=0.3)  # noqa: E731
     rival = types.SimpleNamespace(name="rival", turn=slower)
-    plan = pop.PrunePlan((3, 4))
+    plan, none = pop.PrunePlan((3, 4)), pop.PrunePlan.none()
     args = arguments("--lengths", "10,20", "--runs", "3", "--decode-steps", "3")
     result = measure.measure_prefill(model, {"p": plan}, [rival], args)
-    config = model.config
     for N, figures in result.items():
+        flops = cost.prefill_flops(model.config, N, none)
+        limit = flops / cost.prefill_flops(model.config, N, plan)
+        mfu = flops / (4.0 * N * 1e9)
+        mbu = shapes.decode_bytes(model.config, N + 2, torch.float32) / (0.1 * 1e6)  # N+1, N+2, N+3 slots
+        row, against = figures["plans"]["p"], figures["rivals"]["rival"]
         assert figures["ttft_s"] == {"median": 8.0 * N, "low": 4.0 * N, "high": 16.0 * N}
-        limit = cost.prefill_flops(config, N, pop.PrunePlan.none()) / cost.prefill_flops(config, N, plan)
-        row = figures["plans"]["p"]
         assert row["speedup"] == pytest.approx({"median": 4 / 3, "low": 4 / 3, "high": 4 / 3})
         assert row["limit"] == pytest.approx(limit)
         assert row["efficiency"]["high"] == pytest.approx(4 / 3 / limit)
-        mfu = cost.prefill_flops(config, N, pop.PrunePlan.none()) / (4.0 * N * 1e9)
         assert figures["mfu"] == pytest.approx({"median": mfu, "low": mfu, "high": mfu})
-        mbu = shapes.decode_bytes(config, N + 2, torch.float32) / (0.1 * 1e6)  # steps read N+1, N+2, N+3 slots
         assert figures["mbu"]["low"] == pytest.approx(mbu)
         assert figures["decode_tokens_per_s"] == pytest.approx({"median": 5.0, "low": 2.5, "high": 10.0})
         assert figures["flatness"]["median"] == pytest.approx((4 - N / 100) / (4 - 10 / 100))
-        against = figures["rivals"]["rival"]
         assert against["full_speedup"]["high"] == pytest.approx(1.5)
         assert against["pruned_speedup"]["p"]["low"] == pytest.approx(2)
         assert against["decode_speedup"]["median"] == pytest.approx(3)
@@ -162,11 +162,13 @@ def test_a_limit_counts_reads_on_a_gpu(device):
     assert row["efficiency"]["median"] == pytest.approx(1.5 / limits[device])
 
 
-def test_a_gpus_bandwidth_is_measured_on_more_memory(monkeypatch):
+@pytest.mark.parametrize(
+    ("device", "free", "size"),
+    [("cuda", 80 * 2**30, 2**32), ("cuda", 5 * 2**30, 2**31), ("cuda", 2**28, 2**28), ("cpu", 2**40, 2**28)],
+)
+def test_a_gpus_bandwidth_is_measured_on_more_memory(monkeypatch, device, free, size):
     monkeypatch.setattr(shapes, "free_bytes", lambda device: free)
-    for free, size in ((80 * 2**30, 2**32), (5 * 2**30, 2**31), (2**28, 2**28)):  # noqa: B007
-        assert shapes.bandwidth_bytes(torch.device("cuda")) == size
-    assert shapes.bandwidth_bytes(torch.device("cpu")) == 2**28
+    assert shapes.bandwidth_bytes(torch.device(device)) == size
 
 
 def test_slots_start_from_the_same_position_in_both_caches(model, monkeypatch):
@@ -239,8 +241,9 @@ def test_llama_cpp_reads_the_prompt_and_then_its_own_tokens(model, monkeypatch, 
         rivals.llama_cpp(model, None, None)
 
 
-@pytest.mark.parametrize(("name", "module"), [("transformers", "transformers"), ("llama.cpp", "llama_cpp")])
-def test_a_rival_that_is_not_installed_is_named(model, monkeypatch, name, module):
-    monkeypatch.setitem(sys.modules, module, None)
+@pytest.mark.parametrize("name", ["transformers", "llama.cpp"])
+def test_a_rival_that_is_not_installed_is_named(model, monkeypatch, name):
+    for module in ("transformers", "llama_cpp"):
+        monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(pop.MissingExtra, match="--against needs the package"):
         rivals.RIVALS[name](model, {}, None)

@@ -1,6 +1,5 @@
 """Converting GGUF files: tiny ones, written by the package `gguf`, become checkpoints that `pop` reads."""
 
-import json
 import math
 import sys
 from types import SimpleNamespace
@@ -64,24 +63,6 @@ def test_tensor_types(tmp_path, kind):
         assert expected.std() > 0 and torch.equal(weights[hf_name], expected), name
 
 
-def test_block_formulas(tmp_path):
-    """Q8_0 and Q4_1 against their definitions, d * q and d * q + m per block of 32, spelled out here."""
-    tensors = make_tensors()
-    scale, offset = np.float16(0.5), np.float16(-3)
-    codes = np.arange(32, dtype=np.int8) - 16
-    q8 = np.concatenate([np.frombuffer(scale.tobytes(), np.uint8), codes.view(np.uint8)])
-    low, high = np.arange(16, dtype=np.uint8), np.arange(16, dtype=np.uint8)[::-1]  # values 0-15 and 16-31
-    q4 = np.concatenate([np.frombuffer(scale.tobytes() + offset.tobytes(), np.uint8), low | high << 4])
-    tensors["blk.0.attn_v.weight"] = (np.tile(q8, (KV_HEADS * HEAD_DIM, WIDTH // 32)), Q.Q8_0)
-    tensors["blk.1.attn_v.weight"] = (np.tile(q4, (KV_HEADS * HEAD_DIM, WIDTH // 32)), Q.Q4_1)
-    _, weights = converted(tmp_path, tensors)
-    first = weights["model.layers.0.self_attn.v_proj.weight"].float()
-    assert torch.equal(first, torch.tensor([(i - 16) * 0.5 for i in range(32)] * 2).expand_as(first))
-    second = weights["model.layers.1.self_attn.v_proj.weight"].float()
-    values = [0.5 * i - 3 for i in range(16)] + [0.5 * (15 - i) - 3 for i in range(16)]
-    assert torch.equal(second, torch.tensor(values * 2).expand_as(second))
-
-
 def test_rotary_pairs(tmp_path):
     """GGUF's rows under llama.cpp's rotation of neighbours give the dot products that HF's rows give under
     the rotation of halves: weights and biases, and fewer key-value than query heads."""
@@ -114,22 +95,12 @@ def test_rotary_pairs(tmp_path):
     torch.testing.assert_close(halves, neighbours, rtol=1e-10, atol=1e-10)
 
 
-def test_tied_and_untied_head(tmp_path):
-    config, weights = converted(tmp_path)
-    assert config["tie_word_embeddings"] and "lm_head.weight" not in weights
-    (tmp_path / "untied").mkdir()
-    tensors = make_tensors(tied=False)
-    config, weights = converted(tmp_path / "untied", tensors)
-    assert not config["tie_word_embeddings"]
-    assert torch.equal(weights["lm_head.weight"], torch.from_numpy(tensors["output.weight"][0]).bfloat16())
-
-
 def test_gemma3(tmp_path):
     """Norms lose the 1 that GGUF adds; nothing is permuted; the config is that of the text model."""
     tensors = make_tensors("gemma3")
     keys = {"gemma3.rope.scaling.type": "linear", "gemma3.rope.scaling.factor": 8.0}
     config, weights = converted(tmp_path, tensors, keys, "gemma3")
-    for name, hf_name in {
+    norms = {
         "blk.1.attn_norm": "model.layers.1.input_layernorm",
         "blk.1.attn_q_norm": "model.layers.1.self_attn.q_norm",
         "blk.1.attn_k_norm": "model.layers.1.self_attn.k_norm",
@@ -137,56 +108,39 @@ def test_gemma3(tmp_path):
         "blk.1.ffn_norm": "model.layers.1.pre_feedforward_layernorm",
         "blk.1.post_ffw_norm": "model.layers.1.post_feedforward_layernorm",
         "output_norm": "model.norm",
-    }.items():
-        expected = (torch.from_numpy(tensors[f"{name}.weight"][0]) - 1).bfloat16()
-        assert torch.equal(weights.pop(f"{hf_name}.weight"), expected), name
-    for name in ("q", "k"):
-        expected = torch.from_numpy(tensors[f"blk.0.attn_{name}.weight"][0]).bfloat16()
-        assert torch.equal(weights[f"model.layers.0.self_attn.{name}_proj.weight"], expected)
+    }
+    matrices = {f"blk.0.attn_{name}": f"model.layers.0.self_attn.{name}_proj" for name in "qk"}
+    for name, hf_name in (norms | matrices).items():
+        offset = 1 if name in norms else 0
+        expected = (torch.from_numpy(tensors[f"{name}.weight"][0]) - offset).bfloat16()
+        assert torch.equal(weights[f"{hf_name}.weight"], expected), name
     assert config["architectures"] == ["Gemma3ForCausalLM"] and config["model_type"] == "gemma3_text"
-    assert (config["rope_theta"], config["rope_local_base_freq"]) == (1e6, 1e4)
-    assert config["rope_scaling"] == {"rope_type": "linear", "factor": 8.0}
-    assert (config["sliding_window"], config["sliding_window_pattern"]) == (16, 6)
     assert config["query_pre_attn_scalar"] == HEAD_DIM
     model = pop.load(tmp_path / "model", dtype=torch.float32)
     assert model.config.windows == (16, 16)
     assert (model.config.rope, model.config.local_rope) == (RopeConfig(1e6, "linear", 8.0), RopeConfig(1e4))
-    loaded = model.module.model.norm.weight
-    assert torch.equal(loaded, (torch.from_numpy(tensors["output_norm.weight"][0]) - 1).bfloat16().float())
     assert model.logits([[1, 2, 3]]).isfinite().all()
 
 
 # ---- config.json
 
 
-def test_config(tmp_path):
-    config, _ = converted(tmp_path, make_tensors(biases=True), {"tokenizer.ggml.eos_token_id": 3})
-    assert config["rms_norm_eps"] == 1e-5  # GGUF stores float32, which is 9.999999747378752e-06
-    assert (config["vocab_size"], config["hidden_size"], config["intermediate_size"]) == (VOCAB, WIDTH, MLP)
-    read = read_config(tmp_path / "model")
-    assert (read.num_heads, read.num_kv_heads, read.head_dim) == (HEADS, KV_HEADS, HEAD_DIM)
-    assert (read.num_layers, read.max_positions, read.rope.base) == (LAYERS, 512, 500000.0)
-    assert (read.attention_bias, read.mlp_bias, read.tie_embeddings) == (True, True, True)
-    assert (read.rope.kind, read.dtype, read.bos_id, read.eos_ids) == ("default", torch.bfloat16, None, (3,))
-
-
-def test_end_tokens(tmp_path):
+@pytest.mark.parametrize("tied", [True, False])
+def test_config(tmp_path, tied):
+    tensors = make_tensors(biases=True, tied=tied)
     ids = {f"tokenizer.ggml.{name}_token_id": i for name, i in {"bos": 0, "eos": 4, "eot": 2, "eom": 4}.items()}
-    converted(tmp_path, keys=ids)
-    generation = json.loads((tmp_path / "model/generation_config.json").read_text())
-    assert (generation["bos_token_id"], generation["eos_token_id"]) == (0, [4, 2])
-
-
-@pytest.mark.parametrize(
-    "keys",
-    [
-        {"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": 4.0},
-        {"llama.rope.scale_linear": 4.0},  # the older key
-    ],
-)
-def test_linear_rope(tmp_path, keys):
-    config, _ = converted(tmp_path, keys=keys)
-    assert config["rope_scaling"] == {"rope_type": "linear", "factor": 4.0}
+    config, weights = converted(tmp_path, tensors, ids)
+    assert config["rms_norm_eps"] == 1e-5  # GGUF stores float32, which is 9.999999747378752e-06
+    read = read_config(tmp_path / "model")
+    assert (read.vocab_size, read.hidden_size, read.intermediate_size) == (VOCAB, WIDTH, MLP)
+    assert (read.num_heads, read.num_kv_heads, read.head_dim) == (HEADS, KV_HEADS, HEAD_DIM)
+    assert (read.num_layers, read.max_positions, read.rope) == (LAYERS, 512, RopeConfig(500000.0))
+    assert (read.attention_bias, read.mlp_bias, read.tie_embeddings) == (True, True, tied)
+    assert (read.dtype, read.bos_id, read.eos_ids) == (torch.bfloat16, 0, (4, 2))
+    if tied:
+        assert "lm_head.weight" not in weights
+    else:
+        assert torch.equal(weights["lm_head.weight"], torch.from_numpy(tensors["output.weight"][0]).bfloat16())
 
 
 def llama3_divisors(factor, low, high, original=8192, base=500000.0):
@@ -204,18 +158,23 @@ def llama3_divisors(factor, low, high, original=8192, base=500000.0):
     return np.array(divisors, np.float32)
 
 
-@pytest.mark.parametrize("factor", [8.0, 32.0])
-def test_llama3_rope(tmp_path, factor):
-    divisors = llama3_divisors(factor, 1, 4)
-    assert len(set(divisors.tolist())) > 2  # one of the interpolated kind is among them
-    config, _ = converted(tmp_path, make_tensors() | {"rope_freqs.weight": (divisors, Q.F32)})
-    assert config["rope_scaling"] == {
-        "rope_type": "llama3",
-        "factor": factor,
-        "low_freq_factor": 1.0,
-        "high_freq_factor": 4.0,
-        "original_max_position_embeddings": 8192,
-    }
+@pytest.mark.parametrize(
+    ("keys", "divided_by", "expected"),
+    [
+        ({"scaling.type": "linear", "scaling.factor": 4.0}, None, RopeConfig(5e5, "linear", 4.0)),
+        ({"scale_linear": 4.0}, None, RopeConfig(5e5, "linear", 4.0)),  # the older key
+        ({}, 8.0, RopeConfig(5e5, "llama3", 8.0, 1.0, 4.0, 8192)),
+        ({}, 32.0, RopeConfig(5e5, "llama3", 32.0, 1.0, 4.0, 8192)),
+    ],
+)
+def test_scaled_rope(tmp_path, keys, divided_by, expected):
+    tensors = make_tensors()
+    if divided_by:
+        divisors = llama3_divisors(divided_by, 1, 4)
+        assert len(set(divisors.tolist())) > 2  # one of the interpolated kind is among them
+        tensors["rope_freqs.weight"] = (divisors, Q.F32)
+    converted(tmp_path, tensors, {f"llama.rope.{key}": value for key, value in keys.items()})
+    assert read_config(tmp_path / "model").rope == expected
 
 
 # ---- files that are refused
@@ -276,33 +235,39 @@ def test_refused_by_name(tmp_path, error, keys, tensors, words):
     assert [path.name for path in tmp_path.iterdir()] == ["m.gguf"]
 
 
-def test_other_files_are_refused(tmp_path, monkeypatch):
-    def error_of(file):
-        with pytest.raises(PopError) as info:
-            convert(file, tmp_path / "model")
-        assert not (tmp_path / "model").exists()
-        return str(info.value)
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda file: write_gguf(file, {}, {}, "mamba"), "mamba"),
+        (lambda file: write_gguf(file, make_tensors(), LLAMA_KEYS, endianess=gguf.GGUFEndian.BIG), "big-endian"),
+        (lambda file: file.touch(), "not a sound GGUF file"),
+        (lambda file: file.write_text("no GGUF file at all"), "not a sound GGUF file"),
+        (lambda file: None, "neither a GGUF file"),
+        (lambda file: file.mkdir(), "neither a GGUF file"),
+    ],
+)
+def test_other_files_are_refused(tmp_path, make, words):
+    make(tmp_path / "m.gguf")
+    with pytest.raises(PopError, match=words):
+        convert(tmp_path / "m.gguf", tmp_path / "model")
+    assert not (tmp_path / "model").exists()
 
-    other = write_gguf(tmp_path / "other.gguf", {}, {}, "mamba")
-    big = write_gguf(tmp_path / "big.gguf", make_tensors(), LLAMA_KEYS, endianess=gguf.GGUFEndian.BIG)
-    (tmp_path / "empty.gguf").touch()
-    (tmp_path / "text.gguf").write_text("no GGUF file at all")
-    assert "mamba" in error_of(other) and "llama, gemma3" in error_of(other)
-    assert "big-endian" in error_of(big)
-    assert "not a sound GGUF file" in error_of(tmp_path / "empty.gguf")
-    assert "not a sound GGUF file" in error_of(tmp_path / "text.gguf")
-    assert "neither a GGUF file" in error_of(tmp_path / "absent.gguf")
-    assert "neither a GGUF file" in error_of(tmp_path)
-    for absent_or_old in (None, SimpleNamespace(MODEL_ARCH={"LLAMA": 1})):
-        monkeypatch.setitem(sys.modules, "gguf", absent_or_old)
-        with pytest.raises(MissingExtra, match=r"pip install 'pop-prefill\[demo\]'"):
-            convert(other, tmp_path / "model")
+
+@pytest.mark.parametrize("package", [None, SimpleNamespace(MODEL_ARCH={"LLAMA": 1})], ids=["absent", "old"])
+def test_the_package_gguf_is_named_where_it_lacks(tmp_path, monkeypatch, package):
+    file = write_gguf(tmp_path / "m.gguf", make_tensors(), LLAMA_KEYS)
+    monkeypatch.setitem(sys.modules, "gguf", package)
+    with pytest.raises(MissingExtra, match=r"pip install 'pop-prefill\[demo\]'"):
+        convert(file, tmp_path / "model")
 
 
 @pytest.fixture(scope="module")
 def sound_file(tmp_path_factory):
-    file = tmp_path_factory.mktemp("gguf") / "sound.gguf"
-    return write_gguf(file, many_tokens(), LLAMA_KEYS | bpe_keys()).read_bytes()
+    """The bytes of a file that can be converted, which the tests below damage."""
+    folder = tmp_path_factory.mktemp("gguf")
+    data = write_gguf(folder / "m.gguf", many_tokens(), LLAMA_KEYS | bpe_keys()).read_bytes()
+    assert convert_bytes(data, folder)
+    return data
 
 
 def convert_bytes(data, folder):
@@ -314,11 +279,6 @@ def convert_bytes(data, folder):
         assert [path.name for path in folder.iterdir()] == ["m.gguf"]
         return False
     return (folder / "model/model.safetensors").is_file()
-
-
-def test_sound_file(tmp_path, sound_file):
-    """The file that the tests below damage can be converted."""
-    assert convert_bytes(sound_file, tmp_path)
 
 
 @given(st.data())
@@ -337,28 +297,27 @@ def test_flipped_bits(tmp_path_factory, sound_file, data):
     convert_bytes(bytes(changed), tmp_path_factory.mktemp("flipped"))
 
 
+ARRAYS = (b"tokenizer.ggml.tokens", b"tokenizer.ggml.token_type")
+
+
 @pytest.mark.parametrize("size", [2**60, 2**64 - 1, 2**40, 10**6])
-def test_absurd_sizes(tmp_path, sound_file, size):
-    """Every length and count in the header, one after the other, claims far more than the file holds."""
-    assert not convert_bytes(sound_file[:8] + size.to_bytes(8, "little") + sound_file[16:], tmp_path)  # tensors
-    assert not convert_bytes(sound_file[:16] + size.to_bytes(8, "little") + sound_file[24:], tmp_path)  # metadata
-    keys = [
-        b"general.architecture",
-        b"tokenizer.ggml.tokens",
-        b"tokenizer.ggml.token_type",
-        b"output_norm.weight",
-    ]
-    for key in keys:
-        end = sound_file.index(key) + len(key)
+@pytest.mark.parametrize(
+    "key",
+    ["tensors", "metadata", b"general.architecture", *ARRAYS, b"output_norm.weight", b"general.last"],
+    ids=str,
+)
+def test_absurd_sizes(tmp_path, sound_file, key, size):
+    """A length or count in the header claims far more than the file holds."""
+    whole = sound_file
+    if key == b"general.last":  # an array of single bytes as the file's last thing
+        whole = write_gguf(tmp_path / "m.gguf", {}, LLAMA_KEYS | {"general.last": [True, False]}).read_bytes()
+    if key in ("tensors", "metadata"):
+        at = {"tensors": 8, "metadata": 16}[key]
+    else:
         # after a key: u32 type, then a string's length; or, of an array, u32 item type and u64 count
         # after a tensor's name: u32 number of dimensions, then each as u64
-        at = end + (8 if key.startswith(b"tokenizer") else 4)
-        assert not convert_bytes(sound_file[:at] + size.to_bytes(8, "little") + sound_file[at + 8 :], tmp_path)
-    scalars = LLAMA_KEYS | {"general.last": [True, False]}  # an array of single bytes as the file's last thing
-    last = bytearray(write_gguf(tmp_path / "m.gguf", {}, scalars).read_bytes())
-    at = last.index(b"general.last") + len(b"general.last") + 8
-    last[at : at + 8] = size.to_bytes(8, "little")
-    assert not convert_bytes(bytes(last), tmp_path)
+        at = whole.index(key) + len(key) + (8 if key in (*ARRAYS, b"general.last") else 4)
+    assert not convert_bytes(whole[:at] + size.to_bytes(8, "little") + whole[at + 8 :], tmp_path)
 
 
 # ---- whole or not at all

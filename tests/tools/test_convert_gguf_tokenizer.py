@@ -13,46 +13,30 @@ pytest.importorskip("gguf")
 from support.gguf_files import BYTES, WORDS, bpe_keys, converted, many_tokens, sentencepiece_keys
 
 
-def test_byte_level_bpe(tmp_path):
-    converted(tmp_path, many_tokens(), bpe_keys())
+@pytest.mark.parametrize("pre", ["smollm", "llama-bpe"])
+def test_byte_level_bpe(tmp_path, pre):
+    converted(tmp_path, many_tokens(), bpe_keys(pre))
     tokenizer = json.loads((tmp_path / "model/tokenizer.json").read_text(encoding="utf-8"))
     model = tokenizer["model"]
     # In the vocabulary: BPE's tokens and what stands before them. The added tokens at the end are only added.
-    assert list(model["vocab"]) == ["<|end|>", *BYTES, *WORDS]
-    assert list(model["vocab"].values()) == list(range(261))
-    assert (model["type"], model["merges"], model["ignore_merges"]) == (
-        "BPE",
-        ["Ġ t", "h e", "Ġt he", "i n"],
-        False,
-    )
+    assert model["vocab"] == {token: id for id, token in enumerate(["<|end|>", *BYTES, *WORDS])}
+    assert model["merges"] == ["Ġ t", "h e", "Ġt he", "i n"]
+    assert (model["type"], model["ignore_merges"]) == ("BPE", pre == "llama-bpe")
     added = [(token["id"], token["content"], token["special"]) for token in tokenizer["added_tokens"]]
     assert added == [(0, "<|end|>", True), (261, "<extra>", False), (262, "<|start|>", True)]
-    splits = tokenizer["pre_tokenizer"]["pretokenizers"]
-    assert splits[0] == {"type": "Digits", "individual_digits": True}
-    assert (splits[1]["type"], splits[1]["add_prefix_space"], splits[1]["use_regex"]) == (
-        "ByteLevel",
-        False,
-        True,
-    )
-    assert tokenizer["decoder"]["type"] == "ByteLevel" and tokenizer["normalizer"] is None
-    assert tokenizer["post_processor"] is None
+    assert (tokenizer["decoder"]["type"], tokenizer["normalizer"]) == ("ByteLevel", None)
     settings = json.loads((tmp_path / "model/tokenizer_config.json").read_text())
-    assert (settings["bos_token"], settings["eos_token"], settings["add_bos_token"]) == (
-        "<|start|>",
-        "<|end|>",
-        False,
-    )
+    assert (settings["bos_token"], settings["eos_token"]) == ("<|start|>", "<|end|>")
     assert settings["chat_template"] == "{{ messages }}" and "pad_token" not in settings
-
-
-def test_llama_bpe(tmp_path):
-    converted(tmp_path, many_tokens(), bpe_keys("llama-bpe"))
-    tokenizer = json.loads((tmp_path / "model/tokenizer.json").read_text(encoding="utf-8"))
-    assert tokenizer["model"]["ignore_merges"] is True
-    assert r"\p{N}{1,3}|" in tokenizer["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"]
-    template = tokenizer["post_processor"]
-    assert template["single"][0] == {"SpecialToken": {"id": "<|start|>", "type_id": 0}}
-    assert template["special_tokens"]["<|start|>"]["ids"] == [262]
+    splits, template = tokenizer["pre_tokenizer"]["pretokenizers"], tokenizer["post_processor"]
+    if pre == "smollm":
+        assert splits[0] == {"type": "Digits", "individual_digits": True}
+        assert {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}.items() <= splits[1].items()
+        assert (template, settings["add_bos_token"]) == (None, False)
+    else:
+        assert r"\p{N}{1,3}|" in splits[0]["pattern"]["Regex"]
+        assert template["single"][0] == {"SpecialToken": {"id": "<|start|>", "type_id": 0}}
+        assert template["special_tokens"]["<|start|>"]["ids"] == [262]
 
 
 def test_the_library_reads_what_it_writes(tmp_path):

@@ -2,11 +2,12 @@
 
 import json
 import math
+import re
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from support.adapters import is_of_decoder, write_adapter
+from support.adapters import TARGETS, is_of_decoder, write_adapter
 from support.tiny import (
     random_model,
     tiny_config,
@@ -33,6 +34,8 @@ def merged(module, pairs, scales):
 
 @pytest.fixture
 def base(tmp_path):
+    """The folder of a base model, for which the folder "adapter" holds an adapter."""
+    write_adapter(tmp_path / "adapter", random_model(tiny_config()))
     return write_checkpoint(tmp_path / "base", seed=4)
 
 
@@ -108,31 +111,35 @@ def test_the_other_files_and_the_shards_are_those_of_the_base_model(base, tmp_pa
     (base / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
     (base / "tokenizer_config.json").write_text("{}")
     (base / "third.plan").write_text("of the base model's weights")
-    pairs = write_adapter(tmp_path / "adapter", random_model(tiny_config()))
     folder = merge(base, tmp_path)
     names = {*files, "config.json", "model.safetensors.index.json", "tokenizer_config.json"}
     assert {path.name for path in folder.iterdir()} == names
     assert len({path.stat().st_mode for path in folder.iterdir()}) == 1
-    for file in files:
-        before = load_file(base / file)
-        changed = {name for name, weight in load_file(folder / file).items() if not torch.equal(weight, before[name])}
-        assert changed == {f"model.{name}.weight" for name in pairs if f"model.{name}.weight" in before}
+    found = {file: load_file(folder / file) for file in files}
+    assert {name: file for file in files for name in found[file]} == weight_map
+    changed = {name for name, file in weight_map.items() if not torch.equal(found[file][name], weights[name])}
+    assert changed == {f"model.{name}.weight" for name in TARGETS}
     assert pop.load(folder).logits([[1, 2]]).isfinite().all()
+
+
+def write_head_adapter(tmp_path, **changed):
+    """Replace the adapter by one of the head. Returns its A and B."""
+    change = lambda tensors: tensors.update(changed)  # noqa: E731
+    pairs = write_adapter(tmp_path / "adapter", random_model(tiny_config()), [3], "", ["lm_head"], change=change)
+    return pairs["lm_head"]
 
 
 def test_a_head_is_merged_into_its_matrix_in_the_adapter(base, tmp_path):
     """PEFT stores the base model's head with the adapter of a head, since it may have been resized or trained."""
     head = torch.randn(67, 30, generator=torch.Generator().manual_seed(1))
-    change = lambda tensors: tensors.update({"base_model.model.lm_head.base_layer.weight": head})  # noqa: E731
-    module = random_model(tiny_config())
-    ((a, b),) = write_adapter(tmp_path / "adapter", module, [3], "", ["lm_head"], change=change).values()
+    a, b = write_head_adapter(tmp_path, **{"base_model.model.lm_head.base_layer.weight": head})
     found = load_file(merge(base, tmp_path) / "model.safetensors")["lm_head.weight"]
     torch.testing.assert_close(found, head + 2 * b @ a, rtol=1e-6, atol=1e-6)
 
 
 def test_a_tied_head_takes_no_adapter(tmp_path):
     base = write_checkpoint(tmp_path / "base", tie_embeddings=True)
-    write_adapter(tmp_path / "adapter", random_model(tiny_config()), [3], "", ["lm_head"])
+    write_head_adapter(tmp_path)
     with pytest.raises(CheckpointError, match=r"lm_head.lora_A.weight is not .* \(its head is its embedding: tie_"):
         merge(base, tmp_path)
 
@@ -141,101 +148,87 @@ def test_a_tied_head_takes_no_adapter(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("fields", "said"),
+    ("field", "value"),
     [
-        ({"peft_type": "IA3"}, "peft_type must be 'LORA', not 'IA3'"),
-        ({"bias": "lora_only"}, "bias must be 'none', not 'lora_only'"),
-        ({"use_dora": True}, "use_dora = True"),
-        ({"lora_bias": True}, "lora_bias = True"),
-        ({"fan_in_fan_out": True}, "fan_in_fan_out = True"),
-        ({"use_qalora": True}, "use_qalora = True"),
-        ({"modules_to_save": ["lm_head"]}, "modules_to_save = ['lm_head']"),
-        ({"trainable_token_indices": [1]}, "trainable_token_indices = [1]"),
-        ({"target_parameters": ["experts.down_proj"]}, "target_parameters = ['experts.down_proj']"),
-        ({"layer_replication": [[0, 2]]}, "layer_replication = [[0, 2]]"),
-        ({"alora_invocation_tokens": [5]}, "alora_invocation_tokens = [5]"),
-        ({"init_lora_weights": "pissa"}, "init_lora_weights = 'pissa'"),
-        ({"init_lora_weights": "loftq"}, "init_lora_weights = 'loftq'"),
-        ({"a field of tomorrow": {"x": 1}}, "a field of tomorrow = {'x': 1}"),
-        ({"lora_alpha": -1}, "lora_alpha must be"),
-        ({"alpha_pattern": {"q_proj": "9"}}, "alpha_pattern.q_proj must be"),
-        ({"alpha_pattern": {"(a+)+$": 2}}, "alpha_pattern has (a+)+$"),
-        ({"alpha_pattern": [2]}, "alpha_pattern must be an object"),
+        ("peft_type", "IA3"),
+        ("bias", "lora_only"),
+        ("use_dora", True),
+        ("lora_bias", True),
+        ("fan_in_fan_out", True),
+        ("use_qalora", True),
+        ("modules_to_save", ["lm_head"]),
+        ("trainable_token_indices", [1]),
+        ("target_parameters", ["experts.down_proj"]),
+        ("layer_replication", [[0, 2]]),
+        ("alora_invocation_tokens", [5]),
+        ("init_lora_weights", "pissa"),
+        ("init_lora_weights", "loftq"),
+        ("a field of tomorrow", {"x": 1}),
+        ("lora_alpha", -1),
+        ("alpha_pattern", {"q_proj": "9"}),
+        ("alpha_pattern", {"(a+)+$": 2}),
+        ("alpha_pattern", [2]),
     ],
 )
-def test_what_is_not_plain_lora_is_refused_by_name(base, tmp_path, fields, said):
-    write_adapter(tmp_path / "adapter", random_model(tiny_config()), **fields)
-    with pytest.raises(ConfigError) as caught:
+def test_what_is_not_plain_lora_is_refused_by_name(base, tmp_path, field, value):
+    write_adapter(tmp_path / "adapter", random_model(tiny_config()), **{field: value})
+    with pytest.raises(ConfigError, match=rf"adapter_config\.json: .*{field}"):
         merge(base, tmp_path)
-    assert "adapter_config.json: " in str(caught.value) and said in str(caught.value)
     assert not (tmp_path / "merged").exists()
 
 
-MODEL = "base_model.model.model"
-Q = f"{MODEL}.layers.1.self_attn.q_proj"
-POINTER = "version https://git-lfs.github.com/spec/v1"
+WEIGHTS = "adapter/adapter_model.safetensors"
+MODEL = "base_model.model"
+A = f"{MODEL}.model.layers.1.self_attn.q_proj.lora_A.weight"
+B = A.replace("lora_A", "lora_B")
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("name", "tensor", "said"),
     [
-        (
-            lambda t: t.update({f"{Q}.lora_magnitude_vector": torch.zeros(3)}),
-            "lora_magnitude_vector is not of",
-        ),
-        (lambda t: t.update({f"{Q}.bias": torch.zeros(3)}), "q_proj.bias is not of a linear layer"),
-        (lambda t: t.update({"base_model.model.lm_head.weight": torch.zeros(3)}), "lm_head.weight is not of"),
-        (
-            lambda t: t.update({"base_model.model.model.embed_tokens.lora_embedding_A": torch.zeros(3)}),
-            "embedding_A is",
-        ),
-        (
-            lambda t: t.update({"base_model.model.model.layers.9.mlp.up_proj.lora_A.weight": torch.zeros(3)}),
-            "layers.9.",
-        ),
-        (lambda t: t.pop(f"{Q}.lora_A.weight"), "lora_B.weight comes without its lora_A"),
-        (lambda t: t.pop(f"{Q}.lora_B.weight"), "lora_A.weight comes without its lora_B"),
-        (lambda t: t.update({f"{Q}.lora_A.weight": torch.zeros(3, 2)}), "lora_A.weight is [3, 2], not [3, 30]"),
-        (lambda t: t.update({f"{Q}.lora_A.weight": torch.zeros(2, 30)}), "lora_B.weight is [60, 3], not [60, 2]"),
-        (lambda t: t.update({f"{Q}.lora_B.weight": torch.zeros(3, 3)}), "lora_B.weight is [3, 3], not"),
-        (lambda t: t[f"{Q}.lora_B.weight"].fill_(math.nan), "lora_B.weight does not hold finite"),
-        (lambda t: t.update({f"{Q}.lora_A.weight": torch.zeros(3, 30, dtype=torch.int8)}), "does not hold finite"),
-        (lambda t: t.clear(), "it is empty"),
-        (lambda t: t.update({"\x1b[2J": torch.zeros(3)}), "\\x1b[2J is not of"),
+        (A.replace("lora_A.weight", "lora_magnitude_vector"), torch.zeros(3), "lora_magnitude_vector is not of"),
+        (A.replace("lora_A.weight", "bias"), torch.zeros(3), "q_proj.bias is not of a linear layer"),
+        (f"{MODEL}.lm_head.weight", torch.zeros(3), "lm_head.weight is not of"),
+        (f"{MODEL}.model.embed_tokens.lora_embedding_A", torch.zeros(3), "embedding_A is"),
+        (A.replace("layers.1", "layers.9"), torch.zeros(3), "layers.9."),
+        ("\x1b[2J", torch.zeros(3), "\\x1b[2J is not of"),
+        (A, None, "lora_B.weight comes without its lora_A"),
+        (B, None, "lora_A.weight comes without its lora_B"),
+        (A, torch.zeros(3, 2), "lora_A.weight is [3, 2], not [3, 30]"),
+        (A, torch.zeros(2, 30), "lora_B.weight is [60, 3], not [60, 2]"),
+        (B, torch.zeros(3, 3), "lora_B.weight is [3, 3], not"),
+        (B, torch.full((60, 3), math.nan), "lora_B.weight does not hold finite"),
+        (A, torch.zeros(3, 30, dtype=torch.int8), "does not hold finite"),
+        (None, None, "it is empty"),
     ],
 )
-def test_every_tensor_must_be_of_a_linear_layer(base, tmp_path, change, said):
-    write_adapter(tmp_path / "adapter", random_model(tiny_config()), change=change)
-    with pytest.raises(CheckpointError) as caught:
+def test_every_tensor_must_be_of_a_linear_layer(base, tmp_path, name, tensor, said):
+    file = tmp_path / WEIGHTS
+    tensors = load_file(file) if name else {}
+    tensors.pop(name, None)
+    if tensor is not None:
+        tensors[name] = tensor
+    save_file(tensors, file)
+    with pytest.raises(CheckpointError, match=re.escape(said)) as caught:
         merge(base, tmp_path)
-    assert "adapter_model.safetensors" in str(caught.value) and said in str(caught.value)
+    assert "adapter_model.safetensors" in str(caught.value)
 
 
 @pytest.mark.parametrize(
-    ("spoil", "error", "said"),
+    ("file", "content", "said"),
     [
-        (lambda folder: (folder / "adapter_config.json").unlink(), ConfigError, "adapter_config.json"),
-        (lambda folder: (folder / "adapter_model.safetensors").unlink(), CheckpointError, "fetch it again"),
-        (lambda folder: (folder / "adapter_model.safetensors").write_bytes(b"x"), CheckpointError, "fetch it again"),
-        (
-            lambda folder: (folder / "adapter_model.safetensors").write_text(
-                "version https://git-lfs.github.com/spec/v1"
-            ),
-            *(CheckpointError, "pointers of Git LFS"),
-        ),
+        ("adapter/adapter_config.json", None, "adapter_config.json"),
+        (WEIGHTS, None, "fetch it again"),
+        (WEIGHTS, "x", "fetch it again"),
+        (WEIGHTS, "version https://git-lfs.github.com/spec/v1", "pointers of Git LFS"),
+        ("base/config.json", None, "config.json"),
+        ("base/model.safetensors", None, "model.safetensors"),
     ],
 )
-def test_a_broken_adapter(base, tmp_path, spoil, error, said):
-    write_adapter(tmp_path / "adapter", random_model(tiny_config()))
-    spoil(tmp_path / "adapter")
-    with pytest.raises(error, match=said):
-        merge(base, tmp_path)
-
-
-@pytest.mark.parametrize("missing", ["config.json", "model.safetensors"])
-def test_a_base_model_that_is_not_whole(base, tmp_path, missing):
-    write_adapter(tmp_path / "adapter", random_model(tiny_config()))
-    (base / missing).unlink()
-    with pytest.raises(PopError, match=missing):
+def test_files_that_lack_or_are_broken(base, tmp_path, file, content, said):
+    (tmp_path / file).unlink()
+    if content:
+        (tmp_path / file).write_text(content)
+    with pytest.raises(PopError, match=said):
         merge(base, tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {"adapter", "base"}

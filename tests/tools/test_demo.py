@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+from support.cases import random_corrections
 from support.tiny import write_checkpoint
 from support.tiny_chat import write_chat_checkpoint
 
@@ -20,9 +21,6 @@ PLAN = pop.PrunePlan(layers=(2, 3, 4), full_depth_last=3, full_depth_first=1)
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     return str(write_chat_checkpoint(tmp_path_factory.mktemp("models") / "chat", dtype=torch.bfloat16))
-
-
-TEXTS = [demo.STORY.read_text(encoding="utf-8")[begin : begin + 500] for begin in (0, 500, 1000, 1500)]
 
 
 def main(arguments):
@@ -46,24 +44,28 @@ def test_json_is_one_object_with_true_numbers(folder, arguments, capsys):
     model = pop.load(folder, dtype=torch.float32)
     prompt = torch.tensor(model.chat_tokens([{"role": "user", "content": "Why is the sky blue?\n"}]))
     story = torch.tensor(model.encode(demo.STORY.read_text(encoding="utf-8").strip()))
-    plans = [pop.PrunePlan(), PLAN]
     assert result["prompt_tokens"] == len(prompt)
     assert (result["model"], result["dtype"], result["num_layers"]) == (folder, "float32", 5)
     assert result["machine"].keys() == {"device", "threads", "torch"}
-    assert [row["calibrated"] for row in result["rows"]] == [False, False]
-    for row, plan in zip(result["rows"], plans, strict=True):
-        assert row["layers"] == list(plan.layers)
-        assert (row["full_depth_last"], row["full_depth_first"]) == (plan.full_depth_last, plan.full_depth_first)
-        assert row["full_depth_selected"] == plan.full_depth_selected
+    for row, plan in zip(result["rows"], [pop.PrunePlan(), PLAN], strict=True):
         answer = model.generate(prompt, max_new_tokens=12, plan=plan)
-        assert (row["answer"], row["answer_tokens"]) == (answer.text, len(answer.tokens))
-        assert row["finish_reason"] == answer.finish_reason
+        expected = {
+            "calibrated": False,
+            "layers": list(plan.layers),
+            "full_depth_last": plan.full_depth_last,
+            "full_depth_first": plan.full_depth_first,
+            "full_depth_selected": plan.full_depth_selected,
+            "answer": answer.text,
+            "answer_tokens": len(answer.tokens),
+            "finish_reason": answer.finish_reason,
+            "prefill_flops": cost.prefill_flops(model.config, len(prompt), plan),
+            "speedup": pytest.approx(result["rows"][0]["ttft_s"] / row["ttft_s"]),
+            "speedup_limit": cost.speedup_limit(model.config, len(prompt), plan),
+        }
+        assert {key: row[key] for key in expected} == expected
         found = (row["kl_nats"], row["repetition_kl_nats"], row["copied"])
         assert found == pytest.approx(losses_on(model, story, plan), rel=1e-3, abs=1e-6)
-        assert row["prefill_flops"] == cost.prefill_flops(model.config, len(prompt), plan)
         assert row["ttft_s"] > 0 and row["runs"] in (2, 3)
-        assert row["speedup"] == pytest.approx(result["rows"][0]["ttft_s"] / row["ttft_s"])
-        assert row["speedup_limit"] == cost.speedup_limit(model.config, len(prompt), plan)
 
 
 def losses_on(model, tokens, plan):
@@ -87,11 +89,12 @@ def losses_on(model, tokens, plan):
 
 def test_the_rows_are_the_paper_s_plan_and_those_of_the_package(folder, monkeypatch, tmp_path):
     model = pop.load(folder, dtype=torch.float32)
-    wanted = [pop.PrunePlan((1, 3, 4), full_depth_last=2), pop.PrunePlan((3, 4))]
-    made = pop.calibrate(model, TEXTS, wanted, progress=False)
+    made = []
+    for name, layers in (("0.4", (1, 3, 4)), ("0.6", (3, 4))):
+        corrections = random_corrections(model.config, layers, 1, fingerprint=model.fingerprint)
+        pop.PrunePlan(layers, 1, 1, corrections).save(tmp_path / f"{model.name}-{name}.plan")
+        made.append(pop.PrunePlan.load(tmp_path / f"{model.name}-{name}.plan"))
     monkeypatch.setattr(demo, "PLANS", tmp_path)
-    for name, plan in zip(("0.4", "0.6"), made, strict=True):
-        plan.save(tmp_path / f"{model.name}-{name}.plan")
     assert demo.plans_to_show(model, "default") == [pop.PrunePlan(), pop.PrunePlan((4,)), *made[::-1]]
     assert demo.plans_to_show(model, "0.2") == [pop.PrunePlan(), pop.PrunePlan((4,))]
     other = pop.load(folder, dtype=torch.float32, prune=None)
@@ -99,22 +102,6 @@ def test_the_rows_are_the_paper_s_plan_and_those_of_the_package(folder, monkeypa
     assert demo.shipped_plans(other) == []
     monkeypatch.setattr(model, "name", "another")
     assert demo.shipped_plans(model) == []
-
-
-def test_a_row_is_printed_before_the_next_is_measured(arguments, monkeypatch, capsys):
-    printed = []
-
-    def compare(*args, **options):
-        for row in original(*args, **options):
-            printed.append(capsys.readouterr().out)
-            yield row
-
-    original = demo.compare
-    monkeypatch.setattr(demo, "compare", compare)
-    assert main([*arguments, "--runs", "1"]) == 0
-    before, after_one = printed[:2]
-    assert before.splitlines()[-1].startswith("prompt encoded by")
-    assert after_one.startswith("the whole model  ") and after_one.count("\n") == 1
 
 
 class Slow:
@@ -151,12 +138,26 @@ def test_a_prefill_is_timed_until_two_times_are_close(runs, seconds, fastest, co
     assert slow.calls[:2] == [(64, 2, False), (70, 4, False)]
 
 
-def test_the_report_is_readable(arguments, capsys):
+def test_the_report_is_readable(arguments, monkeypatch, capsys):
+    """A row is printed before the next is measured."""
+    printed = []
+
+    def compare(*args, **options):
+        for row in original(*args, **options):
+            printed.append(capsys.readouterr().out)
+            yield row
+
+    original = demo.compare
+    monkeypatch.setattr(demo, "compare", compare)
     assert main([*arguments, "--runs", "1"]) == 0
-    out = capsys.readouterr().out
-    rows = [line for line in out.splitlines() if re.search(r"  \d\.\d{3} +\d\.\d{3} +\d+%$", line)]
+    before, first = printed
+    second = capsys.readouterr().out.splitlines()[0]
+    assert before.splitlines()[-1].startswith("prompt encoded by")
+    assert first.count("\n") == 1
+    rows = [first.rstrip("\n"), second]
     assert [row[:58].strip() for row in rows] == ["the whole model", "without layers 2 to 4, last 3 tokens whole"]
-    assert len({len(row) for row in rows}) == 1  # aligned
+    assert all(re.search(r"  \d\.\d{3} +\d\.\d{3} +\d+%$", row) for row in rows)
+    assert len(rows[0]) == len(rows[1])  # aligned
 
 
 @pytest.mark.parametrize(("plan", "rows"), [("none", 1), ("1.0", 2)])
@@ -179,17 +180,18 @@ def test_the_story_fills_the_prompt(folder, tmp_path, capsys, monkeypatch):
     assert demo.QUESTION in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("template", [None, "{{ 1 / 0 }}"])
-def test_a_model_without_a_chat_format_continues_the_text(template, tmp_path, arguments, capsys, monkeypatch):
+@pytest.mark.parametrize("settings", [{}, {"chat_template": "{{ 1 / 0 }}"}])
+def test_a_model_without_a_chat_format_continues_the_text(settings, tmp_path, arguments, capsys, monkeypatch):
     """A base model has no chat template, and others have one that cannot be used."""
     folder = write_chat_checkpoint(tmp_path / "base")
-    (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": template} if template else {}))
-    asked, generate = [], pop.Model.generate
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    asked = []
+    compare = demo.compare
     monkeypatch.setattr(
-        pop.Model, "generate", lambda self, prompt, **options: asked.append(prompt) or generate(self, prompt, **options)
+        demo, "compare", lambda model, prompt, *a, **o: asked.append(prompt) or compare(model, prompt, *a, **o)
     )
     assert main(["--model", str(folder), *arguments[2:], "--runs", "1"]) == 0
-    assert asked[1] == pop.load_tokenizer(folder).encode("Why is the sky blue?\n\nAnswer:")
+    assert asked == [pop.load_tokenizer(folder).encode("Why is the sky blue?\n\nAnswer:")]
     assert "the given text, as plain text to continue\n" in capsys.readouterr().out
 
 

@@ -24,9 +24,14 @@ from tools.bench import __main__ as bench
 from tools.bench import measure, rivals, shapes
 from tools.checkpoints import make_random
 
-BLOCKS = [(path, block) for path in READMES for block in blocks("bash", path) if "python -m tools." in block]
-BLOCKS = [(path, block) for path, block in BLOCKS if not block.startswith("pip install ")]  # .ci/run runs it
-BLOCKS = [(path, block) for path, block in BLOCKS if "tools.serve " not in block]  # test_serve.py runs it
+BLOCKS = [
+    (path, block)
+    for path in READMES
+    for block in blocks("bash", path)
+    if "python -m tools." in block
+    and not block.startswith("pip install ")  # .ci/run runs it
+    and "tools.serve " not in block  # test_serve.py runs it
+]
 FEWER = {  # option -> what to give instead of what is printed
     "--lengths": lambda text: re.sub(r"\d{4}|512", lambda number: str(int(number[0]) // 64), text),
     "--runs": lambda _: "1",
@@ -128,24 +133,20 @@ def run(script: str, words: list[str], monkeypatch, capsys) -> None:
     words = [FEWER.get(before, str)(word) for before, word in zip(["", *words], words, strict=False)]
     words += ALSO.get(script, [])
     monkeypatch.setattr(sys, "argv", [script, *words])
-    if script.startswith("tools.goldens."):  # makes the files of the tests: only that it starts is tested
+    if script.startswith("tools.goldens.") or script == "tools.transformers_pop":
+        # The first make the files of the tests, the second checks transformers: only that they start is tested.
         monkeypatch.setitem(sys.modules, "transformers", None)
         monkeypatch.delitem(sys.modules, script, raising=False)
-        with pytest.raises(SystemExit, match="transformers"):
-            importlib.import_module(script)
-        return
-    if script == "tools.transformers_pop":  # likewise
-        monkeypatch.setitem(sys.modules, "transformers", None)
-        assert transformers_check.main(words) == 2
-        assert "transformers" in capsys.readouterr().err
-        return
-    if script.startswith("tools.examples."):
+        with pytest.raises(SystemExit) as stopped:
+            runpy.run_module(script, run_name="__main__")
+        assert "transformers" in f"{stopped.value} {capsys.readouterr().err}"
+    elif script.startswith("tools.examples."):
         runpy.run_module(script, run_name="__main__")
     else:
         package = script in ("tools.bench", "tools.convert", "tools.evaluate")
         tool = importlib.import_module(f"{script}.__main__" if package else script)
         assert not tool.main(), (words, capsys.readouterr().err)
-    assert capsys.readouterr().out.strip() or Path(words[1]).is_file(), words
+        assert capsys.readouterr().out.strip() or Path(words[1]).is_file(), words
 
 
 @pytest.mark.parametrize(("path", "block"), BLOCKS, ids=lambda value: value[:60].split("\n")[0])

@@ -34,34 +34,57 @@ def logits(monkeypatch):
 def new_job(tokens, media=(), **options):
     """A greedy job, whose events are in job.events."""
     events = []
-    job = Job(
-        0,
-        list(tokens),
-        list(media),
-        SamplingParams(**{"max_new_tokens": 6, "min_new_tokens": 3, **options}),
-        0,
-        events.append,
-    )
+    params = SamplingParams(**{"max_new_tokens": 6, "min_new_tokens": 3, **options})
+    job = Job(0, list(tokens), list(media), params, 0, events.append)
     job.events = events
     return job
+
+
+def jobs_of(lengths, **options):
+    """Jobs whose prompts have these lengths, and nothing in common."""
+    return [new_job(prompt(length, n + 2), **options) for n, length in enumerate(lengths)]
+
+
+def text_of(job):
+    return "".join(event.text for event in job.events)
 
 
 def new_engine(model, most_rows=3, most_waiting=9, kept_bytes=2**22):
     return Engine(model, most_rows, most_waiting, kept_bytes)
 
 
-def work(engine):
-    """Until there is nothing left to do."""
+def work(engine, jobs=()):
+    """Submit the jobs, and go on until there is nothing left to do."""
+    engine.submit(list(jobs))
     while engine.waiting or engine.rows:
         engine.turn()
 
 
 def answer(engine, job):
     """The tokens of a job's answer, with byte tokens."""
-    engine.submit([job])
-    work(engine)
+    work(engine, [job])
     assert job.events[-1].finish_reason, job.events[-1]
     return engine.kept.caches[0].keys[len(job.tokens) :]
+
+
+@pytest.fixture
+def paper():
+    return make("llama", PLANS["the paper's"])
+
+
+@pytest.fixture
+def on_prefill(monkeypatch):
+    """on_prefill(f) calls f with the tokens of each prefill before it runs."""
+    prefill = pop.Model.prefill_checked
+
+    def watch(before):
+        def watched(self, tokens, *args, **options):
+            before(tokens[0])
+            return prefill(self, tokens, *args, **options)
+
+        monkeypatch.setattr(pop.Model, "prefill_checked", watched)
+
+    return watch
 
 
 def prompt(length, seed, below=250):
@@ -78,14 +101,12 @@ def depths(plan, length, start=0):
     return [n < plan.full_depth_first or n >= length - plan.full_depth_last for n in range(start, length)]
 
 
-def test_a_prompt_is_prefilled_after_what_a_cache_holds(model, logits, monkeypatch):
+def test_a_prompt_is_prefilled_after_what_a_cache_holds(model, logits, monkeypatch, on_prefill):
     monkeypatch.setattr(engines, "WORTH_KEEPING", 4)
     engine, plan = new_engine(model), model.plan
-    ran, prefill = [], type(model).prefill_checked
-    monkeypatch.setattr(
-        pop.Model, "prefill_checked", lambda self, *a, **k: ran.append(len(a[0][0])) or prefill(self, *a, **k)
-    )
-    windows, again = any(model.config.windows), 2 if plan.corrections else 0  # one more for each update of h
+    ran = []
+    on_prefill(lambda tokens: ran.append(len(tokens)))
+    windows = any(model.config.windows)
     first = prompt(30, 1)
 
     job = new_job(first)
@@ -100,7 +121,6 @@ def test_a_prompt_is_prefilled_after_what_a_cache_holds(model, logits, monkeypat
     depth = depths(plan, 30) + [True] * len(answered) + depths(plan, len(turn.tokens), held)
     assert_close(logits[turn][0], expected(model, turn.tokens, depth))
 
-    ran.clear()
     job = new_job(first)  # once more
     assert answer(engine, job)[: len(answered)] == answered
     assert job.cached_tokens in (30 - plan.full_depth_last, 0)
@@ -110,8 +130,10 @@ def test_a_prompt_is_prefilled_after_what_a_cache_holds(model, logits, monkeypat
         ran.clear()
         job = new_job([*first[:20], *prompt(11, 3 + number)])
         answer(engine, job)
-        assert job.cached_tokens == (20 if number or not windows else 0)
-        assert sum(ran) == len(job.tokens) - job.cached_tokens + (again if job.cached_tokens and not windows else 0)
+        cached = job.cached_tokens
+        assert cached == (20 if number or not windows else 0)
+        again = 2 if plan.corrections and cached and not windows else 0  # one more for each update of h
+        assert sum(ran) == len(job.tokens) - cached + again
         assert_close(logits[job][0], reference.prefill(model.module, torch.tensor(job.tokens), plan))
 
 
@@ -163,40 +185,35 @@ def test_rows_join_and_leave_and_none_changes_another(family, plan):
     assert len(sizes) > 2
     for job, one in zip(jobs, options, strict=True):
         alone = model.generate(job.tokens, min_new_tokens=3, **one)
-        text = "".join(event.text for event in job.events)
-        assert (text, job.events[-1].finish_reason) == (alone.text, alone.finish_reason)
+        assert (text_of(job), job.events[-1].finish_reason) == (alone.text, alone.finish_reason)
         assert job.answer_tokens == len(alone.tokens)
-    assert [event.logprobs[0][0] for event in jobs[3].events] == alone.tokens
-    assert [event.logprobs[0][1] for event in jobs[3].events] == pytest.approx(alone.logprobs, abs=1e-4)
+    logprobs = [event.logprobs[0] for event in jobs[3].events]
+    assert [token for token, *_ in logprobs] == alone.tokens
+    assert [value for _, value, *_ in logprobs] == pytest.approx(alone.logprobs, abs=1e-4)
 
 
-def test_the_cache_of_a_batch_grows():
-    model = make("llama", PLANS["the paper's"])
-    engine, jobs = new_engine(model), [new_job(prompt(length, length), max_new_tokens=20) for length in (250, 9)]
+def test_the_cache_of_a_batch_grows(paper):
+    engine, jobs = new_engine(paper), jobs_of((250, 9), max_new_tokens=20)
     engine.submit(jobs)
     engine.turn()
-    before = engine.cache.max_seq_len
+    assert engine.cache.max_seq_len == 256
     work(engine)
-    assert before == 256
     for job in jobs:
-        alone = model.generate(job.tokens, max_new_tokens=20, min_new_tokens=3)
-        assert "".join(event.text for event in job.events) == alone.text
+        assert text_of(job) == paper.generate(job.tokens, max_new_tokens=20, min_new_tokens=3).text
         assert job.answer_tokens == 20
 
 
 def test_a_row_is_a_source_for_others():
     model = make("llama", PLANS["first 2, last 3"])
-    engine, jobs = new_engine(model), [new_job([*prompt(20, 1), 9, 9, 9]), new_job([*prompt(20, 1), 8, 8, 8])]
-    engine.submit(jobs)
-    work(engine)
+    jobs = [new_job([*prompt(20, 1), n, n, n]) for n in (9, 8)]
+    work(new_engine(model), jobs)
     assert [job.cached_tokens for job in jobs] == [0, 20]
-    assert "".join(event.text for event in jobs[1].events) == model.generate(jobs[1].tokens, max_new_tokens=6).text
+    assert text_of(jobs[1]) == model.generate(jobs[1].tokens, max_new_tokens=6).text
 
 
-def test_kept_caches_take_a_bounded_memory():
-    model = make("llama", PLANS["the paper's"])
-    per_token = model.new_cache(1, 101).nbytes - model.new_cache(1, 100).nbytes
-    engine = new_engine(model, kept_bytes=100 * per_token)
+def test_kept_caches_are_bounded_in_memory_and_number(paper, monkeypatch):
+    per_token = paper.new_cache(1, 101).nbytes - paper.new_cache(1, 100).nbytes
+    engine = new_engine(paper, kept_bytes=100 * per_token)
     for seed in range(4, 9):
         answer(engine, new_job(prompt(30, seed)))
         assert sum(one.cache.nbytes for one in engine.kept.caches) <= 100 * per_token
@@ -204,15 +221,11 @@ def test_kept_caches_take_a_bounded_memory():
     job = new_job([*prompt(30, 8), 1, 2])
     answer(engine, job)
     assert job.cached_tokens == 30
-    long = new_job(prompt(150, 1))  # is not kept, and drives out no other
-    engine.submit([long])
-    work(engine)
+    work(engine, [new_job(prompt(150, 1))])  # is not kept, and drives out no other
     assert len(engine.kept.caches) == 2
 
-
-def test_the_number_of_kept_caches_is_bounded(monkeypatch):
     monkeypatch.setattr(kept, "MOST", 2)
-    engine = new_engine(make("llama", PLANS["the paper's"]))
+    engine = new_engine(paper)
     for seed in (1, 2, 3):
         answer(engine, new_job(prompt(30, seed)))
     assert [one.keys[:30] for one in engine.kept.caches] == [prompt(30, 3), prompt(30, 2)]
@@ -222,18 +235,8 @@ def test_a_plan_that_selects_tokens_selects_among_all_that_are_new():
     model = make("llama", pop.PrunePlan((2, 3), full_depth_selected=0.3))
     job = new_job(prompt(100, 1))
     assert len(job.tokens) > model.chunk_size
-    answer(new_engine(model), job)
-    assert "".join(event.text for event in job.events) == model.generate(job.tokens, max_new_tokens=6).text
-
-
-def test_the_cache_of_a_batch_whose_rows_were_all_cancelled_is_freed():
-    engine, job = new_engine(make("llama", PLANS["the paper's"])), new_job(prompt(5, 1), max_new_tokens=50)
-    engine.submit([job])
-    engine.turn()
-    assert engine.cache is not None
-    engine.cancel([job])
-    engine.turn()
-    assert engine.rows == [] and engine.cache is None
+    work(new_engine(model), [job])
+    assert text_of(job) == model.generate(job.tokens, max_new_tokens=6).text
 
 
 def test_images_of_other_sizes_are_not_the_same_image():
@@ -243,9 +246,8 @@ def test_images_of_other_sizes_are_not_the_same_image():
     assert kept.keys_of([5, 6], [one], [range(1, 2)]) != kept.keys_of([5, 6], [other], [range(1, 2)])
 
 
-def test_a_cache_that_lacks_memory_takes_that_of_kept_ones(monkeypatch):
-    model = make("llama", PLANS["the paper's"])
-    engine, new_cache = new_engine(model), model.new_cache
+def test_a_cache_that_lacks_memory_takes_that_of_kept_ones(paper, monkeypatch):
+    engine, new_cache = new_engine(paper), paper.new_cache
     for seed in (1, 2, 3):
         answer(engine, new_job(prompt(30, seed)))
 
@@ -254,49 +256,39 @@ def test_a_cache_that_lacks_memory_takes_that_of_kept_ones(monkeypatch):
             raise pop.CacheMemoryError("no memory")
         return new_cache(rows, size)
 
-    monkeypatch.setattr(model, "new_cache", scarce)
+    monkeypatch.setattr(paper, "new_cache", scarce)
     assert answer(engine, new_job(prompt(30, 4)))
     assert len(engine.kept.caches) == 1
-    jobs = [
-        new_job(prompt(30, n), max_new_tokens=30, min_new_tokens=30) for n in (5, 6)
-    ]  # two rows are too many: the newer one fails
-    engine.submit(jobs)
-    work(engine)
-    assert jobs[0].events[-1].finish_reason
-    assert isinstance(jobs[1].events[-1].error, pop.CacheMemoryError)
+    first, second = jobs_of((30, 30), max_new_tokens=30, min_new_tokens=30)
+    work(engine, [first, second])  # two rows are too many: the newer one fails
+    assert first.events[-1].finish_reason
+    assert isinstance(second.events[-1].error, pop.CacheMemoryError)
 
 
-def test_the_queue_is_bounded_and_a_cancelled_job_leaves_it():
-    model = make("llama", PLANS["the paper's"])
-    engine, jobs = new_engine(model, most_rows=1, most_waiting=3), [new_job(prompt(9, n + 1)) for n in range(4)]
+def test_the_queue_is_bounded_and_a_cancelled_job_leaves_it(paper):
+    engine = new_engine(paper, most_rows=1, most_waiting=3)
+    jobs = jobs_of((9, 9, 9, 9))
     engine.submit(jobs[:2])
     with pytest.raises(Busy):
         engine.submit(jobs[2:])
     assert list(engine.waiting) == jobs[:2]
     engine.cancel(jobs[1:2])
-    engine.submit(jobs[2:])
     engine.turn()
     assert [row.job for row in engine.rows] == jobs[:1]
     engine.cancel(jobs[:1])
     engine.turn()
-    assert [row.job for row in engine.rows] in ([], jobs[2:3])
-    work(engine)
+    assert engine.rows == [] and engine.cache is None  # no row is left, so the memory is freed
+    work(engine, jobs[2:])
     assert [bool(job.events and job.events[-1].finish_reason) for job in jobs] == [False, False, True, True]
 
 
-def test_a_cancelled_prompt_is_not_prefilled_to_its_end(monkeypatch):
-    model = make("llama", PLANS["the paper's"])
-    engine, long, other = new_engine(model), new_job(prompt(100, 1)), new_job(prompt(5, 2), max_new_tokens=100)
-    engine.submit([other])
+def test_a_cancelled_prompt_is_not_prefilled_to_its_end(paper, on_prefill):
+    engine = new_engine(paper)
+    long = new_job(prompt(100, 1))
+    engine.submit([new_job(prompt(5, 2), max_new_tokens=100)])
     engine.turn()
-    ran, prefill = [], type(model).prefill_checked
-
-    def cancelling(self, tokens, *args, **options):
-        ran.append(len(tokens[0]))
-        engine.cancel([long])
-        return prefill(self, tokens, *args, **options)
-
-    monkeypatch.setattr(pop.Model, "prefill_checked", cancelling)
+    ran = []
+    on_prefill(lambda tokens: (ran.append(len(tokens)), engine.cancel([long])))
     engine.submit([long])
     engine.turn()
     assert ran == [7]
@@ -305,7 +297,9 @@ def test_a_cancelled_prompt_is_not_prefilled_to_its_end(monkeypatch):
 
 def test_others_get_tokens_during_a_long_prefill():
     model = make("gemma3", PLANS["calibrated"])
-    engine, other, long = new_engine(model), new_job(prompt(5, 2), max_new_tokens=100), new_job(prompt(100, 1))
+    engine = new_engine(model)
+    other = new_job(prompt(5, 2), max_new_tokens=100)
+    long = new_job(prompt(100, 1))
     engine.submit([other])
     engine.turn()
     before = other.answer_tokens
@@ -314,34 +308,30 @@ def test_others_get_tokens_during_a_long_prefill():
     assert other.answer_tokens - before == (100 - 2) // 7 + 1
     work(engine)
     for job, most in ((other, 100), (long, 6)):
-        assert "".join(event.text for event in job.events) == model.generate(job.tokens, max_new_tokens=most).text
+        assert text_of(job) == model.generate(job.tokens, max_new_tokens=most).text
 
 
-def test_errors_reach_those_whom_they_concern(monkeypatch, caplog):
-    model = make("llama", PLANS["the paper's"])
-    engine, prefill, decode = new_engine(model), pop.Model.prefill_checked, pop.Model.decode
-    jobs = [new_job(prompt(9, n + 1)) for n in range(3)]
+def test_errors_reach_those_whom_they_concern(paper, monkeypatch, caplog, on_prefill):
+    engine, decode = new_engine(paper), pop.Model.decode
+    jobs = jobs_of((9, 9, 9))
 
-    def failing(self, tokens, *args, **options):
-        if tokens[0][0] == jobs[1].tokens[0]:
+    def fail(tokens):
+        if tokens[0] == jobs[1].tokens[0]:
             raise RuntimeError("prefill")
-        return prefill(self, tokens, *args, **options)
 
-    monkeypatch.setattr(pop.Model, "prefill_checked", failing)
-    engine.submit(jobs)
-    work(engine)
+    on_prefill(fail)
+    work(engine, jobs)
     assert [str(job.events[-1].error) for job in jobs] == ["None", "prefill", "None"]
-    monkeypatch.setattr(pop.Model, "prefill_checked", prefill)
-    monkeypatch.setattr(pop.Model, "decode", lambda *_: 1 / 0)
-    jobs = [new_job(prompt(9, n + 5)) for n in range(2)]
-    engine.submit(jobs)
-    work(engine)
-    assert all(isinstance(job.events[-1].error, ZeroDivisionError) for job in jobs)
-    monkeypatch.setattr(pop.Model, "decode", lambda self, tokens, cache: decode(self, tokens, cache) * torch.nan)
-    jobs = [new_job(prompt(9, 8))]
-    engine.submit(jobs)
-    work(engine)
-    assert isinstance(jobs[0].events[-1].error, pop.InputError)
+    monkeypatch.undo()
+    broken = {
+        ZeroDivisionError: lambda *_: 1 / 0,
+        pop.InputError: lambda self, tokens, cache: decode(self, tokens, cache) * torch.nan,
+    }
+    for error, decoding in broken.items():
+        monkeypatch.setattr(pop.Model, "decode", decoding)
+        jobs = jobs_of((8, 8))
+        work(engine, jobs)
+        assert all(isinstance(job.events[-1].error, error) for job in jobs)
     monkeypatch.undo()
     assert answer(engine, new_job(prompt(9, 9)))
     assert "ZeroDivisionError" in caplog.text
@@ -349,11 +339,9 @@ def test_errors_reach_those_whom_they_concern(monkeypatch, caplog):
 
 def test_an_answer_ends_with_the_context():
     model = make("llama", PLANS["the paper's"], max_seq_len=40)
-    engine = new_engine(model)
     for length in (38, 40):
         job = new_job(prompt(length, 1), max_new_tokens=50)
-        engine.submit([job])
-        work(engine)
+        work(new_engine(model), [job])
         alone = model.generate(job.tokens, max_new_tokens=50)
         assert (job.answer_tokens, job.events[-1].finish_reason) == (len(alone.tokens), alone.finish_reason)
         assert job.answer_tokens == 41 - length or alone.finish_reason == "stop"

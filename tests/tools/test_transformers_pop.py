@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from support.cases import assert_close
+from support.cases import assert_close, random_corrections
 from support.tiny import hf_config, tiny_config
 from torch import nn
 
@@ -22,7 +22,6 @@ from pop.errors import MissingExtra, UnsupportedError
 from pop.models import llama
 from pop.models.layers import rope_frequencies
 from pop.pruning import reference
-from pop.pruning.corrections import Corrections
 from tools import transformers_check
 from tools.transformers_pop import Prompt, as_pop, calibrate, check_last_token, library, positions, pruned
 
@@ -103,7 +102,9 @@ class Cache:
 def stand_in(monkeypatch):
     library = types.ModuleType("transformers")
     library.__version__ = "5.24.0"
-    library.LlamaForCausalLM, library.Qwen3ForCausalLM, library.Gemma3ForCausalLM = LlamaForCausalLM, int, str
+    library.LlamaForCausalLM = LlamaForCausalLM
+    library.Qwen3ForCausalLM = int
+    library.Gemma3ForCausalLM = str
     monkeypatch.setitem(sys.modules, "transformers", library)
     return library
 
@@ -120,20 +121,8 @@ def model():
 def plan_of(model, is_calibrated=True):
     if not is_calibrated:
         return PrunePlan((1, 2, 4), full_depth_last=2, full_depth_first=1)
-    torch.manual_seed(2)
     layers = (1, 3, 4)  # h is updated after the first group
-    D = CONFIG.hidden_size
-    KE = CONFIG.num_kv_heads * CONFIG.head_dim
-    R = 7
-    corrections = Corrections(
-        layers,
-        weight=torch.randn(3, 2, KE, R) / R**0.5,
-        bias=torch.randn(3, 2, KE),
-        shared=torch.randn(2, R, 2 * D) / D**0.5,
-        update=torch.randn(1, D, R) / R**0.5,
-        fingerprint=as_pop(model).fingerprint,
-    )
-    return PrunePlan(layers, 3, 2, corrections)
+    return PrunePlan(layers, 3, 2, random_corrections(CONFIG, layers, 1, 7, as_pop(model).fingerprint))
 
 
 def padded(rows, left):
@@ -163,9 +152,9 @@ def test_turns_of_a_ragged_batch_equal_the_engine(model, is_calibrated):
 
 def test_a_prompt_without_a_mask_equals_the_reference(model):
     plan, ids = plan_of(model), torch.randint(3, CONFIG.vocab_size, (2, 11))
+    module = as_pop(model).module
     with pruned(model, plan):
         found = model(ids, cache=Cache())
-    module = as_pop(model).module
     assert_close(found, torch.stack([reference.prefill(module, row, plan) for row in ids]))
     assert not torch.allclose(found, model(ids), atol=1e-3)
 
@@ -196,23 +185,25 @@ def test_leaving_restores_the_model_after_an_exception_too(model):
 
 def test_what_is_refused(model):
     ids, plan, cache = torch.ones(1, 4, dtype=torch.int64), PrunePlan((3,)), Cache()
-    with pytest.raises(UnsupportedError, match="Linear"):
-        pruned(nn.Linear(1, 1), plan)
-    with pytest.raises(PlanError, match="layer 9"):
-        pruned(model, PrunePlan((9,)))
-    with pytest.raises(UnsupportedError, match="selects"):
-        pruned(model, PrunePlan((3,), full_depth_selected=0.1))
     changed = copy.deepcopy(model)
     changed.lm_head.weight += 1
-    with pytest.raises(PlanError, match="another model"):
-        pruned(changed, plan_of(model))
-    with pytest.raises(UnsupportedError, match="train"), pruned(copy.deepcopy(model).train(), plan):
-        pass
+    for error, named, subject, refused in (
+        (UnsupportedError, "Linear", nn.Linear(1, 1), plan),
+        (PlanError, "layer 9", model, PrunePlan((9,))),
+        (UnsupportedError, "selects", model, PrunePlan((3,), full_depth_selected=0.1)),
+        (PlanError, "another model", changed, plan_of(model)),
+        (UnsupportedError, "train", copy.deepcopy(model).train(), plan),
+    ):
+        with pytest.raises(error, match=named), pruned(subject, refused):
+            pass
     with pruned(model, plan):
-        with pytest.raises(UnsupportedError, match="prompt_lookup_num_tokens"):
-            model.generate(ids, prompt_lookup_num_tokens=2)
-        with pytest.raises(UnsupportedError, match="prefill_chunk_size"):
-            model.generate(ids, generation_config=types.SimpleNamespace(prefill_chunk_size=2))
+        config = types.SimpleNamespace(prefill_chunk_size=2)
+        for named, options in {
+            "prompt_lookup_num_tokens": {"prompt_lookup_num_tokens": 2},
+            "prefill_chunk_size": {"generation_config": config},
+        }.items():
+            with pytest.raises(UnsupportedError, match=named):
+                model.generate(ids, **options)
         with pytest.raises(InputError, match="use_cache"):
             model(ids)
         with pytest.raises(InputError, match="left"):
@@ -234,41 +225,44 @@ def test_a_context_that_ends_during_a_prompt_is_noticed(model):
 
 def test_calibrates_the_model_itself(model):
     texts = [torch.randint(3, CONFIG.vocab_size, (90,)).tolist() for _ in range(4)]
-    plan = calibrate(model, texts, PrunePlan((3, 4)), rank=8, window=48, progress=False)
-    expected = pop.calibrate(as_pop(model), texts, PrunePlan((3, 4)), rank=8, window=48, progress=False)
-    assert plan == expected
+    options = {"rank": 8, "window": 48, "progress": False}
+    plan = calibrate(model, texts, PrunePlan((3, 4)), **options)
+    assert plan == pop.calibrate(as_pop(model), texts, PrunePlan((3, 4)), **options)
     pruned(model, plan)
 
 
+# ---- Positions ----
+
 MASK = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]])
+COUNTED = torch.tensor([[0, 0, 0, 1, 2], [0, 1, 2, 3, 4]])  # as generate numbers them
+EXPECTED = [[-1, -1, 0, 1, 2], [0, 1, 2, 3, 4]]
+THREE_HELD = types.SimpleNamespace(get_seq_length=lambda: 3)
+HIDES = torch.tensor([[1, 1, 0, 1, 1], [1, 1, 1, 1, 1]])  # such as padding after an answer that ended early
 
 
-def test_positions_from_both_kinds_of_masks():
-    expected = [[-1, -1, 0, 1, 2], [0, 1, 2, 3, 4]]
-    assert positions(2, 5, None, MASK, None).tolist() == expected
-    counted = (MASK.cumsum(1) - 1).clamp(min=0)  # as generate numbers them
-    assert positions(2, 5, None, {"full_attention": None}, counted).tolist() == expected
-    assert positions(2, 3, None, None, None).tolist() == [[0, 1, 2]] * 2
+@pytest.mark.parametrize(
+    ("tokens", "cache", "mask", "counted", "expected"),
+    [
+        (5, None, MASK, None, EXPECTED),
+        (5, None, {"full_attention": None}, COUNTED, EXPECTED),
+        (3, None, None, None, [[0, 1, 2]] * 2),
+        (2, THREE_HELD, HIDES, None, [[2, 3], [3, 4]]),
+        # Padding has position 0. So has a row's first token, but not on a filled cache.
+        (3, THREE_HELD, {}, torch.tensor([[0, 0, 1], [3, 4, 5]]), [[-1, -1, 1], [3, 4, 5]]),
+    ],
+)
+def test_positions_from_both_kinds_of_masks(tokens, cache, mask, counted, expected):
+    assert positions(2, tokens, cache, mask, counted).tolist() == expected
+
+
+def test_masks_that_are_refused():
     with pytest.raises(InputError, match="position_ids"):
         positions(2, 5, None, {"full_attention": None}, None)
     with pytest.raises(InputError, match="left"):
         positions(2, 5, None, {}, torch.tensor([[0, 1, 2, 0, 0], [0, 1, 2, 3, 4]]))
-
-
-def test_a_mask_that_hides_the_last_token_of_the_cache():
-    """Such as padding after an answer that ended early. A code would take it for the token before the next turn."""
-    cache = types.SimpleNamespace(get_seq_length=lambda: 3)
-    mask = torch.tensor([[1, 1, 0, 1, 1], [1, 1, 1, 1, 1]])
-    assert positions(2, 2, cache, mask, None).tolist() == [[2, 3], [3, 4]]
-    with pytest.raises(InputError, match="last token"):
-        check_last_token(cache, mask)
-    check_last_token(cache, torch.ones(2, 5))
-
-
-def test_padding_before_a_turn_is_no_first_token():
-    """Padding has position 0. So has a row's first token, but not on a filled cache."""
-    cache, counted = types.SimpleNamespace(get_seq_length=lambda: 3), torch.tensor([[0, 0, 1], [3, 4, 5]])
-    assert positions(2, 3, cache, {}, counted).tolist() == [[-1, -1, 1], [3, 4, 5]]
+    with pytest.raises(InputError, match="last token"):  # which a code would take for the one before the next turn
+        check_last_token(THREE_HELD, HIDES)
+    check_last_token(THREE_HELD, torch.ones(2, 5))
 
 
 @pytest.mark.parametrize("full_depth", [(1, 0), (2, 1), (1, 3), (9, 0)])
@@ -280,18 +274,17 @@ def test_rows_are_those_of_the_reference(full_depth):
         assert row.unique().tolist() == expected.tolist()
 
 
-@pytest.mark.parametrize(("version", "takes"), [("5.6.0", True), ("5.24.9", True), ("5.25.0.dev0", False)])
-def test_versions(stand_in, version, takes):
+@pytest.mark.parametrize("version", ["5.6.0", "5.24.9"])
+def test_versions(stand_in, version):
     stand_in.__version__ = version
-    if takes:
-        assert library() is stand_in
-    else:
-        with pytest.raises(UnsupportedError, match="5.25"):
-            library()
-    for other in ("4.57.6", "5.5.4", "6.0"):
-        stand_in.__version__ = other
-        with pytest.raises(UnsupportedError, match=other):
-            library()
+    assert library() is stand_in
+
+
+@pytest.mark.parametrize("version", ["5.25.0.dev0", "4.57.6", "5.5.4", "6.0"])
+def test_other_versions_are_refused(stand_in, version):
+    stand_in.__version__ = version
+    with pytest.raises(UnsupportedError, match=version):
+        library()
 
 
 def test_the_check_says_that_transformers_is_missing(monkeypatch, capsys):
