@@ -5,6 +5,7 @@ from support.tiny_chat import write_chat_checkpoint
 
 import pop
 from tools.evaluate.adapter import PopAdapter
+from tools.evaluate.contender import Contender
 
 PLAN = pop.PrunePlan((1, 3, 4))
 
@@ -28,3 +29,20 @@ def make(loaded):
         return PopAdapter(model, batch_size)
 
     return make
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory):
+    """A tiny chat model with the defaults of support.tiny_chat."""
+    return str(write_chat_checkpoint(tmp_path_factory.mktemp("models") / "tiny"))
+
+
+@pytest.fixture(scope="session")
+def tiny(tiny_folder):
+    return pop.load(tiny_folder)
+
+
+@pytest.fixture(scope="session")
+def contenders(tiny):
+    plan = pop.PrunePlan((2, 3, 4), full_depth_last=2)
+    return [Contender("full", tiny, pop.PrunePlan.none()), Contender("pruned", tiny, plan)]

@@ -33,9 +33,35 @@ def tiny_windows() -> pop.Model:
     return pop.Model(random_model(config, seed=3), config, chunk_size=8)
 
 
-def predicted(logits: torch.Tensor) -> torch.Tensor:
-    """Of logits [T, V] at every position those that predict the continuation."""
-    return logits[N - 1 : -1]
+def assert_predicts(contender, logits: torch.Tensor) -> None:
+    """Of logits [T, V] at every position, those that predict the continuation are the contender's."""
+    found = contender.logits(PROMPT, CONTINUATION)
+    torch.testing.assert_close(found, logits[N - 1 : -1], rtol=1e-4, atol=1e-4)
+
+
+def block_inputs(model, tokens, bases=None) -> list[torch.Tensor]:
+    """The states [T, D] that enter each attention and each MLP, and those that leave the last.
+
+    With bases, h is projected onto one before each of these blocks. The states are those before the projection.
+    """
+    bases = bases or [torch.eye(model.config.hidden_size)] * 2 * model.config.num_layers
+    h = model.module.embed(tokens[None])
+    rope = model.module.rope(torch.arange(len(tokens))[None])
+    entered = []
+    for index, layer in enumerate(model.module.layers):
+        entered.append(h[0])
+        h = h @ bases[2 * index] @ bases[2 * index].T
+        q, k, v = layer.queries_keys_values(h, rope[layer.window])
+        h = h + layer.attention_update(causal_attention(q, k, v, layer.scale, layer.window))
+        entered.append(h[0])
+        h = h @ bases[2 * index + 1] @ bases[2 * index + 1].T
+        h = h + layer.mlp_update(h)
+    return [*entered, h[0]]
+
+
+def entered_by_windows(model, bases=None):
+    """The states of block_inputs, of all windows together."""
+    return [torch.cat(parts) for parts in zip(*(block_inputs(model, w, bases) for w in WINDOWS), strict=True)]
 
 
 def naive_forward(module, tokens, skips, visible) -> torch.Tensor:
@@ -58,20 +84,20 @@ def test_a_plan_reads_the_prompt_as_the_reference_does():
     plan = pop.PrunePlan((1, 3, 4), full_depth_last=2, full_depth_first=1)
     contender = Contender("plan", model, plan)
     full_depth = reference.full_depth_tokens(N, len(TOKENS), plan)
-    logits, _ = reference.forward(model.module, TOKENS, full_depth, plan)
-    torch.testing.assert_close(contender.logits(PROMPT, CONTINUATION), predicted(logits), rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(contender.logits(PROMPT, CONTINUATION[:1]), predicted(logits)[:1], rtol=1e-4, atol=1e-4)
+    assert_predicts(contender, reference.forward(model.module, TOKENS, full_depth, plan)[0])
+    assert contender.logits(PROMPT, CONTINUATION[:1]).shape == (1, 67)
     assert contender.generate(PROMPT, 7) == reference.generate(model.module, torch.tensor(PROMPT), plan, 7)
 
 
 def test_generation_ends_with_an_end_token_and_where_it_is_told_to():
-    free = Contender("full", tiny_model(), pop.PrunePlan.none()).generate(PROMPT, 8)
-    end = free[3]
-    first = free.index(end) + 1
-    ending = Contender("full", tiny_model(eos_ids=(end,)), pop.PrunePlan.none())
-    assert ending.generate(PROMPT, 8) == free[:first]
-    free_running = Contender("full", tiny_model(), pop.PrunePlan.none())
-    assert free_running.generate(PROMPT, 8, until=lambda tokens: len(tokens) == 2) == free[:2]
+    def generate(**options):
+        return Contender("full", tiny_model(eos_ids=eos_ids), pop.PrunePlan.none()).generate(PROMPT, 8, **options)
+
+    eos_ids = ()
+    free = generate()
+    assert generate(until=lambda tokens: len(tokens) == 2) == free[:2]
+    eos_ids = (free[3],)
+    assert generate() == free[: free.index(free[3]) + 1]
 
 
 # ---- Layers removed ----
@@ -79,20 +105,10 @@ def test_generation_ends_with_an_end_token_and_where_it_is_told_to():
 
 def test_block_influence_is_one_minus_the_mean_cosine():
     model = tiny_model()
-    inputs, outputs = [[] for _ in range(5)], [[] for _ in range(5)]
-    for window in WINDOWS:
-        h = model.module.embed(window[None])
-        rope = model.module.rope(torch.arange(len(window))[None])
-        for index, layer in enumerate(model.module.layers):
-            inputs[index].append(h[0].numpy())
-            q, k, v = layer.queries_keys_values(h, rope[layer.window])
-            attended = causal_attention(q, k, v, layer.scale, layer.window)
-            h = layer(h, rope[layer.window], lambda *_: attended)  # noqa: B023
-            outputs[index].append(h[0].numpy())
-    for index, value in enumerate(baselines.block_influence(model, WINDOWS).tolist()):
-        x, y = np.concatenate(inputs[index]), np.concatenate(outputs[index])
-        cosines = (x * y).sum(1) / np.linalg.norm(x, axis=1) / np.linalg.norm(y, axis=1)
-        assert value == pytest.approx(1 - cosines.mean(), abs=1e-5)
+    states = entered_by_windows(model)[::2]
+    influence = baselines.block_influence(model, WINDOWS).tolist()
+    for value, x, y in zip(influence, states[:-1], states[1:], strict=True):
+        assert value == pytest.approx(1 - torch.cosine_similarity(x, y).mean().item(), abs=1e-5)
 
 
 def test_shortgpt_removes_the_layers_that_do_nothing_first():
@@ -103,17 +119,14 @@ def test_shortgpt_removes_the_layers_that_do_nothing_first():
         layer.mlp.down_proj.weight.zero_()
     contender = baselines.shortgpt(model, 0.4, WINDOWS)
     assert len(contender.model.module.layers) == contender.model.config.num_layers == 3
-    torch.testing.assert_close(
-        contender.logits(PROMPT, CONTINUATION), predicted(model.logits(TOKENS[None])[0]), rtol=1e-4, atol=1e-4
-    )
+    assert_predicts(contender, model.logits(TOKENS[None])[0])
 
 
 def test_the_deepest_layers_dropped_are_dropped_for_every_token():
     model = tiny_model()
     contender = baselines.deepest_dropped(model, 0.4)
     no_one = torch.zeros(len(TOKENS), dtype=torch.bool)
-    logits, _ = reference.forward(model.module, TOKENS, no_one, pop.PrunePlan((3, 4)))
-    torch.testing.assert_close(contender.logits(PROMPT, CONTINUATION), predicted(logits), rtol=1e-4, atol=1e-4)
+    assert_predicts(contender, reference.forward(model.module, TOKENS, no_one, pop.PrunePlan((3, 4)))[0])
     assert contender.flops(64) < Contender("full", model, pop.PrunePlan.none()).flops(64)
 
 
@@ -133,67 +146,29 @@ VARIANTS = [{}, {"tie_embeddings": True, "attention_bias": True, "mlp_bias": Tru
 
 
 @pytest.mark.parametrize("overrides", VARIANTS)
-def test_slicegpt_that_cuts_nothing_is_the_model(overrides):
-    model = tiny_model(**overrides)
-    contender = slicegpt(model, 0.0, WINDOWS)
-    full = model.logits(TOKENS[None])[0]
-    torch.testing.assert_close(contender.logits(PROMPT, CONTINUATION), predicted(full), rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.parametrize("overrides", VARIANTS)
 def test_slicegpt_is_the_model_with_every_block_input_projected(overrides):
-    """At full width: h, read by the model's own norms and weights, is projected onto the basis before each block."""
     model = tiny_model(**overrides)
+    full = model.logits(TOKENS[None])[0]
+    assert_predicts(slicegpt(model, 0.0, WINDOWS), full)
     contender = slicegpt(model, 0.25, WINDOWS)
-    bases = principal_bases(model, 23, WINDOWS)
-    h = model.module.embed(TOKENS[None])
-    rope = model.module.rope(torch.arange(len(TOKENS))[None])
-    for index, layer in enumerate(model.module.layers):
-        h = h @ bases[2 * index] @ bases[2 * index].T
-        q, k, v = layer.queries_keys_values(h, rope[layer.window])
-        h = h + layer.attention_update(causal_attention(q, k, v, layer.scale, layer.window))
-        h = h @ bases[2 * index + 1] @ bases[2 * index + 1].T
-        h = h + layer.mlp_update(h)
-    naive = predicted(model.module.head(h[0]))
-    torch.testing.assert_close(contender.logits(PROMPT, CONTINUATION), naive, rtol=1e-4, atol=1e-4)
-    assert (naive - predicted(model.logits(TOKENS[None])[0])).abs().max() > 0.1
+    naive = model.module.head(block_inputs(model, TOKENS, principal_bases(model, 23, WINDOWS))[-1])
+    assert_predicts(contender, naive)
+    assert (naive - full)[N - 1 : -1].abs().max() > 0.1
     assert contender.flops(64) is None  # cost.py counts layers, not widths
     first = contender.model.module.layers[0].layer
     assert first.mlp.gate_proj.weight.shape == (44, 23) and first.self_attn.o_proj.weight.shape == (23, 60)
-
-
-def test_the_bases_are_orthonormal_and_the_first_is_optimal():
-    model = tiny_model()
-    bases = principal_bases(model, 23, WINDOWS)
-    assert len(bases) == 11
-    for basis in bases[:-1]:
-        torch.testing.assert_close(basis.T @ basis, torch.eye(23), rtol=0, atol=1e-5)
-    x = torch.cat([model.module.embed(window) for window in WINDOWS]).double().numpy()
-    x /= np.linalg.norm(x, axis=1, keepdims=True)
-    kept = np.square(x @ bases[0].double().numpy()).sum()
-    assert kept == pytest.approx(np.square(np.linalg.svd(x, compute_uv=False)[:23]).sum(), rel=1e-6)
 
 
 def test_each_basis_is_fitted_to_the_states_that_earlier_cuts_leave():
     """No basis of its width keeps more of the states that enter its block from the cut blocks below it."""
     model = tiny_model()
     bases = principal_bases(model, 23, WINDOWS)
-    entered = [[] for _ in bases[:-1]]
-    for window in WINDOWS:
-        h, rope = model.module.embed(window[None]), model.module.rope(torch.arange(len(window))[None])
-        for index, layer in enumerate(model.module.layers):
-            entered[2 * index].append(h[0])
-            h = h @ bases[2 * index] @ bases[2 * index].T
-            q, k, v = layer.queries_keys_values(h, rope[layer.window])
-            h = h + layer.attention_update(causal_attention(q, k, v, layer.scale, layer.window))
-            entered[2 * index + 1].append(h[0])
-            h = h @ bases[2 * index + 1] @ bases[2 * index + 1].T
-            h = h + layer.mlp_update(h)
-    for basis, states in zip(bases, entered, strict=False):
-        x = torch.cat(states).double().numpy()
-        x /= np.linalg.norm(x, axis=1, keepdims=True)
-        kept = np.square(x @ basis.double().numpy()).sum()
-        assert kept == pytest.approx(np.square(np.linalg.svd(x, compute_uv=False)[:23]).sum(), rel=1e-5)
+    assert len(bases) == 11
+    for basis, states in zip(bases[:-1], entered_by_windows(model, bases)[:-1], strict=True):
+        torch.testing.assert_close(basis.T @ basis, torch.eye(23), rtol=0, atol=1e-5)
+        x = torch.nn.functional.normalize(states.double())
+        kept = (x @ basis.double()).square().sum().item()
+        assert kept == pytest.approx(torch.linalg.svdvals(x)[:23].square().sum().item(), rel=1e-5)
 
 
 def test_slicegpt_refuses_what_it_cannot_cut(monkeypatch):
@@ -224,7 +199,7 @@ def test_without_kv_pruned_layers_attend_nothing_before_the_boundary_but_the_fir
         return causal & ~hidden | torch.eye(len(TOKENS), dtype=torch.bool)
 
     naive = naive_forward(model.module, TOKENS, lambda layer: without & (layer in layers), visible)
-    torch.testing.assert_close(contender.logits(PROMPT, CONTINUATION), predicted(naive), rtol=1e-4, atol=1e-4)
+    assert_predicts(contender, naive)
 
 
 @pytest.mark.parametrize("layers", [(3, 4), (1, 2, 4), ()])
@@ -233,7 +208,7 @@ def test_without_boundary_handling_the_whole_prompt_is_pruned(layers, windows):
     model = tiny_windows() if windows else tiny_model()
     contender = baselines.NoBoundary("no-boundary", model, pop.PrunePlan(layers))
     naive, _ = reference.forward(model.module, TOKENS, torch.arange(len(TOKENS)) >= N, pop.PrunePlan(layers))
-    torch.testing.assert_close(contender.logits(PROMPT, CONTINUATION), predicted(naive), rtol=1e-4, atol=1e-4)
+    assert_predicts(contender, naive)
 
 
 @pytest.mark.parametrize("make", [controls.constant_kv, controls.embedding_kv])
@@ -301,19 +276,16 @@ def test_every_baseline_can_be_made_by_its_name_and_generates():
 def test_calibration_windows_hold_the_texts_in_order_or_an_even_share_of_them():
     """Where a text begins with BOS, so do its windows. As in calibration, a rest of less than 16 tokens is left out."""
     model = tiny_model(bos_id=66)
-    windows = baselines.calibration_windows(model, [list(range(50)), list(range(15)), [66, *range(60)]], length=20)
-    assert [window.tolist() for window in windows] == [
-        list(range(20)),
-        list(range(20, 40)),
-        [66, *range(19)],
-        [66, *range(19, 38)],
-        [66, *range(38, 57)],
-    ]
-    few = baselines.calibration_windows(model, [list(range(66)) * 3], length=33, most=3)
-    assert [int(window[0]) for window in few] == [0, 0, 0]
-    few = baselines.calibration_windows(model, [list(range(60))], length=20, most=2)
-    assert [int(window[0]) for window in few] == [0, 40]
-    short = pop.Model(model.module, model.config, max_seq_len=16)
-    assert [len(window) for window in baselines.calibration_windows(short, [list(range(40))])] == [16, 16]
+
+    def windows(texts, **options):
+        return [window.tolist() for window in baselines.calibration_windows(model, texts, **options)]
+
+    first = [list(range(begin, begin + 20)) for begin in (0, 20)]
+    second = [[66, *range(begin, begin + 19)] for begin in (0, 19, 38)]
+    assert windows([list(range(50)), list(range(15)), [66, *range(60)]], length=20) == first + second
+    assert [window[0] for window in windows([list(range(66)) * 3], length=33, most=3)] == [0, 0, 0]
+    assert [window[0] for window in windows([list(range(60))], length=20, most=2)] == [0, 40]
     with pytest.raises(pop.InputError, match="calibration text"):
-        baselines.calibration_windows(model, [list(range(15))])
+        windows([list(range(15))])
+    model = pop.Model(model.module, model.config, max_seq_len=16)
+    assert [len(window) for window in windows([list(range(40))])] == [16, 16]

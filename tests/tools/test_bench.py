@@ -81,7 +81,7 @@ def test_prompts_may_begin_with_an_image(seeing, capsys):
         (["--image", "0x9"], "--image is '0x9'"),
         (["--image", "256x256", "--against", "transformers"], "--against compares text prompts"),
         (["--image", "256x256", "--lengths", "66"], "the image has 66 tokens; make --lengths longer"),
-        (["--image", "256x256", "--shape", "FOLDER"], "the llama family does not"),
+        (["--image", "256x256", "--shape", "FOLDER", "--lengths", "99"], "the llama family does not"),
     ],
 )
 def test_images_that_cannot_be_measured(seeing, folder, capsys, options, message):

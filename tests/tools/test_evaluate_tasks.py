@@ -5,7 +5,6 @@ import sys
 import numpy as np
 import pytest
 import torch
-from support.tiny_chat import write_chat_checkpoint
 
 import pop
 from pop.pruning import reference
@@ -14,24 +13,12 @@ from tools.evaluate.contender import Contender
 from tools.evaluate.questions import Question
 from tools.evaluate.retrieval import evaluate_retrieval
 
-PLAN = pop.PrunePlan((2, 3, 4))
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return pop.load(write_chat_checkpoint(tmp_path_factory.mktemp("models") / "tiny"))
-
-
-@pytest.fixture(scope="module")
-def contenders(model):
-    return [Contender("full", model, pop.PrunePlan.none()), Contender("pruned", model, PLAN)]
-
 
 @pytest.mark.parametrize("broken", [float("nan"), float("inf")])
-def test_logits_that_are_not_finite_are_refused(model, contenders, broken, monkeypatch):
-    head = type(model.module).head
+def test_logits_that_are_not_finite_are_refused(tiny, contenders, broken, monkeypatch):
+    head = type(tiny.module).head
     monkeypatch.setattr(
-        type(model.module), "head", lambda self, h: head(self, h).index_fill(-1, torch.tensor([9]), broken)
+        type(tiny.module), "head", lambda self, h: head(self, h).index_fill(-1, torch.tensor([9]), broken)
     )
     questions = {3: [Question("codes", [3, 4, 5], [6, 7])]}
     calls = (
@@ -44,12 +31,12 @@ def test_logits_that_are_not_finite_are_refused(model, contenders, broken, monke
             call()
 
 
-def test_generation_agreement_counts_leading_tokens(model, contenders):
+def test_generation_agreement_counts_leading_tokens(tiny, contenders):
     prompts = np.random.default_rng(5).integers(3, 259, size=(4, 20)).tolist()
     result = tasks.evaluate_generation(contenders, prompts, 6)
     shares = []
     for prompt in prompts:
-        answers = [reference.generate(model.module, torch.tensor(prompt), c.plan, 6) for c in contenders]
+        answers = [reference.generate(tiny.module, torch.tensor(prompt), c.plan, 6) for c in contenders]
         same = [a == b for a, b in zip(*answers, strict=True)]
         shares.append([*same, False].index(False) / 6)
     assert result["pruned"] == {"prompts": 4, "leading": pytest.approx(np.mean(shares)), "exact": shares.count(1) / 4}
@@ -77,17 +64,17 @@ def scripted(model, name, text):
     return contender
 
 
-def test_a_completion_ends_where_its_function_does(model):
-    contender = scripted(model, "x", "    return 1\n    # still inside\n\ndef other():\n    pass\n")
+def test_a_completion_ends_where_its_function_does(tiny):
+    contender = scripted(tiny, "x", "    return 1\n    # still inside\n\ndef other():\n    pass\n")
     assert tasks.complete(contender, "def f():\n", 500) == "    return 1\n    # still inside\n"
-    assert tasks.complete(scripted(model, "x", "    return 1"), "def f():\n", 500) == "    return 1"
+    assert tasks.complete(scripted(tiny, "x", "    return 1"), "def f():\n", 500) == "    return 1"
 
 
-def test_human_eval_runs_the_tests_of_each_problem(model):
+def test_human_eval_runs_the_tests_of_each_problem(tiny):
     problem = {"prompt": "def add(a, b):\n", "entry_point": "add"}
     problem["test"] = "def check(candidate):\n    assert candidate(2, 3) == 5\n"
-    good = scripted(model, "good", "    return a + b\n\nprint('never')")
-    bad = scripted(model, "bad", "    return a - b\n")
+    good = scripted(tiny, "good", "    return a + b\n\nprint('never')")
+    bad = scripted(tiny, "bad", "    return a - b\n")
     result = tasks.evaluate_human_eval([good, bad], [problem])
     assert result["good"] == {"problems": 1, "passed": 1, "pass@1": 1.0} and result["bad"]["passed"] == 0
 

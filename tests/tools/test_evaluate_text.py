@@ -5,25 +5,12 @@ from statistics import NormalDist
 import numpy as np
 import pytest
 import torch
-from support.tiny_chat import write_chat_checkpoint
 
 import pop
 from pop.pruning import cost, reference
 from tools.evaluate import text
 from tools.evaluate.contender import Contender
 from tools.evaluate.timing import measure_ttft
-
-PLAN = pop.PrunePlan((2, 3, 4))
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return pop.load(write_chat_checkpoint(tmp_path_factory.mktemp("models") / "tiny"))
-
-
-@pytest.fixture(scope="module")
-def contenders(model):
-    return [Contender("full", model, pop.PrunePlan.none()), Contender("pruned", model, PLAN)]
 
 
 def windows_of(count: int, size: int = 30, seed: int = 5) -> list[list[int]]:
@@ -38,13 +25,13 @@ def naive_figures(model, window, prompt_tokens, plan):
     return logits - np.log(np.exp(logits).sum(-1, keepdims=True))
 
 
-def test_text_figures_equal_a_naive_computation(model, contenders):
+def test_text_figures_equal_a_naive_computation(tiny, contenders):
     domains = {"a": windows_of(6), "b": windows_of(5, seed=6)}
     result = text.evaluate_text(contenders, domains, 18, samples=50)
     assert list(result) == ["all", "a", "b"]
     for name, windows in {**domains, "all": domains["a"] + domains["b"]}.items():
-        full = np.concatenate([naive_figures(model, w, 18, pop.PrunePlan.none()) for w in windows])
-        pruned = np.concatenate([naive_figures(model, w, 18, PLAN) for w in windows])
+        full = np.concatenate([naive_figures(tiny, w, 18, pop.PrunePlan.none()) for w in windows])
+        pruned = np.concatenate([naive_figures(tiny, w, 18, contenders[1].plan) for w in windows])
         targets = np.concatenate([w[18:] for w in windows])
         rows = np.arange(len(targets))
         kl = (np.exp(full) * (full - pruned)).sum(-1)
@@ -64,19 +51,15 @@ def test_text_figures_equal_a_naive_computation(model, contenders):
             assert figure["low"] <= figure["value"] <= figure["high"]
 
 
-def test_the_full_model_is_no_distance_from_itself(contenders, model):
-    twin = Contender("twin", model, pop.PrunePlan.none())
-    result = text.evaluate_text([contenders[0], twin], {"a": windows_of(5)}, 18)
+@pytest.mark.parametrize(("windows", "has_interval"), [(5, True), (4, False)])
+def test_the_full_model_is_no_distance_from_itself(tiny, contenders, windows, has_interval):
+    twin = Contender("twin", tiny, pop.PrunePlan.none())
+    result = text.evaluate_text([contenders[0], twin], {"a": windows_of(windows)}, 18)
     assert list(result) == ["a"]  # a single domain is not pooled
-    rows = result["a"]["rows"]
-    for row in rows.values():
+    for row in result["a"]["rows"].values():
         for key, value in {"perplexity_change": 0, "kl": 0, "kl_first": 0, "same": 1, "same_first": 1}.items():
-            assert row[key] == {"value": value, "low": value, "high": value}
-
-
-def test_few_windows_have_no_interval(contenders):
-    rows = text.evaluate_text(contenders, {"a": windows_of(4)}, 18)["a"]["rows"]
-    assert rows["pruned"]["kl"]["low"] is None and rows["pruned"]["kl"]["value"] > 0
+            end = value if has_interval else None
+            assert row[key] == {"value": value, "low": end, "high": end}
 
 
 @pytest.mark.parametrize("bos_id", [None, 1])
@@ -128,7 +111,7 @@ def test_the_change_is_paired_window_by_window():
     assert row["perplexity_change"]["high"] == pytest.approx(np.exp(0.1) - 1)
 
 
-def test_ttft_is_the_median_of_runs_in_turn_after_a_warm_up(model, monkeypatch):
+def test_ttft_is_the_median_of_runs_in_turn_after_a_warm_up(tiny, contenders, monkeypatch):
     now, calls = [0.0], []
 
     class Timed(Contender):
@@ -140,9 +123,9 @@ def test_ttft_is_the_median_of_runs_in_turn_after_a_warm_up(model, monkeypatch):
 
     times = {"full": [100.0, 8.0, 6.0, 7.0], "pruned": [50.0, 3.0, 9.0, 3.5]}
     monkeypatch.setattr("time.perf_counter", lambda: now[0])
-    timed = [Timed("full", model, pop.PrunePlan.none()), Timed("pruned", model, PLAN)]
+    timed = [Timed(contender.name, tiny, contender.plan) for contender in contenders]
     result = measure_ttft(timed, list(range(40)), 3)
     assert calls == ["full", "pruned"] * 4
     assert result["pruned"]["median_s"] == 3.5 and result["pruned"]["speedup"] == 2.0
     assert (result["pruned"]["fastest_s"], result["pruned"]["slowest_s"]) == (3.0, 9.0)
-    assert result["pruned"]["limit"] == pytest.approx(cost.speedup_limit(model.config, 40, PLAN))
+    assert result["pruned"]["limit"] == pytest.approx(cost.speedup_limit(tiny.config, 40, contenders[1].plan))

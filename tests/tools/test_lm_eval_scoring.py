@@ -27,15 +27,18 @@ CONTEXTS = ["Once upon a time", "The", "Question: 2 + 2?\nAnswer:"]
 CHOICES = [" a", " four", ", there was a queen", " 5"]
 
 
-@pytest.mark.parametrize("batch_size", [1, 2, 8])
-def test_log_likelihoods_are_the_references_in_the_order_of_the_requests(make, batch_size):
+@pytest.mark.parametrize(("batch_size", "rows"), [(1, [1, 1, 1]), (2, [2, 1]), (8, [3])])
+def test_log_likelihoods_are_the_references_in_the_order_of_the_requests(make, monkeypatch, batch_size, rows):
+    """A context is prefilled once for all its choices."""
     adapter = make(batch_size)
     pairs = [(context, choice) for context in CONTEXTS for choice in CHOICES]
     random.Random(0).shuffle(pairs)
     expected = [naive(adapter, ids(context), ids(choice)) for context, choice in pairs]
+    scores = [adapter.model.score(ids(context), ids(choice)) for context, choice in pairs]
+    calls = count_prefills(adapter, monkeypatch)
     results = adapter.loglikelihood(instances(*pairs))
     assert close(results, expected)
-    scores = [adapter.model.score(ids(context), ids(choice)) for context, choice in pairs]
+    assert calls == rows
     assert [value for value, _ in results] == pytest.approx(scores, abs=1e-4)
     full = make(batch_size, plan=pop.PrunePlan.none()).loglikelihood(instances(*pairs))
     assert not close(results, full)  # the plan is used
@@ -79,20 +82,10 @@ def test_logits_that_are_not_finite_are_refused(make, monkeypatch):
         adapter.loglikelihood(instances(("Once", " upon")))
 
 
-def test_a_context_is_prefilled_once_for_all_its_choices(make, monkeypatch):
-    pairs = [(context, choice) for choice in CHOICES for context in CONTEXTS]
-    for batch_size, rows in ((1, [1, 1, 1]), (2, [2, 1]), (8, [3])):
-        adapter = make(batch_size)
-        calls = count_prefills(adapter, monkeypatch)
-        adapter.loglikelihood(instances(*pairs))
-        assert calls == rows
-
-
 def test_without_a_context_the_prefix_token_takes_its_place(make, loaded):
     adapter = make(batch_size=2)
     expected = [naive(adapter, [1], ids(choice)) for choice in CHOICES]
     assert close(adapter.loglikelihood(instances(*[("", choice) for choice in CHOICES])), expected)
-    assert adapter.encode_pair("", " a") == ([1], ids(" a"))
     assert adapter.encode("") == [1]
     loaded.tokenizer.bos_id = 2  # a family whose texts begin with BOS
     try:
@@ -100,17 +93,19 @@ def test_without_a_context_the_prefix_token_takes_its_place(make, loaded):
         assert adapter.encode_pair("x", " a") == ([2, *ids("x")], ids(" a"))
     finally:
         loaded.tokenizer.bos_id = None
+    adapter.model.config = SimpleNamespace(bos_id=None, eos_ids=())
+    with pytest.raises(InputError, match="BOS or EOS"):
+        adapter.encode_pair("", "x")
 
 
 def test_context_and_continuation_are_encoded_together(make, loaded):
     adapter = make()
     tokenizer = adapter.model.tokenizer = load_tokenizer(SMOLLM2)
-    context, continuation = adapter.encode_pair("Hello, the  \n", "one")
-    assert context == tokenizer.encode("Hello, the")
-    assert continuation == tokenizer.encode("Hello, the  \none")[len(context) :]
-    context, continuation = adapter.encode_pair("It is in", "ter")
-    assert tokenizer.decode(context) == "It is in"
-    assert continuation == tokenizer.encode("It is inter")[len(context) :] != tokenizer.encode("ter")
+    for context, continuation, kept in (("Hello, the  \n", "one", "Hello, the"), ("It is in", "ter", "It is in")):
+        before = tokenizer.encode(kept)
+        after = tokenizer.encode(context + continuation)[len(before) :]
+        assert adapter.encode_pair(context, continuation) == (before, after)
+        assert after != tokenizer.encode(continuation)
     adapter.model.tokenizer = loaded.tokenizer
 
 
@@ -154,27 +149,20 @@ def test_continuations_that_cannot_be_scored(make, choice, tokens):
         make(max_seq_len=16).loglikelihood(instances(("a", "b"), ("a", choice)))
 
 
-def test_an_empty_context_of_a_model_without_bos_and_eos(make, monkeypatch, loaded):
-    adapter = make()
-    adapter.model.config = SimpleNamespace(bos_id=None, eos_ids=())
-    with pytest.raises(InputError, match="BOS or EOS"):
-        adapter.encode_pair("", "x")
-
-
 def test_results_go_to_the_harness_cache(make):
     adapter = make(batch_size=2)
     kept = []
     adapter.cache_hook = SimpleNamespace(add_partial=lambda *entry: kept.append(entry))
-    pairs = [("ab", "c"), ("d", "ef"), ("ab", "g")]
-    results = adapter.loglikelihood(instances(*pairs))
-    assert sorted(kept) == sorted(("loglikelihood", *entry) for entry in zip(pairs, results, strict=True))
-    kept.clear()
-    (total,) = adapter.loglikelihood_rolling(instances(("abc",)))
-    (answer,) = adapter.generate_until(instances(("abc", {"max_gen_toks": 3})))
-    assert kept == [
-        ("loglikelihood_rolling", ("abc",), total),
-        ("generate_until", ("abc", {"max_gen_toks": 3}), answer),
-    ]
+    asked = {
+        "loglikelihood": [("ab", "c"), ("d", "ef"), ("ab", "g")],
+        "loglikelihood_rolling": [("abc",)],
+        "generate_until": [("abc", {"max_gen_toks": 3})],
+    }
+    for name, requests in asked.items():
+        results = getattr(adapter, name)(instances(*requests))
+        expected = [(name, *entry) for entry in zip(requests, results, strict=True)]
+        assert sorted(kept, key=str) == sorted(expected, key=str)
+        kept.clear()
 
 
 # ---- loglikelihood_rolling ----
@@ -193,21 +181,13 @@ def test_windows_predict_each_token_once_and_are_as_full_as_can_be(count, length
     assert all(len(context) == 1 for context, _ in windows[:-1])
 
 
-def test_rolling_is_the_full_model_up_to_max_seq_len(make, caplog):
+@pytest.mark.parametrize("length", [96, 10])
+def test_rolling_runs_over_windows_of_max_seq_len(make, caplog, length):
     texts = ["Alice was beginning to get very tired", "", "of sitting by her sister"]
-    adapter = make(batch_size=3)
+    adapter = make(batch_size=3, max_seq_len=length)
     with caplog.at_level(logging.WARNING, "lm_eval.pop"):
         totals = adapter.loglikelihood_rolling(instances(*[(text,) for text in texts]))
     assert "prunes (almost) nothing" in caplog.text
-    for total, text in zip(totals, texts, strict=True):
-        tokens = torch.tensor([[1, *ids(text)]])
-        log_probs = adapter.model.logits(tokens)[0].log_softmax(-1)
-        assert total == pytest.approx(log_probs[:-1].gather(1, tokens[0, 1:, None]).sum().item(), abs=1e-3)
-
-
-def test_rolling_over_several_windows(make):
-    adapter = make(batch_size=2, max_seq_len=10)
-    text = "Alice was beginning to get"
-    windows = scoring.rolling_windows(ids(text), 1, 10)
-    expected = sum(naive(adapter, *window)[0] for window in windows)
-    assert adapter.loglikelihood_rolling(instances((text,)))[0] == pytest.approx(expected, abs=1e-3)
+    windows = [scoring.rolling_windows(ids(text), 1, length) for text in texts]
+    expected = [sum(naive(adapter, *window)[0] for window in group) for group in windows]
+    assert totals == pytest.approx(expected, abs=1e-3)

@@ -19,7 +19,6 @@ from support.tiny import hf_config, random_model, tiny_config
 from support.tiny_chat import write_chat_checkpoint
 
 from pop import PrunePlan
-from tools import transformers_check
 from tools.bench import __main__ as bench
 from tools.bench import measure, rivals, shapes
 from tools.checkpoints import make_random

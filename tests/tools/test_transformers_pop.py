@@ -150,15 +150,6 @@ def test_turns_of_a_ragged_batch_equal_the_engine(model, is_calibrated):
         last = found[1].argmax(-1)[:, None].tolist()
 
 
-def test_a_prompt_without_a_mask_equals_the_reference(model):
-    plan, ids = plan_of(model), torch.randint(3, CONFIG.vocab_size, (2, 11))
-    module = as_pop(model).module
-    with pruned(model, plan):
-        found = model(ids, cache=Cache())
-    assert_close(found, torch.stack([reference.prefill(module, row, plan) for row in ids]))
-    assert not torch.allclose(found, model(ids), atol=1e-3)
-
-
 def test_a_copied_cache_goes_on_without_an_answer_between_the_prompts(model):
     plan, ids, cache = plan_of(model), torch.randint(3, CONFIG.vocab_size, (2, 11)), Cache()
     twin = as_pop(model)
