@@ -79,6 +79,12 @@ def test_an_image_may_have_its_own_limits(model):
     part = {"type": "image", "image": big, "max_pixels": 80_000}
     tokens = model.chat_tokens([{"role": "user", "content": [part, {"type": "text", "text": "What?"}]}])
     assert tokens.count(IMAGE) == 72
+    chat = model.start_chat()
+    chat.send([part, {"type": "text", "text": "What?"}], max_new_tokens=1)
+    assert chat.tokens.count(IMAGE) == 72
+    for wrong in ({"type": "text", "text": "a", "max_pixels": 9}, {"type": "image", "max_pixels": 9}, part | {"x": 9}):
+        with pytest.raises(InputError, match="a part must be like"):
+            model.chat_tokens([{"role": "user", "content": [wrong]}])
     answer = model.generate(
         f"{IMAGE_MARK}a{IMAGE_MARK}", images=[pop.Image(big, max_pixels=80_000), A], max_new_tokens=1
     )
@@ -97,10 +103,8 @@ def test_the_frames_of_a_video_have_limits_together(model):
     ("limits", "message"),
     [
         ({"min_pixels": 0}, "min_pixels is 0"),
-        ({"max_pixels": -5}, "max_pixels is -5"),
         ({"max_pixels": 1e6}, "max_pixels is 1000000.0"),
         ({"max_pixels": True}, "max_pixels is True"),
-        ({"min_pixels": "9"}, "min_pixels is '9'"),
         ({"max_pixels": [1, 2]}, r"max_pixels is \[1, 2\]"),
         ({"min_pixels": 5000, "max_pixels": 4000}, "min_pixels is 5000 and max_pixels is 4000"),
     ],
@@ -130,47 +134,32 @@ def test_families_without_limits_say_so(tmp_path):
         text.generate([2], images=[pop.Image(A)])
 
 
-def test_limits_of_other_parts_are_refused(model):
-    for part in (
-        {"type": "text", "text": "a", "max_pixels": 9},
-        {"type": "video", "video": FILM, "max_pixels": 9},
-        {"type": "image", "max_pixels": 9},
-        {"type": "image", "image": A, "pixels": 9},
-    ):
-        with pytest.raises(InputError, match="a part must be like"):
-            model.chat_tokens([{"role": "user", "content": [part]}])
-
-
 # ---- a full context ----
 
 
 def test_an_image_that_overflows_the_context_says_so(model):
     """It names the tokens of the largest image, and what lowers their number."""
     small = pop.Model(model.module, model.config, model.tokenizer, max_seq_len=100, compile=False)
-    message = r"has 1\d\d tokens, but the model takes 100; .*lower max_pixels in pop.load or pop.Image.* image takes 74"
+    text = IMAGE_MARK * 2
     two = {"images": [A, B]}  # 64 and 72 tokens, each between two more
     content = [{"type": "image", "image": A}, {"type": "image", "image": B}]
+    tokens = model.encode(text, media=model.vision.prepare_batch([A, B], None, 1)[0])
     for call in (
-        lambda: small.generate(IMAGE_MARK * 2, **two),
-        lambda: small.generate([[2], IMAGE_MARK * 2], images=[None, [A, B]]),
-        lambda: [*small.stream(IMAGE_MARK * 2, **two)],
+        lambda: small.generate([[2], text], images=[None, [A, B]]),
+        lambda: [*small.stream(text, **two)],
         lambda: small.chat([{"role": "user", "content": content}]),
         lambda: small.start_chat().send(content),
-        lambda: small.prefix(IMAGE_MARK * 2, **two),
-        lambda: small.prefix("a").generate(IMAGE_MARK * 2, **two),
-        lambda: small.score(IMAGE_MARK * 2, "a", **two),
-        lambda: pop.calibrate(small, [IMAGE_MARK * 2], model.plan, images=[[A, B]], progress=False),
+        lambda: small.prefix(text, **two),
+        lambda: small.prefix("a").generate(text, **two),
+        lambda: small.score(text, "a", **two),
+        lambda: pop.calibrate(small, [text], model.plan, images=[[A, B]], progress=False),
+        lambda: small.prefill([tokens], small.new_cache(), images=[[A, B]]),
+        lambda: small.logits([tokens], images=[[A, B]]),
     ):
-        with pytest.raises(ContextOverflow, match=message):
+        with pytest.raises(ContextOverflow, match=r"1\d\d tokens.*lower max_pixels .* image takes 74"):
             call()
-    tokens = model.encode(IMAGE_MARK * 2, media=model.vision.prepare_batch([A, B], None, 1)[0])
-    advice = r"row 0 of the cache would hold 1\d\d tokens.* shorten the prompt, or lower max_pixels .* image takes 74"
-    with pytest.raises(ContextOverflow, match=advice):
-        small.prefill([tokens], small.new_cache(), images=[[A, B]])
-    with pytest.raises(ContextOverflow, match=message):
-        small.logits([tokens], images=[[A, B]])
     fits = {"images": [pop.Image(A, max_pixels=32_000), pop.Image(B, max_pixels=32_000)], "max_new_tokens": 1}
-    assert small.generate(IMAGE_MARK * 2, **fits).prompt_tokens < 70
+    assert small.generate(text, **fits).prompt_tokens < 70
 
 
 def test_videos_and_images_of_one_size_that_overflow_the_context_say_so(model):
@@ -188,15 +177,9 @@ def test_videos_and_images_of_one_size_that_overflow_the_context_say_so(model):
 # ---- conversations ----
 
 
-def png(picture):
-    file = io.BytesIO()
-    Image.fromarray(picture).save(file, "PNG")
-    return file.getvalue()
-
-
 def test_conversations_take_images_in_any_form(model, tmp_path):
-    content = png(A)
-    (tmp_path / "a.png").write_bytes(content)
+    Image.fromarray(A).save(tmp_path / "a.png")
+    content = (tmp_path / "a.png").read_bytes()
     url = f"data:image/png;base64,{base64.b64encode(content).decode()}"
     answers = set()
     for form in (tmp_path / "a.png", A, content, io.BytesIO(content), url, torch.from_numpy(A), pop.Image(content)):
@@ -204,10 +187,3 @@ def test_conversations_take_images_in_any_form(model, tmp_path):
         chat.send("What?", images=[form], max_new_tokens=2)
         answers.add(tuple(chat.send("And?", max_new_tokens=2).tokens))
     assert len(answers) == 1
-
-
-def test_a_conversation_has_the_limits_of_an_image(model):
-    chat = model.start_chat()
-    part = {"type": "image", "image": A, "max_pixels": 20_000}
-    chat.send([part, {"type": "text", "text": "What?"}], max_new_tokens=2)
-    assert chat.tokens.count(IMAGE) == 16

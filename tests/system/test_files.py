@@ -61,33 +61,21 @@ def test_the_lock_is_removed_or_already_gone(tmp_path):
     assert names(tmp_path) == ["model"]
 
 
-def test_folders_that_cannot_be_replaced(tmp_path, monkeypatch):
-    """The shell would stay in a deleted current folder, and the root has no name."""
-    (tmp_path / "here").mkdir()
-    monkeypatch.chdir(tmp_path / "here")
-    for folder in (".", "/"):
-        with pytest.raises(CheckpointError, match="choose another one"):
-            write(folder)
-    assert names(tmp_path / "here") == [] and names(tmp_path) == ["here"]
-
-
-def test_a_link_to_an_empty_folder(tmp_path):
-    (tmp_path / "target").mkdir()
+def test_a_folder_that_cannot_be_replaced_is_left_unchanged(tmp_path, monkeypatch):
+    """The shell would stay in a deleted current folder, and the root has no name. An empty folder can be replaced."""
+    for name in ("model", "here", "target"):
+        (tmp_path / name).mkdir()
     (tmp_path / "link").symlink_to("target")
+    write(tmp_path / "model")
     write(tmp_path / "link")
-    assert (tmp_path / "link").is_symlink()
-    assert names(tmp_path / "target") == ["file"]
-
-
-def test_a_folder_in_use_is_left_unchanged(tmp_path):
-    (tmp_path / "model").mkdir()
-    write(tmp_path / "model")  # an empty directory can be replaced
+    assert (tmp_path / "link").is_symlink() and names(tmp_path / "target") == ["file"]
     (tmp_path / "a file").touch()
-    for folder in (tmp_path / "model", tmp_path / "a file"):
-        with pytest.raises(CheckpointError, match="exists already"):
+    monkeypatch.chdir(tmp_path / "here")
+    for folder in (tmp_path / "model", tmp_path / "a file", ".", "/"):
+        with pytest.raises(CheckpointError, match="choose another"):
             write(folder, "other")
     assert (tmp_path / "model" / "file").read_text() == "whole"
-    assert names(tmp_path) == ["a file", "model"]
+    assert names(tmp_path) == ["a file", "here", "link", "model", "target"] and names(tmp_path / "here") == []
 
 
 @pytest.mark.parametrize("first_fails", [False, True])
