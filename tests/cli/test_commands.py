@@ -165,26 +165,18 @@ def test_importance_prints_and_saves_the_scores(folder, model, capsys, tmp_path)
     assert printed[-1].endswith(f"layers {', '.join(map(str, expected.plan(2).layers))}.")
 
 
+def test_importance_takes_the_built_in_text(folder, capsys):
+    assert main(["importance", folder, *IMPORTANCE]) == 0
+    assert "Prefill needs this third of the layers least" in capsys.readouterr().out
+
+
 def test_calibrate_saves_a_plan_that_generate_takes(folder, model, capsys, tmp_path, monkeypatch):
     text = tmp_path / "text.txt"
     text.write_text("".join(map(chr, range(33, 123))) * 4)
     monkeypatch.setenv("HOME", str(tmp_path))
     out = "~/plan.safetensors"
-    options = [
-        "--prune",
-        "0.5",
-        "--full-depth-last",
-        "4",
-        "--rank",
-        "5",
-        "--window",
-        "60",
-        "--seed",
-        "3",
-        "--steps",
-        "2",
-    ]
-    options += ["--resume", str(tmp_path / "record")]
+    options = ["--prune", "0.5", "--full-depth-last", "4", "--rank", "5", "--window", "60", "--seed", "3"]
+    options += ["--steps", "2", "--resume", str(tmp_path / "record")]
     assert main(["calibrate", folder, str(text), *options, "--dtype", "float32", "--out", out]) == 0
     assert out in capsys.readouterr().out
     half = pop.load(folder, dtype=torch.float32, prune=0.5)
@@ -307,7 +299,9 @@ def test_the_help_says_what_prune_takes(command, capsys):
     ],
 )
 def test_an_error_is_one_sentence(arguments, said, folder, tmp_path, monkeypatch, capsys):
-    pytest.importorskip("matplotlib")
+    if "--plot" in arguments:
+        pytest.importorskip("matplotlib")
+    monkeypatch.setattr(sys, "stdin", io.StringIO(""))
     monkeypatch.chdir(tmp_path)
     (tmp_path / "picture.png").write_bytes(b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR\xff\xfe")
     (tmp_path / "long.txt").write_text("a" * 2000)
@@ -433,13 +427,14 @@ def test_commands_are_no_messages(talk, model):
     [
         (["Hi"], ["And?"], "Hi"),
         (["--seed", "1", "Hi"], [], "Hi"),
+        (["--no-thinking", "Hi"], [], "Hi"),
         (["/help"], [], "/help"),
         (["-"], ["Hi", "", "/quit"], "Hi\n\n/quit\n"),
     ],
 )
 def test_one_message_gets_one_answer(arguments, typed, message, talk, model):
     (answer,) = answers(model, message, system="Be short.")
-    status, out, err, held = talk(typed, "--system", "Be short.", *arguments)
+    status, out, err, held = talk(typed, "--system", "Be short.", *arguments, thinking="--no-thinking" not in arguments)
     assert (status, out, err) == (0, f"{answer}\n", "")
     assert held == [[{"role": "system", "content": "Be short."}, *turn(message, answer)]]
 
