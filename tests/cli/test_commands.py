@@ -280,8 +280,6 @@ def test_the_help_says_what_prune_takes(command, capsys):
         ("importance CHAT --response-tokens 0", "response_tokens is 0"),
         ("importance CHAT --prompt-tokens 1020", "prompt plus response has 1083 tokens"),
         ("importance CHAT --out missing/scores.json", "missing/scores.json cannot be written"),
-        ("importance CHAT --plot missing/plot.svg", "missing/plot.svg cannot be written"),
-        ("importance CHAT --plot plot.txt", "ends in .svg or .png"),
         ("importance CHAT missing.txt", "missing.txt cannot be read"),
         ("importance CHAT empty.txt", "holds no text"),
         ("calibrate CHAT --out plan --prune none", "nothing to calibrate"),
@@ -299,8 +297,6 @@ def test_the_help_says_what_prune_takes(command, capsys):
     ],
 )
 def test_an_error_is_one_sentence(arguments, said, folder, tmp_path, monkeypatch, capsys):
-    if "--plot" in arguments:
-        pytest.importorskip("matplotlib")
     monkeypatch.setattr(sys, "stdin", io.StringIO(""))
     monkeypatch.chdir(tmp_path)
     (tmp_path / "picture.png").write_bytes(b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR\xff\xfe")
