@@ -8,6 +8,7 @@ import functools
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
 from pop import engine
 from pop.backends import accelerate, chunk_size_of, stages_of
@@ -128,7 +129,7 @@ class Runner:
 
     def prefill(
         self, tokens, cache: KVCache, *, lengths=None, images=None, videos=None, plan: PrunePlan | None = None
-    ) -> torch.Tensor:
+    ) -> Tensor:
         """Append prompts to what the cache holds. Returns logits [B, V] float32 of each row's boundary token.
 
         Args:
@@ -148,13 +149,13 @@ class Runner:
 
     def prefill_checked(
         self,
-        tokens: torch.Tensor,
+        tokens: Tensor,
         cache: KVCache,
-        lengths: torch.Tensor,
+        lengths: Tensor,
         media: Sequence[Sequence[Prepared]],
         plan: PrunePlan,
         boundary: bool = True,
-    ) -> torch.Tensor:
+    ) -> Tensor:
         """Like `prefill`, for what has been checked and prepared before.
 
         Args:
@@ -172,7 +173,7 @@ class Runner:
         images = self._images(module, media, tokens, lengths)
         return engine.prefill(self.module, tokens, cache, lengths, plan, self.chunk_size, stages, images, boundary)
 
-    def decode(self, tokens, cache: KVCache) -> torch.Tensor:
+    def decode(self, tokens, cache: KVCache) -> Tensor:
         """Append one token a row, at full depth: tokens [B] -> logits [B, V] float32.
 
         Ids on a GPU are not checked here, since reading them would wait for it. The embedding's own assertion refuses
@@ -182,11 +183,11 @@ class Runner:
         self._check_cache(cache, torch.ones(len(tokens), dtype=torch.int64))
         return self.decode_unchecked(tokens, cache)
 
-    def decode_unchecked(self, tokens: torch.Tensor, cache: KVCache) -> torch.Tensor:
+    def decode_unchecked(self, tokens: Tensor, cache: KVCache) -> Tensor:
         """Like `decode`, for tokens on the device and a cache with room for them."""
         return engine.decode(self.module, tokens, cache, self._stages(len(tokens), look=False))
 
-    def extend(self, tokens, cache: KVCache) -> torch.Tensor:
+    def extend(self, tokens, cache: KVCache) -> Tensor:
         """Append tokens [B, T] at full depth, as `decode` would one by one. Returns their logits [B, T, V] float32."""
         tokens = token_ids(tokens, 2, self.config.vocab_size, wait=False).to(self.device, non_blocking=True)
         B, T = tokens.shape
@@ -194,7 +195,7 @@ class Runner:
         return engine.extend(self.module, tokens, cache, self._stages(B))
 
     @torch.no_grad()
-    def logits(self, tokens, images=None, videos=None) -> torch.Tensor:
+    def logits(self, tokens, images=None, videos=None) -> Tensor:
         """The plain unpruned forward pass: tokens [B, T] without padding -> logits [B, T, V] float32.
 
         images, videos: As in `prefill`.
@@ -271,7 +272,7 @@ class Runner:
             limit = f"the model takes {self.max_seq_len}; {self.vision.shorten(media)}"
             raise ContextOverflow(f"{what} has {num_tokens} tokens, but {limit}")
 
-    def _check_cache(self, cache: KVCache, added: torch.Tensor, media: Sequence[Sequence[Prepared]] = ()) -> None:
+    def _check_cache(self, cache: KVCache, added: Tensor, media: Sequence[Sequence[Prepared]] = ()) -> None:
         """Raise InputError unless `cache` is one of this model with room for `added` [B] tokens, `media` included."""
         if not isinstance(cache, KVCache):
             raise InputError(f"the cache is a {type(cache).__name__}; make one with model.new_cache()")
@@ -280,7 +281,7 @@ class Runner:
 
     @torch.inference_mode(False)  # as the engine
     @torch.no_grad()
-    def _images(self, module, media, tokens: torch.Tensor, lengths: torch.Tensor) -> TextOnly:
+    def _images(self, module, media, tokens: Tensor, lengths: Tensor) -> TextOnly:
         """What each row's images and videos bring to tokens [B, T] on the CPU, by the vision tower of a module."""
         return self.vision.images(module, media, tokens, lengths)
 
@@ -300,7 +301,7 @@ def check_options(config, dtype: torch.dtype, max_seq_len: int | None, compile) 
     return max_seq_len
 
 
-def token_ids(tokens, dims: int, vocab_size: int, wait: bool = True) -> torch.Tensor:
+def token_ids(tokens, dims: int, vocab_size: int, wait: bool = True) -> Tensor:
     """Return token ids as an int64 tensor on the CPU, [B] or [B, T] by `dims`.
 
     Ids on another device are read back, which waits for the device. With `wait=False` they stay there, unchecked.
@@ -318,7 +319,7 @@ def token_ids(tokens, dims: int, vocab_size: int, wait: bool = True) -> torch.Te
     return ids
 
 
-def row_lengths(lengths, tokens: torch.Tensor) -> torch.Tensor:
+def row_lengths(lengths, tokens: Tensor) -> Tensor:
     """Return the lengths of right-padded tokens [B, T] as int64 [B] on the CPU. None: no row is padded."""
     B, T = tokens.shape
     if lengths is None:
@@ -329,7 +330,7 @@ def row_lengths(lengths, tokens: torch.Tensor) -> torch.Tensor:
     return found.cpu()
 
 
-def _integers(values) -> torch.Tensor | None:
+def _integers(values) -> Tensor | None:
     """Return an int64 tensor, or None for anything that is not integers in the form of a tensor."""
     try:
         values = torch.as_tensor(values)
@@ -340,7 +341,7 @@ def _integers(values) -> torch.Tensor | None:
     return values.to(torch.int64)
 
 
-def padded(rows: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
+def padded(rows: list[list[int]]) -> tuple[Tensor, Tensor]:
     """Return lists of ids as tokens [B, T], padded with zeros on the right, and lengths [B], both int64 on the CPU."""
     lengths = torch.tensor([len(row) for row in rows])
     longest = int(lengths.max())

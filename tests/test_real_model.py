@@ -125,7 +125,7 @@ def test_cost_of_the_plans_that_ship(model):
     """The bounds hold over all windows of prose, speech and code that calibration never saw.
 
     In the order of BOUNDS, perplexity changes by 0.2, 0.1, -0.2 and 1.4 %, and the KLs are 0.007, 0.016, 0.023 and
-    0.045. Without refit projections, a third has a KL of 0.126.
+    0.045. Without corrections, a third has a KL of 0.126.
     """
     contenders = [Contender("full", model, pop.PrunePlan.none())]
     paths = sorted(Path(pop.__file__).parent.glob("data/plans/smollm2-135m-*.plan"))

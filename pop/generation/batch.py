@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 
 import torch
+from torch import Tensor
 
 from pop.engine.cache import KVCache
 from pop.errors import InputError
@@ -146,13 +147,13 @@ class Batch:
             tokens = tokens.clamp(min=0)  # a finished row may have -1
             logits = self.model.decode_unchecked(tokens, self.cache)
 
-    def _sample(self, logits: torch.Tensor, rows: list[int]) -> torch.Tensor:
+    def _sample(self, logits: Tensor, rows: list[int]) -> Tensor:
         """Pick the next token of each row: logits [B, V] -> tokens [B], without waiting for the device."""
         tokens = self.sampler(self.rules(logits, [self.answers[row] for row in rows]))
         self.rules.took(tokens)
         return tokens
 
-    def _push(self, tokens: torch.Tensor, logits: torch.Tensor, rows: list[int]) -> list[str]:
+    def _push(self, tokens: Tensor, logits: Tensor, rows: list[int]) -> list[str]:
         """Give the answers their next token. Returns the text that is settled by it, for each answer of the batch."""
         finished = [number for number, row in enumerate(rows) if self.answers[row].finish_reason]
         picked = read_tokens(tokens, unused=finished)  # the only wait for the device
@@ -177,7 +178,7 @@ class Batch:
             return False
         return 2 * num_unfinished > num_rows
 
-    def _keep_rows(self, numbers: list[int], tokens: torch.Tensor) -> torch.Tensor:
+    def _keep_rows(self, numbers: list[int], tokens: Tensor) -> Tensor:
         """Continue with some rows of the cache only. Returns their tokens."""
         kept = torch.tensor(numbers)
         (kept_there,) = to_device([kept], tokens.device)
@@ -186,7 +187,7 @@ class Batch:
         self.rules.keep_rows(kept_there)
         return tokens[kept_there]
 
-    def prefill(self) -> torch.Tensor:
+    def prefill(self) -> Tensor:
         """Make the cache and fill it with the prompts. Returns the logits [B, V] of each prompt's boundary token."""
         B = len(self.prompts)
         self.cache = self.model.caches.take(self.model, B, self.max_seq_len)

@@ -4,6 +4,7 @@ import math
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
 from pop.errors import InputError
 from pop.generation.answers import Answer
@@ -34,25 +35,25 @@ class LogitsRules:
             never.update(tokenizer.unused_ids)
         self.barred = self._on_device(never, model.device)
         self.barred_at_first = self._on_device(never | ends, model.device)
-        self.used: torch.Tensor | None = None  # [B, V] bool, which tokens a row has; only for repetition_penalty
+        self.used: Tensor | None = None  # [B, V] bool, which tokens a row has; only for repetition_penalty
         self.count = 0  # tokens that each answer has
 
-    def _on_device(self, ids: set[int], device: torch.device) -> torch.Tensor:
+    def _on_device(self, ids: set[int], device: torch.device) -> Tensor:
         known = torch.tensor(sorted(token for token in ids if token < self.known), dtype=torch.int64)
         return to_device([known], device)[0]
 
-    def keep_rows(self, rows: torch.Tensor) -> None:
+    def keep_rows(self, rows: Tensor) -> None:
         """Continue with `rows` [R] of the batch; on its device."""
         if self.used is not None:
             self.used = self.used[rows]
 
-    def took(self, tokens: torch.Tensor) -> None:
+    def took(self, tokens: Tensor) -> None:
         """Note the tokens [B] that were picked."""
         self.count += 1
         if self.used is not None:
             self.used = self.used.scatter(1, tokens.clamp(min=0)[:, None], True)
 
-    def __call__(self, logits: torch.Tensor, answers: Sequence[Answer]) -> torch.Tensor:
+    def __call__(self, logits: Tensor, answers: Sequence[Answer]) -> Tensor:
         """The logits [B, V] of these answers, which stay as they are -> logits [B, V'] of the tokenizer's ids."""
         process = self.params.logits_processor
         if self.params.repetition_penalty != 1:
@@ -70,7 +71,7 @@ class LogitsRules:
             raise InputError(f"logits_processor returned logits whose largest is not finite; {wanted}")
         return logits
 
-    def _with_penalty(self, logits: torch.Tensor) -> torch.Tensor:
+    def _with_penalty(self, logits: Tensor) -> Tensor:
         penalty = float(self.params.repetition_penalty)
         if self.used is None:
             places = [(row, token) for row, tokens in enumerate(self.rows) for token in tokens]
@@ -81,10 +82,10 @@ class LogitsRules:
         return torch.where(self.used, penalised, logits)
 
 
-def _processed(process, logits: torch.Tensor, answer: Answer) -> torch.Tensor:
+def _processed(process, logits: Tensor, answer: Answer) -> Tensor:
     """What the caller's function makes of the logits [V] of one row."""
     out = process(list(answer.tokens), logits)
-    if not isinstance(out, torch.Tensor) or out.shape != logits.shape or not out.is_floating_point():
-        found = f"{out.dtype} {list(out.shape)}" if isinstance(out, torch.Tensor) else type(out).__name__
+    if not isinstance(out, Tensor) or out.shape != logits.shape or not out.is_floating_point():
+        found = f"{out.dtype} {list(out.shape)}" if isinstance(out, Tensor) else type(out).__name__
         raise InputError(f"logits_processor returned {found}; it must return logits, floats of shape {[len(logits)]}")
     return out.to(logits)

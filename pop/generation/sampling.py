@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from numbers import Integral, Real
 
 import torch
+from torch import Tensor
 
 from pop.errors import InputError, check_count
 from pop.system.memory import to_device
@@ -58,7 +59,7 @@ class SamplingParams:
     repetition_penalty: float = 1.0  # divides positive logits of tokens in the prompt or the answer, multiplies others
     stop_token_ids: Sequence[int] = ()  # these tokens end an answer as the end tokens do
     min_new_tokens: int = 0  # no token ends an answer before it has as many tokens; a stop string may
-    logits_processor: Callable[[list[int], torch.Tensor], torch.Tensor] | None = None  # see logits.py
+    logits_processor: Callable[[list[int], Tensor], Tensor] | None = None  # see logits.py
     logprobs: bool = False  # whether a Generation has the log-probabilities of its tokens
 
     def __post_init__(self):
@@ -126,14 +127,14 @@ class Sampler:
         """Continue with these rows of the batch, in this order."""
         self.generators = [self.generators[row] for row in rows]
 
-    def __call__(self, logits: torch.Tensor) -> torch.Tensor:
+    def __call__(self, logits: Tensor) -> Tensor:
         """logits [B, V] float32 -> tokens [B], for `read_tokens`."""
         if self.temperature == 0:
             return self.pick(logits)
         numbers = [torch.randint(2**53, (1,), generator=generator) for generator in self.generators]
         return self.pick(logits, *to_device([torch.stack(numbers)], logits.device))
 
-    def pick(self, logits: torch.Tensor, numbers: torch.Tensor | None = None) -> torch.Tensor:
+    def pick(self, logits: Tensor, numbers: Tensor | None = None) -> Tensor:
         """logits [B, V] and random integers [B, 1] below 2**53 -> tokens [B]. Without numbers: the likeliest tokens.
 
         The token is -1 if a row's largest logit is infinite or NaN.
@@ -145,7 +146,7 @@ class Sampler:
             tokens = self._draw(below, numbers)
         return tokens.where(largest.isfinite(), -1)[:, 0]
 
-    def _draw(self, below: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
+    def _draw(self, below: Tensor, numbers: Tensor) -> Tensor:
         """Draw tokens [B, 1] with probabilities proportional to exp(-below), below [B, V] from 0 up."""
         V = below.shape[1]
         k = min(self.top_k or V, V)
@@ -170,7 +171,7 @@ class Sampler:
         return drawn if order is None else order.gather(-1, drawn)
 
 
-def read_tokens(tokens: torch.Tensor, unused: Sequence[int] = ()) -> list[int]:
+def read_tokens(tokens: Tensor, unused: Sequence[int] = ()) -> list[int]:
     """Wait for the tokens [B] of a Sampler. Raises InputError if a row's largest logit was infinite or NaN.
 
     unused: Rows whose tokens nobody reads.
@@ -181,7 +182,7 @@ def read_tokens(tokens: torch.Tensor, unused: Sequence[int] = ()) -> list[int]:
     return ids
 
 
-def check_finite(numbers: torch.Tensor, what: str) -> None:
+def check_finite(numbers: Tensor, what: str) -> None:
     """Raise InputError if numbers that a model has computed are infinite or NaN; `what` names them."""
     if not numbers.isfinite().all():
         raise InputError(NOT_FINITE.format(what))

@@ -1,1 +1,1 @@
-"""The method: plans, refit projections, the naive reference, the cost model. May import pop.models and pop.system."""
+"""The method: plans, corrections, the naive reference, the cost model. May import pop.models and pop.system."""
