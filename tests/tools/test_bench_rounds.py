@@ -4,6 +4,7 @@ import itertools
 import sys
 import types
 from functools import partial
+from unittest.mock import Mock, call
 
 import pytest
 import torch
@@ -214,29 +215,19 @@ def test_attention_is_that_of_the_full_prefill(monkeypatch):
 
 
 def test_llama_cpp_reads_the_prompt_and_then_its_own_tokens(model, monkeypatch, tmp_path):
-    calls = []
-
-    class Llama:
-        def __init__(self, path, **options):
-            calls.append((path, options["n_ctx"], options["n_threads"]))
-
-        def reset(self):
-            calls.append("reset")
-
-        def eval(self, tokens):
-            calls.append(tokens)
-
-        def sample(self, temp):
-            assert temp == 0
-            return len(calls)
-
-    monkeypatch.setitem(sys.modules, "llama_cpp", types.SimpleNamespace(Llama=Llama))
+    llama_cpp = Mock()
+    llama = llama_cpp.Llama.return_value
+    llama.sample.side_effect = [3, 4, 5]
+    monkeypatch.setitem(sys.modules, "llama_cpp", llama_cpp)
     path = tmp_path / "m.gguf"
     path.touch()
     (rival,) = rivals.llama_cpp(model, None, str(path))
-    times = rival.turn([7, 8, 9], 2)()
-    assert calls == [(str(path), 6, torch.get_num_threads()), "reset", [7, 8, 9], [3], [4]]
-    assert set(times) == {"ttft_s", "step_s"}
+    assert rival.turn([7, 8, 9], 2)().keys() == {"ttft_s", "step_s"}
+    made = llama_cpp.Llama.call_args
+    assert (made.args, made.kwargs["n_ctx"], made.kwargs["n_threads"]) == ((str(path),), 6, torch.get_num_threads())
+    assert [one.args for one in llama.eval.call_args_list] == [([7, 8, 9],), ([3],), ([4],)]
+    assert llama.method_calls[0] == call.reset()
+    assert {one.kwargs["temp"] for one in llama.sample.call_args_list} == {0}
     with pytest.raises(pop.InputError, match="needs --gguf"):
         rivals.llama_cpp(model, None, None)
 

@@ -24,9 +24,9 @@ PLAN = pop.PrunePlan((2, 3, 4))
 def test_contenders_are_named_and_planned_as_the_command_line_says(tiny, tmp_path, monkeypatch):
     calls = []
 
-    def calibrate(model, texts, plans, *, seed):
-        calls.append((texts, plans, seed))
-        return [pop.PrunePlan(plan.layers, plan.full_depth_last, full_depth_first=1) for plan in plans]
+    def calibrate(model, texts, plan, *, seed):
+        calls.append((texts, plan, seed))
+        return pop.PrunePlan(plan.layers, plan.full_depth_last, full_depth_first=1)
 
     def windows(model, texts, **most):
         calls.append((texts, most))
@@ -47,8 +47,9 @@ def test_contenders_are_named_and_planned_as_the_command_line_says(tiny, tmp_pat
         "calibrated 0.4 w=3": pop.PrunePlan((3, 4), full_depth_last=3, full_depth_first=1),
         "calibrated default": pop.PrunePlan((4,), full_depth_first=1),
     }
+    texts = ["text " * 9]
     plans = [pop.PrunePlan((3, 4), full_depth_last=3), pop.PrunePlan((4,))]
-    assert calls == [(["text " * 9], plans, 7), (["text " * 9], {}), (["text " * 9], {})]
+    assert calls == [*((texts, plan, 7) for plan in plans), (texts, {}), (texts, {})]
     pop.PrunePlan((3, 4), full_depth_last=2, full_depth_selected=0.1).save(tmp_path / "selected.json")
     _, selected = selection.make_contenders(tiny, [str(tmp_path / "selected.json")], [])
     _, chosen = selection.make_contenders(tiny, ["0.4:2:0.1"], [])
@@ -135,25 +136,18 @@ def run(tiny_folder, text_file, tmp_path):
     return run
 
 
-def test_one_run_prints_one_table_and_the_same_figures_as_json(run, tiny_folder, text_file, tmp_path, capsys):
+def test_one_run_prints_the_report_of_the_figures_in_json(run, tiny_folder, text_file, tmp_path, capsys):
     calibration = tmp_path / "other.txt"
     calibration.write_text("Calibrated on this. " * 20)
     options = ["--text", f"b={text_file}", "--baselines", ",".join(selection.BASELINES), "--calibration", calibration]
     result = run("--prune 0.6 --dtype float32 --tasks text,ttft,generation --new-tokens 3", *options)
-    out = capsys.readouterr().out
-    rows = ["full", "0.6", *(f"{name} 0.25" for name in selection.BASELINES)]
-    retrieval = result["retrieval"]["rows"]  # text does not stand alone
-    for part in (result["text"]["all"]["rows"], retrieval, result["ttft"], result["generation"]):
-        assert list(part) == rows
+    assert evaluate_report.report(result) in capsys.readouterr().out
+    pooled = result["text"]["all"]
+    assert (pooled["windows"], pooled["continuation_tokens"]) == (10, 80)
     assert (result["model"], result["dtype"], result["seed"]) == (tiny_folder, "float32", 0)
-    for line in ("all: 10 windows, 80 continuation tokens", "a: 5 windows, 40 continuation tokens", "generation:"):
-        assert line in out
-    assert f"{tiny_folder}, 5 layers, float32" in out
-    (row,) = [line for line in out.split("\n\n")[1].splitlines() if line.startswith("0.6")]
-    kl = result["text"]["all"]["rows"]["0.6"]["kl"]
-    assert f"  {retrieval['0.6']['exact']:.0%}  " in row
-    assert f"{kl['value']:.3f} [{kl['low']:.3f}, {kl['high']:.3f}]" in row
-    assert row.endswith(f"{result['ttft']['0.6']['limit']:.2f}x")
+    rows = ["full", "0.6", *(f"{name} 0.25" for name in selection.BASELINES)]
+    for part in (pooled["rows"], result["retrieval"]["rows"], result["ttft"], result["generation"]):
+        assert list(part) == rows  # with retrieval, since text does not stand alone
 
 
 def test_what_the_command_line_asks_for_is_what_each_task_gets(run, tiny_folder, text_file):
@@ -187,9 +181,21 @@ def figure(value, low=None, high=None):
     return {"value": value, "low": low, "high": high}
 
 
-def row_of(perplexity, change, kl, kl_first, same, same_first):
-    figures = {"perplexity_change": change, "kl": kl, "kl_first": kl_first, "same": same, "same_first": same_first}
-    return {"perplexity": perplexity, **figures}
+def text_rows(windows, *ends):
+    """The figures of a domain, where the change of half's perplexity has an interval with these ends, or none."""
+    names = ("perplexity_change", "kl", "kl_first", "same", "same_first")
+    full = [figure(value) for value in (0, 0, 0, 1, 1)]
+    half = [figure(0.1, *ends), figure(0.05), figure(0.031, 0, 1), figure(0.875), figure(0.75, 0, 1)]
+    rows = {
+        "full": {"perplexity": 20, **dict(zip(names, full, strict=True))},
+        "half": {"perplexity": 22, **dict(zip(names, half, strict=True))},
+    }
+    return {"windows": windows, "continuation_tokens": 128 * windows, "rows": rows}
+
+
+def retrieval_row(exact, log_prob, **compared):
+    marks = {"exact": exact, "log_prob": log_prob}
+    return {**marks, **compared, "kinds": {"codes 512": {"questions": 6, **marks}}}
 
 
 RESULT = {
@@ -199,19 +205,7 @@ RESULT = {
     "seed": 3,
     "machine": {"device": "cpu", "threads": 2, "torch": "9"},
     "tokens": {"prompt": 256, "continuation": 128, "new": 32},
-    "text": {
-        domain: {
-            "windows": windows,
-            "continuation_tokens": 128 * windows,
-            "rows": {
-                "full": row_of(20, *map(figure, (0, 0, 0, 1, 1))),
-                "half": row_of(
-                    22, figure(0.1, *ends), figure(0.05), figure(0.031, 0, 1), figure(0.875), figure(0.75, 0, 1)
-                ),
-            },
-        }
-        for domain, windows, ends in (("all", 10, (0.05, 0.15)), ("prose", 4, (None, None)))
-    },
+    "text": {"all": text_rows(10, 0.05, 0.15), "prose": text_rows(4)},
     "ttft": {
         "full": {"median_s": 0.2, "speedup": 1.0, "limit": 1.0},
         "half": {"median_s": 0.1254, "speedup": 1.59, "limit": None},
@@ -223,18 +217,8 @@ RESULT = {
     "retrieval": {
         "questions": 6,
         "rows": {
-            "full": {
-                "exact": 0.5,
-                "log_prob": -2.71,
-                "kinds": {"codes 512": {"questions": 6, "exact": 0.5, "log_prob": -2.71}},
-            },
-            "half": {
-                "exact": 0.25,
-                "log_prob": -14.2,
-                "share": figure(0.5, 0.2, 0.8),
-                "difference": figure(-11.5, -13, -10),
-                "kinds": {"codes 512": {"questions": 6, "exact": 0.25, "log_prob": -14.2}},
-            },
+            "full": retrieval_row(0.5, -2.71),
+            "half": retrieval_row(0.25, -14.2, share=figure(0.5, 0.2, 0.8), difference=figure(-11.5, -13, -10)),
         },
     },
     "human-eval": {"full": {"problems": 3, "passed": 2}, "half": {"problems": 3, "passed": 1}},

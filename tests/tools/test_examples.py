@@ -51,6 +51,8 @@ def test_answers_are_those_of_the_decoder_itself(gpt, plan):
         assert nano["generate"](gpt, PROMPTS, plan, 9, chunk_size).tolist() == expected
     if plan.layers:
         assert expected != [continued(gpt, prompt, PrunePlan.none(), 9) for prompt in PROMPTS]
+    with pytest.raises(PlanError, match="layers are 0 to 5"):
+        nano["generate"](gpt, PROMPTS, PrunePlan((6,)), 2)
 
 
 @pytest.mark.parametrize("plan", PLANS, ids=str)
@@ -66,11 +68,6 @@ def test_logits_are_those_of_the_decoder_itself(gpt, plan):
     assert_close(engine.decode(model, tokens[-1:], cache)[0], expected[-1])
     full_depth = reference.full_depth_tokens(len(ids) - 1, len(ids), plan)
     assert_close(reference.forward(model, tokens, full_depth, plan)[0][-1], expected[-1])
-
-
-def test_a_plan_of_another_depth(gpt):
-    with pytest.raises(PlanError, match="layers are 0 to 5"):
-        nano["generate"](gpt, PROMPTS, PrunePlan((6,)), 2)
 
 
 def test_the_script_runs(capsys):

@@ -37,13 +37,11 @@ def test_answers_are_the_references_in_the_order_of_the_requests(make, batch_siz
 
 
 def test_answers_end_before_a_stop_string(make):
-    adapter = make()
-    whole = greedy_text(adapter, "Once", 40)
-    for until in (whole[7:9], [whole[7:9]], ["never", whole[7:9], whole[20:23], ""]):
-        (answer,) = adapter.generate_until(instances(("Once", {"until": until, "max_gen_toks": 40})))
-        assert answer == whole[: whole.index(whole[7:9])]
-    (answer,) = adapter.generate_until(instances(("Once", {"until": ["never"], "max_gen_toks": 40})))
-    assert answer == whole
+    whole = greedy_text(make(), "Once", 40)
+    stop, later = whole[7:9], whole[20:23]
+    for until in (stop, [stop], ["never", stop, later, ""], ["never"]):
+        (answer,) = make().generate_until(instances(("Once", {"until": until, "max_gen_toks": 40})))
+        assert answer == (whole if until == ["never"] else whole[: whole.index(stop)])
 
 
 def test_a_long_prompt_leaves_room_for_the_answer(make, caplog):
@@ -61,11 +59,10 @@ def test_samples_differ_and_follow_the_harness_seed(make):
     adapter = make(batch_size=8)
     requests = instances(*[("Once", {"do_sample": True, "temperature": 1.5, "max_gen_toks": 12})] * 4)
     torch.manual_seed(3)
-    first = adapter.generate_until(requests)
+    first, second = adapter.generate_until(requests), adapter.generate_until(requests)
     torch.manual_seed(3)
-    assert adapter.generate_until(requests) == first
+    assert adapter.generate_until(requests) == first != second
     assert len(set(first)) == 4
-    assert adapter.generate_until(requests) != first
 
 
 @pytest.mark.parametrize(
@@ -88,16 +85,10 @@ def test_generation_options(given, expected):
     assert given == untouched
 
 
-def test_generation_options_that_pop_lacks():
-    for option in ({"num_beams": 4}, {"typical_p": 1}):
-        with pytest.raises(InputError, match=str(option)):
-            generation_options(option)
-
-
 # ---- Conversations ----
 
 
-def test_a_conversation_is_encoded_as_model_chat_does(make, monkeypatch):
+def test_a_conversation_is_encoded_as_model_chat_does(make):
     adapter = make()
     prompt = adapter.apply_chat_template(USER)
     for copied in (prompt, copy.deepcopy(prompt), pickle.loads(pickle.dumps(prompt))):
@@ -106,6 +97,11 @@ def test_a_conversation_is_encoded_as_model_chat_does(make, monkeypatch):
     assert [token for token in adapter.encode(prompt) if token < 3] == [1, 2, 1]  # those of the user are text
     (answer,) = adapter.generate_until(instances((prompt, {"max_gen_toks": 8})))
     assert answer == adapter.model.chat(USER, max_new_tokens=8).text
+
+    begun = [*USER, {"role": "assistant", "content": "The answer is"}]  # by the task, and stays open
+    prompt = adapter.apply_chat_template(begun, add_generation_prompt=False)
+    assert adapter.encode(prompt) == adapter.model.chat_tokens(USER) + ids("The answer is")
+    assert prompt.endswith("<|im_start|>assistant\nThe answer is")
 
 
 def test_a_continuation_of_a_conversation(make):
@@ -119,27 +115,19 @@ def test_a_continuation_of_a_conversation(make):
     assert close(adapter.loglikelihood(instances((prompt, choice))), [expected])
 
 
-def test_an_answer_that_the_task_begins_stays_open(make):
-    adapter = make()
-    begun = [*USER, {"role": "assistant", "content": "The answer is"}]
-    prompt = adapter.apply_chat_template(begun, add_generation_prompt=False)
-    assert adapter.encode(prompt) == adapter.model.chat_tokens(USER) + ids("The answer is")
-    assert prompt.endswith("<|im_start|>assistant\nThe answer is")
-
-
-def test_a_conversation_that_became_plain_text_is_refused(make):
+def test_what_is_refused(make):
     adapter = make()
     plain = "<|im_start|>user"
     assert adapter.encode(plain) == ids(plain)  # text, as long as no conversation is in play
     prompt = adapter.apply_chat_template(USER)
-    with pytest.raises(InputError, match=r"<\|im_start\|>"):
+    with pytest.raises(InputError, match=r"<\|im_start\|>"):  # a conversation that became plain text
         adapter.loglikelihood(instances((prompt + "Answer:", " no")))
     assert adapter.encode("no control token") == ids("no control token")
-
-
-def test_a_prompt_that_is_no_conversation(make):
     with pytest.raises(InputError, match="user.* empty.*--apply_chat_template"):
-        make().apply_chat_template([{"role": "user", "content": ""}])
+        adapter.apply_chat_template([{"role": "user", "content": ""}])
+    for option in ({"num_beams": 4}, {"typical_p": 1}):
+        with pytest.raises(InputError, match=str(option)):
+            generation_options(option)
 
 
 def test_what_the_harness_writes_down_about_chat(make):

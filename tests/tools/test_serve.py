@@ -54,14 +54,9 @@ def model():
 
 
 @pytest.fixture(scope="module")
-def server(model):
-    with serving(model) as served:
-        yield served
-
-
-@pytest.fixture(scope="module")
-def url(server):
-    return server[1]
+def url(model):
+    with serving(model) as (_, address):
+        yield address
 
 
 @pytest.fixture(scope="module")
@@ -239,15 +234,12 @@ def test_a_conversation_of_the_real_model_prefills_new_tokens_only(smollm2):
 
 
 def data_url(pixels):
-    from PIL import Image
-
     file = io.BytesIO()
-    Image.fromarray(pixels).save(file, "PNG")
+    pytest.importorskip("PIL.Image").fromarray(pixels).save(file, "PNG")
     return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
 
 
 def test_images(tmp_path):
-    pytest.importorskip("PIL")
     model = seeing_model()
     A = random_bytes(256, 264, 3, 1)
     B = random_bytes(256, 264, 3, 2)
