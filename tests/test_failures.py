@@ -130,12 +130,15 @@ class Written:
         assert self.before != self.after
 
     def call(self):
-        """Put back what was there before, and write."""
+        self.put_back()
+        self.write(self.path)
+
+    def put_back(self):
+        """Make it what it was before."""
         if self.path.is_dir():
             shutil.rmtree(self.path)
         for data in self.before.values():
             self.path.write_bytes(data)
-        self.write(self.path)
 
     def found(self):
         """A lock may be left: it is the last thing to go."""
@@ -169,9 +172,8 @@ def test_what_is_written_is_the_old_or_the_new(written):
 @EVERYTHING
 def test_a_full_disk_is_said_and_what_was_there_stays(written):
     """A limit to the size of files makes every library fail that writes, as a full disk does."""
-    written.call()
+    written.put_back()
     size = max(map(len, written.after.values()))
-    shutil.rmtree(written.path) if written.path.is_dir() else written.path.write_bytes(*written.before.values())
     for most in (0, size // 2):
         with limited_files(most), pytest.raises(pop.PopError, match="(cannot|could not) be (saved|written)"):
             written.write(written.path)

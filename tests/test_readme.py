@@ -6,7 +6,6 @@ tools/serve/README.md prints by tests/tools/test_serve.py.
 
 import ast
 import copy
-import dataclasses
 import functools
 import inspect
 import json
@@ -22,9 +21,9 @@ import torch
 from hypothesis import settings
 from support.chat_templates import QWEN3
 from support.readme import README, READMES, ROOT, TEXT, blocks, prose
-from support.tiny import random_model, tiny_qwen3_vl_config
 from support.tiny_chat import write_chat_checkpoint
 from support.tiny_images import picture
+from support.tiny_qwen3_vl import seeing_model
 
 import pop
 from pop.calibration import calibrate as calibrate_file
@@ -35,15 +34,7 @@ REAL = "smollm2-135m"
 real_load = functools.cache(functools.partial(pop.load, compile=False))  # compiling would take most of the time
 
 
-@functools.cache
-def qwen3_vl() -> pop.Model:
-    """Stands for any Qwen3 and Qwen3-VL: random weights, a real tokenizer."""
-    ids = {"image_id": 912, "video_id": 913, "start_id": 909, "end_id": 910}  # the tokenizer's
-    vision = dataclasses.replace(tiny_qwen3_vl_config().vision, patch_size=16)
-    config = tiny_qwen3_vl_config(vocab_size=926, max_positions=4096, vision=vision, **ids)
-    tokenizer = pop.load_tokenizer(ROOT / "tests/goldens/tokenizers/qwen3")
-    tokenizer.chat_template = QWEN3
-    return pop.Model(random_model(config), config, tokenizer, plan=0.5, compile=False)
+qwen3_vl = functools.cache(functools.partial(seeing_model, QWEN3))  # stands for any Qwen3 and Qwen3-VL
 
 
 def load(name, **options) -> pop.Model:

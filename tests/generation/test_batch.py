@@ -1,7 +1,5 @@
 """Batches of prompts: greedy and sampled answers, where they end, and what each row is given."""
 
-import dataclasses
-
 import numpy as np
 import pytest
 import torch
@@ -64,17 +62,6 @@ def test_a_seed_gives_the_same_tokens_alone_and_anywhere_in_a_batch(model):
     for batch in (PROMPTS, PROMPTS[::-1]):
         assert model.generate(batch, **options)[batch.index(PROMPTS[0])].tokens == alone
     assert model.generate(PROMPTS[0], **{**options, "seed": 12}).tokens != alone
-
-
-def test_rows_that_end_leave_the_batch_and_the_others_are_sampled_on(model):
-    """Answers of 12 tokens and less: each is what its prompt gets alone, although the batch gets smaller."""
-    ends = tuple(range(0, model.config.vocab_size, 9))
-    model = pop.Model(model.module, dataclasses.replace(model.config, eos_ids=ends), plan=model.plan)
-    prompts = [[token, 2 * token, 3] for token in range(1, 9)]
-    options = {"max_new_tokens": 12, "temperature": 0.3, "seed": 5}
-    answers = model.generate(prompts, **options)
-    assert len({len(answer.tokens) for answer in answers}) > 2
-    assert [answer.tokens for answer in answers] == [model.generate(prompt, **options).tokens for prompt in prompts]
 
 
 def test_without_a_seed_every_call_differs(model):

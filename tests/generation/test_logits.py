@@ -175,10 +175,9 @@ def test_a_model_that_overflows_is_not_blamed_on_the_function(model, monkeypatch
         model.generate(PROMPTS, logits_processor=lambda tokens, logits: torch.zeros_like(logits))
 
 
-def test_float64_and_bfloat16_come_back_as_the_logits_were(model):
-    for dtype in (torch.float64, torch.float32):
-        answer = model.generate(PROMPTS[0], max_new_tokens=5, logits_processor=lambda _, x, dtype=dtype: x.to(dtype))
-        assert answer.tokens == model.generate(PROMPTS[0], max_new_tokens=5).tokens
+def test_the_function_may_return_float64(model):
+    answer = model.generate(PROMPTS[0], max_new_tokens=5, logits_processor=lambda _, logits: logits.double())
+    assert answer.tokens == model.generate(PROMPTS[0], max_new_tokens=5).tokens
 
 
 # Rows and devices

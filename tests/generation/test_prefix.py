@@ -50,14 +50,14 @@ def test_prefixes_of_text_and_what_they_refuse():
     other = model.prefix("Once upon", plan=pop.PrunePlan.none())
     full = model.generate("Once upon a", max_new_tokens=9, plan=pop.PrunePlan.none())
     assert other.generate(" a", max_new_tokens=9).tokens == full.tokens != expected.tokens
-    with pytest.raises(pop.InputError, match="another plan"):
-        prefix.generate(" a", plan=pop.PrunePlan.none())
-    with pytest.raises(pop.InputError, match="prompt is empty"):
-        prefix.generate("")
-    with pytest.raises(pop.InputError, match="prefix is empty"):
-        model.prefix("")
-    with pytest.raises(pop.InputError, match="one prompt"):
-        prefix.stream(["a", "b"])
+    for call, named in (
+        (lambda: prefix.generate(" a", plan=pop.PrunePlan.none()), "another plan"),
+        (lambda: prefix.generate(""), "prompt is empty"),
+        (lambda: model.prefix(""), "prefix is empty"),
+        (lambda: prefix.stream(["a", "b"]), "one prompt"),
+    ):
+        with pytest.raises(pop.InputError, match=named):
+            call()
     with pytest.raises(pop.ContextOverflow, match=r"\b32 tokens .*\b9 earlier .*\b41 .*\b40\b"):
         prefix.generate("a" * 31)
     with pytest.raises(pop.ContextOverflow, match="prefix has 41"):

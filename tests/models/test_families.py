@@ -267,7 +267,6 @@ BLOCK = "model.visual.blocks.0.mlp.linear_fc1"
 MOE, GEMMA, QWEN = tiny_qwen3_moe_config(), tiny_gemma3_vl_config(), tiny_qwen3_vl_config()
 SHALLOW_GEMMA = tiny_gemma3_vl_config(windows=GEMMA.windows[:2])
 NARROW = dataclasses.replace(QWEN.vision, intermediate_size=12)
-TIED = {"tie_embeddings": True}
 
 
 def one_by_one(tensors):
@@ -294,14 +293,11 @@ def one_by_one(tensors):
                 f"{TOWER}post_layernorm.bias is [25], not [24]",
             ],
         ),
-        *(
-            (
-                dataclasses.replace(QWEN, **tied),
-                tensors_of(dataclasses.replace(QWEN, num_layers=4, vision=NARROW, **tied)),
-                {},
-                ["num_hidden_layers is 5", "4 layers", f"{BLOCK}.bias is [12], not [40]"],
-            )
-            for tied in ({}, TIED)
+        (
+            QWEN,
+            tensors_of(dataclasses.replace(QWEN, num_layers=4, vision=NARROW)),
+            {},
+            ["num_hidden_layers is 5", "4 layers", f"{BLOCK}.bias is [12], not [40]"],
         ),
         (
             MOE,
@@ -328,7 +324,7 @@ def one_by_one(tensors):
             [f"{EXPERTS}.down_proj", "model.layers.0.mlp.gate.weight", "is [6, 28, 30], not [7, 28, 30]"],
         ),
     ],
-    ids=["layers", "head", "tower", "qwen3-vl", "qwen3-vl-tied", "experts-one-by-one", "experts"],
+    ids=["layers", "head", "tower", "qwen3-vl", "experts-one-by-one", "experts"],
 )
 def test_wrong_weights_are_refused_by_name(tmp_path, config, stored, changes, named):
     """`changes` gives tensors of zeros by their shape; None removes a tensor."""

@@ -17,11 +17,11 @@ A, B = random_bytes(256, 264, 3, seed=1), random_bytes(400, 200, 3, seed=2)  # l
 FILM = random_bytes(5 * 24, 16, 3, seed=3).reshape(5, 24, 16, 3)
 
 
-def seeing_model() -> pop.Model:
+def seeing_model(chat_template: str = QWEN3_INSTRUCT) -> pop.Model:
     """Patches have 16 pixels a side, and four of them make a token: an image of 256 x 264 pixels has 8 x 8 tokens."""
     ids = {"image_id": IMAGE, "video_id": VIDEO, "start_id": START, "end_id": END}
     vision = dataclasses.replace(tiny_qwen3_vl_config().vision, patch_size=16)
-    config = tiny_qwen3_vl_config(vocab_size=926, max_positions=2048, vision=vision, **ids)
+    config = tiny_qwen3_vl_config(vocab_size=926, max_positions=4096, vision=vision, **ids)
     tokenizer = load_tokenizer(TOKENIZER)
-    tokenizer.chat_template = QWEN3_INSTRUCT
+    tokenizer.chat_template = chat_template
     return pop.Model(random_model(config, seed=1), config, tokenizer, plan=0.5, compile=False)
