@@ -1,4 +1,4 @@
-"""A tiny chat model, and adapters of it for lm-evaluation-harness."""
+"""Tiny chat models, with adapters for lm-evaluation-harness and contenders for tools/evaluate."""
 
 import pytest
 from support.tiny_chat import write_chat_checkpoint

@@ -15,12 +15,6 @@ from tools.bench import shapes
 from tools.bench.subject import parse_plan, random_module
 
 
-@pytest.fixture
-def model():
-    config = tiny_config()
-    return pop.Model(random_model(config), config, compile=False)
-
-
 @pytest.mark.parametrize("name", shapes.SHAPES)
 def test_known_shapes_have_the_registrys_parameters(name, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(shapes.SHAPES[name]))
@@ -91,7 +85,9 @@ def test_as_many_layers_as_fit(config):
         shapes.fitting_layers(config, 20, torch.float32, needed(1) / 0.9 - 1)
 
 
-def test_plans_of_the_command_line(model):
+def test_plans_of_the_command_line():
+    config = tiny_config()
+    model = pop.Model(random_model(config), config, compile=False)
     plan = parse_plan("corrected:0.5:3", model)
     assert (plan.layers, plan.full_depth_last, plan.full_depth_first) == ((3, 4), 3, 1)
     assert plan.corrections.weight.shape == (2, 2, 20, 15) and plan.corrections.update is None

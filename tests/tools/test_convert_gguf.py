@@ -178,59 +178,50 @@ def test_scaled_rope(tmp_path, keys, divided_by, expected):
 
 
 # ---- files that are refused
-
-
-def replaced(name, data, kind=Q.F32):
-    return lambda: make_tensors() | {name: (np.asarray(data, np.float32), kind)}
-
-
-def without(name):
-    return lambda: {key: value for key, value in make_tensors().items() if key != name}
-
-
-NAN_NORM = np.where(np.arange(WIDTH) == 3, np.nan, 1)
-F64_NORM = {"output_norm.weight": (np.zeros(64), Q.F64)}
-OTHER_DIVISORS = {"rope_freqs.weight": (llama3_divisors(8.0, 1, 8), Q.F32)}
-UNSUPPORTED = [
-    ({"llama.rope.scaling.type": "yarn"}, make_tensors, "yarn"),
-    ({"llama.expert_count": 8}, make_tensors, "expert_count"),
-    ({"llama.logit_scale": 2.0}, make_tensors, "llama.logit_scale"),  # a key that nothing reads
-    ({"split.count": 3}, make_tensors, "merge"),
-    ({"general.type": "adapter"}, make_tensors, "adapter"),
-    ({"llama.rope.dimension_count": 12}, make_tensors, "dimension_count"),
-    ({"llama.rope.freq_base": 0.0}, replaced("rope_freqs.weight", [8] * 12), "RoPE"),
-    ({}, lambda: make_tensors() | OTHER_DIVISORS, "rope_freqs.weight"),
-    ({"tokenizer.ggml.model": "bert"}, make_tensors, "bert"),
-    (bpe_keys("viking"), many_tokens, "viking"),
+NORM = "output_norm.weight"
+NAN_NORM = np.where(np.arange(WIDTH) == 3, np.nan, 1).astype(np.float32)
+MANY = many_tokens()
+UNSUPPORTED = [  # changed keys; changed tensors, None for one that lacks; what the error says
+    ({"llama.rope.scaling.type": "yarn"}, {}, "yarn"),
+    ({"llama.expert_count": 8}, {}, "expert_count"),
+    ({"llama.logit_scale": 2.0}, {}, "llama.logit_scale"),  # a key that nothing reads
+    ({"split.count": 3}, {}, "merge"),
+    ({"general.type": "adapter"}, {}, "adapter"),
+    ({"llama.rope.dimension_count": 12}, {}, "dimension_count"),
+    ({"llama.rope.freq_base": 0.0}, {"rope_freqs.weight": (np.full(12, 8, np.float32), Q.F32)}, "RoPE"),
+    ({}, {"rope_freqs.weight": (llama3_divisors(8.0, 1, 8), Q.F32)}, "rope_freqs.weight"),
+    ({"tokenizer.ggml.model": "bert"}, {}, "bert"),
+    (bpe_keys("viking"), MANY, "viking"),
 ]
 UNSOUND = [
-    ({"llama.attention.head_count_kv": 3}, make_tensors, "num_key_value_heads (3)"),
-    ({"llama.attention.head_count": 0}, make_tensors, "num_attention_heads"),
-    ({"llama.attention.head_count": [4, 2]}, make_tensors, "head_count"),
-    ({"llama.rope.freq_base": math.inf}, make_tensors, "freq_base"),
-    ({"llama.block_count": 2**32 - 1}, make_tensors, "4294967295"),
-    ({"llama.block_count": 3}, make_tensors, "blk.2.attn_q.weight"),
-    ({"llama.block_count": 1}, make_tensors, "blk.1.attn"),
-    ({"llama.feed_forward_length": 95}, make_tensors, "(96, 64)"),
-    ({}, without("blk.1.attn_k.weight"), "blk.1.attn_k.weight"),
-    ({}, without("token_embd.weight"), "vocab_size"),
-    ({}, replaced("blk.0.attn_sub_norm.weight", [1]), "attn_sub_norm"),
-    ({}, replaced("blk.0.attn_q.bias", [0] * 96), "blk.0.attn_k.bias"),  # half of the biases
-    ({}, replaced("output_norm.weight", NAN_NORM), "output_norm.weight"),
-    ({}, lambda: make_tensors() | F64_NORM, "F64"),
-    (bpe_keys(bos_id=None), make_tensors, "tokens must be at most 50"),
-    ({"tokenizer.ggml.bos_token_id": 262}, make_tensors, "262"),
-    (bpe_keys() | {"tokenizer.ggml.eos_token_id": 999}, many_tokens, "999"),
-    (bpe_keys() | {"tokenizer.ggml.token_type": [1]}, many_tokens, "token_type"),
-    (sentencepiece_keys() | {"tokenizer.ggml.token_type": [1] * 269}, many_tokens, "unk"),  # no unknown piece
+    ({"llama.attention.head_count_kv": 3}, {}, "num_key_value_heads (3)"),
+    ({"llama.attention.head_count": 0}, {}, "num_attention_heads"),
+    ({"llama.attention.head_count": [4, 2]}, {}, "head_count"),
+    ({"llama.rope.freq_base": math.inf}, {}, "freq_base"),
+    ({"llama.block_count": 2**32 - 1}, {}, "4294967295"),
+    ({"llama.block_count": 3}, {}, "blk.2.attn_q.weight"),
+    ({"llama.block_count": 1}, {}, "blk.1.attn"),
+    ({"llama.feed_forward_length": 95}, {}, "(96, 64)"),
+    ({}, {"blk.1.attn_k.weight": None}, "blk.1.attn_k.weight"),
+    ({}, {"token_embd.weight": None}, "vocab_size"),
+    ({}, {"blk.0.attn_sub_norm.weight": (np.ones(1, np.float32), Q.F32)}, "attn_sub_norm"),
+    ({}, {"blk.0.attn_q.bias": (np.zeros(96, np.float32), Q.F32)}, "blk.0.attn_k.bias"),  # half of the biases
+    ({}, {NORM: (NAN_NORM, Q.F32)}, NORM),
+    ({}, {NORM: (np.zeros(64), Q.F64)}, "F64"),
+    (bpe_keys(bos_id=None), {}, "tokens must be at most 50"),
+    ({"tokenizer.ggml.bos_token_id": 262}, {}, "262"),
+    (bpe_keys() | {"tokenizer.ggml.eos_token_id": 999}, MANY, "999"),
+    (bpe_keys() | {"tokenizer.ggml.token_type": [1]}, MANY, "token_type"),
+    (sentencepiece_keys() | {"tokenizer.ggml.token_type": [1] * 269}, MANY, "unk"),  # no unknown piece
 ]
 CASES = [(UnsupportedError, *case) for case in UNSUPPORTED] + [(CheckpointError, *case) for case in UNSOUND]
 
 
-@pytest.mark.parametrize(("error", "keys", "tensors", "words"), CASES, ids=lambda value: str(value)[:20])
-def test_refused_by_name(tmp_path, error, keys, tensors, words):
+@pytest.mark.parametrize(("error", "keys", "changed", "words"), CASES, ids=lambda value: str(value)[:20])
+def test_refused_by_name(tmp_path, error, keys, changed, words):
+    tensors = make_tensors() | changed
     with pytest.raises(error) as info:
-        converted(tmp_path, tensors(), keys)
+        converted(tmp_path, {name: tensor for name, tensor in tensors.items() if tensor is not None}, keys)
     assert words in str(info.value) and "m.gguf" in str(info.value) and "\n" not in str(info.value)
     assert [path.name for path in tmp_path.iterdir()] == ["m.gguf"]
 

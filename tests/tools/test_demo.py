@@ -104,20 +104,6 @@ def test_the_rows_are_the_paper_s_plan_and_those_of_the_package(folder, monkeypa
     assert demo.shipped_plans(model) == []
 
 
-class Slow:
-    """A model whose prefills take the given times, in turn."""
-
-    def __init__(self, monkeypatch, *seconds):
-        self.seconds, self.calls = iter(seconds), []
-        monkeypatch.setattr(pop.Model, "generate", lambda model, prompt, **options: self.generate(prompt, **options))
-        monkeypatch.setattr(demo.Judge, "losses", lambda judge, plan: Losses(0.0, 0.0, 1.0))
-
-    def generate(self, prompt, *, max_new_tokens, plan):
-        self.calls.append((len(prompt), max_new_tokens, bool(plan.layers)))
-        seconds = 1000.0 if len(prompt) == 64 else next(self.seconds)  # a warm-up may take any time
-        return pop.Generation("", [7], len(prompt), seconds, 0.0, "length")
-
-
 @pytest.mark.parametrize(
     ("runs", "seconds", "fastest", "counts"),
     [
@@ -128,14 +114,22 @@ class Slow:
     ],
 )
 def test_a_prefill_is_timed_until_two_times_are_close(runs, seconds, fastest, counts, folder, monkeypatch):
+    calls, left = [], list(seconds)
+
+    def generate(model, prompt, *, max_new_tokens, plan):
+        calls.append((len(prompt), max_new_tokens))
+        taken = 1000.0 if len(prompt) == 64 else left.pop(0)  # a warm-up may take any time
+        return pop.Generation("", [7], len(prompt), taken, 0.0, "length")
+
+    monkeypatch.setattr(pop.Model, "generate", generate)
+    monkeypatch.setattr(demo.Judge, "losses", lambda judge, plan: Losses(0.0, 0.0, 1.0))
     model = pop.load(folder, prune=0.6)
-    slow = Slow(monkeypatch, *seconds)
     rows = list(demo.compare(model, [5] * 70, [pop.PrunePlan(), model.plan], "text", max_new_tokens=4, runs=runs))
     assert tuple(row["ttft_s"] for row in rows) == fastest
     assert tuple(row["runs"] for row in rows) == counts
     assert rows[1]["speedup"] == fastest[0] / fastest[1]
-    assert next(slow.seconds, None) is None
-    assert slow.calls[:2] == [(64, 2, False), (70, 4, False)]
+    assert left == []
+    assert calls[:2] == [(64, 2), (70, 4)]
 
 
 def test_the_report_is_readable(arguments, monkeypatch, capsys):
