@@ -67,17 +67,6 @@ def test_conversations_of_the_real_smollm2(smollm2):
     assert_golden(chat_format(load_tokenizer(smollm2)), GOLDENS / "smollm2-135m.json")
 
 
-def test_llama_3_without_the_dates():
-    """Templates older than 3.1 write only the messages."""
-    template = (
-        "<|begin_of_text|>{% for m in messages %}<|start_header_id|>{{ m.role }}<|end_header_id|>\n\n"
-        "{{ m.content | trim }}<|eot_id|>{% endfor %}"
-    )
-    form = chat_format(TOKENIZERS["llama-3.1"], choice=template)
-    opening = "<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\nHi<|eot_id|>"
-    assert written(form, [{"role": "user", "content": " Hi "}], add_generation_prompt=False) == opening
-
-
 def test_llama_3_2_has_todays_date():
     template = TEMPLATES["llama-3.1"].replace("26 Jul 2024", "' + strftime_now('%d %b %Y') + '")
     text = written(chat_format(TOKENIZERS["llama-3.1"], choice=template), [{"role": "user", "content": "Hi"}])
@@ -85,11 +74,6 @@ def test_llama_3_2_has_todays_date():
     days = [f"{day:%d %b %Y}" for day in (today, today - datetime.timedelta(1))]  # midnight may have passed
     assert any(f"Today Date: {day}\n" in text for day in days)
     assert "Today Date: 26 Jul 2024\n" in written(FORMATS["llama-3.1"], [{"role": "user", "content": "Hi"}])
-
-
-def test_chatml_without_a_default_system_message():
-    found = written(chat_format(TOKENIZERS["smollm2"], choice="chatml"), [{"role": "user", "content": " Hi "}])
-    assert found == "<|im_start|>user\n Hi <|im_end|>\n<|im_start|>assistant\n"
 
 
 def test_end_ids():
@@ -135,13 +119,6 @@ def test_text_in_parts(family):
     parts = [{"type": "text", "text": "Hello, "}, {"type": "text", "text": "world"}]
     whole = [{"role": "user", "content": "Hello, world"}]
     assert FORMATS[family].encode([{"role": "user", "content": parts}]) == FORMATS[family].encode(whole)
-
-
-@pytest.mark.parametrize("kind", ["image", "video"])
-def test_images_and_videos_are_not_for_text_models(kind):
-    content = [{"type": "text", "text": "What is this?"}, {"type": kind, kind: "a.png"}]
-    with pytest.raises(UnsupportedError, match=f"message 0 .*{kind}.* takes text only"):
-        FORMATS["llama-3.1"].encode([{"role": "user", "content": content}])
 
 
 USER = {"role": "user", "content": "x"}

@@ -4,7 +4,6 @@ The judge is jinja2, which renders the template with the texts as they are.
 """
 
 import json
-import re
 import sys
 from typing import ClassVar
 
@@ -110,14 +109,6 @@ def test_no_text_becomes_a_control_token(tmp_path_factory, name, data):
     assert tokenizer.decode(ids, special=True) == rendered(OTHERS[name], messages)
 
 
-def test_tokens_of_the_template_that_are_not_special_are_reserved(tmp_path):
-    tokenizer = tokenizer_with(OTHERS["deepseek"], tmp_path)
-    form = chat_format(tokenizer)
-    user = tokenizer.encode("<｜User｜>", bos=False)
-    assert len(user) == 1  # ordinary text spells it
-    assert form.encode([{"role": "user", "content": "a<｜User｜>b"}]).count(user[0]) == 1
-
-
 def test_the_ends_of_a_turn_are_those_that_the_template_writes(tmp_path):
     for name, ends in {"hermes": ["<|im_end|>", "</s>"], "tulu": ["</s>"], "dates": ["<|eot_id|>", "</s>"]}.items():
         form = chat_format(tokenizer_with(OTHERS[name], tmp_path))
@@ -191,6 +182,13 @@ FORMS = {
     "{{ m.content }}{{ m.content }}": "s></",
     "{{ m.content.split(',') | join }}": "<,/s,>",
 }
+QUESTIONS = [
+    "{% if m.content %}{{ m.content | length }}{% endif %}{{ m.content.find('n') }}",
+    "{% if '</s>' in m.content and m.content == 'a tale</s>of <|im_end|> ' %}!{% endif %}",
+    "{{ m.content.split('/')[0] }}{{ m.content[1:] }}{{ m.content.partition('/')[2] | trim }}",
+    "{{ m.content if m.content is string }}{{ m.content | lower }}",
+]
+MACROS = "{% macro of(text) %}{{ text }}{% endmacro %}{% macro own(text) %}{{ text }}</s>{% endmacro %}"
 BROKEN = [
     "{% for",
     "{{ x.y.z }}",
@@ -208,14 +206,25 @@ BROKEN = [
 ]
 
 
-@pytest.mark.parametrize("body", CHANGES)
-def test_a_template_may_change_texts(tmp_path, body):
+@pytest.mark.parametrize("body", [*CHANGES, *QUESTIONS])
+@pytest.mark.parametrize("text", ["a tale</s>of <|im_end|> ", "a<|IM_END|></S>"])
+def test_a_template_may_change_texts_and_ask_about_them(tmp_path, body, text):
     """It writes what it does with the texts as they are, and never a control token of theirs."""
     template = PLAIN_CHATML.replace("{{ m.content }}", body)
     form = chat_format(tokenizer_with(template, tmp_path))
-    messages = [{"role": "user", "content": "a tale</s>of <|im_end|> "}]
+    messages = [{"role": "user", "content": text}]
     assert written(form, messages) == rendered(template, messages)
     assert control_tokens(form, messages) == control_tokens(form, [ASKED])
+
+
+def test_a_macros_own_control_tokens_remain(tmp_path):
+    template = MACROS + PLAIN_CHATML.replace(
+        "{{ m.content }}", "{{ of(m.content).split('~')[-1] }}{{ own(m.content) }}"
+    )
+    form = chat_format(tokenizer_with(template, tmp_path))
+    messages = [{"role": "user", "content": "a~b</s>"}]
+    assert written(form, messages) == rendered(template, messages)
+    assert control_tokens(form, messages).count(form.tokenizer.special_tokens["</s>"]) == 1
 
 
 @pytest.mark.parametrize("body", FORMS)
@@ -237,13 +246,6 @@ def test_names_of_tools_in_brackets_form_no_control_token(tmp_path):
             form.encode([ASKED], tools=[tool])
 
 
-def test_names_of_control_tokens_are_hidden_in_any_case(tmp_path):
-    form = chat_format(tokenizer_with(PLAIN_CHATML.replace("{{ m.content }}", "{{ m.content | lower }}"), tmp_path))
-    messages = [{"role": "user", "content": "a<|IM_END|></S>"}]
-    assert "a<|im_end|></s><|im_end|>" in written(form, messages)
-    assert control_tokens(form, messages) == control_tokens(form, [ASKED])
-
-
 def test_stand_ins_are_characters_that_no_text_has(tmp_path):
     form = chat_format(tokenizer_with(PLAIN_CHATML, tmp_path))
     first, second = map(chr, PRIVATE_USE[:2])
@@ -258,18 +260,6 @@ def test_a_broken_or_hostile_template_gives_an_error_of_this_library(tmp_path, b
     tokenizer = tokenizer_with(PLAIN_CHATML.replace("{{ m.content }}", body), tmp_path)
     with pytest.raises(PopError, match="chat_template"):
         chat_format(tokenizer).encode([ASKED])
-
-
-def test_questions_about_a_text_are_answered(tmp_path):
-    body = (
-        "{% if m.content %}{{ m.content | length }}{% endif %}{% if '/no' in m.content and m.content == 'a/no ' %}!"
-        "{% endif %}{{ m.content.split('/')[0] }}{{ m.content[1:] }}{{ m.content | upper }}{{ m.content.find('n') }}"
-        "{{ m.content if m.content is string }}{{ m.content.partition('/')[2] | trim }}{{ m.content | tojson }}"
-    )
-    template = PLAIN_CHATML.replace("{{ m.content }}", body)
-    messages = [{"role": "user", "content": "a/no "}]
-    found = written(chat_format(tokenizer_with(template, tmp_path)), messages)
-    assert found == '<|im_start|>user\n5!a/no A/NO 2a/no no"a/no "<|im_end|>\n<|im_start|>assistant\n'
 
 
 def test_a_template_may_refuse_a_conversation(tmp_path):
@@ -312,24 +302,6 @@ def test_images_are_refused_where_the_template_leaves_them_out(tmp_path):
     for template in (SEEING.replace("'<s></s>' if", "'' if"), SEEING.replace("'<s></s>' if", "'<s></s><s></s>' if")):
         with pytest.raises(InputError, match="chat_template has <s></s> [04] times"):
             chat_format(tokenizer_with(template, tmp_path), Sees()).encode(SHOWN)
-
-
-def test_questions_about_what_a_macro_writes_of_a_text_are_answered(tmp_path):
-    """Its own control tokens remain control tokens."""
-    template = (
-        "{% macro of(text) %}{{ text }}{% endmacro %}{% macro own(text) %}{{ text }}</s>{% endmacro %}"
-        + PLAIN_CHATML.replace("{{ m.content }}", "{{ of(m.content).split('~')[-1] }}{{ own(m.content) }}")
-    )
-    tokenizer = tokenizer_with(template, tmp_path)
-    ids = chat_format(tokenizer).encode([{"role": "user", "content": "a~b</s>"}])
-    assert tokenizer.decode(ids, special=True).startswith("<|im_start|>user\nb</s>a~b</s></s><|im_end|>")
-    assert ids.count(tokenizer.special_tokens["</s>"]) == 1
-
-
-def test_the_date_is_todays(tmp_path):
-    template = "{{ strftime_now('%Y') }}" + PLAIN_CHATML
-    text = written(chat_format(tokenizer_with(template, tmp_path)), [ASKED])
-    assert re.match(r"20\d\d<", text)
 
 
 # ---- a format of the caller ----

@@ -42,8 +42,9 @@ def test_arrays_and_tensors_are_taken_as_they_are():
     expected = channels_first(picture)
     last = torch.from_numpy(picture)
     arrays = [picture, picture[::-1][::-1], np.asfortranarray(picture), np.asarray(Image.fromarray(picture))]
-    for given in (*arrays, last, last.permute(2, 0, 1), last.permute(2, 0, 1).contiguous(), last.flip(0).flip(0)):
-        loaded = load_image(given)
+    tensors = [last, last.permute(2, 0, 1), last.permute(2, 0, 1).contiguous(), last.flip(0).flip(0)]
+    for form in (*arrays, *tensors):
+        loaded = load_image(form)
         assert loaded.dtype == torch.uint8 and torch.equal(loaded, expected)
     loaded = [load_image(picture), load_image(last)]
     picture[:] = 0
@@ -277,13 +278,13 @@ def test_bombs_are_refused_by_their_header(tmp_path, monkeypatch, width, height)
 def test_the_largest_that_is_read(monkeypatch):
     monkeypatch.setattr(images, "MAX_PIXELS", 60)
     monkeypatch.setattr(images, "MAX_SIDE", 20)
-    for height, width in ((6, 10), (3, 20), (20, 1), (61, 1), (7, 9), (1, 21)):
+    for height, width in ((6, 10), (2, 20), (20, 1), (61, 1), (7, 9), (1, 21)):
         array = random_bytes(height, width, 3, 0)
-        for given in (array, torch.from_numpy(array), Image.new("L", (width, height))):
+        for form in (array, torch.from_numpy(array), Image.new("L", (width, height))):
             if height * width <= 60 and max(height, width) <= 20:
-                assert load_image(given).shape == (3, height, width)
+                assert load_image(form).shape == (3, height, width)
             else:
-                refused(given, "1 to 60 pixels and at most 20 a side")
+                refused(form, "1 to 60 pixels and at most 20 a side")
 
 
 def test_files_of_many_bytes_are_refused_unread(tmp_path, monkeypatch):

@@ -182,7 +182,8 @@ def test_conversations_take_images_in_any_form(model, tmp_path):
     content = (tmp_path / "a.png").read_bytes()
     url = f"data:image/png;base64,{base64.b64encode(content).decode()}"
     answers = set()
-    for form in (tmp_path / "a.png", A, content, io.BytesIO(content), url, torch.from_numpy(A), pop.Image(content)):
+    files = [tmp_path / "a.png", str(tmp_path / "a.png"), content, io.BytesIO(content), url, pop.Image(content)]
+    for form in (*files, A, torch.from_numpy(A), Image.fromarray(A)):
         chat = model.start_chat()
         chat.send("What?", images=[form], max_new_tokens=2)
         answers.add(tuple(chat.send("And?", max_new_tokens=2).tokens))
