@@ -121,78 +121,78 @@ def test_gpt2s_older_file(tmp_path):
 # ---- files ----
 
 
-def changed(family: str, *path, to) -> dict:
-    """The family's tokenizer.json with the value at `path` replaced."""
-    spec = spec_of(family)
+def changed(spec: dict, path: str, value) -> dict:
+    """The tokenizer.json with the value at `path` replaced."""
+    *parents, key = [int(key) if key.isdigit() else key for key in path.split("/")]
     part = spec
-    for key in path[:-1]:
-        part = part[key]
-    part[path[-1]] = to
+    for parent in parents:
+        part = part[parent]
+    part[key] = value
     return spec
 
 
-HE = spec_of("smollm2")["model"]["vocab"]["he"]
+HE = spec_of("smollm2")["added_tokens"][0] | {"content": "he", "id": spec_of("smollm2")["model"]["vocab"]["he"]}
 BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True}
+SPLIT = "pre_tokenizer/pretokenizers/0"
+# What the error names, where the file is changed, and the value there.
 REFUSED = {
-    "byte_fallback": changed("qwen3", "model", "byte_fallback", to=True),
-    "dropout": changed("qwen3", "model", "dropout", to=0.1),
-    "continuing_subword_prefix": changed("qwen3", "model", "continuing_subword_prefix", to="##"),
-    "some_new_thing": changed("qwen3", "some_new_thing", to={"a": 1}),
-    "WordPiece": changed("qwen3", "model", "type", to="WordPiece"),
-    "NFKC": changed("qwen3", "normalizer", to={"type": "NFKC"}),
-    "Metaspace": changed("qwen3", "decoder", to={"type": "Metaspace"}),
-    "Whitespace": changed("qwen3", "pre_tokenizer", to={"type": "Whitespace"}),
-    "add_prefix_space": changed("smollm2", "pre_tokenizer", to=BYTE_LEVEL),
-    "individual_digits': False": changed("smollm2", "pre_tokenizer", "pretokenizers", 0, "individual_digits", to=False),
-    "Removed": changed("qwen3", "pre_tokenizer", "pretokenizers", 0, "behavior", to="Removed"),
-    r"\\w\+": changed("qwen3", "pre_tokenizer", "pretokenizers", 0, "pattern", to={"Regex": r"\w+"}),
-    "lstrip": changed("qwen3", "added_tokens", 0, "lstrip", to=True),
-    "single_word": changed("qwen3", "added_tokens", 0, "single_word", to=True),
-    "BertProcessing": changed("qwen3", "post_processor", to={"type": "BertProcessing"}),
-    "post_processor": changed(
-        "llama-3.1", "post_processor", "processors", 1, "single", to=[{"Sequence": {"id": "A"}}] * 2
-    ),
-    "two ids": changed("smollm2", "added_tokens", 0, "id", to=7777),
-    "no text": changed("qwen3", "added_tokens", 0, "content", to=""),
-    "an id appears twice": changed("qwen3", "model", "vocab", "!", to=1),
-    "not a non-negative integer": changed("qwen3", "model", "vocab", "!", to=-1),
-    "'ab' and 'c'": changed("qwen3", "model", "merges", 0, to="ab c"),
-    "special token 'he'": changed(
-        "smollm2", "added_tokens", 0, to=spec_of("smollm2")["added_tokens"][0] | {"content": "he", "id": HE}
-    ),
+    "qwen3": [
+        ("byte_fallback", "model/byte_fallback", True),
+        ("dropout", "model/dropout", 0.1),
+        ("continuing_subword_prefix", "model/continuing_subword_prefix", "##"),
+        ("some_new_thing", "some_new_thing", {"a": 1}),
+        ("WordPiece", "model/type", "WordPiece"),
+        ("NFKC", "normalizer", {"type": "NFKC"}),
+        ("Metaspace", "decoder", {"type": "Metaspace"}),
+        ("Whitespace", "pre_tokenizer", {"type": "Whitespace"}),
+        ("Removed", f"{SPLIT}/behavior", "Removed"),
+        (r"\\w\+", f"{SPLIT}/pattern", {"Regex": r"\w+"}),
+        ("lstrip", "added_tokens/0/lstrip", True),
+        ("single_word", "added_tokens/0/single_word", True),
+        ("BertProcessing", "post_processor", {"type": "BertProcessing"}),
+        ("no text", "added_tokens/0/content", ""),
+        ("an id appears twice", "model/vocab/!", 1),
+        ("not a non-negative integer", "model/vocab/!", -1),
+        ("'ab' and 'c'", "model/merges/0", "ab c"),
+    ],
+    "smollm2": [
+        ("add_prefix_space", "pre_tokenizer", BYTE_LEVEL),
+        ("individual_digits': False", f"{SPLIT}/individual_digits", False),
+        ("two ids", "added_tokens/0/id", 7777),
+        ("special token 'he'", "added_tokens/0", HE),
+    ],
+    "llama-3.1": [("post_processor", "post_processor/processors/1/single", [{"Sequence": {"id": "A"}}] * 2)],
 }
 
 
-@pytest.mark.parametrize("name", REFUSED)
-def test_unsupported_features_are_refused_by_name(tmp_path, name):
-    with pytest.raises(TokenizerError, match=name):
-        load(REFUSED[name], tmp_path)
+@pytest.mark.parametrize(
+    ("family", "named", "path", "value"), [(family, *case) for family, cases in REFUSED.items() for case in cases]
+)
+def test_unsupported_features_are_refused_by_name(tmp_path, family, named, path, value):
+    with pytest.raises(TokenizerError, match=named):
+        load(changed(spec_of(family), path, value), tmp_path)
 
 
-BROKEN_JSON = [
-    "",
-    "{",
-    "null",
-    "[]",
-    "7",
-    "{}",
-    '{"model": 1}',
-    '"model"',
-    "[" * 100_000,
-    '{"model": {"type": []}}',
-]
-BROKEN_MODEL = [b"", b"\n", b"\n\x05abc", b"IQ== 0\n", b"\xff\xfe 1"]
+BROKEN = {
+    "tokenizer.json": [
+        "",
+        "{",
+        "null",
+        "[]",
+        "7",
+        "{}",
+        '{"model": 1}',
+        '"model"',
+        "[" * 100_000,
+        '{"model": {"type": []}}',
+    ],
+    "tokenizer.model": ["", "\n", "\n\x05abc", "IQ== 0\n", "\xff\xfe 1"],
+}
 
 
-@pytest.mark.parametrize("content", BROKEN_JSON)
-def test_broken_tokenizer_json(tmp_path, content):
-    with pytest.raises(TokenizerError, match=re.escape(str(tmp_path))):
-        load(content, tmp_path)
-
-
-@pytest.mark.parametrize("content", BROKEN_MODEL)
-def test_broken_tokenizer_model(tmp_path, content):
-    (tmp_path / "tokenizer.model").write_bytes(content)
+@pytest.mark.parametrize(("name", "content"), [(name, text) for name, texts in BROKEN.items() for text in texts])
+def test_broken_files(tmp_path, name, content):
+    (tmp_path / name).write_bytes(content.encode("latin-1"))
     with pytest.raises(TokenizerError, match=re.escape(str(tmp_path))):
         load_tokenizer(tmp_path)
 

@@ -183,8 +183,8 @@ FORMS = {
     "{{ m.content.split(',') | join }}": "<,/s,>",
 }
 QUESTIONS = [
-    "{% if m.content %}{{ m.content | length }}{% endif %}{{ m.content.find('n') }}",
-    "{% if '</s>' in m.content and m.content == 'a tale</s>of <|im_end|> ' %}!{% endif %}",
+    "{% if m.content %}{{ m.content | length }}{% endif %}{{ m.content.find('n') }}{{ m.content }}",
+    "{% if '/no' in m.content and m.content == 'a/no ' %}!{% endif %}{{ m.content }}",
     "{{ m.content.split('/')[0] }}{{ m.content[1:] }}{{ m.content.partition('/')[2] | trim }}",
     "{{ m.content if m.content is string }}{{ m.content | lower }}",
 ]
@@ -207,7 +207,7 @@ BROKEN = [
 
 
 @pytest.mark.parametrize("body", [*CHANGES, *QUESTIONS])
-@pytest.mark.parametrize("text", ["a tale</s>of <|im_end|> ", "a<|IM_END|></S>"])
+@pytest.mark.parametrize("text", ["a tale</s>of <|im_end|> ", "a<|IM_END|></S>", "a/no "])
 def test_a_template_may_change_texts_and_ask_about_them(tmp_path, body, text):
     """It writes what it does with the texts as they are, and never a control token of theirs."""
     template = PLAIN_CHATML.replace("{{ m.content }}", body)
