@@ -182,7 +182,7 @@ def _choose(fit: Fit, judge: Judge, may_be_plain: bool, step: Callable[[int], ob
 
     best = fit.calibrated(RIDGES[MIDDLE])
     least = loss(best)
-    directions = (RIDGES[:MIDDLE][::-1], RIDGES[MIDDLE + 1 :]) if fit.depends_on_ridge else ()
+    directions = (RIDGES[:MIDDLE][::-1], RIDGES[MIDDLE + 1 :]) if fit.last_group_is_open else ()
     for ridges in directions:
         start = best
         for ridge in ridges:

@@ -3,16 +3,16 @@
 A pruned layer projects K and V from h, the state that enters its group of pruned layers. Its weights were trained on a
 later state. Much of the resulting error is linear in h. For token t, let
 
-    x_t    be the states of this token and the one before it, normalised without a weight: 2 * D numbers
+    s_t    be [x_t ; x_{t-1}], the states of this token and the one before it, normalised without a weight
     r_t    be what the full model computes as K and V, minus the layer's own projections of h
 
 If kept layers follow the group, r_t also holds the full model's h after the group, minus the h that entered it. With
-rows x_t in X and r_t in Y, ridge regression toward no correction is
+rows s_t in X and r_t in Y, of N tokens, ridge regression toward no correction is
 
-    min over C:   sum over t  |r_t - C x_t|^2  +  lambda n |C|^2            C = Y' X (X' X + lambda n I)^-1
+    min over C:   sum over t  |r_t - C s_t|^2  +  lambda N |C|^2            C = Y' X (X' X + lambda N I)^-1
 
-All layers of a group share a code of R numbers, so C is replaced by the U V of rank R that changes C x least on the
-text. README.md in this folder derives it.
+All layers of a group share a code of R numbers, so C is replaced by the product U V (`weight` and
+`shared`) of rank R that changes C s least on the text. README.md in this folder derives it.
 """
 
 import dataclasses
@@ -46,7 +46,7 @@ class Sums:
     """
 
     def __init__(self, inputs: int, targets: int, device: torch.device):
-        self.count = 0  # n, the number of tokens
+        self.count = 0  # N, the number of tokens
         self.xx = torch.zeros(inputs, inputs, dtype=torch.float64, device=device)  # X' X
         self.xy = torch.zeros(
             inputs, targets, dtype=torch.float64, device=device
@@ -95,27 +95,30 @@ class Fit:
         self.sums = Sums(2 * config.hidden_size, targets, self.model.device)
 
     def finish(self, ridge: float) -> None:
-        """End the sums of a group. If later groups depend on it, it is solved now, for lambda = ridge."""
+        """End the sums of a group. If kept layers follow the group, solve it now, for lambda = ridge.
+
+        Otherwise `calibrated` solves it, so that lambda can still be chosen.
+        """
         if self.has_update:
             self.solved.append(self._solve(ridge))
             self.sums = None
 
     @property
-    def depends_on_ridge(self) -> bool:
-        """Whether a group is left for which lambda can be chosen."""
+    def last_group_is_open(self) -> bool:
+        """Whether the last group is unsolved, so that lambda can be chosen. No kept layer follows it."""
         return len(self.solved) < len(self.groups)
 
     def calibrated(self, ridge: float) -> PrunePlan:
         """The plan with its corrections, for lambda = ridge in the group that is left."""
         solutions = list(self.solved)
-        if self.depends_on_ridge:
+        if self.last_group_is_open:
             solutions.append(self._solve(ridge))
         return dataclasses.replace(self.plan, corrections=self._corrections(solutions))
 
     def enter(self, run: Pass, h: Tensor) -> Tensor:
         """The h [B, T, D] that enters the group, from the h that enters the first pruned layer.
 
-        The first tokens run at full depth. The others run by the groups that are solved.
+        The first full_depth_first tokens run at full depth. The others skip the solved groups, with their corrections.
         """
         if not self.solved:
             return h
@@ -127,22 +130,23 @@ class Fit:
     def _solve(self, ridge: float) -> Solution:
         """Solve the normal equations, and reduce the solution to the rank.
 
-        With L L' = X' X / n + lambda I, the change of C x is |C L|^2. So the best approximation keeps the largest
-        singular directions E of C L = (L^-1 X' Y / n)', by U = C L E and V = E' L^-1. V x has a mean square of about 1.
+        Let F be the Cholesky factor, F F' = X' X / N + lambda I. A change of C by D changes C s by |D F|^2 on average.
+        So the best approximation keeps the largest singular directions Q of C F = (F^-1 X' Y / N)', by U = C F Q and
+        V = Q' F^-1. Then V s has a mean square of about 1.
         """
         sums = self.sums
         for values in (sums.xx, sums.xy):
             check_finite(values, "hidden states of the texts")
         identity = torch.eye(len(sums.xx), dtype=sums.xx.dtype, device=sums.xx.device)
         factor = torch.linalg.cholesky(sums.xx / sums.count + ridge * identity)  # L
-        scaled = torch.linalg.solve_triangular(factor, sums.xy, upper=False).T / sums.count  # C L [M, 2 * D]
+        scaled = torch.linalg.solve_triangular(factor, sums.xy, upper=False).T / sums.count  # C F [M, 2 * D]
         num_updates = self.model.config.hidden_size if self.has_update else 0
         keys_values, update = scaled.split([len(scaled) - num_updates, num_updates])
         keys_values = keys_values.unflatten(0, (len(self.group), 2, -1))  # [n, 2, K * E, 2 * D]
         if self.model.part is not None:  # each process has fitted those of its heads
             keys_values = self.model.part.gather_heads(keys_values)
         scaled = torch.cat((keys_values.flatten(0, 2), update))
-        basis = torch.linalg.eigh(scaled.T @ scaled).eigenvectors[:, -self.rank :]  # E, of the largest eigenvalues
+        basis = torch.linalg.eigh(scaled.T @ scaled).eigenvectors[:, -self.rank :]  # Q, of the largest eigenvalues
         shared = torch.linalg.solve_triangular(factor, basis.T, upper=False, left=False)
         return Solution(keys_values @ basis, shared, update @ basis if self.has_update else None)
 
@@ -163,7 +167,7 @@ class Fit:
 
 
 class _Stream:
-    """A batch of windows on its way into the group that a fit is at.
+    """A batch of windows: the h that enters the group that is being fitted, and its part of the sums.
 
     Sums are float64. If the pass computes in 16 bits, the sums of one batch are float32, in which products of 16-bit
     numbers are exact.
@@ -216,6 +220,6 @@ def accumulate(model, windows: list[Window], fit: Fit, module=None) -> None:
         if index < fit.depth:
             h = run.layer(index, h)
     if fit.has_update:
-        # DeepStack may have added features to h, which are no part of what the layers add.
-        passed = images.add_deepstack(stream.h, index)
+        # The full model's h may have features of images from DeepStack. Add them here as well, so that they cancel.
+        passed = images.add_deepstack(stream.h, fit.group[-1])
         stream.add(len(fit.group) * full.shape[-1], h - passed)

@@ -29,7 +29,7 @@ class KVCache:
         row. The codes of calibrated plans read it at the next token.
     rope_offsets: Each row's next rotary position minus its length, [B] int64 on the CPU. Not zero after images.
     step: The decode step that was captured for this cache's tensors, if any.
-    intact: False if a prefill has failed midway and has overwritten tokens in a ring.
+    intact: False while a prefill of several chunks may overwrite slots of a ring, and after one that has failed.
 
     Of `config` it reads num_layers, windows, hidden_size, num_kv_heads and head_dim. Raises CacheMemoryError if the
     device lacks the memory.

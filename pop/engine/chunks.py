@@ -1,8 +1,8 @@
 """Which tokens a chunk has, which of them run at full depth, and what each attends.
 
-All indices are computed on the CPU, and copied to the device without waiting for it. Those of full-depth rows that are
-selected (selection.py) are computed on the device. Shape letters: pop/models/layers.py; C is the number of columns of a
-chunk, and W that of its full-depth rows.
+All indices are computed on the CPU, and copied to the device without waiting for it. Those of selected tokens
+(selection.py) are computed on the device. Shape letters: pop/models/layers.py; C is the number of columns of a chunk,
+and W that of its full-depth tokens.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Selection(NamedTuple):
 
 
 class Tokens(NamedTuple):
-    """Tokens [B, C] of a batch: those of a chunk, or its full-depth rows. All tensors are on one device."""
+    """Tokens [B, C] of a batch: those of a chunk, or its full-depth tokens. All tensors are on one device."""
 
     positions: Tensor  # [B, C] int64, in the sequence
     valid: Tensor  # [B, C] bool, false for padding
@@ -63,14 +63,14 @@ class Chunk(NamedTuple):
     plan: PrunePlan  # without layers if no token of the chunk is pruned
     images: TextOnly  # what images bring to these tokens
     attention: dict[int | None, AttentionMetadata]  # how all tokens attend, by the layers' window
-    rows_attention: dict[int | None, AttentionMetadata]  # how the full-depth rows attend
+    full_attention: dict[int | None, AttentionMetadata]  # how the full-depth tokens attend
     needed_from: int  # see `first_needed`
     ids: Tensor  # [B, C]
     index: Tensor  # [B, C], where the tokens are in their prompts; T for padding
-    rows: Tensor  # [B, W], the columns of the full-depth rows; a batch row with fewer has invalid ones as well
-    rows_valid: Tensor  # [B, W] bool
+    full_columns: Tensor  # [B, W], the columns of the full-depth tokens; a row with fewer has invalid ones as well
+    full_valid: Tensor  # [B, W] bool
     last: Tensor  # [B], the column of each row's last token
-    last_row: Tensor  # [B], the number of that token among the full-depth rows, or -1
+    last_full: Tensor  # [B], the number of that token among the full-depth tokens, or -1
     has_tokens: Tensor  # [B], false for a row that ended in an earlier chunk
 
     @classmethod
@@ -108,27 +108,27 @@ class Chunk(NamedTuple):
             plan = PrunePlan.none()  # nothing is left to prune
         W = int(counts.max()) if plan.layers else 0
         columns = (~is_full).to(torch.uint8).argsort(dim=1, stable=True)[:, :W]  # full-depth tokens first, in order
-        rows = tokens.take(columns, is_full.gather(1, columns))
-        last_row = (counts - 1).where(last_is_full & bool(W), -1)
+        full = tokens.take(columns, is_full.gather(1, columns))
+        last_full = (counts - 1).where(last_is_full & bool(W), -1)
 
         ends = cache.lengths + bounds[1]
-        rows_attention = attention_metadata(module, cache, rows, ends) if W else {}
+        full_attention = attention_metadata(module, cache, full, ends) if W else {}
         ids, at = to_device([prompts.tokens, in_prompt], device)
-        small = [index.where(tokens.valid, prompts.full_depth.shape[1]), columns, rows.valid]
-        small += [last.clamp(min=0), last_row, last >= 0]
-        index, columns, rows_valid, last, last_row, has_tokens = to_device(small, device)
+        small = [index.where(tokens.valid, prompts.full_depth.shape[1]), columns, full.valid]
+        small += [last.clamp(min=0), last_full, last >= 0]
+        index, columns, full_valid, last, last_full, has_tokens = to_device(small, device)
         return cls(
             plan=plan,
             images=prompts.images.select(begin + torch.arange(C), tokens.valid),
             attention=attention_metadata(module, cache, tokens, ends, Consecutive.of(tokens)),
-            rows_attention=rows_attention,
+            full_attention=full_attention,
             needed_from=0 if selection is not None else _needed_from(cache, prompts, bounds, tokens, plan),
             ids=ids.gather(1, at),
             index=index,
-            rows=columns,
-            rows_valid=rows_valid,
+            full_columns=columns,
+            full_valid=full_valid,
             last=last,
-            last_row=last_row,
+            last_full=last_full,
             has_tokens=has_tokens,
         )
 
@@ -148,7 +148,7 @@ class Chunk(NamedTuple):
         out = _column(h, self.last)
         if f is None:
             return out
-        return _column(f, self.last_row.clamp(min=0)).where(self.last_row[:, None] >= 0, out)
+        return _column(f, self.last_full.clamp(min=0)).where(self.last_full[:, None] >= 0, out)
 
 
 def _column(h: Tensor, index: Tensor) -> Tensor:

@@ -1,10 +1,10 @@
-"""The stages through torch.compile: each is compiled once, for all layers of a model.
+"""The stages through torch.compile: one compiled graph serves all layers of a kind (changes.py).
 
 A decoder has many layers of one kind, so the layer is compiled, not the model. Its weights and its slice of the cache
 are arguments, and sizes are symbols. torch compiles a size of 1 as a special case, so each stage has a few graphs:
 
     one batch row, or several
-    one token, or several                 of a chunk, or of its full-depth rows, at full depth
+    one token, or several                 of a chunk, or of its full-depth tokens
     one image, or several of one size     in a vision tower
 
 They serve every length of prompts, batches and caches, every size of images, and every set of pruned layers. A warm-up
@@ -114,9 +114,10 @@ class Compiled:
             number = len(self._kinds.numbers)
             if number > MOST_KINDS:
                 raise UnsupportedError(f"its layers have been of {number} kinds")
-            # Otherwise each call would make tensors of floats, and x * y + z would be two operations.
-            flag = "cpp.enable_floating_point_contract_flag"  # a bool in older versions of torch
+            # "fast" lets the C++ compiler fuse x * y + z. In older versions of torch the flag is a bool, here True.
+            flag = "cpp.enable_floating_point_contract_flag"
             fused = {flag: type(getattr(torch._inductor.config, flag))("fast")}
+            # Floats become constants. Otherwise each call would make tensors of them.
             with torch._dynamo.config.patch(specialize_float=True), torch._inductor.config.patch(fused):
                 self._run(several, plan)
         except Exception as error:  # no compiler, no headers, no Triton ...: each has its own exception

@@ -2,11 +2,11 @@
 
     h, all prompt tokens     ──layer 0──layer 1── ... ──┬── K, V only of every pruned layer ──► cache
                                                         │
-    full-depth rows, f                                  └──layer l──layer l+1── ... ──► logits
+    full-depth tokens f                                 └──layer l──layer l+1── ... ──► logits
 
 Read literally, the method runs the prompt without the pruned layers, and then the boundary token as a decode step that
 reads all weights again. Here both happen in one pass (the "fused boundary"). At a group of pruned layers, all tokens
-write their K and V, computed from the h that enters the group. Then only the full-depth rows f go through the group's
+write their K and V, computed from the h that enters the group. Then only the full-depth tokens f go through the group's
 layers. They overwrite their K and V, and attend the cache. After the group, a calibrated plan may update the h of the
 other tokens for the kept layers that follow.
 
@@ -48,13 +48,13 @@ def prefill(
             plan selects no tokens.
     """
     prompts = Prompts(tokens, lengths, images, full_depth_tokens(cache, lengths, plan, boundary))
-    running = Pass(module, cache, plan, stages)
+    call = Call(module, cache, plan, stages)
     last = None  # [B, D], each row's h after the last layer, at its last token so far
-    for chunk, h in running.chunks(prompts, chunk_size, selects=boundary):
+    for chunk, h in call.chunks(prompts, chunk_size, selects=boundary):
         latest = chunk.latest(h)
-        last = latest if last is None else latest.where(chunk.has_tokens[:, None], last)  # the first has all rows
-    logits = stages.head(module, last[:, None])[:, 0]  # in decode's shape
-    running.count(lengths, images.rope_offset(lengths))
+        last = latest if last is None else latest.where(chunk.has_tokens[:, None], last)  # in the first, all rows do
+    logits = stages.head(module, last[:, None])[:, 0]  # [B, 1, D] as in decode, so one compiled head serves both
+    call.commit(lengths, images.rope_offset(lengths))
     return logits
 
 
@@ -66,14 +66,14 @@ def extend(module, tokens: Tensor, cache: KVCache, stages: Stages = EAGER) -> Te
     lengths = torch.full((B,), T)
     plan = PrunePlan.none()
     prompts = Prompts(tokens, lengths, TEXT, full_depth_tokens(cache, lengths, plan, True))
-    running = Pass(module, cache, plan, stages)
-    logits = [stages.head(module, h) for _, h in running.chunks(prompts, T)]
-    running.count(lengths)
+    call = Call(module, cache, plan, stages)
+    logits = [stages.head(module, h) for _, h in call.chunks(prompts, T)]
+    call.commit(lengths)
     return torch.cat(logits, dim=1)
 
 
-class Pass:
-    """One call: its chunks run through the layers of a module and fill a cache.
+class Call:
+    """One call of prefill or extend: its chunks run through the layers of a module and fill a cache.
 
     `hidden` [L, B, D] is the state of each row's latest token as it entered each layer. The cache gets it at the end.
     """
@@ -85,7 +85,7 @@ class Pass:
         self.stages = stages
         self.hidden = cache.previous_hidden
 
-    def count(self, lengths: Tensor, rope_offset: Tensor | int = 0) -> None:
+    def commit(self, lengths: Tensor, rope_offset: Tensor | int = 0) -> None:
         """Let the cache count the tokens, `lengths` [B] a row, now that their logits exist."""
         cache = self.cache
         cache.restore((cache.lengths + lengths, self.hidden, cache.rope_offsets + rope_offset))
@@ -118,16 +118,17 @@ class Pass:
     def run_to_selecting_layer(self, prompts: Prompts, bounds: list[Bounds]) -> Tensor:
         """The first phase of a plan that selects: h [B, T + 1, D] of all tokens, enters the selecting layer."""
         first = self.plan.selects_at
+        # If no layer is pruned in this phase, its chunks need no full-depth tokens.
         plan = self.plan if self.plan.layers[0] < first else PrunePlan.none()
         B, T = prompts.full_depth.shape
-        rows = torch.arange(B, device=self.cache.device)[:, None]
+        batch_rows = torch.arange(B, device=self.cache.device)[:, None]
         entering = None
         for edges in bounds:
             chunk = Chunk.of(self.module, self.cache, prompts, edges, plan)
             h = self.run(chunk, self.embed(chunk), range(first))
             if entering is None:
                 entering = h.new_zeros(B, T + 1, h.shape[2])  # column T takes padding
-            entering[rows, chunk.index] = h
+            entering[batch_rows, chunk.index] = h
         return entering
 
     def select_tokens(self, prompts: Prompts, entering: Tensor, counts: Tensor) -> Tensor:
@@ -143,14 +144,16 @@ class Pass:
         self, prompts: Prompts, bounds: list[Bounds], entering: Tensor, selection: Selection
     ) -> Iterator[tuple[Chunk, Tensor]]:
         """The second phase: from the selecting layer on, the selected tokens run at full depth. Yields as `chunks`."""
-        if len(bounds) > 1:  # only the device knows how many of them each chunk has, so wait for it
+        if len(bounds) > 1:
+            # The sizes of a chunk's tensors depend on how many of its tokens are selected, and only the device knows.
+            # So wait for it, and treat the selected tokens as full-depth tokens by their position.
             prompts = prompts._replace(full_depth=prompts.full_depth | selection.tokens.cpu())
             selection = None
-        rows = torch.arange(len(entering), device=entering.device)[:, None]
+        batch_rows = torch.arange(len(entering), device=entering.device)[:, None]
         layers = range(self.plan.selects_at, len(self.module.layers))
         for edges in bounds:
             chunk = Chunk.of(self.module, self.cache, prompts, edges, self.plan, selection)
-            yield chunk, self.run(chunk, entering[rows, chunk.index], layers)
+            yield chunk, self.run(chunk, entering[batch_rows, chunk.index], layers)
 
     def embed(self, chunk: Chunk) -> Tensor:
         """h [B, C, D] that enters the first layer."""
@@ -158,7 +161,7 @@ class Pass:
 
     def run(self, chunk: Chunk, h: Tensor, layers: range) -> Tensor:
         """Run a chunk through some layers: h [B, C, D] -> [B, C, D]. Pruned groups are in `layers` as a whole."""
-        hidden = list(self.hidden)
+        hidden = list(self.hidden)  # of this chunk. Until the end, self.hidden is that of the token before the chunk.
         for group in chunk.plan.groups(len(self.module.layers), self.module.deepstack_layers):
             inside = [index for index in group.layers if index in layers]
             if not inside:
@@ -180,20 +183,21 @@ class Pass:
         return h
 
     def run_pruned(self, chunk: Chunk, h: Tensor, group: Group, hidden: list[Tensor]) -> Tensor:
-        """All tokens write K and V of a group, and the full-depth rows run its layers. Arguments as in `run_kept`."""
+        """All tokens write K and V of a group, and the full-depth tokens run its layers. Arguments as in `run_kept`."""
         passed = self.write_keys_values(chunk, h, group)
-        if chunk.rows.shape[1] == 0:
+        if chunk.full_columns.shape[1] == 0:
             for index in group.layers:
                 hidden[index] = chunk.latest(h)
             return passed
-        rows = chunk.rows[..., None].expand(-1, -1, h.shape[2])  # [B, W, D]
-        f = h.gather(1, rows)
+        columns = chunk.full_columns[..., None].expand(-1, -1, h.shape[2])  # [B, W, D]
+        f = h.gather(1, columns)
         for index in group.layers:
             layer = self.module.layers[index]
             hidden[index] = chunk.latest(h, f)
-            f = self.stages.full_layer(layer, f, *self.cache.layer(index), chunk.rows_attention[layer.window])
-        f = f.where(chunk.rows_valid[..., None], passed.gather(1, rows))
-        return passed.scatter(1, rows, f)
+            f = self.stages.full_layer(layer, f, *self.cache.layer(index), chunk.full_attention[layer.window])
+        # Batch rows differ in how many full-depth tokens they have. The columns of padding keep their pruned h.
+        f = f.where(chunk.full_valid[..., None], passed.gather(1, columns))
+        return passed.scatter(1, columns, f)
 
     def write_keys_values(self, chunk: Chunk, h: Tensor, group: Group) -> Tensor:
         """Write K and V of pruned layers, all from the h [B, C, D] that enters. Returns the h that leaves the group."""
@@ -204,13 +208,14 @@ class Pass:
         if corrections is not None:
             first = group.layers[0]
             normalised = self.module.layers[first].normalised
-            z = corrections.code(normalised(h), normalised(self.hidden[first]), linear)  # [B, C, R]
+            before = normalised(self.hidden[first])  # [B, D], of the token before the chunk
+            z = corrections.code(normalised(h), before, linear)  # [B, C, R]
             passed = corrections.updated(h, z, linear)
         for number, index in enumerate(group.layers):
             layer = self.module.layers[index]
             attention = chunk.attention[layer.window]
             begin = chunk.first_needed(layer.window)
-            if begin >= h.shape[1]:
+            if begin >= h.shape[1]:  # in a layer with a window, no later token attends to any of these
                 continue
             needed = slice(begin, None)
             rope = tuple(table[:, needed] for table in attention.rope)

@@ -1,7 +1,7 @@
-"""The stages: all matrix products and all attention of prefill and decode, one layer at a time.
+"""The stages: what a layer computes in prefill and decode, and the output head.
 
-Each takes a layer and its slice of the cache, keys and values [B, S + 1, K, E], as arguments, so one compiled graph
-serves all layers (compile.py). Lengths enter as tensor shapes, never as Python ints.
+Each stage of a layer takes the layer and its slice of the cache, keys and values [B, S + 1, K, E], as arguments, so one
+compiled graph serves all layers (compile.py). Lengths enter as tensor shapes, never as Python ints.
 """
 
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""The pruning plan: which layers the prompt skips, which tokens skip nothing, and where K and V come from."""
+"""The pruning plan: which layers the prompt skips, which tokens run at full depth, and their corrections."""
 
 from __future__ import annotations
 
@@ -151,7 +151,10 @@ class PrunePlan:
 
     @property
     def selects_at(self) -> int | None:
-        """The layer that selects tokens, of a plan that prunes. Selected tokens run each pruned layer after it."""
+        """The layer that would select tokens. Selected tokens run each pruned layer after it.
+
+        None: the plan prunes nothing. -1: layer 0 is pruned, and no selecting layer is given, so no token is selected.
+        """
         if self.selecting_layer is not None or not self.layers:
             return self.selecting_layer
         return self.layers[0] - 1
@@ -169,7 +172,7 @@ class PrunePlan:
         pruned = set(self.layers)
 
         def kind(index: int) -> tuple[bool, int]:
-            return index in pruned, min(index, deepstack_layers)
+            return index in pruned, min(index, deepstack_layers)  # each DeepStack layer differs from its neighbours
 
         groups = []
         for (is_pruned, _), members in groupby(range(num_layers), key=kind):

@@ -7,7 +7,9 @@ of the prompt, and keeps the second:
 - A *pruned* token skips the layers of the plan. Its h passes through them unchanged. Each skipped layer still computes
   K and V from that h ("independent KV projections"), so that later tokens can attend to it.
 - A *full-depth* token runs every layer. The last prompt token does, because its logits predict the first new token
-  ("boundary handling"). Every generated token does. A plan may add further prompt tokens.
+  ("boundary handling"). Every generated token does. A plan may add the first and further last tokens of the prompt.
+- A *selected* token, in plans that select some by their attention, skips the pruned layers before one layer, and runs
+  those after it.
 
 Each token has one residual stream, so the method is one `torch.where`. The engine (pop/engine) computes the same
 numbers without the wasted work, with a cache, in chunks and in ragged batches. The property tests hold it to this page.
@@ -19,6 +21,8 @@ from torch import Tensor
 
 from pop.models.images import TEXT, TextOnly
 from pop.pruning.plan import POOLED, SELECTING, Group, PrunePlan
+
+# `images` below is what images bring to a prompt. TEXT stands for none, and Images (pop/models/images.py) for some.
 
 KeysValues = tuple[Tensor, Tensor]  # of one layer, each [T, K, E]
 
@@ -78,7 +82,7 @@ def run_layers(
 
         passed = h if z is None or index < group.layers[-1] else with_update(group, h, z)
         h = torch.where(skips[:, None], passed, updated)  # the method
-        h = images.add_deepstack(h, index)
+        h = images.add_deepstack(h, index)  # Qwen3-VL adds features of images after its first layers
     return h, keys_values
 
 
@@ -121,7 +125,9 @@ def generate(module, prompt: Tensor, plan: PrunePlan, count: int, images: TextOn
 
 
 def code(layer, group: Group, h: Tensor) -> Tensor | None:
-    """What a group's corrections multiply: z_t = V [x_t ; x_{t-1}], [1, T, R]. None without corrections.
+    """The code z [1, T, R] of each token, from which the group's layers compute their corrections. None without them.
+
+    z_t = V [x_t ; x_{t-1}], where V is a matrix of the group, and not the values.
 
     Args:
         layer: The group's first layer.

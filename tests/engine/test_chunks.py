@@ -78,11 +78,11 @@ def test_full_depth_rows_by_hand():
     cache = new_cache(module, 2)
     prompts = prompts_of(cache, torch.tensor([7, 4]), plan)
     first, second = (Chunk.of(module, cache, prompts, bounds, plan) for bounds in chunk_bounds(prompts, 5))
-    columns = [row[valid].tolist() for row, valid in zip(first.rows, first.rows_valid, strict=True)]
+    columns = [row[valid].tolist() for row, valid in zip(first.full_columns, first.full_valid, strict=True)]
     assert columns == [[0], [0, 2, 3]]
     assert first.index.tolist() == [[0, 1, 2, 3, 4], [0, 1, 2, 3, 7]]
-    assert (first.last.tolist(), first.last_row.tolist()) == ([4, 3], [-1, 2])
+    assert (first.last.tolist(), first.last_full.tolist()) == ([4, 3], [-1, 2])
     assert first.needed_from == 2
     # Nothing is left to prune in the second chunk, so its tokens run as in a kept layer.
-    assert second.plan == NONE and second.rows.shape == (2, 0)
+    assert second.plan == NONE and second.full_columns.shape == (2, 0)
     assert second.index[0].tolist() == [5, 6] and second.has_tokens.tolist() == [True, False]

@@ -164,12 +164,12 @@ def test_extend_is_decode_in_one_go(case):
 
 @given(cases())
 def test_a_ragged_batch_is_its_rows_alone(case):
-    """The rows alone select the same tokens."""
+    """Each row alone is given the batch's choice: scores that are nearly equal could be ranked differently."""
     module, plan, tokens, lengths, chunk = case
     logits, cache, chosen = prefill_with_choice(module, tokens, lengths, plan, chunk)
     for row, n in enumerate(lengths.tolist()):
-        own, given = (tokens[row : row + 1, :n], lengths[row : row + 1]), chosen[row : row + 1, :n]
-        alone, alone_cache = prefill(module, *own, plan, chosen=given)
+        own, own_choice = (tokens[row : row + 1, :n], lengths[row : row + 1]), chosen[row : row + 1, :n]
+        alone, alone_cache = prefill(module, *own, plan, chosen=own_choice)
         assert_close(logits[row], alone[0])
         assert_close(held(module, cache, row), held(module, alone_cache, 0))
         assert_close(cache.previous_hidden[:, row], alone_cache.previous_hidden[:, 0])
