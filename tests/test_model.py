@@ -13,8 +13,6 @@ from support.tiny import random_model, tiny_config, write_checkpoint
 import pop
 from pop.runner import token_ids
 
-PROMPTS = [[5, 9, 200], [17], list(range(40, 70))]
-
 
 @pytest.fixture(scope="module")
 def model():
@@ -55,17 +53,6 @@ def test_a_cache_that_does_not_fit_is_refused_with_its_size(model):
     size = pop.KVCache.size_in_bytes(huge, 1, 10**12, torch.float32)
     with pytest.raises(pop.CacheMemoryError, match=f"{size:,} bytes"):
         pop.Model(model.module, huge).new_cache()
-
-
-def test_bfloat16_stays_close_to_float32(model):
-    """bfloat16 keeps 8 bits: logits of a 5-layer model within 5 % of their scale (observed: about 2 %)."""
-    half = random_model(model.config, seed=5).to(torch.bfloat16)
-    half = pop.Model(half, model.config, plan=model.plan)
-    tokens = [PROMPTS[2]]
-    exact = model.prefill(tokens, model.new_cache(1, 64))
-    rounded = half.prefill(tokens, half.new_cache(1, 64))
-    assert rounded.dtype == torch.float32
-    assert (rounded - exact).pow(2).mean().sqrt() < 0.05 * exact.std()
 
 
 def test_a_model_says_what_it_is(model, tmp_path):

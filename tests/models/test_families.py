@@ -95,7 +95,11 @@ def test_bfloat16_run(family, tmp_path):
     assert model.dtype == torch.bfloat16  # the checkpoint's own
     ours, reference = [], []
     for prompt in golden.prompts:
-        ours.append(model.logits([prompt.inputs])[0].numpy() - prompt.logits)
+        logits = model.logits([prompt.inputs])[0]
+        boundary = model.prefill([prompt.inputs], model.new_cache(1, len(prompt.inputs)))
+        assert logits.dtype == boundary.dtype == torch.float32
+        assert rms([boundary.numpy() - prompt.logits[-1:]]) < 0.05 * prompt.logits[-1].std()
+        ours.append(logits.numpy() - prompt.logits)
         reference.append(prompt.stored_dtype_logits - prompt.logits)
     assert rms(ours) < 1.25 * rms(reference)
 
