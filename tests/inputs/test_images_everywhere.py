@@ -231,13 +231,14 @@ def test_the_judge_continues_after_an_image_that_follows_a_video():
     assert (case.prompt[-1], case.continuation) == (60, [63, 5])
 
 
-def test_calibration_with_images(model, monkeypatch):
-    """The plan runs, and on held-out texts with images it is not worse than plain pruning."""
+@pytest.mark.parametrize("steps", [0, 3])
+def test_calibration_with_images(model, monkeypatch, steps):
+    """The plan runs, and on held-out texts with images it is not worse than plain pruning. Steps distil it."""
     windows, rows = texts(model)
     judged, original = [], Judge.__init__
     monkeypatch.setattr(Judge, "__init__", lambda self, m, w, *p: judged.extend(w) or original(self, m, w, *p))
     plan = pop.PrunePlan((2, 3))
-    result = pop.calibrate(model, windows, plan, images=rows, progress=False, seed=1)
+    result = pop.calibrate(model, windows, plan, images=rows, progress=False, seed=1, steps=steps)
     assert any(ones for _, ones in judged)
     judge = Judge(model, list(judged))
     plain = judge.losses(dataclasses.replace(plan, full_depth_first=1)).mean
@@ -308,10 +309,3 @@ def test_exercises_with_images(model):
         else:
             assert row[:cut] == window[:cut] and len(row) == cut + CONTINUATION
             assert set(row[cut:]) <= set(range(3, 50))
-
-
-def test_distillation_with_images(model):
-    windows, rows = texts(model)
-    plan = pop.calibrate(model, windows, pop.PrunePlan((0, 3)), images=rows, steps=3, progress=False)
-    prompt = tokens_of(2, rows[1][0], 5, 6)
-    assert model.generate(prompt, images=rows[1][:1], max_new_tokens=2, plan=plan).tokens
