@@ -239,18 +239,6 @@ def test_options_reach_the_model(arguments, options, folder, monkeypatch, capsys
     assert calls == [expected]
 
 
-@pytest.mark.parametrize("command", ["generate", "chat", "calibrate"])
-def test_the_help_says_what_prune_takes(command, capsys):
-    with pytest.raises(SystemExit) as exit:
-        main([command, "--help"])
-    words = " ".join(capsys.readouterr().out.split())
-    assert exit.value.code == 0
-    assert "default (the deepest third), none, a fraction, or a saved plan's path or name" in words
-    if command in ("generate", "chat"):  # they have many options: in groups, what is meant first
-        titles = [words.index(f" {title}: ") for title in ("model", "pruning", "answer", "prompt")]
-        assert titles == sorted(titles) and words.index("NAME_OR_DIR a name") > titles[0]
-
-
 # ---- Errors: one sentence on stderr, status 2 ----
 
 

@@ -2,7 +2,6 @@
 
 import json
 
-import numpy as np
 import pytest
 import torch
 from support.chat_templates import QWEN3_THINKING
@@ -73,14 +72,6 @@ def test_a_text_says_where_its_images_and_videos_are(model):
     assert model.score(text, " x", **options) == pytest.approx(model.score(expected, " x", **options))
 
 
-def test_logits_depend_on_the_order_of_images(model):
-    tokens = [[5, *image(8, 8), 6, *image(8, 8), 7]]
-    other = A[::-1].copy()
-    logits = model.logits(tokens, images=[[A, other]])
-    assert torch.equal(model.logits(tokens, images=[A, other]), logits)
-    assert not torch.allclose(model.logits(tokens, images=[other, A]), logits, atol=0.1)
-
-
 def test_a_batch_has_lists_for_each_prompt(model):
     """Of images and of videos, a video being an array or a list of images."""
     encode = model.tokenizer.encode
@@ -89,14 +80,6 @@ def test_a_batch_has_lists_for_each_prompt(model):
     together = model.generate(prompts, images=images, videos=videos, max_new_tokens=4)
     for prompt, pictures, films, answer in zip(prompts, images, videos, together, strict=True):
         assert answer.tokens == model.generate(prompt, images=pictures, videos=films, max_new_tokens=4).tokens
-
-
-def test_a_video_has_a_rate(model):
-    """Of sixteen frames at 8 a second, two a second are kept, but at least four."""
-    video = pop.Video(np.repeat(FILM[:1], 16, axis=0), fps=8)
-    (seen,) = model.vision.prepare_batch(None, [video], 1)
-    pair = [START, VIDEO, VIDEO, END]
-    assert seen[0].pieces == ([START], "<0.3 seconds>", pair, "<1.6 seconds>", pair, [END])
 
 
 def test_a_conversation_has_them_anywhere_in_a_turn(model):
@@ -210,12 +193,6 @@ def test_a_text_model_of_the_same_format_takes_text(model, kind):
         text_model.chat([{"role": "user", "content": [{"type": kind, kind: A}]}])
     with pytest.raises(UnsupportedError, match="text only"):
         text_model.start_chat().send("x", images=[A])
-
-
-def test_a_published_image_has_300_tokens(model):
-    """640 x 480 pixels, as the paper has them: 40 x 30 patches in squares of four."""
-    one = model.vision.prepare("image", np.zeros((480, 640, 3), np.uint8))
-    assert one.pieces == (image(15, 20),)
 
 
 def test_the_plain_pass_compiles_nothing(model, monkeypatch):

@@ -4,12 +4,10 @@ import os
 import threading
 
 import pytest
-import torch
-from safetensors.torch import save_file
 
 from pop.errors import CheckpointError, PlanError
 from pop.system import files
-from pop.system.files import read_json, read_tensors, staged, write_whole
+from pop.system.files import read_json, staged, write_whole
 
 
 def write(folder, text="whole"):
@@ -128,13 +126,3 @@ def test_read_json_raises_the_given_error(tmp_path, text):
         read_json(path, PlanError)
     with pytest.raises(PlanError, match="absent.json"):
         read_json(tmp_path / "absent.json", PlanError)
-
-
-def test_read_tensors(tmp_path):
-    tensors = {"a": torch.arange(3), "b": torch.ones(2, 2, dtype=torch.bfloat16)}
-    save_file(tensors, tmp_path / "with", metadata={"pop_plan": "{}"})
-    save_file(tensors, tmp_path / "without")
-    for name, expected in (("with", {"pop_plan": "{}"}), ("without", {})):
-        found, metadata = read_tensors(tmp_path / name)
-        assert metadata == expected and found.keys() == tensors.keys()
-        assert all(torch.equal(found[key], tensors[key]) for key in tensors)
