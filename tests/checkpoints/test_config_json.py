@@ -129,7 +129,7 @@ VISION = SiglipConfig(1152, 4304, 27, 16, 896, 14, 1e-6, 256)
 TOWER = Qwen3VisionConfig(1152, 4304, 27, 16, 4096, (8, 16, 24), 48, 16, 2, 2, 1e4)
 QWEN3_VL = {"mrope_sections": (24, 20, 20), "image_id": 151655, "video_id": 151656, "dtype": torch.bfloat16}
 QWEN3_VL |= {"start_id": 151652, "end_id": 151653, "bos_id": 151643, "eos_ids": (151645,)}
-# By name: the file, and the config that it describes.
+# By name: the file, and the config that it describes. The sizes are in the order of Llama's.
 PUBLISHED = {
     "llama3.1-8b": (
         LLAMA31_8B,
@@ -155,16 +155,7 @@ PUBLISHED = {
     "gemma3-1b": (
         GEMMA3_1B,
         Gemma3Config(
-            vocab_size=262144,
-            hidden_size=1152,
-            intermediate_size=6912,
-            windows=((512,) * 5 + (None,)) * 4 + (512, 512),
-            num_heads=4,
-            num_kv_heads=1,
-            head_dim=256,
-            query_pre_attn_scalar=256.0,
-            max_positions=32768,
-            norm_eps=1e-6,
+            *(262144, 1152, 6912, ((512,) * 5 + (None,)) * 4 + (512, 512), 4, 1, 256, 256.0, 32768, 1e-6),
             rope=RopeConfig(1e6),
             local_rope=RopeConfig(1e4),
             dtype=torch.bfloat16,
@@ -175,18 +166,7 @@ PUBLISHED = {
     "qwen3-0.6b": (
         QWEN3_06B,
         Qwen3Config(
-            vocab_size=151936,
-            hidden_size=1024,
-            intermediate_size=3072,
-            num_layers=28,
-            num_heads=16,
-            num_kv_heads=8,
-            head_dim=128,
-            max_positions=40960,
-            norm_eps=1e-6,
-            rope=RopeConfig(1e6),
-            tie_embeddings=True,
-            dtype=torch.bfloat16,
+            *(151936, 1024, 3072, 28, 16, 8, 128, 40960, 1e-6, RopeConfig(1e6), True, torch.bfloat16),
             bos_id=151643,
             eos_ids=(151645,),
         ),
@@ -194,17 +174,7 @@ PUBLISHED = {
     "olmo2-7b": (
         OLMO2_7B,
         Olmo2Config(
-            vocab_size=100352,
-            hidden_size=4096,
-            intermediate_size=11008,
-            num_layers=32,
-            num_heads=32,
-            num_kv_heads=32,
-            head_dim=128,
-            max_positions=4096,
-            norm_eps=1e-6,
-            rope=RopeConfig(5e5),
-            dtype=torch.bfloat16,
+            *(100352, 4096, 11008, 32, 32, 32, 128, 4096, 1e-6, RopeConfig(5e5), False, torch.bfloat16),
             bos_id=100257,
             eos_ids=(100257,),
         ),
