@@ -149,16 +149,12 @@ def test_download_fetches_the_needed_files_and_they_load(server, folder):
     assert listing == LISTING
     assert config == f"/{REPOSITORY}/resolve/{COMMIT}/config.json"  # looked at before anything else is fetched
     assert sorted(files) == sorted(f"/{REPOSITORY}/resolve/{COMMIT}/{name}" for name in NEEDED)
+    server.requests.clear()
+    assert fetch() == folder
+    assert server.requests == []  # nothing is left to fetch
     model = pop.load("tiny")
     assert model.config.eos_ids == (2,)
     assert torch.isfinite(model.logits(torch.tensor([[5, 6, 7]]))).all()
-
-
-def test_a_second_download_sends_no_request(server, folder):
-    fetch()
-    server.requests.clear()
-    assert fetch() == folder
-    assert server.requests == []
 
 
 def test_command_line(server, folder, capsys):
