@@ -19,6 +19,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from pop.engine.attention import AttentionMetadata
 from pop.engine.cache import KVCache
 from pop.engine.chunks import Bounds, Chunk, Prompts, Selection, chunk_bounds, full_depth_tokens
 from pop.engine.selection import select
@@ -169,21 +170,23 @@ class Call:
             if group.is_pruned:
                 h = self.run_pruned(chunk, h, group, hidden)
             else:
-                h = self.run_kept(chunk, h, inside, hidden)
+                for index in inside:  # in this frame: another one would keep the first h in memory
+                    hidden[index] = chunk.latest(h)
+                    h = self.run_layer(index, h, chunk.attention)
             h = chunk.images.add_deepstack(h, inside[-1])
         self.hidden = torch.stack(hidden).where(chunk.has_tokens[:, None], self.hidden)
         return h
 
-    def run_kept(self, chunk: Chunk, h: Tensor, layers: list[int], hidden: list[Tensor]) -> Tensor:
-        """All tokens run the layers: h [B, C, D] -> [B, C, D]. Each row's latest state goes into `hidden`."""
-        for index in layers:
-            layer = self.module.layers[index]
-            hidden[index] = chunk.latest(h)
-            h = self.stages.full_layer(layer, h, *self.cache.layer(index), chunk.attention[layer.window])
-        return h
+    def run_layer(self, index: int, h: Tensor, attention: dict[int | None, AttentionMetadata]) -> Tensor:
+        """One layer at full depth: h [B, T, D] -> [B, T, D]. Its K and V go to the cache."""
+        layer = self.module.layers[index]
+        return self.stages.full_layer(layer, h, *self.cache.layer(index), attention[layer.window])
 
     def run_pruned(self, chunk: Chunk, h: Tensor, group: Group, hidden: list[Tensor]) -> Tensor:
-        """All tokens write K and V of a group, and the full-depth tokens run its layers. Arguments as in `run_kept`."""
+        """All tokens write K and V of a group, and the full-depth tokens run its layers: h [B, C, D] -> [B, C, D].
+
+        Each row's latest state, as it enters a layer, goes into `hidden`.
+        """
         passed = self.write_keys_values(chunk, h, group)
         if chunk.full_columns.shape[1] == 0:
             for index in group.layers:
@@ -192,9 +195,8 @@ class Call:
         columns = chunk.full_columns[..., None].expand(-1, -1, h.shape[2])  # [B, W, D]
         f = h.gather(1, columns)
         for index in group.layers:
-            layer = self.module.layers[index]
             hidden[index] = chunk.latest(h, f)
-            f = self.stages.full_layer(layer, f, *self.cache.layer(index), chunk.full_attention[layer.window])
+            f = self.run_layer(index, f, chunk.full_attention)
         # Batch rows differ in how many full-depth tokens they have. The columns of padding keep their pruned h.
         f = f.where(chunk.full_valid[..., None], passed.gather(1, columns))
         return passed.scatter(1, columns, f)
