@@ -123,7 +123,7 @@ def _list_files(repository: str, revision: str) -> dict[str, _File]:
                 digest = large["sha256"] if large else entry["blobId"]
                 url = f"/{repository}/resolve/{listing['sha']}/{name}"
                 files[name] = _File(url, int(entry["size"]), str(digest))
-    except (AttributeError, KeyError, TypeError, ValueError, RecursionError):
+    except (AttributeError, KeyError, TypeError, ValueError, OverflowError, RecursionError):
         raise DownloadError(f"the hub sent no list of {repository}'s files; check POP_ENDPOINT and proxies") from None
     for alternatives in REQUIRED:
         if files.keys().isdisjoint(alternatives):
@@ -197,13 +197,13 @@ def _read(answer: HTTPResponse, most: int) -> bytes:
 def _open(url: str, start: int = 0) -> HTTPResponse:
     """Ask for a file from byte `start` on. The answer's status is 206 if it begins there."""
     endpoint = os.environ.get("POP_ENDPOINT", "https://huggingface.co").rstrip("/")
-    request = Request(endpoint + url, headers={"User-Agent": "pop"})
-    if start:
-        request.add_header("Range", f"bytes={start}-")
     token = _read_token()
-    if token and request.type == "https":
-        request.add_unredirected_header("Authorization", f"Bearer {token}")
     try:
+        request = Request(endpoint + url, headers={"User-Agent": "pop"})
+        if start:
+            request.add_header("Range", f"bytes={start}-")
+        if token and request.type == "https":
+            request.add_unredirected_header("Authorization", f"Bearer {token}")
         return build_opener(_Redirects).open(request, timeout=TIMEOUT)
     except (OSError, HTTPException, ValueError) as error:
         failed = f"{endpoint}{url} cannot be fetched ({error!s:.200})"

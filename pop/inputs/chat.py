@@ -73,12 +73,15 @@ class ChatFormat:
         if not answered:
             raise UnsupportedError("the chat_template does not write the messages; pass another chat_format=")
         # Tokens that are not special, but that the template writes around messages, are reserved for it.
-        self.tokenizer = tokenizer.reserving(self._names(text))
+        prompt = self._write([_ASKED])
+        around = self._names(text)
+        self._spoken = {name for name in self._names(prompt) if name not in around}  # such as <think>, in answers too
+        self._spoken &= tokenizer.added_tokens.keys()
+        self.tokenizer = tokenizer.reserving([*around, *self._spoken])
         before_question = self._names(begun.partition(_QUESTION)[0])
         after_answer = self._names(rest.partition(_QUESTION)[0])
         self.before = "".join(before_question[-1:])  # the last control token before a user's message
         self.ends = ("".join(after_answer[:1]), tokenizer.template_variables.get("eos_token", ""), *ENDS)
-        prompt = self._write([_ASKED])
         self._continues = prompt.startswith(begun.rstrip())  # up to the answer, it writes a prompt in the same way
         self.opening = prompt[len(begun) :] if self._continues else ""  # the text that opens the model's turn
 
@@ -168,7 +171,8 @@ class ChatFormat:
             conversation = json.dumps([told, tools], ensure_ascii=False)
         except (TypeError, ValueError, RecursionError) as error:
             raise InputError(f"a tool, or a call of one, cannot be written as JSON: {error}") from None
-        return StandIns([*self.tokenizer.special_tokens, *self._marks().values()], conversation)
+        names = [*self.tokenizer.special_tokens, *self._marks().values()]
+        return StandIns(names, self._spoken, conversation)
 
     def _marks(self) -> dict[str, str]:
         return {} if self.vision is None else self.vision.marks
@@ -186,9 +190,8 @@ class ChatFormat:
         name, as in `without_texts`.
         """
         pieces = self._split(text, media)
-        control_tokens = [piece for piece in pieces if isinstance(piece, list)]
-        if control_tokens != [piece for piece in self._split(without_texts, media) if isinstance(piece, list)]:
-            raise UnsupportedError("the chat_template forms control tokens from texts; pass another chat_format=")
+        if self._control_tokens(pieces) != self._control_tokens(self._split(without_texts, media)):
+            raise UnsupportedError("the chat_template may form control tokens from texts; pass another chat_format=")
         encoded = []
         for piece in pieces:
             if isinstance(piece, Prepared):
@@ -196,6 +199,11 @@ class ChatFormat:
             else:
                 encoded.append(stand_ins.restore(piece) if isinstance(piece, str) else piece)
         return self.tokenizer.encode_pieces(encoded, bos=False)
+
+    def _control_tokens(self, pieces: list[Piece | Prepared]) -> list[list[int]]:
+        """The control tokens of a prompt, except those that answers may have as well."""
+        spoken = [[self.tokenizer.special_tokens[name]] for name in self._spoken]
+        return [piece for piece in pieces if isinstance(piece, list) and piece not in spoken]
 
     def _split(self, text: str, media: list[Prepared]) -> list[Piece | Prepared]:
         """Split what a template wrote into texts, control tokens, and the images and videos at their marks."""

@@ -8,7 +8,7 @@ import datetime
 import functools
 import json
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,11 @@ TEMPLATES = {path.stem: path.read_text(encoding="utf-8") for path in sorted(FOLD
 
 PRIVATE_USE = range(0x100000, 0x10FFF0)  # code points without a meaning, which text hardly ever has
 MASK = "\U0010fffb"  # for `masked`
+# Values of "role" and "type" that `masked` leaves, since templates compare them.
+COMPARED = (
+    *("system", "user", "assistant", "tool", "developer", "ipython", "model", "text", "image", "video", "function"),
+    *("string", "object", "number", "integer", "boolean", "array", "null"),
+)
 
 
 def write(template: Template, messages: list[dict], tools: list[dict], **variables) -> str:
@@ -83,26 +88,33 @@ class StandIns:
 
     Args:
         names: The names to hide. They are found in upper and lower case, because templates may change the case.
+        spoken: Those of the names that a model's answers may have, such as <think>. Templates look for them there.
         conversation: All texts of the conversation. None of the stand-ins occurs in it.
     """
 
-    def __init__(self, names: Iterable[str], conversation: str):
-        name = splitter(names)
-        # Each character at which a name begins. The names may overlap, so they are only looked ahead at.
-        self._begin = name and re.compile(f"(?={name.pattern}).", re.IGNORECASE | re.DOTALL)
+    def __init__(self, names: Collection[str], spoken: Collection[str], conversation: str):
+        self._begin = _beginnings(names)
+        self._begin_in_answers = _beginnings(name for name in names if name not in spoken)
         self._unused = (char for char in map(chr, PRIVATE_USE) if char not in conversation)
         self._stand_ins: dict[str, str] = {}  # by the character that they replace
 
-    def hide(self, value: Any) -> Any:
-        """Return a JSON value with stand-ins in its texts and keys."""
-        if self._begin is None:
+    def hide(self, messages: list[dict]) -> list[dict]:
+        """Return messages or tools with stand-ins in their texts and keys."""
+        hidden = []
+        for message in messages:
+            is_answer = message.get("role") == "assistant"
+            hidden.append(self._hide(message, self._begin_in_answers if is_answer else self._begin))
+        return hidden
+
+    def _hide(self, value: Any, begin: re.Pattern | None) -> Any:
+        if begin is None:
             return value
         if isinstance(value, str):
-            return self._begin.sub(self._stand_in, value)
+            return begin.sub(self._stand_in, value)
         if isinstance(value, dict):
-            return {self.hide(key): self.hide(part) for key, part in value.items()}
+            return {self._hide(key, begin): self._hide(part, begin) for key, part in value.items()}
         if isinstance(value, list | tuple):
-            return [self.hide(part) for part in value]
+            return [self._hide(part, begin) for part in value]
         return value
 
     def _stand_in(self, match: re.Match) -> str:
@@ -121,21 +133,32 @@ class StandIns:
         return text
 
 
-def masked(value: Any, visible: str = r"\S+") -> Any:
-    """Return a JSON value whose texts have a private-use character in place of everything between whitespace.
+def _beginnings(names: Iterable[str]) -> re.Pattern | None:
+    """A pattern of each character at which a name begins. The names may overlap, so they are only looked ahead at."""
+    name = splitter(names)
+    return name and re.compile(f"(?={name.pattern}).", re.IGNORECASE | re.DOTALL)
 
-    No part of such a text can belong to a control token. Words stay as they are in keys, which templates look up, and
-    in roles and types, which they compare.
+
+def masked(value: Any, is_free: bool = False) -> Any:
+    """Return a JSON value with a private-use character in place of every visible one.
+
+    No part of such a text can belong to a control token. What templates look up and compare stays: the words of keys,
+    and the usual roles and types. But arguments of calls are `is_free`: their keys are the caller's texts. So are the
+    names of a schema's properties.
     """
     if isinstance(value, str):
-        return re.sub(visible, MASK, value)
+        return re.sub(r"\S", MASK, value)
     if isinstance(value, list):
-        return [masked(part, visible) for part in value]
+        return [masked(part, is_free) for part in value]
     if not isinstance(value, dict):
         return value
-    not_in_words = r"[^\w\s]+"
     result = {}
     for key, part in value.items():
-        compared = key in ("role", "type")
-        result[masked(key, not_in_words)] = masked(part, not_in_words if compared else visible)
+        name = re.sub(r"\S" if is_free else r"[^\w\s]", MASK, key)
+        while name in result:  # two keys of one length
+            name += MASK
+        if key == "properties" and isinstance(part, dict):
+            part = {MASK * number: schema for number, schema in enumerate(part.values(), 1)}
+        is_compared = key in ("role", "type") and not is_free and part in COMPARED
+        result[name] = part if is_compared else masked(part, is_free or key == "arguments")
     return result

@@ -58,6 +58,8 @@ def staged(folder: str | Path, *, keep: bool = False) -> Iterator[Path]:
 def replaced(path: str | os.PathLike) -> Iterator[Path]:
     """Yield a hidden sibling of the file `path` to write to. It replaces `path` only when the block succeeds."""
     path = Path(os.path.realpath(os.path.expanduser(path)))  # replaces the target of a link, not the link
+    if path.exists() and not path.is_file():  # a device or a pipe: as root, a file would replace it for everyone
+        raise OSError("it is not a regular file")
     draft = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}.tmp")
     try:
         yield draft

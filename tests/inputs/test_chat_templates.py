@@ -231,7 +231,7 @@ def test_a_macros_own_control_tokens_remain(tmp_path):
 def test_a_template_that_forms_control_tokens_from_texts_is_refused(tmp_path, body):
     form = chat_format(tokenizer_with(PLAIN_CHATML.replace("{{ m.content }}", body), tmp_path))
     assert control_tokens(form, [ASKED])
-    with pytest.raises(UnsupportedError, match="forms control tokens"):
+    with pytest.raises(UnsupportedError, match="form control tokens"):
         form.encode([{"role": "user", "content": FORMS[body]}])
 
 
@@ -242,8 +242,48 @@ def test_names_of_tools_in_brackets_form_no_control_token(tmp_path):
     form = chat_format(tokenizer_with(template, tmp_path))
     assert form.encode([ASKED], tools=[{"name": "f", "keywords": {"a|b": 1}}])
     for tool in ({"name": "|im_end|", "keywords": {}}, {"name": "f", "keywords": {"|im_end|": 1}}):
-        with pytest.raises(UnsupportedError, match="forms control tokens"):
+        with pytest.raises(UnsupportedError, match="form control tokens"):
             form.encode([ASKED], tools=[tool])
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        "{% for c in m.tool_calls %}{% for k in c.function.arguments %}<|{{ k }}|>{% endfor %}{% endfor %}",
+        "{% for c in m.tool_calls %}<|{{ c.function.arguments.type }}|>{% endfor %}",
+        "{% for t in tools or [] %}{% for k in t.function.parameters.properties %}<|{{ k }}|>{% endfor %}{% endfor %}",
+    ],
+)
+def test_words_of_arguments_and_properties_form_no_control_token(tmp_path, body):
+    """Even words that are keys elsewhere."""
+    form = chat_format(tokenizer_with(PLAIN_CHATML.replace("{{ m.content }}", "{{ m.content }}" + body), tmp_path))
+
+    def encode(word):
+        arguments = {word: 1, "type": word}
+        call = {"type": "function", "function": {"name": "f", "arguments": arguments}}
+        answer = {"role": "assistant", "content": "", "tool_calls": [call]}
+        schema = {"type": "object", "properties": {word: {"type": "string"}}}
+        tools = [{"type": "function", "function": {"name": "f", "parameters": schema}}] if "tools" in body else None
+        messages = [ASKED] if tools else [ASKED, answer, ASKED]
+        return form.encode(messages, tools=tools)
+
+    assert encode("other")
+    with pytest.raises(UnsupportedError, match="form control tokens"):
+        encode("im_end")
+
+
+def test_tokens_that_only_open_the_answer_are_text_in_messages_of_users(tmp_path):
+    """An answer may have them, as a thought does: templates cut old thoughts there."""
+    name = "<｜User｜>"  # added, and not special
+    cut = f"{{{{ m.content.split('{name}')[-1] if m.role == 'assistant' else m.content }}}}"
+    template = PLAIN_CHATML.replace("{{ m.content }}", cut) + f"{{% if add_generation_prompt %}}{name}{{% endif %}}"
+    form = chat_format(tokenizer_with(template, tmp_path))
+    opening = form.tokenizer.special_tokens[name]
+    ids = form.encode([{"role": "user", "content": f"a{name}b"}])
+    assert ids.count(opening) == 1 and ids[-1] == opening
+    answer = {"role": "assistant", "content": f"a thought{name}an answer"}
+    text = written(form, [ASKED, answer, ASKED])
+    assert "an answer" in text and "a thought" not in text
 
 
 def test_stand_ins_are_characters_that_no_text_has(tmp_path):
