@@ -48,7 +48,7 @@ def small_query_blocks():
 def short_averages():
     """Scores for selecting tokens are averages over three tokens, so that those of a tiny prompt differ."""
     with pytest.MonkeyPatch.context() as patch:
-        for name in ("engine.selection", "pruning.reference"):
+        for name in ("pruning.selection", "pruning.reference"):
             patch.setattr(f"pop.{name}.POOLED", 3)
         yield
 

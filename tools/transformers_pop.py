@@ -223,9 +223,7 @@ class Prompt:
         T = position.shape[1]
         column = torch.arange(T, device=position.device)
         self.is_token = position >= 0  # [B, T]
-        is_first = position < plan.full_depth_first
-        is_last = column >= T - plan.full_depth_last
-        at_full_depth = self.is_token & (is_first | is_last)
+        at_full_depth = self.is_token & plan.at_full_depth(position, position[:, -1:] + 1)
         count = at_full_depth.sum(1, keepdim=True)  # [B, 1]
         W = int(count.max())
         ordered = (~at_full_depth).to(torch.uint8).argsort(dim=1, stable=True)[:, :W]  # their columns come first

@@ -260,11 +260,11 @@ def full_depth_tokens(cache: KVCache, lengths: Tensor, plan: PrunePlan, boundary
 
     Without a boundary, more of the prompts follows in a later call.
     """
-    index = torch.arange(int(lengths.max()))
-    last = plan.full_depth_last if boundary else 0
-    is_first = cache.lengths[:, None] + index < plan.full_depth_first
-    is_last = index >= lengths[:, None] - last
-    return is_first | is_last
+    ends = cache.lengths + lengths  # [B]
+    if not boundary:
+        ends += plan.full_depth_last  # the prompts go on, so none of these tokens is among the last
+    positions = cache.lengths[:, None] + torch.arange(int(lengths.max()))  # [B, T]
+    return plan.at_full_depth(positions, ends[:, None])
 
 
 def chunk_bounds(prompts: Prompts, chunk_size: int) -> Iterator[Bounds]:

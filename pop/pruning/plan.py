@@ -159,6 +159,17 @@ class PrunePlan:
             return self.selecting_layer
         return self.layers[0] - 1
 
+    def at_full_depth(self, position, prompt_length):
+        """Which tokens run at full depth by their position: bool, in the shape that the arguments broadcast to.
+
+        Args:
+            position: Of each token in its sequence. A tensor of torch or an array of numpy.
+            prompt_length: Of each token's sequence. Later tokens are generated.
+        """
+        is_first = position < self.full_depth_first
+        is_last_or_generated = position >= prompt_length - self.full_depth_last
+        return is_first | is_last_or_generated
+
     def num_selected(self, others: int) -> int:
         """How many of the `others`, a prompt's tokens that are not at full depth by their position, are selected."""
         return _floor(others * self.full_depth_selected) if self.layers else 0
