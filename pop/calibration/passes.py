@@ -137,17 +137,19 @@ class Pass:
     def _pruned_group(self, group: Group, h: Tensor, full_depth: Tensor) -> Tensor:
         """Run a group of pruned layers: h [B, T, D] -> h [B, T, D]. Only full_depth [B, T] tokens run its layers."""
         B, T, _ = h.shape
-        at = full_depth.nonzero().view(B, -1, 2).unbind(-1)  # batch row and position [B, R]: as many in each batch row
+        rows = (
+            full_depth.nonzero().view(B, -1, 2).unbind(-1)
+        )  # batch row and position [B, R]: as many in each batch row
         corrections = group.corrections
         z = None
         if corrections is not None:
             x = self.module.layers[group.layers.start].normalised(h)
             z = corrections.code(x, torch.zeros_like(x[:, 0]))  # [B, T, rank]
         masks = {
-            window: causal_mask(T, window, self.last_attended, h.device).expand(B, -1, -1)[at]  # [B, R, T]
+            window: causal_mask(T, window, self.last_attended, h.device).expand(B, -1, -1)[rows]  # [B, R, T]
             for window in self.ropes
         }
-        f = h[at]  # [B, R, D]
+        f = h[rows]  # [B, R, D]
         for number, index in enumerate(group.layers):
             layer = self.module.layers[index]
             rope = self.ropes[layer.window]
@@ -156,16 +158,16 @@ class Pass:
             else:
                 weight = corrections.weight[number]
                 k, v = corrected_keys_values(layer, h, z, weight, corrections.bias[number], rope)
-            attend = functools.partial(_attend_prompt, prompt_k=k, prompt_v=v, at=at, mask=masks[layer.window])
-            f = layer(f, tuple(table[at] for table in rope), attend)
+            attend = functools.partial(_attend_prompt, prompt_k=k, prompt_v=v, rows=rows, mask=masks[layer.window])
+            f = layer(f, tuple(table[rows] for table in rope), attend)
         if corrections is not None:
             h = corrections.updated(h, z)
-        return self.images.add_deepstack(h.index_put(at, f), group.layers[-1])
+        return self.images.add_deepstack(h.index_put(rows, f), group.layers[-1])
 
 
-def _attend_prompt(layer, q, k, v, *, prompt_k, prompt_v, at, mask):
+def _attend_prompt(layer, q, k, v, *, prompt_k, prompt_v, rows, mask):
     """Full-depth rows q, k, v [B, R, heads, E] attend K and V [B, T, K, E] of all tokens, with their own k and v."""
-    return masked_attention(q, prompt_k.index_put(at, k), prompt_v.index_put(at, v), mask, layer.scale)
+    return masked_attention(q, prompt_k.index_put(rows, k), prompt_v.index_put(rows, v), mask, layer.scale)
 
 
 def first_layer(plan: PrunePlan) -> int:

@@ -49,13 +49,13 @@ def write(keys: Tensor, values: Tensor, slots: Tensor, k: Tensor, v: Tensor) -> 
     values[rows, slots] = v.to(values.dtype)
 
 
-def read(keys: Tensor, values: Tensor, at: AttentionMetadata) -> tuple[Tensor, Tensor]:
-    """The N keys and values at the positions `at.held`, each [B, N, K, E]."""
-    if at.key_slots is None:
-        N = at.held.shape[1]
+def read(keys: Tensor, values: Tensor, metadata: AttentionMetadata) -> tuple[Tensor, Tensor]:
+    """The N keys and values at the positions `metadata.held`, each [B, N, K, E]."""
+    if metadata.key_slots is None:
+        N = metadata.held.shape[1]
         return keys[:, :N], values[:, :N]
-    rows = torch.arange(len(at.key_slots), device=keys.device)[:, None]  # [B, 1]
-    return keys[rows, at.key_slots], values[rows, at.key_slots]
+    rows = torch.arange(len(metadata.key_slots), device=keys.device)[:, None]  # [B, 1]
+    return keys[rows, metadata.key_slots], values[rows, metadata.key_slots]
 
 
 def span_mask(held: Tensor, spans: Tensor) -> Tensor:
@@ -112,14 +112,14 @@ def decode_attention(q: Tensor, keys: Tensor, values: Tensor, spans: Tensor, sca
 
 
 def cache_attention(
-    q: Tensor, keys: Tensor, values: Tensor, at: AttentionMetadata, scale: float,
+    q: Tensor, keys: Tensor, values: Tensor, metadata: AttentionMetadata, scale: float,
     *, chunk: Callable = chunk_attention, decode: Callable = decode_attention,
 ) -> Tensor:  # fmt: skip
     """q [B, T, H, E] attends keys and values [B, S + 1, K, E], which hold its own tokens -> [B, T, H * E].
 
     Even fresh tokens are read back from the cache: padded positions of k and v may hold NaN, cache slots never do.
     """
-    if at.held is None:
-        return decode(q, keys, values, at.spans, scale)
-    k, v = read(keys, values, at)
-    return chunk(q, k, v, at.held, at.spans, at.band, scale)
+    if metadata.held is None:
+        return decode(q, keys, values, metadata.spans, scale)
+    k, v = read(keys, values, metadata)
+    return chunk(q, k, v, metadata.held, metadata.spans, metadata.band, scale)

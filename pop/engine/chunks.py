@@ -100,10 +100,8 @@ class Chunk(NamedTuple):
         last_is_full = is_full.gather(1, last.clamp(min=0)[:, None])[:, 0]
         if selection is not None:
             counts = counts + selection.counts
-            is_full, at = to_device([is_full, in_prompt], device)
-            is_full = is_full | selection.tokens.gather(
-                1, at
-            )  # the last token, which padding repeats, is not among them
+            is_full, indices = to_device([is_full, in_prompt], device)
+            is_full = is_full | selection.tokens.gather(1, indices)  # without the last token, which padding repeats
         if (counts == tokens.valid.sum(1)).all():
             plan = PrunePlan.none()  # nothing is left to prune
         W = int(counts.max()) if plan.layers else 0
@@ -113,7 +111,7 @@ class Chunk(NamedTuple):
 
         ends = cache.lengths + bounds[1]
         full_attention = attention_metadata(module, cache, full, ends) if W else {}
-        ids, at = to_device([prompts.tokens, in_prompt], device)
+        ids, indices = to_device([prompts.tokens, in_prompt], device)
         small = [index.where(tokens.valid, prompts.full_depth.shape[1]), columns, full.valid]
         small += [last.clamp(min=0), last_full, last >= 0]
         index, columns, full_valid, last, last_full, has_tokens = to_device(small, device)
@@ -123,7 +121,7 @@ class Chunk(NamedTuple):
             attention=attention_metadata(module, cache, tokens, ends, Consecutive.of(tokens)),
             full_attention=full_attention,
             needed_from=0 if selection is not None else _needed_from(cache, prompts, bounds, tokens, plan),
-            ids=ids.gather(1, at),
+            ids=ids.gather(1, indices),
             index=index,
             full_columns=columns,
             full_valid=full_valid,
@@ -171,9 +169,9 @@ def _needed_from(cache: KVCache, prompts: Prompts, bounds: Bounds, tokens: Token
     if last_attended is not None and (valid & (positions < first) & (last_attended >= first)).any():
         return 0  # the first tokens are in an image, and attend the rest of it
     begin, end = (edge[:, None] for edge in bounds)  # [B, 1] each
-    at = torch.arange(prompts.full_depth.shape[1])
-    attends = prompts.full_depth & (at >= begin) & (cache.lengths[:, None] + at >= first)  # tokens before itself
-    column = at.where(attends, prompts.lengths[:, None]) - begin  # [B, T]
+    index = torch.arange(prompts.full_depth.shape[1])
+    attends = prompts.full_depth & (index >= begin) & (cache.lengths[:, None] + index >= first)  # tokens before itself
+    column = index.where(attends, prompts.lengths[:, None]) - begin  # [B, T]
     return int(column[(end > begin)[:, 0]].min())
 
 

@@ -23,8 +23,8 @@ def select(module, plan: PrunePlan, h, rotary, lengths, others, counts) -> Tenso
     rope = module.rope(rotary)[layer.window]
     rows = torch.arange(len(h), device=h.device)[:, None]
     query = lengths[:, None] + torch.arange(-min(SELECTING, h.shape[1]), 0, device=h.device)  # [B, Q]
-    at = query.clamp(min=0)  # a short prompt has fewer queries
-    q = layer.queries_keys_values(h[rows, at], tuple(table[rows, at] for table in rope))[0]  # [B, Q, H, E]
+    position = query.clamp(min=0)  # a short prompt has fewer queries
+    q = layer.queries_keys_values(h[rows, position], tuple(table[rows, position] for table in rope))[0]  # [B, Q, H, E]
     k = layer.keys_values(h, rope)[0]  # [B, T, K, E]
     received = module.largest_of_processes(attention_received(q, k, query, layer.scale))
     return most_attended(received, others, counts)

@@ -14,14 +14,14 @@ from pop.engine.attention import AttentionMetadata, cache_attention, write
 from pop.pruning.corrections import corrected_keys_values
 
 
-def full_layer(layer, h, keys, values, at: AttentionMetadata, attention: Callable = cache_attention):
+def full_layer(layer, h, keys, values, metadata: AttentionMetadata, attention: Callable = cache_attention):
     """A layer at full depth: h [B, T, D] -> [B, T, D]. Its K and V are written before anything is attended."""
 
     def attend(layer, q, k, v):
-        write(keys, values, at.slots, k, v)
-        return attention(q, keys, values, at, layer.scale)
+        write(keys, values, metadata.slots, k, v)
+        return attention(q, keys, values, metadata, layer.scale)
 
-    return layer(h, at.rope, attend)
+    return layer(h, metadata.rope, attend)
 
 
 def pruned_layer(layer, h, rope, slots, keys, values):

@@ -11,7 +11,7 @@ import pytest
 import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
-from support.cases import held, models, prefill
+from support.cases import cached_kv, models, prefill
 from support.naive_fit import assert_fit, fitted, naive_fit, whole_projections
 from support.tiny import random_model, tiny_config, tiny_gemma3_config, tiny_qwen3_moe_config
 
@@ -209,7 +209,7 @@ def test_a_refit_repairs_a_model_whose_layers_are_linear_in_the_token(layers):
 
     def stored(plan) -> torch.Tensor:
         _, cache = prefill(model.module, tokens, lengths, plan)
-        return torch.stack([held(model.module, cache, row) for row in range(8)])
+        return torch.stack([cached_kv(model.module, cache, row) for row in range(8)])
 
     full = stored(PrunePlan.none())
     plain_error, refit_error = ((stored(p) - full).square().sum() for p in (PrunePlan(layers), refit))

@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from support.cases import assert_close, cases, held, new_cache, prefill
+from support.cases import assert_close, cached_kv, cases, new_cache, prefill
 from support.tiny import random_model, tiny_config, tiny_gemma3_config
 
 import pop
@@ -73,7 +73,7 @@ def test_a_copied_row_continues_as_the_original(case, copies, other_chunk):
     other = new_cache(module, copies, slots=40, chunk=other_chunk)
     other.copy_from(cache)
     for row in range(copies):
-        assert torch.equal(held(module, other, row), held(module, cache, 0))
+        assert torch.equal(cached_kv(module, other, row), cached_kv(module, cache, 0))
     expected = engine.decode(module, tokens[:1, 0], cache)
     assert_close(engine.decode(module, tokens[:1, 0].repeat(copies), other), expected.expand(copies, -1))
     assert_close(other.previous_hidden, cache.previous_hidden.expand(-1, copies, -1))

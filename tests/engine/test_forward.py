@@ -14,15 +14,15 @@ from support.cases import (
     batches,
     by_position,
     by_reference,
+    cached_kv,
     cases,
-    held,
+    in_windows,
     models,
     new_cache,
     plans,
     prefill,
     prefill_with_choice,
-    seen,
-    stacked,
+    stack_layers,
     with_chosen,
 )
 from support.naive_method import token_by_token
@@ -46,7 +46,7 @@ def test_prefill_is_the_reference(case):
     for row, n in enumerate(lengths):
         expected, kv = by_reference(module, tokens[row, :n], plan, n, chosen[row])
         assert_close(logits[row], expected[-1])
-        assert_close(held(module, cache, row), seen(module, stacked(kv)))
+        assert_close(cached_kv(module, cache, row), in_windows(module, stack_layers(kv)))
 
 
 @given(cases(), st.integers(1, 5))
@@ -59,7 +59,7 @@ def test_decode_is_teacher_forcing_by_the_reference(case, steps):
         whole = torch.cat((tokens[row, :n], answer[row]))
         logits, kv = by_reference(module, whole, plan, n, chosen[row])
         assert_close(stepwise[row], logits[n:])
-        assert_close(held(module, cache, row), seen(module, stacked(kv)))
+        assert_close(cached_kv(module, cache, row), in_windows(module, stack_layers(kv)))
 
 
 @given(cases(), st.data())
@@ -81,7 +81,7 @@ def test_a_second_turn_appends_to_the_first(case, data):
         selected = torch.cat((chosen[row, :n], torch.tensor([False]), chosen_later[row, :m]))
         expected, kv = with_chosen(module, whole, torch.cat((full_depth, later)), plan, selected)
         assert_close(logits[row], expected[-1])
-        assert_close(held(module, cache, row), seen(module, stacked(kv)))
+        assert_close(cached_kv(module, cache, row), in_windows(module, stack_layers(kv)))
 
 
 @given(models(), st.data())
@@ -126,7 +126,7 @@ def test_a_conversation_may_change_its_plan_with_every_turn(module, data):
         assert cache.lengths[row] == len(said[row])
         logits, kv = token_by_token(module, said[row], *zip(*applied[row], strict=True))
         assert_close(torch.stack(list(predicted[row].values())), logits[list(predicted[row])])
-        assert_close(held(module, cache, row), seen(module, kv))
+        assert_close(cached_kv(module, cache, row), in_windows(module, kv))
 
 
 def test_a_windowed_cache_takes_no_more_at_once_than_it_was_made_for():
@@ -141,7 +141,7 @@ def test_a_windowed_cache_takes_no_more_at_once_than_it_was_made_for():
     expected, kv = reference.forward(module, tokens[0], reference.full_depth_tokens(18, 30, plan), plan)
     assert_close(logits[0], expected[17])
     assert_close(rest[0], expected[18:])
-    assert_close(held(module, cache, 0), seen(module, stacked(kv)))
+    assert_close(cached_kv(module, cache, 0), in_windows(module, stack_layers(kv)))
 
 
 # Against itself
@@ -159,7 +159,7 @@ def test_extend_is_decode_in_one_go(case):
     assert_close(torch.cat(at_once, dim=1), stepwise)
     assert_close(other.previous_hidden, cache.previous_hidden)
     for row in range(len(tokens)):
-        assert_close(held(module, other, row), held(module, cache, row))
+        assert_close(cached_kv(module, other, row), cached_kv(module, cache, row))
 
 
 @given(cases())
@@ -171,7 +171,7 @@ def test_a_ragged_batch_is_its_rows_alone(case):
         own, own_choice = (tokens[row : row + 1, :n], lengths[row : row + 1]), chosen[row : row + 1, :n]
         alone, alone_cache = prefill(module, *own, plan, chosen=own_choice)
         assert_close(logits[row], alone[0])
-        assert_close(held(module, cache, row), held(module, alone_cache, 0))
+        assert_close(cached_kv(module, cache, row), cached_kv(module, alone_cache, 0))
         assert_close(cache.previous_hidden[:, row], alone_cache.previous_hidden[:, 0])
 
 
@@ -203,7 +203,7 @@ def test_nothing_changes_before_a_changed_token(case, data):
     other = tokens.clone()
     other[row, changed] = (other[row, changed] + 1) % module.config.vocab_size
     _, after = prefill(module, other, lengths, plan, chunk)
-    assert torch.equal(held(module, before, row)[:, :, :changed], held(module, after, row)[:, :, :changed])
+    assert torch.equal(cached_kv(module, before, row)[:, :, :changed], cached_kv(module, after, row)[:, :, :changed])
 
 
 def test_a_row_may_fill_its_cache_to_the_last_slot():
@@ -220,7 +220,7 @@ def test_a_row_may_fill_its_cache_to_the_last_slot():
         prefill(module, first[row : row + 1], torch.tensor([n]), plan, cache=alone)
         expected, _ = prefill(module, turn[row : row + 1], torch.tensor([m]), plan, cache=alone)
         assert_close(logits[row], expected[0])
-        assert_close(held(module, cache, row), held(module, alone, 0))
+        assert_close(cached_kv(module, cache, row), cached_kv(module, alone, 0))
 
 
 @pytest.mark.parametrize("config", [tiny_config(), tiny_gemma3_config(), tiny_qwen3_config()])

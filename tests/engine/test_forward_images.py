@@ -15,14 +15,14 @@ from support.cases import (
     NONE,
     assert_close,
     by_reference,
+    cached_kv,
     experts,
-    held,
+    in_windows,
     new_cache,
     plans,
     qwen3_vl_config,
     recorded_choices,
-    seen,
-    stacked,
+    stack_layers,
     with_chosen,
 )
 from support.replay import Replay
@@ -118,7 +118,7 @@ def test_images_are_the_references(case, steps, stages):
         whole = torch.cat((tokens[row, :n], answer[row]))
         expected, kv = by_reference(module, whole, plan, n, chosen[row], of_row(images, row, n))
         assert_close(logits[row], expected[n - 1 :])
-        assert_close(held(module, cache, row), seen(module, stacked(kv)))
+        assert_close(cached_kv(module, cache, row), in_windows(module, stack_layers(kv)))
 
 
 @given(image_cases())
@@ -147,7 +147,7 @@ def test_a_second_turn_may_have_images(case, data):
         chosen = F.pad(choices[0][row, :m], (n, 0)) if choices else torch.zeros(n + m, dtype=torch.bool)
         expected, kv = with_chosen(module, whole, full_depth, plan, chosen, of_row(images, row, m, before=n))
         assert_close(logits[row], expected[-1])
-        assert_close(held(module, cache, row), seen(module, stacked(kv)))
+        assert_close(cached_kv(module, cache, row), in_windows(module, stack_layers(kv)))
 
 
 def test_a_first_full_depth_token_sees_the_rest_of_its_image():

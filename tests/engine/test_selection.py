@@ -14,8 +14,8 @@ from support.cases import (
     NONE,
     batches,
     by_position,
+    cached_kv,
     cases,
-    held,
     new_cache,
     plain,
     prefill_with_choice,
@@ -108,7 +108,7 @@ def test_without_a_boundary_nothing_is_selected(case):
     for cache, one in zip(caches, (plan, by_position(plan)), strict=True):
         engine.prefill(module, tokens, cache, lengths, one, chunk, boundary=False)
     for row in range(len(tokens)):
-        assert torch.equal(*(held(module, cache, row) for cache in caches))
+        assert torch.equal(*(cached_kv(module, cache, row) for cache in caches))
 
 
 @pytest.mark.parametrize("config", [tiny_config(), tiny_gemma3_config()])

@@ -12,7 +12,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from support.cases import assert_close, held, seen, stacked
+from support.cases import assert_close, cached_kv, in_windows, stack_layers
 from support.chat_formats import FAMILIES, FORMATS
 from support.chat_models import CONFIGS, END, OTHER_END, PLANS, START, make
 from support.letters import Letters
@@ -50,7 +50,7 @@ def reference_of(model, turns):
         tokens += prompt + answer
         full_depth += [at < model.plan.full_depth_first or at >= boundary for at in range(begin, len(tokens))]
     logits, kv = reference.forward(model.module, torch.tensor(tokens), torch.tensor(full_depth), model.plan)
-    return logits, stacked(kv)
+    return logits, stack_layers(kv)
 
 
 def chatml(*messages, opened=True):
@@ -72,7 +72,7 @@ def assert_is_reference(model, chat, script, sampled):
         begin += len(prompt) + len(answer)
     assert next(logits, None) is None
     cache = chat._state.cache
-    assert_close(held(model.module, cache, 0), seen(model.module, kv[:, :, : int(cache.lengths[0])]))
+    assert_close(cached_kv(model.module, cache, 0), in_windows(model.module, kv[:, :, : int(cache.lengths[0])]))
 
 
 def test_every_turn_is_the_reference_however_the_answers_end(model, script):
@@ -185,7 +185,7 @@ def test_a_turn_that_fails_leaves_the_conversation_as_it_was(model, script, monk
         logits.append(torch.cat(script.logits))
     assert torch.equal(*logits)
     cache, expected = chat._state.cache, twin._state.cache
-    assert torch.equal(held(model.module, cache, 0), held(model.module, expected, 0))
+    assert torch.equal(cached_kv(model.module, cache, 0), cached_kv(model.module, expected, 0))
     assert torch.equal(cache.previous_hidden, expected.previous_hidden)
     script.says[:] = [*b"No", END]
     with pytest.raises(pop.InputError, match="another turn"):
@@ -332,7 +332,7 @@ def test_threads_share_a_model():
         options = {"max_new_tokens": 7, "temperature": 1.0, "seed": 4}
         answers = [chat.send(f"{text} {n}", **options).tokens for n in range(3)]
         rows = prefix.generate([text, text * 2], **options)
-        return answers + [row.tokens for row in rows], held(model.module, chat._state.cache, 0)
+        return answers + [row.tokens for row in rows], cached_kv(model.module, chat._state.cache, 0)
 
     texts = ("Tell me of whales", "No")
     expected = [work(text) for text in texts]

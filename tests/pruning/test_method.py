@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
-from support.cases import NONE, assert_close, batches, cases, held, models, plain, plans, prefill
+from support.cases import NONE, assert_close, batches, cached_kv, cases, models, plain, plans, prefill
 from support.naive_method import scores_at_selecting_layer, token_by_token
 
 from pop.pruning import reference
@@ -91,7 +91,7 @@ def test_pruning_only_the_last_layer_changes_nothing(case):
     full_logits, full_cache = prefill(module, tokens, lengths, NONE, chunk)
     assert_close(logits, full_logits)
     for row in range(len(tokens)):
-        assert_close(held(module, cache, row), held(module, full_cache, row))
+        assert_close(cached_kv(module, cache, row), cached_kv(module, full_cache, row))
 
 
 @given(cases())
@@ -133,4 +133,4 @@ def test_pruning_shows_in_the_cache(case):
     _, cache = prefill(module, tokens, lengths, plan, chunk)
     _, full = prefill(module, tokens, lengths, NONE, chunk)
     above = plan.layers[0] + 1
-    assert not torch.allclose(held(module, cache, 0)[:, above:], held(module, full, 0)[:, above:], atol=1e-4)
+    assert not torch.allclose(cached_kv(module, cache, 0)[:, above:], cached_kv(module, full, 0)[:, above:], atol=1e-4)

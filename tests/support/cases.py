@@ -209,21 +209,21 @@ def with_chosen(module, tokens, full_depth, plan, chosen, images=TEXT):
     return reference.forward(module, tokens, full_depth, plan, images, chosen if chosen.any() else None)
 
 
-def seen(module, kv):
+def in_windows(module, kv):
     """K and V [2, L, N, K, E] that the next token can attend, with zeros where a layer's window does not reach."""
     n = kv.shape[2]
     reaches = [range(n) if layer.window is None else range(max(0, n - layer.window + 1), n) for layer in module.layers]
     return kv * torch.tensor([[position in reach for position in range(n)] for reach in reaches])[..., None, None]
 
 
-def held(module, cache, row):
+def cached_kv(module, cache, row):
     """K and V [2, L, N, K, E] that the cache holds for one row's next token."""
     positions = torch.arange(int(cache.lengths[row]))
     slots = [positions % cache.slots(layer.window) for layer in module.layers]
     kv = [[x[row, at] for x, at in zip(part, slots, strict=True)] for part in (cache.keys, cache.values)]
-    return seen(module, torch.stack([torch.stack(part) for part in kv]))
+    return in_windows(module, torch.stack([torch.stack(part) for part in kv]))
 
 
-def stacked(kv):
+def stack_layers(kv):
     """A list of each layer's k, v [N, K, E] -> [2, L, N, K, E]."""
     return torch.stack([torch.stack([pair[i] for pair in kv]) for i in (0, 1)])
