@@ -1,7 +1,6 @@
 """Answers and conversations for lm-evaluation-harness, without the harness."""
 
 import copy
-import logging
 import pickle
 
 import pytest
@@ -27,13 +26,13 @@ def greedy_text(adapter, prompt, count):
 PROMPTS = ["Once", "The capital of France is", "x", "Hello there", "def f(x):\n"]
 
 
-@pytest.mark.parametrize("batch_size", [1, 2, 8])
-def test_answers_are_the_references_in_the_order_of_the_requests(make, batch_size, monkeypatch):
+@pytest.mark.parametrize("batch_size, rows", [(1, [1] * 5), (2, [2, 2, 1]), (8, [5])])
+def test_answers_are_the_references_in_the_order_of_the_requests(make, batch_size, rows, monkeypatch):
     adapter = make(batch_size)
     calls = count_prefills(adapter, monkeypatch)
     answers = adapter.generate_until(instances(*[(prompt, {"max_gen_toks": 12}) for prompt in PROMPTS]))
     assert answers == [greedy_text(adapter, prompt, 12) for prompt in PROMPTS]
-    assert calls == {1: [1] * 5, 2: [2, 2, 1], 8: [5]}[batch_size]
+    assert calls == rows
 
 
 def test_answers_end_before_a_stop_string(make):
@@ -47,8 +46,7 @@ def test_answers_end_before_a_stop_string(make):
 def test_a_long_prompt_leaves_room_for_the_answer(make, caplog):
     adapter = make(batch_size=2, max_seq_len=20)
     prompt = "0123456789abcdefghij"
-    with caplog.at_level(logging.WARNING, "lm_eval.pop"):
-        answers = adapter.generate_until(instances(*[(prompt + end, {"max_gen_toks": 8}) for end in "xyz"]))
+    answers = adapter.generate_until(instances(*[(prompt + end, {"max_gen_toks": 8}) for end in "xyz"]))
     assert answers == [greedy_text(adapter, (prompt + end)[-12:], 8) for end in "xyz"]
     assert len(caplog.records) == 1 and "21 tokens is cut on the left to 12" in caplog.text
     with pytest.raises(InputError, match="20 new tokens .* max_seq_len=20"):
@@ -68,21 +66,17 @@ def test_samples_differ_and_follow_the_harness_seed(make):
 @pytest.mark.parametrize(
     "given, expected",
     [
-        ({}, {"max_new_tokens": 256, "stop": [], "temperature": 0.0}),
-        ({"until": "\n", "max_tokens": 5}, {"max_new_tokens": 5, "stop": ["\n"], "temperature": 0.0}),
+        ({}, {"max_new_tokens": 256, "stop": [], "temperature": 0.0, "repetition_penalty": 1.0}),
+        ({"until": "\n", "max_tokens": 5}, {"max_new_tokens": 5, "stop": ["\n"]}),
         ({"until": None, "max_gen_toks": 9, "max_new_tokens": 5}, {"max_new_tokens": 9}),
         ({"do_sample": False, "temperature": 0.7, "top_p": 0.0, "num_beams": 1}, {"temperature": 0.0}),
-        ({"temperature": 0.7, "top_p": 0.9}, {"temperature": 0.7, "top_p": 0.9, "top_k": None}),
-        ({"do_sample": True, "top_k": 5}, {"temperature": 1.0, "top_k": 5}),
-        ({"repetition_penalty": 1.2, "min_p": 0.1}, {"temperature": 0.0, "repetition_penalty": 1.2}),
-        ({"temperature": 0.7, "min_p": 0.1}, {"min_p": 0.1, "repetition_penalty": 1.0}),
+        ({"temperature": 0.7, "top_p": 0.9, "min_p": 0.1}, {"temperature": 0.7, "top_p": 0.9, "min_p": 0.1}),
+        ({"do_sample": True, "top_k": 5, "repetition_penalty": 1.2}, {"top_k": 5, "repetition_penalty": 1.2}),
         ({"do_sample": True, "top_k": -1}, {"temperature": 1.0, "top_k": None}),
     ],
 )
 def test_generation_options(given, expected):
-    untouched = dict(given)
     assert expected.items() <= generation_options(given).items()
-    assert given == untouched
 
 
 # ---- Conversations ----
@@ -108,11 +102,10 @@ def test_a_continuation_of_a_conversation(make):
     adapter = make(max_seq_len=512)
     prompt = adapter.apply_chat_template(USER)
     tokens = adapter.model.chat_tokens(USER)
-    assert tokens[-1:] == ids("\n")  # which moves to the continuation, as the harness has it
     choice = "<|im_end|> no"
-    assert adapter.encode_pair(prompt, choice) == (tokens[:-1], ids("\n" + choice))
-    expected = naive(adapter, tokens[:-1], ids("\n" + choice))
-    assert close(adapter.loglikelihood(instances((prompt, choice))), [expected])
+    pair = tokens[:-1], ids("\n" + choice)  # the newline at the end moves, as the harness has it
+    assert adapter.encode_pair(prompt, choice) == pair
+    assert close(adapter.loglikelihood(instances((prompt, choice))), [naive(adapter, *pair)])
 
 
 def test_what_is_refused(make):
