@@ -12,8 +12,8 @@ from support.tiny import random_model, tiny_config
 
 import pop
 from tools.evaluate import __main__ as evaluate
-from tools.evaluate import selection, tasks, text
 from tools.evaluate import report as evaluate_report
+from tools.evaluate import selection, tasks, text
 from tools.evaluate.contender import Contender
 from tools.evaluate.questions import Writer, codes, documents, make_questions, needle, quotes
 from tools.evaluate.retrieval import evaluate_retrieval
