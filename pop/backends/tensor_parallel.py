@@ -160,22 +160,23 @@ class Part:
         kv_begin = rank // self.copies * kv_heads * E
         kv_span = (kv_begin, kv_begin + kv_heads * E)
         self.kv_rows = list(range(*kv_span))
-        inner = _share(whole.intermediate_size, rank, size)
-        sizes = {"num_heads": H // size, "num_kv_heads": kv_heads, "intermediate_size": inner[1] - inner[0]}
+        begin, end = _share(whole.intermediate_size, rank, size)
+        sizes = {"num_heads": H // size, "num_kv_heads": kv_heads, "intermediate_size": end - begin}
 
-        queries = (_share(H * E, rank, size),)
-        keys = Shard(0, K * E, (kv_span,), owned=(rank % self.copies == 0,))
-        words = Shard(0, whole.vocab_size, (_share(whole.vocab_size, rank, size),))
+        def shared(axis: int, count: int) -> Shard:
+            return Shard(axis, count, (_share(count, rank, size),))
+
+        keys = Shard(0, K * E, (kv_span,), owned=rank % self.copies == 0)
         self._shards = {
-            "q_proj": Shard(0, H * E, queries),
+            "q_proj": shared(0, H * E),
             "k_proj": keys,
             "v_proj": keys,
-            "o_proj": Shard(1, H * E, queries),
-            "gate_proj": Shard(0, whole.intermediate_size, (inner,)),
-            "up_proj": Shard(0, whole.intermediate_size, (inner,)),
-            "down_proj": Shard(1, whole.intermediate_size, (inner,)),
-            "embed_tokens": words,
-            "lm_head": words,
+            "o_proj": shared(1, H * E),
+            "gate_proj": shared(0, whole.intermediate_size),
+            "up_proj": shared(0, whole.intermediate_size),
+            "down_proj": shared(1, whole.intermediate_size),
+            "embed_tokens": shared(0, whole.vocab_size),
+            "lm_head": shared(0, whole.vocab_size),
         }
         experts = getattr(whole, "experts", None)
         if experts is not None:
@@ -183,9 +184,9 @@ class Part:
             sizes["experts"] = dataclasses.replace(experts, width=end - begin)
             gate_and_up = (begin, end), (experts.width + begin, experts.width + end)  # gate's rows, then those of up
             self._shards["experts.gate_up_proj"] = Shard(1, 2 * experts.width, gate_and_up)
-            self._shards["experts.down_proj"] = Shard(2, experts.width, ((begin, end),))
+            self._shards["experts.down_proj"] = shared(2, experts.width)
         if isinstance(whole, Olmo2Config):
-            self._shards["q_norm"] = Shard(0, H * E, queries)
+            self._shards["q_norm"] = shared(0, H * E)
             self._shards["k_norm"] = keys
         self.config = dataclasses.replace(whole, **sizes)
 
@@ -226,7 +227,7 @@ class Part:
         Returns this rank's values [n], and the index [n] of each among the values of all ranks.
         """
         count = len(parameter)
-        on_first_rank = Shard(0, count, ((0, count),), owned=(self.rank == 0,))  # of a parameter that each rank has
+        on_first_rank = Shard(0, count, ((0, count),), owned=self.rank == 0)  # of a parameter that each rank has
         shard = self.shards.get(name, on_first_rank)
         whole = shard.whole_shape(tuple(parameter.shape))
         numbers = torch.arange(0, math.prod(whole), step, device=parameter.device)

@@ -212,22 +212,17 @@ def _pass_on(whole: Fields, text: Fields, *names: str) -> None:
 
 
 def _read_windows(fields: Fields) -> tuple[int | None, ...]:
-    """Read each layer's window from layer_types (transformers 5) or sliding_window_pattern (4)."""
+    """Read each layer's window from layer_types or, if that is missing, from sliding_window_pattern."""
     layers = fields.integer("num_hidden_layers")
     window = fields.integer("sliding_window")
-    default = 6
+    pattern = fields.integer("sliding_window_pattern", 6)
     if "layer_types" in fields.left:
         fields.left.pop("_sliding_window_pattern", None)  # transformers 5 writes it, but does not read it
-        default = None
-    pattern = fields.integer("sliding_window_pattern", default)
-    if pattern is not None:
-        periodic = [LOCAL if n % pattern else GLOBAL for n in range(1, layers + 1)]  # every n-th is global
-        if fields.left.setdefault("layer_types", periodic) != periodic:
-            raise ConfigError(f"layer_types and sliding_window_pattern ({pattern}) disagree")
     types = fields.take(
         "layer_types",
         f"a list of {LOCAL} or {GLOBAL} for each of {layers} layers",
         lambda v: type(v) is list and len(v) == layers and all(kind in (LOCAL, GLOBAL) for kind in v),
+        [LOCAL if n % pattern else GLOBAL for n in range(1, layers + 1)],  # every n-th is global
     )
     return tuple(window if kind == LOCAL else None for kind in types)
 

@@ -125,9 +125,7 @@ def find_folder(name_or_path: str | os.PathLike) -> Path:
             raise CheckpointError(f"{path} holds a LoRA adapter (adapter_config.json); {step}")
         return path
     if os.sep in name and not _is_repository(name):
-        parents = Path(os.path.abspath(path)).parents
-        existing = next(parent for parent in parents if os.path.isdir(parent))
-        raise WeightsNotFound(f"there is no directory {path}, but {existing} exists; check the path")
+        raise WeightsNotFound(f"there is no directory {path}; check the path")
     return find_weights(name)
 
 
@@ -181,15 +179,8 @@ def _cached(repository: str) -> Path | None:
 
 
 def weights_folder() -> Path:
-    """Return the folder for new weights, which need not exist: $POP_WEIGHTS, or the first writable one of `_places`."""
-    places = _places()
-    if os.environ.get("POP_WEIGHTS"):
-        return places[0]
-    for place in places:
-        existing = next(parent for parent in (place, *place.absolute().parents) if parent.exists())
-        if os.access(existing, os.W_OK):
-            return place
-    return places[0]
+    """Return the folder for new weights, which need not exist: the first of `_places`."""
+    return _places()[0]
 
 
 def _places() -> list[Path]:

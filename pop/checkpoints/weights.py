@@ -34,7 +34,6 @@ VISION = ("vision_tower.", "multi_modal_projector.", "model.visual.")
 EMBEDDING = "embed_tokens.weight"  # the end of its name
 HEAD = "lm_head.weight"
 EXPERT_MATRICES = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
-SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_heads", "num_kv_heads", "head_dim")  # for messages
 # What a folder or a repository may hold instead of weights: a pattern for the name, and what to do.
 OTHERS = {
     "adapter_config.json": "a LoRA adapter, which `python -m tools.convert BASE DIR --adapter FOLDER` merges",
@@ -53,26 +52,18 @@ class Shard:
     axis: int  # along which the parameter is cut
     whole: int  # the length of the whole parameter along that axis
     spans: tuple[tuple[int, int], ...]  # ranges (begin, end) of the whole, whose concatenation is the part
-    owned: tuple[bool, ...] = ()  # for each span, whether `places` counts it here, not in another process; () means all
+    owned: bool = True  # whether `places` counts it here. If not, another process has the same part.
 
     def whole_shape(self, part: tuple[int, ...]) -> tuple[int, ...]:
         """Return the shape of the whole parameter, given that of the part."""
         return (*part[: self.axis], self.whole, *part[self.axis + 1 :])
 
-    def cut(self, whole: Tensor) -> Tensor:
-        """Return the part of a whole parameter."""
-        return torch.cat([whole.narrow(self.axis, begin, end - begin) for begin, end in self.spans], self.axis)
-
     def places(self) -> Tensor:
         """Return [whole]: each index's position in the part, or -1 if another process owns it."""
-        places = torch.full((self.whole,), -1)
-        owned = self.owned or (True,) * len(self.spans)
-        position = 0
-        for (begin, end), is_owned in zip(self.spans, owned, strict=True):
-            length = end - begin
-            if is_owned:
-                places[begin:end] = torch.arange(position, position + length)
-            position += length
+        places = torch.full((self.whole,), -1, device="cpu")
+        if self.owned:
+            indices = torch.cat([torch.arange(begin, end, device="cpu") for begin, end in self.spans])
+            places[indices] = torch.arange(len(indices), device="cpu")
         return places
 
 
@@ -132,8 +123,8 @@ def instead(names: Iterable[str]) -> str:
 
 def stored_dtype(folder: Path) -> torch.dtype:
     """Return the dtype of the first file's largest tensor. Without weights, which `load_weights` reports: float32."""
-    with contextlib.suppress(CheckpointError, StopIteration):
-        file = next(iter(_weight_files(folder)))
+    with contextlib.suppress(CheckpointError):
+        file = _weight_files(folder)[0]
         largest = max(_map(file).values(), key=Tensor.numel, default=torch.empty(0))
         if largest.dtype in FLOATS:
             return largest.dtype
@@ -244,14 +235,12 @@ def _survey(folder: Path, config: Config, shapes: dict[str, tuple[int, ...]]) ->
     faults = {"missing": missing, "surplus": surplus, "of a wrong dtype": dtypes, "of a wrong shape": misfits}
     reasons = [f"{fault}: {some(names)}" for fault, names in faults.items() if names]
     if reasons:
-        reasons = _causes(config, stored, missing, surplus, misfits) + reasons
+        reasons = _causes(config, stored, missing, surplus) + reasons
         raise CheckpointError(f"the weights in {folder} are not those of its config: {'; '.join(reasons)}")
     return sorted(pieces, key=lambda piece: (piece.repeats, piece.file))
 
 
-def _causes(
-    config: Config, stored: Iterable[str], missing: list[str], surplus: list[str], misfits: list[str]
-) -> list[str]:
+def _causes(config: Config, stored: Iterable[str], missing: list[str], surplus: list[str]) -> list[str]:
     """Return what may explain that the weights are not those of the config."""
     causes = []
     layers = set()
@@ -265,9 +254,6 @@ def _causes(
         causes.append("they are quantised, so take the original ones")
     if HEAD in missing:
         causes.append("tie_word_embeddings is false")
-    if misfits:
-        sizes = [f"{name} {getattr(config, name)}" for name in SIZES if hasattr(config, name)]
-        causes.append(f"the config has {', '.join(sizes)}")
     return causes
 
 
@@ -292,40 +278,36 @@ def _wanted(shapes: dict[str, tuple[int, ...]], stored: Set[str]) -> dict[str, _
 def _stored(folder: Path, parameters: Set[str]) -> dict[str, tuple[Path, str, Tensor]]:
     """Return the stored tensors by their published names, each with its file and its name there."""
     stored = {}
-    for file, names in _weight_files(folder).items():
-        tensors = _map(file)
-        astray = tensors.keys() ^ names if names is not None else ()
-        if astray:
-            raise CheckpointError(f"{file} and the index beside it disagree about {some(sorted(astray))}")
-        for name, tensor in tensors.items():
+    for file in _weight_files(folder):
+        for name, tensor in _map(file).items():
             if name.endswith(ROPE_TABLES):
                 continue
             published = name if name in parameters else published_name(name)
             if published in stored:
-                raise CheckpointError(f"{file}: {some([name])} is stored twice, under names of two releases")
+                raise CheckpointError(f"{file}: {some([name])} is stored twice; remove one of the copies")
             stored[published] = (file, name, tensor)
     return stored
 
 
-def _weight_files(folder: Path) -> dict[Path, set[str] | None]:
-    """Find the weight files and, if there is an index, the names of their tensors. A single file takes precedence."""
+def _weight_files(folder: Path) -> list[Path]:
+    """Find the weight files: those that an index names, or a single file, which takes precedence."""
     single = folder / "model.safetensors"
     index_file = folder / "model.safetensors.index.json"
     if single.is_file():
-        return {single: None}
+        return [single]
     if not index_file.is_file():
         raise CheckpointError(f"{folder} holds no weights, such as model.safetensors{instead(os.listdir(folder))}")
     weight_map = read_json(index_file, CheckpointError).get("weight_map")
-    if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
+    if not (isinstance(weight_map, dict) and weight_map and all(isinstance(v, str) for v in weight_map.values())):
         raise CheckpointError(f"{index_file} holds no weight_map of tensors to files; fetch it again")
-    files = {}
+    files = []
     for shard in sorted(set(weight_map.values())):
         # The name comes from outside and must not lead out of the folder. The file may be a symbolic link.
         if PureWindowsPath(shard).name != shard or not shard.endswith(".safetensors"):
             raise CheckpointError(f"{index_file} names {shard!r:.200}, not a plain *.safetensors name")
         if not os.path.isfile(folder / shard):
             raise CheckpointError(f"{folder} lacks the shard {shard!r:.200}; fetch it")
-        files[folder / shard] = {name for name, place in weight_map.items() if place == shard}
+        files.append(folder / shard)
     return files
 
 

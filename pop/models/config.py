@@ -5,7 +5,7 @@ fingerprint, so renaming a field would invalidate saved plans.
 """
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
@@ -261,7 +261,7 @@ class VideoConfig(ImageConfig):
     frames: tuple[int, int] = (4, 768)  # the fewest and the most frames that are kept
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Qwen3VLConfig(Qwen3Config):
     """The language model, with positions on three axes, and the vision tower.
 
@@ -271,12 +271,12 @@ class Qwen3VLConfig(Qwen3Config):
 
     family: ClassVar[str] = "qwen3_vl"
 
-    mrope_sections: tuple[int, int, int] = field(kw_only=True)  # how many rotated pairs turn by time, row and column
-    vision: Qwen3VisionConfig = field(kw_only=True)
-    image_id: int = field(kw_only=True, default=151_655)
-    video_id: int = field(kw_only=True, default=151_656)
-    start_id: int = field(kw_only=True, default=151_652)
-    end_id: int = field(kw_only=True, default=151_653)
+    mrope_sections: tuple[int, int, int]  # how many rotated pairs turn by time, row and column
+    vision: Qwen3VisionConfig
+    image_id: int = 151_655
+    video_id: int = 151_656
+    start_id: int = 151_652
+    end_id: int = 151_653
 
     def __post_init__(self):
         super().__post_init__()

@@ -13,7 +13,6 @@ from __future__ import annotations
 import dataclasses
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -41,7 +40,7 @@ class TextOnly:
         return torch.zeros_like(lengths)
 
     def extended(self, num_tokens: int) -> TextOnly:
-        """The same, with text after the prompts, up to `num_tokens` tokens a row."""
+        """The images of one prompt, with text after it, up to `num_tokens` tokens."""
         return self
 
     def chunk_ends(self, begin: Tensor, end: Tensor) -> Tensor:
@@ -93,30 +92,16 @@ class Images(TextOnly):
         if self.rope_positions is None:
             return index
         positions = self.rope_positions.to(index.device)
-        return positions.gather(2, index.clamp(max=positions.shape[2] - 1).expand(3, -1, -1))
+        T = positions.shape[2]
+        inside = positions.gather(2, index.clamp(max=T - 1).expand(3, -1, -1))  # [3, B, C]
+        following = index - T + 1 + positions.amax((0, 2))[:, None]  # [B, C]
+        return inside.where(index < T, following)
 
     def rope_offset(self, lengths):
         if self.rope_positions is None:
             return super().rope_offset(lengths)
         inside = torch.arange(self.rope_positions.shape[2]) < lengths[:, None]  # [B, T]
         return self.rope_positions.where(inside, -1).amax((0, 2)) + 1 - lengths
-
-    def extended(self, num_tokens):
-        B, T = self.feature_index.shape
-        added = num_tokens - T
-        look_ahead = self.look_ahead
-        if look_ahead is not None:
-            look_ahead = F.pad(look_ahead, (0, added))
-        rope_positions = self.rope_positions
-        if rope_positions is not None:
-            lengths = torch.full((B,), T)
-            first = lengths + self.rope_offset(lengths)
-            following = first[:, None] + torch.arange(added)  # [B, added]
-            rope_positions = torch.cat((rope_positions, following.expand(3, -1, -1)), dim=2)
-        feature_index = F.pad(self.feature_index, (0, added), value=-1)
-        return dataclasses.replace(
-            self, feature_index=feature_index, look_ahead=look_ahead, rope_positions=rope_positions
-        )
 
     def chunk_ends(self, begin, end):
         if self.look_ahead is None:
@@ -125,14 +110,21 @@ class Images(TextOnly):
         may_end = (self.look_ahead == 0) & (index < end[:, None])  # [B, T], whether a chunk may end after this token
         return torch.where(may_end, index + 1, begin[:, None]).amax(1)
 
+    def extended(self, num_tokens):
+        index = torch.arange(num_tokens, device="cpu")[None]
+        return self._part(index, index < self.feature_index.shape[1])
+
     def select(self, index, valid):
-        index = index.clamp(max=self.feature_index.shape[1] - 1)
-        feature_index = self.feature_index.gather(1, index).where(valid, -1)
-        if not (feature_index >= 0).any():
-            return TEXT
+        part = self._part(index, valid)
+        return part if (part.feature_index >= 0).any() else TEXT
+
+    def _part(self, index: Tensor, valid: Tensor) -> Images:
+        """The images at tokens `index` [B, C]. Tokens that are not valid [B, C] are text."""
+        inside = index.clamp(max=self.feature_index.shape[1] - 1)
+        feature_index = self.feature_index.gather(1, inside).where(valid, -1)
         look_ahead = self.look_ahead
         if look_ahead is not None:
-            look_ahead = look_ahead.gather(1, index).where(valid, 0)
+            look_ahead = look_ahead.gather(1, inside).where(valid, 0)
         rope_positions = self.rope_positions
         if rope_positions is not None:
             rope_positions = self.rotary(index)

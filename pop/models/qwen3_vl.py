@@ -92,30 +92,25 @@ def image_positions(
     """
     merge = config.vision.merge_size
     frames = [grid for grid in videos for _ in range(grid.frames)]
-    grids = {config.image_id: iter(images), config.video_id: iter(frames)}
-    names = {config.image_id: "image", config.video_id: "video frame"}
+    grids = {config.image_id: list(images), config.video_id: frames}
+    runs = [(token, len(list(run))) for token, run in groupby(tokens, lambda token: token if token in grids else None)]
+    for token, name in ((config.image_id, "images"), (config.video_id, "frame pairs of videos")):
+        found = [length for kind, length in runs if kind == token]
+        needed = [grid.rows * grid.columns // merge**2 for grid in grids[token]]
+        if found != needed:
+            raise InputError(f"the prompt has runs of {found} tokens for {name}; it must have {needed} for those given")
+    left = {token: iter(given) for token, given in grids.items()}
     blocks = []
     position = 0
-    for token, run in groupby(tokens, lambda token: token if token in grids else None):
-        length = len(list(run))
-        index = torch.arange(length)
-        if token is None:
-            blocks.append(position + index.expand(3, -1))
-            position += length
-            continue
-        name = names[token]
-        grid = next(grids[token], None)
-        if grid is None:
-            raise InputError(f"the prompt has tokens for more {name}s than are given; remove them")
-        rows = grid.rows // merge
-        columns = grid.columns // merge
-        if length != rows * columns:
-            size = f"{rows} x {columns} tokens"
-            raise InputError(f"the prompt has {length} tokens for one {name} of {size}; give it {rows * columns}")
-        block = torch.stack([torch.zeros_like(index), index // columns, index % columns])  # [3, length]
+    for token, length in runs:
+        index = torch.arange(length, device="cpu")
+        block = index.expand(3, -1)  # [3, length]
+        extent = length
+        if token is not None:
+            grid = next(left[token])
+            columns = grid.columns // merge
+            block = torch.stack([torch.zeros_like(index), index // columns, index % columns])
+            extent = max(grid.rows // merge, columns)
         blocks.append(position + block)
-        position += max(rows, columns)
-    for token, left in grids.items():
-        if next(left, None) is not None:
-            raise InputError(f"the prompt lacks the tokens of at least one {names[token]} that is given; add them")
+        position += extent
     return torch.cat(blocks, dim=1), position

@@ -114,14 +114,14 @@ def test_a_package_outside_a_checkout_has_no_weights_beside_it(places, monkeypat
     assert weights_folder() == places[2]
 
 
-def test_new_weights_go_to_the_first_place_that_can_take_them(places, monkeypatch, tmp_path):
+def test_new_weights_go_to_the_first_place(places, monkeypatch, tmp_path):
     assert weights_folder() == places[0]
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("POP_WEIGHTS", "~/models")
     assert weights_folder() == tmp_path / "models"
     monkeypatch.setenv("POP_WEIGHTS", "")
     assert weights_folder() == places[1]
-    monkeypatch.setattr(registry.os, "access", lambda path, mode: Path(path) != places[1])
+    (places[1].parent / "setup.py").unlink()
     assert weights_folder() == places[2]
     monkeypatch.delenv("XDG_CACHE_HOME")
     assert weights_folder() == tmp_path / ".cache" / "pop"
@@ -144,16 +144,13 @@ def test_a_repository_is_a_known_model_or_has_its_own_name(places, repository, n
 
 
 @pytest.mark.parametrize("path", ["./a/b", "~/nowhere", "/no/such/folder", "a/b/c", "../x", "a--b/c"])
-def test_a_path_that_does_not_exist_names_what_does(places, tmp_path, monkeypatch, path):
+def test_a_path_that_does_not_exist_is_named(places, tmp_path, monkeypatch, path):
     mine = put(tmp_path / "here/mine")
     monkeypatch.setenv("HOME", str(tmp_path / "here"))
     monkeypatch.chdir(tmp_path)
     assert find_folder("~/mine") == find_folder(Path("~/mine")) == mine
-    with pytest.raises(WeightsNotFound) as caught:
+    with pytest.raises(WeightsNotFound, match=f"there is no directory {Path(path).expanduser()}"):
         find_folder(path)
-    assert "smollm2" not in str(caught.value) and "there is no directory" in str(caught.value)
-    exists = {"~": tmp_path / "here", "/": "/", "..": tmp_path.parent}
-    assert f"{exists.get(path[:2], exists.get(path[0], tmp_path))} exists" in str(caught.value)
 
 
 @pytest.mark.parametrize("file", ["model.gguf", "params.json", "x.Q4_K_M.gguf", "adapter_config.json"])

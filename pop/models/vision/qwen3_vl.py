@@ -7,8 +7,8 @@ Images and videos become vectors as wide as the language model's embeddings, in 
     features = merger(h)                     # each square of 2 x 2 patches becomes one token of the language model
     deepstack = [merger(h of a block), ...]  # the same after a few of the blocks
 
-Patches attend all patches of the same frame pair. Frame pairs of one size therefore form a batch, whichever images and
-videos they come from. No mask is needed, and attention costs P^2 for each frame pair.
+Patches attend all patches of the same frame pair. Consecutive frame pairs of one size form a batch, whichever images
+and videos they come from. No mask is needed, and attention costs P^2 for each frame pair.
 
 Attribute names are the checkpoint's names. Shape letters of this file:
 
@@ -18,6 +18,7 @@ Attribute names are the checkpoint's names. Shape letters of this file:
 
 from collections import OrderedDict
 from collections.abc import Sequence
+from itertools import groupby
 from typing import NamedTuple
 
 import torch
@@ -29,7 +30,6 @@ from pop.models.layers import Rope, rotate
 
 NORM_EPS = 1e-6  # no config states it
 PATCHES_AT_ONCE = 2**14  # bounds the memory for activations
-PATCHES_KEPT = 2**17  # patches of all sizes whose tables are kept: about 40 MB
 
 
 class Grid(NamedTuple):
@@ -123,7 +123,6 @@ class VisionTower(nn.Module):
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
         self.merger = Merger(config, norm_merged=False)
         self.deepstack_merger_list = nn.ModuleList(Merger(config, norm_merged=True) for _ in config.deepstack)
-        self._tables: dict[tuple, tuple[Tensor, ...]] = {}
 
     def forward(self, patches: Tensor, grids: Sequence[Grid]) -> tuple[Tensor, tuple[Tensor, ...]]:
         """patches [-1, values of a patch] of all images -> features [-1, D] of all tokens, and each DeepStack layer's.
@@ -131,28 +130,24 @@ class VisionTower(nn.Module):
         Patches are ordered by image, by frame pair, and by square of merge_size x merge_size patches, as
         pop/inputs/qwen3_vl.py prepares them. There is one grid for each image or video, in the same order.
         """
-        sizes = [(grid.rows, grid.columns) for grid in grids for _ in range(grid.frames)]  # of each frame pair
-        pairs = patches.split([rows * columns for rows, columns in sizes])
-        features = [None] * len(pairs)
-        for rows, columns in dict.fromkeys(sizes):
-            of_size = [n for n, size in enumerate(sizes) if size == (rows, columns)]
-            count = max(1, PATCHES_AT_ONCE // (rows * columns))
-            for begin in range(0, len(of_size), count):
-                chosen = of_size[begin : begin + count]
-                batch = torch.stack([pairs[n] for n in chosen])  # [N, P, ...]
-                found = self.frame_pairs(batch.to(self.pos_embed.weight, non_blocking=True), rows, columns)
-                for n, of_pair in zip(chosen, found.unbind(1), strict=True):
-                    features[n] = of_pair  # [1 + DeepStack's layers, M, D]
-        features, *deepstack = torch.cat(features, dim=1)
+        features = []
+        end = 0
+        for (rows, columns), run in groupby(grids, key=lambda grid: (grid.rows, grid.columns)):
+            begin = end
+            end += rows * columns * sum(grid.frames for grid in run)
+            pairs = patches[begin:end].unflatten(0, (-1, rows * columns))  # [N, P, ...]
+            for batch in pairs.split(max(1, PATCHES_AT_ONCE // (rows * columns))):
+                batch = batch.to(self.pos_embed.weight, non_blocking=True)
+                features.append(self.frame_pairs(batch, rows, columns).flatten(1, 2))
+        features, *deepstack = torch.cat(features, dim=1)  # [M of all, D] each
         return features, tuple(deepstack)
 
     def frame_pairs(self, patches: Tensor, rows: int, columns: int) -> Tensor:
         """patches [N, P, ...] of N frame pairs of rows x columns patches -> [1 + DeepStack's layers, N, M, D]."""
-        corners, shares, *rope = self.tables(rows, columns)
-        table = self.pos_embed.weight.float()
-        positions = F.embedding_bag(corners, table, per_sample_weights=shares, mode="sum")  # [P, C]
         h = self.patch_embed(patches)
-        h = h + positions.to(h.dtype)
+        h = h + self.positions(rows, columns).to(h.dtype)
+        angles = self.angles(rows, columns)
+        rope = angles.cos(), angles.sin()
         deepstack = []
         for index, block in enumerate(self.blocks):
             h = block(h, *rope)
@@ -167,52 +162,20 @@ class VisionTower(nn.Module):
         squares = table.unflatten(1, (-1, merge)).unflatten(0, (-1, merge))  # row, row in it, column, column in it, ...
         return squares.transpose(1, 2).flatten(0, 3)
 
-    def tables(self, rows: int, columns: int) -> tuple[Tensor, ...]:
-        """What depends on the size of a frame pair only, in the patches' order, kept from one call to the next.
-
-        corners [P, 4] int64 and shares [P, 4] float32 (see `corners`), cos and sin [P, 1, E / 2] float32.
-        """
-        device = self.pos_embed.weight.device
-        key = (rows, columns, device, torch.is_inference_mode_enabled())  # autograd cannot use inference tensors
-        found = self._tables.get(key)
-        if found is not None:
-            return found
-        angles = self.by_square(self.angles(rows, columns))[:, None]  # [P, 1, E / 2]
-        corners, shares = self.corners(rows, columns)
-        found = self.by_square(corners), self.by_square(shares), angles.cos(), angles.sin()
-        # Without a lock: two threads may compute the same tables, which does no harm.
-        kept = sum(rows * columns for rows, columns, *_ in list(self._tables))
-        if kept + rows * columns > PATCHES_KEPT:
-            self._tables.clear()
-        self._tables[key] = found
-        return found
-
-    def corners(self, rows: int, columns: int) -> tuple[Tensor, Tensor]:
-        """Bilinear interpolation of the learned position table to a grid of patches, corners aligned.
-
-        The four table entries around each patch and their shares, both [rows, columns, 4], int64 and float32.
-        """
-        row, row_share = self._neighbours(rows)
-        column, column_share = self._neighbours(columns)
-        corners = row[:, None, :, None] * self.config.position_side + column[None, :, None]  # [rows, columns, 2, 2]
-        shares = row_share[:, None, :, None] * column_share[None, :, None]
-        return corners.flatten(2), shares.flatten(2)
-
-    def _neighbours(self, count: int) -> tuple[Tensor, Tensor]:
-        """The two table entries around each of `count` patches on an axis, and their shares: [count, 2] each."""
-        last = self.config.position_side - 1
-        place = torch.linspace(0, last, count, device=self.pos_embed.weight.device)
-        low = place.long()
-        high = (low + 1).clamp(max=last)
-        share = place - low
-        return torch.stack([low, high], -1), torch.stack([1 - share, share], -1)
+    def positions(self, rows: int, columns: int) -> Tensor:
+        """The table of learned positions, interpolated to rows x columns patches, corners aligned: [P, C] float32."""
+        side = self.config.position_side
+        table = self.pos_embed.weight.float().T.unflatten(1, (side, side))  # [C, side, side]
+        grid = F.interpolate(table[None], (rows, columns), mode="bilinear", align_corners=True)
+        return self.by_square(grid[0].permute(1, 2, 0))
 
     def angles(self, rows: int, columns: int) -> Tensor:
-        """The angles of a head's rotated pairs, half by the row, half by the column: [rows, columns, E / 2] float32."""
+        """The angles of a head's pairs, half by the row and half by the column: [P, 1, E / 2] float32."""
         half = self.config.head_dim // 2
         device = self.pos_embed.weight.device
         exponents = torch.arange(0, half, 2, device=device).float() / half
         frequencies = 1 / self.config.rope_base**exponents  # [E / 4]
-        by_row = torch.arange(rows, device=device).float()[:, None, None] * frequencies
-        by_column = torch.arange(columns, device=device).float()[:, None] * frequencies
-        return torch.cat(torch.broadcast_tensors(by_row, by_column[None]), dim=-1)
+        by_row = torch.arange(rows, device=device)[:, None, None] * frequencies
+        by_column = torch.arange(columns, device=device)[:, None] * frequencies
+        by_axis = torch.broadcast_tensors(by_row, by_column[None])  # [rows, columns, E / 4] each
+        return self.by_square(torch.cat(by_axis, dim=-1))[:, None]

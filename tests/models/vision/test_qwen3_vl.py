@@ -1,18 +1,16 @@
-"""Qwen3-VL's vision tower: the reference's features, images apart from each other, and tables that are kept."""
+"""Qwen3-VL's vision tower: the reference's features, and images apart from each other."""
+
+import copy
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from support.goldens import TOLERANCE, Golden, Qwen3VLCase, error, qwen3_vl_cases
-from support.tiny import random_model, random_patches, random_weights
+from support.tiny import random_model, random_patches
 from support.torch_calls import calls_of
 
-from pop.models.config import Qwen3VisionConfig
-from pop.models.vision import qwen3_vl as qwen3_vl_vision
-from pop.models.vision.qwen3_vl import Grid, VisionTower
-
-SMALL = Qwen3VisionConfig(8, 12, 1, 2, 6, (), position_side=3, patch_size=2)
+from pop.models.vision.qwen3_vl import Grid
 
 
 @pytest.fixture(scope="module")
@@ -25,13 +23,6 @@ def towers():
 @pytest.fixture(scope="module")
 def tower(towers):
     return towers["qwen3_vl/untied"]
-
-
-def small_tower() -> VisionTower:
-    tower = VisionTower(SMALL)
-    shapes = {name: tuple(parameter.shape) for name, parameter in tower.named_parameters()}
-    tower.load_state_dict(random_weights(shapes, 0, "qwen3_vl"))
-    return tower.requires_grad_(False).eval()
 
 
 @pytest.mark.parametrize(("name", "case"), [one for one in qwen3_vl_cases() if one[1] != "text"])
@@ -76,26 +67,10 @@ def test_attention_costs_the_sum_of_the_squares(tower):
     assert shapes == [shape for shape in [(3, 3, 24, 8), (1, 3, 24, 8), (1, 3, 4, 8)] for _ in range(len(tower.blocks))]
 
 
-def test_tables_of_a_size_are_kept_and_the_weights_may_change(monkeypatch):
-    tower = small_tower()
-    patches, grid = random_patches(8, SMALL.patch_values, 0), [Grid(1, 2, 4)]
+def test_positions_follow_the_weights(tower):
+    """They are interpolated from the table at each call."""
+    patches, grid = random_patches(24, tower.config.patch_values, 0), [Grid(1, 4, 6)]
     before, _ = tower(patches, grid)
-    kept = tower.tables(2, 4)
-    monkeypatch.setattr(VisionTower, "corners", None)  # kept tables are not computed again
-    assert torch.equal(tower(patches, grid)[0], before) and tower.tables(2, 4) is kept
-    tower.pos_embed.weight.data.mul_(-1)
-    after, _ = tower(patches, grid)
-    assert not torch.allclose(after, before, atol=0.1)
-    monkeypatch.undo()
-    other = VisionTower(SMALL)
-    other.load_state_dict(tower.state_dict())
-    assert torch.equal(other(patches, grid)[0], after)
-    assert tower.to(torch.bfloat16)(patches, grid)[0].dtype == torch.bfloat16
-    with torch.inference_mode():
-        assert tower.tables(4, 4)[0].is_inference()
-    assert not tower.tables(4, 4)[0].is_inference()  # autograd cannot use inference tensors
-    tower._tables.clear()
-    monkeypatch.setattr(qwen3_vl_vision, "PATCHES_KEPT", 20)
-    for size in ((2, 2), (4, 2), (2, 2), (2, 6)):  # 4, 12, 12 and, with the last, 24 patches
-        tower.tables(*size)
-    assert [key[:2] for key in tower._tables] == [(2, 6)]
+    other = copy.deepcopy(tower)
+    other.pos_embed.weight.data.mul_(-1)
+    assert not torch.allclose(other(patches, grid)[0], before, atol=0.1)
