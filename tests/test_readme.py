@@ -13,48 +13,67 @@ import os
 import re
 import runpy
 import shlex
-import subprocess
+import shutil
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 from hypothesis import settings
 from support.chat_templates import QWEN3
 from support.readme import README, READMES, ROOT, TEXT, blocks, prose
+from support.tiny import write_weights
 from support.tiny_chat import write_chat_checkpoint
 from support.tiny_images import picture
 from support.tiny_qwen3_vl import seeing_model
 
 import pop
 from pop.calibration import calibrate as calibrate_file
+from pop.calibration.held_out import Losses
+from pop.checkpoints.config_json import read_config
 from pop.cli.commands import _parse, main
+from pop.inputs.tokenizers import load_tokenizer
 from tools import demo
 
 REAL = "smollm2-135m"
+NIGHTLY = os.environ.get("HYPOTHESIS_PROFILE") == "nightly"
 real_load = functools.cache(functools.partial(pop.load, compile=False))  # compiling would take most of the time
-
-
+read_tokenizer = functools.cache(load_tokenizer)
 qwen3_vl = functools.cache(functools.partial(seeing_model, QWEN3))  # stands for any Qwen3 and Qwen3-VL
 
 
-def load(name, **options) -> pop.Model:
-    """pop.load, uncompiled: each model is loaded once, and small models stand for those whose weights are not here."""
-    if str(name).startswith("qwen3"):
-        inspect.signature(pop.load).bind(name, **options)
-        return copy.copy(qwen3_vl())
-    return copy.copy(real_load(name, **options))  # a block may set its plan
+def changeable(model: pop.Model) -> pop.Model:
+    """A model whose weights may be changed."""
+    return copy.deepcopy(model, {id(model.tokenizer): model.tokenizer})
+
+
+@pytest.fixture(scope="module")
+def weights(smollm2, tmp_path_factory):
+    """SmolLM2, or by default a model as deep, but narrow and of random weights, with its tokenizer."""
+    if NIGHTLY:
+        return smollm2
+    folder = tmp_path_factory.mktemp("weights") / REAL
+    shutil.copytree(smollm2, folder, ignore=lambda *_: ["model.safetensors"])
+    fields = json.loads((folder / "config.json").read_text())
+    fields |= {"hidden_size": 72, "head_dim": 8, "intermediate_size": 96}
+    (folder / "config.json").write_text(json.dumps(fields))
+    write_weights(folder, read_config(folder), seed=0)
+    return folder
 
 
 @pytest.fixture
-def uncompiled(smollm2, monkeypatch):
-    monkeypatch.setattr(pop, "load", load)
-
-
-@pytest.fixture
-def folder(uncompiled, tmp_path, monkeypatch):
-    """A folder to run in, with the files that the READMEs name."""
+def folder(weights, tmp_path, monkeypatch):
+    """A folder to run in, with the files that the READMEs name. Small models stand for those that they load."""
     from PIL import Image
 
+    def load(name, **options):
+        if str(name).startswith("qwen3"):
+            inspect.signature(pop.load).bind(name, **options)
+            return copy.copy(qwen3_vl())
+        return copy.copy(real_load(weights if name == REAL else name, **options))  # a block may set its plan
+
+    monkeypatch.setattr(pop, "load", load)
+    monkeypatch.setattr("pop.loading.load_tokenizer", read_tokenizer)
     (tmp_path / "pop").symlink_to(ROOT / "pop", target_is_directory=True)
     (tmp_path / "notes.txt").write_bytes((ROOT / "pop/data/alice.txt").read_bytes())
     for seed, name in enumerate(("cat.jpg", "dog.jpg")):
@@ -97,7 +116,7 @@ def test_the_python_runs_as_printed(path, folder, capsys, monkeypatch):
     """The blocks of a README continue each other, and end by showing something."""
     if "torchao" in READMES[path]:
         pytest.importorskip("torchao")
-        monkeypatch.setattr(pop, "load", lambda name, **options: copy.deepcopy(load(name, **options)))
+        monkeypatch.setattr(pop, "load", lambda *name, load=pop.load, **options: changeable(load(*name, **options)))
     names = {}
     for number, block in enumerate(blocks("python", path), start=1):
         exec(compile(block, f"{path}, block {number}", "exec"), names)
@@ -163,11 +182,16 @@ def test_ci_runs_the_two_commands_as_printed():
     assert "pip install --quiet -e '.[demo]' && python -m tools.demo" in script
 
 
-def test_the_demo_prints_what_the_readme_shows(uncompiled, monkeypatch, capsys):
-    """All but the times: these are of a machine that the README names.
+def test_the_demo_prints_what_the_readme_shows(smollm2, monkeypatch, capsys):
+    """All but the times: these are of a machine that the README names. By default, the losses are not computed.
 
     The answers of calibrated plans are left out: they turn on the last digits, which differ by machine.
     """
+    if not NIGHTLY:
+        generation = pop.Generation("", [7], 1, 1.0, 0.0, "length")
+        monkeypatch.setattr(pop.Model, "generate", lambda *_, **__: generation)
+        judge = SimpleNamespace(losses=lambda plan: Losses(0.0, 0.0, 1.0))
+        monkeypatch.setattr(demo, "Judge", lambda *_: judge)
     monkeypatch.setattr(sys, "argv", ["demo", "--runs", "1", "--max-new-tokens", "48", "--json"])
     assert demo.main() == 0
     result = json.loads(capsys.readouterr().out)
@@ -176,13 +200,14 @@ def test_the_demo_prints_what_the_readme_shows(uncompiled, monkeypatch, capsys):
     numbers, answers = shown.split("answers\n")
     assert f"{result['prompt_tokens']:,} tokens" in READMES["pop/calibration/README.md"]
     assert len(rows) == 4
-    assert (rows[0]["answer"], rows[0]["finish_reason"]) == ('Chapter I is "Down the Rabbit-Hole"', "stop")
     for row in rows:
         label = row["plan"] + "  "
         (line,) = (line for line in numbers.splitlines() if line.startswith(label))
         *_, speedup, limit, kl, repeated, copied = line.split()
         assert speedup.endswith("x")
         assert limit == f"{row['speedup_limit']:.2f}x"
+        if not NIGHTLY:
+            continue
         near = {"rel": 0.02 if row["calibrated"] else 0, "abs": 0.001}
         found = (row["kl_nats"], row["repetition_kl_nats"], row["copied"])
         assert (float(kl), float(repeated)) == pytest.approx(found[:2], **near)
@@ -191,8 +216,9 @@ def test_the_demo_prints_what_the_readme_shows(uncompiled, monkeypatch, capsys):
         assert row["calibrated"] or line.removeprefix(label).strip() == row["answer"]
 
 
-def test_the_lines_that_run_tests_run_many_examples_and_one_process(tmp_path, monkeypatch):
+def test_the_lines_that_run_tests_run_many_examples_and_one_process(monkeypatch):
     many, one = re.findall(r"`((?:\w+=\w+ )?pytest\b[^`]*)`", prose("README.md"))
+    assert "-n 0" in one
     usual = os.environ.get("HYPOTHESIS_PROFILE", "ci")
     monkeypatch.setenv(*many.removesuffix(" pytest").split("="))
     try:
@@ -200,12 +226,6 @@ def test_the_lines_that_run_tests_run_many_examples_and_one_process(tmp_path, mo
         assert settings.default.max_examples == 400
     finally:
         settings.load_profile(usual)
-    file = tmp_path / "test_one.py"
-    file.write_text("import os\n\ndef test_one():\n    assert 'PYTEST_XDIST_WORKER' not in os.environ\n")
-    monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)
-    command = [sys.executable, "-m", *one.replace("FILE", str(file)).split(), "-c", str(ROOT / ".pytest.ini")]
-    ran = subprocess.run([*command, "-p", "no:cacheprovider"], capture_output=True, text=True)
-    assert "1 passed" in ran.stdout, ran
 
 
 def test_the_citation_names_this_version_and_the_paper():
