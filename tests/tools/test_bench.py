@@ -3,6 +3,7 @@
 import copy
 import json
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -18,26 +19,31 @@ from tools.bench import __main__ as bench
 from tools.bench import measure, processes, shapes
 
 
+@pytest.fixture(autouse=True)
+def rates(monkeypatch):
+    """Rates of the machine, given instead of measured."""
+    monkeypatch.setattr(measure, "peak_turn", lambda *_: lambda: {"flops_per_s": 1e9})
+    monkeypatch.setattr(measure, "bandwidth_turn", lambda *_: lambda: {"bytes_per_s": 1e9})
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     return str(write_checkpoint(tmp_path_factory.mktemp("models") / "tiny"))
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="memory is measured under Linux")
-def test_memory_is_what_the_formula_says(tmp_path):
-    """A prefill of 1,500 tokens in a fresh process. Half of its memory is activations."""
+def test_memory_is_what_the_formula_says(tmp_path, monkeypatch):
+    """A prefill of 700 tokens in a fresh process. A third of its memory is activations."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
     config = tiny_config(
         hidden_size=512, intermediate_size=2048, num_layers=2, num_heads=8, num_kv_heads=4, head_dim=64,
         max_positions=4096, dtype=torch.float32,
     )  # fmt: skip
     (tmp_path / "config.json").write_text(json.dumps(hf_config(config)))
-    argv = ["--shape", str(tmp_path), "--lengths", "1500", "--compile", "false", "--device", "cpu"]
+    argv = ["--shape", str(tmp_path), "--lengths", "700", "--compile", "false", "--device", "cpu"]
     found = processes.in_child("memory", argv, str(tmp_path))
-    assert found["formula_bytes"] == shapes.prefill_memory(config, 1500, torch.float32)
+    assert found["formula_bytes"] == shapes.prefill_memory(config, 700, torch.float32)
     assert found["ratio"] == pytest.approx(1, abs=0.1)
-
-
-# ---- Images ----
 
 
 @pytest.fixture(scope="module")
@@ -74,25 +80,6 @@ def test_prompts_may_begin_with_an_image(seeing, capsys):
     assert tower["ratio"]["median"] == pytest.approx(share * full / flops)
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (["--image", "256"], "--image is '256'; write width and height"),
-        (["--image", "0x9"], "--image is '0x9'"),
-        (["--image", "256x256", "--against", "transformers"], "--against compares text prompts"),
-        (["--image", "256x256", "--lengths", "66"], "the image has 66 tokens; make --lengths longer"),
-        (["--image", "256x256", "--shape", "FOLDER", "--lengths", "99"], "the llama family does not"),
-    ],
-)
-def test_images_that_cannot_be_measured(seeing, folder, capsys, options, message):
-    argv = ["--shape", seeing, "--layers", "1", "--prune", "1.0", "--compile", "false", "--tasks", "prefill"]
-    assert bench.main([*argv, *(folder if word == "FOLDER" else word for word in options)]) == 2
-    assert message in capsys.readouterr().err
-
-
-# ---- The command line ----
-
-
 def test_the_command_line_end_to_end(folder, tmp_path, capsys, monkeypatch):
     children = []
 
@@ -101,8 +88,6 @@ def test_the_command_line_end_to_end(folder, tmp_path, capsys, monkeypatch):
         return {"seconds": 1.0, "compiled": True, "peak_bytes": 3e9, "formula_bytes": 2e9, "ratio": 1.5}
 
     monkeypatch.setattr(bench, "in_child", in_child)
-    monkeypatch.setattr(measure, "peak_turn", lambda *_: lambda: {"flops_per_s": 1e9})
-    monkeypatch.setattr(measure, "bandwidth_turn", lambda *_: lambda: {"bytes_per_s": 1e9})
     monkeypatch.setitem(matplotlib.rcParams, "svg.fonttype", "none")  # words as words
     path, drawn = tmp_path / "r.json", tmp_path / "r.svg"
     options = (
@@ -130,45 +115,46 @@ def test_a_child_measures_in_its_process(folder, capsys):
     argv = ["--model", folder, "--lengths", "8", "--compile", "false", "--device", "cpu", "--child", "compile"]
     assert bench.main(argv) == 0
     result = json.loads(capsys.readouterr().out)
-    assert result["compiled"] is False and result["seconds"] < 5
+    assert result["compiled"] is False and result["seconds"] > 0
 
 
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["--model", "a", "--shape", "b"], "both given"),
-        (["--model", "a", "--layers", "2"], "--layers shortens a --shape"),
-        (["--shape", "nothing"], "give one of llama3.1-8b, smollm2-135m, qwen3-vl-8b, gemma3-12b, or a folder"),
-        (["--shape", "FOLDER", "--layers", "9"], "--layers is 9, but .* has 5"),
-        (["--model", "nothing"], "'nothing'"),
-        (["--lengths", "12,x"], "--lengths is '12,x'"),
-        (["--lengths", "0"], "the shortest of --lengths is 0"),
-        (["--runs", "0"], "--runs is 0"),
-        (["--decode-steps", "0"], "--decode-steps is 0"),
-        (["--tasks", "all"], "--tasks holds 'all'; it knows compile, memory"),
-        (["--against", "vllm"], "--against holds 'vllm'; it knows transformers, transformers-compiled, llama.cpp"),
-        (["--json", "/nowhere/r.json"], "cannot be written"),
-        (["--plot", "/nowhere/r.svg"], "cannot be written"),
-        (["--plot", "r.pdf"], "ends in .svg or .png"),
-        (["--plot", "r.svg", "--tasks", "slots"], "--plot .* --tasks"),
-        (["--model", "FOLDER", "--lengths", "511", "--decode-steps", "2"], "has 513 tokens, but the model takes 512"),
-        (["--model", "FOLDER", "--prune", "x"], "the plan is 'x'"),
-        (["--model", "FOLDER", "--prune", "none"], "prunes none"),
-        (["--model", "FOLDER", "--against", "llama.cpp"], "llama-cpp-python"),
+        ("--model a --shape b", "both given"),
+        ("--model a --layers 2", "--layers shortens a --shape"),
+        ("--shape nothing", "give one of llama3.1-8b, smollm2-135m, qwen3-vl-8b, gemma3-12b, or a folder"),
+        ("--shape FOLDER --layers 9", "--layers is 9, but .* has 5"),
+        ("--lengths 12,x", "--lengths is '12,x'"),
+        ("--lengths 0", "the shortest of --lengths is 0"),
+        ("--runs 0", "--runs is 0"),
+        ("--tasks all", "--tasks holds 'all'; it knows compile, memory"),
+        ("--against vllm", "--against holds 'vllm'; it knows transformers, transformers-compiled, llama.cpp"),
+        ("--json /nowhere/r.json", "cannot be written"),
+        ("--plot r.pdf", "ends in .svg or .png"),
+        ("--plot r.svg --tasks slots", "--plot .* --tasks"),
+        ("--model FOLDER --lengths 511 --decode-steps 2", "has 513 tokens, but the model takes 512"),
+        ("--model FOLDER --prune none", "prunes none"),
+        ("--model FOLDER --against llama.cpp", "llama-cpp-python"),
+        ("--image 256", "--image is '256'; write width and height"),
+        ("--image 0x9", "--image is '0x9'"),
+        ("--image 256x256 --against transformers", "--against compares text prompts"),
+        ("--image 256x256 --shape SEEING --lengths 66 --prune 1.0", "the image has 66 tokens; make --lengths longer"),
+        ("--image 256x256 --shape FOLDER --lengths 99", "the llama family does not"),
     ],
 )
-def test_bad_input_is_one_sentence(folder, argv, message, capsys, monkeypatch):
+def test_bad_input_is_one_sentence(folder, seeing, argv, message, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "llama_cpp", None)
-    argv = [folder if word == "FOLDER" else word for word in argv]
-    argv = ["--lengths", "8", "--tasks", "prefill", *argv]
-    assert bench.main(argv) == 2
+    argv = argv.replace("FOLDER", folder).replace("SEEING", seeing)
+    assert bench.main(["--lengths", "8", "--tasks", "prefill", "--compile", "false", *argv.split()]) == 2
     out, err = capsys.readouterr()
     line = err.splitlines()[-1]
     assert out == "" and line.startswith("bench: ")
     assert re.search(message, line)
 
 
-def test_a_child_that_fails_says_why(folder):
-    argv = ["--model", folder, "--lengths", "600", "--compile", "false"]
-    with pytest.raises(pop.InputError, match=r"measures memory failed \(bench: .*512.*\); leave memory out"):
-        processes.in_child("memory", argv, folder)
+def test_a_child_that_fails_says_why(monkeypatch):
+    done = subprocess.CompletedProcess([], 2, "", "loading\nbench: no model\n")
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: done)
+    with pytest.raises(pop.InputError, match=r"measures memory failed \(bench: no model\); leave memory out"):
+        processes.in_child("memory", [], "")

@@ -33,12 +33,13 @@ BLOCKS = [
 ]
 FEWER = {  # option -> what to give instead of what is printed
     "--lengths": lambda text: re.sub(r"\d{4}|512", lambda number: str(int(number[0]) // 64), text),
-    "--runs": lambda _: "1",
+    "--layers": lambda _: "4",
     "--prune": lambda text: re.sub(r":(1\d|5)$", ":1", text),  # the selecting layer
 }
 # Options that follow the printed ones and so replace them.
 SHORT = "--text a=TEXT --calibration OTHER --windows 2 --prompt-tokens 64 --continuation-tokens 8 --runs 1"
 ALSO = {
+    "tools.bench": shlex.split("--runs 1 --decode-steps 1"),
     "tools.evaluate": shlex.split(f"{SHORT} --lengths 800 --questions 1"),
     "tools.demo": shlex.split("--runs 1 --max-new-tokens 2 --prompt-file QUESTION"),
     "tools.evaluate.lookup": shlex.split("--text a=TEXT --lengths 800 --questions 1"),
@@ -50,9 +51,9 @@ NARROW_TOWER = {"hidden_size": 32, "intermediate_size": 48, "num_heads": 2, "out
 
 
 def narrow(shape: dict) -> dict:
-    """The config.json of a known shape: as deep, but narrow."""
+    """The config.json of a known shape, narrow and not deep."""
     shape = copy.deepcopy(shape)
-    shape.get("text_config", shape).update(NARROW)
+    shape.get("text_config", shape).update(NARROW, num_hidden_layers=8)
     shape.get("vision_config", {}).update(NARROW_TOWER)
     return shape
 
