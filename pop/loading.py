@@ -55,8 +55,8 @@ def load(
         tokenizer: "auto" reads the checkpoint's, if there is one. None loads the model without: prompts are token ids
             then. Otherwise the path of a tokenizer, or an object with encode(text) -> ids, without BOS, and
             decode(ids) -> text.
-        chat_format: None takes the checkpoint's chat_template. Otherwise "llama-3.1", "chatml" or "gemma", another
-            template in Jinja as text, or a function that writes a conversation (pop/inputs/README.md).
+        chat_format: None takes the checkpoint's chat_template. Otherwise "llama-3.1", "chatml" or "gemma", or another
+            template in Jinja as text (pop/inputs/README.md).
 
     Raises a PopError of pop/errors.py, if possible before it reads the weights.
     """

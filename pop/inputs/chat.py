@@ -1,17 +1,17 @@
 """Chat formats: conversations to token ids, as each family of instruct models was trained on them.
 
-A format is a checkpoint's chat_template, or the caller's choice (chat_templates.py). Control tokens come only from what
-the template itself writes. The text of a message is encoded as text, so nothing that a user writes can become one.
+A format is a checkpoint's chat_template, or the caller's choice (chat_templates.py). Control tokens come only from the
+template's own texts. The text of a message is encoded as text, so nothing that a user writes can become one.
 """
 
 import json
 import re
 
 from pop.errors import InputError, UnsupportedError
-from pop.inputs.chat_templates import TEMPLATES, StandIns, Template, jinja, masked, write
+from pop.inputs.chat_templates import TEMPLATES, ControlMarks, jinja
 from pop.inputs.messages import read_messages, tool_call
 from pop.inputs.processors import Prepared, Processor
-from pop.inputs.tokenizers import Piece, Tokenizer
+from pop.inputs.tokenizers import Tokenizer
 
 ENDS = ("<|end_of_text|>", "<|eom_id|>", "<|endoftext|>", "<eos>")  # end any answer, if the tokenizer has them
 
@@ -28,19 +28,14 @@ def chat_format(tokenizer: Tokenizer, vision: Processor | None = None, choice=No
     Raises UnsupportedError if there is none, or if the choice does not fit the tokenizer; MissingExtra without jinja2.
     """
     if choice is None and tokenizer.chat_template:
-        template = jinja(tokenizer.chat_template)
-        tool_template = tokenizer.tool_template and jinja(tokenizer.tool_template)
-        return ChatFormat(tokenizer, vision, template, tool_template)
-    choices = f"{', '.join(map(repr, TEMPLATES))}, a template in Jinja as text, or a function"
+        return ChatFormat(tokenizer, vision, tokenizer.chat_template, tokenizer.tool_template)
+    choices = f"{', '.join(map(repr, TEMPLATES))}, or a template in Jinja as text"
     if choice is None:
         base = "the checkpoint has no chat_template, so it is a base model"
         raise UnsupportedError(f"{base}: use generate, or pass chat_format= {choices}")
-    if isinstance(choice, str) and (choice in TEMPLATES or "{" in choice):
-        template = jinja(TEMPLATES.get(choice, choice))
-    elif callable(choice) and not isinstance(choice, type):
-        template = choice
-    else:
+    if not isinstance(choice, str) or (choice not in TEMPLATES and "{" not in choice):
         raise InputError(f"chat_format is {choice!r:.80}; it must be one of {choices}")
+    template = TEMPLATES.get(choice, choice)
     form = ChatFormat(tokenizer, vision, template)
     if not form.ends[0]:
         raise UnsupportedError(f"chat_format {choice!r:.80} ends an answer with no token that the tokenizer has")
@@ -53,7 +48,7 @@ class ChatFormat:
     Args:
         tokenizer: Encodes what the template writes.
         vision: Prepares images and videos. None: the model takes text only.
-        template: Writes conversations.
+        template: In Jinja.
         tool_template: Writes conversations with tools. None: `template` does.
     """
 
@@ -61,13 +56,14 @@ class ChatFormat:
         self,
         tokenizer: Tokenizer,
         vision: Processor | None,
-        template: Template,
-        tool_template: Template | None = None,
+        template: str,
+        tool_template: str | None = None,
     ):
         self.tokenizer = tokenizer
         self.vision = vision
-        self._template = template
-        self._tool_template = tool_template or template
+        self._variables = tokenizer.template_variables
+        self._places = {} if vision is None else vision.marks  # for each kind, what a template writes in its place
+        self._template = jinja(template)
         text = self._write([_ASKED, _ANSWERED, _ASKED], add_generation_prompt=False)
         begun, answered, rest = text.partition(_ANSWER)
         if not answered:
@@ -84,6 +80,13 @@ class ChatFormat:
         self.ends = ("".join(after_answer[:1]), tokenizer.template_variables.get("eos_token", ""), *ENDS)
         self._continues = prompt.startswith(begun.rstrip())  # up to the answer, it writes a prompt in the same way
         self.opening = prompt[len(begun) :] if self._continues else ""  # the text that opens the model's turn
+
+        texts = [template, tool_template or "", *self._variables.values(), *self._places.values()]
+        self._marks = ControlMarks(self.tokenizer.special_tokens, texts)
+        self._variables = {key: self._marks.put(text) for key, text in self._variables.items()}
+        self._places = {kind: self._marks.put(text) for kind, text in self._places.items()}
+        self._template = jinja(template, self._marks.put)
+        self._tool_template = jinja(tool_template or template, self._marks.put)
 
     @property
     def end_ids(self) -> tuple[int, ...]:
@@ -115,10 +118,8 @@ class ChatFormat:
         told, media = read_messages(messages, self.vision)
         if tools and (not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools)):
             raise InputError(f"tools must be a list of dicts, the JSON schemas of functions, got {tools!r:.80}")
-        tools = tools or []
-        stand_ins = self._stand_ins(told, tools)
-        told = stand_ins.hide(told)
-        tools = stand_ins.hide(tools)
+        conversation = _as_json([told, tools])
+        told = [self._with_marks(message) for message in told]
         options = {"add_generation_prompt": add_generation_prompt} | _thinking(enable_thinking)
         text = self._write(told, tools, **options)
         if tools and self._write(told, **options) == text:
@@ -126,10 +127,9 @@ class ChatFormat:
         without_calls = [{key: part for key, part in message.items() if key != "tool_calls"} for message in told]
         if without_calls != told and self._write(without_calls, tools, **options) == text:
             raise UnsupportedError("the chat_template leaves out the tool calls; put them into a message")
-        if add_generation_prompt and not enable_thinking and text.endswith("<think>\n"):
+        if add_generation_prompt and not enable_thinking and text.endswith(self._marks.put("<think>\n")):
             raise UnsupportedError("the model always thinks; leave out enable_thinking=False")
-        without_texts = self._write(masked(told), masked(tools), **options)
-        return self._encode(text, without_texts, media, stand_ins), media
+        return self._encode(text, media, conversation), media
 
     def next_prompt(self, content, enable_thinking: bool = True) -> tuple[list[int], list[Prepared]]:
         """Return what `prompt` adds after an answer: the turn's end, the user's message, and the next turn's opening.
@@ -137,16 +137,14 @@ class ChatFormat:
         A control token follows an answer, so no text is encoded across this boundary, and these ids can be appended.
         """
         told, media = read_messages([{"role": "user", "content": content}], self.vision)
-        stand_ins = self._stand_ins(told, [])
-        told = stand_ins.hide(told)
+        conversation = _as_json(told)
         options = _thinking(enable_thinking)
         begun = [_ASKED, _ANSWERED]
         added = self._write(begun + told, **options).split(_ANSWER, 1)[-1]
         after_more = self._write(begun + begun + told, **options).split(_ANSWER, 2)[-1]
         if not self._continues or after_more != added:
             raise UnsupportedError("the chat_template rewrites earlier turns; answer whole lists of messages with chat")
-        without_texts = self._write(begun + masked(told), **options).split(_ANSWER, 1)[-1]
-        return self._encode(added, without_texts, media, stand_ins), media
+        return self._encode(added, media, conversation), media
 
     def parse_tool_calls(self, text: str) -> list[dict]:
         """Return the calls in an answer, as a message has them under "tool_calls". An answer in words has none.
@@ -165,65 +163,54 @@ class ChatFormat:
                     raise InputError(f"a tool call is not JSON with a name and arguments: {found!r:.80}") from None
         return calls
 
-    def _stand_ins(self, told: list[dict], tools: list[dict]) -> StandIns:
-        """Return stand-ins for the names of control tokens, and of images and videos, in these texts."""
-        try:
-            conversation = json.dumps([told, tools], ensure_ascii=False)
-        except (TypeError, ValueError, RecursionError) as error:
-            raise InputError(f"a tool, or a call of one, cannot be written as JSON: {error}") from None
-        names = [*self.tokenizer.special_tokens, *self._marks().values()]
-        return StandIns(names, self._spoken, conversation)
+    def _with_marks(self, message: dict) -> dict:
+        """Return a message with marks for the control tokens that an answer may have. Templates cut old thoughts there.
 
-    def _marks(self) -> dict[str, str]:
-        return {} if self.vision is None else self.vision.marks
+        Other names of control tokens stay text.
+        """
+        if message["role"] != "assistant":
+            return message
+        content = message["content"]
+        for name in self._spoken:
+            content = content.replace(name, self._marks.put(name))
+        return message | {"content": content}
 
-    def _write(self, told: list[dict], tools=(), add_generation_prompt: bool = True, **options) -> str:
+    def _write(self, told: list[dict], tools=None, add_generation_prompt: bool = True, **options) -> str:
         template = self._tool_template if tools else self._template
-        variables = {"marks": self._marks()} | self.tokenizer.template_variables | options
-        return write(template, told, tools, add_generation_prompt=add_generation_prompt, **variables)
+        variables = {"marks": self._places} | self._variables | options
+        return template(messages=told, tools=tools or None, add_generation_prompt=add_generation_prompt, **variables)
 
-    def _encode(self, text: str, without_texts: str, media: list[Prepared], stand_ins: StandIns) -> list[int]:
+    def _encode(self, text: str, media: list[Prepared], conversation: str) -> list[int]:
         """Return the ids of what a template wrote, with images and videos in place of their marks.
 
-        The texts hide the names of control tokens. A template could still form a name from parts of two texts, or from
-        a text and characters that it adds. So the control tokens must be the same when no text has a character of a
-        name, as in `without_texts`.
+        A name of a control token that has no mark stands in a text of the conversation, or the template has formed it
+        from parts. The first is text. The second would be a control token elsewhere, so it is refused.
         """
-        pieces = self._split(text, media)
-        if self._control_tokens(pieces) != self._control_tokens(self._split(without_texts, media)):
-            raise UnsupportedError("the chat_template may form control tokens from texts; pass another chat_format=")
-        encoded = []
-        for piece in pieces:
-            if isinstance(piece, Prepared):
-                encoded += piece.pieces
-            else:
-                encoded.append(stand_ins.restore(piece) if isinstance(piece, str) else piece)
-        return self.tokenizer.encode_pieces(encoded, bos=False)
-
-    def _control_tokens(self, pieces: list[Piece | Prepared]) -> list[list[int]]:
-        """The control tokens of a prompt, except those that answers may have as well."""
-        spoken = [[self.tokenizer.special_tokens[name]] for name in self._spoken]
-        return [piece for piece in pieces if isinstance(piece, list) and piece not in spoken]
-
-    def _split(self, text: str, media: list[Prepared]) -> list[Piece | Prepared]:
-        """Split what a template wrote into texts, control tokens, and the images and videos at their marks."""
-        special = set(self.tokenizer.special_tokens.values())
-        parts = self.vision.split_at_marks(text, media, "chat_template") if media else [text]
+        parts = self.vision.split_at_marks(text, media, self._places, "chat_template") if media else [text]
         pieces = []
         for part in parts:
-            if isinstance(part, Prepared):
-                pieces.append(part)
-                continue
-            for piece in self.tokenizer.split(part, allow_special=True):
-                if isinstance(piece, list) and special.isdisjoint(piece):
-                    piece = self.tokenizer.decode(piece)  # text spells it, perhaps together with its neighbours
-                pieces.append(piece)
-        return pieces
+            pieces += part.pieces if isinstance(part, Prepared) else self._marks.split(part)
+        words = [piece for piece in pieces if isinstance(piece, str)]
+        for name in self._names("\n".join(words)):
+            if name in self.tokenizer.special_tokens and _as_json(name)[1:-1] not in conversation:
+                formed = f"the chat_template forms the control token {name!r} from parts"
+                raise UnsupportedError(f"{formed}; pass another chat_format=")
+        return self.tokenizer.encode_pieces(pieces, bos=False)
 
     def _names(self, text: str) -> list[str]:
         """Return the names of the added tokens in a text that a template wrote, in order."""
         found = self.tokenizer.split(text, allow_special=True)
         return [self.tokenizer.decode(piece, special=True) for piece in found if not isinstance(piece, str)]
+
+
+def _as_json(value) -> str:
+    """Return a conversation, or a part of it, in lower case: templates may change the case of texts."""
+    try:
+        text = json.dumps(value, ensure_ascii=False)
+        text.encode()
+    except (TypeError, ValueError, RecursionError) as error:  # a lone surrogate is a ValueError
+        raise InputError(f"a message, a tool or a call of one cannot be written as JSON: {error}") from None
+    return text.lower()
 
 
 def _thinking(enable: bool) -> dict[str, bool]:

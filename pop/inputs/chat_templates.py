@@ -1,19 +1,20 @@
-"""Templates write a conversation as text: programs in Jinja, run in jinja2's sandbox, or functions of the caller.
+"""Templates write a conversation as text: programs in Jinja, run in jinja2's sandbox.
 
-A template sees ordinary strings. A text of the caller must never become a control token. So `StandIns` changes the
-names of control tokens in the texts before the template runs. Afterwards it restores them in what is encoded as text.
+A text of the caller must never become a control token, so names of control tokens in the output prove nothing. Instead
+`ControlMarks` changes the template: in its own texts, a lone surrogate stands for each control token. Such a character
+is no text, so no message can contain it.
 """
 
 import datetime
 import functools
 import json
 import re
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 from pop.errors import InputError, PopError, UnsupportedError, import_extra
-from pop.inputs.tokenizers import splitter
+from pop.inputs.tokenizers import Piece, splitter
 
 Template = Callable[..., str]  # called with messages, tools and other variables by name
 
@@ -21,52 +22,73 @@ Template = Callable[..., str]  # called with messages, tools and other variables
 FOLDER = Path(__file__).parents[1] / "data" / "chat"
 TEMPLATES = {path.stem: path.read_text(encoding="utf-8") for path in sorted(FOLDER.glob("*.jinja"))}
 
-PRIVATE_USE = range(0x100000, 0x10FFF0)  # code points without a meaning, which text hardly ever has
-MASK = "\U0010fffb"  # for `masked`
-# Values of "role" and "type" that `masked` leaves, since templates compare them.
-COMPARED = (
-    *("system", "user", "assistant", "tool", "developer", "ipython", "model", "text", "image", "video", "function"),
-    *("string", "object", "number", "integer", "boolean", "array", "null"),
-)
 
+class ControlMarks:
+    """A lone surrogate for each control token whose name is in the texts of a template, for at most 2,048 of them.
 
-def write(template: Template, messages: list[dict], tools: list[dict], **variables) -> str:
-    """Return what a template writes. The variables are those that templates know from transformers."""
-    now = datetime.datetime.now()
-    return template(
-        messages=messages,
-        tools=tools or None,
-        strftime_now=now.strftime,
-        raise_exception=_refuse,
-        **variables,
-    )
+    Args:
+        ids: The ids of control tokens by name.
+        texts: The template, and the variables that it may write.
+    """
+
+    def __init__(self, ids: dict[str, int], texts: Iterable[str]):
+        found = dict.fromkeys(splitter(ids).findall("\n".join(texts)))
+        self._marks = dict(zip(found, map(chr, range(0xD800, 0xE000)), strict=False))
+        self._pattern = splitter(self._marks)
+        self._ids = {mark: [ids[name]] for name, mark in self._marks.items()}
+
+    def put(self, text: str) -> str:
+        """Return a text with marks in place of the names."""
+        return self._pattern.sub(lambda match: self._marks[match[0]], text)
+
+    def split(self, text: str) -> list[Piece]:
+        """Return the texts between marks, and in place of each mark the id of its token."""
+        return [self._ids.get(part, part) for part in re.split("([\ud800-\udfff])", text)]
 
 
 def _refuse(message: str) -> None:
     raise InputError(f"the checkpoint's chat_template refuses the conversation: {message!s:.200}")
 
 
-@functools.lru_cache
-def jinja(source: str) -> Template:
-    """Return a template in Jinja as a function, with the settings of transformers. Raises MissingExtra without jinja2.
+def _now(format: str) -> str:
+    return datetime.datetime.now().strftime(format)
 
-    Every exception that the template raises becomes an UnsupportedError.
+
+def jinja(source: str, change: Callable[[str], str] = str) -> Template:
+    """Return a template in Jinja as a function, with the settings of transformers.
+
+    Args:
+        source: The template.
+        change: Applied to each text and each string constant of the template.
+
+    Raises MissingExtra without jinja2. Every exception that the template raises becomes an UnsupportedError.
     """
-    sandbox = import_extra("jinja2.sandbox", "jinja2, or a function as chat_format=", "jinja")
+    sandbox = import_extra("jinja2.sandbox", "jinja2", "jinja")
+    nodes = import_extra("jinja2.nodes", "jinja2", "jinja")
     environment = sandbox.ImmutableSandboxedEnvironment(
         trim_blocks=True,
         lstrip_blocks=True,
         extensions=["jinja2.ext.loopcontrols"],
     )
     environment.filters["tojson"] = _tojson
+    environment.globals |= {"raise_exception": _refuse, "strftime_now": _now}
     # {% generation %} ... {% endgeneration %} marks answers for training. It changes nothing in what is written.
     source = re.sub(r"({%-?\s*)generation(?=\s*-?%})", r"\1if true", source)
     source = re.sub(r"({%-?\s*)endgeneration(?=\s*-?%})", r"\1endif", source)
-    compiled = functools.cache(environment.from_string)
+
+    @functools.cache
+    def compiled():
+        tree = environment.parse(source)
+        for node in tree.find_all((nodes.TemplateData, nodes.Const)):
+            (field,) = node.fields
+            value = getattr(node, field)
+            if isinstance(value, str):
+                setattr(node, field, change(value))
+        return environment.from_string(tree)
 
     def run(**variables) -> str:
         try:
-            return compiled(source).render(variables)
+            return compiled().render(variables)
         except PopError:
             raise
         except Exception as error:  # a template is a program, so it can raise anything
@@ -79,86 +101,3 @@ def jinja(source: str) -> Template:
 
 def _tojson(value: Any, ensure_ascii=False, indent=None, separators=None, sort_keys=False) -> str:
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-
-
-class StandIns:
-    """Private-use characters in place of the first characters of control tokens' names in a caller's texts.
-
-    A text keeps its length and nearly all of its characters, so a template can compare it, cut it and trim it as usual.
-
-    Args:
-        names: The names to hide. They are found in upper and lower case, because templates may change the case.
-        spoken: Those of the names that a model's answers may have, such as <think>. Templates look for them there.
-        conversation: All texts of the conversation. None of the stand-ins occurs in it.
-    """
-
-    def __init__(self, names: Collection[str], spoken: Collection[str], conversation: str):
-        self._begin = _beginnings(names)
-        self._begin_in_answers = _beginnings(name for name in names if name not in spoken)
-        self._unused = (char for char in map(chr, PRIVATE_USE) if char not in conversation)
-        self._stand_ins: dict[str, str] = {}  # by the character that they replace
-
-    def hide(self, messages: list[dict]) -> list[dict]:
-        """Return messages or tools with stand-ins in their texts and keys."""
-        hidden = []
-        for message in messages:
-            is_answer = message.get("role") == "assistant"
-            hidden.append(self._hide(message, self._begin_in_answers if is_answer else self._begin))
-        return hidden
-
-    def _hide(self, value: Any, begin: re.Pattern | None) -> Any:
-        if begin is None:
-            return value
-        if isinstance(value, str):
-            return begin.sub(self._stand_in, value)
-        if isinstance(value, dict):
-            return {self._hide(key, begin): self._hide(part, begin) for key, part in value.items()}
-        if isinstance(value, list | tuple):
-            return [self._hide(part, begin) for part in value]
-        return value
-
-    def _stand_in(self, match: re.Match) -> str:
-        char = match[0]
-        if char not in self._stand_ins:
-            found = next(self._unused, None)
-            if found is None:
-                raise InputError("the conversation has all private-use characters of Unicode's plane 16; remove some")
-            self._stand_ins[char] = found
-        return self._stand_ins[char]
-
-    def restore(self, text: str) -> str:
-        """Return a text with the characters that `hide` replaced."""
-        for char, stand_in in self._stand_ins.items():
-            text = text.replace(stand_in, char)
-        return text
-
-
-def _beginnings(names: Iterable[str]) -> re.Pattern | None:
-    """A pattern of each character at which a name begins. The names may overlap, so they are only looked ahead at."""
-    name = splitter(names)
-    return name and re.compile(f"(?={name.pattern}).", re.IGNORECASE | re.DOTALL)
-
-
-def masked(value: Any, is_free: bool = False) -> Any:
-    """Return a JSON value with a private-use character in place of every visible one.
-
-    No part of such a text can belong to a control token. What templates look up and compare stays: the words of keys,
-    and the usual roles and types. But arguments of calls are `is_free`: their keys are the caller's texts. So are the
-    names of a schema's properties.
-    """
-    if isinstance(value, str):
-        return re.sub(r"\S", MASK, value)
-    if isinstance(value, list):
-        return [masked(part, is_free) for part in value]
-    if not isinstance(value, dict):
-        return value
-    result = {}
-    for key, part in value.items():
-        name = re.sub(r"\S" if is_free else r"[^\w\s]", MASK, key)
-        while name in result:  # two keys of one length
-            name += MASK
-        if key == "properties" and isinstance(part, dict):
-            part = {MASK * number: schema for number, schema in enumerate(part.values(), 1)}
-        is_compared = key in ("role", "type") and not is_free and part in COMPARED
-        result[name] = part if is_compared else masked(part, is_free or key == "arguments")
-    return result

@@ -117,23 +117,26 @@ class Processor:
                 row += [self.prepare(kind, one) for one in media]
         return rows
 
-    def split_at_marks(self, text: str, media: Sequence[Prepared], what: str) -> list[str | Prepared]:
-        """Split a text at the marks in it, and put `media` there, each kind in order. `what` names it in errors."""
-        marks = "|".join(map(re.escape, self.marks.values()))
-        parts = re.split(f"({marks})", text)
+    def split_at_marks(
+        self, text: str, media: Sequence[Prepared], marks: dict[str, str], what: str
+    ) -> list[str | Prepared]:
+        """Split a text at the marks of each kind, and put `media` there, in order. `what` names the text in errors."""
+        parts = re.split(f"({'|'.join(map(re.escape, marks.values()))})", text)
         left = {}
-        for kind, mark in self.marks.items():
+        for kind, mark in marks.items():
             of_kind = [one for one in media if one.kind == kind]
             count = parts.count(mark)
             if count != len(of_kind):
-                raise InputError(f"{len(of_kind)} {kind}s are given, but the {what} has {mark} {count} times")
+                raise InputError(
+                    f"{len(of_kind)} {kind}s are given, but the {what} has {self.marks[kind]} {count} times"
+                )
             left[mark] = iter(of_kind)
         return [next(left[part]) if part in left else part for part in parts]
 
     def replace_marks(self, text: str, media: Sequence[Prepared], what: str) -> list[Piece]:
         """Replace a text's marks by the pieces of `media`."""
         pieces = []
-        for part in self.split_at_marks(text, media, what):
+        for part in self.split_at_marks(text, media, self.marks, what):
             pieces += [part] if isinstance(part, str) else part.pieces
         return pieces
 

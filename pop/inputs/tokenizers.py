@@ -198,22 +198,30 @@ class _Finder:
 
     def split(self, text: str) -> Iterator[Piece]:
         """Yield the texts between tokens, and the tokens' ids."""
-        parts = [text] if self._pattern is None else self._pattern.split(text)
-        for n, part in enumerate(parts):
+        for n, part in enumerate(self._pattern.split(text)):
             if n % 2:  # every second part is a token's name
                 yield [self._ids[part]]
             elif part:
                 yield part
 
 
-def splitter(names: Iterable[str]) -> re.Pattern | None:
-    """Return a pattern that splits a text at any of the names, the longest first, and keeps them. None: no names."""
-    longest_first = sorted(names, key=lambda name: (name[0], -len(name)))
-    alternatives = []
-    for first, group in groupby(longest_first, lambda name: name[0]):  # quicker than one list of thousands of names
-        rests = "|".join(re.escape(name[1:]) for name in group)
-        alternatives.append(f"{re.escape(first)}(?:{rests})")
-    return re.compile(f"({'|'.join(alternatives)})") if alternatives else None
+def splitter(names: Iterable[str]) -> re.Pattern:
+    """Return a pattern that splits a text at any of the names, and keeps them. Of two at one place, the longer counts.
+
+    Names share their beginnings in the pattern, so a search takes linear time even for thousands of names.
+    """
+    return re.compile(f"({_longest(sorted(set(names))) or '(?!)'})")
+
+
+def _longest(names: list[str]) -> str:
+    """Return a regular expression for the longest of some sorted names."""
+    branches = []
+    for first, group in groupby(filter(None, names), lambda name: name[0]):
+        branches.append(re.escape(first) + _longest([name[1:] for name in group]))
+    pattern = "|".join(branches)
+    if len(branches) > 1 or (branches and "" in names):
+        pattern = f"(?:{pattern})"
+    return pattern + "?" if branches and "" in names else pattern
 
 
 def _as_list(ids: Iterable[int]) -> Iterable[int]:

@@ -146,7 +146,7 @@ USER = {"role": "user", "content": "x"}
         ([USER | {"content": [{"type": "text"}]}], "message 0: a part"),
         ([USER | {"content": [{"type": "text", "text": 3}]}], "message 0: a part"),
         ([USER | {"content": [{"type": "text", "text": "x", "more": 1}]}], "message 0: a part"),
-        ([USER | {"content": "\ud800"}], "lone surrogate"),
+        ([USER | {"content": "\ud800"}], "surrogate"),
     ],
 )
 def test_invalid_messages(messages, message):

@@ -14,7 +14,8 @@ PLAIN_CHATML = (
 # What Qwen3's template writes, with tools and thoughts; QWEN3_INSTRUCT never thinks, QWEN3_THINKING always does.
 QWEN3 = (
     "{% macro written(content) %}{% if content is string %}{{ content }}{% else %}{% for part in content %}"
-    "{{ part.text if part.type == 'text' else '<|vision_start|><|' ~ part.type ~ '_pad|><|vision_end|>' }}"
+    "{% if part.type == 'image' %}<|vision_start|><|image_pad|><|vision_end|>"
+    "{% elif part.type == 'video' %}<|vision_start|><|video_pad|><|vision_end|>{% else %}{{ part.text }}{% endif %}"
     "{% endfor %}{% endif %}{% endmacro %}"
     "{% if tools %}<|im_start|>system\n{{ messages[0].content ~ '\n\n' if messages[0].role == 'system' }}# Tools\n\n"
     "You may call one or more functions to assist with the user query.\n\nYou are provided with function signatures "
