@@ -14,7 +14,7 @@ from pop.checkpoints import registry
 torch.set_num_threads(1)
 
 _common = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow, HealthCheck.data_too_large]}
-settings.register_profile("ci", max_examples=25, derandomize=True, **_common)
+settings.register_profile("ci", max_examples=12, derandomize=True, **_common)
 settings.register_profile("nightly", max_examples=400, **_common)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 

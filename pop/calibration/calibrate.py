@@ -101,7 +101,7 @@ def calibrate(
     trial = sum(min(len(tokens), JUDGED) + PASSAGE for tokens, _ in judged)  # tokens that judging a plan runs
     with progress_bar("calibrating", len(fit.groups) * num_tokens + TRIALS * trial, "tokens", progress) as step:
         _fit(model, windows, fit, step)
-        judge = Judge(model, judged, plan)
+        judge = Judge(model, judged)
         plan = _choose(fit, judge, steps == 0, lambda trials: step(trials * trial))
     if steps:
         with progress_bar("distilling", steps, "steps", progress) as step:
@@ -159,7 +159,7 @@ def _fit(model, windows: list[Window], fit: Fit, step: Callable[[int], object]) 
         for batch in batches(windows):
             accumulate(model, batch, fit, module)
             step(sum(len(tokens) for tokens, _ in batch))
-        if not fit.sums.count:
+        if not fit.count:
             raise InputError("full_depth_first leaves no token to fit to; make it smaller, or give longer texts")
         fit.finish(RIDGES[MIDDLE])
 

@@ -44,9 +44,10 @@ class _Run:
         given = {name: tensor.to(model.device, torch.float32) for name, tensor in plan.corrections.tensors.items()}
         self.best = {name: tensor.clone() for name, tensor in given.items()}
         self.trained = {name: tensor.clone().requires_grad_() for name, tensor in given.items()}
-        self.rates = {name: learning_rate(tensor) for name, tensor in given.items()}
-        self.rates["bias"] = self.rates["weight"]
-        self.adam = torch.optim.Adam([{"params": [tensor]} for tensor in self.trained.values()], betas=BETAS)
+        rates = {name: learning_rate(tensor) for name, tensor in given.items()}
+        rates["bias"] = rates["weight"]
+        groups = [{"params": [tensor], "rate": rates[name]} for name, tensor in self.trained.items()]
+        self.adam = torch.optim.Adam(groups, betas=BETAS)
         for tensor in self.trained.values():
             moments = {"exp_avg": torch.zeros_like(tensor), "exp_avg_sq": torch.zeros_like(tensor)}
             self.adam.state[tensor] = {"step": self.steps.clone(), **moments}
@@ -74,8 +75,8 @@ class _Run:
         loss.backward(inputs=list(self.trained.values()))
         norm = torch.nn.utils.clip_grad_norm_(self.trained.values(), LARGEST)
         check_finite(norm, "gradients of the corrections")
-        for group, rate in zip(self.adam.param_groups, self.rates.values(), strict=True):
-            group["lr"] = rate * share
+        for group in self.adam.param_groups:
+            group["lr"] = group["rate"] * share
         self.adam.step()
         self.steps += 1
 
@@ -167,8 +168,9 @@ def distillation_loss(module, vision, plan: PrunePlan, batch: Exercise, rng: ran
     with torch.no_grad():
         images = vision.images(module, batch.media, batch.tokens, torch.full((B,), T))
         run = Pass(module, batch.tokens.to(plan.corrections.weight.device), images)
-        full, entering = run.full([first])
-    pruned = run.student(plan, entering[first], batch.cut)
+        entering = run.layers(run.embed(), 0, first)
+        full = run.layers(entering, first)
+    pruned = run.student(plan, entering, batch.cut)
     predicted = T - batch.cut + 1  # tokens: the continuation, and the one after it
     rows = zip(full[:, -predicted:], pruned[:, -predicted:], strict=True)
     return sum(_divergence(module, *row) for row in rows) / (B * predicted)

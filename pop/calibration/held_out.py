@@ -54,7 +54,7 @@ class Case(NamedTuple):
     continuation: list[int]
     passage: list[int]  # of the prompt, which is repeated after the continuation; may be empty
     run: Pass  # over all three, without the passage's last token
-    entering: dict[int, Tensor]  # h [1, T, D] that enters layers, by index
+    entering: dict[int, Tensor]  # h [1, T, D] that enters the first pruned layers of judged plans, by index
     full: Tensor  # log-probabilities [N + 1, V] of the N tokens after the prompt, and of the next one
 
 
@@ -67,18 +67,16 @@ class Judge:
     Args:
         model: A pop.Model.
         windows: Token ids, each with its images and videos.
-        plan: The plan that will be judged most. For other plans, the layers before the first pruned one run again.
     """
 
     @torch.no_grad()
-    def __init__(self, model, windows: Sequence[Window], plan: PrunePlan | None = None):
+    def __init__(self, model, windows: Sequence[Window]):
         self.model = model
         self.windows = windows
         rng = random.Random(0)
-        layers = [] if plan is None else [first_layer(plan)]
-        self.cases = [self._case(window, layers, rng) for window in windows]
+        self.cases = [self._case(window, rng) for window in windows]
 
-    def _case(self, window: Window, layers: list[int], rng: random.Random) -> Case:
+    def _case(self, window: Window, rng: random.Random) -> Case:
         model = self.model
         tokens, media = window
         images = model.vision.locate(tokens, media)
@@ -94,9 +92,9 @@ class Judge:
         tokens = torch.tensor([prompt + continuation + passage[:-1]])
         shown = model.vision.images(model.module, [media], tokens, torch.tensor([tokens.shape[1]]))
         run = Pass(model.module, tokens.to(model.device), shown)
-        h, entering = run.full(layers)
+        h = run.layers(run.embed(), 0)
         full = model.module.head(h[0, cut - 1 :]).log_softmax(-1)
-        return Case(prompt, continuation, passage, run, entering, full)
+        return Case(prompt, continuation, passage, run, {}, full)
 
     def losses(self, plan: PrunePlan) -> Losses:
         """The losses of a plan over all windows."""
@@ -122,7 +120,7 @@ class Judge:
         """As Case.full, by a plan."""
         first = first_layer(plan)
         if first not in case.entering:
-            case.entering.update(case.run.full([first])[1])
+            case.entering[first] = case.run.layers(case.run.embed(), 0, first)
         length = len(case.prompt)
         h = case.run.student(plan, case.entering[first], length)
         return self.model.module.head(h[0, length - 1 :]).log_softmax(-1)

@@ -11,6 +11,7 @@ a response that the model sampled itself. One forward and one backward pass give
 this folder derives the score.
 """
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -256,15 +257,13 @@ class Importance:
 
 def _checked_scores(name: str, values) -> Tensor:
     """values as [L] float64: finite and at least 0. Standard errors may be unknown: NaN, or None in a file."""
-    if hasattr(values, "tolist"):
-        values = values.tolist()
-    may_be_unknown = name.endswith("_error")
-
-    def is_valid(value) -> bool:
-        if value is None or value != value:
-            return may_be_unknown
-        return type(value) in (int, float) and 0 <= value < math.inf
-
-    if not isinstance(values, (list, tuple)) or not values or not all(map(is_valid, values)):
-        raise InputError(f"{name} is {values!r:.80}; it must be a list with a number of at least 0 for each layer")
-    return torch.tensor([math.nan if value is None else value for value in values], dtype=torch.float64)
+    with contextlib.suppress(ValueError, TypeError, RuntimeError):
+        if isinstance(values, list):
+            values = [math.nan if value is None else value for value in values]
+        scores = torch.as_tensor(values, dtype=torch.float64)
+        is_valid = scores.isfinite() & (scores >= 0)
+        if name.endswith("_error"):
+            is_valid |= scores.isnan()
+        if scores.dim() == 1 and len(scores) and is_valid.all():
+            return scores
+    raise InputError(f"{name} is {values!r:.80}; it must be a list with a number of at least 0 for each layer")

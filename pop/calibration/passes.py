@@ -14,7 +14,7 @@ student. The h that enters the first pruned layer is the same in both, so both c
 import copy
 import dataclasses
 import functools
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -63,15 +63,11 @@ class Pass:
         h = checkpointed(run, layer, h, self.ropes[layer.window], self._attend)
         return self.images.add_deepstack(h, index)
 
-    def full(self, kept: Collection[int] = ()) -> tuple[Tensor, dict[int, Tensor]]:
-        """Run the full model. Returns h [B, T, D] after the last layer, and the h that entered each layer of `kept`."""
-        h = self.embed()
-        entering = {}
-        for index in range(len(self.module.layers)):
-            if index in kept:
-                entering[index] = h
+    def layers(self, h: Tensor, begin: int, end: int | None = None) -> Tensor:
+        """Run all tokens through layers `begin` to `end` - 1, by default the last: h [B, T, D] -> h [B, T, D]."""
+        for index in range(len(self.module.layers))[begin:end]:
             h = self.layer(index, h)
-        return h, entering
+        return h
 
     def student(self, plan: PrunePlan, h: Tensor, prompt_length: int) -> Tensor:
         """Run prompts by a plan, and their continuations at full depth, as in pop/pruning/reference.py.

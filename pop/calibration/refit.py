@@ -39,20 +39,6 @@ class Solution(NamedTuple):
     update: Tensor | None  # A [D, R], if kept layers follow
 
 
-class Sums:
-    """Sums over the tokens of the texts, for one group of pruned layers. They are float64.
-
-    The columns of Y are K and V of each layer, and the update of h at the end, if there is one.
-    """
-
-    def __init__(self, inputs: int, targets: int, device: torch.device):
-        self.count = 0  # N, the number of tokens
-        self.xx = torch.zeros(inputs, inputs, dtype=torch.float64, device=device)  # X' X
-        self.xy = torch.zeros(
-            inputs, targets, dtype=torch.float64, device=device
-        )  # X' Y, layer by layer; the update last
-
-
 class Fit:
     """The corrections of a plan, for one group of pruned layers after the other.
 
@@ -69,7 +55,11 @@ class Fit:
             problem = "between which DeepStack adds features of images"
             raise PlanError(f"the plan prunes the layers {plan.layers}, {problem}; prune one of these layers only")
         self.solved: list[Solution] = []  # of the groups before the one that is fitted
-        self.sums: Sums | None = None  # of the group that is fitted
+        # Sums over the tokens of the texts, for the group that is fitted. The columns of Y are K and V of each layer,
+        # and the update of h at the end, if there is one.
+        self.count = 0  # N, the number of tokens
+        self.xx: Tensor | None = None  # X' X, float64
+        self.xy: Tensor | None = None  # X' Y, float64
 
     @property
     def group(self) -> range:
@@ -92,7 +82,11 @@ class Fit:
         targets = len(self.group) * 2 * config.num_kv_heads * config.head_dim
         if self.has_update:
             targets += config.hidden_size
-        self.sums = Sums(2 * config.hidden_size, targets, self.model.device)
+        inputs = 2 * config.hidden_size
+        options = {"dtype": torch.float64, "device": self.model.device}
+        self.count = 0
+        self.xx = torch.zeros(inputs, inputs, **options)
+        self.xy = torch.zeros(inputs, targets, **options)
 
     def finish(self, ridge: float) -> None:
         """End the sums of a group. If kept layers follow the group, solve it now, for lambda = ridge.
@@ -101,7 +95,7 @@ class Fit:
         """
         if self.has_update:
             self.solved.append(self._solve(ridge))
-            self.sums = None
+            self.xx = self.xy = None  # they are large
 
     @property
     def last_group_is_open(self) -> bool:
@@ -134,12 +128,12 @@ class Fit:
         So the best approximation keeps the largest singular directions Q of C F = (F^-1 X' Y / N)', by U = C F Q and
         V = Q' F^-1. Then V s has a mean square of about 1.
         """
-        sums = self.sums
-        for values in (sums.xx, sums.xy):
+        for values in (self.xx, self.xy):
             check_finite(values, "hidden states of the texts")
-        identity = torch.eye(len(sums.xx), dtype=sums.xx.dtype, device=sums.xx.device)
-        factor = torch.linalg.cholesky(sums.xx / sums.count + ridge * identity)  # L
-        scaled = torch.linalg.solve_triangular(factor, sums.xy, upper=False).T / sums.count  # C F [M, 2 * D]
+        gram = self.xx / self.count
+        gram.diagonal().add_(ridge)
+        factor = torch.linalg.cholesky(gram)  # F
+        scaled = torch.linalg.solve_triangular(factor, self.xy, upper=False).T / self.count  # C F [M, 2 * D]
         num_updates = self.model.config.hidden_size if self.has_update else 0
         keys_values, update = scaled.split([len(scaled) - num_updates, num_updates])
         keys_values = keys_values.unflatten(0, (len(self.group), 2, -1))  # [n, 2, K * E, 2 * D]
@@ -181,13 +175,13 @@ class _Stream:
         x = run.module.layers[fit.group.start].normalised(self.h)
         before = F.pad(x, (0, 0, 1, -1))  # x of the token before, and zero for the first token
         self.x = torch.cat((x, before), dim=-1)[is_fitted].to(self.wide)  # [N, 2 * D]
-        fit.sums.xx += self.x.T @ self.x
-        fit.sums.count += len(self.x)
+        fit.xx += self.x.T @ self.x
+        fit.count += len(self.x)
 
     def add(self, begin: int, difference: Tensor) -> None:
         """Add to X' Y, from column `begin` on: the full model's values minus those from h, [B, T, M]."""
         columns = slice(begin, begin + difference.shape[-1])
-        self.fit.sums.xy[:, columns] += self.x.T @ difference[self.is_fitted].to(self.wide)
+        self.fit.xy[:, columns] += self.x.T @ difference[self.is_fitted].to(self.wide)
 
 
 def accumulate(model, windows: list[Window], fit: Fit, module=None) -> None:

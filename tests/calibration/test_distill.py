@@ -90,33 +90,28 @@ def students(draw):
 def of_student(module, plan, tokens, cut):
     """The student's logits [B, T, V], and which of the prompts' tokens it selects, [B, cut] bool."""
     run = Pass(module, tokens)
-    _, entering = run.full([first_layer(plan)])
+    entering = run.layers(run.embed(), 0, first_layer(plan))
     with recorded_choices(passes) as found:
-        h = run.student(plan, entering[first_layer(plan)], cut)
+        h = run.student(plan, entering, cut)
     return module.head(h), found[0] if found else torch.zeros(len(tokens), cut, dtype=torch.bool)
 
 
 @given(students())
 def test_the_student_is_the_reference(case):
-    """Its logits, for any plan, windows, and kept layers between pruned ones."""
+    """Its logits, and how many tokens it selects, for any plan, windows, and kept layers between pruned ones."""
     module, plan, tokens, cut = case
-    for row, found, chosen in zip(tokens, *of_student(module, plan, tokens, cut), strict=True):
-        assert_close(found, by_reference(module, row, plan, cut, chosen)[0])
-
-
-@given(students())
-def test_as_many_tokens_are_selected_as_by_the_reference(case):
-    module, plan, tokens, cut = case
-    _, chosen = of_student(module, plan, tokens, cut)
+    logits, chosen = of_student(module, plan, tokens, cut)
     others = ~full_depth_tokens(cut, cut, plan)
     assert not chosen[:, ~others].any()
     assert (chosen.sum(1) == plan.num_selected(int(others.sum()))).all()
+    for row, found, selected in zip(tokens, logits, chosen, strict=True):
+        assert_close(found, by_reference(module, row, plan, cut, selected)[0])
 
 
-@pytest.mark.parametrize("config", [tiny_config(), tiny_gemma3_config()], ids=["llama", "gemma3"])
-@pytest.mark.parametrize("layer", [None, 0, 2])
-def test_prompts_longer_than_the_windows_are_the_references(config, layer):
+@pytest.mark.parametrize("layer", [None, 2])
+def test_prompts_longer_than_the_windows_are_the_references(layer):
     """The tokens that are selected, and the student's logits."""
+    config = tiny_gemma3_config()
     module, tokens = random_model(config), torch.tensor(random_texts(3, 40, 40))
     corrections = random_corrections(config, (1, 3, 4), seed=0, rank=7)
     plan = PrunePlan((1, 3, 4), 3, 1, corrections, full_depth_selected=0.4, selecting_layer=layer)
@@ -169,15 +164,11 @@ def test_a_step_changes_what_is_computed_by_a_quarter(scale):
 # ---- The plan that comes out ----
 
 
-@pytest.mark.parametrize(
-    ("config", "layers", "num_texts"),
-    [(tiny_config(), (2, 3, 4), 40), (tiny_gemma3_config(), (3, 4), 24)],
-    ids=["llama", "gemma3"],
-)
-def test_distillation_lowers_the_loss_on_held_out_text(config, layers, num_texts, monkeypatch):
+def test_distillation_lowers_the_loss_on_held_out_text(monkeypatch):
     """Random text teaches little. With longer exercises or fewer texts, the closed form often stays the best."""
     monkeypatch.setattr("pop.calibration.exercises.CONTINUATION", 96)
-    model, texts = pop.Model(random_model(config, 1), config), random_texts(1, *[384] * num_texts)
+    config, layers = tiny_gemma3_config(), (3, 4)
+    model, texts = pop.Model(random_model(config, 1), config), random_texts(1, *[384] * 24)
     plan = dataclasses.replace(PLAN, layers=layers)
     closed, distilled = (calibrate(model, texts, plan, steps=steps, progress=False) for steps in (0, 16))
     judge = Judge(model, windows_of(random_texts(2, *[384] * 3)))
@@ -185,10 +176,6 @@ def test_distillation_lowers_the_loss_on_held_out_text(config, layers, num_texts
     assert (distilled.layers, distilled.full_depth_last, distilled.full_depth_first) == (layers, 2, 1)
     assert distilled.corrections.weight.dtype == torch.float32
     assert distilled.corrections.fingerprint == model.fingerprint
-
-
-def test_no_steps_are_the_closed_form(model, closed):
-    assert calibrate(model, TEXTS, PLAN, steps=0, progress=False) == closed
 
 
 def test_steps_that_harm_are_not_taken(model, closed, monkeypatch):
@@ -230,16 +217,15 @@ def test_worse_is_worse_by_more_than_chance(changes, expected):
     assert is_worse(found, given) == expected
 
 
-@pytest.mark.parametrize("trainable", [False, True])
-def test_the_model_stays_as_it_is(trainable):
-    module = random_model(tiny_config()).requires_grad_(trainable)
+def test_the_model_stays_as_it_is():
+    module = random_model(tiny_config()).requires_grad_(True)
     before = copy.deepcopy(module.state_dict())
     with torch.inference_mode():
         plan = calibrate(pop.Model(module, tiny_config()), TEXTS, PLAN, steps=2, progress=False)
     assert not plan.corrections.weight.requires_grad and not plan.corrections.weight.is_inference()
     for name, parameter in module.named_parameters():
         assert torch.equal(parameter, before[name])
-        assert (parameter.grad, parameter.requires_grad, parameter.dtype) == (None, trainable, torch.float32)
+        assert (parameter.grad, parameter.requires_grad, parameter.dtype) == (None, True, torch.float32)
 
 
 def test_bfloat16_models_keep_float32_corrections_only_while_distilling(monkeypatch):
@@ -275,10 +261,13 @@ def test_the_seed_decides(model, closed):
 # ---- Unfinished work ----
 
 
-def test_a_run_goes_on_where_it_was_interrupted(model, closed, tmp_path):
-    """The best plan is that of the check before the interruption. Nothing but the record is left."""
+@pytest.mark.parametrize("losses", [[9, 8, 7, 6, 5, 4, 5, 6, 7], [9, 8, 7, 6, 5, 4, 3, 2, 1]])
+def test_a_run_goes_on_where_it_was_interrupted(model, closed, tmp_path, losses):
+    """The best plan is that of the check before the interruption, or the last one, which needs Adam's moments.
+
+    losses: Of the given plan, and at every second step.
+    """
     windows, path, counted = windows_of(TEXTS), tmp_path / "record", []
-    losses = [9, 8, 7, 6, 5, 4, 5, 6, 7]  # of the given plan, and at every second step
     expected = distill(model, closed, windows, MadeUp(*losses), 16, progress=counted.append)
     assert sum(counted) == 16 and expected != closed
 
@@ -298,34 +287,12 @@ def test_a_run_goes_on_where_it_was_interrupted(model, closed, tmp_path):
     assert distill(model, closed, windows, MadeUp(9), 16, resume=path) == expected  # nothing is left to do
 
 
-def test_the_steps_after_an_interruption_are_the_same(model, closed, tmp_path):
-    """The last plan is the best one, so it needs the moments of the steps before."""
-    windows, path = windows_of(TEXTS), tmp_path / "record"
-
-    def interrupt(count):
-        raise KeyboardInterrupt
-
-    expected = distill(model, closed, windows, MadeUp(*range(9, 0, -1)), 8)
-    for done in range(2):
-        with pytest.raises(KeyboardInterrupt):
-            distill(model, closed, windows, MadeUp(9, 8 - done), 8, resume=path, progress=lambda n: n and interrupt(n))
-    assert distill(model, closed, windows, MadeUp(9, *range(8, 0, -1)), 8, resume=path) == expected
-
-
 def test_a_record_of_another_run_is_refused(model, tmp_path):
-    path, texts = tmp_path / "record", random_texts(9, *[70] * 20)
+    path = tmp_path / "record"
     calibrate(model, TEXTS, PLAN, steps=2, resume=path, progress=False)
     content = path.read_bytes()
-    for changed, options, said in (
-        (TEXTS, {"steps": 3}, "another steps;"),
-        (TEXTS, {"seed": 1}, "another seed;"),
-        (texts, {}, "another plan and another texts;"),
-        (TEXTS, {"rank": 9}, "another plan;"),
-    ):
-        with pytest.raises(InputError, match=said):
-            calibrate(model, changed, PLAN, resume=path, progress=False, **{"steps": 2, **options})
-    with pytest.raises(InputError, match="another plan;"):
-        calibrate(model, TEXTS, PrunePlan((1, 3, 4), full_depth_last=2), steps=2, resume=path, progress=False)
+    with pytest.raises(InputError, match="another plan and another texts and another steps and another seed;"):
+        calibrate(model, random_texts(9, *[70] * 20), PLAN, steps=3, seed=1, resume=path, progress=False)
     assert path.read_bytes() == content
 
 
@@ -360,39 +327,25 @@ def test_the_held_out_windows_are_judged_eight_times(model, closed, monkeypatch,
     assert all(windows == windows_of(TEXTS[1:]) for windows in counted)
 
 
-@pytest.mark.parametrize("resume", [5, []])
-def test_a_resume_that_is_no_path_is_refused(model, resume):
-    with pytest.raises(InputError, match="resume is .*, which cannot be written"):
-        calibrate(model, TEXTS, PLAN, steps=2, resume=resume, progress=False)
-
-
 def test_a_file_that_is_no_record_is_refused(model, tmp_path, monkeypatch):
     path = tmp_path / "record"
-    for content in (b"", b"no record"):
-        path.write_bytes(content)
-        with pytest.raises(InputError, match="does not hold the progress"):
-            calibrate(model, TEXTS, PLAN, steps=2, resume=path, progress=False)
-        assert path.read_bytes() == content
+    path.write_bytes(b"no record")
+    with pytest.raises(InputError, match="does not hold the progress"):
+        calibrate(model, TEXTS, PLAN, steps=2, resume=path, progress=False)
+    assert path.read_bytes() == b"no record"
     monkeypatch.setattr(calibrate_file, "accumulate", None)  # before the work
-    with pytest.raises(InputError, match="cannot be written"):
-        calibrate(model, TEXTS, PLAN, steps=2, resume=tmp_path / "missing" / "record", progress=False)
+    for wrong in (tmp_path / "missing" / "record", 5, []):
+        with pytest.raises(InputError, match="cannot be written"):
+            calibrate(model, TEXTS, PLAN, steps=2, resume=wrong, progress=False)
 
 
 # ---- Errors ----
 
 
-@pytest.mark.parametrize(
-    ("plan", "options", "message"),
-    [
-        (PLAN, {"steps": -1}, "steps is -1"),
-        (PLAN, {"steps": 1.5}, "steps is 1.5"),
-        (PLAN, {"steps": True}, "steps is True"),
-        (PLAN, {"resume": "record"}, "steps is 0"),
-    ],
-)
-def test_bad_options_are_refused(model, plan, options, message):
-    with pytest.raises(InputError, match=message):
-        calibrate(model, TEXTS, plan, progress=False, **options)
+@pytest.mark.parametrize("steps", [-1, 1.5, True, 0])
+def test_steps_out_of_range_are_refused(model, steps):
+    with pytest.raises(InputError, match=f"steps is {steps}"):
+        calibrate(model, TEXTS, PLAN, progress=False, steps=steps, resume="record")
 
 
 def test_a_model_without_gradients_is_refused():

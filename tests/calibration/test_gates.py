@@ -83,26 +83,25 @@ def test_a_sample_does_not_depend_on_the_others_of_its_batch(model, samples, alo
         assert_close(together[row], alone[index], 1e-5)
 
 
-def test_computing_activations_again_changes_no_gradient(model, samples, monkeypatch):
-    expected = gradients(model, samples)
-    keep_activations(monkeypatch)
-    assert torch.equal(gradients(model, samples), expected)
-
-
 def test_activations_inside_a_layer_are_not_kept(model, samples, monkeypatch):
+    """Computing them again changes no gradient."""
+
     def kept():
         sizes = []
         with torch.autograd.graph.saved_tensors_hooks(lambda x: sizes.append(x.numel()) or x, lambda x: x):
-            gradients(model, samples)
-        return sum(sizes)
+            found = gradients(model, samples)
+        return found, sum(sizes)
 
     between = 5 * 12 * 30  # rows, tokens a row, width: what one layer hands to the next
-    assert kept() < (5 + 1) * between
+    expected, size = kept()
+    assert size < (5 + 1) * between
     keep_activations(monkeypatch)
-    assert kept() > 5 * (5 + 1) * between
+    found, size = kept()
+    assert size > 5 * (5 + 1) * between
+    assert torch.equal(found, expected)
 
 
-@pytest.mark.parametrize("at_once", [1, 3, 256])
+@pytest.mark.parametrize("at_once", [1, 256])
 def test_logits_are_computed_for_the_response_only_and_in_pieces(samples, monkeypatch, at_once):
     model = pop.Model(random_model(tiny_config()), tiny_config())
     rows, head = [], model.module.head
@@ -137,24 +136,22 @@ def test_gates_of_one_change_no_bit(config, dtype):
 
 
 def test_responses_follow_the_full_model_at_temperature_one(model):
-    prompt, count = [5, 60, 2, 33], 3000
-    first = sampled(model, [prompt] * count, [(0, n) for n in range(count)], 1)
-    shares = np.bincount([token for (token,) in first], minlength=67) / count
-    probs = model.logits([prompt])[0, -1].double().softmax(-1).numpy()
-    deviations = (shares - probs) / np.sqrt(probs * (1 - probs) / count)
-    assert 0.6 < (deviations**2).mean() < 1.5  # one of 67 expected; standard deviation sqrt(2 / 67)
-    pruned = model.prefill([prompt], model.new_cache(1, 9))[0].double().softmax(-1).numpy()  # with the model's plan
-    assert ((shares - pruned) ** 2 / (pruned * (1 - pruned) / count)).mean() > 3
+    """The first token and a later one. One of 67 is the expected deviation, with a standard deviation of 0.17."""
+    prompt, count = [5, 60, 2, 33], 2500
+    pairs = np.array(sampled(model, [prompt] * count, [(1, n) for n in range(count)], 2))
+    at_first = model.logits([prompt])[:, -1].expand(count, -1)
+    later = model.logits([[*prompt, first] for first in pairs[:, 0].tolist()])[:, -1]
+    for tokens, logits in zip(pairs.T, (at_first, later), strict=True):
+        assert 0.5 < deviation(tokens, logits) < 1.5
+    pruned = model.prefill([prompt], model.new_cache(1, 9))  # with the model's plan
+    assert deviation(pairs[:, 0], pruned.expand(count, -1)) > 3
 
 
-def test_a_later_token_follows_the_full_model(model):
-    prompt, count = [5, 60, 2, 33], 2000
-    pairs = sampled(model, [prompt] * count, [(1, n) for n in range(count)], 2)
-    second = np.bincount([pair[1] for pair in pairs], minlength=67) / count
-    logits = model.logits([[*prompt, first] for first, _ in pairs])[:, -1]
+def deviation(tokens, logits):
+    """The mean square deviation of how often tokens [N] occur from logits [N, V], in units of its expected value."""
+    shares = np.bincount(tokens, minlength=67) / len(tokens)
     probs = logits.double().softmax(-1).mean(0).numpy()
-    deviations = (second - probs) / np.sqrt(probs / count)
-    assert (deviations**2).mean() < 1.5
+    return ((shares - probs) ** 2 / (probs * (1 - probs) / len(tokens))).mean()
 
 
 def test_an_end_token_ends_a_response_and_is_part_of_it():

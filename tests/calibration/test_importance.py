@@ -15,8 +15,8 @@ from support.tiny import random_model, tiny_config
 from support.tiny_chat import write_chat_checkpoint
 
 import pop
-from pop import InputError, PlanError, PrunePlan
-from pop.calibration.importance import SCORES, Importance, Sample, gate_gradients, importance, sample_responses
+from pop import InputError, PlanError
+from pop.calibration.importance import SCORES, Importance, gate_gradients, importance
 
 
 def test_scores_are_mean_squared_slopes_with_their_standard_errors(model, samples):
@@ -50,7 +50,7 @@ def test_prefill_needs_neither_the_last_layer_nor_any_layer_for_a_prompt_of_one_
     assert (importance(model, [([3], [1, 2])], progress=False).prefill == 0).all()
 
 
-@pytest.mark.parametrize("batch_size", [1, 2, 3, 100])
+@pytest.mark.parametrize("batch_size", [1, 3])
 def test_scores_do_not_depend_on_batches_or_order(model, samples, batch_size):
     expected = importance(model, samples, progress=False)
     for order in (samples, samples[::-1]):
@@ -112,13 +112,8 @@ def test_sampling_depends_on_the_seed_and_the_sample_not_on_the_batch(model, pro
     assert same[0] != same[1] != same[2]
     mixed = [prompts[0], (prompts[1], [4, 4]), prompts[2], prompts[3], prompts[4]]
     assert responses(8, prompts=mixed) == [expected[0], [4, 4], *expected[2:]]
-
-
-def test_sampled_responses_score_as_given_ones(model, prompts):
-    samples = [Sample(prompt, None, []) for prompt in prompts]
-    sampled = sample_responses(model, samples, [(3, n) for n in range(5)], 6)
-    expected = importance(model, list(zip(prompts, sampled, strict=True)), progress=False)
-    assert_same(importance(model, iter(prompts), response_tokens=6, seed=3, progress=False), expected)
+    given = importance(model, list(zip(prompts, expected, strict=True)), progress=False)
+    assert_same(importance(model, iter(prompts), response_tokens=9, progress=False), given)
 
 
 def test_text_samples_are_tokenized(tmp_path):
@@ -145,15 +140,12 @@ def test_two_token_ids_are_a_prompt(model):
     [
         ([], "samples is empty"),
         ("a text", "samples is a str"),
-        (b"bytes", "samples is a bytes"),
-        ({"a": 1}, "samples is a dict"),
         (None, "samples is a NoneType"),
         (7, "samples is a int"),
         ([1, 2, 3], "sample 0 cannot be used: tokens must be integers"),
         ([[1], []], "sample 1 cannot be used: the prompt is empty"),
         ([[1], ([], [1])], "sample 1 cannot be used: the prompt is empty"),
         ([[1], ([1], [])], "sample 1 cannot be used: the response is empty"),
-        ([[1], ([1], 3)], "sample 1 cannot be used: tokens must be integers"),
         ([[1], ([1], [2], [3])], "sample 1 cannot be used: tokens must be"),
         ([[1.5]], "sample 0 cannot be used: tokens must be integers"),
         ([[67]], "sample 0 cannot be used: token id 67 is not in the vocabulary"),
@@ -225,16 +217,12 @@ def scores(prefill, decode=None, n=4):
 @given(st.lists(st.sampled_from([0.0, 1e-300, 0.5, 1.0, 2.0]) | st.floats(0, 1e10), min_size=1, max_size=9), st.data())
 def test_a_plan_takes_what_prefill_needs_least(prefill, data):
     count = data.draw(st.integers(0, len(prefill)))
-    plan = scores(prefill, prefill[::-1]).plan(count)
-    assert len(plan.layers) == count
+    plan = scores(prefill, prefill[::-1]).plan(count, full_depth_last=8)
+    assert (len(plan.layers), plan.full_depth_last) == (count, 8)
     kept = set(range(len(prefill))) - set(plan.layers)
     for layer in plan.layers:
         for other in kept:
             assert prefill[layer] < prefill[other] or (prefill[layer] == prefill[other] and layer > other)
-
-
-def test_a_plan_takes_the_other_fields_of_a_plan():
-    assert scores([3.0, 1.0, 2.0]).plan(2, full_depth_last=8) == PrunePlan((1, 2), full_depth_last=8)
 
 
 @pytest.mark.parametrize("count", [-1, 4, 1.0, True, None, "all"])
@@ -255,6 +243,10 @@ def test_saved_scores_come_back(model, samples, tmp_path):
     assert list(tmp_path.iterdir()) == [path]
 
 
+def replacing(wrong):
+    return lambda text: text.replace("1.5", wrong)
+
+
 def corrupted(change):
     def apply(text):
         fields = json.loads(text)
@@ -272,14 +264,7 @@ def corrupted(change):
         lambda text: "[]",
         lambda text: "{}",
         lambda text: "[" * 10**5,
-        lambda text: text.replace("1.5", "NaN"),
-        lambda text: text.replace("1.5", "Infinity"),
-        lambda text: text.replace("1.5", "1e999"),
-        lambda text: text.replace("1.5", "-1.5"),
-        lambda text: text.replace("1.5", "null"),
-        lambda text: text.replace("1.5", '"1.5"'),
-        lambda text: text.replace("1.5", "true"),
-        lambda text: text.replace("1.5", "[1.5]"),
+        *(replacing(wrong) for wrong in ("NaN", "1e999", "-1.5", "null", '"1.5"', "[1.5]")),
         corrupted(lambda fields: fields.pop("decode")),
         corrupted(lambda fields: fields.update(more=1)),
         corrupted(lambda fields: fields.update(prefill=2.0)),

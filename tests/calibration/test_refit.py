@@ -66,6 +66,13 @@ def record(calls, function):
 
 
 TEXTS = random_texts(0, 300, 40, 17, 500, 90)
+PLAN = PrunePlan((2, 3), full_depth_last=4)
+
+
+@pytest.fixture(scope="module")
+def calibrated(model):
+    """The plan that comes out with the defaults."""
+    return calibrate(model, TEXTS, PLAN, progress=False)
 
 
 @given(models(), st.data())
@@ -93,7 +100,7 @@ def test_corrections_are_the_best_of_their_rank(each_family):
         return torch.cat((found.weight.flatten(0, 2), found.update[0])).double().numpy()
 
     corrections = rows(exact) @ exact.shared[0].double().numpy()
-    sums = fitted(model, windows, PrunePlan((2, 3, 4), full_depth_first=1)).sums  # kept without an update
+    sums = fitted(model, windows, PrunePlan((2, 3, 4), full_depth_first=1))  # kept without an update
     metric = (sums.xx / sums.count + ridge * torch.eye(60)).numpy()
     shared = best.shared[0].double().numpy()
     error = corrections - rows(best) @ shared
@@ -129,8 +136,7 @@ def test_batches_hold_every_window_once_and_no_more_tokens_than_allowed():
     assert all(len(batch[0]) == max(map(len, batch)) for batch in found)
 
 
-@pytest.mark.parametrize("winner", RIDGES)
-@pytest.mark.parametrize("layers", [(3, 4), (2, 3)])
+@pytest.mark.parametrize(("winner", "layers"), [*((ridge, (3, 4)) for ridge in RIDGES), (1.0, (2, 3))])
 def test_the_best_lambda_is_found(model, winner, layers, monkeypatch):
     """The held-out losses are made up: lower near the winner. With an update of h, lambda is fixed."""
     ridges, made = [], {}
@@ -164,8 +170,8 @@ def test_plain_pruning_is_taken_if_it_is_the_best_and_nothing_follows(model, mon
 def test_sums_are_freed_once_a_group_is_solved(model):
     """They are large: float64, of all inputs. A group without an update stays, because lambda is not yet chosen."""
     fit = fitted(model, windows_of(TEXTS), PrunePlan((0, 1, 3, 4), full_depth_first=1))
-    assert len(fit.solved) == 1 and fit.sums.xy.shape == (60, 2 * 2 * 20)
-    assert fitted(model, windows_of(TEXTS), PrunePlan((0, 1), full_depth_first=1)).sums is None
+    assert len(fit.solved) == 1 and fit.xy.shape == (60, 2 * 2 * 20)
+    assert fitted(model, windows_of(TEXTS), PrunePlan((0, 1), full_depth_first=1)).xx is None
 
 
 def test_one_bar_shows_all_of_the_work(monkeypatch):
@@ -183,17 +189,16 @@ def test_one_bar_shows_all_of_the_work(monkeypatch):
     assert total == sum(steps) == 2 * 4 * 500 + TRIALS * (384 + 64)  # two passes for two groups
 
 
-@pytest.mark.parametrize("config", CONFIGS, ids=["llama", "gemma3", "qwen3"])
-@pytest.mark.parametrize("seed", range(2))
-def test_never_worse_than_plain_on_the_held_out_text(config, seed, monkeypatch):
-    model, judged = pop.Model(random_model(config, seed), config), []
+def test_never_worse_than_plain_on_the_held_out_text(each_family, monkeypatch):
+    model, judged = each_family, []
     monkeypatch.setattr(Judge, "__init__", record(judged, Judge.__init__))
-    texts = random_texts(seed, *[48] * 10)
-    result = calibrate(model, texts, PrunePlan((1, 2, 4)), seed=seed, progress=False)
-    ((_, _, windows, _),) = judged
+    texts = random_texts(0, *[48] * 10)
+    result = calibrate(model, texts, PrunePlan((1, 2, 4), full_depth_first=3), progress=False)
+    assert result.full_depth_first == 3
+    ((_, _, windows),) = judged
     assert len(windows) == 2  # a fifth of them
     judge = Judge(model, windows)
-    plain = PrunePlan((1, 2, 4), full_depth_first=1)
+    plain = PrunePlan((1, 2, 4), full_depth_first=3)
     assert judge.losses(result).mean <= judge.losses(plain).mean * (1 + 1e-4)
 
 
@@ -219,13 +224,11 @@ def test_a_refit_repairs_a_model_whose_layers_are_linear_in_the_token(layers):
 # The plan that comes out
 
 
-def test_the_defaults(model):
-    result = calibrate(model, TEXTS, PrunePlan((2, 3), full_depth_last=4), progress=False)
-    assert (result.layers, result.full_depth_last, result.full_depth_first) == ((2, 3), 4, 1)
-    assert result.corrections.rank == 15  # half of the width
-    assert result.corrections.weight.dtype == torch.float32
-    assert result.corrections.fingerprint == fingerprint(model.module)
-    assert calibrate(model, TEXTS, PrunePlan((2,), full_depth_first=3), progress=False).full_depth_first == 3
+def test_the_defaults(model, calibrated):
+    assert (calibrated.layers, calibrated.full_depth_last, calibrated.full_depth_first) == ((2, 3), 4, 1)
+    assert calibrated.corrections.rank == 15  # half of the width
+    assert calibrated.corrections.weight.dtype == torch.float32
+    assert calibrated.corrections.fingerprint == fingerprint(model.module)
 
 
 def test_a_calibrated_plan_can_be_calibrated_again_and_the_seed_decides(model):
@@ -252,28 +255,22 @@ def test_a_plan_records_how_it_was_made_and_what_it_costs(model, tmp_path):
         }  # fmt: skip
 
 
-def test_a_saved_plan_comes_back_and_generates_the_same(each_family, tmp_path):
-    model = each_family
-    plan = calibrate(model, TEXTS, PrunePlan((2, 3)), progress=False)
-    plan.save(tmp_path / "plan")
+def test_a_saved_plan_comes_back_and_scores_the_same(model, calibrated, tmp_path):
+    calibrated.save(tmp_path / "plan")
     loaded = PrunePlan.load(tmp_path / "plan")
-    assert loaded == plan
-    assert hash(loaded) == hash(plan)
-    prompt = TEXTS[0][:50]
-    assert model.score(prompt, [1, 2, 3], plan=loaded) == model.score(prompt, [1, 2, 3], plan=plan)
-    first, second = (model.generate(prompt, max_new_tokens=5, plan=one).tokens for one in (loaded, plan))
+    assert (loaded, hash(loaded)) == (calibrated, hash(calibrated))
+    first, second = (model.score(TEXTS[0][:50], [1, 2, 3], plan=plan) for plan in (loaded, calibrated))
     assert first == second
     assert [file.name for file in tmp_path.iterdir()] == ["plan"]
 
 
-def test_a_plan_of_another_model_is_refused(model):
-    plan = calibrate(model, TEXTS, PrunePlan((2, 3)), progress=False)
+def test_a_plan_of_another_model_is_refused(model, calibrated):
     other = make_model(seed=1)
     for call in (
-        lambda: other.generate([1, 2, 3], plan=plan),
-        lambda: other.score([1, 2], [3], plan=plan),
-        lambda: other.prefill([[1, 2]], other.new_cache(), plan=plan),
-        lambda: pop.Model(other.module, other.config, plan=plan),
+        lambda: other.generate([1, 2, 3], plan=calibrated),
+        lambda: other.score([1, 2], [3], plan=calibrated),
+        lambda: other.prefill([[1, 2]], other.new_cache(), plan=calibrated),
+        lambda: pop.Model(other.module, other.config, plan=calibrated),
     ):
         with pytest.raises(PlanError, match="fitted to another model's weights"):
             call()
@@ -283,26 +280,28 @@ def test_a_plan_of_another_model_is_refused(model):
         model.generate([1, 2, 3], plan=PrunePlan((2, 3), full_depth_first=1, corrections=reshaped))
 
 
-def test_bfloat16_is_close_to_float32(model, tmp_path):
-    """A plan changes the logits of a bfloat16 model no more than bfloat16 itself does."""
-    plan = calibrate(model, TEXTS, PrunePlan((2, 3)), progress=False)
-    half = pop.Model(random_model(tiny_config()).to(torch.bfloat16), tiny_config(dtype=torch.bfloat16))
+def test_bfloat16_is_close_to_float32(model, calibrated, tmp_path):
+    """A plan changes the logits of a bfloat16 model no more than bfloat16 itself does. The model keeps it as given."""
+    config = tiny_config(dtype=torch.bfloat16)
+    half = pop.Model(random_model(config).to(torch.bfloat16), config, plan=calibrated)
+    assert half.plan == calibrated
+    assert half.resolve(None).corrections.weight.dtype == torch.bfloat16
     prompt = TEXTS[0][:50]
-    exact, rounded = (m.prefill([prompt], m.new_cache(1, 50), plan=plan) for m in (model, half))
+    exact, rounded = (m.prefill([prompt], m.new_cache(1, 50), plan=calibrated) for m in (model, half))
     full, rounded_full = (m.prefill([prompt], m.new_cache(1, 50), plan=PrunePlan.none()) for m in (model, half))
     assert (rounded - exact).std() < 2 * (rounded_full - full).std()
-    own = calibrate(half, TEXTS, PrunePlan((2, 3)), progress=False)
+    own = calibrate(half, TEXTS, PLAN, progress=False)
     assert own.corrections.weight.dtype == torch.bfloat16
     own.save(tmp_path / "plan")
     assert PrunePlan.load(tmp_path / "plan") == own
 
 
-def test_calibration_of_a_trainable_model_leaves_no_graph():
+def test_calibration_of_a_trainable_model_leaves_no_graph(calibrated):
     model = make_model()
     model.module.requires_grad_(True)
-    plan = calibrate(model, TEXTS, PrunePlan((2, 3)), progress=False)
+    plan = calibrate(model, TEXTS, PLAN, progress=False)
     assert not plan.corrections.weight.requires_grad
-    assert copy.deepcopy(plan) == plan == calibrate(make_model(), TEXTS, PrunePlan((2, 3)), progress=False)
+    assert copy.deepcopy(plan) == plan == calibrated
 
 
 def test_the_pass_runs_no_layer_twice_or_in_vain(model, monkeypatch):
@@ -340,25 +339,19 @@ def test_a_large_float32_model_is_fitted_in_bfloat16(monkeypatch):
     assert 0 < (found - expected).norm() < 0.02 * expected.norm()
 
 
-def test_held_out_windows_are_not_fitted_to(monkeypatch):
-    model = make_model(max_positions=512)
+@pytest.mark.parametrize(("held_out", "expected"), [(1, 1), (3, 3), (8, 4)])
+def test_held_out_windows_are_not_fitted_to(model, held_out, expected, monkeypatch):
+    """They are as many as asked, but a fifth at most. No window is longer than the model's limit."""
     fitted, judged = [], []
     monkeypatch.setattr(calibrate_file, "accumulate", record(fitted, accumulate))
     monkeypatch.setattr(Judge, "__init__", record(judged, Judge.__init__))
-    texts = random_texts(3, *[500] * 5, 2000)
-    calibrate(model, texts, PrunePlan((2, 3)), window=4096, progress=False)
+    texts = random_texts(3, 500, 512 + 300, *[30] * 17)
+    calibrate(model, texts, PrunePlan((3,)), window=4096, held_out=held_out, progress=False)
     fitted = [tuple(window) for _, batch, *_ in fitted for window, _ in batch]
-    ((held_out, _),) = judged[0][2]
-    assert tuple(held_out) not in fitted
-    assert max(map(len, fitted)) == 512  # the model's limit
-
-
-def test_the_model_keeps_its_plan_as_given():
-    model = make_model()
-    plan = calibrate(model, TEXTS, PrunePlan((2, 3)), progress=False)
-    half = pop.Model(random_model(tiny_config()).to(torch.bfloat16), tiny_config(dtype=torch.bfloat16), plan=plan)
-    assert half.plan == plan
-    assert half.resolve(None).corrections.weight.dtype == torch.bfloat16
+    ((_, _, windows),) = judged
+    assert len(windows) == expected and len(fitted) == 20 - expected
+    assert not {tuple(window) for window, _ in windows} & {*fitted}
+    assert max(map(len, [*fitted, *(window for window, _ in windows)])) == 512
 
 
 def test_the_sums_are_float64():
@@ -369,14 +362,6 @@ def test_the_sums_are_float64():
     windows = random_texts(8, *[200] * 40)
     found = fitted(model, windows_of(windows), plan).calibrated(1e-9)
     assert_fit(model.module, found.corrections, *naive_fit(model, windows, found, 1e-9))
-
-
-@pytest.mark.parametrize(("held_out", "expected"), [(1, 1), (3, 3), (8, 4)])
-def test_as_many_windows_are_held_out_as_asked_but_a_fifth_at_most(model, held_out, expected, monkeypatch):
-    judged = []
-    monkeypatch.setattr(Judge, "__init__", record(judged, Judge.__init__))
-    calibrate(model, random_texts(4, *[30] * 20), PrunePlan((3,)), held_out=held_out, progress=False)
-    assert [len(windows) for _, _, windows, _ in judged] == [expected]
 
 
 # Errors

@@ -40,14 +40,10 @@ def test_a_failed_write_keeps_the_file_before_it(tmp_path, monkeypatch):
     assert [file.name for file in tmp_path.iterdir()] == ["progress"]
 
 
-@pytest.mark.parametrize(
-    ("changed", "said"),
-    [({"seed": "1"}, "another seed;"), ({"seed": "1", "model": "other"}, "another seed and another model;")],
-)
-def test_the_progress_of_another_run_is_refused(tmp_path, changed, said):
+def test_the_progress_of_another_run_is_refused(tmp_path):
     SavedProgress(tmp_path / "progress", SETTINGS).write(TENSORS)
-    with pytest.raises(InputError, match=said):
-        SavedProgress(tmp_path / "progress", SETTINGS | changed).read(TENSORS)
+    with pytest.raises(InputError, match="another seed and another model;"):
+        SavedProgress(tmp_path / "progress", {"seed": "1", "model": "other"}).read(TENSORS)
 
 
 @pytest.mark.parametrize("broken", range(6))

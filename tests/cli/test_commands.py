@@ -41,6 +41,17 @@ def test_the_help_and_the_version(capsys):
     assert (exit.value.code, capsys.readouterr().out) == (0, f"pop {pop.__version__}\n")
 
 
+@pytest.mark.parametrize("command", ["generate", "chat", "calibrate"])
+def test_the_help_says_what_prune_takes(command, capsys):
+    with pytest.raises(SystemExit) as exit:
+        main([command, "--help"])
+    words = " ".join(capsys.readouterr().out.split())
+    assert exit.value.code == 0
+    assert all(
+        form in words for form in ("default (the deepest third)", "none", "a fraction", "a saved plan's path or name")
+    )
+
+
 def test_models_are_listed_with_where_they_are(capsys, tmp_path, monkeypatch):
     monkeypatch.setattr(registry, "_places", lambda: [tmp_path])
     here = write_checkpoint(tmp_path / "llama3.2-1b")
@@ -125,15 +136,6 @@ def test_unknown_arguments_are_refused(rest, folder, capsys):
         main(["generate", folder, *rest])
     assert stopped.value.code == 2
     assert "unrecognized arguments" in capsys.readouterr().err
-
-
-def test_an_output_that_is_full_is_said(folder):
-    command = [sys.executable, "-m", "pop", "generate", folder, "Hello", "--max-new-tokens", "3"]
-    with open("/dev/full", "w") as full:
-        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
-    assert done.returncode == 2
-    said = [line for line in done.stderr.splitlines() if "No CUDA runtime is found" not in line]  # by torch
-    assert len(said) == 1 and said[0].startswith("pop: the output cannot be written")
 
 
 IMPORTANCE = ("--samples", "5", "--prompt-tokens", "20", "--response-tokens", "3", "--batch-size", "2", "--seed", "7")
@@ -317,13 +319,25 @@ def test_ctrl_c_ends_with_130_and_a_line(arguments, monkeypatch, capsys):
     assert (out, err.strip()) == ("", "pop: interrupted")
 
 
-def test_a_closed_pipe_ends_the_program_quietly():
-    command = [sys.executable, "-m", "pop", "models"]
+OUTPUTS = """
+import os, sys
+from pop.cli.commands import main
+closed, pipe = os.pipe()
+os.close(closed)
+for output in (pipe, os.open("/dev/full", os.O_WRONLY)):
+    if os.fork() == 0:
+        os.dup2(output, 1)
+        sys.exit(main(["models"]))
+    print("status", os.waitstatus_to_exitcode(os.wait()[1]), file=sys.stderr, flush=True)
+"""
+
+
+def test_a_closed_pipe_ends_the_program_quietly_and_a_full_output_is_said():
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    program = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment)
-    program.stdout.close()
-    assert program.stderr.read() == b""
-    assert program.wait() == 141
+    done = subprocess.run([sys.executable, "-c", OUTPUTS], stderr=subprocess.PIPE, text=True, env=environment)
+    lines = [line for line in done.stderr.splitlines() if "No CUDA runtime is found" not in line]  # by torch
+    assert (lines[0], lines[2:]) == ("status 141", ["status 2"])
+    assert lines[1].startswith("pop: the output cannot be written")
 
 
 class FakeTerminal(io.StringIO):

@@ -3,7 +3,7 @@
 import hypothesis.strategies as st
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from support.cases import NONE, new_cache, prefill
 from support.tiny import random_model, tiny_gemma3_config
 
@@ -55,7 +55,6 @@ def test_the_example_in_the_docstring_of_attention_metadata():
     assert at.band.tolist() == [2, 2, 0, 1]
 
 
-@settings(max_examples=100)
 @given(st.data())
 def test_a_full_band_is_aligned_at_the_lower_right(data):
     """A band that is all that the spans say can be attended without a mask, by its window alone."""
@@ -89,7 +88,7 @@ def test_a_full_band_is_aligned_at_the_lower_right(data):
             assert ((mask[..., : own + T] == band) | ~valid[..., None]).all()
 
 
-@pytest.mark.parametrize("block", [1, 2, 3, 11, 50])
+@pytest.mark.parametrize("block", [1, 3, 50])
 @pytest.mark.parametrize("own", [0, 4])
 @pytest.mark.parametrize(("before", "after"), [(0, 0), (2, 0), (2, 3), (99, 0), (99, 99)])
 def test_attention_by_blocks_leaves_nothing_out(monkeypatch, block, own, before, after):

@@ -289,9 +289,8 @@ def test_distillation_selects_the_references_tokens_among_images(model):
     for window, media in zip(*texts(model), strict=True):
         tokens, images = torch.tensor(window), images_of(model, window, media)
         run = Pass(model.module, tokens[None], images)
-        _, entering = run.full([0])
         with recorded_choices(passes) as found:
-            run.student(plan, entering[0], len(window))
+            run.student(plan, run.embed(), len(window))
         assert torch.equal(found[0][0], selected_tokens(model.module, tokens, plan, images))
 
 

@@ -47,6 +47,7 @@ def test_groups_of_a_plan_have_the_tensors_of_their_layers():
     ]  # fmt: skip
     first, kept, second, _, third = (group.corrections for group in groups)
     assert kept is None
+    assert [list(group.layers) for group in PrunePlan.none().groups(2)] == [[0, 1]]
     for number, found in enumerate((first, second, third)):
         assert torch.equal(found.shared, corrected.shared[number])
     assert torch.equal(second.weight[1], corrected.weight[2].flatten(0, 1))  # [2 * K * E, R]

@@ -55,7 +55,7 @@ def test_limits_are_those_of_the_method_at_2048_tokens(config, pruned, limit, di
 @pytest.mark.parametrize(
     "config", [tiny_config(), tiny_gemma3_config(), tiny_qwen3_moe_config()], ids=["llama", "gemma3", "experts"]
 )
-@pytest.mark.parametrize("tokens", [1, 2, 7, 40])
+@pytest.mark.parametrize("tokens", [1, 7, 40])
 @pytest.mark.parametrize(
     "plan",
     [
@@ -125,7 +125,7 @@ def flops_in_the_engine(module, tokens: int, plan: PrunePlan) -> dict:
         ((1, 3), {"full_depth_selected": 1.0, "selecting_layer": 2}, 3 / 2),
     ],
 )
-@pytest.mark.parametrize("seed", range(3))  # which decides after how many groups h is updated
+@pytest.mark.parametrize("seed", [0, 1])  # which decides after how many groups h is updated
 def test_corrections_cost_what_torch_counts_in_the_engine(layers, selection, again, seed):
     """Beside plain pruning. The engine also corrects K and V of full-depth tokens, which it then replaces.
 

@@ -10,8 +10,9 @@ import pytest
 import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
-from support.cases import NONE, assert_close, batches, cached_kv, cases, models, plain, plans, prefill
+from support.cases import FAMILIES, NONE, assert_close, batches, cached_kv, cases, models, plain, plans, prefill
 from support.naive_method import scores_at_selecting_layer, token_by_token
+from support.tiny import random_model
 
 from pop.pruning import reference
 from pop.pruning.plan import PrunePlan
@@ -60,24 +61,15 @@ def test_scores_are_the_attention_of_the_last_tokens(module, data):
 # Where pruning changes nothing
 
 
-@given(cases())
-def test_the_empty_plan_is_the_plain_forward_pass(case):
+@given(cases(), st.sampled_from(["no layer is pruned", "a prompt of one token", "full depth for all tokens"]))
+def test_what_prunes_nothing_is_the_plain_forward_pass(case, why):
     module, plan, tokens, lengths, chunk = case
-    logits, _ = prefill(module, tokens, lengths, plain(plan, layers=()), chunk)
-    assert_close(logits, module(tokens)[torch.arange(len(tokens)), lengths - 1].detach())
-
-
-@given(cases())
-def test_a_prompt_of_one_token_is_never_pruned(case):
-    module, plan, tokens, lengths, chunk = case
-    logits, _ = prefill(module, tokens, torch.ones_like(lengths), plan, chunk)
-    assert_close(logits, module(tokens)[:, 0].detach())
-
-
-@given(cases())
-def test_full_depth_for_all_tokens_prunes_nothing(case):
-    module, plan, tokens, lengths, chunk = case
-    plan = dataclasses.replace(plan, full_depth_last=tokens.shape[1])
+    if why == "no layer is pruned":
+        plan = plain(plan, layers=())
+    elif why == "a prompt of one token":
+        lengths = torch.ones_like(lengths)
+    else:
+        plan = dataclasses.replace(plan, full_depth_last=tokens.shape[1])
     logits, _ = prefill(module, tokens, lengths, plan, chunk)
     assert_close(logits, module(tokens)[torch.arange(len(tokens)), lengths - 1].detach())
 
@@ -120,17 +112,11 @@ def test_the_boundary_token_enters_the_first_pruned_layer_as_in_the_full_model(c
     assert torch.equal(pruned.previous_hidden[first], full.previous_hidden[first])  # [B, D]
 
 
-@given(cases())
-def test_pruning_shows_in_the_cache(case):
+@pytest.mark.parametrize("family", FAMILIES)
+def test_pruning_shows_in_the_cache(family):
     """Guards the tests above: pruning a layer that matters changes the K and V above it."""
-    module, plan, tokens, lengths, chunk = case
-    # In the first row, at least one token is pruned. A window might show full-depth tokens only.
-    assume(module.config.num_layers > 1 and lengths[0] > 2 and not any(module.config.windows))
-    if not plan.layers or plan.layers[0] == module.config.num_layers - 1:
-        plan = plain(plan, layers=(module.config.num_layers // 2 - 1,))
-    first = min(1, plan.full_depth_first)
-    plan = dataclasses.replace(plan, full_depth_last=1, full_depth_first=first, full_depth_selected=0.0)
-    _, cache = prefill(module, tokens, lengths, plan, chunk)
-    _, full = prefill(module, tokens, lengths, NONE, chunk)
-    above = plan.layers[0] + 1
-    assert not torch.allclose(cached_kv(module, cache, 0)[:, above:], cached_kv(module, full, 0)[:, above:], atol=1e-4)
+    module = random_model(FAMILIES[family](), seed=1)
+    tokens, lengths = torch.arange(12)[None], torch.tensor([12])
+    caches = [prefill(module, tokens, lengths, plan)[1] for plan in (PrunePlan((1,)), NONE)]
+    pruned, full = (cached_kv(module, cache, 0)[:, 2:] for cache in caches)
+    assert not torch.allclose(pruned, full, atol=1e-4)

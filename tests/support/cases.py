@@ -166,12 +166,10 @@ def new_cache(module, rows, slots=64, chunk=1000):
     return KVCache(module.config, rows, slots, **options)
 
 
-def prefill(module, tokens, lengths, plan, chunk=1000, cache=None, chosen=None):
-    """Logits and cache. `chosen` [B, T] replaces what the plan would select."""
+def prefill(module, tokens, lengths, plan, chunk=1000, cache=None):
+    """Logits and cache."""
     cache = new_cache(module, len(tokens), chunk=chunk) if cache is None else cache
-    select = forward.select if chosen is None else lambda *_: chosen
-    with patch.object(forward, "select", select):
-        return engine.prefill(module, tokens, cache, lengths, plan, chunk), cache
+    return engine.prefill(module, tokens, cache, lengths, plan, chunk), cache
 
 
 @contextmanager
