@@ -334,7 +334,7 @@ for output in (pipe, os.open("/dev/full", os.O_WRONLY)):
 
 def test_a_closed_pipe_ends_the_program_quietly_and_a_full_output_is_said():
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    done = subprocess.run([sys.executable, "-c", OUTPUTS], stderr=subprocess.PIPE, text=True, env=environment)
+    done = subprocess.run([sys.executable, "-c", OUTPUTS], capture_output=True, text=True, env=environment)
     lines = [line for line in done.stderr.splitlines() if "No CUDA runtime is found" not in line]  # by torch
     assert (lines[0], lines[2:]) == ("status 141", ["status 2"])
     assert lines[1].startswith("pop: the output cannot be written")

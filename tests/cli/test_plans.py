@@ -21,21 +21,20 @@ RECORD = {
 
 def test_each_plan_is_printed_with_its_record(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    plain = pop.PrunePlan((2, 3), full_depth_last=8, full_depth_selected=0.25)
-    refit = pop.PrunePlan((1, 3), full_depth_first=1, corrections=REFIT, about=RECORD)
-    plain.save("plain")
-    refit.save("refit")
-    assert main(["plans", "plain", "refit"]) == 0
-    assert "layers=(2, 3), full_depth_last=8" in repr(plain)
+    pop.PrunePlan((2, 3), full_depth_last=8, full_depth_selected=0.25).save("plain")
+    pop.PrunePlan((1, 3), full_depth_first=1, corrections=REFIT, about=RECORD).save("refit")
+    (tmp_path / "old").write_text('{"layers": []}')
+    assert main(["plans", "plain", "refit", "old"]) == 0
     assert capsys.readouterr().out.splitlines() == [
-        f"plain: {plain}",
+        "plain: without layers 2 to 3, last 8 and 25% whole",
         f"  version: {pop.__version__}",
-        f"refit: {refit}",
+        "refit: without 2 layers, calibrated",
         f"  version: {pop.__version__}",
         "  model: mine",
         "  tokens: 1234",
         "  loss: {'continuation': 0.05, 'copied': 0.5}",
         "  speedup_limit: {'512 tokens': 1.5}",
+        "old: the whole model",
     ]
 
 
