@@ -191,7 +191,7 @@ CONDITIONS = {
     "{{ m.content }}{{ '</s>' if '/no' in m.content }}": "a/no ",
     "{% if m.content.endswith('?') %}<s>{% endif %}{{ m.content }}": "<s>?",
     "{{ m.content }}{{ '<|im_end|>' * (m.content | length > 9) }}": "a long text of </s>",
-    "{% macro o(t) %}{{ t }}{{ eos_token }}{% endmacro %}{{ o(m.content) if '~' in m.content else 'Hi' }}": "a~</s>",
+    "{% macro own() %}{{ eos_token }}{% endmacro %}{{ m.content }}{{ own() if '~' in m.content }}": "a~</s>",
 }
 # Each forms </s> of its texts, in which it is not.
 FORMS = {
