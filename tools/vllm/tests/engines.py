@@ -1,0 +1,141 @@
+"""An engine of vLLM in this process, on a tiny model with random weights, and what pop's reference says of it."""
+
+import json
+import os
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+import pop
+from pop import models
+from pop.checkpoints.config_json import read_config
+
+os.environ |= {
+    "POP_PLAN": "none",
+    "HF_HUB_OFFLINE": "1",
+    "OMP_NUM_THREADS": "1",
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # so that the tests reach the model
+    "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_LOGGING_LEVEL": "WARNING",
+}
+
+VOCABULARY = 512
+BLOCK = 32  # tokens; the smallest that vLLM's attention on CPUs takes
+SIZES = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "vocab_size": VOCABULARY,
+    "rms_norm_eps": 1e-6,
+    "max_position_embeddings": 2048,
+    "tie_word_embeddings": True,
+    "torch_dtype": "float32",
+    "attention_bias": False,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+FAMILIES = {
+    "LlamaForCausalLM": {"model_type": "llama", "rope_theta": 1e4, "hidden_act": "silu"},
+    "Qwen3ForCausalLM": {"model_type": "qwen3", "rope_theta": 1e6, "hidden_act": "silu"},
+    "Gemma3ForCausalLM": {
+        "model_type": "gemma3_text",
+        "query_pre_attn_scalar": 32,
+        "sliding_window": 40,
+        "layer_types": ["sliding_attention", "sliding_attention", "full_attention"] * 2,
+        "rope_theta": 1e6,
+        "rope_local_base_freq": 1e4,
+        "hidden_activation": "gelu_pytorch_tanh",
+    },
+}
+
+
+def write_checkpoint(folder: Path, family: str) -> None:
+    """A checkpoint with random weights, the same at each call."""
+    folder.mkdir(parents=True, exist_ok=True)
+    config = {"architectures": [family]} | SIZES | FAMILIES[family]
+    (folder / "config.json").write_text(json.dumps(config))
+    module = models.build(read_config(folder))
+    draw = torch.Generator().manual_seed(0)
+    weights = {}
+    for name, parameter in module.named_parameters():
+        noise = torch.randn(parameter.shape, generator=draw)
+        if "norm" in name:
+            centre = 0 if family.startswith("Gemma") else 1
+            weights[name] = centre + 0.3 * noise
+        else:
+            weights[name] = noise / parameter.shape[-1] ** 0.5
+    save_file(weights, folder / "model.safetensors")
+
+
+class Engine:
+    """vLLM's engine and pop's model of one checkpoint."""
+
+    def __init__(self, folder, **options):
+        from vllm import LLM
+
+        self.pop = pop.load(folder, dtype=torch.float32, compile=False, prune=None, tokenizer=None, progress=False)
+        defaults = {
+            "dtype": "float32",
+            "enforce_eager": True,
+            "max_model_len": 1024,
+            "skip_tokenizer_init": True,
+            "block_size": BLOCK,
+            "max_num_batched_tokens": 2048,
+            "max_num_seqs": 16,
+            "kv_cache_memory_bytes": 64 << 20,
+        }
+        self.llm = LLM(str(folder), **defaults | options)
+        self.core = self.llm.llm_engine.engine_core.engine_core
+        self.model = self.llm.apply_model(lambda model: model)[0]
+
+    def use(self, plan, budget: int = 2048) -> None:
+        """Prune by a plan, in steps of at most `budget` tokens, with an empty prefix cache."""
+        self.model.use(plan)
+        self.core.scheduler.max_num_scheduled_tokens = budget
+        self.llm.reset_prefix_cache()
+
+    def generate(self, prompts, count: int = 4, **params):
+        """vLLM's outputs. params: of all requests, or of each if they are lists."""
+        from vllm import SamplingParams
+
+        shared = {"temperature": 0, "max_tokens": count, "logprobs": 20, "ignore_eos": True, "detokenize": False}
+        each = [
+            {name: value[i] if isinstance(value, list) else value for name, value in params.items()}
+            for i in range(len(prompts))
+        ]
+        params = [SamplingParams(**shared | own) for own in each]
+        return self.llm.generate([{"prompt_token_ids": prompt} for prompt in prompts], params, use_tqdm=False)
+
+    def expected(self, parts: list[list[int]], plan, count: int = 4):
+        """What pop's engine says of a prompt in parts, each a turn of a conversation.
+
+        Returns the log-probabilities of the first token [V], and the greedy tokens.
+        """
+        cache = self.pop.new_cache(1, sum(map(len, parts)) + count)
+        for part in parts:
+            logits = self.pop.prefill(torch.tensor([part]), cache, plan=plan)
+        first = logits[0].log_softmax(-1)
+        tokens = []
+        for _ in range(count):
+            token = logits.argmax(-1)
+            tokens.append(int(token))
+            logits = self.pop.decode(token, cache)
+        return first, tokens
+
+
+def error(output, first) -> float:
+    """The largest difference between the log-probabilities of an output's first token and those expected [V]."""
+    found = output.outputs[0].logprobs[0]
+    return max(abs(entry.logprob - float(first[token])) for token, entry in found.items())
+
+
+def prompts_of(lengths, seed: int = 1) -> list[list[int]]:
+    draw = torch.Generator().manual_seed(seed)
+    return [torch.randint(3, VOCABULARY, (length,), generator=draw).tolist() for length in lengths]
