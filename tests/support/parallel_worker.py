@@ -18,7 +18,8 @@ import pop
 from pop import engine
 from pop.backends.tensor_parallel import end
 from pop.checkpoints import weights as checkpoint
-from pop.engine import compile, selection
+from pop.engine import compile
+from pop.pruning import selection
 
 THOROUGH = os.environ.get("HYPOTHESIS_PROFILE") == "nightly"  # compiling takes most of the time
 PROMPT = [[5, 12, 44, 3, 60, 8, 33, 2, 19], [7, 1, 50, 21, 4, 0, 0, 0, 0]]

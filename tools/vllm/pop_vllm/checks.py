@@ -1,5 +1,58 @@
-"""x"""
+"""What is refused, and the test at the first prompt."""
+
+from pop import UnsupportedError
+
+VERSIONS = ("0.32",)  # of vLLM, those that the tests have run with
 
 
-def check_version():
-    pass
+def check_version() -> None:
+    """Raise UnsupportedError for a version of vLLM that this was not tried with."""
+    import vllm
+
+    if vllm.__version__.rpartition(".")[0] not in VERSIONS:
+        wanted = " or ".join(f"{version}.*" for version in VERSIONS)
+        raise UnsupportedError(f"vLLM is {vllm.__version__}, with which POP_PLAN was not tried; install {wanted}")
+
+
+def check_architecture(config) -> None:
+    """Raise UnsupportedError unless the model of a VllmConfig is one that can be pruned."""
+    from pop_vllm import FAMILIES
+
+    found = config.model_config.architecture
+    if found not in FAMILIES:
+        raise UnsupportedError(f"the model is a {found}, which POP_PLAN cannot prune; it can {', '.join(FAMILIES)}")
+
+
+def check_config(config) -> None:
+    """Raise UnsupportedError for options in a VllmConfig that pruning does not work with."""
+    parallel = config.parallel_config
+    refused = {
+        "LoRA": config.lora_config,
+        "speculative decoding": config.speculative_config,
+        "a KV connector": config.kv_transfer_config,
+        "pipeline parallelism": parallel.pipeline_parallel_size > 1,
+        "context parallelism": parallel.decode_context_parallel_size * parallel.prefill_context_parallel_size > 1,
+        "microbatches": parallel.use_ubatching,
+        "kv_sharing_fast_prefill": config.cache_config.kv_sharing_fast_prefill,
+        "a pooling model": config.model_config.runner_type != "generate",
+        "CUDA graphs of mixed steps in model runner V1": not config.use_v2_model_runner and has_mixed_graphs(config),
+    }
+    for name, is_used in refused.items():
+        if is_used:
+            raise UnsupportedError(f"POP_PLAN does not work with {name}; leave out one of them")
+
+
+def has_mixed_graphs(config) -> bool:
+    """Whether whole steps with prompts are captured, which would replay without pruning."""
+    from vllm.config.compilation import CUDAGraphMode
+
+    return config.compilation_config.cudagraph_mode.mixed_mode() == CUDAGraphMode.FULL
+
+
+def check_backend(layers) -> None:
+    """Raise UnsupportedError if a layer's attention cannot write K and V without attending."""
+    for layer in layers:
+        backend = layer.self_attn.attn.attn_backend
+        if backend.forward_includes_kv_cache_update:
+            found = f"the attention backend {backend.get_name()} writes K and V only when it attends"
+            raise UnsupportedError(f"{found}, which POP_PLAN needs apart; set another with --attention-backend")

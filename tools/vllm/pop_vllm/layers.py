@@ -1,4 +1,7 @@
-"""What parts of vLLM's layers compute. Llama, Qwen3 and Gemma3 name their parts alike. Shape letters: pop/models/layers.py."""
+"""What parts of vLLM's layers compute. Llama, Qwen3 and Gemma3 name their parts alike.
+
+Shape letters: pop/models/layers.py; N is the number of tokens.
+"""
 
 import torch.nn.functional as F
 from torch import Tensor

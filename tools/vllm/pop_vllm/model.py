@@ -26,6 +26,7 @@ from vllm.model_executor.models.qwen3 import Qwen3ForCausalLM
 from pop.pruning.plan import Group
 from pop_vllm import runners
 from pop_vllm.attention import RowAttention
+from pop_vllm.checks import check_backend, check_config
 from pop_vllm.layers import cached, normalised
 from pop_vllm.plan import plan_of
 from pop_vllm.rows import Batch
@@ -39,7 +40,9 @@ class Pruned:
     """Mixed into a model of vLLM. `begin` announces a step, and `forward` runs it."""
 
     def __init__(self, *, vllm_config, prefix="", **kwargs):
+        check_config(vllm_config)
         super().__init__(vllm_config=vllm_config, prefix=prefix, **kwargs)
+        check_backend(self.model.layers)
         self.is_compiled = vllm_config.compilation_config.mode not in (None, CompilationMode.NONE)
         self.dtype = vllm_config.model_config.dtype
         self.device = torch.device(vllm_config.device_config.device)
@@ -47,6 +50,10 @@ class Pruned:
         self.compiled: dict[range, object] = {}
         self.use(os.environ["POP_PLAN"])
         runners.install()
+
+    def get_model_state_cls(self):
+        """What runner V2 asks for."""
+        return runners.model_state()
 
     def use(self, plan) -> None:
         """Prune by a plan from the next step on. Takes the values of POP_PLAN, or a pop.PrunePlan."""

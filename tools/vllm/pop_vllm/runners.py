@@ -40,6 +40,39 @@ def install() -> None:
     GPUModelRunner._build_attention_metadata = wrapped
 
 
+@cache
+def model_state():
+    """The ModelState for runner V2. It is made here, since its base class needs Triton."""
+    from vllm.config.compilation import CUDAGraphMode
+    from vllm.v1.attention.backend import AttentionCGSupport
+    from vllm.v1.worker.gpu.model_states.default import DefaultModelState
+
+    class PrunedState(DefaultModelState):
+        def get_additional_cg_support(self):
+            """Whole steps may be captured only if they decode. A graph of a step with prompts would not prune."""
+            return AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE, "POP_PLAN"
+
+        def add_request(self, req_index, new_req_data):
+            super().add_request(req_index, new_req_data)
+            if not hasattr(self, "prompt"):
+                self.prompt = np.zeros(self.max_num_reqs, dtype=np.int64)
+            length = len(new_req_data.prompt_token_ids or ())
+            self.prompt[req_index] = length if may_prune(new_req_data.sampling_params) else 0
+
+        def prepare_attn(self, input_batch, cudagraph_mode, block_tables, slot_mappings, attn_groups, *args, **kwargs):
+            given = (input_batch, cudagraph_mode, block_tables, slot_mappings, attn_groups)
+            found = super().prepare_attn(*given, *args, **kwargs)
+            if input_batch.has_prefill and cudagraph_mode != CUDAGraphMode.FULL:
+                computed = input_batch.num_computed_tokens_np.astype(np.int64)
+                scheduled = input_batch.num_scheduled_tokens.astype(np.int64)
+                prompt = self.prompt[input_batch.idx_mapping_np]
+                batch = Batch(input_batch.req_ids, computed, scheduled, prompt)
+                self.model.begin(attn_groups, batch, list(block_tables))
+            return found
+
+    return PrunedState
+
+
 def announce(runner, scheduled: dict[str, int]) -> None:
     """Tell the model of a V1 runner which tokens of which requests the step has."""
     requests = runner.input_batch

@@ -1,4 +1,4 @@
-"""Selected tokens: those that run at full depth because the prompt's last tokens attend to them (pop/pruning/selection.py).
+"""Selects the tokens that run at full depth because the prompt's last tokens attend to them (pop/pruning/selection.py).
 
 All tokens of a prompt compete if they are in one step. Of a prompt in chunks, the tokens of earlier chunks compete only
 if their states at the selecting layer were kept (step.py). Those that are selected run again, in the step of the last
