@@ -45,8 +45,13 @@ def jobs_of(lengths, **options):
     return [new_job(prompt(length, n + 2), **options) for n, length in enumerate(lengths)]
 
 
-def text_of(job):
-    return "".join(event.text for event in job.events)
+def assert_as_alone(model, *jobs):
+    """Each job's answer is the model's own to its prompt. Returns that of the last one."""
+    for job in jobs:
+        alone = model.generate(job.tokens, **vars(job.params))
+        found = "".join(event.text for event in job.events), job.events[-1].finish_reason, job.answer_tokens
+        assert found == (alone.text, alone.finish_reason, len(alone.tokens))
+    return alone
 
 
 def new_engine(model, most_rows=3, most_waiting=9, kept_bytes=2**22):
@@ -91,11 +96,6 @@ def prompt(length, seed, below=250):
     return [(7 * n * seed + 3 * seed) % below for n in range(length)]
 
 
-def expected(model, tokens, full_depth):
-    """The naive reference's logits [V] after tokens, of which some were at full depth."""
-    return reference.forward(model.module, torch.tensor(tokens), torch.tensor(full_depth), model.plan)[0][-1]
-
-
 def depths(plan, length, start=0):
     """Whether each token of a prompt, of which the first `start` are cached, runs at full depth."""
     return [n < plan.full_depth_first or n >= length - plan.full_depth_last for n in range(start, length)]
@@ -119,7 +119,8 @@ def test_a_prompt_is_prefilled_after_what_a_cache_holds(model, logits, monkeypat
     held = turn.cached_tokens
     assert held == 30 + len(answered)
     depth = depths(plan, 30) + [True] * len(answered) + depths(plan, len(turn.tokens), held)
-    assert_close(logits[turn][0], expected(model, turn.tokens, depth))
+    after_all, _ = reference.forward(model.module, torch.tensor(turn.tokens), torch.tensor(depth), plan)
+    assert_close(logits[turn][0], after_all[-1])
 
     job = new_job(first)  # once more
     assert answer(engine, job)[: len(answered)] == answered
@@ -173,7 +174,7 @@ def test_rows_join_and_leave_and_none_changes_another(family, plan):
     options = [
         {"max_new_tokens": 12},
         {"max_new_tokens": 3, "temperature": 1.0, "seed": 5},
-        {"max_new_tokens": 30, "temperature": 0.7, "top_k": 9, "seed": 6, "repetition_penalty": 1.3},
+        {"max_new_tokens": 20, "temperature": 0.7, "top_k": 9, "seed": 6, "repetition_penalty": 1.3},
         {"max_new_tokens": 5, "min_p": 0.1, "logprobs": True},
     ]
     jobs = [new_job(prompt(8 + 9 * n, n + 2), **one) for n, one in enumerate(options)]
@@ -183,24 +184,19 @@ def test_rows_join_and_leave_and_none_changes_another(family, plan):
         engine.turn()
         sizes.add(len(engine.rows))
     assert len(sizes) > 2
-    for job, one in zip(jobs, options, strict=True):
-        alone = model.generate(job.tokens, min_new_tokens=3, **one)
-        assert (text_of(job), job.events[-1].finish_reason) == (alone.text, alone.finish_reason)
-        assert job.answer_tokens == len(alone.tokens)
+    alone = assert_as_alone(model, *jobs)
     logprobs = [event.logprobs[0] for event in jobs[3].events]
     assert [token for token, *_ in logprobs] == alone.tokens
     assert [value for _, value, *_ in logprobs] == pytest.approx(alone.logprobs, abs=1e-4)
 
 
 def test_the_cache_of_a_batch_grows(paper):
-    engine, jobs = new_engine(paper), jobs_of((250, 9), max_new_tokens=20)
+    engine, jobs = new_engine(paper), jobs_of((250, 9), max_new_tokens=10)
     engine.submit(jobs)
     engine.turn()
     assert engine.cache.max_seq_len == 256
     work(engine)
-    for job in jobs:
-        assert text_of(job) == paper.generate(job.tokens, max_new_tokens=20, min_new_tokens=3).text
-        assert job.answer_tokens == 20
+    assert_as_alone(paper, *jobs)
 
 
 def test_a_row_is_a_source_for_others():
@@ -208,7 +204,7 @@ def test_a_row_is_a_source_for_others():
     jobs = [new_job([*prompt(20, 1), n, n, n]) for n in (9, 8)]
     work(new_engine(model), jobs)
     assert [job.cached_tokens for job in jobs] == [0, 20]
-    assert text_of(jobs[1]) == model.generate(jobs[1].tokens, max_new_tokens=6).text
+    assert_as_alone(model, *jobs)
 
 
 def test_kept_caches_are_bounded_in_memory_and_number(paper, monkeypatch):
@@ -236,7 +232,7 @@ def test_a_plan_that_selects_tokens_selects_among_all_that_are_new():
     job = new_job(prompt(100, 1))
     assert len(job.tokens) > model.chunk_size
     work(new_engine(model), [job])
-    assert text_of(job) == model.generate(job.tokens, max_new_tokens=6).text
+    assert_as_alone(model, job)
 
 
 def test_images_of_other_sizes_are_not_the_same_image():
@@ -298,17 +294,15 @@ def test_a_cancelled_prompt_is_not_prefilled_to_its_end(paper, on_prefill):
 def test_others_get_tokens_during_a_long_prefill():
     model = make("gemma3", PLANS["calibrated"])
     engine = new_engine(model)
-    other = new_job(prompt(5, 2), max_new_tokens=100)
-    long = new_job(prompt(100, 1))
+    other, long = new_job(prompt(5, 2), max_new_tokens=30), new_job(prompt(50, 1))
     engine.submit([other])
     engine.turn()
     before = other.answer_tokens
     engine.submit([long])
     engine.turn()
-    assert other.answer_tokens - before == (100 - 2) // 7 + 1
+    assert other.answer_tokens - before == (50 - 2) // 7 + 1
     work(engine)
-    for job, most in ((other, 100), (long, 6)):
-        assert text_of(job) == model.generate(job.tokens, max_new_tokens=most).text
+    assert_as_alone(model, other, long)
 
 
 def test_errors_reach_those_whom_they_concern(paper, monkeypatch, caplog, on_prefill):
@@ -342,6 +336,5 @@ def test_an_answer_ends_with_the_context():
     for length in (38, 40):
         job = new_job(prompt(length, 1), max_new_tokens=50)
         work(new_engine(model), [job])
-        alone = model.generate(job.tokens, max_new_tokens=50)
-        assert (job.answer_tokens, job.events[-1].finish_reason) == (len(alone.tokens), alone.finish_reason)
+        alone = assert_as_alone(model, job)
         assert job.answer_tokens == 41 - length or alone.finish_reason == "stop"
