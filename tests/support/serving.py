@@ -50,7 +50,7 @@ def process(*words, **environment):
         finally:
             server.send_signal(signal.SIGINT)
             status = server.wait(100)
-    assert status == 130
+    assert status == 130, f"the server has ended with {status}"
 
 
 def until(condition, seconds=600.0):

@@ -105,7 +105,6 @@ def test_the_answers_are_the_models(client, model):
     assert answer.choices[0].finish_reason == expected.finish_reason
     assert answer.usage.prompt_tokens == expected.prompt_tokens
     assert answer.usage.completion_tokens == len(expected.tokens)
-    assert (answer.model, answer.object) == ("tiny", "chat.completion")
 
     options = {"min_p": 0.1, "repetition_penalty": 1.2}
     expected = model.generate("Hello", max_new_tokens=9, **options)
@@ -173,23 +172,15 @@ def test_several_answers_and_several_prompts(client, model):
     assert texts == [model.chat(HELLO, max_new_tokens=5, temperature=1.0, seed=seed).text for seed in (4, 5, 6)]
 
 
-def test_stop_strings(client, model):
+def test_models_and_stop_strings(client, model):
     text = model.generate("Hello", max_new_tokens=30).text
     stop = text[4:6]
     for stops in (stop, ["no such", stop]):
         (choice,) = client.completions.create(**TEXT, max_tokens=30, temperature=0, stop=stops).choices
         assert (choice.text, choice.finish_reason) == (text[: text.index(stop)], "stop")
-
-
-def test_models_and_health(client, url):
-    assert [one.id for one in client.models.list()] == ["tiny"]
-    assert client.models.retrieve("tiny").id == "tiny"
+    assert [one.id for one in client.models.list()] == [client.models.retrieve("tiny").id] == ["tiny"]
     with pytest.raises(openai.NotFoundError):
         client.models.retrieve("gpt")
-    with pytest.raises(openai.NotFoundError) as caught:
-        client.completions.create(model="gpt", prompt="Hello", stream=True)
-    assert (caught.value.code, caught.value.param) == ("model_not_found", "model")
-    assert health(url)["status"] == "ok"
 
 
 def test_temperature_is_the_protocols_unless_the_checkpoint_states_one():
@@ -223,14 +214,14 @@ def test_a_conversation_of_the_real_model_prefills_new_tokens_only(smollm2):
     held = 0
     with serving(model) as (_, url):
         create = client_of(url).chat.completions.create
-        for text in ("What is a whale?", "How large is it?", "What does it eat?", "Where is it?", "Is it a fish?"):
+        for text in ("What is a whale?", "How large is it?", "What does it eat?"):
             messages += user(text)
-            answer = create(model="tiny", messages=messages, max_tokens=8, temperature=0)
+            answer = create(model="tiny", messages=messages, max_tokens=6, temperature=0)
             # The last token of a truncated answer has never run. A cut word may encode to other tokens.
             assert max(0, held - 2) <= answer.usage.prompt_tokens_details.cached_tokens <= held
             held = answer.usage.total_tokens
             messages.append(answer.choices[0].message)
-    assert held > 100
+    assert held > 50
 
 
 def data_url(pixels):
@@ -315,7 +306,6 @@ def test_the_readme_runs_as_printed(started, capsys):
 
 # ---- Wrong requests ----
 NO_REQUESTS = [  # path, body, status, and what the message or the code says
-    ("/chat/completions", b"", 400, "JSON"),
     ("/chat/completions", b'{"model": "tiny"', 400, "JSON"),
     ("/chat/completions", b"\xff\xfe", 400, "JSON"),
     ("/chat/completions", b"[" * 100_000, 400, "nested"),
@@ -324,16 +314,14 @@ NO_REQUESTS = [  # path, body, status, and what the message or the code says
     ("/chat/completions", {"messages": HELLO}, 400, "model is missing"),
     ("/chat/completions", {"model": "tiny"}, 400, "messages is missing"),
     ("/chat/completions", CHAT | {"model": "gpt-4"}, 404, "model_not_found"),
-    ("/chat/completions", CHAT | {"model": ["tiny"]}, 404, "model_not_found"),
+    ("/completions", TEXT | {"model": ["tiny"]}, 404, "model_not_found"),
     ("/completions", {"model": "tiny"}, 400, "prompt is missing"),
     ("/elsewhere", TEXT, 404, "Not Found"),
     ("/models", TEXT, 405, "Method"),
 ]
 BAD_MESSAGES = [
     ([], "at least one"),
-    ("Hello", "messages"),
     ([1], "message 0"),
-    ([{"role": "user"}], "message 0"),
     ([{"role": "robot", "content": "a"}], "robot"),
     (user("\ud800"), "surrogate"),
     (user([{"type": "text"}]), "part"),
@@ -342,33 +330,21 @@ BAD_MESSAGES = [
     (user("a" * 600), "context_length_exceeded"),
     (user("a" * 200_000), " bytes"),
 ]
-BAD_PROMPTS = [
-    ("", "empty"),
-    ([], "empty"),
-    (5, "prompt"),
-    ({"a": 1}, "prompt"),
-    (["a", 1], "token"),
-    ([1, 2**70], "token"),
-    ([1, 9999], "9999"),
-    ([-1], "-1"),
-    (["a"] * 50, "prompts"),
-]
+BAD_PROMPTS = [("", "empty"), ({"a": 1}, "prompt"), (["a", 1], "token"), ([1, 2**70], "token"), (["a"] * 50, "prompts")]
 BAD_FIELDS = {  # of a chat: the values of a field, whose name is in the message
+    "messages": ["Hello"],
     "max_tokens": [0],
     "max_completion_tokens": [1.5],
     "temperature": [-1, float("nan")],
-    "top_p": ["high"],
     "seed": [-1],
     "stop": [[""], ["a"] * 5, "a" * 300, {"a": 1}],
     "n": [100],
     "stream": ["yes"],
-    "stream_options": [[]],
     "logprobs": [2],
     "top_logprobs": [2],  # without logprobs
     "tools": ["all", [1], [{"type": "function"}]],
     "tool_choice": ["required"],
     "chat_template_kwargs": [{"x": 1}],
-    "frequency_penalty": [1],
     "response_format": [{"type": "json_object"}],
     "prompt": ["Hello"],
     "\ud800": [1],
@@ -381,7 +357,6 @@ BAD = [
     ("/chat/completions", CHAT | {"logprobs": True, "top_logprobs": 50}, 400, "top_logprobs"),
     ("/chat/completions", CHAT | {"logprobs": True, "top_logprobs": 20, "n": 8}, 400, "65536 logprobs"),
     ("/completions", TEXT | {"echo": True}, 400, "echo"),
-    ("/completions", TEXT | {"best_of": 3}, 400, "best_of"),
     ("/completions", TEXT | {"messages": HELLO}, 400, "messages"),
 ]
 
@@ -461,20 +436,24 @@ def resident_of(server):
 # ---- Clients ----
 
 
-def test_two_clients_at_once(model):
-    """Each gets its own answer, and both are in one batch."""
-    texts = ["Hello", "Hi there"]
-    sizes = set()
+def test_two_clients_at_once(model, monkeypatch):
+    """Each gets its own answer, and both are in one batch: the first step waits for both."""
+    texts, sizes = ["Hello", "Hi there"], []
+    asked = {"max_tokens": 30, "temperature": 0, "stream": True}
     with serving(model) as (server, url), ThreadPoolExecutor(2) as clients:
-        step = server.engine._step
-        server.engine._step = lambda: (sizes.add(len(server.engine.rows)), step())
+        engine, step = server.engine, server.engine._step
+
+        def watched():
+            until(lambda: sizes or len(engine.rows) + len(engine.waiting) == 2)
+            sizes.append(len(engine.rows))
+            step()
 
         def answer(text):
             stream = client_of(url).completions.create(**TEXT | asked | {"prompt": text})
             return "".join(chunk.choices[0].text for chunk in stream)
 
-        asked = {"max_tokens": 200, "temperature": 0, "stream": True}
-        assert list(clients.map(answer, texts)) == [model.generate(text, max_new_tokens=200).text for text in texts]
+        monkeypatch.setattr(engine, "_step", watched)
+        assert list(clients.map(answer, texts)) == [model.generate(text, max_new_tokens=30).text for text in texts]
     assert 2 in sizes
 
 
