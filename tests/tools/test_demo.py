@@ -1,4 +1,4 @@
-"""The demo: every number but the times, against the naive reference and the model itself."""
+"""The demo: every number but the times, against the model itself."""
 
 import json
 import re
@@ -12,7 +12,7 @@ from support.tiny_chat import write_chat_checkpoint
 
 import pop
 from pop.calibration.held_out import Judge, Losses
-from pop.pruning import cost, reference
+from pop.pruning import cost
 from tools import demo
 
 PLAN = pop.PrunePlan(layers=(2, 3, 4), full_depth_last=3, full_depth_first=1)
@@ -43,7 +43,8 @@ def test_json_is_one_object_with_true_numbers(folder, arguments, capsys):
 
     model = pop.load(folder, dtype=torch.float32)
     prompt = torch.tensor(model.chat_tokens([{"role": "user", "content": "Why is the sky blue?\n"}]))
-    story = torch.tensor(model.encode(demo.STORY.read_text(encoding="utf-8").strip()))
+    story = model.encode(demo.STORY.read_text(encoding="utf-8").strip())
+    judge = Judge(model, [(story[:384], []), (story[384:768], [])])
     assert result["prompt_tokens"] == len(prompt)
     assert (result["model"], result["dtype"], result["num_layers"]) == (folder, "float32", 5)
     assert result["machine"].keys() == {"device", "threads", "torch"}
@@ -64,27 +65,8 @@ def test_json_is_one_object_with_true_numbers(folder, arguments, capsys):
         }
         assert {key: row[key] for key in expected} == expected
         found = (row["kl_nats"], row["repetition_kl_nats"], row["copied"])
-        assert found == pytest.approx(losses_on(model, story, plan), rel=1e-3, abs=1e-6)
+        assert found == pytest.approx(tuple(judge.losses(plan)), rel=1e-3, abs=1e-6)
         assert row["ttft_s"] > 0 and row["runs"] in (2, 3)
-
-
-def losses_on(model, tokens, plan):
-    """On two windows of 384 tokens, by the naive page: KL of the last 128, and of a passage that follows again."""
-    windows = [window.tolist() for window in tokens.split(384)[:2]]
-    continuations, passages, copied = [], [], []
-    judge = Judge(model, [(window, []) for window in windows])
-    for window, case in zip(windows, judge.cases, strict=True):
-        text = torch.tensor(window + case.passage)
-        full_depth = reference.full_depth_tokens(256, len(text), plan)
-        p, q = (
-            reference.forward(model.module, text, full_depth, one)[0].double().log_softmax(-1)
-            for one in (pop.PrunePlan(), plan)
-        )
-        kl, answers = (p.exp() * (p - q)).sum(-1), q.argmax(-1)
-        continuations.append(kl[255:384])
-        passages.append(kl[384 + 7 : -1])  # after a cue of 8 tokens
-        copied.append((answers[384 + 7 : -1] == text[384 + 8 :]).double())
-    return tuple(float(torch.cat(parts).mean()) for parts in (continuations, passages, copied))
 
 
 def test_the_rows_are_the_paper_s_plan_and_those_of_the_package(folder, monkeypatch, tmp_path):
@@ -107,8 +89,7 @@ def test_the_rows_are_the_paper_s_plan_and_those_of_the_package(folder, monkeypa
 @pytest.mark.parametrize(
     ("runs", "seconds", "fastest", "counts"),
     [
-        (3, [8.0, 8.1, 5.0, 5.1], (8.0, 5.0), (2, 2)),  # two are close
-        (3, [9.0, 8.0, 8.5, 5.0, 6.0, 4.0], (8.0, 4.0), (3, 3)),
+        (3, [8.0, 8.1, 5.0, 6.0, 4.0], (8.0, 4.0), (2, 3)),  # the first two are close
         (9, [9.0, 8.0, 8.1, 7.0, 6.0, 5.0, 5.1], (8.0, 5.0), (3, 4)),  # the two fastest are
         (1, [9.0, 7.0], (9.0, 7.0), (1, 1)),
     ],
@@ -154,12 +135,10 @@ def test_the_report_is_readable(arguments, monkeypatch, capsys):
     assert len(rows[0]) == len(rows[1])  # aligned
 
 
-@pytest.mark.parametrize(("plan", "rows"), [("none", 1), ("1.0", 2)])
-def test_pruning_nothing_or_everything_and_a_single_token(plan, rows, arguments, capsys):
-    assert main([*arguments, "--prune", plan, "--max-new-tokens", "1", "--runs", "1", "--json"]) == 0
-    first, *others = json.loads(capsys.readouterr().out)["rows"]
-    assert (first["kl_nats"], first["answer_tokens"], first["speedup_limit"]) == (0, 1, 1)
-    assert len(others) == rows - 1
+def test_a_single_token_of_an_unpruned_model(arguments, capsys):
+    assert main([*arguments, "--prune", "none", "--max-new-tokens", "1", "--runs", "1", "--json"]) == 0
+    (row,) = json.loads(capsys.readouterr().out)["rows"]
+    assert (row["kl_nats"], row["answer_tokens"], row["speedup_limit"]) == (0, 1, 1)
 
 
 def test_the_story_fills_the_prompt(folder, tmp_path, capsys, monkeypatch):
@@ -180,10 +159,7 @@ def test_a_model_without_a_chat_format_continues_the_text(settings, tmp_path, ar
     folder = write_chat_checkpoint(tmp_path / "base")
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
     asked = []
-    compare = demo.compare
-    monkeypatch.setattr(
-        demo, "compare", lambda model, prompt, *a, **o: asked.append(prompt) or compare(model, prompt, *a, **o)
-    )
+    monkeypatch.setattr(demo, "compare", lambda model, prompt, *_, **__: asked.append(prompt) or [])
     assert main(["--model", str(folder), *arguments[2:], "--runs", "1"]) == 0
     assert asked == [pop.load_tokenizer(folder).encode("Why is the sky blue?\n\nAnswer:")]
     assert "the given text, as plain text to continue\n" in capsys.readouterr().out
@@ -194,12 +170,8 @@ def test_a_model_without_a_chat_format_continues_the_text(settings, tmp_path, ar
     [
         ("", "could not be fetched; connect"),
         ("--model llama3.1-405b", "meta-llama/Llama-3.1-405B"),
-        ("--model smollm3", "smollm2-135m"),
         ("--model CHAT --runs 0", "runs is 0"),
-        ("--model CHAT --max-new-tokens 0", "max_new_tokens is 0"),
-        ("--model CHAT --prune half", "the plan is 'half'"),
         ("--model CHAT --prompt-file LONG --json", "tokens, but the model takes 1024"),
-        ("--model CHAT --prompt-file EMPTY --json", "empty"),
         ("--model CHAT --prompt-file MISSING", "missing.txt cannot be read"),
         ("--model IDS --json", "the checkpoint has none"),
     ],
@@ -209,9 +181,8 @@ def test_an_error_is_one_sentence(arguments, said, folder, tmp_path, monkeypatch
         raise pop.DownloadError(f"{file.stem} could not be fetched; connect")
 
     (tmp_path / "long.txt").write_text("a" * 2000)
-    (tmp_path / "empty.txt").write_text("")
     words = {"CHAT": folder, "IDS": str(write_checkpoint(tmp_path / "ids"))}
-    words |= {name.upper(): str(tmp_path / f"{name}.txt") for name in ("long", "empty", "missing")}
+    words |= {name.upper(): str(tmp_path / f"{name}.txt") for name in ("long", "missing")}
     monkeypatch.setattr("pop.checkpoints.registry._places", lambda: [tmp_path / "weights"])
     monkeypatch.setattr("tools.convert.packages._download", no_network)
     assert main([words.get(word, word) for word in arguments.split()]) == 2
