@@ -44,7 +44,7 @@ def test_rounds_alternate_and_the_first_is_not_recorded():
 
 
 def test_a_ratio_is_taken_round_by_round():
-    """Of the machine's three speeds 1, 5 and 2, each hits both variants, and the ratios are 2, 2 and 3."""
+    """The machine has three speeds. Each hits both variants, so the ratios are 2, 2 and 3."""
     assert rounds.ratio([2.0, 10.0, 6.0], [1.0, 5.0, 2.0]) == {"median": 2.0, "low": 2.0, "high": 3.0}
     assert rounds.ratio([2.0, 10.0, 6.0], [1.0, 5.0, 2.0], 0.5)["high"] == 1.5
 
@@ -141,31 +141,29 @@ def test_cold_lengths_are_met_twice_with_new_caches(model, monkeypatch):
     assert all(row[time].keys() == times for row in result.values() for time in ("first", "second"))
 
 
-@pytest.mark.parametrize("device", ["cuda", "cpu"])
-def test_a_limit_counts_reads_on_a_gpu(device):
+def test_a_limit_counts_reads_on_a_gpu():
     """By the medians of the measured rates, for the model's dtype and chunks."""
-    config = tiny_config()
-    plan = pop.PrunePlan((3, 4))
-    model = types.SimpleNamespace(config=config, device=torch.device(device), dtype=torch.bfloat16, chunk_size=10)
+    config, plan = tiny_config(), pop.PrunePlan((3, 4))
     record = {
         (20, "full", "ttft_s"): [3.0, 3.0, 3.0],
         (20, "p", "ttft_s"): [2.0, 2.0, 2.0],
         (20, "peak", "flops_per_s"): [5e9, 1e9, 1e10],
         (20, "bandwidth", "bytes_per_s"): [1e8, 5e8, 4e8],
     }
-    row = measure._plan_figures(model, record, 20, "p", plan, [])
     limits = {
         "cuda": roofline.speedup_limit(config, 20, plan, roofline.Machine(5e9, 4e8, 2, 10)),
         "cpu": cost.speedup_limit(config, 20, plan),
     }
     assert limits["cuda"] != limits["cpu"]
-    assert row["limit"] == limits[device]
-    assert row["efficiency"]["median"] == pytest.approx(1.5 / limits[device])
+    for device, limit in limits.items():
+        fields = {"device": torch.device(device), "dtype": torch.bfloat16, "chunk_size": 10}
+        row = measure._plan_figures(types.SimpleNamespace(config=config, **fields), record, 20, "p", plan, [])
+        assert (row["limit"], row["efficiency"]["median"]) == (limit, pytest.approx(1.5 / limit))
 
 
 @pytest.mark.parametrize(
     ("device", "free", "size"),
-    [("cuda", 80 * 2**30, 2**32), ("cuda", 5 * 2**30, 2**31), ("cuda", 2**28, 2**28), ("cpu", 2**40, 2**28)],
+    [("cuda", 80 * 2**30, 2**32), ("cuda", 5 * 2**30, 2**31), ("cpu", 2**40, 2**28)],
 )
 def test_a_gpus_bandwidth_is_measured_on_more_memory(monkeypatch, device, free, size):
     monkeypatch.setattr(shapes, "free_bytes", lambda device: free)
@@ -234,7 +232,6 @@ def test_llama_cpp_reads_the_prompt_and_then_its_own_tokens(model, monkeypatch, 
 
 @pytest.mark.parametrize("name", ["transformers", "llama.cpp"])
 def test_a_rival_that_is_not_installed_is_named(model, monkeypatch, name):
-    for module in ("transformers", "llama_cpp"):
-        monkeypatch.setitem(sys.modules, module, None)
+    monkeypatch.setitem(sys.modules, {"llama.cpp": "llama_cpp"}.get(name, name), None)
     with pytest.raises(pop.MissingExtra, match="--against needs the package"):
         rivals.RIVALS[name](model, {}, None)
