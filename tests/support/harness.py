@@ -19,12 +19,16 @@ def ids(text: str) -> list[int]:
     return [len(CONTROL) + order.index(byte) for byte in text.encode()]
 
 
+def naive_logits(model, plan, prompt: list[int], continuation: list[int]) -> torch.Tensor:
+    """The logits [C, V] that predict the continuation of a prompt, by the reference."""
+    tokens = torch.tensor(prompt + continuation)
+    full_depth = reference.full_depth_tokens(len(prompt), len(tokens), plan)
+    return reference.forward(model.module, tokens, full_depth, plan)[0][len(prompt) - 1 : -1]
+
+
 def naive(adapter, context: list[int], continuation: list[int]) -> tuple[float, bool]:
     """The log-likelihood, and whether it is greedy, by the reference: every request runs all of its tokens."""
-    model, tokens = adapter.model, torch.tensor(context + continuation)
-    full_depth = reference.full_depth_tokens(len(context), len(tokens), model.plan)
-    logits, _ = reference.forward(model.module, tokens, full_depth, model.plan)
-    logits = logits[len(context) - 1 : -1]
+    logits = naive_logits(adapter.model, adapter.model.plan, context, continuation)
     picked = logits.log_softmax(-1).gather(1, torch.tensor(continuation)[:, None])
     return picked.sum().item(), logits.argmax(-1).tolist() == continuation
 

@@ -6,6 +6,7 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
+from support.harness import naive_logits
 
 import pop
 from pop.pruning import reference
@@ -147,14 +148,10 @@ def test_the_seed_decides_and_short_prompts_are_refused(tiny, writer):
 
 def naive_mark(model, plan, question):
     """Exact and log-probability by the naive reference."""
-    tokens, N = torch.tensor(question.prompt + question.answer), len(question.prompt)
-    full_depth = reference.full_depth_tokens(N, len(tokens), plan)
-    log_probs = reference.forward(model.module, tokens, full_depth, plan)[0][N - 1 : -1].double().log_softmax(-1)
-    exact, total = True, 0.0
-    for row, token, counts in zip(log_probs, question.answer, question.counted or [True] * 99, strict=False):
-        if counts:
-            exact, total = exact and int(row.argmax()) == token, total + float(row[token])
-    return exact, total
+    log_probs = naive_logits(model, plan, question.prompt, question.answer).double().log_softmax(-1)
+    answer, counted = torch.tensor(question.answer), torch.tensor(question.counted)
+    exact = (log_probs.argmax(-1) == answer)[counted].all()
+    return bool(exact), float(log_probs.gather(1, answer[:, None])[counted].sum())
 
 
 def test_scores_equal_the_naive_page(tiny, contenders):

@@ -12,19 +12,19 @@ from tools.evaluate import sandbox, tasks
 from tools.evaluate.contender import Contender
 from tools.evaluate.questions import Question
 from tools.evaluate.retrieval import evaluate_retrieval
+from tools.evaluate.scoring import score
 
 
 @pytest.mark.parametrize("broken", [float("nan"), float("inf")])
 def test_logits_that_are_not_finite_are_refused(tiny, contenders, broken, monkeypatch):
-    head = type(tiny.module).head
-    monkeypatch.setattr(
-        type(tiny.module), "head", lambda self, h: head(self, h).index_fill(-1, torch.tensor([9]), broken)
-    )
+    head, nine = type(tiny.module).head, torch.tensor([9])
+    monkeypatch.setattr(type(tiny.module), "head", lambda self, h: head(self, h).index_fill(-1, nine, broken))
     questions = {3: [Question("codes", [3, 4, 5], [6, 7])]}
     calls = (
         lambda: contenders[1].logits([3, 4], [5, 6]),
         lambda: evaluate_retrieval(contenders, questions),
         lambda: tasks.evaluate_generation(contenders, [[3, 4]], 2),
+        lambda: score(tiny, [[3, 4]], [[[5, 6]]]),
     )
     for call in calls:
         with pytest.raises(pop.InputError, match="logits are not finite"):
@@ -47,36 +47,29 @@ def test_generation_agreement_counts_leading_tokens(tiny, contenders):
 
 
 class Scripted(Contender):
-    """Writes a given text, whatever it reads."""
+    """Writes its name, whatever it reads."""
 
     def generate(self, prompt, count, until=None):
         tokens = []
-        for token in self.model.tokenizer.encode(self.text)[:count]:
+        for token in self.model.tokenizer.encode(self.name)[:count]:
             tokens.append(token)
             if until and until(tokens):
                 break
         return tokens
 
 
-def scripted(model, name, text):
-    contender = Scripted(name, model, pop.PrunePlan.none())
-    contender.text = text
-    return contender
-
-
 def test_a_completion_ends_where_its_function_does(tiny):
-    contender = scripted(tiny, "x", "    return 1\n    # still inside\n\ndef other():\n    pass\n")
-    assert tasks.complete(contender, "def f():\n", 500) == "    return 1\n    # still inside\n"
-    assert tasks.complete(scripted(tiny, "x", "    return 1"), "def f():\n", 500) == "    return 1"
+    inside = "    return 1\n    # still inside\n"
+    for written, kept in ((f"{inside}\ndef other():\n    pass\n", inside), ("    return 1", "    return 1")):
+        assert tasks.complete(Scripted(written, tiny, None), "def f():\n", 500) == kept
 
 
 def test_human_eval_runs_the_tests_of_each_problem(tiny):
     problem = {"prompt": "def add(a, b):\n", "entry_point": "add"}
     problem["test"] = "def check(candidate):\n    assert candidate(2, 3) == 5\n"
-    good = scripted(tiny, "good", "    return a + b\n\nprint('never')")
-    bad = scripted(tiny, "bad", "    return a - b\n")
-    result = tasks.evaluate_human_eval([good, bad], [problem])
-    assert result["good"] == {"problems": 1, "passed": 1, "pass@1": 1.0} and result["bad"]["passed"] == 0
+    written = ["    return a + b\n\nprint('never')", "    return a - b\n"]
+    result = tasks.evaluate_human_eval([Scripted(text, tiny, None) for text in written], [problem])
+    assert [result[text]["passed"] for text in written] == [1, 0]
 
 
 def test_the_solutions_of_human_eval_pass_in_the_sandbox():

@@ -5,9 +5,10 @@ from statistics import NormalDist
 import numpy as np
 import pytest
 import torch
+from support.harness import naive_logits
 
 import pop
-from pop.pruning import cost, reference
+from pop.pruning import cost
 from tools.evaluate import text
 from tools.evaluate.contender import Contender
 from tools.evaluate.timing import measure_ttft
@@ -17,12 +18,9 @@ def windows_of(count: int, size: int = 30, seed: int = 5) -> list[list[int]]:
     return np.random.default_rng(seed).integers(3, 259, size=(count, size)).tolist()
 
 
-def naive_figures(model, window, prompt_tokens, plan):
-    """Log-probabilities [C, V] that predict the continuation, in numpy, by the naive reference."""
-    full_depth = reference.full_depth_tokens(prompt_tokens, len(window), plan)
-    logits, _ = reference.forward(model.module, torch.tensor(window), full_depth, plan)
-    logits = logits[prompt_tokens - 1 : -1].double().numpy()
-    return logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+def naive_figures(model, window, plan):
+    """Log-probabilities [12, V] that predict the end of a window of 30 tokens, in numpy."""
+    return naive_logits(model, plan, window[:18], window[18:]).double().log_softmax(-1).numpy()
 
 
 def test_text_figures_equal_a_naive_computation(tiny, contenders):
@@ -30,8 +28,8 @@ def test_text_figures_equal_a_naive_computation(tiny, contenders):
     result = text.evaluate_text(contenders, domains, 18, samples=50)
     assert list(result) == ["all", "a", "b"]
     for name, windows in {**domains, "all": domains["a"] + domains["b"]}.items():
-        full = np.concatenate([naive_figures(tiny, w, 18, pop.PrunePlan.none()) for w in windows])
-        pruned = np.concatenate([naive_figures(tiny, w, 18, contenders[1].plan) for w in windows])
+        full = np.concatenate([naive_figures(tiny, w, pop.PrunePlan.none()) for w in windows])
+        pruned = np.concatenate([naive_figures(tiny, w, contenders[1].plan) for w in windows])
         targets = np.concatenate([w[18:] for w in windows])
         rows = np.arange(len(targets))
         kl = (np.exp(full) * (full - pruned)).sum(-1)
@@ -93,10 +91,7 @@ def test_the_bootstrap_interval_covers_the_mean_as_often_as_it_says():
     assert text.bootstrap(np.arange(4.0)) == (None, None)
     values = rng.standard_normal(20)
     assert text.bootstrap(values, seed=1) == text.bootstrap(values, seed=1) != text.bootstrap(values, seed=2)
-
-
-def test_the_interval_of_few_windows_is_students():
-    """Of 12 values spread as a normal distribution: its half is t s / sqrt(12), t = 2.201 from the table."""
+    # Student's interval of 12 values: its half is t s / sqrt(12), with t = 2.201 from the table.
     values = np.array([NormalDist().inv_cdf((n + 0.5) / 12) for n in range(12)])
     low, high = text.bootstrap(values, samples=200_000)
     assert (high - low) / 2 == pytest.approx(2.201 * values.std(ddof=1) / 12**0.5, rel=0.01)
