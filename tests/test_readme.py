@@ -92,6 +92,14 @@ def test_the_line_that_is_the_method_is_the_references():
     assert line in (ROOT / "pop/pruning/reference.py").read_text(encoding="utf-8")
 
 
+def test_the_lines_explained_are_the_references_in_order():
+    explained = re.findall(r"^\| `(.+?)` \| [^|]+ \|$", READMES["pop/pruning/README.md"], re.M)
+    source = (ROOT / "pop/pruning/reference.py").read_text(encoding="utf-8")
+    assert len(explained) > 10
+    places = [source.find(line) for line in explained]
+    assert -1 not in places and places == sorted(places)
+
+
 @pytest.mark.parametrize("path", READMES)
 def test_every_link_leads_to_a_file(path):
     for link in re.findall(r"\]\(([^)]+)\)", READMES[path]):
