@@ -26,6 +26,9 @@ setup(
     license="Apache-2.0",
     license_files=["LICENSE"],
     packages=find_packages(include=["pop", "pop.*"]),
+    # `pip install -e` then puts this folder on the path. Otherwise a folder named pop, such as a clone of this project
+    # in the current folder, hides the package.
+    package_dir={"": "."},
     package_data={"pop": ["py.typed", "data/*.txt", "data/*/*.txt", "data/*/*.jinja", "data/*/*.plan", "*/*.cpp"]},
     python_requires=">=3.10",
     install_requires=["torch>=2.6", "numpy", "safetensors>=0.4.3", "sentencepiece>=0.2", "tiktoken>=0.13"],
