@@ -66,7 +66,7 @@ def load(
     device = usable_device(device)
     if dtype not in (None, *DTYPES.values()):
         raise InputError(f"dtype is {dtype!r}; give torch.float32, torch.bfloat16, torch.float16, or None")
-    if not isinstance(name_or_path, (str, os.PathLike)):
+    if not isinstance(name_or_path, (str, os.PathLike)) or not os.fspath(name_or_path):
         raise InputError(f"name_or_path is {name_or_path!r}; give a name that pop.list_models() lists, or a directory")
 
     # Everything small first, so that errors come before the weights are read.

@@ -17,11 +17,11 @@ from pop.backends.cpu_graph import Graph
 from pop.checkpoints.fingerprint import fingerprint
 from pop.engine.cache import KVCache
 from pop.engine.compile import SMALLEST, Compiled
+from pop.engine.modes import engine_modes
 from pop.engine.spare_caches import SpareCaches
 from pop.errors import CacheMemoryError, ContextOverflow, InputError, PlanError, check_count
 from pop.inputs.processors import Prepared, Processor, processor_of
 from pop.models.images import TextOnly
-from pop.pruning.corrections import Corrections
 from pop.pruning.plan import PrunePlan
 from pop.system.memory import to_device
 
@@ -194,7 +194,7 @@ class Runner:
         self._check_cache(cache, torch.full((B,), T))
         return engine.extend(self.module, tokens, cache, self._stages(B))
 
-    @torch.no_grad()
+    @engine_modes()
     def logits(self, tokens, images=None, videos=None) -> Tensor:
         """The plain unpruned forward pass: tokens [B, T] without padding -> logits [B, T, V] float32.
 
@@ -219,6 +219,8 @@ class Runner:
             plans: Other plans than the model's that calls will use.
         """
         batch_size = check_count("batch_size", batch_size)
+        if not isinstance(plans, list | tuple):
+            raise InputError(f"plans is {plans!r:.80}; give a list of plans")
         for rows in (1, 2)[:batch_size]:
             for plan in (self.plan, *plans):
                 self._stages(rows, self.resolve(plan))
@@ -252,19 +254,13 @@ class Runner:
             return plan
         if corrections.fingerprint != self.fingerprint:
             raise PlanError("the plan's corrections were fitted to another model's weights; use pop.calibrate again")
+        sizes = {"weight": self.config.num_kv_heads * self.config.head_dim, "shared": 2 * self.config.hidden_size}
+        for name, size in sizes.items():
+            found = corrections.tensors[name].shape[2]
+            if found != size and corrections.rows is None:
+                raise PlanError(f"the plan's {name} is for {found} numbers, but this model has {size}; calibrate again")
         rows = None if self.part is None else self.part.kv_rows
-        if corrections.rows is None:
-            self._check_sizes(corrections)
         return dataclasses.replace(plan, corrections=corrections.to(self.device, self.dtype, rows))
-
-    def _check_sizes(self, corrections: Corrections) -> None:
-        found = (corrections.weight.shape[2], corrections.shared.shape[2])
-        needed = (self.config.num_kv_heads * self.config.head_dim, 2 * self.config.hidden_size)
-        if found != needed:
-            what = f"correct {found[0]} numbers of K from {found[1]} inputs"
-            raise PlanError(
-                f"the plan's corrections {what}, but this model needs {needed[0]} and {needed[1]}; calibrate again"
-            )
 
     def check_fits(self, num_tokens: int, what: str = "the prompt", media: Sequence[Prepared] = ()) -> None:
         """Raise ContextOverflow if a sequence of `num_tokens`, with these images and videos, exceeds max_seq_len."""
@@ -279,8 +275,7 @@ class Runner:
         advice = self.vision.shorten([one for row in media for one in row], "the prompt")
         cache.check(self.module.config, self.dtype, self.device, self.vision.min_chunk_size, added, advice)
 
-    @torch.inference_mode(False)  # as the engine
-    @torch.no_grad()
+    @engine_modes()
     def _images(self, module, media, tokens: Tensor, lengths: Tensor) -> TextOnly:
         """What each row's images and videos bring to tokens [B, T] on the CPU, by the vision tower of a module."""
         return self.vision.images(module, media, tokens, lengths)

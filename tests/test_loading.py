@@ -116,6 +116,7 @@ def test_the_home_directory_is_expanded(folder, tmp_path, monkeypatch):
     ("name", "error", "named"),
     [
         *((name, pop.PopError, None) for name in (None, 5, b"bytes")),
+        ("", pop.InputError, "name_or_path is ''"),
         ("lama3.1-8b", pop.UnknownModel, "llama3.1-8b"),
         ("empty", pop.ConfigError, "config.json"),
     ],

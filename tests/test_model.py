@@ -62,6 +62,23 @@ def test_a_pruned_prefill_in_bfloat16_stays_close_to_float32(family):
     assert (rounded - exact).square().mean().sqrt() < 0.05 * exact.std()
 
 
+@pytest.mark.parametrize("mode", [partial(torch.autocast, "cpu", dtype=torch.bfloat16), torch.inference_mode])
+@pytest.mark.parametrize("family", ["gemma3", "qwen3_vl"])
+def test_modes_of_the_caller_change_no_bit(family, mode):
+    """Prefill, decode, extend, the plain pass, and scores, of a model in float32."""
+    config = FAMILIES[family]()
+    model = pop.Model(random_model(config, 5), config, plan=pop.PrunePlan((1, 3)))
+
+    def results():
+        cache = model.new_cache(1, 64)
+        found = [model.prefill([range(30)], cache), model.decode([3], cache), model.extend([[4, 5]], cache)]
+        return [*found, model.logits([range(9)]), torch.tensor(model.score([1, 2, 3], [4, 5]))]
+
+    expected = results()
+    with mode():
+        assert all(map(torch.equal, results(), expected))
+
+
 def test_a_cache_that_does_not_fit_is_refused_with_its_size(model):
     huge = tiny_config(vocab_size=256, max_positions=10**12)
     size = pop.KVCache.size_in_bytes(huge, 1, 10**12, torch.float32)
@@ -134,6 +151,8 @@ WRONG_LENGTHS = (3, [3], [0], [1, 1], [1.0])
         (lambda m: m.decode([1], cache_of(tiny_config(num_layers=6))), pop.InputError, ["cache", "another model"]),
         (lambda m: m.decode([1], cache_of(m.config, torch.bfloat16)), pop.InputError, ["cache", "dtype"]),
         (lambda m: m.new_cache(0), pop.InputError, ["batch_size", "0"]),
+        (lambda m: m.warmup(1, None), pop.InputError, ["plans is None"]),
+        (lambda m: m.warmup(1, m.plan), pop.InputError, ["plans is PrunePlan"]),
         (lambda m: m.new_cache(1, 0), pop.InputError, ["max_seq_len", "0"]),
         (lambda m: m.new_cache(1, 129), pop.ContextOverflow, ["129", "128"]),
         (lambda m: m.new_cache(10**12, 100), pop.CacheMemoryError, ["bytes"]),

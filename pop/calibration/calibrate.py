@@ -5,10 +5,10 @@ distillation are asked for (distill.py). The held-out windows choose lambda and 
 """
 
 import dataclasses
+import hashlib
 import os
 import random
 from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
 
 import torch
 
@@ -16,8 +16,10 @@ from pop.calibration.distill import distill
 from pop.calibration.held_out import JUDGED, PASSAGE, Judge
 from pop.calibration.passes import check_gradients, working_copy
 from pop.calibration.refit import Fit, accumulate
+from pop.calibration.resume import SavedProgress
 from pop.calibration.texts import SHORTEST, Window, batches, builtin_texts, text_windows
 from pop.engine.compile import SMALLEST
+from pop.engine.modes import no_autocast
 from pop.errors import InputError, PlanError, UnsupportedError, check_count
 from pop.generation.sampling import check_finite
 from pop.model import Model
@@ -31,6 +33,7 @@ TRIALS = 5  # the most plans that are judged to choose one: a walk from the midd
 LENGTHS = (512, 2048, 8192)  # prompt lengths for which a plan records its speedup
 
 
+@no_autocast()
 @torch.no_grad()
 def calibrate(
     model: Model,
@@ -97,15 +100,6 @@ def calibrate(
     judged = windows[:held_out]
     windows = windows[held_out:]
     num_tokens = sum(len(tokens) for tokens, _ in windows)
-    fit = Fit(model, plan, rank)
-    trial = sum(min(len(tokens), JUDGED) + PASSAGE for tokens, _ in judged)  # tokens that judging a plan runs
-    with progress_bar("calibrating", len(fit.groups) * num_tokens + TRIALS * trial, "tokens", progress) as step:
-        _fit(model, windows, fit, step)
-        judge = Judge(model, judged)
-        plan = _choose(fit, judge, steps == 0, lambda trials: step(trials * trial))
-    if steps:
-        with progress_bar("distilling", steps, "steps", progress) as step:
-            plan = distill(model, plan, windows, judge, steps, seed=seed, resume=resume, progress=step)
     about = {
         "texts": len(texts),
         "windows": len(windows),
@@ -116,6 +110,19 @@ def calibrate(
         "steps": steps,
         "seed": seed,
     }
+    saved = None
+    if resume is not None:
+        saved = SavedProgress(resume, _settings(model, plan, [windows, judged], about))
+        saved.check()
+    fit = Fit(model, plan, rank)
+    trial = sum(min(len(tokens), JUDGED) + PASSAGE for tokens, _ in judged)  # tokens that judging a plan runs
+    with progress_bar("calibrating", len(fit.groups) * num_tokens + TRIALS * trial, "tokens", progress) as step:
+        _fit(model, windows, fit, step)
+        judge = Judge(model, judged)
+        plan = _choose(fit, judge, steps == 0, lambda trials: step(trials * trial))
+    if steps:
+        with progress_bar("distilling", steps, "steps", progress) as step:
+            plan = distill(model, plan, windows, judge, steps, seed=seed, saved=saved, progress=step)
     return _recorded(model, plan, judge, about)
 
 
@@ -128,17 +135,24 @@ def _plain(model, plan) -> PrunePlan:
 
 
 def _check_distillation(model, steps: int, resume) -> None:
-    if resume is not None and not steps:
+    if not steps and resume is not None:
         raise InputError("resume keeps unfinished steps of distillation, but steps is 0; give their number")
-    if not steps:
-        return
-    if model.part is not None:
+    if steps and model.part is not None:
         raise UnsupportedError(f"steps is {steps}, but distillation works in one process only; give 0, or one process")
-    check_gradients(model)
-    if resume is None:
-        return
-    if not isinstance(resume, str | os.PathLike) or not Path(resume).expanduser().parent.is_dir():
-        raise InputError(f"resume is {resume!r:.200}, which cannot be written; give a file in a folder that exists")
+    if steps:
+        check_gradients(model)
+
+
+def _settings(model, plan: PrunePlan, texts: list[list[Window]], about: dict) -> dict[str, str]:
+    """What identifies a run of distillation. texts: the windows to fit, and those that judge."""
+    tokens = [[(tokens, [one.sha256 for one in media]) for tokens, media in windows] for windows in texts]
+    return {
+        "model": f"{model.fingerprint} {model.dtype} {model.max_seq_len}",
+        "plan": f"{plan.fields()} {about['rank']}",
+        "texts": hashlib.sha256(repr(tokens).encode()).hexdigest(),
+        "steps": str(about["steps"]),
+        "seed": str(about["seed"]),
+    }
 
 
 def _listed(texts) -> list:

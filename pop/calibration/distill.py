@@ -6,14 +6,12 @@ corrections. Everything else is frozen. README.md in this folder has the derivat
 """
 
 import dataclasses
-import hashlib
 import math
 import random
 from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save
 from torch import Tensor
 
 from pop.calibration.exercises import Exercise, exercise
@@ -105,7 +103,7 @@ def distill(
     steps: int,
     *,
     seed: int = 0,
-    resume=None,
+    saved: SavedProgress | None = None,
     progress: Callable[[int], object] = int,
 ) -> PrunePlan:
     """Distil the corrections of a plan. Returns the best plan by the judge, which may be the given one.
@@ -119,21 +117,18 @@ def distill(
         judge: Compares plans on held-out windows.
         steps: How many.
         seed: Decides the exercises.
-        resume: A file that keeps unfinished work. If it exists, the run continues from it.
+        saved: Keeps unfinished work. If its file exists, the run continues from it.
         progress: Is called with the number of steps done since its last call.
 
     Raises:
-        InputError: The gradients are not finite, or the resume file cannot be used.
+        InputError: The gradients are not finite, or the saved file cannot be used.
     """
     given = judge.compare(plan)
     run = _Run(model, plan, pooled(given).mean)
-    saved = None
-    if resume is not None:
-        saved = SavedProgress(resume, _settings(model, plan, windows, judge, steps, seed))
+    if saved is not None:
         found = saved.read(run.tensors())
         if found is not None:
             run.restore(found)
-        saved.write(run.tensors())  # before the work, in case the path cannot be written
     module = working_copy(model)
     checks = {(count * steps) // min(CHECKS, steps) for count in range(1, CHECKS + 1)}  # evenly spread up to the end
     done = int(run.steps)
@@ -216,20 +211,3 @@ def schedule(number: int, steps: int) -> float:
     rise = (number + 1) / WARM_UP
     fall = (1 + math.cos(math.pi * number / steps)) / 2
     return min(rise, LEAST + (1 - LEAST) * fall)
-
-
-def _settings(model, plan: PrunePlan, windows: list[Window], judge: Judge, steps: int, seed: int) -> dict[str, str]:
-    """What identifies a run."""
-
-    def hashed(content: bytes) -> str:
-        return hashlib.sha256(content).hexdigest()
-
-    texts = [[(tokens, [one.sha256 for one in media]) for tokens, media in some] for some in (windows, judge.windows)]
-    tensors = save({name: tensor.contiguous() for name, tensor in plan.corrections.tensors.items()})
-    return {
-        "model": f"{model.fingerprint} {model.dtype} {model.max_seq_len}",
-        "plan": hashed(repr(plan.fields()).encode() + tensors),
-        "texts": hashed(repr(texts).encode()),
-        "steps": str(steps),
-        "seed": str(seed),
-    }

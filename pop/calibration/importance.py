@@ -26,6 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pop.calibration.passes import Pass, check_gradients, checkpointed
+from pop.engine.modes import no_autocast
 from pop.errors import InputError, PlanError, PopError, UnsupportedError, check_count
 from pop.generation.answers import end_ids
 from pop.generation.batch import as_prompts
@@ -51,6 +52,7 @@ class Sample(NamedTuple):
     media: list[Prepared]  # the prompt's images and videos
 
 
+@no_autocast()
 def importance(
     model,
     samples: Iterable,

@@ -11,6 +11,8 @@ from torch import Tensor
 from pop.errors import InputError
 from pop.system import files
 
+WHAT = "the run's progress"
+
 
 class SavedProgress(NamedTuple):
     """A file of tensors, with the settings that identify the run. Its errors are InputErrors."""
@@ -18,10 +20,15 @@ class SavedProgress(NamedTuple):
     path: str | os.PathLike
     settings: dict[str, str]  # by name
 
+    def check(self) -> None:
+        """Raise, before the work, what `write` or `read` would raise."""
+        files.check_writable(self.path, WHAT, InputError)
+        self.read(())
+
     def write(self, tensors: dict[str, Tensor]) -> None:
         """Replace the file, whole or not at all."""
         tensors = {name: tensor.detach().cpu() for name, tensor in tensors.items()}
-        files.write_whole(self.path, save(tensors, metadata=self.settings), "the run's progress", InputError)
+        files.write_whole(self.path, save(tensors, metadata=self.settings), WHAT, InputError)
 
     def read(self, names: Iterable[str]) -> dict[str, Tensor] | None:
         """The tensors of these names, on the CPU. None if there is no file. Refuse the file of another run."""

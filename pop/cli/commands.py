@@ -11,6 +11,7 @@ import inspect
 import itertools
 import os
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from random import Random
@@ -27,6 +28,7 @@ from pop.cli.terminal import exit_status
 from pop.errors import ContextOverflow, InputError, PopError, WeightsNotFound, check_count
 from pop.generation.sampling import OPTIONS, SamplingParams
 from pop.models.config import DTYPES
+from pop.system import files
 
 # Options of the command line are handed on to the arguments that have their names.
 LOADING = inspect.signature(pop.load).parameters
@@ -122,7 +124,8 @@ def _typed_lines() -> Iterator[str]:
 
 def importance(args) -> None:
     texts = {path: _read_file(path) for path in args.files} or dict(enumerate(builtin_texts()))
-    _check_folders(args.out)
+    if args.out is not None:
+        files.check_writable(args.out, "the importance scores", InputError)
     args.prune = "none"  # the full model is scored
     model = _load(args)
     model.need_tokenizer("importance")
@@ -141,7 +144,7 @@ def importance(args) -> None:
     least = result.plan(len(result.prefill) // 3).layers
     print(f"\nPrefill needs this third of the layers least: layers {', '.join(map(str, least))}.")
     if args.out is not None:
-        result.save(args.out)
+        _save(result, args.out)
 
 
 def excerpts(tokenizer, texts: dict[str, str], count: int, length: int, seed: int) -> list[list[int]]:
@@ -164,20 +167,25 @@ def excerpts(tokenizer, texts: dict[str, str], count: int, length: int, seed: in
 
 def calibrate(args) -> None:
     texts = [_read_file(path) for path in args.files] or None
-    _check_folders(args.out, args.resume)
+    files.check_writable(args.out, "the plan", InputError)
+    if args.resume is not None:
+        files.check_writable(args.resume, "the unfinished steps", InputError)
     model = _load(args)
     options = {name: getattr(args, name) for name in ("rank", "window", "steps", "resume", "seed")}
     plan = pop.calibrate(model, texts, model.plan, **options)
     if launched()[0] == 0:
-        plan.save(args.out)
+        _save(plan, args.out)
     print(f"Saved to {args.out}. Try: pop generate {args.model} --prune {args.out} PROMPT")
 
 
-def _check_folders(*paths: str | None) -> None:
-    """Raise InputError, before the work begins, for a file whose folder is missing."""
-    for path in paths:
-        if path is not None and not Path(path).expanduser().resolve().parent.is_dir():
-            raise InputError(f"{path} cannot be written, because its folder is missing; make it, or choose another")
+def _save(result, path: str) -> None:
+    """Save what a command has computed. If that fails, save it into a temporary file, and name that."""
+    try:
+        result.save(path)
+    except PopError as error:
+        spare = Path(tempfile.mkdtemp(prefix="pop-")) / "saved"
+        result.save(spare)
+        raise type(error)(f"{error}; it is in {spare}") from None
 
 
 def models(args) -> None:

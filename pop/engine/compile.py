@@ -28,6 +28,7 @@ from pop.engine import forward, stages
 from pop.engine.cache import KVCache
 from pop.engine.changes import Kinds
 from pop.engine.decode_step import decode
+from pop.engine.modes import engine_modes
 from pop.engine.stages import Stages
 from pop.errors import UnsupportedError
 from pop.pruning.plan import PrunePlan
@@ -139,8 +140,7 @@ class Compiled:
         if self.add_up(failures).any():
             raise reason
 
-    @torch.inference_mode(False)  # as the engine
-    @torch.no_grad()
+    @engine_modes()
     def _run(self, several: bool, plan: PrunePlan | None) -> None:
         """Run all stages on all kinds of input, or those of a calibrated plan.
 

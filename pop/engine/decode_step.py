@@ -12,12 +12,12 @@ from torch import Tensor
 from pop.engine.attention import AttentionMetadata
 from pop.engine.cache import KVCache
 from pop.engine.changes import Kinds
+from pop.engine.modes import engine_modes
 from pop.engine.stages import EAGER, Stages
 from pop.system.memory import to_device
 
 
-@torch.inference_mode(False)
-@torch.no_grad()
+@engine_modes()
 def decode(module, tokens: Tensor, cache: KVCache, stages: Stages = EAGER) -> Tensor:
     """Append one token a row at full depth: tokens [B] -> logits [B, V] float32.
 

@@ -22,14 +22,14 @@ from torch import Tensor
 from pop.engine.attention import AttentionMetadata
 from pop.engine.cache import KVCache
 from pop.engine.chunks import Bounds, Chunk, Prompts, Selection, chunk_bounds, full_depth_tokens
+from pop.engine.modes import engine_modes
 from pop.engine.selection import select
 from pop.engine.stages import EAGER, Stages
 from pop.models.images import TEXT, TextOnly
 from pop.pruning.plan import Group, PrunePlan
 
 
-@torch.inference_mode(False)
-@torch.no_grad()
+@engine_modes()
 def prefill(
     module, tokens: Tensor, cache: KVCache, lengths: Tensor, plan: PrunePlan, chunk_size: int,
     stages: Stages = EAGER, images: TextOnly = TEXT, boundary: bool = True,
@@ -59,8 +59,7 @@ def prefill(
     return logits
 
 
-@torch.inference_mode(False)
-@torch.no_grad()
+@engine_modes()
 def extend(module, tokens: Tensor, cache: KVCache, stages: Stages = EAGER) -> Tensor:
     """Append tokens [B, T] at full depth, as decode would one by one. Returns logits [B, T, V] at every position."""
     B, T = tokens.shape

@@ -19,6 +19,8 @@ from pop.system import __version__, files
 
 SELECTING = 16  # the last tokens of a prompt, which select others by their attention
 POOLED = 20  # tokens whose scores are averaged: a token and those before it
+MOST_LAYERS = 10_000  # of a model
+MOST_TOKENS = 10_000_000  # of a prompt
 RECORD = 10_000  # the most characters of `about` as JSON
 SHIPPED = os.path.join(os.path.dirname(os.path.dirname(__file__)), "data", "plans")
 FIELDS = ("layers", "full_depth_last", "full_depth_first", "full_depth_selected", "selecting_layer")  # of plain values
@@ -104,7 +106,7 @@ class PrunePlan:
     @classmethod
     def deepest(cls, num_layers: int, fraction: float) -> PrunePlan:
         """Prune the deepest floor(num_layers * fraction) layers; 0 <= fraction <= 1."""
-        num_layers = check_count("num_layers", num_layers, 0, error=PlanError)
+        num_layers = check_count("num_layers", num_layers, 0, MOST_LAYERS, PlanError)
         count = _floor(num_layers * _share("fraction", fraction, "the layers to prune"))
         return cls(layers=tuple(range(num_layers - count, num_layers)))
 
@@ -147,7 +149,8 @@ class PrunePlan:
         from pop.pruning.cost import speedup_limit  # here, because it imports this file
 
         plan = self.check(model.config.num_layers)
-        return speedup_limit(model.config, check_count("prompt_tokens", prompt_tokens), plan)
+        prompt_tokens = check_count("prompt_tokens", prompt_tokens, most=MOST_TOKENS)
+        return speedup_limit(model.config, prompt_tokens, plan)
 
     @property
     def selects_at(self) -> int | None:

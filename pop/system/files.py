@@ -55,16 +55,20 @@ def staged(folder: str | Path, *, keep: bool = False) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def replaced(path: str | os.PathLike) -> Iterator[Path]:
-    """Yield a hidden sibling of the file `path` to write to. It replaces `path` only when the block succeeds."""
+def replaced(path: str | os.PathLike, *, keep: bool = False) -> Iterator[Path]:
+    """Yield a hidden sibling of the file `path` to write to. It replaces `path` only when the block succeeds.
+
+    With `keep`, the file stays as it is: what was written is removed.
+    """
     path = Path(os.path.realpath(os.path.expanduser(path)))  # replaces the target of a link, not the link
     if path.exists() and not path.is_file():  # a device or a pipe: as root, a file would replace it for everyone
         raise OSError("it is not a regular file")
     draft = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}.tmp")
     try:
         yield draft
-        _sync(draft)
-        os.replace(draft, path)
+        if not keep:
+            _sync(draft)
+            os.replace(draft, path)
     finally:
         with contextlib.suppress(OSError):
             draft.unlink()
@@ -72,9 +76,18 @@ def replaced(path: str | os.PathLike) -> Iterator[Path]:
 
 def write_whole(path: str | os.PathLike, data: str | bytes, what: str, error: type[PopError]) -> None:
     """Write a file whole or not at all. Raises `error`, which names `what` was to be written and why it was not."""
+    _write(path, data.encode() if isinstance(data, str) else data, what, error)
+
+
+def check_writable(path: str | os.PathLike, what: str, error: type[PopError]) -> None:
+    """Raise the error that `write_whole` would raise, before the work. Nothing is left behind."""
+    _write(path, b"", what, error, keep=True)
+
+
+def _write(path: str | os.PathLike, data: bytes, what: str, error: type[PopError], keep: bool = False) -> None:
     try:
-        with replaced(path) as draft:
-            draft.write_bytes(data.encode() if isinstance(data, str) else data)
+        with replaced(path, keep=keep) as draft:
+            draft.write_bytes(data)
     except (OSError, ValueError, TypeError) as problem:
         reason = getattr(problem, "strerror", None) or problem
         raise error(f"{what} cannot be written to {path} ({reason}); choose another path") from None

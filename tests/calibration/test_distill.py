@@ -28,6 +28,7 @@ from pop.calibration.distill import (
 from pop.calibration.exercises import Exercise
 from pop.calibration.held_out import Compared, Judge
 from pop.calibration.passes import Pass, first_layer
+from pop.calibration.resume import SavedProgress
 from pop.inputs.processors import processor_of
 from pop.pruning.reference import full_depth_tokens, selected_tokens
 
@@ -267,7 +268,8 @@ def test_a_run_goes_on_where_it_was_interrupted(model, closed, tmp_path, losses)
 
     losses: Of the given plan, and at every second step.
     """
-    windows, path, counted = windows_of(TEXTS), tmp_path / "record", []
+    windows, counted = windows_of(TEXTS), []
+    saved = SavedProgress(tmp_path / "record", {})
     expected = distill(model, closed, windows, MadeUp(*losses), 16, progress=counted.append)
     assert sum(counted) == 16 and expected != closed
 
@@ -278,41 +280,37 @@ def test_a_run_goes_on_where_it_was_interrupted(model, closed, tmp_path, losses)
 
     counted.clear()
     with pytest.raises(KeyboardInterrupt):
-        distill(model, closed, windows, MadeUp(*losses), 16, resume=path, progress=interrupt)
+        distill(model, closed, windows, MadeUp(*losses), 16, saved=saved, progress=interrupt)
     assert [file.name for file in tmp_path.iterdir()] == ["record"]
     counted.clear()
     judge = MadeUp(losses[0], *losses[6:])
-    assert distill(model, closed, windows, judge, 16, resume=path, progress=counted.append) == expected
+    assert distill(model, closed, windows, judge, 16, saved=saved, progress=counted.append) == expected
     assert counted == [10, 1, 1, 1, 1, 1, 1]
-    assert distill(model, closed, windows, MadeUp(9), 16, resume=path) == expected  # nothing is left to do
+    assert distill(model, closed, windows, MadeUp(9), 16, saved=saved) == expected  # nothing is left to do
 
 
-def test_a_record_of_another_run_is_refused(model, tmp_path):
+def test_a_record_of_another_run_is_refused_before_the_work(model, tmp_path, monkeypatch):
     path = tmp_path / "record"
     calibrate(model, TEXTS, PLAN, steps=2, resume=path, progress=False)
     content = path.read_bytes()
-    with pytest.raises(InputError, match="another plan and another texts and another steps and another seed;"):
+    monkeypatch.setattr(calibrate_file, "accumulate", None)
+    with pytest.raises(InputError, match="another texts and another steps and another seed;"):
         calibrate(model, random_texts(9, *[70] * 20), PLAN, steps=3, seed=1, resume=path, progress=False)
     assert path.read_bytes() == content
 
 
-def test_all_that_decides_a_run_tells_it_from_others(model, closed):
-    def run(model=model, plan=closed, texts=TEXTS, held_out=TEXTS[:1], media=None):
-        judge = MadeUp()
-        judge.windows = windows_of(held_out)
+def test_all_that_decides_a_run_tells_it_from_others(model):
+    def run(model=model, plan=PLAN, texts=TEXTS, judged=TEXTS[:1], media=None, rank=15):
         windows = [(text, [SimpleNamespace(sha256=media)] * bool(media)) for text in texts]
-        return tuple(distillation._settings(model, plan, windows, judge, 8, 0).values())
+        about = {"rank": rank, "steps": 8, "seed": 0}
+        return tuple(calibrate_file._settings(model, plan, [windows, windows_of(judged)], about).values())
 
     config = tiny_config()
     half = pop.Model(random_model(config).to(torch.bfloat16), tiny_config(dtype=torch.bfloat16))
     other, short = pop.Model(random_model(config, 1), config), pop.Model(model.module, config, max_seq_len=75)
-    weight = closed.corrections.tensors["weight"] * 0.85
-    damped = dataclasses.replace(
-        closed, corrections=closed.corrections.replaced(closed.corrections.tensors | {"weight": weight})
-    )
-    runs = [run(), run(half), run(other), run(short), run(plan=damped), run(texts=TEXTS[1:])]
-    runs += [run(held_out=TEXTS[1:2]), run(media="a"), run(media="b")]
-    assert run() == run() and len(set(runs)) == 9
+    runs = [run(), run(half), run(other), run(short), run(plan=PrunePlan((1, 3, 4))), run(texts=TEXTS[1:])]
+    runs += [run(judged=TEXTS[1:2]), run(media="a"), run(media="b"), run(rank=9)]
+    assert run() == run() and len(set(runs)) == len(runs)
 
 
 @pytest.mark.parametrize(("steps", "checks"), [(3, 3), (8, 8), (15, 8), (150, 8)])

@@ -276,7 +276,7 @@ def test_a_plan_of_another_model_is_refused(model, calibrated):
             call()
     weight = torch.zeros(2, 2, 20, 5)
     reshaped = Corrections((2, 3), weight, weight[..., 0], torch.zeros(1, 5, 14), fingerprint=model.fingerprint)
-    with pytest.raises(PlanError, match="this model needs"):
+    with pytest.raises(PlanError, match="but this model has"):
         model.generate([1, 2, 3], plan=PrunePlan((2, 3), full_depth_first=1, corrections=reshaped))
 
 

@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 
 import pytest
 import torch
@@ -244,42 +245,54 @@ def test_options_reach_the_model(arguments, options, folder, monkeypatch, capsys
 # ---- Errors: one sentence on stderr, status 2 ----
 
 
+@pytest.mark.parametrize("path", ["", ".", "x" * 300, "missing/plan", "/dev/null"])
+@pytest.mark.parametrize("command", ["calibrate M --out", "calibrate M --out plan --resume", "importance M --out"])
+def test_a_path_that_cannot_be_written_is_refused_before_the_work(command, path, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(pop, "load", lambda *_, **__: pytest.fail("loaded"))
+    assert main([*command.split(), path]) == 2
+    assert f"cannot be written to {path} (" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("command", ["calibrate", "importance"])
+def test_what_cannot_be_saved_at_the_end_is_saved_elsewhere(command, folder, tmp_path, monkeypatch, capsys):
+    plan, out = pop.PrunePlan((1, 3)), tmp_path / "folder" / "out"
+    out.parent.mkdir()
+    scores = pop.Importance([1.0] * 6, [2.0] * 6, [0.1] * 6, [0.1] * 6, 3)
+    done = {"calibrate": plan, "importance": scores}[command]
+    monkeypatch.setattr(pop, command, lambda *_, **__: out.parent.rmdir() or done)
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    assert main([command, folder, "--out", str(out)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert str(out) in line
+    saved = type(done).load(line.split("; it is in ")[1])
+    assert saved.plan(2) == scores.plan(2) if command == "importance" else saved == plan
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
         ("generate smollm3 Hello", "smollm2-135m"),
-        ("generate llama3.1-405b Hello", "meta-llama/Llama-3.1-405B"),
         ("generate CHAT", "either a prompt or --prompt-file"),
         ("generate CHAT Hello --prompt-file text.txt", "not both"),
         ("generate CHAT --prompt-file missing.txt", "missing.txt cannot be read (No such file"),
         ("generate CHAT --prompt-file picture.png", "picture.png is not text"),
         ("generate CHAT --prompt-file empty.txt", "prompt is empty"),
         ("generate CHAT --prompt-file long.txt", "2000 tokens, but the model takes 1024"),
-        ("generate CHAT Hello --max-new-tokens 0", "max_new_tokens"),
-        ("generate CHAT Hello --full-depth-last 0", "full_depth_last is 0"),
         ("generate CHAT Hello --max-seq-len 4", "5 tokens, but the model takes 4"),
         ("generate CHAT Hello --max-pixels 9", "leave out min_pixels and max_pixels"),
         ("generate CHAT Hello --prune text.txt", "pruning plan"),
-        ("generate CHAT Hello --device teapot", "teapot"),
         ("generate ./ids Hello", "the checkpoint has none"),
         ("generate . Hello", "config.json"),
         ("chat ./ids", "the checkpoint has none"),
         ("chat CHAT -", "empty"),
         ("importance CHAT --samples 0", "--samples is 0"),
         ("importance CHAT --prompt-tokens 0", "--prompt-tokens is 0"),
-        ("importance CHAT --response-tokens 0", "response_tokens is 0"),
-        ("importance CHAT --prompt-tokens 1020", "prompt plus response has 1083 tokens"),
-        ("importance CHAT --out missing/scores.json", "missing/scores.json cannot be written"),
-        ("importance CHAT missing.txt", "missing.txt cannot be read"),
         ("importance CHAT empty.txt", "holds no text"),
         ("calibrate CHAT --out plan --prune none", "nothing to calibrate"),
-        ("calibrate CHAT --out plan --full-depth-last 0", "full_depth_last is 0"),
-        ("calibrate CHAT --out plan --rank 0", "rank is 0"),
-        ("calibrate CHAT --out plan --window 0", "window is 0"),
-        ("calibrate CHAT --out missing/plan", "missing/plan cannot be written"),
-        ("calibrate CHAT --out plan --resume missing/record", "missing/record cannot be written"),
         ("calibrate CHAT --out plan --steps -1", "steps is -1"),
-        ("calibrate CHAT --out plan empty.txt", "the text is empty"),
         ("chat CHAT --temperature -1", "temperature"),
         ("chat CHAT --chat-format teapot", "chat_format is 'teapot'"),
         ("generate smollm2-135m Hello", "python -m tools.demo"),
@@ -452,7 +465,7 @@ def test_a_chat_in_a_format_by_name(talk, model, folder, tmp_path):
         assert (status, out) == (0, f"{answers(model, 'Hi')[0]}\n")
 
 
-@pytest.mark.parametrize(("line", "said"), [("a" * 2000, ("1024", "/new")), ("\udcff", ("lone surrogate",))])
+@pytest.mark.parametrize(("line", "said"), [("a" * 2000, ("1024", "/new")), ("\udcff", ("surrogate",))])
 def test_a_message_that_is_refused_does_not_end_the_session(talk, model, line, said):
     (answer,) = answers(model, "Hi")
     status, out, err, held = talk([line, "Hi"])

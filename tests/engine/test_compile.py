@@ -31,7 +31,7 @@ import pop
 from pop import engine
 from pop.engine import forward
 from pop.engine.cache import KVCache
-from pop.engine.compile import Compiled, _as_owner
+from pop.engine.compile import Compiled
 from pop.inputs.processors import Prepared
 from pop.models.images import Images
 from pop.models.vision.qwen3_vl import Grid
@@ -109,17 +109,6 @@ def test_compiled_equals_eager_and_never_compiles_again(pair, data):
     assert error < 1e-4
 
 
-def test_inputs_of_compiled_code_are_laid_out_alike():
-    """Strides, the size of a base, or an offset that happens to equal a size would each need another graph."""
-    x = torch.arange(24).view(1, 6, 4)
-    for taken in (x, x[:, 2:], x[:, :2], x.transpose(1, 2), x[..., 1]):
-        found = _as_owner(taken)
-        assert torch.equal(found, taken) and found.is_contiguous()
-        assert not found._is_view() and found.storage_offset() == 0
-    whole = x[:, :]
-    assert _as_owner(whole).data_ptr() == whole.data_ptr()  # copies only what it must
-
-
 @requires_compiler
 def test_a_long_cache_needs_no_new_graph(pair, nothing_compiles):
     """Each layer and each batch row has its own random keys and values, the same in both models' caches."""
@@ -136,7 +125,7 @@ def test_a_long_cache_needs_no_new_graph(pair, nothing_compiles):
 
 
 @requires_compiler
-def test_generate_compiles_nothing_for_any_prompt_or_setting(pair, nothing_compiles):
+def test_answers_and_scores_compile_nothing_for_any_prompt_or_setting(pair, nothing_compiles):
     """Rows differ in length and their answers end at different times, sampled or greedy, as in the eager model."""
     compiled, eager, max_rows = pair
     drawn = random.Random(0)
@@ -145,6 +134,9 @@ def test_generate_compiles_nothing_for_any_prompt_or_setting(pair, nothing_compi
         prompts = [[drawn.randrange(60) for _ in range(drawn.choice([1, 2, 17, 33]))] for _ in rows]
         answers = [model.generate(prompts, max_new_tokens=9, **settings) for model in (compiled, eager)]
         assert [answer.tokens for answer in answers[0]] == [answer.tokens for answer in answers[1]]
+    for length in (1, 2, 30):
+        scores = [model.score([5, 6, 7], [8, 9, 10] * length) for model in (compiled, eager)]
+        assert scores[0] == pytest.approx(scores[1], abs=1e-3)
     for rows in {1, max_rows}:
         prompts = [[5]] * rows  # with a cache for one token a row
         answers = [model.generate(prompts, max_new_tokens=1) for model in (compiled, eager)]
@@ -211,14 +203,6 @@ def test_a_towers_layers_are_compiled_for_images_of_any_size(config, monkeypatch
         expected = eager.prefill([tokens], eager.new_cache(), images=images[:count])
         assert (ours - expected).abs().max() < 1e-4 * expected.std()
     assert towers
-
-
-@requires_compiler
-def test_score_compiles_nothing(pair, nothing_compiles):
-    compiled, eager, _ = pair
-    for length in (1, 2, 30):
-        scores = [model.score([5, 6, 7], [8, 9, 10] * length) for model in (compiled, eager)]
-        assert scores[0] == pytest.approx(scores[1], abs=1e-3)
 
 
 @requires_compiler

@@ -10,9 +10,21 @@ import pytest
 import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
-from support.cases import FAMILIES, NONE, assert_close, batches, cached_kv, cases, models, plain, plans, prefill
+from support.cases import (
+    FAMILIES,
+    NONE,
+    assert_close,
+    batches,
+    cached_kv,
+    cases,
+    models,
+    plain,
+    plans,
+    prefill,
+    random_corrections,
+)
 from support.naive_method import scores_at_selecting_layer, token_by_token
-from support.tiny import random_model
+from support.tiny import random_model, tiny_config
 
 from pop.pruning import reference
 from pop.pruning.plan import PrunePlan
@@ -45,6 +57,15 @@ def test_the_reference_is_the_paper_read_literally(module, data):
 def test_generated_tokens_run_at_full_depth():
     """Four prompt tokens, the boundary token, and a generated one."""
     assert reference.full_depth_tokens(5, 6, PrunePlan((1,), full_depth_first=1)).int().tolist() == [1, 0, 0, 0, 1, 1]
+
+
+def test_corrections_may_have_another_dtype_than_the_module():
+    """Those of plans that ship are bfloat16."""
+    module = random_model(tiny_config(), seed=1)
+    half = random_corrections(module.config, (1, 3), 1).to(torch.device("cpu"), torch.bfloat16)
+    plans = [PrunePlan((1, 3), 1, 1, one) for one in (half, half.to(torch.device("cpu"), torch.float32))]
+    found, expected = (reference.prefill(module, torch.arange(20), plan) for plan in plans)
+    assert torch.equal(found, expected)
 
 
 @given(models(), st.data())

@@ -43,8 +43,9 @@ def test_speedup_is_that_of_the_cost_model(tokens):
     assert PrunePlan.none().speedup(model, tokens) == 1
     with pytest.raises(PlanError, match="layer 9"):
         PrunePlan((9,)).speedup(model, tokens)
-    with pytest.raises(InputError, match="prompt_tokens is 0"):
-        plan.speedup(model, 0)
+    for wrong in (0, 10**30):
+        with pytest.raises(InputError, match=f"prompt_tokens is {wrong}"):
+            plan.speedup(model, wrong)
 
 
 def test_the_share_of_selected_tokens_is_rounded_down():
@@ -92,7 +93,7 @@ def test_a_plan_that_makes_no_sense_is_refused(fields):
 @pytest.mark.parametrize(
     ("num_layers", "fraction", "named"),
     [(30, -0.1, "fraction"), (30, math.nan, "fraction"), (30, True, "fraction"), (30, None, "fraction"),
-     (30.0, 0.5, "num_layers"), (-5, 0.5, "num_layers")],
+     (30.0, 0.5, "num_layers"), (10**30, 0.5, "num_layers")],
 )  # fmt: skip
 def test_a_share_of_layers_that_makes_no_sense_is_refused(num_layers, fraction, named):
     with pytest.raises(PlanError, match=f"{named} is"):
@@ -199,7 +200,7 @@ def test_a_file_that_is_no_plan_is_refused(tmp_path, content):
         PrunePlan.load(tmp_path / "missing.json")
 
 
-@pytest.mark.parametrize("path", ["", "/", None, "missing/plan.json"])
+@pytest.mark.parametrize("path", ["/", None, "missing/plan.json"])
 def test_a_path_that_cannot_be_a_file_is_refused(path, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(PlanError, match=f"{path}"):

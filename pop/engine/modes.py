@@ -1,0 +1,20 @@
+"""The modes of torch in which calls run, whatever the caller's are."""
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+
+
+@contextlib.contextmanager
+def no_autocast() -> Iterator[None]:
+    """Compute in the dtypes of the weights. Autocast would change those of products, but not those of caches."""
+    with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
+        yield
+
+
+@contextlib.contextmanager
+def engine_modes() -> Iterator[None]:
+    """No autocast, no gradients, and tensors that can be used in inference mode and outside of it."""
+    with torch.inference_mode(False), torch.no_grad(), no_autocast():
+        yield
