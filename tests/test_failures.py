@@ -14,6 +14,7 @@ import signal
 import sys
 import threading
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -31,7 +32,8 @@ from tools.checkpoints import make_random as make_random_checkpoint
 from tools.convert import convert
 
 PACKAGE = str(Path(pop.__file__).parent)
-POINTS = int(os.environ.get("POP_FAILURES", 24))  # lines that fail in each test, spread over the run
+THOROUGH = os.environ.get("HYPOTHESIS_PROFILE") == "nightly"
+POINTS = int(os.environ.get("POP_FAILURES", 48 if THOROUGH else 8))  # lines that fail in each test, over the whole run
 
 
 class Injected(Exception):
@@ -43,14 +45,9 @@ EXPECTED = (Injected, KeyboardInterrupt, OSError, pop.PopError)
 
 @contextlib.contextmanager
 def failing_at(line: int | None, error=Injected):
-    """Raise `error()` at one of the lines of the package that run, in this thread or in one that it starts.
+    """Raise `error()` after so many lines of the package, in this thread or in one that it starts. None: never.
 
-    Args:
-        line: count of lines that run before the one that fails. None: no line fails.
-        error: makes the exception.
-
-    Yields:
-        The list of (file, line number) of the lines that have run.
+    Yields the list of (file, line number) of the lines that have run.
     """
     places: list[tuple[str, int]] = []
     numbers = itertools.count()
@@ -74,12 +71,9 @@ def failing_at(line: int | None, error=Injected):
         threading.settrace(None)
 
 
-def full_disk() -> OSError:
-    return OSError(errno.ENOSPC, "No space left on device")
-
-
-def failures(call, errors=(Injected, KeyboardInterrupt, full_disk)):
+def failures(call):
     """Run `call` to its end. Then let it fail at one line after the other, and yield that line."""
+    errors = (Injected, KeyboardInterrupt, partial(OSError, errno.ENOSPC, "No space left on device"))
     with failing_at(None) as places:
         call()
     lines = range(0, len(places), max(1, len(places) // POINTS))
@@ -149,54 +143,36 @@ class Written:
         return [path for path in self.path.parent.iterdir() if path != self.path]
 
 
-@pytest.fixture
-def written(request, tmp_path):
-    return Written(request.param, tmp_path)
+@pytest.mark.parametrize("make", [saved_plan, saved_scores, imported, written_at_random])
+def test_what_is_written_is_the_old_or_the_new(make, tmp_path):
+    """No other file is left there, except a hidden one whose removal has failed. Of a full disk, an error tells.
 
-
-EVERYTHING = pytest.mark.parametrize(
-    "written", [saved_plan, saved_scores, imported, written_at_random], indirect=True, ids=lambda make: make.__name__
-)
-
-
-@EVERYTHING
-def test_what_is_written_is_the_old_or_the_new(written):
-    """No other file is left there, except a hidden one whose removal has failed."""
+    A limit to the size of files makes every library fail that writes, as a full disk does.
+    """
+    written = Written(make, tmp_path)
     for place in failures(written.call):
         assert written.found() in (written.before, written.after), place
         for path in written.others():
             assert path.name.startswith(".") and place[0].endswith("pop/system/files.py"), (path, place)
             shutil.rmtree(path) if path.is_dir() else path.unlink()
-
-
-@EVERYTHING
-def test_a_full_disk_is_said_and_what_was_there_stays(written):
-    """A limit to the size of files makes every library fail that writes, as a full disk does."""
     written.put_back()
-    size = max(map(len, written.after.values()))
-    for most in (0, size // 2):
-        with limited_files(most), pytest.raises(pop.PopError, match="(cannot|could not) be (saved|written)"):
-            written.write(written.path)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    for most in (0, max(map(len, written.after.values())) // 2):
+        try:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (most, limits[1]))
+            with pytest.raises(pop.PopError, match="(cannot|could not) be (saved|written)"):
+                written.write(written.path)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         assert written.found() == written.before
         assert not written.others()
-
-
-@contextlib.contextmanager
-def limited_files(most: int):
-    """Let no file grow beyond `most` bytes meanwhile."""
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (most, limits[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 def kills(call):
     """Run `call` to its end. Then run it again and again in other processes, each killed at another line."""
     with failing_at(None) as places:
         call()
-    for line in sorted({*range(0, len(places), max(1, len(places) // POINTS)), len(places) - 1}):
+    for line in sorted({*range(0, len(places), max(1, len(places) // (2 * POINTS))), len(places) - 1}):
         child = os.fork()
         if child == 0:
             with failing_at(line, lambda: os.kill(os.getpid(), signal.SIGKILL)):
@@ -206,9 +182,10 @@ def kills(call):
         yield places[line]
 
 
-@pytest.mark.parametrize("written", [saved_scores, written_at_random], indirect=True, ids=lambda make: make.__name__)
-def test_what_is_written_is_the_old_or_the_new_after_a_kill(written):
+@pytest.mark.parametrize("make", [saved_scores, written_at_random])
+def test_what_is_written_is_the_old_or_the_new_after_a_kill(make, tmp_path):
     """Of a folder, the next run clears up what the killed one has left."""
+    written = Written(make, tmp_path)
     found = []
     was_left = False
     for place in kills(written.call):
@@ -341,7 +318,7 @@ def test_what_fails_while_compiling_leaves_a_model_that_answers(compile, monkeyp
     """Another thread gets an answer, so no lock stays held. `torch.compile` is replaced by the identity."""
     monkeypatch.setattr(torch, "compile", lambda stage, **_: stage)
     monkeypatch.setattr("pop.runner.SMALLEST", 0)
-    config, made = tiny_config(), []
+    config, made = tiny_config(num_layers=2), []
     module = random_model(config)
     expected = pop.Model(module, config, compile=False).generate([5, 12, 44], max_new_tokens=3).tokens
 
@@ -366,7 +343,7 @@ def test_what_fails_while_compiling_leaves_a_model_that_answers(compile, monkeyp
 def test_ctrl_c_at_any_moment_of_a_stream_and_the_next_call_is_clean(tmp_path):
     """A signal may arrive inside any library. Then the same model, conversation and prefix are used again."""
     model = pop.load(write_chat_checkpoint(tmp_path / "chat"))
-    chat, options = model.start_chat(), {"max_new_tokens": 12}
+    chat, options = model.start_chat(), {"max_new_tokens": 6}
     began = time.perf_counter()
     expected = chat.send("Hello", **options).text
     seconds, messages = time.perf_counter() - began, chat.messages
@@ -375,10 +352,10 @@ def test_ctrl_c_at_any_moment_of_a_stream_and_the_next_call_is_clean(tmp_path):
     before = signal.signal(signal.SIGALRM, signal.default_int_handler)
     interrupted = 0
     try:
-        for number in range(20):
+        for number in range(POINTS):
             stream = (prefix.stream(" there", **options), chat.stream("Hello", **options))[number % 2]
             try:
-                signal.setitimer(signal.ITIMER_REAL, seconds * (number + 1) / 20)
+                signal.setitimer(signal.ITIMER_REAL, seconds * (number + 1) / POINTS)
                 list(stream)
                 signal.setitimer(signal.ITIMER_REAL, 0)
             except KeyboardInterrupt:
