@@ -1,11 +1,16 @@
-"""The program that tests/backends/test_tensor_parallel.py starts: torchrun ... parallel_worker.py FOLDER.
+"""The program that tests/backends/test_tensor_parallel.py starts: parallel_worker.py FOLDER.
 
-FOLDER has checkpoints and cases.json. Each rank writes its results to rank-N.safetensors, as tensors "case/what".
+FOLDER has checkpoints, and the cases of 2 and of 4 ranks in cases-N.json. The program forks the ranks, so libraries are
+imported once. Each rank writes its results to rank-N-of-SIZE.safetensors, as tensors "case/what".
 """
 
 import json
 import os
+import signal
+import socket
 import sys
+import traceback
+from functools import partial
 from pathlib import Path
 from unittest.mock import patch
 
@@ -13,9 +18,10 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
+from torch._inductor import config as inductor
 
 import pop
-from pop import engine
+from pop import engine, runner
 from pop.backends.tensor_parallel import end
 from pop.checkpoints import weights as checkpoint
 from pop.engine import compile
@@ -74,6 +80,25 @@ def corrections(plan: pop.PrunePlan) -> dict[str, torch.Tensor]:
     return {"corrections": found.weight @ shared, "update": found.update @ found.shared[:1]}
 
 
+def compile_or_not(folder: Path) -> list:
+    """What a model says of itself before and after its first answer, the answer, and why compiling is refused.
+
+    The second rank has no C++ compiler. The first one needs none.
+    """
+    if dist.get_rank() == 0:
+        torch.compile = partial(torch.compile, backend="eager")
+    inductor.cpp.cxx = (None, "/no/compiler")
+    inductor.force_disable_caches = True
+    runner.SMALLEST = 0
+    model = pop.load(folder / "llama", parallel="auto")
+    found = [model.compiled, model.generate([1, 2, 3], max_new_tokens=4).tokens, model.compiled]
+    try:
+        pop.load(folder / "llama", parallel="auto", compile=True).warmup()
+    except pop.UnsupportedError as error:
+        found.append(str(error))
+    return found
+
+
 def main(folder: Path) -> None:
     read = []
     slices = checkpoint._slices
@@ -87,7 +112,8 @@ def main(folder: Path) -> None:
     agreed, broadcast = [], dist.broadcast
     dist.broadcast = lambda *args: agreed.append(args) or broadcast(*args)
     found = {}
-    cases = json.loads((folder / "cases.json").read_text())
+    size = int(os.environ["WORLD_SIZE"])
+    cases = json.loads((folder / f"cases-{size}.json").read_text())
     for name, case in cases.items():
         prune = pop.PrunePlan.load(folder / case["plan"]) if "plan" in case else "default"
         read.clear()
@@ -96,16 +122,45 @@ def main(folder: Path) -> None:
         found |= {f"{name}/{what}": tensor.contiguous() for what, tensor in run(model).items()}
         found[f"{name}/read"] = torch.tensor([sum(read)])
         found[f"{name}/agreed"] = torch.tensor([len(agreed)])
-        if case.get("compile") and (model.part.size == 2 or THOROUGH):
+        if case.get("compile") and (size == 2 or THOROUGH):
             found[f"{name}/compiled"] = compiled(model)
         if case.get("calibrate"):
             texts = torch.randint(67, (6, 40), generator=torch.Generator().manual_seed(0)).tolist()
             plan = pop.calibrate(model, texts, pop.PrunePlan((1, 3, 4)), progress=False)
             found |= {f"{name}/{what}": tensor for what, tensor in corrections(plan).items()}
-    save_file(found, folder / f"rank-{model.part.rank}.safetensors")
+    rank = dist.get_rank()
+    save_file(found, folder / f"rank-{rank}-of-{size}.safetensors")
+    if size == 2:
+        (folder / f"compiling-{rank}.json").write_text(json.dumps(compile_or_not(folder)))
+
+
+def start(rank: int, folder: Path) -> int:
+    """Fork a rank, and return the process's number."""
+    child = os.fork()
+    if child == 0:
+        os.environ["RANK"] = str(rank)
+        try:
+            main(folder)
+            end()
+        except BaseException:
+            traceback.print_exc()
+            end(1)
+    return child
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    main(Path(sys.argv[1]))
-    end()
+    os.environ |= {"TORCHELASTIC_RUN_ID": "none", "MASTER_ADDR": "localhost"}
+    inductor.compile_threads = 1  # no pool of processes
+    for size in (2, 4):
+        with socket.socket() as free:
+            free.bind(("localhost", 0))
+            os.environ |= {"WORLD_SIZE": str(size), "MASTER_PORT": str(free.getsockname()[1])}
+        children = {start(rank, Path(sys.argv[1])) for rank in range(size)}
+        while children:
+            child, status = os.wait()
+            children.remove(child)
+            if status:
+                for other in children:
+                    os.kill(other, signal.SIGKILL)
+                sys.exit(1)
