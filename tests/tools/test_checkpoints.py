@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from pathlib import Path
 
 import pytest
@@ -23,15 +24,11 @@ def layout(name: str, tmp_path: Path) -> dict[str, dict[str, tuple[int, ...]]]:
 
 def test_llama31_8b_has_the_published_files_to_the_byte(tmp_path):
     """The sizes are those that the hub lists, so the cuts and the headers are the same."""
-    sizes = {}
-    for file, tensors in layout("llama3.1-8b", tmp_path).items():
-        sizes[file] = len(tool.header(tensors, torch.bfloat16)) + 2 * sum(map(math.prod, tensors.values()))
-    assert sizes == {
-        "model-00001-of-00004.safetensors": 4_976_698_672,
-        "model-00002-of-00004.safetensors": 4_999_802_720,
-        "model-00003-of-00004.safetensors": 4_915_916_176,
-        "model-00004-of-00004.safetensors": 1_168_138_808,
-    }
+    sizes = []
+    for number, (file, tensors) in enumerate(layout("llama3.1-8b", tmp_path).items(), start=1):
+        assert file == f"model-0000{number}-of-00004.safetensors"
+        sizes.append(len(tool.header(tensors, torch.bfloat16)) + 2 * sum(map(math.prod, tensors.values())))
+    assert sizes == [4_976_698_672, 4_999_802_720, 4_915_916_176, 1_168_138_808]
 
 
 @pytest.mark.parametrize("name", tool.LLAMAS)
@@ -72,8 +69,7 @@ def test_what_is_written_loads_and_runs(config, tmp_path, monkeypatch, capsys):
     assert len({weight[0, 0].item() for weight in matrices.values()}) == len(matrices)
     model = pop.load(folder, dtype=torch.float32)
     assert model.config.num_layers == 3
-    assert torch.isfinite(model.logits(torch.tensor([[1, 2, 3]]))).all()
-    assert 0.3 < model.logits(torch.tensor([[1, 2, 3]])).std() < 3
+    assert 0.3 < model.logits([[1, 2, 3]]).std() < 3
 
 
 def test_the_seed_decides(config, tmp_path):
@@ -115,8 +111,7 @@ def test_what_is_written_is_measured(config, tmp_path, capsys):
     assert tool.main([config, str(folder)]) == 0
     capsys.readouterr()
     assert measure_checkpoint.main([str(folder), "--lengths", "5,9", "--decode-steps", "2"]) == 0
-    lines = capsys.readouterr().out.splitlines()
-    whats = [line.split()[0] for line in lines if line[0] != " "]
+    whats = re.findall(r"^(\w+)", capsys.readouterr().out, re.M)
     assert whats == ["disk", "load", "memory", "prefill", "prefill", "decode", "memory"]
     assert measure_checkpoint.main([str(tmp_path)]) == 2
     assert str(tmp_path) in capsys.readouterr().err

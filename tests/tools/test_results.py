@@ -8,43 +8,26 @@ from support.readme import READMES
 
 from tools.results.rows import main
 
+HALF = {"perplexity": 20.0, "perplexity_change": {"value": 0.0941}, "kl": {"value": 0.0496}, "same": {"value": 0.9}}
+EXACT = {"full": {"exact": 0.98, "share": {"value": 1}}, "half": {"exact": 0.5, "share": {"value": 0.51}}}
 FIGURES = {
     "model": "mine",
     "num_layers": 6,
     "machine": {"device": "A|B", "threads": 2, "torch": "2.0"},
     "version": "0.1.0",
     "tokens": {"prompt": 64},
-    "contenders": {
-        "full": {"method": "", "pruned_layers": 0},
-        "half": {"method": "calibrated", "pruned_layers": 3},
-    },
-    "text": {
-        "all": {
-            "rows": {
-                "full": {"perplexity": 18.284},
-                "half": {
-                    "perplexity": 20.0,
-                    "perplexity_change": {"value": 0.0941},
-                    "kl": {"value": 0.0496},
-                    "same": {"value": 0.9},
-                },
-            }
-        },
-        "a": {},
-    },
-    "retrieval": {
-        "rows": {"full": {"exact": 0.98, "share": {"value": 1}}, "half": {"exact": 0.5, "share": {"value": 0.51}}},
-    },
+    "contenders": {"full": {"method": "", "pruned_layers": 0}, "half": {"method": "calibrated", "pruned_layers": 3}},
+    "text": {"all": {"rows": {"full": {"perplexity": 18.284}, "half": HALF}}, "a": {}},
+    "retrieval": {"rows": EXACT},
     "ttft": {"full": {"speedup": 1, "limit": 1}, "half": {"speedup": 1.5, "limit": None}},
 }
-EMPTY = ("text", "retrieval", "ttft")
 
 
 @pytest.mark.parametrize(
     ("left_out", "full", "half"),
     [
         ((), "18.28 | | | 98 % | 100 % | 1.00x | 1.00x", "+9.4 % | 0.050 | 90.0 % | 50 % | 51 % | 1.50x |"),
-        (EMPTY, "| | | | | |", "| | | | | |"),
+        (("text", "retrieval", "ttft"), "| | | | | |", "| | | | | |"),
     ],
 )
 def test_figures_become_rows(left_out, full, half, tmp_path, capsys):
@@ -57,14 +40,14 @@ def test_figures_become_rows(left_out, full, half, tmp_path, capsys):
     assert lines[-2:] == [f"| the full model | {full} |", f"| 3 of 6 layers: calibrated | {half} |"]
 
 
-@pytest.mark.parametrize("content", [None, "", "{}", "[]", json.dumps(FIGURES | {"text": []})])
+@pytest.mark.parametrize("content", ["", "[]", json.dumps(FIGURES | {"text": []})])
 def test_other_files_are_refused_in_a_sentence(content, tmp_path, capsys):
     path = tmp_path / "run.json"
-    if content is not None:
-        path.write_text(content)
-    assert main([str(path)]) == 2
-    out, err = capsys.readouterr()
-    assert (out, len(err.splitlines())) == ("", 1) and str(path) in err
+    path.write_text(content)
+    for given in (path, tmp_path / "missing.json"):
+        assert main([str(given)]) == 2
+        out, err = capsys.readouterr()
+        assert (out, len(err.splitlines())) == ("", 1) and str(given) in err
 
 
 def rows(path: str) -> list[list[str]]:
