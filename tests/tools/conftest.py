@@ -1,9 +1,13 @@
 """Tiny chat models, with adapters for lm-evaluation-harness and contenders for tools/evaluate."""
 
+import copy
+import json
+
 import pytest
 from support.tiny_chat import write_chat_checkpoint
 
 import pop
+from tools.bench import shapes
 from tools.evaluate.adapter import PopAdapter
 from tools.evaluate.contender import Contender
 
@@ -46,3 +50,16 @@ def tiny(tiny_folder):
 def contenders(tiny):
     plan = pop.PrunePlan((2, 3, 4), full_depth_last=2)
     return [Contender("full", tiny, pop.PrunePlan.none()), Contender("pruned", tiny, plan)]
+
+
+@pytest.fixture(scope="session")
+def seeing(tmp_path_factory):
+    """A folder with the shape of a tiny Qwen3-VL: an image of 256 x 256 pixels has 64 tokens."""
+    folder = tmp_path_factory.mktemp("seeing")
+    shape = copy.deepcopy(shapes.SHAPES["qwen3-vl-8b"])
+    text = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "num_attention_heads": 2}
+    shape["text_config"] |= text | {"num_key_value_heads": 1, "vocab_size": 151_700, "dtype": "float32"}
+    vision = {"hidden_size": 24, "intermediate_size": 40, "depth": 3, "num_heads": 3, "out_hidden_size": 32}
+    shape["vision_config"] |= vision | {"num_position_embeddings": 25, "deepstack_visual_indexes": [1]}
+    (folder / "config.json").write_text(json.dumps(shape))
+    return str(folder)

@@ -1,8 +1,6 @@
 """`python -m tools.bench`: the command line end to end, and the processes that it starts."""
 
-import copy
 import json
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -45,19 +43,6 @@ def test_memory_is_what_the_formula_says(tmp_path, monkeypatch):
     found = processes.in_child("memory", argv, cache_dir())  # which has the compiled kernels
     assert found["formula_bytes"] == shapes.prefill_memory(config, 700, torch.float32)
     assert found["ratio"] == pytest.approx(1, abs=0.1)
-
-
-@pytest.fixture(scope="module")
-def seeing(tmp_path_factory):
-    """A folder with the shape of a tiny Qwen3-VL: an image of 256 x 256 pixels has 64 tokens."""
-    folder = tmp_path_factory.mktemp("seeing")
-    shape = copy.deepcopy(shapes.SHAPES["qwen3-vl-8b"])
-    text = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "num_attention_heads": 2}
-    shape["text_config"] |= text | {"num_key_value_heads": 1, "vocab_size": 151_700, "dtype": "float32"}
-    vision = {"hidden_size": 24, "intermediate_size": 40, "depth": 3, "num_heads": 3, "out_hidden_size": 32}
-    shape["vision_config"] |= vision | {"num_position_embeddings": 25, "deepstack_visual_indexes": [1]}
-    (folder / "config.json").write_text(json.dumps(shape))
-    return str(folder)
 
 
 def test_prompts_may_begin_with_an_image(seeing, capsys):
@@ -117,41 +102,6 @@ def test_a_child_measures_in_its_process(folder, capsys):
     assert bench.main(argv) == 0
     result = json.loads(capsys.readouterr().out)
     assert result["compiled"] is False and result["seconds"] > 0
-
-
-@pytest.mark.parametrize(
-    ("argv", "message"),
-    [
-        ("--model a --shape b", "both given"),
-        ("--model a --layers 2", "--layers shortens a --shape"),
-        ("--shape nothing", "give one of llama3.1-8b, smollm2-135m, qwen3-vl-8b, gemma3-12b, or a folder"),
-        ("--shape FOLDER --layers 9", "--layers is 9, but .* has 5"),
-        ("--lengths 12,x", "--lengths is '12,x'"),
-        ("--lengths 0", "the shortest of --lengths is 0"),
-        ("--runs 0", "--runs is 0"),
-        ("--tasks all", "--tasks holds 'all'; it knows compile, memory"),
-        ("--against vllm", "--against holds 'vllm'; it knows transformers, transformers-compiled, llama.cpp"),
-        ("--json /nowhere/r.json", "cannot be written"),
-        ("--plot r.pdf", "ends in .svg or .png"),
-        ("--plot r.svg --tasks slots", "--plot .* --tasks"),
-        ("--model FOLDER --lengths 511 --decode-steps 2", "has 513 tokens, but the model takes 512"),
-        ("--model FOLDER --prune none", "prunes none"),
-        ("--model FOLDER --against llama.cpp", "llama-cpp-python"),
-        ("--image 256", "--image is '256'; write width and height"),
-        ("--image 0x9", "--image is '0x9'"),
-        ("--image 256x256 --against transformers", "--against compares text prompts"),
-        ("--image 256x256 --shape SEEING --lengths 66 --prune 1.0", "the image has 66 tokens; make --lengths longer"),
-        ("--image 256x256 --shape FOLDER --lengths 99", "the llama family does not"),
-    ],
-)
-def test_bad_input_is_one_sentence(folder, seeing, argv, message, capsys, monkeypatch):
-    monkeypatch.setitem(sys.modules, "llama_cpp", None)
-    argv = argv.replace("FOLDER", folder).replace("SEEING", seeing)
-    assert bench.main(["--lengths", "8", "--tasks", "prefill", "--compile", "false", *argv.split()]) == 2
-    out, err = capsys.readouterr()
-    line = err.splitlines()[-1]
-    assert out == "" and line.startswith("bench: ")
-    assert re.search(message, line)
 
 
 def test_a_child_that_fails_says_why(monkeypatch):

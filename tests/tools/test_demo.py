@@ -7,7 +7,6 @@ import sys
 import pytest
 import torch
 from support.cases import random_corrections
-from support.tiny import write_checkpoint
 from support.tiny_chat import write_chat_checkpoint
 
 import pop
@@ -163,30 +162,3 @@ def test_a_model_without_a_chat_format_continues_the_text(settings, tmp_path, ar
     assert main(["--model", str(folder), *arguments[2:], "--runs", "1"]) == 0
     assert asked == [pop.load_tokenizer(folder).encode("Why is the sky blue?\n\nAnswer:")]
     assert "the given text, as plain text to continue\n" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize(
-    ("arguments", "said"),
-    [
-        ("", "could not be fetched; connect"),
-        ("--model llama3.1-405b", "meta-llama/Llama-3.1-405B"),
-        ("--model CHAT --runs 0", "runs is 0"),
-        ("--model CHAT --prompt-file LONG --json", "tokens, but the model takes 1024"),
-        ("--model CHAT --prompt-file MISSING", "missing.txt cannot be read"),
-        ("--model IDS --json", "the checkpoint has none"),
-    ],
-)
-def test_an_error_is_one_sentence(arguments, said, folder, tmp_path, monkeypatch, capsys):
-    def no_network(model, file):
-        raise pop.DownloadError(f"{file.stem} could not be fetched; connect")
-
-    (tmp_path / "long.txt").write_text("a" * 2000)
-    words = {"CHAT": folder, "IDS": str(write_checkpoint(tmp_path / "ids"))}
-    words |= {name.upper(): str(tmp_path / f"{name}.txt") for name in ("long", "missing")}
-    monkeypatch.setattr("pop.checkpoints.registry._places", lambda: [tmp_path / "weights"])
-    monkeypatch.setattr("tools.convert.packages._download", no_network)
-    assert main([words.get(word, word) for word in arguments.split()]) == 2
-    out, err = capsys.readouterr()
-    (line,) = (line for line in err.splitlines() if not line.startswith("Fetching "))
-    assert out == ""
-    assert line.startswith("demo: ") and said in line

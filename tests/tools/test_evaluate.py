@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import shlex
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -67,42 +66,6 @@ def test_calibrated_contenders_carry_corrections(tiny, tmp_path):
         dataclasses.replace(made.plan, about={"steps": steps}).save(tmp_path / "saved.plan")
         _, saved = selection.make_contenders(tiny, [str(tmp_path / "saved.plan")], [])
         assert (saved.method, saved.plan) == (method, made.plan)
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (["--tasks", "text,chess"], "'chess'"),
-        (["--tasks", "human-eval"], "--run-generated-code"),
-        (["--tasks", "text", "--plot", "x.svg"], "have both in --tasks"),
-        (["--json", "/nowhere/r.json"], "/nowhere/r.json cannot be written"),
-        (["--windows", "0"], "--windows is 0"),
-        (["--plot", "x.nonsense"], "ends in .svg or .png"),
-        (["--baselines", "shortgpt:1"], "would remove every layer"),
-        (["--text", "prose"], "--text is 'prose'"),
-        (["--text", "x=/nowhere.txt"], "/nowhere.txt cannot be read"),
-        (["--prompt-tokens", "900"], "a window has 1028 tokens"),
-        (["--prune", "0.4", "--prune", "0.4"], "the same name"),
-        (["--baselines", "nonsense"], "it knows shortgpt"),
-        (["--baselines", "no-kv:x"], "write NAME or NAME:FRACTION"),
-        (["--tasks", "ruler", "--lengths", "long"], "--lengths is 'long'"),
-        (["--tasks", "text", "--lengths", "64"], "the prompts of retrieval are too short"),
-        (["--plot", "x.svg"], "pip install"),
-        (["--text", "a=SHORT", "--prompt-tokens", "200"], "has 5 tokens, less than a window of 328"),
-        (["--prune", "calibrated:0.5", "--calibration", "TEXT"], "both calibration and test text"),
-        (["--prune", "calibrated:0.5", "--text", f"a={evaluate.BUILTIN[0]}"], "both calibration and test text"),
-    ],
-)
-def test_mistakes_are_told_in_one_sentence(tiny_folder, text_file, options, message, capsys, monkeypatch):
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    short = text_file.with_name("short.txt")
-    short.write_text("short")
-    options = [word.replace("TEXT", str(text_file)).replace("SHORT", str(short)) for word in options]
-    given = [] if "--text" in options else ["--text", f"a={text_file}"]
-    assert evaluate.main(["--model", tiny_folder, *given, *options]) == 2
-    out, err = capsys.readouterr()
-    line = err.splitlines()[-1]
-    assert out == "" and line.startswith("evaluate: ") and message in line
 
 
 @pytest.fixture

@@ -62,14 +62,3 @@ def test_a_part_that_fails_does_not_stop_the_others(argv, capsys, monkeypatch):
     assert json.dumps({"part": "attention", "failed": "ValueError: no kernel"}) in out.splitlines()
     assert figures(out).keys() == {"one", "matrix product", "memory"}
     assert re.search(r"^attention +failed: ValueError$", out, re.M)
-
-
-@pytest.mark.parametrize(
-    ("words", "message"), [([], "no GPU"), (["speed"], "'speed'"), (["--layers", "0"], "layers is 0")]
-)
-def test_what_cannot_be_measured_is_one_sentence(words, message, capsys, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: bool(words))
-    assert gpu_report.main(words) == 2
-    out, err = capsys.readouterr()
-    assert (out, err.count("\n")) == ("", 1)
-    assert err.startswith("gpu_report: ") and message in err

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import pop
-from pop.errors import InputError, MissingExtra, PlanError
+from pop.errors import InputError, PlanError
 from tools.evaluate import lm_eval_pop as tool
 from tools.evaluate.adapter import PopAdapter
 
@@ -40,15 +40,6 @@ def test_model_args(chat_folder, tmp_path):
 def test_model_args_that_are_wrong(chat_folder, options, error, message):
     with pytest.raises(error, match=message):
         tool.load_model(**{"name": chat_folder, **options})
-
-
-def test_without_the_harness_it_says_what_to_install(monkeypatch, capsys):
-    for name in ("lm_eval", "lm_eval.api.model"):
-        monkeypatch.setitem(sys.modules, name, None)
-    with pytest.raises(MissingExtra, match="lm_eval"):
-        tool.register()
-    assert tool.main() == 2
-    assert "pip install" in capsys.readouterr().err
 
 
 def test_the_class_takes_the_arguments_of_the_harness(monkeypatch, chat_folder):

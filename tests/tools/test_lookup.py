@@ -41,16 +41,3 @@ def test_the_table_has_a_row_for_each_layer(chat_folder, in_folder, capsys):
     for row in rows:
         *kinds, mean = (int(share.rstrip("%")) for share in row.split()[1:])
         assert all(0 <= share <= 100 for share in kinds) and abs(mean - sum(kinds) / 3) < 1.5
-
-
-@pytest.mark.parametrize(
-    ("option", "value", "message"),
-    [
-        ("--share", "0", "--share is 0.0"),
-        ("--last", "0", "--last is 0"),
-        ("--last", "699", "among the last 699 tokens"),
-    ],
-)
-def test_what_finds_nothing_is_refused(chat_folder, in_folder, capsys, option, value, message):
-    assert lookup.main(["--model", str(chat_folder), *OPTIONS, option, value]) == 2
-    assert message in capsys.readouterr().err

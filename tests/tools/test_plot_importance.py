@@ -46,10 +46,8 @@ def test_a_figure_that_cannot_be_drawn_is_refused(tmp_path, monkeypatch):
         plot(scores([1.0]), tmp_path / "missing" / "plot.svg")
 
 
-def test_a_saved_file_is_drawn(tmp_path, capsys):
+def test_a_saved_file_is_drawn(tmp_path):
     pytest.importorskip("matplotlib")
     scores([1.0, 0.5]).save(tmp_path / "scores.json")
     assert main([str(tmp_path / "scores.json"), str(tmp_path / "layers.svg")]) == 0
     assert (tmp_path / "layers.svg").read_bytes().startswith(b"<?xml")
-    assert main([str(tmp_path / "missing.json"), str(tmp_path / "other.svg")]) == 2
-    assert "missing.json" in capsys.readouterr().err

@@ -18,11 +18,10 @@ from torch import nn
 
 import pop
 from pop import InputError, PlanError, PrunePlan
-from pop.errors import MissingExtra, UnsupportedError
+from pop.errors import UnsupportedError
 from pop.models import llama
 from pop.models.layers import rope_frequencies
 from pop.pruning import reference
-from tools import transformers_check
 from tools.transformers_pop import Prompt, as_pop, calibrate, check_last_token, library, positions, pruned
 
 CONFIG = tiny_config()
@@ -276,11 +275,3 @@ def test_other_versions_are_refused(stand_in, version):
     stand_in.__version__ = version
     with pytest.raises(UnsupportedError, match=version):
         library()
-
-
-def test_the_check_says_that_transformers_is_missing(monkeypatch, capsys):
-    monkeypatch.setitem(sys.modules, "transformers", None)
-    with pytest.raises(MissingExtra, match="pip install"):
-        library()
-    assert transformers_check.main(["--check"]) == 2
-    assert "pip install 'transformers" in capsys.readouterr().err
