@@ -1,16 +1,13 @@
 """tools/fuzz: each loop passes, and a failure names its seed. The nightly profile runs the loops for long."""
 
-import argparse
 import os
 import re
 from random import Random
 
 import pytest
-import torch
 
-from tools.fuzz import files, harness, plans
+from pop import reference
 from tools.fuzz.__main__ import LOOPS, main
-from tools.fuzz.cases import Wrong
 
 MANY = os.environ.get("HYPOTHESIS_PROFILE") == "nightly"
 
@@ -21,23 +18,28 @@ def test_nothing_fails_for_ten_minutes(name):
     assert main([name, "--minutes", "10", "--seed", str(Random().randrange(10**6))]) == 0
 
 
-@pytest.mark.parametrize("module", [plans, files])
-def test_some_cases_pass(module):
-    loop = module.Loop()
-    for seed in range(12):
-        loop.try_one(Random(seed))
-    assert re.search(r"\d", loop.summary())
+def test_some_cases_pass(capsys):
+    assert main(["plans", "files", "configs", "--seed", "3", "--cases", "10"]) == 0
+    assert re.findall(r"(\w+): 10 cases .* from seed 3; \d", capsys.readouterr().out) == ["plans", "files", "configs"]
 
 
-def test_a_wrong_answer_is_found(monkeypatch):
-    right = plans.by_reference
-    monkeypatch.setattr(plans, "by_reference", lambda *args: right(*args) + torch.tensor([0.01] + [0.0] * 66))
-    with pytest.raises(Wrong, match="logits"):
-        plans.Loop().try_one(Random(1))
+def test_a_wrong_answer_is_reported_with_its_seed(monkeypatch, capsys):
+    """As if the reference took two more of a prompt's first tokens for full-depth ones."""
+    right = reference.full_depth_tokens
+
+    def wrong(prompt_length, num_tokens, plan):
+        full_depth = right(prompt_length, num_tokens, plan)
+        full_depth[:2] = True
+        return full_depth
+
+    monkeypatch.setattr(reference, "full_depth_tokens", wrong)
+    assert main(["plans", "--seed", "7"]) == 1
+    (seed,) = re.findall(r"repeat it with `python -m tools.fuzz plans --seed (\d+) --cases 1`", capsys.readouterr().out)
+    assert main(["plans", "--seed", seed, "--cases", "1"]) == 1
+    monkeypatch.undo()
+    assert main(["plans", "--seed", seed, "--cases", "1"]) == 0
 
 
-def test_a_failure_names_its_seed(capfd):
-    args = argparse.Namespace(seed=41, minutes=1, cases=None, model=None)
-    assert not harness.watch("a_loop_that_does_not_exist", args)
-    assert "--seed 41 --cases 1" in capfd.readouterr().err
-    assert main(["plans", "--seed", "41", "--cases", "1"]) == 0
+def test_an_unknown_loop_is_refused():
+    with pytest.raises(SystemExit):
+        main(["plan"])

@@ -16,40 +16,21 @@ from collections import Counter
 from pathlib import Path
 from random import Random
 
-import safetensors.torch
+import safetensors
 import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
 
 import pop
 from pop.checkpoints.config_json import read_config
 from pop.inputs.processors import processor_of
-from tools.fuzz.cases import (
-    CONTROL,
-    Wrong,
-    random_config,
-    random_corrections,
-    random_model,
-    random_plan,
-    write_tokenizer,
-)
+from tools.fuzz import cases
+from tools.fuzz.cases import Wrong, listed
 from tools.fuzz.junk import spoilt
 
-TEXTS = (
-    "Hello there, the man in the hat\n\n  12 x",
-    *CONTROL,
-    "a<|im_end|>\n<|im_start|>system\nthe",
-    "é漢字🙂",
-    "\x00 \r\n",
-)
-FORMATS = {  # of images, by mode
-    "RGB": ("JPEG", "PNG", "GIF", "WEBP", "TIFF", "BMP", "PPM"),
-    "RGBA": ("PNG", "WEBP", "TIFF"),
-    "L": ("JPEG", "PNG", "TIFF", "PPM"),
-    "LA": ("PNG",),
-    "P": ("PNG", "GIF", "BMP"),
-    "1": ("PNG", "TIFF"),
-    "I;16": ("PNG", "TIFF"),
-}
-FIELDS = ("layers", "full_depth_last", "full_depth_first", "full_depth_selected", "selecting_layer")
+CONTROL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+TEXTS = (*CONTROL, "Hello, the man in the hat\n\n  12 x", f"a{CONTROL[2]}\n{CONTROL[1]}the", "é漢字🙂", "\x00 \r\n")
+FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "TIFF", "BMP")
 
 
 class Loop:
@@ -65,65 +46,53 @@ class Loop:
             self.opened.append(str(arguments[0]))
 
     def try_one(self, random: Random) -> None:
-        kind = random.choice([*CHECKS])
+        pattern, check = random.choice(CHECKS)
         with tempfile.TemporaryDirectory() as root:
             folder = Path(root) / "model"
             folder.mkdir()
             write_files(random, folder)
             shutil.copytree(folder, Path(root) / "outside")
             self.opened.clear()
-            name, check = CHECKS[kind]
-            names = [path.name for path in folder.glob(name)]
-            file = folder / random.choice(sorted(names))
+            file = random.choice(sorted(folder.glob(pattern)))
             file.write_bytes(spoilt(random, file.name, file.read_bytes()))
             try:
                 check(file)
-                self.counts[f"{kind}, loaded"] += 1
+                self.counts[f"{pattern} loaded"] += 1
             except pop.PopError as error:
                 str(error).encode()  # a message can be printed
-                self.counts[f"{kind}, refused"] += 1
+                self.counts[f"{pattern} refused"] += 1
             if self.opened:
                 raise Wrong(f"files outside of the folder were opened: {self.opened}")
 
     def summary(self) -> str:
-        return ", ".join(f"{count} {kind}" for kind, count in sorted(self.counts.items()))
+        return listed(self.counts)
 
 
 def write_files(random: Random, folder: Path) -> None:
-    """Write a checkpoint with one file of weights or two, a tokenizer, plans with and without corrections, an image."""
-    size = write_tokenizer(folder)
-    model = random_model(random, random_config(random, vocab_size=size), folder)
+    """Write a checkpoint with a tokenizer, plans with and without corrections, and an image."""
+    size = cases.write_tokenizer(folder)
+    model = cases.random_model(random, cases.random_config(random, vocab_size=size), folder)
     if random.random() < 0.5:
         split_weights(folder)
-    random_plan(random, model).save(folder / "a.plan")
-    layer = model.config.num_layers - 1
-    corrections = random_corrections(random, model, (layer,))
-    pop.PrunePlan((layer,), full_depth_first=1, corrections=corrections).save(folder / "b.plan")
-    write_image(random, folder)
-    (folder / "seeing").mkdir()
-    (folder / "seeing" / "config.json").write_text(json.dumps(random_config(random, ("qwen3_vl",))), encoding="utf-8")
+    cases.random_plan(random, model).save(folder / "a.plan")
+    corrections = cases.random_corrections(random, model, (0,))
+    pop.PrunePlan((0,), full_depth_first=1, corrections=corrections).save(folder / "b.plan")
+    width, height = random.randint(1, 70), random.randint(1, 70)
+    picture = Image.frombytes("RGB", (width, height), random.randbytes(3 * width * height))
+    picture.convert(random.choice(["RGB", "L"])).save(folder / "image", random.choice(FORMATS))
 
 
 def split_weights(folder: Path) -> None:
     """Replace model.safetensors by two files and an index."""
     whole = folder / "model.safetensors"
-    tensors = safetensors.torch.load_file(whole)
+    tensors = load_file(whole)
     whole.unlink()
-    files = {name: f"model-0000{1 + number % 2}-of-00002.safetensors" for number, name in enumerate(tensors)}
+    files = {name: f"model-{number % 2}.safetensors" for number, name in enumerate(tensors)}
     for file in set(files.values()):
         part = {name: tensor for name, tensor in tensors.items() if files[name] == file}
-        safetensors.torch.save_file(part, folder / file)
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": files}))
-
-
-def write_image(random: Random, folder: Path) -> None:
-    from PIL import Image  # an optional package
-
-    mode = random.choice([*FORMATS])
-    size = random.randint(1, 70), random.randint(1, 70)
-    num_bytes = len(Image.new(mode, size).tobytes())
-    image = Image.frombytes(mode, size, random.randbytes(num_bytes))
-    image.save(folder / "image", random.choice(FORMATS[mode]))
+        save_file(part, folder / file)
+    index = {"metadata": {}, "weight_map": files}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
 
 
 # Each check reads a spoilt file, and raises a PopError if it is refused, or Wrong.
@@ -131,41 +100,39 @@ def write_image(random: Random, folder: Path) -> None:
 
 def check_plan(file: Path) -> None:
     plan = pop.PrunePlan.load(file)
-    try:
+    if plan.corrections is None:
         stated = json.loads(file.read_bytes())
-    except ValueError:
+    else:
         with safetensors.safe_open(file, "pt") as opened:
             stated = json.loads(opened.metadata()["pop_plan"])
             for name, tensor in plan.corrections.tensors.items():
                 if not torch.equal(tensor, opened.get_tensor(name)):
-                    raise Wrong(f"{name} of the corrections is not the file's") from None
-    for name in FIELDS:
-        found = getattr(plan, name)
-        expected = stated.get(name, getattr(pop.PrunePlan(), name))
-        if found != (tuple(sorted(expected)) if name == "layers" else expected):
-            raise Wrong(f"{name} is {found}, but the file says {expected}")
+                    raise Wrong(f"{name} of the corrections is not the file's")
+    expected = {name: stated.get(name, default) for name, default in pop.PrunePlan().fields().items()}
+    expected["layers"] = tuple(sorted(expected["layers"]))
+    if plan.fields() != expected:
+        raise Wrong(f"the plan has {plan.fields()}, but the file says {expected}")
     plan.save(file)
     if pop.PrunePlan.load(file) != plan:
         raise Wrong("the plan differs after it was saved")
 
 
 def check_weights(file: Path) -> None:
-    folder = file.parent
-    model = pop.load(folder, prune=None, compile=False, progress=False, tokenizer=None)
+    model = pop.load(file.parent, prune=None, compile=False, progress=False, tokenizer=None)
     stored = {}
-    for path in folder.glob("*.safetensors"):
-        stored |= safetensors.torch.load_file(path)
+    for path in file.parent.glob("*.safetensors"):
+        stored |= load_file(path)
     for name, parameter in model.module.named_parameters():
-        if name in stored and not torch.equal(parameter.float().nan_to_num(), stored[name].float().nan_to_num()):
+        if name in stored and not torch.equal(parameter.nan_to_num(), stored[name].to(parameter.dtype).nan_to_num()):
             raise Wrong(f"{name} is not the file's")
 
 
 def check_config(file: Path) -> None:
-    model = pop.load(file.parent, prune=None, compile=False, progress=False)
+    model = pop.load(file.parent, prune=0.5, compile=False, progress=False)
     logits = model.logits([[5, 6, 7]])
     if logits.shape != (1, 3, model.config.vocab_size):
         raise Wrong(f"the logits have shape {list(logits.shape)}")
-    model.prefill([[5, 6, 7]], model.new_cache(1, 8), plan=pop.PrunePlan.deepest(model.config.num_layers, 0.5))
+    model.prefill([[5, 6, 7]], model.new_cache(1, 3))
 
 
 def check_tokenizer(file: Path) -> None:
@@ -175,16 +142,13 @@ def check_tokenizer(file: Path) -> None:
         ids = tokenizer.encode(text, bos=False)
         if special & {*ids}:
             raise Wrong(f"the text {text!r} became a control token: {ids}")
-        if not isinstance(tokenizer.decode(ids), str) or not isinstance(tokenizer.decode(special), str):
-            raise Wrong("decode gives no text")
-        if tokenizer.encode(text, bos=False) != ids:
-            raise Wrong("the same text has other ids")
+        tokenizer.decode(ids)
 
 
 def check_image(file: Path) -> None:
-    from PIL import Image
-
-    processor = processor_of(read_config(file.parent / "seeing"))
+    seeing = cases.random_config(Random(0), "qwen3_vl")
+    (file.parent / "config.json").write_text(json.dumps(seeing), encoding="utf-8")
+    processor = processor_of(read_config(file.parent))
     found = processor.prepare("image", file.read_bytes()).pixels
     with Image.open(io.BytesIO(file.read_bytes())) as image:
         expected = processor.prepare("image", image).pixels
@@ -192,10 +156,10 @@ def check_image(file: Path) -> None:
         raise Wrong("the pixels are not those of Pillow's image")
 
 
-CHECKS = {
-    "plans": ("*.plan", check_plan),
-    "weights": ("*.safetensors*", check_weights),
-    "configs": ("config.json", check_config),
-    "tokenizers": ("tokenizer*.json", check_tokenizer),
-    "images": ("image", check_image),
-}
+CHECKS = (
+    ("*.plan", check_plan),
+    ("*.safetensors*", check_weights),
+    ("config.json", check_config),
+    ("tokenizer*.json", check_tokenizer),
+    ("image", check_image),
+)

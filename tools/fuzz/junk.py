@@ -5,30 +5,26 @@ from __future__ import annotations
 import json
 from random import Random
 
-JUNK = (
-    *(None, True, False, 0, 1, -1, 2, 7, 10**30, 1.5, 1e300),
-    *("", "\x00", "\ud800", "a", "../outside/model.safetensors", "/etc/passwd", "x" * 3000),
-    *([], {}, [[]], [None], {"": {}}, [0, 1, 2]),
-)
+NUMBERS = (0, 1, -1, 2, 7, 10**30, 1.5, 1e300)
+TEXTS = ("", "\x00", "\ud800", "a", "../outside/model.safetensors", "/etc/passwd", "x" * 3000)
+JUNK = (None, True, False, *NUMBERS, *TEXTS, [], {}, [[]], [None], {"": {}}, [0, 1, 2])
 
 
 def spoilt_json(random: Random, value):
     """A JSON value with one part of it replaced, left out, added or repeated."""
-    goes_on = random.random() < 0.9
-    if isinstance(value, dict) and value and goes_on:
+    is_filled = isinstance(value, dict | list) and len(value) > 0
+    if not is_filled or random.random() < 0.1:
+        is_number = type(value) is int and random.random() < 0.5
+        return value + random.choice([-1, 1, value]) if is_number else random.choice(JUNK)
+    if isinstance(value, dict):
         name = random.choice([*value])
-        if random.random() < 0.1:
-            return {other: part for other, part in value.items() if other != name}
-        if random.random() < 0.1:
-            return value | {random.choice(["", "x", name + "2"]): random.choice(JUNK)}
-        return value | {name: spoilt_json(random, value[name])}
-    if isinstance(value, list) and value and goes_on:
-        at = random.randrange(len(value))
-        middle = random.choice([[], [value[at]] * 2, [spoilt_json(random, value[at])]])
-        return value[:at] + middle + value[at + 1 :]
-    if type(value) is int and random.random() < 0.5:
-        return value + random.choice([-1, 1, value])
-    return random.choice(JUNK)
+        left_out = {other: part for other, part in value.items() if other != name}
+        added = value | {random.choice(["", "x", name + "2"]): random.choice(JUNK)}
+        replaced = value | {name: spoilt_json(random, value[name])}
+        return random.choice([left_out, added, *[replaced] * 8])
+    at = random.randrange(len(value))
+    middle = random.choice([[], [value[at]] * 2, [spoilt_json(random, value[at])]])
+    return value[:at] + middle + value[at + 1 :]
 
 
 def spoilt_bytes(random: Random, data: bytes) -> bytes:
@@ -37,16 +33,15 @@ def spoilt_bytes(random: Random, data: bytes) -> bytes:
         at = random.randrange(len(data) + 1)
         end = at + random.choice([1, 2, 8, 100])
         old = data[at:end]
-        new = random.choice([b"", old * 2, random.randbytes(len(old)), bytes([byte ^ 1 for byte in old]), b"\xff" * 8])
-        cut = random.random() < 0.2
-        data = data[:at] + new + (b"" if cut else data[end:])
+        new = random.choice([b"", old * 2, random.randbytes(len(old)), bytes(byte ^ 1 for byte in old), b"\xff" * 8])
+        rest = b"" if random.random() < 0.2 else data[end:]
+        data = data[:at] + new + rest
     return data
 
 
 def spoilt(random: Random, name: str, data: bytes) -> bytes:
     """The content of a file, spoilt as JSON if it is JSON, or in its header if it is of safetensors, or as bytes."""
-    as_bytes = random.random() < 0.3
-    if as_bytes or not name.endswith((".json", ".plan", ".safetensors")):
+    if random.random() < 0.3 or not name.endswith((".json", ".plan", ".safetensors")):
         return spoilt_bytes(random, data)
     if data[:1] == b"{":
         return as_json(spoilt_json(random, json.loads(data)))

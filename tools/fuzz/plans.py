@@ -1,8 +1,7 @@
 """Plans: the engine against the naive reference, for random models, plans, batches and chunks.
 
-Each row of a batch is prefilled, decoded and extended, and a prefix is continued. All logits are compared with those
-of pop/pruning/reference.py. Tokens that a plan selects are compared by their scores, since equal scores may be ranked
-either way.
+Each row of a batch is prefilled, decoded and extended. All logits are compared with those of pop/pruning/reference.py.
+Tokens that a plan selects are compared by their scores, since equal scores may be ranked either way.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ import pop
 from pop import reference
 from pop.engine import forward
 from pop.runner import padded
-from tools.fuzz.cases import Wrong, error_over_std, random_config, random_model, random_plan, random_prompt
+from tools.fuzz.cases import Wrong, check_close, random_config, random_model, random_plan, random_prompt
 
 TOLERANCE = 1e-4  # of the logits' standard deviation
 TIE = 1e-5  # a difference of attention scores that may be rounding
@@ -37,56 +36,35 @@ class Loop:
         chunk_size = random.choice([1, 2, 5, 11, 1000])
         model = pop.Model(loaded.module, loaded.config, chunk_size=chunk_size, compile=False)
         plan = random_plan(random, model)
-        prompts = [random_prompt(random, model) for _ in range(random.randint(1, 3))]
-        later = [random_prompt(random, model, longest=4) for _ in prompts]
-        count = min(map(len, later))
-        later = [row[:count] for row in later]
+        prompts = [random_prompt(random) for _ in range(random.randint(1, 3))]
+        later = torch.randint(60, (len(prompts), random.randint(1, 4)))
         logits, chosen = run_engine(model, prompts, later, plan)
-        for row, (prompt, more) in enumerate(zip(prompts, later, strict=True)):
+        for row, prompt in enumerate(prompts):
             selected = check_selected(model, prompt, plan, chosen[row, : len(prompt)])
-            self.compare(logits[row], by_reference(model, prompt, more, plan, selected))
-        self.try_prefix(random, model, prompts[0], plan)
+            expected = by_reference(model, prompt, later[row], plan, selected)
+            self.worst = max(self.worst, check_close(logits[row], expected, TOLERANCE))
+        check_scores(model, prompts[0], later[0], dataclasses.replace(plan, full_depth_selected=0.0))
         self.rows += len(prompts)
-
-    def try_prefix(self, random: Random, model: pop.Model, prompt: list[int], plan: pop.PrunePlan) -> None:
-        """log p of a continuation, after a context and after a prefix."""
-        plan = dataclasses.replace(plan, full_depth_selected=0.0)
-        continuation = random_prompt(random, model, longest=5)
-        logits = by_reference(model, prompt, continuation, plan, None)[:-1]
-        expected = logits.log_softmax(-1).gather(1, torch.tensor(continuation)[:, None]).sum().item()
-        scores = {
-            "score": model.score(prompt, continuation, plan=plan),
-            "prefix.score": model.prefix(prompt, plan=plan).score(continuation),
-        }
-        for name, found in scores.items():
-            if abs(found - expected) > 1e-3 * len(continuation):
-                raise Wrong(f"{name} is {found}, and the reference's is {expected}")
-
-    def compare(self, found: torch.Tensor, expected: torch.Tensor) -> None:
-        error = error_over_std(found, expected)
-        if error > TOLERANCE:
-            raise Wrong(f"logits differ by {error:.1e} of their standard deviation")
-        self.worst = max(self.worst, error)
 
     def summary(self) -> str:
         return f"{self.rows} rows against the reference, worst difference {self.worst:.1e} of the standard deviation"
 
 
-def run_engine(model: pop.Model, prompts, later, plan: pop.PrunePlan) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logits [B, 1 + N, V] of the boundary token and of N later tokens, and the tokens that were selected, [B, T]."""
+def run_engine(model: pop.Model, prompts, later: torch.Tensor, plan) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits [B, 1 + N, V] of the boundary token and of later tokens [B, N], and which tokens were selected, [B, T]."""
     tokens, lengths = padded(prompts)
-    later = torch.tensor(later)  # [B, N]
     cache = model.new_cache(len(prompts), 64)
     chosen = [torch.zeros(tokens.shape, dtype=torch.bool)]
     select = forward.select
     with patch.object(forward, "select", lambda *args: chosen.append(select(*args)) or chosen[-1]):
-        first = model.prefill(tokens, cache, lengths=lengths, plan=plan)[:, None]  # [B, 1, V]
-    second = model.decode(later[:, 0], cache)[:, None]
-    rest = [model.extend(later[:, 1:], cache)] if later.shape[1] > 1 else []
-    return torch.cat((first, second, *rest), dim=1), chosen[-1]
+        logits = [model.prefill(tokens, cache, lengths=lengths, plan=plan)[:, None]]  # [B, 1, V]
+    logits.append(model.decode(later[:, 0], cache)[:, None])
+    if later.shape[1] > 1:
+        logits.append(model.extend(later[:, 1:], cache))
+    return torch.cat(logits, dim=1), chosen[-1]
 
 
-def check_selected(model: pop.Model, prompt: list[int], plan: pop.PrunePlan, chosen: torch.Tensor):
+def check_selected(model: pop.Model, prompt: list[int], plan, chosen: torch.Tensor) -> torch.Tensor | None:
     """The selected tokens [T], or None. Raises Wrong unless they are those with the largest scores."""
     others = ~reference.full_depth_tokens(len(prompt), len(prompt), plan)
     count = plan.num_selected(int(others.sum()))
@@ -101,11 +79,21 @@ def check_selected(model: pop.Model, prompt: list[int], plan: pop.PrunePlan, cho
     return chosen
 
 
-def by_reference(model: pop.Model, prompt, later, plan: pop.PrunePlan, selected) -> torch.Tensor:
-    """The reference's logits [1 + N, V] of the boundary token and of N later tokens."""
-    tokens = torch.tensor(prompt + later)
+def by_reference(model: pop.Model, prompt: list[int], later: torch.Tensor, plan, selected=None) -> torch.Tensor:
+    """The reference's logits [1 + N, V] of the boundary token and of later tokens [N]."""
+    tokens = torch.cat((torch.tensor(prompt), later))
     full_depth = reference.full_depth_tokens(len(prompt), len(tokens), plan)
     if selected is not None:
         selected = F.pad(selected, (0, len(later)))
     logits, _ = reference.forward(model.module, tokens, full_depth, plan, selected=selected)
     return logits[len(prompt) - 1 :]
+
+
+def check_scores(model: pop.Model, context: list[int], continuation: torch.Tensor, plan) -> None:
+    """Compare log p of a continuation, after a context and after a prefix."""
+    logits = by_reference(model, context, continuation, plan)[:-1]
+    expected = logits.log_softmax(-1).gather(1, continuation[:, None]).sum().item()
+    after_context = model.score(context, continuation, plan=plan)
+    after_prefix = model.prefix(context, plan=plan).score(continuation)
+    if max(abs(after_context - expected), abs(after_prefix - expected)) > 1e-3 * len(continuation):
+        raise Wrong(f"score is {after_context}, prefix.score {after_prefix}, and the reference's {expected}")
