@@ -90,6 +90,7 @@ def server(start, tmp_path, monkeypatch):
     monkeypatch.setenv("POP_WEIGHTS", str(tmp_path / "weights"))
     monkeypatch.setenv("POP_ENDPOINT", server.url)
     monkeypatch.setattr(downloads, "PAUSES", (0.001,) * (TRIES - 1))
+    monkeypatch.setattr(downloads, "TIMEOUT", 1)
     before = set(threading.enumerate())  # torch's compiler keeps its own pool
     yield server
     assert not [t.name for t in set(threading.enumerate()) - before if "ThreadPool" in t.name]

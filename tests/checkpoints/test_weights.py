@@ -1,6 +1,7 @@
 """Loading weights: exact, strict about names and shapes, sparing with memory, and safe with broken files."""
 
 import json
+import math
 import re
 import shutil
 import subprocess
@@ -86,19 +87,22 @@ def write_index(folder: Path, weight_map) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("stored_dtype", [torch.float32, torch.bfloat16])
 def test_weights_arrive_exactly_in_any_dtype(tmp_path, stored_dtype, dtype):
+    """They own their memory, so a file may change after it was loaded."""
     write_checkpoint(tmp_path, dtype=stored_dtype, attention_bias=True, mlp_bias=True)
+    expected = {name: weight.clone() for name, weight in stored(tmp_path).items()}
     loaded = load(tmp_path, dtype)
-    assert_same(loaded, stored(tmp_path))
+    with open(tmp_path / "model.safetensors", "r+b") as file:  # the same inode, as a careless copy would
+        file.write(b"\0" * (tmp_path / "model.safetensors").stat().st_size)
+    assert_same(loaded, expected)
     for parameter in loaded.values():
         assert parameter.dtype == dtype and parameter.device.type == "cpu"
         assert parameter.is_contiguous() and not parameter.requires_grad
 
 
-@pytest.mark.parametrize("option", ["tie_embeddings", "attention_bias", "mlp_bias"])
-@pytest.mark.parametrize("value", [False, True])
-def test_shards_are_the_same_model(tmp_path, option, value):
+@pytest.mark.parametrize("options", [{}, {"tie_embeddings": True}, {"attention_bias": True, "mlp_bias": True}])
+def test_shards_are_the_same_model(tmp_path, options):
     """They may be symlinks, as in a download cache. Files need no metadata, and tables of old files are ignored."""
-    folder = write_checkpoint(tmp_path / "snapshot", **{option: value})
+    folder = write_checkpoint(tmp_path / "snapshot", **options)
     expected = stored(folder)
     save_file(expected, folder / "model.safetensors")
     assert_same(load(folder), expected)
@@ -108,15 +112,6 @@ def test_shards_are_the_same_model(tmp_path, option, value):
         (folder / file).rename(tmp_path / f"blob{number}")
         (folder / file).symlink_to(f"../blob{number}")
     assert_same(load(folder), expected)
-
-
-def test_parameters_own_their_memory(tmp_path):
-    write_checkpoint(tmp_path)
-    expected = {name: weight.clone() for name, weight in stored(tmp_path).items()}
-    loaded = load(tmp_path)
-    with open(tmp_path / "model.safetensors", "r+b") as file:  # the same inode, as a careless copy would
-        file.write(b"\0" * (tmp_path / "model.safetensors").stat().st_size)
-    assert_same(loaded, expected)
 
 
 def test_a_head_beside_a_tied_embedding_must_repeat_it(tmp_path):
@@ -131,14 +126,11 @@ def test_a_head_beside_a_tied_embedding_must_repeat_it(tmp_path):
     refused(tmp_path, r"lm_head\.weight.*model\.embed_tokens\.weight")
 
 
-@pytest.mark.parametrize("tied", [False, True])
-def test_large_tensors_are_copied_in_slices(tmp_path, tied):
-    # 5 MB of embedding and steps of 1 MiB: each matrix is cut, at rows that do not divide its length.
-    config = {"vocab_size": 20_011, "num_layers": 1, "hidden_size": 62, "tie_embeddings": tied}
-    write_checkpoint(tmp_path, **config)
+def test_large_tensors_are_copied_in_slices(tmp_path):
+    """5 MB of embedding and steps of 1 MiB: each matrix is cut, at rows that do not divide its length."""
+    write_checkpoint(tmp_path, vocab_size=20_011, num_layers=1, hidden_size=62, tie_embeddings=True)
     weights = stored(tmp_path)
-    if tied:
-        store(tmp_path, {**weights, "lm_head.weight": weights["model.embed_tokens.weight"].clone()})
+    store(tmp_path, {**weights, "lm_head.weight": weights["model.embed_tokens.weight"].clone()})
     assert_same(load(tmp_path), weights)
 
 
@@ -162,31 +154,26 @@ def test_all_differences_are_named_in_one_error(tmp_path):
     write_checkpoint(tmp_path)
     weights = stored(tmp_path)
     del weights["model.layers.2.mlp.up_proj.weight"]
-    weights["model.layers.1.self_attn.q_norm.weight"] = torch.ones(10)
+    weights["model.layers.1.self_attn.q_proj.qweight"] = torch.ones(10)
     weights["model.norm.weight"] = torch.ones(31)
     weights["model.layers.0.mlp.gate_proj.weight"] = torch.ones(44, 30, dtype=torch.int8)
     weights["model.layers.0.mlp.down_proj.weight"] = torch.ones(30, 44, dtype=torch.float8_e4m3fn)
     store(tmp_path, weights)
     message = refused(tmp_path, re.escape(str(tmp_path)))
     assert "missing: model.layers.2.mlp.up_proj.weight;" in message
-    assert "surplus: model.layers.1.self_attn.q_norm.weight;" in message
+    assert "quantised" in message and "surplus: model.layers.1.self_attn.q_proj.qweight;" in message
     assert "model.layers.0.mlp.gate_proj.weight (torch.int8)" in message
     assert "model.layers.0.mlp.down_proj.weight (torch.float8_e4m3fn)" in message
     assert "model.norm.weight is [31], not [30]" in message
 
 
-def test_many_differences_are_counted(tmp_path):
+def test_many_differences_are_counted_and_hostile_names_are_shown_harmlessly(tmp_path):
     write_checkpoint(tmp_path)
-    store(tmp_path, {"model.norm.weight": torch.ones(30)})
+    store(tmp_path, {"model.norm.weight": torch.ones(30), "\x1b[2J\n": torch.ones(1), "x" * 9999: torch.ones(1)})
     # 5 layers of 9, embedding, norm and head are 48; 1 is there and 5 are named
     message = refused(tmp_path, r"missing: .* and 42 more")
     assert message.count("model.") + message.count("lm_head") == 5
-
-
-def test_hostile_names_are_shown_harmlessly(tmp_path):
-    write_checkpoint(tmp_path)
-    store(tmp_path, {**stored(tmp_path), "\x1b[2J\n": torch.ones(1), "x" * 9999: torch.ones(1)})
-    assert r"surplus: \x1b[2J\n, xxx" in refused(tmp_path, "surplus")
+    assert r"surplus: \x1b[2J\n, xxx" in message
 
 
 @pytest.mark.parametrize(
@@ -211,18 +198,15 @@ def test_a_config_that_contradicts_the_weights(tmp_path, change, pattern):
     refused(tmp_path, pattern, config=tiny_config(**change))
 
 
-@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf"), 1e5])
 @pytest.mark.parametrize("name", ["model.norm.weight", "model.layers.3.post_attention_layernorm.weight"])
-def test_norms_must_be_finite_in_the_models_dtype(tmp_path, name, bad):
+def test_norms_must_be_finite_in_the_models_dtype(tmp_path, name):
     write_checkpoint(tmp_path, dtype=torch.bfloat16)
     weights = stored(tmp_path)
-    weights[name][7] = bad
-    store(tmp_path, weights)
-    if bad != 1e5:
-        refused(tmp_path, f"{re.escape(name)}.*NaN")
-        return
+    for bad, dtype in ((math.nan, torch.bfloat16), (-math.inf, torch.float32), (1e5, torch.float16)):
+        weights[name][7] = bad
+        store(tmp_path, weights)
+        refused(tmp_path, f"{re.escape(name)}.*NaN.*{dtype}", dtype=dtype)
     load(tmp_path, torch.bfloat16)
-    refused(tmp_path, rf"{re.escape(name)}.*torch\.float16", dtype=torch.float16)
 
 
 # ---- what is refused: files ----
@@ -252,14 +236,6 @@ def test_a_pointer_of_git_lfs_is_named(tmp_path, name):
     (folder / name).write_text(f"version https://git-lfs.github.com/spec/v1\noid sha256:{'0' * 64}\nsize 12345\n")
     with pytest.raises(CheckpointError, match=f"{name} are pointers of Git LFS .*git lfs pull"):
         pop.load(folder)
-
-
-@pytest.mark.parametrize("kind", ["qweight", "SCB", "weight_scale"])
-def test_quantised_weights_are_named(tmp_path, kind):
-    write_checkpoint(tmp_path)
-    name = f"model.layers.0.mlp.up_proj.{kind}"
-    store(tmp_path, stored(tmp_path) | {name: torch.zeros(3, dtype=torch.int32)})
-    refused(tmp_path, "quantised")
 
 
 @pytest.mark.parametrize(
@@ -326,7 +302,7 @@ def test_a_flipped_bit_is_an_error_or_one_wrong_weight(tmp_path_factory, data):
     expected = {name: weight.clone() for name, weight in stored(folder).items()}
     whole = bytearray((folder / "model.safetensors").read_bytes())
     header = 8 + int.from_bytes(whole[:8], "little")
-    for _ in range(10):
+    for _ in range(4):
         in_header = data.draw(st.booleans())
         first, end = (0, header) if in_header else (header, len(whole))
         bit = data.draw(st.integers(8 * first, 8 * end - 1))
@@ -363,34 +339,19 @@ load_weights(Path("{folder}"), module, dtype=dtype, device="cpu", progress=False
 size = sum(p.nbytes for p in module.parameters())
 print((kilobytes("VmHWM") - before) * 1024 / size, size)
 """
-SIZES = (16_000, 1024, 2816, 8, 16, 4, 64)  # 122 million weights
-
-
-@pytest.fixture(scope="module")
-def large(tmp_path_factory):
-    """Folders with the same 244 MB of bfloat16 weights: a single file, and shards."""
-    root = tmp_path_factory.mktemp("large")
-    for layout in ("single", "sharded"):
-        (root / layout).mkdir()
-    parameters = shell(LlamaConfig(*SIZES)).named_parameters()
-    weights = {name: torch.ones(parameter.shape, dtype=torch.bfloat16) for name, parameter in parameters}
-    store(root / "single", weights)
-    store(root / "sharded", weights)
-    shard(root / "sharded")
-    yield root
-    shutil.rmtree(root)
+SIZES = (8_000, 1024, 2816, 4, 16, 4, 64)  # 61 million weights
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read from /proc")
-@pytest.mark.parametrize(
-    ("layout", "dtype"),
-    [("single", "float32"), ("sharded", "bfloat16")],
-)
-def test_loading_needs_little_more_than_the_weights(large, layout, dtype):
-    script = MEASURE.format(sizes=SIZES, dtype=dtype, folder=large / layout)
+def test_loading_needs_little_more_than_the_weights(tmp_path):
+    """244 MB in float32, from bfloat16 in shards."""
+    parameters = shell(LlamaConfig(*SIZES)).named_parameters()
+    store(tmp_path, {name: torch.ones(parameter.shape, dtype=torch.bfloat16) for name, parameter in parameters})
+    shard(tmp_path)
+    script = MEASURE.format(sizes=SIZES, dtype="float32", folder=tmp_path)
     root = Path(pop.__file__).parent.parent
     run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=root)
+    shutil.rmtree(tmp_path)
     assert run.returncode == 0, run.stderr
     ratio, size = map(float, run.stdout.split())
-    print(f"{layout} as {dtype}: {size / 1e6:.0f} MB of weights, peak {ratio:.3f} times that")
     assert size > 200e6 and ratio < 1.15
