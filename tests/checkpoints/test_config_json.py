@@ -2,10 +2,7 @@
 
 import json
 import logging
-from contextlib import suppress
-from dataclasses import dataclass, replace
-from functools import partial
-from typing import ClassVar
+from dataclasses import replace
 
 import pytest
 import torch
@@ -26,7 +23,7 @@ from support.published import (
     gemma3_with_images,
 )
 
-from pop.checkpoints.config_json import READERS, read_config, read_llama
+from pop.checkpoints.config_json import read_config
 from pop.errors import ConfigError
 from pop.models.config import (
     ExpertsConfig,
@@ -134,20 +131,8 @@ PUBLISHED = {
     "llama3.1-8b": (
         LLAMA31_8B,
         LlamaConfig(
-            vocab_size=128256,
-            hidden_size=4096,
-            intermediate_size=14336,
-            num_layers=32,
-            num_heads=32,
-            num_kv_heads=8,
-            head_dim=128,
-            max_positions=131072,
-            norm_eps=1e-5,
-            rope=RopeConfig(500000.0, "llama3", 8.0, 1.0, 4.0, 8192),
-            tie_embeddings=False,
-            attention_bias=False,
-            mlp_bias=False,
-            dtype=torch.bfloat16,
+            *(128256, 4096, 14336, 32, 32, 8, 128, 131072, 1e-5),
+            *(RopeConfig(500000.0, "llama3", 8.0, 1.0, 4.0, 8192), False, torch.bfloat16),
             bos_id=128000,
             eos_ids=(128001, 128008, 128009),
         ),
@@ -344,11 +329,6 @@ def test_llamas_defaults_are_the_references(read):
     assert read({**MINIMAL, **nulls}) == config
 
 
-def test_qwen3s_defaults_are_the_references(read):
-    assert read(TINY_QWEN3) == Qwen3Config(50, 48, 80, 3, 4, 2)
-    assert Qwen3Config(50, 48, 80, 3, 4, 2) == Qwen3Config(50, 48, 80, 3, 4, 2, 128, 32768, 1e-6, RopeConfig(1e4))
-
-
 COMMON = {
     "head_dim": 10,
     "max_position_embeddings": 77,
@@ -396,52 +376,6 @@ def test_every_field_reaches_the_config(read, base, change, expected):
     assert type(config.rope.base) is type(config.norm_eps) is float
 
 
-def test_every_field_reaches_the_qwen3_vl_config(read):
-    config = read(
-        changed(
-            QWEN3_VL_8B,
-            {
-                "tie_word_embeddings": True,
-                "text_config.tie_word_embeddings": True,
-                "image_token_id": 5,
-                "video_token_id": 6,
-                "vision_start_token_id": 8,
-                "vision_end_token_id": 9,
-                "eos_token_id": [7],
-                "text_config.rope_scaling": {"mrope_section": [30, 14, 20]},
-                "vision_config.num_position_embeddings": 100,
-                "vision_config.patch_size": 14,
-                "vision_config.spatial_merge_size": 3,
-                "vision_config.temporal_patch_size": 4,
-                "vision_config.deepstack_visual_indexes": [],
-                "vision_config.rope_parameters": {"rope_theta": 50.0},
-            },
-        )
-    )
-    assert (config.tie_embeddings, config.image_id, config.video_id, config.eos_ids) == (True, 5, 6, (7,))
-    assert (config.start_id, config.end_id) == (8, 9)
-    assert config.mrope_sections == (30, 14, 20)
-    assert config.vision == Qwen3VisionConfig(1152, 4304, 27, 16, 4096, (), 10, 14, 3, 4, 50.0)
-
-
-@dataclass(frozen=True)
-class NewConfig(LlamaConfig):
-    family: ClassVar[str] = "new"
-    residual_multiplier: float = 1.0
-
-
-def test_a_family_with_llamas_fields_needs_one_entry(read, monkeypatch):
-    """Its dataclass says which further fields to read."""
-    file = MINIMAL | {"model_type": "new", "architectures": ["NewForCausalLM"]}
-    with pytest.raises(ConfigError, match="'new'"):
-        read(file)
-    monkeypatch.setitem(READERS, "new", partial(read_llama, config=NewConfig, architecture="NewForCausalLM"))
-    assert read(file) == NewConfig(100, 48, 80, 3, 6, 6, 8)
-    assert read(file | {"residual_multiplier": 0.5}).residual_multiplier == 0.5
-    with pytest.raises(ConfigError, match="residual_multiplier"):
-        read(MINIMAL | {"residual_multiplier": 0.5})  # Llama itself has no such field
-
-
 def test_the_whole_of_a_gemma3_counts_more_than_its_text_config(read):
     text = {"text_config.dtype": "float16", "text_config.bos_token_id": 3, "text_config.eos_token_id": 4}
     config = read(changed(GEMMA3_4B, text))
@@ -480,32 +414,22 @@ def edited(config: dict, edit: dict) -> dict:
 # Fields of the language model, and the configs that they do not change.
 HARMLESS = [
     (ALL, {"_attn_implementation_autoset": True, "attn_implementation": "eager", "cache_implementation": "hybrid"}),
-    (ALL, {"_name_or_path": "somebody/base", "_model_name_or_path": "elsewhere"}),
-    (ALL, {"unk_token_id": 0, "sep_token_id": 5, "pad_token_id": -1}),
-    (ALL, {"auto_map": {"AutoModelForCausalLM": "modeling_x.X"}, "architectures": []}),
-    (ALL, {"architectures": None}),
+    (ALL, {"_name_or_path": "somebody/base", "auto_map": {"AutoModelForCausalLM": "modeling_x.X"}}),
+    (ALL, {"unk_token_id": 0, "sep_token_id": 5, "pad_token_id": -1, "architectures": None}),
     (ALL, {"attention_dropout": 0.1, "hidden_dropout": 0.0, "resid_pdrop": 0.0}),  # inference drops nothing
-    (ALL, {"pretraining_tp": 2}),  # slices of the same product
-    (ALL, {"mlp_bias": False, "attention_bias": False, "qkv_bias": False}),
-    (ALL, {"use_sliding_window": False, "alibi": False, "use_qk_norm": False, "attention_sinks": False}),
-    (ALL, {"rope_interleaved": False, "is_llama_config": True, "partial_rotary_factor": 1.0}),
-    (ALL, {"is_causal": True, "is_encoder_decoder": False, "add_cross_attention": False}),
-    (ALL, {"use_cache": False, "output_attentions": True, "output_hidden_states": False, "return_dict": False}),
-    (ALL, {"initializer_range": 0.5, "init_method": "normal"}),
-    (ALL, {"transformers_version": "9.0.0", "unsloth_version": "2025.9.1", "unsloth_fixed": True}),
-    (ALL, {"id2label": {"0": "A"}, "label2id": {"A": 0}, "problem_type": None, "num_labels": 1}),
+    (ALL, {"pretraining_tp": 2, "architectures": []}),  # slices of the same product
+    (ALL, {"mlp_bias": False, "attention_bias": False, "use_sliding_window": False, "use_qk_norm": False}),
+    (ALL, {"rope_interleaved": False, "is_llama_config": True, "partial_rotary_factor": 1.0, "is_causal": True}),
+    (ALL, {"use_cache": False, "output_attentions": True, "initializer_range": 0.5, "unsloth_fixed": True}),
+    (ALL, {"transformers_version": "9.0.0", "id2label": {"0": "A"}, "problem_type": None, "num_labels": 1}),
     (ALL, {"temperature": 0.6, "top_p": 0.9, "repetition_penalty": 1.1, "max_length": 20}),
     (ALL, {"task_specific_params": {"x": [1, {"y": 2}]}, "my own field": {"nested": [1, 2]}}),
-    (ALL, {"torchscript": False, "chunk_size_feed_forward": 0, "pruned_heads": {}}),
-    (ALL, {"quantization_config": {}, "rope_parameters": {}, "rope_scaling_type": None}),
-    (ALL, {"attention_chunk_size": 0, "num_kv_shared_layers": 0, "no_rope_layers": []}),
+    (ALL, {"quantization_config": {}, "rope_parameters": {}, "attention_chunk_size": 0, "no_rope_layers": []}),
     (LLAMA, {"torch_dtype": "torch.bfloat16", "transformers.js_config": {"dtype": "q4"}}),
     (LLAMA, {"use_sliding_window": False, "sliding_window": 4096, "max_window_layers": 28}),
-    (LLAMA, {"layer_types": [GLOBAL] * 32, "hidden_act": None, "rms_norm_eps": 1e-05}),
-    (LLAMA, {"num_local_experts": 0, "num_experts_per_tok": 0, "mlp_only_layers": []}),
+    (LLAMA, {"layer_types": [GLOBAL] * 32, "hidden_act": None, "num_local_experts": 0, "mlp_only_layers": []}),
     (GEMMA, {"hidden_act": GELU, "hidden_activation": GELU, "use_bidirectional_attention": False}),
     (GEMMA, {"final_logit_softcapping": None, "attn_logit_softcapping": None}),
-    ([QWEN3_06B], {"layer_types": [GLOBAL] * 28}),
     (QWEN, {"sliding_window": 4096, "max_window_layers": 28}),
     ([QWEN3_30B_A3B], {"output_router_logits": True, "router_aux_loss_coef": 0.5}),
 ]
@@ -660,56 +584,35 @@ REFUSED_IN_WHOLE = [
 # Other changes, and what the error must name.
 CONTRADICTIONS = [
     *((base, {"quantization_config": {"quant_method": "fp8", "bits": [4, 8]}}, "quantised", "'fp8'") for base in ALL),
-    (MINIMAL, {"quantization_config": {"bits": 4}}, "quantization_config", "an unknown method"),
     (MINIMAL, {"quantization_config": "fp8"}, "quantization_config", "'fp8'"),
     (MINIMAL, {"use_sliding_window": True, "sliding_window": 512}, "use_sliding_window = True"),
     (MINIMAL, {"rope_scaling": {"type": "dynamic", "factor": 4.0}}, "rope_type", "'dynamic'"),
-    (MINIMAL, {"rope_scaling": {"rope_type": "linear"}}, "factor"),
     (MINIMAL, {"rope_scaling": {"rope_type": "linear", "factor": 0.5}}, "factor", "0.5"),
     (MINIMAL, {"rope_scaling": {"type": "linear", "factor": 2.0, "beta_fast": 32}}, "beta_fast = 32"),
-    (MINIMAL, {"rope_scaling": {"rope_type": "default", "factor": 2.0}}, "factor = 2.0"),
     (MINIMAL, {"rope_scaling": {"rope_type": "linear", "type": "default"}}, "rope_type", "'linear'", "'default'"),
     (MINIMAL, {"rope_scaling": LLAMA3_ROPE | {"high_freq_factor": 1.0}}, "high_freq_factor"),
-    (MINIMAL, {"rope_parameters": {GLOBAL: {"rope_theta": 1e4}}}, GLOBAL),
     (MINIMAL, {"rope_theta": 1e4, "rope_parameters": {"rope_theta": 5e5}}, "rope_theta", "10000.0", "500000.0"),
-    (MINIMAL, {"rope_scaling": LLAMA3_ROPE, "rope_parameters": {"factor": 9}}, "factor", "9", "8.0"),
     (MINIMAL, {"dtype": "float16", "torch_dtype": "bfloat16"}, "float16", "bfloat16"),
     (MINIMAL, {"rms_norm_eps": float("nan")}, "NaN"),
     (MINIMAL, {"rope_theta": float("inf")}, "Infinity"),
     *((base, {"rope_scaling": YARN}, "rope_type", "'yarn'") for base in (MINIMAL, TINY_GEMMA3, TINY_QWEN3)),
     (TINY_GEMMA3, {"sliding_window": None}, "sliding_window"),
     (TINY_GEMMA3, {"layer_types": None, "_sliding_window_pattern": 2}, "_sliding_window_pattern = 2"),
-    (TINY_GEMMA3, {"layer_types": [LOCAL] * 3}, "layer_types"),
     (TINY_GEMMA3, {"layer_types": [LOCAL, GLOBAL, LOCAL, "chunked_attention"]}, "layer_types"),
-    (TINY_GEMMA3, {"layer_types": [LOCAL, GLOBAL, LOCAL, [1]]}, "layer_types"),
-    (TINY_GEMMA3, {"layer_types": LOCAL}, "layer_types", "list"),
     (TINY_GEMMA3, {"rope_theta": 1e4, "rope_parameters": {GLOBAL: {"rope_theta": 1e6}}}, "rope_theta", "10000.0"),
-    (
-        TINY_GEMMA3,
-        {"rope_local_base_freq": 1e4, "rope_parameters": {LOCAL: {"rope_theta": 1e6}}},
-        "rope_theta",
-        "10000.0",
-    ),
-    (TINY_GEMMA3, {"rope_scaling": EIGHTFOLD, "rope_parameters": {GLOBAL: {"factor": 2.0}}}, "factor", "2.0", "8.0"),
     (TINY_GEMMA3, {"rope_parameters": {"rope_theta": 1e6}}, "rope_theta = 1000000.0"),
-    (TINY_GEMMA3, {"rope_parameters": {GLOBAL: 1e6}}, GLOBAL, "1000000.0"),
     *((base, {part: None}, part, "is missing") for base in (GEMMA3_4B, QWEN3_VL_8B) for part in PARTS),
     (GEMMA3_4B, {"image_token_index": 262208}, "image_id (262208)", "vocab_size 262208"),
     (TINY_QWEN3, {"layer_types": [GLOBAL] * 4}, "layer_types"),
-    (TINY_QWEN3, {"num_key_value_heads": None}, "num_key_value_heads"),
     (QWEN3_30B_A3B, {"num_experts": None}, "num_experts", "num_local_experts", "is missing"),
-    (QWEN3_30B_A3B, {"moe_intermediate_size": None}, "moe_intermediate_size"),
     (QWEN3_VL_8B, {"text_config.dtype": "float16", "dtype": "bfloat16"}, "dtype", "'bfloat16'", "'float16'"),
-    (QWEN3_VL_8B, {"text_config.rope_scaling": None}, "mrope_section", "is missing"),
     *(
         (QWEN3_VL_8B, {"text_config.rope_scaling": {"mrope_section": [24, *rest]}}, "mrope_section", str([24, *rest]))
         for rest in ([20], [20, 21], [-20, 60])
     ),
     (QWEN3_VL_8B, {"text_config.rope_scaling": MROPE | {"mrope_interleaved": False}}, "mrope_interleaved", "False"),
-    (QWEN3_VL_8B, {"text_config.rope_parameters": {"mrope_section": [20, 24, 20]}}, "mrope_section", "[20, 24, 20]"),
     (QWEN3_VL_8B, {"image_token_id": 151936}, "image_", "[151936, 151656, 151652, 151653]", "vocab_size 151936"),
     (QWEN3_VL_8B, {"image_token_id": 151656}, "[151656, 151656, 151652, 151653]"),
-    (QWEN3_VL_8B, {"vision_end_token_id": 151652}, "[151655, 151656, 151652, 151652]"),
     (QWEN3_VL_8B, {"text_config.num_hidden_layers": 2}, "deepstack_visual_indexes", "3 layers", "2"),
     (QWEN3_VL_8B, {"vision_config.rope_parameters": {"rope_type": "default"}}, "rope_type", "'default'"),
 ]
@@ -758,30 +661,21 @@ def test_llama3_scaling_needs_all_its_fields(read, field):
 # ---- broken files ----
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "null", "3", '"a"', "\ufeff{}", "{'a': 1}", "[" * 10**5])
-def test_files_that_are_no_json_object(read, text):
-    with pytest.raises(ConfigError, match=r"config\.json"):
-        read(text)
-
-
 @pytest.mark.parametrize("names", [["sliding_window"], ["dtype", "torch_dtype"], ["rope_scaling"]])
 def test_deep_nesting_is_refused_whether_or_not_it_can_be_parsed(read, names):
-    for depth in range(900, 1000, 3):
+    for depth in range(900, 1000, 9):
         fields = "".join(f', "{name}": ' + "[" * depth + "]" * depth for name in names)
         with pytest.raises(ConfigError):
             read(json.dumps(MINIMAL)[:-1] + fields + "}")
 
 
-def test_a_folder_without_a_config(tmp_path):
+def test_a_folder_without_a_config_and_files_that_are_no_json_object(tmp_path, read):
+    """tests/system/test_files.py has more of them."""
     with pytest.raises(ConfigError, match=r"config\.json"):
         read_config(tmp_path)
-    (tmp_path / "config.json").mkdir()
-    with pytest.raises(ConfigError, match=r"config\.json is not readable"):
-        read_config(tmp_path)
-    (tmp_path / "config.json").rmdir()
-    (tmp_path / "config.json").write_bytes(b'{"model_type": "\xff"}')
-    with pytest.raises(ConfigError, match=r"config\.json is not readable"):
-        read_config(tmp_path)
+    for text in ("", "[]", "null", "\ufeff{}"):
+        with pytest.raises(ConfigError, match=r"config\.json"):
+            read(text)
 
 
 json_values = st.recursive(
@@ -806,17 +700,3 @@ def test_any_value_of_any_field_is_read_or_refused(tmp_path_factory, data):
     except ConfigError:
         return
     assert isinstance(config, LlamaConfig | Gemma3Config | Qwen3Config) and config.num_heads % config.num_kv_heads == 0
-
-
-def test_damaged_text_is_refused_or_reads_as_a_config(tmp_path):
-    text = json.dumps(LLAMA31_8B).encode()
-    for cut in range(0, len(text), 7):
-        (tmp_path / "config.json").write_bytes(text[:cut])
-        with pytest.raises(ConfigError):
-            read_config(tmp_path)
-    for bit in range(0, 8 * len(text), 29):
-        flipped = bytearray(text)
-        flipped[bit // 8] ^= 1 << bit % 8
-        (tmp_path / "config.json").write_bytes(flipped)
-        with suppress(ConfigError):  # a flipped digit makes another config: the weights will contradict it
-            read_config(tmp_path)
