@@ -114,18 +114,6 @@ def test_the_clock_times_the_first_token_and_each_step_apart(monkeypatch):
     assert timed(lambda: spend(5, 2), lambda token: spend(token, token + 1), 3) == (5.0, [2.0, 3.0, 4.0])
 
 
-def test_a_turn_of_pop_prefills_by_the_plan_and_then_decodes_its_own_tokens(model, monkeypatch):
-    cache, plan, calls = model.new_cache(1, 8), pop.PrunePlan((3, 4)), []
-    prefill, decode = model.prefill, model.decode
-    monkeypatch.setattr(model, "prefill", lambda *a, plan, **o: calls.append(plan) or prefill(*a, plan=plan, **o))
-    monkeypatch.setattr(model, "decode", lambda tokens, cache: calls.append(tokens) or decode(tokens, cache))
-    turn = turns.pop_turn(model, [5, 6, 7], cache, plan, 2, [])
-    assert turn().keys() == turn().keys() == {"ttft_s", "step_s"}
-    expected = model.generate([5, 6, 7], max_new_tokens=3, plan=plan).tokens
-    assert calls[:3] == [plan, expected[:1], expected[1:2]] and calls[3:6] == calls[:3]
-    assert turns.pop_turn(model, [5, 6, 7], cache, plan, 0, [])().keys() == {"ttft_s"}
-
-
 def test_cold_lengths_are_met_twice_with_new_caches(model, monkeypatch):
     calls, prefill = [], model.prefill
 
@@ -159,15 +147,6 @@ def test_a_limit_counts_reads_on_a_gpu():
         fields = {"device": torch.device(device), "dtype": torch.bfloat16, "chunk_size": 10}
         row = measure._plan_figures(types.SimpleNamespace(config=config, **fields), record, 20, "p", plan, [])
         assert (row["limit"], row["efficiency"]["median"]) == (limit, pytest.approx(1.5 / limit))
-
-
-@pytest.mark.parametrize(
-    ("device", "free", "size"),
-    [("cuda", 80 * 2**30, 2**32), ("cuda", 5 * 2**30, 2**31), ("cpu", 2**40, 2**28)],
-)
-def test_a_gpus_bandwidth_is_measured_on_more_memory(monkeypatch, device, free, size):
-    monkeypatch.setattr(shapes, "free_bytes", lambda device: free)
-    assert shapes.bandwidth_bytes(torch.device(device)) == size
 
 
 def test_slots_start_from_the_same_position_in_both_caches(model, monkeypatch):

@@ -35,20 +35,6 @@ def test_decode_reads_all_weights_but_an_untied_embedding(tied):
     assert shapes.decode_bytes(config, 9, torch.bfloat16) == 2 * (read + cache)
 
 
-def test_prefill_memory_by_hand(monkeypatch):
-    config = tiny_config()
-    weights = shapes.weight_bytes(config, torch.bfloat16)
-    cache = lambda tokens: 2 * 5 * (2 * (tokens + 1) * 20 + 30)  # noqa: E731
-    everywhere = 7 * (3 * 30 + 2 * 60) * 2  # h, h + update, norm; q, attended
-    mlp = 7 * 3 * 44 * 2
-    assert shapes.prefill_memory(config, 7, torch.bfloat16) == weights + cache(7) + everywhere + mlp
-    mlp += 4 * (30 * 44 + 7 * (30 + 44))
-    assert shapes.prefill_memory(config, 7, torch.bfloat16, True) == weights + cache(7) + everywhere + mlp
-    monkeypatch.setattr(shapes, "CHUNK_SIZE", 7)
-    attention = 7 * 2 * 20 * 2 + 7 * 200 * (1 + 2)  # k, v; the mask, in one and in two bytes
-    assert shapes.prefill_memory(config, 200, torch.bfloat16) == weights + cache(200) + everywhere + attention
-
-
 def test_windows_in_bytes_by_hand(monkeypatch):
     config = tiny_gemma3_config(windows=(5, 5, None))
     of_layer = 2 * 2 * 10 * 2  # a slot's bytes
@@ -66,6 +52,9 @@ def test_windows_in_bytes_by_hand(monkeypatch):
         more = max(attention, chunk * 3 * 44 * 2)
         expected = read + cache + chunk * (3 * 30 + 2 * 60) * 2 + more
         assert shapes.prefill_memory(config, tokens, torch.bfloat16) == expected
+    widened = 4 * (30 * 44 + 4 * (30 + 44))  # a matrix of the MLP, its input and its output in float32
+    more, usual = (shapes.prefill_memory(config, 4, torch.bfloat16, wide) for wide in (True, False))
+    assert more - usual == widened
 
 
 @pytest.mark.parametrize("config", [tiny_config(num_layers=9), tiny_gemma3_config(windows=(5, None) * 4 + (5,))])
