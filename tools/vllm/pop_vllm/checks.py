@@ -1,8 +1,13 @@
 """What is refused, and the test at the first prompt."""
 
+import torch
+from torch import Tensor
+
 from pop import UnsupportedError
 
 VERSIONS = ("0.32",)  # of vLLM, those that the tests have run with
+# How far two passes without pruning may differ, as a share of the norm. Fused 16-bit operators round less often.
+TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 
 
 def check_version() -> None:
@@ -56,3 +61,11 @@ def check_backend(layers) -> None:
         if backend.forward_includes_kv_cache_update:
             found = f"the attention backend {backend.get_name()} writes K and V only when it attends"
             raise UnsupportedError(f"{found}, which POP_PLAN needs apart; set another with --attention-backend")
+
+
+def check_equal(found: Tensor, own: Tensor) -> None:
+    """Raise UnsupportedError if a pass without pruning differs from vLLM's own: h [N, D] after the last norm."""
+    error = float((found.float() - own.float()).norm() / own.float().norm())
+    if not error <= TOLERANCE[own.dtype]:
+        advice = "unset POP_PLAN, and report the options of this server"
+        raise UnsupportedError(f"without pruning, h differs from vLLM's own pass by {error:.1e} of its norm; {advice}")

@@ -24,14 +24,16 @@ from vllm.model_executor.models.llama import LlamaForCausalLM
 from vllm.model_executor.models.qwen3 import Qwen3ForCausalLM
 
 from pop.pruning.plan import Group
-from pop_vllm import runners
+from pop_vllm import runner_v1
 from pop_vllm.attention import RowAttention
-from pop_vllm.checks import check_backend, check_config
+from pop_vllm.checks import check_backend, check_config, check_equal
 from pop_vllm.layers import cached, normalised
+from pop_vllm.metrics import Counts, logger
 from pop_vllm.plan import plan_of
 from pop_vllm.rows import Batch
 from pop_vllm.selection import select
 from pop_vllm.step import Kept, Step, own_metadata
+from pop_vllm.weights import Weights
 
 MOST_KEPT = 64  # prompts in chunks whose states are kept; later ones displace those that were aborted or preempted
 
@@ -48,12 +50,17 @@ class Pruned:
         self.device = torch.device(vllm_config.device_config.device)
         self.key_value_weights: dict[int, tuple[Tensor, Tensor | None]] = {}
         self.compiled: dict[range, object] = {}
+        self.counts = Counts()
         self.use(os.environ["POP_PLAN"])
-        runners.install()
+        self.weights = Weights(vllm_config.model_config.hf_config)
+        self.is_tested = False
+        runner_v1.install()
 
     def get_model_state_cls(self):
-        """What runner V2 asks for."""
-        return runners.model_state()
+        """The ModelState that runner V2 asks for. Where V1 runs, its module need not load."""
+        from pop_vllm.runner_v2 import PrunedState
+
+        return PrunedState
 
     def use(self, plan) -> None:
         """Prune by a plan from the next step on. Takes the values of POP_PLAN, or a pop.PrunePlan."""
@@ -107,7 +114,8 @@ class Pruned:
 
         Quantised weights are not cut. A pruned layer then computes Q for nothing.
         """
-        loaded = super().load_weights(weights)
+        loaded = super().load_weights(self.weights.watch(weights))
+        self.weights.check(self.plan)
         for index, layer in enumerate(self.model.layers):
             attention = layer.self_attn
             projection = attention.qkv_proj
@@ -128,7 +136,8 @@ class Pruned:
         if self.attention is None:
             names = {self.model.layers[index].self_attn.attn.layer_name for index in self.plan.layers}
             self.attention = RowAttention(attention_groups, names)
-        self.announced = batch, block_tables
+        has_prompts = (batch.computed < batch.prompt).any()
+        self.announced = (batch, block_tables) if has_prompts else None
 
     def forward(self, input_ids, positions, intermediate_tensors=None, inputs_embeds=None, **kwargs):
         announced = self.announced
@@ -139,12 +148,29 @@ class Pruned:
         batch, block_tables = announced
         kept = [self._kept(name, end) for name, end in zip(batch.ids, batch.computed, strict=True)]
         step = Step(self.plan, batch, block_tables, self.attention, kept, len(positions))
-        if step.prunes_nothing and not self.keeps_states:
+        if step.num_pruned == 0 and not self.keeps_states:
             return super().forward(input_ids, positions, intermediate_tensors, inputs_embeds, **kwargs)
         h = self.model.embed_input_ids(input_ids) if inputs_embeds is None else inputs_embeds
+        if not self.is_tested:
+            own = super().forward(input_ids, positions, intermediate_tensors, inputs_embeds, **kwargs)
+            self._test(own, announced, h, positions, context)
         h = self.run(step, h, positions, context)
         self._keep_states(step)
+        self.counts.add(int(batch.scheduled.sum()), step.num_pruned, step.rows_run)
         return h
+
+    def _test(self, own: Tensor, announced, h: Tensor, positions: Tensor, context) -> None:
+        """Compare vLLM's own pass with the pruned one where every token is at full depth, on the first prompt."""
+        batch, block_tables = announced
+        plan = dataclasses.replace(self.plan, full_depth_last=2**31 - 1)
+        step = Step(plan, batch, block_tables, self.attention, [None] * len(batch.ids), len(positions))
+        tokens = slice(int(batch.scheduled.sum()))
+        check_equal(self.run(step, h, positions, context)[tokens], own[tokens])
+        counts = len(plan.layers), len(self.model.layers)
+        logger.info(
+            "pop: without pruning, the first prompt equals vLLM's own pass; now pruning %d of %d layers", *counts
+        )
+        self.is_tested = True
 
     def run(self, step: Step, h: Tensor, positions: Tensor, context) -> Tensor:
         """Run the layers on the tokens of a step: h [N, D] -> h [N, D] after the last norm."""
@@ -180,6 +206,7 @@ class Pruned:
         if group.layers[0] == self.reruns_at:
             step.entering = h
         rows = step.rows
+        step.rows_run |= dict.fromkeys(group.layers, len(rows.index))
         if not rows.lengths:
             return passed
         tokens = torch.cat((h, *step.earlier))

@@ -1,4 +1,4 @@
-"""The values of POP_PLAN."""
+"""What POP_PLAN says, and what a request says of it."""
 
 import re
 
@@ -18,3 +18,14 @@ def plan_of(value, num_layers: int) -> PrunePlan:
         first, _, last = part.partition("-")
         layers.extend(range(int(first), int(last or first) + 1))
     return PrunePlan(layers).check(num_layers)
+
+
+def may_prune(params) -> bool:
+    """Whether a request may be pruned. Not if it asks for log-probabilities of its prompt, or opts out.
+
+    Args:
+        params: The request's SamplingParams, or None if it samples nothing.
+    """
+    if params is None or params.prompt_logprobs is not None:
+        return False
+    return (params.extra_args or {}).get("pop_plan") != "none"

@@ -13,8 +13,7 @@ import torch
 
 from pop import PrunePlan
 from pop_vllm.checks import check_architecture
-from pop_vllm.plan import plan_of
-from pop_vllm.runners import may_prune
+from pop_vllm.plan import may_prune, plan_of
 
 
 def install() -> None:

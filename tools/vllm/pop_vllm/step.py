@@ -48,6 +48,8 @@ class Step:
         self.entering: Tensor | None = None  # h [N, D] that enters the first pruned layer after it
         self.earlier: list[Tensor] = []  # what entered that layer, of tokens of earlier steps that may run again
         self.rows = self.rows_at([])
+        self.num_pruned = int(batch.scheduled.sum()) - len(self.rows.index)
+        self.rows_run: dict[int, int] = {}  # how many each pruned layer has run
 
     def to_device(self, array: np.ndarray) -> Tensor:
         return torch.from_numpy(array).to(self.device, non_blocking=True)
@@ -92,10 +94,6 @@ class Step:
         states = [zeros if kept is None else kept.latest[number] for kept in self.kept]
         return torch.cat((x[:1], x[:-1])).index_copy(0, self.first, torch.stack(states))
 
-    @property
-    def prunes_nothing(self) -> bool:
-        return len(self.rows.index) == self.batch.scheduled.sum()
-
     def attend(self, context) -> None:
         """From now on, the pruned layers take the rows."""
         if self.rows.lengths:
@@ -121,6 +119,8 @@ def own_metadata(context):
     slots = context.slot_mapping
     context.attn_metadata = dict(metadata)
     context.slot_mapping = dict(slots)
-    yield slots
-    context.attn_metadata = metadata
-    context.slot_mapping = slots
+    try:
+        yield slots
+    finally:
+        context.attn_metadata = metadata
+        context.slot_mapping = slots

@@ -8,11 +8,13 @@ import torch
 from safetensors.torch import save_file
 
 import pop
-from pop import models
+from pop import models, reference
 from pop.checkpoints.config_json import read_config
+from pop.pruning.corrections import Corrections
 
 os.environ |= {
     "POP_PLAN": "none",
+    "VLLM_PLUGINS": "pop",
     "HF_HUB_OFFLINE": "1",
     "OMP_NUM_THREADS": "1",
     "VLLM_CPU_KVCACHE_SPACE": "1",
@@ -97,8 +99,12 @@ class Engine:
 
     def use(self, plan, budget: int = 2048) -> None:
         """Prune by a plan, in steps of at most `budget` tokens, with an empty prefix cache."""
+        from pop_vllm.prefix_cache import limit_hits
+
+        scheduler = self.core.scheduler
+        scheduler.max_num_scheduled_tokens = budget
+        limit_hits(scheduler.kv_cache_manager, plan)
         self.model.use(plan)
-        self.core.scheduler.max_num_scheduled_tokens = budget
         self.llm.reset_prefix_cache()
 
     def generate(self, prompts, count: int = 4, **params):
@@ -113,27 +119,61 @@ class Engine:
         params = [SamplingParams(**shared | own) for own in each]
         return self.llm.generate([{"prompt_token_ids": prompt} for prompt in prompts], params, use_tqdm=False)
 
-    def expected(self, parts: list[list[int]], plan, count: int = 4):
-        """What pop's engine says of a prompt in parts, each a turn of a conversation.
+    def assert_equal(self, outputs, prompts, plan, also=(), tolerance: float = 1e-4) -> None:
+        """Outputs have the first log-probabilities, and the greedy tokens, that pop's reference computes.
 
-        Returns the log-probabilities of the first token [V], and the greedy tokens.
+        Args:
+            outputs: Of vLLM.
+            prompts: Their ids.
+            plan: The plan of all prompts.
+            also: Positions of further full-depth tokens.
+            tolerance: Of log-probabilities.
         """
-        cache = self.pop.new_cache(1, sum(map(len, parts)) + count)
-        for part in parts:
-            logits = self.pop.prefill(torch.tensor([part]), cache, plan=plan)
-        first = logits[0].log_softmax(-1)
-        tokens = []
-        for _ in range(count):
-            token = logits.argmax(-1)
-            tokens.append(int(token))
-            logits = self.pop.decode(token, cache)
-        return first, tokens
+        for output, prompt in zip(outputs, prompts, strict=True):
+            answer = list(output.outputs[0].token_ids)
+            log_probabilities = self.expected(prompt, answer, plan, also)
+            assert error(output, log_probabilities[0]) < tolerance
+            assert answer == log_probabilities.argmax(-1).tolist()
+
+    def expected(self, prompt: list[int], answer: list[int], plan, also=()) -> torch.Tensor:
+        """The reference's log-probabilities [n, V] of each of n answered tokens, given those before it."""
+        module = self.pop.module
+        selected = reference.selected_tokens(module, torch.tensor(prompt), plan)
+        tokens = torch.tensor(prompt + answer[:-1])
+        full_depth = reference.full_depth_tokens(len(prompt), len(tokens), plan)
+        full_depth[list(also)] = True
+        selected = reference.extended(selected, len(tokens))
+        logits, _ = reference.forward(module, tokens, full_depth, plan, selected=selected)
+        return logits[len(prompt) - 1 :].log_softmax(-1)
 
 
 def error(output, first) -> float:
     """The largest difference between the log-probabilities of an output's first token and those expected [V]."""
     found = output.outputs[0].logprobs[0]
     return max(abs(entry.logprob - float(first[token])) for token, entry in found.items())
+
+
+def calibrated(engine: Engine, layers: tuple[int, ...], **fields) -> pop.PrunePlan:
+    """A plan with random corrections of a size that matters. Groups that kept layers follow update h."""
+    config = engine.pop.config
+    rank = 24
+    kv_rows = config.num_kv_heads * config.head_dim
+    groups = [layer for layer in layers if layer - 1 not in layers]
+    num_updates = len(groups) - (max(layers) == config.num_layers - 1)
+    draw = torch.Generator().manual_seed(5)
+
+    def random(*shape: int, scale: float) -> torch.Tensor:
+        return scale * torch.randn(shape, generator=draw)
+
+    tensors = {
+        "weight": random(len(layers), 2, kv_rows, rank, scale=0.1),
+        "bias": random(len(layers), 2, kv_rows, scale=0.1),
+        "shared": random(len(groups), rank, 2 * config.hidden_size, scale=(2 * config.hidden_size) ** -0.5),
+    }
+    if num_updates:
+        tensors["update"] = random(num_updates, config.hidden_size, rank, scale=0.2)
+    corrections = Corrections(layers, **tensors, fingerprint=engine.pop.fingerprint)
+    return pop.PrunePlan(layers, full_depth_first=1, corrections=corrections, **fields)
 
 
 def prompts_of(lengths, seed: int = 1) -> list[list[int]]:

@@ -1,0 +1,15 @@
+import importlib.util
+
+import pytest
+
+if importlib.util.find_spec("vllm") is None:  # only the choice of rows is tested then
+    collect_ignore = ["test_engine.py", "test_runners.py", "test_checks.py", "test_smollm2.py"]
+else:
+    from engines import FAMILIES, Engine, write_checkpoint
+
+    @pytest.fixture(scope="session", params=FAMILIES)
+    def engine(request, tmp_path_factory) -> Engine:
+        """An engine on a tiny model of each family."""
+        folder = tmp_path_factory.mktemp("checkpoints") / request.param
+        write_checkpoint(folder, request.param)
+        return Engine(folder)

@@ -1,0 +1,150 @@
+"""vLLM's engine with the plugin computes what pop's reference computes."""
+
+import dataclasses
+
+import pytest
+import torch
+from engines import BLOCK, calibrated, prompts_of
+
+from pop import PlanError, PrunePlan
+from pop.pruning.corrections import Corrections
+
+LENGTHS = (3, 97, 40, 130, 210)
+PLANS = {
+    "none": lambda engine: PrunePlan.none(),
+    "deepest": lambda engine: PrunePlan((3, 4, 5)),
+    "gaps": lambda engine: PrunePlan((1, 3, 5), full_depth_last=4, full_depth_first=2),
+    "calibrated": lambda engine: calibrated(engine, (3, 4, 5), full_depth_last=32),
+    "updates": lambda engine: calibrated(engine, (1, 3, 4), full_depth_last=8),
+    "selecting": lambda engine: PrunePlan((3, 4, 5), full_depth_last=4, full_depth_selected=0.2),
+    "all": lambda engine: calibrated(engine, (1, 4, 5), full_depth_last=8, full_depth_selected=0.2, selecting_layer=3),
+}
+
+
+def has_windows(engine) -> bool:
+    return any(window is not None for window in engine.pop.config.windows)
+
+
+@pytest.mark.parametrize("budget", [2048, 50])
+@pytest.mark.parametrize("name", PLANS)
+def test_it_equals_the_reference(engine, name, budget):
+    """Steps mix prompts, chunks of prompts, and requests that decode."""
+    plan = PLANS[name](engine)
+    if plan.full_depth_selected and budget == 50 and has_windows(engine):
+        pytest.skip("a prompt in chunks selects among the tokens of its last chunk if layers have windows")
+    engine.use(plan, budget)
+    prompts = prompts_of(LENGTHS)
+    engine.assert_equal(engine.generate(prompts), prompts, plan)
+
+
+@pytest.mark.parametrize("budget", [2048, 50])
+def test_a_selecting_plan_whose_pruned_layers_kept_ones_follow(engine, budget):
+    """Whole in one step. In chunks, its last chunk's tokens compete, so only shorter prompts equal the reference."""
+    plan = calibrated(engine, (1, 3, 4), full_depth_selected=0.2)
+    engine.use(plan, budget)
+    prompts = prompts_of(LENGTHS if budget == 2048 else (3, 40))
+    engine.assert_equal(engine.generate(prompts), prompts, plan)
+
+
+@pytest.mark.parametrize("name", ["deepest", "calibrated", "updates"])
+def test_a_prefix_from_the_cache_ends_before_the_full_depth_tokens(engine, name):
+    """Blocks of a longer prompt are pruned where a shorter one needs its last tokens at full depth.
+
+    The first token after the prefix runs at full depth if the plan is calibrated.
+    """
+    plan = PLANS[name](engine)
+    (prompt,) = prompts_of([210])
+    engine.use(plan)
+    engine.assert_equal(engine.generate([prompt]), [prompt], plan)
+    for part in (prompt[:161], prompt[:170], prompt):
+        outputs = engine.generate([part])
+        hit = outputs[0].num_cached_tokens
+        assert BLOCK <= hit <= len(part) - plan.full_depth_last
+        also = [] if plan.corrections is None else [hit]
+        engine.assert_equal(outputs, [part], plan, also)
+
+
+def test_a_prefix_from_the_cache_keeps_what_ran_at_full_depth(engine):
+    """As in pop's conversations: the end of the earlier prompt, and what was generated after it."""
+    plan = PrunePlan((3, 4, 5), full_depth_last=8)
+    (prompt,) = prompts_of([150])
+    engine.use(plan)
+    (answer,) = engine.generate([prompt], count=42)
+    longer = prompt + list(answer.outputs[0].token_ids) + prompts_of([60], seed=2)[0]
+    outputs = engine.generate([longer])
+    hit = outputs[0].num_cached_tokens
+    assert hit > len(prompt)
+    engine.assert_equal(outputs, [longer], plan, also=range(len(prompt) - 8, hit))
+
+
+@pytest.mark.parametrize("name", ["gaps", "updates", "all"])
+def test_a_preempted_request_begins_anew(engine, name):
+    """The cache has fewer blocks than the requests need in the end."""
+    plan = PLANS[name](engine)
+    if plan.full_depth_selected and has_windows(engine):
+        pytest.skip("see test_it_equals_the_reference")
+    engine.use(plan, budget=50)
+    scheduler = engine.core.scheduler
+    prompts = prompts_of((97, 60, 130, 63))
+    pool = scheduler.kv_cache_manager.block_pool
+    needed = sum(-(-len(prompt) // BLOCK) for prompt in prompts) * scheduler.kv_cache_manager.num_kv_cache_groups
+    held = pool.get_new_blocks(pool.get_num_free_blocks() - needed - 1)
+    preempted = []
+    preempt = scheduler._preempt_request
+
+    def noted(request, *args, **kwargs):
+        preempted.append(request.request_id)
+        return preempt(request, *args, **kwargs)
+
+    scheduler._preempt_request = noted
+    try:
+        outputs = engine.generate(prompts, count=40, skip_reading_prefix_cache=True)
+    finally:
+        pool.free_blocks(held)
+        del scheduler._preempt_request
+    assert preempted
+    engine.assert_equal(outputs, prompts, plan)
+
+
+@pytest.mark.parametrize("budget", [2048, 50])
+def test_a_request_may_opt_out(engine, budget):
+    """By its extra_args, or because it asks for log-probabilities of its prompt. It shares no blocks with others."""
+    plan = PrunePlan((2, 3, 4, 5), full_depth_last=3)
+    engine.use(plan, budget)
+    prompts = prompts_of(LENGTHS)
+    extra_args = [{"pop_plan": "none"} if number % 2 else None for number in range(5)]
+    outputs = engine.generate(prompts, extra_args=extra_args, prompt_logprobs=[None, None, None, None, 1])
+    for number in range(5):
+        own = plan if number in (0, 2) else PrunePlan.none()
+        engine.assert_equal(outputs[number : number + 1], prompts[number : number + 1], own)
+
+    expected = engine.pop.logits(torch.tensor([prompts[4]]))[0].log_softmax(-1)
+    for position, found in enumerate(outputs[4].prompt_logprobs[1:]):
+        token = prompts[4][position + 1]
+        assert abs(found[token].logprob - float(expected[position, token])) < 1e-4
+
+    outputs = engine.generate(prompts, extra_args=[{"pop_plan": "none"}] * 5)  # the first and third ran pruned before
+    engine.assert_equal(outputs, prompts, PrunePlan.none())
+
+
+def test_the_first_prompt_is_run_without_pruning_and_compared(engine, monkeypatch, caplog):
+    engine.use(PrunePlan((3, 4, 5)))
+    monkeypatch.setattr(engine.model, "is_tested", False)
+    with caplog.at_level("INFO", logger="vllm.pop"):
+        engine.generate(prompts_of([40]))
+    assert engine.model.is_tested and "3 of 6" in caplog.text
+
+
+def test_a_plan_of_other_weights_is_refused(engine):
+    plan = calibrated(engine, (3, 4, 5))
+    engine.model.weights.check(plan)
+    other = Corrections(plan.layers, **plan.corrections.tensors, fingerprint="of other weights")
+    with pytest.raises(PlanError, match="another model"):
+        engine.model.weights.check(dataclasses.replace(plan, corrections=other))
+
+
+def test_it_counts_what_it_prunes(engine):
+    engine.use(PrunePlan((3, 5), full_depth_last=10))
+    before = engine.model.counts.pruned
+    engine.generate(prompts_of([100]))
+    assert engine.model.counts.pruned - before == 90
