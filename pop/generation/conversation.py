@@ -52,8 +52,9 @@ class Conversation:
         self._format = model.chat_format()
         self._state = State()
         self._cache_is_shared = False  # whether a fork may have the same cache
-        self._earlier = [_copied(message) for message in earlier]
+        self._earlier = earlier
         self._prompt("Hello")  # an error in the earlier messages shows now
+        self._earlier = [_copied(message) for message in earlier]
         if earlier and earlier[-1].get("role") == "user":
             raise InputError("the last of messages has the role user; leave it out, and give it to `send`")
 
@@ -98,8 +99,7 @@ class Conversation:
         vars(other).update(vars(self))
         return other
 
-    def __copy__(self) -> Conversation:
-        return self.fork()
+    __copy__ = fork
 
     def __deepcopy__(self, memo) -> Conversation:  # a turn changes neither the model nor the cache
         return self.fork()
@@ -148,7 +148,7 @@ def _content(message, images, videos) -> str | list[dict]:
     shown = [{"type": "image", "image": image} for image in as_list("image", images)]
     shown += [{"type": "video", "video": video} for video in as_list("video", videos)]
     if isinstance(message, list):
-        return shown + _copied({"content": message})["content"]
+        return [*shown, *map(copy.copy, message)]
     if shown:
         return [*shown, {"type": "text", "text": message}]
     return message
@@ -156,6 +156,7 @@ def _content(message, images, videos) -> str | list[dict]:
 
 def _copied(message: dict) -> dict:
     """A copy of a message and its parts, which the caller may change later."""
-    if not isinstance(message, dict) or not isinstance(message.get("content"), list):
-        return copy.copy(message)
-    return message | {"content": [copy.copy(part) for part in message["content"]]}
+    content = message.get("content")
+    if isinstance(content, list):
+        content = [dict(part) for part in content]
+    return message | {"content": content}

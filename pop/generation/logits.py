@@ -67,8 +67,10 @@ class LogitsRules:
             logits = logits.index_fill(-1, barred, -math.inf)
         logits = logits[:, : self.known]
         if process is not None and not logits.amax(-1).isfinite().all():
-            wanted = "it must leave a token that may be picked, and no infinite or NaN logit"
-            raise InputError(f"logits_processor returned logits whose largest is not finite; {wanted}")
+            raise InputError(
+                "logits_processor returned logits whose largest is not finite; "
+                "it must leave a token that may be picked, and no infinite or NaN logit"
+            )
         return logits
 
     def _with_penalty(self, logits: Tensor) -> Tensor:

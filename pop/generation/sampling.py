@@ -3,7 +3,6 @@
 import dataclasses
 import math
 import secrets
-import sys
 from collections.abc import Callable, Sequence
 from numbers import Integral, Real
 
@@ -12,10 +11,6 @@ from torch import Tensor
 
 from pop.errors import InputError, check_count
 from pop.system.memory import to_device
-
-
-def _is_number(x) -> bool:
-    return isinstance(x, Real) and not isinstance(x, bool)
 
 
 def _is_strings(x) -> bool:
@@ -31,12 +26,10 @@ def _is_ids(x) -> bool:
     return all(isinstance(one, Integral) and not isinstance(one, bool) and one >= 0 for one in x)
 
 
-# What an option accepts, and in words.
+# The least and the greatest value. Beyond them, logits in float32 could overflow.
+RANGES = {"temperature": (0, 1e9), "top_p": (1e-9, 1), "min_p": (0, 1), "repetition_penalty": (1e-6, 1e6)}
+# What another option accepts, and in words.
 ACCEPTED = {
-    "temperature": (lambda x: _is_number(x) and 0 <= x <= sys.float_info.max, "a number from 0 (greedy) up"),
-    "top_p": (lambda x: x is None or (_is_number(x) and 0 < x <= 1), "a number above 0 and at most 1, or None"),
-    "min_p": (lambda x: x is None or (_is_number(x) and 0 <= x <= 1), "a number from 0 to 1, or None"),
-    "repetition_penalty": (lambda x: _is_number(x) and 0 < x <= sys.float_info.max, "a number above 0"),
     "stop": (lambda x: x is None or _is_strings(x), "a string or a list of them, none empty"),
     "stop_token_ids": (_is_ids, "a list of token ids"),
     "logits_processor": (lambda x: x is None or callable(x), "a function, or None"),
@@ -69,6 +62,11 @@ class SamplingParams:
             check_count("top_k", self.top_k)
         if self.seed is not None:
             check_count("seed", self.seed, least=0, most=2**63 - 1)
+        for name, (least, most) in RANGES.items():
+            value = getattr(self, name)
+            is_number = isinstance(value, Real) and not isinstance(value, bool)
+            if value is not DEFAULTS[name] and not (is_number and least <= value <= most):
+                raise InputError(f"{name} is {value!r}; it must be a number from {least} to {most}")
         for name, (accepts, wanted) in ACCEPTED.items():
             value = getattr(self, name)
             if not accepts(value):
@@ -83,7 +81,8 @@ class SamplingParams:
         return [int(self.seed)] * batch_size
 
 
-OPTIONS = [field.name for field in dataclasses.fields(SamplingParams)]
+DEFAULTS = {field.name: field.default for field in dataclasses.fields(SamplingParams)}
+OPTIONS = list(DEFAULTS)
 
 
 def sampling_params(options: dict, stated: dict | None) -> SamplingParams:
@@ -116,8 +115,7 @@ class Sampler:
     """
 
     def __init__(self, params: SamplingParams, seeds: Sequence[int]):
-        limits = torch.finfo(torch.float32)  # a number outside would be rounded to 0 or to infinity
-        self.temperature = params.temperature and min(max(float(params.temperature), limits.tiny), limits.max)
+        self.temperature = float(params.temperature)
         self.top_k = params.top_k
         self.top_p = 1.0 if params.top_p is None else float(params.top_p)
         self.min_p = float(params.min_p or 0)
@@ -142,7 +140,8 @@ class Sampler:
         tokens = logits.argmax(-1, keepdim=True)  # [B, 1]; NaN counts as the largest
         largest = logits.gather(-1, tokens)
         if numbers is not None:
-            below = ((largest - logits) / self.temperature).nan_to_num(0.0, math.inf)  # NaN: the token will be -1
+            # NaN is 0 / 0 at a tiny temperature, or belongs to a row whose token will be -1.
+            below = ((largest - logits) / self.temperature).nan_to_num(0.0, math.inf)
             tokens = self._draw(below, numbers)
         return tokens.where(largest.isfinite(), -1)[:, 0]
 

@@ -34,6 +34,11 @@ _MAX_WHITESPACE = 900_000  # characters in a row: at a million, tiktoken's regul
 # A vocabulary may lack these bytes. In UTF-8 they never occur in a letter, a digit or a whitespace character.
 _MAY_LACK = {*range(9), *range(14, 32), 127, 0xC0, 0xC1, 0xF1, 0xF2, 0xF3, *range(0xF5, 0x100)}
 
+# Consecutive symbols, with the whitespace before them. Only a space joins them. A symbol is no letter, digit or
+# whitespace. Python counts 1C to 1F as whitespace, and the patterns do not.
+_SYMBOL = r"(?:[^\w\s]|[_\x1c-\x1f])"
+_SYMBOLS = re.compile(rf"([^\S \x1c-\x1f](?={_SYMBOL}))?( ?{_SYMBOL}+)")
+
 # The original tokenizers normalise by Unicode 9. In it, these newer characters neither compose nor change places.
 _NEWER = """
     5C8-5C9 7FD 897-89F 8CA-8D3 9FE C3C D3B-D3C EBA 1715 1ABF-1AF0 1DF6-1DFA A82C 105C9 105D2 105DA 105E4 10D24-10D27
@@ -59,17 +64,14 @@ class BytePairTokenizer(Tokenizer):
         self._bpe = _tiktoken(ranks, pattern)  # neighbours merge if the result has a rank, lowest rank first
         self._ids = ids  # of each rank; none for a byte that the vocabulary lacks and that texts lose
         self._lacking = bytes(token[0] for token, rank in ranks.items() if not ids[rank])
-        if self._lacking:
-            digit = _DIGIT if pattern == _DIGITS_GPT2_PATTERN else r"\p{N}"
-            every_byte = {bytes([byte]): byte for byte in range(256)}
-            self._symbols = _tiktoken(every_byte, rf"[^\s\p{{L}}{digit}]")
 
     def _encode_text(self, text: str) -> list[int]:
         if len(text) > _MAX_WHITESPACE:
             longest = max(map(len, re.findall(r"\s+", text)), default=0)
             if longest > _MAX_WHITESPACE:
-                found = f"the text has {longest} whitespace characters in a row"
-                raise InputError(f"{found}; the limit is {_MAX_WHITESPACE}.")
+                raise InputError(
+                    f"the text has {longest} whitespace characters in a row, of at most {_MAX_WHITESPACE}."
+                )
         if self._lacking and not set(self._lacking).isdisjoint(text.encode()):
             ranks = self._ranks_without_lacking(text)
         else:
@@ -83,11 +85,9 @@ class BytePairTokenizer(Tokenizer):
         letters, digits or whitespace. GPT-2's pattern makes consecutive symbols one pre-token, with the space before
         them. So we cut these pre-tokens out of the text and merge each by itself.
         """
-        symbols = bytes(self._symbols.encode_ordinary("".join(set(text)))).decode()
-        symbols = f"[{re.escape(symbols)}]"
-        ranks, start = [], 0
-        # Only a space joins the symbols after it. Python counts 1C to 1F as whitespace, and the patterns do not.
-        for match in re.finditer(rf"([^\S \x1c-\x1f](?={symbols}))?( ?{symbols}+)", text):
+        ranks = []
+        start = 0
+        for match in _SYMBOLS.finditer(text):
             piece = match[2].encode()
             kept = piece.translate(None, self._lacking)
             if len(kept) < len(piece):
@@ -111,10 +111,10 @@ _MODEL_SETTINGS = {"type", "unk_token", "ignore_merges", "vocab", "merges"}
 def from_tokenizer_json(spec: dict[str, Any]) -> BytePairTokenizer:
     """Build a tokenizer from the contents of a tokenizer.json."""
     model = spec["model"]
-    _check_settings(spec, _SETTINGS)
-    _check_settings(model, _MODEL_SETTINGS)
+    check_settings(spec, _SETTINGS)
+    check_settings(model, _MODEL_SETTINGS)
     check("the model type", model["type"], "BPE")
-    check("the decoder", spec["decoder"]["type"], "ByteLevel")
+    check("the decoder's type", (spec.get("decoder") or {}).get("type"), "ByteLevel")
     check("the normalizer", spec.get("normalizer"), None, {"type": "NFC"})
     vocab = model["vocab"]
     special, added, normalized = sort_added(spec["added_tokens"], vocab)
@@ -127,7 +127,7 @@ def from_tokenizer_json(spec: dict[str, Any]) -> BytePairTokenizer:
     found = [vocab.get(token, unknown_id) for token in ranked]
     ids = [[] if id is None else [id] for id in found]
     bytes_of = {id: _to_bytes(token) for token, id in vocab.items() if token not in special and token not in added}
-    pattern = _pattern(spec["pre_tokenizer"])
+    pattern = _pattern(spec.get("pre_tokenizer") or {})
     ignore_merges = model.get("ignore_merges", False)
     may_lack = _MAY_LACK
     if ignore_merges or pattern in (_LLAMA3_PATTERN, _QWEN_PATTERN):
@@ -144,12 +144,12 @@ def from_tokenizer_json(spec: dict[str, Any]) -> BytePairTokenizer:
         added=added,
         bytes_of=bytes_of,
         bos_id=bos_id_of(spec.get("post_processor"), special),
-        normalize=None if spec.get("normalizer") is None else _nfc,
+        normalize=str if spec.get("normalizer") is None else _nfc,
         normalized=normalized,
     )
 
 
-def _check_settings(part: dict[str, Any], known: set[str]) -> None:
+def check_settings(part: dict[str, Any], known: set[str]) -> None:
     for name in part.keys() - known:
         check(f"the setting {name}", part[name] or None, None)
 
@@ -242,11 +242,11 @@ _STEPS = {
 
 def _pattern(pre_tokenizer: dict[str, Any]) -> str:
     """Return the regular expression of pre-tokens."""
-    steps = pre_tokenizer["pretokenizers"] if pre_tokenizer["type"] == "Sequence" else [pre_tokenizer]
+    steps = pre_tokenizer.get("pretokenizers", [pre_tokenizer])
     *before, last = steps
     before = [_LLAMA3_SPLIT if step == _OLMO2_SPLIT else step for step in before]
     uses_regex = last.get("use_regex", True)  # older files lack use_regex
-    if last["type"] == "ByteLevel" and last["add_prefix_space"] is False:
+    if last.get("type") == "ByteLevel" and last["add_prefix_space"] is False:
         for pattern, known in _STEPS.items():
             if known == (before, uses_regex):
                 return pattern

@@ -31,8 +31,9 @@ def chat_format(tokenizer: Tokenizer, vision: Processor | None = None, choice=No
         return ChatFormat(tokenizer, vision, tokenizer.chat_template, tokenizer.tool_template)
     choices = f"{', '.join(map(repr, TEMPLATES))}, or a template in Jinja as text"
     if choice is None:
-        base = "the checkpoint has no chat_template, so it is a base model"
-        raise UnsupportedError(f"{base}: use generate, or pass chat_format= {choices}")
+        raise UnsupportedError(
+            f"the checkpoint has no chat_template, so it is a base model: use generate, or pass chat_format= {choices}"
+        )
     if not isinstance(choice, str) or (choice not in TEMPLATES and "{" not in choice):
         raise InputError(f"chat_format is {choice!r:.80}; it must be one of {choices}")
     template = TEMPLATES.get(choice, choice)
@@ -120,7 +121,7 @@ class ChatFormat:
             raise InputError(f"tools must be a list of dicts, the JSON schemas of functions, got {tools!r:.80}")
         conversation = _as_json([told, tools])
         told = [self._with_marks(message) for message in told]
-        options = {"add_generation_prompt": add_generation_prompt} | _thinking(enable_thinking)
+        options = {"add_generation_prompt": add_generation_prompt, "enable_thinking": enable_thinking}
         text = self._write(told, tools, **options)
         if tools and self._write(told, **options) == text:
             raise UnsupportedError("the chat_template leaves out the tools; put them into a message")
@@ -138,10 +139,9 @@ class ChatFormat:
         """
         told, media = read_messages([{"role": "user", "content": content}], self.vision)
         conversation = _as_json(told)
-        options = _thinking(enable_thinking)
         begun = [_ASKED, _ANSWERED]
-        added = self._write(begun + told, **options).split(_ANSWER, 1)[-1]
-        after_more = self._write(begun + begun + told, **options).split(_ANSWER, 2)[-1]
+        added = self._write(begun + told, enable_thinking=enable_thinking).split(_ANSWER, 1)[-1]
+        after_more = self._write(begun + begun + told, enable_thinking=enable_thinking).split(_ANSWER, 2)[-1]
         if not self._continues or after_more != added:
             raise UnsupportedError("the chat_template rewrites earlier turns; answer whole lists of messages with chat")
         return self._encode(added, media, conversation), media
@@ -175,10 +175,14 @@ class ChatFormat:
             content = content.replace(name, self._marks.put(name))
         return message | {"content": content}
 
-    def _write(self, told: list[dict], tools=None, add_generation_prompt: bool = True, **options) -> str:
+    def _write(
+        self, told: list[dict], tools=None, add_generation_prompt: bool = True, enable_thinking: bool = True
+    ) -> str:
         template = self._tool_template if tools else self._template
-        variables = {"marks": self._places} | self._variables | options
-        return template(messages=told, tools=tools or None, add_generation_prompt=add_generation_prompt, **variables)
+        variables = {"messages": told, "tools": tools or None, "add_generation_prompt": add_generation_prompt}
+        if not enable_thinking:  # by default, the variable stays undefined
+            variables["enable_thinking"] = False
+        return template(marks=self._places, **self._variables, **variables)
 
     def _encode(self, text: str, media: list[Prepared], conversation: str) -> list[int]:
         """Return the ids of what a template wrote, with images and videos in place of their marks.
@@ -193,8 +197,9 @@ class ChatFormat:
         words = [piece for piece in pieces if isinstance(piece, str)]
         for name in self._names("\n".join(words)):
             if name in self.tokenizer.special_tokens and _as_json(name)[1:-1] not in conversation:
-                formed = f"the chat_template forms the control token {name!r} from parts"
-                raise UnsupportedError(f"{formed}; pass another chat_format=")
+                raise UnsupportedError(
+                    f"the chat_template forms the control token {name!r} from parts; pass another chat_format="
+                )
         return self.tokenizer.encode_pieces(pieces, bos=False)
 
     def _names(self, text: str) -> list[str]:
@@ -211,11 +216,6 @@ def _as_json(value) -> str:
     except (TypeError, ValueError, RecursionError) as error:  # a lone surrogate is a ValueError
         raise InputError(f"a message, a tool or a call of one cannot be written as JSON: {error}") from None
     return text.lower()
-
-
-def _thinking(enable: bool) -> dict[str, bool]:
-    """Return the template's variable, which stays undefined by default."""
-    return {} if enable else {"enable_thinking": False}
 
 
 def split_thoughts(text: str) -> tuple[str, str]:

@@ -11,7 +11,6 @@ import json
 import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
 
 from pop.errors import InputError, PopError, UnsupportedError, import_extra
 from pop.inputs.tokenizers import Piece, splitter
@@ -70,7 +69,7 @@ def jinja(source: str, change: Callable[[str], str] = str) -> Template:
         lstrip_blocks=True,
         extensions=["jinja2.ext.loopcontrols"],
     )
-    environment.filters["tojson"] = _tojson
+    environment.filters["tojson"] = functools.partial(json.dumps, ensure_ascii=False)
     environment.globals |= {"raise_exception": _refuse, "strftime_now": _now}
     # {% generation %} ... {% endgeneration %} marks answers for training. It changes nothing in what is written.
     source = re.sub(r"({%-?\s*)generation(?=\s*-?%})", r"\1if true", source)
@@ -92,12 +91,9 @@ def jinja(source: str, change: Callable[[str], str] = str) -> Template:
         except PopError:
             raise
         except Exception as error:  # a template is a program, so it can raise anything
-            what = f"{type(error).__name__}: {error!s:.200}"
-            message = f"the checkpoint's chat_template fails ({what}); pass another chat_format="
-            raise UnsupportedError(message) from error
+            raise UnsupportedError(
+                f"the checkpoint's chat_template fails ({type(error).__name__}: {error!s:.200}); "
+                "pass another chat_format="
+            ) from error
 
     return run
-
-
-def _tojson(value: Any, ensure_ascii=False, indent=None, separators=None, sort_keys=False) -> str:
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)

@@ -68,19 +68,20 @@ def load_image(image) -> Tensor:
 
 def _tensor_to_array(image: Tensor) -> np.ndarray:
     """Return a tensor [H, W, 3] or [3, H, W] as an array [H, W, 3]."""
-    if image.dtype != torch.uint8 or image.ndim != 3 or (image.shape[0] == 3) == (image.shape[2] == 3):
-        found = f"an image tensor has shape {tuple(image.shape)} and dtype {image.dtype}"
-        advice = "turn floats from 0 to 1 into bytes with (255 * image).round().byte()"
-        raise InputError(f"{found}; it must be uint8, and either [3, H, W] or [H, W, 3]; {advice}")
-    if image.shape[0] == 3:
+    channels_first = image.ndim == 3 and image.shape[0] == 3
+    if channels_first and image.shape[2] == 3:
+        raise InputError(f"an image tensor has shape {list(image.shape)}, either [3, H, W] or [H, W, 3]; give an array")
+    if channels_first:
         image = image.permute(1, 2, 0)
     return image.cpu().numpy()
 
 
 def _from_array(image: np.ndarray) -> Tensor:
     if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
-        found = f"an image array has shape {image.shape} and dtype {image.dtype}"
-        raise InputError(f"{found}; it must be HxWx3, uint8")
+        raise InputError(
+            f"an image has shape {image.shape} and dtype {image.dtype}; it must be HxWx3, uint8; "
+            "turn floats from 0 to 1 into bytes with (255 * image).round()"
+        )
     height, width, _ = image.shape
     check_size(width, height, "an image array")
     return torch.from_numpy(np.array(image, order="C")).permute(2, 0, 1)  # [3, H, W], a copy
@@ -95,10 +96,8 @@ def normalise(pixels: Tensor, config: ImageConfig) -> Tensor:
 
 def check_file(path: str | os.PathLike, name: str, max_bytes: int) -> None:
     """Raise InputError unless `path` is a file of at most `max_bytes`."""
-    if re.match("https?://", os.fsdecode(path), re.IGNORECASE):
-        raise InputError(f"{name} is a network address, and pop opens none; download the file, and give its path")
     if not os.path.isfile(path):
-        raise InputError(f"{name} is not a file; give the path of a file")
+        raise InputError(f"{name} is not a file; give the path of a file (network addresses are not opened)")
     _check_bytes(os.path.getsize(path), name, max_bytes)
 
 
@@ -111,8 +110,7 @@ def reading(name: str, formats: tuple[str, ...]) -> Iterator[None]:
         raise
     except Exception as error:
         reason = f"{type(error).__name__}: {error}".split("\n")[0]
-        known = ", ".join(formats)
-        raise InputError(f"{name} is truncated or broken, or not one of {known} ({reason:.200})") from None
+        raise InputError(f"{name} is truncated or broken, or not one of {formats} ({reason:.200})") from None
 
 
 def _file_content(image) -> bytes:
@@ -126,8 +124,10 @@ def _file_content(image) -> bytes:
     if isinstance(image, io.BytesIO):
         image = image.getvalue()  # all of it, whatever has been read
     if not isinstance(image, (bytes, bytearray)):
-        known = "a path, bytes, a BytesIO, a data URL, a PIL image, or a uint8 array or tensor [H, W, 3]"
-        raise InputError(f"an image is of type {type(image).__name__}; give {known}")
+        raise InputError(
+            f"an image is of type {type(image).__name__}; give a path, bytes, a BytesIO, a data URL, a PIL image, "
+            "or a uint8 array or tensor [H, W, 3]"
+        )
     _check_bytes(len(image), "an image", MAX_BYTES)
     return image
 
@@ -143,9 +143,7 @@ def _from_pillow(image, name: str) -> Tensor:
     check_size(*image.size, name)  # the header has the size, so nothing is decoded yet
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I;16"):  # Pillow would clip the values at 255
-        values = np.asarray(image)
-        transparent = image.info.get("transparency", -1)
-        image = Image.fromarray(np.where(values == transparent, 255, values >> 8).astype(np.uint8))
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     if image.mode in ("I", "F"):
         raise InputError(f"{name} has pixels of 32 bits, whose range is unknown; convert them to 8 bits")
     if {"A", "a"} & set(image.getbands()) or image.info.get("transparency") is not None:
@@ -156,5 +154,7 @@ def _from_pillow(image, name: str) -> Tensor:
 
 def check_size(width: int, height: int, name: str) -> None:
     if not 1 <= width * height <= MAX_PIXELS or max(width, height) > MAX_SIDE:
-        limits = f"1 to {MAX_PIXELS:,} pixels and at most {MAX_SIDE:,} a side"
-        raise InputError(f"{name} is {width:,} pixels wide and {height:,} high; it must have {limits}")
+        raise InputError(
+            f"{name} is {width:,} pixels wide and {height:,} high; "
+            f"it must have 1 to {MAX_PIXELS:,} pixels and at most {MAX_SIDE:,} a side"
+        )

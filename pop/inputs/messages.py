@@ -43,16 +43,17 @@ def _read_message(message: dict, n: int, vision: Processor | None) -> tuple[dict
     if calls and content is None:
         content = ""
     parts = _read_parts(content, where, vision)
+    text = "".join(part for part in parts if isinstance(part, str))
     shown = [part for part in parts if isinstance(part, Prepared)]
     if shown and role != "user":
         raise InputError(f"{where} has an image or video; only messages with the role user may have one.")
-    if role == "user" and not shown and not "".join(parts).strip():
+    if role == "user" and not shown and not text.strip():
         raise InputError(f"{where} has the role user, but it is empty.")
     thoughts = message.get("reasoning_content")
     if not isinstance(thoughts, str | None):
         raise InputError(f"{where}: reasoning_content must be text, got {thoughts!r:.80}.")
     checked = dict(message)
-    checked["content"] = _typed(parts) if shown else "".join(parts)
+    checked["content"] = [_typed(part) for part in parts] if shown else text
     checked.pop("tool_calls", None)
     if calls:
         checked["tool_calls"] = calls
@@ -63,13 +64,10 @@ def _check_keys(message: dict, n: int) -> None:
     """Check the role of message `n`, and that it has the keys of its role."""
     if not isinstance(message, dict):
         raise InputError(f"message {n} must be a dict of 'role' and 'content', got {message!r:.80}.")
-    role = message.get("role", "user")
+    role = message.get("role")
     if not isinstance(role, str) or role not in KEYS or (role == "system" and n > 0):
         raise InputError(f"message {n} has the role {role!r}; use user, assistant or, for the first, system.")
-    needed = {"role", "content"}
-    if role == "assistant" and message.get("tool_calls"):
-        needed = {"role"}
-    if not needed <= message.keys() <= {"role", "content", *KEYS[role]}:
+    if not message.keys() <= {"role", "content", *KEYS[role]}:
         raise InputError(f"message {n} must be a dict of 'role' and 'content', got {message!r:.80}.")
 
 
@@ -79,43 +77,32 @@ def _read_parts(content: str | list[dict[str, Any]], where: str, vision: Process
         return [content]
     if not isinstance(content, list) or not content:
         raise InputError(f"{where}: the content must be text or a list of parts, got {content!r:.80}.")
-    parts = []
-    for part in content:
-        read = _read_part(part, where, vision)
-        if isinstance(read, str) and parts and isinstance(parts[-1], str):
-            parts[-1] += read
-        else:
-            parts.append(read)
-    return parts
+    return [_read_part(part, where, vision) for part in content]
 
 
 def _read_part(part: dict[str, Any], where: str, vision: Processor | None) -> str | Prepared:
-    kind = part.get("type") if isinstance(part, dict) else None
+    match part:
+        case {"type": "text", "text": str(text), **rest} if not rest:
+            return text
+        case {"type": "image", "image": given, **limits} if limits.keys() <= {"min_pixels", "max_pixels"}:
+            given = Image(given, **limits) if limits else given
+        case {"type": "video", "video": given, **rest} if not rest:
+            pass
+        case _:
+            raise InputError(f"{where}: a part must be like {{'type': 'text', 'text': 'Hi'}}, got {part!r:.80}.")
+    kind = part["type"]
     takes = () if vision is None else vision.marks
-    if kind in ("image", "video") and kind not in takes:
+    if kind not in takes:
         known = " and ".join(["text", *(f"{taken}s" for taken in takes)])
         raise UnsupportedError(f"{where} has a part of the type {kind!r}, but this model takes {known} only.")
-    limits = {}
-    if kind == "image":
-        limits = {name: part[name] for name in ("min_pixels", "max_pixels") if name in part}
-    known = kind in ("text", "image", "video") and part.keys() - limits.keys() == {"type", kind}
-    if not known or (kind == "text" and not isinstance(part["text"], str)):
-        raise InputError(f"{where}: a part must be like {{'type': 'text', 'text': 'Hi'}}, got {part!r:.80}.")
-    given = part[kind]
-    if kind == "text":
-        return given
-    return vision.prepare(kind, Image(given, **limits) if limits else given)
+    return vision.prepare(kind, given)
 
 
-def _typed(parts: list[str | Prepared]) -> list[dict]:
-    """Return texts and images as the parts of a message in a template. A template needs no pixels."""
-    typed = []
-    for part in parts:
-        if isinstance(part, str):
-            typed.append({"type": "text", "text": part})
-        else:
-            typed.append({"type": part.kind})
-    return typed
+def _typed(part: str | Prepared) -> dict:
+    """Return a text or an image as a part of a message in a template, which needs no pixels."""
+    if isinstance(part, str):
+        return {"type": "text", "text": part}
+    return {"type": part.kind}
 
 
 def _read_calls(calls: list[dict] | None, where: str) -> list[dict]:
@@ -123,8 +110,7 @@ def _read_calls(calls: list[dict] | None, where: str) -> list[dict]:
     try:
         return [_read_call(given) for given in calls or ()]
     except (KeyError, TypeError, ValueError, AttributeError, RecursionError):
-        like = tool_call("f", {"x": 1})
-        raise InputError(f"{where}: tool_calls must be a list of dicts like {like}") from None
+        raise InputError(f"{where}: tool_calls must be a list like {[tool_call('f', {'x': 1})]}") from None
 
 
 def _read_call(given: dict) -> dict:

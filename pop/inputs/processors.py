@@ -9,6 +9,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
+from math import inf
 from typing import ClassVar
 
 from torch import Tensor
@@ -76,31 +77,24 @@ class Processor:
         if min_pixels is None and max_pixels is None:
             return config
         if config is None or config.pixels is None:
-            family = self.config.family
-            raise InputError(f"the {family} family cannot choose its images' size; leave out min_pixels and max_pixels")
+            raise InputError(
+                f"the {self.config.family} family cannot choose its images' size; leave out min_pixels and max_pixels"
+            )
         least, most = config.pixels
-        if min_pixels is not None:
-            least = check_count("min_pixels", min_pixels)
         if max_pixels is not None:
             most = check_count("max_pixels", max_pixels)
-        if min_pixels is None:
             least = min(least, most)
-        if max_pixels is None:
+        if min_pixels is not None:
+            least = check_count("min_pixels", min_pixels, most=inf if max_pixels is None else most)
             most = max(least, most)
-        if least > most:
-            raise InputError(f"min_pixels is {least} and max_pixels is {most}; the first must not exceed the second")
         return replace(config, pixels=(least, most))
 
     def shorten(self, media: Sequence[Prepared], what: str = "it") -> str:
         """Say what to do about a prompt that is too long, with these images and videos. `what` names it."""
         if not media:
             return f"shorten {what}"
-        largest = max(media, key=lambda one: one.num_tokens)
-        found = f"its largest {largest.kind} takes {largest.num_tokens}"
-        if self.preparation[largest.kind].pixels is None:
-            return f"shorten {what}, or give fewer {largest.kind}s: {found}"
-        where = "in pop.load or pop.Image" if largest.kind == "image" else "in pop.Video"
-        return f"shorten {what}, or lower max_pixels {where}: {found}"
+        count = sum(one.num_tokens for one in media)
+        return f"shorten {what}, give fewer images or videos, or lower max_pixels: theirs are {count} tokens"
 
     def images(self, module, rows: list[list[Prepared]], tokens: Tensor, lengths: Tensor) -> TextOnly:
         """Run the vision tower of `module` on the images and videos of each batch row. Without any, return TEXT.
@@ -179,15 +173,9 @@ def as_list(kind: str, given) -> list:
 def _by_row(kind: str, given, num_rows: int) -> list[list]:
     """Return a list for each batch row. A single row may come without the list around it."""
     given = as_list(kind, given) or [()] * num_rows
-    is_row = [isinstance(one, list | tuple | None) and not (kind == "video" and _is_frames(one)) for one in given]
+    is_row = [isinstance(one, list | tuple | None) for one in given]
     if num_rows == 1 and not any(is_row):
         return [given]
     if len(given) != num_rows or not all(is_row):
-        files = ", with video files as pop.Video(path)" if kind == "video" else ""  # a list of paths is one video
-        raise InputError(f"{kind}s must be a list of {num_rows} lists, one for each prompt of the batch{files}")
+        raise InputError(f"{kind}s must be a list of {num_rows} lists, one for each prompt of the batch")
     return [list(row or ()) for row in given]
-
-
-def _is_frames(one) -> bool:
-    """Whether a list is one video, given as images, and not several videos."""
-    return bool(one) and not isinstance(one[0], list | tuple | Video | Prepared) and getattr(one[0], "ndim", 3) == 3

@@ -76,11 +76,8 @@ def _check_video(video, fps: float | None, is_path: bool) -> None:
     is_rate = isinstance(fps, Real) and not isinstance(fps, bool) and 1e-6 <= fps <= 1e6
     if fps is not None and (is_path or not is_rate):
         raise InputError(f"fps is {fps!r}; it must be a number from 1e-6 to 1e6, or None for a file, which has its own")
-    is_array = isinstance(video, (np.ndarray, Tensor))
-    if not (is_path or is_array or isinstance(video, Sequence)) or isinstance(video, bytes):
+    if not isinstance(video, (str, os.PathLike, np.ndarray, Tensor, Sequence)) or isinstance(video, bytes):
         raise InputError(f"a video is of type {type(video).__name__}; give a path, an array or a list of images")
-    if is_array and video.ndim != 4:
-        raise InputError(f"a video array has shape {tuple(video.shape)}; it must be TxHxWx3, uint8")
 
 
 def _sampled(count: int, fps: float, config: VideoConfig) -> list[int]:

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from pop.errors import TokenizerError
-from pop.inputs.byte_pair import BytePairTokenizer, bos_id_of, check, reachable
+from pop.inputs.byte_pair import BytePairTokenizer, bos_id_of, check, check_settings, reachable
 from pop.inputs.tokenizers import Tokenizer, sort_added
 
 # Gemma's control symbols. Its tokenizer.model marks them as user-defined, like runs of newlines, HTML tags and others
@@ -93,8 +93,7 @@ def from_tokenizer_json(spec: dict[str, Any]) -> BytePairTokenizer:
     check("the pre_tokenizer", spec.get("pre_tokenizer"), None, split)  # no text has a space at this step
     check("byte_fallback", model.get("byte_fallback"), True)
     check("the decoder", spec.get("decoder"), _DECODER)
-    for setting in ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "ignore_merges"):
-        check(f"the setting {setting}", model.get(setting) or None, None)
+    check_settings(model, {"type", "unk_token", "fuse_unk", "byte_fallback", "vocab", "merges"})
     vocab = model["vocab"]
     special, added, normalized = sort_added(spec["added_tokens"], vocab)
     special[model["unk_token"]] = vocab[model["unk_token"]]

@@ -40,7 +40,7 @@ class Tokenizer:
         added: dict[str, int],
         bytes_of: dict[int, bytes],
         bos_id: int | None = None,
-        normalize: Callable[[str], str] | None = None,
+        normalize: Callable[[str], str] = str,
         normalized: Iterable[str] = (),
     ):
         self.special_tokens = special_tokens
@@ -50,7 +50,7 @@ class Tokenizer:
         self.tool_template: str | None = None  # another one for conversations with tools
         self.template_variables: dict[str, str] = {}  # what templates call bos_token and the like
         self._normalized = set(normalized)
-        self._normalize = normalize or (lambda text: text)
+        self._normalize = normalize
         self._bytes_of = {id: name.encode() for name, id in added.items()} | bytes_of
         self._bytes_of |= dict.fromkeys(special_tokens.values(), b"")
         self.vocab_size = max(self._bytes_of) + 1
@@ -125,12 +125,9 @@ class Tokenizer:
             ids: A list, a tensor or an array.
             special: Write the names of special tokens. By default they are left out.
         """
-        names = self._special_names() if special else {}
+        names = {id: name for name, id in self.special_tokens.items()} if special else {}
         found = [self.token_bytes(id) or names.get(id, "").encode() for id in _as_list(ids)]
         return b"".join(found).decode("utf-8", "replace")
-
-    def _special_names(self) -> dict[int, str]:
-        return {id: name for name, id in self.special_tokens.items()}
 
     def token_bytes(self, id: int) -> bytes:
         """Return the bytes of a token, which may be part of a character. For a special token they are b""."""
@@ -161,19 +158,13 @@ class Tokenizer:
 
 
 class ForeignTokenizer(Tokenizer):
-    """A caller's object with encode(text) -> ids, which adds no BOS, and decode(ids) -> text.
-
-    It may also have special_tokens (ids by name), which its encode must not give for any text, bos_id and
-    chat_template.
-    """
+    """A caller's object with encode(text) -> ids, which adds no BOS, and decode(ids) -> text."""
 
     def __init__(self, source):
-        special_tokens = dict(getattr(source, "special_tokens", {}))
-        super().__init__(special_tokens, {}, {0: b""}, getattr(source, "bos_id", None))
+        super().__init__({}, {}, {0: b""})
         self._source = source
         self.vocab_size = sys.maxsize
         self.unused_ids = []
-        self.chat_template = getattr(source, "chat_template", None)
         if self._encode_text(""):
             raise InputError("tokenizer.encode('') gives token ids; it must add none, such as BOS, to a text")
 
@@ -181,12 +172,7 @@ class ForeignTokenizer(Tokenizer):
         return list(self._source.encode(text))
 
     def decode(self, ids: Iterable[int], special: bool = False) -> str:
-        names = self._special_names() if special else {}
-        text = ""
-        for name, group in groupby(_as_list(ids), names.get):
-            group = list(group)
-            text += self._source.decode(group) if name is None else name * len(group)
-        return text
+        return self._source.decode(list(_as_list(ids)))
 
 
 class _Finder:
@@ -234,7 +220,7 @@ def as_tokenizer(given) -> Tokenizer:
         return load_tokenizer(given)
     if isinstance(given, Tokenizer):
         return given
-    if not all(callable(getattr(given, name, None)) for name in ("encode", "decode")):
+    if not (hasattr(given, "encode") and hasattr(given, "decode")):
         raise InputError(f"tokenizer is {given!r:.80}; give a path, None, or an object with encode and decode")
     return ForeignTokenizer(given)
 
@@ -244,6 +230,8 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
 
     Raises TokenizerError if it is missing or broken, or has a feature that we do not reproduce exactly.
     """
+    if not isinstance(path, str | PathLike):
+        raise InputError(f"path is {path!r:.80}; give the path of a tokenizer")
     path = Path(expanduser(path))
     files = [path]
     if path.is_dir():
@@ -267,21 +255,23 @@ def _load(files: list[Path]) -> Tokenizer:
     if files[0].suffix == ".json":
         spec = json.loads(files[0].read_bytes())
     config = _read(folder, "tokenizer_config.json")
-    variables = _template_variables(_read(folder, "special_tokens_map.json") | config)
-    added = _added_tokens(folder, config, spec, set(variables.values()))
+    named = _named_tokens(_read(folder, "special_tokens_map.json") | config)
+    added = _added_tokens(folder, config, spec, named.values())
     data = files[-1].read_bytes()
     if files[-1].suffix != ".json" and data[:1] == b"\n":  # the first tag of a sentencepiece model
         tokenizer = sentence_piece.from_tokenizer_model(data, added)
     elif files[0].suffix != ".json":
-        advice = "convert the folder first, if it has Meta's files: python -m tools.convert SOURCE DIR"
-        raise TokenizerError(f"tokenizer.model is not sentencepiece's; {advice}")
+        raise TokenizerError(
+            "tokenizer.model is not sentencepiece's; "
+            "convert the folder first, if it has Meta's files: python -m tools.convert SOURCE DIR"
+        )
     else:
         normalizer = spec.get("normalizer") or {}
         replaces_spaces = normalizer.get("type") == "Replace"  # by sentencepiece's mark
         kind = sentence_piece if replaces_spaces else byte_pair
         tokenizer = kind.from_tokenizer_json(spec | {"added_tokens": added})
     templates = _chat_templates(folder, config)
-    tokenizer.template_variables = variables
+    tokenizer.template_variables = {key: token["content"] for key, token in named.items()}
     tokenizer.chat_template = templates.get("default")
     tokenizer.tool_template = templates.get("tool_use")
     return tokenizer
@@ -292,18 +282,31 @@ def _read(folder: Path, name: str) -> dict[str, Any]:
     return read_json(file, TokenizerError) if file.is_file() else {}
 
 
-def _template_variables(config: dict[str, Any]) -> dict[str, str]:
-    """Return the texts of bos_token, eos_token and the like, each given as a text or as a dict."""
-    variables = {}
-    for key, token in config.items():
-        if not key.endswith("_token") or not token or token is True:  # add_bos_token and its like are true or false
-            continue
-        variables[key] = token if isinstance(token, str) else token["content"]
-    return variables
+# The order in which transformers adds the tokens that only the configuration names.
+_FIRST = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 
-def _added_tokens(folder: Path, config: dict[str, Any], spec: dict[str, Any], special: set[str]) -> list[dict]:
-    """Return the added tokens of all files, in the form of tokenizer.json. Its own entries count most."""
+def _named_tokens(config: dict[str, Any]) -> dict[str, dict]:
+    """Return the special tokens that a configuration names, in the form of tokenizer.json and in transformers' order.
+
+    Templates call them by their keys: bos_token, eos_token and the like.
+    """
+    extra = config.get("extra_special_tokens") or config.get("additional_special_tokens") or {}
+    if isinstance(extra, list):
+        extra = {f"extra_{n}_token": token for n, token in enumerate(extra)}
+    tokens = {}
+    for key, token in (dict.fromkeys(_FIRST) | config | extra).items():
+        if key.endswith("_token") and token and token is not True:  # add_bos_token and its like are true or false
+            tokens[key] = {"content": token} if isinstance(token, str) else token
+    return tokens
+
+
+def _added_tokens(folder: Path, config: dict[str, Any], spec: dict[str, Any], named: Iterable[dict]) -> list[dict]:
+    """Return the added tokens of all files, in the form of tokenizer.json. Its own entries count most.
+
+    The last of them have no id: those that the configuration names, and no file lists.
+    """
+    special = {token["content"]: token | {"special": True} for token in named}
     tokens = {}
     for name, id in _read(folder, "added_tokens.json").items():
         tokens[name] = {"id": id, "content": name, "special": name in special}
@@ -311,22 +314,33 @@ def _added_tokens(folder: Path, config: dict[str, Any], spec: dict[str, Any], sp
         tokens[token["content"]] = {"id": int(id)} | token
     for token in spec.get("added_tokens", ()):
         tokens[token["content"]] = token
-    return list(tokens.values())
+    by_id = sorted(tokens.values(), key=lambda token: token["id"])
+    return by_id + [token for name, token in special.items() if name not in tokens]
 
 
 def sort_added(tokens: list[dict], vocab: dict[str, int]) -> tuple[dict, dict, set[str]]:
-    """Return the ids of special and of other added tokens, and the names that are sought in the normalised text."""
+    """Return the ids of special and of other added tokens, and the names that are sought in the normalised text.
+
+    As in transformers, tokens that the vocabulary lacks get the ids after it, in order. Other ids are refused.
+    """
     special = {}
     added = {}
     normalized = set()
+    free = len(vocab)
     for token in tokens:
         name = token["content"]
-        id = token["id"]
         for flag in ("single_word", "lstrip", "rstrip"):
             if token.get(flag, False):
                 raise TokenizerError(f"{flag} of the added token {name!r} is set, which is not supported.")
-        if not name.encode() or vocab.get(name, id) != id:
-            raise TokenizerError(f"the added token {name!r} has two ids or no text.")
+        expected = vocab.get(name, free)
+        id = token.get("id", expected)
+        if not name.encode() or id != expected:
+            raise TokenizerError(
+                f"the added token {name!r} has the id {id!r}; "
+                f"it must have a text and the id {expected}, since ids have no gaps."
+            )
+        if name not in vocab:
+            free += 1
         kind = special if token["special"] else added
         kind[name] = id
         if token.get("normalized", False):
@@ -340,19 +354,14 @@ def sort_added(tokens: list[dict], vocab: dict[str, int]) -> tuple[dict, dict, s
 
 def _chat_templates(folder: Path, config: dict[str, Any]) -> dict[str, str]:
     """Return the chat templates by name; the usual one is "default"."""
-    template = config.get("chat_template")
-    for name in ("chat_template.json", "processor_config.json"):
-        template = template or _read(folder, name).get("chat_template")
+    template = config.get("chat_template") or _read(folder, "chat_template.json").get("chat_template")
     if (folder / "chat_template.jinja").is_file():
         template = (folder / "chat_template.jinja").read_text(encoding="utf-8")
+    templates = {"default": template} if template else {}
     if isinstance(template, list):
         templates = {entry["name"]: entry["template"] for entry in template}
-    elif isinstance(template, dict):
-        templates = dict(template)
-    else:
-        templates = {"default": template} if template else {}
-    for file in sorted((folder / "additional_chat_templates").glob("*.jinja")):
-        templates.setdefault(file.stem, file.read_text(encoding="utf-8"))
+    for file in (folder / "additional_chat_templates").glob("*.jinja"):
+        templates[file.stem] = file.read_text(encoding="utf-8")
     if not all(isinstance(template, str) for template in templates.values()):
         raise TokenizerError("a chat_template is not text.")
     return templates
