@@ -56,16 +56,14 @@ def test_prompts_come_as_lists_tensors_and_batches_of_either(model):
 
 
 def test_a_seed_gives_the_same_tokens_alone_and_anywhere_in_a_batch(model):
+    """Without a seed, every call differs."""
     options = {"max_new_tokens": 12, "temperature": 1.3, "seed": 11}
     alone = model.generate(PROMPTS[0], **options).tokens
     assert alone == model.generate(PROMPTS[0], **options).tokens
     for batch in (PROMPTS, PROMPTS[::-1]):
         assert model.generate(batch, **options)[batch.index(PROMPTS[0])].tokens == alone
     assert model.generate(PROMPTS[0], **{**options, "seed": 12}).tokens != alone
-
-
-def test_without_a_seed_every_call_differs(model):
-    first, second = (model.generate(PROMPTS[0], max_new_tokens=30, temperature=2.0).tokens for _ in range(2))
+    first, second = (model.generate(PROMPTS[0], **{**options, "seed": None}).tokens for _ in range(2))
     assert first != second
 
 
@@ -73,6 +71,7 @@ def test_without_a_seed_every_call_differs(model):
 
 
 def test_an_end_token_ends_the_answer_and_is_not_part_of_it(model):
+    """The checkpoint's, and the one that ends a turn in the chat format."""
     free = model.generate(PROMPTS[2], max_new_tokens=9).tokens
     end = free[4]
     config = tiny_config(vocab_size=256, max_positions=128, eos_ids=(end,))
@@ -81,14 +80,9 @@ def test_an_end_token_ends_the_answer_and_is_not_part_of_it(model):
     assert (batch[2].tokens, batch[2].finish_reason) == (free[: free.index(end)], "stop")
     for answer, prompt in zip(batch, PROMPTS, strict=True):
         assert answer.tokens == ending.generate(prompt, max_new_tokens=9).tokens
-
-
-def test_a_turn_ends_where_the_chat_format_says(model):
-    """Also where the checkpoint does not list the token that ends a turn."""
-    free = model.generate(PROMPTS[2], max_new_tokens=9).tokens
-    tokenizer = Letters({"<|im_start|>": 255, "<|im_end|>": free[4]})
+    tokenizer = Letters({"<|im_start|>": 255, "<|im_end|>": end})
     answer = pop.Model(model.module, model.config, tokenizer, plan=model.plan).generate(PROMPTS[2], max_new_tokens=9)
-    assert (answer.tokens, answer.finish_reason) == (free[: free.index(free[4])], "stop")
+    assert (answer.tokens, answer.finish_reason) == (free[: free.index(end)], "stop")
 
 
 def test_ids_beyond_the_tokenizer_are_never_picked(model):

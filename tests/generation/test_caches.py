@@ -57,9 +57,9 @@ def test_answers_in_a_kept_cache_are_those_in_a_new_one(steps):
     for one in (model, other):
         one.module.model.norm.weight.data += 1  # larger logits, so that answers differ
     other.caches = SpareCaches(0)
-    for prompt in [*PROMPTS, PROMPTS, PROMPTS[:2], PROMPTS[1]]:
+    for prompt in [PROMPTS[0], PROMPTS, PROMPTS[:2], PROMPTS[1]]:
         for options in ({}, {"temperature": 1.0, "seed": 4}):
-            found, expected = (m.generate(prompt, max_new_tokens=12, **options) for m in (model, other))
+            found, expected = (m.generate(prompt, max_new_tokens=6, **options) for m in (model, other))
             found, expected = ([one] if hasattr(one, "tokens") else one for one in (found, expected))
             assert [one.tokens for one in found] == [one.tokens for one in expected]
 
@@ -159,12 +159,12 @@ def test_a_cache_that_a_fork_has_is_never_used_again(steps, tmp_path):
 
 def test_threads_never_share_a_cache(steps):
     model = new_model()
-    expected = {tuple(prompt): model.generate(prompt, max_new_tokens=20).tokens for prompt in PROMPTS}
+    expected = {tuple(prompt): model.generate(prompt, max_new_tokens=8).tokens for prompt in PROMPTS}
     wrong = []
 
     def run(prompt):
-        for _ in range(5):
-            if model.generate(prompt, max_new_tokens=20).tokens != expected[tuple(prompt)]:
+        for _ in range(2):
+            if model.generate(prompt, max_new_tokens=8).tokens != expected[tuple(prompt)]:
                 wrong.append(prompt)
 
     threads = [threading.Thread(target=run, args=(prompt,)) for prompt in PROMPTS]
@@ -209,7 +209,7 @@ def test_kept_caches_take_a_quarter_of_the_memory_at_most(monkeypatch):
         assert kept._spare == expected
 
 
-def test_a_cache_is_kept_for_models_and_answers_that_it_fits(steps):
+def test_a_cache_is_kept_for_answers_that_it_fits_and_not_for_a_copy_of_the_model(steps):
     model = new_model()
     model.generate([1], max_new_tokens=2)
     model.module.double()
@@ -218,6 +218,7 @@ def test_a_cache_is_kept_for_models_and_answers_that_it_fits(steps):
     model.generate([1], max_new_tokens=2)
     kept = [(cache.previous_hidden.dtype, cache.chunk_size) for cache in model.caches._spare]
     assert kept == [(torch.float64, 16), (torch.float64, 2048)]
+    assert copy.deepcopy(model).caches._spare == []
 
 
 def test_the_cache_of_an_answer_that_failed_is_not_kept(steps, monkeypatch):
@@ -233,13 +234,6 @@ def test_the_cache_of_an_answer_that_failed_is_not_kept(steps, monkeypatch):
         model.generate([[1, 2] * 250, [2]], max_new_tokens=20)  # the context ends the first row's answer
     assert model.caches._spare == []
     assert len(model.generate([[1, 2] * 250, [2]], max_new_tokens=20)) == 2
-
-
-def test_a_copy_of_a_model_shares_no_cache(steps):
-    model = new_model()
-    model.generate([1], max_new_tokens=2)
-    assert model.caches._spare
-    assert copy.deepcopy(model).caches._spare == []
 
 
 def test_a_cache_may_change_between_inference_mode_and_none():

@@ -50,11 +50,11 @@ def naive(model, prompt, count, change=lambda tokens, answer, logits: logits, en
 @pytest.mark.parametrize("penalty", [0.7, 1.4])
 def test_repetition_penalty_is_the_papers_and_sees_the_prompt(model, penalty):
     """Keskar et al. 2019, as in transformers: positive logits are divided by it, and negative ones multiplied."""
-    expected = [naive(model, p, 12, lambda tokens, _, x: penalised(x, tokens, penalty)) for p in PROMPTS]
-    options = {"max_new_tokens": 12, "repetition_penalty": penalty}
+    expected = [naive(model, p, 8, lambda tokens, _, x: penalised(x, tokens, penalty)) for p in PROMPTS]
+    options = {"max_new_tokens": 8, "repetition_penalty": penalty}
     assert [answer.tokens for answer in model.generate(PROMPTS, **options)] == expected
     assert [model.generate(prompt, **options).tokens for prompt in PROMPTS] == expected
-    assert expected != [answer.tokens for answer in model.generate(PROMPTS, max_new_tokens=12)]
+    assert expected != [answer.tokens for answer in model.generate(PROMPTS, max_new_tokens=8)]
     prefix = model.prefix(PROMPTS[2][:20])
     assert prefix.generate(PROMPTS[2][20:], **options).tokens == expected[2]
 
@@ -81,16 +81,18 @@ def test_no_token_ends_an_answer_before_min_new_tokens(model):
     assert min(len(answer.tokens) for answer in free) < 7 <= min(len(answer.tokens) for answer in answers)
     assert [answer.tokens for answer in answers] == [naive(biased, prompt, 20, barred) for prompt in PROMPTS]
     options = {"max_new_tokens": 20, "min_new_tokens": 7, "temperature": 3.0}
-    sampled = [answer for seed in range(5) for answer in biased.generate(PROMPTS, seed=seed, **options)]
+    sampled = [answer for seed in range(2) for answer in biased.generate(PROMPTS, seed=seed, **options)]
     lengths = [len(answer.tokens) for answer in sampled]
     assert 7 <= min(lengths) < max(lengths) <= 20
     assert not {token for answer in sampled for token in answer.tokens} & {*ENDS}
 
 
 def test_stop_tokens_end_an_answer_and_are_not_part_of_it(model):
-    free = model.generate(PROMPTS[2], max_new_tokens=9).tokens
-    answer = model.generate(PROMPTS[2], max_new_tokens=9, stop_token_ids=[free[4], 250])
+    whole = model.generate(PROMPTS[2], max_new_tokens=9, logprobs=True)
+    free = whole.tokens
+    answer = model.generate(PROMPTS[2], max_new_tokens=9, stop_token_ids=[free[4], 250], logprobs=True)
     assert (answer.tokens, answer.finish_reason) == (free[: free.index(free[4])], "stop")
+    assert answer.logprobs == whole.logprobs[: len(answer.tokens)]
     assert len(model.generate(PROMPTS[2], max_new_tokens=9, stop_token_ids=[free[0]], min_new_tokens=3).tokens) >= 3
     with pytest.raises(pop.InputError, match="token id 256"):
         model.generate(PROMPTS[2], stop_token_ids=[256])
@@ -114,7 +116,7 @@ def test_the_callers_function_decides_row_by_row(model):
         logits[len(answer)] = -50.0
         return logits
 
-    answers = model.generate(PROMPTS, max_new_tokens=9, logits_processor=only_even)
+    answers = model.generate(PROMPTS, max_new_tokens=9, logits_processor=lambda *both: only_even(*both).double())
     expected = [naive(model, prompt, 9, change) for prompt in PROMPTS]
     assert [answer.tokens for answer in answers] == expected
     assert not any(token % 2 for answer in answers for token in answer.tokens)
@@ -175,11 +177,6 @@ def test_a_model_that_overflows_is_not_blamed_on_the_function(model, monkeypatch
         model.generate(PROMPTS, logits_processor=lambda tokens, logits: torch.zeros_like(logits))
 
 
-def test_the_function_may_return_float64(model):
-    answer = model.generate(PROMPTS[0], max_new_tokens=5, logits_processor=lambda _, logits: logits.double())
-    assert answer.tokens == model.generate(PROMPTS[0], max_new_tokens=5).tokens
-
-
 # Rows and devices
 
 
@@ -232,9 +229,3 @@ def test_log_probabilities_are_the_models_own(model, plan):
     expected = model.logits([PROMPTS[0]])[0, -1].log_softmax(-1)[first.tokens[0]]
     assert first.logprobs == [pytest.approx(expected.item(), abs=1e-5)]
     assert model.generate(PROMPTS[0], max_new_tokens=1).logprobs is None
-
-
-def test_log_probabilities_leave_out_the_end_token(model):
-    free = model.generate(PROMPTS[2], max_new_tokens=9, logprobs=True)
-    cut = model.generate(PROMPTS[2], max_new_tokens=9, logprobs=True, stop_token_ids=[free.tokens[4]])
-    assert cut.logprobs == free.logprobs[: len(cut.tokens)]

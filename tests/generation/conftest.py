@@ -1,0 +1,11 @@
+"""The models of the tests of conversations and prefixes."""
+
+import pytest
+from support.chat_models import PAIRS, PLANS, make
+
+
+@pytest.fixture(params=PAIRS, ids=", ".join)
+def model(request):
+    """Tiny models that chat."""
+    family, plan = request.param
+    return make(family, PLANS[plan])
