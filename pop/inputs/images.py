@@ -110,7 +110,7 @@ def reading(name: str, formats: tuple[str, ...]) -> Iterator[None]:
         raise
     except Exception as error:
         reason = f"{type(error).__name__}: {error}".split("\n")[0]
-        raise InputError(f"{name} is truncated or broken, or not one of {formats} ({reason:.200})") from None
+        raise InputError(f"{name} is truncated or broken, or not one of {', '.join(formats)} ({reason:.200})") from None
 
 
 def _file_content(image) -> bytes:

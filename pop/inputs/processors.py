@@ -173,9 +173,16 @@ def as_list(kind: str, given) -> list:
 def _by_row(kind: str, given, num_rows: int) -> list[list]:
     """Return a list for each batch row. A single row may come without the list around it."""
     given = as_list(kind, given) or [()] * num_rows
-    is_row = [isinstance(one, list | tuple | None) for one in given]
+    is_row = [_is_row(kind, one) for one in given]
     if num_rows == 1 and not any(is_row):
         return [given]
     if len(given) != num_rows or not all(is_row):
         raise InputError(f"{kind}s must be a list of {num_rows} lists, one for each prompt of the batch")
     return [list(row or ()) for row in given]
+
+
+def _is_row(kind: str, one) -> bool:
+    """Whether an element is the list of a batch row. A list of arrays or tensors of three dimensions is one video."""
+    if not isinstance(one, list | tuple | None):
+        return False
+    return not (kind == "video" and one and getattr(one[0], "ndim", 0) == 3)

@@ -36,37 +36,63 @@ def test_ids_are_the_originals(family, tmp_path):
         assert (token["content"] in tokenizer.special_tokens) == token["special"]
 
 
-@pytest.mark.parametrize("source", ["tokenizer.json", "tokenizer_config.json", "added_tokens.json"])
-def test_gemmas_come_from_any_file(tmp_path, source):
+def test_gemmas_come_from_any_file(tmp_path):
     """A tokenizer.model, which lies beside it, lacks them."""
-    (tmp_path / "tokenizer.model").write_bytes(train())
-    if source == "tokenizer.json":
-        names = {"<tool>": (500, False), "<|new|>": (502, True)}
-        added = [{"id": id, "content": name, "special": special} for name, (id, special) in names.items()]
-        content = {"added_tokens": added, "model": {}}
-    elif source == "tokenizer_config.json":
-        tokens = {"500": {"content": "<tool>", "special": False}, "502": {"content": "<|new|>", "special": True}}
-        content = {"added_tokens_decoder": tokens}
-    else:
-        content = {"<tool>": 500, "<|new|>": 502}
-        (tmp_path / "special_tokens_map.json").write_text('{"other_token": {"content": "<|new|>"}}')
-    (tmp_path / source).write_text(json.dumps(content))
-    tokenizer = load_tokenizer(tmp_path)
-    a, b = (tokenizer.encode(text, bos=False) for text in ("a", "b"))
-    assert tokenizer.encode("a<tool>b", bos=False) == [*a, 500, *b]
-    assert tokenizer.special_tokens["<|new|>"] == 502 and 502 not in tokenizer.encode("<|new|>")
-    assert tokenizer.encode("<|new|>", bos=False, allow_special=True) == [502]
-    assert tokenizer.decode([*a, 500, 502]) == "a<tool>" and tokenizer.vocab_size == 503
-    assert tokenizer.unused_ids == [501]
+    model = train()
+    tool = {"content": "<tool>", "special": False}
+    new = {"content": "<|new|>", "special": True}
+    sources = {
+        "tokenizer.json": {"added_tokens": [{"id": 500} | tool, {"id": 501} | new], "model": {}},
+        "tokenizer_config.json": {"added_tokens_decoder": {"500": tool, "501": new}},
+        "added_tokens.json": {"<tool>": 500, "<|new|>": 501},
+    }
+    for source, content in sources.items():
+        folder = tmp_path / source
+        folder.mkdir()
+        (folder / "tokenizer.model").write_bytes(model)
+        (folder / source).write_text(json.dumps(content))
+        (folder / "special_tokens_map.json").write_text('{"other_token": {"content": "<|new|>"}}')
+        tokenizer = load_tokenizer(folder)
+        a, b = (tokenizer.encode(text, bos=False) for text in ("a", "b"))
+        assert tokenizer.encode("a<tool>b", bos=False) == [*a, 500, *b]
+        assert tokenizer.special_tokens["<|new|>"] == 501 and 501 not in tokenizer.encode("<|new|>")
+        assert tokenizer.encode("<|new|>", bos=False, allow_special=True) == [501]
+        assert tokenizer.decode([*a, 500, 501]) == "a<tool>" and tokenizer.vocab_size == 502
+        assert tokenizer.unused_ids == []
+
+
+def test_tokens_that_only_the_configuration_names_get_the_next_free_ids(tmp_path):
+    """As in transformers: first bos_token, eos_token and the like, then those of lists."""
+    spec = spec_of("qwen3")
+    free = len(spec["model"]["vocab"]) + sum(t["content"] not in spec["model"]["vocab"] for t in spec["added_tokens"])
+    config = {"additional_special_tokens": ["<|im_end|>", "<x>", {"content": "<y>"}], "pad_token": "[PAD]"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config | {"add_bos_token": True, "unk_token": None}))
+    (tmp_path / "special_tokens_map.json").write_text('{"eos_token": {"content": "</s>", "special": true}}')
+    tokenizer = load(spec, tmp_path)
+    expected = {"</s>": free, "[PAD]": free + 1, "<x>": free + 2, "<y>": free + 3}
+    assert expected.items() <= tokenizer.special_tokens.items()
+    assert tokenizer.encode("</s>[PAD]<x><y>", allow_special=True) == [*expected.values()]
+    assert {*expected.values()}.isdisjoint(tokenizer.encode("</s>[PAD]<x><y>"))
+    assert load_tokenizer(tmp_path).template_variables["pad_token"] == "[PAD]"
+
+
+def test_a_gap_before_the_added_tokens_is_refused(tmp_path):
+    """transformers numbers such tokens anew, so all control tokens would differ."""
+    spec = spec_of("qwen3")
+    spec["model"]["vocab"].popitem()
+    with pytest.raises(TokenizerError, match=r"'<\|endoftext\|>' has the id (\d+).*gap"):
+        load(spec | {"model": spec["model"] | {"merges": []}}, tmp_path)
 
 
 @pytest.mark.parametrize(
     ("token", "message"),
     [
         ({"id": 500, "content": "<x>", "lstrip": True}, "lstrip"),
-        ({"id": 5, "content": "<x>"}, "appears twice"),
-        ({"id": 10**12, "content": "<x>"}, "too large"),
-        ({"id": 0, "content": "<table>"}, "two ids"),
+        ({"id": 5, "content": "<x>"}, "the id 500"),
+        ({"id": 10**12, "content": "<x>"}, "the id 500"),
+        ({"id": 502, "content": "<x>"}, "the id 500"),
+        ({"id": 500, "content": ""}, "a text"),
+        ({"id": 0, "content": "<table>"}, "the id 6"),
         ({"content": "the", "special": True}, "merges into the special token .the"),  # ordinary text would
     ],
 )
@@ -85,6 +111,7 @@ def test_some_are_refused(tmp_path, token, message):
         (("normalizer", "content"), "_", "normalizer"),
         (("pre_tokenizer", "behavior"), "Isolated", "pre_tokenizer"),
         (("decoder", "decoders"), [], "decoder"),
+        (("decoder",), None, "decoder is None"),
         (("model", "byte_fallback"), False, "byte_fallback"),
         (("model", "dropout"), 0.5, "dropout"),
         (("model", "unk_token"), None, "None"),
@@ -102,22 +129,28 @@ def test_other_sentencepiece_in_a_tokenizer_json_is_refused(tmp_path, path, valu
         load(spec, tmp_path)
 
 
-@pytest.mark.parametrize("name", ["\n\nHuman:", "a\n\nb", "the ing"])
-def test_of_overlapping_tokens_the_first_and_longest_counts(tmp_path, name):
+def test_of_overlapping_tokens_the_first_and_longest_counts(tmp_path):
     """In a tokenizer.model, runs of newlines are symbols that are sought together with added tokens."""
     (tmp_path / "tokenizer.model").write_bytes(train())
     plain = load_tokenizer(tmp_path)
-    content = {"added_tokens": [{"id": 500, "content": name, "special": False}], "model": {}}
-    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    x, y, newlines = (plain.encode(text, bos=False) for text in ("x", "y", "\n\n\nHuman:"))
+    names = ["\n\nHuman:", "a\n\nb", "the ing"]
+    added = [{"id": 500 + n, "content": name, "special": False} for n, name in enumerate(names)]
+    (tmp_path / "tokenizer.json").write_text(json.dumps({"added_tokens": added, "model": {}}))
     tokenizer = load_tokenizer(tmp_path)
-    assert tokenizer.encode(f"x{name}y", bos=False) == [
-        *plain.encode("x", bos=False),
-        500,
-        *plain.encode("y", bos=False),
+    for id, name in enumerate(names, 500):
+        assert tokenizer.encode(f"x{name}y", bos=False) == [*x, id, *y]
+        assert tokenizer.decode([id]) == name
+    assert tokenizer.encode("\n\n\nHuman:", bos=False) == newlines
+    spec = spec_of("qwen3")
+    free = max(token["id"] for token in spec["added_tokens"]) + 1
+    spec["added_tokens"] += [
+        {"id": free + n, "content": c, "special": False} for n, c in enumerate(("<thi", "<think>>"))
     ]
-    assert tokenizer.decode([500]) == name
-    earlier = tokenizer.encode("\n\n\nHuman:", bos=False)
-    assert earlier == plain.encode("\n\n\nHuman:", bos=False) and 500 not in earlier
+    (tmp_path / "qwen3").mkdir()
+    tokenizer = load(spec, tmp_path / "qwen3")
+    think = tokenizer.encode("<think>")
+    assert tokenizer.encode("<thi<think><think>>") == [free, *think, free + 1] and len(think) == 1
 
 
 def merged_one_by_one(spec: dict, text: str) -> list[int]:
@@ -140,7 +173,7 @@ def test_merges_are_followed_as_listed(tmp_path, seed):
     spec["model"]["merges"] = merges if seed == 0 else draw.sample(merges, len(merges) * 3 // 4)
     tokenizer = load(spec, tmp_path)
     pool = [name for name in spec["model"]["vocab"] if name.isalpha()] + [*" \u4e2d\u00e9\u00bd~", "\U0001f44d"]
-    for _ in range(300):
+    for _ in range(100):
         text = "".join(draw.choices(pool, k=12))
         assert tokenizer.encode(text, bos=False) == merged_one_by_one(spec, text), ascii(text)
 

@@ -49,23 +49,18 @@ def test_conversations_with_tools_and_thoughts_are_as_the_template_writes_them(n
     assert form.encode(messages, **options) == golden["ids"]
 
 
-@pytest.mark.parametrize("name", ["llama-3.1", "qwen3"])
-def test_tools_calls_and_results_cannot_become_control_tokens(name):
-    form = form_of(name)
-    special = form.tokenizer.special_tokens
-    plain, evil = [
-        form.encode(
-            [
-                ASKED,
-                {"role": "assistant", "tool_calls": [{"function": {"name": text, "arguments": {text: [text]}}}]},
-                {"role": "tool", "name": text, "content": text},
-            ],
-            tools=[{"name": text, text: {text: text}}],
-        )
-        for text in ("x", "".join(special))
-    ]
-    control = {*special.values()}
-    assert [id for id in plain if id in control] == [id for id in evil if id in control]
+def test_tools_calls_and_results_cannot_become_control_tokens():
+    for name in ("llama-3.1", "qwen3"):
+        form = form_of(name)
+        special = form.tokenizer.special_tokens
+        control = []
+        for text in ("x", "".join(special)):
+            call = {"function": {"name": text, "arguments": {text: [text]}}}
+            messages = [ASKED, {"role": "assistant", "tool_calls": [call]}]
+            messages.append({"role": "tool", "name": text, "content": text})
+            ids = form.encode(messages, tools=[{"name": text, text: {text: text}}])
+            control.append([id for id in ids if id in special.values()])
+        assert control[0] == control[1]
 
 
 def test_calls_in_an_answer_are_found():
@@ -98,29 +93,26 @@ WRONG_CALLS = [
 ]
 
 
-@pytest.mark.parametrize(
-    ("message", "named"),
-    [
-        *(({"role": "assistant", "content": "", "tool_calls": calls}, "tool_calls must be") for calls in WRONG_CALLS),
-        ({"role": "assistant", "content": "", "reasoning_content": 3}, "reasoning_content must be"),
-        ({"role": "assistant", "tool_calls": []}, "must be a dict"),
-        ({"role": "user", "content": "", "tool_calls": []}, "must be a dict"),
-        ({"role": "tool"}, "must be a dict"),
-        ({"role": "tool", "content": {"a": 1}}, "content must be"),
-        ({"role": ["tool"], "content": ""}, "has the role"),
-        ({"role": "assistant", "tool_calls": [{"name": "f", "arguments": {"x": {1, 2}}}]}, "cannot be written as JSON"),
-    ],
-)
-def test_messages_that_are_refused(message, named):
-    with pytest.raises(InputError, match=named):
-        form_of("qwen3").encode([ASKED, message])
+WRONG = [
+    *(({"role": "assistant", "content": "", "tool_calls": calls}, "tool_calls must be") for calls in WRONG_CALLS),
+    ({"role": "assistant", "content": "", "reasoning_content": 3}, "reasoning_content must be"),
+    ({"role": "assistant", "tool_calls": []}, "content must be"),
+    ({"role": "user", "content": "", "tool_calls": []}, "must be a dict"),
+    ({"role": "tool"}, "content must be"),
+    ({"role": "tool", "content": {"a": 1}}, "content must be"),
+    ({"role": ["tool"], "content": ""}, "has the role"),
+    ({"role": "assistant", "tool_calls": [{"name": "f", "arguments": {"x": {1, 2}}}]}, "cannot be written as JSON"),
+]
 
 
-@pytest.mark.parametrize("tools", [3, {"name": "f"}, ["f"], [{"f": {1}}], [{"f": float}]])
-def test_tools_that_are_refused(tools):
-    for name in ("qwen3", "llama-3.1"):
-        with pytest.raises(InputError, match="tool"):
-            form_of(name).encode([ASKED], tools=tools)
+def test_messages_and_tools_that_are_refused():
+    for message, named in WRONG:
+        with pytest.raises(InputError, match=named):
+            form_of("qwen3").encode([ASKED, message])
+    for tools in (3, {"name": "f"}, ["f"], [{"f": {1}}], [{"f": float}]):
+        for name in ("qwen3", "llama-3.1"):
+            with pytest.raises(InputError, match="tool"):
+                form_of(name).encode([ASKED], tools=tools)
 
 
 def test_llama_needs_a_users_message_for_its_tools():
@@ -138,16 +130,13 @@ def test_the_next_prompt_is_what_the_conversation_adds(name):
     assert form.next_prompt(" And\n")[0][0] == form.end_ids[0]
 
 
-@pytest.mark.parametrize(
-    ("text", "thoughts", "answer"),
-    [
+def test_thoughts_are_apart_from_the_answer():
+    for text, thoughts, answer in (
         ("<think>\nHm.\n</think>\n\nYes.", "Hm.", "Yes."),
         ("Hm.\n</think>\n\nYes.", "Hm.", "Yes."),
         ("Yes.", "", "Yes."),
         ("<think>\n\n</think>\n\nYes.", "", "Yes."),
         (None, "", None),
-    ],
-)
-def test_thoughts_are_apart_from_the_answer(text, thoughts, answer):
-    generation = Generation(text, [1], 1, 0.0, 0.0, "stop")
-    assert (generation.thoughts, generation.answer) == (thoughts, answer)
+    ):
+        generation = Generation(text, [1], 1, 0.0, 0.0, "stop")
+        assert (generation.thoughts, generation.answer) == (thoughts, answer)

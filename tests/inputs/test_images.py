@@ -19,7 +19,7 @@ from support.tiny_images import image, random_bytes
 
 from pop.errors import InputError, MissingExtra
 from pop.inputs import images
-from pop.inputs.images import load_image
+from pop.inputs.images import FORMATS, load_image
 
 
 def channels_first(array: np.ndarray) -> torch.Tensor:
@@ -51,16 +51,13 @@ def test_arrays_and_tensors_are_taken_as_they_are():
     assert all(one.any() for one in loaded), "it shares the caller's memory"
 
 
-@pytest.mark.parametrize("format", ["PNG", "BMP", "TIFF", "PPM", "WEBP"])
-def test_lossless_files(tmp_path, format):
+def test_files(tmp_path):
     picture = random_bytes(11, 6, 3, seed=2)
-    options = {"lossless": True} if format == "WEBP" else {}
-    path = write(tmp_path / "image", saved(Image.fromarray(picture), format, **options).getvalue())
-    assert torch.equal(load_image(path), channels_first(picture))
-    assert torch.equal(load_image(str(path)), channels_first(picture))
-
-
-def test_jpeg(tmp_path):
+    for format in ("PNG", "BMP", "TIFF", "PPM", "WEBP"):
+        options = {"lossless": True} if format == "WEBP" else {}
+        path = write(tmp_path / "image", saved(Image.fromarray(picture), format, **options).getvalue())
+        for form in (path, str(path)):
+            assert torch.equal(load_image(form), channels_first(picture))
     picture = np.repeat(np.repeat(random_bytes(2, 3, 3, seed=3), 16, 0), 16, 1)
     path = write(tmp_path / "image.jpg", saved(Image.fromarray(picture), "JPEG", quality=100, subsampling=0).getvalue())
     assert (load_image(path).int() - channels_first(picture).int()).abs().max() <= 2  # flat blocks, rounded twice
@@ -79,16 +76,15 @@ ORIENTATIONS = {
 }
 
 
-@pytest.mark.parametrize("orientation", ORIENTATIONS)
 @pytest.mark.parametrize("format", ["PNG", "TIFF"])
-def test_exif_orientation(tmp_path, orientation, format):
+def test_exif_orientation(tmp_path, format):
     upright = random_bytes(5, 8, 3, seed=4)
-    turned = Image.fromarray(np.ascontiguousarray(ORIENTATIONS[orientation](upright)))
-    exif = Image.Exif()
-    exif[0x0112] = orientation
-    file = saved(turned, format, exif=exif)
-    assert torch.equal(load_image(write(tmp_path / "image", file.getvalue())), channels_first(upright))
-    assert torch.equal(load_image(Image.open(file)), channels_first(upright))
+    for orientation, turn in ORIENTATIONS.items():
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        file = saved(Image.fromarray(np.ascontiguousarray(turn(upright))), format, exif=exif)
+        assert torch.equal(load_image(write(tmp_path / "image", file.getvalue())), channels_first(upright))
+        assert torch.equal(load_image(Image.open(file)), channels_first(upright))
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "PA"])
@@ -112,16 +108,12 @@ def test_transparency_is_the_same_from_a_file(tmp_path):
     assert load_image(path).squeeze(1).T.tolist() == [[1, 2, 3], [255, 255, 255]]
 
 
-@pytest.mark.parametrize(("format", "options"), [("PNG", {}), ("TIFF", {}), ("PNG", {"transparency": 256})])
-def test_sixteen_bits_keep_their_upper_eight(tmp_path, format, options):
-    values = np.array([[0, 255, 256, 0x8000, 0xFFFF]], np.uint16)
-    path = write(tmp_path / "grey", saved(Image.fromarray(values), format, **options).getvalue())
-    shade = 255 if options else 1  # transparent pixels show white
-    assert load_image(path)[1, 0].tolist() == [0, 0, shade, 0x80, 0xFF]
-
-
 def test_unusual_modes(tmp_path):
-    """Sixteen bits in colour and in another byte order, and colours that are multiplied with their alpha."""
+    """The upper eight of sixteen bits, also in colour and in another byte order, and colours times their alpha."""
+    values = np.array([[0, 255, 256, 0x8000, 0xFFFF]], np.uint16)
+    for format in ("PNG", "TIFF"):
+        path = write(tmp_path / "grey", saved(Image.fromarray(values), format).getvalue())
+        assert load_image(path)[1, 0].tolist() == [0, 0, 1, 0x80, 0xFF]
     rows = b"\0" + struct.pack(">6H", 0x1234, 0x5678, 0x9ABC, 0xFFFF, 0x00FF, 0x0100)
     path = write(tmp_path / "colour.png", png(2, 1, rows, depth=16, colour=2))
     assert load_image(path).squeeze(1).T.tolist() == [[0x12, 0x56, 0x9A], [0xFF, 0x00, 0x01]]
@@ -156,7 +148,8 @@ def test_broken_tags_are_ignored(tmp_path):
 
 @pytest.mark.parametrize("kind", [b"zTXt", b"iCCP"])
 def test_compressed_texts_and_profiles_that_burst_are_refused(tmp_path, kind):
-    bomb = kind + b"k\0\0" + zlib.compress(bytes(2**27), 9)
+    """Pillow reads at most a megabyte of them."""
+    bomb = kind + b"k\0\0" + zlib.compress(bytes(2**24), 9)
     chunk = struct.pack(">I", len(bomb) - 4) + bomb + struct.pack(">I", zlib.crc32(bomb))
     whole = png(1, 1, b"\0\0")
     refused(write(tmp_path / "bomb.png", whole[:33] + chunk + whole[33:]), "truncated or broken")
@@ -181,22 +174,20 @@ def test_files_in_memory():
     assert torch.equal(load_image(data_url(content).replace("data:image", "DATA:Image")), channels_first(picture))
 
 
-@pytest.mark.parametrize(
-    ("shape", "dtype"),
-    [
-        ((3, 8, 8), torch.float32),
-        ((8, 8, 3), torch.int64),
-        ((8, 8), torch.uint8),
-        ((4, 8, 8), torch.uint8),
-        ((1, 3, 8, 8), torch.uint8),
-        ((3, 8, 3), torch.uint8),  # either layout
-    ],
-)
-def test_other_tensors_and_arrays_are_refused(shape, dtype):
-    tensor = torch.zeros(shape, dtype=dtype)
-    refused(tensor, rf"shape {re.escape(str(shape))} and dtype {dtype}")
-    if shape != (3, 8, 3):  # an array has one layout
-        refused(tensor.numpy(), rf"shape {re.escape(str(shape))} and dtype {str(dtype).removeprefix('torch.')}")
+def test_other_tensors_and_arrays_are_refused():
+    float32, int64, uint8 = torch.float32, torch.int64, torch.uint8
+    for shape, dtype, named in (
+        ((8, 8, 3), float32, r"\(8, 8, 3\) and dtype float32"),
+        ((3, 8, 8), float32, "dtype float32"),
+        ((8, 8, 3), int64, "dtype int64"),
+        ((8, 8), uint8, r"shape \(8, 8\)"),
+        ((4, 8, 8), uint8, r"shape \(4, 8, 8\)"),
+        ((1, 3, 8, 8), uint8, r"shape \(1, 3, 8, 8\)"),
+    ):
+        tensor = torch.zeros(shape, dtype=dtype)
+        refused(tensor, named)
+        refused(tensor.numpy(), re.escape(f"shape {shape}"))
+    refused(torch.zeros(3, 8, 3, dtype=uint8), r"shape \[3, 8, 3\]")  # either layout; an array has one
 
 
 @pytest.mark.parametrize(
@@ -219,20 +210,18 @@ def test_what_is_no_image_is_refused(given, named):
 CONTENT = data_url(saved(Image.new("RGB", (3, 3)), "PNG").getvalue()).partition(",")[2]
 
 
-@pytest.mark.parametrize(
-    "kind",
-    ["image/png,", ";base64,", "text/plain;base64,", "image/png;charset=utf-8;base64,", f"image/{'x' * 10**6};base64,"],
-)
-def test_data_urls_of_other_kinds_are_refused(kind):
-    refused(f"data:{kind}{CONTENT}", "must begin with data:image/TYPE;base64,")
-
-
-@pytest.mark.parametrize(
-    "content", [f"{CONTENT}!", CONTENT[:-1], f"{CONTENT[:4]}\n{CONTENT[4:]}", f" {CONTENT}", "", "äöü="]
-)
-def test_broken_data_urls_are_refused(content):
-    refused(f"data:image/png;base64,{content}", "a data URL is truncated or broken")
-    refused(data_url(b"<svg xmlns='http://www.w3.org/2000/svg'/>", "svg+xml"), "not one of BMP")
+def test_data_urls_that_are_refused():
+    for kind in (
+        "image/png,",
+        ";base64,",
+        "text/plain;base64,",
+        "image/png;charset=utf-8;base64,",
+        f"image/{'x' * 10**6};base64,",
+    ):
+        refused(f"data:{kind}{CONTENT}", "must begin with data:image/TYPE;base64,")
+    for content in (f"{CONTENT}!", CONTENT[:-1], f"{CONTENT[:4]}\n{CONTENT[4:]}", f" {CONTENT}", "", "äöü="):
+        refused(f"data:image/png;base64,{content}", "a data URL is truncated or broken")
+    refused(data_url(b"<svg xmlns='http://www.w3.org/2000/svg'/>", "svg+xml"), "not one of .*BMP")
 
 
 # ---- errors ----
@@ -301,15 +290,15 @@ def test_files_of_many_bytes_are_refused_unread(tmp_path, monkeypatch):
     refused(data_url(content + b"xxx"), rf"has {size + 4} bytes; at most {size} are read")
 
 
-@pytest.mark.parametrize("format", ["PNG", "JPEG", "GIF", "BMP", "TIFF", "WEBP", "PPM"])
-def test_truncated_files(tmp_path, format):
-    whole = saved(Image.fromarray(random_bytes(64, 64, 3, seed=7)), format).getvalue()
-    for size in (0, 1, 10, len(whole) // 2, len(whole) * 3 // 4):
-        for form in (write(tmp_path / "image", whole[:size]), whole[:size], data_url(whole[:size])):
-            refused(form, "broken")
+def test_truncated_files(tmp_path):
+    for format in FORMATS:
+        whole = saved(Image.fromarray(random_bytes(64, 64, 3, seed=7)), format).getvalue()
+        for size in (0, 1, 10, len(whole) // 2, len(whole) * 3 // 4):
+            for form in (write(tmp_path / "image", whole[:size]), whole[:size], data_url(whole[:size])):
+                refused(form, "broken")
 
 
-@given(st.binary(max_size=200), st.sampled_from(["PNG", "JPEG", "GIF", "BMP", "TIFF", "WEBP", "PPM"]), st.data())
+@given(st.binary(max_size=200), st.sampled_from(FORMATS), st.data())
 def test_corrupt_files_raise_nothing_but_input_errors(tmp_path_factory, noise, format, data):
     whole = saved(Image.fromarray(random_bytes(16, 16, 3, seed=7)), format).getvalue()
     at = data.draw(st.integers(0, len(whole)))
@@ -323,12 +312,12 @@ def test_corrupt_files_raise_nothing_but_input_errors(tmp_path_factory, noise, f
 
 
 def test_other_files_are_refused(tmp_path):
-    refused(write(tmp_path / "a.txt", b"not an image"), "not one of BMP, GIF")
-    refused(write(tmp_path / "a.eps", saved(Image.new("RGB", (4, 4)), "EPS").getvalue()), "not one of BMP, GIF")
+    refused(write(tmp_path / "a.txt", b"not an image"), "not one of .*BMP.*GIF")
+    refused(write(tmp_path / "a.eps", saved(Image.new("RGB", (4, 4)), "EPS").getvalue()), "not one of .*BMP.*GIF")
     refused(tmp_path / "missing.png", "missing.png' is not a file")
     refused(tmp_path, "is not a file")
     for address in ("https://example.org/image.png", "HTTP://example.org/image.png"):
-        refused(address, "is a network address, and pop opens none; download the file")
+        refused(address, "is not a file.*network addresses are not opened")
     refused("a\0b", "is not a file|truncated or broken")
 
 

@@ -106,7 +106,7 @@ def test_the_frames_of_a_video_have_limits_together(model):
         ({"max_pixels": 1e6}, "max_pixels is 1000000.0"),
         ({"max_pixels": True}, "max_pixels is True"),
         ({"max_pixels": [1, 2]}, r"max_pixels is \[1, 2\]"),
-        ({"min_pixels": 5000, "max_pixels": 4000}, "min_pixels is 5000 and max_pixels is 4000"),
+        ({"min_pixels": 5000, "max_pixels": 4000}, "min_pixels is 5000; .* 4000"),
     ],
 )
 def test_wrong_limits_are_refused_everywhere(model, folder, limits, message):
@@ -138,7 +138,7 @@ def test_families_without_limits_say_so(tmp_path):
 
 
 def test_an_image_that_overflows_the_context_says_so(model):
-    """It names the tokens of the largest image, and what lowers their number."""
+    """It names the tokens of the images, and what lowers their number."""
     small = pop.Model(model.module, model.config, model.tokenizer, max_seq_len=100, compile=False)
     text = IMAGE_MARK * 2
     two = {"images": [A, B]}  # 64 and 72 tokens, each between two more
@@ -156,7 +156,7 @@ def test_an_image_that_overflows_the_context_says_so(model):
         lambda: small.prefill([tokens], small.new_cache(), images=[[A, B]]),
         lambda: small.logits([tokens], images=[[A, B]]),
     ):
-        with pytest.raises(ContextOverflow, match=r"1\d\d tokens.*lower max_pixels .* image takes 74"):
+        with pytest.raises(ContextOverflow, match=r"1\d\d tokens.*max_pixels.* 140 tokens"):
             call()
     fits = {"images": [pop.Image(A, max_pixels=32_000), pop.Image(B, max_pixels=32_000)], "max_new_tokens": 1}
     assert small.generate(text, **fits).prompt_tokens < 70
@@ -164,14 +164,10 @@ def test_an_image_that_overflows_the_context_says_so(model):
 
 def test_videos_and_images_of_one_size_that_overflow_the_context_say_so(model):
     small = pop.Model(model.module, model.config, model.tokenizer, max_seq_len=20, compile=False)
-    with pytest.raises(ContextOverflow, match=r"lower max_pixels in pop.Video: its largest video takes 14"):
+    with pytest.raises(ContextOverflow, match=r"max_pixels.* 14 tokens"):
         small.generate(f"{VIDEO_MARK}", videos=[FILM])
     with pytest.raises(ContextOverflow, match="takes 20; shorten it$"):
         small.generate([5] * 30)
-    config = tiny_gemma3_vl_config()
-    gemma = pop.Model(random_model(config), config, max_seq_len=8, compile=False)
-    with pytest.raises(ContextOverflow, match="takes 8; shorten it, or give fewer images: its largest image takes 6"):
-        gemma.generate([2, 64, 66, 66, 66, 66, 65, 64, 66, 66, 66, 66, 65], images=[A, B])
 
 
 # ---- conversations ----

@@ -101,29 +101,30 @@ def test_an_image_of_an_allowed_size_is_cut_into_patches_in_squares():
         assert np.array_equal(values.reshape(3, 2, 4, 4), np.stack([block, block], axis=1))
 
 
-@pytest.mark.parametrize(
-    ("frames", "fps", "message"),
-    [
-        (np.zeros((1, 8, 8, 3), np.uint8), None, "has 1 frames"),
-        ([], None, "has 0 frames"),
-        (np.zeros((8, 8, 3), np.uint8), None, r"shape \(8, 8, 3\)"),
-        (np.zeros((2, 8, 8, 3), np.float32), None, "dtype float32"),
-        (torch.zeros(24, 16, 3, dtype=torch.uint8), None, r"shape \(24, 16, 3\)"),
-        ([np.zeros((8, 8, 3), np.uint8), np.zeros((8, 9, 3), np.uint8)], None, r"\(3, 8, 8\) and \(3, 8, 9\)"),
-        (b"film.mp4", None, "type bytes"),
-        ("film.mp4", 24, "fps is 24"),
-        (7, None, "type int"),
-        (np.zeros((2, 8, 8, 3), np.uint8), 0, "fps is 0"),
-        (np.zeros((2, 8, 8, 3), np.uint8), float("nan"), "fps is nan"),
-        (np.zeros((2, 8, 8, 3), np.uint8), "2", "fps is '2'"),
-        (np.zeros((2, 8, 8, 3), np.uint8), 5e-324, "fps is 5e-324; .* from 1e-6"),
-        (np.zeros((2, 8, 8, 3), np.uint8), True, "fps is True"),
-        (np.zeros((2, 8, 1700, 3), np.uint8), None, "1700 x 8 pixels"),
-    ],
-)
-def test_invalid_videos(frames, fps, message):
-    with pytest.raises(InputError, match=message):
-        qwen_video(frames if fps is None else Video(frames, fps), SMALL)
+FRAMES = np.zeros((2, 8, 8, 3), np.uint8)
+INVALID = [
+    (FRAMES[:1], None, "has 1 frames"),
+    ([], None, "has 0 frames"),
+    (FRAMES[0], None, r"shape \(8, 3\)"),
+    (FRAMES.astype(np.float32), None, "dtype float32"),
+    (torch.zeros(24, 16, 3, dtype=torch.uint8), None, r"shape \(16, 3\)"),
+    ([FRAMES[0], np.zeros((8, 9, 3), np.uint8)], None, r"\(3, 8, 8\) and \(3, 8, 9\)"),
+    (b"film.mp4", None, "type bytes"),
+    ("film.mp4", 24, "fps is 24"),
+    (7, None, "type int"),
+    (FRAMES, 0, "fps is 0"),
+    (FRAMES, float("nan"), "fps is nan"),
+    (FRAMES, "2", "fps is '2'"),
+    (FRAMES, 5e-324, "fps is 5e-324; .* from 1e-6"),
+    (FRAMES, True, "fps is True"),
+    (np.zeros((2, 8, 1700, 3), np.uint8), None, "1700 x 8 pixels"),
+]
+
+
+def test_invalid_videos():
+    for frames, fps, message in INVALID:
+        with pytest.raises(InputError, match=message):
+            qwen_video(frames if fps is None else Video(frames, fps), SMALL)
 
 
 def test_an_image_is_never_enlarged_beyond_what_is_read():

@@ -22,7 +22,6 @@ from support.text import (
 
 from pop.errors import InputError, TokenizerError
 from pop.generation.answers import Answer
-from pop.inputs.chat import chat_format
 from pop.inputs.tokenizers import as_tokenizer, load_tokenizer
 
 TOKENIZERS = {family: load_tokenizer(GOLDENS / family) for family in BYTE_PAIR_FAMILIES}
@@ -90,23 +89,11 @@ def test_settings_that_change_no_ids_may_be_there_or_lack(family, tmp_path):
     assert load(spec, tmp_path).encode("the 2nd of many words") == TOKENIZERS[family].encode("the 2nd of many words")
 
 
-def test_of_two_added_tokens_at_one_place_the_longer_one_counts(tmp_path):
-    spec = spec_of("qwen3")
-    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized", "special"), False)
-    spec["added_tokens"] += [
-        {"id": 7000, "content": "<thi"} | flags,
-        {"id": 7001, "content": "<think>>"} | flags,
-    ]
-    think = TOKENIZERS["qwen3"].encode("<think>")
-    assert load(spec, tmp_path).encode("<thi<think><think>>") == [7000, *think, 7001]
-
-
-@pytest.mark.parametrize("unit", [" ", "\n", "ab", "🙂", " \n", "é", "1", "='"])
-@pytest.mark.parametrize("family", BYTE_PAIR_FAMILIES)
-def test_long_runs(family, unit):
-    text = unit * 100_000
-    ids = TOKENIZERS[family].encode(text + "x", bos=False)
-    assert TOKENIZERS[family].decode(ids) == text + "x"
+def test_long_runs():
+    for tokenizer in TOKENIZERS.values():
+        for unit in (" ", "\n", "ab", "🙂", " \n", "é", "1", "='"):
+            text = unit * 50_000 + "x"
+            assert tokenizer.decode(tokenizer.encode(text, bos=False)) == text
 
 
 def test_texts_and_ids_that_are_refused():
@@ -117,7 +104,7 @@ def test_texts_and_ids_that_are_refused():
         tokenizer.encode(b"a")
     with pytest.raises(InputError, match="1000000 whitespace characters"):
         tokenizer.encode("a" + " " * 1_000_000 + "b")
-    for id in (-1, tokenizer.vocab_size, 10**20, None, "a", []):
+    for id in (-1, tokenizer.vocab_size, 10**20, None, "a", [], 1.5):
         with pytest.raises(InputError, match="token id"):
             tokenizer.decode([id])
 
@@ -140,9 +127,8 @@ def test_the_chat_template_comes_with_the_tokenizer(tmp_path):
     (tmp_path / "chat_template.jinja").unlink()
     flags = '"add_bos_token": true, "add_eos_token": false'
     config.write_text(f'{{"eos_token": {{"content": "<e>"}}, "bos_token": null, "chat_template": null, {flags}}}')
-    for name in ("processor_config.json", "chat_template.json"):
-        (tmp_path / name).write_text(f'{{"chat_template": "{name}"}}')
-        assert load_tokenizer(tmp_path).chat_template == name
+    (tmp_path / "chat_template.json").write_text('{"chat_template": "five"}')
+    assert load_tokenizer(tmp_path).chat_template == "five"
     assert load_tokenizer(tmp_path).template_variables == {"eos_token": "<e>"}
     for broken in ("{", "[]", '{"chat_template": 3}', '{"chat_template": [3]}', '{"bos_token": 3}'):
         config.write_text(broken)
@@ -151,6 +137,8 @@ def test_the_chat_template_comes_with_the_tokenizer(tmp_path):
 
 
 def test_no_tokenizer_files(tmp_path):
+    with pytest.raises(InputError, match="path is None"):
+        load_tokenizer(None)
     for path in (tmp_path, tmp_path / "tokenizer.json", tmp_path / "nowhere"):
         with pytest.raises(TokenizerError, match=r"no tokenizer.json and no tokenizer.model"):
             load_tokenizer(path)
@@ -177,23 +165,6 @@ def test_an_object_with_encode_and_decode(text):
     assert ids == Units().encode(text) and tokenizer.decode(torch.tensor(ids, dtype=torch.int64)) == text
     assert "".join(streamed(tokenizer, ids)) == text
     assert as_tokenizer(tokenizer) is tokenizer
-
-
-def test_special_tokens_of_a_callers_tokenizer():
-    """Its decode leaves them out. All other ids are ordinary ones."""
-
-    class WithSpecial(Units):
-        def decode(self, ids):
-            return super().decode(id for id in ids if id < 70000)
-
-    WithSpecial.special_tokens = {"<|im_start|>": 70000, "<|im_end|>": 70001}
-    tokenizer = as_tokenizer(WithSpecial())
-    ids = [70000, 104, 105, 70001, 70001, 33]
-    text = "<|im_start|>hi<|im_end|><|im_end|>!"
-    assert tokenizer.encode(text, allow_special=True) == ids
-    assert tokenizer.decode(ids) == "hi!" and tokenizer.decode(ids, special=True) == text
-    assert tokenizer.unused_ids == []
-    assert chat_format(tokenizer, choice="chatml").end_ids == (70001,)
 
 
 def test_other_objects_are_no_tokenizers():
@@ -248,24 +219,18 @@ def test_sentencepiece_control_symbols_in_text_stay_text(gemma):
     assert allowed[:2] == [2, turn] and tokenizer.decode(allowed, special=True) == text
     assert tokenizer.token_bytes(turn) == b"" and tokenizer.token_bytes(original.piece_to_id("<0xC3>")) == b"\xc3"
     assert tokenizer.bos_id == 2 and tokenizer.vocab_size == 500
-    for id in (-1, 500, None, 1.5):
-        with pytest.raises(InputError, match="token id"):
-            tokenizer.decode([id])
 
 
-@pytest.mark.parametrize(
-    "settings, message",
-    [
+def test_other_sentencepiece_models_are_refused(tmp_path):
+    for settings, message in (
         ({"add_dummy_prefix": True}, "changes text"),
         ({"normalization_rule_name": "nfkc"}, "changes text"),
         ({"remove_extra_whitespaces": True}, "changes text"),
         ({"byte_fallback": False, "vocab_size": 400}, "byte fallback"),
-    ],
-)
-def test_other_sentencepiece_models_are_refused(tmp_path, settings, message):
-    (tmp_path / "tokenizer.model").write_bytes(train(**settings))
-    with pytest.raises(TokenizerError, match=message):
-        load_tokenizer(tmp_path)
+    ):
+        (tmp_path / "tokenizer.model").write_bytes(train(**settings))
+        with pytest.raises(TokenizerError, match=message):
+            load_tokenizer(tmp_path)
 
 
 def test_unused_pieces_and_equal_scores(tmp_path):
