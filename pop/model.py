@@ -189,12 +189,12 @@ class Model(Runner):
     def encode(self, prompt, what: str = "prompt", bos: bool = True, media: Sequence[Prepared] = ()) -> list[int]:
         """Text with its images and videos, or token ids in any form, as a list of ids. `what` names it in errors."""
         if isinstance(prompt, str):
-            tokens = self._encode_text(prompt, what, bos, media)
-        else:
-            prompt = prompt.tolist() if hasattr(prompt, "tolist") else prompt
-            tokens = [] if prompt == [] else token_ids([prompt], 2, self.config.vocab_size)[0].tolist()
-        if not tokens:
+            prompt = self._encode_text(prompt, what, bos, media)
+        elif hasattr(prompt, "tolist"):
+            prompt = prompt.tolist()
+        if prompt == []:
             raise InputError(f"the {what} is empty; give it at least one token")
+        tokens = token_ids([prompt], 2, self.config.vocab_size)[0].tolist()
         if not media:
             for kind, token in self.vision.placeholders.items():
                 if token in tokens:
@@ -206,12 +206,7 @@ class Model(Runner):
         if not text:
             return []
         pieces = self.vision.replace_marks(text, media, what) if media else [text]
-        tokens = self.tokenizer.encode_pieces(pieces, bos)
-        largest = max(tokens, default=0)
-        if largest >= self.config.vocab_size:
-            size = f"{self.config.vocab_size} embeddings; take the tokenizer of this model"
-            raise InputError(f"the {what} has the token {largest}, but the model has {size}")
-        return tokens
+        return self.tokenizer.encode_pieces(pieces, bos)
 
     def encode_continuations(self, continuation) -> tuple[list[list[int]], bool]:
         """The token ids of what is to be scored, and whether the caller has given a list."""

@@ -99,20 +99,16 @@ class Pass:
         if plan.corrections is not None:
             tensors = {name: tensor.to(h.dtype) for name, tensor in plan.corrections.tensors.items()}
             plan = dataclasses.replace(plan, corrections=plan.corrections.replaced(tensors))
-        groups = plan.groups(len(self.module.layers), self.module.deepstack_layers)
-        pruned_groups = {group.layers.start: group for group in groups if group.is_pruned}
         rows = full_depth.expand(len(h), -1).to(h.device)  # [B, T]
-        index = begin
-        while index < end:
-            if index in pruned_groups:
-                group = pruned_groups[index]
+        for group in plan.groups(len(self.module.layers), self.module.deepstack_layers):
+            inside = [index for index in group.layers if begin <= index < end]
+            if inside and group.is_pruned:
                 h = self._pruned_group(group, h, rows)
-                index = group.layers.stop
-            else:
+                continue
+            for index in inside:
                 if index == plan.selects_at and plan.full_depth_selected:
                     rows = rows | self._selected(plan, h, full_depth[:prompt_length])
                 h = self.layer(index, h)
-                index += 1
         return h
 
     def _attend(self, layer, q, k, v):

@@ -60,6 +60,7 @@ class Fit:
         self.count = 0  # N, the number of tokens
         self.xx: Tensor | None = None  # X' X, float64
         self.xy: Tensor | None = None  # X' Y, float64
+        self.widths: list[int] = []  # of the columns
 
     @property
     def group(self) -> range:
@@ -79,14 +80,14 @@ class Fit:
     def begin(self) -> None:
         """Begin the sums of the next group."""
         config = self.model.module.config
-        targets = len(self.group) * 2 * config.num_kv_heads * config.head_dim
+        self.widths = [2 * config.num_kv_heads * config.head_dim] * len(self.group)
         if self.has_update:
-            targets += config.hidden_size
+            self.widths.append(config.hidden_size)
         inputs = 2 * config.hidden_size
         options = {"dtype": torch.float64, "device": self.model.device}
         self.count = 0
         self.xx = torch.zeros(inputs, inputs, **options)
-        self.xy = torch.zeros(inputs, targets, **options)
+        self.xy = torch.zeros(inputs, sum(self.widths), **options)
 
     def finish(self, ridge: float) -> None:
         """End the sums of a group. If kept layers follow the group, solve it now, for lambda = ridge.
@@ -160,30 +161,6 @@ class Fit:
         return Corrections(layers, fingerprint=self.model.fingerprint, **tensors)
 
 
-class _Stream:
-    """A batch of windows: the h that enters the group that is being fitted, and its part of the sums.
-
-    Sums are float64. If the pass computes in 16 bits, the sums of one batch are float32, in which products of 16-bit
-    numbers are exact.
-    """
-
-    def __init__(self, fit: Fit, run: Pass, h: Tensor, is_fitted: Tensor):
-        self.fit = fit
-        self.is_fitted = is_fitted  # [B, T], the tokens that count
-        self.wide = torch.float32 if h.dtype.itemsize == 2 else torch.float64
-        self.h = fit.enter(run, h)
-        x = run.module.layers[fit.group.start].normalised(self.h)
-        before = F.pad(x, (0, 0, 1, -1))  # x of the token before, and zero for the first token
-        self.x = torch.cat((x, before), dim=-1)[is_fitted].to(self.wide)  # [N, 2 * D]
-        fit.xx += self.x.T @ self.x
-        fit.count += len(self.x)
-
-    def add(self, begin: int, difference: Tensor) -> None:
-        """Add to X' Y, from column `begin` on: the full model's values minus those from h, [B, T, M]."""
-        columns = slice(begin, begin + difference.shape[-1])
-        self.fit.xy[:, columns] += self.x.T @ difference[self.is_fitted].to(self.wide)
-
-
 def accumulate(model, windows: list[Window], fit: Fit, module=None) -> None:
     """Add the tokens of a batch of windows to the sums of a fit.
 
@@ -202,18 +179,29 @@ def accumulate(model, windows: list[Window], fit: Fit, module=None) -> None:
     position = torch.arange(tokens.shape[1], device=model.device)
     is_inside = position < lengths.to(model.device)[:, None]  # [B, T], not padding
     is_fitted = is_inside & (position >= fit.plan.full_depth_first)
-    h = run.embed()
-    for index in range(fit.group.stop):
+    first = fit.plan.layers[0]
+    h = run.layers(run.embed(), 0, first)
+    entering = fit.enter(run, h)  # [B, T, D], by the plan
+    x = module.layers[fit.group.start].normalised(entering)
+    before = F.pad(x, (0, 0, 1, -1))  # x of the token before, and zero for the first token
+    # If the pass computes in 16 bits, the sums of one batch are float32, in which products of such numbers are exact.
+    wide = torch.float32 if h.dtype.itemsize == 2 else torch.float64
+    x = torch.cat((x, before), dim=-1)[is_fitted].to(wide)  # [N, 2 * D]
+    fit.xx += x.T @ x
+    fit.count += len(x)
+    columns = iter(fit.xy.split(fit.widths, dim=1))  # of each layer, and of the update
+
+    def add(full: Tensor, own: Tensor) -> None:
+        """Add to the next columns of X' Y what the full model has and h does not give, [B, T, M] each."""
+        difference = (full - own)[is_fitted].to(wide)
+        next(columns).add_(x.T @ difference)
+
+    for index in range(first, fit.group.stop):
         layer = module.layers[index]
-        if index == fit.plan.layers[0]:
-            stream = _Stream(fit, run, h, is_fitted)
         if index in fit.group:
-            full = torch.cat(layer.projected(h), dim=-1)  # [B, T, 2 * K * E]
-            own = torch.cat(layer.projected(stream.h), dim=-1)
-            stream.add((index - fit.group.start) * full.shape[-1], full - own)
+            add(torch.cat(layer.projected(h), dim=-1), torch.cat(layer.projected(entering), dim=-1))
         if index < fit.depth:
             h = run.layer(index, h)
     if fit.has_update:
         # The full model's h may have features of images from DeepStack. Add them here as well, so that they cancel.
-        passed = images.add_deepstack(stream.h, fit.group[-1])
-        stream.add(len(fit.group) * full.shape[-1], h - passed)
+        add(h, images.add_deepstack(entering, fit.group[-1]))

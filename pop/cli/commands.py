@@ -25,7 +25,7 @@ from pop.checkpoints import download as downloads
 from pop.checkpoints import registry
 from pop.cli.plans import plans
 from pop.cli.terminal import exit_status
-from pop.errors import ContextOverflow, InputError, PopError, WeightsNotFound, check_count
+from pop.errors import InputError, PopError, WeightsNotFound, check_count
 from pop.generation.sampling import OPTIONS, SamplingParams
 from pop.models.config import DTYPES
 from pop.system import files
@@ -105,8 +105,6 @@ def chat(args) -> None:
                 media = {}  # the first message has shown the images and videos
             except KeyboardInterrupt:
                 print("\n(stopped, and forgotten)", flush=True)
-            except ContextOverflow as error:
-                print(f"pop: {error}; or start a new conversation with /new", file=sys.stderr)
             except InputError as error:
                 print(f"pop: {error}", file=sys.stderr)
 
@@ -123,7 +121,7 @@ def _typed_lines() -> Iterator[str]:
 
 
 def importance(args) -> None:
-    texts = {path: _read_file(path) for path in args.files} or dict(enumerate(builtin_texts()))
+    texts = [_read_file(path) for path in args.files] or builtin_texts()
     if args.out is not None:
         files.check_writable(args.out, "the importance scores", InputError)
     args.prune = "none"  # the full model is scored
@@ -147,17 +145,13 @@ def importance(args) -> None:
         _save(result, args.out)
 
 
-def excerpts(tokenizer, texts: dict[str, str], count: int, length: int, seed: int) -> list[list[int]]:
+def excerpts(tokenizer, texts: list[str], count: int, length: int, seed: int) -> list[list[int]]:
     """Cut `count` random excerpts of `length` tokens from the texts in turn. Return their ids after BOS."""
     check_count("--samples", count)
     check_count("--prompt-tokens", length)
     random = Random(seed)
     bos = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
-    tokens = []
-    for name, text in texts.items():
-        tokens.append(tokenizer.encode(text, bos=False))
-        if not tokens[-1]:
-            raise InputError(f"{name} holds no text; give another file")
+    tokens = [tokenizer.encode(text, bos=False) for text in texts]
     prompts = []
     for ids in itertools.islice(itertools.cycle(tokens), count):
         begin = random.randrange(max(1, len(ids) - length + 1))
@@ -248,7 +242,10 @@ def _prompt(args) -> str | None:
 
 
 def _read_file(path: str) -> str:
-    return _readable(lambda: Path(path).read_text(encoding="utf-8"), path)
+    text = _readable(lambda: Path(path).read_text(encoding="utf-8"), path)
+    if not text:
+        raise InputError(f"{path} holds no text; give another file")
+    return text
 
 
 def _readable(read: Callable[[], str], source: str) -> str:

@@ -33,7 +33,6 @@ from pop.engine.stages import Stages
 from pop.errors import UnsupportedError
 from pop.pruning.plan import PrunePlan
 
-MOST_KINDS = 64  # of layers that a model compiles, so that endless changes do not compile endlessly
 SMALLEST = 50_000_000  # parameters; a smaller model would answer before compilation ends
 
 COMPILED = ("full_layer", "pruned_layer", "corrected_layer", "head")  # stages; the others run as they are
@@ -112,9 +111,6 @@ class Compiled:
         try:
             if self.add_up is not None and not self._warm:
                 self._check_compilers()
-            number = len(self._kinds.numbers)
-            if number > MOST_KINDS:
-                raise UnsupportedError(f"its layers have been of {number} kinds")
             # "fast" lets the C++ compiler fuse x * y + z. In older versions of torch the flag is a bool, here True.
             flag = "cpp.enable_floating_point_contract_flag"
             fused = {flag: type(getattr(torch._inductor.config, flag))("fast")}

@@ -185,19 +185,20 @@ def test_steps_that_harm_are_not_taken(model, closed, monkeypatch):
 
 
 def test_a_plan_that_harms_one_text_is_not_taken(model, closed, monkeypatch):
-    """The made-up losses fall at each check. But from the third one on, one text is predicted worse than at first."""
-    checked = []
+    """The made-up losses fall at each of eight checks. But from the third one on, one text is predicted worse."""
+    checked, steps = [], []
 
     def made_up(self, plan):
         number = len(checked)
-        checked.append(plan)
+        checked.append((plan, sum(steps)))
         harmed = [1.0] * 10 if number < 3 else [1.2] * 10
         return [compared([1.0] * 10, 9 - number), compared([0.5 + 1 / (number + 2)] * 10), compared(harmed)]
 
     monkeypatch.setattr(Judge, "compare", made_up)
-    found = distill(model, closed, windows_of(TEXTS), Judge(model, []), 16)
-    assert len(checked) == 9 and checked[0] == closed
-    assert found == checked[2]
+    found = distill(model, closed, windows_of(TEXTS), Judge(model, []), 12, progress=steps.append)
+    plans, done = zip(*checked, strict=True)
+    assert done == (0, 0, 2, 3, 5, 6, 8, 9, 11)  # after as many reported steps, and another one
+    assert plans[0] == closed and found == plans[2]
 
 
 @pytest.mark.parametrize(
@@ -313,18 +314,6 @@ def test_all_that_decides_a_run_tells_it_from_others(model):
     assert run() == run() and len(set(runs)) == len(runs)
 
 
-@pytest.mark.parametrize(("steps", "checks"), [(3, 3), (8, 8), (15, 8), (150, 8)])
-def test_the_held_out_windows_are_judged_eight_times(model, closed, monkeypatch, steps, checks):
-    """At most, after the given plan, and at last after the last step."""
-    judged, judge, counted = [], MadeUp(), []
-    monkeypatch.setattr(distillation, "distillation_loss", lambda m, v, plan, *_: plan.corrections.weight.sum())
-    monkeypatch.setattr(distillation, "exercise", lambda model, windows, *_: counted.append(windows))
-    judge.compare = lambda plan: judged.append(len(counted)) or [compared([0.0])]
-    distill(model, closed, windows_of(TEXTS[1:]), judge, steps)
-    assert len(judged) == 1 + checks and judged[-1] == steps
-    assert all(windows == windows_of(TEXTS[1:]) for windows in counted)
-
-
 def test_a_file_that_is_no_record_is_refused(model, tmp_path, monkeypatch):
     path = tmp_path / "record"
     path.write_bytes(b"no record")
@@ -351,16 +340,6 @@ def test_a_model_without_gradients_is_refused():
         model = pop.Model(random_model(tiny_config()), tiny_config())
     with pytest.raises(InputError, match="inference_mode"):
         calibrate(model, TEXTS, PLAN, steps=2, progress=False)
-
-
-def test_nothing_is_distilled_on_what_judges(model, monkeypatch):
-    def distill(model, plan, windows, judge, *_, **__):
-        assert len(windows) == 16 and len(judge.windows) == 4
-        assert not any(window in windows for window in judge.windows)
-        return plan
-
-    monkeypatch.setattr(calibrate_file, "distill", distill)
-    calibrate(model, TEXTS, PLAN, steps=2, progress=False)
 
 
 def test_a_model_in_several_processes_is_refused(model, monkeypatch):

@@ -161,16 +161,7 @@ def test_samples_that_cannot_be_used_are_refused(model, samples, said):
         importance(model, samples, response_tokens=5, progress=False)
 
 
-def test_a_full_context_can_be_used(model):
-    result = importance(model, [([1] * 500, [1] * 13), [1] * 508], response_tokens=5, progress=False)
-    assert result.num_samples == 2
-
-
-@pytest.mark.parametrize(
-    "options",
-    [{"response_tokens": 0}, {"response_tokens": 1.5}, {"batch_size": 0}, {"batch_size": True}, {"seed": -1},
-     {"seed": 2**63}, {"seed": None}, {"seed": True}],
-)  # fmt: skip
+@pytest.mark.parametrize("options", [{"response_tokens": 0}, {"batch_size": True}, {"seed": -1}, {"seed": 2**63}])
 def test_options_out_of_range_are_refused(model, options):
     with pytest.raises(InputError, match=f"{next(iter(options))} is"):
         importance(model, [[1, 2]], **options)
@@ -283,8 +274,3 @@ def test_a_file_that_holds_no_scores_is_refused(tmp_path, corrupt):
         Importance.load(path)
     with pytest.raises(InputError, match="No such file"):
         Importance.load(tmp_path / "missing.json")
-
-
-def test_scores_that_cannot_be_written_are_refused(tmp_path):
-    with pytest.raises(InputError, match="cannot be written"):
-        scores([1.0]).save(tmp_path / "missing" / "scores.json")

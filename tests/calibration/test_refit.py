@@ -21,7 +21,7 @@ from pop.calibration import calibrate as calibrate_file
 from pop.calibration.calibrate import RIDGES, TRIALS
 from pop.calibration.held_out import Judge, Losses
 from pop.calibration.refit import Fit, accumulate
-from pop.calibration.texts import batches, builtin_texts, text_windows
+from pop.calibration.texts import builtin_texts, text_windows
 from pop.checkpoints.fingerprint import fingerprint
 from pop.pruning.corrections import Corrections
 from pop.pruning.cost import prefill_flops
@@ -111,14 +111,6 @@ def test_corrections_are_the_best_of_their_rank(each_family):
     assert np.trace(shared @ metric @ shared.T) == pytest.approx(rank, rel=1e-3)  # codes have a mean square of 1
 
 
-def test_the_last_layer_needs_no_correction(each_family):
-    """Its K and V come from the very state that the full model has there: the residual is zero."""
-    model = each_family
-    plan = fitted(model, windows_of(TEXTS), PrunePlan((4,), full_depth_first=1)).calibrated(1e-3)
-    own = model.module.layers[4].self_attn.k_proj.weight
-    assert (plan.corrections.weight @ plan.corrections.shared[0]).abs().max() < 1e-5 * own.abs().max()
-
-
 def test_windows_cover_the_texts_and_each_begins_like_its_text():
     model = make_model(bos_id=3)
     text, bare = [3, *range(4, 44)], list(range(4, 44))
@@ -126,14 +118,6 @@ def test_windows_cover_the_texts_and_each_begins_like_its_text():
     assert text_windows(model, [text], None, None, 17) == windows_of(cut)
     assert text_windows(model, [bare], None, None, 20) == windows_of([list(range(4, 24)), list(range(24, 44))])
     assert text_windows(model, [text, bare], None, None, 100) == windows_of([text, bare])
-
-
-def test_batches_hold_every_window_once_and_no_more_tokens_than_allowed():
-    windows = random_texts(1, *[3, 1500, 2000, 9000, 4096, 700, 20, 1500])
-    found = [[window for window, _ in batch] for batch in batches(windows_of(windows))]
-    assert sorted(window for batch in found for window in batch) == sorted(windows)
-    assert all(len(batch) == 1 or len(batch) * len(batch[0]) <= 4096 for batch in found)
-    assert all(len(batch[0]) == max(map(len, batch)) for batch in found)
 
 
 @pytest.mark.parametrize(("winner", "layers"), [*((ridge, (3, 4)) for ridge in RIDGES), (1.0, (2, 3))])

@@ -150,7 +150,7 @@ def test_importance_prints_and_saves_the_scores(folder, model, capsys, tmp_path)
     options = [*IMPORTANCE, "--out", str(out)]
     assert main(["importance", folder, str(files[0]), *options, str(files[1])]) == 0
     texts = {str(file): file.read_text() for file in files}
-    prompts = excerpts(model.tokenizer, texts, 5, 20, 7)
+    prompts = excerpts(model.tokenizer, [*texts.values()], 5, 20, 7)
     cut = [model.tokenizer.decode(prompt) for prompt in prompts]
     assert [len(text) for text in cut] == [20, 5, 20, 5, 20]
     assert all(text in texts[str(files[number % 2])] for number, text in enumerate(cut))
@@ -279,7 +279,7 @@ def test_what_cannot_be_saved_at_the_end_is_saved_elsewhere(command, folder, tmp
         ("generate CHAT Hello --prompt-file text.txt", "not both"),
         ("generate CHAT --prompt-file missing.txt", "missing.txt cannot be read (No such file"),
         ("generate CHAT --prompt-file picture.png", "picture.png is not text"),
-        ("generate CHAT --prompt-file empty.txt", "prompt is empty"),
+        ("generate CHAT --prompt-file empty.txt", "holds no text"),
         ("generate CHAT --prompt-file long.txt", "2000 tokens, but the model takes 1024"),
         ("generate CHAT Hello --max-seq-len 4", "5 tokens, but the model takes 4"),
         ("generate CHAT Hello --max-pixels 9", "leave out min_pixels and max_pixels"),
@@ -465,7 +465,7 @@ def test_a_chat_in_a_format_by_name(talk, model, folder, tmp_path):
         assert (status, out) == (0, f"{answers(model, 'Hi')[0]}\n")
 
 
-@pytest.mark.parametrize(("line", "said"), [("a" * 2000, ("1024", "/new")), ("\udcff", ("surrogate",))])
+@pytest.mark.parametrize(("line", "said"), [("a" * 2000, ("1024",)), ("\udcff", ("surrogate",))])
 def test_a_message_that_is_refused_does_not_end_the_session(talk, model, line, said):
     (answer,) = answers(model, "Hi")
     status, out, err, held = talk([line, "Hi"])

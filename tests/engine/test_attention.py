@@ -9,7 +9,7 @@ from support.tiny import random_model, tiny_gemma3_config
 
 from pop import engine
 from pop.engine import attention
-from pop.engine.attention import UNBOUNDED, chunk_attention
+from pop.engine.attention import chunk_attention
 from pop.engine.chunks import Chunk, Prompts, chunk_bounds
 from pop.models.images import TEXT
 from pop.models.layers import masked_attention
@@ -103,19 +103,6 @@ def test_attention_by_blocks_leaves_nothing_out(monkeypatch, block, own, before,
     mask = (first[..., None] <= torch.arange(N)) & (torch.arange(N) <= last[..., None])
     found = chunk_attention(q, k, v, held, spans, band, 0.3)
     torch.testing.assert_close(found, masked_attention(q, k, v, mask, 0.3))
-
-
-@pytest.mark.parametrize(("own", "before"), [(0, UNBOUNDED), (0, 10), (0, 9), (4, UNBOUNDED)])
-def test_the_first_tokens_need_no_mask(monkeypatch, own, before):
-    masks = []
-    monkeypatch.setattr(attention, "masked_attention", lambda *args: masks.append(args[3]) or masked_attention(*args))
-    T, N = 11, own + 13
-    q, k, v = randn(2, T, 6, 4), randn(2, N, 3, 4, seed=1), randn(2, N, 3, 4, seed=2)
-    held, mine = torch.arange(N).repeat(2, 1), own + torch.arange(T).repeat(2, 1)
-    spans = torch.stack(((mine - before).clamp(min=0), mine), dim=-1)
-    found = chunk_attention(q, k, v, held, spans, torch.tensor([own, before, 0, 1]), 0.3)
-    torch.testing.assert_close(found, masked_attention(q, k, v, attention.span_mask(held, spans), 0.3))
-    assert bool(masks) == (own > 0 or before < T - 1)
 
 
 @pytest.mark.usefixtures("small_query_blocks")

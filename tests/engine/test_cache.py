@@ -21,8 +21,7 @@ def test_what_windows_save():
     size = KVCache.size_in_bytes(config, 1, 32_768, torch.bfloat16)
     everything = 2 * 48 * 32_769 * 8 * 256 * 2 + 48 * 3840 * 2
     assert size == 2 * (8 * 32_769 + 40 * 3_072) * 8 * 256 * 2 + 48 * 3840 * 2
-    assert size < 0.3 * everything
-    assert [round(size / 1e9, 1), round(everything / 1e9, 1), round(1 - size / everything, 2)] == [3.2, 12.9, 0.76]
+    assert round(1 - size / everything, 2) == 0.76
 
 
 @pytest.mark.parametrize(("max_seq_len", "local"), [(6, 6), (40, 5 - 1 + 8)])

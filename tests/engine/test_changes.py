@@ -233,26 +233,6 @@ def test_layers_may_differ_in_which_weights_are_trained(shared):
 
 
 @requires_compiler
-def test_changes_without_end_are_refused(shared, monkeypatch):
-    compiled, eager, module, compilations = shared
-    norm, original = module.layers[1].input_layernorm, logits(compiled)
-    monkeypatch.setattr("pop.engine.compile.MOST_KINDS", 1 + len(compiled._compiled._kinds.numbers))
-    for eps in (1.0, 1.1):
-        with monkeypatch.context() as patch:
-            patch.setattr(norm, "eps", eps)
-            compiled.recompile()
-            if eps == 1.0:
-                assert_close(logits(compiled), logits(eager))
-                number = len(compilations)
-            else:
-                with pytest.raises(pop.UnsupportedError, match="kinds"):
-                    logits(compiled)
-    compiled.recompile()
-    assert_close(logits(compiled), original)
-    assert len(compilations) == number
-
-
-@requires_compiler
 def test_hooks_see_each_call_once_and_no_warm_up():
     """A hook on a layer sees the tokens that run at full depth. One on a projection sees those of a pruned layer, too.
 

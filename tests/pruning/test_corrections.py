@@ -28,15 +28,6 @@ def corrections(layers=(2, 3), fingerprint="", **changed):
     return Corrections(layers, **tensors(**changed), fingerprint=fingerprint)
 
 
-def test_a_code_is_a_product_of_a_token_and_the_one_before():
-    corrected = random_corrections(tiny_config(), (1, 3), 0, 7)
-    x, previous = torch.randn(2, 3, 30), torch.randn(2, 30)
-    code = corrected.group(range(3, 4)).code(x, previous)  # [2, 3, 7]
-    shared = corrected.shared[1]
-    torch.testing.assert_close(code[:, 0], torch.cat((x[:, 0], previous), -1) @ shared.T)
-    torch.testing.assert_close(code[:, 2], torch.cat((x[:, 2], x[:, 1]), -1) @ shared.T)
-
-
 def test_groups_of_a_plan_have_the_tensors_of_their_layers():
     layers = (0, 2, 3, 5)
     corrected = random_corrections(tiny_config(num_layers=6), layers, 2)  # h is updated after two of three groups
@@ -112,19 +103,14 @@ def test_corrections_that_do_not_fit_their_plan_are_refused(fields):
     ("name", "shape"),
     [
         ("weight", (2, 20, 7)),
-        ("weight", (2, 3, 20, 7)),
-        ("weight", (3, 2, 20, 7)),
         ("weight", (2, 2, 20, 8)),
-        ("bias", (2, 2)),
         ("bias", (2, 2, 21)),
-        ("shared", (7,)),
         ("shared", (1, 6, 60)),
         ("shared", (2, 7, 60)),
         ("shared", (1, 7, 61)),
         ("update", (2, 30, 7)),
         ("update", (0, 30, 7)),
         ("update", (1, 31, 7)),
-        ("update", (30, 7)),
     ],
 )
 def test_tensors_of_wrong_shapes_are_refused(name, shape):
@@ -148,7 +134,7 @@ def test_tensors_of_wrong_numbers_are_refused(name, value):
         corrections(**{name: value})
 
 
-@pytest.mark.parametrize("broken", range(13))
+@pytest.mark.parametrize("broken", range(8))
 def test_a_broken_plan_file_is_refused(tmp_path, broken):
     path = tmp_path / "plan"
     plan = PrunePlan((2, 3), full_depth_first=1, corrections=corrections())
@@ -165,16 +151,11 @@ def test_a_broken_plan_file_is_refused(tmp_path, broken):
     PrunePlan.load(path)
     [
         lambda: path.write_bytes(content[:-1]),
-        lambda: path.write_bytes(content[:7]),
         lambda: save_file(saved, path),
         lambda: rewrite({"weight": saved["weight"]}),
-        lambda: rewrite(saved | {"weight": saved["weight"].long()}),
         lambda: rewrite(saved | {"other": saved["bias"] + 1}),
-        lambda: rewrite(saved | {"shared": saved["bias"] + 1}),
-        lambda: rewrite(saved | {"weight": saved["weight"] + math.inf}),
         lambda: rewrite(layers=[2]),
         lambda: rewrite(gates=3),
-        lambda: rewrite(about=[1]),
         lambda: rewrite(about={"a": math.nan}),
         lambda: save_file(saved, path, metadata={"pop_plan": '"text"'}),
     ][broken]()
