@@ -201,6 +201,7 @@ def test_texts_spell_no_control_tokens(client):
     chat = client.chat.completions.create
     assert count(client.completions.create, prompt=text) == len(text)
     assert count(chat, messages=user(text)) == count(chat, messages=user("x")) - 1 + len(text)
+    assert count(chat, messages=[HELLO[0] | {"name": text}]) == count(chat, messages=HELLO)  # a name is not shown
 
 
 # ---- Conversations, images and tools ----
@@ -321,6 +322,7 @@ BAD_MESSAGES = [
     ([], "at least one"),
     ([1], "message 0"),
     ([{"role": "robot", "content": "a"}], "robot"),
+    ([HELLO[0] | {"name": 1}], "name"),
     (user("\ud800"), "surrogate"),
     (user([{"type": "text"}]), "part"),
     (user([{"type": "audio"}]), "part"),
@@ -500,27 +502,34 @@ def test_who_may_ask(model):
         assert ask(url, "/chat/completions", CHAT)[0] == 401
         assert health(url)["status"] == "ok"
     with serving(model) as (server, url):
-        for host, status in (("evil.example:8000", 403), ("localhost:8000", 200), ("[::1]:8000", 200), ("", 403)):
-            assert ask(url, "/models", None, {"host": host})[0] == status
+        for host in ("localhost", "LOCALHOST:8000", "127.0.0.1", "[::1]", "[::1]:8000"):
+            assert ask(url, "/models", None, {"host": host})[0] == 200
+        for host in ("evil.example:8000", "localhost.evil.example", "[::1].evil.example", ""):
+            assert ask(url, "/models", None, {"host": host})[0] == 403
         assert ask(url, "/completions", TEXT, {"content-type": "text/plain"})[0] == 415
         server.is_local = False
         assert ask(url, "/models", None, {"host": "server.example"})[0] == 200
 
 
 def test_a_request_is_bounded_in_size_and_in_time(model, monkeypatch):
+    """Requests that are only half sent take nobody's place. Only large ones must wait for their memory."""
     monkeypatch.setattr(app, "MAX_BYTES", 2000)
+    monkeypatch.setattr(app, "SMALL", 500)
+    monkeypatch.setattr(app, "MOST_READING", 1000)
     with serving(model, most_waiting=1) as (server, url):
         assert ask(url, "/completions", TEXT | {"prompt": "a" * 3000})[0] == 413
-        slow = send(url, "/completions", TEXT, missing=5)
-        until(lambda: server.arriving)
-        status, answer = ask(url, "/completions", TEXT)
-        assert (status, answer["error"]["code"]) == (429, "queue_full")
-        slow.close()
-        until(lambda: not server.arriving)
-        with monkeypatch.context() as patch:
-            patch.setattr(app, "BODY_SECONDS", 0.05)
-            assert b" 408 " in send(url, "/completions", TEXT, missing=5).recv(100)
+        large = TEXT | {"prompt": "a" * 100, "user": "a" * 600}
+        slow = [send(url, "/completions", large, missing=5), send(url, "/completions", TEXT, missing=5)]
+        until(lambda: server.reading > 700)
         assert ask(url, "/completions", TEXT)[0] == 200
+        status, answer = ask(url, "/completions", large)
+        assert (status, answer["error"]["code"]) == (429, "queue_full")
+        for connection in slow:
+            connection.close()
+        until(lambda: not server.reading)
+        assert ask(url, "/completions", large)[0] == 200
+        monkeypatch.setattr(app, "BODY_SECONDS", 0.05)
+        assert b" 408 " in send(url, "/completions", TEXT, missing=5).recv(100)
 
 
 def send(url, path, body, missing=0):

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from support.cases import assert_close
+from support.cases import assert_close, random_corrections
 from support.chat_models import CONFIGS, PLANS, make
 from support.tiny import random_model, tiny_gemma3_vl_config, tiny_qwen3_vl_config
 from support.tiny_images import random_bytes
@@ -165,6 +165,25 @@ def test_images_are_told_apart_by_what_they_show(config, logits, monkeypatch):
     check([*before, *image, 5, 5, 5], [A], [begins if windows else begins + len(image) - 1])
     check([*before, 5, 5, 5], [], [0, len(before)])
     check([*before, *image, *between, *image, 4, 4], [C, A], [begins])
+
+
+def test_a_second_question_about_an_image():
+    """Updates of h need tokens of the cache to run again. Those of an image cannot, so then its cache is not used."""
+    config = tiny_qwen3_vl_config()
+    model = pop.Model(random_model(config, seed=3), config)
+    layers = (1, 3, 4)  # with one update, for which the last two tokens run again
+    model.plan = pop.PrunePlan(layers, 1, 1, random_corrections(config, layers, 1, fingerprint=model.fingerprint))
+    shown = model.vision.prepare("image", pop.Image(random_bytes(40, 40, 3, 1), max_pixels=1024))
+    image = [token for piece in shown.pieces if not isinstance(piece, str) for token in piece]
+    begin = [*prompt(9, 1, below=50), *image]  # the last of these closes the image
+    engine, reused = new_engine(model), []
+    for question in ([5, 6, 7], [8, 6, 7], [8, 9, 9]):
+        job = new_job([*begin, *question], [shown])
+        answered = answer(engine, job)
+        reused.append(job.cached_tokens)
+        expected = model.generate([job.tokens], images=[[shown]], max_new_tokens=6, min_new_tokens=3)[0]
+        assert answered == expected.tokens[: len(answered)]
+    assert reused == [0, 10, len(begin) + 1]
 
 
 @pytest.mark.parametrize(("family", "plan"), [("llama", "first 2, last 3"), ("gemma3", "calibrated")])

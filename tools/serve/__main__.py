@@ -47,7 +47,8 @@ def serve(args: argparse.Namespace) -> None:
     free = free_bytes(model.device) or 2**32
     engine = Engine(model, args.batch, args.queue, free // 4 if args.cache_mb is None else args.cache_mb * 2**20)
     threading.Thread(target=work, args=(engine,), daemon=True).start()
-    name, key, is_local = os.path.basename(args.model.rstrip("/")), os.environ.get(KEY) or None, args.host in LOCAL
+    name, key = os.path.basename(args.model.rstrip("/")), os.environ.get(KEY) or None
+    is_local = LOCAL.fullmatch(args.host) is not None
     if key is None and not is_local:
         print(f"anybody who reaches {args.host} can use this server; set {KEY} to ask for a key", file=sys.stderr)
     app = Server(engine, name, key, is_local).app

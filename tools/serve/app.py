@@ -7,6 +7,7 @@ import functools
 import hmac
 import json
 import logging
+import re
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing, suppress
@@ -23,7 +24,9 @@ from tools.serve.requests import MAX_BYTES, Asked, Wrong, understand
 from tools.serve.rows import Busy, Event
 
 BODY_SECONDS = 60  # within which a request must have arrived
-LOCAL = ("127.0.0.1", "localhost", "[::1]", "::1")
+MOST_READING = 2**28  # bytes of all requests that are being read. Beyond that, only small ones are read
+SMALL = 2**16  # bytes of a small request
+LOCAL = re.compile(r"(localhost|127\.0\.0\.1|\[?::1\]?)(:\d*)?", re.IGNORECASE)  # this machine's own names
 
 logger = logging.getLogger(__name__)
 
@@ -40,7 +43,8 @@ class Server:
 
     def __init__(self, engine: Engine, name: str, key: str | None = None, is_local: bool = True):
         self.engine, self.model, self.name, self.key, self.is_local = engine, engine.model, name, key, is_local
-        self.arriving = 0  # requests that are being read and encoded
+        self.reading = 0  # bytes of requests that are being read
+        self.arriving = 0  # requests that are being encoded
         self.encoder = ThreadPoolExecutor(1)  # one at a time, so that their memory is bounded
         self.app = Starlette(
             routes=[
@@ -71,8 +75,8 @@ class Server:
         given = request.headers.get("authorization", "").encode("latin-1")  # as it was sent
         if self.key is not None and not hmac.compare_digest(given, f"Bearer {self.key}".encode()):
             raise Wrong("the API key is wrong", 401, code="invalid_api_key")
-        if self.key is None and self.is_local and request.headers.get("host", "").rsplit(":", 1)[0] not in LOCAL:
-            raise Wrong(f"without an API key, the host of a request must be one of {', '.join(LOCAL)}", 403)
+        if self.key is None and self.is_local and not LOCAL.fullmatch(request.headers.get("host", "")):
+            raise Wrong("without an API key, the host of a request must be localhost, 127.0.0.1 or [::1]", 403)
 
     async def health(self, request: Request) -> Response:
         return json_response({"status": "ok", "running": len(self.engine.rows), "waiting": len(self.engine.waiting)})
@@ -92,11 +96,11 @@ class Server:
             with suppress(RuntimeError):  # the server has stopped
                 loop.call_soon_threadsafe(events.put_nowait, event)
 
+        raw = await self.read(request)
         if self.arriving >= self.engine.most_waiting:
             raise Busy
         self.arriving += 1
         try:
-            raw = await read(request)
             arguments = self.model, self.name, raw, is_chat, emit
             asked = await loop.run_in_executor(self.encoder, understand, *arguments)
         finally:
@@ -109,6 +113,29 @@ class Server:
         chunks = chunks_of(asked, found)
         first = await anext(chunks)  # an error up to here still has a status
         return StreamingResponse(stream(first, chunks, found), media_type="text/event-stream")
+
+    async def read(self, request: Request) -> bytes:
+        """A request's body. A browser sends JSON to another site only if that site allows it."""
+        if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
+            raise Wrong("the content type must be application/json", 415)
+        body = bytearray()
+
+        async def collect() -> None:
+            async for part in request.stream():
+                body.extend(part)
+                self.reading += len(part)
+                if len(body) > MAX_BYTES:
+                    raise Wrong(f"a request may have {MAX_BYTES:,} bytes", 413)
+                if len(body) > SMALL and self.reading > MOST_READING:
+                    raise Busy
+
+        try:
+            await asyncio.wait_for(collect(), BODY_SECONDS)
+        except asyncio.TimeoutError:
+            raise Wrong(f"the request has not arrived within {BODY_SECONDS} seconds", 408) from None
+        finally:
+            self.reading -= len(body)
+        return bytes(body)
 
     async def events(self, request: Request, asked: Asked, events: asyncio.Queue) -> AsyncIterator[Event]:
         """Start a request's jobs, and yield their events. If the client hangs up, they end."""
@@ -127,25 +154,6 @@ class Server:
         finally:
             watcher.cancel()
             self.engine.cancel(asked.jobs)
-
-
-async def read(request: Request) -> bytes:
-    """A request's body. A browser sends JSON to another site only if that site allows it."""
-    if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
-        raise Wrong("the content type must be application/json", 415)
-    body = bytearray()
-
-    async def collect() -> None:
-        async for part in request.stream():
-            body.extend(part)
-            if len(body) > MAX_BYTES:
-                raise Wrong(f"a request may have {MAX_BYTES:,} bytes", 413)
-
-    try:
-        await asyncio.wait_for(collect(), BODY_SECONDS)
-    except asyncio.TimeoutError:
-        raise Wrong(f"the request has not arrived within {BODY_SECONDS} seconds", 408) from None
-    return bytes(body)
 
 
 async def hang_up(request: Request, events: asyncio.Queue) -> None:

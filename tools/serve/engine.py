@@ -91,7 +91,9 @@ class Engine:
         keys, last = keys_of(tokens, job.media, images), end - model.plan.full_depth_last
         row = Row(model, job, keys, images, self._new_cache(1, end))
         sources = [*self.kept.caches, *map(self._filled, self.rows)]
-        n, source = max(((one.usable(keys, last), one) for one in sources), key=lambda pair: pair[0], default=(0, None))
+        again = rerun(plan)
+        usable = [(one.usable(keys, last, again), one) for one in sources]
+        n, source = max(usable, key=lambda pair: pair[0], default=(0, None))
         if n:
             source.copy_to(row.cache, model, n)
             self.kept.touch(source)
@@ -99,7 +101,7 @@ class Engine:
         # A cache with windows may share more tokens and not be usable. A separate cache keeps these for later prompts.
         shared = max((one.common(keys) for one in sources if one.floor), default=0)
         shared = shared if shared >= n + WORTH_KEEPING else 0
-        del sources, source  # so that caches can give way
+        del sources, source, usable  # so that caches can give way
         cuts = sorted({*range(n + model.chunk_size, last + 1, model.chunk_size), shared})
         if model.plan.full_depth_selected:  # the plan selects among the tokens of one call
             cuts = []

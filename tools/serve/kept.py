@@ -41,10 +41,16 @@ class Filled:
         pairs = enumerate(zip(self.keys, keys, strict=False))
         return next((n for n, (mine, other) in pairs if mine != other), min(len(self.keys), len(keys)))
 
-    def usable(self, keys: list[int | str], most: int) -> int:
-        """How many first tokens of a prompt it can replace, at most `most`. Its images count together or not at all."""
+    def usable(self, keys: list[int | str], most: int, again: int) -> int:
+        """How many first tokens of a prompt it can replace, at most `most`. Its images count together or not at all.
+
+        The last `again` of these tokens run again, unless these are all of its tokens. Those of an image cannot.
+        """
         n = min(self.common(keys), most)
-        if n <= self.media.stop:
+        first = self.media.stop + 1  # the fewest tokens with all images
+        if n < len(self.keys):
+            first = self.media.stop + max(1, again)
+        if n < first:
             n = min(n, self.media.start)
         return n if n >= self.floor else 0
 

@@ -171,6 +171,9 @@ def _messages(model: pop.Model, messages: list) -> tuple[list, int]:
         message = {k: v for k, v in message.items() if v is not None and k not in ("refusal", "annotations", "audio")}
         if message.get("role") == "developer":
             message["role"] = "system"
+        if message.get("role") in ("system", "user", "assistant"):
+            _typed(message, "name", str, "")  # of a participant; chat templates do not show it
+            message.pop("name", None)
         if isinstance(message.get("content"), list):
             message["content"] = [_part(model, part, urls) for part in message["content"]]
         read.append(message)
