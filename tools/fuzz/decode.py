@@ -20,7 +20,7 @@ import pop
 from tools.fuzz.cases import Wrong, check_close, listed, random_config, random_model, random_prompt
 
 TOLERANCE = 1e-4  # of the logits' standard deviation
-ACTIONS = 150  # of a case
+ACTIONS = 60  # of a case
 CONFIGS = 8  # few, since each is compiled anew
 ROOM = 1024  # tokens of a cache
 
