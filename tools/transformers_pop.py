@@ -4,6 +4,7 @@
 
 Inside the context, a call with several tokens a row is a prompt, or a chat's next turn on a filled cache: it is pruned.
 A call with one token is decode: it runs at full depth. tools/examples/README.md states what it takes and refuses.
+States and logits of pruned tokens leave the model as NaN, because they predict nothing that pop's engine would.
 
 Nothing of transformers is subclassed or copied. The decoder and the pruned layers get another `forward` as an attribute
 of the instance. It hides the class's own until the context ends. A pruned layer computes K and V of all tokens from the
@@ -20,7 +21,7 @@ from __future__ import annotations
 import dataclasses
 import sys
 import tempfile
-from functools import partial
+from functools import partial, wraps
 from pathlib import Path
 
 import torch
@@ -87,6 +88,7 @@ class pruned:
         if self.model.training or (getattr(self.model, "_tp_size", None) or 1) > 1:
             raise UnsupportedError("the model is in mode train or in tensor parallel; give a whole one in mode eval")
         self.model.generate = partial(self._generate, self.model.generate)
+        self.model.forward = without_labels(self.model.forward)
         self.decoder.forward = partial(self._run_decoder, self.decoder.forward)
         for group in self.plan.groups(len(self.layers)):
             if group.is_pruned:
@@ -96,6 +98,7 @@ class pruned:
 
     def __exit__(self, *_):
         del self.model.generate
+        del self.model.forward
         del self.decoder.forward
         for index in self.plan.layers:
             del self.layers[index].forward
@@ -126,6 +129,9 @@ class pruned:
         out = forward(input_ids, **kwargs, pruned_prompt=prompt)  # passed on to all layers
         if prompt.layers_run != len(self.plan.layers):
             raise InputError("the context ended during a prompt; leave it after all calls have returned")
+        if self.plan.layers:
+            h = out[0]  # [B, T, D], the last states
+            h.masked_fill_(~prompt.at_full_depth[..., None], torch.nan)  # no score of a pruned token is a number
         return out
 
 
@@ -223,10 +229,10 @@ class Prompt:
         T = position.shape[1]
         column = torch.arange(T, device=position.device)
         self.is_token = position >= 0  # [B, T]
-        at_full_depth = self.is_token & plan.at_full_depth(position, position[:, -1:] + 1)
-        count = at_full_depth.sum(1, keepdim=True)  # [B, 1]
+        self.at_full_depth = self.is_token & plan.at_full_depth(position, position[:, -1:] + 1)  # [B, T]
+        count = self.at_full_depth.sum(1, keepdim=True)  # [B, 1]
         W = int(count.max())
-        ordered = (~at_full_depth).to(torch.uint8).argsort(dim=1, stable=True)[:, :W]  # their columns come first
+        ordered = (~self.at_full_depth).to(torch.uint8).argsort(dim=1, stable=True)[:, :W]  # their columns come first
         # The columns that run at full depth, [B, W]. Short rows repeat their last column.
         self.rows = ordered.where(column[:W] < count, T - 1)
         self.h: torch.Tensor | None = None  # [B, T, D], enters the present group
@@ -255,6 +261,18 @@ class Overwritten:
         at = self.rows[:, None, :, None].expand_as(k)  # [B, K, W, E]
         found = self.cache.update(self.k.scatter(2, at, k), self.v.scatter(2, at, v), *args, **kwargs)
         return tuple(x[:, :, : self.filled] for x in found)  # a static cache also returns its empty slots
+
+
+def without_labels(forward):
+    """A model's forward, except that it refuses labels. Its signature stays, because generate reads it."""
+
+    @wraps(forward)
+    def checked(*args, **kwargs):
+        if kwargs.get("labels") is not None:
+            raise UnsupportedError("a loss would be over pruned tokens; leave out labels, or call outside of pruned")
+        return forward(*args, **kwargs)
+
+    return checked
 
 
 def _cache(kwargs):

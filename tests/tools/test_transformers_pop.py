@@ -61,7 +61,7 @@ class Decoder(nn.Module):
         for layer in self.layers:
             tables = angles.cos(), angles.sin()
             h = layer(h, attention_mask=seen[:, None] > 0, position_embeddings=tables, cache=cache, **kwargs)
-        return self.norm(h)
+        return (self.norm(h),)
 
 
 def write_config(folder):
@@ -77,8 +77,8 @@ class LlamaForCausalLM(nn.Module):
         self.config = types.SimpleNamespace(save_pretrained=write_config)
         self.generation_config = types.SimpleNamespace(use_mtp=False)
 
-    def forward(self, input_ids, **kwargs):
-        return self.lm_head(self.model(input_ids=input_ids, **kwargs)[:, -1])
+    def forward(self, input_ids, labels=None, logits_to_keep=1, **kwargs):
+        return self.lm_head(self.model(input_ids=input_ids, **kwargs)[0][:, -logits_to_keep:]).squeeze(1)
 
     def generate(self, input_ids, **kwargs):
         return self(input_ids, **kwargs).argmax(-1)
@@ -158,6 +158,19 @@ def test_a_copied_cache_goes_on_without_an_answer_between_the_prompts(model):
         found = model(ids[:, 6:], cache=copy.deepcopy(cache))
     twin.prefill(ids[:, :6], other, plan=plan)
     assert_close(found, twin.prefill(ids[:, 6:], other, plan=plan))
+
+
+def test_only_full_depth_tokens_have_scores(model):
+    """The log-likelihood of a continuation that is part of the prompt is no number."""
+    ids, plan = torch.randint(3, CONFIG.vocab_size, (2, 9)), plan_of(model, is_calibrated=False)
+    with pruned(model, plan):
+        logits = model(ids, cache=Cache(), logits_to_keep=9)
+        with pytest.raises(UnsupportedError, match="labels"):
+            model(ids, labels=ids, cache=Cache())
+    full_depth = reference.full_depth_tokens(9, 9, plan)
+    assert logits[:, full_depth].isfinite().all() and logits[:, ~full_depth].isnan().all()
+    with pruned(model, PrunePlan.none()):
+        assert_close(model(ids, cache=Cache(), logits_to_keep=9), model(ids, logits_to_keep=9))
 
 
 def test_leaving_restores_the_model_after_an_exception_too(model):
