@@ -26,6 +26,7 @@ from pop.pruning.plan import PrunePlan
 from pop.system.memory import to_device
 
 KEPT_CACHES = 2  # spare caches on a GPU, where a new cache needs a new captured decode step
+# Several processes keep none. One of them might lack the memory for a spare cache, but all must replay the same graphs.
 FULL_DEPTH = PrunePlan.none()
 
 
@@ -67,7 +68,8 @@ class Runner:
         chunk_size = chunk_size_of(module) if chunk_size is None else check_count("chunk_size", chunk_size)
         self.chunk_size = max(chunk_size, self.vision.min_chunk_size)
         self.num_parameters = part.num_parameters if part else sum(weight.numel() for weight in module.parameters())
-        self.caches = SpareCaches(KEPT_CACHES if self.device.type == "cuda" else 0)
+        keeps_caches = self.device.type == "cuda" and part is None
+        self.caches = SpareCaches(KEPT_CACHES if keeps_caches else 0)
         accelerate(module)
         self._eager = stages_of(module)
         self._compiled = None

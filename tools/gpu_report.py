@@ -169,7 +169,7 @@ def decode(setup: Setup) -> Iterator[Figure]:
     stages = model._stages(1)
     size = decode_bytes(model.config, position + 25, model.dtype)
     rate = bandwidth_turn(setup.device)()["bytes_per_s"]
-    for name, chosen in (("uncaptured", stages._replace(replay=lambda _: lambda run: run())), ("captured", stages)):
+    for name, chosen in (("uncaptured", stages._replace(replay=lambda *_: lambda run: run())), ("captured", stages)):
         cache.restore(end_of_prompt)
         step = lambda: int(engine.decode(model.module, token, cache, chosen).argmax())  # noqa: B023, E731
         second = median([seconds(step, setup.device) for _ in range(40)][10:])

@@ -38,9 +38,7 @@ class Graph:
     its results are compared with those of its record. If they differ, it is not repeated.
     """
 
-    keeps_memory = True  # a record holds tensors, and not addresses
-
-    def __init__(self, device: torch.device):
+    def __init__(self, module: torch.nn.Module, batch_size: int):
         self.has_run = False
         self.record: _Record | None = None
 

@@ -2,10 +2,10 @@
 
 import functools
 import logging
-import math
 import threading
 from collections.abc import Callable
 from contextlib import suppress
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -15,32 +15,40 @@ CAPTURE_AT = 8  # calls; capturing takes as long as a few calls, so a short answ
 logger = logging.getLogger(__name__)
 _capturing = threading.Lock()  # a capture begins with torch.cuda.synchronize, which CUDA refuses during another one
 _stream = functools.cache(torch.cuda.Stream)  # one for a device: cuBLAS keeps 32 MiB for each stream that it has used
+# The batch sizes for which a module's step could not be captured. Each attempt leaves 40 MB behind, so there is one.
+_refused: WeakKeyDictionary[torch.nn.Module, set[int]] = WeakKeyDictionary()
 
 
 class Graph:
     """Runs a function, the same one at each call. It is captured at the eighth call, and replayed from then on.
 
-    The function takes no arguments and no numbers from the host. The caller gets copies of its results. Each call runs
-    the function once, so processes that communicate in it may capture it at different calls. A function that cannot be
-    captured, such as one that waits for the device, runs as it is.
+    The function takes no arguments and no numbers from the host. The caller gets copies of its results. A function that
+    cannot be captured, such as one that waits for the device, runs as it is.
+
+    NCCL demands that all processes of a module capture a sum over them, or none. So they call alike, and the graph is
+    dropped in all of them if one of them cannot capture it.
     """
 
-    def __init__(self, device: torch.device):
-        self.device = device
+    def __init__(self, module: torch.nn.Module, batch_size: int):
+        self.device = next(module.parameters()).device
+        self.sum_over_processes = module.sum_over_processes
+        self.refused = _refused.setdefault(module, set())
+        self.batch_size = batch_size
         self.calls = 0
         self.graph: torch.cuda.CUDAGraph | None = None
         self.outputs: tuple[Tensor, ...] = ()  # which each replay overwrites
 
     def __call__(self, function: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
         self.calls += 1
-        if self.calls < CAPTURE_AT or torch.cuda.is_current_stream_capturing():
+        is_early = self.calls < CAPTURE_AT or self.batch_size in self.refused
+        if is_early or torch.cuda.is_current_stream_capturing():
             return function()
         if self.graph is None:
-            return self._capture(function)
+            return self._run_and_capture(function)
         self.graph.replay()
         return tuple(output.clone() for output in self.outputs)
 
-    def _capture(self, function) -> tuple[Tensor, ...]:
+    def _run_and_capture(self, function) -> tuple[Tensor, ...]:
         """Run the function, capture it, and return the results of the run."""
         with _capturing, torch.cuda.device(self.device):
             stream = _stream(self.device)
@@ -53,13 +61,19 @@ class Graph:
             graph = torch.cuda.CUDAGraph()
             pool = torch.cuda.graph_pool_handle()
             try:
+                # A capture that fails leaves its stream as the current one, so `current` surrounds it.
                 # "thread_local": NCCL's watchdog thread queries events meanwhile.
-                with torch.cuda.graph(graph, pool, stream, capture_error_mode="thread_local"):
+                capture = torch.cuda.graph(graph, pool, stream, capture_error_mode="thread_local")
+                with torch.cuda.stream(current), capture:
                     self.outputs = function()  # is recorded and does not run
                 self.graph = graph
-            except RuntimeError as error:
+            except Exception as error:
                 logger.warning("decode runs without a CUDA graph: %s", str(error.__context__ or error).split("\n")[0])
-                self.calls = -math.inf
                 with suppress(AttributeError, RuntimeError):  # some versions of torch leave the pool open
                     torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), pool)
+            failed = torch.tensor([self.graph is None], dtype=torch.int64, device=self.device)
+            failures = int(self.sum_over_processes(failed))
+            if self.graph is None or failures:
+                self.refused.add(self.batch_size)
+                self.graph = None
         return results

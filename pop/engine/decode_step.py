@@ -47,8 +47,12 @@ class DecodeStep:
         self.kinds = Kinds()
         if stages.replay is not None:
             self.kinds.look((module, *module.layers))
+            # A graph has the addresses of weights. Their memory stays until a look finds that the weights have changed.
+            weights = [weight for look in self.kinds.looks for weight in look.weights]
+            self.memory = [weight.untyped_storage() for weight in weights]
             if None not in self.kinds.values():  # otherwise there are hooks, for example, which a graph would leave out
-                self.replay = stages.replay(cache.device)  # it does not hold the step: that would be a cycle
+                # It does not hold the step: that would be a cycle.
+                self.replay = stages.replay(module, cache.batch_size)
 
     def serves(self, module, cache: KVCache, stages: Stages) -> bool:
         """Whether it was made for this module as it is now, these stages, and the tensors that the cache has now."""
@@ -56,9 +60,8 @@ class DecodeStep:
             return False
         if any(mine is not keys for (mine, _), keys in zip(self.layers, cache.keys, strict=True)):
             return False
-        # A step that keeps its tensors in memory stays safe between two looks, which take a tenth of a small step.
-        look = self.snapshot is None or not getattr(stages.replay, "keeps_memory", False)
-        return self.kinds.unchanged(look)
+        # Looking at all weights takes longer than the launch of a graph, so only the first step after a prefill does.
+        return self.kinds.unchanged(look=self.snapshot is None)
 
     def __call__(self, tokens: Tensor, cache: KVCache) -> Tensor:
         lengths = cache.lengths

@@ -46,8 +46,8 @@ class Stages(NamedTuple):
     """The functions that a call uses: those of this file, or replacements such as compiled ones.
 
     `linear` computes what the layers of a group have in common in a calibrated plan: codes, and the update of h.
-    `replay(device)` returns a function that takes a decode step without arguments (decode_step.py), runs it once at
-    each call, and may record it. If its attribute `keeps_memory` is true, what it has recorded stays in memory.
+    `replay(module, batch_size)` returns a function that takes a decode step without arguments (decode_step.py), runs it
+    once at each call, and may record it.
     """
 
     full_layer: Callable[..., Tensor] = full_layer

@@ -313,6 +313,16 @@ def test_all_processes_compile_or_none(folder):
         assert "cannot be compiled here" in refusal and reason in refusal
 
 
+def test_all_processes_replay_the_same_graph_or_none(folder):
+    """Two answers of ten steps each, which run (.), are captured (c) or replayed (r). NCCL hangs if processes differ.
+
+    The captures are a stand-in's. At last, the second process cannot capture.
+    """
+    for rank in range(2):
+        found = json.loads((folder / f"capturing-{rank}.json").read_text())
+        assert found == [".......crr" * 2, ".......c" + "." * 12]
+
+
 FAILING = """
 import os, sys, time
 import torch.distributed as dist

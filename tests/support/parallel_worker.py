@@ -18,10 +18,12 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
+from support import fake_captures
 from torch._inductor import config as inductor
 
 import pop
 from pop import engine, runner
+from pop.backends import cuda_graph
 from pop.backends.tensor_parallel import end
 from pop.checkpoints import weights as checkpoint
 from pop.engine import compile
@@ -80,6 +82,26 @@ def corrections(plan: pop.PrunePlan) -> dict[str, torch.Tensor]:
     return {"corrections": found.weight @ shared, "update": found.update @ found.shared[:1]}
 
 
+def captures(folder: Path) -> list[str]:
+    """What each decode step of some answers does: it runs, it is captured, or it is replayed."""
+    model = pop.load(folder / "llama", parallel="auto", compile=False)
+    model._eager = engine.EAGER._replace(replay=cuda_graph.Graph)
+    found = []
+    with fake_captures.installed() as fake:
+        for fake.refuses in (False, dist.get_rank() == 1):
+            letters = []
+            for _ in range(2):
+                cache = model.caches.take(model, 1, 40)
+                model.prefill([[1, 2, 3]], cache)
+                for _ in range(10):
+                    counts = fake.captures, fake.replays
+                    model.decode([5], cache)
+                    letters.append({(1, 0): "c", (0, 1): "r", (0, 0): "."}[fake.since(counts)])
+                model.caches.give(cache)
+            found.append("".join(letters))
+    return found
+
+
 def compile_or_not(folder: Path) -> list:
     """What a model says of itself before and after its first answer, the answer, and why compiling is refused.
 
@@ -131,6 +153,7 @@ def main(folder: Path) -> None:
     rank = dist.get_rank()
     save_file(found, folder / f"rank-{rank}-of-{size}.safetensors")
     if size == 2:
+        (folder / f"capturing-{rank}.json").write_text(json.dumps(captures(folder)))
         (folder / f"compiling-{rank}.json").write_text(json.dumps(compile_or_not(folder)))
 
 

@@ -9,7 +9,7 @@ class Replay:
     The caller gets copies.
     """
 
-    def __init__(self, device):
+    def __init__(self, module, batch_size):
         self.outputs = None
 
     def __call__(self, step) -> tuple[torch.Tensor, ...]:
