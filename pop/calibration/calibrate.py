@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 
 from pop.calibration.distill import distill
-from pop.calibration.held_out import JUDGED, PASSAGE, Judge
+from pop.calibration.held_out import Judge
 from pop.calibration.passes import check_gradients, working_copy
 from pop.calibration.refit import Fit, accumulate
 from pop.calibration.resume import SavedProgress
@@ -29,7 +29,6 @@ from pop.system.progress import progress_bar
 
 RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # candidates for lambda
 MIDDLE = 2  # the candidate that is tried first, and that groups with an update of h take
-TRIALS = 5  # the most plans that are judged to choose one: a walk from the middle, and plain pruning
 LENGTHS = (512, 2048, 8192)  # prompt lengths for which a plan records its speedup
 
 
@@ -115,11 +114,10 @@ def calibrate(
         saved = SavedProgress(resume, _settings(model, plan, [windows, judged], about))
         saved.check()
     fit = Fit(model, plan, rank)
-    trial = sum(min(len(tokens), JUDGED) + PASSAGE for tokens, _ in judged)  # tokens that judging a plan runs
-    with progress_bar("calibrating", len(fit.groups) * num_tokens + TRIALS * trial, "tokens", progress) as step:
+    with progress_bar("calibrating", len(fit.groups) * num_tokens, "tokens", progress) as step:
         _fit(model, windows, fit, step)
-        judge = Judge(model, judged)
-        plan = _choose(fit, judge, steps == 0, lambda trials: step(trials * trial))
+    judge = Judge(model, judged)
+    plan = _choose(fit, judge, steps == 0)
     if steps:
         with progress_bar("distilling", steps, "steps", progress) as step:
             plan = distill(model, plan, windows, judge, steps, seed=seed, saved=saved, progress=step)
@@ -178,27 +176,22 @@ def _fit(model, windows: list[Window], fit: Fit, step: Callable[[int], object]) 
         fit.finish(RIDGES[MIDDLE])
 
 
-def _choose(fit: Fit, judge: Judge, may_be_plain: bool, step: Callable[[int], object]) -> PrunePlan:
+def _choose(fit: Fit, judge: Judge, may_be_plain: bool) -> PrunePlan:
     """Choose lambda by the held-out windows. Return the plan without corrections if that is better still.
 
-    The loss has one valley over lambda. So walk from the middle in the direction in which the loss falls. Distillation
+    The loss has one valley over lambda. So walk from the middle to both sides, as long as the loss falls. Distillation
     does not start from plain pruning, where there is nothing to improve.
     """
-    trials = 0
 
     def loss(plan: PrunePlan) -> float:
-        nonlocal trials
         found = judge.losses(plan).mean
         check_finite(torch.tensor(found), "predictions on the texts")
-        trials += 1
-        step(1)
         return found
 
     best = fit.calibrated(RIDGES[MIDDLE])
     least = loss(best)
     directions = (RIDGES[:MIDDLE][::-1], RIDGES[MIDDLE + 1 :]) if fit.last_group_is_open else ()
     for ridges in directions:
-        start = best
         for ridge in ridges:
             plan = fit.calibrated(ridge)
             found = loss(plan)
@@ -206,11 +199,8 @@ def _choose(fit: Fit, judge: Judge, may_be_plain: bool, step: Callable[[int], ob
                 break
             best = plan
             least = found
-        if best is not start:
-            break
     if may_be_plain and loss(fit.plan) < least:
-        best = fit.plan
-    step(TRIALS - trials)
+        return fit.plan
     return best
 
 

@@ -232,16 +232,14 @@ def _tables(
     }
     if T == 1:
         return tables
-    if consecutive is None:
-        held = _held_by_slot(ends, ring)
-        band = (0, UNBOUNDED, UNBOUNDED, 0)
-    elif window is None:
-        held = _held_by_slot(ends, ring)
-        band = (consecutive.first_position, before, consecutive.look_ahead, consecutive.is_exact)
-    else:  # the ring is not in the order of positions, which a band needs
-        own_key = min(consecutive.first_position, before)
-        held = tokens.positions[:, :1] - own_key + torch.arange(own_key + T)
-        tables["key_slots"] = held % ring
+    held = _held_by_slot(ends, ring)
+    band = (0, UNBOUNDED, UNBOUNDED, 0)
+    if consecutive is not None:
+        own_key = consecutive.first_position
+        if window is not None:  # the ring is not in the order of positions, which a band needs
+            own_key = min(own_key, before)
+            held = tokens.positions[:, :1] - own_key + torch.arange(own_key + T)
+            tables["key_slots"] = held % ring
         band = (own_key, before, consecutive.look_ahead, consecutive.is_exact)
     return tables | {"held": held.to(torch.int32), "band": torch.tensor(band)}
 

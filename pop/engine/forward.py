@@ -122,13 +122,10 @@ class Call:
         plan = self.plan if self.plan.layers[0] < first else PrunePlan.none()
         B, T = prompts.full_depth.shape
         batch_rows = torch.arange(B, device=self.cache.device)[:, None]
-        entering = None
+        entering = self.hidden.new_zeros(B, T + 1, self.hidden.shape[2])  # column T takes padding
         for edges in bounds:
             chunk = Chunk.of(self.module, self.cache, prompts, edges, plan)
-            h = self.run(chunk, self.embed(chunk), range(first))
-            if entering is None:
-                entering = h.new_zeros(B, T + 1, h.shape[2])  # column T takes padding
-            entering[batch_rows, chunk.index] = h
+            entering[batch_rows, chunk.index] = self.run(chunk, self.embed(chunk), range(first))
         return entering
 
     def select_tokens(self, prompts: Prompts, entering: Tensor, counts: Tensor) -> Tensor:

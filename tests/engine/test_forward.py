@@ -6,7 +6,7 @@ models with awkward sizes. Batches with images: test_forward_images.py.
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.cases import (
     NONE,
@@ -33,6 +33,7 @@ pytestmark = pytest.mark.usefixtures("small_query_blocks")
 # Against the reference
 
 
+@settings(max_examples=6 * settings().max_examples)
 @given(cases(), st.integers(0, 5))
 def test_prefill_and_decode_are_the_reference(case, steps):
     """Logits and cache, for any plan, window, batch, padding and chunking."""
