@@ -6,6 +6,7 @@ template's own texts. The text of a message is encoded as text, so nothing that 
 
 import json
 import re
+from itertools import chain
 
 from pop.errors import InputError, UnsupportedError
 from pop.inputs.chat_templates import TEMPLATES, ControlMarks, jinja
@@ -195,7 +196,7 @@ class ChatFormat:
         for part in parts:
             pieces += part.pieces if isinstance(part, Prepared) else self._marks.split(part)
         words = [piece for piece in pieces if isinstance(piece, str)]
-        for name in self._names("\n".join(words)):
+        for name in chain.from_iterable(map(self._names, words)):
             if name in self.tokenizer.special_tokens and _as_json(name)[1:-1] not in conversation:
                 raise UnsupportedError(
                     f"the chat_template forms the control token {name!r} from parts; pass another chat_format="
@@ -203,9 +204,10 @@ class ChatFormat:
         return self.tokenizer.encode_pieces(pieces, bos=False)
 
     def _names(self, text: str) -> list[str]:
-        """Return the names of the added tokens in a text that a template wrote, in order."""
+        """Return the names of the added tokens in a text that a template wrote, in order. Line breaks have none."""
         found = self.tokenizer.split(text, allow_special=True)
-        return [self.tokenizer.decode(piece, special=True) for piece in found if not isinstance(piece, str)]
+        names = [self.tokenizer.decode(piece, special=True) for piece in found if not isinstance(piece, str)]
+        return [name for name in names if name.strip()]
 
 
 def _as_json(value) -> str:

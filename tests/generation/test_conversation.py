@@ -10,10 +10,7 @@ import types
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from support.cases import assert_close, cached_kv, in_windows, stack_layers
-from support.chat_formats import FAMILIES, FORMATS
 from support.chat_models import END, OTHER_END, START, make
 from support.chat_templates import PLAIN_CHATML
 from support.letters import Letters
@@ -109,19 +106,6 @@ def test_a_stream_is_a_turn_of_the_chat_format_from_its_last_piece_on(script):
     assert [next(pieces), len(chat.turns)] == ["c", 4]
     assert chat.turns[3].assistant == "abc"
     assert [*chat.tokens, END, *b"\n"] == model.chat_tokens(chat.messages)[: -len(chatml())]
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-@given(st.text("aé <|\n", max_size=9), st.text("b?\n", min_size=1, max_size=5).filter(str.strip))
-def test_what_follows_an_answer_is_the_rest_of_the_longer_conversation(family, answer, text):
-    form = FORMATS[family]
-    messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": answer}]
-    whole = form.encode([*messages, {"role": "user", "content": text}])
-    rest, _ = form.next_prompt(text)
-    assert whole[-len(rest) :] == rest
-    assert rest[0] == form.end_ids[0]
-    before = form.encode(messages, add_generation_prompt=False)
-    assert whole[: len(before)] == before  # so what an answer turns into does not depend on what follows
 
 
 def test_a_turn_runs_what_is_new_and_nothing_else(model, script, monkeypatch):

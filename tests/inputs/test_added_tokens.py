@@ -84,49 +84,42 @@ def test_a_gap_before_the_added_tokens_is_refused(tmp_path):
         load(spec | {"model": spec["model"] | {"merges": []}}, tmp_path)
 
 
-@pytest.mark.parametrize(
-    ("token", "message"),
-    [
+def test_some_are_refused(tmp_path):
+    (tmp_path / "tokenizer.model").write_bytes(train())
+    (the,) = load_tokenizer(tmp_path).encode("the", bos=False)
+    for token, message in (
         ({"id": 500, "content": "<x>", "lstrip": True}, "lstrip"),
         ({"id": 5, "content": "<x>"}, "the id 500"),
         ({"id": 10**12, "content": "<x>"}, "the id 500"),
         ({"id": 502, "content": "<x>"}, "the id 500"),
         ({"id": 500, "content": ""}, "a text"),
         ({"id": 0, "content": "<table>"}, "the id 6"),
-        ({"content": "the", "special": True}, "merges into the special token .the"),  # ordinary text would
-    ],
-)
-def test_some_are_refused(tmp_path, token, message):
-    (tmp_path / "tokenizer.model").write_bytes(train())
-    (the,) = load_tokenizer(tmp_path).encode("the", bos=False)
-    content = {"added_tokens": [{"special": False, "id": the} | token], "model": {}}
-    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
-    with pytest.raises(TokenizerError, match=message):
-        load_tokenizer(tmp_path)
+        ({"id": the, "content": "the", "special": True}, "merges into the special token .the"),  # ordinary text would
+    ):
+        content = {"added_tokens": [{"special": False} | token], "model": {}}
+        (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+        with pytest.raises(TokenizerError, match=message):
+            load_tokenizer(tmp_path)
 
 
-@pytest.mark.parametrize(
-    ("path", "value", "message"),
-    [
-        (("normalizer", "content"), "_", "normalizer"),
-        (("pre_tokenizer", "behavior"), "Isolated", "pre_tokenizer"),
-        (("decoder", "decoders"), [], "decoder"),
-        (("decoder",), None, "decoder is None"),
-        (("model", "byte_fallback"), False, "byte_fallback"),
-        (("model", "dropout"), 0.5, "dropout"),
-        (("model", "unk_token"), None, "None"),
-        (("model", "vocab", "a"), 10**12, "too large"),
-        (("post_processor", "single"), [], "post_processor"),
-    ],
-)
-def test_other_sentencepiece_in_a_tokenizer_json_is_refused(tmp_path, path, value, message):
-    spec = spec_of("gemma3")
-    part = spec
-    for key in path[:-1]:
-        part = part[key]
-    part[path[-1]] = value
-    with pytest.raises(TokenizerError, match=message):
-        load(spec, tmp_path)
+def test_other_sentencepiece_in_a_tokenizer_json_is_refused(tmp_path):
+    for *path, key, value, message in (
+        ("normalizer", "content", "_", "normalizer"),
+        ("pre_tokenizer", "behavior", "Isolated", "pre_tokenizer"),
+        ("decoder", "decoders", [], "decoder"),
+        ("decoder", None, "decoder is None"),
+        ("model", "byte_fallback", False, "byte_fallback"),
+        ("model", "dropout", 0.5, "dropout"),
+        ("model", "unk_token", None, "None"),
+        ("model", "vocab", "a", 10**12, "too large"),
+        ("post_processor", "single", [], "post_processor"),
+    ):
+        spec = part = spec_of("gemma3")
+        for parent in path:
+            part = part[parent]
+        part[key] = value
+        with pytest.raises(TokenizerError, match=message):
+            load(spec, tmp_path)
 
 
 def test_of_overlapping_tokens_the_first_and_longest_counts(tmp_path):

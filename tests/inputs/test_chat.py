@@ -6,13 +6,12 @@ tools/goldens/tokenizers.py makes the goldens.
 import datetime
 import json
 import re
-from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from support.chat_formats import FAMILIES, FORMATS, TOKENIZERS
-from support.text import GOLDENS
+from support.text import GOLDENS, assert_golden
 
 from pop.errors import InputError, UnsupportedError
 from pop.inputs.chat import chat_format
@@ -25,27 +24,37 @@ def written(form, messages, add_generation_prompt=True) -> str:
     return form.tokenizer.decode(form.encode(messages, add_generation_prompt), special=True)
 
 
-def assert_golden(form, file: Path) -> None:
-    for case in json.loads(file.read_bytes())["chat"]:
+def assert_chats(form, golden: dict) -> None:
+    for case in golden["chat"]:
         assert written(form, case["messages"], case["prompt"]) == case["rendered"]
         assert form.encode(case["messages"], case["prompt"]) == case["ids"]
 
 
-@pytest.mark.parametrize("family", FAMILIES[:2])
-def test_conversations_are_as_the_template_writes_them(family):
-    assert_golden(FORMATS[family], GOLDENS / family / "golden.json")
+def golden(name: str) -> dict:
+    return json.loads((GOLDENS / name).read_bytes())
 
 
-def test_gemmas_conversations_are_as_its_template_writes_them():
-    """The golden's ids are those of the real tokenizer, which this test does not need."""
-    cases = json.loads((GOLDENS / "gemma3-270m.json").read_bytes())["chat"]
+def test_conversations_are_as_the_template_writes_them():
+    """The ids in Gemma's golden are those of the real tokenizer, which this test does not need."""
+    for family in FAMILIES[:2]:
+        assert_chats(FORMATS[family], golden(f"{family}/golden.json"))
+    cases = golden("gemma3-270m.json")["chat"]
     assert len(cases) == 10
     for case in cases:
         assert written(FORMATS["gemma3"], case["messages"], case["prompt"]) == case["rendered"]
 
 
-def test_conversations_of_the_real_gemma3(gemma3):
-    assert_golden(chat_format(load_tokenizer(gemma3), choice="gemma"), GOLDENS / "gemma3-270m.json")
+def test_the_real_gemma3(gemma3):
+    """Its tokenizer.model is rebuilt from a GGUF file. The goldens are those of the published tokenizer.json."""
+    tokenizer = load_tokenizer(gemma3)
+    assert_golden(tokenizer, golden("gemma3-270m.json"))
+    assert_chats(chat_format(tokenizer, choice="gemma"), golden("gemma3-270m.json"))
+
+
+def test_the_real_smollm2(smollm2):
+    tokenizer = load_tokenizer(smollm2)
+    assert_golden(tokenizer, golden("smollm2-135m.json"))
+    assert_chats(chat_format(tokenizer), golden("smollm2-135m.json"))
 
 
 def test_gemma_takes_user_and_assistant_in_turn():
@@ -60,10 +69,6 @@ def test_gemma_takes_user_and_assistant_in_turn():
             FORMATS["gemma3"].encode([{"role": role, "content": "x"} for role in roles])
 
 
-def test_conversations_of_the_real_smollm2(smollm2):
-    assert_golden(chat_format(load_tokenizer(smollm2)), GOLDENS / "smollm2-135m.json")
-
-
 def test_llama_3_2_has_todays_date():
     template = TEMPLATES["llama-3.1"].replace("26 Jul 2024", "' + strftime_now('%d %b %Y') + '")
     text = written(chat_format(TOKENIZERS["llama-3.1"], choice=template), [{"role": "user", "content": "Hi"}])
@@ -74,11 +79,8 @@ def test_llama_3_2_has_todays_date():
 
 
 def test_end_ids():
-    for family, names in (
-        ("llama-3.1", ["<|eot_id|>", "<|end_of_text|>", "<|eom_id|>"]),
-        ("smollm2", ["<|im_end|>", "<|endoftext|>"]),
-        ("gemma3", ["<end_of_turn>", "<eos>"]),
-    ):
+    ends = {"llama-3.1": ["<|eot_id|>", "<|end_of_text|>", "<|eom_id|>"], "smollm2": ["<|im_end|>", "<|endoftext|>"]}
+    for family, names in (ends | {"gemma3": ["<end_of_turn>", "<eos>"]}).items():
         special = FORMATS[family].tokenizer.special_tokens
         assert FORMATS[family].end_ids == tuple(special[name] for name in names)
 
@@ -154,3 +156,15 @@ def test_invalid_messages():
 def test_a_tokenizer_without_the_formats_tokens():
     with pytest.raises(UnsupportedError, match="'gemma' ends an answer with no token"):
         chat_format(TOKENIZERS["smollm2"], choice="gemma")
+
+
+def test_line_breaks_stay_text_where_the_tokenizer_has_tokens_for_them():
+    """As in Gemma's tokenizer.json. A template also cuts texts at line breaks."""
+    template = TEMPLATES["gemma"].replace("message.content", "message.content.split('\\n')[-1]")
+    assert template != TEMPLATES["gemma"]
+    tokenizer = load_tokenizer(GOLDENS / "gemma3")
+    assert "\n" in tokenizer.added_tokens
+    form = chat_format(tokenizer, choice=template)
+    assert "\n" not in form.tokenizer.special_tokens
+    messages = [{"role": "user", "content": "a\nb"}]
+    assert written(form, messages) == "<bos><start_of_turn>user\nb<end_of_turn>\n<start_of_turn>model\n"
