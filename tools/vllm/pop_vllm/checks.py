@@ -29,7 +29,8 @@ def check_architecture(config) -> None:
 
 
 def check_config(config) -> None:
-    """Raise UnsupportedError for options in a VllmConfig that pruning does not work with."""
+    """Raise UnsupportedError for a model or for options in a VllmConfig that pruning does not work with."""
+    check_architecture(config)
     parallel = config.parallel_config
     refused = {
         "LoRA": config.lora_config,

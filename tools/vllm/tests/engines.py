@@ -26,6 +26,16 @@ os.environ |= {
 
 VOCABULARY = 512
 BLOCK = 32  # tokens; the smallest that vLLM's attention on CPUs takes
+OPTIONS = {  # of vLLM's LLM
+    "dtype": "float32",
+    "enforce_eager": True,
+    "max_model_len": 1024,
+    "skip_tokenizer_init": True,
+    "block_size": BLOCK,
+    "max_num_batched_tokens": 2048,
+    "max_num_seqs": 16,
+    "kv_cache_memory_bytes": 64 << 20,
+}
 SIZES = {
     "hidden_size": 64,
     "intermediate_size": 96,
@@ -76,24 +86,33 @@ def write_checkpoint(folder: Path, family: str) -> None:
     save_file(weights, folder / "model.safetensors")
 
 
-class Engine:
+class Reference:
+    """pop's model of a checkpoint."""
+
+    def __init__(self, folder):
+        self.folder = folder
+        self.pop = pop.load(folder, dtype=torch.float32, compile=False, prune=None, tokenizer=None, progress=False)
+
+    def expected(self, prompt: list[int], answer: list[int], plan, also=()) -> torch.Tensor:
+        """The reference's log-probabilities [n, V] of each of n answered tokens, given those before it."""
+        module = self.pop.module
+        selected = reference.selected_tokens(module, torch.tensor(prompt), plan)
+        tokens = torch.tensor(prompt + answer[:-1])
+        full_depth = reference.full_depth_tokens(len(prompt), len(tokens), plan)
+        full_depth[list(also)] = True
+        selected = reference.extended(selected, len(tokens))
+        logits, _ = reference.forward(module, tokens, full_depth, plan, selected=selected)
+        return logits[len(prompt) - 1 :].log_softmax(-1)
+
+
+class Engine(Reference):
     """vLLM's engine and pop's model of one checkpoint."""
 
     def __init__(self, folder, **options):
         from vllm import LLM
 
-        self.pop = pop.load(folder, dtype=torch.float32, compile=False, prune=None, tokenizer=None, progress=False)
-        defaults = {
-            "dtype": "float32",
-            "enforce_eager": True,
-            "max_model_len": 1024,
-            "skip_tokenizer_init": True,
-            "block_size": BLOCK,
-            "max_num_batched_tokens": 2048,
-            "max_num_seqs": 16,
-            "kv_cache_memory_bytes": 64 << 20,
-        }
-        self.llm = LLM(str(folder), **defaults | options)
+        super().__init__(folder)
+        self.llm = LLM(str(folder), **OPTIONS | options)
         self.core = self.llm.llm_engine.engine_core.engine_core
         self.model = self.llm.apply_model(lambda model: model)[0]
 
@@ -135,17 +154,6 @@ class Engine:
             assert error(output, log_probabilities[0]) < tolerance
             assert answer == log_probabilities.argmax(-1).tolist()
 
-    def expected(self, prompt: list[int], answer: list[int], plan, also=()) -> torch.Tensor:
-        """The reference's log-probabilities [n, V] of each of n answered tokens, given those before it."""
-        module = self.pop.module
-        selected = reference.selected_tokens(module, torch.tensor(prompt), plan)
-        tokens = torch.tensor(prompt + answer[:-1])
-        full_depth = reference.full_depth_tokens(len(prompt), len(tokens), plan)
-        full_depth[list(also)] = True
-        selected = reference.extended(selected, len(tokens))
-        logits, _ = reference.forward(module, tokens, full_depth, plan, selected=selected)
-        return logits[len(prompt) - 1 :].log_softmax(-1)
-
 
 def error(output, first) -> float:
     """The largest difference between the log-probabilities of an output's first token and those expected [V]."""
@@ -153,7 +161,7 @@ def error(output, first) -> float:
     return max(abs(entry.logprob - float(first[token])) for token, entry in found.items())
 
 
-def calibrated(engine: Engine, layers: tuple[int, ...], **fields) -> pop.PrunePlan:
+def calibrated(engine: Reference, layers: tuple[int, ...], **fields) -> pop.PrunePlan:
     """A plan with random corrections of a size that matters. Groups that kept layers follow update h."""
     config = engine.pop.config
     rank = 24
