@@ -12,7 +12,7 @@ from pop import models, reference
 from pop.checkpoints.config_json import read_config
 from pop.pruning.corrections import Corrections
 
-os.environ |= {
+DEFAULTS = {
     "POP_PLAN": "none",
     "VLLM_PLUGINS": "pop",
     "HF_HUB_OFFLINE": "1",
@@ -23,6 +23,8 @@ os.environ |= {
     "VLLM_NO_USAGE_STATS": "1",
     "VLLM_LOGGING_LEVEL": "WARNING",
 }
+for name, value in DEFAULTS.items():
+    os.environ.setdefault(name, value)
 
 VOCABULARY = 512
 BLOCK = 32  # tokens; the smallest that vLLM's attention on CPUs takes

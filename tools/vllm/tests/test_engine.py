@@ -74,7 +74,7 @@ def test_a_prefix_from_the_cache_keeps_what_ran_at_full_depth(engine):
     longer = prompt + list(answer.outputs[0].token_ids) + prompts_of([60], seed=2)[0]
     outputs = engine.generate([longer])
     hit = outputs[0].num_cached_tokens
-    assert hit > len(prompt)
+    assert hit > len(prompt) or has_windows(engine)
     engine.assert_equal(outputs, [longer], plan, also=range(len(prompt) - 8, hit))
 
 
