@@ -11,13 +11,15 @@ from pop.checkpoints import registry
 from pop.checkpoints.config_json import read_config, read_sampling
 from pop.checkpoints.processor_json import read_preparation
 from pop.checkpoints.weights import load_weights
-from pop.errors import InputError, TokenizerError
+from pop.engine.cache import CHUNK_SIZE, KVCache
+from pop.errors import CacheMemoryError, InputError, TokenizerError
 from pop.inputs.processors import processor_of
 from pop.inputs.tokenizers import Tokenizer, as_tokenizer, load_tokenizer
 from pop.model import Model
 from pop.models.config import DTYPES
 from pop.pruning.plan import PrunePlan
 from pop.runner import check_options
+from pop.system.memory import free_bytes
 
 
 def load(
@@ -85,6 +87,7 @@ def load(
     progress = progress and rank == 0
     with torch.device("meta"):
         module = models.build(config) if part is None else part.build()
+    _check_memory(module, dtype, device, min(max_seq_len, CHUNK_SIZE))
     load_weights(folder, module, dtype=dtype, device=device, progress=progress, shards=shards)
     return Model(
         module.eval(),
@@ -100,6 +103,20 @@ def load(
         sampling=sampling,
         name=folder.name,
     )
+
+
+def _check_memory(module, dtype: torch.dtype, device: torch.device, num_tokens: int) -> None:
+    """Raise CacheMemoryError if the device lacks the memory for the weights and a prompt of `num_tokens`."""
+    free = free_bytes(device)
+    needed = {
+        "weights": sum(weight.numel() for weight in module.parameters()) * dtype.itemsize,
+        "the cache": KVCache.size_in_bytes(module.config, 1, num_tokens, dtype),
+        "activations": 5 * module.config.intermediate_size * num_tokens * dtype.itemsize,  # about
+    }
+    if free is not None and sum(needed.values()) > free:
+        takes = ", ".join(f"{size / 1e9:.1f} GB for {what}" for what, size in needed.items())
+        lacks = f"the model takes {takes} of {num_tokens} tokens, but {device} has {free / 1e9:.1f} GB free"
+        raise CacheMemoryError(f"{lacks}; take a 16-bit dtype, a smaller model, or parallel='auto' on several devices")
 
 
 def _tokenizer(given, folder: Path) -> Tokenizer | None:

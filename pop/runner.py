@@ -27,6 +27,7 @@ from pop.system.memory import to_device
 
 KEPT_CACHES = 2  # spare caches on a GPU, where a new cache needs a new captured decode step
 # Several processes keep none. One of them might lack the memory for a spare cache, but all must replay the same graphs.
+LEAST_CHUNK_SIZE = 256  # tokens of each row in a batch on a GPU
 FULL_DEPTH = PrunePlan.none()
 
 
@@ -40,7 +41,8 @@ class Runner:
         config: The frozen dataclass of its sizes.
         plan: The plan of every prefill that is given no other. Takes the values of `prune` in `pop.load`.
         max_seq_len, compile, progress: As in `pop.load`.
-        chunk_size: How many tokens of a prompt prefill runs at once. None takes what suits the device.
+        chunk_size: How many tokens of a prompt prefill runs at once. On a GPU, the rows of a batch share them. None
+            takes what suits the device.
         vision: The processor of images and videos (pop/inputs/processors.py). None takes the family's.
         part: A pop.backends.tensor_parallel.Part if the module is one process's part of the model.
     """
@@ -173,7 +175,11 @@ class Runner:
         stages = self._stages(len(tokens), plan)
         module = self.module if self._compiled is None else self._compiled.vision_module
         images = self._images(module, media, tokens, lengths)
-        return engine.prefill(self.module, tokens, cache, lengths, plan, self.chunk_size, stages, images, boundary)
+        chunk_size = self.chunk_size
+        if self.device.type == "cuda":  # so that the memory for activations does not grow with the batch
+            in_batch = max(chunk_size // len(tokens), LEAST_CHUNK_SIZE, self.vision.min_chunk_size)
+            chunk_size = min(chunk_size, in_batch)
+        return engine.prefill(self.module, tokens, cache, lengths, plan, chunk_size, stages, images, boundary)
 
     def decode(self, tokens, cache: KVCache) -> Tensor:
         """Append one token a row, at full depth: tokens [B] -> logits [B, V] float32.

@@ -77,6 +77,20 @@ def test_a_bad_option_is_refused_before_weights_are_read(folder, options, error,
         pop.load(folder, **options)
 
 
+def test_a_model_that_does_not_fit_is_refused_before_weights_are_read(folder, monkeypatch):
+    """The message has the bytes of weights, cache and activations, and what is free."""
+    model = pop.load(folder, dtype=torch.float32)
+    needed = 4 * model.num_parameters + model.new_cache().nbytes + 4 * 5 * model.config.intermediate_size * 512
+    monkeypatch.setattr("pop.loading.free_bytes", lambda device: needed)
+    assert pop.load(folder, dtype=torch.float32).max_seq_len == 512
+    monkeypatch.setattr("pop.loading.free_bytes", lambda device: needed - 1)
+    monkeypatch.setattr("pop.loading.load_weights", lambda *args, **kwargs: pytest.fail("weights were read"))
+    number = r"\d+\.\d GB"
+    named = f"{number} for weights, {number} for the cache, {number} for activations of 512 .* {number} free"
+    with pytest.raises(pop.CacheMemoryError, match=named):
+        pop.load(folder, dtype=torch.float32)
+
+
 @pytest.mark.parametrize(("rank", "progress"), [(0, True), (1, False)])
 def test_only_the_first_of_several_processes_shows_progress(rank, progress, folder, monkeypatch):
     wanted = []

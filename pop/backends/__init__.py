@@ -3,6 +3,7 @@
 The models and the engine do not know of them. May import pop.engine, pop.checkpoints and what these import.
 """
 
+import logging
 from functools import partial
 
 from torch import nn
@@ -15,7 +16,6 @@ from pop.engine.stages import Stages, corrected_layer, full_layer
 from pop.models.experts import Experts
 from pop.models.layers import Embedding
 from pop.models.vision import qwen3_vl, siglip
-from pop.system.memory import free_bytes
 
 CPU_ATTENTION = partial(cache_attention, chunk=cpu.chunk_attention, decode=cpu.decode_attention)
 CPU = Stages(
@@ -28,6 +28,8 @@ CUDA = Stages(full_layer=partial(full_layer, attention=CUDA_ATTENTION), replay=G
 FASTER = {nn.Linear: cpu.Linear, Embedding: cpu.Embedding, Experts: experts.Experts}
 CUDA_CHUNK_SIZE = 8192  # so most prompts run in one causal pass
 
+logger = logging.getLogger(__name__)
+
 
 def accelerate(module: nn.Module) -> None:
     """Give the parts of a module their faster classes, in place. Weights, names and results stay the same.
@@ -36,6 +38,8 @@ def accelerate(module: nn.Module) -> None:
     attention of the plain pass and of vision towers is replaced.
     """
     backend = cuda if _is_on_gpu(module) else cpu
+    if backend is cuda and not (cuda.HAS_KERNELS and decode_attention.HAS_TRITON):
+        logger.warning("attention is slow here: pop knows the kernels of torch 2.6 to 2.15 for CUDA, and Triton's")
     module.causal_attention = backend.causal_attention
     for part in module.modules():
         part.__class__ = FASTER.get(type(part), type(part))
@@ -49,20 +53,12 @@ def stages_of(module: nn.Module) -> Stages:
 
 
 def chunk_size_of(module: nn.Module) -> int:
-    """How many tokens of a prompt to run at once.
+    """How many tokens of a call to run at once on a GPU, or of a row on a CPU.
 
-    On a GPU it is 8192 tokens, or fewer if their activations need more than an eighth of the memory that is free.
-    Models with sliding windows keep the usual size, because the rings of their caches grow with it.
+    It does not depend on the memory that is free, because processes that share a module must run equal chunks. Models
+    with sliding windows keep the usual size, because the rings of their caches grow with it.
     """
-    if not _is_on_gpu(module) or any(module.config.windows):
-        return CHUNK_SIZE
-    weight = next(module.parameters())
-    free = free_bytes(weight.device)
-    size = CUDA_CHUNK_SIZE
-    activations = 5 * module.config.intermediate_size * weight.itemsize  # bytes a token, about
-    while free is not None and size > CHUNK_SIZE and size * activations > free / 8:
-        size //= 2
-    return size
+    return CUDA_CHUNK_SIZE if _is_on_gpu(module) and not any(module.config.windows) else CHUNK_SIZE
 
 
 def _is_on_gpu(module: nn.Module) -> bool:

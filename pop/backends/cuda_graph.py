@@ -4,7 +4,6 @@ import functools
 import logging
 import threading
 from collections.abc import Callable
-from contextlib import suppress
 from weakref import WeakKeyDictionary
 
 import torch
@@ -59,18 +58,15 @@ class Graph:
             current.wait_stream(stream)
             results = tuple(result.clone() for result in results)
             graph = torch.cuda.CUDAGraph()
-            pool = torch.cuda.graph_pool_handle()
             try:
                 # A capture that fails leaves its stream as the current one, so `current` surrounds it.
                 # "thread_local": NCCL's watchdog thread queries events meanwhile.
-                capture = torch.cuda.graph(graph, pool, stream, capture_error_mode="thread_local")
+                capture = torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local")
                 with torch.cuda.stream(current), capture:
                     self.outputs = function()  # is recorded and does not run
                 self.graph = graph
             except Exception as error:
                 logger.warning("decode runs without a CUDA graph: %s", str(error.__context__ or error).split("\n")[0])
-                with suppress(AttributeError, RuntimeError):  # some versions of torch leave the pool open
-                    torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), pool)
             failed = torch.tensor([self.graph is None], dtype=torch.int64, device=self.device)
             failures = int(self.sum_over_processes(failed))
             if self.graph is None or failures:

@@ -48,8 +48,7 @@ class DecodeStep:
         if stages.replay is not None:
             self.kinds.look((module, *module.layers))
             # A graph has the addresses of weights. Their memory stays until a look finds that the weights have changed.
-            weights = [weight for look in self.kinds.looks for weight in look.weights]
-            self.memory = [weight.untyped_storage() for weight in weights]
+            self.memory = [weight.untyped_storage() for look in self.kinds.looks for weight in look.weights]
             if None not in self.kinds.values():  # otherwise there are hooks, for example, which a graph would leave out
                 # It does not hold the step: that would be a cycle.
                 self.replay = stages.replay(module, cache.batch_size)

@@ -85,8 +85,13 @@ def test_without_a_compiler_it_is_the_general_function(monkeypatch, caplog):
     monkeypatch.setattr(backend, "_processors", lambda q: 132)
     monkeypatch.setattr(backend, "_failed", set())
     monkeypatch.setattr(backend, "attention_in_parts", attention_in_parts)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     q, keys, values = torch.randn(1, 1, 4, 16), torch.randn(1, 9, 2, 16), torch.randn(1, 9, 2, 16)
     spans = torch.tensor([[[0, 5]]], dtype=torch.int32)
+    with pytest.raises(RuntimeError, match="compiler"):  # an error that ends a capture says nothing about Triton
+        decode_attention(q, keys, values, spans, 0.3)
+    assert not backend._failed and tried.pop()
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     for _ in range(2):
         assert torch.equal(
             decode_attention(q, keys, values, spans, 0.3), attention.decode_attention(q, keys, values, spans, 0.3)

@@ -22,7 +22,7 @@ class FakeCuda:
         self.refuses = False
         self.device = self.stream = lambda _: contextlib.nullcontext()
         self.current_stream = self.Stream = lambda *_: Stream()
-        self.CUDAGraph, self.graph_pool_handle = lambda: self, lambda: 0
+        self.CUDAGraph = lambda: self
         self.is_current_stream_capturing = lambda: False
 
     def since(self, counts: tuple[int, int]) -> tuple[int, int]:
