@@ -7,8 +7,6 @@ Case n of a run has the seed `--seed` + n, so `--seed N --cases 1` repeats a cas
 runs: a crash and a hang, which end the process, leave it as the last line.
 """
 
-from __future__ import annotations
-
 import argparse
 import faulthandler
 import importlib

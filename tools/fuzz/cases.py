@@ -1,9 +1,8 @@
 """Random checkpoints, plans and prompts, which the loops share. data/configs.json says which configs there are."""
 
-from __future__ import annotations
-
 import json
 import shutil
+from collections import Counter
 from pathlib import Path
 from random import Random
 
@@ -122,5 +121,11 @@ def check_close(found: torch.Tensor, expected: torch.Tensor, tolerance: float) -
     return error
 
 
-def listed(counts: dict[str, int]) -> str:
-    return ", ".join(f"{count} {what}" for what, count in sorted(counts.items()))
+class Counting:
+    """A loop that counts what it has tried."""
+
+    def __init__(self, model: str | None = None):
+        self.counts: Counter[str] = Counter()
+
+    def summary(self) -> str:
+        return ", ".join(f"{count} {what}" for what, count in sorted(self.counts.items()))

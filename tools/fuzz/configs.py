@@ -4,27 +4,24 @@ Of a config, the logits of its model are compared, with the same random weights.
 are compared. data/edits.json lists the edits.
 """
 
-from __future__ import annotations
-
 import json
 import tempfile
-from collections import Counter
 from pathlib import Path
 from random import Random
 
 import torch
 
 import pop
-from tools.fuzz.cases import DATA, TEXT_IDS, Wrong, check_close, listed, random_config, random_model
+from tools.fuzz.cases import DATA, TEXT_IDS, Counting, Wrong, check_close, random_config, random_model
 from tools.fuzz.files import TEXTS
 
 TOLERANCE = 1e-3  # of the logits' standard deviation; angles of rotary positions are rounded differently
 MISSING = "MISSING"  # the field is left out
 
 
-class Loop:
+class Loop(Counting):
     def __init__(self, model: str | None = None):
-        self.counts: Counter[str] = Counter()
+        super().__init__()
         self.edits = json.loads((DATA / "edits.json").read_text(encoding="utf-8"))
         try:
             import transformers
@@ -96,9 +93,6 @@ class Loop:
             return {text: other(text).input_ids for text in TEXTS}
 
         return edited, found, theirs
-
-    def summary(self) -> str:
-        return listed(self.counts)
 
 
 def compare(found, expected) -> None:

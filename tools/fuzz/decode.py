@@ -4,8 +4,6 @@ The compiled model records its steps and repeats them, so each change tests whet
 the eager model must fail in the compiled one. Other threads decode meanwhile, and signals interrupt steps.
 """
 
-from __future__ import annotations
-
 import signal
 import tempfile
 import threading
@@ -17,7 +15,7 @@ import torch
 from torch import nn
 
 import pop
-from tools.fuzz.cases import Wrong, check_close, listed, random_config, random_model, random_prompt
+from tools.fuzz.cases import Counting, Wrong, check_close, random_config, random_model, random_prompt
 
 TOLERANCE = 1e-4  # of the logits' standard deviation
 ACTIONS = 60  # of a case
@@ -33,15 +31,17 @@ def replaced(owner, name: str, value):
 
 
 # What happens to `part`, a linear layer, which is the attribute `name` of `parent`.
-BETWEEN_STEPS = {
+CHANGES = {
     "other values": lambda part, *_: replaced(part.weight, "data", part.weight.data * 1.5),
-    "another dtype": lambda part, *_: replaced(part.weight, "data", part.weight.data.bfloat16()),
-    "less memory": lambda part, *_: replaced(part.weight, "data", torch.zeros(1)),
-    "fewer rows": lambda part, *_: replaced(part.weight, "data", part.weight.data[:1].clone()),
     "other strides": lambda part, *_: replaced(part.weight, "data", part.weight.data.T.contiguous().T),
     "a hook": lambda part, *_: part.register_forward_hook(lambda part, args, out: out * 1.5).remove,
 }
-BEFORE_PREFILL = BETWEEN_STEPS | {
+BETWEEN_STEPS = CHANGES | {
+    "another dtype": lambda part, *_: replaced(part.weight, "data", part.weight.data.bfloat16()),
+    "less memory": lambda part, *_: replaced(part.weight, "data", torch.zeros(1)),
+    "fewer rows": lambda part, *_: replaced(part.weight, "data", part.weight.data[:1].clone()),
+}
+BEFORE_PREFILL = CHANGES | {
     "a weight": lambda part, *_: replaced(part, "weight", nn.Parameter(part.weight * 1.5, requires_grad=False)),
     "an adapter": lambda part, parent, name: replaced(parent, name, with_adapter(part)),
 }
@@ -160,10 +160,7 @@ class Pair:
         self.compare("decode in a thread", *found, run(self.models[1], caches[1]))
 
 
-class Loop:
-    def __init__(self, model: str | None = None):
-        self.counts: Counter[str] = Counter()
-
+class Loop(Counting):
     @torch.no_grad()
     def try_one(self, random: Random) -> None:
         config = random_config(Random(random.randrange(CONFIGS)))
@@ -174,6 +171,3 @@ class Loop:
         for _ in range(ACTIONS):
             name = "step" if random.random() < 0.6 else random.choice(names)
             getattr(pair, name)()
-
-    def summary(self) -> str:
-        return listed(self.counts)

@@ -4,15 +4,12 @@ What is right follows from the spoilt file itself, read in another way: plain JS
 file outside of the checkpoint's folder may be opened. A folder named `outside` is there to be found.
 """
 
-from __future__ import annotations
-
 import io
 import json
 import shutil
 import sys
 import tempfile
 import warnings
-from collections import Counter
 from pathlib import Path
 from random import Random
 
@@ -25,7 +22,7 @@ import pop
 from pop.checkpoints.config_json import read_config
 from pop.inputs.processors import processor_of
 from tools.fuzz import cases
-from tools.fuzz.cases import Wrong, listed
+from tools.fuzz.cases import Counting, Wrong
 from tools.fuzz.junk import spoilt
 
 CONTROL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
@@ -33,9 +30,9 @@ TEXTS = (*CONTROL, "Hello, the man in the hat\n\n  12 x", f"a{CONTROL[2]}\n{CONT
 FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "TIFF", "BMP")
 
 
-class Loop:
+class Loop(Counting):
     def __init__(self, model: str | None = None):
-        self.counts: Counter[str] = Counter()
+        super().__init__()
         self.opened: list[str] = []  # files outside of the folder
         warnings.filterwarnings("ignore", module="PIL")  # which warns of spoilt images that it reads
         sys.addaudithook(self.look)
@@ -63,9 +60,6 @@ class Loop:
                 self.counts[f"{pattern} refused"] += 1
             if self.opened:
                 raise Wrong(f"files outside of the folder were opened: {self.opened}")
-
-    def summary(self) -> str:
-        return listed(self.counts)
 
 
 def write_files(random: Random, folder: Path) -> None:

@@ -1,7 +1,5 @@
 """Spoilt files: JSON with other values, and bytes that are flipped, cut, repeated or added."""
 
-from __future__ import annotations
-
 import json
 from random import Random
 

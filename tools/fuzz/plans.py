@@ -4,8 +4,6 @@ Each row of a batch is prefilled, decoded and extended. All logits are compared 
 Tokens that a plan selects are compared by their scores, since equal scores may be ranked either way.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import tempfile
 from pathlib import Path

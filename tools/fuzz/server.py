@@ -4,8 +4,6 @@ Every answer is compared with that of an empty server, which keeps no cache and 
 likely up to rounding, either may come. All prompts begin alike, so they share kept caches.
 """
 
-from __future__ import annotations
-
 import atexit
 import contextlib
 import http.client
@@ -24,7 +22,7 @@ from random import Random
 from statistics import quantiles
 
 from tools.common import ROOT, table
-from tools.fuzz.cases import Wrong, listed, random_config, write_checkpoint, write_tokenizer
+from tools.fuzz.cases import Counting, Wrong, random_config, write_checkpoint, write_tokenizer
 from tools.fuzz.junk import as_json, spoilt_json
 
 CLIENTS = (1, 8, 50)
@@ -68,12 +66,13 @@ class Server:
         with self.chat(asked) as answer:
             if answer.status != 200:
                 raise Wrong(f"status {answer.status}: {answer.read()!r:.300}")
-            for line in answer:
-                if not line.startswith(b"data: {"):
-                    continue
+            while (line := answer.readline()) != b"data: [DONE]\n":
+                if not line:
+                    raise http.client.IncompleteRead(b"")
                 if not tokens:
                     first = time.perf_counter() - began
-                for choice in json.loads(line.removeprefix(b"data: "))["choices"]:
+                if line.startswith(b"data: "):
+                    (choice,) = json.loads(line.removeprefix(b"data: "))["choices"]
                     tokens += (choice["logprobs"] or {}).get("content", ())
         return first, tokens
 
@@ -89,12 +88,12 @@ class Server:
         return pages * os.sysconf("SC_PAGE_SIZE"), len(os.listdir(process / "fd"))
 
 
-class Loop:
+class Loop(Counting):
     def __init__(self, model: str | None = None):
+        super().__init__()
         self.folder = tempfile.TemporaryDirectory()  # which is removed with this object
         self.model = model or make_model(Path(self.folder.name))
         self.rounding = 0.3 if model else 1e-3  # of log-probabilities; a given model may be in bfloat16
-        self.counts: Counter[str] = Counter()
         self.times: dict[int, list[float]] = {clients: [] for clients in CLIENTS}
         self.seconds: Counter[int] = Counter()
         words = (ROOT / "pop/data/alice.txt").read_text(encoding="utf-8").split()
@@ -193,7 +192,7 @@ class Loop:
             rows.append((str(clients), f"{rate:.1f}", f"{1000 * cuts[49]:.0f} ms", f"{1000 * cuts[98]:.0f} ms"))
         size, files = self.server.memory_and_files()
         memory = f"{self.before[0] >> 20} MiB and {self.before[1]} files at first, {size >> 20} and {files} at the end"
-        return f"{listed(self.counts)}; {memory}\n{table(rows, words=())}"
+        return f"{super().summary()}; {memory}\n{table(rows, words=())}"
 
 
 def make_model(folder: Path) -> str:
