@@ -35,6 +35,7 @@ from tools.bench.turns import bandwidth_turn, peak_turn
 from tools.common import ROOT, exit_status, machine, names_in, progress, table
 
 COLD = (611, 1203, 2222, 5003)  # prompt lengths that no other part uses
+KEYS = (512, 2048, 8192, 32_768)  # that one token attends
 PRUNED = "0.3125"  # 10 of 32 layers
 L2 = 2**28  # bytes: more than the cache of any GPU, so that matrices that take turns are read from memory
 
@@ -113,7 +114,7 @@ def cold(setup: Setup) -> Iterator[Figure]:
 
 def attention(setup: Setup) -> Iterator[Figure]:
     """One token over caches of several sizes."""
-    for keys in (512, 2048, 8192, 32_768):
+    for keys in KEYS:
         yield from _one_token(keys, setup.device)
 
 

@@ -18,6 +18,7 @@ def argv(tmp_path, monkeypatch):
         monkeypatch.setattr(module, "peak_turn", lambda *_: lambda: {"flops_per_s": 1e9})
         monkeypatch.setattr(module, "bandwidth_turn", lambda *_: lambda: {"bytes_per_s": 1e9})
     monkeypatch.setattr(gpu_report, "COLD", (5, 11))
+    monkeypatch.setattr(gpu_report, "KEYS", (512,))
     monkeypatch.setattr(gpu_report, "L2", 1)
     folder = write_checkpoint(tmp_path / "tiny", num_layers=8, max_positions=4096)
     return ["--shape", str(folder), "--lengths", "8,16", "--device", "cpu", "--layers", "4"]
