@@ -4,7 +4,6 @@ from collections.abc import Iterator
 from importlib.resources import files
 from itertools import islice
 
-from pop.errors import InputError
 from pop.inputs.processors import Prepared
 
 SHORTEST = 16  # tokens; a shorter window is left out
@@ -26,8 +25,6 @@ def text_windows(model, texts, images, videos, size: int) -> list[Window]:
     """
     windows = []
     for text, media in zip(texts, model.vision.prepare_batch(images, videos, len(texts)), strict=True):
-        if isinstance(text, int):
-            raise InputError(f"texts holds {text}; give strings or lists of token ids")
         tokens = model.encode(text, "text", media=media)
         if media:
             model.check_fits(len(tokens), "a text with images", media)

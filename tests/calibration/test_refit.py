@@ -83,7 +83,9 @@ def test_the_normal_equations_give_the_naive_fit(module, data):
     assume(not any(index in layers and index + 1 in layers for index in range(module.deepstack_layers)))
     plan = PrunePlan(tuple(layers), full_depth_first=data.draw(st.integers(1, 3)))
     ridge = data.draw(st.sampled_from([1e-3, 1e-1, 1.0]))
-    windows = random_texts(data.draw(st.integers(0, 99)), *data.draw(st.lists(st.integers(1, 40), min_size=1)))
+    windows = random_texts(
+        data.draw(st.integers(0, 99)), *data.draw(st.lists(st.integers(1, 40), min_size=1, max_size=5))
+    )
     windows = [[token % 60 for token in window] for window in windows]  # none that stands for an image
     assume(max(map(len, windows)) > plan.full_depth_first)
     found = fitted(model, windows_of(windows), plan).calibrated(ridge)
@@ -338,16 +340,6 @@ def test_held_out_windows_are_not_fitted_to(model, held_out, expected, monkeypat
     assert max(map(len, [*fitted, *(window for window, _ in windows)])) == 512
 
 
-def test_the_sums_are_float64():
-    """An ill-conditioned text: float32 sums would miss the naive fit by far."""
-    model = make_model(3)
-    model.module.model.embed_tokens.weight.data *= torch.logspace(0, -4, 30)
-    plan = PrunePlan((1,), full_depth_first=1)
-    windows = random_texts(8, *[200] * 40)
-    found = fitted(model, windows_of(windows), plan).calibrated(1e-9)
-    assert_fit(model.module, found.corrections, *naive_fit(model, windows, found, 1e-9))
-
-
 # Errors
 
 
@@ -356,7 +348,7 @@ def test_the_sums_are_float64():
     [
         ("one string", {}, "texts is a str"),
         (5, {}, "texts is a int"),
-        ([1, 2, 3], {}, "texts holds 1;"),
+        ([1, 2, 3], {}, "tokens must be integers"),
         ([], {}, "two windows of 16 to"),
         ([[1, 2, 3]], {}, "two windows of 16 to"),
         ([[1] * 100], {}, r"two windows of 16 to 512 tokens, but the texts have 1; .*, 528 tokens in one text,"),

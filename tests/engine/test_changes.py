@@ -234,32 +234,19 @@ def test_layers_may_differ_in_which_weights_are_trained(shared):
 
 @requires_compiler
 def test_hooks_see_each_call_once_and_no_warm_up():
-    """A hook on a layer sees the tokens that run at full depth. One on a projection sees those of a pruned layer, too.
-
-    Afterwards a warm-up compiles the layer without its hooks and with a new setting.
-    """
+    """A hook on a layer sees the tokens that run at full depth. One on a projection sees all tokens."""
     module = random_model(tiny_config(num_layers=2), seed=1)
     compiled, eager = (pop.Model(module, module.config, compile=it) for it in (True, False))
     seen = []
-    parts = (module.layers[1], module.layers[1].self_attn.k_proj)
-    handles = [part.register_forward_hook(lambda part, args, out: seen.append(args[0].shape[1])) for part in parts]
-    with counted_compilations() as compilations:
+    for part in (module.layers[1], module.layers[1].self_attn.k_proj):
+        part.register_forward_hook(lambda part, args, out: seen.append(args[0].shape[1]))
+    with counted_compilations():
         compiled.warmup()
         assert not seen
         for model in (compiled, eager):
             logits(model)
             assert seen == [5, 1, 1, 1, 1]  # the projection: the prompt; then both: its last token, and the next one
             seen.clear()
-        for handle in handles:
-            handle.remove()
-        module.layers[1].input_layernorm.eps = 0.5
-        compiled.recompile()
-        compiled.warmup()
-        number = len(compilations)
-        for plan in (PRUNED, None):
-            assert_close(logits(compiled, plan), logits(eager, plan))
-        assert len(compilations) == number
-    assert not seen
 
 
 class Captured:

@@ -9,7 +9,7 @@ import dataclasses
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import assume, given
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from support.cases import (
     NONE,
@@ -101,6 +101,7 @@ def of_row(images, row, length, before=0):
     )
 
 
+@settings(max_examples=2 * settings().max_examples)
 @given(image_cases(), st.integers(0, 3), st.sampled_from([engine.EAGER, engine.Stages(replay=Replay), CPU]))
 def test_images_are_the_references(case, steps, stages):
     """Prefill, cache and decode, for any plan, window, batch and chunking.

@@ -82,8 +82,9 @@ def test_scores_are_the_attention_of_the_last_tokens(module, data):
 # Where pruning changes nothing
 
 
-@given(cases(), st.sampled_from(["no layer is pruned", "a prompt of one token", "full depth for all tokens"]))
-def test_what_prunes_nothing_is_the_plain_forward_pass(case, why):
+@pytest.mark.parametrize("why", ["no layer is pruned", "a prompt of one token", "full depth for all tokens"])
+@given(case=cases())
+def test_what_prunes_nothing_is_the_plain_forward_pass(why, case):
     module, plan, tokens, lengths, chunk = case
     if why == "no layer is pruned":
         plan = plain(plan, layers=())
