@@ -82,6 +82,8 @@ def test_parameters_and_grad_mode_are_left_alone(samples):
             assert_same(importance(model, samples, progress=False), expected)
             assert torch.is_grad_enabled() == (mode is torch.enable_grad)
             assert torch.is_inference_mode_enabled() == (mode is torch.inference_mode)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert_same(importance(model, samples, progress=False), expected)
     module.model.norm.weight.data.fill_(math.nan)
     with pytest.raises(InputError, match="not finite"):
         importance(model, samples, progress=False)

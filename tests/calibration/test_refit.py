@@ -283,9 +283,11 @@ def test_bfloat16_is_close_to_float32(model, calibrated, tmp_path):
 
 
 def test_calibration_of_a_trainable_model_leaves_no_graph(calibrated):
+    """And the caller's autocast changes nothing."""
     model = make_model()
     model.module.requires_grad_(True)
-    plan = calibrate(model, TEXTS, PLAN, progress=False)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        plan = calibrate(model, TEXTS, PLAN, progress=False)
     assert not plan.corrections.weight.requires_grad
     assert copy.deepcopy(plan) == plan == calibrated
 
