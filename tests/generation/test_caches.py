@@ -234,16 +234,3 @@ def test_the_cache_of_an_answer_that_failed_is_not_kept(steps, monkeypatch):
         model.generate([[1, 2] * 250, [2]], max_new_tokens=20)  # the context ends the first row's answer
     assert model.caches._spare == []
     assert len(model.generate([[1, 2] * 250, [2]], max_new_tokens=20)) == 2
-
-
-def test_a_cache_may_change_between_inference_mode_and_none():
-    model = new_model()
-    with torch.inference_mode():
-        cache = model.new_cache(1, 50)
-        token = model.prefill([[1, 2, 3]], cache).argmax(-1)
-    first = model.decode(token, cache)
-    with torch.inference_mode():
-        model.decode(first.argmax(-1), cache)
-    cache.keep_rows(torch.tensor([0]))
-    cache.reset()
-    assert model.prefill([[1, 2, 3]], cache).isfinite().all()

@@ -150,24 +150,20 @@ def broken_at(number, value):
     return lambda tokens, logits: logits.index_fill(0, torch.tensor([number]), value)
 
 
-NOT_FINITE = "returned logits whose largest is not finite"
-
-
-@pytest.mark.parametrize(
-    ("function", "words"),
-    [
+def test_what_the_function_may_not_return(model):
+    not_finite = "returned logits whose largest is not finite"
+    for function, words in (
         (lambda tokens, logits: None, "returned NoneType; .*shape \\[256\\]"),
         (lambda tokens, logits: logits[:-1], "returned torch.float32 \\[255\\]"),
         (lambda tokens, logits: logits[None], "returned torch.float32 \\[1, 256\\]"),
         (lambda tokens, logits: logits.argsort(), "returned torch.int64 \\[256\\]"),
         (lambda tokens, logits: logits.tolist(), "returned list"),
-        (lambda tokens, logits: torch.full_like(logits, -math.inf), NOT_FINITE),
-        *((broken_at(9, value), NOT_FINITE) for value in (math.nan, math.inf)),
-    ],
-)
-def test_what_the_function_may_not_return(model, function, words):
-    with pytest.raises(pop.InputError, match=f"logits_processor {words}"):
-        model.generate(PROMPTS, max_new_tokens=2, logits_processor=function)
+        (lambda tokens, logits: torch.full_like(logits, -math.inf), not_finite),
+        (broken_at(9, math.nan), not_finite),
+        (broken_at(9, math.inf), not_finite),
+    ):
+        with pytest.raises(pop.InputError, match=f"logits_processor {words}"):
+            model.generate(PROMPTS, max_new_tokens=2, logits_processor=function)
 
 
 def test_a_model_that_overflows_is_not_blamed_on_the_function(model, monkeypatch):

@@ -19,24 +19,24 @@ def model():
     return make("llama", pop.PrunePlan((3, 4)))
 
 
-def test_an_option_that_does_not_exist_is_named_with_the_known_ones(model):
+def test_what_a_method_cannot_take_is_said_at_once(model):
+    """The name of an unknown option, with the known ones. Streams refuse before they start."""
     chat, prefix = model.start_chat(), model.prefix("Once")
-    for method in (model.generate, model.stream, chat.send, chat.stream, prefix.generate, prefix.stream):
+    for method in (model.generate, model.stream, chat.send, chat.stream, prefix.generate, prefix.stream, model.chat):
         with pytest.raises(pop.InputError, match="'temprature'") as raised:
-            method("a", temprature=1)
+            method(MESSAGES if method == model.chat else "a", temprature=1)
         assert all(name in str(raised.value) for name in (*OPTIONS, "sampling"))
-    with pytest.raises(pop.InputError, match="'temprature'"):
-        model.chat(MESSAGES, temprature=1)
-
-
-def test_what_a_method_cannot_take_is_said_by_a_sentence(model):
     for method, given, options, words in (
-        (model.start_chat().send, "Hi", {"plan": None}, "keeps its plan"),
-        (model.prefix("Once").stream, "Hi", {"plan": None}, "keeps its plan"),
+        (chat.send, "Hi", {"plan": None}, "keeps its plan"),
+        (prefix.stream, "Hi", {"plan": None}, "keeps its plan"),
         (model.chat, MESSAGES, {"images": []}, "images and videos in its messages"),
+        (model.stream, "", {}, "prompt"),
+        (model.stream, ["a", "b"], {}, "one prompt"),
     ):
         with pytest.raises(pop.InputError, match=words):
             method(given, **options)
+    with pytest.raises(pop.PlanError, match="'most'"):
+        model.stream("a", plan="most")
 
 
 def test_a_stream_ends_with_the_generation(model):

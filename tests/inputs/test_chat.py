@@ -78,13 +78,6 @@ def test_llama_3_2_has_todays_date():
     assert "Today Date: 26 Jul 2024\n" in written(FORMATS["llama-3.1"], [{"role": "user", "content": "Hi"}])
 
 
-def test_end_ids():
-    ends = {"llama-3.1": ["<|eot_id|>", "<|end_of_text|>", "<|eom_id|>"], "smollm2": ["<|im_end|>", "<|endoftext|>"]}
-    for family, names in (ends | {"gemma3": ["<end_of_turn>", "<eos>"]}).items():
-        special = FORMATS[family].tokenizer.special_tokens
-        assert FORMATS[family].end_ids == tuple(special[name] for name in names)
-
-
 @pytest.mark.parametrize("family", FAMILIES)
 @given(data=st.data())
 def test_no_text_becomes_a_control_token(family, data):

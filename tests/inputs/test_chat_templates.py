@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from jinja2.sandbox import ImmutableSandboxedEnvironment
+from support.chat_formats import FORMATS
 from support.chat_templates import NAMES, OTHERS, PLAIN_CHATML, tokenizer_with
 
 from pop.errors import InputError, MissingExtra, PopError, UnsupportedError
@@ -130,10 +131,12 @@ def test_no_text_becomes_a_control_token(base, form_of, data, name):
 
 
 def test_the_ends_of_a_turn_are_those_that_the_template_writes(form_of):
-    for name, ends in {"hermes": ["<|im_end|>", "</s>"], "tulu": ["</s>"], "dates": ["<|eot_id|>", "</s>"]}.items():
-        form = form_of(OTHERS[name])
-        ends += ["<|end_of_text|>", "<|eom_id|>"]  # the tokenizer's, after which no answer goes on
-        assert {*form.end_ids} == {form.tokenizer.special_tokens[end] for end in ends}
+    ends = {"hermes": ["<|im_end|>", "</s>"], "tulu": ["</s>"], "dates": ["<|eot_id|>", "</s>"]}
+    forms = {name: form_of(OTHERS[name]) for name in ends} | FORMATS
+    ends = {name: [*names, "<|end_of_text|>", "<|eom_id|>"] for name, names in ends.items()}  # the tokenizer's ends
+    ends |= {"llama-3.1": ["<|eot_id|>", "<|end_of_text|>", "<|eom_id|>"], "smollm2": ["<|im_end|>", "<|endoftext|>"]}
+    for name, names in (ends | {"gemma3": ["<end_of_turn>", "<eos>"]}).items():
+        assert forms[name].end_ids == tuple(forms[name].tokenizer.special_tokens[end] for end in names)
 
 
 def test_the_next_turn_continues_the_conversation(form_of):
