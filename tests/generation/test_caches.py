@@ -59,7 +59,7 @@ def test_answers_in_a_kept_cache_are_those_in_a_new_one(steps):
     other.caches = SpareCaches(0)
     for prompt in [PROMPTS[0], PROMPTS, PROMPTS[:2], PROMPTS[1]]:
         for options in ({}, {"temperature": 1.0, "seed": 4}):
-            found, expected = (m.generate(prompt, max_new_tokens=6, **options) for m in (model, other))
+            found, expected = (m.generate(prompt, max_new_tokens=4, **options) for m in (model, other))
             found, expected = ([one] if hasattr(one, "tokens") else one for one in (found, expected))
             assert [one.tokens for one in found] == [one.tokens for one in expected]
 

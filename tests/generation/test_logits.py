@@ -47,25 +47,23 @@ def naive(model, prompt, count, change=lambda tokens, answer, logits: logits, en
     return tokens[len(prompt) :]
 
 
-@pytest.mark.parametrize("penalty", [0.7, 1.4])
-def test_repetition_penalty_is_the_papers_and_sees_the_prompt(model, penalty):
-    """Keskar et al. 2019, as in transformers: positive logits are divided by it, and negative ones multiplied."""
-    expected = [naive(model, p, 8, lambda tokens, _, x: penalised(x, tokens, penalty)) for p in PROMPTS]
-    options = {"max_new_tokens": 8, "repetition_penalty": penalty}
-    assert [answer.tokens for answer in model.generate(PROMPTS, **options)] == expected
-    assert [model.generate(prompt, **options).tokens for prompt in PROMPTS] == expected
-    assert expected != [answer.tokens for answer in model.generate(PROMPTS, max_new_tokens=8)]
-    prefix = model.prefix(PROMPTS[2][:20])
-    assert prefix.generate(PROMPTS[2][20:], **options).tokens == expected[2]
+def test_repetition_penalty_is_the_papers_and_sees_all_earlier_tokens(model):
+    """Keskar et al. 2019, as in transformers: positive logits are divided by it, and negative ones multiplied.
 
-
-def test_repetition_penalty_sees_earlier_turns():
+    Earlier tokens are those of the prompt, a prefix, and earlier turns.
+    """
+    free = [answer.tokens for answer in model.generate(PROMPTS, max_new_tokens=6)]
+    for penalty in (0.7, 1.4):
+        expected = [naive(model, p, 6, lambda tokens, _, x, by=penalty: penalised(x, tokens, by)) for p in PROMPTS]
+        options = {"max_new_tokens": 6, "repetition_penalty": penalty}
+        assert [answer.tokens for answer in model.generate(PROMPTS, **options)] == expected != free
+        prefix = model.prefix(PROMPTS[2][:20])
+        assert prefix.generate(PROMPTS[2][20:], **options).tokens == expected[2]
     model = make("llama", pop.PrunePlan.none())
     chat = model.start_chat()
-    options = {"max_new_tokens": 6, "repetition_penalty": 1.5}
     for message in ("Hi", "And?"):
         tokens = chat.tokens
-        answer = chat.send(message, **options).tokens
+        answer = chat.send(message, max_new_tokens=6, repetition_penalty=1.5).tokens
         prompt = tokens + chat.turns[-1].prompt
         assert answer == naive(model, prompt, 6, lambda tokens, _, x: penalised(x, tokens, 1.5), ends=(END, 255))
 
@@ -76,14 +74,12 @@ def test_no_token_ends_an_answer_before_min_new_tokens(model):
 
     biased = pop.Model(random_model(model.config, seed=5), model.config, plan=None)
     biased.module.lm_head.weight.data[list(ENDS)] *= 4  # end tokens are likely
-    free = biased.generate(PROMPTS, max_new_tokens=20)
-    answers = biased.generate(PROMPTS, max_new_tokens=20, min_new_tokens=7)
+    free = biased.generate(PROMPTS, max_new_tokens=12)
+    answers = biased.generate(PROMPTS, max_new_tokens=12, min_new_tokens=7)
     assert min(len(answer.tokens) for answer in free) < 7 <= min(len(answer.tokens) for answer in answers)
-    assert [answer.tokens for answer in answers] == [naive(biased, prompt, 20, barred) for prompt in PROMPTS]
-    options = {"max_new_tokens": 20, "min_new_tokens": 7, "temperature": 3.0}
-    sampled = [answer for seed in range(2) for answer in biased.generate(PROMPTS, seed=seed, **options)]
-    lengths = [len(answer.tokens) for answer in sampled]
-    assert 7 <= min(lengths) < max(lengths) <= 20
+    assert [answer.tokens for answer in answers] == [naive(biased, prompt, 12, barred) for prompt in PROMPTS]
+    sampled = biased.generate(PROMPTS, max_new_tokens=12, min_new_tokens=7, temperature=3.0, seed=0)
+    assert min(len(answer.tokens) for answer in sampled) >= 7
     assert not {token for answer in sampled for token in answer.tokens} & {*ENDS}
 
 
@@ -185,7 +181,7 @@ def test_a_row_does_not_depend_on_the_others(model):
     ends = tuple(range(0, 256, 9))
     model = pop.Model(model.module, dataclasses.replace(model.config, eos_ids=ends), plan=pop.PrunePlan((1, 3)))
     prompts = [[token, 2 * token, 3][: 1 + token % 3] for token in range(1, 9)]
-    options = {"max_new_tokens": 12, "temperature": 0.6, "min_p": 0.02, "top_p": 0.97, "seed": 5}
+    options = {"max_new_tokens": 8, "temperature": 0.6, "min_p": 0.02, "top_p": 0.97, "seed": 5}
     options |= {"repetition_penalty": 1.3, "min_new_tokens": 2, "stop_token_ids": [10], "logits_processor": sparse}
     answers = model.generate(prompts, logprobs=True, **options)
     assert len({len(answer.tokens) for answer in answers}) > 2
@@ -211,13 +207,12 @@ def test_rules_do_not_wait_for_the_device(model):
 # Log-probabilities
 
 
-@pytest.mark.parametrize("plan", [None, 0.5])
-def test_log_probabilities_are_the_models_own(model, plan):
-    """Whatever temperature, penalties and functions do: summed, they are the score of the answer."""
-    options = {"max_new_tokens": 9, "plan": plan, "logprobs": True, "seed": 3}
+def test_log_probabilities_are_the_models_own(model):
+    """Whatever temperature, penalties and functions do. Their sum is the score of the answer."""
     in_place = {"logits_processor": lambda tokens, logits: logits.mul_(0.5)}
-    for more in ({}, {"temperature": 2.0, "top_k": 9}, {"repetition_penalty": 1.5, "temperature": 1.0}, in_place):
-        answers = model.generate(PROMPTS, **options, **more)
+    penalised = {"repetition_penalty": 1.5, "temperature": 1.0}
+    for more, plan in (({}, None), ({"temperature": 2.0, "top_k": 9}, 0.5), (penalised, None), (in_place, 0.5)):
+        answers = model.generate(PROMPTS, max_new_tokens=6, plan=plan, logprobs=True, seed=3, **more)
         for prompt, answer in zip(PROMPTS, answers, strict=True):
             assert len(answer.logprobs) == len(answer.tokens) > 0
             assert sum(answer.logprobs) == pytest.approx(model.score(prompt, answer.tokens, plan=plan), abs=1e-3)

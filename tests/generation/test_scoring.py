@@ -51,7 +51,7 @@ def test_a_tokenizer_larger_than_the_vocabulary(model):
     small = pop.Model(model.module, model.config, Letters({"<end>": 255}), plan=model.plan)
     small.tokenizer._encode_text = lambda text: [300]
     for call in (lambda: small.score("a", [5]), lambda: small.score([5], "a"), lambda: small.generate("a")):
-        with pytest.raises(pop.InputError, match=r"token 300, but the model has 256"):
+        with pytest.raises(pop.InputError, match="token id 300"):
             call()
 
 

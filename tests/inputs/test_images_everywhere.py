@@ -5,20 +5,18 @@ import random
 
 import pytest
 import torch
-from support.cases import assert_close, random_corrections, recorded_choices
+from support.cases import assert_close, random_corrections
 from support.naive_fit import assert_fit, fitted, naive_fit, naive_gradients, naive_kl
 from support.profile import thinned
 from support.tiny import random_model, random_patches, tiny_gemma3_vl_config, tiny_qwen3_vl_config
 from support.tiny_images import picture
 
 import pop
-from pop.calibration import passes
 from pop.calibration.distill import distillation_loss
 from pop.calibration.exercises import CONTINUATION, Exercise
 from pop.calibration.exercises import exercise as make_exercise
 from pop.calibration.held_out import Judge
 from pop.calibration.importance import Sample, gate_gradients
-from pop.calibration.passes import Pass
 from pop.calibration.texts import text_windows
 from pop.errors import ContextOverflow, InputError
 from pop.inputs.processors import Prepared
@@ -283,17 +281,6 @@ def test_the_loss_of_distillation_with_images_is_the_naive_one(model, layers, fi
     assert loss.item() == pytest.approx(expected, rel=1e-3)
     for found, naive in zip(torch.autograd.grad(loss, [*leaves.values()]), gradients, strict=True):
         assert_close(found, naive)
-
-
-def test_distillation_selects_the_references_tokens_among_images(model):
-    """Attention depends on the rotary positions of M-RoPE, which differ from the tokens' numbers."""
-    plan = pop.PrunePlan((1, 3), full_depth_selected=0.3)
-    for window, media in zip(*texts(model), strict=True):
-        tokens, images = torch.tensor(window), images_of(model, window, media)
-        run = Pass(model.module, tokens[None], images)
-        with recorded_choices(passes) as found:
-            run.student(plan, run.embed(), len(window))
-        assert torch.equal(found[0][0], selected_tokens(model.module, tokens, plan, images))
 
 
 def test_exercises_with_images(model):
