@@ -192,7 +192,7 @@ def fused_attention(q: Tensor, k: Tensor, v: Tensor, held: Tensor, spans: Tensor
     held = held.int().contiguous()
     spans = spans.int().contiguous()
     out = engine.empty_output(q)
-    _call("attend", (q, k, v, held, spans, out), _attention_sizes(q, k, v), ctypes.c_float(scale))()
+    _call("attend", (q, k, v, out, held, spans), _attention_sizes(q, k, v), ctypes.c_float(scale))()
     return out
 
 
@@ -235,7 +235,7 @@ def decode_attention_call(
     if not (same and spans.is_contiguous() and q.stride(3) == keys.stride(3) == values.stride(3) == 1):
         return None
     sizes = _attention_sizes(q, keys[:, :-1], values)  # without the spare slot
-    return _call("attend_token", (q, keys, values, spans, out), sizes, ctypes.c_float(scale))
+    return _call("attend_token", (q, keys, values, out, spans), sizes, ctypes.c_float(scale))
 
 
 def _attention_sizes(q: Tensor, k: Tensor, v: Tensor) -> tuple[int, ...]:
@@ -248,15 +248,20 @@ def _call(name: str, tensors: tuple[Tensor, ...], sizes: tuple[int, ...], *numbe
     """A call of a function of kernels.cpp.
 
     It reads the memory that the tensors have when it is made, because assigning a weight's `data` frees the old memory.
+    Raises RuntimeError if that is less than the sizes say.
     """
     dtype = str(tensors[0].dtype).removeprefix("torch.")
     function = getattr(_kernel(), f"{name}_{dtype}")
     sizes = (ctypes.c_int64 * len(sizes))(*sizes)
     threads = torch.get_num_threads()
+    bytes_of = (ctypes.c_int64 * len(tensors))()
 
     def call():
         addresses = [ctypes.c_void_p(x.data_ptr()) for x in tensors]
-        function(*addresses, sizes, *numbers, threads)
+        bytes_of[:] = [x.untyped_storage().nbytes() - x.storage_offset() * x.itemsize for x in tensors]
+        if function(*addresses, bytes_of, sizes, *numbers, threads):
+            shapes = [list(x.shape) for x in tensors]
+            raise RuntimeError(f"{name}: a tensor of {shapes} has become smaller than the call was made for")
 
     return call
 

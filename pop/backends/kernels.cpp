@@ -413,27 +413,45 @@ static void multiply_rows(const number *x, const number *w, number *out, const i
   else multiply_tiles<8>(x, w, out, rows, in, outs, threads);
 }
 
+// How many numbers a view reaches from its first one on.
+static int64_t reach(int64_t rows, int64_t row, int64_t tokens, int64_t token, int64_t heads, int64_t head, int64_t E) {
+  return rows && tokens && heads ? (rows - 1) * row + (tokens - 1) * token + (heads - 1) * head + E : 0;
+}
+
+// Whether q, k, v and out are within their memory, of which `bytes` says how much there is.
+template <typename number>
+static bool has_room(const Sizes &s, const int64_t *bytes) {
+  const int64_t sizes[] = {reach(s.B, s.qb, s.T, s.qt, s.H, s.qh, s.E), reach(s.B, s.kb, s.N, s.kn, s.K, s.kh, s.E),
+                           reach(s.B, s.vb, s.N, s.vn, s.K, s.vh, s.E), s.B * s.T * s.H * s.E};
+  for (int i = 0; i < 4; i++)
+    if (sizes[i] * int64_t(sizeof(number)) > bytes[i]) return false;
+  return s.E <= MOST_E && s.K > 0 && s.H % s.K == 0;
+}
+
+// Each function returns 0, or 1 if a tensor is smaller than the sizes say. It then reads and writes nothing.
 extern "C" {
-void multiply_rows_bfloat16(const uint16_t *x, const uint16_t *w, uint16_t *out, const int64_t *sizes, int threads) {
-  multiply_rows(x, w, out, sizes, threads);
-}
-void multiply_rows_float32(const float *x, const float *w, float *out, const int64_t *sizes, int threads) {
-  multiply_rows(x, w, out, sizes, threads);
-}
-void attend_bfloat16(const uint16_t *q, const uint16_t *k, const uint16_t *v, const int32_t *held, const int32_t *spans,
-                     uint16_t *out, const Sizes *s, float scale, int threads) {
-  attend(q, k, v, held, spans, out, *s, scale, threads);
-}
-void attend_float32(const float *q, const float *k, const float *v, const int32_t *held, const int32_t *spans,
-                    float *out, const Sizes *s, float scale, int threads) {
-  attend(q, k, v, held, spans, out, *s, scale, threads);
-}
-void attend_token_bfloat16(const uint16_t *q, const uint16_t *keys, const uint16_t *values, const int32_t *spans,
-                           uint16_t *out, const Sizes *s, float scale, int threads) {
-  attend_token(q, keys, values, spans, out, *s, scale, threads);
-}
-void attend_token_float32(const float *q, const float *keys, const float *values, const int32_t *spans, float *out,
-                          const Sizes *s, float scale, int threads) {
-  attend_token(q, keys, values, spans, out, *s, scale, threads);
-}
+#define KERNELS(name, number)                                                                                          \
+  int multiply_rows_##name(const number *x, const number *w, number *out, const int64_t *bytes, const int64_t *sizes,  \
+                           int threads) {                                                                              \
+    const int64_t rows = sizes[0], in = sizes[1], outs = sizes[2], size = sizeof(number);                              \
+    if (rows > MOST_ROWS || rows * in * size > bytes[0] || outs * in * size > bytes[1] ||                              \
+        rows * outs * size > bytes[2])                                                                                 \
+      return 1;                                                                                                        \
+    multiply_rows(x, w, out, sizes, threads);                                                                          \
+    return 0;                                                                                                          \
+  }                                                                                                                    \
+  int attend_##name(const number *q, const number *k, const number *v, number *out, const int32_t *held,               \
+                    const int32_t *spans, const int64_t *bytes, const Sizes *s, float scale, int threads) {            \
+    if (!has_room<number>(*s, bytes) || s->B * s->N * 4 > bytes[4] || s->B * s->T * 8 > bytes[5]) return 1;            \
+    attend(q, k, v, held, spans, out, *s, scale, threads);                                                             \
+    return 0;                                                                                                          \
+  }                                                                                                                    \
+  int attend_token_##name(const number *q, const number *keys, const number *values, number *out,                      \
+                          const int32_t *spans, const int64_t *bytes, const Sizes *s, float scale, int threads) {      \
+    if (!has_room<number>(*s, bytes) || s->B * 8 > bytes[4]) return 1;                                                 \
+    attend_token(q, keys, values, spans, out, *s, scale, threads);                                                     \
+    return 0;                                                                                                          \
+  }
+KERNELS(float32, float)
+KERNELS(bfloat16, uint16_t)
 }

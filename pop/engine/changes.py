@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from itertools import chain
 from operator import attrgetter, is_
 
-from torch import Tensor, nn
+from torch import Tensor, UntypedStorage, nn
 from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_hooks
 from torch.utils.hooks import RemovableHandle
 
@@ -37,6 +37,7 @@ class Look:
         self.tables = [table for part in self.parts for table in (part._modules, part._parameters, part._buffers)]
         self.entries = self._entries()
         self.weights = [entry for entry in self.entries if type(entry) in (nn.Parameter, Tensor)]
+        self.sizes = self._sizes()
         self.facts = self._facts()
 
     def unchanged(self) -> bool:
@@ -45,6 +46,14 @@ class Look:
         same = len(entries) == len(self.entries) and all(map(is_, entries, self.entries))
         return same and self._facts() == self.facts
 
+    def fits(self) -> bool:
+        """Whether the weights have the dtypes, shapes and memory that they had. Compiled code reads that much."""
+        return self._sizes() == self.sizes
+
+    def _sizes(self) -> list:
+        memory = map(UntypedStorage.nbytes, map(Tensor.untyped_storage, self.weights))
+        return [*map(attrgetter("dtype"), self.weights), *map(attrgetter("shape"), self.weights), *memory]
+
     def _entries(self) -> list:
         """All modules and tensors inside."""
         return list(chain.from_iterable(map(dict.values, self.tables)))
@@ -52,7 +61,7 @@ class Look:
     def _facts(self) -> list:
         """What may change although the entries are the same objects. Each map is a loop in C."""
         facts = chain(map(type, self.parts), map(len, self.hooks), map(Tensor.data_ptr, self.weights))
-        return [*facts, *map(attrgetter("dtype"), self.weights), *map(attrgetter("nbytes"), self.weights)]
+        return [*facts, *self._sizes()]
 
 
 class Kinds(dict[nn.Module, int | None]):
@@ -67,23 +76,37 @@ class Kinds(dict[nn.Module, int | None]):
 
     def forget(self) -> None:
         """Let the next question find a change."""
-        self.looks = []
+        self.looks: dict[nn.Module, Look] = {}
         self.newest_hook = None
 
     def look(self, layers: Iterable[nn.Module]) -> None:
         """Number the layers as they are now. A kind that has been there before keeps its number."""
         self.clear()
         self.newest_hook = RemovableHandle.next_id  # each new hook of the process has a new id
-        self.looks = [Look(layer) for layer in layers]
+        self.looks = {}
         for layer in layers:
-            kind = kind_of(layer)
-            self[layer] = None if kind is None else self.numbers.setdefault(kind, len(self.numbers))
+            self._look_at(layer)
+
+    def _look_at(self, layer: nn.Module) -> None:
+        self.looks[layer] = Look(layer)
+        kind = kind_of(layer)
+        self[layer] = None if kind is None else self.numbers.setdefault(kind, len(self.numbers))
+
+    def of(self, layer: nn.Module) -> int | None:
+        """The kind of a layer, which is looked at anew if its weights are no longer what compiled code may read."""
+        if layer in self.looks and not self.looks[layer].fits():
+            self._look_at(layer)
+        return self.get(layer)
 
     def unchanged(self, look: bool = True) -> bool:
         """Whether the layers are as they were. Unless `look`, only new hooks of any module are looked for."""
         if self.newest_hook != RemovableHandle.next_id:
             return False
-        return not look or all(one.unchanged() for one in self.looks)
+        return not look or all(one.unchanged() for one in self.looks.values())
+
+    def fit(self) -> bool:
+        """Whether a record of work on these layers reads no other memory than it did."""
+        return all(one.fits() for one in self.looks.values())
 
 
 def kind_of(layer: nn.Module) -> tuple | None:

@@ -227,10 +227,10 @@ class _CompiledStage:
 
     def warm_up(self, layer, h, *args):
         """Run the stage once to compile it. Layers with hooks are skipped, so no hook sees this call."""
-        return h if self.kinds.get(layer) is None else self(layer, h, *args)
+        return h if self.kinds.of(layer) is None else self(layer, h, *args)
 
     def __call__(self, layer, h, *args):
-        kind = self.kinds.get(layer)
+        kind = self.kinds.of(layer)
         one_token = h.shape[-2] == 1
         # Compiling takes longer than it saves for logits of several tokens, and for chunks of one pruned token.
         is_rare = one_token if self.function in PRUNED else self.function is stages.head and not one_token

@@ -60,7 +60,10 @@ class DecodeStep:
         if any(mine is not keys for (mine, _), keys in zip(self.layers, cache.keys, strict=True)):
             return False
         # Looking at all weights takes longer than the launch of a graph, so only the first step after a prefill does.
-        return self.kinds.unchanged(look=self.snapshot is None)
+        # Before the others, the weights must have as much memory as the recorded work reads.
+        if self.snapshot is None:
+            return self.kinds.unchanged()
+        return self.kinds.unchanged(look=False) and self.kinds.fit()
 
     def __call__(self, tokens: Tensor, cache: KVCache) -> Tensor:
         lengths = cache.lengths

@@ -7,12 +7,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.cases import assert_close
+from support.cases import assert_close, new_cache
 from support.compiler import requires_compiler
+from support.tiny import random_model, tiny_config
 from torch._inductor.codecache import PyCodeCache
 
-from pop.backends import cpu_graph
+import pop
+from pop import engine
+from pop.backends import CPU, cpu, cpu_graph
 from pop.backends.cpu_graph import CAN_RECORD, Graph
+from pop.engine.changes import Kinds
 
 DEVICE = torch.device("cpu")
 
@@ -131,3 +135,48 @@ def test_a_record_that_lacks_work_is_found(monkeypatch, caplog):
             assert torch.equal(graph(function)[0], torch.full((3,), 2.0 * number + 1))
     messages = [record.getMessage() for record in caplog.records if record.name == cpu_graph.__name__]
     assert ["differs" in message for message in messages] == [True]
+
+
+@requires_compiler
+def test_memory_outside_of_a_weight_that_has_become_smaller_is_not_read():
+    """A step recorded before is dropped, and compiled code is looked for anew. The operators refuse these weights."""
+    module = random_model(tiny_config(hidden_size=64, intermediate_size=96, head_dim=16, num_layers=2))
+    compiled = torch.compile(engine.EAGER.head, dynamic=True)  # a step without compiled code is not recorded
+    stages = CPU._replace(head=compiled, replay=Graph)
+    cache = new_cache(module, 1, 20)
+    engine.prefill(module, torch.tensor([[5, 12, 44]]), cache, torch.tensor([3]), pop.PrunePlan.none(), 20, stages)
+    snapshot = cache.snapshot()
+    layer = module.layers[1]
+    weight = layer.mlp.down_proj.weight
+    whole = weight.data
+    kinds = Kinds()
+    kinds.look(module.layers)
+    for smaller in (whole.bfloat16(), torch.zeros(1), whole[:, :48].clone()):
+        for _ in range(4):
+            found = engine.decode(module, torch.tensor([3]), cache, stages)
+            cache.restore(snapshot)
+        assert cache.step.replay.record.calls
+        assert_close(found[0], module(torch.tensor([[5, 12, 44, 3]]))[0, 3])
+        kind = kinds.of(layer)
+        weight.data = smaller
+        with pytest.raises((RuntimeError, IndexError)):
+            engine.decode(module, torch.tensor([3]), cache, stages)
+        assert kinds.of(layer) != kind
+        weight.data = whole
+        assert kinds.of(layer) == kind
+        cache.restore(snapshot)
+
+
+@requires_compiler
+def test_kernels_check_the_memory_of_their_tensors():
+    x, weight = torch.ones(1, 64), torch.ones(5, 64)
+    call = cpu.multiply_rows_call(torch.empty(1, 5), x, weight)
+    call()
+    weight.data = torch.ones(4, 64)
+    q, keys, spans = torch.ones(2, 1, 4, 8), torch.ones(2, 13, 2, 8), torch.zeros(2, 1, 2, dtype=torch.int32)
+    attend = cpu.decode_attention_call(torch.empty(2, 1, 32), q, keys, keys, spans, 0.4)
+    attend()
+    keys.untyped_storage().resize_(4 * 2 * 13 * 2 * 8 - 4 * 2 * 8 - 1)  # without the last spare slot, and a byte less
+    for smaller in (call, attend):
+        with pytest.raises(RuntimeError, match="smaller"):
+            smaller()
