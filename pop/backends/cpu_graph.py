@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from pop.backends import cpu
+from pop.engine.changes import sizes_of
 
 CAN_RECORD = torch.__version__ >= "2.13"  # in 2.6, code compiles again in a record; the versions between are not tested
 KERNELS = {
@@ -34,11 +35,15 @@ class Graph:
     The function takes no arguments, and its Python reads no number of a tensor: the record has the numbers of one call.
     The caller gets copies of the results.
 
+    Recorded work reads as much memory as the weights had. So it is recorded anew if their dtypes, shapes or storages
+    change, and for another number of threads.
+
     The function runs as it is without compiled code, and if an operator gives a number. At the third call it runs, and
     its results are compared with those of its record. If they differ, it is not repeated.
     """
 
     def __init__(self, module: torch.nn.Module, batch_size: int):
+        self.weights = list(module.parameters())
         self.has_run = False
         self.record: _Record | None = None
 
@@ -46,8 +51,9 @@ class Graph:
         if not (CAN_RECORD and self.has_run):
             self.has_run = True
             return function()
-        if self.record is None or self.record.threads != torch.get_num_threads():
-            record = _Record()
+        conditions = [torch.get_num_threads(), *sizes_of(self.weights)]
+        if self.record is None or self.record.conditions != conditions:
+            record = _Record(conditions)
             results = record.run(function)
             self.record = record
             return results
@@ -63,9 +69,9 @@ class _Record(TorchDispatchMode):
 
     is_compiled = False  # whether there are any of the latter
 
-    def __init__(self):
+    def __init__(self, conditions: list):
         super().__init__()
-        self.threads = torch.get_num_threads()  # which the calls are for
+        self.conditions = conditions  # under which the calls may be repeated
         self.thread = threading.get_ident()
         self.calls: list[Callable[[], object]] | None = []  # None if the function cannot be repeated
         self.compiled: list[Callable] = []  # the compiled functions among the calls

@@ -28,6 +28,12 @@ def hooks_of(parts: Iterable[nn.Module]) -> list[dict]:
     return hooks
 
 
+def sizes_of(weights: list[Tensor]) -> list:
+    """The dtypes, shapes and sizes of the memory of weights. Each map is a loop in C."""
+    memory = map(UntypedStorage.nbytes, map(Tensor.untyped_storage, weights))
+    return [*map(attrgetter("dtype"), weights), *map(attrgetter("shape"), weights), *memory]
+
+
 class Look:
     """A layer's weights, classes and hooks at one time."""
 
@@ -37,7 +43,7 @@ class Look:
         self.tables = [table for part in self.parts for table in (part._modules, part._parameters, part._buffers)]
         self.entries = self._entries()
         self.weights = [entry for entry in self.entries if type(entry) in (nn.Parameter, Tensor)]
-        self.sizes = self._sizes()
+        self.sizes = sizes_of(self.weights)
         self.facts = self._facts()
 
     def unchanged(self) -> bool:
@@ -48,11 +54,7 @@ class Look:
 
     def fits(self) -> bool:
         """Whether the weights have the dtypes, shapes and memory that they had. Compiled code reads that much."""
-        return self._sizes() == self.sizes
-
-    def _sizes(self) -> list:
-        memory = map(UntypedStorage.nbytes, map(Tensor.untyped_storage, self.weights))
-        return [*map(attrgetter("dtype"), self.weights), *map(attrgetter("shape"), self.weights), *memory]
+        return sizes_of(self.weights) == self.sizes
 
     def _entries(self) -> list:
         """All modules and tensors inside."""
@@ -61,7 +63,7 @@ class Look:
     def _facts(self) -> list:
         """What may change although the entries are the same objects. Each map is a loop in C."""
         facts = chain(map(type, self.parts), map(len, self.hooks), map(Tensor.data_ptr, self.weights))
-        return [*facts, *self._sizes()]
+        return [*facts, *sizes_of(self.weights)]
 
 
 class Kinds(dict[nn.Module, int | None]):
@@ -103,10 +105,6 @@ class Kinds(dict[nn.Module, int | None]):
         if self.newest_hook != RemovableHandle.next_id:
             return False
         return not look or all(one.unchanged() for one in self.looks.values())
-
-    def fit(self) -> bool:
-        """Whether a record of work on these layers reads no other memory than it did."""
-        return all(one.fits() for one in self.looks.values())
 
 
 def kind_of(layer: nn.Module) -> tuple | None:

@@ -48,7 +48,8 @@ class DecodeStep:
         if stages.replay is not None:
             self.kinds.look((module, *module.layers))
             # A graph has the addresses of weights. Their memory stays until a look finds that the weights have changed.
-            self.memory = [weight.untyped_storage() for look in self.kinds.looks for weight in look.weights]
+            looks = self.kinds.looks.values()
+            self.memory = [weight.untyped_storage() for look in looks for weight in look.weights]
             if None not in self.kinds.values():  # otherwise there are hooks, for example, which a graph would leave out
                 # It does not hold the step: that would be a cycle.
                 self.replay = stages.replay(module, cache.batch_size)
@@ -60,10 +61,7 @@ class DecodeStep:
         if any(mine is not keys for (mine, _), keys in zip(self.layers, cache.keys, strict=True)):
             return False
         # Looking at all weights takes longer than the launch of a graph, so only the first step after a prefill does.
-        # Before the others, the weights must have as much memory as the recorded work reads.
-        if self.snapshot is None:
-            return self.kinds.unchanged()
-        return self.kinds.unchanged(look=False) and self.kinds.fit()
+        return self.kinds.unchanged(look=self.snapshot is None)
 
     def __call__(self, tokens: Tensor, cache: KVCache) -> Tensor:
         lengths = cache.lengths

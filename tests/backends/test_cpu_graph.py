@@ -18,7 +18,7 @@ from pop.backends import CPU, cpu, cpu_graph
 from pop.backends.cpu_graph import CAN_RECORD, Graph
 from pop.engine.changes import Kinds
 
-DEVICE = torch.device("cpu")
+NO_WEIGHTS = torch.nn.Module()
 
 
 @pytest.fixture(autouse=True)
@@ -42,7 +42,7 @@ def test_all_kinds_of_operators_are_repeated():
         total[indices.remainder(3)] += 1
         return total, torch.mm(x, x.T, out=torch.empty(2, 2)), indices
 
-    graph, found = Graph(DEVICE), []
+    graph, found = Graph(NO_WEIGHTS, 1), []
     for number in range(5):
         x.copy_(torch.tensor([[1, 5, -number], [number, 2, 3]]))
         total.fill_(7)
@@ -58,7 +58,7 @@ def test_all_kinds_of_operators_are_repeated():
 
 @requires_compiler
 def test_a_function_that_reads_a_number_runs_as_it_is(caplog):
-    graph, x, double = Graph(DEVICE), torch.zeros(1), torch.compile(lambda x: x * 2)
+    graph, x, double = Graph(NO_WEIGHTS, 1), torch.zeros(1), torch.compile(lambda x: x * 2)
     with caplog.at_level(logging.INFO, "pop"):
         found = [graph(lambda: (double(torch.full((int(x.add_(1)),), 5.0)),))[0] for _ in range(4)]
     assert [len(one) for one in found] == [1, 2, 3, 4]
@@ -67,14 +67,14 @@ def test_a_function_that_reads_a_number_runs_as_it_is(caplog):
 
 def test_a_function_without_compiled_code_runs_as_it_is():
     """Its Python may read numbers in ways that no operator shows."""
-    graph, x = Graph(DEVICE), torch.zeros(1)
+    graph, x = Graph(NO_WEIGHTS, 1), torch.zeros(1)
     found = [graph(lambda: (torch.full((int(x.add_(1).tolist()[0]),), 5),))[0] for _ in range(4)]
     assert [len(one) for one in found] == [1, 2, 3, 4]
 
 
 @requires_compiler
 def test_another_number_of_threads_is_recorded_anew():
-    graph, threads, runs, double = Graph(DEVICE), torch.get_num_threads(), [], torch.compile(lambda x: x * 2)
+    graph, threads, runs, double = Graph(NO_WEIGHTS, 1), torch.get_num_threads(), [], torch.compile(lambda x: x * 2)
     try:
         for number in (1, 1, 1, 1, 2, 2, 2, 1):
             torch.set_num_threads(number)
@@ -102,7 +102,7 @@ def test_compiled_code_is_repeated_and_that_of_other_threads_is_not():
         time.sleep(0.05)
         return (multiply(multiply(memory)),)
 
-    graph, wanted = Graph(DEVICE), function()
+    graph, wanted = Graph(NO_WEIGHTS, 1), function()
     count(others)
     thread = threading.Thread(target=counting)
     thread.start()
@@ -128,7 +128,7 @@ def test_a_record_that_lacks_work_is_found(monkeypatch, caplog):
     function()
     modules = [module for module in PyCodeCache.modules if "cpp_fused_add" not in Path(module.__file__).read_text()]
     monkeypatch.setattr(PyCodeCache, "modules", modules)
-    graph = Graph(DEVICE)
+    graph = Graph(NO_WEIGHTS, 1)
     with caplog.at_level(logging.WARNING):
         for number in range(5):
             x.fill_(number)
