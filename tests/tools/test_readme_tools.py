@@ -46,6 +46,7 @@ ALSO = {
     "tools.fuzz": ["--cases", "1"],
     "tools.gpu_report": shlex.split("prefill --device cpu --layers 4 --lengths 8"),
 }
+CHECKS = {"tools.transformers_pop": "transformers", "tools.evaluate.lm_eval_check": "lm_eval"}
 NARROW = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2, "num_key_value_heads": 1}
 NARROW_TOWER = {"hidden_size": 32, "intermediate_size": 48, "num_heads": 2, "out_hidden_size": 32}
 
@@ -134,13 +135,15 @@ def run(script: str, words: list[str], monkeypatch, capsys) -> None:
     words = [FEWER.get(before, str)(word) for before, word in zip(["", *words], words, strict=False)]
     words += ALSO.get(script, [])
     monkeypatch.setattr(sys, "argv", [script, *words])
-    if script.startswith("tools.goldens.") or script == "tools.transformers_pop":
-        # The first make the files of the tests, the second checks transformers: only that they start is tested.
-        monkeypatch.setitem(sys.modules, "transformers", None)
+    if script.startswith("tools.goldens.") or script in CHECKS:
+        # They run other libraries: only that they start, and miss those, is tested.
+        library = CHECKS.get(script, "transformers")
+        for name in [library, *(name for name in sys.modules if name.startswith(f"{library}."))]:
+            monkeypatch.setitem(sys.modules, name, None)
         monkeypatch.delitem(sys.modules, script, raising=False)
         with pytest.raises(SystemExit) as stopped:
             runpy.run_module(script, run_name="__main__")
-        assert "transformers" in f"{stopped.value} {capsys.readouterr().err}"
+        assert library in f"{stopped.value} {capsys.readouterr().err}"
     elif script.startswith("tools.examples."):
         runpy.run_module(script, run_name="__main__")
     else:
