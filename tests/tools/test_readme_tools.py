@@ -30,6 +30,7 @@ BLOCKS = [
     if "python -m tools." in block
     and not block.startswith("pip install ")  # .ci/run runs it
     and "tools.serve " not in block  # test_serve.py runs it
+    and "tools.examples.micro_pop" not in block  # test_micro_pop.py runs it
 ]
 FEWER = {  # option -> what to give instead of what is printed
     "--lengths": lambda text: re.sub(r"\d{4}|512", lambda number: str(int(number[0]) // 64), text),
@@ -155,8 +156,6 @@ def run(script: str, words: list[str], monkeypatch, capsys) -> None:
 
 @pytest.mark.parametrize(("path", "block"), BLOCKS, ids=lambda value: value[:60].split("\n")[0])
 def test_the_lines_run_as_printed(path, block, tiny_world, monkeypatch, capsys):
-    if "--quantize" in block:
-        pytest.importorskip("torchao")
     if "--plot" in block:
         pytest.importorskip("matplotlib")
     for script, *words in commands(block):
@@ -164,9 +163,12 @@ def test_the_lines_run_as_printed(path, block, tiny_world, monkeypatch, capsys):
 
 
 def test_every_block_of_commands_is_of_a_kind_that_a_test_runs():
-    """Those that are not of tools are run by test_readme.py, test_serve.py and tests/backends."""
+    """Those that are not of tools are run by test_readme.py, test_serve.py and tests/backends.
+
+    tools/vllm is a distribution of its own, with tests of its own.
+    """
     kinds = {"python": "-m tools.", "pop": "", "pip": "install", "torchrun": "", "curl": "http://127.0.0.1:8000/"}
-    for block in blocks("bash"):
+    for block in [block for path in READMES if path != "tools/vllm/README.md" for block in blocks("bash", path)]:
         for line in block.replace("\\\n", " ").splitlines():
             if re.fullmatch(r'\w+=("[^"]*"|\S*)', line):
                 continue
@@ -178,7 +180,7 @@ def test_each_tool_has_a_readme_that_prints_its_command():
     """Of bench, evaluate, goldens and checkpoints: each script that can be run is in its folder's README.md."""
     root = Path(__file__).parents[2]
     for path in root.glob("tools/*/*.py"):
-        if '__name__ == "__main__"' not in path.read_text(encoding="utf-8") or path.parent.name == "examples":
+        if '__name__ == "__main__"' not in path.read_text(encoding="utf-8") or path.parent.name in ("examples", "vllm"):
             continue
         name = f"tools.{path.parent.name}" + ("" if path.stem == "__main__" else f".{path.stem}")
         text = READMES[f"tools/{path.parent.name}/README.md"]
