@@ -63,9 +63,9 @@ class Answer:
                 self.finish_reason = "length"
         if self.text_of is not None:
             self.pending += self.text_of(token, self.finish_reason is not None)
-        begins = [(self.pending.find(stop), stop) for stop in self.stop if stop in self.pending]
+        begins = {stop: self.pending.find(stop) for stop in self.stop if stop in self.pending}
         if begins:  # take the stop string that ends first, and of several the longest
-            _, settled = min((begin + len(stop), begin) for begin, stop in begins)
+            _, settled = min((begin + len(stop), begin) for stop, begin in begins.items())
             self.finish_reason = "stop"
         else:
             settled = len(self.pending)

@@ -113,8 +113,6 @@ class Conversation:
 
     def _next_turn(self, message, images, videos, options: dict) -> Batch:
         """Check everything. Returns a batch that adds its turn to the conversation when its answer ends."""
-        if "plan" in options:
-            raise InputError("a conversation keeps its plan; start another conversation for another plan")
         params = sampling_params(options, self.model.sampling)
         content = _content(message, images, videos)
         prompt, media = self._prompt(content)

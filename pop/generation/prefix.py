@@ -2,7 +2,6 @@
 
 import time
 
-from pop.errors import InputError
 from pop.generation.answers import Generation
 from pop.generation.batch import Batch, Stream, as_prompts
 from pop.generation.sampling import sampling_params
@@ -64,8 +63,6 @@ class Prefix:
         return scores if is_list else scores[0]
 
     def _batch(self, rest, images, videos, options: dict) -> Batch:
-        if "plan" in options:
-            raise InputError("a prefix keeps its plan; make another prefix for another plan")
         params = sampling_params(options, self.model.sampling)
         rests, is_list = as_prompts(rest)
         rows = self.model.vision.prepare_batch(images, videos, len(rests))

@@ -241,7 +241,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         raise TokenizerError(f"{path}: there is no tokenizer.json and no tokenizer.model here.")
     try:
         return _load(files)
-    except (ValueError, LookupError, TypeError, AttributeError, RuntimeError, OSError) as error:
+    except Exception as error:  # broken files can raise nearly anything
         reason = "" if isinstance(error, TokenizerError) else f"not a tokenizer, {type(error).__name__}: "
         raise TokenizerError(f"{path}: {reason}{error}") from error
 

@@ -219,18 +219,6 @@ def test_a_full_context_is_an_error_with_numbers(script):
         chat.send("c")
 
 
-def test_conversations_need_a_chat_format():
-    model = make("llama", pop.PrunePlan())
-    with pytest.raises(pop.InputError, match=r"message 0.*\b3\b"):
-        model.start_chat(3)
-    with pytest.raises(pop.InputError, match="surrogate"):
-        model.start_chat("\ud800")
-    with pytest.raises(pop.UnsupportedError, match="base model"):
-        pop.Model(model.module, model.config, Letters()).start_chat()
-    with pytest.raises(pop.TokenizerError, match="tokenizer"):
-        pop.Model(model.module, model.config).start_chat()
-
-
 # Continued from messages
 
 
@@ -257,8 +245,12 @@ def test_a_conversation_continues_from_messages(model, script):
     assert_is_reference(model, chat, script, [5, 3])
 
 
-def test_messages_that_cannot_be_continued_are_refused_at_once():
+def test_conversations_that_are_refused_at_once():
     model = make("llama", pop.PrunePlan())
+    with pytest.raises(pop.UnsupportedError, match="base model"):
+        pop.Model(model.module, model.config, Letters()).start_chat()
+    with pytest.raises(pop.TokenizerError, match="tokenizer"):
+        pop.Model(model.module, model.config).start_chat()
     system = {"role": "system", "content": "Be brief."}
     for options, words in (
         ({"messages": [{"role": "user", "content": "Hi"}]}, "role user"),
@@ -266,6 +258,8 @@ def test_messages_that_cannot_be_continued_are_refused_at_once():
         ({"messages": ["Hi"]}, "message 0 "),
         ({"messages": [system], "system": "Be long."}, "message 1 .*'system'"),
         ({"messages": 3}, "messages"),
+        ({"system": 3}, r"message 0.*\b3\b"),
+        ({"system": "\ud800"}, "surrogate"),
     ):
         with pytest.raises(pop.InputError, match=words):
             model.start_chat(**options)

@@ -27,8 +27,8 @@ def test_what_a_method_cannot_take_is_said_at_once(model):
             method(MESSAGES if method == model.chat else "a", temprature=1)
         assert all(name in str(raised.value) for name in (*OPTIONS, "sampling"))
     for method, given, options, words in (
-        (chat.send, "Hi", {"plan": None}, "keeps its plan"),
-        (prefix.stream, "Hi", {"plan": None}, "keeps its plan"),
+        (chat.send, "Hi", {"plan": None}, "no option 'plan'"),
+        (prefix.stream, "Hi", {"plan": None}, "no option 'plan'"),
         (model.chat, MESSAGES, {"images": []}, "images and videos in its messages"),
         (model.stream, "", {}, "prompt"),
         (model.stream, ["a", "b"], {}, "one prompt"),

@@ -46,7 +46,7 @@ def test_prefixes_of_text_and_what_they_refuse():
     full = model.generate("Once upon a", max_new_tokens=9, plan=pop.PrunePlan.none())
     assert other.generate(" a", max_new_tokens=9).tokens == full.tokens != expected.tokens
     for call, named in (
-        (lambda: prefix.generate(" a", plan=pop.PrunePlan.none()), "another plan"),
+        (lambda: prefix.generate(" a", plan=pop.PrunePlan.none()), "no option 'plan'"),
         (lambda: prefix.generate(""), "prompt is empty"),
         (lambda: model.prefix(""), "prefix is empty"),
         (lambda: prefix.stream(["a", "b"]), "one prompt"),

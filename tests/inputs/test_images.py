@@ -87,19 +87,14 @@ def test_exif_orientation(tmp_path, format):
         assert torch.equal(load_image(Image.open(file)), channels_first(upright))
 
 
-@pytest.mark.parametrize("mode", ["RGBA", "LA", "PA"])
-def test_transparent_pixels_show_white(mode):
+def test_transparent_pixels_show_white(tmp_path):
+    """In every mode, and the same from a file."""
     picture = Image.new("RGBA", (3, 1))
     picture.putdata([(10, 10, 10, 0), (10, 10, 10, 255), (10, 10, 10, 51)])
-    if mode == "PA":
-        picture = Image.merge("PA", (Image.new("P", (3, 1), 10), picture.getchannel("A")))
-        picture.putpalette([value for value in range(256) for _ in "RGB"])
-    loaded = load_image(picture if mode == "PA" else picture.convert(mode))
-    assert loaded[0, 0].tolist() == [255, 10, 206]  # 206 = 0.2 * 10 + 0.8 * 255
-    assert torch.equal(loaded[0], loaded[1]) and torch.equal(loaded[0], loaded[2])
-
-
-def test_transparency_is_the_same_from_a_file(tmp_path):
+    palette = Image.merge("PA", (Image.new("P", (3, 1), 10), picture.getchannel("A")))
+    palette.putpalette([value for value in range(256) for _ in "RGB"])
+    for one in (picture, picture.convert("LA"), palette):
+        assert load_image(one).squeeze(1).T.tolist() == [[255] * 3, [10] * 3, [206] * 3]  # 206 = 0.2 * 10 + 0.8 * 255
     for name in ("alpha", "grey-alpha", "palette-transparent"):
         path = write(tmp_path / name, saved(image(name), "PNG").getvalue())
         assert torch.equal(load_image(path), load_image(image(name))), name
@@ -124,35 +119,28 @@ def test_unusual_modes(tmp_path):
     assert load_image(picture.convert("RGBa")).squeeze(1).T.tolist() == [[255, 255, 255], [200, 100, 0]]
 
 
-@pytest.mark.parametrize("format", ["MPO", "GIF"])
-def test_of_several_pictures_the_first_counts(tmp_path, format):
-    """Phones write MPO files and call them JPEG."""
+def test_photos_with_several_pictures_or_broken_tags(tmp_path):
+    """The first picture counts: phones write MPO files and call them JPEG. Broken tags are ignored."""
     first = Image.new("RGB", (8, 6), (255, 0, 0))
     second = Image.new("RGB", (8, 6), (0, 0, 255))
-    path = write(tmp_path / "photo.jpg", saved(first, format, save_all=True, append_images=[second]).getvalue())
-    loaded = load_image(path)
-    assert loaded.shape == (3, 6, 8) and loaded[0].min() > 240 and loaded[2].max() < 15
-
-
-def test_broken_tags_are_ignored(tmp_path):
-    picture = Image.new("RGB", (8, 6))
-    tags = [b"Exif\0\0" + b"\xff" * 50]
-    for orientation in (0, 9, 65535):
+    for format in ("MPO", "GIF"):
+        path = write(tmp_path / "photo.jpg", saved(first, format, save_all=True, append_images=[second]).getvalue())
+        loaded = load_image(path)
+        assert loaded.shape == (3, 6, 8) and loaded[0].min() > 240 and loaded[2].max() < 15
+    for orientation in (None, 0, 9, 65535):
         exif = Image.Exif()
         exif[0x0112] = orientation
-        tags.append(exif)
-    for exif in tags:
-        path = write(tmp_path / "photo.jpg", saved(picture, "JPEG", exif=exif).getvalue())
-        assert load_image(path).shape == (3, 6, 8)
+        tags = b"Exif\0\0" + b"\xff" * 50 if orientation is None else exif
+        assert load_image(write(tmp_path / "photo.jpg", saved(first, "JPEG", exif=tags).getvalue())).shape == (3, 6, 8)
 
 
-@pytest.mark.parametrize("kind", [b"zTXt", b"iCCP"])
-def test_compressed_texts_and_profiles_that_burst_are_refused(tmp_path, kind):
+def test_compressed_texts_and_profiles_that_burst_are_refused(tmp_path):
     """Pillow reads at most a megabyte of them."""
-    bomb = kind + b"k\0\0" + zlib.compress(bytes(2**24), 9)
-    chunk = struct.pack(">I", len(bomb) - 4) + bomb + struct.pack(">I", zlib.crc32(bomb))
     whole = png(1, 1, b"\0\0")
-    refused(write(tmp_path / "bomb.png", whole[:33] + chunk + whole[33:]), "truncated or broken")
+    for kind in (b"zTXt", b"iCCP"):
+        bomb = kind + b"k\0\0" + zlib.compress(bytes(2**24), 9)
+        chunk = struct.pack(">I", len(bomb) - 4) + bomb + struct.pack(">I", zlib.crc32(bomb))
+        refused(write(tmp_path / "bomb.png", whole[:33] + chunk + whole[33:]), "truncated or broken")
 
 
 # ---- files in memory, and tensors ----
@@ -190,10 +178,10 @@ def test_other_tensors_and_arrays_are_refused():
     refused(torch.zeros(3, 8, 3, dtype=uint8), r"shape \[3, 8, 3\]")  # either layout; an array has one
 
 
-@pytest.mark.parametrize(
-    ("given", "named"),
-    [
-        *((given, f"type {type(given).__name__}") for given in (None, 3, [[1, 2]], memoryview(b"x"), io.StringIO("x"))),
+def test_what_is_no_image_is_refused():
+    for other in (None, 3, [[1, 2]], memoryview(b"x"), io.StringIO("x")):
+        refused(other, f"type {type(other).__name__}")
+    for other, named in (
         (torch.zeros(3, 8, 8, dtype=torch.uint8, device="meta"), "image of type Tensor is .*broken"),
         (torch.zeros(3, 0, 8, dtype=torch.uint8), "8 pixels wide and 0 high"),
         (np.zeros((0, 4, 3), np.uint8), "4 pixels wide and 0 high"),
@@ -201,10 +189,8 @@ def test_other_tensors_and_arrays_are_refused():
         (Image.new("RGB", (0, 4)), "0 pixels wide and 4 high"),
         (Image.new("I", (4, 4)), "32 bits"),
         (Image.new("F", (4, 4)), "32 bits"),
-    ],
-)
-def test_what_is_no_image_is_refused(given, named):
-    refused(given, named)
+    ):
+        refused(other, named)
 
 
 CONTENT = data_url(saved(Image.new("RGB", (3, 3)), "PNG").getvalue()).partition(",")[2]
