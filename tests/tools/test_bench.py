@@ -97,13 +97,6 @@ def test_the_command_line_end_to_end(folder, tmp_path, capsys, monkeypatch):
         assert f">{text}<" in drawn.read_text()
 
 
-def test_a_child_measures_in_its_process(folder, capsys):
-    argv = ["--model", folder, "--lengths", "8", "--compile", "false", "--device", "cpu", "--child", "compile"]
-    assert bench.main(argv) == 0
-    result = json.loads(capsys.readouterr().out)
-    assert result["compiled"] is False and result["seconds"] > 0
-
-
 def test_a_child_that_fails_says_why(monkeypatch):
     done = subprocess.CompletedProcess([], 2, "", "loading\nbench: no model\n")
     monkeypatch.setattr(subprocess, "run", lambda *_, **__: done)

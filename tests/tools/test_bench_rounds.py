@@ -24,12 +24,6 @@ def model():
     return pop.Model(random_model(config), config, compile=False)
 
 
-def arguments(*argv):
-    args = bench.parser().parse_args(list(argv))
-    bench.check(args)
-    return args
-
-
 def test_rounds_alternate_and_the_first_is_not_recorded():
     order = []
 
@@ -81,7 +75,8 @@ def test_figures_follow_from_the_times(model, monkeypatch):
     slower = lambda prompt, _: turn(ttft_s=6.0 * len(prompt), step_s=0.3)  # noqa: E731
     rival = types.SimpleNamespace(name="rival", turn=slower)
     plan, none = pop.PrunePlan((3, 4)), pop.PrunePlan.none()
-    args = arguments("--lengths", "10,20", "--runs", "3", "--decode-steps", "3")
+    args = bench.parser().parse_args(["--lengths", "10,20", "--runs", "3", "--decode-steps", "3"])
+    bench.check(args)
     result = measure.measure_prefill(model, {"p": plan}, [rival], args)
     for N, figures in result.items():
         flops = cost.prefill_flops(model.config, N, none)

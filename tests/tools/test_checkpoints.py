@@ -2,7 +2,6 @@
 
 import json
 import math
-import re
 from pathlib import Path
 
 import pytest
@@ -14,7 +13,6 @@ from support.tiny import hf_config, tiny_config
 import pop
 from pop.checkpoints import registry
 from tools.checkpoints import make_random as tool
-from tools.checkpoints import measure as measure_checkpoint
 
 
 def layout(name: str, tmp_path: Path) -> dict[str, dict[str, tuple[int, ...]]]:
@@ -86,12 +84,3 @@ def test_a_disk_that_is_too_small_is_said_before(config, tmp_path, monkeypatch):
     with pytest.raises(pop.CheckpointError, match=" 1,000 "):
         tool.write_checkpoint(tool.config_of(config), tmp_path / "new")
     assert not (tmp_path / "new").exists()
-
-
-def test_what_is_written_is_measured(config, tmp_path, capsys):
-    folder = tmp_path / "model"
-    assert tool.main([config, str(folder)]) == 0
-    capsys.readouterr()
-    assert measure_checkpoint.main([str(folder), "--lengths", "5,9", "--decode-steps", "2"]) == 0
-    whats = re.findall(r"^(\w+)", capsys.readouterr().out, re.M)
-    assert whats == ["disk", "load", "memory", "prefill", "prefill", "decode", "memory"]

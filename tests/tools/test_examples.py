@@ -62,8 +62,3 @@ def test_logits_of_a_lifted_model_are_those_of_the_decoder_itself(gpt):
     full_depth = reference.full_depth_tokens(len(ids) - 1, len(ids), PLANS[2])
     found, _ = reference.forward(model, tokens, full_depth, PLANS[2])
     assert_close(found[-1], naive(gpt, ids, len(ids) - 1, PLANS[2])[-1])
-
-
-def test_the_script_runs(capsys):
-    runpy.run_path(str(SCRIPT), run_name="__main__")
-    assert len(capsys.readouterr().out.splitlines()) == 2
