@@ -97,37 +97,38 @@ def test_rows_leave_a_batch_in_another_mode_than_it_began_in(model):
     assert not any(x.is_inference() for x in (*cache.keys, cache.previous_hidden))
 
 
-@pytest.mark.parametrize(
-    ("stated", "expected"),
-    [
-        ({"do_sample": True, "temperature": 0.6, "top_p": 0.9}, {"temperature": 0.6, "top_p": 0.9}),
-        ({"do_sample": True, "top_k": 20, "min_p": 0.0}, {"temperature": 1.0, "top_k": 20}),
-        ({"do_sample": True, "top_k": 0, "temperature": None}, {"temperature": 1.0}),
-        ({"do_sample": False, "temperature": 0.6, "top_k": 3}, {}),
-        ({"temperature": 0.6, "repetition_penalty": 1.1, "eos_token_id": 2}, {"repetition_penalty": 1.1}),
-        ({}, {}),
-    ],
-)
-def test_the_checkpoints_sampling_is_applied_only_if_asked_for(stated, expected, tmp_path):
-    (write_chat_checkpoint(tmp_path) / "generation_config.json").write_text(json.dumps(stated))
+STATED = [
+    ({"do_sample": True, "temperature": 0.6, "top_p": 0.9}, {"temperature": 0.6, "top_p": 0.9}),
+    ({"do_sample": True, "top_k": 20, "min_p": 0.0}, {"temperature": 1.0, "top_k": 20}),
+    ({"do_sample": True, "top_k": 0, "temperature": None}, {"temperature": 1.0}),
+    ({"do_sample": False, "temperature": 0.6, "top_k": 3}, {}),
+    ({"temperature": 0.6, "repetition_penalty": 1.1, "eos_token_id": 2}, {"repetition_penalty": 1.1}),
+    ({}, {}),
+]
+
+
+def test_the_checkpoints_sampling_is_applied_only_if_asked_for(tmp_path):
+    """A model whose file is missing, or cannot be used, loads."""
+    file = write_chat_checkpoint(tmp_path) / "generation_config.json"
     model = pop.load(tmp_path)
-    assert sampling_params({"sampling": "checkpoint", "seed": 1}, model.sampling) == SamplingParams(**expected, seed=1)
-    assert sampling_params({"seed": 1}, model.sampling) == SamplingParams(seed=1)
-    given = {"temperature": 0.3, "max_new_tokens": 4}
-    assert sampling_params({"sampling": "checkpoint"} | given, model.sampling) == SamplingParams(**(expected | given))
-    options = {"max_new_tokens": 8, "seed": 3}
-    assert model.generate("Hi", sampling="checkpoint", **options).tokens == (
-        model.generate("Hi", **expected, **options).tokens
-    )
-
-
-def test_sampling_needs_a_file_and_values_that_can_be_used(tmp_path):
-    model = pop.load(write_chat_checkpoint(tmp_path))
     for sampling, words in (("checkpoint", "no generation_config.json"), ("greedy", "sampling is 'greedy'")):
         with pytest.raises(pop.InputError, match=words):
             model.generate("Hi", sampling=sampling)
-    (tmp_path / "generation_config.json").write_text('{"do_sample": true, "top_p": 7}')
-    model = pop.load(tmp_path)  # a model whose file cannot be used loads
+    given = {"temperature": 0.3, "max_new_tokens": 4}
+    for stated, expected in STATED:
+        file.write_text(json.dumps(stated))
+        model = pop.load(tmp_path)
+        params = sampling_params({"sampling": "checkpoint", "seed": 1}, model.sampling)
+        assert params == SamplingParams(**expected, seed=1)
+        assert sampling_params({"seed": 1}, model.sampling) == SamplingParams(seed=1)
+        params = sampling_params({"sampling": "checkpoint"} | given, model.sampling)
+        assert params == SamplingParams(**(expected | given))
+    file.write_text(json.dumps(STATED[0][0]))
+    model = pop.load(tmp_path)
+    asked = model.generate("Hi", sampling="checkpoint", max_new_tokens=8, seed=3)
+    assert asked.tokens == model.generate("Hi", **STATED[0][1], max_new_tokens=8, seed=3).tokens
+    file.write_text('{"do_sample": true, "top_p": 7}')
+    model = pop.load(tmp_path)
     assert model.generate("Hi", max_new_tokens=2).tokens
     with pytest.raises(pop.InputError, match="top_p is 7"):
         model.generate("Hi", sampling="checkpoint")

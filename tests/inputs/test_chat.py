@@ -106,13 +106,6 @@ def test_no_text_becomes_a_control_token(family, data):
     assert written(FORMATS[family], messages) == expected
 
 
-def test_text_in_parts():
-    parts = [{"type": "text", "text": "Hello, "}, {"type": "text", "text": "world"}]
-    for form in FORMATS.values():
-        whole = form.encode([{"role": "user", "content": "Hello, world"}])
-        assert form.encode([{"role": "user", "content": parts}]) == whole
-
-
 USER = {"role": "user", "content": "x"}
 
 

@@ -90,17 +90,6 @@ def test_images_of_any_size(height, width):
         assert 0.4 < rows / columns * width / height < 2.5
 
 
-def test_an_image_of_an_allowed_size_is_cut_into_patches_in_squares():
-    """Squares come row by row, and so do the patches of a square. Both frames of a patch are the image itself."""
-    picture = random_bytes(16, 24, 3, seed=1)
-    patches, grid = qwen_image(picture, SMALL, SMALL_IMAGE)
-    assert grid == (1, 4, 6)
-    corners = [(y + dy, x + dx) for y in (0, 8) for x in (0, 8, 16) for dy in (0, 4) for dx in (0, 4)]
-    for values, (y, x) in zip(levels(patches), corners, strict=True):
-        block = picture[y : y + 4, x : x + 4].transpose(2, 0, 1)  # [3, 4, 4]
-        assert np.array_equal(values.reshape(3, 2, 4, 4), np.stack([block, block], axis=1))
-
-
 FRAMES = np.zeros((2, 8, 8, 3), np.uint8)
 INVALID = [
     (FRAMES[:1], None, "has 1 frames"),

@@ -195,13 +195,12 @@ def test_sentencepiece_ids_are_the_originals(gemma, text):
 
 def test_sentencepiece_control_symbols_in_text_stay_text(gemma):
     tokenizer, original = gemma
-    turn = original.piece_to_id("<start_of_turn>")
+    turn, table, newlines = map(original.piece_to_id, ("<start_of_turn>", "<table>", "\n\n"))
     assert turn in original.encode("<start_of_turn>user")  # this must not happen with users' text
     text = "<bos><start_of_turn>user\n\n<end_of_turn><table>"
     ids = tokenizer.encode(text, bos=False)
     assert {tokenizer.special_tokens[name] for name in ("<bos>", "<start_of_turn>", "<end_of_turn>")}.isdisjoint(ids)
-    assert tokenizer.decode(ids) == text and ids[-1] == original.piece_to_id("<table>")
-    assert original.piece_to_id("\n\n") in ids
+    assert tokenizer.decode(ids) == text and ids[-1] == table and newlines in ids
     allowed = tokenizer.encode(text, bos=False, allow_special=True)
     assert allowed[:2] == [2, turn] and tokenizer.decode(allowed, special=True) == text
     assert tokenizer.token_bytes(turn) == b"" and tokenizer.token_bytes(original.piece_to_id("<0xC3>")) == b"\xc3"
