@@ -1,65 +1,111 @@
-"""`python -m tools.gpu_report` on the CPU, with a tiny model: its parts, its table, and its errors."""
+"""`python -m tools.gpu_report` on the CPU, with a tiny model: its parts, its processes, and its table."""
 
 import json
 import re
+import sys
 
 import pytest
 import torch
 from support.tiny import write_checkpoint
 
-from tools import gpu_report
+from pop import cost
+from pop.pruning.plan import PrunePlan
 from tools.bench import measure
+from tools.bench.subject import _read_shape
+from tools.gpu_report import __main__ as gpu_report
+from tools.gpu_report import estimates, parts
+
+ON_GPUS = {"waits", "kernels", "tests", "memory", "fa3", "fp8", "pdl", "products", "moe", "small"}
 
 
 @pytest.fixture
 def argv(tmp_path, monkeypatch):
     """The options of a run on the CPU, with rates that are given instead of measured."""
-    for module in (measure, gpu_report):
+    for module in (measure, parts):
         monkeypatch.setattr(module, "peak_turn", lambda *_: lambda: {"flops_per_s": 1e9})
         monkeypatch.setattr(module, "bandwidth_turn", lambda *_: lambda: {"bytes_per_s": 1e9})
-    monkeypatch.setattr(gpu_report, "COLD", (5, 11))
-    monkeypatch.setattr(gpu_report, "KEYS", (512,))
-    monkeypatch.setattr(gpu_report, "L2", 1)
+    monkeypatch.setattr(parts, "COLD", (5, 11))
+    monkeypatch.setattr(parts, "POSITION", 20)
+    monkeypatch.setattr(parts, "BATCHES", (3,))
+    monkeypatch.setattr(parts, "LONG", 32)
+    monkeypatch.setattr(parts, "KEYS", (512,))
+    monkeypatch.setattr(parts, "L2", 1)
     folder = write_checkpoint(tmp_path / "tiny", num_layers=8, max_positions=4096)
     return ["--shape", str(folder), "--lengths", "8,16", "--device", "cpu", "--layers", "4"]
 
 
-def figures(out: str) -> dict[str, dict]:
-    lines = [json.loads(line) for line in out.splitlines() if line.startswith("{")]
-    return {line["what"]: line for line in lines if "what" in line}
+def measured(name, argv, capsys) -> list[dict]:
+    """The lines of a part, in this process."""
+    assert gpu_report.main(["--child", name, *argv]) == 0
+    return [json.loads(line) for line in capsys.readouterr().out.splitlines() if line.startswith("{")]
 
 
-def names(texts) -> set[str]:
-    """With N in place of numbers."""
-    return {re.sub(r"\d[\d,]*", "N", text) for text in texts}
-
-
-def test_the_parts_measure_what_was_estimated(argv, capsys, monkeypatch):
+@pytest.mark.parametrize("name", [name for name in parts.PARTS if name not in ON_GPUS])
+def test_a_part_measures_what_was_estimated(name, argv, capsys, monkeypatch):
     """Those that need no GPU, and attention with a stand-in for the kernel that does."""
-    monkeypatch.setattr(gpu_report.cuda, "fused_attention", lambda q, k, v, scale: torch.zeros(q.shape))
-    parts = ["rates", "cold", "decode", "prefill", "attention"]
-    assert gpu_report.main([*parts, *argv]) == 0
-    out = capsys.readouterr().out
-    found = figures(out)
-    assert {line["part"] for line in found.values()} == set(parts)
-    on_gpus = {"waits for each token of generate", "kernels of sgemm or cuDNN", "pytest -m cuda"}
-    of_products = {name for name in gpu_report.ESTIMATES if name.startswith("matrix ") and "token" in name}
-    assert names(gpu_report.ESTIMATES) - names(found) == names(on_gpus | of_products)
-    assert found["memory"]["value"] == 1e-3
-    assert found["speedup at 16 tokens"]["value"] > 0
-    assert found["attention of one token, 512 keys: pop, error"]["value"] < 1e-2
-    assert found["attention of one token, 512 keys: flash, error"]["value"] == 1
-    assert re.search(r"^memory +3\.0 TB/s +0\.001 TB/s$", out, re.M)
+    monkeypatch.setattr(parts.cuda, "fused_attention", lambda q, *_: torch.zeros(q.shape))
+    *figures, last = measured(name, argv, capsys)
+    assert last == {"part": name, "fallbacks": []}
+    assert figures and all(line["part"] == name and line.keys() >= {"what", "value", "unit"} for line in figures)
+    names = {re.sub(r"\d[\d,]*", "N", line["what"]) for line in figures}
+    expected = {re.sub(r"\d[\d,]*", "N", what) for what in estimates.estimates()}
+    assert names & expected or name in ("shipped", "batches")
 
 
-def test_a_part_that_fails_does_not_stop_the_others(argv, capsys, monkeypatch):
+def test_the_estimates_agree_with_each_other():
+    """A prefill's FLOPs are its seconds times its utilisation times the rate."""
+    config, _ = _read_shape("llama3.1-8b")
+    found = estimates.estimates()
+    rate = 1e12 * float(found["matrix product"].split()[0])
+    for length in (512, 2048, 8192, 32_000):
+        times = [float(word) / 1e3 for word in re.findall(r"[\d.]+", found[f"prefill of {length:,} tokens"])]
+        utilisations = [float(word) for word in re.findall(r"[\d.]+", found[f"MFU at {length:,} tokens"])]
+        for seconds, utilisation in zip(times, reversed(utilisations), strict=True):
+            work = cost.prefill_flops(config, length, PrunePlan.none())
+            assert seconds * utilisation * rate == pytest.approx(work, rel=0.01)
+
+
+def test_a_part_that_fails_says_why(argv, capsys, monkeypatch):
     def broken(setup):
-        yield "one", 1, "s"
+        yield "one", 1.0, "s"
         raise ValueError("no kernel")
 
-    monkeypatch.setitem(gpu_report.PARTS, "attention", broken)
-    assert gpu_report.main(["attention", "rates", *argv]) == 0
+    monkeypatch.setitem(parts.PARTS, "attention", broken)
+    first, failure, _ = measured("attention", argv, capsys)
+    assert first["value"] == 1.0
+    assert failure == {"part": "attention", "failed": "ValueError: no kernel"}
+
+
+CHILD = """#!/bin/sh
+echo 'a warning'
+case "$4" in
+    rates) echo '{"part": "rates", "what": "memory", "value": 2.5, "unit": "TB/s"}'; sleep 60 ;;
+    cold) exit 3 ;;
+    decode)
+        echo '{"part": "decode", "what": "MBU, captured", "value": 0.4, "unit": ""}'
+        echo '{"part": "decode", "fallbacks": ["the step was not captured"]}' ;;
+    *) echo '{"part": "'$4'", "fallbacks": []}' ;;
+esac
+"""
+
+
+@pytest.mark.parametrize(("names", "status"), [(["rates", "cold", "waits"], 0), (["decode", "waits"], 1)])
+def test_parts_run_in_processes_that_may_hang_or_die(names, status, argv, capsys, monkeypatch, tmp_path):
+    """The table says of each figure whether it was measured, with a fallback, or only estimated."""
+    child = tmp_path / "child"
+    child.write_text(CHILD)
+    child.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(child))
+    assert gpu_report.main([*names, *argv, "--limit", "2"]) == status
     out = capsys.readouterr().out
-    assert json.dumps({"part": "attention", "failed": "ValueError: no kernel"}) in out.splitlines()
-    assert figures(out).keys() == {"one", "matrix product", "memory"}
-    assert re.search(r"^attention +failed: ValueError$", out, re.M)
+    lines = [json.loads(line) for line in out.splitlines() if line.startswith("{")]
+    assert "machine" in lines[0]
+    assert re.search(r"^matrix product +798 TFLOP/s +estimated$", out, re.M)
+    if status:
+        assert re.search(r"^MBU, captured +0.72 to 0.78 +0.4 +fallback$", out, re.M)
+        assert re.search(r"^decode +fallback: the step was not captured$", out, re.M)
+    else:
+        assert re.search(r"^memory +3.0 TB/s +2.5 TB/s +measured$", out, re.M)
+        assert {"part": "rates", "failed": "it took more than 2 seconds"} in lines
+        assert {"part": "cold", "failed": "its process ended with status 3"} in lines
+        assert lines[-1] == {"part": "waits", "fallbacks": []}

@@ -86,7 +86,12 @@ MISTAKES = {
     "tools.evaluate.lookup": {"--share 0": "--share is 0.0", "--last 0": "--last is 0", "--last 699": "the last 699"},
     "tools.evaluate.lm_eval_pop": {"": "pip install"},
     "tools.examples.json_schema": {"Hi --model CHAT": "pip install llguidance"},
-    "tools.gpu_report": {"": "no GPU", "speed --device cpu": "'speed'", "--device cpu --layers 0": "layers is 0"},
+    "tools.gpu_report.__main__": {
+        "": "no GPU",
+        "speed --device cpu": "'speed'",
+        "--device cpu --layers 0": "layers is 0",
+        "--device cpu --limit 0": "--limit is 0",
+    },
     "tools.plot_importance": {"missing.json other.svg": "missing.json"},
     "tools.results.rows": {"missing.json": "missing.json", "LONG": "long.txt", "BROKEN": "broken.json"},
     "tools.transformers_check": {"--check": "pip install 'transformers"},

@@ -45,7 +45,7 @@ ALSO = {
     "tools.demo": shlex.split("--runs 1 --max-new-tokens 2 --prompt-file QUESTION"),
     "tools.evaluate.lookup": shlex.split("--text a=TEXT --lengths 800 --questions 1"),
     "tools.fuzz": ["--cases", "1"],
-    "tools.gpu_report": shlex.split("prefill --device cpu --layers 4 --lengths 8"),
+    "tools.gpu_report": shlex.split("--child prefill --device cpu --layers 4 --lengths 8"),
 }
 CHECKS = {"tools.transformers_pop": "transformers", "tools.evaluate.lm_eval_check": "lm_eval"}
 NARROW = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2, "num_key_value_heads": 1}
@@ -148,7 +148,7 @@ def run(script: str, words: list[str], monkeypatch, capsys) -> None:
     elif script.startswith("tools.examples."):
         runpy.run_module(script, run_name="__main__")
     else:
-        package = script in ("tools.bench", "tools.convert", "tools.evaluate", "tools.fuzz")
+        package = script in ("tools.bench", "tools.convert", "tools.evaluate", "tools.fuzz", "tools.gpu_report")
         tool = importlib.import_module(f"{script}.__main__" if package else script)
         assert not tool.main(), (words, capsys.readouterr().err)
         assert capsys.readouterr().out.strip() or Path(words[1]).is_file(), words

@@ -1,0 +1,1 @@
+"""What was estimated for a GPU without one, beside what one measures."""

@@ -1,0 +1,141 @@
+"""Measure on a GPU what was estimated without one, and print both side by side.
+
+    python -m tools.gpu_report                                # all parts, about an hour on an H100
+    python -m tools.gpu_report attention decode --layers 8    # some of them, on a shorter model
+
+Each part runs in a process of its own, for at most --limit seconds: a CUDA error ends all work of its process on the
+GPU, and a kernel may hang. Each figure is a JSON line as soon as it is measured, and a row of the table at the end. A
+figure that was measured with a slower fallback is marked, and the exit status is then 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+
+import torch
+
+import pop
+from pop.errors import InputError, check_count
+from tools.common import ROOT, exit_status, machine, names_in, progress, table
+from tools.gpu_report import parts
+from tools.gpu_report.estimates import estimates
+
+LIMIT = 480  # seconds of a part
+
+
+def parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m tools.gpu_report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    option = parser.add_argument
+    option("parts", nargs="*", help=f"any of {', '.join(parts.PARTS)} (all)")
+    option("--layers", type=int, help="shorten the model to N layers", metavar="N")
+    option("--shape", help="as in tools.bench (llama3.1-8b)", default="llama3.1-8b")
+    option("--lengths", help="of prefills (512,2048,8192)", default="512,2048,8192", metavar="N,...")
+    option("--device", help="(cuda)", default="cuda")
+    option("--limit", type=int, help=f"seconds of a part ({LIMIT})", default=LIMIT, metavar="S")
+    option("--child", action="store_true", help=argparse.SUPPRESS)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    argv = sys.argv[1:] if argv is None else argv
+    args = parser().parse_args(argv)
+    lines = []
+    status = exit_status("gpu_report", lambda: _run(args, argv, lines))
+    return status or int(any(line.get("fallbacks") for line in lines))
+
+
+def _run(args, argv: list[str], lines: list[dict]) -> None:
+    """Measure one part in this process, or each part in a process of its own. Append what they print to `lines`."""
+    names = names_in("parts", ",".join(args.parts or parts.PARTS), tuple(parts.PARTS))
+    check_count("--limit", args.limit)
+    if args.device.startswith("cuda") and not torch.cuda.is_available():
+        raise InputError("this machine has no GPU that torch can use; run gpu_report where there is one")
+    setup = parts.Setup(args)
+    if args.child:
+        measure(setup, names[0])
+        return
+    say({"machine": machine(setup.device), "pop": pop.__version__})
+    options = [word for word in argv if word not in names]
+    for name in names:
+        progress(name)
+        for line in in_child(name, options, args.limit):
+            say(line)
+            lines.append(line)
+    print("\n" + summary(lines))
+
+
+def measure(setup: parts.Setup, name: str) -> None:
+    """Print the figures of a part, and what it could only measure with a fallback."""
+    try:
+        for what, value, unit in parts.PARTS[name](setup):
+            say({"part": name, "what": what, "value": value, "unit": unit})
+    except Exception as error:  # the other parts can still be measured
+        say({"part": name, "failed": f"{type(error).__name__}: {error}"[:500]})
+    say({"part": name, "fallbacks": parts.fallbacks(setup)})
+
+
+def say(line: dict) -> None:
+    print(json.dumps(line), flush=True)
+
+
+def in_child(name: str, options: list[str], limit: float) -> Iterator[dict]:
+    """Yield the lines of a part as soon as its process prints them. A process that takes too long is killed."""
+    command = [sys.executable, "-m", "tools.gpu_report", "--child", name, *options]
+    variables = os.environ | parts.VARIABLES.get(name, {})
+    # In its own process group, with the processes that it starts.
+    child = subprocess.Popen(
+        command, cwd=ROOT, env=variables, stdout=subprocess.PIPE, text=True, start_new_session=True
+    )
+    was_late = threading.Event()
+
+    def kill() -> None:
+        was_late.set()
+        os.killpg(child.pid, signal.SIGKILL)
+
+    timer = threading.Timer(limit, kill)
+    timer.start()
+    try:
+        for line in child.stdout:
+            if line.startswith("{"):
+                yield json.loads(line)
+        child.wait()
+    finally:
+        timer.cancel()
+        if child.poll() is None:  # this process is interrupted
+            kill()
+    if was_late.is_set():
+        yield {"part": name, "failed": f"it took more than {limit} seconds"}
+    elif child.returncode:
+        yield {"part": name, "failed": f"its process ended with status {child.returncode}"}
+
+
+def summary(lines: list[dict]) -> str:
+    """The table: for each figure its estimate, its value, and whether it was measured, and how."""
+    expected = estimates()
+    slow = {line["part"] for line in lines if line.get("fallbacks")}
+    rows = [["", "estimate for an H100", "measured", "state"]]
+    for line in lines:
+        if "what" in line:
+            value = line["value"]
+            shown = value if isinstance(value, str) else f"{value:,.4g} {line['unit']}".rstrip()
+            state = "fallback" if line["part"] in slow else "measured"
+            rows.append([line["what"], expected.pop(line["what"], ""), shown, state])
+        elif "failed" in line:
+            rows.append([line["part"], "", "", f"failed: {line['failed'].splitlines()[0][:60]}"])
+        for fallback in line.get("fallbacks", ()):
+            rows.append([line["part"], "", "", f"fallback: {fallback}"])
+    rows += [[what, value, "", "estimated"] for what, value in expected.items()]
+    return table(rows, words=(0, 1, 2, 3))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,64 @@
+"""Estimates for one H100, and a model in the shape of Llama-3.1-8B in bfloat16. They follow from shapes and rates.
+
+Nothing here is measured. Times of prefills and decode steps follow from one utilisation (MFU, MBU) each, so they agree
+with each other: seconds = FLOPs / (MFU x FLOPs per second) = bytes / (MBU x bytes per second).
+"""
+
+from __future__ import annotations
+
+import torch
+
+import pop
+from pop.pruning import cost
+from tools.bench.shapes import decode_bytes
+from tools.bench.subject import _read_shape
+
+FLOPS = 798e12  # per second, of a large matrix product
+BYTES = 3.0e12  # per second
+MFU = {512: (0.45, 0.55), 2048: (0.65, 0.71), 8192: (0.69, 0.74), 32_000: (0.60, 0.67)}  # by tokens of a prompt
+MBU = {"uncaptured": (0.50, 0.65), "captured": (0.72, 0.78)}
+POSITION = 1000  # of the decode step
+COLD = (611, 1203, 2222, 5003)  # prompt lengths that no other part uses
+
+# Speedups of 10 of 32 pruned layers. The limits are those of tools/bench/roofline.py at these rates.
+SPEEDUPS = {512: "at most 1.16", 2048: "1.33 to 1.35", 8192: "1.39 to 1.41", 32_000: "1.41 to 1.43"}
+
+
+def estimates() -> dict[str, str]:
+    """By the name of a figure."""
+    config, _ = _read_shape("llama3.1-8b")
+    read = decode_bytes(config, POSITION + 25, torch.bfloat16)
+    found = {
+        "matrix product": f"{FLOPS / 1e12:.0f} TFLOP/s",
+        "memory": f"{BYTES / 1e12:.1f} TB/s",
+        "attention of one token, 32,768 keys: pop": "52 us",
+        "attention of one token, 32,768 keys: flash": "55 us",
+        "attention of one token, 32,768 keys: torch's choice": "250 to 700 us",
+        "attention of a prompt of 32,000 tokens: FA2": "355 to 410 TFLOP/s",
+        "attention of a prompt of 32,000 tokens: FA3": "600 to 620 TFLOP/s",
+        "matrix 4,096 x 4,096 and one token: cuBLAS": "2.2 TB/s",
+        "matrix 4,096 x 4,096 and one token: Inductor": "2.6 TB/s",
+        "matrix 28,672 x 4,096 and one token: cuBLAS": "2.8 TB/s",
+        "matrix 28,672 x 4,096 and one token: Inductor": "2.8 TB/s",
+        "product in fp8 / in bfloat16": "1.6 to 1.8",
+        "waits for each token of generate": "1",
+        "kernels of sgemm or cuDNN": "none",
+        "pytest -m cuda": "all pass",
+    }
+    for length in COLD:
+        found[f"{length:,} tokens: first TTFT / second"] = "1"
+    for name, (low, high) in MBU.items():
+        found[f"decode step at position 1,000, {name}"] = span(1e3 * read / BYTES, low, high, "ms")
+        found[f"MBU, {name}"] = f"{low} to {high}"
+    for length, (low, high) in MFU.items():
+        work = cost.prefill_flops(config, length, pop.PrunePlan.none())
+        found[f"prefill of {length:,} tokens"] = span(1e3 * work / FLOPS, low, high, "ms")
+        found[f"MFU at {length:,} tokens"] = f"{low} to {high}"
+        found[f"speedup at {length:,} tokens"] = SPEEDUPS[length]
+    return found
+
+
+def span(least: float, low: float, high: float, unit: str) -> str:
+    """The times at two utilisations, given the time at full utilisation."""
+    shortest, longest = (float(f"{least / utilisation:.3g}") for utilisation in (high, low))
+    return f"{shortest:,g} to {longest:,g} {unit}"
