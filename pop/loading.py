@@ -107,15 +107,13 @@ def load(
 
 def _check_memory(module, dtype: torch.dtype, device: torch.device, num_tokens: int) -> None:
     """Raise CacheMemoryError if the device lacks the memory for the weights and a prompt of `num_tokens`."""
+    weights = sum(map(torch.Tensor.numel, module.parameters())) * dtype.itemsize
+    cache = KVCache.size_in_bytes(module.config, 1, num_tokens, dtype)
+    activations = 5 * module.config.intermediate_size * num_tokens * dtype.itemsize  # about
     free = free_bytes(device)
-    needed = {
-        "weights": sum(weight.numel() for weight in module.parameters()) * dtype.itemsize,
-        "the cache": KVCache.size_in_bytes(module.config, 1, num_tokens, dtype),
-        "activations": 5 * module.config.intermediate_size * num_tokens * dtype.itemsize,  # about
-    }
-    if free is not None and sum(needed.values()) > free:
-        takes = ", ".join(f"{size / 1e9:.1f} GB for {what}" for what, size in needed.items())
-        lacks = f"the model takes {takes} of {num_tokens} tokens, but {device} has {free / 1e9:.1f} GB free"
+    if free is not None and weights + cache + activations > free:
+        prompt = f"a prompt of {num_tokens} tokens takes {cache:,} for its cache and {activations:,} for activations"
+        lacks = f"the weights take {weights:,} bytes and {prompt}, but {device} has {free:,} free"
         raise CacheMemoryError(f"{lacks}; take a 16-bit dtype, a smaller model, or parallel='auto' on several devices")
 
 

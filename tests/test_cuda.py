@@ -378,8 +378,9 @@ def test_a_capture_that_fails_leaves_the_stream_as_it_was():
     for _ in range(2):
         graph = Graph(model.module, 1)
         found = [int(graph(lambda: (number + float(number),))[0]) for _ in range(12)]  # float() waits for the device
-        assert found == [2] * 12 and graph.graph is None
+        assert graph.graph is None
         assert torch.cuda.current_stream() == stream
+        assert found == [2] * 12
 
 
 @pytest.mark.cuda

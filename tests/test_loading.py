@@ -85,8 +85,8 @@ def test_a_model_that_does_not_fit_is_refused_before_weights_are_read(folder, mo
     assert pop.load(folder, dtype=torch.float32).max_seq_len == 512
     monkeypatch.setattr("pop.loading.free_bytes", lambda device: needed - 1)
     monkeypatch.setattr("pop.loading.load_weights", lambda *args, **kwargs: pytest.fail("weights were read"))
-    number = r"\d+\.\d GB"
-    named = f"{number} for weights, {number} for the cache, {number} for activations of 512 .* {number} free"
+    sizes = 4 * model.num_parameters, 512, model.new_cache().nbytes, 4 * 5 * model.config.intermediate_size * 512
+    named = "weights take {:,} .* {} tokens takes {:,} .* {:,} for activations, .* {:,} free".format(*sizes, needed - 1)
     with pytest.raises(pop.CacheMemoryError, match=named):
         pop.load(folder, dtype=torch.float32)
 

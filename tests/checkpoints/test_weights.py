@@ -355,3 +355,13 @@ def test_loading_needs_little_more_than_the_weights(tmp_path):
     assert run.returncode == 0, run.stderr
     ratio, size = map(float, run.stdout.split())
     assert size > 200e6 and ratio < 1.15
+
+
+def test_too_little_memory_for_a_file_is_not_a_corrupt_file(tmp_path, monkeypatch):
+    def no_memory(path):
+        raise MemoryError("Cannot allocate memory (os error 12)")
+
+    folder = write_checkpoint(tmp_path / "tiny")
+    monkeypatch.setattr(checkpoint, "read_tensors", no_memory)
+    with pytest.raises(pop.CacheMemoryError, match=r"model\.safetensors cannot be mapped.*ulimit"):
+        load(folder)

@@ -104,14 +104,19 @@ def in_child(name: str, options: list[str], limit: float) -> Iterator[dict]:
     timer = threading.Timer(limit, kill)
     timer.start()
     try:
-        for line in child.stdout:
-            if line.startswith("{"):
-                yield json.loads(line)
+        for text in child.stdout:
+            if not text.startswith("{"):
+                continue
+            line = json.loads(text)
+            yield line
+            if "fallbacks" in line:  # the last one; a process may hang as it exits
+                return
         child.wait()
     finally:
         timer.cancel()
-        if child.poll() is None:  # this process is interrupted
-            kill()
+        if child.poll() is None:
+            os.killpg(child.pid, signal.SIGKILL)
+            child.wait()
     if was_late.is_set():
         yield {"part": name, "failed": f"it took more than {limit} seconds"}
     elif child.returncode:
