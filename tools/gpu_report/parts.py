@@ -131,7 +131,7 @@ def fa3(setup: Setup) -> Iterator[Figure]:
 
 
 def _prompts(name: str, device: torch.device) -> Iterator[Figure]:
-    """The rate of causal attention, without a window and with one."""
+    """The rate of causal attention."""
     H = 32
     K = 8
     E = 128
