@@ -9,6 +9,7 @@ The method: pop/pruning/reference.py. What makes it fast: pop/engine/forward.py.
 
 import sys
 
+from pop.system import quiet_imports  # isort: skip
 from pop import engine
 from pop.backends import tensor_parallel as parallel
 from pop.calibration.calibrate import calibrate
@@ -31,6 +32,8 @@ from pop.model import Model
 from pop.pruning import cost, reference
 from pop.pruning.plan import PrunePlan
 from pop.system import __version__ as __version__
+
+quiet_imports.end()
 
 # Short aliases, such as pop.parallel, for modules that other code bases import.
 for _name, _module in (("cost", cost), ("parallel", parallel), ("reference", reference)):

@@ -188,7 +188,7 @@ class Runner:
         an id outside the vocabulary, as a CUDA error, which ends all work of the process on the GPU.
         """
         tokens = token_ids(tokens, 1, self.config.vocab_size, wait=False).to(self.device, non_blocking=True)
-        self._check_cache(cache, torch.ones(len(tokens), dtype=torch.int64))
+        self._check_cache(cache, torch.ones(len(tokens), dtype=torch.int64, device="cpu"))
         return self.decode_unchecked(tokens, cache)
 
     def decode_unchecked(self, tokens: Tensor, cache: KVCache) -> Tensor:
@@ -199,7 +199,7 @@ class Runner:
         """Append tokens [B, T] at full depth, as `decode` would one by one. Returns their logits [B, T, V] float32."""
         tokens = token_ids(tokens, 2, self.config.vocab_size, wait=False).to(self.device, non_blocking=True)
         B, T = tokens.shape
-        self._check_cache(cache, torch.full((B,), T))
+        self._check_cache(cache, torch.full((B,), T, device="cpu"))
         return engine.extend(self.module, tokens, cache, self._stages(B))
 
     @engine_modes()
@@ -326,7 +326,7 @@ def row_lengths(lengths, tokens: Tensor) -> Tensor:
     """Return the lengths of right-padded tokens [B, T] as int64 [B] on the CPU. None: no row is padded."""
     B, T = tokens.shape
     if lengths is None:
-        return torch.full((B,), T)
+        return torch.full((B,), T, device="cpu")
     found = _integers(lengths)
     if found is None or found.shape != (B,) or found.min() < 1 or found.max() > T:
         raise InputError(f"lengths is {lengths!r:.80}; it must hold {B} integers from 1 to {T}, one for each row")
@@ -336,7 +336,8 @@ def row_lengths(lengths, tokens: Tensor) -> Tensor:
 def _integers(values) -> Tensor | None:
     """Return an int64 tensor, or None for anything that is not integers in the form of a tensor."""
     try:
-        values = torch.as_tensor(values)
+        if not isinstance(values, Tensor):
+            values = torch.as_tensor(values, device="cpu")
     except (TypeError, ValueError, RuntimeError):
         return None
     if values.is_floating_point() or values.is_complex() or values.dtype == torch.bool:
@@ -346,7 +347,7 @@ def _integers(values) -> Tensor | None:
 
 def padded(rows: list[list[int]]) -> tuple[Tensor, Tensor]:
     """Return lists of ids as tokens [B, T], padded with zeros on the right, and lengths [B], both int64 on the CPU."""
-    lengths = torch.tensor([len(row) for row in rows])
+    lengths = torch.tensor([len(row) for row in rows], device="cpu")
     longest = int(lengths.max())
-    tokens = torch.tensor([row + [0] * (longest - len(row)) for row in rows])
+    tokens = torch.tensor([row + [0] * (longest - len(row)) for row in rows], device="cpu")
     return tokens, lengths

@@ -10,6 +10,7 @@ import ctypes
 import functools
 import inspect
 import logging
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,6 +20,8 @@ from torch import Tensor, nn
 
 from pop.engine import attention as engine
 from pop.models import layers
+
+logger = logging.getLogger(__name__)
 
 
 def _supports(feature: str) -> bool:
@@ -287,8 +290,25 @@ def _kernel() -> ctypes.CDLL | None:
             options["needs_vec_isa"] = False  # finding it takes a second
         return CppCodeCache.load_async(source + processor, **options)()
     except Exception as error:  # no compiler, no headers, no place to write to ...
-        logging.getLogger(__name__).info("torch's kernels run, as pop's cannot be compiled: %s", error)
+        logger.info("torch's kernels run, as pop's cannot be compiled: %s", error)
         return None
+
+
+def check_cache_folder() -> None:
+    """Let torch's cache have its default folder if the one that is asked for cannot be made.
+
+    Without a folder, the parts of torch that serve compiled code and custom operators cannot be imported.
+    """
+    folder = os.environ.get("TORCHINDUCTOR_CACHE_DIR")
+    if folder is None:
+        return
+    try:
+        os.makedirs(folder, exist_ok=True)
+    except OSError as error:
+        logger.warning(
+            "TORCHINDUCTOR_CACHE_DIR cannot be made (%s); compiled code goes to torch's default folder", error
+        )
+        del os.environ["TORCHINDUCTOR_CACHE_DIR"]
 
 
 def keep_freed_memory() -> None:

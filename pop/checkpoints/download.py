@@ -20,14 +20,16 @@ from collections.abc import Callable
 from concurrent.futures import CancelledError, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from http.client import HTTPException, HTTPResponse
 from pathlib import Path
+from typing import Any
 from urllib.error import HTTPError
 from urllib.parse import quote, urlsplit
 from urllib.request import HTTPRedirectHandler, Request, build_opener
 
 from pop.checkpoints.config_json import read_config
-from pop.checkpoints.registry import COMMANDS, lookup, stored, weights_folder
+from pop.checkpoints.registry import COMMANDS, hugging_face_home, lookup, stored, weights_folder
 from pop.checkpoints.weights import instead
 from pop.errors import CheckpointError, DownloadError
 from pop.system.files import hash_file, staged
@@ -55,6 +57,10 @@ ADVICE = {401: LICENCE, 403: LICENCE, 404: "check the name and the revision"}
 
 class _Passing(DownloadError):
     """A failure that may be gone at the next try."""
+
+
+class _Busy(_Passing):
+    """The hub asks to come back later, or is out of order."""
 
 
 @dataclass(frozen=True)
@@ -109,10 +115,8 @@ def download(name: str, revision: str | None = None, *, progress: bool = True) -
 
 def _list_files(repository: str, revision: str) -> dict[str, _File]:
     """Ask for the files of a revision. Return those that are needed, by name."""
-    data = b""
-    with _open(f"/api/models/{repository}/revision/{quote(revision, safe='')}?blobs=true") as answer:
-        while block := _read(answer, MOST_JSON - len(data)):
-            data += block
+    url = f"/api/models/{repository}/revision/{quote(revision, safe='')}?blobs=true"
+    data = _retried(partial(_read_listing, url), _Busy, threading.Event())
     files = {}
     try:
         listing = json.loads(data)
@@ -130,6 +134,14 @@ def _list_files(repository: str, revision: str) -> dict[str, _File]:
             lacks = f"{repository} lacks {' or '.join(alternatives)}"
             raise DownloadError(f"{lacks}, so `pop` cannot use it{instead(listed)}")
     return files
+
+
+def _read_listing(url: str) -> bytes:
+    data = b""
+    with _open(url) as answer:
+        while block := _read(answer, MOST_JSON - len(data)):
+            data += block
+    return data
 
 
 def _fetch_all(files: dict[str, _File], folder: Path, label: str, progress: bool) -> None:
@@ -155,12 +167,17 @@ def _fetch_all(files: dict[str, _File], folder: Path, label: str, progress: bool
 def _fetch(file: _File, path: Path, step: Callable[[int], object], stop: threading.Event) -> None:
     """Fetch a file with a bounded number of requests. `step` takes the number of bytes that came."""
     path.touch()
+    _retried(partial(_continue, file, path, step, stop), _Passing, stop)
+
+
+def _retried(call: Callable[[], Any], passing: type[DownloadError], stop: threading.Event) -> Any:
+    """Return what `call` returns. If it raises `passing`, it is tried again after each of PAUSES."""
     for pause in PAUSES:
-        with suppress(_Passing):
-            return _continue(file, path, step, stop)
+        with suppress(passing):
+            return call()
         if stop.wait(pause):
             raise CancelledError
-    return _continue(file, path, step, stop)
+    return call()
 
 
 def _continue(file: _File, path: Path, step: Callable[[int], object], stop: threading.Event) -> None:
@@ -206,12 +223,15 @@ def _open(url: str, start: int = 0) -> HTTPResponse:
             request.add_unredirected_header("Authorization", f"Bearer {token}")
         return build_opener(_Redirects).open(request, timeout=TIMEOUT)
     except (OSError, HTTPException, ValueError) as error:
-        failed = f"{endpoint}{url} cannot be fetched ({error!s:.200})"
-        advice = ADVICE.get(getattr(error, "code", None))
+        reason = " ".join(str(error).split())
+        failed = f"{endpoint}{url} cannot be fetched ({reason:.200})"
+        code = getattr(error, "code", 0)
+        advice = ADVICE.get(code)
         # A redirect leads to an address whose signature expires. The hub then gives a new one.
         if advice and error.url.startswith(endpoint):
             raise DownloadError(f"{failed}; {advice}") from None
-        raise _Passing(f"{failed}; check the network and POP_ENDPOINT, or try later") from None
+        passing = _Busy if code == 429 or code >= 500 else _Passing
+        raise passing(f"{failed}; check the network and POP_ENDPOINT, or try later") from None
 
 
 class _Redirects(HTTPRedirectHandler):
@@ -233,10 +253,9 @@ def _read_token() -> str:
     """Return $HF_TOKEN or, if that is not set, the token that `hf auth login` has stored. "" means none."""
     token = os.environ.get("HF_TOKEN", "")
     if not token:
-        home = os.environ.get("HF_HOME", "~/.cache/huggingface")
-        path = os.environ.get("HF_TOKEN_PATH", f"{home}/token")
+        path = os.environ.get("HF_TOKEN_PATH") or hugging_face_home() / "token"
         with suppress(OSError):
-            token = Path(path).expanduser().read_text(errors="replace")
+            token = Path(os.path.expanduser(path)).read_text(errors="replace")
     token = token.strip()
     if not re.fullmatch("[!-~]*", token):  # http.client would repeat it in its error
         raise DownloadError("HF_TOKEN, or the token of `hf auth login`, is malformed; set it again")

@@ -33,6 +33,8 @@ class Fields:
         self.left = {name: value for name, value in values.items() if value is not None}
         self.place = place
         self.parts: list[Fields] = []
+        if "dtype" in self.left:  # as in transformers, it takes precedence
+            self.left.pop("torch_dtype", None)
         for name, other in OTHER_NAMES.items():
             self.add(name, self.left.pop(other, None))
 

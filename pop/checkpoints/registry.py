@@ -113,7 +113,7 @@ def find_folder(name_or_path: str | os.PathLike) -> Path:
     Raises WeightsNotFound if it is missing, and CheckpointError for a form of weights that needs to be converted first.
     """
     name = os.fspath(name_or_path)
-    path = Path(os.path.expanduser(name))
+    path = _expanded(name)
     if name in MODELS:
         return find_weights(name)
     if os.path.isfile(path):
@@ -158,10 +158,8 @@ def _cached(repository: str) -> Path | None:
 
     Its files are links into the repository's folder blobs. Any other link raises CheckpointError.
     """
-    user_cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    home = os.environ.get("HF_HOME") or os.path.join(user_cache, "huggingface")
-    cache = os.environ.get("HF_HUB_CACHE") or os.path.join(home, "hub")
-    folder = Path(cache, f"models--{repository.replace('/', '--')}").expanduser().resolve()
+    cache = os.environ.get("HF_HUB_CACHE") or os.path.join(hugging_face_home(), "hub")
+    folder = Path(os.path.realpath(_expanded(cache) / f"models--{repository.replace('/', '--')}"))
     try:
         commit = (folder / "refs" / "main").read_text(encoding="ascii").strip()
     except (OSError, ValueError):
@@ -178,6 +176,20 @@ def _cached(repository: str) -> Path | None:
     return snapshot
 
 
+def hugging_face_home() -> Path:
+    """Return the folder of Hugging Face's own library."""
+    return _expanded(os.environ.get("HF_HOME") or os.path.join(_user_cache(), "huggingface"))
+
+
+def _user_cache() -> str:
+    return os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+
+
+def _expanded(path: str) -> Path:
+    """The path with ~ replaced by a home directory. Path.expanduser raises RuntimeError for an unknown user."""
+    return Path(os.path.expanduser(path))
+
+
 def weights_folder() -> Path:
     """Return the folder for new weights, which need not exist: the first of `_places`."""
     return _places()[0]
@@ -191,5 +203,5 @@ def _places() -> list[Path]:
     checkout = Path(__file__).resolve().parents[2]
     if (checkout / "setup.py").is_file() and (checkout / "weights").is_dir():
         places.append(checkout / "weights")
-    places.append(Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "pop"))
-    return [place.expanduser() for place in places]
+    places.append(Path(_user_cache(), "pop"))
+    return [_expanded(place) for place in places]

@@ -57,8 +57,8 @@ class KVCache:
         free = free_bytes(device)
         if free is not None and size > free:
             raise CacheMemoryError(f"{wanted}, but {device} has {free:,} bytes free; {advice}")
-        self.lengths = torch.zeros(batch_size, dtype=torch.int64)
-        self.rope_offsets = torch.zeros(batch_size, dtype=torch.int64)
+        self.lengths = torch.zeros(batch_size, dtype=torch.int64, device="cpu")
+        self.rope_offsets = torch.zeros(batch_size, dtype=torch.int64, device="cpu")
         self.intact = True
         self.step = None  # see decode_step.py
 

@@ -180,7 +180,7 @@ class Batch:
 
     def _keep_rows(self, numbers: list[int], tokens: Tensor) -> Tensor:
         """Continue with some rows of the cache only. Returns their tokens."""
-        kept = torch.tensor(numbers)
+        kept = torch.tensor(numbers, device="cpu")
         (kept_there,) = to_device([kept], tokens.device)
         self.cache.keep_rows(kept)
         self.sampler.keep_rows(numbers)

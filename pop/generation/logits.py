@@ -39,7 +39,7 @@ class LogitsRules:
         self.count = 0  # tokens that each answer has
 
     def _on_device(self, ids: set[int], device: torch.device) -> Tensor:
-        known = torch.tensor(sorted(token for token in ids if token < self.known), dtype=torch.int64)
+        known = torch.tensor(sorted(token for token in ids if token < self.known), dtype=torch.int64, device="cpu")
         return to_device([known], device)[0]
 
     def keep_rows(self, rows: Tensor) -> None:
@@ -77,7 +77,7 @@ class LogitsRules:
         penalty = float(self.params.repetition_penalty)
         if self.used is None:
             places = [(row, token) for row, tokens in enumerate(self.rows) for token in tokens]
-            (places,) = to_device([torch.tensor(places).T], logits.device)  # [2, all tokens]
+            (places,) = to_device([torch.tensor(places, device="cpu").T], logits.device)  # [2, all tokens]
             self.used = torch.zeros_like(logits, dtype=torch.bool)
             self.used.index_put_(tuple(places), self.used.new_ones(()))
         penalised = torch.where(logits > 0, logits / penalty, logits * penalty)

@@ -129,7 +129,7 @@ class Sampler:
         """logits [B, V] float32 -> tokens [B], for `read_tokens`."""
         if self.temperature == 0:
             return self.pick(logits)
-        numbers = [torch.randint(2**53, (1,), generator=generator) for generator in self.generators]
+        numbers = [torch.randint(2**53, (1,), generator=generator, device="cpu") for generator in self.generators]
         return self.pick(logits, *to_device([torch.stack(numbers)], logits.device))
 
     def pick(self, logits: Tensor, numbers: Tensor | None = None) -> Tensor:

@@ -54,7 +54,7 @@ def score(
         cache = runner.unlimited_cache(B, room)
         cache.copy_from(context)
 
-    is_token = torch.arange(T) < ends[:, None]  # [B, T], false for padding
+    is_token = torch.arange(T, device="cpu") < ends[:, None]  # [B, T], false for padding
     targets, is_token = to_device([targets, is_token], runner.device)
     scores = -F.cross_entropy(logits.expand(B, -1), targets[:, 0], reduction="none").double()  # [B]
     step = max(1, SCORED_AT_ONCE // B)

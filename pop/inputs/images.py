@@ -89,8 +89,8 @@ def _from_array(image: np.ndarray) -> Tensor:
 
 def normalise(pixels: Tensor, config: ImageConfig) -> Tensor:
     """Return pixels [N, 3, H, W] uint8 as the vision tower's float32 input."""
-    mean = torch.tensor(config.mean)[:, None, None] * (1 / config.rescale)
-    std = torch.tensor(config.std)[:, None, None] * (1 / config.rescale)
+    mean = torch.tensor(config.mean, device="cpu")[:, None, None] * (1 / config.rescale)
+    std = torch.tensor(config.std, device="cpu")[:, None, None] * (1 / config.rescale)
     return (pixels - mean) / std
 
 

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from itertools import chain, groupby
 from os import PathLike
-from os.path import expanduser
+from os.path import expanduser, isdir, isfile
 from pathlib import Path
 from typing import Any
 
@@ -234,9 +234,9 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         raise InputError(f"path is {path!r:.80}; give the path of a tokenizer")
     path = Path(expanduser(path))
     files = [path]
-    if path.is_dir():
+    if isdir(path):
         files = [path / "tokenizer.json", path / "tokenizer.model"]
-    files = [file for file in files if file.is_file()]
+    files = [file for file in files if isfile(file)]
     if not files:
         raise TokenizerError(f"{path}: there is no tokenizer.json and no tokenizer.model here.")
     try:

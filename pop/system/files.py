@@ -58,14 +58,19 @@ def staged(folder: str | Path, *, keep: bool = False) -> Iterator[Path]:
 def replaced(path: str | os.PathLike, *, keep: bool = False) -> Iterator[Path]:
     """Yield a hidden sibling of the file `path` to write to. It replaces `path` only when the block succeeds.
 
-    With `keep`, the file stays as it is: what was written is removed.
+    A file that is there keeps its mode, and until then only its owner can read the new one. With `keep`, the file stays
+    as it is: what was written is removed.
     """
     path = Path(os.path.realpath(os.path.expanduser(path)))  # replaces the target of a link, not the link
     if path.exists() and not path.is_file():  # a device or a pipe: as root, a file would replace it for everyone
         raise OSError("it is not a regular file")
     draft = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}.tmp")
     try:
+        if path.exists():
+            draft.touch(mode=0o600)
         yield draft
+        if path.exists():
+            shutil.copymode(path, draft)
         if not keep:
             _sync(draft)
             os.replace(draft, path)

@@ -309,6 +309,10 @@ SAME = {
 }
 
 
+def test_dtype_takes_precedence_over_torch_dtype(read):
+    assert read(MINIMAL | {"torch_dtype": "bfloat16", "dtype": "float16"}).dtype == torch.float16
+
+
 @pytest.mark.parametrize("family", SAME)
 def test_transformers_5_says_the_same(read, family):
     old, new = SAME[family]
@@ -592,7 +596,6 @@ CONTRADICTIONS = [
     (MINIMAL, {"rope_scaling": {"rope_type": "linear", "type": "default"}}, "rope_type", "'linear'", "'default'"),
     (MINIMAL, {"rope_scaling": LLAMA3_ROPE | {"high_freq_factor": 1.0}}, "high_freq_factor"),
     (MINIMAL, {"rope_theta": 1e4, "rope_parameters": {"rope_theta": 5e5}}, "rope_theta", "10000.0", "500000.0"),
-    (MINIMAL, {"dtype": "float16", "torch_dtype": "bfloat16"}, "float16", "bfloat16"),
     (MINIMAL, {"rms_norm_eps": float("nan")}, "NaN"),
     (MINIMAL, {"rope_theta": float("inf")}, "Infinity"),
     *((base, {"rope_scaling": YARN}, "rope_type", "'yarn'") for base in (MINIMAL, TINY_GEMMA3, TINY_QWEN3)),

@@ -297,7 +297,12 @@ def test_a_passing_fault_is_tried_again_a_bounded_number_of_times(server, folder
     server.faults = {name: [fault, fault] for name in ("config.json", INDEX)} | {ONE: [fault] * 100}
     refused(ONE, said)
     assert len(server.asked(ONE)) == TRIES
-    server.faults.clear()
+    server.faults = {LISTING: [fault] * 2}
+    if said not in ("429", "500", "503"):  # of the listing, only these are passing: other faults show at once
+        server.requests.clear()
+        refused()
+        assert len(server.requests) == 1
+    server.faults = {LISTING: [status(429), status(503)]}
     fetch()
     assert_right(folder, server)
 
@@ -493,11 +498,12 @@ def test_addresses_that_lead_nowhere(server, monkeypatch):
     """Redirects that go in a circle or to no web page, and a port at which nobody listens."""
     server.faults[LISTING] = [redirect(LISTING)] * 100
     refused("302")
-    assert len(server.requests) < 12 * TRIES
+    assert len(server.requests) < 12
     del server.faults[LISTING]
     for address in ("ftp://127.0.0.1/x", "file:///etc/passwd", "http://[::1", "http://x:port/"):
         server.faults[ONE] = [redirect(address)] * TRIES
         refused("127.0.0.1", ONE)
+    monkeypatch.setattr(downloads, "PAUSES", (60,))  # a host that cannot be reached is not asked again
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         monkeypatch.setenv("POP_ENDPOINT", f"http://127.0.0.1:{taken.getsockname()[1]}")
@@ -553,18 +559,16 @@ def test_a_malformed_token_is_not_repeated(server, monkeypatch, token):
     assert server.requests == []
 
 
-@pytest.mark.parametrize("variable", ["HF_TOKEN_PATH", "HF_HOME", "HOME"])
+@pytest.mark.parametrize("variable", ["HF_TOKEN_PATH", "HF_HOME", "XDG_CACHE_HOME", "HOME"])
 def test_the_token_of_a_login_is_used_if_none_is_set(secure, folder, tmp_path, monkeypatch, variable):
     """In the files where `hf auth login` stores it."""
-    monkeypatch.delenv("HF_HOME")
-    monkeypatch.setenv("HF_TOKEN", "")
-    monkeypatch.setenv("HOME", str(tmp_path))
-    paths = {"HF_TOKEN_PATH": "kept", "HF_HOME": "home/token", "HOME": ".cache/huggingface/token"}
-    path = tmp_path / paths[variable]
+    for name in ("HF_HOME", "HF_TOKEN", "HF_TOKEN_PATH", "XDG_CACHE_HOME"):
+        monkeypatch.setenv(name, "")  # counts as not set
+    inside = {"HF_TOKEN_PATH": "", "HF_HOME": "token", "XDG_CACHE_HOME": "huggingface/token"}
+    path = tmp_path / "at" / inside.get(variable, ".cache/huggingface/token")
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(f"{TOKEN}\n")
-    if variable != "HOME":
-        monkeypatch.setenv(variable, str(path if variable == "HF_TOKEN_PATH" else path.parent))
+    monkeypatch.setenv(variable, str(tmp_path / "at"))
     fetch()
     assert authorizations(secure) == {f"Bearer {TOKEN}"}
     monkeypatch.setenv("HF_TOKEN", "hf_Other")

@@ -118,6 +118,19 @@ def test_a_file_is_written_through_a_link_and_the_old_one_is_kept_on_failure(tmp
     assert names(tmp_path) == ["link", "target"]
 
 
+def test_a_file_that_is_saved_over_keeps_its_mode(tmp_path):
+    """Until then, only its owner can read the new one."""
+    path = tmp_path / "plan"
+    for mode in (0o600, 0o640, 0o444):
+        path.write_text("old")
+        path.chmod(mode)
+        with files.replaced(path) as draft:
+            draft.write_text("new")
+            assert draft.stat().st_mode & 0o777 == 0o600
+        assert path.stat().st_mode & 0o777 == mode and path.read_text() == "new"
+        path.unlink()
+
+
 @pytest.mark.parametrize("text", ["{", "[]", '{"a": NaN}', "[" * 100_000, "\udcff"])
 def test_read_json_raises_the_given_error(tmp_path, text):
     path = tmp_path / "file.json"

@@ -101,6 +101,17 @@ def test_every_family_under_the_names_of_the_reference(tmp_path, config, prefix)
         torch.testing.assert_close(found, wanted, rtol=1e-6, atol=1e-6)
 
 
+def test_a_sum_that_overflows_is_refused(tmp_path):
+    """The factors are finite numbers, but float16 cannot hold their product. Nothing is written."""
+    base = write_checkpoint(tmp_path / "base", seed=4, dtype=torch.float16)
+    write_adapter(tmp_path / "adapter", random_model(tiny_config()))
+    file = tmp_path / "adapter" / "adapter_model.safetensors"
+    save_file({name: tensor * 1000 for name, tensor in load_file(file).items()}, file)
+    with pytest.raises(CheckpointError, match=r"overflows torch\.float16"):
+        merge(base, tmp_path)
+    assert not (tmp_path / "merged").exists()
+
+
 def test_the_other_files_and_the_shards_are_those_of_the_base_model(base, tmp_path):
     weights = load_file(base / "model.safetensors")
     (base / "model.safetensors").unlink()

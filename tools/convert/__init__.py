@@ -5,6 +5,7 @@
 DIR appears when all its files are written, or not at all.
 """
 
+import os
 from functools import partial
 from os import PathLike
 from pathlib import Path
@@ -29,16 +30,16 @@ def convert(
 
     Raises a PopError, which names what is broken or not supported. Then `folder` is as before.
     """
-    path = Path(source).expanduser()
+    path = Path(os.path.expanduser(source))
     if adapter is not None:
-        write = partial(lora.write, find_folder(source), Path(adapter).expanduser())
-    elif path.is_file():
+        write = partial(lora.write, find_folder(source), Path(os.path.expanduser(adapter)))
+    elif os.path.isfile(path):
         write = partial(gguf.write, path)
-    elif (path / "params.json").is_file():
+    elif os.path.isfile(path / "params.json"):
         write = partial(meta.write, path)
     else:
         raise InputError(f"{path} is neither a GGUF file nor a folder with Meta's params.json; check the path")
-    folder = Path(folder).expanduser()
+    folder = Path(os.path.expanduser(folder))
     with staged(folder) as staging:
         write(staging, progress)
     return folder

@@ -79,6 +79,9 @@ def write(base: Path, adapter: Path, folder: Path, progress: bool) -> None:
                 update = updates.get(published_name(name))
                 if update is not None:
                     tensors[name] = update.merged(tensors[name])
+                    if not tensors[name].isfinite().all():
+                        dtype = tensors[name].dtype
+                        raise CheckpointError(f"{name} with {adapter} merged overflows {dtype}; merge into float32")
             write_weights(tensors, folder / file.name)
             step(1)
 

@@ -1,0 +1,94 @@
+"""What surrounds a call and should not decide it: default devices, odd paths, torch's cache folder, Ctrl-C."""
+
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+from support.tiny_chat import write_chat_checkpoint
+
+import pop
+from pop.backends.cpu import check_cache_folder
+from tools.convert import convert
+
+
+def answers(model) -> list:
+    cache = model.new_cache()
+    options = {"max_new_tokens": 3, "temperature": 0.7, "seed": 1, "repetition_penalty": 1.2}
+    logits = (model.prefill([[1, 2, 3]], cache), model.extend([[3, 4]], cache)[0], model.decode([1], cache))
+    texts = [answer.text for answer in model.generate(["Hello", "a b c"], **options)]
+    texts += [model.start_chat().send("Hi", **options).text, model.prefix("Once").generate(" upon", **options).text]
+    return [*texts, model.score("a b", "c"), model.logits([[1, 2]]).tolist(), torch.cat(logits).tolist()]
+
+
+def test_the_default_device_changes_nothing(tmp_path):
+    """Tensors that must be on the CPU do not follow it. On the device "meta", they would have no numbers."""
+    folder = write_chat_checkpoint(tmp_path / "chat")
+    expected = answers(pop.load(folder, prune=0.5))
+    before = torch.get_default_device()
+    try:
+        torch.set_default_device("meta")
+        assert answers(pop.load(folder, prune=0.5)) == expected
+    finally:
+        torch.set_default_device(before)
+
+
+@pytest.mark.parametrize("path", ["~nosuchuser/x", "x" * 5000, "/" + "x" * 5000, "a/" + "x" * 4990], ids=len)
+def test_paths_that_the_system_refuses(path, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    calls = (
+        pop.load,
+        pop.load_tokenizer,
+        pop.PrunePlan.load,
+        pop.PrunePlan((10**5,)).save if "x" * 999 in path else pop.PrunePlan((1,)).save,
+        lambda path: convert(path, tmp_path / "new"),
+        lambda path: pop.load(tmp_path, tokenizer=path),
+    )
+    for call in calls:
+        with pytest.raises(pop.PopError):
+            call(path)
+    for name in ("POP_WEIGHTS", "HF_HOME", "HF_HUB_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.setenv(name, path)
+    with pytest.raises(pop.WeightsNotFound):
+        pop.load("llama3.1-8b")
+
+
+def test_a_cache_folder_that_cannot_be_made_is_not_used(tmp_path, monkeypatch, caplog):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "file" / "cache"))
+    check_cache_folder()
+    assert "TORCHINDUCTOR_CACHE_DIR" not in os.environ and len(caplog.messages) == 1
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
+    check_cache_folder()
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(tmp_path / "cache") and len(caplog.messages) == 1
+
+
+SLOW_IMPORT = """
+import sys, time
+
+class Finder:
+    def find_spec(name, path, target=None):
+        if name == "pop.engine":
+            print("importing", flush=True)
+            time.sleep(60)
+
+sys.meta_path.insert(0, Finder)
+"""
+
+
+def test_ctrl_c_during_the_imports_of_the_command_shows_no_traceback(tmp_path):
+    (tmp_path / "sitecustomize.py").write_text(SLOW_IMPORT)
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}
+    process = subprocess.Popen(
+        [sys.executable, "-m", "pop", "models"],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell may have it ignored
+    )
+    assert process.stdout.readline() == b"importing\n"
+    process.send_signal(signal.SIGINT)
+    assert process.communicate(timeout=60) == (b"", b"")
+    assert process.returncode == -signal.SIGINT
