@@ -29,9 +29,11 @@ def hooks_of(parts: Iterable[nn.Module]) -> list[dict]:
 
 
 def sizes_of(weights: list[Tensor]) -> list:
-    """The dtypes, shapes and sizes of the memory of weights. Each map is a loop in C."""
+    """The dtypes, shapes, strides and sizes of the memory of weights. Each map is a loop in C."""
+    dtypes = map(attrgetter("dtype"), weights)
+    shapes = map(attrgetter("shape"), weights)
     memory = map(UntypedStorage.nbytes, map(Tensor.untyped_storage, weights))
-    return [*map(attrgetter("dtype"), weights), *map(attrgetter("shape"), weights), *memory]
+    return [*dtypes, *shapes, *map(Tensor.stride, weights), *memory]
 
 
 class Look:
@@ -53,7 +55,7 @@ class Look:
         return same and self._facts() == self.facts
 
     def fits(self) -> bool:
-        """Whether the weights have the dtypes, shapes and memory that they had. Compiled code reads that much."""
+        """Whether the weights lie in memory as they did. Compiled code reads them so."""
         return sizes_of(self.weights) == self.sizes
 
     def _entries(self) -> list:
