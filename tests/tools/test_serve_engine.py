@@ -207,8 +207,8 @@ def test_jobs_in_any_order_get_the_answers_that_they_get_alone(plan, seed):
     model = make(chance.choice([*CONFIGS]), plan, max_seq_len=280)
     engine, jobs, sizes = new_engine(model), [], set()
     for number in range(7):
-        options = OPTIONS[number % 3] | {"max_new_tokens": chance.randrange(3, 25)}
-        jobs.append(new_job(prompt(chance.choice((8, 30, 270)), number + 2), **options))
+        options = OPTIONS[number % 3] | {"max_new_tokens": chance.randrange(4, 25)}
+        jobs.append(new_job(prompt(chance.choice((8, 30, 278)), number + 2), **options))
         engine.submit(jobs[-1:])
         for _ in range(chance.randrange(4)):
             engine.turn()
