@@ -113,6 +113,13 @@ def test_every_link_leads_to_a_file(path):
             assert heading in [title.lower().replace(" ", "-") for title in titles], link
 
 
+def test_each_promise_names_a_test_that_exists():
+    named = re.findall(r"`([\w/]+\.py)::(test_\w+)`", READMES["pop/README.md"])
+    assert len(named) > 20
+    for path, name in named:
+        assert f"\ndef {name}(" in (ROOT / "tests" / path).read_text(encoding="utf-8"), f"{path}::{name}"
+
+
 @pytest.mark.parametrize("path", [path for path in READMES if path.startswith("pop/")])
 def test_the_readme_of_a_folder_names_all_its_files(path):
     for file in (ROOT / path).parent.glob("[!_]*.py"):
