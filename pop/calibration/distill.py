@@ -63,9 +63,9 @@ class _Run:
         for name, tensor in self.tensors().items():
             tensor.copy_(saved[name])
 
-    def trainee(self) -> PrunePlan:
-        """The plan with the tensors that are trained."""
-        return dataclasses.replace(self.plan, corrections=self.plan.corrections.replaced(self.trained))
+    def with_tensors(self, tensors: dict[str, Tensor]) -> PrunePlan:
+        """The plan with other tensors."""
+        return dataclasses.replace(self.plan, corrections=self.plan.corrections.replaced(tensors))
 
     def step(self, loss: Tensor, share: float) -> None:
         """A step of Adam (Kingma and Ba 2015), with a share of the full learning rates."""
@@ -80,8 +80,8 @@ class _Run:
 
     def rounded(self, tensors: dict[str, Tensor]) -> PrunePlan:
         """The plan with tensors in the model's dtype."""
-        tensors = {name: tensor.detach().to(self.model.dtype, copy=True) for name, tensor in tensors.items()}
-        return dataclasses.replace(self.plan, corrections=self.plan.corrections.replaced(tensors))
+        dtype = self.model.dtype
+        return self.with_tensors({name: tensor.detach().to(dtype, copy=True) for name, tensor in tensors.items()})
 
     def check(self, judge: Judge, given: list[Compared]) -> None:
         """Keep the trained tensors if the held-out windows find them the best so far."""
@@ -136,7 +136,7 @@ def distill(
     for number in range(done, steps):
         rng = random.Random(f"{seed} {number}")
         batch = exercise(model, windows, number, rng)
-        loss = distillation_loss(module, model.vision, run.trainee(), batch, rng)
+        loss = distillation_loss(module, model.vision, run.with_tensors(run.trained), batch, rng)
         run.step(loss, schedule(number, steps))
         if number + 1 in checks:
             run.check(judge, given)

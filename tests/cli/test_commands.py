@@ -168,11 +168,6 @@ def test_importance_prints_and_saves_the_scores(folder, model, capsys, tmp_path)
     assert printed[-1].endswith(f"layers {', '.join(map(str, expected.plan(2).layers))}.")
 
 
-def test_importance_takes_the_built_in_text(folder, capsys):
-    assert main(["importance", folder, *IMPORTANCE]) == 0
-    assert "Prefill needs this third of the layers least" in capsys.readouterr().out
-
-
 def test_calibrate_saves_a_plan_that_generate_takes(folder, model, capsys, tmp_path, monkeypatch):
     text = tmp_path / "text.txt"
     text.write_text("".join(map(chr, range(33, 123))) * 4)
@@ -454,15 +449,6 @@ def test_an_empty_input_is_no_message(talk):
     assert talk([])[:3] == (0, "", "")
     assert talk(["/quit"])[1:3] == ("", "")
     assert "/quit ends" in talk(["/quit"], terminal=FakeTerminal)[2]
-
-
-def test_a_chat_in_a_format_by_name(talk, model, folder, tmp_path):
-    """Of a checkpoint without a template."""
-    shutil.copytree(folder, tmp_path / "base")
-    (tmp_path / "base/tokenizer_config.json").unlink()
-    for name in (folder, str(tmp_path / "base")):
-        status, out, _, _ = talk([], "Hi", "--chat-format", "chatml", folder=name)
-        assert (status, out) == (0, f"{answers(model, 'Hi')[0]}\n")
 
 
 @pytest.mark.parametrize(("line", "said"), [("a" * 2000, ("1024",)), ("\udcff", ("surrogate",))])
