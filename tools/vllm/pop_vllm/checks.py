@@ -14,7 +14,8 @@ def check_version() -> None:
     """Raise UnsupportedError for a version of vLLM that this was not tried with."""
     import vllm
 
-    if vllm.__version__.rpartition(".")[0] not in VERSIONS:
+    minor = ".".join(vllm.__version__.split(".")[:2])
+    if minor not in VERSIONS:
         wanted = " or ".join(f"{version}.*" for version in VERSIONS)
         raise UnsupportedError(f"vLLM is {vllm.__version__}, with which POP_PLAN was not tried; install {wanted}")
 

@@ -25,6 +25,9 @@ class Counts:
     """Of one model."""
 
     def __init__(self):
+        self.begin_interval()
+
+    def begin_interval(self) -> None:
         self.since = time.monotonic()
         self.tokens = 0
         self.pruned = 0
@@ -45,8 +48,7 @@ class Counts:
         self.pruned += pruned
         seconds = time.monotonic() - self.since
         if seconds >= INTERVAL:
-            share = self.pruned / self.tokens
-            logger.info(
-                "pop: %d tokens in %.0f s of steps with prompts, %.0f %% pruned", self.tokens, seconds, 100 * share
-            )
-            self.__init__()
+            percent = 100 * self.pruned / self.tokens
+            line = "pop: in %.0f s, steps with prompts had %d tokens, of which %.0f %% were pruned"
+            logger.info(line, seconds, self.tokens, percent)
+            self.begin_interval()

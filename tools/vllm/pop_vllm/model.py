@@ -52,7 +52,6 @@ class Pruned:
         self.compiled: dict[range, object] = {}
         self.counts = Counts()
         self.use(os.environ["POP_PLAN"])
-        self.weights = Weights(vllm_config.model_config.hf_config)
         self.is_tested = False
         runner_v1.install()
 
@@ -114,8 +113,12 @@ class Pruned:
 
         Quantised weights are not cut. A pruned layer then computes Q for nothing.
         """
-        loaded = super().load_weights(self.weights.watch(weights))
-        self.weights.check(self.plan)
+        if self.plan.corrections is None:
+            loaded = super().load_weights(weights)
+        else:
+            checkpoint = Weights(self.config)
+            loaded = super().load_weights(checkpoint.watch(weights))
+            checkpoint.check(self.plan.corrections)
         for index, layer in enumerate(self.model.layers):
             attention = layer.self_attn
             projection = attention.qkv_proj

@@ -5,6 +5,8 @@ if their states at the selecting layer were kept (step.py). Those that are selec
 chunk. Shape letters: pop/models/layers.py; T is the number of a prompt's tokens that compete.
 """
 
+from typing import NamedTuple
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -23,49 +25,61 @@ def select(step: Step, layer, h: Tensor) -> None:
     """
     batch = step.batch
     step.selecting = h
+    ends_here = (batch.computed < batch.prompt) & (batch.prompt <= batch.ends)
     selected = []
     again = []
-    for number in np.flatnonzero((batch.computed < batch.prompt) & (batch.prompt <= batch.ends)):
-        kept = step.kept[number]
-        earlier = kept.selecting if kept else []
-        begin = batch.computed[number] - sum(len(states) for states in earlier)
-        position = np.arange(begin, batch.prompt[number])  # [T]
-        others = ~step.plan.at_full_depth(position, batch.prompt[number])
-        count = step.plan.num_selected(int(others.sum()))
-        if not count:
+    next_index = len(h)
+    for number in np.flatnonzero(ends_here).tolist():
+        tokens = Competing.of(step, number, h)
+        count = step.plan.num_selected(int(tokens.others.sum()))
+        if count == 0:
             continue
-        num_again = batch.computed[number] - begin
-        num_own = len(position) - num_again
-        first = batch.first[number]
-        offset = len(h) + sum(len(states) for states in step.earlier)
-        index = np.concatenate((np.arange(offset, offset + num_again), np.arange(first, first + num_own)))  # [T]
-        position, others, index = (step.to_device(array) for array in (position, others, index))
-        chosen = chosen_of(layer, torch.cat((*earlier, h[first : first + num_own])), position, others, count)
-        selected.append((index[chosen], int(number), position[chosen]))
-        if earlier:
-            again.append((int(number), begin))
-            step.earlier += kept.entering
+        earlier = next_index + np.arange(tokens.num_earlier)
+        own = batch.first[number] + np.arange(len(tokens.position) - tokens.num_earlier)
+        index = step.to_device(np.concatenate((earlier, own)))  # [T]
+        position = step.to_device(tokens.position)  # [T]
+        chosen = most_attended_of(tokens, layer, position, count)  # [count]
+        selected.append((index[chosen], number, position[chosen]))
+        if tokens.num_earlier:
+            again.append((number, int(tokens.position[0])))
+            step.earlier += step.kept[number].entering
+            next_index += tokens.num_earlier
     if selected:
         step.rows = step.rows_at(again)
-    for tokens in selected:
-        step.rows = step.rows.after(*tokens)
+    for chosen_tokens in selected:
+        step.rows = step.rows.after(*chosen_tokens)
 
 
-def chosen_of(layer, h: Tensor, position: Tensor, others: Tensor, count: int) -> Tensor:
-    """The indices [count] of the selected ones among tokens with states h [T, D].
+class Competing(NamedTuple):
+    """The tokens of a prompt of which some are selected."""
 
-    Args:
-        layer: The selecting layer.
-        h: [T, D], enters the layer.
-        position: [T], of the tokens in their sequence.
-        others: [T] bool, the tokens to select from.
-        count: How many of them.
-    """
-    q, k = queries_keys(layer, h, position)  # [T, H, E] and [T, K, E]
-    query = torch.arange(len(h), device=h.device)[-SELECTING:]
+    states: Tensor  # [T, D], enter the selecting layer
+    position: np.ndarray  # [T], consecutive
+    others: np.ndarray  # [T] bool: those that are not at full depth by their position
+    num_earlier: int  # how many of them, the first ones, are of earlier steps
+
+    @classmethod
+    def of(cls, step: Step, number: int, h: Tensor) -> "Competing":
+        """Those of the request with this number, which ends its prompt in the step. h [N, D]: see `select`."""
+        computed = int(step.batch.computed[number])
+        prompt = int(step.batch.prompt[number])
+        first = int(step.batch.first[number])
+        kept = step.kept[number]
+        earlier = [] if kept is None else kept.selecting
+        num_earlier = sum(len(states) for states in earlier)
+        position = np.arange(computed - num_earlier, prompt)
+        states = torch.cat((*earlier, h[first : first + prompt - computed]))
+        return cls(states, position, ~step.plan.at_full_depth(position, prompt), num_earlier)
+
+
+def most_attended_of(tokens: Competing, layer, position: Tensor, count: int) -> Tensor:
+    """The indices [count] of the tokens that the prompt's last ones attend to most. `position` [T] is on the device."""
+    q, k = queries_keys(layer, tokens.states, position)  # [T, H, E] and [T, K, E]
+    query = torch.arange(len(k), device=k.device)[-SELECTING:]
     received = attention_received(q[None, -SELECTING:], k[None], query[None], layer.self_attn.scaling)  # [1, T]
     if get_tensor_model_parallel_world_size() > 1:  # each rank has some of the heads
         group = get_tp_group().device_group
         torch.distributed.all_reduce(received, torch.distributed.ReduceOp.MAX, group)
-    is_chosen = most_attended(received, others[None], torch.tensor([count], device=h.device))[0]  # [T]
+    others = torch.from_numpy(tokens.others).to(k.device)
+    is_chosen = most_attended(received, others[None], torch.tensor([count], device=k.device))[0]  # [T]
     return (~is_chosen).to(torch.uint8).argsort(stable=True)[:count]  # nonzero would wait for the device

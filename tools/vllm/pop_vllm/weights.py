@@ -7,9 +7,10 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import Tensor
 
-from pop import PlanError, PrunePlan, models
+from pop import PlanError, models
 from pop.checkpoints.config_json import read_config
 from pop.checkpoints.fingerprint import combined, parameter_sum
+from pop.pruning.corrections import Corrections
 
 logger = logging.getLogger("vllm.pop")
 
@@ -36,12 +37,10 @@ class Weights:
                 self.found[name] = tensor.shape, int(parameter_sum(tensor))
             yield name, tensor
 
-    def check(self, plan: PrunePlan) -> None:
-        """Raise PlanError if the plan was calibrated for other weights. Log a warning if that cannot be seen."""
-        if plan.corrections is None:
-            return
+    def check(self, corrections: Corrections) -> None:
+        """Raise PlanError if corrections were fitted to other weights. Log a warning if that cannot be seen."""
         missing = self.names - self.found.keys()
         if missing:
             logger.warning("pop: the checkpoint lacks %s, so nothing tells whether POP_PLAN fits it", min(missing))
-        elif plan.corrections.fingerprint != combined(self.config, self.found):
+        elif corrections.fingerprint != combined(self.config, self.found):
             raise PlanError("the plan's corrections were fitted to another model's weights; use pop.calibrate again")

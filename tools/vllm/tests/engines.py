@@ -96,7 +96,10 @@ class Reference:
         self.pop = pop.load(folder, dtype=torch.float32, compile=False, prune=None, tokenizer=None, progress=False)
 
     def expected(self, prompt: list[int], answer: list[int], plan, also=()) -> torch.Tensor:
-        """The reference's log-probabilities [n, V] of each of n answered tokens, given those before it."""
+        """The reference's log-probabilities [n, V] of each of n answered tokens, given those before it.
+
+        Tokens at the positions `also` run at full depth as well.
+        """
         module = self.pop.module
         selected = reference.selected_tokens(module, torch.tensor(prompt), plan)
         tokens = torch.tensor(prompt + answer[:-1])
