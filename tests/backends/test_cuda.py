@@ -188,40 +188,29 @@ def test_a_vision_tower(kernels):
 
 
 @pytest.mark.parametrize(
-    ("dtype", "E", "recent", "training", "expected"),
+    ("dtype", "E", "recent", "supported", "flash", "flash_with_gradients"),
     [
-        (torch.bfloat16, 128, True, False, True),
-        (torch.float16, 256, True, False, True),
-        (torch.float16, 256, True, True, False),
-        (torch.float16, 192, True, True, True),
-        (torch.float16, 288, True, False, False),
-        (torch.float16, 128, False, False, False),
-        (torch.float32, 128, True, False, False),
+        (torch.bfloat16, 128, True, True, True, True),
+        (torch.bfloat16, 60, True, False, True, True),
+        (torch.bfloat16, 64, False, False, False, False),
+        (torch.float16, 192, True, True, True, True),
+        (torch.float16, 256, True, True, True, False),
+        (torch.float16, 288, True, True, False, False),
+        (torch.float16, 128, False, True, False, False),
+        (torch.float32, 128, True, True, False, False),
+        (torch.float32, 64, False, True, False, False),
+        (torch.float64, 64, True, False, False, False),
     ],
 )
-def test_which_heads_flash_attention_takes(monkeypatch, dtype, E, recent, training, expected):
-    monkeypatch.setattr(cuda, "_is_recent", lambda q: recent)
-    with torch.set_grad_enabled(training):
-        assert cuda.has_flash(torch.empty(1, 1, 1, E, dtype=dtype)) is expected
-
-
-@pytest.mark.parametrize(
-    ("dtype", "E", "recent", "expected"),
-    [
-        (torch.bfloat16, 64, True, True),
-        (torch.bfloat16, 60, True, False),
-        (torch.bfloat16, 64, False, False),
-        (torch.float16, 64, False, True),
-        (torch.float32, 64, False, True),
-        (torch.float64, 64, True, False),
-    ],
-)
-def test_what_the_kernels_support(monkeypatch, dtype, E, recent, expected):
+def test_which_heads_the_kernels_take(monkeypatch, dtype, E, recent, supported, flash, flash_with_gradients):
     monkeypatch.undo()
     monkeypatch.setattr(cuda, "HAS_KERNELS", True)
     monkeypatch.setattr(cuda, "_is_recent", lambda q: recent)
     q = types.SimpleNamespace(is_cuda=True, dtype=dtype, shape=(1, 1, 1, E))
-    assert cuda.is_supported(q) is expected
+    assert cuda.is_supported(q) is supported
+    for training, expected in ((False, flash), (True, flash_with_gradients)):
+        with torch.set_grad_enabled(training):
+            assert cuda.has_flash(q) is expected
     assert not cuda.is_supported(types.SimpleNamespace(is_cuda=False, dtype=dtype))
     monkeypatch.setattr(cuda, "HAS_KERNELS", False)
     assert not cuda.is_supported(q)

@@ -74,7 +74,5 @@ def test_the_towers_call_it(name):
     saved = io.BytesIO()
     torch.save(module, saved)
     saved.seek(0)
-    compiled = torch.compile(blocks[0], fullgraph=True, dynamic=True, backend="eager")
-    copies = copy.deepcopy(module), torch.load(saved, weights_only=False)
-    for block in (compiled, *(copied.get_submodule(module.vision_blocks)[0] for copied in copies)):
-        assert_close(block(h, *inputs[1:]), changed)
+    for copied in (copy.deepcopy(module), torch.load(saved, weights_only=False)):
+        assert_close(copied.get_submodule(module.vision_blocks)[0](h, *inputs[1:]), changed)
