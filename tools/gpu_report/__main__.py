@@ -143,4 +143,5 @@ def summary(lines: list[dict]) -> str:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # which ends the part's process too, unlike the default
     sys.exit(main())
