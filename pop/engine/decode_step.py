@@ -47,9 +47,7 @@ class DecodeStep:
         self.kinds = Kinds()
         if stages.replay is not None:
             self.kinds.look((module, *module.layers))
-            # A graph has the addresses of weights. Their memory stays until a look finds that the weights have changed.
-            looks = self.kinds.looks.values()
-            self.memory = [weight.untyped_storage() for look in looks for weight in look.weights]
+            self.hold_weights()
             if None not in self.kinds.values():  # otherwise there are hooks, for example, which a graph would leave out
                 # It does not hold the step: that would be a cycle.
                 self.replay = stages.replay(module, cache.batch_size)
@@ -61,7 +59,15 @@ class DecodeStep:
         if any(mine is not keys for (mine, _), keys in zip(self.layers, cache.keys, strict=True)):
             return False
         # Looking at all weights takes longer than the launch of a graph, so only the first step after a prefill does.
-        return self.kinds.unchanged(look=self.snapshot is None)
+        looks = self.snapshot is None
+        if looks:
+            self.hold_weights()
+        return self.kinds.unchanged(looks)
+
+    def hold_weights(self) -> None:
+        """Keep the memory of the weights until the next look, since a graph has its addresses."""
+        looks = self.kinds.looks.values()
+        self.memory = [weight.untyped_storage() for look in looks for weight in look.weights]
 
     def __call__(self, tokens: Tensor, cache: KVCache) -> Tensor:
         lengths = cache.lengths

@@ -16,6 +16,7 @@ from support.tiny import random_model, tiny_config
 from pop import engine
 from pop.backends import CPU, accelerate
 from pop.backends.cpu_graph import Graph, _Record
+from pop.engine.spare_caches import SpareCaches
 from pop.engine.stages import Stages
 
 REPLAYED, RECORDED = Stages(replay=Replay), CPU._replace(replay=Graph)
@@ -108,6 +109,13 @@ def test_a_step_keeps_the_memory_of_its_weights_until_it_looks_at_them():
     cache.restore(cache.snapshot())
     engine.decode(module, token, cache, REPLAYED)
     assert cache.step is not step
+    caches = SpareCaches(1)
+    caches.give(cache)  # which drops the memory, and looks at the weights when it is used again
+    assert not cache.step.memory
+    cache.reset()
+    step = cache.step
+    engine.decode(module, token, cache, REPLAYED)
+    assert cache.step is step and weight.data_ptr() in {memory.data_ptr() for memory in step.memory}
 
 
 @pytest.mark.usefixtures("all_is_recorded")
