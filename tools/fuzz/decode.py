@@ -18,7 +18,7 @@ import pop
 from tools.fuzz.cases import Counting, Wrong, check_close, random_config, random_model, random_prompt
 
 TOLERANCE = 1e-4  # of the logits' standard deviation
-ACTIONS = 60  # of a case
+ACTIONS = 40  # of a case
 CONFIGS = 8  # few, since each is compiled anew
 ROOM = 1024  # tokens of a cache
 
