@@ -159,7 +159,8 @@ class Pruned:
             self._test(own, announced, h, positions, context)
         h = self.run(step, h, positions, context)
         self._keep_states(step)
-        self.counts.add(int(batch.scheduled.sum()), step.num_pruned, step.rows_run)
+        if get_tensor_model_parallel_rank() == 0:  # the other ranks run the same tokens
+            self.counts.add(int(batch.scheduled.sum()), step.num_pruned, step.rows_run)
         return h
 
     def _test(self, own: Tensor, announced, h: Tensor, positions: Tensor, context) -> None:

@@ -7,7 +7,7 @@ are not pruned share no blocks with those that are, and an external cache does n
 
 import hashlib
 import os
-from functools import wraps
+from functools import cache, wraps
 
 import torch
 
@@ -16,15 +16,14 @@ from pop_vllm.checks import check_architecture
 from pop_vllm.plan import may_prune, plan_of
 
 
+@cache
 def install() -> None:
-    """Wrap the methods. Calling it again changes nothing."""
+    """Wrap the methods, once a process."""
     from vllm.v1.core.sched.scheduler import Scheduler
     from vllm.v1.engine.core import EngineCore
 
     init = Scheduler.__init__
     preprocess = EngineCore.preprocess_add_request
-    if hasattr(init, "__wrapped__"):
-        return
 
     @wraps(init)
     def wrapped_init(self, *args, **kwargs):

@@ -1,6 +1,6 @@
 """vLLM's model runner V1 announces its steps to the model: one of its methods is wrapped."""
 
-from functools import wraps
+from functools import cache, wraps
 
 import numpy as np
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
@@ -9,11 +9,10 @@ from pop_vllm.plan import may_prune
 from pop_vllm.rows import Batch
 
 
+@cache
 def install() -> None:
-    """Wrap the method that builds the attention metadata of a step. Calling it again changes nothing."""
+    """Wrap the method that builds the attention metadata of a step, once a process."""
     build = GPUModelRunner._build_attention_metadata
-    if hasattr(build, "__wrapped__"):
-        return
 
     @wraps(build)
     def wrapped(self, *args, **kwargs):
