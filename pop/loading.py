@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 
 from pop import models
+from pop.backends.cpu import make_cache_folder
 from pop.backends.tensor_parallel import Part, join
 from pop.checkpoints import registry
 from pop.checkpoints.config_json import read_config, read_sampling
@@ -85,6 +86,7 @@ def load(
     part = Part(config, rank, ranks) if ranks > 1 else None
     shards = {} if part is None else part.shards
     progress = progress and rank == 0
+    make_cache_folder()
     with torch.device("meta"):
         module = models.build(config) if part is None else part.build()
     _check_memory(module, dtype, device, min(max_seq_len, CHUNK_SIZE))

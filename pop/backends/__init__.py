@@ -37,7 +37,7 @@ def accelerate(module: nn.Module) -> None:
     Only parts of exactly these classes change: a subclass, such as an adapter's layer, keeps its own `forward`. The
     attention of the plain pass and of vision towers is replaced.
     """
-    cpu.check_cache_folder()
+    cpu.make_cache_folder()
     backend = cuda if _is_on_gpu(module) else cpu
     if backend is cuda and not (cuda.HAS_KERNELS and decode_attention.HAS_TRITON):
         logger.warning("attention is slow here: pop knows the kernels of torch 2.6 to 2.15 for CUDA, and Triton's")

@@ -6,11 +6,13 @@ Both use kernels.cpp where it fits, and otherwise torch's operators. The results
 this folder gives the reasons. Shape letters: pop/models/layers.py; N is the number of keys.
 """
 
+import contextlib
 import ctypes
 import functools
 import inspect
 import logging
 import os
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -294,21 +296,21 @@ def _kernel() -> ctypes.CDLL | None:
         return None
 
 
-def check_cache_folder() -> None:
-    """Let torch's cache have its default folder if the one that is asked for cannot be made.
+def make_cache_folder() -> None:
+    """Give torch's cache of compiled code another folder if its own cannot be made.
 
-    Without a folder, the parts of torch that serve compiled code and custom operators cannot be imported.
+    Without a folder, parts of torch cannot be imported. They serve custom operators and modules on the meta device as
+    well. If the other folder cannot be written to, compiling fails, and plain functions run.
     """
-    folder = os.environ.get("TORCHINDUCTOR_CACHE_DIR")
-    if folder is None:
-        return
     try:
+        folder = os.environ.get("TORCHINDUCTOR_CACHE_DIR") or tempfile.gettempdir()  # in which torch makes its own
         os.makedirs(folder, exist_ok=True)
     except OSError as error:
-        logger.warning(
-            "TORCHINDUCTOR_CACHE_DIR cannot be made (%s); compiled code goes to torch's default folder", error
-        )
-        del os.environ["TORCHINDUCTOR_CACHE_DIR"]
+        logger.warning("torch's cache folder cannot be made (%s); set TORCHINDUCTOR_CACHE_DIR to another one", error)
+        with contextlib.suppress(OSError):  # a temporary folder may be as impossible
+            os.environ["TORCHINDUCTOR_CACHE_DIR"] = tempfile.mkdtemp(prefix="pop-")
+            return
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = os.sep  # it exists
 
 
 def keep_freed_memory() -> None:

@@ -7,10 +7,10 @@ import sys
 
 import pytest
 import torch
+from support.tiny import write_checkpoint
 from support.tiny_chat import write_chat_checkpoint
 
 import pop
-from pop.backends.cpu import check_cache_folder
 from tools.convert import convert
 
 
@@ -54,14 +54,29 @@ def test_paths_that_the_system_refuses(path, tmp_path, monkeypatch):
         pop.load("llama3.1-8b")
 
 
-def test_a_cache_folder_that_cannot_be_made_is_not_used(tmp_path, monkeypatch, caplog):
+WITHOUT_FOLDER = """
+import sys, tempfile
+if sys.argv[2:]:
+    tempfile.mkdtemp = lambda prefix: open("/dev/null/x")
+import pop
+print(pop.load(sys.argv[1], compile=False, tokenizer=None).generate([1], max_new_tokens=2).tokens)
+"""
+
+
+def test_a_model_runs_where_torch_cannot_make_its_cache_folder(tmp_path):
+    """As in a read-only container: there, no temporary folder can be made either."""
+    folder = write_checkpoint(tmp_path / "model")
     (tmp_path / "file").touch()
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "file" / "cache"))
-    check_cache_folder()
-    assert "TORCHINDUCTOR_CACHE_DIR" not in os.environ and len(caplog.messages) == 1
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
-    check_cache_folder()
-    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(tmp_path / "cache") and len(caplog.messages) == 1
+    expected = pop.load(folder, compile=False, tokenizer=None).generate([1], max_new_tokens=2).tokens
+    for more in ((), ("no temporary folder",)):
+        result = subprocess.run(
+            [sys.executable, "-c", WITHOUT_FOLDER, str(folder), *more],
+            env=os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "file" / "cache")},
+            capture_output=True,
+            text=True,
+        )
+        assert result.stdout == f"{expected}\n", result.stderr
+        assert result.stderr.count("TORCHINDUCTOR_CACHE_DIR") == 1
 
 
 SLOW_IMPORT = """
