@@ -596,6 +596,11 @@ CONTRADICTIONS = [
     (MINIMAL, {"rope_scaling": {"rope_type": "linear", "type": "default"}}, "rope_type", "'linear'", "'default'"),
     (MINIMAL, {"rope_scaling": LLAMA3_ROPE | {"high_freq_factor": 1.0}}, "high_freq_factor"),
     (MINIMAL, {"rope_theta": 1e4, "rope_parameters": {"rope_theta": 5e5}}, "rope_theta", "10000.0", "500000.0"),
+    (
+        MINIMAL,
+        {"rope_parameters": LLAMA3_ROPE | {"rope_theta": 100.0}, "rope_scaling": LLAMA3_ROPE},
+        "rope_parameters and rope_scaling",
+    ),
     (MINIMAL, {"rms_norm_eps": float("nan")}, "NaN"),
     (MINIMAL, {"rope_theta": float("inf")}, "Infinity"),
     *((base, {"rope_scaling": YARN}, "rope_type", "'yarn'") for base in (MINIMAL, TINY_GEMMA3, TINY_QWEN3)),
