@@ -7,7 +7,7 @@ import pytest
 import torch
 from support.cases import assert_close, random_corrections
 from support.naive_fit import assert_fit, fitted, naive_fit, naive_gradients, naive_kl
-from support.profile import thinned
+from support.nightly import thinned
 from support.tiny import random_model, random_patches, tiny_gemma3_vl_config, tiny_qwen3_vl_config
 from support.tiny_images import picture
 

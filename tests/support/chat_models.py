@@ -2,7 +2,7 @@
 
 from support.cases import random_corrections
 from support.letters import Letters
-from support.profile import thinned
+from support.nightly import thinned
 from support.tiny import random_model, tiny_config, tiny_gemma3_config
 
 import pop

@@ -18,7 +18,7 @@ MISTAKES = {
     "tools.bench.__main__": {
         "--model a --shape b": "both given",
         "--model a --layers 2": "--layers shortens a --shape",
-        "--shape nothing": "give one of llama3.1-8b, smollm2-135m, qwen3-vl-8b, gemma3-12b, or a folder",
+        "--shape nothing": "give one of llama3.1-8b, smollm2-135m",
         "--shape BASE --layers 9": "--layers is 9, but",
         "--lengths 12,x": "--lengths is '12,x'",
         "--lengths 0": "the shortest of --lengths is 0",
