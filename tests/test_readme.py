@@ -62,7 +62,7 @@ def weights(smollm2, tmp_path_factory):
 
 
 @pytest.fixture
-def folder(weights, tmp_path, monkeypatch):
+def folder(weights, smollm2, tmp_path, monkeypatch):
     """A folder to run in, with the files that the READMEs name. Small models stand for those that they load."""
     from PIL import Image
 
@@ -70,7 +70,11 @@ def folder(weights, tmp_path, monkeypatch):
         if str(name).startswith("qwen3"):
             inspect.signature(pop.load).bind(name, **options)
             return copy.copy(qwen3_vl())
-        return copy.copy(real_load(weights if name == REAL else name, **options))  # a block may set its plan
+        if name == REAL:
+            name = (
+                smollm2 if str(options.get("prune")).startswith(REAL) else weights
+            )  # plans that ship fit the real one
+        return copy.copy(real_load(name, **options))  # a block may set its plan
 
     monkeypatch.setattr(pop, "load", load)
     monkeypatch.setattr("pop.loading.load_tokenizer", read_tokenizer)
@@ -84,7 +88,9 @@ def folder(weights, tmp_path, monkeypatch):
 
 
 def test_the_readme_is_short():
-    assert len(README.splitlines()) <= 250
+    text = re.sub(r"^```.*?^```", "", README, flags=re.M | re.S)
+    words = [word for line in text.splitlines() if not line.startswith("|") for word in line.split()]
+    assert len(words) <= 1600  # without code and tables; move longer texts to the README of a folder
 
 
 def test_the_line_that_is_the_method_is_the_references():
