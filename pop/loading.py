@@ -86,7 +86,7 @@ def load(
     part = Part(config, rank, ranks) if ranks > 1 else None
     shards = {} if part is None else part.shards
     progress = progress and rank == 0
-    make_cache_folder()
+    make_cache_folder()  # torch needs it for modules on the meta device
     with torch.device("meta"):
         module = models.build(config) if part is None else part.build()
     _check_memory(module, dtype, device, min(max_seq_len, CHUNK_SIZE))

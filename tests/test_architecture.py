@@ -91,8 +91,8 @@ def test_models_and_engine_know_no_device_compiler_or_file(folder):
     assert {name: words for name, words in found.items() if name.startswith(f"{folder}/") and words} == {}
 
 
-# What makes code dense. The bounds leave some slack, so that a new family fits.
-NODES = 96_000  # syntax nodes in all files; the aim is 92,000
+# What makes code dense.
+NODES = 94_200  # syntax nodes in all files. The aim is 92,000, so lower this bound when nodes go, and never raise it
 PACKED = 10  # assignments such as `a, b = f(x), g(y)`
 PRIVATE, PUBLIC = 6, 10  # parameters of a function, those that are not keyword-only
 

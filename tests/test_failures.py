@@ -22,6 +22,7 @@ import torch
 from support import gguf_files
 from support.cases import random_corrections
 from support.hub_server import REPOSITORY, HubServer
+from support.nightly import NIGHTLY
 from support.tiny import hf_config, random_model, tiny_config, tiny_gemma3_config, write_checkpoint
 from support.tiny_chat import write_chat_checkpoint
 
@@ -32,8 +33,7 @@ from tools.checkpoints import make_random as make_random_checkpoint
 from tools.convert import convert
 
 PACKAGE = str(Path(pop.__file__).parent)
-THOROUGH = os.environ.get("HYPOTHESIS_PROFILE") == "nightly"
-POINTS = int(os.environ.get("POP_FAILURES", 48 if THOROUGH else 8))  # lines that fail in each test, over the whole run
+POINTS = int(os.environ.get("POP_FAILURES", 48 if NIGHTLY else 8))  # lines that fail in each test, over the whole run
 
 
 class Injected(Exception):

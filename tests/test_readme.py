@@ -21,6 +21,7 @@ import pytest
 import torch
 from hypothesis import settings
 from support.chat_templates import QWEN3
+from support.nightly import NIGHTLY
 from support.readme import README, READMES, ROOT, TEXT, blocks, prose
 from support.tiny import write_weights
 from support.tiny_chat import write_chat_checkpoint
@@ -36,7 +37,6 @@ from pop.inputs.tokenizers import load_tokenizer
 from tools import demo
 
 REAL = "smollm2-135m"
-NIGHTLY = os.environ.get("HYPOTHESIS_PROFILE") == "nightly"
 real_load = functools.cache(functools.partial(pop.load, compile=False))  # compiling would take most of the time
 read_tokenizer = functools.cache(load_tokenizer)
 qwen3_vl = functools.cache(functools.partial(seeing_model, QWEN3))  # stands for any Qwen3 and Qwen3-VL

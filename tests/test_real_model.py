@@ -8,7 +8,6 @@ model. The boundary token needs its full depth. Calibrated plans cost far less t
 import dataclasses
 import json
 import math
-import os
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +15,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from support.goldens import GOLDENS, TOLERANCE
+from support.nightly import NIGHTLY
 
 import pop
 from pop.pruning import reference
@@ -119,7 +119,7 @@ BOUNDS = {
     (14, "bare"): (0.03, 0.053, 0.86),
 }
 WINDOWS = 2  # of each domain
-if os.environ.get("HYPOTHESIS_PROFILE") != "nightly":
+if not NIGHTLY:
     BOUNDS = {key: BOUNDS[key] for key in ((10, "as it ships"), (14, "bare"))}
 
 

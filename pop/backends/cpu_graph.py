@@ -35,8 +35,8 @@ class Graph:
     The function takes no arguments, and its Python reads no number of a tensor: the record has the numbers of one call.
     The caller gets copies of the results.
 
-    Recorded work reads as much memory as the weights had. So it is recorded anew if their dtypes, shapes or storages
-    change, and for another number of threads.
+    Recorded work reads the weights as they lay in memory. So it is recorded anew if their dtypes, shapes, strides or
+    storages change, and for another number of threads.
 
     The function runs as it is without compiled code, and if an operator gives a number. At the third call it runs, and
     its results are compared with those of its record. If they differ, it is not repeated.

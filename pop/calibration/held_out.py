@@ -72,7 +72,6 @@ class Judge:
     @torch.no_grad()
     def __init__(self, model, windows: Sequence[Window]):
         self.model = model
-        self.windows = windows
         rng = random.Random(0)
         self.cases = [self._case(window, rng) for window in windows]
 

@@ -129,9 +129,8 @@ class Pass:
     def _pruned_group(self, group: Group, h: Tensor, full_depth: Tensor) -> Tensor:
         """Run a group of pruned layers: h [B, T, D] -> h [B, T, D]. Only full_depth [B, T] tokens run its layers."""
         B, T, _ = h.shape
-        rows = (
-            full_depth.nonzero().view(B, -1, 2).unbind(-1)
-        )  # batch row and position [B, R]: as many in each batch row
+        # The batch row and the position of each full-depth token, [B, R] each: every batch row has as many.
+        rows = full_depth.nonzero().view(B, -1, 2).unbind(-1)
         corrections = group.corrections
         z = None
         if corrections is not None:

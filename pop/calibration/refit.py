@@ -11,8 +11,8 @@ rows s_t in X and r_t in Y, of N tokens, ridge regression toward no correction i
 
     min over C:   sum over t  |r_t - C s_t|^2  +  lambda N |C|^2            C = Y' X (X' X + lambda N I)^-1
 
-All layers of a group share a code of R numbers, so C is replaced by the product U V (`weight` and
-`shared`) of rank R that changes C s least on the text. README.md in this folder derives it.
+All layers of a group share a code of R numbers, so C is replaced by a product U V of rank R (`weight` and `shared`),
+the one that changes C s least on the text. README.md in this folder derives it.
 """
 
 import dataclasses

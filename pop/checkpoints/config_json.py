@@ -298,18 +298,14 @@ def _read_qwen3_vision(fields: Fields) -> configs.Qwen3VisionConfig:
 def _rope_fields(fields: Fields, base: str = "rope_theta", *objects: dict[str, Any]) -> Fields:
     """Collect a RoPE's fields from objects. `base` names the outer field in which transformers 4 states its base."""
     rope = Fields({"rope_theta": fields.left.pop(base, None)}, fields.place)
-    given = [
-        values for values in objects or (fields.object("rope_parameters"), fields.object("rope_scaling")) if values
-    ]
-    if any(values != given[0] for values in given):  # the reference takes rope_scaling, with defaults for what it lacks
-        raise ConfigError(
-            "rope_parameters and rope_scaling differ, and only one of them can be meant; remove the other"
-        )
-    for values in given[:1]:
-        for name, value in values.items():
-            if name == "type":  # the older name
-                name = "rope_type"
-            rope.add(name, value)
+    objects = objects or (fields.object("rope_parameters"), fields.object("rope_scaling"))
+    stated = [values for values in objects if values] or [{}]
+    if any(values != stated[0] for values in stated):  # the reference takes rope_scaling alone
+        raise ConfigError("rope_parameters and rope_scaling differ, and only one can be meant; remove the other")
+    for name, value in stated[0].items():
+        if name == "type":  # the older name
+            name = "rope_type"
+        rope.add(name, value)
     return rope
 
 

@@ -25,7 +25,7 @@ from pop.checkpoints import download as downloads
 from pop.checkpoints import registry
 from pop.cli.plans import plans
 from pop.cli.terminal import exit_status
-from pop.errors import InputError, PopError, WeightsNotFound, check_count
+from pop.errors import ContextOverflow, InputError, PopError, WeightsNotFound, check_count
 from pop.generation.sampling import OPTIONS, SamplingParams
 from pop.models.config import DTYPES
 from pop.system import files
@@ -105,6 +105,8 @@ def chat(args) -> None:
                 media = {}  # the first message has shown the images and videos
             except KeyboardInterrupt:
                 print("\n(stopped, and forgotten)", flush=True)
+            except ContextOverflow as error:
+                print(f"pop: {error}; or start a new conversation with /new", file=sys.stderr)
             except InputError as error:
                 print(f"pop: {error}", file=sys.stderr)
 

@@ -68,6 +68,12 @@ def load_image(image) -> Tensor:
 
 def _tensor_to_array(image: Tensor) -> np.ndarray:
     """Return a tensor [H, W, 3] or [3, H, W] as an array [H, W, 3]."""
+    if image.dtype != torch.uint8:
+        dtype = str(image.dtype).removeprefix("torch.")
+        raise InputError(
+            f"an image has shape {tuple(image.shape)} and dtype {dtype}; it must be uint8; "
+            "turn floats from 0 to 1 into bytes with (255 * image).round().byte()"
+        )
     channels_first = image.ndim == 3 and image.shape[0] == 3
     if channels_first and image.shape[2] == 3:
         raise InputError(f"an image tensor has shape {list(image.shape)}, either [3, H, W] or [H, W, 3]; give an array")

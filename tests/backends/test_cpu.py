@@ -2,7 +2,6 @@
 
 import functools
 import math
-import os
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -13,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support.cases import assert_close, by_position, cases, new_cache
 from support.compiler import requires_compiler
+from support.nightly import NIGHTLY
 from support.tiny import random_model, tiny_config, tiny_gemma3_config, tiny_gemma3_vl_config
 from torch._inductor.codecache import CppCodeCache
 
@@ -23,8 +23,6 @@ from pop.engine.attention import decode_attention
 from pop.engine.stages import corrected_layer
 from pop.models import layers
 from pop.pruning.corrections import Corrections
-
-THOROUGH = os.environ.get("HYPOTHESIS_PROFILE") == "nightly"
 
 
 def normal(*shape, seed=0):
@@ -56,7 +54,7 @@ COMPILED = list(product([(8, 24), (7, 24), (8, 12_290), (8, 4099)], [torch.float
 
 
 @requires_compiler
-@pytest.mark.parametrize(("size", "dtype"), COMPILED if THOROUGH else COMPILED[1:6:2])
+@pytest.mark.parametrize(("size", "dtype"), COMPILED if NIGHTLY else COMPILED[1:6:2])
 def test_a_compiled_product_with_one_token_is_the_product(size, dtype):
     height, width = size
     x, weight = normal(1, 1, width).to(dtype), normal(height, width, seed=1).to(dtype)
@@ -159,7 +157,7 @@ PAIRS = [(kind, HEADS[number % 3]) for number, kind in enumerate(KINDS)]
 
 @requires_compiler
 @pytest.mark.usefixtures("kernel")
-@pytest.mark.parametrize(("kind", "heads"), product(KINDS, HEADS) if THOROUGH else PAIRS)
+@pytest.mark.parametrize(("kind", "heads"), product(KINDS, HEADS) if NIGHTLY else PAIRS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_fused_attention_is_attention(kind, heads, dtype):
     """Of keys in order, and of keys that lie anywhere, of which some are empty slots."""

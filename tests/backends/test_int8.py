@@ -5,12 +5,12 @@ their standard deviation.
 """
 
 import copy
-import os
 from functools import partial
 
 import pytest
 import torch
 from support.compiler import requires_compiler
+from support.nightly import NIGHTLY
 from support.tiny import random_model, tiny_config, tiny_gemma3_config
 
 import pop
@@ -72,7 +72,7 @@ def test_a_loaded_model_may_be_quantized_in_place():
 @requires_compiler
 def test_compiled_equals_eager(monkeypatch):
     """Only nightly generates code for the graphs."""
-    if os.environ.get("HYPOTHESIS_PROFILE") != "nightly":
+    if not NIGHTLY:
         monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
     config = tiny_config(**WIDE, num_layers=2)
     module = quantized(random_model(config, seed=2))

@@ -8,6 +8,7 @@ from pathlib import Path
 from random import Random
 
 import pytest
+from support.nightly import NIGHTLY
 
 SOURCE = Path(__file__).parents[1] / "support" / "kernel_cases.cpp"
 AVX512 = ("avx512f", "avx512bw", "avx512dq", "avx512vl")
@@ -26,7 +27,7 @@ def processor_flags() -> set[str]:
     return {*found[1].split()} if found else set()
 
 
-@pytest.mark.skipif(os.environ.get("HYPOTHESIS_PROFILE") != "nightly", reason="builds for a minute: nightly only")
+@pytest.mark.skipif(not NIGHTLY, reason="builds for a minute: nightly only")
 @pytest.mark.parametrize("vectors", FLAGS)
 def test_kernels_stay_in_their_memory_and_are_right(vectors, tmp_path):
     """Blocks of exactly the needed size, strides of all layouts, partial blocks, rings, and spans without keys."""

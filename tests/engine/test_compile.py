@@ -3,7 +3,6 @@
 import copy
 import dataclasses
 import logging
-import os
 import random
 from contextlib import contextmanager
 from functools import partial
@@ -16,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support.cases import batches, plans, random_corrections
 from support.compiler import requires_compiler
+from support.nightly import NIGHTLY
 from support.tiny import (
     EXPERTS,
     random_model,
@@ -41,8 +41,7 @@ pytestmark = pytest.mark.usefixtures("small_query_blocks")
 PROMPT = 40  # tokens, at most
 RANK = 9  # of corrections
 # Compiling takes most of the time here, so only nightly runs compile everything that these tests can.
-THOROUGH = os.environ.get("HYPOTHESIS_PROFILE") == "nightly"
-MIXED = EXPERTS if THOROUGH else dataclasses.replace(EXPERTS, layers=(0, 1, 2, 3, 4))
+MIXED = EXPERTS if NIGHTLY else dataclasses.replace(EXPERTS, layers=(0, 1, 2, 3, 4))
 
 
 QWEN = partial(tiny_qwen3_vl_config, experts=MIXED)
@@ -58,7 +57,7 @@ def pair(request):
     module = random_model(request.param(max_positions=6000), seed=5)
     plain = pop.PrunePlan((0,))
     compiled, eager = (pop.Model(module, module.config, plan=plain, compile=it, chunk_size=16) for it in (True, False))
-    rows = 4 if THOROUGH or module.config.family == "qwen3_vl" else 1
+    rows = 4 if NIGHTLY or module.config.family == "qwen3_vl" else 1
     corrections = random_corrections(module.config, (1, 3), 1, RANK, compiled.fingerprint)
     compiled.warmup(rows, [pop.PrunePlan((1, 3), full_depth_first=1, corrections=corrections)])
     return compiled, eager, rows

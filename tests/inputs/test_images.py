@@ -175,6 +175,7 @@ def test_other_tensors_and_arrays_are_refused():
         tensor = torch.zeros(shape, dtype=dtype)
         refused(tensor, named)
         refused(tensor.numpy(), re.escape(f"shape {shape}"))
+    refused(torch.zeros(3, 8, 8, dtype=torch.bfloat16), "dtype bfloat16")  # numpy does not know it
     refused(torch.zeros(3, 8, 3, dtype=uint8), r"shape \[3, 8, 3\]")  # either layout; an array has one
 
 

@@ -2,7 +2,6 @@
 
 import itertools
 import math
-import os
 import sys
 from types import SimpleNamespace
 
@@ -11,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from support.nightly import NIGHTLY
 
 import pop
 from pop.checkpoints.config_json import read_config
@@ -298,7 +298,7 @@ EACH_ONCE = [(key, ABSURD[number % 4]) for number, key in enumerate(KEYS)]
 
 @pytest.mark.parametrize(
     ("key", "size"),
-    itertools.product(KEYS, ABSURD) if os.environ.get("HYPOTHESIS_PROFILE") == "nightly" else EACH_ONCE,
+    itertools.product(KEYS, ABSURD) if NIGHTLY else EACH_ONCE,
     ids=str,
 )
 def test_absurd_sizes(tmp_path, sound_file, key, size):

@@ -1,18 +1,16 @@
 """tools/fuzz: each loop passes, and a failure names its seed. The nightly profile runs the loops for long."""
 
-import os
 import re
 from random import Random
 
 import pytest
+from support.nightly import NIGHTLY
 
 from pop import reference
 from tools.fuzz.__main__ import LOOPS, main
 
-MANY = os.environ.get("HYPOTHESIS_PROFILE") == "nightly"
 
-
-@pytest.mark.skipif(not MANY, reason="takes ten minutes for each loop; run with HYPOTHESIS_PROFILE=nightly")
+@pytest.mark.skipif(not NIGHTLY, reason="takes ten minutes for each loop; run with HYPOTHESIS_PROFILE=nightly")
 @pytest.mark.parametrize("name", LOOPS)
 def test_nothing_fails_for_ten_minutes(name):
     assert main([name, "--minutes", "10", "--seed", str(Random().randrange(10**6))]) == 0

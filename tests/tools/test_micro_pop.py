@@ -1,11 +1,11 @@
 """tools/examples/micro_pop.py: its cache against a pass without one, and what its table shows."""
 
-import os
 import runpy
 from pathlib import Path
 
 import pytest
 import torch
+from support.nightly import NIGHTLY
 
 SCRIPT = Path(__file__).parents[2] / "tools" / "examples" / "micro_pop.py"
 micro = runpy.run_path(str(SCRIPT))
@@ -29,7 +29,7 @@ def test_it_fits_a_page():
     assert len(SCRIPT.read_text().splitlines()) <= 150
 
 
-@pytest.mark.skipif(os.environ.get("HYPOTHESIS_PROFILE") != "nightly", reason="trains for half a minute")
+@pytest.mark.skipif(not NIGHTLY, reason="trains for half a minute")
 def test_its_table_shows_what_it_claims(capsys):
     micro["main"]()
     rows = [line.split()[-2:] for line in capsys.readouterr().out.splitlines()[-5:]]

@@ -5,7 +5,6 @@ import copy
 import io
 import itertools
 import json
-import os
 import random
 import re
 import shlex
@@ -21,6 +20,7 @@ from pathlib import Path
 import pytest
 import torch
 from support.chat_models import PLANS, make
+from support.nightly import NIGHTLY
 from support.readme import blocks
 from support.serving import HEADERS, process, serving, until
 from support.tiny_chat import write_chat_checkpoint
@@ -37,7 +37,6 @@ pytest.importorskip("uvicorn")
 app = pytest.importorskip("tools.serve.app")
 
 README = "tools/serve/README.md"
-MANY = os.environ.get("HYPOTHESIS_PROFILE") == "nightly"
 
 
 def user(content):
@@ -387,7 +386,7 @@ def spoil(random, value):
 
 def test_nothing_that_a_client_sends_stops_the_server(started):
     """It runs in another process, whose memory stays flat. Some clients leave before or while they are answered."""
-    count, settled = (1000, 200) if MANY else (60, 20)
+    count, settled = (1000, 200) if NIGHTLY else (60, 20)
     server, url = started
     chance = random.Random(1)
     asked = {"model": "smollm2-135m", "temperature": 0.5, "seed": 3, "stop": ["a"], "n": 1, "stream": False}

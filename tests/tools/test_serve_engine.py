@@ -1,12 +1,12 @@
 """The engine of tools/serve: what its caches hold, who is in its batch, and what it does about errors."""
 
-import os
 import random
 
 import pytest
 import torch
 from support.cases import assert_close, random_corrections
 from support.chat_models import CONFIGS, PLANS, make
+from support.nightly import NIGHTLY
 from support.tiny import random_model, tiny_gemma3_vl_config, tiny_qwen3_vl_config
 from support.tiny_images import random_bytes
 
@@ -19,8 +19,6 @@ from tools.serve import engine as engines
 from tools.serve import kept
 from tools.serve.engine import Engine
 from tools.serve.rows import Busy, Job, Row
-
-MANY = os.environ.get("HYPOTHESIS_PROFILE") == "nightly"
 
 
 @pytest.fixture(params=[(family, name) for family in CONFIGS for name in PLANS], ids=lambda case: ", ".join(case))
@@ -200,7 +198,7 @@ OPTIONS = [
 
 
 @pytest.mark.parametrize("plan", [*PLANS.values(), SELECTING], ids=str)
-@pytest.mark.parametrize("seed", range(20 if MANY else 1))
+@pytest.mark.parametrize("seed", range(20 if NIGHTLY else 1))
 def test_jobs_in_any_order_get_the_answers_that_they_get_alone(plan, seed):
     """Rows join and leave a batch whose cache grows, and some answers end with the context."""
     chance = random.Random(seed)

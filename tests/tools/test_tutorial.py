@@ -4,12 +4,12 @@ By default it runs on a tiny random model and little text. HYPOTHESIS_PROFILE=ni
 """
 
 import json
-import os
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from support.nightly import NIGHTLY
 from support.tiny_chat import write_chat_checkpoint
 
 import pop
@@ -99,7 +99,7 @@ def test_the_outputs_are_those_of_one_run_and_small():
     assert sum("image/png" in output.get("data", ()) for output in outputs) == 5
 
 
-@pytest.mark.skipif(os.environ.get("HYPOTHESIS_PROFILE") != "nightly", reason="takes minutes; nightly")
+@pytest.mark.skipif(not NIGHTLY, reason="takes minutes; nightly")
 def test_on_the_real_model_the_numbers_are_as_the_text_says(smollm2):
     names = execute()
     assert names["decode_token"] > 2 * names["prefill_token"]
