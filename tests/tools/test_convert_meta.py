@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 from support.meta_files import from_meta, meta_name, write_meta
-from support.published import LLAMA31_8B
+from support.published import PUBLISHED
 from support.text import GOLDENS, assert_golden, spec_of
 
 import pop
@@ -78,7 +78,7 @@ def test_params_as_published(read, tmp_path, name, size, width, factor):
         module = build(config)
     assert sum(parameter.numel() for parameter in module.parameters()) == lookup(name).parameters
     if name == "llama3.1-8b":
-        (tmp_path / "config.json").write_text(json.dumps(LLAMA31_8B))  # in the layout of Hugging Face
+        (tmp_path / "config.json").write_text(json.dumps(PUBLISHED[name]))  # in the layout of Hugging Face
         assert read_config(tmp_path) == config
 
 
