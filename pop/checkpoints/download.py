@@ -16,16 +16,14 @@ import re
 import shutil
 import tempfile
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import CancelledError, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import partial
 from http.client import HTTPException, HTTPResponse
 from pathlib import Path
-from typing import Any
 from urllib.error import HTTPError
-from urllib.parse import quote, urlsplit
+from urllib.parse import quote
 from urllib.request import HTTPRedirectHandler, Request, build_opener
 
 from pop.checkpoints.config_json import read_config
@@ -57,10 +55,6 @@ ADVICE = {401: LICENCE, 403: LICENCE, 404: "check the name and the revision"}
 
 class _Passing(DownloadError):
     """A failure that may be gone at the next try."""
-
-
-class _Busy(_Passing):
-    """The hub asks to come back later, or is out of order."""
 
 
 @dataclass(frozen=True)
@@ -116,7 +110,8 @@ def download(name: str, revision: str | None = None, *, progress: bool = True) -
 def _list_files(repository: str, revision: str) -> dict[str, _File]:
     """Ask for the files of a revision. Return those that are needed, by name."""
     url = f"/api/models/{repository}/revision/{quote(revision, safe='')}?blobs=true"
-    data = _retried(partial(_read_listing, url), _Busy, threading.Event())
+    with _open(url) as answer:
+        data = b"".join(_blocks(answer, MOST_JSON))
     files = {}
     try:
         listing = json.loads(data)
@@ -134,14 +129,6 @@ def _list_files(repository: str, revision: str) -> dict[str, _File]:
             lacks = f"{repository} lacks {' or '.join(alternatives)}"
             raise DownloadError(f"{lacks}, so `pop` cannot use it{instead(listed)}")
     return files
-
-
-def _read_listing(url: str) -> bytes:
-    data = b""
-    with _open(url) as answer:
-        while block := _read(answer, MOST_JSON - len(data)):
-            data += block
-    return data
 
 
 def _fetch_all(files: dict[str, _File], folder: Path, label: str, progress: bool) -> None:
@@ -167,17 +154,12 @@ def _fetch_all(files: dict[str, _File], folder: Path, label: str, progress: bool
 def _fetch(file: _File, path: Path, step: Callable[[int], object], stop: threading.Event) -> None:
     """Fetch a file with a bounded number of requests. `step` takes the number of bytes that came."""
     path.touch()
-    _retried(partial(_continue, file, path, step, stop), _Passing, stop)
-
-
-def _retried(call: Callable[[], Any], passing: type[DownloadError], stop: threading.Event) -> Any:
-    """Return what `call` returns. If it raises `passing`, it is tried again after each of PAUSES."""
     for pause in PAUSES:
-        with suppress(passing):
-            return call()
+        with suppress(_Passing):
+            return _continue(file, path, step, stop)
         if stop.wait(pause):
             raise CancelledError
-    return call()
+    _continue(file, path, step, stop)
 
 
 def _continue(file: _File, path: Path, step: Callable[[int], object], stop: threading.Event) -> None:
@@ -189,7 +171,7 @@ def _continue(file: _File, path: Path, step: Callable[[int], object], stop: thre
                 step(-size)
                 size = 0
             with path.open("ab" if size else "wb") as target:
-                while block := _read(answer, file.size - size):
+                for block in _blocks(answer, file.size - size):
                     if stop.is_set():
                         raise CancelledError
                     target.write(block)
@@ -203,10 +185,12 @@ def _continue(file: _File, path: Path, step: Callable[[int], object], stop: thre
         raise _Passing(f"{path.name} does not have the listed hash {file.digest}; try another network, or try later")
 
 
-def _read(answer: HTTPResponse, most: int) -> bytes:
-    """Return the next bytes of an answer, at most `most`. None are left if the result is empty."""
+def _blocks(answer: HTTPResponse, most: int) -> Iterator[bytes]:
+    """Yield the bytes of an answer as they come, at most `most` of them."""
     try:
-        return answer.read1(min(most, BLOCK))
+        while block := answer.read1(min(most, BLOCK)):
+            most -= len(block)
+            yield block
     except (OSError, HTTPException) as error:
         raise _Passing(f"the connection to the hub failed ({error!s:.200}); run this again to continue") from None
 
@@ -225,27 +209,22 @@ def _open(url: str, start: int = 0) -> HTTPResponse:
     except (OSError, HTTPException, ValueError) as error:
         reason = " ".join(str(error).split())
         failed = f"{endpoint}{url} cannot be fetched ({reason:.200})"
-        code = getattr(error, "code", 0)
-        advice = ADVICE.get(code)
+        advice = ADVICE.get(getattr(error, "code", 0))
         # A redirect leads to an address whose signature expires. The hub then gives a new one.
         if advice and error.url.startswith(endpoint):
             raise DownloadError(f"{failed}; {advice}") from None
-        passing = _Busy if code == 429 or code >= 500 else _Passing
-        raise passing(f"{failed}; check the network and POP_ENDPOINT, or try later") from None
+        raise _Passing(f"{failed}; check the network and POP_ENDPOINT, or try later") from None
 
 
 class _Redirects(HTTPRedirectHandler):
     """Redirects that keep the token at its origin, and never leave https."""
 
     def redirect_request(self, request, answer, code, reason, headers, url: str) -> Request:
-        before = urlsplit(request.full_url)
-        after = urlsplit(url)
-        if after.scheme not in ("https", before.scheme):
-            raise HTTPError(url, code, "a redirect that leaves https", headers, answer)
         redirected = super().redirect_request(request, answer, code, reason, headers, url)
-        token = request.get_header("Authorization")
-        if token and (before.scheme, before.netloc) == (after.scheme, after.netloc):
-            redirected.add_unredirected_header("Authorization", token)
+        if request.type == "https" != redirected.type:
+            raise HTTPError(url, code, "a redirect that leaves https", headers, answer)
+        if (request.type, request.host) == (redirected.type, redirected.host):
+            redirected.unredirected_hdrs.update(request.unredirected_hdrs)  # the token, if it has come so far
         return redirected
 
 
@@ -253,9 +232,8 @@ def _read_token() -> str:
     """Return $HF_TOKEN or, if that is not set, the token that `hf auth login` has stored. "" means none."""
     token = os.environ.get("HF_TOKEN", "")
     if not token:
-        path = os.environ.get("HF_TOKEN_PATH") or hugging_face_home() / "token"
         with suppress(OSError):
-            token = Path(os.path.expanduser(path)).read_text(errors="replace")
+            token = (hugging_face_home() / "token").read_text(errors="replace")
     token = token.strip()
     if not re.fullmatch("[!-~]*", token):  # http.client would repeat it in its error
         raise DownloadError("HF_TOKEN, or the token of `hf auth login`, is malformed; set it again")
