@@ -16,7 +16,7 @@ from pop.generation.logits import LogitsRules
 from pop.generation.sampling import Sampler, SamplingParams, read_tokens
 from pop.inputs.processors import Prepared
 from pop.pruning.plan import PrunePlan
-from pop.runner import FULL_DEPTH, padded, token_ids
+from pop.runner import FULL_DEPTH, padded
 from pop.system.memory import to_device
 
 
@@ -61,8 +61,6 @@ class Batch:
             model.need_tokenizer("stop")
 
         ends = end_ids(model)
-        if params.stop_token_ids:
-            ends |= {*token_ids(list(params.stop_token_ids), 1, model.config.vocab_size).tolist()}
         seeds = params.seeds(len(prompts))
         if model.part is not None:  # several processes must continue with the same tokens
             seeds = model.part.agree(seeds, model.device)

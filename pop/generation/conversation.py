@@ -51,7 +51,6 @@ class Conversation:
         self.enable_thinking = enable_thinking
         self._format = model.chat_format()
         self._state = State()
-        self._cache_is_shared = False  # whether a fork may have the same cache
         self._earlier = earlier
         self._prompt("Hello")  # an error in the earlier messages shows now
         self._earlier = [_copied(message) for message in earlier]
@@ -92,18 +91,6 @@ class Conversation:
         began = time.perf_counter()
         return self._next_turn(message, images, videos, options).stream(began)
 
-    def fork(self) -> Conversation:
-        """A second conversation with the same turns. They continue independently, and share the model."""
-        other = object.__new__(type(self))
-        self._cache_is_shared = True
-        vars(other).update(vars(self))
-        return other
-
-    __copy__ = fork
-
-    def __deepcopy__(self, memo) -> Conversation:  # a turn changes neither the model nor the cache
-        return self.fork()
-
     def _prompt(self, content) -> tuple[list[int], list[Prepared]]:
         """The ids of the next turn's prompt, and the images and videos that it shows."""
         if self.turns:
@@ -125,9 +112,8 @@ class Conversation:
             if answer.finish_reason:
                 turn = Turn(content, answer.text, prompt, answer.tokens)
                 self._state = State((*state.turns, turn), batch.take_cache())
-                if state.cache is not None and not self._cache_is_shared:
+                if state.cache is not None:
                     self.model.caches.give(state.cache)
-                self._cache_is_shared = False
 
         return Batch(
             self.model,

@@ -4,7 +4,7 @@ import dataclasses
 import math
 import secrets
 from collections.abc import Callable, Sequence
-from numbers import Integral, Real
+from numbers import Real
 
 import torch
 from torch import Tensor
@@ -20,18 +20,11 @@ def _is_strings(x) -> bool:
     return isinstance(x, Sequence) and all(isinstance(one, str) and one for one in x)
 
 
-def _is_ids(x) -> bool:
-    if not isinstance(x, Sequence):
-        return False
-    return all(isinstance(one, Integral) and not isinstance(one, bool) and one >= 0 for one in x)
-
-
 # The least and the greatest value. Beyond them, logits in float32 could overflow.
 RANGES = {"temperature": (0, 1e9), "top_p": (1e-9, 1), "min_p": (0, 1), "repetition_penalty": (1e-6, 1e6)}
 # What another option accepts, and in words.
 ACCEPTED = {
     "stop": (lambda x: x is None or _is_strings(x), "a string or a list of them, none empty"),
-    "stop_token_ids": (_is_ids, "a list of token ids"),
     "logits_processor": (lambda x: x is None or callable(x), "a function, or None"),
     "logprobs": (lambda x: isinstance(x, bool), "True or False"),
 }
@@ -50,7 +43,6 @@ class SamplingParams:
     stop: str | Sequence[str] | None = None  # an answer ends before the first of these strings that it contains
     min_p: float | None = None  # draw from tokens of at least p times the likeliest one's probability; None: from all
     repetition_penalty: float = 1.0  # divides positive logits of tokens in the prompt or the answer, multiplies others
-    stop_token_ids: Sequence[int] = ()  # these tokens end an answer as the end tokens do
     min_new_tokens: int = 0  # no token ends an answer before it has as many tokens; a stop string may
     logits_processor: Callable[[list[int], Tensor], Tensor] | None = None  # see logits.py
     logprobs: bool = False  # whether a Generation has the log-probabilities of its tokens

@@ -1,6 +1,7 @@
 """Caches that are used again: the same answers, no tokens of an earlier one, and one captured step for many answers."""
 
 import copy
+import dataclasses
 import threading
 from itertools import pairwise
 
@@ -86,9 +87,10 @@ def ended(steps):
     options = {"max_new_tokens": 12, "temperature": 1.0, "seed": 4}
     first, *others = (set(one.tokens) for one in model.generate(PROMPTS, **options))
     stop = min(first - others[0] - others[1])
-    expected = [model.generate(prompt, stop_token_ids=[stop], **options).tokens for prompt in PROMPTS]
+    model.config = dataclasses.replace(model.config, eos_ids=(stop,))
+    expected = [model.generate(prompt, **options).tokens for prompt in PROMPTS]
     assert len(expected[0]) < 11 and len(expected[1]) == len(expected[2]) == 12
-    return model, options | {"stop_token_ids": [stop]}, expected
+    return model, options, expected
 
 
 def test_a_row_that_has_ended_and_stays_cannot_fail_the_batch(ended, monkeypatch):
@@ -134,27 +136,6 @@ def test_a_turn_that_fails_leaves_the_conversation_as_it_was(steps, tmp_path):
     for turn in range(3):
         alone.send(f"Hello {turn}", max_new_tokens=4)
     assert answers(chat) == answers(other) == answers(alone)
-
-
-def test_a_cache_that_a_fork_has_is_never_used_again(steps, tmp_path):
-    """A turn gives its conversation's old cache back, for answers that overwrite it."""
-    model = pop.load(write_chat_checkpoint(tmp_path), progress=False)
-    chat, twin = model.start_chat(), model.start_chat()
-    for each in (chat, twin):
-        each.send("Hello", max_new_tokens=4)
-    begun = chat.stream("Before the fork", max_new_tokens=4)
-    fork, other = chat.fork(), copy.copy(chat)
-    list(begun)
-    fork.send("No", max_new_tokens=4)
-    shared = other._state.cache
-    assert shared not in model.caches._spare
-    for n in range(3):
-        model.generate([1, 2, 3, n], max_new_tokens=4)
-    assert answers(other) == answers(twin)
-    assert other.send("Go on", max_new_tokens=6).tokens == twin.send("Go on", max_new_tokens=6).tokens
-    kept, spare = fork._state.cache, len(model.caches._spare)
-    fork.send("Yes", max_new_tokens=4)  # the fork's own cache is given back as before
-    assert kept in model.caches._spare and spare <= 2
 
 
 def test_threads_never_share_a_cache(steps):

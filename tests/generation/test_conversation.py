@@ -4,7 +4,6 @@ Answers are scripted, so that they end in every way there is; the logits that th
 compared with pop/pruning/reference.py, given which tokens of the whole sequence are at full depth.
 """
 
-import copy
 import threading
 import types
 
@@ -179,29 +178,6 @@ def test_a_turn_that_fails_leaves_the_conversation_as_it_was(model, script, monk
     assert chat.tokens == twin.tokens
 
 
-def test_a_fork_and_its_origin_go_on_independently(model, script):
-    def say(chat, message, says):
-        script.says[:] = [*says, END]
-        return chat.send(message)
-
-    chat, twin = (model.start_chat("Be brief.") for _ in range(2))
-    for each in (chat, twin):
-        say(each, "Hi, and some more, so that windows are left behind", b"Hello")
-    for duplicate in (copy.copy, copy.deepcopy, pop.Conversation.fork):
-        fork = duplicate(chat)
-        assert (fork.model, fork.turns, fork.tokens) == (chat.model, chat.turns, chat.tokens)
-        assert fork._state.cache is chat._state.cache  # nothing is copied
-    say(fork, "A question that is long enough to tell", b"An answer")
-    assert (len(fork.turns), len(chat.turns)) == (2, 1)
-    logits = []
-    for each in (chat, twin):
-        script.logits[:] = []
-        say(each, "And?", b"Yes")
-        logits.append(torch.cat(script.logits))
-    assert torch.equal(*logits) and chat.tokens == twin.tokens
-    assert fork.turns[1].answer == [*b"An answer"]
-
-
 def test_a_full_context_is_an_error_with_numbers(script):
     model = make("gemma3", pop.PrunePlan((3, 4)), max_seq_len=70)
     chat = model.start_chat()
@@ -275,15 +251,14 @@ THINKING = PLAIN_CHATML.replace(
 def test_a_conversation_without_thinking_stays_without(script):
     model = make("llama", pop.PrunePlan((3, 4)), chat_format=THINKING)
     chat = model.start_chat("Be brief.", enable_thinking=False)
-    script.says[:] = [*b"Yes", END] * 4
+    script.says[:] = [*b"Yes", END] * 2
     chat.send("Hi")
     no_thoughts = [*b"<think>\n\n</think>\n\n"]
     first = [*chatml(("system", "Be brief."), ("user", "Hi")), *no_thoughts]
     later = [END, *b"\n", *chatml(("user", "And?")), *no_thoughts]
-    for one in (chat, chat.fork(), copy.deepcopy(chat)):
-        one.send("And?")
-        assert [turn.prompt for turn in one.turns] == [first, later]
-        assert first == model.chat_tokens([*chat.messages[:2]], enable_thinking=False)
+    chat.send("And?")
+    assert [turn.prompt for turn in chat.turns] == [first, later]
+    assert first == model.chat_tokens([*chat.messages[:2]], enable_thinking=False)
 
 
 # Threads

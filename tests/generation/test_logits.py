@@ -1,4 +1,4 @@
-"""Rules before a token is picked: repetition_penalty, min_new_tokens, stop tokens and the caller's function.
+"""Rules before a token is picked: repetition_penalty, min_new_tokens and the caller's function.
 
 The reference is a loop over the plain forward pass, one row at a time.
 """
@@ -81,17 +81,6 @@ def test_no_token_ends_an_answer_before_min_new_tokens(model):
     sampled = biased.generate(PROMPTS, max_new_tokens=12, min_new_tokens=7, temperature=3.0, seed=0)
     assert min(len(answer.tokens) for answer in sampled) >= 7
     assert not {token for answer in sampled for token in answer.tokens} & {*ENDS}
-
-
-def test_stop_tokens_end_an_answer_and_are_not_part_of_it(model):
-    whole = model.generate(PROMPTS[2], max_new_tokens=9, logprobs=True)
-    free = whole.tokens
-    answer = model.generate(PROMPTS[2], max_new_tokens=9, stop_token_ids=[free[4], 250], logprobs=True)
-    assert (answer.tokens, answer.finish_reason) == (free[: free.index(free[4])], "stop")
-    assert answer.logprobs == whole.logprobs[: len(answer.tokens)]
-    assert len(model.generate(PROMPTS[2], max_new_tokens=9, stop_token_ids=[free[0]], min_new_tokens=3).tokens) >= 3
-    with pytest.raises(pop.InputError, match="token id 256"):
-        model.generate(PROMPTS[2], stop_token_ids=[256])
 
 
 # The caller's function
@@ -182,7 +171,7 @@ def test_a_row_does_not_depend_on_the_others(model):
     model = pop.Model(model.module, dataclasses.replace(model.config, eos_ids=ends), plan=pop.PrunePlan((1, 3)))
     prompts = [[token, 2 * token, 3][: 1 + token % 3] for token in range(1, 9)]
     options = {"max_new_tokens": 8, "temperature": 0.6, "min_p": 0.02, "top_p": 0.97, "seed": 5}
-    options |= {"repetition_penalty": 1.3, "min_new_tokens": 2, "stop_token_ids": [10], "logits_processor": sparse}
+    options |= {"repetition_penalty": 1.3, "min_new_tokens": 2, "logits_processor": sparse}
     answers = model.generate(prompts, logprobs=True, **options)
     assert len({len(answer.tokens) for answer in answers}) > 2
     alone = [model.generate(prompt, logprobs=True, **options) for prompt in prompts]

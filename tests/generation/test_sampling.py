@@ -163,7 +163,6 @@ REFUSED = {
     "seed": (-1, 0.5, 2**63),
     "repetition_penalty": (0, None, math.inf, HUGE, 1e-300, 1e300),  # logits would overflow
     "min_new_tokens": (-1, 257, 1.5),
-    "stop_token_ids": (5, "5", [3, -1], [3, 1.5], [3, True], [3, "a"], [3, None]),
     "logits_processor": (5,),
     "logprobs": (5,),
     "stop": ("", ["x", ""], [3], 5),
