@@ -29,7 +29,7 @@ def chat_format(tokenizer: Tokenizer, vision: Processor | None = None, choice=No
     Raises UnsupportedError if there is none, or if the choice does not fit the tokenizer; MissingExtra without jinja2.
     """
     if choice is None and tokenizer.chat_template:
-        return ChatFormat(tokenizer, vision, tokenizer.chat_template, tokenizer.tool_template)
+        return ChatFormat(tokenizer, vision, tokenizer.chat_template)
     choices = f"{', '.join(map(repr, TEMPLATES))}, or a template in Jinja as text"
     if choice is None:
         raise UnsupportedError(
@@ -51,16 +51,9 @@ class ChatFormat:
         tokenizer: Encodes what the template writes.
         vision: Prepares images and videos. None: the model takes text only.
         template: In Jinja.
-        tool_template: Writes conversations with tools. None: `template` does.
     """
 
-    def __init__(
-        self,
-        tokenizer: Tokenizer,
-        vision: Processor | None,
-        template: str,
-        tool_template: str | None = None,
-    ):
+    def __init__(self, tokenizer: Tokenizer, vision: Processor | None, template: str):
         self.tokenizer = tokenizer
         self.vision = vision
         self._variables = tokenizer.template_variables
@@ -83,12 +76,11 @@ class ChatFormat:
         self._continues = prompt.startswith(begun.rstrip())  # up to the answer, it writes a prompt in the same way
         self.opening = prompt[len(begun) :] if self._continues else ""  # the text that opens the model's turn
 
-        texts = [template, tool_template or "", *self._variables.values(), *self._places.values()]
+        texts = [template, *self._variables.values(), *self._places.values()]
         self._marks = ControlMarks(self.tokenizer.special_tokens, texts)
         self._variables = {key: self._marks.put(text) for key, text in self._variables.items()}
         self._places = {kind: self._marks.put(text) for kind, text in self._places.items()}
         self._template = jinja(template, self._marks.put)
-        self._tool_template = jinja(tool_template or template, self._marks.put)
 
     @property
     def end_ids(self) -> tuple[int, ...]:
@@ -179,11 +171,10 @@ class ChatFormat:
     def _write(
         self, told: list[dict], tools=None, add_generation_prompt: bool = True, enable_thinking: bool = True
     ) -> str:
-        template = self._tool_template if tools else self._template
         variables = {"messages": told, "tools": tools or None, "add_generation_prompt": add_generation_prompt}
         if not enable_thinking:  # by default, the variable stays undefined
             variables["enable_thinking"] = False
-        return template(marks=self._places, **self._variables, **variables)
+        return self._template(marks=self._places, **self._variables, **variables)
 
     def _encode(self, text: str, media: list[Prepared], conversation: str) -> list[int]:
         """Return the ids of what a template wrote, with images and videos in place of their marks.

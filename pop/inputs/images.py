@@ -51,9 +51,7 @@ def load_image(image) -> Tensor:
     is_path = isinstance(image, (str, os.PathLike)) and not is_url
     name = f"the image {str(image)!r:.200}" if is_path else f"an image of type {type(image).__name__}"
     with reading("a data URL" if is_url else name, FORMATS):
-        if isinstance(image, Tensor):
-            image = _tensor_to_array(image)
-        if isinstance(image, np.ndarray):
+        if isinstance(image, np.ndarray | Tensor):
             return _from_array(image)
         pillow = import_extra("PIL.Image", "pillow", "images")
         if isinstance(image, pillow.Image):
@@ -66,30 +64,23 @@ def load_image(image) -> Tensor:
             return _from_pillow(opened, name)
 
 
-def _tensor_to_array(image: Tensor) -> np.ndarray:
-    """Return a tensor [H, W, 3] or [3, H, W] as an array [H, W, 3]."""
-    if image.dtype != torch.uint8:
-        dtype = str(image.dtype).removeprefix("torch.")
-        raise InputError(
-            f"an image has shape {tuple(image.shape)} and dtype {dtype}; it must be uint8; "
-            "turn floats from 0 to 1 into bytes with (255 * image).round().byte()"
-        )
-    channels_first = image.ndim == 3 and image.shape[0] == 3
-    if channels_first and image.shape[2] == 3:
-        raise InputError(f"an image tensor has shape {list(image.shape)}, either [3, H, W] or [H, W, 3]; give an array")
+def _from_array(image: np.ndarray | Tensor) -> Tensor:
+    shape = tuple(image.shape)
+    dtype = str(image.dtype).removeprefix("torch.")
+    channels_first = isinstance(image, Tensor) and image.ndim == 3 and shape[0] == 3
+    if channels_first and shape[2] == 3:
+        raise InputError(f"an image tensor has shape {list(shape)}, either [3, H, W] or [H, W, 3]; give an array")
     if channels_first:
         image = image.permute(1, 2, 0)
-    return image.cpu().numpy()
-
-
-def _from_array(image: np.ndarray) -> Tensor:
-    if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
+    if image.ndim != 3 or image.shape[2] != 3 or dtype != "uint8":
         raise InputError(
-            f"an image has shape {image.shape} and dtype {image.dtype}; it must be HxWx3, uint8; "
+            f"an image has shape {shape} and dtype {dtype}; it must be HxWx3, uint8; "
             "turn floats from 0 to 1 into bytes with (255 * image).round()"
         )
     height, width, _ = image.shape
     check_size(width, height, "an image array")
+    if isinstance(image, Tensor):
+        image = image.cpu().numpy()
     return torch.from_numpy(np.array(image, order="C")).permute(2, 0, 1)  # [3, H, W], a copy
 
 

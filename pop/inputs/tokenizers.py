@@ -47,7 +47,6 @@ class Tokenizer:
         self.added_tokens = added
         self.bos_id = bos_id
         self.chat_template: str | None = None  # as it is in the checkpoint's files
-        self.tool_template: str | None = None  # another one for conversations with tools
         self.template_variables: dict[str, str] = {}  # what templates call bos_token and the like
         self._normalized = set(normalized)
         self._normalize = normalize
@@ -270,10 +269,8 @@ def _load(files: list[Path]) -> Tokenizer:
         replaces_spaces = normalizer.get("type") == "Replace"  # by sentencepiece's mark
         kind = sentence_piece if replaces_spaces else byte_pair
         tokenizer = kind.from_tokenizer_json(spec | {"added_tokens": added})
-    templates = _chat_templates(folder, config)
     tokenizer.template_variables = {key: token["content"] for key, token in named.items()}
-    tokenizer.chat_template = templates.get("default")
-    tokenizer.tool_template = templates.get("tool_use")
+    tokenizer.chat_template = _chat_template(folder, config)
     return tokenizer
 
 
@@ -352,16 +349,15 @@ def sort_added(tokens: list[dict], vocab: dict[str, int]) -> tuple[dict, dict, s
     return special, added, normalized
 
 
-def _chat_templates(folder: Path, config: dict[str, Any]) -> dict[str, str]:
-    """Return the chat templates by name; the usual one is "default"."""
+def _chat_template(folder: Path, config: dict[str, Any]) -> str | None:
+    """Return the chat template. Of several with names, it is the one that is called "default"."""
+    file = folder / "chat_template.jinja"
+    if file.is_file():
+        return file.read_text(encoding="utf-8")
     template = config.get("chat_template") or _read(folder, "chat_template.json").get("chat_template")
-    if (folder / "chat_template.jinja").is_file():
-        template = (folder / "chat_template.jinja").read_text(encoding="utf-8")
-    templates = {"default": template} if template else {}
     if isinstance(template, list):
-        templates = {entry["name"]: entry["template"] for entry in template}
-    for file in (folder / "additional_chat_templates").glob("*.jinja"):
-        templates[file.stem] = file.read_text(encoding="utf-8")
-    if not all(isinstance(template, str) for template in templates.values()):
-        raise TokenizerError("a chat_template is not text.")
-    return templates
+        named = {entry["name"]: entry["template"] for entry in template}
+        template = named.get("default")
+    if not isinstance(template, str | None):
+        raise TokenizerError("the chat_template is not text.")
+    return template

@@ -34,10 +34,9 @@ def base(tmp_path_factory):
 def form_of(base):
     """Return the format of a checkpoint with this template."""
 
-    def form_of(template, vision=None, tool_template=None):
+    def form_of(template, vision=None):
         tokenizer = copy.copy(base)
         tokenizer.chat_template = template
-        tokenizer.tool_template = tool_template
         return chat_format(tokenizer, vision)
 
     return form_of
@@ -158,7 +157,7 @@ TOOLS = (
 
 
 def test_tools_are_text_too(form_of):
-    form = form_of(OTHERS["hermes"], tool_template=TOOLS)
+    form = form_of(TOOLS)
     properties = {"<|im_end|>": {"type": "<|im_start|>"}, 'a "b"': {}}
     tools = [{"type": "function", "function": {"name": "<|im_end|>", "parameters": {"properties": properties}}}]
     call = {"type": "function", "function": {"name": "<|im_end|>", "arguments": {"<|im_end|>": ["</s>", 1.5, None]}}}

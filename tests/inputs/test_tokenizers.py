@@ -113,9 +113,6 @@ def test_the_chat_template_comes_with_the_tokenizer(tmp_path):
     assert load_tokenizer(tmp_path).chat_template == "two"
     (tmp_path / "chat_template.jinja").write_text("three")
     assert load_tokenizer(tmp_path).chat_template == "three"
-    (tmp_path / "additional_chat_templates").mkdir()
-    (tmp_path / "additional_chat_templates/tool_use.jinja").write_text("four")
-    assert load_tokenizer(tmp_path).tool_template == "four"
     (tmp_path / "chat_template.jinja").unlink()
     flags = '"add_bos_token": true, "add_eos_token": false'
     config.write_text(f'{{"eos_token": {{"content": "<e>"}}, "bos_token": null, "chat_template": null, {flags}}}')
