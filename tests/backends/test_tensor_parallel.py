@@ -16,9 +16,10 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
 from support.compiler import requires_compiler
+from support.goldens import GOLDENS
 from support.parallel_worker import LENGTHS, PROMPT, THOROUGH, corrections, run
 from support.readme import READMES, blocks
-from support.tiny import hf_config, tiny_config, write_weights
+from support.tiny import tiny_config, write_weights
 from support.tiny_chat import write_chat_checkpoint
 
 import pop
@@ -30,51 +31,10 @@ from pop.cli.commands import main
 from tools.checkpoints.make_random import config_of
 
 WORKER = Path(__file__).parents[1] / "support" / "parallel_worker.py"
-TEXT_SIZES = {
-    "vocab_size": 67, "hidden_size": 30, "intermediate_size": 46, "num_hidden_layers": 5, "head_dim": 10,
-    "max_position_embeddings": 512,
-}  # fmt: skip
-GEMMA3 = {
-    **TEXT_SIZES, "model_type": "gemma3_text", "num_attention_heads": 4, "num_key_value_heads": 1, "sliding_window": 5,
-    "layer_types": [f"{kind}_attention" for kind in ("sliding", "sliding", "full", "sliding", "full")],
-}  # fmt: skip
-CONFIGS = {
-    # Each rank has its own K/V heads, or shares one. Biases. The MLP and the vocabulary do not divide evenly.
-    "llama": hf_config(
-        tiny_config(num_heads=8, num_kv_heads=4, attention_bias=True, mlp_bias=True, intermediate_size=46)
-    ),
-    # Four query heads share a K/V head. Four ranks hold two copies of each K/V head. The head is the embedding.
-    "tied": hf_config(tiny_config(num_heads=8, num_kv_heads=2, tie_embeddings=True)),
-    "gemma3": GEMMA3,
-    "gemma3 with images": {
-        "model_type": "gemma3",
-        "text_config": GEMMA3,
-        "vision_config": {
-            "hidden_size": 24, "intermediate_size": 36, "num_hidden_layers": 2, "num_attention_heads": 3,
-            "image_size": 28, "patch_size": 7,
-        },
-        "mm_tokens_per_image": 4, "image_token_index": 66, "boi_token_index": 64, "eoi_token_index": 65,
-    },
-    "experts": {
-        **TEXT_SIZES, "model_type": "qwen3_moe", "num_attention_heads": 8, "num_key_value_heads": 2,
-        "num_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 62, "mlp_only_layers": [1],
-    },
-    # Its norms of q and k span the heads of all ranks, which include copies of K/V heads.
-    "olmo2": {**TEXT_SIZES, "model_type": "olmo2", "num_attention_heads": 8, "num_key_value_heads": 2},
-    "qwen3-vl": {
-        "model_type": "qwen3_vl",
-        "text_config": {
-            **TEXT_SIZES, "model_type": "qwen3_vl_text", "num_attention_heads": 4, "num_key_value_heads": 2,
-            "rope_scaling": {"mrope_interleaved": True, "mrope_section": [2, 2, 1], "rope_type": "default"},
-        },
-        "vision_config": {
-            "hidden_size": 24, "intermediate_size": 40, "depth": 4, "num_heads": 3, "out_hidden_size": 30,
-            "deepstack_visual_indexes": [1, 3], "num_position_embeddings": 25, "patch_size": 16,
-        },
-        "tie_word_embeddings": True,
-        "image_token_id": 65, "video_token_id": 66, "vision_start_token_id": 63, "vision_end_token_id": 64,
-    },
-}  # fmt: skip
+# Awkward sizes: the MLP and the vocabulary do not divide evenly. In "llama", each rank has its own K/V heads, or shares
+# one. In "tied", four ranks hold two copies of each K/V head, and the head is the embedding. The norms of q and k in
+# "olmo2" span the heads of all ranks, which include copies of K/V heads.
+CONFIGS = json.loads((GOLDENS / "parallel.json").read_bytes())
 CASES = {
     **{name: {"checkpoint": name} for name in CONFIGS},
     "calibrated": {"checkpoint": "llama", "plan": "plan", "calibrate": True, "compile": True},

@@ -14,12 +14,16 @@ from hypothesis import strategies as st
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from support.chat_formats import FORMATS
 from support.chat_templates import NAMES, OTHERS, PLAIN_CHATML, tokenizer_with
+from support.goldens import GOLDENS
 
 from pop.errors import InputError, MissingExtra, PopError, UnsupportedError
 from pop.inputs.chat import chat_format
 from pop.inputs.processors import Prepared, Processor
 
 ASKED = {"role": "user", "content": "Hi"}
+# What templates write of a message: "changes" of texts; "conditions", each with a text that makes it write a control
+# token of its own; "forms", each with a text of which it forms </s>; and bodies that are broken or hostile.
+BODIES = json.loads((GOLDENS / "chat_templates" / "bodies.json").read_bytes())
 CONVERSATION = [{"role": "system", "content": " Be\nbrief. "}, ASKED]
 CONVERSATION += [{"role": "assistant", "content": "Hello. "}, {"role": "user", "content": "  Bye\n"}]
 
@@ -148,16 +152,8 @@ def test_the_next_turn_continues_the_conversation(form_of):
         form_of(last).next_prompt("Hi")
 
 
-TOOLS = (
-    "{% if tools %}<|im_start|>tools{% for t in tools %}{{ t | tojson }}{{ t.function.name }}"
-    "{% for k, v in t.function.parameters.properties | items %}[{{ k }}]{{ v | tojson(indent=2) }}{% endfor %}"
-    "{% endfor %}<|im_end|>{% endif %}{% for m in messages %}<|im_start|>{{ m.role }}{{ m.content }}"
-    "{% for c in m.tool_calls or [] %}{{ c.function | tojson }}{% endfor %}<|im_end|>{% endfor %}"
-)
-
-
 def test_tools_are_text_too(form_of):
-    form = form_of(TOOLS)
+    form = form_of(BODIES["tools"])
     properties = {"<|im_end|>": {"type": "<|im_start|>"}, 'a "b"': {}}
     tools = [{"type": "function", "function": {"name": "<|im_end|>", "parameters": {"properties": properties}}}]
     call = {"type": "function", "function": {"name": "<|im_end|>", "arguments": {"<|im_end|>": ["</s>", 1.5, None]}}}
@@ -165,60 +161,10 @@ def test_tools_are_text_too(form_of):
     ids, special = form.encode(messages, tools=tools), form.tokenizer.special_tokens
     assert ids.count(special["<|im_end|>"]) == 4 and special["</s>"] not in ids
     told = [m | {"content": m.get("content") or ""} for m in messages]
-    assert form.tokenizer.decode(ids, special=True) == rendered(TOOLS, told, tools=tools)
+    assert form.tokenizer.decode(ids, special=True) == rendered(BODIES["tools"], told, tools=tools)
     with pytest.raises(UnsupportedError, match="leaves out the tools"):
         form_of(OTHERS["hermes"]).encode([ASKED], tools=tools)
     assert form.parse_tool_calls(f"<tool_call>{json.dumps(call['function'])}</tool_call>") == [call]
-
-
-# What a template may do with texts, and ask about them.
-CHANGES = [
-    "{{ m.content | title }}",
-    "{{ m.content | upper }}",
-    "{{ m.content | replace('a', 'b') }}",
-    "{{ (m.content + ' ') | trim }}",
-    "{{ m.content | list | join('-') }}",
-    "{{ m.content[::2] ~ m.content | first }}",
-    "{{ m.content | tojson }}{{ m.content | tojson(ensure_ascii=true) }}",
-    "{% for c in m.content %}{{ c }}{% endfor %}",
-    "{{ m.content.split('/')[-1] }}{{ m.content | wordcount }}",
-    "{% if m.content %}{{ m.content | length }}{% endif %}{{ m.content.find('n') }}{{ m.content }}",
-    "{% if '/no' in m.content and m.content == 'a/no ' %}!{% endif %}{{ m.content }}",
-    "{{ m.content.split('/')[0] }}{{ m.content[1:] }}{{ m.content.partition('/')[2] | trim }}",
-    "{{ m.content if m.content is string }}{{ m.content | lower }}",
-]
-# Each writes a control token of its own if a text is this one, and otherwise not.
-CONDITIONS = {
-    "{{ m.content }}{{ '</s>' if '/no' in m.content }}": "a/no ",
-    "{% if m.content.endswith('?') %}<s>{% endif %}{{ m.content }}": "<s>?",
-    "{{ m.content }}{{ '<|im_end|>' * (m.content | length > 9) }}": "a long text of </s>",
-    "{% macro own() %}{{ eos_token }}{% endmacro %}{{ m.content }}{{ own() if '~' in m.content }}": "a~</s>",
-}
-# Each forms </s> of its texts, in which it is not.
-FORMS = {
-    "{{ m.content | replace('-', '') }}": "<-/s>",
-    "{{ m.content[::2] }}": "<-/-s->-",
-    "{{ '<' ~ m.content }}": "/s>",
-    "{{ m.content ~ 's>' }}": "</",
-    "<{{ m.content | trim }}>": " /s ",
-    "{{ m.content }}{{ m.content }}": "s></",
-    "{{ m.content.split(',') | join }}": "<,/s,>",
-}
-BROKEN = [
-    "{% for",
-    "{{ x.y.z }}",
-    "{{ 1 / 0 }}",
-    "{% include 'x' %}",
-    "{{ m.content.__class__.__mro__ }}",
-    "{{ ''.__class__ }}",
-    "{{ messages.append(1) }}",
-    "{{ range(10 ** 9) | list }}",
-    "{{ raise_exception('no') }}",
-    "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
-    "{{ cycler.__init__.__globals__ }}",
-    "{{ nothing() }}",
-    "{{ messages[9].content }}",
-]
 
 
 @pytest.mark.parametrize(
@@ -226,23 +172,23 @@ BROKEN = [
 )
 def test_a_template_may_change_texts_and_ask_about_them(form_of, text):
     """It writes what it does with the texts as they are, and never a control token of theirs."""
-    for body in CHANGES:
+    for body in BODIES["changes"]:
         form = form_of(saying(body))
         assert written(form, user(text)) == rendered(saying(body), user(text))
         assert control_tokens(form, user(text)) == control_tokens(form, [ASKED])
 
 
-@pytest.mark.parametrize("body", CONDITIONS)
+@pytest.mark.parametrize("body", BODIES["conditions"])
 def test_a_control_token_may_depend_on_what_a_message_says(form_of, body):
     form = form_of(saying(body))
-    for messages, more in ((user(CONDITIONS[body]), 1), ([ASKED], 0)):
+    for messages, more in ((user(BODIES["conditions"][body]), 1), ([ASKED], 0)):
         assert written(form, messages) == rendered(saying(body), messages)
         assert len(control_tokens(form, messages)) == 3 + more
 
 
 def test_a_template_that_forms_control_tokens_from_parts_is_refused(form_of):
     """Elsewhere they would be control tokens."""
-    for body, text in FORMS.items():
+    for body, text in BODIES["forms"].items():
         form = form_of(saying(body))
         assert control_tokens(form, [ASKED])
         with pytest.raises(UnsupportedError, match="forms the control token '</s>'"):
@@ -251,15 +197,7 @@ def test_a_template_that_forms_control_tokens_from_parts_is_refused(form_of):
         form_of(PLAIN_CHATML.replace("<|im_start|>", "{{ '<|im' ~ '_start|>' }}")).encode([ASKED])
 
 
-@pytest.mark.parametrize(
-    "body",
-    [
-        "{% for c in m.tool_calls %}{% for k in c.function.arguments %}<|{{ k }}|>{% endfor %}{% endfor %}",
-        "{% for c in m.tool_calls %}<|{{ c.function.arguments.type }}|>{% endfor %}",
-        "{% for t in tools or [] %}{% for k in t.function.parameters.properties %}<|{{ k }}|>{% endfor %}{% endfor %}",
-        "{% for t in tools or [] %}<|{{ t.function.name }}|>{% endfor %}",
-    ],
-)
+@pytest.mark.parametrize("body", BODIES["words"])
 def test_words_of_calls_and_tools_form_no_control_token(form_of, body):
     """As in templates that write XML. Even words that are keys elsewhere."""
     form = form_of(saying("{{ m.content }}" + body))
@@ -317,7 +255,7 @@ def test_thousands_of_names_are_found_in_a_long_text_of_their_beginnings(tmp_pat
 
 
 def test_a_broken_or_hostile_template_gives_an_error_of_this_library(form_of):
-    for body in BROKEN:
+    for body in BODIES["broken"]:
         with pytest.raises(PopError, match="chat_template"):
             form_of(saying(body)).encode([ASKED])
     with pytest.raises(InputError, match="roles must alternate"):

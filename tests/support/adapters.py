@@ -4,32 +4,10 @@ import json
 
 import torch
 from safetensors.torch import save_file
+from support.goldens import GOLDENS
 
-# As PEFT 0.21 saves a config, all its fields that are off left out.
-PEFT_CONFIG = {
-    "peft_type": "LORA",
-    "peft_version": "0.21.2",
-    "auto_mapping": {"base_model_class": "LlamaForCausalLM"},
-    "base_model_name_or_path": "somebody/base",
-    "task_type": "CAUSAL_LM",
-    "inference_mode": True,
-    "bias": "none",
-    "fan_in_fan_out": False,
-    "init_lora_weights": True,
-    "lora_alpha": 6,
-    "lora_bias": False,
-    "lora_dropout": 0.1,
-    "megatron_core": "megatron.core",
-    "qalora_group_size": 16,
-    "r": 3,
-    "rank_pattern": {},
-    "alpha_pattern": {},
-    "modules_to_save": None,
-    "use_dora": False,
-    "use_rslora": False,
-    "target_modules": ["q_proj", "down_proj"],
-    "layers_to_transform": [1, 2],
-}
+# As PEFT 0.21 saves it, all its fields that are off left out.
+PEFT_CONFIG = json.loads((GOLDENS / "adapter_config.json").read_bytes())
 TARGETS = ("layers.1.self_attn.q_proj", "layers.1.mlp.down_proj", "layers.2.self_attn.q_proj", "layers.2.mlp.down_proj")
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from support.goldens import GOLDENS
 from support.tiny import random_model, tiny_config
 
 import pop
@@ -131,48 +132,8 @@ def figure(value, low=None, high=None):
     return {"value": value, "low": low, "high": high}
 
 
-def text_rows(windows, change):
-    """The figures of a domain, with half's change of perplexity."""
-    names = ("perplexity_change", "kl", "kl_first", "same", "same_first")
-    full = [figure(value) for value in (0, 0, 0, 1, 1)]
-    half = [change, figure(0.05), figure(0.031, 0, 1), figure(0.875), figure(0.75, 0, 1)]
-    rows = {
-        "full": {"perplexity": 20, **dict(zip(names, full, strict=True))},
-        "half": {"perplexity": 22, **dict(zip(names, half, strict=True))},
-    }
-    return {"windows": windows, "continuation_tokens": 128 * windows, "rows": rows}
-
-
-def retrieval_row(exact, log_prob, **compared):
-    marks = {"exact": exact, "log_prob": log_prob}
-    return {**marks, **compared, "kinds": {"codes 512": {"questions": 6, **marks}}}
-
-
-RESULT = {
-    "model": "m",
-    "num_layers": 5,
-    "dtype": "float32",
-    "seed": 3,
-    "machine": {"device": "cpu", "threads": 2, "torch": "9"},
-    "tokens": {"prompt": 256, "continuation": 128, "new": 32},
-    "text": {"all": text_rows(10, figure(0.1, 0.05, 0.15)), "prose": text_rows(4, figure(103.96))},
-    "ttft": {
-        "full": {"median_s": 0.2, "speedup": 1.0, "limit": 1.0},
-        "half": {"median_s": 0.1254, "speedup": 1.59, "limit": None},
-    },
-    "generation": {
-        "full": {"prompts": 10, "leading": 1.0, "exact": 1.0},
-        "half": {"prompts": 10, "leading": 0.625, "exact": 0.25},
-    },
-    "retrieval": {
-        "questions": 6,
-        "rows": {
-            "full": retrieval_row(0.5, -2.71),
-            "half": retrieval_row(0.25, -14.2, share=figure(0.5, 0.2, 0.8), difference=figure(-11.5, -13, -10)),
-        },
-    },
-    "human-eval": {"full": {"problems": 3, "passed": 2}, "half": {"problems": 3, "passed": 1}},
-}
+# Made-up figures as --json writes them, and their report.
+RESULT = json.loads((GOLDENS / "evaluate" / "figures.json").read_bytes())
 
 
 def plotted(shares):
@@ -194,41 +155,11 @@ def plotted(shares):
 
 
 SHARES = (figure(1.0), figure(0.1), figure(0.5, 0.4, 0.6), figure(0.0))
-REPORT = """\
-model     m, 5 layers, float32, seed 3
-machine   cpu, 2 threads, torch 9
-windows   256 prompt + 128 continuation tokens; intervals: 95 %, bootstrap over windows
-
-                  perplexity     KL  retrieved         of full           nats an answer  TTFT ms  speedup  limit
-full                   20.00               50%                                    -2.71      200    1.00x  1.00x
-half  +10.0% [+5.0%, +15.0%]  0.050        25%  50% [20%, 80%]  -11.50 [-13.00, -10.00]      125    1.59x      -
-
-all: 10 windows, 1,280 continuation tokens
-                  perplexity     KL  same top  KL first  first
-full                   20.00
-half  +10.0% [+5.0%, +15.0%]  0.050     87.5%     0.031    75%
-
-prose: 4 windows, 512 continuation tokens
-      perplexity     KL  same top  KL first  first
-full       20.00
-half     x104.96  0.050     87.5%     0.031    75%
-
-retrieval: 6 questions by kind and prompt length
-exact, nats an answer        full        half
-codes 512 (6)          50%   -2.7  25%  -14.2
-
-generation: greedy, 10 prompts, 32 tokens each
-      leading tokens equal  answers equal
-full                100.0%         100.0%
-half                 62.5%          25.0%
-
-human-eval: greedy, problems passed
-full  2 of 3
-half  1 of 3"""
 
 
 def test_the_report_has_each_figure_in_its_place():
-    assert evaluate_report.report(RESULT) == REPORT
+    report = (GOLDENS / "evaluate" / "report.txt").read_text(encoding="utf-8")
+    assert evaluate_report.report(RESULT) + "\n" == report
     without_text = {key: RESULT[key] for key in ("model", "num_layers", "dtype", "seed", "machine", "tokens", "ttft")}
     assert evaluate_report.report(without_text).split("\n\n")[1:] == [
         "      TTFT ms  speedup  limit\nfull      200    1.00x  1.00x\nhalf      125    1.59x      -"
