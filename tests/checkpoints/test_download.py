@@ -18,6 +18,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save
 from support import hub_server
+from support.goldens import REFUSED
 from support.hub_server import (
     COMMIT,
     LISTING,
@@ -410,19 +411,7 @@ def test_an_answer_that_is_no_listing(server, folder, monkeypatch, answer):
     assert not folder.parent.exists()
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"size": None},
-        {"size": "many"},
-        {"lfs": {"size": 3}},
-        {"lfs": "yes"},
-        {"lfs": None, "blobId": "../../x"},
-        {"lfs": {"sha256": "0" * 63}},
-        {"size": -1},
-        {"size": 2**60},
-    ],
-)
+@pytest.mark.parametrize("change", REFUSED["entries of the hub's listing"])
 def test_a_listing_without_a_right_size_or_hash(server, folder, change):
     listing = server.listing()
     next(entry for entry in listing["siblings"] if entry["rfilename"] == ONE).update(change)

@@ -9,6 +9,7 @@ import logging
 
 import numpy as np
 import pytest
+from support.goldens import REFUSED
 from support.text import GOLDENS
 from support.tiny import tiny_config, tiny_gemma3_vl_config, tiny_qwen3_vl_config
 from support.tiny_images import random_bytes
@@ -98,40 +99,7 @@ def test_other_fields_are_ignored_and_named_once(tmp_path, caplog):
 
 
 # A case, its file, and a field that the file states and that is not supported or wrong.
-REFUSED = [
-    ("image-size", IMAGES, "do_resize", False),
-    ("image-size", IMAGES, "do_rescale", False),
-    ("image-size", IMAGES, "do_normalize", False),
-    ("image-size", IMAGES, "resample", 2),
-    ("image-size", IMAGES, "patch_size", 14),
-    ("image-size", IMAGES, "merge_size", 4),
-    ("image-size", IMAGES, "temporal_patch_size", 1),
-    ("image-size", IMAGES, "image_processor_type", "SiglipImageProcessor"),
-    ("image-size", IMAGES, "size", {"longest_edge": 9}),
-    ("image-size", IMAGES, "size", {"height": 224, "width": 224}),
-    ("image-size", IMAGES, "size", 448),
-    ("image-pixels", IMAGES, "min_pixels", 2**27),
-    ("image-pixels", IMAGES, "max_pixels", 0),
-    ("image-colours", IMAGES, "image_mean", [0.5, 0.5]),
-    ("image-colours", IMAGES, "image_mean", [0.5, 0.5, 0.5, "x"]),
-    ("image-colours", IMAGES, "image_mean", [0.5, 0.5, True]),
-    ("image-colours", IMAGES, "image_std", [0.5, 0, 0.5]),
-    ("image-colours", IMAGES, "rescale_factor", 0),
-    ("video-size", VIDEOS, "cap_pixels_per_frame", True),
-    ("video-size", VIDEOS, "num_frames", 8),
-    ("video-size", VIDEOS, "max_frames", 1),
-    ("video-size", VIDEOS, "min_frames", 0),
-    ("video-size", VIDEOS, "fps", 0),
-    ("video-size", VIDEOS, "video_processor_type", "Qwen2VLVideoProcessor"),
-    ("gemma", IMAGES, "size", {"height": 224, "width": 28}),
-    ("gemma", IMAGES, "size", {"shortest_edge": 28, "longest_edge": 28}),
-    ("gemma", IMAGES, "resample", 3),
-    ("gemma", IMAGES, "do_pan_and_scan", True),
-    ("gemma", ALL, "image_seq_length", 256),
-]
-
-
-@pytest.mark.parametrize(("name", "file", "field", "value"), REFUSED)
+@pytest.mark.parametrize(("name", "file", "field", "value"), REFUSED["fields of processor files"])
 def test_what_is_wrong_or_not_supported_is_refused_by_name(name, file, field, value, tmp_path):
     config, *_ = case(name, tmp_path)
     write(tmp_path, {file: CASES[name]["files"][file] | {field: value}})

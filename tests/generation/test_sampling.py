@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from support.goldens import REFUSED
 from support.meta_device import META, device_only
 
 import pop
@@ -153,24 +154,8 @@ def test_nothing_waits_for_the_device(settings):
     assert sampler(logits).device == META  # the numbers are copied there
 
 
-HUGE = 10**400
-REFUSED = {
-    "max_new_tokens": (0, 2.5, True),
-    "temperature": (-1, math.nan, math.inf, HUGE, None, True, 1e10),
-    "top_k": (0, 1.5),
-    "top_p": (0, 1.1, "1"),
-    "min_p": (1.1, -0.1, math.nan),
-    "seed": (-1, 0.5, 2**63),
-    "repetition_penalty": (0, None, math.inf, HUGE, 1e-300, 1e300),  # logits would overflow
-    "min_new_tokens": (-1, 257, 1.5),
-    "logits_processor": (5,),
-    "logprobs": (5,),
-    "stop": ("", ["x", ""], [3], 5),
-}
-
-
 def test_settings_out_of_range_are_refused_by_name():
-    for name, values in REFUSED.items():
+    for name, values in REFUSED["settings of sampling"].items():
         for value in values:
             with pytest.raises(pop.InputError, match=rf"{name} is {re.escape(repr(value))};"):
                 SamplingParams(**{name: value})

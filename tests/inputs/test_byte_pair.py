@@ -10,6 +10,7 @@ from itertools import pairwise
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from support.goldens import REFUSED
 from support.text import BYTE_PAIR_FAMILIES, GOLDENS, TEXTS, assert_golden, load, spec_of
 
 from pop.errors import PopError, TokenizerError
@@ -132,44 +133,9 @@ def changed(spec: dict, path: str, value) -> dict:
     return spec
 
 
-HE = spec_of("smollm2")["added_tokens"][0] | {"content": "he", "id": spec_of("smollm2")["model"]["vocab"]["he"]}
-BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True}
-SPLIT = "pre_tokenizer/pretokenizers/0"
-# What the error names, where the file is changed, and the value there.
-REFUSED = {
-    "qwen3": [
-        ("byte_fallback", "model/byte_fallback", True),
-        ("dropout", "model/dropout", 0.1),
-        ("continuing_subword_prefix", "model/continuing_subword_prefix", "##"),
-        ("some_new_thing", "some_new_thing", {"a": 1}),
-        ("WordPiece", "model/type", "WordPiece"),
-        ("NFKC", "normalizer", {"type": "NFKC"}),
-        ("Metaspace", "decoder", {"type": "Metaspace"}),
-        ("Whitespace", "pre_tokenizer", {"type": "Whitespace"}),
-        ("Removed", f"{SPLIT}/behavior", "Removed"),
-        (r"\\w\+", f"{SPLIT}/pattern", {"Regex": r"\w+"}),
-        ("lstrip", "added_tokens/0/lstrip", True),
-        ("single_word", "added_tokens/0/single_word", True),
-        ("BertProcessing", "post_processor", {"type": "BertProcessing"}),
-        ("a text", "added_tokens/0/content", ""),
-        ("decoder", "decoder", None),
-        ("pre_tokenizer", "pre_tokenizer", None),
-        ("an id appears twice", "model/vocab/!", 1),
-        ("not a non-negative integer", "model/vocab/!", -1),
-        ("'ab' and 'c'", "model/merges/0", "ab c"),
-    ],
-    "smollm2": [
-        ("add_prefix_space", "pre_tokenizer", BYTE_LEVEL),
-        ("individual_digits': False", f"{SPLIT}/individual_digits", False),
-        ("the id 0", "added_tokens/0/id", 7777),
-        ("special token 'he'", "added_tokens/0", HE),
-    ],
-    "llama-3.1": [("post_processor", "post_processor/processors/1/single", [{"Sequence": {"id": "A"}}] * 2)],
-}
-
-
 def test_unsupported_features_are_refused_by_name(tmp_path):
-    for family, cases in REFUSED.items():
+    """By family: what the error names, where the file is changed, and the value there."""
+    for family, cases in REFUSED["tokenizer.json"].items():
         for named, path, value in cases:
             with pytest.raises(TokenizerError, match=named):
                 load(changed(spec_of(family), path, value), tmp_path)

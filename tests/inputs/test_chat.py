@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from support.chat_formats import FAMILIES, FORMATS, TOKENIZERS
+from support.goldens import REFUSED
 from support.text import GOLDENS, assert_golden
 
 from pop.errors import InputError, UnsupportedError
@@ -106,35 +107,8 @@ def test_no_text_becomes_a_control_token(family, data):
     assert written(FORMATS[family], messages) == expected
 
 
-USER = {"role": "user", "content": "x"}
-
-
-INVALID = [
-    ([], "at least one"),
-    (None, "must be a list"),
-    ("Hi", "must be a list"),
-    (USER, "must be a list"),
-    ([USER, "Hi"], "message 1 must be a dict"),
-    ([{"role": "user"}], "message 0: the content must be"),
-    ([{"content": "x"}], "message 0 has the role None"),
-    ([USER | {"name": "Bob"}], "message 0 must be a dict"),
-    ([USER | {"role": "bot"}], "message 0 has the role 'bot'"),
-    ([USER, USER | {"role": "system"}], "message 1 has the role 'system'"),
-    ([USER, USER | {"content": " \n"}], "message 1 has the role user"),
-    ([USER | {"content": []}], "message 0: the content must be"),
-    ([USER | {"content": None}], "message 0: the content must be"),
-    ([USER | {"content": ["x"]}], "message 0: a part"),
-    ([USER | {"content": [{"type": "audio"}]}], "message 0: a part"),
-    ([USER | {"content": [{"type": ["text"], "text": "x"}]}], "message 0: a part"),
-    ([USER | {"content": [{"type": "text"}]}], "message 0: a part"),
-    ([USER | {"content": [{"type": "text", "text": 3}]}], "message 0: a part"),
-    ([USER | {"content": [{"type": "text", "text": "x", "more": 1}]}], "message 0: a part"),
-    ([USER | {"content": "\ud800"}], "surrogate"),
-]
-
-
 def test_invalid_messages():
-    for messages, message in INVALID:
+    for messages, message in REFUSED["messages"]:
         with pytest.raises(InputError, match=message):
             FORMATS["smollm2"].encode(messages)
 

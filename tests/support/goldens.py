@@ -18,6 +18,8 @@ from pop.inputs.processors import Prepared
 from pop.models.vision.qwen3_vl import Grid
 
 GOLDENS = Path(__file__).parents[1] / "goldens"
+# Inputs that are refused, with what the error says, by the test that reads them.
+REFUSED = json.loads((GOLDENS / "refused.json").read_bytes())
 TOLERANCE = 1e-4  # of the standard deviation of the reference's values
 
 

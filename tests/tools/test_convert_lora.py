@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from support.adapters import TARGETS, is_of_decoder, write_adapter
+from support.goldens import REFUSED
 from support.tiny import (
     random_model,
     tiny_config,
@@ -158,29 +159,7 @@ def test_a_tied_head_takes_no_adapter(tmp_path):
 # ---- Refusals
 
 
-@pytest.mark.parametrize(
-    ("field", "value"),
-    [
-        ("peft_type", "IA3"),
-        ("bias", "lora_only"),
-        ("use_dora", True),
-        ("lora_bias", True),
-        ("fan_in_fan_out", True),
-        ("use_qalora", True),
-        ("modules_to_save", ["lm_head"]),
-        ("trainable_token_indices", [1]),
-        ("target_parameters", ["experts.down_proj"]),
-        ("layer_replication", [[0, 2]]),
-        ("alora_invocation_tokens", [5]),
-        ("init_lora_weights", "pissa"),
-        ("init_lora_weights", "loftq"),
-        ("a field of tomorrow", {"x": 1}),
-        ("lora_alpha", -1),
-        ("alpha_pattern", {"q_proj": "9"}),
-        ("alpha_pattern", {"(a+)+$": 2}),
-        ("alpha_pattern", [2]),
-    ],
-)
+@pytest.mark.parametrize(("field", "value"), REFUSED["fields of adapter_config.json"])
 def test_what_is_not_plain_lora_is_refused_by_name(base, tmp_path, field, value):
     write_adapter(tmp_path / "adapter", random_model(tiny_config()), **{field: value})
     with pytest.raises(ConfigError, match=rf"adapter_config\.json: .*{field}"):

@@ -12,6 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
+from support.goldens import REFUSED
 from support.meta_files import from_meta, meta_name, write_meta
 from support.published import PUBLISHED
 from support.text import GOLDENS, assert_golden, spec_of
@@ -82,20 +83,7 @@ def test_params_as_published(read, tmp_path, name, size, width, factor):
         assert read_config(tmp_path) == config
 
 
-@pytest.mark.parametrize(
-    ("change", "named"),
-    [
-        ({"vocab_size": -1}, "vocab_size .* -1"),
-        ({"vocab_size": None}, "vocab_size"),
-        ({"rope_theta": None}, "rope_theta"),
-        ({"n_heads": 3}, "dim .* n_heads"),
-        ({"n_layers": 5}, "rope_scaling_factor"),
-        ({"vision_chunk_size": 448}, "vision_chunk_size = 448"),
-        ({"a field of tomorrow": False}, "a field of tomorrow = False"),  # all of Meta's fields are sizes
-        ({"quantization_args": {"group_size": 32}}, "quantization_args"),
-        ({"use_scaled_rope": "yes"}, "use_scaled_rope .* 'yes'"),
-    ],
-)
+@pytest.mark.parametrize(("change", "named"), REFUSED["params.json"])
 def test_refusals_name_file_field_and_value(read, change, named):
     with pytest.raises(ConfigError, match=rf"params\.json.*{named}"):
         read({**params(4096, 32, 32, 1024, 1.3), **change})
