@@ -8,15 +8,7 @@ import sentencepiece
 import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
-from support.text import (
-    BYTE_PAIR_FAMILIES,
-    GOLDENS,
-    TRICKY_TEXT,
-    USER_DEFINED,
-    load,
-    spec_of,
-    train,
-)
+from support.text import BYTE_PAIR_FAMILIES, GOLDENS, TRICKY_TEXT, USER_DEFINED, load, spec_of, train
 
 from pop.errors import InputError, TokenizerError
 from pop.generation.answers import Answer

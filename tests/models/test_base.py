@@ -9,14 +9,7 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from support.cases import assert_close, models
-from support.tiny import (
-    EXPERTS,
-    random_model,
-    tiny_config,
-    tiny_gemma3_config,
-    tiny_olmo2_config,
-    tiny_qwen3_vl_config,
-)
+from support.tiny import EXPERTS, random_model, tiny_config, tiny_gemma3_config, tiny_olmo2_config, tiny_qwen3_vl_config
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 

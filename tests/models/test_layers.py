@@ -6,14 +6,7 @@ import pytest
 import torch
 
 from pop.models.config import RopeConfig
-from pop.models.layers import (
-    RMSNorm,
-    causal_attention,
-    masked_attention,
-    rope_frequencies,
-    rope_tables,
-    rotate,
-)
+from pop.models.layers import RMSNorm, causal_attention, masked_attention, rope_frequencies, rope_tables, rotate
 
 
 def randn(*shape, seed=0):
