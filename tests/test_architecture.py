@@ -1,28 +1,16 @@
 """The package stays readable: parts import in one direction, models and engine are pure, and files are short.
 
-The last test adds a family: its whole source, and the entries that it needs elsewhere.
+How a family is added: pop/models/README.md, whose family test_readme.py runs.
 """
 
 import ast
-import json
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import ClassVar
 
 import pytest
-import torch
-from support.cases import assert_close
-from support.tiny import hf_config, random_model, tiny_config, write_weights
 
 import pop
-from pop.checkpoints import config_json
-from pop.models import FAMILIES, base, llama
-from pop.models.config import LlamaConfig
-from pop.models.layers import RMSNorm
-from pop.pruning import reference
 
 PACKAGE = Path(pop.__file__).parent
 FILES = {path.relative_to(PACKAGE).as_posix(): path for path in sorted(PACKAGE.rglob("*.py"))}
@@ -147,57 +135,3 @@ def test_no_hugging_face_library():
     tests = Path(__file__).parent.rglob("*.py")
     pairs = [(path, source) for path in (*FILES.values(), *tests) for _, source in imported(path)]
     assert [(path.name, source) for path, source in pairs if source.split(".")[0] in libraries] == []
-
-
-# A new family: a Llama with LayerNorm in place of RMSNorm. These four classes are its source, one file in models/.
-# Elsewhere it needs an entry in each of three tables, and the last test adds the first two:
-#
-#     FAMILIES   models/__init__.py            from the config's family to the class
-#     READERS    checkpoints/config_json.py    from the model_type in config.json to the config
-#     MODELS     checkpoints/registry.py       names and sources, to be found and fetched by name
-
-
-@dataclass(frozen=True)
-class CentredConfig(LlamaConfig):
-    family: ClassVar[str] = "centred"
-
-
-class LayerNorm(RMSNorm):
-    """An RMSNorm of x minus its mean."""
-
-    def normalise(self, x):
-        return super().normalise(x - x.mean(-1, keepdim=True))
-
-
-class DecoderLayer(llama.DecoderLayer):
-    def __init__(self, config, index):
-        super().__init__(config, index)
-        self.input_layernorm = LayerNorm(config.hidden_size, config.norm_eps)
-        self.post_attention_layernorm = LayerNorm(config.hidden_size, config.norm_eps)
-
-
-class Centred(base.DecoderModel):
-    def __init__(self, config):
-        super().__init__(config, base.Decoder(config, DecoderLayer, norm=LayerNorm))
-
-
-def test_a_new_family_runs_everywhere(tmp_path, monkeypatch):
-    """It is loaded, pruned and calibrated. The engine computes what the reference computes."""
-    monkeypatch.setitem(FAMILIES, "centred", Centred)
-    reader = partial(config_json.read_llama, config=CentredConfig, architecture="CentredForCausalLM")
-    monkeypatch.setitem(config_json.READERS, "centred", reader)
-    config = CentredConfig(**vars(tiny_config()))
-    changes = {"model_type": "centred", "architectures": ["CentredForCausalLM"]}
-    (tmp_path / "config.json").write_text(json.dumps(hf_config(config) | changes), encoding="utf-8")
-    write_weights(tmp_path, config, seed=1)
-    model = pop.load(tmp_path, prune=0.5, progress=False)
-    assert model.config == config and isinstance(model.module, Centred)
-
-    prompt = torch.arange(20)
-    texts = [[(n * k) % 67 for n in range(40)] for k in range(1, 12)]
-    calibrated = pop.calibrate(model, texts, model.plan, window=40, progress=False)
-    for plan in (model.plan, calibrated):
-        logits = model.prefill(prompt[None], model.new_cache(), plan=plan)
-        assert_close(logits[0], reference.prefill(model.module, prompt, plan))
-    as_llama = random_model(tiny_config(), seed=1)  # the same weights
-    assert not torch.allclose(as_llama(prompt[None]), model.module(prompt[None]), atol=0.1)

@@ -137,16 +137,6 @@ def test_a_prefill_in_chunks_is_that_of_the_general_function(kernels, lengths):
     assert set(kernels) == {"efficient"}
 
 
-def test_tokens_that_are_not_consecutive(kernels):
-    q, (keys, values) = randn(2, 3, 6, 8), slots(3, 8)
-    spans = torch.tensor([[[0, 0], [2, 9], [5, 30]], [[0, 4], [1, 1], [30, 31]]], dtype=torch.int32)
-    held = torch.arange(35, dtype=torch.int32).expand(2, -1)
-    at = AttentionMetadata((), None, spans, held, None, torch.tensor((0, UNBOUNDED, UNBOUNDED, 0)))
-    found = CUDA_ATTENTION(q, keys, values, at, 0.3)
-    wanted = layers.masked_attention(q, keys[:, :35], values[:, :35], attention.span_mask(held, spans), 0.3)
-    torch.testing.assert_close(found, wanted)
-
-
 def test_one_token_without_positions_of_keys_attends_slots(monkeypatch, kernels):
     q, (keys, values) = randn(2, 1, 6, 8), slots(3, 8)
     at = AttentionMetadata((), None, torch.tensor([[[0, 3]], [[50, 60]]], dtype=torch.int32))

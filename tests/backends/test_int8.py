@@ -58,17 +58,6 @@ def test_logits_stay_close_and_memory_falls(family, dtype):
     assert weight.qdata.dtype == torch.int8 and weight.dtype == dtype
 
 
-def test_a_loaded_model_may_be_quantized_in_place():
-    """As in the README: the classes that a model gives to its layers take torchao's weights."""
-    torchao = pytest.importorskip("torchao.quantization")
-    config = CONFIGS["llama"]
-    model = pop.Model(random_model(config, seed=2), config, plan=PLAN, compile=False)
-    expected = run(model)
-    torchao.quantize_(model.module.layers, torchao.Int8WeightOnlyConfig(set_inductor_config=False))
-    assert 0 < error(run(model), expected) < TOLERANCE
-    assert len(model.generate(TOKENS[0], max_new_tokens=4).tokens) == 4
-
-
 @requires_compiler
 def test_compiled_equals_eager(monkeypatch):
     """Only nightly generates code for the graphs."""

@@ -476,12 +476,6 @@ def test_a_refusal_is_not_tried_again(server, folder, where, code, said):
     assert_right(folder, server)
 
 
-@pytest.mark.parametrize("junk", [b"SSH-2.0-server\r\n", b"\0" * 100, b"", b"HTTP/1.1 200 OK\r\n" * 200])
-def test_an_answer_that_is_not_http(server, junk):
-    server.faults[LISTING] = [lambda handler: handler.wfile.write(junk)] * TRIES
-    refused("http://127.0.0.1")
-
-
 def test_addresses_that_lead_nowhere(server, monkeypatch):
     """Redirects that go in a circle or to no web page, and a port at which nobody listens."""
     server.faults[LISTING] = [redirect(LISTING)] * 100

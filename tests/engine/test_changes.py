@@ -22,7 +22,7 @@ PRUNED = pop.PrunePlan((1,))
 
 
 class Adapter(nn.Module):
-    """A LoRA layer around a linear one, with its factor as a number, or in a dict as in PEFT."""
+    """A LoRA layer around a linear one."""
 
     def __init__(self, base, factor):
         super().__init__()
@@ -31,8 +31,7 @@ class Adapter(nn.Module):
         self.up = nn.Parameter(torch.randn(base.out_features, 3) / 5)
 
     def forward(self, x):
-        factor = self.factor["default"] if isinstance(self.factor, dict) else self.factor
-        return self.base(x) + x @ self.down.T @ self.up.T * factor
+        return self.base(x) + x @ self.down.T @ self.up.T * self.factor
 
 
 class Negative(nn.Module):
@@ -105,7 +104,6 @@ class NegativeMLP(pop.models.layers.MLP):
 # Each takes a layer, the list of layers and the last norm, and returns a function that undoes it.
 CHANGES = {
     "adapter": lambda layer, *_: setting(layer.self_attn, "v_proj", Adapter(layer.self_attn.v_proj, 0.5)),
-    "dict": lambda layer, *_: setting(layer.self_attn, "v_proj", Adapter(layer.self_attn.v_proj, {"default": 0.5})),
     "forward": lambda layer, *_: setting(layer.mlp, "forward", lambda x: x * 0.5),
     "method": lambda layer, *_: setting(layer, "mlp_update", lambda h: h * 0.5),
     "hook on layer": lambda layer, *_: layer.register_forward_hook(after).remove,
@@ -195,16 +193,6 @@ def test_compiled_code_follows_a_change_and_back(shared, name):
     assert_close(logits(compiled), original)
     assert len(compilations) == number
     assert number  # so these are compiled models
-
-
-@requires_compiler
-def test_a_changed_setting_in_a_dict_takes_effect(shared):
-    compiled, eager, module, _ = shared
-    factor = {"default": 0.5}
-    undo = setting(module.layers[1].self_attn, "v_proj", Adapter(module.layers[1].self_attn.v_proj, factor))
-    for factor["default"] in (0.5, 3.0):
-        assert_close(logits(compiled), logits(eager))
-    undo()
 
 
 @requires_compiler

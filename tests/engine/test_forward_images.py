@@ -122,14 +122,6 @@ def test_images_are_the_references(case, steps, stages):
         assert_close(cached_kv(module, cache, row), in_windows(module, stack_layers(kv)))
 
 
-@given(image_cases())
-def test_images_by_the_empty_plan_are_the_plain_forward_pass(case):
-    module, _, tokens, lengths, chunk, images = case
-    cache = new_cache(module, len(tokens), slots=128, chunk=chunk)
-    logits = engine.prefill(module, tokens, cache, lengths, NONE, chunk, images=images)
-    assert_close(logits, module(tokens, images)[torch.arange(len(tokens)), lengths - 1].detach())
-
-
 @given(image_cases(), st.data())
 def test_a_second_turn_may_have_images(case, data):
     """The prompt follows a text. Its tokens attend each other as they do in one prompt."""

@@ -132,41 +132,25 @@ def test_turns_continue_where_images_end(model, plan):
     assert other.send("And?", max_new_tokens=4).tokens == model.chat(asked, max_new_tokens=4, plan=plan).tokens
 
 
-def test_bfloat16(model):
-    """Tower, DeepStack and rotary tables: about 20 roundings of 2 ** -9."""
-    tokens = [[5, *image(8, 8), 6, *image(12, 6), 7]]
-    module = random_model(model.config, seed=1).bfloat16()
-    found = pop.Model(module, model.config, compile=False).logits(tokens, images=[A, B])
-    expected = model.logits(tokens, images=[A, B])
-    assert (found - expected).abs().max() < 0.2 * expected.std()
-
-
 ONE = image(8, 8)
 
 
 REFUSED = [
     (lambda m: m.generate([2, *ONE]), "912.*images"),
-    (lambda m: m.generate([2, START, VIDEO, END]), "913.*videos"),
     (lambda m: m.score([2, *ONE], [3]), "context.*912"),
     (lambda m: m.generate([2, *ONE], images=[A, B]), r"row 0.*\[64\].*images.*\[64, 72\]"),
-    (lambda m: m.generate([2, *ONE], images=[B]), r"row 0.*\[64\].*images.*\[72\]"),
     (lambda m: m.logits([[2, 3], [2, IMAGE]]), r"row 1.*\[1\].*images.*\[\]"),
     (lambda m: m.generate(f"{VIDEO_MARK}?", images=[A]), "1 images.*0"),
     (lambda m: m.generate(f"{IMAGE_MARK}{VIDEO_MARK}", images=[A]), "0 videos.*1"),
-    (lambda m: m.generate([[2], [2, *ONE]], images=[A]), "images.* 2 lists"),
     (lambda m: m.generate([[2], [2, *ONE]], images=[A, [B]]), "images.* 2 lists"),
     (lambda m: m.generate([[2], [2, *ONE]], videos=[FILM]), "videos.* 2 lists"),
     (lambda m: m.generate([2], videos=FILM), "videos.*ndarray"),
     (lambda m: m.generate([2], videos=[FILM[0]]), "an image.*shape"),
-    (lambda m: m.generate([[2], [2]], videos=[["a.mp4"], []]), "a.mp4"),
     (lambda m: m.generate([2, *ONE], images=["no.png"]), "'no.png'"),
-    (lambda m: m.generate([2, *ONE], images=[3]), "an image.*int"),
     (lambda m: m.chat([{"role": "user", "content": "x"}], videos=[FILM]), "chat.*videos"),
     (lambda m: m.chat([{"role": "user", "content": [{"type": "video"}]}]), "message 0"),
     (lambda m: m.chat([{"role": "system", "content": [{"type": "image", "image": A}]}]), "message 0 has an image"),
     (lambda m: m.start_chat().send("x", images=A), "images.*ndarray"),
-    (lambda m: m.start_chat().send("x", videos="a.mp4"), "videos.*str"),
-    (lambda m: m.start_chat().send(3), "message.* 3"),
     (lambda m: m.start_chat().send([]), r"message.*\[\]"),
 ]
 

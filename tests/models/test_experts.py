@@ -9,7 +9,6 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
-from support.published_vl import published
 from support.tiny import experts_one_by_one, experts_transposed, tiny_qwen3_moe_config, write_weights
 from support.torch_calls import calls_of
 
@@ -17,8 +16,6 @@ from pop.backends.experts import few_tokens
 from pop.backends.tensor_parallel import Part
 from pop.checkpoints.weights import load_weights
 from pop.models.experts import by_expert
-from pop.pruning.cost import prefill_flops, speedup_limit
-from pop.pruning.plan import PrunePlan
 
 
 def draw_tokens(count, experts, k, seed=0):
@@ -92,15 +89,3 @@ def test_each_process_reads_its_part_of_any_layout(tmp_path, layout, size):
             assert torch.equal(found[f"{name}.down_proj"], before[f"{name}.down_proj"][..., begin:end])
         assert torch.equal(found["model.layers.2.mlp.gate.weight"], before["model.layers.2.mlp.gate.weight"])
         assert part.num_parameters == sum(tensor.numel() for tensor in before.values())
-
-
-def test_what_pruning_gains():
-    """Of 30B parameters, 3.3B work for a token. A pruned layer saves both attention and experts."""
-    config = published("30b-a3b")  # as in Qwen3-30B-A3B
-    token = prefill_flops(config, 2, PrunePlan.none()) - prefill_flops(config, 1, PrunePlan.none())
-    attention = 48 * 2 * 2 * 2 * 32 * 128  # of the second token, over two positions
-    active = (token - attention) / 2
-    per_layer = 2 * 2048 * 128 * (32 + 4) + 2048 * 128 + 8 * 3 * 2048 * 768
-    assert active == 48 * per_layer
-    assert round((active + 2 * 151_936 * 2048) / 1e9, 1) == 3.4  # both embeddings counted; published as 3.3
-    assert round(speedup_limit(config, 2048, PrunePlan.deepest(48, 1 / 3)), 2) == 1.48

@@ -11,7 +11,6 @@ from support.goldens import TOLERANCE, Golden, Qwen3VLCase, error, qwen3_vl_case
 from support.tiny import random_model, tiny_qwen3_vl_config
 
 import pop
-from pop.errors import InputError
 from pop.models.qwen3_vl import image_positions
 from pop.models.vision.qwen3_vl import Grid
 
@@ -70,17 +69,3 @@ def test_positions_by_the_rule(parts):
     positions, following = image_positions(tokens, CONFIG, videos=grids)
     assert positions.T.tolist() == [list(position) for position in expected]
     assert following == at
-
-
-@pytest.mark.parametrize(
-    ("tokens", "images", "named"),
-    [
-        ([1, 60, 60, 2], [], r"\[2\].*images.*\[\]"),
-        ([1, 61, 2], [], r"\[1\].*videos.*\[\]"),
-        ([1, 60, 60, 2], [(1, 2, 4), (1, 2, 2)], r"\[2\].*images.*\[2, 1\]"),
-        ([1, 60, 60, 60], [(1, 2, 4)], r"\[3\].*images.*\[2\]"),
-    ],
-)
-def test_placeholders_without_images_and_images_without_placeholders(tokens, images, named):
-    with pytest.raises(InputError, match=named):
-        image_positions(tokens, CONFIG, [Grid(*grid) for grid in images])

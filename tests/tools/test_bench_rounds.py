@@ -109,21 +109,6 @@ def test_the_clock_times_the_first_token_and_each_step_apart(monkeypatch):
     assert timed(lambda: spend(5, 2), lambda token: spend(token, token + 1), 3) == (5.0, [2.0, 3.0, 4.0])
 
 
-def test_cold_lengths_are_met_twice_with_new_caches(model, monkeypatch):
-    calls, prefill = [], model.prefill
-
-    def watched(tokens, cache, **options):
-        calls.append((len(tokens[0]), cache.max_seq_len, int(cache.lengths[0]), options["plan"], id(cache)))
-        return prefill(tokens, cache, **options)
-
-    monkeypatch.setattr(model, "prefill", watched)
-    result = measure.measure_cold(model, [5, 9], 3)
-    none = pop.PrunePlan.none()
-    assert [call[:4] for call in calls] == [(5, 8, 0, none)] * 2 + [(9, 12, 0, none)] * 2
-    times = {"ttft_s", "step_s"}
-    assert all(row[time].keys() == times for row in result.values() for time in ("first", "second"))
-
-
 def test_a_limit_counts_reads_on_a_gpu():
     """By the medians of the measured rates, for the model's dtype and chunks."""
     config, plan = tiny_config(), pop.PrunePlan((3, 4))
@@ -159,15 +144,6 @@ def test_slots_start_from_the_same_position_in_both_caches(model, monkeypatch):
     assert (result["slots"], result["position"]) == ([2048, 32768], 5)
     assert result["ratio"]["median"] == result["step_s"][1]["median"] / result["step_s"][0]["median"]
 
-    class TooLarge(measure.KVCache):
-        def __init__(self, config, rows, slots, **options):
-            if slots > 2048:
-                raise pop.CacheMemoryError("too large")
-            super().__init__(config, rows, slots, **options)
-
-    monkeypatch.setattr(measure, "KVCache", TooLarge)
-    assert measure.measure_slots(model, 5, 2, 1)["left_out"] == "too large"
-
 
 def test_attention_is_that_of_the_full_prefill(monkeypatch):
     """Two windows and none, three chunks: how many tokens attend how many keys, in each layer."""
@@ -202,10 +178,3 @@ def test_llama_cpp_reads_the_prompt_and_then_its_own_tokens(model, monkeypatch, 
     assert {one.kwargs["temp"] for one in llama.sample.call_args_list} == {0}
     with pytest.raises(pop.InputError, match="needs --gguf"):
         rivals.llama_cpp(model, None, None)
-
-
-@pytest.mark.parametrize("name", ["transformers", "llama.cpp"])
-def test_a_rival_that_is_not_installed_is_named(model, monkeypatch, name):
-    monkeypatch.setitem(sys.modules, {"llama.cpp": "llama_cpp"}.get(name, name), None)
-    with pytest.raises(pop.MissingExtra, match="--against needs the package"):
-        rivals.RIVALS[name](model, {}, None)

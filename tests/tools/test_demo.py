@@ -1,7 +1,6 @@
 """The demo: every number but the times, against the model itself."""
 
 import json
-import re
 import sys
 
 import pytest
@@ -110,29 +109,6 @@ def test_a_prefill_is_timed_until_two_times_are_close(runs, seconds, fastest, co
     assert rows[1]["speedup"] == fastest[0] / fastest[1]
     assert left == []
     assert calls[:2] == [(64, 2), (70, 4)]
-
-
-def test_the_report_is_readable(arguments, monkeypatch, capsys):
-    """A row is printed before the next is measured."""
-    printed = []
-
-    def compare(*args, original=demo.compare, **options):
-        for row in original(*args, **options):
-            printed.append(capsys.readouterr().out)
-            yield row
-
-    monkeypatch.setattr(demo, "compare", compare)
-    assert main([*arguments, "--runs", "1"]) == 0
-    rows = [printed[1].rstrip("\n"), capsys.readouterr().out.splitlines()[0]]
-    assert [row[:58].strip() for row in rows] == ["the whole model", "without layers 2 to 4, last 3 tokens whole"]
-    assert all(re.search(r"  \d\.\d{3} +\d\.\d{3} +\d+%$", row) for row in rows)
-    assert len(rows[0]) == len(rows[1])  # aligned
-
-
-def test_a_single_token_of_an_unpruned_model(arguments, capsys):
-    assert main([*arguments, "--prune", "none", "--max-new-tokens", "1", "--runs", "1", "--json"]) == 0
-    (row,) = json.loads(capsys.readouterr().out)["rows"]
-    assert (row["kl_nats"], row["answer_tokens"], row["speedup_limit"]) == (0, 1, 1)
 
 
 def test_the_story_fills_the_prompt(folder, tmp_path, capsys, monkeypatch):

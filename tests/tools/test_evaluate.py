@@ -204,19 +204,6 @@ def test_a_file_that_can_no_longer_be_written_is_an_error_and_leaves_nothing(tmp
     assert list(tmp_path.iterdir()) == [path] and not list(path.iterdir())
 
 
-def test_the_contenders_are_made_as_the_command_line_asks(run, tmp_path, monkeypatch):
-    asked = []
-    monkeypatch.setattr(evaluate, "make_contenders", lambda model, *a, **o: asked.append((*a, o)) or 1 / 0)
-    files = [tmp_path / "one.txt", tmp_path / "two.txt"]
-    for file in files:
-        file.write_text(file.stem)
-    words = "--prune 0.4 --baselines no-kv,shortgpt --baseline-fraction 0.5 --seed 3 --calibration"
-    with pytest.raises(ZeroDivisionError):
-        run(words, *files)
-    options = {"fraction": 0.5, "calibration": ["one", "two"], "seed": 3}
-    assert asked == [(["0.4"], ["no-kv", "shortgpt"], options)]
-
-
 def test_the_default_domains_are_the_texts_of_the_repository():
     domains = text.read_domains([])
     assert all(path.is_file() for files in domains.values() for path in files)

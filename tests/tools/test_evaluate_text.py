@@ -97,15 +97,6 @@ def test_the_bootstrap_interval_covers_the_mean_as_often_as_it_says():
     assert (high - low) / 2 == pytest.approx(2.201 * values.std(ddof=1) / 12**0.5, rel=0.01)
 
 
-def test_the_change_is_paired_window_by_window():
-    """Two models whose perplexities scatter alike, and whose ratio does not."""
-    full = np.zeros((40, 5))
-    full[:, 0] = np.random.default_rng(0).uniform(1, 5, size=40)
-    row = text._summary(full + np.array([0.1, 0, 0, 0, 0]), full, 200, 0)
-    assert row["perplexity_change"]["low"] == pytest.approx(np.exp(0.1) - 1)
-    assert row["perplexity_change"]["high"] == pytest.approx(np.exp(0.1) - 1)
-
-
 def test_ttft_is_the_median_of_runs_in_turn_after_a_warm_up(tiny, contenders, monkeypatch):
     now, calls = [0.0], []
 

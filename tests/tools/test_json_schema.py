@@ -6,7 +6,7 @@ import pytest
 from support.tiny_chat import write_chat_checkpoint
 
 import pop
-from tools.examples.json_schema import JsonSchema, main
+from tools.examples.json_schema import JsonSchema
 
 SCHEMA = {
     "type": "object",
@@ -39,9 +39,3 @@ def test_answers_follow_the_schema_alone_and_in_a_batch(folder):
     assert len(found) > 2
     with pytest.raises(pop.InputError, match="JSON schema cannot be used"):
         JsonSchema(model, {"type": "nothing"})
-
-
-def test_the_command_prints_json(folder, capsys):
-    pytest.importorskip("llguidance", reason="llguidance is not installed (pip install llguidance)")
-    assert main(["A cat: ", "--model", str(folder), "--schema", json.dumps(SCHEMA)]) == 0
-    assert json.loads(capsys.readouterr().out).keys() == {"kind", "young", "legs"}

@@ -277,14 +277,11 @@ def test_rows_are_those_of_the_reference(full_depth):
         assert row.unique().tolist() == expected.tolist()
 
 
-@pytest.mark.parametrize("version", ["5.6.0", "5.24.9"])
-def test_versions(stand_in, version):
-    stand_in.__version__ = version
-    assert library() is stand_in
-
-
-@pytest.mark.parametrize("version", ["5.25.0.dev0", "4.57.6", "5.5.4", "6.0"])
-def test_other_versions_are_refused(stand_in, version):
-    stand_in.__version__ = version
-    with pytest.raises(UnsupportedError, match=version):
-        library()
+def test_other_versions_of_transformers_are_refused(stand_in):
+    for version in ("5.6.0", "5.24.9"):
+        stand_in.__version__ = version
+        assert library() is stand_in
+    for version in ("5.25.0.dev0", "4.57.6", "5.5.4", "6.0"):
+        stand_in.__version__ = version
+        with pytest.raises(UnsupportedError, match=version):
+            library()

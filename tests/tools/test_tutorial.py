@@ -67,20 +67,6 @@ def test_the_fit_by_hand_is_ridge_regression(short, previous):
         np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("previous", [False, True])
-def test_no_other_code_of_its_size_changes_the_corrections_less(short, previous, monkeypatch):
-    """A code of full size changes nothing. A smaller one changes what Eckart and Young's theorem says."""
-    corrections = short["fit"](short["half"], previous)
-    X = short["inputs"](short["entering"][short["half"][0]], previous)[:, 1:].flatten(0, 1).double()
-    C = torch.linalg.cholesky(X.T @ X / len(X) + 0.1 * torch.eye(X.shape[1]))
-    for rank in (X.shape[1], 4):
-        monkeypatch.setitem(short, "RANK", rank)
-        U, V = short["share"](corrections, short["half"], previous)
-        changed = ((corrections.double() - U.double() @ V.double()).flatten(0, 1) @ C).square().sum().item()
-        least = torch.linalg.svdvals(corrections.double().flatten(0, 1) @ C)[rank:].square().sum().item()
-        assert changed == pytest.approx(least, rel=1e-3, abs=1e-6)
-
-
 def test_each_point_of_the_frontier_is_of_its_own_plan(short):
     assert list(short["depths"]) == [1, 2, 3, 4]
     for name, plans in short["frontier"].items():
