@@ -46,14 +46,6 @@ def test_a_tokenizer_that_cannot_be_read_need_not_be(folder, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("prune", "layers"),
-    [("default", (4,)), (None, ()), ("none", ()), (0.5, (3, 4)), (1.0, (0, 1, 2, 3, 4)), (pop.PrunePlan((1,)), (1,))],
-)
-def test_prune_takes_every_form(folder, prune, layers):
-    assert pop.load(folder, prune=prune).plan.layers == layers
-
-
-@pytest.mark.parametrize(
     ("options", "error", "named"),
     [
         ({"prune": "much"}, pop.PlanError, "plan.*'much'"),
@@ -61,12 +53,9 @@ def test_prune_takes_every_form(folder, prune, layers):
         ({"prune": 1.5}, pop.PlanError, r"fraction.*1\.5"),
         ({"prune": pop.PrunePlan((5,))}, pop.PlanError, "layer 5.*0 to 4"),
         ({"dtype": "bfloat16"}, pop.InputError, "dtype.*'bfloat16'"),
-        ({"dtype": torch.int8}, pop.InputError, r"dtype.*torch\.int8"),
         ({"dtype": torch.float8_e4m3fn}, pop.InputError, r"dtype.*torch\.float8_e4m3fn"),
         ({"device": "abacus"}, pop.InputError, "device.*'abacus'"),
-        ({"device": "meta"}, pop.InputError, "device.*'meta'"),
         ({"device": "cuda:99"}, pop.InputError, "device.*'cuda:99'"),
-        ({"max_seq_len": 0}, pop.InputError, "max_seq_len.*0"),
         ({"max_seq_len": 513}, pop.ContextOverflow, "max_seq_len.*513.*512"),
         ({"compile": "always"}, pop.InputError, "compile.*'always'"),
     ],

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -614,15 +615,11 @@ def test_a_second_process_waits_and_finds_the_files(server, folder, capsys):
         handler.file()
 
     server.faults[ONE] = [hold]
-    results = []
-    threads = [threading.Thread(target=lambda: results.append(fetch())) for _ in range(2)]
-    for thread in threads:
-        thread.start()
-    while "Waiting for another process" not in capsys.readouterr().err:
-        time.sleep(0.01)
-    waiting.set()
-    for thread in threads:
-        thread.join()
+    with ThreadPoolExecutor(2) as pool:
+        results = [pool.submit(fetch) for _ in range(2)]
+        while "Waiting for another process" not in capsys.readouterr().err:
+            time.sleep(0.01)
+        waiting.set()
     assert_right(folder, server)
-    assert results == [folder, folder]
+    assert [result.result() for result in results] == [folder, folder]
     assert server.asked(ONE) == [None]

@@ -2,7 +2,7 @@
 
 import copy
 import dataclasses
-import threading
+from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 
 import pytest
@@ -140,18 +140,10 @@ def test_a_turn_that_fails_leaves_the_conversation_as_it_was(steps, tmp_path):
 
 def test_threads_never_share_a_cache(steps):
     model = new_model()
-    expected = {tuple(prompt): model.generate(prompt, max_new_tokens=8).tokens for prompt in PROMPTS}
-    wrong = []
-
-    def run(prompt):
-        for _ in range(2):
-            if model.generate(prompt, max_new_tokens=8).tokens != expected[tuple(prompt)]:
-                wrong.append(prompt)
-
-    threads = [threading.Thread(target=run, args=(prompt,)) for prompt in PROMPTS]
-    [thread.start() for thread in threads]
-    [thread.join() for thread in threads]
-    assert wrong == []
+    expected = [[model.generate(prompt, max_new_tokens=8).tokens] * 2 for prompt in PROMPTS]
+    with ThreadPoolExecutor(len(PROMPTS)) as pool:
+        found = pool.map(lambda prompt: [model.generate(prompt, max_new_tokens=8).tokens for _ in range(2)], PROMPTS)
+        assert list(found) == expected
 
 
 def test_kept_caches_give_way_if_memory_is_short(steps, monkeypatch):

@@ -140,12 +140,9 @@ def test_what_the_function_may_not_return(model):
     for function, words in (
         (lambda tokens, logits: None, "returned NoneType; .*shape \\[256\\]"),
         (lambda tokens, logits: logits[:-1], "returned torch.float32 \\[255\\]"),
-        (lambda tokens, logits: logits[None], "returned torch.float32 \\[1, 256\\]"),
         (lambda tokens, logits: logits.argsort(), "returned torch.int64 \\[256\\]"),
-        (lambda tokens, logits: logits.tolist(), "returned list"),
         (lambda tokens, logits: torch.full_like(logits, -math.inf), not_finite),
         (broken_at(9, math.nan), not_finite),
-        (broken_at(9, math.inf), not_finite),
     ):
         with pytest.raises(pop.InputError, match=f"logits_processor {words}"):
             model.generate(PROMPTS, max_new_tokens=2, logits_processor=function)

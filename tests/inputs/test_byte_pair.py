@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from support.goldens import REFUSED
 from support.text import BYTE_PAIR_FAMILIES, GOLDENS, TEXTS, assert_golden, load, spec_of
 
-from pop.errors import PopError, TokenizerError
+from pop.errors import TokenizerError
 from pop.inputs.tokenizers import load_tokenizer
 
 TOKENIZERS = {family: load_tokenizer(GOLDENS / family) for family in BYTE_PAIR_FAMILIES}
@@ -152,40 +152,3 @@ def test_broken_files(tmp_path):
             (folder / name).write_bytes(text.encode("latin-1"))
             with pytest.raises(TokenizerError, match=re.escape(str(folder))):
                 load_tokenizer(folder)
-
-
-JSON = st.recursive(
-    st.none() | st.booleans() | st.integers(-2, 300) | st.sampled_from(["", "a", "Ġ", "he", "\ud800", "<|im_end|>"]),
-    lambda inner: (
-        st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["id", "type", "a"]), inner, max_size=3)
-    ),
-    max_leaves=4,
-)
-
-
-@given(data=st.data(), family=st.sampled_from(BYTE_PAIR_FAMILIES))
-def test_a_damaged_tokenizer_json_never_ends_in_another_error(tmp_path_factory, data, family):
-    """A value anywhere is replaced or removed, or the text is cut or has a wrong byte."""
-    spec = spec_of(family)
-    if data.draw(st.booleans()):
-        part, key = {"": spec}, ""
-        while isinstance(part[key], dict | list) and len(part[key]) and data.draw(st.integers(0, 4)):
-            part = part[key]
-            key = data.draw(st.sampled_from(sorted(part) if isinstance(part, dict) else range(len(part))))
-        if key != "" and data.draw(st.booleans()):
-            del part[key]
-        else:
-            part[key] = data.draw(JSON)
-        spec = part[""] if key == "" and "" in part else spec
-        content = json.dumps(spec).encode()
-    else:
-        content = bytearray(json.dumps(spec, separators=(",", ":")).encode())
-        place = data.draw(st.integers(0, len(content) - 1))
-        content[place : data.draw(st.sampled_from([place + 1, None]))] = data.draw(st.binary(max_size=2))
-    folder = tmp_path_factory.mktemp("damaged")
-    (folder / "tokenizer.json").write_bytes(content)
-    try:
-        tokenizer = load_tokenizer(folder)
-        tokenizer.decode(tokenizer.encode("The end, the 2nd\x04 <|im_end|>", allow_special=True), special=True)
-    except PopError:
-        pass

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from support.chat_templates import QWEN3, QWEN3_INSTRUCT, QWEN3_THINKING
+from support.goldens import REFUSED
 from support.text import GOLDENS
 
 from pop.errors import InputError
@@ -85,30 +86,11 @@ def test_calls_in_an_answer_are_found():
             qwen.parse_tool_calls(f"<tool_call>{broken}</tool_call>")
 
 
-WRONG_CALLS = [
-    3,
-    ["f"],
-    [{"name": "f"}],
-    [{"name": 3, "arguments": {}}],
-    [{"name": "f", "arguments": "["}],
-    [{"name": "f", "arguments": "[]"}],
-]
-
-
-WRONG = [
-    *(({"role": "assistant", "content": "", "tool_calls": calls}, "tool_calls must be") for calls in WRONG_CALLS),
-    ({"role": "assistant", "content": "", "reasoning_content": 3}, "reasoning_content must be"),
-    ({"role": "assistant", "tool_calls": []}, "content must be"),
-    ({"role": "user", "content": "", "tool_calls": []}, "must be a dict"),
-    ({"role": "tool"}, "content must be"),
-    ({"role": "tool", "content": {"a": 1}}, "content must be"),
-    ({"role": ["tool"], "content": ""}, "has the role"),
-    ({"role": "assistant", "tool_calls": [{"name": "f", "arguments": {"x": {1, 2}}}]}, "cannot be written as JSON"),
-]
-
-
 def test_messages_and_tools_that_are_refused():
-    for message, named in WRONG:
+    called = {"role": "assistant", "content": ""}
+    wrong = [(called | {"tool_calls": calls}, "tool_calls must be") for calls in REFUSED["tool calls"]]
+    wrong.append((called | {"tool_calls": [{"name": "f", "arguments": {"x": {1, 2}}}]}, "cannot be written as JSON"))
+    for message, named in [*wrong, *REFUSED["messages of assistants and tools"]]:
         with pytest.raises(InputError, match=named):
             form_of("qwen3").encode([ASKED, message])
     for tools in (3, {"name": "f"}, ["f"], [{"f": {1}}], [{"f": float}]):

@@ -94,17 +94,6 @@ def test_a_prefix_with_images_and_a_rest_with_images_are_one_prompt(model, last)
     assert [one.tokens for one in together] == [one.tokens for one in expected]
 
 
-def test_prompts_that_a_prefix_refuses(model):
-    a = prepared(model, 0)
-    placeholder = tokens_of(a)[1]
-    with pytest.raises(InputError, match=f"the prefix has tokens {placeholder}"):
-        model.prefix(tokens_of(2, a))
-    with pytest.raises(InputError, match=f"images .* lacks tokens {placeholder}"):
-        model.prefix(tokens_of(2, a), images=[a, a])
-    with pytest.raises(InputError, match="row 0"):
-        model.prefix(tokens_of(2, a, a, 3), images=[a])
-
-
 # ---- Importance ----
 
 

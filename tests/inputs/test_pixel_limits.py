@@ -100,8 +100,6 @@ def test_wrong_limits_are_refused_everywhere(model, folder):
     for limits, message in (
         ({"min_pixels": 0}, "min_pixels is 0"),
         ({"max_pixels": 1e6}, "max_pixels is 1000000.0"),
-        ({"max_pixels": True}, "max_pixels is True"),
-        ({"max_pixels": [1, 2]}, r"max_pixels is \[1, 2\]"),
         ({"min_pixels": 5000, "max_pixels": 4000}, "min_pixels is 5000; .* 4000"),
     ):
         with pytest.raises(InputError, match=message):

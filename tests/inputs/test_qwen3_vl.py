@@ -95,17 +95,13 @@ INVALID = [
     (FRAMES[:1], None, "has 1 frames"),
     ([], None, "has 0 frames"),
     (FRAMES[0], None, r"shape \(8, 3\)"),
-    (FRAMES.astype(np.float32), None, "dtype float32"),
     (torch.zeros(24, 16, 3, dtype=torch.uint8), None, r"shape \(16, 3\)"),
     ([FRAMES[0], np.zeros((8, 9, 3), np.uint8)], None, r"\(3, 8, 8\) and \(3, 8, 9\)"),
     (b"film.mp4", None, "type bytes"),
     ("film.mp4", 24, "fps is 24"),
-    (7, None, "type int"),
     (FRAMES, 0, "fps is 0"),
     (FRAMES, float("nan"), "fps is nan"),
-    (FRAMES, "2", "fps is '2'"),
     (FRAMES, 5e-324, "fps is 5e-324; .* from 1e-6"),
-    (FRAMES, True, "fps is True"),
     (np.zeros((2, 8, 1700, 3), np.uint8), None, "1700 x 8 pixels"),
 ]
 

@@ -86,7 +86,6 @@ def broken(av, folder):
     film = write(av, folder / "film.mp4", 30, movflags="faststart")
     for name, content in {
         "empty.mp4": b"",
-        "text.mp4": b"Once upon a time, there was a film. " * 40,
         "noise.mkv": random_bytes(60, 60, 3, 0).tobytes(),
         "playlist.m3u8": b"#EXTM3U\n#EXT-X-TARGETDURATION:9\n#EXTINF:9,\nfilm.mp4\n#EXT-X-ENDLIST\n",
         "list.mp4": f"ffconcat version 1.0\nfile {film}\n".encode(),

@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from support.cases import random_corrections
+from support.goldens import REFUSED
 from support.tiny import tiny_config
 
 from pop import PlanError, PrunePlan
@@ -99,20 +100,7 @@ def test_corrections_that_do_not_fit_their_plan_are_refused(fields):
         PrunePlan(**good | fields)
 
 
-@pytest.mark.parametrize(
-    ("name", "shape"),
-    [
-        ("weight", (2, 20, 7)),
-        ("weight", (2, 2, 20, 8)),
-        ("bias", (2, 2, 21)),
-        ("shared", (1, 6, 60)),
-        ("shared", (2, 7, 60)),
-        ("shared", (1, 7, 61)),
-        ("update", (2, 30, 7)),
-        ("update", (0, 30, 7)),
-        ("update", (1, 31, 7)),
-    ],
-)
+@pytest.mark.parametrize(("name", "shape"), REFUSED["shapes of corrections"])
 def test_tensors_of_wrong_shapes_are_refused(name, shape):
     corrections()
     with pytest.raises(PlanError, match=name):

@@ -2,6 +2,7 @@
 
 import os
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -94,11 +95,8 @@ def test_a_second_writer_waits(tmp_path, monkeypatch, first_fails):
         except CheckpointError as error:
             outcomes.append(str(error))
 
-    threads = [threading.Thread(target=run) for _ in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(lambda _: run(), range(2)))
     (error,) = set(outcomes) - {"written"}
     assert len(outcomes) == 2 and ("the first fails" if first_fails else "exists already") in error
     assert calls == [[]] * (2 if first_fails else 1)

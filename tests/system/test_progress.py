@@ -1,7 +1,7 @@
 """Progress without tqdm: a line every few seconds, from any number of threads."""
 
 import sys
-import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -28,11 +28,8 @@ def test_a_line_every_few_seconds(clock, capsys):
 
 def test_units_taken_back_and_threads(clock, capsys):
     with progress_bar("x", 100, "it") as step:
-        threads = [threading.Thread(target=step, args=(10,)) for _ in range(8)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
+        with ThreadPoolExecutor(8) as pool:
+            list(pool.map(step, [10] * 8))
         clock[0] += 5
         step(-30)
     assert capsys.readouterr().err == "x: 50%\n"

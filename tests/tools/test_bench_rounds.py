@@ -3,18 +3,16 @@
 import itertools
 import sys
 import types
-from functools import partial
 from unittest.mock import Mock, call
 
 import pytest
 import torch
-from support.tiny import random_model, tiny_config, tiny_gemma3_config
+from support.tiny import random_model, tiny_config
 
 import pop
-from pop.engine.stages import full_layer
 from pop.pruning import cost
 from tools.bench import __main__ as bench
-from tools.bench import measure, rivals, roofline, rounds, shapes, turns
+from tools.bench import measure, rivals, roofline, rounds, shapes
 from tools.common import timed
 
 
@@ -143,20 +141,6 @@ def test_slots_start_from_the_same_position_in_both_caches(model, monkeypatch):
     assert seen == short + long + long + short
     assert (result["slots"], result["position"]) == ([2048, 32768], 5)
     assert result["ratio"]["median"] == result["step_s"][1]["median"] / result["step_s"][0]["median"]
-
-
-def test_attention_is_that_of_the_full_prefill(monkeypatch):
-    """Two windows and none, three chunks: how many tokens attend how many keys, in each layer."""
-    config, calls = tiny_gemma3_config(windows=(3, 5, None)), []
-    model = pop.Model(random_model(config), config, compile=False, chunk_size=4)
-
-    def attend(q, keys, values, at, scale):
-        calls.append((q.shape[1], q.shape[1] if at.held is None else at.held.shape[1]))
-
-    stages = pop.backends.CPU._replace(full_layer=partial(full_layer, attention=attend))
-    monkeypatch.setattr(turns, "stages_of", lambda module: stages)
-    assert turns.attention_turn(model, 10)()["attention_s"] > 0
-    assert calls == [(4, 4), (4, 4), (4, 4), (4, 6), (4, 8), (4, 8), (2, 4), (2, 6), (2, 10)]
 
 
 # ---- Rivals ----

