@@ -236,7 +236,7 @@ def one_by_one(tensors):
             QWEN,
             tensors_of(dataclasses.replace(QWEN, num_layers=4, vision=NARROW)),
             {},
-            ["surplus: model.language_model.layers", f"{BLOCK}.bias is [12], not [40]"],
+            ["missing: model.language_model.layers", f"{BLOCK}.bias is [12], not [40]"],
         ),
         (
             MOE,
