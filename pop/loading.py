@@ -1,6 +1,8 @@
 """`pop.load`: from a name or a directory to a `pop.Model`."""
 
+import json
 import os
+import sys
 from pathlib import Path
 
 import torch
@@ -16,10 +18,12 @@ from pop.engine.cache import CHUNK_SIZE, KVCache
 from pop.errors import CacheMemoryError, InputError, TokenizerError
 from pop.inputs.processors import processor_of
 from pop.inputs.tokenizers import Tokenizer, as_tokenizer, load_tokenizer
-from pop.model import Model
+from pop.model import REPORTED, Model
 from pop.models.config import DTYPES
-from pop.pruning.plan import PrunePlan
+from pop.pruning.plan import SHIPPED, PrunePlan
+from pop.pruning.sketch import NEAR, distance
 from pop.runner import check_options
+from pop.system import files
 from pop.system.memory import free_bytes
 
 
@@ -45,14 +49,16 @@ def load(
             Hugging Face cache (OWNER/REPOSITORY), or a directory. A name comes first; ./NAME is a directory.
         device: None takes the GPU if there is one, otherwise the CPU.
         dtype: None keeps the checkpoint's.
-        prune: "default" (the deepest floor(L/3) layers), None (full depth), a fraction of the layers, a PrunePlan, or
-            the path of a saved one.
+        prune: "default" takes default.plan in the model's folder, otherwise the best plan of the package for these
+            weights, otherwise the deepest floor(L/3) layers. stderr and repr(model) say which. None is full depth.
+            Other values: a fraction of the layers, layers as in "10,12,14,19-29", the path or name of a saved plan, the
+            path of importance scores, which stand for the third of the layers that prefill needs least, or a PrunePlan.
         max_seq_len: The most tokens that a cache may hold for each row. None takes the model's full context.
         min_pixels, max_pixels: To how many pixels an image is resized, if the family keeps its shape. None takes the
             checkpoint's limits. A pop.Image has its own.
         compile: True compiles prefill and decode with torch.compile, at their first use or in `model.warmup`.
             "auto" compiles where that works, unless the model is tiny.
-        progress: Show the progress of loading and compiling on stderr.
+        progress: Show on stderr the progress of loading and compiling, and what `prune="default"` has chosen.
         parallel: "auto" splits the model among the ranks of the process group, or of torchrun. All ranks must then make
             the same calls (pop/backends/tensor_parallel.py).
         tokenizer: "auto" reads the checkpoint's, if there is one. None loads the model without: prompts are token ids
@@ -77,7 +83,10 @@ def load(
     config = read_config(folder)
     dtype = dtype or config.dtype
     max_seq_len = check_options(config, dtype, max_seq_len, compile)
-    plan = PrunePlan.of(prune, config.num_layers)
+    is_default = isinstance(prune, str) and prune == "default"
+    own_plan = folder / "default.plan"
+    has_own_plan = is_default and own_plan.is_file()
+    plan = PrunePlan.of(own_plan if has_own_plan else prune, config.num_layers)
     preparation = read_preparation(folder, config)
     vision = processor_of(config, preparation, min_pixels, max_pixels)
     tokenizer = _tokenizer(tokenizer, folder)
@@ -91,7 +100,7 @@ def load(
         module = models.build(config) if part is None else part.build()
     _check_memory(module, dtype, device, min(max_seq_len, CHUNK_SIZE))
     load_weights(folder, module, dtype=dtype, device=device, progress=progress, shards=shards)
-    return Model(
+    model = Model(
         module.eval(),
         config,
         tokenizer,
@@ -105,6 +114,34 @@ def load(
         sampling=sampling,
         name=folder.name,
     )
+    if is_default:
+        if not has_own_plan:
+            model.plan = (shipped_plans(model) or [plan])[0]
+            model.resolve(None)  # warns of weights that differ a little
+        if progress:
+            print(f"pop: {model}", file=sys.stderr, flush=True)
+    return model
+
+
+def shipped_plans(model: Model) -> list[PrunePlan]:
+    """The plans of the package that were calibrated for weights near a model's, the best first.
+
+    Best is what keeps the full model's answers by its verdict, and of several the fastest. Of plans without such a
+    verdict, it is the one that keeps most answers, or else the one with the fewest layers.
+    """
+    found = []
+    for path in Path(SHIPPED).glob("*.plan"):
+        tensors, metadata = files.read_tensors(path, ["sketch"])  # the others are large
+        layers = json.loads(metadata["pop_plan"])["layers"]
+        is_deep_enough = layers[-1] < len(model.sketch)
+        if is_deep_enough and distance(model.sketch[layers], tensors["sketch"]) <= NEAR:
+            found.append(PrunePlan.load(path))
+
+    def merit(plan: PrunePlan) -> tuple:
+        holds = plan.about.get("verdict", {}).get("holds", False)
+        return holds, holds and plan.speedup(model, REPORTED), plan.kept or 0, -len(plan.layers)
+
+    return sorted(found, key=merit, reverse=True)
 
 
 def _check_memory(module, dtype: torch.dtype, device: torch.device, num_tokens: int) -> None:
@@ -124,8 +161,8 @@ def _tokenizer(given, folder: Path) -> Tokenizer | None:
         return None
     if not isinstance(given, str) or given != "auto":
         return as_tokenizer(given)
-    files = (folder / "tokenizer.json", folder / "tokenizer.model")
-    if not any(file.exists() for file in files):
+    names = ("tokenizer.json", "tokenizer.model")
+    if not any((folder / name).exists() for name in names):
         return None
     try:
         return load_tokenizer(folder)

@@ -18,6 +18,8 @@ from pop.inputs.processors import Prepared
 from pop.pruning.plan import PrunePlan
 from pop.runner import Runner, token_ids
 
+REPORTED = 2048  # tokens of the prompt whose speedup repr(model) states
+
 
 class Model(Runner):
     """A language model with prefill-only pruning: text in, text out.
@@ -54,10 +56,16 @@ class Model(Runner):
             self.chat_format()  # raises if it cannot be
 
     def __repr__(self) -> str:
+        plan = self.plan
         millions = self.num_parameters / 1e6
-        limit = self.plan.speedup(self, min(2048, self.max_seq_len))
-        plan = f"prefill skips {len(self.plan.layers)} of {self.config.num_layers} layers, at most {limit:.2f}x as fast"
-        return f"<{self.name}: {millions:,.0f} M parameters, {self.dtype} on {self.device}, {plan}>"
+        tokens = min(REPORTED, self.max_seq_len)
+        text = f"prefill skips {len(plan.layers)} of {self.config.num_layers} layers"
+        if plan.name:
+            text += f" by {plan.name}"
+        text += f", at most {plan.speedup(self, tokens):.2f}x as fast at {tokens:,} tokens"
+        if plan.kept is not None:
+            text += f", keeps {plan.kept:.0%} of the answers"
+        return f"<{self.name}: {millions:,.0f} M parameters, {self.dtype} on {self.device}, {text}>"
 
     def generate(
         self, prompt, *, images=None, videos=None, plan: PrunePlan | None = None, **options

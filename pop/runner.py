@@ -5,6 +5,7 @@
 
 import dataclasses
 import functools
+import sys
 from collections.abc import Sequence
 
 import torch
@@ -14,7 +15,6 @@ from pop import engine
 from pop.backends import accelerate, chunk_size_of, stages_of
 from pop.backends.cpu import keep_freed_memory
 from pop.backends.cpu_graph import Graph
-from pop.checkpoints.fingerprint import fingerprint
 from pop.engine.cache import KVCache
 from pop.engine.compile import SMALLEST, Compiled
 from pop.engine.modes import engine_modes
@@ -23,6 +23,7 @@ from pop.errors import CacheMemoryError, ContextOverflow, InputError, PlanError,
 from pop.inputs.processors import Prepared, Processor, processor_of
 from pop.models.images import TextOnly
 from pop.pruning.plan import PrunePlan
+from pop.pruning.sketch import check_distance, distance, inputs, sketch_of
 from pop.system.memory import to_device
 
 KEPT_CACHES = 2  # spare caches on a GPU, where a new cache needs a new captured decode step
@@ -65,6 +66,7 @@ class Runner:
         self.part = part
         self.vision = processor_of(config) if vision is None else vision
         self.max_seq_len = check_options(config, self.dtype, max_seq_len, compile)
+        self._notes: set[str] = set()  # what stderr has been told
         self.plan = PrunePlan.of(plan, config.num_layers)
         self.resolve(self.plan)  # raises if it does not fit the weights
         chunk_size = chunk_size_of(module) if chunk_size is None else check_count("chunk_size", chunk_size)
@@ -100,9 +102,18 @@ class Runner:
         return self._compiled is not None and self._compiled.works
 
     @functools.cached_property
-    def fingerprint(self) -> str:
-        """A hash of weights and sizes. It is computed once: after a change of the weights, make a new model."""
-        return fingerprint(self.module, self.part)
+    @engine_modes()
+    def sketch(self) -> Tensor:
+        """Numbers that tell the weights of the L layers from others: [L, 2, J] float32 (pop/pruning/sketch.py).
+
+        They are computed once: after a change of the weights, make a new model.
+        """
+        h = inputs(self.config.hidden_size).to(self.device, self.dtype)[None]  # [1, J, D]
+        projected = [torch.cat(layer.projected(h)) for layer in self.module.layers]  # [2, J, K * E] each
+        projected = torch.stack(projected).transpose(2, 3).float()  # [L, 2, K * E, J]
+        if self.part is not None:  # each process has those of its heads
+            projected = self.part.gather_heads(projected)
+        return sketch_of(projected)
 
     # Calls
 
@@ -260,13 +271,16 @@ class Runner:
         corrections = plan.corrections
         if corrections is None or not plan.layers:
             return plan
-        if corrections.fingerprint != self.fingerprint:
-            raise PlanError("the plan's corrections were fitted to another model's weights; use pop.calibrate again")
         sizes = {"weight": self.config.num_kv_heads * self.config.head_dim, "shared": 2 * self.config.hidden_size}
         for name, size in sizes.items():
             found = corrections.tensors[name].shape[2]
             if found != size and corrections.rows is None:
                 raise PlanError(f"the plan's {name} is for {found} numbers, but this model has {size}; calibrate again")
+        note = check_distance(distance(self.sketch[list(plan.layers)], corrections.sketch), plan.name)
+        is_first = self.part is None or self.part.rank == 0
+        if is_first and note and note not in self._notes:
+            print(f"pop: {note}", file=sys.stderr, flush=True)
+        self._notes.add(note)
         rows = None if self.part is None else self.part.kv_rows
         return dataclasses.replace(plan, corrections=corrections.to(self.device, self.dtype, rows))
 

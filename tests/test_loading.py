@@ -8,12 +8,14 @@ import sys
 
 import pytest
 import torch
+from support.cases import random_corrections
 from support.goldens import Golden
 from support.letters import Letters
 from support.tiny import random_model, tiny_config, write_checkpoint, write_weights
 from support.tiny_chat import write_chat_checkpoint
 
 import pop
+from pop.pruning.corrections import Corrections
 
 
 @pytest.fixture
@@ -43,6 +45,73 @@ def test_a_tokenizer_that_cannot_be_read_need_not_be(folder, tmp_path):
     assert pop.load(folder, tokenizer=letters).tokenizer is letters
     with pytest.raises(pop.InputError, match="tokenizer is 3"):
         pop.load(folder, tokenizer=3)
+
+
+def calibrated(folder, layers, **about) -> pop.PrunePlan:
+    """A plan with random corrections for the weights in a folder."""
+    model = pop.load(folder, prune=None)
+    return pop.PrunePlan(layers, 1, 1, random_corrections(model.config, layers, 1, model=model), about=about)
+
+
+def test_the_default_is_the_best_plan_that_ships_for_the_weights(folder, tmp_path, monkeypatch, capsys):
+    """Its verdict comes first, then what it keeps, then how few layers it prunes. The package has plans of others."""
+    shipped = tmp_path / "plans"
+    shipped.mkdir()
+    monkeypatch.setattr("pop.loading.SHIPPED", shipped)
+    others = calibrated(write_checkpoint(tmp_path / "other", seed=5), (3, 4))
+    others.save(shipped / "other.plan")
+    calibrated(write_checkpoint(tmp_path / "deep", seed=4, num_layers=9), (7, 8)).save(shipped / "deep.plan")
+    assert pop.load(folder).plan == pop.PrunePlan((4,))
+    assert "prefill skips 1 of 5 layers, at most" in capsys.readouterr().err
+    steps = [
+        ("b", (1, 2, 3), {}),
+        ("c", (3, 4), {}),
+        ("d", (1, 2, 4), {"verdict": {"holds": False, "kept": [0.8, 0.7, 0.9]}}),
+        ("e", (2, 3), {"verdict": {"holds": True, "kept": [0.98, 0.9, 1.0]}}),
+        ("f", (2, 3, 4), {"verdict": {"holds": True, "kept": [0.97, 0.9, 1.0]}}),
+    ]
+    for name, layers, about in steps:  # each is better than those before
+        plan = calibrated(folder, layers, **about)
+        plan.save(shipped / f"{name}.plan")
+        model = pop.load(folder)
+        assert (model.plan, model.plan.name) == (plan, f"{name}.plan")
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line == f"pop: {model}"
+        limit = f"at most {plan.speedup(model, 512):.2f}x as fast at 512 tokens"
+        assert f"skips {len(layers)} of 5 layers by {name}.plan, {limit}" in line
+        assert ("keeps 97% of the answers" in line) == (name == "f")
+    assert pop.load(folder, progress=False).plan == plan
+    assert pop.load(folder, prune="0.2").plan == pop.PrunePlan((4,))
+    assert capsys.readouterr().err == ""
+
+
+def test_the_plan_beside_the_weights_is_the_default(folder, tmp_path, capsys):
+    plan = calibrated(folder, (1, 3))
+    plan.save(folder / "default.plan")
+    assert pop.load(folder).plan == plan
+    assert "by default.plan" in capsys.readouterr().err
+    assert pop.load(folder, prune=None).plan == pop.PrunePlan()
+    calibrated(write_checkpoint(tmp_path / "other", seed=5), (1, 3)).save(folder / "default.plan")
+    with pytest.raises(pop.PlanError, match=r"default\.plan .*other weights .*pop calibrate"):
+        pop.load(folder)
+    assert pop.load(folder, prune=0.5).plan == pop.PrunePlan((3, 4))
+    (folder / "default.plan").write_text("{")
+    with pytest.raises(pop.PlanError, match=r"default\.plan"):
+        pop.load(folder)
+
+
+def test_a_shipped_plan_of_near_weights_is_the_default_with_a_second_line(tmp_path, monkeypatch, capsys):
+    folder = write_checkpoint(tmp_path / "tiny", seed=4, dtype=torch.float32)
+    (tmp_path / "plans").mkdir()
+    monkeypatch.setattr("pop.loading.SHIPPED", tmp_path / "plans")
+    plan = calibrated(folder, (3, 4))
+    sketch = 1.1 * plan.corrections.sketch
+    corrections = Corrections(plan.layers, **plan.corrections.tensors, sketch=sketch)
+    near = dataclasses.replace(plan, corrections=corrections)
+    near.save(tmp_path / "plans" / "near.plan")
+    assert pop.load(folder).plan == near
+    note, line = capsys.readouterr().err.splitlines()
+    assert "near.plan was calibrated for weights 9.1% from these" in note and "by near.plan" in line
 
 
 @pytest.mark.parametrize(

@@ -25,12 +25,12 @@ from pop.checkpoints import registry
 from pop.cli.plans import describe
 from pop.cli.terminal import exit_status
 from pop.errors import InputError, UnsupportedError, check_count
+from pop.loading import shipped_plans
 from pop.pruning.cost import prefill_flops, speedup_limit
 from tools.common import ROOT, machine
 from tools.convert.packages import PACKAGED, fetch
 
 STORY = ROOT / "pop" / "data" / "alice.txt"
-PLANS = ROOT / "pop" / "data" / "plans"
 QUESTION = "What is the title of Chapter I?"
 CLOSE = 1.05  # two times whose ratio is smaller need no third
 WINDOWS = 2  # of the story, for the losses
@@ -98,15 +98,8 @@ def plans_to_show(model, prune: str) -> list[pop.PrunePlan]:
     full = pop.PrunePlan.none()
     if prune == "default":
         third = pop.PrunePlan.deepest(model.config.num_layers, 1 / 3)
-        return [full, third, *shipped_plans(model)]
+        return [full, third, *sorted(shipped_plans(model), key=lambda plan: len(plan.layers))]
     return [full, model.plan] if model.plan.layers else [full]
-
-
-def shipped_plans(model) -> list[pop.PrunePlan]:
-    """The plans of the package for these weights, from fewer layers to more."""
-    found = [pop.PrunePlan.load(path) for path in PLANS.glob(f"{model.name}-*.plan")]
-    plans = [plan for plan in found if plan.corrections.fingerprint == model.fingerprint]
-    return sorted(plans, key=lambda plan: len(plan.layers))
 
 
 def compare(model, prompt: list[int], plans: list, story: str, *, max_new_tokens: int, runs: int) -> Iterator[dict]:

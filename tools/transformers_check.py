@@ -82,7 +82,7 @@ def _calibrated(twin: pop.Model, layers: tuple[int, ...], num_groups: int, num_u
         bias=torch.randn(len(layers), 2, KE) / 10,
         shared=torch.randn(num_groups, RANK, 2 * D) / (2 * D) ** 0.5,
         update=torch.randn(num_updates, D, RANK) / RANK**0.5 if num_updates else None,
-        fingerprint=twin.fingerprint,
+        sketch=twin.sketch[list(layers)],
     )
     return PrunePlan(layers, full_depth_last=2, full_depth_first=2, corrections=corrections)
 

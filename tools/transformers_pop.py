@@ -18,7 +18,6 @@ Masks, windows, rotary positions and caches remain those of transformers. Shape 
 
 from __future__ import annotations
 
-import dataclasses
 import sys
 import tempfile
 from functools import partial, wraps
@@ -30,7 +29,7 @@ import torch.nn.functional as F
 import pop
 from pop import models
 from pop.checkpoints.config_json import read_config
-from pop.errors import InputError, MissingExtra, PlanError, UnsupportedError
+from pop.errors import InputError, MissingExtra, UnsupportedError
 
 FIRST = (5, 6)  # versions of transformers; tried: 5.6.2, 5.12.1, 5.18.0, 5.22.2, 5.23.0 and 5.24.0
 LAST = (5, 24)
@@ -75,10 +74,7 @@ class pruned:
             raise UnsupportedError("the plan selects tokens by attention, which pruned cannot; give another plan")
         self.is_calibrated = self.plan.corrections is not None
         if self.is_calibrated:
-            corrections = self.plan.corrections
-            if corrections.fingerprint != as_pop(model).fingerprint:
-                raise PlanError("the plan was calibrated for another model; calibrate it for this one")
-            self.plan = dataclasses.replace(self.plan, corrections=corrections.to(model.device, model.dtype))
+            self.plan = as_pop(model).resolve(self.plan)
 
     def __enter__(self):
         for name, part in self.model.named_modules():

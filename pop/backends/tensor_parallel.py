@@ -166,7 +166,7 @@ class Part:
         def shared(axis: int, count: int) -> Shard:
             return Shard(axis, count, (_share(count, rank, size),))
 
-        keys = Shard(0, K * E, (kv_span,), owned=rank % self.copies == 0)
+        keys = Shard(0, K * E, (kv_span,))
         self._shards = {
             "q_proj": shared(0, H * E),
             "k_proj": keys,
@@ -210,32 +210,13 @@ class Part:
         for name, parameter in model.named_parameters():
             *_, kind, last = name.split(".")
             shard = self._shards.get(kind) or self._shards.get(f"{kind}.{last}")
+            shape = tuple(parameter.shape)
             # A bias lacks axis 1, so a row-parallel layer's bias is whole.
             if shard is not None and not name.startswith(VISION) and shard.axis < parameter.dim():
                 self.shards[name] = shard
-            self.num_parameters += math.prod(self.whole_shape(name, parameter))
+                shape = shard.whole_shape(shape)
+            self.num_parameters += math.prod(shape)
         return model
-
-    def whole_shape(self, name: str, parameter: Tensor) -> tuple[int, ...]:
-        """The shape of a parameter in the whole model."""
-        shape = tuple(parameter.shape)
-        return self.shards[name].whole_shape(shape) if name in self.shards else shape
-
-    def samples(self, name: str, parameter: Tensor, step: int) -> tuple[Tensor, Tensor]:
-        """Take every step-th value of the whole, flattened parameter. Each value comes from exactly one rank.
-
-        Returns this rank's values [n], and the index [n] of each among the values of all ranks.
-        """
-        count = len(parameter)
-        on_first_rank = Shard(0, count, ((0, count),), owned=self.rank == 0)  # of a parameter that each rank has
-        shard = self.shards.get(name, on_first_rank)
-        whole = shard.whole_shape(tuple(parameter.shape))
-        numbers = torch.arange(0, math.prod(whole), step, device=parameter.device)
-        index = list(torch.unravel_index(numbers, whole))
-        places = shard.places().to(parameter.device)[index[shard.axis]]
-        index[shard.axis] = places
-        mine = places >= 0
-        return parameter[tuple(along_axis[mine] for along_axis in index)], numbers[mine] // step
 
     def agree(self, seeds: list[int], device: torch.device) -> list[int]:
         """The first rank's seeds. With them all ranks sample the same tokens, since they have the same logits."""

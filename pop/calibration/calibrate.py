@@ -145,7 +145,7 @@ def _settings(model, plan: PrunePlan, texts: list[list[Window]], about: dict) ->
     """What identifies a run of distillation. texts: the windows to fit, and those that judge."""
     tokens = [[(tokens, [one.sha256 for one in media]) for tokens, media in windows] for windows in texts]
     return {
-        "model": f"{model.fingerprint} {model.dtype} {model.max_seq_len}",
+        "model": f"{hashlib.sha256(model.sketch.numpy().tobytes()).hexdigest()} {model.dtype} {model.max_seq_len}",
         "plan": f"{plan.fields()} {about['rank']}",
         "texts": hashlib.sha256(repr(tokens).encode()).hexdigest(),
         "steps": str(about["steps"]),

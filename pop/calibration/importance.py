@@ -27,7 +27,7 @@ from torch import Tensor
 
 from pop.calibration.passes import Pass, check_gradients, checkpointed
 from pop.engine.modes import no_autocast
-from pop.errors import InputError, PlanError, PopError, UnsupportedError, check_count
+from pop.errors import InputError, PopError, UnsupportedError, check_count
 from pop.generation.answers import end_ids
 from pop.generation.batch import as_prompts
 from pop.generation.sampling import Sampler, SamplingParams, check_finite, read_tokens
@@ -234,10 +234,7 @@ class Importance:
 
         `options` are the other fields of PrunePlan. Raises PlanError if a value is out of range.
         """
-        num_layers = len(self.prefill)
-        count = check_count("count", count, 0, num_layers, PlanError)
-        ranked = sorted(range(num_layers), key=lambda layer: (self.prefill[layer].item(), -layer))
-        return PrunePlan(layers=tuple(ranked[:count]), **options)
+        return PrunePlan.least_important(self.prefill.tolist(), count, **options)
 
     def save(self, path: str | os.PathLike) -> None:
         """Write the scores as JSON, whole or not at all. Raises InputError if that fails."""

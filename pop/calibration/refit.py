@@ -158,7 +158,7 @@ class Fit:
         if updates:
             tensors["update"] = torch.stack(updates)
         tensors = {name: tensor.to(self.model.dtype) for name, tensor in tensors.items()}
-        return Corrections(layers, fingerprint=self.model.fingerprint, **tensors)
+        return Corrections(layers, sketch=self.model.sketch[layers], **tensors)
 
 
 def accumulate(model, windows: list[Window], fit: Fit, module=None) -> None:

@@ -50,19 +50,10 @@ class Shard:
     axis: int  # along which the parameter is cut
     whole: int  # the length of the whole parameter along that axis
     spans: tuple[tuple[int, int], ...]  # ranges (begin, end) of the whole, whose concatenation is the part
-    owned: bool = True  # whether `places` counts it here. If not, another process has the same part.
 
     def whole_shape(self, part: tuple[int, ...]) -> tuple[int, ...]:
         """Return the shape of the whole parameter, given that of the part."""
         return (*part[: self.axis], self.whole, *part[self.axis + 1 :])
-
-    def places(self) -> Tensor:
-        """Return [whole]: each index's position in the part, or -1 if another process owns it."""
-        places = torch.full((self.whole,), -1, device="cpu")
-        if self.owned:
-            indices = torch.cat([torch.arange(begin, end, device="cpu") for begin, end in self.spans])
-            places[indices] = torch.arange(len(indices), device="cpu")
-        return places
 
 
 def load_weights(

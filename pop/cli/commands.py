@@ -276,7 +276,8 @@ def model_options(add) -> None:
 
 
 def prune_options(add) -> None:
-    text = "the layers prefill skips: default (the deepest third), none, a fraction, or a saved plan's path or name"
+    text = "the layers prefill skips: default (the best plan known for the weights, or the deepest third), none, a"
+    text += " fraction, layers such as 10,12,19-29, a saved plan's path or name, or the file of `pop importance`"
     add("--prune", help=text, default="default")
     integer(add, "--full-depth-last", "how many last tokens of a prompt run all layers; default: the plan's")
     text = "the share of the other tokens to select, which skip fewer layers or none; default: the plan's"
@@ -353,7 +354,7 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
     integer(add, "--seed", "chooses the windows that are held out, and what the steps train on", 0)
 
     add = command(plans, "Print saved plans: how they were calibrated, their loss and their speedup.").add_argument
-    add("files", help="saved plans", nargs="+", metavar="FILE")
+    add("files", help="saved plans; default: list those that are here", nargs="*", metavar="FILE")
 
     command(models, "List the known models, how large they are, and where their weights are.")
 

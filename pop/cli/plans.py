@@ -1,20 +1,56 @@
-"""`pop plans`: what saved plans record about themselves."""
+"""`pop plans`: what saved plans record about themselves, and which plans are here."""
 
-from pop.errors import some
-from pop.pruning.plan import PrunePlan
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+
+from pop.checkpoints import registry
+from pop.errors import PopError, some
+from pop.pruning.plan import SHIPPED, PrunePlan
+
+# How numbers of a record are shown, by their name.
+NATS = "{:.4f} nats a token"
+UNITS = {"continuation": NATS, "repetition": NATS, "copied": "{:.0%}", "speedup_limit": "{:.2f}x"}
 
 
 def plans(args) -> None:
-    """Print each plan and its record, which is escaped because the author of a file can write anything."""
+    """Print each plan and its record, or a line for each plan that is here.
+
+    What a file holds is escaped, because its author can write anything.
+    """
     for path in args.files:
         plan = PrunePlan.load(path)
         print(f"{path}: {describe(plan)}")
         for name, value in plan.about.items():
-            print(f"  {some([f'{name}: {value}'])}")
+            print(f"  {some([f'{name}: {shown(name, value)}'])}")
+    if args.files:
+        return
+    for path in plans_here():
+        try:
+            print(f"{path}: {describe(PrunePlan.load(path))}")
+        except PopError as error:
+            print(error)
+
+
+def plans_here() -> Iterator[Path]:
+    """The plans that ship, and those beside the weights that are here."""
+    yield from sorted(Path(SHIPPED).glob("*.plan"))
+    for name in registry.MODELS:
+        with contextlib.suppress(PopError):
+            yield from sorted(registry.find_weights(name).glob("*.plan"))
+
+
+def shown(name: str, value) -> str:
+    """A value of a record with its unit."""
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {shown(key if key in UNITS else name, part)}" for key, part in value.items())
+    if isinstance(value, float):
+        return UNITS.get(name, "{}").format(value)
+    return str(value)
 
 
 def describe(plan: PrunePlan) -> str:
-    """Say in words how a prompt is encoded with a plan."""
+    """Say in words how a prompt is encoded with a plan, and what that keeps if its record knows."""
     if not plan.layers:
         return "the whole model"
     first = plan.layers[0]
@@ -27,4 +63,6 @@ def describe(plan: PrunePlan) -> str:
         text += f", last {plan.full_depth_last} tokens whole"
     if plan.corrections is not None:
         text += ", calibrated"
+    if plan.kept is not None:
+        text += f", keeps {plan.kept:.0%}"
     return text

@@ -1,7 +1,6 @@
 """The sizes of a model: a frozen dataclass for each family. Contradictory sizes raise ConfigError.
 
-pop/checkpoints reads them from a checkpoint's files. It also hashes the names and values of the fields into a
-fingerprint, so renaming a field would invalidate saved plans.
+pop/checkpoints reads them from a checkpoint's files.
 """
 
 import math

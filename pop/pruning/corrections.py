@@ -23,6 +23,7 @@ from torch import Tensor
 
 from pop.errors import PlanError
 from pop.models.config import DTYPES
+from pop.pruning.sketch import NUMBERS
 
 
 class GroupCorrections(NamedTuple):
@@ -68,19 +69,19 @@ class Corrections:
         bias: b [n, 2, K * E].
         shared: V [G, R, 2 * D].
         update: A [g, D, R] of the first g groups, which kept layers follow. None: no group has one.
-        fingerprint: Of the model that they were fitted to (pop/checkpoints/fingerprint.py).
+        sketch: Of the layers that they were fitted to, [n, 2, J] float32 on the CPU (sketch.py).
 
     Raises:
         PlanError: The tensors do not fit each other, or are not finite.
     """
 
-    def __init__(self, layers, weight, bias, shared, update=None, *, fingerprint: str):
+    def __init__(self, layers, weight, bias, shared, update=None, *, sketch: Tensor):
         self.layers = tuple(layers)
         self.weight = weight
         self.bias = bias
         self.shared = shared
         self.update = update
-        self.fingerprint = fingerprint
+        self.sketch = sketch
         self.rows: list[int] | None = None  # which of the K * E rows these are; None: all
         self._copy: Corrections | None = None  # the latest result of `to`
         self._check()
@@ -94,6 +95,9 @@ class Corrections:
         shapes = {name: list(tensor.shape) for name, tensor in self.tensors.items()}
         if not self._fits(**shapes):
             raise PlanError(f"the corrections of {len(self.layers)} layers have the shapes {shapes}; calibrate again")
+        shape = (len(self.layers), 2, NUMBERS)
+        if (self.sketch.shape, self.sketch.dtype) != (shape, torch.float32):
+            raise PlanError(f"the corrections need a sketch of their layers' weights, {shape} float32; calibrate again")
         if not all(tensor.isfinite().all() for tensor in self.tensors.values()):
             advice = "calibrate again, or use another dtype"
             raise PlanError(f"the corrections are not finite in {self.weight.dtype}; {advice}")
@@ -158,7 +162,7 @@ class Corrections:
 
     def replaced(self, tensors: dict[str, Tensor]) -> Corrections:
         """Corrections of the same layers and model, with other tensors of the same names."""
-        return Corrections(self.layers, fingerprint=self.fingerprint, **tensors)
+        return Corrections(self.layers, sketch=self.sketch, **tensors)
 
     def __repr__(self) -> str:
         return f"Corrections(layers={len(self.layers)}, rank={self.rank})"
@@ -169,10 +173,11 @@ class Corrections:
         if hash(self) != hash(other):  # of all but the values
             return False
         pairs = [(mine.cpu(), other.tensors[name].cpu()) for name, mine in self.tensors.items()]
+        pairs.append((self.sketch, other.sketch))
         return all(mine.dtype == its.dtype and torch.equal(mine, its) for mine, its in pairs)
 
     def __hash__(self) -> int:
-        return hash((self.layers, self.fingerprint, *self.tensors))
+        return hash((self.layers, *self.tensors))
 
     def __getstate__(self) -> dict:
         return self.__dict__ | {"_copy": None}

@@ -7,13 +7,15 @@ import dataclasses
 import json
 import math
 import os
+import re
+from collections.abc import Sequence
 from itertools import groupby
 from typing import NamedTuple
 
 from safetensors import SafetensorError
 from safetensors.torch import save
 
-from pop.errors import PlanError, check_count
+from pop.errors import PlanError, check_count, some
 from pop.pruning.corrections import Corrections, GroupCorrections
 from pop.system import __version__, files
 
@@ -21,6 +23,7 @@ SELECTING = 16  # the last tokens of a prompt, which select others by their atte
 POOLED = 20  # tokens whose scores are averaged: a token and those before it
 MOST_LAYERS = 10_000  # of a model
 MOST_TOKENS = 10_000_000  # of a prompt
+LAYERS = r"\d{1,5}(-\d{1,5})?(,\d{1,5}(-\d{1,5})?)+|\d{1,5}-\d{1,5}"  # one integer could be a share
 RECORD = 10_000  # the most characters of `about` as JSON
 SHIPPED = os.path.join(os.path.dirname(os.path.dirname(__file__)), "data", "plans")
 FIELDS = ("layers", "full_depth_last", "full_depth_first", "full_depth_selected", "selecting_layer")  # of plain values
@@ -49,6 +52,7 @@ class PrunePlan:
             the prompt's last tokens attend most at the selecting layer. They skip the pruned layers before it.
         selecting_layer: A kept layer with pruned ones after it. None: the layer before the first pruned one.
         about: A record for readers, as a small object of JSON. pop.calibrate fills it. It is not compared.
+        name: Of the file that `load` has read. It is not saved or compared.
 
     Raises:
         PlanError: A value is out of range, or values do not fit each other.
@@ -61,6 +65,7 @@ class PrunePlan:
     full_depth_selected: float = 0.0
     selecting_layer: int | None = None
     about: dict = dataclasses.field(default_factory=dict, compare=False, repr=False)
+    name: str = dataclasses.field(default="", compare=False, repr=False)
 
     def __post_init__(self):
         def store(name: str, value) -> None:  # the class is frozen
@@ -112,10 +117,11 @@ class PrunePlan:
 
     @classmethod
     def of(cls, prune, num_layers: int) -> PrunePlan:
-        """The plan for "default", None, a fraction of the layers, a saved plan as in `load`, or a plan that fits.
+        """The plan for None, a fraction of the layers, layers as in "10,12,19-29", a file as in `load`, or a plan.
 
-        As on the command line, "none" stands for None, and a number may be text. An integer other than 0 is refused:
-        1 could mean one layer or all layers.
+        "default" stands for a third of the layers. Only pop.load knows a better plan for its weights. As on the command
+        line, "none" stands for None, and a number may be text. An integer other than 0 is refused: 1 could mean one
+        layer or all layers.
         """
         if isinstance(prune, str):
             prune = _as_number(prune)
@@ -127,10 +133,13 @@ class PrunePlan:
             return cls.deepest(num_layers, 1 / 3)
         if isinstance(prune, float) or (type(prune) is int and prune == 0):
             return cls.deepest(num_layers, prune)
+        if isinstance(prune, str) and re.fullmatch(LAYERS, prune):
+            return cls(_indices(prune)).check(num_layers)
         if isinstance(prune, (str, os.PathLike)) and os.path.isfile(path := _saved(prune)):
             return cls.load(path).check(num_layers)
-        kinds = "'default', 'none', a share of layers (1/3, or 1.0 for all), a saved plan's path or name, a PrunePlan"
-        raise PlanError(f"the plan is {prune!r:.200}; it must be {kinds}")
+        kinds = "'default', 'none', a share of layers (1/3, or 1.0 for all), layers such as 10,12,19-29"
+        files = "the path of a saved plan or of importance scores, the name of a plan that ships"
+        raise PlanError(f"the plan is {prune!r:.200}; it must be {kinds}, {files}, or a PrunePlan")
 
     def check(self, num_layers: int) -> PrunePlan:
         """Return the plan itself if it fits a model of `num_layers` layers, and raise PlanError otherwise."""
@@ -139,6 +148,22 @@ class PrunePlan:
                 f"the plan prunes layer {self.layers[-1]}, but the model's layers are 0 to {num_layers - 1}"
             )
         return self
+
+    @classmethod
+    def least_important(cls, scores: Sequence[float], count: int, **fields) -> PrunePlan:
+        """Prune the `count` layers with the lowest scores. Of equal layers, prune the deeper one first.
+
+        fields: The other fields of the plan.
+        """
+        count = check_count("count", count, 0, len(scores), PlanError)
+        ranked = sorted(range(len(scores)), key=lambda layer: (float(scores[layer]), -layer))
+        return cls(layers=tuple(ranked[:count]), **fields)
+
+    @property
+    def kept(self) -> float | None:
+        """The share of the full model's exact answers that the plan keeps. None if its record does not know."""
+        with contextlib.suppress(LookupError, TypeError, ValueError, OverflowError):
+            return float(self.about["verdict"]["kept"][0])
 
     def speedup(self, model, prompt_tokens: int) -> float:
         """The most that a prefill of `prompt_tokens` tokens of text can gain: F(none) / F(plan), see cost.py.
@@ -207,14 +232,16 @@ class PrunePlan:
         if self.corrections is None:
             content = json.dumps(fields, indent=2) + "\n"
         else:
-            fields["fingerprint"] = self.corrections.fingerprint
-            tensors = {name: tensor.cpu() for name, tensor in self.corrections.tensors.items()}
+            tensors = self.corrections.tensors | {"sketch": self.corrections.sketch}
+            tensors = {name: tensor.cpu() for name, tensor in tensors.items()}
             content = save(tensors, metadata={"pop_plan": json.dumps(fields)})
         files.write_whole(path, content, "the plan", PlanError)
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> PrunePlan:
         """Read a plan that `save` has written, with corrections on the CPU. Raises PlanError for any other file.
+
+        Importance scores that `pop.Importance.save` has written give the third of the layers that prefill needs least.
 
         Args:
             path: A file, or the name of a plan that ships with the package, such as "smollm2-135m-third".
@@ -223,10 +250,23 @@ class PrunePlan:
             raise PlanError(f"there is no plan file {path}; write one with plan.save(path)")
         try:
             fields = _read(path)
+            name = some([os.path.basename(path)])
+            if "prefill" in fields:
+                scores = fields["prefill"]
+                return cls.least_important(scores, len(scores) // 3, name=name)
             if "layers" not in fields:
                 raise PlanError("it names no layers")
-            return cls(**fields)
-        except (PlanError, OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+            return cls(**fields, name=name)
+        except (
+            PlanError,
+            OSError,
+            ValueError,
+            TypeError,
+            LookupError,
+            AttributeError,
+            OverflowError,
+            RecursionError,
+        ) as error:
             raise PlanError(f"{path} is not a pruning plan ({error}); write one with plan.save(path)") from None
 
 
@@ -237,9 +277,17 @@ def _read(path: str | os.PathLike) -> dict:
     except SafetensorError:  # a plan without corrections
         return files.read_json(path, PlanError)
     fields = json.loads(metadata["pop_plan"])
-    fingerprint = str(fields.pop("fingerprint"))
-    fields["corrections"] = Corrections(fields["layers"], **tensors, fingerprint=fingerprint)
+    fields["corrections"] = Corrections(fields["layers"], **tensors)
     return fields
+
+
+def _indices(text: str) -> list[int]:
+    """The layers in a text like "10,12,19-29"."""
+    indices = []
+    for part in text.split(","):
+        ends = sorted(map(int, part.split("-")))
+        indices.extend(range(ends[0], ends[-1] + 1))
+    return indices
 
 
 def _as_number(text: str) -> str | int | float:

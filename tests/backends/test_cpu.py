@@ -23,6 +23,7 @@ from pop.engine.attention import decode_attention
 from pop.engine.stages import corrected_layer
 from pop.models import layers
 from pop.pruning.corrections import Corrections
+from pop.pruning.sketch import NUMBERS
 
 
 def normal(*shape, seed=0):
@@ -76,7 +77,9 @@ def test_all_matrices_of_a_calibrated_plan_use_the_backends_product():
     D = module.config.hidden_size
     KE = module.config.num_kv_heads * module.config.head_dim
     tensors = {"weight": normal(2, 2, KE, 7), "bias": normal(2, 2, KE), "shared": normal(2, 7, 2 * D)}
-    plan = pop.PrunePlan((1, 3), 1, 1, Corrections((1, 3), **tensors, update=normal(2, D, 7), fingerprint=""))
+    plan = pop.PrunePlan(
+        (1, 3), 1, 1, Corrections((1, 3), **tensors, update=normal(2, D, 7), sketch=torch.zeros(2, 2, NUMBERS))
+    )
     stages = CPU._replace(corrected_layer=partial(corrected_layer, linear=linear), linear=linear)
     cache, tokens = new_cache(module, 1, 9), torch.ones(1, 9, dtype=torch.int64)
     engine.prefill(module, tokens, cache, torch.tensor([9]), plan, 9, stages)

@@ -22,7 +22,6 @@ from pop.calibration.calibrate import RIDGES
 from pop.calibration.held_out import Judge, Losses
 from pop.calibration.refit import Fit, accumulate
 from pop.calibration.texts import builtin_texts, text_windows
-from pop.checkpoints.fingerprint import fingerprint
 from pop.pruning.corrections import Corrections
 from pop.pruning.cost import prefill_flops
 
@@ -214,7 +213,7 @@ def test_the_defaults(model, calibrated):
     assert (calibrated.layers, calibrated.full_depth_last, calibrated.full_depth_first) == ((2, 3), 4, 1)
     assert calibrated.corrections.rank == 15  # half of the width
     assert calibrated.corrections.weight.dtype == torch.float32
-    assert calibrated.corrections.fingerprint == fingerprint(model.module)
+    assert torch.equal(calibrated.corrections.sketch, model.sketch[list(calibrated.layers)])
 
 
 def test_a_calibrated_plan_can_be_calibrated_again_and_the_seed_decides(model):
@@ -261,7 +260,7 @@ def test_a_plan_of_another_model_is_refused(model, calibrated):
         with pytest.raises(PlanError, match="fitted to another model's weights"):
             call()
     weight = torch.zeros(2, 2, 20, 5)
-    reshaped = Corrections((2, 3), weight, weight[..., 0], torch.zeros(1, 5, 14), fingerprint=model.fingerprint)
+    reshaped = Corrections((2, 3), weight, weight[..., 0], torch.zeros(1, 5, 14), sketch=model.sketch[2:4])
     with pytest.raises(PlanError, match="but this model has"):
         model.generate([1, 2, 3], plan=PrunePlan((2, 3), full_depth_first=1, corrections=reshaped))
 

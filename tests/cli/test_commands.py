@@ -49,7 +49,8 @@ def test_the_help_says_what_prune_takes(command, capsys):
     words = " ".join(capsys.readouterr().out.split())
     assert exit.value.code == 0
     assert all(
-        form in words for form in ("default (the deepest third)", "none", "a fraction", "a saved plan's path or name")
+        form in words
+        for form in ("default (the best", "none", "a fraction", "10,12,19-29", "a saved plan's path or name")
     )
 
 

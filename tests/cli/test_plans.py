@@ -1,16 +1,22 @@
 """`pop plans`: what it prints of saved plans, and what it refuses."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import save_file
+from support.tiny import write_checkpoint
 
 import pop
+from pop.checkpoints import registry
 from pop.cli.commands import main
 from pop.pruning.corrections import Corrections
+from pop.pruning.sketch import NUMBERS
 
-REFIT = Corrections((1, 3), torch.zeros(2, 2, 3, 5), torch.zeros(2, 2, 3), torch.zeros(2, 5, 8), fingerprint="")
+REFIT = Corrections(
+    (1, 3), torch.zeros(2, 2, 3, 5), torch.zeros(2, 2, 3), torch.zeros(2, 5, 8), sketch=torch.zeros(2, 2, NUMBERS)
+)
 RECORD = {
     "model": "mine",
     "tokens": 1234,
@@ -32,10 +38,24 @@ def test_each_plan_is_printed_with_its_record(tmp_path, monkeypatch, capsys):
         f"  version: {pop.__version__}",
         "  model: mine",
         "  tokens: 1234",
-        "  loss: {'continuation': 0.05, 'copied': 0.5}",
-        "  speedup_limit: {'512 tokens': 1.5}",
+        "  loss: continuation 0.0500 nats a token, copied 50%",
+        "  speedup_limit: 512 tokens 1.50x",
         "old: the whole model",
     ]
+
+
+def test_without_a_file_the_plans_that_are_here_are_listed(tmp_path, monkeypatch, capsys):
+    """Those of the package, and those beside weights. A broken one does not hide the others."""
+    monkeypatch.setattr(registry, "_places", lambda: [tmp_path])
+    folder = write_checkpoint(tmp_path / "llama3.2-1b")
+    pop.PrunePlan((2,), about={"verdict": {"kept": [0.97, 0.9, 1.0]}}).save(folder / "default.plan")
+    (folder / "broken.plan").write_text("{")
+    assert main(["plans"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    shipped = Path(pop.__file__).parent / "data" / "plans"
+    assert f"{shipped / 'smollm2-135m-third.plan'}: without layers 20 to 29, last 96 and 6% whole, calibrated" in lines
+    assert lines[-1] == f"{folder / 'default.plan'}: without layers 2 to 2, keeps 97%"
+    assert lines[-2].startswith(f"{folder / 'broken.plan'} is not a pruning plan")
 
 
 @pytest.mark.parametrize(
@@ -56,11 +76,11 @@ HOSTILE = "\x1b]0;x\a\n\x9b2J\u202e\ud800" + "x" * 5000
 
 @pytest.mark.parametrize("about", [{HOSTILE: HOSTILE}, {"a": {HOSTILE: [HOSTILE]}}, {"": None}])
 def test_a_record_cannot_drive_a_terminal(about, tmp_path, capsys):
-    fields = {"layers": [1, 3], "full_depth_last": 1, "full_depth_first": 1, "fingerprint": ""}
+    fields = {"layers": [1, 3], "full_depth_last": 1, "full_depth_first": 1}
     if len(json.dumps(about)) > 10_000:
         about = json.loads(json.dumps(about).replace("x" * 5000, "x" * 4000))
     metadata = {"pop_plan": json.dumps(fields | {"about": about})}
-    save_file(REFIT.tensors, tmp_path / "plan", metadata=metadata)
+    save_file(REFIT.tensors | {"sketch": REFIT.sketch}, tmp_path / "plan", metadata=metadata)
     assert main(["plans", str(tmp_path / "plan")]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 2 and all(line.isprintable() and line.isascii() and len(line) < 500 for line in lines)

@@ -58,7 +58,7 @@ def pair(request):
     plain = pop.PrunePlan((0,))
     compiled, eager = (pop.Model(module, module.config, plan=plain, compile=it, chunk_size=16) for it in (True, False))
     rows = 4 if NIGHTLY or module.config.family == "qwen3_vl" else 1
-    corrections = random_corrections(module.config, (1, 3), 1, RANK, compiled.fingerprint)
+    corrections = random_corrections(module.config, (1, 3), 1, RANK, compiled)
     compiled.warmup(rows, [pop.PrunePlan((1, 3), full_depth_first=1, corrections=corrections)])
     return compiled, eager, rows
 
@@ -86,7 +86,7 @@ def test_compiled_equals_eager_and_never_compiles_again(pair, data):
     compiled, eager, max_rows = pair
     plan = data.draw(plans(compiled.config))
     if plan.corrections is not None:
-        corrections = random_corrections(compiled.config, plan.layers, -1, RANK, compiled.fingerprint)
+        corrections = random_corrections(compiled.config, plan.layers, -1, RANK, compiled)
         plan = dataclasses.replace(plan, corrections=corrections)
     tokens, lengths = data.draw(batches(60, max_rows=max_rows, max_tokens=PROMPT))  # ids that are text
     slots = PROMPT + 8 + data.draw(st.integers(0, 9))

@@ -14,8 +14,10 @@ from support.tiny import tiny_config
 
 from pop import PlanError, PrunePlan
 from pop.pruning.corrections import Corrections
+from pop.pruning.sketch import NUMBERS
 
 CPU = torch.device("cpu")
+SKETCH = torch.ones(2, 2, NUMBERS)
 
 
 def tensors(**changed):
@@ -25,8 +27,8 @@ def tensors(**changed):
     return {name: tensor for name, tensor in made.items() if tensor is not None}
 
 
-def corrections(layers=(2, 3), fingerprint="", **changed):
-    return Corrections(layers, **tensors(**changed), fingerprint=fingerprint)
+def corrections(layers=(2, 3), sketch=SKETCH, **changed):
+    return Corrections(layers, **tensors(**changed), sketch=sketch)
 
 
 def test_groups_of_a_plan_have_the_tensors_of_their_layers():
@@ -79,8 +81,8 @@ def test_equality_compares_every_field():
     for name, tensor in one.tensors.items():
         assert one != corrections(**{name: tensor + 1})
     assert one != corrections(update=None)
-    assert one != corrections(fingerprint="other")
-    assert one != Corrections((3, 4), **one.tensors, fingerprint="")
+    assert one != corrections(sketch=SKETCH + 1)
+    assert one != Corrections((3, 4), **one.tensors, sketch=SKETCH)
     assert one != one.to(CPU, torch.bfloat16)
 
 
@@ -130,7 +132,7 @@ def test_a_broken_plan_file_is_refused(tmp_path, broken):
     assert PrunePlan.load(path) == plan
     assert PrunePlan.load(path) != dataclasses.replace(plan, corrections=None)
     saved, content = load_file(path), path.read_bytes()
-    fields = {"layers": [2, 3], "full_depth_last": 1, "full_depth_first": 1, "fingerprint": "0"}
+    fields = {"layers": [2, 3], "full_depth_last": 1, "full_depth_first": 1}
 
     def rewrite(tensors=saved, **changes):
         save_file(tensors, path, metadata={"pop_plan": json.dumps(fields | changes)})

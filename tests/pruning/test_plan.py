@@ -109,7 +109,34 @@ def test_what_stands_for_a_plan(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "wrong", ["deepest", "", "33", "-0.1", "nan", "x" * 5000, "a\0b", [1], b"none", 1, "1", True, False]
+    ("text", "layers"), [("1,3", (1, 3)), ("2-4", (2, 3, 4)), ("4,0-1", (0, 1, 4)), ("5-4", (4, 5))]
+)
+def test_layers_may_be_listed(text, layers):
+    assert PrunePlan.of(text, 6) == PrunePlan(layers)
+
+
+def test_importance_scores_stand_for_the_third_that_prefill_needs_least(tmp_path):
+    """Of equal layers, the deeper one is pruned."""
+    scores = {"prefill": [5.0, 1.0, 3.0, 1.0, 1.0, 9.0, 4.0], "decode": [1.0] * 7}
+    errors = {"prefill_error": [0.1] * 7, "decode_error": [0.1] * 7}
+    importance = pop.Importance(**scores, **errors, num_samples=2)
+    importance.save(tmp_path / "scores.json")
+    for found in (PrunePlan.of(tmp_path / "scores.json", 7), PrunePlan.load(tmp_path / "scores.json")):
+        assert found == importance.plan(2) == PrunePlan((3, 4))
+    with pytest.raises(PlanError, match="layer 4"):
+        PrunePlan.of(tmp_path / "scores.json", 4)
+    for wrong in ('[1, "a", 2]', "3", '{"a": 1, "b": 2, "c": 3}', f"[1{'0' * 400}, 2, 3]", "null"):
+        (tmp_path / "scores.json").write_text(f'{{"prefill": {wrong}}}')
+        with pytest.raises(PlanError, match="not a pruning plan"):
+            PrunePlan.of(tmp_path / "scores.json", 7)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        *("deepest", "", "33", "-0.1", "nan", "x" * 5000, "a\0b", [1], b"none", 1, "1", True, False),
+        *("1,", ",1", "1--2", "1-2-3", "1, 2", "1,1", "2-6", "7,8", "1-3,2", "1-999999", "99999999999999999999,1"),
+    ],
 )
 def test_what_does_not_stand_for_a_plan_is_refused(wrong):
     with pytest.raises(PlanError):

@@ -24,6 +24,7 @@ from pop.models.images import TEXT
 from pop.pruning import reference
 from pop.pruning.corrections import Corrections
 from pop.pruning.plan import PrunePlan
+from pop.pruning.sketch import NUMBERS
 
 NONE = PrunePlan.none()
 FAMILIES = {
@@ -121,10 +122,11 @@ def plans(draw, config):
     return PrunePlan(layers, last, draw(st.sampled_from([1, 1, 4])), corrections, **selected)
 
 
-def random_corrections(config, layers, seed: int, rank: int = 9, fingerprint: str = "") -> Corrections:
+def random_corrections(config, layers, seed: int, rank: int = 9, model=None) -> Corrections:
     """Random corrections and updates for layers of a model, with codes and outputs of about the size of the inputs.
 
     seed: also decides after how many of the groups h is updated. -1: after all of them.
+    model: whose weights they are for. None: the engine and the reference do not look.
     """
     random = torch.Generator().manual_seed(seed)
     D, KE = config.hidden_size, config.num_kv_heads * config.head_dim
@@ -134,7 +136,8 @@ def random_corrections(config, layers, seed: int, rank: int = 9, fingerprint: st
     shared = torch.randn(groups, rank, 2 * D, generator=random) / (2 * D) ** 0.5
     update = torch.randn(groups, D, rank, generator=random) / rank**0.5
     update = update[: seed % (groups + 1)]
-    return Corrections(layers, weight, bias, shared, update if len(update) else None, fingerprint=fingerprint)
+    sketch = torch.zeros(len(layers), 2, NUMBERS) if model is None else model.sketch[list(layers)]
+    return Corrections(layers, weight, bias, shared, update if len(update) else None, sketch=sketch)
 
 
 def plain(plan, **fields):

@@ -26,6 +26,6 @@ def make(family, plan, **options):
     model = pop.Model(random_model(config, seed=3), config, Letters(CONTROL), chunk_size=7, **options)
     if plan == "calibrated":
         layers = (1, 3, 4)  # h is updated between them
-        plan = pop.PrunePlan(layers, 2, 1, random_corrections(config, layers, 1, fingerprint=model.fingerprint))
+        plan = pop.PrunePlan(layers, 2, 1, random_corrections(config, layers, 1, model=model))
     model.plan = plan
     return model

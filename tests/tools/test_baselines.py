@@ -221,7 +221,7 @@ def test_controls_are_plans_whose_codes_are_the_embedding(make, windows):
         weight=torch.stack(weight),
         bias=torch.stack([contender.weights[index][1].unflatten(0, (2, -1)) for index in layers]),
         shared=torch.eye(D, 2 * D)[None],  # the code of a token is its own state
-        fingerprint=model.fingerprint,
+        sketch=model.sketch[list(layers)],
     )
     refit = pop.PrunePlan(layers, full_depth_first=1, corrections=corrections)
     expected = Contender("plan", model, refit).logits(PROMPT, CONTINUATION)

@@ -63,7 +63,6 @@ def test_the_merged_model_is_that_of_w_plus_s_b_a(base, tmp_path, ranks, fields,
     for (name, found), (_, wanted) in zip(model.module.named_parameters(), expected.named_parameters(), strict=True):
         torch.testing.assert_close(found, wanted, rtol=1e-6, atol=1e-6, msg=name)
     torch.testing.assert_close(model.logits([[1, 2, 3]]), expected(torch.tensor([[1, 2, 3]])), rtol=1e-4, atol=1e-5)
-    assert model.fingerprint != pop.load(base).fingerprint
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

@@ -175,7 +175,7 @@ def test_a_second_question_about_an_image():
     config = tiny_qwen3_vl_config()
     model = pop.Model(random_model(config, seed=3), config)
     layers = (1, 3, 4)  # with one update, for which the last two tokens run again
-    model.plan = pop.PrunePlan(layers, 1, 1, random_corrections(config, layers, 1, fingerprint=model.fingerprint))
+    model.plan = pop.PrunePlan(layers, 1, 1, random_corrections(config, layers, 1, model=model))
     shown = model.vision.prepare("image", pop.Image(random_bytes(40, 40, 3, 1), max_pixels=1024))
     image = [token for piece in shown.pieces if not isinstance(piece, str) for token in piece]
     begin = [*prompt(9, 1, below=50), *image]  # the last of these closes the image

@@ -121,7 +121,7 @@ def plan_of(model, is_calibrated=True):
     if not is_calibrated:
         return PrunePlan((1, 2, 4), full_depth_last=2, full_depth_first=1)
     layers = (1, 3, 4)  # h is updated after the first group
-    return PrunePlan(layers, 3, 2, random_corrections(CONFIG, layers, 1, 7, as_pop(model).fingerprint))
+    return PrunePlan(layers, 3, 2, random_corrections(CONFIG, layers, 1, 7, as_pop(model)))
 
 
 def padded(rows, left):

@@ -118,7 +118,7 @@ def random_corrections(model: pop.Model, plan: pop.PrunePlan) -> Corrections:
         bias=draw(len(plan.layers), 2, config.num_kv_heads * config.head_dim),
         shared=draw(len(groups), rank, 2 * config.hidden_size),
         update=draw(len(updates), config.hidden_size, rank) if updates else None,
-        fingerprint=model.fingerprint,
+        sketch=model.sketch[list(plan.layers)],
     )
 
 

@@ -103,7 +103,7 @@ def random_corrections(random: Random, model: pop.Model, layers: tuple[int, ...]
         bias=0.1 * torch.randn(len(layers), 2, KE, generator=generator),
         shared=torch.randn(num_groups, R, 2 * D, generator=generator) / (2 * D) ** 0.5,
         update=update if num_updates else None,
-        fingerprint=model.fingerprint,
+        sketch=model.sketch[list(layers)],
     )
 
 

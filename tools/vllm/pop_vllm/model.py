@@ -23,17 +23,16 @@ from vllm.model_executor.models.gemma3 import Gemma3ForCausalLM
 from vllm.model_executor.models.llama import LlamaForCausalLM
 from vllm.model_executor.models.qwen3 import Qwen3ForCausalLM
 
-from pop.pruning.plan import Group
+from pop.pruning.plan import Group, PrunePlan
 from pop_vllm import runner_v1
 from pop_vllm.attention import RowAttention
 from pop_vllm.checks import check_backend, check_config, check_equal
 from pop_vllm.layers import cached, normalised
 from pop_vllm.metrics import Counts, logger
-from pop_vllm.plan import plan_of
 from pop_vllm.rows import Batch
 from pop_vllm.selection import select
 from pop_vllm.step import Kept, Step, own_metadata
-from pop_vllm.weights import Weights
+from pop_vllm.weights import check_weights
 
 MOST_KEPT = 64  # prompts in chunks whose states are kept; later ones displace those that were aborted or preempted
 
@@ -64,7 +63,7 @@ class Pruned:
     def use(self, plan) -> None:
         """Prune by a plan from the next step on. Takes the values of POP_PLAN, or a pop.PrunePlan."""
         layers = self.model.layers
-        plan = plan_of(plan, len(layers))
+        plan = PrunePlan.of(plan, len(layers))
         if plan.corrections is not None:
             corrections = plan.corrections.to(self.device, self.dtype, self._own_rows())
             plan = dataclasses.replace(plan, corrections=corrections)
@@ -113,12 +112,7 @@ class Pruned:
 
         Quantised weights are not cut. A pruned layer then computes Q for nothing.
         """
-        if self.plan.corrections is None:
-            loaded = super().load_weights(weights)
-        else:
-            checkpoint = Weights(self.config)
-            loaded = super().load_weights(checkpoint.watch(weights))
-            checkpoint.check(self.plan.corrections)
+        loaded = super().load_weights(weights)
         for index, layer in enumerate(self.model.layers):
             attention = layer.self_attn
             projection = attention.qkv_proj
@@ -126,6 +120,8 @@ class Pruned:
             if weight is not None and weight.is_floating_point():
                 bias = None if projection.bias is None else projection.bias[attention.q_size :]
                 self.key_value_weights[index] = weight[attention.q_size :], bias
+        if self.plan.corrections is not None:
+            check_weights(self, self.plan)
         return loaded
 
     def begin(self, attention_groups, batch: Batch, block_tables: list[Tensor]) -> None:

@@ -13,7 +13,7 @@ import torch
 
 from pop import PrunePlan
 from pop_vllm.checks import check_architecture
-from pop_vllm.plan import may_prune, plan_of
+from pop_vllm.plan import may_prune
 
 
 @cache
@@ -29,7 +29,7 @@ def install() -> None:
     def wrapped_init(self, *args, **kwargs):
         init(self, *args, **kwargs)
         check_architecture(self.vllm_config)
-        plan = plan_of(os.environ["POP_PLAN"], self.vllm_config.model_config.get_total_num_hidden_layers())
+        plan = PrunePlan.of(os.environ["POP_PLAN"], self.vllm_config.model_config.get_total_num_hidden_layers())
         limit_hits(self.kv_cache_manager, plan)
         self.pop_salt = sketch(plan)
 

@@ -1,46 +1,34 @@
-"""Whether a calibrated plan was fitted to the weights that vLLM loads."""
+"""Whether a calibrated plan was fitted to the weights that vLLM has loaded."""
 
 import logging
-import tempfile
-from collections.abc import Iterable, Iterator
 
 import torch
-from torch import Tensor
+from vllm.distributed import get_tensor_model_parallel_world_size, tensor_model_parallel_all_gather
 
-from pop import PlanError, models
-from pop.checkpoints.config_json import read_config
-from pop.checkpoints.fingerprint import combined, parameter_sum
-from pop.pruning.corrections import Corrections
+from pop.pruning.sketch import check_distance, distance, inputs, sketch_of
 
 logger = logging.getLogger("vllm.pop")
 
 
-class Weights:
-    """The fingerprint of a checkpoint, from its tensors as vLLM reads them, before it fuses or quantises any.
+@torch.no_grad()
+def check_weights(model, plan) -> None:
+    """Raise PlanError if a calibrated plan was fitted to other weights. Log a warning if they are near or quantised.
 
-    Args:
-        hf_config: The config of transformers that vLLM has read.
+    All ranks of a model call this together.
     """
-
-    def __init__(self, hf_config):
-        with tempfile.TemporaryDirectory() as folder:
-            hf_config.save_pretrained(folder)
-            self.config = read_config(folder)
-        with torch.device("meta"):
-            self.names = set(models.build(self.config).state_dict())
-        self.found: dict[str, tuple[torch.Size, int]] = {}
-
-    def watch(self, tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
-        """Pass names and tensors on, and take note of them."""
-        for name, tensor in tensors:
-            if name in self.names:
-                self.found[name] = tensor.shape, int(parameter_sum(tensor))
-            yield name, tensor
-
-    def check(self, corrections: Corrections) -> None:
-        """Raise PlanError if corrections were fitted to other weights. Log a warning if that cannot be seen."""
-        missing = self.names - self.found.keys()
-        if missing:
-            logger.warning("pop: the checkpoint lacks %s, so nothing tells whether POP_PLAN fits it", min(missing))
-        elif corrections.fingerprint != combined(self.config, self.found):
-            raise PlanError("the plan's corrections were fitted to another model's weights; use pop.calibrate again")
+    if plan.layers and not model.key_value_weights:
+        logger.warning("pop: the weights are quantised, so nothing tells whether POP_PLAN fits them")
+        return
+    layers = model.model.layers
+    width = layers[0].input_layernorm.weight.shape[0]
+    h = inputs(width).to(model.device, model.dtype)  # [J, D]
+    projected = [torch.stack(model.projected(index, h)) for index in plan.layers]  # [2, J, rows] each
+    projected = torch.stack(projected).transpose(2, 3).float()  # [n, 2, rows, J]: this rank's heads
+    ranks = get_tensor_model_parallel_world_size()
+    if ranks > 1:
+        gathered = tensor_model_parallel_all_gather(projected.contiguous(), dim=2).unflatten(2, (ranks, -1))
+        copies = max(1, ranks // layers[0].self_attn.total_num_kv_heads)  # ranks that hold the same head
+        projected = gathered[:, :, ::copies].flatten(2, 3)  # [n, 2, K * E, J]
+    note = check_distance(distance(sketch_of(projected), plan.corrections.sketch), plan.name)
+    if note:
+        logger.warning("pop: %s", note)

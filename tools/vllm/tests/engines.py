@@ -185,7 +185,7 @@ def calibrated(engine: Reference, layers: tuple[int, ...], **fields) -> pop.Prun
     }
     if num_updates:
         tensors["update"] = random(num_updates, config.hidden_size, rank, scale=0.2)
-    corrections = Corrections(layers, **tensors, fingerprint=engine.pop.fingerprint)
+    corrections = Corrections(layers, **tensors, sketch=engine.pop.sketch[list(layers)])
     return pop.PrunePlan(layers, full_depth_first=1, corrections=corrections, **fields)
 
 

@@ -6,10 +6,9 @@ import pytest
 import torch
 import vllm
 from pop_vllm import checks
-from pop_vllm.plan import plan_of
 from vllm.config.compilation import CUDAGraphMode
 
-from pop import PlanError, PrunePlan, UnsupportedError
+from pop import UnsupportedError
 
 
 def config(**changed):
@@ -80,14 +79,3 @@ def test_a_pass_that_differs_without_pruning_is_refused(dtype, small, large):
     for wrong in ((1 + large) * own, own * torch.nan):
         with pytest.raises(UnsupportedError):
             checks.check_equal(wrong, own)
-
-
-def test_values_of_the_variable():
-    assert plan_of("10,12,19-21", 30) == PrunePlan((10, 12, 19, 20, 21))
-    assert plan_of("20-29", 30) == PrunePlan(range(20, 30))
-    assert plan_of("0.5", 30) == PrunePlan(range(15, 30))
-    assert plan_of("none", 30) == PrunePlan.none()
-    assert plan_of("smollm2-135m-third", 30) == PrunePlan.load("smollm2-135m-third")
-    for value in ("20-30", "12", "a,b", "1,,2", "/no/such.plan"):
-        with pytest.raises(PlanError):
-            plan_of(value, 30)

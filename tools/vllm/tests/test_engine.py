@@ -5,10 +5,10 @@ import dataclasses
 import pytest
 import torch
 from engines import BLOCK, calibrated, prompts_of
-from pop_vllm.weights import Weights
-from safetensors.torch import load_file
+from pop_vllm.weights import check_weights
 
 from pop import PlanError, PrunePlan
+from pop.pruning.corrections import Corrections
 
 LENGTHS = (3, 97, 40, 130)
 PLANS = {
@@ -150,21 +150,22 @@ def test_the_first_prompt_is_run_without_pruning_and_compared(engine, monkeypatc
     assert engine.model.is_tested and "3 of 6" in caplog.text
 
 
-def test_a_plan_of_other_weights_is_refused(engine, caplog):
-    """vLLM reads the weights in any order, and a tied head may be among them."""
-    corrections = calibrated(engine, (3, 4, 5)).corrections
-    tensors = load_file(engine.folder / "model.safetensors")
-    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
-    pairs = sorted(tensors.items(), reverse=True)
-    weights = Weights(engine.model.config)
-    assert [name for name, _ in weights.watch(pairs)] == [name for name, _ in pairs]
-    weights.check(corrections)
-    weights.found["model.norm.weight"] = (torch.Size([64]), 1)
-    with pytest.raises(PlanError, match="another model"):
-        weights.check(corrections)
-    del weights.found["model.norm.weight"]  # as in a checkpoint with other names
-    weights.check(corrections)
-    assert "model.norm.weight" in caplog.text
+def test_a_plan_of_other_weights_is_refused(engine, monkeypatch, caplog):
+    plan = calibrated(engine, (3, 4, 5))
+    check_weights(engine.model, plan)
+    assert not caplog.text
+
+    def fitted_to(sketch):
+        corrections = Corrections(plan.layers, **plan.corrections.tensors, sketch=sketch)
+        return dataclasses.replace(plan, corrections=corrections)
+
+    check_weights(engine.model, fitted_to(1.1 * plan.corrections.sketch))
+    assert "9.1%" in caplog.text
+    with pytest.raises(PlanError, match="other weights"):
+        check_weights(engine.model, fitted_to(plan.corrections.sketch.flip(0)))
+    monkeypatch.setattr(engine.model, "key_value_weights", {})
+    check_weights(engine.model, plan)
+    assert "quantised" in caplog.text
 
 
 @on_llama
