@@ -257,7 +257,7 @@ def test_a_plan_of_another_model_is_refused(model, calibrated):
         lambda: other.prefill([[1, 2]], other.new_cache(), plan=calibrated),
         lambda: pop.Model(other.module, other.config, plan=calibrated),
     ):
-        with pytest.raises(PlanError, match="fitted to another model's weights"):
+        with pytest.raises(PlanError, match="calibrated for other weights"):
             call()
     weight = torch.zeros(2, 2, 20, 5)
     reshaped = Corrections((2, 3), weight, weight[..., 0], torch.zeros(1, 5, 14), sketch=model.sketch[2:4])

@@ -76,7 +76,7 @@ def stated(value):
 
 @pytest.mark.parametrize("name", TABLE["read as"])
 def test_published_configs(read, name):
-    """They leave out the reference's defaults. A fingerprint hashes a config's text: 1 is not 1.0, lists are tuples."""
+    """They leave out the reference's defaults. Types are compared as well: 1 is not 1.0, lists are tuples."""
     config = read(CONFIGS[name])
     assert json.dumps(stated(config)) == json.dumps(TABLE["read as"][name])
     assert hash(config)
