@@ -119,7 +119,7 @@ def load(
             model.plan = (shipped_plans(model) or [plan])[0]
             model.resolve(None)  # warns of weights that differ a little
         if progress:
-            print(f"pop: {ascii(model)}", file=sys.stderr, flush=True)  # the folder may have any name
+            print(f"pop: {model!a}", file=sys.stderr, flush=True)  # the folder may have any name
     return model
 
 

@@ -189,12 +189,12 @@ def test_leaving_restores_the_model_after_an_exception_too(model):
 def test_what_is_refused(model):
     ids, plan, cache = torch.ones(1, 4, dtype=torch.int64), PrunePlan((3,)), Cache()
     changed = copy.deepcopy(model)
-    changed.lm_head.weight += 1
+    changed.model.layers[3].self_attn.k_proj.weight += 1
     for error, named, subject, refused in (
         (UnsupportedError, "Linear", nn.Linear(1, 1), plan),
         (PlanError, "layer 9", model, PrunePlan((9,))),
         (UnsupportedError, "selects", model, PrunePlan((3,), full_depth_selected=0.1)),
-        (PlanError, "another model", changed, plan_of(model)),
+        (PlanError, "other weights", changed, plan_of(model)),
         (UnsupportedError, "train", copy.deepcopy(model).train(), plan),
     ):
         with pytest.raises(error, match=named), pruned(subject, refused):
