@@ -14,6 +14,7 @@ from pop import engine
 from pop.backends import tensor_parallel as parallel
 from pop.calibration.calibrate import calibrate
 from pop.calibration.importance import Importance, importance
+from pop.calibration.verdict import Verdict, check
 from pop.checkpoints.registry import list_models
 from pop.engine.cache import KVCache
 
@@ -43,6 +44,6 @@ __all__ = [
     "CacheMemoryError", "CheckpointError", "ConfigError", "ContextOverflow", "Conversation",
     "DownloadError", "Generation", "Image", "Importance", "InputError", "KVCache", "MissingExtra", "Model",
     "PlanError", "PopError", "Prefix", "PrunePlan", "TokenizerError", "UnknownModel",
-    "UnsupportedError", "Video", "WeightsNotFound", "calibrate", "cost", "engine", "importance", "list_models",
+    "UnsupportedError", "Verdict", "Video", "WeightsNotFound", "calibrate", "check", "cost", "engine", "importance", "list_models",
     "load", "load_tokenizer", "parallel", "reference",
 ]  # fmt: skip

@@ -1,0 +1,55 @@
+"""Which layers look answers up: of an answer in the prompt, how many tokens each layer would select."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from pop.calibration.questions import Question
+from pop.engine.selection import select
+from pop.errors import InputError
+from pop.pruning.plan import PrunePlan
+
+
+@torch.no_grad()
+def found_by_layer(model, question: Question, share: float, last: int) -> Tensor | None:
+    """The share of an answer's tokens that each layer would select, [L]. None if the answer is in the prompt's end.
+
+    Args:
+        model: A pop.Model. Its plan plays no part.
+        question: Its prompt holds its answer.
+        share: Of the tokens to select from: all but the first one and the last ones.
+        last: How many tokens the prompt's end has. They are at full depth anyway.
+    """
+    prompt = question.prompt
+    T = len(prompt)
+    size = len(question.answer)
+    begins = range(T - last - size + 1)
+    begin = next((begin for begin in begins if prompt[begin : begin + size] == question.answer), None)
+    if begin is None:
+        return None
+    position = torch.arange(T)[None]
+    others = (position > 0) & (position < T - last)  # [1, T]
+    count = torch.tensor([int(others.sum() * share)])
+    found = []
+
+    def step(index, layer, h, rope, attend):
+        plan = PrunePlan((index + 1,), selecting_layer=index)
+        selected = select(model.module, plan, h, position, torch.tensor([T]), others, count)
+        found.append(selected[0, begin : begin + size].float().mean())
+        return layer(h, rope, attend)
+
+    model.module.through_layers(torch.tensor([prompt], device=model.device), step=step)
+    return torch.stack(found).cpu()
+
+
+def selecting_scores(model, questions: Sequence[Question], share: float, last: int) -> Tensor:
+    """The mean of `found_by_layer` over questions, [L]: the layer of the highest score should select tokens.
+
+    Chance finds as many tokens as the share. Raises InputError if each answer is in its prompt's end.
+    """
+    rows = [found_by_layer(model, question, share, last) for question in questions]
+    found = [row for row in rows if row is not None]
+    if not found:
+        raise InputError(f"every answer is among the last {last} tokens; give a smaller last, or longer prompts")
+    return torch.stack(found).mean(0)

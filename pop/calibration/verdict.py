@@ -1,0 +1,241 @@
+"""`pop.check`: whether prompts encoded with a plan serve as well as prompts at full depth.
+
+Two things are compared with the full model, at several prompt lengths: the predictions of what follows in texts, and
+exact answers to questions about the prompt (questions.py). A low loss alone does not show that a model can still look
+things up in its prompt. Both are given token by token, so both models see the same tokens.
+"""
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pop.calibration.questions import KINDS, Question, Writer, make_questions, quotations
+from pop.calibration.texts import SHORTEST, TOKENS_AT_ONCE, builtin_texts
+from pop.errors import InputError, check_count, some
+from pop.generation.sampling import check_finite
+from pop.pruning.plan import PrunePlan
+from pop.runner import FULL_DEPTH, padded
+from pop.system.progress import progress_bar
+
+LENGTHS = (256, 1024, 4096)  # tokens of a prompt
+CONTINUATION = 96  # tokens after a prompt, and the most tokens of an answer
+WINDOWS = 8192  # the prompt tokens that loss is measured on at a length, in 2 to 8 windows if the text has them
+MOST_KL = 0.03  # nats a token
+LEAST_KEPT = 0.95  # of the full model's exact answers
+FEWEST = 3  # exact answers of the full model, without which a kind does not count
+SAMPLES = 2000  # of the bootstrap
+
+
+@dataclasses.dataclass(frozen=True)
+class Verdict:
+    """What a plan keeps of the full model. `str` gives a table and a sentence.
+
+    Args:
+        loss: By prompt length: "kl", KL(full || plan) in nats a token; "first", that of the first token; and "same",
+            the share of tokens at which both models have the same likeliest token.
+        exact: By kind of question and prompt length: whether the plan's and the full model's answers are exact,
+            [N, 2] bool.
+    """
+
+    loss: dict[int, dict[str, float]]
+    exact: dict[str, dict[int, np.ndarray]]
+
+    @property
+    def holds(self) -> bool:
+        """Whether no kind at any length keeps less than 95 % of the full model's answers, and no KL is above 0.03."""
+        return not self._failures()
+
+    @property
+    def kept(self) -> list[float] | None:
+        """The plan's exact answers as a share of the full model's, with its 95 % interval, over all questions."""
+        return _kept(np.concatenate([exact for by_length in self.exact.values() for exact in by_length.values()]))
+
+    @property
+    def sentence(self) -> str:
+        """What does not hold, the worst first, and by how much."""
+        failures = self._failures()
+        kept = "" if self.kept is None else f"; of all exact answers it keeps {_as_text(self.kept)}"
+        if not failures:
+            return f"The plan holds: no kind of question and no KL is over the limit{kept}."
+        return f"The plan does not hold: {some(failures, '; ')}{kept}."
+
+    def record(self) -> dict:
+        """The verdict as JSON, for a plan's record."""
+        answers = {
+            kind: {str(length): [*map(int, exact.sum(0)), len(exact)] for length, exact in by_length.items()}
+            for kind, by_length in self.exact.items()
+        }
+        loss = {
+            str(length): {name: round(value, 4) for name, value in figures.items()}
+            for length, figures in self.loss.items()
+        }
+        kept = self.kept and [round(share, 3) for share in self.kept]
+        record = {"holds": self.holds, "sentence": self.sentence, "lengths": [*self.loss], "loss": loss}
+        return record | {"answers": answers, "kept": kept}
+
+    def __str__(self) -> str:
+        rows = [["exact answers, plan / full model", *(f"{length:,} tokens" for length in self.loss)]]
+        for kind, by_length in self.exact.items():
+            rows.append([kind, *map(_cell, by_length.values())])
+        rows.append(["KL, nats a token", *(f"{figures['kl']:.4f}" for figures in self.loss.values())])
+        rows.append(["KL of the first token", *(f"{figures['first']:.4f}" for figures in self.loss.values())])
+        rows.append(["same likeliest token", *(f"{figures['same']:.1%}" for figures in self.loss.values())])
+        lines = [f"{name:34}" + "".join(f"{cell:>20}" for cell in cells) for name, *cells in rows]
+        return "\n".join([*lines, "", self.sentence])
+
+    def _failures(self) -> list[str]:
+        """What is over a limit, the worst first."""
+        found = []
+        for kind, by_length in self.exact.items():
+            for length, exact in by_length.items():
+                kept = _kept(exact)
+                if exact[:, 1].sum() >= FEWEST and kept[2] < LEAST_KEPT:
+                    found.append((kept[0] / LEAST_KEPT, f"{kind} at {length:,} tokens keep {_as_text(kept)}"))
+        for length, figures in self.loss.items():
+            kl = figures["kl"]
+            if kl > MOST_KL:
+                found.append((MOST_KL / kl, f"KL at {length:,} tokens is {kl:.3f} nats, above {MOST_KL}"))
+        return [text for _, text in sorted(found)]
+
+
+def check(
+    model,
+    plan: PrunePlan,
+    texts: Sequence[str | Sequence[int]] | None = None,
+    *,
+    lengths: Sequence[int] = LENGTHS,
+    questions: int = 12,
+    seed: int = 0,
+    progress: bool = True,
+) -> Verdict:
+    """Compare a plan with the full model, on texts and on questions.
+
+    Args:
+        model: A pop.Model. Without a tokenizer, quotations are the only questions.
+        plan: A PrunePlan, or another value of `prune` in `load`.
+        texts: Strings or lists of token ids to which the plan was not fitted. None takes the last fifth of each text
+            of the built-in set, which pop.calibrate(texts=None) leaves for this.
+        lengths: Of the prompts, in tokens. Longer ones than the model's context allows are cut to it.
+        questions: Of each kind at each length.
+        seed: Decides the questions.
+        progress: Show a bar on stderr.
+
+    Raises:
+        InputError: Texts or lengths are too short, or the logits are not finite. PlanError: The plan does not fit.
+    """
+    plan = model.resolve(plan)
+    seed = check_count("seed", seed, 0)
+    questions = check_count("questions", questions)
+    most = model.max_seq_len - CONTINUATION
+    lengths = sorted({min(check_count("a length", length, SHORTEST), most) for length in lengths})
+    head, text = _joined(model, texts)
+    writer = Writer(model, text, head, seed)
+    makers = (quotations,) if model.tokenizer is None else KINDS
+    asked = make_questions(writer, makers, lengths, questions)
+    windows = {length: _windows(head, text, length) for length in lengths}
+    total = sum(length * (len(asked[length]) + len(windows[length])) for length in lengths)
+    losses = {}
+    exact = {}
+    with torch.no_grad(), progress_bar("checking", total, "tokens", progress) as step:
+        for length in lengths:
+            compared = []
+            for window in windows[length]:
+                prompt = [window[:length]]
+                following = [window[length:]]
+                compared.append(_compared(*(_logits(model, prompt, following, way)[0] for way in (FULL_DEPTH, plan))))
+                step(length)
+            losses[length] = _means(compared)
+            for batch in _batches(asked[length], length):
+                marks = np.stack([_exact(model, batch, way) for way in (plan, FULL_DEPTH)], axis=1)  # [B, 2]
+                for question, mark in zip(batch, marks, strict=True):
+                    exact.setdefault(question.kind, {}).setdefault(length, []).append(mark)
+                step(length * len(batch))
+    arrays = {kind: {n: np.array(marks) for n, marks in by_length.items()} for kind, by_length in exact.items()}
+    return Verdict(losses, arrays)
+
+
+def _joined(model, texts) -> tuple[list[int], list[int]]:
+    """BOS, if the texts begin with it, and the token ids of all texts after it."""
+    if texts is None:
+        texts = [text[len(text) * 4 // 5 :] for text in builtin_texts()]
+    if isinstance(texts, str) or not texts:
+        raise InputError(f"texts is {texts!r:.80}; give a list of strings or of lists of token ids")
+    rows = [model.encode(text, "text") for text in texts]
+    head = rows[0][:1] if rows[0][0] == model.config.bos_id else []
+    text = [token for row in rows for token in row[len(head) :]]
+    if len(text) < SHORTEST:
+        raise InputError(f"the texts have {len(text)} tokens, but a check needs {SHORTEST}; give longer ones")
+    return head, text
+
+
+def _windows(head: list[int], text: list[int], length: int) -> list[list[int]]:
+    """Prompts of `length` tokens with their continuations, evenly spread over a text. A short text is repeated."""
+    size = length + CONTINUATION - len(head)
+    text = text * -(-size // len(text))
+    count = max(1, min(8, WINDOWS // length, len(text) // size))
+    begins = [(len(text) - size) * number // max(1, count - 1) for number in range(count)]
+    return [head + text[begin : begin + size] for begin in begins]
+
+
+def _batches(questions: list[Question], length: int) -> Iterator[list[Question]]:
+    step = max(1, TOKENS_AT_ONCE // length)
+    for begin in range(0, len(questions), step):
+        yield questions[begin : begin + step]
+
+
+def _logits(model, prompts: list[list[int]], following: list[list[int]], plan: PrunePlan) -> Tensor:
+    """The logits [B, C, V] that predict the tokens after prompts of equal lengths. Rows are padded to C on the right."""
+    tokens, _ = padded(following)  # [B, C]
+    cache = model.new_cache(len(prompts), len(prompts[0]) + tokens.shape[1])
+    logits = model.prefill(prompts, cache, plan=plan)[:, None]  # [B, 1, V]
+    if tokens.shape[1] > 1:
+        logits = torch.cat((logits, model.extend(tokens[:, :-1], cache)), dim=1)
+    check_finite(logits.amax(-1), "logits")
+    return logits
+
+
+def _compared(full: Tensor, logits: Tensor) -> Tensor:
+    """KL(full || plan), and whether the likeliest token is the same, for logits [C, V] each: [2, C]."""
+    kl = F.kl_div(logits.log_softmax(-1), full.log_softmax(-1), log_target=True, reduction="none").sum(-1)
+    same = full.argmax(-1) == logits.argmax(-1)
+    return torch.stack((kl.clamp(min=0), same)).double().cpu()  # rounding can leave a KL just below 0
+
+
+def _means(compared: list[Tensor]) -> dict[str, float]:
+    kl, same = torch.stack(compared, dim=1)  # [windows, C] each
+    return {"kl": kl.mean().item(), "first": kl[:, 0].mean().item(), "same": same.mean().item()}
+
+
+def _exact(model, questions: list[Question], plan: PrunePlan) -> list[bool]:
+    """Whether each greedy token of the answers is right, after the right ones before it."""
+    best = _logits(model, [q.prompt for q in questions], [q.answer for q in questions], plan).argmax(-1)  # [B, C]
+    return [row[: len(q.answer)] == q.answer for q, row in zip(questions, best.tolist(), strict=True)]
+
+
+def _kept(exact: np.ndarray) -> list[float] | None:
+    """The share of the full model's exact answers that a plan has, and its 95 % interval: [N, 2] -> 3 numbers.
+
+    The interval is from a paired bootstrap over the questions. None if the full model has no exact answer.
+    """
+    if not exact[:, 1].any():
+        return None
+    rows = np.random.default_rng(0).integers(len(exact), size=(SAMPLES, len(exact)))
+    plan, full = exact[rows].sum(1).T  # [SAMPLES] each
+    low, high = np.percentile(plan[full > 0] / full[full > 0], (2.5, 97.5))
+    plan, full = exact.sum(0)
+    return [float(plan / full), float(low), float(high)]
+
+
+def _as_text(kept: list[float]) -> str:
+    share, low, high = kept
+    return f"{share:.0%} [{low:.0%}, {high:.0%}] of the full model's"
+
+
+def _cell(exact: np.ndarray) -> str:
+    plan, full = exact.sum(0)
+    note = "" if full >= FEWEST else " (too few)"
+    return f"{plan} / {full} of {len(exact)}{note}"
