@@ -44,6 +44,6 @@ __all__ = [
     "CacheMemoryError", "CheckpointError", "ConfigError", "ContextOverflow", "Conversation",
     "DownloadError", "Generation", "Image", "Importance", "InputError", "KVCache", "MissingExtra", "Model",
     "PlanError", "PopError", "Prefix", "PrunePlan", "TokenizerError", "UnknownModel",
-    "UnsupportedError", "Verdict", "Video", "WeightsNotFound", "calibrate", "check", "cost", "engine", "importance", "list_models",
-    "load", "load_tokenizer", "parallel", "reference",
+    "UnsupportedError", "Verdict", "Video", "WeightsNotFound", "calibrate", "check", "cost", "engine", "importance",
+    "list_models", "load", "load_tokenizer", "parallel", "reference",
 ]  # fmt: skip

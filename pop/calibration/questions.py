@@ -15,7 +15,6 @@ import json
 import random
 from collections.abc import Callable
 from itertools import takewhile
-from os.path import commonprefix
 from typing import NamedTuple
 
 from pop.errors import InputError, PopError
@@ -263,9 +262,9 @@ def _chat_call(model, task: str, arguments: dict) -> tuple[list[int], list[int],
         return None
     if called[: len(prompt)] != prompt:
         return None
-    head = commonprefix([prompt, other])
+    begin = next(n for n, pair in enumerate(zip(prompt, other, strict=False)) if len({*pair}) == 2)
     answer = takewhile(lambda token: token not in form.end_ids, called[len(prompt) :])
-    return head, prompt[len(head) :], list(answer)
+    return prompt[:begin], prompt[begin:], list(answer)
 
 
 def _after_examples(kind: str, writer: Writer, length: int, facts: list[str], lines) -> Question:

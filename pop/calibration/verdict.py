@@ -132,6 +132,8 @@ def check(
     questions = check_count("questions", questions)
     most = model.max_seq_len - CONTINUATION
     lengths = sorted({min(check_count("a length", length, SHORTEST), most) for length in lengths})
+    if not lengths:
+        raise InputError("lengths is empty; give at least one prompt length in tokens")
     head, text = _joined(model, texts)
     writer = Writer(model, text, head, seed)
     makers = (quotations,) if model.tokenizer is None else KINDS
@@ -188,7 +190,7 @@ def _batches(questions: list[Question], length: int) -> Iterator[list[Question]]
 
 
 def _logits(model, prompts: list[list[int]], following: list[list[int]], plan: PrunePlan) -> Tensor:
-    """The logits [B, C, V] that predict the tokens after prompts of equal lengths. Rows are padded to C on the right."""
+    """The logits [B, C, V] that predict what follows prompts of equal lengths. Rows are padded to C on the right."""
     tokens, _ = padded(following)  # [B, C]
     cache = model.new_cache(len(prompts), len(prompts[0]) + tokens.shape[1])
     logits = model.prefill(prompts, cache, plan=plan)[:, None]  # [B, 1, V]

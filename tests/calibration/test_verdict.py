@@ -1,0 +1,165 @@
+"""The verdict on a plan: figures as of the naive reference, and limits on them."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from support.harness import naive_logits
+from support.tiny import random_model, tiny_config
+from support.tiny_chat import write_chat_checkpoint
+
+import pop
+from pop.calibration.questions import KINDS, Writer, make_questions
+from pop.calibration.verdict import CONTINUATION, Verdict
+
+PLAN = pop.PrunePlan((2, 3, 4), full_depth_last=2)
+TEXT = " ".join(f"word{n} of line{n * n}" for n in range(80))
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return pop.load(write_chat_checkpoint(tmp_path_factory.mktemp("models") / "chat"), prune=None)
+
+
+@pytest.fixture(scope="module")
+def verdict(model):
+    return pop.check(model, PLAN, [TEXT], lengths=(700, 5000), questions=2, progress=False)
+
+
+def test_the_loss_is_that_of_the_reference(model, verdict):
+    """The text has one window of each length. The longer one is cut to the context."""
+    tokens = model.encode(TEXT)
+    assert [*verdict.loss] == [700, 1024 - CONTINUATION]
+    for length, found in verdict.loss.items():
+        window = (tokens * 2)[: length + CONTINUATION]
+        full, pruned = (
+            naive_logits(model, plan, window[:length], window[length:]).double().log_softmax(-1)
+            for plan in (pop.PrunePlan.none(), PLAN)
+        )
+        kl = (full.exp() * (full - pruned)).sum(-1)
+        same = full.argmax(-1) == pruned.argmax(-1)
+        expected = {"kl": kl.mean(), "first": kl[0], "same": same.double().mean()}
+        assert found == pytest.approx({name: value.item() for name, value in expected.items()}, abs=1e-5)
+
+
+def test_every_kind_is_asked(model, verdict):
+    kinds = [make.__name__.replace("_", " ") for make in KINDS]
+    assert [*verdict.exact] == kinds
+    assert all(exact.shape == (2, 2) for by_length in verdict.exact.values() for exact in by_length.values())
+
+
+def test_an_answer_is_exact_if_each_token_is_the_likeliest(model, monkeypatch):
+    """Only the full model finds a greedy answer by the full model. Both find none with a wrong last token."""
+    writer = Writer(model, model.encode(TEXT), [], 0)
+    asked = make_questions(writer, [KINDS[0]], [500], 6)
+    full = []
+    for number, question in enumerate(asked[500]):
+        answer = pop.reference.generate(model.module, torch.tensor(question.prompt), pop.PrunePlan.none(), 4)
+        if number >= 4:
+            answer[-1] = (answer[-1] + 1) % 259
+        full.append(question._replace(answer=answer))
+    asked[500] = full
+    monkeypatch.setattr("pop.calibration.verdict.make_questions", lambda *args: asked)
+    exact = pop.check(model, PLAN, [TEXT], lengths=[500], questions=6, progress=False).exact["codes"][500]
+    expected = [
+        [
+            naive_logits(model, plan, question.prompt, question.answer).argmax(-1).tolist() == question.answer
+            for plan in (PLAN, pop.PrunePlan.none())
+        ]
+        for question in full
+    ]
+    assert exact.tolist() == expected
+    assert exact[:, 1].tolist() == [True] * 4 + [False] * 2
+    assert not exact[:, 0].all()
+
+
+def test_the_full_model_holds(model):
+    found = pop.check(model, pop.PrunePlan.none(), [TEXT], lengths=[600], questions=1, progress=False)
+    assert found.holds
+    assert found.loss == {600: {"kl": 0, "first": 0, "same": 1}}
+
+
+def test_without_a_tokenizer_quotations_are_left():
+    config = tiny_config(max_positions=200)
+    model = pop.Model(random_model(config), config)
+    text = np.random.default_rng(0).integers(0, 67, size=300).tolist()
+    found = pop.check(model, 0.5, [text], lengths=[60], questions=2, progress=False)
+    assert [*found.exact] == ["quotations"]
+    assert found.loss[60]["kl"] > 0
+
+
+def made_up(kl=0.01, plan=12, full=12) -> Verdict:
+    """A verdict on one kind with 12 questions, of which plan and full model answer the first ones."""
+    number = np.arange(12)
+    exact = np.stack((number < plan, number < full), axis=1)
+    return Verdict({256: {"kl": kl, "first": 0.5, "same": 0.9}}, {"codes": {256: exact}})
+
+
+@pytest.mark.parametrize(
+    ("figures", "holds"),
+    [
+        ({}, True),
+        ({"kl": 0.03}, True),
+        ({"kl": 0.031}, False),
+        ({"plan": 11}, True),  # within the interval
+        ({"plan": 7}, False),
+        ({"plan": 0, "full": 2}, True),  # too few to count
+        ({"plan": 0, "full": 3}, False),
+        ({"plan": 3, "full": 3}, True),
+    ],
+)
+def test_the_limits(figures, holds):
+    verdict = made_up(**figures)
+    assert verdict.holds == verdict.record()["holds"] == holds
+    assert ("not hold" in verdict.sentence) != holds
+    if not holds:
+        assert ("KL at 256" if "kl" in figures else "codes at 256") in verdict.sentence
+    assert verdict.sentence in str(verdict)
+
+
+def test_the_interval_is_that_of_a_ratio_of_means():
+    """By the delta method, for 1,000 questions."""
+    rng = np.random.default_rng(1)
+    full = rng.random(1000) < 0.8
+    plan = np.where(full, rng.random(1000) < 0.9, rng.random(1000) < 0.1)
+    value, low, high = Verdict({}, {"codes": {256: np.stack((plan, full), axis=1)}}).kept
+    assert value == plan.sum() / full.sum()
+    error = np.std(plan - value * full.astype(float)) / full.mean() / 1000**0.5
+    assert (low, high) == pytest.approx((value - 1.96 * error, value + 1.96 * error), abs=0.1 * error)
+
+
+def test_a_record_fits_into_a_plan(verdict):
+    record = verdict.record()
+    plan = pop.PrunePlan((1,), about={"verdict": record})
+    assert plan.about["verdict"] == record
+    assert len(json.dumps(record)) < 5000
+    assert record["lengths"] == [700, 928]
+    assert record["answers"]["codes"]["700"] == [*map(int, verdict.exact["codes"][700].sum(0)), 2]
+    assert record["kept"] is None  # random weights answer nothing
+
+
+@pytest.mark.parametrize(
+    ("texts", "options", "named"),
+    [
+        ([], {}, "texts"),
+        ("text", {}, "texts"),
+        ([""], {}, "empty"),
+        (["few"], {}, "3 tokens"),
+        ([TEXT], {"lengths": [3]}, "length"),
+        ([TEXT], {"lengths": []}, "lengths"),
+        ([TEXT], {"lengths": [64]}, "too short"),
+        ([TEXT], {"questions": 0}, "questions"),
+        ([TEXT], {"seed": -1}, "seed"),
+    ],
+)
+def test_what_cannot_be_checked_is_refused(model, texts, options, named):
+    with pytest.raises(pop.InputError, match=named):
+        pop.check(model, PLAN, texts, progress=False, **options)
+
+
+def test_weights_that_are_not_numbers_are_refused(model):
+    broken = pop.Model(random_model(tiny_config()), tiny_config())
+    broken.module.model.norm.weight.data.fill_(float("nan"))
+    with pytest.raises(pop.InputError, match="logits"):
+        pop.check(broken, 0.5, [[*range(60)]], lengths=[50], questions=1, progress=False)
