@@ -8,6 +8,7 @@ import pytest
 import torch
 from support.cases import assert_close, new_cache
 from support.compiler import requires_compiler
+from support.nightly import NIGHTLY
 from support.tiny import random_model, tiny_config
 from torch import nn
 from torch.nn.modules.module import register_module_forward_hook
@@ -174,8 +175,11 @@ def shared():
         yield compiled, eager, module, compilations
 
 
+NIGHTLY_ONLY = {"forward", "hook on last norm", "eps of last norm", "bias", "strides"}  # each compiles anew
+
+
 @requires_compiler
-@pytest.mark.parametrize("name", CHANGES)
+@pytest.mark.parametrize("name", CHANGES if NIGHTLY else [name for name in CHANGES if name not in NIGHTLY_ONLY])
 def test_compiled_code_follows_a_change_and_back(shared, name):
     """The change has the effect that it has eagerly. The first call compiles it, and undoing it compiles nothing."""
     compiled, eager, module, compilations = shared

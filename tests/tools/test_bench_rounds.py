@@ -12,7 +12,7 @@ from support.tiny import random_model, tiny_config
 import pop
 from pop.pruning import cost
 from tools.bench import __main__ as bench
-from tools.bench import measure, rivals, roofline, rounds, shapes
+from tools.bench import measure, rivals, rounds, shapes
 from tools.common import timed
 
 
@@ -33,12 +33,6 @@ def test_rounds_alternate_and_the_first_is_not_recorded():
     record = rounds.run_rounds(turns, 2, "test")
     assert "".join(order) == "abc" + "cba" + "abc"
     assert record == {(4, "a", "s"): [6, 7], (4, "b", "s"): [5, 8], (4, "c", "s"): [4, 9]}
-
-
-def test_a_ratio_is_taken_round_by_round():
-    """The machine has three speeds. Each hits both variants, so the ratios are 2, 2 and 3."""
-    assert rounds.ratio([2.0, 10.0, 6.0], [1.0, 5.0, 2.0]) == {"median": 2.0, "low": 2.0, "high": 3.0}
-    assert rounds.ratio([2.0, 10.0, 6.0], [1.0, 5.0, 2.0], 0.5)["high"] == 1.5
 
 
 def test_figures_follow_from_the_times(model, monkeypatch):
@@ -105,26 +99,6 @@ def test_the_clock_times_the_first_token_and_each_step_apart(monkeypatch):
 
     monkeypatch.setattr("time.perf_counter", lambda: now[0])
     assert timed(lambda: spend(5, 2), lambda token: spend(token, token + 1), 3) == (5.0, [2.0, 3.0, 4.0])
-
-
-def test_a_limit_counts_reads_on_a_gpu():
-    """By the medians of the measured rates, for the model's dtype and chunks."""
-    config, plan = tiny_config(), pop.PrunePlan((3, 4))
-    record = {
-        (20, "full", "ttft_s"): [3.0, 3.0, 3.0],
-        (20, "p", "ttft_s"): [2.0, 2.0, 2.0],
-        (20, "peak", "flops_per_s"): [5e9, 1e9, 1e10],
-        (20, "bandwidth", "bytes_per_s"): [1e8, 5e8, 4e8],
-    }
-    limits = {
-        "cuda": roofline.speedup_limit(config, 20, plan, roofline.Machine(5e9, 4e8, 2, 10)),
-        "cpu": cost.speedup_limit(config, 20, plan),
-    }
-    assert limits["cuda"] != limits["cpu"]
-    for device, limit in limits.items():
-        fields = {"device": torch.device(device), "dtype": torch.bfloat16, "chunk_size": 10}
-        row = measure._plan_figures(types.SimpleNamespace(config=config, **fields), record, 20, "p", plan, [])
-        assert (row["limit"], row["efficiency"]["median"]) == (limit, pytest.approx(1.5 / limit))
 
 
 def test_slots_start_from_the_same_position_in_both_caches(model, monkeypatch):

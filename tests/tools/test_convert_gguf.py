@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from support.goldens import REFUSED
 from support.nightly import NIGHTLY
 
 import pop
@@ -184,26 +185,11 @@ NORM = "output_norm.weight"
 NAN_NORM = np.where(np.arange(WIDTH) == 3, np.nan, 1).astype(np.float32)
 MANY = many_tokens()
 UNSUPPORTED = [  # changed keys; changed tensors, None for one that lacks; what the error says
-    ({"llama.rope.scaling.type": "yarn"}, {}, "yarn"),
-    ({"llama.expert_count": 8}, {}, "expert_count"),
-    ({"llama.logit_scale": 2.0}, {}, "llama.logit_scale"),  # a key that nothing reads
-    ({"split.count": 3}, {}, "merge"),
-    ({"general.type": "adapter"}, {}, "adapter"),
-    ({"llama.rope.dimension_count": 12}, {}, "dimension_count"),
     ({"llama.rope.freq_base": 0.0}, {"rope_freqs.weight": (np.full(12, 8, np.float32), Q.F32)}, "RoPE"),
     ({}, {"rope_freqs.weight": (llama3_divisors(8.0, 1, 8), Q.F32)}, "rope_freqs.weight"),
-    ({"tokenizer.ggml.model": "bert"}, {}, "bert"),
     (bpe_keys("viking"), MANY, "viking"),
 ]
 UNSOUND = [
-    ({"llama.attention.head_count_kv": 3}, {}, "num_key_value_heads (3)"),
-    ({"llama.attention.head_count": 0}, {}, "num_attention_heads"),
-    ({"llama.attention.head_count": [4, 2]}, {}, "head_count"),
-    ({"llama.rope.freq_base": math.inf}, {}, "freq_base"),
-    ({"llama.block_count": 2**32 - 1}, {}, "4294967295"),
-    ({"llama.block_count": 3}, {}, "blk.2.attn_q.weight"),
-    ({"llama.block_count": 1}, {}, "blk.1.attn"),
-    ({"llama.feed_forward_length": 95}, {}, "(96, 64)"),
     ({}, {"blk.1.attn_k.weight": None}, "blk.1.attn_k.weight"),
     ({}, {"token_embd.weight": None}, "vocab_size"),
     ({}, {"blk.0.attn_sub_norm.weight": (np.ones(1, np.float32), Q.F32)}, "attn_sub_norm"),
@@ -211,12 +197,13 @@ UNSOUND = [
     ({}, {NORM: (NAN_NORM, Q.F32)}, NORM),
     ({}, {NORM: (np.zeros(64), Q.F64)}, "F64"),
     (bpe_keys(bos_id=None), {}, "tokens must be at most 50"),
-    ({"tokenizer.ggml.bos_token_id": 262}, {}, "262"),
     (bpe_keys() | {"tokenizer.ggml.eos_token_id": 999}, MANY, "999"),
     (bpe_keys() | {"tokenizer.ggml.token_type": [1]}, MANY, "token_type"),
     (sentencepiece_keys() | {"tokenizer.ggml.token_type": [1] * 269}, MANY, "unk"),  # no unknown piece
 ]
 CASES = [(UnsupportedError, *case) for case in UNSUPPORTED] + [(CheckpointError, *case) for case in UNSOUND]
+for error, name in ((UnsupportedError, "not supported"), (CheckpointError, "wrong")):
+    CASES += [(error, keys, {}, words) for keys, words in REFUSED[f"keys of GGUF files that are {name}"]]
 
 
 @pytest.mark.parametrize(("error", "keys", "changed", "words"), CASES, ids=lambda value: str(value)[:20])

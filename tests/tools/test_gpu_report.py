@@ -8,10 +8,7 @@ import pytest
 import torch
 from support.tiny import write_checkpoint
 
-from pop import cost
-from pop.pruning.plan import PrunePlan
 from tools.bench import measure
-from tools.bench.subject import _read_shape
 from tools.gpu_report import __main__ as gpu_report
 from tools.gpu_report import estimates, parts
 
@@ -50,20 +47,6 @@ def test_a_part_measures_what_was_estimated(name, argv, capsys, monkeypatch):
     names = {re.sub(r"\d[\d,]*", "N", line["what"]) for line in figures}
     expected = {re.sub(r"\d[\d,]*", "N", what) for what in estimates.estimates()}
     assert names & expected or name in ("shipped", "batches")
-
-
-def test_the_estimates_agree_with_each_other():
-    """A prefill's FLOPs are its seconds times its utilisation times the rate."""
-    config, _ = _read_shape("llama3.1-8b")
-    found = estimates.estimates()
-    rate = 1e12 * float(found["matrix product"].split()[0])
-    for length in (512, 2048, 8192, 32_000):
-        shown = found[f"prefill of {length:,} tokens"].replace(",", "")
-        times = [float(word) / 1e3 for word in re.findall(r"[\d.]+", shown)]
-        utilisations = [float(word) for word in re.findall(r"[\d.]+", found[f"MFU at {length:,} tokens"])]
-        for seconds, utilisation in zip(times, reversed(utilisations), strict=True):
-            work = cost.prefill_flops(config, length, PrunePlan.none())
-            assert seconds * utilisation * rate == pytest.approx(work, rel=0.01), length
 
 
 CHILD = """#!/bin/sh
