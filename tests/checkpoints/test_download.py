@@ -142,6 +142,11 @@ def assert_right(folder: Path, server: HubServer) -> None:
     assert [path.name for path in folder.parent.iterdir()] == [folder.name]
 
 
+def fetch_right(folder: Path, server: HubServer) -> None:
+    fetch()
+    assert_right(folder, server)
+
+
 # ---- Downloads that succeed
 
 
@@ -236,8 +241,7 @@ def test_a_download_continues_after_a_kill(server, folder):
     process.wait()
     assert not folder.exists()
     server.requests.clear()
-    fetch()
-    assert_right(folder, server)
+    fetch_right(folder, server)
     asked = [(path.rsplit("/", 1)[-1], headers.get("Range")) for path, headers in server.requests[1:]]
     assert asked == [("config.json", None), (ONE, f"bytes={half}-")]
 
@@ -262,8 +266,7 @@ def test_ctrl_c_ends_the_download_and_keeps_what_is_there(server, folder, reques
     with pytest.raises(KeyboardInterrupt):
         fetch()
     assert part.stat().st_size == half and not folder.exists()
-    fetch()
-    assert_right(folder, server)
+    fetch_right(folder, server)
     assert server.asked(ONE) == [None, f"bytes={half}-"]
 
 
@@ -273,8 +276,7 @@ def test_a_broken_connection_is_resumed(request, folder, monkeypatch, hub, fault
     server = request.getfixturevalue(hub)
     monkeypatch.setattr(downloads, "TIMEOUT", 0.5)
     server.faults[ONE] = [fault, fault]
-    fetch()
-    assert_right(folder, server)
+    fetch_right(folder, server)
     size = len(server.files[ONE])
     half = size // 2
     assert server.asked(ONE) == [None, f"bytes={half}-", f"bytes={half + (size - half) // 2}-"]
@@ -285,8 +287,7 @@ def test_a_range_follows_a_redirect_and_an_expired_address_is_renewed(server, fo
     elsewhere = start()
     server.faults[ONE] = [hub_server.redirect_home(elsewhere)] * 3
     elsewhere.faults[ONE] = [cut(0.5), status(403)]
-    fetch()
-    assert_right(folder, server)
+    fetch_right(folder, server)
     half = f"bytes={len(server.files[ONE]) // 2}-"
     assert elsewhere.asked(ONE) == [None, half, half]
 
@@ -304,8 +305,7 @@ def test_a_passing_fault_is_tried_again_a_bounded_number_of_times(server, folder
     refused()
     assert len(server.requests) == 1
     server.faults.clear()
-    fetch()
-    assert_right(folder, server)
+    fetch_right(folder, server)
 
 
 # ---- Wrong answers
@@ -315,8 +315,7 @@ def test_a_passing_fault_is_tried_again_a_bounded_number_of_times(server, folder
 def test_an_answer_that_does_not_continue_the_file(server, folder, answer):
     """It sends the whole file, another part of it, or none."""
     server.faults[ONE] = [cut(0.5), answer]
-    fetch()
-    assert_right(folder, server)
+    fetch_right(folder, server)
     assert server.asked(ONE)[:2] == [None, f"bytes={len(server.files[ONE]) // 2}-"]
 
 
@@ -324,8 +323,7 @@ def test_an_answer_that_does_not_continue_the_file(server, folder, answer):
 def test_an_answer_that_is_not_the_file(server, folder, name):
     """A proxy's log-in page, a compressed file although identity was asked for, another file."""
     server.faults[name] = [hub_server.page, hub_server.compressed, other(bytes(50))]
-    fetch()
-    assert_right(folder, server)
+    fetch_right(folder, server)
 
 
 @pytest.mark.parametrize("name", ["config.json", ONE])
@@ -338,8 +336,7 @@ def test_a_file_with_another_hash_is_refused(server, folder, name):
     refused(name, digest)
     assert server.asked(name) == [None] * TRIES  # nothing wrong is continued
     assert not folder.exists()
-    fetch()
-    assert_right(folder, server)
+    fetch_right(folder, server)
 
 
 def test_no_more_bytes_than_listed_are_written(server, folder, monkeypatch):
@@ -350,8 +347,7 @@ def test_no_more_bytes_than_listed_are_written(server, folder, monkeypatch):
     monkeypatch.setattr(
         downloads._File, "matches", lambda file, path: written.append(path.stat().st_size) or matches(file, path)
     )
-    fetch()
-    assert_right(folder, server)
+    fetch_right(folder, server)
     assert max(written) == max(len(server.files[name]) for name in NEEDED)
 
 
@@ -364,8 +360,7 @@ def test_a_damaged_partial_file_is_fetched_anew(server, folder):
         refused("404")
         (partial(folder) / ONE).write_bytes(content)
         server.requests.clear()
-        fetch()
-        assert_right(folder, server)
+        fetch_right(folder, server)
         assert server.asked(ONE) == expected
         shutil.rmtree(folder)
 
@@ -380,8 +375,7 @@ def test_a_new_commit_replaces_the_changed_files(server, folder):
     server.files[ONE] = server.files[ONE][:-4] + b"\0\0\0\0"
     server.requests.clear()
     server.faults.clear()
-    fetch()
-    assert_right(folder, server)
+    fetch_right(folder, server)
     assert all(server.commit in path for path, _ in server.requests if path != LISTING)
     assert server.asked("config.json") and not server.asked(TWO)
 
@@ -451,8 +445,7 @@ def test_other_names_in_the_listing_are_not_fetched(server, folder, name):
     listing = server.listing()
     listing["siblings"].append({**hub_server.entry("x.safetensors", b"x"), "rfilename": name})
     server.faults[LISTING] = [other(json.dumps(listing).encode())]
-    fetch()
-    assert_right(folder, server)
+    fetch_right(folder, server)
     assert len(server.requests) == 2 + len(NEEDED)
 
 
@@ -473,8 +466,7 @@ def test_a_refusal_is_not_tried_again(server, folder, where, code, said):
     server.faults[where] = [status(code)]
     refused(str(code), said)
     assert len([path for path, _ in server.requests if path.endswith(where)]) == 1
-    fetch()
-    assert_right(folder, server)
+    fetch_right(folder, server)
 
 
 def test_addresses_that_lead_nowhere(server, monkeypatch):
@@ -530,8 +522,7 @@ def test_the_token_is_not_sent_over_plain_http(secure, server, folder, monkeypat
     refused("leaves https")
     assert server.requests == []
     monkeypatch.setenv("POP_ENDPOINT", server.url)
-    fetch()
-    assert_right(folder, server)
+    fetch_right(folder, server)
     assert authorizations(server) == {None}
 
 
@@ -584,8 +575,7 @@ def test_too_little_disk_space(server, folder, monkeypatch):
     free[0] = sum(len(server.files[name]) for name in NEEDED)
     free[0] -= sum(path.stat().st_size for path in partial(folder).iterdir())
     server.faults.clear()
-    fetch()
-    assert_right(folder, server)
+    fetch_right(folder, server)
 
 
 def test_a_disk_that_fills_up(server, folder):
@@ -599,8 +589,7 @@ def test_a_disk_that_fills_up(server, folder):
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert not folder.exists()
     server.requests.clear()
-    fetch()
-    assert_right(folder, server)
+    fetch_right(folder, server)
     assert "bytes=20000-" in server.asked(ONE) + server.asked(TWO)
 
 
