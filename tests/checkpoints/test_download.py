@@ -17,7 +17,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save
 from support import hub_server
 from support.goldens import REFUSED
 from support.hub_server import (
@@ -32,6 +31,7 @@ from support.hub_server import (
     stall,
     status,
 )
+from support.tiny import shard
 from support.tiny_chat import write_chat_checkpoint
 
 import pop
@@ -53,15 +53,8 @@ TRIES = len(downloads.PAUSES) + 1
 def published(tmp_path_factory) -> dict[str, bytes]:
     """The files of a repository: a checkpoint in two shards, and others that `pop` does not need."""
     folder = write_chat_checkpoint(tmp_path_factory.mktemp("published") / "chat", num_layers=2)
+    shard(folder, 2)
     files = {path.name: path.read_bytes() for path in folder.iterdir()}
-    del files["model.safetensors"]
-    weights = load_file(folder / "model.safetensors")
-    names = sorted(weights)
-    shards = {ONE: names[: len(names) // 2], TWO: names[len(names) // 2 :]}
-    for shard, tensors in shards.items():
-        files[shard] = save({name: weights[name] for name in tensors}, metadata={"format": "pt"})
-    weight_map = {name: shard for shard, tensors in shards.items() for name in tensors}
-    files[INDEX] = json.dumps({"metadata": {}, "weight_map": weight_map}).encode()
     files["generation_config.json"] = b'{"eos_token_id": [2]}'
     return files | {"README.md": b"# read me", "original/consolidated.00.pth": b"x", "extra.safetensors": b"x"}
 

@@ -1,6 +1,5 @@
 """Loading weights: exact, strict about names and shapes, sparing with memory, and safe with broken files."""
 
-import json
 import math
 import re
 import shutil
@@ -12,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from support.goldens import REFUSED
-from support.tiny import tiny_config, write_checkpoint
+from support.tiny import shard, tiny_config, write_checkpoint, write_index
 
 import pop
 from pop.checkpoints import weights as checkpoint
@@ -62,22 +61,6 @@ def stored(folder: Path) -> dict[str, torch.Tensor]:
 
 def store(folder: Path, weights: dict[str, torch.Tensor]) -> None:
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-
-
-def shard(folder: Path, count: int = 3) -> dict[str, str]:
-    """Spread model.safetensors over shards; return the weight map."""
-    weights = stored(folder)
-    (folder / "model.safetensors").unlink()
-    files = [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
-    weight_map = {name: files[i % count] for i, name in enumerate(weights)}
-    for file in files:
-        save_file({name: weights[name] for name in weights if weight_map[name] == file}, folder / file)
-    write_index(folder, weight_map)
-    return weight_map
-
-
-def write_index(folder: Path, weight_map) -> None:
-    (folder / INDEX).write_text(json.dumps({"metadata": {"total_size": 1}, "weight_map": weight_map}))
 
 
 # ---- what is loaded ----

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from pop.models import build
 from pop.models.config import (
@@ -181,6 +181,24 @@ def write_weights(folder: Path, config: Config, seed: int) -> None:
         shapes = {name: tuple(parameter.shape) for name, parameter in build(config).named_parameters()}
     weights = {name: weight.to(config.dtype) for name, weight in random_weights(shapes, seed, config.family).items()}
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def shard(folder: Path, count: int = 3) -> dict[str, str]:
+    """Spread model.safetensors over shards; return the weight map."""
+    weights = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    files = [f"model-{number + 1:05d}-of-{count:05d}.safetensors" for number in range(count)]
+    weight_map = {name: files[number % count] for number, name in enumerate(weights)}
+    for file in files:
+        part = {name: weight for name, weight in weights.items() if weight_map[name] == file}
+        save_file(part, folder / file, metadata={"format": "pt"})
+    write_index(folder, weight_map)
+    return weight_map
+
+
+def write_index(folder: Path, weight_map) -> None:
+    index = {"metadata": {"total_size": 1}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
 
 
 def experts_one_by_one(tensors: dict[str, torch.Tensor]) -> None:

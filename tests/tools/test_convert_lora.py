@@ -1,6 +1,5 @@
 """LoRA adapters: the merged model is that of W + s B A, and what is more than plain LoRA is refused by name."""
 
-import json
 import math
 import re
 
@@ -11,6 +10,7 @@ from support.adapters import TARGETS, is_of_decoder, write_adapter
 from support.goldens import REFUSED
 from support.tiny import (
     random_model,
+    shard,
     tiny_config,
     tiny_gemma3_vl_config,
     tiny_qwen3_config,
@@ -114,12 +114,8 @@ def test_a_sum_that_overflows_is_refused(tmp_path):
 
 def test_the_other_files_and_the_shards_are_those_of_the_base_model(base, tmp_path):
     weights = load_file(base / "model.safetensors")
-    (base / "model.safetensors").unlink()
-    files = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
-    weight_map = {name: files[number % 2] for number, name in enumerate(weights)}
-    for file in files:
-        save_file({name: weight for name, weight in weights.items() if weight_map[name] == file}, base / file)
-    (base / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    weight_map = shard(base, 2)
+    files = {*weight_map.values()}
     (base / "tokenizer_config.json").write_text("{}")
     (base / "third.plan").write_text("of the base model's weights")
     folder = merge(base, tmp_path)
