@@ -85,8 +85,9 @@ def load(
     max_seq_len = check_options(config, dtype, max_seq_len, compile)
     is_default = isinstance(prune, str) and prune == "default"
     own_plan = folder / "default.plan"
-    has_own_plan = is_default and own_plan.is_file()
-    plan = PrunePlan.of(own_plan if has_own_plan else prune, config.num_layers)
+    if is_default and own_plan.is_file():
+        prune = own_plan
+    plan = PrunePlan.of(prune, config.num_layers)
     preparation = read_preparation(folder, config)
     vision = processor_of(config, preparation, min_pixels, max_pixels)
     tokenizer = _tokenizer(tokenizer, folder)
@@ -114,12 +115,11 @@ def load(
         sampling=sampling,
         name=folder.name,
     )
-    if is_default:
-        if not has_own_plan:
-            model.plan = (shipped_plans(model) or [plan])[0]
-            model.resolve(None)  # warns of weights that differ a little
-        if progress:
-            print(f"pop: {model!a}", file=sys.stderr, flush=True)  # the folder may have any name
+    if is_default and prune != own_plan:
+        model.plan = (shipped_plans(model) or [plan])[0]
+        model.resolve(None)  # warns of weights that differ a little
+    if is_default and progress:
+        print(f"pop: {model!a}", file=sys.stderr, flush=True)  # the folder may have any name
     return model
 
 
@@ -133,8 +133,7 @@ def shipped_plans(model: Model) -> list[PrunePlan]:
     for path in Path(SHIPPED).glob("*.plan"):
         tensors, metadata = files.read_tensors(path, ["sketch"])  # the others are large
         layers = json.loads(metadata["pop_plan"])["layers"]
-        is_deep_enough = layers[-1] < len(model.sketch)
-        if is_deep_enough and distance(model.sketch[layers], tensors["sketch"]) <= NEAR:
+        if layers[-1] < len(model.sketch) and distance(model.sketch[layers], tensors["sketch"]) <= NEAR:
             found.append(PrunePlan.load(path))
 
     def merit(plan: PrunePlan) -> tuple:

@@ -129,7 +129,7 @@ def _plain(model, plan) -> PrunePlan:
     plan = PrunePlan.of(plan, model.config.num_layers)
     if not plan.layers:
         raise PlanError("the plan prunes no layers, so there is nothing to calibrate; give its layers")
-    return dataclasses.replace(plan, full_depth_first=max(1, plan.full_depth_first), corrections=None)
+    return dataclasses.replace(plan, full_depth_first=max(1, plan.full_depth_first), corrections=None, name="")
 
 
 def _check_distillation(model, steps: int, resume) -> None:
