@@ -78,14 +78,7 @@ class Verdict:
         return record | {"answers": answers, "kept": kept}
 
     def __str__(self) -> str:
-        rows = [["exact answers, plan / full model", *(f"{length:,} tokens" for length in self.loss)]]
-        for kind, by_length in self.exact.items():
-            rows.append([kind, *map(_cell, by_length.values())])
-        rows.append(["KL, nats a token", *(f"{figures['kl']:.4f}" for figures in self.loss.values())])
-        rows.append(["KL of the first token", *(f"{figures['first']:.4f}" for figures in self.loss.values())])
-        rows.append(["same likeliest token", *(f"{figures['same']:.1%}" for figures in self.loss.values())])
-        lines = [f"{name:34}" + "".join(f"{cell:>20}" for cell in cells) for name, *cells in rows]
-        return "\n".join([*lines, "", self.sentence])
+        return table(self.record())
 
     def _failures(self) -> list[str]:
         """What is over a limit, the worst first."""
@@ -237,7 +230,20 @@ def _as_text(kept: list[float]) -> str:
     return f"{share:.0%} [{low:.0%}, {high:.0%}] of the full model's"
 
 
-def _cell(exact: np.ndarray) -> str:
-    plan, full = exact.sum(0)
+def table(record: dict) -> str:
+    """A verdict's record as a table, the full model beside the plan, and its sentence."""
+    loss = record["loss"].values()
+    rows = [["exact answers, plan / full model", *(f"{int(length):,} tokens" for length in record["loss"])]]
+    for kind, by_length in record["answers"].items():
+        rows.append([kind, *map(_cell, by_length.values())])
+    rows.append(["KL, nats a token", *(f"{figures['kl']:.4f}" for figures in loss)])
+    rows.append(["KL of the first token", *(f"{figures['first']:.4f}" for figures in loss)])
+    rows.append(["same likeliest token", *(f"{figures['same']:.1%}" for figures in loss)])
+    lines = [f"{name:34}" + "".join(f"{cell:>20}" for cell in cells) for name, *cells in rows]
+    return "\n".join([*lines, "", record["sentence"]])
+
+
+def _cell(counts: list[int]) -> str:
+    plan, full, asked = counts
     note = "" if full >= FEWEST else " (too few)"
-    return f"{plan} / {full} of {len(exact)}{note}"
+    return f"{plan} / {full} of {asked}{note}"

@@ -4,10 +4,12 @@ import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 
+from pop.calibration.verdict import table
 from pop.checkpoints import registry
-from pop.errors import PopError, some
+from pop.errors import PopError
 from pop.pruning.plan import SHIPPED, PrunePlan
 
+WIDTH = 400  # characters of a line
 # How numbers of a record are shown, by their name.
 NATS = "{:.4f} nats a token"
 UNITS = {"continuation": NATS, "repetition": NATS, "copied": "{:.0%}", "speedup_limit": "{:.2f}x"}
@@ -22,7 +24,8 @@ def plans(args) -> None:
         plan = PrunePlan.load(path)
         print(f"{path}: {describe(plan)}")
         for name, value in plan.about.items():
-            print(f"  {some([f'{name}: {shown(name, value)}'])}")
+            for line in lines_of(name, value):
+                print(f"  {ascii(line)[1:-1][:WIDTH]}")
     if args.files:
         return
     for path in plans_here():
@@ -38,6 +41,14 @@ def plans_here() -> Iterator[Path]:
     for name in registry.MODELS:
         with contextlib.suppress(PopError):
             yield from sorted(registry.find_weights(name).glob("*.plan"))
+
+
+def lines_of(name: str, value) -> list[str]:
+    """What is printed of a record's entry. A verdict gets a table."""
+    if name == "verdict":
+        with contextlib.suppress(LookupError, TypeError, ValueError, AttributeError, OverflowError):
+            return table(value).splitlines()
+    return [f"{name}: {shown(name, value)}"]
 
 
 def shown(name: str, value) -> str:

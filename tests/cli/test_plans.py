@@ -44,6 +44,35 @@ def test_each_plan_is_printed_with_its_record(tmp_path, monkeypatch, capsys):
     ]
 
 
+VERDICT = {
+    "holds": True,
+    "sentence": "The plan holds.",
+    "lengths": [256, 1024],
+    "loss": {
+        "256": {"kl": 0.012, "first": 0.02, "same": 0.93},
+        "1024": {"kl": 0.02, "first": 0.03, "same": 0.9},
+    },
+    "answers": {"codes": {"256": [10, 12, 12], "1024": [9, 9, 12]}},
+    "kept": [0.97, 0.93, 1.01],
+}
+
+
+def test_a_verdict_is_a_table_with_the_full_model_beside_the_plan(tmp_path, capsys):
+    pop.PrunePlan((2, 3), about={"verdict": VERDICT}).save(tmp_path / "plan")
+    assert main(["plans", str(tmp_path / "plan")]) == 0
+    first, _, *lines = capsys.readouterr().out.splitlines()
+    assert first.endswith("without layers 2 to 3, keeps 97%")
+    cells = [" ".join(line.split()) for line in lines if line.strip()]
+    assert cells == [
+        "exact answers, plan / full model 256 tokens 1,024 tokens",
+        "codes 10 / 12 of 12 9 / 9 of 12",
+        "KL, nats a token 0.0120 0.0200",
+        "KL of the first token 0.0200 0.0300",
+        "same likeliest token 93.0% 90.0%",
+        "The plan holds.",
+    ]
+
+
 def test_without_a_file_the_plans_that_are_here_are_listed(tmp_path, monkeypatch, capsys):
     """Those of the package, and those beside weights. A broken one does not hide the others."""
     monkeypatch.setattr(registry, "_places", lambda: [tmp_path])
@@ -74,7 +103,14 @@ def test_a_file_that_is_no_plan_is_refused_in_a_sentence(content, tmp_path, caps
 HOSTILE = "\x1b]0;x\a\n\x9b2J\u202e\ud800" + "x" * 5000
 
 
-@pytest.mark.parametrize("about", [{HOSTILE: HOSTILE}, {"a": {HOSTILE: [HOSTILE]}}, {"": None}])
+WRONG = {"answers": {HOSTILE: {"256": [1, 2]}}, "loss": {HOSTILE: 3}, "kept": [HOSTILE], "sentence": None}
+
+
+@pytest.mark.parametrize(
+    "about",
+    [{HOSTILE: HOSTILE}, {"a": {HOSTILE: [HOSTILE]}}, {"": None}, {"verdict": HOSTILE}, {"verdict": None}]
+    + [{"verdict": VERDICT | {name: value}} for name, value in WRONG.items()],
+)
 def test_a_record_cannot_drive_a_terminal(about, tmp_path, capsys):
     fields = {"layers": [1, 3], "full_depth_last": 1, "full_depth_first": 1}
     if len(json.dumps(about)) > 10_000:
@@ -83,4 +119,6 @@ def test_a_record_cannot_drive_a_terminal(about, tmp_path, capsys):
     save_file(REFIT.tensors | {"sketch": REFIT.sketch}, tmp_path / "plan", metadata=metadata)
     assert main(["plans", str(tmp_path / "plan")]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 2 and all(line.isprintable() and line.isascii() and len(line) < 500 for line in lines)
+    assert (len(lines) == 2 or "verdict" in about) and all(
+        line.isprintable() and line.isascii() and len(line) < 500 for line in lines
+    )
