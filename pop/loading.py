@@ -62,8 +62,7 @@ def load(
         parallel: "auto" splits the model among the ranks of the process group, or of torchrun. All ranks must then make
             the same calls (pop/backends/tensor_parallel.py).
         tokenizer: "auto" reads the checkpoint's, if there is one. None loads the model without: prompts are token ids
-            then. Otherwise the path of a tokenizer, or an object with encode(text) -> ids, without BOS, and
-            decode(ids) -> text.
+            then. Otherwise a tokenizer of `load_tokenizer`, or its path.
         chat_format: None takes the checkpoint's chat_template. Otherwise "llama-3.1", "chatml" or "gemma", or another
             template in Jinja as text (pop/inputs/README.md).
 
@@ -166,7 +165,7 @@ def _tokenizer(given, folder: Path) -> Tokenizer | None:
     try:
         return load_tokenizer(folder)
     except TokenizerError as error:
-        way_out = "pass tokenizer=None to load the model without it, or a path, or an object with encode and decode"
+        way_out = "pass tokenizer=None to load the model without it, or the path of another"
         raise TokenizerError(f"{str(error).rstrip('.')}; {way_out}") from error
 
 

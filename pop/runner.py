@@ -182,7 +182,7 @@ class Runner:
             boundary: False if more of the same prompts follows in a later call. Then the logits are meaningless, and
                 the plan selects no tokens.
         """
-        self._check_cache(cache, lengths, media)
+        self._check_cache(cache, lengths)
         stages = self._stages(len(tokens), plan)
         module = self.module if self._compiled is None else self._compiled.vision_module
         images = self._images(module, media, tokens, lengths)
@@ -221,7 +221,7 @@ class Runner:
         """
         tokens = token_ids(tokens, 2, self.config.vocab_size)
         media = self.vision.prepare_batch(images, videos, len(tokens))
-        self.check_fits(tokens.shape[1], media=[one for row in media for one in row])
+        self.check_fits(tokens.shape[1])
         images = self._images(self.module, media, tokens, row_lengths(None, tokens))
         (tokens,) = to_device([tokens], self.device)
         return self.module(tokens, images)
@@ -284,18 +284,18 @@ class Runner:
         rows = None if self.part is None else self.part.kv_rows
         return dataclasses.replace(plan, corrections=corrections.to(self.device, self.dtype, rows))
 
-    def check_fits(self, num_tokens: int, what: str = "the prompt", media: Sequence[Prepared] = ()) -> None:
-        """Raise ContextOverflow if a sequence of `num_tokens`, with these images and videos, exceeds max_seq_len."""
+    def check_fits(self, num_tokens: int, what: str = "the prompt") -> None:
+        """Raise ContextOverflow if a sequence of `num_tokens` exceeds max_seq_len."""
         if num_tokens > self.max_seq_len:
-            limit = f"the model takes {self.max_seq_len}; {self.vision.shorten(media)}"
-            raise ContextOverflow(f"{what} has {num_tokens} tokens, but {limit}")
+            limit = f"the model takes {self.max_seq_len}"
+            raise ContextOverflow(f"{what} has {num_tokens} tokens, but {limit}; {self.vision.how_to_shorten}")
 
-    def _check_cache(self, cache: KVCache, added: Tensor, media: Sequence[Sequence[Prepared]] = ()) -> None:
-        """Raise InputError unless `cache` is one of this model with room for `added` [B] tokens, `media` included."""
+    def _check_cache(self, cache: KVCache, added: Tensor) -> None:
+        """Raise InputError unless `cache` is one of this model with room for `added` [B] tokens."""
         if not isinstance(cache, KVCache):
             raise InputError(f"the cache is a {type(cache).__name__}; make one with model.new_cache()")
-        advice = self.vision.shorten([one for row in media for one in row], "the prompt")
-        cache.check(self.module.config, self.dtype, self.device, self.vision.min_chunk_size, added, advice)
+        vision = self.vision
+        cache.check(self.module.config, self.dtype, self.device, vision.min_chunk_size, added, vision.how_to_shorten)
 
     @engine_modes()
     def _images(self, module, media, tokens: Tensor, lengths: Tensor) -> TextOnly:

@@ -34,9 +34,9 @@ def test_a_folder_without_tokenizer_files_loads(folder):
 
 
 def test_a_tokenizer_that_cannot_be_read_need_not_be(folder, tmp_path):
-    """The error names the ways out: none, another path, an object."""
+    """The error names the ways out: none, and another path."""
     (folder / "tokenizer.json").write_text("{")
-    with pytest.raises(pop.TokenizerError, match=r"tokenizer=None .*path.*encode and decode"):
+    with pytest.raises(pop.TokenizerError, match=r"tokenizer=None .*path"):
         pop.load(folder)
     assert pop.load(folder, tokenizer=None).tokenizer is None
     other = write_chat_checkpoint(tmp_path / "other")

@@ -12,11 +12,12 @@ from functools import partial
 
 import torch
 from torch import Tensor
+from torch._C._dynamo.guards import TensorGuards
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from pop.backends import cpu
-from pop.engine.changes import sizes_of
+from pop.engine.changes import storage_sizes
 
 CAN_RECORD = torch.__version__ >= "2.13"  # in 2.6, code compiles again in a record; the versions between are not tested
 KERNELS = {
@@ -51,9 +52,8 @@ class Graph:
         if not (CAN_RECORD and self.has_run):
             self.has_run = True
             return function()
-        conditions = [torch.get_num_threads(), *sizes_of(self.weights)]
-        if self.record is None or self.record.conditions != conditions:
-            record = _Record(conditions)
+        if self.record is None or not self.record.fits():
+            record = _Record(self.weights)
             results = record.run(function)
             self.record = record
             return results
@@ -69,9 +69,13 @@ class _Record(TorchDispatchMode):
 
     is_compiled = False  # whether there are any of the latter
 
-    def __init__(self, conditions: list):
+    def __init__(self, weights: list[Tensor]):
         super().__init__()
-        self.conditions = conditions  # under which the calls may be repeated
+        self.weights = weights
+        self.storage_sizes = storage_sizes(weights)
+        # One call in C++ compares the dtypes, shapes and strides of all weights.
+        self.guards = TensorGuards(*weights, dynamic_dims_sizes=None, dynamic_dims_strides=None)
+        self.num_threads = torch.get_num_threads()
         self.thread = threading.get_ident()
         self.calls: list[Callable[[], object]] | None = []  # None if the function cannot be repeated
         self.compiled: list[Callable] = []  # the compiled functions among the calls
@@ -81,6 +85,12 @@ class _Record(TorchDispatchMode):
     @classmethod
     def is_infra_mode(cls) -> bool:
         return True  # compiled code refuses to run in other modes
+
+    def fits(self) -> bool:
+        """Whether the calls may be repeated: they find the weights and the threads that they were made for."""
+        if self.num_threads != torch.get_num_threads() or not self.guards.check(*self.weights):
+            return False
+        return self.storage_sizes == storage_sizes(self.weights)
 
     def run(self, function: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
         """Run the function and record its calls. Returns copies of its results."""

@@ -26,7 +26,6 @@ from pop import models
 from pop.backends.cpu import Embedding, Linear, linear
 from pop.backends.experts import Experts
 from pop.checkpoints.weights import VISION, Shard
-from pop.engine.cache import KVCache
 from pop.errors import InputError
 from pop.models.config import Olmo2Config
 from pop.models.olmo2 import HeadsNorm
@@ -291,19 +290,3 @@ def _gather_logits(logits: Tensor, module) -> Tensor:
 def _share(count: int, rank: int, size: int) -> tuple[int, int]:
     """The begin and end of a rank's share of `count`, which are divided as evenly as possible."""
     return rank * count // size, (rank + 1) * count // size
-
-
-def bytes_per_device(
-    config, size: int, *, dtype: torch.dtype, batch_size: int = 1, max_seq_len: int | None = None
-) -> tuple[int, int]:
-    """Count the bytes of the weights and of a KV cache on the device that holds most. Activations are not included.
-
-    Args:
-        config: The whole model's.
-        size: The number of devices.
-        dtype: Of the weights and of the cache.
-        batch_size, max_seq_len: Of the cache. None takes the model's context.
-    """
-    part = Part(config, size - 1, size)
-    weights = sum(parameter.numel() for parameter in part.build().parameters()) * dtype.itemsize
-    return weights, KVCache.size_in_bytes(part.config, batch_size, max_seq_len or config.max_positions, dtype)

@@ -27,7 +27,7 @@ def text_windows(model, texts, images, videos, size: int) -> list[Window]:
     for text, media in zip(texts, model.vision.prepare_batch(images, videos, len(texts)), strict=True):
         tokens = model.encode(text, "text", media=media)
         if media:
-            model.check_fits(len(tokens), "a text with images", media)
+            model.check_fits(len(tokens), "a text with images")
             windows.append((tokens, media))
             continue
         bos = tokens[:1] if tokens[0] == model.config.bos_id else []

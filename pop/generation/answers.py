@@ -1,7 +1,6 @@
 """One row's answer: `Answer` while it grows, `Generation` when it has ended."""
 
 import dataclasses
-import math
 from collections.abc import Sequence
 from contextlib import suppress
 
@@ -20,11 +19,6 @@ class Generation:
     decode_s: float  # seconds from the first token to the last
     finish_reason: str  # "stop": an end token or a stop string; "length": max_new_tokens or a full context
     logprobs: list[float] | None = None  # log p of each token by the model's own softmax(logits), with logprobs=True
-
-    @property
-    def tokens_per_s(self) -> float:
-        """Decode speed after the first token; nan for an answer of fewer than two tokens."""
-        return (len(self.tokens) - 1) / self.decode_s if len(self.tokens) > 1 else math.nan
 
     @property
     def thoughts(self) -> str:

@@ -81,9 +81,9 @@ class Batch:
         Raises ContextOverflow if a prompt does not fit.
         """
         num_earlier = len(self.earlier_tokens)
-        longest, row = max((len(prompt), row) for row, prompt in enumerate(self.prompts))
+        longest = max(map(len, self.prompts))
         note = f" ({longest} tokens after {num_earlier} earlier ones)" if num_earlier else ""
-        self.model.check_fits(num_earlier + longest, f"the prompt{note}", self.media[row])
+        self.model.check_fits(num_earlier + longest, f"the prompt{note}")
         left = self.model.max_seq_len + 1 - num_earlier
         return [min(self.params.max_new_tokens, left - len(prompt)) for prompt in self.prompts]
 

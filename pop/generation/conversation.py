@@ -11,7 +11,7 @@ from pop.errors import InputError
 from pop.generation.answers import Generation
 from pop.generation.batch import Batch, Stream
 from pop.generation.sampling import sampling_params
-from pop.inputs.processors import Prepared, as_list
+from pop.inputs.processors import Prepared
 from pop.pruning.plan import PrunePlan
 
 
@@ -53,7 +53,7 @@ class Conversation:
         self._state = State()
         self._earlier = earlier
         self._prompt("Hello")  # an error in the earlier messages shows now
-        self._earlier = [_copied(message) for message in earlier]
+        self._earlier = _separate(earlier)
         if earlier and earlier[-1].get("role") == "user":
             raise InputError("the last of messages has the role user; leave it out, and give it to `send`")
 
@@ -64,7 +64,7 @@ class Conversation:
     @property
     def messages(self) -> list[dict]:
         """The conversation as `model.chat` takes it."""
-        messages = [_copied(message) for message in self._earlier]
+        messages = _separate(self._earlier)
         for turn in self.turns:
             messages.append({"role": "user", "content": turn.user})
             messages.append({"role": "assistant", "content": self._format.opening + turn.assistant})
@@ -75,21 +75,20 @@ class Conversation:
         """The token ids of all prompts and answers, in order."""
         return [token for turn in self.turns for token in turn.prompt + turn.answer]
 
-    def send(self, message, *, images=(), videos=(), **options) -> Generation:
+    def send(self, message, **options) -> Generation:
         """Answer one more message.
 
         Args:
             message: Text, or a list of parts as in `Model.chat`.
-            images, videos: Lists of what the message shows before its text.
             options: Those of `Model.generate`, whose errors are raised. The plan is the conversation's.
         """
         began = time.perf_counter()
-        return self._next_turn(message, images, videos, options).generate(began)
+        return self._next_turn(message, options).generate(began)
 
-    def stream(self, message, *, images=(), videos=(), **options) -> Stream:
+    def stream(self, message, **options) -> Stream:
         """Like `send`, but yields pieces, as `Model.stream`. The turn counts once the last one has been read."""
         began = time.perf_counter()
-        return self._next_turn(message, images, videos, options).stream(began)
+        return self._next_turn(message, options).stream(began)
 
     def _prompt(self, content) -> tuple[list[int], list[Prepared]]:
         """The ids of the next turn's prompt, and the images and videos that it shows."""
@@ -98,10 +97,10 @@ class Conversation:
         messages = [*self._earlier, {"role": "user", "content": content}]
         return self._format.prompt(messages, enable_thinking=self.enable_thinking)
 
-    def _next_turn(self, message, images, videos, options: dict) -> Batch:
+    def _next_turn(self, message, options: dict) -> Batch:
         """Check everything. Returns a batch that adds its turn to the conversation when its answer ends."""
         params = sampling_params(options, self.model.sampling)
-        content = _content(message, images, videos)
+        content = _copied(message)
         prompt, media = self._prompt(content)
         state = self._state
 
@@ -127,20 +126,11 @@ class Conversation:
         )
 
 
-def _content(message, images, videos) -> str | list[dict]:
-    """A message's content, as `Model.chat` takes it: the images and videos first."""
-    shown = [{"type": "image", "image": image} for image in as_list("image", images)]
-    shown += [{"type": "video", "video": video} for video in as_list("video", videos)]
-    if isinstance(message, list):
-        return [*shown, *map(copy.copy, message)]
-    if shown:
-        return [*shown, {"type": "text", "text": message}]
-    return message
+def _separate(messages: list[dict]) -> list[dict]:
+    """Copies of messages."""
+    return [message | {"content": _copied(message.get("content"))} for message in messages]
 
 
-def _copied(message: dict) -> dict:
-    """A copy of a message and its parts, which the caller may change later."""
-    content = message.get("content")
-    if isinstance(content, list):
-        content = [dict(part) for part in content]
-    return message | {"content": content}
+def _copied(content):
+    """A copy of a message's content, whose parts the caller may change later."""
+    return [copy.copy(part) for part in content] if isinstance(content, list) else content

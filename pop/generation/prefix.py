@@ -24,7 +24,7 @@ class Prefix:
         self.plan = model.resolve(plan)
         (media,) = model.vision.prepare_batch(images, videos, 1)
         self.tokens = model.encode(prompt, "prefix", media=media)
-        model.check_fits(len(self.tokens), "the prefix", media)
+        model.check_fits(len(self.tokens), "the prefix")
 
         ranges = model.vision.locate(self.tokens, media)  # where each image or video is in the tokens
         cut = max(0, len(self.tokens) - self.plan.full_depth_last)

@@ -39,7 +39,7 @@ def score(
     held = 0 if earlier is None else int(earlier.lengths[0])
     for number, continuation in enumerate(continuations):
         row = number if len(contexts) > 1 else 0
-        runner.check_fits(held + len(contexts[row]) + len(continuation) - 1, "context plus continuation", media[row])
+        runner.check_fits(held + len(contexts[row]) + len(continuation) - 1, "context plus continuation")
     tokens, lengths = padded(contexts)
     targets, ends = padded(continuations)  # [B, T], [B]
     T = targets.shape[1]

@@ -4,11 +4,9 @@ A file may come from anybody, and one of a few kilobytes may claim billions of p
 before it decodes anything. Pillow, an optional extra, reads files; arrays do not need it.
 """
 
-import base64
 import contextlib
 import io
 import os
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -41,16 +39,15 @@ class Image:
 def load_image(image) -> Tensor:
     """Return an image as RGB, [3, H, W] uint8 on the CPU.
 
-    An image is a file in one of FORMATS, as a path, bytes, a BytesIO or a data URL in base64. Or it is a PIL image, a
-    uint8 array [H, W, 3], or a uint8 tensor [H, W, 3] or [3, H, W].
+    An image is a file in one of FORMATS, as a path or bytes. Or it is a PIL image, a uint8 array [H, W, 3], or a uint8
+    tensor [H, W, 3] or [3, H, W].
 
     Transparent pixels show a white background, as in the reference's `convert_to_rgb`. Of 16 bits, the high 8 are
     kept. Colour profiles are ignored, and the EXIF orientation is applied. Of several frames the first is read.
     """
-    is_url = isinstance(image, str) and image[:5].lower() == "data:"
-    is_path = isinstance(image, (str, os.PathLike)) and not is_url
+    is_path = isinstance(image, (str, os.PathLike))
     name = f"the image {str(image)!r:.200}" if is_path else f"an image of type {type(image).__name__}"
-    with reading("a data URL" if is_url else name, FORMATS):
+    with reading(name, FORMATS):
         if isinstance(image, np.ndarray | Tensor):
             return _from_array(image)
         pillow = import_extra("PIL.Image", "pillow", "images")
@@ -58,8 +55,10 @@ def load_image(image) -> Tensor:
             return _from_pillow(image, name)
         if is_path:
             check_file(image, name, MAX_BYTES)
+        elif isinstance(image, (bytes, bytearray)):
+            image = io.BytesIO(image)
         else:
-            image = io.BytesIO(_file_content(image))
+            raise InputError(f"{name} was given; give a path, bytes, a PIL image, or a uint8 array or tensor [H, W, 3]")
         with pillow.open(image, formats=FORMATS) as opened:  # refuses an image with more than 178 megapixels
             return _from_pillow(opened, name)
 
@@ -95,7 +94,9 @@ def check_file(path: str | os.PathLike, name: str, max_bytes: int) -> None:
     """Raise InputError unless `path` is a file of at most `max_bytes`."""
     if not os.path.isfile(path):
         raise InputError(f"{name} is not a file; give the path of a file (network addresses are not opened)")
-    _check_bytes(os.path.getsize(path), name, max_bytes)
+    size = os.path.getsize(path)
+    if size > max_bytes:
+        raise InputError(f"{name} has {size:,} bytes; at most {max_bytes:,} are read, so make it smaller first")
 
 
 @contextlib.contextmanager
@@ -108,30 +109,6 @@ def reading(name: str, formats: tuple[str, ...]) -> Iterator[None]:
     except Exception as error:
         reason = f"{type(error).__name__}: {error}".split("\n")[0]
         raise InputError(f"{name} is truncated or broken, or not one of {', '.join(formats)} ({reason:.200})") from None
-
-
-def _file_content(image) -> bytes:
-    """Return the content of a file that is given as bytes, a BytesIO or a data URL."""
-    if isinstance(image, str):
-        header = re.match(r"data:image/[\w.+-]{1,99};base64,", image, re.IGNORECASE)
-        if header is None:
-            raise InputError(f"a data URL begins with {image[:40]!r}; it must begin with data:image/TYPE;base64,")
-        _check_bytes((len(image) - header.end()) * 3 // 4, "a data URL", MAX_BYTES)
-        return base64.b64decode(image[header.end() :], validate=True)
-    if isinstance(image, io.BytesIO):
-        image = image.getvalue()  # all of it, whatever has been read
-    if not isinstance(image, (bytes, bytearray)):
-        raise InputError(
-            f"an image is of type {type(image).__name__}; give a path, bytes, a BytesIO, a data URL, a PIL image, "
-            "or a uint8 array or tensor [H, W, 3]"
-        )
-    _check_bytes(len(image), "an image", MAX_BYTES)
-    return image
-
-
-def _check_bytes(size: int, name: str, most: int) -> None:
-    if size > most:
-        raise InputError(f"{name} has {size:,} bytes; at most {most:,} are read, so make it smaller first")
 
 
 def _from_pillow(image, name: str) -> Tensor:

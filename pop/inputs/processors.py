@@ -36,11 +36,6 @@ class Prepared:
     def sha256(self) -> str:
         return hashlib.sha256(self.pixels.numpy().tobytes()).hexdigest()
 
-    @property
-    def num_tokens(self) -> int:
-        """How many tokens of a prompt stand for it, without texts such as the times of a video."""
-        return sum(len(piece) for piece in self.pieces if isinstance(piece, list))
-
 
 class Processor:
     """What all families share. The class itself serves families that take text only.
@@ -89,12 +84,12 @@ class Processor:
             most = max(least, most)
         return replace(config, pixels=(least, most))
 
-    def shorten(self, media: Sequence[Prepared], what: str = "it") -> str:
-        """Say what to do about a prompt that is too long, with these images and videos. `what` names it."""
-        if not media:
-            return f"shorten {what}"
-        count = sum(one.num_tokens for one in media)
-        return f"shorten {what}, give fewer images or videos, or lower max_pixels: theirs are {count} tokens"
+    @property
+    def how_to_shorten(self) -> str:
+        """What to do about a prompt that is too long."""
+        if not self.marks:
+            return "shorten the prompt"
+        return "shorten the prompt, give fewer images or videos, or lower max_pixels"
 
     def images(self, module, rows: list[list[Prepared]], tokens: Tensor, lengths: Tensor) -> TextOnly:
         """Run the vision tower of `module` on the images and videos of each batch row. Without any, return TEXT.

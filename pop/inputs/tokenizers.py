@@ -6,7 +6,6 @@ Byte-level BPE (Llama-3, Qwen, SmolLM2, GPT-2) is in byte_pair.py, and Gemma's B
 import copy
 import json
 import re
-import sys
 from collections.abc import Callable, Iterable, Iterator
 from itertools import chain, groupby
 from os import PathLike
@@ -156,24 +155,6 @@ class Tokenizer:
         return push
 
 
-class ForeignTokenizer(Tokenizer):
-    """A caller's object with encode(text) -> ids, which adds no BOS, and decode(ids) -> text."""
-
-    def __init__(self, source):
-        super().__init__({}, {}, {0: b""})
-        self._source = source
-        self.vocab_size = sys.maxsize
-        self.unused_ids = []
-        if self._encode_text(""):
-            raise InputError("tokenizer.encode('') gives token ids; it must add none, such as BOS, to a text")
-
-    def _encode_text(self, text: str) -> list[int]:
-        return list(self._source.encode(text))
-
-    def decode(self, ids: Iterable[int], special: bool = False) -> str:
-        return self._source.decode(list(_as_list(ids)))
-
-
 class _Finder:
     """Finds the names of tokens in a text, from left to right. Of two names at one place, the longer one counts."""
 
@@ -214,14 +195,8 @@ def _as_list(ids: Iterable[int]) -> Iterable[int]:
 
 
 def as_tokenizer(given) -> Tokenizer:
-    """Return a tokenizer, given one, the path of one, or an object with encode and decode (see ForeignTokenizer)."""
-    if isinstance(given, str | PathLike):
-        return load_tokenizer(given)
-    if isinstance(given, Tokenizer):
-        return given
-    if not (hasattr(given, "encode") and hasattr(given, "decode")):
-        raise InputError(f"tokenizer is {given!r:.80}; give a path, None, or an object with encode and decode")
-    return ForeignTokenizer(given)
+    """Return a tokenizer, given one or the path of one."""
+    return given if isinstance(given, Tokenizer) else load_tokenizer(given)
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
@@ -230,7 +205,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     Raises TokenizerError if it is missing or broken, or has a feature that we do not reproduce exactly.
     """
     if not isinstance(path, str | PathLike):
-        raise InputError(f"path is {path!r:.80}; give the path of a tokenizer")
+        raise InputError(f"tokenizer is {path!r:.80}; give the path of one, or None")
     path = Path(expanduser(path))
     files = [path]
     if isdir(path):

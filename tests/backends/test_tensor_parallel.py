@@ -23,11 +23,12 @@ from support.tiny import tiny_config, write_weights
 from support.tiny_chat import write_chat_checkpoint
 
 import pop
-from pop.backends.tensor_parallel import Part, bytes_per_device, join
+from pop.backends.tensor_parallel import Part, join
 from pop.checkpoints.config_json import read_config
 from pop.checkpoints.registry import lookup
 from pop.checkpoints.weights import VISION, load_weights
 from pop.cli.commands import main
+from pop.engine.cache import KVCache
 from tools.checkpoints.make_random import config_of
 
 WORKER = Path(__file__).parents[1] / "support" / "parallel_worker.py"
@@ -329,8 +330,10 @@ def test_the_readmes_bytes_per_device(row, tmp_path):
     name, devices, *shown = row[0], int(row[1]), *row[2:]
     (tmp_path / "config.json").write_text(json.dumps(config_of(name)), encoding="utf-8")
     config = read_config(tmp_path)
-    found, short = bytes_per_device(config, devices, dtype=torch.bfloat16, max_seq_len=8192)
-    _, long = bytes_per_device(config, devices, dtype=torch.bfloat16)
+    part = Part(config, devices - 1, devices)  # no other has more
+    found = 2 * sum(parameter.numel() for parameter in part.build().parameters())
+    short = KVCache.size_in_bytes(part.config, 1, 8192, torch.bfloat16)
+    long = KVCache.size_in_bytes(part.config, 1, config.max_positions, torch.bfloat16)
     assert [f"{size / 1e9:.2f} GB" for size in (found, short, long)] == shown
     D, E, K, L = config.hidden_size, config.head_dim, config.num_kv_heads, config.num_layers
     norms, kv = (2 * L + 1) * D, L * 2 * D * K * E

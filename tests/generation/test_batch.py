@@ -114,7 +114,6 @@ def test_times_belong_to_the_tokens_of_the_row(model, monkeypatch):
     first, second = ending.generate(PROMPTS[:2], max_new_tokens=4)
     assert (len(first.tokens), first.ttft_s, first.decode_s) == (2, 1.0, 1.0)
     assert (len(second.tokens), second.ttft_s, second.decode_s) == (4, 1.0, 7.0)
-    assert second.tokens_per_s == 3 / 7
 
 
 def test_a_full_context_ends_an_answer_and_only_its_own(model):

@@ -8,7 +8,16 @@ import sentencepiece
 import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
-from support.text import BYTE_PAIR_FAMILIES, GOLDENS, TRICKY_TEXT, USER_DEFINED, load, spec_of, train
+from support.text import (
+    BYTE_PAIR_FAMILIES,
+    GOLDENS,
+    TRICKY_TEXT,
+    USER_DEFINED,
+    load,
+    spec_of,
+    train,
+)
+from support.tiny_chat import write_chat_checkpoint
 
 from pop.errors import InputError, TokenizerError
 from pop.generation.answers import Answer
@@ -118,43 +127,16 @@ def test_the_chat_template_comes_with_the_tokenizer(tmp_path):
 
 
 def test_no_tokenizer_files(tmp_path):
-    with pytest.raises(InputError, match="path is None"):
+    with pytest.raises(InputError, match="tokenizer is None"):
         load_tokenizer(None)
     for path in (tmp_path, tmp_path / "tokenizer.json", tmp_path / "nowhere"):
         with pytest.raises(TokenizerError, match=r"no tokenizer.json and no tokenizer.model"):
             load_tokenizer(path)
 
 
-# ---- tokenizers of the caller ----
-
-
-class Units:
-    """An id is a unit of UTF-16, so an emoji has two."""
-
-    def encode(self, text):
-        data = text.encode("utf-16-le")
-        return [data[n] + 256 * data[n + 1] for n in range(0, len(data), 2)]
-
-    def decode(self, ids):
-        return b"".join(id.to_bytes(2, "little") for id in ids).decode("utf-16-le", "replace")
-
-
-@given(text=st.text(st.characters(codec="utf-8", exclude_characters="\ufffd"), max_size=30))
-def test_an_object_with_encode_and_decode(text):
-    tokenizer = as_tokenizer(Units())
-    ids = tokenizer.encode(text)
-    assert ids == Units().encode(text) and tokenizer.decode(torch.tensor(ids, dtype=torch.int64)) == text
-    assert "".join(streamed(tokenizer, ids)) == text
+def test_a_tokenizer_or_the_path_of_one(tmp_path):
+    tokenizer = as_tokenizer(str(write_chat_checkpoint(tmp_path)))
     assert as_tokenizer(tokenizer) is tokenizer
-
-
-def test_other_objects_are_no_tokenizers():
-    class WithBos(Units):
-        def encode(self, text):
-            return [1, *super().encode(text)]
-
-    with pytest.raises(InputError, match="BOS"):
-        as_tokenizer(WithBos())
     for other in (3, object(), print):
         with pytest.raises(InputError, match="tokenizer is"):
             as_tokenizer(other)

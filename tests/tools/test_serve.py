@@ -262,6 +262,7 @@ def test_images(tmp_path):
         file = tmp_path / "a.png"
         file.write_bytes(base64.b64decode(data_url(A).partition(",")[2]))
         urls = (str(file), file.as_uri(), "http://127.0.0.1/a.png", "data:image/png;base64,AAAA", "data:,a", 7)
+        urls += ("data:image/png;base64,A", "data:image/png;base64,A!==", data_url(A).replace(";base64", ""))
         refused = [[image(bad)] for bad in urls]
         refused += [[{"type": "image", "image": str(file)}], [{"type": "video", "video": [str(file)]}]]
         refused += [[image(data_url(A[:32, :32]))] * (limits.MAX_IMAGES + 1)]

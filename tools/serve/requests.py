@@ -6,6 +6,7 @@ Texts cannot spell control tokens.
 
 from __future__ import annotations
 
+import base64
 import dataclasses
 import json
 from collections.abc import Callable
@@ -114,7 +115,7 @@ def _understand(model, name: str, body: Any, is_chat: bool, emit, size: int) -> 
         prompts = [(model.encode(prompt), []) for prompt in prompts]
     jobs = []
     for tokens, media in prompts:
-        model.check_fits(len(tokens), "the prompt", media)
+        model.check_fits(len(tokens))
         for number in range(answers):
             seed = None if params.seed is None else (params.seed + number) % 2**63
             one = dataclasses.replace(params, seed=seed)
@@ -192,7 +193,14 @@ def _part(model: pop.Model, part: Any, urls: list[str]) -> dict:
     url = image.get("url")
     if not isinstance(url, str) or url[:5].lower() != "data:":
         raise Wrong("an image must be a data URL; this server opens no addresses and no files", param="messages")
+    header, _, encoded = url.partition(",")
+    try:
+        content = base64.b64decode(encoded, validate=True)
+    except ValueError:
+        content = b""
+    if not (content and header.lower().endswith(";base64")):
+        raise Wrong("an image must be a data URL in base64: data:image/TYPE;base64,...", param="messages")
     urls.append(url)
     config = model.vision.preparation.get("image")
     limits = {"max_pixels": PIXELS[image.get("detail") or "auto"]} if config is not None and config.pixels else {}
-    return {"type": "image", "image": url, **limits}
+    return {"type": "image", "image": content, **limits}
