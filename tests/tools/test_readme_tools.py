@@ -44,7 +44,7 @@ ALSO = {
     "tools.evaluate": shlex.split(f"{SHORT} --lengths 800 --questions 1"),
     "tools.demo": shlex.split("--runs 1 --max-new-tokens 2 --prompt-file QUESTION"),
     "tools.evaluate.lookup": shlex.split("--text a=TEXT --lengths 800 --questions 1"),
-    "tools.fuzz": ["--cases", "1"],
+    "tools.fuzz": ["--minutes", "0"],
     "tools.gpu_report": shlex.split("--child prefill --device cpu --layers 4 --lengths 8"),
 }
 CHECKS = {"tools.transformers_pop": "transformers", "tools.evaluate.lm_eval_check": "lm_eval"}
