@@ -1,4 +1,4 @@
-"""Files: spoilt plans, weights, configs and tokenizers either load to the right result or raise a PopError.
+"""Files: spoilt plans, weights, configs, tokenizers and images either load to the right result or raise a PopError.
 
 What is right follows from the spoilt file itself, read as plain JSON or by the library safetensors. Weights outside of
 the checkpoint's folder are other ones.
@@ -10,9 +10,11 @@ from random import Random
 
 import torch
 from hypothesis import note
+from PIL import Image
 from safetensors.torch import load_file
 
 import pop
+from pop.inputs.images import load_image
 from tools.fuzz.cases import DATA, Counting, random_model, random_plan
 
 TEXTS = json.loads((DATA / "texts.json").read_text(encoding="utf-8"))
@@ -25,7 +27,8 @@ class Loop(Counting):
         index = {"weight_map": {name: "model.safetensors" for name, _ in model.module.named_parameters()}}
         (folder / "model/model.safetensors.index.json").write_text(json.dumps(index))
         random_plan(random, model).save(folder / "model/a.plan")
-
+        picture = Image.effect_mandelbrot((50, 40), (-2, -1, 1, 1), 9).convert(random.choice(["L", "RGB"]))
+        picture.save(folder / "model/image", random.choice(["JPEG", "PNG", "GIF", "WEBP", "TIFF", "BMP"]))
         file = folder / "model" / random.choice([*CHECKS])
         file.write_bytes(spoilt(random, file.read_bytes()))
         note(f"{file.name}: {file.read_bytes()[:5000]}")
@@ -39,7 +42,7 @@ class Loop(Counting):
 
 def spoilt(random: Random, data: bytes) -> bytes:
     """The content of a file, spoilt as JSON if it is JSON, or in its header if it is of safetensors, or as bytes."""
-    if random.random() < 0.3:
+    if random.random() < 0.3 or b"{" not in (data[:1], data[8:9]):
         at = random.randrange(len(data) + 1)
         end = at + random.choice([0, 1, 2, 8, 100, len(data)])
         return data[:at] + random.randbytes(random.choice([0, 1, 2, 8])) + data[end:]
@@ -104,4 +107,5 @@ CHECKS = {
     "config.json": check_model,
     "tokenizer.json": check_tokenizer,
     "tokenizer_config.json": check_tokenizer,
+    "image": load_image,
 }
