@@ -9,9 +9,7 @@ import copy
 import functools
 import inspect
 import json
-import os
 import re
-import runpy
 import shlex
 import shutil
 import sys
@@ -19,10 +17,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from hypothesis import settings
 from support.chat_templates import QWEN3
 from support.nightly import NIGHTLY
-from support.readme import README, READMES, ROOT, TEXT, blocks, prose
+from support.readme import README, READMES, ROOT, TEXT, blocks
 from support.tiny import write_weights
 from support.tiny_chat import write_chat_checkpoint
 from support.tiny_images import picture
@@ -235,18 +232,6 @@ def test_the_demo_prints_what_the_readme_shows(smollm2, monkeypatch, capsys):
         assert float(copied[:-1]) == pytest.approx(100 * found[2], abs=2 if row["calibrated"] else 0.6)
         (line,) = (line for line in answers.splitlines() if line.startswith(label))
         assert row["calibrated"] or line.removeprefix(label).strip() == row["answer"]
-
-
-def test_the_lines_that_run_tests_run_many_examples_and_one_process(monkeypatch):
-    many, one = re.findall(r"`((?:\w+=\w+ )?pytest\b[^`]*)`", prose("README.md"))
-    assert "-n 0" in one
-    usual = os.environ.get("HYPOTHESIS_PROFILE", "ci")
-    monkeypatch.setenv(*many.removesuffix(" pytest").split("="))
-    try:
-        runpy.run_path(str(ROOT / "tests" / "conftest.py"))
-        assert settings.default.max_examples == 400
-    finally:
-        settings.load_profile(usual)
 
 
 def test_the_citation_names_this_version_and_the_paper():

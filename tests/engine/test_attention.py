@@ -9,7 +9,6 @@ from support.tiny import random_model, tiny_gemma3_config
 
 from pop import engine
 from pop.engine import attention
-from pop.engine.attention import chunk_attention
 from pop.engine.chunks import Chunk, Prompts, chunk_bounds
 from pop.models.images import TEXT
 from pop.models.layers import masked_attention
@@ -86,23 +85,6 @@ def test_a_full_band_is_aligned_at_the_lower_right(data):
             mask = attention.span_mask(at.held, at.spans)
             assert not (mask[..., own + T :].any(-1) & valid).any()
             assert ((mask[..., : own + T] == band) | ~valid[..., None]).all()
-
-
-@pytest.mark.parametrize("block", [1, 3, 50])
-@pytest.mark.parametrize("own", [0, 4])
-@pytest.mark.parametrize(("before", "after"), [(0, 0), (2, 0), (2, 3), (99, 0), (99, 99)])
-def test_attention_by_blocks_leaves_nothing_out(monkeypatch, block, own, before, after):
-    """Each token attends some of the keys that its band allows, and itself. More keys follow all bands."""
-    monkeypatch.setattr(attention, "QUERY_BLOCK", block)
-    T, N, random = 11, own + 13, torch.Generator().manual_seed(3)
-    q, k, v = randn(2, T, 6, 4), randn(2, N, 3, 4, seed=1), randn(2, N, 3, 4, seed=2)
-    held, mine = torch.arange(N).repeat(2, 1), own + torch.arange(T)
-    first = mine - torch.randint(0, before + 1, (2, T), generator=random)
-    last = mine + torch.randint(0, after + 1, (2, T), generator=random)
-    spans, band = torch.stack((first, last), dim=-1), torch.tensor([own, before, after, 0])
-    mask = (first[..., None] <= torch.arange(N)) & (torch.arange(N) <= last[..., None])
-    found = chunk_attention(q, k, v, held, spans, band, 0.3)
-    torch.testing.assert_close(found, masked_attention(q, k, v, mask, 0.3))
 
 
 @pytest.mark.usefixtures("small_query_blocks")

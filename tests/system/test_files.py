@@ -32,26 +32,6 @@ def test_a_block_that_fails_leaves_nothing(tmp_path, error):
     assert names(tmp_path) == ["model"] and names(tmp_path / "model") == ["file"]
 
 
-def test_unfinished_files_are_kept_on_request(tmp_path):
-    with pytest.raises(CheckpointError, match="partial"), staged(tmp_path / "model", keep=True) as partial:
-        (partial / "half").write_text("half")
-        raise OSError("no")
-    assert names(tmp_path) == [".model.partial"]
-    with staged(tmp_path / "model", keep=True) as partial:
-        assert (partial / "half").read_text() == "half"
-    assert names(tmp_path) == ["model"] and names(tmp_path / "model") == ["half"]
-
-
-def test_leftovers_of_a_killed_process(tmp_path):
-    left = tmp_path / ".model.partial"
-    (left / "download").mkdir(parents=True)
-    for name in (".lock", "tokenizer.json", "download/half.whl"):
-        (left / name).write_text("half")
-    (left / "link").symlink_to(tmp_path)
-    assert names(write(tmp_path / "model")) == ["file"]
-    assert names(tmp_path) == ["model"]
-
-
 def test_the_lock_is_removed_or_already_gone(tmp_path):
     with staged(tmp_path / "model") as partial:
         (partial / "file").touch()
