@@ -53,21 +53,23 @@ def short_averages():
         yield
 
 
-@pytest.fixture(scope="session")
-def gemma3():
-    """The folder of the real Gemma-3-270M. Without it a test is skipped: the README's demo does not fetch it."""
+def real_weights(name):
+    """The folder of real weights. Without it a test is skipped."""
     try:
-        return registry.find_weights("gemma3-270m")
+        return registry.find_weights(name)
     except WeightsNotFound as error:
         pytest.skip(str(error))
+
+
+@pytest.fixture(scope="session")
+def gemma3():
+    """The real Gemma-3-270M, which the README's demo does not fetch."""
+    return real_weights("gemma3-270m")
 
 
 @pytest.fixture(scope="session")
 def smollm2():
-    """The folder of the real SmolLM2. Without it a test is skipped, or fails where $POP_REQUIRE_WEIGHTS is set."""
-    try:
+    """The real SmolLM2. Where $POP_REQUIRE_WEIGHTS is set, it must be there."""
+    if os.environ.get("POP_REQUIRE_WEIGHTS"):
         return registry.find_weights("smollm2-135m")
-    except WeightsNotFound as error:
-        if os.environ.get("POP_REQUIRE_WEIGHTS"):
-            raise
-        pytest.skip(str(error))
+    return real_weights("smollm2-135m")

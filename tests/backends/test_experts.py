@@ -1,7 +1,4 @@
-"""Mixtures of experts without a loop: equal to the loop, and without values on the host.
-
-The loop itself, and few tokens by hand: tests/models/test_experts.py.
-"""
+"""Mixtures of experts without a loop: equal to the loop, and without values on the host."""
 
 import pytest
 import torch

@@ -1,7 +1,4 @@
-"""Processor files: what the reference's processors make of them, and files that are wrong.
-
-tools/goldens/processors.py makes the golden file.
-"""
+"""Processor files: what the reference's processors make of them, and files that are wrong."""
 
 import contextlib
 import json

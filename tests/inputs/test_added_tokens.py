@@ -1,7 +1,4 @@
-"""Tokens added to a tokenizer: the ids of the originals, the files that may hold them, and those that are refused.
-
-tools/goldens/added_tokens.py makes the goldens.
-"""
+"""Tokens added to a tokenizer: the ids of the originals, the files that may hold them, and those that are refused."""
 
 import json
 import random

@@ -1,7 +1,4 @@
-"""Byte-level BPE: the ids of the originals, merges against a naive BPE, and files that are broken or not supported.
-
-tools/goldens/tokenizers.py makes the goldens: real tokenizers cut down to their first tokens.
-"""
+"""Byte-level BPE: the ids of the originals, merges against a naive BPE, and files that are broken or not supported."""
 
 import json
 import re
@@ -16,6 +13,7 @@ from support.text import BYTE_PAIR_FAMILIES, GOLDENS, TEXTS, assert_golden, load
 from pop.errors import TokenizerError
 from pop.inputs.tokenizers import load_tokenizer
 
+# Real tokenizers, cut down to their first tokens.
 TOKENIZERS = {family: load_tokenizer(GOLDENS / family) for family in BYTE_PAIR_FAMILIES}
 
 

@@ -1,7 +1,4 @@
-"""Chat formats against the families' own chat templates (goldens), and messages that are refused.
-
-tools/goldens/tokenizers.py makes the goldens.
-"""
+"""Chat formats against the families' own chat templates (goldens), and messages that are refused."""
 
 import datetime
 import json

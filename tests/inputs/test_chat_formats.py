@@ -1,7 +1,4 @@
-"""The families' chat formats with tools and thoughts, against the checkpoints' own templates (goldens).
-
-tools/goldens/chats.py makes the goldens.
-"""
+"""The families' chat formats with tools and thoughts, against the checkpoints' own templates (goldens)."""
 
 import json
 

@@ -1,7 +1,4 @@
-"""Gemma-3's images: pixels against the reference's image processor, and how a prompt contains them.
-
-tools/goldens/gemma3_vision.py makes the goldens.
-"""
+"""Gemma-3's images: pixels against the reference's image processor, and how a prompt contains them."""
 
 import json
 from pathlib import Path

@@ -1,7 +1,4 @@
-"""Qwen3-VL's images and videos: patches, grids and times against the reference's processors.
-
-tools/goldens/qwen3_vl.py makes the goldens.
-"""
+"""Qwen3-VL's images and videos: patches, grids and times against the reference's processors."""
 
 from fractions import Fraction
 from pathlib import Path

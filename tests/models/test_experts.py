@@ -1,7 +1,4 @@
-"""Mixtures of experts: one token's way by hand, the forms of its computation, and what follows from them.
-
-Against the reference, and their tensors: test_families.py. In the engine: tests/engine/test_forward.py.
-"""
+"""Mixtures of experts: one token's way by hand, and the forms of its computation."""
 
 import pytest
 import torch

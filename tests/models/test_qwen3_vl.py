@@ -1,7 +1,4 @@
-"""Qwen3-VL's positions on three axes: the reference's, by the rule, and for prompts that do not fit their images.
-
-Its logits are in test_families.py, its tower in vision/test_qwen3_vl.py.
-"""
+"""Qwen3-VL's positions on three axes: the reference's, and by the rule."""
 
 import pytest
 import torch

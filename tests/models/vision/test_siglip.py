@@ -1,7 +1,4 @@
-"""Gemma-3's vision tower and projector: the reference's features.
-
-Its tensors and checkpoints are in tests/models/test_families.py.
-"""
+"""Gemma-3's vision tower and projector: the reference's features."""
 
 import json
 
