@@ -126,33 +126,25 @@ def spread(count: int) -> list[float]:
 
 
 def codes(writer: Writer, length: int, depth: float) -> Question:
-    """The asked sentence is the one nearest to the depth."""
     everything = [f"{colour} {thing} {n}" for colour in COLOURS for thing in THINGS for n in range(1, 6)]
-    names = writer.rng.sample(everything, CODES)
-    numbers = writer.numbers(CODES)
-    asked = round(depth * (CODES - 1))
-    facts = [f"\nThe code of the {name} is {number}.\n" for name, number in zip(names, numbers, strict=True)]
-    asking = f"\n\nQuestion: What is the code of the {names[asked]}?\nAnswer: The code of the {names[asked]} is"
-    return Question("codes", writer.prompt(length, facts, asking), writer.encode(f" {numbers[asked]}"))
+    facts = []
+    lines = []
+    for name, number in zip(writer.rng.sample(everything, CODES), writer.numbers(CODES), strict=True):
+        facts.append(f"\nThe code of the {name} is {number}.\n")
+        lines.append((f"\nQuestion: What is the code of the {name}?\nAnswer: The code of the {name} is", f" {number}"))
+    return _asked("codes", writer, length, depth, facts, lines, examples=0)
 
 
 def tables(writer: Writer, length: int, depth: float) -> Question:
-    """The asked row is the one nearest to the depth. Two other rows are examples."""
     rng = writer.rng
-    names = rng.sample(NAMES, ROWS)
-    columns = {"room": rng.sample(ROOMS, ROWS), "colour": rng.sample(COLOURS, ROWS)}
-    columns["price"] = writer.numbers(ROWS, 3)
     facts = []
-    for row, name in enumerate(names):
-        cells = [f"{column}: {values[row]}" for column, values in columns.items()]
-        facts.append(f"\n| {name} | {' | '.join(cells)} |\n")
-    asked = round(depth * (ROWS - 1))
-    rows = [*rng.sample([row for row in range(ROWS) if row != asked], 2), asked]
-    lines = [
-        (f"\n{names[row]}, {column}:", f" {columns[column][row]}")
-        for row, column in zip(rows, rng.choices([*columns], k=3), strict=True)
-    ]
-    return _after_examples("tables", writer, length, facts, lines)
+    lines = []
+    columns = rng.sample(NAMES, ROWS), rng.sample(ROOMS, ROWS), rng.sample(COLOURS, ROWS), writer.numbers(ROWS, 3)
+    for name, room, colour, price in zip(*columns, strict=True):
+        facts.append(f"\n| {name} | room: {room} | colour: {colour} | price: {price} |\n")
+        column, value = rng.choice([("room", room), ("colour", colour), ("price", price)])
+        lines.append((f"\n{name}, {column}:", f" {value}"))
+    return _asked("tables", writer, length, depth, facts, lines)
 
 
 def quotations(writer: Writer, length: int, depth: float) -> Question:
@@ -192,16 +184,15 @@ def edits(writer: Writer, length: int, depth: float) -> Question:
 
 
 def sums(writer: Writer, length: int, depth: float) -> Question:
-    """The asked sum is the one nearest to the depth. Two others are examples."""
-    rng = writer.rng
-    names = rng.sample(NAMES, FACTS)
-    numbers = [rng.choices(range(1, 10), k=rng.choice((2, 2, 3))) for _ in names]
-    added = [" + ".join(map(str, amounts)) for amounts in numbers]
-    facts = [f"\nThe bill of {name}: {amounts}\n" for name, amounts in zip(names, added, strict=True)]
-    asked = round(depth * (FACTS - 1))
-    order = [*rng.sample([n for n in range(FACTS) if n != asked], 2), asked]
-    lines = [(f"\nThe bill of {names[n]}:", f" {added[n]} = {sum(numbers[n])}") for n in order]
-    return _after_examples("sums", writer, length, facts, lines)
+    facts = []
+    lines = []
+    for name in writer.rng.sample(NAMES, FACTS):
+        numbers = writer.rng.choices(range(1, 10), k=writer.rng.choice((2, 2, 3)))
+        bill = f"\nThe bill of {name}:"
+        added = " + ".join(map(str, numbers))
+        facts.append(f"{bill} {added}\n")
+        lines.append((bill, f" {added} = {sum(numbers)}"))
+    return _asked("sums", writer, length, depth, facts, lines)
 
 
 def brackets(writer: Writer, length: int, depth: float) -> Question:
@@ -220,32 +211,22 @@ def brackets(writer: Writer, length: int, depth: float) -> Question:
 
 
 def tool_calls(writer: Writer, length: int, depth: float) -> Question:
-    """The asked person is the one nearest to the depth. Without a chat format, another call is an example."""
-    rng = writer.rng
-    names = rng.sample(NAMES, FACTS)
-    towns = rng.sample(TOWNS, FACTS)
-    calls = [
-        {"name": name, "town": town, "number": number}
-        for name, town, number in zip(names, towns, writer.numbers(FACTS, 3), strict=True)
-    ]
-    facts = ['\nname: "{name}", town: "{town}", number: {number}\n'.format(**call) for call in calls]
-    asked = round(depth * (FACTS - 1))
-    order = [(asked + 1) % FACTS, asked]
-    found = _chat_call(writer.model, _task(names[asked]), calls[asked])
+    """In the model's chat format if that has tools. Otherwise another call is an example."""
+    facts = []
+    calls = []
+    lines = []
+    columns = writer.rng.sample(NAMES, FACTS), writer.rng.sample(TOWNS, FACTS), writer.numbers(FACTS, 3)
+    for name, town, number in zip(*columns, strict=True):
+        facts.append(f'\nname: "{name}", town: "{town}", number: {number}\n')
+        arguments = {"name": name, "town": town, "number": number}
+        task = f"Call the function register for {name}, with the town and the number."
+        calls.append((task, arguments))
+        lines.append((f'\n{task}\n{{"name":', f' "register", "arguments": {json.dumps(arguments)}}}'))
+    found = _chat_call(writer.model, *calls[_nearest(depth, FACTS)])
     if found is None:
-        lines = []
-        for call in (calls[n] for n in order):
-            text = json.dumps({"name": TOOL["function"]["name"], "arguments": call})
-            start = '{"name":'
-            lines.append((f"\n{_task(call['name'])}\n{start}", text.removeprefix(start)))
-        return _after_examples("tool calls", writer, length, facts, lines)
+        return _asked("tool calls", writer, length, depth, facts, lines, examples=1)
     head, asking, answer = found
-    prompt = writer.prompt(length, [*facts, "\n\n"], asking, [*spread(FACTS), 1.0], head)
-    return Question("tool calls", prompt, answer)
-
-
-def _task(name: str) -> str:
-    return f"Call the function register for {name}, with the town and the number."
+    return Question("tool calls", writer.prompt(length, facts, asking, head=head), answer)
 
 
 def _chat_call(model, task: str, arguments: dict) -> tuple[list[int], list[int], list[int]] | None:
@@ -267,10 +248,18 @@ def _chat_call(model, task: str, arguments: dict) -> tuple[list[int], list[int],
     return prompt[:begin], prompt[begin:], list(answer)
 
 
-def _after_examples(kind: str, writer: Writer, length: int, facts: list[str], lines) -> Question:
-    """The last of several lines (question, answer), after the others."""
-    *examples, (question, answer) = lines
-    asking = "".join(["\n", *("".join(example) for example in examples), question])
+def _nearest(depth: float, count: int) -> int:
+    """The fact that is nearest to a depth."""
+    return round(depth * (count - 1))
+
+
+def _asked(
+    kind: str, writer: Writer, length: int, depth: float, facts: list[str], lines, *, examples: int = 2
+) -> Question:
+    """Ask for the fact nearest to the depth, after some others as examples. lines: (question, answer) of each fact."""
+    question, answer = lines.pop(_nearest(depth, len(facts)))
+    told = ["".join(line) for line in writer.rng.sample(lines, examples)]
+    asking = "".join(["\n", *told, question])
     return Question(kind, writer.prompt(length, facts, asking), writer.encode(answer))
 
 

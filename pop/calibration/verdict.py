@@ -6,7 +6,7 @@ things up in its prompt. Both are given token by token, so both models see the s
 """
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -28,6 +28,7 @@ MOST_KL = 0.03  # nats a token
 LEAST_KEPT = 0.95  # of the full model's exact answers
 FEWEST = 3  # exact answers of the full model, without which a kind does not count
 SAMPLES = 2000  # of the bootstrap
+FIGURES = {"kl": "KL, nats a token", "first": "KL of the first token", "same": "same likeliest token, share"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,64 +36,61 @@ class Verdict:
     """What a plan keeps of the full model. `str` gives a table and a sentence.
 
     Args:
-        loss: By prompt length: "kl", KL(full || plan) in nats a token; "first", that of the first token; and "same",
-            the share of tokens at which both models have the same likeliest token.
-        exact: By kind of question and prompt length: whether the plan's and the full model's answers are exact,
+        loss: By prompt length, as in "256": "kl", KL(full || plan) in nats a token; "first", that of the first token;
+            and "same", the share of tokens at which both models have the same likeliest token.
+        exact: By kind of question and prompt length: whether the answers by the plan and by the full model are exact,
             [N, 2] bool.
     """
 
-    loss: dict[int, dict[str, float]]
-    exact: dict[str, dict[int, np.ndarray]]
+    loss: dict[str, dict[str, float]]
+    exact: dict[str, dict[str, np.ndarray]]
 
     @property
     def holds(self) -> bool:
         """Whether no kind at any length keeps less than 95 % of the full model's answers, and no KL is above 0.03."""
-        return not self._failures()
+        return not self.failures
 
     @property
-    def kept(self) -> list[float] | None:
-        """The plan's exact answers as a share of the full model's, with its 95 % interval, over all questions."""
-        return _kept(np.concatenate([exact for by_length in self.exact.values() for exact in by_length.values()]))
+    def failures(self) -> list[str]:
+        """What is over a limit, and by how much. A share of answers is over it if its whole interval is."""
+        found = []
+        for kind, by_length in self.exact.items():
+            for length, exact in by_length.items():
+                if exact[:, 1].sum() >= FEWEST and _kept(exact)[2] < LEAST_KEPT:
+                    found.append(f"{kind} at {length} tokens keep {_as_text(exact)}")
+        for length, figures in self.loss.items():
+            if figures["kl"] > MOST_KL:
+                found.append(f"KL at {length} tokens is {figures['kl']:.3f}, above {MOST_KL}")
+        return found
 
     @property
     def sentence(self) -> str:
-        """What does not hold, the worst first, and by how much."""
-        failures = self._failures()
-        kept = "" if self.kept is None else f"; of all exact answers it keeps {_as_text(self.kept)}"
-        if not failures:
-            return f"The plan holds: no kind of question and no KL is over the limit{kept}."
-        return f"The plan does not hold: {some(failures, '; ')}{kept}."
+        """Whether the plan holds, and otherwise what does not."""
+        everything = self._everything()
+        kept = f"; of all exact answers it keeps {_as_text(everything)}" if everything[:, 1].any() else ""
+        if self.holds:
+            return f"The plan holds at each length and for each kind of question{kept}."
+        return f"The plan does not hold: {some(self.failures, '; ')}{kept}."
 
     def record(self) -> dict:
         """The verdict as JSON, for a plan's record."""
-        answers = {
-            kind: {str(length): [*map(int, exact.sum(0)), len(exact)] for length, exact in by_length.items()}
-            for kind, by_length in self.exact.items()
+        return {
+            "holds": self.holds,
+            "sentence": self.sentence,
+            "lengths": [int(length) for length in self.loss],
+            "loss": self.loss,
+            "answers": {
+                kind: {length: [*exact.sum(0).tolist(), len(exact)] for length, exact in by_length.items()}
+                for kind, by_length in self.exact.items()
+            },
+            "kept": _kept(self._everything()),
         }
-        loss = {
-            str(length): {name: round(value, 4) for name, value in figures.items()}
-            for length, figures in self.loss.items()
-        }
-        kept = self.kept and [round(share, 3) for share in self.kept]
-        record = {"holds": self.holds, "sentence": self.sentence, "lengths": [*self.loss], "loss": loss}
-        return record | {"answers": answers, "kept": kept}
 
     def __str__(self) -> str:
         return table(self.record())
 
-    def _failures(self) -> list[str]:
-        """What is over a limit, the worst first."""
-        found = []
-        for kind, by_length in self.exact.items():
-            for length, exact in by_length.items():
-                kept = _kept(exact)
-                if exact[:, 1].sum() >= FEWEST and kept[2] < LEAST_KEPT:
-                    found.append((kept[0] / LEAST_KEPT, f"{kind} at {length:,} tokens keep {_as_text(kept)}"))
-        for length, figures in self.loss.items():
-            kl = figures["kl"]
-            if kl > MOST_KL:
-                found.append((MOST_KL / kl, f"KL at {length:,} tokens is {kl:.3f} nats, above {MOST_KL}"))
-        return [text for _, text in sorted(found)]
+    def _everything(self) -> np.ndarray:
+        return np.concatenate([exact for by_length in self.exact.values() for exact in by_length.values()])
 
 
 def check(
@@ -121,19 +119,17 @@ def check(
         InputError: Texts or lengths are too short, or the logits are not finite. PlanError: The plan does not fit.
     """
     plan = model.resolve(plan)
-    seed = check_count("seed", seed, 0)
-    questions = check_count("questions", questions)
-    most = model.max_seq_len - CONTINUATION
-    lengths = sorted({min(check_count("a length", length, SHORTEST), most) for length in lengths})
     if not lengths:
         raise InputError("lengths is empty; give at least one prompt length in tokens")
+    most = model.max_seq_len - CONTINUATION
+    lengths = sorted({min(check_count("a length", length, SHORTEST), most) for length in lengths})
     head, text = _joined(model, texts)
-    writer = Writer(model, text, head, seed)
+    writer = Writer(model, text, head, check_count("seed", seed, 0))
     makers = (quotations,) if model.tokenizer is None else KINDS
-    asked = make_questions(writer, makers, lengths, questions)
+    asked = make_questions(writer, makers, lengths, check_count("questions", questions))
     windows = {length: _windows(head, text, length) for length in lengths}
     total = sum(length * (len(asked[length]) + len(windows[length])) for length in lengths)
-    losses = {}
+    loss = {}
     exact = {}
     with torch.no_grad(), progress_bar("checking", total, "tokens", progress) as step:
         for length in lengths:
@@ -141,16 +137,21 @@ def check(
             for window in windows[length]:
                 prompt = [window[:length]]
                 following = [window[length:]]
-                compared.append(_compared(*(_logits(model, prompt, following, way)[0] for way in (FULL_DEPTH, plan))))
+                full = _logits(model, prompt, following, FULL_DEPTH)[0]
+                compared.append(_compared(full, _logits(model, prompt, following, plan)[0]))
                 step(length)
-            losses[length] = _means(compared)
-            for batch in _batches(asked[length], length):
-                marks = np.stack([_exact(model, batch, way) for way in (plan, FULL_DEPTH)], axis=1)  # [B, 2]
+            kl, same = torch.stack(compared, dim=1)  # [windows, C] each
+            figures = {"kl": kl.mean(), "first": kl[:, 0].mean(), "same": same.mean()}
+            loss[str(length)] = {name: round(value.item(), 6) for name, value in figures.items()}
+            rows = max(1, TOKENS_AT_ONCE // length)
+            for begin in range(0, len(asked[length]), rows):
+                batch = asked[length][begin : begin + rows]
+                marks = zip(_exact(model, batch, plan), _exact(model, batch, FULL_DEPTH), strict=True)
                 for question, mark in zip(batch, marks, strict=True):
-                    exact.setdefault(question.kind, {}).setdefault(length, []).append(mark)
+                    exact.setdefault(question.kind, {}).setdefault(str(length), []).append(mark)
                 step(length * len(batch))
     arrays = {kind: {n: np.array(marks) for n, marks in by_length.items()} for kind, by_length in exact.items()}
-    return Verdict(losses, arrays)
+    return Verdict(loss, arrays)
 
 
 def _joined(model, texts) -> tuple[list[int], list[int]]:
@@ -176,12 +177,6 @@ def _windows(head: list[int], text: list[int], length: int) -> list[list[int]]:
     return [head + text[begin : begin + size] for begin in begins]
 
 
-def _batches(questions: list[Question], length: int) -> Iterator[list[Question]]:
-    step = max(1, TOKENS_AT_ONCE // length)
-    for begin in range(0, len(questions), step):
-        yield questions[begin : begin + step]
-
-
 def _logits(model, prompts: list[list[int]], following: list[list[int]], plan: PrunePlan) -> Tensor:
     """The logits [B, C, V] that predict what follows prompts of equal lengths. Rows are padded to C on the right."""
     tokens, _ = padded(following)  # [B, C]
@@ -198,11 +193,6 @@ def _compared(full: Tensor, logits: Tensor) -> Tensor:
     kl = F.kl_div(logits.log_softmax(-1), full.log_softmax(-1), log_target=True, reduction="none").sum(-1)
     same = full.argmax(-1) == logits.argmax(-1)
     return torch.stack((kl.clamp(min=0), same)).double().cpu()  # rounding can leave a KL just below 0
-
-
-def _means(compared: list[Tensor]) -> dict[str, float]:
-    kl, same = torch.stack(compared, dim=1)  # [windows, C] each
-    return {"kl": kl.mean().item(), "first": kl[:, 0].mean().item(), "same": same.mean().item()}
 
 
 def _exact(model, questions: list[Question], plan: PrunePlan) -> list[bool]:
@@ -222,28 +212,24 @@ def _kept(exact: np.ndarray) -> list[float] | None:
     plan, full = exact[rows].sum(1).T  # [SAMPLES] each
     low, high = np.percentile(plan[full > 0] / full[full > 0], (2.5, 97.5))
     plan, full = exact.sum(0)
-    return [float(plan / full), float(low), float(high)]
+    return [round(float(share), 4) for share in (plan / full, low, high)]
 
 
-def _as_text(kept: list[float]) -> str:
-    share, low, high = kept
-    return f"{share:.0%} [{low:.0%}, {high:.0%}] of the full model's"
+def _as_text(exact: np.ndarray) -> str:
+    return "{:.0%} [{:.0%}, {:.0%}] of the full model's".format(*_kept(exact))
 
 
 def table(record: dict) -> str:
     """A verdict's record as a table, the full model beside the plan, and its sentence."""
-    loss = record["loss"].values()
-    rows = [["exact answers, plan / full model", *(f"{int(length):,} tokens" for length in record["loss"])]]
+    rows = [("exact answers, plan / full model", [f"{length} tokens" for length in record["lengths"]])]
     for kind, by_length in record["answers"].items():
-        rows.append([kind, *map(_cell, by_length.values())])
-    rows.append(["KL, nats a token", *(f"{figures['kl']:.4f}" for figures in loss)])
-    rows.append(["KL of the first token", *(f"{figures['first']:.4f}" for figures in loss)])
-    rows.append(["same likeliest token", *(f"{figures['same']:.1%}" for figures in loss)])
-    lines = [f"{name:34}" + "".join(f"{cell:>20}" for cell in cells) for name, *cells in rows]
+        rows.append((kind, [_cell(*counts) for counts in by_length.values()]))
+    for name, title in FIGURES.items():
+        rows.append((title, [f"{figures[name]:.4f}" for figures in record["loss"].values()]))
+    lines = [f"{title:34}" + "".join(f"{cell:>20}" for cell in cells) for title, cells in rows]
     return "\n".join([*lines, "", record["sentence"]])
 
 
-def _cell(counts: list[int]) -> str:
-    plan, full, asked = counts
-    note = "" if full >= FEWEST else " (too few)"
-    return f"{plan} / {full} of {asked}{note}"
+def _cell(plan: int, full: int, questions: int) -> str:
+    note = " (too few)" if full < FEWEST else ""
+    return f"{plan} / {full} of {questions}{note}"
