@@ -1,4 +1,4 @@
-"""The `pop` command: generate, chat, importance, calibrate, plans, models, download.
+"""The `pop` command: generate, chat, importance, calibrate, check, plans, models, download.
 
 Answers go to stdout, notes and errors to stderr (terminal.py).
 """
@@ -20,7 +20,8 @@ import torch
 
 import pop
 from pop.backends.tensor_parallel import launched
-from pop.calibration.texts import builtin_texts
+from pop.calibration.texts import SHORTEST, builtin_texts
+from pop.calibration.verdict import LENGTHS
 from pop.checkpoints import download as downloads
 from pop.checkpoints import registry
 from pop.cli.plans import plans
@@ -41,16 +42,15 @@ def main(argv: list[str] | None = None) -> int:
     args = _parse(sys.argv[1:] if argv is None else argv)
     rank, ranks = launched()
 
-    def run() -> None:
+    def run() -> int | None:
         if ranks > 1 and args.run not in (generate, calibrate):
             raise InputError("torchrun can start pop generate and pop calibrate only; run this command without it")
         if ranks > 1 and getattr(args, "prompt", None) == "-":
             raise InputError("only one process can read the standard input; use --prompt-file")
         if rank == 0:
-            args.run(args)
-            return
+            return args.run(args)
         with open(os.devnull, "w", encoding="utf-8") as silence, contextlib.redirect_stdout(silence):
-            args.run(args)
+            return args.run(args)
 
     return exit_status("pop", run)
 
@@ -172,6 +172,18 @@ def calibrate(args) -> None:
     if launched()[0] == 0:
         _save(plan, args.out)
     print(f"Saved to {args.out}. Try: pop generate {args.model} --prune {args.out} PROMPT")
+
+
+def check(args) -> int:
+    """Print the verdict on a plan. Return 0 if it holds, and 1 if not."""
+    texts = [_read_file(path) for path in args.files] or None
+    longest = check_count("--longest", args.longest, SHORTEST)
+    questions = check_count("--questions", args.questions)
+    model = _load(args)
+    lengths = [*(length for length in LENGTHS if length < longest), longest]
+    verdict = pop.check(model, model.plan, texts, lengths=lengths, questions=questions)
+    print(verdict)
+    return int(not verdict.holds)
 
 
 def _save(result, path: str) -> None:
@@ -352,6 +364,16 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
     integer(add, "--steps", "steps of distillation after the closed form, such as 150", 0)
     add("--resume", help="keep unfinished steps in this file, and continue from it", metavar="FILE")
     integer(add, "--seed", "chooses the windows that are held out, and what the steps train on", 0)
+
+    text = (
+        "Compare a plan with the full model, on texts and on questions. The exit status is 0 if the plan holds, else 1."
+    )
+    add = command(check, text).add_argument
+    model_options(add)
+    add("prune", help="a saved plan's path or name, or another value of --prune", metavar="PLAN")
+    add("files", help="texts that the plan was not fitted to; default: a built-in set", nargs="*", metavar="TEXT")
+    integer(add, "--longest", "tokens of the longest prompts", LENGTHS[-1])
+    integer(add, "--questions", "questions of each kind and length", 12)
 
     add = command(plans, "Print saved plans: how they were calibrated, their loss and their speedup.").add_argument
     add("files", help="saved plans; default: list those that are here", nargs="*", metavar="FILE")

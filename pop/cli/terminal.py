@@ -24,11 +24,11 @@ class Terminal:
         return self._stream.write(text.translate(CONTROL))
 
 
-def exit_status(program: str, work: Callable[[], object]) -> int:
+def exit_status(program: str, work: Callable[[], int | None]) -> int:
     """Run `work`, and return the exit status of the program.
 
-    It is 0, or 2 after an error, which stderr shows in one sentence. It is 130 after Ctrl-C, and 141 if the reader of
-    the output is gone.
+    It is what `work` returns (None: 0), or 2 after an error, which stderr shows in one sentence. It is 130 after
+    Ctrl-C, and 141 if the reader of the output is gone.
     """
     if hasattr(sys.stdout, "reconfigure"):  # a terminal that lacks a character shows "?" for it
         sys.stdout.reconfigure(errors="replace")
@@ -37,9 +37,9 @@ def exit_status(program: str, work: Callable[[], object]) -> int:
         with warnings.catch_warnings(), contextlib.redirect_stdout(output):
             if not sys.warnoptions:
                 warnings.simplefilter("ignore")
-            work()
+            status = work()
             sys.stdout.flush()
-        return 0
+        return status or 0
     except PopError as error:
         print(f"{program}: {error}", file=sys.stderr)
         return 2

@@ -17,6 +17,7 @@ from support.tiny_chat import write_chat_checkpoint
 
 import pop
 from pop.checkpoints import registry
+from pop.cli import commands
 from pop.cli.commands import excerpts, main
 
 
@@ -41,7 +42,9 @@ def without_plan(err: str) -> str:
 def test_the_help_and_the_version(capsys):
     assert main([]) == 0
     help = capsys.readouterr().out
-    assert all(name in help for name in ("generate", "chat", "importance", "calibrate", "plans", "models", "download"))
+    assert all(
+        name in help for name in ("generate", "chat", "importance", "calibrate", "check", "plans", "models", "download")
+    )
     with pytest.raises(SystemExit) as exit:
         main(["--version"])
     assert (exit.value.code, capsys.readouterr().out) == (0, f"pop {pop.__version__}\n")
@@ -225,6 +228,7 @@ SHOWN = {"prune": "0.5", "max_seq_len": 99, "min_pixels": 8, "max_pixels": 9}
         (["chat", "FOLDER", *MODEL, *PROMPT, "--chat-format", "gemma"], {**LOADED, **SHOWN, "chat_format": "gemma"}),
         (["calibrate", "FOLDER", "--out", "plan", *MODEL, "--prune", "0.5"], {**LOADED, "prune": "0.5"}),
         (["importance", "FOLDER", *MODEL], {**LOADED, "prune": "none"}),
+        (["check", "FOLDER", "0.5", *MODEL], {**LOADED, "prune": "0.5"}),
     ],
 )
 def test_options_reach_the_model(arguments, options, folder, monkeypatch, capsys):
@@ -241,6 +245,18 @@ def test_options_reach_the_model(arguments, options, folder, monkeypatch, capsys
     for bound in (expected, *calls):
         bound.apply_defaults()
     assert calls == [expected]
+
+
+@pytest.mark.parametrize(("plan", "status"), [("none", 0), ("1.0", 1)])
+def test_check_prints_the_verdict_and_its_status_says_whether_the_plan_holds(
+    plan, status, folder, model, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(commands, "LENGTHS", (1000,))
+    text = tmp_path / "text.txt"
+    text.write_text("".join(map(chr, range(33, 33 + 60))) * 3)
+    assert main(["check", folder, plan, str(text), "--longest", "600", "--questions", "1"]) == status
+    expected = pop.check(model, plan, [text.read_text()], lengths=[600], questions=1, progress=False)
+    assert capsys.readouterr().out == f"{expected}\n"
 
 
 # ---- Errors: one sentence on stderr, status 2 ----
@@ -292,6 +308,12 @@ def test_what_cannot_be_saved_at_the_end_is_saved_elsewhere(command, folder, tmp
         ("importance CHAT --samples 0", "--samples is 0"),
         ("importance CHAT --prompt-tokens 0", "--prompt-tokens is 0"),
         ("importance CHAT empty.txt", "holds no text"),
+        ("check CHAT 0.5 empty.txt", "holds no text"),
+        ("check CHAT 0.5 picture.png", "is not text"),
+        ("check CHAT 0.5 text.txt", "9 tokens"),
+        ("check CHAT 0.5 --longest 3", "--longest is 3"),
+        ("check CHAT 0.5 --questions 0", "--questions is 0"),
+        ("check CHAT missing.plan", "missing.plan"),
         ("calibrate CHAT --out plan --prune none", "nothing to calibrate"),
         ("calibrate CHAT --out plan --steps -1", "steps is -1"),
         ("chat CHAT --temperature -1", "temperature"),
