@@ -28,7 +28,6 @@ MOST_KL = 0.03  # nats a token
 LEAST_KEPT = 0.95  # of the full model's exact answers
 FEWEST = 3  # exact answers of the full model, without which a kind does not count
 SAMPLES = 2000  # of the bootstrap
-FIGURES = {"kl": "KL, nats a token", "first": "KL of the first token", "same": "same likeliest token, share"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -221,15 +220,18 @@ def _as_text(exact: np.ndarray) -> str:
 
 def table(record: dict) -> str:
     """A verdict's record as a table, the full model beside the plan, and its sentence."""
-    rows = [("exact answers, plan / full model", [f"{length} tokens" for length in record["lengths"]])]
+    loss = record["loss"].values()
+    rows = [["exact answers, plan / full model", *(f"{int(length):,} tokens" for length in record["loss"])]]
     for kind, by_length in record["answers"].items():
-        rows.append((kind, [_cell(*counts) for counts in by_length.values()]))
-    for name, title in FIGURES.items():
-        rows.append((title, [f"{figures[name]:.4f}" for figures in record["loss"].values()]))
-    lines = [f"{title:34}" + "".join(f"{cell:>20}" for cell in cells) for title, cells in rows]
+        rows.append([kind, *map(_cell, by_length.values())])
+    rows.append(["KL, nats a token", *(f"{figures['kl']:.4f}" for figures in loss)])
+    rows.append(["KL of the first token", *(f"{figures['first']:.4f}" for figures in loss)])
+    rows.append(["same likeliest token", *(f"{figures['same']:.1%}" for figures in loss)])
+    lines = [f"{name:34}" + "".join(f"{cell:>20}" for cell in cells) for name, *cells in rows]
     return "\n".join([*lines, "", record["sentence"]])
 
 
-def _cell(plan: int, full: int, questions: int) -> str:
-    note = " (too few)" if full < FEWEST else ""
-    return f"{plan} / {full} of {questions}{note}"
+def _cell(counts: list[int]) -> str:
+    plan, full, asked = counts
+    note = "" if full >= FEWEST else " (too few)"
+    return f"{plan} / {full} of {asked}{note}"
