@@ -18,9 +18,10 @@ from support.goldens import GOLDENS, TOLERANCE
 from support.nightly import NIGHTLY
 
 import pop
+from pop.calibration.questions import codes, make_questions
 from pop.pruning import reference
 from tools.evaluate.contender import Contender
-from tools.evaluate.questions import Writer, codes, documents, make_questions, quotes
+from tools.evaluate.questions import Writer, documents, quotes
 from tools.evaluate.retrieval import evaluate_retrieval
 from tools.evaluate.text import evaluate_text, read_domains, read_text, spread_windows
 
@@ -162,7 +163,7 @@ def test_selected_tokens_bring_answers_back(model):
     plans = {"full": pop.PrunePlan.none(), "selected": pop.PrunePlan.load("smollm2-135m-14")}
     contenders = [Contender(name, model, plan) for name, plan in plans.items()]
     texts = {name: model.tokenizer.encode(read_text(files), bos=False) for name, files in read_domains([]).items()}
-    writer = Writer(model.tokenizer, texts, seed=3)
+    writer = Writer(model, texts, seed=3)
     questions = make_questions(writer, [codes, documents, quotes("speech")], [512], 2)
     rows = evaluate_retrieval(contenders, questions)["rows"]
     nats = {name: row["difference"]["value"] for name, row in rows.items()}

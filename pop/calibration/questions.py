@@ -22,6 +22,7 @@ from pop.inputs.messages import tool_call
 
 CUE = 12  # tokens of a quoted passage that the prompt repeats
 QUOTED = 8  # tokens after them that are asked for
+LINE = 8  # tokens of a line that is edited
 CODES = 6  # sentences with a code in a prompt
 ROWS = 5  # rows of a table in a prompt
 FACTS = 4  # facts in prompts of other kinds
@@ -174,10 +175,10 @@ def _is_clear(text: list[int], passage: list[int], cue: int) -> bool:
 
 
 def edits(writer: Writer, length: int, depth: float) -> Question:
-    """Three lines of the text at the depth. The prompt repeats the first of them with the new name."""
+    """Three lines at the depth. The prompt repeats the first of them with the new name."""
     old, new = writer.rng.sample(NAMES, 2)
-    words = writer.model.tokenizer.decode(writer.cut(writer.filler, 80)).split()[1:]
-    lines = [" ".join(words[begin : begin + 4]) for begin in (0, 4, 8)]
+    decode = writer.model.tokenizer.decode
+    lines = [" ".join(decode(writer.cut(writer.filler, LINE)).replace("\ufffd", "").split()) for _ in range(3)]
     asking = f"\n\nThe same lines, with {new} in place of {old}:\n\n{new}: {lines[0]}\n{new}:"
     prompt = writer.prompt(length, [f"\n\n{old}: " + f"\n{old}: ".join(lines) + "\n\n"], asking, [depth])
     return Question("edits", prompt, writer.encode(f" {lines[1]}\n{new}: {lines[2]}"))

@@ -11,11 +11,12 @@ from support.goldens import GOLDENS
 from support.tiny import random_model, tiny_config
 
 import pop
+from pop.calibration.questions import codes, make_questions
 from tools.evaluate import __main__ as evaluate
 from tools.evaluate import report as evaluate_report
 from tools.evaluate import selection, tasks, text
 from tools.evaluate.contender import Contender
-from tools.evaluate.questions import Writer, codes, documents, make_questions, needle, quotes
+from tools.evaluate.questions import Writer, documents, needle, quotes
 from tools.evaluate.retrieval import evaluate_retrieval
 from tools.evaluate.ruler import RULER
 
@@ -116,7 +117,7 @@ def test_what_the_command_line_asks_for_is_what_each_task_gets(run, tiny_folder,
     assert result["text"] == text.evaluate_text(made, {"a": windows}, 32, seed=3)
     assert result["generation"] == tasks.evaluate_generation(made, [window[:32] for window in windows], 3)
     makers = [codes, needle, documents, quotes("a"), *RULER]
-    questions = make_questions(Writer(model.tokenizer, {"a": tokens}, 3), makers, [800], 1)
+    questions = make_questions(Writer(model, {"a": tokens}, 3), makers, [800], 1)
     assert result["retrieval"] == evaluate_retrieval(made, questions, seed=3)
 
 

@@ -9,10 +9,11 @@ import torch
 from support.harness import naive_logits
 
 import pop
+from pop.calibration.questions import Question, codes, make_questions
 from pop.pruning import reference
 from tools.evaluate import baselines
 from tools.evaluate.contender import OneByOne
-from tools.evaluate.questions import CUE, QUOTED, Question, Writer, codes, documents, make_questions, needle, quotes
+from tools.evaluate.questions import CUE, QUOTED, Writer, documents, needle, quotes
 from tools.evaluate.retrieval import evaluate_retrieval
 from tools.evaluate.ruler import HOPS, RULER, VALUES
 
@@ -20,14 +21,14 @@ from tools.evaluate.ruler import HOPS, RULER, VALUES
 @pytest.fixture
 def writer(tiny):
     texts = {"hay": tiny.tokenizer.encode("hay " * 90, bos=False), "code": [*range(40, 120)]}
-    return Writer(tiny.tokenizer, texts, 0)
+    return Writer(tiny, texts, 0)
 
 
 def asked(writer, make, length=900, count=4):
     """(prompt, answer) as text, of `count` questions that have the asked length."""
     questions = make_questions(writer, [make], [length], count)[length]
     assert [len(question.prompt) for question in questions] == [length] * count
-    decode = writer.tokenizer.decode
+    decode = writer.model.tokenizer.decode
     return [(decode(question.prompt), decode(question.answer), question) for question in questions]
 
 
@@ -75,19 +76,19 @@ def test_a_quotation_is_the_only_passage_that_follows_its_cue(tiny):
     """The text has few phrases, in random order."""
     rng = np.random.default_rng(0)
     phrases = rng.integers(40, 120, size=(16, 12))
-    writer = Writer(tiny.tokenizer, {"code": phrases[rng.integers(16, size=80)].flatten().tolist()}, 0)
+    writer = Writer(tiny, {"code": phrases[rng.integers(16, size=80)].flatten().tolist()}, 0)
     for question in make_questions(writer, [quotes("code")], [500], 40)[500]:
         prompt, cue = question.prompt, question.prompt[-CUE:]
         places = [at + CUE for at in range(len(prompt) - CUE) if prompt[at : at + CUE] == cue]
         assert places and all(prompt[at : at + QUOTED] == question.answer for at in places)
     writer.texts["code"] = [40]
-    with pytest.raises(pop.InputError, match="'code' only repeats itself"):
+    with pytest.raises(pop.InputError, match="only repeats itself"):
         quotes("code")(writer, 500, 0.5)
 
 
 def test_keys_of_unequal_lengths_leave_room_for_the_question(tiny):
     """Each key may be asked for. Half of them have one token, and the others 35."""
-    writer = Writer(tiny.tokenizer, {"hay": [*range(40, 120)]}, 0)
+    writer = Writer(tiny, {"hay": [*range(40, 120)]}, 0)
     encode = tiny.tokenizer.encode
     size = {True: "X", False: 35 * "X"}
     writer.encode = lambda text: encode(
@@ -120,7 +121,7 @@ def test_the_questions_of_ruler_have_the_answers_that_the_prompt_holds(writer):
             assert answer == " " + ", ".join(number for name in names for key, number in found if key == name)
             assert len(found) == VALUES == answer.count(",") + 1
             counted = [t for t, counts in zip(question.answer, question.counted, strict=True) if counts]
-            assert writer.tokenizer.decode(counted) == answer.replace(",", "")
+            assert writer.model.tokenizer.decode(counted) == answer.replace(",", "")
     for prompt, answer, _ in asked(writer, variables):
         value = re.search(r"have the value (\d+)\?", prompt)[1]
         found = dict(re.findall(r"VAR (\w+) = (\w+)", prompt))
@@ -136,7 +137,7 @@ def test_the_questions_of_ruler_have_the_answers_that_the_prompt_holds(writer):
 
 
 def test_the_seed_decides_and_short_prompts_are_refused(tiny, writer):
-    again, other = (Writer(tiny.tokenizer, writer.texts, seed) for seed in (0, 1))
+    again, other = (Writer(tiny, writer.texts, seed) for seed in (0, 1))
     makers = [codes, needle, documents, quotes("code"), *RULER]
     first, second, third = (make_questions(w, makers, [900, 1000], 2) for w in (writer, again, other))
     assert first == second and first != third

@@ -7,10 +7,10 @@ import pytest
 import torch
 
 import pop
+from pop.calibration.questions import Question
 from pop.pruning import reference
 from tools.evaluate import sandbox, tasks
 from tools.evaluate.contender import Contender
-from tools.evaluate.questions import Question
 from tools.evaluate.retrieval import evaluate_retrieval
 from tools.evaluate.scoring import score
 

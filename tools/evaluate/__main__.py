@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 
 import pop
+from pop.calibration.questions import Maker, codes, make_questions
 from pop.errors import InputError, check_count
 from tools.common import (
     ROOT,
@@ -34,7 +35,7 @@ from tools.common import (
 )
 from tools.evaluate import tasks
 from tools.evaluate.contender import Contender
-from tools.evaluate.questions import Maker, Writer, codes, documents, make_questions, needle, quotes
+from tools.evaluate.questions import Writer, documents, needle, quotes
 from tools.evaluate.report import plot, report
 from tools.evaluate.retrieval import evaluate_retrieval
 from tools.evaluate.ruler import RULER
@@ -112,7 +113,7 @@ def run(args) -> dict:
         result["generation"] = tasks.evaluate_generation(contenders, prompts, args.new_tokens, progress=progress)
     makers = _makers(args.tasks, encoded)
     if makers:
-        writer = Writer(model.tokenizer, encoded, args.seed)
+        writer = Writer(model, encoded, args.seed)
         questions = make_questions(writer, makers, args.lengths, args.questions)
         result["retrieval"] = evaluate_retrieval(contenders, questions, seed=args.seed, progress=progress)
     if "human-eval" in args.tasks:

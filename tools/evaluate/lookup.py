@@ -12,47 +12,16 @@ import sys
 import torch
 
 import pop
-from pop.engine.selection import select
+from pop.calibration.lookup import selecting_scores
+from pop.calibration.questions import Question, codes, make_questions
 from pop.errors import InputError, check_count
 from tools.common import exit_status, integers_in, table
-from tools.evaluate.questions import Question, Writer, codes, documents, make_questions, quotes
+from tools.evaluate.questions import Writer, documents, quotes
 from tools.evaluate.text import read_domains, read_text
 
 
-@torch.no_grad()
-def found_by_layer(model: pop.Model, question: Question, share: float, last: int) -> torch.Tensor | None:
-    """The share of an answer's tokens that each layer would select, [L]. None if the answer is in the prompt's end.
-
-    Args:
-        model: A pop.Model. Its plan plays no part.
-        question: Its prompt holds its answer.
-        share: Of the tokens to select from: all but the first one and the last ones.
-        last: How many tokens the prompt's end has. They are at full depth anyway.
-    """
-    prompt = question.prompt
-    T = len(prompt)
-    size = len(question.answer)
-    begins = range(T - last - size + 1)
-    begin = next((begin for begin in begins if prompt[begin : begin + size] == question.answer), None)
-    if begin is None:
-        return None
-    position = torch.arange(T)[None]
-    others = (position > 0) & (position < T - last)  # [1, T]
-    count = torch.tensor([int(others.sum() * share)])
-    found = []
-
-    def step(index, layer, h, rope, attend):
-        plan = pop.PrunePlan((index + 1,), selecting_layer=index)
-        selected = select(model.module, plan, h, position, torch.tensor([T]), others, count)
-        found.append(selected[0, begin : begin + size].float().mean())
-        return layer(h, rope, attend)
-
-    model.module.through_layers(torch.tensor([prompt], device=model.device), step=step)
-    return torch.stack(found).cpu()
-
-
 def run(args) -> dict[str, torch.Tensor]:
-    """By kind of question: the mean of `found_by_layer` over its questions, [L]."""
+    """By kind of question: the mean of `pop.calibration.lookup.found_by_layer` over its questions, [L]."""
     if not 0 < args.share <= 1:
         raise InputError(f"--share is {args.share}; it must be above 0 and at most 1")
     last = check_count("--last", args.last)
@@ -63,17 +32,13 @@ def run(args) -> dict[str, torch.Tensor]:
     model.check_fits(max(lengths), "a prompt of --lengths")
     domains = read_domains(args.text)
     encoded = {name: model.tokenizer.encode(read_text(paths), bos=False) for name, paths in domains.items()}
-    writer = Writer(model.tokenizer, encoded, args.seed)
+    writer = Writer(model, encoded, args.seed)
     makers = [codes, documents, *map(quotes, encoded)]
-    found: dict[str, list[torch.Tensor]] = {}
+    by_kind: dict[str, list[Question]] = {}
     for questions in make_questions(writer, makers, lengths, count).values():
         for question in questions:
-            by_layer = found_by_layer(model, question, args.share, last)
-            if by_layer is not None:
-                found.setdefault(question.kind, []).append(by_layer)
-    if not found:
-        raise InputError(f"every answer is among the last {last} tokens; give a smaller --last or longer --lengths")
-    return {kind: torch.stack(rows).mean(0) for kind, rows in found.items()}
+            by_kind.setdefault(question.kind, []).append(question)
+    return {kind: selecting_scores(model, questions, args.share, last) for kind, questions in by_kind.items()}
 
 
 def main(argv: list[str] | None = None) -> int:

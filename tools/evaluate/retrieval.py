@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterator
 import numpy as np
 import torch
 
+from pop.calibration.questions import Question
 from tools.evaluate.contender import Contender
-from tools.evaluate.questions import Question
 from tools.evaluate.text import LEAST, interval
 
 TOKENS_AT_ONCE = 4096  # the most prompt tokens of a batch

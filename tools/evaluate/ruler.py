@@ -11,7 +11,8 @@ token (retrieval.py), and is one word. So the scores are not comparable with pub
 
 from __future__ import annotations
 
-from tools.evaluate.questions import Question, Writer
+from pop.calibration.questions import Question
+from tools.evaluate.questions import Writer
 
 VALUES = 4  # numbers of a key in `multivalue`, and keys that `multiquery` asks for
 HOPS = 3  # variables after the first in `variables`
