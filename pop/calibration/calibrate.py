@@ -1,207 +1,308 @@
-"""`pop.calibrate`: from texts to a plan with corrections.
+"""`pop.calibrate`: from a model and texts to a plan with corrections.
 
-Some windows of the texts are held out. The others give the closed form (refit.py), and train it further if steps of
-distillation are asked for (distill.py). The held-out windows choose lambda and the best steps (held_out.py).
+texts ──► windows to fit, and windows to judge by (texts.py, held_out.py)
+      ──► which layers, and which tokens at full depth (search.py), unless a plan is given
+      ──► corrections in closed form (refit.py); the judge chooses lambda, and where the full-depth tokens lie
+      ──► steps of distillation (distill.py); the judge keeps the best
+      ──► the plan, with a record of all this
 """
 
 import dataclasses
+import functools
 import hashlib
 import os
 import random
-from collections.abc import Callable, Iterable, Sequence
+import sys
+import time
+from collections.abc import Iterable, Sequence
 
 import torch
 
+from pop.calibration import search
 from pop.calibration.distill import distill
-from pop.calibration.held_out import Judge
-from pop.calibration.passes import check_gradients, working_copy
-from pop.calibration.refit import Fit, accumulate
-from pop.calibration.resume import SavedProgress
-from pop.calibration.texts import SHORTEST, Window, batches, builtin_texts, text_windows
-from pop.engine.compile import SMALLEST
+from pop.calibration.exercises import TOKENS
+from pop.calibration.held_out import CONTINUATION, Judge, hold_out
+from pop.calibration.passes import Pass, check_gradients
+from pop.calibration.refit import RIDGE, fitted
+from pop.calibration.resume import WHAT, SavedProgress
+from pop.calibration.texts import SHORTEST, Window, default_texts, parted, text_windows
 from pop.engine.modes import no_autocast
-from pop.errors import InputError, PlanError, UnsupportedError, check_count
+from pop.errors import CacheMemoryError, InputError, PlanError, UnsupportedError, check_count
 from pop.generation.sampling import check_finite
 from pop.model import Model
+from pop.pruning.corrections import Corrections
 from pop.pruning.plan import PrunePlan
-from pop.system import __version__
+from pop.system import __version__, files
+from pop.system.memory import free_bytes
 from pop.system.progress import progress_bar
 
-RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # candidates for lambda
-MIDDLE = 2  # the candidate that is tried first, and that groups with an update of h take
+RIDGES = (1e-4, 1e-3, RIDGE, 1e-1, 1.0)  # candidates for lambda
 LENGTHS = (512, 2048, 8192)  # prompt lengths for which a plan records its speedup
+WINDOWS = 10  # texts are cut into at least as many windows
 
 
 @no_autocast()
 @torch.no_grad()
 def calibrate(
     model: Model,
-    texts: Sequence[str | Sequence[int]] | None,
-    plan: PrunePlan,
+    texts: Sequence[str | Sequence[int]] | None = None,
+    plan: PrunePlan | None = None,
     *,
+    layers: Sequence[int] | str | None = None,
+    speedup: float = 1.4,
     images=None,
     videos=None,
     rank: int | None = None,
-    window: int = 1024,
-    held_out: int = 8,
-    steps: int = 0,
+    longest: int = 4096,
+    steps: int = 200,
     resume: str | os.PathLike | None = None,
     seed: int = 0,
     progress: bool = True,
 ) -> PrunePlan:
-    """Fit corrections of the pruned layers' K and V to texts, and updates of h after groups that kept layers follow.
+    """Make a plan for a model: what prefill skips, and corrections that are fitted and distilled on texts.
 
     Args:
         model: A pop.Model.
-        texts: Strings or lists of token ids that resemble the prompts to come. Some 50,000 tokens suffice; a wide model
-            needs more. None takes a small built-in set of English and Python.
-        plan: A PrunePlan, or another value of `prune` in `load`.
+        texts: Strings or lists of token ids that resemble the prompts to come. None takes built-in ones, but for the
+            last fifth of each, which is left for `pop.check`. A wide model needs more.
+        plan: The layers and the tokens at full depth, as a PrunePlan or another value of `prune` in `load`. None:
+            decide them.
+        layers: The indices of the layers to prune, or a text such as "10,12,19-29". The tokens at full depth are
+            decided. None: decide both.
+        speedup: The speedup that the shapes must allow for a prompt of 2,048 tokens. It decides how many layers are
+            pruned, unless `plan` or `layers` does.
         images, videos: A list for each text, as in `Model.generate`. All are in memory at the same time.
         rank: The size of the code that the layers of a group share, from 1 to twice the model's width. A smaller rank
             is faster and less exact. None: half of the model's width.
-        window: The tokens of a window, ideally as many as in a typical prompt. Texts with images stay whole.
-        held_out: The number of windows, at most a fifth of all, that choose lambda but are not fitted. A plan is judged
-            by the 128 tokens after their first 256, or after their last image, and by a passage of these 256 that is
-            repeated after them.
-        steps: Steps of distillation after the closed form, such as 150. 0: none.
-        resume: A file that keeps the unfinished work of these steps. If it exists, they continue from it.
+        longest: The most tokens of a prompt and its continuation in training and in judging. Lengths are spread from
+            128 tokens up to it. Texts with images stay whole.
+        steps: Steps of distillation after the closed form. 0: none.
+        resume: A file that keeps unfinished work. If it exists, the same call continues from it.
         seed: Decides which windows are held out, and what the steps train on.
-        progress: Show a bar on stderr, if tqdm is installed.
+        progress: Show on stderr what the work takes, and bars if tqdm is installed.
 
     Returns:
-        The plan with corrections, and with a full_depth_first of at least 1. It has no corrections if plain pruning is
-        better on the held-out windows. Its `about` records the model, the texts, the options and the loss on held-out
-        windows.
+        The plan with corrections, and with a full_depth_first of at least 1. A plan for given layers has no corrections
+        if it is not distilled and plain pruning is better on the held-out windows. Its `about` records the model, the
+        texts, the options and the loss on held-out windows.
 
     Raises:
         InputError: The texts are too short, or an option is out of range.
         PlanError: The plan does not fit the model, or prunes nothing.
-        UnsupportedError: Several processes share the model, and steps is not 0.
+        CacheMemoryError: The work needs more memory than is free.
+        UnsupportedError: Several processes share the model, and they would have to decide or to distil.
     """
     if not isinstance(model, Model):
         raise InputError(f"the model is a {type(model).__name__}; load one with pop.load")
-    plan = _plain(model, plan)
+    wanted = _wanted(model, plan, layers, speedup)
     width = model.config.hidden_size
     rank = max(1, width // 2) if rank is None else check_count("rank", rank, most=2 * width)
     seed = check_count("seed", seed, least=-(2**63), most=2**63 - 1)
-    window = min(check_count("window", window, least=SHORTEST), model.max_seq_len)
-    held_out = check_count("held_out", held_out)
+    longest = min(check_count("longest", longest, least=SHORTEST), model.max_seq_len)
     steps = check_count("steps", steps, least=0)
-    _check_distillation(model, steps, resume)
-    texts = _listed(texts)
+    _check_work(model, isinstance(wanted, PrunePlan), steps, resume)
+    if isinstance(wanted, float):
+        search.check_speedup(model, wanted, rank)
 
-    windows = text_windows(model, texts, images, videos, window)
-    if len(windows) < 2:
-        needed = f"calibration needs two windows of {SHORTEST} to {window} tokens, but the texts have {len(windows)}"
-        raise InputError(f"{needed}; give several texts, {window + SHORTEST} tokens in one text, or a smaller window")
+    windows, num_texts = _windows(model, texts, images, videos, longest)
     random.Random(seed).shuffle(windows)
-    held_out = min(held_out, max(1, len(windows) // 5))
-    judged = windows[:held_out]
-    windows = windows[held_out:]
+    windows, judged = hold_out(windows, longest)
     num_tokens = sum(len(tokens) for tokens, _ in windows)
     about = {
-        "texts": len(texts),
+        "texts": num_texts,
         "windows": len(windows),
-        "held_out": held_out,
-        "window": window,
+        "held_out": len(judged),
+        "longest": longest,
         "tokens": num_tokens,
         "rank": rank,
         "steps": steps,
         "seed": seed,
     }
     saved = None
+    restored = None
     if resume is not None:
-        saved = SavedProgress(resume, _settings(model, plan, [windows, judged], about))
-        saved.check()
-    fit = Fit(model, plan, rank)
-    with progress_bar("calibrating", len(fit.groups) * num_tokens, "tokens", progress) as step:
-        _fit(model, windows, fit, step)
+        saved = SavedProgress(resume, _settings(model, wanted, [windows, judged], about))
+        restored = saved.read()
+    check_memory(model, rank, steps)
+    if progress:
+        _announce(model, windows, num_tokens, steps)
     judge = Judge(model, judged)
-    plan = _choose(fit, judge, steps == 0)
+    tensors = None
+    if restored is None:
+        decided = _decided(model, wanted, windows, judge, rank, progress)
+        plan = _closed_form(model, decided, windows, judge, rank, progress)
+        if not isinstance(wanted, PrunePlan):
+            plan = min(search.full_depth_plans(model, plan), key=lambda one: judge.losses(one).mean)
+        elif not steps and judge.losses(decided).mean < judge.losses(plan).mean:
+            plan = decided
+    else:
+        tensors, fields = restored
+        plan = _restored(model, tensors, fields)
+
     if steps:
+        save = None if saved is None else functools.partial(saved.write, found=plan.fields())
         with progress_bar("distilling", steps, "steps", progress) as step:
-            plan = distill(model, plan, windows, judge, steps, seed=seed, saved=saved, progress=step)
+            plan = distill(model, plan, windows, judge, steps, seed=seed, restored=tensors, save=save, progress=step)
     return _recorded(model, plan, judge, about)
 
 
-def _plain(model, plan) -> PrunePlan:
-    """The plan to calibrate, without corrections."""
-    plan = PrunePlan.of(plan, model.config.num_layers)
-    if not plan.layers:
-        raise PlanError("the plan prunes no layers, so there is nothing to calibrate; give its layers")
+# ---- Before the work ----
+
+
+def _wanted(model, plan, layers, speedup) -> PrunePlan | tuple[int, ...] | float:
+    """What is given: a plan without corrections, layers, or the speedup."""
+    if plan is not None and layers is not None:
+        raise InputError("both plan and layers are given; give one of them, or neither")
+    num_layers = model.config.num_layers
+    if layers is not None:
+        given = PrunePlan.of(layers, num_layers) if isinstance(layers, str) else PrunePlan(layers).check(num_layers)
+        return _checked(given).layers
+    if plan is None:
+        if not isinstance(speedup, (int, float)) or not 1 < speedup < 100:
+            raise InputError(f"speedup is {speedup!r}; it must be a number above 1, such as 1.4")
+        return float(speedup)
+    plan = _checked(PrunePlan.of(plan, num_layers))
     return dataclasses.replace(plan, full_depth_first=max(1, plan.full_depth_first), corrections=None, name="")
 
 
-def _check_distillation(model, steps: int, resume) -> None:
-    if not steps and resume is not None:
-        raise InputError("resume keeps unfinished steps of distillation, but steps is 0; give their number")
-    if steps and model.part is not None:
-        raise UnsupportedError(f"steps is {steps}, but distillation works in one process only; give 0, or one process")
-    if steps:
+def _checked(plan: PrunePlan) -> PrunePlan:
+    if not plan.layers:
+        raise PlanError("the plan prunes no layers, so there is nothing to calibrate; give its layers")
+    return plan
+
+
+def _check_work(model, is_decided: bool, steps: int, resume) -> None:
+    """Refuse, before the work, what would fail after it."""
+    if model.part is not None and (steps or not is_decided):
+        needed = "give a plan, and steps=0, or load the model in one process"
+        raise UnsupportedError(f"several processes share the model, which can only fit corrections then; {needed}")
+    if steps or not is_decided:
         check_gradients(model)
+    if resume is None:
+        return
+    if not steps:
+        raise InputError("resume keeps unfinished steps of distillation, but steps is 0; give their number")
+    files.check_writable(resume, WHAT, InputError)
 
 
-def _settings(model, plan: PrunePlan, texts: list[list[Window]], about: dict) -> dict[str, str]:
-    """What identifies a run of distillation. texts: the windows to fit, and those that judge."""
+def _windows(model, texts, images, videos, longest: int) -> tuple[list[Window], int]:
+    """Windows of the texts, and the number of texts."""
+    if texts is None:
+        texts = parted(default_texts(model))[0]
+    if isinstance(texts, str) or not isinstance(texts, Iterable):
+        raise InputError(f"texts is a {type(texts).__name__}; give a list of strings or of lists of token ids")
+    texts = list(texts)
+    windows = text_windows(model, texts, images, videos, longest)
+    total = sum(len(tokens) for tokens, _ in windows)
+    if len(windows) < WINDOWS:
+        windows = text_windows(model, texts, images, videos, min(longest, max(SHORTEST, total // WINDOWS)))
+    if len(windows) < 2:
+        needed = f"calibration needs two windows of at least {SHORTEST} tokens, but the texts have {len(windows)}"
+        raise InputError(f"{needed}; give longer texts, or more of them")
+    return windows, len(texts)
+
+
+def _settings(model, wanted, texts: list[list[Window]], about: dict) -> dict[str, str]:
+    """What identifies a run. texts: the windows to fit, and those that judge."""
     tokens = [[(tokens, [one.sha256 for one in media]) for tokens, media in windows] for windows in texts]
+    asked = wanted.fields() if isinstance(wanted, PrunePlan) else wanted
     return {
         "model": f"{hashlib.sha256(model.sketch.numpy().tobytes()).hexdigest()} {model.dtype} {model.max_seq_len}",
-        "plan": f"{plan.fields()} {about['rank']}",
+        "plan": f"{asked} {about['rank']}",
         "texts": hashlib.sha256(repr(tokens).encode()).hexdigest(),
         "steps": str(about["steps"]),
         "seed": str(about["seed"]),
     }
 
 
-def _listed(texts) -> list:
-    if texts is None:
-        return builtin_texts()
-    if isinstance(texts, str) or not isinstance(texts, Iterable):
-        raise InputError(f"texts is a {type(texts).__name__}; give a list of strings or of lists of token ids")
-    return list(texts)
+def needed_bytes(model, rank: int, steps: int) -> int:
+    """About how many bytes of memory calibration takes beside the weights, if half of the layers are pruned."""
+    config = model.config
+    D = config.hidden_size
+    columns = config.num_layers // 2 * 2 * config.num_kv_heads * config.head_dim + D  # of X' Y
+    sums = 8 * (2 * D) * (3 * 2 * D + 2 * columns)  # X' X, its factor and the eigenvectors; X' Y and the solution
+    trained = rank * (columns + 2 * 2 * D)
+    copy = 0 if model.dtype == torch.bfloat16 else 2 * model.num_parameters
+    states = TOKENS * (4 * D + 2 * config.intermediate_size) * 4 + 2 * 4 * CONTINUATION * config.vocab_size
+    return copy + max(sums, 8 * 4 * trained if steps else 0) + states
 
 
-def _fit(model, windows: list[Window], fit: Fit, step: Callable[[int], object]) -> None:
-    """Pass over the windows, once for each group of pruned layers."""
-    # Passes in bfloat16 leave the loss as it is. A small model, or a part of one, need not be copied.
-    is_copied = model.num_parameters >= SMALLEST and model.part is None
-    module = working_copy(model) if is_copied else model.module
-    for _ in fit.groups:
-        fit.begin()
-        for batch in batches(windows):
-            accumulate(model, batch, fit, module)
-            step(sum(len(tokens) for tokens, _ in batch))
-        if not fit.count:
-            raise InputError("full_depth_first leaves no token to fit to; make it smaller, or give longer texts")
-        fit.finish(RIDGES[MIDDLE])
+def check_memory(model, rank: int, steps: int) -> None:
+    """Raise CacheMemoryError if the device lacks the memory to calibrate."""
+    needed = needed_bytes(model, rank, steps)
+    free = free_bytes(model.device)
+    if free is not None and needed > free:
+        lacks = f"calibration takes about {needed / 1e9:.1f} GB beside the weights, but {free / 1e9:.1f} GB are free"
+        raise CacheMemoryError(f"{lacks}; give a smaller rank, load the model in bfloat16, or take a larger machine")
 
 
-def _choose(fit: Fit, judge: Judge, may_be_plain: bool) -> PrunePlan:
-    """Choose lambda by the held-out windows. Return the plan without corrections if that is better still.
+def _announce(model, windows: list[Window], num_tokens: int, steps: int) -> None:
+    """Say on stderr what the work will take, from the time of one pass."""
+    tokens = max(windows, key=lambda window: len(window[0]))[0][:1024]
+    run = Pass(model.module, torch.tensor([tokens], device=model.device))
+    run.layers(run.embed(), 0, 1)
+    begin = time.perf_counter()
+    check_finite(run.layers(run.embed(), 0), "hidden states of the texts")
+    seconds = (time.perf_counter() - begin) / len(tokens)
+    passed = 4 * num_tokens + 3 * steps * min(TOKENS, num_tokens)  # of tokens through the whole model, about
+    minutes = max(1, round(passed * seconds / 60))
+    print(f"calibrating on {num_tokens:,} tokens, with {steps} steps: about {minutes} min", file=sys.stderr)
 
-    The loss has one valley over lambda. So walk from the middle to both sides, as long as the loss falls. Distillation
-    does not start from plain pruning, where there is nothing to improve.
+
+# ---- The work ----
+
+
+def _decided(model, wanted, windows: list[Window], judge: Judge, rank: int, progress: bool) -> PrunePlan:
+    """The plan without corrections: what is given, and what has to be decided."""
+    if isinstance(wanted, PrunePlan):
+        return wanted
+    if isinstance(wanted, tuple):
+        return search.with_full_depth(model, wanted, windows)
+    with progress_bar("choosing layers", len(search.TAILS), "sets", progress) as step:
+        return search.search(model, windows, judge, wanted, rank, step)
+
+
+def _closed_form(model, plan, windows: list[Window], judge: Judge, rank: int, progress: bool) -> PrunePlan:
+    """Fit the corrections of a plan. The held-out windows choose lambda.
+
+    The loss has one valley over lambda. So walk from the middle to both sides, as long as the loss falls.
     """
+    num_groups = sum(group.is_pruned for group in plan.groups(model.config.num_layers, model.module.deepstack_layers))
+    num_tokens = sum(len(tokens) for tokens, _ in windows)
+    with progress_bar("fitting", num_groups * num_tokens, "tokens", progress) as step:
+        fit = fitted(model, windows, plan, rank, step)
 
-    def loss(plan: PrunePlan) -> float:
-        found = judge.losses(plan).mean
+    def loss(candidate: PrunePlan) -> float:
+        found = judge.losses(candidate).mean
         check_finite(torch.tensor(found), "predictions on the texts")
         return found
 
-    best = fit.calibrated(RIDGES[MIDDLE])
+    best = fit.calibrated()
     least = loss(best)
-    directions = (RIDGES[:MIDDLE][::-1], RIDGES[MIDDLE + 1 :]) if fit.last_group_is_open else ()
+    middle = RIDGES.index(RIDGE)
+    directions = (RIDGES[:middle][::-1], RIDGES[middle + 1 :]) if fit.last_group_is_open else ()
     for ridges in directions:
         for ridge in ridges:
-            plan = fit.calibrated(ridge)
-            found = loss(plan)
+            candidate = fit.calibrated(ridge)
+            found = loss(candidate)
             if found >= least:
                 break
-            best = plan
+            best = candidate
             least = found
-    if may_be_plain and loss(fit.plan) < least:
-        return fit.plan
     return best
+
+
+def _restored(model, tensors: dict, fields: dict) -> PrunePlan:
+    """The closed form of an unfinished run."""
+    prefix = "given "
+    given = {
+        name.removeprefix(prefix): tensor.to(model.dtype) for name, tensor in tensors.items() if name.startswith(prefix)
+    }
+    try:
+        corrections = Corrections(fields["layers"], **given, sketch=model.sketch[fields["layers"]])
+        return PrunePlan(**fields, corrections=corrections).check(model.config.num_layers)
+    except (TypeError, LookupError, PlanError) as error:
+        raise InputError(f"the saved progress holds no plan ({error}); remove its file to start anew") from None
 
 
 def _recorded(model, plan: PrunePlan, judge: Judge, about: dict) -> PrunePlan:
@@ -210,5 +311,5 @@ def _recorded(model, plan: PrunePlan, judge: Judge, about: dict) -> PrunePlan:
     lengths = sorted({min(length, model.config.max_positions) for length in LENGTHS})
     limits = {f"{length} tokens": round(plan.speedup(model, length), 3) for length in lengths}
     record = {"model": model.name, "version": __version__, **about}
-    record |= {"full_depth_last": plan.full_depth_last, "loss": loss, "speedup_limit": limits}
+    record |= {"loss": loss, "speedup_limit": limits}
     return dataclasses.replace(plan, about=record)

@@ -17,8 +17,8 @@ from torch import Tensor
 from pop.calibration.exercises import Exercise, exercise
 from pop.calibration.held_out import Compared, Judge, pooled
 from pop.calibration.passes import Pass, first_layer, working_copy
-from pop.calibration.resume import SavedProgress
 from pop.calibration.texts import Window
+from pop.errors import InputError
 from pop.generation.sampling import check_finite
 from pop.pruning.plan import PrunePlan
 
@@ -32,7 +32,7 @@ ERRORS = 2  # standard errors of a mean that chance explains
 
 
 class _Run:
-    """All that a run needs to continue: the trained tensors in float32, Adam's moments, and the best tensors so far."""
+    """All that a run needs to continue: the trained tensors in float32, Adam's moments, the given and best tensors."""
 
     def __init__(self, model, plan: PrunePlan, least: float):
         self.model = model
@@ -40,6 +40,7 @@ class _Run:
         self.steps = torch.tensor(0.0)  # that are done
         self.least = torch.tensor(least)  # the held-out loss of the best tensors
         given = {name: tensor.to(model.device, torch.float32) for name, tensor in plan.corrections.tensors.items()}
+        self.given = given
         self.best = {name: tensor.clone() for name, tensor in given.items()}
         self.trained = {name: tensor.clone().requires_grad_() for name, tensor in given.items()}
         rates = {name: learning_rate(tensor) for name, tensor in given.items()}
@@ -54,14 +55,18 @@ class _Run:
         """All tensors that change, by name."""
         tensors = {"steps": self.steps, "least": self.least}
         for name, tensor in self.trained.items():
-            tensors |= {name: tensor.detach(), f"best {name}": self.best[name]}
+            tensors |= {name: tensor.detach(), f"best {name}": self.best[name], f"given {name}": self.given[name]}
             tensors |= {f"{moment} {name}": value for moment, value in self.adam.state[tensor].items()}
         return tensors
 
     def restore(self, saved: dict[str, Tensor]) -> None:
         """Continue from saved `tensors`."""
-        for name, tensor in self.tensors().items():
-            tensor.copy_(saved[name])
+        try:
+            for name, tensor in self.tensors().items():
+                tensor.copy_(saved[name])
+        except (KeyError, RuntimeError) as error:
+            problem = f"the saved progress does not fit this run ({error!r})"
+            raise InputError(f"{problem}; remove its file to start anew") from None
 
     def with_tensors(self, tensors: dict[str, Tensor]) -> PrunePlan:
         """The plan with other tensors."""
@@ -103,8 +108,9 @@ def distill(
     steps: int,
     *,
     seed: int = 0,
-    saved: SavedProgress | None = None,
-    progress: Callable[[int], object] = int,
+    restored: dict[str, Tensor] | None = None,
+    save: Callable[[dict[str, Tensor]], object] | None = None,
+    progress: Callable[..., object] = lambda count, note="": None,
 ) -> PrunePlan:
     """Distil the corrections of a plan. Returns the best plan by the judge, which may be the given one.
 
@@ -117,18 +123,19 @@ def distill(
         judge: Compares plans on held-out windows.
         steps: How many.
         seed: Decides the exercises.
-        saved: Keeps unfinished work. If its file exists, the run continues from it.
-        progress: Is called with the number of steps done since its last call.
+        restored: Tensors that `save` has received, from which the run continues. The plan is the same then.
+        save: Is called with the tensors that the run needs to continue, at the start and after each check.
+        progress: Is called with the number of steps done since its last call, and a note on the loss.
 
     Raises:
-        InputError: The gradients are not finite, or the saved file cannot be used.
+        InputError: The gradients are not finite, or `restored` does not belong to this plan.
     """
     given = judge.compare(plan)
     run = _Run(model, plan, pooled(given).mean)
-    if saved is not None:
-        found = saved.read(run.tensors())
-        if found is not None:
-            run.restore(found)
+    if restored is not None:
+        run.restore(restored)
+    elif save is not None:
+        save(run.tensors())
     module = working_copy(model)
     checks = {(count * steps) // min(CHECKS, steps) for count in range(1, CHECKS + 1)}  # evenly spread up to the end
     done = int(run.steps)
@@ -136,17 +143,17 @@ def distill(
     for number in range(done, steps):
         rng = random.Random(f"{seed} {number}")
         batch = exercise(model, windows, number, rng)
-        loss = distillation_loss(module, model.vision, run.with_tensors(run.trained), batch, rng)
+        loss = distillation_loss(module, model.vision, run.with_tensors(run.trained), batch)
         run.step(loss, schedule(number, steps))
         if number + 1 in checks:
             run.check(judge, given)
-            if saved is not None:
-                saved.write(run.tensors())
-        progress(1)
+            if save is not None:
+                save(run.tensors())
+        progress(1, f"loss {loss.item():.4f}")
     return run.rounded(run.best)
 
 
-def distillation_loss(module, vision, plan: PrunePlan, batch: Exercise, rng: random.Random) -> Tensor:
+def distillation_loss(module, vision, plan: PrunePlan, batch: Exercise) -> Tensor:
     """KL(full || pruned) of the continuations of a batch, in nats a token: a scalar with gradients.
 
     Args:
@@ -154,10 +161,7 @@ def distillation_loss(module, vision, plan: PrunePlan, batch: Exercise, rng: ran
         vision: Its Processor.
         plan: With the corrections to differentiate, in any dtype.
         batch: Prompts and continuations.
-        rng: Decides whether the plan's full-depth tokens or only the prompt's last one and first ones are used.
     """
-    bare = dataclasses.replace(plan, full_depth_last=1, full_depth_selected=0.0)
-    plan = rng.choice((plan, bare))
     B, T = batch.tokens.shape
     first = first_layer(plan)
     with torch.no_grad():

@@ -8,6 +8,7 @@ kinds of exercises take turns:
     table         a prompt with facts among its text, followed by the facts in another order and often another form
 """
 
+import math
 import random
 from collections.abc import Sequence
 from itertools import cycle, islice
@@ -22,14 +23,15 @@ from pop.errors import InputError
 from pop.inputs.processors import Prepared
 
 KINDS = ("text", "repetition", "table", "text", "table")
-ROWS = 4  # prompts in a batch; a prompt with images is alone
-PROMPTS = (256, 320, 384, 448)  # tokens
+ROWS = 8  # the most prompts in a batch; a prompt with images is alone
+TOKENS = 4096  # the most tokens of a batch of several prompts
+SHORTEST_PROMPT = 128  # tokens; the longest has as many as the longest window
 CONTINUATION = 160  # tokens; at most a third of prompt and continuation
 PASSAGE = (14, 40)  # tokens, from and to
 FACTS = (5, 12)  # facts in a table, from and to; a fact is two words of the prompt and a random value
 FORMS = (
     "The {0} of {1} is {2}.", "{0} {1} = {2}", "| {0} | {1} | {2} |", "{1}.{0}: {2}", "For {1}, set {0} to {2}.",
-    '"{0} {1}": {2},', "Q: What is the {0} of {1}?\nA: {2}",
+    '"{0} {1}": {2},', "Q: What is the {0} of {1}?\nA: {2}", '{{"call": "{0}", "with": {{"{1}": "{2}"}}}}',
 )  # fmt: skip
 
 
@@ -42,24 +44,30 @@ class Exercise(NamedTuple):
 
 
 def exercise(model, windows: Sequence[Window], number: int, rng: random.Random) -> Exercise:
-    """Make exercise `number` from random parts of windows of text. A prompt too short for its kind stays text."""
+    """Make exercise `number` from random parts of windows of text. A prompt too short for its kind stays text.
+
+    The logarithms of prompt lengths are evenly spread, and a batch of shorter prompts has more of them.
+    """
     kind = KINDS[number % len(KINDS)]
-    size = rng.choice(PROMPTS) + CONTINUATION
-    (window,) = _choose(windows, 1, rng)
-    tokens, media = window
+    ((tokens, media),) = _choose(windows, 1, rng)
     if media:
         return _with_images(model, kind, tokens, media, rng)
-    size = min(size, len(tokens))
+    texts = [window for window in windows if not window[1]]
+    longest = max(len(tokens) for tokens, _ in texts)
+    shortest = min(SHORTEST_PROMPT + CONTINUATION, longest)
+    size = round(math.exp(rng.uniform(math.log(shortest), math.log(longest))))  # of a prompt and its continuation
+    size = min(size, longest)
     cut = size - min(CONTINUATION, size // 3)
-    long = [window for window in windows if len(window[0]) >= size and not window[1]]
+    long_enough = [window for window in texts if len(window[0]) >= size]
+    count = min(ROWS, max(1, TOKENS // size))
     rows = []
-    for tokens, _ in [window, *_choose(long, ROWS - 1, rng)]:
+    for tokens, _ in _choose(long_enough, count, rng):
         begin = rng.randint(0, len(tokens) - size)
         bos = tokens[:1] if tokens[0] == model.config.bos_id else []
         text = bos + tokens[begin + len(bos) : begin + size]
         row = _lookup(model, kind, text[:cut], size - cut, [], rng)
         rows.append(text if row is None else row)
-    return Exercise(torch.tensor(rows), cut, [[]] * ROWS)
+    return Exercise(torch.tensor(rows), cut, [[]] * count)
 
 
 def _with_images(model, kind: str, tokens: list[int], media: list[Prepared], rng: random.Random) -> Exercise:
@@ -92,14 +100,21 @@ def _lookup(model, kind: str, prompt: list[int], length: int, images: Sequence[r
 
 
 def _repetition(model, prompt: list[int], length: int, images: Sequence[range], rng) -> list[int]:
-    """At least `length` tokens of passages of a prompt, a line each. Empty if the prompt is too short."""
+    """At least `length` tokens of passages of a prompt, a line each. Empty if the prompt is too short.
+
+    In half of the exercises, one token of each passage becomes another one of the prompt.
+    """
+    is_edited = rng.random() < 0.5
     newline = [] if model.tokenizer is None else model.encode("\n", bos=False)
     lines = []
     while len(lines) < length:
         passage = repeated_passage(prompt, images, rng)
         if not passage:
             return []
-        lines += newline + passage[: rng.randint(*PASSAGE)]
+        passage = passage[: rng.randint(*PASSAGE)]
+        if is_edited:
+            passage[rng.randrange(len(passage))] = rng.choice(prompt)
+        lines += newline + passage
     return lines
 
 

@@ -21,7 +21,10 @@ from pop.calibration.passes import Pass, first_layer
 from pop.calibration.texts import Window
 from pop.pruning.plan import PrunePlan
 
-JUDGED = 384  # the most tokens of a held-out window that are used: two thirds as the prompt
+CONTINUATION = 128  # the most tokens of a continuation; it is at most a third of a window
+LENGTHS = (256, 1024)  # prompt lengths by which plans are judged, besides the longest
+ROUNDS = 3  # windows of each length
+HELD_OUT = 5  # at most one of this many tokens is held out
 PASSAGE = 64  # the most tokens of a repeated passage
 CUE = 8  # an eighth of a passage is its cue, after which the model can know what follows
 
@@ -40,11 +43,12 @@ class Losses(NamedTuple):
     continuation: float  # KL(full || pruned), in nats a token
     repetition: float  # likewise, of repeated passages after their cues; 0 if no window is long enough
     copied: float  # the share of these tokens that are the pruned model's likeliest
+    first: float  # KL at the first token of each continuation
 
     @property
     def mean(self) -> float:
-        """The loss to minimise: both kinds of text weigh the same."""
-        return (self.continuation + self.repetition) / 2
+        """The loss to minimise: the three kinds of tokens weigh the same."""
+        return (self.continuation + self.repetition + self.first) / 3
 
 
 class Case(NamedTuple):
@@ -55,14 +59,14 @@ class Case(NamedTuple):
     passage: list[int]  # of the prompt, which is repeated after the continuation; may be empty
     run: Pass  # over all three, without the passage's last token
     entering: dict[int, Tensor]  # h [1, T, D] that enters the first pruned layers of judged plans, by index
-    full: Tensor  # log-probabilities [N + 1, V] of the N tokens after the prompt, and of the next one
+    full: Tensor  # h [N + 1, D] that predicts the N tokens after the prompt, and the next one
 
 
 class Judge:
     """The losses of plans on windows of text.
 
-    The prompt is two thirds of a window's first 384 tokens, or more if its last image ends later. The next 128 tokens
-    are the continuation. Then a passage of the prompt is repeated.
+    The last 128 tokens of a window are the continuation, but at most a third of the window, and only tokens after its
+    last image. The others are the prompt. After the continuation, a passage of the prompt is repeated.
 
     Args:
         model: A pop.Model.
@@ -79,9 +83,9 @@ class Judge:
         model = self.model
         tokens, media = window
         images = model.vision.locate(tokens, media)
-        cut = max([min(len(tokens), JUDGED) * 2 // 3, *(image.stop for image in images)])
+        cut = max([len(tokens) * 2 // 3, len(tokens) - CONTINUATION, *(image.stop for image in images)])
         prompt = tokens[:cut]
-        continuation = tokens[cut : max(JUDGED, cut + JUDGED // 3)]
+        continuation = tokens[cut:]
         passage = repeated_passage(prompt, images, rng)
         room = model.max_seq_len - cut - len(passage)
         if room < 0:  # after an image
@@ -92,8 +96,7 @@ class Judge:
         shown = model.vision.images(model.module, [media], tokens, torch.tensor([tokens.shape[1]]))
         run = Pass(model.module, tokens.to(model.device), shown)
         h = run.layers(run.embed(), 0)
-        full = model.module.head(h[0, cut - 1 :]).log_softmax(-1)
-        return Case(prompt, continuation, passage, run, {}, full)
+        return Case(prompt, continuation, passage, run, {}, h[0, cut - 1 :])
 
     def losses(self, plan: PrunePlan) -> Losses:
         """The losses of a plan over all windows."""
@@ -105,8 +108,9 @@ class Judge:
         plan = self.model.resolve(plan)
         compared = []
         for case in self.cases:
-            pruned = self._log_probs(plan, case) if plan.layers else case.full
-            kl = F.kl_div(pruned, case.full, log_target=True, reduction="none").sum(-1)  # [N + 1]
+            h = self._pruned(plan, case) if plan.layers else case.full
+            full, pruned = (self.model.module.head(x).log_softmax(-1) for x in (case.full, h))  # [N + 1, V]
+            kl = F.kl_div(pruned, full, log_target=True, reduction="none").sum(-1)  # [N + 1]
             cue = max(1, len(case.passage) // CUE)
             targets = torch.tensor(case.passage[cue:], dtype=torch.int64, device=pruned.device)
             begin = len(case.continuation) + cue  # where the first token to copy is predicted
@@ -115,23 +119,46 @@ class Judge:
             compared.append(Compared(kl[: len(case.continuation) + 1], kl[counted], copied))
         return compared
 
-    def _log_probs(self, plan: PrunePlan, case: Case) -> Tensor:
+    def _pruned(self, plan: PrunePlan, case: Case) -> Tensor:
         """As Case.full, by a plan."""
         first = first_layer(plan)
         if first not in case.entering:
             case.entering[first] = case.run.layers(case.run.embed(), 0, first)
         length = len(case.prompt)
-        h = case.run.student(plan, case.entering[first], length)
-        return self.model.module.head(h[0, length - 1 :]).log_softmax(-1)
+        return case.run.student(plan, case.entering[first], length)[0, length - 1 :]
 
 
 def pooled(compared: Sequence[Compared]) -> Losses:
     """The means over all tokens of all windows."""
     means = []
     for parts in zip(*compared, strict=True):
-        values = torch.cat(parts).double()
-        means.append(values.sum().item() / max(1, len(values)))
-    return Losses(*means)
+        means.append(_mean(torch.cat(parts)))
+    return Losses(*means, _mean(torch.cat([one.continuation[:1] for one in compared])))
+
+
+def _mean(values: Tensor) -> float:
+    """0 for no values."""
+    return values.double().sum().item() / max(1, len(values))
+
+
+def hold_out(windows: list[Window], longest: int) -> tuple[list[Window], list[Window]]:
+    """Split windows into those to fit, and those to judge by, of several lengths up to `longest` tokens.
+
+    At least one window is held out. More are, as long as these have at most a fifth of all tokens.
+    """
+    left = sorted(windows, key=lambda window: len(window[0]))
+    room = sum(len(tokens) for tokens, _ in windows) // HELD_OUT
+    judged = []
+    for prompt in (*LENGTHS, longest) * ROUNDS:
+        size = min(prompt + CONTINUATION, longest)
+        number = next((number for number, window in enumerate(left) if len(window[0]) >= size), len(left) - 1)
+        tokens, media = left[number]
+        if judged and len(tokens) > room:
+            continue
+        left.pop(number)
+        room -= len(tokens)
+        judged.append((tokens if media else tokens[:size], media))
+    return left, judged
 
 
 def repeated_passage(prompt: Sequence[int], images: Sequence[range], rng: random.Random) -> list[int]:

@@ -16,19 +16,23 @@ the one that changes C s least on the text. README.md in this folder derives it.
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pop.calibration.passes import Pass
-from pop.calibration.texts import Window
-from pop.errors import PlanError
+from pop.calibration.passes import Pass, working_copy
+from pop.calibration.texts import Window, batches
+from pop.engine.compile import SMALLEST
+from pop.errors import InputError, PlanError
 from pop.generation.sampling import check_finite
 from pop.pruning.corrections import Corrections
 from pop.pruning.plan import PrunePlan
 from pop.runner import padded
+
+RIDGE = 1e-2  # lambda, unless held-out windows choose it
 
 
 class Solution(NamedTuple):
@@ -103,7 +107,7 @@ class Fit:
         """Whether the last group is unsolved, so that lambda can be chosen. No kept layer follows it."""
         return len(self.solved) < len(self.groups)
 
-    def calibrated(self, ridge: float) -> PrunePlan:
+    def calibrated(self, ridge: float = RIDGE) -> PrunePlan:
         """The plan with its corrections, for lambda = ridge in the group that is left."""
         solutions = list(self.solved)
         if self.last_group_is_open:
@@ -159,6 +163,31 @@ class Fit:
             tensors["update"] = torch.stack(updates)
         tensors = {name: tensor.to(self.model.dtype) for name, tensor in tensors.items()}
         return Corrections(layers, sketch=self.model.sketch[layers], **tensors)
+
+
+def fitted(model, windows: list[Window], plan: PrunePlan, rank: int, step: Callable[[int], object] = int) -> Fit:
+    """Fit the corrections of a plan to windows, which are passed over once for each group of pruned layers.
+
+    Args:
+        model: A pop.Model.
+        windows: Of text.
+        plan: Without corrections.
+        rank: Of the corrections.
+        step: Is called with the number of tokens that have passed since its last call.
+    """
+    # Passes in bfloat16 leave the loss as it is. A small model, or a part of one, need not be copied.
+    is_copied = model.num_parameters >= SMALLEST and model.part is None
+    module = working_copy(model) if is_copied else model.module
+    fit = Fit(model, plan, rank)
+    for _ in fit.groups:
+        fit.begin()
+        for batch in batches(windows):
+            accumulate(model, batch, fit, module)
+            step(sum(len(tokens) for tokens, _ in batch))
+        if not fit.count:
+            raise InputError("full_depth_first leaves no token to fit to; make it smaller, or give longer texts")
+        fit.finish(RIDGE)
+    return fit
 
 
 def accumulate(model, windows: list[Window], fit: Fit, module=None) -> None:

@@ -1,7 +1,7 @@
 """Saved progress of a run, in a file, so that the same call continues it after an interruption."""
 
+import json
 import os
-from collections.abc import Iterable
 from typing import NamedTuple
 
 from safetensors import SafetensorError
@@ -20,28 +20,27 @@ class SavedProgress(NamedTuple):
     path: str | os.PathLike
     settings: dict[str, str]  # by name
 
-    def check(self) -> None:
-        """Raise, before the work, what `write` or `read` would raise."""
-        files.check_writable(self.path, WHAT, InputError)
-        self.read(())
-
-    def write(self, tensors: dict[str, Tensor]) -> None:
-        """Replace the file, whole or not at all."""
+    def write(self, tensors: dict[str, Tensor], found: dict) -> None:
+        """Replace the file, whole or not at all. found: what the run has decided, as JSON allows it."""
         tensors = {name: tensor.detach().cpu() for name, tensor in tensors.items()}
-        files.write_whole(self.path, save(tensors, metadata=self.settings), WHAT, InputError)
+        content = save(tensors, metadata=self.settings | {"found": json.dumps(found)})
+        files.write_whole(self.path, content, WHAT, InputError)
 
-    def read(self, names: Iterable[str]) -> dict[str, Tensor] | None:
-        """The tensors of these names, on the CPU. None if there is no file. Refuse the file of another run."""
+    def read(self) -> tuple[dict[str, Tensor], dict] | None:
+        """The tensors, on the CPU, and what the run has decided. None if there is no file.
+
+        The file of another run is refused.
+        """
         path = os.path.expanduser(self.path)
         if not os.path.exists(path):
             return None
         advice = "give another path, or remove the file to start anew"
         try:
             tensors, saved = files.read_tensors(path)
-            found = {name: tensors[name] for name in names}
+            found = json.loads(saved["found"])
             others = [name for name, value in self.settings.items() if saved[name] != value]
-        except (OSError, SafetensorError, KeyError) as error:
+        except (OSError, SafetensorError, KeyError, ValueError) as error:
             raise InputError(f"{path} does not hold the progress of such a run ({error!r}); {advice}") from None
         if others:
             raise InputError(f"{path} belongs to a run with another {' and another '.join(others)}; {advice}")
-        return found
+        return tensors, found

@@ -1,21 +1,78 @@
 """The texts of calibration, cut into windows of token ids."""
 
-from collections.abc import Iterator
+import contextlib
+import random
+import sysconfig
+from collections.abc import Iterable, Iterator
 from importlib.resources import files
 from itertools import islice
+from pathlib import Path
 
+from pop.errors import InputError
 from pop.inputs.processors import Prepared
 
 SHORTEST = 16  # tokens; a shorter window is left out
 TOKENS_AT_ONCE = 4096  # the most tokens in one forward pass
+FITTED = 0.8  # the share of each text that calibration sees; the verdict is about the rest
+DOCUMENTS = 12  # texts from Python's documentation
+MODULES = 18  # texts from Python's standard library
+CHARACTERS = 8000  # of each of them
+PER_INPUT = 20  # tokens that suffice for each of the 2 * D inputs of a fit, see README.md
+TOKENS = 100_000  # of the built-in texts and of these, about
 
 Window = tuple[list[int], list[Prepared]]  # token ids, and the images and videos among them
 
 
 def builtin_texts() -> list[str]:
-    """The texts for texts=None: public-domain English of five kinds, and some Python."""
+    """The texts that come with the package: public-domain English of five kinds, and some Python."""
     folder = files("pop").joinpath("data", "calibration")
     return [file.read_text(encoding="utf-8") for file in sorted(folder.iterdir(), key=lambda file: file.name)]
+
+
+def default_texts(model) -> list[str]:
+    """The built-in texts, and as many of Python's as the model's width asks for."""
+    needed = tokens_needed(model)
+    return builtin_texts() + python_texts(-(-needed // TOKENS))
+
+
+def tokens_needed(model) -> int:
+    """How many tokens suffice to fit the corrections of a model."""
+    return PER_INPUT * 2 * model.config.hidden_size
+
+
+def python_texts(times: int = 1) -> list[str]:
+    """Random parts of Python's documentation and standard library, as the running interpreter has them.
+
+    The choice is always the same. But another version of Python has other texts, and one without sources has none.
+
+    Args:
+        times: How many times DOCUMENTS and MODULES texts.
+    """
+    rng = random.Random(0)
+    library = Path(sysconfig.get_paths()["stdlib"])
+    sources = [[file.read_text(encoding="utf-8", errors="ignore") for file in sorted(library.glob("*.py"))]]
+    with contextlib.suppress(ImportError):
+        from pydoc_data.topics import topics
+
+        sources.append([topics[name] for name in sorted(topics)])
+    texts = []
+    for source, count in zip(sources, (MODULES, DOCUMENTS), strict=False):
+        long_enough = [text for text in source if len(text) > CHARACTERS]
+        for text in rng.sample(long_enough, min(times * count, len(long_enough))):
+            begin = rng.randrange(len(text) - CHARACTERS)
+            texts.append(text[begin : begin + CHARACTERS])
+    return texts
+
+
+def parted(texts: Iterable) -> tuple[list, list]:
+    """Split each text, a string or token ids, into the part that calibration sees, and the rest for the verdict."""
+    if isinstance(texts, str) or not isinstance(texts, Iterable):
+        raise InputError(f"texts is a {type(texts).__name__}; give a list of strings or of lists of token ids")
+    texts = list(texts)
+    cuts = [int(len(text) * FITTED) for text in texts]
+    fitted = [text[:cut] for text, cut in zip(texts, cuts, strict=True)]
+    rest = [text[cut:] for text, cut in zip(texts, cuts, strict=True)]
+    return fitted, rest
 
 
 def text_windows(model, texts, images, videos, size: int) -> list[Window]:

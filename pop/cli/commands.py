@@ -26,6 +26,7 @@ from pop.checkpoints import download as downloads
 from pop.checkpoints import registry
 from pop.cli.plans import plans
 from pop.cli.terminal import exit_status
+from pop.cli.texts import calibration_texts, read_file, readable
 from pop.errors import ContextOverflow, InputError, PopError, WeightsNotFound, check_count
 from pop.generation.sampling import OPTIONS, SamplingParams
 from pop.models.config import DTYPES
@@ -69,7 +70,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
 def generate(args) -> None:
     if (args.prompt is None) == (args.prompt_file is None):
         raise InputError("give either a prompt or --prompt-file, but not both")
-    prompt = _prompt(args) if args.prompt_file is None else _read_file(args.prompt_file)
+    prompt = _prompt(args) if args.prompt_file is None else read_file(args.prompt_file)
     sampling = _sampling(args)
     model = _load(args)
     media = _media(args, model)
@@ -117,13 +118,13 @@ def _typed_lines() -> Iterator[str]:
     if sign:
         print(HELP, file=sys.stderr)
     with contextlib.suppress(EOFError):
-        while (line := _readable(lambda: input(sign), "the standard input").strip()) != "/quit":
+        while (line := readable(lambda: input(sign), "the standard input").strip()) != "/quit":
             if line:
                 yield line
 
 
 def importance(args) -> None:
-    texts = [_read_file(path) for path in args.files] or builtin_texts()
+    texts = [read_file(path) for path in args.files] or builtin_texts()
     if args.out is not None:
         files.check_writable(args.out, "the importance scores", InputError)
     args.prune = "none"  # the full model is scored
@@ -162,28 +163,42 @@ def excerpts(tokenizer, texts: list[str], count: int, length: int, seed: int) ->
 
 
 def calibrate(args) -> None:
-    texts = [_read_file(path) for path in args.files] or None
+    texts = [read_file(path) for path in args.files]
+    if args.out is None:
+        args.out = registry.find_folder(args.model) / "default.plan"
     files.check_writable(args.out, "the plan", InputError)
-    if args.resume is not None:
-        files.check_writable(args.resume, "the unfinished steps", InputError)
+    resume = f"{args.out}.progress" if args.steps else None
+    lengths = _lengths(args.longest)
+    args.prune = "none"
     model = _load(args)
-    options = {name: getattr(args, name) for name in ("rank", "window", "steps", "resume", "seed")}
-    plan = pop.calibrate(model, texts, model.plan, **options)
+    fitted, rest = calibration_texts(model, args.files, texts)
+    options = {name: getattr(args, name) for name in ("layers", "speedup", "rank", "longest", "steps", "seed")}
+    plan = pop.calibrate(model, fitted, resume=resume, **options)
+    verdict = pop.check(model, plan, rest, lengths=lengths)
+    plan = dataclasses.replace(plan, about=plan.about | {"verdict": verdict.record()})
     if launched()[0] == 0:
         _save(plan, args.out)
+        if resume is not None:
+            Path(resume).expanduser().unlink(missing_ok=True)
+    print(verdict)
     print(f"Saved to {args.out}. Try: pop generate {args.model} --prune {args.out} PROMPT")
 
 
 def check(args) -> int:
     """Print the verdict on a plan. Return 0 if it holds, and 1 if not."""
-    texts = [_read_file(path) for path in args.files] or None
-    longest = check_count("--longest", args.longest, SHORTEST)
+    texts = [read_file(path) for path in args.files] or None
+    lengths = _lengths(args.longest)
     questions = check_count("--questions", args.questions)
     model = _load(args)
-    lengths = [*(length for length in LENGTHS if length < longest), longest]
     verdict = pop.check(model, model.plan, texts, lengths=lengths, questions=questions)
     print(verdict)
     return int(not verdict.holds)
+
+
+def _lengths(longest: int) -> list[int]:
+    """The prompt lengths of a verdict, up to the longest."""
+    check_count("--longest", longest, SHORTEST)
+    return [*(length for length in LENGTHS if length < longest), longest]
 
 
 def _save(result, path: str) -> None:
@@ -252,24 +267,7 @@ def _print_answer(stream) -> None:
 
 
 def _prompt(args) -> str | None:
-    return _readable(sys.stdin.read, "the standard input") if args.prompt == "-" else args.prompt
-
-
-def _read_file(path: str) -> str:
-    text = _readable(lambda: Path(path).read_text(encoding="utf-8"), path)
-    if not text:
-        raise InputError(f"{path} holds no text; give another file")
-    return text
-
-
-def _readable(read: Callable[[], str], source: str) -> str:
-    """Return what `read` returns. `source` names it in errors."""
-    try:
-        return read()
-    except UnicodeDecodeError:
-        raise InputError(f"{source} is not text in UTF-8; convert it, or give another file") from None
-    except OSError as error:
-        raise InputError(f"{source} cannot be read ({error.strerror}); check the path") from None
+    return readable(sys.stdin.read, "the standard input") if args.prompt == "-" else args.prompt
 
 
 # ---- The options ----
@@ -354,15 +352,17 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
     integer(add, "--seed", "the same seed gives the same scores", 0)
     add("--out", help="write the scores to this JSON file", metavar="FILE")
 
-    add = command(calibrate, "Fit corrections of the pruned layers to texts, and save the plan.").add_argument
+    text = "Make a plan for a model, and judge it. What is not given is decided. After Ctrl-C, repeat the command."
+    add = command(calibrate, text).add_argument
     model_options(add)
-    prune_options(add)
     add("files", help="texts that resemble the prompts to come; default: a built-in set", nargs="*", metavar="FILE")
-    add("--out", help="write the plan to this file", required=True, metavar="FILE")
+    text = "the speedup that the shapes must allow for 2,048 tokens (1.4)"
+    add("--speedup", help=text, type=float, default=1.4, metavar="X")
+    add("--layers", help="prune these, as in 10,12,14,19-29; default: as the speedup needs", metavar="LIST")
+    add("--out", help="write the plan to this file; default: default.plan beside the weights", metavar="FILE")
     integer(add, "--rank", "numbers in the code of a token; default: half of the model's width")
-    integer(add, "--window", "tokens of a window of text", 1024)
-    integer(add, "--steps", "steps of distillation after the closed form, such as 150", 0)
-    add("--resume", help="keep unfinished steps in this file, and continue from it", metavar="FILE")
+    integer(add, "--longest", "the most tokens of a prompt to train on and to judge by", 4096)
+    integer(add, "--steps", "steps of distillation after the closed form", 200)
     integer(add, "--seed", "chooses the windows that are held out, and what the steps train on", 0)
 
     text = (

@@ -14,6 +14,7 @@ layers would have added to h. A z_t approximates that.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -85,6 +86,28 @@ class Corrections:
         self.rows: list[int] | None = None  # which of the K * E rows these are; None: all
         self._copy: Corrections | None = None  # the latest result of `to`
         self._check()
+
+    @classmethod
+    def zeros(cls, config, groups: Sequence, rank: int) -> Corrections:
+        """Corrections that change nothing and take no memory, to count what those of a rank would cost.
+
+        Args:
+            config: The model's.
+            groups: From `PrunePlan.groups`.
+            rank: R.
+        """
+        pruned = [group.layers for group in groups if group.is_pruned]
+        layers = [index for group in pruned for index in group]
+        num_updates = sum(group.stop < config.num_layers for group in pruned)
+        zero = torch.zeros(())
+        return cls(
+            layers,
+            zero.expand(len(layers), 2, config.num_kv_heads * config.head_dim, rank),
+            zero.expand(len(layers), 2, config.num_kv_heads * config.head_dim),
+            zero.expand(len(pruned), rank, 2 * config.hidden_size),
+            zero.expand(num_updates, config.hidden_size, rank) if num_updates else None,
+            sketch=zero.expand(len(layers), 2, NUMBERS),
+        )
 
     def _check(self) -> None:
         for tensor in self.tensors.values():

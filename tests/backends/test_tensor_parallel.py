@@ -72,7 +72,7 @@ def folder(tmp_path_factory):
         (folder / name / "config.json").write_text(json.dumps(fields), encoding="utf-8")
         write_weights(folder / name, read_config(folder / name), seed=1)
     write_chat_checkpoint(folder / "chat", num_heads=8, num_kv_heads=4)
-    pop.calibrate(pop.load(folder / "llama"), TEXTS, LAYERS, progress=False).save(folder / "plan")
+    pop.calibrate(pop.load(folder / "llama"), TEXTS, LAYERS, progress=False, steps=0).save(folder / "plan")
     for size, names in RUNS.items():
         cases = {name: CASES[name] for name in names}
         (folder / f"cases-{size}.json").write_text(json.dumps(cases), encoding="utf-8")

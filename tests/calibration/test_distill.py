@@ -28,7 +28,6 @@ from pop.calibration.distill import (
 from pop.calibration.exercises import Exercise
 from pop.calibration.held_out import Compared, Judge
 from pop.calibration.passes import Pass, first_layer
-from pop.calibration.resume import SavedProgress
 from pop.inputs.processors import processor_of
 from pop.pruning.reference import full_depth_tokens, selected_tokens
 
@@ -52,7 +51,7 @@ PLAN = PrunePlan((1, 3, 4), full_depth_last=2, full_depth_selected=0.1)
 @pytest.fixture(scope="module")
 def closed(model):
     """The closed form."""
-    return calibrate(model, TEXTS, PLAN, progress=False)
+    return calibrate(model, TEXTS, PLAN, progress=False, steps=0)
 
 
 def windows_of(texts):
@@ -121,21 +120,17 @@ def test_prompts_longer_than_the_windows_are_the_references(layer):
         assert_close(found, by_reference(module, row, plan, 31, chosen)[0])
 
 
-@given(students(), st.booleans())
-def test_the_loss_and_its_gradients_are_the_references(case, bare):
-    """With the plan's full-depth tokens, and with only the last and the first ones."""
+@given(students())
+def test_the_loss_and_its_gradients_are_the_references(case):
     module, plan, tokens, cut = case
     leaves = {name: tensor.clone().requires_grad_() for name, tensor in plan.corrections.tensors.items()}
-    rng = random.Random(0)
-    rng.choice = lambda choices: choices[bare]
     vision = processor_of(tiny_config())  # for text
     exercise = Exercise(tokens, cut, [[]] * len(tokens))
     trained = dataclasses.replace(plan, corrections=plan.corrections.replaced(leaves))
     with recorded_choices(passes) as choices:
-        loss = distillation_loss(module, vision, trained, exercise, rng)
-    used = dataclasses.replace(plan, full_depth_last=1, full_depth_selected=0.0) if bare else plan
+        loss = distillation_loss(module, vision, trained, exercise)
     chosen = choices[0] if choices else torch.zeros(len(tokens), cut, dtype=torch.bool)
-    expected, gradients = naive_gradients(module, used, tokens, chosen, cut)
+    expected, gradients = naive_gradients(module, plan, tokens, chosen, cut)
     assert loss.item() == pytest.approx(expected, rel=1e-3, abs=1e-6)
     for found, naive in zip(torch.autograd.grad(loss, [*leaves.values()]), gradients, strict=True):
         assert (found - naive).abs().max() <= 1e-3 * naive.abs().max() + 1e-7
@@ -188,6 +183,9 @@ def test_a_plan_that_harms_one_text_is_not_taken(model, closed, monkeypatch):
     """The made-up losses fall at each of eight checks. But from the third one on, one text is predicted worse."""
     checked, steps = [], []
 
+    def progress(count, note=""):
+        steps.append(count)
+
     def made_up(self, plan):
         number = len(checked)
         checked.append((plan, sum(steps)))
@@ -195,7 +193,7 @@ def test_a_plan_that_harms_one_text_is_not_taken(model, closed, monkeypatch):
         return [compared([1.0] * 10, 9 - number), compared([0.5 + 1 / (number + 2)] * 10), compared(harmed)]
 
     monkeypatch.setattr(Judge, "compare", made_up)
-    found = distill(model, closed, windows_of(TEXTS), Judge(model, []), 12, progress=steps.append)
+    found = distill(model, closed, windows_of(TEXTS), Judge(model, []), 12, progress=progress)
     plans, done = zip(*checked, strict=True)
     assert done == (0, 0, 2, 3, 5, 6, 8, 9, 11)  # after as many reported steps, and another one
     assert plans[0] == closed and found == plans[2]
@@ -233,7 +231,7 @@ def test_the_model_stays_as_it_is():
 def test_bfloat16_models_keep_float32_corrections_only_while_distilling(monkeypatch):
     """The rates are those of the schedule, and passes run in bfloat16 where the processor is fast at it."""
     half = pop.Model(random_model(tiny_config()).to(torch.bfloat16), tiny_config(dtype=torch.bfloat16))
-    start, rates, dtypes = calibrate(half, TEXTS, PLAN, progress=False).corrections.weight.float(), [], set()
+    start, rates, dtypes = calibrate(half, TEXTS, PLAN, progress=False, steps=0).corrections.weight.float(), [], set()
     step = distillation._Run.step
 
     def recorded(run, loss, share):
@@ -264,37 +262,42 @@ def test_the_seed_decides(model, closed):
 
 
 @pytest.mark.parametrize("losses", [[9, 8, 7, 6, 5, 4, 5, 6, 7], [9, 8, 7, 6, 5, 4, 3, 2, 1]])
-def test_a_run_goes_on_where_it_was_interrupted(model, closed, tmp_path, losses):
+def test_a_run_goes_on_where_it_was_interrupted(model, closed, losses):
     """The best plan is that of the check before the interruption, or the last one, which needs Adam's moments.
 
     losses: Of the given plan, and at every second step.
     """
-    windows, counted = windows_of(TEXTS), []
-    saved = SavedProgress(tmp_path / "record", {})
-    expected = distill(model, closed, windows, MadeUp(*losses), 16, progress=counted.append)
-    assert sum(counted) == 16 and expected != closed
+    windows, counted, kept = windows_of(TEXTS), [], []
 
-    def interrupt(count):
+    def save(tensors):
+        kept.append({name: tensor.clone() for name, tensor in tensors.items()})
+
+    def progress(count, note=""):
+        counted.append(count)
+
+    def interrupt(count, note=""):
         counted.append(count)
         if sum(counted) == 11:
             raise KeyboardInterrupt
 
+    expected = distill(model, closed, windows, MadeUp(*losses), 16, progress=progress)
+    assert sum(counted) == 16 and expected != closed
     counted.clear()
     with pytest.raises(KeyboardInterrupt):
-        distill(model, closed, windows, MadeUp(*losses), 16, saved=saved, progress=interrupt)
-    assert [file.name for file in tmp_path.iterdir()] == ["record"]
+        distill(model, closed, windows, MadeUp(*losses), 16, save=save, progress=interrupt)
+    assert [int(tensors["steps"]) for tensors in kept] == [0, 2, 4, 6, 8, 10]
     counted.clear()
     judge = MadeUp(losses[0], *losses[6:])
-    assert distill(model, closed, windows, judge, 16, saved=saved, progress=counted.append) == expected
+    assert distill(model, closed, windows, judge, 16, restored=kept[-1], save=save, progress=progress) == expected
     assert counted == [10, 1, 1, 1, 1, 1, 1]
-    assert distill(model, closed, windows, MadeUp(9), 16, saved=saved) == expected  # nothing is left to do
+    assert distill(model, closed, windows, MadeUp(9), 16, restored=kept[-1]) == expected  # nothing is left to do
 
 
 def test_a_record_of_another_run_is_refused_before_the_work(model, tmp_path, monkeypatch):
     path = tmp_path / "record"
     calibrate(model, TEXTS, PLAN, steps=2, resume=path, progress=False)
     content = path.read_bytes()
-    monkeypatch.setattr(calibrate_file, "accumulate", None)
+    monkeypatch.setattr(calibrate_file, "fitted", None)
     with pytest.raises(InputError, match="another texts and another steps and another seed;"):
         calibrate(model, random_texts(9, *[70] * 20), PLAN, steps=3, seed=1, resume=path, progress=False)
     assert path.read_bytes() == content
@@ -320,7 +323,7 @@ def test_a_file_that_is_no_record_is_refused(model, tmp_path, monkeypatch):
     with pytest.raises(InputError, match="does not hold the progress"):
         calibrate(model, TEXTS, PLAN, steps=2, resume=path, progress=False)
     assert path.read_bytes() == b"no record"
-    monkeypatch.setattr(calibrate_file, "accumulate", None)  # before the work
+    monkeypatch.setattr(calibrate_file, "fitted", None)  # before the work
     for wrong in (tmp_path / "missing" / "record", 5, []):
         with pytest.raises(InputError, match="cannot be written"):
             calibrate(model, TEXTS, PLAN, steps=2, resume=wrong, progress=False)

@@ -9,7 +9,7 @@ from support.chat_formats import TOKENIZERS
 from support.tiny import random_model, tiny_config
 
 import pop
-from pop.calibration.exercises import CONTINUATION, FORMS, KINDS, PROMPTS, ROWS, exercise
+from pop.calibration.exercises import CONTINUATION, FORMS, KINDS, PASSAGE, ROWS, SHORTEST_PROMPT, TOKENS, exercise
 
 WORDS = "alpha bravo charlie delta echo foxtrot golf hotel india juliet kilo lima mike november oscar papa quebec romeo"
 TEXT, REPETITION, TABLE = (KINDS.index(kind) for kind in ("text", "repetition", "table"))
@@ -36,14 +36,22 @@ def is_part(part, whole) -> bool:
     return any(whole[begin : begin + len(part)] == part for begin in range(len(whole) - len(part) + 1))
 
 
-@pytest.mark.parametrize("seed", range(3))
-def test_a_text_is_a_part_of_a_window(bare, seed):
-    windows = texts(700, 900, 20)
-    tokens, cut, media = exercise(bare, windows, TEXT, random.Random(seed))
-    assert (tokens.shape[0], media) == (ROWS, [[]] * ROWS) or tokens.shape == (ROWS, 20)
-    assert (T := tokens.shape[1]) - CONTINUATION in PROMPTS or T == 20
-    assert cut == T - min(CONTINUATION, T // 3)
-    assert all(is_part(row, windows[1][0]) for row in tokens.tolist())
+@pytest.mark.parametrize("longest", [900, 3000, 20])
+def test_lengths_go_up_to_the_longest_window_by_their_logarithm(bare, longest):
+    """A batch is parts of windows, with as many rows as its tokens allow."""
+    windows = texts(longest - 1, longest, 10)
+    sizes = []
+    for seed in range(100):
+        tokens, cut, media = exercise(bare, windows, TEXT, random.Random(seed))
+        B, T = tokens.shape
+        sizes.append(T)
+        assert min(ROWS, max(1, TOKENS // T)) == B and media == [[]] * B
+        assert cut == T - min(CONTINUATION, T // 3)
+        assert all(is_part(row, windows[1][0]) for row in tokens.tolist())
+    shortest = min(SHORTEST_PROMPT + CONTINUATION, longest)
+    assert shortest <= min(sizes) <= 1.05 * shortest and 0.95 * longest <= max(sizes) <= longest
+    middle = (shortest * longest) ** 0.5
+    assert longest == 20 or 35 < sum(size < middle for size in sizes) < 65
 
 
 @pytest.mark.parametrize("number", range(5))
@@ -59,8 +67,11 @@ def test_exercises_of_every_kind_begin_with_bos_and_are_as_short_as_their_text(b
 
 @pytest.mark.parametrize("number", [REPETITION, TABLE])
 def test_passages_are_repeated(bare, number):
-    """Without a tokenizer a table becomes a repetition. What follows a token in a passage did so in the prompt."""
-    check_repetition(exercise(bare, texts(500, 500), number, random.Random(1)))
+    """Without a tokenizer a table becomes a repetition. In half of the rows, a token of each passage changes."""
+    breaks = [n for seed in range(20) for n in breaks_of(exercise(bare, texts(500), number, random.Random(seed)))]
+    passages = 1 + CONTINUATION // PASSAGE[0]  # at most
+    assert min(breaks) > 0 and max(breaks) <= 3 * passages
+    assert 0.2 < sum(n > passages for n in breaks) / len(breaks) < 0.6
 
 
 @pytest.mark.parametrize("more", [0, 8])  # embeddings that no token has
@@ -72,14 +83,16 @@ def test_a_prompt_without_words_is_repeated_not_made_a_table(more):
     if not more:
         window = tokenizer.encode("1 + 2 = 3; " * 300, bos=False)
     model = pop.Model(random_model(config), config, tokenizer)
-    check_repetition(exercise(model, [(window, [])], TABLE, random.Random(1)))
+    assert max(breaks_of(exercise(model, [(window, [])], TABLE, random.Random(1)))) <= 4 * CONTINUATION / PASSAGE[0]
 
 
-def check_repetition(exercise):
+def breaks_of(exercise):
+    """How many tokens of each row's continuation follow another one than in its prompt."""
+    found = []
     for row in exercise.tokens.tolist():
         follow = set(pairwise(row[: exercise.cut]))
-        breaks = sum(pair not in follow for pair in pairwise(row[exercise.cut :]))
-        assert breaks <= 2 * CONTINUATION / 14  # before and after a newline, if there is one
+        found.append(sum(pair not in follow for pair in pairwise(row[exercise.cut :])))
+    return found
 
 
 def test_a_table_has_each_fact_that_it_asks_for(model):
@@ -91,7 +104,7 @@ def test_a_table_has_each_fact_that_it_asks_for(model):
     for _ in range(12):
         tokens, cut, _ = exercise(model, [(window, [])], TABLE, rng)
         size = tokens.shape[1]
-        assert size - CONTINUATION in PROMPTS and cut == size - min(CONTINUATION, size // 3)
+        assert size >= SHORTEST_PROMPT + CONTINUATION and cut == size - min(CONTINUATION, size // 3)
         for row in tokens.tolist():
             prompt, rest = (model.tokenizer.decode(part) for part in (row[:cut], row[cut:]))
             rest = rest.rpartition("\n")[0]  # the last line may be cut

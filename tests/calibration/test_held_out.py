@@ -11,7 +11,7 @@ from support.tiny import random_model, tiny_config, tiny_gemma3_config, tiny_qwe
 
 import pop
 from pop import PrunePlan
-from pop.calibration.held_out import CUE, Judge, repeated_passage
+from pop.calibration.held_out import CUE, Judge, hold_out, repeated_passage
 
 PLAN = PrunePlan((2, 3), full_depth_first=1)
 
@@ -26,24 +26,25 @@ def random_windows(*lengths):
     [(tiny_config(), (60, 31, 16)), (tiny_gemma3_config(), (400, 5)), (tiny_qwen3_moe_config(), (100,))],
 )
 def test_the_losses_are_those_of_the_continuation_and_of_the_repeated_passage(config, lengths):
-    """By the naive page; the prompt is two thirds of the first 384 tokens, and a passage of it comes again."""
+    """By the naive page. The continuation has at most 128 tokens, and a third of the window. A passage comes again."""
     model = pop.Model(random_model(config), config)
     windows = random_windows(*lengths)
-    judge, texts, passages = Judge(model, windows), [], []
+    judge, texts, passages, firsts = Judge(model, windows), [], [], []
     for (window, _), case in zip(windows, judge.cases, strict=True):
         passage = case.passage
-        window = window[:384]
-        cut, cue = len(window) * 2 // 3, max(1, len(passage) // CUE)
+        cut, cue = max(len(window) * 2 // 3, len(window) - 128), max(1, len(passage) // CUE)
         assert len(passage) == (min(64, cut // 4) if cut >= 8 else 0)
         kl = naive_kl(model, PLAN, window + passage, cut)
         texts.append(kl[: len(window) - cut + 1])
+        firsts.append(kl[0])
         passages.append(kl[len(window) - cut + cue : -1])
         assert len(passages[-1]) == max(0, len(passage) - cue)
     losses = judge.losses(PLAN)
-    texts, passages = torch.cat(texts).mean(), torch.cat(passages).mean()
-    assert (losses.continuation, losses.repetition) == pytest.approx((float(texts), float(passages)), rel=1e-4)
-    assert losses.mean == pytest.approx(float(texts + passages) / 2, rel=1e-4)
-    assert judge.losses(PrunePlan.none())[:2] == (0, 0)
+    expected = [torch.cat(texts).mean(), torch.cat(passages).mean(), torch.stack(firsts).mean()]
+    expected = [float(mean) for mean in expected]
+    assert (losses.continuation, losses.repetition, losses.first) == pytest.approx(expected, rel=1e-4)
+    assert losses.mean == pytest.approx(sum(expected) / 3, rel=1e-4)
+    assert judge.losses(PrunePlan.none()).mean == 0
 
 
 def test_the_layers_below_the_pruned_ones_run_once(model, monkeypatch):
@@ -73,6 +74,28 @@ def test_tokens_are_copied_if_they_are_the_likeliest(model):
         total += len(answers)
     assert 0 < right < total
     assert judge.losses(PrunePlan.none()).copied == right / total
+
+
+@given(st.lists(st.integers(16, 4096), min_size=2, max_size=60), st.sampled_from([512, 2048, 4096]))
+def test_windows_of_several_lengths_are_held_out(lengths, longest):
+    """They have a fifth of the tokens at most, and are no windows that are fitted."""
+    windows = [([number] * min(size, longest), []) for number, size in enumerate(lengths)]
+    left, judged = hold_out(windows, longest)
+    names = [window[0][0] for window in left + judged]
+    assert sorted(names) == [*range(len(windows))]
+    assert all(windows[window[0][0]] == window for window in left)
+    taken = [len(windows[window[0][0]][0]) for window in judged]
+    assert 1 <= len(judged) <= 9
+    assert len(judged) == 1 or sum(taken) <= sum(map(len, (window for window, _ in windows))) // 5 + taken[0]
+
+
+def test_the_held_out_windows_have_three_lengths():
+    windows = [([number] * 4096, []) for number in range(60)]
+    left, judged = hold_out(windows, 4096)
+    assert [len(window) for window, _ in judged] == [384, 1152, 4096] * 3 and len(left) == 51
+    assert [len(window) for window, _ in hold_out(windows, 1000)[1]] == [384, 1000, 1000] * 3
+    shown = [(window, ["an image"]) for window, _ in windows]
+    assert {len(window) for window, _ in hold_out(shown, 4096)[1]} == {4096}  # they stay whole
 
 
 @pytest.mark.parametrize("spare", [0, 3, 10, 30])

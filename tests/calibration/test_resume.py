@@ -10,6 +10,7 @@ from pop import InputError
 from pop.calibration.resume import SavedProgress
 
 SETTINGS = {"seed": "0", "model": "tiny"}
+FOUND = {"layers": [1, 3], "full_depth_selected": 0.1}
 TENSORS = {"steps": torch.tensor(3), "weight": torch.arange(6.0).view(2, 3)}
 
 
@@ -17,55 +18,56 @@ def test_what_was_written_is_read(tmp_path, monkeypatch):
     """In the home folder, too."""
     monkeypatch.setenv("HOME", str(tmp_path))
     saved = SavedProgress("~/progress", SETTINGS)
-    assert saved.read(TENSORS) is None
-    saved.write(TENSORS)
+    assert saved.read() is None
+    saved.write(TENSORS, FOUND)
     assert (tmp_path / "progress").exists()
-    found = saved.read(TENSORS)
-    assert {*found} == {*TENSORS}
+    found, decided = saved.read()
+    assert {*found} == {*TENSORS} and decided == FOUND
     assert all(torch.equal(found[name], tensor) for name, tensor in TENSORS.items())
 
 
 def test_a_failed_write_keeps_the_file_before_it(tmp_path, monkeypatch):
     saved = SavedProgress(tmp_path / "progress", SETTINGS)
-    saved.write(TENSORS)
+    saved.write(TENSORS, FOUND)
 
     def full_disk(*args):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "replace", full_disk)
     with pytest.raises(InputError, match="No space left"):
-        saved.write({"steps": torch.tensor(4), "weight": TENSORS["weight"]})
+        saved.write({"steps": torch.tensor(4), "weight": TENSORS["weight"]}, FOUND)
     monkeypatch.undo()
-    assert saved.read(["steps"])["steps"] == 3
+    assert saved.read()[0]["steps"] == 3
     assert [file.name for file in tmp_path.iterdir()] == ["progress"]
 
 
 def test_the_progress_of_another_run_is_refused(tmp_path):
-    SavedProgress(tmp_path / "progress", SETTINGS).write(TENSORS)
+    SavedProgress(tmp_path / "progress", SETTINGS).write(TENSORS, FOUND)
     with pytest.raises(InputError, match="another seed and another model;"):
-        SavedProgress(tmp_path / "progress", {"seed": "1", "model": "other"}).read(TENSORS)
+        SavedProgress(tmp_path / "progress", {"seed": "1", "model": "other"}).read()
 
 
-@pytest.mark.parametrize("broken", range(6))
+@pytest.mark.parametrize("broken", range(7))
 def test_a_broken_file_is_refused(tmp_path, broken):
     path = tmp_path / "progress"
     saved = SavedProgress(path, SETTINGS)
-    saved.write(TENSORS)
+    saved.write(TENSORS, FOUND)
     content = path.read_bytes()
     [
         lambda: path.write_bytes(b""),
         lambda: path.write_bytes(content[:-10]),
         lambda: path.write_text("[" * 10**5),
-        lambda: save_file({"other": torch.ones(1)}, path, metadata=SETTINGS),
+        lambda: save_file(TENSORS, path, metadata=SETTINGS),
+        lambda: save_file(TENSORS, path, metadata={**SETTINGS, "found": "no JSON"}),
         lambda: save_file(TENSORS, path),
-        lambda: save_file(TENSORS, path, metadata={"seed": "0"}),
+        lambda: save_file(TENSORS, path, metadata={"seed": "0", "found": "{}"}),
     ][broken]()
     with pytest.raises(InputError, match="progress does not hold"):
-        saved.read(TENSORS)
+        saved.read()
 
 
 def test_a_path_that_cannot_be_written_is_refused(tmp_path):
     with pytest.raises(InputError, match="cannot be written"):
-        SavedProgress(tmp_path / "missing" / "progress", SETTINGS).write(TENSORS)
+        SavedProgress(tmp_path / "missing" / "progress", SETTINGS).write(TENSORS, FOUND)
     with pytest.raises(InputError, match="does not hold"):
-        SavedProgress(tmp_path, SETTINGS).read(TENSORS)
+        SavedProgress(tmp_path, SETTINGS).read()

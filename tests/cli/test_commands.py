@@ -1,23 +1,25 @@
 """The `pop` command: what it prints where, what it refuses, and how it ends."""
 
-import dataclasses
 import inspect
 import io
 import json
 import os
+import pathlib
 import shutil
 import subprocess
 import sys
 import tempfile
+from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from support.tiny import write_checkpoint
 from support.tiny_chat import write_chat_checkpoint
 
 import pop
+from pop.calibration.resume import SavedProgress
 from pop.checkpoints import registry
-from pop.cli import commands
 from pop.cli.commands import excerpts, main
 
 
@@ -50,7 +52,7 @@ def test_the_help_and_the_version(capsys):
     assert (exit.value.code, capsys.readouterr().out) == (0, f"pop {pop.__version__}\n")
 
 
-@pytest.mark.parametrize("command", ["generate", "chat", "calibrate"])
+@pytest.mark.parametrize("command", ["generate", "chat"])
 def test_the_help_says_what_prune_takes(command, capsys):
     with pytest.raises(SystemExit) as exit:
         main([command, "--help"])
@@ -177,22 +179,90 @@ def test_importance_prints_and_saves_the_scores(folder, model, capsys, tmp_path)
     assert printed[-1].endswith(f"layers {', '.join(map(str, expected.plan(2).layers))}.")
 
 
-def test_calibrate_saves_a_plan_that_generate_takes(folder, model, capsys, tmp_path, monkeypatch):
-    text = tmp_path / "text.txt"
-    text.write_text("".join(map(chr, range(33, 123))) * 4)
-    monkeypatch.setenv("HOME", str(tmp_path))
-    out = "~/plan.safetensors"
-    options = ["--prune", "0.5", "--full-depth-last", "4", "--rank", "5", "--window", "60", "--seed", "3"]
-    options += ["--steps", "2", "--resume", str(tmp_path / "record")]
-    assert main(["calibrate", folder, str(text), *options, "--dtype", "float32", "--out", out]) == 0
-    assert out in capsys.readouterr().out
-    half = pop.load(folder, dtype=torch.float32, prune=0.5)
-    plan = dataclasses.replace(half.plan, full_depth_last=4)
-    expected = pop.calibrate(half, [text.read_text()], plan, rank=5, window=60, steps=2, seed=3, progress=False)
-    assert (tmp_path / "record").exists()
-    assert pop.PrunePlan.load(out) == expected
-    assert main(["generate", folder, "Hello", "--prune", out, "--max-new-tokens", "3"]) == 0
-    assert main(["calibrate", folder, str(text), *options, "--prune", out, "--out", out]) == 0  # again
+@pytest.fixture
+def calibration(tmp_path, monkeypatch):
+    """(a copy of the checkpoint, the arguments of pop calibrate, its texts). The verdict is made up."""
+    folder = write_chat_checkpoint(tmp_path / "model", num_layers=6)
+    texts = ["".join(map(chr, range(33, 123))) * 30, "Hello, world. " * 100]
+    for number, text in enumerate(texts):
+        (tmp_path / f"{number}.txt").write_text(text)
+    monkeypatch.chdir(tmp_path)
+    judged = []
+
+    class Verdict:
+        def record(self):
+            return {"holds": True, "sentence": "It holds."}
+
+        def __str__(self):
+            return f"{judged.pop()} characters judge it"
+
+    def check(model, plan, rest, lengths):
+        assert plan.corrections is not None and lengths == [256, 300]
+        judged.append([len(text) for text in rest])
+        return Verdict()
+
+    monkeypatch.setattr(pop, "check", check)
+    return folder, ["calibrate", str(folder), "0.txt", "1.txt", "--longest", "300", "--rank", "5"], texts
+
+
+@pytest.mark.parametrize("layers", [None, "2,4-5"])
+def test_calibrate_puts_a_plan_beside_the_weights(calibration, layers, capsys, monkeypatch):
+    """It is that of the library, fitted to the first four fifths of each text, with the verdict in its record."""
+    folder, words, texts = calibration
+    options = ["--speedup", "1.3"] if layers is None else ["--layers", layers]
+    assert main([*words, "--steps", "2", "--seed", "3", *options]) == 0
+    out, err = capsys.readouterr()
+    assert "[540, 280] characters judge it" in out and f"Saved to {folder / 'default.plan'}" in out
+    assert "about 1 min" in err
+    model = pop.load(folder, prune=None)
+    given = {"speedup": 1.3} if layers is None else {"layers": (2, 4, 5)}
+    fitted = [text[: len(text) * 4 // 5] for text in texts]
+    expected = pop.calibrate(model, fitted, longest=300, rank=5, steps=2, seed=3, progress=False, **given)
+    plan = pop.PrunePlan.load(folder / "default.plan")
+    assert plan == expected
+    assert plan.about == expected.about | {"verdict": {"holds": True, "sentence": "It holds."}}
+    assert not list(folder.glob("*.progress"))
+    assert (
+        main(["generate", str(folder), "Hello", "--prune", str(folder / "default.plan"), "--max-new-tokens", "3"]) == 0
+    )
+
+
+def test_calibrate_goes_on_after_ctrl_c(calibration, monkeypatch):
+    """The same command ends with the same file, bit for bit. Unfinished work lies beside the plan until then."""
+    _, words, _ = calibration
+    words = [*words, "--steps", "2", "--layers", "2,4-5", "--out"]
+    assert main([*words, "whole"]) == 0
+    write, left = SavedProgress.write, [None] * 2
+
+    def interrupted(self, *args, **found):
+        write(self, *args, **found)
+        left.pop()
+        if not left:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(SavedProgress, "write", interrupted)
+        assert main([*words, "plan"]) == 130
+    assert os.path.exists("plan.progress") and not os.path.exists("plan")
+    assert main([*words, "plan"]) == 0
+    assert not os.path.exists("plan.progress")
+    assert pathlib.Path("plan").read_bytes() == pathlib.Path("whole").read_bytes()
+
+
+def test_few_tokens_are_joined_by_the_texts_that_come_along(calibration, capsys, monkeypatch):
+    _, words, texts = calibration
+    seen = []
+    monkeypatch.setattr("pop.cli.texts.default_texts", lambda model: ["x" * 1000])
+    monkeypatch.setattr(pop, "calibrate", lambda model, texts, **_: seen.append(texts) or pop.PrunePlan((1,)))
+    monkeypatch.setattr(pop, "check", lambda model, plan, rest, **_: seen.append(rest) or pytest.fail("judged"))
+    for files, fitted, rest in (
+        (["1.txt"], [texts[1][:1120], "x" * 800], [texts[1][1120:]]),
+        ([], ["x" * 800], ["x" * 200]),
+    ):
+        with pytest.raises(pytest.fail.Exception, match="judged"):
+            main([*words[:2], *files])
+        assert (seen.pop(0), seen.pop(0)) == (fitted, rest)
+        assert ("1,120 of 1,200 tokens are given" in capsys.readouterr().err) == bool(files)
 
 
 @pytest.mark.parametrize(
@@ -226,7 +296,7 @@ SHOWN = {"prune": "0.5", "max_seq_len": 99, "min_pixels": 8, "max_pixels": 9}
     [
         (["generate", "FOLDER", "x", *MODEL, *PROMPT], {**LOADED, **SHOWN}),
         (["chat", "FOLDER", *MODEL, *PROMPT, "--chat-format", "gemma"], {**LOADED, **SHOWN, "chat_format": "gemma"}),
-        (["calibrate", "FOLDER", "--out", "plan", *MODEL, "--prune", "0.5"], {**LOADED, "prune": "0.5"}),
+        (["calibrate", "FOLDER", "--out", "plan", *MODEL], {**LOADED, "prune": "none"}),
         (["importance", "FOLDER", *MODEL], {**LOADED, "prune": "none"}),
         (["check", "FOLDER", "0.5", *MODEL], {**LOADED, "prune": "0.5"}),
     ],
@@ -263,7 +333,7 @@ def test_check_prints_the_verdict_and_its_status_says_whether_the_plan_holds(
 
 
 @pytest.mark.parametrize("path", ["", ".", "x" * 300, "missing/plan", "/dev/null"])
-@pytest.mark.parametrize("command", ["calibrate M --out", "calibrate M --out plan --resume", "importance M --out"])
+@pytest.mark.parametrize("command", ["calibrate M --out", "importance M --out"])
 def test_a_path_that_cannot_be_written_is_refused_before_the_work(command, path, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(pop, "load", lambda *_, **__: pytest.fail("loaded"))
@@ -279,6 +349,8 @@ def test_what_cannot_be_saved_at_the_end_is_saved_elsewhere(command, folder, tmp
     scores = pop.Importance([1.0] * 6, [2.0] * 6, [0.1] * 6, [0.1] * 6, 3)
     done = {"calibrate": plan, "importance": scores}[command]
     monkeypatch.setattr(pop, command, lambda *_, **__: out.parent.rmdir() or done)
+    verdict = SimpleNamespace(record=dict)
+    monkeypatch.setattr(pop, "check", lambda *_, **__: verdict)
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     monkeypatch.setattr(tempfile, "tempdir", None)
     assert main([command, folder, "--out", str(out)]) == 2
@@ -314,8 +386,18 @@ def test_what_cannot_be_saved_at_the_end_is_saved_elsewhere(command, folder, tmp
         ("check CHAT 0.5 --longest 3", "--longest is 3"),
         ("check CHAT 0.5 --questions 0", "--questions is 0"),
         ("check CHAT missing.plan", "missing.plan"),
-        ("calibrate CHAT --out plan --prune none", "nothing to calibrate"),
         ("calibrate CHAT --out plan --steps -1", "steps is -1"),
+        ("calibrate CHAT --out plan --speedup nan", "speedup is nan"),
+        ("calibrate CHAT --out plan --speedup 90", "speedup is 90"),
+        ("calibrate CHAT --out plan --layers none", "prunes no layers"),
+        ("calibrate CHAT --out plan --layers 3", "10,12,19-29"),
+        ("calibrate CHAT --out plan --layers 4-9", "layers are 0 to 5"),
+        ("calibrate CHAT --out plan one.txt", "the last fifth of one.txt"),
+        ("calibrate CHAT --out plan empty.txt", "holds no text"),
+        ("calibrate CHAT --out plan picture.png", "picture.png is not text"),
+        ("calibrate CHAT --out plan large.txt", "large.txt has more than 20 MB"),
+        ("calibrate ./ids --out plan long.txt", "the checkpoint has none"),
+        ("calibrate ./nan --out plan long.txt --longest 100", "finite"),
         ("chat CHAT --temperature -1", "temperature"),
         ("chat CHAT --chat-format teapot", "chat_format is 'teapot'"),
         ("generate smollm2-135m Hello", "python -m tools.demo"),
@@ -329,6 +411,13 @@ def test_an_error_is_one_sentence(arguments, said, folder, tmp_path, monkeypatch
     (tmp_path / "long.txt").write_text("a" * 2000)
     (tmp_path / "text.txt").write_text("some text")
     (tmp_path / "empty.txt").write_text("")
+    (tmp_path / "one.txt").write_text("a")
+    with open(tmp_path / "large.txt", "w") as file:
+        file.truncate(20_000_001)
+    shutil.copytree(folder, tmp_path / "nan")
+    tensors = load_file(tmp_path / "nan/model.safetensors")
+    tensors["model.layers.0.self_attn.k_proj.weight"][0, 0] = torch.nan
+    save_file(tensors, tmp_path / "nan/model.safetensors")
     write_checkpoint(tmp_path / "ids")
     monkeypatch.setattr(registry, "_places", lambda: [tmp_path / "weights"])
     assert main([folder if word == "CHAT" else word for word in arguments.split()]) == 2
@@ -337,7 +426,7 @@ def test_an_error_is_one_sentence(arguments, said, folder, tmp_path, monkeypatch
     assert out == ""
     assert line.startswith("pop: ")
     assert said in line
-    assert not (tmp_path / "plan").exists()
+    assert not list(tmp_path.glob("plan*"))
 
 
 # ---- Ctrl-C and closed pipes ----

@@ -174,7 +174,7 @@ def test_the_normal_equations_with_images_give_the_naive_fit(model, layers):
     plan = pop.PrunePlan(layers, full_depth_first=1)
     if {0, 1} <= {*layers} and model.module.deepstack_layers:
         with pytest.raises(pop.PlanError, match="DeepStack"):
-            pop.calibrate(model, windows, plan, images=rows, progress=False)
+            pop.calibrate(model, windows, plan, images=rows, progress=False, steps=0)
         return
     found = fitted(model, text_windows(model, windows, rows, None, 1024), plan).calibrated(0.1)
     images = [images_of(model, *pair) for pair in zip(windows, rows, strict=True)]
@@ -233,10 +233,10 @@ def test_calibration_with_images(model, monkeypatch):
     answer = model.generate(windows[2], images=rows[2], plan=result, max_new_tokens=3)
     assert len(answer.tokens) == 3
     with pytest.raises(InputError, match="the text has tokens"):
-        pop.calibrate(model, windows, plan, progress=False)
+        pop.calibrate(model, windows, plan, progress=False, steps=0)
     short = pop.Model(model.module, model.config, max_seq_len=20, compile=False)
     with pytest.raises(ContextOverflow, match="has 2. tokens, .* 20"):
-        pop.calibrate(short, windows, plan, images=rows, progress=False)
+        pop.calibrate(short, windows, plan, images=rows, progress=False, steps=0)
 
 
 # ---- Distillation ----

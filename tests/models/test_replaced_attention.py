@@ -51,7 +51,7 @@ def test_all_that_runs_the_plain_pass_calls_it():
     model.module.causal_attention = no_attention
     for run in (
         lambda: model.logits([[1, 2, 3]]),
-        lambda: pop.calibrate(model, TEXTS, pop.PrunePlan((3, 4)), window=40, progress=False),
+        lambda: pop.calibrate(model, TEXTS, pop.PrunePlan((3, 4)), longest=40, progress=False, steps=0),
         lambda: pop.importance(model, [([1, 2, 3], [4, 5])], progress=False),
     ):
         calls.clear()

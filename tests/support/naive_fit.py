@@ -9,24 +9,17 @@ import torch
 from support.cases import assert_close
 
 from pop import PrunePlan
-from pop.calibration.calibrate import MIDDLE, RIDGES
-from pop.calibration.refit import Fit, accumulate
-from pop.calibration.texts import batches
+from pop.calibration import refit
+from pop.calibration.refit import RIDGE
 from pop.models.images import TEXT
 from pop.pruning import reference
 
 RECORDED = ("input_layernorm", "self_attn.k_proj", "self_attn.v_proj", "")
 
 
-def fitted(model, windows, plan, rank=None) -> Fit:
-    """The library's fit to windows, with its passes over them. By default its rank is full."""
-    fit = Fit(model, plan, 2 * model.config.hidden_size if rank is None else rank)
-    for _ in fit.groups:
-        fit.begin()
-        for batch in batches(windows):
-            accumulate(model, batch, fit)
-        fit.finish(RIDGES[MIDDLE])
-    return fit
+def fitted(model, windows, plan, rank=None) -> refit.Fit:
+    """The library's fit to windows. By default its rank is full."""
+    return refit.fitted(model, windows, plan, 2 * model.config.hidden_size if rank is None else rank)
 
 
 def assert_fit(module, found, keys_values, updates):
@@ -105,7 +98,7 @@ def naive_fit(model, windows, plan, ridge, images=None):
 
     def solution(index, target):
         x, y = np.concatenate(xs[index]), np.concatenate(ys[index, target])
-        pull = math.sqrt((RIDGES[MIDDLE] if start(index) in final else ridge) * len(x))
+        pull = math.sqrt((RIDGE if start(index) in final else ridge) * len(x))
         rows = np.concatenate([x, pull * np.eye(x.shape[1])])
         padded = np.concatenate([y, np.zeros((x.shape[1], y.shape[1]))])
         return torch.tensor(np.linalg.lstsq(rows, padded, rcond=None)[0].T)

@@ -1,0 +1,202 @@
+"""What a plan prunes, for a speedup that the shapes allow: which layers, and which tokens run at full depth.
+
+Prefill needs some layers less than others, above all the deepest. But a model that looks something up in its prompt
+may need one of these most. So several sets of layers of equal speed are tried:
+
+    the deepest layers                          ─────────────────[///////////]
+    fewer of the deepest, and layers apart      ──[/]──[/]──[/]─────[////////]
+
+Which layers lie apart is decided by virtual gates (importance.py), on text and on repeated passages. Each set gets
+corrections in closed form, from few tokens, and the held-out windows choose. What no clock decides comes out the same
+on every machine, up to rounding.
+"""
+
+import dataclasses
+import random
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from pop.calibration.held_out import Judge, repeated_passage
+from pop.calibration.importance import importance
+from pop.calibration.lookup import selecting_scores
+from pop.calibration.questions import Question
+from pop.calibration.refit import fitted
+from pop.calibration.texts import Window
+from pop.errors import InputError
+from pop.pruning.corrections import Corrections
+from pop.pruning.cost import speedup_limit
+from pop.pruning.plan import PrunePlan
+
+PROMPT = 2048  # tokens of the prompt for which a speedup is asked
+FULL_DEPTH = 0.08  # the share of this prompt's tokens at full depth, but for the first
+LAST = (32, 64, 96, 128)  # how many of them may be its last ones; the others are selected
+TYPICAL = 64  # of them are its last ones, until calibration knows better
+TAILS = (1.0, 0.8, 0.6)  # of the pruned layers, the shares that are the deepest ones
+SAMPLES = 16  # texts, and repeated passages, on which gates are measured
+SAMPLE = 192  # tokens of each
+RESPONSE = 48  # tokens of it that count
+CUE = 16  # the most tokens of a repeated passage's cue
+SELECTED = 1 / 8  # the share of a prompt's tokens that layers select, to be compared
+FEW = 12_000  # tokens from which a set of layers is fitted to be compared
+WINDOW = 512  # the most tokens of a window of these
+
+
+def check_speedup(model, speedup: float, rank: int) -> None:
+    """Raise InputError if not even a plan that keeps only layer 0 allows a speedup."""
+    num_layers = model.config.num_layers
+    most = _with_full_depth(model, range(1, num_layers), torch.zeros(num_layers))
+    limit = _limit(model, most, rank)
+    if limit < speedup:
+        raise InputError(f"speedup is {speedup:g}, but this model allows at most {limit:.2f}; ask for less")
+
+
+def search(model, windows: list[Window], judge: Judge, speedup: float, rank: int, step: Callable = int) -> PrunePlan:
+    """The plan, without corrections, that loses least of those whose limit at 2,048 tokens is at least `speedup`.
+
+    Args:
+        model: A pop.Model.
+        windows: Of text to fit.
+        judge: Compares plans on other windows.
+        speedup: As `check_speedup` allows it.
+        rank: Of the corrections to come.
+        step: Is called with 1 for each of the len(TAILS) sets of layers.
+    """
+    samples = _samples(windows)
+    lookups = lookup_scores(model, samples)
+    needed = _needed(model, samples)
+    tried: dict[tuple[int, ...], float] = {}
+    plans = {}
+    for share in TAILS:
+        plan = _smallest(model, share, needed, lookups, speedup, rank)
+        if plan is not None and plan.layers not in tried:
+            few = [(tokens[:WINDOW], media) for tokens, media in windows if not media][: max(1, FEW // WINDOW)]
+            found = fitted(model, few or windows, plan, rank).calibrated()
+            tried[plan.layers] = judge.losses(found).mean
+            plans[plan.layers] = plan
+        step(1)
+    return plans[min(tried, key=tried.get)]
+
+
+def full_depth_plans(model, plan: PrunePlan) -> list[PrunePlan]:
+    """The plan with as many tokens at full depth, of which more or fewer are the last ones."""
+    if not plan.full_depth_selected:
+        return [plan]
+    return [_shared_out(model, plan, last) for last in LAST if last <= FULL_DEPTH * _prompt(model)] or [plan]
+
+
+def with_full_depth(model, layers: Sequence[int], windows: list[Window]) -> PrunePlan:
+    """The plan for given layers, with tokens at full depth. The layer that looks up best selects some of them."""
+    return _with_full_depth(model, layers, lookup_scores(model, _samples(windows)))
+
+
+# ---- What the layers do ----
+
+
+def _samples(windows: list[Window]) -> list[tuple[list[int], list[int]]]:
+    """Pairs of a prompt and its response: texts, and repeated passages. Passages come second, as many as texts."""
+    rng = random.Random(0)
+    texts = [tokens for tokens, media in windows if not media] or [tokens for tokens, _ in windows]
+    plain = []
+    repeated = []
+    for tokens in rng.choices(texts, [len(tokens) for tokens in texts], k=SAMPLES):
+        size = min(SAMPLE, len(tokens))
+        begin = rng.randint(0, len(tokens) - size)
+        text = tokens[begin : begin + size]
+        cut = size - min(RESPONSE, size // 3)
+        plain.append((text[:cut], text[cut:]))
+        passage = repeated_passage(text[:cut], [], rng)
+        cue = max(1, len(passage) // 4)
+        repeated.append((text[:cut] + passage[:cue], passage[cue:]))
+    return plain + [(prompt, response) for prompt, response in repeated if response]
+
+
+def _needed(model, samples: list) -> Tensor:
+    """How much prefill needs each layer, [L] float64: its shares of the importance on texts and on passages, added."""
+    needed = torch.zeros(model.config.num_layers, dtype=torch.float64)
+    for kind in (samples[:SAMPLES], samples[SAMPLES:]):
+        if kind:
+            scores = importance(model, kind, batch_size=4, progress=False).prefill
+            needed += scores / scores.sum().clamp(min=1e-30)
+    return needed
+
+
+def lookup_scores(model, samples: list[tuple[list[int], list[int]]]) -> Tensor:
+    """How many of a repeated passage's tokens in the prompt each layer would select, as shares [L]."""
+    repeated = [Question("repetition", *sample) for sample in samples[SAMPLES:] if len(sample[0]) >= 3 * CUE]
+    if not repeated:
+        return torch.zeros(model.config.num_layers)
+    return selecting_scores(model, repeated, SELECTED, CUE)
+
+
+# ---- Plans of a speedup ----
+
+
+def _smallest(model, share: float, needed: Tensor, lookups: Tensor, speedup: float, rank: int) -> PrunePlan | None:
+    """The plan with the fewest pruned layers that allows the speedup, a share of which are the deepest. None: none."""
+    for count in range(1, model.config.num_layers):
+        layers = layers_apart(needed, count, round(share * count))
+        if layers is None:
+            continue
+        plan = _with_full_depth(model, layers, lookups)
+        if _limit(model, plan, None) >= speedup and _limit(model, plan, rank) >= speedup:
+            return plan
+    return None
+
+
+def layers_apart(needed: Tensor, count: int, tail: int) -> tuple[int, ...] | None:
+    """The `tail` deepest layers, and those others, `count` layers in all, that prefill needs least.
+
+    Of the others, no two are neighbours, or no three if there are too few. Layer 0 and the layer before the deepest
+    ones are kept. None: there are too few even so.
+    """
+    first = len(needed) - tail
+    for most in (1, 2):
+        chosen: set[int] = set()
+        for index in sorted(range(1, first - 1), key=lambda index: needed[index].item()):
+            if len(chosen) < count - tail and _run(chosen, index) <= most:
+                chosen.add(index)
+        if len(chosen) == count - tail:
+            return (*sorted(chosen), *range(first, len(needed)))
+    return None
+
+
+def _run(chosen: set[int], index: int) -> int:
+    """How many consecutive indices there are around `index`, if it is chosen too."""
+    first = last = index
+    while first - 1 in chosen:
+        first -= 1
+    while last + 1 in chosen:
+        last += 1
+    return last - first + 1
+
+
+def _prompt(model) -> int:
+    return min(PROMPT, model.config.max_positions)
+
+
+def _with_full_depth(model, layers: Sequence[int], lookups: Tensor) -> PrunePlan:
+    """The plan that prunes these layers, with tokens at full depth."""
+    allowed = [index for index in range(max(layers)) if index not in layers]  # kept, with pruned layers after them
+    total = round(FULL_DEPTH * _prompt(model))
+    if not allowed:
+        return PrunePlan(layers, full_depth_first=1, full_depth_last=max(1, total))
+    selecting = max(allowed, key=lambda index: lookups[index].item())
+    plan = PrunePlan(layers, full_depth_first=1, selecting_layer=selecting)
+    return _shared_out(model, plan, max(1, min(TYPICAL, total)))
+
+
+def _shared_out(model, plan: PrunePlan, last: int) -> PrunePlan:
+    """The plan with `last` last tokens, and as many selected ones as the share of full depth leaves."""
+    prompt = _prompt(model)
+    selected = max(0.0, FULL_DEPTH * prompt - last) / (prompt - last)
+    return dataclasses.replace(plan, full_depth_last=last, full_depth_selected=round(selected, 4))
+
+
+def _limit(model, plan: PrunePlan, rank: int | None) -> float:
+    """The speedup that the shapes allow with corrections of a rank, or without any, at 2,048 tokens."""
+    if rank is not None:
+        corrections = Corrections.zeros(model.config, plan.groups(model.config.num_layers), rank)
+        plan = dataclasses.replace(plan, corrections=corrections)
+    return speedup_limit(model.config, _prompt(model), plan)

@@ -1,0 +1,49 @@
+"""Texts that commands read."""
+
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from pop.calibration.texts import SHORTEST, default_texts, parted, tokens_needed
+from pop.errors import InputError
+
+MOST_BYTES = 20_000_000  # of a text
+
+
+def read_file(path: str) -> str:
+    if os.path.isfile(path) and os.path.getsize(path) > MOST_BYTES:
+        raise InputError(f"{path} has more than {MOST_BYTES // 10**6} MB of text; give a part of it")
+    text = readable(lambda: Path(path).read_text(encoding="utf-8"), path)
+    if not text:
+        raise InputError(f"{path} holds no text; give another file")
+    return text
+
+
+def readable(read: Callable[[], str], source: str) -> str:
+    """Return what `read` returns. `source` names it in errors."""
+    try:
+        return read()
+    except UnicodeDecodeError:
+        raise InputError(f"{source} is not text in UTF-8; convert it, or give another file") from None
+    except OSError as error:
+        raise InputError(f"{source} cannot be read ({error.strerror}); check the path") from None
+
+
+def calibration_texts(model, paths: list[str], given: list[str]) -> tuple[list[str], list[str]]:
+    """The parts of texts to fit and to judge the plan by. Built-in texts are fitted too if the given ones are short."""
+    model.need_tokenizer("calibrate on text")
+    fitted, rest = parted(given)
+    for path, text in zip(paths, rest, strict=True):
+        count = len(model.encode(text, bos=False))
+        if count < SHORTEST:
+            lacks = f"the last fifth of {path}, which judges the plan, has {count} tokens, but needs {SHORTEST}"
+            raise InputError(f"{lacks}; give a longer text")
+    found = sum(len(model.encode(text, bos=False)) for text in fitted)
+    needed = tokens_needed(model)
+    if found >= needed:
+        return fitted, rest
+    if given:
+        print(f"{found:,} of {needed:,} tokens are given, so built-in texts are fitted as well", file=sys.stderr)
+    builtin_fitted, builtin_rest = parted(default_texts(model))
+    return fitted + builtin_fitted, rest or builtin_rest

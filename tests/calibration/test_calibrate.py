@@ -1,0 +1,153 @@
+"""`pop.calibrate` as a whole: what it decides, what it says and checks before the work, and unfinished work."""
+
+import random
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from support.tiny import random_model, tiny_config
+
+import pop
+from pop import PrunePlan, calibrate
+from pop.calibration import calibrate as calibrate_file
+from pop.calibration import search
+from pop.calibration.calibrate import needed_bytes
+from pop.calibration.resume import SavedProgress
+from pop.calibration.texts import builtin_texts, default_texts, parted, python_texts, tokens_needed
+
+
+def random_texts(seed: int, *lengths: int) -> list[list[int]]:
+    rng = random.Random(seed)
+    return [rng.choices(range(67), k=length) for length in lengths]
+
+
+TEXTS = random_texts(0, *[200] * 12)
+
+
+# ---- What it decides ----
+
+
+@pytest.mark.parametrize("steps", [0, 2])
+def test_layers_and_tokens_are_decided_and_two_runs_give_the_same_file(model, tmp_path, steps):
+    plans = [calibrate(model, TEXTS, speedup=1.3, steps=steps, progress=False) for _ in range(2)]
+    for number, plan in enumerate(plans):
+        plan.save(tmp_path / f"{number}")
+    assert (tmp_path / "0").read_bytes() == (tmp_path / "1").read_bytes()
+    (plan, _) = plans
+    assert plan.speedup(model, 512) >= 1.3 and plan.full_depth_first == 1 and plan.full_depth_last > 1
+    assert plan.about["speedup_limit"]["512 tokens"] == round(plan.speedup(model, 512), 3)
+
+
+def test_the_layers_are_those_that_are_given(model):
+    plan = calibrate(model, TEXTS, layers=(1, 3), steps=0, progress=False)
+    assert plan.layers == (1, 3) and plan.corrections is not None
+    assert plan.selecting_layer in (0, 2) and plan.full_depth_last == round(0.08 * 512)
+    given = calibrate(model, TEXTS, PrunePlan((1, 3), full_depth_last=7), steps=0, progress=False)
+    assert (given.full_depth_last, given.full_depth_selected, given.selecting_layer) == (7, 0, None)
+
+
+@pytest.mark.parametrize("layers", [(), (5,), (1, 1), "abc", 3])
+def test_layers_that_the_model_lacks_are_refused(model, layers):
+    with pytest.raises(pop.PlanError):
+        calibrate(model, TEXTS, layers=layers, progress=False)
+
+
+# ---- Texts ----
+
+
+def test_the_texts_that_come_along():
+    """They are the same in each run. A wide model takes more of Python's."""
+    assert [len(text) > 20_000 for text in builtin_texts()] == [True] * 6
+    texts = python_texts()
+    assert texts == python_texts() and {len(text) for text in texts} == {8000} and len(texts) == 30
+    assert any("def " in text for text in texts)
+    config = tiny_config(hidden_size=6000, num_layers=1)
+    wide = pop.Model(random_model(tiny_config()), config)
+    assert tokens_needed(wide) == 240_000
+    assert len(default_texts(wide)) == 6 + len(python_texts(3)) > 6 + len(texts)
+
+
+@given(st.lists(st.one_of(st.text(max_size=50), st.lists(st.integers(0, 9), max_size=50)), max_size=5))
+def test_texts_are_parted_and_nothing_is_lost(texts):
+    fitted, rest = parted(texts)
+    assert [one + other for one, other in zip(fitted, rest, strict=True)] == texts
+    assert all(len(one) == int(0.8 * len(text)) for one, text in zip(fitted, texts, strict=True))
+
+
+def test_without_texts_the_last_fifth_of_the_built_in_ones_is_left_out(model, monkeypatch):
+    texts = random_texts(1, *[500] * 8)
+    monkeypatch.setattr(calibrate_file, "default_texts", lambda given: texts if given is model else None)
+    found = calibrate(model, plan=PrunePlan((3,)), steps=0, progress=False)
+    assert found == calibrate(model, parted(texts)[0], PrunePlan((3,)), steps=0, progress=False)
+
+
+# ---- Before the work ----
+
+
+@pytest.mark.parametrize("steps", [0, 2])
+def test_memory_that_is_short_is_refused_with_the_numbers(model, steps, monkeypatch):
+    needed = needed_bytes(model, 15, steps)
+    assert needed_bytes(model, 30, 2) > needed_bytes(model, 15, 2)
+    monkeypatch.setattr(calibrate_file, "free_bytes", lambda device: needed - 1)
+    monkeypatch.setattr(calibrate_file, "Judge", None)
+    numbers = f"about {needed / 1e9:.1f} GB beside the weights, but {(needed - 1) / 1e9:.1f} GB are free"
+    with pytest.raises(pop.CacheMemoryError, match=numbers):
+        calibrate(model, TEXTS, PrunePlan((3,)), steps=steps, progress=False)
+    for free in (needed, None):
+        monkeypatch.setattr(calibrate_file, "free_bytes", lambda device, free=free: free)
+        calibrate_file.check_memory(model, 15, steps)
+
+
+def test_the_bytes_are_those_of_the_sums_and_the_states():
+    """By hand, for a width that makes everything else small: X'X with factor and eigenvectors, X'Y and its solution."""
+    config = tiny_config(hidden_size=2000, num_layers=8, num_heads=10, num_kv_heads=5, head_dim=100)
+    model = pop.Model(random_model(tiny_config()), config)
+    columns = 4 * 1000 + 2000  # K and V of half of the layers, and an update of h
+    least = 8 * (3 * 4000**2 + 2 * 4000 * columns)
+    assert least < needed_bytes(model, 1, 0) < least + 200e6
+
+
+def test_what_the_work_takes_is_said_before_it(model, monkeypatch, capsys):
+    monkeypatch.setattr(calibrate_file, "_decided", lambda *_: pytest.fail("began"))
+    with pytest.raises(pytest.fail.Exception, match="began"):
+        calibrate(model, TEXTS, steps=300)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("calibrating on 2,0") and ", with 300 steps: about " in line and line.endswith(" min")
+
+
+# ---- Unfinished work ----
+
+
+@pytest.mark.parametrize("writes", [1, 3])
+def test_an_interrupted_run_goes_on_to_the_same_plan(model, tmp_path, writes, monkeypatch):
+    """After the closed form, or after a check. What was decided and fitted is not computed again."""
+    options = {"speedup": 1.3, "steps": 3, "progress": False}
+    expected = calibrate(model, TEXTS, **options)
+    write, written = SavedProgress.write, []
+
+    def interrupted(self, *args, **found):
+        write(self, *args, **found)
+        written.append(found)
+        if len(written) == writes:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(SavedProgress, "write", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            calibrate(model, TEXTS, resume=tmp_path / "progress", **options)
+    monkeypatch.setattr(search, "search", None)
+    monkeypatch.setattr(calibrate_file, "fitted", None)
+    found = calibrate(model, TEXTS, resume=tmp_path / "progress", **options)
+    for name, plan in (("expected", expected), ("found", found)):
+        plan.save(tmp_path / name)
+    assert (tmp_path / "expected").read_bytes() == (tmp_path / "found").read_bytes()
+
+
+@pytest.mark.parametrize("found", [{}, {"layers": [1]}, {"layers": [9], "full_depth_first": 1}, {"layers": 5}])
+def test_progress_without_its_plan_is_refused(model, tmp_path, found):
+    options = {"steps": 2, "progress": False, "resume": tmp_path / "progress"}
+    calibrate(model, TEXTS, PrunePlan((3,)), **options)
+    tensors, metadata = pop.system.files.read_tensors(tmp_path / "progress")
+    SavedProgress(tmp_path / "progress", metadata).write(tensors, found)
+    with pytest.raises(pop.InputError, match="saved progress .* remove its file"):
+        calibrate(model, TEXTS, PrunePlan((3,)), **options)

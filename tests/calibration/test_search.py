@@ -1,0 +1,129 @@
+"""What calibration decides: sets of layers of a speedup, and the tokens at full depth. The judge is made up."""
+
+import dataclasses
+from types import SimpleNamespace
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from support.tiny import random_model, tiny_config
+
+import pop
+from pop import PrunePlan
+from pop.calibration import search
+from pop.calibration.search import FULL_DEPTH, LAST, PROMPT, full_depth_plans, layers_apart, with_full_depth
+from pop.pruning.corrections import Corrections
+
+RANK = 15
+
+
+@pytest.fixture(scope="module")
+def deep():
+    """A model with 14 layers, which takes prompts of 2,048 tokens."""
+    config = tiny_config(num_layers=14, max_positions=4096)
+    return pop.Model(random_model(config), config)
+
+
+@pytest.fixture(scope="module")
+def windows():
+    drawn = torch.Generator().manual_seed(0)
+    return [(torch.randint(67, (300,), generator=drawn).tolist(), []) for _ in range(4)]
+
+
+def runs(layers):
+    """How many consecutive layers there are in each run of `layers`."""
+    firsts = [index for index in layers if index - 1 not in layers]
+    return [next(size for size in range(1, 99) if first + size not in layers) for first in firsts]
+
+
+@given(st.data())
+def test_layers_apart_are_those_that_prefill_needs_least(data):
+    needed = torch.tensor(data.draw(st.lists(st.floats(0, 1), min_size=3, max_size=24, unique=True)))
+    L = len(needed)
+    tail = data.draw(st.integers(1, L - 1))
+    apart = data.draw(st.integers(0, L - 1 - tail))
+    found = layers_apart(needed, tail + apart, tail)
+    candidates = range(1, L - tail - 1)  # without layer 0, and the layer before the deepest ones
+    if found is None:
+        assert 3 * apart > len(candidates)
+        return
+    chosen = {*found} - {*range(L - tail, L)}
+    assert list(found) == sorted(found) and len(found) == tail + apart and len(chosen) == apart
+    assert chosen <= {*candidates}
+    most = max(runs(chosen), default=1)
+    assert most <= 2
+    for index in {*candidates} - chosen:
+        sooner = {other for other in chosen if needed[other] < needed[index]}
+        # It is left out because `apart` layers are needed less, or it would make too long a run of them.
+        assert len(sooner) == apart or max(runs({*sooner, index})) > most
+
+
+def limit(model, plan):
+    """The speedup that a plan with corrections allows at 2,048 tokens."""
+    corrections = Corrections.zeros(model.config, plan.groups(model.config.num_layers), RANK)
+    return dataclasses.replace(plan, corrections=corrections).speedup(model, PROMPT)
+
+
+@pytest.mark.parametrize("winner", range(3))
+def test_the_judge_chooses_among_the_smallest_sets_of_a_speedup(deep, windows, winner, monkeypatch):
+    """The first set is the deepest layers. In the others, the layers apart are those that are needed least."""
+    needed = torch.rand(14, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    judged, counted = [], []
+
+    def losses(plan):
+        judged.append(plan)
+        return SimpleNamespace(mean=float(len(judged) - 1 != winner))
+
+    monkeypatch.setattr(search, "fitted", lambda model, few, plan, rank: SimpleNamespace(calibrated=lambda: plan))
+    monkeypatch.setattr(search, "_needed", lambda model, samples: needed)
+    monkeypatch.setattr(search, "lookup_scores", lambda model, samples: needed)
+    judge = SimpleNamespace(losses=losses)
+    found = search.search(deep, windows, judge, 1.5, RANK, counted.append)
+    assert found == judged[winner] and counted == [1, 1, 1]
+    assert judged[0].layers == tuple(range(14 - len(judged[0].layers), 14))
+    for plan, share in zip(judged, search.TAILS, strict=True):
+        count = len(plan.layers)
+        assert plan.layers == layers_apart(needed, count, round(share * count))
+        assert limit(deep, plan) >= 1.5 and plan.corrections is None
+        fewer = layers_apart(needed, count - 1, round(share * (count - 1)))
+        assert limit(deep, with_full_depth(deep, fewer, windows)) < 1.5
+
+
+def test_gates_on_texts_and_on_passages_weigh_the_same(deep, windows):
+    needed = search._needed(deep, search._samples(windows))
+    assert needed.shape == (14,) and needed.sum() == pytest.approx(2)
+    assert needed[:-1].min() > 0 and needed[-1] == 0  # pruning the last layer changes nothing
+
+
+@pytest.mark.parametrize("layers", [(3, 9, 10, 13), (0, 1), (12, 13)])
+def test_the_tokens_at_full_depth_are_shared_out(deep, windows, layers):
+    """Their number stays the same. Only a kept layer with pruned ones after it can select."""
+    plan = with_full_depth(deep, layers, windows)
+    assert (plan.layers, plan.full_depth_first) == (layers, 1)
+    plans = full_depth_plans(deep, plan)
+    if layers == (0, 1):  # no layer can select
+        assert plans == [plan] and plan.full_depth_last == round(FULL_DEPTH * PROMPT)
+        return
+    assert [one.full_depth_last for one in plans] == [*LAST]
+    assert plan.selecting_layer not in layers and plan.selecting_layer < max(layers)
+    for one in plans:
+        total = one.full_depth_last + one.full_depth_selected * (PROMPT - one.full_depth_last)
+        assert total == pytest.approx(FULL_DEPTH * PROMPT, abs=0.2)
+        assert one == dataclasses.replace(
+            plan, full_depth_last=one.full_depth_last, full_depth_selected=one.full_depth_selected
+        )
+
+
+@pytest.mark.parametrize("speedup", [1, 0, -2.0, float("nan"), float("inf"), True, "1.4", None, [2.0]])
+def test_a_speedup_that_is_none_is_refused(deep, speedup):
+    with pytest.raises(pop.InputError, match=r"speedup is .*; it must be a number above 1"):
+        pop.calibrate(deep, speedup=speedup)
+
+
+def test_a_speedup_out_of_reach_is_refused_before_the_work(deep, windows, monkeypatch):
+    monkeypatch.setattr("pop.calibration.calibrate.Judge", None)
+    most = limit(deep, dataclasses.replace(PrunePlan(range(1, 14), 64, 1), full_depth_selected=0.0503))
+    for speedup in (6, 50):
+        with pytest.raises(pop.InputError, match=f"speedup is {speedup}, but this model allows at most {most:.2f}"):
+            pop.calibrate(deep, [tokens for tokens, _ in windows], speedup=speedup, progress=False)
