@@ -20,6 +20,7 @@ from support.tiny_chat import write_chat_checkpoint
 import pop
 from pop.calibration.resume import SavedProgress
 from pop.checkpoints import registry
+from pop.cli import commands
 from pop.cli.commands import excerpts, main
 
 
