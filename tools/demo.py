@@ -20,7 +20,7 @@ from textwrap import shorten
 import torch
 
 import pop
-from pop.calibration.held_out import JUDGED, Judge
+from pop.calibration.held_out import Judge
 from pop.checkpoints import registry
 from pop.cli.plans import describe
 from pop.cli.terminal import exit_status
@@ -30,6 +30,7 @@ from pop.pruning.cost import prefill_flops, speedup_limit
 from tools.common import ROOT, machine
 from tools.convert.packages import PACKAGED, fetch
 
+JUDGED = 384  # tokens of each window of the story
 STORY = ROOT / "pop" / "data" / "alice.txt"
 QUESTION = "What is the title of Chapter I?"
 CLOSE = 1.05  # two times whose ratio is smaller need no third
