@@ -23,9 +23,9 @@ from pop.calibration.distill import distill
 from pop.calibration.exercises import TOKENS
 from pop.calibration.held_out import CONTINUATION, Judge, hold_out
 from pop.calibration.passes import Pass, check_gradients
-from pop.calibration.refit import RIDGE, fitted
+from pop.calibration.refit import RIDGE, fitted, wide
 from pop.calibration.resume import WHAT, SavedProgress
-from pop.calibration.texts import SHORTEST, Window, default_texts, parted, text_windows
+from pop.calibration.texts import SHORTEST, Window, default_texts, enough, parted, text_windows, tokens_needed
 from pop.engine.modes import no_autocast
 from pop.errors import CacheMemoryError, InputError, PlanError, UnsupportedError, check_count
 from pop.generation.sampling import check_finite
@@ -54,7 +54,7 @@ def calibrate(
     videos=None,
     rank: int | None = None,
     longest: int = 4096,
-    steps: int = 200,
+    steps: int = 150,
     resume: str | os.PathLike | None = None,
     seed: int = 0,
     progress: bool = True,
@@ -220,11 +220,12 @@ def needed_bytes(model, rank: int, steps: int) -> int:
     config = model.config
     D = config.hidden_size
     columns = config.num_layers // 2 * 2 * config.num_kv_heads * config.head_dim + D  # of X' Y
-    sums = 8 * (2 * D) * (3 * 2 * D + 2 * columns)  # X' X, its factor and the eigenvectors; X' Y and the solution
-    trained = rank * (columns + 2 * 2 * D)
+    solution = 8 * 5 * (2 * D) ** 2  # X' X, its factor, and eigenvectors with their workspace
+    sums = 2 * D * columns * wide(model.dtype).itemsize + solution
+    trained = 20 * rank * (columns + 2 * 2 * D) if steps else 0  # gradients and Adam's moments in float32, and copies
     copy = 0 if model.dtype == torch.bfloat16 else 2 * model.num_parameters
-    states = TOKENS * (4 * D + 2 * config.intermediate_size) * 4 + 2 * 4 * CONTINUATION * config.vocab_size
-    return copy + max(sums, 8 * 4 * trained if steps else 0) + states
+    states = TOKENS * (2 * D + 2 * config.intermediate_size) * 4 + 2 * 4 * CONTINUATION * config.vocab_size
+    return copy + max(sums, trained) + states
 
 
 def check_memory(model, rank: int, steps: int) -> None:
@@ -268,6 +269,7 @@ def _closed_form(model, plan, windows: list[Window], judge: Judge, rank: int, pr
     The loss has one valley over lambda. So walk from the middle to both sides, as long as the loss falls.
     """
     num_groups = sum(group.is_pruned for group in plan.groups(model.config.num_layers, model.module.deepstack_layers))
+    windows = enough(windows, tokens_needed(model))
     num_tokens = sum(len(tokens) for tokens, _ in windows)
     with progress_bar("fitting", num_groups * num_tokens, "tokens", progress) as step:
         fit = fitted(model, windows, plan, rank, step)

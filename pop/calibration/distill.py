@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pop.calibration.exercises import Exercise, exercise
-from pop.calibration.held_out import Compared, Judge, pooled
+from pop.calibration.held_out import Judge
 from pop.calibration.passes import Pass, first_layer, working_copy
 from pop.calibration.texts import Window
 from pop.errors import InputError
@@ -28,7 +28,6 @@ LEAST = 0.02  # the share of the full rate at the last step
 BETAS = (0.9, 0.95)  # Adam's
 LARGEST = 1.0  # the norm to which larger gradients are cut
 CHECKS = 8  # how often the held-out windows are judged
-ERRORS = 2  # standard errors of a mean that chance explains
 
 
 class _Run:
@@ -39,11 +38,12 @@ class _Run:
         self.plan = plan
         self.steps = torch.tensor(0.0)  # that are done
         self.least = torch.tensor(least)  # the held-out loss of the best tensors
-        given = {name: tensor.to(model.device, torch.float32) for name, tensor in plan.corrections.tensors.items()}
-        self.given = given
-        self.best = {name: tensor.clone() for name, tensor in given.items()}
-        self.trained = {name: tensor.clone().requires_grad_() for name, tensor in given.items()}
-        rates = {name: learning_rate(tensor) for name, tensor in given.items()}
+        self.given = {name: tensor.to(model.device) for name, tensor in plan.corrections.tensors.items()}
+        self.best = {name: tensor.clone() for name, tensor in self.given.items()}  # in the model's dtype
+        self.trained = {
+            name: tensor.to(torch.float32, copy=True).requires_grad_() for name, tensor in self.given.items()
+        }
+        rates = {name: learning_rate(tensor.float()) for name, tensor in self.given.items()}
         rates["bias"] = rates["weight"]
         groups = [{"params": [tensor], "rate": rates[name]} for name, tensor in self.trained.items()]
         self.adam = torch.optim.Adam(groups, betas=BETAS)
@@ -88,11 +88,10 @@ class _Run:
         dtype = self.model.dtype
         return self.with_tensors({name: tensor.detach().to(dtype, copy=True) for name, tensor in tensors.items()})
 
-    def check(self, judge: Judge, given: list[Compared]) -> None:
+    def check(self, judge: Judge) -> None:
         """Keep the trained tensors if the held-out windows find them the best so far."""
-        found = judge.compare(self.rounded(self.trained))
-        loss = pooled(found).mean
-        if loss < self.least and not is_worse(found, given):
+        loss = judge.losses(self.rounded(self.trained)).mean
+        if loss < self.least:
             self.least.fill_(loss)
             for name, tensor in self.trained.items():
                 self.best[name].copy_(tensor.detach())
@@ -114,8 +113,6 @@ def distill(
 ) -> PrunePlan:
     """Distil the corrections of a plan. Returns the best plan by the judge, which may be the given one.
 
-    A plan that is worse than the given one on the continuation of any held-out window is not taken, see `is_worse`.
-
     Args:
         model: A pop.Model.
         plan: With corrections.
@@ -130,8 +127,7 @@ def distill(
     Raises:
         InputError: The gradients are not finite, or `restored` does not belong to this plan.
     """
-    given = judge.compare(plan)
-    run = _Run(model, plan, pooled(given).mean)
+    run = _Run(model, plan, judge.losses(plan).mean)
     if restored is not None:
         run.restore(restored)
     elif save is not None:
@@ -146,7 +142,7 @@ def distill(
         loss = distillation_loss(module, model.vision, run.with_tensors(run.trained), batch)
         run.step(loss, schedule(number, steps))
         if number + 1 in checks:
-            run.check(judge, given)
+            run.check(judge)
             if save is not None:
                 save(run.tensors())
         progress(1, f"loss {loss.item():.4f}")
@@ -187,18 +183,6 @@ def _divergence(module, full: Tensor, pruned: Tensor) -> Tensor:
     (gradient,) = torch.autograd.grad(loss, h)
     zero = (gradient * (pruned - h.detach())).sum()  # with this gradient
     return loss.detach() + zero
-
-
-def is_worse(found: list[Compared], given: list[Compared]) -> bool:
-    """Whether continuations are predicted worse on average, or those of any window, by more than chance explains."""
-    if pooled(found).continuation > pooled(given).continuation:
-        return True
-    for new, old in zip(found, given, strict=True):
-        change = new.continuation.double() - old.continuation.double()  # of KL, by token
-        error = change.std(correction=0) / len(change) ** 0.5
-        if change.mean() > ERRORS * error:
-            return True
-    return False
 
 
 def learning_rate(weight: Tensor) -> float:

@@ -16,7 +16,7 @@ the one that changes C s least on the text. README.md in this folder derives it.
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -63,7 +63,7 @@ class Fit:
         # and the update of h at the end, if there is one.
         self.count = 0  # N, the number of tokens
         self.xx: Tensor | None = None  # X' X, float64
-        self.xy: Tensor | None = None  # X' Y, float64
+        self.xy: Tensor | None = None  # X' Y, in the dtype of the products of one batch
         self.widths: list[int] = []  # of the columns
 
     @property
@@ -88,10 +88,10 @@ class Fit:
         if self.has_update:
             self.widths.append(config.hidden_size)
         inputs = 2 * config.hidden_size
-        options = {"dtype": torch.float64, "device": self.model.device}
+        device = self.model.device
         self.count = 0
-        self.xx = torch.zeros(inputs, inputs, **options)
-        self.xy = torch.zeros(inputs, sum(self.widths), **options)
+        self.xx = torch.zeros(inputs, inputs, dtype=torch.float64, device=device)
+        self.xy = torch.zeros(inputs, sum(self.widths), dtype=wide(self.model.dtype), device=device)
 
     def finish(self, ridge: float) -> None:
         """End the sums of a group. If kept layers follow the group, solve it now, for lambda = ridge.
@@ -131,23 +131,37 @@ class Fit:
 
         Let F be the Cholesky factor, F F' = X' X / N + lambda I. A change of C by D changes C s by |D F|^2 on average.
         So the best approximation keeps the largest singular directions Q of C F = (F^-1 X' Y / N)', by U = C F Q and
-        V = Q' F^-1. Then V s has a mean square of about 1.
+        V = Q' F^-1. Then V s has a mean square of about 1. C F is computed for one layer at a time, and twice, because
+        all of it would be as large as X' Y.
         """
         for values in (self.xx, self.xy):
             check_finite(values, "hidden states of the texts")
         gram = self.xx / self.count
         gram.diagonal().add_(ridge)
         factor = torch.linalg.cholesky(gram)  # F
-        scaled = torch.linalg.solve_triangular(factor, self.xy, upper=False).T / self.count  # C F [M, 2 * D]
-        num_updates = self.model.config.hidden_size if self.has_update else 0
-        keys_values, update = scaled.split([len(scaled) - num_updates, num_updates])
-        keys_values = keys_values.unflatten(0, (len(self.group), 2, -1))  # [n, 2, K * E, 2 * D]
-        if self.model.part is not None:  # each process has fitted those of its heads
-            keys_values = self.model.part.gather_heads(keys_values)
-        scaled = torch.cat((keys_values.flatten(0, 2), update))
-        basis = torch.linalg.eigh(scaled.T @ scaled).eigenvectors[:, -self.rank :]  # Q, of the largest eigenvalues
+        del gram
+
+        def parts() -> Iterator[Tensor]:
+            """The rows of C F that belong to each layer, and those of the update: [M, 2 * D] each."""
+            for columns in self.xy.split(self.widths, dim=1):
+                yield torch.linalg.solve_triangular(factor, columns.double() / self.count, upper=False).T
+
+        squares = torch.zeros_like(factor)  # (C F)' C F
+        for number, part in enumerate(parts()):
+            if number < len(self.group):
+                part = self._of_all_heads(part).flatten(0, 1)
+            squares.addmm_(part.T, part)
+        basis = torch.linalg.eigh(squares).eigenvectors[:, -self.rank :].clone()  # Q, of the largest eigenvalues
+        del squares
+        rows = [part @ basis for part in parts()]
+        weight = torch.stack([self._of_all_heads(row) for row in rows[: len(self.group)]])
         shared = torch.linalg.solve_triangular(factor, basis.T, upper=False, left=False)
-        return Solution(keys_values @ basis, shared, update @ basis if self.has_update else None)
+        return Solution(weight, shared, rows[-1] if self.has_update else None)
+
+    def _of_all_heads(self, rows: Tensor) -> Tensor:
+        """Rows for K and V of a layer [2 * K * E, M], with the heads of all processes: [2, K * E, M]."""
+        rows = rows.unflatten(0, (2, -1))
+        return rows if self.model.part is None else self.model.part.gather_heads(rows[None])[0]
 
     def _corrections(self, solutions: list[Solution]) -> Corrections:
         """The corrections of the first groups."""
@@ -163,6 +177,11 @@ class Fit:
             tensors["update"] = torch.stack(updates)
         tensors = {name: tensor.to(self.model.dtype) for name, tensor in tensors.items()}
         return Corrections(layers, sketch=self.model.sketch[layers], **tensors)
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of sums over products of numbers of a dtype. In float32, products of 16-bit numbers are exact."""
+    return torch.float32 if dtype.itemsize == 2 else torch.float64
 
 
 def fitted(model, windows: list[Window], plan: PrunePlan, rank: int, step: Callable[[int], object] = int) -> Fit:
@@ -213,16 +232,14 @@ def accumulate(model, windows: list[Window], fit: Fit, module=None) -> None:
     entering = fit.enter(run, h)  # [B, T, D], by the plan
     x = module.layers[fit.group.start].normalised(entering)
     before = F.pad(x, (0, 0, 1, -1))  # x of the token before, and zero for the first token
-    # If the pass computes in 16 bits, the sums of one batch are float32, in which products of such numbers are exact.
-    wide = torch.float32 if h.dtype.itemsize == 2 else torch.float64
-    x = torch.cat((x, before), dim=-1)[is_fitted].to(wide)  # [N, 2 * D]
+    x = torch.cat((x, before), dim=-1)[is_fitted].to(wide(h.dtype))  # [N, 2 * D]
     fit.xx += x.T @ x
     fit.count += len(x)
     columns = iter(fit.xy.split(fit.widths, dim=1))  # of each layer, and of the update
 
     def add(full: Tensor, own: Tensor) -> None:
         """Add to the next columns of X' Y what the full model has and h does not give, [B, T, M] each."""
-        difference = (full - own)[is_fitted].to(wide)
+        difference = (full - own)[is_fitted].to(x.dtype)
         next(columns).add_(x.T @ difference)
 
     for index in range(first, fit.group.stop):

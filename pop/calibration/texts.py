@@ -5,7 +5,7 @@ import random
 import sysconfig
 from collections.abc import Iterable, Iterator
 from importlib.resources import files
-from itertools import islice
+from itertools import accumulate, islice
 from pathlib import Path
 
 from pop.errors import InputError
@@ -14,11 +14,11 @@ from pop.inputs.processors import Prepared
 SHORTEST = 16  # tokens; a shorter window is left out
 TOKENS_AT_ONCE = 4096  # the most tokens in one forward pass
 FITTED = 0.8  # the share of each text that calibration sees; the verdict is about the rest
-DOCUMENTS = 12  # texts from Python's documentation
-MODULES = 18  # texts from Python's standard library
-CHARACTERS = 8000  # of each of them
-PER_INPUT = 20  # tokens that suffice for each of the 2 * D inputs of a fit, see README.md
-TOKENS = 100_000  # of the built-in texts and of these, about
+DOCUMENTS = 24  # texts from Python's documentation
+MODULES = 40  # texts from Python's standard library
+CHARACTERS = (4_000, 12_000)  # of each of them, from and to
+PER_INPUT = 60  # tokens that suffice for each of the 2 * D inputs of a fit, see README.md
+TOKENS = 250_000  # of the built-in texts and of these, about
 
 Window = tuple[list[int], list[Prepared]]  # token ids, and the images and videos among them
 
@@ -55,12 +55,13 @@ def python_texts(times: int = 1) -> list[str]:
         from pydoc_data.topics import topics
 
         sources.append([topics[name] for name in sorted(topics)])
+    least, most = CHARACTERS
     texts = []
     for source, count in zip(sources, (MODULES, DOCUMENTS), strict=False):
-        long_enough = [text for text in source if len(text) > CHARACTERS]
+        long_enough = [text for text in source if len(text) > least]
         for text in rng.sample(long_enough, min(times * count, len(long_enough))):
-            begin = rng.randrange(len(text) - CHARACTERS)
-            texts.append(text[begin : begin + CHARACTERS])
+            begin = rng.randrange(max(1, len(text) - most))
+            texts.append(text[begin : begin + most])
     return texts
 
 
@@ -91,6 +92,12 @@ def text_windows(model, texts, images, videos, size: int) -> list[Window]:
         step = max(1, size - len(bos))
         windows += [(bos + tokens[begin : begin + step], []) for begin in range(len(bos), len(tokens), step)]
     return [(tokens, media) for tokens, media in windows if len(tokens) >= SHORTEST]
+
+
+def enough(windows: list[Window], count: int) -> list[Window]:
+    """The first windows that hold `count` tokens together, or all."""
+    ends = accumulate(len(tokens) for tokens, _ in windows)
+    return [window for window, end in zip(windows, ends, strict=True) if end - len(window[0]) < count]
 
 
 def batches(windows: list[Window]) -> Iterator[list[Window]]:
