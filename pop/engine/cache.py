@@ -50,6 +50,7 @@ class KVCache:
         self.max_seq_len = max_seq_len = check_count("max_seq_len", max_seq_len)
         self.chunk_size = check_count("chunk_size", chunk_size)
         self.has_windows = any(config.windows)
+        self.ring = min(self.slots(window) for window in config.windows)  # S of the layer with the fewest slots
         size = self.size_in_bytes(config, batch_size, max_seq_len, dtype, chunk_size)
 
         wanted = f"a KV cache of {batch_size} x {max_seq_len} tokens takes {size:,} bytes"
@@ -123,7 +124,20 @@ class KVCache:
         return self.lengths, self.previous_hidden, self.rope_offsets
 
     def restore(self, snapshot: Snapshot) -> None:
-        """Rewind to a snapshot; with sliding-window layers, by at most `chunk_size` tokens."""
+        """Rewind to a snapshot; with sliding-window layers, by at most `chunk_size` tokens.
+
+        Raises InputError if later tokens have overwritten those that a window needs.
+        """
+        lengths = snapshot[0]
+        if self.has_windows:
+            is_overwritten = (self.lengths - lengths > self.chunk_size) & (self.lengths > self.ring) & (lengths > 0)
+            if is_overwritten.any():
+                advice = f"with sliding windows, it can go back by {self.chunk_size}; encode the tokens again"
+                raise InputError(f"the cache has {self.lengths.tolist()} tokens, not {lengths.tolist()}; {advice}")
+        self.move_to(snapshot)
+
+    def move_to(self, snapshot: Snapshot) -> None:
+        """Take the position of a snapshot, whose tokens are in the slots."""
         if self.step is not None:
             self.step.snapshot = None
         self.lengths, self.previous_hidden, self.rope_offsets = snapshot
@@ -132,7 +146,7 @@ class KVCache:
         """Empty all rows."""
         for slots in (*self.keys, *self.values):
             slots.zero_()
-        self.restore(tuple(map(torch.zeros_like, self.snapshot())))
+        self.move_to(tuple(map(torch.zeros_like, self.snapshot())))
         self.intact = True
 
     def copy_from(self, other: KVCache) -> None:
@@ -144,7 +158,7 @@ class KVCache:
                 latest = torch.arange(max(0, held - min(slots, other_slots)), held, device=target.device)
                 target[:, latest % slots] = source[:, latest % other_slots]
         B = self.batch_size
-        self.restore((other.lengths.repeat(B), other.previous_hidden.repeat(1, B, 1), other.rope_offsets.repeat(B)))
+        self.move_to((other.lengths.repeat(B), other.previous_hidden.repeat(1, B, 1), other.rope_offsets.repeat(B)))
 
     @torch.inference_mode(False)  # as above
     def keep_rows(self, rows: Tensor) -> None:
@@ -153,7 +167,7 @@ class KVCache:
         for slots in (self.keys, self.values):
             for index, tensor in enumerate(slots):  # one layer at a time, so the copies need little memory
                 slots[index] = tensor.transpose(1, 2)[device_rows].transpose(1, 2)  # laid out as before
-        self.restore((self.lengths[rows], self.previous_hidden[:, device_rows], self.rope_offsets[rows]))
+        self.move_to((self.lengths[rows], self.previous_hidden[:, device_rows], self.rope_offsets[rows]))
         self.step = None
 
     def __getstate__(self) -> dict:

@@ -55,6 +55,24 @@ def test_a_rewound_cache_continues_from_the_snapshot(case):
     assert torch.equal(found, expected)
 
 
+def test_a_rewind_to_tokens_that_are_overwritten_is_refused():
+    """Each window of 5 has 4 + 2 slots. Until they are full, nothing is overwritten."""
+    config = tiny_gemma3_config()
+    model = pop.Model(random_model(config), config, chunk_size=2, compile=False)
+    cache = model.new_cache(1, 20)
+    snapshots = []
+    for token in range(1, 9):
+        snapshots.append(cache.snapshot())  # of 0 to 7 tokens
+        model.decode([token], cache)
+        if token == 6:
+            cache.restore(snapshots[1])
+            cache.restore((torch.tensor([6]), *cache.snapshot()[1:]))
+    with pytest.raises(pop.InputError, match=r"\[8\] tokens, not \[5\]"):
+        cache.restore(snapshots[5])
+    cache.restore(snapshots[6])
+    cache.restore(snapshots[0])
+
+
 @given(cases(), st.integers(1, 3), st.sampled_from([1, 4, 1000]))
 def test_a_copied_row_continues_as_the_original(case, copies, other_chunk):
     """Into a cache of more rows and other rings. What no window reaches any more may be missing."""

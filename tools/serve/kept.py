@@ -132,5 +132,5 @@ def row_of(cache: KVCache, row: int) -> KVCache:
     """One row of a cache, as a cache of one row with the same memory."""
     view, rows = copy.copy(cache), slice(row, row + 1)
     view.keys, view.values = [keys[rows] for keys in cache.keys], [values[rows] for values in cache.values]
-    view.restore((cache.lengths[rows], cache.previous_hidden[:, rows], cache.rope_offsets[rows]))
+    view.move_to((cache.lengths[rows], cache.previous_hidden[:, rows], cache.rope_offsets[rows]))
     return view
