@@ -29,6 +29,7 @@ from pop.cli.terminal import exit_status
 from pop.cli.texts import calibration_texts, read_file, readable
 from pop.errors import ContextOverflow, InputError, PopError, WeightsNotFound, check_count
 from pop.generation.sampling import OPTIONS, SamplingParams
+from pop.inputs.processors import Prepared
 from pop.models.config import DTYPES
 from pop.system import files
 
@@ -74,10 +75,11 @@ def generate(args) -> None:
     sampling = _sampling(args)
     model = _load(args)
     media = _media(args, model)
+    shown = {kind: [one for one in media if one.kind == kind] for kind in ("image", "video")}
     for kind, mark in reversed(model.vision.marks.items()):
         if mark not in prompt:
-            prompt = mark * len(media[f"{kind}s"]) + prompt
-    _print_answer(model.stream(prompt, **media, **sampling))
+            prompt = mark * len(shown[kind]) + prompt
+    _print_answer(model.stream(prompt, images=shown["image"], videos=shown["video"], **sampling))
 
 
 def chat(args) -> None:
@@ -86,30 +88,35 @@ def chat(args) -> None:
     prompt = _prompt(args)
     sampling = _sampling(args)
     model = _load(args)
-    first_media = _media(args, model)
+    first_parts = [{"type": one.kind, one.kind: one} for one in _media(args, model)]
     start = functools.partial(model.start_chat, args.system, enable_thinking=args.enable_thinking)
     conversation = start()
-    media = first_media
+    parts = first_parts
     if prompt is not None:
-        _print_answer(conversation.stream(prompt, **media, **sampling))
+        _print_answer(conversation.stream(_message(parts, prompt), **sampling))
         return
     for line in _typed_lines():
         if line == "/new":
             conversation = start()
-            media = first_media
+            parts = first_parts
         elif line.startswith("/") and not line.startswith("//"):  # /help, or an unknown command
             print(HELP, file=sys.stderr)
         else:
             message = line.removeprefix("/")
             try:
-                _print_answer(conversation.stream(message, **media, **sampling))
-                media = {}  # the first message has shown the images and videos
+                _print_answer(conversation.stream(_message(parts, message), **sampling))
+                parts = []  # the first message has shown the images and videos
             except KeyboardInterrupt:
                 print("\n(stopped, and forgotten)", flush=True)
             except ContextOverflow as error:
                 print(f"pop: {error}; or start a new conversation with /new", file=sys.stderr)
             except InputError as error:
                 print(f"pop: {error}", file=sys.stderr)
+
+
+def _message(parts: list[dict], text: str) -> str | list[dict]:
+    """A message with images and videos before its text."""
+    return [*parts, {"type": "text", "text": text}] if parts else text
 
 
 def _typed_lines() -> Iterator[str]:
@@ -246,10 +253,10 @@ def _load(args):
     return model
 
 
-def _media(args, model) -> dict:
-    """Return the images and videos that the command line names, as options of `Model.stream`."""
+def _media(args, model) -> list[Prepared]:
+    """Return the images and videos that the command line names."""
     (media,) = model.vision.prepare_batch(args.image, args.video, 1)
-    return {f"{kind}s": [one for one in media if one.kind == kind] for kind in ("image", "video")}
+    return media
 
 
 def _sampling(args) -> dict:

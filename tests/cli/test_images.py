@@ -59,10 +59,10 @@ def test_chat_shows_images_with_the_first_message_of_a_conversation(command, mod
     status, out, _ = command("chat", "m", "--image", "a", typed="What?\nAnd?\n/new\nWell?\n")
     expected = []
     for lines in (("What?", "And?"), ("Well?",)):
-        chat, seen = model.start_chat(), [A]
+        chat, shown = model.start_chat(), [{"type": "image", "image": A}]
         for line in lines:
-            expected.append(chat.send(line, images=seen, max_new_tokens=5).text)
-            seen = []
+            expected.append(chat.send([*shown, {"type": "text", "text": line}], max_new_tokens=5).text)
+            shown = []
     assert (status, out) == (0, "".join(f"{text}\n" for text in expected))
 
 
