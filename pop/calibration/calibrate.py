@@ -125,7 +125,7 @@ def calibrate(
         restored = saved.read()
     check_memory(model, rank, steps)
     if progress:
-        _announce(model, windows, num_tokens, steps)
+        _announce(model, windows, rank, steps)
     judge = Judge(model, judged)
     tensors = None
     if restored is None:
@@ -215,16 +215,25 @@ def _settings(model, wanted, texts: list[list[Window]], about: dict) -> dict[str
     }
 
 
+def plan_numbers(model, rank: int) -> int:
+    """About how many numbers the corrections of half of the layers are."""
+    return rank * (_columns(model.config) + 4 * model.config.hidden_size)
+
+
+def _columns(config) -> int:
+    """The columns of X' Y for half of the layers: K and V, and an update of h."""
+    return config.num_layers // 2 * 2 * config.num_kv_heads * config.head_dim + config.hidden_size
+
+
 def needed_bytes(model, rank: int, steps: int) -> int:
     """About how many bytes of memory calibration takes beside the weights, if half of the layers are pruned."""
     config = model.config
-    D = config.hidden_size
-    columns = config.num_layers // 2 * 2 * config.num_kv_heads * config.head_dim + D  # of X' Y
-    solution = 8 * 5 * (2 * D) ** 2  # X' X, its factor, and eigenvectors with their workspace
-    sums = 2 * D * columns * wide(model.dtype).itemsize + solution
-    trained = 20 * rank * (columns + 2 * 2 * D) if steps else 0  # gradients and Adam's moments in float32, and copies
+    inputs = 2 * config.hidden_size
+    solution = 8 * 5 * inputs**2  # X' X, its factor, and eigenvectors with their workspace
+    sums = inputs * _columns(config) * wide(model.dtype).itemsize + solution
+    trained = 20 * plan_numbers(model, rank) if steps else 0  # float32 with gradients and Adam's moments, and copies
     copy = 0 if model.dtype == torch.bfloat16 else 2 * model.num_parameters
-    states = TOKENS * (2 * D + 2 * config.intermediate_size) * 4 + 2 * 4 * CONTINUATION * config.vocab_size
+    states = 4 * TOKENS * (inputs + 2 * config.intermediate_size) + 2 * 4 * CONTINUATION * config.vocab_size
     return copy + max(sums, trained) + states
 
 
@@ -237,7 +246,7 @@ def check_memory(model, rank: int, steps: int) -> None:
         raise CacheMemoryError(f"{lacks}; give a smaller rank, load the model in bfloat16, or take a larger machine")
 
 
-def _announce(model, windows: list[Window], num_tokens: int, steps: int) -> None:
+def _announce(model, windows: list[Window], rank: int, steps: int) -> None:
     """Say on stderr what the work will take, from the time of one pass."""
     tokens = max(windows, key=lambda window: len(window[0]))[0][:1024]
     run = Pass(model.module, torch.tensor([tokens], device=model.device))
@@ -245,9 +254,14 @@ def _announce(model, windows: list[Window], num_tokens: int, steps: int) -> None
     begin = time.perf_counter()
     check_finite(run.layers(run.embed(), 0), "hidden states of the texts")
     seconds = (time.perf_counter() - begin) / len(tokens)
-    passed = 4 * num_tokens + 3 * steps * min(TOKENS, num_tokens)  # of tokens through the whole model, about
+    num_tokens = sum(len(tokens) for tokens, _ in windows)
+    fitted_tokens = min(num_tokens, tokens_needed(model))
+    passed = 4 * fitted_tokens + 3 * steps * min(TOKENS, num_tokens)  # of tokens through the whole model, about
     minutes = max(1, round(passed * seconds / 60))
-    print(f"calibrating on {num_tokens:,} tokens, with {steps} steps: about {minutes} min", file=sys.stderr)
+    gigabytes = needed_bytes(model, rank, steps) / 1e9
+    megabytes = plan_numbers(model, rank) * model.dtype.itemsize / 1e6
+    takes = f"about {minutes} min, {gigabytes:.1f} GB beside the weights, and a plan of about {megabytes:.0f} MB"
+    print(f"calibrating on {num_tokens:,} tokens, with {steps} steps: {takes}", file=sys.stderr)
 
 
 # ---- The work ----

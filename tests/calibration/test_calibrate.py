@@ -122,7 +122,8 @@ def test_what_the_work_takes_is_said_before_it(model, monkeypatch, capsys):
     with pytest.raises(pytest.fail.Exception, match="began"):
         calibrate(model, TEXTS, steps=300)
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("calibrating on 2,0") and ", with 300 steps: about " in line and line.endswith(" min")
+    assert line.startswith("calibrating on 2,0") and ", with 300 steps: about " in line
+    assert "0.0 GB beside the weights" in line and line.endswith("a plan of about 0 MB")
 
 
 # ---- Unfinished work ----
