@@ -214,13 +214,13 @@ def test_the_demo_prints_what_the_readme_shows(smollm2, monkeypatch, capsys):
     if not NIGHTLY:
         generation = pop.Generation("", [7], 1, 1.0, 0.0, "length")
         monkeypatch.setattr(pop.Model, "generate", lambda *_, **__: generation)
-        judge = SimpleNamespace(losses=lambda plan: Losses(0.0, 0.0, 1.0))
+        judge = SimpleNamespace(losses=lambda plan: Losses(0.0, 0.0, 1.0, 0.0))
         monkeypatch.setattr(demo, "Judge", lambda *_: judge)
     monkeypatch.setattr(sys, "argv", ["demo", "--runs", "1", "--max-new-tokens", "48", "--json"])
     assert demo.main() == 0
     result = json.loads(capsys.readouterr().out)
     rows = result["rows"]
-    (shown,) = blocks("text", "pop/calibration/README.md")
+    (shown,) = (block for block in blocks("text", "pop/calibration/README.md") if "answers\n" in block)
     numbers, answers = shown.split("answers\n")
     assert f"{result['prompt_tokens']:,} tokens" in READMES["pop/calibration/README.md"]
     assert len(rows) == 4

@@ -36,7 +36,7 @@ def model(smollm2):
 
 @pytest.fixture(scope="module")
 def gemma(gemma3):
-    return pop.load("gemma3-270m", dtype=torch.float32, progress=False)
+    return pop.load("gemma3-270m", dtype=torch.float32, progress=False, chat_format="gemma")
 
 
 @pytest.fixture(scope="module", params=[("model", "smollm2-135m"), ("gemma", "gemma3-270m")], ids=lambda pair: pair[1])

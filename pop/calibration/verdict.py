@@ -22,6 +22,7 @@ from pop.runner import FULL_DEPTH, padded
 from pop.system.progress import progress_bar
 
 LENGTHS = (256, 1024, 4096)  # tokens of a prompt
+LONG = 2048  # tokens; longer prompts take so much time that half as many questions are asked about each
 CONTINUATION = 96  # tokens after a prompt, and the most tokens of an answer
 WINDOWS = 8192  # the prompt tokens that loss is measured on at a length, in 2 to 8 windows if the text has them
 MOST_KL = 0.03  # nats a token
@@ -110,7 +111,7 @@ def check(
         texts: Strings or lists of token ids to which the plan was not fitted. None takes the last fifth of each text
             of the built-in set, which pop.calibrate(texts=None) leaves for this.
         lengths: Of the prompts, in tokens. Longer ones than the model's context allows are cut to it.
-        questions: Of each kind at each length.
+        questions: Of each kind at each length. Half as many are asked about prompts of more than 2,048 tokens.
         seed: Decides the questions.
         progress: Show a bar on stderr.
 
@@ -125,7 +126,11 @@ def check(
     head, text = _joined(model, texts)
     writer = Writer(model, text, head, check_count("seed", seed, 0))
     makers = (quotations,) if model.tokenizer is None else KINDS
-    asked = make_questions(writer, makers, lengths, check_count("questions", questions))
+    questions = check_count("questions", questions)
+    asked = {}
+    for length in lengths:
+        count = questions if length <= LONG else -(-questions // 2)
+        asked |= make_questions(writer, makers, [length], count)
     windows = {length: _windows(head, text, length) for length in lengths}
     total = sum(length * (len(asked[length]) + len(windows[length])) for length in lengths)
     loss = {}

@@ -183,6 +183,7 @@ def test_importance_prints_and_saves_the_scores(folder, model, capsys, tmp_path)
 @pytest.fixture
 def calibration(tmp_path, monkeypatch):
     """(a copy of the checkpoint, the arguments of pop calibrate, its texts). The verdict is made up."""
+    monkeypatch.setattr("pop.calibration.texts.PER_INPUT", 20)
     folder = write_chat_checkpoint(tmp_path / "model", num_layers=6)
     texts = ["".join(map(chr, range(33, 123))) * 30, "Hello, world. " * 100]
     for number, text in enumerate(texts):
@@ -409,6 +410,7 @@ def test_an_error_is_one_sentence(arguments, said, folder, tmp_path, monkeypatch
     monkeypatch.setattr(sys, "stdin", io.StringIO(""))
     monkeypatch.chdir(tmp_path)
     (tmp_path / "picture.png").write_bytes(b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR\xff\xfe")
+    monkeypatch.setattr("pop.calibration.texts.PER_INPUT", 1)
     (tmp_path / "long.txt").write_text("a" * 2000)
     (tmp_path / "text.txt").write_text("some text")
     (tmp_path / "empty.txt").write_text("")

@@ -228,7 +228,7 @@ def test_a_context_that_ends_during_a_prompt_is_noticed(model):
 
 def test_calibrates_the_model_itself(model):
     texts = [torch.randint(3, CONFIG.vocab_size, (90,)).tolist() for _ in range(4)]
-    options = {"rank": 8, "window": 48, "progress": False}
+    options = {"rank": 8, "longest": 48, "steps": 0, "progress": False}
     plan = calibrate(model, texts, PrunePlan((3, 4)), **options)
     assert plan == pop.calibrate(as_pop(model), texts, PrunePlan((3, 4)), **options)
     pruned(model, plan)
