@@ -63,6 +63,11 @@ def shortened(calibrate, model, texts=None, plan=None, *, steps=200, **options):
     return calibrate(model, texts, plan, **options | {"steps": min(1, steps), "longest": 300})
 
 
+def shortened_check(check, model, plan, texts=None, **options):
+    """pop.check, with one question of each kind about a short prompt."""
+    return check(model, plan, texts, **options | {"lengths": (256,), "questions": 1})
+
+
 @pytest.fixture
 def folder(weights, smollm2, tmp_path, monkeypatch):
     """A folder to run in, with the files that the READMEs name. Small models stand for those that they load."""
@@ -86,8 +91,9 @@ def folder(weights, smollm2, tmp_path, monkeypatch):
         Image.fromarray(picture(256, seed)).save(tmp_path / name)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(calibrate_file, "RIDGES", (1e-2,))  # the search would take most of the time
+    monkeypatch.setattr("pop.calibration.texts.PER_INPUT", 1)  # notes.txt suffices
     monkeypatch.setattr(pop, "calibrate", functools.partial(shortened, pop.calibrate))
-    monkeypatch.setattr(pop, "check", functools.partial(pop.check, lengths=(64,), questions=1))
+    monkeypatch.setattr(pop, "check", functools.partial(shortened_check, pop.check))
 
 
 def test_the_readme_is_short():

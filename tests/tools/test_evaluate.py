@@ -26,7 +26,7 @@ PLAN = pop.PrunePlan((2, 3, 4))
 def test_contenders_are_named_and_planned_as_the_command_line_says(tiny, tmp_path, monkeypatch):
     calls = []
 
-    def calibrate(model, texts, plan, *, seed):
+    def calibrate(model, texts, plan, *, steps, seed):
         calls.append((texts, plan, seed))
         return dataclasses.replace(plan, full_depth_first=1)
 

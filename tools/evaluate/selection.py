@@ -59,7 +59,7 @@ def make_contenders(
     pruned = [_plan_contender(model, prune) for prune in prunes]
     for contender, prune in zip(pruned, prunes, strict=True):
         if prune.startswith("calibrated:"):
-            contender.plan = pop.calibrate(model, calibration, contender.plan, seed=seed)
+            contender.plan = pop.calibrate(model, calibration, contender.plan, steps=0, seed=seed)
     contenders = [Contender("full", model, pop.PrunePlan.none()), *pruned]
     contenders += [_baseline_contender(model, baseline, fraction, calibration) for baseline in baselines]
     names = [contender.name for contender in contenders]
