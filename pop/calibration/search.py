@@ -7,8 +7,8 @@ may need one of these most. So several sets of layers of equal speed are tried:
     fewer of the deepest, and layers apart      ──[/]──[/]──[/]─────[////////]
 
 Which layers lie apart is decided by virtual gates (importance.py), on text and on repeated passages. Each set gets
-corrections in closed form, from few tokens, and the held-out windows choose. What no clock decides comes out the same
-on every machine, up to rounding.
+corrections in closed form, from few tokens, and the held-out windows choose. Nothing depends on a clock, so two runs on
+a machine give the same plan.
 """
 
 import dataclasses
@@ -23,7 +23,7 @@ from pop.calibration.importance import importance
 from pop.calibration.lookup import selecting_scores
 from pop.calibration.questions import Question
 from pop.calibration.refit import fitted
-from pop.calibration.texts import Window
+from pop.calibration.texts import Window, enough
 from pop.errors import InputError
 from pop.pruning.corrections import Corrections
 from pop.pruning.cost import speedup_limit
@@ -42,10 +42,14 @@ SELECTED = 1 / 8  # the share of a prompt's tokens that layers select, to be com
 FEW = 12_000  # tokens from which a set of layers is fitted to be compared
 WINDOW = 512  # the most tokens of a window of these
 
+Sample = tuple[list[int], list[int]]  # the token ids of a prompt and of its response
+
 
 def check_speedup(model, speedup: float, rank: int) -> None:
     """Raise InputError if not even a plan that keeps only layer 0 allows a speedup."""
     num_layers = model.config.num_layers
+    if num_layers == 1:
+        raise InputError("the model has a single layer, so prefill cannot skip any; there is nothing to calibrate")
     most = _with_full_depth(model, range(1, num_layers), torch.zeros(num_layers))
     limit = _limit(model, most, rank)
     if limit < speedup:
@@ -63,20 +67,17 @@ def search(model, windows: list[Window], judge: Judge, speedup: float, rank: int
         rank: Of the corrections to come.
         step: Is called with 1 for each of the len(TAILS) sets of layers.
     """
-    samples = _samples(windows)
-    lookups = lookup_scores(model, samples)
-    needed = _needed(model, samples)
-    tried: dict[tuple[int, ...], float] = {}
-    plans = {}
+    texts, passages = _samples(windows)
+    lookups = _lookup_scores(model, passages)
+    needed = _needed(model, texts) + _needed(model, passages)
+    few = enough([(tokens[:WINDOW], media) for tokens, media in windows if not media], FEW) or windows
+    losses: dict[PrunePlan, float] = {}
     for share in TAILS:
         plan = _smallest(model, share, needed, lookups, speedup, rank)
-        if plan is not None and plan.layers not in tried:
-            few = [(tokens[:WINDOW], media) for tokens, media in windows if not media][: max(1, FEW // WINDOW)]
-            found = fitted(model, few or windows, plan, rank).calibrated()
-            tried[plan.layers] = judge.losses(found).mean
-            plans[plan.layers] = plan
+        if plan is not None and plan not in losses:
+            losses[plan] = judge.losses(fitted(model, few, plan, rank).calibrated()).mean
         step(1)
-    return plans[min(tried, key=tried.get)]
+    return min(losses, key=losses.get)
 
 
 def full_depth_plans(model, plan: PrunePlan) -> list[PrunePlan]:
@@ -88,14 +89,15 @@ def full_depth_plans(model, plan: PrunePlan) -> list[PrunePlan]:
 
 def with_full_depth(model, layers: Sequence[int], windows: list[Window]) -> PrunePlan:
     """The plan for given layers, with tokens at full depth. The layer that looks up best selects some of them."""
-    return _with_full_depth(model, layers, lookup_scores(model, _samples(windows)))
+    _, passages = _samples(windows)
+    return _with_full_depth(model, layers, _lookup_scores(model, passages))
 
 
 # ---- What the layers do ----
 
 
-def _samples(windows: list[Window]) -> list[tuple[list[int], list[int]]]:
-    """Pairs of a prompt and its response: texts, and repeated passages. Passages come second, as many as texts."""
+def _samples(windows: list[Window]) -> tuple[list[Sample], list[Sample]]:
+    """Texts that go on, and prompts whose passages are repeated."""
     rng = random.Random(0)
     texts = [tokens for tokens, media in windows if not media] or [tokens for tokens, _ in windows]
     plain = []
@@ -108,23 +110,22 @@ def _samples(windows: list[Window]) -> list[tuple[list[int], list[int]]]:
         plain.append((text[:cut], text[cut:]))
         passage = repeated_passage(text[:cut], [], rng)
         cue = max(1, len(passage) // 4)
-        repeated.append((text[:cut] + passage[:cue], passage[cue:]))
-    return plain + [(prompt, response) for prompt, response in repeated if response]
+        if passage[cue:]:
+            repeated.append((text[:cut] + passage[:cue], passage[cue:]))
+    return plain, repeated
 
 
-def _needed(model, samples: list) -> Tensor:
-    """How much prefill needs each layer, [L] float64: its shares of the importance on texts and on passages, added."""
-    needed = torch.zeros(model.config.num_layers, dtype=torch.float64)
-    for kind in (samples[:SAMPLES], samples[SAMPLES:]):
-        if kind:
-            scores = importance(model, kind, batch_size=4, progress=False).prefill
-            needed += scores / scores.sum().clamp(min=1e-30)
-    return needed
+def _needed(model, samples: list[Sample]) -> Tensor:
+    """How much prefill needs each layer, as shares [L] float64 of the importance of all. Zeros without samples."""
+    if not samples:
+        return torch.zeros(model.config.num_layers, dtype=torch.float64)
+    scores = importance(model, samples, batch_size=4, progress=False).prefill
+    return scores / scores.sum().clamp(min=1e-30)
 
 
-def lookup_scores(model, samples: list[tuple[list[int], list[int]]]) -> Tensor:
+def _lookup_scores(model, passages: list[Sample]) -> Tensor:
     """How many of a repeated passage's tokens in the prompt each layer would select, as shares [L]."""
-    repeated = [Question("repetition", *sample) for sample in samples[SAMPLES:] if len(sample[0]) >= 3 * CUE]
+    repeated = [Question("repetition", *sample) for sample in passages if len(sample[0]) >= 3 * CUE]
     if not repeated:
         return torch.zeros(model.config.num_layers)
     return selecting_scores(model, repeated, SELECTED, CUE)

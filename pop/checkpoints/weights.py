@@ -5,6 +5,7 @@ one error. Then the weights are copied, so the files may change while the model 
 checksums: a flipped bit is noticed only if a norm or a bias becomes infinite or NaN.
 """
 
+import contextlib
 import os
 import re
 from collections.abc import Iterable, Iterator, Set
@@ -40,6 +41,7 @@ OTHERS = {
     "*.gguf": "which `python -m tools.convert FILE DIR` converts",
     "params.json": "Meta's layout, which `python -m tools.convert FOLDER DIR` converts",
 }
+QUANTISED = (".qweight", ".qzeros", ".absmax", ".SCB", ".weight_packed", ".weight_scale", ".weight_scale_inv")
 BAR_FROM = 2**30  # bytes; fewer load too quickly for a progress bar
 
 
@@ -108,6 +110,16 @@ def instead(names: Iterable[str]) -> str:
             if fnmatch(name, pattern):
                 return f"; it holds {name!r:.200}, {what}"
     return ""
+
+
+def stored_dtype(folder: Path) -> torch.dtype:
+    """Return the dtype of the first file's largest tensor. Without weights, which `load_weights` reports: float32."""
+    with contextlib.suppress(CheckpointError):
+        file = _weight_files(folder)[0]
+        largest = max(_map(file).values(), key=Tensor.numel, default=torch.empty(0))
+        if largest.dtype in FLOATS:
+            return largest.dtype
+    return torch.float32
 
 
 @dataclass(frozen=True)
@@ -216,8 +228,26 @@ def _survey(folder: Path, config: Config, shapes: dict[str, tuple[int, ...]]) ->
     faults = {"missing": missing, "surplus": surplus, "of a wrong dtype": dtypes, "of a wrong shape": misfits}
     reasons = [f"{fault}: {some(names)}" for fault, names in faults.items() if names]
     if reasons:
+        reasons = _causes(config, stored, missing, surplus) + reasons
         raise CheckpointError(f"the weights in {folder} are not those of its config: {'; '.join(reasons)}")
     return sorted(pieces, key=lambda piece: (piece.repeats, piece.file))
+
+
+def _causes(config: Config, stored: Iterable[str], missing: list[str], surplus: list[str]) -> list[str]:
+    """Return what may explain that the weights are not those of the config."""
+    causes = []
+    layers = set()
+    for name in stored:
+        layer = re.match(r".*?layers\.\d+\.", name)
+        if layer and not name.startswith(VISION):
+            layers.add(layer[0])
+    if len(layers) != config.num_layers:
+        causes.append(f"num_hidden_layers is {config.num_layers} but {len(layers)} layers are stored")
+    if any(name.endswith(QUANTISED) for name in surplus):
+        causes.append("they are quantised, so take the original ones")
+    if HEAD in missing:
+        causes.append("tie_word_embeddings is false")
+    return causes
 
 
 def _wanted(shapes: dict[str, tuple[int, ...]], stored: Set[str]) -> dict[str, _Piece]:

@@ -77,7 +77,7 @@ def test_the_judge_chooses_among_the_smallest_sets_of_a_speedup(deep, windows, w
 
     monkeypatch.setattr(search, "fitted", lambda model, few, plan, rank: SimpleNamespace(calibrated=lambda: plan))
     monkeypatch.setattr(search, "_needed", lambda model, samples: needed)
-    monkeypatch.setattr(search, "lookup_scores", lambda model, samples: needed)
+    monkeypatch.setattr(search, "_lookup_scores", lambda model, samples: needed)
     judge = SimpleNamespace(losses=losses)
     found = search.search(deep, windows, judge, 1.5, RANK, counted.append)
     assert found == judged[winner] and counted == [1, 1, 1]
@@ -90,10 +90,22 @@ def test_the_judge_chooses_among_the_smallest_sets_of_a_speedup(deep, windows, w
         assert limit(deep, with_full_depth(deep, fewer, windows)) < 1.5
 
 
-def test_gates_on_texts_and_on_passages_weigh_the_same(deep, windows):
-    needed = search._needed(deep, search._samples(windows))
-    assert needed.shape == (14,) and needed.sum() == pytest.approx(2)
-    assert needed[:-1].min() > 0 and needed[-1] == 0  # pruning the last layer changes nothing
+def test_gates_are_measured_on_texts_and_on_repeated_passages(deep, windows):
+    texts, passages = search._samples(windows)
+    assert len(texts) == len(passages) == search.SAMPLES
+    for prompt, response in passages:
+        size = len(response)
+        assert any(prompt[begin : begin + size] == response for begin in range(len(prompt) - size))
+    for samples in (texts, passages):
+        needed = search._needed(deep, samples)
+        assert needed.shape == (14,) and needed.sum() == pytest.approx(1)
+        assert needed[:-1].min() > 0 and needed[-1] == 0  # pruning the last layer changes nothing
+
+
+def test_a_single_layer_cannot_be_skipped(windows):
+    config = tiny_config(num_layers=1)
+    with pytest.raises(pop.InputError, match="single layer"):
+        pop.calibrate(pop.Model(random_model(config), config), [tokens for tokens, _ in windows], progress=False)
 
 
 @pytest.mark.parametrize("layers", [(3, 9, 10, 13), (0, 1), (12, 13)])
