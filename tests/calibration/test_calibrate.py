@@ -19,6 +19,7 @@ from pop.calibration.texts import (
     MODULES,
     builtin_texts,
     default_texts,
+    enough,
     parted,
     python_texts,
     tokens_needed,
@@ -75,6 +76,12 @@ def test_the_texts_that_come_along():
     wide = pop.Model(random_model(tiny_config()), config)
     assert tokens_needed(wide) == 720_000
     assert len(default_texts(wide)) == 6 + len(python_texts(3)) > 6 + len(texts)
+
+
+@pytest.mark.parametrize(("count", "expected"), [(1, 1), (10, 1), (11, 2), (25, 3), (99, 4)])
+def test_a_fit_takes_as_many_windows_as_hold_its_tokens(count, expected):
+    windows = [([n] * 10, []) for n in range(4)]
+    assert enough(windows, count) == windows[:expected]
 
 
 @given(st.lists(st.one_of(st.text(max_size=50), st.lists(st.integers(0, 9), max_size=50)), max_size=5))
