@@ -2,7 +2,7 @@
 
     codes        sentences such as "The code of the red box 3 is 52817."; one of the codes
     tables       rows with three columns; one cell, by its row and its column
-    quotations   a passage of the text, whose first tokens the prompt repeats; how it goes on
+    quotations   a passage of the text, whose first tokens the prompt repeats; the tokens after them
     edits        lines that begin with a name; the same lines with another name
     sums         numbers of several things; the sum of two or three of them
     brackets     nested brackets around numbers; the brackets that close them

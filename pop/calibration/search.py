@@ -97,7 +97,7 @@ def with_full_depth(model, layers: Sequence[int], windows: list[Window]) -> Prun
 
 
 def _samples(windows: list[Window]) -> tuple[list[Sample], list[Sample]]:
-    """Texts that go on, and prompts whose passages are repeated."""
+    """Texts with their continuations, and prompts of which a passage is repeated."""
     rng = random.Random(0)
     texts = [tokens for tokens, media in windows if not media] or [tokens for tokens, _ in windows]
     plain = []
