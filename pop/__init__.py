@@ -7,43 +7,19 @@
 The method: pop/pruning/reference.py. What makes it fast: pop/engine/forward.py. The models: pop/models.
 """
 
-import sys
+from importlib import import_module
+from typing import TYPE_CHECKING
 
-from pop.system import quiet_imports  # isort: skip
-from pop import engine
-from pop.backends import tensor_parallel as parallel
-from pop.calibration.calibrate import calibrate
-from pop.calibration.importance import Importance, importance
-from pop.calibration.verdict import Verdict, check
-from pop.checkpoints.registry import list_models
-from pop.engine.cache import KVCache
-
-from pop.errors import (  # isort: skip
-    CacheMemoryError, CheckpointError, ConfigError, ContextOverflow, DownloadError, InputError, MissingExtra, PlanError,
-    PopError, TokenizerError, UnknownModel, UnsupportedError, WeightsNotFound,
-)  # fmt: skip
-from pop.generation.answers import Generation
-from pop.generation.conversation import Conversation
-from pop.generation.prefix import Prefix
-from pop.inputs.images import Image
-from pop.inputs.tokenizers import load_tokenizer
-from pop.inputs.video_files import Video
-from pop.loading import load
-from pop.model import Model
-from pop.pruning import cost, reference
-from pop.pruning.plan import PrunePlan
 from pop.system import __version__ as __version__
 
-quiet_imports.end()
+if TYPE_CHECKING:
+    from pop.api import *  # noqa: F403
 
-# Short aliases, such as pop.parallel, for modules that other code bases import.
-for _name, _module in (("cost", cost), ("parallel", parallel), ("reference", reference)):
-    sys.modules[f"pop.{_name}"] = _module
 
-__all__ = [
-    "CacheMemoryError", "CheckpointError", "ConfigError", "ContextOverflow", "Conversation",
-    "DownloadError", "Generation", "Image", "Importance", "InputError", "KVCache", "MissingExtra", "Model",
-    "PlanError", "PopError", "Prefix", "PrunePlan", "TokenizerError", "UnknownModel",
-    "UnsupportedError", "Verdict", "Video", "WeightsNotFound", "calibrate", "check", "cost", "engine", "importance",
-    "list_models", "load", "load_tokenizer", "parallel", "reference",
-]  # fmt: skip
+def __getattr__(name: str):
+    """Import the library when a name of it is first used. That takes seconds, and `pop --help` uses none."""
+    return getattr(import_module("pop.api"), name)
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *import_module("pop.api").__all__]

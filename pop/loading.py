@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from pop import models
+import pop.models as models
 from pop.backends.cpu import make_cache_folder
 from pop.backends.tensor_parallel import Part, join
 from pop.checkpoints import registry

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from pop import engine
+import pop.engine as engine
 from pop.backends import accelerate, chunk_size_of, stages_of
 from pop.backends.cpu import keep_freed_memory
 from pop.backends.cpu_graph import Graph

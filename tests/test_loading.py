@@ -229,6 +229,7 @@ def state():
 
 before, modules = state(), set(sys.modules)
 import pop
+pop.load
 assert state() == before
 heavy = {"transformers", "tokenizers", "huggingface_hub", "gguf", "matplotlib", "PIL", "tqdm", "tiktoken",
          "sentencepiece", "torch._dynamo", "torch._inductor"}

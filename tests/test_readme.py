@@ -29,7 +29,8 @@ import pop
 from pop.calibration import calibrate as calibrate_file
 from pop.calibration.held_out import Losses
 from pop.checkpoints.config_json import read_config
-from pop.cli.commands import _parse, main
+from pop.cli import main
+from pop.cli.parser import parse
 from pop.inputs.tokenizers import load_tokenizer
 from tools import demo
 
@@ -168,7 +169,7 @@ COMMANDS = sorted({line for line in re.findall(r"`pop ([^`]+)`", TEXT) if " " in
 @pytest.mark.parametrize("line", COMMANDS)
 def test_the_commands_in_the_text_are_ones(line):
     """Their words are understood; other tests run them, with models and files that exist."""
-    args = _parse(shlex.split(line.replace(" ...", "")))
+    args = parse(shlex.split(line.replace(" ...", "")))
     assert args.__dict__.get("model", REAL) in (*pop.list_models(), "OWNER/REPOSITORY")
 
 

@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from pop import models
+import pop.models as models
 from pop.backends.cpu import Embedding, Linear, linear
 from pop.backends.experts import Experts
 from pop.checkpoints.weights import VISION, Shard

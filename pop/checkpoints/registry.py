@@ -92,15 +92,15 @@ def list_models() -> tuple[str, ...]:
 
 
 def lookup(name: str) -> Entry:
-    """Return the entry of a name, or of a repository. Raises UnknownModel, which lists the known names."""
+    """Return the entry of a name, or of a repository. Raises UnknownModel, which names the five nearest."""
     if name in MODELS:
         return MODELS[name]
     if _is_repository(name):
         known = (entry for entry in MODELS.values() if entry.source == name)
         return next(known, Entry(name, family="", parameters=0, source=name))
-    close = difflib.get_close_matches(name.lower(), MODELS, n=1)
-    guess = f" (did you mean {close[0]}?)" if close else ""
-    raise UnknownModel(f"{name!r} is neither a directory nor a known model{guess}; known are {', '.join(MODELS)}")
+    near = difflib.get_close_matches(name.lower(), MODELS, n=5, cutoff=0)
+    advice = f"near names are {', '.join(near)}; `pop models` lists all"
+    raise UnknownModel(f"{name!r} is neither a directory nor a known model; {advice}")
 
 
 def _is_repository(name: str) -> bool:

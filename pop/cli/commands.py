@@ -1,9 +1,5 @@
-"""The `pop` command: generate, chat, importance, calibrate, check, plans, models, download.
+"""What the commands of `pop` do. Answers go to stdout, notes and errors to stderr (terminal.py)."""
 
-Answers go to stdout, notes and errors to stderr (terminal.py).
-"""
-
-import argparse
 import contextlib
 import dataclasses
 import functools
@@ -12,7 +8,7 @@ import itertools
 import os
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from random import Random
 
@@ -25,13 +21,14 @@ from pop.calibration.verdict import LENGTHS
 from pop.checkpoints import download as downloads
 from pop.checkpoints import registry
 from pop.cli.plans import plans
-from pop.cli.terminal import exit_status
 from pop.cli.texts import calibration_texts, read_file, readable
 from pop.errors import ContextOverflow, InputError, PopError, WeightsNotFound, check_count
 from pop.generation.sampling import OPTIONS, SamplingParams
 from pop.inputs.processors import Prepared
+from pop.loading import usable_device
 from pop.models.config import DTYPES
 from pop.system import files
+from pop.system.memory import free_bytes
 
 # Options of the command line are handed on to the arguments that have their names.
 LOADING = inspect.signature(pop.load).parameters
@@ -39,30 +36,18 @@ SAMPLING = [*OPTIONS, "sampling"]
 HELP = "/new starts a new conversation, /quit ends, // begins a message with a slash, Ctrl-C stops an answer."
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run one command and return the exit status. argv: without the program's name; None takes sys.argv."""
-    args = _parse(sys.argv[1:] if argv is None else argv)
+def run(args) -> int | None:
+    """Run the command that the command line names. Return its exit status, where None is 0."""
     rank, ranks = launched()
-
-    def run() -> int | None:
-        if ranks > 1 and args.run not in (generate, calibrate):
-            raise InputError("torchrun can start pop generate and pop calibrate only; run this command without it")
-        if ranks > 1 and getattr(args, "prompt", None) == "-":
-            raise InputError("only one process can read the standard input; use --prompt-file")
-        if rank == 0:
-            return args.run(args)
-        with open(os.devnull, "w", encoding="utf-8") as silence, contextlib.redirect_stdout(silence):
-            return args.run(args)
-
-    return exit_status("pop", run)
-
-
-def _parse(argv: list[str]) -> argparse.Namespace:
-    """Parse the arguments. Those without a name may also follow options, which a subparser by itself does not take."""
-    parser, commands = _parser()
-    if argv and argv[0] in commands:
-        return commands[argv[0]].parse_intermixed_args(argv[1:])
-    return parser.parse_args(argv)
+    if ranks > 1 and args.command not in ("generate", "calibrate"):
+        raise InputError("torchrun can start pop generate and pop calibrate only; run this command without it")
+    if ranks > 1 and getattr(args, "prompt", None) == "-":
+        raise InputError("only one process can read the standard input; use --prompt-file")
+    command = COMMANDS[args.command]
+    if rank == 0:
+        return command(args)
+    with open(os.devnull, "w", encoding="utf-8") as silence, contextlib.redirect_stdout(silence):
+        return command(args)
 
 
 # ---- The commands ----
@@ -219,17 +204,28 @@ def _save(result, path: str) -> None:
 
 
 def models(args) -> None:
-    line = "{:28}  {:8}  {:>16}  {}"
-    print(line.format("name", "family", "parameters", "weights"))
+    device = usable_device(None)
+    free = free_bytes(device)
+    line = "{:28}  {:8}  {:>15}  {:>8}  {:>8}  {:4}  {}"
+    print(line.format("name", "family", "parameters", "on disk", "bfloat16", "fits", "weights"))
     for entry in registry.MODELS.values():
+        size = "-"
         try:
             where = registry.find_weights(entry.name)
+            size = gigabytes(sum(path.stat().st_size for path in where.iterdir() if path.is_file()))
         except WeightsNotFound:
             where = "not here"
         except PopError as error:
             where = error
-        print(line.format(entry.name, entry.family, f"{entry.parameters:,}", where))
-    print(f"\nNew weights go into {registry.weights_folder()}/NAME; `pop download NAME` fetches them.")
+        memory = 2 * entry.parameters
+        fits = "?" if free is None else "yes" if memory < free else "no"
+        print(line.format(entry.name, entry.family, f"{entry.parameters:,}", size, gigabytes(memory), fits, where))
+    print(f"\nbfloat16: the memory of the weights. fits: whether {device} has as much that is free.")
+    print(f"New weights go into {registry.weights_folder()}/NAME; `pop download NAME` fetches them.")
+
+
+def gigabytes(count: int) -> str:
+    return f"{count / 1e9:,.1f} GB"
 
 
 def download(args) -> None:
@@ -250,6 +246,9 @@ def _load(args):
         if value is not None:
             changes[name] = value
     model.plan = dataclasses.replace(model.plan, **changes)
+    is_shown = args.prune == "default" and not changes  # pop.load shows the default plan
+    if model.plan.layers and not is_shown and launched()[0] == 0:
+        print(f"pop: {model!a}", file=sys.stderr, flush=True)
     return model
 
 
@@ -277,117 +276,4 @@ def _prompt(args) -> str | None:
     return readable(sys.stdin.read, "the standard input") if args.prompt == "-" else args.prompt
 
 
-# ---- The options ----
-
-
-def integer(add, name: str, text: str, default: int | None = None) -> None:
-    shown = text if default is None else f"{text} ({default})"
-    add(name, help=shown, type=int, default=default, metavar="N")
-
-
-def model_options(add) -> None:
-    add("model", help="a name in `pop models`, OWNER/REPOSITORY, or a directory", metavar="NAME_OR_DIR")
-    add("--dtype", help="default: the checkpoint's", choices=tuple(DTYPES))
-    add("--device", help="cpu, cuda, cuda:1 ...; default: the GPU if there is one")
-    add("--no-compile", help="run eagerly", dest="compile", action="store_const", const=False, default="auto")
-
-
-def prune_options(add) -> None:
-    text = "the layers prefill skips: default (the best plan known for the weights, or the deepest third), none, a"
-    text += " fraction, layers such as 10,12,19-29, a saved plan's path or name, or the file of `pop importance`"
-    add("--prune", help=text, default="default")
-    integer(add, "--full-depth-last", "how many last tokens of a prompt run all layers; default: the plan's")
-    text = "the share of the other tokens to select, which skip fewer layers or none; default: the plan's"
-    add("--full-depth-selected", help=text, type=float)
-    integer(add, "--selecting-layer", "the layer whose attention selects them; default: the plan's")
-
-
-def generation_options(parser, media_place: str) -> Callable:
-    """Add what `generate` and `chat` share. Return the function that adds more options about the prompt."""
-    model_options(parser.add_argument_group("model").add_argument)
-    prune_options(parser.add_argument_group("pruning").add_argument)
-    add = parser.add_argument_group("answer").add_argument
-    integer(add, "--max-new-tokens", "the most tokens of an answer", 256)
-    add("--temperature", help="0, the default, is greedy decoding", type=float)
-    add("--top-k", help="sample from this many of the likeliest tokens", type=int)
-    add("--top-p", help="sample from the likeliest tokens whose probabilities sum to this", type=float)
-    add("--min-p", help="sample from tokens of at least this many times the best probability", type=float)
-    add("--repetition-penalty", help="above 1: tokens that occurred are less likely", type=float)
-    add("--sampling", help="take what is not given from generation_config.json", choices=("checkpoint",))
-    integer(add, "--seed", "the same seed gives the same text")
-    add("--stop", help="end the answer before this text; may be repeated", action="append")
-    add = parser.add_argument_group("prompt").add_argument
-    for kind in ("image", "video"):
-        add(f"--{kind}", help=f"show this {kind} {media_place}; may be repeated", action="append", metavar="FILE")
-    integer(add, "--min-pixels", "enlarge images to this many pixels; default: the checkpoint's limit")
-    integer(add, "--max-pixels", "shrink images to this many pixels; default: the checkpoint's limit")
-    integer(add, "--max-seq-len", "the most tokens of prompt and answer together; default: the full context")
-    return add
-
-
-def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
-    """Return the parser of the whole command line, and that of each command."""
-    parser = argparse.ArgumentParser(prog="pop", description="Language models with prefill-only pruning.")
-    parser.add_argument("--version", action="version", version=f"pop {pop.__version__}")
-    parser.set_defaults(run=lambda args: parser.print_help())
-    commands = parser.add_subparsers(metavar="COMMAND")
-
-    def command(run, text: str) -> argparse.ArgumentParser:
-        added = commands.add_parser(run.__name__, help=text, description=text)
-        added.set_defaults(run=run)
-        return added
-
-    added = command(generate, "Continue a text, and print the continuation as it comes.")
-    add = generation_options(added, "at the family's mark in the text, or before the text")
-    add("prompt", help="the text, or - for the standard input", nargs="?", metavar="PROMPT")
-    add("--prompt-file", help="read the text from this file")
-
-    added = command(chat, "Talk to an instruct model. Without a MESSAGE, each line of the standard input is one.")
-    add = generation_options(added, "before the first message")
-    add("prompt", help="answer this and end; - reads the whole standard input", nargs="?", metavar="MESSAGE")
-    add("--system", help="the system message")
-    add("--no-thinking", help="ask a model to answer at once", dest="enable_thinking", action="store_false")
-    add("--chat-format", help="llama-3.1, chatml, gemma, or a template; default: the checkpoint's")
-
-    add = command(importance, "Measure with virtual gates how much prefill and decode need each layer.").add_argument
-    model_options(add)
-    add("files", help="texts from which prompts are cut; default: a built-in set", nargs="*", metavar="FILE")
-    integer(add, "--samples", "number of prompts", 200)
-    integer(add, "--prompt-tokens", "tokens of a prompt", 256)
-    integer(add, "--response-tokens", "the most tokens of a sampled response", 64)
-    integer(add, "--batch-size", "prompts in one batch", 8)
-    integer(add, "--seed", "the same seed gives the same scores", 0)
-    add("--out", help="write the scores to this JSON file", metavar="FILE")
-
-    text = "Make a plan for a model, and judge it. What is not given is decided. After Ctrl-C, repeat the command."
-    add = command(calibrate, text).add_argument
-    model_options(add)
-    add("files", help="texts that resemble the prompts to come; default: a built-in set", nargs="*", metavar="FILE")
-    text = "the speedup that the shapes must allow for 2,048 tokens (1.4)"
-    add("--speedup", help=text, type=float, default=1.4, metavar="X")
-    add("--layers", help="prune these, as in 10,12,14,19-29; default: as the speedup needs", metavar="LIST")
-    add("--out", help="write the plan to this file; default: default.plan beside the weights", metavar="FILE")
-    integer(add, "--rank", "numbers in the code of a token; default: half of the model's width")
-    integer(add, "--longest", "the most tokens of a prompt to train on and to judge by", 4096)
-    integer(add, "--steps", "steps of distillation after the closed form", 150)
-    integer(add, "--seed", "chooses the windows that are held out, and what the steps train on", 0)
-
-    text = (
-        "Compare a plan with the full model, on texts and on questions. The exit status is 0 if the plan holds, else 1."
-    )
-    add = command(check, text).add_argument
-    model_options(add)
-    add("prune", help="a saved plan's path or name, or another value of --prune", metavar="PLAN")
-    add("files", help="texts that the plan was not fitted to; default: a built-in set", nargs="*", metavar="TEXT")
-    integer(add, "--longest", "tokens of the longest prompts", LENGTHS[-1])
-    integer(add, "--questions", "questions of each kind and length", 12)
-
-    add = command(plans, "Print saved plans: how they were calibrated, their loss and their speedup.").add_argument
-    add("files", help="saved plans; default: list those that are here", nargs="*", metavar="FILE")
-
-    command(models, "List the known models, how large they are, and where their weights are.")
-
-    add = command(download, "Download a model. Gated models of the Hugging Face Hub need HF_TOKEN.").add_argument
-    add("model", help="a name that `pop models` lists, or a repository with a supported architecture", metavar="NAME")
-    add("--revision", help="a branch, tag or commit; default: the newest commit")
-    return parser, commands.choices
+COMMANDS = {run.__name__: run for run in (generate, chat, importance, calibrate, check, plans, models, download)}

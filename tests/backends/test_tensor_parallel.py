@@ -27,7 +27,7 @@ from pop.backends.tensor_parallel import Part, join
 from pop.checkpoints.config_json import read_config
 from pop.checkpoints.registry import lookup
 from pop.checkpoints.weights import VISION, load_weights
-from pop.cli.commands import main
+from pop.cli import main
 from pop.engine.cache import KVCache
 from tools.checkpoints.make_random import config_of
 

@@ -38,7 +38,7 @@ import pop
 from pop.checkpoints import download as downloads
 from pop.checkpoints import registry
 from pop.checkpoints.download import download
-from pop.cli.commands import main
+from pop.cli import main
 from pop.errors import CheckpointError, ConfigError, DownloadError, WeightsNotFound
 
 ONE = "model-00001-of-00002.safetensors"
@@ -166,7 +166,7 @@ def test_command_line(server, folder, capsys):
     assert str(folder) in captured.out and "pop generate tiny" in captured.out
     assert "B/s" in captured.err  # tqdm's bar
     assert main(["download", "tiny9"]) == 2
-    assert "did you mean tiny" in capsys.readouterr().err
+    assert "near names are tiny;" in capsys.readouterr().err
     assert main(["download", "smollm2-135m"]) == 2
     assert "python -m tools.demo" in capsys.readouterr().err
 

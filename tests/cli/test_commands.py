@@ -5,6 +5,7 @@ import io
 import json
 import os
 import pathlib
+import shlex
 import shutil
 import subprocess
 import sys
@@ -18,10 +19,12 @@ from support.tiny import write_checkpoint
 from support.tiny_chat import write_chat_checkpoint
 
 import pop
+from pop import api
 from pop.calibration.resume import SavedProgress
 from pop.checkpoints import registry
-from pop.cli import commands
-from pop.cli.commands import excerpts, main
+from pop.cli import commands, main
+from pop.cli.commands import excerpts
+from pop.cli.parser import parse
 
 
 @pytest.fixture(scope="module")
@@ -42,15 +45,46 @@ def without_plan(err: str) -> str:
 # ---- What it prints ----
 
 
-def test_the_help_and_the_version(capsys):
-    assert main([]) == 0
-    help = capsys.readouterr().out
-    assert all(
-        name in help for name in ("generate", "chat", "importance", "calibrate", "check", "plans", "models", "download")
-    )
+def printed_before_the_end(capsys, *words):
     with pytest.raises(SystemExit) as exit:
-        main(["--version"])
-    assert (exit.value.code, capsys.readouterr().out) == (0, f"pop {pop.__version__}\n")
+        main([*words])
+    assert exit.value.code == 0
+    return capsys.readouterr().out
+
+
+def test_the_help_and_the_version(capsys):
+    help = printed_before_the_end(capsys)
+    assert help == printed_before_the_end(capsys, "--help")
+    assert all(f"\n    {name}" in help for name in commands.COMMANDS)
+    assert printed_before_the_end(capsys, "--version") == f"pop {pop.__version__}\n"
+
+
+@pytest.mark.parametrize("command", ["", *commands.COMMANDS])
+def test_the_help_ends_with_two_examples(command, capsys):
+    *_, head, first, second = printed_before_the_end(capsys, *command.split(), "--help").splitlines()
+    assert head == "examples:" and first != second
+    for line in (first, second):
+        assert line.startswith(f"  pop {command}")
+        name, *words = shlex.split(line.partition(" |")[0])[1:]
+        assert parse([name, *words]).command == name
+
+
+@pytest.mark.parametrize("words", [[], ["--version"], ["--help"], ["calibrate", "--help"]])
+def test_the_help_does_without_torch(words):
+    program = "import sys; sys.modules['torch'] = None; import pop.cli; pop.cli.main(sys.argv[1:])"
+    done = subprocess.run([sys.executable, "-c", program, *words], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "") and "pop " in done.stdout
+
+
+def test_all_names_of_the_library_are_there_without_an_import_of_their_files():
+    program = (
+        "import pop; print(pop.__version__, *sorted({*dir(pop)})); from pop import *; load, pop.cost.speedup_limit"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert {*api.__all__, "__doc__"} < {*done.stdout.split()}
+    with pytest.raises(AttributeError, match="loaf"):
+        pop.loaf  # noqa: B018
 
 
 @pytest.mark.parametrize("command", ["generate", "chat"])
@@ -67,16 +101,24 @@ def test_the_help_says_what_prune_takes(command, capsys):
 
 def test_models_are_listed_with_where_they_are(capsys, tmp_path, monkeypatch):
     monkeypatch.setattr(registry, "_places", lambda: [tmp_path])
+    monkeypatch.setattr(commands, "free_bytes", lambda device: 16_060_522_496)
     here = write_checkpoint(tmp_path / "llama3.2-1b")
+    with open(here / "more", "wb") as file:
+        file.truncate(5_000_000_000)  # a hole, which takes no room
+    (here / "broken link").symlink_to("nowhere")
     assert main(["models"]) == 0
     out = capsys.readouterr().out
     lines = {line.split()[0]: line for line in out.splitlines() if line}
     assert set(pop.list_models()) < lines.keys()
-    assert lines["llama3.2-1b"].split() == ["llama3.2-1b", "llama", "1,235,814,400", str(here)]
-    assert lines["llama3.1-8b"].split() == ["llama3.1-8b", "llama", "8,030,261,248", "not", "here"]
+    cells = {name: " ".join(line.split()) for name, line in lines.items()}
+    assert cells["llama3.2-1b"] == f"llama3.2-1b llama 1,235,814,400 5.0 GB 2.5 GB yes {here}"
+    assert cells["llama3.1-8b"] == "llama3.1-8b llama 8,030,261,248 - 16.1 GB no not here"
     assert "pop download NAME" in out
     families = {name: registry.lookup(name).family for name in pop.list_models()}
     assert len({lines[name].index(f" {family} ") for name, family in families.items()}) == 1
+    monkeypatch.setattr(commands, "free_bytes", lambda device: None)
+    assert main(["models"]) == 0
+    assert "16.1 GB  ?     not here" in capsys.readouterr().out
 
 
 def test_models_go_on_after_one_that_cannot_be_used(capsys, tmp_path, monkeypatch):
@@ -127,6 +169,24 @@ def test_generate_prints_what_the_model_generates(arguments, options, folder, mo
     expected = model.generate("Hello", max_new_tokens=12, **options).text
     assert capsys.readouterr().out == expected + "\n"
     assert (expected != plain) == bool(options)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ([], ["skips 2 of 6 layers"]),
+        (["--prune", "0.5"], ["skips 3 of 6 layers"]),
+        (["--prune", "1.0", "--full-depth-last", "999"], ["skips 6 of 6 layers, at most 1.0"]),
+        (["--full-depth-last", "999"], ["skips 2 of 6 layers, at most 1.3", "skips 2 of 6 layers, at most 1.0"]),
+    ],
+)
+@pytest.mark.parametrize("command", ["generate", "chat"])
+def test_a_line_says_which_plan_runs(command, arguments, said, folder, capsys):
+    assert main([command, folder, "Hello", "--max-new-tokens", "3", *arguments]) == 0
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("pop: <")]
+    assert all(words in line for words, line in zip(said, lines, strict=True)), lines
+    assert main([command, folder, "Hello", "--max-new-tokens", "3", "--prune", "none"]) == 0
+    assert "pop: <" not in capsys.readouterr().err
 
 
 def test_the_checkpoints_sampling_gives_way_to_options(tmp_path, capsys):
@@ -449,7 +509,7 @@ def test_ctrl_c_ends_with_130_and_a_line(arguments, monkeypatch, capsys):
 
 OUTPUTS = """
 import os, sys
-from pop.cli.commands import main
+from pop.cli import main
 closed, pipe = os.pipe()
 os.close(closed)
 for output in (pipe, os.open("/dev/full", os.O_WRONLY)):

@@ -9,7 +9,7 @@ from support.tiny import random_model, tiny_config
 from support.tiny_qwen3_vl import FILM, IMAGE_MARK, VIDEO_MARK, A, B, seeing_model
 
 import pop
-from pop.cli.commands import main
+from pop.cli import main
 
 FILMS = {"film.mp4": FILM, "picture": A}
 

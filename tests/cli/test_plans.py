@@ -10,7 +10,7 @@ from support.tiny import write_checkpoint
 
 import pop
 from pop.checkpoints import registry
-from pop.cli.commands import main
+from pop.cli import main
 from pop.pruning.corrections import Corrections
 from pop.pruning.sketch import NUMBERS
 
