@@ -20,7 +20,7 @@ from pop.calibration.texts import SHORTEST, builtin_texts
 from pop.calibration.verdict import LENGTHS
 from pop.checkpoints import download as downloads
 from pop.checkpoints import registry
-from pop.cli.plans import plans
+from pop.cli.plans import plans, speed
 from pop.cli.texts import calibration_texts, read_file, readable
 from pop.errors import ContextOverflow, InputError, PopError, WeightsNotFound, check_count
 from pop.generation.sampling import OPTIONS, SamplingParams
@@ -172,7 +172,7 @@ def calibrate(args) -> None:
         _save(plan, args.out)
         if resume is not None:
             Path(resume).expanduser().unlink(missing_ok=True)
-    print(verdict)
+    print(verdict, speed(model, plan), sep="\n")
     print(f"Saved to {args.out}. Try: pop generate {args.model} --prune {args.out} PROMPT")
 
 
@@ -183,7 +183,7 @@ def check(args) -> int:
     questions = check_count("--questions", args.questions)
     model = _load(args)
     verdict = pop.check(model, model.plan, texts, lengths=lengths, questions=questions)
-    print(verdict)
+    print(verdict, speed(model, model.plan), sep="\n")
     return int(not verdict.holds)
 
 

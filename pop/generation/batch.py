@@ -65,7 +65,7 @@ class Batch:
         if model.part is not None:  # several processes must continue with the same tokens
             seeds = model.part.agree(seeds, model.device)
         self.sampler = Sampler(params, seeds)
-        self.rules = LogitsRules(model, params, [self.earlier_tokens + prompt for prompt in prompts], ends)
+        self.rules = LogitsRules(model, params, [self.earlier_tokens + prompt for prompt in prompts])
 
         limits = self._limits()
         self.answers = [Answer(model.tokenizer, ends, params.stop, limit) for limit in limits]

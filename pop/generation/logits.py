@@ -19,12 +19,12 @@ class LogitsRules:
        turns, and those of its answer.
     2. `logits_processor(tokens, logits)` gets the answer's tokens so far, without the prompt, and its logits [V], which
        it may change. It returns logits [V]. The rows call it one after another, and it waits for the device.
-    3. Image placeholders and ids without text are never picked, and end tokens not before `min_new_tokens`.
+    3. Image placeholders and ids without text are never picked.
 
     No rule reads another row.
     """
 
-    def __init__(self, model, params: SamplingParams, rows: list[list[int]], ends: frozenset[int]):
+    def __init__(self, model, params: SamplingParams, rows: list[list[int]]):
         self.params = params
         self.rows = rows
         tokenizer = model.tokenizer
@@ -33,14 +33,9 @@ class LogitsRules:
         if tokenizer is not None:
             self.known = min(self.known, tokenizer.vocab_size)
             never.update(tokenizer.unused_ids)
-        self.barred = self._on_device(never, model.device)
-        self.barred_at_first = self._on_device(never | ends, model.device)
+        never = torch.tensor(sorted(token for token in never if token < self.known), dtype=torch.int64, device="cpu")
+        (self.barred,) = to_device([never], model.device)
         self.used: Tensor | None = None  # [B, V] bool, which tokens a row has; only for repetition_penalty
-        self.count = 0  # tokens that each answer has
-
-    def _on_device(self, ids: set[int], device: torch.device) -> Tensor:
-        known = torch.tensor(sorted(token for token in ids if token < self.known), dtype=torch.int64, device="cpu")
-        return to_device([known], device)[0]
 
     def keep_rows(self, rows: Tensor) -> None:
         """Continue with `rows` [R] of the batch; on its device."""
@@ -49,7 +44,6 @@ class LogitsRules:
 
     def took(self, tokens: Tensor) -> None:
         """Note the tokens [B] that were picked."""
-        self.count += 1
         if self.used is not None:
             self.used = self.used.scatter(1, tokens.clamp(min=0)[:, None], True)
 
@@ -62,9 +56,8 @@ class LogitsRules:
             check_finite(logits.amax(-1), "logits")
             pairs = zip(logits, answers, strict=True)
             logits = torch.stack([_processed(process, row.clone(), answer) for row, answer in pairs])
-        barred = self.barred_at_first if self.count < self.params.min_new_tokens else self.barred
-        if len(barred):
-            logits = logits.index_fill(-1, barred, -math.inf)
+        if len(self.barred):
+            logits = logits.index_fill(-1, self.barred, -math.inf)
         logits = logits[:, : self.known]
         if process is not None and not logits.amax(-1).isfinite().all():
             raise InputError(

@@ -43,13 +43,11 @@ class SamplingParams:
     stop: str | Sequence[str] | None = None  # an answer ends before the first of these strings that it contains
     min_p: float | None = None  # draw from tokens of at least p times the likeliest one's probability; None: from all
     repetition_penalty: float = 1.0  # divides positive logits of tokens in the prompt or the answer, multiplies others
-    min_new_tokens: int = 0  # no token ends an answer before it has as many tokens; a stop string may
     logits_processor: Callable[[list[int], Tensor], Tensor] | None = None  # see logits.py
     logprobs: bool = False  # whether a Generation has the log-probabilities of its tokens
 
     def __post_init__(self):
         check_count("max_new_tokens", self.max_new_tokens)
-        check_count("min_new_tokens", self.min_new_tokens, 0, self.max_new_tokens)
         if self.top_k is not None:
             check_count("top_k", self.top_k)
         if self.seed is not None:

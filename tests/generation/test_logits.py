@@ -1,4 +1,4 @@
-"""Rules before a token is picked: repetition_penalty, min_new_tokens and the caller's function.
+"""Rules before a token is picked: repetition_penalty and the caller's function.
 
 The reference is a loop over the plain forward pass, one row at a time.
 """
@@ -68,21 +68,6 @@ def test_repetition_penalty_is_the_papers_and_sees_all_earlier_tokens(model):
         assert answer == naive(model, prompt, 6, lambda tokens, _, x: penalised(x, tokens, 1.5), ends=(END, 255))
 
 
-def test_no_token_ends_an_answer_before_min_new_tokens(model):
-    def barred(_, answer, logits):
-        return logits.index_fill(0, torch.tensor(ENDS), -math.inf) if len(answer) < 7 else logits
-
-    biased = pop.Model(random_model(model.config, seed=5), model.config, plan=None)
-    biased.module.lm_head.weight.data[list(ENDS)] *= 4  # end tokens are likely
-    free = biased.generate(PROMPTS, max_new_tokens=12)
-    answers = biased.generate(PROMPTS, max_new_tokens=12, min_new_tokens=7)
-    assert min(len(answer.tokens) for answer in free) < 7 <= min(len(answer.tokens) for answer in answers)
-    assert [answer.tokens for answer in answers] == [naive(biased, prompt, 12, barred) for prompt in PROMPTS]
-    sampled = biased.generate(PROMPTS, max_new_tokens=12, min_new_tokens=7, temperature=3.0, seed=0)
-    assert min(len(answer.tokens) for answer in sampled) >= 7
-    assert not {token for answer in sampled for token in answer.tokens} & {*ENDS}
-
-
 # The caller's function
 
 
@@ -113,7 +98,7 @@ def test_the_callers_function_decides_row_by_row(model):
 
 
 def test_the_order_of_the_rules(model):
-    """First the penalty, then the function; what it cannot bring back are ids without text and early end tokens."""
+    """First the penalty, then the function; what it cannot bring back are ids without text."""
     tokenizer = Letters()
     tokenizer.vocab_size, tokenizer.unused_ids = 200, [4]
     padded = pop.Model(model.module, model.config, tokenizer, plan=None)
@@ -121,10 +106,10 @@ def test_the_order_of_the_rules(model):
 
     def favour(tokens, logits):
         found.append(logits.clone())
-        favourites = torch.tensor([4, 210, ENDS[0], 8])
-        return torch.full_like(logits, -5.0).index_put((favourites,), torch.tensor([9.0, 8, 7, 6]))
+        favourites = torch.tensor([4, 210, ENDS[0] if len(tokens) == 2 else 8])
+        return torch.full_like(logits, -5.0).index_put((favourites,), torch.tensor([9.0, 8, 7]))
 
-    options = {"max_new_tokens": 3, "min_new_tokens": 2, "repetition_penalty": 1.3}
+    options = {"max_new_tokens": 3, "repetition_penalty": 1.3}
     answer = padded.generate(PROMPTS[0], logits_processor=favour, **options)
     assert (answer.tokens, answer.finish_reason) == ([8, 8], "stop")
     expected = penalised(model.logits([PROMPTS[0]])[0, -1].clone(), PROMPTS[0], 1.3)
@@ -168,7 +153,7 @@ def test_a_row_does_not_depend_on_the_others(model):
     model = pop.Model(model.module, dataclasses.replace(model.config, eos_ids=ends), plan=pop.PrunePlan((1, 3)))
     prompts = [[token, 2 * token, 3][: 1 + token % 3] for token in range(1, 9)]
     options = {"max_new_tokens": 8, "temperature": 0.6, "min_p": 0.02, "top_p": 0.97, "seed": 5}
-    options |= {"repetition_penalty": 1.3, "min_new_tokens": 2, "logits_processor": sparse}
+    options |= {"repetition_penalty": 1.3, "logits_processor": sparse}
     answers = model.generate(prompts, logprobs=True, **options)
     assert len({len(answer.tokens) for answer in answers}) > 2
     alone = [model.generate(prompt, logprobs=True, **options) for prompt in prompts]
@@ -179,9 +164,9 @@ def test_a_row_does_not_depend_on_the_others(model):
 
 def test_rules_do_not_wait_for_the_device(model):
     """All but the caller's function."""
-    params = SamplingParams(repetition_penalty=1.2, min_new_tokens=2)
+    params = SamplingParams(repetition_penalty=1.2)
     there = SimpleNamespace(config=model.config, tokenizer=None, vision=model.vision, device=META)
-    rules, answers = LogitsRules(there, params, PROMPTS, frozenset(ENDS)), [Answer(None, frozenset(), (), 9)] * 3
+    rules, answers = LogitsRules(there, params, PROMPTS), [Answer(None, frozenset(), (), 9)] * 3
     logits = torch.zeros(3, 256, device=META)
     rules(logits, answers)  # the prompts' tokens are copied there once
     with device_only():

@@ -37,7 +37,7 @@ def logits(monkeypatch):
 def new_job(tokens, media=(), **options):
     """A greedy job, whose events are in job.events."""
     events = []
-    params = SamplingParams(**{"max_new_tokens": 6, "min_new_tokens": 3, **options})
+    params = SamplingParams(**{"max_new_tokens": 6, **options})
     job = Job(0, list(tokens), list(media), params, 0, events.append)
     job.events = events
     return job
@@ -184,7 +184,7 @@ def test_a_second_question_about_an_image():
         job = new_job([*begin, *question], [shown])
         answered = answer(engine, job)
         reused.append(job.cached_tokens)
-        expected = model.generate([job.tokens], images=[[shown]], max_new_tokens=6, min_new_tokens=3)[0]
+        expected = model.generate([job.tokens], images=[[shown]], max_new_tokens=6)[0]
         assert answered == expected.tokens[: len(answered)]
     assert reused == [0, 10, len(begin) + 1]
 
@@ -269,7 +269,7 @@ def test_a_cache_that_lacks_memory_takes_that_of_kept_ones(paper, monkeypatch):
     monkeypatch.setattr(paper, "new_cache", scarce)
     assert answer(engine, new_job(prompt(30, 4)))
     assert len(engine.kept.caches) == 1
-    first, second = jobs_of((30, 30), max_new_tokens=30, min_new_tokens=30)
+    first, second = jobs_of((30, 30), max_new_tokens=30)
     work(engine, [first, second])  # two rows are too many: the newer one fails
     assert first.events[-1].finish_reason
     assert isinstance(second.events[-1].error, pop.CacheMemoryError)

@@ -64,7 +64,7 @@ class Row:
         ends, params = end_ids(model), job.params
         limit = min(params.max_new_tokens, model.max_seq_len + 1 - len(job.tokens))
         self.answer = Answer(model.tokenizer, ends, params.stop, limit)
-        self.sampler, self.rules = Sampler(params, params.seeds(1)), LogitsRules(model, params, [job.tokens], ends)
+        self.sampler, self.rules = Sampler(params, params.seeds(1)), LogitsRules(model, params, [job.tokens])
 
     def draw(self) -> torch.Tensor:
         """The next token [1]. Nothing waits for it."""
