@@ -18,15 +18,15 @@ from pop.generation.prefix import Prefix
 from pop.inputs.images import Image
 from pop.inputs.tokenizers import load_tokenizer
 from pop.inputs.video_files import Video
-from pop.loading import load
+from pop.loading import build, load
 from pop.model import Model
-from pop.pruning import cost, reference
+from pop.pruning import cost, reference, selection
 from pop.pruning.plan import PrunePlan
 
 __all__ = [
     "CacheMemoryError", "CheckpointError", "ConfigError", "ContextOverflow", "Conversation",
     "DownloadError", "Generation", "Image", "Importance", "InputError", "KVCache", "MissingExtra", "Model",
     "PlanError", "PopError", "Prefix", "PrunePlan", "TokenizerError", "UnknownModel",
-    "UnsupportedError", "Verdict", "Video", "WeightsNotFound", "calibrate", "check", "cost", "engine", "importance",
-    "list_models", "load", "load_tokenizer", "parallel", "reference",
+    "UnsupportedError", "Verdict", "Video", "WeightsNotFound", "build", "calibrate", "check", "cost", "engine",
+    "importance", "list_models", "load", "load_tokenizer", "parallel", "reference", "selection",
 ]  # fmt: skip

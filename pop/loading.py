@@ -122,6 +122,16 @@ def load(
     return model
 
 
+def build(folder: str | os.PathLike):
+    """The module of a checkpoint's config.json, on the meta device: without weights.
+
+    For code that has the weights: after `module.load_state_dict(weights, assign=True)`, the memory is shared, and
+    pop.Model(module, module.config) runs it.
+    """
+    with torch.device("meta"):
+        return models.build(read_config(folder)).eval()
+
+
 def shipped_plans(model: Model) -> list[PrunePlan]:
     """The plans of the package that were calibrated for weights near a model's, the best first.
 

@@ -10,6 +10,7 @@ be equal. Times to first token are medians of rounds, in which full and pruned p
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import inspect
 import random
 import time
@@ -67,10 +68,17 @@ def tiny(family: str):
 
 
 def plans(twin: pop.Model) -> Iterator[PrunePlan]:
-    """A plain plan, and two with random corrections: one of a single group, and one that updates h after two groups."""
+    """Plain plans, and some with random corrections: of a single group, and with updates of h after two groups.
+
+    Some select tokens: before all pruned layers, or between two groups.
+    """
     yield PrunePlan((4, 5))
+    yield PrunePlan((2, 3, 5), full_depth_selected=0.3, selecting_layer=4)
     yield _calibrated(twin, (3, 4, 5), num_groups=1, num_updates=0)
-    yield _calibrated(twin, (1, 2, 4), num_groups=2, num_updates=2)
+    updating = _calibrated(twin, (1, 2, 4), num_groups=2, num_updates=2)
+    yield updating
+    yield dataclasses.replace(updating, full_depth_selected=0.2)
+    yield dataclasses.replace(updating, full_depth_selected=0.4, selecting_layer=3)
 
 
 def _calibrated(twin: pop.Model, layers: tuple[int, ...], num_groups: int, num_updates: int) -> PrunePlan:

@@ -8,7 +8,8 @@ States and logits of pruned tokens leave the model as NaN, because they predict 
 
 Nothing of transformers is subclassed or copied. The decoder and the pruned layers get another `forward` as an attribute
 of the instance. It hides the class's own until the context ends. A pruned layer computes K and V of all tokens from the
-state h that enters its group. Then its own forward runs on the full-depth rows f, with `Overwritten` as its cache:
+state h that enters its group. Then its own forward runs on the full-depth rows f, with `Overwritten` as its cache. If
+the plan selects tokens, they join these rows at the selecting layer:
 
     h [B, T, D] ──► k, v of all tokens ─────────────────┐
     f [B, W, D] ──► the layer's own forward ──► k, v ──► written over them ──► cache ──► what f attends
@@ -20,22 +21,26 @@ from __future__ import annotations
 
 import sys
 import tempfile
+from collections.abc import Iterator
 from functools import partial, wraps
+from inspect import signature
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
 import pop
-from pop import models
-from pop.checkpoints.config_json import read_config
-from pop.errors import InputError, MissingExtra, UnsupportedError
+from pop import InputError, MissingExtra, UnsupportedError, selection
 
 FIRST = (5, 6)  # versions of transformers; tried: 5.6.2, 5.12.1, 5.18.0, 5.22.2, 5.23.0 and 5.24.0
 LAST = (5, 24)
 FAMILIES = "LlamaForCausalLM", "Qwen3ForCausalLM", "Gemma3ForCausalLM"
-# Options of generate that split a prompt into several calls, or that check several new tokens in one call.
-REFUSED = "assistant_model", "assistant_early_exit", "prompt_lookup_num_tokens", "use_mtp", "prefill_chunk_size"
+# Options of generate that split a prompt into several calls, or that check several new tokens in one call, or that run
+# a loop from elsewhere.
+REFUSED = (
+    "assistant_model", "assistant_early_exit", "prompt_lookup_num_tokens", "use_mtp", "prefill_chunk_size",
+    "custom_generate", "trust_remote_code",
+)  # fmt: skip
 CACHES = "cache", "past_key_values"  # the cache's name as of 5.24, and before
 
 
@@ -70,8 +75,7 @@ class pruned:
         self.decoder = model.model
         self.layers = model.model.layers
         self.plan = pop.PrunePlan.of(plan, len(self.layers))
-        if self.plan.full_depth_selected:
-            raise UnsupportedError("the plan selects tokens by attention, which pruned cannot; give another plan")
+        self.replaced: list[tuple] = []  # see `_replacements`
         self.is_calibrated = self.plan.corrections is not None
         if self.is_calibrated:
             self.plan = as_pop(model).resolve(self.plan)
@@ -83,25 +87,35 @@ class pruned:
                 raise UnsupportedError(f"{name or 'the model'} {found}, as its own forward shows; give a plain model")
         if self.model.training or (getattr(self.model, "_tp_size", None) or 1) > 1:
             raise UnsupportedError("the model is in mode train or in tensor parallel; give a whole one in mode eval")
-        self.model.generate = partial(self._generate, self.model.generate)
-        self.model.forward = without_labels(self.model.forward)
-        self.decoder.forward = partial(self._run_decoder, self.decoder.forward)
-        for group in self.plan.groups(len(self.layers)):
-            if group.is_pruned:
-                for index in group.layers:
-                    self.layers[index].forward = PrunedLayer(self.layers[index], index, group)
+        self.replaced = list(self._replacements())
+        for part, name, function in self.replaced:
+            setattr(part, name, function)
         return self.model
 
     def __exit__(self, *_):
-        del self.model.generate
-        del self.model.forward
-        del self.decoder.forward
-        for index in self.plan.layers:
-            del self.layers[index].forward
+        for part, name, _ in self.replaced:
+            delattr(part, name)
+
+    def _replacements(self) -> Iterator[tuple]:
+        """Yield a part of the model, the name of a function of its class, and what hides it inside the context."""
+        model = self.model
+        yield model, "generate", partial(self._generate, model.generate)
+        yield model, "init_continuous_batching", refuse_continuous_batching  # generate_batch calls it, too
+        yield model, "forward", without_labels(model.forward)
+        yield self.decoder, "forward", partial(self._run_decoder, self.decoder.forward)
+        for group in self.plan.groups(len(self.layers)):
+            for index in group.layers:
+                layer = self.layers[index]
+                if group.is_pruned:
+                    yield layer, "forward", PrunedLayer(layer, index, group)
+                elif self.plan.full_depth_selected and index == self.plan.selects_at:
+                    yield layer, "forward", partial(select_and_run, layer, layer.forward)
 
     def _generate(self, generate, *args, **kwargs):
-        config = args[1] if len(args) > 1 else kwargs.get("generation_config")
-        for options in (kwargs, vars(self.model.generation_config), {} if config is None else vars(config)):
+        given = signature(generate).bind(*args, **kwargs)
+        given = given.arguments | given.kwargs
+        config = given.get("generation_config")
+        for options in (given, vars(self.model.generation_config), {} if config is None else vars(config)):
             found = [name for name in REFUSED if options.get(name)]
             if found:
                 raise UnsupportedError(f"generate has {found[0]}, whose calls look like prompts; leave it out")
@@ -117,6 +131,8 @@ class pruned:
         if self.decoder.config._attn_implementation not in ("sdpa", "eager"):
             raise UnsupportedError("pruned takes attention of the kinds sdpa and eager; see set_attn_implementation")
         cache = _cache(kwargs)
+        if not hasattr(cache, "get_seq_length") and cache is not None:  # as of continuous batching
+            raise UnsupportedError(f"pruned cannot use a {type(cache).__name__}; give a dynamic or static cache")
         mask = kwargs.get("attention_mask")
         position = positions(B, T, cache, mask, kwargs.get("position_ids"))
         if self.is_calibrated:
@@ -147,33 +163,44 @@ class PrunedLayer:
         self.number = index - group.layers[0]  # in its group
         self.is_last = index == group.layers[-1]
         self.corrections = group.corrections
+        self.keeps_states = self.number == 0 and self.corrections is not None
 
     def __call__(self, hidden_states, *, pruned_prompt=None, **kwargs):
         h = hidden_states  # [B, T, D]
         prompt = pruned_prompt
         cache = _cache(kwargs)
         if prompt is None:  # decode
-            if self.number == 0 and self.corrections is not None and cache is not None:
-                latest(cache, self.index, normalised(h, self.layer.input_layernorm))  # keeps it for the next prompt
-            return self.forward(h, **kwargs)
+            out = self.forward(h, **kwargs)
+            if self.keeps_states and cache is not None:
+                keep(cache, self.index, self._normalised(h))
+            return out
         if cache is None:
             raise InputError("pruned prefill writes a cache, but use_cache is off; turn it on")
         if self.number == 0:
             prompt.h = h
-            prompt.z = None if self.corrections is None else self._code(h, prompt.is_token, cache)
+            prompt.z = self._code(h, prompt.is_token, cache) if self.keeps_states else None
         f = self._run_rows(h, prompt, kwargs)
+        if self.keeps_states:
+            keep(cache, self.index, self._normalised(h[:, -1:]))
         prompt.layers_run += 1
         if self.is_last and self.corrections is not None:
             h = self.corrections.updated(h, prompt.z)
         at = prompt.rows[..., None].expand_as(f)  # [B, W, D]
         return h.scatter(1, at, f)
 
+    def _normalised(self, h) -> torch.Tensor:
+        """h [B, T, D] / rms(h), without the weight of the layer's first norm."""
+        norm = self.layer.input_layernorm
+        eps = norm.eps if hasattr(norm, "eps") else norm.variance_epsilon
+        return F.rms_norm(h.float(), h.shape[-1:], eps=eps).to(h.dtype)
+
     def _code(self, h, is_token, cache) -> torch.Tensor:
         """The code z [B, T, R] of the state that enters the group."""
-        x = normalised(h, self.layer.input_layernorm)
-        previous = latest(cache, self.index, x)  # [B, D]
-        x = x.where(is_token[..., None], previous[:, None])  # padding precedes a row's first token
-        return self.corrections.code(x, previous)
+        x = self._normalised(h)
+        previous = latest(cache, self.index, x)[:, None]  # [B, 1, D]
+        x = x.where(is_token[..., None], previous)  # padding precedes a row's first token
+        before = torch.cat((previous, x[:, :-1]), dim=1)  # [B, T, D]
+        return self.corrections.code(x, before)
 
     def _run_rows(self, h, prompt, kwargs) -> torch.Tensor:
         """The full-depth rows f [B, W, D] after the layer. Writes K and V of all tokens to the cache."""
@@ -206,11 +233,16 @@ class PrunedLayer:
             for_k, for_v = F.linear(prompt.z, weight, bias).chunk(2, dim=-1)
             k = k + for_k
             v = v + for_v
-        k = k.unflatten(-1, (-1, attention.head_dim))  # [B, T, K, E]
-        v = v.unflatten(-1, (-1, attention.head_dim))
-        if hasattr(attention, "k_norm"):
-            k = attention.k_norm(k)
-        return rotated(k, *tables).transpose(1, 2), v.transpose(1, 2)
+        k = rotated(by_head(k, attention, "k_norm"), *tables)  # [B, T, K, E]
+        v = by_head(v, attention)
+        return k.transpose(1, 2), v.transpose(1, 2)
+
+
+def select_and_run(layer, forward, hidden_states, *, pruned_prompt=None, **kwargs):
+    """The `forward` of the selecting layer inside the context."""
+    if pruned_prompt is not None:
+        pruned_prompt.select(layer, hidden_states, kwargs["position_embeddings"])
+    return forward(hidden_states, **kwargs)
 
 
 class Prompt:
@@ -222,18 +254,43 @@ class Prompt:
     """
 
     def __init__(self, position: torch.Tensor, plan: pop.PrunePlan):
-        T = position.shape[1]
-        column = torch.arange(T, device=position.device)
+        self.position = position
+        self.plan = plan
         self.is_token = position >= 0  # [B, T]
-        self.at_full_depth = self.is_token & plan.at_full_depth(position, position[:, -1:] + 1)  # [B, T]
-        count = self.at_full_depth.sum(1, keepdim=True)  # [B, 1]
-        W = int(count.max())
-        ordered = (~self.at_full_depth).to(torch.uint8).argsort(dim=1, stable=True)[:, :W]  # their columns come first
-        # The columns that run at full depth, [B, W]. Short rows repeat their last column.
-        self.rows = ordered.where(column[:W] < count, T - 1)
+        # Those that run every layer: [B, T]. Selected tokens are not among them.
+        self.at_full_depth = self.is_token & plan.at_full_depth(position, position[:, -1:] + 1)
+        self.rows = columns_of(self.at_full_depth)  # [B, W]: the columns that run the next pruned layers
         self.h: torch.Tensor | None = None  # [B, T, D], enters the present group
         self.z: torch.Tensor | None = None  # its code [B, T, R], in a calibrated plan
         self.layers_run = 0
+
+    def select(self, layer, h: torch.Tensor, tables) -> None:
+        """Let the tokens that the prompt's last ones attend to most run the pruned layers from here on.
+
+        h [B, T, D] enters the selecting layer, and `tables` are its rotary ones.
+        """
+        others = self.is_token & ~self.at_full_depth
+        counts = [self.plan.num_selected(number) for number in others.sum(1).tolist()]
+        if not any(counts):
+            return
+        attention = layer.self_attn
+        x = layer.input_layernorm(h)
+        k = rotated(by_head(attention.k_proj(x), attention, "k_norm"), *tables)  # [B, T, K, E]
+        last = slice(-selection.SELECTING, None)
+        last_tables = (table[:, last] for table in tables)
+        q = rotated(by_head(attention.q_proj(x[:, last]), attention, "q_norm"), *last_tables)  # [B, Q, H, E]
+        received = selection.attention_received(q, k, self.position[:, last], self.position, attention.scaling)
+        selected = selection.most_attended(received, others, torch.tensor(counts, device=h.device))
+        self.rows = columns_of(self.at_full_depth | selected)
+
+
+def columns_of(chosen: torch.Tensor) -> torch.Tensor:
+    """The columns [B, W] of the chosen tokens [B, T] bool, in order. Rows with fewer of them repeat the last column."""
+    T = chosen.shape[1]
+    counts = chosen.sum(1, keepdim=True)  # [B, 1]
+    W = int(counts.max())
+    ordered = (~chosen).to(torch.uint8).argsort(dim=1, stable=True)[:, :W]
+    return ordered.where(torch.arange(W, device=chosen.device) < counts, T - 1)
 
 
 class Overwritten:
@@ -259,12 +316,17 @@ class Overwritten:
         return tuple(x[:, :, : self.filled] for x in found)  # a static cache also returns its empty slots
 
 
+def refuse_continuous_batching(*_, **__):
+    raise UnsupportedError("continuous batching hides which tokens end a prompt; call generate, or leave pruned")
+
+
 def without_labels(forward):
     """A model's forward, except that it refuses labels. Its signature stays, because generate reads it."""
+    parameters = signature(forward)
 
     @wraps(forward)
     def checked(*args, **kwargs):
-        if kwargs.get("labels") is not None:
+        if parameters.bind(*args, **kwargs).arguments.get("labels") is not None:  # also of a call by position
             raise UnsupportedError("a loss would be over pruned tokens; leave out labels, or call outside of pruned")
         return forward(*args, **kwargs)
 
@@ -321,33 +383,36 @@ def check_last_token(cache, mask) -> None:
         raise InputError("a calibrated plan needs the cache's last token, which a row's mask hides; encode it again")
 
 
-def normalised(h: torch.Tensor, norm) -> torch.Tensor:
-    """h [B, T, D] / rms(h), without the norm's weight."""
-    eps = norm.eps if hasattr(norm, "eps") else norm.variance_epsilon
-    return F.rms_norm(h.float(), h.shape[-1:], eps=eps).to(h.dtype)
+def by_head(x: torch.Tensor, attention, norm: str = "") -> torch.Tensor:
+    """x [B, T, heads * E] -> [B, T, heads, E], normalised if the family has a norm of that name."""
+    x = x.unflatten(-1, (-1, attention.head_dim))
+    return getattr(attention, norm)(x) if hasattr(attention, norm) else x
 
 
-def rotated(k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """k [B, T, K, E] at its rotary positions. cos and sin are [B, T, E], with equal halves."""
-    first, second = k.chunk(2, dim=-1)
+def rotated(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """x [B, T, heads, E] at its rotary positions. cos and sin are [B, T, E], with equal halves."""
+    first, second = x.chunk(2, dim=-1)
     turned = torch.cat((-second, first), dim=-1)
-    return k * cos[:, :, None] + turned * sin[:, :, None]
+    return x * cos[:, :, None] + turned * sin[:, :, None]
+
+
+def keep(cache, start: int, x: torch.Tensor) -> None:
+    """Keep the normalised state x [B, 1, D] of the cache's last token, as it entered layer `start`, beside the cache.
+
+    The layer's keys are kept with it. If others have taken their place, the cache was cut or its rows were reordered.
+    """
+    kept = vars(cache).setdefault("pruned_states", {})
+    kept[start] = int(cache.get_seq_length(start)), cache.layers[start].keys, x[:, 0].clone()
 
 
 def latest(cache, start: int, x: torch.Tensor) -> torch.Tensor:
-    """The normalised state [B, D] of the cache's last token as it entered layer `start`; zeros for an empty cache.
-
-    x [B, T, D] are the states of the tokens that follow. The last of them is kept beside the cache for the next call.
-    """
-    kept = vars(cache).setdefault("pruned_states", {})
+    """What `keep` has kept of the cache's last token [B, D], zeros for an empty cache. x [B, T, D]: what follows it."""
     past = int(cache.get_seq_length(start))
-    length = 0
-    state = torch.zeros_like(x[:, 0])
-    if past:
-        length, state = kept.get(start, (0, state))
-    if x.shape[1] > 1 and (length != past or state.shape != x[:, 0].shape):
-        raise InputError("the cache's last token was encoded without this calibrated plan; encode it again")
-    kept[start] = past + x.shape[1], x[:, -1].clone()
+    if not past:
+        return torch.zeros_like(x[:, 0])
+    length, keys, state = vars(cache).get("pruned_states", {}).get(start, (0, None, None))
+    if length != past or keys is not cache.layers[start].keys or state.shape != x[:, 0].shape:
+        raise InputError("the cache's last token was encoded without this calibrated plan, or moved; encode it again")
     return state
 
 
@@ -355,16 +420,14 @@ def as_pop(model) -> pop.Model:
     """The same model for pop's engine, with the same weights in the same memory."""
     with tempfile.TemporaryDirectory() as folder:
         model.config.save_pretrained(folder)
-        config = read_config(folder)
-    with torch.device("meta"):
-        module = models.build(config)
+        module = pop.build(folder)
     weights = model.state_dict()
     names = module.state_dict().keys()
     missing = names - weights.keys()
     if missing:
         raise UnsupportedError(f"the model lacks {min(missing)}; merge its adapters, and use plain weights")
     module.load_state_dict({name: weights[name] for name in names}, assign=True)
-    return pop.Model(module.eval(), config, compile=False)
+    return pop.Model(module, module.config, compile=False)
 
 
 def calibrate(model, texts, plan, **options) -> pop.PrunePlan:

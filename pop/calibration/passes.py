@@ -135,7 +135,7 @@ class Pass:
         z = None
         if corrections is not None:
             x = self.module.layers[group.layers.start].normalised(h)
-            z = corrections.code(x, torch.zeros_like(x[:, 0]))  # [B, T, rank]
+            z = corrections.code(x, F.pad(x, (0, 0, 1, -1)))  # [B, T, rank]; the state before the first one is zero
         masks = {
             window: causal_mask(T, window, self.last_attended, h.device).expand(B, -1, -1)[rows]  # [B, R, T]
             for window in self.ropes

@@ -26,6 +26,7 @@ from pop.engine.modes import engine_modes
 from pop.engine.selection import select
 from pop.engine.stages import EAGER, Stages
 from pop.models.images import TEXT, TextOnly
+from pop.pruning.corrections import shifted
 from pop.pruning.plan import Group, PrunePlan
 
 
@@ -206,8 +207,9 @@ class Call:
         if corrections is not None:
             first = group.layers[0]
             normalised = self.module.layers[first].normalised
-            before = normalised(self.hidden[first])  # [B, D], of the token before the chunk
-            z = corrections.code(normalised(h), before, linear)  # [B, C, R]
+            previous = normalised(self.hidden[first])  # [B, D], of the token before the chunk
+            x = normalised(h)
+            z = corrections.code(x, shifted(x, previous), linear)  # [B, C, R]
             passed = corrections.updated(h, z, linear)
         for number, index in enumerate(group.layers):
             layer = self.module.layers[index]

@@ -26,5 +26,6 @@ def select(module, plan: PrunePlan, h, rotary, lengths, others, counts) -> Tenso
     position = query.clamp(min=0)  # a short prompt has fewer queries
     q = layer.queries_keys_values(h[rows, position], tuple(table[rows, position] for table in rope))[0]  # [B, Q, H, E]
     k = layer.keys_values(h, rope)[0]  # [B, T, K, E]
-    received = module.largest_of_processes(attention_received(q, k, query, layer.scale))
+    key = torch.arange(h.shape[1], device=h.device)  # [T], of each row
+    received = module.largest_of_processes(attention_received(q, k, query, key, layer.scale))
     return most_attended(received, others, counts)

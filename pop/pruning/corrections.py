@@ -35,14 +35,18 @@ class GroupCorrections(NamedTuple):
     bias: Tensor  # b [n, 2 * K * E]
     update: Tensor | None  # A [D, R], or None if no kept layer follows
 
-    def code(self, x: Tensor, previous: Tensor, linear=F.linear) -> Tensor:
-        """The code z [B, T, R] of normalised states x [B, T, D], given the state before each row's first one [B, D]."""
-        before = torch.cat((previous[:, None], x[:, :-1]), dim=1)  # [B, T, D]
+    def code(self, x: Tensor, before: Tensor, linear=F.linear) -> Tensor:
+        """The codes z [..., R] of tokens, from their normalised states x [..., D] and those of the tokens before."""
         return linear(torch.cat((x, before), dim=-1), self.shared)
 
     def updated(self, h: Tensor, z: Tensor, linear=F.linear) -> Tensor:
         """h [B, T, D] after the group, from the h that entered it and its code z [B, T, R]."""
         return h if self.update is None else h + linear(z, self.update)
+
+
+def shifted(x: Tensor, previous: Tensor) -> Tensor:
+    """The state before each x [B, T, D] of consecutive tokens: [B, T, D], from `previous` [B, D] on."""
+    return torch.cat((previous[:, None], x[:, :-1]), dim=1)
 
 
 def corrected_keys_values(layer, h, z, weight, bias, rope, linear=F.linear) -> tuple[Tensor, Tensor]:

@@ -30,6 +30,7 @@ from pop.models import build
 from pop.models.images import Images
 from pop.pruning import reference
 from pop.pruning.plan import PrunePlan
+from pop.pruning.selection import attention_received
 
 pytestmark = pytest.mark.usefixtures("small_query_blocks", "short_averages")
 
@@ -81,6 +82,17 @@ def test_a_later_prompt_selects_among_its_own_tokens(case, data):
         earlier = F.pad(before[row, :n], (0, m))
         scores = scores_at_selecting_layer(module, whole, full_depth, plan, earlier, begin=n)
         assert_chosen(chosen[row, :m], scores, others, plan)
+
+
+def test_padding_neither_attends_nor_is_attended():
+    """Padding on the left of one row gives what the row alone gives, with a batch dimension or without."""
+    drawn = torch.Generator().manual_seed(0)
+    q, k = torch.randn(2, 5, 4, 8, generator=drawn), torch.randn(2, 9, 2, 8, generator=drawn)
+    position = torch.stack((torch.arange(9), torch.arange(9) - 6))  # the second row has three tokens
+    received = attention_received(q, k, position[:, -5:], position, 0.3)
+    alone = attention_received(q[1, -3:], k[1, -3:], torch.arange(3), torch.arange(3), 0.3)
+    assert (received[1, :6] == 0).all()
+    torch.testing.assert_close(received[1, 6:], alone)
 
 
 def test_rotary_positions_of_images_count():

@@ -4,6 +4,7 @@
 """
 
 import copy
+import dataclasses
 import json
 import sys
 import types
@@ -47,6 +48,7 @@ class Decoder(nn.Module):
         self.layers = nn.ModuleList(Layer(CONFIG, index) for index in range(CONFIG.num_layers))
         for index, layer in enumerate(self.layers):
             layer.index = index
+            layer.self_attn.scaling = layer.scale
         self.norm = pop.models.layers.RMSNorm(CONFIG.hidden_size, CONFIG.norm_eps)
         self.config = types.SimpleNamespace(_attn_implementation="sdpa")
 
@@ -77,24 +79,33 @@ class LlamaForCausalLM(nn.Module):
         self.config = types.SimpleNamespace(save_pretrained=write_config)
         self.generation_config = types.SimpleNamespace(use_mtp=False)
 
-    def forward(self, input_ids, labels=None, logits_to_keep=1, **kwargs):
+    def forward(self, input_ids, attention_mask=None, labels=None, logits_to_keep=1, **kwargs):
+        kwargs["attention_mask"] = attention_mask
         return self.lm_head(self.model(input_ids=input_ids, **kwargs)[0][:, -logits_to_keep:]).squeeze(1)
 
-    def generate(self, input_ids, **kwargs):
+    def generate(self, input_ids, generation_config=None, assistant_model=None, **kwargs):
         return self(input_ids, **kwargs).argmax(-1)
+
+    def init_continuous_batching(self):
+        return "a manager"
+
+    def generate_batch(self, inputs):
+        return self.init_continuous_batching()
 
 
 class Cache:
     def __init__(self):
-        self.keys, self.values = {}, {}
+        empty = torch.zeros(1, 1, 0, 1)
+        self.layers = [types.SimpleNamespace(keys=empty, values=empty) for _ in range(CONFIG.num_layers)]
 
     def get_seq_length(self, index=0):
-        return self.keys[index].shape[2] if index in self.keys else 0
+        return self.layers[index].keys.shape[2]
 
     def update(self, k, v, index):
-        for held, new in ((self.keys, k), (self.values, v)):
-            held[index] = torch.cat((held[index], new), dim=2) if index in held else new
-        return self.keys[index], self.values[index]
+        layer, is_first = self.layers[index], self.get_seq_length(index) == 0
+        layer.keys = k if is_first else torch.cat((layer.keys, k), dim=2)
+        layer.values = v if is_first else torch.cat((layer.values, v), dim=2)
+        return layer.keys, layer.values
 
 
 @pytest.fixture(autouse=True)
@@ -117,11 +128,11 @@ def model():
     return model
 
 
-def plan_of(model, is_calibrated=True):
-    if not is_calibrated:
-        return PrunePlan((1, 2, 4), full_depth_last=2, full_depth_first=1)
+def plan_of(model, is_calibrated=True, **selects):
     layers = (1, 3, 4)  # h is updated after the first group
-    return PrunePlan(layers, 3, 2, random_corrections(CONFIG, layers, 1, 7, as_pop(model)))
+    plan = PrunePlan(layers, full_depth_last=3, full_depth_first=2, **selects)
+    corrections = random_corrections(CONFIG, layers, 1, 7, as_pop(model)) if is_calibrated else None
+    return dataclasses.replace(plan, corrections=corrections)
 
 
 def padded(rows, left):
@@ -130,8 +141,12 @@ def padded(rows, left):
 
 
 @pytest.mark.parametrize("is_calibrated", [False, True])
-def test_turns_of_a_ragged_batch_equal_the_engine(model, is_calibrated):
-    twin, plan, cache = as_pop(model), plan_of(model, is_calibrated), Cache()
+@pytest.mark.parametrize(
+    "selects", [{}, {"full_depth_selected": 0.5}, {"full_depth_selected": 0.5, "selecting_layer": 2}], ids=str
+)
+@pytest.mark.usefixtures("short_averages")
+def test_turns_of_a_ragged_batch_equal_the_engine(model, is_calibrated, selects):
+    twin, plan, cache = as_pop(model), plan_of(model, is_calibrated, **selects), Cache()
     other, mask, last = twin.new_cache(3, 40), torch.zeros(3, 0, dtype=torch.int64), [[]] * 3
     for turn in TURNS:
         rows = [old + torch.randint(3, CONFIG.vocab_size, (n,)).tolist() for old, n in zip(last, turn, strict=True)]
@@ -165,8 +180,9 @@ def test_only_full_depth_tokens_have_scores(model):
     ids, plan = torch.randint(3, CONFIG.vocab_size, (2, 9)), plan_of(model, is_calibrated=False)
     with pruned(model, plan):
         logits = model(ids, cache=Cache(), logits_to_keep=9)
-        with pytest.raises(UnsupportedError, match="labels"):
-            model(ids, labels=ids, cache=Cache())
+        for args, labels in ([], {"labels": ids}), ([None, ids], {}):
+            with pytest.raises(UnsupportedError, match="labels"):
+                model(ids, *args, cache=Cache(), **labels)
     full_depth = reference.full_depth_tokens(9, 9, plan)
     assert logits[:, full_depth].isfinite().all() and logits[:, ~full_depth].isnan().all()
     with pruned(model, PrunePlan.none()):
@@ -193,7 +209,6 @@ def test_what_is_refused(model):
     for error, named, subject, refused in (
         (UnsupportedError, "Linear", nn.Linear(1, 1), plan),
         (PlanError, "layer 9", model, PrunePlan((9,))),
-        (UnsupportedError, "selects", model, PrunePlan((3,), full_depth_selected=0.1)),
         (PlanError, "other weights", changed, plan_of(model)),
         (UnsupportedError, "train", copy.deepcopy(model).train(), plan),
     ):
@@ -201,12 +216,18 @@ def test_what_is_refused(model):
             pass
     with pruned(model, plan):
         config = types.SimpleNamespace(prefill_chunk_size=2)
-        for named, options in {
-            "prompt_lookup_num_tokens": {"prompt_lookup_num_tokens": 2},
-            "prefill_chunk_size": {"generation_config": config},
-        }.items():
+        for named, args, options in (
+            ("prompt_lookup_num_tokens", [], {"prompt_lookup_num_tokens": 2}),
+            ("prefill_chunk_size", [], {"generation_config": config}),
+            ("prefill_chunk_size", [config], {}),
+            ("assistant_model", [None, model], {}),
+        ):
             with pytest.raises(UnsupportedError, match=named):
-                model.generate(ids, **options)
+                model.generate(ids, *args, **options)
+        with pytest.raises(UnsupportedError, match="continuous batching"):
+            model.generate_batch([[1, 2]])
+        with pytest.raises(UnsupportedError, match="object"):  # of a batch that had begun before
+            model(ids, cache=object())
         with pytest.raises(InputError, match="use_cache"):
             model(ids)
         with pytest.raises(InputError, match="left"):
@@ -214,6 +235,18 @@ def test_what_is_refused(model):
     model(ids, cache=cache)
     for _ in range(2):
         with pytest.raises(InputError, match="without this calibrated plan"), pruned(model, plan_of(model)):
+            model(ids, cache=cache)
+    assert model.generate_batch([[1, 2]]) == "a manager"
+
+
+def test_rows_that_were_reordered_are_refused(model):
+    """As beam search leaves them. The state that is kept for the next prompt would be another row's."""
+    ids, cache = torch.randint(3, CONFIG.vocab_size, (2, 6)), Cache()
+    with pruned(model, plan_of(model)):
+        model(ids, cache=cache)
+        for layer in cache.layers:
+            layer.keys, layer.values = layer.keys.flip(0), layer.values.flip(0)
+        with pytest.raises(InputError, match="moved"):
             model(ids, cache=cache)
 
 

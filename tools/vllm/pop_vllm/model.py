@@ -222,7 +222,7 @@ class Pruned:
         passed = h
         if corrections is not None:
             x = normalised(h, self.model.layers[group.layers[0]])
-            z = corrections.code(x[:, None], step.before(x))[:, 0]  # [N, R]: each token is a row of one token
+            z = corrections.code(x, step.before(x))  # [N, R]
             passed = corrections.updated(h, z)
         for number, index in enumerate(group.layers):
             k, v = self.projected(index, h)

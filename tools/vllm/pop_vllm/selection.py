@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 from vllm.distributed import get_tensor_model_parallel_world_size, get_tp_group
 
-from pop.pruning.plan import SELECTING
-from pop.pruning.selection import attention_received, most_attended
+from pop.pruning.selection import SELECTING, attention_received, most_attended
 from pop_vllm.layers import queries_keys
 from pop_vllm.step import Step
 
@@ -75,11 +74,10 @@ class Competing(NamedTuple):
 def most_attended_of(tokens: Competing, layer, position: Tensor, count: int) -> Tensor:
     """The indices [count] of the tokens that the prompt's last ones attend to most. `position` [T] is on the device."""
     q, k = queries_keys(layer, tokens.states, position)  # [T, H, E] and [T, K, E]
-    query = torch.arange(len(k), device=k.device)[-SELECTING:]
-    received = attention_received(q[None, -SELECTING:], k[None], query[None], layer.self_attn.scaling)  # [1, T]
+    received = attention_received(q[-SELECTING:], k, position[-SELECTING:], position, layer.self_attn.scaling)  # [T]
     if get_tensor_model_parallel_world_size() > 1:  # each rank has some of the heads
         group = get_tp_group().device_group
         torch.distributed.all_reduce(received, torch.distributed.ReduceOp.MAX, group)
     others = torch.from_numpy(tokens.others).to(k.device)
-    is_chosen = most_attended(received, others[None], torch.tensor([count], device=k.device))[0]  # [T]
+    is_chosen = most_attended(received[None], others[None], torch.tensor([count], device=k.device))[0]  # [T]
     return (~is_chosen).to(torch.uint8).argsort(stable=True)[:count]  # nonzero would wait for the device
