@@ -86,7 +86,7 @@ def test_models_and_engine_know_no_device_compiler_or_file(folder):
 # What makes code dense.
 # Syntax nodes of the files in calibration/, and of all others. The aim is 92,000 for both together, which the search
 # for layers and the verdict have put out of reach for now. Lower these bounds when nodes go.
-CALIBRATION, OTHERS = 21_100, 83_550
+CALIBRATION, OTHERS = 20_600, 83_750
 PACKED = 10  # assignments such as `a, b = f(x), g(y)`
 PRIVATE, PUBLIC = 6, 10  # parameters of a function, those that are not keyword-only
 

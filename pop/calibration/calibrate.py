@@ -2,7 +2,7 @@
 
 texts ──► windows to fit, and windows to judge by (texts.py, held_out.py)
       ──► which layers, and which tokens at full depth (search.py), unless a plan is given
-      ──► corrections in closed form (refit.py); the judge chooses lambda, and where the full-depth tokens lie
+      ──► corrections in closed form (refit.py); the judge chooses lambda
       ──► steps of distillation (distill.py); the judge keeps the best
       ──► the plan, with a record of all this
 """
@@ -131,9 +131,7 @@ def calibrate(
     if restored is None:
         decided = _decided(model, wanted, windows, judge, rank, progress)
         plan = _closed_form(model, decided, windows, judge, rank, progress)
-        if not isinstance(wanted, PrunePlan):
-            plan = min(search.full_depth_plans(model, plan), key=lambda one: judge.losses(one).mean)
-        elif not steps and judge.losses(decided).mean < judge.losses(plan).mean:
+        if isinstance(wanted, PrunePlan) and not steps and judge.losses(decided).mean < judge.losses(plan).mean:
             plan = decided
     else:
         tensors, fields = restored

@@ -1,13 +1,11 @@
 """Exercises for distillation: prompts, and continuations that often have to be looked up in them.
 
-In plain text most tokens follow from the few before them. So plain text teaches little about looking things up. Four
+In plain text most tokens follow from the few before them. So plain text teaches little about looking things up. Three
 kinds of exercises take turns:
 
     text          a part of the user's texts
     repetition    a prompt from these texts, followed by passages of it, a line each
     table         a prompt with facts among its text, followed by the facts in another order and often another form
-    nested        a prompt with nested lists among its text, which ends within the last; followed by its closing
-                  brackets, and by the other lists
 """
 
 import math
@@ -24,16 +22,12 @@ from pop.calibration.texts import Window
 from pop.errors import InputError
 from pop.inputs.processors import Prepared
 
-KINDS = ("text", "repetition", "table", "text", "nested", "table")
+KINDS = ("text", "repetition", "table", "text", "table")
 ROWS = 8  # the most prompts in a batch; a prompt with images is alone
 TOKENS = 4096  # the most tokens of a batch of several prompts
 SHORTEST_PROMPT = 128  # tokens; the longest has as many as the longest window
 CONTINUATION = 160  # tokens; at most a third of prompt and continuation
 PASSAGE = (14, 40)  # tokens, from and to
-LISTS = (2, 4)  # nested lists in a prompt, from and to
-DEPTH = (2, 5)  # brackets around a list, from and to
-ITEMS = (2, 24)  # items of a list, from and to
-BRACKETS = ("[]", "{}", "()", "<>")
 FACTS = (5, 12)  # facts in a table, from and to; a fact is two words of the prompt and a random value
 FORMS = (
     "The {0} of {1} is {2}.", "{0} {1} = {2}", "| {0} | {1} | {2} |", "{1}.{0}: {2}", "For {1}, set {0} to {2}.",
@@ -100,8 +94,6 @@ def _lookup(model, kind: str, prompt: list[int], length: int, images: Sequence[r
     asked = []
     if kind == "table" and not images:
         prompt, asked = _table(model, prompt, rng)
-    if kind == "nested" and not images:
-        prompt, asked = _nested(model, prompt, rng)
     if not asked:
         asked = _repetition(model, prompt, length, images, rng)
     return prompt + list(islice(cycle(asked), length)) if asked else None
@@ -154,46 +146,13 @@ def _table(model, prompt: list[int], rng) -> tuple[list[int], list[int]]:
         places = [rng.randint(1, kept) for _ in facts]
     else:
         places = [rng.randint(1, kept)] * count
+    text = prompt[:kept]
+    for place, line in sorted(zip(places, lines, strict=True), reverse=True):
+        text[place:place] = line
     form = rng.choice(forms)
     questions = [f"\n{form.format(*fact)}" for fact in rng.sample(facts, count)]
     asked = [token for question in questions for token in model.encode(question, bos=False)]
-    return _inserted(prompt[:kept], places, lines), asked
-
-
-def _nested(model, prompt: list[int], rng) -> tuple[list[int], list[int]]:
-    """A prompt with nested lists in place of its end, and tokens that close the last and repeat the others."""
-    words = _words(model, prompt)
-    if not words:
-        return prompt, []
-    lists = [_nested_list(words, rng) for _ in range(rng.randint(*LISTS))]
-    opened, closed = (model.encode(half, bos=False) for half in lists.pop())
-    others = [model.encode("".join(halves) + "\n", bos=False) for halves in lists]
-    kept = len(prompt) - len(opened) - sum(map(len, others))
-    if kept < 1:
-        return prompt, []
-    places = [rng.randint(1, kept) for _ in others]
-    asked = closed + [token for one in rng.sample(others, len(others)) for token in one]
-    return _inserted(prompt[:kept], places, others) + opened, asked
-
-
-def _nested_list(words: list[str], rng) -> tuple[str, str]:
-    """A named list within brackets of several kinds, up to its last item; and the brackets that close it."""
-    depth = rng.randint(*DEPTH)
-    brackets = rng.choices(BRACKETS, k=depth)
-    step = rng.choice(("", " ", "  ", "    "))
-    items = [rng.choice((rng.choice(words), _value(rng))) for _ in range(rng.randint(*ITEMS))]
-    opened = [f"{step * n}{bracket[0]}\n" for n, bracket in enumerate(brackets)]
-    closed = [f"\n{step * n}{bracket[1]}" for n, bracket in enumerate(brackets)]
-    name = rng.choice(words)
-    return f"\n{name} = {''.join(opened)}{step * depth}{', '.join(items)}", "".join(reversed(closed))
-
-
-def _inserted(text: list[int], places: list[int], parts: list[list[int]]) -> list[int]:
-    """A text with parts at places of it."""
-    text = list(text)
-    for place, part in sorted(zip(places, parts, strict=True), reverse=True):
-        text[place:place] = part
-    return text
+    return text, asked
 
 
 def _value(rng) -> str:

@@ -30,9 +30,8 @@ from pop.pruning.cost import speedup_limit
 from pop.pruning.plan import PrunePlan
 
 PROMPT = 2048  # tokens of the prompt for which a speedup is asked
-FULL_DEPTH = 0.08  # the share of this prompt's tokens at full depth, but for the first
-LAST = (32, 64, 96, 128)  # how many of them may be its last ones; the others are selected
-TYPICAL = 64  # of them are its last ones, until calibration knows better
+FULL_DEPTH = 0.1  # the share of this prompt's tokens at full depth, but for the first
+LAST = 96  # how many of them are its last ones, which fewer would not serve as well (README.md); the others are selected
 TAILS = (1.0, 0.8, 0.6)  # of the pruned layers, the shares that are the deepest ones
 SAMPLES = 16  # texts, and repeated passages, on which gates are measured
 SAMPLE = 192  # tokens of each
@@ -78,13 +77,6 @@ def search(model, windows: list[Window], judge: Judge, speedup: float, rank: int
             losses[plan] = judge.losses(fitted(model, few, plan, rank).calibrated()).mean
         step(1)
     return min(losses, key=losses.get)
-
-
-def full_depth_plans(model, plan: PrunePlan) -> list[PrunePlan]:
-    """The plan with as many tokens at full depth, of which more or fewer are the last ones."""
-    if not plan.full_depth_selected:
-        return [plan]
-    return [_shared_out(model, plan, last) for last in LAST if last <= FULL_DEPTH * _prompt(model)] or [plan]
 
 
 def with_full_depth(model, layers: Sequence[int], windows: list[Window]) -> PrunePlan:
@@ -184,15 +176,11 @@ def _with_full_depth(model, layers: Sequence[int], lookups: Tensor) -> PrunePlan
     if not allowed:
         return PrunePlan(layers, full_depth_first=1, full_depth_last=max(1, total))
     selecting = max(allowed, key=lambda index: lookups[index].item())
-    plan = PrunePlan(layers, full_depth_first=1, selecting_layer=selecting)
-    return _shared_out(model, plan, max(1, min(TYPICAL, total)))
-
-
-def _shared_out(model, plan: PrunePlan, last: int) -> PrunePlan:
-    """The plan with `last` last tokens, and as many selected ones as the share of full depth leaves."""
-    prompt = _prompt(model)
-    selected = max(0.0, FULL_DEPTH * prompt - last) / (prompt - last)
-    return dataclasses.replace(plan, full_depth_last=last, full_depth_selected=round(selected, 4))
+    last = max(1, min(LAST, total))
+    selected = round((total - last) / (_prompt(model) - last), 4)
+    return PrunePlan(
+        layers, full_depth_first=1, full_depth_last=last, full_depth_selected=selected, selecting_layer=selecting
+    )
 
 
 def _limit(model, plan: PrunePlan, rank: int | None) -> float:
