@@ -7,7 +7,9 @@
 The method: pop/pruning/reference.py. What makes it fast: pop/engine/forward.py. The models: pop/models.
 """
 
+import sys
 from importlib import import_module
+from importlib.machinery import ModuleSpec
 from typing import TYPE_CHECKING
 
 from pop.system import __version__ as __version__
@@ -23,3 +25,25 @@ def __getattr__(name: str):
 
 def __dir__() -> list[str]:
     return [*globals(), *import_module("pop.api").__all__]
+
+
+class _Aliases:
+    """Finds modules that other code imports by a short name, such as pop.reference for pop.pruning.reference."""
+
+    @classmethod
+    def find_spec(cls, name: str, path, target=None) -> ModuleSpec | None:
+        return ModuleSpec(name, cls) if name in ("pop.cost", "pop.parallel", "pop.reference") else None
+
+    @staticmethod
+    def create_module(spec: ModuleSpec):
+        module = __getattr__(spec.name.removeprefix("pop."))
+        spec.loader_state = module.__spec__
+        return module
+
+    @staticmethod
+    def exec_module(module) -> None:
+        """Restore what importing has changed. The module has been executed under its own name."""
+        module.__spec__ = module.__spec__.loader_state
+
+
+sys.meta_path.append(_Aliases)
