@@ -15,6 +15,7 @@ import inspect
 import random
 import time
 from collections.abc import Iterator
+from functools import partial
 from itertools import product
 from statistics import median
 
@@ -23,10 +24,10 @@ import torch
 import pop
 from pop import PrunePlan
 from pop.checkpoints.registry import find_folder
-from pop.errors import InputError
+from pop.errors import InputError, UnsupportedError
 from pop.pruning.corrections import Corrections
 from tools.common import exit_status, integers_in, table
-from tools.transformers_pop import FAMILIES, as_pop, library, pruned
+from tools.transformers_pop import FAMILIES, STATIC, as_pop, library, pruned
 
 TOLERANCE = 1e-4  # of the logits' standard deviation
 STEPS = 4  # tokens of an answer
@@ -52,6 +53,22 @@ GEMMA3 = {
     "layer_types": ["sliding_attention", "sliding_attention", "full_attention"] * 2,
     "query_pre_attn_scalar": 14,
 }
+GREEDY = {
+    "max_new_tokens": STEPS,
+    "do_sample": False,
+    "eos_token_id": None,
+    "pad_token_id": 0,
+    "return_dict_in_generate": True,
+    "output_logits": True,
+}
+# Options of generate that would encode a prompt in parts, or take several new tokens for a prompt.
+REFUSED = {
+    "prompt_lookup_num_tokens": 3,
+    "assistant_early_exit": 2,
+    "prefill_chunk_size": 8,
+    "cache_implementation": "paged",
+    "custom_generate": print,
+}
 CHAT = [3, 17, 9], [2, 1, 30]  # the lengths of the rows' first and second messages
 # For layers with windows: transformers counts padding between messages as places in the window.
 EVEN_CHAT = [3, 17, 9], [11, 11, 11]
@@ -59,7 +76,7 @@ EVEN_CHAT = [3, 17, 9], [11, 11, 11]
 
 def tiny(family: str):
     """A random model of a family."""
-    transformers = library()
+    transformers, _ = library()
     if family.startswith("Gemma3"):
         config = transformers.Gemma3TextConfig(**SIZES, **GEMMA3)
     else:
@@ -105,7 +122,8 @@ class Chat:
     def __init__(self, lengths):
         self.lengths = lengths
         self.num_rows = len(lengths[0])
-        self.mask = torch.zeros(self.num_rows, 0, dtype=torch.long)  # of padding, over all turns so far
+        self.ids = torch.zeros(self.num_rows, 0, dtype=torch.long)  # of all turns so far, as generate takes them
+        self.mask = self.ids  # of their padding
         self._random = random.Random(0)
 
     def turns(self) -> Iterator[list[list[int]]]:
@@ -113,44 +131,35 @@ class Chat:
         for turn in self.lengths:
             yield [self._random.choices(range(3, 97), k=length) for length in turn]
 
-    def left(self, rows: list[list[int]]) -> torch.Tensor:
-        """The rows [B, T], padded on the left. Extends the mask by them."""
+    def append(self, rows: list[list[int]]) -> None:
+        """Extend ids and mask by rows, padded on the left."""
         T = max(map(len, rows))
-        self.extend_mask([[0] * (T - len(row)) + [1] * len(row) for row in rows])
-        return torch.tensor([[0] * (T - len(row)) + row for row in rows])
+        ids = torch.tensor([[0] * (T - len(row)) + row for row in rows])
+        mask = torch.tensor([[0] * (T - len(row)) + [1] * len(row) for row in rows])
+        self.ids = torch.cat((self.ids, ids), dim=1)
+        self.mask = torch.cat((self.mask, mask), dim=1)
 
     def right(self, rows: list[list[int]]) -> torch.Tensor:
         """The rows [B, T], padded on the right."""
         T = max(map(len, rows))
         return torch.tensor([row + [0] * (T - len(row)) for row in rows])
 
-    def extend_mask(self, columns: list[list[int]]) -> None:
-        self.mask = torch.cat((self.mask, torch.tensor(columns)), dim=1)
-
 
 def compare(model, twin: pop.Model, plan: PrunePlan, cache, lengths) -> tuple[float, bool]:
     """The largest difference of logits, over their standard deviation, and whether the greedy texts are equal."""
     chat = Chat(lengths)
     is_new_name = "cache" in inspect.signature(type(model.model).forward).parameters
-    options = {
-        "cache" if is_new_name else "past_key_values": cache,
-        "max_new_tokens": STEPS,
-        "do_sample": False,
-        "eos_token_id": None,
-        "pad_token_id": 0,
-        "return_dict_in_generate": True,
-        "output_logits": True,
-    }
+    options = GREEDY | {"cache" if is_new_name else "past_key_values": cache}
     other = twin.new_cache(chat.num_rows, sum(max(turn) + STEPS for turn in lengths))
     last = [[] for _ in range(chat.num_rows)]  # each answer's last token is encoded with the next message
     worst = 0.0
     same = True
     for message in chat.turns():
         rows = [token + tokens for token, tokens in zip(last, message, strict=True)]
-        ids = chat.left(rows)
+        chat.append(rows)
         with pruned(model, plan):
-            out = model.generate(ids, attention_mask=chat.mask, **options)
-        answer = out.sequences[:, ids.shape[1] :]  # [B, STEPS]
+            out = model.generate(chat.ids, attention_mask=chat.mask, **options)
+        answer = out.sequences[:, chat.ids.shape[1] :]  # [B, STEPS]
         row_lengths = torch.tensor([len(row) for row in rows])
         logits = twin.prefill(chat.right(rows), other, lengths=row_lengths, plan=plan)
         for step, found in enumerate(out.logits):
@@ -160,13 +169,47 @@ def compare(model, twin: pop.Model, plan: PrunePlan, cache, lengths) -> tuple[fl
             if step + 1 < STEPS:
                 logits = twin.decode(answer[:, step], other)
         last = answer[:, -1:].tolist()
-        chat.extend_mask([[1] * (STEPS - 1)] * chat.num_rows)
+        chat.append(answer[:, :-1].tolist())
     return worst, same
+
+
+def compare_beams(model, twin: pop.Model, plan: PrunePlan) -> float:
+    """The largest difference of the log-likelihoods of texts that beam search has found."""
+    ids = torch.randint(3, SIZES["vocab_size"], (2, 20))
+    count = 3
+    beams = {"num_beams": count, "num_return_sequences": count, "length_penalty": 0.0, "output_scores": True}
+    with pruned(model, plan):
+        found = model.generate(ids, **GREEDY, **beams)
+    answer = found.sequences[:, ids.shape[1] :]  # [2 * count, STEPS]
+    cache = twin.new_cache(len(answer), found.sequences.shape[1])
+    logits = twin.prefill(ids.repeat_interleave(count, dim=0), cache, plan=plan)
+    score = torch.zeros(len(answer))
+    for token in answer.T:
+        score += logits.log_softmax(-1).gather(1, token[:, None])[:, 0]
+        logits = twin.decode(token, cache)
+    return (found.sequences_scores - score).abs().max().item()
+
+
+def check_refusals(model, plan: PrunePlan) -> None:
+    """Raise InputError unless each call is refused in which some tokens would look like a prompt."""
+    ids = torch.ones(1, 9, dtype=torch.long)
+    with pruned(model, plan):
+        calls = {name: partial(model.generate, ids, **{name: value}) for name, value in REFUSED.items()}
+        calls["assistant_model"] = partial(model.generate, ids, assistant_model=model)
+        calls["generate_batch"] = partial(model.generate_batch, [[3, 4, 5]])
+        calls["labels"] = partial(model, ids, None, None, None, None, ids)
+        for name, call in calls.items():
+            try:
+                call()
+            except UnsupportedError:
+                continue
+            raise InputError(f"pruned took {name}, which it must refuse")
 
 
 def check_families() -> bool:
     """Print the largest differences by family, attention and cache. Returns whether all are small enough."""
-    transformers = library()
+    transformers, version = library()
+    caches = ("DynamicCache", "StaticCache") if version >= STATIC else ("DynamicCache",)
     rows = [("model", "attention", "cache", "largest difference", "texts")]
     passed = True
     torch.manual_seed(0)
@@ -174,7 +217,7 @@ def check_families() -> bool:
         model = tiny(family)
         twin = as_pop(model)
         lengths = EVEN_CHAT if family.startswith("Gemma3") else CHAT
-        for attention, kind in product(("sdpa", "eager"), ("DynamicCache", "StaticCache")):
+        for attention, kind in product(("sdpa", "eager"), caches):
             model.set_attn_implementation(attention)
             size = {"max_cache_len": 80} if kind == "StaticCache" else {}
             worst = 0.0
@@ -186,13 +229,17 @@ def check_families() -> bool:
                 same &= is_same
             passed &= same and worst < TOLERANCE
             rows.append((family, attention, kind, f"{worst:.1e}", "equal" if same else "DIFFERENT"))
+        check_refusals(model, plan)
+        worst = max(compare_beams(model, twin, plan) for plan in plans(twin))
+        passed &= worst < TOLERANCE
+        rows.append((family, attention, "of beams", f"{worst:.1e}", ""))
     print(table(rows, words=(0, 1, 2, 4)))
     return passed
 
 
 def check_checkpoint(args: argparse.Namespace) -> bool:
     """Compare a real model on random tokens, and print its times. Returns whether the difference is small enough."""
-    transformers = library()
+    transformers, _ = library()
     folder = find_folder(args.model)
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     twin = as_pop(model)

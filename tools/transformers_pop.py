@@ -32,8 +32,9 @@ import torch.nn.functional as F
 import pop
 from pop import InputError, MissingExtra, UnsupportedError, selection
 
-FIRST = (5, 6)  # versions of transformers; tried: 5.6.2, 5.12.1, 5.18.0, 5.22.2, 5.23.0 and 5.24.0
+FIRST = (5, 2)  # versions of transformers; tried: 5.2.0, 5.6.2, 5.12.1, 5.18.0, 5.19.0, 5.22.2, 5.23.0 and 5.24.0
 LAST = (5, 24)
+STATIC = (5, 6)  # before, a static cache takes its nonzero keys for its length
 FAMILIES = "LlamaForCausalLM", "Qwen3ForCausalLM", "Gemma3ForCausalLM"
 # Options of generate that split a prompt into several calls, or that check several new tokens in one call, or that run
 # a loop from elsewhere.
@@ -45,7 +46,7 @@ CACHES = "cache", "past_key_values"  # the cache's name as of 5.24, and before
 
 
 def library():
-    """The package transformers. Raises UnsupportedError for a version outside the range in which this was tried."""
+    """The package transformers and its version. Raises UnsupportedError outside the range in which this was tried."""
     wanted = f"run pip install 'transformers>={FIRST[0]}.{FIRST[1]},<{LAST[0]}.{LAST[1] + 1}'"
     try:
         import transformers
@@ -54,7 +55,7 @@ def library():
     version = tuple(int(number) for number in transformers.__version__.split(".")[:2])
     if not FIRST <= version <= LAST:
         raise UnsupportedError(f"transformers is {transformers.__version__}, with which this was not tried; {wanted}")
-    return transformers
+    return transformers, version
 
 
 class pruned:
@@ -69,7 +70,8 @@ class pruned:
     """
 
     def __init__(self, model, plan):
-        if type(model) not in [getattr(library(), name) for name in FAMILIES]:
+        transformers, self.version = library()
+        if type(model) not in [getattr(transformers, name) for name in FAMILIES]:
             raise UnsupportedError(f"the model is a {type(model).__name__}; pruned takes {', '.join(FAMILIES)}")
         self.model = model
         self.decoder = model.model
@@ -134,6 +136,8 @@ class pruned:
         if not hasattr(cache, "get_seq_length") and cache is not None:  # as of continuous batching
             raise UnsupportedError(f"pruned cannot use a {type(cache).__name__}; give a dynamic or static cache")
         mask = kwargs.get("attention_mask")
+        if self.version < STATIC and getattr(cache, "is_compileable", False):
+            raise UnsupportedError("static caches need transformers 5.6; upgrade it, or give a dynamic cache")
         position = positions(B, T, cache, mask, kwargs.get("position_ids"))
         if self.is_calibrated:
             check_last_token(cache, mask)

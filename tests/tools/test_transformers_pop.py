@@ -1,5 +1,7 @@
 """tools/transformers_pop.py without transformers: on a decoder that is called as those of transformers are.
 
+So is the press for kvpress in tools/kvpress_pop.py, which is a context of transformers_pop.py.
+
 `python -m tools.transformers_pop --check` compares the models of transformers themselves.
 """
 
@@ -23,6 +25,8 @@ from pop.errors import UnsupportedError
 from pop.models import llama
 from pop.models.layers import rope_frequencies
 from pop.pruning import reference
+from tools import kvpress_pop
+from tools.kvpress_pop import PopPress
 from tools.transformers_pop import as_pop, calibrate, check_last_token, library, positions, pruned
 
 CONFIG = tiny_config()
@@ -302,10 +306,58 @@ def test_masks_that_are_refused():
 
 
 def test_other_versions_of_transformers_are_refused(stand_in):
-    for version in ("5.6.0", "5.24.9"):
+    for version, found in {"5.2.0": (5, 2), "5.24.9": (5, 24)}.items():
         stand_in.__version__ = version
-        assert library() is stand_in
-    for version in ("5.25.0.dev0", "4.57.6", "5.5.4", "6.0"):
+        assert library() == (stand_in, found)
+    for version in ("5.25.0.dev0", "4.57.6", "5.1.4", "6.0"):
         stand_in.__version__ = version
         with pytest.raises(UnsupportedError, match=version):
             library()
+
+
+def test_static_caches_need_a_version_that_counts_their_tokens(model, stand_in):
+    ids, cache = torch.ones(1, 4, dtype=torch.int64), Cache()
+    cache.is_compileable = True
+    stand_in.__version__ = "5.5.4"
+    with pytest.raises(UnsupportedError, match="static"), pruned(model, PrunePlan((3,))):
+        model(ids, cache=cache)
+    stand_in.__version__ = "5.6.0"
+    with pruned(model, PrunePlan((3,))):
+        model(ids, cache=cache)
+
+
+# ---- The press for kvpress ----
+
+
+def test_a_press_prunes_the_context_of_a_question(model):
+    """kvpress encodes a context in the press's context, and the question after it."""
+    ids, plan, caches = torch.randint(3, CONFIG.vocab_size, (1, 12)), plan_of(model, full_depth_selected=0.5), []
+    press = PopPress(plan)
+    for context in (press(model), pruned(model, plan)):
+        caches.append(Cache())
+        with context:
+            model.model(input_ids=ids, past_key_values=caches[-1], cache=caches[-1])
+    for layer, expected in zip(caches[0].layers, caches[1].layers, strict=True):
+        assert torch.equal(layer.keys, expected.keys) and torch.equal(layer.values, expected.values)
+    full = Cache()
+    model.model(input_ids=ids, cache=full)
+    assert not torch.equal(caches[0].layers[4].keys, full.layers[4].keys)
+    assert press(model) is press(model) and press(copy.deepcopy(model)).model is not model
+    press.compression_ratio = 0.5  # as an evaluation sets it
+    with pytest.raises(InputError, match="compression_ratio is 0.5"):
+        press(model)
+
+
+def test_the_evaluation_of_kvpress_gets_the_press(monkeypatch, capsys):
+    assert kvpress_pop.main(["folder"]) == 2 and "kvpress" in capsys.readouterr().err
+    registry = types.SimpleNamespace(PRESS_REGISTRY={"knorm": None}, DATASET_REGISTRY={"ruler": "OWNER/ruler"})
+    datasets, called = registry.DATASET_REGISTRY, []
+    entry = types.SimpleNamespace(CliEntryPoint="entry")
+    monkeypatch.setitem(sys.modules, "evaluate_registry", registry)
+    monkeypatch.setitem(sys.modules, "evaluate", entry)
+    monkeypatch.setitem(sys.modules, "fire", types.SimpleNamespace(Fire=lambda *args: called.append(args)))
+    assert kvpress_pop.main(["folder", "--plan", "0.5", "--data", "local", "--dataset", "ruler"]) == 0
+    options = ["--dataset", "ruler", "--press_name", "pop", "--compression_ratio", "0"]
+    assert called == [("entry", options)]
+    assert registry.PRESS_REGISTRY["pop"] == PopPress("0.5")
+    assert datasets == {"ruler": "local"}  # the dictionary that evaluate.py has imported
