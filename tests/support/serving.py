@@ -14,7 +14,7 @@ HEADERS = {"content-type": "application/json"}
 
 
 @contextlib.contextmanager
-def serving(model, name="tiny", key=None, port=0, **options):
+def serving(model, name="tiny", key=None, port=0, plans=None, **options):
     """Serve a model in threads of this process. Yields the server and its address."""
     import uvicorn
 
@@ -23,7 +23,7 @@ def serving(model, name="tiny", key=None, port=0, **options):
 
     engine = Engine(model, **{"most_rows": 4, "most_waiting": 16, "kept_bytes": 2**24, **options})
     threading.Thread(target=engine.run, daemon=True).start()
-    server = Server(engine, name, key)
+    server = Server(engine, name, key, plans=plans)
     config = uvicorn.Config(server.app, port=port, log_level="warning", lifespan="off")
     with config.bind_socket() as listener:
         listener.listen()

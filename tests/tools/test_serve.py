@@ -29,7 +29,9 @@ from support.tiny_qwen3_vl import IMAGE, seeing_model
 
 import pop
 from pop.generation.sampling import SamplingParams
+from tools.common import pruned_tokens
 from tools.serve import requests as limits
+from tools.serve.__main__ import main
 from tools.serve.rows import Row
 
 openai = pytest.importorskip("openai")
@@ -47,6 +49,7 @@ def user(content):
 HELLO = user("Hello")
 CHAT = {"model": "tiny", "messages": HELLO}
 TEXT = {"model": "tiny", "prompt": "Hello"}
+FRESH = {"cache_prompt": False}
 
 
 @pytest.fixture(scope="module")
@@ -184,7 +187,8 @@ def test_temperature_is_the_protocols_unless_the_checkpoint_states_one():
     model = make("llama", PLANS["none"])
 
     def params(is_chat, **asked):
-        return limits.understand(model, "tiny", json.dumps(asked).encode(), is_chat, print).jobs[0].params
+        served = limits.Served(model, "tiny")
+        return limits.understand(served, json.dumps(asked).encode(), is_chat, print).jobs[0].params
 
     assert params(False, **TEXT).temperature == 1
     model.sampling = {"temperature": 0.6, "top_p": 0.9}
@@ -295,12 +299,236 @@ def test_tool_calls(monkeypatch):
 def test_the_readme_runs_as_printed(started, capsys):
     _, url = started
     _, asked = (block.replace("http://127.0.0.1:8000/v1", url) for block in blocks("bash", README))
-    (code,) = (block.replace("http://127.0.0.1:8000/v1", url) for block in blocks("python", README))
-    exec(compile(code, README, "exec"), {})
-    assert capsys.readouterr().out
+    names = {}
+    for code in blocks("python", README):
+        exec(compile(code.replace("http://127.0.0.1:8000/v1", url), README, "exec"), names)
+        assert capsys.readouterr().out
     if shutil.which("curl"):
         ran = subprocess.run(["bash", "-c", asked], capture_output=True, check=True)
         assert json.loads(ran.stdout)["usage"]["completion_tokens"] <= 24
+
+
+# ---- Plans, and what usage says ----
+
+
+def test_a_request_chooses_its_plan(model):
+    """It continues caches of its own plan only."""
+    with serving(model, plans={"half": (half := pop.PrunePlan((1, 2)))}) as (_, url):
+        client = client_of(url)
+        assert client.models.retrieve("tiny").plans == ["default", "none", "half"]
+        plans = {"none": pop.PrunePlan.none(), "half": half, "default": model.plan}
+        cached = []
+        for name in ("default", "none", "half", "none", "half", "default"):
+            asked = {"model": "tiny", "prompt": "Hello, who are you?", "max_tokens": 9, "temperature": 0}
+            answer = client.completions.create(**asked, extra_body={"plan": name})
+            assert answer.choices[0].text == model.generate(asked["prompt"], max_new_tokens=9, plan=plans[name]).text
+            cached.append(answer.usage.prompt_tokens_details.cached_tokens > 0)
+        assert cached == [False] * 3 + [True] * 3
+        asked["extra_body"] = {"plan": "half", "cache_prompt": False}
+        assert client.completions.create(**asked).usage.prompt_tokens_details.cached_tokens == 0
+
+
+def test_every_route_says_how_many_tokens_were_pruned_and_when_the_first_one_came(client, model):
+    """The plan runs the first 2 and the last 3 tokens at full depth."""
+    text = "abc" * 9
+    answers = [
+        client.completions.create(model="tiny", prompt=[text, text[:4]], max_tokens=2, extra_body=FRESH),
+        client.chat.completions.create(model="tiny", messages=user(text), max_tokens=2, extra_body=FRESH),
+        client.responses.create(model="tiny", input=text, max_output_tokens=2, extra_body=FRESH),
+    ]
+    chat = client.chat.completions.create(
+        model="tiny", messages=user(text), max_tokens=2, stream=True, stream_options={"include_usage": True}
+    )
+    answers.append([*chat][-1])
+    in_chat = len(model.chat_tokens(user(text)))
+    pruned = []
+    for answer in answers:
+        usage = answer.usage
+        assert 0 < usage.time_to_first_token < 600
+        pruned.append(getattr(usage, "prompt_tokens_details", None) or usage.input_tokens_details)
+    assert [one.pruned_tokens for one in pruned[:3]] == [len(text) - 5, in_chat - 5, in_chat - 5]
+    assert pruned[3].cached_tokens + pruned[3].pruned_tokens == in_chat - 3  # the cache holds the first 2
+
+
+@pytest.mark.parametrize("plan", [{"layers": (2, 3), "full_depth_selected": 0.3}, {}])
+def test_selected_tokens_do_not_count_as_pruned(plan):
+    plan = pop.PrunePlan(**plan)
+    assert pruned_tokens(plan, 101) == (70 if plan.layers else 0)
+    assert pruned_tokens(plan, 101, cached=91) == (7 if plan.layers else 0)
+
+
+def test_the_options_reach_the_model(tmp_path, monkeypatch, capsys):
+    """A plan that does not fit is refused before the weights are read."""
+    folder = str(write_chat_checkpoint(tmp_path / "chat"))
+    calls = []
+
+    def load(name, **options):
+        calls.append(options)
+        raise pop.CheckpointError("enough")
+
+    monkeypatch.setattr(pop, "load", load)
+    words = [folder, "--dtype", "bfloat16", "--chat-format", "gemma", "--prune", "0.5", "--prune", "none"]
+    assert main([*words, "--prune", "1,3"]) == 2
+    expected = {"dtype": torch.bfloat16, "chat_format": "gemma", "prune": "0.5", "compile": "auto"}
+    assert calls == [expected | {"device": None, "max_seq_len": None}]
+    assert main([*words, "--prune", "99-100"]) == 2
+    assert len(calls) == 1 and "100" in capsys.readouterr().err
+
+
+# ---- /v1/responses ----
+
+
+def test_a_response_is_the_models_answer(client, model):
+    said = {"instructions": "Be short.", "input": "Hello"}
+    options = {"temperature": 0.9, "top_p": 0.8}
+    answer = client.responses.create(model="tiny", **said, max_output_tokens=9, **options, extra_body={"seed": 7})
+    messages = [{"role": "system", "content": "Be short."}, *HELLO]
+    expected = model.chat(messages, max_new_tokens=9, seed=7, **options)
+    assert answer.output_text == expected.text
+    assert answer.usage.input_tokens == expected.prompt_tokens
+    assert answer.usage.output_tokens == len(expected.tokens)
+    assert answer.usage.total_tokens == expected.prompt_tokens + len(expected.tokens)
+    assert (answer.status, expected.finish_reason) == ("completed", "stop")
+    cut = client.responses.create(model="tiny", **said, max_output_tokens=2, **options, extra_body={"seed": 7})
+    assert (cut.status, cut.incomplete_details.reason) == ("incomplete", "max_output_tokens")
+    assert (answer.temperature, answer.top_p, answer.instructions) == (0.9, 0.8, "Be short.")
+
+    items = [{"role": "developer", "content": "Be short."}, *HELLO, *answer.output]
+    items.append({"type": "reasoning", "summary": [], "id": "rs_1"})
+    items.append(
+        {"role": "user", "content": [{"type": "input_text", "text": "An"}, {"type": "input_text", "text": "d?"}]}
+    )
+    messages += [{"role": "assistant", "content": expected.text}, *user("And?")]
+    answer = client.responses.create(model="tiny", input=items, max_output_tokens=9, temperature=0, extra_body=FRESH)
+    assert answer.output_text == model.chat(messages, max_new_tokens=9).text
+
+
+def test_a_streamed_response_is_the_whole_one(client):
+    asked = {"model": "tiny", "input": "Hello", "max_output_tokens": 9, "temperature": 0.8}
+    asked["extra_body"] = {"seed": 3} | FRESH
+    whole = client.responses.create(**asked)
+    events = [*client.responses.create(**asked, stream=True)]
+    assert [event.sequence_number for event in events] == [*range(len(events))]
+    kinds = [event.type.removeprefix("response.") for event in events]
+    assert kinds[:4] == ["created", "in_progress", "output_item.added", "content_part.added"]
+    assert kinds[-4:] == ["output_text.done", "content_part.done", "output_item.done", "incomplete"]
+    assert {*kinds[4:-4]} == {"output_text.delta"} and len(kinds) > 9
+    assert "".join(event.delta for event in events[4:-4]) == events[-4].text == whole.output_text
+    last = events[-1].response
+    assert last.output_text == whole.output_text and last.output[0] == events[-2].item
+    assert last.usage.output_tokens == whole.usage.output_tokens
+    assert events[0].response.usage is None and events[0].response.id == last.id
+
+    asked["extra_body"] |= {"stop": whole.output_text[3:5]}
+    with client.responses.stream(**asked) as stream:  # the client library puts the events together
+        final = stream.get_final_response()
+    assert (final.status, final.output_text) == ("completed", whole.output_text[:3])
+
+
+def test_tool_calls_in_responses(monkeypatch):
+    model = seeing_model()
+    call = 'Wait.\n<tool_call>\n{"name": "add", "arguments": {"a": 1}}\n</tool_call>'
+    monkeypatch.setattr(type(model.tokenizer), "text_stream", lambda self: lambda token, last: call if last else "")
+    parameters = {"type": "object", "properties": {"a": {"type": "integer"}}}
+    tools = [{"type": "function", "name": "add", "parameters": parameters, "strict": True}]
+    asked = {"model": "tiny", "tools": tools, "max_output_tokens": 3}
+    prompts = []
+    encode = type(model.chat_format()).prompt
+    monkeypatch.setattr(
+        type(model.chat_format()),
+        "prompt",
+        lambda self, *args, **tools: prompts.append(args) or encode(self, *args, **tools),
+    )
+    with serving(model) as (_, url):
+        create = client_of(url).responses.create
+        answer = create(**asked, input="Hello")
+        message, found = answer.output
+        assert message.content[0].text == "Wait."
+        assert (found.type, found.name, json.loads(found.arguments)) == ("function_call", "add", {"a": 1})
+        events = [*create(**asked, input="Hello", stream=True)]
+        kinds = [event.type.removeprefix("response.") for event in events]
+        assert kinds[2:] == [
+            *("output_item.added", "content_part.added", "output_text.delta"),
+            *("output_text.done", "content_part.done", "output_item.done"),
+            *("output_item.added", "function_call_arguments.delta", "function_call_arguments.done"),
+            *("output_item.done", "incomplete"),
+        ]
+        assert events[-3].arguments == events[-4].delta == found.arguments
+        assert [item.type for item in events[-1].response.output] == ["message", "function_call"]
+        output = {"type": "function_call_output", "call_id": found.call_id, "output": "1"}
+        create(**asked, input=[*HELLO, *answer.output, output])
+    (messages,) = prompts[-1]
+    assert [message["role"] for message in messages] == ["user", "assistant", "tool"]
+    assert messages[1]["content"] == "Wait."
+    assert messages[1]["tool_calls"][0]["id"] == messages[2]["tool_call_id"] == found.call_id
+    assert messages[1]["tool_calls"][0]["function"] == {"name": "add", "arguments": found.arguments}
+
+
+def test_images_in_responses():
+    model = seeing_model()
+    image = data_url(random_bytes(256, 264, 3, 1))
+    what = {"type": "input_text", "text": "What?"}
+    with serving(model) as (_, url):
+        client = client_of(url)
+        items = user([{"type": "input_image", "image_url": image, "detail": "low"}, what])
+        answer = client.responses.create(
+            model="tiny", input=items, max_output_tokens=4, temperature=0, extra_body=FRESH
+        )
+        parts = [{"type": "image_url", "image_url": {"url": image, "detail": "low"}}, {"type": "text", "text": "What?"}]
+        chat = client.chat.completions.create(model="tiny", messages=user(parts), max_tokens=4, temperature=0)
+        assert answer.output_text == chat.choices[0].message.content
+        assert answer.usage.input_tokens == chat.usage.prompt_tokens
+        for bad in ("http://127.0.0.1/a.png", "/etc/passwd", None):
+            items = user([{"type": "input_image", "image_url": bad}])
+            assert ask(url, "/responses", {"model": "tiny", "input": items})[0] == 400
+
+
+def test_an_error_within_a_streamed_response_ends_it(model, monkeypatch):
+    draws = []
+
+    def draw(row):
+        if len(draws) > 3:
+            raise RuntimeError("a secret of the server")
+        draws.append(1)
+        return torch.tensor([65])
+
+    monkeypatch.setattr(Row, "draw", draw)
+    asked = {"model": "tiny", "input": "Hello", "stream": True}
+    with serving(model) as (_, url):
+        with pytest.raises(openai.APIError, match="the server failed"):
+            list(client_of(url).responses.create(**asked))
+        with pytest.raises(openai.InternalServerError, match="the server failed"):
+            list(client_of(url).responses.create(**asked))
+
+
+# ---- Answers of a form ----
+
+
+def test_a_schema_decides_what_an_answer_may_be(model, monkeypatch):
+    """Here, with a processor that allows one token. What llguidance allows: test_json_schema.py."""
+    schemas = []
+
+    def processor(served, schema):
+        schemas.append(schema)
+        allowed = len(schemas) + 64
+
+        def only(tokens, logits):
+            return torch.full_like(logits, -torch.inf).index_fill(0, torch.tensor([allowed]), 0.0)
+
+        return only
+
+    monkeypatch.setattr(limits.Served, "schema", processor)
+    schema = {"type": "object", "properties": {"a": {"type": "integer"}}}
+    form = {"type": "json_schema", "json_schema": {"name": "n", "schema": schema, "strict": True}}
+    with serving(model) as (_, url):
+        client = client_of(url)
+        chat = client.chat.completions.create(**CHAT, max_tokens=3, response_format=form)
+        assert chat.choices[0].message.content == "AAA"
+        text = {"format": {"type": "json_schema", "name": "n", "schema": schema}}
+        assert client.responses.create(model="tiny", input="Hi", max_output_tokens=3, text=text).output_text == "BBB"
+        body = {"response_format": {"type": "json_object"}}
+        assert client.completions.create(**TEXT, max_tokens=3, extra_body=body).choices[0].text == "CCC"
+        assert schemas == [schema, schema, {"type": "object"}]
 
 
 # ---- Wrong requests ----
@@ -345,12 +573,34 @@ BAD_FIELDS = {  # of a chat: the values of a field, whose name is in the message
     "tools": ["all", [1], [{"type": "function"}]],
     "tool_choice": ["required"],
     "chat_template_kwargs": [{"x": 1}],
-    "response_format": [{"type": "json_object"}],
+    "response_format": [{"type": "xml"}, "json"],
+    "plan": ["0.9", "../secret", 1],
+    "cache_prompt": ["no"],
     "prompt": ["Hello"],
     "\ud800": [1],
 }
+BAD_RESPONSES = [
+    ({}, "input is missing"),
+    ({"input": []}, "at least one"),
+    ({"input": 7}, "input"),
+    ({"input": [7]}, "input"),
+    ({"input": [{"type": "item_reference", "id": "x"}]}, "item_reference"),
+    ({"input": [{"type": "message"}]}, "role"),
+    ({"input": [{"role": "user", "content": [{"type": "input_file"}]}]}, "input_text"),
+    ({"input": HELLO * 3000}, "items"),
+    ({"input": "Hello", "instructions": 7}, "content"),
+    ({"input": "Hello", "previous_response_id": "resp_1"}, "whole conversation"),
+    ({"input": "Hello", "max_tokens": 3}, "max_tokens"),
+    ({"input": "Hello", "tools": [{"type": "web_search"}]}, "function"),
+    ({"input": "Hello", "tools": {}}, "tools"),
+    ({"input": "Hello", "text": []}, "text"),
+    ({"input": "Hello", "text": {"format": "json"}}, "text.format"),
+    ({"input": "Hello", "text": {"format": {"type": "json_schema"}}}, "schema"),
+    ({"input": "a" * 600}, "context_length_exceeded"),
+]
 BAD = [
     *NO_REQUESTS,
+    *[("/responses", {"model": "tiny"} | body, 400, says) for body, says in BAD_RESPONSES],
     *[("/chat/completions", CHAT | {"messages": messages}, 400, says) for messages, says in BAD_MESSAGES],
     *[("/completions", TEXT | {"prompt": prompt}, 400, says) for prompt, says in BAD_PROMPTS],
     *[("/chat/completions", CHAT | {key: one}, 400, ascii(key)[1:-1]) for key in BAD_FIELDS for one in BAD_FIELDS[key]],
@@ -397,9 +647,12 @@ def test_nothing_that_a_client_sends_stops_the_server(started):
         "/chat/completions": asked | {"messages": messages, "tools": [], "logprobs": True},
         "/completions": asked | {"prompt": "Hello"},
     }
+    items = [{"type": "function_call", "call_id": "c", "name": "n", "arguments": "{}"}, *messages[:1], *HELLO]
+    items.append({"type": "message", "role": "user", "content": [{"type": "input_text", "text": "a"}]})
+    bodies["/responses"] = {"model": "smollm2-135m", "input": items, "max_output_tokens": 2, "tools": [], "text": {}}
     statuses = []
     for n in range(count):
-        path = [*bodies][n % 2]
+        path = [*bodies][n % 3]
         data = json.dumps(spoil(chance, bodies[path]))
         data = data[: chance.randrange(len(data))] if chance.random() < 0.2 else data
         status, answer = ask(url, path, data.encode())

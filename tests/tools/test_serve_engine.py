@@ -221,6 +221,49 @@ def test_jobs_in_any_order_get_the_answers_that_they_get_alone(plan, seed):
             assert [value for _, value, *_ in logprobs] == pytest.approx(alone.logprobs, abs=1e-4)
 
 
+def test_jobs_of_several_plans_share_a_batch_and_no_cache():
+    model = make("llama", PLANS["first 2, last 3"])
+    none, half = pop.PrunePlan.none(), pop.PrunePlan((2, 3))
+    plans = [none, half, None]
+    engine = new_engine(model)
+    for turn in range(2):
+        jobs = [new_job(prompt(30, 1)) for _ in plans]
+        for job, plan in zip(jobs, plans, strict=True):
+            job.plan = plan
+        work(engine, jobs)
+        for job in jobs:
+            alone = model.generate(job.tokens, plan=job.plan, max_new_tokens=6)
+            assert "".join(event.text for event in job.events) == alone.text
+            assert (job.cached_tokens > 0) == (turn > 0)
+    texts = {"".join(event.text for event in job.events) for job in jobs}
+    assert len(texts) > 1
+
+
+def test_a_job_that_uses_no_kept_cache_gets_the_logits_of_an_empty_one(model, logits):
+    """In the next turn of a conversation, a kept cache holds an answer at full depth."""
+    engine = new_engine(model)
+    first = prompt(30, 1)
+    answered = answer(engine, new_job(first))
+    turn = new_job([*first, *answered, *prompt(9, 2)])
+    turn.uses_kept = False
+    answer(engine, turn)
+    assert turn.cached_tokens == 0
+    assert_close(logits[turn][0], reference.prefill(model.module, torch.tensor(turn.tokens), model.plan))
+
+
+def test_a_processor_that_fails_ends_its_own_answer(paper):
+    def fail(tokens, logits):
+        if len(tokens) == 2:
+            raise ZeroDivisionError
+        return logits
+
+    failing, other = jobs_of((9, 9))
+    failing.params = SamplingParams(max_new_tokens=6, logits_processor=fail)
+    work(new_engine(paper), [failing, other])
+    assert isinstance(failing.events[-1].error, ZeroDivisionError) and failing.answer_tokens == 2
+    assert_as_alone(paper, other)
+
+
 def test_a_row_is_a_source_for_others():
     model = make("llama", PLANS["first 2, last 3"])
     jobs = [new_job([*prompt(20, 1), n, n, n]) for n in (9, 8)]

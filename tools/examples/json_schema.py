@@ -33,18 +33,13 @@ class JsonSchema:
     Args:
         model: a model with a tokenizer.
         schema: a JSON schema, as a dict.
+        tokenizer: what `tokenizer_of` has made for the model. It takes a second, so share it among schemas.
     """
 
-    def __init__(self, model: pop.Model, schema: dict):
-        try:
-            from llguidance import LLMatcher, LLTokenizer, TokenizerWrapper
-        except ImportError:
-            raise MissingExtra("a JSON schema needs llguidance; install it: `pip install llguidance`") from None
-        model.need_tokenizer("a JSON schema")
-        self.vocabulary = _Vocabulary(model)
-        ends = sorted(end_ids(model))
-        tokenizer = LLTokenizer(TokenizerWrapper(self.vocabulary), n_vocab=model.config.vocab_size, eos_token=ends)
-        self.start = LLMatcher(tokenizer, LLMatcher.grammar_from_json_schema(schema))
+    def __init__(self, model: pop.Model, schema: dict, tokenizer=None):
+        tokenizer = tokenizer or tokenizer_of(model)
+        matcher = import_llguidance().LLMatcher
+        self.start = matcher(tokenizer, matcher.grammar_from_json_schema(schema))
         if self.start.is_error():
             raise InputError(f"the JSON schema cannot be used: {self.start.get_error()}")
 
@@ -54,6 +49,23 @@ class JsonSchema:
         bias = torch.frombuffer(bytearray(matcher.compute_logit_bias()), dtype=torch.uint8)  # [V]
         allowed = bias[: len(logits)] > 0
         return logits.masked_fill(~allowed.to(logits.device), -torch.inf)
+
+
+def import_llguidance():
+    """The package. Raises MissingExtra without it."""
+    try:
+        import llguidance
+    except ImportError:
+        raise MissingExtra("a JSON schema needs llguidance; install it: `pip install llguidance`") from None
+    return llguidance
+
+
+def tokenizer_of(model: pop.Model):
+    """A model's tokens as llguidance reads them."""
+    package = import_llguidance()
+    model.need_tokenizer("a JSON schema")
+    vocabulary = package.TokenizerWrapper(_Vocabulary(model))
+    return package.LLTokenizer(vocabulary, n_vocab=model.config.vocab_size, eos_token=sorted(end_ids(model)))
 
 
 class _Vocabulary:

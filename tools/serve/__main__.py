@@ -11,7 +11,10 @@ import sys
 import threading
 
 import pop
+from pop.checkpoints.config_json import read_config
+from pop.checkpoints.registry import find_folder
 from pop.errors import check_count
+from pop.models.config import DTYPES
 from pop.system.memory import free_bytes
 from tools.common import exit_status
 from tools.serve.engine import Engine
@@ -22,7 +25,7 @@ try:
 
     from tools.serve.app import LOCAL, Server
 except ImportError:
-    raise SystemExit("tools.serve needs starlette and uvicorn; run `pip install -e '.[serve]'`") from None
+    raise SystemExit("tools.serve needs starlette and uvicorn; run `pip install starlette uvicorn`") from None
 
 KEY = "POP_API_KEY"  # the environment variable with the key that clients must send
 MOST_CONNECTIONS = 256
@@ -40,9 +43,17 @@ def serve(args: argparse.Namespace) -> None:
     """Load the model, and answer requests until the process is stopped."""
     for option, least in (("batch", 1), ("queue", MAX_ANSWERS)):
         check_count(f"--{option}", getattr(args, option), least)
-    loading = ("prune", "max_seq_len", "device", "compile")
-    model = pop.load(args.model, **{name: getattr(args, name) for name in loading})
+    loading = ("max_seq_len", "device", "compile", "chat_format")
+    default, *others = args.prune or ["default"]
+    config = read_config(find_folder(args.model))
+    chosen = [name for name in others if name not in ("default", "none")]
+    plans = {default: None} | {name: pop.PrunePlan.of(name, config.num_layers) for name in chosen}
+    model = pop.load(
+        args.model, prune=default, dtype=DTYPES.get(args.dtype), **{name: getattr(args, name) for name in loading}
+    )
     model.need_tokenizer("the server")
+    for plan in plans.values():
+        model.resolve(plan)  # refuses one of another model
     model.warmup(min(args.batch, 2))
     free = free_bytes(model.device) or 2**32
     engine = Engine(model, args.batch, args.queue, free // 4 if args.cache_mb is None else args.cache_mb * 2**20)
@@ -51,7 +62,7 @@ def serve(args: argparse.Namespace) -> None:
     is_local = LOCAL.fullmatch(args.host) is not None
     if key is None and not is_local:
         print(f"anybody who reaches {args.host} can use this server; set {KEY} to ask for a key", file=sys.stderr)
-    app = Server(engine, name, key, is_local).app
+    app = Server(engine, name, key, is_local, plans).app
     options = {"log_level": "warning", "ws": "none", "lifespan": "off", "server_header": False}
     options |= {"limit_concurrency": MOST_CONNECTIONS, "timeout_graceful_shutdown": 5}
     config = uvicorn.Config(app, args.host, args.port, **options)
@@ -67,7 +78,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("model", help="a name that `pop models` lists, or a folder")
     parser.add_argument("--host", default="127.0.0.1", help="the address to listen at (default: this machine only)")
     parser.add_argument("--port", type=int, default=8000, help="0 takes any free one")
-    parser.add_argument("--prune", default="default", help="as in pop.load: default, none, a share, or a plan's path")
+    plans = "as in pop.load: default, none, a share, or a plan's path; repeat it to name plans for requests"
+    parser.add_argument("--prune", action="append", help=plans)
+    parser.add_argument("--dtype", choices=tuple(DTYPES), help="default: the checkpoint's")
+    parser.add_argument("--chat-format", help="llama-3.1, chatml, gemma, or a template; default: the checkpoint's")
     parser.add_argument("--max-seq-len", type=int, help="the most tokens of a prompt and its answer")
     parser.add_argument("--batch", type=int, default=8, help="the most answers at a time")
     parser.add_argument("--queue", type=int, default=32, help="the most answers that wait; further ones are refused")

@@ -18,9 +18,10 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
 
+from tools.serve import replies, responses
 from tools.serve.engine import Engine
-from tools.serve.replies import chunks_of, error_object, whole
-from tools.serve.requests import MAX_BYTES, Asked, Wrong, understand
+from tools.serve.replies import error_object
+from tools.serve.requests import MAX_BYTES, Asked, Served, Wrong, understand
 from tools.serve.rows import Busy, Event
 
 BODY_SECONDS = 60  # within which a request must have arrived
@@ -35,14 +36,18 @@ class Server:
     """The HTTP side of an engine.
 
     Args:
-        model: A model with a tokenizer.
-        name: What clients call it.
+        engine: The engine, whose model has a tokenizer.
+        name: What clients call the model.
         key: What clients must send as the API key. None asks for none, and answers only requests to this machine's
             own names if `is_local`: another site's page in a browser cannot reach the server under its own name.
+        plans: What requests may name as their plan, besides "default" and "none".
     """
 
-    def __init__(self, engine: Engine, name: str, key: str | None = None, is_local: bool = True):
-        self.engine, self.model, self.name, self.key, self.is_local = engine, engine.model, name, key, is_local
+    def __init__(
+        self, engine: Engine, name: str, key: str | None = None, is_local: bool = True, plans: dict | None = None
+    ):
+        self.engine, self.name, self.key, self.is_local = engine, name, key, is_local
+        self.served = Served(engine.model, name, plans)
         self.reading = 0  # bytes of requests that are being read
         self.arriving = 0  # requests that are being encoded
         self.encoder = ThreadPoolExecutor(1)  # one at a time, so that their memory is bounded
@@ -51,11 +56,14 @@ class Server:
                 Route("/health", self.health),
                 Route("/v1/models", self.guarded(self.models)),
                 Route("/v1/models/{name:path}", self.guarded(self.models)),
-                Route("/v1/chat/completions", self.guarded(functools.partial(self.answer, True)), methods=["POST"]),
-                Route("/v1/completions", self.guarded(functools.partial(self.answer, False)), methods=["POST"]),
+                *(self.answering(path) for path in ("/v1/chat/completions", "/v1/completions", "/v1/responses")),
             ],
             exception_handlers={HTTPException: not_found},
         )
+
+    def answering(self, path: str) -> Route:
+        """A route that answers prompts."""
+        return Route(path, self.guarded(functools.partial(self.answer, path)), methods=["POST"])
 
     def guarded(self, handler: Callable) -> Callable:
         """The handler, for clients that may ask, and with an error object for whatever it raises."""
@@ -82,13 +90,15 @@ class Server:
         return json_response({"status": "ok", "running": len(self.engine.rows), "waiting": len(self.engine.waiting)})
 
     async def models(self, request: Request) -> Response:
-        one = {"id": self.name, "object": "model", "created": 0, "owned_by": "pop"}
+        one = {"id": self.name, "object": "model", "created": 0, "owned_by": "pop", "plans": [*self.served.plans]}
         asked = request.path_params.get("name")
         if asked not in (None, self.name):
             raise Wrong(f"there is no model {asked!r:.80}", 404, "model", "model_not_found")
         return json_response({"object": "list", "data": [one]} if asked is None else one)
 
-    async def answer(self, is_chat: bool, request: Request) -> Response:
+    async def answer(self, path: str, request: Request) -> Response:
+        form = responses if path == "/v1/responses" else replies
+        as_chat = responses.as_chat if form is responses else dict
         events: asyncio.Queue[Event | None] = asyncio.Queue()
         loop = asyncio.get_running_loop()
 
@@ -101,7 +111,7 @@ class Server:
             raise Busy
         self.arriving += 1
         try:
-            arguments = self.model, self.name, raw, is_chat, emit
+            arguments = self.served, raw, path != "/v1/completions", emit, as_chat
             asked = await loop.run_in_executor(self.encoder, understand, *arguments)
         finally:
             self.arriving -= 1
@@ -109,8 +119,8 @@ class Server:
         found = self.events(request, asked, events)
         if not asked.stream:
             async with aclosing(found):
-                return json_response(whole(asked, [event async for event in found]))
-        chunks = chunks_of(asked, found)
+                return json_response(form.whole(asked, [event async for event in found]))
+        chunks = form.chunks_of(asked, found)
         first = await anext(chunks)  # an error up to here still has a status
         return StreamingResponse(stream(first, chunks, found), media_type="text/event-stream")
 
@@ -167,14 +177,22 @@ async def stream(first: dict, chunks: AsyncIterator[dict], found) -> AsyncIterat
     """A stream as server-sent events."""
     async with aclosing(found), aclosing(chunks):
         try:
-            yield f"data: {json.dumps(first)}\n\n"
+            yield sent(first)
             async for chunk in chunks:
-                yield f"data: {json.dumps(chunk)}\n\n"
-            yield "data: [DONE]\n\n"
+                yield sent(chunk)
+            if "type" not in first:
+                yield "data: [DONE]\n\n"
         except ClientDisconnect:
             pass
         except Exception as error:
-            yield f"data: {json.dumps(error_object(error)[1])}\n\n"
+            _, content = error_object(error)
+            yield sent(content | (content["error"] | {"type": "error"} if "type" in first else {}))
+
+
+def sent(chunk: dict) -> str:
+    """An object of a stream as a server-sent event. Those of /v1/responses have a type."""
+    name = f"event: {chunk['type']}\n" if "type" in chunk else ""
+    return f"{name}data: {json.dumps(chunk)}\n\n"
 
 
 def json_response(content: dict, status: int = 200) -> Response:

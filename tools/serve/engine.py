@@ -22,6 +22,7 @@ from pop.engine.cache import KVCache
 from pop.engine.spare_caches import stepped
 from pop.errors import CacheMemoryError, InputError
 from pop.runner import padded
+from tools.common import pruned_tokens
 from tools.serve.kept import Filled, Kept, keys_of, rerun, row_of
 from tools.serve.rows import Busy, Job, Row
 
@@ -84,13 +85,15 @@ class Engine:
     def _admit(self, job: Job) -> None:
         """Prefill a job's prompt. It becomes a row, whose first token is drawn with the other rows' next one."""
         model = self.model
-        plan = model.resolve(None)
         tokens = job.tokens
         end = len(tokens)
         images = model.vision.locate(tokens, job.media)
-        keys, last = keys_of(tokens, job.media, images), end - model.plan.full_depth_last
+        keys = keys_of(tokens, job.media, images)
         row = Row(model, job, keys, images, self._new_cache(1, end))
-        sources = [*self.kept.caches, *map(self._filled, self.rows)]
+        plan = row.plan
+        last = end - plan.full_depth_last
+        filled = [*self.kept.caches, *map(self._filled, self.rows)] if job.uses_kept else []
+        sources = [one for one in filled if one.plan is job.plan]
         again = rerun(plan)
         usable = [(one.usable(keys, last, again), one) for one in sources]
         n, source = max(usable, key=lambda pair: pair[0], default=(0, None))
@@ -98,12 +101,13 @@ class Engine:
             source.copy_to(row.cache, model, n)
             self.kept.touch(source)
         job.cached_tokens = n
+        job.pruned_tokens = pruned_tokens(plan, end, n)
         # A cache with windows may share more tokens and not be usable. A separate cache keeps these for later prompts.
         shared = max((one.common(keys) for one in sources if one.floor), default=0)
         shared = shared if shared >= n + WORTH_KEEPING else 0
-        del sources, source, usable  # so that caches can give way
+        del filled, sources, source, usable  # so that caches can give way
         cuts = sorted({*range(n + model.chunk_size, last + 1, model.chunk_size), shared})
-        if model.plan.full_depth_selected:  # the plan selects among the tokens of one call
+        if plan.full_depth_selected:  # the plan selects among the tokens of one call
             cuts = []
         cuts = [cut for cut in cuts if n < cut <= last and not any(one.start < cut < one.stop for one in images)]
         for begin, cut in pairwise([n, *cuts, end]):
@@ -111,7 +115,7 @@ class Engine:
             part, lengths = padded([tokens[begin:cut]])
             row.logits = model.prefill_checked(part, row.cache, lengths, [fresh], plan, boundary=cut == end)
             if cut == shared:
-                self.kept.add(Filled.of(keys[:cut], row.cache, images, floor=cut))
+                self.kept.add(Filled.of(keys[:cut], row.cache, images, cut, job.plan))
             if cut < end:
                 self._step()  # the others do not wait for all of a long prompt
             if job.cancelled:
@@ -134,12 +138,16 @@ class Engine:
             self.rows, self.cache = [], None
 
     def _next_tokens(self) -> None:
-        tokens = torch.cat([row.draw() for row in self.rows]).tolist()  # the only wait for the device
-        for row, token in zip(list(self.rows), tokens, strict=True):
+        drawn = {}
+        for row in list(self.rows):
+            try:
+                drawn[row] = row.draw()
+            except Exception as error:  # as a processor of logits may raise
+                self._drop(row, error)
+        tokens = torch.cat([*drawn.values()]).tolist() if drawn else []  # the only wait for the device
+        for row, token in zip(drawn, tokens, strict=True):
             if token < 0:
-                row.job.fail(InputError("the logits are not finite; load the model in another dtype"))
-                self.rows.remove(row)
-                self.is_current = False
+                self._drop(row, InputError("the logits are not finite; load the model in another dtype"))
                 continue
             row.push(token)
             if row.answer.finish_reason:
@@ -151,6 +159,12 @@ class Engine:
             latest = torch.tensor([row.answer.tokens[-1] for row in self.rows])
             for row, logits in zip(self.rows, self.model.decode(latest, self.cache).split(1), strict=True):
                 row.logits = logits
+
+    def _drop(self, row: Row, error: Exception) -> None:
+        """End a row whose answer has failed."""
+        row.job.fail(error)
+        self.rows.remove(row)
+        self.is_current = False
 
     def _leave(self, row: Row) -> None:
         """End a row, and keep its cache."""
@@ -164,9 +178,9 @@ class Engine:
         held = int(cache.lengths[0])
         if cache.has_windows:
             # The ring lacks older tokens, and pruned layers lack those that no full-depth token of the prompt attends.
-            floor = max(len(row.job.tokens) - model.plan.full_depth_last, held - model.chunk_size)
-            floor += rerun(model.plan)  # `Filled.copy_to` goes back by as many more
-        return Filled.of((row.keys + row.answer.tokens)[:held], cache, row.images, floor)
+            floor = max(len(row.job.tokens) - row.plan.full_depth_last, held - model.chunk_size)
+            floor += rerun(row.plan)  # `Filled.copy_to` goes back by as many more
+        return Filled.of((row.keys + row.answer.tokens)[:held], cache, row.images, floor, row.job.plan)
 
     def _regroup(self) -> None:
         """Make the cache of the batch anew: with all rows, and with room for their next tokens."""

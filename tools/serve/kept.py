@@ -29,12 +29,13 @@ class Filled:
     cache: KVCache
     media: range  # from its first image's first placeholder to its last image's last one
     floor: int  # the fewest tokens to which it can be rewound
+    plan: pop.PrunePlan | None  # of the job that has filled it. It serves only jobs with the same one
 
     @classmethod
-    def of(cls, keys: list[int | str], cache: KVCache, images: Sequence[range], floor: int) -> Filled:
+    def of(cls, keys: list[int | str], cache: KVCache, images: Sequence[range], floor: int, plan) -> Filled:
         """images: where the prompt's images are, of which some may be after these keys."""
         held = [one for one in images if one.stop <= len(keys)]
-        return cls(keys, cache, range(held[0].start, held[-1].stop) if held else range(0), floor)
+        return cls(keys, cache, range(held[0].start, held[-1].stop) if held else range(0), floor, plan)
 
     def common(self, keys: list[int | str]) -> int:
         """How many first tokens a prompt has in common with it."""
@@ -56,7 +57,7 @@ class Filled:
 
     def covers(self, other: Filled) -> bool:
         """Whether it serves every prompt as well as the other."""
-        is_as_good = self.floor <= other.floor and self.media == other.media
+        is_as_good = self.plan is other.plan and self.floor <= other.floor and self.media == other.media
         return is_as_good and self.keys[: len(other.keys)] == other.keys
 
     def copy_to(self, cache: KVCache, model: pop.Model, n: int) -> None:
@@ -65,13 +66,14 @@ class Filled:
         if n < len(self.keys):
             if n <= self.media.start:
                 view.rope_offsets = torch.zeros_like(view.rope_offsets)
+            plan = model.resolve(self.plan)
             # The next token may read the hidden states of token n - 1, which runs again for them. They are right up to
             # the first update of h, which needs those of token n - 2, and so on. Keys and values need no second run.
-            for token in range(max(0, n - rerun(model.plan)), n):
+            for token in range(max(0, n - rerun(plan)), n):
                 view.lengths = torch.tensor([token])
                 cache.copy_from(view)
                 tokens, lengths = padded([[self.keys[token]]])
-                model.prefill_checked(tokens, cache, lengths, [()], model.resolve(None), boundary=False)
+                model.prefill_checked(tokens, cache, lengths, [()], plan, boundary=False)
                 view.previous_hidden = cache.previous_hidden
             view.lengths = torch.tensor([n])
         cache.copy_from(view)

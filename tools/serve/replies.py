@@ -20,7 +20,7 @@ def whole(asked: Asked, events: list[Event]) -> dict:
     for event in events:
         by_index[event.index].append(event)
     choices = [_choice(asked, by_index[job.index]) for job in asked.jobs]
-    return _named(asked, "chat.completion") | {"choices": choices, "usage": _usage(asked)}
+    return _named(asked, "chat.completion") | {"choices": choices, "usage": usage_of(asked)}
 
 
 async def chunks_of(asked: Asked, events: AsyncIterator[Event]) -> AsyncIterator[dict]:
@@ -35,7 +35,7 @@ async def chunks_of(asked: Asked, events: AsyncIterator[Event]) -> AsyncIterator
             yield named | {"choices": [_choice(asked, held[event.index], streamed=True)]}
             held[event.index] = []
     if asked.include_usage:
-        yield named | {"choices": [], "usage": _usage(asked)}
+        yield named | {"choices": [], "usage": usage_of(asked)}
 
 
 def _named(asked: Asked, kind: str) -> dict:
@@ -44,11 +44,21 @@ def _named(asked: Asked, kind: str) -> dict:
     return {"id": f"{prefix}-{secrets.token_hex(12)}", "object": kind, "created": int(time.time()), "model": asked.name}
 
 
-def _usage(asked: Asked) -> dict:
+def usage_of(asked: Asked) -> dict:
     prompts = asked.jobs[:: asked.answers]
     prompt, answer = sum(len(job.tokens) for job in prompts), sum(job.answer_tokens for job in asked.jobs)
-    counts = {"prompt_tokens": prompt, "completion_tokens": answer, "total_tokens": prompt + answer}
-    return counts | {"prompt_tokens_details": {"cached_tokens": sum(job.cached_tokens for job in prompts)}}
+    begun = [job.first_token_at for job in asked.jobs if job.first_token_at is not None]
+    details = {
+        "cached_tokens": sum(job.cached_tokens for job in prompts),
+        "pruned_tokens": sum(job.pruned_tokens for job in prompts),
+    }
+    return {
+        "prompt_tokens": prompt,
+        "completion_tokens": answer,
+        "total_tokens": prompt + answer,
+        "prompt_tokens_details": details,
+        "time_to_first_token": round(min(begun) - asked.began, 6) if begun else None,
+    }
 
 
 def _choice(asked: Asked, events: list[Event], streamed: bool = False) -> dict:
@@ -59,25 +69,27 @@ def _choice(asked: Asked, events: list[Event], streamed: bool = False) -> dict:
     if not asked.is_chat:
         return {"index": events[0].index, "text": text, "logprobs": logprobs, "finish_reason": reason}
     message = ({} if streamed else {"role": "assistant"}) | {"content": text}
-    if calls := _tool_calls(asked, text, streamed):
-        before = text.partition("<tool_call>")[0] if "<tool_call>" in text else ""
-        message, reason = message | {"content": before.strip() or None, "tool_calls": calls}, "tool_calls"
+    before, functions = split_calls(asked, text)
+    if functions:
+        calls = []
+        for index, function in enumerate(functions):
+            named = {"id": f"call_{secrets.token_hex(12)}", "type": "function", "function": function}
+            calls.append(({"index": index} if streamed else {}) | named)
+        message, reason = message | {"content": before or None, "tool_calls": calls}, "tool_calls"
     named = {"delta" if streamed else "message": message}
     return {"index": events[0].index, **named, "logprobs": logprobs, "finish_reason": reason}
 
 
-def _tool_calls(asked: Asked, text: str, streamed: bool) -> list[dict]:
-    """The tool calls in a finished answer, as the protocol has them."""
+def split_calls(asked: Asked, text: str) -> tuple[str, list[dict]]:
+    """The text before the tool calls of a finished answer, and the calls as "name" and "arguments"."""
     try:
         calls = asked.model.parse_tool_calls(text) if asked.has_tools else []
     except InputError:  # it begins like a call and is broken
-        return []
-    found = []
-    for index, call in enumerate(calls):
-        function = call["function"] | {"arguments": json.dumps(call["function"]["arguments"])}
-        named = {"id": f"call_{secrets.token_hex(12)}", "type": "function", "function": function}
-        found.append(({"index": index} if streamed else {}) | named)
-    return found
+        calls = []
+    if not calls:
+        return text, []
+    before = text.partition("<tool_call>")[0].strip() if "<tool_call>" in text else ""
+    return before, [call["function"] | {"arguments": json.dumps(call["function"]["arguments"])} for call in calls]
 
 
 def _logprobs(asked: Asked, entries: list[list[tuple[int, float]]]) -> dict:

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import base64
 import dataclasses
+import functools
 import json
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -16,6 +18,7 @@ import pop
 from pop.errors import ContextOverflow, check_count
 from pop.generation.batch import as_prompts
 from pop.generation.sampling import SamplingParams
+from tools.examples.json_schema import JsonSchema, tokenizer_of
 from tools.serve.rows import Event, Job
 
 MAX_BYTES = 2**24  # of a request
@@ -23,10 +26,12 @@ BYTES_A_TOKEN = 64  # of a request without its images, more than any text has
 MAX_MESSAGES, MAX_TOOLS, MAX_IMAGES, MAX_ANSWERS = 2048, 128, 8, 8  # of a request
 MAX_STOPS, MAX_STOP = 4, 200  # stop strings, and characters of one
 MAX_LOGPROBS = 2**16  # of all answers together
+MAX_SCHEMA = 2**16  # characters of a JSON schema
 PIXELS = {"low": 2**18, "high": 2**20, "auto": 2**20}  # to which an image is resized, if its family chooses its size
 
 SAMPLING = {"temperature", "top_p", "top_k", "min_p", "repetition_penalty", "seed", "stop"}
-BOTH = SAMPLING | {"model", "stream", "stream_options", "n", "max_tokens", "logprobs"}
+BOTH = SAMPLING | {"model", "stream", "stream_options", "n", "max_tokens", "logprobs", "response_format"}
+BOTH |= {"plan", "cache_prompt"}  # extras of this server
 TEXT = BOTH | {"prompt"}
 CHAT = BOTH | {"messages", "max_completion_tokens", "top_logprobs", "tools", "tool_choice", "chat_template_kwargs"}
 ONLY = {  # what this server does not do: only the value that asks for nothing is accepted
@@ -36,7 +41,6 @@ ONLY = {  # what this server does not do: only the value that asks for nothing i
     "best_of": 1,
     "echo": False,
     "suffix": "",
-    "response_format": {"type": "text"},
     "modalities": ["text"],
 }
 UNREAD = {"user", "metadata", "store", "service_tier", "parallel_tool_calls", "safety_identifier", "prompt_cache_key"}
@@ -50,12 +54,37 @@ class Wrong(Exception):
         self.status, self.param, self.code = status, param, code
 
 
+class Served:
+    """What requests ask of.
+
+    Args:
+        model: A model with a tokenizer.
+        name: What clients call it.
+        plans: What requests may name as their plan, besides "default", the model's own, and "none".
+    """
+
+    def __init__(self, model: pop.Model, name: str, plans: dict[str, pop.PrunePlan] | None = None):
+        self.model = model
+        self.name = name
+        self.plans = {"default": None, "none": pop.PrunePlan.none(), **(plans or {})}
+
+    @functools.cached_property
+    def _schema_tokenizer(self):
+        return tokenizer_of(self.model)
+
+    def schema(self, schema: dict) -> JsonSchema:
+        """The processor of logits whose answers follow a JSON schema."""
+        return JsonSchema(self.model, schema, self._schema_tokenizer)
+
+
 @dataclasses.dataclass
 class Asked:
     """A request that has been understood."""
 
     model: pop.Model
     name: str  # of the model
+    body: dict  # the request, for the route that repeats it
+    began: float  # when the request had arrived, as time.monotonic() counts
     is_chat: bool
     jobs: list[Job]
     answers: int  # for each prompt
@@ -64,22 +93,35 @@ class Asked:
     has_tools: bool
 
 
-def understand(model: pop.Model, name: str, raw: bytes, is_chat: bool, emit: Callable[[Event], object]) -> Asked:
-    """Check a request, and encode its prompts. Raises Wrong or a PopError. `emit` gets its events."""
+def understand(
+    served: Served, raw: bytes, is_chat: bool, emit: Callable[[Event], object], as_chat: Callable[[dict], dict] = dict
+) -> Asked:
+    """Check a request, and encode its prompts. Raises Wrong or a PopError.
+
+    Args:
+        served: The model, and what else a request may name.
+        raw: The request.
+        is_chat: Whether it has messages. Otherwise it has a prompt.
+        emit: What gets its events.
+        as_chat: The body of a chat for the request's body, if it has another form.
+    """
+    began = time.monotonic()
     try:
         try:
             body = json.loads(raw)
         except ValueError:
             raise Wrong("the request is not JSON in UTF-8") from None
-        return _understand(model, name, body, is_chat, emit, len(raw))
+        if not isinstance(body, dict):
+            raise Wrong("the request must be a JSON object")
+        body = {key: value for key, value in body.items() if value is not None}
+        asked = _understand(served, as_chat(body), is_chat, emit, len(raw))
+        return dataclasses.replace(asked, body=body, began=began)
     except RecursionError:
         raise Wrong("the request is nested too deeply") from None
 
 
-def _understand(model, name: str, body: Any, is_chat: bool, emit, size: int) -> Asked:
-    if not isinstance(body, dict):
-        raise Wrong("the request must be a JSON object")
-    body = {key: value for key, value in body.items() if value is not None}
+def _understand(served: Served, body: dict, is_chat: bool, emit, size: int) -> Asked:
+    model, name = served.model, served.name
     for key, value in body.items():
         if key in ONLY and value != ONLY[key]:
             raise Wrong(f"{key} is {value!r:.80}; this server takes {ONLY[key]!r} only", param=key)
@@ -94,6 +136,11 @@ def _understand(model, name: str, body: Any, is_chat: bool, emit, size: int) -> 
     stream, options = _typed(body, "stream", bool, False), _typed(body, "stream_options", dict, {})
     answers = check_count("n", body.get("n", 1), 1, MAX_ANSWERS)
     params, top_logprobs = _sampling(model, body, is_chat)
+    params = dataclasses.replace(params, logits_processor=_format(served, body))
+    plan = body.get("plan", "default")
+    if not isinstance(plan, str) or plan not in served.plans:
+        raise Wrong(f"plan is {plan!r:.80}; this server has {', '.join(served.plans)}", param="plan")
+    uses_kept = _typed(body, "cache_prompt", bool, True)
     tools = None
     if is_chat:
         messages, characters = _messages(model, _typed(body, "messages", list, []))
@@ -119,12 +166,28 @@ def _understand(model, name: str, body: Any, is_chat: bool, emit, size: int) -> 
         for number in range(answers):
             seed = None if params.seed is None else (params.seed + number) % 2**63
             one = dataclasses.replace(params, seed=seed)
-            jobs.append(Job(len(jobs), tokens, media, one, top_logprobs, emit))
+            job = Job(len(jobs), tokens, media, one, top_logprobs, emit, served.plans[plan], uses_kept)
+            jobs.append(job)
     most = sum(min(params.max_new_tokens, model.max_seq_len - len(job.tokens)) for job in jobs)
     if params.logprobs and most * (top_logprobs + 1) > MAX_LOGPROBS:
         raise Wrong(f"there may be {MAX_LOGPROBS} logprobs; lower max_tokens or top_logprobs", param="logprobs")
     include_usage = _typed(options, "include_usage", bool, False)
-    return Asked(model, name, is_chat, jobs, answers, stream, include_usage, bool(tools))
+    return Asked(model, name, body, 0.0, is_chat, jobs, answers, stream, include_usage, bool(tools))
+
+
+def _format(served: Served, body: dict) -> JsonSchema | None:
+    """What makes answers follow a response_format. None: nothing need be done."""
+    wanted = _typed(body, "response_format", dict, {"type": "text"})
+    if wanted.get("type") == "text":
+        return None
+    schema = {"type": "object"}
+    if wanted.get("type") == "json_schema":
+        schema = _typed(_typed(wanted, "json_schema", dict, {}), "schema", dict, None)
+    elif wanted.get("type") != "json_object":
+        raise Wrong("the type of response_format is text, json_object or json_schema", param="response_format")
+    if len(json.dumps(schema)) > MAX_SCHEMA:
+        raise Wrong(f"a schema may have {MAX_SCHEMA:,} characters", param="response_format")
+    return served.schema(schema)
 
 
 def _typed(values: dict, key: str, kind: type, default):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import time
 from collections.abc import Callable
 
 import torch
@@ -43,9 +44,13 @@ class Job:
     params: SamplingParams
     top_logprobs: int
     emit: Callable[[Event], object]  # called in the engine's thread
+    plan: pop.PrunePlan | None = None  # None: the model's
+    uses_kept: bool = True  # whether it may continue a filled cache
     cancelled: bool = False
     cached_tokens: int = 0  # of the prompt, taken from a filled cache
+    pruned_tokens: int = 0  # of the others
     answer_tokens: int = 0
+    first_token_at: float | None = None  # as time.monotonic() counts
 
     def fail(self, error: Exception) -> None:
         if not isinstance(error, pop.PopError):
@@ -58,6 +63,7 @@ class Row:
 
     def __init__(self, model: pop.Model, job: Job, keys: list[int | str], images: list[range], cache: KVCache):
         self.job, self.keys, self.images = job, keys, images
+        self.plan = model.resolve(job.plan)
         self.cache: KVCache | None = cache  # its own, until it joins the batch
         self.place: int | None = None  # in the batch
         self.logits: torch.Tensor | None = None  # [1, V], of its next token
@@ -74,6 +80,8 @@ class Row:
 
     def push(self, token: int) -> None:
         """Append the token to the answer, and emit what it adds."""
+        if self.job.first_token_at is None:
+            self.job.first_token_at = time.monotonic()
         count = len(self.answer.tokens)
         event = Event(self.job.index, self.answer.push(token), finish_reason=self.answer.finish_reason)
         self.job.answer_tokens = len(self.answer.tokens)
