@@ -12,6 +12,7 @@ from support.tiny import random_model, tiny_config
 
 import pop
 from pop.calibration.questions import codes, make_questions
+from tools.common import Countdown
 from tools.evaluate import __main__ as evaluate
 from tools.evaluate import report as evaluate_report
 from tools.evaluate import selection, tasks, text
@@ -119,6 +120,52 @@ def test_what_the_command_line_asks_for_is_what_each_task_gets(run, tiny_folder,
     makers = [codes, needle, documents, quotes("a"), *RULER]
     questions = make_questions(Writer(model, {"a": tokens}, 3), makers, [800], 1)
     assert result["retrieval"] == evaluate_retrieval(made, questions, seed=3)
+
+
+def test_figures_are_written_after_each_task(run, tmp_path, monkeypatch):
+    """So a run that is interrupted leaves those of the tasks that have ended."""
+
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    whole = run("--prune 0.6 --tasks ttft,generation --new-tokens 2")
+    assert "unfinished" not in whole
+    monkeypatch.setattr(tasks, "evaluate_generation", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run("--prune 0.6 --tasks ttft,generation,retrieval --new-tokens 2")
+    left = json.loads((tmp_path / "result.json").read_text())
+    assert left.keys() == whole.keys() - {"generation"} | {"unfinished"}
+    assert left["unfinished"] == ["generation", "retrieval"]
+
+
+@pytest.mark.parametrize("words", ["--lengths 64", "--baselines nonsense", "--prune 0.4 --prune 0.4"])
+def test_mistakes_are_found_before_the_work(words, run, monkeypatch):
+    calls = []
+    monkeypatch.setattr(pop, "calibrate", lambda *_, **__: calls.append("calibrated"))
+    monkeypatch.setattr(evaluate, "evaluate_text", lambda *_, **__: calls.append("evaluated"))
+    with pytest.raises(AssertionError, match="2 == 0"):  # the tool's status
+        run(f"--prune calibrated:0.4 --tasks text {words}")
+    assert calls == []
+
+
+def test_no_compile_reaches_the_model(run, monkeypatch):
+    options = []
+    load = pop.load
+    monkeypatch.setattr(pop, "load", lambda name, **given: options.append(given) or load(name, **given))
+    run("--tasks ttft --no-compile")
+    assert options[0]["compile"] is False
+
+
+def test_a_countdown_says_how_much_time_is_left(monkeypatch):
+    now, lines = [0.0], []
+    monkeypatch.setattr("tools.common.time.monotonic", lambda: now[0])
+    step = Countdown("window", 4, lines.append)
+    for seconds in (50, 10, 0):
+        step()
+        now[0] += seconds
+    step()
+    assert lines[:2] == ["window 1 of 4", "window 2 of 4, about 2 min left"]
+    assert lines[2:] == ["window 3 of 4, about 60 s left", "window 4 of 4, about 20 s left"]
 
 
 def test_human_eval_runs_from_the_command_line(run, capsys, monkeypatch):

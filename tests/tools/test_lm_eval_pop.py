@@ -2,7 +2,7 @@
 
 import json
 import sys
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
@@ -35,6 +35,29 @@ def test_model_args_that_are_wrong(chat_folder):
     ):
         with pytest.raises(error, match=message):
             tool.load_model(**{"name": chat_folder, **options})
+
+
+@pytest.mark.parametrize("prune", [0.4, None])
+def test_the_summary_says_what_was_pruned_and_how_much_faster_that_is(chat_folder, prune, monkeypatch):
+    """Each token is a byte. Three contexts, of which the last 4 tokens run at full depth."""
+    adapter = PopAdapter(tool.load_model(chat_folder, prune=prune, full_depth_last=4))
+    requests = [SimpleNamespace(args=("a" * 30, "b")), SimpleNamespace(args=("a" * 30, "c"))]
+    adapter.loglikelihood([*requests, SimpleNamespace(args=("bc" * 15, "d"))], disable_tqdm=True)
+    adapter.generate_until([SimpleNamespace(args=("abc", {"max_gen_toks": 2}))], disable_tqdm=True)
+    begin = len(adapter.encode("")) if adapter.model.tokenizer.bos_id is not None else 0
+    assert adapter.context_tokens == 63 + 3 * begin
+    assert adapter.pruned_tokens == (2 * (30 + begin - 4) if prune else 0)
+    if prune:
+        ran = []
+        prefill = pop.Model.prefill
+        monkeypatch.setattr(
+            pop.Model, "prefill", lambda self, *args, plan: ran.append(plan.layers) or prefill(self, *args, plan=plan)
+        )
+        assert adapter.speedup() > 0
+        assert len(ran) == 5 * 4 * 2 and {*ran} == {(), adapter.model.plan.layers}
+        monkeypatch.setattr(adapter, "speedup", lambda: 1.234)
+        assert "1.23x as fast" in adapter.summary()
+    assert adapter.summary().startswith(f"{adapter.pruned_tokens / adapter.context_tokens:.0%} of the ")
 
 
 def test_the_class_takes_the_arguments_of_the_harness(monkeypatch, chat_folder):

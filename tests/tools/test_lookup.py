@@ -7,6 +7,7 @@ import pop
 from pop.calibration.lookup import found_by_layer
 from pop.calibration.questions import Question
 from pop.pruning.reference import attention_scores
+from tools.evaluate.lookup import report
 
 
 @pytest.mark.parametrize("begin", [1, 20, 46])
@@ -23,3 +24,25 @@ def test_each_layer_finds_what_the_reference_selects(loaded, begin):
     question = Question("made up", [*range(20)], [12, 13])
     assert found_by_layer(loaded, question, 0.5, 6) is not None
     assert found_by_layer(loaded, question, 0.5, 7) is None  # an answer in the prompt's end does not count
+
+
+FOUND = {"codes": torch.tensor([0.5, 0.2, 0.9, 0.3, 0.8]), "quotes": torch.tensor([0.1, 0.4, 0.3, 0.6, 0.8])}
+
+
+@pytest.mark.parametrize(
+    ("layers", "marked", "options"),
+    [
+        ((2, 4), "3*", "--full-depth-selected 0.03 --selecting-layer 3"),
+        ((1, 3), "2*", "--selecting-layer 2"),
+        ((2, 3), "0*", "--selecting-layer 0"),  # the layers 1 and 0 find as much
+        ((0, 1), None, "No layer may select"),
+        ((), None, "No layer may select"),
+    ],
+)
+def test_the_best_layer_that_a_plan_may_take_is_marked(layers, marked, options):
+    text = report(pop.PrunePlan(layers), FOUND, 0.03)
+    lines = [line.split() for line in text.splitlines() if line]
+    assert lines[0] == ["layer", "codes", "quotes", "mean"]
+    assert [line[0] for line in lines[1:6] if line[0].endswith("*")] == ([marked] if marked else [])
+    assert lines[5][-3:] == ["80%", "80%", "80%"]
+    assert options in text.splitlines()[-1]

@@ -2,11 +2,13 @@
 
 import json
 import re
+from pathlib import Path
 
 import pytest
 from support.goldens import GOLDENS
 from support.readme import READMES
 
+from tools.results import leaderboard
 from tools.results.rows import main
 
 # Made-up figures, as tools.evaluate writes them.
@@ -34,6 +36,60 @@ def test_figures_without_a_table_are_refused(tmp_path, capsys):
     (tmp_path / "run.json").write_text(json.dumps(FIGURES | {"text": []}))
     assert main([str(tmp_path / "run.json")]) == 2
     assert "run.json" in capsys.readouterr().err
+
+
+ROW = {"model": "m", "plan": "p|q", "machine": "two cores", "commit": "0123456789abcdef", "kl": 0.0123}
+ROW |= {"speedup_2048": 1.5, "kinds": {"codes": 0.876}, "retrieved": 0.5, "lambada": None}
+
+
+def test_a_row_of_the_leaderboard_shows_its_figures(tmp_path, capsys):
+    paths = []
+    for row in (ROW, {"model": "m", "plan": "faster", "speedup_2048": 2}, {"model": "a", "plan": "b"}):
+        paths.append(str(tmp_path / f"{len(paths)}.json"))
+        Path(paths[-1]).write_text(json.dumps(row))
+    assert leaderboard.main(paths) == 0
+    _, _, *lines = capsys.readouterr().out.splitlines()
+    assert lines == [
+        "| a | b | - | - | - | - | - | - | - | - | - | - | - |",
+        "| m | faster | 2.00x | - | - | - | - | - | - | - | - | - | - |",
+        "| m | p/q | 1.50x | - | 0.012 | 88 % | - | - | - | 50 % | - | two cores | 0123456 |",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("changed", "says"),
+    [
+        ({"model": None}, "model is None"),
+        ({"plan": ""}, "plan is ''"),
+        ({"machine": 2}, "machine is 2"),
+        ({"commit": "main"}, "commit is 'main'"),
+        ({"kl": "small"}, "kl is 'small'"),
+        ({"kl": -0.1}, "kl is -0.1"),
+        ({"kl": float("nan")}, "NaN is not a JSON number"),
+        ({"retrieved": 53}, "retrieved is 53"),
+        ({"kinds": {"codes": 2}}, "kinds.codes is 2"),
+        ({"kinds": {"riddles": 1}}, "kinds is"),
+        ({"speed": 1.5}, "field 'speed'"),
+    ],
+)
+def test_a_row_that_is_wrong_is_refused(changed, says, tmp_path, capsys):
+    path = tmp_path / "row.json"
+    path.write_text(json.dumps(ROW | changed))
+    assert leaderboard.main([str(path)]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and says in err and str(path) in err and err.count("\n") == 1
+
+
+def test_the_leaderboard_has_the_plans_that_ship(capsys):
+    """Their figures are those of the README."""
+    assert leaderboard.main([]) == 0
+    out = capsys.readouterr().out
+    shipped = [row for row in rows("README.md") if re.fullmatch(r"\d\.\d\dx", row[0])]
+    for row in shipped:
+        speedup, kl, _ = row
+        kl = f"{float(kl):.3f}"
+        assert re.search(rf"\| smollm2-135m \| [^|]+ \| {speedup} \| [^|]+ \| {kl} \|", out), row
+    assert len(shipped) == 5
 
 
 def rows(path: str) -> list[list[str]]:

@@ -12,7 +12,7 @@ from statistics import median
 
 import torch
 
-from tools.common import progress
+from tools.common import Countdown
 
 Turn = Callable[[], dict[str, float]]
 
@@ -29,8 +29,9 @@ def run_rounds(turns: dict[tuple, Turn], runs: int, what: str) -> dict[tuple, li
         {(*key, name): the values of the figure `name` of turn `key`, one for each round}.
     """
     record = defaultdict(list)
+    step = Countdown(f"{what}, round (the first is not timed)", runs + 1)
     for number in range(runs + 1):
-        progress(f"{what}, round {number} of {runs}" if number else f"{what}, untimed round")
+        step()
         order = list(turns.items())
         for key, turn in reversed(order) if number % 2 else order:
             for name, value in turn().items():

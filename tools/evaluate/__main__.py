@@ -39,7 +39,7 @@ from tools.evaluate.questions import Writer, documents, needle, quotes
 from tools.evaluate.report import plot, report
 from tools.evaluate.retrieval import evaluate_retrieval
 from tools.evaluate.ruler import RULER
-from tools.evaluate.selection import BASELINES, make_contenders
+from tools.evaluate.selection import BASELINES, check_baselines, make_contenders
 from tools.evaluate.text import evaluate_text, read_domains, read_text, spread_windows
 from tools.evaluate.timing import measure_ttft
 
@@ -83,6 +83,8 @@ def check(args) -> None:
     for name in ("prompt_tokens", "continuation_tokens", "windows", "runs", "new_tokens", "questions", "human_eval"):
         check_count(f"--{name.replace('_', '-')}", getattr(args, name))
     args.lengths = integers_in("--lengths", args.lengths)
+    args.baselines = [baseline for baseline in args.baselines.split(",") if baseline]
+    check_baselines(args.baselines)
 
 
 def run(args) -> dict:
@@ -94,30 +96,36 @@ def run(args) -> dict:
     model = _load(args)
     encoded = {name: model.tokenizer.encode(read_text(paths), bos=False) for name, paths in domains.items()}
     windows = _cut_windows(args, model, encoded)
+    makers = _makers(args.tasks, encoded)
+    questions = {}
+    if makers:
+        questions = make_questions(Writer(model, encoded, args.seed), makers, args.lengths, args.questions)
     progress("making the contenders")
     contenders = make_contenders(
         model,
         args.prune or ["default"],
-        args.baselines.split(",") if args.baselines else [],
+        args.baselines,
         fraction=args.baseline_fraction,
         calibration=calibration,
         seed=args.seed,
     )
     result = _settings(args, model, domains, contenders)
     prompts = [window[: args.prompt_tokens] for group in windows.values() for window in group]
-    if "text" in args.tasks:
-        result["text"] = evaluate_text(contenders, windows, args.prompt_tokens, seed=args.seed, progress=progress)
-    if "ttft" in args.tasks:
-        result["ttft"] = measure_ttft(contenders, prompts[0], args.runs, progress=progress)
-    if "generation" in args.tasks:
-        result["generation"] = tasks.evaluate_generation(contenders, prompts, args.new_tokens, progress=progress)
-    makers = _makers(args.tasks, encoded)
-    if makers:
-        writer = Writer(model, encoded, args.seed)
-        questions = make_questions(writer, makers, args.lengths, args.questions)
-        result["retrieval"] = evaluate_retrieval(contenders, questions, seed=args.seed, progress=progress)
-    if "human-eval" in args.tasks:
-        result["human-eval"] = tasks.evaluate_human_eval(contenders, problems, progress=progress)
+    seeded = {"seed": args.seed, "progress": progress}
+    work = {
+        "text": lambda: evaluate_text(contenders, windows, args.prompt_tokens, **seeded),
+        "ttft": lambda: measure_ttft(contenders, prompts[0], args.runs, progress=progress),
+        "generation": lambda: tasks.evaluate_generation(contenders, prompts, args.new_tokens, progress=progress),
+        "retrieval": lambda: evaluate_retrieval(contenders, questions, **seeded),
+        "human-eval": lambda: tasks.evaluate_human_eval(contenders, problems, progress=progress),
+    }
+    chosen = {*args.tasks} | ({"retrieval"} if questions else set())
+    left = [task for task in work if task in chosen]
+    while left:
+        task = left.pop(0)
+        result[task] = work[task]()
+        if args.json and left:
+            write_figures(args.json, result | {"unfinished": left})
     return result
 
 
@@ -133,7 +141,7 @@ def _read_calibration(files: list[str], domains: dict[str, list[Path]]) -> list[
 
 def _load(args) -> pop.Model:
     dtype = args.dtype and getattr(torch, args.dtype)
-    model = pop.load(args.model, device=args.device, dtype=dtype, prune=None)
+    model = pop.load(args.model, device=args.device, dtype=dtype, prune=None, compile=args.compile)
     model.need_tokenizer("evaluate")
     model.check_fits(args.prompt_tokens + args.continuation_tokens, "a window")
     if {"retrieval", "ruler"} & set(args.tasks):
@@ -192,6 +200,7 @@ def _parser() -> argparse.ArgumentParser:
     option("--dtype", help="default: the checkpoint's", choices=("float32", "bfloat16", "float16"))
     option("--device", help="cpu, cuda ...; default: a GPU if there is one")
     some = "text,retrieval,ttft"
+    option("--no-compile", help="run eagerly", dest="compile", action="store_const", const=False, default="auto")
     option("--tasks", help=f"any of {','.join(TASKS)} ({some})", default=some, metavar="TASK,...")
     option("--prune", help="a plan, see above; repeatable (default)", action="append", metavar="P")
     option(
@@ -210,7 +219,7 @@ def _parser() -> argparse.ArgumentParser:
     option("--questions", help="questions of each kind and length (10)", type=int, default=10, metavar="N")
     option("--human-eval", help="problems of HumanEval (164, which is all)", type=int, default=164, metavar="N")
     option("--run-generated-code", help="agree that human-eval executes what the model wrote", action="store_true")
-    option("--json", help="also write all figures to this file", metavar="FILE")
+    option("--json", help="also write all figures to this file, after each task", metavar="FILE")
     option("--plot", help="also draw KL and retrieval over speedup: FILE.svg or FILE.png", metavar="FILE")
     return parser
 

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from pop.calibration.questions import Question
+from tools.common import Countdown
 from tools.evaluate.contender import Contender
 from tools.evaluate.text import LEAST, interval
 
@@ -42,8 +43,9 @@ def evaluate_retrieval(
     """
     marks = {contender.name: [] for contender in contenders}
     batches = list(_batches(questions))
-    for number, batch in enumerate(batches):
-        progress(f"retrieval, batch {number + 1} of {len(batches)}")
+    step = Countdown("retrieval, batch", len(batches), progress)
+    for batch in batches:
+        step()
         for contender in contenders:
             logits = contender.batch_logits([q.prompt for q in batch], [q.answer for q in batch])
             for row, question in zip(logits, batch, strict=True):

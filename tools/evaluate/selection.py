@@ -57,15 +57,15 @@ def make_contenders(
     """
     prunes = [prune for prune in prunes if prune != "none"]
     pruned = [_plan_contender(model, prune) for prune in prunes]
+    check_baselines(baselines)
+    names = ["full", *(contender.name for contender in pruned), *baselines]
+    if len(set(names)) < len(names):
+        raise InputError(f"two contenders have the same name, of {', '.join(names)}; leave one out, or rename its file")
     for contender, prune in zip(pruned, prunes, strict=True):
         if prune.startswith("calibrated:"):
             contender.plan = pop.calibrate(model, calibration, contender.plan, steps=0, seed=seed)
     contenders = [Contender("full", model, pop.PrunePlan.none()), *pruned]
-    contenders += [_baseline_contender(model, baseline, fraction, calibration) for baseline in baselines]
-    names = [contender.name for contender in contenders]
-    if len(set(names)) < len(names):
-        raise InputError(f"two contenders have the same name, of {', '.join(names)}; leave one out, or rename its file")
-    return contenders
+    return contenders + [_baseline_contender(model, baseline, fraction, calibration) for baseline in baselines]
 
 
 def _plan_contender(model: pop.Model, prune: str) -> Contender:
@@ -102,15 +102,20 @@ def _method(plan: pop.PrunePlan) -> str:
     return "calibrated" if plan.corrections else "plain pruning, the paper's method"
 
 
+def check_baselines(baselines: list[str]) -> None:
+    """Raise InputError unless each value of --baselines is a known name, or NAME:FRACTION."""
+    for baseline in baselines:
+        name, _, share = baseline.partition(":")
+        if name not in BASELINES:
+            raise InputError(f"--baselines holds {name!r}; it knows {', '.join(BASELINES)}")
+        if share and not re.fullmatch(r"\d*\.?\d+", share):
+            raise InputError(f"--baselines holds {baseline!r}; write NAME or NAME:FRACTION")
+
+
 def _baseline_contender(model: pop.Model, baseline: str, fraction: float, calibration) -> Contender:
     """The contender of one --baselines value."""
     name, _, share = baseline.partition(":")
-    if name not in BASELINES:
-        raise InputError(f"--baselines holds {name!r}; it knows {', '.join(BASELINES)}")
-    try:
-        share = float(share) if share else fraction
-    except ValueError:
-        raise InputError(f"--baselines holds {baseline!r}; write NAME or NAME:FRACTION") from None
+    share = float(share) if share else fraction
     most = {"most": sys.maxsize} if name in FITTED else {}
     windows = calibration_windows(model, calibration or builtin_texts(), **most)
     contender = BASELINES[name](model, share, windows)

@@ -11,6 +11,7 @@ from collections.abc import Callable
 import numpy as np
 
 from pop.errors import InputError, MissingExtra
+from tools.common import Countdown
 from tools.evaluate import sandbox
 from tools.evaluate.contender import Contender
 
@@ -34,8 +35,9 @@ def evaluate_generation(
         equal, and the share of answers that are equal as a whole.
     """
     shares = {contender.name: [] for contender in contenders}
-    for number, prompt in enumerate(prompts):
-        progress(f"generation, prompt {number + 1} of {len(prompts)}")
+    step = Countdown("generation, prompt", len(prompts), progress)
+    for prompt in prompts:
+        step()
         reference = contenders[0].generate(prompt, new_tokens)
         shares[contenders[0].name].append(1.0)
         for contender in contenders[1:]:
@@ -89,8 +91,9 @@ def evaluate_human_eval(
             f"the sandbox cannot run Python here ({message}), so every problem would fail; leave human-eval out"
         )
     passed = dict.fromkeys((contender.name for contender in contenders), 0)
-    for number, problem in enumerate(problems):
-        progress(f"problem {number + 1} of {len(problems)}")
+    step = Countdown("human-eval, problem", len(problems), progress)
+    for problem in problems:
+        step()
         for contender in contenders:
             program = problem["prompt"] + complete(contender, problem["prompt"], max_new_tokens)
             program += f"\n{problem['test']}\ncheck({problem['entry_point']})\n"

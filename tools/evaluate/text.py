@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from pop.errors import InputError
-from tools.common import ROOT
+from tools.common import ROOT, Countdown
 from tools.evaluate.contender import Contender
 
 CODE = ("argparse", "difflib", "heapq", "statistics")  # modules of Python's library: the default texts of "code"
@@ -98,12 +98,10 @@ def evaluate_text(
         {"value", "low", "high"}. low and high are None for fewer than five windows.
     """
     records = {name: [] for name in domains}
-    total = sum(map(len, domains.values()))
-    number = 0
+    step = Countdown("text, window", sum(map(len, domains.values())), progress)
     for name, windows in domains.items():
         for window in windows:
-            number += 1
-            progress(f"text, window {number} of {total}")
+            step()
             prompt = window[:prompt_tokens]
             continuation = window[prompt_tokens:]
             full = contenders[0].logits(prompt, continuation).double().log_softmax(-1)  # [C, V]

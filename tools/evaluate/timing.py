@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from statistics import median
 
-from tools.common import timed
+from tools.common import Countdown, timed
 from tools.evaluate.contender import Contender
 
 
@@ -27,8 +27,9 @@ def measure_ttft(
         allow, or None where pop/pruning/cost.py cannot count.
     """
     seconds = {contender.name: [] for contender in contenders}
+    step = Countdown("ttft, the first of which warms up: run", runs + 1, progress)
     for number in range(runs + 1):
-        progress(f"ttft, run {number} of {runs}" if number else "ttft, warm-up")
+        step()
         for contender in contenders:
             cache = contender.new_cache(1, len(prompt))
             ttft, _ = timed(lambda run=contender, cache=cache: int(run.prefill(prompt, cache).argmax()), int, 0)
