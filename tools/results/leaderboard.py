@@ -27,8 +27,6 @@ HEADS = ("model", "plan", "2,048 tokens", "8,192 tokens", "KL, nats", *KINDS, "a
 def read_row(path: Path) -> dict:
     """A row. Raises InputError, which names the field, for a file that is none."""
     row = read_json(path, InputError)
-    if not isinstance(row, dict):
-        raise InputError(f"{path} is no row; it must be a JSON object")
     for name in row:
         if name not in (*TEXTS, *FIGURES, "kinds"):
             raise InputError(f"{path} has the field {name!r}; a row has {', '.join((*TEXTS, *FIGURES))}, kinds")
