@@ -29,7 +29,7 @@ from support.tiny_images import picture
 
 import pop
 from pop import engine
-from pop.backends import CPU_ATTENTION, CUDA_ATTENTION
+from pop.backends import CPU_ATTENTION, cuda
 from pop.backends.cuda_graph import Graph
 from pop.engine.attention import UNBOUNDED, AttentionMetadata
 from pop.engine.attention import cache_attention as general_attention
@@ -254,7 +254,10 @@ def slots(S: int, K: int, E: int, dtype: torch.dtype, device: torch.device) -> l
 
 
 def prompt_metadata(layout: str, T: int, N: int, window: int | None, device: torch.device) -> AttentionMetadata:
-    """Two rows of T tokens, the last of N. In a ragged batch, the second row has no tokens before them."""
+    """Two rows of T tokens, the last of N. In a ragged batch, the second row has no tokens before them.
+
+    Its keys are in the order of the slots, or those of a window, from a ring.
+    """
     before = UNBOUNDED if window is None else window - 1
     own = min(N - T, before)  # keys before the first token
     begin = torch.tensor([own, 0 if layout == "ragged" else own])[:, None]
@@ -265,6 +268,10 @@ def prompt_metadata(layout: str, T: int, N: int, window: int | None, device: tor
     if layout == "ring":
         random = torch.Generator().manual_seed(0)
         key_slots = torch.stack([torch.randperm(N, generator=random)[: own + T] for _ in range(2)]).to(device)
+    elif layout == "ragged" and window is None:
+        held = torch.arange(own + T).expand(2, -1)
+    elif layout == "ragged":
+        key_slots = (held % N).to(device)
     band = torch.tensor((own, before, 0, layout != "ragged"))
     return AttentionMetadata((), None, spans.to(device, torch.int32), held.to(device, torch.int32), key_slots, band)
 
@@ -284,7 +291,7 @@ def assert_exact(attend, q: torch.Tensor, *arguments) -> None:
 @pytest.mark.parametrize("G", [1, 4, 8])
 @pytest.mark.parametrize("E", [64, 128, 256])
 def test_attention_of_prompts_at_real_sizes(E, G, layout, dtype, device):
-    attention = CUDA_ATTENTION if device.type == "cuda" else CPU_ATTENTION
+    attention = cuda.cache_attention if device.type == "cuda" else CPU_ATTENTION
     for T, N, window in KEYS if device.type == "cuda" else KEYS[2:3]:
         metadata = prompt_metadata(layout, T, N, window, device)
         q = torch.randn(2, T, 2 * G, E, generator=torch.Generator().manual_seed(T)).to(device, dtype)
@@ -297,7 +304,7 @@ def test_attention_of_prompts_at_real_sizes(E, G, layout, dtype, device):
 @pytest.mark.parametrize("E", [64, 128, 256])
 def test_attention_of_one_token_at_real_sizes(E, G, dtype, device):
     """Over a cache, a ring that has wrapped, and rows of different lengths, whose free slots are zero."""
-    attention = CUDA_ATTENTION if device.type == "cuda" else CPU_ATTENTION
+    attention = cuda.cache_attention if device.type == "cuda" else CPU_ATTENTION
     q = torch.randn(2, 1, 2 * G, E, generator=torch.Generator().manual_seed(G)).to(device, dtype)
     for S, last, window in ((5000, (4999, 4999), None), (700, (9000, 1234), 512), (300, (299, 5), None)):
         last = torch.tensor(last, device=device)

@@ -8,11 +8,11 @@ from functools import partial
 
 from torch import nn
 
-from pop.backends import cpu, cuda, decode_attention, experts
+from pop.backends import cpu, cuda, experts, span_attention
 from pop.backends.cuda_graph import Graph
 from pop.engine.attention import cache_attention
 from pop.engine.cache import CHUNK_SIZE
-from pop.engine.stages import Stages, corrected_layer, full_layer
+from pop.engine.stages import Stages, code, corrected_layer, full_layer
 from pop.models.experts import Experts
 from pop.models.layers import Embedding
 from pop.models.vision import qwen3_vl, siglip
@@ -21,10 +21,10 @@ CPU_ATTENTION = partial(cache_attention, chunk=cpu.chunk_attention, decode=cpu.d
 CPU = Stages(
     full_layer=partial(full_layer, attention=CPU_ATTENTION),
     corrected_layer=partial(corrected_layer, linear=cpu.linear),
+    code=partial(code, linear=cpu.linear),
     linear=cpu.linear,
 )
-CUDA_ATTENTION = partial(cache_attention, chunk=cuda.chunk_attention, decode=decode_attention.decode_attention)
-CUDA = Stages(full_layer=partial(full_layer, attention=CUDA_ATTENTION), replay=Graph)
+CUDA = Stages(full_layer=partial(full_layer, attention=cuda.cache_attention), replay=Graph)
 FASTER = {nn.Linear: cpu.Linear, Embedding: cpu.Embedding, Experts: experts.Experts}
 CUDA_CHUNK_SIZE = 8192  # so most prompts run in one causal pass
 
@@ -39,7 +39,7 @@ def accelerate(module: nn.Module) -> None:
     """
     cpu.make_cache_folder()
     backend = cuda if _is_on_gpu(module) else cpu
-    if backend is cuda and not (cuda.HAS_KERNELS and decode_attention.HAS_TRITON):
+    if backend is cuda and not (cuda.HAS_KERNELS and span_attention.HAS_TRITON):
         logger.warning("attention is slow here: pop knows the kernels of torch 2.6 to 2.15 for CUDA, and Triton's")
     module.causal_attention = backend.causal_attention
     for part in module.modules():

@@ -1,13 +1,14 @@
-"""CUDA: attention of several tokens, by kernels that we choose.
+"""CUDA: attention by kernels that we choose.
 
 F.scaled_dot_product_attention chooses a kernel by sizes. On recent GPUs it takes cuDNN, which builds a plan for each
 new size and stride. On others, a mask and grouped heads lead to plain products in float32. Here the choice is fixed:
 
     flash attention     16-bit dtypes without a mask: causal, in a sliding window, or all to all
-    memory-efficient    masks, float32, wide heads, and GPUs older than sm_80
+    memory-efficient    the same in float32, with wide heads, and on GPUs older than sm_80; masks of the plain pass
+    span attention      over a cache, whatever is not causal in all rows alike: see span_attention.py
 
-Both kernels work in blocks, read the cache in place, and have gradients. Shape letters: pop/models/layers.py; N is the
-number of keys.
+The first two are torch's, and have gradients. All work in blocks, and read the cache in place. Shape letters:
+pop/models/layers.py; N is the number of keys.
 """
 
 import math
@@ -16,8 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pop.backends.span_attention import span_attention
 from pop.engine import attention as engine
-from pop.engine.attention import UNBOUNDED
+from pop.engine.attention import UNBOUNDED, AttentionMetadata
 from pop.models import layers
 
 aten = torch.ops.aten
@@ -43,32 +45,30 @@ HAS_KERNELS = torch.version.cuda is not None and all(has_arguments(*item) for it
 WIDEST = 256  # heads that flash attention takes
 WIDEST_TRAINED = 192  # the same with gradients, for which wider heads exceed the shared memory of some GPUs
 ALIGNMENT = 8  # the kernels load 16 bytes at once, so heads and rows of a mask are multiples of 8 numbers
-QUERY_BLOCK = 1024  # tokens whose mask is in memory, as numbers that are added to the scores
 
 
-@torch.library.custom_op("pop::cuda_chunk_attention", mutates_args=())
-def chunk_attention(q: Tensor, k: Tensor, v: Tensor, held: Tensor, spans: Tensor, band: Tensor, scale: float) -> Tensor:
-    """Like pop.engine.attention.chunk_attention, without a mask if the band says all.
-
-    It is a custom operator because compiled code must not depend on the numbers in a band.
-    """
-    if not is_supported(q):
-        return engine.chunk_attention(q, k, v, held, spans, band, scale)
-    T = q.shape[1]
-    own, before, _, is_exact = band.tolist()
-    if is_exact:
-        keys = slice(max(0, own - before), own + T)
-        if T == 1:
-            before = UNBOUNDED  # the token attends all of these keys
-        return fused_attention(q, k[:, keys], v[:, keys], scale, before).flatten(2)
-    out = engine.empty_output(q)
-    for queries, keys in engine.query_blocks(T, band, QUERY_BLOCK):
-        mask = engine.span_mask(held[:, keys], spans[:, queries])
-        out[:, queries] = fused_attention(q[:, queries], k[:, keys], v[:, keys], scale, mask=mask).flatten(2)
-    return out
+def cache_attention(q: Tensor, keys: Tensor, values: Tensor, metadata: AttentionMetadata, scale: float) -> Tensor:
+    """Like pop.engine.attention.cache_attention."""
+    return attend_cache(q, keys, values, *metadata[2:], scale)  # all fields after rope and slots
 
 
-chunk_attention.register_fake(engine.empty_output)
+@torch.library.custom_op("pop::cuda_cache_attention", mutates_args=())
+def attend_cache(
+    q: Tensor, keys: Tensor, values: Tensor, spans: Tensor, held: Tensor | None, key_slots: Tensor | None,
+    band: Tensor | None, scale: float,
+) -> Tensor:  # fmt: skip
+    """It is a custom operator because compiled code must not depend on the numbers in a band."""
+    metadata = AttentionMetadata((), None, spans, held, key_slots, band)
+    if band is not None and band[3] and is_supported(q):
+        own, before, *_ = band.tolist()
+        k, v = engine.read(keys, values, metadata)
+        attended = slice(max(0, own - before), own + q.shape[1])
+        return fused_attention(q, k[:, attended], v[:, attended], scale, before).flatten(2)
+    out = span_attention(q, keys, values, spans, scale)
+    return engine.cache_attention(q, keys, values, metadata, scale) if out is None else out
+
+
+attend_cache.register_fake(engine.empty_output)
 
 
 def causal_attention(
@@ -140,17 +140,13 @@ def _flash(q: Tensor, k: Tensor, v: Tensor, scale: float, before: int | None) ->
 
 def _efficient(q: Tensor, k: Tensor, v: Tensor, scale: float, before: int | None, mask: Tensor | None) -> Tensor:
     """The memory-efficient kernel. It knows no groups of query heads, so it runs once for each of the G in a group."""
-    T = q.shape[1]
     N, K = k.shape[1:3]
     groups = q.unflatten(2, (K, -1))  # [B, T, K, G, E]
-    if T == 1:  # the G query heads take the place of the tokens, and attend all keys
-        groups = groups.transpose(1, 3)  # [B, G, K, 1, E]
-        before = None
     bias = None
     if mask is not None:
         # Rows of numbers that are added to the scores, each aligned.
         bias = q.new_full((*mask.shape[:2], N + -N % ALIGNMENT), -math.inf)[..., :N].masked_fill_(mask, 0)
-        bias = bias[:, None].expand(len(q), K, groups.shape[1], N)
+        bias = bias[:, None].expand(len(q), K, -1, N)
     causal_type = 0 if before is None else 2  # 2 aligns queries and keys at the end
     options = {"scale": scale}
     if before is not None and before < UNBOUNDED:
@@ -160,7 +156,4 @@ def _efficient(q: Tensor, k: Tensor, v: Tensor, scale: float, before: int | None
         aten._efficient_attention_forward(heads, k, v, bias, *[None] * 4, 0.0, causal_type, gradients, **options)[0]
         for heads in groups.unbind(3)
     ]
-    out = torch.stack(results, dim=3)  # as `groups`
-    if T == 1:
-        out = out.transpose(1, 3)
-    return out.flatten(2, 3)
+    return torch.stack(results, dim=3).flatten(2, 3)

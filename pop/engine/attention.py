@@ -6,7 +6,7 @@
 Shape letters: pop/models/layers.py; N is the number of keys.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -78,25 +78,20 @@ def chunk_attention(q: Tensor, k: Tensor, v: Tensor, held: Tensor, spans: Tensor
     custom operator because the number of blocks depends on lengths.
     """
     T = q.shape[1]
-    own, before, _, is_exact = band.tolist()
+    own, before, after, is_exact = band.tolist()
     if is_exact and own == 0 and before >= T - 1:  # the first tokens, which need no mask
         return causal_attention(q, k[:, :T], v[:, :T], scale, None)
     out = empty_output(q)
-    for queries, keys in query_blocks(T, band, QUERY_BLOCK):
+    for begin in range(0, T, QUERY_BLOCK):
+        end = min(begin + QUERY_BLOCK, T)
+        queries = slice(begin, end)
+        keys = slice(max(0, own + begin - before), own + end + after)  # those that the queries may attend
         mask = span_mask(held[:, keys], spans[:, queries])
         out[:, queries] = masked_attention(q[:, queries], k[:, keys], v[:, keys], mask, scale)
     return out
 
 
 chunk_attention.register_fake(empty_output)
-
-
-def query_blocks(T: int, band: Tensor, size: int) -> Iterator[tuple[slice, slice]]:
-    """Blocks of at most `size` of T queries, each with the keys that its queries may attend."""
-    own, before, after, _ = band.tolist()
-    for begin in range(0, T, size):
-        end = min(begin + size, T)
-        yield slice(begin, end), slice(max(0, own + begin - before), own + end + after)
 
 
 def decode_attention(q: Tensor, keys: Tensor, values: Tensor, spans: Tensor, scale: float) -> Tensor:

@@ -19,10 +19,11 @@ import sys
 import threading
 import types
 from functools import partial
-from itertools import count
+from itertools import count, product
 
 import torch
 from torch import Tensor
+from torch.utils.dlpack import from_dlpack, to_dlpack
 
 from pop.engine import forward, stages
 from pop.engine.cache import KVCache
@@ -35,7 +36,14 @@ from pop.pruning.plan import PrunePlan
 
 SMALLEST = 50_000_000  # parameters; a smaller model would answer before compilation ends
 
-COMPILED = ("full_layer", "pruned_layer", "corrected_layer", "head")  # stages; the others run as they are
+COMPILED = (
+    "full_layer",
+    "pruned_layer",
+    "corrected_layer",
+    "code",
+    "received",
+    "head",
+)  # stages; the others run as they are
 PRUNED = (stages.pruned_layer, stages.corrected_layer)
 
 logger = logging.getLogger(__name__)
@@ -90,22 +98,21 @@ class Compiled:
         with self._lock:
             if self.works and not self._kinds.unchanged(look):
                 self._kinds.look((self.module, *self.module.layers, *self.module.tower))
-            self._warm_up_once(rows > 1, None)
-            if plan.corrections is not None:
-                self._warm_up_once(rows > 1, plan)
+            self._warm_up_once(rows > 1, PrunePlan.none())
+            self._warm_up_once(rows > 1, plan)
         return self._compiled or self._eager
 
-    def _warm_up_once(self, several: bool, plan: PrunePlan | None) -> None:
-        """Compile what one row or several need, unless it is there: for the model itself, or for a calibrated plan."""
-        rank = None if plan is None else plan.corrections.rank
+    def _warm_up_once(self, several: bool, plan: PrunePlan) -> None:
+        """Compile what one row or several need, unless it is there: for all plans, or what one plan adds to that."""
+        forms = {plan.corrections and ("rank", plan.corrections.rank), plan.full_depth_selected > 0}
         kinds = set(self._kinds.values()) - {None}
         # torch compiles again for other numbers of threads.
-        wanted = {(several, torch.get_num_threads(), rank, kind) for kind in kinds}
+        wanted = set(product([several], [torch.get_num_threads()], forms, kinds))
         if self.works and not wanted <= self._warm:
             self._warm_up(several, plan)
             self._warm |= wanted
 
-    def _warm_up(self, several: bool, plan: PrunePlan | None) -> None:
+    def _warm_up(self, several: bool, plan: PrunePlan) -> None:
         if self.progress and not self._warm:
             print("... compiling prefill and decode, up to a minute the first time", file=sys.stderr, flush=True)
         try:
@@ -137,8 +144,8 @@ class Compiled:
             raise reason
 
     @engine_modes()
-    def _run(self, several: bool, plan: PrunePlan | None) -> None:
-        """Run all stages on all kinds of input, or those of a calibrated plan.
+    def _run(self, several: bool, plan: PrunePlan) -> None:
+        """Run the stages of all plans on all kinds of input, or those of a plan that prunes layers.
 
         If two sizes are equal at compile time, torch assumes that they always are. So no two sizes here are equal.
         """
@@ -160,8 +167,9 @@ class Compiled:
             forward.prefill(self.module, prompt(first), cache, lengths, plan, first, stages)
             return cache
 
-        if plan is not None:
-            prefill(dataclasses.replace(plan, full_depth_first=1, full_depth_last=1, full_depth_selected=0.0))
+        if plan.layers:
+            share = 0.5 if plan.full_depth_selected else 0.0
+            prefill(dataclasses.replace(plan, full_depth_first=1, full_depth_last=1, full_depth_selected=share))
             return
         self._run_vision_blocks()
         cache = prefill(PrunePlan(tuple(range(config.num_layers))))
@@ -227,13 +235,15 @@ class _CompiledStage:
 
     def warm_up(self, layer, h, *args):
         """Run the stage once to compile it. Layers with hooks are skipped, so no hook sees this call."""
-        return h if self.kinds.of(layer) is None else self(layer, h, *args)
+        if self.kinds.of(layer) is None and self.function is not stages.code:  # which calls no module
+            return h[..., 0] if self.function is stages.received else h
+        return self(layer, h, *args)
 
     def __call__(self, layer, h, *args):
         kind = self.kinds.of(layer)
         one_token = h.shape[-2] == 1
         # Compiling takes longer than it saves for logits of several tokens, and for chunks of one pruned token.
-        is_rare = one_token if self.function in PRUNED else self.function is stages.head and not one_token
+        is_rare = self.function is not stages.full_layer and one_token != (self.function is stages.head)
         if kind is None or is_rare:
             return self.eager(layer, h, *args)
         key = kind, one_token, torch.get_num_threads()
@@ -244,10 +254,8 @@ class _CompiledStage:
         """The arguments as tensors that compiled code need not be specialised to. The cache's are so already."""
         if self.function is stages.full_layer:
             return h, *args
-        if self.function not in PRUNED:
-            return map(_as_owner, (h, *args))
-        *inputs, keys, values = args
-        return *map(_as_owner, (h, *inputs)), keys, values
+        own = len(args) - 2 if self.function in PRUNED else len(args)
+        return *map(_as_owner, (h, *args[:own])), *args[own:]
 
     def _compile(self, key: tuple, *args):
         """The first call of its kind."""
@@ -273,9 +281,7 @@ def _as_owner(x):
     """
     if isinstance(x, tuple):
         return tuple(map(_as_owner, x))
-    if not x.is_contiguous() or x.storage_offset():
-        return x.clone(memory_format=torch.contiguous_format)
-    if not x._is_view():
+    if x.is_contiguous() and not x._is_view():
         return x
-    strides = [x.shape[axis + 1 :].numel() for axis in range(x.dim())]
-    return x.new_empty(0).set_(x.untyped_storage(), 0, x.shape, strides)
+    dense = x.contiguous().view(-1).view(x.shape)  # also in dimensions of size 1
+    return from_dlpack(to_dlpack(dense))

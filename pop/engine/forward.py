@@ -21,12 +21,11 @@ from torch import Tensor
 
 from pop.engine.attention import AttentionMetadata
 from pop.engine.cache import KVCache
-from pop.engine.chunks import Bounds, Chunk, Prompts, Selection, chunk_bounds, full_depth_tokens
+from pop.engine.chunks import Chunk, FullDepth, Prompts, Selection, chunk_bounds, full_depth_tokens
 from pop.engine.modes import engine_modes
 from pop.engine.selection import select
 from pop.engine.stages import EAGER, Stages
 from pop.models.images import TEXT, TextOnly
-from pop.pruning.corrections import shifted
 from pop.pruning.plan import Group, PrunePlan
 
 
@@ -104,19 +103,20 @@ class Call:
         has_several = int(prompts.lengths.max()) > chunk_size
         cache.intact = not (has_several and cache.has_windows and cache.lengths.any())
 
-        bounds = list(chunk_bounds(prompts, chunk_size))
+        chunks = (Chunk.of(self.module, cache, prompts, edges) for edges in chunk_bounds(prompts, chunk_size))
         others = (~prompts.full_depth).sum(1)  # [B]
         counts = torch.tensor([self.plan.num_selected(number) for number in others.tolist()])
         if selects and counts.any():
-            entering = self.run_to_selecting_layer(prompts, bounds)
+            chunks = list(chunks)
+            entering = self.run_to_selecting_layer(prompts, chunks)
             selected = self.select_tokens(prompts, entering, counts)
-            yield from self.run_from_selecting_layer(prompts, bounds, entering, Selection(selected, counts))
+            yield from self.run_from_selecting_layer(prompts, chunks, entering, Selection(selected, counts))
             return
-        for edges in bounds:
-            chunk = Chunk.of(self.module, cache, prompts, edges, self.plan)
-            yield chunk, self.run(chunk, self.embed(chunk), range(len(self.module.layers)))
+        for chunk in chunks:
+            full = FullDepth.of(cache, chunk, prompts, self.plan)
+            yield chunk, self.run(chunk, full, self.embed(chunk), range(len(self.module.layers)))
 
-    def run_to_selecting_layer(self, prompts: Prompts, bounds: list[Bounds]) -> Tensor:
+    def run_to_selecting_layer(self, prompts: Prompts, chunks: list[Chunk]) -> Tensor:
         """The first phase of a plan that selects: h [B, T + 1, D] of all tokens, enters the selecting layer."""
         first = self.plan.selects_at
         # If no layer is pruned in this phase, its chunks need no full-depth tokens.
@@ -124,9 +124,9 @@ class Call:
         B, T = prompts.full_depth.shape
         batch_rows = torch.arange(B, device=self.cache.device)[:, None]
         entering = self.hidden.new_zeros(B, T + 1, self.hidden.shape[2])  # column T takes padding
-        for edges in bounds:
-            chunk = Chunk.of(self.module, self.cache, prompts, edges, plan)
-            entering[batch_rows, chunk.index] = self.run(chunk, self.embed(chunk), range(first))
+        for chunk in chunks:
+            full = FullDepth.of(self.cache, chunk, prompts, plan)
+            entering[batch_rows, chunk.index] = self.run(chunk, full, self.embed(chunk), range(first))
         return entering
 
     def select_tokens(self, prompts: Prompts, entering: Tensor, counts: Tensor) -> Tensor:
@@ -135,37 +135,37 @@ class Call:
         B, T = prompts.full_depth.shape
         index = torch.arange(T).expand(B, -1)
         rotary = (cache.lengths + cache.rope_offsets)[:, None] + prompts.images.rotary(index)
-        others = ~prompts.full_depth
-        return select(self.module, self.plan, entering[:, :T], rotary, prompts.lengths, others, counts)
+        inputs = (entering[:, :T], rotary, prompts.lengths, ~prompts.full_depth, counts)
+        return select(self.module, self.plan, *inputs, self.stages.received)
 
     def run_from_selecting_layer(
-        self, prompts: Prompts, bounds: list[Bounds], entering: Tensor, selection: Selection
+        self, prompts: Prompts, chunks: list[Chunk], entering: Tensor, selection: Selection
     ) -> Iterator[tuple[Chunk, Tensor]]:
         """The second phase: from the selecting layer on, the selected tokens run at full depth. Yields as `chunks`."""
-        if len(bounds) > 1:
+        if len(chunks) > 1:
             # The sizes of a chunk's tensors depend on how many of its tokens are selected, and only the device knows.
             # So wait for it, and treat the selected tokens as full-depth tokens by their position.
             prompts = prompts._replace(full_depth=prompts.full_depth | selection.tokens.cpu())
             selection = None
         batch_rows = torch.arange(len(entering), device=entering.device)[:, None]
         layers = range(self.plan.selects_at, len(self.module.layers))
-        for edges in bounds:
-            chunk = Chunk.of(self.module, self.cache, prompts, edges, self.plan, selection)
-            yield chunk, self.run(chunk, entering[batch_rows, chunk.index], layers)
+        for chunk in chunks:
+            full = FullDepth.of(self.cache, chunk, prompts, self.plan, selection)
+            yield chunk, self.run(chunk, full, entering[batch_rows, chunk.index], layers)
 
     def embed(self, chunk: Chunk) -> Tensor:
         """h [B, C, D] that enters the first layer."""
         return chunk.images.place(self.module.embed(chunk.ids))
 
-    def run(self, chunk: Chunk, h: Tensor, layers: range) -> Tensor:
+    def run(self, chunk: Chunk, full: FullDepth, h: Tensor, layers: range) -> Tensor:
         """Run a chunk through some layers: h [B, C, D] -> [B, C, D]. Pruned groups are in `layers` as a whole."""
         hidden = list(self.hidden)  # of this chunk. Until the end, self.hidden is that of the token before the chunk.
-        for group in chunk.plan.groups(len(self.module.layers), self.module.deepstack_layers):
+        for group in full.plan.groups(len(self.module.layers), self.module.deepstack_layers):
             inside = [index for index in group.layers if index in layers]
             if not inside:
                 continue
             if group.is_pruned:
-                h = self.run_pruned(chunk, h, group, hidden)
+                h = self.run_pruned(chunk, full, h, group, hidden)
             else:
                 for index in inside:  # in this frame: another one would keep the first h in memory
                     hidden[index] = chunk.latest(h)
@@ -179,42 +179,40 @@ class Call:
         layer = self.module.layers[index]
         return self.stages.full_layer(layer, h, *self.cache.layer(index), attention[layer.window])
 
-    def run_pruned(self, chunk: Chunk, h: Tensor, group: Group, hidden: list[Tensor]) -> Tensor:
+    def run_pruned(self, chunk: Chunk, full: FullDepth, h: Tensor, group: Group, hidden: list[Tensor]) -> Tensor:
         """All tokens write K and V of a group, and the full-depth tokens run its layers: h [B, C, D] -> [B, C, D].
 
         Each row's latest state, as it enters a layer, goes into `hidden`.
         """
-        passed = self.write_keys_values(chunk, h, group)
-        if chunk.full_columns.shape[1] == 0:
+        passed = self.write_keys_values(chunk, full, h, group)
+        latest = chunk.latest(h)
+        if full.columns.shape[1] == 0:
             for index in group.layers:
-                hidden[index] = chunk.latest(h)
+                hidden[index] = latest
             return passed
-        columns = chunk.full_columns[..., None].expand(-1, -1, h.shape[2])  # [B, W, D]
+        columns = full.columns[..., None].expand(-1, -1, h.shape[2])  # [B, W, D]
         f = h.gather(1, columns)
         for index in group.layers:
-            hidden[index] = chunk.latest(h, f)
-            f = self.run_layer(index, f, chunk.full_attention)
+            hidden[index] = f[:, -1].where(full.last_is_full, latest)
+            f = self.run_layer(index, f, full.attention)
         # Batch rows differ in how many full-depth tokens they have. The columns of padding keep their pruned h.
-        f = f.where(chunk.full_valid[..., None], passed.gather(1, columns))
+        f = f.where(full.valid[..., None], passed.gather(1, columns))
         return passed.scatter(1, columns, f)
 
-    def write_keys_values(self, chunk: Chunk, h: Tensor, group: Group) -> Tensor:
+    def write_keys_values(self, chunk: Chunk, full: FullDepth, h: Tensor, group: Group) -> Tensor:
         """Write K and V of pruned layers, all from the h [B, C, D] that enters. Returns the h that leaves the group."""
         corrections = group.corrections
-        linear = self.stages.linear
         z = None
         passed = h
         if corrections is not None:
             first = group.layers[0]
-            normalised = self.module.layers[first].normalised
-            previous = normalised(self.hidden[first])  # [B, D], of the token before the chunk
-            x = normalised(h)
-            z = corrections.code(x, shifted(x, previous), linear)  # [B, C, R]
-            passed = corrections.updated(h, z, linear)
+            # self.hidden is that of the token before the chunk.
+            z = self.stages.code(self.module.layers[first], h, self.hidden[first], corrections.shared)  # [B, C, R]
+            passed = corrections.updated(h, z, self.stages.linear)
         for number, index in enumerate(group.layers):
             layer = self.module.layers[index]
             attention = chunk.attention[layer.window]
-            begin = chunk.first_needed(layer.window)
+            begin = full.first_needed(layer.window)
             if begin >= h.shape[1]:  # in a layer with a window, no later token attends to any of these
                 continue
             needed = slice(begin, None)

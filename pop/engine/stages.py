@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pop.engine.attention import AttentionMetadata, cache_attention, write
-from pop.pruning.corrections import corrected_keys_values
+from pop.engine.selection import received
+from pop.pruning.corrections import GroupCorrections, corrected_keys_values, shifted
 
 
 def full_layer(layer, h, keys, values, metadata: AttentionMetadata, attention: Callable = cache_attention):
@@ -37,6 +38,16 @@ def corrected_layer(layer, h, z, weight, bias, rope, slots, keys, values, linear
     write(keys, values, slots, *corrected_keys_values(layer, h, z, weight, bias, rope, linear))
 
 
+def code(layer, h, previous, shared, linear: Callable = F.linear):
+    """The code z [B, T, R] of h [B, T, D], which enters a group of pruned layers that begins with `layer`.
+
+    `previous` [B, D] is the state before each row's first one, and `shared` [R, 2 * D] is the group's.
+    """
+    group = GroupCorrections(shared, None, None, None)
+    x = layer.normalised(h)
+    return group.code(x, shifted(x, layer.normalised(previous)), linear)
+
+
 def head(module, h):
     """h [..., D] after the last layer -> logits [..., V]."""
     return module.head(h)
@@ -45,7 +56,7 @@ def head(module, h):
 class Stages(NamedTuple):
     """The functions that a call uses: those of this file, or replacements such as compiled ones.
 
-    `linear` computes what the layers of a group have in common in a calibrated plan: codes, and the update of h.
+    `linear` computes the update of h after a group of a calibrated plan.
     `replay(module, batch_size)` returns a function that takes a decode step without arguments (decode_step.py), runs it
     once at each call, and may record it.
     """
@@ -53,6 +64,8 @@ class Stages(NamedTuple):
     full_layer: Callable[..., Tensor] = full_layer
     pruned_layer: Callable[..., None] = pruned_layer
     corrected_layer: Callable[..., None] = corrected_layer
+    code: Callable[..., Tensor] = code
+    received: Callable[..., Tensor] = received
     head: Callable[..., Tensor] = head
     linear: Callable[..., Tensor] = F.linear
     replay: Callable[..., Callable[[Callable], tuple[Tensor, ...]]] | None = None

@@ -1,4 +1,4 @@
-"""Attention of several tokens on CUDA, on a CPU: stand-ins of the two kernels compute by their definition.
+"""Attention on CUDA, on a CPU: stand-ins of the three kernels compute by their definition.
 
 The stand-ins check what the real kernels demand of their arguments. On the device "meta", whose tensors lack memory,
 the real operators check the arguments themselves.
@@ -14,7 +14,7 @@ from support.cases import assert_close, new_cache
 from support.tiny import random_model, tiny_gemma3_config
 
 from pop import engine
-from pop.backends import CUDA_ATTENTION, cuda
+from pop.backends import cuda
 from pop.engine import attention
 from pop.engine.attention import UNBOUNDED, AttentionMetadata
 from pop.engine.stages import EAGER, full_layer
@@ -46,7 +46,6 @@ def flash(
     assert seqs_q is seqs_k is None and dropout == 0 and not debug
     assert q.dtype.itemsize == 2 and q.shape[-1] % 8 == 0 and q.shape[-1] <= 256 and q.stride(-1) == k.stride(-1) == 1
     assert q.shape[1] == T and k.shape[1] == N and q.shape[2] % k.shape[2] == 0
-    assert T > 1 or window_size_left is None  # otherwise one token's grouped heads run one by one
     distance, right = distances(q, k), 0 if causal else window_size_right
     seen = distance >= -(UNBOUNDED if window_size_left is None else window_size_left)
     seen &= distance <= (UNBOUNDED if right is None else right)
@@ -69,6 +68,15 @@ def efficient(q, k, v, bias, seqs_q, seqs_k, max_q, max_k, dropout, kind, log_su
     return by_definition(*x, scale, seen, bias).to(q.dtype), None
 
 
+def span_attention(q, keys, values, spans, scale):
+    """Position p is in slot p % S, if it is one of the latest S."""
+    S = keys.shape[1] - 1
+    first, last = spans[..., None].unbind(2)  # [B, T, 1] each
+    held = last - (last - torch.arange(S)) % S  # [B, T, S]
+    CALLS.append("spans")
+    return layers.masked_attention(q, keys[:, :S], values[:, :S], held >= first, scale)
+
+
 CALLS = []
 KERNELS = types.SimpleNamespace(_flash_attention_forward=flash, _efficient_attention_forward=efficient)
 
@@ -79,6 +87,7 @@ def kernels(monkeypatch):
     monkeypatch.setattr(cuda, "is_supported", lambda q: True)
     monkeypatch.setattr(cuda, "_is_recent", lambda q: True)
     monkeypatch.setattr(cuda, "aten", KERNELS)
+    monkeypatch.setattr(cuda, "span_attention", span_attention)
     CALLS.clear()
     return CALLS
 
@@ -89,35 +98,41 @@ def slots(K, E, dtype=torch.float32, B=2, S=40):
 
 
 def metadata(own, T, before, *, is_exact, after=0, key_slots=None):
-    """Two rows whose first tokens are at position `own`, or, if the band is not exact, one of them at 0."""
+    """Two rows whose first tokens are at position `own`, or, if the band is not exact, one of them at 0.
+
+    Then the keys are in the order of the slots, or those of a window, from the ring of 40 slots.
+    """
     begin = torch.tensor([own, own if is_exact else 0])[:, None]
     positions = begin + torch.arange(T)  # [B, T]
     spans = torch.stack(((positions - before).clamp(min=0), positions + after), dim=-1).to(torch.int32)
-    held = (begin - own + torch.arange(own + T + after)).to(torch.int32)  # negative: no key
-    return AttentionMetadata((), None, spans, held, key_slots, torch.tensor((own, before, after, is_exact)))
+    held = begin - own + torch.arange(own + T + after)  # negative: no key
+    if not is_exact and before < UNBOUNDED:
+        key_slots = held % 40
+    elif not is_exact:
+        held = torch.arange(own + T + after).expand(2, -1)
+    band = torch.tensor((own, before, after, is_exact))
+    return AttentionMetadata((), None, spans, held.to(torch.int32), key_slots, band)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-@pytest.mark.parametrize("tokens", [1, 7])
 @torch.no_grad()
-def test_a_chunk_attends_what_the_general_function_attends(monkeypatch, kernels, tokens, dtype):
-    monkeypatch.setattr(cuda, "QUERY_BLOCK", 3)
-    q, (keys, values) = randn(2, tokens, 6, 8).to(dtype), slots(3, 8, dtype)
+def test_a_chunk_attends_what_the_general_function_attends(kernels, dtype):
+    q, (keys, values) = randn(2, 7, 6, 8).to(dtype), slots(3, 8, dtype)
     anywhere = torch.stack([torch.randperm(40, generator=torch.Generator().manual_seed(row)) for row in (1, 2)])
     cases = []
     for own, before in ((0, UNBOUNDED), (9, UNBOUNDED), (9, 4), (4, 4), (9, 20)):
-        key_slots = anywhere[:, : own + tokens]
-        cases.append((metadata(own, tokens, before, is_exact=True), True))
-        cases.append((metadata(own, tokens, before, is_exact=True, key_slots=key_slots), True))
-        cases.append((metadata(own, tokens, before, is_exact=False, key_slots=key_slots), False))
-        cases.append((metadata(own, tokens, before, is_exact=False, after=2), False))
-    for at, is_band in cases:
+        cases.append(metadata(own, 7, before, is_exact=True))
+        cases.append(metadata(own, 7, before, is_exact=True, key_slots=anywhere[:, : own + 7]))
+        cases.append(metadata(own, 7, before, is_exact=False))
+        cases.append(metadata(own, 7, before, is_exact=False, after=2))
+    for at in cases:
         kernels.clear()
-        found = CUDA_ATTENTION(q, keys, values, at, 0.3)
+        found = cuda.cache_attention(q, keys, values, at, 0.3)
         wanted = attention.cache_attention(q, keys, values, at, 0.3)
         assert found.dtype == dtype and found.shape == wanted.shape
         torch.testing.assert_close(found, wanted, rtol=0, atol=1e-5 if dtype == torch.float32 else 2e-3)
-        assert set(kernels) == {"flash" if is_band and dtype == torch.float16 else "efficient"}
+        of_a_band = "flash" if dtype == torch.float16 else "efficient"
+        assert set(kernels) == {of_a_band if at.band[3] else "spans"}
 
 
 @pytest.mark.parametrize("lengths", [(13, 13), (13, 2)])
@@ -127,22 +142,22 @@ def test_a_prefill_in_chunks_is_that_of_the_general_function(kernels, lengths):
     module = random_model(tiny_gemma3_config(windows=(3, None, 3), head_dim=8), seed=4)
     plan = PrunePlan((1, 2), full_depth_last=2, full_depth_first=1)
     tokens, logits = torch.arange(26).view(2, 13), {}
-    for function in (CUDA_ATTENTION, attention.cache_attention):
+    for function in (cuda.cache_attention, attention.cache_attention):
         stages = EAGER._replace(full_layer=partial(full_layer, attention=function))
         cache = new_cache(module, 2, chunk=5)
         calls = [tokens[:, :3], torch.tensor([3, 3])], [tokens, torch.tensor(lengths)]
         logits[function] = [engine.prefill(module, t, cache, n, plan, 5, stages) for t, n in calls]
     for found, wanted in zip(*logits.values(), strict=True):
         assert_close(found, wanted)
-    assert set(kernels) == {"efficient"}
+    assert set(kernels) == {"efficient", "spans"}
 
 
 def test_one_token_without_positions_of_keys_attends_slots(monkeypatch, kernels):
     q, (keys, values) = randn(2, 1, 6, 8), slots(3, 8)
     at = AttentionMetadata((), None, torch.tensor([[[0, 3]], [[50, 60]]], dtype=torch.int32))
     wanted = attention.decode_attention(q, keys, values, at.spans, 0.3)
-    torch.testing.assert_close(CUDA_ATTENTION(q, keys, values, at, 0.3), wanted)
-    assert not kernels
+    torch.testing.assert_close(cuda.cache_attention(q, keys, values, at, 0.3), wanted)
+    assert kernels == ["spans"]
 
 
 @pytest.mark.parametrize("window", [None, 1, 3, 7, 9])
@@ -208,11 +223,11 @@ def test_which_heads_the_kernels_take(monkeypatch, dtype, E, recent, supported, 
 
 def test_tensors_that_no_kernel_takes_go_the_general_way(monkeypatch, kernels):
     monkeypatch.setattr(cuda, "is_supported", lambda q: False)
+    monkeypatch.setattr(cuda, "span_attention", lambda *_: None)
     q, (keys, values) = randn(2, 5, 6, 8), slots(3, 8)
     at = metadata(9, 5, 4, is_exact=False)
-    torch.testing.assert_close(
-        CUDA_ATTENTION(q, keys, values, at, 0.3), attention.cache_attention(q, keys, values, at, 0.3)
-    )
+    wanted = attention.cache_attention(q, keys, values, at, 0.3)
+    torch.testing.assert_close(cuda.cache_attention(q, keys, values, at, 0.3), wanted)
     k, v = keys[:, :5], values[:, :5]
     torch.testing.assert_close(cuda.causal_attention(q, k, v, 0.3, 2), layers.causal_attention(q, k, v, 0.3, 2))
     torch.testing.assert_close(cuda.vision_attention(q, q, q), F.scaled_dot_product_attention(q, q, q))

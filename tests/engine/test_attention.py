@@ -45,7 +45,7 @@ def test_the_example_in_the_docstring_of_attention_metadata():
     cache.lengths[:] = 6
     lengths = torch.tensor([2])
     prompts = Prompts(torch.tensor([[7, 8]]), lengths, TEXT, torch.tensor([[False, False]]))
-    at = Chunk.of(module, cache, prompts, (torch.tensor([0]), lengths), NONE).attention[3]
+    at = Chunk.of(module, cache, prompts, (torch.tensor([0]), lengths)).attention[3]
     assert at.slots.tolist() == [[0, 1]]
     assert at.key_slots.tolist() == [[4, 5, 0, 1]]
     assert at.held.tolist() == [[4, 5, 6, 7]]
@@ -68,7 +68,7 @@ def test_a_full_band_is_aligned_at_the_lower_right(data):
     ids = torch.zeros(B, int(lengths.max()), dtype=torch.int64)
     prompts = Prompts(ids, lengths, TEXT, ids > 0)
     for begin, end in chunk_bounds(prompts, chunk_size):
-        chunk = Chunk.of(module, cache, prompts, (begin, end), NONE)
+        chunk = Chunk.of(module, cache, prompts, (begin, end))
         valid = chunk.index < ids.shape[1]
         with_tokens = end > begin
         same = len(set((cache.lengths + begin)[with_tokens].tolist())) == 1

@@ -7,7 +7,7 @@ from support.tiny_images import both_ways
 
 from pop import engine
 from pop.engine.attention import cache_attention
-from pop.engine.chunks import Chunk, Prompts, Tokens, attention_metadata, chunk_bounds, full_depth_tokens
+from pop.engine.chunks import Chunk, FullDepth, Prompts, chunk_bounds, full_depth_tokens
 from pop.engine.stages import full_layer
 from pop.models.images import TEXT
 from pop.models.layers import masked_attention
@@ -57,19 +57,21 @@ def test_one_token_of_any_kind_attends_by_slots():
     cache.lengths[:] = 20
     for part in (*cache.keys, *cache.values):
         part[:, :26] = torch.randn(part[:, :26].shape, generator=drawn)
-    positions = torch.arange(20, 26)[None]
-    tokens = Tokens(positions, positions > 0, positions, torch.tensor([[20, 24, 24, 24, 24, 25]]))  # an image of four
+    numbers = torch.tensor([[-1, 0, 1, 2, 3, -1]])  # an image of four tokens
+    prompts = prompts_of(cache, torch.tensor([6]), NONE, both_ways(torch.zeros(1, 4, 30), numbers))
+    chunk = Chunk.of(module, cache, prompts, (torch.tensor([0]), torch.tensor([6])))
     q = torch.randn(1, 1, module.config.num_heads, module.config.head_dim, generator=drawn)
     for column in (5, 4, 1):  # the boundary, the image's last token and its first, which attends the others
-        token = tokens.take(torch.tensor([[column]]), torch.tensor([[True]]))
-        metadata = attention_metadata(module, cache, token, torch.tensor([26]))
+        full = FullDepth.of(
+            cache, chunk, prompts._replace(full_depth=torch.arange(6)[None] == column), PrunePlan((0,), 1)
+        )
         for layer, window in enumerate(module.config.windows):
             first, last = 0 if window is None else 21 + column - window, 25 if column == 5 else 24
             slots = torch.arange(first, last + 1) % cache.slots(window)
             k, v = (part[:, slots] for part in cache.layer(layer))
             wanted = masked_attention(q, k, v, torch.ones(1, 1, len(slots), dtype=torch.bool), 0.3)
-            assert metadata[window].held is None
-            assert_close(cache_attention(q, *cache.layer(layer), metadata[window], 0.3), wanted)
+            assert full.attention[window].held is None
+            assert_close(cache_attention(q, *cache.layer(layer), full.attention[window], 0.3), wanted)
 
 
 def test_full_depth_rows_by_hand():
@@ -77,12 +79,18 @@ def test_full_depth_rows_by_hand():
     module, plan = random_model(tiny_config()), PrunePlan((2,), full_depth_last=2, full_depth_first=1)
     cache = new_cache(module, 2)
     prompts = prompts_of(cache, torch.tensor([7, 4]), plan)
-    first, second = (Chunk.of(module, cache, prompts, bounds, plan) for bounds in chunk_bounds(prompts, 5))
-    columns = [row[valid].tolist() for row, valid in zip(first.full_columns, first.full_valid, strict=True)]
+    first, second = (Chunk.of(module, cache, prompts, bounds) for bounds in chunk_bounds(prompts, 5))
+    full = FullDepth.of(cache, first, prompts, plan)
+    columns = [row[valid].tolist() for row, valid in zip(full.columns, full.valid, strict=True)]
     assert columns == [[0], [0, 2, 3]]
+    assert full.valid.tolist() == [[False, False, True], [True, True, True]]
     assert first.index.tolist() == [[0, 1, 2, 3, 4], [0, 1, 2, 3, 7]]
-    assert (first.last.tolist(), first.last_full.tolist()) == ([4, 3], [-1, 2])
-    assert first.needed_from == 2
+    assert (first.last.tolist(), full.last_is_full.tolist()) == ([4, 3], [[False], [True]])
+    assert full.needed_from == 2
+    assert full.attention[None].slots.tolist()[1] == [0, 2, 3]
+    spare = cache.slots(None)  # takes the columns that are not valid
+    assert full.attention[None].slots.tolist()[0] == [spare, spare, 0]
     # Nothing is left to prune in the second chunk, so its tokens run as in a kept layer.
-    assert second.plan == NONE and second.full_columns.shape == (2, 0)
+    full = FullDepth.of(cache, second, prompts, plan)
+    assert full.plan == NONE and full.columns.shape == (2, 0)
     assert second.index[0].tolist() == [5, 6] and second.has_tokens.tolist() == [True, False]

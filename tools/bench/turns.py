@@ -42,7 +42,6 @@ def attention_turn(model: pop.Model, num_tokens: int) -> Turn:
     cache_attention = stages_of(model.module).full_layer.keywords["attention"]
     q = torch.randn(1, num_tokens, config.num_heads, config.head_dim, device=model.device).to(model.dtype)
     cache = model.new_cache(1, num_tokens)
-    none = pop.PrunePlan.none()
     prompts = Prompts(
         tokens=torch.zeros(1, num_tokens, dtype=torch.int64),
         lengths=torch.tensor([num_tokens]),
@@ -51,7 +50,7 @@ def attention_turn(model: pop.Model, num_tokens: int) -> Turn:
     )
     chunks = []
     for begin, end in chunk_bounds(prompts, cache.chunk_size):
-        chunk = Chunk.of(model.module, cache, prompts, (begin, end), none)
+        chunk = Chunk.of(model.module, cache, prompts, (begin, end))
         chunks.append((q[:, begin:end], chunk.attention))
 
     def attend():

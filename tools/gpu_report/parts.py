@@ -17,7 +17,7 @@ import torch.nn.functional as F
 
 import pop
 from pop import engine
-from pop.backends import cuda, decode_attention
+from pop.backends import cuda, span_attention
 from tools.bench import __main__ as bench
 from tools.bench.measure import measure_cold, measure_prefill
 from tools.bench.rounds import device_seconds, seconds
@@ -80,10 +80,10 @@ def fallbacks(setup: Setup) -> list[str]:
     found = list(setup.slow)
     if not cuda.HAS_KERNELS:
         found.append("torch lacks the attention kernels that pop knows")
-    if not decode_attention.HAS_TRITON:
+    if not span_attention.HAS_TRITON:
         found.append("Triton is missing")
-    if decode_attention._failed:
-        found.append(f"Triton fails for {decode_attention._failed}")
+    if span_attention._failed:
+        found.append(f"Triton fails for {span_attention._failed}")
     return found
 
 
@@ -99,6 +99,27 @@ def device_us(function: Callable, device: torch.device) -> float:
     with torch.cuda.graph(graph):
         function()
     return device_seconds(graph.replay, device, 10) * 1e6
+
+
+def paths(setup: Setup) -> Iterator[Figure]:
+    """Which form each stage takes on this machine, after a prompt and some tokens."""
+    model = setup.model
+    config = model.config
+    cache = model.new_cache(1, 512)
+    token = model.prefill([random_prompt(config, 64)], cache).argmax(-1)
+    for _ in range(10):
+        token = model.decode(token, cache).argmax(-1)
+    q = torch.empty(1, 2, config.num_heads, config.head_dim, dtype=model.dtype, device=model.device)
+    if cuda.is_supported(q):
+        causal = "flash" if cuda.has_flash(q) else "memory-efficient"
+    else:
+        causal = "torch's choice" if q.is_cuda else "kernels of the CPU"
+    runs_triton = span_attention._processors(q) and (q.device, q.dtype, q.shape[-1]) not in span_attention._failed
+    step = cache.step and cache.step.replay
+    yield "path of layers", "compiled" if model.compiled else "eager", ""
+    yield "path of causal attention", causal, ""
+    yield "path of other attention", "Triton" if runs_triton else causal, ""
+    yield "path of a decode step", "captured" if getattr(step, "graph", None) else "launch by launch", ""
 
 
 def rates(setup: Setup) -> Iterator[Figure]:
@@ -152,6 +173,7 @@ def _one_token(keys: int, device: torch.device) -> Iterator[Figure]:
     caches = torch.randn(count, 2, 1, K, keys + 1, E, device=device).bfloat16().transpose(3, 4)
     q = torch.randn(1, 1, H, E, device=device).bfloat16()
     spans = torch.tensor([[[0, keys - 1]]], dtype=torch.int32, device=device)
+    metadata = engine.attention.AttentionMetadata((), None, spans)
     mask = torch.ones(1, 1, 1, keys, dtype=torch.bool, device=device)
 
     def by_torch(k, v):
@@ -161,7 +183,7 @@ def _one_token(keys: int, device: torch.device) -> Iterator[Figure]:
         return F.scaled_dot_product_attention(groups, k, v, attn_mask=mask)
 
     ways = {
-        "pop": lambda k, v: decode_attention.decode_attention(q, k, v, spans, E**-0.5),
+        "pop": lambda k, v: cuda.cache_attention(q, k, v, metadata, E**-0.5),
         "flash": lambda k, v: cuda.fused_attention(q, k[:, :-1], v[:, :-1], E**-0.5),
         "torch's choice": by_torch,
     }
@@ -349,7 +371,7 @@ def tests(setup: Setup) -> Iterator[Figure]:
 
 # In the order of what a wrong result would make the next ones worthless.
 ALL = (
-    rates, attention, tests, decode, prefill, cold, waits, kernels, products,
+    rates, paths, attention, tests, decode, prefill, cold, waits, kernels, products,
     shipped, long, batches, memory, small, moe, pdl, fa3, fp8,
 )  # fmt: skip
 PARTS = {part.__name__: part for part in ALL}
