@@ -1,6 +1,7 @@
 """The engine of tools/serve: what its caches hold, who is in its batch, and what it does about errors."""
 
 import random
+from itertools import pairwise
 
 import pytest
 import torch
@@ -197,13 +198,15 @@ OPTIONS = [
 ]
 
 
+@pytest.mark.parametrize("has_empty_rows", [False, True])
 @pytest.mark.parametrize("plan", [*PLANS.values(), SELECTING], ids=str)
 @pytest.mark.parametrize("seed", range(20 if NIGHTLY else 1))
-def test_jobs_in_any_order_get_the_answers_that_they_get_alone(plan, seed):
+def test_jobs_in_any_order_get_the_answers_that_they_get_alone(plan, seed, has_empty_rows):
     """Rows join and leave a batch whose cache grows, and some answers end with the context."""
-    chance = random.Random(seed)
+    chance = random.Random(seed + has_empty_rows)
     model = make(chance.choice([*CONFIGS]), plan, max_seq_len=280)
     engine, jobs, sizes = new_engine(model), [], set()
+    engine.has_empty_rows = has_empty_rows
     for number, length in enumerate(chance.sample([8, 9, 30, 31, 100, 278], 6)):
         options = OPTIONS[number % 3] | {"max_new_tokens": chance.randrange(4, 25)}
         jobs.append(new_job(prompt(length, number + 2), **options))
@@ -262,6 +265,24 @@ def test_a_processor_that_fails_ends_its_own_answer(paper):
     work(new_engine(paper), [failing, other])
     assert isinstance(failing.events[-1].error, ZeroDivisionError) and failing.answer_tokens == 2
     assert_as_alone(paper, other)
+
+
+def test_rows_come_and_go_without_a_new_cache(paper, monkeypatch):
+    """With empty rows, as on a GPU, whose captured decode steps belong to a cache."""
+    monkeypatch.setattr("tools.serve.rows.end_ids", lambda model: frozenset())  # so that the lengths are as given
+    engine = new_engine(paper, most_rows=5)
+    engine.has_empty_rows = True
+    jobs = [new_job(prompt(9, n + 2), max_new_tokens=n) for n in (40, 30, 9, 7, 8, 9)]
+    caches, counts = [], []
+    engine.submit(jobs)
+    while engine.waiting or engine.rows:
+        engine.turn()
+        if engine.rows:
+            counts.append(len(engine.rows))
+            if not caches or caches[-1] is not engine.cache:
+                caches.append(engine.cache)
+    assert [cache.batch_size for cache in caches] == [1, 2, 4, 8, 2]
+    assert sum(one != other for one, other in pairwise(counts)) > len(caches)
 
 
 def test_a_row_is_a_source_for_others():

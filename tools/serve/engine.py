@@ -48,6 +48,9 @@ class Engine:
         self.rows: list[Row] = []
         self.cache: KVCache | None = None  # of the batch
         self.is_current = True  # whether the batch has all rows and no others
+        # On a GPU, the cache of the batch has 1, 2, 4, 8 ... rows, some of them empty. So rows come and go without a
+        # new cache, for which the decode step would have to be captured again.
+        self.has_empty_rows = model.device.type == "cuda"
 
     def submit(self, jobs: list[Job]) -> None:
         """Put jobs into the queue, all or none. Raises Busy if they do not fit."""
@@ -156,9 +159,12 @@ class Engine:
         if is_full or not self.is_current:
             self._regroup()
         if self.rows:
-            latest = torch.tensor([row.answer.tokens[-1] for row in self.rows])
-            for row, logits in zip(self.rows, self.model.decode(latest, self.cache).split(1), strict=True):
-                row.logits = logits
+            latest = torch.zeros(self.cache.batch_size, dtype=torch.int64)
+            for row in self.rows:
+                latest[row.place] = row.answer.tokens[-1]
+            logits = self.model.decode(latest, self.cache).split(1)
+            for row in self.rows:
+                row.logits = logits[row.place]
 
     def _drop(self, row: Row, error: Exception) -> None:
         """End a row whose answer has failed."""
@@ -183,24 +189,47 @@ class Engine:
         return Filled.of((row.keys + row.answer.tokens)[:held], cache, row.images, floor, row.job.plan)
 
     def _regroup(self) -> None:
-        """Make the cache of the batch anew: with all rows, and with room for their next tokens."""
+        """Give each row a place in the batch, with room for its next token. Without room, the cache is made anew."""
         old, caches = self.cache, [row.cache or row_of(self.cache, row.place) for row in self.rows]
-        self.cache = None
-        while caches and self.cache is None:
-            try:
-                self.cache = self._new_cache(len(caches), 1 + max(int(one.lengths[0]) for one in caches))
-            except CacheMemoryError as error:
-                caches.pop()
-                self.rows.pop().job.fail(error)
-        for place, (row, cache) in enumerate(zip(self.rows, caches, strict=True)):
-            row_of(self.cache, place).copy_from(cache)
-            row.cache, row.place = None, place
+        if not self._has_room(caches):
+            self.cache = None
+            while caches and self.cache is None:
+                count = len(caches)
+                if self.has_empty_rows:
+                    count = 1 << (count - 1).bit_length()
+                try:
+                    self.cache = self._new_cache(count, 1 + longest(caches))
+                except CacheMemoryError as error:
+                    caches.pop()
+                    self.rows.pop().job.fail(error)
+            for row in self.rows:
+                row.place = None
         if caches:
-            lengths, hidden, offsets = zip(*(one.snapshot() for one in caches), strict=True)
-            self.cache.restore((torch.cat(lengths), torch.cat(hidden, dim=1), torch.cat(offsets)))
-        if old is not None:
+            self._fill(caches)
+        if old is not None and old is not self.cache:
             self.model.caches.give(old)
         self.is_current = True
+
+    def _has_room(self, caches: list[KVCache]) -> bool:
+        """Whether the cache of the batch takes these rows. With few rows, one of fewer rows is faster."""
+        if not (self.has_empty_rows and caches and self.cache is not None):
+            return False
+        count = self.cache.batch_size
+        return len(caches) <= count < 4 * len(caches) and longest(caches) < self.cache.max_seq_len
+
+    def _fill(self, caches: list[KVCache]) -> None:
+        """Copy the rows that have no place into the batch, whose other places are now empty."""
+        lengths, hidden, offsets = map(torch.zeros_like, self.cache.snapshot())
+        free = sorted(set(range(len(lengths))) - {row.place for row in self.rows}, reverse=True)
+        for row, cache in zip(self.rows, caches, strict=True):
+            if row.place is None:
+                row.place = free.pop()
+                row_of(self.cache, row.place).copy_from(cache)
+            lengths[row.place] = cache.lengths[0]
+            hidden[:, row.place] = cache.previous_hidden[:, 0]
+            offsets[row.place] = cache.rope_offsets[0]
+            row.cache = None
+        self.cache.move_to((lengths, hidden, offsets))
 
     def _new_cache(self, rows: int, tokens: int) -> KVCache:
         """An empty cache, for which kept ones give way. It has room for more tokens, so that it is not soon full."""
@@ -212,3 +241,8 @@ class Engine:
                 if not self.kept.caches:
                     raise
             self.kept.caches.pop()
+
+
+def longest(caches: list[KVCache]) -> int:
+    """The most tokens in one of these caches of one row."""
+    return max(int(cache.lengths[0]) for cache in caches)
