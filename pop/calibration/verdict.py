@@ -243,7 +243,7 @@ def table(record: dict) -> str:
     rows.append(["KL, nats a token", *(f"{figures['kl']:.4f}" for figures in loss)])
     rows.append(["KL of the first token", *(f"{figures['first']:.4f}" for figures in loss)])
     rows.append(["same likeliest token", *(f"{figures['same']:.1%}" for figures in loss)])
-    lines = [f"{name:34}" + "".join(f"{cell:>20}" for cell in cells) for name, *cells in rows]
+    lines = [f"{name:34}" + "".join(f"{cell:>24}" for cell in cells) for name, *cells in rows]
     return "\n".join([*lines, "", record["sentence"]])
 
 
