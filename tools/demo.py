@@ -10,6 +10,7 @@ On a CPU the model runs uncompiled: compiling takes longer than a row, and saves
 """
 
 import argparse
+import dataclasses
 import functools
 import json
 import sys
@@ -123,7 +124,7 @@ def compare(model, prompt: list[int], plans: list, story: str, *, max_new_tokens
             judge = Judge(model, windows[:WINDOWS])
         losses = judge.losses(plan)
         yield {
-            "plan": describe(plan),
+            "plan": describe(dataclasses.replace(plan, about={})),
             "layers": list(plan.layers),
             "full_depth_last": plan.full_depth_last,
             "full_depth_first": plan.full_depth_first,

@@ -46,7 +46,10 @@ class GroupCorrections(NamedTuple):
 
 def shifted(x: Tensor, previous: Tensor) -> Tensor:
     """The state before each x [B, T, D] of consecutive tokens: [B, T, D], from `previous` [B, D] on."""
-    return torch.cat((previous[:, None], x[:, :-1]), dim=1)
+    # Not a slice: compiled code would depend on whether it has one token.
+    column = torch.arange(x.shape[1], device=x.device)
+    earlier = x[:, (column - 1).clamp(min=0)]
+    return torch.where((column > 0)[:, None], earlier, previous[:, None])
 
 
 def corrected_keys_values(layer, h, z, weight, bias, rope, linear=F.linear) -> tuple[Tensor, Tensor]:

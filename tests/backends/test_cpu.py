@@ -20,7 +20,7 @@ import pop
 from pop import engine
 from pop.backends import CPU, cpu
 from pop.engine.attention import decode_attention
-from pop.engine.stages import corrected_layer
+from pop.engine.stages import code, corrected_layer
 from pop.models import layers
 from pop.pruning.corrections import Corrections
 from pop.pruning.sketch import NUMBERS
@@ -80,11 +80,13 @@ def test_all_matrices_of_a_calibrated_plan_use_the_backends_product():
     plan = pop.PrunePlan(
         (1, 3), 1, 1, Corrections((1, 3), **tensors, update=normal(2, D, 7), sketch=torch.zeros(2, 2, NUMBERS))
     )
-    stages = CPU._replace(corrected_layer=partial(corrected_layer, linear=linear), linear=linear)
+    stages = CPU._replace(
+        code=partial(code, linear=linear), corrected_layer=partial(corrected_layer, linear=linear), linear=linear
+    )
     cache, tokens = new_cache(module, 1, 9), torch.ones(1, 9, dtype=torch.int64)
     engine.prefill(module, tokens, cache, torch.tensor([9]), plan, 9, stages)
     assert multiplied == [(7, 2 * D), (D, 7), (2 * KE, 7)] * 2
-    assert CPU.linear is CPU.corrected_layer.keywords["linear"] is cpu.linear
+    assert CPU.linear is CPU.corrected_layer.keywords["linear"] is CPU.code.keywords["linear"] is cpu.linear
 
 
 # The first token's own key, how many keys there are, and how many of them each token may attend before and after its

@@ -166,7 +166,7 @@ def test_command_line(server, folder, capsys):
     assert str(folder) in captured.out and "pop generate tiny" in captured.out
     assert "B/s" in captured.err  # tqdm's bar
     assert main(["download", "tiny9"]) == 2
-    assert "near names are tiny;" in capsys.readouterr().err
+    assert "near names are tiny," in capsys.readouterr().err
     assert main(["download", "smollm2-135m"]) == 2
     assert "python -m tools.demo" in capsys.readouterr().err
 
