@@ -32,7 +32,7 @@ class _Aliases:
 
     @classmethod
     def find_spec(cls, name: str, path, target=None) -> ModuleSpec | None:
-        return ModuleSpec(name, cls) if name in ("pop.cost", "pop.parallel", "pop.reference") else None
+        return ModuleSpec(name, cls) if name in ("pop.cost", "pop.parallel", "pop.reference", "pop.selection") else None
 
     @staticmethod
     def create_module(spec: ModuleSpec):

@@ -85,7 +85,7 @@ def test_models_and_engine_know_no_device_compiler_or_file(folder):
     assert {name: words for name, words in found.items() if name.startswith(f"{folder}/") and words} == {}
 
 
-@pytest.mark.parametrize("name", ["cost", "parallel", "reference", "engine"])
+@pytest.mark.parametrize("name", ["cost", "parallel", "reference", "selection", "engine"])
 def test_modules_that_other_code_imports(name):
     """Also as the first thing of a program."""
     code = f"import pop.{name} as module; import pop.api; assert module is pop.{name} is pop.api.{name}"
@@ -96,7 +96,7 @@ def test_modules_that_other_code_imports(name):
 # What makes code dense.
 # Syntax nodes of the files in calibration/, and of all others. The aim is 92,000 for both together, which the search
 # for layers and the verdict have put out of reach for now. Lower these bounds when nodes go.
-CALIBRATION, OTHERS = 20_600, 84_000
+CALIBRATION, OTHERS = 20_400, 84_000
 PACKED = 10  # assignments such as `a, b = f(x), g(y)`
 PRIVATE, PUBLIC = 6, 10  # parameters of a function, those that are not keyword-only
 

@@ -28,8 +28,7 @@ WINDOWS = 8192  # the prompt tokens that loss is measured on at a length, in 2 t
 MOST_KL = 0.03  # nats a token
 LEAST_KEPT = 0.95  # of the full model's exact answers
 FEWEST = 3  # exact answers of the full model, without which a kind does not count
-ERROR = 0.05  # the chance that an interval misses the true share, or that any of those compared with a limit does
-SAMPLES = 10_000  # of the bootstrap
+SAMPLES = 2000  # of the bootstrap
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,27 +47,17 @@ class Verdict:
 
     @property
     def holds(self) -> bool:
-        """Whether no kind keeps less than 95 % of the full model's answers, and no KL is above 0.03."""
+        """Whether no kind at any length keeps less than 95 % of the full model's answers, and no KL is above 0.03."""
         return not self.failures
 
     @property
     def failures(self) -> list[str]:
-        """What is over a limit, and by how much.
-
-        The answers to a kind of question count at each length, and at all lengths together. A share of them is below
-        the limit if its whole interval is. There are many shares, so each interval is as wide as keeps the chance that
-        any of them is wrong below 5 % (Bonferroni).
-        """
-        shares = {}
-        for kind, by_length in self.exact.items():
-            shares[f"{kind} at all lengths"] = np.concatenate(list(by_length.values()))
-            shares |= {f"{kind} at {length} tokens": exact for length, exact in by_length.items()}
-        shares = {name: exact for name, exact in shares.items() if exact[:, 1].sum() >= FEWEST}
-        error = ERROR / max(1, len(shares))
+        """What is over a limit, and by how much. A share of answers is over it if its whole interval is."""
         found = []
-        for name, exact in shares.items():
-            if _kept(exact, error)[2] < LEAST_KEPT:
-                found.append(f"{name} keep {_as_text(exact, error)}")
+        for kind, by_length in self.exact.items():
+            for length, exact in by_length.items():
+                if exact[:, 1].sum() >= FEWEST and _kept(exact)[2] < LEAST_KEPT:
+                    found.append(f"{kind} at {length} tokens keep {_as_text(exact)}")
         for length, figures in self.loss.items():
             if figures["kl"] > MOST_KL:
                 found.append(f"KL at {length} tokens is {figures['kl']:.3f}, above {MOST_KL}")
@@ -216,8 +205,8 @@ def _exact(model, questions: list[Question], plan: PrunePlan) -> list[bool]:
     return [row[: len(q.answer)] == q.answer for q, row in zip(questions, best.tolist(), strict=True)]
 
 
-def _kept(exact: np.ndarray, error: float = ERROR) -> list[float] | None:
-    """The share of the full model's exact answers that a plan has, and its interval: [N, 2] -> 3 numbers.
+def _kept(exact: np.ndarray) -> list[float] | None:
+    """The share of the full model's exact answers that a plan has, and its 95 % interval: [N, 2] -> 3 numbers.
 
     The interval is from a paired bootstrap over the questions. None if the full model has no exact answer.
     """
@@ -225,13 +214,13 @@ def _kept(exact: np.ndarray, error: float = ERROR) -> list[float] | None:
         return None
     rows = np.random.default_rng(0).integers(len(exact), size=(SAMPLES, len(exact)))
     plan, full = exact[rows].sum(1).T  # [SAMPLES] each
-    low, high = np.quantile(plan[full > 0] / full[full > 0], (error / 2, 1 - error / 2))
+    low, high = np.percentile(plan[full > 0] / full[full > 0], (2.5, 97.5))
     plan, full = exact.sum(0)
     return [round(float(share), 4) for share in (plan / full, low, high)]
 
 
-def _as_text(exact: np.ndarray, error: float = ERROR) -> str:
-    return "{:.0%} [{:.0%}, {:.0%}] of the full model's".format(*_kept(exact, error))
+def _as_text(exact: np.ndarray) -> str:
+    return "{:.0%} [{:.0%}, {:.0%}] of the full model's".format(*_kept(exact))
 
 
 def table(record: dict) -> str:

@@ -98,9 +98,10 @@ def lookup(name: str) -> Entry:
     if _is_repository(name):
         known = (entry for entry in MODELS.values() if entry.source == name)
         return next(known, Entry(name, family="", parameters=0, source=name))
-    near = difflib.get_close_matches(name.lower(), MODELS, n=5, cutoff=0)
-    advice = f"near names are {', '.join(near)}; `pop models` lists all"
-    raise UnknownModel(f"{name!r} is neither a directory nor a known model; {advice}")
+    near = ", ".join(difflib.get_close_matches(name.lower(), MODELS, n=5, cutoff=0))
+    raise UnknownModel(
+        f"{name!r} is neither a directory nor a known model; near names are {near}; `pop models` lists all"
+    )
 
 
 def _is_repository(name: str) -> bool:

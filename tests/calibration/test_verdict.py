@@ -119,17 +119,6 @@ def test_the_limits(figures, holds):
     assert verdict.sentence in str(verdict)
 
 
-def test_many_kinds_at_the_limit_do_not_make_a_plan_fail():
-    """A share that fails by itself may be chance among forty. A kind also fails by its answers at all lengths."""
-    bad = made_up(plan=8).exact["codes"]["256"]
-    good = made_up().exact["codes"]["256"]
-    loss = made_up().loss
-    assert not Verdict(loss, {"codes": {"256": bad}}).holds
-    assert Verdict(loss, {"codes": {"256": bad}} | {str(n): {"256": good} for n in range(40)}).holds
-    verdict = Verdict(loss, {"codes": dict.fromkeys(("256", "512", "1024"), bad)} | {"sums": {"256": good}})
-    assert verdict.sentence.startswith("The plan does not hold: codes at all lengths keep 67% [")
-
-
 def test_the_interval_is_that_of_a_ratio_of_means():
     """By the delta method, for 1,000 questions."""
     rng = np.random.default_rng(1)

@@ -483,24 +483,6 @@ def test_images_in_responses():
             assert ask(url, "/responses", {"model": "tiny", "input": items})[0] == 400
 
 
-def test_an_error_within_a_streamed_response_ends_it(model, monkeypatch):
-    draws = []
-
-    def draw(row):
-        if len(draws) > 3:
-            raise RuntimeError("a secret of the server")
-        draws.append(1)
-        return torch.tensor([65])
-
-    monkeypatch.setattr(Row, "draw", draw)
-    asked = {"model": "tiny", "input": "Hello", "stream": True}
-    with serving(model) as (_, url):
-        with pytest.raises(openai.APIError, match="the server failed"):
-            list(client_of(url).responses.create(**asked))
-        with pytest.raises(openai.InternalServerError, match="the server failed"):
-            list(client_of(url).responses.create(**asked))
-
-
 # ---- Answers of a form ----
 
 
@@ -726,7 +708,8 @@ def test_a_client_that_hangs_up_frees_its_place(model, monkeypatch):
         assert client_of(url).completions.create(**TEXT, max_tokens=3).choices[0].finish_reason
 
 
-def test_an_error_within_a_stream_ends_it(model, monkeypatch):
+@pytest.mark.parametrize("route", ["completions", "responses"])
+def test_an_error_within_a_stream_ends_it(model, monkeypatch, route):
     """Before the first piece, the status tells of it. The client learns nothing of what failed."""
     draws = []
 
@@ -737,13 +720,15 @@ def test_an_error_within_a_stream_ends_it(model, monkeypatch):
         return torch.tensor([65])
 
     monkeypatch.setattr(Row, "draw", draw)
+    asked = {"completions": TEXT | {"max_tokens": 30}, "responses": {"model": "tiny", "input": "Hello"}}[route]
     with serving(model) as (_, url):
-        stream = client_of(url).completions.create(**TEXT, max_tokens=30, stream=True)
+        create = getattr(client_of(url), route).create
+        stream = create(**asked, stream=True)
         with pytest.raises(openai.APIError, match="the server failed") as caught:
             list(stream)
         assert "secret" not in str(caught.value.body)
         with pytest.raises(openai.InternalServerError, match="the server failed"):
-            client_of(url).completions.create(**TEXT, max_tokens=30, stream=True)
+            list(create(**asked, stream=True))
 
 
 def test_who_may_ask(model):
