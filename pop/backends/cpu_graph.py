@@ -55,7 +55,7 @@ class Graph:
         if self.record is None or not self.record.fits():
             record = _Record(self.weights)
             results = record.run(function)
-            self.record = record
+            self.record = record if record.is_complete else None
             return results
         if self.record.calls is None:
             return function()
@@ -68,6 +68,7 @@ class _Record(TorchDispatchMode):
     """What this thread calls in a function: operators, and functions of modules that torch.compile wrote."""
 
     is_compiled = False  # whether there are any of the latter
+    is_complete = False  # whether it lacks no calls of code that was compiled meanwhile
 
     def __init__(self, weights: list[Tensor]):
         super().__init__()
@@ -97,13 +98,15 @@ class _Record(TorchDispatchMode):
         from torch._inductor.codecache import PyCodeCache
 
         with _patching, ExitStack() as undo:
-            for module in PyCodeCache.modules:
+            modules = list(PyCodeCache.modules)
+            for module in modules:
                 for name, original in list(vars(module).items()):
                     if name.startswith("cpp_fused"):
                         setattr(module, name, partial(self._run_compiled, original))
                         undo.callback(setattr, module, name, original)
             with self:
                 self.outputs = function()
+            self.is_complete = self.calls is None or len(modules) == len(PyCodeCache.modules)
         if not self.is_compiled:
             self.calls = None
         return self._copies()

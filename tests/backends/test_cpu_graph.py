@@ -138,6 +138,31 @@ def test_a_record_that_lacks_work_is_found(monkeypatch, caplog):
 
 
 @requires_compiler
+def test_code_that_is_compiled_while_it_is_recorded_is_not_left_out():
+    """A record without it could look like one of another function, which is trusted."""
+    x, double = torch.zeros(3), torch.compile(lambda x: x * 2)
+    adds = [torch.compile(lambda x: x + 1), torch.compile(lambda x: x + 5)]
+    runs = []
+
+    def trusted():
+        return (double(x),)
+
+    def function():
+        runs.append(x.clone())
+        return (adds[0](double(x)),)
+
+    for one in (trusted, function):
+        graph = Graph(NO_WEIGHTS, 1)
+        for number in range(6):
+            x.fill_(number)
+            (found,) = graph(one)
+            if one is function:
+                assert torch.equal(found, torch.full((3,), 2.0 * number + (1 if number == 0 else 5)))
+                del adds[: len(adds) - 1]
+    assert len(runs) == 4  # it is recorded at the third call, and compared at the fourth
+
+
+@requires_compiler
 def test_weights_that_lie_otherwise_in_memory_are_not_read_as_before():
     """A step recorded before is dropped, and compiled code is looked for anew. The operators refuse smaller weights."""
     module = random_model(tiny_config(hidden_size=64, intermediate_size=96, head_dim=16, num_layers=2))
