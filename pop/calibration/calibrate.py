@@ -141,7 +141,8 @@ def calibrate(
         save = None if saved is None else functools.partial(saved.write, found=plan.fields())
         with progress_bar("distilling", steps, "steps", progress) as step:
             plan = distill(model, plan, windows, judge, steps, seed=seed, restored=tensors, save=save, progress=step)
-    return _recorded(model, plan, judge, about)
+    below = wanted.full_depth_below if isinstance(wanted, PrunePlan) else search.SHORT
+    return dataclasses.replace(_recorded(model, plan, judge, about), full_depth_below=below)
 
 
 # ---- Before the work ----
@@ -266,9 +267,9 @@ def _announce(model, windows: list[Window], rank: int, steps: int) -> None:
 
 
 def _decided(model, wanted, windows: list[Window], judge: Judge, rank: int, progress: bool) -> PrunePlan:
-    """The plan without corrections: what is given, and what has to be decided."""
+    """The plan without corrections: what is given, and what has to be decided. Short prompts are pruned meanwhile."""
     if isinstance(wanted, PrunePlan):
-        return wanted
+        return dataclasses.replace(wanted, full_depth_below=0)
     if isinstance(wanted, tuple):
         return search.with_full_depth(model, wanted, windows)
     with progress_bar("choosing layers", len(search.TAILS), "sets", progress) as step:

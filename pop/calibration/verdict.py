@@ -21,7 +21,7 @@ from pop.pruning.plan import PrunePlan
 from pop.runner import FULL_DEPTH, padded
 from pop.system.progress import progress_bar
 
-LENGTHS = (256, 1024, 4096)  # tokens of a prompt
+LENGTHS = (512, 1024, 4096)  # tokens of a prompt. Plans that pop.calibrate decides prune no shorter ones
 LONG = 2048  # tokens; longer prompts take so much time that half as many questions are asked about each
 CONTINUATION = 96  # tokens after a prompt, and the most tokens of an answer
 WINDOWS = 8192  # the prompt tokens that loss is measured on at a length, in 2 to 8 windows if the text has them

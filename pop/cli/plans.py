@@ -73,6 +73,8 @@ def describe(plan: PrunePlan) -> str:
         text += f", last {plan.full_depth_last} and {plan.full_depth_selected:.0%} whole"
     elif plan.full_depth_last > 1:
         text += f", last {plan.full_depth_last} tokens whole"
+    if plan.full_depth_below:
+        text += f", from {plan.full_depth_below} tokens on"
     if plan.corrections is not None:
         text += ", calibrated"
     if plan.kept is not None:

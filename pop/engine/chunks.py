@@ -238,7 +238,8 @@ def full_depth_tokens(cache: KVCache, lengths: Tensor, plan: PrunePlan, boundary
     """
     ends = cache.lengths + lengths  # [B]
     if not boundary:
-        ends += plan.full_depth_last  # the prompts go on, so none of these tokens is among the last
+        # The prompts go on, so none of these tokens is among the last, and no prompt is short.
+        ends += max(plan.full_depth_last, plan.full_depth_below)
     positions = cache.lengths[:, None] + torch.arange(int(lengths.max()))  # [B, T]
     return plan.at_full_depth(positions, ends[:, None])
 

@@ -169,7 +169,8 @@ class Compiled:
 
         if plan.layers:
             share = 0.5 if plan.full_depth_selected else 0.0
-            prefill(dataclasses.replace(plan, full_depth_first=1, full_depth_last=1, full_depth_selected=share))
+            fields = {"full_depth_first": 1, "full_depth_last": 1, "full_depth_below": 0, "full_depth_selected": share}
+            prefill(dataclasses.replace(plan, **fields))
             return
         self._run_vision_blocks()
         cache = prefill(PrunePlan(tuple(range(config.num_layers))))

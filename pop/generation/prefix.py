@@ -15,8 +15,9 @@ class Prefix:
 
     The answers are those of `model.generate(prefix.tokens + rest, plan=prefix.plan)`, with the images and videos of
     both, unless the plan selects tokens: it selects among those that are encoded with each prompt. The last
-    full_depth_last tokens of a prefix may be at full depth, so they are encoded with each prompt. If an image or a
-    video would be cut there, all of it is encoded with each prompt.
+    full_depth_last tokens of a prefix may be at full depth, so they are encoded with each prompt. So is all of a
+    prefix of fewer than full_depth_below tokens. If an image or a video would be cut, all of it is encoded with each
+    prompt.
     """
 
     def __init__(self, model, prompt, *, images=None, videos=None, plan: PrunePlan | None = None):
@@ -28,6 +29,8 @@ class Prefix:
 
         ranges = model.vision.locate(self.tokens, media)  # where each image or video is in the tokens
         cut = max(0, len(self.tokens) - self.plan.full_depth_last)
+        if len(self.tokens) < self.plan.full_depth_below:
+            cut = 0
         for tokens in ranges:
             if cut in tokens:
                 cut = tokens[0]

@@ -86,7 +86,8 @@ def prefill_flops(config, num_tokens: int, plan: PrunePlan, patches: Sequence[in
 
 def selected_tokens(plan: PrunePlan, num_tokens: int) -> Tensor:
     """The positions of selected tokens, as if they were evenly spread over the other tokens: int64."""
-    others = torch.arange(num_tokens)[plan.full_depth_first : max(num_tokens - plan.full_depth_last, 0)]
+    position = torch.arange(num_tokens)
+    others = position[~plan.at_full_depth(position, num_tokens)]
     count = plan.num_selected(len(others))
     middles = (2 * torch.arange(count) + 1) * len(others) // max(2 * count, 1)  # of `count` equal parts
     return others[middles]
@@ -96,7 +97,7 @@ def token_masks(plan: PrunePlan, num_tokens: int, group: Group, window: int | No
     """The tokens that run a layer of the group whole, and those of which it computes only K and V: each [N] bool."""
     position = torch.arange(num_tokens)
     last = num_tokens - plan.full_depth_last  # the first of the last full-depth tokens
-    full_depth = (position < plan.full_depth_first) | (position >= last) | (not group.is_pruned)
+    full_depth = plan.at_full_depth(position, num_tokens) | (not group.is_pruned)
     attended = position > last - (window or num_tokens)  # by these
     if group.is_pruned and group.layers[0] > plan.selects_at:
         selected = selected_tokens(plan, num_tokens)

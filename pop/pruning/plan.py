@@ -26,7 +26,14 @@ MOST_TOKENS = 10_000_000  # of a prompt
 LAYERS = r"\d{1,5}(-\d{1,5})?(,\d{1,5}(-\d{1,5})?)+|\d{1,5}-\d{1,5}"  # one integer could be a share
 RECORD = 10_000  # the most characters of `about` as JSON
 SHIPPED = os.path.join(os.path.dirname(os.path.dirname(__file__)), "data", "plans")
-FIELDS = ("layers", "full_depth_last", "full_depth_first", "full_depth_selected", "selecting_layer")  # of plain values
+FIELDS = (  # of plain values
+    "layers",
+    "full_depth_last",
+    "full_depth_first",
+    "full_depth_selected",
+    "selecting_layer",
+    "full_depth_below",
+)
 
 
 class Group(NamedTuple):
@@ -51,6 +58,8 @@ class PrunePlan:
         full_depth_selected: The share of a prompt's other tokens that also run at full depth. These are the tokens that
             the prompt's last tokens attend most at the selecting layer. They skip the pruned layers before it.
         selecting_layer: A kept layer with pruned ones after it. None: the layer before the first pruned one.
+        full_depth_below: All tokens of a sequence run at full depth if its prompt ends before so many tokens. In a
+            short prompt, what pruning costs is more than what it saves.
         about: A record for readers, as a small object of JSON. pop.calibrate fills it. It is not compared.
         name: Of the file that `load` has read. It is not saved or compared.
 
@@ -64,6 +73,7 @@ class PrunePlan:
     corrections: Corrections | None = None
     full_depth_selected: float = 0.0
     selecting_layer: int | None = None
+    full_depth_below: int = 0
     about: dict = dataclasses.field(default_factory=dict, compare=False, repr=False)
     name: str = dataclasses.field(default="", compare=False, repr=False)
 
@@ -74,6 +84,7 @@ class PrunePlan:
         store("layers", _checked_layers(self.layers))
         store("full_depth_last", check_count("full_depth_last", self.full_depth_last, 1, 2**31 - 1, PlanError))
         store("full_depth_first", check_count("full_depth_first", self.full_depth_first, 0, 2**31 - 1, PlanError))
+        store("full_depth_below", check_count("full_depth_below", self.full_depth_below, 0, 2**31 - 1, PlanError))
         share = _share("full_depth_selected", self.full_depth_selected, "the prompt's tokens to run at full depth")
         store("full_depth_selected", share)
         if self.selecting_layer is not None:
@@ -196,7 +207,8 @@ class PrunePlan:
         """
         is_first = position < self.full_depth_first
         is_last_or_generated = position >= prompt_length - self.full_depth_last
-        return is_first | is_last_or_generated
+        is_short = prompt_length < self.full_depth_below
+        return is_first | is_last_or_generated | is_short
 
     def num_selected(self, others: int) -> int:
         """How many of the `others`, a prompt's tokens that are not at full depth by their position, are selected."""

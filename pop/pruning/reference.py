@@ -34,7 +34,8 @@ def full_depth_tokens(prompt_length: int, num_tokens: int, plan: PrunePlan) -> T
     position = torch.arange(num_tokens)
     is_first = position < plan.full_depth_first
     is_last_or_generated = position >= prompt_length - plan.full_depth_last
-    return is_first | is_last_or_generated
+    is_short = prompt_length < plan.full_depth_below
+    return is_first | is_last_or_generated | is_short
 
 
 @torch.no_grad()

@@ -1,5 +1,6 @@
 """`pop.calibrate` as a whole: what it decides, what it says and checks before the work, and unfinished work."""
 
+import dataclasses
 import random
 
 import pytest
@@ -54,6 +55,14 @@ def test_the_layers_are_those_that_are_given(model):
     assert plan.selecting_layer in (0, 2) and plan.full_depth_last == round(0.1 * 512)
     given = calibrate(model, TEXTS, PrunePlan((1, 3), full_depth_last=7), steps=0, progress=False)
     assert (given.full_depth_last, given.full_depth_selected, given.selecting_layer) == (7, 0, None)
+
+
+def test_short_prompts_are_pruned_while_a_plan_is_fitted_and_judged(model):
+    asked = [PrunePlan((1, 3), full_depth_below=below) for below in (0, 1000)]
+    pruning, short = (calibrate(model, TEXTS, plan, steps=2, progress=False) for plan in asked)
+    assert dataclasses.replace(short, full_depth_below=0) == pruning and short.about == pruning.about
+    assert short.full_depth_below == 1000
+    assert calibrate(model, TEXTS, layers=(1, 3), steps=0, progress=False).full_depth_below == search.SHORT
 
 
 @pytest.mark.parametrize("layers", [(), (5,), (1, 1), "abc", 3])

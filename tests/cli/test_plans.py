@@ -27,12 +27,12 @@ RECORD = {
 
 def test_each_plan_is_printed_with_its_record(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    pop.PrunePlan((2, 3), full_depth_last=8, full_depth_selected=0.25).save("plain")
+    pop.PrunePlan((2, 3), full_depth_last=8, full_depth_selected=0.25, full_depth_below=300).save("plain")
     pop.PrunePlan((1, 3), full_depth_first=1, corrections=REFIT, about=RECORD).save("refit")
     (tmp_path / "old").write_text('{"layers": []}')
     assert main(["plans", "plain", "refit", "old"]) == 0
     assert capsys.readouterr().out.splitlines() == [
-        "plain: without layers 2 to 3, last 8 and 25% whole",
+        "plain: without layers 2 to 3, last 8 and 25% whole, from 300 tokens on",
         f"  version: {pop.__version__}",
         "refit: without 2 layers, calibrated",
         f"  version: {pop.__version__}",

@@ -34,6 +34,16 @@ def test_a_prefix_and_a_rest_are_one_prompt(model, length, monkeypatch):
         assert_close(row, reference.prefill(model.module, torch.tensor(tokens + rest), model.plan))
 
 
+@pytest.mark.parametrize("length", [12, 20])
+def test_a_rest_decides_whether_a_prompt_is_short(length):
+    model = make("llama", pop.PrunePlan((2, 3), full_depth_below=20))
+    tokens = [(7 * n + 3) % 250 for n in range(length)]
+    prefix = model.prefix(tokens)
+    for rest in ([9], list(range(40, 61))):
+        expected = reference.generate(model.module, torch.tensor(tokens + rest), model.plan, 4)
+        assert prefix.generate(rest, max_new_tokens=4).tokens == expected
+
+
 def test_prefixes_of_text_and_what_they_refuse():
     model = make("llama", pop.PrunePlan((3, 4)), max_seq_len=40)
     model.tokenizer.bos_id = OTHER_END

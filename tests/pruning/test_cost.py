@@ -70,6 +70,7 @@ def test_limits_are_those_of_the_method_at_2048_tokens(config, pruned, limit, di
         PrunePlan(layers=(0, 3), full_depth_last=3, full_depth_selected=0.25, selecting_layer=2),
         PrunePlan(layers=(0, 2, 3), full_depth_first=1, full_depth_selected=0.5, selecting_layer=1),
         PrunePlan(layers=(3, 4), full_depth_selected=0.25, selecting_layer=1),
+        PrunePlan(layers=(3, 4), full_depth_selected=0.25, full_depth_below=20),
     ],
 )
 def test_count_equals_what_torch_counts_in_the_engine(config, tokens, plan):
@@ -81,6 +82,8 @@ def test_count_equals_what_torch_counts_in_the_engine(config, tokens, plan):
     linear = sum(flops for op, flops in counts.items() if str(op) in ("aten.mm", "aten.addmm"))
 
     by_position = {*range(tokens)[: plan.full_depth_first], *range(tokens)[-plan.full_depth_last :]}
+    if tokens < plan.full_depth_below:
+        by_position = {*range(tokens)}
     others = sorted({*range(tokens)} - by_position)
     selected = set()
     attended = 0

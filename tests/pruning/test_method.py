@@ -36,12 +36,12 @@ pytestmark = pytest.mark.usefixtures("small_query_blocks", "short_averages")
 def test_the_reference_is_the_paper_read_literally(module, data):
     """One pass encodes the prompt without its last w tokens, pruned. Another decodes these w at full depth, one by one.
 
-    The first tokens of a plan with sinks run at full depth, and so do those that it selects.
+    The first tokens of a plan with sinks run at full depth, and so do those that it selects, and short prompts.
     """
     plan = data.draw(plans(module.config))
     tokens, _ = data.draw(batches(module.config.vocab_size, max_rows=1))
     n = tokens.shape[1]
-    pruned = range(plan.full_depth_first, n - plan.full_depth_last)
+    pruned = range(plan.full_depth_first, n - plan.full_depth_last) if n >= plan.full_depth_below else range(0)
     full_depth = reference.full_depth_tokens(n, n, plan).tolist()
     assert full_depth == [position not in pruned for position in range(n)]
     selected = reference.selected_tokens(module, tokens[0], plan)
@@ -57,6 +57,11 @@ def test_the_reference_is_the_paper_read_literally(module, data):
 def test_generated_tokens_run_at_full_depth():
     """Four prompt tokens, the boundary token, and a generated one."""
     assert reference.full_depth_tokens(5, 6, PrunePlan((1,), full_depth_first=1)).int().tolist() == [1, 0, 0, 0, 1, 1]
+
+
+def test_short_prompts_run_at_full_depth():
+    plan = PrunePlan((1,), full_depth_below=5)
+    assert [int(reference.full_depth_tokens(n, n, plan).sum()) for n in (1, 4, 5, 9)] == [1, 4, 1, 1]
 
 
 def test_corrections_may_have_another_dtype_than_the_module():

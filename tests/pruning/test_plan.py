@@ -73,6 +73,7 @@ def test_a_selecting_layer_is_a_kept_one_before_a_pruned_one(layers, layer):
         {"full_depth_last": 0},
         {"full_depth_first": 2**31},
         {"full_depth_first": -1},
+        {"full_depth_below": -1},
         {"full_depth_selected": 8},
         {"full_depth_selected": float("nan")},
         {"full_depth_selected": None},

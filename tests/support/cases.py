@@ -111,15 +111,15 @@ def plans(draw, config):
     last = draw(st.sampled_from([1, 1, 2, 3, 7, 40]))
     kept = [layer for layer in range(max(layers, default=-1)) if layer not in layers]
     default = [] if 0 in layers else [None]
-    selected = {}
+    fields = {"full_depth_below": draw(st.sampled_from([0, 0, 0, 9]))}
     if kept or default:
-        share = draw(st.sampled_from([0.0, 0.4, 0.1, 1.0]))
-        selected = {"full_depth_selected": share, "selecting_layer": draw(st.sampled_from([*default, *kept]))}
+        fields["full_depth_selected"] = draw(st.sampled_from([0.0, 0.4, 0.1, 1.0]))
+        fields["selecting_layer"] = draw(st.sampled_from([*default, *kept]))
     if not layers or not draw(st.booleans()):
-        return PrunePlan(layers, last, draw(st.sampled_from([0, 0, 1, 4])), **selected)
+        return PrunePlan(layers, last, draw(st.sampled_from([0, 0, 1, 4])), **fields)
     seed = draw(st.integers(0, 10**6))
     corrections = random_corrections(config, layers, seed, draw(st.sampled_from([1, 3, 9, 30])))
-    return PrunePlan(layers, last, draw(st.sampled_from([1, 1, 4])), corrections, **selected)
+    return PrunePlan(layers, last, draw(st.sampled_from([1, 1, 4])), corrections, **fields)
 
 
 def random_corrections(config, layers, seed: int, rank: int = 9, model=None) -> Corrections:

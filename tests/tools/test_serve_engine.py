@@ -191,6 +191,7 @@ def test_a_second_question_about_an_image():
 
 
 SELECTING = pop.PrunePlan((2, 3), full_depth_selected=0.3)  # among all tokens of a prompt
+LONG = pop.PrunePlan((2, 3), full_depth_below=100)
 OPTIONS = [
     {"temperature": 1.0, "seed": 5},
     {"temperature": 0.7, "top_k": 9, "seed": 6, "repetition_penalty": 1.3},
@@ -199,7 +200,7 @@ OPTIONS = [
 
 
 @pytest.mark.parametrize("has_empty_rows", [False, True])
-@pytest.mark.parametrize("plan", [*PLANS.values(), SELECTING], ids=str)
+@pytest.mark.parametrize("plan", [*PLANS.values(), SELECTING, LONG], ids=str)
 @pytest.mark.parametrize("seed", range(20 if NIGHTLY else 1))
 def test_jobs_in_any_order_get_the_answers_that_they_get_alone(plan, seed, has_empty_rows):
     """Rows join and leave a batch whose cache grows, and some answers end with the context."""

@@ -146,11 +146,18 @@ def padded(rows, left):
 
 @pytest.mark.parametrize("is_calibrated", [False, True])
 @pytest.mark.parametrize(
-    "selects", [{}, {"full_depth_selected": 0.5}, {"full_depth_selected": 0.5, "selecting_layer": 2}], ids=str
+    "fields",
+    [
+        {},
+        {"full_depth_below": 9},
+        {"full_depth_selected": 0.5},
+        {"full_depth_selected": 0.5, "selecting_layer": 2},
+    ],
+    ids=str,
 )
 @pytest.mark.usefixtures("short_averages")
-def test_turns_of_a_ragged_batch_equal_the_engine(model, is_calibrated, selects):
-    twin, plan, cache = as_pop(model), plan_of(model, is_calibrated, **selects), Cache()
+def test_turns_of_a_ragged_batch_equal_the_engine(model, is_calibrated, fields):
+    twin, plan, cache = as_pop(model), plan_of(model, is_calibrated, **fields), Cache()
     other, mask, last = twin.new_cache(3, 40), torch.zeros(3, 0, dtype=torch.int64), [[]] * 3
     for turn in TURNS:
         rows = [old + torch.randint(3, CONFIG.vocab_size, (n,)).tolist() for old, n in zip(last, turn, strict=True)]

@@ -88,7 +88,7 @@ class PopAdapter:
         requests = [request.args for request in requests]
         pairs = [self.encode_pair(context, continuation) for context, continuation in requests]
         plan = self.model.plan
-        whole = sum(len(context) <= plan.full_depth_first + plan.full_depth_last for context, _ in pairs)
+        whole = sum(pruned_tokens(plan, len(context)) == 0 for context, _ in pairs)
         if plan.layers and whole:
             self._warn_once("the plan prunes nothing in %d of %d contexts: they are too short", whole, len(pairs))
 

@@ -110,7 +110,7 @@ class Engine:
         shared = shared if shared >= n + WORTH_KEEPING else 0
         del filled, sources, source, usable  # so that caches can give way
         cuts = sorted({*range(n + model.chunk_size, last + 1, model.chunk_size), shared})
-        if plan.full_depth_selected:  # the plan selects among the tokens of one call
+        if plan.full_depth_selected or end < plan.full_depth_below:  # what runs is decided for all tokens of a call
             cuts = []
         cuts = [cut for cut in cuts if n < cut <= last and not any(one.start < cut < one.stop for one in images)]
         for begin, cut in pairwise([n, *cuts, end]):

@@ -18,6 +18,7 @@ PLANS = {
     "calibrated": lambda engine: calibrated(engine, (3, 4, 5), full_depth_last=32),
     "updates": lambda engine: calibrated(engine, (1, 3, 4), full_depth_last=8),
     "selecting": lambda engine: PrunePlan((3, 4, 5), full_depth_last=4, full_depth_selected=0.2),
+    "long": lambda engine: calibrated(engine, (3, 4, 5), full_depth_selected=0.2, full_depth_below=60),
     "all": lambda engine: calibrated(engine, (1, 4, 5), full_depth_last=8, full_depth_selected=0.2, selecting_layer=3),
 }
 
@@ -47,7 +48,7 @@ def test_each_family_equals_the_reference(engine, name, budget):
 
 @on_llama
 @pytest.mark.parametrize("budget", [2048, 50])
-@pytest.mark.parametrize("name", ["none", "deepest", "calibrated", "updates", "selecting"])
+@pytest.mark.parametrize("name", ["none", "deepest", "calibrated", "updates", "selecting", "long"])
 def test_each_kind_of_plan_equals_the_reference(engine, name, budget):
     assert_equals_the_reference(engine, PLANS[name](engine), budget)
 
