@@ -8,6 +8,7 @@ and W that of its full-depth tokens.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -237,9 +238,9 @@ def full_depth_tokens(cache: KVCache, lengths: Tensor, plan: PrunePlan, boundary
     Without a boundary, more of the prompts follows in a later call.
     """
     ends = cache.lengths + lengths  # [B]
-    if not boundary:
-        # The prompts go on, so none of these tokens is among the last, and no prompt is short.
-        ends += max(plan.full_depth_last, plan.full_depth_below)
+    if not boundary:  # the prompts go on, so none is short, and none of these tokens is among the last
+        plan = dataclasses.replace(plan, full_depth_below=0)
+        ends += plan.full_depth_last
     positions = cache.lengths[:, None] + torch.arange(int(lengths.max()))  # [B, T]
     return plan.at_full_depth(positions, ends[:, None])
 

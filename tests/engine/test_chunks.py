@@ -74,6 +74,15 @@ def test_one_token_of_any_kind_attends_by_slots():
             assert_close(cache_attention(q, *cache.layer(layer), full.attention[window], 0.3), wanted)
 
 
+def test_a_prompt_that_goes_on_is_not_short():
+    cache = new_cache(random_model(tiny_config()), 3)
+    cache.lengths[:] = torch.tensor([0, 0, 6])
+    plan = PrunePlan((2,), full_depth_below=9)
+    for boundary, expected in ((False, [[0, 0, 0], [0, 1, 1], [0, 0, 0]]), (True, [[1, 1, 1], [1, 1, 1], [0, 0, 1]])):
+        found = full_depth_tokens(cache, torch.tensor([3, 1, 3]), plan, boundary)
+        assert found.int().tolist() == expected
+
+
 def test_full_depth_rows_by_hand():
     """Two rows of 7 and 4 tokens in chunks of 5, one first and two last tokens of each at full depth."""
     module, plan = random_model(tiny_config()), PrunePlan((2,), full_depth_last=2, full_depth_first=1)

@@ -59,8 +59,8 @@ def pair(request):
     compiled, eager = (pop.Model(module, module.config, plan=plain, compile=it, chunk_size=16) for it in (True, False))
     rows = 4 if NIGHTLY or module.config.family == "qwen3_vl" else 1
     corrections = random_corrections(module.config, (1, 3), 1, RANK, compiled)
-    selecting = pop.PrunePlan((1, 3), full_depth_first=1, corrections=corrections, full_depth_selected=0.3)
-    compiled.warmup(rows, [selecting])
+    shares = {"full_depth_first": 1, "full_depth_selected": 0.3, "full_depth_below": 300}
+    compiled.warmup(rows, [pop.PrunePlan((1, 3), corrections=corrections, **shares)])
     return compiled, eager, rows
 
 
