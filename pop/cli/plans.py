@@ -24,6 +24,8 @@ def plans(args) -> None:
     for path in args.files:
         plan = PrunePlan.load(path)
         print(f"{path}: {describe(plan)}")
+        if plan.full_depth_below:
+            print(f"  below {plan.full_depth_below} tokens: the whole model")
         for name, value in plan.about.items():
             for line in lines_of(name, value):
                 print(f"  {ascii(line)[1:-1][:WIDTH]}")
@@ -73,8 +75,6 @@ def describe(plan: PrunePlan) -> str:
         text += f", last {plan.full_depth_last} and {plan.full_depth_selected:.0%} whole"
     elif plan.full_depth_last > 1:
         text += f", last {plan.full_depth_last} tokens whole"
-    if plan.full_depth_below:
-        text += f", from {plan.full_depth_below} tokens on"
     if plan.corrections is not None:
         text += ", calibrated"
     if plan.kept is not None:

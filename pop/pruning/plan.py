@@ -26,14 +26,7 @@ MOST_TOKENS = 10_000_000  # of a prompt
 LAYERS = r"\d{1,5}(-\d{1,5})?(,\d{1,5}(-\d{1,5})?)+|\d{1,5}-\d{1,5}"  # one integer could be a share
 RECORD = 10_000  # the most characters of `about` as JSON
 SHIPPED = os.path.join(os.path.dirname(os.path.dirname(__file__)), "data", "plans")
-FIELDS = (  # of plain values
-    "layers",
-    "full_depth_last",
-    "full_depth_first",
-    "full_depth_selected",
-    "selecting_layer",
-    "full_depth_below",
-)
+COUNTS = {"full_depth_last": 1, "full_depth_first": 0, "full_depth_below": 0}  # fields, and the least of each
 
 
 class Group(NamedTuple):
@@ -82,9 +75,8 @@ class PrunePlan:
             object.__setattr__(self, name, value)
 
         store("layers", _checked_layers(self.layers))
-        store("full_depth_last", check_count("full_depth_last", self.full_depth_last, 1, 2**31 - 1, PlanError))
-        store("full_depth_first", check_count("full_depth_first", self.full_depth_first, 0, 2**31 - 1, PlanError))
-        store("full_depth_below", check_count("full_depth_below", self.full_depth_below, 0, 2**31 - 1, PlanError))
+        for name, least in COUNTS.items():
+            store(name, check_count(name, getattr(self, name), least, 2**31 - 1, PlanError))
         share = _share("full_depth_selected", self.full_depth_selected, "the prompt's tokens to run at full depth")
         store("full_depth_selected", share)
         if self.selecting_layer is not None:
@@ -236,7 +228,9 @@ class PrunePlan:
 
     def fields(self) -> dict:
         """The plain values: all but the corrections and the record."""
-        return {name: getattr(self, name) for name in FIELDS}
+        compared = {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.compare}
+        del compared["corrections"]
+        return compared
 
     def save(self, path: str | os.PathLike) -> None:
         """Write plan and version to a file, whole or not at all: JSON, or safetensors if it has corrections."""

@@ -30,12 +30,11 @@ KeysValues = tuple[Tensor, Tensor]  # of one layer, each [T, K, E]
 
 
 def full_depth_tokens(prompt_length: int, num_tokens: int, plan: PrunePlan) -> Tensor:
-    """Which of `num_tokens` tokens run at full depth by their position, [T] bool. The prompt comes first."""
-    position = torch.arange(num_tokens)
-    is_first = position < plan.full_depth_first
-    is_last_or_generated = position >= prompt_length - plan.full_depth_last
-    is_short = prompt_length < plan.full_depth_below
-    return is_first | is_last_or_generated | is_short
+    """Which of `num_tokens` tokens run at full depth by their position, [T] bool. The prompt comes first.
+
+    These are the prompt's last `full_depth_last` tokens, all that are generated after it, and others that a plan names.
+    """
+    return plan.at_full_depth(torch.arange(num_tokens), prompt_length)
 
 
 @torch.no_grad()

@@ -32,7 +32,8 @@ def test_each_plan_is_printed_with_its_record(tmp_path, monkeypatch, capsys):
     (tmp_path / "old").write_text('{"layers": []}')
     assert main(["plans", "plain", "refit", "old"]) == 0
     assert capsys.readouterr().out.splitlines() == [
-        "plain: without layers 2 to 3, last 8 and 25% whole, from 300 tokens on",
+        "plain: without layers 2 to 3, last 8 and 25% whole",
+        "  below 300 tokens: the whole model",
         f"  version: {pop.__version__}",
         "refit: without 2 layers, calibrated",
         f"  version: {pop.__version__}",
@@ -82,10 +83,8 @@ def test_without_a_file_the_plans_that_are_here_are_listed(tmp_path, monkeypatch
     assert main(["plans"]) == 0
     lines = capsys.readouterr().out.splitlines()
     shipped = Path(pop.__file__).parent / "data" / "plans"
-    third = (
-        f"{shipped / 'smollm2-135m-third.plan'}: without layers 20 to 29, last 96 and 6% whole, calibrated, keeps 99%"
-    )
-    assert third in lines
+    third = "without layers 20 to 29, last 96 and 6% whole, calibrated, keeps 99%"
+    assert f"{shipped / 'smollm2-135m-third.plan'}: {third}" in lines
     assert lines[-1] == f"{folder / 'default.plan'}: without layers 2 to 2, keeps 97%"
     assert lines[-2].startswith(f"{folder / 'broken.plan'} is not a pruning plan")
 

@@ -211,7 +211,7 @@ def _parser() -> argparse.ArgumentParser:
     option("--seed", help="the seed of calibration, bootstrap and questions (0)", type=int, default=0, metavar="N")
     option("--text", help="a domain: NAME=FILE[,FILE...]; repeatable", action="append", default=[], metavar="NAME=FILE")
     option("--windows", help="windows in each domain (8)", type=int, default=8, metavar="N")
-    option("--prompt-tokens", help="(256)", type=int, default=256, metavar="N")
+    option("--prompt-tokens", help="(512)", type=int, default=512, metavar="N")
     option("--continuation-tokens", help="(128)", type=int, default=128, metavar="N")
     option("--runs", help="timed prefills of each contender (5)", type=int, default=5, metavar="N")
     option("--new-tokens", help="length of generated answers (32)", type=int, default=32, metavar="N")
