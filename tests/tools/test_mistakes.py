@@ -41,7 +41,7 @@ def folder(tmp_path_factory):
 
 @pytest.mark.parametrize(("tool", "words", "said"), CASES)
 def test_a_mistake_is_one_sentence(tool, words, said, folder, tiny_folder, seeing, tmp_path, monkeypatch, capsys):
-    def no_network(model, file):
+    def no_network(model, file, progress):
         raise pop.DownloadError(f"{file.stem} could not be fetched; connect")
 
     monkeypatch.setattr("pop.checkpoints.registry._places", lambda: [folder.parent / "weights"])

