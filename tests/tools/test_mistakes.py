@@ -21,6 +21,7 @@ ALSO = {
     "tools.bench.__main__": "--lengths 8 --tasks prefill --compile false",
     "tools.evaluate.__main__": "--model CHAT",
     "tools.evaluate.lookup": "--model CHAT --text a=TEXT --lengths 700 --questions 2",
+    "tools.examples.agent_trace": "--model CHAT --prune 0.5 --turns 2 --tokens 200,300",
 }
 CASES = [(tool, words, said) for tool, cases in MISTAKES.items() for words, said in cases.items()]
 
@@ -47,7 +48,7 @@ def test_a_mistake_is_one_sentence(tool, words, said, folder, tiny_folder, seein
     monkeypatch.setattr("pop.checkpoints.registry._places", lambda: [folder.parent / "weights"])
     monkeypatch.setattr("tools.convert.packages._download", no_network)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    for library in ("llama_cpp", "llguidance", "lm_eval", "matplotlib", "transformers"):
+    for library in ("llama_cpp", "llguidance", "lm_eval", "matplotlib", "transformers", "vllm"):
         monkeypatch.setitem(sys.modules, library, None)
     names = {"BASE": "base", "META": "meta", "ADAPTER": "adapter", "BROKEN": "broken.json"}
     names |= {"SHORT": "short.txt", "LONG": "long.txt", "TEXT": "text.txt", "NEW": "new"}

@@ -44,6 +44,7 @@ ALSO = {
     "tools.evaluate": shlex.split(f"{SHORT} --lengths 800 --questions 1"),
     "tools.demo": shlex.split("--runs 1 --max-new-tokens 2 --prompt-file QUESTION"),
     "tools.evaluate.lookup": shlex.split("--text a=TEXT --lengths 800 --questions 1"),
+    "tools.examples.agent_trace": shlex.split("--turns 2 --tokens 100,200"),
     "tools.fuzz": ["--minutes", "0"],
     "tools.gpu_report": shlex.split("--child prefill --device cpu --layers 4 --lengths 8"),
 }
@@ -145,7 +146,7 @@ def run(script: str, words: list[str], monkeypatch, capsys) -> None:
         with pytest.raises(SystemExit) as stopped:
             runpy.run_module(script, run_name="__main__")
         assert library in f"{stopped.value} {capsys.readouterr().err}"
-    elif script.startswith("tools.examples."):
+    elif script == "tools.examples.nano_gpt":
         runpy.run_module(script, run_name="__main__")
     else:
         package = script in ("tools.bench", "tools.convert", "tools.evaluate", "tools.fuzz", "tools.gpu_report")
