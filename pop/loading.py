@@ -17,7 +17,7 @@ from pop.checkpoints.weights import load_weights
 from pop.engine.cache import CHUNK_SIZE, KVCache
 from pop.errors import CacheMemoryError, InputError, TokenizerError
 from pop.inputs.processors import processor_of
-from pop.inputs.tokenizers import Tokenizer, as_tokenizer, load_tokenizer
+from pop.inputs.tokenizers import Tokenizer, load_tokenizer
 from pop.model import REPORTED, Model
 from pop.models.config import DTYPES
 from pop.pruning.plan import SHIPPED, PrunePlan
@@ -82,7 +82,7 @@ def load(
     config = read_config(folder)
     dtype = dtype or config.dtype
     max_seq_len = check_options(config, dtype, max_seq_len, compile)
-    is_default = isinstance(prune, str) and prune == "default"
+    is_default = prune == "default"
     own_plan = folder / "default.plan"
     if is_default and own_plan.is_file():
         prune = own_plan
@@ -159,16 +159,16 @@ def _check_memory(module, dtype: torch.dtype, device: torch.device, num_tokens: 
     activations = 5 * module.config.intermediate_size * num_tokens * dtype.itemsize  # about
     free = free_bytes(device)
     if free is not None and weights + cache + activations > free:
-        prompt = f"a prompt of {num_tokens} tokens takes {cache:,} for its cache and {activations:,} for activations"
-        lacks = f"the weights take {weights:,} bytes and {prompt}, but {device} has {free:,} free"
-        raise CacheMemoryError(f"{lacks}; take a 16-bit dtype, a smaller model, or parallel='auto' on several devices")
+        needed = f"the weights take {weights:,} bytes and a prompt of {num_tokens} tokens {cache + activations:,}"
+        step = "take a 16-bit dtype, a smaller model, or parallel='auto' on several devices"
+        raise CacheMemoryError(f"{needed}, but {device} has {free:,} free; {step}")
 
 
 def _tokenizer(given, folder: Path) -> Tokenizer | None:
-    if given is None:
-        return None
-    if not isinstance(given, str) or given != "auto":
-        return as_tokenizer(given)
+    if given is None or isinstance(given, Tokenizer):
+        return given
+    if given != "auto":
+        return load_tokenizer(given)
     names = ("tokenizer.json", "tokenizer.model")
     if not any((folder / name).exists() for name in names):
         return None

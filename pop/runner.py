@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 import pop.engine as engine
 from pop.backends import accelerate, chunk_size_of, stages_of
@@ -362,6 +363,5 @@ def _integers(values) -> Tensor | None:
 def padded(rows: list[list[int]]) -> tuple[Tensor, Tensor]:
     """Return lists of ids as tokens [B, T], padded with zeros on the right, and lengths [B], both int64 on the CPU."""
     lengths = torch.tensor([len(row) for row in rows], device="cpu")
-    longest = int(lengths.max())
-    tokens = torch.tensor([row + [0] * (longest - len(row)) for row in rows], device="cpu")
+    tokens = pad_sequence([torch.tensor(row, dtype=torch.int64, device="cpu") for row in rows], batch_first=True)
     return tokens, lengths

@@ -246,14 +246,11 @@ def _read_qwen3_vl(fields: Fields, experts: bool = False) -> configs.Qwen3VLConf
     _pass_on(fields, text, *ids, "vision_start_token_id", "vision_end_token_id")
     rope = _rope_fields(text)
     rope.fixed(mrope_interleaved=True)
-    sections = rope.integers("mrope_section")
-    if len(sections) != 3:
-        raise ConfigError(f"mrope_section must be three integers, not {list(sections)}")
     return _build_qwen3(
         configs.Qwen3VLConfig,
         text,
         experts,
-        mrope_sections=sections,
+        mrope_sections=rope.integers("mrope_section"),
         rope=_read_rope(rope, 500_000.0),
         vision=_read_qwen3_vision(fields.part("vision_config")),
     )

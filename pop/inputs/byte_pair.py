@@ -123,14 +123,12 @@ def from_tokenizer_json(spec: dict[str, Any]) -> BytePairTokenizer:
     if spelt := special.keys() & set(ranked):
         raise TokenizerError(f"ordinary text merges into the special token {min(spelt)!r}.")
     ranks = {_to_bytes(token): rank for rank, token in enumerate(ranked)}
-    unknown_id = vocab.get(model.get("unk_token"))
-    found = [vocab.get(token, unknown_id) for token in ranked]
-    ids = [[] if id is None else [id] for id in found]
+    ids = [[vocab[token]] if token in vocab else [] for token in ranked]
     bytes_of = {id: _to_bytes(token) for token, id in vocab.items() if token not in special and token not in added}
     pattern = _pattern(spec.get("pre_tokenizer") or {})
     ignore_merges = model.get("ignore_merges", False)
     may_lack = _MAY_LACK
-    if ignore_merges or pattern in (_LLAMA3_PATTERN, _QWEN_PATTERN):
+    if ignore_merges or model.get("unk_token") or pattern in (_LLAMA3_PATTERN, _QWEN_PATTERN):
         may_lack = set()
     if lacking := {byte for byte in range(256) if not ids[byte]} - may_lack:
         raise TokenizerError(f"its vocabulary lacks the single byte {min(lacking)}.")

@@ -11,7 +11,7 @@ from itertools import chain
 from pop.errors import InputError, UnsupportedError
 from pop.inputs.chat_templates import TEMPLATES, ControlMarks, jinja
 from pop.inputs.messages import read_messages, tool_call
-from pop.inputs.processors import Prepared, Processor
+from pop.inputs.processors import TEXT_ONLY, Prepared, Processor
 from pop.inputs.tokenizers import Tokenizer
 
 ENDS = ("<|end_of_text|>", "<|eom_id|>", "<|endoftext|>", "<eos>")  # end any answer, if the tokenizer has them
@@ -23,7 +23,7 @@ _ASKED = {"role": "user", "content": _QUESTION}
 _ANSWERED = {"role": "assistant", "content": _ANSWER}
 
 
-def chat_format(tokenizer: Tokenizer, vision: Processor | None = None, choice=None) -> "ChatFormat":
+def chat_format(tokenizer: Tokenizer, vision: Processor = TEXT_ONLY, choice=None) -> "ChatFormat":
     """Return the chat format of a checkpoint, or the caller's choice. See `chat_format` in `pop.load`.
 
     Raises UnsupportedError if there is none, or if the choice does not fit the tokenizer; MissingExtra without jinja2.
@@ -49,15 +49,15 @@ class ChatFormat:
 
     Args:
         tokenizer: Encodes what the template writes.
-        vision: Prepares images and videos. None: the model takes text only.
+        vision: Prepares images and videos.
         template: In Jinja.
     """
 
-    def __init__(self, tokenizer: Tokenizer, vision: Processor | None, template: str):
+    def __init__(self, tokenizer: Tokenizer, vision: Processor, template: str):
         self.tokenizer = tokenizer
         self.vision = vision
         self._variables = tokenizer.template_variables
-        self._places = {} if vision is None else vision.marks  # for each kind, what a template writes in its place
+        self._places = vision.marks  # for each kind, what a template writes in its place
         self._template = jinja(template)
         text = self._write([_ASKED, _ANSWERED, _ASKED], add_generation_prompt=False)
         begun, answered, rest = text.partition(_ANSWER)

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from pop.errors import InputError, PopError, UnsupportedError, import_extra
-from pop.inputs.tokenizers import Piece, splitter
+from pop.inputs.tokenizers import any_of, splitter
 
 Template = Callable[..., str]  # called with messages, tools and other variables by name
 
@@ -31,18 +31,14 @@ class ControlMarks:
     """
 
     def __init__(self, ids: dict[str, int], texts: Iterable[str]):
-        found = dict.fromkeys(splitter(ids).findall("\n".join(texts)))
+        found = dict.fromkeys(any_of(ids).findall("\n".join(texts)))
         self._marks = dict(zip(found, map(chr, range(0xD800, 0xE000)), strict=False))
-        self._pattern = splitter(self._marks)
-        self._ids = {mark: [ids[name]] for name, mark in self._marks.items()}
+        self._pattern = any_of(self._marks)
+        self.split = splitter({mark: ids[name] for name, mark in self._marks.items()})
 
     def put(self, text: str) -> str:
         """Return a text with marks in place of the names."""
         return self._pattern.sub(lambda match: self._marks[match[0]], text)
-
-    def split(self, text: str) -> list[Piece]:
-        """Return the texts between marks, and in place of each mark the id of its token."""
-        return [self._ids.get(part, part) for part in re.split("([\ud800-\udfff])", text)]
 
 
 def _refuse(message: str) -> None:

@@ -3,7 +3,7 @@
 import json
 from typing import Any
 
-from pop.errors import InputError, UnsupportedError
+from pop.errors import InputError
 from pop.inputs.images import Image
 from pop.inputs.processors import Prepared, Processor
 
@@ -18,10 +18,10 @@ KEYS = {
 }
 
 
-def read_messages(messages: list[dict], vision: Processor | None) -> tuple[list[dict], list[Prepared]]:
+def read_messages(messages: list[dict], vision: Processor) -> tuple[list[dict], list[Prepared]]:
     """Check all messages. Return them as templates take them, and their images and videos in order.
 
-    Raises InputError, which names the message, and UnsupportedError for images or videos that the model does not take.
+    Raises InputError, which names the message, also for images or videos that the model does not take.
     """
     if not isinstance(messages, list) or not messages:
         raise InputError("messages must be a list with at least one {'role': ..., 'content': ...}.")
@@ -34,7 +34,7 @@ def read_messages(messages: list[dict], vision: Processor | None) -> tuple[list[
     return told, media
 
 
-def _read_message(message: dict, n: int, vision: Processor | None) -> tuple[dict, list[Prepared]]:
+def _read_message(message: dict, n: int, vision: Processor) -> tuple[dict, list[Prepared]]:
     where = f"message {n}"
     _check_keys(message, n)
     role = message["role"]
@@ -71,7 +71,7 @@ def _check_keys(message: dict, n: int) -> None:
         raise InputError(f"message {n} must be a dict of 'role' and 'content', got {message!r:.80}.")
 
 
-def _read_parts(content: str | list[dict[str, Any]], where: str, vision: Processor | None) -> list[str | Prepared]:
+def _read_parts(content: str | list[dict[str, Any]], where: str, vision: Processor) -> list[str | Prepared]:
     """Return a message's images and videos, prepared, and the texts between them."""
     if isinstance(content, str):
         return [content]
@@ -80,7 +80,7 @@ def _read_parts(content: str | list[dict[str, Any]], where: str, vision: Process
     return [_read_part(part, where, vision) for part in content]
 
 
-def _read_part(part: dict[str, Any], where: str, vision: Processor | None) -> str | Prepared:
+def _read_part(part: dict[str, Any], where: str, vision: Processor) -> str | Prepared:
     match part:
         case {"type": "text", "text": str(text), **rest} if not rest:
             return text
@@ -90,12 +90,7 @@ def _read_part(part: dict[str, Any], where: str, vision: Processor | None) -> st
             pass
         case _:
             raise InputError(f"{where}: a part must be like {{'type': 'text', 'text': 'Hi'}}, got {part!r:.80}.")
-    kind = part["type"]
-    takes = () if vision is None else vision.marks
-    if kind not in takes:
-        known = " and ".join(["text", *(f"{taken}s" for taken in takes)])
-        raise UnsupportedError(f"{where} has a part of the type {kind!r}, but this model takes {known} only.")
-    return vision.prepare(kind, given)
+    return vision.prepare(part["type"], given)
 
 
 def _typed(part: str | Prepared) -> dict:

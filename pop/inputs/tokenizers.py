@@ -3,6 +3,7 @@
 Byte-level BPE (Llama-3, Qwen, SmolLM2, GPT-2) is in byte_pair.py, and Gemma's BPE of characters in sentence_piece.py.
 """
 
+import codecs
 import copy
 import json
 import re
@@ -17,6 +18,7 @@ from pop.errors import InputError, TokenizerError
 from pop.system.files import read_json
 
 Piece = str | list[int]  # a part of a prompt: text, or token ids that no text can spell
+Splitter = Callable[[str], list[Piece]]
 
 
 class Tokenizer:
@@ -56,14 +58,14 @@ class Tokenizer:
         self._prepare_search()
 
     def _prepare_search(self) -> None:
-        self._ordinary = self._finders(self.added_tokens)
-        self._with_special = self._finders(self.added_tokens | self.special_tokens)
+        self._ordinary = self._splitters(self.added_tokens)
+        self._with_special = self._splitters(self.added_tokens | self.special_tokens)
 
-    def _finders(self, ids: dict[str, int]) -> "tuple[_Finder, _Finder]":
-        """Return what finds these tokens in a text before and after it is normalised."""
+    def _splitters(self, ids: dict[str, int]) -> "tuple[Splitter, Splitter]":
+        """Return what splits a text at these tokens before and after it is normalised."""
         raw = {name: id for name, id in ids.items() if name not in self._normalized}
         normal = {self._normalize(name): id for name, id in ids.items() if name in self._normalized}
-        return _Finder(raw), _Finder(normal)
+        return splitter(raw), splitter(normal)
 
     def reserving(self, names: Iterable[str]) -> "Tokenizer":
         """Return a tokenizer to which these added tokens are special, so that ordinary text cannot spell them."""
@@ -99,10 +101,10 @@ class Tokenizer:
 
     def split(self, text: str, allow_special: bool) -> Iterator[Piece]:
         """Split a text at its added tokens: yield the normalised texts between them, and their ids."""
-        raw, normal = self._with_special if allow_special else self._ordinary
-        for piece in raw.split(text):
+        split_raw, split_normal = self._with_special if allow_special else self._ordinary
+        for piece in split_raw(text):
             if isinstance(piece, str):
-                yield from normal.split(self._normalize(piece))
+                yield from split_normal(self._normalize(piece))
             else:
                 yield piece
 
@@ -124,7 +126,8 @@ class Tokenizer:
             special: Write the names of special tokens. By default they are left out.
         """
         names = {id: name for name, id in self.special_tokens.items()} if special else {}
-        found = [self.token_bytes(id) or names.get(id, "").encode() for id in _as_list(ids)]
+        ids = ids.tolist() if hasattr(ids, "tolist") else ids
+        found = [self.token_bytes(id) or names.get(id, "").encode() for id in ids]
         return b"".join(found).decode("utf-8", "replace")
 
     def token_bytes(self, id: int) -> bytes:
@@ -136,47 +139,27 @@ class Tokenizer:
 
     def text_stream(self) -> Callable[[int | None, bool], str]:
         """Return a function that takes an answer's next id and whether it is the last. It returns whole characters."""
-        ids = []
-        start = 0
-        end = 0  # ids[start:end] have been returned; the text of an id may depend on those before
+        decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
         def push(id: int | None, last: bool) -> str:
-            nonlocal start, end
-            if id is not None:
-                ids.append(id)
-            before = self.decode(ids[start:end])
-            text = self.decode(ids[start:])
-            if text.endswith("\ufffd") and not last:
-                return ""
-            start = end
-            end = len(ids)
-            return text[len(before) :]
+            data = b"" if id is None else self.token_bytes(id)
+            return decoder.decode(data, last)
 
         return push
 
 
-class _Finder:
-    """Finds the names of tokens in a text, from left to right. Of two names at one place, the longer one counts."""
-
-    def __init__(self, ids: dict[str, int]):
-        self._ids = ids
-        self._pattern = splitter(ids)
-
-    def split(self, text: str) -> Iterator[Piece]:
-        """Yield the texts between tokens, and the tokens' ids."""
-        for n, part in enumerate(self._pattern.split(text)):
-            if n % 2:  # every second part is a token's name
-                yield [self._ids[part]]
-            elif part:
-                yield part
+def splitter(ids: dict[str, int]) -> Splitter:
+    """Return a function that splits a text at the names of tokens, into texts and, for each name, a list of its id."""
+    pattern = any_of(ids)
+    return lambda text: [[ids[part]] if part in ids else part for part in pattern.split(text) if part]
 
 
-def splitter(names: Iterable[str]) -> re.Pattern:
-    """Return a pattern that splits a text at any of the names, and keeps them. Of two at one place, the longer counts.
+def any_of(names: Iterable[str]) -> re.Pattern:
+    """Return a pattern that finds any of the names, as its group. Of two at one place, the longer one counts.
 
     Names share their beginnings in the pattern, so a search takes linear time even for thousands of names.
     """
-    return re.compile(f"({_longest(sorted(set(names))) or '(?!)'})")
+    return re.compile(f"({_longest(sorted(names)) or '(?!)'})")
 
 
 def _longest(names: list[str]) -> str:
@@ -188,15 +171,6 @@ def _longest(names: list[str]) -> str:
     if len(branches) > 1 or (branches and "" in names):
         pattern = f"(?:{pattern})"
     return pattern + "?" if branches and "" in names else pattern
-
-
-def _as_list(ids: Iterable[int]) -> Iterable[int]:
-    return ids.tolist() if hasattr(ids, "tolist") else ids
-
-
-def as_tokenizer(given) -> Tokenizer:
-    """Return a tokenizer, given one or the path of one."""
-    return given if isinstance(given, Tokenizer) else load_tokenizer(given)
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
@@ -229,8 +203,8 @@ def _load(files: list[Path]) -> Tokenizer:
     if files[0].suffix == ".json":
         spec = json.loads(files[0].read_bytes())
     config = _read(folder, "tokenizer_config.json")
-    named = _named_tokens(_read(folder, "special_tokens_map.json") | config)
-    added = _added_tokens(folder, config, spec, named.values())
+    named = _named_tokens(config)
+    added = _added_tokens(config, spec, named.values())
     data = files[-1].read_bytes()
     if files[-1].suffix != ".json" and data[:1] == b"\n":  # the first tag of a sentencepiece model
         tokenizer = sentence_piece.from_tokenizer_model(data, added)
@@ -273,15 +247,13 @@ def _named_tokens(config: dict[str, Any]) -> dict[str, dict]:
     return tokens
 
 
-def _added_tokens(folder: Path, config: dict[str, Any], spec: dict[str, Any], named: Iterable[dict]) -> list[dict]:
-    """Return the added tokens of all files, in the form of tokenizer.json. Its own entries count most.
+def _added_tokens(config: dict[str, Any], spec: dict[str, Any], named: Iterable[dict]) -> list[dict]:
+    """Return the added tokens of both files, in the form of tokenizer.json. Its own entries count most.
 
     The last of them have no id: those that the configuration names, and no file lists.
     """
     special = {token["content"]: token | {"special": True} for token in named}
     tokens = {}
-    for name, id in _read(folder, "added_tokens.json").items():
-        tokens[name] = {"id": id, "content": name, "special": name in special}
     for id, token in config.get("added_tokens_decoder", {}).items():
         tokens[token["content"]] = {"id": int(id)} | token
     for token in spec.get("added_tokens", ()):

@@ -281,7 +281,8 @@ class Qwen3VLConfig(Qwen3Config):
         super().__post_init__()
         E = self.head_dim
         sections = list(self.mrope_sections)
-        _check(sum(sections) == E // 2, f"mrope_section {sections} does not add up to half of head_dim ({E})")
+        fits = len(sections) == 3 and sum(sections) == E // 2
+        _check(fits, f"mrope_section {sections} is not three numbers that add up to half of head_dim ({E})")
         D = self.hidden_size
         out = self.vision.out_size
         _check(out == D, f"out_hidden_size ({out}) of vision_config is not the hidden_size ({D}) of text_config")

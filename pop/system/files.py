@@ -1,4 +1,4 @@
-"""Files and folders that appear whole or not at all, and reading and writing JSON.
+"""Files and folders that appear whole or not at all, and reading JSON.
 
 A reader never finds half a file or half a checkpoint. An error or Ctrl-C removes the unfinished copy at once;
 after a kill, the next writer removes it. A second process that writes the same folder waits.
@@ -16,7 +16,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from pop.errors import CheckpointError, ConfigError, PopError, some
+from pop.errors import CheckpointError, ConfigError, PopError
 
 
 @contextlib.contextmanager
@@ -106,11 +106,6 @@ def hash_file(path: Path, hasher) -> str:
     return hasher.hexdigest()
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Write a JSON file. Unlike `write_whole`, this overwrites `path` in place."""
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
 def read_json(path: str | os.PathLike, error: type[PopError] = ConfigError) -> dict[str, Any]:
     """Return the JSON object in a file. Raise `error` if it holds something different, such as NaN or Infinity."""
 
@@ -128,12 +123,11 @@ def read_json(path: str | os.PathLike, error: type[PopError] = ConfigError) -> d
 
 def refuse_pointers(folder: Path) -> None:
     """Raise CheckpointError if files in a folder are pointers of Git LFS, which a clone without it leaves."""
-    readable = [path for path in sorted(folder.glob("*")) if path.is_file() and os.access(path, os.R_OK)]
-    small = [path for path in readable if path.stat().st_size < 1024]
-    names = [path.name for path in small if path.read_bytes().startswith(b"version https://git-lfs.github.com/spec/")]
-    if names:
-        step = "run `git lfs pull` in it, or fetch the files anew"
-        raise CheckpointError(f"{folder}: {some(names)} are pointers of Git LFS instead of the files; {step}")
+    for path in sorted(folder.glob("*")):
+        is_small = path.is_file() and os.access(path, os.R_OK) and path.stat().st_size < 1024
+        if is_small and path.read_bytes().startswith(b"version https://git-lfs.github.com/spec/"):
+            step = "run `git lfs pull` in its folder, or fetch the files anew"
+            raise CheckpointError(f"{path} is a pointer of Git LFS instead of the file; {step}")
 
 
 def read_tensors(path: str | os.PathLike, names: Iterable[str] | None = None) -> tuple[dict[str, Any], dict[str, str]]:

@@ -136,12 +136,3 @@ def test_mutated_files_raise_nothing_but_errors_that_name_file_and_field(name, t
                     processor_of(config, preparation).prepare(kind, given)
         write(tmp_path, {file: content})
     assert refused > 50
-
-
-@pytest.mark.parametrize("text", ["", "[]", "{", '{"size": NaN}', "[" * 10**5, '{"image_mean": [NaN, 0, 0]}', "\0"])
-def test_files_that_are_not_json_objects_are_named(text, tmp_path):
-    for file in (IMAGES, VIDEOS, ALL):
-        write(tmp_path, {file: text})
-        with pytest.raises(ConfigError, match=file):
-            read_preparation(tmp_path, QWEN)
-        (tmp_path / file).unlink()

@@ -18,7 +18,7 @@ from support.goldens import GOLDENS
 
 from pop.errors import InputError, MissingExtra, PopError, UnsupportedError
 from pop.inputs.chat import chat_format
-from pop.inputs.processors import Prepared, Processor
+from pop.inputs.processors import TEXT_ONLY, Prepared, Processor
 
 ASKED = {"role": "user", "content": "Hi"}
 # What templates write of a message: "changes" of texts; "conditions", each with a text that makes it write a control
@@ -38,7 +38,7 @@ def base(tmp_path_factory):
 def form_of(base):
     """Return the format of a checkpoint with this template."""
 
-    def form_of(template, vision=None):
+    def form_of(template, vision=TEXT_ONLY):
         tokenizer = copy.copy(base)
         tokenizer.chat_template = template
         return chat_format(tokenizer, vision)

@@ -60,7 +60,7 @@ def run(model: pop.Model) -> dict[str, torch.Tensor]:
     if hasattr(model.config, "vision") and model.config.vision is not None:
         side, tokens = IMAGE_PROMPTS[model.config.family]
         image = np.random.RandomState(0).randint(0, 256, (side, side, 3), dtype=np.uint8)
-        found["images"] = model.prefill([tokens], model.new_cache(1, 80), images=[image])
+        found["images"] = model.prefill([tokens], model.new_cache(1, 80), images=[[image]])
     found["cache"] = torch.tensor([cache.nbytes])
     found["sketch"] = model.sketch
     return found

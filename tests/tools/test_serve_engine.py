@@ -157,8 +157,8 @@ def test_images_are_told_apart_by_what_they_show(config, logits, monkeypatch):
         job = new_job(tokens, media)
         answered = answer(engine, job)
         assert job.cached_tokens in cached
-        assert_close(logits[job][0], model.logits([job.tokens], images=media)[0, -1])
-        assert_close(logits[job][2], model.logits([[*job.tokens, *answered[:2]]], images=media)[0, -1])
+        assert_close(logits[job][0], model.logits([job.tokens], images=[media])[0, -1])
+        assert_close(logits[job][2], model.logits([[*job.tokens, *answered[:2]]], images=[media])[0, -1])
         return [*tokens, *answered]
 
     first = check([*before, *image, *between], [A], [0])

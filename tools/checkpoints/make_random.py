@@ -23,8 +23,9 @@ import torch
 from pop.checkpoints.config_json import read_config
 from pop.errors import CheckpointError, InputError, check_count
 from pop.models import build
-from pop.system.files import staged, write_json
+from pop.system.files import staged
 from tools.common import exit_status
+from tools.convert.checkpoint import write_json
 
 SHARD_BYTES = 5_000_000_000  # the most bytes of tensors in a shard, unless a single tensor is larger
 PIECE = 2**24  # values made at a time, which bounds the memory

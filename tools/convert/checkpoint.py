@@ -1,5 +1,6 @@
 """What all converters share: the shapes of the model that a config.json describes, and files of weights."""
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,11 @@ from pop.checkpoints.config_json import READERS
 from pop.checkpoints.fields import Fields
 from pop.errors import CheckpointError, ConfigError
 from pop.models import build
-from pop.system.files import write_json
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a JSON file in place."""
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def parameter_shapes(config: dict[str, Any], source: Path) -> dict[str, tuple[int, ...]]:

@@ -11,7 +11,7 @@ from typing import Any
 from sentencepiece import SentencePieceProcessor
 
 from pop.errors import CheckpointError, UnsupportedError
-from pop.system.files import write_json
+from tools.convert.checkpoint import write_json
 
 # The types of tokens, in GGUF as in sentencepiece
 NORMAL, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 3, 4, 5, 6

@@ -12,7 +12,7 @@ from typing import Any
 from pop.errors import TokenizerError
 from pop.inputs.byte_pair import CHARS
 from pop.inputs.chat_templates import TEMPLATES
-from pop.system.files import write_json
+from tools.convert.checkpoint import write_json
 from tools.convert.gguf_tokenizer import PRE_TOKENIZERS, bos_first
 
 BOS = "<|begin_of_text|>"
