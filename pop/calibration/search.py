@@ -142,18 +142,17 @@ def _smallest(model, share: float, needed: Tensor, lookups: Tensor, speedup: flo
 def layers_apart(needed: Tensor, count: int, tail: int) -> tuple[int, ...] | None:
     """The `tail` deepest layers, and those others, `count` layers in all, that prefill needs least.
 
-    Of the others, no two are neighbours, or no three if there are too few. Layer 0 and the layer before the deepest
-    ones are kept. None: there are too few even so.
+    No three of the others are neighbours. Layer 0 and the layer before the deepest ones are kept. None: there are too
+    few others.
     """
     first = len(needed) - tail
-    for most in (1, 2):
-        chosen: set[int] = set()
-        for index in sorted(range(1, first - 1), key=lambda index: needed[index].item()):
-            if len(chosen) < count - tail and _run(chosen, index) <= most:
-                chosen.add(index)
-        if len(chosen) == count - tail:
-            return (*sorted(chosen), *range(first, len(needed)))
-    return None
+    chosen: set[int] = set()
+    for index in sorted(range(1, first - 1), key=lambda index: needed[index].item()):
+        if len(chosen) < count - tail and _run(chosen, index) <= 2:
+            chosen.add(index)
+    if len(chosen) < count - tail:
+        return None
+    return (*sorted(chosen), *range(first, len(needed)))
 
 
 def _run(chosen: set[int], index: int) -> int:
