@@ -39,7 +39,8 @@ def runs(layers):
 
 @given(st.data())
 def test_layers_apart_are_those_that_prefill_needs_least(data):
-    needed = torch.tensor(data.draw(st.lists(st.floats(0, 1), min_size=3, max_size=24, unique=True)))
+    floats = data.draw(st.lists(st.floats(0, 1), min_size=3, max_size=24, unique=True))
+    needed = torch.tensor(floats, dtype=torch.float64)
     L = len(needed)
     tail = data.draw(st.integers(1, L - 1))
     apart = data.draw(st.integers(0, L - 1 - tail))
