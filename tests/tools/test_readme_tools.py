@@ -22,6 +22,7 @@ from pop import PrunePlan
 from tools.bench import __main__ as bench
 from tools.bench import measure, rivals, shapes
 from tools.checkpoints import make_random
+from tools.serve import kept_logits
 
 BLOCKS = [
     (path, block)
@@ -45,6 +46,7 @@ ALSO = {
     "tools.demo": shlex.split("--runs 1 --max-new-tokens 2 --prompt-file QUESTION"),
     "tools.evaluate.lookup": shlex.split("--text a=TEXT --lengths 800 --questions 1"),
     "tools.examples.agent_trace": shlex.split("--turns 2 --tokens 100,200"),
+    "tools.serve.kept_logits": shlex.split("--turns 2 --new-tokens 2 --no-compile"),
     "tools.fuzz": ["--minutes", "0"],
     "tools.gpu_report": shlex.split("--child prefill --device cpu --layers 4 --lengths 8"),
 }
@@ -88,6 +90,7 @@ def tiny_world(tmp_path, monkeypatch):
     monkeypatch.setattr(measure, "peak_turn", lambda *_: lambda: {"flops_per_s": 1e9})
     monkeypatch.setattr(measure, "bandwidth_turn", lambda *_: lambda: {"bytes_per_s": 1e9})
     monkeypatch.setattr(measure, "SLOTS", (64, 128))
+    monkeypatch.setattr(kept_logits, "PASSAGE", 60)
     child = {"peak_bytes": 1, "formula_bytes": 1, "ratio": 1, "seconds": 1.0, "compiled": True}
     monkeypatch.setattr(bench, "in_child", lambda *_: child)
     for name in rivals.RIVALS:

@@ -298,7 +298,7 @@ def test_tool_calls(monkeypatch):
 
 def test_the_readme_runs_as_printed(started, capsys):
     _, url = started
-    _, asked = (block.replace("http://127.0.0.1:8000/v1", url) for block in blocks("bash", README))
+    _, asked, *_ = (block.replace("http://127.0.0.1:8000/v1", url) for block in blocks("bash", README))
     names = {}
     for code in blocks("python", README):
         exec(compile(code.replace("http://127.0.0.1:8000/v1", url), README, "exec"), names)

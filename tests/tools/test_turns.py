@@ -1,0 +1,105 @@
+"""tools/serve/turns.py, on servers that are slow in known turns."""
+
+import contextlib
+import json
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+from support.chat_models import PLANS, make
+from support.serving import serving
+
+from tools.serve import kept_logits, turns
+
+
+@contextlib.contextmanager
+def fake(name, delays, seen):
+    """A server with the model `name`. It waits delays[n] seconds before its answer in turn n, and notes requests."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def log_message(self, *_):
+            pass
+
+        def do_GET(self):
+            self.reply(json.dumps({"data": [{"id": name}]}).encode())
+
+        def do_POST(self):
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            seen.append((name, body))
+            turn = len(body["messages"]) // 2
+            events = [{"choices": [{"delta": {"role": "assistant"}}]}]
+            events += [{"choices": [{"delta": {"content": text}}]} for text in (name, str(len(seen)))]
+            self.send_response(200)
+            self.end_headers()
+            for event in [*events, {"choices": [], "usage": {}}]:
+                if event is events[1]:
+                    time.sleep(delays[turn])
+                self.wfile.write(b"data: " + json.dumps(event).encode() + b"\n\n")
+                self.wfile.flush()
+            self.wfile.write(b"data: [DONE]\n\n")
+
+        def reply(self, content):
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(content)
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}/v1"
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+def test_each_server_has_its_own_conversation_and_its_own_times(tmp_path, capsys):
+    seen = []
+    path = tmp_path / "turns.json"
+    with fake("a", [0, 0.5, 0], seen) as first, fake("b", [0.5, 0, 0], seen) as second:
+        options = ["--turns", "3", "--new-tokens", "7", "--json", str(path)]
+        assert turns.main([first, f"{second}#mine", *options]) == 0
+    figures = json.loads(path.read_text())
+    assert figures["servers"] == [{"url": first, "model": "a"}, {"url": second, "model": "mine"}]
+    slow = [[seconds >= 0.5 for seconds in row] for row in figures["ttft_s"]]
+    assert slow == [[False, True], [True, False], [False, False]]
+
+    assert [name for name, _ in seen] == ["a", "b", "a", "b", "b", "a", "a", "b"]  # two of them warm up
+    texts = kept_logits.conversation(3)
+    last = dict(seen[2:])
+    for name, number in (("a", (3, 6)), ("b", (4, 5))):
+        said = [message["content"] for message in last[name]["messages"]]
+        assert said == [texts[0], f"{name}{number[0]}", texts[1], f"{name}{number[1]}", texts[2]]
+        assert last[name]["temperature"] == 0
+        assert last[name]["max_tokens"] == 7
+
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert lines[0] == ["turn", first, f"{second}#mine"]
+    assert [line[0] for line in lines[1:5]] == ["1", "2", "3", "median"]
+    assert int(lines[2][1]) == round(1e3 * figures["ttft_s"][1][0])
+
+
+def test_the_server_of_this_folder_answers(monkeypatch, capsys):
+    pytest.importorskip("uvicorn")
+    pytest.importorskip("tools.serve.app")
+    monkeypatch.setattr(kept_logits, "PASSAGE", 20)
+    with serving(make("llama", PLANS["the paper's"])) as (_, url):
+        assert turns.main([url, "--turns", "2", "--new-tokens", "8"]) == 0
+    assert "median" in capsys.readouterr().out
+
+
+def test_what_is_refused(capsys):
+    for addresses, said in {
+        ("127.0.0.1:8000",): "is no address",
+        ("http://127.0.0.1:9/v1",): "cannot be reached",
+        ("http://127.0.0.1:9/v1", "--turns", "0"): "turns is 0",
+        ("http://127.0.0.1:9/v1", "--json", "/nowhere/t.json"): "cannot be written",
+    }.items():
+        assert turns.main([*addresses]) == 2
+        assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("data", [b"no JSON", b'{"error": {"message": "no memory"}}', b'{"choices": [{}]}', b"[]"])
+def test_an_event_that_is_no_part_of_an_answer_ends_the_run(data):
+    with pytest.raises(turns.InputError, match="which is no part of an answer"):
+        turns.piece_of(turns.Server("http://here/v1", "m"), data)
