@@ -203,8 +203,8 @@ def _load(files: list[Path]) -> Tokenizer:
     if files[0].suffix == ".json":
         spec = json.loads(files[0].read_bytes())
     config = _read(folder, "tokenizer_config.json")
-    named = _named_tokens(config)
-    added = _added_tokens(config, spec, named.values())
+    named = _named_tokens(_read(folder, "special_tokens_map.json") | config)
+    added = _added_tokens(folder, config, spec, named.values())
     data = files[-1].read_bytes()
     if files[-1].suffix != ".json" and data[:1] == b"\n":  # the first tag of a sentencepiece model
         tokenizer = sentence_piece.from_tokenizer_model(data, added)
@@ -247,13 +247,15 @@ def _named_tokens(config: dict[str, Any]) -> dict[str, dict]:
     return tokens
 
 
-def _added_tokens(config: dict[str, Any], spec: dict[str, Any], named: Iterable[dict]) -> list[dict]:
-    """Return the added tokens of both files, in the form of tokenizer.json. Its own entries count most.
+def _added_tokens(folder: Path, config: dict[str, Any], spec: dict[str, Any], named: Iterable[dict]) -> list[dict]:
+    """Return the added tokens of all files, in the form of tokenizer.json. Its own entries count most.
 
     The last of them have no id: those that the configuration names, and no file lists.
     """
     special = {token["content"]: token | {"special": True} for token in named}
     tokens = {}
+    for name, id in _read(folder, "added_tokens.json").items():
+        tokens[name] = {"id": id, "content": name, "special": name in special}
     for id, token in config.get("added_tokens_decoder", {}).items():
         tokens[token["content"]] = {"id": int(id)} | token
     for token in spec.get("added_tokens", ()):
