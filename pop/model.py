@@ -102,7 +102,7 @@ class Model(Runner):
     def _batch(self, prompt, images, videos, plan, options: dict) -> Batch:
         params = sampling_params(options, self.sampling)
         prompts, is_list = as_prompts(prompt)
-        media = self.vision.prepare_batch(images, videos, len(prompts) if is_list else None)
+        media = self.vision.prepare_batch(images, videos, len(prompts))
         prompts = [self.encode(prompt, media=row) for prompt, row in zip(prompts, media, strict=True)]
         return Batch(self, prompts, media, params, self.resolve(plan), is_list=is_list)
 
@@ -183,7 +183,7 @@ class Model(Runner):
             InputError: An argument cannot be used, or the logits overflow. ContextOverflow: A row is too long.
         """
         contexts, has_several_contexts = as_prompts(context, "context")
-        media = self.vision.prepare_batch(images, videos, len(contexts) if has_several_contexts else None)
+        media = self.vision.prepare_batch(images, videos, len(contexts))
         contexts = [self.encode(one, "context", media=row) for one, row in zip(contexts, media, strict=True)]
         continuations, is_list = self.encode_continuations(continuation)
         if has_several_contexts and not (is_list and len(contexts) == len(continuations)):

@@ -93,7 +93,7 @@ WRONG_LENGTHS = (3, [3], [0], [1, 1], [1.0])
         *((partial(generate, prompt), pop.InputError, ["prompt", kind]) for prompt, kind in NO_PROMPTS),
         (lambda m: m.generate([1], max_new_tokens=0), pop.InputError, ["max_new_tokens", "0"]),
         (lambda m: m.generate([1], stop=5), pop.InputError, ["stop", "5"]),
-        (lambda m: m.generate([1], images=[object()]), pop.InputError, ["text only", "images"]),
+        (lambda m: m.generate([1], images=[object()]), pop.InputError, ["llama", "text only", "images"]),
         (lambda m: m.generate([1], plan="most"), pop.PlanError, ["plan", "'most'"]),
         (lambda m: m.generate([1], plan=pop.PrunePlan((9,))), pop.PlanError, ["layer 9"]),
         (lambda m: m.generate([1] * 129), pop.ContextOverflow, ["prompt", "129", "128"]),

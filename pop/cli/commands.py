@@ -254,7 +254,7 @@ def _load(args):
 
 def _media(args, model) -> list[Prepared]:
     """Return the images and videos that the command line names."""
-    (media,) = model.vision.prepare_batch(args.image, args.video, None)
+    (media,) = model.vision.prepare_batch(args.image, args.video, 1)
     return media
 
 

@@ -23,7 +23,7 @@ class Prefix:
     def __init__(self, model, prompt, *, images=None, videos=None, plan: PrunePlan | None = None):
         self.model = model
         self.plan = model.resolve(plan)
-        (media,) = model.vision.prepare_batch(images, videos, None)
+        (media,) = model.vision.prepare_batch(images, videos, 1)
         self.tokens = model.encode(prompt, "prefix", media=media)
         model.check_fits(len(self.tokens), "the prefix")
 
@@ -68,7 +68,7 @@ class Prefix:
     def _batch(self, rest, images, videos, options: dict) -> Batch:
         params = sampling_params(options, self.model.sampling)
         rests, is_list = as_prompts(rest)
-        rows = self.model.vision.prepare_batch(images, videos, len(rests) if is_list else None)
+        rows = self.model.vision.prepare_batch(images, videos, len(rests))
         rests = [self.model.encode(rest, bos=False, media=row) for rest, row in zip(rests, rows, strict=True)]
         return Batch(
             self.model,

@@ -56,7 +56,7 @@ class Processor:
         """Read and prepare an image or a video, unless it is prepared already."""
         if kind not in self.marks:
             takes = " and ".join(["text", *(f"{taken}s" for taken in self.marks)])
-            raise InputError(f"this model reads {takes} only; leave out the {kind}s")
+            raise InputError(f"the {self.config.family} family reads {takes} only; leave out the {kind}s")
         if isinstance(given, Prepared):
             return given
         preparation = self.preparation.get(kind)
@@ -98,20 +98,12 @@ class Processor:
         """
         return TEXT
 
-    def prepare_batch(self, images, videos, num_rows: int | None) -> list[list[Prepared]]:
-        """Return each row's images and then its videos, prepared. `images` and `videos` have a list for each row.
-
-        Without `num_rows`, they are the lists of one prompt.
-        """
-        if num_rows is None:
-            return self.prepare_batch([images], [videos], 1)
+    def prepare_batch(self, images, videos, num_rows: int) -> list[list[Prepared]]:
+        """Return each row's images and then its videos, prepared from the forms that `pop.Model.generate` accepts."""
         rows = [[] for _ in range(num_rows)]
         for kind, given in (("image", images), ("video", videos)):
-            lists = as_list(kind, given) or [None] * num_rows
-            if len(lists) != num_rows:
-                raise InputError(f"{kind}s must be a list of {num_rows} lists, one for each prompt of the batch")
-            for row, media in zip(rows, lists, strict=True):
-                row += [self.prepare(kind, one) for one in as_list(kind, media)]
+            for row, media in zip(rows, _by_row(kind, given, num_rows), strict=True):
+                row += [self.prepare(kind, one) for one in media]
         return rows
 
     def split_at_marks(
@@ -174,3 +166,21 @@ def as_list(kind: str, given) -> list:
     if not isinstance(given, list | tuple | None):
         raise InputError(f"{kind}s is a {type(given).__name__}; give a list of {kind}s, or for a batch a list of lists")
     return list(given or ())
+
+
+def _by_row(kind: str, given, num_rows: int) -> list[list]:
+    """Return a list for each batch row. A single row may come without the list around it."""
+    given = as_list(kind, given) or [()] * num_rows
+    is_row = [_is_row(kind, one) for one in given]
+    if num_rows == 1 and not any(is_row):
+        return [given]
+    if len(given) != num_rows or not all(is_row):
+        raise InputError(f"{kind}s must be a list of {num_rows} lists, one for each prompt of the batch")
+    return [list(row or ()) for row in given]
+
+
+def _is_row(kind: str, one) -> bool:
+    """Whether an element is the list of a batch row. A list of arrays or tensors of three dimensions is one video."""
+    if not isinstance(one, list | tuple | None):
+        return False
+    return not (kind == "video" and one and getattr(one[0], "ndim", 0) == 3)

@@ -194,13 +194,13 @@ def test_a_towers_layers_are_compiled_for_images_of_any_size(config, monkeypatch
         ids = [[62, *[60] * (len(patches) // 4), 63] for patches in pixels]
         images = [Prepared("image", *one) for one in zip(pixels, zip(ids, strict=True), grids, strict=True)]
     else:
-        (images,) = compiled.vision.prepare_batch([random_bytes(20, 30, 3, seed) for seed in range(3)], None, None)
+        (images,) = compiled.vision.prepare_batch([random_bytes(20, 30, 3, seed) for seed in range(3)], None, 1)
     for count in (1, 2, 3):
         pieces = [piece for one in images[:count] for piece in one.pieces if not isinstance(piece, str)]
         tokens = [5, *chain.from_iterable(pieces), 6]
         with no_compiling():
-            ours = compiled.prefill([tokens], compiled.new_cache(), images=[images[:count]])
-        expected = eager.prefill([tokens], eager.new_cache(), images=[images[:count]])
+            ours = compiled.prefill([tokens], compiled.new_cache(), images=images[:count])
+        expected = eager.prefill([tokens], eager.new_cache(), images=images[:count])
         assert (ours - expected).abs().max() < 1e-4 * expected.std()
     assert towers
 

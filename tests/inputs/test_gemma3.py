@@ -70,13 +70,13 @@ def test_a_text_says_where_its_images_are(model):
     encode = model.tokenizer.encode
     text = "Look: <start_of_image> and <start_of_image>"
     expected = encode("Look: \n\n") + ONE + encode("\n\n and \n\n", bos=False) + ONE + encode("\n\n", bos=False)
-    assert model.encode(text, media=model.vision.prepare_batch([A, B], None, None)[0]) == expected
+    assert model.encode(text, media=model.vision.prepare_batch([A, B], None, 1)[0]) == expected
     options = {"images": [A, B], "max_new_tokens": 6}
     answer = model.generate(text, **options)
     assert answer.tokens == model.generate(expected, **options).tokens
     assert answer.prompt_tokens == len(expected)
     assert "".join(model.stream(text, **options)) == answer.text
-    seen = model.vision.prepare_batch([A], None, None)[0]
+    seen = model.vision.prepare_batch([A], None, 1)[0]
     assert model.encode("<start_of_image>a", media=seen) == encode("\n\n") + ONE + encode("\n\na", bos=False)
     assert model.encode("<start_of_image>") == encode("<start_of_image>")  # ordinary text without an image
 
@@ -87,7 +87,7 @@ def test_a_text_with_images_is_laid_out_as_by_the_reference():
     config = tiny_gemma3_vl_config(vision=SiglipConfig(24, 36, 2, 3, 28, 7, tokens_per_image=4))
     vision = processor_of(config)
     names = {config.boi_id: "<start_of_image>", config.image_id: "<image_soft_token>", config.eoi_id: "<end_of_image>"}
-    pieces = vision.replace_marks(golden["text"], vision.prepare_batch(pictures, None, None)[0], "prompt")
+    pieces = vision.replace_marks(golden["text"], vision.prepare_batch(pictures, None, 1)[0], "prompt")
     text = "".join(piece if isinstance(piece, str) else "".join(names[token] for token in piece) for piece in pieces)
     assert text.replace("<image_soft_token>" * 4, "<image_soft_token>" * 2) == golden["whole"]
 

@@ -36,7 +36,7 @@ def model(request):
 def prepared(model, number):
     """The prepared image number `number`. Qwen3-VL's images have different sizes."""
     if model.config.family == "gemma3":
-        (one,) = model.vision.prepare_batch([picture(28, number)], None, None)[0]
+        (one,) = model.vision.prepare_batch([picture(28, number)], None, 1)[0]
         return one
     vision, rows, columns = model.config.vision, 2 + 2 * (number % 2), 4
     ids = [62, *[60] * (rows * columns // 4), 63]
@@ -149,7 +149,7 @@ def test_importance_of_samples_with_images(model):
     assert not torch.equal(others.prefill, scores.prefill)
     with pytest.raises(InputError, match="sample 0 .* the prompt has tokens"):
         pop.importance(model, samples[:1])
-    with pytest.raises(InputError, match="images is a "):
+    with pytest.raises(InputError, match="images must be a list of 3 lists"):
         pop.importance(model, samples, images=[a, b, a])
 
 

@@ -121,7 +121,7 @@ def test_families_without_limits_say_so(tmp_path):
     with pytest.raises(InputError, match="llama family .* leave out min_pixels and max_pixels"):
         pop.load(write_checkpoint(tmp_path), max_pixels=5000)
     text = pop.Model(random_model(tiny_config()), tiny_config(), compile=False)
-    with pytest.raises(InputError, match="this model reads text only"):
+    with pytest.raises(InputError, match="llama family reads text only"):
         text.generate([2], images=[pop.Image(A)])
 
 
@@ -134,7 +134,7 @@ def test_an_image_that_overflows_the_context_says_so(model):
     text = IMAGE_MARK * 2
     two = {"images": [A, B]}  # 64 and 72 tokens, each between two more
     content = [{"type": "image", "image": A}, {"type": "image", "image": B}]
-    tokens = model.encode(text, media=model.vision.prepare_batch([A, B], None, None)[0])
+    tokens = model.encode(text, media=model.vision.prepare_batch([A, B], None, 1)[0])
     for call in (
         lambda: small.generate([[2], text], images=[None, [A, B]]),
         lambda: [*small.stream(text, **two)],

@@ -66,7 +66,7 @@ def test_logits_at_every_position(golden, model):
 def test_greedy_tokens_of_a_batch(golden, model):
     """Prompts of different lengths, with and without images and videos."""
     prompts = golden.prompts
-    seen = {kind: [row for prompt in prompts for row in prompt.seen[kind]] for kind in prompts[0].seen}
+    seen = {kind: [prompt.seen[kind] for prompt in prompts] for kind in prompts[0].seen}
     batch = model.generate([prompt.tokens for prompt in prompts], max_new_tokens=len(prompts[0].greedy), **seen)
     assert [answer.tokens for answer in batch] == [prompt.greedy for prompt in prompts]
 

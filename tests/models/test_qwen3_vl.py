@@ -30,7 +30,7 @@ def test_rows_that_stay_keep_their_positions(tmp_path):
     lengths = [len(prompt.tokens) for prompt in prompts]
     padded = [prompt.tokens + [0] * (max(lengths) - len(prompt.tokens)) for prompt in prompts]
     cache = model.new_cache(3, max(lengths) + 1)
-    model.prefill(padded, cache, lengths=lengths, images=[row for prompt in prompts for row in prompt.seen["images"]])
+    model.prefill(padded, cache, lengths=lengths, images=[prompt.seen["images"] for prompt in prompts])
     cache.keep_rows(torch.tensor([2, 1]))
     kept = (prompts[2], prompts[1])
     logits = model.decode([prompt.greedy[0] for prompt in kept], cache)

@@ -75,7 +75,7 @@ class Golden:
             golden["tokens"],
             golden["greedy"],
             arrays[f"logits_{number}"],
-            {"images": [images]},
+            {"images": images},
             stored_dtype_logits=arrays.get(stored),
         )
 
@@ -101,7 +101,7 @@ class Qwen3VLCase:
         self.positions = torch.tensor(golden["positions"])  # [3, T]
         self.grids = {kind: [Grid(*grid) for grid in golden[f"{kind}s"]] for kind in ("image", "video")}
         self.patches, self.features, self.deepstack = {}, {}, {}
-        seen = {"images": [[]], "videos": [[]]}
+        seen = {"images": [], "videos": []}
         for kind, grids in self.grids.items():
             if not grids:
                 continue
@@ -111,7 +111,7 @@ class Qwen3VLCase:
             self.features[kind] = arrays[f"{case}_{kind}_features"]
             self.deepstack[kind] = arrays[f"{case}_{kind}_deepstack"]
             pixels = zip(self.patches[kind].split(counts), grids, strict=True)
-            seen[f"{kind}s"] = [[Prepared(kind, of_one, (), grid) for of_one, grid in pixels]]
+            seen[f"{kind}s"] = [Prepared(kind, of_one, (), grid) for of_one, grid in pixels]
         logits = arrays[f"{case}_logits"]
         self.prompt = Prompt(golden["tokens"], golden["greedy"], logits, seen, golden["next"])
 

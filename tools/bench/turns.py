@@ -66,7 +66,7 @@ def tower_turn(model: pop.Model, prompt: list[int], images: list) -> Turn:
     tokens = torch.tensor([prompt], device=model.device)
     lengths = torch.tensor([len(prompt)])
     module = model.module if model._compiled is None else model._compiled.vision_module
-    call = partial(model._images, module, model.vision.prepare_batch(images, None, None), tokens, lengths)
+    call = partial(model._images, module, model.vision.prepare_batch([images], None, 1), tokens, lengths)
     return lambda: {"tower_s": seconds(call, model.device)}
 
 
