@@ -82,7 +82,7 @@ def load(
     config = read_config(folder)
     dtype = dtype or config.dtype
     max_seq_len = check_options(config, dtype, max_seq_len, compile)
-    is_default = prune == "default"
+    is_default = isinstance(prune, str) and prune == "default"
     own_plan = folder / "default.plan"
     if is_default and own_plan.is_file():
         prune = own_plan
@@ -159,9 +159,9 @@ def _check_memory(module, dtype: torch.dtype, device: torch.device, num_tokens: 
     activations = 5 * module.config.intermediate_size * num_tokens * dtype.itemsize  # about
     free = free_bytes(device)
     if free is not None and weights + cache + activations > free:
-        needed = f"the weights take {weights:,} bytes and a prompt of {num_tokens} tokens {cache + activations:,}"
-        step = "take a 16-bit dtype, a smaller model, or parallel='auto' on several devices"
-        raise CacheMemoryError(f"{needed}, but {device} has {free:,} free; {step}")
+        prompt = f"a prompt of {num_tokens} tokens takes {cache:,} for its cache and {activations:,} for activations"
+        lacks = f"the weights take {weights:,} bytes and {prompt}, but {device} has {free:,} free"
+        raise CacheMemoryError(f"{lacks}; take a 16-bit dtype, a smaller model, or parallel='auto' on several devices")
 
 
 def _tokenizer(given, folder: Path) -> Tokenizer | None:
