@@ -40,7 +40,7 @@ from tools.common import ROOT, Countdown, exit_status, integers_in, machine, pru
 TEXTS = ROOT / "tools" / "evaluate" / "texts"  # no plan was fitted to these
 PLANS = ["smollm2-135m-third", "smollm2-135m-14"]
 WIDTH = 70  # letters of a line
-CODES = 2  # lines with a code in an output
+CODES = 1  # lines with a code in an output
 
 
 class Turn(NamedTuple):
