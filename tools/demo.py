@@ -32,7 +32,7 @@ from pop.pruning.cost import prefill_flops, speedup_limit
 from tools.common import ROOT, machine
 from tools.convert.packages import PACKAGED, fetch
 
-JUDGED = 384  # tokens of each window of the story
+JUDGED = 640  # tokens of each window of the story
 STORY = ROOT / "pop" / "data" / "alice.txt"
 QUESTION = "What is the title of Chapter I?"
 CLOSE = 1.05  # two times whose ratio is smaller need no third

@@ -42,7 +42,7 @@ def test_json_is_one_object_with_true_numbers(folder, arguments, capsys):
     model = pop.load(folder, dtype=torch.float32)
     prompt = torch.tensor(model.chat_tokens([{"role": "user", "content": "Why is the sky blue?\n"}]))
     story = model.encode(demo.STORY.read_text(encoding="utf-8").strip())
-    judge = Judge(model, [(story[:384], []), (story[384:768], [])])
+    judge = Judge(model, [(story[:640], []), (story[640:1280], [])])
     assert result["prompt_tokens"] == len(prompt)
     assert (result["model"], result["dtype"], result["num_layers"]) == (folder, "float32", 5)
     assert result["machine"].keys() == {"device", "threads", "torch"}
