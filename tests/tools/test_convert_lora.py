@@ -205,7 +205,7 @@ def test_every_tensor_must_be_of_a_linear_layer(base, tmp_path, name, tensor, sa
         ("adapter/adapter_config.json", None, "adapter_config.json"),
         (WEIGHTS, None, "fetch it again"),
         (WEIGHTS, "x", "fetch it again"),
-        (WEIGHTS, "version https://git-lfs.github.com/spec/v1", "pointers of Git LFS"),
+        (WEIGHTS, "version https://git-lfs.github.com/spec/v1", "pointer of Git LFS"),
         ("base/config.json", None, "config.json"),
         ("base/model.safetensors", None, "model.safetensors"),
     ],
