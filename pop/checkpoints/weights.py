@@ -30,6 +30,7 @@ RENAMED = {
     r"language_model\.(?!model\.)": "language_model.model.",
 }
 ROPE_TABLES = ("rotary_emb.inv_freq", "rope.freqs")  # in old files; ours follow from the config
+VISION = ("vision_tower.", "multi_modal_projector.", "model.visual.")
 EMBEDDING = "embed_tokens.weight"  # the end of its name
 HEAD = "lm_head.weight"
 EXPERT_MATRICES = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
@@ -40,6 +41,7 @@ OTHERS = {
     "*.gguf": "which `python -m tools.convert FILE DIR` converts",
     "params.json": "Meta's layout, which `python -m tools.convert FOLDER DIR` converts",
 }
+QUANTISED = (".qweight", ".qzeros", ".absmax", ".SCB", ".weight_packed", ".weight_scale", ".weight_scale_inv")
 BAR_FROM = 2**30  # bytes; fewer load too quickly for a progress bar
 
 
@@ -225,11 +227,27 @@ def _survey(folder: Path, config: Config, shapes: dict[str, tuple[int, ...]]) ->
         pieces.append(replace(piece, file=file, name=name_in_file))
     faults = {"missing": missing, "surplus": surplus, "of a wrong dtype": dtypes, "of a wrong shape": misfits}
     reasons = [f"{fault}: {some(names)}" for fault, names in faults.items() if names]
-    if HEAD in missing:
-        reasons.append("tie_word_embeddings is false")
     if reasons:
+        reasons = _causes(config, stored, missing, surplus) + reasons
         raise CheckpointError(f"the weights in {folder} are not those of its config: {'; '.join(reasons)}")
     return sorted(pieces, key=lambda piece: (piece.repeats, piece.file))
+
+
+def _causes(config: Config, stored: Iterable[str], missing: list[str], surplus: list[str]) -> list[str]:
+    """Return what may explain that the weights are not those of the config."""
+    causes = []
+    layers = set()
+    for name in stored:
+        layer = re.match(r".*?layers\.\d+\.", name)
+        if layer and not name.startswith(VISION):
+            layers.add(layer[0])
+    if len(layers) != config.num_layers:
+        causes.append(f"num_hidden_layers is {config.num_layers} but {len(layers)} layers are stored")
+    if any(name.endswith(QUANTISED) for name in surplus):
+        causes.append("they are quantised, so take the original ones")
+    if HEAD in missing:
+        causes.append("tie_word_embeddings is false")
+    return causes
 
 
 def _wanted(shapes: dict[str, tuple[int, ...]], stored: Set[str]) -> dict[str, _Piece]:

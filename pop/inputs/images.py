@@ -39,11 +39,11 @@ class Image:
 def load_image(image) -> Tensor:
     """Return an image as RGB, [3, H, W] uint8 on the CPU.
 
-    An image is a file in one of FORMATS, as a path or bytes. Or it is a PIL image, or a uint8 array or tensor
-    [H, W, 3].
+    An image is a file in one of FORMATS, as a path or bytes. Or it is a PIL image, a uint8 array [H, W, 3], or a uint8
+    tensor [H, W, 3] or [3, H, W].
 
-    Transparent pixels show a white background, as in the reference's `convert_to_rgb`. Of colours of 16 bits, the high
-    8 are kept. Colour profiles are ignored, and the EXIF orientation is applied. Of several frames the first is read.
+    Transparent pixels show a white background, as in the reference's `convert_to_rgb`. Of 16 bits, the high 8 are
+    kept. Colour profiles are ignored, and the EXIF orientation is applied. Of several frames the first is read.
     """
     is_path = isinstance(image, (str, os.PathLike))
     name = f"the image {str(image)!r:.200}" if is_path else f"an image of type {type(image).__name__}"
@@ -66,12 +66,18 @@ def load_image(image) -> Tensor:
 def _from_array(image: np.ndarray | Tensor) -> Tensor:
     shape = tuple(image.shape)
     dtype = str(image.dtype).removeprefix("torch.")
-    if len(shape) != 3 or shape[2] != 3 or dtype != "uint8":
+    channels_first = isinstance(image, Tensor) and image.ndim == 3 and shape[0] == 3
+    if channels_first and shape[2] == 3:
+        raise InputError(f"an image tensor has shape {list(shape)}, either [3, H, W] or [H, W, 3]; give an array")
+    if channels_first:
+        image = image.permute(1, 2, 0)
+    if image.ndim != 3 or image.shape[2] != 3 or dtype != "uint8":
         raise InputError(
             f"an image has shape {shape} and dtype {dtype}; it must be HxWx3, uint8; "
             "turn floats from 0 to 1 into bytes with (255 * image).round()"
         )
-    check_size(shape[1], shape[0], "an image array")
+    height, width, _ = image.shape
+    check_size(width, height, "an image array")
     if isinstance(image, Tensor):
         image = image.cpu().numpy()
     return torch.from_numpy(np.array(image, order="C")).permute(2, 0, 1)  # [3, H, W], a copy
@@ -110,8 +116,10 @@ def _from_pillow(image, name: str) -> Tensor:
 
     check_size(*image.size, name)  # the header has the size, so nothing is decoded yet
     image = ImageOps.exif_transpose(image)
-    if image.mode[0] in "IF":  # Pillow would clip the values at 255
-        raise InputError(f"{name} has grey pixels of 16 or 32 bits; convert them to 8 bits")
+    if image.mode.startswith("I;16"):  # Pillow would clip the values at 255
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    if image.mode in ("I", "F"):
+        raise InputError(f"{name} has pixels of 32 bits, whose range is unknown; convert them to 8 bits")
     if {"A", "a"} & set(image.getbands()) or image.info.get("transparency") is not None:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)

@@ -57,14 +57,15 @@ def test_an_image_in_the_published_size():
 
 @pytest.mark.parametrize("name", VIDEOS)
 def test_videos_are_the_references(name):
-    """Of an array, a list of images, and a tensor. The rate is any real number."""
+    """Of an array, a list of images, and tensors of either layout. The rate is any real number."""
     film, fps = video(name), VIDEOS[name][3]
     patches, grid, times = qwen_video(Video(film, fps), SMALL, SMALL_VIDEO)
     assert grid == tuple(GOLDENS[f"video-{name}-grid"])
     assert np.array_equal(levels(patches), GOLDENS[f"video-{name}"])
     assert times == pytest.approx(GOLDENS[f"video-{name}-times"])
-    forms = (list(film), torch.from_numpy(film))
-    rates = (Fraction(fps), np.float32(fps)) if fps else (None, None)
+    last = torch.from_numpy(film)
+    forms = (list(film), last, last.permute(0, 3, 1, 2))
+    rates = (Fraction(fps), np.float32(fps), np.int64(fps)) if fps else (None, None, None)
     for form, rate in zip(forms, rates, strict=True):
         found = qwen_video(Video(form, rate), SMALL, SMALL_VIDEO)
         assert torch.equal(found[0], patches) and found[1:] == (grid, times)

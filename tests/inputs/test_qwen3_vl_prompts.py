@@ -167,7 +167,7 @@ def test_a_text_model_of_the_same_format_takes_text(model):
     for kind in ("image", "video"):
         with pytest.raises(InputError, match=f"llama.*{kind}s"):
             text_model.generate([2], **{f"{kind}s": [A]})
-        with pytest.raises(InputError, match="text only"):
+        with pytest.raises(UnsupportedError, match="text only"):
             text_model.chat([{"role": "user", "content": [{"type": kind, kind: A}]}])
 
 

@@ -2,7 +2,7 @@
 
     python -m tools.examples.agent_trace --engine pop          # or transformers, or vllm
 
-Each turn brings a tool's output, which is public-domain text with codes on some lines, and asks for one of the codes.
+Each turn brings a tool's output, which is public-domain text with a code on one line, and asks for the code.
 The turns before are in a cache. After a turn, the right answer goes into the history, whatever the model has said. So
 every plan and every engine reads the same tokens. An answer is exact if greedy decoding gives each of its tokens.
 

@@ -58,8 +58,7 @@ def random_plan(random: Random, model: pop.Model) -> pop.PrunePlan:
     """A plan with any layers, full-depth tokens and selecting layer. Half of them have random corrections."""
     layers = tuple(layer for layer in range(model.config.num_layers) if random.random() < 0.5)
     kept = [layer for layer in range(max(layers, default=0)) if layer not in layers]
-    fields = {"full_depth_last": random.choice([1, 2, 3, 7, 40]), "full_depth_first": random.choice([0, 1, 4])}
-    fields["full_depth_below"] = random.choice([0, 0, 20])
+    fields = drawn(random, {"full_depth_last": [1, 7, 40], "full_depth_first": [0, 1, 4], "full_depth_below": [0, 20]})
     if kept:
         fields["selecting_layer"] = random.choice(kept)
         fields["full_depth_selected"] = random.choice([0.0, 0.1, 0.4, 1.0])
