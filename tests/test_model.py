@@ -1,6 +1,7 @@
 """`pop.Model`: tensors in, tensors out, and what it refuses."""
 
 import copy
+import dataclasses
 from functools import partial
 from unittest.mock import patch
 
@@ -65,6 +66,8 @@ def test_a_model_says_what_it_is(model, tmp_path):
     loaded = pop.load(write_checkpoint(tmp_path / "tiny"), dtype=torch.bfloat16, prune=None)
     assert repr(loaded).startswith("<tiny: ")
     assert "torch.bfloat16 on cpu, prefill skips 0 of 5 layers, at most 1.00x" in repr(loaded)
+    loaded.plan = dataclasses.replace(model.plan, full_depth_below=90)
+    assert "prefill skips 3 of 5 layers from 90 tokens on, at most" in repr(loaded)
 
 
 # Refusals

@@ -204,8 +204,9 @@ def test_the_python_in_the_text_fits_what_it_names(tmp_path):
 
 def test_the_extras_in_the_text_are_ones():
     setup = (ROOT / "setup.py").read_text(encoding="utf-8")
-    extras = re.findall(r"`pip install [^`]*\[(\w+)\]'`", "\n".join(READMES.values()))
-    assert extras and all(f'"{extra}": ' in setup for extra in extras)
+    notebook = (ROOT / "tools/examples/tutorial.ipynb").read_text(encoding="utf-8")
+    extras = re.findall(r"pip install [^`\n]*(?:pop-prefill|\.)\[([\w,]+)\]'", "\n".join([*READMES.values(), notebook]))
+    assert len(extras) > 5 and all(f'"{extra}": ' in setup for extra in ",".join(extras).split(","))
 
 
 def test_every_file_of_data_is_packaged():

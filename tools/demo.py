@@ -196,7 +196,8 @@ def conclusion(result: dict) -> str:
     return f"""
 * time to first token, of the fastest run; limit: the speedup that the shapes allow; KL(full || pruned): how much the
   predictions differ from the full model's, for text that continues and for a passage of the prompt that is repeated,
-  and the share of its tokens that are copied; a percentage in a row's name: tokens that the prompt's end attends to
+  and the share of its tokens that are copied; whole: these prompt tokens run all layers, namely the last ones and a
+  share of the others, to which the last ones attend most
 
 answers
 {answers}

@@ -39,8 +39,8 @@ HELP = "/new starts a new conversation, /quit ends, // begins a message with a s
 def run(args) -> int | None:
     """Run the command that the command line names. Return its exit status, where None is 0."""
     rank, ranks = launched()
-    if ranks > 1 and args.command not in ("generate", "calibrate"):
-        raise InputError("torchrun can start pop generate and pop calibrate only; run this command without it")
+    if ranks > 1 and args.command != "generate":
+        raise InputError("torchrun can start pop generate only; run this command without it")
     if ranks > 1 and getattr(args, "prompt", None) == "-":
         raise InputError("only one process can read the standard input; use --prompt-file")
     command = COMMANDS[args.command]
@@ -168,10 +168,9 @@ def calibrate(args) -> None:
     plan = pop.calibrate(model, fitted, resume=resume, **options)
     verdict = pop.check(model, plan, rest, lengths=lengths)
     plan = dataclasses.replace(plan, about=plan.about | {"verdict": verdict.record()})
-    if launched()[0] == 0:
-        _save(plan, args.out)
-        if resume is not None:
-            Path(resume).expanduser().unlink(missing_ok=True)
+    _save(plan, args.out)
+    if resume is not None:
+        Path(resume).expanduser().unlink(missing_ok=True)
     print(verdict, speed(model, plan), sep="\n")
     print(f"Saved to {args.out}. Try: pop generate {args.model} --prune {args.out} PROMPT")
 

@@ -203,6 +203,7 @@ def test_the_readmes_lines_print_once_what_one_process_prints(line, tmp_path, mo
     ("words", "said"),
     [
         (["chat", "llama"], "torchrun"),
+        (["calibrate", "llama"], "torchrun"),
         (["generate", "llama", "-"], "standard input"),
     ],
 )
