@@ -59,9 +59,8 @@ class Model(Runner):
         plan = self.plan
         millions = self.num_parameters / 1e6
         tokens = min(REPORTED, self.max_seq_len)
-        text = f"prefill skips {len(plan.layers)} of {self.config.num_layers} layers"
-        if plan.full_depth_below:
-            text += f" from {plan.full_depth_below} tokens on"
+        prompts = f" of {plan.full_depth_below} tokens or more" if plan.full_depth_below else ""
+        text = f"prefill{prompts} skips {len(plan.layers)} of {self.config.num_layers} layers"
         if plan.name:
             text += f" by {plan.name}"
         text += f", at most {plan.speedup(self, tokens):.2f}x as fast at {tokens:,} tokens"

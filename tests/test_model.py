@@ -67,7 +67,7 @@ def test_a_model_says_what_it_is(model, tmp_path):
     assert repr(loaded).startswith("<tiny: ")
     assert "torch.bfloat16 on cpu, prefill skips 0 of 5 layers, at most 1.00x" in repr(loaded)
     loaded.plan = dataclasses.replace(model.plan, full_depth_below=90)
-    assert "prefill skips 3 of 5 layers from 90 tokens on, at most" in repr(loaded)
+    assert "prefill of 90 tokens or more skips 3 of 5 layers, at most" in repr(loaded)
 
 
 # Refusals
