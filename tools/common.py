@@ -21,7 +21,7 @@ import torch
 
 from pop.errors import InputError, MissingExtra, PopError
 from pop.pruning.plan import PrunePlan
-from pop.system.files import write_whole
+from pop.system import files
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -69,20 +69,25 @@ def integers_in(option: str, text: str) -> list[int]:
 # ---- Files ----
 
 
-def check_writable(path: str) -> None:
-    """Raise InputError if a file could not be written to `path`. To be called before the work."""
-    if os.path.isdir(path) or not os.access(Path(path).resolve().parent, os.W_OK):
-        raise InputError(f"{path} cannot be written; name a file in a folder that exists")
+def check_writable(*paths: str | None) -> None:
+    """Raise InputError if figures could not be written to one of the paths that are given. Call it before the work."""
+    for path in paths:
+        if path is not None:
+            files.check_writable(path, "the figures", InputError)
 
 
 def write_figures(path: str, figures: dict) -> None:
     """Write the figures of a run as JSON, completely or not at all."""
-    write_whole(path, json.dumps(figures, indent=2) + "\n", "the figures", InputError)
+    _write(path, json.dumps(figures, indent=2) + "\n", "the figures")
 
 
 def write_plot(path: str, drawn: bytes) -> None:
     """Write a plot, completely or not at all."""
-    write_whole(path, drawn, "the plot", InputError)
+    _write(path, drawn, "the plot")
+
+
+def _write(path: str, data: str | bytes, what: str) -> None:
+    files.save_anyway(lambda path: files.write_whole(path, data, what, InputError), path)
 
 
 # ---- Tables ----

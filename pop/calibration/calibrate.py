@@ -26,7 +26,7 @@ from pop.calibration.passes import Pass, check_gradients
 from pop.calibration.refit import RIDGE, fitted, wide
 from pop.calibration.resume import WHAT, SavedProgress
 from pop.calibration.texts import SHORTEST, Window, default_texts, enough, parted, text_windows, tokens_needed
-from pop.engine.modes import no_autocast
+from pop.engine.modes import own_dtypes_and_devices
 from pop.errors import CacheMemoryError, InputError, PlanError, UnsupportedError, check_count
 from pop.generation.sampling import check_finite
 from pop.model import Model
@@ -41,7 +41,7 @@ LENGTHS = (512, 2048, 8192)  # prompt lengths for which a plan records its speed
 WINDOWS = 10  # texts are cut into at least as many windows
 
 
-@no_autocast()
+@own_dtypes_and_devices()
 @torch.no_grad()
 def calibrate(
     model: Model,

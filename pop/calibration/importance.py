@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pop.calibration.passes import Pass, check_gradients, checkpointed
-from pop.engine.modes import no_autocast
+from pop.engine.modes import own_dtypes_and_devices
 from pop.errors import InputError, PopError, UnsupportedError, check_count
 from pop.generation.answers import end_ids
 from pop.generation.batch import as_prompts
@@ -52,7 +52,7 @@ class Sample(NamedTuple):
     media: list[Prepared]  # the prompt's images and videos
 
 
-@no_autocast()
+@own_dtypes_and_devices()
 def importance(
     model,
     samples: Iterable,
@@ -259,7 +259,7 @@ def _checked_scores(name: str, values) -> Tensor:
     with contextlib.suppress(ValueError, TypeError, RuntimeError):
         if isinstance(values, list):
             values = [math.nan if value is None else value for value in values]
-        scores = torch.as_tensor(values, dtype=torch.float64)
+        scores = torch.as_tensor(values, dtype=torch.float64, device="cpu")
         is_valid = scores.isfinite() & (scores >= 0)
         if name.endswith("_error"):
             is_valid |= scores.isnan()

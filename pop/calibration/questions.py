@@ -269,7 +269,5 @@ KINDS: tuple[Maker, ...] = (codes, tables, quotations, edits, sums, brackets, to
 
 def make_questions(writer: Writer, makers: list[Maker], lengths: list[int], per_kind: int) -> dict[int, list[Question]]:
     """`per_kind` questions of each kind at each length, with answers from the beginning of the prompt to its end."""
-    questions = {}
-    for length in lengths:
-        questions[length] = [make(writer, length, depth) for make in makers for depth in spread(per_kind)]
-    return questions
+    depths = spread(per_kind)
+    return {length: [make(writer, length, depth) for make in makers for depth in depths] for length in lengths}

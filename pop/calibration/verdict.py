@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pop.calibration.questions import KINDS, Question, Writer, make_questions, quotations
-from pop.calibration.texts import SHORTEST, TOKENS_AT_ONCE, builtin_texts
+from pop.calibration.texts import SHORTEST, TOKENS_AT_ONCE, builtin_texts, parted
+from pop.engine.modes import own_dtypes_and_devices
 from pop.errors import InputError, check_count, some
 from pop.generation.sampling import check_finite
 from pop.pruning.plan import PrunePlan
@@ -93,6 +94,7 @@ class Verdict:
         return np.concatenate([exact for by_length in self.exact.values() for exact in by_length.values()])
 
 
+@own_dtypes_and_devices()
 def check(
     model,
     plan: PrunePlan,
@@ -119,37 +121,25 @@ def check(
         InputError: Texts or lengths are too short, or the logits are not finite. PlanError: The plan does not fit.
     """
     plan = model.resolve(plan)
-    if not lengths:
-        raise InputError("lengths is empty; give at least one prompt length in tokens")
-    most = model.max_seq_len - CONTINUATION
-    lengths = sorted({min(check_count("a length", length, SHORTEST), most) for length in lengths})
-    head, text = _joined(model, texts)
-    writer = Writer(model, text, head, check_count("seed", seed, 0))
-    makers = (quotations,) if model.tokenizer is None else KINDS
-    questions = check_count("questions", questions)
-    asked = {}
-    for length in lengths:
-        count = questions if length <= LONG else -(-questions // 2)
-        asked |= make_questions(writer, makers, [length], count)
-    windows = {length: _windows(head, text, length) for length in lengths}
-    total = sum(length * (len(asked[length]) + len(windows[length])) for length in lengths)
+    work = compared(model, texts, lengths, questions, seed)
+    total = sum(length * (len(windows) + len(asked)) for length, windows, asked in work)
     loss = {}
     exact = {}
     with torch.no_grad(), progress_bar("checking", total, "tokens", progress) as step:
-        for length in lengths:
-            compared = []
-            for window in windows[length]:
+        for length, windows, asked in work:
+            differences = []
+            for window in windows:
                 prompt = [window[:length]]
                 following = [window[length:]]
                 full = _logits(model, prompt, following, FULL_DEPTH)[0]
-                compared.append(_compared(full, _logits(model, prompt, following, plan)[0]))
+                differences.append(_difference(full, _logits(model, prompt, following, plan)[0]))
                 step(length)
-            kl, same = torch.stack(compared, dim=1)  # [windows, C] each
+            kl, same = torch.stack(differences, dim=1)  # [windows, C] each
             figures = {"kl": kl.mean(), "first": kl[:, 0].mean(), "same": same.mean()}
             loss[str(length)] = {name: round(value.item(), 6) for name, value in figures.items()}
             rows = max(1, TOKENS_AT_ONCE // length)
-            for begin in range(0, len(asked[length]), rows):
-                batch = asked[length][begin : begin + rows]
+            for begin in range(0, len(asked), rows):
+                batch = asked[begin : begin + rows]
                 marks = zip(_exact(model, batch, plan), _exact(model, batch, FULL_DEPTH), strict=True)
                 for question, mark in zip(batch, marks, strict=True):
                     exact.setdefault(question.kind, {}).setdefault(str(length), []).append(mark)
@@ -158,10 +148,28 @@ def check(
     return Verdict(loss, arrays)
 
 
+def compared(model, texts, lengths, questions=12, seed=0) -> list[tuple]:
+    """What `check` compares: each length with windows of text, and questions. Raises InputError as `check` does."""
+    if not lengths:
+        raise InputError("lengths is empty; give at least one prompt length in tokens")
+    most = model.max_seq_len - CONTINUATION
+    lengths = sorted({min(check_count("a length", length, SHORTEST), most) for length in lengths})
+    head, text = _joined(model, texts)
+    writer = Writer(model, text, head, check_count("seed", seed, 0))
+    makers = (quotations,) if model.tokenizer is None else KINDS
+    check_count("questions", questions)
+    work = []
+    for length in lengths:
+        count = questions if length <= LONG else (questions + 1) // 2
+        asked = make_questions(writer, makers, [length], count)
+        work.append((length, _windows(head, text, length), asked[length]))
+    return work
+
+
 def _joined(model, texts) -> tuple[list[int], list[int]]:
     """BOS, if the texts begin with it, and the token ids of all texts after it."""
     if texts is None:
-        texts = [text[len(text) * 4 // 5 :] for text in builtin_texts()]
+        _, texts = parted(builtin_texts())
     if isinstance(texts, str) or not texts:
         raise InputError(f"texts is {texts!r:.80}; give a list of strings or of lists of token ids")
     rows = [model.encode(text, "text") for text in texts]
@@ -192,7 +200,7 @@ def _logits(model, prompts: list[list[int]], following: list[list[int]], plan: P
     return logits
 
 
-def _compared(full: Tensor, logits: Tensor) -> Tensor:
+def _difference(full: Tensor, logits: Tensor) -> Tensor:
     """KL(full || plan), and whether the likeliest token is the same, for logits [C, V] each: [2, C]."""
     kl = F.kl_div(logits.log_softmax(-1), full.log_softmax(-1), log_target=True, reduction="none").sum(-1)
     same = full.argmax(-1) == logits.argmax(-1)

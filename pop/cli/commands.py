@@ -7,7 +7,6 @@ import inspect
 import itertools
 import os
 import sys
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from random import Random
@@ -17,7 +16,7 @@ import torch
 import pop
 from pop.backends.tensor_parallel import launched
 from pop.calibration.texts import SHORTEST, builtin_texts
-from pop.calibration.verdict import LENGTHS
+from pop.calibration.verdict import LENGTHS, compared
 from pop.checkpoints import download as downloads
 from pop.checkpoints import registry
 from pop.cli.plans import plans, speed
@@ -137,7 +136,7 @@ def importance(args) -> None:
     least = result.plan(len(result.prefill) // 3).layers
     print(f"\nPrefill needs this third of the layers least: layers {', '.join(map(str, least))}.")
     if args.out is not None:
-        _save(result, args.out)
+        files.save_anyway(result.save, args.out)
 
 
 def excerpts(tokenizer, texts: list[str], count: int, length: int, seed: int) -> list[list[int]]:
@@ -164,11 +163,12 @@ def calibrate(args) -> None:
     args.prune = "none"
     model = _load(args)
     fitted, rest = calibration_texts(model, args.files, texts)
+    compared(model, rest, lengths)  # refuses now what pop.check would refuse after the work
     options = {name: getattr(args, name) for name in ("layers", "speedup", "rank", "longest", "steps", "seed")}
     plan = pop.calibrate(model, fitted, resume=resume, **options)
     verdict = pop.check(model, plan, rest, lengths=lengths)
     plan = dataclasses.replace(plan, about=plan.about | {"verdict": verdict.record()})
-    _save(plan, args.out)
+    files.save_anyway(plan.save, args.out)
     if resume is not None:
         Path(resume).expanduser().unlink(missing_ok=True)
     print(verdict, speed(model, plan), sep="\n")
@@ -190,16 +190,6 @@ def _lengths(longest: int) -> list[int]:
     """The prompt lengths of a verdict, up to the longest."""
     check_count("--longest", longest, SHORTEST)
     return [*(length for length in LENGTHS if length < longest), longest]
-
-
-def _save(result, path: str) -> None:
-    """Save what a command has computed. If that fails, save it into a temporary file, and name that."""
-    try:
-        result.save(path)
-    except PopError as error:
-        spare = Path(tempfile.mkdtemp(prefix="pop-")) / "saved"
-        result.save(spare)
-        raise type(error)(f"{error}; it is in {spare}") from None
 
 
 def models(args) -> None:

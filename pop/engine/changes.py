@@ -41,7 +41,7 @@ def sizes_of(weights: list[Tensor]) -> list:
 
 
 class Look:
-    """A layer's weights, classes and hooks at one time."""
+    """A layer's weights, classes and hooks at one time. Raises RuntimeError if a weight reaches beyond its memory."""
 
     def __init__(self, layer: nn.Module):
         self.parts = list(parts_of(layer).values())
@@ -51,12 +51,13 @@ class Look:
         self.weights = [entry for entry in self.entries if type(entry) in (nn.Parameter, Tensor)]
         self.sizes = sizes_of(self.weights)
         self.facts = self._facts()
+        list(map(Tensor.squeeze, self.weights))  # a view checks the memory, and a product does not
 
     def unchanged(self) -> bool:
         """Whether the layer is as it was, apart from values of weights that changed in place."""
         entries = self._entries()
         same = len(entries) == len(self.entries) and all(map(is_, entries, self.entries))
-        return same and self._facts() == self.facts
+        return same and self.fits() and self._facts() == self.facts
 
     def fits(self) -> bool:
         """Whether the weights lie in memory as they did. Compiled code reads them so."""
@@ -68,8 +69,7 @@ class Look:
 
     def _facts(self) -> list:
         """What may change although the entries are the same objects. Each map is a loop in C."""
-        facts = chain(map(type, self.parts), map(len, self.hooks), map(Tensor.data_ptr, self.weights))
-        return [*facts, *sizes_of(self.weights)]
+        return [*map(type, self.parts), *map(len, self.hooks), *map(Tensor.data_ptr, self.weights)]
 
 
 class Kinds(dict[nn.Module, int | None]):
@@ -90,10 +90,11 @@ class Kinds(dict[nn.Module, int | None]):
     def look(self, layers: Iterable[nn.Module]) -> None:
         """Number the layers as they are now. A kind that has been there before keeps its number."""
         self.clear()
-        self.newest_hook = RemovableHandle.next_id  # each new hook of the process has a new id
-        self.looks = {}
+        self.forget()
+        newest_hook = RemovableHandle.next_id  # each new hook of the process has a new id
         for layer in layers:
             self._look_at(layer)
+        self.newest_hook = newest_hook
 
     def _look_at(self, layer: nn.Module) -> None:
         self.looks[layer] = Look(layer)

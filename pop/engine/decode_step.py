@@ -66,8 +66,7 @@ class DecodeStep:
 
     def hold_weights(self) -> None:
         """Keep the memory of the weights until the next look, since a graph has its addresses."""
-        looks = self.kinds.looks.values()
-        self.memory = [weight.untyped_storage() for look in looks for weight in look.weights]
+        self.memory = [weight.untyped_storage() for look in self.kinds.looks.values() for weight in look.weights]
 
     def __call__(self, tokens: Tensor, cache: KVCache) -> Tensor:
         lengths = cache.lengths

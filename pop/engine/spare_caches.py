@@ -34,7 +34,9 @@ class SpareCaches:
         wanted = (batch_size, size, model.chunk_size, model.dtype, model.device)
         with self._lock:
             for cache in self._spare:
-                if _form(cache) == wanted:
+                hidden = cache.previous_hidden
+                found = (cache.batch_size, cache.max_seq_len, cache.chunk_size, hidden.dtype, hidden.device)
+                if found == wanted:
                     self._spare.remove(cache)
                     cache.reset()
                     return cache
@@ -67,12 +69,6 @@ class SpareCaches:
             had_any = bool(self._spare)
             self._spare.clear()
         return had_any
-
-
-def _form(cache: KVCache) -> tuple:
-    """What must be as wanted for a cache to be used again."""
-    hidden = cache.previous_hidden
-    return (cache.batch_size, cache.max_seq_len, cache.chunk_size, hidden.dtype, hidden.device)
 
 
 def stepped(max_seq_len: int) -> int:

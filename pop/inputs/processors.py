@@ -131,9 +131,10 @@ class Processor:
 
     def locate(self, tokens: Sequence[int], media: Sequence[Prepared]) -> list[range]:
         """Return where each image and video is in a prompt's tokens: from its first to its last placeholder."""
-        left = {}
-        for kind, placeholder in self.placeholders.items():
-            left[kind] = iter([index for index, token in enumerate(tokens) if token == placeholder])
+        left = {
+            kind: iter([index for index, token in enumerate(tokens) if token == placeholder])
+            for kind, placeholder in self.placeholders.items()
+        }
         ranges = []
         for one in media:
             placeholder = self.placeholders[one.kind]

@@ -164,9 +164,8 @@ def any_of(names: Iterable[str]) -> re.Pattern:
 
 def _longest(names: list[str]) -> str:
     """Return a regular expression for the longest of some sorted names."""
-    branches = []
-    for first, group in groupby(filter(None, names), lambda name: name[0]):
-        branches.append(re.escape(first) + _longest([name[1:] for name in group]))
+    groups = groupby(filter(None, names), lambda name: name[0])
+    branches = [re.escape(first) + _longest([name[1:] for name in group]) for first, group in groups]
     pattern = "|".join(branches)
     if len(branches) > 1 or (branches and "" in names):
         pattern = f"(?:{pattern})"
@@ -199,26 +198,28 @@ def _load(files: list[Path]) -> Tokenizer:
     from pop.inputs import byte_pair, sentence_piece  # here, because they import this file
 
     folder = files[0].parent
-    spec = {}
-    if files[0].suffix == ".json":
-        spec = json.loads(files[0].read_bytes())
+    is_json = files[0].suffix == ".json"
+    spec = json.loads(files[0].read_bytes()) if is_json else {}
     config = _read(folder, "tokenizer_config.json")
-    named = _named_tokens(_read(folder, "special_tokens_map.json") | config)
-    added = _added_tokens(folder, config, spec, named.values())
+    byte_pair.check_settings(config, config.keys() - {"add_prefix_space", "split_special_tokens"})
+    listed = config.get("added_tokens_decoder")
+    # With it, transformers does not read the older files.
+    older = [_read(folder, name) if listed is None else {} for name in ("special_tokens_map.json", "added_tokens.json")]
+    named = _named_tokens(config, older[0])
+    added = _added_tokens(listed, older[1], spec, named.values())
     data = files[-1].read_bytes()
     if files[-1].suffix != ".json" and data[:1] == b"\n":  # the first tag of a sentencepiece model
         tokenizer = sentence_piece.from_tokenizer_model(data, added)
-    elif files[0].suffix != ".json":
+    elif not is_json:
         raise TokenizerError(
             "tokenizer.model is not sentencepiece's; "
             "convert the folder first, if it has Meta's files: python -m tools.convert SOURCE DIR"
         )
     else:
-        normalizer = spec.get("normalizer") or {}
-        replaces_spaces = normalizer.get("type") == "Replace"  # by sentencepiece's mark
-        kind = sentence_piece if replaces_spaces else byte_pair
+        normalizer = (spec.get("normalizer") or {}).get("type")
+        kind = sentence_piece if normalizer == "Replace" else byte_pair  # spaces, by sentencepiece's mark
         tokenizer = kind.from_tokenizer_json(spec | {"added_tokens": added})
-    tokenizer.template_variables = {key: token["content"] for key, token in named.items()}
+    tokenizer.template_variables = {key: token["content"] for key, token in named.items() if key.endswith("_token")}
     tokenizer.chat_template = _chat_template(folder, config)
     return tokenizer
 
@@ -232,34 +233,39 @@ def _read(folder: Path, name: str) -> dict[str, Any]:
 _FIRST = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 
-def _named_tokens(config: dict[str, Any]) -> dict[str, dict]:
-    """Return the special tokens that a configuration names, in the form of tokenizer.json and in transformers' order.
+def _named_tokens(config: dict, special_map: dict) -> dict[str, dict]:
+    """Return the special tokens that two files name, in the form of tokenizer.json and in transformers' order.
 
     Templates call them by their keys: bos_token, eos_token and the like.
     """
-    extra = config.get("extra_special_tokens") or config.get("additional_special_tokens") or {}
+    both = special_map | config
+    listed = both.get("additional_special_tokens") or []
+    extra = both.get("extra_special_tokens") or {}
     if isinstance(extra, list):
-        extra = {f"extra_{n}_token": token for n, token in enumerate(extra)}
+        listed = extra
+        extra = {}
+    named = dict.fromkeys(_FIRST) | both | special_map
+    named = {key: named[key] for key in named if key.endswith("_token")} | extra | dict(enumerate(listed))
     tokens = {}
-    for key, token in (dict.fromkeys(_FIRST) | config | extra).items():
-        if key.endswith("_token") and token and token is not True:  # add_bos_token and its like are true or false
-            tokens[key] = {"content": token} if isinstance(token, str) else token
+    for key, token in named.items():
+        if token and token is not True:  # add_bos_token and its like are true or false
+            tokens[str(key)] = {"content": token} if isinstance(token, str) else token
     return tokens
 
 
-def _added_tokens(folder: Path, config: dict[str, Any], spec: dict[str, Any], named: Iterable[dict]) -> list[dict]:
-    """Return the added tokens of all files, in the form of tokenizer.json. Its own entries count most.
+def _added_tokens(listed: dict | None, older: dict, spec: dict, named: Iterable[dict]) -> list[dict]:
+    """Return the added tokens of all files, in the form of tokenizer.json. Those `listed` in the config count most.
 
     The last of them have no id: those that the configuration names, and no file lists.
     """
     special = {token["content"]: token | {"special": True} for token in named}
-    tokens = {}
-    for name, id in _read(folder, "added_tokens.json").items():
-        tokens[name] = {"id": id, "content": name, "special": name in special}
-    for id, token in config.get("added_tokens_decoder", {}).items():
-        tokens[token["content"]] = {"id": int(id)} | token
-    for token in spec.get("added_tokens", ()):
-        tokens[token["content"]] = token
+    tokens = {name: {"id": id, "content": name, "special": name in special} for name, id in older.items()}
+    tokens |= {token["content"]: token for token in spec.get("added_tokens", ())}
+    if listed is not None:
+        theirs = {token["content"]: {"id": int(id)} | token for id, token in listed.items()}
+        if missing := tokens.keys() - theirs.keys():
+            raise TokenizerError(f"added_tokens_decoder in tokenizer_config.json lacks the token {min(missing)!r}.")
+        tokens = theirs
     by_id = sorted(tokens.values(), key=lambda token: token["id"])
     return by_id + [token for name, token in special.items() if name not in tokens]
 
@@ -271,12 +277,12 @@ def sort_added(tokens: list[dict], vocab: dict[str, int]) -> tuple[dict, dict, s
     """
     special = {}
     added = {}
-    normalized = set()
+    normalized = {token["content"] for token in tokens if token.get("normalized")}
     free = len(vocab)
     for token in tokens:
         name = token["content"]
         for flag in ("single_word", "lstrip", "rstrip"):
-            if token.get(flag, False):
+            if token.get(flag):
                 raise TokenizerError(f"{flag} of the added token {name!r} is set, which is not supported.")
         expected = vocab.get(name, free)
         id = token.get("id", expected)
@@ -285,12 +291,9 @@ def sort_added(tokens: list[dict], vocab: dict[str, int]) -> tuple[dict, dict, s
                 f"the added token {name!r} has the id {id!r}; "
                 f"it must have a text and the id {expected}, since ids have no gaps."
             )
-        if name not in vocab:
-            free += 1
+        free += name not in vocab
         kind = special if token["special"] else added
         kind[name] = id
-        if token.get("normalized", False):
-            normalized.add(name)
     ids = list({**vocab, **special, **added}.values())
     are_ids = all(type(id) is int and 0 <= id < 2**24 for id in ids)
     if not are_ids or len(set(ids)) < len(ids) or "" in vocab:

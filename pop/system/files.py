@@ -9,8 +9,9 @@ import json
 import os
 import shutil
 import sys
+import tempfile
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -79,23 +80,35 @@ def replaced(path: str | os.PathLike, *, keep: bool = False) -> Iterator[Path]:
             draft.unlink()
 
 
-def write_whole(path: str | os.PathLike, data: str | bytes, what: str, error: type[PopError]) -> None:
-    """Write a file whole or not at all. Raises `error`, which names `what` was to be written and why it was not."""
-    _write(path, data.encode() if isinstance(data, str) else data, what, error)
+def write_whole(path, data: str | bytes, what: str, error: type[PopError], keep: bool = False) -> None:
+    """Write a file whole or not at all. Raises `error`, which names `what` was to be written and why it was not.
 
-
-def check_writable(path: str | os.PathLike, what: str, error: type[PopError]) -> None:
-    """Raise the error that `write_whole` would raise, before the work. Nothing is left behind."""
-    _write(path, b"", what, error, keep=True)
-
-
-def _write(path: str | os.PathLike, data: bytes, what: str, error: type[PopError], keep: bool = False) -> None:
+    With `keep`, the file at this path stays as it is, and what was written is removed.
+    """
     try:
         with replaced(path, keep=keep) as draft:
-            draft.write_bytes(data)
+            draft.write_bytes(data.encode() if isinstance(data, str) else data)
     except (OSError, ValueError, TypeError) as problem:
         reason = getattr(problem, "strerror", None) or problem
         raise error(f"{what} cannot be written to {path} ({reason}); choose another path") from None
+
+
+def check_writable(path, what: str, error: type[PopError]) -> None:
+    """Raise the error that `write_whole` would raise, before the work. Nothing is left behind."""
+    write_whole(path, bytes(4096), what, error, keep=True)  # a full disk takes empty files
+
+
+def save_anyway(save: Callable, path) -> None:
+    """Call save(path) with what took long. If that fails, save into a temporary file, and name it in the error."""
+    try:
+        save(path)
+    except PopError as error:
+        problem = error
+        with contextlib.suppress(OSError, PopError):
+            spare = Path(tempfile.mkdtemp(prefix="pop-")) / "saved"
+            save(spare)
+            problem = type(error)(f"{error}; it is in {spare}")
+        raise problem from None
 
 
 def hash_file(path: Path, hasher) -> str:

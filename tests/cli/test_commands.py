@@ -260,12 +260,13 @@ def calibration(tmp_path, monkeypatch):
             return f"{judged.pop()} characters judge it"
 
     def check(model, plan, rest, lengths):
-        assert plan.corrections is not None and lengths == [300]
+        assert plan.corrections is not None and lengths == [600]
         judged.append([len(text) for text in rest])
         return Verdict()
 
     monkeypatch.setattr(pop, "check", check)
-    return folder, ["calibrate", str(folder), "0.txt", "1.txt", "--longest", "300", "--rank", "5"], texts
+    monkeypatch.setattr(commands, "LENGTHS", (1000,))
+    return folder, ["calibrate", str(folder), "0.txt", "1.txt", "--longest", "600", "--rank", "5"], texts
 
 
 @pytest.mark.parametrize("layers", [None, "2,4-5"])
@@ -281,7 +282,7 @@ def test_calibrate_puts_a_plan_beside_the_weights(calibration, layers, capsys, m
     model = pop.load(folder, prune=None)
     given = {"speedup": 1.3} if layers is None else {"layers": (2, 4, 5)}
     fitted = [text[: len(text) * 4 // 5] for text in texts]
-    expected = pop.calibrate(model, fitted, longest=300, rank=5, steps=2, seed=3, progress=False, **given)
+    expected = pop.calibrate(model, fitted, longest=600, rank=5, steps=2, seed=3, progress=False, **given)
     plan = pop.PrunePlan.load(folder / "default.plan")
     assert plan == expected
     assert plan.about == expected.about | {"verdict": {"holds": True, "sentence": "It holds."}}
@@ -289,6 +290,13 @@ def test_calibrate_puts_a_plan_beside_the_weights(calibration, layers, capsys, m
     assert (
         main(["generate", str(folder), "Hello", "--prune", str(folder / "default.plan"), "--max-new-tokens", "3"]) == 0
     )
+
+
+def test_what_the_verdict_would_refuse_is_refused_before_the_work(calibration, capsys, monkeypatch):
+    _, words, _ = calibration
+    monkeypatch.setattr(pop, "calibrate", lambda *_, **__: pytest.fail("calibrated"))
+    assert main([*words, "--longest", "100"]) == 2
+    assert "too short to hold their questions" in capsys.readouterr().err
 
 
 def test_calibrate_goes_on_after_ctrl_c(calibration, monkeypatch):
@@ -317,6 +325,7 @@ def test_few_tokens_are_joined_by_the_texts_that_come_along(calibration, capsys,
     _, words, texts = calibration
     seen = []
     monkeypatch.setattr("pop.cli.texts.default_texts", lambda model: ["x" * 1000])
+    monkeypatch.setattr(commands, "compared", lambda *_: None)  # it refuses texts that only repeat themselves
     monkeypatch.setattr(pop, "calibrate", lambda model, texts, **_: seen.append(texts) or pop.PrunePlan((1,)))
     monkeypatch.setattr(pop, "check", lambda model, plan, rest, **_: seen.append(rest) or pytest.fail("judged"))
     for files, fitted, rest in (
@@ -461,7 +470,7 @@ def test_what_cannot_be_saved_at_the_end_is_saved_elsewhere(command, folder, tmp
         ("calibrate CHAT --out plan picture.png", "picture.png is not text"),
         ("calibrate CHAT --out plan large.txt", "large.txt has more than 20 MB"),
         ("calibrate ./ids --out plan long.txt", "the checkpoint has none"),
-        ("calibrate ./nan --out plan long.txt --longest 100", "finite"),
+        ("calibrate ./nan --out plan long.txt", "finite"),
         ("chat CHAT --temperature -1", "temperature"),
         ("chat CHAT --chat-format teapot", "chat_format is 'teapot'"),
         ("generate smollm2-135m Hello", "python -m tools.demo"),
@@ -473,7 +482,7 @@ def test_an_error_is_one_sentence(arguments, said, folder, tmp_path, monkeypatch
     monkeypatch.chdir(tmp_path)
     (tmp_path / "picture.png").write_bytes(b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR\xff\xfe")
     monkeypatch.setattr("pop.calibration.texts.PER_INPUT", 1)
-    (tmp_path / "long.txt").write_text("a" * 2000)
+    (tmp_path / "long.txt").write_text("".join(chr(33 + n % 90) for n in range(2000)))
     (tmp_path / "text.txt").write_text("some text")
     (tmp_path / "empty.txt").write_text("")
     (tmp_path / "one.txt").write_text("a")

@@ -213,6 +213,27 @@ def test_decode_sees_a_hook_that_is_new_since_the_prefill(shared):
 
 
 @requires_compiler
+def test_a_weight_that_reaches_beyond_its_memory_is_refused(shared):
+    """torch itself would read on. Compiled code would, too."""
+    compiled, _, module, _ = shared
+    weight = module.layers[1].mlp.up_proj.weight
+    original, cache = logits(compiled), compiled.new_cache(1, 20)
+    compiled.prefill([[1, 2, 3]], cache)
+    for _ in range(3):
+        compiled.decode([4], cache)
+    whole, memory = weight.detach().clone(), weight.untyped_storage()
+    try:
+        memory.resize_(memory.nbytes() - 1)
+        for call in (lambda: compiled.decode([4], cache), lambda: logits(compiled), lambda: logits(compiled)):
+            with pytest.raises(RuntimeError, match="out of bounds for storage"):
+                call()
+    finally:
+        memory.resize_(whole.nbytes)
+        weight.detach().copy_(whole)
+    assert_close(logits(compiled), original)
+
+
+@requires_compiler
 def test_layers_may_differ_in_which_weights_are_trained(shared):
     compiled, _, module, compilations = shared
     original, number = logits(compiled), len(compilations)

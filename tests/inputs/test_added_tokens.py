@@ -74,6 +74,55 @@ def test_tokens_that_only_the_configuration_names_get_the_next_free_ids(tmp_path
     assert load_tokenizer(tmp_path).template_variables["pad_token"] == "[PAD]"
 
 
+X, Y = ({"content": content, "special": True} for content in ("<x>", "<y>"))
+
+
+@pytest.mark.parametrize(
+    ("config", "special_map", "expected"),
+    [  # as transformers 5.19 reads them
+        ({"extra_special_tokens": {"image": "<y>"}, "additional_special_tokens": ["<x>"]}, {}, ["<y>", "<x>"]),
+        ({"extra_special_tokens": ["<y>"], "additional_special_tokens": ["<x>"]}, {}, ["<y>"]),
+        ({"eos_token": "<x>"}, {"eos_token": Y}, ["<y>"]),
+        ({"b_token": "<y>"}, {"a_token": "<x>"}, ["<x>", "<y>"]),
+        ({"added_tokens_decoder": [X]}, {"eos_token": "<y>"}, ["<x>"]),
+        ({"added_tokens_decoder": [X, Y | {"special": False}], "eos_token": "<z>"}, {}, ["<x>", "<y>", "<z>"]),
+    ],
+)
+def test_files_that_name_tokens_count_as_in_transformers(config, special_map, expected, tmp_path):
+    """The older files do not count beside added_tokens_decoder."""
+    spec = spec_of("smollm2")
+    free = len(spec["model"]["vocab"])
+    if "added_tokens_decoder" in config:
+        listed = {token["id"]: token for token in spec["added_tokens"]}
+        listed |= dict(enumerate(config["added_tokens_decoder"], free))
+        config = config | {"added_tokens_decoder": listed}
+        (tmp_path / "added_tokens.json").write_text(json.dumps({"<older>": free}))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    (tmp_path / "special_tokens_map.json").write_text(json.dumps(special_map))
+    tokenizer = load(spec, tmp_path)
+    found = tokenizer.added_tokens | tokenizer.special_tokens
+    assert {name: id for name, id in found.items() if id >= free} == {n: free + k for k, n in enumerate(expected)}
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"added_tokens_decoder": {}}, "added_tokens_decoder .* '<empty_output>'"),
+        ({"added_tokens_decoder": [{"lstrip": True}]}, "lstrip"),
+        ({"add_prefix_space": True}, "add_prefix_space"),
+        ({"split_special_tokens": True}, "split_special_tokens"),
+    ],
+)
+def test_settings_that_change_ids_in_transformers_are_refused(config, message, tmp_path):
+    spec = spec_of("smollm2")
+    if config.get("added_tokens_decoder"):
+        listed = {token["id"]: token | config["added_tokens_decoder"][0] for token in spec["added_tokens"]}
+        config = {"added_tokens_decoder": listed}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    with pytest.raises(TokenizerError, match=message):
+        load(spec, tmp_path)
+
+
 def test_a_gap_before_the_added_tokens_is_refused(tmp_path):
     """transformers numbers such tokens anew, so all control tokens would differ."""
     spec = spec_of("qwen3")

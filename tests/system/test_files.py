@@ -1,6 +1,8 @@
 """Files and folders appear whole or not at all, also when two writers meet. See also test_failures.py."""
 
 import os
+import resource
+import tempfile
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -107,6 +109,32 @@ def test_a_file_that_is_saved_over_keeps_its_mode(tmp_path):
             assert draft.stat().st_mode & 0o777 == 0o600
         assert path.stat().st_mode & 0o777 == mode and path.read_text() == "new"
         path.unlink()
+
+
+def test_a_full_disk_is_noticed_before_the_work(tmp_path):
+    """It still takes empty files. A limit to the size of files fails as it does."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (0, limits[1]))
+        with pytest.raises(PlanError, match="the plan cannot be written"):
+            files.check_writable(tmp_path / "plan", "the plan", PlanError)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    files.check_writable(tmp_path / "plan", "the plan", PlanError)
+    assert names(tmp_path) == []
+
+
+def test_the_first_error_is_told_if_no_other_place_can_be_written(tmp_path, monkeypatch):
+    def save(path):
+        write_whole(path, "whole", "the plan", PlanError)
+
+    for folder, told in ((tmp_path, "it is in "), (tmp_path / "missing", "choose another path$")):
+        monkeypatch.setattr(tempfile, "tempdir", str(folder))
+        with pytest.raises(PlanError, match=f"nowhere/plan.*{told}") as caught:
+            files.save_anyway(save, tmp_path / "nowhere" / "plan")
+    assert caught.value.__suppress_context__
+    (saved,) = tmp_path.glob("pop-*/saved")
+    assert saved.read_text() == "whole"
 
 
 @pytest.mark.parametrize("text", ["{", "[]", '{"a": NaN}', "[" * 100_000, "\udcff"])

@@ -23,15 +23,30 @@ def answers(model) -> list:
     return [*texts, model.score("a b", "c"), model.logits([[1, 2]]).tolist(), torch.cat(logits).tolist()]
 
 
+def calibrated(model, path) -> list:
+    """What calibration finds, and what files give back."""
+    texts = [[*range(3, 250)] * 3] * 2
+    scores = pop.importance(model, [text[:9] for text in texts], response_tokens=3, progress=False)
+    scores.save(path)
+    assert pop.Importance.load(path).plan(2) == scores.plan(2)
+    plan = pop.calibrate(model, texts, layers=(1, 2), rank=4, longest=64, steps=1, progress=False)
+    plan.save(path)
+    assert pop.PrunePlan.load(path) == plan
+    verdict = pop.check(model, plan, texts, lengths=[700], questions=1, progress=False)
+    tensors = {name: tensor.tolist() for name, tensor in plan.corrections.tensors.items()}
+    return [scores.prefill.tolist(), tensors, verdict.record(), model.prefill([[1, 2, 3]], model.new_cache()).tolist()]
+
+
 def test_the_default_device_changes_nothing(tmp_path):
     """Tensors that must be on the CPU do not follow it. On the device "meta", they would have no numbers."""
     folder = write_chat_checkpoint(tmp_path / "chat")
-    expected = answers(pop.load(folder, prune=0.5))
-    try:
-        torch.set_default_device("meta")
-        assert answers(pop.load(folder, prune=0.5)) == expected
-    finally:
-        torch.set_default_device(None)
+    for found in (answers, lambda model: calibrated(model, tmp_path / "saved")):
+        expected = found(pop.load(folder, prune=0.5))
+        try:
+            torch.set_default_device("meta")
+            assert found(pop.load(folder, prune=0.5)) == expected
+        finally:
+            torch.set_default_device(None)
 
 
 @pytest.mark.parametrize("path", ["~nosuchuser/x", "x" * 5000, "/" + "x" * 5000, "a/" + "x" * 4990], ids=len)

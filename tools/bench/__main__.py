@@ -131,10 +131,8 @@ def check(args) -> None:
         args.image = _image_size(args.image)
         if args.against:
             raise InputError("--against compares text prompts; leave out --against or --image")
-    if args.json:
-        check_writable(args.json)
+    check_writable(args.json, args.plot)
     if args.plot:
-        check_writable(args.plot)
         check_plot(args.plot)
         if "prefill" not in args.tasks:
             raise InputError("--plot draws the figures of the task prefill; add prefill to --tasks")

@@ -74,8 +74,7 @@ def check(args) -> None:
         )
     if args.plot and not {"text", "ttft"} <= set(args.tasks):
         raise InputError("--plot draws the figures of text over those of ttft; have both in --tasks")
-    for path in filter(None, (args.json, args.plot)):
-        check_writable(path)
+    check_writable(args.json, args.plot)
     if args.plot:
         check_plot(args.plot)
     if args.seed < 0:

@@ -95,8 +95,7 @@ def run(args: argparse.Namespace) -> list[list[float]]:
     """Seconds to the first token, by turn and server, [turns][servers]."""
     check_count("--turns", args.turns)
     check_count("--new-tokens", args.new_tokens)
-    if args.json:
-        check_writable(args.json)
+    check_writable(args.json)
     texts = conversation(args.turns)
     servers = [connect(address) for address in args.servers]
     for server in servers:  # the first answer may compile or load
