@@ -224,7 +224,7 @@ def _load(files: list[Path]) -> Tokenizer:
     return tokenizer
 
 
-def _read(folder: Path, name: str) -> dict[str, Any]:
+def _read(folder: Path, name: str) -> dict:
     file = folder / name
     return read_json(file, TokenizerError) if file.is_file() else {}
 

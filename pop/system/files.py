@@ -11,7 +11,7 @@ import shutil
 import sys
 import tempfile
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -98,7 +98,7 @@ def check_writable(path, what: str, error: type[PopError]) -> None:
     write_whole(path, bytes(4096), what, error, keep=True)  # a full disk takes empty files
 
 
-def save_anyway(save: Callable, path) -> None:
+def save_anyway(save, path) -> None:
     """Call save(path) with what took long. If that fails, save into a temporary file, and name it in the error."""
     try:
         save(path)
