@@ -21,10 +21,11 @@ from pop.inputs.video_files import Video
 from pop.loading import build, load
 from pop.model import Model
 from pop.pruning import cost, reference, selection
+from pop.pruning.corrections import Corrections
 from pop.pruning.plan import PrunePlan
 
 __all__ = [
-    "CacheMemoryError", "CheckpointError", "ConfigError", "ContextOverflow", "Conversation",
+    "CacheMemoryError", "CheckpointError", "ConfigError", "ContextOverflow", "Conversation", "Corrections",
     "DownloadError", "Generation", "Image", "Importance", "InputError", "KVCache", "MissingExtra", "Model",
     "PlanError", "PopError", "Prefix", "PrunePlan", "TokenizerError", "UnknownModel",
     "UnsupportedError", "Verdict", "Video", "WeightsNotFound", "build", "calibrate", "check", "cost", "engine",

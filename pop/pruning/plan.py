@@ -239,7 +239,7 @@ class PrunePlan:
             content = json.dumps(fields, indent=2) + "\n"
         else:
             tensors = self.corrections.tensors | {"sketch": self.corrections.sketch}
-            tensors = {name: tensor.cpu() for name, tensor in tensors.items()}
+            tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
             content = save(tensors, metadata={"pop_plan": json.dumps(fields)})
         files.write_whole(path, content, "the plan", PlanError)
 

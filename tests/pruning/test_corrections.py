@@ -124,6 +124,14 @@ def test_tensors_of_wrong_numbers_are_refused(name, value):
         corrections(**{name: value})
 
 
+def test_a_plan_with_transposed_tensors_can_be_saved(tmp_path):
+    """As a solver gives them."""
+    transposed = torch.arange(7 * 60.0).view(1, 60, 7).mT  # [1, 7, 60]
+    plan = PrunePlan((2, 3), full_depth_first=1, corrections=corrections(shared=transposed))
+    plan.save(tmp_path / "plan")
+    assert PrunePlan.load(tmp_path / "plan") == plan
+
+
 @pytest.mark.parametrize("broken", range(8))
 def test_a_broken_plan_file_is_refused(tmp_path, broken):
     path = tmp_path / "plan"
