@@ -14,7 +14,7 @@ import os
 import random
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import torch
 
@@ -22,10 +22,10 @@ from pop.calibration import search
 from pop.calibration.distill import distill
 from pop.calibration.exercises import TOKENS
 from pop.calibration.held_out import CONTINUATION, Judge, hold_out
-from pop.calibration.passes import Pass, check_gradients
+from pop.calibration.passes import Pass, check_gradients, working_dtype
 from pop.calibration.refit import RIDGE, fitted, wide
 from pop.calibration.resume import WHAT, SavedProgress
-from pop.calibration.texts import SHORTEST, Window, default_texts, enough, parted, text_windows, tokens_needed
+from pop.calibration.texts import SHORTEST, Window, as_list, default_texts, enough, parted, text_windows, tokens_needed
 from pop.engine.modes import own_dtypes_and_devices
 from pop.errors import CacheMemoryError, InputError, PlanError, UnsupportedError, check_count
 from pop.generation.sampling import check_finite
@@ -75,7 +75,7 @@ def calibrate(
         rank: The size of the code that the layers of a group share, from 1 to twice the model's width. A smaller rank
             is faster and less exact. None: half of the model's width.
         longest: The most tokens of a prompt and its continuation in training and in judging. Lengths are spread from
-            128 tokens up to it. Texts with images stay whole.
+            384 tokens up to it. Texts with images stay whole.
         steps: Steps of distillation after the closed form. 0: none.
         resume: A file that keeps unfinished work. If it exists, the same call continues from it.
         seed: Decides which windows are held out, and what the steps train on.
@@ -188,9 +188,7 @@ def _windows(model, texts, images, videos, longest: int) -> tuple[list[Window], 
     """Windows of the texts, and the number of texts."""
     if texts is None:
         texts = parted(default_texts(model))[0]
-    if isinstance(texts, str) or not isinstance(texts, Iterable):
-        raise InputError(f"texts is a {type(texts).__name__}; give a list of strings or of lists of token ids")
-    texts = list(texts)
+    texts = as_list(texts)
     windows = text_windows(model, texts, images, videos, longest)
     total = sum(len(tokens) for tokens, _ in windows)
     if len(windows) < WINDOWS:
@@ -228,12 +226,15 @@ def needed_bytes(model, rank: int, steps: int) -> int:
     """About how many bytes of memory calibration takes beside the weights, if half of the layers are pruned."""
     config = model.config
     inputs = 2 * config.hidden_size
-    solution = 8 * 5 * inputs**2  # X' X, its factor, and eigenvectors with their workspace
-    sums = inputs * _columns(config) * wide(model.dtype).itemsize + solution
+    size = wide(model.dtype).itemsize
+    factored = (2 * 8 + 4 * size) * inputs**2  # X' X and its factor; squares, and eigenvectors with their workspace
+    sums = size * inputs * _columns(config) + factored
     trained = 20 * plan_numbers(model, rank) if steps else 0  # float32 with gradients and Adam's moments, and copies
-    copy = 0 if model.dtype == torch.bfloat16 else 2 * model.num_parameters
-    states = 4 * TOKENS * (inputs + 2 * config.intermediate_size) + 2 * 4 * CONTINUATION * config.vocab_size
-    return copy + max(sums, trained) + states
+    dtype = working_dtype(model)
+    copy = 0 if model.dtype == dtype else dtype.itemsize * model.num_parameters
+    states = TOKENS * (4 * inputs + 2 * dtype.itemsize * config.intermediate_size)
+    logits = 2 * 4 * CONTINUATION * config.vocab_size
+    return copy + max(sums, trained) + states + logits
 
 
 def check_memory(model, rank: int, steps: int) -> None:

@@ -174,8 +174,13 @@ def check_gradients(model) -> None:
         raise InputError("the model was loaded under torch.inference_mode, which rules out gradients; load it outside")
 
 
-def working_copy(model) -> torch.nn.Module:
-    """The module in bfloat16, or in float32 on a CPU without fast products in bfloat16."""
+def working_dtype(model) -> torch.dtype:
+    """bfloat16, or float32 on a CPU without fast products in bfloat16."""
     is_slow = model.device.type == "cpu" and torch.bfloat16 in WIDENED
-    dtype = torch.float32 if is_slow else torch.bfloat16
+    return torch.float32 if is_slow else torch.bfloat16
+
+
+def working_copy(model) -> torch.nn.Module:
+    """The module in its working dtype."""
+    dtype = working_dtype(model)
     return model.module if model.dtype == dtype else copy.deepcopy(model.module).to(dtype)

@@ -146,13 +146,16 @@ class Fit:
             for columns in self.xy.split(self.widths, dim=1):
                 yield torch.linalg.solve_triangular(factor, columns.double() / self.count, upper=False).T
 
-        squares = torch.zeros_like(factor)  # (C F)' C F
+        squares = torch.zeros_like(factor, dtype=self.xy.dtype)  # (C F)' C F
         for number, part in enumerate(parts()):
             if number < len(self.group):
                 part = self._of_all_heads(part).flatten(0, 1)
+            part = part.to(squares.dtype)
             squares.addmm_(part.T, part)
-        basis = torch.linalg.eigh(squares).eigenvectors[:, -self.rank :].clone()  # Q, of the largest eigenvalues
+        directions = torch.linalg.eigh(squares).eigenvectors  # of the largest eigenvalues at the end
         del squares
+        basis = directions[:, -self.rank :].to(factor.dtype, copy=True)  # Q
+        del directions
         rows = [part @ basis for part in parts()]
         weight = torch.stack([self._of_all_heads(row) for row in rows[: len(self.group)]])
         shared = torch.linalg.solve_triangular(factor, basis.T, upper=False, left=False)

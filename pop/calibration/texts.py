@@ -65,11 +65,16 @@ def python_texts(times: int = 1) -> list[str]:
     return texts
 
 
-def parted(texts: Iterable) -> tuple[list, list]:
-    """Split each text, a string or token ids, into the part that calibration sees, and the rest for the verdict."""
+def as_list(texts) -> list:
+    """The texts, if they are several strings or lists of token ids."""
     if isinstance(texts, str) or not isinstance(texts, Iterable):
         raise InputError(f"texts is a {type(texts).__name__}; give a list of strings or of lists of token ids")
-    texts = list(texts)
+    return list(texts)
+
+
+def parted(texts: Iterable) -> tuple[list, list]:
+    """Split each text, a string or token ids, into the part that calibration sees, and the rest for the verdict."""
+    texts = as_list(texts)
     cuts = [int(len(text) * FITTED) for text in texts]
     fitted = [text[:cut] for text, cut in zip(texts, cuts, strict=True)]
     rest = [text[cut:] for text, cut in zip(texts, cuts, strict=True)]

@@ -4,6 +4,7 @@ import dataclasses
 import random
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from support.tiny import random_model, tiny_config
@@ -124,12 +125,13 @@ def test_memory_that_is_short_is_refused_with_the_numbers(model, steps, monkeypa
         calibrate_file.check_memory(model, 15, steps)
 
 
-def test_the_bytes_are_those_of_the_sums_and_the_states():
-    """By hand, for a width that makes everything else small: X'X with factor and eigenvectors, and X'Y."""
+@pytest.mark.parametrize(("dtype", "size"), [(torch.float32, 8), (torch.bfloat16, 4)])
+def test_the_bytes_are_those_of_the_sums_and_the_states(dtype, size):
+    """By hand, for a width that makes everything else small: X'X and its factor, the eigenvectors, and X'Y."""
     config = tiny_config(hidden_size=2000, num_layers=8, num_heads=10, num_kv_heads=5, head_dim=100)
-    model = pop.Model(random_model(tiny_config()), config)
+    model = pop.Model(random_model(tiny_config()).to(dtype), config)
     columns = 4 * 1000 + 2000  # K and V of half of the layers, and an update of h
-    least = 8 * (5 * 4000**2 + 4000 * columns)
+    least = 8 * 2 * 4000**2 + size * (4 * 4000**2 + 4000 * columns)
     assert least < needed_bytes(model, 1, 0) < least + 200e6
 
 

@@ -99,9 +99,9 @@ def test_a_table_has_each_fact_that_it_asks_for(model):
     """The values of the continuation stand in the prompt, with the same two words. The prompt keeps its length."""
     rng, found = random.Random(0), 0
     window = model.encode(" ".join(rng.choice(WORDS.split()) for _ in range(3000)), bos=False)
-    patterns = [re.escape(form).replace(r"\{0\}", r"(\w+)").replace(r"\{1\}", r"(\w+)") for form in FORMS]
-    patterns = [pattern.replace(r"\{2\}", r"([0-9a-f.]*[0-9a-f])") for pattern in patterns]
-    for _ in range(12):
+    filled = [re.escape(form.format("WORD", "WORD", "VALUE")) for form in FORMS]
+    patterns = [form.replace("WORD", r"(\w+)").replace("VALUE", r"([0-9a-f.]*[0-9a-f])") for form in filled]
+    for _ in range(24):
         tokens, cut, _ = exercise(model, [(window, [])], TABLE, rng)
         size = tokens.shape[1]
         assert size >= SHORTEST_PROMPT + CONTINUATION and cut == size - min(CONTINUATION, size // 3)
