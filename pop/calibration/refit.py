@@ -146,20 +146,23 @@ class Fit:
             for columns in self.xy.split(self.widths, dim=1):
                 yield torch.linalg.solve_triangular(factor, columns.double() / self.count, upper=False).T
 
-        squares = torch.zeros_like(factor, dtype=self.xy.dtype)  # (C F)' C F
-        for number, part in enumerate(parts()):
-            if number < len(self.group):
-                part = self._of_all_heads(part).flatten(0, 1)
-            part = part.to(squares.dtype)
-            squares.addmm_(part.T, part)
-        directions = torch.linalg.eigh(squares).eigenvectors  # of the largest eigenvalues at the end
-        del squares
-        basis = directions[:, -self.rank :].to(factor.dtype, copy=True)  # Q
-        del directions
+        basis = self._largest_directions(parts())  # Q
         rows = [part @ basis for part in parts()]
         weight = torch.stack([self._of_all_heads(row) for row in rows[: len(self.group)]])
         shared = torch.linalg.solve_triangular(factor, basis.T, upper=False, left=False)
         return Solution(weight, shared, rows[-1] if self.has_update else None)
+
+    def _largest_directions(self, parts: Iterator[Tensor]) -> Tensor:
+        """As many orthonormal directions [2 * D, R] as the rank, in which the rows of all parts are largest."""
+        squares = torch.zeros_like(self.xx, dtype=self.xy.dtype)
+        for number, part in enumerate(parts):
+            if number < len(self.group):
+                part = self._of_all_heads(part).flatten(0, 1)
+            part = part.to(squares.dtype)
+            squares.addmm_(part.T, part)
+            del part  # what follows takes much memory
+        directions = torch.linalg.eigh(squares).eigenvectors  # of the largest eigenvalues at the end
+        return directions[:, -self.rank :].to(self.xx.dtype, copy=True)
 
     def _of_all_heads(self, rows: Tensor) -> Tensor:
         """Rows for K and V of a layer [2 * K * E, M], with the heads of all processes: [2, K * E, M]."""
