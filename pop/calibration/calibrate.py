@@ -75,7 +75,7 @@ def calibrate(
         rank: The size of the code that the layers of a group share, from 1 to twice the model's width. A smaller rank
             is faster and less exact. None: half of the model's width.
         longest: The most tokens of a prompt and its continuation in training and in judging. Lengths are spread from
-            384 tokens up to it. Texts with images stay whole.
+            128 tokens up to it. Texts with images stay whole.
         steps: Steps of distillation after the closed form. 0: none.
         resume: A file that keeps unfinished work. If it exists, the same call continues from it.
         seed: Decides which windows are held out, and what the steps train on.

@@ -92,8 +92,8 @@ def test_windows_of_several_lengths_are_held_out(lengths, longest):
 def test_the_held_out_windows_have_three_lengths():
     windows = [([number] * 4096, []) for number in range(60)]
     left, judged = hold_out(windows, 4096)
-    assert [len(window) for window, _ in judged] == [640, 1152, 4096] * 3 and len(left) == 51
-    assert [len(window) for window, _ in hold_out(windows, 1000)[1]] == [640, 1000, 1000] * 3
+    assert [len(window) for window, _ in judged] == [384, 1152, 4096] * 3 and len(left) == 51
+    assert [len(window) for window, _ in hold_out(windows, 1000)[1]] == [384, 1000, 1000] * 3
     shown = [(window, ["an image"]) for window, _ in windows]
     assert {len(window) for window, _ in hold_out(shown, 4096)[1]} == {4096}  # they stay whole
 
