@@ -36,7 +36,11 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--lengths", type=int, nargs="+", default=[512, 1024, 2048])
     parser.add_argument("--compile", action="store_true", help="let vLLM compile")
+    parser.add_argument("--alone", action="store_true", help="vLLM without the plugin, to see what that costs")
     args = parser.parse_args()
+    if args.alone:
+        del os.environ["POP_PLAN"]
+        args.plans = []
     torch.set_num_threads(1)
     model = pop.load(args.model, dtype=torch.float32, compile=False, prune=None, progress=False)
     ids = model.tokenizer.encode("\n".join(path.read_text() for path in sorted(TEXTS.glob("*.txt"))))
@@ -83,8 +87,9 @@ def plan_of(name: str, model) -> pop.PrunePlan:
 
 def run(llm, plan: pop.PrunePlan, prompts: list[list[int]], new_tokens: int) -> float:
     """Seconds of CPU for prompts with an empty prefix cache."""
-    llm.apply_model(lambda module: module.use(plan))
-    limit_hits(llm.llm_engine.engine_core.engine_core.scheduler.kv_cache_manager, plan)
+    if "POP_PLAN" in os.environ:
+        llm.apply_model(lambda module: module.use(plan))
+        limit_hits(llm.llm_engine.engine_core.engine_core.scheduler.kv_cache_manager, plan)
     llm.reset_prefix_cache()
     params = SamplingParams(temperature=0, max_tokens=new_tokens, ignore_eos=True)
     before = time.process_time()
