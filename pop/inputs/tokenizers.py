@@ -241,6 +241,8 @@ def _named_tokens(config: dict, special_map: dict) -> dict[str, dict]:
     both = special_map | config
     listed = both.get("additional_special_tokens") or []
     extra = both.get("extra_special_tokens") or {}
+    if extra != special_map.get("extra_special_tokens", extra):
+        raise TokenizerError("special_tokens_map.json has other extra_special_tokens than tokenizer_config.json")
     if isinstance(extra, list):
         listed = extra
         extra = {}

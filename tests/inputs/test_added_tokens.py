@@ -123,6 +123,13 @@ def test_settings_that_change_ids_in_transformers_are_refused(config, message, t
         load(spec, tmp_path)
 
 
+def test_two_files_that_name_other_extra_tokens_are_refused(tmp_path):
+    (tmp_path / "tokenizer_config.json").write_text('{"extra_special_tokens": ["<x>"]}')
+    (tmp_path / "special_tokens_map.json").write_text('{"extra_special_tokens": ["<y>"]}')
+    with pytest.raises(TokenizerError, match="special_tokens_map.json has other extra_special_tokens"):
+        load(spec_of("smollm2"), tmp_path)
+
+
 def test_a_gap_before_the_added_tokens_is_refused(tmp_path):
     """transformers numbers such tokens anew, so all control tokens would differ."""
     spec = spec_of("qwen3")
