@@ -38,9 +38,9 @@ def connect(address: str) -> Server:
     url = url.rstrip("/")
     if not url.startswith(("http://", "https://")):
         raise InputError(f"{address} is no address; write one as in http://127.0.0.1:8000/v1")
-    listed = b"".join(request(f"{url}/models"))
     if model:
         return Server(url, model)
+    listed = b"".join(request(f"{url}/models"))
     try:
         return Server(url, json.loads(listed)["data"][0]["id"])
     except (ValueError, LookupError, TypeError):
