@@ -96,7 +96,7 @@ def test_modules_that_other_code_imports(name):
 # What makes code dense.
 # Syntax nodes of the files in calibration/, and of all others. The aim is 92,000 for both together, which the search
 # for layers and the verdict have put out of reach for now. Lower these bounds when nodes go.
-CALIBRATION, OTHERS = 20_500, 83_870
+CALIBRATION, OTHERS = 20_410, 83_920
 PACKED = 10  # assignments such as `a, b = f(x), g(y)`
 PRIVATE, PUBLIC = 6, 10  # parameters of a function, those that are not keyword-only
 

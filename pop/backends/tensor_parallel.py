@@ -25,11 +25,13 @@ from torch import Tensor, nn
 import pop.models as models
 from pop.backends.cpu import Embedding, Linear, linear
 from pop.backends.experts import Experts
-from pop.checkpoints.weights import VISION, Shard
+from pop.checkpoints.weights import Shard
 from pop.errors import InputError
 from pop.models.config import Olmo2Config
 from pop.models.olmo2 import HeadsNorm
 from pop.system.memory import to_device
+
+VISION = ("vision_tower.", "multi_modal_projector.", "model.visual.")  # how names in vision towers begin
 
 
 def launched() -> tuple[int, int]:

@@ -10,6 +10,7 @@ texts ──► windows to fit, and windows to judge by (texts.py, held_out.py)
 import dataclasses
 import functools
 import hashlib
+import math
 import os
 import random
 import sys
@@ -278,33 +279,22 @@ def _decided(model, wanted, windows: list[Window], judge: Judge, rank: int, prog
 
 
 def _closed_form(model, plan, windows: list[Window], judge: Judge, rank: int, progress: bool) -> PrunePlan:
-    """Fit the corrections of a plan. The held-out windows choose lambda.
-
-    The loss has one valley over lambda. So walk from the middle to both sides, as long as the loss falls.
-    """
+    """Fit the corrections of a plan. The held-out windows choose lambda."""
     num_groups = sum(group.is_pruned for group in plan.groups(model.config.num_layers, model.module.deepstack_layers))
     windows = enough(windows, tokens_needed(model))
     num_tokens = sum(len(tokens) for tokens, _ in windows)
     with progress_bar("fitting", num_groups * num_tokens, "tokens", progress) as step:
         fit = fitted(model, windows, plan, rank, step)
 
-    def loss(candidate: PrunePlan) -> float:
-        found = judge.losses(candidate).mean
-        check_finite(torch.tensor(found), "predictions on the texts")
-        return found
-
-    best = fit.calibrated()
-    least = loss(best)
-    middle = RIDGES.index(RIDGE)
-    directions = (RIDGES[:middle][::-1], RIDGES[middle + 1 :]) if fit.last_group_is_open else ()
-    for ridges in directions:
-        for ridge in ridges:
-            candidate = fit.calibrated(ridge)
-            found = loss(candidate)
-            if found >= least:
-                break
+    best = None
+    least = math.inf
+    for ridge in RIDGES if fit.last_group_is_open else [RIDGE]:
+        candidate = fit.calibrated(ridge)
+        loss = judge.losses(candidate).mean
+        check_finite(torch.tensor(loss), "predictions on the texts")
+        if loss < least:
             best = candidate
-            least = found
+            least = loss
     return best
 
 

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pop.calibration.questions import KINDS, Question, Writer, make_questions, quotations
-from pop.calibration.texts import SHORTEST, TOKENS_AT_ONCE, builtin_texts, parted
+from pop.calibration.texts import SHORTEST, TOKENS_AT_ONCE, as_list, builtin_texts, parted
 from pop.engine.modes import own_dtypes_and_devices
 from pop.errors import InputError, check_count, some
 from pop.generation.sampling import check_finite
@@ -78,7 +78,6 @@ class Verdict:
         return {
             "holds": self.holds,
             "sentence": self.sentence,
-            "lengths": [int(length) for length in self.loss],
             "loss": self.loss,
             "answers": {
                 kind: {length: [*exact.sum(0).tolist(), len(exact)] for length, exact in by_length.items()}
@@ -148,8 +147,8 @@ def check(
     return Verdict(loss, arrays)
 
 
-def compared(model, texts, lengths, questions=12, seed=0) -> list[tuple]:
-    """What `check` compares: each length with windows of text, and questions. Raises InputError as `check` does."""
+def compared(model, texts, lengths, questions=12, seed=0) -> list[tuple[int, list[list[int]], list[Question]]]:
+    """What `check` compares at each length: windows of text, and questions. It raises what `check` raises."""
     if not lengths:
         raise InputError("lengths is empty; give at least one prompt length in tokens")
     most = model.max_seq_len - CONTINUATION
@@ -161,8 +160,8 @@ def compared(model, texts, lengths, questions=12, seed=0) -> list[tuple]:
     work = []
     for length in lengths:
         count = questions if length <= LONG else (questions + 1) // 2
-        asked = make_questions(writer, makers, [length], count)
-        work.append((length, _windows(head, text, length), asked[length]))
+        asked = make_questions(writer, makers, [length], count)[length]
+        work.append((length, _windows(head, text, length), asked))
     return work
 
 
@@ -170,10 +169,8 @@ def _joined(model, texts) -> tuple[list[int], list[int]]:
     """BOS, if the texts begin with it, and the token ids of all texts after it."""
     if texts is None:
         _, texts = parted(builtin_texts())
-    if isinstance(texts, str) or not texts:
-        raise InputError(f"texts is {texts!r:.80}; give a list of strings or of lists of token ids")
-    rows = [model.encode(text, "text") for text in texts]
-    head = rows[0][:1] if rows[0][0] == model.config.bos_id else []
+    rows = [model.encode(text, "text") for text in as_list(texts)]
+    head = rows[0][:1] if rows and rows[0][0] == model.config.bos_id else []
     text = [token for row in rows for token in row[len(head) :]]
     if len(text) < SHORTEST:
         raise InputError(f"the texts have {len(text)} tokens, but a check needs {SHORTEST}; give longer ones")

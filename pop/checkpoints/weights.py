@@ -30,7 +30,6 @@ RENAMED = {
     r"language_model\.(?!model\.)": "language_model.model.",
 }
 ROPE_TABLES = ("rotary_emb.inv_freq", "rope.freqs")  # in old files; ours follow from the config
-VISION = ("vision_tower.", "multi_modal_projector.", "model.visual.")
 EMBEDDING = "embed_tokens.weight"  # the end of its name
 HEAD = "lm_head.weight"
 EXPERT_MATRICES = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
@@ -41,6 +40,7 @@ OTHERS = {
     "*.gguf": "which `python -m tools.convert FILE DIR` converts",
     "params.json": "Meta's layout, which `python -m tools.convert FOLDER DIR` converts",
 }
+OF_LAYER = ".self_attn.o_proj."  # in a name of each layer, and in none of a vision tower
 QUANTISED = (".qweight", ".qzeros", ".absmax", ".SCB", ".weight_packed", ".weight_scale", ".weight_scale_inv")
 BAR_FROM = 2**30  # bytes; fewer load too quickly for a progress bar
 
@@ -236,11 +236,7 @@ def _survey(folder: Path, config: Config, shapes: dict[str, tuple[int, ...]]) ->
 def _causes(config: Config, stored: Iterable[str], missing: list[str], surplus: list[str]) -> list[str]:
     """Return what may explain that the weights are not those of the config."""
     causes = []
-    layers = set()
-    for name in stored:
-        layer = re.match(r".*?layers\.\d+\.", name)
-        if layer and not name.startswith(VISION):
-            layers.add(layer[0])
+    layers = {name.partition(OF_LAYER)[0] for name in stored if OF_LAYER in name}
     if len(layers) != config.num_layers:
         causes.append(f"num_hidden_layers is {config.num_layers} but {len(layers)} layers are stored")
     if any(name.endswith(QUANTISED) for name in surplus):

@@ -51,7 +51,8 @@ class Look:
         self.weights = [entry for entry in self.entries if type(entry) in (nn.Parameter, Tensor)]
         self.sizes = sizes_of(self.weights)
         self.facts = self._facts()
-        list(map(Tensor.squeeze, self.weights))  # a view checks the memory, and a product does not
+        for weight in self.weights:
+            weight.squeeze()  # a view checks the memory, and a product does not
 
     def unchanged(self) -> bool:
         """Whether the layer is as it was, apart from values of weights that changed in place."""

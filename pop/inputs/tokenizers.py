@@ -201,12 +201,16 @@ def _load(files: list[Path]) -> Tokenizer:
     is_json = files[0].suffix == ".json"
     spec = json.loads(files[0].read_bytes()) if is_json else {}
     config = _read(folder, "tokenizer_config.json")
-    byte_pair.check_settings(config, config.keys() - {"add_prefix_space", "split_special_tokens"})
+    for name in ("add_prefix_space", "split_special_tokens"):  # would change ids
+        byte_pair.check(f"the setting {name}", config.get(name) or None, None)
     listed = config.get("added_tokens_decoder")
-    # With it, transformers does not read the older files.
-    older = [_read(folder, name) if listed is None else {} for name in ("special_tokens_map.json", "added_tokens.json")]
-    named = _named_tokens(config, older[0])
-    added = _added_tokens(listed, older[1], spec, named.values())
+    special_map = {}
+    older = {}
+    if listed is None:  # otherwise transformers does not read these older files
+        special_map = _read(folder, "special_tokens_map.json")
+        older = _read(folder, "added_tokens.json")
+    named = _named_tokens(config, special_map)
+    added = _added_tokens(listed, older, spec, named.values())
     data = files[-1].read_bytes()
     if files[-1].suffix != ".json" and data[:1] == b"\n":  # the first tag of a sentencepiece model
         tokenizer = sentence_piece.from_tokenizer_model(data, added)
@@ -246,8 +250,10 @@ def _named_tokens(config: dict, special_map: dict) -> dict[str, dict]:
     if isinstance(extra, list):
         listed = extra
         extra = {}
-    named = dict.fromkeys(_FIRST) | both | special_map
-    named = {key: named[key] for key in named if key.endswith("_token")} | extra | dict(enumerate(listed))
+    in_order = dict.fromkeys(_FIRST) | both | special_map
+    named = {key: token for key, token in in_order.items() if key.endswith("_token")}
+    named |= extra
+    named |= dict(enumerate(listed))
     tokens = {}
     for key, token in named.items():
         if token and token is not True:  # add_bos_token and its like are true or false
@@ -256,7 +262,10 @@ def _named_tokens(config: dict, special_map: dict) -> dict[str, dict]:
 
 
 def _added_tokens(listed: dict | None, older: dict, spec: dict, named: Iterable[dict]) -> list[dict]:
-    """Return the added tokens of all files, in the form of tokenizer.json. Those `listed` in the config count most.
+    """Return the added tokens of all files, in the form of tokenizer.json.
+
+    Those `listed` in the configuration count most, and must be all that `spec`, the tokenizer.json, has. `older` are
+    those of added_tokens.json.
 
     The last of them have no id: those that the configuration names, and no file lists.
     """
@@ -293,7 +302,8 @@ def sort_added(tokens: list[dict], vocab: dict[str, int]) -> tuple[dict, dict, s
                 f"the added token {name!r} has the id {id!r}; "
                 f"it must have a text and the id {expected}, since ids have no gaps."
             )
-        free += name not in vocab
+        if name not in vocab:
+            free += 1
         kind = special if token["special"] else added
         kind[name] = id
     ids = list({**vocab, **special, **added}.values())

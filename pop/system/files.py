@@ -11,7 +11,7 @@ import shutil
 import sys
 import tempfile
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +80,9 @@ def replaced(path: str | os.PathLike, *, keep: bool = False) -> Iterator[Path]:
             draft.unlink()
 
 
-def write_whole(path, data: str | bytes, what: str, error: type[PopError], keep: bool = False) -> None:
+def write_whole(
+    path: str | os.PathLike, data: str | bytes, what: str, error: type[PopError], *, keep: bool = False
+) -> None:
     """Write a file whole or not at all. Raises `error`, which names `what` was to be written and why it was not.
 
     With `keep`, the file at this path stays as it is, and what was written is removed.
@@ -93,12 +95,12 @@ def write_whole(path, data: str | bytes, what: str, error: type[PopError], keep:
         raise error(f"{what} cannot be written to {path} ({reason}); choose another path") from None
 
 
-def check_writable(path, what: str, error: type[PopError]) -> None:
+def check_writable(path: str | os.PathLike, what: str, error: type[PopError]) -> None:
     """Raise the error that `write_whole` would raise, before the work. Nothing is left behind."""
     write_whole(path, bytes(4096), what, error, keep=True)  # a full disk takes empty files
 
 
-def save_anyway(save, path) -> None:
+def save_anyway(save: Callable[[str | os.PathLike], object], path: str | os.PathLike) -> None:
     """Call save(path) with what took long. If that fails, save into a temporary file, and name it in the error."""
     try:
         save(path)

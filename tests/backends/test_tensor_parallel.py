@@ -23,10 +23,10 @@ from support.tiny import tiny_config, write_weights
 from support.tiny_chat import write_chat_checkpoint
 
 import pop
-from pop.backends.tensor_parallel import Part, join
+from pop.backends.tensor_parallel import VISION, Part, join
 from pop.checkpoints.config_json import read_config
 from pop.checkpoints.registry import lookup
-from pop.checkpoints.weights import VISION, load_weights
+from pop.checkpoints.weights import load_weights
 from pop.cli import main
 from pop.engine.cache import KVCache
 from tools.checkpoints.make_random import config_of

@@ -1,5 +1,6 @@
 """`pop.calibrate` as a whole: what it decides, what it says and checks before the work, and unfinished work."""
 
+import copy
 import dataclasses
 import random
 
@@ -133,6 +134,20 @@ def test_the_bytes_are_those_of_the_sums_and_the_states(dtype, size):
     columns = 4 * 1000 + 2000  # K and V of half of the layers, and an update of h
     least = 8 * 2 * 4000**2 + size * (4 * 4000**2 + 4000 * columns)
     assert least < needed_bytes(model, 1, 0) < least + 200e6
+
+
+def test_a_model_that_does_not_run_in_its_own_dtype_needs_a_copy(model, monkeypatch):
+    """On CPUs without fast products in bfloat16, that is a bfloat16 model; elsewhere a float32 model."""
+    half = pop.Model(copy.deepcopy(model.module).bfloat16(), model.config)
+    count = model.num_parameters
+    needed = {}
+    for slow in (set(), {torch.bfloat16}):
+        monkeypatch.setattr("pop.calibration.passes.WIDENED", slow)
+        for one in (model, half):
+            needed[one, bool(slow)] = needed_bytes(one, 5, 0)
+    wider = needed[model, True] - needed[model, False] + 2 * count  # what states and logits take in float32
+    assert needed[half, True] - needed[half, False] == wider + 4 * count
+    assert wider > 0
 
 
 def test_what_the_work_takes_is_said_before_it(model, monkeypatch, capsys):

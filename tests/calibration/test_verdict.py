@@ -135,7 +135,7 @@ def test_a_record_fits_into_a_plan(verdict):
     plan = pop.PrunePlan((1,), about={"verdict": record})
     assert plan.about["verdict"] == record
     assert len(json.dumps(record)) < 5000
-    assert record["lengths"] == [700, 928]
+    assert [*record["loss"]] == ["700", "928"]
     assert record["answers"]["codes"]["700"] == [*map(int, verdict.exact["codes"]["700"].sum(0)), 2]
     assert record["kept"] is None  # random weights answer nothing
 

@@ -48,7 +48,6 @@ def test_each_plan_is_printed_with_its_record(tmp_path, monkeypatch, capsys):
 VERDICT = {
     "holds": True,
     "sentence": "The plan holds.",
-    "lengths": [256, 1024],
     "loss": {
         "256": {"kl": 0.012, "first": 0.02, "same": 0.93},
         "1024": {"kl": 0.02, "first": 0.03, "same": 0.9},

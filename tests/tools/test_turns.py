@@ -14,15 +14,21 @@ from tools.serve import kept_logits, turns
 
 
 @contextlib.contextmanager
-def fake(name, delays, seen):
-    """A server with the model `name`. It waits delays[n] seconds before its answer in turn n, and notes requests."""
+def fake(name, delays, seen, lists=True):
+    """A server with the model `name`, which it may not list. It waits delays[n] seconds before its answer in turn n.
+
+    It notes the requests in `seen`.
+    """
 
     class Handler(BaseHTTPRequestHandler):
         def log_message(self, *_):
             pass
 
         def do_GET(self):
-            self.reply(json.dumps({"data": [{"id": name}]}).encode())
+            if lists:
+                self.reply(json.dumps({"data": [{"id": name}]}).encode())
+            else:
+                self.send_error(500)
 
         def do_POST(self):
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -103,3 +109,12 @@ def test_what_is_refused(capsys):
 def test_an_event_that_is_no_part_of_an_answer_ends_the_run(data):
     with pytest.raises(turns.InputError, match="which is no part of an answer"):
         turns.piece_of(turns.Server("http://here/v1", "m"), data)
+
+
+def test_a_server_that_lists_no_models_is_asked_for_the_one_that_is_named():
+    """transformers' server fails to list its models without a cache of the hub."""
+    seen = []
+    with fake("a", [0], seen, lists=False) as url:
+        assert turns.main([f"{url}#other", "--turns", "1"]) == 0
+        assert turns.main([url, "--turns", "1"]) == 2
+    assert {body["model"] for _, body in seen} == {"other"}
