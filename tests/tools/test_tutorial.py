@@ -73,7 +73,7 @@ def test_each_point_of_the_frontier_is_of_its_own_plan(short):
         assert [plan.layers for plan in plans] == list(short["depths"].values())
         assert {plan.corrections is None for plan in plans} == {name == "plain"}
         assert short["limits"][name] == sorted(short["limits"][name])
-        assert short["losses"][name][2] == short["judge"].losses(plans[2])
+        assert short["lost"][name][2] == short["losses"](plans[2])
 
 
 def test_the_outputs_are_those_of_one_run_and_small():
@@ -89,10 +89,13 @@ def test_the_outputs_are_those_of_one_run_and_small():
 def test_on_the_real_model_the_numbers_are_as_the_text_says(smollm2):
     names = execute()
     assert names["decode_token"] > 2 * names["prefill_token"]
-    third, scores = names["third"], names["scores"]
-    assert scores.prefill[-1] == 0
-    assert scores.prefill[-third:].sum() / scores.prefill.sum() < 0.1
-    assert scores.decode[-third:].sum() / scores.decode.sum() > 0.2
+    continuing, copying, looking_up = names["scores"].values()
+    assert continuing.prefill[-1] == 0
+    assert continuing.prefill[-10:].sum() / continuing.prefill.sum() < 0.1
+    assert continuing.decode[-10:].sum() / continuing.decode.sum() > 0.2
+    for found, peak in ((copying, 17), (looking_up, 16)):
+        assert found.prefill[8:].argmax() == peak - 8
+        assert found.prefill[peak] - found.prefill_error[peak] > found.prefill[18:].max()
 
     at_full_depth, eight, no_boundary, dropped = names["first_kl"].values()
     assert eight < at_full_depth < 1 and no_boundary > 10 * at_full_depth and dropped > 10 * at_full_depth
@@ -105,7 +108,11 @@ def test_on_the_real_model_the_numbers_are_as_the_text_says(smollm2):
     assert max(kl["with the previous token"], kl["corrected"]) < kl["plain"] / 5
 
     third, half = 1, 2  # of the depths
-    losses = names["losses"]
-    one, two = losses["corrected"][half], losses["with the previous token"][half]
-    assert two.continuation < losses["plain"][third].continuation
-    assert one.copied + 0.1 < two.copied < losses["plain"][third].copied - 0.1
+    lost = names["lost"]
+    _, one_copied = lost["corrected"][half]
+    two_kl, two_copied = lost["with the previous token"][half]
+    third_kl, third_copied = lost["plain"][third]
+    assert two_kl < third_kl
+    assert one_copied + 0.1 < two_copied < third_copied - 0.1
+
+    assert not names["verdict"].holds
