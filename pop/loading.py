@@ -95,7 +95,7 @@ def load(
     part = Part(config, rank, ranks) if ranks > 1 else None
     shards = {} if part is None else part.shards
     progress = progress and rank == 0
-    make_cache_folder()  # torch needs it for modules on the meta device
+    make_cache_folder()
     with torch.device("meta"):
         module = models.build(config) if part is None else part.build()
     _check_memory(module, dtype, device, min(max_seq_len, CHUNK_SIZE))
@@ -128,6 +128,7 @@ def build(folder: str | os.PathLike):
     For code that has the weights: after `module.load_state_dict(weights, assign=True)`, the memory is shared, and
     pop.Model(module, module.config) runs it.
     """
+    make_cache_folder()  # torch needs it for modules on the meta device
     with torch.device("meta"):
         return models.build(read_config(folder)).eval()
 

@@ -8,6 +8,7 @@ import ast
 import copy
 import functools
 import inspect
+import itertools
 import json
 import re
 import shlex
@@ -68,7 +69,7 @@ def shortened(calibrate, model, texts=None, plan=None, *, steps=200, **options):
 
 def shortened_check(check, model, plan, texts=None, **options):
     """pop.check, with one question of each kind about a short prompt."""
-    return check(model, plan, texts, **options | {"lengths": (256,), "questions": 1})
+    return check(model, plan, texts, **options | {"lengths": (384,), "questions": 1})
 
 
 @pytest.fixture
@@ -241,11 +242,12 @@ def test_the_demo_prints_what_the_readme_shows(smollm2, monkeypatch, capsys):
     assert demo.main() == 0
     result = json.loads(capsys.readouterr().out)
     rows = result["rows"]
-    (shown,) = (block for block in blocks("text", "pop/calibration/README.md") if "answers\n" in block)
-    numbers, answers = shown.split("answers\n")
     assert f"{result['prompt_tokens']:,} tokens" in READMES["pop/calibration/README.md"]
     assert len(rows) == 4
-    for row in rows:
+    shown = [block for block in blocks("text") if "\nanswers\n" in block]
+    assert len(shown) == 2  # in README.md and pop/calibration/README.md
+    for row, block in itertools.product(rows, shown):
+        numbers, answers = block.split("\nanswers\n")
         label = row["plan"] + "  "
         (line,) = (line for line in numbers.splitlines() if line.startswith(label))
         *_, speedup, limit, kl, repeated, copied = line.split()

@@ -204,7 +204,7 @@ answers
 
 Decode runs all layers, whatever the plan.
 
-Next: `pop chat {result["model"]}`, `python -m tools.demo --prune 0.5`, or the ten lines of Python in README.md."""
+Next: `pop chat {result["model"]}`, the Python in README.md, or `pop calibrate MODEL my.txt` for a plan of your own."""
 
 
 if __name__ == "__main__":

@@ -133,7 +133,8 @@ def _flash(q: Tensor, k: Tensor, v: Tensor, scale: float, before: int | None) ->
     options = {"scale": scale}
     if before is not None and before < UNBOUNDED:
         options |= {"window_size_left": before, "window_size_right": 0}
-    T, N = q.shape[1], k.shape[1]
+    T = q.shape[1]
+    N = k.shape[1]
     causal = before is not None
     return aten._flash_attention_forward(q, k, v, None, None, T, N, 0.0, causal, False, **options)[0]
 

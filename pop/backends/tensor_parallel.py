@@ -27,7 +27,6 @@ from pop.backends.cpu import Embedding, Linear, linear
 from pop.backends.experts import Experts
 from pop.checkpoints.weights import Shard
 from pop.errors import InputError
-from pop.models.config import Olmo2Config
 from pop.models.olmo2 import HeadsNorm
 from pop.system.memory import to_device
 
@@ -186,9 +185,6 @@ class Part:
             gate_and_up = (begin, end), (experts.width + begin, experts.width + end)  # gate's rows, then those of up
             self._shards["experts.gate_up_proj"] = Shard(1, 2 * experts.width, gate_and_up)
             self._shards["experts.down_proj"] = shared(2, experts.width)
-        if isinstance(whole, Olmo2Config):
-            self._shards["q_norm"] = shared(0, H * E)
-            self._shards["k_norm"] = keys
         self.config = dataclasses.replace(whole, **sizes)
 
     def build(self) -> nn.Module:
@@ -201,6 +197,7 @@ class Part:
             kind = name.rpartition(".")[2]
             if isinstance(module, HeadsNorm):
                 module.__class__ = ParallelHeadsNorm
+                self._shards[kind] = self._shards[kind.replace("norm", "proj")]  # of what it normalises
             if kind not in PARALLEL or name.startswith(VISION):
                 continue
             module.__class__ = PARALLEL[kind]

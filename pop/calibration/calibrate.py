@@ -20,7 +20,7 @@ from collections.abc import Sequence
 import torch
 
 from pop.calibration import search
-from pop.calibration.distill import distill
+from pop.calibration.distill import CHECKS, distill
 from pop.calibration.exercises import TOKENS
 from pop.calibration.held_out import CONTINUATION, Judge, hold_out
 from pop.calibration.passes import Pass, check_gradients, working_dtype
@@ -101,7 +101,7 @@ def calibrate(
     seed = check_count("seed", seed, least=-(2**63), most=2**63 - 1)
     longest = min(check_count("longest", longest, least=SHORTEST), model.max_seq_len)
     steps = check_count("steps", steps, least=0)
-    _check_work(model, isinstance(wanted, PrunePlan), steps, resume)
+    _check_work(model, isinstance(wanted, PrunePlan), steps, resume, rank)
     if isinstance(wanted, float):
         search.check_speedup(model, wanted, rank)
 
@@ -126,7 +126,7 @@ def calibrate(
         restored = saved.read()
     check_memory(model, rank, steps)
     if progress:
-        _announce(model, windows, rank, steps)
+        _announce(model, windows, judged, rank, steps)
     judge = Judge(model, judged)
     tensors = None
     if restored is None:
@@ -171,7 +171,7 @@ def _checked(plan: PrunePlan) -> PrunePlan:
     return plan
 
 
-def _check_work(model, is_decided: bool, steps: int, resume) -> None:
+def _check_work(model, is_decided: bool, steps: int, resume, rank: int) -> None:
     """Refuse, before the work, what would fail after it."""
     if model.part is not None and (steps or not is_decided):
         needed = "give a plan, and steps=0, or load the model in one process"
@@ -182,7 +182,9 @@ def _check_work(model, is_decided: bool, steps: int, resume) -> None:
         return
     if not steps:
         raise InputError("resume keeps unfinished steps of distillation, but steps is 0; give their number")
-    files.check_writable(resume, WHAT, InputError)
+    # Trained numbers and Adam's two moments in float32, and two plans.
+    size = plan_numbers(model, rank) * (3 * 4 + 2 * model.dtype.itemsize)
+    files.check_writable(resume, WHAT, InputError, size)
 
 
 def _windows(model, texts, images, videos, longest: int) -> tuple[list[Window], int]:
@@ -247,22 +249,29 @@ def check_memory(model, rank: int, steps: int) -> None:
         raise CacheMemoryError(f"{lacks}; give a smaller rank, load the model in bfloat16, or take a larger machine")
 
 
-def _announce(model, windows: list[Window], rank: int, steps: int) -> None:
-    """Say on stderr what the work will take, from the time of one pass."""
+def _announce(model, windows: list[Window], judged: list[Window], rank: int, steps: int) -> None:
+    """Say on stderr what the work will take, from the time of the fastest of three passes."""
     tokens = max(windows, key=lambda window: len(window[0]))[0][:1024]
     run = Pass(model.module, torch.tensor([tokens], device=model.device))
     run.layers(run.embed(), 0, 1)
-    begin = time.perf_counter()
-    check_finite(run.layers(run.embed(), 0), "hidden states of the texts")
-    seconds = (time.perf_counter() - begin) / len(tokens)
+    times = []
+    for _ in range(3):
+        begin = time.perf_counter()
+        check_finite(run.layers(run.embed(), 0), "hidden states of the texts")
+        times.append(time.perf_counter() - begin)
     num_tokens = sum(len(tokens) for tokens, _ in windows)
-    fitted_tokens = min(num_tokens, tokens_needed(model))
-    passed = 4 * fitted_tokens + 3 * steps * min(TOKENS, num_tokens)  # of tokens through the whole model, about
-    minutes = max(1, round(passed * seconds / 60))
+    needed = tokens_needed(model)
+    if num_tokens < needed:
+        print(f"a fit of this width can use {needed:,} tokens; more texts would improve it", file=sys.stderr)
+    # Tokens through the whole model, about. The judge sees each plan of the search, each lambda and each check.
+    judgements = 2 * (len(search.TAILS) + len(RIDGES) + CHECKS)
+    passed = 4 * min(num_tokens, needed) + 3 * steps * min(TOKENS, num_tokens)
+    passed += judgements * sum(len(tokens) for tokens, _ in judged)
+    minutes = max(1, round(passed * min(times) / len(tokens) / 60))
     gigabytes = needed_bytes(model, rank, steps) / 1e9
     megabytes = plan_numbers(model, rank) * model.dtype.itemsize / 1e6
-    takes = f"about {minutes} min, {gigabytes:.1f} GB beside the weights, and a plan of about {megabytes:.0f} MB"
-    print(f"calibrating on {num_tokens:,} tokens, with {steps} steps: {takes}", file=sys.stderr)
+    work = f"about {minutes} min before a verdict, {gigabytes:.1f} GB beside the weights, a plan of {megabytes:.0f} MB"
+    print(f"calibrating on {num_tokens:,} tokens, with {steps} steps: {work}", file=sys.stderr)
 
 
 # ---- The work ----

@@ -29,14 +29,6 @@ PASSAGE = 64  # the most tokens of a repeated passage
 CUE = 8  # an eighth of a passage is its cue, after which the model can know what follows
 
 
-class Compared(NamedTuple):
-    """A plan's predictions on one window, compared with the full model's."""
-
-    continuation: Tensor  # KL at each token of the continuation, in nats
-    repetition: Tensor  # KL at each token of the repeated passage after its cue
-    copied: Tensor  # whether each of the latter is the pruned model's likeliest token
-
-
 class Losses(NamedTuple):
     """What a plan loses, over all tokens of all windows."""
 
@@ -98,15 +90,11 @@ class Judge:
         h = run.layers(run.embed(), 0)
         return Case(prompt, continuation, passage, run, {}, h[0, cut - 1 :])
 
+    @torch.no_grad()
     def losses(self, plan: PrunePlan) -> Losses:
         """The losses of a plan over all windows."""
-        return pooled(self.compare(plan))
-
-    @torch.no_grad()
-    def compare(self, plan: PrunePlan) -> list[Compared]:
-        """The predictions by a plan on each window."""
         plan = self.model.resolve(plan)
-        compared = []
+        parts = []  # of each window, in the order of Losses
         for case in self.cases:
             h = self._pruned(plan, case) if plan.layers else case.full
             full, pruned = (self.model.module.head(x).log_softmax(-1) for x in (case.full, h))  # [N + 1, V]
@@ -116,8 +104,8 @@ class Judge:
             begin = len(case.continuation) + cue  # where the first token to copy is predicted
             counted = slice(begin, begin + len(targets))
             copied = pruned[counted].argmax(-1) == targets
-            compared.append(Compared(kl[: len(case.continuation) + 1], kl[counted], copied))
-        return compared
+            parts.append((kl[: len(case.continuation) + 1], kl[counted], copied, kl[:1]))
+        return Losses(*(_mean(torch.cat(kind)) for kind in zip(*parts, strict=True)))
 
     def _pruned(self, plan: PrunePlan, case: Case) -> Tensor:
         """As Case.full, by a plan."""
@@ -126,14 +114,6 @@ class Judge:
             case.entering[first] = case.run.layers(case.run.embed(), 0, first)
         length = len(case.prompt)
         return case.run.student(plan, case.entering[first], length)[0, length - 1 :]
-
-
-def pooled(compared: Sequence[Compared]) -> Losses:
-    """The means over all tokens of all windows."""
-    means = []
-    for parts in zip(*compared, strict=True):
-        means.append(_mean(torch.cat(parts)))
-    return Losses(*means, _mean(torch.cat([one.continuation[:1] for one in compared])))
 
 
 def _mean(values: Tensor) -> float:

@@ -1,6 +1,7 @@
 """Saved progress of a run, in a file, so that the same call continues it after an interruption."""
 
 import json
+import logging
 import os
 from typing import NamedTuple
 
@@ -13,6 +14,8 @@ from pop.system import files
 
 WHAT = "the run's progress"
 
+logger = logging.getLogger(__name__)
+
 
 class SavedProgress(NamedTuple):
     """A file of tensors, with the settings that identify the run. Its errors are InputErrors."""
@@ -21,10 +24,16 @@ class SavedProgress(NamedTuple):
     settings: dict[str, str]  # by name
 
     def write(self, tensors: dict[str, Tensor], found: dict) -> None:
-        """Replace the file, whole or not at all. found: what the run has decided, as JSON allows it."""
+        """Replace the file, whole or not at all. found: what the run has decided, as JSON allows it.
+
+        If that fails, the run goes on, and what it has done since the last time could not be continued.
+        """
         tensors = {name: tensor.detach().cpu() for name, tensor in tensors.items()}
         content = save(tensors, metadata=self.settings | {"found": json.dumps(found)})
-        files.write_whole(self.path, content, WHAT, InputError)
+        try:
+            files.write_whole(self.path, content, WHAT, InputError)
+        except InputError as error:
+            logger.warning("%s; meanwhile the run goes on", error)
 
     def read(self) -> tuple[dict[str, Tensor], dict] | None:
         """The tensors, on the CPU, and what the run has decided. None if there is no file.

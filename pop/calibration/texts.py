@@ -1,6 +1,7 @@
 """The texts of calibration, cut into windows of token ids."""
 
 import contextlib
+import math
 import random
 import sysconfig
 from collections.abc import Iterable, Iterator
@@ -18,7 +19,8 @@ DOCUMENTS = 24  # texts from Python's documentation
 MODULES = 40  # texts from Python's standard library
 CHARACTERS = (4_000, 12_000)  # of each of them, from and to
 PER_INPUT = 60  # tokens that suffice for each of the 2 * D inputs of a fit, see README.md
-TOKENS = 250_000  # of the built-in texts and of these, about
+BUILTIN = 50_000  # tokens of the built-in texts to fit, about
+PYTHON = 90_000  # and of DOCUMENTS and MODULES
 
 Window = tuple[list[int], list[Prepared]]  # token ids, and the images and videos among them
 
@@ -31,8 +33,8 @@ def builtin_texts() -> list[str]:
 
 def default_texts(model) -> list[str]:
     """The built-in texts, and as many of Python's as the model's width asks for."""
-    needed = tokens_needed(model)
-    return builtin_texts() + python_texts(-(-needed // TOKENS))
+    times = (tokens_needed(model) - BUILTIN) / PYTHON
+    return builtin_texts() + python_texts(max(1, math.ceil(times)))
 
 
 def tokens_needed(model) -> int:

@@ -80,7 +80,7 @@ class Verdict:
             "sentence": self.sentence,
             "loss": self.loss,
             "answers": {
-                kind: {length: [*exact.sum(0).tolist(), len(exact)] for length, exact in by_length.items()}
+                kind: {length: _counts(exact) for length, exact in by_length.items()}
                 for kind, by_length in self.exact.items()
             },
             "kept": _kept(self._everything()),
@@ -110,17 +110,20 @@ def check(
         model: A pop.Model. Without a tokenizer, quotations are the only questions.
         plan: A PrunePlan, or another value of `prune` in `load`.
         texts: Strings or lists of token ids to which the plan was not fitted. None takes the last fifth of each text
-            of the built-in set, which pop.calibrate(texts=None) leaves for this.
-        lengths: Of the prompts, in tokens. Longer ones than the model's context allows are cut to it.
+            of the built-in set, which pop.calibrate(texts=None) leaves for this. They also follow texts that are
+            shorter than a prompt.
+        lengths: Of the prompts, in tokens. Longer ones than the model's context allows are cut to it. Those that the
+            plan does not prune are left out.
         questions: Of each kind at each length. Half as many are asked about prompts of more than 2,048 tokens.
         seed: Decides the questions.
         progress: Show a bar on stderr.
 
     Raises:
-        InputError: Texts or lengths are too short, or the logits are not finite. PlanError: The plan does not fit.
+        InputError: Texts or lengths are too short, the plan prunes no prompt of these lengths, or the logits are not
+            finite. PlanError: The plan does not fit.
     """
     plan = model.resolve(plan)
-    work = compared(model, texts, lengths, questions, seed)
+    work = compared(model, texts, lengths, questions, seed, least=plan.full_depth_below)
     total = sum(length * (len(windows) + len(asked)) for length, windows, asked in work)
     loss = {}
     exact = {}
@@ -147,13 +150,20 @@ def check(
     return Verdict(loss, arrays)
 
 
-def compared(model, texts, lengths, questions=12, seed=0) -> list[tuple[int, list[list[int]], list[Question]]]:
-    """What `check` compares at each length: windows of text, and questions. It raises what `check` raises."""
+def compared(
+    model, texts, lengths, questions=12, seed=0, *, least: int = 0
+) -> list[tuple[int, list[list[int]], list[Question]]]:
+    """What `check` compares at each length from `least` on: windows of text, and questions. Raises as `check`."""
     if not lengths:
         raise InputError("lengths is empty; give at least one prompt length in tokens")
     most = model.max_seq_len - CONTINUATION
-    lengths = sorted({min(check_count("a length", length, SHORTEST), most) for length in lengths})
+    lengths = {min(check_count("a length", length, SHORTEST), most) for length in lengths}
+    lengths = sorted(length for length in lengths if length >= least)
+    if not lengths:
+        lacks = f"prompts of fewer than {least} tokens are not pruned, so they tell nothing"
+        raise InputError(f"{lacks}; ask for longer ones")
     head, text = _joined(model, texts)
+    more = [] if model.tokenizer is None else _joined(model, None)[1]
     writer = Writer(model, text, head, check_count("seed", seed, 0))
     makers = (quotations,) if model.tokenizer is None else KINDS
     check_count("questions", questions)
@@ -161,7 +171,8 @@ def compared(model, texts, lengths, questions=12, seed=0) -> list[tuple[int, lis
     for length in lengths:
         count = questions if length <= LONG else (questions + 1) // 2
         asked = make_questions(writer, makers, [length], count)[length]
-        work.append((length, _windows(head, text, length), asked))
+        long_enough = text if len(text) >= length + CONTINUATION else text + more
+        work.append((length, _windows(head, long_enough, length), asked))
     return work
 
 
@@ -178,7 +189,7 @@ def _joined(model, texts) -> tuple[list[int], list[int]]:
 
 
 def _windows(head: list[int], text: list[int], length: int) -> list[list[int]]:
-    """Prompts of `length` tokens with their continuations, evenly spread over a text. A short text is repeated."""
+    """Prompts of `length` tokens with their continuations, evenly spread over a text. It is repeated if need be."""
     size = length + CONTINUATION - len(head)
     text = text * -(-size // len(text))
     count = max(1, min(8, WINDOWS // length, len(text) // size))
@@ -224,6 +235,12 @@ def _kept(exact: np.ndarray) -> list[float] | None:
     return [round(float(share), 4) for share in (plan / full, low, high)]
 
 
+def _counts(exact: np.ndarray) -> list[int | float]:
+    """Exact answers by the plan and by the full model, questions, and the interval of what is kept if it counts."""
+    counts = [*exact.sum(0).tolist(), len(exact)]
+    return counts if counts[1] < FEWEST else counts + _kept(exact)[1:]
+
+
 def _as_text(exact: np.ndarray) -> str:
     return "{:.0%} [{:.0%}, {:.0%}] of the full model's".format(*_kept(exact))
 
@@ -237,11 +254,13 @@ def table(record: dict) -> str:
     rows.append(["KL, nats a token", *(f"{figures['kl']:.4f}" for figures in loss)])
     rows.append(["KL of the first token", *(f"{figures['first']:.4f}" for figures in loss)])
     rows.append(["same likeliest token", *(f"{figures['same']:.1%}" for figures in loss)])
-    lines = [f"{name:34}" + "".join(f"{cell:>24}" for cell in cells) for name, *cells in rows]
+    lines = [f"{name:34}" + "".join(f"{cell:>26}" for cell in cells) for name, *cells in rows]
     return "\n".join([*lines, "", record["sentence"]])
 
 
-def _cell(counts: list[int]) -> str:
-    plan, full, asked = counts
+def _cell(counts: list[int | float]) -> str:
+    plan, full, asked, *interval = counts
     note = "" if full >= FEWEST else " (too few)"
+    if interval:
+        note = " [{:.0%}, {:.0%}]".format(*interval)
     return f"{plan} / {full} of {asked}{note}"

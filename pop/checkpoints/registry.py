@@ -111,11 +111,11 @@ def find_folder(name_or_path: str | os.PathLike) -> Path:
     if name in MODELS:
         return find_weights(name)
     if os.path.isfile(path):
-        step = f"convert it with `python -m tools.convert {path} DIR` if it is a GGUF file, and load DIR"
+        step = f"if it is a GGUF file, run `python -m tools.convert {path} DIR` in a checkout of pop, and load DIR"
         raise CheckpointError(f"{path} is a file, not a folder; {step}")
     if os.path.isdir(path):
         if os.path.exists(path / "adapter_config.json"):
-            step = f"merge it with `python -m tools.convert BASE DIR --adapter {path}`, and load DIR"
+            step = f"in a checkout of pop, run `python -m tools.convert BASE DIR --adapter {path}`, and load DIR"
             raise CheckpointError(f"{path} holds a LoRA adapter (adapter_config.json); {step}")
         return path
     if os.sep in name and not _is_repository(name):

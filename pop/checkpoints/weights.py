@@ -35,10 +35,12 @@ HEAD = "lm_head.weight"
 EXPERT_MATRICES = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
 # What a folder or a repository may hold instead of weights: a pattern for the name, and what to do.
 OTHERS = {
-    "adapter_config.json": "a LoRA adapter, which `python -m tools.convert BASE DIR --adapter FOLDER` merges",
+    "adapter_config.json": (
+        "a LoRA adapter, which `python -m tools.convert BASE DIR --adapter FOLDER` in a checkout of pop merges"
+    ),
     "*.bin": "a pickle, which can run code when it is read; convert it to safetensors",
-    "*.gguf": "which `python -m tools.convert FILE DIR` converts",
-    "params.json": "Meta's layout, which `python -m tools.convert FOLDER DIR` converts",
+    "*.gguf": "which `python -m tools.convert FILE DIR` in a checkout of pop converts",
+    "params.json": "Meta's layout, which `python -m tools.convert FOLDER DIR` in a checkout of pop converts",
 }
 OF_LAYER = ".self_attn.o_proj."  # in a name of each layer, and in none of a vision tower
 QUANTISED = (".qweight", ".qzeros", ".absmax", ".SCB", ".weight_packed", ".weight_scale", ".weight_scale_inv")

@@ -15,6 +15,7 @@ import torch
 
 import pop
 from pop.backends.tensor_parallel import launched
+from pop.calibration.search import SHORT
 from pop.calibration.texts import SHORTEST, builtin_texts
 from pop.calibration.verdict import LENGTHS, compared
 from pop.checkpoints import download as downloads
@@ -163,14 +164,14 @@ def calibrate(args) -> None:
     args.prune = "none"
     model = _load(args)
     fitted, rest = calibration_texts(model, args.files, texts)
-    compared(model, rest, lengths)  # refuses now what pop.check would refuse after the work
+    compared(model, rest, lengths, least=SHORT)  # refuses now what pop.check would refuse after the work
     options = {name: getattr(args, name) for name in ("layers", "speedup", "rank", "longest", "steps", "seed")}
     plan = pop.calibrate(model, fitted, resume=resume, **options)
     verdict = pop.check(model, plan, rest, lengths=lengths)
     plan = dataclasses.replace(plan, about=plan.about | {"verdict": verdict.record()})
     files.save_anyway(plan.save, args.out)
     if resume is not None:
-        Path(resume).expanduser().unlink(missing_ok=True)
+        Path(os.path.expanduser(resume)).unlink(missing_ok=True)
     print(verdict, speed(model, plan), sep="\n")
     print(f"Saved to {args.out}. Try: pop generate {args.model} --prune {args.out} PROMPT")
 
@@ -207,7 +208,9 @@ def models(args) -> None:
         except PopError as error:
             where = error
         memory = 2 * entry.parameters
-        fits = "?" if free is None else "yes" if memory < free else "no"
+        fits = "?"
+        if free is not None:
+            fits = "yes" if memory < free else "no"
         print(line.format(entry.name, entry.family, f"{entry.parameters:,}", size, gigabytes(memory), fits, where))
     print(f"\nbfloat16: the memory of the weights. fits: whether {device} has as much that is free.")
     print(f"New weights go into {registry.weights_folder()}/NAME; `pop download NAME` fetches them.")

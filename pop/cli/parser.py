@@ -7,7 +7,7 @@ from pop.system import __version__
 
 EXAMPLES = """\
 pop generate smollm2-135m "The capital of France is" --max-new-tokens 16
-pop generate llama3.1-8b --prompt-file report.txt --prune 10,12,14,19-29
+pop generate llama3.1-8b --prompt-file report.txt --prune my.plan
 pop chat smollm2-135m --system "Answer in one sentence."
 pop chat qwen3-vl-2b "What is this?" --image cat.jpg
 pop importance llama3.1-8b
@@ -15,7 +15,7 @@ pop importance smollm2-135m notes.txt --samples 50 --out scores.json
 pop calibrate smollm2-135m notes.txt --out my.plan
 pop calibrate llama3.1-8b notes.txt mails.txt --layers 10,12,14,19-29
 pop check smollm2-135m my.plan
-pop check llama3.1-8b 0.3 letters.txt --longest 1024
+pop check llama3.1-8b my.plan letters.txt --longest 1024
 pop plans
 pop plans my.plan
 pop models

@@ -1,20 +1,22 @@
 """Texts that commands read."""
 
-import os
 import sys
 from collections.abc import Callable
-from pathlib import Path
 
 from pop.calibration.texts import SHORTEST, default_texts, parted, tokens_needed
 from pop.errors import InputError
 
-MOST_BYTES = 20_000_000  # of a text
+MOST = 20_000_000  # characters of a text
 
 
 def read_file(path: str) -> str:
-    if os.path.isfile(path) and os.path.getsize(path) > MOST_BYTES:
-        raise InputError(f"{path} has more than {MOST_BYTES // 10**6} MB of text; give a part of it")
-    text = readable(lambda: Path(path).read_text(encoding="utf-8"), path)
+    def read() -> str:
+        with open(path, encoding="utf-8") as file:
+            return file.read(MOST + 1)  # a pipe may have no end
+
+    text = readable(read, path)
+    if len(text) > MOST:
+        raise InputError(f"{path} has more than {MOST:,} characters; give a part of it")
     if not text:
         raise InputError(f"{path} holds no text; give another file")
     return text

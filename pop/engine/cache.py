@@ -154,7 +154,8 @@ class KVCache:
         held = int(other.lengths[0])
         for mine, theirs in ((self.keys, other.keys), (self.values, other.values)):
             for target, source in zip(mine, theirs, strict=True):  # [B, S + 1, K, E] and [1, S' + 1, K, E]
-                slots, other_slots = target.shape[1] - 1, source.shape[1] - 1
+                slots = target.shape[1] - 1
+                other_slots = source.shape[1] - 1
                 latest = torch.arange(max(0, held - min(slots, other_slots)), held, device=target.device)
                 target[:, latest % slots] = source[:, latest % other_slots]
         B = self.batch_size

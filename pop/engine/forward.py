@@ -222,7 +222,6 @@ class Call:
             if z is None:
                 self.stages.pruned_layer(layer, h[:, needed], rope, slots, keys, values)
             else:
-                weight, bias = corrections.weight[number], corrections.bias[number]
-                inputs = (h[:, needed], z[:, needed], weight, bias)
+                inputs = (h[:, needed], z[:, needed], corrections.weight[number], corrections.bias[number])
                 self.stages.corrected_layer(layer, *inputs, rope, slots, keys, values)
         return passed

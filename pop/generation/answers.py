@@ -36,7 +36,9 @@ class Answer:
 
     def __init__(self, tokenizer, end_ids: frozenset[int], stop: Sequence[str], max_new_tokens: int):
         self.tokenizer = tokenizer  # None: the answer is token ids only
-        self.end_ids, self.stop, self.max_new_tokens = end_ids, stop, max_new_tokens
+        self.end_ids = end_ids
+        self.stop = stop
+        self.max_new_tokens = max_new_tokens
         self.text_of = None if tokenizer is None else tokenizer.text_stream()  # holds back incomplete characters
         self.tokens: list[int] = []
         self.logprobs: list[float | None] = []
@@ -49,7 +51,8 @@ class Answer:
         if self.finish_reason:
             return ""
         if token in self.end_ids:
-            self.finish_reason, token = "stop", None
+            self.finish_reason = "stop"
+            token = None
         else:
             self.tokens.append(token)
             self.logprobs.append(logprob)
@@ -66,7 +69,8 @@ class Answer:
             if not self.finish_reason:  # hold back what may be the beginning of a stop string
                 beginnings = (stop[:length] for stop in self.stop for length in range(1, len(stop)))
                 settled -= max((len(text) for text in beginnings if self.pending.endswith(text)), default=0)
-        piece, self.pending = self.pending[:settled], self.pending[settled:]
+        piece = self.pending[:settled]
+        self.pending = self.pending[settled:]
         self.text += piece
         return piece
 

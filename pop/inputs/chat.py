@@ -110,6 +110,8 @@ class ChatFormat:
         Raises InputError for messages or tools that are wrong, and UnsupportedError for what the template cannot write.
         """
         told, media = read_messages(messages, self.vision)
+        if not isinstance(enable_thinking, bool):
+            raise InputError(f"enable_thinking is {enable_thinking!r:.80}; it must be True or False")
         if tools and (not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools)):
             raise InputError(f"tools must be a list of dicts, the JSON schemas of functions, got {tools!r:.80}")
         conversation = _as_json([told, tools])

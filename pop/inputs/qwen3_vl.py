@@ -116,7 +116,8 @@ def _resize(frame, vision: Qwen3VisionConfig, num_frames: int, config: ImageConf
 
 def _patches(frames: Tensor, config: Qwen3VisionConfig) -> tuple[Tensor, Grid]:
     """Cut frames [T, 3, H, W] into patches [P, 3 * frames * size * size], by squares."""
-    size, merge = config.patch_size, config.merge_size
+    size = config.patch_size
+    merge = config.merge_size
     parts = frames.unflatten(3, (-1, merge, size)).unflatten(2, (-1, merge, size)).unflatten(0, (-1, config.frames))
     # [pair, frame, 3, row, row in square, y, column, column in square, x]: each patch by channel, then by frame
     parts = parts.permute(0, 3, 6, 4, 7, 2, 1, 5, 8)

@@ -217,7 +217,7 @@ def _load(files: list[Path]) -> Tokenizer:
     elif not is_json:
         raise TokenizerError(
             "tokenizer.model is not sentencepiece's; "
-            "convert the folder first, if it has Meta's files: python -m tools.convert SOURCE DIR"
+            "if the folder has Meta's files, run `python -m tools.convert SOURCE DIR` in a checkout of pop first"
         )
     else:
         normalizer = (spec.get("normalizer") or {}).get("type")

@@ -69,7 +69,8 @@ def frames(path: str | os.PathLike, wanted: Sequence[int]) -> Iterator[np.ndarra
 def _opened(path: str | os.PathLike) -> Iterator[tuple]:
     """Yield the file's container, its video stream, and its name for error messages."""
     av = import_extra("av", "av", "videos")
-    name, max_pixels = f"the video {os.fspath(path)!r:.200}", images.MAX_PIXELS
+    name = f"the video {os.fspath(path)!r:.200}"
+    max_pixels = images.MAX_PIXELS
     images.check_file(path, name, MAX_BYTES)
     # FFmpeg decodes some frames to identify the file, so it must know the limit when it opens the file.
     options = {"format_whitelist": ",".join(FORMATS), "protocol_whitelist": "", "max_pixels": str(max_pixels)}

@@ -95,9 +95,13 @@ def write_whole(
         raise error(f"{what} cannot be written to {path} ({reason}); choose another path") from None
 
 
-def check_writable(path: str | os.PathLike, what: str, error: type[PopError]) -> None:
-    """Raise the error that `write_whole` would raise, before the work. Nothing is left behind."""
+def check_writable(path: str | os.PathLike, what: str, error: type[PopError], size: int = 4096) -> None:
+    """Raise the error that `write_whole` would raise for `size` bytes, before the work. Nothing is left behind."""
     write_whole(path, bytes(4096), what, error, keep=True)  # a full disk takes empty files
+    folder = os.path.dirname(os.path.realpath(os.path.expanduser(path)))
+    free = shutil.disk_usage(folder).free
+    if free < size:
+        raise error(f"{what} takes about {size:,} bytes, but {folder} has {free:,} free; choose another path")
 
 
 def save_anyway(save: Callable[[str | os.PathLike], object], path: str | os.PathLike) -> None:

@@ -1,9 +1,13 @@
 """How much memory a device has left, and copies to it."""
 
+import math
 from contextlib import suppress
+from pathlib import Path
 
 import torch
 from torch import Tensor
+
+CGROUP = "/sys/fs/cgroup"
 
 
 def free_bytes(device: torch.device) -> int | None:
@@ -12,9 +16,24 @@ def free_bytes(device: torch.device) -> int | None:
         free, _ = torch.cuda.mem_get_info(device)
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     if device.type == "cpu":
-        with suppress(OSError), open("/proc/meminfo", encoding="ascii") as lines:
-            return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)
+        with suppress(OSError, StopIteration):
+            return min(1024 * _number("/proc/meminfo", "MemAvailable:"), _free_in_container())
     return None
+
+
+def _free_in_container() -> float:
+    """Bytes that the limit of a container (cgroup, version 2) leaves. Infinity without a limit."""
+    with suppress(OSError, StopIteration, ValueError):
+        limit = int(Path(CGROUP, "memory.max").read_text())  # "max": none
+        used = int(Path(CGROUP, "memory.current").read_text())
+        return limit - used + _number(f"{CGROUP}/memory.stat", "file")  # files in memory give way
+    return math.inf
+
+
+def _number(path: str, name: str) -> int:
+    """The number after a name in a file of the kernel."""
+    with open(path, encoding="ascii") as lines:
+        return next(int(words[1]) for words in map(str.split, lines) if words[0] == name)
 
 
 def to_device(tensors: list[Tensor], device: torch.device) -> list[Tensor]:

@@ -26,7 +26,7 @@ def test_what_was_written_is_read(tmp_path, monkeypatch):
     assert all(torch.equal(found[name], tensor) for name, tensor in TENSORS.items())
 
 
-def test_a_failed_write_keeps_the_file_before_it(tmp_path, monkeypatch):
+def test_a_failed_write_keeps_the_file_before_it(tmp_path, monkeypatch, caplog):
     saved = SavedProgress(tmp_path / "progress", SETTINGS)
     saved.write(TENSORS, FOUND)
 
@@ -34,8 +34,8 @@ def test_a_failed_write_keeps_the_file_before_it(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "replace", full_disk)
-    with pytest.raises(InputError, match="No space left"):
-        saved.write({"steps": torch.tensor(4), "weight": TENSORS["weight"]}, FOUND)
+    saved.write({"steps": torch.tensor(4), "weight": TENSORS["weight"]}, FOUND)
+    assert "No space left" in caplog.text
     monkeypatch.undo()
     assert saved.read()[0]["steps"] == 3
     assert [file.name for file in tmp_path.iterdir()] == ["progress"]
@@ -66,8 +66,11 @@ def test_a_broken_file_is_refused(tmp_path, broken):
         saved.read()
 
 
-def test_a_path_that_cannot_be_written_is_refused(tmp_path):
-    with pytest.raises(InputError, match="cannot be written"):
-        SavedProgress(tmp_path / "missing" / "progress", SETTINGS).write(TENSORS, FOUND)
+def test_a_path_that_cannot_be_written_does_not_end_the_run(tmp_path, caplog):
+    SavedProgress(tmp_path / "missing" / "progress", SETTINGS).write(TENSORS, FOUND)
+    assert "cannot be written" in caplog.text
+
+
+def test_a_folder_is_refused(tmp_path):
     with pytest.raises(InputError, match="does not hold"):
         SavedProgress(tmp_path, SETTINGS).read()

@@ -1,5 +1,6 @@
 """The verdict on a plan: figures as of the naive reference, and limits on them."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -11,6 +12,7 @@ from support.tiny_chat import write_chat_checkpoint
 
 import pop
 from pop.calibration.questions import KINDS, Writer, make_questions
+from pop.calibration.texts import builtin_texts, parted
 from pop.calibration.verdict import CONTINUATION, Verdict
 
 PLAN = pop.PrunePlan((2, 3, 4), full_depth_last=2)
@@ -28,12 +30,13 @@ def verdict(model):
 
 
 def test_the_loss_is_that_of_the_reference(model, verdict):
-    """The text has one window of each length. The longer one is cut to the context."""
-    tokens = model.encode(TEXT)
+    """The text has one window of each length. The longer one is cut to the context, and built-in texts fill it."""
+    _, builtin = parted(builtin_texts())
+    tokens = model.encode(TEXT) + model.encode(builtin[0])
     assert [*verdict.loss] == ["700", str(1024 - CONTINUATION)]
     for length, found in verdict.loss.items():
         length = int(length)
-        window = (tokens * 2)[: length + CONTINUATION]
+        window = tokens[: length + CONTINUATION]
         full, pruned = (
             naive_logits(model, plan, window[:length], window[length:]).double().log_softmax(-1)
             for plan in (pop.PrunePlan.none(), PLAN)
@@ -73,6 +76,14 @@ def test_an_answer_is_exact_if_each_token_is_the_likeliest(model, monkeypatch):
     assert exact.tolist() == expected
     assert exact[:, 1].tolist() == [True] * 4 + [False] * 2
     assert not exact[:, 0].all()
+
+
+def test_a_length_that_the_plan_does_not_prune_is_left_out(model):
+    """It would show no loss and no lost answer, whatever the plan is."""
+    short = dataclasses.replace(PLAN, full_depth_below=650)
+    assert [*pop.check(model, short, [TEXT], lengths=(640, 700), questions=1, progress=False).loss] == ["700"]
+    with pytest.raises(pop.InputError, match="fewer than 650 tokens are not pruned"):
+        pop.check(model, short, [TEXT], lengths=(600, 640), questions=1, progress=False)
 
 
 def test_the_full_model_holds(model):

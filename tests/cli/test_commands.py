@@ -296,11 +296,14 @@ def test_what_the_verdict_would_refuse_is_refused_before_the_work(calibration, c
     _, words, _ = calibration
     monkeypatch.setattr(pop, "calibrate", lambda *_, **__: pytest.fail("calibrated"))
     assert main([*words, "--longest", "100"]) == 2
-    assert "too short to hold their questions" in capsys.readouterr().err
+    assert "prompts of fewer than 384 tokens are not pruned" in capsys.readouterr().err
 
 
 def test_calibrate_goes_on_after_ctrl_c(calibration, monkeypatch):
-    """The same command ends with the same file, bit for bit. Unfinished work lies beside the plan until then."""
+    """The same command ends with the same file, bit for bit. Unfinished work lies beside the plan until then.
+
+    The tilde of a user that does not exist is part of a name.
+    """
     _, words, _ = calibration
     words = [*words, "--steps", "2", "--layers", "2,4-5", "--out"]
     assert main([*words, "whole"]) == 0
@@ -314,18 +317,18 @@ def test_calibrate_goes_on_after_ctrl_c(calibration, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(SavedProgress, "write", interrupted)
-        assert main([*words, "plan"]) == 130
-    assert os.path.exists("plan.progress") and not os.path.exists("plan")
-    assert main([*words, "plan"]) == 0
-    assert not os.path.exists("plan.progress")
-    assert pathlib.Path("plan").read_bytes() == pathlib.Path("whole").read_bytes()
+        assert main([*words, "~nosuchuser"]) == 130
+    assert os.path.exists("~nosuchuser.progress") and not os.path.exists("~nosuchuser")
+    assert main([*words, "~nosuchuser"]) == 0
+    assert not os.path.exists("~nosuchuser.progress")
+    assert pathlib.Path("~nosuchuser").read_bytes() == pathlib.Path("whole").read_bytes()
 
 
 def test_few_tokens_are_joined_by_the_texts_that_come_along(calibration, capsys, monkeypatch):
     _, words, texts = calibration
     seen = []
     monkeypatch.setattr("pop.cli.texts.default_texts", lambda model: ["x" * 1000])
-    monkeypatch.setattr(commands, "compared", lambda *_: None)  # it refuses texts that only repeat themselves
+    monkeypatch.setattr(commands, "compared", lambda *_, **__: None)  # it refuses texts that only repeat themselves
     monkeypatch.setattr(pop, "calibrate", lambda model, texts, **_: seen.append(texts) or pop.PrunePlan((1,)))
     monkeypatch.setattr(pop, "check", lambda model, plan, rest, **_: seen.append(rest) or pytest.fail("judged"))
     for files, fitted, rest in (
@@ -468,7 +471,8 @@ def test_what_cannot_be_saved_at_the_end_is_saved_elsewhere(command, folder, tmp
         ("calibrate CHAT --out plan one.txt", "the last fifth of one.txt"),
         ("calibrate CHAT --out plan empty.txt", "holds no text"),
         ("calibrate CHAT --out plan picture.png", "picture.png is not text"),
-        ("calibrate CHAT --out plan large.txt", "large.txt has more than 20 MB"),
+        ("calibrate CHAT --out plan large.txt", "large.txt has more than 20,000,000 characters"),
+        ("calibrate CHAT --out plan /dev/zero", "/dev/zero has more than 20,000,000 characters"),
         ("calibrate ./ids --out plan long.txt", "the checkpoint has none"),
         ("calibrate ./nan --out plan long.txt", "finite"),
         ("chat CHAT --temperature -1", "temperature"),

@@ -260,6 +260,8 @@ def test_a_conversation_without_thinking_stays_without(script):
     chat.send("And?")
     assert [turn.prompt for turn in chat.turns] == [first, later]
     assert first == model.chat_tokens([*chat.messages[:2]], enable_thinking=False)
+    with pytest.raises(pop.InputError, match="enable_thinking is 'no'"):
+        model.start_chat(enable_thinking="no").send("Hi")
 
 
 # Threads

@@ -121,6 +121,8 @@ def test_a_full_disk_is_noticed_before_the_work(tmp_path):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     files.check_writable(tmp_path / "plan", "the plan", PlanError)
+    with pytest.raises(PlanError, match=r"the plan takes about 1,000,000,000,000,000,000 bytes, but .* free"):
+        files.check_writable(tmp_path / "plan", "the plan", PlanError, size=10**18)
     assert names(tmp_path) == []
 
 

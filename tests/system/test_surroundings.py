@@ -74,6 +74,7 @@ import sys, tempfile
 if sys.argv[2:]:
     tempfile.mkdtemp = lambda prefix: open("/dev/null/x")
 import pop
+pop.build(sys.argv[1])
 print(pop.load(sys.argv[1], compile=False, tokenizer=None).generate([1], max_new_tokens=2).tokens)
 """
 

@@ -24,7 +24,7 @@ from tools.evaluate.adapter import PopAdapter
 
 
 def load_model(
-    name=None, prune="default", full_depth_last=None, dtype=None, device=None, max_seq_len=None
+    name=None, prune="default", full_depth_last=None, dtype=None, device=None, max_seq_len=None, compile="auto"
 ) -> pop.Model:
     """The model that --model_args describe. The harness has turned their values into numbers, booleans and None."""
     if name is None:
@@ -35,6 +35,7 @@ def load_model(
         dtype=DTYPES.get(dtype, dtype),
         device=device,
         max_seq_len=max_seq_len,
+        compile=compile,
     )
     if full_depth_last is not None:
         model.plan = replace(model.plan, full_depth_last=full_depth_last)

@@ -107,7 +107,8 @@ class Projector(nn.Module):
 
     def pool(self, patches: Tensor) -> Tensor:
         """patches [N, P, C] -> the means of square blocks of patches [N, M, C], row by row."""
-        tokens, block = self.tokens_per_side, self.block_side
+        tokens = self.tokens_per_side
+        block = self.block_side
         grid = patches.unflatten(1, (tokens, block, tokens, block))  # [N, row, row in it, column, column in it, C]
         return grid.mean((2, 4)).flatten(1, 2)  # [N, M, C]
 
