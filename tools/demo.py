@@ -87,7 +87,7 @@ def run(args: argparse.Namespace) -> None:
     for row in compare(model, prompt, plans, story, max_new_tokens=args.max_new_tokens, runs=args.runs):
         result["rows"].append(row)
         show(cells_of(row))
-    print(json.dumps(result, ensure_ascii=False) if args.json else conclusion(result))
+    print(json.dumps(result, ensure_ascii=False) if args.json else conclusion(result, has_gpu))
 
 
 def read_text(path: str) -> str:
@@ -190,7 +190,12 @@ def cells_of(row: dict) -> str:
 BUSY = "  above its limit: the machine was busy while the full model ran, so the speedup is too high; run this again"
 
 
-def conclusion(result: dict) -> str:
+GPU = """
+The limits count arithmetic only. On a GPU, launches bound short prompts and small models. They gain less, or nothing.
+"""
+
+
+def conclusion(result: dict, has_gpu: bool) -> str:
     answers = [f"{row['plan']:58}  {shorten(row['answer'], 68, placeholder=' ...')}" for row in result["rows"]]
     answers = "\n".join(answers)
     return f"""
@@ -198,7 +203,7 @@ def conclusion(result: dict) -> str:
   predictions differ from the full model's, for text that continues and for a passage of the prompt that is repeated,
   and the share of its tokens that are copied; whole: these prompt tokens run all layers, namely the last ones and a
   share of the others, to which the last ones attend most
-
+{GPU if has_gpu else ""}
 answers
 {answers}
 

@@ -119,7 +119,7 @@ def test_a_row_above_its_limit_says_that_the_machine_was_busy(speedup, lines):
 
 
 @pytest.mark.parametrize(("has_gpu", "dtype"), [(False, "float32"), (True, "bfloat16")])
-def test_a_gpu_takes_bfloat16(has_gpu, dtype, arguments, capsys, monkeypatch):
+def test_a_gpu_takes_bfloat16_and_promises_no_speedup(has_gpu, dtype, arguments, capsys, monkeypatch):
     load = pop.load
     monkeypatch.setattr(torch.cuda, "is_available", lambda: has_gpu)
     monkeypatch.setattr(
@@ -127,7 +127,9 @@ def test_a_gpu_takes_bfloat16(has_gpu, dtype, arguments, capsys, monkeypatch):
     )
     monkeypatch.setattr(demo, "compare", lambda *_, **__: [])
     assert main(arguments) == 0
-    assert f"parameters, in {dtype}, so" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert f"parameters, in {dtype}, so" in out
+    assert ("launches bound short prompts" in out) == has_gpu
 
 
 def test_the_story_fills_the_prompt(folder, tmp_path, capsys, monkeypatch):

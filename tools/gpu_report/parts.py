@@ -17,7 +17,7 @@ import torch.nn.functional as F
 
 import pop
 from pop import engine
-from pop.backends import cuda, span_attention
+from pop.backends import cuda, cuda_graph, span_attention
 from tools.bench import __main__ as bench
 from tools.bench.measure import measure_cold, measure_prefill
 from tools.bench.rounds import device_seconds, seconds
@@ -48,6 +48,7 @@ class Setup:
         self.options = args
         self.args = self.bench_options(args.shape, args.lengths)
         self.device = torch.device(args.device)
+        self.models: list[pop.Model] = []  # all that were made, so that `fallbacks` can ask how they ran
         self.slow: list[str] = []  # what did not run as fast as it should
 
     def bench_options(self, shape: str, lengths: str):
@@ -67,6 +68,7 @@ class Setup:
         """A model that is compiled, for one row and for several."""
         progress("making and compiling the model")
         model = load_subject(args).model
+        self.models.append(model)
         model.warmup(batch_size=2)
         if not model.compiled:
             self.slow.append("the model is not compiled")
@@ -84,6 +86,9 @@ def fallbacks(setup: Setup) -> list[str]:
         found.append("Triton is missing")
     if span_attention._failed:
         found.append(f"Triton fails for {span_attention._failed}")
+    for model in setup.models:
+        for rows in sorted(cuda_graph._refused.get(model.module, ())):
+            found.append(f"the decode step of {rows} rows could not be captured")
     return found
 
 
@@ -110,16 +115,26 @@ def paths(setup: Setup) -> Iterator[Figure]:
     for _ in range(10):
         token = model.decode(token, cache).argmax(-1)
     q = torch.empty(1, 2, config.num_heads, config.head_dim, dtype=model.dtype, device=model.device)
+    if setup.device.type != "cuda":
+        yield "path of layers", "compiled" if model.compiled else "eager", ""
+        yield "path of attention", "kernels of the CPU", ""
+        return
+    causal = "torch's choice"
     if cuda.is_supported(q):
         causal = "flash" if cuda.has_flash(q) else "memory-efficient"
-    else:
-        causal = "torch's choice" if q.is_cuda else "kernels of the CPU"
     runs_triton = span_attention._processors(q) and (q.device, q.dtype, q.shape[-1]) not in span_attention._failed
     step = cache.step and cache.step.replay
-    yield "path of layers", "compiled" if model.compiled else "eager", ""
-    yield "path of causal attention", causal, ""
-    yield "path of other attention", "Triton" if runs_triton else causal, ""
-    yield "path of a decode step", "captured" if getattr(step, "graph", None) else "launch by launch", ""
+    is_captured = getattr(step, "graph", None) is not None
+    found = {
+        "path of layers": ("compiled" if model.compiled else "eager", "compiled"),
+        "path of causal attention": (causal, "flash"),
+        "path of other attention": ("Triton" if runs_triton else "torch's choice", "Triton"),
+        "path of a decode step": ("captured" if is_captured else "launch by launch", "captured"),
+    }
+    for what, (path, fastest) in found.items():
+        yield what, path, ""
+        if path != fastest:
+            setup.slow.append(f"{what}: {path}, not {fastest}")
 
 
 def rates(setup: Setup) -> Iterator[Figure]:
@@ -338,7 +353,10 @@ def waits(setup: Setup) -> Iterator[Figure]:
             setup.model.generate([1] * 300, max_new_tokens=tokens)
         torch.cuda.set_sync_debug_mode("default")
         counts[tokens] = sum("synchroniz" in str(warning.message) for warning in caught)
-    yield "waits for each token of generate", (counts[40] - counts[20]) / 20, ""
+    for_each = (counts[40] - counts[20]) / 20
+    yield "waits for each token of generate", for_each, ""
+    if for_each > 1:
+        setup.slow.append("`generate` waits more than once for each token")
 
 
 def kernels(setup: Setup) -> Iterator[Figure]:
@@ -358,6 +376,8 @@ def kernels(setup: Setup) -> Iterator[Figure]:
         raise RuntimeError("the profiler recorded no kernels; the container may lack the permission")
     slow = sum(count for name, count in counts.items() if SLOW.search(name))
     yield "kernels of sgemm or cuDNN", f"{slow} of {counts.total()}" if slow else "none", ""
+    if slow:
+        setup.slow.append("kernels that multiply in float32, or cuDNN's")
     for name, count in counts.most_common(12):
         yield f"launches of {name[:80]}", count, ""
 
@@ -366,7 +386,12 @@ def tests(setup: Setup) -> Iterator[Figure]:
     """The tests on the GPU."""
     command = [sys.executable, "-m", "pytest", "-n", "4", "-m", "cuda", "tests/test_cuda.py"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    yield "pytest -m cuda", (done.stdout or done.stderr).strip().splitlines()[-1], ""
+    said = (done.stdout + done.stderr).strip()
+    last = said.splitlines()[-1]
+    if done.returncode or " passed" not in last:  # a run in which all tests are skipped has the status 0
+        print(said[-8000:], file=sys.stderr)
+        raise RuntimeError(last)
+    yield "pytest -m cuda", last, ""
 
 
 # In the order of what a wrong result would make the next ones worthless.
