@@ -142,6 +142,8 @@ class pruned:
         if self.is_calibrated:
             check_last_token(cache, mask)
         prompt = Prompt(position.to(self.model.device), self.plan)
+        if torch.equal(prompt.at_full_depth, prompt.is_token):
+            return forward(input_ids, **kwargs)
         out = forward(input_ids, **kwargs, pruned_prompt=prompt)  # passed on to all layers
         if prompt.layers_run != len(self.plan.layers):
             raise InputError("the context ended during a prompt; leave it after all calls have returned")
@@ -173,13 +175,13 @@ class PrunedLayer:
         h = hidden_states  # [B, T, D]
         prompt = pruned_prompt
         cache = _cache(kwargs)
-        if prompt is None:  # decode
+        if cache is None and h.shape[1] > 1:
+            raise InputError("pruned prefill writes a cache, but use_cache is off; turn it on")
+        if prompt is None:  # decode, or a prompt at full depth
             out = self.forward(h, **kwargs)
             if self.keeps_states and cache is not None:
-                keep(cache, self.index, self._normalised(h))
+                keep(cache, self.index, self._normalised(h[:, -1:]))
             return out
-        if cache is None:
-            raise InputError("pruned prefill writes a cache, but use_cache is off; turn it on")
         if self.number == 0:
             prompt.h = h
             prompt.z = self._code(h, prompt.is_token, cache) if self.keeps_states else None
@@ -381,9 +383,24 @@ def _without_padding(position_ids: torch.Tensor, past: int) -> torch.Tensor:
 
 
 def check_last_token(cache, mask) -> None:
-    """Raise InputError if a mask of padding hides the cache's last token, which the next token's code needs."""
+    """Raise InputError if a row's mask hides the cache's last token, which the next token's code needs.
+
+    Args:
+        cache: Of transformers, or None.
+        mask: Of padding, [B, slots]; or of attention, [B, 1, T, slots], where a hidden slot is False or the lowest
+            number; or one of attention for each kind of layer. `generate` gives the latter two with static caches.
+    """
     past = _length(cache)
-    if past and _is_padding_mask(mask) and not mask[:, past - 1].all():
+    if isinstance(mask, dict):
+        mask = mask.get("full_attention")
+    if not past or mask is None:
+        return
+    if _is_padding_mask(mask):
+        is_hidden = mask[:, past - 1] == 0  # [B]
+    else:
+        seen = mask[:, 0, -1, past - 1]  # [B], by the last new token
+        is_hidden = seen < 0 if seen.is_floating_point() else ~seen
+    if is_hidden.any():
         raise InputError("a calibrated plan needs the cache's last token, which a row's mask hides; encode it again")
 
 

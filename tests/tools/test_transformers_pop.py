@@ -27,7 +27,7 @@ from pop.models.layers import rope_frequencies
 from pop.pruning import reference
 from tools import kvpress_pop
 from tools.kvpress_pop import PopPress
-from tools.transformers_pop import as_pop, calibrate, check_last_token, library, positions, pruned
+from tools.transformers_pop import PrunedLayer, as_pop, calibrate, check_last_token, library, positions, pruned
 
 CONFIG = tiny_config()
 TURNS = [[3, 12, 7], [5, 2, 9]]  # lengths of the rows' messages
@@ -150,6 +150,7 @@ def padded(rows, left):
     [
         {},
         {"full_depth_below": 9},
+        {"full_depth_below": 13},  # all of the first turn is at full depth
         {"full_depth_selected": 0.5},
         {"full_depth_selected": 0.5, "selecting_layer": 2},
     ],
@@ -173,6 +174,17 @@ def test_turns_of_a_ragged_batch_equal_the_engine(model, is_calibrated, fields):
         assert_close(found[0], expected)
         assert_close(found[1], twin.decode(token, other))
         last = found[1].argmax(-1)[:, None].tolist()
+
+
+def test_a_prompt_at_full_depth_is_the_models_own(model, monkeypatch):
+    """Also one with padding. Nothing is pruned, so nothing is gathered or computed twice."""
+    plan = dataclasses.replace(plan_of(model, full_depth_selected=0.5), full_depth_below=9)
+    ids = torch.randint(3, CONFIG.vocab_size, (2, 8))
+    mask = torch.tensor([[0, 0, 1, 1, 1, 1, 1, 1], [1] * 8])
+    monkeypatch.setattr(PrunedLayer, "_run_rows", None)
+    with pruned(model, plan):
+        found = model(ids, attention_mask=mask, cache=Cache())
+    assert torch.equal(found, model(ids, attention_mask=mask, cache=Cache()))
 
 
 def test_a_copied_cache_goes_on_without_an_answer_between_the_prompts(model):
@@ -307,9 +319,25 @@ def test_masks_that_are_refused():
         positions(2, 5, None, {"full_attention": None}, None)
     with pytest.raises(InputError, match="left"):
         positions(2, 5, None, {}, torch.tensor([[0, 1, 2, 0, 0], [0, 1, 2, 3, 4]]))
-    with pytest.raises(InputError, match="last token"):  # which a code would take for the one before the next turn
-        check_last_token(THREE_HELD, HIDES)
-    check_last_token(THREE_HELD, torch.ones(2, 5))
+
+
+@pytest.mark.parametrize("form", ["padding", "attention", "eager attention", "by kind of layer"])
+def test_a_mask_must_not_hide_the_last_token_of_the_cache(form):
+    """A code would take it for the one before the next turn."""
+
+    def as_given(mask):  # [2, 5]
+        attended = (mask[:, None, None] * torch.ones(2, 5).tril(3)).bool()  # [2, 1, 2, 5]
+        lowest = torch.finfo(torch.float32).min
+        return {
+            "padding": mask,
+            "attention": attended,
+            "eager attention": torch.zeros(attended.shape).masked_fill(~attended, lowest),
+            "by kind of layer": {"full_attention": attended, "sliding_attention": attended[..., :2]},
+        }[form]
+
+    check_last_token(THREE_HELD, as_given(torch.ones(2, 5, dtype=torch.long)))
+    with pytest.raises(InputError, match="last token"):
+        check_last_token(THREE_HELD, as_given(HIDES))
 
 
 def test_other_versions_of_transformers_are_refused(stand_in):
