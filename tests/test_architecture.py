@@ -148,9 +148,9 @@ def test_functions_have_few_parameters():
     assert not wide, f"gather the parameters that belong together in one object: {wide}"
 
 
-def test_no_hugging_face_library():
-    """Tools may be bridges to these libraries. The package and its tests do without."""
-    libraries = {"transformers", "tokenizers", "huggingface_hub", "accelerate", "datasets"}
+def test_no_library_to_which_tools_are_bridges():
+    """Those of Hugging Face, and vLLM. The package and its tests do without."""
+    libraries = {"transformers", "tokenizers", "huggingface_hub", "accelerate", "datasets", "vllm", "pop_vllm"}
     tests = Path(__file__).parent.rglob("*.py")
     pairs = [(path, source) for path in (*FILES.values(), *tests) for _, source in imported(path)]
     assert [(path.name, source) for path, source in pairs if source.split(".")[0] in libraries] == []
