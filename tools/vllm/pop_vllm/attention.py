@@ -1,10 +1,12 @@
 """How rows attend: the metadata that vLLM's kernels take, for full-depth tokens alone."""
 
+import copy
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
+from vllm.config.compilation import CUDAGraphMode
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
 
@@ -42,7 +44,8 @@ class RowAttention:
                 if own:
                     # Builders own buffers, which the metadata of the whole step uses. So these are other ones.
                     given = group.get_metadata_builder()
-                    builder = type(given)(given.kv_cache_spec, own, given.vllm_config, given.device)
+                    config = without_graphs(given.vllm_config)
+                    builder = type(given)(given.kv_cache_spec, own, config, given.device)
                     self.builders.append((number, builder, own))
 
     def attend(self, context, rows: Rows, block_tables: list[Tensor], max_length: int) -> None:
@@ -80,3 +83,14 @@ class RowAttention:
             for name in names:
                 context.attn_metadata[name] = metadata
                 context.slot_mapping[name] = slots
+
+
+def without_graphs(config):
+    """A VllmConfig as if nothing were captured.
+
+    For CUDA graphs, builders have buffers with room for max_num_seqs sequences. A step has more runs than that.
+    """
+    copied = copy.copy(config)
+    copied.compilation_config = copy.copy(config.compilation_config)
+    copied.compilation_config.cudagraph_mode = CUDAGraphMode.NONE
+    return copied

@@ -6,6 +6,9 @@ from torch import Tensor
 from pop import UnsupportedError
 
 VERSIONS = ("0.32",)  # of vLLM, those that the tests have run with
+# Attention backends that write K and V apart from attending, and that take any number of runs (attention.py). Others
+# have room for max_num_seqs sequences, or take the upper bound of their lengths for exact.
+BACKENDS = ("CPU_ATTN", "FLASH_ATTN", "TRITON_ATTN")
 # How far two passes without pruning may differ, as a share of the norm. Fused 16-bit operators round less often.
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 
@@ -40,6 +43,7 @@ def check_config(config) -> None:
         "pipeline parallelism": parallel.pipeline_parallel_size > 1,
         "context parallelism": parallel.decode_context_parallel_size * parallel.prefill_context_parallel_size > 1,
         "microbatches": parallel.use_ubatching,
+        "data parallelism of experts": config.model_config.is_moe and parallel.data_parallel_size > 1,
         "kv_sharing_fast_prefill": config.cache_config.kv_sharing_fast_prefill,
         "a pooling model": config.model_config.runner_type != "generate",
         "CUDA graphs of mixed steps in model runner V1": not config.use_v2_model_runner and has_mixed_graphs(config),
@@ -57,12 +61,12 @@ def has_mixed_graphs(config) -> bool:
 
 
 def check_backend(layers) -> None:
-    """Raise UnsupportedError if a layer's attention cannot write K and V without attending."""
+    """Raise UnsupportedError if a layer's attention cannot write K and V apart, or attend for any number of runs."""
     for layer in layers:
-        backend = layer.self_attn.attn.attn_backend
-        if backend.forward_includes_kv_cache_update:
-            found = f"the attention backend {backend.get_name()} writes K and V only when it attends"
-            raise UnsupportedError(f"{found}, which POP_PLAN needs apart; set another with --attention-backend")
+        name = layer.self_attn.attn.attn_backend.get_name()
+        if name not in BACKENDS:
+            advice = f"set --attention-backend to one of {', '.join(BACKENDS)}"
+            raise UnsupportedError(f"POP_PLAN does not work with the attention backend {name}; {advice}")
 
 
 def check_equal(found: Tensor, own: Tensor) -> None:

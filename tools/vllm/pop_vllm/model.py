@@ -1,4 +1,4 @@
-"""vLLM's Llama, Qwen3 and Gemma3 with pruned prefill.
+"""vLLM's Llama, Qwen3, Qwen3-MoE and Gemma3 with pruned prefill.
 
 A step without a pruned token runs as always: compiled, and captured in CUDA graphs. Another step runs here:
 
@@ -13,15 +13,18 @@ Shape letters: pop/models/layers.py; N is the number of tokens in the step's fla
 import dataclasses
 import os
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from vllm.config import CompilationMode
 from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
 from vllm.forward_context import get_forward_context
+from vllm.model_executor.layers.linear import UnquantizedLinearMethod
 from vllm.model_executor.models.gemma3 import Gemma3ForCausalLM
 from vllm.model_executor.models.llama import LlamaForCausalLM
 from vllm.model_executor.models.qwen3 import Qwen3ForCausalLM
+from vllm.model_executor.models.qwen3_moe import Qwen3MoeForCausalLM
 
 from pop.pruning.plan import Group, PrunePlan
 from pop_vllm import runner_v1
@@ -116,8 +119,8 @@ class Pruned:
         for index, layer in enumerate(self.model.layers):
             attention = layer.self_attn
             projection = attention.qkv_proj
-            weight = getattr(projection, "weight", None)
-            if weight is not None and weight.is_floating_point():
+            if isinstance(projection.quant_method, UnquantizedLinearMethod):
+                weight = projection.weight
                 bias = None if projection.bias is None else projection.bias[attention.q_size :]
                 self.key_value_weights[index] = weight[attention.q_size :], bias
         if self.plan.corrections is not None:
@@ -147,7 +150,8 @@ class Pruned:
         batch, block_tables = announced
         kept = [self._kept(name, end) for name, end in zip(batch.ids, batch.computed, strict=True)]
         step = Step(self.plan, batch, block_tables, self.attention, kept, len(positions))
-        if step.num_pruned == 0 and not self.keeps_states:
+        if self.is_tested and self._is_plain(step):
+            self._count(step)
             return super().forward(input_ids, positions, intermediate_tensors, inputs_embeds, **kwargs)
         h = self.model.embed_input_ids(input_ids) if inputs_embeds is None else inputs_embeds
         if not self.is_tested:
@@ -155,9 +159,17 @@ class Pruned:
             self._test(own, announced, h, positions, context)
         h = self.run(step, h, positions, context)
         self._keep_states(step)
-        if get_tensor_model_parallel_rank() == 0:  # the other ranks run the same tokens
-            self.counts.add(int(batch.scheduled.sum()), step.num_pruned, step.rows_run)
+        self._count(step)
         return h
+
+    def _is_plain(self, step: Step) -> bool:
+        """Whether vLLM's own pass does: the step prunes nothing, and shares no states with other steps."""
+        shares_states = step.continues.any() or any(kept is not None for kept in step.kept)
+        return step.num_pruned == 0 and not (self.keeps_states and shares_states)
+
+    def _count(self, step: Step) -> None:
+        if get_tensor_model_parallel_rank() == 0:  # the other ranks run the same tokens
+            self.counts.add(int(step.batch.scheduled.sum()), step.num_pruned, step.rows_run)
 
     def _test(self, own: Tensor, announced, h: Tensor, positions: Tensor, context) -> None:
         """Compare vLLM's own pass with the pruned one where every token is at full depth, on the first prompt."""
@@ -256,10 +268,8 @@ class Pruned:
     def _keep_states(self, step: Step) -> None:
         if not self.keeps_states:
             return
-        batch = step.batch
-        for number, name in enumerate(batch.ids):
-            if batch.ends[number] < batch.prompt[number]:
-                self.kept[name] = step.keep(number)
+        for number in np.flatnonzero(step.continues):
+            self.kept[step.batch.ids[number]] = step.keep(number)
         while len(self.kept) > MOST_KEPT:
             self.kept.pop(next(iter(self.kept)))
 
@@ -278,6 +288,10 @@ class PrunedLlamaForCausalLM(Pruned, LlamaForCausalLM):
 
 
 class PrunedQwen3ForCausalLM(Pruned, Qwen3ForCausalLM):
+    pass
+
+
+class PrunedQwen3MoeForCausalLM(Pruned, Qwen3MoeForCausalLM):
     pass
 
 

@@ -51,6 +51,12 @@ class Step:
         self.num_pruned = int(batch.scheduled.sum()) - len(self.rows.index)
         self.rows_run: dict[int, int] = {}  # how many each pruned layer has run
 
+    @property
+    def continues(self) -> np.ndarray:
+        """Which requests have a later step that may prune tokens of their prompts: [requests] bool."""
+        batch = self.batch
+        return (batch.ends < batch.prompt) & (batch.prompt >= self.plan.full_depth_below)
+
     def to_device(self, array: np.ndarray) -> Tensor:
         return torch.from_numpy(array).to(self.device, non_blocking=True)
 

@@ -16,7 +16,7 @@ def check_weights(model, plan) -> None:
 
     All ranks of a model call this together.
     """
-    if plan.layers and not model.key_value_weights:
+    if not model.key_value_weights.keys() >= set(plan.layers):
         logger.warning("pop: the weights are quantised, so nothing tells whether POP_PLAN fits them")
         return
     layers = model.model.layers

@@ -58,6 +58,17 @@ SIZES = {
 FAMILIES = {
     "LlamaForCausalLM": {"model_type": "llama", "rope_theta": 1e4, "hidden_act": "silu"},
     "Qwen3ForCausalLM": {"model_type": "qwen3", "rope_theta": 1e6, "hidden_act": "silu"},
+    "Qwen3MoeForCausalLM": {
+        "model_type": "qwen3_moe",
+        "rope_theta": 1e6,
+        "hidden_act": "silu",
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 32,
+        "decoder_sparse_step": 1,
+        "norm_topk_prob": True,
+        "mlp_only_layers": [],
+    },
     "Gemma3ForCausalLM": {
         "model_type": "gemma3_text",
         "query_pre_attn_scalar": 32,
@@ -85,7 +96,22 @@ def write_checkpoint(folder: Path, family: str) -> None:
             weights[name] = centre + 0.3 * noise
         else:
             weights[name] = noise / parameter.shape[-1] ** 0.5
-    save_file(weights, folder / "model.safetensors")
+    save_file(by_expert(weights), folder / "model.safetensors")
+
+
+def by_expert(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The weights as checkpoints hold them: each expert's matrices apart."""
+    found = {}
+    for name, weight in weights.items():
+        prefix, is_expert, part = name.partition("experts.")
+        if not is_expert:
+            found[name] = weight
+            continue
+        names = ("gate_proj", "up_proj") if part == "gate_up_proj" else (part,)
+        for number, matrix in enumerate(weight):
+            for own, rows in zip(names, matrix.chunk(len(names)), strict=True):
+                found[f"{prefix}experts.{number}.{own}.weight"] = rows.clone()
+    return found
 
 
 class Reference:

@@ -6,9 +6,12 @@ import pytest
 import torch
 import vllm
 from pop_vllm import checks
+from pop_vllm.attention import RowAttention
+from pop_vllm.plan import may_prune
+from vllm import SamplingParams
 from vllm.config.compilation import CUDAGraphMode
 
-from pop import UnsupportedError
+from pop import PlanError, UnsupportedError
 
 
 def config(**changed):
@@ -23,6 +26,8 @@ def config(**changed):
         "pipeline_parallel_size": 1,
         "decode_context_parallel_size": 1,
         "prefill_context_parallel_size": 1,
+        "data_parallel_size": 2,
+        "is_moe": False,
         "use_ubatching": False,
         "kv_sharing_fast_prefill": False,
         "cudagraph_mode": CUDAGraphMode.FULL_AND_PIECEWISE,
@@ -42,6 +47,7 @@ def config(**changed):
         {"pipeline_parallel_size": 2},
         {"decode_context_parallel_size": 2},
         {"use_ubatching": True},
+        {"is_moe": True},
         {"kv_sharing_fast_prefill": True},
         {"cudagraph_mode": CUDAGraphMode.FULL},
     ],
@@ -63,13 +69,45 @@ def test_other_models_and_versions_are_refused(monkeypatch):
         checks.check_version()
 
 
-def test_a_backend_that_writes_only_when_it_attends_is_refused():
-    backend = SimpleNamespace(forward_includes_kv_cache_update=False, get_name=lambda: "NAME")
-    layer = SimpleNamespace(self_attn=SimpleNamespace(attn=SimpleNamespace(attn_backend=backend)))
-    checks.check_backend([layer])
-    backend.forward_includes_kv_cache_update = True
-    with pytest.raises(UnsupportedError, match="NAME"):
-        checks.check_backend([layer])
+def test_other_backends_of_attention_are_refused():
+    def layer(name):
+        backend = SimpleNamespace(get_name=lambda: name)
+        return SimpleNamespace(self_attn=SimpleNamespace(attn=SimpleNamespace(attn_backend=backend)))
+
+    checks.check_backend([layer(name) for name in checks.BACKENDS])
+    with pytest.raises(UnsupportedError, match="FLASHINFER"):
+        checks.check_backend([layer("TRITON_ATTN"), layer("FLASHINFER")])
+
+
+def test_what_a_request_may_say():
+    assert may_prune(SamplingParams()) and may_prune(SamplingParams(extra_args={"other": 1}))
+    full_depth = (
+        {"extra_args": {"pop_plan": "none"}},
+        {"prompt_logprobs": 1},
+        {"prompt_logprob_token_ids": [[5, 6], [7, 8]]},
+    )
+    for fields in full_depth:
+        assert not may_prune(SamplingParams(**fields))
+    for other in ("None", "smollm2-135m-14", 0.5):
+        with pytest.raises(PlanError, match="pop_plan"):
+            may_prune(SamplingParams(extra_args={"pop_plan": other}))
+
+
+def test_metadata_of_rows_has_no_buffers_for_graphs():
+    """They have room for max_num_seqs sequences. A step may have more runs than that."""
+
+    class Builder:
+        def __init__(self, kv_cache_spec, names, vllm_config, device):
+            self.kv_cache_spec = kv_cache_spec
+            self.vllm_config = vllm_config
+            self.device = device
+
+    own = config()
+    group = SimpleNamespace(layer_names=["a", "b"], get_metadata_builder=lambda: Builder("spec", None, own, "cpu"))
+    ((_, builder, names),) = RowAttention([[group]], {"b"}).builders
+    assert names == ["b"] and builder.kv_cache_spec == "spec"
+    assert builder.vllm_config.compilation_config.cudagraph_mode == CUDAGraphMode.NONE
+    assert own.compilation_config.cudagraph_mode == CUDAGraphMode.FULL_AND_PIECEWISE
 
 
 @pytest.mark.parametrize(("dtype", "small", "large"), [(torch.float32, 1e-4, 1e-2), (torch.bfloat16, 1e-2, 0.2)])

@@ -4,8 +4,10 @@ import dataclasses
 
 import pytest
 import torch
-from engines import BLOCK, calibrated, prompts_of
+from engines import BLOCK, calibrated, error, prompts_of
+from pop_vllm.metrics import INTERVAL
 from pop_vllm.weights import check_weights
+from prometheus_client import REGISTRY
 
 from pop import PlanError, PrunePlan
 from pop.pruning.corrections import Corrections
@@ -59,15 +61,16 @@ def test_a_selecting_plan_whose_pruned_layers_kept_ones_follow(engine):
     assert_equals_the_reference(engine, calibrated(engine, (1, 3, 4), full_depth_selected=0.2), 2048)
 
 
+@pytest.mark.parametrize("budget", [2048, 33])
 @pytest.mark.parametrize("name", ["deepest", "calibrated"])
-def test_a_prefix_from_the_cache_ends_before_the_full_depth_tokens(engine, name):
+def test_a_prefix_from_the_cache_ends_before_the_full_depth_tokens(engine, name, budget):
     """Blocks of a longer prompt are pruned where a shorter one needs its last tokens at full depth.
 
     The first token after the prefix runs at full depth if the plan is calibrated.
     """
     plan = PLANS[name](engine)
     (prompt,) = prompts_of([210])
-    engine.use(plan)
+    engine.use(plan, budget)
     engine.assert_equal(engine.generate([prompt]), [prompt], plan)
     for part in (prompt[:161], prompt[:170], prompt):
         outputs = engine.generate([part])
@@ -90,6 +93,48 @@ def test_a_prefix_from_the_cache_keeps_what_ran_at_full_depth(engine):
     hit = outputs[0].num_cached_tokens
     assert hit > len(prompt)
     engine.assert_equal(outputs, [longer], plan, also=range(len(prompt) - 8, hit))
+
+
+@on_llama
+@pytest.mark.parametrize("budget", [2048, 50])
+def test_tokens_after_a_prefix_from_the_cache_are_selected_as_in_a_conversation(engine, budget):
+    plan = PLANS["selecting"](engine)
+    (prompt,) = prompts_of([210])
+    engine.use(plan, budget)
+    engine.generate([prompt])
+    for part in (prompt[:161], prompt[:170], prompt):
+        (output,) = engine.generate([part])
+        hit = output.num_cached_tokens
+        after = torch.tensor([part[hit:]])
+        assert hit and plan.num_selected(after.shape[1] - plan.full_depth_last)
+        cache = engine.pop.new_cache(1, len(prompt))
+        engine.pop.prefill(torch.tensor([prompt]), cache, plan=plan)
+        _, hidden, offsets = cache.snapshot()
+        cache.restore((torch.tensor([hit]), hidden, offsets))
+        logits = engine.pop.prefill(after, cache, plan=plan)  # [1, V]
+        assert error(output, logits[0].log_softmax(-1)) < 1e-4
+
+
+@on_llama
+def test_a_step_that_prunes_nothing_is_vllms_own(engine, monkeypatch):
+    """But the last tokens of a prompt in chunks may select earlier ones."""
+    fields = {"full_depth_last": 32, "full_depth_selected": 0.2, "full_depth_below": 60}
+    plan = calibrated(engine, (3, 4, 5), **fields)
+    engine.use(plan, budget=50)
+    ends = []
+    run = engine.model.run
+
+    def noted(step, *args):
+        ends.append(step.batch.ends.tolist())
+        return run(step, *args)
+
+    monkeypatch.setattr(engine.model, "run", noted)
+    monkeypatch.setattr(engine.model, "is_tested", True)
+    short, long = prompts_of((59, 130))
+    engine.assert_equal(engine.generate([short]), [short], plan)
+    assert ends == []
+    engine.assert_equal(engine.generate([long]), [long], plan)
+    assert ends == [[50], [100], [130]]
 
 
 @on_llama
@@ -164,14 +209,37 @@ def test_a_plan_of_other_weights_is_refused(engine, monkeypatch, caplog):
     assert "9.1%" in caplog.text
     with pytest.raises(PlanError, match="other weights"):
         check_weights(engine.model, fitted_to(plan.corrections.sketch.flip(0)))
-    monkeypatch.setattr(engine.model, "key_value_weights", {})
-    check_weights(engine.model, plan)
+
+
+@on_llama
+def test_quantised_projections_are_not_cut(engine, monkeypatch, caplog):
+    """Of which float8 is one: its tensors are floating-point, but nothing multiplies with a part of them."""
+    model = engine.model
+    plan = calibrated(engine, (3, 4, 5))
+    projection = model.model.layers[4].self_attn.qkv_proj
+    monkeypatch.setattr(model, "key_value_weights", {})
+    monkeypatch.setattr(model, "plan", plan)
+    weight = torch.nn.Parameter(torch.zeros(256, 64).to(torch.float8_e4m3fn), requires_grad=False)
+    monkeypatch.setitem(projection._parameters, "weight", weight)
+    monkeypatch.setattr(projection, "quant_method", object())
+    model.load_weights([])
+    assert sorted(model.key_value_weights) == [0, 1, 2, 3, 5]
     assert "quantised" in caplog.text
 
 
 @on_llama
-def test_it_counts_what_it_prunes(engine):
+def test_it_counts_what_it_prunes(engine, monkeypatch, caplog):
+    """In the two counters, and in the log after a minute."""
     engine.use(PrunePlan((3, 5), full_depth_last=10))
-    before = engine.model.counts.pruned
-    engine.generate(prompts_of([100]))
-    assert engine.model.counts.pruned - before == 90
+    monkeypatch.setattr(engine.model, "is_tested", True)
+    engine.model.counts.begin_interval()
+    engine.model.counts.since -= INTERVAL
+    names = ("pop:pruned_tokens_total", {}), ("pop:full_depth_rows_total", {"layer": "5"})
+    before = [REGISTRY.get_sample_value(*name) or 0 for name in names]
+    with caplog.at_level("INFO", logger="vllm.pop"):
+        engine.generate(prompts_of([100]))
+        engine.generate(prompts_of([100], seed=2))
+    counted = [REGISTRY.get_sample_value(*name) for name in names]
+    assert [after - earlier for after, earlier in zip(counted, before, strict=True)] == [180, 20]
+    (line,) = caplog.messages
+    assert "100 tokens" in line and "90 %" in line
