@@ -84,6 +84,11 @@ def some(items: list[str], separator: str = ", ") -> str:
     return named + (f" and {len(items) - 5} more" if len(items) > 5 else "")
 
 
+def reason_of(error: Exception) -> str:
+    """The class of an error and its message, on one line of at most 300 characters."""
+    return " ".join(f"{type(error).__name__}: {error}".split())[:300]
+
+
 def import_extra(module: str, package: str, extra: str) -> ModuleType:
     """Import a module of an optional package. Raises MissingExtra with the command that installs it."""
     try:

@@ -15,7 +15,7 @@ from pop.checkpoints.config_json import read_config, read_sampling
 from pop.checkpoints.processor_json import read_preparation
 from pop.checkpoints.weights import load_weights
 from pop.engine.cache import CHUNK_SIZE, KVCache
-from pop.errors import CacheMemoryError, InputError, TokenizerError
+from pop.errors import CacheMemoryError, InputError, TokenizerError, reason_of
 from pop.inputs.processors import processor_of
 from pop.inputs.tokenizers import Tokenizer, load_tokenizer
 from pop.model import REPORTED, Model
@@ -190,5 +190,5 @@ def usable_device(device) -> torch.device:
         probe.item()
         return probe.device
     except (RuntimeError, TypeError, ValueError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise InputError(f"device is {device!r}, which cannot be used here ({reason}); try 'cpu'") from None
+        unusable = f"device is {device!r}, which cannot be used here"
+        raise InputError(f"{unusable} ({reason_of(error)}); try 'cpu'") from None

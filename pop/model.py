@@ -64,6 +64,8 @@ class Model(Runner):
         if plan.name:
             text += f" by {plan.name}"
         text += f", at most {plan.speedup(self, tokens):.2f}x as fast at {tokens:,} tokens"
+        if self.device.type == "cuda":
+            text += " by arithmetic (launches bound short prompts)"
         if plan.kept is not None:
             text += f", keeps {plan.kept:.0%} of the answers"
         return f"<{self.name}: {millions:,.0f} M parameters, {self.dtype} on {self.device}, {text}>"

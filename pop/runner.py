@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 import pop.engine as engine
-from pop.backends import accelerate, chunk_size_of, stages_of
+from pop.backends import accelerate, chunk_size_of, chunk_size_of_rows, stages_of
 from pop.backends.cpu import keep_freed_memory
 from pop.backends.cpu_graph import Graph
 from pop.engine.cache import KVCache
@@ -29,7 +29,6 @@ from pop.system.memory import to_device
 
 KEPT_CACHES = 2  # spare caches on a GPU, where a new cache needs a new captured decode step
 # Several processes keep none. One of them might lack the memory for a spare cache, but all must replay the same graphs.
-LEAST_CHUNK_SIZE = 256  # tokens of each row in a batch on a GPU
 FULL_DEPTH = PrunePlan.none()
 
 
@@ -188,9 +187,8 @@ class Runner:
         module = self.module if self._compiled is None else self._compiled.vision_module
         images = self._images(module, media, tokens, lengths)
         chunk_size = self.chunk_size
-        if self.device.type == "cuda":  # so that the memory for activations does not grow with the batch
-            in_batch = max(chunk_size // len(tokens), LEAST_CHUNK_SIZE, self.vision.min_chunk_size)
-            chunk_size = min(chunk_size, in_batch)
+        if self.device.type == "cuda":
+            chunk_size = max(chunk_size_of_rows(chunk_size, len(tokens)), self.vision.min_chunk_size)
         return engine.prefill(self.module, tokens, cache, lengths, plan, chunk_size, stages, images, boundary)
 
     def decode(self, tokens, cache: KVCache) -> Tensor:

@@ -6,6 +6,7 @@ The models and the engine do not know of them. May import pop.engine, pop.checkp
 import logging
 from functools import partial
 
+import torch
 from torch import nn
 
 from pop.backends import cpu, cuda, experts, span_attention
@@ -27,6 +28,10 @@ CPU = Stages(
 CUDA = Stages(full_layer=partial(full_layer, attention=cuda.cache_attention), replay=Graph)
 FASTER = {nn.Linear: cpu.Linear, Embedding: cpu.Embedding, Experts: experts.Experts}
 CUDA_CHUNK_SIZE = 8192  # so most prompts run in one causal pass
+LEAST_CHUNK_SIZE = 256  # tokens of each row in a batch on a GPU
+# Tokens of a batch that run at once on a GPU. Compiled code would compile again, with 64-bit indices, from 2^31 numbers
+# on. So MLPs may be 65,535 numbers wide.
+MOST_IN_BATCH = 32_768
 
 logger = logging.getLogger(__name__)
 
@@ -39,8 +44,17 @@ def accelerate(module: nn.Module) -> None:
     """
     cpu.make_cache_folder()
     backend = cuda if _is_on_gpu(module) else cpu
-    if backend is cuda and not (cuda.HAS_KERNELS and span_attention.HAS_TRITON):
-        logger.warning("attention is slow here: pop knows the kernels of torch 2.6 to 2.15 for CUDA, and Triton's")
+    if backend is cuda:
+        capability = torch.cuda.get_device_properties(next(module.parameters()).device).major
+        cuda.use_flash_3(capability)
+        needed = {
+            "Triton": span_attention.HAS_TRITON,
+            "torch 2.6 to 2.15 for CUDA": cuda.HAS_KERNELS,
+            "a GPU of compute capability 8.0 or newer": capability >= 8,
+        }
+        for what, is_there in needed.items():
+            if not is_there:
+                logger.warning("attention is slow here: it needs %s", what)
     module.causal_attention = backend.causal_attention
     for part in module.modules():
         part.__class__ = FASTER.get(type(part), type(part))
@@ -60,6 +74,16 @@ def chunk_size_of(module: nn.Module) -> int:
     with sliding windows keep the usual size, because the rings of their caches grow with it.
     """
     return CUDA_CHUNK_SIZE if _is_on_gpu(module) and not any(module.config.windows) else CHUNK_SIZE
+
+
+def chunk_size_of_rows(chunk_size: int, rows: int) -> int:
+    """How many tokens of each row to run at once on a GPU, if the rows of a batch share `chunk_size`.
+
+    So the memory for activations does not grow with the batch, up to 32 rows. More rows have LEAST_CHUNK_SIZE each, as
+    long as all of them have at most MOST_IN_BATCH.
+    """
+    least = min(chunk_size, LEAST_CHUNK_SIZE, MOST_IN_BATCH // rows)
+    return max(chunk_size // rows, least)
 
 
 def _is_on_gpu(module: nn.Module) -> bool:

@@ -11,13 +11,16 @@ The first two are torch's, and have gradients. All work in blocks, and read the 
 pop/models/layers.py; N is the number of keys.
 """
 
+import functools
 import math
+from importlib.util import find_spec
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn import attention as implementations
 
-from pop.backends.span_attention import span_attention
+from pop.backends.span_attention import span_attention, warn_of
 from pop.engine import attention as engine
 from pop.engine.attention import UNBOUNDED, AttentionMetadata
 from pop.models import layers
@@ -45,6 +48,8 @@ HAS_KERNELS = torch.version.cuda is not None and all(has_arguments(*item) for it
 WIDEST = 256  # heads that flash attention takes
 WIDEST_TRAINED = 192  # the same with gradients, for which wider heads exceed the shared memory of some GPUs
 ALIGNMENT = 8  # the kernels load 16 bytes at once, so heads and rows of a mask are multiples of 8 numbers
+# Which implementation of flash attention replaces torch's, if any. Older versions of torch have only their own.
+chosen_flash = getattr(implementations, "current_flash_attention_impl", lambda: None)
 
 
 def cache_attention(q: Tensor, keys: Tensor, values: Tensor, metadata: AttentionMetadata, scale: float) -> Tensor:
@@ -112,6 +117,16 @@ def _is_recent(q: Tensor) -> bool:
     return torch.cuda.get_device_properties(q.device).major >= 8
 
 
+@functools.cache  # once in a process, also if it fails
+def use_flash_3(capability: int) -> None:
+    """Let FlashAttention-3 replace torch's flash attention on GPUs of sm_90, unless another one does already."""
+    if capability == 9 and find_spec("flash_attn_interface") and chosen_flash() is None:
+        try:
+            implementations.activate_flash_attention_impl("FA3")
+        except Exception as error:  # made for another version of torch, or of CUDA ...: each has its own exception
+            warn_of(error, "FlashAttention-3")
+
+
 def fused_attention(
     q: Tensor, k: Tensor, v: Tensor, scale: float, before: int | None = None, mask: Tensor | None = None
 ) -> Tensor:
@@ -136,7 +151,14 @@ def _flash(q: Tensor, k: Tensor, v: Tensor, scale: float, before: int | None) ->
     T = q.shape[1]
     N = k.shape[1]
     causal = before is not None
-    return aten._flash_attention_forward(q, k, v, None, None, T, N, 0.0, causal, False, **options)[0]
+    try:
+        return aten._flash_attention_forward(q, k, v, None, None, T, N, 0.0, causal, False, **options)[0]
+    except RuntimeError as error:
+        if chosen_flash() is None:
+            raise
+        warn_of(error, "FlashAttention-3")
+    implementations.restore_flash_attention_impl()
+    return _flash(q, k, v, scale, before)  # by torch's own
 
 
 def _efficient(q: Tensor, k: Tensor, v: Tensor, scale: float, before: int | None, mask: Tensor | None) -> Tensor:

@@ -39,9 +39,11 @@ class Graph:
 
     def __call__(self, function: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
         self.calls += 1
-        is_early = self.calls < CAPTURE_AT or self.batch_size in self.refused
-        if is_early or torch.cuda.is_current_stream_capturing():
+        if self.calls < CAPTURE_AT or self.batch_size in self.refused:
             return function()
+        with torch.cuda.device(self.device):
+            if torch.cuda.is_current_stream_capturing():
+                return function()
         if self.graph is None:
             return self._run_and_capture(function)
         self.graph.replay()
@@ -69,7 +71,7 @@ class Graph:
                 logger.warning("decode runs without a CUDA graph: %s", str(error.__context__ or error).split("\n")[0])
             failed = torch.tensor([self.graph is None], dtype=torch.int64, device=self.device)
             failures = int(self.sum_over_processes(failed))
-            if self.graph is None or failures:
+            if failures:
                 self.refused.add(self.batch_size)
                 self.graph = None
         return results

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from pop.engine.attention import empty_output
+from pop.errors import reason_of
 
 BLOCK_BYTES = 2**13  # of K, and of V, that a program loads at once: 32 slots for heads of 128 bfloat16 numbers
 QUERIES = 2**13  # 16-bit numbers of q that a program of a prompt takes: 64 queries with heads of 128 numbers
@@ -48,13 +49,19 @@ def span_attention(q: Tensor, keys: Tensor, values: Tensor, spans: Tensor, scale
     try:
         return attention_in_parts(q, keys, values, spans, scale, *blocks_of(q, keys, processors))
     except Exception as error:  # no compiler, no headers, too little shared memory ...: each has its own exception
-        # These say nothing about Triton: too little memory, and whatever ends a capture.
-        if isinstance(error, torch.OutOfMemoryError) or torch.cuda.is_current_stream_capturing():
-            raise
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-        logger.warning("attention over a cache runs without Triton, which fails here: %s", reason)
+        warn_of(error, "Triton")
         _failed.add(kind)
         return None
+
+
+def warn_of(error: Exception, kernel: str) -> None:
+    """Say that attention does without a kernel from now on, or raise an error that tells nothing about the kernel.
+
+    These are too little memory, and whatever ends a capture.
+    """
+    if isinstance(error, torch.OutOfMemoryError) or torch.cuda.is_current_stream_capturing():
+        raise error
+    logger.warning("attention runs without %s, which fails here: %s", kernel, reason_of(error))
 
 
 def _processors(q: Tensor) -> int:

@@ -26,7 +26,7 @@ import pop.models as models
 from pop.backends.cpu import Embedding, Linear, linear
 from pop.backends.experts import Experts
 from pop.checkpoints.weights import Shard
-from pop.errors import InputError
+from pop.errors import InputError, reason_of
 from pop.models.olmo2 import HeadsNorm
 from pop.system.memory import to_device
 
@@ -84,7 +84,7 @@ def _form_group(gpu: torch.device | None) -> None:
     try:
         dist.init_process_group("gloo" if gpu is None else "nccl", timeout=ten_minutes, device_id=gpu)
     except (RuntimeError, ValueError) as error:
-        reason = str(error).split("\n")[0]
+        reason = reason_of(error)
         raise InputError(f"the processes cannot form a group ({reason}); start them with torchrun") from None
     atexit.register(_at_exit)
 

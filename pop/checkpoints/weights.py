@@ -16,7 +16,7 @@ from pathlib import Path, PureWindowsPath
 import torch
 from torch import Tensor, nn
 
-from pop.errors import CacheMemoryError, CheckpointError, some
+from pop.errors import CacheMemoryError, CheckpointError, reason_of, some
 from pop.models.config import Config
 from pop.system.files import read_json, read_tensors
 from pop.system.progress import progress_bar
@@ -199,10 +199,10 @@ def _map(file: Path) -> dict[str, Tensor]:
     try:
         tensors, _ = read_tensors(file)
     except Exception as error:  # corrupt bytes can raise nearly anything
-        reason = f"{type(error).__name__}: {error}".split("\n")[0]
+        reason = reason_of(error)
         if "Cannot allocate memory" in reason:
             raise CacheMemoryError(f"{file} cannot be mapped into memory ({reason}); raise `ulimit -v`") from None
-        raise CheckpointError(f"{file} is truncated or corrupt, fetch it again ({reason:.200})") from None
+        raise CheckpointError(f"{file} is truncated or corrupt, fetch it again ({reason})") from None
     return tensors
 
 

@@ -31,7 +31,7 @@ from pop.engine.changes import Kinds
 from pop.engine.decode_step import decode
 from pop.engine.modes import engine_modes
 from pop.engine.stages import Stages
-from pop.errors import UnsupportedError
+from pop.errors import UnsupportedError, reason_of
 from pop.pruning.plan import PrunePlan
 
 SMALLEST = 50_000_000  # parameters; a smaller model would answer before compilation ends
@@ -125,7 +125,7 @@ class Compiled:
             with torch._dynamo.config.patch(specialize_float=True), torch._inductor.config.patch(fused):
                 self._run(several, plan)
         except Exception as error:  # no compiler, no headers, no Triton ...: each has its own exception
-            reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+            reason = reason_of(error)
             if self.required:
                 raise UnsupportedError(f"the model cannot be compiled here ({reason}); use compile='auto'") from error
             logger.warning("pop runs without torch.compile, which fails here: %s", reason)
@@ -155,8 +155,9 @@ class Compiled:
         stages = self._compiled._replace(**warming)
         taken = {3, config.hidden_size, config.num_kv_heads, config.head_dim, config.head_dim // 2}
         rows = _unlike(taken, 2) if several else 1
-        first, second = _two_lengths(taken)
-        slots = _unlike(taken, 1000)
+        # Inductor tunes kernels for GPUs with these sizes, so they are those of a usual prompt there.
+        first, second = _two_lengths(taken, 500 if weight.is_cuda else 4)
+        slots = _unlike(taken, 1200)
 
         def prompt(tokens: int) -> Tensor:
             return torch.zeros(rows, tokens, dtype=torch.int64, device=weight.device)
@@ -186,9 +187,9 @@ class Compiled:
                 self._vision_block.warm_up(block, *inputs)
 
 
-def _two_lengths(taken: set[int]) -> tuple[int, int]:
+def _two_lengths(taken: set[int], least: int) -> tuple[int, int]:
     """Lengths of a prompt and of what follows it. Neither they nor their sum, nor its successor, are taken."""
-    for first in count(4):
+    for first in count(least):
         for second in range(first + 2, 2 * first):
             total = first + second
             if not {first, second, total, total + 1} & taken:

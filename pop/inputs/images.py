@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pop.errors import InputError, PopError, import_extra
+from pop.errors import InputError, PopError, import_extra, reason_of
 from pop.models.config import ImageConfig
 
 MAX_PIXELS = 2**26  # 67 megapixels, 0.2 GB in RGB
@@ -107,8 +107,8 @@ def reading(name: str, formats: tuple[str, ...]) -> Iterator[None]:
     except PopError:
         raise
     except Exception as error:
-        reason = f"{type(error).__name__}: {error}".split("\n")[0]
-        raise InputError(f"{name} is truncated or broken, or not one of {', '.join(formats)} ({reason:.200})") from None
+        broken = f"{name} is truncated or broken, or not one of {', '.join(formats)}"
+        raise InputError(f"{broken} ({reason_of(error)})") from None
 
 
 def _from_pillow(image, name: str) -> Tensor:

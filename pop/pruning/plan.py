@@ -171,6 +171,8 @@ class PrunePlan:
     def speedup(self, model, prompt_tokens: int) -> float:
         """The most that a prefill of `prompt_tokens` tokens of text can gain: F(none) / F(plan), see cost.py.
 
+        It counts arithmetic only. On a GPU, launches bound short prompts, which then gain less or nothing.
+
         Args:
             model: A pop.Model.
         """

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from support.cases import assert_close, new_cache
 from support.tiny import random_model, tiny_gemma3_config
+from torch.nn import attention as implementations
 
 from pop import engine
 from pop.backends import cuda
@@ -20,6 +21,9 @@ from pop.engine.attention import UNBOUNDED, AttentionMetadata
 from pop.engine.stages import EAGER, full_layer
 from pop.models import layers
 from pop.pruning.plan import PrunePlan
+
+_registry = getattr(implementations, "_registry", None)
+requires_registry = pytest.mark.skipif(_registry is None, reason="this torch has one implementation of flash attention")
 
 
 def randn(*shape, seed=0):
@@ -232,6 +236,85 @@ def test_tensors_that_no_kernel_takes_go_the_general_way(monkeypatch, kernels):
     torch.testing.assert_close(cuda.causal_attention(q, k, v, 0.3, 2), layers.causal_attention(q, k, v, 0.3, 2))
     torch.testing.assert_close(cuda.vision_attention(q, q, q), F.scaled_dot_product_attention(q, q, q))
     assert not kernels
+
+
+@pytest.fixture
+def flash_3(monkeypatch):
+    """A stand-in for FlashAttention-3, which torch's own registry activates. Returns what the stand-in was asked."""
+    calls = []
+    handle = types.SimpleNamespace(remove=lambda: calls.append("removed"))
+    monkeypatch.setitem(_registry._FLASH_ATTENTION_IMPLS, "FA3", lambda: calls.append("activated") or handle)
+    monkeypatch.setattr(cuda, "find_spec", lambda name: name == "flash_attn_interface")
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    cuda.use_flash_3.cache_clear()
+    yield calls
+    cuda.use_flash_3.cache_clear()
+    if cuda.chosen_flash():
+        implementations.restore_flash_attention_impl()
+
+
+@requires_registry
+def test_flash_attention_3_is_activated_once_on_sm_90_if_it_is_installed(flash_3, monkeypatch):
+    for capability in (8, 10):
+        cuda.use_flash_3(capability)
+    assert flash_3 == []
+    for _ in range(2):
+        cuda.use_flash_3(9)
+    assert flash_3 == ["activated"] and cuda.chosen_flash() == "FA3"
+    implementations.restore_flash_attention_impl()
+    cuda.use_flash_3.cache_clear()
+    monkeypatch.setattr(cuda, "find_spec", lambda name: None)
+    cuda.use_flash_3(9)
+    assert cuda.chosen_flash() is None
+
+
+@requires_registry
+def test_an_implementation_that_the_user_has_chosen_stays(flash_3, monkeypatch):
+    handle = types.SimpleNamespace(remove=lambda: None)
+    monkeypatch.setitem(_registry._FLASH_ATTENTION_IMPLS, "FA4", lambda: handle)
+    implementations.activate_flash_attention_impl("FA4")
+    cuda.use_flash_3(9)
+    assert cuda.chosen_flash() == "FA4"
+
+
+@requires_registry
+@torch.no_grad()
+def test_a_call_that_flash_attention_3_refuses_falls_back_once(flash_3, kernels, monkeypatch, caplog):
+    """Too little memory says nothing about it."""
+    error = torch.OutOfMemoryError("16 GiB")
+
+    def refuses(*arguments, **options):
+        if cuda.chosen_flash():
+            raise error
+        return flash(*arguments, **options)
+
+    monkeypatch.setattr(KERNELS, "_flash_attention_forward", refuses)
+    cuda.use_flash_3(9)
+    q, k, v = (randn(2, 5, heads, 8, seed=heads).half() for heads in (6, 3, 3))
+    with pytest.raises(torch.OutOfMemoryError):
+        cuda.fused_attention(q, k, v, 0.3, 2)
+    assert cuda.chosen_flash() == "FA3"
+    error = RuntimeError("windows are not supported")
+    for _ in range(2):
+        found = cuda.fused_attention(q, k, v, 0.3, 2)
+        torch.testing.assert_close(found.flatten(2), layers.causal_attention(q, k, v, 0.3, 3), rtol=0, atol=2e-3)
+        cuda.use_flash_3(9)
+    assert flash_3 == ["activated", "removed"]
+    assert [record.getMessage() for record in caplog.records] == [
+        "attention runs without FlashAttention-3, which fails here: RuntimeError: windows are not supported"
+    ]
+
+
+@requires_registry
+def test_flash_attention_3_that_cannot_be_imported_is_named_once(flash_3, monkeypatch, caplog):
+    def register():
+        raise ImportError("undefined symbol")
+
+    monkeypatch.setitem(_registry._FLASH_ATTENTION_IMPLS, "FA3", register)
+    for _ in range(2):
+        cuda.use_flash_3(9)
+    assert cuda.chosen_flash() is None
+    assert len(caplog.records) == 1 and "undefined symbol" in caplog.text
 
 
 def test_torchs_own_operators_take_these_arguments_and_have_gradients(monkeypatch):

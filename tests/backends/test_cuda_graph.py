@@ -1,5 +1,6 @@
 """`Graph` around a stand-in for torch's captures: it runs each step once, and does without a graph that fails."""
 
+import contextlib
 import logging
 
 import pytest
@@ -61,6 +62,25 @@ def test_a_function_that_cannot_be_captured_runs_as_it_is(fake, module, caplog):
     fake.refuses = False
     calls(Graph(module, 1), CAPTURE_AT)
     assert fake.captures == 2
+
+
+def test_a_step_within_a_capture_of_its_own_device_runs_as_it_is(fake, module):
+    """Another device may be the current one: what is captured there says nothing about this module's."""
+    entered = []
+
+    @contextlib.contextmanager
+    def device(of):
+        entered.append(of)
+        yield
+        entered.pop()
+
+    fake.device = device
+    fake.is_current_stream_capturing = lambda: entered[-1:] == [torch.device("cpu")]
+    assert calls(Graph(module, 1), CAPTURE_AT + 1) == [*range(CAPTURE_AT + 1)]
+    assert fake.captures == 0 and entered == []
+    fake.is_current_stream_capturing = lambda: not entered
+    calls(Graph(module, 1), CAPTURE_AT + 1)
+    assert (fake.captures, fake.replays) == (1, 1)
 
 
 def test_a_graph_that_another_process_cannot_capture_is_dropped(fake, module):

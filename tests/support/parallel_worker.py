@@ -4,12 +4,14 @@ FOLDER has checkpoints, and the cases of 2 and of 4 ranks in cases-N.json. The p
 imported once. Each rank writes its results to rank-N-of-SIZE.safetensors, as tensors "case/what".
 """
 
+import io
 import json
 import os
 import signal
 import socket
 import sys
 import traceback
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from unittest.mock import patch
@@ -22,12 +24,13 @@ from support import fake_captures
 from torch._inductor import config as inductor
 
 import pop
-from pop import engine, runner
+from pop import backends, engine, runner
 from pop.backends import cuda_graph
 from pop.backends.tensor_parallel import end
 from pop.checkpoints import weights as checkpoint
 from pop.engine import compile
 from pop.pruning import selection
+from pop.system import memory
 
 THOROUGH = os.environ.get("HYPOTHESIS_PROFILE") == "nightly"  # compiling takes most of the time
 PROMPT = [[5, 12, 44, 3, 60, 8, 33, 2, 19], [7, 1, 50, 21, 4, 0, 0, 0, 0]]
@@ -82,12 +85,18 @@ def corrections(plan: pop.PrunePlan) -> dict[str, torch.Tensor]:
     return {"corrections": found.weight @ shared, "update": found.update @ found.shared[:1]}
 
 
-def captures(folder: Path) -> list[str]:
-    """What each decode step of some answers does: it runs, it is captured, or it is replayed."""
-    model = pop.load(folder / "llama", parallel="auto", compile=False)
+def captures(folder: Path) -> list:
+    """What each decode step of some answers does: it runs, it is captured, or it is replayed. Then the chunk size.
+
+    The model decides as on a GPU. The second rank has so little memory that it could keep no cache for a later answer.
+    """
+    with patch.object(runner.Runner, "device", torch.device("cuda")):
+        model = pop.load(folder / "llama", prune=None, parallel="auto", compile=False, device="cpu")
     model._eager = engine.EAGER._replace(replay=cuda_graph.Graph)
     found = []
-    with fake_captures.installed() as fake:
+    available = f"MemAvailable: {2 * model.new_cache(1, 256).nbytes // 1024} kB\n"
+    little_memory = patch.object(memory, "open", lambda *_, **__: io.StringIO(available), create=True)
+    with little_memory if dist.get_rank() == 1 else nullcontext(), fake_captures.installed() as fake:
         for fake.refuses in (False, dist.get_rank() == 1):
             letters = []
             for _ in range(2):
@@ -99,6 +108,8 @@ def captures(folder: Path) -> list[str]:
                     letters.append({(1, 0): "c", (0, 1): "r", (0, 0): "."}[fake.since(counts)])
                 model.caches.give(cache)
             found.append("".join(letters))
+        with patch.object(backends, "_is_on_gpu", lambda module: True):
+            found.append(backends.chunk_size_of(model.module))
     return found
 
 

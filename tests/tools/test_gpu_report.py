@@ -115,10 +115,12 @@ def test_slow_paths_and_refused_captures_are_fallbacks(argv, monkeypatch):
     setup = parts.Setup(gpu_report.parser().parse_args(argv))
     cuda_graph._refused[setup.model.module] = {8, 1}
     setup.device = torch.device("cuda")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(major=9))
+    monkeypatch.setattr(parts, "find_spec", lambda name: name == "flash_attn_interface")
     found = {what: path for what, path, _ in parts.paths(setup)}
     marked = parts.fallbacks(setup)
-    assert len(found) == 4
-    assert [f"{what}: {path}" for what, path in found.items()] == [one.split(", not")[0] for one in setup.slow[-4:]]
+    assert len(found) == 5
+    assert [f"{what}: {path}" for what, path in found.items()] == [one.split(", not")[0] for one in setup.slow[-5:]]
     assert set(setup.slow) < set(marked)
     assert marked[-2:] == [f"the decode step of {rows} rows could not be captured" for rows in (1, 8)]
 

@@ -10,6 +10,7 @@ import sys
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 from statistics import median
 
 import torch
@@ -125,9 +126,11 @@ def paths(setup: Setup) -> Iterator[Figure]:
     runs_triton = span_attention._processors(q) and (q.device, q.dtype, q.shape[-1]) not in span_attention._failed
     step = cache.step and cache.step.replay
     is_captured = getattr(step, "graph", None) is not None
+    can_have_fa3 = torch.cuda.get_device_properties(q.device).major == 9 and find_spec("flash_attn_interface")
     found = {
         "path of layers": ("compiled" if model.compiled else "eager", "compiled"),
         "path of causal attention": (causal, "flash"),
+        "path of flash attention": (cuda.chosen_flash() or "FA2", "FA3" if can_have_fa3 else "FA2"),
         "path of other attention": ("Triton" if runs_triton else "torch's choice", "Triton"),
         "path of a decode step": ("captured" if is_captured else "launch by launch", "captured"),
     }
