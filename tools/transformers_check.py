@@ -94,6 +94,7 @@ def plans(twin: pop.Model) -> Iterator[PrunePlan]:
     yield _calibrated(twin, (3, 4, 5), num_groups=1, num_updates=0)
     updating = _calibrated(twin, (1, 2, 4), num_groups=2, num_updates=2)
     yield updating
+    yield dataclasses.replace(updating, full_depth_below=18)  # the chats' first turns are shorter
     yield dataclasses.replace(updating, full_depth_selected=0.2)
     yield dataclasses.replace(updating, full_depth_selected=0.4, selecting_layer=3)
 
