@@ -118,6 +118,16 @@ def test_the_package_is_small():
     assert sum(nodes.values()) - calibration <= OTHERS, advice
 
 
+def test_the_method_fits_a_page():
+    """The paper's method in reference.py: its lines of code, up to the functions of calibrated plans."""
+    source = FILES["pruning/reference.py"].read_text(encoding="utf-8").partition("\ndef code(")[0]
+    tree = ast.parse(source)
+    texts = [node for node in ast.walk(tree) if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)]
+    of_texts = {line for node in texts for line in range(node.lineno, node.end_lineno + 1)}
+    lines = [number for number, line in enumerate(source.splitlines(), 1) if line.strip() and line.strip()[0] != "#"]
+    assert len(set(lines) - of_texts) <= 70
+
+
 def is_packed(node: ast.AST) -> bool:
     """Whether a tuple is assigned to a tuple of names, and one of its parts computes."""
     if not (isinstance(node, ast.Assign) and isinstance(node.value, ast.Tuple)):
