@@ -148,8 +148,7 @@ class pruned:
         if prompt.layers_run != len(self.plan.layers):
             raise InputError("the context ended during a prompt; leave it after all calls have returned")
         if self.plan.layers:
-            h = out[0]  # [B, T, D], the last states
-            h.masked_fill_(~prompt.at_full_depth[..., None], torch.nan)  # no score of a pruned token is a number
+            out[0][:, :-1] = torch.nan  # [B, T, D]; what follows in a prompt has no score, since it is not an answer
         return out
 
 

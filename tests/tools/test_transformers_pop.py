@@ -24,7 +24,6 @@ from pop import InputError, PlanError, PrunePlan
 from pop.errors import UnsupportedError
 from pop.models import llama
 from pop.models.layers import rope_frequencies
-from pop.pruning import reference
 from tools import kvpress_pop
 from tools.kvpress_pop import PopPress
 from tools.transformers_pop import PrunedLayer, as_pop, calibrate, check_last_token, library, positions, pruned
@@ -198,16 +197,16 @@ def test_a_copied_cache_goes_on_without_an_answer_between_the_prompts(model):
     assert_close(found, twin.prefill(ids[:, 6:], other, plan=plan))
 
 
-def test_only_full_depth_tokens_have_scores(model):
-    """The log-likelihood of a continuation that is part of the prompt is no number."""
-    ids, plan = torch.randint(3, CONFIG.vocab_size, (2, 9)), plan_of(model, is_calibrated=False)
+def test_only_the_last_token_of_a_prompt_has_scores(model):
+    """The log-likelihood of a continuation that is part of the prompt is no number, also if it is at full depth."""
+    plan = dataclasses.replace(plan_of(model, is_calibrated=False), full_depth_last=3)
+    ids = torch.randint(3, CONFIG.vocab_size, (2, 9))
     with pruned(model, plan):
         logits = model(ids, cache=Cache(), logits_to_keep=9)
         for args, labels in ([], {"labels": ids}), ([None, ids], {}):
             with pytest.raises(UnsupportedError, match="labels"):
                 model(ids, *args, cache=Cache(), **labels)
-    full_depth = reference.full_depth_tokens(9, 9, plan)
-    assert logits[:, full_depth].isfinite().all() and logits[:, ~full_depth].isnan().all()
+    assert logits[:, -1].isfinite().all() and logits[:, :-1].isnan().all()
     with pruned(model, PrunePlan.none()):
         assert_close(model(ids, cache=Cache(), logits_to_keep=9), model(ids, logits_to_keep=9))
 
