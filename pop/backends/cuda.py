@@ -137,22 +137,19 @@ def fused_attention(
             own key is the last one. None: each token attends all keys.
         mask: [B or 1, T, N] bool, true where a token attends a key. It replaces `before`.
     """
-    if mask is not None:
-        return _efficient(q, k, v, scale, None, mask)
-    if has_flash(q):
+    if mask is None and has_flash(q):
         return _flash(q, k, v, scale, before)
-    return _efficient(q, k, v, scale, before, None)
+    return _efficient(q, k, v, scale, before, mask)
 
 
 def _flash(q: Tensor, k: Tensor, v: Tensor, scale: float, before: int | None) -> Tensor:
     options = {"scale": scale}
     if before is not None and before < UNBOUNDED:
         options |= {"window_size_left": before, "window_size_right": 0}
-    T = q.shape[1]
-    N = k.shape[1]
+    lengths = q.shape[1], k.shape[1]
     causal = before is not None
     try:
-        return aten._flash_attention_forward(q, k, v, None, None, T, N, 0.0, causal, False, **options)[0]
+        return aten._flash_attention_forward(q, k, v, None, None, *lengths, 0.0, causal, False, **options)[0]
     except RuntimeError as error:
         if chosen_flash() is None:
             raise
@@ -170,6 +167,7 @@ def _efficient(q: Tensor, k: Tensor, v: Tensor, scale: float, before: int | None
         # Rows of numbers that are added to the scores, each aligned.
         bias = q.new_full((*mask.shape[:2], N + -N % ALIGNMENT), -math.inf)[..., :N].masked_fill_(mask, 0)
         bias = bias[:, None].expand(len(q), K, -1, N)
+        before = None
     causal_type = 0 if before is None else 2  # 2 aligns queries and keys at the end
     options = {"scale": scale}
     if before is not None and before < UNBOUNDED:
