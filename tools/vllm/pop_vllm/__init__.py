@@ -16,10 +16,11 @@ def register() -> None:
         return
     from vllm import ModelRegistry
 
-    from pop_vllm import prefix_cache
+    from pop_vllm import plan, prefix_cache
     from pop_vllm.checks import check_version
 
     check_version()
     for name in FAMILIES:
         ModelRegistry.register_model(name, f"pop_vllm.model:Pruned{name}")
+    plan.install()
     prefix_cache.install()

@@ -1,6 +1,27 @@
 """What a request says of POP_PLAN."""
 
+from functools import cache, wraps
+
 from pop import PlanError
+
+
+@cache
+def install() -> None:
+    """Refuse requests for other plans where they arrive, so that clients see why: one of vLLM's methods is wrapped."""
+    from vllm.exceptions import VLLMValidationError
+    from vllm.v1.engine.input_processor import InputProcessor
+
+    process = InputProcessor.process_inputs
+
+    @wraps(process)
+    def wrapped(self, request_id, prompt, params, *args, **kwargs):
+        try:
+            may_prune(params)
+        except PlanError as error:
+            raise VLLMValidationError(str(error), parameter="pop_plan") from None
+        return process(self, request_id, prompt, params, *args, **kwargs)
+
+    InputProcessor.process_inputs = wrapped
 
 
 def may_prune(params) -> bool:

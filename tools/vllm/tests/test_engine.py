@@ -8,6 +8,7 @@ from engines import BLOCK, calibrated, error, prompts_of
 from pop_vllm.metrics import INTERVAL
 from pop_vllm.weights import check_weights
 from prometheus_client import REGISTRY
+from vllm.exceptions import VLLMValidationError
 
 from pop import PlanError, PrunePlan
 from pop.pruning.corrections import Corrections
@@ -185,6 +186,17 @@ def test_a_request_may_opt_out(engine, budget):
 
     outputs = engine.generate(prompts, extra_args=[{"pop_plan": "none"}] * 4)  # the first and third ran pruned before
     engine.assert_equal(outputs, prompts, PrunePlan.none())
+
+
+@on_llama
+def test_a_request_for_another_plan_is_refused(engine):
+    """And the next request is answered."""
+    plan = PrunePlan((3, 4, 5))
+    engine.use(plan)
+    prompts = prompts_of([40])
+    with pytest.raises(VLLMValidationError, match="pop_plan is 'None'"):
+        engine.generate(prompts, extra_args=[{"pop_plan": "None"}])
+    engine.assert_equal(engine.generate(prompts), prompts, plan)
 
 
 @on_llama
