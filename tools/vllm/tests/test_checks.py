@@ -6,7 +6,6 @@ import pytest
 import torch
 import vllm
 from pop_vllm import checks
-from pop_vllm.attention import RowAttention
 from pop_vllm.plan import may_prune
 from vllm import SamplingParams
 from vllm.config.compilation import CUDAGraphMode
@@ -91,23 +90,6 @@ def test_what_a_request_may_say():
     for other in ("None", "smollm2-135m-14", 0.5):
         with pytest.raises(PlanError, match="pop_plan"):
             may_prune(SamplingParams(extra_args={"pop_plan": other}))
-
-
-def test_metadata_of_rows_has_no_buffers_for_graphs():
-    """They have room for max_num_seqs sequences. A step may have more runs than that."""
-
-    class Builder:
-        def __init__(self, kv_cache_spec, names, vllm_config, device):
-            self.kv_cache_spec = kv_cache_spec
-            self.vllm_config = vllm_config
-            self.device = device
-
-    own = config()
-    group = SimpleNamespace(layer_names=["a", "b"], get_metadata_builder=lambda: Builder("spec", None, own, "cpu"))
-    ((_, builder, names),) = RowAttention([[group]], {"b"}).builders
-    assert names == ["b"] and builder.kv_cache_spec == "spec"
-    assert builder.vllm_config.compilation_config.cudagraph_mode == CUDAGraphMode.NONE
-    assert own.compilation_config.cudagraph_mode == CUDAGraphMode.FULL_AND_PIECEWISE
 
 
 @pytest.mark.parametrize(("dtype", "small", "large"), [(torch.float32, 1e-4, 1e-2), (torch.bfloat16, 1e-2, 0.2)])

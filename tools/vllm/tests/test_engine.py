@@ -1,14 +1,19 @@
 """vLLM's engine with the plugin computes what pop's reference computes."""
 
 import dataclasses
+from types import SimpleNamespace
 
 import pytest
 import torch
 from engines import BLOCK, calibrated, error, prompts_of
+from pop_vllm.attention import RowAttention, without_graphs
 from pop_vllm.metrics import INTERVAL
 from pop_vllm.weights import check_weights
 from prometheus_client import REGISTRY
+from vllm.config.compilation import CUDAGraphMode
 from vllm.exceptions import VLLMValidationError
+from vllm.v1.attention.backend import CommonAttentionMetadata
+from vllm.v1.attention.backends import flash_attn
 
 from pop import PlanError, PrunePlan
 from pop.pruning.corrections import Corrections
@@ -237,6 +242,41 @@ def test_quantised_projections_are_not_cut(engine, monkeypatch, caplog):
     model.load_weights([])
     assert sorted(model.key_value_weights) == [0, 1, 2, 3, 5]
     assert "quantised" in caplog.text
+
+
+@on_llama
+def test_a_step_may_have_more_runs_than_requests(engine, monkeypatch):
+    """If steps are captured, FlashAttention 3 has a buffer for max_num_seqs. A stand-in plans its work here."""
+
+    def schedule(batch_size, **_):
+        return torch.ones(1 + -(-batch_size // 4) * 16, dtype=torch.int32)
+
+    monkeypatch.setattr(flash_attn, "get_flash_attn_version", lambda *_, **__: 3)
+    monkeypatch.setattr(flash_attn, "get_scheduler_metadata", schedule, raising=False)
+    ((own,),) = engine.core.model_executor.driver_worker.worker.model_runner.attn_groups
+    captured = without_graphs(own.get_metadata_builder().vllm_config)
+    captured.compilation_config.cudagraph_mode = CUDAGraphMode.FULL_AND_PIECEWISE
+    captured.compilation_config.max_cudagraph_capture_size = 16
+    given = flash_attn.FlashAttentionMetadataBuilder(own.kv_cache_spec, own.layer_names, captured, torch.device("cpu"))
+    group = SimpleNamespace(layer_names=own.layer_names, get_metadata_builder=lambda: given)
+    ((_, builder, _),) = RowAttention([[group]], set(own.layer_names[3:])).builders
+    num_runs = 100
+    starts = torch.arange(num_runs + 1, dtype=torch.int32)
+    metadata = CommonAttentionMetadata(
+        query_start_loc=starts,
+        query_start_loc_cpu=starts,
+        seq_lens=starts[1:],
+        num_reqs=num_runs,
+        num_actual_tokens=num_runs,
+        max_query_len=1,
+        max_seq_len=num_runs,
+        block_table_tensor=torch.zeros(num_runs, 4, dtype=torch.int32),
+        slot_mapping=torch.zeros(num_runs, dtype=torch.int64),
+    )
+    assert len(builder.build(0, metadata).scheduler_metadata) == 401
+    assert captured.compilation_config.cudagraph_mode == CUDAGraphMode.FULL_AND_PIECEWISE
+    with pytest.raises(RuntimeError, match="size"):
+        given.build(0, metadata)
 
 
 @on_llama
