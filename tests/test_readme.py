@@ -69,7 +69,7 @@ def shortened(calibrate, model, texts=None, plan=None, *, steps=200, **options):
 
 def shortened_check(check, model, plan, texts=None, **options):
     """pop.check, with one question of each kind about a short prompt."""
-    return check(model, plan, texts, **options | {"lengths": (384,), "questions": 1})
+    return check(model, plan, texts, **options | {"lengths": (512,), "questions": 1})
 
 
 @pytest.fixture

@@ -296,7 +296,7 @@ def test_what_the_verdict_would_refuse_is_refused_before_the_work(calibration, c
     _, words, _ = calibration
     monkeypatch.setattr(pop, "calibrate", lambda *_, **__: pytest.fail("calibrated"))
     assert main([*words, "--longest", "100"]) == 2
-    assert "prompts of fewer than 384 tokens are not pruned" in capsys.readouterr().err
+    assert "prompts of fewer than 512 tokens are not pruned" in capsys.readouterr().err
 
 
 def test_calibrate_goes_on_after_ctrl_c(calibration, monkeypatch):

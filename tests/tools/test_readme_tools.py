@@ -19,6 +19,7 @@ from support.tiny import hf_config, random_model, tiny_config
 from support.tiny_chat import write_chat_checkpoint
 
 from pop import PrunePlan
+from pop.pruning.plan import SHIPPED
 from tools.bench import __main__ as bench
 from tools.bench import measure, rivals, shapes
 from tools.checkpoints import make_random
@@ -77,9 +78,8 @@ def tiny_world(tmp_path, monkeypatch):
     (tmp_path / "tools" / "figures").mkdir(parents=True)
     (tmp_path / "pop" / "data" / "plans").mkdir(parents=True)
     monkeypatch.setattr("pop.pruning.plan.SHIPPED", tmp_path / "pop" / "data" / "plans")
-    for name in ("third", "14"):  # the plans of SmolLM2's layers do not fit the tiny model
-        PrunePlan.deepest(5, 1 / 5).save(tmp_path / "pop" / "data" / "plans" / f"smollm2-135m-{name}.plan")
-    PrunePlan((1, 3, 4)).save(tmp_path / "18.plan")
+    for path in Path(SHIPPED).glob("*.plan"):  # their layers do not fit the tiny model
+        PrunePlan.deepest(5, 1 / 5).save(tmp_path / "pop" / "data" / "plans" / path.name)
     tensors = gguf_files.make_tensors()
     gguf_files.write_gguf("SmolLM2-135M-Instruct.Q4_1.gguf", tensors, gguf_files.LLAMA_KEYS)
     meta_files.from_meta(tmp_path / "Llama3.1-8B")
