@@ -266,6 +266,7 @@ def test_the_demo_prints_what_the_readme_shows(smollm2, monkeypatch, capsys):
 def test_the_citation_names_this_version_and_the_paper():
     citation = (ROOT / "CITATION.cff").read_text(encoding="utf-8")
     assert f"\nversion: {pop.__version__}\n" in citation
+    assert f'version="{pop.__version__}"' in (ROOT / "tools/vllm/setup.py").read_text(encoding="utf-8")
     for text in (citation, README):
         assert "POP: Prefill-Only Pruning for Efficient Large Model Inference" in text
         assert "2602.03295" in text
