@@ -95,10 +95,10 @@ def test_modules_that_other_code_imports(name):
 
 # What makes code dense.
 # Syntax nodes of the files in calibration/, and of all others. The aim is 92,000 for both together, which the search
-# for layers and the verdict have put out of reach for now. There is room for a family and its reader, which are about
-# 600. Raise OTHERS by a new family's nodes, and lower both bounds when nodes go.
-CALIBRATION = 20_800
-OTHERS = 84_900
+# for layers and the verdict have put out of reach for now. Raise OTHERS by the nodes of a new family, and lower both
+# bounds when nodes go.
+CALIBRATION = 20_650
+OTHERS = 84_260
 PACKED = 10  # assignments such as `a, b = f(x), g(y)`
 PRIVATE, PUBLIC = 6, 10  # parameters of a function, those that are not keyword-only
 

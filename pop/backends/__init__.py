@@ -82,7 +82,7 @@ def chunk_size_of_rows(chunk_size: int, rows: int) -> int:
     So the memory for activations does not grow with the batch, up to 32 rows. More rows have LEAST_CHUNK_SIZE each, as
     long as all of them have at most MOST_IN_BATCH.
     """
-    return max(chunk_size // rows, min(chunk_size, LEAST_CHUNK_SIZE, MOST_IN_BATCH // rows))
+    return max(1, chunk_size // rows, min(chunk_size, LEAST_CHUNK_SIZE, MOST_IN_BATCH // rows))
 
 
 def _is_on_gpu(module: nn.Module) -> bool:

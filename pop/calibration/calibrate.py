@@ -14,7 +14,7 @@ import math
 import os
 import random
 import sys
-import time
+import timeit
 from collections.abc import Sequence
 
 import torch
@@ -254,11 +254,11 @@ def _announce(model, windows: list[Window], judged: list[Window], rank: int, ste
     tokens = max(windows, key=lambda window: len(window[0]))[0][:1024]
     run = Pass(model.module, torch.tensor([tokens], device=model.device))
     run.layers(run.embed(), 0, 1)
-    times = []
-    for _ in range(3):
-        begin = time.perf_counter()
+
+    def run_once() -> None:
         check_finite(run.layers(run.embed(), 0), "hidden states of the texts")
-        times.append(time.perf_counter() - begin)
+
+    seconds = min(timeit.repeat(run_once, number=1, repeat=3)) / len(tokens)
     num_tokens = sum(len(tokens) for tokens, _ in windows)
     needed = tokens_needed(model)
     if num_tokens < needed:
@@ -267,7 +267,7 @@ def _announce(model, windows: list[Window], judged: list[Window], rank: int, ste
     judgements = 2 * (len(search.TAILS) + len(RIDGES) + CHECKS)
     passed = 4 * min(num_tokens, needed) + 3 * steps * min(TOKENS, num_tokens)
     passed += judgements * sum(len(tokens) for tokens, _ in judged)
-    minutes = max(1, round(passed * min(times) / len(tokens) / 60))
+    minutes = max(1, round(passed * seconds / 60))
     gigabytes = needed_bytes(model, rank, steps) / 1e9
     megabytes = plan_numbers(model, rank) * model.dtype.itemsize / 1e6
     work = f"about {minutes} min before a verdict, {gigabytes:.1f} GB beside the weights, a plan of {megabytes:.0f} MB"

@@ -163,7 +163,6 @@ def compared(
         lacks = f"prompts of fewer than {least} tokens are not pruned, so they tell nothing"
         raise InputError(f"{lacks}; ask for longer ones")
     head, text = _joined(model, texts)
-    more = [] if model.tokenizer is None else _joined(model, None)[1]
     writer = Writer(model, text, head, check_count("seed", seed, 0))
     makers = (quotations,) if model.tokenizer is None else KINDS
     check_count("questions", questions)
@@ -171,7 +170,9 @@ def compared(
     for length in lengths:
         count = questions if length <= LONG else (questions + 1) // 2
         asked = make_questions(writer, makers, [length], count)[length]
-        long_enough = text if len(text) >= length + CONTINUATION else text + more
+        long_enough = text
+        if model.tokenizer is not None and len(text) < length + CONTINUATION:
+            long_enough = text + _joined(model, None)[1]
         work.append((length, _windows(head, long_enough, length), asked))
     return work
 

@@ -13,7 +13,7 @@ from support.tiny_chat import write_chat_checkpoint
 import pop
 from pop.calibration.questions import KINDS, Writer, make_questions
 from pop.calibration.texts import builtin_texts, parted
-from pop.calibration.verdict import CONTINUATION, Verdict
+from pop.calibration.verdict import CONTINUATION, Verdict, compared
 
 PLAN = pop.PrunePlan((2, 3, 4), full_depth_last=2)
 TEXT = " ".join(f"word{n} of line{n * n}" for n in range(80))
@@ -30,13 +30,12 @@ def verdict(model):
 
 
 def test_the_loss_is_that_of_the_reference(model, verdict):
-    """The text has one window of each length. The longer one is cut to the context, and built-in texts fill it."""
-    _, builtin = parted(builtin_texts())
-    tokens = model.encode(TEXT) + model.encode(builtin[0])
+    """The text has one window of each length. The longer one is cut to the context."""
+    tokens = model.encode(TEXT)
     assert [*verdict.loss] == ["700", str(1024 - CONTINUATION)]
     for length, found in verdict.loss.items():
         length = int(length)
-        window = tokens[: length + CONTINUATION]
+        window = (tokens * 2)[: length + CONTINUATION]
         full, pruned = (
             naive_logits(model, plan, window[:length], window[length:]).double().log_softmax(-1)
             for plan in (pop.PrunePlan.none(), PLAN)
@@ -76,6 +75,17 @@ def test_an_answer_is_exact_if_each_token_is_the_likeliest(model, monkeypatch):
     assert exact.tolist() == expected
     assert exact[:, 1].tolist() == [True] * 4 + [False] * 2
     assert not exact[:, 0].all()
+
+
+def test_built_in_texts_follow_a_text_that_is_shorter_than_a_prompt(model):
+    """A short text that is repeated would have its own continuation in the prompt."""
+    short = TEXT[:700]
+    _, builtin = parted(builtin_texts())
+    tokens = model.encode(short) + model.encode(builtin[0])
+    assert len(model.encode(short)) < 900 + CONTINUATION
+    for length, windows, _ in compared(model, [short], [500, 900], 1):
+        assert windows[0] == tokens[: length + CONTINUATION]
+        assert len(windows) == (1 if length == 500 else 8)
 
 
 def test_a_length_that_the_plan_does_not_prune_is_left_out(model):

@@ -299,6 +299,20 @@ def test_what_the_verdict_would_refuse_is_refused_before_the_work(calibration, c
     assert "prompts of fewer than 512 tokens are not pruned" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("calibrate CHAT", "torchrun can start pop generate only"),
+        ("chat CHAT", "torchrun can start pop generate only"),
+        ("generate CHAT -", "only one process can read the standard input"),
+    ],
+)
+def test_what_several_processes_cannot_do_is_refused(words, said, monkeypatch, capsys):
+    monkeypatch.setattr(commands, "launched", lambda: (0, 2))
+    assert main(words.split()) == 2
+    assert said in capsys.readouterr().err
+
+
 def test_calibrate_goes_on_after_ctrl_c(calibration, monkeypatch):
     """The same command ends with the same file, bit for bit. Unfinished work lies beside the plan until then.
 
