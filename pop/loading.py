@@ -50,9 +50,10 @@ def load(
         device: None takes the GPU if there is one, otherwise the CPU.
         dtype: None keeps the checkpoint's.
         prune: "default" takes default.plan in the model's folder, otherwise the best plan of the package for these
-            weights, otherwise the deepest floor(L/3) layers. stderr and repr(model) say which. None is full depth.
-            Other values: a fraction of the layers, layers as in "10,12,14,19-29", the path or name of a saved plan, the
-            path of importance scores, which stand for the third of the layers that prefill needs least, or a PrunePlan.
+            weights, otherwise "third". stderr and repr(model) say which. None is full depth. Other values: "third", the
+            deepest floor(L/3) layers; a fraction of the layers; layers as in "10,12,14,19-29"; the path or name of a
+            saved plan; the path of importance scores, which stand for the third of the layers that prefill needs least;
+            or a PrunePlan.
         max_seq_len: The most tokens that a cache may hold for each row. None takes the model's full context.
         min_pixels, max_pixels: To how many pixels an image is resized, if the family keeps its shape. None takes the
             checkpoint's limits. A pop.Image has its own.
@@ -84,8 +85,8 @@ def load(
     max_seq_len = check_options(config, dtype, max_seq_len, compile)
     is_default = isinstance(prune, str) and prune == "default"
     own_plan = folder / "default.plan"
-    if is_default and own_plan.is_file():
-        prune = own_plan
+    if is_default:
+        prune = own_plan if own_plan.is_file() else "third"
     plan = PrunePlan.of(prune, config.num_layers)
     preparation = read_preparation(folder, config)
     vision = processor_of(config, preparation, min_pixels, max_pixels)

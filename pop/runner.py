@@ -265,8 +265,12 @@ class Runner:
     # Checks
 
     def resolve(self, plan) -> PrunePlan:
-        """The plan of a call, with its corrections on the model's device in its dtype. None stands for the model's."""
-        plan = PrunePlan.of(self.plan if plan is None else plan, self.config.num_layers)
+        """The plan of a call, with its corrections on the model's device in its dtype.
+
+        plan: Anything that `PrunePlan.of` takes. None and "default" stand for the model's own.
+        """
+        is_own = plan is None or (isinstance(plan, str) and plan == "default")
+        plan = PrunePlan.of(self.plan if is_own else plan, self.config.num_layers)
         corrections = plan.corrections
         if corrections is None or not plan.layers:
             return plan

@@ -73,7 +73,7 @@ def test_the_import_rule():
             target = rest.split(".")[0] if rest else "pop"
             if target != part and target not in MAY_IMPORT[part]:
                 wrong.append(f"{name}:{line} imports {source}")
-    assert wrong == []
+    assert not wrong, f"move the code to the part that may import this, see MAY_IMPORT, or pass the value in: {wrong}"
 
 
 @pytest.mark.parametrize("folder", ["models", "pruning", "engine"])
@@ -82,7 +82,8 @@ def test_models_and_engine_know_no_device_compiler_or_file(folder):
     pattern = r"is_compiling|get_cpu_capability|device\.type|\bopen\(|\.(?:read|write)_(?:text|bytes)\("
     found = {name: re.findall(pattern, path.read_text(encoding="utf-8")) for name, path in FILES.items()}
     found.pop("engine/compile.py")
-    assert {name: words for name, words in found.items() if name.startswith(f"{folder}/") and words} == {}
+    wrong = {name: words for name, words in found.items() if name.startswith(f"{folder}/") and words}
+    assert not wrong, f"make it a swap in backends/, or a parameter: {wrong}"
 
 
 @pytest.mark.parametrize("name", ["cost", "parallel", "reference", "selection", "engine"])
@@ -94,11 +95,10 @@ def test_modules_that_other_code_imports(name):
 
 
 # What makes code dense.
-# Syntax nodes of the files in calibration/, and of all others. The aim is 92,000 for both together, which the search
-# for layers and the verdict have put out of reach for now. Raise OTHERS by the nodes of a new family, and lower both
-# bounds when nodes go.
-CALIBRATION = 20_650
-OTHERS = 84_260
+# Syntax nodes of all files. The aim is 92,000, which the search for layers and the verdict have put out of reach for
+# now. The bound leaves a hundredth for small changes. Lower it when nodes go. Raise it for a family of models or
+# another feature that is worth its size, by as much as that takes, and give it a row in tools/results/DECISIONS.md.
+NODES = 106_000
 PACKED = 10  # assignments such as `a, b = f(x), g(y)`
 PRIVATE, PUBLIC = 6, 10  # parameters of a function, those that are not keyword-only
 
@@ -110,12 +110,9 @@ def test_files_are_few_at_the_top():
 
 
 def test_the_package_is_small():
-    nodes = {name: sum(1 for _ in ast.walk(tree)) for name, tree in TREES.items()}
+    nodes = sum(1 for tree in TREES.values() for _ in ast.walk(tree))
     advice = "remove a form, an option or a special case, or use what torch or the standard library has"
-    advice += f"; most are in {sorted(nodes, key=nodes.get)[-5:]}"
-    calibration = sum(count for name, count in nodes.items() if name.startswith("calibration/"))
-    assert calibration <= CALIBRATION, advice
-    assert sum(nodes.values()) - calibration <= OTHERS, advice
+    assert nodes <= NODES, f"{advice}; the comment at NODES says when the bound may be raised"
 
 
 def test_the_method_fits_a_page():
@@ -125,7 +122,8 @@ def test_the_method_fits_a_page():
     texts = [node for node in ast.walk(tree) if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)]
     of_texts = {line for node in texts for line in range(node.lineno, node.end_lineno + 1)}
     lines = [number for number, line in enumerate(source.splitlines(), 1) if line.strip() and line.strip()[0] != "#"]
-    assert len(set(lines) - of_texts) <= 70
+    count = len(set(lines) - of_texts)
+    assert count <= 70, "what calibrated plans and selection add goes below `code`, and the method stays on a page"
 
 
 def is_packed(node: ast.AST) -> bool:
@@ -163,4 +161,5 @@ def test_no_library_to_which_tools_are_bridges():
     libraries = {"transformers", "tokenizers", "huggingface_hub", "accelerate", "datasets", "vllm", "pop_vllm"}
     tests = Path(__file__).parent.rglob("*.py")
     pairs = [(path, source) for path in (*FILES.values(), *tests) for _, source in imported(path)]
-    assert [(path.name, source) for path, source in pairs if source.split(".")[0] in libraries] == []
+    wrong = [(path.name, source) for path, source in pairs if source.split(".")[0] in libraries]
+    assert not wrong, f"write it in plain torch, or put the bridge into tools/: {wrong}"

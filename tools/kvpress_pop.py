@@ -32,7 +32,7 @@ class PopPress:
         compression_ratio: How much of the cache is removed: 0.
     """
 
-    plan: str | float | PrunePlan = "default"
+    plan: str | float | PrunePlan = "third"
     compression_ratio: float = 0.0
     context: pruned | None = field(default=None, init=False, repr=False)  # of the latest model
 
@@ -49,7 +49,7 @@ class PopPress:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser("tools.kvpress_pop", description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("evaluation", help="the folder of kvpress's evaluate.py")
-    parser.add_argument("--plan", default="default", help="a saved plan, a share of the layers, or layers")
+    parser.add_argument("--plan", default="third", help="a saved plan, a share of the layers, or layers")
     parser.add_argument("--data", help="a local copy of the data set")
     args, options = parser.parse_known_args(argv)
 

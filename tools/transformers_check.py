@@ -299,7 +299,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser("tools.transformers_pop", description=__doc__.splitlines()[0])
     parser.add_argument("--check", action="store_true", required=True, help="compare and time")
     parser.add_argument("--model", default="smollm2-135m", help="a model's name or folder, or none: tiny models only")
-    parser.add_argument("--prune", default="default", help="a share of the layers or a saved plan, as for pop")
+    parser.add_argument("--prune", default="third", help="a share of the layers or a saved plan, as for pop")
     parser.add_argument("--lengths", default="512,1024,2048", help="prompt lengths to time")
     parser.add_argument("--rounds", type=int, default=5, help="how often each case is timed")
     parser.add_argument("--cpu-time", action="store_true", help="count seconds of the CPU, on a machine that is shared")

@@ -53,7 +53,7 @@ def model_options(add) -> None:
 
 
 def prune_options(add) -> None:
-    text = "the layers prefill skips: default (the best plan known for the weights, or the deepest third), none, a"
+    text = "the layers prefill skips: default (the best plan known for the weights), third (the deepest), none, a"
     text += " fraction, layers such as 10,12,19-29, a saved plan's path or name, or the file of `pop importance`"
     add("--prune", help=text, default="default")
     integer(add, "--full-depth-last", "how many last tokens of a prompt run all layers; default: the plan's")

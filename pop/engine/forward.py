@@ -10,6 +10,10 @@ write their K and V, computed from the h that enters the group. Then only the fu
 layers. They overwrite their K and V, and attend the cache. After the group, a calibrated plan may update the h of the
 other tokens for the kept layers that follow.
 
+A call takes Prompts, which it cuts into Chunks. FullDepth says which tokens of a chunk run every layer, and Selection
+which tokens the plan has added to them. These four records are in chunks.py. decode_step.py has the third part of the
+method: a decode step runs every layer for one token of each row.
+
 The only state is the cache. It counts new tokens only once their logits exist. `pop.Model` checks the arguments. Shape
 letters: pop/models/layers.py.
 """

@@ -56,9 +56,9 @@ def head(module, h):
 class Stages(NamedTuple):
     """The functions that a call uses: those of this file, or replacements such as compiled ones.
 
-    `linear` computes the update of h after a group of a calibrated plan.
-    `replay(module, batch_size)` returns a function that takes a decode step without arguments (decode_step.py), runs it
-    once at each call, and may record it.
+    `linear` computes the update of h after a group of a calibrated plan. `replay(module, batch_size)` returns a runner
+    of decode steps. Each call of the runner takes a step (decode_step.py) and runs it once. The runner may record the
+    step, and repeat the record later.
     """
 
     full_layer: Callable[..., Tensor] = full_layer

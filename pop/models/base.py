@@ -180,7 +180,7 @@ class DecoderModel(PrunableModel):
 
     Args:
         config: of the family.
-        model: the module that checkpoints call `model`. It is a Decoder, or `decoder` says where in it the Decoder is.
+        model: the module that checkpoints call `model`: a Decoder, or a module that holds one, which `decoder` returns.
     """
 
     def __init__(self, config, model: nn.Module | None):

@@ -122,9 +122,8 @@ class PrunePlan:
     def of(cls, prune, num_layers: int) -> PrunePlan:
         """The plan for None, a fraction of the layers, layers as in "10,12,19-29", a file as in `load`, or a plan.
 
-        "default" stands for a third of the layers. Only pop.load knows a better plan for its weights. As on the command
-        line, "none" stands for None, and a number may be text. An integer other than 0 is refused: 1 could mean one
-        layer or all layers.
+        "third" stands for the deepest third of the layers, the paper's plan. As on the command line, "none" stands for
+        None, and a number may be text. An integer other than 0 is refused: 1 could mean one layer or all layers.
         """
         if isinstance(prune, str):
             prune = _as_number(prune)
@@ -132,7 +131,7 @@ class PrunePlan:
             return cls.none()
         if isinstance(prune, PrunePlan):
             return prune.check(num_layers)
-        if isinstance(prune, str) and prune == "default":
+        if isinstance(prune, str) and prune == "third":
             return cls.deepest(num_layers, 1 / 3)
         if isinstance(prune, float) or (type(prune) is int and prune == 0):
             return cls.deepest(num_layers, prune)
@@ -140,7 +139,7 @@ class PrunePlan:
             return cls(_indices(prune)).check(num_layers)
         if isinstance(prune, (str, os.PathLike)) and os.path.isfile(path := _saved(prune)):
             return cls.load(path).check(num_layers)
-        kinds = "'default', 'none', a share of layers (1/3, or 1.0 for all), layers such as 10,12,19-29"
+        kinds = "'third', 'none', a share of layers (1/3, or 1.0 for all), layers such as 10,12,19-29"
         files = "the path of a saved plan or of importance scores, the name of a plan that ships"
         raise PlanError(f"the plan is {prune!r:.200}; it must be {kinds}, {files}, or a PrunePlan")
 

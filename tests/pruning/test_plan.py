@@ -103,7 +103,7 @@ def test_what_stands_for_a_plan(tmp_path, monkeypatch):
     assert (tmp_path / "too.json").is_file()
     for nothing in (None, "none", 0, "0", 0.0, "0.0"):
         assert PrunePlan.of(nothing, 6) == PrunePlan.none()
-    for third in ("default", 1 / 3, "0.34", ".34"):
+    for third in ("third", 1 / 3, "0.34", ".34"):
         assert PrunePlan.of(third, 6).layers == (4, 5)
     for everything in (1.0, "1.0"):
         assert PrunePlan.of(everything, 6).layers == tuple(range(6))
@@ -135,7 +135,7 @@ def test_importance_scores_stand_for_the_third_that_prefill_needs_least(tmp_path
 @pytest.mark.parametrize(
     "wrong",
     [
-        *("deepest", "", "33", "-0.1", "nan", "x" * 5000, "a\0b", [1], b"none", 1, "1", True, False),
+        *("default", "deepest", "", "33", "-0.1", "nan", "x" * 5000, "a\0b", [1], b"none", 1, "1", True, False),
         *("1,", ",1", "1--2", "1-2-3", "1, 2", "1,1", "2-6", "7,8", "1-3,2", "1-999999", "99999999999999999999,1"),
     ],
 )

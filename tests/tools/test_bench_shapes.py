@@ -65,7 +65,9 @@ def test_plans_of_the_command_line():
     plan = parse_plan("corrected:0.5:3", model)
     assert (plan.layers, plan.full_depth_last, plan.full_depth_first) == ((3, 4), 3, 1)
     assert plan.corrections.weight.shape == (2, 2, 20, 15) and plan.corrections.update is None
-    assert parse_plan("default", model) == pop.PrunePlan((4,))
+    assert parse_plan("third", model) == pop.PrunePlan((4,))
+    model.plan = pop.PrunePlan((2,))
+    assert parse_plan("default", model) == pop.PrunePlan((2,))
     assert model.prefill([[1, 2, 3, 4, 5]], model.new_cache(1, 8), plan=plan).isfinite().all()
     with pytest.raises(pop.InputError, match="--prune 0.1 prunes none of the 5 layers"):
         parse_plan("0.1", model)

@@ -33,20 +33,22 @@ def test_contenders_are_named_and_planned_as_the_command_line_says(tiny, tmp_pat
 
     monkeypatch.setattr(pop, "calibrate", calibrate)
     PLAN.save(tmp_path / "plan.json")
-    prunes = ["none", "default", "0.4:2", str(tmp_path / "plan.json"), "calibrated:0.4:3", "calibrated:default"]
+    prunes = ["none", "third", "0.4:2", str(tmp_path / "plan.json"), "calibrated:0.4:3", "calibrated:third"]
     made = selection.make_contenders(
         tiny, prunes, ["shortgpt", "no-kv:0.4"], fraction=0.2, calibration=["text " * 9], seed=7
     )
     assert {contender.name: contender.plan for contender in made[:6]} == {
         "full": pop.PrunePlan.none(),
-        "default": pop.PrunePlan((4,)),
+        "third": pop.PrunePlan((4,)),
         "0.4 w=2": pop.PrunePlan((3, 4), full_depth_last=2),
         "plan.json": PLAN,
         "calibrated 0.4 w=3": pop.PrunePlan((3, 4), full_depth_last=3, full_depth_first=1),
-        "calibrated default": pop.PrunePlan((4,), full_depth_first=1),
+        "calibrated third": pop.PrunePlan((4,), full_depth_first=1),
     }
     plans = [pop.PrunePlan((3, 4), full_depth_last=3), pop.PrunePlan((4,))]
     assert calls == [(["text " * 9], plan, 7) for plan in plans]
+    _, chosen = selection.make_contenders(tiny, ["default"], [])
+    assert (chosen.name, chosen.plan) == ("default", tiny.plan)
     selecting = pop.PrunePlan((3, 4), full_depth_last=2, full_depth_selected=0.1)
     selecting.save(tmp_path / "selected.json")
     for prune, name, plan in (

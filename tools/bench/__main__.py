@@ -4,8 +4,8 @@
     python -m tools.bench --shape llama3.1-8b --layers 16 --prune 0.3125 --prune corrected:0.5 --json r.json
 
 --model measures a checkpoint. --shape measures random weights of a known shape or of a config.json.
---prune takes default, a fraction of the layers, or a saved plan. `corrected:` before it adds random corrections, which
-are as fast as those of a calibrated plan. `:32` after it runs the last 32 tokens at full depth.
+--prune takes default, third, a fraction of the layers, or a saved plan. `corrected:` before it adds random corrections,
+which are as fast as those of a calibrated plan. `:32` after it runs the last 32 tokens at full depth.
 tools/bench/README.md defines every figure. The last line of the output is one JSON object.
 """
 

@@ -37,7 +37,7 @@ def load_subject(args) -> Subject:
     compile = {"auto": "auto", "true": True, "false": False}[args.compile]
     dtype = DTYPES.get(args.dtype)
     if args.model:
-        model = pop.load(args.model, device=args.device, dtype=dtype, prune=None, compile=compile, progress=False)
+        model = pop.load(args.model, device=args.device, dtype=dtype, compile=compile, progress=False)
         fields = json.loads((registry.find_folder(args.model) / "config.json").read_text())
         return Subject(model, fields, model.config.num_layers)
     config, fields = _read_shape(args.shape)
@@ -47,7 +47,7 @@ def load_subject(args) -> Subject:
     if layers > config.num_layers:
         raise InputError(f"--layers is {layers}, but {args.shape} has {config.num_layers}")
     shorter = shortened(config, layers)
-    model = pop.Model(random_module(shorter, dtype, device), shorter, compile=compile)
+    model = pop.Model(random_module(shorter, dtype, device), shorter, plan="third", compile=compile)
     return Subject(model, fields | {"num_hidden_layers": layers}, config.num_layers)
 
 

@@ -4,7 +4,7 @@
     python -m tools.evaluate --model DIR --text prose=a.txt,b.txt --text code=c.py --tasks text,ruler --json r.json
 
 The contenders differ in how they read the prompt. Everything after it runs at full depth, except in methods that make
-the whole model smaller. --prune takes none, default, a fraction of the layers, or the file of a saved plan.
+the whole model smaller. --prune takes none, default, third, a fraction of the layers, or the file of a saved plan.
 `calibrated:` before it calibrates the plan first. `:32` after it runs the last 32 prompt tokens at full depth,
 `:32:0.1` also a tenth of the others, which the plan selects, and `:32:0.1:18` lets layer 18 select them.
 tools/evaluate/README.md defines every figure.
@@ -140,7 +140,7 @@ def _read_calibration(files: list[str], domains: dict[str, list[Path]]) -> list[
 
 def _load(args) -> pop.Model:
     dtype = args.dtype and getattr(torch, args.dtype)
-    model = pop.load(args.model, device=args.device, dtype=dtype, prune=None, compile=args.compile)
+    model = pop.load(args.model, device=args.device, dtype=dtype, compile=args.compile)
     model.need_tokenizer("evaluate")
     model.check_fits(args.prompt_tokens + args.continuation_tokens, "a window")
     if {"retrieval", "ruler"} & set(args.tasks):

@@ -1,10 +1,12 @@
 """Make the golden files of text models with the reference implementation, transformers.
 
     PYTHONPATH=tests python -m tools.goldens.text_models
+    PYTHONPATH=tests python -m tools.goldens.text_models --only FAMILY/CASE
     PYTHONPATH=tests python -m tools.goldens.text_models --real FOLDER
 
-The first line makes tests/goldens/FAMILY/ from tiny random models, the cases of text_cases.py. The second makes
-tests/goldens/NAME.json and NAME.npz from a real model in the folder NAME: smollm2-135m or gemma3-270m.
+The first line makes tests/goldens/FAMILY/ from tiny random models, the cases of text_cases.py. The second makes one of
+them. The third makes tests/goldens/NAME.json and NAME.npz from a real model in the folder NAME: smollm2-135m or
+gemma3-270m.
 
 Everything runs on the CPU with eager attention, in float32 unless the golden says otherwise. README.md in this folder
 describes the files.
