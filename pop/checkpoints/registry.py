@@ -134,13 +134,13 @@ def find_weights(name: str) -> Path:
     else:
         files = f"config.json, the safetensors files and tokenizer.json of the Hugging Face repository {entry.source}"
         step = f"run `pop download {name}`, or put {files} into {weights_folder() / entry.name}"
-    folders = ", ".join(str(place / entry.name) for place in _places())
+    folders = ", ".join(str(place / entry.name) for place in places())
     raise WeightsNotFound(f"the weights of {name} are in none of {folders}; {step}")
 
 
 def stored(entry: Entry) -> Path | None:
     """Return the folder of a model in the places of `pop`, or None."""
-    folders = (place / entry.name for place in _places())
+    folders = (place / entry.name for place in places())
     return next((folder for folder in folders if os.path.isfile(folder / "config.json")), None)
 
 
@@ -182,11 +182,11 @@ def _expanded(path: str) -> Path:
 
 
 def weights_folder() -> Path:
-    """Return the folder for new weights, which need not exist: the first of `_places`."""
-    return _places()[0]
+    """Return the folder for new weights, which need not exist: the first of `places`."""
+    return places()[0]
 
 
-def _places() -> list[Path]:
+def places() -> list[Path]:
     """Return the folders that may hold models, in search order."""
     places = []
     if os.environ.get("POP_WEIGHTS"):

@@ -1,7 +1,6 @@
 """`pop plans`: what saved plans record about themselves, and which plans are here."""
 
 import contextlib
-from collections.abc import Iterator
 from pathlib import Path
 
 from pop.calibration.search import PROMPT
@@ -38,12 +37,13 @@ def plans(args) -> None:
             print(error)
 
 
-def plans_here() -> Iterator[Path]:
+def plans_here() -> list[Path]:
     """The plans that ship, and those beside the weights that are here."""
-    yield from sorted(Path(SHIPPED).glob("*.plan"))
-    for name in registry.MODELS:
+    found = {path for place in registry.places() for path in place.rglob("*.plan")}
+    for name in registry.MODELS:  # some may be in the cache of Hugging Face
         with contextlib.suppress(PopError):
-            yield from sorted(registry.find_weights(name).glob("*.plan"))
+            found |= set(registry.find_weights(name).glob("*.plan"))
+    return [*sorted(Path(SHIPPED).glob("*.plan")), *sorted(found)]
 
 
 def lines_of(name: str, value) -> list[str]:

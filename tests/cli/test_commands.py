@@ -101,7 +101,7 @@ def test_the_help_says_what_prune_takes(command, capsys):
 
 
 def test_models_are_listed_with_where_they_are(capsys, tmp_path, monkeypatch):
-    monkeypatch.setattr(registry, "_places", lambda: [tmp_path])
+    monkeypatch.setattr(registry, "places", lambda: [tmp_path])
     monkeypatch.setattr(commands, "free_bytes", lambda device: 16_060_522_496)
     here = write_checkpoint(tmp_path / "llama3.2-1b")
     with open(here / "more", "wb") as file:
@@ -123,7 +123,7 @@ def test_models_are_listed_with_where_they_are(capsys, tmp_path, monkeypatch):
 
 
 def test_models_go_on_after_one_that_cannot_be_used(capsys, tmp_path, monkeypatch):
-    monkeypatch.setattr(registry, "_places", lambda: [tmp_path])
+    monkeypatch.setattr(registry, "places", lambda: [tmp_path])
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
     snapshot = tmp_path / "hub/models--meta-llama--Llama-3.2-1B/snapshots" / ("a" * 40)
     write_checkpoint(snapshot)
@@ -511,7 +511,7 @@ def test_an_error_is_one_sentence(arguments, said, folder, tmp_path, monkeypatch
     tensors["model.layers.0.self_attn.k_proj.weight"][0, 0] = torch.nan
     save_file(tensors, tmp_path / "nan/model.safetensors")
     write_checkpoint(tmp_path / "ids")
-    monkeypatch.setattr(registry, "_places", lambda: [tmp_path / "weights"])
+    monkeypatch.setattr(registry, "places", lambda: [tmp_path / "weights"])
     assert main([folder if word == "CHAT" else word for word in arguments.split()]) == 2
     out, err = capsys.readouterr()
     (line,) = without_plan(err).splitlines()

@@ -75,17 +75,20 @@ def test_a_verdict_is_a_table_with_the_full_model_beside_the_plan(tmp_path, caps
 
 def test_without_a_file_the_plans_that_are_here_are_listed(tmp_path, monkeypatch, capsys):
     """Those of the package, and those beside weights. A broken one does not hide the others."""
-    monkeypatch.setattr(registry, "_places", lambda: [tmp_path])
+    monkeypatch.setattr(registry, "places", lambda: [tmp_path])
     folder = write_checkpoint(tmp_path / "llama3.2-1b")
     pop.PrunePlan((2,), about={"verdict": {"kept": [0.97, 0.9, 1.0]}}).save(folder / "default.plan")
     (folder / "broken.plan").write_text("{")
+    (tmp_path / "owner" / "model").mkdir(parents=True)
+    pop.PrunePlan((2, 3)).save(tmp_path / "owner" / "model" / "mine.plan")  # of `pop download OWNER/MODEL`
     assert main(["plans"]) == 0
     lines = capsys.readouterr().out.splitlines()
     shipped = Path(pop.__file__).parent / "data" / "plans"
     third = "without layers 20 to 29, last 96 and 6% whole, calibrated, keeps 103%"
     assert f"{shipped / 'smollm2-135m-third.plan'}: {third}" in lines
-    assert lines[-1] == f"{folder / 'default.plan'}: without layers 2 to 2, keeps 97%"
-    assert lines[-2].startswith(f"{folder / 'broken.plan'} is not a pruning plan")
+    assert lines[-1] == f"{tmp_path / 'owner' / 'model' / 'mine.plan'}: without layers 2 to 3"
+    assert lines[-2] == f"{folder / 'default.plan'}: without layers 2 to 2, keeps 97%"
+    assert lines[-3].startswith(f"{folder / 'broken.plan'} is not a pruning plan")
 
 
 @pytest.mark.parametrize(

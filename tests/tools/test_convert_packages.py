@@ -61,7 +61,7 @@ def index(tmp_path, monkeypatch):
     monkeypatch.setitem(packages.PACKAGED, NAME, index.table)
     monkeypatch.setattr(subprocess, "run", index.run)
     monkeypatch.setenv("POP_WEIGHTS", str(tmp_path / "weights"))
-    monkeypatch.setattr("pop.checkpoints.registry._places", lambda: [tmp_path / "weights"])
+    monkeypatch.setattr("pop.checkpoints.registry.places", lambda: [tmp_path / "weights"])
     return index
 
 

@@ -45,7 +45,7 @@ def test_a_mistake_is_one_sentence(tool, words, said, folder, tiny_folder, seein
     def no_network(model, file, progress):
         raise pop.DownloadError(f"{file.stem} could not be fetched; connect")
 
-    monkeypatch.setattr("pop.checkpoints.registry._places", lambda: [folder.parent / "weights"])
+    monkeypatch.setattr("pop.checkpoints.registry.places", lambda: [folder.parent / "weights"])
     monkeypatch.setattr("tools.convert.packages._download", no_network)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     for library in ("llama_cpp", "llguidance", "lm_eval", "matplotlib", "transformers", "vllm"):
