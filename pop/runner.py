@@ -22,7 +22,7 @@ from pop.engine.modes import engine_modes
 from pop.engine.spare_caches import SpareCaches
 from pop.errors import CacheMemoryError, ContextOverflow, InputError, PlanError, check_count
 from pop.inputs.processors import Prepared, Processor, processor_of
-from pop.models.images import TextOnly
+from pop.models.images import Images
 from pop.pruning.plan import PrunePlan
 from pop.pruning.sketch import check_distance, distance, inputs, sketch_of
 from pop.system.memory import to_device
@@ -301,7 +301,7 @@ class Runner:
         cache.check(self.module.config, self.dtype, self.device, vision.min_chunk_size, added, vision.how_to_shorten)
 
     @engine_modes()
-    def _images(self, module, media, tokens: Tensor, lengths: Tensor) -> TextOnly:
+    def _images(self, module, media, tokens: Tensor, lengths: Tensor) -> Images:
         """What each row's images and videos bring to tokens [B, T] on the CPU, by the vision tower of a module."""
         return self.vision.images(module, media, tokens, lengths)
 

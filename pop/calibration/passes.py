@@ -25,7 +25,7 @@ from pop.backends.cpu import WIDENED
 from pop.engine.selection import select
 from pop.errors import InputError
 from pop.models.base import PrunableLayer
-from pop.models.images import TEXT, TextOnly
+from pop.models.images import TEXT, Images
 from pop.models.layers import causal_mask, masked_attention
 from pop.pruning.corrections import corrected_keys_values
 from pop.pruning.plan import Group, PrunePlan
@@ -44,7 +44,7 @@ class Pass:
         images: What images bring to the tokens.
     """
 
-    def __init__(self, module, tokens: Tensor, images: TextOnly = TEXT):
+    def __init__(self, module, tokens: Tensor, images: Images = TEXT):
         B, T = tokens.shape
         positions = torch.arange(T, device=tokens.device).expand(B, -1)  # [B, T]
         self.module = module

@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_map
 
 from pop.engine.attention import UNBOUNDED, AttentionMetadata
 from pop.engine.cache import KVCache
-from pop.models.images import TextOnly
+from pop.models.images import Images
 from pop.pruning.plan import PrunePlan
 from pop.system.memory import to_device
 
@@ -31,7 +31,7 @@ class Prompts(NamedTuple):
 
     tokens: Tensor  # [B, T], ids
     lengths: Tensor  # [B]
-    images: TextOnly  # what images bring to these prompts
+    images: Images  # what images bring to these prompts
     full_depth: Tensor  # [B, T] bool: which tokens run at full depth by their position. True for padding.
 
 
@@ -57,7 +57,7 @@ class Chunk(NamedTuple):
 
     bounds: Bounds  # on the CPU
     tokens: Tokens  # on the CPU
-    images: TextOnly  # what images bring to these tokens
+    images: Images  # what images bring to these tokens
     attention: dict[int | None, AttentionMetadata]  # how the tokens attend, by the layers' window
     ids: Tensor  # [B, C]
     index: Tensor  # [B, C], where the tokens are in their prompts; T for padding

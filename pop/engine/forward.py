@@ -29,14 +29,14 @@ from pop.engine.chunks import Chunk, FullDepth, Prompts, Selection, chunk_bounds
 from pop.engine.modes import engine_modes
 from pop.engine.selection import select
 from pop.engine.stages import EAGER, Stages
-from pop.models.images import TEXT, TextOnly
+from pop.models.images import TEXT, Images
 from pop.pruning.plan import Group, PrunePlan
 
 
 @engine_modes()
 def prefill(
     module, tokens: Tensor, cache: KVCache, lengths: Tensor, plan: PrunePlan, chunk_size: int,
-    stages: Stages = EAGER, images: TextOnly = TEXT, boundary: bool = True,
+    stages: Stages = EAGER, images: Images = TEXT, boundary: bool = True,
 ) -> Tensor:  # fmt: skip
     """Append prompts to the cache. Returns logits [B, V] float32 of each row's boundary token.
 

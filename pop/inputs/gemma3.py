@@ -13,7 +13,7 @@ from pop.errors import InputError
 from pop.inputs.images import load_image, normalise
 from pop.inputs.processors import Prepared, Processor
 from pop.models.config import Gemma3Config, ImageConfig
-from pop.models.images import TEXT, Images
+from pop.models.images import TEXT, PlacedImages
 
 IMAGES_AT_ONCE = 8  # in the vision tower
 PUBLISHED = ImageConfig()
@@ -65,4 +65,4 @@ class GemmaProcessor(Processor):
             features.append(module.image_features(part.to(weight, non_blocking=True)))  # [images, M, D]
         look_ahead = (M - 1 - feature_index % M).where(is_image, 0)
         feature_index = feature_index.where(is_image, -1)
-        return Images(torch.cat(features).flatten(0, 1), feature_index, look_ahead)  # features [N * M, D]
+        return PlacedImages(torch.cat(features).flatten(0, 1), feature_index, look_ahead)  # features [N * M, D]

@@ -19,7 +19,7 @@ from pop.inputs.images import Image
 from pop.inputs.tokenizers import Piece
 from pop.inputs.video_files import Video
 from pop.models.config import ImageConfig
-from pop.models.images import TEXT, TextOnly
+from pop.models.images import TEXT, Images
 from pop.models.vision.qwen3_vl import Grid
 
 
@@ -91,7 +91,7 @@ class Processor:
             return "shorten the prompt"
         return "shorten the prompt, give fewer images or videos, or lower max_pixels"
 
-    def images(self, module, rows: list[list[Prepared]], tokens: Tensor, lengths: Tensor) -> TextOnly:
+    def images(self, module, rows: list[list[Prepared]], tokens: Tensor, lengths: Tensor) -> Images:
         """Run the vision tower of `module` on the images and videos of each batch row. Without any, return TEXT.
 
         Raises InputError if tokens [B, T], without the padding after `lengths` [B], have more or fewer placeholders.

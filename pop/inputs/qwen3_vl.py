@@ -20,7 +20,7 @@ from pop.inputs.images import normalise
 from pop.inputs.processors import Prepared, Processor
 from pop.inputs.video_files import Video
 from pop.models.config import ImageConfig, Qwen3VisionConfig, Qwen3VLConfig, VideoConfig
-from pop.models.images import TEXT, Images
+from pop.models.images import TEXT, PlacedImages
 from pop.models.qwen3_vl import image_positions
 from pop.models.vision.qwen3_vl import Grid
 
@@ -174,4 +174,4 @@ class QwenProcessor(Processor):
             feature_index[found] = feature_index.max() + 1 + torch.arange(int(found.sum()))
         pixels = torch.cat([one.pixels for one in media])  # [P, ...]
         features, deepstack = module.image_features(pixels, [one.grid for one in media])
-        return Images(features, feature_index, rope_positions=rope_positions, deepstack=deepstack)
+        return PlacedImages(features, feature_index, rope_positions=rope_positions, deepstack=deepstack)

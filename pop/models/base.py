@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from pop.models.config import RopeConfig
-from pop.models.images import TEXT, TextOnly
+from pop.models.images import TEXT, Images
 from pop.models.layers import Embedding, RMSNorm, Rope, Ropes, causal_attention, rope_frequencies, rope_tables
 
 # attend(layer, q [B, T, H, E], k [B, T, K, E], v [B, T, K, E]) -> [B, T, H * E]
@@ -99,7 +99,7 @@ class PrunableModel(nn.Module):
         raise NotImplementedError
 
     def through_layers(
-        self, tokens: Tensor, images: TextOnly = TEXT, step: Callable[..., Tensor] | None = None
+        self, tokens: Tensor, images: Images = TEXT, step: Callable[..., Tensor] | None = None
     ) -> Tensor:
         """The pass over all layers, without a cache: tokens [B, T] int -> h [B, T, D] after the last layer.
 
@@ -125,7 +125,7 @@ class PrunableModel(nn.Module):
             h = images.add_deepstack(h, index)
         return h
 
-    def forward(self, tokens: Tensor, images: TextOnly = TEXT) -> Tensor:
+    def forward(self, tokens: Tensor, images: Images = TEXT) -> Tensor:
         """The plain, unpruned pass: tokens [B, T] int -> logits [B, T, V] float32 at every position."""
         return self.head(self.through_layers(tokens, images))
 

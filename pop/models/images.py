@@ -5,7 +5,8 @@ A token that stands for a part of an image has its features in place of an embed
 - look-ahead: in Gemma-3, the tokens of an image attend each other in both directions;
 - rotary positions by time, row and column, and DeepStack features added after the first layers: in Qwen3-VL.
 
-`TextOnly` has every method that the models and the engine call, in its form for plain text. Shape letters: layers.py.
+`Images` has every method that the models and the engine call, in its form for a batch without images.
+Shape letters: layers.py.
 """
 
 from __future__ import annotations
@@ -16,8 +17,8 @@ import torch
 from torch import Tensor
 
 
-class TextOnly:
-    """A batch of plain text: nothing is replaced or added, tokens are causal, and positions count tokens."""
+class Images:
+    """The images of a batch of plain text. Nothing is replaced or added, and positions count tokens."""
 
     def place(self, h: Tensor) -> Tensor:
         """Embeddings h [B, T, D] -> the same, with the images' features at their tokens."""
@@ -39,7 +40,7 @@ class TextOnly:
         """Prompt lengths [B] -> [B], the next rotary position after each prompt minus its length."""
         return torch.zeros_like(lengths)
 
-    def extended(self, num_tokens: int) -> TextOnly:
+    def extended(self, num_tokens: int) -> Images:
         """The images of one prompt, with text after it, up to `num_tokens` tokens."""
         return self
 
@@ -47,16 +48,16 @@ class TextOnly:
         """begin, end [B] of each row's chunk -> ends [B], moved back so that no image is cut."""
         return end
 
-    def select(self, index: Tensor, valid: Tensor) -> TextOnly:
+    def select(self, index: Tensor, valid: Tensor) -> Images:
         """The part of the images at tokens `index` [B, C] of the prompts. Tokens that are not valid [B, C] are text."""
         return self
 
 
-TEXT = TextOnly()
+TEXT = Images()
 
 
 @dataclasses.dataclass(frozen=True)
-class Images(TextOnly):
+class PlacedImages(Images):
     """Images and videos in a batch of prompts, tokens [B, T]. M of the tokens stand for parts of them.
 
     Features are on the model's device. Other tensors are on the CPU.
@@ -118,7 +119,7 @@ class Images(TextOnly):
         part = self._part(index, valid)
         return part if (part.feature_index >= 0).any() else TEXT
 
-    def _part(self, index: Tensor, valid: Tensor) -> Images:
+    def _part(self, index: Tensor, valid: Tensor) -> PlacedImages:
         """The images at tokens `index` [B, C]. Tokens that are not valid [B, C] are text."""
         inside = index.clamp(max=self.feature_index.shape[1] - 1)
         feature_index = self.feature_index.gather(1, inside).where(valid, -1)

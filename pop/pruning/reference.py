@@ -21,10 +21,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pop.models.images import TEXT, TextOnly
+from pop.models.images import TEXT, Images
 from pop.pruning.plan import POOLED, SELECTING, Group, PrunePlan
 
-# `images` below is what images bring to a prompt. TEXT stands for none, and Images (pop/models/images.py) for some.
+# `images` below is what images bring to a prompt (pop/models/images.py). TEXT: it has none.
 
 KeysValues = tuple[Tensor, Tensor]  # of one layer, each [T, K, E]
 
@@ -40,7 +40,7 @@ def full_depth_tokens(prompt_length: int, num_tokens: int, plan: PrunePlan) -> T
 @torch.no_grad()
 def run_layers(
     module, tokens: Tensor, full_depth: Tensor, plan: PrunePlan,
-    images: TextOnly = TEXT, selected: Tensor | None = None, stop: int | None = None,
+    images: Images = TEXT, selected: Tensor | None = None, stop: int | None = None,
 ) -> tuple[Tensor, list[KeysValues]]:  # fmt: skip
     """Run one sequence through the layers. Tokens that are not at full depth skip the layers of the plan.
 
@@ -103,14 +103,14 @@ def groups_by_layer(module, plan: PrunePlan) -> list[Group]:
 @torch.no_grad()
 def forward(
     module, tokens: Tensor, full_depth: Tensor, plan: PrunePlan,
-    images: TextOnly = TEXT, selected: Tensor | None = None,
+    images: Images = TEXT, selected: Tensor | None = None,
 ) -> tuple[Tensor, list[KeysValues]]:  # fmt: skip
     """Logits [T, V] at every position, meaningless at pruned tokens, and each layer's K and V. See `run_layers`."""
     h, keys_values = run_layers(module, tokens, full_depth, plan, images, selected)
     return module.head(h[0]), keys_values
 
 
-def prefill(module, prompt: Tensor, plan: PrunePlan, images: TextOnly = TEXT) -> Tensor:
+def prefill(module, prompt: Tensor, plan: PrunePlan, images: Images = TEXT) -> Tensor:
     """The logits [V] of the boundary token of a prompt [T]."""
     selected = selected_tokens(module, prompt, plan, images)
     full_depth = full_depth_tokens(len(prompt), len(prompt), plan)
@@ -118,7 +118,7 @@ def prefill(module, prompt: Tensor, plan: PrunePlan, images: TextOnly = TEXT) ->
     return logits[-1]
 
 
-def generate(module, prompt: Tensor, plan: PrunePlan, count: int, images: TextOnly = TEXT) -> list[int]:
+def generate(module, prompt: Tensor, plan: PrunePlan, count: int, images: Images = TEXT) -> list[int]:
     """The greedy continuation of a prompt [T] by `count` tokens. Every step runs everything again."""
     selected = selected_tokens(module, prompt, plan, images)
     tokens = prompt
@@ -167,7 +167,7 @@ def with_update(group: Group, h: Tensor, z: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def selected_tokens(module, prompt: Tensor, plan: PrunePlan, images: TextOnly = TEXT) -> Tensor | None:
+def selected_tokens(module, prompt: Tensor, plan: PrunePlan, images: Images = TEXT) -> Tensor | None:
     """Which tokens of a prompt the plan selects by their attention, [N] bool. None if it selects no token."""
     by_position = full_depth_tokens(len(prompt), len(prompt), plan)
     count = plan.num_selected(int((~by_position).sum()))
@@ -180,7 +180,7 @@ def selected_tokens(module, prompt: Tensor, plan: PrunePlan, images: TextOnly = 
 
 
 @torch.no_grad()
-def attention_scores(module, prompt: Tensor, plan: PrunePlan, images: TextOnly = TEXT) -> Tensor:
+def attention_scores(module, prompt: Tensor, plan: PrunePlan, images: Images = TEXT) -> Tensor:
     """How much a prompt's last tokens attend to each of its N tokens at the selecting layer, [N] on the CPU.
 
     The softmax is over all tokens up to the query, even in a layer with a window. A token counts by its largest weight

@@ -1,7 +1,7 @@
 """Prefill and decode of prompts with images compute what pop/pruning/reference.py computes.
 
-Images have random features at any tokens. So the engine is held to what `Images` says, and not to the rules of one
-family's processor.
+Images have random features at any tokens. So the engine is held to what `PlacedImages` says, and not to the
+rules of one family's processor.
 """
 
 import dataclasses
@@ -31,7 +31,7 @@ from support.tiny_images import both_ways
 
 from pop import engine
 from pop.backends import CPU
-from pop.models.images import Images
+from pop.models.images import PlacedImages
 from pop.pruning import reference
 from pop.pruning.plan import PrunePlan
 
@@ -84,7 +84,7 @@ def image_cases(draw):
         images = both_ways(features[0].view(-1, side * side, 30), numbers)
     else:
         positions = torch.randint(40, (3, *tokens.shape), generator=random)
-        images = Images(features[0], numbers, rope_positions=positions, deepstack=tuple(features[1:]))
+        images = PlacedImages(features[0], numbers, rope_positions=positions, deepstack=tuple(features[1:]))
     return random_model(config, seed=draw(st.integers(0, 9))), draw(plans(config)), tokens, lengths, chunk, images
 
 
