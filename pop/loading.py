@@ -12,7 +12,7 @@ from pop.backends.cpu import make_cache_folder
 from pop.backends.tensor_parallel import Part, join
 from pop.checkpoints import registry
 from pop.checkpoints.config_json import read_config, read_sampling
-from pop.checkpoints.processor_json import read_preparation
+from pop.checkpoints.processor_json import read_limits
 from pop.checkpoints.weights import load_weights
 from pop.engine.cache import CHUNK_SIZE, KVCache
 from pop.errors import CacheMemoryError, InputError, TokenizerError, reason_of
@@ -88,8 +88,8 @@ def load(
     if is_default:
         prune = own_plan if own_plan.is_file() else "third"
     plan = PrunePlan.of(prune, config.num_layers)
-    preparation = read_preparation(folder, config)
-    vision = processor_of(config, preparation, min_pixels, max_pixels)
+    limits = read_limits(folder, config)
+    vision = processor_of(config, limits, min_pixels, max_pixels)
     tokenizer = _tokenizer(tokenizer, folder)
     sampling = read_sampling(folder)
 

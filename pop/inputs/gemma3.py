@@ -3,43 +3,38 @@
 Pixels equal those of the reference's image processor, which resizes bytes and rounds. Resizing floats would differ.
 """
 
-from typing import ClassVar
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from pop.errors import InputError
 from pop.inputs.images import load_image, normalise
-from pop.inputs.processors import Prepared, Processor
-from pop.models.config import Gemma3Config, ImageConfig
+from pop.inputs.processors import Limits, Prepared, Processor
+from pop.models.config import Gemma3Config
 from pop.models.images import TEXT, PlacedImages
 
 IMAGES_AT_ONCE = 8  # in the vision tower
-PUBLISHED = ImageConfig()
 
 
-def gemma_pixels(image, size: int, config: ImageConfig = PUBLISHED) -> Tensor:
+def gemma_pixels(image, size: int) -> Tensor:
     """Return an image as the vision tower's input, [1, 3, size, size] float32. For `image`, see `load_image`."""
     whole = load_image(image)
     resized = F.interpolate(whole[None], (size, size), mode="bilinear", antialias=True)
-    return normalise(resized, config)
+    return normalise(resized)
 
 
 class GemmaProcessor(Processor):
     """Lays out an image as two line breaks, its tokens, and two line breaks."""
 
-    published: ClassVar = {"image": PUBLISHED}
-
-    def __init__(self, config: Gemma3Config, preparation: dict[str, ImageConfig]):
-        super().__init__(config, preparation)
+    def __init__(self, config: Gemma3Config, limits: dict[str, Limits]):
+        super().__init__(config, limits)
         self.marks = {"image": "<start_of_image>"}
         self.min_chunk_size = config.vision.tokens_per_image
         self.placeholders = {"image": config.image_id}
 
-    def _prepare(self, kind, given, preparation):
+    def _prepare(self, kind, given, limits):
         config = self.config
-        pixels = gemma_pixels(given, config.vision.image_size, preparation)  # [1, 3, S, S]
+        pixels = gemma_pixels(given, config.vision.image_size)  # [1, 3, S, S]
         placeholders = [config.image_id] * config.vision.tokens_per_image
         ids = [config.boi_id, *placeholders, config.eoi_id]
         return Prepared(kind, pixels, ("\n\n", ids, "\n\n"))

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from pop.errors import InputError, PopError, import_extra, reason_of
-from pop.models.config import ImageConfig
 
 MAX_PIXELS = 2**26  # 67 megapixels, 0.2 GB in RGB
 MAX_SIDE = 2**16  # an image is resized along one side first, so a very long one would need much memory
@@ -83,11 +82,9 @@ def _from_array(image: np.ndarray | Tensor) -> Tensor:
     return torch.from_numpy(np.array(image, order="C")).permute(2, 0, 1)  # [3, H, W], a copy
 
 
-def normalise(pixels: Tensor, config: ImageConfig) -> Tensor:
-    """Return pixels [N, 3, H, W] uint8 as the vision tower's float32 input."""
-    mean = torch.tensor(config.mean, device="cpu")[:, None, None] * (1 / config.rescale)
-    std = torch.tensor(config.std, device="cpu")[:, None, None] * (1 / config.rescale)
-    return (pixels - mean) / std
+def normalise(pixels: Tensor) -> Tensor:
+    """Return pixels [N, 3, H, W] uint8 as the vision tower's input, float32 from -1 to 1."""
+    return (pixels - 127.5) / 127.5
 
 
 def check_file(path: str | os.PathLike, name: str, max_bytes: int) -> None:

@@ -7,10 +7,9 @@ vision tower. The families are in gemma3.py and qwen3_vl.py. Another one needs a
 import hashlib
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import islice
 from math import inf
-from typing import ClassVar
 
 from torch import Tensor
 
@@ -18,9 +17,10 @@ from pop.errors import InputError, check_count
 from pop.inputs.images import Image
 from pop.inputs.tokenizers import Piece
 from pop.inputs.video_files import Video
-from pop.models.config import ImageConfig
 from pop.models.images import TEXT, Images
 from pop.models.vision.qwen3_vl import Grid
+
+Limits = tuple[int, int] | None  # the fewest and the most pixels after resizing; None: the images have one size
 
 
 @dataclass(frozen=True)
@@ -40,14 +40,12 @@ class Prepared:
 class Processor:
     """What all families share. The class itself serves families that take text only.
 
-    `preparation` says how each kind is prepared. A kind that it lacks is prepared as for the published checkpoints.
+    `limits` are those of each kind. A kind that it lacks has the published ones.
     """
 
-    published: ClassVar[dict[str, ImageConfig]] = {}
-
-    def __init__(self, config, preparation: dict[str, ImageConfig]):
+    def __init__(self, config, limits: dict[str, Limits]):
         self.config = config
-        self.preparation = self.published | preparation
+        self.limits = dict(limits)
         self.marks: dict[str, str] = {}  # for each kind, the text that marks its place in a prompt
         self.placeholders: dict[str, int] = {}  # for each kind, the token id that stands for its parts
         self.min_chunk_size = 1  # the fewest tokens that prefill may run at once
@@ -59,30 +57,30 @@ class Processor:
             raise InputError(f"the {self.config.family} family reads {takes} only; leave out the {kind}s")
         if isinstance(given, Prepared):
             return given
-        preparation = self.preparation.get(kind)
+        limits = self.limits.get(kind)
         if isinstance(given, Image | Video):
-            preparation = self.limited(kind, given.min_pixels, given.max_pixels)
+            limits = self.limited(kind, given.min_pixels, given.max_pixels)
         if isinstance(given, Image):
             given = given.image
-        return self._prepare(kind, given, preparation)
+        return self._prepare(kind, given, limits)
 
-    def limited(self, kind: str, min_pixels: int | None, max_pixels: int | None) -> ImageConfig | None:
-        """Return the preparation of a kind within other limits. None keeps a limit, unless the other contradicts it."""
-        config = self.preparation.get(kind)
+    def limited(self, kind: str, min_pixels: int | None, max_pixels: int | None) -> Limits:
+        """Return other limits of a kind. None keeps a limit, unless the other contradicts it."""
+        limits = self.limits.get(kind)
         if min_pixels is None and max_pixels is None:
-            return config
-        if config is None or config.pixels is None:
+            return limits
+        if limits is None:
             raise InputError(
                 f"the {self.config.family} family cannot choose its images' size; leave out min_pixels and max_pixels"
             )
-        least, most = config.pixels
+        least, most = limits
         if max_pixels is not None:
             most = check_count("max_pixels", max_pixels)
             least = min(least, most)
         if min_pixels is not None:
             least = check_count("min_pixels", min_pixels, most=inf if max_pixels is None else most)
             most = max(least, most)
-        return replace(config, pixels=(least, most))
+        return least, most
 
     @property
     def how_to_shorten(self) -> str:
@@ -149,16 +147,16 @@ class Processor:
 TEXT_ONLY = Processor(None, {})
 
 
-def processor_of(config, preparation=None, min_pixels: int | None = None, max_pixels: int | None = None) -> Processor:
-    """Return the processor of a model with this config, for images within these limits. Arguments as above."""
+def processor_of(config, limits=None, min_pixels: int | None = None, max_pixels: int | None = None) -> Processor:
+    """Return the processor of a model with this config. Images keep to the last two limits. Arguments as above."""
     from pop.inputs.gemma3 import GemmaProcessor  # here, because these files import this one
     from pop.inputs.qwen3_vl import QwenProcessor
 
     family = Processor
     if getattr(config, "vision", None) is not None:
         family = {"gemma3": GemmaProcessor, "qwen3_vl": QwenProcessor}[config.family]
-    processor = family(config, preparation or {})
-    processor.preparation["image"] = processor.limited("image", min_pixels, max_pixels)
+    processor = family(config, limits or {})
+    processor.limits["image"] = processor.limited("image", min_pixels, max_pixels)
     return processor
 
 

@@ -7,7 +7,6 @@ import math
 import os
 from collections.abc import Sequence
 from numbers import Real
-from typing import ClassVar
 
 import numpy as np
 import torch
@@ -17,29 +16,31 @@ from torch import Tensor
 from pop.errors import InputError
 from pop.inputs import images, video_files
 from pop.inputs.images import normalise
-from pop.inputs.processors import Prepared, Processor
+from pop.inputs.processors import Limits, Prepared, Processor
 from pop.inputs.video_files import Video
-from pop.models.config import ImageConfig, Qwen3VisionConfig, Qwen3VLConfig, VideoConfig
+from pop.models.config import Qwen3VisionConfig, Qwen3VLConfig
 from pop.models.images import TEXT, PlacedImages
 from pop.models.qwen3_vl import image_positions
 from pop.models.vision.qwen3_vl import Grid
 
 MAX_RATIO = 200  # of an image's longer side to its shorter one
-PUBLISHED = {"image": ImageConfig((256**2, 4096**2)), "video": VideoConfig((4096, 24 * 2**20))}
+PUBLISHED = {"image": (256**2, 4096**2), "video": (4096, 24 * 2**20)}
+FPS = 2  # how many frames of a second are kept
+FRAMES = (4, 768)  # the fewest and the most frames that are kept
 
 
-def qwen_image(image, vision: Qwen3VisionConfig, config: ImageConfig = PUBLISHED["image"]) -> tuple[Tensor, Grid]:
+def qwen_image(image, vision: Qwen3VisionConfig, limits: Limits = PUBLISHED["image"]) -> tuple[Tensor, Grid]:
     """Return an image's patches and their grid. It is resized to the limits on pixels, nearly in shape."""
-    frame = normalise(_resize(images.load_image(image), vision, 1, config), config)
+    frame = normalise(_resize(images.load_image(image), vision, 1, limits))
     return _patches(frame.expand(vision.frames, -1, -1, -1), vision)  # one frame pair: the image twice
 
 
 def qwen_video(
-    video, vision: Qwen3VisionConfig, config: VideoConfig = PUBLISHED["video"]
+    video, vision: Qwen3VisionConfig, limits: Limits = PUBLISHED["video"]
 ) -> tuple[Tensor, Grid, list[float]]:
     """Return a video's patches, frame pair by frame pair, their grid, and the time of each frame pair in seconds.
 
-    Frames are read and resized one at a time.
+    The limits are those of all frames together. Frames are read and resized one at a time.
     """
     fps = None
     if isinstance(video, Video):
@@ -54,7 +55,7 @@ def qwen_video(
         fps = None if fps is None else float(fps)
     if count < 2:
         raise InputError(f"the video has {count} frames; give at least two, or pass the one as an image")
-    kept = range(count) if fps is None or config.fps is None else _sampled(count, fps, config)
+    kept = range(count) if fps is None else _sampled(count, fps)
     frames = video_files.frames(video, kept) if is_path else (video[index] for index in kept)
     shape = None
     resized = []
@@ -62,10 +63,10 @@ def qwen_video(
         shape = shape or frame.shape
         if frame.shape != shape:
             raise InputError(f"the video's frames differ in size: {tuple(shape)} and {tuple(frame.shape)}")
-        resized.append(_resize(frame, vision, len(kept), config))
+        resized.append(_resize(frame, vision, len(kept), limits))
     missing = -len(kept) % vision.frames  # the last pair is filled with the last frame
     pixels = torch.cat(resized + resized[-1:] * missing)
-    patches, grid = _patches(normalise(pixels, config), vision)
+    patches, grid = _patches(normalise(pixels), vision)
     numbers = [*kept, *[kept[-1]] * missing]
     pairs = np.reshape(numbers, (-1, vision.frames))
     times = (pairs[:, [0, -1]] / (fps or 24)).mean(1)
@@ -80,17 +81,17 @@ def _check_video(video, fps: float | None, is_path: bool) -> None:
         raise InputError(f"a video is of type {type(video).__name__}; give a path, an array or a list of images")
 
 
-def _sampled(count: int, fps: float, config: VideoConfig) -> list[int]:
+def _sampled(count: int, fps: float) -> list[int]:
     """Return the numbers of the frames that are kept of `count`."""
-    least, most = config.frames
-    kept = min(max(int(count / fps * config.fps), least), most, count)
+    least, most = FRAMES
+    kept = min(max(int(count / fps * FPS), least), most, count)
     return np.linspace(0, count - 1, kept).round().astype(int).tolist()
 
 
-def _resize(frame, vision: Qwen3VisionConfig, num_frames: int, config: ImageConfig) -> Tensor:
+def _resize(frame, vision: Qwen3VisionConfig, num_frames: int, limits: Limits) -> Tensor:
     """Resize an image or one of a video's frames [3, H, W] to whole squares of merged patches, [1, 3, h, w] uint8."""
     height, width = frame.shape[1:]
-    least, most = config.pixels
+    least, most = limits
     unit = vision.patch_size * vision.merge_size
     depth = vision.frames if num_frames > 1 else 1
     if depth > 1 and min(height, width) < unit:  # the reference enlarges small frames of videos only
@@ -128,19 +129,17 @@ def _patches(frames: Tensor, config: Qwen3VisionConfig) -> tuple[Tensor, Grid]:
 class QwenProcessor(Processor):
     """Lays out an image as its tokens, and a video as frame pairs with their times, between two more tokens."""
 
-    published: ClassVar = PUBLISHED
-
-    def __init__(self, config: Qwen3VLConfig, preparation: dict[str, ImageConfig]):
-        super().__init__(config, preparation)
+    def __init__(self, config: Qwen3VLConfig, limits: dict[str, Limits]):
+        super().__init__(config, PUBLISHED | limits)
         self.marks = {kind: f"<|vision_start|><|{kind}_pad|><|vision_end|>" for kind in ("image", "video")}
         self.placeholders = {"image": config.image_id, "video": config.video_id}
 
-    def _prepare(self, kind, given, preparation):
+    def _prepare(self, kind, given, limits):
         config = self.config
         if kind == "video":
-            pixels, grid, times = qwen_video(given, config.vision, preparation)
+            pixels, grid, times = qwen_video(given, config.vision, limits)
         else:
-            pixels, grid = qwen_image(given, config.vision, preparation)
+            pixels, grid = qwen_image(given, config.vision, limits)
         num_tokens = grid.rows * grid.columns // config.vision.merge_size**2  # of an image, or of a frame pair
         ids = [config.start_id, *[self.placeholders[kind]] * num_tokens, config.end_id]
         if kind == "image":

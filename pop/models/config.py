@@ -242,24 +242,6 @@ class Qwen3VisionConfig:
         return 3 * self.frames * self.patch_size**2
 
 
-@dataclass(frozen=True)
-class ImageConfig:
-    """How images become a vision tower's input: resized, then (bytes * rescale - mean) / std in each channel."""
-
-    pixels: tuple[int, int] | None = None  # the fewest and the most after resizing; None: images have one size
-    rescale: float = 1 / 255
-    mean: tuple[float, ...] = (0.5, 0.5, 0.5)
-    std: tuple[float, ...] = (0.5, 0.5, 0.5)
-
-
-@dataclass(frozen=True)
-class VideoConfig(ImageConfig):
-    """How videos become a vision tower's input. The limits `pixels` are those of all frames together."""
-
-    fps: float | None = 2.0  # how many frames of a second are kept; None: all
-    frames: tuple[int, int] = (4, 768)  # the fewest and the most frames that are kept
-
-
 @dataclass(frozen=True, kw_only=True)
 class Qwen3VLConfig(Qwen3Config):
     """The language model, with positions on three axes, and the vision tower.

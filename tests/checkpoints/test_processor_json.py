@@ -11,9 +11,9 @@ from support.text import GOLDENS
 from support.tiny import tiny_config, tiny_gemma3_vl_config, tiny_qwen3_vl_config
 from support.tiny_images import random_bytes
 
-from pop.checkpoints.processor_json import read_preparation
+from pop.checkpoints.processor_json import read_limits
 from pop.errors import ConfigError, PopError
-from pop.inputs import gemma3, qwen3_vl
+from pop.inputs import qwen3_vl
 from pop.inputs.processors import processor_of
 from pop.inputs.video_files import Video
 from pop.models.config import Qwen3VisionConfig, SiglipConfig
@@ -44,7 +44,7 @@ def case(name, folder):
 def test_prepared_as_the_reference_does_with_the_same_files(name, tmp_path):
     golden = CASES[name]
     config, kind, given = case(name, tmp_path)
-    found = processor_of(config, read_preparation(tmp_path, config)).prepare(kind, given)
+    found = processor_of(config, read_limits(tmp_path, config)).prepare(kind, given)
     assert list(found.pixels.shape) == golden["shape"]
     if found.grid is not None:
         assert list(found.grid) == golden["grid"]
@@ -69,8 +69,8 @@ def test_the_published_files_say_what_a_folder_without_files_gets(tmp_path):
         | {"video_processor_type": "Qwen3VLVideoProcessor"},
     }
     config = tiny_qwen3_vl_config(vision=Qwen3VisionConfig(24, 40, 4, 3, 30, (1, 3)))
-    assert read_preparation(tmp_path, config) == {}
-    assert read_preparation(write(tmp_path, files), config) == qwen3_vl.PUBLISHED
+    assert read_limits(tmp_path, config) == {}
+    assert read_limits(write(tmp_path, files), config) == qwen3_vl.PUBLISHED
     for file in tmp_path.iterdir():
         file.unlink()
     images = half | {"do_convert_rgb": None, "do_normalize": True, "do_pan_and_scan": None, "do_rescale": True}
@@ -79,18 +79,18 @@ def test_the_published_files_say_what_a_folder_without_files_gets(tmp_path):
     images |= {"rescale_factor": 0.00392156862745098, "size": {"height": 896, "width": 896}}
     config = tiny_gemma3_vl_config(vision=SiglipConfig(24, 36, 2, 3, 896, 14))
     files = {IMAGES: images, ALL: {"image_seq_length": 256, "processor_class": "Gemma3Processor"}}
-    assert read_preparation(write(tmp_path, files), config) == {"image": gemma3.PUBLISHED}
+    assert read_limits(write(tmp_path, files), config) == {"image": None}
 
 
 def test_text_models_read_none(tmp_path):
     write(tmp_path, {IMAGES: "{", ALL: "["})
-    assert read_preparation(tmp_path, tiny_config()) == {}
+    assert read_limits(tmp_path, tiny_config()) == {}
 
 
 def test_other_fields_are_ignored_and_named_once(tmp_path, caplog):
     write(tmp_path, {IMAGES: {"size": {"shortest_edge": 64, "longest_edge": 99}, "crop_size": None, "my_own": [1]}})
     with caplog.at_level(logging.INFO):
-        assert read_preparation(tmp_path, QWEN)["image"].pixels == (64, 99)
+        assert read_limits(tmp_path, QWEN)["image"] == (64, 99)
     (record,) = caplog.records
     assert record.levelno == logging.INFO and IMAGES in record.getMessage() and "my_own" in record.getMessage()
 
@@ -101,7 +101,7 @@ def test_what_is_wrong_or_not_supported_is_refused_by_name(name, file, field, va
     config, *_ = case(name, tmp_path)
     write(tmp_path, {file: CASES[name]["files"][file] | {field: value}})
     with pytest.raises(ConfigError, match=rf"{file}: .*{field}.*; correct the file, or remove it"):
-        read_preparation(tmp_path, config)
+        read_limits(tmp_path, config)
 
 
 WRONG = [-1, 0, 1, 1.5, 2**31, 10**400, 1e300, -1e300, True, False, "", "x", [], {}, [1, 2, 3], [[]], {"a": {}}]
@@ -115,7 +115,7 @@ def mutated(content):
             yield from ((inner, content | {field: changed}) for inner, changed in mutated(value))
 
 
-@pytest.mark.parametrize("name", ["image-pixels", "image-combined", "video-rate", "video-colours", "gemma"])
+@pytest.mark.parametrize("name", ["image-pixels", "image-combined", "video-size", "video-combined", "gemma"])
 def test_mutated_files_raise_nothing_but_errors_that_name_file_and_field(name, tmp_path):
     """If a mutated file can be read, then an image or a video can be prepared, or is refused."""
     config, kind, given = case(name, tmp_path)
@@ -127,12 +127,12 @@ def test_mutated_files_raise_nothing_but_errors_that_name_file_and_field(name, t
         for field, changed in mutated(absent | content):
             write(tmp_path, {file: changed})
             try:
-                preparation = read_preparation(tmp_path, config)
+                limits = read_limits(tmp_path, config)
             except ConfigError as error:
                 assert file in str(error) and field in str(error)
                 refused += 1
             else:
                 with contextlib.suppress(PopError):
-                    processor_of(config, preparation).prepare(kind, given)
+                    processor_of(config, limits).prepare(kind, given)
         write(tmp_path, {file: content})
     assert refused > 50

@@ -14,12 +14,11 @@ from pop.errors import InputError
 from pop.inputs import images
 from pop.inputs.qwen3_vl import qwen_image, qwen_video
 from pop.inputs.video_files import Video
-from pop.models.config import ImageConfig, Qwen3VisionConfig, VideoConfig
+from pop.models.config import Qwen3VisionConfig
 
 GOLDENS = dict(np.load(Path(__file__).parents[1] / "goldens" / "qwen3_vl" / "images.npz"))
 IMAGES = ("tall", "wide", "tiny", "dot", "line", "large", "alpha", "grey")
 IMAGE_PIXELS, VIDEO_PIXELS = (300, 1500), (800, 4000)
-SMALL_IMAGE, SMALL_VIDEO = ImageConfig(IMAGE_PIXELS), VideoConfig(VIDEO_PIXELS)
 SMALL = Qwen3VisionConfig(8, 8, 1, 1, 8, (), patch_size=4)
 PUBLISHED = Qwen3VisionConfig(1152, 4304, 27, 16, 4096, (8, 16, 24))
 # Frames, height, width, and frames per second, as in the tool.
@@ -41,7 +40,7 @@ def video(name: str) -> np.ndarray:
 
 @pytest.mark.parametrize("name", IMAGES)
 def test_images_are_the_references(name):
-    patches, grid = qwen_image(image(name), SMALL, SMALL_IMAGE)
+    patches, grid = qwen_image(image(name), SMALL, IMAGE_PIXELS)
     assert grid == tuple(GOLDENS[f"{name}-grid"])
     assert torch.equal(patches, (torch.from_numpy(GOLDENS[name]).float() - 127.5) / 127.5)
 
@@ -59,7 +58,7 @@ def test_an_image_in_the_published_size():
 def test_videos_are_the_references(name):
     """Of an array, a list of images, and tensors of either layout. The rate is any real number."""
     film, fps = video(name), VIDEOS[name][3]
-    patches, grid, times = qwen_video(Video(film, fps), SMALL, SMALL_VIDEO)
+    patches, grid, times = qwen_video(Video(film, fps), SMALL, VIDEO_PIXELS)
     assert grid == tuple(GOLDENS[f"video-{name}-grid"])
     assert np.array_equal(levels(patches), GOLDENS[f"video-{name}"])
     assert times == pytest.approx(GOLDENS[f"video-{name}-times"])
@@ -67,7 +66,7 @@ def test_videos_are_the_references(name):
     forms = (list(film), last, last.permute(0, 3, 1, 2))
     rates = (Fraction(fps), np.float32(fps), np.int64(fps)) if fps else (None, None, None)
     for form, rate in zip(forms, rates, strict=True):
-        found = qwen_video(Video(form, rate), SMALL, SMALL_VIDEO)
+        found = qwen_video(Video(form, rate), SMALL, VIDEO_PIXELS)
         assert torch.equal(found[0], patches) and found[1:] == (grid, times)
 
 
@@ -77,9 +76,9 @@ def test_images_of_any_size(height, width):
     picture = np.zeros((height, width, 3), np.uint8)
     if max(height, width) > 200 * min(height, width):
         with pytest.raises(InputError, match=f"{width} x {height} pixels .* 200 times"):
-            qwen_image(picture, SMALL, SMALL_IMAGE)
+            qwen_image(picture, SMALL, IMAGE_PIXELS)
         return
-    patches, (_, rows, columns) = qwen_image(picture, SMALL, SMALL_IMAGE)
+    patches, (_, rows, columns) = qwen_image(picture, SMALL, IMAGE_PIXELS)
     assert rows % 2 == columns % 2 == 0 and patches.shape == (rows * columns, 96)
     assert rows * columns * 16 >= IMAGE_PIXELS[0]
     if min(rows, columns) > 2:
@@ -108,7 +107,7 @@ def test_invalid_videos_and_sizes():
         with pytest.raises(InputError, match=message):
             qwen_video(frames if fps is None else Video(frames, fps), SMALL)
     with pytest.raises(InputError, match="1 to 67,108,864 pixels"):
-        qwen_image(FRAMES[0], SMALL, ImageConfig((2**31, 2**31)))
+        qwen_image(FRAMES[0], SMALL, (2**31, 2**31))
 
 
 def test_a_video_of_many_frames_is_sampled_before_it_is_read(monkeypatch):
@@ -118,4 +117,3 @@ def test_a_video_of_many_frames_is_sampled_before_it_is_read(monkeypatch):
     video = list(np.zeros((90, 8, 8, 3), np.uint8))
     _, grid, _ = qwen_video(Video(video, 30), SMALL)
     assert len(read) == 6 and grid.frames == 3
-    assert len(qwen_video(Video(video, 30), SMALL, VideoConfig(VIDEO_PIXELS, frames=(4, 5)))[2]) == 3

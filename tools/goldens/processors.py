@@ -36,8 +36,8 @@ SAMPLES = 24  # values that are kept of each image or video, with the sum of all
 PATCHES = {"patch_size": 4, "merge_size": 2, "temporal_patch_size": 2}  # of the tiny model in tests/support
 HALF = {"image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5]}
 QWEN = PATCHES | HALF | {"image_processor_type": "Qwen2VLImageProcessorFast", "processor_class": "Qwen3VLProcessor"}
+SAMPLED = {"do_sample_frames": True, "fps": 2, "min_frames": 4, "max_frames": 768, "rescale_factor": 1 / 255}
 FILM = PATCHES | HALF | {"video_processor_type": "Qwen3VLVideoProcessor"}
-COLOURS = {"image_mean": [0.481, 0.4578275, 0.1], "image_std": [0.2686, 0.9, 1.25], "rescale_factor": 0.0078}
 GEMMA = HALF | {"image_processor_type": "Gemma3ImageProcessor", "size": {"height": 28, "width": 28}}
 IMAGES, VIDEOS, ALL = "preprocessor_config.json", "video_preprocessor_config.json", "processor_config.json"
 
@@ -51,30 +51,15 @@ def size(least: int, most: int) -> dict:
 CASES = {
     "image-size": ({IMAGES: QWEN | size(300, 1500)}, (50, 83)),
     "image-pixels": ({IMAGES: QWEN | {"min_pixels": 4000, "max_pixels": 9000, "do_convert_rgb": False}}, (20, 31)),
-    "image-min-only": ({IMAGES: QWEN | {"min_pixels": 5000}}, (20, 31)),
     "image-pixels-over-size": ({IMAGES: QWEN | size(5, 99) | {"max_pixels": 900}}, (61, 40)),
     "image-limits-crossed": ({IMAGES: QWEN | size(4000, 1000)}, (61, 40)),
-    "image-class-defaults": ({IMAGES: PATCHES}, (30, 41)),
-    "image-colours": ({IMAGES: QWEN | COLOURS | size(300, 1500)}, (50, 83)),
     "image-combined": ({ALL: {"image_processor": QWEN | size(64, 700)}, IMAGES: QWEN | size(9000, 9000)}, (50, 83)),
     "image-not-in-combined": ({ALL: {"processor_class": "x"}, IMAGES: QWEN | size(64, 700)}, (50, 83)),
     "video-size": ({VIDEOS: FILM | size(800, 4000)}, (13, 25, 33, 24.0)),
-    "video-defaults": ({VIDEOS: PATCHES}, (4, 20, 22, 2.0)),
     "video-pixels-ignored": ({VIDEOS: FILM | size(800, 4000) | {"max_pixels": 100}}, (5, 25, 33, 24.0)),
-    "video-rate": ({VIDEOS: FILM | size(80, 9000) | {"fps": 3.3, "min_frames": 2}}, (40, 16, 24, 8.0)),
-    "video-frames": ({VIDEOS: FILM | size(80, 9000) | {"max_frames": 5}}, (90, 16, 24, 8.0)),
-    "video-unsampled": ({VIDEOS: FILM | size(80, 9000) | {"do_sample_frames": False}}, (19, 16, 24, 8.0)),
-    "video-colours": ({ALL: {"video_processor": FILM | COLOURS | size(80, 2000)}}, (6, 16, 24, 8.0)),
+    "video-combined": ({ALL: {"video_processor": FILM | SAMPLED | size(80, 2000)}}, (30, 16, 24, 8.0)),
     "gemma": ({IMAGES: GEMMA | {"resample": 2, "do_convert_rgb": None}, ALL: {"image_seq_length": 4}}, (90, 31)),
-    "gemma-colours": ({ALL: {"image_processor": GEMMA | COLOURS}}, (31, 90)),
-    "gemma-pan-and-scan": (
-        {
-            IMAGES: GEMMA
-            | {"do_pan_and_scan": True, "pan_and_scan_min_crop_size": 8, "pan_and_scan_max_num_crops": 4}
-            | {"pan_and_scan_min_ratio_to_activate": 1.2}
-        },
-        (31, 90),
-    ),
+    "gemma-combined": ({ALL: {"image_processor": GEMMA}}, (31, 90)),
 }
 
 

@@ -264,6 +264,5 @@ def _part(model: pop.Model, part: Any, urls: list[str]) -> dict:
     if not (content and header.lower().endswith(";base64")):
         raise Wrong("an image must be a data URL in base64: data:image/TYPE;base64,...", param="messages")
     urls.append(url)
-    config = model.vision.preparation.get("image")
-    limits = {"max_pixels": PIXELS[image.get("detail") or "auto"]} if config is not None and config.pixels else {}
+    limits = {"max_pixels": PIXELS[image.get("detail") or "auto"]} if model.vision.limits.get("image") else {}
     return {"type": "image", "image": content, **limits}
