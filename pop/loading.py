@@ -27,6 +27,7 @@ from pop.system import files
 from pop.system.memory import free_bytes
 
 
+@torch.inference_mode(False)  # gradients need weights that are not made in the caller's inference mode
 def load(
     name_or_path,
     *,

@@ -23,7 +23,7 @@ from pop.calibration import search
 from pop.calibration.distill import CHECKS, distill
 from pop.calibration.exercises import TOKENS
 from pop.calibration.held_out import CONTINUATION, Judge, hold_out
-from pop.calibration.passes import Pass, check_gradients, working_dtype
+from pop.calibration.passes import Pass, working_dtype
 from pop.calibration.refit import RIDGE, fitted, wide
 from pop.calibration.resume import WHAT, SavedProgress
 from pop.calibration.texts import SHORTEST, Window, as_list, default_texts, enough, parted, text_windows, tokens_needed
@@ -101,7 +101,13 @@ def calibrate(
     seed = check_count("seed", seed, least=-(2**63), most=2**63 - 1)
     longest = min(check_count("longest", longest, least=SHORTEST), model.max_seq_len)
     steps = check_count("steps", steps, least=0)
-    _check_work(model, isinstance(wanted, PrunePlan), steps, resume, rank)
+    if model.part is not None and (steps or not isinstance(wanted, PrunePlan)):
+        needed = "give a plan, and steps=0, or load the model in one process"
+        raise UnsupportedError(f"several processes share the model, which can only fit corrections then; {needed}")
+    if resume is not None:
+        # Trained numbers and Adam's two moments in float32, and two plans.
+        size = plan_numbers(model, rank) * (3 * 4 + 2 * model.dtype.itemsize)
+        files.check_writable(resume, WHAT, InputError, size)
     if isinstance(wanted, float):
         search.check_speedup(model, wanted, rank)
 
@@ -119,17 +125,14 @@ def calibrate(
         "steps": steps,
         "seed": seed,
     }
-    saved = None
-    restored = None
-    if resume is not None:
-        saved = SavedProgress(resume, _settings(model, wanted, [windows, judged], about))
-        restored = saved.read()
+    saved = SavedProgress(resume, _identity(model, wanted, [windows, judged], about))
+    restored = saved.read()
     check_memory(model, rank, steps)
     if progress:
         _announce(model, windows, judged, rank, steps)
     judge = Judge(model, judged)
-    tensors = None
     if restored is None:
+        tensors = None
         decided = _decided(model, wanted, windows, judge, rank, progress)
         plan = _closed_form(model, decided, windows, judge, rank, progress)
         if isinstance(wanted, PrunePlan) and not steps and judge.losses(decided).mean < judge.losses(plan).mean:
@@ -139,7 +142,7 @@ def calibrate(
         plan = _restored(model, tensors, fields)
 
     if steps:
-        save = None if saved is None else functools.partial(saved.write, found=plan.fields())
+        save = functools.partial(saved.write, found=plan.fields())
         with progress_bar("distilling", steps, "steps", progress) as step:
             plan = distill(model, plan, windows, judge, steps, seed=seed, restored=tensors, save=save, progress=step)
     below = wanted.full_depth_below if isinstance(wanted, PrunePlan) else search.SHORT
@@ -171,22 +174,6 @@ def _checked(plan: PrunePlan) -> PrunePlan:
     return plan
 
 
-def _check_work(model, is_decided: bool, steps: int, resume, rank: int) -> None:
-    """Refuse, before the work, what would fail after it."""
-    if model.part is not None and (steps or not is_decided):
-        needed = "give a plan, and steps=0, or load the model in one process"
-        raise UnsupportedError(f"several processes share the model, which can only fit corrections then; {needed}")
-    if steps or not is_decided:
-        check_gradients(model)
-    if resume is None:
-        return
-    if not steps:
-        raise InputError("resume keeps unfinished steps of distillation, but steps is 0; give their number")
-    # Trained numbers and Adam's two moments in float32, and two plans.
-    size = plan_numbers(model, rank) * (3 * 4 + 2 * model.dtype.itemsize)
-    files.check_writable(resume, WHAT, InputError, size)
-
-
 def _windows(model, texts, images, videos, longest: int) -> tuple[list[Window], int]:
     """Windows of the texts, and the number of texts."""
     if texts is None:
@@ -202,17 +189,11 @@ def _windows(model, texts, images, videos, longest: int) -> tuple[list[Window], 
     return windows, len(texts)
 
 
-def _settings(model, wanted, texts: list[list[Window]], about: dict) -> dict[str, str]:
-    """What identifies a run. texts: the windows to fit, and those that judge."""
+def _identity(model, wanted, texts: list[list[Window]], about: dict) -> str:
+    """What tells a run from others, as a hash. texts: the windows to fit, and those that judge."""
     tokens = [[(tokens, [one.sha256 for one in media]) for tokens, media in windows] for windows in texts]
-    asked = wanted.fields() if isinstance(wanted, PrunePlan) else wanted
-    return {
-        "model": f"{hashlib.sha256(model.sketch.numpy().tobytes()).hexdigest()} {model.dtype} {model.max_seq_len}",
-        "plan": f"{asked} {about['rank']}",
-        "texts": hashlib.sha256(repr(tokens).encode()).hexdigest(),
-        "steps": str(about["steps"]),
-        "seed": str(about["seed"]),
-    }
+    weights = model.sketch.tolist(), model.dtype, model.max_seq_len
+    return hashlib.sha256(repr((__version__, weights, wanted, tokens, about)).encode()).hexdigest()
 
 
 def plan_numbers(model, rank: int) -> int:
@@ -253,12 +234,7 @@ def _announce(model, windows: list[Window], judged: list[Window], rank: int, ste
     """Say on stderr what the work will take, from the time of the fastest of three passes."""
     tokens = max(windows, key=lambda window: len(window[0]))[0][:1024]
     run = Pass(model.module, torch.tensor([tokens], device=model.device))
-    run.layers(run.embed(), 0, 1)
-
-    def run_once() -> None:
-        check_finite(run.layers(run.embed(), 0), "hidden states of the texts")
-
-    seconds = min(timeit.repeat(run_once, number=1, repeat=3)) / len(tokens)
+    seconds = min(timeit.repeat(lambda: run.layers(run.embed(), 0), number=1, repeat=3)) / len(tokens)
     num_tokens = sum(len(tokens) for tokens, _ in windows)
     needed = tokens_needed(model)
     if num_tokens < needed:
@@ -310,14 +286,9 @@ def _closed_form(model, plan, windows: list[Window], judge: Judge, rank: int, pr
 def _restored(model, tensors: dict, fields: dict) -> PrunePlan:
     """The closed form of an unfinished run."""
     prefix = "given "
-    given = {
-        name.removeprefix(prefix): tensor.to(model.dtype) for name, tensor in tensors.items() if name.startswith(prefix)
-    }
-    try:
-        corrections = Corrections(fields["layers"], **given, sketch=model.sketch[fields["layers"]])
-        return PrunePlan(**fields, corrections=corrections).check(model.config.num_layers)
-    except (TypeError, LookupError, PlanError) as error:
-        raise InputError(f"the saved progress holds no plan ({error}); remove its file to start anew") from None
+    given = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+    layers = fields["layers"]
+    return PrunePlan(**fields, corrections=Corrections(layers, **given, sketch=model.sketch[layers]))
 
 
 def _recorded(model, plan: PrunePlan, judge: Judge, about: dict) -> PrunePlan:

@@ -18,7 +18,6 @@ from pop.calibration.exercises import Exercise, exercise
 from pop.calibration.held_out import Judge
 from pop.calibration.passes import Pass, first_layer, working_copy
 from pop.calibration.texts import Window
-from pop.errors import InputError
 from pop.generation.sampling import check_finite
 from pop.pruning.plan import PrunePlan
 
@@ -61,12 +60,8 @@ class _Run:
 
     def restore(self, saved: dict[str, Tensor]) -> None:
         """Continue from saved `tensors`."""
-        try:
-            for name, tensor in self.tensors().items():
-                tensor.copy_(saved[name])
-        except (KeyError, RuntimeError) as error:
-            problem = f"the saved progress does not fit this run ({error!r})"
-            raise InputError(f"{problem}; remove its file to start anew") from None
+        for name, tensor in self.tensors().items():
+            tensor.copy_(saved[name])
 
     def with_tensors(self, tensors: dict[str, Tensor]) -> PrunePlan:
         """The plan with other tensors."""
@@ -108,7 +103,7 @@ def distill(
     *,
     seed: int = 0,
     restored: dict[str, Tensor] | None = None,
-    save: Callable[[dict[str, Tensor]], object] | None = None,
+    save: Callable[[dict[str, Tensor]], object] = lambda tensors: None,
     progress: Callable[..., object] = lambda count, note="": None,
 ) -> PrunePlan:
     """Distil the corrections of a plan. Returns the best plan by the judge, which may be the given one.
@@ -125,12 +120,12 @@ def distill(
         progress: Is called with the number of steps done since its last call, and a note on the loss.
 
     Raises:
-        InputError: The gradients are not finite, or `restored` does not belong to this plan.
+        InputError: The gradients are not finite.
     """
     run = _Run(model, plan, judge.losses(plan).mean)
     if restored is not None:
         run.restore(restored)
-    elif save is not None:
+    else:
         save(run.tensors())
     module = working_copy(model)
     checks = {(count * steps) // min(CHECKS, steps) for count in range(1, CHECKS + 1)}  # evenly spread up to the end
@@ -143,8 +138,7 @@ def distill(
         run.step(loss, schedule(number, steps))
         if number + 1 in checks:
             run.check(judge)
-            if save is not None:
-                save(run.tensors())
+            save(run.tensors())
         progress(1, f"loss {loss.item():.4f}")
     return run.rounded(run.best)
 

@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pop.calibration.passes import Pass, check_gradients, checkpointed
+from pop.calibration.passes import Pass, checkpointed
 from pop.engine.modes import own_dtypes_and_devices
 from pop.errors import InputError, PopError, UnsupportedError, check_count
 from pop.generation.answers import end_ids
@@ -84,7 +84,6 @@ def importance(
         raise InputError(f"the model is a {type(model).__name__}; load one with pop.load")
     if model.part is not None:
         raise UnsupportedError("importance does not run in several processes; load the model in one process")
-    check_gradients(model)
     response_tokens = check_count("response_tokens", response_tokens)
     batch_size = check_count("batch_size", batch_size)
     seed = check_count("seed", seed, least=0, most=2**63 - 1)

@@ -23,7 +23,6 @@ from torch.utils.checkpoint import checkpoint
 
 from pop.backends.cpu import WIDENED
 from pop.engine.selection import select
-from pop.errors import InputError
 from pop.models.base import PrunableLayer
 from pop.models.images import TEXT, Images
 from pop.models.layers import causal_mask, masked_attention
@@ -166,12 +165,6 @@ def first_layer(plan: PrunePlan) -> int:
     if plan.full_depth_selected:
         return min(plan.layers[0], plan.selects_at)
     return plan.layers[0]
-
-
-def check_gradients(model) -> None:
-    """Raise InputError if autograd cannot use the weights."""
-    if any(parameter.is_inference() for parameter in model.module.parameters()):
-        raise InputError("the model was loaded under torch.inference_mode, which rules out gradients; load it outside")
 
 
 def working_dtype(model) -> torch.dtype:

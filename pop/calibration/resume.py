@@ -18,18 +18,20 @@ logger = logging.getLogger(__name__)
 
 
 class SavedProgress(NamedTuple):
-    """A file of tensors, with the settings that identify the run. Its errors are InputErrors."""
+    """A file of tensors, and what identifies the run. Its errors are InputErrors."""
 
-    path: str | os.PathLike
-    settings: dict[str, str]  # by name
+    path: str | os.PathLike | None  # None: nothing is kept
+    run: str
 
     def write(self, tensors: dict[str, Tensor], found: dict) -> None:
         """Replace the file, whole or not at all. found: what the run has decided, as JSON allows it.
 
         If that fails, the run goes on, and what it has done since the last time could not be continued.
         """
+        if self.path is None:
+            return
         tensors = {name: tensor.detach().cpu() for name, tensor in tensors.items()}
-        content = save(tensors, metadata=self.settings | {"found": json.dumps(found)})
+        content = save(tensors, metadata={"run": self.run, "found": json.dumps(found)})
         try:
             files.write_whole(self.path, content, WHAT, InputError)
         except InputError as error:
@@ -40,16 +42,14 @@ class SavedProgress(NamedTuple):
 
         The file of another run is refused.
         """
-        path = os.path.expanduser(self.path)
+        path = os.path.expanduser(self.path or "")
         if not os.path.exists(path):
             return None
         advice = "give another path, or remove the file to start anew"
         try:
             tensors, saved = files.read_tensors(path)
-            found = json.loads(saved["found"])
-            others = [name for name, value in self.settings.items() if saved[name] != value]
-        except (OSError, SafetensorError, KeyError, ValueError) as error:
-            raise InputError(f"{path} does not hold the progress of such a run ({error!r}); {advice}") from None
-        if others:
-            raise InputError(f"{path} belongs to a run with another {' and another '.join(others)}; {advice}")
-        return tensors, found
+        except (OSError, SafetensorError) as error:
+            raise InputError(f"{path} does not hold the progress of a run ({error!r}); {advice}") from None
+        if saved.get("run") != self.run:
+            raise InputError(f"{path} belongs to a run with another model, plan, text, option or version; {advice}")
+        return tensors, json.loads(saved["found"])

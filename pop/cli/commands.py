@@ -159,7 +159,7 @@ def calibrate(args) -> None:
     if args.out is None:
         args.out = registry.find_folder(args.model) / "default.plan"
     files.check_writable(args.out, "the plan", InputError)
-    resume = f"{args.out}.progress" if args.steps else None
+    resume = f"{args.out}.progress"
     lengths = _lengths(args.longest)
     args.prune = "none"
     model = _load(args)
@@ -170,8 +170,7 @@ def calibrate(args) -> None:
     verdict = pop.check(model, plan, rest, lengths=lengths)
     plan = dataclasses.replace(plan, about=plan.about | {"verdict": verdict.record()})
     files.save_anyway(plan.save, args.out)
-    if resume is not None:
-        Path(os.path.expanduser(resume)).unlink(missing_ok=True)
+    Path(os.path.expanduser(resume)).unlink(missing_ok=True)
     print(verdict, speed(model, plan), sep="\n")
     print(f"Saved to {args.out}. Try: pop generate {args.model} --prune {args.out} PROMPT")
 

@@ -186,13 +186,3 @@ def test_an_interrupted_run_goes_on_to_the_same_plan(model, tmp_path, writes, mo
     for name, plan in (("expected", expected), ("found", found)):
         plan.save(tmp_path / name)
     assert (tmp_path / "expected").read_bytes() == (tmp_path / "found").read_bytes()
-
-
-@pytest.mark.parametrize("found", [{}, {"layers": [1]}, {"layers": [9], "full_depth_first": 1}, {"layers": 5}])
-def test_progress_without_its_plan_is_refused(model, tmp_path, found):
-    options = {"steps": 2, "progress": False, "resume": tmp_path / "progress"}
-    calibrate(model, TEXTS, PrunePlan((3,)), **options)
-    tensors, metadata = pop.system.files.read_tensors(tmp_path / "progress")
-    SavedProgress(tmp_path / "progress", metadata).write(tensors, found)
-    with pytest.raises(pop.InputError, match="saved progress .* remove its file"):
-        calibrate(model, TEXTS, PrunePlan((3,)), **options)

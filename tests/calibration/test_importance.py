@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support.gated_loss import assert_close, slopes
 from support.importances import assert_same
-from support.tiny import random_model, tiny_config
+from support.tiny import random_model, tiny_config, write_checkpoint
 from support.tiny_chat import write_chat_checkpoint
 
 import pop
@@ -169,14 +169,18 @@ def test_options_out_of_range_are_refused(model, options):
         importance(model, [[1, 2]], **options)
 
 
-def test_a_model_without_gradients_is_refused(model):
+def test_what_is_no_model_is_refused(model):
     for other in ("smollm2-135m", model.module, None):
         with pytest.raises(InputError, match=f"the model is a {type(other).__name__}; load one"):
             importance(other, [[1]])
+
+
+def test_a_model_that_was_loaded_in_inference_mode_has_gradients(tmp_path):
+    folder = write_checkpoint(tmp_path / "model")
     with torch.inference_mode():
-        module = random_model(tiny_config())
-    with pytest.raises(InputError, match="torch.inference_mode"):
-        importance(pop.Model(module, tiny_config()), [[1]])
+        model = pop.load(folder, compile=False)
+    options = {"response_tokens": 3, "progress": False}
+    assert_same(importance(model, [[1, 2]], **options), importance(pop.load(folder), [[1, 2]], **options))
 
 
 def test_numbers_that_overflow_are_refused(samples, prompts):
