@@ -231,10 +231,14 @@ def check_memory(model, rank: int, steps: int) -> None:
 
 
 def _announce(model, windows: list[Window], judged: list[Window], rank: int, steps: int) -> None:
-    """Say on stderr what the work will take, from the time of the fastest of three passes."""
+    """Say on stderr what the work will take, from the time of the fastest of two passes.
+
+    A first pass warms up, and shows that the model's numbers are finite.
+    """
     tokens = max(windows, key=lambda window: len(window[0]))[0][:1024]
     run = Pass(model.module, torch.tensor([tokens], device=model.device))
-    seconds = min(timeit.repeat(lambda: run.layers(run.embed(), 0), number=1, repeat=3)) / len(tokens)
+    check_finite(run.layers(run.embed(), 0), "hidden states of the texts")
+    seconds = min(timeit.repeat(lambda: run.layers(run.embed(), 0), number=1, repeat=2)) / len(tokens)
     num_tokens = sum(len(tokens) for tokens, _ in windows)
     needed = tokens_needed(model)
     if num_tokens < needed:
