@@ -5,7 +5,6 @@ one error. Then the weights are copied, so the files may change while the model 
 checksums: a flipped bit is noticed only if a norm or a bias becomes infinite or NaN.
 """
 
-import contextlib
 import os
 import re
 from collections.abc import Iterable, Iterator, Set
@@ -112,16 +111,6 @@ def instead(names: Iterable[str]) -> str:
             if fnmatch(name, pattern):
                 return f"; it holds {name!r:.200}, {what}"
     return ""
-
-
-def stored_dtype(folder: Path) -> torch.dtype:
-    """Return the dtype of the first file's largest tensor. Without weights, which `load_weights` reports: float32."""
-    with contextlib.suppress(CheckpointError, ValueError):
-        file = _weight_files(folder)[0]
-        largest = max(_map(file).values(), key=Tensor.numel)
-        if largest.dtype in FLOATS:
-            return largest.dtype
-    return torch.float32
 
 
 @dataclass(frozen=True)
