@@ -1,5 +1,6 @@
 """The CPU's products and attention against float64."""
 
+import copy
 import functools
 import math
 from functools import partial
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 from support.cases import assert_close, by_position, cases, new_cache
 from support.compiler import requires_compiler
 from support.nightly import NIGHTLY
-from support.tiny import random_model, tiny_config, tiny_gemma3_config, tiny_gemma3_vl_config
+from support.tiny import random_model, tiny_config, tiny_gemma3_config, tiny_gemma3_vl_config, tiny_qwen3_vl_config
 from torch._inductor.codecache import CppCodeCache
 
 import pop
@@ -347,10 +348,12 @@ def test_prefill_with_fused_attention_is_prefill(case):
 
 
 @requires_compiler
-def test_towers_have_fused_attention(monkeypatch):
+@pytest.mark.parametrize("config", [tiny_gemma3_vl_config(), tiny_qwen3_vl_config()])
+def test_towers_have_fused_attention(monkeypatch, config):
     """As before `accelerate`, and with gradients as before."""
-    module = random_model(tiny_gemma3_vl_config(), seed=3)
-    block, (h, *rope) = module.tower[0], module.vision_block_inputs(2, 7)
+    module = random_model(config, seed=3)
+    block = module.get_submodule(module.vision_blocks)[0]
+    h, *rope = module.vision_block_inputs(2, 6)
     h = normal(*h.shape)
     wanted, calls, attend = block(h, *rope), [], cpu.fused_attention
     pop.backends.accelerate(module)
@@ -371,7 +374,7 @@ def test_the_plain_pass_has_fused_attention(monkeypatch, config):
     pop.backends.accelerate(module)
     monkeypatch.setattr(cpu, "fused_attention", lambda *args: calls.append(args) or attend(*args))
     with torch.no_grad():
-        assert_close(module(tokens), wanted)
+        assert_close(copy.deepcopy(module)(tokens), wanted)
     assert len(calls) == config.num_layers
     q, k, v = normal(1, 7, 2, 8).requires_grad_(), normal(1, 7, 2, 8, seed=1), normal(1, 7, 2, 8, seed=2)
     wanted = layers.causal_attention(q, k, v, 0.3, 3)

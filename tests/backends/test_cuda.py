@@ -139,9 +139,9 @@ def test_a_chunk_attends_what_the_general_function_attends(kernels, dtype):
         assert set(kernels) == {of_a_band if at.band[3] else "spans"}
 
 
-@pytest.mark.parametrize("lengths", [(13, 13), (13, 2)])
+@pytest.mark.parametrize(("first", "lengths"), [((3, 3), (13, 13)), ((3, 3), (13, 2)), ((3, 1), (13, 13))])
 @torch.no_grad()
-def test_a_prefill_in_chunks_is_that_of_the_general_function(kernels, lengths):
+def test_a_prefill_in_chunks_is_that_of_the_general_function(kernels, first, lengths):
     """A ring that is reused, prompts that go on, full-depth rows at both ends, and a row that ends before the other."""
     module = random_model(tiny_gemma3_config(windows=(3, None, 3), head_dim=8), seed=4)
     plan = PrunePlan((1, 2), full_depth_last=2, full_depth_first=1)
@@ -149,7 +149,7 @@ def test_a_prefill_in_chunks_is_that_of_the_general_function(kernels, lengths):
     for function in (cuda.cache_attention, attention.cache_attention):
         stages = EAGER._replace(full_layer=partial(full_layer, attention=function))
         cache = new_cache(module, 2, chunk=5)
-        calls = [tokens[:, :3], torch.tensor([3, 3])], [tokens, torch.tensor(lengths)]
+        calls = [tokens[:, :3], torch.tensor(first)], [tokens, torch.tensor(lengths)]
         logits[function] = [engine.prefill(module, t, cache, n, plan, 5, stages) for t, n in calls]
     for found, wanted in zip(*logits.values(), strict=True):
         assert_close(found, wanted)

@@ -1,40 +1,18 @@
 """Attention over a cache: what is written, what is read, and the band of keys that a block of queries attends."""
 
-import hypothesis.strategies as st
 import pytest
 import torch
-from hypothesis import given
 from support.cases import NONE, new_cache, prefill
 from support.tiny import random_model, tiny_gemma3_config
 
 from pop import engine
 from pop.engine import attention
-from pop.engine.chunks import Chunk, Prompts, chunk_bounds
+from pop.engine.chunks import Chunk, Prompts
 from pop.models.images import TEXT
-from pop.models.layers import masked_attention
 
 
 def randn(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
-def test_tokens_are_written_to_their_slots_and_read_from_them():
-    keys, values = torch.zeros(2, 5, 1, 3), torch.zeros(2, 5, 1, 3)  # four slots and the spare one
-    k, v = randn(2, 2, 1, 3), randn(2, 2, 1, 3, seed=1)
-    slots = torch.tensor([[3, 0], [1, 4]])
-    attention.write(keys, values, slots, k, v)
-    for stored, written in ((keys, k), (values, v)):
-        expected = torch.zeros(2, 5, 1, 3)
-        expected[0, 3], expected[0, 0], expected[1, 1], expected[1, 4] = *written[0], *written[1]
-        assert torch.equal(stored, expected)
-
-    q, mask = randn(2, 1, 2, 3, seed=2), torch.ones(2, 1, 2, dtype=torch.bool)
-    held, spans = torch.arange(2).repeat(2, 1), torch.tensor([[[0, 1]]]).repeat(2, 1, 1)
-    band = torch.tensor((0, attention.UNBOUNDED, attention.UNBOUNDED, 0))
-    for key_slots, read in ((slots, (k, v)), (None, (keys[:, :2], values[:, :2]))):
-        at = attention.AttentionMetadata((), slots, spans, held, key_slots, band)
-        assert torch.equal(attention.cache_attention(q, keys, values, at, 0.3), masked_attention(q, *read, mask, 0.3))
-    assert not torch.equal(k, keys[:, :2])
 
 
 def test_the_example_in_the_docstring_of_attention_metadata():
@@ -52,39 +30,6 @@ def test_the_example_in_the_docstring_of_attention_metadata():
     assert at.spans.tolist() == [[[4, 6], [5, 7]]]
     assert attention.span_mask(at.held, at.spans).int().tolist() == [[[1, 1, 1, 0], [0, 1, 1, 1]]]
     assert at.band.tolist() == [2, 2, 0, 1]
-
-
-@given(st.data())
-def test_a_full_band_is_aligned_at_the_lower_right(data):
-    """A band that is all that the spans say can be attended without a mask, by its window alone."""
-    windows = (data.draw(st.sampled_from([2, 3, 7]), "window"), None)
-    module, B = random_model(tiny_gemma3_config(windows=windows)), data.draw(st.integers(1, 3), "rows")
-    chunk_size, held = data.draw(st.sampled_from([2, 4, 7, 64]), "chunk"), data.draw(st.integers(0, 30), "held")
-    cache = new_cache(module, B, slots=70, chunk=chunk_size)
-    cache.lengths[:] = held
-    if data.draw(st.booleans(), "rows differ"):
-        cache.lengths[0] = data.draw(st.integers(0, 30))
-    lengths = torch.tensor(data.draw(st.lists(st.integers(1, 35), min_size=B, max_size=B), "lengths"))
-    ids = torch.zeros(B, int(lengths.max()), dtype=torch.int64)
-    prompts = Prompts(ids, lengths, TEXT, ids > 0)
-    for begin, end in chunk_bounds(prompts, chunk_size):
-        chunk = Chunk.of(module, cache, prompts, (begin, end))
-        valid = chunk.index < ids.shape[1]
-        with_tokens = end > begin
-        same = len(set((cache.lengths + begin)[with_tokens].tolist())) == 1
-        for window, at in chunk.attention.items():
-            if at.band is None or chunk.ids.shape[1] == 1:
-                continue
-            own, _, after, is_full = at.band.tolist()
-            assert (bool(is_full), after) == (same, 0)
-            if not is_full:
-                continue
-            T = chunk.ids.shape[1]
-            distance = torch.arange(own + T) - own - torch.arange(T)[:, None]  # [T, keys]
-            band = (distance <= 0) & (distance > -(window or 10**9))
-            mask = attention.span_mask(at.held, at.spans)
-            assert not (mask[..., own + T :].any(-1) & valid).any()
-            assert ((mask[..., : own + T] == band) | ~valid[..., None]).all()
 
 
 @pytest.mark.usefixtures("small_query_blocks")

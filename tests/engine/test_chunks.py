@@ -20,19 +20,6 @@ def prompts_of(cache, lengths, plan, images=TEXT):
     return Prompts(tokens, lengths, images, full_depth_tokens(cache, lengths, plan, True))
 
 
-def test_an_image_is_never_cut():
-    """Each row has its own borders: here no common border would spare both images."""
-    numbers = torch.tensor([[-1, 0, 1, 2, 3, -1, -1, -1, -1], [-1, -1, -1, 4, 5, 6, 7, -1, -1]])
-    lengths, images = torch.tensor([9, 8]), both_ways(torch.zeros(2, 4, 5), numbers)
-
-    def bounds(images):
-        prompts = Prompts(None, lengths, images, None)
-        return [(begin.tolist(), end.tolist()) for begin, end in chunk_bounds(prompts, 4)]
-
-    assert bounds(images) == [([0, 0], [1, 3]), ([1, 3], [5, 7]), ([5, 7], [9, 8])]
-    assert bounds(TEXT) == [([0, 0], [4, 4]), ([4, 4], [8, 8]), ([8, 8], [9, 8])]
-
-
 def test_text_prompts_keep_to_causal_attention_without_a_mask(monkeypatch):
     """Only a chunk that holds an image with look-ahead leaves the fast path."""
     module, masked = random_model(tiny_gemma3_config(windows=(None,)), seed=3), []

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from pop.models.config import RopeConfig
-from pop.models.layers import RMSNorm, causal_attention, masked_attention, rope_frequencies, rope_tables, rotate
+from pop.models.layers import RMSNorm, causal_attention, masked_attention, rope_frequencies, rope_tables
 
 
 def randn(*shape, seed=0):
@@ -32,37 +32,6 @@ def test_neighbouring_positions_are_told_apart_far_out():
     # A float32 angle of 100,000 is off by up to 0.004; half a step between positions is 0.5.
     torch.testing.assert_close(cos[0, :, 0].double(), exact.cos(), atol=0.01, rtol=0)
     torch.testing.assert_close(sin[0, :, 0].double(), exact.sin(), atol=0.01, rtol=0)
-
-
-def test_rotation_keeps_lengths_and_depends_on_distance_only():
-    frequencies = rope_frequencies(RopeConfig(base=100.0), 6, torch.device("cpu"))
-    q, k = randn(1, 1, 1, 6), randn(1, 1, 1, 6, seed=1)
-
-    def at(x, position):
-        return rotate(x, rope_tables(torch.tensor([[position]]), frequencies))
-
-    torch.testing.assert_close(at(q, 77).norm(), q.norm())
-    torch.testing.assert_close((at(q, 9) * at(k, 4)).sum(), (at(q, 105) * at(k, 100)).sum())
-    assert not torch.allclose((at(q, 9) * at(k, 4)).sum(), (at(q, 9) * at(k, 5)).sum(), atol=1e-3)
-
-
-def test_llama3_scaling_by_its_definition():
-    rope = RopeConfig(base=10_000.0, kind="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
-                      original_max_positions=512)  # fmt: skip
-    plain = [10_000.0 ** (-2 * i / 64) for i in range(32)]
-    expected = []
-    for frequency in plain:
-        wavelength = 2 * math.pi / frequency
-        if wavelength > 512:
-            expected.append(frequency / 8)
-        elif wavelength < 512 / 4:
-            expected.append(frequency)
-        else:
-            smooth = (512 / wavelength - 1) / (4 - 1)
-            expected.append((1 - smooth) * frequency / 8 + smooth * frequency)
-    assert len({expected[i] / plain[i] for i in range(32)}) > 3  # all three branches are taken
-    actual = rope_frequencies(rope, 64, torch.device("cpu"))
-    torch.testing.assert_close(actual, torch.tensor(expected), rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize("heads", [(4, 4), (6, 2), (3, 1)])

@@ -54,11 +54,6 @@ def test_the_reference_is_the_paper_read_literally(module, data):
     assert_close(reference.prefill(module, tokens[0], plan), logits[-1])
 
 
-def test_generated_tokens_run_at_full_depth():
-    """Four prompt tokens, the boundary token, and a generated one."""
-    assert reference.full_depth_tokens(5, 6, PrunePlan((1,), full_depth_first=1)).int().tolist() == [1, 0, 0, 0, 1, 1]
-
-
 def test_short_prompts_run_at_full_depth():
     plan = PrunePlan((1,), full_depth_below=5)
     assert [int(reference.full_depth_tokens(n, n, plan).sum()) for n in (1, 4, 5, 9)] == [1, 4, 1, 1]

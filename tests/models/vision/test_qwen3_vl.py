@@ -2,7 +2,6 @@
 
 import copy
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -41,20 +40,6 @@ def test_bfloat16_stays_in_it():
     features, deepstack = tower(case.patches["image"].bfloat16(), case.grids["image"])
     assert {part.dtype for part in (features, *deepstack)} == {torch.bfloat16}
     assert error(features, case.features["image"]) < 0.1  # about 20 roundings of 2 ** -9
-
-
-def test_images_do_not_attend_each_other(tower):
-    """Neither do the frame pairs of a video, and an image is a video of one frame pair."""
-    grids = [Grid(1, 4, 6), Grid(1, 6, 4), Grid(1, 2, 2), Grid(3, 4, 6), Grid(1, 4, 6)]
-    patches = random_patches(sum(map(int, map(np.prod, grids))), tower.config.patch_values, seed=1)
-    together = tower(patches, grids)
-    alone = []
-    for part, grid in zip(patches.split([int(np.prod(grid)) for grid in grids]), grids, strict=True):
-        size = grid.rows * grid.columns
-        alone += [tower(frame, [grid._replace(frames=1)]) for frame in part.split(size)]
-    for n, (whole, deep) in enumerate([(together[0], None), *((layer, 1) for layer in together[1])]):
-        parts = [features if deep is None else deepstack[n - 1] for features, deepstack in alone]
-        assert (whole - torch.cat(parts)).abs().max() < 1e-4 * whole.std()
 
 
 def test_attention_costs_the_sum_of_the_squares(tower):

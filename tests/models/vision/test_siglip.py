@@ -70,14 +70,6 @@ def test_features_in_bfloat16_stay_in_it(read):
     assert error(tokens, FEATURES["pooled-tokens"]) < 0.1  # about 16 roundings of 2 ** -9
 
 
-def test_images_do_not_attend_each_other(read):
-    vision, pixels = tiny(read, "odd-grid")
-    together = vision.multi_modal_projector(vision.vision_tower(pixels))
-    alone = vision.multi_modal_projector(vision.vision_tower(pixels[1:]))
-    assert (together[1:] - alone).abs().max() < 1e-5
-    assert vision.vision_tower(pixels[:0]).shape == (0, 81, 25)
-
-
 def test_attention_needs_no_mask_and_patches_no_convolution(read):
     """The scores of 4096 patches are 268 million numbers an image. On a GPU, cuDNN would round to TF32 in float32."""
     vision, pixels = tiny(read, "pooled")
