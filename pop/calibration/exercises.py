@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from pop.calibration.held_out import repeated_passage
-from pop.calibration.texts import Window
+from pop.calibration.texts import Window, choose, excerpt
 from pop.errors import InputError
 from pop.inputs.processors import Prepared
 
@@ -49,22 +49,21 @@ def exercise(model, windows: Sequence[Window], number: int, rng: random.Random) 
     The logarithms of prompt lengths are evenly spread, and a batch of shorter prompts has more of them.
     """
     kind = KINDS[number % len(KINDS)]
-    ((tokens, media),) = _choose(windows, 1, rng)
+    ((tokens, media),) = choose(windows, 1, rng)
     if media:
         return _with_images(model, kind, tokens, media, rng)
     texts = [window for window in windows if not window[1]]
     longest = max(len(tokens) for tokens, _ in texts)
     shortest = min(SHORTEST_PROMPT + CONTINUATION, longest)
     size = round(math.exp(rng.uniform(math.log(shortest), math.log(longest))))  # of a prompt and its continuation
-    size = min(size, longest)
     cut = size - min(CONTINUATION, size // 3)
     long_enough = [window for window in texts if len(window[0]) >= size]
     count = min(ROWS, max(1, TOKENS // size))
     rows = []
-    for tokens, _ in _choose(long_enough, count, rng):
-        begin = rng.randint(0, len(tokens) - size)
-        bos = tokens[:1] if tokens[0] == model.config.bos_id else []
-        text = bos + tokens[begin + len(bos) : begin + size]
+    for tokens, _ in choose(long_enough, count, rng):
+        text = excerpt(tokens, size, rng)
+        if tokens[0] == model.config.bos_id:
+            text = [tokens[0], *text[1:]]
         row = _lookup(model, kind, text[:cut], size - cut, [], rng)
         rows.append(text if row is None else row)
     return Exercise(torch.tensor(rows), cut, [[]] * count)
@@ -77,11 +76,6 @@ def _with_images(model, kind: str, tokens: list[int], media: list[Prepared], rng
     length = min(CONTINUATION, model.max_seq_len - cut)
     row = _lookup(model, kind, tokens[:cut], length, images, rng)
     return Exercise(torch.tensor([tokens if row is None else row]), cut, [media])
-
-
-def _choose(windows: Sequence[Window], count: int, rng: random.Random) -> list[Window]:
-    """Choose windows at random. A longer window is chosen more often."""
-    return rng.choices(windows, [len(tokens) for tokens, _ in windows], k=count)
 
 
 def _lookup(model, kind: str, prompt: list[int], length: int, images: Sequence[range], rng) -> list[int] | None:

@@ -11,7 +11,6 @@ a response that the model sampled itself. One forward and one backward pass give
 this folder derives the score.
 """
 
-import contextlib
 import dataclasses
 import json
 import math
@@ -26,6 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pop.calibration.passes import Pass, checkpointed
+from pop.calibration.texts import as_list
 from pop.engine.modes import own_dtypes_and_devices
 from pop.errors import InputError, PopError, UnsupportedError, check_count
 from pop.generation.answers import end_ids
@@ -40,7 +40,6 @@ from pop.runner import padded
 from pop.system import files
 from pop.system.progress import progress_lines
 
-LOGITS_AT_ONCE = 256  # response tokens whose logits [N, V] are in memory together
 SCORES = ("prefill", "decode", "prefill_error", "decode_error")
 
 
@@ -108,9 +107,7 @@ def importance(
 
 def _parse(model, samples, images, videos, response_tokens: int) -> list[Sample]:
     """Encode the samples, and check that each fits the model's context."""
-    if isinstance(samples, (str, bytes, dict)) or not isinstance(samples, Iterable):
-        raise InputError(f"samples is a {type(samples).__name__}; give a list of prompts, or of (prompt, response)")
-    samples = list(samples)
+    samples = as_list(samples, "samples", "prompts, or of (prompt, response)")
     rows = model.vision.prepare_batch(images, videos, len(samples))
     if not samples:
         raise InputError("samples is empty; give at least one prompt")
@@ -149,16 +146,16 @@ def sample_responses(model, samples: list[Sample], seeds: list[Sequence[int]], c
     media = [sample.media for sample in samples]
     cache = model.new_cache(len(samples), tokens.shape[1] + count - 1)
     logits = model.prefill(tokens, cache, lengths=lengths, images=media, plan=PrunePlan.none())
-    responses = [[] for _ in samples]
-    while True:
-        tokens = sampler(logits)
-        for response, token in zip(responses, read_tokens(tokens), strict=True):
-            if not response or response[-1] not in ends:
-                response.append(token)
-        have_ended = all(response[-1] in ends for response in responses)
-        if have_ended or max(map(len, responses)) == count:
-            return responses
-        logits = model.decode(tokens, cache)
+    tokens = sampler(logits)
+    drawn = [read_tokens(tokens)]
+    for _ in range(count - 1):
+        tokens = sampler(model.decode(tokens, cache))
+        drawn.append(read_tokens(tokens))
+    responses = []
+    for row in zip(*drawn, strict=True):
+        length = next((number for number, token in enumerate(row, 1) if token in ends), count)
+        responses.append(list(row[:length]))
+    return responses
 
 
 @torch.inference_mode(False)  # whatever the caller's mode is
@@ -184,15 +181,14 @@ def gate_gradients(model, samples: list[Sample]) -> Tensor:
     for index, gate in enumerate(gates):
         h = run.layer(index, h, partial(_gated_layer, gates=gate, decode=decode))
 
-    def piece_loss(h, targets):
+    def row_loss(h, targets):
         return F.cross_entropy(module.head(h), targets, reduction="sum")
 
     loss = 0.0
     for row, sample in zip(h, samples, strict=True):
         predicting = row[len(sample.prompt) - 1 :][: len(sample.response)]  # [N, D]
-        targets = torch.tensor(sample.response, device=model.device)
-        for piece in zip(predicting.split(LOGITS_AT_ONCE), targets.split(LOGITS_AT_ONCE), strict=True):
-            loss = loss + checkpointed(piece_loss, *piece)
+        # Checkpointed, so that the logits [N, V] of one row are in memory at a time.
+        loss = loss + checkpointed(row_loss, predicting, torch.tensor(sample.response, device=model.device))
     (gradients,) = torch.autograd.grad(loss, gates)  # [L, B, 2]
     check_finite(gradients, "gradients of the gates")
     return gradients.permute(1, 2, 0).double().cpu()
@@ -212,7 +208,7 @@ def _gated_layer(layer, h: Tensor, rope: Rope, attend: Attend, gates: Tensor, de
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Importance:
-    """Importance scores of all layers for both stages, made by `pop.importance`. Invalid values raise InputError."""
+    """Importance scores of all layers for both stages, made by `pop.importance`."""
 
     prefill: Tensor  # [L] float64 on the CPU, in nats squared
     decode: Tensor
@@ -221,12 +217,9 @@ class Importance:
     num_samples: int  # the scores are means over these
 
     def __post_init__(self):
-        object.__setattr__(self, "num_samples", check_count("num_samples", self.num_samples))
         for name in SCORES:
-            object.__setattr__(self, name, _checked_scores(name, getattr(self, name)))
-        lengths = [len(getattr(self, name)) for name in SCORES]
-        if len(set(lengths)) > 1:
-            raise InputError(f"{', '.join(SCORES)} have {lengths} layers; give scores of one run")
+            scores = [math.nan if score is None else score for score in getattr(self, name)]  # as `save` writes NaN
+            object.__setattr__(self, name, torch.tensor(scores, dtype=torch.float64, device="cpu"))
 
     def plan(self, count: int, **options) -> PrunePlan:
         """Prune the `count` layers that prefill needs least. Of equal layers, prune the deeper one first.
@@ -249,19 +242,5 @@ class Importance:
         """Read scores that `save` has written. Raises InputError for any other file."""
         try:
             return cls(**files.read_json(path, InputError))
-        except (InputError, TypeError) as error:
+        except (InputError, TypeError, ValueError) as error:
             raise InputError(f"{path} does not hold importance scores ({error}); write them with .save(path)") from None
-
-
-def _checked_scores(name: str, values) -> Tensor:
-    """values as [L] float64: finite and at least 0. Standard errors may be unknown: NaN, or None in a file."""
-    with contextlib.suppress(ValueError, TypeError, RuntimeError):
-        if isinstance(values, list):
-            values = [math.nan if value is None else value for value in values]
-        scores = torch.as_tensor(values, dtype=torch.float64, device="cpu")
-        is_valid = scores.isfinite() & (scores >= 0)
-        if name.endswith("_error"):
-            is_valid |= scores.isnan()
-        if scores.dim() == 1 and len(scores) and is_valid.all():
-            return scores
-    raise InputError(f"{name} is {values!r:.80}; it must be a list with a number of at least 0 for each layer")

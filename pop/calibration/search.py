@@ -23,7 +23,7 @@ from pop.calibration.importance import importance
 from pop.calibration.lookup import selecting_scores
 from pop.calibration.questions import Question
 from pop.calibration.refit import fitted
-from pop.calibration.texts import Window, enough
+from pop.calibration.texts import Window, choose, enough, excerpt
 from pop.errors import InputError
 from pop.pruning.corrections import Corrections
 from pop.pruning.cost import speedup_limit
@@ -48,10 +48,8 @@ Sample = tuple[list[int], list[int]]  # the token ids of a prompt and of its res
 def check_speedup(model, speedup: float, rank: int) -> None:
     """Raise InputError if not even a plan that keeps only layer 0 allows a speedup."""
     num_layers = model.config.num_layers
-    if num_layers == 1:
-        raise InputError("the model has a single layer, so prefill cannot skip any; there is nothing to calibrate")
-    most = _with_full_depth(model, range(1, num_layers), torch.zeros(num_layers))
-    limit = _limit(model, most, rank)
+    most = range(1, num_layers)
+    limit = _limit(model, _with_full_depth(model, most, torch.zeros(num_layers)), rank) if most else 1.0
     if limit < speedup:
         raise InputError(f"speedup is {speedup:g}, but this model allows at most {limit:.2f}; ask for less")
 
@@ -70,7 +68,7 @@ def search(model, windows: list[Window], judge: Judge, speedup: float, rank: int
     texts, passages = _samples(windows)
     lookups = _lookup_scores(model, passages)
     needed = _needed(model, texts) + _needed(model, passages)
-    few = enough([(tokens[:WINDOW], media) for tokens, media in windows if not media], FEW) or windows
+    few = enough([(tokens[:WINDOW], media) for tokens, media in _without_images(windows)], FEW)
     losses: dict[PrunePlan, float] = {}
     for share in TAILS:
         plan = _smallest(model, share, needed, lookups, speedup, rank)
@@ -92,26 +90,27 @@ def with_full_depth(model, layers: Sequence[int], windows: list[Window]) -> Prun
 def _samples(windows: list[Window]) -> tuple[list[Sample], list[Sample]]:
     """Texts with their continuations, and prompts of which a passage is repeated."""
     rng = random.Random(0)
-    texts = [tokens for tokens, media in windows if not media] or [tokens for tokens, _ in windows]
     plain = []
     repeated = []
-    for tokens in rng.choices(texts, [len(tokens) for tokens in texts], k=SAMPLES):
-        size = min(SAMPLE, len(tokens))
-        begin = rng.randint(0, len(tokens) - size)
-        text = tokens[begin : begin + size]
-        cut = size - min(RESPONSE, size // 3)
+    for tokens, _ in choose(_without_images(windows), SAMPLES, rng):
+        text = excerpt(tokens, SAMPLE, rng)
+        cut = len(text) - min(RESPONSE, len(text) // 3)
         plain.append((text[:cut], text[cut:]))
         passage = repeated_passage(text[:cut], [], rng)
         cue = max(1, len(passage) // 4)
-        if passage[cue:]:
-            repeated.append((text[:cut] + passage[:cue], passage[cue:]))
+        repeated.append((text[:cut] + passage[:cue], passage[cue:]))
     return plain, repeated
 
 
+def _without_images(windows: list[Window]) -> list[Window]:
+    texts = [window for window in windows if not window[1]]
+    if not texts:
+        raise InputError("every text has images, and a plan is decided on text; give other texts too, or a plan")
+    return texts
+
+
 def _needed(model, samples: list[Sample]) -> Tensor:
-    """How much prefill needs each layer, as shares [L] float64 of the importance of all. Zeros without samples."""
-    if not samples:
-        return torch.zeros(model.config.num_layers, dtype=torch.float64)
+    """How much prefill needs each layer, as shares [L] float64 of the importance of all."""
     scores = importance(model, samples, batch_size=4, progress=False).prefill
     return scores / scores.sum().clamp(min=1e-30)
 

@@ -4,7 +4,7 @@ import contextlib
 import math
 import random
 import sysconfig
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from importlib.resources import files
 from itertools import accumulate, islice
 from pathlib import Path
@@ -67,11 +67,11 @@ def python_texts(times: int = 1) -> list[str]:
     return texts
 
 
-def as_list(texts) -> list:
-    """The texts, if they are several strings or lists of token ids."""
-    if isinstance(texts, str) or not isinstance(texts, Iterable):
-        raise InputError(f"texts is a {type(texts).__name__}; give a list of strings or of lists of token ids")
-    return list(texts)
+def as_list(values, name: str = "texts", of: str = "strings or of lists of token ids") -> list:
+    """The values as a list. Raises InputError, with their name, for a single text or what is none."""
+    if isinstance(values, str) or not isinstance(values, Iterable):
+        raise InputError(f"{name} is a {type(values).__name__}; give a list of {of}")
+    return list(values)
 
 
 def parted(texts: Iterable) -> tuple[list, list]:
@@ -105,6 +105,17 @@ def enough(windows: list[Window], count: int) -> list[Window]:
     """The first windows that hold `count` tokens together, or all."""
     ends = accumulate(len(tokens) for tokens, _ in windows)
     return [window for window, end in zip(windows, ends, strict=True) if end - len(window[0]) < count]
+
+
+def choose(windows: Sequence[Window], count: int, rng: random.Random) -> list[Window]:
+    """Choose windows at random. A longer window is chosen more often."""
+    return rng.choices(windows, [len(tokens) for tokens, _ in windows], k=count)
+
+
+def excerpt(tokens: Sequence[int], size: int, rng: random.Random) -> Sequence[int]:
+    """`size` consecutive tokens from a random place, or all if they are fewer."""
+    begin = rng.randint(0, max(0, len(tokens) - size))
+    return tokens[begin : begin + size]
 
 
 def batches(windows: list[Window]) -> Iterator[list[Window]]:

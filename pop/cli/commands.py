@@ -16,7 +16,7 @@ import torch
 import pop
 from pop.backends.tensor_parallel import launched
 from pop.calibration.search import SHORT
-from pop.calibration.texts import SHORTEST, builtin_texts
+from pop.calibration.texts import SHORTEST, builtin_texts, excerpt
 from pop.calibration.verdict import LENGTHS, compared
 from pop.checkpoints import download as downloads
 from pop.checkpoints import registry
@@ -121,8 +121,7 @@ def importance(args) -> None:
         files.check_writable(args.out, "the importance scores", InputError)
     args.prune = "none"  # the full model is scored
     model = _load(args)
-    model.need_tokenizer("importance")
-    prompts = excerpts(model.tokenizer, texts, args.samples, args.prompt_tokens, args.seed)
+    prompts = excerpts(model, texts, args.samples, args.prompt_tokens, args.seed)
     result = pop.importance(
         model,
         prompts,
@@ -140,18 +139,14 @@ def importance(args) -> None:
         files.save_anyway(result.save, args.out)
 
 
-def excerpts(tokenizer, texts: list[str], count: int, length: int, seed: int) -> list[list[int]]:
+def excerpts(model, texts: list[str], count: int, length: int, seed: int) -> list[list[int]]:
     """Cut `count` random excerpts of `length` tokens from the texts in turn. Return their ids after BOS."""
     check_count("--samples", count)
     check_count("--prompt-tokens", length)
-    random = Random(seed)
-    bos = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
-    tokens = [tokenizer.encode(text, bos=False) for text in texts]
-    prompts = []
-    for ids in itertools.islice(itertools.cycle(tokens), count):
-        begin = random.randrange(max(1, len(ids) - length + 1))
-        prompts.append(bos + ids[begin : begin + length])
-    return prompts
+    rng = Random(seed)
+    tokens = [model.encode(text, bos=False) for text in texts]
+    bos = [] if model.tokenizer.bos_id is None else [model.tokenizer.bos_id]
+    return [bos + excerpt(ids, length, rng) for ids in itertools.islice(itertools.cycle(tokens), count)]
 
 
 def calibrate(args) -> None:

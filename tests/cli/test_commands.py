@@ -223,7 +223,7 @@ def test_importance_prints_and_saves_the_scores(folder, model, capsys, tmp_path)
     options = [*IMPORTANCE, "--out", str(out)]
     assert main(["importance", folder, str(files[0]), *options, str(files[1])]) == 0
     texts = {str(file): file.read_text() for file in files}
-    prompts = excerpts(model.tokenizer, [*texts.values()], 5, 20, 7)
+    prompts = excerpts(model, [*texts.values()], 5, 20, 7)
     cut = [model.tokenizer.decode(prompt) for prompt in prompts]
     assert [len(text) for text in cut] == [20, 5, 20, 5, 20]
     assert all(text in texts[str(files[number % 2])] for number, text in enumerate(cut))

@@ -237,6 +237,10 @@ def test_calibration_with_images(model, monkeypatch):
     short = pop.Model(model.module, model.config, max_seq_len=20, compile=False)
     with pytest.raises(ContextOverflow, match="has 2. tokens, .* 20"):
         pop.calibrate(short, windows, plan, images=rows, progress=False, steps=0)
+    shown = [number for number, row in enumerate(rows) if row]
+    with pytest.raises(InputError, match="every text has images"):
+        images = [rows[number] for number in shown]
+        pop.calibrate(model, [windows[number] for number in shown], images=images, progress=False, speedup=1.1)
 
 
 # ---- Distillation ----
