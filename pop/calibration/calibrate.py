@@ -35,7 +35,7 @@ from pop.pruning.corrections import Corrections
 from pop.pruning.plan import PrunePlan
 from pop.system import __version__, files
 from pop.system.memory import free_bytes
-from pop.system.progress import progress_lines
+from pop.system.progress import progress_bar
 
 RIDGES = (1e-4, 1e-3, RIDGE, 1e-1, 1.0)  # candidates for lambda
 LENGTHS = (512, 2048, 8192)  # prompt lengths for which a plan records its speedup
@@ -80,7 +80,7 @@ def calibrate(
         steps: Steps of distillation after the closed form. 0: none.
         resume: A file that keeps unfinished work. If it exists, the same call continues from it.
         seed: Decides which windows are held out, and what the steps train on.
-        progress: Show on stderr what the work takes, and how far it is.
+        progress: Show on stderr what the work takes, and bars if tqdm is installed.
 
     Returns:
         The plan with corrections, and with a full_depth_first of at least 1. A plan for given layers has no corrections
@@ -143,8 +143,8 @@ def calibrate(
 
     if steps:
         save = functools.partial(saved.write, found=plan.fields())
-        step = progress_lines("distilling", steps, progress)
-        plan = distill(model, plan, windows, judge, steps, seed=seed, restored=tensors, save=save, progress=step)
+        with progress_bar("distilling", steps, "steps", progress) as step:
+            plan = distill(model, plan, windows, judge, steps, seed=seed, restored=tensors, save=save, progress=step)
     below = wanted.full_depth_below if isinstance(wanted, PrunePlan) else search.SHORT
     return dataclasses.replace(_recorded(model, plan, judge, about), full_depth_below=below)
 
@@ -263,8 +263,8 @@ def _decided(model, wanted, windows: list[Window], judge: Judge, rank: int, prog
         return dataclasses.replace(wanted, full_depth_below=0)
     if isinstance(wanted, tuple):
         return search.with_full_depth(model, wanted, windows)
-    step = progress_lines("choosing layers", len(search.TAILS), progress)
-    return search.search(model, windows, judge, wanted, rank, step)
+    with progress_bar("choosing layers", len(search.TAILS), "sets", progress) as step:
+        return search.search(model, windows, judge, wanted, rank, step)
 
 
 def _closed_form(model, plan, windows: list[Window], judge: Judge, rank: int, progress: bool) -> PrunePlan:
@@ -272,8 +272,8 @@ def _closed_form(model, plan, windows: list[Window], judge: Judge, rank: int, pr
     num_groups = sum(group.is_pruned for group in plan.groups(model.config.num_layers, model.module.deepstack_layers))
     windows = enough(windows, tokens_needed(model))
     num_tokens = sum(len(tokens) for tokens, _ in windows)
-    step = progress_lines("fitting", num_groups * num_tokens, progress)
-    fit = fitted(model, windows, plan, rank, step)
+    with progress_bar("fitting", num_groups * num_tokens, "tokens", progress) as step:
+        fit = fitted(model, windows, plan, rank, step)
 
     best = None
     least = math.inf

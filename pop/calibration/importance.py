@@ -38,7 +38,7 @@ from pop.models.layers import Rope
 from pop.pruning.plan import PrunePlan
 from pop.runner import padded
 from pop.system import files
-from pop.system.progress import progress_lines
+from pop.system.progress import progress_bar
 
 SCORES = ("prefill", "decode", "prefill_error", "decode_error")
 
@@ -73,7 +73,7 @@ def importance(
         response_tokens: The most tokens of a sampled response. An end token ends it earlier, and counts in the loss.
         batch_size: How many samples run at once. It changes speed, memory and rounding only.
         seed: Sample i has a random generator seeded with (seed, i).
-        progress: Show the progress on stderr.
+        progress: Show a bar on stderr, if tqdm is installed.
 
     Raises:
         InputError, ContextOverflow, TokenizerError: A sample or an option cannot be used, or numbers overflow.
@@ -89,15 +89,15 @@ def importance(
     samples = _parse(model, samples, images, videos, response_tokens)
 
     squares = []  # [batch, 2 (prefill, decode), L] each
-    step = progress_lines("importance", len(samples), progress)
-    for begin in range(0, len(samples), batch_size):
-        batch = samples[begin : begin + batch_size]
-        missing = [row for row, sample in enumerate(batch) if sample.response is None]
-        seeds = [(seed, begin + row) for row in missing]
-        sampled = iter(sample_responses(model, [batch[row] for row in missing], seeds, response_tokens))
-        batch = [sample._replace(response=sample.response or next(sampled)) for sample in batch]
-        squares.append(gate_gradients(model, batch).square())
-        step(len(batch))
+    with progress_bar("importance", len(samples), "samples", progress) as step:
+        for begin in range(0, len(samples), batch_size):
+            batch = samples[begin : begin + batch_size]
+            missing = [row for row, sample in enumerate(batch) if sample.response is None]
+            seeds = [(seed, begin + row) for row in missing]
+            sampled = iter(sample_responses(model, [batch[row] for row in missing], seeds, response_tokens))
+            batch = [sample._replace(response=sample.response or next(sampled)) for sample in batch]
+            squares.append(gate_gradients(model, batch).square())
+            step(len(batch))
     scores = torch.cat(squares)
     n = len(scores)
     mean = scores.mean(0)

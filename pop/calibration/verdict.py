@@ -20,7 +20,7 @@ from pop.errors import InputError, check_count, some
 from pop.generation.sampling import check_finite
 from pop.pruning.plan import PrunePlan
 from pop.runner import FULL_DEPTH, padded
-from pop.system.progress import progress_lines
+from pop.system.progress import progress_bar
 
 LENGTHS = (512, 1024, 4096)  # tokens of a prompt. Plans that pop.calibrate decides prune no shorter ones
 LONG = 2048  # tokens; longer prompts take so much time that half as many questions are asked about each
@@ -127,8 +127,7 @@ def check(
     total = sum(length * (len(windows) + len(asked)) for length, windows, asked in work)
     loss = {}
     exact = {}
-    step = progress_lines("checking", total, progress)
-    with torch.no_grad():
+    with torch.no_grad(), progress_bar("checking", total, "tokens", progress) as step:
         for length, windows, asked in work:
             differences = []
             for window in windows:

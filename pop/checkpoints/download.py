@@ -31,7 +31,7 @@ from pop.checkpoints.registry import COMMANDS, hugging_face_home, lookup, stored
 from pop.checkpoints.weights import instead
 from pop.errors import CheckpointError, DownloadError
 from pop.system.files import hash_file, staged
-from pop.system.progress import progress_lines
+from pop.system.progress import progress_bar
 
 NEEDED = r"""(?x)
     (config | generation_config | preprocessor_config | video_preprocessor_config | processor_config) \.json
@@ -143,9 +143,8 @@ def _fetch_all(files: dict[str, _File], folder: Path, label: str, progress: bool
         lacks = f"{label} needs {(total - present) / 1e9:,.1f} GB more, and {folder} has {free / 1e9:,.1f} GB left"
         raise DownloadError(f"{lacks}; make room, or set POP_WEIGHTS to a folder on another disk")
     stop = threading.Event()
-    step = progress_lines(label, total, progress)
-    step(present)
-    with ThreadPoolExecutor(THREADS) as pool:
+    with progress_bar(label, total, "B", progress) as step, ThreadPoolExecutor(THREADS) as pool:
+        step(present)
         try:
             list(pool.map(lambda name: _fetch(files[name], folder / name, step, stop), files))
         finally:

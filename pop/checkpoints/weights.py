@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from pop.errors import CheckpointError, reason_of, some
 from pop.models.config import Config
 from pop.system.files import read_json, read_tensors
-from pop.system.progress import progress_lines
+from pop.system.progress import progress_bar
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 # Gemma-3 with a vision tower: patterns of the names that newer releases save, and the published names.
@@ -41,6 +41,7 @@ OTHERS = {
     "*.gguf": "which `python -m tools.convert FILE DIR` in a checkout of pop converts",
     "params.json": "Meta's layout, which `python -m tools.convert FOLDER DIR` in a checkout of pop converts",
 }
+BAR_FROM = 2**30  # bytes; fewer load too quickly for a progress bar
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,7 @@ def load_weights(
         module: The model. Its `config` helps to explain differences.
         dtype: The dtype that all parameters get.
         device: Where they are allocated.
-        progress: Whether to show the progress on stderr.
+        progress: Whether to show a bar on stderr for large weights.
         shards: For each parameter of which `module` has only a part, by name, which part that is. Only it is read.
 
     Raises CheckpointError, and leaves `module` unchanged, if the files are broken or do not fit the config.
@@ -87,13 +88,13 @@ def load_weights(
     weights = {name: torch.empty(shape, dtype=dtype, device=device) for name, shape in shapes.items()}
     size = sum(weight.nbytes for weight in weights.values())
     step = max(size // 50, 2**20)
-    advance = progress_lines("loading weights", size, progress)
-    for piece, source, target in _slices(pieces, weights, shards, step):
-        if not piece.repeats:
-            target.copy_(source)
-            advance(target.nbytes)
-        elif not torch.equal(target, source.to(target)):
-            raise CheckpointError(f"{piece.file}: {piece.name} should repeat {piece.parameter}, but differs")
+    with progress_bar("loading weights", size, "B", progress and size >= BAR_FROM) as advance:
+        for piece, source, target in _slices(pieces, weights, shards, step):
+            if not piece.repeats:
+                target.copy_(source)
+                advance(target.nbytes)
+            elif not torch.equal(target, source.to(target)):
+                raise CheckpointError(f"{piece.file}: {piece.name} should repeat {piece.parameter}, but differs")
     for name, weight in weights.items():
         if weight.dim() == 1 and not weight.isfinite().all():
             raise CheckpointError(f"{folder}: {name} has NaN or infinite values in {dtype}; fetch it again")

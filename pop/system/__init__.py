@@ -1,3 +1,3 @@
-"""What the operating system offers: files that appear whole, progress, free memory. May import pop.errors."""
+"""What the operating system offers: files that appear whole, progress bars, free memory. May import pop.errors."""
 
 __version__ = "0.1.0"  # of pop

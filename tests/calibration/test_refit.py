@@ -1,5 +1,6 @@
 """`pop.calibrate`: the closed form against a naive fit, what must follow from it, and bad input."""
 
+import contextlib
 import copy
 import dataclasses
 import math
@@ -159,17 +160,18 @@ def test_sums_are_freed_once_a_group_is_solved(model):
     assert fitted(model, windows_of(TEXTS), PrunePlan((0, 1), full_depth_first=1)).xx is None
 
 
-def test_the_progress_shows_all_of_the_work(monkeypatch):
+def test_one_bar_shows_all_of_the_work(monkeypatch):
     """Its unit is the tokens that are run. Choosing lambda at the end is left out."""
-    shown = []
+    bars = []
 
-    def progress_lines(label, total, wanted):
-        shown.append((total, []))
-        return shown[-1][1].append
+    @contextlib.contextmanager
+    def bar(label, total, unit, wanted):
+        bars.append((total, []))
+        yield bars[-1][1].append
 
-    monkeypatch.setattr(calibrate_file, "progress_lines", progress_lines)
+    monkeypatch.setattr(calibrate_file, "progress_bar", bar)
     calibrate(make_model(max_positions=512), random_texts(0, *[500] * 5), PrunePlan((1, 3, 4)), steps=0)
-    ((total, steps),) = shown
+    ((total, steps),) = bars
     assert total == sum(steps) == 2 * 4 * 500  # two passes for two groups
 
 

@@ -164,6 +164,7 @@ def test_command_line(server, folder, capsys):
     assert main(["download", "tiny"]) == 0
     captured = capsys.readouterr()
     assert str(folder) in captured.out and "pop generate tiny" in captured.out
+    assert "B/s" in captured.err  # tqdm's bar
     assert main(["download", "tiny9"]) == 2
     assert "near names are tiny," in capsys.readouterr().err
     assert main(["download", "smollm2-135m"]) == 2

