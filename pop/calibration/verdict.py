@@ -154,14 +154,13 @@ def compared(
     model, texts, lengths, questions=12, seed=0, *, least: int = 0
 ) -> list[tuple[int, list[list[int]], list[Question]]]:
     """What `check` compares at each length from `least` on: windows of text, and questions. Raises as `check`."""
-    if not lengths:
-        raise InputError("lengths is empty; give at least one prompt length in tokens")
     most = model.max_seq_len - CONTINUATION
     lengths = {min(check_count("a length", length, SHORTEST), most) for length in lengths}
     lengths = sorted(length for length in lengths if length >= least)
     if not lengths:
-        lacks = f"prompts of fewer than {least} tokens are not pruned, so they tell nothing"
-        raise InputError(f"{lacks}; ask for longer ones")
+        raise InputError(
+            f"lengths has none from {least} tokens on, and shorter prompts are not pruned; give longer ones"
+        )
     head, text = _joined(model, texts)
     writer = Writer(model, text, head, check_count("seed", seed, 0))
     makers = (quotations,) if model.tokenizer is None else KINDS

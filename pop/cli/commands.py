@@ -46,7 +46,7 @@ def run(args) -> int | None:
     command = COMMANDS[args.command]
     if rank == 0:
         return command(args)
-    with open(os.devnull, "w", encoding="utf-8") as silence, contextlib.redirect_stdout(silence):
+    with contextlib.redirect_stdout(None):  # print does nothing
         return command(args)
 
 
@@ -158,7 +158,7 @@ def calibrate(args) -> None:
     lengths = _lengths(args.longest)
     args.prune = "none"
     model = _load(args)
-    fitted, rest = calibration_texts(model, args.files, texts)
+    fitted, rest = calibration_texts(model, texts)
     compared(model, rest, lengths, least=SHORT)  # refuses now what pop.check would refuse after the work
     options = {name: getattr(args, name) for name in ("layers", "speedup", "rank", "longest", "steps", "seed")}
     plan = pop.calibrate(model, fitted, resume=resume, **options)
