@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
-from support.cases import assert_close, by_reference, models, plans, random_corrections, recorded_choices
+from support.cases import assert_close, by_reference, models, plans, recorded_choices
 from support.naive_fit import naive_gradients
 from support.tiny import random_model, tiny_config, tiny_gemma3_config
 
@@ -28,7 +28,7 @@ from pop.calibration.exercises import Exercise
 from pop.calibration.held_out import Judge, Losses
 from pop.calibration.passes import Pass, first_layer
 from pop.inputs.processors import processor_of
-from pop.pruning.reference import full_depth_tokens, selected_tokens
+from pop.pruning.reference import full_depth_tokens
 
 pytestmark = pytest.mark.usefixtures("short_averages")
 
@@ -104,18 +104,6 @@ def test_the_student_is_the_reference(case):
     assert (chosen.sum(1) == plan.num_selected(int(others.sum()))).all()
     for row, found, selected in zip(tokens, logits, chosen, strict=True):
         assert_close(found, by_reference(module, row, plan, cut, selected)[0])
-
-
-@pytest.mark.parametrize("layer", [None, 2])
-def test_prompts_longer_than_the_windows_are_the_references(layer):
-    """The tokens that are selected, and the student's logits."""
-    config = tiny_gemma3_config()
-    module, tokens = random_model(config), torch.tensor(random_texts(3, 40, 40))
-    corrections = random_corrections(config, (1, 3, 4), seed=0, rank=7)
-    plan = PrunePlan((1, 3, 4), 3, 1, corrections, full_depth_selected=0.4, selecting_layer=layer)
-    for row, found, chosen in zip(tokens, *of_student(module, plan, tokens, 31), strict=True):
-        assert torch.equal(chosen, selected_tokens(module, row[:31], plan))
-        assert_close(found, by_reference(module, row, plan, 31, chosen)[0])
 
 
 @given(students())
@@ -269,16 +257,6 @@ def test_a_run_goes_on_where_it_was_interrupted(model, closed, losses):
     assert distill(model, closed, windows, judge, 16, restored=kept[-1], save=save, progress=progress) == expected
     assert counted == [10, 1, 1, 1, 1, 1, 1]
     assert distill(model, closed, windows, MadeUp(9), 16, restored=kept[-1]) == expected  # nothing is left to do
-
-
-def test_a_record_of_another_run_is_refused_before_the_work(model, tmp_path, monkeypatch):
-    path = tmp_path / "record"
-    calibrate(model, TEXTS, PLAN, steps=2, resume=path, progress=False)
-    content = path.read_bytes()
-    monkeypatch.setattr(calibrate_file, "fitted", None)
-    with pytest.raises(InputError, match="belongs to a run with another"):
-        calibrate(model, random_texts(9, *[70] * 20), PLAN, steps=3, seed=1, resume=path, progress=False)
-    assert path.read_bytes() == content
 
 
 def test_all_that_decides_a_run_tells_it_from_others(model):

@@ -9,9 +9,7 @@ from support.gated_loss import assert_close, slopes
 from support.tiny import random_model, tiny_config, tiny_gemma3_config, tiny_qwen3_config
 
 import pop
-from pop.backends import cpu
-from pop.calibration.importance import Sample, _gated_layer, gate_gradients, sample_responses
-from pop.models import layers
+from pop.calibration.importance import Sample, gate_gradients, sample_responses
 
 
 def keep_activations(monkeypatch):
@@ -110,24 +108,6 @@ def test_logits_are_computed_for_the_responses_only_and_one_after_the_other(samp
     assert rows == lengths + lengths[::-1]  # forward, and again for the backward
 
 
-@pytest.mark.parametrize(
-    "config", [tiny_config(), tiny_gemma3_config(), tiny_qwen3_config()], ids=["llama", "gemma3", "qwen3"]
-)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_gates_of_one_change_no_bit(config, dtype):
-    module = random_model(config).to(dtype)
-    h = torch.randn(2, 9, 30, generator=torch.Generator().manual_seed(0)).to(dtype)
-    ropes = module.rope(torch.arange(9)[None])
-    stage = torch.arange(9).expand(2, 9) > 4
-
-    def attend(layer, q, k, v):
-        return layers.causal_attention(q, k, v, layer.scale, layer.window)
-
-    for layer in module.layers:
-        rope = ropes[layer.window]
-        assert torch.equal(_gated_layer(layer, h, rope, attend, torch.ones(2, 2), stage), layer(h, rope, attend))
-
-
 # ---- Sampled responses ----
 
 
@@ -158,10 +138,3 @@ def test_an_end_token_ends_a_response_and_is_part_of_it():
     for response in responses:
         assert all(token % 4 for token in response[:-1])
         assert response[-1] % 4 == 0 or len(response) == 12
-
-
-def test_trainable_parameters_change_no_gradient_and_get_none(model, samples, monkeypatch):
-    monkeypatch.setattr(cpu, "FUSED", set())  # only attention without gradients uses it, which rounds otherwise
-    trainable = pop.Model(random_model(tiny_config()).requires_grad_(True), tiny_config())
-    assert torch.equal(gradients(trainable, samples), gradients(model, samples))
-    assert all(parameter.requires_grad and parameter.grad is None for parameter in trainable.module.parameters())

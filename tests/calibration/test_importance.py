@@ -16,7 +16,7 @@ from support.tiny_chat import write_chat_checkpoint
 
 import pop
 from pop import InputError, PlanError
-from pop.calibration.importance import SCORES, Importance, gate_gradients, importance
+from pop.calibration.importance import Importance, gate_gradients, importance
 
 
 def test_scores_are_mean_squared_slopes_with_their_standard_errors(model, samples):
@@ -32,31 +32,6 @@ def test_scores_are_mean_squared_slopes_with_their_standard_errors(model, sample
 
 
 # ---- What must be exactly zero ----
-
-
-def test_a_layer_that_adds_nothing_scores_zero(samples):
-    module = random_model(tiny_config())
-    for projection in (module.layers[2].self_attn.o_proj, module.layers[2].mlp.down_proj):
-        projection.weight.zero_()
-    result = importance(pop.Model(module, tiny_config()), samples, progress=False)
-    assert all(getattr(result, name)[2] == 0 for name in SCORES)
-    assert (result.decode[[0, 1, 3, 4]] > 0).all()
-
-
-def test_prefill_needs_neither_the_last_layer_nor_any_layer_for_a_prompt_of_one_token(model, samples):
-    result = importance(model, samples, progress=False)
-    assert result.prefill[-1] == 0
-    assert (result.prefill[:-1] > 0).all()
-    assert (importance(model, [([3], [1, 2])], progress=False).prefill == 0).all()
-
-
-@pytest.mark.parametrize("batch_size", [1, 3])
-def test_scores_do_not_depend_on_batches_or_order(model, samples, batch_size):
-    expected = importance(model, samples, progress=False)
-    for order in (samples, samples[::-1]):
-        actual = importance(model, order, batch_size=batch_size, progress=False)
-        for name in SCORES:
-            assert_close(getattr(actual, name), getattr(expected, name), 1e-5)
 
 
 def test_bfloat16_gives_the_scores_of_its_weights(samples):
@@ -142,16 +117,11 @@ def test_two_token_ids_are_a_prompt(model):
     [
         ([], "samples is empty"),
         ("a text", "samples is a str"),
-        (None, "samples is a NoneType"),
-        (7, "samples is a int"),
         ([1, 2, 3], "sample 0 cannot be used: tokens must be integers"),
-        ([[1], []], "sample 1 cannot be used: the prompt is empty"),
         ([[1], ([], [1])], "sample 1 cannot be used: the prompt is empty"),
         ([[1], ([1], [])], "sample 1 cannot be used: the response is empty"),
         ([[1], ([1], [2], [3])], "sample 1 cannot be used: tokens must be"),
-        ([[1.5]], "sample 0 cannot be used: tokens must be integers"),
         ([[67]], "sample 0 cannot be used: token id 67 is not in the vocabulary"),
-        ([([1], [-1])], "sample 0 cannot be used: token id -1"),
         ([None], "sample 0 cannot be used"),
         ([[1], "text"], "sample 1 cannot be used: text needs a tokenizer"),
         ([([1] * 500, [1] * 14)], "sample 0 cannot be used: prompt plus response has 513 tokens"),
@@ -238,39 +208,23 @@ def test_saved_scores_come_back(model, samples, tmp_path):
     assert list(tmp_path.iterdir()) == [path]
 
 
-def replacing(wrong):
-    return lambda text: text.replace("1.5", wrong)
-
-
-def corrupted(change):
-    def apply(text):
-        fields = json.loads(text)
-        change(fields)
-        return json.dumps(fields)
-
-    return apply
-
-
 @pytest.mark.parametrize(
-    "corrupt",
+    "wrong",
     [
-        lambda text: "",
-        lambda text: text[:-20],
-        lambda text: "[]",
-        lambda text: "{}",
-        lambda text: "[" * 10**5,
-        *(replacing(wrong) for wrong in ("NaN", '"1.5"', "[1.5]")),
-        corrupted(lambda fields: fields.pop("decode")),
-        corrupted(lambda fields: fields.update(more=1)),
-        corrupted(lambda fields: fields.update(prefill=2.0)),
+        {"more": 1},
+        {"prefill": 2.0},
+        {"prefill": ["1.5", 2.5]},
     ],
 )
-def test_a_file_that_holds_no_scores_is_refused(tmp_path, corrupt):
+def test_a_file_that_holds_no_scores_is_refused(tmp_path, wrong):
+    """tests/system/test_files.py has files that are no JSON object."""
     path = tmp_path / "scores.json"
     scores([1.5, 2.5]).save(path)
     assert Importance.load(path).prefill.tolist() == [1.5, 2.5]
-    path.write_text(corrupt(path.read_text()))
-    with pytest.raises(InputError, match="scores.json"):
-        Importance.load(path)
+    fields = json.loads(path.read_text())
+    for content in (fields | wrong, {"prefill": [1.5, 2.5]}):
+        path.write_text(json.dumps(content))
+        with pytest.raises(InputError, match="scores.json"):
+            Importance.load(path)
     with pytest.raises(InputError, match="No such file"):
         Importance.load(tmp_path / "missing.json")

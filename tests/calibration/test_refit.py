@@ -11,7 +11,7 @@ import pytest
 import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
-from support.cases import cached_kv, models, prefill
+from support.cases import models
 from support.naive_fit import assert_fit, fitted, naive_fit, whole_projections
 from support.tiny import random_model, tiny_config, tiny_gemma3_config, tiny_qwen3_moe_config
 
@@ -175,44 +175,13 @@ def test_one_bar_shows_all_of_the_work(monkeypatch):
     assert total == sum(steps) == 2 * 4 * 500  # two passes for two groups
 
 
-def test_never_worse_than_plain_on_the_held_out_text(each_family, monkeypatch):
-    model, judged = each_family, []
-    monkeypatch.setattr(Judge, "__init__", record(judged, Judge.__init__))
-    texts = random_texts(0, *[48] * 10)
-    result = calibrate(model, texts, PrunePlan((1, 2, 4), full_depth_first=3), progress=False, steps=0)
-    assert result.full_depth_first == 3
-    ((_, _, windows),) = judged
-    assert len(windows) == 2  # a fifth of them
-    judge = Judge(model, windows)
-    plain = PrunePlan((1, 2, 4), full_depth_first=3)
-    assert judge.losses(result).mean <= judge.losses(plain).mean * (1 + 1e-4)
-
-
-@pytest.mark.parametrize("layers", [(2, 3, 4), (1, 2)])
-def test_a_refit_repairs_a_model_whose_layers_are_linear_in_the_token(layers):
-    """Layers without attention, with tiny updates: K, V and what layers add are nearly linear in the state below."""
-    model = make_model(4)
-    for layer in model.module.layers:
-        layer.self_attn.o_proj.weight.data.zero_()
-        layer.mlp.down_proj.weight.data *= 0.3
-    refit = calibrate(model, random_texts(5, *[64] * 60), PrunePlan(layers), rank=60, progress=False, steps=0)
-    tokens, lengths = torch.tensor(random_texts(6, *[60] * 8)), torch.tensor([60] * 8)
-
-    def stored(plan) -> torch.Tensor:
-        _, cache = prefill(model.module, tokens, lengths, plan)
-        return torch.stack([cached_kv(model.module, cache, row) for row in range(8)])
-
-    full = stored(PrunePlan.none())
-    plain_error, refit_error = ((stored(p) - full).square().sum() for p in (PrunePlan(layers), refit))
-    assert refit_error < 0.5 * plain_error
-
-
 # The plan that comes out
 
 
 def test_the_defaults(model, calibrated):
     assert (calibrated.layers, calibrated.full_depth_last, calibrated.full_depth_first) == ((2, 3), 4, 1)
     assert calibrated.corrections.rank == 15  # half of the width
+    assert calibrated.about["longest"] == model.max_seq_len == 512
     assert calibrated.corrections.weight.dtype == torch.float32
     assert torch.equal(calibrated.corrections.sketch, model.sketch[list(calibrated.layers)])
 
@@ -242,25 +211,7 @@ def test_a_plan_records_how_it_was_made_and_what_it_costs(model, tmp_path):
         }  # fmt: skip
 
 
-def test_a_saved_plan_comes_back_and_scores_the_same(model, calibrated, tmp_path):
-    calibrated.save(tmp_path / "plan")
-    loaded = PrunePlan.load(tmp_path / "plan")
-    assert (loaded, hash(loaded)) == (calibrated, hash(calibrated))
-    first, second = (model.score(TEXTS[0][:50], [1, 2, 3], plan=plan) for plan in (loaded, calibrated))
-    assert first == second
-    assert [file.name for file in tmp_path.iterdir()] == ["plan"]
-
-
-def test_a_plan_of_another_model_is_refused(model, calibrated):
-    other = make_model(seed=1)
-    for call in (
-        lambda: other.generate([1, 2, 3], plan=calibrated),
-        lambda: other.score([1, 2], [3], plan=calibrated),
-        lambda: other.prefill([[1, 2]], other.new_cache(), plan=calibrated),
-        lambda: pop.Model(other.module, other.config, plan=calibrated),
-    ):
-        with pytest.raises(PlanError, match="calibrated for other weights"):
-            call()
+def test_a_plan_of_another_shape_is_refused(model):
     weight = torch.zeros(2, 2, 20, 5)
     reshaped = Corrections((2, 3), weight, weight[..., 0], torch.zeros(1, 5, 14), sketch=model.sketch[2:4])
     with pytest.raises(PlanError, match="but this model has"):
@@ -328,20 +279,6 @@ def test_a_large_float32_model_is_fitted_in_bfloat16(monkeypatch):
     assert 0 < (found - expected).norm() < 0.02 * expected.norm()
 
 
-def test_held_out_windows_are_not_fitted_to(model, monkeypatch):
-    """They have a fifth of the tokens at most. No window is longer than the model's limit."""
-    fitted, judged = [], []
-    monkeypatch.setattr(refit, "accumulate", record(fitted, accumulate))
-    monkeypatch.setattr(Judge, "__init__", record(judged, Judge.__init__))
-    texts = random_texts(3, 500, 512 + 300, *[30] * 17)
-    calibrate(model, texts, PrunePlan((3,)), progress=False, steps=0)
-    fitted = [tuple(window) for _, batch, *_ in fitted for window, _ in batch]
-    ((_, _, windows),) = judged
-    assert (len(windows), len(fitted)) == (1, 19)
-    assert not {tuple(window) for window, _ in windows} & {*fitted}
-    assert max(map(len, [*fitted, *(window for window, _ in windows)])) == 512
-
-
 # Errors
 
 
@@ -349,16 +286,12 @@ def test_held_out_windows_are_not_fitted_to(model, monkeypatch):
     ("texts", "options", "message"),
     [
         ("one string", {}, "texts is a str"),
-        (5, {}, "texts is a int"),
         ([1, 2, 3], {}, "tokens must be integers"),
         ([], {}, "two windows of at least 16 tokens"),
-        ([[1, 2, 3]], {}, "two windows of at least 16 tokens"),
         ([[1] * 31], {}, "two windows of at least 16 tokens, but the texts have 1"),
         ([[1] * 100, []], {}, "the text is empty"),
         ([[1] * 100, [67] * 50], {}, "not in the vocabulary"),
-        (TEXTS, {"rank": 0}, "rank is 0"),
         (TEXTS, {"rank": 61}, "rank is 61"),
-        (TEXTS, {"rank": True}, "rank is True"),
         (TEXTS, {"seed": [1]}, r"seed is \[1\]"),
         (TEXTS, {"longest": 15}, "longest is 15"),
         (TEXTS, {"layers": (2, 3)}, "both plan and layers"),

@@ -59,13 +59,6 @@ def test_layers_apart_are_those_that_prefill_needs_least(data):
         assert len(sooner) == apart or max(runs({*sooner, index})) > 2
 
 
-def test_no_three_layers_apart_are_neighbours():
-    needed = torch.arange(12, dtype=torch.float64)  # the first layers are needed least
-    assert layers_apart(needed, 6, 3) == (1, 2, 4, 9, 10, 11)
-    assert layers_apart(needed, 8, 3) == (1, 2, 4, 5, 7, 9, 10, 11)
-    assert layers_apart(needed, 10, 3) is None
-
-
 def limit(model, plan):
     """The speedup that a plan with corrections allows at 2,048 tokens."""
     corrections = Corrections.zeros(model.config, plan.groups(model.config.num_layers), RANK)
