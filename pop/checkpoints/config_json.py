@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 from pop.checkpoints.fields import Fields
-from pop.checkpoints.weights import instead
+from pop.checkpoints.weights import instead, stored_dtype
 from pop.errors import ConfigError
 from pop.models import config as configs
 from pop.system.files import read_json, refuse_pointers
@@ -47,13 +47,16 @@ def read_config(folder: str | Path) -> configs.Config:
     """Read the config of a checkpoint from config.json.
 
     The end tokens of generation_config.json replace those of config.json, because chat models list the token that ends
-    a turn only there. Raises ConfigError, which names the file and the field.
+    a turn only there. A config without a dtype gets that of the weights. Raises ConfigError, which names the file and
+    the field.
     """
     folder = Path(folder)
     refuse_pointers(folder)
     if not (folder / "config.json").exists():
         raise ConfigError(f"{folder} is not a checkpoint folder: it lacks config.json{instead(os.listdir(folder))}")
     config = read_fields(folder / "config.json", _read_family, FORWARD_PASS)
+    if config.dtype is None:
+        config = replace(config, dtype=stored_dtype(folder))
     path = folder / "generation_config.json"
     if path.exists():
         # Wrong ids are found when the config is made, and that error names this file.
@@ -124,8 +127,8 @@ def _build(config: type, fields: Fields, names: dict[str, str] = NAMES, **given:
 
 def _build_decoder(config: type, fields: Fields, **given: Any) -> Any:
     fields.fixed(is_causal=True, partial_rotary_factor=1.0)
-    dtype = fields.choice("dtype", [*configs.DTYPES, *(f"torch.{name}" for name in configs.DTYPES)], "float32")
-    given["dtype"] = configs.DTYPES[dtype.removeprefix("torch.")]
+    dtype = fields.choice("dtype", ["auto", *configs.DTYPES, *(f"torch.{name}" for name in configs.DTYPES)], "auto")
+    given["dtype"] = configs.DTYPES.get(dtype.removeprefix("torch."))
     given["bos_id"] = fields.integer("bos_token_id", config.bos_id, least=0)
     given["eos_ids"] = _read_ends(fields, config.eos_ids)
     return _build(config, fields, **given)

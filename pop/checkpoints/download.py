@@ -35,7 +35,7 @@ from pop.system.progress import progress_bar
 
 NEEDED = r"""(?x)
     (config | generation_config | preprocessor_config | video_preprocessor_config | processor_config) \.json
-    | (tokenizer | tokenizer_config | chat_template) \.json
+    | (tokenizer | tokenizer_config | chat_template | added_tokens | special_tokens_map) \.json
     | tokenizer\.model | chat_template\.jinja
     | model (-[0-9]{5}-of-[0-9]{5})? \.safetensors | model\.safetensors\.index\.json
 """

@@ -5,6 +5,7 @@ one error. Then the weights are copied, so the files may change while the model 
 checksums: a flipped bit is noticed only if a norm or a bias becomes infinite or NaN.
 """
 
+import contextlib
 import os
 import re
 from collections.abc import Iterable, Iterator, Set
@@ -15,7 +16,7 @@ from pathlib import Path, PureWindowsPath
 import torch
 from torch import Tensor, nn
 
-from pop.errors import CheckpointError, reason_of, some
+from pop.errors import CacheMemoryError, CheckpointError, reason_of, some
 from pop.models.config import Config
 from pop.system.files import read_json, read_tensors
 from pop.system.progress import progress_bar
@@ -41,6 +42,8 @@ OTHERS = {
     "*.gguf": "which `python -m tools.convert FILE DIR` in a checkout of pop converts",
     "params.json": "Meta's layout, which `python -m tools.convert FOLDER DIR` in a checkout of pop converts",
 }
+OF_LAYER = ".self_attn.o_proj."  # in a name of each layer, and in none of a vision tower
+QUANTISED = (".qweight", ".qzeros", ".absmax", ".SCB", ".weight_packed", ".weight_scale", ".weight_scale_inv")
 BAR_FROM = 2**30  # bytes; fewer load too quickly for a progress bar
 
 
@@ -109,6 +112,16 @@ def instead(names: Iterable[str]) -> str:
             if fnmatch(name, pattern):
                 return f"; it holds {name!r:.200}, {what}"
     return ""
+
+
+def stored_dtype(folder: Path) -> torch.dtype:
+    """Return the dtype of the first file's largest tensor. Without weights, which `load_weights` reports: float32."""
+    with contextlib.suppress(CheckpointError, ValueError):
+        file = _weight_files(folder)[0]
+        largest = max(_map(file).values(), key=Tensor.numel)
+        if largest.dtype in FLOATS:
+            return largest.dtype
+    return torch.float32
 
 
 @dataclass(frozen=True)
@@ -186,8 +199,10 @@ def _map(file: Path) -> dict[str, Tensor]:
     try:
         tensors, _ = read_tensors(file)
     except Exception as error:  # corrupt bytes can raise nearly anything
-        reason = f"{file} cannot be read ({reason_of(error)})"
-        raise CheckpointError(f"{reason}; if it is truncated or corrupt, fetch it again") from None
+        reason = reason_of(error)
+        if "Cannot allocate memory" in reason:
+            raise CacheMemoryError(f"{file} cannot be mapped into memory ({reason}); raise `ulimit -v`") from None
+        raise CheckpointError(f"{file} is truncated or corrupt, fetch it again ({reason})") from None
     return tensors
 
 
@@ -215,8 +230,22 @@ def _survey(folder: Path, config: Config, shapes: dict[str, tuple[int, ...]]) ->
     faults = {"missing": missing, "surplus": surplus, "of a wrong dtype": dtypes, "of a wrong shape": misfits}
     reasons = [f"{fault}: {some(names)}" for fault, names in faults.items() if names]
     if reasons:
+        reasons = _causes(config, stored, missing, surplus) + reasons
         raise CheckpointError(f"the weights in {folder} are not those of its config: {'; '.join(reasons)}")
     return sorted(pieces, key=lambda piece: (piece.repeats, piece.file))
+
+
+def _causes(config: Config, stored: Iterable[str], missing: list[str], surplus: list[str]) -> list[str]:
+    """Return what may explain that the weights are not those of the config."""
+    causes = []
+    layers = {name.partition(OF_LAYER)[0] for name in stored if OF_LAYER in name}
+    if len(layers) != config.num_layers:
+        causes.append(f"num_hidden_layers is {config.num_layers} but {len(layers)} layers are stored")
+    if any(name.endswith(QUANTISED) for name in surplus):
+        causes.append("they are quantised, so take the original ones")
+    if HEAD in missing:
+        causes.append("tie_word_embeddings is false")
+    return causes
 
 
 def _wanted(shapes: dict[str, tuple[int, ...]], stored: Set[str]) -> dict[str, _Piece]:

@@ -198,19 +198,32 @@ def _load(files: list[Path]) -> Tokenizer:
     from pop.inputs import byte_pair, sentence_piece  # here, because they import this file
 
     folder = files[0].parent
-    spec = json.loads(files[0].read_bytes()) if files[0].suffix == ".json" else {}
+    is_json = files[0].suffix == ".json"
+    spec = json.loads(files[0].read_bytes()) if is_json else {}
     config = _read(folder, "tokenizer_config.json")
     for name in ("add_prefix_space", "split_special_tokens"):  # would change ids
         byte_pair.check(f"the setting {name}", config.get(name) or None, None)
-    added = _added_tokens(spec, config)
-    normalizer = spec.get("normalizer") or {}
-    if spec and normalizer.get("type") != "Replace":  # of spaces, by sentencepiece's mark
-        tokenizer = byte_pair.from_tokenizer_json(spec | {"added_tokens": added})
-    elif files[-1].suffix == ".json":
-        tokenizer = sentence_piece.from_tokenizer_json(spec | {"added_tokens": added})
-    else:  # faster than the same from tokenizer.json
-        tokenizer = sentence_piece.from_tokenizer_model(files[-1].read_bytes(), added)
-    tokenizer.template_variables = _template_variables(config)
+    listed = config.get("added_tokens_decoder")
+    special_map = {}
+    older = {}
+    if listed is None:  # otherwise transformers does not read these older files
+        special_map = _read(folder, "special_tokens_map.json")
+        older = _read(folder, "added_tokens.json")
+    named = _named_tokens(config, special_map)
+    added = _added_tokens(listed, older, spec, named.values())
+    data = files[-1].read_bytes()
+    if files[-1].suffix != ".json" and data[:1] == b"\n":  # the first tag of a sentencepiece model
+        tokenizer = sentence_piece.from_tokenizer_model(data, added)
+    elif not is_json:
+        raise TokenizerError(
+            "tokenizer.model is not sentencepiece's; "
+            "if the folder has Meta's files, run `python -m tools.convert SOURCE DIR` in a checkout of pop first"
+        )
+    else:
+        normalizer = (spec.get("normalizer") or {}).get("type")
+        kind = sentence_piece if normalizer == "Replace" else byte_pair  # spaces, by sentencepiece's mark
+        tokenizer = kind.from_tokenizer_json(spec | {"added_tokens": added})
+    tokenizer.template_variables = {key: token["content"] for key, token in named.items() if key.endswith("_token")}
     tokenizer.chat_template = _chat_template(folder, config)
     return tokenizer
 
@@ -220,18 +233,52 @@ def _read(folder: Path, name: str) -> dict:
     return read_json(file, TokenizerError) if file.is_file() else {}
 
 
-def _template_variables(config: dict) -> dict[str, str]:
-    """Return the names of the tokens that templates call bos_token, eos_token and the like."""
-    tokens = {key: token for key, token in config.items() if key.endswith("_token") and not isinstance(token, bool)}
-    return {key: token if isinstance(token, str) else token["content"] for key, token in tokens.items() if token}
+# The order in which transformers adds the tokens that only the configuration names.
+_FIRST = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 
-def _added_tokens(spec: dict, config: dict) -> list[dict]:
-    """Return the added tokens of tokenizer.json and of tokenizer_config.json, which counts more, by their ids."""
-    tokens = {token["content"]: token for token in spec.get("added_tokens", ())}
-    for id, token in config.get("added_tokens_decoder", {}).items():
-        tokens[token["content"]] = token | {"id": int(id)}
-    return sorted(tokens.values(), key=lambda token: token["id"])
+def _named_tokens(config: dict, special_map: dict) -> dict[str, dict]:
+    """Return the special tokens that two files name, in the form of tokenizer.json and in transformers' order.
+
+    Templates call them by their keys: bos_token, eos_token and the like.
+    """
+    both = special_map | config
+    listed = both.get("additional_special_tokens") or []
+    extra = both.get("extra_special_tokens") or {}
+    if extra != special_map.get("extra_special_tokens", extra):
+        raise TokenizerError("special_tokens_map.json has other extra_special_tokens than tokenizer_config.json")
+    if isinstance(extra, list):
+        listed = extra
+        extra = {}
+    in_order = dict.fromkeys(_FIRST) | both | special_map
+    named = {key: token for key, token in in_order.items() if key.endswith("_token")}
+    named |= extra
+    named |= dict(enumerate(listed))
+    tokens = {}
+    for key, token in named.items():
+        if token and token is not True:  # add_bos_token and its like are true or false
+            tokens[str(key)] = {"content": token} if isinstance(token, str) else token
+    return tokens
+
+
+def _added_tokens(listed: dict | None, older: dict, spec: dict, named: Iterable[dict]) -> list[dict]:
+    """Return the added tokens of all files, in the form of tokenizer.json.
+
+    Those `listed` in the configuration count most, and must be all that `spec`, the tokenizer.json, has. `older` are
+    those of added_tokens.json.
+
+    The last of them have no id: those that the configuration names, and no file lists.
+    """
+    special = {token["content"]: token | {"special": True} for token in named}
+    tokens = {name: {"id": id, "content": name, "special": name in special} for name, id in older.items()}
+    tokens |= {token["content"]: token for token in spec.get("added_tokens", ())}
+    if listed is not None:
+        theirs = {token["content"]: {"id": int(id)} | token for id, token in listed.items()}
+        if missing := tokens.keys() - theirs.keys():
+            raise TokenizerError(f"added_tokens_decoder in tokenizer_config.json lacks the token {min(missing)!r}.")
+        tokens = theirs
+    by_id = sorted(tokens.values(), key=lambda token: token["id"])
+    return by_id + [token for name, token in special.items() if name not in tokens]
 
 
 def sort_added(tokens: list[dict], vocab: dict[str, int]) -> tuple[dict, dict, set[str]]:
@@ -245,11 +292,11 @@ def sort_added(tokens: list[dict], vocab: dict[str, int]) -> tuple[dict, dict, s
     free = len(vocab)
     for token in tokens:
         name = token["content"]
-        id = token["id"]
         for flag in ("single_word", "lstrip", "rstrip"):
             if token.get(flag):
                 raise TokenizerError(f"{flag} of the added token {name!r} is set, which is not supported.")
         expected = vocab.get(name, free)
+        id = token.get("id", expected)
         if not name.encode() or id != expected:
             raise TokenizerError(
                 f"the added token {name!r} has the id {id!r}; "

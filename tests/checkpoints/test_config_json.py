@@ -9,6 +9,7 @@ import logging
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from support.goldens import GOLDENS
 from support.published import GEMMA3_TEXTS, PUBLISHED, gemma3_with_images
 
@@ -158,6 +159,18 @@ def test_the_log_names_unknown_fields_and_nothing_else(read, caplog, base):
         read(changed(base, dict.fromkeys(unknown, 1)))
     assert len(caplog.messages) == 1
     assert all(repr(name) in caplog.text for name in unknown)
+
+
+@pytest.mark.parametrize("base", named("all"), ids=lambda base: base["model_type"])
+@pytest.mark.parametrize("stated", [None, "auto"])
+def test_without_a_dtype_it_is_that_of_the_weights(tmp_path, read, base, stated):
+    config = edited(base, {"torch_dtype": None, "dtype": None}) | {"torch_dtype": stated, "dtype": None}
+    assert read(config).dtype == torch.float32  # there are no weights
+    weights = {"a.norm": torch.zeros(9), "a.matrix": torch.zeros(9, 9, dtype=torch.bfloat16)}
+    save_file(weights, tmp_path / "model.safetensors")
+    assert read(config).dtype == torch.bfloat16
+    save_file({"a": torch.zeros(9, dtype=torch.int8)}, tmp_path / "model.safetensors")
+    assert read(config).dtype == torch.float32  # loading refuses these weights
 
 
 # ---- refusals ----

@@ -143,7 +143,7 @@ def test_all_differences_are_named_in_one_error(tmp_path):
     store(tmp_path, weights)
     message = refused(tmp_path, re.escape(str(tmp_path)))
     assert "missing: model.layers.2.mlp.up_proj.weight;" in message
-    assert "surplus: model.layers.1.self_attn.q_proj.qweight;" in message
+    assert "quantised" in message and "surplus: model.layers.1.self_attn.q_proj.qweight;" in message
     assert "model.layers.0.mlp.gate_proj.weight (torch.int8)" in message
     assert "model.layers.0.mlp.down_proj.weight (torch.float8_e4m3fn)" in message
     assert "model.norm.weight is [31], not [30]" in message
@@ -299,3 +299,13 @@ def test_loading_needs_little_more_than_the_weights(tmp_path):
     assert run.returncode == 0, run.stderr
     ratio, size = map(float, run.stdout.split())
     assert size > 200e6 and ratio < 1.15
+
+
+def test_too_little_memory_for_a_file_is_not_a_corrupt_file(tmp_path, monkeypatch):
+    def no_memory(path):
+        raise MemoryError("Cannot allocate memory (os error 12)")
+
+    folder = write_checkpoint(tmp_path / "tiny")
+    monkeypatch.setattr(checkpoint, "read_tensors", no_memory)
+    with pytest.raises(pop.CacheMemoryError, match=r"model\.safetensors cannot be mapped.*ulimit"):
+        load(folder)

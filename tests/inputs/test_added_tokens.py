@@ -22,11 +22,6 @@ def with_added(family: str) -> dict:
     return spec | {"added_tokens": kept + added}
 
 
-def beside_a_model(*added: dict) -> dict:
-    """What is read of a tokenizer.json that lies beside a tokenizer.model."""
-    return {"normalizer": {"type": "Replace"}, "added_tokens": added}
-
-
 @pytest.mark.parametrize("family", ["llama-3.1", "qwen3", "gemma3"])
 def test_ids_are_the_originals(family, tmp_path):
     """Gemma's come from a tokenizer.json without a tokenizer.model."""
@@ -39,20 +34,22 @@ def test_ids_are_the_originals(family, tmp_path):
         assert (token["content"] in tokenizer.special_tokens) == token["special"]
 
 
-def test_gemmas_come_from_either_file(tmp_path):
+def test_gemmas_come_from_any_file(tmp_path):
     """A tokenizer.model, which lies beside it, lacks them."""
     model = train()
     tool = {"content": "<tool>", "special": False}
     new = {"content": "<|new|>", "special": True}
     sources = {
-        "tokenizer.json": beside_a_model({"id": 500} | tool, {"id": 501} | new),
+        "tokenizer.json": {"added_tokens": [{"id": 500} | tool, {"id": 501} | new], "model": {}},
         "tokenizer_config.json": {"added_tokens_decoder": {"500": tool, "501": new}},
+        "added_tokens.json": {"<tool>": 500, "<|new|>": 501},
     }
     for source, content in sources.items():
         folder = tmp_path / source
         folder.mkdir()
         (folder / "tokenizer.model").write_bytes(model)
         (folder / source).write_text(json.dumps(content))
+        (folder / "special_tokens_map.json").write_text('{"other_token": {"content": "<|new|>"}}')
         tokenizer = load_tokenizer(folder)
         a, b = (tokenizer.encode(text, bos=False) for text in ("a", "b"))
         assert tokenizer.encode("a<tool>b", bos=False) == [*a, 500, *b]
@@ -62,21 +59,55 @@ def test_gemmas_come_from_either_file(tmp_path):
         assert tokenizer.unused_ids == []
 
 
-def test_those_of_the_configuration_count_more(tmp_path):
+def test_tokens_that_only_the_configuration_names_get_the_next_free_ids(tmp_path):
+    """As in transformers: first bos_token, eos_token and the like, then those of lists."""
+    spec = spec_of("qwen3")
+    free = len(spec["model"]["vocab"]) + sum(t["content"] not in spec["model"]["vocab"] for t in spec["added_tokens"])
+    config = {"additional_special_tokens": ["<|im_end|>", "<x>", {"content": "<y>"}], "pad_token": "[PAD]"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config | {"add_bos_token": True, "unk_token": None}))
+    (tmp_path / "special_tokens_map.json").write_text('{"eos_token": {"content": "</s>", "special": true}}')
+    tokenizer = load(spec, tmp_path)
+    expected = {"</s>": free, "[PAD]": free + 1, "<x>": free + 2, "<y>": free + 3}
+    assert expected.items() <= tokenizer.special_tokens.items()
+    assert tokenizer.encode("</s>[PAD]<x><y>", allow_special=True) == [*expected.values()]
+    assert {*expected.values()}.isdisjoint(tokenizer.encode("</s>[PAD]<x><y>"))
+    assert load_tokenizer(tmp_path).template_variables["pad_token"] == "[PAD]"
+
+
+X, Y = ({"content": content, "special": True} for content in ("<x>", "<y>"))
+
+
+@pytest.mark.parametrize(
+    ("config", "special_map", "expected"),
+    [  # as transformers 5.19 reads them
+        ({"extra_special_tokens": {"image": "<y>"}, "additional_special_tokens": ["<x>"]}, {}, ["<y>", "<x>"]),
+        ({"extra_special_tokens": ["<y>"], "additional_special_tokens": ["<x>"]}, {}, ["<y>"]),
+        ({"eos_token": "<x>"}, {"eos_token": Y}, ["<y>"]),
+        ({"b_token": "<y>"}, {"a_token": "<x>"}, ["<x>", "<y>"]),
+        ({"added_tokens_decoder": [X]}, {"eos_token": "<y>"}, ["<x>"]),
+        ({"added_tokens_decoder": [X, Y | {"special": False}], "eos_token": "<z>"}, {}, ["<x>", "<y>", "<z>"]),
+    ],
+)
+def test_files_that_name_tokens_count_as_in_transformers(config, special_map, expected, tmp_path):
+    """The older files do not count beside added_tokens_decoder."""
     spec = spec_of("smollm2")
     free = len(spec["model"]["vocab"])
-    spec["added_tokens"].append({"id": free, "content": "<x>", "special": True})
-    listed = {str(free + n): {"content": name, "special": name == "<y>"} for n, name in enumerate(("<x>", "<y>"))}
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"added_tokens_decoder": listed, "pad_token": "<z>"}))
+    if "added_tokens_decoder" in config:
+        listed = {token["id"]: token for token in spec["added_tokens"]}
+        listed |= dict(enumerate(config["added_tokens_decoder"], free))
+        config = config | {"added_tokens_decoder": listed}
+        (tmp_path / "added_tokens.json").write_text(json.dumps({"<older>": free}))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    (tmp_path / "special_tokens_map.json").write_text(json.dumps(special_map))
     tokenizer = load(spec, tmp_path)
-    assert tokenizer.added_tokens["<x>"] == free and tokenizer.special_tokens["<y>"] == free + 1
-    assert tokenizer.vocab_size == free + 2  # <z> gets no id
-    assert tokenizer.template_variables == {"pad_token": "<z>"}
+    found = tokenizer.added_tokens | tokenizer.special_tokens
+    assert {name: id for name, id in found.items() if id >= free} == {n: free + k for k, n in enumerate(expected)}
 
 
 @pytest.mark.parametrize(
     ("config", "message"),
     [
+        ({"added_tokens_decoder": {}}, "added_tokens_decoder .* '<empty_output>'"),
         ({"added_tokens_decoder": [{"lstrip": True}]}, "lstrip"),
         ({"add_prefix_space": True}, "add_prefix_space"),
         ({"split_special_tokens": True}, "split_special_tokens"),
@@ -90,6 +121,13 @@ def test_settings_that_change_ids_in_transformers_are_refused(config, message, t
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
     with pytest.raises(TokenizerError, match=message):
         load(spec, tmp_path)
+
+
+def test_two_files_that_name_other_extra_tokens_are_refused(tmp_path):
+    (tmp_path / "tokenizer_config.json").write_text('{"extra_special_tokens": ["<x>"]}')
+    (tmp_path / "special_tokens_map.json").write_text('{"extra_special_tokens": ["<y>"]}')
+    with pytest.raises(TokenizerError, match="special_tokens_map.json has other extra_special_tokens"):
+        load(spec_of("smollm2"), tmp_path)
 
 
 def test_a_gap_before_the_added_tokens_is_refused(tmp_path):
@@ -112,7 +150,8 @@ def test_some_are_refused(tmp_path):
         ({"id": 0, "content": "<table>"}, "the id 6"),
         ({"id": the, "content": "the", "special": True}, "merges into the special token .the"),  # ordinary text would
     ):
-        (tmp_path / "tokenizer.json").write_text(json.dumps(beside_a_model({"special": False} | token)))
+        content = {"added_tokens": [{"special": False} | token], "model": {}}
+        (tmp_path / "tokenizer.json").write_text(json.dumps(content))
         with pytest.raises(TokenizerError, match=message):
             load_tokenizer(tmp_path)
 
@@ -134,7 +173,7 @@ def test_of_overlapping_tokens_the_first_and_longest_counts(tmp_path):
     x, y, newlines = (plain.encode(text, bos=False) for text in ("x", "y", "\n\n\nHuman:"))
     names = ["\n\nHuman:", "a\n\nb", "the ing"]
     added = [{"id": 500 + n, "content": name, "special": False} for n, name in enumerate(names)]
-    (tmp_path / "tokenizer.json").write_text(json.dumps(beside_a_model(*added)))
+    (tmp_path / "tokenizer.json").write_text(json.dumps({"added_tokens": added, "model": {}}))
     tokenizer = load_tokenizer(tmp_path)
     for id, name in enumerate(names, 500):
         assert tokenizer.encode(f"x{name}y", bos=False) == [*x, id, *y]
