@@ -5,6 +5,7 @@ video_preprocessor_config.json for videos. Nothing but the limits may differ fro
 for another preparation is refused. A fixed field that a file lacks has its published value.
 """
 
+from dataclasses import MISSING
 from pathlib import Path
 
 from pop.checkpoints.config_json import read_fields
@@ -53,7 +54,12 @@ def _read(fields: Fields, config: Config, kind: str) -> tuple[int, int] | None:
     known = PROCESSORS[config.family, kind]
     fields.take(f"{kind}_processor_type", known, lambda v: type(v) is str and v.startswith(known), known)
     fields.fixed(do_resize=True, do_rescale=True, do_normalize=True, resample=2 if config.family == "gemma3" else 3)
-    fields.fixed(rescale_factor=1 / 255, image_mean=[0.5] * 3, image_std=[0.5] * 3)
+    fields.fixed(rescale_factor=1 / 255)
+    half = [0.5] * 3
+    # The class of Qwen's images has other colours, which a file without the fields would mean.
+    default = MISSING if known == "Qwen2VLImageProcessor" else half
+    for name in ("image_mean", "image_std"):
+        fields.take(name, repr(half), lambda v: v == half, default)
     size = fields.part("size")
     if config.family == "gemma3":
         fields.fixed(do_pan_and_scan=False)

@@ -56,10 +56,12 @@ def test_prepared_as_the_reference_does_with_the_same_files(name, tmp_path):
     assert found.pixels.double().sum().item() == pytest.approx(golden["sum"], abs=1e-6 * found.pixels.numel())
 
 
+HALF = {"image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5]}
+
+
 def test_the_published_files_say_what_a_folder_without_files_gets(tmp_path):
     """The fields of Qwen/Qwen3-VL-8B-Instruct and google/gemma-3-4b-it."""
-    half = {"image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5]}
-    qwen = {"patch_size": 16, "temporal_patch_size": 2, "merge_size": 2, "processor_class": "Qwen3VLProcessor"} | half
+    qwen = {"patch_size": 16, "temporal_patch_size": 2, "merge_size": 2, "processor_class": "Qwen3VLProcessor"} | HALF
     files = {
         IMAGES: qwen
         | {"size": {"longest_edge": 16777216, "shortest_edge": 65536}}
@@ -73,7 +75,7 @@ def test_the_published_files_say_what_a_folder_without_files_gets(tmp_path):
     assert read_limits(write(tmp_path, files), config) == qwen3_vl.PUBLISHED
     for file in tmp_path.iterdir():
         file.unlink()
-    images = half | {"do_convert_rgb": None, "do_normalize": True, "do_pan_and_scan": None, "do_rescale": True}
+    images = HALF | {"do_convert_rgb": None, "do_normalize": True, "do_pan_and_scan": None, "do_rescale": True}
     images |= {"do_resize": True, "image_processor_type": "Gemma3ImageProcessor", "image_seq_length": 256}
     images |= {"pan_and_scan_max_num_crops": None, "pan_and_scan_min_crop_size": None, "resample": 2}
     images |= {"rescale_factor": 0.00392156862745098, "size": {"height": 896, "width": 896}}
@@ -82,13 +84,23 @@ def test_the_published_files_say_what_a_folder_without_files_gets(tmp_path):
     assert read_limits(write(tmp_path, files), config) == {"image": None}
 
 
+@pytest.mark.parametrize("missing", ["image_mean", "image_std"])
+def test_colours_that_the_reference_would_take_from_elsewhere_are_refused(missing, tmp_path):
+    """Qwen's class of images has other ones, for a file that lacks them."""
+    fields = HALF | {"size": {"longest_edge": 99, "shortest_edge": 64}}
+    write(tmp_path, {IMAGES: {name: value for name, value in fields.items() if name != missing}})
+    with pytest.raises(ConfigError, match=f"{missing} is missing"):
+        read_limits(tmp_path, QWEN)
+
+
 def test_text_models_read_none(tmp_path):
     write(tmp_path, {IMAGES: "{", ALL: "["})
     assert read_limits(tmp_path, tiny_config()) == {}
 
 
 def test_other_fields_are_ignored_and_named_once(tmp_path, caplog):
-    write(tmp_path, {IMAGES: {"size": {"shortest_edge": 64, "longest_edge": 99}, "crop_size": None, "my_own": [1]}})
+    size = {"shortest_edge": 64, "longest_edge": 99}
+    write(tmp_path, {IMAGES: HALF | {"size": size, "crop_size": None, "my_own": [1]}})
     with caplog.at_level(logging.INFO):
         assert read_limits(tmp_path, QWEN)["image"] == (64, 99)
     (record,) = caplog.records

@@ -41,6 +41,7 @@ def test_load_reads_the_checkpoints_files_and_takes_limits(folder):
     picture = random_bytes(80, 160, 3, seed=1)  # 12,800 pixels
     assert tokens_of(pop.load(folder, progress=False), picture) >= 65536 // 64
     files = {"patch_size": 4, "merge_size": 2, "min_pixels": 640, "max_pixels": 6400}
+    files |= {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
     (folder / "preprocessor_config.json").write_text(json.dumps(files))
     model = pop.load(folder, progress=False)
     assert tokens_of(model, picture) == 7 * 14  # at most 6,400 pixels in the same shape: 56 x 112
