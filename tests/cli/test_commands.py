@@ -15,7 +15,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 from support.tiny import write_checkpoint
 from support.tiny_chat import write_chat_checkpoint
 
@@ -86,18 +85,6 @@ def test_all_names_of_the_library_are_there_without_an_import_of_their_files():
     assert {*api.__all__, "__doc__"} < {*done.stdout.split()}
     with pytest.raises(AttributeError, match="loaf"):
         pop.loaf  # noqa: B018
-
-
-@pytest.mark.parametrize("command", ["generate", "chat"])
-def test_the_help_says_what_prune_takes(command, capsys):
-    with pytest.raises(SystemExit) as exit:
-        main([command, "--help"])
-    words = " ".join(capsys.readouterr().out.split())
-    assert exit.value.code == 0
-    assert all(
-        form in words
-        for form in ("default (the best", "none", "a fraction", "10,12,19-29", "a saved plan's path or name")
-    )
 
 
 def test_models_are_listed_with_where_they_are(capsys, tmp_path, monkeypatch):
@@ -299,20 +286,6 @@ def test_what_the_verdict_would_refuse_is_refused_before_the_work(calibration, c
     assert "lengths has none from 512 tokens on" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(
-    ("words", "said"),
-    [
-        ("calibrate CHAT", "torchrun can start pop generate only"),
-        ("chat CHAT", "torchrun can start pop generate only"),
-        ("generate CHAT -", "only one process can read the standard input"),
-    ],
-)
-def test_what_several_processes_cannot_do_is_refused(words, said, monkeypatch, capsys):
-    monkeypatch.setattr(commands, "launched", lambda: (0, 2))
-    assert main(words.split()) == 2
-    assert said in capsys.readouterr().err
-
-
 def test_calibrate_goes_on_after_ctrl_c(calibration, monkeypatch):
     """The same command ends with the same file, bit for bit. Unfinished work lies beside the plan until then.
 
@@ -448,77 +421,6 @@ def test_what_cannot_be_saved_at_the_end_is_saved_elsewhere(command, folder, tmp
     assert str(out) in line
     saved = type(done).load(line.split("; it is in ")[1])
     assert saved.plan(2) == scores.plan(2) if command == "importance" else saved == plan
-
-
-@pytest.mark.parametrize(
-    ("arguments", "said"),
-    [
-        ("generate smollm3 Hello", "smollm2-135m"),
-        ("generate CHAT", "either a prompt or --prompt-file"),
-        ("generate CHAT Hello --prompt-file text.txt", "not both"),
-        ("generate CHAT --prompt-file missing.txt", "missing.txt cannot be read (No such file"),
-        ("generate CHAT --prompt-file picture.png", "picture.png is not text"),
-        ("generate CHAT --prompt-file empty.txt", "holds no text"),
-        ("generate CHAT --prompt-file long.txt", "2000 tokens, but the model takes 1024"),
-        ("generate CHAT Hello --max-seq-len 4", "5 tokens, but the model takes 4"),
-        ("generate CHAT Hello --max-pixels 9", "leave out min_pixels and max_pixels"),
-        ("generate CHAT Hello --prune text.txt", "pruning plan"),
-        ("generate ./ids Hello", "the checkpoint has none"),
-        ("generate . Hello", "config.json"),
-        ("chat ./ids", "the checkpoint has none"),
-        ("chat CHAT -", "empty"),
-        ("importance CHAT --samples 0", "--samples is 0"),
-        ("importance CHAT --prompt-tokens 0", "--prompt-tokens is 0"),
-        ("importance CHAT empty.txt", "holds no text"),
-        ("check CHAT 0.5 empty.txt", "holds no text"),
-        ("check CHAT 0.5 picture.png", "is not text"),
-        ("check CHAT 0.5 text.txt", "9 tokens"),
-        ("check CHAT 0.5 --longest 3", "--longest is 3"),
-        ("check CHAT 0.5 --questions 0", "--questions is 0"),
-        ("check CHAT missing.plan", "missing.plan"),
-        ("calibrate CHAT --out plan --steps -1", "steps is -1"),
-        ("calibrate CHAT --out plan --speedup nan", "speedup is nan"),
-        ("calibrate CHAT --out plan --speedup 90", "speedup is 90"),
-        ("calibrate CHAT --out plan --layers none", "prunes no layers"),
-        ("calibrate CHAT --out plan --layers 3", "10,12,19-29"),
-        ("calibrate CHAT --out plan --layers 4-9", "layers are 0 to 5"),
-        ("calibrate CHAT --out plan one.txt", "the text is empty"),
-        ("calibrate CHAT --out plan empty.txt", "holds no text"),
-        ("calibrate CHAT --out plan picture.png", "picture.png is not text"),
-        ("calibrate CHAT --out plan large.txt", "large.txt has more than 20,000,000 characters"),
-        ("calibrate CHAT --out plan /dev/zero", "/dev/zero has more than 20,000,000 characters"),
-        ("calibrate ./ids --out plan long.txt", "the checkpoint has none"),
-        ("calibrate ./nan --out plan long.txt", "finite"),
-        ("chat CHAT --temperature -1", "temperature"),
-        ("chat CHAT --chat-format teapot", "chat_format is 'teapot'"),
-        ("generate smollm2-135m Hello", "python -m tools.demo"),
-        ("generate picture.png Hello", "python -m tools.convert"),
-    ],
-)
-def test_an_error_is_one_sentence(arguments, said, folder, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "stdin", io.StringIO(""))
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "picture.png").write_bytes(b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR\xff\xfe")
-    monkeypatch.setattr("pop.calibration.texts.PER_INPUT", 1)
-    (tmp_path / "long.txt").write_text("".join(chr(33 + n % 90) for n in range(2000)))
-    (tmp_path / "text.txt").write_text("some text")
-    (tmp_path / "empty.txt").write_text("")
-    (tmp_path / "one.txt").write_text("a")
-    with open(tmp_path / "large.txt", "w") as file:
-        file.truncate(20_000_001)
-    shutil.copytree(folder, tmp_path / "nan")
-    tensors = load_file(tmp_path / "nan/model.safetensors")
-    tensors["model.layers.0.self_attn.k_proj.weight"][0, 0] = torch.nan
-    save_file(tensors, tmp_path / "nan/model.safetensors")
-    write_checkpoint(tmp_path / "ids")
-    monkeypatch.setattr(registry, "places", lambda: [tmp_path / "weights"])
-    assert main([folder if word == "CHAT" else word for word in arguments.split()]) == 2
-    out, err = capsys.readouterr()
-    (line,) = without_plan(err).splitlines()
-    assert out == ""
-    assert line.startswith("pop: ")
-    assert said in line
-    assert not list(tmp_path.glob("plan*"))
 
 
 # ---- Ctrl-C and closed pipes ----

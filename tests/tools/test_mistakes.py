@@ -1,16 +1,19 @@
-"""Each tool tells a mistake in one sentence on stderr, prints nothing else, exits with 2, and leaves no file."""
+"""`pop` and each tool tell a mistake in one sentence, print nothing else, exit with 2, and leave no file."""
 
 import importlib
+import io
 import json
 import shlex
 import sys
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from support.adapters import write_adapter
 from support.goldens import GOLDENS
 from support.meta_files import from_meta
 from support.tiny import random_model, tiny_config, write_checkpoint
+from support.tiny_chat import write_chat_checkpoint
 
 import pop
 from tools.evaluate import __main__ as evaluate
@@ -36,6 +39,15 @@ def folder(tmp_path_factory):
     (folder / "broken.json").write_text("[]")
     (folder / "short.txt").write_text("short")
     (folder / "long.txt").write_text("a" * 2000)
+    (folder / "empty.txt").write_text("")
+    (folder / "one.txt").write_text("a")
+    (folder / "picture.png").write_bytes(b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR\xff\xfe")
+    with open(folder / "large.txt", "w") as file:
+        file.truncate(20_000_001)
+    write_chat_checkpoint(folder / "nan")
+    weights = load_file(folder / "nan/model.safetensors")
+    weights["model.layers.0.self_attn.k_proj.weight"][0, 0] = torch.nan
+    save_file(weights, folder / "nan/model.safetensors")
     (folder / "text.txt").write_text("".join(f"Sentence {n} is about the number {n * n}. " for n in range(60)))
     return folder
 
@@ -47,11 +59,14 @@ def test_a_mistake_is_one_sentence(tool, words, said, folder, tiny_folder, seein
 
     monkeypatch.setattr("pop.checkpoints.registry.places", lambda: [folder.parent / "weights"])
     monkeypatch.setattr("tools.convert.packages._download", no_network)
+    monkeypatch.setattr("pop.calibration.texts.PER_INPUT", 1)
+    monkeypatch.setattr(sys, "stdin", io.StringIO(""))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     for library in ("llama_cpp", "llguidance", "lm_eval", "matplotlib", "transformers", "vllm"):
         monkeypatch.setitem(sys.modules, library, None)
     names = {"BASE": "base", "META": "meta", "ADAPTER": "adapter", "BROKEN": "broken.json"}
     names |= {"SHORT": "short.txt", "LONG": "long.txt", "TEXT": "text.txt", "NEW": "new"}
+    names |= {"EMPTY": "empty.txt", "ONE": "one.txt", "PICTURE": "picture.png", "LARGE": "large.txt", "NAN": "nan"}
     paths = {name: str(folder / file) for name, file in names.items()} | {"CHAT": tiny_folder, "SEEING": seeing}
     paths["BUILTIN"] = str(evaluate.BUILTIN[0])
     words = f"{ALSO.get(tool, '')} {words}"
