@@ -33,7 +33,6 @@ from support.gguf_files import (  # noqa: E402
     Q,
     bpe_keys,
     converted,
-    interrupted,
     make_tensors,
     many_tokens,
     sentencepiece_keys,
@@ -298,16 +297,3 @@ def test_absurd_sizes(tmp_path, sound_file, key, size):
 
 
 # ---- whole or not at all
-
-
-@pytest.mark.parametrize("error", [KeyboardInterrupt(), MemoryError(), OSError(28, "No space left on device")])
-def test_interrupted(tmp_path, monkeypatch, error):
-    file = write_gguf(tmp_path / "m.gguf", make_tensors(), LLAMA_KEYS)
-    expected = CheckpointError if isinstance(error, OSError) else type(error)
-    with interrupted(monkeypatch, error), pytest.raises(expected):
-        convert(file, tmp_path / "model", progress=False)
-    assert [path.name for path in tmp_path.iterdir()] == ["m.gguf"]
-    convert(file, tmp_path / "model", progress=False)
-    names = {"config.json", "generation_config.json", "model.safetensors"}
-    assert {path.name for path in (tmp_path / "model").iterdir()} == names
-    assert (tmp_path / "model/model.safetensors").stat().st_mode == (tmp_path / "model/config.json").stat().st_mode

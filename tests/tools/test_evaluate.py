@@ -12,7 +12,6 @@ from support.tiny import random_model, tiny_config
 
 import pop
 from pop.calibration.questions import codes, make_questions
-from tools.common import Countdown
 from tools.evaluate import __main__ as evaluate
 from tools.evaluate import report as evaluate_report
 from tools.evaluate import selection, tasks, text
@@ -156,18 +155,6 @@ def test_no_compile_reaches_the_model(run, monkeypatch):
     monkeypatch.setattr(pop, "load", lambda name, **given: options.append(given) or load(name, **given))
     run("--tasks ttft --no-compile")
     assert options[0]["compile"] is False
-
-
-def test_a_countdown_says_how_much_time_is_left(monkeypatch):
-    now, lines = [0.0], []
-    monkeypatch.setattr("tools.common.time.monotonic", lambda: now[0])
-    step = Countdown("window", 4, lines.append)
-    for seconds in (50, 10, 0):
-        step()
-        now[0] += seconds
-    step()
-    assert lines[:2] == ["window 1 of 4", "window 2 of 4, about 2 min left"]
-    assert lines[2:] == ["window 3 of 4, about 60 s left", "window 4 of 4, about 20 s left"]
 
 
 def test_human_eval_runs_from_the_command_line(run, capsys, monkeypatch):

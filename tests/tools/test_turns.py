@@ -94,17 +94,6 @@ def test_the_server_of_this_folder_answers(monkeypatch, capsys):
     assert "median" in capsys.readouterr().out
 
 
-def test_what_is_refused(capsys):
-    for addresses, said in {
-        ("127.0.0.1:8000",): "is no address",
-        ("http://127.0.0.1:9/v1",): "cannot be reached",
-        ("http://127.0.0.1:9/v1", "--turns", "0"): "turns is 0",
-        ("http://127.0.0.1:9/v1", "--json", "/nowhere/t.json"): "cannot be written",
-    }.items():
-        assert turns.main([*addresses]) == 2
-        assert said in capsys.readouterr().err
-
-
 @pytest.mark.parametrize("data", [b"no JSON", b'{"error": {"message": "no memory"}}', b'{"choices": [{}]}', b"[]"])
 def test_an_event_that_is_no_part_of_an_answer_ends_the_run(data):
     with pytest.raises(turns.InputError, match="which is no part of an answer"):
