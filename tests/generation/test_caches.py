@@ -120,24 +120,6 @@ def test_a_function_of_the_caller_gets_no_finished_answer(ended):
     assert len(asked) == len(expected[0]) + 1 + 12 + 12  # and the first row's end token
 
 
-def test_a_turn_that_fails_leaves_the_conversation_as_it_was(steps, tmp_path):
-    model = pop.load(write_chat_checkpoint(tmp_path), progress=False)
-    chat, other = model.start_chat(), model.start_chat()
-    for turn in range(3):
-        stream = chat.stream("Hello", max_new_tokens=8)
-        for _ in range(turn):  # not read to its end
-            next(stream)
-        stream.close()
-        model.generate([1, 2, 3, turn], max_new_tokens=4)
-        chat.send(f"Hello {turn}", max_new_tokens=4)
-        other.send(f"Hello {turn}", max_new_tokens=4)
-    model.caches = SpareCaches(0)
-    alone = model.start_chat()
-    for turn in range(3):
-        alone.send(f"Hello {turn}", max_new_tokens=4)
-    assert answers(chat) == answers(other) == answers(alone)
-
-
 def test_threads_never_share_a_cache(steps):
     model = new_model()
     expected = [[model.generate(prompt, max_new_tokens=8).tokens] * 2 for prompt in PROMPTS]

@@ -52,8 +52,9 @@ def test_files(tmp_path):
     picture = random_bytes(11, 6, 3, seed=2)
     for format in ("PNG", "BMP", "TIFF", "PPM", "WEBP"):
         options = {"lossless": True} if format == "WEBP" else {}
-        path = write(tmp_path / "image", saved(Image.fromarray(picture), format, **options).getvalue())
-        for form in (path, str(path)):
+        content = saved(Image.fromarray(picture), format, **options).getvalue()
+        path = write(tmp_path / "image", content)
+        for form in (path, str(path), content, bytearray(content)):
             assert torch.equal(load_image(form), channels_first(picture))
     picture = np.repeat(np.repeat(random_bytes(2, 3, 3, seed=3), 16, 0), 16, 1)
     path = write(tmp_path / "image.jpg", saved(Image.fromarray(picture), "JPEG", quality=100, subsampling=0).getvalue())
@@ -129,17 +130,6 @@ def test_photos_with_several_pictures_or_broken_tags(tmp_path):
         exif[0x0112] = orientation
         tags = b"Exif\0\0" + b"\xff" * 50 if orientation is None else exif
         assert load_image(write(tmp_path / "photo.jpg", saved(first, "JPEG", exif=tags).getvalue())).shape == (3, 6, 8)
-
-
-# ---- files in memory, and tensors ----
-
-
-def test_files_in_memory():
-    """Bytes are what a file with this content is."""
-    picture = random_bytes(11, 6, 3, seed=2)
-    content = saved(Image.fromarray(picture), "PNG").getvalue()
-    for form in (content, bytearray(content)):
-        assert torch.equal(load_image(form), channels_first(picture))
 
 
 def test_what_is_no_image_is_refused():
